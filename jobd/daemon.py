@@ -51,10 +51,10 @@ from jobd.maintenance.maintainer import Cleaner, read_beside, read_figures
 from jobd.maintenance.plans import Planner
 from jobd.maintenance.scrubber import RowWalk
 from jobd.maintenance.suspend_detector import Presence
-from jobd.model.commands import CreditAbsence, EndGrants, Ping
+from jobd.model.commands import EndGrants, ExtendAfterPause, Ping
 from jobd.model.job import SECOND_MS
-from jobd.model.responses import Answer
-from jobd.model.storage import DiskFull, KeyRow, Opened
+from jobd.model.responses import Response
+from jobd.model.storage import DiskFull, Opened, StoredResponse
 from jobd.model.webhooks import Endpoint
 from jobd.monitoring import event_log
 from jobd.monitoring.alerts import Alerts, Thresholds
@@ -241,7 +241,7 @@ class Daemon:
     def _credit_absence(self, since: int) -> None:
         """No worker could be heard since that lease time: none of their jobs ends at once."""
         for ids in self._held():
-            self.actor.owe(CreditAbsence(ids=ids, grace_ms=GRACE_MS, since=since))
+            self.actor.owe(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
 
     def _was_away(self, away_ms: int) -> None:
         """The process was stopped, or its machine was suspended or starved, and goes on."""
@@ -440,7 +440,7 @@ class Daemon:
         """systemd is told that we live by the actor: only an answer through the mailbox counts."""
         interval_s = systemd.watchdog_s()
         while interval_s is not None:
-            if isinstance(await self.actor.ask(Ping(), by="daemon"), Answer):
+            if isinstance(await self.actor.ask(Ping(), by="daemon"), Response):
                 systemd.alive()
             await asyncio.sleep(interval_s / 2)
 
@@ -562,7 +562,7 @@ def _actor(store: Store, opened: Opened, clock: Clock, settings: Config) -> Acto
     return actor
 
 
-def _current_keys(rows: list[KeyRow], book: Book) -> list[KeyRow]:
+def _current_keys(rows: list[StoredResponse], book: Book) -> list[StoredResponse]:
     """Of a start or claim only the grants that are still current keep its key alive."""
     kept = []
     for row in rows:

@@ -60,13 +60,12 @@ from jobd.model.commands import (
     Why,
     Workers,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import StreamedEvent
 from jobd.model.job import Text as Words
 from jobd.model.responses import (
     AdminLock,
     AlertList,
-    Answer,
     AuditPage,
     BackupList,
     CheckedRows,
@@ -93,6 +92,7 @@ from jobd.model.responses import (
     RecoverStuckView,
     ReportList,
     Resent,
+    Response,
     StatsView,
     TakenBack,
     TimelineView,
@@ -170,9 +170,9 @@ class TestWebhook(Command, frozen=True, kw_only=True):
     reason: Words | None = None
 
 
-async def _stats(site: Web[Rooms], visit: Visit, asked: Stats) -> Answer | Refusal:
+async def _stats(site: Web[Rooms], visit: Visit, asked: Stats) -> Response | ApiError:
     answer = await ask(site, visit, asked)
-    if isinstance(answer, Answer):
+    if isinstance(answer, Response):
         state = site.rooms.cleanup_state()
         answer.data = replace(
             answer.data,
@@ -183,134 +183,134 @@ async def _stats(site: Web[Rooms], visit: Visit, asked: Stats) -> Answer | Refus
     return answer
 
 
-async def _health(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
+async def _health(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
     view = await site.rooms.health()
-    return Answer(view, status=503 if view.status == "unhealthy" else 200)
+    return Response(view, status=503 if view.status == "unhealthy" else 200)
 
 
-async def _validate_job(site: Web[Rooms], visit: Visit, asked: ValidateJob) -> Answer | Refusal:
+async def _validate_job(site: Web[Rooms], visit: Visit, asked: ValidateJob) -> Response | ApiError:
     visit.job_id = asked.id
     answer = await site.actor.ask(Validate(id=asked.id), by=visit.by, admin=True)
-    if isinstance(answer, Answer) and not visit.admin:
+    if isinstance(answer, Response) and not visit.admin:
         answer.data.job.lock = public_lock(answer.data.job.lock)
     return answer
 
 
-async def _cleanup(site: Web[Rooms], visit: Visit, asked: Because) -> Answer:
+async def _cleanup(site: Web[Rooms], visit: Visit, asked: Because) -> Response:
     await note(site, visit.operator, "cleanup", reason=asked.reason)
-    return Answer(await site.rooms.run_cleanup(forced=True))
+    return Response(await site.rooms.run_cleanup(forced=True))
 
 
-async def _cleanup_state(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
-    return Answer(site.rooms.cleanup_state())
+async def _cleanup_state(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
+    return Response(site.rooms.cleanup_state())
 
 
-async def _recover_stuck(site: Web[Rooms], visit: Visit, asked: Because) -> Answer | Refusal:
+async def _recover_stuck(site: Web[Rooms], visit: Visit, asked: Because) -> Response | ApiError:
     done = await site.rooms.recover_stuck(in_parts(visit.operator), asked.reason)
-    return done if isinstance(done, Refusal) else Answer(done)
+    return done if isinstance(done, ApiError) else Response(done)
 
 
-async def _take_back(site: Web[Rooms], visit: Visit, asked: TakeBack) -> Answer | Refusal:
+async def _take_back(site: Web[Rooms], visit: Visit, asked: TakeBack) -> Response | ApiError:
     return _given(await site.rooms.take_back(asked, in_parts(visit.operator)))
 
 
-async def _failures(site: Web[Rooms], visit: Visit, asked: FailuresAsked) -> Answer:
-    return Answer(site.rooms.failures(asked.limit))
+async def _failures(site: Web[Rooms], visit: Visit, asked: FailuresAsked) -> Response:
+    return Response(site.rooms.failures(asked.limit))
 
 
-async def _preview(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer | Refusal:
+async def _preview(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response | ApiError:
     return _given(await site.rooms.preview())
 
 
-async def _make_plan(site: Web[Rooms], visit: Visit, asked: MakePlan) -> Answer | Refusal:
+async def _make_plan(site: Web[Rooms], visit: Visit, asked: MakePlan) -> Response | ApiError:
     return _given(await site.rooms.make_plan(asked))
 
 
-async def _plan(site: Web[Rooms], visit: Visit, asked: OnPlan) -> Answer | Refusal:
+async def _plan(site: Web[Rooms], visit: Visit, asked: OnPlan) -> Response | ApiError:
     return _given(site.rooms.plan(asked.plan_id))
 
 
-async def _apply_plan(site: Web[Rooms], visit: Visit, asked: OnPlan) -> Answer | Refusal:
+async def _apply_plan(site: Web[Rooms], visit: Visit, asked: OnPlan) -> Response | ApiError:
     return _given(await site.rooms.apply_plan(asked.plan_id, visit.operator or operator_of(visit)))
 
 
-def _given(found: Any) -> Answer | Refusal:
-    return found if isinstance(found, Refusal) else Answer(found)
+def _given(found: Any) -> Response | ApiError:
+    return found if isinstance(found, ApiError) else Response(found)
 
 
-async def _reports(site: Web[Rooms], visit: Visit, asked: Reports) -> Answer:
-    return Answer(ReportList(await site.rooms.reports(asked.limit)))
+async def _reports(site: Web[Rooms], visit: Visit, asked: Reports) -> Response:
+    return Response(ReportList(await site.rooms.reports(asked.limit)))
 
 
-async def _alerts(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
-    return Answer(AlertList(site.rooms.alerts()))
+async def _alerts(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
+    return Response(AlertList(site.rooms.alerts()))
 
 
-async def _webhooks(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
-    return Answer(WebhookList(site.rooms.webhooks()))
+async def _webhooks(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
+    return Response(WebhookList(site.rooms.webhooks()))
 
 
-async def _deliveries(site: Web[Rooms], visit: Visit, asked: Deliveries) -> Answer | Refusal:
+async def _deliveries(site: Web[Rooms], visit: Visit, asked: Deliveries) -> Response | ApiError:
     before = None if asked.cursor is None else int(asked.cursor)
     return _given(await site.rooms.deliveries(asked.name, asked.state, before, asked.limit))
 
 
-async def _deliver_again(site: Web[Rooms], visit: Visit, asked: DeliverAgain) -> Answer | Refusal:
+async def _deliver_again(site: Web[Rooms], visit: Visit, asked: DeliverAgain) -> Response | ApiError:
     sent = await site.rooms.deliver_again(asked.name, asked.id)
-    if not isinstance(sent, Refusal):
+    if not isinstance(sent, ApiError):
         details = {"webhook": asked.name, "delivery": asked.id}
         await note(site, visit.operator, "resend-delivery", details, asked.reason)
     return _given(sent)
 
 
-async def _deliver_all_again(site: Web[Rooms], visit: Visit, asked: DeliverAllAgain) -> Answer | Refusal:
+async def _deliver_all_again(site: Web[Rooms], visit: Visit, asked: DeliverAllAgain) -> Response | ApiError:
     sent = await site.rooms.deliver_all_again(asked.name, asked.upto)
-    if not isinstance(sent, Refusal):
+    if not isinstance(sent, ApiError):
         details = {"webhook": asked.name, "resent": sent.resent}
         await note(site, visit.operator, "resend-given-up", details, asked.reason)
     return _given(sent)
 
 
-async def _export(site: Web[Rooms], visit: Visit, asked: Export) -> Answer | Refusal:
+async def _export(site: Web[Rooms], visit: Visit, asked: Export) -> Response | ApiError:
     page = await ask(site, visit, asked)
-    if isinstance(page, Answer):
+    if isinstance(page, Response):
         await note_look(site, visit, "export")
     return page
 
 
-async def _test_webhook(site: Web[Rooms], visit: Visit, asked: TestWebhook) -> Answer | Refusal:
+async def _test_webhook(site: Web[Rooms], visit: Visit, asked: TestWebhook) -> Response | ApiError:
     sent = await site.rooms.test_webhook(asked.name)
-    if not isinstance(sent, Refusal):
+    if not isinstance(sent, ApiError):
         await note(site, visit.operator, "test-webhook", {"webhook": asked.name}, asked.reason)
     return _given(sent)
 
 
-async def _clock(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
-    return Answer(site.rooms.clock())
+async def _clock(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
+    return Response(site.rooms.clock())
 
 
-async def _accept_clock(site: Web[Rooms], visit: Visit, asked: Because) -> Answer | Refusal:
+async def _accept_clock(site: Web[Rooms], visit: Visit, asked: Because) -> Response | ApiError:
     view = await site.rooms.accept_clock()
-    if isinstance(view, Refusal):
+    if isinstance(view, ApiError):
         return view
     await note(site, visit.operator, "accept-clock", reason=asked.reason)
-    return Answer(view)
+    return Response(view)
 
 
-async def _quarantine(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
-    return Answer(QuarantineList(site.rooms.quarantine()))
+async def _quarantine(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
+    return Response(QuarantineList(site.rooms.quarantine()))
 
 
-async def _check_rows(site: Web[Rooms], visit: Visit, asked: RowsAsked) -> Answer | Refusal:
+async def _check_rows(site: Web[Rooms], visit: Visit, asked: RowsAsked) -> Response | ApiError:
     return _given(await site.rooms.check_rows(asked.cursor))
 
 
-async def _backups(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
-    return Answer(BackupList(site.rooms.backups()))
+async def _backups(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
+    return Response(BackupList(site.rooms.backups()))
 
 
-async def _metrics(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
-    return Answer(Text(METRICS_KIND, await site.rooms.metrics()))
+async def _metrics(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
+    return Response(Text(METRICS_KIND, await site.rooms.metrics()))
 
 
 _A: Final[Who] = "admin"

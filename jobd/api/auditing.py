@@ -10,7 +10,7 @@ from jobd.api.services import Rooms
 from jobd.http.app import Web, log
 from jobd.http.request import Visit, looker_of
 from jobd.model.commands import Note, Operator
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import MINUTE_MS
 
 
@@ -23,7 +23,7 @@ async def note(
 ) -> None:
     """Keep in the audit log what an operator does that is no command on jobs. It does not depend on that."""
     done = await site.actor.ask(Note(what=what, details=details, reason=reason), operator=operator)
-    if isinstance(done, Refusal):
+    if isinstance(done, ApiError):
         log.warning("audit_missed", what=what, by=None if operator is None else operator.by, reason=done.code)
 
 
@@ -36,5 +36,5 @@ async def note_look(site: Web[Rooms], visit: Visit, what: str, *, name: str = ""
     done = await site.actor.ask(
         Note(what=what, details=details, job_id=job_id), operator=replace(looker, part_of=part_of)
     )
-    if isinstance(done, Refusal):
+    if isinstance(done, ApiError):
         log.warning("audit_missed", what=what, by=looker.by, reason=done.code)

@@ -22,8 +22,8 @@ from jobd.http.auth import LINES
 from jobd.http.request import Visit
 from jobd.http.response import PATIENCE_S, SAFE, answer_line, refusal_line
 from jobd.http.streaming import Lines
-from jobd.model.errors import Refusal, Refused, too_large
-from jobd.model.responses import Answer
+from jobd.model.errors import ApiError, ApiException, too_large_error
+from jobd.model.responses import Response
 
 AHEAD_WEIGHT: Final = 256  # commands of one stream that are on their way at once; bulks and claims count by their jobs
 AHEAD_BYTES: Final = 1 << 20  # of their lines
@@ -48,7 +48,7 @@ class _Slot:
     def __init__(self, stream: _CommandStream, size: int) -> None:
         self._stream = stream
         self._is_cancelled = False
-        self.answer: Answer | Refusal | None = None
+        self.answer: Response | ApiError | None = None
         self.asked: Asked | None = None
         self.by = "client"
         self.job_id: str | None = None
@@ -61,7 +61,7 @@ class _Slot:
     def cancelled(self) -> bool:
         return self._is_cancelled
 
-    def set_result(self, answer: Answer | Refusal, /) -> None:
+    def set_result(self, answer: Response | ApiError, /) -> None:
         self.answer = answer
         self.asked = None  # it knows us: a circle, and every line would be left to the garbage collector
         self._stream.has_answers.set()
@@ -138,8 +138,8 @@ class _CommandStream:
                 taken += 1
                 if taken % TURN_LINES == 0:
                     await asyncio.sleep(0)
-        except Refused as no:  # nobody can tell any more where the next line begins
-            self._refuse(_Slot(self, 0), no.refusal)
+        except ApiException as no:  # nobody can tell any more where the next line begins
+            self._refuse(_Slot(self, 0), no.error)
             self._response.force_close()
 
     def _note_read(self, reading: asyncio.Future[None]) -> None:
@@ -155,21 +155,21 @@ class _CommandStream:
         try:
             if line is None:
                 limit = self._site.limits.body
-                raise too_large(f"The line is over {limit} bytes. Split it.", limit=limit)
+                raise too_large_error(f"The line is over {limit} bytes. Split it.", limit=limit)
             asked = self._send(self._reader.read(line), slot)
-        except Refused as no:
-            asked = no.refusal
-        if isinstance(asked, Refusal):
+        except ApiException as no:
+            asked = no.error
+        if isinstance(asked, ApiError):
             self._refuse(slot, asked)
         else:
             slot.asked = asked
             self._queue(slot)
 
-    def _send(self, line: Line, slot: _Slot) -> Asked | Refusal:
+    def _send(self, line: Line, slot: _Slot) -> Asked | ApiError:
         slot.by, slot.job_id, slot.weight = line.by, line.job_id, weight(line.command)
         return self._site.actor.send(line.command, slot, by=line.by, key=line.key, size=slot.size, in_line=True)
 
-    def _refuse(self, slot: _Slot, refusal: Refusal) -> None:
+    def _refuse(self, slot: _Slot, refusal: ApiError) -> None:
         slot.set_result(refusal)
         self._queue(slot)
 
@@ -218,7 +218,7 @@ class _CommandStream:
                 if begins_at >= written:
                     self._site.actor.undelivered(answer)
 
-    def _next_piece(self) -> tuple[bytes, list[tuple[int, Answer]]]:
+    def _next_piece(self) -> tuple[bytes, list[tuple[int, Response]]]:
         """Lines of answers, and where in them the grants begin."""
         piece, grants = bytearray(), []
         while self._slots and len(piece) < PIECE_BYTES and (answer := self._slots[0].answer) is not None:
@@ -226,7 +226,7 @@ class _CommandStream:
             self._weight -= slot.weight
             self._bytes -= slot.size
             begins_at = len(piece)
-            if isinstance(answer, Answer):
+            if isinstance(answer, Response):
                 try:
                     piece += answer_line(answer)
                     if answer.grants:
@@ -239,7 +239,7 @@ class _CommandStream:
             piece += self._refusal_line(slot, answer)
         return bytes(piece), grants
 
-    def _refusal_line(self, slot: _Slot, refusal: Refusal) -> bytes:
+    def _refusal_line(self, slot: _Slot, refusal: ApiError) -> bytes:
         self._site.note_refusal(self._visit.route, self._visit.method, refusal, by=slot.by, job_id=slot.job_id)
         return refusal_line(refusal)
 
@@ -253,7 +253,7 @@ class _CommandStream:
     def _give_up(self) -> None:
         """Nobody is there for what has not left: grants go back, and what has not been decided need not be."""
         for slot in self._slots:
-            if isinstance(slot.answer, Answer) and slot.answer.grants:
+            if isinstance(slot.answer, Response) and slot.answer.grants:
                 self._site.actor.undelivered(slot.answer)
             asked, slot.asked = slot.asked, None
             slot.cancel()

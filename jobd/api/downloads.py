@@ -24,7 +24,7 @@ from jobd.http.response import PATIENCE_S, SAFE
 from jobd.http.streaming import finish, write
 from jobd.maintenance.backups import Copy
 from jobd.model.commands import BackupId, Command, Get, LateResults, OnJob
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.responses import JobView, LateResultList, LateResultView
 from jobd.model.storage import DiskFull, NoBackup
 from jobd.storage.artifacts.base import StoreFault
@@ -42,13 +42,13 @@ class Artifact(OnJob, frozen=True, kw_only=True):
     late_result: Annotated[int, Meta(ge=1)] | None = None
 
 
-async def give(site: Web[Rooms], visit: Visit, asked: Any, name: str = "") -> web.StreamResponse | Refusal:
+async def give(site: Web[Rooms], visit: Visit, asked: Any, name: str = "") -> web.StreamResponse | ApiError:
     """The artifact that is asked for, as a file to be kept. Where it breaks off the connection is cut.
 
     `name` is that of who asks, where his session knows it.
     """
     key = await _key(site, visit, asked)
-    if isinstance(key, Refusal):
+    if isinstance(key, ApiError):
         return key
     transport, request = visit.connection.transport, visit.request
     if transport is None or request is None:
@@ -66,11 +66,11 @@ async def give(site: Web[Rooms], visit: Visit, asked: Any, name: str = "") -> we
         download.leave()
 
 
-async def _key(site: Web[Rooms], visit: Visit, asked: Artifact) -> str | Refusal:
+async def _key(site: Web[Rooms], visit: Visit, asked: Artifact) -> str | ApiError:
     """What names the object."""
     command = Get(id=asked.id) if asked.late_result is None else LateResults(id=asked.id)
     looked = await site.actor.ask(command, by=visit.by, size=visit.size)
-    if isinstance(looked, Refusal):
+    if isinstance(looked, ApiError):
         return looked
     named: JobView | LateResultView | None
     if asked.late_result is None:
@@ -81,8 +81,8 @@ async def _key(site: Web[Rooms], visit: Visit, asked: Artifact) -> str | Refusal
         what = f"The late result {asked.late_result} of job {asked.id}"
         if named is None:
             message = f"{what} is not there (any more). See those that it has: jobctl late {asked.id}"
-            return Refusal("late_result_not_found", message, {"job_id": asked.id})
-    return named.storage_key or Refusal("not_found", f"{what} names no stored result: it has no storage_key.")
+            return ApiError("late_result_not_found", message, {"job_id": asked.id})
+    return named.storage_key or ApiError("not_found", f"{what} names no stored result: it has no storage_key.")
 
 
 async def _pass_on(response: web.StreamResponse, download: Download, visit: Visit) -> None:
@@ -129,17 +129,17 @@ class BackupAsked(Command, frozen=True, kw_only=True):
     id: BackupId | None = None
 
 
-async def give_out(site: Web[Rooms], visit: Visit, asked: BackupAsked) -> web.StreamResponse | Refusal:
+async def give_out(site: Web[Rooms], visit: Visit, asked: BackupAsked) -> web.StreamResponse | ApiError:
     """Backup: copied and checked, then the pieces. Where they stop half-way the connection is cut: the client knows."""
     await note(site, visit.operator, "backup")
     try:
         copy = await _while_there(site, visit, site.rooms.backup(asked.id or secrets.token_hex(8)))
     except DiskFull as full:
-        return Refusal("storage_full", f"No backup: {full}. Free some and try again.")
+        return ApiError("storage_full", f"No backup: {full}. Free some and try again.")
     except NoBackup as why:
         log.error("no backup", reason=str(why))
-        return Refusal("shutting_down" if site.closing else "internal_error", f"No backup: {why}.")
-    if isinstance(copy, Refusal):
+        return ApiError("shutting_down" if site.closing else "internal_error", f"No backup: {why}.")
+    if isinstance(copy, ApiError):
         return copy
     left: str | None = "it was not read to its end"
     try:

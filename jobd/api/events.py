@@ -19,7 +19,7 @@ from jobd.http.request import Visit
 from jobd.http.response import PATIENCE_S, SAFE
 from jobd.http.streaming import finish, notice_hangup, write
 from jobd.model.commands import MAX_NAMES, Command
-from jobd.model.errors import Refused, invalid
+from jobd.model.errors import ApiException, invalid_request_error
 from jobd.model.events import EventType, Wanted
 from jobd.model.job import is_job_id
 
@@ -86,8 +86,8 @@ async def _pass_on(response: web.StreamResponse, first: bytes, listener: Listene
 
 def _log_end(error: Exception, visit: Visit) -> None:
     match error:
-        case Refused():
-            log.info("event_stream_cut_off", reason=error.refusal.code)
+        case ApiException():
+            log.info("event_stream_cut_off", reason=error.error.code)
         case TimeoutError():
             log.info("event_stream_cut_off", reason=f"nothing was read for {PATIENCE_S:g} s")
         case ConnectionError() if visit.is_cut:
@@ -102,29 +102,33 @@ def _after(asked: Follow, visit: Visit) -> int | None:
     if told:
         # By its length first: of thousands of digits Python makes no number.
         if not (told.isascii() and told.isdigit()) or len(told) > len(str(MAX_SEQ)) or int(told) > MAX_SEQ:
-            raise invalid("Last-Event-ID", "must be the `id` of an event, or left out.")
+            raise invalid_request_error("Last-Event-ID", "must be the `id` of an event, or left out.")
         return int(told)
     if asked.last_event_id is not None and asked.last is not None:
-        raise invalid("$.last", "and `last_event_id` say two beginnings. Give one.")
+        raise invalid_request_error("$.last", "and `last_event_id` say two beginnings. Give one.")
     return asked.last_event_id
 
 
 def _wanted(asked: Follow) -> Wanted:
     types = _names("type", asked.type)
     if unknown := sorted(types - _TYPES):
-        raise invalid("$.type", f"{unknown[0][:80]!r} is no type of event. Known: {', '.join(sorted(_TYPES))}.")
+        raise invalid_request_error(
+            "$.type", f"{unknown[0][:80]!r} is no type of event. Known: {', '.join(sorted(_TYPES))}."
+        )
     return Wanted(_ids("queue", asked.queue), _ids("job_id", asked.job_id), types)
 
 
 def _ids(field: str, text: str | None) -> frozenset[str]:
     names = _names(field, text)
     if not all(map(is_job_id, names)):
-        raise invalid(f"$.{field}", "must be names of 1 to 200 characters of A-Z a-z 0-9 . _ : -, separated by commas.")
+        raise invalid_request_error(
+            f"$.{field}", "must be names of 1 to 200 characters of A-Z a-z 0-9 . _ : -, separated by commas."
+        )
     return names
 
 
 def _names(field: str, text: str | None) -> frozenset[str]:
     names = frozenset(text.split(",")) if text else frozenset()
     if len(names) > MAX_NAMES:
-        raise invalid(f"$.{field}", f"may name {MAX_NAMES} at most.")
+        raise invalid_request_error(f"$.{field}", f"may name {MAX_NAMES} at most.")
     return names

@@ -15,9 +15,9 @@ from jobd.api.services import Rooms
 from jobd.http.app import Web, welcome
 from jobd.http.request import Visit
 from jobd.model.commands import Import, ImportCheck
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import LIVE
-from jobd.model.responses import Answer, ImportForeseen
+from jobd.model.responses import ImportForeseen, Response
 
 SHOWN_LINES: Final = 10_000
 MOST_LINES: Final = 1_000_000  # whose ids are kept to find those that come twice
@@ -48,7 +48,7 @@ class ImportPreview(Struct, rename="camel"):
     stop_reason: str | None = None
 
 
-async def look_over(site: Web[Rooms], visit: Visit, _: Any) -> Answer | Refusal:
+async def look_over(site: Web[Rooms], visit: Visit, _: Any) -> Response | ApiError:
     """The preview of an import."""
     welcome(visit)
     return await _Previewing(site, visit).run()
@@ -63,7 +63,7 @@ class _Previewing(Importing):
         self._first: dict[int, int] = {}  # the hash of an id that would be created: its line
         self._live = 0
 
-    async def run(self) -> Answer | Refusal:
+    async def run(self) -> Response | ApiError:
         try:
             await self._read()
             await self._settle(0, 0)
@@ -73,19 +73,19 @@ class _Previewing(Importing):
         if self._stop is not None and self._seen.stops_at is None:
             return self._stop
         self._seen.lines.sort(key=lambda each: each.line)
-        return Answer(self._seen)
+        return Response(self._seen)
 
-    def _asked(self, command: Import, size: int) -> Coroutine[Any, Any, Answer | Refusal]:
+    def _asked(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
         return self._site.actor.ask(ImportCheck(**structs.asdict(command)), by=self._by, admin=True, size=size)
 
     def _refuse(self, line: int, job_id: str | None, reason: str) -> None:
         self._seen.would_refuse += 1
         self._show(ForeseenLine(line, job_id, "refuse", None, reason))
 
-    def _count(self, line: Ahead, answer: Answer | Refusal) -> None:
+    def _count(self, line: Ahead, answer: Response | ApiError) -> None:
         if self._stop is not None:
             return  # the import would not have come here
-        if isinstance(answer, Answer):
+        if isinstance(answer, Response):
             self._take(line, answer.data)
         elif answer.code == "too_many_jobs":
             self._end(line.line, answer)
@@ -101,7 +101,7 @@ class _Previewing(Importing):
         if found.what == "skip":
             self._seen.would_skip += 1
         elif found.status in LIVE and self._live >= found.room:
-            self._end(line.line, Refusal("too_many_jobs", "As many unfinished jobs as are allowed would be there."))
+            self._end(line.line, ApiError("too_many_jobs", "As many unfinished jobs as are allowed would be there."))
             return
         else:
             self._seen.would_import += 1
@@ -110,9 +110,9 @@ class _Previewing(Importing):
         self._show(ForeseenLine(line.line, found.job_id, found.what, found.status, found.reason))
         if len(self._first) > MOST_LINES:
             message = f"A preview looks at {MOST_LINES} lines at most. Split the file."
-            self._stop = Refusal("too_large", message, {"limit": MOST_LINES})
+            self._stop = ApiError("too_large", message, {"limit": MOST_LINES})
 
-    def _end(self, line: int, why: Refusal) -> None:
+    def _end(self, line: int, why: ApiError) -> None:
         self._stop = why
         self._seen.stops_at, self._seen.stop_reason = line, why.message
 

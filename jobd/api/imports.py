@@ -17,9 +17,9 @@ from jobd.http.decoding import Shape
 from jobd.http.request import Visit, in_parts
 from jobd.http.streaming import Lines
 from jobd.model.commands import Import
-from jobd.model.errors import Refusal, Refused
+from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import is_job_id
-from jobd.model.responses import Answer, Imported
+from jobd.model.responses import Imported, Response
 
 AHEAD_LINES: Final = 64  # commands of one import that wait for their commit at the same time
 AHEAD_BYTES: Final = 4 << 20
@@ -60,10 +60,10 @@ class Ahead(Struct):
     line: int
     job_id: str
     size: int
-    task: asyncio.Task[Answer | Refusal]
+    task: asyncio.Task[Response | ApiError]
 
 
-async def take_in(site: Web[Rooms], visit: Visit, _: Any) -> Answer | Refusal:
+async def take_in(site: Web[Rooms], visit: Visit, _: Any) -> Response | ApiError:
     """Import: each line of the body is created, skipped or refused by itself, in the order of the lines."""
     welcome(visit)
     return await Importing(site, visit).run()
@@ -83,15 +83,15 @@ class Importing:
         self._lines = 0
         self._ahead: deque[Ahead] = deque()
         self._bytes = 0
-        self._stop: Refusal | None = None
+        self._stop: ApiError | None = None
 
-    async def run(self) -> Answer | Refusal:
+    async def run(self) -> Response | ApiError:
         try:
             await self._read()
             await self._settle(0, 0)
             self._report.refused.sort(key=lambda no: no.line)
             await self._note()
-            return self._stop or Answer(self._report)
+            return self._stop or Response(self._report)
         finally:
             for ahead in self._ahead:
                 ahead.task.cancel()
@@ -110,9 +110,9 @@ class Importing:
                 await self._settle(AHEAD_LINES, AHEAD_BYTES)
                 if self._stop is not None:
                     return
-        except Refused as no:
+        except ApiException as no:
             await self._settle(0, 0)
-            self._stop = self._stop or self._stopped(no.refusal, self._lines + 1)
+            self._stop = self._stop or self._stopped(no.error, self._lines + 1)
 
     def _send(self, number: int, line: bytes | None) -> None:
         if line is None:
@@ -122,8 +122,8 @@ class Importing:
             return
         try:
             command = self._shape.from_body(line)
-        except Refused as no:
-            self._refuse(number, _id_of(line), no.refusal.message)
+        except ApiException as no:
+            self._refuse(number, _id_of(line), no.error.message)
             return
         assert isinstance(command, Import)
         asked = self._asked(command, len(line))
@@ -137,14 +137,14 @@ class Importing:
             self._bytes -= first.size
             self._count(first, await first.task)
 
-    def _asked(self, command: Import, size: int) -> Coroutine[Any, Any, Answer | Refusal]:
+    def _asked(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
         return self._site.actor.ask(command, by=self._by, admin=True, size=size, operator=self._operator)
 
     def _refuse(self, line: int, job_id: str | None, reason: str) -> None:
         self._report.refuse(line, job_id, reason)
 
-    def _count(self, line: Ahead, answer: Answer | Refusal) -> None:
-        if isinstance(answer, Answer):
+    def _count(self, line: Ahead, answer: Response | ApiError) -> None:
+        if isinstance(answer, Response):
             done: Imported = answer.data
             self._report.skipped += done.skipped
             self._report.imported += not done.skipped
@@ -153,10 +153,10 @@ class Importing:
         else:
             self._refuse(line.line, line.job_id, answer.message)
 
-    def _stopped(self, why: Refusal, line: int) -> Refusal:
+    def _stopped(self, why: ApiError, line: int) -> ApiError:
         """The import ends early: what has been done stays, and a second run skips it."""
         message = f"The import stopped at line {line}: {why.message} Send it again; what is there already is skipped."
-        return Refusal(why.code, message, {**why.details, "line": line})
+        return ApiError(why.code, message, {**why.details, "line": line})
 
 
 def _id_of(line: bytes) -> str | None:

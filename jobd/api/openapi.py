@@ -25,9 +25,9 @@ from jobd.http.request import Visit
 from jobd.http.response import ErrorBody, Text
 from jobd.http.routing import Route
 from jobd.model.commands import OnJob
-from jobd.model.errors import REFUSALS
+from jobd.model.errors import ERROR_STATUS
 from jobd.model.job import ID_PATTERN
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 
 Json = dict[str, Any]
 PATH: Final = "/openapi.json"
@@ -44,8 +44,8 @@ def with_document(title: str, routes: Iterable[Route]) -> tuple[Route, ...]:
 def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) -> Route:
     """GET `path`, which gives out the document of `routes`. It holds no secret and asks for no token."""
 
-    async def give(site: Web[Any], visit: Visit, asked: Nothing) -> Answer:
-        return Answer(Text(JSON, await asyncio.to_thread(text)))
+    async def give(site: Web[Any], visit: Visit, asked: Nothing) -> Response:
+        return Response(Text(JSON, await asyncio.to_thread(text)))
 
     @cache
     def text() -> bytes:
@@ -149,7 +149,7 @@ def _responses(route: Route, made: Schemas) -> Json:
             found[status]["headers"] = {"Idempotent-Replayed": _header("Idempotent-Replayed", {"const": "true"})}
     by_status: dict[int, list[str]] = {}
     for code in refusals(route):
-        by_status.setdefault(REFUSALS[code], []).append(code)
+        by_status.setdefault(ERROR_STATUS[code], []).append(code)
     for status, codes in by_status.items():
         no = _refusal(codes, made)
         found[status] = _either(found[status], no) if status in found else made.shared("responses", ".".join(codes), no)
@@ -221,4 +221,4 @@ def refusals(route: Route) -> list[str]:
         codes |= {"job_not_found", "job_quarantined"}
     if route.key:
         codes |= {"idempotency_key_reused", "overloaded"}
-    return [code for code in REFUSALS if code in codes]
+    return [code for code in ERROR_STATUS if code in codes]

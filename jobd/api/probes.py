@@ -10,22 +10,22 @@ from jobd.api.services import Rooms
 from jobd.http.app import Nothing, Web
 from jobd.http.request import Visit
 from jobd.http.routing import Route
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 
 
 class Probe(Struct, frozen=True):
     status: Literal["ok", "unavailable"]
 
 
-def _probe(is_well: bool) -> Answer:
-    return Answer(Probe("ok")) if is_well else Answer(Probe("unavailable"), status=503)
+def _probe(is_well: bool) -> Response:
+    return Response(Probe("ok")) if is_well else Response(Probe("unavailable"), status=503)
 
 
-async def _alive(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
+async def _alive(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
     return _probe(site.rooms.is_alive())
 
 
-async def _ready(site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
+async def _ready(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
     return _probe(site.rooms.is_ready())
 
 

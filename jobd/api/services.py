@@ -23,7 +23,7 @@ from jobd.maintenance.plans import Planner
 from jobd.maintenance.preview import LOOK_S
 from jobd.maintenance.scrubber import RowWalk
 from jobd.model.commands import MakePlan, Operator, TakeBack, Tick
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import Wanted
 from jobd.model.responses import (
     AlertView,
@@ -84,25 +84,25 @@ class Rooms(Struct):
     def cleanup_state(self) -> CleanupState:
         return self.cleaner.state()
 
-    async def recover_stuck(self, operator: Operator | None, reason: str | None) -> RecoverStuckView | Refusal:
+    async def recover_stuck(self, operator: Operator | None, reason: str | None) -> RecoverStuckView | ApiError:
         return await self.cleaner.recover_stuck(operator, reason)
 
-    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | Refusal:
+    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | ApiError:
         return await self.cleaner.take_back(command, operator)
 
     def failures(self, limit: int) -> FailuresView:
         return self.failures_.view(limit)
 
-    async def preview(self, look_s: float = LOOK_S) -> PreviewView | Refusal:
+    async def preview(self, look_s: float = LOOK_S) -> PreviewView | ApiError:
         return await self.cleaner.preview(look_s)
 
-    async def make_plan(self, asked: MakePlan) -> PlanView | Refusal:
+    async def make_plan(self, asked: MakePlan) -> PlanView | ApiError:
         return await self.planner.make(asked, secrets.token_hex(8))
 
-    def plan(self, plan_id: str) -> PlanView | Refusal:
+    def plan(self, plan_id: str) -> PlanView | ApiError:
         return self.planner.find(plan_id)
 
-    async def apply_plan(self, plan_id: str, operator: Operator) -> PlanResult | Refusal:
+    async def apply_plan(self, plan_id: str, operator: Operator) -> PlanResult | ApiError:
         return await self.planner.apply(plan_id, operator)
 
     async def health(self) -> HealthView:
@@ -129,14 +129,14 @@ class Rooms(Struct):
         at, doubt = self.clock_.moment(), self.clock_.doubt()
         return ClockView(at.now, doubt is not None, doubt or "The wall clock is in step with the store.")
 
-    async def accept_clock(self) -> ClockView | Refusal:
+    async def accept_clock(self) -> ClockView | ApiError:
         """Accept the clock. The response follows the commit, so that the next start trusts the clock too."""
         refusal = self.actor.full_disk.refuse(Tick())
         if refusal is not None:
             return refusal
         self.clock_.accept()
         kept = await self.actor.ask(Tick(), by="daemon")
-        return kept if isinstance(kept, Refusal) else self.clock()
+        return kept if isinstance(kept, ApiError) else self.clock()
 
     def quarantine(self) -> list[QuarantinedJob]:
         return [QuarantinedJob(job_id, reason) for job_id, reason in sorted(self.actor.book.quarantined.items())]
@@ -145,11 +145,11 @@ class Rooms(Struct):
         """The first names of queues, for who is about to write one: without their counts it is no view of jobs."""
         return list(islice(self.actor.book.queue_names, most))
 
-    async def backup(self, id_: str) -> Copy | Refusal:
+    async def backup(self, id_: str) -> Copy | ApiError:
         log.info("backup_started", by="admin")
         return await self.copies.begin(id_)
 
-    async def check_rows(self, cursor: str | None) -> CheckedRows | Refusal:
+    async def check_rows(self, cursor: str | None) -> CheckedRows | ApiError:
         return await self.row_walk.go_on(cursor)
 
     def backups(self) -> list[BackupView]:
@@ -172,7 +172,7 @@ class Rooms(Struct):
 
     async def deliveries(
         self, webhook: str, state: DeliveryState | None, before: int | None, limit: int
-    ) -> DeliveryPage | Refusal:
+    ) -> DeliveryPage | ApiError:
         if not self.webhooks_.has(webhook):
             return _no_webhook(webhook)
         return await self.webhooks_.page(webhook, state, before, limit)
@@ -180,7 +180,7 @@ class Rooms(Struct):
     async def given_up(self, webhook: str) -> tuple[int, int]:
         return await self.webhooks_.given_up(webhook)
 
-    async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | Refusal:
+    async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | ApiError:
         if not self.webhooks_.has(webhook):
             return _no_webhook(webhook)
         try:
@@ -188,11 +188,11 @@ class Rooms(Struct):
         except DiskFull:
             return await self._no_outbox()
         if found is None:
-            return Refusal("not_found", f"Webhook {webhook} has no delivery {delivery}, or has it no more.")
+            return ApiError("not_found", f"Webhook {webhook} has no delivery {delivery}, or has it no more.")
         log.info("webhook_sent_again", webhook=webhook, delivery=delivery)
         return found
 
-    async def deliver_all_again(self, webhook: str, upto: int | None) -> Resent | Refusal:
+    async def deliver_all_again(self, webhook: str, upto: int | None) -> Resent | ApiError:
         if not self.webhooks_.has(webhook):
             return _no_webhook(webhook)
         try:
@@ -202,7 +202,7 @@ class Rooms(Struct):
         log.info("webhook_all_sent_again", webhook=webhook, count=count)
         return Resent(count)
 
-    async def test_webhook(self, webhook: str) -> DeliveryView | Refusal:
+    async def test_webhook(self, webhook: str) -> DeliveryView | ApiError:
         if not self.webhooks_.has(webhook):
             return _no_webhook(webhook)
         try:
@@ -212,7 +212,7 @@ class Rooms(Struct):
         log.info("webhook_tested", webhook=webhook)
         return sent
 
-    async def _no_outbox(self) -> Refusal:
+    async def _no_outbox(self) -> ApiError:
         await self.health_.space()
         return self.actor.full_disk.refusal(
             "the outbox of the webhook cannot be written. Free some space; jobd tries again every second."
@@ -225,5 +225,5 @@ class Rooms(Struct):
         return self.runs()
 
 
-def _no_webhook(name: str) -> Refusal:
-    return Refusal("not_found", f"There is no webhook {name} in the configuration. Its [[webhooks]] name them.")
+def _no_webhook(name: str) -> ApiError:
+    return ApiError("not_found", f"There is no webhook {name} in the configuration. Its [[webhooks]] name them.")

@@ -24,13 +24,13 @@ from jobd.model.commands import (
     Extend,
     Fail,
     Get,
-    KeyUse,
+    IdempotencyKey,
     OnJob,
     Progress,
     Release,
     Start,
 )
-from jobd.model.errors import invalid
+from jobd.model.errors import invalid_request_error
 
 OpName = Literal[
     "create", "bulk", "start", "claim", "progress", "extend", "complete", "fail", "release", "cancel", "get"
@@ -88,7 +88,7 @@ class Line(Struct, frozen=True):
     command: Command
     by: str
     job_id: str | None
-    key: KeyUse | None
+    key: IdempotencyKey | None
 
 
 class _Mark(Struct):
@@ -147,12 +147,12 @@ class LineReader:
         command: Any = self._shapes[mark.op].from_body(line)
         if isinstance(command, Claim) and command.wait_ms:
             message = "a claim in a stream does not wait: those behind it would. Leave it out, or send POST /v1/claim."
-            raise invalid("$.wait_ms", message)
+            raise invalid_request_error("$.wait_ms", message)
         job_id = command.id if isinstance(command, (Create, OnJob)) else None
         by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "client"
         return Line(command, by, job_id, self._key(op, job_id, mark.idempotency_key, line))
 
-    def _key(self, op: Op, job_id: str | None, key: str | None, line: bytes) -> KeyUse | None:
+    def _key(self, op: Op, job_id: str | None, key: str | None, line: bytes) -> IdempotencyKey | None:
         """Its scope is that of the call; the body that has to be the same again is the line."""
         if key is None or not op.key:
             return None

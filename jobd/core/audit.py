@@ -32,9 +32,9 @@ from jobd.model.commands import (
     Update,
     is_rehearsal,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import Change
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 from jobd.model.storage import Audited
 
 DEEDS: Final[dict[type, str]] = {
@@ -76,7 +76,7 @@ def entry(call: Call, decision: Decision, at: int) -> Audited | None:
         job_id=_job_of(command),
         queue=changes[0].event.queue if is_one and changes else queue,
         reason=getattr(command, "reason", None),
-        outcome=decision.answer.code if isinstance(decision.answer, Refusal) else "done",
+        outcome=decision.answer.code if isinstance(decision.answer, ApiError) else "done",
         jobs=len({change.event.job_seq for change in changes if change.event.job_seq}),
         details=_details(command, decision),
     )
@@ -85,7 +85,7 @@ def entry(call: Call, decision: Decision, at: int) -> Audited | None:
 def _details(command: AnyCommand, decision: Decision) -> dict[str, Any] | None:
     if isinstance(command, TakeBack):
         return {"worker": command.name}
-    is_done = isinstance(command, OnJob) and isinstance(decision.answer, Answer)
+    is_done = isinstance(command, OnJob) and isinstance(decision.answer, Response)
     return _told(decision.changes) if is_done else None
 
 

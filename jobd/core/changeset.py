@@ -13,10 +13,10 @@ from msgspec.structs import replace
 
 from jobd.core.state import Book
 from jobd.model.commands import Call, Moment
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import Change, Changes, Event, EventType, of_new
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 
 
 class Decision(Struct):
@@ -25,7 +25,7 @@ class Decision(Struct):
     A refusal changes rows only where time itself had to act first (a stuck job). What comes too late leaves notes.
     """
 
-    answer: Answer | Refusal
+    answer: Response | ApiError
     changes: list[Change] = []
     checked: list[int] = []  # seqs of jobs whose rows were validated
     report: bytes | None = None

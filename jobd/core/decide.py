@@ -34,7 +34,6 @@ from jobd.model.commands import (
     Claim,
     Complete,
     Create,
-    CreditAbsence,
     Delete,
     DeleteExpired,
     EndGrants,
@@ -42,6 +41,7 @@ from jobd.model.commands import (
     Expire,
     Export,
     Extend,
+    ExtendAfterPause,
     ExtendLock,
     Fail,
     ForceFail,
@@ -53,7 +53,6 @@ from jobd.model.commands import (
     LateResults,
     List,
     Locks,
-    Mend,
     Moment,
     Note,
     Pause,
@@ -64,6 +63,7 @@ from jobd.model.commands import (
     Recover,
     Release,
     ReleaseLock,
+    RepairJobs,
     Report,
     Resume,
     RunNow,
@@ -80,9 +80,9 @@ from jobd.model.commands import (
     Workers,
     is_rehearsal,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import Policy
-from jobd.model.responses import Answer, Done
+from jobd.model.responses import Done, Response
 
 
 def decide(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
@@ -96,7 +96,7 @@ def decide(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
     return Decision(answer, draft.changes, draft.checked, report)
 
 
-def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
+def _answer(draft: Draft, command: AnyCommand) -> Response | ApiError:
     match command:
         case Claim():
             return claim(draft, command)
@@ -174,15 +174,15 @@ def _answer(draft: Draft, command: AnyCommand) -> Answer | Refusal:
             return maintenance_rules.expire(draft, command)
         case DeleteExpired():
             return maintenance_rules.delete_expired(draft, command)
-        case Mend():
+        case RepairJobs():
             return maintenance_rules.mend(draft, command)
-        case CreditAbsence():
+        case ExtendAfterPause():
             return maintenance_rules.credit_absence(draft, command)
         case EndGrants():
             return maintenance_rules.end_grants(draft, command)
         case EndPauses():
             return maintenance_rules.end_pauses(draft)
         case Tick() | Ping() | Report() | Note():
-            return Answer(Done())
+            return Response(Done())
         case _:
             assert_never(command)

@@ -14,9 +14,9 @@ from jobd.core import transitions
 from jobd.core.changeset import Draft
 from jobd.core.state import Book
 from jobd.model.commands import Adopt, AnyCommand, Complete, Extend, Fail, Progress, Release, Why
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import KEEP_LATE, Job, LateResult, Policy, Result, storage_key_fault
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 from jobd.model.storage import LateAsked
 
 ADOPTABLE: Final = frozenset({"queued", "failed", "cancelled"})
@@ -58,7 +58,7 @@ def is_late(book: Book, command: Complete) -> bool:
     return not book.holds(command.id, command.lock_id)
 
 
-def complete(draft: Draft, command: Complete, refusal: Refusal, body_hash: str) -> Answer | Refusal:
+def complete(draft: Draft, command: Complete, refusal: ApiError, body_hash: str) -> Response | ApiError:
     """A complete that is refused with `lock_lost`: forgotten, kept, or taken all the same, as its queue has it.
 
     Only what was a grant of this job leaves anything, and of each grant the first that it said counts.
@@ -100,10 +100,10 @@ def tell(draft: Draft, job: Job, command: Calls) -> None:
     draft.note_call(job, ended.worker, reason, details)
 
 
-def adopt(draft: Draft, command: Adopt) -> Answer | Refusal:
+def adopt(draft: Draft, command: Adopt) -> Response | ApiError:
     """A late result becomes the job's own, which is completed by it."""
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     if job.status not in ADOPTABLE:
         return transitions.refuse_transition(job, "completed", _advice(job))
@@ -111,7 +111,7 @@ def adopt(draft: Draft, command: Adopt) -> Answer | Refusal:
     if late is None:
         which = "a late result" if command.result is None else f"the late result {command.result}"
         message = f"Job {job.id} does not have {which}. See those that it has: jobctl late {job.id}"
-        return Refusal("late_result_not_found", message, {"job_id": job.id})
+        return ApiError("late_result_not_found", message, {"job_id": job.id})
     refusal = refuse_adoption(late, draft.policy)
     if refusal is not None:
         return refusal
@@ -121,7 +121,7 @@ def adopt(draft: Draft, command: Adopt) -> Answer | Refusal:
     return transitions.job_answer(draft, transitions.complete(draft, job, "adopted", job.ended, late.result, **fields))
 
 
-def refuse_adoption(late: LateResult, policy: Policy) -> Refusal | None:
+def refuse_adoption(late: LateResult, policy: Policy) -> ApiError | None:
     """Why this late result may complete no job as the daemon is set now, whatever the job's status."""
     refusal = transitions.refuse_without_url(policy, late.result.download_url)
     if refusal is None:
@@ -153,7 +153,7 @@ def _is_unclaimed(draft: Draft, job: Job, lock_id: str) -> bool:
     )
 
 
-def _taken(draft: Draft, job: Job, late: LateResult) -> Answer:
+def _taken(draft: Draft, job: Job, late: LateResult) -> Response:
     """As if the holder had still been there: a repeat is answered in the same way."""
     assert job.ended is not None  # that of this grant
     ended = replace(
@@ -168,12 +168,12 @@ def _taken(draft: Draft, job: Job, late: LateResult) -> Answer:
     )
 
 
-def _not_kept(draft: Draft, job: Job, command: Complete, refusal: Refusal) -> Refusal:
+def _not_kept(draft: Draft, job: Job, command: Complete, refusal: ApiError) -> ApiError:
     tell(draft, job, command)
     return refusal
 
 
-def _kept(draft: Draft, job: Job, late: LateResult, refusal: Refusal) -> Refusal | None:
+def _kept(draft: Draft, job: Job, late: LateResult, refusal: ApiError) -> ApiError | None:
     """Keep it, if it is the first of its grant, not too large, and no later grants have left as many as are kept.
 
     A grant whose late result has made room for later ones keeps none again, so a loop of calls adds nothing. None
@@ -196,7 +196,7 @@ def _kept(draft: Draft, job: Job, late: LateResult, refusal: Refusal) -> Refusal
     return _told(draft, job, draft.keep_late(job, late, reason, details), refusal)
 
 
-def _told(draft: Draft, job: Job, late: LateResult, refusal: Refusal) -> Refusal:
+def _told(draft: Draft, job: Job, late: LateResult, refusal: ApiError) -> ApiError:
     kept = f"Its result is kept as late result {late.seq}"
     if job.status == "completed":
         kept += "."

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, KeysView, Mapping
 from itertools import chain
 
-from jobd.model.job import Job, Untouched
+from jobd.model.job import CompactJob, Job
 
 
 class LiveJobs(Mapping[str, Job]):
@@ -17,12 +17,12 @@ class LiveJobs(Mapping[str, Job]):
     __slots__ = ("_short", "_whole")
 
     def __init__(self) -> None:
-        self._short: dict[str, Untouched] = {}
+        self._short: dict[str, CompactJob] = {}
         self._whole: dict[str, Job] = {}
 
     def __getitem__(self, job_id: str) -> Job:
         short = self._short.get(job_id)
-        return self._whole[job_id] if short is None else short.whole()
+        return self._whole[job_id] if short is None else short.expand()
 
     def __contains__(self, job_id: object) -> bool:
         return job_id in self._short or job_id in self._whole
@@ -36,13 +36,13 @@ class LiveJobs(Mapping[str, Job]):
     def find(self, job_id: str) -> Job | None:
         """The job, or None: as `get`, which takes three times as long."""
         short = self._short.get(job_id)
-        return self._whole.get(job_id) if short is None else short.whole()
+        return self._whole.get(job_id) if short is None else short.expand()
 
     def touched(self) -> KeysView[str]:
         """Ids of the jobs that are not kept in short."""
         return self._whole.keys()
 
-    def waits(self, short: Untouched) -> bool:
+    def waits(self, short: CompactJob) -> bool:
         """Whether `short` is what is kept of its job: nothing has happened to it since it came in."""
         return self._short.get(short.id) is short
 
@@ -50,11 +50,11 @@ class LiveJobs(Mapping[str, Job]):
         self._short.pop(job.id, None)
         self._whole[job.id] = job
 
-    def keep_short(self, job: Untouched) -> None:
+    def keep_short(self, job: CompactJob) -> None:
         self._whole.pop(job.id, None)
         self._short[job.id] = job
 
-    def keep_all_short(self, jobs: Iterable[Untouched]) -> None:
+    def keep_all_short(self, jobs: Iterable[CompactJob]) -> None:
         """Only for jobs that are not here yet."""
         self._short.update({job.id: job for job in jobs})
 

@@ -14,25 +14,25 @@ from jobd.core import transitions
 from jobd.core.changeset import Draft
 from jobd.core.validation import counts, safe_fixes, validate
 from jobd.model.commands import (
-    CreditAbsence,
     DeleteExpired,
     EndGrants,
     Expire,
-    Mend,
+    ExtendAfterPause,
     Moment,
     OnJob,
     Preview,
     Recover,
+    RepairJobs,
     TakeBack,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import FINISHED, Job, Lease
-from jobd.model.responses import Answer, Foreseen, Issue, Recovered, Recovery, TakenBack, Worked
+from jobd.model.responses import Foreseen, Issue, Recovered, Recovery, Response, TakenBack, Worked
 
 TAKEN_BACK: Final = 200  # jobs of one take-back command
 
 
-def recover(draft: Draft, command: Recover) -> Answer:
+def recover(draft: Draft, command: Recover) -> Response:
     """Recover stuck jobs by their stall rule and clear expired locks, up to `limit` of each."""
     book, lease = draft.book, draft.at.lease
     details = []
@@ -48,16 +48,16 @@ def recover(draft: Draft, command: Recover) -> Answer:
             _clear_lock(draft, job, job.lease)
             cleared += 1
     more = len(book.stuck) > command.limit or len(book.expired_locks) > command.limit
-    return Answer(Recovered(details, cleared, more))
+    return Response(Recovered(details, cleared, more))
 
 
-def take_back(draft: Draft, command: TakeBack) -> Answer | Refusal:
+def take_back(draft: Draft, command: TakeBack) -> Response | ApiError:
     """End the first expired grants of a silent worker by their stall rule. Live locks do not change."""
     name, presence = command.name, draft.book.presence
     worker = presence.workers.get(name)
     if worker is None:
         message = f"No worker {name} was seen since the start. List the workers: jobctl workers"
-        return Refusal("worker_not_found", message, {"worker": name})
+        return ApiError("worker_not_found", message, {"worker": name})
     if not worker.expired:
         state = presence.state(worker)
         held = (
@@ -67,7 +67,7 @@ def take_back(draft: Draft, command: TakeBack) -> Answer | Refusal:
         )
         why = held if worker.jobs else "it holds no job"
         message = f"Worker {name} is {state}, not silent: {why}. To end a live grant: jobctl force-reset ID"
-        return Refusal("worker_not_silent", message, {"worker": name, "state": state})
+        return ApiError("worker_not_silent", message, {"worker": name, "state": state})
     details = []
     for job_id in islice(worker.expired, TAKEN_BACK):
         job = draft.book.processing[job_id]
@@ -76,7 +76,7 @@ def take_back(draft: Draft, command: TakeBack) -> Answer | Refusal:
         details.append(_recovery(draft, job))
     reset = sum(each.action == "reset" for each in details)
     more = len(worker.expired) > len(details)
-    return Answer(TakenBack(name, len(details), reset, len(details) - reset, details, more, draft.at.now))
+    return Response(TakenBack(name, len(details), reset, len(details) - reset, details, more, draft.at.now))
 
 
 def _recovery(draft: Draft, job: Job) -> Recovery:
@@ -85,21 +85,21 @@ def _recovery(draft: Draft, job: Job) -> Recovery:
     return Recovery(job.id, action, draft.changes[-1].event.reason or "")
 
 
-def recover_one(draft: Draft, command: OnJob) -> Answer | Refusal:
+def recover_one(draft: Draft, command: OnJob) -> Response | ApiError:
     """Recover this job, if it is stuck at this moment."""
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     if transitions.is_stuck(job, draft.at.lease):
         transitions.stall(draft, job, transitions.silence(draft, job))
-        return Answer(Worked(1))
+        return Response(Worked(1))
     return _not_due(job, draft.at)
 
 
-def clean_one(draft: Draft, command: OnJob) -> Answer | Refusal:
+def clean_one(draft: Draft, command: OnJob) -> Response | ApiError:
     """What a pass does to this job at this moment, but for what it mends: recover it, fail it, or delete it."""
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     if transitions.may_expire(job, draft.at):
         transitions.expire(draft, job)
@@ -107,22 +107,22 @@ def clean_one(draft: Draft, command: OnJob) -> Answer | Refusal:
         draft.delete(job)
     else:
         return recover_one(draft, command)
-    return Answer(Worked(1))
+    return Response(Worked(1))
 
 
-def _not_due(job: Job, at: Moment) -> Refusal:
+def _not_due(job: Job, at: Moment) -> ApiError:
     message = transitions.CLOCK_SUSPECT if at.suspect else "It is no longer due for deletion or expiry."
-    return Refusal("invalid_transition", message, {"job_id": job.id, "status": job.status})
+    return ApiError("invalid_transition", message, {"job_id": job.id, "status": job.status})
 
 
-def preview(draft: Draft, command: Preview) -> Answer:
+def preview(draft: Draft, command: Preview) -> Response:
     """What `recover` and `expire` would do now, found out by doing it to a draft that nobody writes."""
     recovered = recover(draft, Recover(limit=command.limit)).data
     overdue, more_overdue = _overdue(draft, command.limit)
     expired = [job.id for job in overdue if transitions.may_expire(job, draft.at)]
     draft.changes.clear()
     more = recovered.more or more_overdue
-    return Answer(Foreseen(recovered.details, recovered.locks_cleared, expired, more))
+    return Response(Foreseen(recovered.details, recovered.locks_cleared, expired, more))
 
 
 def _clear_lock(draft: Draft, job: Job, lease: Lease) -> None:
@@ -131,7 +131,7 @@ def _clear_lock(draft: Draft, job: Job, lease: Lease) -> None:
     draft.step(job, "lock_expired", details=details, lease=replace(lease, cleared=True))
 
 
-def end_grants(draft: Draft, command: EndGrants) -> Answer:
+def end_grants(draft: Draft, command: EndGrants) -> Response:
     """End grants that were made before the store was put back from a backup."""
     done = 0
     for job_id in dict.fromkeys(command.ids):
@@ -140,10 +140,10 @@ def end_grants(draft: Draft, command: EndGrants) -> Answer:
             cause = "The store was put back from a backup, which ends every grant in it."
             transitions.stall(draft, job, cause, rule="restore", why="restored")
             done += 1
-    return Answer(Worked(done))
+    return Response(Worked(done))
 
 
-def credit_absence(draft: Draft, command: CreditAbsence) -> Answer:
+def credit_absence(draft: Draft, command: ExtendAfterPause) -> Response:
     """After a start nothing of a processing job ends within `grace_ms`: its worker needs time to find the daemon."""
     until = draft.at.lease + command.grace_ms
     since = draft.at.lease if command.since is None else command.since
@@ -156,7 +156,7 @@ def credit_absence(draft: Draft, command: CreditAbsence) -> Answer:
         if lease != job.lease:
             draft.step(job, "resumed", details={"grace_ms": command.grace_ms}, lease=lease)
             done += 1
-    return Answer(Worked(done))
+    return Response(Worked(done))
 
 
 def _credited(lease: Lease, since: int, until: int) -> Lease:
@@ -166,13 +166,13 @@ def _credited(lease: Lease, since: int, until: int) -> Lease:
     return replace(lease, expires=expires, silent=max(lease.silent, until), ceiling=ceiling)
 
 
-def expire(draft: Draft, command: Expire) -> Answer:
+def expire(draft: Draft, command: Expire) -> Response:
     """Fail queued jobs that their creators no longer want."""
     overdue, more = _overdue(draft, command.limit)
     late = [job for job in overdue if transitions.may_expire(job, draft.at)]
     for job in late:
         transitions.expire(draft, job)
-    return Answer(Worked(len(late), more=more))
+    return Response(Worked(len(late), more=more))
 
 
 def _overdue(draft: Draft, limit: int) -> tuple[list[Job], bool]:
@@ -181,7 +181,7 @@ def _overdue(draft: Draft, limit: int) -> tuple[list[Job], bool]:
     return [draft.book.jobs[job_id] for job_id in found[:limit]], len(found) > limit
 
 
-def delete_expired(draft: Draft, command: DeleteExpired) -> Answer:
+def delete_expired(draft: Draft, command: DeleteExpired) -> Response:
     """Delete those of the named jobs that are finished and past their `expires_at` now."""
     done = 0
     for job_id in dict.fromkeys(command.ids):
@@ -190,7 +190,7 @@ def delete_expired(draft: Draft, command: DeleteExpired) -> Answer:
             continue
         draft.delete(job)
         done += 1
-    return Answer(Worked(done))
+    return Response(Worked(done))
 
 
 def _is_past(job: Job, at: Moment) -> bool:
@@ -198,7 +198,7 @@ def _is_past(job: Job, at: Moment) -> bool:
     return not at.suspect and job.status in FINISHED and job.expires_at is not None and job.expires_at <= at.now
 
 
-def end_pauses(draft: Draft) -> Answer:
+def end_pauses(draft: Draft) -> Response:
     """Resume the queues whose pause is over, by the trusted wall time."""
     over = [
         name
@@ -207,10 +207,10 @@ def end_pauses(draft: Draft) -> Answer:
     ]
     for name in over:
         draft.queue(name, "queue_resumed", "The pause ended at its set time.")
-    return Answer(Worked(len(over)))
+    return Response(Worked(len(over)))
 
 
-def mend(draft: Draft, command: Mend) -> Answer:
+def mend(draft: Draft, command: RepairJobs) -> Response:
     """Validate the named jobs and apply the safe fixes; what has none is reported, and looked at again each time."""
     found: list[tuple[str, Issue]] = []
     fixed = 0
@@ -226,7 +226,7 @@ def mend(draft: Draft, command: Mend) -> Answer:
             fixed += len(issues) - len(left)
         if not left:
             draft.checked.append(job.seq)
-    return Answer(Worked(fixed, found=len(found), issues=found))
+    return Response(Worked(fixed, found=len(found), issues=found))
 
 
 def _mend(draft: Draft, job: Job) -> Job:

@@ -25,15 +25,15 @@ from jobd.model.commands import (
     Update,
     Updates,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import QueuePause
 from jobd.model.job import FINISHED, LIVE, MAX_PERCENT, TRANSITIONS, Failure, Grant, Job, Lease, Result, Status
-from jobd.model.responses import AdminLock, Answer, Forced, Imported, ImportForeseen, LockState
+from jobd.model.responses import AdminLock, Forced, Imported, ImportForeseen, LockState, Response
 
 
-def force_fail(draft: Draft, command: ForceFail) -> Answer | Refusal:
+def force_fail(draft: Draft, command: ForceFail) -> Response | ApiError:
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     if job.status not in LIVE:
         return transitions.refuse_transition(job, "failed", "Only a queued or processing job can be failed.")
@@ -44,9 +44,9 @@ def force_fail(draft: Draft, command: ForceFail) -> Answer | Refusal:
     return _forced(draft, job, after, reason)
 
 
-def force_reset(draft: Draft, command: ForceReset) -> Answer | Refusal:
+def force_reset(draft: Draft, command: ForceReset) -> Response | ApiError:
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     job = transitions.met(draft, job)
     if job.status in ("queued", "completed"):
@@ -63,10 +63,10 @@ def _wanted_again(draft: Draft, job: Job) -> dict[str, Any]:
     return {"expires_at": None} if job.expires_at is not None and job.expires_at <= draft.at.now else {}
 
 
-def transition(draft: Draft, command: Transition) -> Answer | Refusal:
+def transition(draft: Draft, command: Transition) -> Response | ApiError:
     """Compare-and-set: only a job that is still `from_` moves."""
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     job = transitions.met(draft, job)
     if job.status != command.from_:
@@ -132,9 +132,9 @@ def _rescheduled(
     return fields
 
 
-def run_now(draft: Draft, command: RunNow) -> Answer | Refusal:
+def run_now(draft: Draft, command: RunNow) -> Response | ApiError:
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     job = transitions.met(draft, job)
     if job.status != "queued":
@@ -145,9 +145,9 @@ def run_now(draft: Draft, command: RunNow) -> Answer | Refusal:
     return transitions.job_answer(draft, job)
 
 
-def update(draft: Draft, command: Update) -> Answer | Refusal:
+def update(draft: Draft, command: Update) -> Response | ApiError:
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     job = transitions.met(draft, job)
     if job.status == "completed":
@@ -160,9 +160,9 @@ def update(draft: Draft, command: Update) -> Answer | Refusal:
     return transitions.job_answer(draft, job)
 
 
-def delete(draft: Draft, command: Delete) -> Answer | Refusal:
+def delete(draft: Draft, command: Delete) -> Response | ApiError:
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     if job.status not in FINISHED:
         return transitions.refuse_transition(job, "deleted", "Only a finished job can be deleted: cancel it first.")
@@ -171,7 +171,7 @@ def delete(draft: Draft, command: Delete) -> Answer | Refusal:
     return answer
 
 
-def pause(draft: Draft, command: Pause) -> Answer | Refusal:
+def pause(draft: Draft, command: Pause) -> Response | ApiError:
     """Pause a queue. A second pause with another reason or end replaces both and keeps the start of the first one."""
     now, known = draft.at.now, draft.book.paused.get(command.name)
     if command.until is not None and command.until <= draft.at.believed:
@@ -182,22 +182,22 @@ def pause(draft: Draft, command: Pause) -> Answer | Refusal:
         return transitions.invalid("until", message)
     asked = command.reason, command.until
     if known is not None and asked in ((None, None), (known.reason, known.until)):
-        return Answer(views.paused_view(command.name, known))
+        return Response(views.paused_view(command.name, known))
     pause = QueuePause(now if known is None else known.at, draft.call.by, *asked)
     draft.queue(command.name, "queue_paused", pause.reason, {"since": pause.at, "until": pause.until})
-    return Answer(views.paused_view(command.name, pause))
+    return Response(views.paused_view(command.name, pause))
 
 
-def resume(draft: Draft, command: Resume) -> Answer:
+def resume(draft: Draft, command: Resume) -> Response:
     if command.name in draft.book.paused:
         draft.queue(command.name, "queue_resumed", command.reason)
-    return Answer(views.paused_view(command.name, None))
+    return Response(views.paused_view(command.name, None))
 
 
-def import_job(draft: Draft, command: Import) -> Answer | Refusal:
+def import_job(draft: Draft, command: Import) -> Response | ApiError:
     """A job from elsewhere, as it was. An id that exists is skipped, so that an import can be repeated."""
     if draft.book.get(command.id) is not None or command.id in draft.book.quarantined:
-        return Answer(Imported(command.id, skipped=True))
+        return Response(Imported(command.id, skipped=True))
     if command.status in LIVE and draft.book.totals["queued"] + len(draft.book.processing) >= draft.policy.live_jobs:
         return transitions.too_many_jobs(draft)
     if (refusal := transitions.refuse_queue(draft, command.queue)) is not None:
@@ -205,27 +205,27 @@ def import_job(draft: Draft, command: Import) -> Answer | Refusal:
     job = draft.create(_imported(draft, command), "imported", bytes(command.payload), "")
     if job.status == "processing":
         transitions.stall(draft, job, "The job was processing when it was imported; its worker is unknown here.")
-    return Answer(Imported(command.id, skipped=False), status=201)
+    return Response(Imported(command.id, skipped=False), status=201)
 
 
-def check_import(draft: Draft, command: ImportCheck) -> Answer | Refusal:
+def check_import(draft: Draft, command: ImportCheck) -> Response | ApiError:
     """What `import_job` would do, by doing it in a draft of its own, which is thrown away."""
     live = draft.book.totals["queued"] + len(draft.book.processing)
     room = max(draft.policy.live_jobs - live, 0)
     if command.id in draft.book.quarantined:
         reason = "A job with this id is there; its row is damaged."
-        return Answer(ImportForeseen(command.id, "skip", None, reason, room))
+        return Response(ImportForeseen(command.id, "skip", None, reason, room))
     there = draft.book.get(command.id)
     if there is not None:
         reason = f"A job with this id exists: it is {there.status}."
-        return Answer(ImportForeseen(command.id, "skip", there.status, reason, room))
+        return Response(ImportForeseen(command.id, "skip", there.status, reason, room))
     trial = Draft(draft.book, draft.call, draft.at, draft.policy)
     answer = import_job(trial, command)
-    if isinstance(answer, Refusal):
+    if isinstance(answer, ApiError):
         return answer
     last = trial.changes[-1]
     assert last.after is not None
-    return Answer(ImportForeseen(command.id, "create", last.after.status, last.event.reason, room))
+    return Response(ImportForeseen(command.id, "create", last.after.status, last.event.reason, room))
 
 
 def _imported(draft: Draft, command: Import) -> Job:
@@ -284,9 +284,9 @@ def _held_elsewhere(draft: Draft, job: Job, worker: str) -> Job:
     return replace(job, grant=made, lease=Lease(lease, lease, None), started_at=min(started, now), attempt=attempt)
 
 
-def lock_answer(draft: Draft, job: Job, state: LockState | None) -> Answer:
+def lock_answer(draft: Draft, job: Job, state: LockState | None) -> Response:
     """The lock after extend-lock or release-lock, in the names that existing dashboards expect."""
-    return Answer(
+    return Response(
         AdminLock(
             job_id=job.id,
             status=job.status,
@@ -299,5 +299,5 @@ def lock_answer(draft: Draft, job: Job, state: LockState | None) -> Answer:
     )
 
 
-def _forced(draft: Draft, before: Job, after: Job, reason: str | None) -> Answer:
-    return Answer(Forced(before.id, before.status, after.status, reason, draft.at.now))
+def _forced(draft: Draft, before: Job, after: Job, reason: str | None) -> Response:
+    return Response(Forced(before.id, before.status, after.status, reason, draft.at.now))

@@ -21,41 +21,41 @@ from jobd.model.commands import (
     OnJob,
     PlanAction,
 )
-from jobd.model.errors import Refusal
-from jobd.model.responses import Answer, ChangedJob, PlanSlice
+from jobd.model.errors import ApiError
+from jobd.model.responses import ChangedJob, PlanSlice, Response
 
-Rules = Mapping[PlanAction, Callable[[Draft, Any], Answer | Refusal]]
+Rules = Mapping[PlanAction, Callable[[Draft, Any], Response | ApiError]]
 
 
-def apply(draft: Draft, command: ApplyPlan, rules: Rules) -> Answer:
+def apply(draft: Draft, command: ApplyPlan, rules: Rules) -> Response:
     done = PlanSlice(0, [], [])
     for expected in command.jobs:
         _one(draft, command, rules, expected, done)
-    return Answer(done)
+    return Response(done)
 
 
-def moved(draft: Draft, command: AnyCommand, expected: str) -> Refusal | None:
+def moved(draft: Draft, command: AnyCommand, expected: str) -> ApiError | None:
     """Why `command` is not done: its job is not the one any more that who asks has seen."""
     assert isinstance(command, OnJob)
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     if planning.version(job, draft.book.latest_late(job.seq)) == expected:
         return None
     message = f"The job has moved since you looked: it is {job.status} now. Nothing was done."
-    return Refusal("invalid_transition", message, {"job_id": job.id, "status": job.status})
+    return ApiError("invalid_transition", message, {"job_id": job.id, "status": job.status})
 
 
 def _one(draft: Draft, command: ApplyPlan, rules: Rules, expected: Expected, done: PlanSlice) -> None:
     job = transitions.find(draft, expected.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         done.changed.append(ChangedJob(expected.id, "", None, job.message))
     elif planning.version(job, draft.book.latest_late(job.seq), command.action) != expected.version:
         what = "It has changed since the plan was made."
         done.changed.append(ChangedJob(job.id, "", job.status, what))
     else:
         answer = rules[command.action](draft, _asked(command, job.id))
-        if isinstance(answer, Refusal):
+        if isinstance(answer, ApiError):
             done.refused.append(ChangedJob(job.id, "", job.status, answer.message))
         else:
             done.applied += 1

@@ -26,15 +26,15 @@ from jobd.model.commands import (
     Why,
     Workers,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import FINISHED
 from jobd.model.responses import (
-    Answer,
     AuditPage,
     ExportPage,
+    HistoryRead,
     JobPage,
     LateResultList,
-    Look,
+    Response,
     TimelineView,
     ValidateJobView,
     VersionedJob,
@@ -44,31 +44,31 @@ OfJob = Get | GetVersion | Timeline | Why | Validate | LateResults
 Reading = OfJob | List | Queues | Workers | Stats | Locks | Export | AuditLog
 
 
-def answer(draft: Draft, command: Reading) -> Answer | Refusal:
+def answer(draft: Draft, command: Reading) -> Response | ApiError:
     match command:
         case Get() | GetVersion() | Timeline() | Why() | Validate() | LateResults():
             return _of_job(draft, command)
         case List():
-            return Answer(JobPage([], None), look=Look(page=command))
+            return Response(JobPage([], None), read=HistoryRead(page=command))
         case Export():
-            return Answer(ExportPage([], None), look=Look(export=command))
+            return Response(ExportPage([], None), read=HistoryRead(export=command))
         case AuditLog():
-            return Answer(AuditPage([], None), look=Look(audit=command))
+            return Response(AuditPage([], None), read=HistoryRead(audit=command))
         case Queues():
-            return Answer(views.queues(draft.book, command))
+            return Response(views.queues(draft.book, command))
         case Workers():
-            return Answer(views.workers(draft.book, draft.at, command))
+            return Response(views.workers(draft.book, draft.at, command))
         case Stats():
-            return Answer(views.stats(draft.book, draft.book.figures, draft.at))
+            return Response(views.stats(draft.book, draft.book.figures, draft.at))
         case Locks():
-            return Answer(views.locks(draft.book, draft.at, command, admin=draft.call.admin))
+            return Response(views.locks(draft.book, draft.at, command, admin=draft.call.admin))
         case _:
             assert_never(command)
 
 
-def _of_job(draft: Draft, command: OfJob) -> Answer | Refusal:
+def _of_job(draft: Draft, command: OfJob) -> Response | ApiError:
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     match command:
         case Get():
@@ -78,16 +78,16 @@ def _of_job(draft: Draft, command: OfJob) -> Answer | Refusal:
             shown.data = VersionedJob(shown.data, planning.version(job, draft.book.latest_late(job.seq)))
             return shown
         case Timeline():
-            return Answer(TimelineView([]), look=Look(timeline=job.seq, events=command.limit))
+            return Response(TimelineView([]), read=HistoryRead(timeline=job.seq, events=command.limit))
         case LateResults():
-            return Answer(LateResultList([]), look=Look(late=job.seq))
+            return Response(LateResultList([]), read=HistoryRead(late=job.seq))
         case Why():
-            ended = Look(ended=job) if job.status in FINISHED else None
-            return Answer(explain(job, draft.book, draft.at, draft.policy), look=ended)
+            ended = HistoryRead(ended=job) if job.status in FINISHED else None
+            return Response(explain(job, draft.book, draft.at, draft.policy), read=ended)
         case Validate():
             found = validate(job, draft.at, draft.policy)
             if not draft.call.admin:
-                return Answer(found)
+                return Response(found)
             shown = transitions.job_answer(draft, job)
             shown.data = ValidateJobView(job.id, shown.data, found, draft.at.now)
             return shown

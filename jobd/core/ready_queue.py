@@ -13,7 +13,7 @@ from itertools import chain, islice, takewhile
 from operator import attrgetter, itemgetter
 from typing import Final, Generic, TypeVar
 
-from jobd.model.job import Job, Untouched
+from jobd.model.job import CompactJob, Job
 
 Entry = TypeVar("Entry", bound=tuple[object, ...])
 Item = TypeVar("Item", "DueEntry", "TimeEntry", str)
@@ -30,7 +30,7 @@ _LONG_AGO: Final = -1
 _GONE_AT_ONCE: Final = 4096  # jobs that have left the front of a line, at most, before their places are dropped
 
 _run_at: Callable[[DueEntry], int] = itemgetter(1)
-_created_at: Callable[[Untouched], int] = attrgetter("created_at")
+_created_at: Callable[[CompactJob], int] = attrgetter("created_at")
 _expires_at: Callable[[DueEntry], int] = itemgetter(4)
 
 
@@ -43,7 +43,7 @@ def entry_of(job: Job) -> DueEntry:
     return (job.options.priority, job.run_at, job.seq, job.id, NEVER if job.expires_at is None else job.expires_at)
 
 
-def short_entry(job: Untouched) -> DueEntry:
+def short_entry(job: CompactJob) -> DueEntry:
     """The place of an untouched job: due since its creation."""
     return (job.options.priority, job.created_at, job.seq, job.id, NEVER)
 
@@ -244,29 +244,29 @@ class Line:
     __slots__ = ("_first", "_jobs")
 
     def __init__(self) -> None:
-        self._jobs: list[Untouched] = []
+        self._jobs: list[CompactJob] = []
         self._first = 0
 
     def __len__(self) -> int:
         return len(self._jobs) - self._first
 
-    def __iter__(self) -> Iterator[Untouched]:
+    def __iter__(self) -> Iterator[CompactJob]:
         return self._from(self._first)
 
-    def takes(self, job: Untouched) -> bool:
+    def takes(self, job: CompactJob) -> bool:
         """Whether `job` comes after all that are in line."""
         if not self:
             return True
         last = self._jobs[-1]
         return last.created_at <= job.created_at and last.seq < job.seq
 
-    def append(self, job: Untouched) -> None:
+    def append(self, job: CompactJob) -> None:
         self._jobs.append(job)
 
-    def extend(self, jobs: Iterable[Untouched]) -> None:
+    def extend(self, jobs: Iterable[CompactJob]) -> None:
         self._jobs.extend(jobs)
 
-    def first(self, waits: Callable[[Untouched], bool]) -> Untouched | None:
+    def first(self, waits: Callable[[CompactJob], bool]) -> CompactJob | None:
         """The first that still waits; those before it are dropped."""
         jobs, first = self._jobs, self._first
         while first < len(jobs):
@@ -283,19 +283,19 @@ class Line:
         """Return whether all jobs in line were created at or before `now`."""
         return not self or self._jobs[-1].created_at <= now
 
-    def next_created_at(self, now: int, waits: Callable[[Untouched], bool]) -> int | None:
+    def next_created_at(self, now: int, waits: Callable[[CompactJob], bool]) -> int | None:
         """Return the first `created_at` after `now` of a job that still waits."""
         if self.ends_by(now):
             return None
         ahead = self._from(bisect_right(self._jobs, now, self._first, key=_created_at))
         return next((job.created_at for job in ahead if waits(job)), None)
 
-    def trim(self, live: int, waits: Callable[[Untouched], bool]) -> None:
+    def trim(self, live: int, waits: Callable[[CompactJob], bool]) -> None:
         """Drop those that are gone where they outnumber the `live` ones."""
         if len(self) > 2 * live + SLACK:
             self._jobs, self._first = list(filter(waits, self)), 0
 
-    def _from(self, place: int) -> Iterator[Untouched]:
+    def _from(self, place: int) -> Iterator[CompactJob]:
         return map(self._jobs.__getitem__, range(place, len(self._jobs)))
 
 
@@ -308,7 +308,7 @@ class Lane:
 
     __slots__ = ("due_at", "line", "live", "name", "others", "waits", "wakes_at")
 
-    def __init__(self, name: LaneName, waits: Callable[[Untouched], bool]) -> None:
+    def __init__(self, name: LaneName, waits: Callable[[CompactJob], bool]) -> None:
         self.name = name
         self.line = Line()
         self.others = LaneEntries()
@@ -327,7 +327,7 @@ class Lane:
 
     def eligible(self, now: int) -> Iterator[DueEntry]:
         """Iterate over jobs that are due and not overdue, in order. Nothing may change meanwhile."""
-        in_line: Iterator[Untouched] = filter(self.waits, self.line)
+        in_line: Iterator[CompactJob] = filter(self.waits, self.line)
         if not self.line.ends_by(now):
             in_line = takewhile(lambda job: job.created_at <= now, in_line)
         entries = map(short_entry, in_line)
@@ -349,7 +349,7 @@ class QueuedJobs:
 
     __slots__ = ("_count", "_name", "_waits", "heads", "lanes")
 
-    def __init__(self, name: str, waits: Callable[[Untouched], bool]) -> None:
+    def __init__(self, name: str, waits: Callable[[CompactJob], bool]) -> None:
         self.lanes: dict[str, dict[int, Lane]] = {}  # kind -> priority -> lane
         self.heads: LazyHeap[tuple[int, int, int, str, str]] = LazyHeap()  # a due entry and its kind
         self._count = 0  # of lanes
@@ -365,7 +365,7 @@ class QueuedJobs:
             self.offer(lane, now)
         return lane
 
-    def join(self, job: Untouched, now: int) -> Lane:
+    def join(self, job: CompactJob, now: int) -> Lane:
         """Add an untouched job."""
         kind = job.options.kind
         lane = self._lane(kind, job.options.priority, now)
@@ -377,7 +377,7 @@ class QueuedJobs:
             self.offer(lane, now)
         return lane
 
-    def join_all(self, kind: str, priority: int, jobs: Iterable[Untouched], now: int) -> Lane:
+    def join_all(self, kind: str, priority: int, jobs: Iterable[CompactJob], now: int) -> Lane:
         """Add the first jobs of a lane, all at once, in any order."""
         lane = self._lane(kind, priority, now)
         assert not lane.live, "only the first jobs of a lane come all at once"
@@ -416,7 +416,7 @@ class QueuedJobs:
             if (next_entry := next(following, None)) is not None:
                 heapq.heappush(frontier, (next_entry, following))
 
-    def in_line(self, kinds: Iterable[str] | None, now: int) -> Iterator[Untouched] | None:
+    def in_line(self, kinds: Iterable[str] | None, now: int) -> Iterator[CompactJob] | None:
         """Return the due jobs in order if all of them are in one line; None if orders have to be merged."""
         only = self._only_lane() if kinds is None else None
         if only is None or only.others or not only.line.ends_by(now):

@@ -26,11 +26,11 @@ from jobd.model.job import (
     LOOP_FROM,
     STATUSES,
     TOKEN_COUNTER_BITS,
+    CompactJob,
     Job,
     Options,
-    Untouched,
+    compact,
     is_release_loop,
-    untouched,
 )
 from jobd.model.storage import LateKnown, Numbers, Opened, QueueRow
 
@@ -129,7 +129,7 @@ class Book:
             self._queued[queue] for queue in dict.fromkeys(queues) if queue in self._queued and queue not in self.paused
         ]
         if len(named) == 1 and (line := named[0].in_line(kinds, now)) is not None:
-            return map(Untouched.whole, line)  # as nearly every claim finds its jobs
+            return map(CompactJob.expand, line)  # as nearly every claim finds its jobs
         orders = [queued.eligible(kinds, now) for queued in named]
         entries = orders[0] if len(orders) == 1 else merge(*orders)
         return (self.jobs[entry[3]] for entry in entries)
@@ -375,7 +375,7 @@ class Book:
         if job.status not in LIVE:
             self.loaded(job)
             return
-        short = untouched(job) if before is None and job.status == "queued" else None
+        short = compact(job) if before is None and job.status == "queued" else None
         if job.releases >= LOOP_FROM and is_release_loop(job):
             self.release_loops[job.id] = job.releases
         if short is None:
@@ -388,10 +388,10 @@ class Book:
             self.started_sum += job.started_at or job.created_at
             self._hold(before, job)
 
-    def _enter_all(self, jobs: Iterable[Untouched]) -> None:
+    def _enter_all(self, jobs: Iterable[CompactJob]) -> None:
         """What swapping each in would do to an empty book, at a quarter of the cost."""
-        groups: defaultdict[int, list[Untouched]] = defaultdict(list)
-        lanes: defaultdict[tuple[str, str, int], list[Untouched]] = defaultdict(list)
+        groups: defaultdict[int, list[CompactJob]] = defaultdict(list)
+        lanes: defaultdict[tuple[str, str, int], list[CompactJob]] = defaultdict(list)
         for job in jobs:
             groups[id(job.options)].append(job)  # by identity: comparing the values takes longer
         for group in groups.values():
@@ -405,7 +405,7 @@ class Book:
             self._became_due(lane)
             self._wake_at(lane, lane.next_run_at(self._now))  # the clock may have been set back
 
-    def _enter_queue(self, job: Job, short: Untouched | None) -> None:
+    def _enter_queue(self, job: Job, short: CompactJob | None) -> None:
         options, now = job.options, self._now
         queued = self._queued_of(options.queue)
         lane = queued.add(options.kind, entry_of(job), now) if short is None else queued.join(short, now)

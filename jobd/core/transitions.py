@@ -13,26 +13,26 @@ from msgspec.structs import replace
 from jobd.core import views
 from jobd.core.changeset import Draft
 from jobd.model.commands import Claim, Complete, Create, Import, Moment, Start
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import EventType
 from jobd.model.job import (
     MAX_PERCENT,
     MINUTE_MS,
     SECOND_MS,
     TRANSITIONS,
-    Ended,
     Failure,
     Grant,
     Job,
     Lease,
     Options,
     Policy,
+    PreviousGrant,
     Result,
+    default_if_none,
     runs_again,
-    settled,
     storage_key_fault,
 )
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 
 STALLED: Final = "stalled"
 EXPIRED: Final = "expired"
@@ -42,43 +42,43 @@ CLOCK_SUSPECT: Final = (
 )
 
 
-def find(draft: Draft, job_id: str) -> Job | Refusal:
+def find(draft: Draft, job_id: str) -> Job | ApiError:
     """The job of this id, or why it cannot be had."""
     reason = draft.book.quarantined.get(job_id)
     if reason is not None:
         message = f"Job {job_id} is in quarantine: {reason}. An operator mends it: jobd doctor names it and its mend."
-        return Refusal("job_quarantined", message, {"job_id": job_id, "reason": reason})
+        return ApiError("job_quarantined", message, {"job_id": job_id, "reason": reason})
     job = draft.book.get(job_id)
     if job is None:
         message = (
             f"There is no job {job_id}: it was never created, or deleted after its time. "
             "Look for it in the list of jobs (GET /v1/jobs, `jobctl jobs`)."
         )
-        return Refusal("job_not_found", message, {"job_id": job_id})
+        return ApiError("job_not_found", message, {"job_id": job_id})
     return job
 
 
-def refuse_transition(job: Job, to: str, what: str) -> Refusal:
+def refuse_transition(job: Job, to: str, what: str) -> ApiError:
     """Not a pair of the table: `what` says what may be done instead, `allowed` where an operator may move the job."""
     allowed = sorted(status for source, status in TRANSITIONS if source == job.status and status != "processing")
     details = {"status": job.status, "to": to, "allowed": allowed}
-    return Refusal("invalid_transition", f"Job {job.id} is {job.status}. {what}", details)
+    return ApiError("invalid_transition", f"Job {job.id} is {job.status}. {what}", details)
 
 
-def job_answer(draft: Draft, job: Job, *, repeated: bool | UnsetType = UNSET) -> Answer:
+def job_answer(draft: Draft, job: Job, *, repeated: bool | UnsetType = UNSET) -> Response:
     """The job as it is now; the actor reads its payload before the answer leaves."""
     view = views.job_view(job, draft.at, draft.policy, admin=draft.call.admin)
     view.repeated = repeated
-    return Answer(view, shows=[(job.seq, view)])
+    return Response(view, unread_payloads=[(job.seq, view)])
 
 
-def too_many_jobs(draft: Draft) -> Refusal:
+def too_many_jobs(draft: Draft) -> ApiError:
     limit = draft.policy.live_jobs
     message = f"There are {limit} unfinished jobs (limits.live_jobs). Wait until some are finished, or raise the limit."
-    return Refusal("too_many_jobs", message, {"limit": limit})
+    return ApiError("too_many_jobs", message, {"limit": limit})
 
 
-def refuse_queue(draft: Draft, queue: str) -> Refusal | None:
+def refuse_queue(draft: Draft, queue: str) -> ApiError | None:
     """Return an error if `queue` may not get its first job. Queues that exist above a lowered limit still get jobs."""
     limit, known = draft.policy.queues, draft.book.counts
     if queue in known or len(known) + len(draft.changes) < limit:
@@ -91,27 +91,27 @@ def refuse_queue(draft: Draft, queue: str) -> Refusal | None:
         "Use a queue that has jobs, raise the limit, or wait until a queue has none. Finished jobs count too, until "
         "they are deleted."
     )
-    return Refusal("too_many_queues", message, {"queue": queue, "limit": limit})
+    return ApiError("too_many_queues", message, {"queue": queue, "limit": limit})
 
 
-def invalid(field: str, message: str) -> Refusal:
-    return Refusal("invalid_request", message, {"field": f"$.{field}"})
+def invalid(field: str, message: str) -> ApiError:
+    return ApiError("invalid_request", message, {"field": f"$.{field}"})
 
 
-def refuse_expiry(draft: Draft, expires_at: int | None) -> Refusal | None:
+def refuse_expiry(draft: Draft, expires_at: int | None) -> ApiError | None:
     if expires_at is not None and expires_at <= draft.at.believed:
         return invalid("expires_at", f"expires_at {expires_at} is not in the future; it is Unix milliseconds.")
     return None
 
 
-def refuse_result(draft: Draft, command: Complete) -> Refusal | None:
+def refuse_result(draft: Draft, command: Complete) -> ApiError | None:
     """Why what `command` brings may not complete a job."""
     if command.storage_key is not None and (fault := storage_key_fault(command.storage_key)) is not None:
         return invalid("storage_key", f"storage_key {fault}.")
     return refuse_expiry(draft, command.expires_at) or refuse_without_url(draft.policy, command.download_url)
 
 
-def refuse_without_url(policy: Policy, download_url: str | None, field: str = "download_url") -> Refusal | None:
+def refuse_without_url(policy: Policy, download_url: str | None, field: str = "download_url") -> ApiError | None:
     """Why a job may not be completed with what has this address, or none."""
     if policy.require_download_url and not download_url:
         return invalid(field, "download_url is missing; [validation] require_download_url asks for it.")
@@ -155,9 +155,11 @@ def grant(draft: Draft, job: Job, asked: Start | Claim) -> Job:
         worker=worker,
         acquired_at=draft.at.now,
         ttl_ms=asked.lock_ttl_ms or policy.lock_ttl_ms,
-        stuck_after_ms=settled(asked.stuck_after_ms, settled(options.stuck_after_ms, policy.stuck_after_ms)),
-        max_processing_ms=settled(
-            options.max_processing_ms, settled(asked.max_processing_ms, policy.max_processing_ms)
+        stuck_after_ms=default_if_none(
+            asked.stuck_after_ms, default_if_none(options.stuck_after_ms, policy.stuck_after_ms)
+        ),
+        max_processing_ms=default_if_none(
+            options.max_processing_ms, default_if_none(asked.max_processing_ms, policy.max_processing_ms)
         ),
     )
     ceiling = lease + made.max_processing_ms if made.max_processing_ms else None
@@ -193,7 +195,7 @@ def requeue(
     draft: Draft,
     job: Job,
     event_type: EventType,
-    ended: Ended | None,
+    ended: PreviousGrant | None,
     *,
     reason: str | None = None,
     by: str | None = None,
@@ -214,7 +216,7 @@ def finish(
     job: Job,
     event_type: EventType,
     status: str,
-    ended: Ended | None,
+    ended: PreviousGrant | None,
     *,
     reason: str | None = None,
     by: str | None = None,
@@ -232,7 +234,9 @@ def finish(
     return draft.step(job, event_type, by=by, reason=reason, **fields)
 
 
-def complete(draft: Draft, job: Job, event_type: EventType, ended: Ended | None, result: Result, **fields: Any) -> Job:
+def complete(
+    draft: Draft, job: Job, event_type: EventType, ended: PreviousGrant | None, result: Result, **fields: Any
+) -> Job:
     """To `completed`, which is final: progress 100, no error."""
     fields["progress"], fields["result"], fields["error"] = MAX_PERCENT, kept_result(result), None
     return finish(draft, job, event_type, "completed", ended, **fields)
@@ -255,11 +259,13 @@ def kept_result(result: Result) -> Result | None:
 
 def ended_by(
     job: Job, now: int, rule: str, reason: str, verb: str | None = None, body_hash: str | None = None
-) -> Ended | None:
+) -> PreviousGrant | None:
     """The record of the current grant's end; the one before stays where the job has no grant."""
     if job.grant is None:
         return job.ended
-    return Ended(job.grant.lock_id, job.grant.fencing_token, job.grant.worker, now, rule, reason, verb, body_hash)
+    return PreviousGrant(
+        job.grant.lock_id, job.grant.fencing_token, job.grant.worker, now, rule, reason, verb, body_hash
+    )
 
 
 def given_back(job: Job) -> int:
@@ -347,7 +353,7 @@ def in_words(ms: int) -> str:
     return f"{hours} h {minutes} min" if minutes else f"{hours} h"
 
 
-def _end_grant(fields: dict[str, Any], job: Job, ended: Ended | None) -> None:
+def _end_grant(fields: dict[str, Any], job: Job, ended: PreviousGrant | None) -> None:
     if job.grant is not None or job.lease is not None:
         fields["grant"] = fields["lease"] = None
     if ended != job.ended:

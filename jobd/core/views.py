@@ -18,9 +18,9 @@ from jobd.core.state import Book
 from jobd.core.stats import Figures
 from jobd.core.worker_presence import WorkerPresence, WorkerSeen
 from jobd.model.commands import Import, Locks, Moment, Queues, Workers, WorkerState
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import QueuePause
-from jobd.model.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, settled
+from jobd.model.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, default_if_none
 from jobd.model.responses import (
     GrantView,
     JobView,
@@ -78,8 +78,8 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
         job.stalls,
         options.max_stalls,
         options.on_stall,
-        grant.stuck_after_ms if grant else settled(options.stuck_after_ms, policy.stuck_after_ms),
-        grant.max_processing_ms if grant else settled(options.max_processing_ms, policy.max_processing_ms),
+        grant.stuck_after_ms if grant else default_if_none(options.stuck_after_ms, policy.stuck_after_ms),
+        grant.max_processing_ms if grant else default_if_none(options.max_processing_ms, policy.max_processing_ms),
         job.created_at,
         job.updated_at,
         job.run_at,
@@ -133,7 +133,7 @@ def moved(job: Job, payload: Raw) -> Import:
     )
 
 
-def late_view(late: LateResult, refusal: Refusal | None = None) -> LateResultView:
+def late_view(late: LateResult, refusal: ApiError | None = None) -> LateResultView:
     """`refusal` is that of its adoption, None where nothing of the result is against it."""
     result = late.result
     return LateResultView(

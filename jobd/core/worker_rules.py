@@ -31,50 +31,50 @@ from jobd.model.commands import (
     Start,
     Undelivered,
 )
-from jobd.model.errors import Refusal
-from jobd.model.job import DELAYED_FROM, Backoff, Ended, Failure, Job, Result, release_delay_ms
-from jobd.model.responses import Answer, Grants, JobList, JobView
+from jobd.model.errors import ApiError
+from jobd.model.job import DELAYED_FROM, Backoff, Failure, Job, PreviousGrant, Result, release_delay_ms
+from jobd.model.responses import Grants, JobList, JobView, Response
 
 # -- create -----------------------------------------------------------------------------------------------------------
 
 
-def create(draft: Draft, command: Create) -> Answer | Refusal:
+def create(draft: Draft, command: Create) -> Response | ApiError:
     made = _create(draft, command)
-    if isinstance(made, Refusal):
+    if isinstance(made, ApiError):
         return made
     job, view, is_new = made
-    return Answer(view, status=201) if is_new else Answer(view, shows=[(job.seq, view)])
+    return Response(view, status=201) if is_new else Response(view, unread_payloads=[(job.seq, view)])
 
 
-def bulk(draft: Draft, command: Bulk) -> Answer | Refusal:
+def bulk(draft: Draft, command: Bulk) -> Response | ApiError:
     """All or nothing, in the order given. Jobs that the same request made before are answered as they are."""
     ids = [asked.id for asked in command.jobs if asked.id is not None]
     if len(ids) != len(set(ids)):
         twice = next(job_id for job_id in ids if ids.count(job_id) > 1)
         return transitions.invalid("jobs", f"The id {twice} is in the list twice; give each job its own.")
-    answer = Answer(JobList([]), status=201)
+    answer = Response(JobList([]), status=201)
     for index, asked in enumerate(command.jobs):
         made = _create(draft, asked)
-        if isinstance(made, Refusal):
+        if isinstance(made, ApiError):
             draft.changes.clear()
             message = f"jobs[{index}]: {made.message} No job was created."
             details = made.details | {"index": index}
             if "field" in made.details:
                 details["field"] = f"$.jobs[{index}]{made.details['field'].removeprefix('$')}"
-            return Refusal(made.code, message, details)
+            return ApiError(made.code, message, details)
         job, view, is_new = made
         answer.data.jobs.append(view)
         if not is_new:
-            answer.shows.append((job.seq, view))
+            answer.unread_payloads.append((job.seq, view))
     return answer
 
 
-def _create(draft: Draft, command: Create) -> tuple[Job, JobView, bool] | Refusal:
+def _create(draft: Draft, command: Create) -> tuple[Job, JobView, bool] | ApiError:
     """The new job, or the one that the same request made before, its view, and whether it is new."""
     # A job whose id is ours cannot be asked for again: who names its id asks for something else.
     request_hash = "" if command.id is None else digest(command)
     if command.id is not None and (existing := _existing(draft, command.id, request_hash)) is not None:
-        if isinstance(existing, Refusal):
+        if isinstance(existing, ApiError):
             return existing
         return existing, views.job_view(existing, draft.at, draft.policy, admin=draft.call.admin), False
     refusal = _refuse_times(draft, command) or _refuse_more(draft) or transitions.refuse_queue(draft, command.queue)
@@ -96,23 +96,23 @@ def _create(draft: Draft, command: Create) -> tuple[Job, JobView, bool] | Refusa
     return job, views.job_view(job, draft.at, draft.policy, admin=draft.call.admin, payload=command.payload), True
 
 
-def _existing(draft: Draft, job_id: str, request_hash: str) -> Job | Refusal | None:
+def _existing(draft: Draft, job_id: str, request_hash: str) -> Job | ApiError | None:
     if job_id in draft.book.quarantined:
         return transitions.find(draft, job_id)
     job = draft.book.get(job_id)
     if job is None or draft.book.request_hashes.get(job_id) == request_hash:
         return job
     message = f"Job {job_id} exists and was created by another request. Use another id, or none."
-    return Refusal("job_exists", message, {"job_id": job_id, "status": job.status})
+    return ApiError("job_exists", message, {"job_id": job_id, "status": job.status})
 
 
-def _refuse_times(draft: Draft, command: Create) -> Refusal | None:
+def _refuse_times(draft: Draft, command: Create) -> ApiError | None:
     if command.run_at is not None and command.delay_ms is not None:
         return transitions.invalid("run_at", "Give run_at or delay_ms, not both.")
     return transitions.refuse_expiry(draft, command.expires_at)
 
 
-def _refuse_more(draft: Draft) -> Refusal | None:
+def _refuse_more(draft: Draft) -> ApiError | None:
     totals = draft.book.totals
     if totals["queued"] + totals["processing"] + len(draft.changes) >= draft.policy.live_jobs:
         return transitions.too_many_jobs(draft)
@@ -122,10 +122,10 @@ def _refuse_more(draft: Draft) -> Refusal | None:
 # -- grants -----------------------------------------------------------------------------------------------------------
 
 
-def start(draft: Draft, command: Start) -> Answer | Refusal:
+def start(draft: Draft, command: Start) -> Response | ApiError:
     """Grant the named job: queued, due, its queue not paused. Time acts first: a stuck job is recovered before."""
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     if transitions.is_stuck(job, draft.at.lease):
         job = transitions.stall(draft, job, transitions.silence(draft, job))
@@ -139,7 +139,7 @@ def start(draft: Draft, command: Start) -> Answer | Refusal:
     return answer
 
 
-def _refuse_start(draft: Draft, job: Job) -> Refusal | None:
+def _refuse_start(draft: Draft, job: Job) -> ApiError | None:
     at = draft.at
     if job.status == "processing":
         return _already_locked(draft, job)
@@ -152,16 +152,16 @@ def _refuse_start(draft: Draft, job: Job) -> Refusal | None:
     if job.run_at > at.now:
         wait_ms = job.run_at - at.now
         message = f"Job {job.id} is not due for another {transitions.in_words(wait_ms)}."
-        return Refusal("not_due", message, {"run_at": job.run_at, "retry_after_ms": wait_ms})
+        return ApiError("not_due", message, {"run_at": job.run_at, "retry_after_ms": wait_ms})
     queue = job.options.queue
     if (pause := draft.book.paused.get(queue)) is not None:
         message = f"Queue {queue} is paused {pause.in_words()}. An operator resumes it: jobctl resume {queue}"
         details = msgspec.to_builtins(views.paused_view(queue, pause))
-        return Refusal("queue_paused", message, details)
+        return ApiError("queue_paused", message, details)
     return None
 
 
-def _already_locked(draft: Draft, job: Job) -> Refusal:
+def _already_locked(draft: Draft, job: Job) -> ApiError:
     at = draft.at
     assert job.grant is not None and job.lease is not None  # without them it would have been stuck
     free_at = job.lease.expires if job.lease.is_live(at.lease) else job.lease.stuck
@@ -172,30 +172,30 @@ def _already_locked(draft: Draft, job: Job) -> Refusal:
         "retry_after_ms": wait_ms,
     }
     message = f"Job {job.id} is held by worker {job.grant.worker}. Try again in {transitions.in_words(wait_ms)}."
-    return Refusal("already_locked", message, details)
+    return ApiError("already_locked", message, details)
 
 
-def claim(draft: Draft, command: Claim) -> Answer:
+def claim(draft: Draft, command: Claim) -> Response:
     """Grant the first due jobs of the queues, by priority, run_at and creation."""
     due = islice(draft.book.due(command.queues, command.kinds), command.limit)
     return _granted(draft, [transitions.grant(draft, job, command) for job in due])
 
 
-def _granted(draft: Draft, jobs: list[Job]) -> Answer:
-    answer = Answer(Grants([]), shows=[], grants=[])
+def _granted(draft: Draft, jobs: list[Job]) -> Response:
+    answer = Response(Grants([]), unread_payloads=[], grants=[])
     for job in jobs:
         view = views.job_view(job, draft.at, draft.policy, admin=draft.call.admin)
         answer.data.grants.append(views.grant_view(job, draft.at, view))
-        answer.shows.append((job.seq, view))
+        answer.unread_payloads.append((job.seq, view))
         assert job.grant is not None
         answer.grants.append((job.id, job.grant.lock_id))
     return answer
 
 
-def undelivered(draft: Draft, command: Undelivered) -> Answer | Refusal:
+def undelivered(draft: Draft, command: Undelivered) -> Response | ApiError:
     """The grant never reached its worker: the job goes back to its place, and the attempt is given back."""
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     if job.status != "processing" or job.grant is None or job.grant.lock_id != command.lock_id:
         return _lock_lost(job, command.lock_id)
@@ -208,7 +208,7 @@ def undelivered(draft: Draft, command: Undelivered) -> Answer | Refusal:
 # -- the holder's commands: the latest grant wins ---------------------------------------------------------------------
 
 
-def progress(draft: Draft, command: Progress) -> Answer | Refusal:
+def progress(draft: Draft, command: Progress) -> Response | ApiError:
     """A report, and a sign of life: the lock is renewed and the ceiling moves."""
     job = _held(draft, command, "progress")
     if not isinstance(job, Job):
@@ -232,24 +232,24 @@ def progress(draft: Draft, command: Progress) -> Answer | Refusal:
         lease=lease,
         **fields,
     )
-    return Answer(views.lock_state(job.grant, lease, draft.at))
+    return Response(views.lock_state(job.grant, lease, draft.at))
 
 
-def extend(draft: Draft, command: Extend) -> Answer | Refusal:
+def extend(draft: Draft, command: Extend) -> Response | ApiError:
     return _extend(draft, command, command.additional_ms)
 
 
-def extend_lock(draft: Draft, command: ExtendLock) -> Answer | Refusal:
+def extend_lock(draft: Draft, command: ExtendLock) -> Response | ApiError:
     """As the holder's extend, by an operator."""
     answer = _extend(draft, command, command.additional_ms, command.reason)
-    if isinstance(answer, Refusal):
+    if isinstance(answer, ApiError):
         return answer
     return operator_rules.lock_answer(draft, _latest(draft), answer.data)
 
 
 def _extend(
     draft: Draft, command: Extend | ExtendLock, additional_ms: int | None, reason: str | None = None
-) -> Answer | Refusal:
+) -> Response | ApiError:
     """At least `additional_ms` from now, never shorter than before, cut to the ceiling."""
     job = _held(draft, command, "extend")
     if not isinstance(job, Job):
@@ -264,13 +264,13 @@ def _extend(
     by = None if draft.call.admin else f"worker:{job.grant.worker}"
     details = {"lock_expires_at": draft.at.wall(lease.expires)}
     draft.step(job, "extended", by=by, reason=reason, details=details, lease=lease)
-    return Answer(views.lock_state(job.grant, lease, draft.at, extended))
+    return Response(views.lock_state(job.grant, lease, draft.at, extended))
 
 
-def complete(draft: Draft, command: Complete) -> Answer | Refusal:
+def complete(draft: Draft, command: Complete) -> Response | ApiError:
     """The work is done. From a grant that has ended it comes late: then it may still be of use."""
     job = _held(draft, command, "complete")
-    if isinstance(job, Refusal) and job.code == "lock_lost":
+    if isinstance(job, ApiError) and job.code == "lock_lost":
         return late_result_rules.complete(draft, command, job, digest(command))
     if not isinstance(job, Job):
         return job
@@ -284,7 +284,7 @@ def complete(draft: Draft, command: Complete) -> Answer | Refusal:
     return transitions.job_answer(draft, job)
 
 
-def fail(draft: Draft, command: Fail) -> Answer | Refusal:
+def fail(draft: Draft, command: Fail) -> Response | ApiError:
     """With attempts left, back to the queue after a delay; otherwise failed."""
     job = _held(draft, command, "fail")
     if not isinstance(job, Job):
@@ -318,21 +318,21 @@ def backoff_ms(backoff: Backoff, attempt: int, fraction: float) -> int:
     return int(full * fraction) if backoff.jitter else full
 
 
-def release(draft: Draft, command: Release) -> Answer | Refusal:
+def release(draft: Draft, command: Release) -> Response | ApiError:
     return _release(draft, command, command.delay_ms)
 
 
-def release_lock(draft: Draft, command: ReleaseLock) -> Answer | Refusal:
+def release_lock(draft: Draft, command: ReleaseLock) -> Response | ApiError:
     """As the holder's release, by an operator."""
     answer = _release(draft, command, None)
-    if isinstance(answer, Refusal):
+    if isinstance(answer, ApiError):
         return answer
     job = _latest(draft) if draft.changes else transitions.find(draft, command.id)
     assert isinstance(job, Job)
     return operator_rules.lock_answer(draft, job, None)
 
 
-def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None) -> Answer | Refusal:
+def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None) -> Response | ApiError:
     """Put the job back in its place in the queue, and give the attempt back.
 
     The job is due later if the holder asks for a delay, or after DELAYED_FROM releases in a row without progress.
@@ -359,10 +359,10 @@ def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None)
     return transitions.job_answer(draft, job)
 
 
-def cancel(draft: Draft, command: Cancel) -> Answer | Refusal:
+def cancel(draft: Draft, command: Cancel) -> Response | ApiError:
     """At once, also from under a holder: its next call is told so."""
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     if job.status not in ("queued", "processing"):
         return transitions.refuse_transition(job, "cancelled", "Only a queued or processing job can be cancelled.")
@@ -388,10 +388,10 @@ _PLANNED: Final[plan_rules.Rules] = {
 Holders = Progress | Extend | Complete | Fail | Release | ExtendLock | ReleaseLock
 
 
-def _held(draft: Draft, command: Holders, verb: str) -> Job | Answer | Refusal:
+def _held(draft: Draft, command: Holders, verb: str) -> Job | Response | ApiError:
     """The job, if `command` names its latest grant; else the answer to a repeated ending, or the refusal."""
     job = transitions.find(draft, command.id)
-    if isinstance(job, Refusal):
+    if isinstance(job, ApiError):
         return job
     if job.status == "processing" and job.grant is not None and job.grant.lock_id == command.lock_id:
         # A job without a lease is a bad row until a pass has mended it; nobody holds it.
@@ -406,10 +406,10 @@ def _held(draft: Draft, command: Holders, verb: str) -> Job | Answer | Refusal:
     if verb == "release" and ended.verb in ("complete", "fail"):
         return transitions.job_answer(draft, job, repeated=True)
     message = f"This grant of job {job.id} was ended by {ended.verb} already; {verb} changes nothing."
-    return Refusal("invalid_transition", message, {"status": job.status, "ended_by": ended.verb, "ended_at": ended.at})
+    return ApiError("invalid_transition", message, {"status": job.status, "ended_by": ended.verb, "ended_at": ended.at})
 
 
-def _lock_lost(job: Job, lock_id: str) -> Refusal:
+def _lock_lost(job: Job, lock_id: str) -> ApiError:
     """What happened to an old grant, so that its worker can log it and stop."""
     holder = job.grant.worker if job.grant else None
     details: dict[str, Any] = {"status": job.status, "held_by": holder}
@@ -423,10 +423,10 @@ def _lock_lost(job: Job, lock_id: str) -> Refusal:
         details |= {"reason": "not_current", "at": job.updated_at, "rule": "the latest grant wins"}
         what = "a later grant was made, or it never was one of this job"
     now = f"worker {holder} holds the job now" if holder else f"the job is {job.status}"
-    return Refusal("lock_lost", f"This lock of job {job.id} is lost: {what}; {now}. Stop the work.", details)
+    return ApiError("lock_lost", f"This lock of job {job.id} is lost: {what}; {now}. Stop the work.", details)
 
 
-def _past_ceiling(draft: Draft, job: Job) -> Refusal:
+def _past_ceiling(draft: Draft, job: Job) -> ApiError:
     assert job.grant is not None and job.lease is not None and job.lease.ceiling is not None
     limit = job.grant.max_processing_ms
     message = (
@@ -435,10 +435,10 @@ def _past_ceiling(draft: Draft, job: Job) -> Refusal:
         "job, of the start or claim, or max_processing under [locks]; 0 means no ceiling."
     )
     details = {"max_processing_ms": limit, "ceiling_at": draft.at.wall(job.lease.ceiling)}
-    return Refusal("max_processing_time_exceeded", message, details)
+    return ApiError("max_processing_time_exceeded", message, details)
 
 
-def _ended_by_holder(draft: Draft, job: Job, command: Holders, verb: str) -> Ended:
+def _ended_by_holder(draft: Draft, job: Job, command: Holders, verb: str) -> PreviousGrant:
     ended = transitions.ended_by(job, draft.at.now, verb, verb, verb, digest(command))
     assert ended is not None  # only a held job comes here
     return ended

@@ -17,9 +17,9 @@ from jobd.http.app import Web
 from jobd.http.auth import Access
 from jobd.http.request import Visit, operator_of
 from jobd.model.commands import Command
-from jobd.model.errors import Refusal, refused
+from jobd.model.errors import ApiError, api_error
 from jobd.model.job import Text
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 
 AUTHORIZATION: Final = "Authorization"
 CSRF_HEADER: Final = "X-CSRF-Token"
@@ -67,7 +67,7 @@ class Guest(Struct):
         """Wall time of the daemon, Unix ms."""
         return self.site.rooms.clock().now
 
-    async def ask(self, command: Any, *, expected: str | None = None) -> Answer | Refusal:
+    async def ask(self, command: Any, *, expected: str | None = None) -> Response | ApiError:
         """One command to the actor, as an operator asks it; `expected`: the version of its job that they saw."""
         visit = self.visit
         return await self.site.actor.ask(
@@ -95,7 +95,7 @@ class Guest(Struct):
         """
         given = self.visit.head.headers.get(CSRF_HEADER) or csrf
         if self.session is not None and not self.session.has_csrf(given):
-            raise refused("forbidden", "This form is not of your session. Open its page again, then send it.")
+            raise api_error("forbidden", "This form is not of your session. Open its page again, then send it.")
 
 
 def guest_of(site: Web[Rooms], visit: Visit, sessions: Sessions) -> Guest | None:
@@ -114,11 +114,11 @@ def guest_of(site: Web[Rooms], visit: Visit, sessions: Sessions) -> Guest | None
     return guest
 
 
-def go_on(guest: Guest, place: str, message: str = "") -> Answer:
+def go_on(guest: Guest, place: str, message: str = "") -> Response:
     """Done: on to a page, which says so. A reload of it does nothing again."""
     if message:
         guest.tell(message)
-    return Answer(go_to(place), status=303)
+    return Response(go_to(place), status=303)
 
 
 def is_renewal(visit: Visit) -> bool:

@@ -16,7 +16,7 @@ from jobd.dashboard.live_updates import Live
 from jobd.dashboard.places import job_place
 from jobd.http.decoding import explain
 from jobd.model.commands import Command, Search
-from jobd.model.errors import invalid
+from jobd.model.errors import invalid_request_error
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, is_job_id
 
 TIMES: Final = ("since", "until", "finished_since", "finished_until")
@@ -84,7 +84,9 @@ def moment_of(name: str, text: str, now: int) -> int:
     """The time that the field `name` says, Unix ms. Raises Refused where it is none."""
     at = moment(text, now)
     if at is None:
-        raise invalid(f"$.{name}", "must be a time as in 2026-11-26 10:00 (UTC), or how long ago it was, as in 2h.")
+        raise invalid_request_error(
+            f"$.{name}", "must be a time as in 2026-11-26 10:00 (UTC), or how long ago it was, as in 2h."
+        )
     return at
 
 

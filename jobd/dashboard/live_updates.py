@@ -25,9 +25,9 @@ from jobd.http.request import Visit
 from jobd.http.response import SAFE, Text
 from jobd.http.streaming import notice_hangup, write
 from jobd.model.commands import Command
-from jobd.model.errors import Refused, refused
+from jobd.model.errors import ApiException, api_error
 from jobd.model.job import JobId, QueueName
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 
 # Between two pieces of news, however much happens: a page costs the daemon some ms.
 FLOOR_S: Final = 1.0
@@ -52,12 +52,12 @@ def news_at(live: Live) -> str:
 
 async def stream(
     site: Web[Rooms], visit: Visit, asked: Live, guest: Callable[[], Guest | None]
-) -> web.StreamResponse | Answer:
+) -> web.StreamResponse | Response:
     """The stream. `guest` says who asks, as of now."""
     if not _is_still_here(guest):
-        raise refused("unauthorized", "Nobody is signed in here.")
+        raise api_error("unauthorized", "Nobody is signed in here.")
     if visit.method == hdrs.METH_HEAD:
-        return Answer(Text(EVENT_STREAM, b"", HEADERS))
+        return Response(Text(EVENT_STREAM, b"", HEADERS))
     transport, request = visit.connection.transport, visit.request
     if transport is None or request is None:
         raise ConnectionResetError("the client is gone")
@@ -114,5 +114,5 @@ def _is_still_here(guest: Callable[[], Guest | None]) -> bool:
     """Whether who asked is still somebody. This is a look at the page, so the session does not end by idleness."""
     try:
         return guest() is not None
-    except Refused:  # a token that is valid no more
+    except ApiException:  # a token that is valid no more
         return False

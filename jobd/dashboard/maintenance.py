@@ -13,9 +13,9 @@ from jobd.dashboard.context import Guest, ReasonForm, go_on
 from jobd.dashboard.pages import Shown
 from jobd.http.request import in_parts
 from jobd.model.commands import Command, Pause, Resume, TakeBack
-from jobd.model.errors import Refusal, Refused
+from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import QueueName, Worker
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 
 MOST_SHOWN: Final = 50  # jobs of each kind
 LOOK_S: Final = 0.01  # for jobs that are wrong: a page does not wait until all were looked at
@@ -31,22 +31,22 @@ class QueueForm(ReasonForm, frozen=True, kw_only=True):
     for_ms: Literal["", "900000", "3600000", "14400000", "86400000"] = ""
 
 
-async def pause(guest: Guest, asked: QueueForm) -> Answer | Refusal:
+async def pause(guest: Guest, asked: QueueForm) -> Response | ApiError:
     until = guest.now + int(asked.for_ms) if asked.for_ms else None
     command = Pause(name=asked.name, reason=asked.why, until=until)
     return await _on_queue(guest, asked, command, f"Queue {asked.name} is paused.")
 
 
-async def resume(guest: Guest, asked: QueueForm) -> Answer | Refusal:
+async def resume(guest: Guest, asked: QueueForm) -> Response | ApiError:
     return await _on_queue(
         guest, asked, Resume(name=asked.name, reason=asked.why), f"Queue {asked.name} hands out its jobs again."
     )
 
 
-async def _on_queue(guest: Guest, asked: QueueForm, command: Command, message: str) -> Answer | Refusal:
+async def _on_queue(guest: Guest, asked: QueueForm, command: Command, message: str) -> Response | ApiError:
     done = await guest.ask(command)
     place = f"/queues?{urlencode({'cursor': asked.cursor})}" if asked.cursor else "/queues"
-    return done if isinstance(done, Refusal) else go_on(guest, place, message)
+    return done if isinstance(done, ApiError) else go_on(guest, place, message)
 
 
 class ChorePage(Command, frozen=True, kw_only=True):
@@ -57,8 +57,8 @@ async def confirm(guest: Guest, asked: ChorePage) -> Shown:
     """What a pass, or recovery, would do now. It is done by the form on that page."""
     rooms = guest.site.rooms
     seen = await rooms.preview(LOOK_S if asked.what == "run" else 0)
-    if isinstance(seen, Refusal):
-        raise Refused(seen)
+    if isinstance(seen, ApiError):
+        raise ApiException(seen)
     [paused] = await pages.asked(guest, pages.PAUSED)
     failed = sum(each.action == "failed" for each in seen.recover)
     passed = asked.what == "run" and (seen.expired_jobs or seen.deleted_jobs or seen.mended_jobs)
@@ -78,7 +78,7 @@ async def confirm(guest: Guest, asked: ChorePage) -> Shown:
     }
 
 
-async def run_cleanup(guest: Guest, asked: ReasonForm) -> Answer:
+async def run_cleanup(guest: Guest, asked: ReasonForm) -> Response:
     await guest.note("cleanup", reason=asked.why)
     report = await guest.site.rooms.run_cleanup(forced=True)
     message = (
@@ -88,9 +88,9 @@ async def run_cleanup(guest: Guest, asked: ReasonForm) -> Answer:
     return go_on(guest, "/cleanup", message)
 
 
-async def recover(guest: Guest, asked: ReasonForm) -> Answer | Refusal:
+async def recover(guest: Guest, asked: ReasonForm) -> Response | ApiError:
     done = await guest.site.rooms.recover_stuck(in_parts(guest.visit.operator), asked.why)
-    if isinstance(done, Refusal):
+    if isinstance(done, ApiError):
         return done
     message = f"{done.recovered_jobs} stuck jobs recovered: {done.reset_jobs} queued again, {done.failed_jobs} failed."
     return go_on(guest, "/cleanup", message)
@@ -108,8 +108,8 @@ async def confirm_take_back(guest: Guest, asked: TakeBackPage) -> Shown:
     """Preview a take-back. The form on the page does it."""
     seen = await guest.site.rooms.take_back(TakeBack(name=asked.name, dry_run=True), guest.visit.operator)
     [paused] = await pages.asked(guest, pages.PAUSED)
-    is_refused = isinstance(seen, Refusal)
-    shown: Shown = {"refusal": seen, "status": seen.status} if isinstance(seen, Refusal) else {}
+    is_refused = isinstance(seen, ApiError)
+    shown: Shown = {"refusal": seen, "status": seen.status} if isinstance(seen, ApiError) else {}
     return {
         "name": asked.name,
         "seen": None if is_refused else seen,
@@ -119,18 +119,18 @@ async def confirm_take_back(guest: Guest, asked: TakeBackPage) -> Shown:
     }
 
 
-async def take_back(guest: Guest, asked: TakeBackForm) -> Answer | Refusal:
+async def take_back(guest: Guest, asked: TakeBackForm) -> Response | ApiError:
     command = TakeBack(name=asked.name, reason=asked.why)
     done = await guest.site.rooms.take_back(command, in_parts(guest.visit.operator))
-    if isinstance(done, Refusal):
+    if isinstance(done, ApiError):
         return done
     message = f"Jobs taken back: {done.recovered_jobs} ({done.reset_jobs} queued again, {done.failed_jobs} failed)."
     return go_on(guest, "/workers", message)
 
 
-async def accept_clock(guest: Guest, asked: ReasonForm) -> Answer | Refusal:
+async def accept_clock(guest: Guest, asked: ReasonForm) -> Response | ApiError:
     view = await guest.site.rooms.accept_clock()
-    if isinstance(view, Refusal):
+    if isinstance(view, ApiError):
         return view
     await guest.note("accept-clock", reason=asked.why)
     return go_on(guest, "/alerts", "The clock is accepted. Jobs are deleted and failed by age again.")

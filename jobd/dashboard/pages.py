@@ -40,16 +40,17 @@ from jobd.model.commands import (
     Workers,
     WorkerState,
 )
-from jobd.model.errors import Refusal, Refused, refused
+from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.job import STATUSES, QueueName, may_adopt
+from jobd.model.responses import AuditPage as AuditEntries
 from jobd.model.responses import (
-    Answer,
     JobPage,
     JobView,
     LateResultList,
     LateResultView,
     LockList,
     QueueList,
+    Response,
     StatsView,
     TimelineView,
     VersionedJob,
@@ -57,7 +58,6 @@ from jobd.model.responses import (
     WorkerList,
     late_note,
 )
-from jobd.model.responses import AuditPage as AuditEntries
 from jobd.monitoring.timeseries import Recorder
 
 Shown = dict[str, Any]
@@ -132,13 +132,13 @@ async def asked(guest: Guest, *commands: Command) -> list[Any]:
     return [answer.data for answer in await answers(guest, *commands)]
 
 
-async def answers(guest: Guest, *commands: Command) -> list[Answer]:
+async def answers(guest: Guest, *commands: Command) -> list[Response]:
     """The answers; Refused where one of them is a no."""
     found = await asyncio.gather(*(guest.ask(command) for command in commands))
     for answer in found:
-        if isinstance(answer, Refusal):
-            raise Refused(answer)
-    return [answer for answer in found if isinstance(answer, Answer)]
+        if isinstance(answer, ApiError):
+            raise ApiException(answer)
+    return [answer for answer in found if isinstance(answer, Response)]
 
 
 async def overview(guest: Guest, recorder: Recorder) -> Shown:
@@ -176,9 +176,9 @@ async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
     shown["queues"] = [] if is_renewal(guest.visit) else guest.site.rooms.queue_names(MOST_NAMES)
     try:
         command = search(wanted, guest.now, PER_PAGE)
-    except Refused as no:
+    except ApiException as no:
         (paused,) = await asked(guest, PAUSED)
-        refusal = no.refusal
+        refusal = no.error
         fault = {"fault": refusal.message, "status": refusal.status, "every_s": 0}
         return {**shown, **fault, **strip(guest, paused)}
     found, paused = await answers(guest, command, PAUSED)
@@ -189,7 +189,7 @@ async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
     if page.looked_to_at and not wanted.status and not looks_slowly:
         shown["by_status"] = [(status, address("/jobs", replace(wanted, status=status))) for status in AT_ONCE]
     looks_on = bool(more) and not page.jobs  # by itself, into the part of the page that would be renewed
-    if wanted.cursor or looks_slowly or looks_on or found.looked > LOOKED_FAR:
+    if wanted.cursor or looks_slowly or looks_on or found.scanned > LOOKED_FAR:
         shown["every_s"] = 0  # what is older stays where it is, and looking costs
     shown |= {"page": page, "next": more, "first": first}
     return {**shown, **strip(guest, paused.data)}
@@ -199,8 +199,8 @@ async def open_job(guest: Guest, wanted: OneJob) -> Shown:
     """The job's page. One that is open says so when the job is gone, in place of what could be done to it."""
     try:
         return await job(guest, wanted.id)
-    except Refused as no:
-        if no.refusal.code != "job_not_found" or not is_renewal(guest.visit):
+    except ApiException as no:
+        if no.error.code != "job_not_found" or not is_renewal(guest.visit):
             raise
     [paused] = await asked(guest, PAUSED)
     return {"part": "job_gone.live.html", "job_id": wanted.id, **strip(guest, paused)}
@@ -282,7 +282,7 @@ async def _late_result(guest: Guest, job_id: str, seq: int | None) -> LateResult
     for late in reversed(await _late_results(guest, job_id)):
         if seq in (None, late.seq):
             return late
-    raise refused("late_result_not_found", f"Job {job_id} has no such late result (any more).")
+    raise api_error("late_result_not_found", f"Job {job_id} has no such late result (any more).")
 
 
 def own_hosts(guest: Guest) -> set[str]:
@@ -300,7 +300,9 @@ async def elsewhere(guest: Guest, wanted: Artifact) -> str:
         late = await _late_result(guest, wanted.id, wanted.late_result)
         url = late.download_url
     if url is None or why_no_link(url, own_hosts(guest)) is not None:
-        raise refused("not_found", "There is no address here that leads elsewhere. See what stands on the job's page.")
+        raise api_error(
+            "not_found", "There is no address here that leads elsewhere. See what stands on the job's page."
+        )
     return url
 
 
@@ -392,8 +394,8 @@ async def audit(guest: Guest, wanted: AuditPage) -> Shown:
         if wanted.since.strip():
             asks["since"] = moment_of("since", wanted.since.strip(), guest.now)
         command = msgspec.convert(asks, AuditLog)
-    except (Refused, msgspec.ValidationError) as fault:
-        no = fault.refusal if isinstance(fault, Refused) else explain(str(fault), AuditLog).refusal
+    except (ApiException, msgspec.ValidationError) as fault:
+        no = fault.error if isinstance(fault, ApiException) else explain(str(fault), AuditLog).error
         return {**shown, "fault": no.message, "status": no.status, "every_s": 0, **strip(guest, paused)}
     page: AuditEntries
     [page] = await asked(guest, command)

@@ -17,9 +17,9 @@ from jobd.dashboard.pages import ACTIONS, PAUSED, Shown, asked, strip
 from jobd.dashboard.rendering import iso
 from jobd.http.decoding import explain
 from jobd.model.commands import MAKING_S, MAX_PLAN, OF_TIME, Filter, MakePlan, OnPlan, PlanAction
-from jobd.model.errors import Refusal, Refused, refused
+from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.job import JobId, Text
-from jobd.model.responses import Answer, PlanView, late_note_of
+from jobd.model.responses import PlanView, Response, late_note_of
 
 MOST_SHOWN: Final = 200
 SAYS: Final[dict[str, str]] = {
@@ -56,19 +56,19 @@ class NextForm(OnPlan, frozen=True, kw_only=True):
     csrf: str = ""
 
 
-async def make(guest: Guest, form: PlanForm) -> Answer | Refusal:
+async def make(guest: Guest, form: PlanForm) -> Response | ApiError:
     """A plan, and on to its page. Nothing is done yet."""
     found = await guest.site.rooms.make_plan(_wanted(guest, form))
-    return found if isinstance(found, Refusal) else go_on(guest, f"/plans/{found.plan_id}")
+    return found if isinstance(found, ApiError) else go_on(guest, f"/plans/{found.plan_id}")
 
 
-async def make_next(guest: Guest, form: NextForm) -> Answer | Refusal:
+async def make_next(guest: Guest, form: NextForm) -> Response | ApiError:
     """A plan of what comes after this one, and on to its page."""
     plan = guest.site.rooms.plan(form.plan_id)
-    if isinstance(plan, Refusal):
+    if isinstance(plan, ApiError):
         return plan
     if plan.next_cursor is None:
-        raise refused("invalid_request", "Nothing comes after this plan: it has all that its filter found.")
+        raise api_error("invalid_request", "Nothing comes after this plan: it has all that its filter found.")
     wanted = MakePlan(
         action=plan.action,
         filter=plan.filter,
@@ -76,7 +76,7 @@ async def make_next(guest: Guest, form: NextForm) -> Answer | Refusal:
         reason=plan.reason,
     )
     found = await guest.site.rooms.make_plan(wanted)
-    return found if isinstance(found, Refusal) else go_on(guest, f"/plans/{found.plan_id}")
+    return found if isinstance(found, ApiError) else go_on(guest, f"/plans/{found.plan_id}")
 
 
 def _filters(plan: PlanView) -> dict[str, str]:
@@ -91,21 +91,21 @@ def _wanted(guest: Guest, form: PlanForm) -> MakePlan:
     reason = form.reason.strip() or None
     if form.scope == "all":
         if form.error is not None and not form.error.strip():  # else it would be all jobs, for those of one group
-            raise refused("invalid_request", "This group has no name to find its jobs by.", field="$.error")
+            raise api_error("invalid_request", "This group has no name to find its jobs by.", field="$.error")
         try:
             return MakePlan(action=form.action, filter=msgspec.convert(chosen(form, guest.now), Filter), reason=reason)
         except msgspec.ValidationError as fault:
             raise explain(str(fault), Filter) from None
     if not form.ids:
-        raise refused("invalid_request", "No job is selected: tick some, or choose all that match.", field="$.ids")
+        raise api_error("invalid_request", "No job is selected: tick some, or choose all that match.", field="$.ids")
     return MakePlan(action=form.action, ids=form.ids, reason=reason)
 
 
 async def show(guest: Guest, wanted: OnPlan) -> Shown:
     """The page of a plan: what it would do, or what became of it."""
     found = guest.site.rooms.plan(wanted.plan_id)
-    if isinstance(found, Refusal):
-        raise Refused(found)
+    if isinstance(found, ApiError):
+        raise ApiException(found)
     plan: PlanView = found
     [paused] = await asked(guest, PAUSED)
     result = plan.result
@@ -135,12 +135,12 @@ async def show(guest: Guest, wanted: OnPlan) -> Shown:
     }
 
 
-async def apply(guest: Guest, form: ApplyForm) -> Answer | Refusal:
+async def apply(guest: Guest, form: ApplyForm) -> Response | ApiError:
     """Do what the plan says, and on to its page, which tells what became of it."""
     operator = guest.visit.operator
     assert operator is not None  # who may change something is one
     done = await guest.site.rooms.apply_plan(form.plan_id, operator)
-    if isinstance(done, Refusal):
+    if isinstance(done, ApiError):
         return done
     jobs = f"{done.applied} {'job' if done.applied == 1 else 'jobs'}"
     said = "It had been applied before; nothing was done this time." if done.repeated else f"It was done to {jobs}."

@@ -44,16 +44,16 @@ from jobd.http.request import Visit
 from jobd.http.response import Text
 from jobd.http.routing import Route
 from jobd.model.commands import Command, Get, OnJob, OnPlan
-from jobd.model.errors import Refusal, Refused, refused
+from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.job import Text as Words
-from jobd.model.responses import Answer, JobView
+from jobd.model.responses import JobView, Response
 from jobd.monitoring.timeseries import Recorder
 
 UNTOLD: Final = ("live.html", "docs.html")  # what was done is told by the page that comes next, which is neither
 
 Shown = dict[str, Any]
 Look = Callable[[Guest, Any], Awaitable[Shown]]
-Act = Callable[[Guest, Any], Awaitable[Answer | Refusal]]
+Act = Callable[[Guest, Any], Awaitable[Response | ApiError]]
 
 
 class Asset(Command, frozen=True, kw_only=True):
@@ -220,32 +220,32 @@ class Dashboard:
         `changes`: it leads to a change, so it is not for who may only look.
         """
 
-        async def via(site: Web[Rooms], visit: Visit, asked: Any) -> Answer:
+        async def via(site: Web[Rooms], visit: Visit, asked: Any) -> Response:
             guest = guest_of(site, visit, self.sessions)
             if guest is None:
                 return to_sign_in(visit)
             if changes and not guest.may_change:
-                raise refused(
+                raise api_error(
                     "forbidden", "This session may only look. To change something sign in with the admin token."
                 )
             if (place := leads(asked)) is not None:
-                return Answer(go_to(place), status=303)
+                return Response(go_to(place), status=303)
             shown = await look(guest, asked)
             status = shown.pop("status", 200)
             about = {"name": name, "title": title, "every_s": every_s, "news": news_at(news(asked))}
             about["part"] = f"{name}.live.html"
             template = "live.html" if is_renewal(visit) else f"{name}.html"
-            return Answer(await self._paint(template, guest, **{**about, **shown}), status=status)
+            return Response(await self._paint(template, guest, **{**about, **shown}), status=status)
 
         return self._open("GET", path, asks, via)
 
     def _form(self, path: str, asks: type[Command], act: Act, *, for_readers: bool = False) -> Route:
         """A form of a page: whoever sends it has a session and its secret, and may change things."""
 
-        async def via(site: Web[Rooms], visit: Visit, asked: Any) -> Answer | Refusal:
+        async def via(site: Web[Rooms], visit: Visit, asked: Any) -> Response | ApiError:
             guest = guest_of(site, visit, self.sessions)
             if guest is None:
-                raise refused("unauthorized", "Nobody is signed in here, or no more. Sign in, then do it again.")
+                raise api_error("unauthorized", "Nobody is signed in here, or no more. Sign in, then do it again.")
             guest.check_form(asked.csrf)
             if not for_readers and not guest.may_change:
                 check_reader(route)
@@ -269,7 +269,7 @@ class Dashboard:
         """Whether somebody has signed in there. Where a token is sent, it is the token that is judged."""
         return AUTHORIZATION not in visit.head.headers and self.sessions.find(cookie(visit)) is not None
 
-    def refusal_page(self, visit: Visit, refusal: Refusal) -> Text:
+    def refusal_page(self, visit: Visit, refusal: ApiError) -> Text:
         """A refusal as a page: what is wrong, and a way on."""
         title = "Not found" if refusal.status == 404 else "Not done"
         return self._painter.page(
@@ -278,32 +278,32 @@ class Dashboard:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    async def _static(self, site: Web[Rooms], visit: Visit, asked: Asset) -> Answer | Refusal:
+    async def _static(self, site: Web[Rooms], visit: Visit, asked: Asset) -> Response | ApiError:
         text = self._assets.text(asked.name, asked.v)
-        return Refusal("not_found", "There is no such file.") if text is None else Answer(text)
+        return ApiError("not_found", "There is no such file.") if text is None else Response(text)
 
-    async def _docs(self, document: str, site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
+    async def _docs(self, document: str, site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
         """It shows what GET `document` gives to everybody, so it wants no session either, and no token."""
         guest = None if AUTHORIZATION in visit.head.headers else guest_of(site, visit, self.sessions)
-        return Answer(await self._paint("docs.html", guest, title="API", name="docs", document=document))
+        return Response(await self._paint("docs.html", guest, title="API", name="docs", document=document))
 
-    async def _live(self, site: Web[Rooms], visit: Visit, asked: Live) -> Answer | StreamResponse:
+    async def _live(self, site: Web[Rooms], visit: Visit, asked: Live) -> Response | StreamResponse:
         return await stream(site, visit, asked, lambda: guest_of(site, visit, self.sessions))
 
-    async def _chart(self, site: Web[Rooms], visit: Visit, asked: Nothing) -> Answer:
+    async def _chart(self, site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
         guest = guest_of(site, visit, self.sessions)
         if guest is None:
-            raise refused("unauthorized", "Nobody is signed in here.")
-        return Answer(self._recorder.chart(guest.now))
+            raise api_error("unauthorized", "Nobody is signed in here.")
+        return Response(self._recorder.chart(guest.now))
 
-    async def _artifact(self, site: Web[Rooms], visit: Visit, asked: Artifact) -> Answer | Refusal | StreamResponse:
+    async def _artifact(self, site: Web[Rooms], visit: Visit, asked: Artifact) -> Response | ApiError | StreamResponse:
         """The job's stored result: the API's call, for who has signed in."""
         guest = guest_of(site, visit, self.sessions)
         if guest is None:
             return to_sign_in(visit)
         return await give(site, visit, asked, guest.name)
 
-    async def _elsewhere(self, site: Web[Rooms], visit: Visit, asked: Artifact) -> Answer:
+    async def _elsewhere(self, site: Web[Rooms], visit: Visit, asked: Artifact) -> Response:
         """The way out to where a worker says that its result is."""
         guest = guest_of(site, visit, self.sessions)
         if guest is None:
@@ -311,34 +311,34 @@ class Dashboard:
         url = await pages.elsewhere(guest, asked)
         text = await self._paint("elsewhere.html", guest, job_id=asked.id, url=url, style=urls.STYLE)
         more = {"Content-Security-Policy": urls.LEAVING, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
-        return Answer(replace(text, more=more))
+        return Response(replace(text, more=more))
 
     # -- deeds --------------------------------------------------------------------------------------------------------
 
-    async def _do(self, guest: Guest, asked: DeedForm) -> Answer | Refusal:
+    async def _do(self, guest: Guest, asked: DeedForm) -> Response | ApiError:
         """What was confirmed, if the job is still what the operator has seen."""
         deed, job_id = DEEDS[asked.verb], asked.id
         looked = await guest.ask(Get(id=job_id))
-        if isinstance(looked, Refusal):
+        if isinstance(looked, ApiError):
             return looked
         job: JobView = looked.data
         chosen = Chosen(job_id, asked.reason.strip() or None, lock_id_of(job), asked.result)
         # Judged in the command itself: between this look and the deed others get their turn, too.
         done = await guest.ask(deed.make(chosen), expected=asked.seen)
-        if isinstance(done, Refusal):
+        if isinstance(done, ApiError):
             return await self._job_refused(guest, job_id, done)
         if deed.verb == "delete":
             return go_on(guest, "/jobs", f"Job {job_id} was deleted.")
         return go_on(guest, job_place(job_id), f"{deed.label}: done. {job.status} \u2192 {deed.to or job.status}")
 
-    async def _job_refused(self, guest: Guest, job_id: str, refusal: Refusal) -> Answer | Refusal:
+    async def _job_refused(self, guest: Guest, job_id: str, refusal: ApiError) -> Response | ApiError:
         """The job's page with what the actor said no to."""
         guest.site.refusals[refusal.code] += 1
         try:
             shown = await pages.job(guest, job_id)
-        except Refused as no:  # it is gone
-            return no.refusal
+        except ApiException as no:  # it is gone
+            return no.error
         about = {"name": "job", "title": "Job", "every_s": 2, "part": "job.live.html"}
         about["here"] = job_place(job_id)
         about["news"] = news_at(Live(job_id=job_id))
-        return Answer(await self._paint("job.html", guest, **shown, **about, refusal=refusal), status=refusal.status)
+        return Response(await self._paint("job.html", guest, **shown, **about, refusal=refusal), status=refusal.status)

@@ -25,7 +25,7 @@ from jobd.http.auth import operator_name
 from jobd.http.request import Visit, address_of
 from jobd.http.response import Text
 from jobd.model.commands import Command, Note, Operator
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 
 # Addresses to which a sign-in leads on: with all that browsers leave in an address as it is, but for the backslash,
 # which they take for a slash. `//` would be another host.
@@ -56,16 +56,16 @@ class Entrance:
         self._comings = Comings(clock_s)
         self._held = 0  # answers that are held back
 
-    async def page(self, site: Web[Rooms], visit: Visit, asked: SignInPage) -> Answer:
+    async def page(self, site: Web[Rooms], visit: Visit, asked: SignInPage) -> Response:
         if self._sessions.find(cookie(visit)) is not None:
-            return Answer(go_to(onward(asked.next)), status=303)
-        return Answer(await self._form(asked.next, ""))
+            return Response(go_to(onward(asked.next)), status=303)
+        return Response(await self._form(asked.next, ""))
 
     async def _form(self, wanted: str, fault: str) -> Text:
         shown = {"title": "Sign in", "name": "sign-in", "onward": onward(wanted), "fault": fault}
         return await self._paint("sign_in.html", None, **shown)
 
-    async def sign_in(self, site: Web[Rooms], visit: Visit, asked: SignIn) -> Answer:
+    async def sign_in(self, site: Web[Rooms], visit: Visit, asked: SignIn) -> Response:
         """No secret of a session is in this form, as there is none yet. What another site could gain by sending it is
         that somebody is signed in with a token that this site knows; and the gate has looked at Origin."""
         address, name = address_of(visit), operator_name(asked.name)
@@ -76,9 +76,9 @@ class Entrance:
         log.info("signed_in", access=session.access, address=address, name=session.name or None)
         await self._note(site, session, address, "sign-in")
         self._sessions.sign_out(cookie(visit))
-        return Answer(go_to(onward(asked.next), Set_Cookie=set_cookie(visit, secret, LONGEST_S)), status=303)
+        return Response(go_to(onward(asked.next), Set_Cookie=set_cookie(visit, secret, LONGEST_S)), status=303)
 
-    async def _refuse(self, site: Web[Rooms], asked: SignIn, who: Operator) -> Answer:
+    async def _refuse(self, site: Web[Rooms], asked: SignIn, who: Operator) -> Response:
         """A wrong token. Its answer may be held back; of those that are at the same time there is a limit, too."""
         wrong = self._brake.wrong(who.address)
         site.refusals["unauthorized"] += 1
@@ -88,21 +88,21 @@ class Entrance:
             await site.actor.ask(told, operator=replace(who, part_of=f"sign-in {wrong.spell}"))
         if wrong.wait_s and self._held >= MOST_HELD:
             text = await self._form(asked.next, "That is no valid token, and too many wrong ones come just now.")
-            return Answer(replace(text, more={**text.more, "Retry-After": f"{wrong.wait_s:.0f}"}), status=429)
+            return Response(replace(text, more={**text.more, "Retry-After": f"{wrong.wait_s:.0f}"}), status=429)
         if wrong.wait_s:
             self._held += 1
             try:
                 await asyncio.sleep(wrong.wait_s)
             finally:
                 self._held -= 1
-        return Answer(await self._form(asked.next, "That is no valid token."), status=401)
+        return Response(await self._form(asked.next, "That is no valid token."), status=401)
 
-    async def sign_out(self, guest: Guest, asked: Form) -> Answer:
+    async def sign_out(self, guest: Guest, asked: Form) -> Response:
         self._sessions.sign_out(cookie(guest.visit))
         log.info("signed_out", access=guest.access)
         if guest.session is not None:
             await self._note(guest.site, guest.session, address_of(guest.visit), "sign-out")
-        return Answer(go_to("/sign-in", Set_Cookie=set_cookie(guest.visit, "", 0)), status=303)
+        return Response(go_to("/sign-in", Set_Cookie=set_cookie(guest.visit, "", 0)), status=303)
 
     async def _note(self, site: Web[Rooms], session: Session, address: str, what: str) -> None:
         who = Operator(session.name or ("reader" if session.access == "read" else ""), address)
@@ -116,9 +116,9 @@ def onward(place: str) -> str:
     return place if OURS.fullmatch(place) else "/"
 
 
-def to_sign_in(visit: Visit) -> Answer:
+def to_sign_in(visit: Visit) -> Response:
     """On to the sign-in, and from there back. htmx follows a header of its own."""
     place = f"/sign-in?next={quote(target_of(visit), safe='')}"
     if is_renewal(visit):
-        return Answer(Text(HTML, b"", {**HEADERS, "HX-Redirect": place}), status=401)
-    return Answer(go_to(place), status=303)
+        return Response(Text(HTML, b"", {**HEADERS, "HX-Redirect": place}), status=401)
+    return Response(go_to(place), status=303)

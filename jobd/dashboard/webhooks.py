@@ -13,8 +13,8 @@ from msgspec import Meta
 from jobd.dashboard.context import Guest, ReasonForm, go_on
 from jobd.dashboard.pages import PAUSED, PER_PAGE, Shown, asked, strip
 from jobd.model.commands import Command
-from jobd.model.errors import Refusal, Refused, refused
-from jobd.model.responses import Answer, DeliveryPage, DeliveryState, WebhookView
+from jobd.model.errors import ApiError, ApiException, api_error
+from jobd.model.responses import DeliveryPage, DeliveryState, Response, WebhookView
 from jobd.model.webhooks import BACKLOG, WebhookName
 
 STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
@@ -65,8 +65,8 @@ async def one(guest: Guest, wanted: WebhookPage) -> Shown:
     """One webhook, and a page of what it was sent, the newest first."""
     webhook = _named(guest, wanted.name)
     page = await guest.site.rooms.deliveries(wanted.name, wanted.state or None, wanted.cursor, PER_PAGE)
-    if isinstance(page, Refusal):
-        raise Refused(page)
+    if isinstance(page, ApiError):
+        raise ApiException(page)
     found: DeliveryPage = page
     [paused] = await asked(guest, PAUSED)
     shown: Shown = {
@@ -82,20 +82,20 @@ async def one(guest: Guest, wanted: WebhookPage) -> Shown:
     return {**shown, **strip(guest, paused)}
 
 
-async def test(guest: Guest, form: TestForm) -> Answer | Refusal:
+async def test(guest: Guest, form: TestForm) -> Response | ApiError:
     """A message that says that it is a test."""
     sent = await guest.site.rooms.test_webhook(form.name)
-    if isinstance(sent, Refusal):
+    if isinstance(sent, ApiError):
         return sent
     await guest.note("test-webhook", {"webhook": form.name}, form.why)
     place = _address(WebhookPage(name=form.name, state=form.state))
     return go_on(guest, place, f"A test is on its way: message {sent.id}.")
 
 
-async def resend(guest: Guest, form: ResendForm) -> Answer | Refusal:
+async def resend(guest: Guest, form: ResendForm) -> Response | ApiError:
     """The same message, now: once more, whatever became of it, or at last where it waits."""
     sent = await guest.site.rooms.deliver_again(form.name, form.id)
-    if isinstance(sent, Refusal):
+    if isinstance(sent, ApiError):
         return sent
     await guest.note("resend-delivery", {"webhook": form.name, "delivery": form.id}, form.why)
     return go_on(guest, _address(WebhookPage(name=form.name, state=form.state)), f"Message {sent.id} is on its way.")
@@ -109,10 +109,10 @@ async def again(guest: Guest, wanted: AgainPage) -> Shown:
     return {"webhook": webhook, "count": count, "newest": newest, "most": BACKLOG, **strip(guest, paused)}
 
 
-async def resend_all(guest: Guest, form: AgainForm) -> Answer | Refusal:
+async def resend_all(guest: Guest, form: AgainForm) -> Response | ApiError:
     """All that was given up, once more."""
     sent = await guest.site.rooms.deliver_all_again(form.name, form.upto)
-    if isinstance(sent, Refusal):
+    if isinstance(sent, ApiError):
         return sent
     await guest.note("resend-given-up", {"webhook": form.name, "resent": sent.resent}, form.why)
     many = "1 message that was" if sent.resent == 1 else f"{sent.resent} messages that were"
@@ -123,7 +123,7 @@ def _named(guest: Guest, name: str) -> WebhookView:
     for webhook in guest.site.rooms.webhooks():
         if webhook.name == name:
             return webhook
-    raise refused("not_found", f"There is no webhook {name} in the configuration. Those that are: /webhooks")
+    raise api_error("not_found", f"There is no webhook {name} in the configuration. Those that are: /webhooks")
 
 
 def _place(name: str) -> str:

@@ -23,12 +23,12 @@ from jobd.engine.history import History
 from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import Asked, Waiter, deleted_ids, may_go_first, named_ids, needs_payload_first, share, weight
 from jobd.engine.waiting_claims import Parked
-from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, KeyUse, Moment, Operator, Undelivered
-from jobd.model.errors import Refusal
+from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, IdempotencyKey, Moment, Operator, Undelivered
+from jobd.model.errors import ApiError
 from jobd.model.events import Change
 from jobd.model.job import Policy
-from jobd.model.responses import Answer, Grants
-from jobd.model.storage import Aside, BadRows, Disk, DiskFull
+from jobd.model.responses import Grants, Response
+from jobd.model.storage import BadRows, DiskFull, Quarantined, Storage
 
 log = structlog.get_logger("jobd.actor")
 
@@ -72,7 +72,7 @@ class Actor:
 
     def __init__(
         self,
-        disk: Disk,
+        disk: Storage,
         book: Book,
         keys: Keys,
         clock: Clock,
@@ -109,7 +109,7 @@ class Actor:
         self._untold: Plan | None = None  # committed; its answers leave while the next batch is being written
         self._under_way: Plan | None = None  # decided, and perhaps not on the disk yet
         self._lost_disk: Exception | None = None
-        disk.on_aside = self._put_aside
+        disk.on_quarantined = self._put_aside
         self._decider = Decider(
             book,
             keys,
@@ -127,25 +127,25 @@ class Actor:
         *,
         by: str = "client",
         admin: bool = False,
-        key: KeyUse | None = None,
+        key: IdempotencyKey | None = None,
         size: int = 0,
         operator: Operator | None = None,
         expected: str | None = None,
-    ) -> Answer | Refusal:
+    ) -> Response | ApiError:
         """Put `command` into the mailbox; the answer comes after its commit. `size` is that of its body, in bytes.
 
         With an `operator` it is kept in the audit log, in the same transaction. With an `expected` version it is done
         only if its job is still that one when it is decided.
         """
-        future: asyncio.Future[Answer | Refusal] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Response | ApiError] = asyncio.get_running_loop().create_future()
         asked = self.send(command, future, by=by, admin=admin, key=key, size=size, operator=operator, expected=expected)
-        if isinstance(asked, Refusal):
+        if isinstance(asked, ApiError):
             return asked
         try:
             return await future
         except asyncio.CancelledError:
             self.abandon(asked)
-            if future.done() and not future.cancelled() and isinstance(answer := future.result(), Answer):
+            if future.done() and not future.cancelled() and isinstance(answer := future.result(), Response):
                 self.undelivered(answer)  # it was set, and nobody will read it
             raise
 
@@ -156,12 +156,12 @@ class Actor:
         *,
         by: str = "client",
         admin: bool = False,
-        key: KeyUse | None = None,
+        key: IdempotencyKey | None = None,
         size: int = 0,
         operator: Operator | None = None,
         expected: str | None = None,
         in_line: bool = False,
-    ) -> Asked | Refusal:
+    ) -> Asked | ApiError:
         """As `ask`, for a caller who does not wait: `waiter` gets the answer, from within the actor's turn.
 
         `in_line`: its sender has more on the way, and it has to be decided behind that.
@@ -179,7 +179,7 @@ class Actor:
         if first is not None and first.is_abandoned:
             self.parked.remove(first)
 
-    def undelivered(self, answer: Answer) -> None:
+    def undelivered(self, answer: Response) -> None:
         """A connection closed before the first byte of `answer`: its grants go back, if nobody else has them."""
         for command in self._decider.undelivered(answer):
             self._put(self._own(command))
@@ -209,23 +209,23 @@ class Actor:
         """Commands in the mailbox, and looks at history that are not answered yet."""
         return len(self._mailbox) + len(self._history)
 
-    def _refuse_entry(self, command: AnyCommand, size: int) -> Refusal | None:
+    def _refuse_entry(self, command: AnyCommand, size: int) -> ApiError | None:
         if self._stopping:
             return _stopping()
         room, bounds = share(command), self.bounds
         if self.waiting >= bounds.mailbox * room or self._bytes + size > bounds.inflight_bytes * room:
-            return Refusal("overloaded", "Too many commands wait already; try again after a second.")
+            return ApiError("overloaded", "Too many commands wait already; try again after a second.")
         if isinstance(command, Claim) and command.wait_ms:
             if command.wait_ms > bounds.claim_wait_ms:
                 message = f"wait_ms may be {bounds.claim_wait_ms} at most (limits.claim_wait), not {command.wait_ms}."
-                return Refusal("invalid_request", message, {"field": "$.wait_ms"})
+                return ApiError("invalid_request", message, {"field": "$.wait_ms"})
             if len(self.parked) >= bounds.parked_claims:
-                return Refusal("overloaded", "Too many claims wait for work already; ask again without wait_ms.")
+                return ApiError("overloaded", "Too many claims wait for work already; ask again without wait_ms.")
         return None
 
     def _own(self, command: AnyCommand) -> Asked:
         """A command of our own, whose answer nobody waits for."""
-        future: asyncio.Future[Answer | Refusal] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Response | ApiError] = asyncio.get_running_loop().create_future()
         return Asked(Call(command, "daemon", self._random(16)), None, 0, future)
 
     def _put(self, asked: Asked) -> None:
@@ -378,14 +378,14 @@ class Actor:
     def _prepare_meanwhile(self, plan: Plan) -> None:
         """Answers are made ready while the disk is at work, where all that they show is known: so they leave sooner."""
         wanted = plan.wanted_payloads()
-        plan.known.payloads |= self.disk.at_hand(wanted)
+        plan.known.payloads |= self.disk.cached_payloads(wanted)
         if plan.writes and plan.known.payloads.keys() >= set(wanted):
             plan.fill({})
             asyncio.get_running_loop().call_soon(self._prepare, plan)
 
     def _prepare(self, plan: Plan) -> None:
         for asked, answer in plan.replies:
-            if isinstance(answer, Answer) and answer.look is None:
+            if isinstance(answer, Response) and answer.read is None:
                 asked.prepare(answer)
 
     async def _load(self, batch: list[Asked]) -> Known:
@@ -459,25 +459,25 @@ class Actor:
     def _answer(self, plan: Plan) -> None:
         """Everything is on disk: tell everybody."""
         for asked, answer in plan.replies:
-            if isinstance(answer, Answer) and answer.look is not None:
+            if isinstance(answer, Response) and answer.read is not None:
                 self._history.start(asked, answer, self.policy)
                 continue
             if self._stays_owed(asked, answer):
                 continue
             told = asked.reply(answer)
-            if told < len(asked.futures) and isinstance(answer, Answer) and answer.grants:
+            if told < len(asked.futures) and isinstance(answer, Response) and answer.grants:
                 for command in self._decider.not_told(asked, answer, told):
                     self._put(self._own(command))
         if plan.changes:
             for listener in self.on_commit:
                 listener(plan.changes)
 
-    def _stays_owed(self, asked: Asked, answer: Answer | Refusal) -> bool:
+    def _stays_owed(self, asked: Asked, answer: Response | ApiError) -> bool:
         """Whether a command of our own was refused by the full disk: then it is the first once there is room."""
-        if not self._owed and isinstance(answer, Answer):
+        if not self._owed and isinstance(answer, Response):
             return False
         is_owed = asked in self._owed
-        if isinstance(answer, Refusal) and answer.code == "storage_full":
+        if isinstance(answer, ApiError) and answer.code == "storage_full":
             if not is_owed and isinstance(asked.call.command, Undelivered):
                 self._owed.append(asked)
             return is_owed or isinstance(asked.call.command, Undelivered)
@@ -489,7 +489,7 @@ class Actor:
         """Claims whose wait is over, or all of them when nobody may wait any more, are answered empty."""
         late = self.parked.take_late(self._loop_time()) if self._decider.parking else self.parked.take_all()
         for asked in late:
-            asked.reply(Answer(Grants([])))
+            asked.reply(Response(Grants([])))
 
     # -- when something is wrong --------------------------------------------------------------------------------------
 
@@ -506,7 +506,7 @@ class Actor:
             elif job_id not in self.book.quarantined:
                 raise LookupError(f"the disk has bad rows of {job_id}, which is no job: {bad[job_id]}")
 
-    def _put_aside(self, aside: Aside) -> None:
+    def _put_aside(self, aside: Quarantined) -> None:
         """Whoever met the damaged rows. A job that the batch under way changes is not counted any more as it was."""
         changes = self._under_way.changes if self._under_way is not None else []
         is_changed = any(change.event.job_id == aside.id for change in changes)
@@ -521,7 +521,7 @@ class Actor:
         log.critical("commit_failed", error=str(error), kind=type(error).__name__, commands=len(batch))
         message = "It is not known whether this was done: the disk failed. Ask again, with the same id or key."
         for asked in [*batch, *self._decider.served, *self.parked.take_all()]:
-            asked.reply(Refusal("outcome_unknown", message, {"outcome": "unknown"}))
+            asked.reply(ApiError("outcome_unknown", message, {"outcome": "unknown"}))
         for asked in self._mailbox:
             asked.reply(_stopping())
         self._mailbox.clear()
@@ -531,5 +531,5 @@ class Actor:
             self.book.figures.note(change)
 
 
-def _stopping() -> Refusal:
-    return Refusal("shutting_down", "The daemon is stopping; ask again in a moment.")
+def _stopping() -> ApiError:
+    return ApiError("shutting_down", "The daemon is stopping; ask again in a moment.")

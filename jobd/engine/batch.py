@@ -25,18 +25,18 @@ from jobd.model.commands import (
     Complete,
     Create,
     EndGrants,
-    KeyUse,
+    IdempotencyKey,
     Moment,
     Start,
     Tick,
     Undelivered,
     is_rehearsal,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import Change, QueuePause
 from jobd.model.job import LIVE, Job, Policy
-from jobd.model.responses import Answer, Grants
-from jobd.model.storage import Audited, Batch, KeyRow, LateKnown, Loaded, share_of, tombstones
+from jobd.model.responses import Grants, Response
+from jobd.model.storage import Audited, Batch, LateKnown, Loaded, StoredResponse, share_of, tombstones
 
 log = structlog.get_logger("jobd.actor")
 
@@ -44,7 +44,7 @@ log = structlog.get_logger("jobd.actor")
 class Known(Struct):
     """What was read from the disk for the decisions of one batch."""
 
-    answers: dict[str, KeyRow] = field(default_factory=dict)  # stored answers that may be replayed
+    answers: dict[str, StoredResponse] = field(default_factory=dict)  # stored answers that may be replayed
     hashes: dict[str, str] = field(default_factory=dict)  # job id -> hash of the request that made it
     payloads: dict[int, bytes] = field(default_factory=dict)  # job seq -> payload
     late: LateKnown = field(default_factory=LateKnown)
@@ -55,7 +55,7 @@ class Plan(Struct):
 
     at: Moment
     known: Known
-    replies: list[tuple[Asked, Answer | Refusal]] = field(default_factory=list)
+    replies: list[tuple[Asked, Response | ApiError]] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     checked: list[int] = field(default_factory=list)
     report: bytes | None = None
@@ -78,8 +78,8 @@ class Plan(Struct):
         """Job seqs whose payload the answers show and nobody has read yet."""
         if self.is_filled:
             return []
-        answers = (answer for _, answer in self.replies if isinstance(answer, Answer))
-        seqs = dict.fromkeys(seq for answer in answers for seq, _ in answer.shows)
+        answers = (answer for _, answer in self.replies if isinstance(answer, Response))
+        seqs = dict.fromkeys(seq for answer in answers for seq, _ in answer.unread_payloads)
         return [seq for seq in seqs if seq not in self.payloads and seq not in self.known.payloads]
 
     def fill(self, read: dict[int, bytes]) -> None:
@@ -89,8 +89,8 @@ class Plan(Struct):
         self.is_filled = True
         payloads = self.known.payloads | self.payloads | read
         for _, answer in self.replies:
-            if isinstance(answer, Answer):
-                for seq, shown in answer.shows:
+            if isinstance(answer, Response):
+                for seq, shown in answer.unread_payloads:
                     shown.payload = Raw(payloads[seq])
 
 
@@ -103,7 +103,7 @@ class Decider:
         keys: Keys,
         parked: Parked,
         *,
-        refuse: Callable[[object], Refusal | None],
+        refuse: Callable[[object], ApiError | None],
         loop_time: Callable[[], float],
     ) -> None:
         self.book = book
@@ -203,15 +203,15 @@ class Decider:
         for queue, pause in plan.pauses.items():
             self.book.set_paused(queue, pause)
         for asked, answer in plan.replies:
-            if asked.key is not None and isinstance(answer, Answer):
+            if asked.key is not None and isinstance(answer, Response):
                 self._hand(asked, answer, -len(asked.futures))
 
-    def not_told(self, asked: Asked, answer: Answer, told: int) -> list[Undelivered]:
+    def not_told(self, asked: Asked, answer: Response, told: int) -> list[Undelivered]:
         """Of those who asked only `told` still waited: the grants that nobody has received go back."""
         self._hand(asked, answer, told - len(asked.futures))
         return self.undelivered(answer, forgone=0) if told == 0 else []
 
-    def undelivered(self, answer: Answer, *, forgone: int = 1) -> list[Undelivered]:
+    def undelivered(self, answer: Response, *, forgone: int = 1) -> list[Undelivered]:
         """`forgone` connections closed before the first byte of `answer`: what has to be released, if anything."""
         released = []
         for job_id, lock_id in answer.grants:
@@ -223,7 +223,7 @@ class Decider:
 
     # -- one command --------------------------------------------------------------------------------------------------
 
-    def _decide_one(self, plan: Plan, asked: Asked, policy: Policy) -> Answer | Refusal | None:
+    def _decide_one(self, plan: Plan, asked: Asked, policy: Policy) -> Response | ApiError | None:
         """The answer to one command, or None where it waits: parked, or for its first call that is parked."""
         command = asked.call.command
         key = asked.key
@@ -244,7 +244,7 @@ class Decider:
         if isinstance(command, (Start, Claim)):
             self.book.presence.asks(command)
         elif isinstance(command, Undelivered) and self._handed.get(command.lock_id, 0) > 0:
-            return Refusal("lock_lost", "Another connection has received this grant.")
+            return ApiError("lock_lost", "Another connection has received this grant.")
         elif isinstance(command, Tick):
             plan.tick = True
         elif isinstance(command, EndGrants):
@@ -266,7 +266,7 @@ class Decider:
         except Exception:
             log.exception("rule_failed", command=type(call.command).__name__, by=call.by)
             message = "A rule failed on this command; nothing was changed. The log has the details."
-            return Decision(Refusal("internal_error", message))
+            return Decision(ApiError("internal_error", message))
         for change in decision.changes:
             if not change.event.job_seq:
                 plan.pauses.setdefault(change.event.queue, self.book.paused.get(change.event.queue))
@@ -296,7 +296,7 @@ class Decider:
     def _parks(self, claim: Claim, decision: Decision) -> bool:
         if not self.parking or claim.wait_ms == 0:
             return False
-        return isinstance(decision.answer, Answer) and not decision.answer.grants
+        return isinstance(decision.answer, Response) and not decision.answer.grants
 
     def _note_due(self, queue: str, kind: str) -> None:
         if self.parked:
@@ -330,7 +330,7 @@ class Decider:
     def _serve(self, plan: Plan, asked: Asked, policy: Policy) -> bool:
         """Whether the parked claim got something."""
         decision = self._decided(plan, asked.call, policy)
-        if not isinstance(decision.answer, Answer) or not decision.answer.grants:
+        if not isinstance(decision.answer, Response) or not decision.answer.grants:
             return False
         self.parked.remove(asked)
         plan.served.append(asked)
@@ -341,34 +341,38 @@ class Decider:
 
     # -- idempotency keys ---------------------------------------------------------------------------------------------
 
-    def _known_answer(self, plan: Plan, asked: Asked, key: KeyUse, policy: Policy) -> Answer | Refusal | None:
+    def _known_answer(
+        self, plan: Plan, asked: Asked, key: IdempotencyKey, policy: Policy
+    ) -> Response | ApiError | None:
         """The stored answer of a repeated call; None where it has to be judged."""
         row = self.keys.find(key.digest, plan.at.believed)
         if row is None:
             if self.keys.has_room(plan.at.believed):
                 return None
-            return Refusal("overloaded", "Too many idempotency keys are in use; try again later, or without a key.")
+            return ApiError("overloaded", "Too many idempotency keys are in use; try again later, or without a key.")
         if row.body_hash != key.body_hash:
             return _key_reused()
         if row.grants is not None:
             return self._current_grants(plan, asked, row.grants, policy)
-        stored = row if row.answer is not None else plan.known.answers.get(key.digest)
-        if stored is None or stored.answer is None:
+        stored = row if row.body is not None else plan.known.answers.get(key.digest)
+        if stored is None or stored.body is None:
             message = (
                 "The stored answer of this Idempotency-Key is damaged. See what the first call did, use a new key."
             )
-            return Refusal("internal_error", message)
-        return Answer(Raw(stored.answer), status=stored.status, replayed=True)
+            return ApiError("internal_error", message)
+        return Response(Raw(stored.body), status=stored.status, replayed=True)
 
-    def _current_grants(self, plan: Plan, asked: Asked, grants: list[tuple[str, str]], policy: Policy) -> Answer | None:
+    def _current_grants(
+        self, plan: Plan, asked: Asked, grants: list[tuple[str, str]], policy: Policy
+    ) -> Response | None:
         """The grants of the first call that are still current; None where none is: the call is judged anew."""
-        answer = Answer(Grants([]), shows=[], grants=[], replayed=True)
+        answer = Response(Grants([]), unread_payloads=[], grants=[], replayed=True)
         for job_id, lock_id in grants:
             if self.book.holds(job_id, lock_id):
                 job = self.book.jobs[job_id]
                 shown = views.job_view(job, plan.at, policy, admin=asked.call.admin)
                 answer.data.grants.append(views.grant_view(job, plan.at, shown))
-                answer.shows.append((job.seq, shown))
+                answer.unread_payloads.append((job.seq, shown))
                 answer.grants.append((job_id, lock_id))
         if not answer.grants:
             return None
@@ -377,23 +381,23 @@ class Decider:
         self._hand(asked, answer, len(asked.futures))
         return answer
 
-    def _keep_answer(self, plan: Plan, asked: Asked, key: KeyUse, decision: Decision) -> None:
+    def _keep_answer(self, plan: Plan, asked: Asked, key: IdempotencyKey, decision: Decision) -> None:
         """The answer to a keyed call that changed something is stored in the transaction of the change."""
         answer = decision.answer
-        if not decision.changes or not isinstance(answer, Answer):
+        if not decision.changes or not isinstance(answer, Response):
             return
         if answer.grants:
             self._hand(asked, answer, len(asked.futures))
-            self.keys.add(KeyRow(key.digest, key.body_hash, plan.at.believed, grants=list(answer.grants)))
+            self.keys.add(StoredResponse(key.digest, key.body_hash, plan.at.believed, grants=list(answer.grants)))
             return
         known = plan.known.payloads | plan.payloads
-        for seq, shown in answer.shows:
+        for seq, shown in answer.unread_payloads:
             shown.payload = Raw(known[seq])
-        answer.shows = []
+        answer.unread_payloads = []
         body = msgspec.json.encode(answer.data)
-        self.keys.add(KeyRow(key.digest, key.body_hash, plan.at.believed, answer.status, body))
+        self.keys.add(StoredResponse(key.digest, key.body_hash, plan.at.believed, answer.status, body))
 
-    def _hand(self, asked: Asked, answer: Answer, connections: int) -> None:
+    def _hand(self, asked: Asked, answer: Response, connections: int) -> None:
         if asked.key is not None:
             for _, lock_id in answer.grants:
                 self._handed[lock_id] += connections
@@ -406,7 +410,7 @@ def grant_ended(change: Change) -> bool:
     return after is None or after.grant is None or after.grant.lock_id != before.grant.lock_id
 
 
-def _join(first: Asked, asked: Asked) -> Refusal | None:
+def _join(first: Asked, asked: Asked) -> ApiError | None:
     """A parked call was repeated under its key: both wait for the one answer."""
     assert first.key is not None and asked.key is not None
     if first.key.body_hash != asked.key.body_hash:
@@ -423,6 +427,6 @@ def _touches_queue(change: Change) -> bool:
     return (after is not None and after.status not in LIVE) or (before is not None and before.status not in LIVE)
 
 
-def _key_reused() -> Refusal:
+def _key_reused() -> ApiError:
     message = "This Idempotency-Key was used with another body. Use a new key for a new request."
-    return Refusal("idempotency_key_reused", message)
+    return ApiError("idempotency_key_reused", message)

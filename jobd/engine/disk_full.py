@@ -14,8 +14,8 @@ from typing import Any, Final, Protocol
 import structlog
 
 from jobd.engine.mailbox import CREATES, ENDINGS, READS
-from jobd.model.errors import Refusal
-from jobd.model.storage import SPARE_BYTES, Disk, DiskFull, DiskSpace
+from jobd.model.errors import ApiError
+from jobd.model.storage import SPARE_BYTES, DiskFull, DiskSpace, Storage
 
 log = structlog.get_logger("jobd.actor")
 
@@ -44,7 +44,7 @@ class FullDisk:
 
     def __init__(
         self,
-        disk: Disk,
+        disk: Storage,
         lease: LeaseTime,
         loop_time: Callable[[], float],
         *,
@@ -72,7 +72,7 @@ class FullDisk:
         """The loop time of the next probe; None if no probe is needed."""
         return self.next_probe if self.closed or self._needs_reserve else None
 
-    def refuse(self, command: object) -> Refusal | None:
+    def refuse(self, command: object) -> ApiError | None:
         """Return why `command` may not be written now; None if it may."""
         if not self.closed or isinstance(command, READS):
             return None
@@ -82,9 +82,9 @@ class FullDisk:
             return None
         return self.refusal("nothing was changed. Free some space; jobd tries again every second.")
 
-    def refusal(self, what: str) -> Refusal:
+    def refusal(self, what: str) -> ApiError:
         """Return a `storage_full` error that names the path and the free bytes, followed by `what`."""
-        return Refusal("storage_full", f"{self.described()}; {what}", self._figures())
+        return ApiError("storage_full", f"{self.described()}; {what}", self._figures())
 
     def described(self) -> str:
         """Describe the full disk: path, free bytes, and the reserve file if it is released or missing."""
@@ -112,7 +112,7 @@ class FullDisk:
         self.next_probe = self._loop_time() + PROBE_EVERY_S
         if self.closed == Closed.ALL_BUT_ENDINGS:
             self._lease.hold()
-            self._is_released = await self._disk.drop_ballast() or self._is_released
+            self._is_released = await self._disk.drop_reserve() or self._is_released
             self._needs_reserve = True
         await self.measure()
         if self.closed > self._logged:
@@ -159,7 +159,7 @@ class FullDisk:
     async def _rebuild_reserve(self) -> None:
         """Rebuild the reserve file if there is room. A failure rejects no write; the next probe tries again."""
         try:
-            await self._disk.build_ballast()
+            await self._disk.build_reserve()
         except DiskFull:
             return
         except OSError as error:

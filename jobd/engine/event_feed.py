@@ -16,7 +16,7 @@ import structlog
 from msgspec import Struct
 
 from jobd.engine.change_watchers import Watcher, Watchers
-from jobd.model.errors import refused
+from jobd.model.errors import api_error
 from jobd.model.events import Change, Event, StreamedEvent, Wanted, streamed
 from jobd.model.storage import JournalPage
 
@@ -170,10 +170,10 @@ class Feed:
 
     def _check_place(self) -> None:
         if self.is_closed:
-            raise refused("shutting_down", "The daemon is stopping; connect again in a moment.")
+            raise api_error("shutting_down", "The daemon is stopping; connect again in a moment.")
         if self.listeners >= self._most:
             message = f"{self._most} event streams are open already (limits.event_streams); try again later."
-            raise refused("overloaded", message)
+            raise api_error("overloaded", message)
 
     def close(self) -> None:
         """Listeners get what is there, then their streams end. Whoever does not read it is cut off soon."""
@@ -227,12 +227,12 @@ class Feed:
 
     def _check_page(self, after: int, page: JournalPage) -> None:
         if after > page.last:
-            raise refused(
+            raise api_error(
                 "events_gone", f"There was no event {after} yet: it is of another store. {_ANEW}", last=page.last
             )
         if after < page.gone_to:
             message = f"Of the events after {after} some are no longer in the journal. {_ANEW}"
-            raise refused("events_gone", message, last=page.last)
+            raise api_error("events_gone", message, last=page.last)
 
     def join(self) -> int:
         """One more hears news; gives the number of the first round that will be his."""
@@ -336,7 +336,7 @@ class Listener:
         if self._feed.is_closed and not self._is_whole:
             if self._follow:
                 return b""
-            raise refused("shutting_down", "The daemon is stopping, and the journal was not read to its end.")
+            raise api_error("shutting_down", "The daemon is stopping, and the journal was not read to its end.")
         self._silent_since_s = asyncio.get_running_loop().time()
         return await (self._from_backlog() if self._is_whole else self._from_journal())
 

@@ -18,21 +18,21 @@ from jobd.core.explain import ending
 from jobd.core.late_result_rules import refuse_adoption
 from jobd.engine.mailbox import Asked
 from jobd.model.commands import AuditLog, Export, List, Moment, Search
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import view
 from jobd.model.job import Job, Policy
 from jobd.model.responses import (
-    Answer,
     AuditPage,
     AuditView,
     ExportPage,
+    HistoryRead,
     JobPage,
     LateResultList,
-    Look,
+    Response,
     TimelineView,
     WhyView,
 )
-from jobd.model.storage import AuditQuery, AuditRows, Disk, LateAsked, Page, Query
+from jobd.model.storage import AuditQuery, AuditRows, LateAsked, Page, Query, Storage
 
 log = structlog.get_logger("jobd.actor")
 
@@ -52,7 +52,7 @@ PAUSE_S: Final = 0.002
 class History:
     """Answers what the actor decided to be a look."""
 
-    def __init__(self, disk: Disk, moment: Callable[[], Moment]) -> None:
+    def __init__(self, disk: Storage, moment: Callable[[], Moment]) -> None:
         self._disk = disk
         self._moment = moment
         self._tasks: set[asyncio.Task[None]] = set()
@@ -62,10 +62,10 @@ class History:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def start(self, asked: Asked, answer: Answer, policy: Policy) -> None:
+    def start(self, asked: Asked, answer: Response, policy: Policy) -> None:
         """Read, then answer; the batches go on meanwhile."""
-        assert answer.look is not None
-        task = asyncio.create_task(self._look(asked, answer, answer.look, policy))
+        assert answer.read is not None
+        task = asyncio.create_task(self._look(asked, answer, answer.read, policy))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -74,11 +74,11 @@ class History:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _look(self, asked: Asked, answer: Answer, look: Look, policy: Policy) -> None:
+    async def _look(self, asked: Asked, answer: Response, look: HistoryRead, policy: Policy) -> None:
         try:
             if look.page is not None:
                 page = await self._found(_query(look.page))
-                answer.data, answer.looked = self._shown(page, policy, admin=asked.call.admin), page.looked
+                answer.data, answer.scanned = self._shown(page, policy, admin=asked.call.admin), page.looked
             elif look.ended is not None:
                 answer.data = await self._with_ending(answer.data, look.ended)
             else:
@@ -86,11 +86,11 @@ class History:
                     answer.data = await self._seen(look, policy)
         except Exception:
             log.exception("history_failed", command=type(asked.call.command).__name__)
-            asked.reply(Refusal("internal_error", "Reading the history failed. The log has the details."))
+            asked.reply(ApiError("internal_error", "Reading the history failed. The log has the details."))
             return
         asked.reply(answer)
 
-    async def _seen(self, look: Look, policy: Policy) -> TimelineView | LateResultList | ExportPage | AuditPage:
+    async def _seen(self, look: HistoryRead, policy: Policy) -> TimelineView | LateResultList | ExportPage | AuditPage:
         if look.timeline is not None:
             return TimelineView([view(event) for event in await self._disk.timeline(look.timeline, look.events)])
         if look.export is not None:

@@ -11,7 +11,7 @@ from typing import Final
 from msgspec.structs import replace
 
 from jobd.model.job import DAY_MS, MINUTE_MS
-from jobd.model.storage import KeyRow
+from jobd.model.storage import StoredResponse
 
 KEPT_MS: Final = DAY_MS
 SAFE_MS: Final = 10 * MINUTE_MS  # a client may still be repeating a call that is younger than this
@@ -23,14 +23,14 @@ class Keys:
     `rows` are those of the disk; of a start or claim only the grants that are still current.
     """
 
-    def __init__(self, rows: list[KeyRow], limit: int) -> None:
+    def __init__(self, rows: list[StoredResponse], limit: int) -> None:
         self.limit = limit
-        self._answers: dict[str, KeyRow] = {}
-        self._grants: dict[str, KeyRow] = {}
+        self._answers: dict[str, StoredResponse] = {}
+        self._grants: dict[str, StoredResponse] = {}
         self._current: dict[str, dict[str, None]] = {}  # digest -> lock ids of its grants that are still current
         self._by_lock: dict[str, str] = {}  # lock_id -> digest
-        self._added: dict[str, KeyRow] = {}
-        self._removed: dict[str, KeyRow] = {}
+        self._added: dict[str, StoredResponse] = {}
+        self._removed: dict[str, StoredResponse] = {}
         self._ended: list[tuple[str, str]] = []
         for row in sorted(rows, key=lambda row: row.at):
             self._insert(row)
@@ -42,7 +42,7 @@ class Keys:
         """Of the current grants that a key can ask for again."""
         return list(self._by_lock)
 
-    def find(self, digest: str, now: int) -> KeyRow | None:
+    def find(self, digest: str, now: int) -> StoredResponse | None:
         """The row of a key that is still kept at wall time `now`. Its answer may be on disk only."""
         row = self._answers.get(digest)
         if row is None:
@@ -70,7 +70,7 @@ class Keys:
         self._forget(oldest)
         return True
 
-    def add(self, row: KeyRow) -> None:
+    def add(self, row: StoredResponse) -> None:
         """Keep the answer of a call that changed something."""
         self._added[row.digest] = row
         self._insert(row)
@@ -85,7 +85,7 @@ class Keys:
         if not self._current[digest]:
             self._forget(self._grants[digest])
 
-    def changed(self) -> tuple[list[KeyRow], list[str]]:
+    def changed(self) -> tuple[list[StoredResponse], list[str]]:
         """What the next commit has to store, and the digests that it has to delete."""
         return list(self._added.values()), [digest for digest in self._removed if digest not in self._added]
 
@@ -93,7 +93,7 @@ class Keys:
         """The changes are on disk: the answers need not stay in memory."""
         for digest, row in self._added.items():
             if digest in self._answers:
-                self._answers[digest] = replace(row, answer=None)
+                self._answers[digest] = replace(row, body=None)
         self._added, self._removed, self._ended = {}, {}, []
 
     def rollback(self) -> None:
@@ -112,7 +112,7 @@ class Keys:
         if removed:  # they were the oldest
             self._answers = dict(sorted(self._answers.items(), key=lambda item: item[1].at))
 
-    def _insert(self, row: KeyRow) -> None:
+    def _insert(self, row: StoredResponse) -> None:
         if row.grants is None:
             self._answers[row.digest] = row
             return
@@ -121,12 +121,12 @@ class Keys:
         for _, lock_id in row.grants:
             self._by_lock[lock_id] = row.digest
 
-    def _forget(self, row: KeyRow) -> None:
+    def _forget(self, row: StoredResponse) -> None:
         self._drop(row)
         if self._added.pop(row.digest, None) is None:
             self._removed[row.digest] = row
 
-    def _drop(self, row: KeyRow) -> None:
+    def _drop(self, row: StoredResponse) -> None:
         if row.grants is None:
             self._answers.pop(row.digest, None)
             return

@@ -20,23 +20,22 @@ from jobd.model.commands import (
     Command,
     Complete,
     Create,
-    CreditAbsence,
     Delete,
     DeleteExpired,
     EndGrants,
     Expire,
     Export,
+    ExtendAfterPause,
     Fail,
     ForceFail,
     Get,
     GetVersion,
+    IdempotencyKey,
     Import,
     ImportCheck,
-    KeyUse,
     LateResults,
     List,
     Locks,
-    Mend,
     OnJob,
     Ping,
     Preview,
@@ -44,6 +43,7 @@ from jobd.model.commands import (
     Recover,
     Release,
     ReleaseLock,
+    RepairJobs,
     Search,
     Start,
     Stats,
@@ -54,8 +54,8 @@ from jobd.model.commands import (
     Why,
     Workers,
 )
-from jobd.model.errors import Refusal
-from jobd.model.responses import Answer
+from jobd.model.errors import ApiError
+from jobd.model.responses import Response
 
 CREATES: Final = (Create, Bulk, Import, ImportCheck)  # the last is refused where the import would be
 READS: Final = (
@@ -67,7 +67,7 @@ _GO_FIRST: Final = frozenset(READS) - {Ping}
 # What may still be written on a full disk: it frees room, or it keeps the result of work that was done.
 ENDINGS: Final = (
     Complete, Fail, Release, Cancel, ForceFail, ReleaseLock, Undelivered,
-    Recover, TakeBack, Expire, EndGrants, CreditAbsence, Delete, DeleteExpired,
+    Recover, TakeBack, Expire, EndGrants, ExtendAfterPause, Delete, DeleteExpired,
     ApplyEndings,
 )  # fmt: skip
 ADOPT_WEIGHT: Final = 20  # its late results are read with all that they brought
@@ -101,7 +101,7 @@ def named_ids(command: Any) -> list[str]:
         return [job.id for job in command.jobs if job.id is not None]
     if issubclass(kind, ApplyPlan):
         return [expected.id for expected in command.jobs]
-    return command.ids if kind in (DeleteExpired, Mend) else []
+    return command.ids if kind in (DeleteExpired, RepairJobs) else []
 
 
 def may_go_first(asked: Asked) -> bool:
@@ -146,7 +146,7 @@ class Waiter(Protocol):
 
     def done(self) -> bool: ...
     def cancelled(self) -> bool: ...
-    def set_result(self, answer: Answer | Refusal, /) -> None: ...
+    def set_result(self, answer: Response | ApiError, /) -> None: ...
 
 
 class Asked:
@@ -154,7 +154,9 @@ class Asked:
 
     __slots__ = ("call", "deadline", "futures", "in_line", "key", "size", "ticket")
 
-    def __init__(self, call: Call, key: KeyUse | None, size: int, waiter: Waiter, in_line: bool = False) -> None:
+    def __init__(
+        self, call: Call, key: IdempotencyKey | None, size: int, waiter: Waiter, in_line: bool = False
+    ) -> None:
         self.call = call
         self.in_line = in_line  # its sender has sent more before it
         self.key = key
@@ -170,14 +172,14 @@ class Asked:
             return self.futures[0].cancelled()
         return all(future.cancelled() for future in self.futures)
 
-    def prepare(self, answer: Answer) -> None:
+    def prepare(self, answer: Response) -> None:
         """So it will be answered, unless the commit fails: who can makes it ready, and tells nobody yet."""
         for future in self.futures:
             make_ready = getattr(future, "prepare", None)
             if make_ready is not None:
                 make_ready(answer)
 
-    def reply(self, answer: Answer | Refusal) -> int:
+    def reply(self, answer: Response | ApiError) -> int:
         """Answer everybody who still waits; how many there were."""
         told = 0
         for future in self.futures:

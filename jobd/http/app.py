@@ -27,11 +27,11 @@ from jobd.http.request import Head, Request, Visit, operator_of
 from jobd.http.response import HTTP_VERSION, Letter, Reply, Text, accepted, refusing
 from jobd.http.routing import Found, Route, Table, Way
 from jobd.http.sparing import Sparing
-from jobd.model.commands import Command, KeyUse, Operator
-from jobd.model.errors import Refusal, Refused, refused, too_large
-from jobd.model.responses import Answer
+from jobd.model.commands import Command, IdempotencyKey, Operator
+from jobd.model.errors import ApiError, ApiException, api_error, too_large_error
+from jobd.model.responses import Response
 
-BUG: Final = Refusal("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
+BUG: Final = ApiError("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
 IDEMPOTENCY_KEY: Final = istr("Idempotency-Key")
 MET: Final = frozenset({"", "100-continue"})  # values of the Expect header that are accepted
@@ -52,11 +52,11 @@ class Ask(Protocol):
         *,
         by: str = "client",
         admin: bool = False,
-        key: KeyUse | None = None,
+        key: IdempotencyKey | None = None,
         size: int = 0,
         operator: Operator | None = None,
         expected: str | None = None,
-    ) -> Answer | Refusal:
+    ) -> Response | ApiError:
         """`size` is what the command holds in memory while it waits, in bytes; `expected` the version of its job."""
 
     def send(
@@ -66,11 +66,11 @@ class Ask(Protocol):
         *,
         by: str = "client",
         admin: bool = False,
-        key: KeyUse | None,
+        key: IdempotencyKey | None,
         size: int,
         operator: Operator | None = None,
         in_line: bool = False,
-    ) -> Asked | Refusal:
+    ) -> Asked | ApiError:
         """As `ask`, for those who do not wait for the answer but are called with it.
 
         `in_line`: it has to be decided behind what its sender has sent before.
@@ -79,7 +79,7 @@ class Ask(Protocol):
     def abandon(self, asked: Asked) -> None:
         """Nobody waits any more for what was sent."""
 
-    def undelivered(self, answer: Answer) -> None:
+    def undelivered(self, answer: Response) -> None:
         """The reply could not be delivered: its grants are released."""
 
 
@@ -87,10 +87,10 @@ class Pages(Protocol):
     """The pages beside an API: `knows` says whether the visit comes from a browser that is signed in."""
 
     def knows(self, visit: Visit) -> bool: ...
-    def refusal_page(self, visit: Visit, refusal: Refusal) -> Text: ...
+    def refusal_page(self, visit: Visit, refusal: ApiError) -> Text: ...
 
 
-async def ask(site: Web[Any], visit: Visit, command: Any) -> Answer | Refusal:
+async def ask(site: Web[Any], visit: Visit, command: Any) -> Response | ApiError:
     """The way of almost every route: one command to the actor."""
     return await site.actor.ask(
         command, by=visit.by, admin=visit.admin, key=visit.key, size=visit.size, operator=visit.operator
@@ -160,15 +160,15 @@ class Web(Generic[S]):
                 size=visit.size,
                 operator=visit.operator,
             )
-        except Refused as no:
-            asked = no.refusal
+        except ApiException as no:
+            asked = no.error
         except Exception as bug:
             asked = self.confess(visit, bug)
-        return self.refuse(visit, asked) if isinstance(asked, Refusal) else asked
+        return self.refuse(visit, asked) if isinstance(asked, ApiError) else asked
 
-    def reply(self, visit: Visit, answer: Answer | Refusal) -> Reply:
+    def reply(self, visit: Visit, answer: Response | ApiError) -> Reply:
         """The actor's answer as it leaves."""
-        if isinstance(answer, Answer):
+        if isinstance(answer, Response):
             try:
                 return self._accept(visit, answer)
             except Exception as bug:
@@ -177,7 +177,7 @@ class Web(Generic[S]):
                 answer = self.confess(visit, bug)
         return self.refuse(visit, answer)
 
-    def prepared(self, visit: Visit, answer: Answer) -> Reply | None:
+    def prepared(self, visit: Visit, answer: Response) -> Reply | None:
         """What `reply` will make of `answer`, made before its commit. None where that is not known yet."""
         try:
             return None if self.closing else self._accept(visit, answer)
@@ -217,15 +217,15 @@ class Web(Generic[S]):
         visit.by = "admin" if self.admin else "client"
         try:
             answer = await self._answer(visit)
-        except Refused as no:
-            answer = no.refusal
+        except ApiException as no:
+            answer = no.error
         except Exception as bug:
             if isinstance(bug, ConnectionError) and visit.is_cut:
                 raise
             answer = self.confess(visit, bug)
-        return self.reply(visit, answer) if isinstance(answer, Answer | Refusal) else answer
+        return self.reply(visit, answer) if isinstance(answer, Response | ApiError) else answer
 
-    async def _answer(self, visit: Visit) -> Answer | Refusal | web.StreamResponse:
+    async def _answer(self, visit: Visit) -> Response | ApiError | web.StreamResponse:
         entry = self._enter(visit, self.find(visit))
         via = entry.way.route.via or ask
         if entry.way.route.reads == "lines":
@@ -237,7 +237,7 @@ class Web(Generic[S]):
 
     # -- steps of both -------------------------------------------------------------------------------------------------
 
-    def _accept(self, visit: Visit, answer: Answer) -> Reply:
+    def _accept(self, visit: Visit, answer: Response) -> Reply:
         lost = partial(self.actor.undelivered, answer) if answer.grants else None
         return accepted(visit, answer.data, answer.status, replayed=answer.replayed, close=self.closing, lost=lost)
 
@@ -245,16 +245,16 @@ class Web(Generic[S]):
         """All that is judged before the body: who asks, and for what."""
         way = self._admit(visit, found)
         if visit.head.expects not in MET:
-            raise refused("expectation_failed", "The header `Expect` may only be `100-continue`. Leave it out.")
+            raise api_error("expectation_failed", "The header `Expect` may only be `100-continue`. Leave it out.")
         shape, value = way.shape, None
         if shape.given is not None:
             value = path_value(shape, found.given or "")
             visit.job_id = value if shape.given == "id" else None
         if visit.method == hdrs.METH_GET:
             if visit.head.has_body:
-                raise refused("invalid_request", "A GET takes no body.", field="$")
+                raise api_error("invalid_request", "A GET takes no body.", field="$")
         elif visit.query:
-            raise refused("invalid_request", "This call takes no query. Put the fields into the body.", field="$")
+            raise api_error("invalid_request", "This call takes no query. Put the fields into the body.", field="$")
         elif not (visit.head.is_json and way.route.reads == "json"):  # as nearly all
             _check_kind(visit.head, way.route.reads)
         return Entry(way, value)
@@ -281,7 +281,7 @@ class Web(Generic[S]):
     def _admit(self, visit: Visit, found: Found) -> Way:
         """The way of a request that may come in. The token is judged first, then Host and Origin, then the path."""
         if visit.head.version[0] != 1:
-            raise refused("invalid_request", "Only HTTP/1.1 and HTTP/1.0 are spoken here.", field="$")
+            raise api_error("invalid_request", "Only HTTP/1.1 and HTTP/1.0 are spoken here.", field="$")
         way = found.way
         if way is not None:
             visit.route = way.route
@@ -306,9 +306,9 @@ class Web(Generic[S]):
             )
             if visit.path.endswith("/artefact"):
                 message = f"This path is spelled artifact: {visit.path.removesuffix('/artefact')}/artifact"
-            raise refused("not_found", message)
+            raise api_error("not_found", message)
         visit.allow = found.allowed
-        raise refused("method_not_allowed", f"This path takes {', '.join(sorted(found.allowed))}.")
+        raise api_error("method_not_allowed", f"This path takes {', '.join(sorted(found.allowed))}.")
 
     def _wants_token(self, visit: Visit, way: Way | None) -> bool:
         """Whether whoever asks has to show one. A browser that is signed in has none, and may hear of paths."""
@@ -316,7 +316,7 @@ class Web(Generic[S]):
             return way.route.who != "anyone"
         return self._pages is None or not self._pages.knows(visit)
 
-    def _shown(self, visit: Visit, refusal: Refusal) -> Text | None:
+    def _shown(self, visit: Visit, refusal: ApiError) -> Text | None:
         """The refusal as a page, where a page was asked for, or a browser asks for what is not there."""
         if visit.route is not None:
             return None if visit.route.shows is None else visit.route.shows(visit, refusal)
@@ -330,9 +330,9 @@ class Web(Generic[S]):
         try:
             body = payload.read_nowait() if payload.is_eof() else await self._slow_body(visit, payload)
         except web.RequestPayloadError:
-            raise refused("invalid_request", "The body is broken: its chunks or its length are wrong.") from None
+            raise api_error("invalid_request", "The body is broken: its chunks or its length are wrong.") from None
         if visit.request.is_truncated:
-            raise refused("invalid_request", "The body ended too early. Send the whole request again.")
+            raise api_error("invalid_request", "The body ended too early. Send the whole request again.")
         return body
 
     async def _slow_body(self, visit: Visit, payload: StreamReader) -> bytes:
@@ -347,27 +347,27 @@ class Web(Generic[S]):
                     body += piece
         except TimeoutError:
             message = f"The body did not arrive within {self.limits.body_deadline_s:g} s. Send it again."
-            raise refused("request_timeout", message) from None
+            raise api_error("request_timeout", message) from None
         return bytes(body)
 
-    def _body_too_large(self) -> Refused:
-        return too_large(f"The body is over {self.limits.body} bytes. Split it.", limit=self.limits.body)
+    def _body_too_large(self) -> ApiException:
+        return too_large_error(f"The body is over {self.limits.body} bytes. Split it.", limit=self.limits.body)
 
     def _note_key(self, visit: Visit, route: Route, body: bytes) -> None:
         if IDEMPOTENCY_KEY in visit.head.headers:
             keys = visit.head.headers.getall(IDEMPOTENCY_KEY)
             if len(keys) > 1:  # a repeat that carries one of them would not be known
                 message = "Idempotency-Key was sent more than once. Send one."
-                raise refused("invalid_request", message, field="Idempotency-Key")
+                raise api_error("invalid_request", message, field="Idempotency-Key")
             visit.key = self.gate.key_use(keys[0], route.method, unquote(visit.path), body)
 
-    def refuse(self, visit: Visit, refusal: Refusal, *, close: bool = False) -> Reply:
+    def refuse(self, visit: Visit, refusal: ApiError, *, close: bool = False) -> Reply:
         """The reply to a refused request."""
         self.note_refusal(visit.route, visit.method, refusal, by=visit.by, job_id=visit.job_id)
         close = close or self.closing or refusal.code == "too_large"
         return refusing(visit, refusal, allow=visit.allow, close=close, shown=self._shown(visit, refusal))
 
-    def note_refusal(self, route: Route | None, method: str, refusal: Refusal, *, by: str, job_id: str | None) -> None:
+    def note_refusal(self, route: Route | None, method: str, refusal: ApiError, *, by: str, job_id: str | None) -> None:
         """A refusal is counted, and logged in one line without a secret."""
         self.refusals[refusal.code] += 1
         # Any client can be refused as often as it likes: that must not fill the log.
@@ -377,7 +377,7 @@ class Web(Generic[S]):
         more = {"left_out": left_out} if left_out else {}
         log.info("refused", method=method, path=path, code=refusal.code, by=by, job_id=job_id, **more)
 
-    def confess(self, visit: Visit, bug: Exception) -> Refusal:
+    def confess(self, visit: Visit, bug: Exception) -> ApiError:
         """A bug costs one visit. Its text may hold a secret, so the log names only its type and place."""
         route = visit.route
         at = traceback.extract_tb(bug.__traceback__)[-1]
@@ -394,9 +394,9 @@ class Web(Generic[S]):
 def check_reader(route: Route) -> None:
     """403 where who may only look would change something, or see secrets."""
     if route.changes:
-        raise refused("forbidden", "This token may only look. To change something use the admin token.")
+        raise api_error("forbidden", "This token may only look. To change something use the admin token.")
     if route.secret:
-        raise refused("forbidden", "What this gives holds the secrets of locks: it wants the admin token.")
+        raise api_error("forbidden", "What this gives holds the secrets of locks: it wants the admin token.")
 
 
 def _check_kind(head: Head, reads: str) -> None:

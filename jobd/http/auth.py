@@ -15,8 +15,8 @@ from typing import Final, Literal
 from aiohttp.hdrs import CONTENT_ENCODING, CONTENT_TYPE, TRANSFER_ENCODING
 from multidict import MultiMapping
 
-from jobd.model.commands import MAX_OPERATOR, KeyUse
-from jobd.model.errors import refused
+from jobd.model.commands import MAX_OPERATOR, IdempotencyKey
+from jobd.model.errors import api_error
 
 JSON: Final = "application/json"
 LINES: Final = "application/x-ndjson"
@@ -67,7 +67,7 @@ class Gate:
         scheme, _, token = ", ".join(headers.getall("Authorization", ())).partition(" ")
         access = self.access_of(token_digest(token.strip()))
         if access is None or scheme.lower() != "bearer":
-            raise refused("unauthorized", "A valid token is needed: send `Authorization: Bearer <token>`.")
+            raise api_error("unauthorized", "A valid token is needed: send `Authorization: Bearer <token>`.")
         return access
 
     def access_of(self, digest: bytes) -> Access | None:
@@ -85,13 +85,13 @@ class Gate:
         host = headers.get("Host", "")
         name = host_name(host)
         if name not in self.hosts and not (isinstance(address, tuple) and name == address[0]):
-            raise refused("forbidden", "The Host header is not a name of this daemon. Add it to `admin.hosts`.")
+            raise api_error("forbidden", "The Host header is not a name of this daemon. Add it to `admin.hosts`.")
         origin = headers.get("Origin")
         if origin is not None and not self._is_own(origin, host):
             message = (
                 "Requests from other sites are not taken (Origin). Where that site is yours, add it to `admin.hosts`."
             )
-            raise refused("forbidden", message)
+            raise api_error("forbidden", message)
 
     def _is_own(self, origin: str, host: str) -> bool:
         """Whether `origin` is the site that the request went to, or one that the operator named."""
@@ -103,13 +103,13 @@ class Gate:
         named = (self.hosts or frozenset()) - LOOPBACK  # a page on another port of this machine is another site
         return host_name(netloc) in named
 
-    def key_use(self, key: str, method: str, path: str, body: bytes) -> KeyUse:
+    def key_use(self, key: str, method: str, path: str, body: bytes) -> IdempotencyKey:
         """The use of an Idempotency-Key: its scope is this door, the method and the path. 400 for a bad key."""
         if _KEY.fullmatch(key) is None:
             message = "Idempotency-Key must be 1 to 200 printable ASCII characters."
-            raise refused("invalid_request", message, field="Idempotency-Key")
+            raise api_error("invalid_request", message, field="Idempotency-Key")
         scope = "\n".join((self.name, method, path, key))
-        return KeyUse(digest=sha256(scope.encode()).hexdigest(), body_hash=sha256(body).hexdigest())
+        return IdempotencyKey(digest=sha256(scope.encode()).hexdigest(), body_hash=sha256(body).hexdigest())
 
 
 def operator_name(given: str) -> str:
@@ -168,9 +168,9 @@ def check_kind(headers: MultiMapping[str], wanted: str) -> None:
     """415 unless the body is of the type `wanted`, in UTF-8 and not compressed."""
     given = headers.get(CONTENT_TYPE, "")
     if given not in _PLAIN.get(wanted, ()) and not _is_kind(given, wanted):
-        raise refused("unsupported_media_type", f"The body must be {wanted}: send `Content-Type: {wanted}`.")
+        raise api_error("unsupported_media_type", f"The body must be {wanted}: send `Content-Type: {wanted}`.")
     if _is_coded(headers, CONTENT_ENCODING, "identity") or _is_coded(headers, TRANSFER_ENCODING, "chunked"):
-        raise refused("unsupported_media_type", "Compressed bodies are not taken: send it as it is.")
+        raise api_error("unsupported_media_type", "Compressed bodies are not taken: send it as it is.")
 
 
 def _is_coded(headers: MultiMapping[str], name: str, plain: str) -> bool:

@@ -35,7 +35,7 @@ from jobd.model.commands import (
     Updates,
     WorkerCursor,
 )
-from jobd.model.errors import Refused, invalid, refused, too_large
+from jobd.model.errors import ApiException, api_error, invalid_request_error, too_large_error
 from jobd.model.job import EARLIEST_MS, ID_PATTERN, Code, Kind, Place, Worker, is_job_id, storage_key_fault
 from jobd.model.webhooks import WebhookName
 
@@ -123,7 +123,9 @@ class Shape:
         except TooLong as fault:
             raise _too_many(fault.name, fault.most) from None
         except TooMuch:
-            raise invalid("$", "is mostly blanks or fields that are said again and again. Say each once.") from None
+            raise invalid_request_error(
+                "$", "is mostly blanks or fields that are said again and again. Say each once."
+            ) from None
         except msgspec.ValidationError as fault:
             raise explain(str(fault), self.part) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
@@ -148,7 +150,7 @@ class Shape:
             if (
                 name not in self._texts and isinstance(value, str) and value.lower() == "null"
             ):  # msgspec: as good as none
-                raise invalid(f"$.{name}", "null is no value here. Leave it out.")
+                raise invalid_request_error(f"$.{name}", "null is no value here. Leave it out.")
         try:
             return msgspec.convert(fields, self.part, strict=False)
         except msgspec.ValidationError as fault:
@@ -162,7 +164,9 @@ class Shape:
         named = asdict(part)
         own = named[self.given]
         if own is not UNSET and own != value:
-            raise invalid(f"$.{self.given}", "differs from the one in the path. Leave it out of the body.")
+            raise invalid_request_error(
+                f"$.{self.given}", "differs from the one in the path. Leave it out of the body."
+            )
         named[self.given] = value
         return self.command(**named)
 
@@ -200,7 +204,7 @@ def _takes_text(kind: Any) -> bool:
 def path_value(shape: Shape, value: str) -> str:
     """The id or name that the path gives (percent-decoded), checked by its field."""
     if not is_job_id(value) and not shape.takes(value):
-        raise invalid(f"$.{shape.given}", f"the path must give {shape.given_words} here.")
+        raise invalid_request_error(f"$.{shape.given}", f"the path must give {shape.given_words} here.")
     return value
 
 
@@ -210,13 +214,13 @@ def _parameters(query: str, lists: frozenset[str] = frozenset(), most: int = MAX
         pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=most)
     except ValueError:
         message = f"The query is not readable: up to {most} name=value pairs in percent-encoded UTF-8."
-        raise refused("invalid_request", message, field="$") from None
+        raise api_error("invalid_request", message, field="$") from None
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in lists:
             fields.setdefault(name, []).append(value)
         elif name in fields:
-            raise invalid(f"$.{_shown(name)}", "is given more than once. Give it once.")
+            raise invalid_request_error(f"$.{_shown(name)}", "is given more than once. Give it once.")
         else:
             fields[name] = value
     return fields
@@ -231,7 +235,7 @@ def _check_payload(payload: Raw, field: str, limits: Limits) -> None:
     if size > limits.payload:
         message = f"`{field}` has {size} bytes, the limit is {limits.payload}. Store the data elsewhere and put a "
         message += f"reference into the {field.rpartition('.')[2]}."
-        raise too_large(message, field=field, limit=limits.payload)
+        raise too_large_error(message, field=field, limit=limits.payload)
 
 
 def _check_result(result: Complete | Import | Updates, above: str, limits: Limits) -> None:
@@ -241,10 +245,10 @@ def _check_result(result: Complete | Import | Updates, above: str, limits: Limit
         _check_payload(result.metadata, f"{above}.metadata", limits)
 
 
-def _too_many(name: str, most: int) -> Refused:
+def _too_many(name: str, most: int) -> ApiException:
     if name == "jobs":
-        return too_large(f"Over {most} jobs in one bulk. Send several bulks.", field="$.jobs", limit=most)
-    return invalid(f"$.{name}", f"expected a list of length <= {most}.")
+        return too_large_error(f"Over {most} jobs in one bulk. Send several bulks.", field="$.jobs", limit=most)
+    return invalid_request_error(f"$.{name}", f"expected a list of length <= {most}.")
 
 
 _LISTS: Final[dict[type[Command], dict[str, Callable[[Limits], int]]]] = {
@@ -269,7 +273,7 @@ def _check_import(command: Import, limits: Limits) -> None:
 def _check_storage_key(field: str, key: str | None) -> None:
     fault = None if key is None else storage_key_fault(key)
     if fault is not None:
-        raise invalid(field, f"{fault}.")
+        raise invalid_request_error(field, f"{fault}.")
 
 
 _CHECKS: Final[dict[type[Command], Callable[[Any, Limits], None]]] = {
@@ -285,7 +289,7 @@ _CHECKS: Final[dict[type[Command], Callable[[Any, Limits], None]]] = {
 # Words for faults.
 
 
-def malformed(fault: Exception) -> Refused:
+def malformed(fault: Exception) -> ApiException:
     """400 for a body that is no JSON: the decoder's word and the byte, never the body's own text."""
     if isinstance(fault, RecursionError):
         why = "it is nested too deeply"
@@ -293,10 +297,10 @@ def malformed(fault: Exception) -> Refused:
         why = f"it is not UTF-8 (byte {fault.start})"
     else:
         why = str(fault).removeprefix("JSON is malformed: ").removeprefix("Input data was ") or "not readable"
-    return refused("invalid_request", f"The body is not valid JSON: {why}. Send one JSON object in UTF-8.", field="$")
+    return api_error("invalid_request", f"The body is not valid JSON: {why}. Send one JSON object in UTF-8.", field="$")
 
 
-def explain(fault: str, shape: type[Any]) -> Refused:
+def explain(fault: str, shape: type[Any]) -> ApiException:
     """400 for well-formed JSON of the wrong shape: the field's path, what is expected, what to do."""
     what, where = _place(fault)
     about = _ABOUT_FIELD.fullmatch(what)
@@ -304,8 +308,8 @@ def explain(fault: str, shape: type[Any]) -> Refused:
         where = "$"  # what looked like a place was a part of the name
     if about is not None:
         name = _shown(about["name"])
-        return invalid(f"{where}.{name}", _field_fault(about["how"], name, _struct_at(shape, where)))
-    return invalid(where, _value_fault(what, _field_at(shape, where)))
+        return invalid_request_error(f"{where}.{name}", _field_fault(about["how"], name, _struct_at(shape, where)))
+    return invalid_request_error(where, _value_fault(what, _field_at(shape, where)))
 
 
 def _place(fault: str) -> tuple[str, str]:

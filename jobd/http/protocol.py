@@ -31,8 +31,8 @@ from jobd.http.head_cache import Heads, is_whole
 from jobd.http.request import Request, Visit
 from jobd.http.response import HTTP_VERSION, Letter, Reply, cut_off_later
 from jobd.http.routing import Found
-from jobd.model.errors import Refusal
-from jobd.model.responses import Answer
+from jobd.model.errors import ApiError
+from jobd.model.responses import Response
 
 PIECE: Final = 16 << 10  # bytes that are parsed in one turn of the loop, where they have
 PIECE_LINES: Final = 2_000  # more lines than this
@@ -79,7 +79,7 @@ class Flight:
         self.visit = visit
         self.idle = idle  # what aiohttp's loop waits for meanwhile
         self.asked: Asked | None = None
-        self.ready: tuple[Answer, Reply] | None = None  # an answer that is not on the disk yet
+        self.ready: tuple[Response, Reply] | None = None  # an answer that is not on the disk yet
         self.reply: Reply | None = None
         self.held: asyncio.TimerHandle | None = None  # runs while the reply waits for the end of the probe
         self.unread: asyncio.TimerHandle | None = None  # runs while the client does not read the reply
@@ -93,11 +93,11 @@ class Flight:
     def cancelled(self) -> bool:
         return self._is_cancelled
 
-    def prepare(self, answer: Answer) -> None:
+    def prepare(self, answer: Response) -> None:
         reply = self._connection.prepared(self, answer)
         self.ready = None if reply is None else (answer, reply)
 
-    def set_result(self, answer: Answer | Refusal, /) -> None:
+    def set_result(self, answer: Response | ApiError, /) -> None:
         self._is_over = True
         self._connection.answer(self, answer)
 
@@ -389,10 +389,10 @@ class Connection(RequestHandler):
         else:
             self._leave(flight, sent)
 
-    def prepared(self, flight: Flight, answer: Answer) -> Reply | None:
+    def prepared(self, flight: Flight, answer: Response) -> Reply | None:
         return self._web.prepared(flight.visit, answer)
 
-    def answer(self, flight: Flight, answer: Answer | Refusal) -> None:
+    def answer(self, flight: Flight, answer: Response | ApiError) -> None:
         """The actor's answer leaves. Raises nothing: the actor has nothing to do with what goes wrong here."""
         if flight.ready is not None and flight.ready[0] is answer and not self._web.closing:
             self._leave(flight, flight.ready[1])
@@ -494,7 +494,7 @@ class Connection(RequestHandler):
         if isinstance(exc, HttpProcessingError):
             line = f"a line of its head is over {self.max_line_size} bytes"
             why = line if isinstance(exc, LineTooLong) else WRONG_HEAD
-            refusal = Refusal("invalid_request", f"The request is not readable as HTTP/1.1: {why}.")
+            refusal = ApiError("invalid_request", f"The request is not readable as HTTP/1.1: {why}.")
         else:
             self.log_exception("connection_bug", exc_info=exc)
             refusal = BUG

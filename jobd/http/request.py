@@ -24,7 +24,7 @@ from multidict import CIMultiDict, CIMultiDictProxy, MultiMapping
 
 from jobd.http.auth import OPERATOR, is_plainly_json, operator_name
 from jobd.http.routing import Route
-from jobd.model.commands import KeyUse, Operator
+from jobd.model.commands import IdempotencyKey, Operator
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 # A target in absolute form. One that names a user, or another scheme, is as little a path as it ever was.
@@ -75,7 +75,7 @@ class Visit:
         self.operator: Operator | None = None  # who of the operators asks for a change
         self.route: Route | None = None
         self.allow: frozenset[str] = frozenset()
-        self.key: KeyUse | None = None
+        self.key: IdempotencyKey | None = None
         self.size = 0
         self.job_id: str | None = None
 

@@ -19,8 +19,8 @@ from msgspec import Struct
 
 from jobd.http.auth import JSON
 from jobd.http.request import Request, Visit
-from jobd.model.errors import Refusal
-from jobd.model.responses import Answer
+from jobd.model.errors import ApiError
+from jobd.model.responses import Response
 
 PATIENCE_S: Final = 75.0  # how long an answer may wait for a client that does not read it
 RETRY_AFTER_S: Final = 1
@@ -191,13 +191,13 @@ def accepted(
     return Reply(visit, head, body, close=close, lost=lost)
 
 
-def answer_line(answer: Answer) -> bytes:
+def answer_line(answer: Response) -> bytes:
     """An answer in a stream of answers: the usual object with its status, in one line."""
     more = b',"replayed":true' if answer.replayed else b""
     return b'{"success":true,"data":%b,"status":%d%b}\n' % (_in_one_line(_encode(answer.data)), answer.status, more)
 
 
-def refusal_line(refusal: Refusal) -> bytes:
+def refusal_line(refusal: ApiError) -> bytes:
     """A refusal in a stream of answers."""
     details = refusal.details
     if refusal.code == "overloaded":
@@ -213,7 +213,7 @@ def _in_one_line(body: bytes) -> bytes:
 
 def refusing(
     visit: Visit,
-    refusal: Refusal,
+    refusal: ApiError,
     *,
     allow: frozenset[str] = frozenset(),
     close: bool = False,

@@ -15,14 +15,14 @@ from msgspec import Struct
 from jobd.http.auth import JSON
 from jobd.http.decoding import Limits, Shape
 from jobd.model.commands import Claim, Command, Create, OnJobNamed, Start
-from jobd.model.errors import Refusal
-from jobd.model.responses import Answer
+from jobd.model.errors import ApiError
+from jobd.model.responses import Response
 
 Who = Literal["anyone", "worker", "admin"]
 # How a call is answered that is not one command to the actor: given the Web, the Visit and what was decoded.
-Via = Callable[[Any, Any, Any], Awaitable[Answer | Refusal | StreamResponse]]
+Via = Callable[[Any, Any, Any], Awaitable[Response | ApiError | StreamResponse]]
 # How a refusal is told where people read it: given the Visit and the Refusal, the data of an answer.
-Shows = Callable[[Any, Refusal], Any]
+Shows = Callable[[Any, ApiError], Any]
 
 
 class Route(Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from aiohttp import web
 from jobd.http.decoding import Limits
 from jobd.http.request import Request
 from jobd.http.response import PATIENCE_S
-from jobd.model.errors import refused
+from jobd.model.errors import api_error
 
 log = structlog.get_logger("jobd.web")
 
@@ -44,7 +44,7 @@ class Lines:
             message = (
                 "The stream ended too early. The bytes after the last line feed were not read. Send that line again."
             )
-            raise refused("invalid_request", message)
+            raise api_error("invalid_request", message)
         if self._is_last and not self._buffer:
             raise StopAsyncIteration
         end = self._buffer.find(b"\n")
@@ -70,9 +70,9 @@ class Lines:
                     await self._take_piece()
         except TimeoutError:
             message = f"No whole line arrived within {self._limits.body_deadline_s:g} s."
-            raise refused("request_timeout", message) from None
+            raise api_error("request_timeout", message) from None
         except web.RequestPayloadError:
-            raise refused("invalid_request", "The stream is broken: its chunks or its length are wrong.") from None
+            raise api_error("invalid_request", "The stream is broken: its chunks or its length are wrong.") from None
 
     async def _take_piece(self) -> None:
         piece = await self._content.readany()

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from jobd.model.commands import Moment
 from jobd.model.job import MINUTE_MS, SECOND_MS
-from jobd.model.storage import PUT_OFF_MS, Disk, DiskFull, Due, Tombstone
+from jobd.model.storage import PUT_OFF_MS, DiskFull, Due, Storage, Tombstone
 from jobd.storage.artifacts.base import MARGINS, ArtifactStore, Margins, Outcome, StoreFault, judge
 
 log = structlog.get_logger("jobd.artifacts")
@@ -61,7 +61,7 @@ class Sweeper:
     """`run` sweeps until `stop`. `expect` is told of new tombstones, and wakes it."""
 
     def __init__(
-        self, disk: Disk, store: ArtifactStore, clock: Clock, sweeps: Sweeps, margins: Margins = MARGINS
+        self, disk: Storage, store: ArtifactStore, clock: Clock, sweeps: Sweeps, margins: Margins = MARGINS
     ) -> None:
         self.sweeps = sweeps
         self._disk = disk

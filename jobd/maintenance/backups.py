@@ -13,7 +13,7 @@ from typing import BinaryIO, Final
 
 import structlog
 
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.responses import BackupState, BackupView
 from jobd.model.storage import DiskFull, NoBackup
 from jobd.storage import backup
@@ -41,13 +41,13 @@ class Copies:
         """Those under way and the last that have ended, newest first."""
         return [*(copy.view() for copy in reversed(self._under_way)), *reversed(self._ended)]
 
-    async def begin(self, id_: str) -> Copy | Refusal:
+    async def begin(self, id_: str) -> Copy | ApiError:
         """A copy that is whole, marked and checked, ready to be sent; it takes as long as it takes.
 
         Raises DiskFull, NoBackup. Whoever gets a copy has to `leave` it.
         """
         if len(self._under_way) >= AT_ONCE:
-            return Refusal("overloaded", f"{AT_ONCE} backups are under way. Wait for one of them.")
+            return ApiError("overloaded", f"{AT_ONCE} backups are under way. Wait for one of them.")
         copy = Copy(self, id_, self._now())
         self._under_way.append(copy)
         try:

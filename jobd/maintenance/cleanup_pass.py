@@ -16,8 +16,8 @@ from msgspec import Struct, field
 
 from jobd.core.validation import counts, validate
 from jobd.engine.actor import Actor
-from jobd.model.commands import AnyCommand, DeleteExpired, Expire, Mend, Moment, Operator, Recover, TakeBack
-from jobd.model.errors import Refusal
+from jobd.model.commands import AnyCommand, DeleteExpired, Expire, Moment, Operator, Recover, RepairJobs, TakeBack
+from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS
 from jobd.model.responses import CleanupReport, Issue, Recovered, Recovery, TakenBack, Worked
 
@@ -56,7 +56,7 @@ class Totals(Struct):
 class Refused(Exception):
     """The actor refused one of our commands."""
 
-    def __init__(self, refusal: Refusal) -> None:
+    def __init__(self, refusal: ApiError) -> None:
         super().__init__(refusal.message)
         self.refusal = refusal
 
@@ -79,7 +79,7 @@ class Hands:
     async def ask(self, command: AnyCommand, by: str, operator: Operator | None = None) -> Any:
         """The data of the answer. Raises Refused."""
         answer = await self.actor.ask(command, by=by, operator=operator)
-        if isinstance(answer, Refusal):
+        if isinstance(answer, ApiError):
             raise Refused(answer)
         return answer.data
 
@@ -194,7 +194,7 @@ class Pass:
         for ids in _slices(suspects, self._batch):
             await self._mend(ids)
         looked_at = set(suspects)
-        # Untouched jobs hold nothing that could be wrong (job.untouched); there may be millions of them.
+        # Compact jobs hold nothing that could be wrong (job.compact); there may be millions of them.
         for ids in _slices(list(self._book.jobs.touched()), SCAN):
             wrong = [job_id for job_id in ids if job_id not in looked_at and self._looks_wrong(job_id)]
             for some in _slices(wrong, self._batch):
@@ -208,7 +208,7 @@ class Pass:
         return any(map(counts, validate(job, self._clock.moment(), self._hands.actor.policy).issues))
 
     async def _mend(self, ids: list[str]) -> None:
-        worked: Worked = await self._hands.ask(Mend(ids=ids), "cleanup")
+        worked: Worked = await self._hands.ask(RepairJobs(ids=ids), "cleanup")
         self._found += worked.found
         self._fixed += worked.done
         self._hands.totals.found["issues"] += worked.found

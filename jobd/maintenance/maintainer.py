@@ -20,7 +20,7 @@ from jobd.engine.actor import Actor
 from jobd.maintenance.cleanup_pass import Clock, Hands, Pass, Refused, Schedule, Unfinished
 from jobd.maintenance.preview import LOOK_S, foresee
 from jobd.model.commands import EndPauses, Operator, Report, TakeBack, Tick
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery, TakenBack
 
@@ -108,7 +108,7 @@ class Cleaner:
 
     async def recover_stuck(
         self, operator: Operator | None = None, reason: str | None = None
-    ) -> RecoverStuckView | Refusal:
+    ) -> RecoverStuckView | ApiError:
         """Recover every stuck job now, for an operator. A refusal where nothing could be done."""
         details: list[Recovery] = []
         try:
@@ -127,21 +127,21 @@ class Cleaner:
             timestamp=self._clock.moment().now,
         )
 
-    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | Refusal:
+    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | ApiError:
         """End the expired grants of a silent worker, for an operator."""
         try:
             return await self._hands.take_back(command, "admin" if operator is None else operator.by, operator)
         except Refused as refused:
             return refused.refusal
 
-    async def preview(self, look_s: float = LOOK_S) -> PreviewView | Refusal:
+    async def preview(self, look_s: float = LOOK_S) -> PreviewView | ApiError:
         """What recovery and a pass would do now; `look_s` is for jobs that are wrong, which are seldom."""
         try:
             return await foresee(self._hands, look_s)
         except Refused as refused:
             return refused.refusal
         except Unfinished as unfinished:
-            return Refusal("shutting_down", f"Not all was looked at: {unfinished}")
+            return ApiError("shutting_down", f"Not all was looked at: {unfinished}")
 
     def state(self) -> CleanupState:
         return CleanupState(

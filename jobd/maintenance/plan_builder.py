@@ -15,7 +15,7 @@ from msgspec.structs import asdict
 from jobd.core import planning
 from jobd.engine.actor import Actor
 from jobd.model.commands import MAKING_S, MAX_PLAN, OF_TIME, Expected, Filter, MakePlan, Moment, Preview
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import FINISHED, Job, may_adopt
 from jobd.model.responses import PlannedJob, SkippedJob
 from jobd.model.storage import Query
@@ -53,7 +53,7 @@ class Search:
     def more(self) -> bool:
         return self._is_cut or self.next_cursor is not None
 
-    async def run(self) -> Refusal | None:
+    async def run(self) -> ApiError | None:
         """Look for the jobs, or say what is wrong with what is asked."""
         asked = self._asked
         if asked.action in OF_TIME:
@@ -84,14 +84,14 @@ class Search:
                     self._skip(job_id, job.status, why)
             await asyncio.sleep(PAUSE_S)
 
-    async def _by_time(self) -> Refusal | None:
+    async def _by_time(self) -> ApiError | None:
         """The jobs that are due by time, in the order in which a pass comes to them."""
         for name in ("filter", "ids", "cursor"):
             if getattr(self._asked, name) is not None:
                 message = f"{self._asked.action} takes no `{name}`: the daemon itself says which jobs."
                 return _invalid(name, message)
         turn = await self._actor.ask(Preview(limit=0), by="daemon")  # the book knows what is due as of its last turn
-        if isinstance(turn, Refusal):
+        if isinstance(turn, ApiError):
             return turn
         until_s = asyncio.get_running_loop().time() + MAKING_S
         await self._alive(self._book.stuck, lambda job: job.id in self._book.stuck, until_s)
@@ -135,7 +135,7 @@ class Search:
                 return
             await asyncio.sleep(PAUSE_S)
 
-    async def _filtered(self, wanted: Filter) -> Refusal | None:
+    async def _filtered(self, wanted: Filter) -> ApiError | None:
         statuses, before = planning.statuses(self._asked.action, wanted), None
         if self._asked.cursor is not None:
             status, _, number = self._asked.cursor.partition(".")
@@ -187,5 +187,5 @@ def as_query(wanted: Filter, status: str, before: int | None) -> Query:
     return Query(**{**filters, **look, "status": status})
 
 
-def _invalid(field: str, message: str) -> Refusal:
-    return Refusal("invalid_request", message, {"field": f"$.{field}"})
+def _invalid(field: str, message: str) -> ApiError:
+    return ApiError("invalid_request", message, {"field": f"$.{field}"})

@@ -17,7 +17,7 @@ from jobd.core import planning
 from jobd.engine.actor import Actor
 from jobd.maintenance.plan_builder import PAUSE_S, Clock, Search
 from jobd.model.commands import ApplyEndings, ApplyPlan, Expected, MakePlan, Note, Operator
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.responses import ChangedJob, PlanResult, PlanSlice, PlanView
 
@@ -42,7 +42,7 @@ class Plan(Struct):
     until_s: float  # loop time
     done: PlanSlice
     at: int = 0
-    task: asyncio.Task[PlanResult | Refusal] | None = None
+    task: asyncio.Task[PlanResult | ApiError] | None = None
 
     @property
     def is_under_way(self) -> bool:
@@ -67,10 +67,10 @@ class Planner:
 
     # -- making -------------------------------------------------------------------------------------------------------
 
-    async def make(self, asked: MakePlan, plan_id: str) -> PlanView | Refusal:
+    async def make(self, asked: MakePlan, plan_id: str) -> PlanView | ApiError:
         """A plan of what `asked.action` would do now, to be found again as `plan_id`."""
         if self._making >= MOST_MAKING:
-            return Refusal("overloaded", "Other plans are being made; try again after a second.")
+            return ApiError("overloaded", "Other plans are being made; try again after a second.")
         search = Search(asked, self._actor, self._clock, self._turn)
         self._making += 1
         try:
@@ -125,7 +125,7 @@ class Planner:
 
     # -- looking and applying -----------------------------------------------------------------------------------------
 
-    def find(self, plan_id: str) -> PlanView | Refusal:
+    def find(self, plan_id: str) -> PlanView | ApiError:
         self._forget_old()
         plan = self._plans.get(plan_id)
         if plan is None:
@@ -135,17 +135,17 @@ class Planner:
                 f"came to for {APPLIED_KEPT_MS // HOUR_MS} h, and neither over a restart. Make it anew; what was done "
                 "already is left out. What became of plans that were applied is in the audit log, too."
             )
-            return Refusal("plan_not_found", message, {"plan_id": plan_id})
+            return ApiError("plan_not_found", message, {"plan_id": plan_id})
         return plan.view
 
-    async def apply(self, plan_id: str, operator: Operator) -> PlanResult | Refusal:
+    async def apply(self, plan_id: str, operator: Operator) -> PlanResult | ApiError:
         """Do what the plan says, to every job that is still what it saw. Once: whoever asks again gets the same answer.
 
         It goes on where who asked does not wait any more. Where it has to stop half-way (a full disk) the refusal says
         so, and the next call goes on with the rest.
         """
         found = self.find(plan_id)
-        if isinstance(found, Refusal):
+        if isinstance(found, ApiError):
             return found
         if found.result is not None:
             return replace(found.result, repeated=True)
@@ -154,7 +154,7 @@ class Planner:
             plan.task = asyncio.create_task(self._apply(plan, operator))
         return await asyncio.shield(plan.task)
 
-    async def _apply(self, plan: Plan, operator: Operator) -> PlanResult | Refusal:
+    async def _apply(self, plan: Plan, operator: Operator) -> PlanResult | ApiError:
         view = plan.view
         operator = replace(operator, part_of=view.plan_id)
         while plan.at < view.count:
@@ -166,7 +166,7 @@ class Planner:
                 message = (
                     f"{refusal.message} {left['applied']} jobs were done, {left['left']} are left: apply it again."
                 )
-                return Refusal(refusal.code, message, refusal.details | left)
+                return ApiError(refusal.code, message, refusal.details | left)
             plan.at += len(some)
             await asyncio.sleep(PAUSE_S)
         at = self._clock.moment().now
@@ -183,15 +183,15 @@ class Planner:
         self._plans[plan.view.plan_id] = self._plans.pop(plan.view.plan_id, plan)  # the latest comes last
         self._make_room([each for each in self._plans.values() if each.view.result is not None], MOST_APPLIED, plan)
 
-    async def _slice(self, plan: Plan, some: list[Expected], operator: Operator) -> Refusal | None:
+    async def _slice(self, plan: Plan, some: list[Expected], operator: Operator) -> ApiError | None:
         """One command; why it was not taken, if it was not."""
         if self._stopping:
-            return Refusal("shutting_down", "The daemon is stopping.")
+            return ApiError("shutting_down", "The daemon is stopping.")
         view = plan.view
         kind = ApplyEndings if planning.is_ending(view.action) else ApplyPlan
         command = kind(action=view.action, jobs=some, reason=view.reason)
         answer = await self._actor.ask(command, by=operator.by, admin=True, operator=operator)
-        if isinstance(answer, Refusal):
+        if isinstance(answer, ApiError):
             return answer
         done: PlanSlice = answer.data
         was = {job.id: job.from_ for job in view.jobs[plan.at : plan.at + len(some)]}
@@ -214,7 +214,7 @@ class Planner:
         if view.filter is not None:
             details["filter"] = {name: value for name, value in asdict(view.filter).items() if value is not None}
         kept = await self._actor.ask(Note(what=f"plan-{view.action}", details=details), operator=operator)
-        if isinstance(kept, Refusal):
+        if isinstance(kept, ApiError):
             log.warning("audit_missed", what=f"plan-{view.action}", by=operator.by, reason=kept.code)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import Final
 
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.responses import CheckedRows, DamagedRow
 from jobd.storage.scrub import TABLES
 from jobd.storage.store import Store
@@ -23,11 +23,11 @@ class RowWalk:
         self._store = store
         self._turn = asyncio.Lock()
 
-    async def go_on(self, cursor: str | None) -> CheckedRows | Refusal:
+    async def go_on(self, cursor: str | None) -> CheckedRows | ApiError:
         """Walk on from `cursor` (`TABLE:ROWID`; None: from the beginning)."""
         table, _, after_text = (cursor or f"{TABLES[0]}:0").partition(":")
         if table not in TABLES:
-            return Refusal("invalid_request", "`cursor` must be the `next_cursor` of the call before.")
+            return ApiError("invalid_request", "`cursor` must be the `next_cursor` of the call before.")
         after, checked, damaged = int(after_text), 0, []
         loop = asyncio.get_running_loop()
         async with self._turn:

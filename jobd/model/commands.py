@@ -497,7 +497,7 @@ class Undelivered(OnJob, frozen=True, kw_only=True):
     lock_id: LockId
 
 
-class CreditAbsence(Command, frozen=True, kw_only=True):
+class ExtendAfterPause(Command, frozen=True, kw_only=True):
     """The daemon was away: for those of `ids` that are processing, nothing ends in the next `grace_ms`.
 
     `since` is the lease time of the start (None: now): a lock that was live then is not lost while this waits for a
@@ -541,7 +541,7 @@ class DeleteExpired(Command, frozen=True, kw_only=True):
     ids: list[str]
 
 
-class Mend(Command, frozen=True, kw_only=True):
+class RepairJobs(Command, frozen=True, kw_only=True):
     """Validate the jobs `ids` and apply the safe fixes."""
 
     ids: list[str]
@@ -582,7 +582,7 @@ class Report(Command, frozen=True, kw_only=True):
 # A command on its way into a decision.
 
 
-class KeyUse(Struct, frozen=True):
+class IdempotencyKey(Struct, frozen=True):
     """An Idempotency-Key in use: `digest` of listener, method, path and key; `body_hash` of the body."""
 
     digest: str
@@ -675,12 +675,12 @@ AnyCommand = (
     | Stats
     | Locks
     | Undelivered
-    | CreditAbsence
+    | ExtendAfterPause
     | EndGrants
     | Recover
     | Expire
     | DeleteExpired
-    | Mend
+    | RepairJobs
     | Note
     | EndPauses
     | Tick

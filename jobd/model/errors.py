@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-REFUSALS: Final[dict[str, int]] = {
+ERROR_STATUS: Final[dict[str, int]] = {
     "invalid_request": 400,
     "unauthorized": 401,
     "forbidden": 403,
@@ -42,7 +42,7 @@ REFUSALS: Final[dict[str, int]] = {
 }
 
 
-class Refusal(Struct, frozen=True):
+class ApiError(Struct, frozen=True):
     """A definite no: `code` is a key of REFUSALS, `message` a sentence that says what to do."""
 
     code: str
@@ -51,27 +51,27 @@ class Refusal(Struct, frozen=True):
 
     @property
     def status(self) -> int:
-        return REFUSALS[self.code]
+        return ERROR_STATUS[self.code]
 
 
-class Refused(Exception):
+class ApiException(Exception):
     """Stops the walk of a request with a definite no."""
 
-    def __init__(self, refusal: Refusal) -> None:
-        super().__init__(refusal.code)
-        self.refusal = refusal
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.code)
+        self.error = error
 
 
-def refused(code: str, message: str, **details: Any) -> Refused:
+def api_error(code: str, message: str, **details: Any) -> ApiException:
     """A refusal to raise; `details` are those of the answer."""
-    return Refused(Refusal(code, message, details))
+    return ApiException(ApiError(code, message, details))
 
 
-def invalid(field: str, message: str) -> Refused:
+def invalid_request_error(field: str, message: str) -> ApiException:
     """400 invalid_request that names the path of the field."""
-    return refused("invalid_request", f"`{field}`: {message}", field=field)
+    return api_error("invalid_request", f"`{field}`: {message}", field=field)
 
 
-def too_large(message: str, **details: Any) -> Refused:
+def too_large_error(message: str, **details: Any) -> ApiException:
     """413, with what is too large and what the limit is."""
-    return refused("too_large", message, **details)
+    return api_error("too_large", message, **details)

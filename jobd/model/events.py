@@ -13,7 +13,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 from msgspec.structs import astuple
 
-from jobd.model.job import Ended, Failure, Grant, Job, LateResult, Lease, Options, Result
+from jobd.model.job import Failure, Grant, Job, LateResult, Lease, Options, PreviousGrant, Result
 
 EventType = Literal[
     "created",
@@ -79,7 +79,7 @@ class Changes(Struct, frozen=True, gc=False, omit_defaults=True):
     expires_at: int | None | UnsetType = UNSET
     grant: Grant | None | UnsetType = UNSET
     lease: Lease | None | UnsetType = UNSET
-    ended: Ended | None | UnsetType = UNSET
+    ended: PreviousGrant | None | UnsetType = UNSET
     result: Result | None | UnsetType = UNSET
     error: Failure | None | UnsetType = UNSET
     releases: int | UnsetType = UNSET

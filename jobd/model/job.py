@@ -240,7 +240,7 @@ class Lease(Struct, frozen=True, gc=False, array_like=True):
         return silent if self.ceiling is None else min(silent, self.ceiling)
 
 
-class Ended(Struct, frozen=True, gc=False, array_like=True):
+class PreviousGrant(Struct, frozen=True, gc=False, array_like=True):
     """The job's last ended grant: lets a repeated ending be answered and a late one be explained.
 
     `verb` and `body_hash` are set where the holder itself ended it (complete, fail, release).
@@ -314,13 +314,13 @@ class Job(Struct, frozen=True, gc=False):
     expires_at: int | None = None
     grant: Grant | None = None
     lease: Lease | None = None
-    ended: Ended | None = None
+    ended: PreviousGrant | None = None
     result: Result | None = None
     error: Failure | None = None
     releases: int = 0
 
 
-class Untouched(Struct, frozen=True, gc=False):
+class CompactJob(Struct, frozen=True, gc=False):
     """A queued job that was due when it was created, and to which nothing has happened since: all there is to know.
 
     Of the jobs that wait nearly all are such. Memory keeps them in 48 bytes, where a Job takes 176 (live_jobs.py).
@@ -331,15 +331,15 @@ class Untouched(Struct, frozen=True, gc=False):
     options: Options
     created_at: int
 
-    def whole(self) -> Job:
+    def expand(self) -> Job:
         """The job itself."""
         return Job(self.seq, self.id, self.options, "queued", self.created_at, self.created_at, self.created_at)
 
 
-def untouched(job: Job) -> Untouched | None:
+def compact(job: Job) -> CompactJob | None:
     """`job` in short. None where it says more than that, or lacks a name that validation would miss."""
-    short = Untouched(job.seq, job.id, job.options, job.created_at)
-    return short if job.id and job.options.queue and short.whole() == job else None
+    short = CompactJob(job.seq, job.id, job.options, job.created_at)
+    return short if job.id and job.options.queue and short.expand() == job else None
 
 
 class Policy(Struct, frozen=True):
@@ -374,6 +374,6 @@ class Policy(Struct, frozen=True):
         return self.late_queues.get(queue, self.late_results)
 
 
-def settled(asked: int | None, default: int) -> int:
+def default_if_none(asked: int | None, default: int) -> int:
     """What was asked for, where anything was; 0 is a value."""
     return default if asked is None else asked

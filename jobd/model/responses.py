@@ -810,7 +810,7 @@ class Done(Struct, frozen=True):
     """The answer where there is nothing to say."""
 
 
-class Look(Struct, frozen=True):
+class HistoryRead(Struct, frozen=True):
     """A read of history: timeline (the latest `events` of it) or late results of the job with this seq, a page of jobs
     of either kind, or of the audit log. `ended`: a finished job, of which the timeline is asked who ended it."""
 
@@ -823,7 +823,7 @@ class Look(Struct, frozen=True):
     audit: AuditLog | None = None
 
 
-class Answer(Struct):
+class Response(Struct):
     """A yes. `shows` are the job views whose payload is still to be read, with the job's seq; `grants` lets an
     undelivered answer be taken back: (job id, lock id) of each grant in it; `look` is answered from the disk, `looked`
     is at how many jobs it looked at most, for a page of them.
@@ -831,8 +831,8 @@ class Answer(Struct):
 
     data: Any
     status: int = 200
-    shows: list[tuple[int, JobView]] = []
+    unread_payloads: list[tuple[int, JobView]] = []
     grants: list[tuple[str, str]] = []
-    look: Look | None = None
-    looked: int = 0
+    read: HistoryRead | None = None
+    scanned: int = 0
     replayed: bool = False  # a stored idempotent answer

@@ -12,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.model.events import Change, Event, QueuePause
-from jobd.model.job import HOUR_MS, Grant, Job, LateResult, Untouched
+from jobd.model.job import HOUR_MS, CompactJob, Grant, Job, LateResult
 
 RESERVE_BYTES: Final = 16 << 20  # size of the reserve file
 SPARE_BYTES: Final = 1 << 20  # free space at which a full disk accepts writes again
@@ -39,7 +39,7 @@ class BadRows(Exception):
         self.jobs = jobs
 
 
-class Aside(Struct, frozen=True):
+class Quarantined(Struct, frozen=True):
     """A job whose damaged rows were set aside, and why.
 
     `uncounted`: the queue and status among whose finished jobs it is not counted any more, where that could be read.
@@ -100,7 +100,7 @@ class QueueRow(Struct, frozen=True, gc=False):
         return replace(self, **{status: max(getattr(self, status) - 1, 0)})
 
 
-class KeyRow(Struct, frozen=True, gc=False):
+class StoredResponse(Struct, frozen=True, gc=False):
     """A stored idempotent answer. `digest` is the hash of listener, method, path and key; `body_hash` that of the body.
 
     Either `answer` is set (the encoded `data`, with its HTTP status), or `grants`: the (job id, lock id) of a start
@@ -111,7 +111,7 @@ class KeyRow(Struct, frozen=True, gc=False):
     body_hash: str
     at: int
     status: int = 200
-    answer: bytes | None = None
+    body: bytes | None = None
     grants: list[tuple[str, str]] | None = None
 
 
@@ -218,7 +218,7 @@ class Batch(Struct):
     changes: list[Change]
     numbers: Numbers
     queues: dict[str, QueueRow] = {}
-    keys: list[KeyRow] = []
+    keys: list[StoredResponse] = []
     forget_keys: list[str] = []
     checked: list[int] = []  # job seqs whose rows were validated: no longer suspect
     report: bytes | None = None
@@ -242,7 +242,7 @@ class Loaded(Struct):
 
     jobs: dict[str, Job] = {}
     payloads: dict[int, Payload] = {}
-    answers: dict[str, KeyRow] = {}
+    answers: dict[str, StoredResponse] = {}
     bad: dict[str, str] = {}
 
 
@@ -340,9 +340,9 @@ class Opened(Struct):
 
     numbers: Numbers
     jobs: list[Job] = []
-    in_short: list[Untouched] = []  # all other live jobs
+    in_short: list[CompactJob] = []  # all other live jobs
     queues: dict[str, QueueRow] = {}
-    keys: list[KeyRow] = []
+    keys: list[StoredResponse] = []
     quarantined: dict[str, str] = {}
     suspects: dict[int, str] = {}  # job seq to id of rows to be validated
     faults: list[str] = []
@@ -355,23 +355,23 @@ class Opened(Struct):
 
     def live(self) -> list[Job]:
         """All live jobs, whole."""
-        return [*(job.whole() for job in self.in_short), *self.jobs]
+        return [*(job.expand() for job in self.in_short), *self.jobs]
 
 
-class Disk(Protocol):
-    """The durable half of the actor. Every method but `at_hand` is one thread hop; answers are from committed state.
+class Storage(Protocol):
+    """Store jobs durably. Every method but `cached_payloads` is one thread hop; results are from committed state.
 
-    `on_aside` is called in the event loop, whichever method met the damaged rows, before that method ends. So is
+    `on_quarantined` is called in the event loop, whichever method met the damaged rows, before that method ends. So is
     `on_tombstones` where a batch has left some, with their number: of late results only the disk knows what they named.
     """
 
-    on_aside: Callable[[Aside], None]
+    on_quarantined: Callable[[Quarantined], None]
     on_tombstones: Callable[[int], None]
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
         """Jobs by id (live or finished), payloads by job seq, stored answers by digest."""
 
-    def at_hand(self, job_seqs: list[int]) -> dict[int, bytes]:
+    def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
         """Those payloads of these jobs that need not be read. Not while a write is under way."""
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
@@ -430,8 +430,8 @@ class Disk(Protocol):
     async def space(self) -> DiskSpace | None:
         """Return free and total space of the disk; None for a store in memory, or if it is not known."""
 
-    async def drop_ballast(self) -> bool:
+    async def drop_reserve(self) -> bool:
         """Give up the ballast file so that endings and deletions have room; whether there was one."""
 
-    async def build_ballast(self) -> None:
+    async def build_reserve(self) -> None:
         """Rebuild the reserve file. Raises DiskFull if it and SPARE_BYTES do not fit on the disk."""

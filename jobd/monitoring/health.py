@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from jobd.engine.actor import Actor
 from jobd.engine.disk_full import Closed
 from jobd.model.commands import Moment, Ping
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import STATUSES, Job
 from jobd.model.responses import CleanupHealth, CleanupState, DatabaseHealth, HealthStatus, HealthView, PartHealth
 from jobd.model.storage import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
@@ -232,7 +232,7 @@ class Health:
         except TimeoutError:
             waiting = f"{self._actor.waiting} commands wait"
             return PartHealth("unhealthy", f"The mailbox has not answered for {PATIENCE_S:g} s; {waiting}.")
-        if isinstance(answer, Refusal):
+        if isinstance(answer, ApiError):
             status: HealthStatus = "degraded" if answer.code == "overloaded" else "unhealthy"
             return PartHealth(status, answer.message)
         took_ms = (loop_time() - began) * 1000
@@ -276,7 +276,7 @@ class Health:
             sample = await self._differing(sample)
             if not sample:
                 return [], compared
-            if isinstance(await self._ping(), Refusal):
+            if isinstance(await self._ping(), ApiError):
                 return [], 0  # too busy, or stopping: the next measurement says more
         return sorted(sample)[:NAMED], compared
 

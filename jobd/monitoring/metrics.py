@@ -33,7 +33,7 @@ from jobd.engine.actor import BATCH_BUCKETS, COMMIT_BUCKETS_S, Actor
 from jobd.maintenance.artifact_sweeper import Sweeps
 from jobd.maintenance.maintainer import Cleaner
 from jobd.model.commands import Moment
-from jobd.model.errors import REFUSALS
+from jobd.model.errors import ERROR_STATUS
 from jobd.model.events import EventType
 from jobd.model.job import SECOND_MS, STATUSES
 from jobd.model.responses import Vitals
@@ -268,7 +268,7 @@ def _jobs(now: Snapshot) -> Iterator[Metric]:
     yield _counters("grants", "Jobs handed to workers, by queue.", ["queue"], now.grants.items())
     events = ((kind, now.events.get(kind, 0)) for kind in get_args(EventType))
     yield _counters("events", "Committed events, by type: what timelines and streams show.", ["type"], events)
-    refusals = ((code, now.refusals.get(code, 0)) for code in REFUSALS)
+    refusals = ((code, now.refusals.get(code, 0)) for code in ERROR_STATUS)
     yield _counters("refusals", "Requests refused, by code; already_locked is lock contention.", ["code"], refusals)
     yield _counter("stalls", "Grants that ended because the worker went silent.", now.stalls)
     yield _counters("recovered", "Stuck jobs recovered: reset to queued, or failed.", ["action"], now.recovered.items())

@@ -19,7 +19,7 @@ _NO_LIMIT: Final = 1 << 62
 
 
 def page(tables: Tables, query: AuditQuery) -> AuditRows:
-    """See Disk.audit: at most `scan` rows are looked at."""
+    """See Storage.audit: at most `scan` rows are looked at."""
     tables.check()
     try:
         return _page(tables, query)

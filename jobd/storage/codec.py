@@ -16,8 +16,8 @@ from msgspec import UNSET, Raw, Struct
 from msgspec.structs import astuple
 
 from jobd.model.events import GIVEN_BACK, KEEP_SIGNS, ROUTINE, SIGNS, Changes, Event
-from jobd.model.job import Backoff, Ended, Failure, Grant, Job, LateResult, Lease, Options, Result, Untouched
-from jobd.model.storage import Audited, KeyRow, Numbers, QueueRow, Tombstone
+from jobd.model.job import Backoff, CompactJob, Failure, Grant, Job, LateResult, Lease, Options, PreviousGrant, Result
+from jobd.model.storage import Audited, Numbers, QueueRow, StoredResponse, Tombstone
 
 Row = tuple[Any, ...]
 
@@ -224,7 +224,7 @@ def _grant_columns(grant: Grant) -> Row:
     )
 
 
-def _ended_columns(ended: Ended) -> Row:
+def _ended_columns(ended: PreviousGrant) -> Row:
     return (
         ended.lock_id,
         ended.fencing_token,
@@ -280,7 +280,7 @@ class JobReader:
             row[50],
         )
 
-    def new(self, row: Row) -> Job | Untouched | None:
+    def new(self, row: Row) -> Job | CompactJob | None:
         """The job of a row of NEW_COLUMNS and its checksum, whose other columns are AS_CREATED.
 
         None where the checksum is wrong: fault says more of the whole row.
@@ -298,7 +298,7 @@ class JobReader:
             self._last = columns, self._options.get(columns) or self._new_options(columns)
         options = self._last[1]
         if run_at == created_at and expires_at is None and id_ and options.queue:
-            return Untouched(seq, id_, options, created_at)
+            return CompactJob(seq, id_, options, created_at)
         return Job(seq, id_, options, "queued", created_at, created_at, run_at, expires_at=expires_at)
 
     def _new_options(self, columns: Row) -> Options:
@@ -338,10 +338,10 @@ class JobReader:
             raise Unreadable(_missing("lease", columns))
         return Lease(expires, silent, ceiling, bool(cleared))
 
-    def _ended(self, columns: Row) -> Ended:
+    def _ended(self, columns: Row) -> PreviousGrant:
         if None in columns[:6]:
             raise Unreadable(_missing("ended", columns))
-        return Ended(*columns)
+        return PreviousGrant(*columns)
 
 
 def _result(columns: Row) -> Result:
@@ -381,7 +381,9 @@ def _with_names(part: type[Struct]) -> type[Struct]:
 
 
 # Until schema version 8 the parts of a job were objects with names. Such events are read as long as there are any.
-_NAMED: Final[dict[type, type]] = {part: _with_names(part) for part in (Options, Grant, Lease, Ended, _Result, Failure)}
+_NAMED: Final[dict[type, type]] = {
+    part: _with_names(part) for part in (Options, Grant, Lease, PreviousGrant, _Result, Failure)
+}
 _PART_OF: Final = {named: part for part, named in _NAMED.items()}
 _decode_changes = _decoder({Result: _Result})
 _decode_named_changes = _decoder({**_NAMED, Result: _NAMED[_Result]})
@@ -499,17 +501,17 @@ def _merged(first: Changes | None, then: Changes | None) -> Changes | None:
 # Keys, queues, tombstones
 
 
-def key_row(key: KeyRow) -> Row:
+def key_row(key: StoredResponse) -> Row:
     """The columns of `key`: KEY_COLUMNS, the checksum over them, and the answer."""
-    answer_crc = None if key.answer is None else zlib.crc32(key.answer)
+    answer_crc = None if key.body is None else zlib.crc32(key.body)
     grants = None if key.grants is None else _json(key.grants)
-    return (*sealed((key.digest, key.body_hash, key.at, key.status, grants, answer_crc)), key.answer)
+    return (*sealed((key.digest, key.body_hash, key.at, key.status, grants, answer_crc)), key.body)
 
 
-def key(row: Row, answer: bytes | None = None) -> KeyRow:
+def key(row: Row, answer: bytes | None = None) -> StoredResponse:
     """The key of a row of KEY_COLUMNS whose checksum is right."""
     digest, body_hash, at, status, grants = row[:5]
-    return KeyRow(digest, body_hash, at, status, answer, None if grants is None else _decode_grants(grants))
+    return StoredResponse(digest, body_hash, at, status, answer, None if grants is None else _decode_grants(grants))
 
 
 def queue_row(name: str, queue: QueueRow) -> Row:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from jobd.model.events import GIVEN_BACK, KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_SIGNS, SIGNS, Change, Event
 from jobd.model.fingerprints import fingerprint_of_bytes
 from jobd.model.job import LIVE
-from jobd.model.storage import Aside, BadRows, Batch, DiskFull, Numbers, Payload, QueueRow, Tombstone, distinct
+from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, Payload, Quarantined, QueueRow, Tombstone, distinct
 from jobd.storage import codec, files
 from jobd.storage.audit_writer import AuditWriter
 from jobd.storage.codec import (
@@ -165,7 +165,7 @@ class Tables:
         self._signs: dict[int, tuple[int, int]] = {}
         self.buried = 0  # tombstones that were written
         self.asides = 0  # jobs that were set aside
-        self.aside: dict[int, Aside] = {}  # by number; those that every batch to come knows of are dropped
+        self.aside: dict[int, Quarantined] = {}  # by number; those that every batch to come knows of are dropped
         self.unmoved: dict[int, str] = {}  # seq -> reason, of jobs whose damaged rows could not be moved
         # For each job: the event up to which its journal is compact (0: unknown), and the grants given back since.
         self._given_back: dict[int, tuple[int, int]] = {}
@@ -383,7 +383,7 @@ class Tables:
         if len(self._given_back) > GIVEN_BACK_KEPT:
             del self._given_back[next(iter(self._given_back))]
 
-    def note_aside(self, job_seq: int, aside: Aside) -> None:
+    def note_aside(self, job_seq: int, aside: Quarantined) -> None:
         """Damaged rows of that job were met, and moved or not. Of one that still cannot be nobody is told again."""
         if aside.is_moved:
             self.unmoved.pop(job_seq, None)
@@ -398,8 +398,8 @@ class Tables:
         if fault not in self.faults:
             self.faults.append(fault)
 
-    def tell_aside(self, aside: Aside) -> None:
-        """To be told to `Disk.on_aside`."""
+    def tell_aside(self, aside: Quarantined) -> None:
+        """To be told to `Storage.on_quarantined`."""
         self.aside[self.asides] = aside
         self.asides += 1  # last: the event loop looks at it from its own thread
 
@@ -452,7 +452,7 @@ class Tables:
         merged = [sealed(codec.event_row(event)) for event in changed]
         self.conn.executemany(_UPDATE_EVENT, [(*row[-2:], row[0]) for row in merged])
 
-    def _write_queues(self, queues: dict[str, QueueRow], untold: list[Aside]) -> None:
+    def _write_queues(self, queues: dict[str, QueueRow], untold: list[Quarantined]) -> None:
         """Rows of `queues` as memory has them, without the jobs that were set aside since and are counted there yet."""
         put = dict(queues)
         for name, status in (aside.uncounted for aside in untold if aside.uncounted is not None):
@@ -488,7 +488,7 @@ class Tables:
             raise BadRows(bad)
         return shown
 
-    def at_hand(self, seqs: Iterable[int]) -> dict[int, bytes]:
+    def cached_payloads(self, seqs: Iterable[int]) -> dict[int, bytes]:
         """Payloads that were written lately. Only `write` changes what they are taken from."""
         return {seq: body for seq in seqs if (body := self._jobs.payload(seq)) is not None}
 
@@ -548,7 +548,7 @@ class Tables:
         self.gone_to = max(self.gone_to, min(seq, self.numbers.next_event - 1))
 
     def trim_audit(self, before: int, limit: int) -> int:
-        """See Disk.trim_audit."""
+        """See Storage.trim_audit."""
         self.check()
         try:
             is_counted = self._audit.look_on()

@@ -297,7 +297,7 @@ def has_ballast(path: str) -> bool:
         return False
 
 
-def build_ballast(path: str) -> None:
+def build_reserve(path: str) -> None:
     """Give the reserve file `<path>.ballast` its full size, with SPARE_BYTES left free. Raises DiskFull."""
     if has_ballast(path):
         return
@@ -318,7 +318,7 @@ def build_ballast(path: str) -> None:
         sync_directory(path)
 
 
-def drop_ballast(path: str) -> bool:
+def drop_reserve(path: str) -> bool:
     """Give the ballast up; whether there was any."""
     try:
         os.unlink(f"{path}.ballast")

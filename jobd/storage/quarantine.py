@@ -9,7 +9,7 @@ import sqlite3
 from typing import Final
 
 from jobd.model.job import FINISHED, Job, is_job_id
-from jobd.model.storage import Aside, DiskFull
+from jobd.model.storage import DiskFull, Quarantined
 from jobd.storage import codec
 from jobd.storage.codec import EVENT_COLUMNS, JOB_COLUMNS, Row
 from jobd.storage.database import (
@@ -52,7 +52,7 @@ def set_jobs_aside(tables: Tables, damaged: list[tuple[Row, str]]) -> dict[str, 
         except CannotMove as error:
             tables.note_fault(f"job {id_} could not be quarantined: {error}; run `jobd doctor`")
         tables.quarantined[id_] = named[id_] = reason
-        tables.note_aside(row[0], Aside(id_, reason, uncounted, is_moved))
+        tables.note_aside(row[0], Quarantined(id_, reason, uncounted, is_moved))
     return named
 
 

@@ -16,16 +16,16 @@ from jobd.model.events import Event
 from jobd.model.job import LIVE, Grant, Job, LateResult
 from jobd.model.storage import (
     PUT_OFF_MS,
-    Aside,
     Due,
     JournalPage,
-    KeyRow,
     LateAsked,
     LateKnown,
     Loaded,
     Page,
     Payload,
+    Quarantined,
     Query,
+    StoredResponse,
 )
 from jobd.storage import codec
 from jobd.storage.codec import EVENT_COLUMNS, JOB_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
@@ -95,7 +95,7 @@ def read_job(tables: Tables, row: Row) -> tuple[Job | None, str]:
 
 
 def load(tables: Tables, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
-    """See Disk.load."""
+    """See Storage.load."""
     tables.check()
     loaded = Loaded()
     damaged: list[tuple[Row, str]] = []
@@ -154,12 +154,12 @@ def _lost(tables: Tables, id_: str, reason: str) -> str:
     """Name a job whose row cannot even be moved aside."""
     if tables.quarantined.get(id_) != reason:
         tables.quarantined[id_] = reason
-        tables.tell_aside(Aside(id_, reason, is_moved=False))
+        tables.tell_aside(Quarantined(id_, reason, is_moved=False))
         tables.faults.append(f"job {id_}: {reason}; run `jobd doctor`")
     return reason
 
 
-def _answer(tables: Tables, digest: str) -> KeyRow | None:
+def _answer(tables: Tables, digest: str) -> StoredResponse | None:
     """A stored answer. One that is damaged is set aside: the call is judged anew, as after 24 hours."""
     found = tables.rows(f"SELECT rowid, {KEY_SQL}, answer FROM keys WHERE digest = ?", (digest,))
     if not found:
@@ -179,7 +179,7 @@ def _answer(tables: Tables, digest: str) -> KeyRow | None:
 
 
 def find(tables: Tables, query: Query) -> Page:
-    """See Disk.find: newest first, or oldest first; at most `scan` rows looked at."""
+    """See Storage.find: newest first, or oldest first; at most `scan` rows looked at."""
     tables.check()
     try:
         page = _page(tables, query)
@@ -389,7 +389,7 @@ def _events(tables: Tables, found: list[Row]) -> list[Event]:
 
 
 def late(tables: Tables, asked: list[LateAsked]) -> LateKnown:
-    """See Disk.late. Many may ask of one job: it is looked at once."""
+    """See Storage.late. Many may ask of one job: it is looked at once."""
     tables.check()
     whole: dict[int, bool] = {}
     locks: dict[int, set[str]] = {}
@@ -428,7 +428,7 @@ def _late_results(tables: Tables, job_seq: int, *, whole: bool) -> list[LateResu
 
 
 def count_late(tables: Tables, job_seqs: list[int]) -> dict[int, int]:
-    """See Disk.count_late."""
+    """See Storage.count_late."""
     tables.check()
     sql = "SELECT count(*) FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
     try:
@@ -488,7 +488,7 @@ def reports(tables: Tables, limit: int) -> list[bytes]:
 
 
 def due_tombstones(tables: Tables, now: int, limit: int) -> Due:
-    """See Disk.due_tombstones. Whether a key is named is looked up here, next to what will be done about it.
+    """See Storage.due_tombstones. Whether a key is named is looked up here, next to what will be done about it.
 
     Damaged ones that cannot be moved out of the way are passed by, a few hundred of them.
     """

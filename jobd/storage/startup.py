@@ -19,8 +19,8 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, Job, Untouched, new_epoch, seconds_of_epochs
-from jobd.model.storage import SPARE_BYTES, DiskFull, KeyRow, Numbers, Opened, QueueRow
+from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, CompactJob, Job, new_epoch, seconds_of_epochs
+from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, Opened, QueueRow, StoredResponse
 from jobd.storage import codec, files, migrations, wal
 from jobd.storage.codec import AS_CREATED, KEY_COLUMNS, META_COLUMNS, NEW_COLUMNS, QUEUE_COLUMNS, Row, fault
 from jobd.storage.database import (
@@ -366,7 +366,7 @@ def _has_space(tables: Tables, path: str) -> bool:
 
 def _has_reserve(path: str) -> bool:
     try:
-        files.build_ballast(path)
+        files.build_reserve(path)
     except DiskFull:
         return False
     return True
@@ -398,7 +398,7 @@ class _Live(Struct):
     """The live jobs, the damaged rows among them, and the XOR of the checksums of all, as they were written."""
 
     jobs: list[Job] = []
-    in_short: list[Untouched] = []
+    in_short: list[CompactJob] = []
     damaged: list[tuple[Row, str]] = []
     xor: int = 0
 
@@ -407,7 +407,7 @@ class _Live(Struct):
         return len(self.jobs) + len(self.in_short) + len(self.damaged), self.xor
 
 
-def _live_jobs(tables: Tables) -> tuple[list[Job], list[Untouched]]:
+def _live_jobs(tables: Tables) -> tuple[list[Job], list[CompactJob]]:
     """All queued and processing jobs. Their number and the XOR of their checksums must be those that were kept."""
     for rebuilt in (False, True):
         kept = tables.totals[:2]
@@ -470,7 +470,7 @@ def _scan_new(tables: Tables, live: _Live) -> list[int]:
             others.append(row[0])
             continue
         xor ^= row[-2]
-        if isinstance(job, Untouched):
+        if isinstance(job, CompactJob):
             live.in_short.append(job)
         else:
             live.jobs.append(job)
@@ -503,8 +503,8 @@ def recount_queues(conn: sqlite3.Connection) -> dict[str, tuple[int, int, int]]:
     return {queue: (c["completed"], c["failed"], c["cancelled"]) for queue, c in counts.items()}
 
 
-def _keys(tables: Tables) -> list[KeyRow]:
-    keys: list[KeyRow] = []
+def _keys(tables: Tables) -> list[StoredResponse]:
+    keys: list[StoredResponse] = []
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *columns in tables.rows(f"SELECT rowid, {KEY_SQL} FROM keys ORDER BY at"):
         row = tuple(columns)

@@ -20,7 +20,6 @@ from jobd.model.events import Event
 from jobd.model.job import Job
 from jobd.model.responses import DeliveryState
 from jobd.model.storage import (
-    Aside,
     AuditQuery,
     AuditRows,
     Batch,
@@ -32,6 +31,7 @@ from jobd.model.storage import (
     Loaded,
     Opened,
     Page,
+    Quarantined,
     Query,
     Tombstone,
 )
@@ -82,7 +82,7 @@ class Connection(aiosqlite.Connection):
 
 
 class Store:
-    """The durable half of the actor: see batch.Disk. Made by `open`, ended by `close` on every path."""
+    """The durable half of the actor: see model.storage.Storage. Made by `open`, ended by `close` on every path."""
 
     def __init__(self, path: str, db: Connection, tables: Tables, lock: FileLock | None) -> None:
         self.path = path
@@ -90,7 +90,7 @@ class Store:
         self._tables = tables
         self._lock = lock
         self.on_broken: Callable[[Exception], None] = lambda error: None
-        self.on_aside: Callable[[Aside], None] = lambda aside: None
+        self.on_quarantined: Callable[[Quarantined], None] = lambda aside: None
         self.on_tombstones: Callable[[int], None] = lambda count: None
         self._committing = threading.Event()
         tables.at_commit = self._committing.set
@@ -170,7 +170,7 @@ class Store:
         finally:
             while self._told_aside < self._tables.asides:
                 self._told_aside += 1
-                self.on_aside(self._tables.aside[self._told_aside - 1])
+                self.on_quarantined(self._tables.aside[self._told_aside - 1])
             if new := self._tables.buried - self._told_buried:
                 self._told_buried += new
                 self.on_tombstones(new)
@@ -180,13 +180,13 @@ class Store:
         faults, self._tables.faults = self._tables.faults, []
         return faults
 
-    # ------------------------------------------------------------------------------------------------ batch.Disk
+    # -- model.storage.Storage
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
         return await self._hop(queries.load, self._tables, ids, payloads, digests)
 
-    def at_hand(self, job_seqs: list[int]) -> dict[int, bytes]:
-        return self._tables.at_hand(job_seqs)
+    def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
+        return self._tables.cached_payloads(job_seqs)
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
         return await self._watched(self._db.lent_hop(self._committing, self._tables.write, batch, self._told_aside))
@@ -274,9 +274,9 @@ class Store:
     async def space(self) -> DiskSpace | None:
         return None if self.path == MEMORY else await self._hop(files.space, self.path)
 
-    async def drop_ballast(self) -> bool:
-        return self.path != MEMORY and await self._hop(files.drop_ballast, self.path)
+    async def drop_reserve(self) -> bool:
+        return self.path != MEMORY and await self._hop(files.drop_reserve, self.path)
 
-    async def build_ballast(self) -> None:
+    async def build_reserve(self) -> None:
         if self.path != MEMORY:
-            await self._hop(files.build_ballast, self.path)
+            await self._hop(files.build_reserve, self.path)

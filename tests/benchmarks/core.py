@@ -27,7 +27,7 @@ from jobd.http.decoding import Limits, Shape
 from jobd.http.response import answer_line
 from jobd.model.commands import Call, Claim, Command, Complete, Create, Moment
 from jobd.model.job import Policy
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 from jobd.storage import startup
 from jobd.storage.database import Tables
 
@@ -76,7 +76,7 @@ class Steps:
         granted = [answer.grants[0] for answer in self._batch(Claim, claims)]
         self._batch(Complete, [(f'{{"lock_id":"{lock_id}"}}'.encode(), job_id) for job_id, lock_id in granted])
 
-    def _batch(self, kind: type[Command], bodies: Sequence[tuple[bytes, str | None]]) -> list[Answer]:
+    def _batch(self, kind: type[Command], bodies: Sequence[tuple[bytes, str | None]]) -> list[Response]:
         shape, count = SHAPES[kind], len(bodies)
         commands: list[Any] = self._timed("decode", count, lambda: [shape.from_body(*body) for body in bodies])
         asked = [Asked(Call(each, "client", secrets.token_bytes(16)), None, 0, Waiter()) for each in commands]
@@ -86,7 +86,7 @@ class Steps:
         batch = self._timed("gather", count, lambda: self._decider.batch(plan, self._policy))
         plan.fill(self._timed("write and fsync", count, lambda: self._tables.write(batch, 0)))
         self._timed("note", count, lambda: self._note(plan))
-        answers = [answer for _, answer in plan.replies if isinstance(answer, Answer)]
+        answers = [answer for _, answer in plan.replies if isinstance(answer, Response)]
         assert len(answers) == count, "no refusal is measured"
         self._timed("encode", count, lambda: list(map(answer_line, answers)))
         return answers

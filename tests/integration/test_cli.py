@@ -1242,7 +1242,7 @@ async def test_damaged_rows_of_a_running_daemon_are_named_once(
 ) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", "canary-token-0123456789")
     stats = answers.StatsView(9, {}, 0, 0, 0.0, None, 0, 1_772_366_400_000)
-    async with House(admin_api.ROUTES, tmp_path, admin=True, actor=Desk(lambda _: answers.Answer(stats))) as house:
+    async with House(admin_api.ROUTES, tmp_path, admin=True, actor=Desk(lambda _: answers.Response(stats))) as house:
         argv = ["doctor", "--running", "--rows", "--json", "--admin-url", f"unix:{house.path}"]
         assert await asyncio.to_thread(jobd_cli.main, argv) == 1
     found = [each for each in json.loads(capsys.readouterr().out)["problems"] if each["where"].startswith("job ")]
@@ -1429,7 +1429,7 @@ def test_the_typescript_worker_of_the_docs(running: Running) -> None:
 async def _findings(place: Path, prepare: Callable[[House], None]) -> dict[str, str]:
     """What `jobd doctor --running` finds at a real door behind which the figures are ours."""
     stats = answers.StatsView(9, {}, 2, 0, 0.0, None, 0, 1_772_366_400_000)
-    async with House(admin_api.ROUTES, place, admin=True, actor=Desk(lambda _: answers.Answer(stats))) as house:
+    async with House(admin_api.ROUTES, place, admin=True, actor=Desk(lambda _: answers.Response(stats))) as house:
         house.figures.deliveries_page = answers.DeliveryPage([], None)
         prepare(house)
         with AdminClient(f"unix:{house.path}", token="canary-token-0123456789", retry_for_s=0) as client:

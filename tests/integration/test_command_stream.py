@@ -20,8 +20,8 @@ from jobd.engine.actor import Bounds
 from jobd.http.auth import Gate
 from jobd.http.decoding import Limits
 from jobd.http.protocol import Connection
-from jobd.model.errors import Refusal
-from jobd.model.responses import Answer, Done, Grants
+from jobd.model.errors import ApiError
+from jobd.model.responses import Done, Grants, Response
 from jobd.model.storage import DiskFull
 from tests.support.daemon_process import Daemon
 from tests.support.http_harness import TOKEN, Desk, House, Line, message
@@ -101,12 +101,12 @@ async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 class Held:
     """Answers of a desk that come when the test says so."""
 
-    def __init__(self, house: House, answer: Answer) -> None:
+    def __init__(self, house: House, answer: Response) -> None:
         self.go = asyncio.Event()
         self._answer = answer
         house.desk.answer = self.answer
 
-    async def answer(self, _: Any) -> Answer:
+    async def answer(self, _: Any) -> Response:
         await self.go.wait()
         return self._answer
 
@@ -119,7 +119,7 @@ async def half_closed(house: House) -> None:
 
 
 async def test_a_stream_that_has_ended_is_answered_to_a_half_closed_client(either: House) -> None:
-    held = Held(either, Answer(Done()))
+    held = Held(either, Response(Done()))
     stream = await Stream.open(either)
     stream.send({"op": "create", "id": "a"}, {"op": "create", "id": "b"})
     stream.end()
@@ -144,7 +144,7 @@ async def test_the_lines_of_a_stream_that_breaks_off_are_answered(either: House)
 
 
 async def test_grants_of_a_stream_whose_client_has_closed_go_back(either: House) -> None:
-    answer = Answer(Done(), grants=[("a", "lock")])
+    answer = Response(Done(), grants=[("a", "lock")])
     held = Held(either, answer)
     stream = await Stream.open(either)
     stream.send({"op": "claim", "worker": "w"})
@@ -246,7 +246,7 @@ async def test_a_wrong_line_is_told_what_is_wrong_and_the_stream_goes_on(
 
 
 async def test_a_refusal_is_the_usual_object_with_its_status(tmp_path: Path) -> None:
-    desk = Desk(lambda command: Refusal("overloaded", "Full."))
+    desk = Desk(lambda command: ApiError("overloaded", "Full."))
     async with House(ROUTES, tmp_path, actor=desk) as house:
         stream = await Stream.open(house)
         with capture_logs() as logs:
@@ -373,9 +373,9 @@ async def test_the_mailbox_has_its_bound_for_streams_too(tmp_path: Path) -> None
 async def test_what_is_on_its_way_is_bounded(tmp_path: Path) -> None:
     gate = asyncio.Event()
 
-    async def wait(command: Any) -> Answer:
+    async def wait(command: Any) -> Response:
         await gate.wait()
-        return Answer(Done())
+        return Response(Done())
 
     desk = Desk(wait)
     async with House(ROUTES, tmp_path, actor=desk) as house:
@@ -396,9 +396,9 @@ async def test_what_is_on_its_way_is_bounded(tmp_path: Path) -> None:
 async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp_path: Path) -> None:
     gate = asyncio.Event()
 
-    async def wait(command: Any) -> Answer:
+    async def wait(command: Any) -> Response:
         await gate.wait()
-        return Answer(Grants([]))
+        return Response(Grants([]))
 
     desk = Desk(wait)
     async with House(ROUTES, tmp_path, actor=desk) as house:
@@ -420,7 +420,7 @@ async def test_a_reader_who_stops_reading_is_not_read_and_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command_stream, "PATIENCE_S", 0.2)
-    desk = Desk(lambda command: Answer({"much": "x" * 20_000}))
+    desk = Desk(lambda command: Response({"much": "x" * 20_000}))
     async with House(ROUTES, tmp_path, actor=desk) as house:
         stream = await Stream.open(house)
         with capture_logs() as logs:
@@ -551,7 +551,7 @@ async def test_a_grant_whose_line_has_left_stays(town: Town) -> None:
 
 
 async def test_an_answer_that_cannot_be_told_gives_its_grants_back(tmp_path: Path) -> None:
-    grant = Answer({"no": object()}, grants=[("j", "lock")])
+    grant = Response({"no": object()}, grants=[("j", "lock")])
     desk = Desk(lambda command: grant)
     async with House(ROUTES, tmp_path, actor=desk) as house:
         stream = await Stream.open(house)

@@ -136,7 +136,7 @@ def test_variables_of_keys_are_documented_as_read_by_the_daemon() -> None:
 
 
 def test_every_error_code_is_documented_with_its_status() -> None:
-    assert {ticked(code)[0]: int(status) for code, status, *_ in rows(API, "code", "status")} == errors.REFUSALS
+    assert {ticked(code)[0]: int(status) for code, status, *_ in rows(API, "code", "status")} == errors.ERROR_STATUS
 
 
 @pytest.mark.parametrize(

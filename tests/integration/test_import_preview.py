@@ -16,8 +16,8 @@ from jobd.client import AdminClient, AsyncAdminClient
 from jobd.http.auth import Gate
 from jobd.http.decoding import Limits
 from jobd.model.commands import ImportCheck
-from jobd.model.errors import Refusal
-from jobd.model.responses import Answer, ImportForeseen
+from jobd.model.errors import ApiError
+from jobd.model.responses import ImportForeseen, Response
 from tests.support.daemon_process import Daemon
 from tests.support.http_harness import TOKEN, Heard, House
 
@@ -25,10 +25,10 @@ PREVIEW = "/admin/job-management/import/preview"
 KIND = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/x-ndjson"}
 
 
-def judged(command: ImportCheck) -> Answer:
+def judged(command: ImportCheck) -> Response:
     if command.id.startswith("old"):
-        return Answer(ImportForeseen(command.id, "skip", "failed", "A job with this id exists: it is failed.", 3))
-    return Answer(ImportForeseen(command.id, "create", command.status, None, 3))
+        return Response(ImportForeseen(command.id, "skip", "failed", "A job with this id exists: it is failed.", 3))
+    return Response(ImportForeseen(command.id, "create", command.status, None, 3))
 
 
 @pytest.fixture
@@ -66,20 +66,20 @@ async def test_it_says_where_the_import_would_stop(house: House) -> None:
     assert (data["wouldImport"], data["wouldSkip"], data["stopsAt"]) == (4, 1, 6)
     assert "unfinished jobs" in data["stopReason"]
     assert data["lines"][-1]["id"] == "old-2"
-    house.desk.answer = lambda command: Refusal("too_many_jobs", "5 jobs are allowed.")
+    house.desk.answer = lambda command: ApiError("too_many_jobs", "5 jobs are allowed.")
     data = (await look(house, {"id": "a"})).data
     assert (data["stopsAt"], data["stopReason"], data["lines"]) == (1, "5 jobs are allowed.", [])
 
 
 @pytest.mark.parametrize("code", ["overloaded", "storage_full", "shutting_down"])
 async def test_what_would_stop_it_now_is_its_answer(house: House, code: str) -> None:
-    house.desk.answer = lambda command: Refusal(code, "Not now.")
+    house.desk.answer = lambda command: ApiError(code, "Not now.")
     heard = await look(house, {"id": "a"}, {"id": "b"})
     assert (heard.error, heard.json["details"]["line"]) == (code, 1)
 
 
 async def test_other_refusals_are_lines(house: House) -> None:
-    house.desk.answer = lambda command: Refusal("internal_error", "A bug.")
+    house.desk.answer = lambda command: ApiError("internal_error", "A bug.")
     assert (await look(house, {"id": "a"})).data["lines"][0]["reason"] == "A bug."
 
 

@@ -184,16 +184,16 @@ async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path)
         with pytest.raises(DiskFull):
             await store.probe()
         assert len((await store.find(Query(limit=200))).jobs) == len(maker.jobs)
-        assert await store.drop_ballast()
-        assert not await store.drop_ballast()
+        assert await store.drop_reserve()
+        assert not await store.drop_reserve()
         await store.probe()
         await store.write(maker.any_batch(20))
         fill(small_disk)
         with pytest.raises(DiskFull):
-            await store.build_ballast()
+            await store.build_reserve()
         assert not exists(f"{path}.ballast")
         filler.unlink()
-        await store.build_ballast()
+        await store.build_reserve()
         await store.write(maker.batch([]))
     async with opened(path) as (store, found):
         await assert_holds(store, found, maker)
@@ -216,7 +216,7 @@ async def test_a_start_on_a_full_disk_opens_and_says_so(small_disk: Path) -> Non
         assert caught.value.pid == os.getpid()
         filler.unlink()
         await store.probe()
-        await store.build_ballast()
+        await store.build_reserve()
     os.unlink(f"{path}.ballast")
     fill(small_disk)
     async with opened(path) as (_, found):
@@ -228,7 +228,7 @@ async def test_a_full_disk_has_room_again_with_a_mebibyte_to_spare(small_disk: P
     path = str(small_disk / "jobd.db")
     async with opened(path) as (store, found):
         assert (found.full, found.has_reserve) == (False, True)
-        await store.drop_ballast()
+        await store.drop_reserve()
         filler = fill(small_disk)
         os.truncate(filler, filler.stat().st_size - SPARE_BYTES // 2)
         await store.probe()
@@ -237,7 +237,7 @@ async def test_a_full_disk_has_room_again_with_a_mebibyte_to_spare(small_disk: P
         os.truncate(filler, filler.stat().st_size - SPARE_BYTES)
         await store.probe(SPARE_BYTES)
         with pytest.raises(DiskFull):
-            await store.build_ballast()
+            await store.build_reserve()
         space = await store.space()
         assert space is not None
         assert SPARE_BYTES < space.free_bytes < 2 * SPARE_BYTES

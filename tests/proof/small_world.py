@@ -28,25 +28,25 @@ from jobd.model.commands import (
     Claim,
     Complete,
     Create,
-    CreditAbsence,
     Delete,
     DeleteExpired,
     EndGrants,
     Expire,
     Extend,
+    ExtendAfterPause,
     ExtendLock,
     Fail,
     ForceFail,
     ForceReset,
     Get,
     Import,
-    Mend,
     Moment,
     Pause,
     Progress,
     Recover,
     Release,
     ReleaseLock,
+    RepairJobs,
     Resume,
     RunNow,
     Start,
@@ -58,22 +58,22 @@ from jobd.model.commands import (
     Validate,
     Why,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import QueuePause
 from jobd.model.job import (
     LIVE,
     STATUSES,
     TOKEN_COUNTER_BITS,
-    Ended,
     Grant,
     Job,
     LatePolicy,
     LateResult,
     Lease,
     Policy,
+    PreviousGrant,
     Result,
 )
-from jobd.model.responses import Answer, Validation, WhyView
+from jobd.model.responses import Response, Validation, WhyView
 from jobd.model.storage import LateKnown, Numbers, Opened
 from tests.proof.simulation.promises import Promises
 from tests.support.rule_harness import compare
@@ -209,7 +209,7 @@ def _grant(grant: Grant | None) -> tuple[Any, ...] | None:
     return None if grant is None else (grant.ttl_ms, grant.stuck_after_ms, grant.max_processing_ms)
 
 
-def _ended(ended: Ended | None) -> tuple[Any, ...] | None:
+def _ended(ended: PreviousGrant | None) -> tuple[Any, ...] | None:
     """The hash holds the lock id: all that matters is which of the two ways to fail it was."""
     if ended is None:
         return None
@@ -319,10 +319,15 @@ class Walk(Promises):
             *(Transition(id=ID, from_=here, to=there) for here in STATUSES for there in STATUSES if here != there),
         )
         yield from (Step(command, admin=True) for command in commands)
-        of_time: tuple[AnyCommand, ...] = (Recover(limit=1), Expire(limit=1), DeleteExpired(ids=[ID]), Mend(ids=[ID]))
+        of_time: tuple[AnyCommand, ...] = (
+            Recover(limit=1),
+            Expire(limit=1),
+            DeleteExpired(ids=[ID]),
+            RepairJobs(ids=[ID]),
+        )
         yield from (Step(command) for command in (*of_time, EndGrants(ids=[ID], last=True)))
         if world.grace:
-            yield Step(CreditAbsence(ids=[ID], grace_ms=world.grace * TICK_MS))
+            yield Step(ExtendAfterPause(ids=[ID], grace_ms=world.grace * TICK_MS))
 
     def _of_holder(self, lock_id: str) -> Iterator[AnyCommand]:
         yield from (Progress(id=ID, lock_id=lock_id, progress=percent) for percent in (0, 50))
@@ -347,7 +352,12 @@ class Walk(Promises):
             self.fired[f"event {change.event.type}"] = self.fired.get(f"event {change.event.type}", 0) + 1
             book.put(change)
         locks = list(state.locks)
-        if isinstance(decision.answer, Answer) and decision.answer.grants and not step.lost and step.worker is not None:
+        if (
+            isinstance(decision.answer, Response)
+            and decision.answer.grants
+            and not step.lost
+            and step.worker is not None
+        ):
             locks[step.worker] = decision.answer.grants[0][1]
         paused = "default" in book.paused
         if not decision.changes:
@@ -359,8 +369,8 @@ class Walk(Promises):
         self._last_lease = state.lease
         self._last_token = (1 << TOKEN_COUNTER_BITS | state.next_token) - 1
 
-    def _count(self, answer: Answer | Refusal) -> None:
-        if isinstance(answer, Refusal):
+    def _count(self, answer: Response | ApiError) -> None:
+        if isinstance(answer, ApiError):
             name = f"refusal {answer.code}"
             self.fired[name] = self.fired.get(name, 0) + 1
             self.must(answer.code != "internal_error", "S8", answer.message)
@@ -392,8 +402,8 @@ class Walk(Promises):
         self._begin(state)
         decision = self.judged(decide.decide, book, Call(command, "client", SEED), state.at, self.policy)
         self.played.add(type(command))
-        self.must(isinstance(decision.answer, Answer) and not decision.changes, "S8", f"{decision.answer}", ID)
-        assert isinstance(decision.answer, Answer)
+        self.must(isinstance(decision.answer, Response) and not decision.changes, "S8", f"{decision.answer}", ID)
+        assert isinstance(decision.answer, Response)
         return decision.answer.data
 
     def _check_left_alone(self, state: State) -> None:

@@ -17,9 +17,9 @@ from jobd.model.commands import (
     ApplyEndings,
     ApplyPlan,
     AuditLog,
-    CreditAbsence,
     EndPauses,
     Export,
+    ExtendAfterPause,
     GetVersion,
     ImportCheck,
     LateResults,
@@ -76,7 +76,7 @@ NOT_PLAYED = {
     Ping,
     Tick,
     Report,
-    CreditAbsence,
+    ExtendAfterPause,
 }
 
 

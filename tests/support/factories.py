@@ -15,16 +15,16 @@ from jobd.model.job import (
     LIVE,
     TOKEN_COUNTER_BITS,
     Backoff,
-    Ended,
     Failure,
     Grant,
     Job,
     LateResult,
     Lease,
     Options,
+    PreviousGrant,
     Result,
 )
-from jobd.model.storage import Batch, KeyRow, Numbers, QueueRow
+from jobd.model.storage import Batch, Numbers, QueueRow, StoredResponse
 
 NOW: Final = 1_700_000_000_000
 LATE: Final = Result(file_path="/late")
@@ -55,7 +55,7 @@ def full_job(seq: int = 7) -> Job:
         expires_at=NOW + 5,
         grant=Grant("lock", (1 << TOKEN_COUNTER_BITS) | 9, "w-1", NOW + 3, 60_000, 0, 90_000),
         lease=Lease(1_000, 2_000, 3_000, True),
-        ended=Ended("old", (1 << TOKEN_COUNTER_BITS) | 3, "w-0", NOW, "stall", "silent", "fail", "abc"),
+        ended=PreviousGrant("old", (1 << TOKEN_COUNTER_BITS) | 3, "w-0", NOW, "stall", "silent", "fail", "abc"),
         result=Result("https://x/y", "/a", "k/e/y", Raw(b'{"a": [1, null]}')),
         error=Failure("it broke", "E1"),
         releases=6,
@@ -141,7 +141,9 @@ class Maker:
             fields |= {"error": Failure("boom", "E2")}
         if job.grant is not None:
             grant = job.grant
-            ended = Ended(grant.lock_id, grant.fencing_token, grant.worker, self.now, "holder", "done", "complete", "h")
+            ended = PreviousGrant(
+                grant.lock_id, grant.fencing_token, grant.worker, self.now, "holder", "done", "complete", "h"
+            )
             fields |= {"grant": None, "lease": None, "ended": ended}
         return self._step(job, replace(job, **fields), status)
 
@@ -193,7 +195,7 @@ class Maker:
         if self.random.random() < 0.3 and self.jobs:
             batch.payloads = [self.random.choice(list(self.jobs))]
         if self.random.random() < 0.3:
-            batch.keys = [KeyRow(f"digest-{self.random.randrange(50)}", "body", self.now, 201, b'{"a":1}')]
+            batch.keys = [StoredResponse(f"digest-{self.random.randrange(50)}", "body", self.now, 201, b'{"a":1}')]
         if self.random.random() < 0.1:
             batch.forget_keys = [f"digest-{self.random.randrange(50)}"]
         if self.random.random() < 0.1 and self.suspects:

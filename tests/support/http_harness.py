@@ -23,12 +23,11 @@ from jobd.http.auth import Gate
 from jobd.http.decoding import Limits
 from jobd.http.routing import Route
 from jobd.http.server import Listener
-from jobd.model.commands import Call, Command, KeyUse, MakePlan, Operator, TakeBack
-from jobd.model.errors import Refusal
+from jobd.model.commands import Call, Command, IdempotencyKey, MakePlan, Operator, TakeBack
+from jobd.model.errors import ApiError
 from jobd.model.events import Wanted
 from jobd.model.responses import (
     AlertView,
-    Answer,
     BackupView,
     ChangedJob,
     CheckedRows,
@@ -57,6 +56,7 @@ from jobd.model.responses import (
     RecoverStuckView,
     Recovery,
     Resent,
+    Response,
     SkippedJob,
     TakenBack,
     Vitals,
@@ -75,7 +75,7 @@ class Asked(Struct):
     command: Any
     by: str
     admin: bool
-    key: KeyUse | None
+    key: IdempotencyKey | None
     size: int
     operator: Operator | None = None
 
@@ -83,12 +83,14 @@ class Asked(Struct):
 class Desk:
     """Stands where the actor stands: notes what is asked, answers what the test says."""
 
-    def __init__(self, answer: Callable[[Any], Answer | Refusal | Awaitable[Answer | Refusal]] | None = None) -> None:
+    def __init__(
+        self, answer: Callable[[Any], Response | ApiError | Awaitable[Response | ApiError]] | None = None
+    ) -> None:
         self.asked: list[Asked] = []
-        self.taken_back: list[Answer] = []
+        self.taken_back: list[Response] = []
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
-        self.answer = answer or (lambda command: Answer(Done()))
+        self.answer = answer or (lambda command: Response(Done()))
         self._tasks: dict[mailbox.Asked, asyncio.Task[None]] = {}
 
     async def ask(
@@ -97,16 +99,16 @@ class Desk:
         *,
         by: str = "client",
         admin: bool = False,
-        key: KeyUse | None = None,
+        key: IdempotencyKey | None = None,
         size: int = 0,
         operator: Operator | None = None,
         expected: str | None = None,
-    ) -> Answer | Refusal:
+    ) -> Response | ApiError:
         self.asked.append(Asked(command, by, admin, key, size, operator))
         self.arrived.set()
         try:
             answer = self.answer(command)
-            return answer if isinstance(answer, Answer | Refusal) else await answer
+            return answer if isinstance(answer, Response | ApiError) else await answer
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
@@ -118,7 +120,7 @@ class Desk:
         *,
         by: str = "client",
         admin: bool = False,
-        key: KeyUse | None = None,
+        key: IdempotencyKey | None = None,
         size: int = 0,
         operator: Operator | None = None,
         in_line: bool = False,
@@ -129,15 +131,15 @@ class Desk:
         self._tasks[asked] = asyncio.ensure_future(self._tell(waiter, self.answer(command)))
         return asked
 
-    async def _tell(self, waiter: Waiter, answer: Answer | Refusal | Awaitable[Answer | Refusal]) -> None:
+    async def _tell(self, waiter: Waiter, answer: Response | ApiError | Awaitable[Response | ApiError]) -> None:
         try:
-            told = answer if isinstance(answer, Answer | Refusal) else await answer
+            told = answer if isinstance(answer, Response | ApiError) else await answer
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
         if not waiter.done():
             waiter.set_result(told)
-        elif isinstance(told, Answer) and told.grants:
+        elif isinstance(told, Response) and told.grants:
             self.taken_back.append(told)
 
     @property
@@ -147,7 +149,7 @@ class Desk:
     def abandon(self, asked: mailbox.Asked) -> None:
         self._tasks[asked].cancel()
 
-    def undelivered(self, answer: Answer) -> None:
+    def undelivered(self, answer: Response) -> None:
         self.taken_back.append(answer)
 
 
@@ -183,7 +185,7 @@ DELIVERY = DeliveryView(
     status=500,
     error="500",
 )
-NO_WEBHOOK = Refusal("not_found", "There is no such webhook.")
+NO_WEBHOOK = ApiError("not_found", "There is no such webhook.")
 
 
 BACKUP = BackupView("b1", "copying", 4096, 8192, 3, 1_700_000_000_000, None, None)
@@ -219,14 +221,14 @@ class Figures:
         self.operators: list[Operator] = []
         self.accepted = False
         self.oldest_due: OldestDue | None = None
-        self.no_preview: Refusal | None = None
+        self.no_preview: ApiError | None = None
         self.past_jobs = ["old-1", "old-2"]  # what deletion by age would take if the clock were right
         self.alive = True
         self.ready = True
         self.pieces: list[bytes | Exception] = [b"SQLite format 3\x00", b"x" * 100_000]
         self.held: asyncio.Event | None = None  # what a backup waits for
         self.begun = asyncio.Event()
-        self.no_backup: Refusal | None = None
+        self.no_backup: ApiError | None = None
         self.backup_ids: list[str] = []
         self.left: list[str | None] = []
         self.closed = asyncio.Event()
@@ -252,7 +254,7 @@ class Figures:
         group = FailureGroup("0123456789ab", "no", None, 3, 2, ["k"], ["q"], 1, 2, ["a"])
         return FailuresView([group], 4, 7, 1, 5, False)
 
-    async def preview(self, look_s: float = 1.0) -> PreviewView | Refusal:
+    async def preview(self, look_s: float = 1.0) -> PreviewView | ApiError:
         if self.no_preview is not None:
             return self.no_preview
         return PreviewView(
@@ -263,9 +265,9 @@ class Figures:
         self.planned.append(asked)
         return self.plan("p1")  # type: ignore[return-value]
 
-    def plan(self, plan_id: str) -> PlanView | Refusal:
+    def plan(self, plan_id: str) -> PlanView | ApiError:
         if plan_id != "p1":
-            return Refusal("plan_not_found", "There is no such plan.")
+            return ApiError("plan_not_found", "There is no such plan.")
         job = PlannedJob("a", "failed", "queued")
         return PlanView("p1", "retry", "r", None, None, 1, [job], [SkippedJob("b", None, "none")], 1, False, None, 1, 2)
 
@@ -276,9 +278,9 @@ class Figures:
     async def recover_stuck(self, operator: Operator | None, reason: str | None) -> RecoverStuckView:
         return RecoverStuckView(1, 1, 0, [Recovery("a", "reset", "stalled")], 1_700_000_000_000)
 
-    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | Refusal:
+    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | ApiError:
         if command.name == "unknown":
-            return Refusal("worker_not_found", "No worker unknown is known.")
+            return ApiError("worker_not_found", "No worker unknown is known.")
         details = [Recovery("a", "reset", "No update. An operator took the job back.")]
         return TakenBack(command.name, 1, 1, 0, details, False, 1_700_000_000_000)
 
@@ -320,24 +322,24 @@ class Figures:
 
     async def deliveries(
         self, webhook: str, state: DeliveryState | None, before: int | None, limit: int
-    ) -> DeliveryPage | Refusal:
+    ) -> DeliveryPage | ApiError:
         self.asked_deliveries.append((webhook, state, before, limit))
         return self.deliveries_page if webhook == "q" else NO_WEBHOOK
 
     async def given_up(self, webhook: str) -> tuple[int, int]:
         return self.lost if webhook == "q" else (0, 0)
 
-    async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | Refusal:
+    async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | ApiError:
         return DELIVERY if (webhook, delivery) == ("q", 7) else NO_WEBHOOK
 
-    async def deliver_all_again(self, webhook: str, upto: int | None) -> Resent | Refusal:
+    async def deliver_all_again(self, webhook: str, upto: int | None) -> Resent | ApiError:
         self.resent.append((webhook, upto))
         return Resent(3) if webhook == "q" else NO_WEBHOOK
 
-    async def test_webhook(self, webhook: str) -> DeliveryView | Refusal:
+    async def test_webhook(self, webhook: str) -> DeliveryView | ApiError:
         return DELIVERY if webhook == "q" else NO_WEBHOOK
 
-    async def backup(self, id_: str) -> Pieces | Refusal:
+    async def backup(self, id_: str) -> Pieces | ApiError:
         self.backup_ids.append(id_)
         if self.held is not None:
             self.begun.set()
@@ -350,7 +352,7 @@ class Figures:
             raise self.pieces[0]
         return self.no_backup or self.pieces_of(self.pieces, self.left, self.closed)
 
-    async def check_rows(self, cursor: str | None) -> CheckedRows | Refusal:
+    async def check_rows(self, cursor: str | None) -> CheckedRows | ApiError:
         return CheckedRows("jobs", 3, [DamagedRow("job bad-2", "checksum")], None if cursor else "jobs:3")
 
     def backups(self) -> list[BackupView]:

@@ -14,10 +14,9 @@ from msgspec.structs import replace
 
 from jobd.model.events import Change, Event
 from jobd.model.fingerprints import fingerprint
-from jobd.model.job import FINISHED, KEEP_LATE, LIVE, Grant, Job, LateResult, Result, untouched
+from jobd.model.job import FINISHED, KEEP_LATE, LIVE, Grant, Job, LateResult, Result, compact
 from jobd.model.storage import (
     PUT_OFF_MS,
-    Aside,
     Audited,
     AuditQuery,
     AuditRows,
@@ -27,7 +26,6 @@ from jobd.model.storage import (
     DiskSpace,
     Due,
     JournalPage,
-    KeyRow,
     LateAsked,
     LateKnown,
     Loaded,
@@ -35,9 +33,11 @@ from jobd.model.storage import (
     Opened,
     Page,
     Payload,
+    Quarantined,
     Query,
     QueueRow,
     Share,
+    StoredResponse,
     Tombstone,
     distinct,
     share_of,
@@ -69,7 +69,7 @@ class MemoryDisk:
         self.events: list[Event] = []
         self.lates: dict[int, tuple[LateResult, ...]] = {}  # job seq -> its late results, the oldest grant first
         self.queues: dict[str, QueueRow] = {}
-        self.keys: dict[str, KeyRow] = {}
+        self.keys: dict[str, StoredResponse] = {}
         self.suspects: dict[int, str] = {}
         self.quarantined: dict[str, str] = {}
         self.deleted: dict[int, int] = {}  # seq -> wall time of the deletion
@@ -97,9 +97,9 @@ class MemoryDisk:
         self.unmoved: dict[str, str] = {}  # as `quarantined`: those met since the start whose rows are still there
         self.aside: dict[int, str] = {}  # seq -> id of the jobs set aside
         self.rotten: dict[int, Job] = {}  # seq -> what they were
-        self.on_aside: Callable[[Aside], None] = lambda aside: None
+        self.on_quarantined: Callable[[Quarantined], None] = lambda aside: None
         self.on_tombstones: Callable[[int], None] = lambda count: None
-        self._all_aside: list[Aside] = []  # in order
+        self._all_aside: list[Quarantined] = []  # in order
         self._told_aside = 0  # of these
         self._ids: dict[str, int] = {}  # id -> seq
 
@@ -135,7 +135,7 @@ class MemoryDisk:
 
     def opened(self) -> Opened:
         """What a start finds."""
-        self.on_aside = lambda aside: None
+        self.on_quarantined = lambda aside: None
         self.on_tombstones = lambda count: None
         self.unmoved.clear()
         bad = {job_id: reason for job_id, reason in self.bad_jobs.items() if job_id in self._ids}
@@ -143,13 +143,13 @@ class MemoryDisk:
             self._set_aside(self.jobs[self._ids[job_id]], reason)
         self._told_aside = len(self._all_aside)
         whole = [job for _, job in sorted(self.jobs.items()) if job.id not in self.unmoved]
-        live = [(untouched(job), job) for job in whole if job.status in LIVE]
+        live = [(compact(job), job) for job in whole if job.status in LIVE]
         return Opened(
             numbers=self.numbers,
             jobs=[job for short, job in live if short is None],
             in_short=[short for short, _ in live if short is not None],
             queues=dict(self.queues),
-            keys=[replace(key, answer=None) for key in self.keys.values()],
+            keys=[replace(key, body=None) for key in self.keys.values()],
             quarantined=self.quarantined | self.unmoved,
             suspects=dict(self.suspects),
             faults=[],
@@ -160,9 +160,9 @@ class MemoryDisk:
             tombstones=len(self.tombstones),
         )
 
-    # -- batch.Disk ---------------------------------------------------------------------------------------------------
+    # -- model.storage.Storage
 
-    def at_hand(self, job_seqs: list[int]) -> dict[int, bytes]:
+    def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
         return {}
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
@@ -360,13 +360,13 @@ class MemoryDisk:
         await self._enter("space")
         return self.disk_space
 
-    async def drop_ballast(self) -> bool:
-        await self._enter("drop_ballast")
+    async def drop_reserve(self) -> bool:
+        await self._enter("drop_reserve")
         had, self.has_ballast = self.has_ballast, False
         return had
 
-    async def build_ballast(self) -> None:
-        await self._enter("build_ballast")
+    async def build_reserve(self) -> None:
+        await self._enter("build_reserve")
         self.has_ballast = True
         if not self.fits(Batch([], self.numbers)):
             self.has_ballast = False
@@ -520,7 +520,7 @@ class MemoryDisk:
     def _set_aside(self, job: Job, reason: str) -> None:
         if job.seq in self.jobs and not self.can_move(job):
             self.unmoved[job.id] = reason
-            self._all_aside.append(Aside(job.id, reason, is_moved=False))
+            self._all_aside.append(Quarantined(job.id, reason, is_moved=False))
             return
         self.unmoved.pop(job.id, None)
         self.quarantined[job.id] = reason
@@ -534,7 +534,7 @@ class MemoryDisk:
             self.rotten[job.seq] = job
         if is_counted:
             self._count(job.options.queue, job.status, -1)
-        self._all_aside.append(Aside(job.id, reason, (job.options.queue, job.status) if is_counted else None))
+        self._all_aside.append(Quarantined(job.id, reason, (job.options.queue, job.status) if is_counted else None))
 
     async def _tell_aside(self) -> None:
         """As from another thread: in a moment. Whoever dies meanwhile is not told."""
@@ -542,7 +542,7 @@ class MemoryDisk:
             await self._pause()
         while self._told_aside < len(self._all_aside):
             self._told_aside += 1
-            self.on_aside(self._all_aside[self._told_aside - 1])
+            self.on_quarantined(self._all_aside[self._told_aside - 1])
 
     def _count(self, name: str, status: str, step: int) -> None:
         queue = self.queues.get(name, QueueRow())

@@ -13,10 +13,10 @@ from jobd.core import decide, late_result_rules, transitions
 from jobd.core.changeset import Decision
 from jobd.core.state import Book
 from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, Moment, Progress, Start
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import Change, Event, fold
 from jobd.model.job import KEEP_LATE, LIVE, STATUSES, Grant, Job, LateResult, Policy, is_release_loop
-from jobd.model.responses import Answer, GrantView
+from jobd.model.responses import GrantView, Response
 from jobd.model.storage import LateKnown
 
 NOW: Final = 1_700_000_000_000
@@ -95,19 +95,19 @@ class Desk:
         compare(self.book, self.rows, self.at)
         return decision
 
-    def ask(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Answer | Refusal:
+    def ask(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Response | ApiError:
         return self.decide(command, admin=admin, by=by).answer
 
     def yes(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Any:
         """The data of an answer that is a yes."""
         answer = self.ask(command, admin=admin, by=by)
-        assert isinstance(answer, Answer), answer
+        assert isinstance(answer, Response), answer
         return answer.data
 
-    def no(self, command: AnyCommand, code: str, *, admin: bool = False, by: str = "client") -> Refusal:
+    def no(self, command: AnyCommand, code: str, *, admin: bool = False, by: str = "client") -> ApiError:
         """A refusal with this code that changed no job: what comes late may leave a note, a complete its result."""
         decision = self.decide(command, admin=admin, by=by)
-        assert isinstance(decision.answer, Refusal), decision.answer
+        assert isinstance(decision.answer, ApiError), decision.answer
         assert decision.answer.code == code, decision.answer
         assert all(change.event.type in ("late_result", "late_call") for change in decision.changes)
         return decision.answer

@@ -17,9 +17,9 @@ from jobd.engine.idempotency import Keys
 from jobd.maintenance.cleanup_pass import Schedule
 from jobd.maintenance.maintainer import Cleaner, read_figures
 from jobd.model.commands import AnyCommand, Create, Start
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import HOUR_MS, Job, Options, Policy
-from jobd.model.responses import Answer, GrantView
+from jobd.model.responses import GrantView, Response
 from tests.support.memory_storage import MemoryDisk
 
 WALL: Final = 1_700_000_000_000
@@ -130,12 +130,12 @@ class Household:
     async def yes(self, command: AnyCommand, **asked: Any) -> Any:
         """The data of an answer that is a yes."""
         answer = await self.actor.ask(command, **asked)
-        assert isinstance(answer, Answer), answer
+        assert isinstance(answer, Response), answer
         return answer.data
 
-    async def no(self, command: AnyCommand, **asked: Any) -> Refusal:
+    async def no(self, command: AnyCommand, **asked: Any) -> ApiError:
         answer = await self.actor.ask(command, **asked)
-        assert isinstance(answer, Refusal), answer
+        assert isinstance(answer, ApiError), answer
         return answer
 
     async def held(

@@ -8,7 +8,7 @@ from typing import Final
 
 import structlog
 
-from jobd.model.errors import refused
+from jobd.model.errors import api_error
 from jobd.storage.artifacts.base import ArtifactStore, Reading, StoreFault
 
 CALL_S: Final = 10.0  # for one piece from the store
@@ -35,12 +35,12 @@ class Downloads:
         """The object under `key`. `cut` ends the connection of one who does not read. Raises Refused."""
         if self._store is None:
             message = "No store of artifacts is set up here, so there is nothing to download: see artifacts.url."
-            raise refused("not_found", message)
+            raise api_error("not_found", message)
         if self._is_closed:
-            raise refused("shutting_down", "The daemon is stopping; ask again in a moment.")
+            raise api_error("shutting_down", "The daemon is stopping; ask again in a moment.")
         if len(self._open) >= self._most:
             message = f"{self._most} downloads are under way (limits.downloads); try again in a moment."
-            raise refused("overloaded", message)
+            raise api_error("overloaded", message)
         download = Download(self._open, cut)  # its place is taken while it is looked for
         try:
             async with asyncio.timeout(CALL_S):
@@ -48,13 +48,13 @@ class Downloads:
         except (StoreFault, TimeoutError) as fault:
             download.leave()
             log.warning("artifact_not_read", key=key, error=str(fault) or f"no answer within {CALL_S:g} s")
-            raise refused("storage_unavailable", "The store of artifacts cannot be read now; try again.") from fault
+            raise api_error("storage_unavailable", "The store of artifacts cannot be read now; try again.") from fault
         except BaseException:
             download.leave()
             raise
         if reading is None:
             download.leave()
-            raise refused("not_found", f"Nothing lies in the store of artifacts under {key!r} (any more).")
+            raise api_error("not_found", f"Nothing lies in the store of artifacts under {key!r} (any more).")
         download.take(reading)
         return download
 

@@ -10,9 +10,9 @@ import asyncio
 from typing import Any, Final
 
 from jobd.model.commands import MAX_PAGE, AnyCommand, Claim, Complete, List, Progress, Resume, RunNow, Stats
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, SECOND_MS
-from jobd.model.responses import Answer, CleanupReport, GrantView
+from jobd.model.responses import CleanupReport, GrantView, Response
 from tests.proof.simulation.machine import Daemon, Machine
 from tests.proof.simulation.promises import is_overdue
 
@@ -181,13 +181,13 @@ class Closing:
             self.watch.fail("L5", f"a pass without faults: {report.errors}")
         return report
 
-    async def _yes(self, command: AnyCommand, *, admin: bool = False) -> Answer | None:
+    async def _yes(self, command: AnyCommand, *, admin: bool = False) -> Response | None:
         answer = await self.machine.call(WHO, command, admin=admin)
-        if isinstance(answer, Refusal) and not self._may_refuse(answer):
+        if isinstance(answer, ApiError) and not self._may_refuse(answer):
             job_id = getattr(command, "id", None)
             self.watch.fail("L3", f"{type(command).__name__} was refused without a fault: {answer.code}", job_id)
-        return answer if isinstance(answer, Answer) else None
+        return answer if isinstance(answer, Response) else None
 
-    def _may_refuse(self, answer: Refusal) -> bool:
+    def _may_refuse(self, answer: ApiError) -> bool:
         """A row that was damaged before is found out now; a job may expire, or be past a very short ceiling."""
         return answer.code in ("job_quarantined", "invalid_transition", "job_not_found")

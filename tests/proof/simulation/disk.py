@@ -129,7 +129,7 @@ class SimDisk(MemoryDisk):
         self.has_ballast = opened.has_reserve = not opened.full
         return opened
 
-    # -- batch.Disk ---------------------------------------------------------------------------------------------------
+    # -- model.storage.Storage
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
         told = self._told_aside

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Final, get_args
 
 from jobd.model.commands import AnyCommand
-from jobd.model.errors import REFUSALS
+from jobd.model.errors import ERROR_STATUS
 from jobd.model.events import EventType
 from tests.proof.simulation.chaos import UPKEEP
 from tests.proof.simulation.plan import FAULTS, MISHAPS
@@ -90,7 +90,7 @@ def names() -> list[str]:
     return [
         *(f"command {kind.__name__}" for kind in get_args(AnyCommand)),
         *(f"event {kind}" for kind in get_args(EventType)),
-        *(f"refusal {code}" for code in REFUSALS if code not in OF_THE_DOORS),
+        *(f"refusal {code}" for code in ERROR_STATUS if code not in OF_THE_DOORS),
         *(f"fault {name}" for name in faults),
         *(f"mishap {name}" for name in MISHAPS),
         *ON_DISK,

@@ -21,10 +21,10 @@ from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
 from jobd.maintenance.artifact_sweeper import Sweeper, Sweeps
 from jobd.maintenance.maintainer import Cleaner, read_figures
-from jobd.model.commands import AnyCommand, CreditAbsence, EndGrants, KeyUse, Operator
-from jobd.model.errors import Refusal
+from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, IdempotencyKey, Operator
+from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 from jobd.model.storage import DiskFull, Opened
 from jobd.monitoring import event_log
 from tests.proof.simulation.artifacts import SimArtifacts
@@ -59,7 +59,7 @@ class Line:
 
     def __init__(self, who: str, loop: asyncio.AbstractEventLoop) -> None:
         self.who = who
-        self.reply: asyncio.Future[Answer | Refusal | None] = loop.create_future()
+        self.reply: asyncio.Future[Response | ApiError | None] = loop.create_future()
 
     def close(self) -> None:
         if not self.reply.done():
@@ -176,10 +176,10 @@ class Machine:
         *,
         by: str = "client",
         admin: bool = False,
-        key: KeyUse | None = None,
+        key: IdempotencyKey | None = None,
         hang_up_s: float | None = None,
         unread: bool = False,
-    ) -> Answer | Refusal | None:
+    ) -> Response | ApiError | None:
         """Send a command and wait; None where no answer came. `hang_up_s`: the caller closes the connection then.
 
         `unread`: the answer goes out and is lost on the way.
@@ -200,12 +200,12 @@ class Machine:
             daemon.lines.pop(line, None)
         if answer is None or unread:
             return None
-        told = answer.code if isinstance(answer, Refusal) else "yes"
+        told = answer.code if isinstance(answer, ApiError) else "yes"
         self.note("told", who, type(command).__name__, getattr(command, "id", None), told)
         return answer
 
     async def _handle(
-        self, daemon: Daemon, line: Line, command: AnyCommand, by: str, admin: bool, key: KeyUse | None
+        self, daemon: Daemon, line: Line, command: AnyCommand, by: str, admin: bool, key: IdempotencyKey | None
     ) -> None:
         """What a door does with a request: ask, then answer, or say that the answer could not be delivered."""
         size = 100 if self.plan.bounds.inflight_bytes < 1000 else 0
@@ -214,11 +214,11 @@ class Machine:
             answer = await daemon.actor.ask(command, by=by, admin=admin, key=key, size=size, operator=operator)
             self.watch.answered(command, key, answer)
         if line.reply.done():  # the connection is closed, or the caller is gone
-            if isinstance(answer, Answer) and answer.grants:
+            if isinstance(answer, Response) and answer.grants:
                 self.fired["grant undelivered"] += 1
                 daemon.actor.undelivered(answer)
             return
-        if isinstance(answer, Answer):
+        if isinstance(answer, Response):
             self.watch.delivered(line.who if key is None else key.digest, answer)
         line.reply.set_result(answer)
 
@@ -367,7 +367,7 @@ class Daemon:
         if not self.opened.marked:
             since = self.clock.moment().lease
             for ids in slices:
-                self.actor.owe(CreditAbsence(ids=ids, grace_ms=GRACE_MS, since=since))
+                self.actor.owe(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
             return
         for index, ids in enumerate(slices or [[]]):
             self.actor.owe(EndGrants(ids=ids, last=index + 1 >= len(slices)))

@@ -27,7 +27,7 @@ from jobd.model.commands import (
     Fail,
     ForceFail,
     ForceReset,
-    KeyUse,
+    IdempotencyKey,
     Pause,
     Progress,
     Release,
@@ -38,9 +38,9 @@ from jobd.model.commands import (
     Transition,
     Update,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import SECOND_MS
-from jobd.model.responses import Answer, GrantView
+from jobd.model.responses import GrantView, Response
 from tests.proof.simulation.machine import Machine
 from tests.proof.simulation.requests import Requests
 
@@ -83,24 +83,24 @@ class Person:
             self.machine.fired[f"mishap {mishap}"] += 1
         return True
 
-    async def ask(self, command: AnyCommand, *, tries: int = 4) -> Answer | Refusal | None:
+    async def ask(self, command: AnyCommand, *, tries: int = 4) -> Response | ApiError | None:
         """Ask until there is a definite answer, with the same key; None where it was given up."""
         key = self._key(command)
-        answer: Answer | Refusal | None = None
+        answer: Response | ApiError | None = None
         for _ in range(tries):
             if key is not None and self.has("asked twice at once", 0.1):
                 first, second = await asyncio.gather(self._once(command, key), self._once(command, key))
                 answer = first or second
             else:
                 answer = await self._once(command, key)
-            if answer is not None and not (isinstance(answer, Refusal) and answer.code in IN_DOUBT):
+            if answer is not None and not (isinstance(answer, ApiError) and answer.code in IN_DOUBT):
                 return answer
             if self.machine.closing or self.dice.random() < 0.15:
                 return answer
             await self.think()
         return answer
 
-    async def _once(self, command: AnyCommand, key: KeyUse | None) -> Answer | Refusal | None:
+    async def _once(self, command: AnyCommand, key: IdempotencyKey | None) -> Response | ApiError | None:
         by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "admin" if self.admin else "client"
         hang_up_s = None
         if self.has("hang up", 0.25 if isinstance(command, (Start, Claim)) else 0.05):
@@ -110,15 +110,15 @@ class Person:
             self.name, command, by=by, admin=self.admin, key=key, hang_up_s=hang_up_s, unread=unread
         )
 
-    def _key(self, command: AnyCommand) -> KeyUse | None:
+    def _key(self, command: AnyCommand) -> IdempotencyKey | None:
         """A key of one's own, or by mistake one of others for the same path. Scope: the path of the command."""
         if not isinstance(command, KEYED) or self.dice.random() < 0.4:
             return None
         path = f"{type(command).__name__} {getattr(command, 'id', '') if not isinstance(command, Create) else ''}"
         if self.has("key of another", 0.2):
-            return KeyUse(f"{path} shared {self.dice.randrange(3)}", worker_rules.digest(command))
+            return IdempotencyKey(f"{path} shared {self.dice.randrange(3)}", worker_rules.digest(command))
         self._keys += 1
-        return KeyUse(f"{path} {self.name} {self._keys}", worker_rules.digest(command))
+        return IdempotencyKey(f"{path} {self.name} {self._keys}", worker_rules.digest(command))
 
 
 class Creator(Person):
@@ -190,15 +190,15 @@ class Worker(Person):
             await self.ask(self.requests.read())
         elif roll < 0.3:
             answer = await self.ask(self.requests.start(self.name))
-            if isinstance(answer, Answer) and answer.grants:
+            if isinstance(answer, Response) and answer.grants:
                 await self.work(answer.data)
         else:
             answer = await self.ask(self.requests.claim(self.name))
-            if isinstance(answer, Answer):
+            if isinstance(answer, Response):
                 for granted in answer.data.grants:
                     await self.work(granted)
 
-    async def ask(self, command: AnyCommand, *, tries: int = 4) -> Answer | Refusal | None:
+    async def ask(self, command: AnyCommand, *, tries: int = 4) -> Response | ApiError | None:
         """Who has something to store does so before he says that he is done; it may take a while."""
         if isinstance(command, Complete) and command.storage_key is not None:
             self.machine.artifacts.store(command.storage_key, command.lock_id)
@@ -246,7 +246,7 @@ class Worker(Person):
         for _ in range(self.dice.randrange(4)):
             await self._toil(granted)
             answer = await self.ask(self._sign(job_id, lock_id))
-            if isinstance(answer, Refusal) and not self.has("worker talks on", 0.3):
+            if isinstance(answer, ApiError) and not self.has("worker talks on", 0.3):
                 return
             if self.machine.closing or self.has("worker dies", 0.05):
                 return

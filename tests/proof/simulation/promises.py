@@ -39,10 +39,10 @@ from jobd.model.commands import (
     Undelivered,
     is_rehearsal,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import Change, Event, fold
 from jobd.model.job import FINISHED, STATUSES, TRANSITIONS, Job, Lease, Policy, release_delay_ms
-from jobd.model.responses import Answer, Recovered
+from jobd.model.responses import Recovered, Response
 from tests.support.rule_harness import due_order
 
 HOLDERS: Final = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)
@@ -147,7 +147,7 @@ class Promises:
     def _check_answer(self, book: Book, command: AnyCommand, decision: Decision, job: Job | None, at: Moment) -> None:
         if isinstance(command, HOLDERS):
             self._check_holder(command, decision, job, at)
-        elif isinstance(decision.answer, Refusal):
+        elif isinstance(decision.answer, ApiError):
             made = {change.event.type for change in decision.changes}
             self.must(made <= BY_TIME, "S6", f"a refused {type(command).__name__} made {made}")
         if isinstance(command, Claim):
@@ -172,12 +172,12 @@ class Promises:
         )
         done = len(_ids(decision.changes, "stalled"))
         self.must(done == min(stuck, command.limit), "S5", f"{done} jobs were recovered, {stuck} are stuck")
-        if isinstance(decision.answer, Answer) and isinstance(decision.answer.data, Recovered):
+        if isinstance(decision.answer, Response) and isinstance(decision.answer.data, Recovered):
             self.must(decision.answer.data.more or stuck <= done, "S5", "stuck jobs are left, and nobody is told")
 
     def _check_start(self, job: Job, decision: Decision, at: Moment) -> None:
         answer = decision.answer
-        if isinstance(answer, Refusal) and answer.code == "already_locked":
+        if isinstance(answer, ApiError) and answer.code == "already_locked":
             self.must(not is_stuck(job, at.lease), "S5", "a stuck job was called locked", job.id)
 
     def _check_holder(self, command: Any, decision: Decision, job: Job | None, at: Moment) -> None:
@@ -194,8 +194,8 @@ class Promises:
             changed = [change.event.job_id for change in decision.changes]
             right = is_latest and changed == [command.id]
             self.must(right, "S3", f"{verb} of an old grant changed {changed}", command.id)
-            self.must(isinstance(decision.answer, Answer), "S3", f"a refused {verb} changed {changed}", command.id)
-        elif isinstance(decision.answer, Answer):
+            self.must(isinstance(decision.answer, Response), "S3", f"a refused {verb} changed {changed}", command.id)
+        elif isinstance(decision.answer, Response):
             ended = job is not None and job.ended is not None and job.ended.lock_id == lock_id
             self.must(ended, "S3", f"{verb} was taken from an older grant", command.id)
         elif is_latest and job is not None and job.lease is not None:
@@ -213,7 +213,7 @@ class Promises:
             self._check_late_call(command, decision, job)
             return
         if kinds == ["late_result"]:
-            refused = isinstance(decision.answer, Refusal) and decision.answer.code == "lock_lost"
+            refused = isinstance(decision.answer, ApiError) and decision.answer.code == "lock_lost"
             self.must(refused, "S3", "a late result was kept, and its complete not refused", command.id)
             return
         ended = job.ended if job is not None else None
@@ -224,7 +224,7 @@ class Promises:
     def _check_late_call(self, command: Any, decision: Decision, job: Job | None) -> None:
         """A refused call leaves a note of who it was: the last that held the job, and did not end that itself."""
         answer, event = decision.answer, decision.changes[0].event
-        refused = isinstance(answer, Refusal) and answer.code == "lock_lost"
+        refused = isinstance(answer, ApiError) and answer.code == "lock_lost"
         ended = job.ended if job is not None else None
         was_theirs = ended is not None and ended.lock_id == command.lock_id and ended.verb is None
         self.must(refused and was_theirs, "S3", f"a {type(command).__name__} was told as a late call", command.id)

@@ -36,7 +36,6 @@ from jobd.model.commands import (
     LateResults,
     List,
     Locks,
-    Mend,
     Note,
     Pause,
     Ping,
@@ -45,6 +44,7 @@ from jobd.model.commands import (
     Queues,
     Recover,
     ReleaseLock,
+    RepairJobs,
     Resume,
     RunNow,
     Search,
@@ -266,7 +266,7 @@ class Requests:
     def of_time(self) -> AnyCommand:
         """As cleanup would ask, but about any job and at any time: each is judged when it is applied."""
         ids = [self.job_id() for _ in range(self.dice.randint(1, 3))]
-        return self.dice.choice((Recover(limit=1), Expire(limit=1), DeleteExpired(ids=ids), Mend(ids=ids)))
+        return self.dice.choice((Recover(limit=1), Expire(limit=1), DeleteExpired(ids=ids), RepairJobs(ids=ids)))
 
     # -- everybody ----------------------------------------------------------------------------------------------------
 

@@ -20,12 +20,12 @@ from jobd.core.state import Book
 from jobd.engine.disk_full import Closed
 from jobd.engine.idempotency import KEPT_MS, SAFE_MS
 from jobd.engine.mailbox import READS
-from jobd.model.commands import AnyCommand, Call, Claim, KeyUse, Moment, is_rehearsal
-from jobd.model.errors import Refusal
+from jobd.model.commands import AnyCommand, Call, Claim, IdempotencyKey, Moment, is_rehearsal
+from jobd.model.errors import ApiError
 from jobd.model.events import Change, fold
 from jobd.model.job import FINISHED, KEEP_LATE, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
-from jobd.model.responses import Answer, CleanupReport, GrantView
-from jobd.model.storage import Batch, KeyRow
+from jobd.model.responses import CleanupReport, GrantView, Response
+from jobd.model.storage import Batch, StoredResponse
 from tests.proof.simulation.patience import Patience
 from tests.proof.simulation.promises import BY_TIME, NOTES, Broken, Decide, Promises
 from tests.support.rule_harness import compare, picture
@@ -59,7 +59,7 @@ class Watch(Promises):
         self._latest_wall = 0  # that this daemon has seen
         self._held_at: int | None = None  # lease time while the full disk holds it
         self._good_pass_s = 0.0  # loop time of the start, or of the latest pass without errors
-        self._key_rows: dict[str, KeyRow] = {}  # as committed, with answers
+        self._key_rows: dict[str, StoredResponse] = {}  # as committed, with answers
         self._commits = 0
         self._decide: Decide = decide.decide
 
@@ -348,13 +348,13 @@ class Watch(Promises):
             return
         self.fail("S1", f"nobody has received grant {grant.fencing_token}, and it was not taken back", job_id)
 
-    def answered(self, command: AnyCommand, key: KeyUse | None, answer: Answer | Refusal) -> None:
+    def answered(self, command: AnyCommand, key: IdempotencyKey | None, answer: Response | ApiError) -> None:
         """The actor has answered; in a moment the answer is on the wire."""
         self.patience.answered(command)
         decision = self._decided[id(command)]
         job_id = getattr(command, "id", None)
         name = type(command).__name__
-        if isinstance(answer, Refusal):
+        if isinstance(answer, ApiError):
             self.fired[f"refusal {answer.code}"] += 1
             self._check_refusal(name, answer, decision, job_id)
             return
@@ -364,7 +364,7 @@ class Watch(Promises):
             same = row is None or key is None or row.body_hash == key.body_hash
             self.must(same, "S9", f"{name} got the answer to another body", job_id)
             if row is not None and isinstance(answer.data, Raw):
-                self.must(row.answer == bytes(answer.data), "S9", "a replay differs from the first answer", job_id)
+                self.must(row.body == bytes(answer.data), "S9", "a replay differs from the first answer", job_id)
         elif decision is not None and decision.answer is answer:
             self._check_written(name, decision, key, answer)
         elif decision is not None:  # a claim that was nearly served, and then answered empty when its time was over
@@ -374,7 +374,7 @@ class Watch(Promises):
             committed = token <= self.highest_token
             self.must(committed, "S6", f"grant {token} was answered before its commit", granted.job.id)
 
-    def _check_refusal(self, name: str, answer: Refusal, decision: Decision | None, job_id: str | None) -> None:
+    def _check_refusal(self, name: str, answer: ApiError, decision: Decision | None, job_id: str | None) -> None:
         if answer.code == "internal_error":
             disk = self.machine.disk
             failing = disk.failing & {"find", "timeline"} or self.machine.had_read_errors or disk.is_broken
@@ -400,7 +400,7 @@ class Watch(Promises):
         made = [seq for seq in seqs if self._durable.get(seq, "stalled") not in BY_TIME | NOTES]
         self.must(not made, "S6", f"{name} was {how} and is on the disk: events {made}", job_id)
 
-    def _check_written(self, name: str, decision: Decision, key: KeyUse | None, answer: Answer) -> None:
+    def _check_written(self, name: str, decision: Decision, key: IdempotencyKey | None, answer: Response) -> None:
         for change in decision.changes:
             event = change.event
             written = event.seq in self._durable
@@ -408,17 +408,17 @@ class Watch(Promises):
             self.acknowledged[event.seq] = (event.type, event.job_seq, event.job_id)
         if key is not None and decision.changes and name != "Claim" and not answer.grants:
             row = self._key_rows.get(key.digest)
-            same = row is not None and row.answer == msgspec.json.encode(answer.data)
+            same = row is not None and row.body == msgspec.json.encode(answer.data)
             self.must(same, "S9", f"the answer of {name} was not stored under its key")
 
-    def delivered(self, who: str, answer: Answer) -> None:
+    def delivered(self, who: str, answer: Response) -> None:
         """Somebody holds the answer in his hands."""
         for job_id, granted in _grants(answer):
             owner = self.received.setdefault(granted.fencing_token, who)
             self.must(owner == who, "S1", f"grant {granted.fencing_token} was given to {owner} and to {who}", job_id)
 
 
-def _grants(answer: Answer) -> list[tuple[str, GrantView]]:
+def _grants(answer: Response) -> list[tuple[str, GrantView]]:
     if not answer.grants:
         return []
     data = answer.data

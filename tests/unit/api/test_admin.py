@@ -47,9 +47,9 @@ from jobd.model.commands import (
     Why,
     Workers,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import Policy
-from jobd.model.responses import Answer, StatsView, ValidateJobView, Validation
+from jobd.model.responses import Response, StatsView, ValidateJobView, Validation
 from tests.support.http_harness import BACKUP, DELIVERY, TOKEN, WEBHOOK, House
 from tests.unit.core.test_views import AT, JOB
 
@@ -234,14 +234,14 @@ async def test_an_export_is_noted_page_by_page_as_one_deed(house: House) -> None
     parts = [each.part_of for each in operators if each]
     assert parts[0] == parts[1]
     assert len(set(parts)) == 3
-    house.desk.answer = lambda command: Refusal("overloaded", "Too many wait.")
+    house.desk.answer = lambda command: ApiError("overloaded", "Too many wait.")
     before = len(house.desk.asked)
     assert (await house.ask("GET", f"{P}/export", headers=AUTH)).status == 503
     assert len(house.desk.asked) == before + 1
 
 
 async def test_what_cannot_be_noted_is_done_all_the_same(house: House) -> None:
-    house.desk.answer = lambda command: Refusal("storage_full", "The disk is full.")
+    house.desk.answer = lambda command: ApiError("storage_full", "The disk is full.")
     with capture_logs() as logged:
         assert (await house.ask("POST", f"{P}/cleanup", headers=AUTH)).status == 200
     assert house.figures.forced == [True]
@@ -342,7 +342,7 @@ READER = {"Authorization": "Bearer reader-token-0123456789abcdef"}
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 async def test_who_may_only_look_gets_all_that_changes_nothing_and_holds_no_secret(house: House, route: Any) -> None:
     house.site.gate.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])
-    house.desk.answer = lambda command: Refusal("job_not_found", "It is asked, which is enough here.")
+    house.desk.answer = lambda command: ApiError("job_not_found", "It is asked, which is enough here.")
     query = {"validate-job": "?jobId=j", "events": "?follow=false"}.get(route.path.rpartition("/")[2], "")
     target = route.path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1") + query
     heard = await house.ask(route.method, target, headers=READER)
@@ -361,19 +361,19 @@ async def test_a_validated_job_is_shown_without_its_lock_id_to_who_may_only_look
     for headers, shown in ((AUTH, True), (READER, False)):
         held = job_view(JOB, AT, Policy(), admin=True)
         view = ValidateJobView("a", held, Validation(True, [], True), 1)
-        house.desk.answer = lambda _, view=view: Answer(view)
+        house.desk.answer = lambda _, view=view: Response(view)
         heard = await house.ask("GET", f"{P}/validate-job?jobId=a", headers=headers)
         assert ("lock_id" in heard.data["job"]["lock"]) == shown
         assert heard.data["job"]["lock"]["worker"] == "w-1"
 
 
 async def test_stats_say_whether_a_pass_is_running(house: House) -> None:
-    house.desk.answer = lambda _: Answer(STATS)
+    house.desk.answer = lambda _: Response(STATS)
     data = (await house.ask("GET", f"{P}/stats", headers=AUTH)).data
     assert (data["totalJobs"], data["cleanupRunning"], data["timeSinceLastCleanup"]) == (3, True, 1234)
     assert data["disk"] == {"path": "/var/lib/jobd/jobd.db", "freeBytes": 3 << 30, "totalBytes": 8 << 30}
     assert house.desk.asked[0].command == Stats()
-    house.desk.answer = lambda _: Refusal("overloaded", "Too much.")
+    house.desk.answer = lambda _: ApiError("overloaded", "Too much.")
     assert (await house.ask("GET", f"{P}/stats", headers=AUTH)).status == 503
 
 

@@ -18,9 +18,9 @@ from jobd.api.downloads import disposition
 from jobd.core.views import job_view, late_view
 from jobd.http.auth import Gate
 from jobd.model.commands import Get, LateResults, Note
-from jobd.model.errors import Refusal, Refused
+from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import Job, LateResult, Policy, Result
-from jobd.model.responses import Answer, LateResultList
+from jobd.model.responses import LateResultList, Response
 from jobd.storage.artifacts import downloads
 from jobd.storage.artifacts.base import PIECE_BYTES, StoreFault
 from jobd.storage.artifacts.downloads import Downloads
@@ -53,7 +53,7 @@ def names(house: House, key: str | None) -> None:
     job: Job = desk.create("a")
     job = replace(job, result=None if key is None else Result(storage_key=key))
     view = job_view(job, desk.at, Policy(), admin=False)
-    house.desk.answer = lambda command: Answer(view)
+    house.desk.answer = lambda command: Response(view)
 
 
 def put(house: House, place: Path, key: str, content: bytes) -> None:
@@ -82,7 +82,7 @@ async def test_a_stored_result_comes_as_a_file(house: House, place: Path, size: 
 
 
 async def test_what_is_not_there_is_refused_in_words(house: House, place: Path) -> None:
-    house.desk.answer = lambda command: Refusal("job_not_found", "No job has this id.")
+    house.desk.answer = lambda command: ApiError("job_not_found", "No job has this id.")
     assert (await house.ask("GET", PATH, headers=AUTH)).error == "job_not_found"
     names(house, None)
     heard = await house.ask("GET", PATH, headers=AUTH)
@@ -106,7 +106,7 @@ def brings(house: House, *lates: LateResult) -> None:
     job: Job = replace(desk.create("a"), result=Result(storage_key="own"))
     listed = LateResultList([late_view(late) for late in lates])
     view = job_view(job, desk.at, Policy(), admin=False)
-    house.desk.answer = lambda command: Answer(listed if isinstance(command, LateResults) else view)
+    house.desk.answer = lambda command: Response(listed if isinstance(command, LateResults) else view)
 
 
 async def test_what_a_late_result_names_can_be_looked_at_before_it_is_taken(house: House, place: Path) -> None:
@@ -135,7 +135,7 @@ async def test_what_a_late_result_names_can_be_looked_at_before_it_is_taken(hous
     for wrong in ("0", "-1", "x", "", "1.5"):
         heard = await house.ask("GET", f"{PATH}?late_result={wrong}", headers=AUTH)
         assert (heard.status, heard.error) == (400, "invalid_request"), wrong
-    house.desk.answer = lambda command: Refusal("job_not_found", "No job has this id.")
+    house.desk.answer = lambda command: ApiError("job_not_found", "No job has this id.")
     assert (await house.ask("GET", f"{PATH}?late_result=7", headers=AUTH)).error == "job_not_found"
 
 
@@ -213,9 +213,9 @@ async def test_downloads_end_when_the_daemon_stops(place: Path, monkeypatch: pyt
     download = await opened.begin("k", cut.set)
     opened.close()
     await cut.wait()
-    with pytest.raises(Refused) as no:
+    with pytest.raises(ApiException) as no:
         await opened.begin("k", cut.set)
-    assert no.value.refusal.code == "shutting_down"
+    assert no.value.error.code == "shutting_down"
     download.leave()
 
 

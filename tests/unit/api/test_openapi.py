@@ -22,7 +22,7 @@ from jobd.http.auth import Gate, own_names
 from jobd.http.decoding import Limits, Shape
 from jobd.http.routing import Route
 from jobd.model import errors
-from jobd.model.errors import Refused
+from jobd.model.errors import ApiException
 from jobd.model.events import StreamedEvent
 from jobd.model.job import storage_key_fault
 from tests.support.http_harness import TOKEN, House
@@ -91,12 +91,12 @@ def test_a_call_says_how_it_succeeds_and_how_it_is_refused(name: str) -> None:
     for route in TABLES[name]:
         responses = said[call_of(route)]["responses"]
         wanted = {route.status, *descriptions.ALSO.get(call_of(route), {})}
-        wanted |= {errors.REFUSALS[code] for code in refusals(route)}
+        wanted |= {errors.ERROR_STATUS[code] for code in refusals(route)}
         assert {int(status) for status in responses} == wanted
         kinds = resolved(name, responses[str(route.status)])["content"]
         assert list(kinds) == [route.sends]
         for code in refusals(route):
-            assert f"`{code}`" in resolved(name, responses[str(errors.REFUSALS[code])])["description"]
+            assert f"`{code}`" in resolved(name, responses[str(errors.ERROR_STATUS[code])])["description"]
         headers = {each["name"] for each in said[call_of(route)]["parameters"] if each["in"] == "header"}
         wanted_headers = {"Idempotency-Key"} if route.key else set()
         taken = call_of(route).endswith(("/export", "/backup", "/artifact"))  # the audit log has who took it
@@ -113,8 +113,8 @@ def test_the_glossary_has_a_word_for_everything_and_none_too_many() -> None:
     assert set(descriptions.CALLS) == calls
     assert set(descriptions.ALSO) | set(descriptions.REFUSED_TOO) <= calls
     assert set(descriptions.REFUSED) <= {route.asks for route in routes}
-    assert set(descriptions.REFUSALS) == set(errors.REFUSALS)
-    assert all(code in errors.REFUSALS for codes in descriptions.REFUSED.values() for code in codes)
+    assert set(descriptions.REFUSALS) == set(errors.ERROR_STATUS)
+    assert all(code in errors.ERROR_STATUS for codes in descriptions.REFUSED.values() for code in codes)
     said = {field for name in TABLES for field in _fields(DOCUMENTS[name])}
     assert set(descriptions.FIELDS) == said
 
@@ -135,7 +135,7 @@ def _fields(said: Any) -> set[str]:
 
 def test_every_refusal_is_somewhere_but_for_those_of_unknown_paths() -> None:
     told = {code for table in TABLES.values() for route in table for code in refusals(route)}
-    assert set(errors.REFUSALS) - told == {"method_not_allowed"}
+    assert set(errors.ERROR_STATUS) - told == {"method_not_allowed"}
 
 
 @pytest.fixture(params=TABLES)
@@ -216,7 +216,7 @@ def value_at(body: Any, path: str) -> Any:
     return body
 
 
-def is_beside_its_schema(refusal: errors.Refusal, body: Any) -> bool:
+def is_beside_its_schema(refusal: errors.ApiError, body: Any) -> bool:
     """Whether `body` may be refused although its schema takes it: for the value of the very field that is named.
 
     A storage key may be no way to an object, and what JSON Schema takes for an integer, 5.0, is none to us.
@@ -250,7 +250,7 @@ def is_beside_its_schema(refusal: errors.Refusal, body: Any) -> bool:
     ],
 )
 def test_what_may_be_refused_beside_its_schema(body: Any, field: str, message: str, fair: bool) -> None:
-    assert is_beside_its_schema(errors.Refusal("invalid_request", message, {"field": field}), body) == fair
+    assert is_beside_its_schema(errors.ApiError("invalid_request", message, {"field": field}), body) == fair
 
 
 @pytest.mark.parametrize("call", READERS)
@@ -263,9 +263,9 @@ def test_a_body_is_taken_by_the_decoder_just_where_its_schema_takes_it(call: str
     body = data.draw(strategy)
     try:
         taken: object = shape.from_body(json.dumps(body).encode(), given_by_path)
-    except Refused as no:
-        taken = no.refusal
-    if isinstance(taken, errors.Refusal):
+    except ApiException as no:
+        taken = no.error
+    if isinstance(taken, errors.ApiError):
         assert taken.code == "invalid_request"
         assert is_beside_its_schema(taken, body) or not schema.is_valid(body), taken.message
     else:

@@ -29,7 +29,7 @@ from jobd.cli.ctl import main
 from jobd.cli.params import duration_ms, moment_ms, past_ms
 from jobd.client.endpoint import default_socket
 from jobd.dashboard import filters, rendering
-from jobd.model.errors import REFUSALS
+from jobd.model.errors import ERROR_STATUS
 from jobd.model.responses import AuditView
 from jobd.storage.files import FileLock
 from tests import ROOT
@@ -305,7 +305,9 @@ def test_every_refusal_of_the_daemon_has_its_exit_code() -> None:
     again = {"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs", "request_timeout"}
     again |= {"storage_unavailable", "too_many_queues"}
     special = {"unauthorized": 5, "forbidden": 5, "internal_error": 1, **dict.fromkeys(again, 75)}
-    assert {code: exit_codes.of_refusal(code) for code in REFUSALS} == {code: special.get(code, 4) for code in REFUSALS}
+    assert {code: exit_codes.of_refusal(code) for code in ERROR_STATUS} == {
+        code: special.get(code, 4) for code in ERROR_STATUS
+    }
     assert exit_codes.of_refusal("unreachable") == 3
 
 

@@ -60,7 +60,7 @@ from jobd.client.protocol import (
     read_result,
     reader,
 )
-from jobd.model.errors import REFUSALS
+from jobd.model.errors import ERROR_STATUS
 from jobd.model.responses import JobView, LockState
 from tests.conftest import tool_missing
 from tests.support.scripted_server import ScriptedServer, closing, drop, early, no, ok, raw, serving
@@ -141,7 +141,7 @@ def send(request: pytest.FixtureRequest, endpoint: str) -> Both:
 
 def test_every_refusal_has_an_error_of_its_own_with_the_same_status() -> None:
     ours = {code: kind.status for code, kind in ERRORS.items() if code not in ("unreachable", "bad_answer")}
-    assert ours == REFUSALS
+    assert ours == ERROR_STATUS
     assert {kind.__name__ for kind in ERRORS.values()} <= set(jobd.client.__all__)
 
 
@@ -341,14 +341,14 @@ def _reply(body: Any, status: int, **headers: str) -> ApiResponse:
 READ = get("/x", reader(dict[str, int]))
 
 
-@pytest.mark.parametrize("code", sorted(REFUSALS))
+@pytest.mark.parametrize("code", sorted(ERROR_STATUS))
 def test_each_refusal_is_raised_as_its_error(code: str) -> None:
-    reply = _reply({"success": False, "error": code, "message": "No.", "details": {"d": 1}}, REFUSALS[code])
+    reply = _reply({"success": False, "error": code, "message": "No.", "details": {"d": 1}}, ERROR_STATUS[code])
     with pytest.raises(ERRORS[code]) as caught:
         read_result(READ, reply)
     error = caught.value
     assert isinstance(error, JobdError)
-    assert (error.code, error.message, error.details, error.status) == (code, "No.", {"d": 1}, REFUSALS[code])
+    assert (error.code, error.message, error.details, error.status) == (code, "No.", {"d": 1}, ERROR_STATUS[code])
 
 
 def test_a_code_of_the_future_is_a_plain_error_that_keeps_it() -> None:

@@ -28,8 +28,8 @@ from jobd.model.commands import (
     ForceFail,
     ForceReset,
     Get,
+    IdempotencyKey,
     Import,
-    KeyUse,
     Note,
     Operator,
     Pause,
@@ -40,7 +40,7 @@ from jobd.model.commands import (
     Update,
 )
 from jobd.model.job import SECOND_MS
-from jobd.model.responses import Answer, AuditPage, Done
+from jobd.model.responses import AuditPage, Done, Response
 from jobd.model.storage import COMINGS, LOOKS, Audited, share_of
 from tests.support.memory_storage import MemoryDisk
 from tests.support.rule_harness import Desk
@@ -50,7 +50,8 @@ EVE = Operator("eve", "10.0.0.7")
 # Commands that come from workers, creators or the daemon itself; those of operators are in audit.DEEDS.
 NO_DEEDS = {
     "Create", "Bulk", "Start", "Claim", "Progress", "Extend", "Complete", "Fail", "Release", "Undelivered",
-    "ImportCheck", "CreditAbsence", "EndGrants", "EndPauses", "Expire", "DeleteExpired", "Mend", "Tick", "Report",
+    "ImportCheck", "ExtendAfterPause", "EndGrants", "EndPauses", "Expire", "DeleteExpired", "RepairJobs", "Tick",
+    "Report",
 }  # fmt: skip
 
 
@@ -165,7 +166,7 @@ def test_a_plan_of_one_job_names_it() -> None:
 
 def test_a_note_is_kept_as_it_is() -> None:
     call = Call(Note(what="backup", details={"n": 1}, reason="why"), operator=EVE)
-    found = audit.entry(call, Decision(Answer(Done())), 5)
+    found = audit.entry(call, Decision(Response(Done())), 5)
     assert found == Audited(5, "eve", "10.0.0.7", "backup", reason="why", details={"n": 1})
 
 
@@ -196,7 +197,7 @@ async def test_a_repeated_key_is_one_deed() -> None:
     async with Household() as house:
         await house.yes(Create(id="a"))
         for _ in range(2):
-            await house.yes(ForceFail(id="a"), key=KeyUse("k", "body"), operator=EVE)
+            await house.yes(ForceFail(id="a"), key=IdempotencyKey("k", "body"), operator=EVE)
         assert len(kept(house)) == 1
 
 

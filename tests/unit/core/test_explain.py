@@ -25,7 +25,7 @@ from jobd.model.commands import (
 )
 from jobd.model.events import QueuePause
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS
-from jobd.model.responses import Answer, Look, Next, WhyView
+from jobd.model.responses import HistoryRead, Next, Response, WhyView
 from tests.support.rule_harness import NOW, Desk
 
 TTL = 15 * MINUTE_MS
@@ -432,8 +432,8 @@ def test_by_whom_it_was_ended_and_why(desk: Desk, command: Any, by: str, said: s
     desk.create()
     desk.yes(command, by=by)
     answer = desk.ask(Why(id=command.id))
-    assert isinstance(answer, Answer)
-    assert answer.look == Look(ended=desk.job(command.id))
+    assert isinstance(answer, Response)
+    assert answer.read == HistoryRead(ended=desk.job(command.id))
     assert ending(desk.job(command.id), desk.events) == said
 
 
@@ -468,8 +468,8 @@ def test_of_a_stall_the_message_says_all(desk: Desk) -> None:
 def test_only_of_finished_jobs_the_timeline_is_asked(desk: Desk) -> None:
     desk.create()
     answer = desk.ask(Why(id="a"))
-    assert isinstance(answer, Answer)
-    assert answer.look is None
+    assert isinstance(answer, Response)
+    assert answer.read is None
 
 
 def test_rows_from_elsewhere(desk: Desk) -> None:

@@ -33,9 +33,9 @@ from jobd.model.commands import (
     Update,
     Why,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, KEEP_LATE, MINUTE_MS, LatePolicy, Policy, Result
-from jobd.model.responses import Answer, JobView, LateResultList, Look, WhyView
+from jobd.model.responses import HistoryRead, JobView, LateResultList, Response, WhyView
 from jobd.model.storage import LateKnown
 from tests.support.rule_harness import NOW, Desk
 
@@ -63,7 +63,7 @@ def completing(lock_id: str, **fields: Any) -> Complete:
     return Complete(id="a", lock_id=lock_id, **({"file_path": "/out"} | fields))
 
 
-def late(desk: Desk, command: late_result_rules.Calls, *, kept: bool = True, told: bool = False) -> Refusal:
+def late(desk: Desk, command: late_result_rules.Calls, *, kept: bool = True, told: bool = False) -> ApiError:
     """The refusal of a call that comes late; whether it left its result, or else was told of."""
     row, before = desk.job(), len(desk.events)
     refusal = desk.no(command, "lock_lost")
@@ -223,7 +223,7 @@ def test_a_lock_that_ends_in_the_batch_of_its_complete_leaves_its_result(desk: D
     desk.yes(ForceReset(id="a"), admin=True)
     desk.book.late = LateKnown()
     decision = decide.decide(desk.book, Call(completing(lock_id)), desk.at, desk.policy)
-    assert isinstance(decision.answer, Refusal)
+    assert isinstance(decision.answer, ApiError)
     assert decision.answer.details["late_result"] == decision.changes[0].event.seq
 
 
@@ -505,7 +505,7 @@ def test_a_job_that_is_created_in_the_same_batch_has_none(desk: Desk) -> None:
     desk.create()
     desk.book.late = LateKnown()
     refusal = decide.decide(desk.book, Call(Adopt(id="a"), admin=True), desk.at, desk.policy).answer
-    assert isinstance(refusal, Refusal)
+    assert isinstance(refusal, ApiError)
     assert refusal.code == "late_result_not_found"
 
 
@@ -551,7 +551,7 @@ def test_a_dry_run_is_answered_as_if_it_were_done_and_nothing_is(desk: Desk) -> 
     before = desk.job()
     decision = desk.decide(Adopt(id="a", dry_run=True), admin=True)
     assert (decision.changes, desk.job()) == ([], before)
-    assert isinstance(decision.answer, Answer)
+    assert isinstance(decision.answer, Response)
     assert decision.answer.data == desk.yes(Adopt(id="a"), admin=True)
     desk.no(Adopt(id="a", dry_run=True), "invalid_transition", admin=True)
 
@@ -571,8 +571,8 @@ def test_the_time_of_deletion_that_was_asked_for_counts_if_it_is_ahead(desk: Des
 def test_they_are_listed_from_the_disk(desk: Desk) -> None:
     desk.create()
     answer = desk.ask(LateResults(id="a"), admin=True)
-    assert isinstance(answer, Answer)
-    assert answer.look == Look(late=desk.job().seq)
+    assert isinstance(answer, Response)
+    assert answer.read == HistoryRead(late=desk.job().seq)
     assert answer.data == LateResultList([])
 
 

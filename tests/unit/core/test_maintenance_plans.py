@@ -35,9 +35,9 @@ from jobd.model.commands import (
     Progress,
     Recover,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Job, runs_again
-from jobd.model.responses import Answer, PlannedJob, PlanSlice, PlanView, Worked, late_note_of
+from jobd.model.responses import PlannedJob, PlanSlice, PlanView, Response, Worked, late_note_of
 from tests.support.factories import full_job
 from tests.support.plan_help import applied, made
 from tests.support.rule_harness import Desk
@@ -107,7 +107,7 @@ def test_a_rule_for_one_job_answers_what_it_did_or_why_it_did_nothing() -> None:
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
         draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
         refusal = rule(draft, OnJob(id="a"))
-        assert refusal == Refusal("invalid_transition", NO_MORE, {"job_id": "a", "status": "queued"})
+        assert refusal == ApiError("invalid_transition", NO_MORE, {"job_id": "a", "status": "queued"})
     desk.start("a")
     desk.passes(HOUR_MS)
     desk.create("b", expires_at=desk.now + 5)
@@ -118,7 +118,7 @@ def test_a_rule_for_one_job_answers_what_it_did_or_why_it_did_nothing() -> None:
         (maintenance_rules.clean_one, "b"),
     ):
         draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
-        assert rule(draft, OnJob(id=job_id)) == Answer(Worked(1))
+        assert rule(draft, OnJob(id=job_id)) == Response(Worked(1))
         assert len(draft.changes) == 1
 
 
@@ -199,7 +199,7 @@ def test_the_rules_of_time_refuse_a_job_that_is_not_there() -> None:
     draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
         gone = rule(draft, OnJob(id="gone"))
-        assert isinstance(gone, Refusal)
+        assert isinstance(gone, ApiError)
         assert gone.code == "job_not_found"
 
 
@@ -272,12 +272,12 @@ async def test_the_daemon_itself_says_which_jobs() -> None:
             for name, given in (("filter", Filter()), ("ids", ["a"]), ("cursor", "failed.7")):
                 wrong = await planner.make(MakePlan(action=action, **{name: given}), "x")  # type: ignore[arg-type]
                 if action in OF_TIME:
-                    assert isinstance(wrong, Refusal)
+                    assert isinstance(wrong, ApiError)
                     assert (wrong.code, wrong.details["field"]) == ("invalid_request", f"$.{name}")
                     assert f"{action} takes no `{name}`" in wrong.message
         house.actor.stop()
         refused = await planner.make(MakePlan(action="cleanup"), "x")
-        assert isinstance(refused, Refusal)
+        assert isinstance(refused, ApiError)
         assert refused.code == "shutting_down"
 
 

@@ -14,9 +14,9 @@ from jobd.model.commands import (
     AnyCommand,
     Cancel,
     Complete,
-    CreditAbsence,
     EndGrants,
     Extend,
+    ExtendAfterPause,
     Fail,
     ForceFail,
     ForceReset,
@@ -215,7 +215,7 @@ def test_a_short_extension_counts_as_it_was_asked_for(desk: CountingDesk) -> Non
 
 def test_time_that_was_credited_counts(desk: CountingDesk) -> None:
     held(desk)
-    desk.yes(CreditAbsence(ids=["a"], grace_ms=HOUR_MS))
+    desk.yes(ExtendAfterPause(ids=["a"], grace_ms=HOUR_MS))
     desk.yes(restored("a"))
     desk.passes(HOUR_MS - 1)
     desk.start(worker="w-2")

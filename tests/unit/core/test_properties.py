@@ -24,13 +24,13 @@ from jobd.model.commands import (
     Claim,
     Complete,
     Create,
-    CreditAbsence,
     Delete,
     DeleteExpired,
     EndGrants,
     Expire,
     Export,
     Extend,
+    ExtendAfterPause,
     ExtendLock,
     Fail,
     ForceFail,
@@ -41,7 +41,6 @@ from jobd.model.commands import (
     LateResults,
     List,
     Locks,
-    Mend,
     Pause,
     Ping,
     Progress,
@@ -49,6 +48,7 @@ from jobd.model.commands import (
     Recover,
     Release,
     ReleaseLock,
+    RepairJobs,
     Report,
     Resume,
     RunNow,
@@ -64,22 +64,22 @@ from jobd.model.commands import (
     Why,
     Workers,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import (
     FINISHED,
     STATUSES,
     TRANSITIONS,
     Backoff,
-    Ended,
     Failure,
     Grant,
     Job,
     Lease,
     Options,
     Policy,
+    PreviousGrant,
     Result,
 )
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 from tests.proof.simulation.promises import NOTES
 from tests.support.rule_harness import NOW, SEED, Desk, due_order
 
@@ -212,8 +212,8 @@ of_time = st.one_of(
     st.builds(Recover, limit=slices),
     st.builds(Expire, limit=slices),
     st.builds(DeleteExpired, ids=some_ids),
-    st.builds(Mend, ids=some_ids),
-    st.builds(CreditAbsence, ids=some_ids, grace_ms=waits),
+    st.builds(RepairJobs, ids=some_ids),
+    st.builds(ExtendAfterPause, ids=some_ids, grace_ms=waits),
     st.builds(EndGrants, ids=some_ids, last=st.booleans()),
     st.just(Tick()),
     st.just(Report(body=b"{}")),
@@ -283,7 +283,7 @@ class Run(Desk):
         self._check_changes(command, decision)
         self._check_rows()
         if expected is not None:
-            assert isinstance(decision.answer, Answer)
+            assert isinstance(decision.answer, Response)
             assert [granted.job.id for granted in decision.answer.data.grants] == expected
 
     def _named(self, command: AnyCommand) -> AnyCommand:
@@ -313,7 +313,7 @@ class Run(Desk):
 
     def _check_refusal(self, decision: Decision) -> None:
         """A refusal changes nothing, but where time itself had to act first."""
-        if isinstance(decision.answer, Refusal):
+        if isinstance(decision.answer, ApiError):
             assert all(change.event.type in ("stalled", "expired", *NOTES) for change in decision.changes)
             assert decision.answer.status in range(400, 600)
             assert decision.answer.message.endswith(".") or "jobctl" in decision.answer.message
@@ -324,7 +324,7 @@ class Run(Desk):
         if not isinstance(command, held) or not decision.changes:
             return
         job = before[command.id]
-        if isinstance(decision.answer, Refusal):
+        if isinstance(decision.answer, ApiError):
             kinds = ["late_call"], *([["late_result"]] if isinstance(command, Complete) else [])
             assert [change.event.type for change in decision.changes] in kinds
             assert self.rows == before
@@ -431,7 +431,7 @@ hand_made = st.builds(
         ttl_ms=st.just(1_000), stuck_after_ms=waits, max_processing_ms=waits,
     ),
     lease=st.none() | leases,
-    ended=st.none() | st.just(Ended("l", 1, "w", NOW, "r", "r", "release", "h")),
+    ended=st.none() | st.just(PreviousGrant("l", 1, "w", NOW, "r", "r", "release", "h")),
     result=st.none() | st.just(Result()) | st.just(Result("u")),
     error=st.none() | st.just(Failure(None)),
 )  # fmt: skip
@@ -449,7 +449,7 @@ def test_rules_take_any_row_that_hands_may_leave(job: Job, sequence: list[tuple[
         desk.lease += ms
         book.advance(desk.now, desk.lease)
         decision = decide.decide(book, Call(_aimed(command), "client", SEED), desk.at, POLICY)
-        assert isinstance(decision.answer, (Answer, Refusal))
+        assert isinstance(decision.answer, (Response, ApiError))
         for change in decision.changes:
             book.put(change)
         assert book.total() == sum(each.status in STATUSES for each in [*book.jobs.values(), *book.finished.values()])
@@ -468,10 +468,10 @@ def test_a_pass_leaves_no_row_that_it_could_mend(job: Job) -> None:
 
     def mend() -> Any:
         desk.book.advance(desk.now, desk.lease)
-        decision = decide.decide(desk.book, Call(Mend(ids=["a"]), "cleanup", SEED), desk.at, POLICY)
+        decision = decide.decide(desk.book, Call(RepairJobs(ids=["a"]), "cleanup", SEED), desk.at, POLICY)
         for change in decision.changes:
             desk.book.put(change)
-        assert isinstance(decision.answer, Answer)
+        assert isinstance(decision.answer, Response)
         return decision.answer.data
 
     mend()

@@ -25,7 +25,7 @@ from jobd.core.ready_queue import (
     Sorted,
     short_entry,
 )
-from jobd.model.job import Options, Untouched
+from jobd.model.job import CompactJob, Options
 
 Timed = tuple[int, int, str]
 
@@ -88,8 +88,8 @@ def test_trim_waits_until_the_stale_outnumber_the_live(heap: LazyHeap[Timed]) ->
     assert heap.entries == [entry(7)]
 
 
-def untouched(kind: str, priority: int, created_at: int, seq: int) -> Untouched:
-    return Untouched(seq, f"{seq}", Options(kind=kind, priority=priority), created_at)
+def untouched(kind: str, priority: int, created_at: int, seq: int) -> CompactJob:
+    return CompactJob(seq, f"{seq}", Options(kind=kind, priority=priority), created_at)
 
 
 def test_a_line_too_waits_with_its_trim_until_the_stale_outnumber_the_live() -> None:
@@ -103,7 +103,7 @@ def test_a_line_too_waits_with_its_trim_until_the_stale_outnumber_the_live() -> 
     assert list(line) == [jobs[7], jobs[9]]
 
 
-def _is_from(seq: int, job: Untouched) -> bool:
+def _is_from(seq: int, job: CompactJob) -> bool:
     return job.seq >= seq
 
 
@@ -124,7 +124,7 @@ def test_the_next_job_of_a_line_is_found_without_passing_those_before_it() -> No
     line.extend([untouched("", 0, number, number) for number in range(100_000)])
     looked_at: list[int] = []
 
-    class Counted(list[Untouched]):
+    class Counted(list[CompactJob]):
         def __getitem__(self, place: Any) -> Any:
             looked_at.append(place)
             return super().__getitem__(place)
@@ -179,11 +179,11 @@ class Model:
 
     def __init__(self) -> None:
         self.live: set[tuple[str, DueEntry]] = set()
-        self.short: dict[DueEntry, Untouched] = {}  # those that joined and have not left
+        self.short: dict[DueEntry, CompactJob] = {}  # those that joined and have not left
         self.due = QueuedJobs("q", self._waits)
         self.now = 100_000
 
-    def _waits(self, job: Untouched) -> bool:
+    def _waits(self, job: CompactJob) -> bool:
         return self.short.get(short_entry(job)) is job
 
     def add(self, kind: str, *found: int, expires_at: int = NEVER) -> tuple[str, DueEntry]:

@@ -18,10 +18,10 @@ from jobd.model.commands import (
     Delete,
     ForceReset,
     Import,
-    Mend,
     Pause,
     Recover,
     Release,
+    RepairJobs,
     Resume,
     Update,
 )
@@ -31,12 +31,12 @@ from jobd.model.job import (
     HOUR_MS,
     MINUTE_MS,
     TOKEN_COUNTER_BITS,
+    CompactJob,
     Grant,
     Job,
     Lease,
     Options,
     Result,
-    Untouched,
 )
 from jobd.model.storage import Numbers, Opened, QueueRow
 from tests.support.rule_harness import NOW, Desk, compare, picture
@@ -93,15 +93,15 @@ def test_jobs_in_short_enter_all_at_once_as_one_by_one(seed: int) -> None:
     jobs = []
     for seq in dice.sample(range(1, 1_000), 300):
         options = dice.choice(shared)
-        jobs.append(Untouched(seq, f"job-{seq}", replace(options), NOW + dice.randint(-30, 5)))  # equal, not identical
+        jobs.append(CompactJob(seq, f"job-{seq}", replace(options), NOW + dice.randint(-30, 5)))  # equal, not identical
         if dice.random() < 0.9:
             jobs[-1] = replace(jobs[-1], options=options)
     touched = [held(seq, f"w-{seq % 3}") for seq in range(2_000, 2_020)]
     queues = {"q": QueueRow(paused=True, failed=2)}
     numbers = Numbers(wall_ms=NOW)
     at_once = Book.opened(Opened(numbers, touched, jobs, queues))
-    one_by_one = Book.opened(Opened(numbers, [*(job.whole() for job in jobs), *touched], queues=queues))
-    rows = {job.id: job for job in [*(job.whole() for job in jobs), *touched]}
+    one_by_one = Book.opened(Opened(numbers, [*(job.expand() for job in jobs), *touched], queues=queues))
+    rows = {job.id: job for job in [*(job.expand() for job in jobs), *touched]}
     for step_ms in (0, 3, -20, 30):
         for book in (at_once, one_by_one):
             book.set_paused("q", None)
@@ -591,7 +591,7 @@ def test_rows_of_hands_do_not_break_the_counts(desk: Desk) -> None:
 def test_a_status_that_is_none_breaks_nothing_when_its_job_is_taken_up(desk: Desk, status: str) -> None:
     job = desk.rows["job-1"] = queued(1, status=status, progress=101)
     desk.book.loaded(job)  # as it comes from the disk: no start has counted it
-    desk.yes(Mend(ids=[job.id]))
+    desk.yes(RepairJobs(ids=[job.id]))
     assert (desk.job(job.id).status, desk.job(job.id).progress) == (status, 100)
     compare(desk.book, desk.rows, desk.at)
     desk.yes(ForceReset(id=job.id))

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from jobd.core.validation import NO_MESSAGE, counts, safe_fixes, validate
 from jobd.model.commands import Moment
-from jobd.model.job import STATUSES, Ended, Failure, Grant, Job, Lease, Options, Policy, Result
+from jobd.model.job import STATUSES, Failure, Grant, Job, Lease, Options, Policy, PreviousGrant, Result
 from jobd.model.responses import Issue
 from tests.support.rule_harness import NOW
 
@@ -110,7 +110,7 @@ def test_boundaries_that_are_good() -> None:
         row(options=Options(priority=-1000)),
         row(options=Options(priority=1000)),
         row(error=Failure("old"), attempt=1),
-        row(error=Failure("old"), ended=Ended("l", 1, "w", NOW, "release", "release")),
+        row(error=Failure("old"), ended=PreviousGrant("l", 1, "w", NOW, "release", "release")),
         row("processing", lease=Lease(900, 1_001, None)),
         row("processing", lease=Lease(1_500, 1_500, 1_001)),
         row("processing", expires_at=NOW - 5),  # a running job does not expire

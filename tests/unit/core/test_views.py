@@ -12,7 +12,7 @@ from jobd.core import views
 from jobd.core.state import Book
 from jobd.core.stats import Figures
 from jobd.model.commands import Import, Locks, Moment
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import MINUTE_MS, Backoff, Failure, Grant, Job, LateResult, Lease, Options, Policy, Result
 from jobd.model.responses import RefusalView, public_lock
 from tests.support.rule_harness import NOW
@@ -139,7 +139,7 @@ def test_every_field_of_a_late_result_is_shown_in_its_place() -> None:
         "seq": 31, "at": NOW - 32, "worker": "w-2", "fencing_token": 33, "download_url": "url", "file_path": "file",
         "storage_key": "key", "metadata": Raw(b"1"), "expires_at": NOW + 34, "refusal": None,
     }  # fmt: skip
-    refused = views.late_view(late, Refusal("invalid_request", "It lacks something.", {"field": "f"}))
+    refused = views.late_view(late, ApiError("invalid_request", "It lacks something.", {"field": "f"}))
     assert refused.refusal == RefusalView("invalid_request", "It lacks something.")
 
 

@@ -31,9 +31,9 @@ from jobd.model.commands import (
     TakeBack,
     Workers,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Lease, Options, Policy
-from jobd.model.responses import Answer, TakenBack, WorkerList, WorkerView
+from jobd.model.responses import Response, TakenBack, WorkerList, WorkerView
 from jobd.model.storage import DiskFull, Numbers, Opened
 from tests.support.rule_harness import NOW, Desk
 from tests.support.virtual_engine import Household, in_virtual_time, seconds, until
@@ -267,7 +267,7 @@ async def test_a_waiting_claim_that_is_served_waits_no_more_and_one_that_is_take
         await seconds(2)
         await house.yes(Create(id="b"))
         answer = await waiting
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, Response)
         assert [granted.job.id for granted in answer.data.grants] == ["b"]
         seen = house.book.presence.workers["w"]
         assert (seen.waiting, list(seen.jobs)) == (0, ["b"])
@@ -376,7 +376,7 @@ async def test_a_take_back_of_many_jobs_is_one_answer() -> None:
             await house.held(f"job-{number}", stuck_after_ms=HOUR_MS)
         command, operator = TakeBack(name="w-1"), Operator("ana", "here", "part")
         refused = await house.cleaner.take_back(command, operator)
-        assert isinstance(refused, Refusal)
+        assert isinstance(refused, ApiError)
         assert refused.code == "worker_not_silent"
         await seconds(60)
         seen = await house.cleaner.take_back(replace(command, dry_run=True), operator)

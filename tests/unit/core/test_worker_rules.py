@@ -20,7 +20,6 @@ from jobd.model.commands import (
     Claim,
     Complete,
     Create,
-    CreditAbsence,
     Delete,
     DeleteExpired,
     EndGrants,
@@ -28,6 +27,7 @@ from jobd.model.commands import (
     Expire,
     Export,
     Extend,
+    ExtendAfterPause,
     ExtendLock,
     Fail,
     ForceFail,
@@ -38,7 +38,6 @@ from jobd.model.commands import (
     ImportCheck,
     List,
     Locks,
-    Mend,
     Moment,
     Pause,
     Ping,
@@ -47,6 +46,7 @@ from jobd.model.commands import (
     Recover,
     Release,
     ReleaseLock,
+    RepairJobs,
     Report,
     Resume,
     RunNow,
@@ -62,7 +62,7 @@ from jobd.model.commands import (
     Why,
     Workers,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import (
     DAY_MS,
     FINISHED,
@@ -83,16 +83,16 @@ from jobd.model.job import (
     release_delay_ms,
 )
 from jobd.model.responses import (
-    Answer,
     Done,
+    HistoryRead,
     Imported,
     ImportForeseen,
     JobView,
-    Look,
     OldestDue,
     PausedView,
     QueueList,
     Recovered,
+    Response,
     Worked,
 )
 from jobd.model.storage import Opened
@@ -186,9 +186,9 @@ def test_expires_at_has_to_be_in_the_future(desk: Desk) -> None:
 def test_the_same_request_again_gives_the_job_as_it_is(desk: Desk) -> None:
     desk.held("a", payload=Raw(b"1"))
     decision = desk.decide(Create(id="a", payload=Raw(b"1")))
-    assert not isinstance(decision.answer, Refusal)
+    assert not isinstance(decision.answer, ApiError)
     assert (decision.answer.status, decision.answer.data.status) == (200, "processing")
-    assert decision.answer.shows == [(1, decision.answer.data)]
+    assert decision.answer.unread_payloads == [(1, decision.answer.data)]
     assert not decision.changes
     refusal = desk.no(Create(id="a", payload=Raw(b"2")), "job_exists")
     assert refusal.details == {"job_id": "a", "status": "processing"}
@@ -259,7 +259,7 @@ def test_a_page_of_queues_reads_no_other_queue(desk: Desk, monkeypatch: pytest.M
     looked: list[str] = []
     monkeypatch.setattr(Book, "oldest_due_at", lambda book, queue: looked.append(queue))
     found = decide.decide(desk.book, Call(Queues(cursor="q-499")), desk.at, desk.policy).answer
-    assert isinstance(found, Answer)
+    assert isinstance(found, Response)
     assert [each.name for each in found.data.queues] == [f"q-{number}" for number in range(500, 700)]
     assert (found.data.next_cursor, len(looked)) == ("q-699", 200)
 
@@ -282,7 +282,7 @@ def test_the_number_of_live_jobs_is_bounded() -> None:
 
 def test_bulk_creates_in_order_all_or_nothing(desk: Desk) -> None:
     answer = desk.ask(Bulk(jobs=[Create(id="a"), Create(), Create(id="c")]))
-    assert isinstance(answer, Answer)
+    assert isinstance(answer, Response)
     assert answer.status == 201
     assert [job.id for job in answer.data.jobs][::2] == ["a", "c"]
     assert [job.seq for job in desk.rows.values()] == [1, 2, 3]
@@ -299,9 +299,9 @@ def test_a_repeated_bulk_shows_what_it_made(desk: Desk) -> None:
     bulk = Bulk(jobs=[Create(id="a"), Create(id="b")])
     desk.yes(bulk)
     decision = desk.decide(Bulk(jobs=[Create(id="c"), Create(id="b")]))
-    assert not isinstance(decision.answer, Refusal)
+    assert not isinstance(decision.answer, ApiError)
     assert [job.id for job in decision.answer.data.jobs] == ["c", "b"]
-    assert [seq for seq, _ in decision.answer.shows] == [2]
+    assert [seq for seq, _ in decision.answer.unread_payloads] == [2]
     assert not desk.decide(bulk).changes
 
 
@@ -472,7 +472,7 @@ def test_a_stuck_job_that_fails_by_recovery_is_not_started(desk: Desk) -> None:
     desk.progress(lock_id, 45)
     desk.passes(TTL)
     decision = desk.decide(Start(id="a", worker="w-2"))
-    assert isinstance(decision.answer, Refusal)
+    assert isinstance(decision.answer, ApiError)
     assert decision.answer.code == "invalid_transition"
     assert "No update from worker w-1" in decision.answer.message
     assert [change.event.type for change in decision.changes] == ["stalled"]
@@ -485,7 +485,7 @@ def test_an_overdue_job_fails_by_the_command_that_meets_it(desk: Desk) -> None:
     desk.create("c")
     desk.passes(10)
     decision = desk.decide(Start(id="a", worker="w"))
-    assert isinstance(decision.answer, Refusal)
+    assert isinstance(decision.answer, ApiError)
     assert decision.answer.code == "invalid_transition"
     job = desk.job("a")
     assert job.error is not None
@@ -526,7 +526,7 @@ def test_operators_meet_an_overdue_job_as_one_that_has_failed(desk: Desk) -> Non
     desk.passes(10)
     for command in (RunNow(id="a"), Transition(id="b", from_="queued", to="completed")):
         refusal = desk.ask(command, admin=True)
-        assert isinstance(refusal, Refusal)
+        assert isinstance(refusal, ApiError)
         assert (refusal.code, refusal.details["status"]) == ("invalid_transition", "failed")
     admin(desk, Update(id="c", priority=3))
     assert [desk.job(job_id).status for job_id in "abc"] == ["failed"] * 3
@@ -1233,7 +1233,7 @@ def test_a_repeated_ending_is_answered_with_the_job_as_it_is(desk: Desk, verb: s
     ending = replace(ENDINGS[verb], lock_id=lock_id)
     assert desk.yes(ending).repeated is msgspec.UNSET
     decision = desk.decide(ending)
-    assert not isinstance(decision.answer, Refusal)
+    assert not isinstance(decision.answer, ApiError)
     assert decision.answer.data.repeated is True
     assert not decision.changes
     if verb == "release":  # and still so while somebody else holds the job
@@ -1506,7 +1506,7 @@ def test_time_is_judged_when_a_command_is_applied(desk: Desk) -> None:
     ]
     for command, nothing in nothings:
         decision = decide.decide(desk.book, Call(command, seed=SEED), before, desk.policy)
-        assert not isinstance(decision.answer, Refusal)
+        assert not isinstance(decision.answer, ApiError)
         assert decision.answer.data == nothing
         assert not decision.changes
 
@@ -1516,7 +1516,7 @@ def test_a_lock_is_not_cleared_any_more_where_its_job_has_become_stuck(desk: Des
     desk.passes(TTL)
     later = Moment(desk.now + HOUR_MS, desk.lease + HOUR_MS, NOW - desk.lease)
     decision = decide.decide(desk.book, Call(Recover(limit=9), seed=SEED), later, desk.policy)
-    assert decision.answer == Answer(Recovered([], 0, False))
+    assert decision.answer == Response(Recovered([], 0, False))
 
 
 def test_a_live_lock_is_never_stuck(desk: Desk) -> None:
@@ -1535,7 +1535,7 @@ def test_the_daemons_absence_is_credited(desk: Desk) -> None:
     desk.create("queued")
     desk.passes(999)
     desk.row(replace(desk.job("dead"), lease=Lease(desk.lease, desk.lease + 1, None)))
-    assert desk.yes(CreditAbsence(ids=["live", "live", "dead", "calm", "queued", "gone"], grace_ms=30_000)).done == 2
+    assert desk.yes(ExtendAfterPause(ids=["live", "live", "dead", "calm", "queued", "gone"], grace_ms=30_000)).done == 2
     until = desk.lease + 30_000
     assert desk.job("live").lease == Lease(until, desk.lease - 999 + STUCK, until)
     assert desk.job("dead").lease == Lease(desk.lease, until, None)  # an expired lock does not come back to life
@@ -1547,7 +1547,7 @@ def test_the_daemons_absence_is_credited(desk: Desk) -> None:
     desk.progress(grant.lock_id, 1, "live")
     assert desk.job("live").lease.ceiling == until  # type: ignore[union-attr]  # no report takes it back
     desk.row(replace(desk.job("calm"), lease=None))
-    assert desk.yes(CreditAbsence(ids=["calm"], grace_ms=30_000)).done == 0
+    assert desk.yes(ExtendAfterPause(ids=["calm"], grace_ms=30_000)).done == 0
 
 
 def test_a_lock_that_was_live_at_the_start_is_credited_however_long_the_disk_takes(desk: Desk) -> None:
@@ -1555,7 +1555,7 @@ def test_a_lock_that_was_live_at_the_start_is_credited_however_long_the_disk_tak
     desk.row(replace(desk.job("a"), lease=Lease(desk.lease + 5, desk.lease, None)))
     started = desk.lease
     desk.passes(2_000)
-    assert desk.yes(CreditAbsence(ids=["a"], grace_ms=30_000, since=started)).done == 1
+    assert desk.yes(ExtendAfterPause(ids=["a"], grace_ms=30_000, since=started)).done == 1
     assert desk.job("a").lease == Lease(desk.lease + 30_000, desk.lease + 30_000, None)
     assert desk.book.live_locks() == 1
 
@@ -1615,7 +1615,7 @@ def test_mending_applies_the_safe_fixes(desk: Desk) -> None:
     desk.row(Job(90, "dead", replace(bad.options), "processing", NOW, NOW, NOW, progress=5, attempt=1))
     desk.row(Job(91, "odd", replace(bad.options), "paused", NOW, NOW, NOW))
     desk.create("good")
-    worked = desk.yes(Mend(ids=["bad", "dead", "odd", "good", "gone", "bad"]), by="cleanup")
+    worked = desk.yes(RepairJobs(ids=["bad", "dead", "odd", "good", "gone", "bad"]), by="cleanup")
     assert (worked.done, worked.found) == (3, 4)
     assert {job_id for job_id, _ in worked.issues} == {"bad", "dead", "odd"}
     assert sorted(desk.checked) == [1, 2, 90], "what has no fix is looked at again by the next pass"
@@ -1623,14 +1623,14 @@ def test_mending_applies_the_safe_fixes(desk: Desk) -> None:
     assert desk.types("bad")[-1] == "fixed"
     assert (desk.job("dead").status, desk.types("dead")) == ("failed", ["stalled"])
     assert desk.job("odd").status == "paused"
-    assert desk.yes(Mend(ids=["bad", "good"])).found == 0
-    assert desk.yes(Mend(ids=["odd"])).found == 1
+    assert desk.yes(RepairJobs(ids=["bad", "good"])).found == 0
+    assert desk.yes(RepairJobs(ids=["odd"])).found == 1
     assert 91 not in desk.checked
 
 
 def test_mending_counts_what_is_left_as_not_fixed(desk: Desk) -> None:
     desk.row(Job(91, "odd", Options(), "paused", NOW, NOW, NOW, progress=101))
-    worked = desk.yes(Mend(ids=["odd"]), by="cleanup")
+    worked = desk.yes(RepairJobs(ids=["odd"]), by="cleanup")
     assert (worked.found, worked.done) == (2, 1)
     event = desk.last()
     assert (event.type, event.by, event.reason, event.details) == (
@@ -1642,14 +1642,14 @@ def test_mending_counts_what_is_left_as_not_fixed(desk: Desk) -> None:
 def test_mending_stalls_a_job_that_lacks_a_part_of_its_lock_and_no_other(desk: Desk, missing: str | None) -> None:
     desk.held()
     desk.row(replace(desk.job(), progress=101, **({missing: None} if missing else {})))
-    desk.yes(Mend(ids=["a"]))
+    desk.yes(RepairJobs(ids=["a"]))
     assert desk.types() == ["created", "granted", "fixed", *(["stalled"] if missing else [])]
 
 
 def test_mending_counts_what_it_fixed_and_stalls_in_one_go(desk: Desk) -> None:
     desk.held()
     desk.row(replace(desk.job(), grant=None, lease=None, progress=-3))
-    worked = desk.yes(Mend(ids=["a"]))
+    worked = desk.yes(RepairJobs(ids=["a"]))
     assert (worked.done, worked.found) == (2, 2)
     assert desk.types() == ["created", "granted", "fixed", "stalled"]
     assert desk.job().status == "queued"
@@ -1826,7 +1826,7 @@ def test_a_dry_run_changes_nothing(desk: Desk) -> None:
         before = desk.job()
         rehearsed = desk.decide(replace(asked, dry_run=True), admin=True)
         assert (rehearsed.changes, desk.job()) == ([], before)
-        assert isinstance(rehearsed.answer, Answer)
+        assert isinstance(rehearsed.answer, Response)
         assert rehearsed.answer.data == admin(desk, asked)
         assert desk.job() != before
     for asked in deeds:
@@ -1972,7 +1972,7 @@ def test_an_import_keeps_what_it_is_given(desk: Desk) -> None:
         error_code="E",
     )
     decision = desk.decide(asked, by="admin")
-    assert not isinstance(decision.answer, Refusal)
+    assert not isinstance(decision.answer, ApiError)
     assert (decision.answer.status, decision.answer.data) == (201, Imported("a", skipped=False))
     job = desk.job()
     assert (job.status, job.progress, job.progress_message, job.attempt, job.stalls) == ("failed", 33, "m", 2, 1)
@@ -2009,7 +2009,7 @@ def test_an_import_without_a_creation_was_created_before_all_that_is_given(desk:
     desk.yes(Import(id="a", status="completed", started_at=NOW - 5_000, finished_at=NOW - 1_000))
     job = desk.job("a")
     assert (job.created_at, job.finished_at, job.updated_at) == (NOW - 5_000, NOW - 1_000, NOW - 1_000)
-    assert desk.yes(Mend(ids=["a"])).found == 0
+    assert desk.yes(RepairJobs(ids=["a"])).found == 0
 
 
 @pytest.mark.parametrize(("progress", "status"), [(0, "queued"), (45, "failed")])
@@ -2017,7 +2017,7 @@ def test_what_an_import_would_do_is_told_and_not_done(desk: Desk, progress: floa
     asked = ImportCheck(id="a", status="processing", progress=progress, worker="there", started_at=NOW - 5)
     before = desk.book.next_job, desk.book.next_token, desk.book.next_event
     decision = desk.decide(asked, by="admin")
-    assert isinstance(decision.answer, Answer)
+    assert isinstance(decision.answer, Response)
     told = decision.answer.data
     assert (told.job_id, told.what, told.status) == ("a", "create", status)
     assert "was processing when it was imported" in told.reason
@@ -2080,7 +2080,7 @@ def test_reads_change_nothing(desk: Desk) -> None:
     for command in (Get(id="a"), GetVersion(id="a"), Timeline(id="a"), Why(id="a"), Validate(id="a"), List(), Queues(),
                     Workers(), Stats(), Locks(), Export(), Ping(), Tick()):  # fmt: skip
         decision = desk.decide(command)
-        assert not isinstance(decision.answer, Refusal)
+        assert not isinstance(decision.answer, ApiError)
         assert not decision.changes
         assert lock_id not in str(decision.answer)
 
@@ -2102,28 +2102,28 @@ def test_what_an_operator_does_says_why(desk: Desk) -> None:
 def test_what_lies_on_the_disk_is_looked_at_later(desk: Desk) -> None:
     desk.create()
     answer = desk.ask(Timeline(id="a"))
-    assert not isinstance(answer, Refusal)
-    assert answer.look == Look(timeline=1)
+    assert not isinstance(answer, ApiError)
+    assert answer.read == HistoryRead(timeline=1)
     answer = desk.ask(Timeline(id="a", limit=7))
-    assert not isinstance(answer, Refusal)
-    assert answer.look == Look(timeline=1, events=7)
+    assert not isinstance(answer, ApiError)
+    assert answer.read == HistoryRead(timeline=1, events=7)
     asked = List(status="failed")
     answer = desk.ask(asked)
-    assert not isinstance(answer, Refusal)
-    assert answer.look == Look(page=asked)
+    assert not isinstance(answer, ApiError)
+    assert answer.read == HistoryRead(page=asked)
     moving = Export(status="failed")
     answer = desk.ask(moving)
-    assert not isinstance(answer, Refusal)
-    assert answer.look == Look(export=moving)
+    assert not isinstance(answer, ApiError)
+    assert answer.read == HistoryRead(export=moving)
 
 
 def test_validate_shows_the_job_to_admins(desk: Desk) -> None:
     desk.create()
     assert desk.yes(Validate(id="a")).is_valid
     shown = desk.ask(Validate(id="a"), admin=True)
-    assert not isinstance(shown, Refusal)
+    assert not isinstance(shown, ApiError)
     assert (shown.data.job_id, shown.data.job.id, shown.data.validation.is_valid) == ("a", "a", True)
-    assert shown.shows == [(1, shown.data.job)]
+    assert shown.unread_payloads == [(1, shown.data.job)]
 
 
 def test_the_lists_of_operators(desk: Desk) -> None:

@@ -46,7 +46,7 @@ from jobd.maintenance.cleanup_pass import Hands, Schedule
 from jobd.maintenance.maintainer import Cleaner
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import ForceFail
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import Change, Event
 from jobd.model.job import LATEST_MS, Policy
 from jobd.model.responses import AlertView, ClockView, DeliveryPage, OldestDue, PreviewView, Recovery
@@ -1765,7 +1765,7 @@ async def test_before_the_clock_is_accepted_it_says_what_would_be_deleted(town: 
     assert "These are the first of them" in text(await browser.get("/clock"))
     town.admin.figures.past_jobs = []
     assert "No finished job would be deleted" in text(await browser.get("/clock"))
-    town.admin.figures.no_preview = Refusal("overloaded", "Too much is waiting.")
+    town.admin.figures.no_preview = ApiError("overloaded", "Too much is waiting.")
     page = text(await browser.get("/clock"))
     assert "The clock is right" not in page
     assert "Too much is waiting" in page
@@ -1858,7 +1858,7 @@ async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: 
     assert 'action="/cleanup/recover"' in page
     many = PreviewView([Recovery("f", "failed", "<x>")] * 1000, 0, [], [f"d{n}" for n in range(1000)], [], True, 1)
 
-    async def preview(look_s: float) -> PreviewView | Refusal:
+    async def preview(look_s: float) -> PreviewView | ApiError:
         return many
 
     monkeypatch.setattr(rooms, "preview", preview)
@@ -1880,8 +1880,8 @@ async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: 
     assert "Not all jobs were looked at" not in text(await browser.get("/cleanup/confirm?what=run"))
     assert "Nothing as it is now." in text(await browser.get("/cleanup/confirm?what=recover"))
 
-    async def refuses(look_s: float) -> PreviewView | Refusal:
-        return Refusal("overloaded", "later")
+    async def refuses(look_s: float) -> PreviewView | ApiError:
+        return ApiError("overloaded", "later")
 
     monkeypatch.setattr(rooms, "preview", refuses)
     assert (await browser.get("/cleanup/confirm?what=run")).status == 503

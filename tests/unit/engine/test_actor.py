@@ -34,28 +34,28 @@ from jobd.model.commands import (
     Claim,
     Complete,
     Create,
-    CreditAbsence,
     Delete,
     DeleteExpired,
     EndGrants,
     Export,
     Extend,
+    ExtendAfterPause,
     Fail,
     ForceFail,
     ForceReset,
     Get,
     GetVersion,
+    IdempotencyKey,
     Import,
-    KeyUse,
     LateResults,
     List,
-    Mend,
     Moment,
     Pause,
     Ping,
     Progress,
     Recover,
     Release,
+    RepairJobs,
     Report,
     Resume,
     RunNow,
@@ -67,25 +67,25 @@ from jobd.model.commands import (
     Update,
     Why,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import Change, fold
 from jobd.model.fingerprints import fingerprint
 from jobd.model.job import COUNTER_MASK, DAY_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Job, Policy, new_epoch
-from jobd.model.responses import Answer, Done, JobView, RefusalView
+from jobd.model.responses import Done, JobView, RefusalView, Response
 from jobd.model.storage import (
-    Aside,
     BadRows,
     Batch,
     DiskFull,
     DiskSpace,
-    KeyRow,
     LateAsked,
     LateKnown,
     Loaded,
     Numbers,
     Page,
+    Quarantined,
     Query,
     QueueRow,
+    StoredResponse,
 )
 from tests.support.memory_storage import MemoryDisk
 from tests.support.virtual_engine import Household, in_virtual_time, seconds
@@ -93,8 +93,8 @@ from tests.support.virtual_engine import Household, in_virtual_time, seconds
 TTL = 15 * MINUTE_MS
 
 
-def key(name: str, body: str = "body") -> KeyUse:
-    return KeyUse(name, body)
+def key(name: str, body: str = "body") -> IdempotencyKey:
+    return IdempotencyKey(name, body)
 
 
 def begin(ask: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
@@ -118,7 +118,7 @@ async def parked(house: Household, worker: str, **fields: Any) -> asyncio.Task[A
 
 
 def ids_of(answer: Any) -> list[str]:
-    assert isinstance(answer, Answer), answer
+    assert isinstance(answer, Response), answer
     return [granted.job.id for granted in answer.data.grants]
 
 
@@ -194,9 +194,9 @@ async def test_shares_of_the_bytes_in_flight() -> None:
     await settle()
     assert (await house.actor.ask(Tick(), size=1)).code == "overloaded"  # type: ignore[union-attr]
     async with house:
-        assert isinstance(await first, Answer)
+        assert isinstance(await first, Response)
         assert (await second).code == "job_not_found"
-        assert isinstance(await house.actor.ask(Create(), size=70), Answer)  # the bytes are given back
+        assert isinstance(await house.actor.ask(Create(), size=70), Response)  # the bytes are given back
 
 
 @in_virtual_time
@@ -249,7 +249,7 @@ async def test_nobody_is_told_before_the_commit() -> None:
         heard: list[str] = []
         house.actor.on_commit.append(lambda changes: heard.extend(change.event.type for change in changes))
         house.disk.gate.set()
-        assert isinstance(await creating, Answer)
+        assert isinstance(await creating, Response)
         assert (await reading).data.id == "a"
         assert heard == ["created"]
         assert sum(house.actor.commit_seconds.counts) == 1
@@ -320,7 +320,7 @@ async def test_finished_jobs_are_read_when_they_are_named() -> None:
         assert (await house.no(Create(id="done"))).code == "job_exists"
         assert (await house.yes(Import(id="done"))).skipped
         same = await house.actor.ask(Create(id="done", payload=Raw(b'"p"')))
-        assert isinstance(same, Answer)
+        assert isinstance(same, Response)
         assert (same.status, same.data.status, same.data.payload) == (200, "completed", Raw(b'"p"'))
         assert (await house.yes(Delete(id="done"))).payload == Raw(b'"p"')
         assert house.disk.jobs == {}
@@ -418,7 +418,7 @@ async def test_a_waiting_claim_that_was_nearly_served_is_answered_where_the_disk
     refusal = await house.no(Create(id="a"))
     assert refusal.code == "outcome_unknown"
     answer = await waiting
-    assert isinstance(answer, Refusal)
+    assert isinstance(answer, ApiError)
     assert answer.code == "outcome_unknown"
     with pytest.raises(DiskBroken):
         await running
@@ -583,8 +583,8 @@ async def test_the_same_key_gets_the_same_answer_once() -> None:
         create = Create(payload=Raw(b"[1]"))
         first = await house.actor.ask(create, key=key("k"))
         second = await house.actor.ask(create, key=key("k"))
-        assert isinstance(first, Answer)
-        assert isinstance(second, Answer)
+        assert isinstance(first, Response)
+        assert isinstance(second, Response)
         assert (first.replayed, second.replayed) == (False, True)
         assert (first.status, second.status) == (201, 201)
         assert first.data.id.encode() in bytes(second.data)
@@ -594,7 +594,7 @@ async def test_the_same_key_gets_the_same_answer_once() -> None:
         assert (other.code, other.status) == ("idempotency_key_reused", 422)
         await asyncio.sleep(KEPT_MS / 1000)
         again = await house.actor.ask(create, key=key("k"))
-        assert isinstance(again, Answer)
+        assert isinstance(again, Response)
         assert not again.replayed
         assert len(house.disk.jobs) == 2
 
@@ -630,10 +630,10 @@ async def test_keys_outlive_a_restart() -> None:
         disk = house.disk
     async with household(disk) as house:
         again = await house.actor.ask(Create(id="a"), key=key("create"))
-        assert isinstance(again, Answer)
+        assert isinstance(again, Response)
         assert (again.replayed, again.status) == (True, 201)
         again = await house.actor.ask(Start(id="a", worker="w"), key=key("start"))
-        assert isinstance(again, Answer)
+        assert isinstance(again, Response)
         assert again.replayed
         assert again.data.job.lock.worker == "w"
 
@@ -651,11 +651,11 @@ async def test_an_answer_that_is_damaged_says_so() -> None:
 async def test_a_key_whose_grants_are_no_longer_current_is_judged_anew() -> None:
     """Such a row is left where a start finds a key whose grants ended while nobody looked: in a restored backup."""
     disk = MemoryDisk()
-    disk.keys["k"] = KeyRow("k", "body", 0, grants=[("a", "old")])
+    disk.keys["k"] = StoredResponse("k", "body", 0, grants=[("a", "old")])
     async with household(disk) as house:
         await house.yes(Create(id="a"))
         answer = await house.actor.ask(Start(id="a", worker="w"), key=key("k"))
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, Response)
         assert not answer.replayed
         assert disk.keys["k"].grants == [("a", answer.data.lock_id)]
 
@@ -667,7 +667,7 @@ async def test_what_changed_nothing_is_not_stored() -> None:
         await house.yes(Create(id="a"))
         assert (await house.yes(Cancel(id="a"), key=key("k"))).status == "cancelled"
         again = await house.actor.ask(Cancel(id="a"), key=key("k"))
-        assert isinstance(again, Answer)
+        assert isinstance(again, Response)
         assert again.replayed
         await house.yes(Claim(worker="w"), key=key("empty"))
         await house.yes(Create(id="b"))
@@ -704,8 +704,8 @@ def test_a_stored_answer_is_the_whole_answer(command: AnyCommand) -> None:
             await house.yes(Create(id="a", payload=Raw(b"[9]"), delay_ms=5))
             first = await house.actor.ask(command, key=key("k"))
             again = await house.actor.ask(command, key=key("k"))
-            assert isinstance(first, Answer)
-            assert isinstance(again, Answer)
+            assert isinstance(first, Response)
+            assert isinstance(again, Response)
             assert again.replayed
             assert again.status == first.status
             body = bytes(again.data)
@@ -722,16 +722,16 @@ async def test_a_started_job_is_given_again_while_its_grant_is_current() -> None
         await house.yes(Create(id="a", payload=Raw(b"1")))
         start = Start(id="a", worker="w")
         first = await house.actor.ask(start, key=key("k"))
-        assert isinstance(first, Answer)
+        assert isinstance(first, Response)
         await house.yes(Progress(id="a", lock_id=first.data.lock_id, progress=40))
         again = await house.actor.ask(start, key=key("k"))
-        assert isinstance(again, Answer)
+        assert isinstance(again, Response)
         assert (again.replayed, again.data.lock_id) == (True, first.data.lock_id)
         assert (again.data.job.progress, again.data.job.payload) == (40, Raw(b"1"))
         await house.yes(Release(id="a", lock_id=first.data.lock_id))
         assert house.disk.keys == {}
         anew = await house.actor.ask(start, key=key("k"))
-        assert isinstance(anew, Answer)
+        assert isinstance(anew, Response)
         assert not anew.replayed
         assert anew.data.fencing_token == first.data.fencing_token + 1
         await house.yes(ForceReset(id="a"))
@@ -748,7 +748,7 @@ async def test_a_repeated_claim_gives_the_grants_that_are_left() -> None:
         claim = Claim(worker="w", limit=2)
         first = await house.actor.ask(claim, key=key("k"))
         assert ids_of(first) == ["a", "b"]
-        assert isinstance(first, Answer)
+        assert isinstance(first, Response)
         await house.yes(Complete(id="a", lock_id=first.data.grants[0].lock_id))
         assert ids_of(await house.actor.ask(claim, key=key("k"))) == ["b"]
         await house.yes(Complete(id="b", lock_id=first.data.grants[1].lock_id))
@@ -828,7 +828,7 @@ async def test_an_undelivered_grant_goes_back() -> None:
     async with household() as house:
         await house.yes(Create(id="a"))
         answer = await house.actor.ask(Start(id="a", worker="w"))
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, Response)
         house.actor.undelivered(answer)
         await settle()
         view = await house.yes(Get(id="a"))
@@ -837,7 +837,7 @@ async def test_an_undelivered_grant_goes_back() -> None:
         again = await house.actor.ask(Start(id="a", worker="w"))
         house.actor.undelivered(answer)  # an old answer ends no newer grant
         await settle()
-        assert isinstance(again, Answer)
+        assert isinstance(again, Response)
         assert house.book.holds("a", again.data.lock_id)
 
 
@@ -897,8 +897,8 @@ async def test_a_keyed_grant_stays_while_one_connection_has_it() -> None:
         start = Start(id="a", worker="w")
         first = await house.actor.ask(start, key=key("k"))
         second = await house.actor.ask(start, key=key("k"))
-        assert isinstance(first, Answer)
-        assert isinstance(second, Answer)
+        assert isinstance(first, Response)
+        assert isinstance(second, Response)
         house.actor.undelivered(first)
         await settle()
         assert house.book.totals["processing"] == 1
@@ -918,7 +918,7 @@ async def test_a_repeat_that_overtakes_the_release_keeps_the_grant() -> None:
         first = await house.actor.ask(start, key=key("k"))
         repeat = begin(house.actor.ask(start, key=key("k")))
         await asyncio.sleep(0)  # it is in the mailbox
-        assert isinstance(first, Answer)
+        assert isinstance(first, Response)
         house.actor.undelivered(first)
         again = await repeat
         await settle()
@@ -956,7 +956,7 @@ async def test_a_grant_that_an_earlier_daemon_may_have_sent_is_not_taken_back() 
         first = await house.yes(start, key=key("k"))
     async with Household(disk) as house:
         again = await house.actor.ask(start, key=key("k"))
-        assert isinstance(again, Answer)
+        assert isinstance(again, Response)
         assert again.replayed
         house.actor.undelivered(again)
         await settle()
@@ -979,7 +979,7 @@ async def test_first_only_creates_are_refused() -> None:
         tasks = fill(house, [Create(id="b"), Progress(id="a", lock_id=lock_id, progress=5), Bulk(jobs=[Create()])])
         created, reported, bulk = [await task for task in tasks]
         assert (created.code, created.status, bulk.code) == ("storage_full", 507, "storage_full")
-        assert isinstance(reported, Answer)
+        assert isinstance(reported, Response)
         assert closed(house) == "CREATES"
         assert not house.clock.held
         assert (await house.no(Import(id="c"))).code == "storage_full"
@@ -1061,7 +1061,7 @@ def test_writes_are_accepted_without_room_for_the_reserve_file(error: Exception)
             house.disk.fill()
             await house.no(Progress(id="a", lock_id=lock_id, progress=1))
             assert house.actor.full_disk.has_reserve  # its room is there for endings
-            house.disk.errors["build_ballast"] = error
+            house.disk.errors["build_reserve"] = error
             with capture_logs() as lines:
                 await asyncio.sleep(1.1)
                 assert closed(house) == "NOTHING"
@@ -1073,13 +1073,13 @@ def test_writes_are_accepted_without_room_for_the_reserve_file(error: Exception)
             told = ["disk_has_room"] + ["reserve_file_not_rebuilt"] * isinstance(error, OSError)
             assert [line["event"] for line in lines] == told
             house.disk.free()
-            del house.disk.errors["build_ballast"]
+            del house.disk.errors["build_reserve"]
             await asyncio.sleep(1.1)
             assert house.disk.has_ballast
             assert house.actor.full_disk.has_reserve
-            tries = house.disk.calls["build_ballast"]
+            tries = house.disk.calls["build_reserve"]
             await asyncio.sleep(5)
-            assert house.disk.calls["build_ballast"] == tries
+            assert house.disk.calls["build_reserve"] == tries
 
     test()
 
@@ -1266,7 +1266,7 @@ async def test_a_keyed_start_whose_batch_is_refused_is_judged_anew() -> None:
         await house.yes(Create(id="a"))
         house.disk.write_errors.append(DiskFull("once"))
         answer = await house.actor.ask(Start(id="a", worker="w"), key=key("k"))
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, Response)
         assert not answer.replayed
         house.actor.undelivered(answer)
         await settle()
@@ -1295,7 +1295,7 @@ async def test_a_repeat_in_a_refused_batch_counts_as_one_connection() -> None:
         house.actor.undelivered(second)
         await settle()
         assert house.book.totals["processing"] == 1
-        assert isinstance(first, Answer)
+        assert isinstance(first, Response)
         house.actor.undelivered(first)
         await settle()
         assert house.book.totals["queued"] == 1
@@ -1312,7 +1312,7 @@ async def test_a_repeat_on_a_full_disk_gets_its_answer() -> None:
         assert closed(house) == "ALL_WRITES"
         for command, name in ((Create(id="a"), "create"), (Start(id="a", worker="w"), "start")):
             again = await house.actor.ask(command, key=key(name))
-            assert isinstance(again, Answer)
+            assert isinstance(again, Response)
             assert again.replayed
         assert (await house.no(Create(id="b"), key=key("new"))).code == "storage_full"
 
@@ -1327,8 +1327,8 @@ async def test_an_id_that_a_refused_batch_gave_to_a_job_of_another_queue() -> No
             await house.yes(Cancel(id="a"))
             house.disk.write_errors.append(DiskFull("once"))
             deleted, made = fill(house, [Delete(id="a"), command])
-            assert isinstance(await deleted, Answer)
-            assert isinstance(await made, Refusal)
+            assert isinstance(await deleted, Response)
+            assert isinstance(await made, ApiError)
             compare(house)
             await asyncio.sleep(1)
             await house.yes(Create(queue="x"))
@@ -1357,7 +1357,7 @@ async def test_a_claim_that_was_parked_by_a_refused_batch_is_parked_once() -> No
     tasks = [begin(house.actor.ask(claim, key=key("k"))) for _ in range(2)]
     tasks += fill(house, [Tick()])
     async with house:
-        assert isinstance(await tasks[2], Answer)
+        assert isinstance(await tasks[2], Response)
         assert len(house.actor.parked) == 1
         await asyncio.sleep(1)
         await house.yes(Create(id="a"))
@@ -1379,7 +1379,7 @@ async def test_a_claim_that_a_refused_batch_both_parked_and_served_is_decided_an
         await settle()
         house.disk.gate.set()
         assert ids_of(await tasks[0]) == ["a"]
-        assert isinstance(await tasks[1], Answer)
+        assert isinstance(await tasks[1], Response)
         await slow
         assert closed(house) == "CREATES"
         assert [event.type for event in house.disk.events] == ["created", "updated", "granted"]
@@ -1420,7 +1420,7 @@ async def test_a_release_that_is_undelivered_on_a_full_disk_is_not_lost() -> Non
     async with household() as house:
         await house.yes(Create(id="a"))
         answer = await house.actor.ask(Start(id="a", worker="w"))
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, Response)
         house.disk.fill()
         house.actor.undelivered(answer)
         await settle()
@@ -1452,7 +1452,7 @@ async def test_the_grace_after_a_start_is_owed_on_a_full_disk() -> None:
     async with household() as house:
         await house.held("a")
         house.disk.fits = lambda batch: False
-        house.actor.owe(CreditAbsence(ids=["a"], grace_ms=30 * MINUTE_MS))
+        house.actor.owe(ExtendAfterPause(ids=["a"], grace_ms=30 * MINUTE_MS))
         await asyncio.sleep(20)  # lease time stands still meanwhile
         house.disk.free()
         await asyncio.sleep(1.1)
@@ -1466,7 +1466,7 @@ async def test_a_grant_that_nobody_got_is_given_back_once_there_is_room() -> Non
     async with household() as house:
         await house.yes(Create(id="a"))
         answer = await house.actor.ask(Start(id="a", worker="w"))
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, Response)
         house.disk.fits = lambda batch: False
         house.actor.undelivered(answer)
         await settle()
@@ -1479,7 +1479,7 @@ async def test_a_grant_that_nobody_got_is_given_back_once_there_is_room() -> Non
 @in_virtual_time
 async def test_a_store_too_small_for_its_ballast_opens_again_without() -> None:
     async with household() as house:
-        house.disk.errors["build_ballast"] = DiskFull("too small")
+        house.disk.errors["build_reserve"] = DiskFull("too small")
         house.disk.has_ballast = False
         house.disk.fits = lambda batch: False
         await house.no(Tick())
@@ -1496,12 +1496,12 @@ async def test_keys_do_not_grow_old_by_a_clock_that_nobody_believes() -> None:
         first = await house.actor.ask(Create(), key=key("k"))
         house.step_ms = 40 * DAY_MS
         again = await house.actor.ask(Create(), key=key("k"))
-        assert isinstance(first, Answer)
-        assert isinstance(again, Answer)
+        assert isinstance(first, Response)
+        assert isinstance(again, Response)
         assert again.replayed
         house.clock.accept()
         anew = await house.actor.ask(Create(), key=key("k"))
-        assert isinstance(anew, Answer)
+        assert isinstance(anew, Response)
         assert not anew.replayed
 
 
@@ -1526,7 +1526,7 @@ class Raising:
     def cancelled(self) -> bool:
         return False
 
-    def set_result(self, _: Answer | Refusal) -> None:
+    def set_result(self, _: Response | ApiError) -> None:
         self._is_over = True
         raise ValueError("canary")
 
@@ -1543,10 +1543,10 @@ class Ready:
     def cancelled(self) -> bool:
         return False
 
-    def prepare(self, answer: Answer) -> None:
+    def prepare(self, answer: Response) -> None:
         self.heard.append(("ready", answer))
 
-    def set_result(self, answer: Answer | Refusal, /) -> None:
+    def set_result(self, answer: Response | ApiError, /) -> None:
         self.heard.append(("told", answer))
 
 
@@ -1557,7 +1557,7 @@ class AtHand(MemoryDisk):
         super().__init__()
         self._job_seqs = job_seqs
 
-    def at_hand(self, job_seqs: list[int]) -> dict[int, bytes]:
+    def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
         return {seq: b"1" for seq in job_seqs if seq in self._job_seqs}
 
 
@@ -1592,8 +1592,8 @@ async def test_an_answer_whose_commit_has_failed_is_never_told() -> None:
         assert isinstance(house.actor.send(Create(id="a"), waiter), Asked)
         await settle()
         (_, ready), (_, told) = waiter.heard
-        assert isinstance(ready, Answer)
-        assert isinstance(told, Refusal)
+        assert isinstance(ready, Response)
+        assert isinstance(told, ApiError)
         assert told.code == "storage_full"
 
 
@@ -1756,9 +1756,9 @@ async def test_a_look_does_not_pass_what_the_daemon_owes() -> None:
         await house.actor.ask(Create(id="a", stuck_after_ms=0))
         await house.actor.ask(Start(id="a", worker="w", lock_ttl_ms=1_000))
         await asyncio.sleep(10)
-        house.actor.owe(CreditAbsence(ids=["a"], grace_ms=30_000))
+        house.actor.owe(ExtendAfterPause(ids=["a"], grace_ms=30_000))
         stats = await house.actor.ask(Stats())
-        assert isinstance(stats, Answer)
+        assert isinstance(stats, Response)
         assert stats.data.stuck_jobs == 0
 
 
@@ -1814,7 +1814,7 @@ async def test_a_bad_payload_costs_its_own_job_only() -> None:
         tasks = fill(house, [Get(id="a"), Get(id="b"), Create(id="c")])
         bad, good, made = [await task for task in tasks]
         assert (bad.code, bad.details) == ("job_quarantined", {"job_id": "a", "reason": "checksum"})
-        assert isinstance(good, Answer)
+        assert isinstance(good, Response)
         assert made.status == 201
         assert house.disk.quarantined == house.book.quarantined == {"a": "checksum"}
         assert ids_of(await house.actor.ask(Claim(worker="w", limit=9))) == ["b", "c"]
@@ -1855,7 +1855,7 @@ async def test_a_row_that_goes_bad_while_the_daemon_runs() -> None:
         assert house.disk.quarantined == house.book.quarantined == {"done": "checksum"}
         # A row that could not be moved is met again, and told again; it is counted and said once.
         with capture_logs() as lines:
-            house.disk.on_aside(Aside("done", "checksum, still", is_moved=False))
+            house.disk.on_quarantined(Quarantined("done", "checksum, still", is_moved=False))
         assert lines == []
         assert house.book.quarantined == {"done": "checksum, still"}
         assert house.book.totals["completed"] == 0
@@ -1880,7 +1880,7 @@ async def test_a_job_that_is_deleted_or_set_aside_is_no_suspect_any_more() -> No
         assert set(house.book.suspects.values()) == {"a", "b"}
         await house.yes(Delete(id="a"))
         assert house.book.suspects == house.disk.suspects == {2: "b"}
-        await house.yes(Mend(ids=["b"]))
+        await house.yes(RepairJobs(ids=["b"]))
         assert house.book.suspects == house.disk.suspects == {}
 
 
@@ -1891,7 +1891,7 @@ async def broken(house: Household, running: asyncio.Task[None]) -> None:
     with pytest.raises(DiskBroken):
         await running
     refusal = await house.actor.ask(Ping())
-    assert isinstance(refusal, Refusal)
+    assert isinstance(refusal, ApiError)
     assert refusal.code == "shutting_down"
 
 
@@ -1964,7 +1964,7 @@ async def test_a_row_that_a_page_of_jobs_sets_aside_meanwhile_costs_its_own_comm
         other = begin(house.actor.ask(Start(id="b", worker="w")))
         house.disk.gate.set()
         assert (await late).code == "job_quarantined"
-        assert isinstance(await other, Answer)
+        assert isinstance(await other, Response)
         assert house.book.totals == {"queued": 0, "processing": 1, "completed": 0, "failed": 0, "cancelled": 0}
 
 
@@ -2001,7 +2001,7 @@ def test_a_damaged_row_that_is_set_aside_while_its_job_is_shown_costs_its_own_co
             await slow
             refused, other = [await task for task in tasks]
             assert refused.code == "job_quarantined"
-            assert isinstance(other, Answer)
+            assert isinstance(other, Response)
             assert house.book.totals["queued"] == (beside == "a change")
 
     test()
@@ -2166,7 +2166,7 @@ async def test_a_probe_that_fails_otherwise_ends_everything() -> None:
 async def test_a_ballast_that_cannot_be_dropped_ends_everything() -> None:
     house = Household()
     running = begin(house.actor.run())
-    house.disk.errors["drop_ballast"] = OSError("EIO")
+    house.disk.errors["drop_reserve"] = OSError("EIO")
     house.disk.fits = lambda batch: False
     assert (await house.no(Tick())).code == "outcome_unknown"
     await broken(house, running)
@@ -2274,7 +2274,7 @@ async def test_late_results_outlive_the_daemon_and_are_read_when_asked_for() -> 
         adopted = await house.yes(Adopt(id="a", result=late.seq), admin=True, key=key("k"))
         assert (adopted.status, adopted.file_path, adopted.payload) == ("completed", "/out", Raw(b"[9]"))
         repeated = await house.actor.ask(Adopt(id="a", result=late.seq), admin=True, key=key("k"))
-        assert isinstance(repeated, Answer)
+        assert isinstance(repeated, Response)
         assert repeated.replayed
     async with household(disk) as house:
         assert (await house.yes(Get(id="a"))).file_path == "/out"
@@ -2337,9 +2337,9 @@ async def test_a_lock_that_is_lost_in_the_same_batch_has_its_late_result() -> No
         lock_id = await house.held()
         tasks = fill(house, [ForceReset(id="a"), done(lock_id), done(lock_id), Adopt(id="a")])
         reset, first, second, adopted = [await task for task in tasks]
-        assert isinstance(reset, Answer)
+        assert isinstance(reset, Response)
         assert first.details["late_result"] == second.details["late_result"]
-        assert isinstance(adopted, Answer)
+        assert isinstance(adopted, Response)
         assert adopted.data.status == "completed"
         assert [event.type for event in house.disk.events][-3:] == ["force_reset", "late_result", "adopted"]
 

@@ -9,7 +9,7 @@ import pytest
 
 from jobd.engine.change_watchers import Watcher
 from jobd.engine.event_feed import Feed
-from jobd.model.errors import Refused
+from jobd.model.errors import ApiException
 from jobd.model.events import Change, Event, Wanted
 from tests.support.memory_storage import MemoryDisk
 
@@ -60,9 +60,9 @@ async def test_who_leaves_hears_no_more_and_gives_his_place_back(feed: Feed) -> 
     places += [feed.watch(queue=None, job_id="a", cut=nothing) for _ in range(2)]
     assert feed.listeners == MOST
     for take in (lambda: feed.watch(queue=None, job_id=None, cut=nothing), lambda: feed.listen(ALL, **HOW)):
-        with pytest.raises(Refused) as no:
+        with pytest.raises(ApiException) as no:
             take()
-        assert (no.value.refusal.code, "limits.event_streams" in no.value.refusal.message) == ("overloaded", True)
+        assert (no.value.error.code, "limits.event_streams" in no.value.error.message) == ("overloaded", True)
     for watcher in places[:3]:
         watcher.leave()
         watcher.leave()
@@ -83,9 +83,9 @@ async def test_it_is_over_when_the_daemon_stops(feed: Feed, monkeypatch: pytest.
     feed.close()
     assert (watcher.over.is_set(), watcher.news.is_set()) == (True, True)
     await cut.wait()
-    with pytest.raises(Refused) as no:
+    with pytest.raises(ApiException) as no:
         feed.watch(queue=None, job_id=None, cut=nothing)
-    assert no.value.refusal.code == "shutting_down"
+    assert no.value.error.code == "shutting_down"
 
 
 async def test_news_cost_listeners_nothing_and_are_kept_for_nobody(feed: Feed) -> None:

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from jobd.engine import event_feed
 from jobd.engine.event_feed import HEARTBEAT_S, PAGE, Feed, Listener
-from jobd.model.errors import Refused
+from jobd.model.errors import ApiException
 from jobd.model.events import Change, Wanted
 from tests.support.factories import Maker
 from tests.support.memory_storage import MemoryDisk
@@ -274,10 +274,10 @@ async def test_a_piece_has_its_bound() -> None:
 async def test_the_places_have_an_end_and_are_given_back() -> None:
     stage = Stage(most=2)
     first, second = await stage.begun(), await stage.begun(after=0)
-    with pytest.raises(Refused) as no:
+    with pytest.raises(ApiException) as no:
         stage.listen()
-    assert no.value.refusal.code == "overloaded"
-    assert "limits.event_streams" in no.value.refusal.message
+    assert no.value.error.code == "overloaded"
+    assert "limits.event_streams" in no.value.error.message
     await stage.commit()
     await seconds(1)
     assert len(stage.feed.rounds) == 1
@@ -343,10 +343,10 @@ async def test_what_was_pruned_is_told_at_the_beginning_and_on_the_way() -> None
     assert len(numbers(await listener.more())) == PAGE  # what he has not read yet is whole
     stage.disk.gone_to = 3 * PAGE - 1
     for position in (listener.position, 0, 3 * PAGE - 2):
-        with pytest.raises(Refused) as no:
+        with pytest.raises(ApiException) as no:
             await (listener.more() if position else stage.listen().begin(position))
-        assert (no.value.refusal.code, no.value.refusal.details) == ("events_gone", {"last": 3 * PAGE})
-        assert "Read the state anew" in no.value.refusal.message
+        assert (no.value.error.code, no.value.error.details) == ("events_gone", {"last": 3 * PAGE})
+        assert "Read the state anew" in no.value.error.message
     assert numbers(await (await stage.begun(after=3 * PAGE - 1)).more()) == [3 * PAGE]
 
 
@@ -354,10 +354,10 @@ async def test_what_was_pruned_is_told_at_the_beginning_and_on_the_way() -> None
 async def test_a_position_that_was_never_reached_is_of_another_store() -> None:
     stage = Stage()
     await stage.commit(3)
-    with pytest.raises(Refused) as no:
+    with pytest.raises(ApiException) as no:
         await stage.begun(after=4)
-    assert no.value.refusal.code == "events_gone"
-    assert "another store" in no.value.refusal.message
+    assert no.value.error.code == "events_gone"
+    assert "another store" in no.value.error.message
     await stage.begun(after=3)
 
 
@@ -411,13 +411,13 @@ async def test_when_the_daemon_stops_listeners_get_what_is_there() -> None:
     live.leave()
     assert await replaying.more() == b""
     replaying.leave()
-    with pytest.raises(Refused) as no:  # its end would be taken for that of the journal
+    with pytest.raises(ApiException) as no:  # its end would be taken for that of the journal
         await reading.more()
-    assert no.value.refusal.code == "shutting_down"
+    assert no.value.error.code == "shutting_down"
     reading.leave()
-    with pytest.raises(Refused) as no:
+    with pytest.raises(ApiException) as no:
         stage.listen()
-    assert no.value.refusal.code == "shutting_down"
+    assert no.value.error.code == "shutting_down"
     assert stage.cuts == []
     await seconds(event_feed.CLOSING_S)
     assert stage.cuts == [stuck]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from jobd.engine.idempotency import KEPT_MS, SAFE_MS, Keys
-from jobd.model.storage import KeyRow
+from jobd.model.storage import StoredResponse
 from tests.support.rule_harness import NOW
 
 
-def answer(name: str, at: int = NOW) -> KeyRow:
-    return KeyRow(name, f"body of {name}", at, 201, b"{}")
+def answer(name: str, at: int = NOW) -> StoredResponse:
+    return StoredResponse(name, f"body of {name}", at, 201, b"{}")
 
 
-def grants(name: str, *locks: str, at: int = NOW) -> KeyRow:
-    return KeyRow(name, f"body of {name}", at, grants=[(f"job of {lock}", lock) for lock in locks])
+def grants(name: str, *locks: str, at: int = NOW) -> StoredResponse:
+    return StoredResponse(name, f"body of {name}", at, grants=[(f"job of {lock}", lock) for lock in locks])
 
 
 def empty(limit: int = 100) -> Keys:
@@ -39,7 +39,7 @@ def test_after_the_commit_the_answer_lies_on_the_disk_only() -> None:
     assert keys.changed() == ([], [])
     row = keys.find("a", NOW)
     assert row is not None
-    assert (row.status, row.answer) == (201, None)
+    assert (row.status, row.body) == (201, None)
     assert keys.is_stored("a", NOW)
     assert not keys.is_stored("g", NOW)
     assert not keys.is_stored("b", NOW)

@@ -17,19 +17,19 @@ from jobd.model.commands import (
     DeleteExpired,
     EndGrants,
     Expected,
-    Mend,
     Ping,
     PlanAction,
     Recover,
+    RepairJobs,
 )
-from jobd.model.commands import CreditAbsence as Credit
+from jobd.model.commands import ExtendAfterPause as Credit
 
 COMMANDS = get_args(AnyCommand)
 
 # Neither new work, nor reading, nor an ending: refused while a full disk leaves room for endings alone.
 OTHERS = {
     "Adopt", "ApplyPlan", "Claim", "Start", "Progress", "Extend", "ExtendLock", "ForceReset", "Transition", "RunNow",
-    "Update", "Pause", "Resume", "EndPauses", "Mend", "Note", "Tick", "Report",
+    "Update", "Pause", "Resume", "EndPauses", "RepairJobs", "Note", "Tick", "Report",
 }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def test_the_jobs_that_a_command_names_are_looked_up_before_it_is_decided(kind: 
     elif kind in (Credit, EndGrants, Recover):
         assert named == []
     elif "ids" in names:
-        assert kind in (DeleteExpired, Mend)
+        assert kind in (DeleteExpired, RepairJobs)
         assert named == ["a", "b"]
     else:
         assert named == (["a"] if "id" in names else [])

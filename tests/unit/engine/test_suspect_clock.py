@@ -23,7 +23,7 @@ from jobd.model.commands import (
     Expire,
     ForceReset,
     Get,
-    KeyUse,
+    IdempotencyKey,
     Pause,
     Preview,
     Recover,
@@ -36,10 +36,10 @@ from jobd.model.commands import (
     Validate,
     Why,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Policy
-from jobd.model.responses import Answer
-from jobd.model.storage import Audited, KeyRow
+from jobd.model.responses import Response
+from jobd.model.storage import Audited, StoredResponse
 from tests.support.memory_storage import MemoryDisk
 from tests.support.plan_help import applied, made
 from tests.support.rule_harness import Desk
@@ -294,14 +294,14 @@ async def test_times_that_a_caller_gives_are_not_refused_because_our_clock_is_wr
 async def test_idempotency_keys_age_by_the_expected_time() -> None:
     disk = MemoryDisk()
     async with Household(disk) as house:
-        use = KeyUse("k", "body")
+        use = IdempotencyKey("k", "body")
         await house.actor.ask(Create(id="a"), key=use)
         house.step_ms = STEP_MS
         answer = await house.actor.ask(Create(id="a"), key=use)
-        assert isinstance(answer, Answer)
+        assert isinstance(answer, Response)
         assert answer.replayed
-        await house.actor.ask(Create(id="b"), key=KeyUse("l", "body"))
-        rows: dict[str, KeyRow] = disk.keys
+        await house.actor.ask(Create(id="b"), key=IdempotencyKey("l", "body"))
+        rows: dict[str, StoredResponse] = disk.keys
         assert rows["l"].at < house.now - DAY_MS
 
 
@@ -430,7 +430,7 @@ async def test_an_accepted_clock_is_on_disk_before_the_answer() -> None:
         await house.yes(Tick())
         assert disk.numbers.clock_suspect
         view = await rooms.accept_clock()
-        assert not isinstance(view, Refusal)
+        assert not isinstance(view, ApiError)
         assert not view.suspect
         assert (disk.numbers.clock_suspect, disk.numbers.wall_ms) == (False, view.now)
 
@@ -444,13 +444,13 @@ async def test_a_clock_that_cannot_be_kept_as_accepted_is_not_accepted() -> None
         await house.no(Create(id="a"))
         await house.no(Tick())
         refused = await rooms_of(house).accept_clock()
-        assert isinstance(refused, Refusal)
+        assert isinstance(refused, ApiError)
         assert refused.code == "storage_full"
         assert house.clock.suspect
         disk.free()
         await until(lambda: not house.actor.full_disk.closed)
     refused = await rooms_of(house).accept_clock()
-    assert isinstance(refused, Refusal)
+    assert isinstance(refused, ApiError)
     assert refused.code == "shutting_down"
 
 

@@ -19,8 +19,8 @@ from jobd.http.decoding import Limits
 from jobd.http.routing import Route, Table
 from jobd.http.sparing import MOST_A_SECOND, Sparing
 from jobd.model.commands import Cancel, Claim, Create, Get, List, Progress, Start
-from jobd.model.errors import Refusal
-from jobd.model.responses import Answer, Done, LockState
+from jobd.model.errors import ApiError
+from jobd.model.responses import Done, LockState, Response
 from tests.support.http_harness import TOKEN, House, message
 
 PROGRESS = '{"lock_id":"canary-lock","progress":50}'
@@ -48,7 +48,7 @@ def bearer(token: str = TOKEN) -> dict[str, str]:
 
 
 async def test_a_request_becomes_a_command_and_its_answer_a_reply(house: House) -> None:
-    house.desk.answer = lambda _: Answer(LockState(5, 6, None))
+    house.desk.answer = lambda _: Response(LockState(5, 6, None))
     heard = await house.ask("POST", "/v1/jobs/job-1/progress", PROGRESS)
     assert (heard.status, heard.data) == (
         200,
@@ -401,13 +401,13 @@ async def test_two_keys_are_none(house: House, second: str) -> None:
 
 
 async def test_a_replayed_answer_says_so_and_keeps_its_status(house: House) -> None:
-    house.desk.answer = lambda _: Answer(Raw(b'{"id":"a"}'), status=201, replayed=True)
+    house.desk.answer = lambda _: Response(Raw(b'{"id":"a"}'), status=201, replayed=True)
     heard = await house.ask("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})
     assert (heard.status, heard.headers["idempotent-replayed"], heard.data) == (201, "true", {"id": "a"})
 
 
 async def test_a_refusal_has_the_status_of_its_code(house: House) -> None:
-    house.desk.answer = lambda _: Refusal("already_locked", "Another worker has it.", {"locked_by": "w"})
+    house.desk.answer = lambda _: ApiError("already_locked", "Another worker has it.", {"locked_by": "w"})
     heard = await house.ask("POST", "/v1/jobs/a/start", '{"worker":"v"}')
     assert heard.status == 409
     assert heard.json == {
@@ -420,14 +420,14 @@ async def test_a_refusal_has_the_status_of_its_code(house: House) -> None:
 
 
 async def test_overload_says_when_to_come_again(house: House) -> None:
-    house.desk.answer = lambda _: Refusal("overloaded", "Too many commands wait.")
+    house.desk.answer = lambda _: ApiError("overloaded", "Too many commands wait.")
     heard = await house.ask("POST", "/v1/jobs", "{}")
     assert (heard.status, heard.headers["retry-after"]) == (503, "1")
 
 
 async def test_requests_on_one_connection_are_answered_in_order(house: House) -> None:
     line = await house.line()
-    house.desk.answer = lambda command: Answer(Raw(b'"%b"' % command.id.encode()))
+    house.desk.answer = lambda command: Response(Raw(b'"%b"' % command.id.encode()))
     line.send(b"".join(message("GET", f"/v1/jobs/job-{n}") for n in range(100)))
     assert [(await line.hear()).data for _ in range(100)] == [f"job-{n}" for n in range(100)]
 
@@ -455,14 +455,14 @@ async def test_a_client_that_wants_to_close_is_told_so(house: House) -> None:
 # -- connections that go away -----------------------------------------------------------------------------------------
 
 
-def granted() -> Answer:
-    return Answer(Done(), grants=[("a", "lock")])
+def granted() -> Response:
+    return Response(Done(), grants=[("a", "lock")])
 
 
 async def test_an_answer_is_undelivered_where_the_connection_closed_before_its_first_byte(house: House) -> None:
     answer = granted()
 
-    async def close_then_answer(_: Any) -> Answer:
+    async def close_then_answer(_: Any) -> Response:
         [connection] = house.listener._server.connections
         assert connection.transport is not None
         connection.transport.close()
@@ -485,9 +485,9 @@ async def test_a_delivered_answer_is_not_taken_back(house: House) -> None:
 
 
 async def test_an_answer_without_grants_needs_no_taking_back(house: House) -> None:
-    async def close_then_answer(_: Any) -> Answer:
+    async def close_then_answer(_: Any) -> Response:
         house.listener._server.connections[0].transport.close()  # type: ignore[union-attr]
-        return Answer(Done())
+        return Response(Done())
 
     house.desk.answer = close_then_answer
     line = await house.line()
@@ -497,7 +497,7 @@ async def test_an_answer_without_grants_needs_no_taking_back(house: House) -> No
 
 
 async def test_a_waiting_call_is_cancelled_when_its_client_goes(house: House) -> None:
-    async def never(_: Any) -> Answer:
+    async def never(_: Any) -> Response:
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -514,7 +514,7 @@ async def test_a_waiting_call_is_cancelled_when_its_client_goes(house: House) ->
 
 
 async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(house: House) -> None:
-    def fail(_: Any) -> Answer:
+    def fail(_: Any) -> Response:
         raise ValueError("canary-lock is broken")
 
     house.desk.answer = fail
@@ -532,12 +532,12 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(house: H
     assert "test_web.py" in bug["where"]
     assert "canary" not in str(logs)
     assert "canary" not in heard.body.decode()
-    house.desk.answer = lambda _: Answer(Done())
+    house.desk.answer = lambda _: Response(Done())
     assert (await line.ask("GET", "/v1/jobs")).status == 200
 
 
 async def test_a_connection_that_fails_behind_the_door_is_not_the_client_s(house: House) -> None:
-    def fail(_: Any) -> Answer:
+    def fail(_: Any) -> Response:
         raise ConnectionRefusedError("the artifact store is down")
 
     house.desk.answer = fail
@@ -545,15 +545,15 @@ async def test_a_connection_that_fails_behind_the_door_is_not_the_client_s(house
 
 
 async def test_an_answer_that_cannot_be_written_as_json_is_a_500(house: House) -> None:
-    house.desk.answer = lambda _: Answer(object())
+    house.desk.answer = lambda _: Response(object())
     line = await house.line()
     assert (await line.ask("GET", "/v1/jobs")).status == 500
-    house.desk.answer = lambda _: Answer(Done())
+    house.desk.answer = lambda _: Response(Done())
     assert (await line.ask("GET", "/v1/jobs")).status == 200
 
 
 async def test_refusals_are_counted_and_logged_in_one_line_without_secrets(guarded: House) -> None:
-    guarded.desk.answer = lambda _: Refusal("lock_lost", "The lock canary-lock is lost.", {"reason": "cancelled"})
+    guarded.desk.answer = lambda _: ApiError("lock_lost", "The lock canary-lock is lost.", {"reason": "cancelled"})
     with capture_logs() as logs:
         await guarded.ask("POST", "/v1/jobs/job-1/progress", PROGRESS, bearer())
         await guarded.ask("POST", "/v1/jobs/job-1/progress", PROGRESS)
@@ -575,7 +575,7 @@ async def test_refusals_are_counted_and_logged_in_one_line_without_secrets(guard
 
 
 async def test_the_log_names_the_job_that_the_body_of_a_refused_create_names(house: House) -> None:
-    house.desk.answer = lambda _: Refusal("job_exists", "There is such a job.")
+    house.desk.answer = lambda _: ApiError("job_exists", "There is such a job.")
     with capture_logs() as logs:
         await house.ask("POST", "/v1/jobs", '{"id": "job-7"}')
         await house.ask("POST", "/v1/jobs", "{}")

@@ -9,7 +9,7 @@ from multidict import CIMultiDict
 
 from jobd.api import admin, worker
 from jobd.http.auth import JSON, LINES, Gate, check_kind, host_name, own_names, token_digest
-from jobd.model.errors import Refused
+from jobd.model.errors import ApiException
 from tests.support.http_harness import House, message, wrong_tokens
 
 GOOD = "good-token-0123456789abcdef"
@@ -20,8 +20,8 @@ def code(check: object, *arguments: object) -> str | None:
     assert callable(check)
     try:
         check(*arguments)
-    except Refused as no:
-        return no.refusal.code
+    except ApiException as no:
+        return no.error.code
     return None
 
 

@@ -40,7 +40,7 @@ from jobd.model.commands import (
     Update,
     Updates,
 )
-from jobd.model.errors import Refusal, Refused
+from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import Backoff
 
 LIMITS = Limits()
@@ -57,17 +57,17 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def refusal(shape: Shape, body: bytes, value: str | None = None) -> Refusal:
-    with pytest.raises(Refused) as caught:
+def refusal(shape: Shape, body: bytes, value: str | None = None) -> ApiError:
+    with pytest.raises(ApiException) as caught:
         shape.from_body(body, value)
-    return caught.value.refusal
+    return caught.value.error
 
 
-def outcome(shape: Shape, body: bytes) -> Command | Refusal:
+def outcome(shape: Shape, body: bytes) -> Command | ApiError:
     try:
         return shape.from_body(body, "a" if shape.given else None)
-    except Refused as no:
-        return no.refusal
+    except ApiException as no:
+        return no.error
 
 
 def test_the_path_gives_the_id() -> None:
@@ -240,7 +240,7 @@ def test_the_body_is_not_repeated_in_the_answer() -> None:
 @given(st.binary(max_size=200))
 def test_any_bytes_give_a_command_or_a_400(body: bytes) -> None:
     answer = outcome(SHAPES["create"], body)
-    code = answer.code if isinstance(answer, Refusal) else None
+    code = answer.code if isinstance(answer, ApiError) else None
     assert code == "invalid_request" or isinstance(answer, Create)
 
 
@@ -256,7 +256,7 @@ _FIELDS = sorted({info.encode_name for shape in SHAPES.values() for info in msgs
 def test_any_object_gives_a_command_or_a_400(name: str, fields: dict[str, Any]) -> None:
     shape = SHAPES[name]
     answer = outcome(shape, json.dumps(fields).encode())
-    if isinstance(answer, Refusal):
+    if isinstance(answer, ApiError):
         assert answer.code == "invalid_request"
         assert answer.details["field"].startswith("$")
     else:
@@ -369,10 +369,10 @@ def test_the_payload_is_kept_as_it_came() -> None:
 # -- queries ----------------------------------------------------------------------------------------------------------
 
 
-def query_refusal(query: str) -> Refusal:
-    with pytest.raises(Refused) as caught:
+def query_refusal(query: str) -> ApiError:
+    with pytest.raises(ApiException) as caught:
         Shape(List, None, LIMITS).from_query(query)
-    return caught.value.refusal
+    return caught.value.error
 
 
 def test_a_query_gives_a_command() -> None:
@@ -419,10 +419,10 @@ def test_a_parameter_that_is_not_taken_is_named(query: str, field: str) -> None:
     ],
 )
 def test_what_a_parameter_must_be_is_said_in_its_own_words(command: type[Command], query: str, words: str) -> None:
-    with pytest.raises(Refused) as no:
+    with pytest.raises(ApiException) as no:
         Shape(command, None, LIMITS).from_query(query)
     field = query.rpartition("&")[2].partition("=")[0]
-    assert no.value.refusal.message == f"`$.{field}`: must be {words}."
+    assert no.value.error.message == f"`$.{field}`: must be {words}."
 
 
 def test_a_plan_says_what_its_filter_and_its_cursor_must_be() -> None:
@@ -444,22 +444,22 @@ def test_every_pattern_that_a_text_must_have_is_put_into_words() -> None:
         for info in msgspec.structs.fields(command):
             if "pattern=" in repr(info.type):
                 fault = f"Expected `str` matching regex 'x' - at `$.{info.encode_name}`"
-                assert "other text" not in explain(fault, command).refusal.message, (command, info.name)
+                assert "other text" not in explain(fault, command).error.message, (command, info.name)
                 seen += 1
     assert seen > 60
 
 
 def test_a_query_cannot_give_what_the_path_gives() -> None:
     shape = Shape(Extend, "id", LIMITS)
-    with pytest.raises(Refused):
+    with pytest.raises(ApiException):
         shape.from_query("id=b&lock_id=x", "a")
 
 
 @pytest.mark.parametrize("value", ["", "a b", "a/b", "a\n", "ä", "a" * 201, "\x00", "\udcff"])
 def test_a_malformed_id_in_the_path_is_a_400(value: str) -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(ApiException) as caught:
         path_value(Shape(Extend, "id", LIMITS), value)
-    assert caught.value.refusal.details == {"field": "$.id"}
+    assert caught.value.error.details == {"field": "$.id"}
 
 
 @pytest.mark.parametrize("value", ["a", "A.b_c:d-9", "a" * 200, ".."])
@@ -474,15 +474,15 @@ def test_any_name_that_a_worker_may_have_can_stand_in_the_path(value: str) -> No
 
 @pytest.mark.parametrize("value", ["", "a\n", "a" * 201, "\x00"])
 def test_no_other_name_of_a_worker_can_stand_in_the_path(value: str) -> None:
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(ApiException) as caught:
         path_value(Shape(TakeBack, "name", LIMITS), value)
-    assert caught.value.refusal.message == "`$.name`: the path must give text without control characters here."
+    assert caught.value.error.message == "`$.name`: the path must give text without control characters here."
 
 
 @pytest.mark.parametrize("value", ["null", "NULL", "Null"])
 @pytest.mark.parametrize("field", ["limit", "status"])
 def test_null_is_neither_a_number_nor_a_status_in_a_query(value: str, field: str) -> None:
-    with pytest.raises(Refused) as no:
+    with pytest.raises(ApiException) as no:
         Shape(List, None, LIMITS).from_query(f"{field}={value}")
-    assert no.value.refusal.details == {"field": f"$.{field}"}
+    assert no.value.error.details == {"field": f"$.{field}"}
     assert Shape(List, None, LIMITS).from_query(f"kind={value}") == List(kind=value), "it is a name like any other"

@@ -18,8 +18,8 @@ from jobd.api.worker import ROUTES
 from jobd.http.auth import Gate
 from jobd.http.decoding import Limits
 from jobd.http.protocol import AHEAD, Connection
-from jobd.model.errors import Refusal
-from jobd.model.responses import Answer, Done
+from jobd.model.errors import ApiError
+from jobd.model.responses import Done, Response
 from tests.support.http_harness import TOKEN, House, Line, message, tls_pair
 from tests.support.malformed_requests import CHUNKED, HOSTILE
 
@@ -35,12 +35,12 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
 class Held:
     """Answers of a desk that come when the test says so."""
 
-    def __init__(self, house: House, answer: Answer | Refusal | None = None) -> None:
+    def __init__(self, house: House, answer: Response | ApiError | None = None) -> None:
         self.go = asyncio.Event()
-        self._answer = answer or Answer(Done())
+        self._answer = answer or Response(Done())
         house.desk.answer = self.answer
 
-    async def answer(self, _: Any) -> Answer | Refusal:
+    async def answer(self, _: Any) -> Response | ApiError:
         await self.go.wait()
         return self._answer
 
@@ -112,7 +112,7 @@ async def test_what_comes_during_a_request_is_answered_after_it(house: House, se
     line = await house.line()
     await send(line, message("POST", "/v1/jobs", '{"queue":"first"}'))
     await arrived(house, 1)
-    house.desk.answer = lambda command: Answer(command.queue)
+    house.desk.answer = lambda command: Response(command.queue)
     line.send(message("POST", "/v1/jobs", '{"queue":"second"}'))
     await asyncio.sleep(0)
     line.send(b"".join(message("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
@@ -131,7 +131,7 @@ async def test_bodies_that_come_during_a_request_are_left_to_the_system(tmp_path
         line = await house.line()
         await send(line, CLAIM)
         await arrived(house, 1)
-        house.desk.answer = lambda command: Answer(command.queue)
+        house.desk.answer = lambda command: Response(command.queue)
         [connection] = house.listener._server.connections
         assert isinstance(connection, Connection)
         sizes = [200_000] * 3 + [10] * 3
@@ -171,7 +171,7 @@ async def test_a_client_that_goes_abandons_what_it_asked(house: House, send: Any
 
 @WAYS
 async def test_an_answer_to_a_connection_that_is_closing_is_undelivered(house: House, send: Any) -> None:
-    answer = Answer(Done(), grants=[("a", "lock")])
+    answer = Response(Done(), grants=[("a", "lock")])
     held = Held(house, answer)
     line = await house.line()
     await send(line, CLAIM)
@@ -187,11 +187,11 @@ async def test_an_answer_to_a_connection_that_is_closing_is_undelivered(house: H
 
 @pytest.mark.parametrize("way", ["short", "long"])
 async def test_an_answer_that_finds_its_client_gone_is_undelivered(house: House, way: str) -> None:
-    answer = Answer(Done(), grants=[("a", "lock")])
+    answer = Response(Done(), grants=[("a", "lock")])
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.setblocking(False)
 
-    async def gone(_: Any) -> Answer:
+    async def gone(_: Any) -> Response:
         client.close()  # the connection learns it when it writes: there is no turn of the loop in between
         return answer
 
@@ -214,12 +214,12 @@ async def test_an_answer_that_finds_its_client_gone_is_undelivered(house: House,
 
 @WAYS
 async def test_a_reader_that_takes_its_time_keeps_its_answer_and_its_connection(house: House, send: Any) -> None:
-    house.desk.answer = lambda _: Answer("x" * 3_000_000)
+    house.desk.answer = lambda _: Response("x" * 3_000_000)
     line = await house.line()
     await send(line, CLAIM)
     await arrived(house, 1)
     line.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    house.desk.answer = lambda _: Answer(Done())
+    house.desk.answer = lambda _: Response(Done())
     line.send(CLAIM)
     assert (await house.ask("GET", "/v1/jobs")).status == 200  # nobody else waits
     line.writer.transport.resume_reading()  # type: ignore[attr-defined]
@@ -235,7 +235,7 @@ async def test_a_reader_that_takes_too_long_is_cut_off(
 ) -> None:
     if end == "patience":
         monkeypatch.setattr("jobd.http.response.PATIENCE_S", 0.05)
-    answer = Answer("x" * 3_000_000, grants=[("a", "lock")])
+    answer = Response("x" * 3_000_000, grants=[("a", "lock")])
     house.desk.answer = lambda _: answer
     line = await house.line()
     line.writer.transport.set_write_buffer_limits(0)
@@ -280,7 +280,7 @@ async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
     busy = await house.line()
     busy.send(CLAIM)
     await arrived(house, 1)
-    house.desk.answer = lambda _: Answer("x" * 3_000_000)
+    house.desk.answer = lambda _: Response("x" * 3_000_000)
     slow = await house.line()
     await send(slow, CLAIM)
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -315,7 +315,7 @@ async def test_an_answer_that_comes_as_a_stop_gives_up_harms_nobody(house: House
     while connection._handler_waiter is None:  # noqa: ASYNC110 - it is in the first step of the stop
         await asyncio.sleep(0)
     connection._handler_waiter.cancel()  # its deadline
-    flight.set_result(Answer(Done()))
+    flight.set_result(Response(Done()))
     assert (await line.hear()).status == 200
     assert await line.is_closed()
     await stopping
@@ -359,7 +359,7 @@ async def test_a_bug_behind_an_answer_costs_one_connection(
     def fail(*_: Any) -> None:
         raise ValueError("canary")
 
-    house.desk.answer = lambda _: Answer(object())  # cannot be written as JSON
+    house.desk.answer = lambda _: Response(object())  # cannot be written as JSON
     monkeypatch.setattr(house.site, "confess", fail)
     line = await house.line()
     with capture_logs() as logs:
@@ -373,7 +373,7 @@ async def test_a_bug_behind_an_answer_costs_one_connection(
 
 @WAYS
 async def test_the_grants_of_an_answer_that_cannot_be_written_go_back(house: House, send: Any) -> None:
-    answer = Answer(object(), grants=[("a", "lock")])
+    answer = Response(object(), grants=[("a", "lock")])
     house.desk.answer = lambda _: answer
     line = await house.line()
     await send(line, CLAIM)
@@ -395,7 +395,7 @@ async def test_a_bug_behind_an_answer_never_reaches_the_actor(house: House, monk
         line.send(CLAIM)
     await arrived(house, 2)
     for asked in house.desk.sent:
-        asked.reply(Answer(Done()))  # raises nothing
+        asked.reply(Response(Done()))  # raises nothing
     lines[1].writer.transport.abort()
     await emptied(house, 1)
     assert [type(context["exception"]) for context in failed] == [ValueError, ValueError]
@@ -412,7 +412,7 @@ async def test_an_answer_that_was_made_ready_leaves_as_it_is(house: House, monke
     await arrived(house, 1)
     [asked] = house.desk.sent
     made = count_calls(monkeypatch, house.site, "_accept")
-    answer = Answer(Done())
+    answer = Response(Done())
     asked.prepare(answer)
     hearing = asyncio.ensure_future(line.hear())
     await asyncio.sleep(0.01)
@@ -431,13 +431,13 @@ async def test_an_answer_that_was_made_ready_for_nothing_is_made_anew(
     line.send(CLAIM)
     await arrived(house, 1)
     [asked] = house.desk.sent
-    answer: Answer | Refusal = Answer(object() if why == "a bug" else Done())
-    assert isinstance(answer, Answer)
+    answer: Response | ApiError = Response(object() if why == "a bug" else Done())
+    assert isinstance(answer, Response)
     asked.prepare(answer)
     if why == "another answer":
-        answer = Answer(Done(), status=202)
+        answer = Response(Done(), status=202)
     elif why == "a refusal":
-        answer = Refusal("storage_full", "The disk is full.")
+        answer = ApiError("storage_full", "The disk is full.")
     elif why == "a stop":
         monkeypatch.setattr(house.site, "closing", True)
     asked.reply(answer)
@@ -517,7 +517,7 @@ async def test_a_token_counts_for_the_request_that_it_comes_with(tmp_path: Path)
 async def test_requests_cut_anywhere_are_answered_in_order(tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)
     async with House(ROUTES, tmp_path) as house:
-        house.desk.answer = lambda command: Answer(command.id)
+        house.desk.answer = lambda command: Response(command.id)
         line = await house.line()
         for turn in range(30):
             ids = [f"{turn}-{number}" for number in range(dice.choice([1, 1, 1, 2, 50]))]
@@ -564,7 +564,7 @@ async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: 
     line = await either.line()
     await send(line, message("POST", "/v1/jobs", '{"queue":"first"}'))
     await arrived(either, 1)
-    either.desk.answer = lambda command: Answer(command.queue)
+    either.desk.answer = lambda command: Response(command.queue)
     line.send(b"".join(message("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
     line.writer.write_eof()
     held.go.set()
@@ -576,7 +576,7 @@ async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: 
 
 @WAYS
 async def test_a_half_closed_client_may_wait(either: House, send: Any) -> None:
-    answer = Answer(Done(), grants=[("a", "lock")])
+    answer = Response(Done(), grants=[("a", "lock")])
     held = Held(either, answer)
     line = await either.line()
     await send(line, CLAIM)
@@ -627,7 +627,7 @@ async def test_a_body_that_breaks_off_is_a_400(either: House, before: bytes) -> 
 @WAYS
 async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: House, send: Any) -> None:
     """Over TCP this looks like a half-closed connection, until the first bytes of the response are sent."""
-    held = Held(either, Answer(Done(), grants=[("a", "lock")]))
+    held = Held(either, Response(Done(), grants=[("a", "lock")]))
     line = await either.line()
     await send(line, CLAIM)
     await arrived(either, 1)
@@ -656,7 +656,7 @@ async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(hous
 async def test_the_probe_is_a_part_of_the_response(either: House, monkeypatch: pytest.MonkeyPatch, send: Any) -> None:
     """A closed client resets the connection at the probe, before the check: the rest of the response finds it gone."""
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
-    answer = Answer(Done(), grants=[("a", "lock")])
+    answer = Response(Done(), grants=[("a", "lock")])
     held = Held(either, answer)
     line = await either.line()
     await send(line, CLAIM)
@@ -689,7 +689,7 @@ async def test_a_response_with_grants_waits_for_the_end_of_the_probe(
     monkeypatch.setattr(Connection, "_is_probing", is_probing)
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
     monkeypatch.setattr("jobd.http.protocol.PROBE_S", 3600 if is_there else 0.01)
-    answer = Answer(Done(), grants=[("a", "lock")])
+    answer = Response(Done(), grants=[("a", "lock")])
     held = Held(tcp, answer)
     line = await tcp.line()
     await send(line, CLAIM)
@@ -716,7 +716,7 @@ async def test_a_connection_that_ends_while_its_response_waits_for_the_probe_giv
         return not transport.is_closing()
 
     monkeypatch.setattr(Connection, "_is_probing", is_probing)
-    answer = Answer(Done(), grants=[("a", "lock")])
+    answer = Response(Done(), grants=[("a", "lock")])
     held = Held(tcp, answer)
     line = await tcp.line()
     await send(line, CLAIM)

@@ -22,7 +22,7 @@ from jobd.http.auth import Gate, own_names
 from jobd.http.decoding import Limits
 from jobd.http.protocol import PIECE
 from jobd.http.server import is_taken
-from jobd.model.responses import Answer, Done
+from jobd.model.responses import Done, Response
 from tests.support.http_harness import TOKEN, House, Line, message, tls_pair
 from tests.support.malformed_requests import CHUNKED, GET, HOSTILE, POST
 
@@ -40,9 +40,9 @@ class Held:
         self.go = asyncio.Event()
         house.desk.answer = self.answer
 
-    async def answer(self, _: Any) -> Answer:
+    async def answer(self, _: Any) -> Response:
         await self.go.wait()
-        return Answer(Done())
+        return Response(Done())
 
 
 async def emptied(house: House) -> None:
@@ -239,12 +239,12 @@ async def test_a_waiting_call_is_not_idle(tmp_path: Path) -> None:
 
 
 async def test_a_slow_reader_keeps_its_answer_and_nobody_else_waits(house: House) -> None:
-    house.desk.answer = lambda _: Answer("x" * 3_000_000)
+    house.desk.answer = lambda _: Response("x" * 3_000_000)
     slow = await house.line()
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
     slow.send(message("GET", "/v1/jobs") * 3)
     await house.desk.arrived.wait()
-    house.desk.answer = lambda _: Answer(Done())
+    house.desk.answer = lambda _: Response(Done())
     assert (await house.ask("GET", "/v1/jobs")).status == 200
     slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
     assert len((await slow.hear()).data) == 3_000_000
@@ -253,7 +253,7 @@ async def test_a_slow_reader_keeps_its_answer_and_nobody_else_waits(house: House
 
 async def test_a_client_that_never_reads_is_cut_off(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobd.http.response.PATIENCE_S", 0.05)
-    house.desk.answer = lambda _: Answer("x" * 3_000_000)
+    house.desk.answer = lambda _: Response("x" * 3_000_000)
     slow = await house.line()
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
     slow.send(message("GET", "/v1/jobs"))

@@ -17,8 +17,8 @@ from jobd.http import streaming
 from jobd.http.auth import Gate
 from jobd.http.decoding import Limits
 from jobd.model.commands import Import, Note
-from jobd.model.errors import Refusal
-from jobd.model.responses import Answer, Done, Imported
+from jobd.model.errors import ApiError
+from jobd.model.responses import Done, Imported, Response
 from jobd.model.storage import DiskFull
 from jobd.storage.backup import BackupStopped, BadCopy
 from tests.support.http_harness import TOKEN, Heard, House, Line, Pieces, message
@@ -34,13 +34,13 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
     gate = Gate("admin", tokens=[TOKEN])
     limits = Limits(body=200, payload=50, body_deadline_s=0.3)
     async with House(ROUTES, tmp_path, gate=gate, admin=True, limits=limits) as opened:
-        answering(opened, lambda command: Answer(Imported(command.id, skipped=command.id.startswith("old"))))
+        answering(opened, lambda command: Response(Imported(command.id, skipped=command.id.startswith("old"))))
         yield opened
 
 
 def answering(house: House, lines: Callable[[Any], Any]) -> None:
     """Answer lines of an import by `lines`; what is noted for the audit log is taken."""
-    house.desk.answer = lambda command: Answer(Done()) if isinstance(command, Note) else lines(command)
+    house.desk.answer = lambda command: Response(Done()) if isinstance(command, Note) else lines(command)
 
 
 def lines_of(house: House) -> list[Any]:
@@ -92,10 +92,10 @@ async def test_an_empty_import_is_done_at_once(house: House) -> None:
 
 
 async def test_bad_lines_are_named_and_the_rest_goes_on(house: House) -> None:
-    def answer(command: Any) -> Answer | Refusal:
+    def answer(command: Any) -> Response | ApiError:
         if command.id == "twice":
-            return Refusal("invalid_transition", "It cannot be so.")
-        return Answer(Imported(command.id, skipped=False))
+            return ApiError("invalid_transition", "It cannot be so.")
+        return Response(Imported(command.id, skipped=False))
 
     answering(house, answer)
     heard = await put(
@@ -158,9 +158,9 @@ async def test_lines_may_be_cut_anywhere(house: House) -> None:
 async def test_an_import_reads_no_further_than_a_few_lines_ahead(house: House) -> None:
     go = asyncio.Event()
 
-    async def hold(command: Any) -> Answer:
+    async def hold(command: Any) -> Response:
         await go.wait()
-        return Answer(Imported(command.id, skipped=False))
+        return Response(Imported(command.id, skipped=False))
 
     answering(house, hold)
     line = await house.line()
@@ -174,10 +174,10 @@ async def test_an_import_reads_no_further_than_a_few_lines_ahead(house: House) -
 
 
 async def test_what_the_next_line_would_meet_too_stops_the_import(house: House) -> None:
-    def answer(command: Any) -> Answer | Refusal:
+    def answer(command: Any) -> Response | ApiError:
         if command.id == "job-5":
-            return Refusal("storage_full", "The disk is full.", {"free": 0})
-        return Answer(Imported(command.id, skipped=False))
+            return ApiError("storage_full", "The disk is full.", {"free": 0})
+        return Response(Imported(command.id, skipped=False))
 
     answering(house, answer)
     heard = await put(house, *({"id": f"job-{n}"} for n in range(2000)))
@@ -219,7 +219,7 @@ async def test_a_stream_that_breaks_later_is_a_400_too(house: House) -> None:
 
 
 async def test_an_import_whose_client_goes_away_ends(house: House) -> None:
-    async def never(_: Any) -> Answer:
+    async def never(_: Any) -> Response:
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -284,7 +284,7 @@ async def test_who_has_all_of_a_backup_may_hang_up_at_once(house: House) -> None
 
 
 async def test_a_backup_is_refused_where_too_many_are_under_way(house: House) -> None:
-    house.figures.no_backup = Refusal("overloaded", "8 backups are under way.")
+    house.figures.no_backup = ApiError("overloaded", "8 backups are under way.")
     heard = await house.ask("GET", BACKUP, headers=AUTH)
     assert (heard.status, heard.error) == (503, "overloaded")
 

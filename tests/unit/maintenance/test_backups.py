@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from jobd.api import downloads
 from jobd.maintenance import backups
 from jobd.maintenance.backups import Copies, Copy
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.responses import BackupView
 from jobd.model.storage import DiskFull
 from jobd.storage import backup
@@ -161,7 +161,7 @@ async def test_one_after_the_other_and_no_more_than_so_many(store: Store, monkey
     one, other = kept.views()  # who waits is not silent while the other moves
     assert abs(one.quiet_ms - other.quiet_ms) < 50
     refused = await kept.begin("third")
-    assert isinstance(refused, Refusal)
+    assert isinstance(refused, ApiError)
     assert refused.code == "overloaded"
     first.cancel()
     while not first.done():  # its thread looks at each step whether it is still wanted

@@ -14,10 +14,10 @@ from jobd.engine.disk_full import Closed
 from jobd.maintenance.cleanup_pass import Schedule
 from jobd.maintenance.maintainer import TICK_S, read_beside, read_figures
 from jobd.model.commands import Complete, Create, Delete, Extend, ForceFail, Get, Pause, Progress, Recover, Timeline
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Failure, Policy
-from jobd.model.responses import Answer, CleanupReport, RecoverStuckView
+from jobd.model.responses import CleanupReport, RecoverStuckView, Response
 from jobd.model.storage import Audited, DiskFull
 from tests.support.memory_storage import MemoryDisk
 from tests.support.virtual_engine import WALL, Household, in_virtual_time, row, seconds, until
@@ -70,9 +70,9 @@ async def test_a_job_that_reports_after_the_scan_is_not_recovered() -> None:
         # Both commands are in one batch, whose scan has found the job stuck.
         reporting = asyncio.create_task(house.actor.ask(Progress(id="a", lock_id=lock_id, progress=7)))
         recovering = asyncio.create_task(house.actor.ask(Recover(limit=10), by="recovery"))
-        assert isinstance(await reporting, Answer)
+        assert isinstance(await reporting, Response)
         recovered = await recovering
-        assert isinstance(recovered, Answer)
+        assert isinstance(recovered, Response)
         assert (recovered.data.details, recovered.data.locks_cleared) == ([], 0)
         assert house.book.holds("a", lock_id)
         assert last_of(house, "a").type == "progress"
@@ -199,7 +199,7 @@ async def test_recovery_and_ticks_survive_refusals() -> None:
         house.keep()
         await house.held("a")
         house.actor.full_disk.closed = Closed.ALL_WRITES
-        house.disk.errors["probe"] = house.disk.errors["build_ballast"] = DiskFull("full")
+        house.disk.errors["probe"] = house.disk.errors["build_reserve"] = DiskFull("full")
         await seconds(90)
         assert house.book.processing.keys() == {"a"}
         house.disk.errors.clear()
@@ -773,7 +773,7 @@ async def test_recover_stuck_passes_a_refusal_on() -> None:
     async with Household() as house:
         house.actor.stop()
         refusal = await house.cleaner.recover_stuck()
-        assert isinstance(refusal, Refusal)
+        assert isinstance(refusal, ApiError)
         assert refusal.code == "shutting_down"
 
 

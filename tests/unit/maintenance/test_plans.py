@@ -35,9 +35,9 @@ from jobd.model.commands import (
     Start,
     Update,
 )
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, SECOND_MS, Grant, Options
-from jobd.model.responses import Answer, PlanView, PreviewView, late_note
+from jobd.model.responses import PlanView, PreviewView, Response, late_note
 from jobd.model.storage import DiskFull
 from jobd.storage import codec
 from tests.support.factories import full_job
@@ -198,15 +198,15 @@ def test_a_command_that_expects_a_version_is_done_to_that_one_alone(*, detour: b
         desk.passes(1)
         desk.yes(ForceFail(id="a"))
     decision = desk.decide(Delete(id="a"), expected=seen.version)
-    assert isinstance(decision.answer, Refusal) == detour
+    assert isinstance(decision.answer, ApiError) == detour
     assert ("a" in desk.rows) == detour
-    if isinstance(decision.answer, Refusal):
+    if isinstance(decision.answer, ApiError):
         assert decision.changes == []
         assert (decision.answer.code, decision.answer.details) == (
             "invalid_transition", {"job_id": "a", "status": "failed"},
         )  # fmt: skip
     gone = desk.decide(Delete(id="none"), expected=seen.version).answer
-    assert isinstance(gone, Refusal)
+    assert isinstance(gone, ApiError)
     assert gone.code == "job_not_found"
 
 
@@ -219,7 +219,7 @@ def test_a_late_result_that_came_meanwhile_is_not_deleted_unseen(how: str) -> No
     desk.no(Complete(id="a", lock_id=lock_id, file_path="/out"), "lock_lost")
     for left_alone in (True, False):
         if how == "expected":
-            assert isinstance(desk.decide(Delete(id="a"), expected=seen).answer, Refusal) == left_alone
+            assert isinstance(desk.decide(Delete(id="a"), expected=seen).answer, ApiError) == left_alone
         else:
             done = desk.yes(ApplyPlan(action="delete", jobs=[Expected("a", seen)]), admin=True)
             assert len(done.changed) == left_alone
@@ -445,7 +445,7 @@ async def test_on_a_full_disk_a_plan_stops_and_goes_on_with_the_rest() -> None:
         house.disk.has_ballast = False
         house.disk.fits = lambda batch: len(house.disk.batches) < 2 * (plans.SLICE + 5) + 1
         refusal = await planner.apply("p", EVE)
-        assert isinstance(refusal, Refusal)
+        assert isinstance(refusal, ApiError)
         disk = {"path": "/disk/jobd.db", "free_bytes": 8 << 30, "total_bytes": 16 << 30}
         assert (refusal.code, refusal.details) == ("storage_full", {**disk, "applied": plans.SLICE, "left": 5})
         house.disk.write_errors.clear()
@@ -465,7 +465,7 @@ async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too() -> None:
         house.disk.fill()
         await house.no(Create(id="x"))
         await house.no(Update(id="a", priority=1))
-        assert isinstance(await planner.apply("r", EVE), Refusal)
+        assert isinstance(await planner.apply("r", EVE), ApiError)
         assert (await applied(planner)).applied == 1
         house.disk.free()
 
@@ -479,7 +479,7 @@ async def test_a_plan_is_kept_for_its_time() -> None:
         assert isinstance(planner.find("p"), PlanView)
         await asyncio.sleep(1)
         for gone in (planner.find("p"), await planner.apply("p", EVE)):
-            assert isinstance(gone, Refusal)
+            assert isinstance(gone, ApiError)
             assert gone.code == "plan_not_found"
 
 
@@ -500,7 +500,7 @@ async def test_what_a_plan_came_to_can_be_read_for_hours_from_when_it_was_applie
         assert shown.expires_at == result.applied_at + plans.APPLIED_KEPT_MS
         assert (await applied(planner)).repeated
         await asyncio.sleep(1)
-        assert isinstance(planner.find("p"), Refusal)
+        assert isinstance(planner.find("p"), ApiError)
 
 
 @in_virtual_time
@@ -590,7 +590,7 @@ async def test_a_plan_has_so_many_jobs_and_the_next_one_goes_on_after_them() -> 
         await failed(house, "d")
         wholes = [["d", "c", "b"], ["a", "x2", "x1"], ["x0"]]
         assert await walked(planner, action="retry", filter=Filter()) == wholes
-        assert isinstance(planner.find("p0"), Refusal)  # all together had too many jobs
+        assert isinstance(planner.find("p0"), ApiError)  # all together had too many jobs
         assert await walked(planner, action="cancel", filter=Filter()) == [["live2", "live1", "live0"]]
 
 
@@ -659,7 +659,7 @@ async def test_a_plan_goes_on_only_from_one_that_was_made_of_the_same() -> None:
             MakePlan(action="retry", ids=["a"], cursor="failed.7"),
         ):
             wrong = await planner.make(asked, "x")
-            assert isinstance(wrong, Refusal), asked
+            assert isinstance(wrong, ApiError), asked
             assert (wrong.code, wrong.details["field"]) == ("invalid_request", "$.cursor")
 
 
@@ -698,7 +698,7 @@ async def test_plans_that_have_nothing_push_no_other_out() -> None:
         for n in range(plans.MOST_PLANS + 2):
             await made(planner, f"p{n}", action="cancel", filter=Filter())
         assert isinstance(planner.find("full"), PlanView)
-        assert isinstance(planner.find("p0"), Refusal)
+        assert isinstance(planner.find("p0"), ApiError)
         assert isinstance(planner.find(f"p{plans.MOST_PLANS + 1}"), PlanView)
 
 
@@ -708,11 +708,11 @@ async def test_too_many_plans_at_once_are_refused_and_filter_or_ids_are_needed()
         planner = Planner(house.actor, house.clock)
         for asked in (MakePlan(action="retry"), MakePlan(action="retry", filter=Filter(), ids=["a"])):
             wrong = await planner.make(asked, "x")
-            assert isinstance(wrong, Refusal)
+            assert isinstance(wrong, ApiError)
             assert wrong.code == "invalid_request"
         asked = MakePlan(action="retry", filter=Filter())
         answers = await asyncio.gather(*(planner.make(asked, f"p{n}") for n in range(plans.MOST_MAKING + 1)))
-        assert [answer.code for answer in answers if isinstance(answer, Refusal)] == ["overloaded"]
+        assert [answer.code for answer in answers if isinstance(answer, ApiError)] == ["overloaded"]
 
 
 @in_virtual_time
@@ -725,7 +725,7 @@ async def test_a_daemon_that_stops_ends_a_plan_after_its_slice() -> None:
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
         await planner.close()
         refusal = await waiting
-        assert isinstance(refusal, Refusal)
+        assert isinstance(refusal, ApiError)
         assert (refusal.code, refusal.details["applied"] % plans.SLICE) == ("shutting_down", 0)
 
 
@@ -742,7 +742,7 @@ def test_a_preview_changes_nothing_and_says_what_recovery_would_do() -> None:
     before = [(job.id, job.status) for job in desk.rows.values()]
     decision = desk.decide(Preview(limit=9))
     assert decision.changes == []
-    assert isinstance(decision.answer, Answer)
+    assert isinstance(decision.answer, Response)
     seen = decision.answer.data
     assert {(each.job_id, each.action) for each in seen.details} == {("stuck", "failed"), ("fresh", "reset")}
     assert (seen.expired, seen.more) == (["late"], False)
@@ -851,8 +851,8 @@ async def test_a_preview_while_the_clock_is_in_doubt_deletes_nothing_and_may_be_
         assert (view.deleted_jobs, view.held_jobs) == (["old"], [])
         house.cleaner.stop()
         stopped = await house.cleaner.preview()
-        assert isinstance(stopped, PreviewView | Refusal)
+        assert isinstance(stopped, PreviewView | ApiError)
         house.actor.stop()
         refused = await house.cleaner.preview()
-        assert isinstance(refused, Refusal)
+        assert isinstance(refused, ApiError)
         assert refused.code == "shutting_down"

@@ -23,7 +23,6 @@ from jobd.model.job import (
     STATUSES,
     TOKEN_COUNTER_BITS,
     TRANSITIONS,
-    Ended,
     Failure,
     Grant,
     Job,
@@ -31,13 +30,14 @@ from jobd.model.job import (
     Lease,
     Options,
     Policy,
+    PreviousGrant,
     Result,
+    compact,
     headline,
     is_job_id,
     new_epoch,
     seconds_of_epochs,
     storage_key_fault,
-    untouched,
 )
 
 NEW = Job(3, "a", Options(queue="q", kind="k"), "queued", 1_000, 1_000, 1_000)
@@ -122,10 +122,10 @@ def test_at_its_ceiling_a_lease_is_past_it() -> None:
 
 
 def test_a_new_job_in_short_is_the_whole_job() -> None:
-    short = untouched(NEW)
+    short = compact(NEW)
     assert short is not None
-    assert short.whole() == NEW
-    assert validate(short.whole(), Moment(1_000, 5, 0), Policy()).issues == []
+    assert short.expand() == NEW
+    assert validate(short.expand(), Moment(1_000, 5, 0), Policy()).issues == []
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_new_job_in_short_is_the_whole_job() -> None:
         {"expires_at": 2_000},
         {"grant": Grant("l", 1, "w", 1, 1, 1, 0)},
         {"lease": Lease(1, 1, None)},
-        {"ended": Ended("l", 1, "w", 1, "", "")},
+        {"ended": PreviousGrant("l", 1, "w", 1, "", "")},
         {"result": Result()},
         {"error": Failure(None)},
         {"releases": 1},
@@ -153,7 +153,7 @@ def test_a_new_job_in_short_is_the_whole_job() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_a_job_that_says_more_is_never_kept_in_short(change: dict[str, Any]) -> None:
-    assert untouched(replace(NEW, **change)) is None
+    assert compact(replace(NEW, **change)) is None
 
 
 def test_every_field_of_a_job_was_thought_of() -> None:

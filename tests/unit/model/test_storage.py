@@ -6,10 +6,9 @@ from typing import get_args
 
 from msgspec.structs import replace
 
-from jobd.model.job import Job, Options, Result, Untouched
+from jobd.model.job import CompactJob, Job, Options, Result
 from jobd.model.storage import (
     PUT_OFF_MS,
-    Aside,
     Audited,
     Batch,
     Due,
@@ -17,6 +16,7 @@ from jobd.model.storage import (
     Numbers,
     Opened,
     Page,
+    Quarantined,
     Query,
     QueueRow,
     Share,
@@ -26,13 +26,13 @@ from jobd.model.storage import (
 )
 from tests.support.factories import Maker
 
-SHORT = Untouched(1, "a", Options(), 1_000)
+SHORT = CompactJob(1, "a", Options(), 1_000)
 WHOLE = Job(2, "b", Options(), "processing", 1_000, 1_000, 1_000)
 
 
 def test_what_a_start_finds_is_every_live_job_in_either_form() -> None:
     found = Opened(Numbers(), jobs=[WHOLE], in_short=[SHORT])
-    assert found.live() == [SHORT.whole(), WHOLE]
+    assert found.live() == [SHORT.expand(), WHOLE]
     assert Opened(Numbers()).live() == []
 
 
@@ -45,7 +45,7 @@ def test_nothing_is_damaged_or_left_over_unless_that_is_said() -> None:
     assert (Opened(Numbers()).tombstones, Due([]).damaged, Due([]).unmoved) == (0, 0, 0)
     assert (Page([], None).looked, Page([], None).last_event) == (0, 0)
     assert not Batch([], Numbers()).sweeps
-    assert Aside("a", "its checksum is wrong").is_moved
+    assert Quarantined("a", "its checksum is wrong").is_moved
     assert not JournalPage([], 0, 0).more
 
 

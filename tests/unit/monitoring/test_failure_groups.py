@@ -24,7 +24,7 @@ from jobd.model.commands import (
     Updates,
 )
 from jobd.model.fingerprints import fingerprint
-from jobd.model.responses import Answer, FailureGroup
+from jobd.model.responses import FailureGroup, Response
 from jobd.monitoring import failure_groups
 from jobd.monitoring.failure_groups import Failures
 from tests.support.memory_storage import MemoryDisk
@@ -55,7 +55,7 @@ def groups_waiting(known: Failures) -> dict[str, int]:
 async def try_once(house: Household, job_id: str, message: str, wait_ms: int = 0) -> None:
     """A worker takes the job, if it can, and fails; the job waits then, if it has attempts left."""
     granted = await house.actor.ask(Start(id=job_id, worker="w"))
-    if isinstance(granted, Answer):
+    if isinstance(granted, Response):
         lock_id = granted.data.lock_id
         await house.yes(Fail(id=job_id, lock_id=lock_id, error_message=message, retry_after_ms=wait_ms))
 

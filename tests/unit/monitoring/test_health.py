@@ -161,7 +161,7 @@ async def test_a_full_disk_is_unhealthy_and_says_what_to_do() -> None:
 async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
     disk = MemoryDisk()
     disk.has_ballast = False
-    disk.errors["build_ballast"] = DiskFull("no room for 16 MiB")
+    disk.errors["build_reserve"] = DiskFull("no room for 16 MiB")
     disk.disk_space = DiskSpace("/disk/jobd.db", 2 << 20, 20 << 20)
     async with Household(disk) as house:
         health = health_of(house, ["2 jobs have vanished"])
@@ -175,7 +175,7 @@ async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
         await house.yes(Create(id="a"))  # nothing is rejected for it
         disk.disk_space = None
         assert "The reserve file is missing. On a full" in (await measured(house)).database.message
-        del disk.errors["build_ballast"]
+        del disk.errors["build_reserve"]
         await seconds(1.1)
         assert (await measured(house)).status == "healthy"
         assert "reserve" not in (await health.view()).database.message

@@ -31,9 +31,9 @@ from jobd.maintenance.artifact_sweeper import Sweeps
 from jobd.maintenance.cleanup_pass import Schedule
 from jobd.maintenance.maintainer import Cleaner
 from jobd.model.commands import AnyCommand, Claim, Complete, Create, EndGrants, Pause, Start
-from jobd.model.errors import REFUSALS
+from jobd.model.errors import ERROR_STATUS
 from jobd.model.job import SECOND_MS, STATUSES, Job, Options, Policy
-from jobd.model.responses import Answer
+from jobd.model.responses import Response
 from jobd.monitoring.alerts import NAMES, Alerts
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import (
@@ -141,9 +141,9 @@ class Real:
         self.cleaner = cleaner
         self.metrics = metrics
 
-    async def yes(self, command: AnyCommand) -> Answer:
+    async def yes(self, command: AnyCommand) -> Response:
         answer = await self.actor.ask(command)
-        assert isinstance(answer, Answer), answer
+        assert isinstance(answer, Response), answer
         return answer
 
 
@@ -352,7 +352,7 @@ async def test_refusals_of_all_doors_are_summed_and_every_code_is_there() -> Non
         body = shown(house, Door(already_locked=2, not_found=1), Door(already_locked=3))
         assert value(body, "jobd_refusals_total", code="already_locked") == 5
         assert value(body, "jobd_refusals_total", code="lock_lost") == 0
-        assert len(read(body)["jobd_refusals"].samples) == len(REFUSALS)
+        assert len(read(body)["jobd_refusals"].samples) == len(ERROR_STATUS)
 
 
 @in_virtual_time

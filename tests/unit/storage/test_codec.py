@@ -24,8 +24,8 @@ from jobd.model.commands import (
     Update,
 )
 from jobd.model.events import GIVEN_BACK, KEEP_SIGNS, ROUTINE, Changes, Event, fold
-from jobd.model.job import Failure, Job, Result, untouched
-from jobd.model.storage import Audited, KeyRow, Numbers, QueueRow, Tombstone
+from jobd.model.job import Failure, Job, Result, compact
+from jobd.model.storage import Audited, Numbers, QueueRow, StoredResponse, Tombstone
 from jobd.storage import codec, migrations
 from tests.support.factories import NOW, OPTIONS, Maker, all_of, full_job
 from tests.support.rule_harness import Desk
@@ -102,7 +102,7 @@ def test_a_new_job_comes_back_from_a_third_of_its_columns(fields: dict[str, Any]
     for options in (*OPTIONS, OPTIONS[0]):
         job = replace(Job(3, "a", options, "queued", NOW, NOW, NOW), **fields)
         back = reader.new(new_row(job))
-        assert back == (untouched(job) or job)
+        assert back == (compact(job) or job)
         whole = reader.job(codec.sealed(codec.job_row(job)))
         assert back is not None
         assert whole == job
@@ -215,11 +215,11 @@ def test_metadata_of_any_json_goes_through_the_journal(metadata: bytes | None) -
 
 
 def test_keys_and_queues_come_back_as_they_were() -> None:
-    answered = KeyRow("d", "b", NOW, 201, b'{"x":1}')
+    answered = StoredResponse("d", "b", NOW, 201, b'{"x":1}')
     *columns, answer = codec.key_row(answered)
     assert codec.fault(tuple(columns)) is None
     assert codec.key(tuple(columns), answer) == answered
-    granted = KeyRow("d", "b", NOW, 200, None, [("job", "lock")])
+    granted = StoredResponse("d", "b", NOW, 200, None, [("job", "lock")])
     assert codec.key(codec.key_row(granted)[:-1]) == granted
     for queue in (QueueRow(True, 1, 2, 3), QueueRow(True, 1, 2, 3, NOW, "ann", "deploy", NOW + 1)):
         assert codec.queue(codec.queue_row("q", queue)) == queue

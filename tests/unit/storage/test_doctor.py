@@ -13,7 +13,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.job import DAY_MS, FINISHED, LIVE
-from jobd.model.storage import Audited, KeyRow, Tombstone
+from jobd.model.storage import Audited, StoredResponse, Tombstone
 from jobd.model.webhooks import Cursor, Delivery
 from jobd.storage import doctor, dry_run, files, migrations
 from jobd.storage.database import now_ms
@@ -48,7 +48,7 @@ async def busy_store(path: str) -> Maker:
     """A store with something in every table."""
     maker = await make_store(path)
     async with opened(path) as (store, _):
-        keys = [KeyRow("d1", "b", NOW, 200, b"{}"), KeyRow("d2", "b", NOW, 200, None, [("a", "l")])]
+        keys = [StoredResponse("d1", "b", NOW, 200, b"{}"), StoredResponse("d2", "b", NOW, 200, None, [("a", "l")])]
         await store.write(maker.batch([maker.queue_event("video", True)], keys=keys, report=b"{}"))
         young = Tombstone(900, "gone", "k/1", now_ms(), now_ms())
         deed = Audited(NOW, "eve", "127.0.0.1", "force-fail", "job-1", details={"from": "queued"})

@@ -120,11 +120,11 @@ def test_the_epoch_file_has_the_mode_of_the_database(path: str, monkeypatch: pyt
 
 
 def test_the_ballast_takes_up_its_room_and_gives_it_back(path: str) -> None:
-    assert files.drop_ballast(path) is False
-    files.build_ballast(path)
-    files.build_ballast(path)
+    assert files.drop_reserve(path) is False
+    files.build_reserve(path)
+    files.build_reserve(path)
     assert os.stat(f"{path}.ballast").st_blocks * 512 >= files.BALLAST_BYTES
-    assert files.drop_ballast(path) is True
+    assert files.drop_reserve(path) is True
     assert not os.path.exists(f"{path}.ballast")
 
 
@@ -132,12 +132,12 @@ def test_the_ballast_is_not_built_without_spare_room_beside_it(path: str, monkey
     short = files.BALLAST_BYTES + SPARE_BYTES - 1
     monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, short, 1 << 40))
     with pytest.raises(DiskFull):
-        files.build_ballast(path)
+        files.build_reserve(path)
     assert not files.has_ballast(path)
     monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, short + 1, 1 << 40))
-    files.build_ballast(path)
+    files.build_reserve(path)
     monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, 0, 1 << 40))
-    files.build_ballast(path)  # it is there
+    files.build_reserve(path)  # it is there
     assert files.has_ballast(path)
 
 

@@ -14,18 +14,18 @@ from msgspec.structs import replace
 from jobd.model.events import fold
 from jobd.model.job import FINISHED, LIVE, Job, Options, Result
 from jobd.model.storage import (
-    Aside,
     Audited,
     AuditQuery,
     BadRows,
     Due,
     JournalPage,
-    KeyRow,
     LateAsked,
     Loaded,
     Opened,
+    Quarantined,
     Query,
     QueueRow,
+    StoredResponse,
     Tombstone,
 )
 from jobd.storage import quarantine
@@ -99,10 +99,10 @@ async def test_a_finished_row_that_is_not_as_written_is_quarantined_when_met(pat
     maker = await make_store(path)
     job = next(j for j in maker.jobs.values() if j.status == "failed" and j.ended is not None)
     flip(path, "jobs", column, "seq", job.seq)
-    told: list[Aside] = []
+    told: list[Quarantined] = []
     async with opened(path) as (store, found):
         assert found.quarantined == {}
-        store.on_aside = told.append
+        store.on_quarantined = told.append
         if how == "load":
             assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
         elif how == "find":
@@ -112,7 +112,7 @@ async def test_a_finished_row_that_is_not_as_written_is_quarantined_when_met(pat
             assert job.id not in await store.expired(maker.now * 2, 1_000)
         assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
         counted = None if column == "queue" else (job.options.queue, "failed")
-        assert told == [Aside(job.id, "its checksum is wrong", counted)]
+        assert told == [Quarantined(job.id, "its checksum is wrong", counted)]
         assert store._tables.totals == recounted(store)
     if column == "queue":
         return  # which queue had counted it is not known any more: the doctor counts anew
@@ -170,15 +170,15 @@ async def test_a_batch_whose_row_was_set_aside_meanwhile_is_refused_as_a_whole(p
 
 async def test_counts_decided_before_a_row_was_set_aside_are_written_without_it(path: str) -> None:
     """Simulation, seed 1013: they were written as they were, and a power cut made them last."""
-    maker, told = Maker(), [Aside("a", "its checksum is wrong", ("default", "completed"))]
+    maker, told = Maker(), [Quarantined("a", "its checksum is wrong", ("default", "completed"))]
     async with opened(path) as (store, _):
         changes = [maker.create(name, options=Options("default")) for name in "abc"]
         granted = [maker.grant(made(change)) for change in changes]
         finished = [maker.finish(made(change)) for change in granted]
         await store.write(maker.batch([*changes, *granted, *finished[:2]]))
         store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id = 'a'")
-        heard: list[Aside] = []
-        store.on_aside = heard.append
+        heard: list[Quarantined] = []
+        store.on_quarantined = heard.append
         count = QueueRow(completed=3)
         looking = asyncio.ensure_future(store.find(Query()))
         await asyncio.sleep(0)  # it is on its way
@@ -203,12 +203,12 @@ async def test_a_damaged_row_for_which_there_is_no_room_is_moved_later_and_count
     path: str, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker = Maker()
-    told: list[Aside] = []
+    told: list[Quarantined] = []
     async with opened(path) as (store, _):
         created = maker.create("a", options=Options("default"))
         granted = maker.grant(made(created))
         await store.write(maker.batch([created, granted, maker.finish(made(granted))]))
-        store.on_aside = told.append
+        store.on_quarantined = told.append
         store._db.raw.execute(f"UPDATE {damage} = 1")
         reason = "its checksum is wrong" if damage.startswith("jobs") else "its payload is bad: its checksum is wrong"
         with monkeypatch.context() as patch:
@@ -216,10 +216,10 @@ async def test_a_damaged_row_for_which_there_is_no_room_is_moved_later_and_count
             for _ in range(2):
                 assert (await store.find(Query())).jobs == []
             assert await store.expired(maker.now * 2, 10) == []
-        assert told == [Aside("a", reason, is_moved=False)]
+        assert told == [Quarantined("a", reason, is_moved=False)]
         assert store._tables.totals == recounted(store)
         assert await store.expired(maker.now * 2, 10) == []  # it is moved, and hides nothing
-        assert told[1:] == [Aside("a", reason, ("default", "completed"))]
+        assert told[1:] == [Quarantined("a", reason, ("default", "completed"))]
         assert store._tables.totals == recounted(store)
         assert store._tables.unmoved == {}
 
@@ -347,7 +347,7 @@ async def test_a_bad_journal_row_is_set_aside_and_named(path: str) -> None:
 
 async def test_bad_keys_are_set_aside_and_named(path: str) -> None:
     maker = Maker()
-    keys = [KeyRow(f"d{number}", "b", NOW + number, 200, b'{"n":1}') for number in range(4)]
+    keys = [StoredResponse(f"d{number}", "b", NOW + number, 200, b'{"n":1}') for number in range(4)]
     async with opened(path) as (store, _):
         await store.write(maker.batch([], keys=keys))
     with edited(path) as conn:

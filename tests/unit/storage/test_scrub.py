@@ -10,7 +10,7 @@ import pytest
 
 from jobd.maintenance import scrubber
 from jobd.maintenance.scrubber import RowWalk
-from jobd.model.errors import Refusal
+from jobd.model.errors import ApiError
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.responses import CheckedRows
 from jobd.storage import scrub
@@ -72,7 +72,7 @@ async def test_a_walk_is_cut_into_calls(path: str, monkeypatch: pytest.MonkeyPat
         assert second.next_cursor != first.next_cursor
         assert (await walked(store))[0] == Counter(rows_of(store))
         refused = await walk.go_on("nowhere:7")
-        assert isinstance(refused, Refusal)
+        assert isinstance(refused, ApiError)
         assert refused.code == "invalid_request"
 
 
@@ -93,7 +93,7 @@ async def test_a_damaged_job_goes_into_quarantine(path: str, statuses: frozenset
     async with opened(path) as (store, _):
         store._db.raw.execute("UPDATE jobs SET priority = priority + 1 WHERE seq = ?", (job.seq,))
         told: list[str] = []
-        store.on_aside = lambda aside: told.append(aside.id)
+        store.on_quarantined = lambda aside: told.append(aside.id)
         _, damaged = await walked(store)
         assert list(damaged) == [f"job {job.id}"]
         assert "checksum" in damaged[f"job {job.id}"]

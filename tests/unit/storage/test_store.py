@@ -19,22 +19,22 @@ from msgspec.structs import replace
 
 from jobd.model.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_SIGNS, Change, Event, fold
 from jobd.model.fingerprints import fingerprint
-from jobd.model.job import COUNTER_MASK, KEEP_LATE, Ended, Failure, Grant, Job, LateResult, Lease, Result
+from jobd.model.job import COUNTER_MASK, KEEP_LATE, Failure, Grant, Job, LateResult, Lease, PreviousGrant, Result
 from jobd.model.storage import (
     PUT_OFF_MS,
     SPARE_BYTES,
     BadRows,
     Batch,
-    Disk,
     DiskFull,
     Due,
     JournalPage,
-    KeyRow,
     LateAsked,
     Loaded,
     Numbers,
     Opened,
     Query,
+    Storage,
+    StoredResponse,
     Tombstone,
 )
 from jobd.storage import codec, database, files, queries
@@ -68,7 +68,7 @@ async def test_a_new_store_is_empty_private_and_durable(path: str) -> None:
 
 
 async def test_it_is_the_disk_of_the_actor(store: Store) -> None:
-    disk: Disk = store  # held by the type checker
+    disk: Storage = store  # held by the type checker
     await disk.probe()
 
 
@@ -102,11 +102,11 @@ async def test_a_batch_is_read_back_after_a_restart(path: str) -> None:
 async def test_a_batch_is_one_transaction_with_all_that_it_brings(store: Store) -> None:
     """Jobs, events, answers that are kept under their keys, queues, a report, what operators did."""
     maker, said = Maker(), list[str]()
-    old = KeyRow("d0", "b0", NOW, 200, b"{}")
+    old = StoredResponse("d0", "b0", NOW, 200, b"{}")
     await store.write(maker.batch([maker.create("old")], keys=[old]))
     first, second = maker.create("a"), maker.create("b")
     changes = [first, second, maker.grant(made(first)), maker.finish(made(second), "cancelled")]
-    keys = [KeyRow("d1", "b1", NOW, 201, b'{"x":1}')]
+    keys = [StoredResponse("d1", "b1", NOW, 201, b'{"x":1}')]
     store._db.raw.set_trace_callback(said.append)
     await store.write(maker.batch(changes, keys=keys, forget_keys=["d0"], report=b"{}", checked=[1]))
     store._db.raw.set_trace_callback(None)
@@ -157,14 +157,17 @@ async def test_a_job_that_comes_and_goes_in_one_batch_leaves_its_journal(path: s
 
 
 async def test_stored_answers_are_kept_replaced_and_forgotten(path: str) -> None:
-    answer, grant = KeyRow("d1", "b1", NOW, 201, b'{"x":1}'), KeyRow("d2", "b2", NOW + 1, 200, None, [("a", "lock")])
+    answer, grant = (
+        StoredResponse("d1", "b1", NOW, 201, b'{"x":1}'),
+        StoredResponse("d2", "b2", NOW + 1, 200, None, [("a", "lock")]),
+    )
     maker = Maker()
     async with opened(path) as (store, _):
         await store.write(maker.batch([], keys=[answer, grant]))
     async with opened(path) as (store, found):
-        assert found.keys == [replace(answer, answer=None), grant]
+        assert found.keys == [replace(answer, body=None), grant]
         assert (await store.load([], [], ["d1", "d2"])).answers == {"d1": answer, "d2": grant}
-        newer = replace(answer, answer=b"[]", at=NOW + 2)
+        newer = replace(answer, body=b"[]", at=NOW + 2)
         await store.write(maker.batch([], keys=[newer], forget_keys=["d2"]))
         assert (await store.load([], [], ["d1", "d2"])).answers == {"d1": newer}
 
@@ -196,8 +199,8 @@ async def test_a_store_in_memory_works_alike() -> None:
         assert len((await store.find(Query(limit=200))).jobs) == len(maker.jobs)
         assert await store.space() is None
         await store.probe(SPARE_BYTES)
-        assert await store.drop_ballast() is False
-        await store.build_ballast()
+        assert await store.drop_reserve() is False
+        await store.build_reserve()
         await store.probe()
 
 
@@ -417,8 +420,8 @@ async def test_grants_that_were_given_back_are_counted_of_live_jobs_up_to_a_limi
 async def test_what_was_written_lately_is_at_hand(store: Store, path: str) -> None:
     maker = Maker()
     await store.write(maker.batch([maker.create(), maker.create()]))
-    assert store.at_hand([1, 2, 3]) == {seq: maker.payloads[seq] for seq in (1, 2)}
-    assert store.at_hand([]) == {}
+    assert store.cached_payloads([1, 2, 3]) == {seq: maker.payloads[seq] for seq in (1, 2)}
+    assert store.cached_payloads([]) == {}
 
 
 async def test_of_a_long_story_the_latest_events_can_be_had(store: Store) -> None:
@@ -613,7 +616,7 @@ async def test_the_worker_of_a_job_is_that_of_its_latest_grant(store: Store) -> 
     maker = Maker()
     created = maker.create("a")
     await store.write(maker.batch([created]))
-    first = Ended("old", 1, "w-before", NOW, "holder", "failed", "fail", "h")
+    first = PreviousGrant("old", 1, "w-before", NOW, "holder", "failed", "fail", "h")
     for status, grant in (("queued", None), ("processing", Grant("l", 2, "w-now", NOW, 1_000, 0, 0))):
         after = replace(made(created), status=status, grant=grant, ended=first, lease=grant and Lease(1, 1, 1))
         await store.write(maker.batch([maker._step(maker.jobs[1], after, "granted")]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobd.model.events import Change
-from jobd.model.job import untouched
+from jobd.model.job import compact
 from jobd.model.storage import BadRows
 from jobd.storage import codec, writers
 from jobd.storage.codec import checksum, job_row
@@ -48,9 +48,9 @@ def test_the_checksum_of_a_job_that_was_written_lately_is_known(
     maker = Maker()
     first = maker.create()
     tables.write(maker.batch([first]), 0)
-    short = untouched(made(first))
+    short = compact(made(first))
     assert short is not None
-    grant = maker.grant(short.whole())
+    grant = maker.grant(short.expand())
     assert grant.before is not first.after
     with monkeypatch.context() as now:
         now.delattr(codec, "checksum")
