@@ -18,11 +18,11 @@ from jobd.storage.quarantine import set_rows_aside
 _NO_LIMIT: Final = 1 << 62
 
 
-def page(tables: Tables, query: AuditQuery) -> AuditRows:
+def read_audit(tables: Tables, query: AuditQuery) -> AuditRows:
     """See Storage.audit: at most `scan` rows are looked at."""
     tables.check()
     try:
-        return _page(tables, query)
+        return _audit_page(tables, query)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
@@ -30,12 +30,12 @@ def page(tables: Tables, query: AuditQuery) -> AuditRows:
         return AuditRows([])
 
 
-def _page(tables: Tables, query: AuditQuery) -> AuditRows:
+def _audit_page(tables: Tables, query: AuditQuery) -> AuditRows:
     scope_args: tuple[Any, ...] = ()
     scope = "NOT INDEXED WHERE true"
     if query.job_id is not None:
         scope, scope_args = "INDEXED BY audit_job WHERE job_id = ?", (query.job_id,)
-    filters, args = _conditions(query)
+    filters, args = _audit_conditions(query)
     begin = _NO_LIMIT if query.before is None else query.before
     edge_sql = f"SELECT seq FROM audit {scope} AND seq < ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
     edge = tables.conn.execute(edge_sql, (*scope_args, begin, query.scan - 1)).fetchone()
@@ -58,7 +58,7 @@ def _page(tables: Tables, query: AuditQuery) -> AuditRows:
     return AuditRows([(row[0], codec.audited(row)) for row in shown if fault(row) is None], next_before)
 
 
-def _conditions(query: AuditQuery) -> tuple[str, tuple[Any, ...]]:
+def _audit_conditions(query: AuditQuery) -> tuple[str, tuple[Any, ...]]:
     """Which rows match, as SQL and its values."""
     wanted = {"who = ?": query.who, "what = ?": query.what, "job_id = ?": query.job_id, "at >= ?": query.since}
     wanted = {condition: value for condition, value in wanted.items() if value is not None}

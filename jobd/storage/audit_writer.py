@@ -22,16 +22,16 @@ LOOK: Final = 2_000  # rows that are counted in one go: below a millisecond
 OPEN_DEEDS: Final = 64  # deeds of many parts that go on side by side; beyond it the oldest goes on in a new row
 
 AUDIT_SQL: Final = f"{', '.join(AUDIT_COLUMNS)}, crc"
-_WRITE: Final = insert("audit", (*AUDIT_COLUMNS, "crc"), "REPLACE")
-_READ: Final = f"SELECT {AUDIT_SQL} FROM audit WHERE seq = ?"
-_LAST: Final = "SELECT ifnull(max(seq), 0) FROM audit"
+_PUT_AUDIT: Final = insert("audit", (*AUDIT_COLUMNS, "crc"), "REPLACE")
+_AUDIT_ROW: Final = f"SELECT {AUDIT_SQL} FROM audit WHERE seq = ?"
+_LAST_AUDIT: Final = "SELECT ifnull(max(seq), 0) FROM audit"
 # Only the oldest are looked at: a row that seems young keeps those behind it until there are too many.
-_TRIM: Final = (
+_TRIM_AUDIT: Final = (
     "DELETE FROM audit WHERE seq IN (SELECT seq FROM (SELECT seq, at FROM audit ORDER BY seq LIMIT ?) "
     "WHERE at < ? AND seq < ?)"
 )
-_NEXT: Final = "SELECT seq, what, outcome FROM audit WHERE seq > ? ORDER BY seq LIMIT ?"
-_SHARE: Final = "SELECT what, outcome FROM audit WHERE seq = ?"
+_UNCOUNTED_AUDIT: Final = "SELECT seq, what, outcome FROM audit WHERE seq > ? ORDER BY seq LIMIT ?"
+_AUDIT_SHARE: Final = "SELECT what, outcome FROM audit WHERE seq = ?"
 
 
 class AuditWriter:
@@ -44,14 +44,14 @@ class AuditWriter:
         self._seen_to = 0
 
     def write(self, audit: list[Audited]) -> None:
-        (last,) = self._conn.execute(_LAST).fetchone()
+        (last,) = self._conn.execute(_LAST_AUDIT).fetchone()
         for audited in audit:
             known = self._known(audited)
             if known is None:
                 last += 1
                 known = last, audited
             seq, whole = known
-            self._conn.execute(_WRITE, codec.audit_row(seq, whole))
+            self._conn.execute(_PUT_AUDIT, codec.audit_row(seq, whole))
             if audited.part_of is not None:
                 self._open[audited.part_of] = seq
         while len(self._open) > OPEN_DEEDS:
@@ -62,7 +62,7 @@ class AuditWriter:
         seq = None if part.part_of is None else self._open.pop(part.part_of, None)
         if seq is None:
             return None
-        found = self._conn.execute(_READ, (seq,)).fetchone()
+        found = self._conn.execute(_AUDIT_ROW, (seq,)).fetchone()
         if found is None or codec.fault(found) is not None:
             return None
         before = codec.audited(found)
@@ -73,7 +73,7 @@ class AuditWriter:
 
     def look_on(self) -> bool:
         """Count up to LOOK rows that were not counted yet; whether there are no more. Not within a transaction."""
-        found = self._conn.execute(_NEXT, (self._seen_to, LOOK)).fetchall()
+        found = self._conn.execute(_UNCOUNTED_AUDIT, (self._seen_to, LOOK)).fetchall()
         for seq, what, outcome in found:
             self._seen[share_of(what, outcome)].append(seq)
             self._seen_to = seq
@@ -85,8 +85,8 @@ class AuditWriter:
 
         The newest stays, so that its number is not given again.
         """
-        (last,) = self._conn.execute(_LAST).fetchone()
-        gone = self._conn.execute(_TRIM, (limit, before, last)).rowcount
+        (last,) = self._conn.execute(_LAST_AUDIT).fetchone()
+        gone = self._conn.execute(_TRIM_AUDIT, (limit, before, last)).rowcount
         for share, seqs in self._seen.items():
             keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
             self._forget_gone(share)
@@ -99,7 +99,7 @@ class AuditWriter:
         """Rows that were deleted are counted until they are found missing: a deletion may have been taken back."""
         seqs = self._seen[share]
         for count, seq in enumerate(seqs):
-            found = self._conn.execute(_SHARE, (seq,)).fetchone()
+            found = self._conn.execute(_AUDIT_SHARE, (seq,)).fetchone()
             if found is not None and share_of(*found) == share:
                 del seqs[:count]
                 return

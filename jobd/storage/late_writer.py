@@ -16,23 +16,23 @@ from jobd.storage import codec
 from jobd.storage.codec import LATE_COLUMNS, Row, fault
 from jobd.storage.writers import insert
 
-Read = Callable[[str, Row], list[Row]]
+ReadRows = Callable[[str, Row], list[Row]]
 
-_INSERT: Final = insert("late_results", (*LATE_COLUMNS, "crc"))
-_OF_JOB: Final = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
-_TOO_MANY: Final = (
+_INSERT_LATE: Final = insert("late_results", (*LATE_COLUMNS, "crc"))
+_LATE_OF_JOB: Final = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
+_EXCESS_LATE: Final = (
     "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? "
     f"ORDER BY fencing_token DESC LIMIT -1 OFFSET {KEEP_LATE}"
 )
-_ROW: Final = f"SELECT {', '.join(LATE_COLUMNS)}, crc FROM late_results NOT INDEXED WHERE seq = ?"
-_DELETE: Final = "DELETE FROM late_results WHERE seq = ?"
-_SET_ASIDE: Final = insert("bad_rows", ("place", "what", "at", "row"))
+_LATE_ROW: Final = f"SELECT {', '.join(LATE_COLUMNS)}, crc FROM late_results NOT INDEXED WHERE seq = ?"
+_DELETE_LATE: Final = "DELETE FROM late_results WHERE seq = ?"
+_QUARANTINE_ROW: Final = insert("bad_rows", ("place", "what", "at", "row"))
 
 
 class LateWriter:
     """Writes through one connection. `read` gives the rows of a query, whatever bytes they hold."""
 
-    def __init__(self, conn: sqlite3.Connection, read: Read, note: Callable[[str], object]) -> None:
+    def __init__(self, conn: sqlite3.Connection, read: ReadRows, note: Callable[[str], object]) -> None:
         self._conn = conn
         self._read = read
         self._note = note
@@ -45,19 +45,19 @@ class LateWriter:
         touched = [change for change in changes if change.late is not None or change.after is None]
         kept = [(change.event.job_seq, change.late) for change in touched if change.late is not None]
         if kept:
-            self._conn.executemany(_INSERT, [codec.late_row(job_seq, late) for job_seq, late in kept])
+            self._conn.executemany(_INSERT_LATE, [codec.late_row(job_seq, late) for job_seq, late in kept])
         left: list[Tombstone] = []
         # A job's last event says when: those of one that is deleted in this very batch go with it.
         for event in {change.event.job_seq: change.event for change in touched}.values():
             if event.job_seq:
-                going = self._read(_TOO_MANY if event.type == "late_result" else _OF_JOB, (event.job_seq,))
+                going = self._read(_EXCESS_LATE if event.type == "late_result" else _LATE_OF_JOB, (event.job_seq,))
                 if sweeps:
                     left += self._named(event, going)
-                self._conn.executemany(_DELETE, going)
+                self._conn.executemany(_DELETE_LATE, going)
         return left
 
     def _named(self, event: Event, going: list[Row]) -> list[Tombstone]:
-        found = [row for each in going for row in self._read(_ROW, each)]
+        found = [row for each in going for row in self._read(_LATE_ROW, each)]
         keys = [(row[0], self._key(row, event.at)) for row in found]
         return [Tombstone(-seq, event.job_id, key, event.at, event.at) for seq, key in keys if key is not None]
 
@@ -66,6 +66,6 @@ class LateWriter:
         if (wrong := fault(row)) is None:
             return codec.late(row, whole=True).result.storage_key
         shown = codec.as_text((*LATE_COLUMNS, "crc"), row)
-        self._conn.execute(_SET_ASIDE, ("late_results", f"{row[0]}: {wrong}", now, shown))
+        self._conn.execute(_QUARANTINE_ROW, ("late_results", f"{row[0]}: {wrong}", now, shown))
         self._note(f"late_results {row[0]}: {wrong}; the row was set aside, and what it named is not deleted")
         return None

@@ -224,7 +224,7 @@ class Store:
         return await self._hop(self._tables.prune, before, limit)
 
     async def audit(self, query: AuditQuery) -> AuditRows:
-        return await self._hop(audit_reader.page, self._tables, query)
+        return await self._hop(audit_reader.read_audit, self._tables, query)
 
     async def trim_audit(self, before: int, limit: int) -> int:
         return await self._hop(self._tables.trim_audit, before, limit)
