@@ -20,7 +20,6 @@ from jobd.model.fingerprints import fingerprint_of_bytes
 from jobd.model.job import LIVE
 from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, Payload, Quarantined, QueueRow, Tombstone, distinct
 from jobd.storage import codec, files
-from jobd.storage.audit_writer import AuditWriter
 from jobd.storage.codec import (
     EVENT_COLUMNS,
     JOB_COLUMNS,
@@ -34,9 +33,8 @@ from jobd.storage.codec import (
     sealed,
 )
 from jobd.storage.files import StoreBroken
-from jobd.storage.late_writer import LateWriter
 from jobd.storage.migrations import VERSION, meta_row
-from jobd.storage.writers import JobWriter, RowsMissing, Totals, insert
+from jobd.storage.writers import AuditWriter, JobWriter, LateWriter, RowsMissing, Totals, insert
 
 T = TypeVar("T")
 

@@ -17,7 +17,6 @@ import msgspec
 from jobd.model.job import DAY_MS, LIVE, TOKEN_COUNTER_BITS, is_job_id
 from jobd.model.storage import Numbers, QueueRow
 from jobd.storage import codec, files, migrations, startup
-from jobd.storage.audit_writer import AUDIT_SQL
 from jobd.storage.codec import JOB_COLUMNS, META_COLUMNS, Row, fault
 from jobd.storage.database import (
     EVENT_SQL,
@@ -36,7 +35,7 @@ from jobd.storage.files import FileLock, StoreError
 from jobd.storage.outbox import CURSOR_SQL, DELIVERY_SQL
 from jobd.storage.quarantine import true_id
 from jobd.storage.queries import read_job
-from jobd.storage.writers import insert
+from jobd.storage.writers import AUDIT_SQL, insert
 
 # Of one kind of problem so many are named, the rest counted.
 NAMED: Final = 100

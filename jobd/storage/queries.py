@@ -16,6 +16,8 @@ from jobd.model.events import Event
 from jobd.model.job import LIVE, Grant, Job, LateResult
 from jobd.model.storage import (
     PUT_OFF_MS,
+    AuditQuery,
+    AuditRows,
     Due,
     JournalPage,
     LateAsked,
@@ -28,7 +30,16 @@ from jobd.model.storage import (
     StoredResponse,
 )
 from jobd.storage import codec
-from jobd.storage.codec import EVENT_COLUMNS, JOB_COLUMNS, KEY_COLUMNS, LATE_COLUMNS, TOMBSTONE_COLUMNS, Row, fault
+from jobd.storage.codec import (
+    AUDIT_COLUMNS,
+    EVENT_COLUMNS,
+    JOB_COLUMNS,
+    KEY_COLUMNS,
+    LATE_COLUMNS,
+    TOMBSTONE_COLUMNS,
+    Row,
+    fault,
+)
 from jobd.storage.database import (
     BY_ID,
     BY_SEQ,
@@ -45,6 +56,7 @@ from jobd.storage.database import (
     is_corrupt,
 )
 from jobd.storage.quarantine import set_jobs_aside, set_rows_aside
+from jobd.storage.writers import AUDIT_SQL
 
 _NO_LIMIT: Final = 1 << 62
 _EVENT: Final = f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE seq = ?"
@@ -512,3 +524,50 @@ def due_tombstones(tables: Tables, now: int, limit: int) -> Due:
 def is_named(tables: Tables, key: str) -> bool:
     """Whether any job has `key` as its storage_key."""
     return tables.conn.execute(_NAMED, (key,)).fetchone() is not None
+
+
+def read_audit(tables: Tables, query: AuditQuery) -> AuditRows:
+    """See Storage.audit: at most `scan` rows are looked at."""
+    tables.check()
+    try:
+        return _audit_page(tables, query)
+    except sqlite3.DatabaseError as error:
+        if not is_corrupt(error):
+            raise
+        tables.faults.append(f"the audit log cannot be read: {error}; run `jobd doctor`")
+        return AuditRows([])
+
+
+def _audit_page(tables: Tables, query: AuditQuery) -> AuditRows:
+    scope_args: tuple[Any, ...] = ()
+    scope = "NOT INDEXED WHERE true"
+    if query.job_id is not None:
+        scope, scope_args = "INDEXED BY audit_job WHERE job_id = ?", (query.job_id,)
+    filters, args = _audit_conditions(query)
+    begin = _NO_LIMIT if query.before is None else query.before
+    edge_sql = f"SELECT seq FROM audit {scope} AND seq < ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
+    edge = tables.conn.execute(edge_sql, (*scope_args, begin, query.scan - 1)).fetchone()
+    end = 0 if edge is None else edge[0]
+    inner = f"SELECT seq AS found FROM audit {scope} AND seq < ? AND seq >= ? ORDER BY seq DESC"
+    sql = (
+        f"SELECT {AUDIT_SQL} FROM ({inner}) CROSS JOIN audit NOT INDEXED ON seq = found "
+        f"WHERE true{filters} ORDER BY found DESC LIMIT ?"
+    )
+    matched = tables.rows(sql, (*scope_args, begin, end, *args, query.limit + 1))
+    shown = matched[: query.limit]
+    next_before = None
+    if len(matched) > len(shown):
+        next_before = shown[-1][0]
+    elif edge is not None:
+        more = tables.conn.execute(f"SELECT 1 FROM audit {scope} AND seq < ?", (*scope_args, end)).fetchone()
+        next_before = None if more is None else end
+    damaged = [(row[0], row, wrong) for row in shown if (wrong := fault(row)) is not None]
+    set_rows_aside(tables, "audit", (*AUDIT_COLUMNS, "crc"), damaged)
+    return AuditRows([(row[0], codec.audited(row)) for row in shown if fault(row) is None], next_before)
+
+
+def _audit_conditions(query: AuditQuery) -> tuple[str, tuple[Any, ...]]:
+    """Which rows match, as SQL and its values."""
+    wanted = {"who = ?": query.who, "what = ?": query.what, "job_id = ?": query.job_id, "at >= ?": query.since}
+    wanted = {condition: value for condition, value in wanted.items() if value is not None}
+    return "".join(f" AND {condition}" for condition in wanted), tuple(wanted.values())

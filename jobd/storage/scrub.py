@@ -12,12 +12,12 @@ from typing import Final
 
 from msgspec import Struct
 
-from jobd.storage.audit_writer import AUDIT_SQL
 from jobd.storage.codec import AUDIT_COLUMNS, EVENT_COLUMNS, LATE_COLUMNS, Row, fault
 from jobd.storage.database import EVENT_SQL, JOB_SQL, KEY_SQL, LATE_SQL, TOMBSTONE_SQL, Tables, is_corrupt, readable
 from jobd.storage.outbox import DELIVERY_SQL
 from jobd.storage.quarantine import set_jobs_aside, set_rows_aside
 from jobd.storage.queries import read_job
+from jobd.storage.writers import AUDIT_SQL
 
 SLICE_S: Final = 0.002
 MOST_ROWS: Final = 100  # read at once; they hold a few kilobytes each, or a payload alone

@@ -36,7 +36,7 @@ from jobd.model.storage import (
     Tombstone,
 )
 from jobd.model.webhooks import Cursor, Delivery, Outbox
-from jobd.storage import audit_reader, files, outbox, quarantine, queries, scrub, startup
+from jobd.storage import files, outbox, quarantine, queries, scrub, startup
 from jobd.storage.database import Tables
 from jobd.storage.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
 from jobd.storage.startup import MEMORY
@@ -224,7 +224,7 @@ class Store:
         return await self._hop(self._tables.prune, before, limit)
 
     async def audit(self, query: AuditQuery) -> AuditRows:
-        return await self._hop(audit_reader.read_audit, self._tables, query)
+        return await self._hop(queries.read_audit, self._tables, query)
 
     async def trim_audit(self, before: int, limit: int) -> int:
         return await self._hop(self._tables.trim_audit, before, limit)

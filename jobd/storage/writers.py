@@ -6,18 +6,20 @@ Begins and ends no transaction: tables.py calls this inside one. Reads nothing o
 from __future__ import annotations
 
 import sqlite3
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import compress, repeat
 from operator import is_not, itemgetter
-from typing import Any, Final
+from typing import Any, Final, get_args
 
-from msgspec.structs import astuple
+from msgspec.structs import astuple, replace
 
-from jobd.model.events import Change
-from jobd.model.job import LIVE, Job
+from jobd.model.events import Change, Event
+from jobd.model.job import KEEP_LATE, LIVE, Job
+from jobd.model.storage import Audited, Share, Tombstone, share_of
 from jobd.storage import codec
-from jobd.storage.codec import JOB_COLUMNS, JOB_FIELDS, Row, sealed
+from jobd.storage.codec import AUDIT_COLUMNS, JOB_COLUMNS, JOB_FIELDS, LATE_COLUMNS, Row, fault, sealed
 
 Totals = tuple[int, int, int, int]  # number and XOR of the checksums of the live jobs, then of the finished ones
 Statement = tuple[str, Callable[[Row], Row]]  # and what picks its values out of a whole row
@@ -194,3 +196,152 @@ def _columns(parts: Iterable[str]) -> list[str]:
 def _values(columns: list[str]) -> Callable[[Row], Row]:
     """Picks the values of `columns` out of a whole row."""
     return itemgetter(*map((*JOB_COLUMNS, "crc").index, columns))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Audit log
+
+KEEP_AUDIT: Final = 100_000  # changes; of a busy operator's room more than the time that they are kept for
+KEEP_BESIDE: Final = 10_000  # of each other share: a script that goes in circles pushes out its like alone
+LOOK: Final = 2_000  # rows that are counted in one go: below a millisecond
+OPEN_DEEDS: Final = 64  # deeds of many parts that go on side by side; beyond it the oldest goes on in a new row
+AUDIT_SQL: Final = f"{', '.join(AUDIT_COLUMNS)}, crc"
+_PUT_AUDIT: Final = insert("audit", (*AUDIT_COLUMNS, "crc"), "REPLACE")
+_AUDIT_ROW: Final = f"SELECT {AUDIT_SQL} FROM audit WHERE seq = ?"
+_LAST_AUDIT: Final = "SELECT ifnull(max(seq), 0) FROM audit"
+# Only the oldest are looked at: a row that seems young keeps those behind it until there are too many.
+_TRIM_AUDIT: Final = (
+    "DELETE FROM audit WHERE seq IN (SELECT seq FROM (SELECT seq, at FROM audit ORDER BY seq LIMIT ?) "
+    "WHERE at < ? AND seq < ?)"
+)
+_UNCOUNTED_AUDIT: Final = "SELECT seq, what, outcome FROM audit WHERE seq > ? ORDER BY seq LIMIT ?"
+_AUDIT_SHARE: Final = "SELECT what, outcome FROM audit WHERE seq = ?"
+
+
+class AuditWriter:
+    """Writes through one connection. What a transaction took back is found to be missing, and written anew."""
+
+    def __init__(self, conn: sqlite3.Connection) -> None:
+        self._conn = conn
+        self._open: dict[str, int] = {}  # part_of -> seq of its row
+        self._seen: dict[Share, array[int]] = {share: array("q") for share in get_args(Share)}  # rows, as of `look_on`
+        self._seen_to = 0
+
+    def write(self, audit: list[Audited]) -> None:
+        (last,) = self._conn.execute(_LAST_AUDIT).fetchone()
+        for audited in audit:
+            known = self._known(audited)
+            if known is None:
+                last += 1
+                known = last, audited
+            seq, whole = known
+            self._conn.execute(_PUT_AUDIT, codec.audit_row(seq, whole))
+            if audited.part_of is not None:
+                self._open[audited.part_of] = seq
+        while len(self._open) > OPEN_DEEDS:
+            del self._open[next(iter(self._open))]
+
+    def _known(self, part: Audited) -> tuple[int, Audited] | None:
+        """The row that `part` belongs to, with what it adds."""
+        seq = None if part.part_of is None else self._open.pop(part.part_of, None)
+        if seq is None:
+            return None
+        found = self._conn.execute(_AUDIT_ROW, (seq,)).fetchone()
+        if found is None or codec.fault(found) is not None:
+            return None
+        before = codec.audited(found)
+        if before.part_of != part.part_of:
+            return None
+        details = before.details if part.details is None else part.details
+        return seq, replace(before, jobs=before.jobs + part.jobs, details=details)
+
+    def look_on(self) -> bool:
+        """Count up to LOOK rows that were not counted yet; whether there are no more. Not within a transaction."""
+        found = self._conn.execute(_UNCOUNTED_AUDIT, (self._seen_to, LOOK)).fetchall()
+        for seq, what, outcome in found:
+            self._seen[share_of(what, outcome)].append(seq)
+            self._seen_to = seq
+        return len(found) < LOOK
+
+    def trim(self, before: int, limit: int) -> int:
+        """Delete up to `limit` of the oldest rows: what was written before wall time `before`, and what is too many of
+        the rows of its share that `look_on` has counted.
+
+        The newest stays, so that its number is not given again.
+        """
+        (last,) = self._conn.execute(_LAST_AUDIT).fetchone()
+        gone = self._conn.execute(_TRIM_AUDIT, (limit, before, last)).rowcount
+        for share, seqs in self._seen.items():
+            keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
+            self._forget_gone(share)
+            chosen = [seq for seq in seqs[: max(min(len(seqs) - keep, limit - gone), 0)] if seq < last]
+            self._conn.executemany("DELETE FROM audit WHERE seq = ?", [(seq,) for seq in chosen])
+            gone += len(chosen)
+        return gone
+
+    def _forget_gone(self, share: Share) -> None:
+        """Rows that were deleted are counted until they are found missing: a deletion may have been taken back."""
+        seqs = self._seen[share]
+        for count, seq in enumerate(seqs):
+            found = self._conn.execute(_AUDIT_SHARE, (seq,)).fetchone()
+            if found is not None and share_of(*found) == share:
+                del seqs[:count]
+                return
+        del seqs[:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Late results
+
+ReadRows = Callable[[str, Row], list[Row]]
+_INSERT_LATE: Final = insert("late_results", (*LATE_COLUMNS, "crc"))
+_LATE_OF_JOB: Final = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
+_EXCESS_LATE: Final = (
+    "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? "
+    f"ORDER BY fencing_token DESC LIMIT -1 OFFSET {KEEP_LATE}"
+)
+_LATE_ROW: Final = f"SELECT {', '.join(LATE_COLUMNS)}, crc FROM late_results NOT INDEXED WHERE seq = ?"
+_DELETE_LATE: Final = "DELETE FROM late_results WHERE seq = ?"
+_QUARANTINE_ROW: Final = insert("bad_rows", ("place", "what", "at", "row"))
+
+
+class LateWriter:
+    """Writes through one connection. `read` gives the rows of a query, whatever bytes they hold."""
+
+    def __init__(self, conn: sqlite3.Connection, read: ReadRows, note: Callable[[str], object]) -> None:
+        self._conn = conn
+        self._read = read
+        self._note = note
+
+    def write(self, changes: list[Change], *, sweeps: bool) -> list[Tombstone]:
+        """Keep what came late, of each job the latest few; what belongs to a job that is deleted goes with it.
+
+        Gives what that leaves to be deleted of stored objects, where anybody `sweeps`: the object of each that goes.
+        """
+        touched = [change for change in changes if change.late is not None or change.after is None]
+        kept = [(change.event.job_seq, change.late) for change in touched if change.late is not None]
+        if kept:
+            self._conn.executemany(_INSERT_LATE, [codec.late_row(job_seq, late) for job_seq, late in kept])
+        left: list[Tombstone] = []
+        # A job's last event says when: those of one that is deleted in this very batch go with it.
+        for event in {change.event.job_seq: change.event for change in touched}.values():
+            if event.job_seq:
+                going = self._read(_EXCESS_LATE if event.type == "late_result" else _LATE_OF_JOB, (event.job_seq,))
+                if sweeps:
+                    left += self._named(event, going)
+                self._conn.executemany(_DELETE_LATE, going)
+        return left
+
+    def _named(self, event: Event, going: list[Row]) -> list[Tombstone]:
+        found = [row for each in going for row in self._read(_LATE_ROW, each)]
+        keys = [(row[0], self._key(row, event.at)) for row in found]
+        return [Tombstone(-seq, event.job_id, key, event.at, event.at) for seq, key in keys if key is not None]
+
+    def _key(self, row: Row, now: int) -> str | None:
+        """The storage_key that it names."""
+        if (wrong := fault(row)) is None:
+            return codec.late(row, whole=True).result.storage_key
+        shown = codec.as_text((*LATE_COLUMNS, "crc"), row)
+        self._conn.execute(_QUARANTINE_ROW, ("late_results", f"{row[0]}: {wrong}", now, shown))
+        self._note(f"late_results {row[0]}: {wrong}; the row was set aside, and what it named is not deleted")
+        return None

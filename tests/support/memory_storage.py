@@ -43,7 +43,7 @@ from jobd.model.storage import (
     share_of,
 )
 from jobd.storage import codec as rows
-from jobd.storage.audit_writer import KEEP_AUDIT, KEEP_BESIDE
+from jobd.storage.writers import KEEP_AUDIT, KEEP_BESIDE
 
 KEPT_REPORTS: Final = 500
 

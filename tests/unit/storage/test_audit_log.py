@@ -10,7 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.storage import Audited, AuditQuery, BadRows
-from jobd.storage import audit_writer
+from jobd.storage import writers
 from jobd.storage.store import Store
 from tests.support import store_help
 from tests.support.factories import NOW, Maker
@@ -87,7 +87,7 @@ async def test_a_damaged_row_gets_no_more_parts(path: str) -> None:
 
 
 async def test_of_deeds_that_go_on_side_by_side_the_oldest_goes_on_in_a_new_row(store: Store) -> None:
-    many = audit_writer.OPEN_DEEDS
+    many = writers.OPEN_DEEDS
     await write(store, *(deed(n, part_of=f"p{n}") for n in range(many + 1)))
     await write(store, deed(many, part_of=f"p{many}"), deed(1, part_of="p1"), deed(0, part_of="p0"))
     assert len(await seqs(store, limit=200)) == many + 2
@@ -135,7 +135,7 @@ async def test_old_rows_go_in_slices_and_the_newest_stays(store: Store) -> None:
 
 
 async def test_rows_beyond_their_number_go_whatever_their_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit_writer, "KEEP_AUDIT", 4)
+    monkeypatch.setattr(writers, "KEEP_AUDIT", 4)
     await write(store, *(deed(n) for n in range(10)))
     assert await store.trim_audit(0, 99) == 6
     assert await seqs(store) == [10, 9, 8, 7]
@@ -145,9 +145,9 @@ async def test_rows_beyond_their_number_go_whatever_their_time(store: Store, mon
 async def test_refusals_and_looks_push_out_their_like_alone(
     store: Store, monkeypatch: pytest.MonkeyPatch, look: int
 ) -> None:
-    monkeypatch.setattr(audit_writer, "KEEP_AUDIT", 6)
-    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 3)
-    monkeypatch.setattr(audit_writer, "LOOK", look)
+    monkeypatch.setattr(writers, "KEEP_AUDIT", 6)
+    monkeypatch.setattr(writers, "KEEP_BESIDE", 3)
+    monkeypatch.setattr(writers, "LOOK", look)
     kinds = [{}, {"outcome": "job_not_found"}, {"what": "export"}, {"outcome": "invalid_transition"}]
     await write(store, *(deed(n, **kinds[n % 4]) for n in range(20)))
     calls = 0
@@ -168,7 +168,7 @@ async def test_refusals_and_looks_push_out_their_like_alone(
 async def test_who_signs_in_and_out_pushes_out_no_export_and_no_refusal(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 2)
+    monkeypatch.setattr(writers, "KEEP_BESIDE", 2)
     rows = [deed(0, what="export"), deed(1, what="backup"), deed(2, outcome="lock_lost"), deed(3)]
     wrong = [deed(n, what="sign-in", outcome="unauthorized") for n in range(4, 8)]
     await write(store, *rows, *wrong, *(deed(n, what=("sign-in", "sign-out")[n % 2]) for n in range(8, 12)))
@@ -177,7 +177,7 @@ async def test_who_signs_in_and_out_pushes_out_no_export_and_no_refusal(
 
 
 async def test_the_share_of_each_is_known_after_a_restart(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 2)
+    monkeypatch.setattr(writers, "KEEP_BESIDE", 2)
     async with opened(path) as (store, _):
         await write(store, *(deed(n, outcome="lock_lost") for n in range(5)), deed(5))
     async with opened(path) as (store, _):
@@ -188,7 +188,7 @@ async def test_the_share_of_each_is_known_after_a_restart(path: str, monkeypatch
 async def test_what_a_transaction_took_back_of_a_trim_goes_at_the_next(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 1)
+    monkeypatch.setattr(writers, "KEEP_BESIDE", 1)
     await write(store, *(deed(n, outcome="lock_lost") for n in range(4)), deed(4))
     tables = store._tables
     kept, tables.at_commit = tables.at_commit, lambda: tables.conn.execute("nonsense")
@@ -205,7 +205,7 @@ async def test_a_number_that_was_given_again_is_not_taken_for_what_it_was(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the newest row is damaged and set aside."""
-    monkeypatch.setattr(audit_writer, "KEEP_BESIDE", 0)
+    monkeypatch.setattr(writers, "KEEP_BESIDE", 0)
     await write(store, deed(0), deed(1, outcome="lock_lost"))
     assert await store.trim_audit(0, 99) == 0, "the newest stays"
     store._db.raw.execute("DELETE FROM audit WHERE seq = 2")
