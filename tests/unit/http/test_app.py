@@ -529,7 +529,7 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(house: H
         "job-1",
         "ValueError",
     )
-    assert "test_web.py" in bug["where"]
+    assert "test_app.py" in bug["where"]
     assert "canary" not in str(logs)
     assert "canary" not in heard.body.decode()
     house.desk.answer = lambda _: Response(Done())
