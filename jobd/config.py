@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import msgspec
 from msgspec import Meta, Struct
 
-from jobd import credentials, host_names
+from jobd import credentials
 from jobd.credentials import MAKE_TOKEN, BadToken
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy, is_job_id
 from jobd.webhooks import config as webhook_config
@@ -34,6 +34,13 @@ WEBHOOKS: Final = "webhooks"  # the one list of tables, in the file alone
 _UNITS: Final = {"ms": 1, "s": SECOND_MS, "m": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
 _DURATION: Final = re.compile(r"([0-9]{1,12})(ms|s|m|h|d)?")
 _LEFT_ALONE: Final = frozenset({"JOBD_CONFIG", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL"})
+_LABEL: Final = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
+_HOST_NAME: Final = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?", re.IGNORECASE | re.ASCII)
+_LONGEST_HOST: Final = 253  # characters
+_HOST_EXPECTED: Final = (
+    'expected a host name, an IPv4 address or an IPv6 address in brackets, such as "jobs.example.com", without scheme, '
+    "port and path"
+)
 
 
 class ConfigError(Exception):
@@ -768,8 +775,8 @@ def _check(config: Config) -> None:
     if config.limits.inflight_bytes < 2 * config.limits.body:
         raise ConfigError("limits.inflight_bytes must be at least twice limits.body, or no large request comes in")
     for host in config.admin.hosts:
-        if not host_names.is_host(host):
-            raise ConfigError(f"admin.hosts: {host!r}: {host_names.EXPECTED}")
+        if not is_host(host):
+            raise ConfigError(f"admin.hosts: {host!r}: {_HOST_EXPECTED}")
     for name in config.late.queues:
         if not is_job_id(name):  # names of queues are made as ids are
             raise ConfigError(f"late.queues: {name!r}: a queue has 1 to 200 characters of A-Z a-z 0-9 . _ : -")
@@ -873,3 +880,23 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False  # a name: whoever runs the name server says where it points
+
+
+def is_host(text: str) -> bool:
+    """Whether somebody can call this daemon so: by a name, or by an address that is one place."""
+    is_bracketed = text.startswith("[") and text.endswith("]")
+    plain = text[1:-1] if is_bracketed else text
+    if ":" in plain:
+        return _is_address(plain)
+    if is_bracketed or len(plain.removesuffix(".")) > _LONGEST_HOST or not _HOST_NAME.fullmatch(plain):
+        return False
+    ends_in_number = plain.removesuffix(".").rpartition(".")[2].isdigit()  # for a browser that is an address
+    return _is_address(plain) if ends_in_number else True
+
+
+def _is_address(text: str) -> bool:
+    """Not so an address with its zone, which no Host header has, or the one that stands for all."""
+    try:
+        return "%" not in text and not ipaddress.ip_address(text).is_unspecified
+    except ValueError:
+        return False

@@ -37,7 +37,7 @@ ARROWS: Final[dict[str, set[str]]] = {
     "cli.daemon": {"model", "client", "cli", "storage", "config", "daemon", "bench"},
     "bench": set(),
 }
-TOP: Final = ["__init__", "__main__", "config", "credentials", "daemon", "host_names", "logging", "outlet", "systemd"]
+TOP: Final = ["__init__", "__main__", "config", "credentials", "daemon", "logging", "systemd"]
 PURE: Final = ("model", "core")
 PURE_IMPORTS: Final = {
     "__future__", "base64", "bisect", "collections", "dataclasses", "datetime", "enum", "functools", "hashlib", "heapq",

@@ -15,8 +15,7 @@ from jobd.api.descriptions import ADMIN_TITLE
 from jobd.api.downloads import BACKUP_KIND, Artifact, BackupAsked, give, give_out
 from jobd.api.downloads import KIND as ARTIFACT_KIND
 from jobd.api.events import EVENT_STREAM, Follow, follow
-from jobd.api.import_preview import ImportPreview, look_over
-from jobd.api.imports import ImportReport, take_in
+from jobd.api.imports import ImportPreview, ImportReport, look_over, take_in
 from jobd.api.openapi import ADMIN_PREFIX, with_document
 from jobd.api.probes import PROBES
 from jobd.api.services import Rooms

@@ -14,11 +14,11 @@ from typing import Any, Final
 import msgspec
 
 from jobd import __version__
+from jobd.api.command_stream import PARTS, StreamedCommand
 from jobd.api.descriptions import ABOUT, ALSO, CALLS, GROUPS, HEADERS, REFUSED, REFUSED_TOO
 from jobd.api.descriptions import REFUSALS as REFUSAL_WORDS
 from jobd.api.events import EVENT_STREAM
 from jobd.api.schemas import Schemas, not_null
-from jobd.api.stream_lines import PARTS, StreamedCommand
 from jobd.http.app import Nothing, Web
 from jobd.http.auth import JSON, LINES, OPERATOR
 from jobd.http.request import Visit

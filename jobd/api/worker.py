@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from jobd.api.command_stream import serve
+from jobd.api.command_stream import StreamedAnswer, StreamedCommand, serve
 from jobd.api.descriptions import WORKER_TITLE
 from jobd.api.events import EVENT_STREAM, Follow, follow
 from jobd.api.openapi import document_at, with_document
 from jobd.api.probes import PROBES
-from jobd.api.stream_lines import StreamedAnswer, StreamedCommand
 from jobd.http.auth import LINES
 from jobd.http.routing import Route, Who
 from jobd.model.commands import (

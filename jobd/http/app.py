@@ -7,6 +7,7 @@ that in `Web.handle`, for a request that has to be waited for.
 from __future__ import annotations
 
 import asyncio
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -26,7 +27,6 @@ from jobd.http.decoding import Limits, path_value
 from jobd.http.request import Head, Request, Visit, operator_of
 from jobd.http.response import HTTP_VERSION, Letter, Reply, Text, accepted, refusing
 from jobd.http.routing import Found, Route, Table, Way
-from jobd.http.sparing import Sparing
 from jobd.model.commands import Command, IdempotencyKey, Operator
 from jobd.model.errors import ApiError, ApiException, api_error, too_large_error
 from jobd.model.responses import Response
@@ -35,12 +35,35 @@ BUG: Final = ApiError("internal_error", "This is a bug in jobd. Its log names th
 
 IDEMPOTENCY_KEY: Final = istr("Idempotency-Key")
 MET: Final = frozenset({"", "100-continue"})  # values of the Expect header that are accepted
+MOST_A_SECOND: Final = 20  # of each kind: enough to see what happens, whatever a client does
 KINDS: Final = {"json": JSON, "lines": LINES, "form": FORM}
 
 log = structlog.get_logger("jobd.web")
 
 
 S = TypeVar("S")  # the services behind an API
+
+
+class Sparing:
+    """Counts lines by their kind. `now` gives a time in seconds that does not run backwards."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._second = 0
+        self._seen: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
+
+    def left_out(self, kind: str) -> int | None:
+        """None where this line is to be left out; else how many were, since the last one of its kind was written."""
+        second = int(self._now())
+        if second != self._second:
+            self._second = second
+            self._seen.clear()
+        self._seen[kind] += 1
+        if self._seen[kind] <= MOST_A_SECOND:
+            return self._left_out.pop(kind, 0)
+        self._left_out[kind] += 1
+        return None
 
 
 class Ask(Protocol):

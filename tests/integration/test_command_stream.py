@@ -14,7 +14,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from jobd.api import admin, command_stream
-from jobd.api.stream_lines import OPS
+from jobd.api.command_stream import OPS
 from jobd.api.worker import ROUTES
 from jobd.engine.actor import Bounds
 from jobd.http.auth import Gate

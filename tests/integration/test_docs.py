@@ -26,9 +26,8 @@ from prometheus_client.parser import text_string_to_metric_families
 import jobd
 from jobd import config
 from jobd.api import admin, worker
-from jobd.api.import_preview import ImportPreview
-from jobd.api.imports import ImportReport
-from jobd.api.stream_lines import OPS, StreamedAnswer
+from jobd.api.command_stream import OPS, StreamedAnswer
+from jobd.api.imports import ImportPreview, ImportReport
 from jobd.cli import exit_codes
 from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.daemon.main import jobd as jobd_program

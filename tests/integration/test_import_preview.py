@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobd.api import import_preview
+from jobd.api import imports
 from jobd.api.admin import ROUTES
 from jobd.client import AdminClient, AsyncAdminClient
 from jobd.http.auth import Gate
@@ -84,10 +84,10 @@ async def test_other_refusals_are_lines(house: House) -> None:
 
 
 async def test_it_has_its_limits(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_preview, "SHOWN_LINES", 2)
+    monkeypatch.setattr(imports, "SHOWN_LINES", 2)
     data = (await look(house, *({"id": f"old-{n}"} for n in range(5)))).data
     assert (data["wouldSkip"], len(data["lines"]), data["more"]) == (5, 2, True)
-    monkeypatch.setattr(import_preview, "MOST_LINES", 2)
+    monkeypatch.setattr(imports, "MOST_LINES", 2)
     many = await look(house, *({"id": f"a-{n}", "status": "cancelled"} for n in range(5)))
     assert (many.status, many.error) == (413, "too_large")
 

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from jobd import outlet
-from jobd.outlet import Outlet
+from jobd import logging
+from jobd.logging import Outlet
 from tests.support.daemon_process import Daemon
 
 SAY = """
 import os, sys, structlog
-from jobd import log
-log.configure('info', 'logfmt')
+from jobd import logging
+logging.configure('info', 'logfmt')
 for number in range(int(sys.argv[1])):
     structlog.get_logger().info('said', number=number, pad='x' * 100)
 """
@@ -52,7 +52,7 @@ class Pipe:
 
 
 def test_nobody_waits_and_what_is_dropped_is_counted_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlet, "MOST_CHARS", 10_000)
+    monkeypatch.setattr(logging, "MOST_CHARS", 10_000)
     pipe = Pipe(monkeypatch)
     out = Outlet(lambda count: out.put(f"dropped {count}"))
     for number in range(10_000):
@@ -76,7 +76,7 @@ def test_many_lines_at_once_are_all_written_where_somebody_reads() -> None:
 
 
 def test_a_line_larger_than_all_that_may_wait_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outlet, "MOST_CHARS", 10)
+    monkeypatch.setattr(logging, "MOST_CHARS", 10)
     pipe = Pipe(monkeypatch)
     out = Outlet(lambda count: pytest.fail("nothing was dropped"))
     out.put("x" * 100_000)

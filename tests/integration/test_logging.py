@@ -142,7 +142,7 @@ def test_logfmt_says_what_failed_and_where(capsys: pytest.CaptureFixture[str]) -
         structlog.get_logger().exception("failed")
     (line,) = lines(capsys)
     assert r'exception="LookupError: first\nsecond"' in line
-    assert re.search(r'at="test_log\.py:\d+ fail < test_log\.py:\d+ test_logfmt_says', line)
+    assert re.search(r'at="test_logging\.py:\d+ fail < test_logging\.py:\d+ test_logfmt_says', line)
     assert "Traceback" not in line
 
 
@@ -238,7 +238,7 @@ def test_a_closed_stderr_stops_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert log.flush(10)
 
 
-SAY = "import structlog; from jobd import log; log.configure('info', 'auto'); structlog.get_logger().error('said', a=1)"
+SAY = "import structlog; from jobd import logging; logging.configure('info', 'auto'); structlog.get_logger().error('said', a=1)"
 
 
 def test_auto_is_logfmt_into_a_pipe() -> None:

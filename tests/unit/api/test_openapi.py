@@ -16,8 +16,8 @@ from jsonschema_rs import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from jobd.api import admin, descriptions, worker
+from jobd.api.command_stream import PARTS, StreamedCommand, shapes
 from jobd.api.openapi import call_of, document, refusals
-from jobd.api.stream_lines import PARTS, StreamedCommand, shapes
 from jobd.http.auth import Gate, own_names
 from jobd.http.decoding import Limits, Shape
 from jobd.http.routing import Route

@@ -14,10 +14,10 @@ from msgspec import Raw
 from structlog.testing import capture_logs
 
 from jobd.api.worker import ROUTES
+from jobd.http.app import MOST_A_SECOND, Sparing
 from jobd.http.auth import Gate, own_names
 from jobd.http.decoding import Limits
 from jobd.http.routing import Route, Table
-from jobd.http.sparing import MOST_A_SECOND, Sparing
 from jobd.model.commands import Cancel, Claim, Create, Get, List, Progress, Start
 from jobd.model.errors import ApiError
 from jobd.model.responses import Done, LockState, Response

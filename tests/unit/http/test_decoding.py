@@ -15,8 +15,7 @@ from jobd.api.admin import Deliveries, RowsAsked
 from jobd.api.downloads import BackupAsked
 from jobd.dashboard.pages import WorkersPage
 from jobd.dashboard.webhooks import WebhookPage
-from jobd.http.decoding import Limits, Shape, explain, part_of, path_value
-from jobd.http.weighing import MANY_KEYS
+from jobd.http.decoding import MANY_KEYS, Limits, Shape, explain, part_of, path_value
 from jobd.model.commands import (
     AuditLog,
     Bulk,

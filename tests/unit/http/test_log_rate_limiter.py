@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobd.http.sparing import MOST_A_SECOND, Sparing
+from jobd.http.app import MOST_A_SECOND, Sparing
 
 
 def test_each_kind_has_its_lines_and_the_next_second_tells_what_was_left_out() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from multidict import CIMultiDict
 
-from jobd.host_names import is_host
+from jobd.config import is_host
 from jobd.http.auth import Gate, host_name, own_names
 
 
