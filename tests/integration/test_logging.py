@@ -238,7 +238,10 @@ def test_a_closed_stderr_stops_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert log.flush(10)
 
 
-SAY = "import structlog; from jobd import logging; logging.configure('info', 'auto'); structlog.get_logger().error('said', a=1)"
+SAY = (
+    "import structlog; from jobd import logging; logging.configure('info', 'auto'); "
+    "structlog.get_logger().error('said', a=1)"
+)
 
 
 def test_auto_is_logfmt_into_a_pipe() -> None:
