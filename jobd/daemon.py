@@ -270,7 +270,7 @@ class Daemon:
 
         office = Office(
             disk=store,
-            clock=self.clock,
+            moment=self.clock.moment,
             source=f"/jobd/{quote(socket.gethostname(), safe='')}",
             may_write=lambda: self.actor.full_disk.closed == Closed.NOTHING,
             alerts=lambda: self.alerts.known(),

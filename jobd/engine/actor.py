@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import structlog
 from msgspec import Struct
@@ -18,12 +18,13 @@ from jobd.core import late_result_rules
 from jobd.core.state import Book
 from jobd.core.stats import Histogram
 from jobd.engine.batch import Decider, Known, Plan
+from jobd.engine.clock import Clock
 from jobd.engine.disk_full import Closed, FullDisk
 from jobd.engine.history import History
 from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import Asked, Waiter, deleted_ids, may_go_first, named_ids, needs_payload_first, share, weight
 from jobd.engine.waiting_claims import Parked
-from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, IdempotencyKey, Moment, Operator, Undelivered
+from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, IdempotencyKey, Operator, Undelivered
 from jobd.model.errors import ApiError
 from jobd.model.events import Change
 from jobd.model.job import Policy
@@ -39,12 +40,6 @@ TELL_LATER: Final = 64  # where at most so many commands wait, they may go to th
 SLOW_COMMIT_S: Final = 0.003  # after a commit that took so long looks do not wait for the next one
 COMMIT_BUCKETS_S: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 BATCH_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-
-
-class Clock(Protocol):
-    def moment(self) -> Moment: ...
-    def hold(self) -> None: ...
-    def resume(self) -> None: ...
 
 
 class Bounds(Struct, frozen=True):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 
+from jobd.engine.clock import Clock
 from jobd.engine.mailbox import CREATES, ENDINGS, READS
 from jobd.model.errors import ApiError
 from jobd.model.storage import SPARE_BYTES, DiskFull, DiskSpace, Storage
@@ -31,11 +32,6 @@ class Closed(IntEnum):
     ALL_WRITES = 3
 
 
-class LeaseTime(Protocol):
-    def hold(self) -> None: ...
-    def resume(self) -> None: ...
-
-
 class FullDisk:
     """The state of the disk. `closed` says what is rejected now. `loop_time` is the event loop's time, in seconds.
 
@@ -45,7 +41,7 @@ class FullDisk:
     def __init__(
         self,
         disk: Storage,
-        lease: LeaseTime,
+        lease: Clock,
         loop_time: Callable[[], float],
         *,
         is_full: bool,

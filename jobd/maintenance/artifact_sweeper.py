@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import Final, Literal, Protocol
+from typing import Final, Literal
 
 import structlog
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.model.commands import Moment
+from jobd.engine.clock import Clock
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.storage import PUT_OFF_MS, DiskFull, Due, Storage, Tombstone
 from jobd.storage.artifacts.base import MARGINS, ArtifactStore, Margins, Outcome, StoreFault, judge
@@ -33,10 +33,6 @@ FAILING_KEPT: Final = 1_000  # whose first failure is remembered
 # They stand beside the numbers of tombstones: those that cannot be read, and the store of jobs itself.
 DAMAGED: Final = "damaged"
 STORE: Final = "store"
-
-
-class Clock(Protocol):
-    def moment(self) -> Moment: ...
 
 
 class Sweeps(Struct):

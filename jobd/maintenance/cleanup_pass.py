@@ -9,14 +9,15 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import islice
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import structlog
 from msgspec import Struct, field
 
 from jobd.core.validation import counts, validate
 from jobd.engine.actor import Actor
-from jobd.model.commands import AnyCommand, DeleteExpired, Expire, Moment, Operator, Recover, RepairJobs, TakeBack
+from jobd.engine.clock import Clock
+from jobd.model.commands import AnyCommand, DeleteExpired, Expire, Operator, Recover, RepairJobs, TakeBack
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS
 from jobd.model.responses import CleanupReport, Issue, Recovered, Recovery, TakenBack, Worked
@@ -37,12 +38,6 @@ class Schedule(Struct, frozen=True):
     batch: int = 200  # jobs of one command
     journal_ms: int = DAY_MS  # how long the journal of a deleted job is kept
     audit_ms: int = 90 * DAY_MS  # how long it is kept what operators did
-
-
-class Clock(Protocol):
-    keep_ms: int  # the shortest retention
-
-    def moment(self) -> Moment: ...
 
 
 class Totals(Struct):

@@ -17,7 +17,8 @@ from msgspec.structs import astuple
 
 from jobd.core.stats import PROCESSING_BUCKETS_S, Figures
 from jobd.engine.actor import Actor
-from jobd.maintenance.cleanup_pass import Clock, Hands, Pass, Refused, Schedule, Unfinished
+from jobd.engine.clock import Clock
+from jobd.maintenance.cleanup_pass import Hands, Pass, Refused, Schedule, Unfinished
 from jobd.maintenance.preview import LOOK_S, foresee
 from jobd.model.commands import EndPauses, Operator, Report, TakeBack, Tick
 from jobd.model.errors import ApiError

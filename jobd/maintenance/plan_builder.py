@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from itertools import islice
-from typing import Final, Protocol
+from typing import Final
 
 from msgspec.structs import asdict
 
 from jobd.core import planning
 from jobd.engine.actor import Actor
-from jobd.model.commands import MAKING_S, MAX_PLAN, OF_TIME, Expected, Filter, MakePlan, Moment, Preview
+from jobd.engine.clock import Clock
+from jobd.model.commands import MAKING_S, MAX_PLAN, OF_TIME, Expected, Filter, MakePlan, Preview
 from jobd.model.errors import ApiError
 from jobd.model.job import FINISHED, Job, may_adopt
 from jobd.model.responses import PlannedJob, SkippedJob
@@ -25,10 +26,6 @@ LOOK: Final = 50  # jobs read in one go,
 SCAN: Final = 500  # of rows that are looked at; where each takes its time
 SLOW_SCAN: Final = 250
 PAUSE_S: Final = 0.002  # after each look, so that workers get the loop and the disk in between
-
-
-class Clock(Protocol):
-    def moment(self) -> Moment: ...
 
 
 class Search:

@@ -15,7 +15,8 @@ from msgspec.structs import asdict, replace
 
 from jobd.core import planning
 from jobd.engine.actor import Actor
-from jobd.maintenance.plan_builder import PAUSE_S, Clock, Search
+from jobd.engine.clock import Clock
+from jobd.maintenance.plan_builder import PAUSE_S, Search
 from jobd.model.commands import ApplyEndings, ApplyPlan, Expected, MakePlan, Note, Operator
 from jobd.model.errors import ApiError
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS

@@ -18,6 +18,7 @@ from jobd.core.pace import KindPace
 from jobd.core.state import Book
 from jobd.core.stats import Attempts
 from jobd.core.views import average_processing_s
+from jobd.engine.clock import Clock
 from jobd.model.commands import Moment
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.responses import AlertSeverity, AlertView, CleanupReport, DatabaseHealth, HealthView, PartHealth
@@ -70,10 +71,6 @@ class Thresholds(Struct, frozen=True):
     disk_free_percent: float = 10.0
     disk_free_bytes: int = 1 << 30
     release_loop: int = 0  # jobs
-
-
-class Clock(Protocol):
-    def moment(self) -> Moment: ...
 
 
 class Health(Protocol):

@@ -16,8 +16,9 @@ import structlog
 from msgspec.structs import replace
 
 from jobd.engine.actor import Actor
+from jobd.engine.clock import Clock
 from jobd.engine.disk_full import Closed
-from jobd.model.commands import Moment, Ping
+from jobd.model.commands import Ping
 from jobd.model.errors import ApiError
 from jobd.model.job import STATUSES, Job
 from jobd.model.responses import CleanupHealth, CleanupState, DatabaseHealth, HealthStatus, HealthView, PartHealth
@@ -42,11 +43,6 @@ _REFUSED: Final = {
     Closed.ALL_BUT_ENDINGS: "only endings and deletions are taken",
     Closed.ALL_WRITES: "every change is refused",
 }
-
-
-class Clock(Protocol):
-    def moment(self) -> Moment: ...
-    def doubt(self) -> str | None: ...
 
 
 class Cleanup(Protocol):

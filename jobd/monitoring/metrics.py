@@ -30,9 +30,9 @@ from jobd.core.pace import KindPace
 from jobd.core.state import Book
 from jobd.core.stats import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram
 from jobd.engine.actor import BATCH_BUCKETS, COMMIT_BUCKETS_S, Actor
+from jobd.engine.clock import Clock
 from jobd.maintenance.artifact_sweeper import Sweeps
 from jobd.maintenance.maintainer import Cleaner
-from jobd.model.commands import Moment
 from jobd.model.errors import ERROR_STATUS
 from jobd.model.events import EventType
 from jobd.model.job import SECOND_MS, STATUSES
@@ -110,12 +110,6 @@ class WebhookFigures(Protocol):
 
 class Door(Protocol):
     refusals: Counter[str]  # code -> answers
-
-
-class Clock(Protocol):
-    @property
-    def suspect(self) -> bool: ...
-    def moment(self) -> Moment: ...
 
 
 class Feed(Protocol):

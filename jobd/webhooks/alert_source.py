@@ -48,7 +48,7 @@ class AlertNews:
     def look(self) -> list[Letter]:
         """All that the outbox does not have yet, the oldest first: what is told twice is the same letter."""
         views = self._office.alerts() if self._endpoint.wants_alerts else None
-        knows, now = dict(self.told), self._office.clock.moment().now
+        knows, now = dict(self.told), self._office.moment().now
         for view in views or ():
             if view.firing == (view.name in knows):
                 continue

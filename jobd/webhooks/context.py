@@ -18,10 +18,6 @@ from jobd.webhooks.message import Letter
 from jobd.webhooks.retry import Manners
 
 
-class Clock(Protocol):
-    def moment(self) -> Moment: ...
-
-
 class Disk(Protocol):
     """The part of the store that holds the outbox. Raises DiskFull with nothing written."""
 
@@ -47,7 +43,7 @@ class Office(Struct):
     """What all couriers share. `next_delivery` is the next number to give; one that was given is never given again."""
 
     disk: Disk
-    clock: Clock
+    moment: Callable[[], Moment]
     source: str  # what CloudEvents call this daemon
     may_write: Callable[[], bool]  # not while the disk is full: its last room is for the endings of jobs
     alerts: Callable[[], Sequence[AlertView] | None]  # as they are; None where nobody has looked yet

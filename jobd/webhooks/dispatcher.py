@@ -54,7 +54,7 @@ class Courier:
         self._outcomes: list[tuple[Delivery, Outcome]] = []  # that are not noted yet
         self._fresh: dict[int, Delivery] = {}
         self._is_troubled = False
-        now, ms = office.clock.moment().now, self._now_ms()
+        now, ms = office.moment().now, self._now_ms()
         for each in outbox.waiting[endpoint.name]:
             # By a clock that never steps; what was put off by another clock waits no longer than anything may.
             left_ms = min(max(each.due_at - now, 0), office.manners.retry_at_most_ms)
@@ -88,7 +88,7 @@ class Courier:
         it says. Raises DiskFull.
         """
         office = self._office
-        letter = of_test(self.endpoint.name, office.next_delivery, office.clock.moment().now, office.source)
+        letter = of_test(self.endpoint.name, office.next_delivery, office.moment().now, office.source)
         delivery = await self.reader.add(letter)
         self._hurry()
         return delivery
@@ -103,7 +103,7 @@ class Courier:
             self.line.hurry(id_)
             (found,) = await self._office.disk.deliveries([id_]) or (None,)
         else:
-            now = self._office.clock.moment().now
+            now = self._office.moment().now
             found = await self._office.disk.deliver_again(self.endpoint.name, id_, now)
             if found is not None and id_ not in self.line:
                 self.line.add(Waiting(id_, found.subject, 0))
@@ -114,7 +114,7 @@ class Courier:
         """Send again what was given up, up to the number `upto`, slice by slice; how many. Raises DiskFull."""
         count = 0
         while not self._stopping:
-            now = self._office.clock.moment().now
+            now = self._office.moment().now
             found = await self._office.disk.deliver_all_again(self.endpoint.name, upto, AT_ONCE, now)
             for each in found:
                 if each.id not in self.line:
@@ -277,7 +277,7 @@ class Courier:
 
         async def post(letter: Letter) -> Outcome:
             # Its number is a passing one: in the outbox the same letter gets another.
-            message = self._office.number(letter, name, self._office.clock.moment().now)
+            message = self._office.number(letter, name, self._office.moment().now)
             outcome = await self._try(poster, message)
             self._judge(outcome)
             told = {"webhook": name, "type": letter.type, "subject": letter.subject}
@@ -288,7 +288,7 @@ class Courier:
 
     def _judge(self, outcome: Outcome, *, went_before: bool = False) -> None:
         """What it means for the endpoint. A failure of one that went before a try was asked for begins no new break."""
-        name, now = self.endpoint.name, self._office.clock.moment().now
+        name, now = self.endpoint.name, self._office.moment().now
         if outcome.error is None:
             self.tally.last_success_at = now
             if self.breaker.succeeded():
@@ -306,7 +306,7 @@ class Courier:
         count = len(self._outcomes)
         if not count:
             return
-        at, ms = self._office.clock.moment(), self._now_ms()
+        at, ms = self._office.moment(), self._now_ms()
         now = at.now
         settled, waits = [], []
         for message, outcome in self._outcomes[:count]:
@@ -350,7 +350,7 @@ class Courier:
         self._next_clearing_s = self._loop_time() + MINUTE_MS / SECOND_MS
         if failing_ms < self.endpoint.give_up_after_ms:
             return
-        at = self._office.clock.moment()
+        at = self._office.moment()
         ids = list(islice(self.line.ids(), AT_ONCE))
         old = [
             replace(each, state="given_up", ended_at=at.now, error=each.error or self.tally.last_error)

@@ -95,7 +95,7 @@ class Reader:
 
         One who has to read the state anew is not told so again while he does not take that: `tells_gaps` is False.
         """
-        now, source, name = self._office.clock.moment().now, self._office.source, self._endpoint.name
+        now, source, name = self._office.moment().now, self._office.source, self._endpoint.name
         letters, told = self.alerts.look(), self.alerts.told
         alerts = len(letters)
         gone_to, position = self._cursor.gone_to, self.position
@@ -122,7 +122,7 @@ class Reader:
 
     async def add(self, letter: Letter) -> Delivery:
         """A message beside the journal. Raises DiskFull."""
-        return (await self._write([letter], self._office.clock.moment().now))[0]
+        return (await self._write([letter], self._office.moment().now))[0]
 
     async def settle(self, settled: list[Delivery], now: int) -> None:
         """Note what came of deliveries. Where of what was given up some is kept no longer, that is a gap."""
@@ -134,7 +134,7 @@ class Reader:
         """A cursor that does not move on the disk would seem to have missed what is pruned behind it."""
         since_s = self._unsaved_since_s
         if since_s is not None and (at_once or self._loop_time() >= since_s + SAVE_S):
-            await self._write([], self._office.clock.moment().now)
+            await self._write([], self._office.moment().now)
 
     async def _page(self) -> JournalPage:
         self._is_reading = True

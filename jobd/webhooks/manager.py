@@ -117,7 +117,7 @@ class Webhooks:
         if not new:
             return
         office = self._office
-        outbox = await office.disk.open_outbox(list(endpoints), office.clock.moment().now)
+        outbox = await office.disk.open_outbox(list(endpoints), office.moment().now)
         office.next_delivery = max(office.next_delivery, outbox.next_delivery)
         for name in new:
             endpoint = endpoints[name]
@@ -143,7 +143,7 @@ class Webhooks:
         courier, tally = self._couriers.get(endpoint.name), self._tallies.get(endpoint.name, Tally())
         failing_ms = None if courier is None else courier.failing_ms
         put_off_ms = None if courier is None else courier.put_off_ms
-        now = self._office.clock.moment().now
+        now = self._office.moment().now
         return WebhookView(
             name=endpoint.name,
             url=shown(endpoint.url),

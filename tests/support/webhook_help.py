@@ -94,7 +94,7 @@ class Site:
         self.listeners: list[Callable[[Any], None]] = []
         self.office = Office(
             disk=disk,
-            clock=clock,
+            moment=clock.moment,
             source="/jobd/test",
             may_write=lambda: self.may_write,
             alerts=self._alerts,
