@@ -17,6 +17,7 @@ import platform
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -125,7 +126,7 @@ def _fenced(lines: list[str]) -> str:
 
 
 def _whole(printed: str) -> str:
-    return _fenced(printed.strip().splitlines())
+    return _fenced(textwrap.dedent(printed).strip("\n").splitlines())
 
 
 def _last(printed: str) -> str:

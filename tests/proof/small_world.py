@@ -125,12 +125,12 @@ class World(Struct, frozen=True):
 
 WORLDS: Final = (
     World("plain"),
-    World("two attempts, later stuck", max_attempts=2, stuck_after=3, ceiling=0),
+    World("two attempts, longer stall time", max_attempts=2, stuck_after=3, ceiling=0),
     World("on_stall requeue", on_stall="requeue", max_stalls=0),
     World("on_stall fail", on_stall="fail", ttl=1, stuck_after=0, ceiling=2),
-    World("delayed and unwanted after a while", delay=1, expires=2),
-    World("absence", grace=2, ceiling=2),
-    World("late results are taken", ttl=1, stuck_after=0, ceiling=0, late="adopt_if_unclaimed"),
+    World("delayed, with an expiry", delay=1, expires=2),
+    World("daemon downtime", grace=2, ceiling=2),
+    World("late results adopted", ttl=1, stuck_after=0, ceiling=0, late="adopt_if_unclaimed"),
     World("wall clock steps", ttl=1, stuck_after=1, ceiling=0, furthest=1),
 )
 

@@ -337,7 +337,7 @@ def test_histories_of_a_real_daemon_are_explained_and_mutants_are_not(capsys: py
     assert not figures.broken, "\n".join(figures.broken)
     assert figures.shortcomings() == []
     assert set(figures.refused) == set(KINDS)
-    assert {"hung up", "unread", "request cut off", "asked again"} <= set(figures.faults)
+    assert {"disconnected", "response not read", "request cut off", "repeated"} <= set(figures.faults)
     assert figures.faults["kill -9 and restart"] + figures.faults["SIGTERM and restart"] == 4
     assert figures.unknown > 50
 
@@ -351,7 +351,7 @@ def test_the_program_says_what_it_saw_and_whether_it_is_good(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert program.main(["--histories", "2"]) == 0
-    assert "mutants refused: granted_twice" in capsys.readouterr().out
+    assert "mutants rejected: granted_twice" in capsys.readouterr().out
     monkeypatch.setitem(RULES, "cancel", RULES["get"])  # a model that knows no cancelling
     assert program.main(["--histories", "20"]) == 1
     assert "No order explains history" in capsys.readouterr().out

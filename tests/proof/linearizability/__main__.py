@@ -100,12 +100,12 @@ def lines(figures: Figures, took_s: float) -> Iterator[str]:
     """The figures, for people."""
     clients = f"{min(figures.clients)} to {max(figures.clients)} clients"
     yield f"{figures.histories} histories of {clients}, {figures.jobs} jobs"
-    overlap = f"{figures.share:.1%} of them overlapping ({figures.least_share:.1%} in one history at least)"
+    overlap = f"{figures.share:.1%} of them overlapping (at least {figures.least_share:.1%} in each history)"
     yield f"{figures.operations:,} operations, {overlap}, {figures.unknown:,} unknown outcomes"
-    for title, counts in (("faults", figures.faults), ("answers", figures.answers)):
+    for title, counts in (("faults", figures.faults), ("responses", figures.answers)):
         yield f"{title}: " + ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
-    yield "mutants refused: " + ", ".join(f"{kind} {figures.refused[kind]:,}" for kind in KINDS)
-    yield f"{figures.jobs} jobs explained, {figures.refused.total():,} mutants refused, in {took_s:.1f} s"
+    yield "mutants rejected: " + ", ".join(f"{kind} {figures.refused[kind]:,}" for kind in KINDS)
+    yield f"{figures.jobs} jobs explained, {figures.refused.total():,} mutants rejected, in {took_s:.1f} s"
 
 
 def run(histories: int, seed: int) -> Figures:

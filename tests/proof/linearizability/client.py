@@ -109,7 +109,7 @@ class Client:
         for _ in range(3):
             if dice.random() >= (0.75 if is_lost else 0.04) or verb == "claim-all":
                 return
-            self._scene.count("asked again")
+            self._scene.count("repeated")
             is_lost = not self._ask(verb, job, body, key=key, fate=self._fate(verb))
 
     def _fate(self, verb: str) -> Fate:
@@ -197,7 +197,9 @@ class Client:
             fate = "answered"
         exchange = self._exchange(request, fate)
         if exchange.reply is None:
-            self._scene.count({"answered": "answer lost with the daemon", "hung up": "hung up"}.get(fate, "unread"))
+            self._scene.count(
+                {"answered": "response lost with the daemon", "hung up": "disconnected"}.get(fate, "response not read")
+            )
         self._asked += 1
         self._scene.note(self._records(verb, job, request, exchange))
         return exchange.reply is not None

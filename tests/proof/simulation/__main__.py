@@ -102,7 +102,7 @@ def count_up(fired: Counter[str]) -> None:
     for name, count in sorted(fired.items()):
         print(f"{name:{width}} {count:>10,}")
     missing = never(fired)
-    print(f"never happened: {', '.join(missing) if missing else 'nothing that should'}")
+    print(f"expected but never happened: {', '.join(missing) or 'nothing'}")
 
 
 if __name__ == "__main__":

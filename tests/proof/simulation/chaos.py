@@ -64,7 +64,7 @@ class Chaos:
                 await self._full()
             case "write error":
                 disk.write_fault = "unknown"
-            case "lost fsync answer":
+            case "lost fsync result":
                 disk.write_fault = "lost_answer"
             case "read error":
                 await self._failing(frozenset({"load"}), 0.5)

@@ -34,7 +34,7 @@ OF_THE_DOORS: Final = frozenset(
 IN_PARTS: Final = {
     "full disk": ("full disk 1", "full disk 2", "full disk 3"),
     "write error": (),
-    "lost fsync answer": (),
+    "lost fsync result": (),
     "read error": ("failing load",),
     "upkeep error": tuple(f"failing {what}" for what in UPKEEP),
     "rot": ("rot row", "rot payload"),
@@ -69,7 +69,7 @@ OTHERS: Final = (
     "dry run",
     "look that may go first",
     "cleanup complained",
-    "mishap hang up with the answer",
+    "mishap client disconnects at the response",
     "grant undelivered",
     "late result taken",
     "release delayed",

@@ -230,7 +230,7 @@ class Machine:
         if roll < 0.25 and waits_for is not None:
             waits_for.add_done_callback(lambda _: self._go_with_answer(line, handler))
             return
-        self.fired["mishap hang up"] += 1
+        self.fired["mishap client disconnects"] += 1
         line.close()
         if roll < 0.35:
             handler.cancel()
@@ -242,7 +242,7 @@ class Machine:
     def _go_with_answer(self, line: Line, handler: asyncio.Task[None]) -> None:
         """The answer is there, and the handler has perhaps not read it yet: now the connection breaks."""
         if not line.reply.done():
-            self.fired["mishap hang up with the answer"] += 1
+            self.fired["mishap client disconnects at the response"] += 1
             line.close()
             handler.cancel()
 

@@ -79,7 +79,7 @@ class Person:
         """Whether this mishap happens now."""
         if self.dice.random() >= chance or mishap not in self.machine.plan.mishaps:
             return False
-        if mishap != "hang up":  # counted where it did something
+        if mishap != "client disconnects":  # counted where it did something
             self.machine.fired[f"mishap {mishap}"] += 1
         return True
 
@@ -88,7 +88,7 @@ class Person:
         key = self._key(command)
         answer: Response | ApiError | None = None
         for _ in range(tries):
-            if key is not None and self.has("asked twice at once", 0.1):
+            if key is not None and self.has("concurrent repeat", 0.1):
                 first, second = await asyncio.gather(self._once(command, key), self._once(command, key))
                 answer = first or second
             else:
@@ -103,9 +103,9 @@ class Person:
     async def _once(self, command: AnyCommand, key: IdempotencyKey | None) -> Response | ApiError | None:
         by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "admin" if self.admin else "client"
         hang_up_s = None
-        if self.has("hang up", 0.25 if isinstance(command, (Start, Claim)) else 0.05):
+        if self.has("client disconnects", 0.25 if isinstance(command, (Start, Claim)) else 0.05):
             hang_up_s = self.dice.expovariate(self.dice.choice((800, 800, 100, 1)))  # at best while it is written
-        unread = self.has("answer unread", 0.08)
+        unread = self.has("response not read", 0.08)
         return await self.machine.call(
             self.name, command, by=by, admin=self.admin, key=key, hang_up_s=hang_up_s, unread=unread
         )
@@ -115,7 +115,7 @@ class Person:
         if not isinstance(command, KEYED) or self.dice.random() < 0.4:
             return None
         path = f"{type(command).__name__} {getattr(command, 'id', '') if not isinstance(command, Create) else ''}"
-        if self.has("key of another", 0.2):
+        if self.has("reused key", 0.2):
             return IdempotencyKey(f"{path} shared {self.dice.randrange(3)}", worker_rules.digest(command))
         self._keys += 1
         return IdempotencyKey(f"{path} {self.name} {self._keys}", worker_rules.digest(command))
@@ -246,14 +246,14 @@ class Worker(Person):
         for _ in range(self.dice.randrange(4)):
             await self._toil(granted)
             answer = await self.ask(self._sign(job_id, lock_id))
-            if isinstance(answer, ApiError) and not self.has("worker talks on", 0.3):
+            if isinstance(answer, ApiError) and not self.has("worker ignores lock_lost", 0.3):
                 return
             if self.machine.closing or self.has("worker dies", 0.05):
                 return
         await self._toil(granted)
         ending = self._ending(job_id, lock_id)
         await self.ask(ending)
-        if self.has("ended twice", 0.2):
+        if self.has("repeated ending", 0.2):
             release = Release(id=job_id, lock_id=lock_id)  # as a `finally` block does
             await self.ask(self.dice.choice((ending, ending, release, self._ending(job_id, lock_id))))
 

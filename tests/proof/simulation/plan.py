@@ -25,7 +25,7 @@ FAULTS: Final = (
     "slow disk",
     "full disk",
     "write error",
-    "lost fsync answer",
+    "lost fsync result",
     "read error",
     "upkeep error",
     "rot",
@@ -42,17 +42,17 @@ FAULTS: Final = (
     "artifacts slow",
 )
 MISHAPS: Final = (
-    "answer unread",
-    "hang up",
-    "asked twice at once",
-    "key of another",
+    "response not read",
+    "client disconnects",
+    "concurrent repeat",
+    "reused key",
     "worker dies",
     "worker sleeps",
-    "worker talks on",
-    "ended twice",
+    "worker ignores lock_lost",
+    "repeated ending",
     "worker releases",
 )
-RARE: Final = frozenset({"rot", "restore", "long wall step", "leap", "read error", "lost fsync answer", "write error"})
+RARE: Final = frozenset({"rot", "restore", "long wall step", "leap", "read error", "lost fsync result", "write error"})
 
 
 class Plan(Struct, frozen=True):
