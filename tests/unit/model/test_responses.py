@@ -36,7 +36,7 @@ def test_where_nothing_is_said_nothing_has_happened() -> None:
     for name, kind in vars(responses).items():
         if isinstance(kind, type) and kind.__module__ == responses.__name__ and hasattr(kind, "__struct_fields__"):
             told |= {f"{name}.{field.name}": field.default for field in fields(kind) if _is_plain(field)}
-    assert told.pop("Answer.status") == 200
+    assert told.pop("Response.status") == 200
     assert told.pop("AlertView.severity") == "warning", "of a daemon that does not say it"
     assert {place: value for place, value in told.items() if value} == {}
     assert len(told) > 10
