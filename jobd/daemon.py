@@ -54,8 +54,8 @@ from jobd.maintenance.suspend_detector import Presence
 from jobd.model.commands import EndGrants, ExtendAfterPause, Ping
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import Response
-from jobd.model.storage import DiskFull, Opened, StoredResponse
-from jobd.model.webhooks import Endpoint
+from jobd.model.storage import DiskFull, OpenedStore, StoredResponse
+from jobd.model.webhooks import WebhookEndpoint
 from jobd.monitoring import event_log
 from jobd.monitoring.alerts import Alerts, Thresholds
 from jobd.monitoring.failure_groups import Failures
@@ -188,7 +188,7 @@ class Daemon:
 
     # -- up -----------------------------------------------------------------------------------------------------------
 
-    async def _open_store(self, stack: contextlib.AsyncExitStack) -> tuple[Store, Opened]:
+    async def _open_store(self, stack: contextlib.AsyncExitStack) -> tuple[Store, OpenedStore]:
         settings = self._loaded.config.store
         synchronous: Synchronous = "EXTRA" if settings.synchronous == "extra" else "FULL"
         try:
@@ -219,7 +219,7 @@ class Daemon:
                 taken = OSError(errno.EADDRINUSE, "another process listens there")
                 raise _cannot_listen(name, place, taken)
 
-    def _settle(self, opened: Opened) -> None:
+    def _settle(self, opened: OpenedStore) -> None:
         """What a start owes the jobs that were processing: time to be heard of, or an end after a restore.
 
         The actor does it before anything else; on a full disk, as soon as there is room.
@@ -248,7 +248,7 @@ class Daemon:
         line.warning("was_away", away_ms=away_ms, processing=len(self.actor.book.processing))
         self._credit_absence(self.clock.moment().lease - away_ms)
 
-    async def _sweep(self, store: Store, opened: Opened, stack: contextlib.AsyncExitStack) -> Sweeper | None:
+    async def _sweep(self, store: Store, opened: OpenedStore, stack: contextlib.AsyncExitStack) -> Sweeper | None:
         """Artifacts of deleted jobs are deleted, where there is a store of them."""
         self._sweeps = Sweeps(waiting=opened.tombstones)
         self._artifacts = await _open_artifacts(self._loaded)
@@ -265,7 +265,7 @@ class Daemon:
     def _make_webhooks(self, store: Store) -> Webhooks:
         """Webhooks, not at work yet. Who is configured keeps the journal from now on."""
 
-        def poster(endpoint: Endpoint) -> Sender:
+        def poster(endpoint: WebhookEndpoint) -> Sender:
             return Sender(allow_private=endpoint.allow_private, most=PARALLEL, wall=lambda: self.clock.moment().now)
 
         office = Office(
@@ -280,7 +280,9 @@ class Daemon:
         webhooks.set_endpoints(each.endpoint for each in self._loaded.webhooks)
         return webhooks
 
-    def _rooms(self, store: Store, opened: Opened, sweeper: Sweeper | None, stack: contextlib.AsyncExitStack) -> Rooms:
+    def _rooms(
+        self, store: Store, opened: OpenedStore, sweeper: Sweeper | None, stack: contextlib.AsyncExitStack
+    ) -> Rooms:
         settings = self._loaded.config
         health = Health(
             self.actor,
@@ -538,7 +540,7 @@ def _admin_hosts(settings: Config, given: list[socket.socket] | None) -> frozens
     return own_names(settings.admin.listen, settings.admin.hosts)
 
 
-def _actor(store: Store, opened: Opened, clock: Clock, settings: Config) -> Actor:
+def _actor(store: Store, opened: OpenedStore, clock: Clock, settings: Config) -> Actor:
     book = Book.opened(opened)
     book.quarantined = dict(opened.quarantined)
     book.suspects = dict(opened.suspects)

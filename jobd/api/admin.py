@@ -41,15 +41,15 @@ from jobd.model.commands import (
     LateResults,
     Locks,
     MakePlan,
-    OnJobNamed,
-    OnPlan,
+    NamedJobCommand,
     Pause,
+    PlanCommand,
     Queues,
     ReleaseLock,
     Resume,
     RowCursor,
     RunNow,
-    Search,
+    SearchJobs,
     Stats,
     TakeBack,
     Timeline,
@@ -63,7 +63,7 @@ from jobd.model.errors import ApiError
 from jobd.model.events import StreamedEvent
 from jobd.model.job import Text as Words
 from jobd.model.responses import (
-    AdminLock,
+    AdminLockView,
     AlertList,
     AuditPage,
     BackupList,
@@ -76,7 +76,6 @@ from jobd.model.responses import (
     DeliveryView,
     ExportPage,
     FailuresView,
-    Forced,
     HealthView,
     JobPage,
     JobView,
@@ -93,8 +92,9 @@ from jobd.model.responses import (
     Resent,
     Response,
     StatsView,
-    TakenBack,
+    TakeBackView,
     TimelineView,
+    TransitionView,
     ValidateJobView,
     WebhookList,
     WhyView,
@@ -115,7 +115,7 @@ class Because(Command, frozen=True, kw_only=True):
     reason: Words | None = None
 
 
-class ValidateJob(OnJobNamed, frozen=True, kw_only=True):
+class ValidateJob(NamedJobCommand, frozen=True, kw_only=True):
     """Validate, with the job named as `jobId` in the query."""
 
 
@@ -225,11 +225,11 @@ async def _make_plan(site: Web[Rooms], visit: Visit, asked: MakePlan) -> Respons
     return _given(await site.rooms.make_plan(asked))
 
 
-async def _plan(site: Web[Rooms], visit: Visit, asked: OnPlan) -> Response | ApiError:
+async def _plan(site: Web[Rooms], visit: Visit, asked: PlanCommand) -> Response | ApiError:
     return _given(site.rooms.plan(asked.plan_id))
 
 
-async def _apply_plan(site: Web[Rooms], visit: Visit, asked: OnPlan) -> Response | ApiError:
+async def _apply_plan(site: Web[Rooms], visit: Visit, asked: PlanCommand) -> Response | ApiError:
     return _given(await site.rooms.apply_plan(asked.plan_id, visit.operator or operator_of(visit)))
 
 
@@ -322,11 +322,11 @@ _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/cleanup", asks=Nothing, gives=CleanupState, who=_A, via=_cleanup_state),
     Route(method="POST", path=f"{_P}/recover-stuck", asks=Because, gives=RecoverStuckView, who=_A, via=_recover_stuck),
     Route(method="GET", path=f"{_P}/validate-job", asks=ValidateJob, gives=ValidateJobView, who=_A, via=_validate_job),
-    Route(method="POST", path=f"{_P}/force-fail", asks=ForceFail, gives=Forced, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/force-reset", asks=ForceReset, gives=Forced, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/transition", asks=Transition, gives=Forced, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/extend-lock", asks=ExtendLock, gives=AdminLock, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/release-lock", asks=ReleaseLock, gives=AdminLock, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/force-fail", asks=ForceFail, gives=TransitionView, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/force-reset", asks=ForceReset, gives=TransitionView, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/transition", asks=Transition, gives=TransitionView, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/extend-lock", asks=ExtendLock, gives=AdminLockView, who=_A, key=True),
+    Route(method="POST", path=f"{_P}/release-lock", asks=ReleaseLock, gives=AdminLockView, who=_A, key=True),
     Route(method="POST", path=f"{_P}/import", asks=Import, gives=ImportReport, who=_A, via=take_in, reads="lines"),
     Route(
         method="POST",
@@ -338,7 +338,7 @@ _ROUTES: Final = (
         reads="lines",
     ),
     Route(method="GET", path=f"{_P}/export", asks=Export, gives=ExportPage, who=_A, via=_export, noted=True),
-    Route(method="GET", path=f"{_P}/jobs", asks=Search, gives=JobPage, who=_A),
+    Route(method="GET", path=f"{_P}/jobs", asks=SearchJobs, gives=JobPage, who=_A),
     Route(method="GET", path=f"{_P}/jobs/{{id}}", asks=Get, gives=JobView, who=_A),
     Route(method="DELETE", path=f"{_P}/jobs/{{id}}", asks=Delete, gives=JobView, who=_A, key=True),
     Route(method="GET", path=f"{_P}/jobs/{{id}}/timeline", asks=Timeline, gives=TimelineView, who=_A),
@@ -364,14 +364,21 @@ _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/queues", asks=Queues, gives=QueueList, who=_A),
     Route(method="GET", path=f"{_P}/workers", asks=Workers, gives=WorkerList, who=_A),
     Route(
-        method="POST", path=f"{_P}/workers/{{name}}/take-back", asks=TakeBack, gives=TakenBack, who=_A, via=_take_back
+        method="POST",
+        path=f"{_P}/workers/{{name}}/take-back",
+        asks=TakeBack,
+        gives=TakeBackView,
+        who=_A,
+        via=_take_back,
     ),
     Route(method="GET", path=f"{_P}/reports", asks=Reports, gives=ReportList, who=_A, via=_reports),
     Route(method="GET", path=f"{_P}/failures", asks=FailuresAsked, gives=FailuresView, who=_A, via=_failures),
     Route(method="GET", path=f"{_P}/preview", asks=Nothing, gives=PreviewView, who=_A, via=_preview),
     Route(method="POST", path=f"{_P}/plans", asks=MakePlan, gives=PlanView, who=_A, via=_make_plan),
-    Route(method="GET", path=f"{_P}/plans/{{plan_id}}", asks=OnPlan, gives=PlanView, who=_A, via=_plan),
-    Route(method="POST", path=f"{_P}/plans/{{plan_id}}/apply", asks=OnPlan, gives=PlanResult, who=_A, via=_apply_plan),
+    Route(method="GET", path=f"{_P}/plans/{{plan_id}}", asks=PlanCommand, gives=PlanView, who=_A, via=_plan),
+    Route(
+        method="POST", path=f"{_P}/plans/{{plan_id}}/apply", asks=PlanCommand, gives=PlanResult, who=_A, via=_apply_plan
+    ),
     Route(method="GET", path=f"{_P}/audit", asks=AuditLog, gives=AuditPage, who=_A),
     Route(method="GET", path=f"{_P}/alerts", asks=Nothing, gives=AlertList, who=_A, via=_alerts),
     Route(method="GET", path=f"{_P}/events", asks=Follow, gives=StreamedEvent, who=_A, via=follow, sends=EVENT_STREAM),

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from jobd.api.services import Rooms
 from jobd.http.app import Web, log
 from jobd.http.request import Visit, looker_of
-from jobd.model.commands import Note, Operator
+from jobd.model.commands import Operator, RecordAction
 from jobd.model.errors import ApiError
 from jobd.model.job import MINUTE_MS
 
@@ -22,7 +22,7 @@ async def note(
     reason: str | None = None,
 ) -> None:
     """Keep in the audit log what an operator does that is no command on jobs. It does not depend on that."""
-    done = await site.actor.ask(Note(what=what, details=details, reason=reason), operator=operator)
+    done = await site.actor.ask(RecordAction(what=what, details=details, reason=reason), operator=operator)
     if isinstance(done, ApiError):
         log.warning("audit_missed", what=what, by=None if operator is None else operator.by, reason=done.code)
 
@@ -34,7 +34,7 @@ async def note_look(site: Web[Rooms], visit: Visit, what: str, *, name: str = ""
     minute = site.rooms.clock().now // MINUTE_MS
     part_of = " ".join((what, looker.who, looker.address, job_id or "", str(minute)))
     done = await site.actor.ask(
-        Note(what=what, details=details, job_id=job_id), operator=replace(looker, part_of=part_of)
+        RecordAction(what=what, details=details, job_id=job_id), operator=replace(looker, part_of=part_of)
     )
     if isinstance(done, ApiError):
         log.warning("audit_missed", what=what, by=looker.by, reason=done.code)

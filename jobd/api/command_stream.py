@@ -37,7 +37,7 @@ from jobd.model.commands import (
     Fail,
     Get,
     IdempotencyKey,
-    OnJob,
+    JobCommand,
     Progress,
     Release,
     Start,
@@ -169,7 +169,7 @@ class LineReader:
         if isinstance(command, Claim) and command.wait_ms:
             message = "a claim in a stream does not wait: those behind it would. Leave it out, or send POST /v1/claim."
             raise invalid_request_error("$.wait_ms", message)
-        job_id = command.id if isinstance(command, (Create, OnJob)) else None
+        job_id = command.id if isinstance(command, (Create, JobCommand)) else None
         by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "client"
         return Line(command, by, job_id, self._key(op, job_id, mark.idempotency_key, line))
 

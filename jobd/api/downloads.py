@@ -23,10 +23,10 @@ from jobd.http.request import Visit
 from jobd.http.response import PATIENCE_S, SAFE
 from jobd.http.streaming import finish, write
 from jobd.maintenance.backups import Copy
-from jobd.model.commands import BackupId, Command, Get, LateResults, OnJob
+from jobd.model.commands import BackupId, Command, Get, JobCommand, LateResults
 from jobd.model.errors import ApiError
 from jobd.model.responses import JobView, LateResultList, LateResultView
-from jobd.model.storage import DiskFull, NoBackup
+from jobd.model.storage import BackupError, DiskFull
 from jobd.storage.artifacts.base import StoreFault
 from jobd.storage.artifacts.downloads import Download
 
@@ -36,7 +36,7 @@ SHOWN_NAME: Final = 150  # characters of a file's name
 log = structlog.get_logger("jobd.artifacts")
 
 
-class Artifact(OnJob, frozen=True, kw_only=True):
+class Artifact(JobCommand, frozen=True, kw_only=True):
     """The object that a job's `storage_key` names, or that of its late result with this `seq`."""
 
     late_result: Annotated[int, Meta(ge=1)] | None = None
@@ -136,7 +136,7 @@ async def give_out(site: Web[Rooms], visit: Visit, asked: BackupAsked) -> web.St
         copy = await _while_there(site, visit, site.rooms.backup(asked.id or secrets.token_hex(8)))
     except DiskFull as full:
         return ApiError("storage_full", f"No backup: {full}. Free some and try again.")
-    except NoBackup as why:
+    except BackupError as why:
         log.error("no backup", reason=str(why))
         return ApiError("shutting_down" if site.closing else "internal_error", f"No backup: {why}.")
     if isinstance(copy, ApiError):
@@ -162,7 +162,7 @@ async def _while_there(site: Web[Rooms], visit: Visit, work: Coroutine[Any, Any,
             if visit.is_cut:
                 raise ConnectionResetError("the client is gone")
             if site.closing:
-                raise NoBackup("the daemon is stopping")
+                raise BackupError("the daemon is stopping")
             await asyncio.wait([task], timeout=LOOK_S)
     finally:
         task.cancel()

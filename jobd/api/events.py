@@ -20,7 +20,7 @@ from jobd.http.response import PATIENCE_S, SAFE
 from jobd.http.streaming import finish, notice_hangup, write
 from jobd.model.commands import MAX_NAMES, Command
 from jobd.model.errors import ApiException, invalid_request_error
-from jobd.model.events import EventType, Wanted
+from jobd.model.events import EventFilter, EventType
 from jobd.model.job import is_job_id
 
 EVENT_STREAM: Final = "text/event-stream"
@@ -109,13 +109,13 @@ def _after(asked: Follow, visit: Visit) -> int | None:
     return asked.last_event_id
 
 
-def _wanted(asked: Follow) -> Wanted:
+def _wanted(asked: Follow) -> EventFilter:
     types = _names("type", asked.type)
     if unknown := sorted(types - _TYPES):
         raise invalid_request_error(
             "$.type", f"{unknown[0][:80]!r} is no type of event. Known: {', '.join(sorted(_TYPES))}."
         )
-    return Wanted(_ids("queue", asked.queue), _ids("job_id", asked.job_id), types)
+    return EventFilter(_ids("queue", asked.queue), _ids("job_id", asked.job_id), types)
 
 
 def _ids(field: str, text: str | None) -> frozenset[str]:

@@ -19,7 +19,7 @@ from jobd.http.streaming import Lines
 from jobd.model.commands import Import, ImportCheck
 from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import LIVE, is_job_id
-from jobd.model.responses import Imported, ImportForeseen, Response
+from jobd.model.responses import ImportCheckResult, Imported, Response
 
 AHEAD_LINES: Final = 64  # commands of one import that wait for their commit at the same time
 AHEAD_BYTES: Final = 4 << 20
@@ -241,10 +241,10 @@ class _Previewing(Importing):
         else:
             self._refuse(line.line, line.job_id, answer.message)
 
-    def _take(self, line: Ahead, found: ImportForeseen) -> None:
+    def _take(self, line: Ahead, found: ImportCheckResult) -> None:
         if found.what == "create" and (first := self._first.get(hash(found.job_id))) is not None:
             reason = f"Line {first} has the same id."
-            found = ImportForeseen(found.job_id, "skip", None, reason, found.room)
+            found = ImportCheckResult(found.job_id, "skip", None, reason, found.room)
         if found.what == "skip":
             self._seen.would_skip += 1
         elif found.status in LIVE and self._live >= found.room:

@@ -24,7 +24,7 @@ from jobd.http.auth import JSON, LINES, OPERATOR
 from jobd.http.request import Visit
 from jobd.http.response import ErrorBody, Text
 from jobd.http.routing import Route
-from jobd.model.commands import OnJob
+from jobd.model.commands import JobCommand
 from jobd.model.errors import ERROR_STATUS
 from jobd.model.job import ID_PATTERN
 from jobd.model.responses import Response
@@ -217,7 +217,7 @@ def refusals(route: Route) -> list[str]:
     if route.asks is not Nothing:
         codes |= {"overloaded", "shutting_down", "outcome_unknown"}
         codes |= {"storage_full"} if route.method != "GET" else set()
-    if issubclass(route.asks, OnJob):
+    if issubclass(route.asks, JobCommand):
         codes |= {"job_not_found", "job_quarantined"}
     if route.key:
         codes |= {"idempotency_key_reused", "overloaded"}

@@ -24,7 +24,7 @@ from jobd.maintenance.preview import LOOK_S
 from jobd.maintenance.scrubber import RowWalk
 from jobd.model.commands import MakePlan, Operator, TakeBack, Tick
 from jobd.model.errors import ApiError
-from jobd.model.events import Wanted
+from jobd.model.events import EventFilter
 from jobd.model.responses import (
     AlertView,
     BackupView,
@@ -41,11 +41,11 @@ from jobd.model.responses import (
     PlanResult,
     PlanView,
     PreviewView,
+    ProcessStats,
     QuarantinedJob,
     RecoverStuckView,
     Resent,
-    TakenBack,
-    Vitals,
+    TakeBackView,
     WebhookView,
 )
 from jobd.model.storage import DiskFull
@@ -87,7 +87,7 @@ class Rooms(Struct):
     async def recover_stuck(self, operator: Operator | None, reason: str | None) -> RecoverStuckView | ApiError:
         return await self.cleaner.recover_stuck(operator, reason)
 
-    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | ApiError:
+    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakeBackView | ApiError:
         return await self.cleaner.take_back(command, operator)
 
     def failures(self, limit: int) -> FailuresView:
@@ -119,7 +119,7 @@ class Rooms(Struct):
         await self.health_.space()
         return await self.metrics_.render()
 
-    async def vitals(self) -> Vitals:
+    async def vitals(self) -> ProcessStats:
         return await self.metrics_.vitals()
 
     async def reports(self, limit: int) -> list[CleanupReport]:
@@ -155,7 +155,7 @@ class Rooms(Struct):
     def backups(self) -> list[BackupView]:
         return self.copies.views()
 
-    def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener:
+    def listen(self, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> Listener:
         return self.feed.listen(wanted, follow=follow, cut=cut)
 
     def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:

@@ -20,7 +20,7 @@ from jobd.model.commands import (
     Extend,
     Fail,
     Get,
-    List,
+    ListJobs,
     Progress,
     Queues,
     Release,
@@ -50,7 +50,7 @@ _W: Final[Who] = "worker"
 _ROUTES: Final = (
     Route(method="POST", path="/v1/jobs", asks=Create, gives=JobView, who=_W, key=True, status=201),
     Route(method="POST", path="/v1/jobs/bulk", asks=Bulk, gives=JobList, who=_W, key=True, status=201),
-    Route(method="GET", path="/v1/jobs", asks=List, gives=JobPage, who=_W),
+    Route(method="GET", path="/v1/jobs", asks=ListJobs, gives=JobPage, who=_W),
     Route(method="GET", path="/v1/jobs/{id}", asks=Get, gives=JobView, who=_W),
     Route(method="GET", path="/v1/jobs/{id}/timeline", asks=Timeline, gives=TimelineView, who=_W),
     Route(method="GET", path="/v1/jobs/{id}/why", asks=Why, gives=WhyView, who=_W),

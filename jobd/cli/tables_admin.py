@@ -26,7 +26,7 @@ from jobd.model.responses import (
     QueueView,
     RecoverStuckView,
     StatsView,
-    TakenBack,
+    TakeBackView,
     WebhookView,
     WorkerList,
     WorkerView,
@@ -48,7 +48,7 @@ def queues(views: Sequence[QueueView]) -> None:
             queue.failed,
             queue.cancelled,
             terminal.age(queue.oldest_due_at) if queue.oldest_due_at is not None else None,
-            *([queue.pause.in_words() if queue.paused else None] if is_described else ()),
+            *([queue.pause.describe() if queue.paused else None] if is_described else ()),
         )
         for queue in views
     ]
@@ -108,7 +108,7 @@ def _few(names: Iterable[str]) -> str:
     return " ".join([*shown[:MOST_NAMED], *more])
 
 
-def taken_back(view: TakenBack, tell: Callable[[str], None], *, would: bool) -> None:
+def taken_back(view: TakeBackView, tell: Callable[[str], None], *, would: bool) -> None:
     """Show the effect of a take-back on each job: done, or planned with `would`."""
     done = {"reset": "back in its queue", "failed": "failed"}
     foreseen = {"reset": "would go back to its queue", "failed": "would fail"}

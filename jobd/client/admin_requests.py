@@ -13,11 +13,11 @@ from msgspec import Raw, Struct
 
 from jobd.client.protocol import NDJSON_TYPE, ApiRequest, JobInfo, JobInfoPage, T, get, job_path, post, reader, uuid7
 from jobd.client.worker_requests import read_job, read_page, read_queues, read_timeline, read_why, read_workers
-from jobd.model.commands import OF_TIME, PlanAction, WorkerState
+from jobd.model.commands import MAINTENANCE_ACTIONS, PlanAction, WorkerState
 from jobd.model.events import EventView
 from jobd.model.job import Status
 from jobd.model.responses import (
-    AdminLock,
+    AdminLockView,
     AlertList,
     AlertView,
     AuditPage,
@@ -31,7 +31,6 @@ from jobd.model.responses import (
     DeliveryState,
     DeliveryView,
     FailuresView,
-    Forced,
     HealthView,
     LateResultList,
     LateResultView,
@@ -48,7 +47,8 @@ from jobd.model.responses import (
     ReportList,
     Resent,
     StatsView,
-    TakenBack,
+    TakeBackView,
+    TransitionView,
     ValidateJobView,
     WebhookList,
     WebhookView,
@@ -124,10 +124,10 @@ _read_health = reader(HealthView)
 _read_report = reader(CleanupReport)
 _read_cleanup = reader(CleanupState)
 _read_recovered = reader(RecoverStuckView)
-_read_taken_back = reader(TakenBack)
+_read_taken_back = reader(TakeBackView)
 _read_validated = reader(ValidatedJob)
-_read_forced = reader(Forced)
-_read_lock = reader(AdminLock)
+_read_forced = reader(TransitionView)
+_read_lock = reader(AdminLockView)
 _read_late = reader(LateResultList)
 _read_locks = reader(LockList)
 _read_reports = reader(ReportList)
@@ -225,7 +225,7 @@ def make_plan(
         asked |= {"since": since, "until": until, "q": q, "error": error}
         asked |= {"finished_since": finished_since, "finished_until": finished_until}
         given = {name: value for name, value in asked.items() if value is not None}
-        body["filter"] = None if action in OF_TIME and not given else given
+        body["filter"] = None if action in MAINTENANCE_ACTIONS and not given else given
     return post(f"{BASE}/plans", _read_plan, body, wait_ms=_PASS_MS)
 
 
@@ -247,12 +247,16 @@ def validate_job(job_id: str) -> ApiRequest[ValidatedJob]:
     return get(f"{BASE}/validate-job", _read_validated, jobId=job_id)
 
 
-def force_fail(job_id: str, reason: str | None = None, *, idempotency_key: str | None = None) -> ApiRequest[Forced]:
+def force_fail(
+    job_id: str, reason: str | None = None, *, idempotency_key: str | None = None
+) -> ApiRequest[TransitionView]:
     """Fail a queued or processing job; a live grant is revoked. Raises JobNotFound, InvalidTransition."""
     return _change("force-fail", _read_forced, {"jobId": job_id, "reason": reason}, idempotency_key)
 
 
-def force_reset(job_id: str, reason: str | None = None, *, idempotency_key: str | None = None) -> ApiRequest[Forced]:
+def force_reset(
+    job_id: str, reason: str | None = None, *, idempotency_key: str | None = None
+) -> ApiRequest[TransitionView]:
     """Put a processing, failed or cancelled job back into its queue as new: progress, attempt and stalls 0.
 
     A live grant is revoked. Raises JobNotFound, InvalidTransition.
@@ -269,7 +273,7 @@ def transition_job_state(
     reason: str | None = None,
     dry_run: bool = False,
     idempotency_key: str | None = None,
-) -> ApiRequest[Forced]:
+) -> ApiRequest[TransitionView]:
     """Change the status if it is `from_status` now; into processing there is no way but a grant.
 
     `updates` may set error_message, priority, run_at, max_attempts, download_url, file_path, storage_key, metadata.
@@ -288,7 +292,7 @@ def extend_lock(
     reason: str | None = None,
     *,
     idempotency_key: str | None = None,
-) -> ApiRequest[AdminLock]:
+) -> ApiRequest[AdminLockView]:
     """Extend a lock in its holder's place, to at least `additional_ms` from now. Raises LockLost, JobNotFound."""
     body = {"jobId": job_id, "lockId": lock_id, "additionalTime": additional_ms, "reason": reason}
     return _change("extend-lock", _read_lock, body, idempotency_key)
@@ -296,7 +300,7 @@ def extend_lock(
 
 def release_lock(
     job_id: str, lock_id: str, reason: str | None = None, *, idempotency_key: str | None = None
-) -> ApiRequest[AdminLock]:
+) -> ApiRequest[AdminLockView]:
     """Release a lock in its holder's place: the job goes back to its queue. Raises LockLost, JobNotFound."""
     body = {"jobId": job_id, "lockId": lock_id, "reason": reason}
     return _change("release-lock", _read_lock, body, idempotency_key)
@@ -449,7 +453,7 @@ def worker_page(
     return get(f"{BASE}/workers", read_workers, state=state, limit=limit, cursor=cursor)
 
 
-def take_back(worker: str, reason: str | None = None, *, dry_run: bool = False) -> ApiRequest[TakenBack]:
+def take_back(worker: str, reason: str | None = None, *, dry_run: bool = False) -> ApiRequest[TakeBackView]:
     """End the expired grants of a silent worker by their stall rule, now. `dry_run` only lists them, up to 200.
 
     Raises WorkerNotFound, WorkerNotSilent.

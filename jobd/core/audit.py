@@ -19,10 +19,10 @@ from jobd.model.commands import (
     ForceFail,
     ForceReset,
     Import,
-    Note,
-    OnJob,
+    JobCommand,
     Operator,
     Pause,
+    RecordAction,
     Recover,
     ReleaseLock,
     Resume,
@@ -30,12 +30,12 @@ from jobd.model.commands import (
     TakeBack,
     Transition,
     Update,
-    is_rehearsal,
+    is_dry_run,
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import Change
 from jobd.model.responses import Response
-from jobd.model.storage import Audited
+from jobd.model.storage import AuditEntry
 
 DEEDS: Final[dict[type, str]] = {
     ForceFail: "force-fail",
@@ -56,19 +56,19 @@ DEEDS: Final[dict[type, str]] = {
 }
 
 
-def entry(call: Call, decision: Decision, at: int) -> Audited | None:
+def entry(call: Call, decision: Decision, at: int) -> AuditEntry | None:
     """The row of what `call` came to; None where it is no operator's deed. `at` is wall time."""
-    if call.operator is None or is_rehearsal(call.command):
+    if call.operator is None or is_dry_run(call.command):
         return None
     command = call.command
-    if isinstance(command, Note):
+    if isinstance(command, RecordAction):
         told = {"job_id": command.job_id, "outcome": command.outcome, "details": command.details}
         return _row(call.operator, at, command.what, reason=command.reason, **told)
     what = f"plan-{command.action}" if isinstance(command, ApplyPlan) else DEEDS.get(type(command))
     if what is None or (isinstance(command, Import) and not decision.changes):
         return None  # it reads; or it is a line of an import that was skipped or refused, of which the report tells
     changes, queue = decision.changes, command.name if isinstance(command, Pause | Resume) else None
-    is_one = isinstance(command, OnJob)
+    is_one = isinstance(command, JobCommand)
     return _row(
         call.operator,
         at,
@@ -85,7 +85,7 @@ def entry(call: Call, decision: Decision, at: int) -> Audited | None:
 def _details(command: AnyCommand, decision: Decision) -> dict[str, Any] | None:
     if isinstance(command, TakeBack):
         return {"worker": command.name}
-    is_done = isinstance(command, OnJob) and isinstance(decision.answer, Response)
+    is_done = isinstance(command, JobCommand) and isinstance(decision.answer, Response)
     return _told(decision.changes) if is_done else None
 
 
@@ -93,11 +93,11 @@ def _job_of(command: AnyCommand) -> str | None:
     """The one job that the deed is about: a plan may have one, too."""
     if isinstance(command, ApplyPlan):
         return command.jobs[0].id if len(command.jobs) == 1 else None
-    return command.id if isinstance(command, OnJob) else None
+    return command.id if isinstance(command, JobCommand) else None
 
 
-def _row(operator: Operator, at: int, what: str, **more: Any) -> Audited:
-    return Audited(at, operator.who, operator.address, what, part_of=operator.part_of, **more)
+def _row(operator: Operator, at: int, what: str, **more: Any) -> AuditEntry:
+    return AuditEntry(at, operator.who, operator.address, what, part_of=operator.part_of, **more)
 
 
 def _told(changes: list[Change]) -> dict[str, Any] | None:

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from jobd.core.state import Book
 from jobd.model.commands import Call, Moment
 from jobd.model.errors import ApiError
-from jobd.model.events import Change, Changes, Event, EventType, of_new
+from jobd.model.events import Change, Changes, Event, EventType, initial_changes
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, LateResult, Policy, new_epoch
 from jobd.model.responses import Response
 
@@ -71,7 +71,7 @@ class Draft:
 
     def create(self, job: Job, event_type: EventType, payload: bytes, request_hash: str) -> Job:
         """A new job, and its first event."""
-        event = self._event(job, None, job.status, event_type, None, None, None, of_new(job))
+        event = self._event(job, None, job.status, event_type, None, None, None, initial_changes(job))
         self.changes.append(Change(None, job, event, payload, request_hash))
         return job
 

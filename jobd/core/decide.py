@@ -51,15 +51,15 @@ from jobd.model.commands import (
     Import,
     ImportCheck,
     LateResults,
-    List,
+    ListJobs,
     Locks,
     Moment,
-    Note,
     Pause,
     Ping,
     Preview,
     Progress,
     Queues,
+    RecordAction,
     Recover,
     Release,
     ReleaseLock,
@@ -78,11 +78,11 @@ from jobd.model.commands import (
     Validate,
     Why,
     Workers,
-    is_rehearsal,
+    is_dry_run,
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy
-from jobd.model.responses import Done, Response
+from jobd.model.responses import EmptyResponse, Response
 
 
 def decide(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
@@ -90,7 +90,7 @@ def decide(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
     draft = Draft(book, call, at, policy)
     moved = None if call.expected is None else plan_rules.moved(draft, call.command, call.expected)
     answer = moved or _answer(draft, call.command)
-    if is_rehearsal(call.command):
+    if is_dry_run(call.command):
         draft.changes.clear()  # the answer alone was asked for
     report = call.command.body if isinstance(call.command, Report) else None
     return Decision(answer, draft.changes, draft.checked, report)
@@ -127,7 +127,7 @@ def _answer(draft: Draft, command: AnyCommand) -> Response | ApiError:
             | Why()
             | Validate()
             | LateResults()
-            | List()
+            | ListJobs()
             | Queues()
             | Workers()
             | Stats()
@@ -182,7 +182,7 @@ def _answer(draft: Draft, command: AnyCommand) -> Response | ApiError:
             return maintenance_rules.end_grants(draft, command)
         case EndPauses():
             return maintenance_rules.end_pauses(draft)
-        case Tick() | Ping() | Report() | Note():
-            return Response(Done())
+        case Tick() | Ping() | Report() | RecordAction():
+            return Response(EmptyResponse())
         case _:
             assert_never(command)

@@ -17,9 +17,9 @@ from jobd.core.state import Book
 from jobd.core.transitions import in_words, is_overdue
 from jobd.core.worker_presence import ClaimSet, WorkerPresence, WorkerSeen
 from jobd.model.commands import NO_REASON, Moment
-from jobd.model.events import Event, QueuePause, by_in_words
+from jobd.model.events import Event, QueuePause, describe_author
 from jobd.model.job import DELAYED_FROM, HOUR_MS, SECOND_MS, Grant, Job, LateResult, Lease, Policy
-from jobd.model.responses import Next, WhyView
+from jobd.model.responses import NextEvent, WhyView
 
 MOST_NAMED: Final = 3  # workers or kinds that a sentence lists
 
@@ -71,15 +71,15 @@ def _queued(job: Job, book: Book, at: Moment) -> WhyView:
     if is_overdue(job, at.now):
         return _overdue(job, book, at, back)
     if job.expires_at is not None:
-        expires = Next("It fails as expired, if no worker has taken it by then.", job.expires_at, "expires_at")
+        expires = NextEvent("It fails as expired, if no worker has taken it by then.", job.expires_at, "expires_at")
     if (pause := book.paused.get(queue)) is not None:
-        because = f"Queue {queue} is paused {pause.in_words()}. No job of it is granted.{back}"
+        because = f"Queue {queue} is paused {pause.describe()}. No job of it is granted.{back}"
         return WhyView("queued", because, _pause_ends(pause, expires), "queue_paused", _resuming(queue, pause))
     if job.run_at > at.now:
         because = f"It is not due for another {in_words(job.run_at - at.now)}.{back}"
-        due = Next("It becomes due and is offered to workers.", job.run_at, "run_at")
+        due = NextEvent("It becomes due and is offered to workers.", job.run_at, "run_at")
         if job.releases >= DELAYED_FROM:
-            due = Next("The next worker gets it.", job.run_at, "release delay")
+            due = NextEvent("The next worker gets it.", job.run_at, "release delay")
         first = due if job.expires_at is None or job.run_at < job.expires_at else expires
         do = [*_look_at_releases(job), f"Run it now: jobctl run-now {job.id}"]
         return WhyView("queued", because, first, "run_at", do)
@@ -93,15 +93,15 @@ def _look_at_releases(job: Job) -> list[str]:
     return [f"Find out why its workers release it; {job.ended.worker} was the last."]
 
 
-def _pause_ends(pause: QueuePause, expires: Next | None) -> Next | None:
+def _pause_ends(pause: QueuePause, expires: NextEvent | None) -> NextEvent | None:
     if pause.until is None or (expires is not None and (expires.at or 0) <= pause.until):
         return expires
-    return Next("The daemon resumes the queue.", pause.until, "pause")
+    return NextEvent("The daemon resumes the queue.", pause.until, "pause")
 
 
 def _resuming(queue: str, pause: QueuePause) -> list[str]:
     """Suggest to resume the queue, and quote the reason for the pause."""
-    by = "the operator who paused it" if pause.by is None else by_in_words(pause.by)
+    by = "the operator who paused it" if pause.by is None else describe_author(pause.by)
     reason = f" The pause says: {pause.reason}" if pause.reason else " The pause gives no reason; ask first."
     return [f"If {by} no longer needs the pause: jobctl resume {queue}.{reason}"]
 
@@ -114,13 +114,15 @@ def _overdue(job: Job, book: Book, at: Moment, back: str) -> WhyView:
         do = ["Check the date of the daemon's machine. If it is right: jobctl clock accept"]
         return WhyView("queued", because, None, "clock", do)
     do = [f"If it is still wanted: jobctl force-reset {job.id}"]
-    soon = Next("It fails as expired, with the next recovery or cleanup pass.", at.now, "expires_at")
+    soon = NextEvent("It fails as expired, with the next recovery or cleanup pass.", at.now, "expires_at")
     if book.next_cleanup_at is not None:
-        soon = Next("It fails as expired, with the next cleanup run.", max(book.next_cleanup_at, at.now), "expires_at")
+        soon = NextEvent(
+            "It fails as expired, with the next cleanup run.", max(book.next_cleanup_at, at.now), "expires_at"
+        )
     return WhyView("queued", because, soon, "expires_at", do)
 
 
-def _waiting(job: Job, book: Book, at: Moment, expires: Next | None, back: str) -> WhyView:
+def _waiting(job: Job, book: Book, at: Moment, expires: NextEvent | None, back: str) -> WhyView:
     queue, kind = job.options.queue, job.options.kind
     first = next(book.due([queue], [kind]), None)
     ahead = "It is the next of its kind." if first is not None and first.id == job.id else "Other jobs are before it."
@@ -133,7 +135,7 @@ class _Outlook(NamedTuple):
     """The workers that could take a due job, as `why` reports them."""
 
     clause: str
-    next: Next
+    next: NextEvent
     blocked_by: str | None
     do: list[str]
 
@@ -145,21 +147,21 @@ def _outlook(job: Job, book: Book, at: Moment) -> _Outlook:
     fitting = [claims for claims in sets if claims.takes(kind)]
     see, start = "List the workers: jobctl workers", f"Start a worker: jobctl run --queue {queue} -- CMD"
     if any(claims.waiting for claims in fitting):
-        offered = Next("A waiting worker gets it.", at.now, "claim")
+        offered = NextEvent("A waiting worker gets it.", at.now, "claim")
         return _Outlook("a worker waits for jobs like it", offered, None, [see])
     workers = [(name, presence.workers[name]) for claims in fitting for name in claims.workers]
     idle = [each for each in workers if presence.state(each[1]) == "idle"]
     busy = [each for each in workers if each[1].jobs]
     if idle:
-        offered = Next("The next worker that claims its queue gets it.", None, "claim")
+        offered = NextEvent("The next worker that claims its queue gets it.", None, "claim")
         return _Outlook(_idle(idle, presence), offered, "no waiting worker", [see, start])
     if busy:
-        offered = Next("The first worker of its queue that becomes free gets it.", None, "claim")
+        offered = NextEvent("The first worker of its queue that becomes free gets it.", None, "claim")
         silent = [
             f"Take the jobs of {name} back: jobctl take-back {quote(name)}" for name, each in busy if each.expired
         ]
         return _Outlook(_busy(busy, book, at), offered, "no free worker", [see, *silent[:MOST_NAMED], start])
-    offered = Next("The first worker that claims its queue and kind gets it.", None, "claim")
+    offered = NextEvent("The first worker that claims its queue and kind gets it.", None, "claim")
     if fitting:
         ago = in_words(presence.lease - max(claims.claimed for claims in fitting))
         gone = max(workers, key=lambda each: each[1].heard, default=None)
@@ -256,7 +258,7 @@ def _processing(job: Job, book: Book, at: Moment) -> WhyView:
     grant, lease = job.grant, job.lease
     if grant is None or lease is None:
         because = "The row says processing, but nobody holds the job. Such rows come from imports or from hands."
-        soon = Next("The next cleanup run treats it as stalled.", _cleanup_at(book, at), "validation")
+        soon = NextEvent("The next cleanup run treats it as stalled.", _cleanup_at(book, at), "validation")
         return WhyView("processing", because, soon, None, ["Run a pass now: jobctl cleanup"])
     since = in_words(at.now - grant.acquired_at)
     because = f"Worker {grant.worker} has held it for {since}, at {job.progress:g} %."
@@ -288,20 +290,20 @@ def _cleanup_at(book: Book, at: Moment) -> int:
     return max(book.next_cleanup_at or 0, at.now)
 
 
-def _next_of(grant: Grant, lease: Lease, book: Book, at: Moment) -> Next:
+def _next_of(grant: Grant, lease: Lease, book: Book, at: Moment) -> NextEvent:
     if at.lease >= lease.stuck:
         if book.next_cleanup_at is not None:
             what = "The next cleanup run recovers it (recover_every is 0): on_stall queues it again or fails it."
-            return Next(what, _cleanup_at(book, at), "cleanup")
-        return Next("Recovery acts on it: on_stall queues it again or fails it.", at.now, "recovery")
+            return NextEvent(what, _cleanup_at(book, at), "cleanup")
+        return NextEvent("Recovery acts on it: on_stall queues it again or fails it.", at.now, "recovery")
     if lease.is_live(at.lease) and lease.expires < lease.stuck:
         what = f"The lock expires, unless worker {grant.worker} extends it or reports progress."
-        return Next(what, at.wall(lease.expires), "lock expiry")
+        return NextEvent(what, at.wall(lease.expires), "lock expiry")
     by = "" if book.next_cleanup_at is None else " by the next cleanup run after that"
     what = f"It counts as stuck and is recovered{by}, unless worker {grant.worker}"
     if lease.ceiling is not None and lease.stuck == lease.ceiling:  # which more time for the lock does not move
-        return Next(f"{what} reports progress or ends it.", at.wall(lease.stuck), "max_processing")
-    return Next(f"{what} is heard of.", at.wall(lease.stuck), "stuck_after")
+        return NextEvent(f"{what} reports progress or ends it.", at.wall(lease.stuck), "max_processing")
+    return NextEvent(f"{what} is heard of.", at.wall(lease.stuck), "stuck_after")
 
 
 def _advice(job: Job, grant: Grant, lease: Lease, at: Moment) -> list[str]:
@@ -319,7 +321,7 @@ def _finished(job: Job, at: Moment) -> WhyView:
     deleted = None
     if job.expires_at is not None:
         what = "A cleanup run deletes it" + (" once the clock is no longer suspect." if at.suspect else ".")
-        deleted = Next(what, max(job.expires_at, at.now), "retention")
+        deleted = NextEvent(what, max(job.expires_at, at.now), "retention")
     match job.status:
         case "completed":
             return WhyView("completed", ending(job), deleted, None, [])
@@ -346,7 +348,7 @@ def ending(job: Job, events: Sequence[Event] = ()) -> str:
 def _failed(job: Job, end: Event | None) -> str:
     message = (job.error.message if job.error else None) or "without a message."
     if end is not None and end.type == "failed":
-        return f"It failed at {by_in_words(end.by)}: {message}"
+        return f"It failed at {describe_author(end.by)}: {message}"
     if end is None or end.type not in _BY_HAND:
         return f"It failed: {message}"
     is_said = message in (end.reason, NO_REASON)
@@ -359,4 +361,4 @@ def _by_hand(end: Event) -> str:
     if end.type == "adopted":
         how += f" with a late result of worker {(end.details or {}).get('worker')}"
     reason = f": {end.reason.removesuffix('.')}" if end.reason not in (None, "", NO_REASON) else ""
-    return f"{how} by {by_in_words(end.by)}{reason}"
+    return f"{how} by {describe_author(end.by)}{reason}"

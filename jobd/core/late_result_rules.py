@@ -15,9 +15,9 @@ from jobd.core.changeset import Draft
 from jobd.core.state import Book
 from jobd.model.commands import Adopt, AnyCommand, Complete, Extend, Fail, Progress, Release, Why
 from jobd.model.errors import ApiError
-from jobd.model.job import KEEP_LATE, Job, LateResult, Policy, Result, storage_key_fault
+from jobd.model.job import MAX_LATE_RESULTS, Job, LateResult, Policy, Result, storage_key_error
 from jobd.model.responses import Response
-from jobd.model.storage import LateAsked
+from jobd.model.storage import LateResultQuery
 
 ADOPTABLE: Final = frozenset({"queued", "failed", "cancelled"})
 
@@ -36,7 +36,7 @@ _CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and in words
 }
 
 
-def asks(book: Book, command: AnyCommand, policy: Policy) -> LateAsked | None:
+def asks(book: Book, command: AnyCommand, policy: Policy) -> LateResultQuery | None:
     """What of late results has to be read before `command` is decided."""
     if not isinstance(command, (Complete, Why, Adopt)):
         return None
@@ -46,11 +46,11 @@ def asks(book: Book, command: AnyCommand, policy: Policy) -> LateAsked | None:
     if job is None:
         return None
     if not isinstance(command, Complete):
-        return LateAsked(job.seq, whole=isinstance(command, Adopt))
+        return LateResultQuery(job.seq, with_results=isinstance(command, Adopt))
     last = job.ended if job.ended is not None and job.ended.lock_id == command.lock_id else None
-    if policy.late_results_of(job.options.queue) == "drop" or (last is not None and last.verb):
+    if policy.late_policy(job.options.queue) == "drop" or (last is not None and last.verb):
         return None  # it will be forgotten, or repeats what its holder has said
-    return LateAsked(job.seq, command.lock_id if last is None else None)
+    return LateResultQuery(job.seq, command.lock_id if last is None else None)
 
 
 def is_late(book: Book, command: Complete) -> bool:
@@ -66,7 +66,7 @@ def complete(draft: Draft, command: Complete, refusal: ApiError, body_hash: str)
     job = draft.book.get(command.id)
     assert job is not None  # its lock was looked at
     granted = _granted(draft.book, job, command.lock_id)
-    policy = draft.policy.late_results_of(job.options.queue)
+    policy = draft.policy.late_policy(job.options.queue)
     if granted is None:
         return refusal
     if policy == "drop":
@@ -184,12 +184,12 @@ def _kept(draft: Draft, job: Job, late: LateResult, refusal: ApiError) -> ApiErr
     if same is not None:
         return _told(draft, job, same, refusal) if same.body_hash == late.body_hash else None
     result = late.result
-    latest = sorted([late.fencing_token, *(each.fencing_token for each in known)])[-KEEP_LATE:]
+    latest = sorted([late.fencing_token, *(each.fencing_token for each in known)])[-MAX_LATE_RESULTS:]
     if late.fencing_token not in latest:
         return None
     if result.metadata is not None and len(bytes(result.metadata)) > draft.policy.late_bytes:
         return None
-    if result.storage_key is not None and storage_key_fault(result.storage_key) is not None:
+    if result.storage_key is not None and storage_key_error(result.storage_key) is not None:
         return None
     reason = f"Worker {late.worker} completed the job after it had lost its lock; {_holder(job)}. Its result is kept."
     details = {"worker": late.worker, "fencing_token": late.fencing_token}

@@ -18,8 +18,8 @@ from jobd.model.commands import (
     EndGrants,
     Expire,
     ExtendAfterPause,
+    JobCommand,
     Moment,
-    OnJob,
     Preview,
     Recover,
     RepairJobs,
@@ -27,7 +27,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import FINISHED, Job, Lease
-from jobd.model.responses import Foreseen, Issue, Recovered, Recovery, Response, TakenBack, Worked
+from jobd.model.responses import Issue, MaintenanceResult, PreviewResult, Recovered, Recovery, Response, TakeBackView
 
 TAKEN_BACK: Final = 200  # jobs of one take-back command
 
@@ -76,7 +76,7 @@ def take_back(draft: Draft, command: TakeBack) -> Response | ApiError:
         details.append(_recovery(draft, job))
     reset = sum(each.action == "reset" for each in details)
     more = len(worker.expired) > len(details)
-    return Response(TakenBack(name, len(details), reset, len(details) - reset, details, more, draft.at.now))
+    return Response(TakeBackView(name, len(details), reset, len(details) - reset, details, more, draft.at.now))
 
 
 def _recovery(draft: Draft, job: Job) -> Recovery:
@@ -85,18 +85,18 @@ def _recovery(draft: Draft, job: Job) -> Recovery:
     return Recovery(job.id, action, draft.changes[-1].event.reason or "")
 
 
-def recover_one(draft: Draft, command: OnJob) -> Response | ApiError:
+def recover_one(draft: Draft, command: JobCommand) -> Response | ApiError:
     """Recover this job, if it is stuck at this moment."""
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
     if transitions.is_stuck(job, draft.at.lease):
         transitions.stall(draft, job, transitions.silence(draft, job))
-        return Response(Worked(1))
+        return Response(MaintenanceResult(1))
     return _not_due(job, draft.at)
 
 
-def clean_one(draft: Draft, command: OnJob) -> Response | ApiError:
+def clean_one(draft: Draft, command: JobCommand) -> Response | ApiError:
     """What a pass does to this job at this moment, but for what it mends: recover it, fail it, or delete it."""
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
@@ -107,7 +107,7 @@ def clean_one(draft: Draft, command: OnJob) -> Response | ApiError:
         draft.delete(job)
     else:
         return recover_one(draft, command)
-    return Response(Worked(1))
+    return Response(MaintenanceResult(1))
 
 
 def _not_due(job: Job, at: Moment) -> ApiError:
@@ -122,7 +122,7 @@ def preview(draft: Draft, command: Preview) -> Response:
     expired = [job.id for job in overdue if transitions.may_expire(job, draft.at)]
     draft.changes.clear()
     more = recovered.more or more_overdue
-    return Response(Foreseen(recovered.details, recovered.locks_cleared, expired, more))
+    return Response(PreviewResult(recovered.details, recovered.locks_cleared, expired, more))
 
 
 def _clear_lock(draft: Draft, job: Job, lease: Lease) -> None:
@@ -140,7 +140,7 @@ def end_grants(draft: Draft, command: EndGrants) -> Response:
             cause = "The store was put back from a backup, which ends every grant in it."
             transitions.stall(draft, job, cause, rule="restore", why="restored")
             done += 1
-    return Response(Worked(done))
+    return Response(MaintenanceResult(done))
 
 
 def credit_absence(draft: Draft, command: ExtendAfterPause) -> Response:
@@ -156,7 +156,7 @@ def credit_absence(draft: Draft, command: ExtendAfterPause) -> Response:
         if lease != job.lease:
             draft.step(job, "resumed", details={"grace_ms": command.grace_ms}, lease=lease)
             done += 1
-    return Response(Worked(done))
+    return Response(MaintenanceResult(done))
 
 
 def _credited(lease: Lease, since: int, until: int) -> Lease:
@@ -172,7 +172,7 @@ def expire(draft: Draft, command: Expire) -> Response:
     late = [job for job in overdue if transitions.may_expire(job, draft.at)]
     for job in late:
         transitions.expire(draft, job)
-    return Response(Worked(len(late), more=more))
+    return Response(MaintenanceResult(len(late), more=more))
 
 
 def _overdue(draft: Draft, limit: int) -> tuple[list[Job], bool]:
@@ -190,7 +190,7 @@ def delete_expired(draft: Draft, command: DeleteExpired) -> Response:
             continue
         draft.delete(job)
         done += 1
-    return Response(Worked(done))
+    return Response(MaintenanceResult(done))
 
 
 def _is_past(job: Job, at: Moment) -> bool:
@@ -207,7 +207,7 @@ def end_pauses(draft: Draft) -> Response:
     ]
     for name in over:
         draft.queue(name, "queue_resumed", "The pause ended at its set time.")
-    return Response(Worked(len(over)))
+    return Response(MaintenanceResult(len(over)))
 
 
 def mend(draft: Draft, command: RepairJobs) -> Response:
@@ -226,7 +226,7 @@ def mend(draft: Draft, command: RepairJobs) -> Response:
             fixed += len(issues) - len(left)
         if not left:
             draft.checked.append(job.seq)
-    return Response(Worked(fixed, found=len(found), issues=found))
+    return Response(MaintenanceResult(fixed, found=len(found), issues=found))
 
 
 def _mend(draft: Draft, job: Job) -> Job:

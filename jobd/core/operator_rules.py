@@ -28,7 +28,7 @@ from jobd.model.commands import (
 from jobd.model.errors import ApiError
 from jobd.model.events import QueuePause
 from jobd.model.job import FINISHED, LIVE, MAX_PERCENT, TRANSITIONS, Failure, Grant, Job, Lease, Result, Status
-from jobd.model.responses import AdminLock, Forced, Imported, ImportForeseen, LockState, Response
+from jobd.model.responses import AdminLockView, ImportCheckResult, Imported, LockState, Response, TransitionView
 
 
 def force_fail(draft: Draft, command: ForceFail) -> Response | ApiError:
@@ -214,18 +214,18 @@ def check_import(draft: Draft, command: ImportCheck) -> Response | ApiError:
     room = max(draft.policy.live_jobs - live, 0)
     if command.id in draft.book.quarantined:
         reason = "A job with this id is there; its row is damaged."
-        return Response(ImportForeseen(command.id, "skip", None, reason, room))
+        return Response(ImportCheckResult(command.id, "skip", None, reason, room))
     there = draft.book.get(command.id)
     if there is not None:
         reason = f"A job with this id exists: it is {there.status}."
-        return Response(ImportForeseen(command.id, "skip", there.status, reason, room))
+        return Response(ImportCheckResult(command.id, "skip", there.status, reason, room))
     trial = Draft(draft.book, draft.call, draft.at, draft.policy)
     answer = import_job(trial, command)
     if isinstance(answer, ApiError):
         return answer
     last = trial.changes[-1]
     assert last.after is not None
-    return Response(ImportForeseen(command.id, "create", last.after.status, last.event.reason, room))
+    return Response(ImportCheckResult(command.id, "create", last.after.status, last.event.reason, room))
 
 
 def _imported(draft: Draft, command: Import) -> Job:
@@ -287,7 +287,7 @@ def _held_elsewhere(draft: Draft, job: Job, worker: str) -> Job:
 def lock_answer(draft: Draft, job: Job, state: LockState | None) -> Response:
     """The lock after extend-lock or release-lock, in the names that existing dashboards expect."""
     return Response(
-        AdminLock(
+        AdminLockView(
             job_id=job.id,
             status=job.status,
             lock=views.lock_view(job, draft.at, admin=True),
@@ -300,4 +300,4 @@ def lock_answer(draft: Draft, job: Job, state: LockState | None) -> Response:
 
 
 def _forced(draft: Draft, before: Job, after: Job, reason: str | None) -> Response:
-    return Response(Forced(before.id, before.status, after.status, reason, draft.at.now))
+    return Response(TransitionView(before.id, before.status, after.status, reason, draft.at.now))

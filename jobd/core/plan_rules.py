@@ -15,10 +15,10 @@ from jobd.model.commands import (
     ApplyPlan,
     Cancel,
     Delete,
-    Expected,
+    ExpectedVersion,
     ForceFail,
     ForceReset,
-    OnJob,
+    JobCommand,
     PlanAction,
 )
 from jobd.model.errors import ApiError
@@ -36,7 +36,7 @@ def apply(draft: Draft, command: ApplyPlan, rules: Rules) -> Response:
 
 def moved(draft: Draft, command: AnyCommand, expected: str) -> ApiError | None:
     """Why `command` is not done: its job is not the one any more that who asks has seen."""
-    assert isinstance(command, OnJob)
+    assert isinstance(command, JobCommand)
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
@@ -46,7 +46,7 @@ def moved(draft: Draft, command: AnyCommand, expected: str) -> ApiError | None:
     return ApiError("invalid_transition", message, {"job_id": job.id, "status": job.status})
 
 
-def _one(draft: Draft, command: ApplyPlan, rules: Rules, expected: Expected, done: PlanSlice) -> None:
+def _one(draft: Draft, command: ApplyPlan, rules: Rules, expected: ExpectedVersion, done: PlanSlice) -> None:
     job = transitions.find(draft, expected.id)
     if isinstance(job, ApiError):
         done.changed.append(ChangedJob(expected.id, "", None, job.message))
@@ -61,7 +61,7 @@ def _one(draft: Draft, command: ApplyPlan, rules: Rules, expected: Expected, don
             done.applied += 1
 
 
-def _asked(command: ApplyPlan, job_id: str) -> OnJob:
+def _asked(command: ApplyPlan, job_id: str) -> JobCommand:
     match command.action:
         case "retry" | "force-reset":
             return ForceReset(id=job_id, reason=command.reason)
@@ -72,6 +72,6 @@ def _asked(command: ApplyPlan, job_id: str) -> OnJob:
         case "delete":
             return Delete(id=job_id, reason=command.reason)
         case "recover-stuck" | "cleanup":
-            return OnJob(id=job_id)  # its event says why in the words of time; the audit log has the operator's
+            return JobCommand(id=job_id)  # its event says why in the words of time; the audit log has the operator's
         case _:
             assert_never(command.action)

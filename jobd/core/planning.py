@@ -10,8 +10,8 @@ from typing import Final
 
 import msgspec
 
-from jobd.model.commands import OF_TIME, Filter, PlanAction
-from jobd.model.job import Job, runs_again
+from jobd.model.commands import MAINTENANCE_ACTIONS, PlanAction, PlanFilter
+from jobd.model.job import Job, requeues_on_stall
 
 # Where an action of an operator leads to, None where the job is gone; from where it may be done, and which jobs are
 # looked at.
@@ -43,10 +43,10 @@ ONLY: Final[dict[PlanAction, str]] = {
 
 def to(action: PlanAction, job: Job) -> str | None:
     """The status that `action` leads to from here, None where the job is gone."""
-    if action not in OF_TIME:
+    if action not in MAINTENANCE_ACTIONS:
         return TO[action]
     if job.status == "processing":
-        return "queued" if runs_again(job) else "failed"
+        return "queued" if requeues_on_stall(job) else "failed"
     return "failed" if job.status == "queued" else None
 
 
@@ -60,7 +60,7 @@ def why_not(action: PlanAction, job: Job) -> str | None:
     return None if job.status in _FROM[action] else ONLY[action]
 
 
-def statuses(action: PlanAction, wanted: Filter) -> list[str]:
+def statuses(action: PlanAction, wanted: PlanFilter) -> list[str]:
     """Where `action` looks for the jobs of a filter, one after the other: it does nothing to any other job.
 
     An error is looked for in failed jobs, as in the list of jobs, unless a status is asked for.
@@ -95,6 +95,6 @@ def version(job: Job, late: int | None = None, action: PlanAction | None = None)
         job.updated_at if job.grant is None else None,
         late,
     )
-    if action in OF_TIME:
+    if action in MAINTENANCE_ACTIONS:
         seen += (job.progress, job.lease)
     return blake2b(msgspec.msgpack.encode(seen), digest_size=8).hexdigest()

@@ -17,7 +17,7 @@ from jobd.model.commands import (
     Get,
     GetVersion,
     LateResults,
-    List,
+    ListJobs,
     Locks,
     Queues,
     Stats,
@@ -41,14 +41,14 @@ from jobd.model.responses import (
 )
 
 OfJob = Get | GetVersion | Timeline | Why | Validate | LateResults
-Reading = OfJob | List | Queues | Workers | Stats | Locks | Export | AuditLog
+Reading = OfJob | ListJobs | Queues | Workers | Stats | Locks | Export | AuditLog
 
 
 def answer(draft: Draft, command: Reading) -> Response | ApiError:
     match command:
         case Get() | GetVersion() | Timeline() | Why() | Validate() | LateResults():
             return _of_job(draft, command)
-        case List():
+        case ListJobs():
             return Response(JobPage([], None), read=HistoryRead(page=command))
         case Export():
             return Response(ExportPage([], None), read=HistoryRead(export=command))

@@ -233,7 +233,7 @@ def _latest(block: list[DueEntry]) -> int:
     return max(map(_expires_at, block))
 
 
-class Line:
+class Fifo:
     """Jobs to which nothing has happened, in order of creation: 8 bytes for each, where an entry takes 100.
 
     A job joins at the end, and only if it belongs there. Jobs that are gone stay until they come to the front or `trim`
@@ -310,7 +310,7 @@ class Lane:
 
     def __init__(self, name: LaneName, waits: Callable[[CompactJob], bool]) -> None:
         self.name = name
-        self.line = Line()
+        self.line = Fifo()
         self.others = LaneEntries()
         self.live = 0
         self.waits = waits

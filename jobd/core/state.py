@@ -32,7 +32,7 @@ from jobd.model.job import (
     compact,
     is_release_loop,
 )
-from jobd.model.storage import LateKnown, Numbers, Opened, QueueRow
+from jobd.model.storage import LateResultRows, Numbers, OpenedStore, QueueRow
 
 FINISHED_KEPT: Final = 1_000  # finished jobs at hand, for repeated endings and quick reads
 FINISHED_BYTES: Final = 16 << 20  # of their metadata
@@ -59,7 +59,7 @@ class Book:
         # it is counted here, too, until its row is moved.
         self.unmoved: dict[str, tuple[str, str] | None] = {}
         self.request_hashes: dict[str, str] = {}  # of the jobs that the creates of this batch name
-        self.late = LateKnown()  # late results that the decisions of this batch ask for
+        self.late = LateResultRows()  # late results that the decisions of this batch ask for
         self._late_calls: dict[tuple[int, int, str], None] = {}  # job seq, fencing token, verb: those that were told
         self._late_results: dict[int, int] = {}  # job seq -> seq of the latest that came since the start
         self.paused: dict[str, QueuePause] = {}
@@ -90,7 +90,7 @@ class Book:
         self._options: dict[Options, Options] = {}
 
     @classmethod
-    def opened(cls, found: Opened) -> Book:
+    def opened(cls, found: OpenedStore) -> Book:
         """The book as a start finds it: live jobs, and the counts of finished ones that the store kept."""
         book = cls(found.numbers)
         book._now, book._lease = found.numbers.wall_ms, found.numbers.lease_ms
@@ -102,7 +102,7 @@ class Book:
                     book.totals[status] += count
             if row.pause is not None:
                 book.set_paused(name, row.pause)
-        book._enter_all(found.in_short)
+        book._enter_all(found.compact_jobs)
         for job in found.jobs:
             book.swap(None, job)
         book.order_processing()

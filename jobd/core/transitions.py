@@ -29,8 +29,8 @@ from jobd.model.job import (
     PreviousGrant,
     Result,
     default_if_none,
-    runs_again,
-    storage_key_fault,
+    requeues_on_stall,
+    storage_key_error,
 )
 from jobd.model.responses import Response
 
@@ -106,7 +106,7 @@ def refuse_expiry(draft: Draft, expires_at: int | None) -> ApiError | None:
 
 def refuse_result(draft: Draft, command: Complete) -> ApiError | None:
     """Why what `command` brings may not complete a job."""
-    if command.storage_key is not None and (fault := storage_key_fault(command.storage_key)) is not None:
+    if command.storage_key is not None and (fault := storage_key_error(command.storage_key)) is not None:
         return invalid("storage_key", f"storage_key {fault}.")
     return refuse_expiry(draft, command.expires_at) or refuse_without_url(draft.policy, command.download_url)
 
@@ -282,7 +282,7 @@ def stall(draft: Draft, job: Job, cause: str, *, rule: str = "recovery", why: st
     attempt = given_back(job) if job.progress == 0 else job.attempt
     ended = ended_by(job, draft.at.now, rule, why)
     details = {"worker": job.grant.worker if job.grant else None, "progress": job.progress, "stalls": stalls}
-    if runs_again(job):
+    if requeues_on_stall(job):
         return requeue(draft, job, "stalled", ended, reason=cause, attempt=attempt, stalls=stalls, details=details)
     if stalls > options.max_stalls:
         times = "once" if stalls == 1 else f"{stalls} times"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from jobd.model.commands import Moment
-from jobd.model.job import FINISHED, LIVE, MAX_PERCENT, MAX_PRIORITY, STATUSES, Failure, Job, Policy, storage_key_fault
+from jobd.model.job import FINISHED, LIVE, MAX_PERCENT, MAX_PRIORITY, STATUSES, Failure, Job, Policy, storage_key_error
 from jobd.model.responses import Issue, Validation
 
 NO_MESSAGE: Final = "No error message was recorded."
@@ -146,7 +146,7 @@ def _ending(job: Job, policy: Policy) -> list[Issue]:
 def _storage_key(job: Job) -> list[Issue]:
     """No API takes a wrong one. Its object is not deleted with the job."""
     key = None if job.result is None else job.result.storage_key
-    fault = None if key is None else storage_key_fault(key)
+    fault = None if key is None else storage_key_error(key)
     if fault is None:
         return []
     fix = "Correct the row, then run: jobd doctor --accept ID"

@@ -22,6 +22,7 @@ from jobd.model.errors import ApiError
 from jobd.model.events import QueuePause
 from jobd.model.job import STATUSES, Failure, Grant, Job, LateResult, Lease, Policy, Result, Status, default_if_none
 from jobd.model.responses import (
+    ErrorView,
     GrantView,
     JobView,
     LateResultView,
@@ -34,7 +35,6 @@ from jobd.model.responses import (
     PausedView,
     QueueList,
     QueueView,
-    RefusalView,
     StatsView,
     WorkerList,
     WorkerView,
@@ -146,7 +146,7 @@ def late_view(late: LateResult, refusal: ApiError | None = None) -> LateResultVi
         result.storage_key,
         result.metadata,
         late.expires_at,
-        None if refusal is None else RefusalView(refusal.code, refusal.message),
+        None if refusal is None else ErrorView(refusal.code, refusal.message),
     )
 
 

@@ -15,7 +15,7 @@ import msgspec
 from jobd.dashboard.live_updates import Live
 from jobd.dashboard.places import job_place
 from jobd.http.decoding import explain
-from jobd.model.commands import Command, Search
+from jobd.model.commands import Command, SearchJobs
 from jobd.model.errors import invalid_request_error
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, is_job_id
 
@@ -71,13 +71,13 @@ def chosen(wanted: JobFilter, now: int) -> dict[str, Any]:
     return fields
 
 
-def search(wanted: JobsPage, now: int, limit: int) -> Search:
+def search(wanted: JobsPage, now: int, limit: int) -> SearchJobs:
     """What the actor is asked. Raises Refused where a filter is out of its bounds."""
     fields = {**chosen(wanted, now), "limit": limit, **({"cursor": wanted.cursor} if wanted.cursor else {})}
     try:
-        return msgspec.convert(fields, Search)
+        return msgspec.convert(fields, SearchJobs)
     except msgspec.ValidationError as fault:
-        raise explain(str(fault), Search) from None
+        raise explain(str(fault), SearchJobs) from None
 
 
 def moment_of(name: str, text: str, now: int) -> int:

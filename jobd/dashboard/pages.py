@@ -29,9 +29,9 @@ from jobd.model.commands import (
     Cursor,
     Get,
     GetVersion,
+    JobCommand,
     LateResults,
     Locks,
-    OnJob,
     Queues,
     Stats,
     Timeline,
@@ -56,7 +56,7 @@ from jobd.model.responses import (
     VersionedJob,
     WhyView,
     WorkerList,
-    late_note,
+    late_results_note,
 )
 from jobd.monitoring.timeseries import Recorder
 
@@ -116,11 +116,11 @@ class WorkersPage(Command, frozen=True, kw_only=True):
     state: WorkerState | None = None
 
 
-class OneJob(OnJob, frozen=True, kw_only=True):
+class OneJob(JobCommand, frozen=True, kw_only=True):
     pass
 
 
-class ConfirmPage(OnJob, frozen=True, kw_only=True):
+class ConfirmPage(JobCommand, frozen=True, kw_only=True):
     """`result`: which late result, for a deed that is about one."""
 
     verb: Verb
@@ -273,7 +273,7 @@ async def _late_note(guest: Guest, deed: Deed, job: JobView) -> str | None:
         return None
     count = len(await _late_results(guest, job.id))
     if may_adopt(job.status):
-        return late_note(deed.verb, [count])
+        return late_results_note(deed.verb, [count])
     return f"Work that came late goes with it: {count} of it." if count else None
 
 

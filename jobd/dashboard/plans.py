@@ -16,10 +16,18 @@ from jobd.dashboard.filters import JobFilter, chosen
 from jobd.dashboard.pages import ACTIONS, PAUSED, Shown, asked, strip
 from jobd.dashboard.rendering import iso
 from jobd.http.decoding import explain
-from jobd.model.commands import MAKING_S, MAX_PLAN, OF_TIME, Filter, MakePlan, OnPlan, PlanAction
+from jobd.model.commands import (
+    MAINTENANCE_ACTIONS,
+    MAX_PLAN,
+    MAX_PLANNING_S,
+    MakePlan,
+    PlanAction,
+    PlanCommand,
+    PlanFilter,
+)
 from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.job import JobId, Text
-from jobd.model.responses import PlanView, Response, late_note_of
+from jobd.model.responses import PlanView, Response, plan_late_results_note
 
 MOST_SHOWN: Final = 200
 SAYS: Final[dict[str, str]] = {
@@ -48,11 +56,11 @@ class PlanForm(JobFilter, frozen=True, kw_only=True):
     csrf: str = ""
 
 
-class ApplyForm(OnPlan, frozen=True, kw_only=True):
+class ApplyForm(PlanCommand, frozen=True, kw_only=True):
     csrf: str = ""
 
 
-class NextForm(OnPlan, frozen=True, kw_only=True):
+class NextForm(PlanCommand, frozen=True, kw_only=True):
     csrf: str = ""
 
 
@@ -93,15 +101,17 @@ def _wanted(guest: Guest, form: PlanForm) -> MakePlan:
         if form.error is not None and not form.error.strip():  # else it would be all jobs, for those of one group
             raise api_error("invalid_request", "This group has no name to find its jobs by.", field="$.error")
         try:
-            return MakePlan(action=form.action, filter=msgspec.convert(chosen(form, guest.now), Filter), reason=reason)
+            return MakePlan(
+                action=form.action, filter=msgspec.convert(chosen(form, guest.now), PlanFilter), reason=reason
+            )
         except msgspec.ValidationError as fault:
-            raise explain(str(fault), Filter) from None
+            raise explain(str(fault), PlanFilter) from None
     if not form.ids:
         raise api_error("invalid_request", "No job is selected: tick some, or choose all that match.", field="$.ids")
     return MakePlan(action=form.action, ids=form.ids, reason=reason)
 
 
-async def show(guest: Guest, wanted: OnPlan) -> Shown:
+async def show(guest: Guest, wanted: PlanCommand) -> Shown:
     """The page of a plan: what it would do, or what became of it."""
     found = guest.site.rooms.plan(wanted.plan_id)
     if isinstance(found, ApiError):
@@ -116,16 +126,16 @@ async def show(guest: Guest, wanted: OnPlan) -> Shown:
         "back": f"/jobs?{urlencode(filters)}" if filters else "/jobs",
         "is_full": plan.count >= MAX_PLAN,
         "most_jobs": MAX_PLAN,
-        "making_s": round(MAKING_S),
+        "making_s": round(MAX_PLANNING_S),
         "label": LABELS[plan.action],
         "says": SAYS[plan.action],
         "goes_too": guest.site.rooms.has_artifacts() and any(job.to is None for job in plan.jobs),
         "is_grave": plan.action in GRAVE,
-        "late_note": late_note_of(plan.action, plan.jobs),
+        "late_note": plan_late_results_note(plan.action, plan.jobs),
         "late": [job for job in plan.jobs if job.late_results][:MOST_SHOWN],
         "moves": Counter((job.from_, job.to) for job in plan.jobs).most_common(),
         "jobs": plan.jobs[:MOST_SHOWN],
-        "of_time": plan.action in OF_TIME,
+        "of_time": plan.action in MAINTENANCE_ACTIONS,
         "skipped": plan.skipped[:MOST_SHOWN],
         "whys": Counter(job.why for job in plan.skipped).most_common(20),
         "undone": [] if result is None else [*result.changed, *result.refused][:MOST_SHOWN],

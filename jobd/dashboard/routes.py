@@ -43,7 +43,7 @@ from jobd.http.auth import Gate
 from jobd.http.request import Visit
 from jobd.http.response import Text
 from jobd.http.routing import Route
-from jobd.model.commands import Command, Get, OnJob, OnPlan
+from jobd.model.commands import Command, Get, JobCommand, PlanCommand
 from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.job import Text as Words
 from jobd.model.responses import JobView, Response
@@ -61,7 +61,7 @@ class Asset(Command, frozen=True, kw_only=True):
     v: str = ""
 
 
-class DeedForm(OnJob, frozen=True, kw_only=True):
+class DeedForm(JobCommand, frozen=True, kw_only=True):
     verb: Verb
     seen: Annotated[str, Meta(max_length=60)]
     reason: Words = ""
@@ -109,7 +109,7 @@ class Dashboard:
             *self._of_job("/jobs/{id}"),
             *self._of_job("/job"),  # with the id in the query, for those that a path cannot name (places.py)
             self._form("/plans", plans.PlanForm, plans.make),
-            self._page("/plans/{plan_id}", OnPlan, "plan", "Plan", plans.show, every_s=0),
+            self._page("/plans/{plan_id}", PlanCommand, "plan", "Plan", plans.show, every_s=0),
             self._form("/plans/{plan_id}/apply", plans.ApplyForm, plans.apply),
             self._form("/plans/{plan_id}/next", plans.NextForm, plans.make_next),
             self._page("/failures", Nothing, "failures", "Failures", lambda guest, _: pages.failures(guest)),

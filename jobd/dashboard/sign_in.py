@@ -24,7 +24,7 @@ from jobd.http.app import Web
 from jobd.http.auth import operator_name
 from jobd.http.request import Visit, address_of
 from jobd.http.response import Text
-from jobd.model.commands import Command, Note, Operator
+from jobd.model.commands import Command, Operator, RecordAction
 from jobd.model.responses import Response
 
 # Addresses to which a sign-in leads on: with all that browsers leave in an address as it is, but for the backslash,
@@ -84,7 +84,7 @@ class Entrance:
         site.refusals["unauthorized"] += 1
         if wrong.is_told:
             log.info("sign_in_refused", address=who.address, times=wrong.times)
-            told = Note(what="sign-in", details={"times": wrong.times}, outcome="unauthorized")
+            told = RecordAction(what="sign-in", details={"times": wrong.times}, outcome="unauthorized")
             await site.actor.ask(told, operator=replace(who, part_of=f"sign-in {wrong.spell}"))
         if wrong.wait_s and self._held >= MOST_HELD:
             text = await self._form(asked.next, "That is no valid token, and too many wrong ones come just now.")

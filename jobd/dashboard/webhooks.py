@@ -15,7 +15,7 @@ from jobd.dashboard.pages import PAUSED, PER_PAGE, Shown, asked, strip
 from jobd.model.commands import Command
 from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.responses import DeliveryPage, DeliveryState, Response, WebhookView
-from jobd.model.webhooks import BACKLOG, WebhookName
+from jobd.model.webhooks import MAX_BACKLOG, WebhookName
 
 STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 Wanted = Literal["", "waiting", "delivered", "given_up"]  # a form sends the choice of all of them, too
@@ -106,7 +106,7 @@ async def again(guest: Guest, wanted: AgainPage) -> Shown:
     webhook = _named(guest, wanted.name)
     count, newest = await guest.site.rooms.given_up(wanted.name)
     [paused] = await asked(guest, PAUSED)
-    return {"webhook": webhook, "count": count, "newest": newest, "most": BACKLOG, **strip(guest, paused)}
+    return {"webhook": webhook, "count": count, "newest": newest, "most": MAX_BACKLOG, **strip(guest, paused)}
 
 
 async def resend_all(guest: Guest, form: AgainForm) -> Response | ApiError:

@@ -396,7 +396,7 @@ class Actor:
         if unknown or stored:
             self._tell_meanwhile()
             loaded = await self.disk.load(unknown, [], stored)
-            known.answers = loaded.answers
+            known.answers = loaded.responses
             for finished in loaded.jobs.values():
                 book.loaded(finished)
         doomed = {job_id for asked, _ in naming for job_id in deleted_ids(asked.call.command)}
@@ -422,7 +422,7 @@ class Actor:
         asks = [each for each in wanted if each is not None]
         if asks:
             self._tell_meanwhile()
-            known.late = await self.disk.late(sorted(asks, key=lambda each: each.whole))
+            known.late = await self.disk.late(sorted(asks, key=lambda each: each.with_results))
 
     def _policy_now(self) -> Policy:
         """On a full disk there is no room for what comes late."""

@@ -30,13 +30,13 @@ from jobd.model.commands import (
     Start,
     Tick,
     Undelivered,
-    is_rehearsal,
+    is_dry_run,
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, QueuePause
 from jobd.model.job import LIVE, Job, Policy
 from jobd.model.responses import Grants, Response
-from jobd.model.storage import Audited, Batch, LateKnown, Loaded, StoredResponse, share_of, tombstones
+from jobd.model.storage import AuditEntry, Batch, LateResultRows, LoadedRows, StoredResponse, audit_share, tombstones
 
 log = structlog.get_logger("jobd.actor")
 
@@ -47,7 +47,7 @@ class Known(Struct):
     answers: dict[str, StoredResponse] = field(default_factory=dict)  # stored answers that may be replayed
     hashes: dict[str, str] = field(default_factory=dict)  # job id -> hash of the request that made it
     payloads: dict[int, bytes] = field(default_factory=dict)  # job seq -> payload
-    late: LateKnown = field(default_factory=LateKnown)
+    late: LateResultRows = field(default_factory=LateResultRows)
 
 
 class Plan(Struct):
@@ -64,7 +64,7 @@ class Plan(Struct):
     served: list[Asked] = field(default_factory=list)  # parked claims that this batch answers
     parked: list[Asked] = field(default_factory=list)  # claims that this batch parked
     payloads: dict[int, bytes] = field(default_factory=dict)  # of the jobs that this batch makes
-    audit: list[Audited] = field(default_factory=list)
+    audit: list[AuditEntry] = field(default_factory=list)
     pauses: dict[str, QueuePause | None] = field(default_factory=dict)  # as they were before this batch
     ended: list[str] = field(default_factory=list)  # lock ids that are no longer those of current grants
     is_filled: bool = False  # the answers show all payloads that they have to
@@ -175,7 +175,7 @@ class Decider:
         for seq in plan.checked:
             self.book.suspects.pop(seq, None)
 
-    def take_back(self, plan: Plan, loaded: Loaded) -> None:
+    def take_back(self, plan: Plan, loaded: LoadedRows) -> None:
         """The plan was not written: its jobs are what the disk says (`loaded`). Numbers that it used stay used."""
         self.keys.rollback()
         # First the claims that wait: the jobs that come back below may be due for them.
@@ -227,7 +227,7 @@ class Decider:
         """The answer to one command, or None where it waits: parked, or for its first call that is parked."""
         command = asked.call.command
         key = asked.key
-        if key is not None and is_rehearsal(command):
+        if key is not None and is_dry_run(command):
             key = None  # nothing is done that could be done twice
         if key is not None:
             first = self.parked.waiting_with(key.digest)
@@ -288,7 +288,7 @@ class Decider:
         audited = audit.entry(call, decision, plan.at.now)
         if audited is None:
             return
-        if share_of(audited.what, audited.outcome) == "changes" or self._refuse(Create()) is None:
+        if audit_share(audited.what, audited.outcome) == "changes" or self._refuse(Create()) is None:
             plan.audit.append(audited)
 
     # -- parked claims ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from jobd.engine.change_watchers import Watcher, Watchers
 from jobd.model.errors import api_error
-from jobd.model.events import Change, Event, StreamedEvent, Wanted, streamed
+from jobd.model.events import Change, Event, EventFilter, StreamedEvent, streamed_event
 from jobd.model.storage import JournalPage
 
 RETRY_MS: Final = 2_000  # how long a client should wait before it connects again
@@ -49,7 +49,7 @@ class Frame(Struct, frozen=True):
 
     @classmethod
     def of(cls, event: Event) -> Frame:
-        shown = streamed(event)
+        shown = streamed_event(event)
         return cls(shown, b"id: %d\nevent: %b\ndata: %b\n\n" % (shown.seq, shown.type.encode(), _encode(shown)))
 
 
@@ -62,9 +62,9 @@ class Round:
         self.frames = [Frame.of(event) for event in events]
         self.text = b"".join(frame.text for frame in self.frames)
 
-    def since(self, position: int, wanted: Wanted) -> bytes:
+    def since(self, position: int, wanted: EventFilter) -> bytes:
         """What of it is above `position` and wanted."""
-        if wanted.is_everything and self.frames[0].event.seq > position:
+        if wanted.matches_everything and self.frames[0].event.seq > position:
             return self.text
         return _texts(self.frames, position, wanted)
 
@@ -87,10 +87,10 @@ class Piece:
         self.last, self.gone_to, self.more = page.last, page.gone_to, page.more
         self._round: Round | None = None
 
-    def since(self, position: int, wanted: Wanted) -> bytes:
+    def since(self, position: int, wanted: EventFilter) -> bytes:
         """What of it is above `position` and wanted."""
-        if not wanted.is_everything:
-            some = (event for event in self.events if event.seq > position and wanted.has(event))
+        if not wanted.matches_everything:
+            some = (event for event in self.events if event.seq > position and wanted.matches(event))
             return b"".join(Frame.of(event).text for event in some)
         return self.round.since(position, wanted) if self.events else b""
 
@@ -153,7 +153,7 @@ class Feed:
                 loop = asyncio.get_running_loop()
                 self._timer = loop.call_at(max(loop.time(), self._next_round_s), self._spread)
 
-    def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> Listener:
+    def listen(self, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> Listener:
         """A place among the listeners, given back with `leave`. `cut` ends the connection of one who does not read.
 
         Raises Refused where the daemon stops, or all places are taken.
@@ -294,7 +294,7 @@ class Listener:
     `position`: every event up to this number was given, if it was wanted.
     """
 
-    def __init__(self, feed: Feed, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> None:
+    def __init__(self, feed: Feed, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> None:
         self.position = 0
         self.news = asyncio.Event()
         self._feed = feed
@@ -410,5 +410,5 @@ class Listener:
 _ANEW: Final = "Read the state anew, then listen from now on (without Last-Event-ID)."
 
 
-def _texts(frames: Sequence[Frame], position: int, wanted: Wanted) -> bytes:
-    return b"".join(each.text for each in frames if each.event.seq > position and wanted.has(each.event))
+def _texts(frames: Sequence[Frame], position: int, wanted: EventFilter) -> bytes:
+    return b"".join(each.text for each in frames if each.event.seq > position and wanted.matches(each.event))

@@ -17,9 +17,9 @@ from jobd.core import views
 from jobd.core.explain import ending
 from jobd.core.late_result_rules import refuse_adoption
 from jobd.engine.mailbox import Asked
-from jobd.model.commands import AuditLog, Export, List, Moment, Search
+from jobd.model.commands import AuditLog, Export, ListJobs, Moment, SearchJobs
 from jobd.model.errors import ApiError
-from jobd.model.events import view
+from jobd.model.events import event_view
 from jobd.model.job import Job, Policy
 from jobd.model.responses import (
     AuditPage,
@@ -32,7 +32,7 @@ from jobd.model.responses import (
     TimelineView,
     WhyView,
 )
-from jobd.model.storage import AuditQuery, AuditRows, LateAsked, Page, Query, Storage
+from jobd.model.storage import AuditQuery, AuditRows, JobQuery, JobRows, LateResultQuery, Storage
 
 log = structlog.get_logger("jobd.actor")
 
@@ -78,7 +78,7 @@ class History:
         try:
             if look.page is not None:
                 page = await self._found(_query(look.page))
-                answer.data, answer.scanned = self._shown(page, policy, admin=asked.call.admin), page.looked
+                answer.data, answer.scanned = self._shown(page, policy, admin=asked.call.admin), page.scanned
             elif look.ended is not None:
                 answer.data = await self._with_ending(answer.data, look.ended)
             else:
@@ -92,11 +92,11 @@ class History:
 
     async def _seen(self, look: HistoryRead, policy: Policy) -> TimelineView | LateResultList | ExportPage | AuditPage:
         if look.timeline is not None:
-            return TimelineView([view(event) for event in await self._disk.timeline(look.timeline, look.events)])
+            return TimelineView([event_view(event) for event in await self._disk.timeline(look.timeline, look.events)])
         if look.export is not None:
             return _moved(await self._disk.find(_from(look.export)))
         if look.late is not None:
-            known = await self._disk.late([LateAsked(look.late, whole=True)])
+            known = await self._disk.late([LateResultQuery(look.late, with_results=True)])
             found = known.results.get(look.late, [])
             return LateResultList([views.late_view(late, refuse_adoption(late, policy)) for late in found])
         assert look.audit is not None
@@ -107,11 +107,11 @@ class History:
         async with self._places:
             return replace(why, because=ending(job, await self._disk.timeline(job.seq, SINCE_THE_END)))
 
-    async def _found(self, query: Query) -> Page:
+    async def _found(self, query: JobQuery) -> JobRows:
         """A page, slice by slice: no batch waits for more than one, and everybody has the loop in between."""
         now_s = asyncio.get_running_loop().time
         began_s, patience_s = now_s(), SLOW_PATIENCE_S if query.is_slow else PATIENCE_S
-        page, size = Page([], query.before), 0
+        page, size = JobRows([], query.before), 0
         places = self._places
         while True:
             left = replace(
@@ -125,22 +125,22 @@ class History:
                 if places is self._far and now_s() - began_s >= EAGER_S:
                     await asyncio.sleep(PAUSE_S)
                 part = await self._disk.find(left)
-            page = Page(page.jobs + part.jobs, part.next_before, part.looked_to_at, page.looked + part.looked)
-            if page.looked_to_at is None or page.looked >= MOST_LOOKED or now_s() - began_s >= patience_s:
+            page = JobRows(page.jobs + part.jobs, part.next_before, part.scanned_until, page.scanned + part.scanned)
+            if page.scanned_until is None or page.scanned >= MOST_LOOKED or now_s() - began_s >= patience_s:
                 return page
             size = sum(len(payload) for _, payload in page.jobs)
             places = self._far
 
-    def _shown(self, page: Page, policy: Policy, *, admin: bool) -> JobPage:
+    def _shown(self, page: JobRows, policy: Policy, *, admin: bool) -> JobPage:
         at = self._moment()
         shown = [views.job_view(job, at, policy, admin=admin, payload=Raw(payload)) for job, payload in page.jobs]
-        return JobPage(shown, _cursor(page), page.looked_to_at)
+        return JobPage(shown, _cursor(page), page.scanned_until)
 
 
-def _query(asked: List) -> Query:
+def _query(asked: ListJobs) -> JobQuery:
     before = None if asked.cursor is None else int(asked.cursor)
-    query = Query(asked.status, asked.queue, asked.kind, asked.worker, asked.limit, before)
-    if isinstance(asked, Search):
+    query = JobQuery(asked.status, asked.queue, asked.kind, asked.worker, asked.limit, before)
+    if isinstance(asked, SearchJobs):
         query = replace(
             query,
             since=asked.since,
@@ -155,12 +155,12 @@ def _query(asked: List) -> Query:
     return query
 
 
-def _from(asked: Export) -> Query:
+def _from(asked: Export) -> JobQuery:
     after = 0 if asked.cursor is None else int(asked.cursor)
-    return Query(asked.status, asked.queue, asked.kind, limit=asked.limit, after=after)
+    return JobQuery(asked.status, asked.queue, asked.kind, limit=asked.limit, after=after)
 
 
-def _moved(page: Page) -> ExportPage:
+def _moved(page: JobRows) -> ExportPage:
     return ExportPage([views.moved(job, Raw(payload)) for job, payload in page.jobs], _cursor(page))
 
 
@@ -189,5 +189,5 @@ def _told(found: AuditRows) -> AuditPage:
     return AuditPage(entries, _cursor(found))
 
 
-def _cursor(page: Page | AuditRows) -> str | None:
+def _cursor(page: JobRows | AuditRows) -> str | None:
     return None if page.next_before is None else str(page.next_before)

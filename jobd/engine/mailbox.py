@@ -33,10 +33,10 @@ from jobd.model.commands import (
     IdempotencyKey,
     Import,
     ImportCheck,
+    JobCommand,
     LateResults,
-    List,
+    ListJobs,
     Locks,
-    OnJob,
     Ping,
     Preview,
     Queues,
@@ -44,7 +44,7 @@ from jobd.model.commands import (
     Release,
     ReleaseLock,
     RepairJobs,
-    Search,
+    SearchJobs,
     Start,
     Stats,
     TakeBack,
@@ -59,7 +59,7 @@ from jobd.model.responses import Response
 
 CREATES: Final = (Create, Bulk, Import, ImportCheck)  # the last is refused where the import would be
 READS: Final = (
-    Get, GetVersion, Timeline, Why, Validate, LateResults, List, Search, Queues, Workers, Stats, Locks, Export,
+    Get, GetVersion, Timeline, Why, Validate, LateResults, ListJobs, SearchJobs, Queues, Workers, Stats, Locks, Export,
     AuditLog, Preview, Ping,
 )  # fmt: skip
 # What may be decided before the rest of its batch. Not Ping: it says how long a command takes.
@@ -82,7 +82,7 @@ def _room(kind: type) -> float:
 # By type, once: every command asks for these on its way.
 _ROOM: Final[dict[type, float]] = {kind: _room(kind) for kind in get_args(AnyCommand)}
 _WEIGHTY: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, (Bulk, ApplyPlan, Claim, Adopt)))
-_ON_JOB: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, OnJob | Import))
+_ON_JOB: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, JobCommand | Import))
 
 
 def share(command: Command) -> float:
@@ -124,9 +124,9 @@ def needs_payload_first(asked: Asked, doomed: set[str]) -> bool:
     command = asked.call.command
     if isinstance(command, (Create, Bulk, Delete)):
         return True
-    if isinstance(command, OnJob) and command.id in doomed:
+    if isinstance(command, JobCommand) and command.id in doomed:
         return True
-    return asked.key is not None and isinstance(command, OnJob) and not isinstance(command, Start)
+    return asked.key is not None and isinstance(command, JobCommand) and not isinstance(command, Start)
 
 
 def weight(command: Command) -> int:

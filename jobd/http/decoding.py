@@ -35,7 +35,7 @@ from jobd.model.commands import (
     WorkerCursor,
 )
 from jobd.model.errors import ApiException, api_error, invalid_request_error, too_large_error
-from jobd.model.job import EARLIEST_MS, ID_PATTERN, Code, Kind, Place, Worker, is_job_id, storage_key_fault
+from jobd.model.job import EARLIEST_MS, ID_PATTERN, FailureCode, Kind, Location, Worker, is_job_id, storage_key_error
 from jobd.model.webhooks import WebhookName
 
 MAX_QUERY_FIELDS: Final = 50
@@ -60,8 +60,8 @@ _TYPES: Final = {
     "object": "a JSON object",
 }
 _PATTERN_WORDS: Final[dict[str, tuple[Any, ...]]] = {
-    "text without NUL characters": (Place,),
-    "text without control characters": (Kind, Worker, Code),
+    "text without NUL characters": (Location,),
+    "text without control characters": (Kind, Worker, FailureCode),
     "the `next_cursor` of the page before": (Cursor, WorkerCursor, RowCursor),
     "the `next_cursor` of the plan before": (PlanCursor,),
     "12 hexadecimal digits, as `jobctl failures` shows them": (Fingerprint,),
@@ -275,7 +275,7 @@ def _check_import(command: Import, limits: Limits) -> None:
 
 
 def _check_storage_key(field: str, key: str | None) -> None:
-    fault = None if key is None else storage_key_fault(key)
+    fault = None if key is None else storage_key_error(key)
     if fault is not None:
         raise invalid_request_error(field, f"{fault}.")
 

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from jobd.http.auth import JSON
 from jobd.http.decoding import Limits, Shape
-from jobd.model.commands import Claim, Command, Create, OnJobNamed, Start
+from jobd.model.commands import Claim, Command, Create, NamedJobCommand, Start
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
@@ -115,4 +115,4 @@ class Table:
 
 def _way(route: Route, limits: Limits) -> Way:
     shape = Shape(route.asks, route.given, limits)
-    return Way(route, shape, issubclass(route.asks, Start | Claim), issubclass(route.asks, Create | OnJobNamed))
+    return Way(route, shape, issubclass(route.asks, Start | Claim), issubclass(route.asks, Create | NamedJobCommand))

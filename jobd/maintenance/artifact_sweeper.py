@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from jobd.engine.clock import Clock
 from jobd.model.job import MINUTE_MS, SECOND_MS
-from jobd.model.storage import PUT_OFF_MS, DiskFull, Due, Storage, Tombstone
+from jobd.model.storage import MAX_POSTPONE_MS, DiskFull, DueTombstones, Storage, Tombstone
 from jobd.storage.artifacts.base import MARGINS, ArtifactStore, Margins, Outcome, StoreFault, judge
 
 log = structlog.get_logger("jobd.artifacts")
@@ -153,7 +153,7 @@ class Sweeper:
         tombstone, outcome = end.tombstone, end.outcome
         if outcome is not None:
             return replace(
-                tombstone, due_at=min(outcome.modified_at + self._margins.young_ms, now + PUT_OFF_MS), tries=0
+                tombstone, due_at=min(outcome.modified_at + self._margins.young_ms, now + MAX_POSTPONE_MS), tries=0
             )
         wait_ms = min(RETRY_MS << min(tombstone.tries, 10), RETRY_AT_MOST_MS)
         return replace(tombstone, due_at=now + wait_ms, tries=tombstone.tries + 1)
@@ -206,7 +206,7 @@ class Sweeper:
             timer.cancel()
 
 
-def _is_held(due: Due, tombstone: Tombstone, named: bool) -> bool:
+def _is_held(due: DueTombstones, tombstone: Tombstone, named: bool) -> bool:
     """A late result names the key, and no job: the object waits for what becomes of that."""
     return not named and tombstone.job_seq in due.held
 

@@ -15,7 +15,7 @@ import structlog
 
 from jobd.model.errors import ApiError
 from jobd.model.responses import BackupState, BackupView
-from jobd.model.storage import DiskFull, NoBackup
+from jobd.model.storage import BackupError, DiskFull
 from jobd.storage import backup
 from jobd.storage.store import Store
 
@@ -53,7 +53,7 @@ class Copies:
         try:
             await copy.fill(self._store)
         except BaseException as error:
-            copy.leave(str(error) if isinstance(error, DiskFull | NoBackup) else "it was given up")
+            copy.leave(str(error) if isinstance(error, DiskFull | BackupError) else "it was given up")
             raise
         return copy
 

@@ -20,7 +20,7 @@ from jobd.engine.clock import Clock
 from jobd.model.commands import AnyCommand, DeleteExpired, Expire, Operator, Recover, RepairJobs, TakeBack
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS
-from jobd.model.responses import CleanupReport, Issue, Recovered, Recovery, TakenBack, Worked
+from jobd.model.responses import CleanupReport, Issue, MaintenanceResult, Recovered, Recovery, TakeBackView
 
 log = structlog.get_logger("jobd.cleanup")
 
@@ -96,9 +96,9 @@ class Hands:
                 return
             await self.breathe()
 
-    async def take_back(self, command: TakeBack, by: str, operator: Operator | None) -> TakenBack:
+    async def take_back(self, command: TakeBack, by: str, operator: Operator | None) -> TakeBackView:
         """End the expired grants of a silent worker, slice by slice. Raises Refused if the first slice is refused."""
-        done: TakenBack = await self.ask(command, by, operator)
+        done: TakeBackView = await self.ask(command, by, operator)
         details, more = list(done.details), done.more
         while more and not command.dry_run:
             try:
@@ -110,13 +110,13 @@ class Hands:
             details += done.details
             more = done.more
         reset = sum(each.action == "reset" for each in details)
-        return TakenBack(command.name, len(details), reset, len(details) - reset, details, more, done.timestamp)
+        return TakeBackView(command.name, len(details), reset, len(details) - reset, details, more, done.timestamp)
 
     async def expire(self, by: str) -> None:
         """All queued jobs that their creators no longer want, slice by slice."""
         more = True
         while more:
-            worked: Worked = await self.ask(Expire(limit=self.schedule.batch), by)
+            worked: MaintenanceResult = await self.ask(Expire(limit=self.schedule.batch), by)
             self.totals.found["expired"] += worked.done
             more = worked.more and worked.done > 0
             await self.breathe()
@@ -177,7 +177,7 @@ class Pass:
             ids = await self._disk.expired(at.now, self._batch)
             if not ids:
                 break
-            worked: Worked = await self._hands.ask(DeleteExpired(ids=ids), "cleanup")
+            worked: MaintenanceResult = await self._hands.ask(DeleteExpired(ids=ids), "cleanup")
             self._hands.totals.found["deleted"] += worked.done
             if not worked.done and not self._clock.moment().suspect:
                 raise Unfinished(f"{len(ids)} expired jobs could not be deleted, the first is {ids[0]}.")
@@ -203,7 +203,7 @@ class Pass:
         return any(map(counts, validate(job, self._clock.moment(), self._hands.actor.policy).issues))
 
     async def _mend(self, ids: list[str]) -> None:
-        worked: Worked = await self._hands.ask(RepairJobs(ids=ids), "cleanup")
+        worked: MaintenanceResult = await self._hands.ask(RepairJobs(ids=ids), "cleanup")
         self._found += worked.found
         self._fixed += worked.done
         self._hands.totals.found["issues"] += worked.found

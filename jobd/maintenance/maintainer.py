@@ -23,7 +23,7 @@ from jobd.maintenance.preview import LOOK_S, foresee
 from jobd.model.commands import EndPauses, Operator, Report, TakeBack, Tick
 from jobd.model.errors import ApiError
 from jobd.model.job import SECOND_MS
-from jobd.model.responses import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery, TakenBack
+from jobd.model.responses import CleanupReport, CleanupState, PreviewView, RecoverStuckView, Recovery, TakeBackView
 
 log = structlog.get_logger("jobd.cleanup")
 
@@ -128,7 +128,7 @@ class Cleaner:
             timestamp=self._clock.moment().now,
         )
 
-    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | ApiError:
+    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakeBackView | ApiError:
         """End the expired grants of a silent worker, for an operator."""
         try:
             return await self._hands.take_back(command, "admin" if operator is None else operator.by, operator)

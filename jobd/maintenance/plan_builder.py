@@ -15,11 +15,19 @@ from msgspec.structs import asdict
 from jobd.core import planning
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
-from jobd.model.commands import MAKING_S, MAX_PLAN, OF_TIME, Expected, Filter, MakePlan, Preview
+from jobd.model.commands import (
+    MAINTENANCE_ACTIONS,
+    MAX_PLAN,
+    MAX_PLANNING_S,
+    ExpectedVersion,
+    MakePlan,
+    PlanFilter,
+    Preview,
+)
 from jobd.model.errors import ApiError
 from jobd.model.job import FINISHED, Job, may_adopt
 from jobd.model.responses import PlannedJob, SkippedJob
-from jobd.model.storage import Query
+from jobd.model.storage import JobQuery
 
 MOST_SKIPPED: Final = 1_000  # that a plan shows
 LOOK: Final = 50  # jobs read in one go,
@@ -33,7 +41,7 @@ class Search:
 
     def __init__(self, asked: MakePlan, actor: Actor, clock: Clock, turn: asyncio.Semaphore) -> None:
         self.jobs: list[PlannedJob] = []
-        self.expected: list[Expected] = []
+        self.expected: list[ExpectedVersion] = []
         self.skipped: list[SkippedJob] = []
         self.skipped_count = 0
         self.next_cursor: str | None = None
@@ -53,7 +61,7 @@ class Search:
     async def run(self) -> ApiError | None:
         """Look for the jobs, or say what is wrong with what is asked."""
         asked = self._asked
-        if asked.action in OF_TIME:
+        if asked.action in MAINTENANCE_ACTIONS:
             return await self._by_time()
         if (asked.filter is None) == (asked.ids is None):
             return _invalid("filter", "Give `filter` or `ids`, one of them.")
@@ -90,7 +98,7 @@ class Search:
         turn = await self._actor.ask(Preview(limit=0), by="daemon")  # the book knows what is due as of its last turn
         if isinstance(turn, ApiError):
             return turn
-        until_s = asyncio.get_running_loop().time() + MAKING_S
+        until_s = asyncio.get_running_loop().time() + MAX_PLANNING_S
         await self._alive(self._book.stuck, lambda job: job.id in self._book.stuck, until_s)
         at = self._clock.moment()
         if self._asked.action == "cleanup" and not at.suspect:
@@ -132,7 +140,7 @@ class Search:
                 return
             await asyncio.sleep(PAUSE_S)
 
-    async def _filtered(self, wanted: Filter) -> ApiError | None:
+    async def _filtered(self, wanted: PlanFilter) -> ApiError | None:
         statuses, before = planning.statuses(self._asked.action, wanted), None
         if self._asked.cursor is not None:
             status, _, number = self._asked.cursor.partition(".")
@@ -140,7 +148,7 @@ class Search:
                 return _invalid("cursor", "This cursor is of a plan with another action or another filter.")
             statuses, before = statuses[statuses.index(status) :], int(number)
         clock_s = asyncio.get_running_loop().time
-        until_s = clock_s() + MAKING_S
+        until_s = clock_s() + MAX_PLANNING_S
         for status in statuses:
             while self.next_cursor is None:
                 room = MAX_PLAN - len(self.jobs)
@@ -164,7 +172,7 @@ class Search:
         """Put these into the plan. Their versions come first: a late result that is not counted has changed its job."""
         self._taken.update(job.id for job in jobs)
         action, latest_late = self._asked.action, self._book.latest_late
-        self.expected += [Expected(job.id, planning.version(job, latest_late(job.seq), action)) for job in jobs]
+        self.expected += [ExpectedVersion(job.id, planning.version(job, latest_late(job.seq), action)) for job in jobs]
         of_use = [job.seq for job in jobs if may_adopt(job.status)]
         late = await self._disk.count_late(of_use) if of_use else {}
         self.jobs += [PlannedJob(job.id, job.status, planning.to(action, job), late.get(job.seq, 0)) for job in jobs]
@@ -175,13 +183,13 @@ class Search:
             self.skipped.append(SkippedJob(job_id, status, why))
 
 
-def as_query(wanted: Filter, status: str, before: int | None) -> Query:
+def as_query(wanted: PlanFilter, status: str, before: int | None) -> JobQuery:
     """One look for jobs of a filter that have this status."""
     filters = asdict(wanted)
     filters["text"] = filters.pop("q")
     is_slow = wanted.q is not None or wanted.error is not None
     look = {"limit": LOOK, "before": before, "scan": SLOW_SCAN if is_slow else SCAN, "payloads": False}
-    return Query(**{**filters, **look, "status": status})
+    return JobQuery(**{**filters, **look, "status": status})
 
 
 def _invalid(field: str, message: str) -> ApiError:

@@ -17,7 +17,7 @@ from jobd.core import planning
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.maintenance.plan_builder import PAUSE_S, Search
-from jobd.model.commands import ApplyEndings, ApplyPlan, Expected, MakePlan, Note, Operator
+from jobd.model.commands import ApplyEndings, ApplyPlan, ExpectedVersion, MakePlan, Operator, RecordAction
 from jobd.model.errors import ApiError
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.responses import ChangedJob, PlanResult, PlanSlice, PlanView
@@ -39,7 +39,7 @@ class Plan(Struct):
     """A plan and how far it has been applied: `at` jobs of it."""
 
     view: PlanView
-    expected: list[Expected]
+    expected: list[ExpectedVersion]
     until_s: float  # loop time
     done: PlanSlice
     at: int = 0
@@ -184,7 +184,7 @@ class Planner:
         self._plans[plan.view.plan_id] = self._plans.pop(plan.view.plan_id, plan)  # the latest comes last
         self._make_room([each for each in self._plans.values() if each.view.result is not None], MOST_APPLIED, plan)
 
-    async def _slice(self, plan: Plan, some: list[Expected], operator: Operator) -> ApiError | None:
+    async def _slice(self, plan: Plan, some: list[ExpectedVersion], operator: Operator) -> ApiError | None:
         """One command; why it was not taken, if it was not."""
         if self._stopping:
             return ApiError("shutting_down", "The daemon is stopping.")
@@ -214,7 +214,7 @@ class Planner:
             details["left_undone"] = undone
         if view.filter is not None:
             details["filter"] = {name: value for name, value in asdict(view.filter).items() if value is not None}
-        kept = await self._actor.ask(Note(what=f"plan-{view.action}", details=details), operator=operator)
+        kept = await self._actor.ask(RecordAction(what=f"plan-{view.action}", details=details), operator=operator)
         if isinstance(kept, ApiError):
             log.warning("audit_missed", what=f"plan-{view.action}", by=operator.by, reason=kept.code)
 

@@ -13,7 +13,7 @@ from jobd.core.validation import counts, validate
 from jobd.maintenance.cleanup_pass import SCAN, Hands
 from jobd.model.commands import Preview
 from jobd.model.job import Job
-from jobd.model.responses import Foreseen, PreviewView
+from jobd.model.responses import PreviewResult, PreviewView
 
 SHOWN: Final = 1_000  # jobs of each kind
 LOOK_S: Final = 0.5  # at what is wrong with jobs, without the pauses: some 50 000 of them
@@ -25,7 +25,7 @@ async def foresee(hands: Hands, look_s: float = LOOK_S) -> PreviewView:
 
     Raises passes.Refused where the actor takes no question.
     """
-    seen: Foreseen = await hands.ask(Preview(limit=SHOWN), "daemon")
+    seen: PreviewResult = await hands.ask(Preview(limit=SHOWN), "daemon")
     at = hands.clock.moment()
     nothing: tuple[list[str], bool] = [], False
     past = await _past(hands, at.now, look_s)

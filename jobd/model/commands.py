@@ -14,16 +14,16 @@ from jobd.model.job import (
     AdditionalMs,
     Attempts,
     Backoff,
-    Code,
     DelayMs,
+    FailureCode,
     JobId,
     Kind,
+    Location,
     LockId,
     LockTtlMs,
     MaxProcessingMs,
     OnStall,
     Percent,
-    Place,
     Priority,
     QueueName,
     Stalls,
@@ -90,31 +90,31 @@ class Bulk(Command, frozen=True, kw_only=True):
     jobs: Annotated[list[Create], Meta(min_length=1)]
 
 
-class OnJob(Command, frozen=True, kw_only=True):
+class JobCommand(Command, frozen=True, kw_only=True):
     """A command on one job; over HTTP the path gives its id."""
 
     id: JobId
 
 
-class Get(OnJob, frozen=True, kw_only=True):
+class Get(JobCommand, frozen=True, kw_only=True):
     pass
 
 
-class Timeline(OnJob, frozen=True, kw_only=True):
+class Timeline(JobCommand, frozen=True, kw_only=True):
     """Every event of the job, or with a `limit` the latest of them; oldest first."""
 
     limit: Annotated[int, Meta(ge=1, le=MAX_EVENTS)] | None = None
 
 
-class Why(OnJob, frozen=True, kw_only=True):
+class Why(JobCommand, frozen=True, kw_only=True):
     pass
 
 
-class Validate(OnJob, frozen=True, kw_only=True):
+class Validate(JobCommand, frozen=True, kw_only=True):
     pass
 
 
-class List(Command, frozen=True, kw_only=True):
+class ListJobs(Command, frozen=True, kw_only=True):
     """A page of jobs, newest first. `cursor` is the `next_cursor` of the page before.
 
     `worker` is that of the latest grant: it holds the job, or was the last to hold it.
@@ -128,7 +128,7 @@ class List(Command, frozen=True, kw_only=True):
     cursor: Cursor | None = None
 
 
-class Search(List, frozen=True, kw_only=True):
+class SearchJobs(ListJobs, frozen=True, kw_only=True):
     """A page of jobs with the filters of operators. `since` and `until` bound `created_at`: from, and before.
 
     `finished_since` and `finished_until` bound `finished_at` likewise: jobs that are not finished are left out. `q` is
@@ -154,7 +154,7 @@ class About(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True,
     concurrency: Annotated[int, Meta(ge=1, le=100_000)] | None = None
 
 
-class Start(OnJob, frozen=True, kw_only=True):
+class Start(JobCommand, frozen=True, kw_only=True):
     worker: Worker
     lock_ttl_ms: LockTtlMs | None = None
     stuck_after_ms: StuckAfterMs | None = None
@@ -176,40 +176,40 @@ class Claim(Command, frozen=True, kw_only=True):
     about: About | None = None
 
 
-class Progress(OnJob, frozen=True, kw_only=True):
+class Progress(JobCommand, frozen=True, kw_only=True):
     lock_id: LockId
     progress: Percent
     message: Text | None = None
 
 
-class Extend(OnJob, frozen=True, kw_only=True):
+class Extend(JobCommand, frozen=True, kw_only=True):
     lock_id: LockId
     additional_ms: AdditionalMs | None = None
 
 
-class Complete(OnJob, frozen=True, kw_only=True):
+class Complete(JobCommand, frozen=True, kw_only=True):
     lock_id: LockId
-    download_url: Place | None = None
-    file_path: Place | None = None
-    storage_key: Place | None = None
+    download_url: Location | None = None
+    file_path: Location | None = None
+    storage_key: Location | None = None
     metadata: Json = None
     expires_at: UnixMs | None = None
 
 
-class Fail(OnJob, frozen=True, kw_only=True):
+class Fail(JobCommand, frozen=True, kw_only=True):
     lock_id: LockId
     error_message: Annotated[str, Meta(min_length=1, max_length=4096)]
-    error_code: Code | None = None
+    error_code: FailureCode | None = None
     retry: bool = True
     retry_after_ms: DelayMs | None = None
 
 
-class Release(OnJob, frozen=True, kw_only=True):
+class Release(JobCommand, frozen=True, kw_only=True):
     lock_id: LockId
     delay_ms: DelayMs | None = None
 
 
-class Cancel(OnJob, frozen=True, kw_only=True):
+class Cancel(JobCommand, frozen=True, kw_only=True):
     reason: Text | None = None
 
 
@@ -240,7 +240,7 @@ class Workers(Command, frozen=True, kw_only=True):
 # Commands of operators. `jobId` and its like are the names that existing dashboards send.
 
 
-class OnJobNamed(OnJob, frozen=True, kw_only=True):
+class NamedJobCommand(JobCommand, frozen=True, kw_only=True):
     """A command whose body names the job as `jobId`."""
 
     id: JobId = field(name="jobId")
@@ -249,11 +249,11 @@ class OnJobNamed(OnJob, frozen=True, kw_only=True):
 NO_REASON: Final = "Failed by an operator."  # what a forced failure says where nobody said why
 
 
-class ForceFail(OnJobNamed, frozen=True, kw_only=True):
+class ForceFail(NamedJobCommand, frozen=True, kw_only=True):
     reason: Text | None = None
 
 
-class ForceReset(OnJobNamed, frozen=True, kw_only=True):
+class ForceReset(NamedJobCommand, frozen=True, kw_only=True):
     reason: Text | None = None
 
 
@@ -264,13 +264,13 @@ class Updates(Struct, frozen=True, forbid_unknown_fields=True):
     priority: Priority | None = None
     run_at: UnixMs | None = None
     max_attempts: Attempts | None = None
-    download_url: Place | None = None
-    file_path: Place | None = None
-    storage_key: Place | None = None
+    download_url: Location | None = None
+    file_path: Location | None = None
+    storage_key: Location | None = None
     metadata: Json = None
 
 
-class Transition(OnJobNamed, frozen=True, kw_only=True):
+class Transition(NamedJobCommand, frozen=True, kw_only=True):
     from_: Status = field(name="from")
     to: Status
     updates: Updates = Updates()
@@ -278,23 +278,23 @@ class Transition(OnJobNamed, frozen=True, kw_only=True):
     dry_run: bool = False
 
 
-class ExtendLock(OnJobNamed, frozen=True, kw_only=True):
+class ExtendLock(NamedJobCommand, frozen=True, kw_only=True):
     lock_id: LockId = field(name="lockId")
     additional_ms: AdditionalMs | None = field(name="additionalTime", default=None)
     reason: Text | None = None
 
 
-class ReleaseLock(OnJobNamed, frozen=True, kw_only=True):
+class ReleaseLock(NamedJobCommand, frozen=True, kw_only=True):
     lock_id: LockId = field(name="lockId")
     reason: Text | None = None
 
 
-class RunNow(OnJob, frozen=True, kw_only=True):
+class RunNow(JobCommand, frozen=True, kw_only=True):
     reason: Text | None = None
     dry_run: bool = False
 
 
-class Update(OnJob, frozen=True, kw_only=True):
+class Update(JobCommand, frozen=True, kw_only=True):
     priority: Priority | None = None
     run_at: UnixMs | None = None
     max_attempts: Attempts | None = None
@@ -302,15 +302,15 @@ class Update(OnJob, frozen=True, kw_only=True):
     dry_run: bool = False
 
 
-class GetVersion(OnJob, frozen=True, kw_only=True):
+class GetVersion(JobCommand, frozen=True, kw_only=True):
     """The job, with what it is known again by (planning.version): for who is about to decide what is done to it."""
 
 
-class LateResults(OnJob, frozen=True, kw_only=True):
+class LateResults(JobCommand, frozen=True, kw_only=True):
     """What completes brought whose grants had ended."""
 
 
-class Adopt(OnJob, frozen=True, kw_only=True):
+class Adopt(JobCommand, frozen=True, kw_only=True):
     """Take a late result as the job's own: the one with this `seq`, or that of the latest grant."""
 
     result: Annotated[int, Meta(ge=1)] | None = None
@@ -318,7 +318,7 @@ class Adopt(OnJob, frozen=True, kw_only=True):
     dry_run: bool = False
 
 
-class Delete(OnJob, frozen=True, kw_only=True):
+class Delete(JobCommand, frozen=True, kw_only=True):
     reason: Text | None = None
 
 
@@ -369,12 +369,12 @@ class Import(Command, frozen=True, kw_only=True):
     finished_at: UnixMs | None = None
     expires_at: UnixMs | None = None
     worker: Worker | None = None
-    download_url: Place | None = None
-    file_path: Place | None = None
-    storage_key: Place | None = None
+    download_url: Location | None = None
+    file_path: Location | None = None
+    storage_key: Location | None = None
     metadata: Json = None
     error_message: Text | None = None
-    error_code: Code | None = None
+    error_code: FailureCode | None = None
 
 
 class ImportCheck(Import, frozen=True, kw_only=True):
@@ -403,12 +403,12 @@ class AuditLog(Command, frozen=True, kw_only=True):
 
 
 PlanAction = Literal["retry", "force-reset", "cancel", "force-fail", "delete", "recover-stuck", "cleanup"]
-OF_TIME: Final = frozenset({"recover-stuck", "cleanup"})  # what time does anyhow, to jobs that it names
+MAINTENANCE_ACTIONS: Final = frozenset({"recover-stuck", "cleanup"})  # what time does anyhow, to jobs that it names
 MAX_PLAN: Final = 10_000  # jobs of one plan
-MAKING_S: Final = 10.0  # for so long at most one plan looks for them; the next one goes on from there
+MAX_PLANNING_S: Final = 10.0  # for so long at most one plan looks for them; the next one goes on from there
 
 
-class Filter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class PlanFilter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Which jobs: the filters of the list of jobs."""
 
     status: Status | None = None
@@ -427,23 +427,23 @@ class MakePlan(Command, frozen=True, kw_only=True):
     """What `action` would do to the jobs that `filter` finds, or to those named. Nothing is done yet.
 
     `cursor` is the `next_cursor` of a plan with the same action and filter: this one has what comes after it. An action
-    of OF_TIME takes none of the three: the daemon itself says which jobs.
+    of MAINTENANCE_ACTIONS takes none of the three: the daemon itself says which jobs.
     """
 
     action: PlanAction
-    filter: Filter | None = None
+    filter: PlanFilter | None = None
     cursor: PlanCursor | None = None
     ids: Annotated[list[JobId], Meta(min_length=1, max_length=MAX_PLAN)] | None = None
     reason: Text | None = None
 
 
-class OnPlan(Command, frozen=True, kw_only=True):
+class PlanCommand(Command, frozen=True, kw_only=True):
     """A call about a plan; the path gives its id."""
 
     plan_id: JobId
 
 
-class Expected(Struct, frozen=True, gc=False):
+class ExpectedVersion(Struct, frozen=True, gc=False):
     """A job of a plan, with what it was when the plan was made (planning.version)."""
 
     id: str
@@ -454,7 +454,7 @@ class ApplyPlan(Command, frozen=True, kw_only=True):
     """Do `action` to each of `jobs` that is still what the plan saw. A slice of a plan, judged job by job."""
 
     action: PlanAction
-    jobs: list[Expected]
+    jobs: list[ExpectedVersion]
     reason: str | None = None
 
 
@@ -479,19 +479,19 @@ class Locks(Command, frozen=True, kw_only=True):
     cursor: Cursor | None = None
 
 
-_REHEARSED: Final = frozenset({Transition, RunNow, Update, Adopt, TakeBack})
+_WITH_DRY_RUN: Final = frozenset({Transition, RunNow, Update, Adopt, TakeBack})
 
 
-def is_rehearsal(command: Any) -> bool:
+def is_dry_run(command: Any) -> bool:
     """Return whether `command` is a dry run: its response shows the effect, but nothing is changed."""
-    return type(command) in _REHEARSED and command.dry_run
+    return type(command) in _WITH_DRY_RUN and command.dry_run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands of the daemon's own parts: time, doors, probes.
 
 
-class Undelivered(OnJob, frozen=True, kw_only=True):
+class Undelivered(JobCommand, frozen=True, kw_only=True):
     """The connection closed before the first byte of the grant was written: the job goes back at once."""
 
     lock_id: LockId
@@ -547,7 +547,7 @@ class RepairJobs(Command, frozen=True, kw_only=True):
     ids: list[str]
 
 
-class Note(Command, frozen=True, kw_only=True):
+class RecordAction(Command, frozen=True, kw_only=True):
     """An operator did something that is no command on jobs: `what` goes into the audit log, and changes nothing.
 
     `outcome` is the code of a refusal, where it was refused; `job_id` the job that was looked at.
@@ -639,8 +639,8 @@ AnyCommand = (
     | Timeline
     | Why
     | Validate
-    | List
-    | Search
+    | ListJobs
+    | SearchJobs
     | Start
     | Claim
     | Progress
@@ -681,7 +681,7 @@ AnyCommand = (
     | Expire
     | DeleteExpired
     | RepairJobs
-    | Note
+    | RecordAction
     | EndPauses
     | Tick
     | Ping

@@ -44,14 +44,14 @@ EventType = Literal[
     "queue_resumed",
 ]
 
-# Signs of life come many to a grant: of each of these types the journal keeps the last KEEP_SIGNS per grant.
-SIGNS: Final = frozenset({"progress", "extended"})
-KEEP_SIGNS: Final = 100
+# Signs of life come many to a grant: of each of these types the journal keeps the last KEEP_HEARTBEATS per grant.
+HEARTBEATS: Final = frozenset({"progress", "extended"})
+KEEP_HEARTBEATS: Final = 100
 
 # A job that is granted and given back many times would fill the journal. Its first KEEP_FIRST_GRANTS and last
 # KEEP_GRANTS grants are kept. A grant between them that ended by one of GIVEN_BACK loses its ROUTINE events.
 GIVEN_BACK: Final = frozenset({"released", "undelivered"})
-ROUTINE: Final = frozenset({"granted", "lock_expired", "resumed", "late_call", *SIGNS, *GIVEN_BACK})
+ROUTINE: Final = frozenset({"granted", "lock_expired", "resumed", "late_call", *HEARTBEATS, *GIVEN_BACK})
 KEEP_FIRST_GRANTS: Final = 10
 KEEP_GRANTS: Final = 100
 
@@ -123,15 +123,15 @@ class QueuePause(Struct, frozen=True, gc=False):
     reason: str | None = None
     until: int | None = None
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Describe it after the word "paused": `by operator ana at 2026-03-01 12:03 UTC, until resumed: deploy`."""
-        by = "" if self.by is None else f"by {by_in_words(self.by)} "
+        by = "" if self.by is None else f"by {describe_author(self.by)} "
         since = "since an unknown time" if self.at is None else f"at {_utc(self.at)}"
         until = "until resumed" if self.until is None else f"until {_utc(self.until)}"
         return f"{by}{since}, {until}: {self.reason or 'no reason given'}"
 
 
-def by_in_words(by: str) -> str:
+def describe_author(by: str) -> str:
     """Put `Event.by` into words."""
     kind, _, name = by.partition(":")
     if not name:
@@ -163,7 +163,7 @@ class StreamedEvent(EventView, frozen=True, rename={"from_": "from"}):
     queue: str
 
 
-class Wanted(Struct, frozen=True):
+class EventFilter(Struct, frozen=True):
     """Which events somebody wants to hear of; an empty set of names leaves none out."""
 
     queues: frozenset[str] = frozenset()
@@ -171,10 +171,10 @@ class Wanted(Struct, frozen=True):
     types: frozenset[str] = frozenset()
 
     @property
-    def is_everything(self) -> bool:
+    def matches_everything(self) -> bool:
         return not (self.queues or self.job_ids or self.types)
 
-    def has(self, event: Event | StreamedEvent) -> bool:
+    def matches(self, event: Event | StreamedEvent) -> bool:
         """Whether `event` is one of them."""
         return (
             (not self.queues or event.queue in self.queues)
@@ -212,13 +212,13 @@ def fold(job: Job | None, event: Event) -> Job | None:
     return msgspec.structs.replace(job, **changed)
 
 
-def of_new(job: Job) -> Changes:
+def initial_changes(job: Job) -> Changes:
     """What the first event of `job` sets: every field, in short where it is as any new job."""
     values = astuple(job)  # the same fields, in the same order
     return Changes(UNSET, UNSET, *values[2:_OWN]) if values[_OWN:] == _AS_NEW else Changes(*values)
 
 
-def view(event: Event) -> EventView:
+def event_view(event: Event) -> EventView:
     """What anybody may see of `event`: everything but its raw changes (they hold the lock_id)."""
     return EventView(
         seq=event.seq,
@@ -232,7 +232,7 @@ def view(event: Event) -> EventView:
     )
 
 
-def streamed(event: Event) -> StreamedEvent:
+def streamed_event(event: Event) -> StreamedEvent:
     """The same with its job and queue, for those who hear of many jobs."""
     return StreamedEvent(
         seq=event.seq,

@@ -10,9 +10,9 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Final
 
-LOOKED_AT: Final = 1_000  # characters of a message with its marks; most of the rest is a traceback, which differs
-LONGEST: Final = 4_096  # characters of a message that are marked
-BYTES: Final = 6  # of a fingerprint: twelve digits
+MAX_NORMALIZED: Final = 1_000  # characters of a message with its marks; most of the rest is a traceback, which differs
+MAX_MESSAGE: Final = 4_096  # characters of a message that are marked
+DIGEST_BYTES: Final = 6  # of a fingerprint: twelve digits
 
 # What differs from job to job, the longest first: each alternative begins where no word goes on.
 _DIFFERS: Final = re.compile(
@@ -31,19 +31,19 @@ _DIFFERS: Final = re.compile(
 _MARK: Final = re.compile("<[a-z]+>")
 
 
-def normal(message: str, job_id: str = "") -> str:
+def normalize(message: str, job_id: str = "") -> str:
     """Replace each quoted text, URL, path, UUID, hexadecimal, number, and the job's own id by a mark."""
     marked = _marked(message)
     own = _marked(job_id)
     # An id that consists of marks only (a number, a UUID) is replaced already, as in the messages of other jobs.
     if own in marked and any(each.isalpha() for each in _MARK.sub("", own)):
         marked = re.sub(rf"(?<![\w<]){re.escape(own)}(?![\w>])", "<id>", marked)
-    return marked[:LOOKED_AT].strip()
+    return marked[:MAX_NORMALIZED].strip()
 
 
 @lru_cache(maxsize=4_096)
 def _marked(message: str) -> str:
-    marked = _DIFFERS.sub(lambda found: f"<{found.lastgroup}>", message[:LONGEST])
+    marked = _DIFFERS.sub(lambda found: f"<{found.lastgroup}>", message[:MAX_MESSAGE])
     return " ".join(marked.split())
 
 
@@ -51,8 +51,8 @@ def fingerprint(message: str | None, code: str | None, job_id: str = "") -> str 
     """The name of an error, the same for errors that differ only in what `normal` marks; None where there is none."""
     if message is None and code is None:
         return None
-    said = f"{code or ''}\n{normal(message or '', job_id)}"
-    return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=BYTES).hexdigest()
+    said = f"{code or ''}\n{normalize(message or '', job_id)}"
+    return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).hexdigest()
 
 
 def fingerprint_of_bytes(message: bytes | None, code: bytes | None, job_id: bytes | None) -> str | None:

@@ -76,10 +76,10 @@ MaxProcessingMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
 DelayMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
 UnixMs = Annotated[int, Meta(ge=EARLIEST_MS, le=LATEST_MS)]
 Text = Annotated[str, Meta(max_length=4096)]
-Place = Annotated[str, Meta(pattern=r"^[^\x00]*$", min_length=1, max_length=4096)]  # URL or path of the caller
-Code = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200)]
+Location = Annotated[str, Meta(pattern=r"^[^\x00]*$", min_length=1, max_length=4096)]  # URL or path of the caller
+FailureCode = Annotated[str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200)]
 MAX_PERCENT: Final = 100
-KEEP_LATE: Final = 5  # late results of a job: those of its latest grants
+MAX_LATE_RESULTS: Final = 5  # late results of a job: those of its latest grants
 # Releases in a row without progress: from DELAYED_FROM on, the job waits. From LOOP_FROM on, a job that does not wait
 # is in a release loop.
 DELAYED_FROM: Final = 5
@@ -98,7 +98,7 @@ def is_job_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
-def runs_again(job: Job) -> bool:
+def requeues_on_stall(job: Job) -> bool:
     """Whether one more stall puts the job back into its queue, by its `on_stall`; else it fails."""
     options = job.options
     if job.stalls >= options.max_stalls or options.on_stall == "fail":
@@ -127,7 +127,7 @@ def is_release_loop(job: Job) -> bool:
     return job.run_at - ended.at < SECOND_MS
 
 
-def storage_key_fault(key: str) -> str | None:
+def storage_key_error(key: str) -> str | None:
     """Why `key` may not name a stored object, in words, or None. It is relative, without `..` or NUL."""
     if "\x00" in key:
         return "contains NUL"
@@ -150,7 +150,7 @@ def headline(message: str, width: int) -> str:
     return said if len(said) <= width else f"{said[:width]}…"
 
 
-def seconds_of_epochs(now_ms: int) -> int:
+def epoch_seconds(now_ms: int) -> int:
     """Return the seconds from 2020-01-01 UTC to the wall time `now_ms`."""
     return (now_ms - _EPOCHS_BEGIN_MS) // SECOND_MS
 
@@ -161,7 +161,7 @@ def new_epoch(seen: int, now_ms: int) -> int:
     Copies of one store get different epochs, because they begin in different seconds. If the clock is past SAFE_EPOCH,
     the epoch is `seen` + 1, which keeps tokens below 2^53 as long as possible.
     """
-    seconds = seconds_of_epochs(now_ms)
+    seconds = epoch_seconds(now_ms)
     return max(seconds, seen + 1) if seconds <= SAFE_EPOCH else seen + 1
 
 
@@ -369,7 +369,7 @@ class Policy(Struct, frozen=True):
         kept = (self.keep_completed_ms, self.keep_failed_ms, self.keep_cancelled_ms)
         return min((keep_ms for keep_ms in kept if keep_ms), default=7 * DAY_MS)
 
-    def late_results_of(self, queue: str) -> LatePolicy:
+    def late_policy(self, queue: str) -> LatePolicy:
         """What becomes of the late results of this queue's jobs."""
         return self.late_queues.get(queue, self.late_results)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from jobd.model.commands import About, AuditLog, Export, Filter, Import, Json, List, PlanAction, WorkerState
+from jobd.model.commands import About, AuditLog, Export, Import, Json, ListJobs, PlanAction, PlanFilter, WorkerState
 from jobd.model.events import EventView, QueuePause
 from jobd.model.job import Backoff, Job
 
@@ -92,7 +92,7 @@ class TimelineView(Struct):
     events: list[EventView]
 
 
-class RefusalView(Struct, frozen=True):
+class ErrorView(Struct, frozen=True):
     """The refusal that something would meet: its code and its message."""
 
     error: str
@@ -115,7 +115,7 @@ class LateResultView(Struct, frozen=True):
     storage_key: str | None
     metadata: Json
     expires_at: int | None
-    refusal: RefusalView | None = None
+    refusal: ErrorView | None = None
 
 
 class LateResultList(Struct):
@@ -145,7 +145,7 @@ class LockState(Struct):
     extended: bool | UnsetType = UNSET
 
 
-class Next(Struct, frozen=True):
+class NextEvent(Struct, frozen=True):
     """The next event of a job. `at` is None if it depends on a worker."""
 
     what: str
@@ -156,7 +156,7 @@ class Next(Struct, frozen=True):
 class WhyView(Struct, frozen=True):
     state: str
     because: str
-    next: Next | None
+    next: NextEvent | None
     blocked_by: str | None
     do: list[str]
 
@@ -291,7 +291,7 @@ class StatsView(Struct, frozen=True, rename="camel"):
     disk: DiskView | None = None  # None for a store in memory
 
 
-class Forced(Struct, frozen=True, rename="camel"):
+class TransitionView(Struct, frozen=True, rename="camel"):
     """The answer to force-fail, force-reset and transition."""
 
     job_id: str
@@ -301,7 +301,7 @@ class Forced(Struct, frozen=True, rename="camel"):
     timestamp: int
 
 
-class AdminLock(Struct, frozen=True, rename="camel"):
+class AdminLockView(Struct, frozen=True, rename="camel"):
     """The answer to extend-lock and release-lock. `lock` is null once the job is back in its queue."""
 
     job_id: str
@@ -329,7 +329,7 @@ class Recovered(Struct, frozen=True):
     more: bool
 
 
-class TakenBack(Struct, frozen=True, rename="camel"):
+class TakeBackView(Struct, frozen=True, rename="camel"):
     """The jobs that a take-back ended, or would end as a dry run. `more`: not all jobs are in `details`."""
 
     worker: str
@@ -341,7 +341,7 @@ class TakenBack(Struct, frozen=True, rename="camel"):
     timestamp: int
 
 
-class Worked(Struct, frozen=True):
+class MaintenanceResult(Struct, frozen=True):
     """The answer to Expire, DeleteExpired and Mend: how many jobs changed and what was found."""
 
     done: int
@@ -372,7 +372,7 @@ class Imported(Struct, frozen=True):
     skipped: bool
 
 
-class ImportForeseen(Struct, frozen=True):
+class ImportCheckResult(Struct, frozen=True):
     """What one line of an import would do. `room`: so many unfinished jobs may still be created."""
 
     job_id: str
@@ -564,7 +564,7 @@ class QuarantineList(Struct):
     jobs: list[QuarantinedJob]
 
 
-class Vitals(Struct, frozen=True):
+class ProcessStats(Struct, frozen=True):
     """How the process is, and which job has waited longest.
 
     `commit_p99_s` is a bound: 99 of 100 commits of the last minutes took no longer; None where there was none.
@@ -702,7 +702,7 @@ class PlanView(Struct, frozen=True):
     plan_id: str
     action: PlanAction
     reason: str | None
-    filter: Filter | None
+    filter: PlanFilter | None
     scope: str | None
     count: int
     jobs: list[PlannedJob]
@@ -716,7 +716,7 @@ class PlanView(Struct, frozen=True):
     with_late_results: int = 0
 
 
-def late_note(action: str, late: Sequence[int]) -> str | None:
+def late_results_note(action: str, late: Sequence[int]) -> str | None:
     """What who asks for `action` has to know of late results; None: nothing. `late`: how many there are of each job."""
     jobs, results = sum(count > 0 for count in late), sum(late)
     if not jobs:
@@ -731,11 +731,11 @@ def late_note(action: str, late: Sequence[int]) -> str | None:
     return f"{has} {what} that nobody has adopted: {then}."
 
 
-def late_note_of(action: str, jobs: Sequence[PlannedJob]) -> str | None:
+def plan_late_results_note(action: str, jobs: Sequence[PlannedJob]) -> str | None:
     """late_note of the jobs of a plan. Of a cleanup of those that it deletes: with the others it stays what it is."""
     if action == "cleanup":
         action, jobs = "delete", [job for job in jobs if job.to is None]
-    return late_note(action, [job.late_results for job in jobs])
+    return late_results_note(action, [job.late_results for job in jobs])
 
 
 class PlanSlice(Struct):
@@ -746,7 +746,7 @@ class PlanSlice(Struct):
     refused: list[ChangedJob]
 
 
-class Foreseen(Struct, frozen=True):
+class PreviewResult(Struct, frozen=True):
     """The answer to Preview. `more`: there is more than was looked at."""
 
     details: list[Recovery]
@@ -806,7 +806,7 @@ class FailuresView(Struct, frozen=True):
     whole: bool
 
 
-class Done(Struct, frozen=True):
+class EmptyResponse(Struct, frozen=True):
     """The answer where there is nothing to say."""
 
 
@@ -818,7 +818,7 @@ class HistoryRead(Struct, frozen=True):
     events: int | None = None
     ended: Job | None = None
     late: int | None = None
-    page: List | None = None
+    page: ListJobs | None = None
     export: Export | None = None
     audit: AuditLog | None = None
 

@@ -16,7 +16,7 @@ from jobd.model.job import HOUR_MS, CompactJob, Grant, Job, LateResult
 
 RESERVE_BYTES: Final = 16 << 20  # size of the reserve file
 SPARE_BYTES: Final = 1 << 20  # free space at which a full disk accepts writes again
-PUT_OFF_MS: Final = 2 * HOUR_MS  # no tombstone waits longer: one that seems to was put off by another clock
+MAX_POSTPONE_MS: Final = 2 * HOUR_MS  # no tombstone waits longer: one that seems to was put off by another clock
 
 
 class DiskFull(Exception):
@@ -52,7 +52,7 @@ class Quarantined(Struct, frozen=True):
     is_moved: bool = True
 
 
-class NoBackup(Exception):
+class BackupError(Exception):
     """No copy of the store could be made; the text is a sentence for the operator."""
 
 
@@ -130,7 +130,7 @@ class Tombstone(Struct, frozen=True, gc=False):
     tries: int = 0  # that have failed
 
 
-class Audited(Struct, frozen=True, gc=False):
+class AuditEntry(Struct, frozen=True, gc=False):
     """What an operator did, or was refused: a row of the audit log. `at` is wall time, Unix ms.
 
     `job_id` and `queue` say of what, where it was one. `outcome` is "done" or the code of the refusal, `jobs` how many
@@ -151,18 +151,18 @@ class Audited(Struct, frozen=True, gc=False):
 
 
 # What an operator does that changes no job, queue or setting: into and out of the dashboard, and what leaves the house.
-COMINGS: Final = frozenset({"sign-in", "sign-out"})
-LOOKS: Final = frozenset({"export", "backup", "artifact"})
-Share = Literal["changes", "refusals", "strangers", "comings", "looks"]
+SIGN_INS: Final = frozenset({"sign-in", "sign-out"})
+AUDITED_READS: Final = frozenset({"export", "backup", "artifact"})
+AuditShare = Literal["changes", "refusals", "strangers", "comings", "looks"]
 
 
-def share_of(what: str, outcome: str) -> Share:
+def audit_share(what: str, outcome: str) -> AuditShare:
     """In which part of the audit log a row stands: none of them can push out what is in another."""
-    if what in COMINGS:
+    if what in SIGN_INS:
         return "comings" if outcome == "done" else "strangers"
     if outcome != "done":
         return "refusals"
-    return "looks" if what in LOOKS else "changes"
+    return "looks" if what in AUDITED_READS else "changes"
 
 
 class AuditQuery(Struct, frozen=True):
@@ -180,11 +180,11 @@ class AuditQuery(Struct, frozen=True):
 class AuditRows(Struct):
     """Rows with their numbers. `next_before` is the `before` of the next page, None at the end."""
 
-    found: list[tuple[int, Audited]]
+    found: list[tuple[int, AuditEntry]]
     next_before: int | None = None
 
 
-class Due(Struct):
+class DueTombstones(Struct):
     """Tombstones that are due, each with whether a job names its key; `damaged` more were set aside.
 
     `unmoved`: so many damaged ones could not be, and are where they were. `held`: numbers of those whose key a late
@@ -207,7 +207,7 @@ def tombstones(changes: Iterable[Change]) -> list[Tombstone]:
     return left
 
 
-def distinct(left: Iterable[Tombstone]) -> list[Tombstone]:
+def distinct_tombstones(left: Iterable[Tombstone]) -> list[Tombstone]:
     """Where a job named an object twice, as the job's own result and as a late one, the last of them is enough."""
     return list({(each.job_id, each.key): each for each in left}.values())
 
@@ -226,7 +226,7 @@ class Batch(Struct):
     unmark: bool = False  # every grant of a marked file has been ended: clear its mark
     tombstones: list[Tombstone] = []  # of the jobs that it deletes
     sweeps: bool = False  # stored objects are deleted: late results that go leave their tombstones, too
-    audit: list[Audited] = []
+    audit: list[AuditEntry] = []
 
 
 class Payload(Struct, frozen=True, gc=False):
@@ -234,7 +234,7 @@ class Payload(Struct, frozen=True, gc=False):
     request_hash: str
 
 
-class Loaded(Struct):
+class LoadedRows(Struct):
     """What a look at the disk found. An id in neither `jobs` nor `bad` does not exist.
 
     Rows with a wrong checksum are in `bad` (id to reason); the store has moved them to quarantine.
@@ -242,11 +242,11 @@ class Loaded(Struct):
 
     jobs: dict[str, Job] = {}
     payloads: dict[int, Payload] = {}
-    answers: dict[str, StoredResponse] = {}
+    responses: dict[str, StoredResponse] = {}
     bad: dict[str, str] = {}
 
 
-class LateAsked(Struct, frozen=True):
+class LateResultQuery(Struct, frozen=True):
     """What a decision has to know of the late results of a job: all of them, and whether `lock_id` was a grant of it.
 
     Without `whole` what they brought stays on the disk.
@@ -254,17 +254,17 @@ class LateAsked(Struct, frozen=True):
 
     job_seq: int
     lock_id: str | None = None
-    whole: bool = False
+    with_results: bool = False
 
 
-class LateKnown(Struct):
+class LateResultRows(Struct):
     """What was read of late results: those of a job, the oldest grant first, and grants of it by (job seq, lock id)."""
 
     results: dict[int, list[LateResult]] = {}
     grants: dict[tuple[int, str], Grant] = {}
 
 
-class Query(Struct, frozen=True):
+class JobQuery(Struct, frozen=True):
     """A page of jobs, newest first: seq below `before`, at most `limit`, looking at `scan` rows at most.
 
     Where `after` is given: oldest first, seq above it. `worker` is that of the latest grant, current or ended. `since`
@@ -295,7 +295,7 @@ class Query(Struct, frozen=True):
         return self.text is not None or self.error is not None
 
 
-class Page(Struct):
+class JobRows(Struct):
     """`next_before` is the `before` of the next page (oldest first: its `after`), None at the end.
 
     `looked_to_at`: when the last row that was looked at was created, where the page ended for having looked at enough.
@@ -305,8 +305,8 @@ class Page(Struct):
 
     jobs: list[tuple[Job, bytes]]
     next_before: int | None
-    looked_to_at: int | None = None
-    looked: int = 0
+    scanned_until: int | None = None
+    scanned: int = 0
     last_event: int = 0
 
 
@@ -315,7 +315,7 @@ class JournalPage(Struct, frozen=True):
 
     `last` is the highest number of an event that was committed. Events up to `gone_to` may be gone: pruned, or damaged
     and set aside, or undone by a backup that was put back. Above it two things are missing: older signs of life
-    (KEEP_SIGNS), and grants that were given back, between the first and the last grants of a job (KEEP_GRANTS).
+    (KEEP_HEARTBEATS), and grants that were given back, between the first and the last grants of a job (KEEP_GRANTS).
     """
 
     events: list[Event]
@@ -331,7 +331,7 @@ class JournalPage(Struct, frozen=True):
         return self.events[-1].seq if self.events else self.gone_to
 
 
-class Opened(Struct):
+class OpenedStore(Struct):
     """Everything the daemon needs in memory, as read and checked at start.
 
     `quarantined` maps the ids of all quarantined jobs to what was wrong; `faults` are sentences for the log and health
@@ -340,7 +340,7 @@ class Opened(Struct):
 
     numbers: Numbers
     jobs: list[Job] = []
-    in_short: list[CompactJob] = []  # all other live jobs
+    compact_jobs: list[CompactJob] = []  # all other live jobs
     queues: dict[str, QueueRow] = {}
     keys: list[StoredResponse] = []
     quarantined: dict[str, str] = {}
@@ -355,7 +355,7 @@ class Opened(Struct):
 
     def live(self) -> list[Job]:
         """All live jobs, whole."""
-        return [*(job.expand() for job in self.in_short), *self.jobs]
+        return [*(job.expand() for job in self.compact_jobs), *self.jobs]
 
 
 class Storage(Protocol):
@@ -368,7 +368,7 @@ class Storage(Protocol):
     on_quarantined: Callable[[Quarantined], None]
     on_tombstones: Callable[[int], None]
 
-    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
         """Jobs by id (live or finished), payloads by job seq, stored answers by digest."""
 
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
@@ -380,12 +380,12 @@ class Storage(Protocol):
         Any other exception means that what the disk holds is unknown.
         """
 
-    async def find(self, query: Query) -> Page: ...
+    async def find(self, query: JobQuery) -> JobRows: ...
 
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
         """The journal of one job, or so many of its latest events; oldest first."""
 
-    async def late(self, asked: list[LateAsked]) -> LateKnown:
+    async def late(self, asked: list[LateResultQuery]) -> LateResultRows:
         """Late results of jobs, and which of the lock ids were grants of theirs. Damaged rows are left out."""
 
     async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
@@ -415,7 +415,7 @@ class Storage(Protocol):
         Gives how many went, and `limit` as well where not all rows were looked at yet.
         """
 
-    async def due_tombstones(self, now: int, limit: int) -> Due:
+    async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         """Tombstones due at wall time `now`, up to `limit`, those that have waited longest first."""
 
     async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Final, get_args
 
 from msgspec import Meta, Struct
 
-from jobd.model.events import SIGNS, Event, EventType
+from jobd.model.events import HEARTBEATS, Event, EventType
 from jobd.model.job import DAY_MS, SECOND_MS
 from jobd.model.responses import DeliveryState
 
@@ -19,25 +19,25 @@ DELIVERY_STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 FIRING: Final = "alert.firing"
 RESOLVED: Final = "alert.resolved"
 ALERTS: Final = (FIRING, RESOLVED)
-GONE: Final = "events.gone"  # goes to everybody who reads the journal: what he has missed cannot be told
-UNTOLD: Final = -1
-BACKLOG: Final = 10_000  # deliveries of one endpoint that may wait, and as many that were given up are kept
-TEST: Final = "webhook.test"  # an operator asks for it
+EVENTS_GONE: Final = "events.gone"  # goes to everybody who reads the journal: what he has missed cannot be told
+GAP_PENDING: Final = -1
+MAX_BACKLOG: Final = 10_000  # deliveries of one endpoint that may wait, and as many that were given up are kept
+TEST_TYPE: Final = "webhook.test"  # an operator asks for it
 
 
-def type_of(event_type: str) -> str:
+def webhook_type(event_type: str) -> str:
     """The type of an event as webhooks say it: `job.completed`, `queue.paused`."""
     kind, _, rest = event_type.partition("_")
     return f"queue.{rest}" if kind == "queue" else f"job.{event_type}"
 
 
-_TYPES: Final = {each: type_of(each) for each in get_args(EventType)}
+_TYPES: Final = {each: webhook_type(each) for each in get_args(EventType)}
 TYPES: Final = (*_TYPES.values(), *ALERTS)  # all that an endpoint may ask for
 # Signs of life come many to a job, and the journal forgets most of them: who wants them names them.
-_QUIET: Final = frozenset(TYPES) - {type_of(each) for each in SIGNS}
+_QUIET: Final = frozenset(TYPES) - {webhook_type(each) for each in HEARTBEATS}
 
 
-def matching(pattern: str) -> frozenset[str]:
+def types_matching(pattern: str) -> frozenset[str]:
     """The types that `pattern` means: one by its name, `job.*`, `queue.*`, `alert.*`, or `*`; none where it is wrong.
 
     A pattern leaves out the signs of life, `job.progress` and `job.extended`.
@@ -51,7 +51,7 @@ def matching(pattern: str) -> frozenset[str]:
     return frozenset(each for each in _QUIET if each.startswith(pattern[:-1]))
 
 
-class Endpoint(Struct, frozen=True):
+class WebhookEndpoint(Struct, frozen=True):
     """Somebody who is told. `events` are types; `queues` none means all; `secrets` are keys, the newest first."""
 
     name: str
@@ -108,12 +108,12 @@ class Delivery(Struct, frozen=True, gc=False):
     body: bytes
 
 
-class Cursor(Struct, frozen=True, gc=False):
+class WebhookCursor(Struct, frozen=True, gc=False):
     """How far an endpoint is. Every event up to `position` was put into its outbox, if it wanted it."""
 
     name: str
     position: int
-    gone_to: int = 0  # it was told of all gaps up to this event; UNTOLD: it has to be told of one
+    gone_to: int = 0  # it was told of all gaps up to this event; GAP_PENDING: it has to be told of one
     next_delivery: int = 1  # deliveries above this have not been numbered yet, or at another endpoint
     alerts: dict[str, int] = {}  # those of which it was told that they fire, and since when (Unix ms)
     updated_at: int = 0
@@ -125,13 +125,13 @@ class Outbox(Struct, frozen=True):
     `last`: the newest event of the journal. `next_delivery`: the next number to give.
     """
 
-    cursors: dict[str, Cursor]
+    cursors: dict[str, WebhookCursor]
     waiting: dict[str, list[Delivery]]  # by endpoint, in order, without their bodies
     last: int
     next_delivery: int
 
 
-class Outcome(Struct, frozen=True):
+class DeliveryOutcome(Struct, frozen=True):
     """What came of one try. `error` is a sentence, None where it was delivered."""
 
     status: int | None

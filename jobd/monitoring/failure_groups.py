@@ -20,7 +20,7 @@ from jobd.model.events import Change
 from jobd.model.fingerprints import fingerprint
 from jobd.model.job import Job, first_line
 from jobd.model.responses import FailureGroup, FailuresView
-from jobd.model.storage import Query, Storage
+from jobd.model.storage import JobQuery, Storage
 
 MOST_GROUPS: Final = 1_000  # beyond it errors that nobody has seen yet are counted together
 MOST_GONE: Final = 1_000  # groups that are empty now, of which it is known since when there were such errors
@@ -207,7 +207,7 @@ class Failures:
                 _, job = self._unseen.popitem()
                 self._enter(job, "retrying", job.updated_at)
             return
-        query = Query(status="failed", limit=LIMIT, before=self._below, scan=SCAN, payloads=False)
+        query = JobQuery(status="failed", limit=LIMIT, before=self._below, scan=SCAN, payloads=False)
         page = await self._disk.find(query)
         # From here on nothing else happens before the end.
         for job, _ in page.jobs:

@@ -36,7 +36,7 @@ from jobd.maintenance.maintainer import Cleaner
 from jobd.model.errors import ERROR_STATUS
 from jobd.model.events import EventType
 from jobd.model.job import SECOND_MS, STATUSES
-from jobd.model.responses import Vitals
+from jobd.model.responses import ProcessStats
 from jobd.model.storage import DiskSpace
 from jobd.monitoring.alerts import Alerts
 
@@ -154,11 +154,11 @@ class Metrics:
         """Prometheus text, format 0.0.4."""
         return await asyncio.to_thread(text, self.snapshot(), self._store_path)
 
-    async def vitals(self) -> Vitals:
+    async def vitals(self) -> ProcessStats:
         """How the process is, for people."""
         path = self._store_path
         database, wal = await asyncio.to_thread(lambda: (_size(path), _size(f"{path}-wal")))
-        return Vitals(
+        return ProcessStats(
             mailbox=self._actor.waiting,
             parked=len(self._actor.parked),
             commit_p99_s=self.commit_p99_s(),

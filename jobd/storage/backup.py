@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Final, Literal
 
-from jobd.model.storage import DiskFull, NoBackup
+from jobd.model.storage import BackupError, DiskFull
 from jobd.storage import files, migrations, startup
 from jobd.storage.files import FileLock, StoreError, StoreUnreadable
 from jobd.storage.store import MEMORY, Store
@@ -35,13 +35,13 @@ _SPARE_BYTES: Final = 32 << 20
 _CHECK_STEPS: Final = 20_000
 
 
-class BackupStopped(StoreError, NoBackup):
+class BackupStopped(StoreError, BackupError):
     """The store was closed, or the one who asked went away, before the copy was whole."""
 
     exit_code = 75
 
 
-class BadCopy(StoreUnreadable, NoBackup):
+class BadCopy(StoreUnreadable, BackupError):
     """The copy does not pass its check, so the store that it was taken from would not either."""
 
 

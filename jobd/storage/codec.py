@@ -15,9 +15,9 @@ import msgspec
 from msgspec import UNSET, Raw, Struct
 from msgspec.structs import astuple
 
-from jobd.model.events import GIVEN_BACK, KEEP_SIGNS, ROUTINE, SIGNS, Changes, Event
+from jobd.model.events import GIVEN_BACK, HEARTBEATS, KEEP_HEARTBEATS, ROUTINE, Changes, Event
 from jobd.model.job import Backoff, CompactJob, Failure, Grant, Job, LateResult, Lease, Options, PreviousGrant, Result
-from jobd.model.storage import Audited, Numbers, QueueRow, StoredResponse, Tombstone
+from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
 
 Row = tuple[Any, ...]
 
@@ -106,7 +106,7 @@ LATE_COLUMNS: Final = (
 )
 QUEUE_COLUMNS: Final = ("name", *QueueRow.__struct_fields__)
 TOMBSTONE_COLUMNS: Final = Tombstone.__struct_fields__
-AUDIT_COLUMNS: Final = ("seq", *Audited.__struct_fields__)
+AUDIT_COLUMNS: Final = ("seq", *AuditEntry.__struct_fields__)
 META_COLUMNS: Final = (
     "schema_version",
     *Numbers.__struct_fields__,
@@ -441,18 +441,19 @@ def _part(value: Any) -> Any:
 def thin(events: list[Event]) -> tuple[list[int], list[Event]]:
     """Which signs of life in one job's journal may be forgotten, by seq, and the events that change thereby.
 
-    The last KEEP_SIGNS of each type and grant stay. What a forgotten event set goes into the event behind it, which
-    has the last word: folding gives the same row as before. `events` are in order and begin at a grant or earlier.
+    The last KEEP_HEARTBEATS of each type and grant stay. What a forgotten event set goes into the event behind it,
+    which has the last word: folding gives the same row as before. `events` are in order and begin at a grant or
+    earlier.
     """
-    seen = dict.fromkeys(SIGNS, 0)
+    seen = dict.fromkeys(HEARTBEATS, 0)
     gone: set[int] = set()
     for event in reversed(events):
-        if event.type in SIGNS:
+        if event.type in HEARTBEATS:
             seen[event.type] += 1
-            if seen[event.type] > KEEP_SIGNS:
+            if seen[event.type] > KEEP_HEARTBEATS:
                 gone.add(event.seq)
         elif event.type == "granted":
-            seen = dict.fromkeys(SIGNS, 0)
+            seen = dict.fromkeys(HEARTBEATS, 0)
     return sorted(gone), _carried(events, gone)
 
 
@@ -539,16 +540,16 @@ def tombstone(row: Row) -> Tombstone:
 # Audit
 
 
-def audit_row(seq: int, audited: Audited) -> Row:
+def audit_row(seq: int, audited: AuditEntry) -> Row:
     """The columns of a row of the audit log in the order of AUDIT_COLUMNS, with the checksum."""
     *about, details, part_of = astuple(audited)
     return sealed((seq, *about, None if details is None else _json(details), part_of))
 
 
-def audited(row: Row) -> Audited:
+def audited(row: Row) -> AuditEntry:
     """What a row of the audit log says whose checksum is right."""
     *about, details, part_of = row[1:-1]
-    return Audited(*(*about, None if details is None else msgspec.json.decode(details), part_of))
+    return AuditEntry(*(*about, None if details is None else msgspec.json.decode(details), part_of))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

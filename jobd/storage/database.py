@@ -15,10 +15,20 @@ from typing import Any, Final, TypeVar
 
 from msgspec.structs import replace
 
-from jobd.model.events import GIVEN_BACK, KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_SIGNS, SIGNS, Change, Event
+from jobd.model.events import GIVEN_BACK, HEARTBEATS, KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event
 from jobd.model.fingerprints import fingerprint_of_bytes
 from jobd.model.job import LIVE
-from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, Payload, Quarantined, QueueRow, Tombstone, distinct
+from jobd.model.storage import (
+    BadRows,
+    Batch,
+    DiskFull,
+    Numbers,
+    Payload,
+    Quarantined,
+    QueueRow,
+    Tombstone,
+    distinct_tombstones,
+)
 from jobd.storage import codec, files
 from jobd.storage.codec import (
     EVENT_COLUMNS,
@@ -327,7 +337,7 @@ class Tables:
         tombstones = batch.tombstones
         if batch.changes:
             if left := self._late.write(batch.changes, sweeps=batch.sweeps):
-                tombstones = distinct([*left, *tombstones])
+                tombstones = distinct_tombstones([*left, *tombstones])
             self._write_jobs(batch.changes)
             self._write_events(batch.changes)
         if batch.queues:
@@ -357,11 +367,11 @@ class Tables:
         self.conn.executemany(_INSERT_EVENT, [sealed(codec.event_row(change.event)) for change in changes])
         for change in changes:
             event = change.event
-            if event.type in SIGNS:
+            if event.type in HEARTBEATS:
                 # Of a grant made before the start nothing is known: look at its journal once.
-                begin, signs = self._signs.get(event.job_seq, (0, KEEP_SIGNS))
+                begin, signs = self._signs.get(event.job_seq, (0, KEEP_HEARTBEATS))
                 self._signs[event.job_seq] = (begin, signs + 1)
-                if signs >= KEEP_SIGNS:
+                if signs >= KEEP_HEARTBEATS:
                     self._crowded.setdefault((self._thin, event.job_seq), begin)
             elif event.type == "granted":
                 self._signs[event.job_seq] = (event.seq, 0)

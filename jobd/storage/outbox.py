@@ -13,18 +13,18 @@ from msgspec.structs import astuple, replace
 from jobd.model.job import DAY_MS
 from jobd.model.responses import DeliveryState
 from jobd.model.storage import DiskFull
-from jobd.model.webhooks import BACKLOG, DELIVERY_STATES, GONE, UNTOLD, Cursor, Delivery, Outbox
+from jobd.model.webhooks import DELIVERY_STATES, EVENTS_GONE, GAP_PENDING, MAX_BACKLOG, Delivery, Outbox, WebhookCursor
 from jobd.storage.codec import Row, fault, sealed
 from jobd.storage.database import Tables
 from jobd.storage.quarantine import set_rows_aside
 from jobd.storage.writers import insert
 
-CURSOR_COLUMNS: Final = Cursor.__struct_fields__
+CURSOR_COLUMNS: Final = WebhookCursor.__struct_fields__
 DELIVERY_COLUMNS: Final = Delivery.__struct_fields__
 CURSOR_SQL: Final = f"{', '.join(CURSOR_COLUMNS)}, crc"
 DELIVERY_SQL: Final = f"{', '.join(DELIVERY_COLUMNS)}, crc"
 
-KEEP_ENDED: Final[dict[DeliveryState, int]] = {"delivered": 1_000, "given_up": BACKLOG}  # of an endpoint
+KEEP_ENDED: Final[dict[DeliveryState, int]] = {"delivered": 1_000, "given_up": MAX_BACKLOG}  # of an endpoint
 KEEP_ENDED_MS: Final[dict[DeliveryState, int]] = {"delivered": 7 * DAY_MS, "given_up": 30 * DAY_MS}
 FORGET_MS: Final = 30 * DAY_MS  # an endpoint that is not configured any more keeps its place so long
 
@@ -38,17 +38,17 @@ _BY_ID: Final = f"SELECT {DELIVERY_SQL} FROM deliveries NOT INDEXED WHERE id = ?
 _IDS: Final = "SELECT id FROM deliveries INDEXED BY deliveries_place WHERE endpoint = ? AND state = ?"
 
 
-def cursor_row(cursor: Cursor) -> Row:
+def cursor_row(cursor: WebhookCursor) -> Row:
     """The columns of a cursor in the order of CURSOR_COLUMNS, with the checksum."""
     *columns, alerts, updated_at = astuple(cursor)
     return sealed((*columns, msgspec.json.encode(alerts), updated_at))
 
 
-def cursor(row: Row) -> Cursor:
+def cursor(row: Row) -> WebhookCursor:
     """The cursor of a row whose checksum is right."""
     name, position, gone_to, next_delivery, alerts, updated_at, _ = row
     told = msgspec.json.decode(alerts, type=dict[str, int])
-    return Cursor(name, position, gone_to, next_delivery, told, updated_at)
+    return WebhookCursor(name, position, gone_to, next_delivery, told, updated_at)
 
 
 def delivery_row(delivery: Delivery) -> Row:
@@ -74,7 +74,7 @@ def open_outbox(tables: Tables, names: list[str], now: int) -> Outbox:
         found = known.get(name)
         if found is None:
             position, gone_to = _begin(tables, name, last) if some_damaged else (last, last)
-            found = Cursor(name, position, gone_to, next_delivery)
+            found = WebhookCursor(name, position, gone_to, next_delivery)
         cursors[name] = replace(found, updated_at=now) if found.updated_at < now - DAY_MS else found
     if changed := [each for name, each in cursors.items() if each is not known.get(name)]:
         try:
@@ -96,12 +96,12 @@ def _begin(tables: Tables, name: str, last: int) -> tuple[int, int]:
     """
     sql = "SELECT ifnull(max(seq), 0) FROM deliveries NOT INDEXED WHERE endpoint = ?"
     (reached,) = tables.conn.execute(sql, (name,)).fetchone()
-    return (reached, reached) if reached else (last, UNTOLD)
+    return (reached, reached) if reached else (last, GAP_PENDING)
 
 
-def _cursors(tables: Tables) -> tuple[dict[str, Cursor], bool]:
+def _cursors(tables: Tables) -> tuple[dict[str, WebhookCursor], bool]:
     """The cursors by name, and whether some were damaged: then nobody knows for sure whose they were."""
-    known: dict[str, Cursor] = {}
+    known: dict[str, WebhookCursor] = {}
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *columns in tables.rows(f"SELECT rowid, {CURSOR_SQL} FROM webhooks NOT INDEXED"):
         row = tuple(columns)
@@ -131,12 +131,12 @@ def by_ids(tables: Tables, ids: list[int]) -> list[Delivery]:
     return [delivery(row) for row in found if fault(row) is None]
 
 
-def plan(tables: Tables, moved: Cursor, new: list[Delivery]) -> None:
+def plan(tables: Tables, moved: WebhookCursor, new: list[Delivery]) -> None:
     """Put deliveries into the outbox, and the cursor where they end: both or none."""
     tables.commit(_plan, tables, moved, new)
 
 
-def _plan(tables: Tables, moved: Cursor, new: list[Delivery]) -> None:
+def _plan(tables: Tables, moved: WebhookCursor, new: list[Delivery]) -> None:
     tables.conn.executemany(_INSERT, map(delivery_row, new))
     _put_cursors(tables, [moved])
 
@@ -157,7 +157,7 @@ def _settle(tables: Tables, settled: list[Delivery], now: int) -> bool:
     for name in lost:
         row = tables.conn.execute(f"SELECT {CURSOR_SQL} FROM webhooks NOT INDEXED WHERE name = ?", (name,)).fetchone()
         if row is not None and fault(row) is None:
-            _put_cursors(tables, [replace(cursor(row), gone_to=UNTOLD)])
+            _put_cursors(tables, [replace(cursor(row), gone_to=GAP_PENDING)])
     return bool(lost)
 
 
@@ -184,7 +184,7 @@ def _trim_by_age(tables: Tables, name: str, now: int) -> bool:
 def _drop(tables: Tables, state: DeliveryState, where: str, args: tuple[Any, ...]) -> bool:
     """Forget deliveries; whether one of them was given up that told of an event, or of a gap between events."""
     sql = f"DELETE FROM deliveries WHERE {where} RETURNING seq > 0 OR type = ?"
-    dropped = tables.conn.execute(sql, (*args, GONE)).fetchall()
+    dropped = tables.conn.execute(sql, (*args, EVENTS_GONE)).fetchall()
     return state == "given_up" and any(told for (told,) in dropped)
 
 
@@ -231,7 +231,7 @@ def page(tables: Tables, endpoint: str, state: DeliveryState | None, before: int
     return by_ids(tables, sorted(ids, reverse=True)[:limit])
 
 
-def _put_cursors(tables: Tables, cursors: list[Cursor]) -> None:
+def _put_cursors(tables: Tables, cursors: list[WebhookCursor]) -> None:
     tables.conn.executemany(_PUT_CURSOR, map(cursor_row, cursors))
 
 

@@ -15,18 +15,18 @@ from typing import Any, Final
 from jobd.model.events import Event
 from jobd.model.job import LIVE, Grant, Job, LateResult
 from jobd.model.storage import (
-    PUT_OFF_MS,
+    MAX_POSTPONE_MS,
     AuditQuery,
     AuditRows,
-    Due,
+    DueTombstones,
+    JobQuery,
+    JobRows,
     JournalPage,
-    LateAsked,
-    LateKnown,
-    Loaded,
-    Page,
+    LateResultQuery,
+    LateResultRows,
+    LoadedRows,
     Payload,
     Quarantined,
-    Query,
     StoredResponse,
 )
 from jobd.storage import codec
@@ -106,10 +106,10 @@ def read_job(tables: Tables, row: Row) -> tuple[Job | None, str]:
     return None, wrong
 
 
-def load(tables: Tables, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+def load(tables: Tables, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
     """See Storage.load."""
     tables.check()
-    loaded = Loaded()
+    loaded = LoadedRows()
     damaged: list[tuple[Row, str]] = []
     for id_ in ids:
         row, wrong = _row_by_id(tables, id_)
@@ -135,7 +135,7 @@ def load(tables: Tables, ids: list[str], payloads: list[int], digests: list[str]
         loaded.jobs = {id_: job for id_, job in loaded.jobs.items() if id_ not in loaded.bad}
     for digest in digests:
         if (key := _answer(tables, digest)) is not None:
-            loaded.answers[digest] = key
+            loaded.responses[digest] = key
     return loaded
 
 
@@ -190,7 +190,7 @@ def _answer(tables: Tables, digest: str) -> StoredResponse | None:
 # Pages
 
 
-def find(tables: Tables, query: Query) -> Page:
+def find(tables: Tables, query: JobQuery) -> JobRows:
     """See Storage.find: newest first, or oldest first; at most `scan` rows looked at."""
     tables.check()
     try:
@@ -203,7 +203,7 @@ def find(tables: Tables, query: Query) -> Page:
     return page
 
 
-def _page(tables: Tables, query: Query) -> Page:
+def _page(tables: Tables, query: JobQuery) -> JobRows:
     scope, scope_args, filters, args = _conditions(query)
     if query.after is None:
         beyond, upto, way = "seq < ?", "seq >= ?", "DESC"
@@ -226,7 +226,7 @@ def _page(tables: Tables, query: Query) -> Page:
             f"ON seq = found WHERE true{filters} ORDER BY found {way} LIMIT ?"
         )
     matched, is_cut = tables.some_rows(sql, (*scope_args, begin, end, *args, query.limit + 1), query.payload_bytes)
-    page = Page([], None, looked=query.scan)
+    page = JobRows([], None, scanned=query.scan)
     last = _fill(tables, page, matched, query)
     if is_cut and last is None:
         last = matched[-1][0]
@@ -237,11 +237,11 @@ def _page(tables: Tables, query: Query) -> Page:
         if more is not None:
             page.next_before = end
             found = tables.conn.execute(_CREATED, (end,)).fetchone()
-            page.looked_to_at = None if found is None else found[0]
+            page.scanned_until = None if found is None else found[0]
     return page
 
 
-def _page_one_by_one(tables: Tables, query: Query) -> Page:
+def _page_one_by_one(tables: Tables, query: JobQuery) -> JobRows:
     """The page of a damaged table: each seq is asked for, those that cannot be read are named and left out."""
     _, _, filters, args = _conditions(query)
     sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = ?{filters}"
@@ -253,13 +253,13 @@ def _page_one_by_one(tables: Tables, query: Query) -> Page:
     else:
         end = query.after + query.scan
         seqs, is_last = range(query.after + 1, min(end + 1, top)), end + 1 >= top
-    page = Page([], None)
+    page = JobRows([], None)
     last = _fill(tables, page, tables.each(sql, seqs, "jobs", args), query)
     page.next_before = last if last is not None else None if is_last else end
     return page
 
 
-def _conditions(query: Query) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...]]:
+def _conditions(query: JobQuery) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...]]:
     """Which rows count as looked at (those of an index, where the query allows it), and which match."""
     scope = _TABLE
     scope_args: tuple[Any, ...] = ()
@@ -299,7 +299,7 @@ def _heavy_edge(sized: Iterable[Row]) -> Row | None:
     return None
 
 
-def _fill(tables: Tables, page: Page, matched: list[Row], query: Query) -> int | None:
+def _fill(tables: Tables, page: JobRows, matched: list[Row], query: JobQuery) -> int | None:
     """Put the rows of a page in; gives the seq it ended with where rows are left for the next one."""
     damaged: list[tuple[Row, str]] = []
     size, last = 0, None
@@ -323,7 +323,7 @@ def _fill(tables: Tables, page: Page, matched: list[Row], query: Query) -> int |
     return last
 
 
-def _payload_of(tables: Tables, query: Query, job: Job) -> tuple[Payload | None, str]:
+def _payload_of(tables: Tables, query: JobQuery, job: Job) -> tuple[Payload | None, str]:
     return tables.payload(job.seq) if query.payloads else (_NO_PAYLOAD, "")
 
 
@@ -400,16 +400,16 @@ def _events(tables: Tables, found: list[Row]) -> list[Event]:
     return [codec.event(row) for row in found]
 
 
-def late(tables: Tables, asked: list[LateAsked]) -> LateKnown:
+def late(tables: Tables, asked: list[LateResultQuery]) -> LateResultRows:
     """See Storage.late. Many may ask of one job: it is looked at once."""
     tables.check()
     whole: dict[int, bool] = {}
     locks: dict[int, set[str]] = {}
     for each in asked:
-        whole[each.job_seq] = each.whole or whole.get(each.job_seq, False)
+        whole[each.job_seq] = each.with_results or whole.get(each.job_seq, False)
         if each.lock_id is not None:
             locks.setdefault(each.job_seq, set()).add(each.lock_id)
-    known = LateKnown()
+    known = LateResultRows()
     for job_seq, is_whole in whole.items():
         known.results[job_seq] = _late_results(tables, job_seq, whole=is_whole)
     for job_seq, lock_ids in locks.items():
@@ -499,7 +499,7 @@ def reports(tables: Tables, limit: int) -> list[bytes]:
     return [body for _, body, _ in (row for row in found if fault(row) is None)]
 
 
-def due_tombstones(tables: Tables, now: int, limit: int) -> Due:
+def due_tombstones(tables: Tables, now: int, limit: int) -> DueTombstones:
     """See Storage.due_tombstones. Whether a key is named is looked up here, next to what will be done about it.
 
     Damaged ones that cannot be moved out of the way are passed by, a few hundred of them.
@@ -509,7 +509,9 @@ def due_tombstones(tables: Tables, now: int, limit: int) -> Due:
     unmoved: set[int] = set()
     for _ in range(LOOKED_BEHIND):
         most = limit + len(unmoved)
-        found = tables.rows(_DUE.format("<="), (now, most)) or tables.rows(_DUE.format(">"), (now + PUT_OFF_MS, most))
+        found = tables.rows(_DUE.format("<="), (now, most)) or tables.rows(
+            _DUE.format(">"), (now + MAX_POSTPONE_MS, most)
+        )
         new = [(row[0], row, wrong) for row in found if row[0] not in met and (wrong := fault(row)) is not None]
         unmoved |= set_rows_aside(tables, "tombstones", (*TOMBSTONE_COLUMNS, "crc"), new)
         met |= {seq for seq, _, _ in new}
@@ -518,7 +520,7 @@ def due_tombstones(tables: Tables, now: int, limit: int) -> Due:
             break
     late = {each.job_seq for each in whole if tables.conn.execute(_NAMED_LATE, (each.key,)).fetchone() is not None}
     named = [(each, is_named(tables, each.key)) for each in whole]
-    return Due(named, len(met) - len(unmoved), late, len(unmoved))
+    return DueTombstones(named, len(met) - len(unmoved), late, len(unmoved))
 
 
 def is_named(tables: Tables, key: str) -> bool:

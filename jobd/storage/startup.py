@@ -19,8 +19,8 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, CompactJob, Job, new_epoch, seconds_of_epochs
-from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, Opened, QueueRow, StoredResponse
+from jobd.model.job import LAST_EPOCH, SAFE_EPOCH, TOKEN_COUNTER_BITS, CompactJob, Job, epoch_seconds, new_epoch
+from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, OpenedStore, QueueRow, StoredResponse
 from jobd.storage import codec, files, migrations, wal
 from jobd.storage.codec import AS_CREATED, KEY_COLUMNS, META_COLUMNS, NEW_COLUMNS, QUEUE_COLUMNS, Row, fault
 from jobd.storage.database import (
@@ -202,7 +202,7 @@ def refuse_damaged_log(path: str) -> None:
 # From a connection to what the daemon needs in memory
 
 
-def start(conn: sqlite3.Connection, path: str) -> tuple[Tables, Opened]:
+def start(conn: sqlite3.Connection, path: str) -> tuple[Tables, OpenedStore]:
     """Bring the schema up to date, settle the epoch, read and check everything that is alive."""
     with refusals(path):
         prepare_schema(conn, path)
@@ -330,7 +330,7 @@ def _begin_epoch(tables: Tables, epoch: int, is_put_back: bool) -> None:
 
 def epoch_warning(epoch: int, now: int) -> str | None:
     """Describe the effect of a wrong wall clock on fencing tokens; None if it is right now and was before."""
-    seconds = seconds_of_epochs(now)
+    seconds = epoch_seconds(now)
     if epoch > SAFE_EPOCH:
         return f"epoch {epoch} gives fencing tokens of 2^53 and more, which JavaScript cannot read exactly"
     if seconds > SAFE_EPOCH:
@@ -372,16 +372,16 @@ def _has_reserve(path: str) -> bool:
     return True
 
 
-def _read_all(tables: Tables) -> Opened:
+def _read_all(tables: Tables) -> OpenedStore:
     for id_, reason in tables.rows("SELECT id, reason FROM quarantined_jobs"):
         tables.quarantined[readable(id_)] = reason
     aside = tables.rows("SELECT place, count(*) FROM bad_rows GROUP BY place")
     tables.faults += [f"{count} damaged rows of {place} are set aside: see `jobd doctor`" for place, count in aside]
     jobs, in_short = _live_jobs(tables)
-    opened = Opened(
+    opened = OpenedStore(
         numbers=tables.numbers,
         jobs=jobs,
-        in_short=in_short,
+        compact_jobs=in_short,
         queues=_queues(tables),
         keys=_keys(tables),
         quarantined={},

@@ -24,18 +24,18 @@ from jobd.model.storage import (
     AuditRows,
     Batch,
     DiskSpace,
-    Due,
+    DueTombstones,
+    JobQuery,
+    JobRows,
     JournalPage,
-    LateAsked,
-    LateKnown,
-    Loaded,
-    Opened,
-    Page,
+    LateResultQuery,
+    LateResultRows,
+    LoadedRows,
+    OpenedStore,
     Quarantined,
-    Query,
     Tombstone,
 )
-from jobd.model.webhooks import Cursor, Delivery, Outbox
+from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 from jobd.storage import files, outbox, quarantine, queries, scrub, startup
 from jobd.storage.database import Tables
 from jobd.storage.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
@@ -102,7 +102,7 @@ class Store:
     @classmethod
     async def open(
         cls, path: str, *, synchronous: Synchronous = "FULL", once_held: Callable[[], None] | None = None
-    ) -> tuple[Store, Opened]:
+    ) -> tuple[Store, OpenedStore]:
         """Open the store at `path` (or MEMORY), made with mode 0600 where there is none.
 
         `once_held` is called when the lock is held and nothing has been touched yet: what it raises ends the opening.
@@ -182,7 +182,7 @@ class Store:
 
     # -- model.storage.Storage
 
-    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
         return await self._hop(queries.load, self._tables, ids, payloads, digests)
 
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
@@ -191,13 +191,13 @@ class Store:
     async def write(self, batch: Batch) -> dict[int, bytes]:
         return await self._watched(self._db.lent_hop(self._committing, self._tables.write, batch, self._told_aside))
 
-    async def find(self, query: Query) -> Page:
+    async def find(self, query: JobQuery) -> JobRows:
         return await self._hop(queries.find, self._tables, query)
 
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
         return await self._hop(queries.timeline, self._tables, job_seq, limit)
 
-    async def late(self, asked: list[LateAsked]) -> LateKnown:
+    async def late(self, asked: list[LateResultQuery]) -> LateResultRows:
         return await self._hop(queries.late, self._tables, asked)
 
     async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
@@ -229,7 +229,7 @@ class Store:
     async def trim_audit(self, before: int, limit: int) -> int:
         return await self._hop(self._tables.trim_audit, before, limit)
 
-    async def due_tombstones(self, now: int, limit: int) -> Due:
+    async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         return await self._hop(queries.due_tombstones, self._tables, now, limit)
 
     async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
@@ -240,7 +240,7 @@ class Store:
     async def open_outbox(self, names: list[str], now: int) -> Outbox:
         return await self._hop(outbox.open_outbox, self._tables, names, now)
 
-    async def plan_deliveries(self, moved: Cursor, new: list[Delivery]) -> None:
+    async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
         await self._hop(outbox.plan, self._tables, moved, new)
 
     async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:

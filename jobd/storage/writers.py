@@ -16,8 +16,8 @@ from typing import Any, Final, get_args
 from msgspec.structs import astuple, replace
 
 from jobd.model.events import Change, Event
-from jobd.model.job import KEEP_LATE, LIVE, Job
-from jobd.model.storage import Audited, Share, Tombstone, share_of
+from jobd.model.job import LIVE, MAX_LATE_RESULTS, Job
+from jobd.model.storage import AuditEntry, AuditShare, Tombstone, audit_share
 from jobd.storage import codec
 from jobd.storage.codec import AUDIT_COLUMNS, JOB_COLUMNS, JOB_FIELDS, LATE_COLUMNS, Row, fault, sealed
 
@@ -224,10 +224,12 @@ class AuditWriter:
     def __init__(self, conn: sqlite3.Connection) -> None:
         self._conn = conn
         self._open: dict[str, int] = {}  # part_of -> seq of its row
-        self._seen: dict[Share, array[int]] = {share: array("q") for share in get_args(Share)}  # rows, as of `look_on`
+        self._seen: dict[AuditShare, array[int]] = {
+            share: array("q") for share in get_args(AuditShare)
+        }  # rows, as of `look_on`
         self._seen_to = 0
 
-    def write(self, audit: list[Audited]) -> None:
+    def write(self, audit: list[AuditEntry]) -> None:
         (last,) = self._conn.execute(_LAST_AUDIT).fetchone()
         for audited in audit:
             known = self._known(audited)
@@ -241,7 +243,7 @@ class AuditWriter:
         while len(self._open) > OPEN_DEEDS:
             del self._open[next(iter(self._open))]
 
-    def _known(self, part: Audited) -> tuple[int, Audited] | None:
+    def _known(self, part: AuditEntry) -> tuple[int, AuditEntry] | None:
         """The row that `part` belongs to, with what it adds."""
         seq = None if part.part_of is None else self._open.pop(part.part_of, None)
         if seq is None:
@@ -259,7 +261,7 @@ class AuditWriter:
         """Count up to LOOK rows that were not counted yet; whether there are no more. Not within a transaction."""
         found = self._conn.execute(_UNCOUNTED_AUDIT, (self._seen_to, LOOK)).fetchall()
         for seq, what, outcome in found:
-            self._seen[share_of(what, outcome)].append(seq)
+            self._seen[audit_share(what, outcome)].append(seq)
             self._seen_to = seq
         return len(found) < LOOK
 
@@ -279,12 +281,12 @@ class AuditWriter:
             gone += len(chosen)
         return gone
 
-    def _forget_gone(self, share: Share) -> None:
+    def _forget_gone(self, share: AuditShare) -> None:
         """Rows that were deleted are counted until they are found missing: a deletion may have been taken back."""
         seqs = self._seen[share]
         for count, seq in enumerate(seqs):
             found = self._conn.execute(_AUDIT_SHARE, (seq,)).fetchone()
-            if found is not None and share_of(*found) == share:
+            if found is not None and audit_share(*found) == share:
                 del seqs[:count]
                 return
         del seqs[:]
@@ -298,7 +300,7 @@ _INSERT_LATE: Final = insert("late_results", (*LATE_COLUMNS, "crc"))
 _LATE_OF_JOB: Final = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
 _EXCESS_LATE: Final = (
     "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? "
-    f"ORDER BY fencing_token DESC LIMIT -1 OFFSET {KEEP_LATE}"
+    f"ORDER BY fencing_token DESC LIMIT -1 OFFSET {MAX_LATE_RESULTS}"
 )
 _LATE_ROW: Final = f"SELECT {', '.join(LATE_COLUMNS)}, crc FROM late_results NOT INDEXED WHERE seq = ?"
 _DELETE_LATE: Final = "DELETE FROM late_results WHERE seq = ?"

@@ -14,7 +14,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.model.job import SECOND_MS
-from jobd.model.webhooks import Endpoint, Outcome
+from jobd.model.webhooks import DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks.context import Office
 from jobd.webhooks.message import Letter, of_alert
 from jobd.webhooks.retry import retry_wait_ms
@@ -38,7 +38,7 @@ class AlertNews:
     `told`: the alerts of which who has got all that is held knows that they fire, and since when (Unix ms).
     """
 
-    def __init__(self, endpoint: Endpoint, told: dict[str, int], office: Office) -> None:
+    def __init__(self, endpoint: WebhookEndpoint, told: dict[str, int], office: Office) -> None:
         self.told = told
         self._endpoint = endpoint
         self._office = office
@@ -67,7 +67,7 @@ class AlertNews:
         """The first `count` of what `look` gave are in the outbox."""
         del self._held[:count]
 
-    def ring(self, post: Callable[[Letter], Awaitable[Outcome]]) -> None:
+    def ring(self, post: Callable[[Letter], Awaitable[DeliveryOutcome]]) -> None:
         """Begin each try that is due of what cannot be written now: of one alert one at a time, and in order."""
         self.look()
         ms, newest = _now_ms(), {held.letter.subject: held for held in self._held}
@@ -85,7 +85,7 @@ class AlertNews:
         """The tries that are on their way."""
         return list(self._going.values())
 
-    async def _try(self, held: Held, post: Callable[[Letter], Awaitable[Outcome]]) -> None:
+    async def _try(self, held: Held, post: Callable[[Letter], Awaitable[DeliveryOutcome]]) -> None:
         held.tries += 1
         try:
             outcome = await post(held.letter)

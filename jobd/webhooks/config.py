@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Struct, field
 
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS, is_job_id
-from jobd.model.webhooks import TYPES, Endpoint, WebhookName, matching
+from jobd.model.webhooks import TYPES, WebhookEndpoint, WebhookName, types_matching
 from jobd.webhooks.message import BadSecret, key_of
 from jobd.webhooks.url_policy import why_not
 from jobd.webhooks.webhook_url import shown
@@ -69,7 +69,7 @@ class WebhookSetting(Struct, frozen=True):
     """A webhook as it is in effect; `section` is without its secret, and what of its URL may be one."""
 
     section: WebhookSection
-    endpoint: Endpoint
+    endpoint: WebhookEndpoint
     is_inline: bool  # its secret stands in the file itself
 
 
@@ -106,7 +106,7 @@ def _setting(table: Any, duration: Callable[[str], int]) -> WebhookSetting:
     _check_url(section)
     events: frozenset[str] = frozenset()
     for pattern in section.events:
-        if not (found := matching(pattern)):
+        if not (found := types_matching(pattern)):
             known = ", ".join(("*", "job.*", "queue.*", "alert.*", *TYPES))
             raise BadWebhook(f"events: {pattern!r} is no type of event. Known: {known}")
         events |= found
@@ -114,7 +114,7 @@ def _setting(table: Any, duration: Callable[[str], int]) -> WebhookSetting:
         raise BadWebhook('events: name at least one type, such as "job.completed", or leave it out for all')
     if wrong := [name for name in section.queues if not is_job_id(name)]:
         raise BadWebhook(f"queues: {wrong[0]!r}: a queue has 1 to 200 characters of A-Z a-z 0-9 . _ : -")
-    endpoint = Endpoint(
+    endpoint = WebhookEndpoint(
         name=section.name,
         url=section.url,
         secrets=_keys(section),

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from jobd.model.events import Change
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.storage import DiskFull
-from jobd.model.webhooks import BACKLOG, Delivery, Endpoint, Outbox, Outcome
+from jobd.model.webhooks import MAX_BACKLOG, Delivery, DeliveryOutcome, Outbox, WebhookEndpoint
 from jobd.webhooks.context import Office, Poster, Tally
 from jobd.webhooks.delivery_queue import Line, Waiting
 from jobd.webhooks.journal_reader import PAGE, Reader
@@ -38,7 +38,7 @@ log = structlog.get_logger("jobd.webhooks")
 class Courier:
     """`run` until `stop`. `committed` is told of every commit; `wake` where alerts have changed."""
 
-    def __init__(self, endpoint: Endpoint, outbox: Outbox, office: Office, tally: Tally) -> None:
+    def __init__(self, endpoint: WebhookEndpoint, outbox: Outbox, office: Office, tally: Tally) -> None:
         self.endpoint = endpoint
         self.tally = tally
         self.line = Line()
@@ -51,7 +51,7 @@ class Courier:
         self._next_clearing_s = 0.0
         self._going: dict[int, asyncio.Task[None]] = {}
         self._before: set[int] = set()  # of those: who went before somebody asked for a try in a break
-        self._outcomes: list[tuple[Delivery, Outcome]] = []  # that are not noted yet
+        self._outcomes: list[tuple[Delivery, DeliveryOutcome]] = []  # that are not noted yet
         self._fresh: dict[int, Delivery] = {}
         self._is_troubled = False
         now, ms = office.moment().now, self._now_ms()
@@ -198,7 +198,7 @@ class Courier:
 
     @property
     def _has_room(self) -> bool:
-        return len(self.line) + PAGE <= BACKLOG
+        return len(self.line) + PAGE <= MAX_BACKLOG
 
     async def _pause(self, seconds: float | None) -> None:
         """Until something is new, or for so long."""
@@ -262,20 +262,20 @@ class Courier:
         self._before.discard(message.id)
         self._wake.set()
 
-    async def _try(self, poster: Poster, message: Delivery) -> Outcome:
+    async def _try(self, poster: Poster, message: Delivery) -> DeliveryOutcome:
         """Once. Where we fail ourselves, it has failed."""
         try:
             return await poster.post(self.endpoint, message)
         except Exception as bug:
             told = RuntimeError(hushed(self.endpoint.url, f"{type(bug).__name__}: {bug}"))
             log.error("webhook_bug", webhook=self.endpoint.name, exc_info=told.with_traceback(bug.__traceback__))
-            return Outcome(None, f"This is a bug in jobd: {type(bug).__name__}.")
+            return DeliveryOutcome(None, f"This is a bug in jobd: {type(bug).__name__}.")
 
     def _ring(self, poster: Poster) -> None:
         """The outbox cannot be written: what is new of alerts is told without it, and by it once there is room."""
         name = self.endpoint.name
 
-        async def post(letter: Letter) -> Outcome:
+        async def post(letter: Letter) -> DeliveryOutcome:
             # Its number is a passing one: in the outbox the same letter gets another.
             message = self._office.number(letter, name, self._office.moment().now)
             outcome = await self._try(poster, message)
@@ -286,7 +286,7 @@ class Courier:
 
         self.reader.alerts.ring(post)
 
-    def _judge(self, outcome: Outcome, *, went_before: bool = False) -> None:
+    def _judge(self, outcome: DeliveryOutcome, *, went_before: bool = False) -> None:
         """What it means for the endpoint. A failure of one that went before a try was asked for begins no new break."""
         name, now = self.endpoint.name, self._office.moment().now
         if outcome.error is None:

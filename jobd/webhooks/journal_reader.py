@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from jobd.model.events import Change
 from jobd.model.storage import JournalPage
-from jobd.model.webhooks import GONE, UNTOLD, Cursor, Delivery, Endpoint
+from jobd.model.webhooks import EVENTS_GONE, GAP_PENDING, Delivery, WebhookCursor, WebhookEndpoint
 from jobd.webhooks.alert_source import AlertNews
 from jobd.webhooks.context import Office
 from jobd.webhooks.message import Letter, of_event, of_gone
@@ -36,7 +36,12 @@ class Reader:
     """
 
     def __init__(
-        self, endpoint: Endpoint, cursor: Cursor, last: int, office: Office, put: Callable[[list[Delivery]], None]
+        self,
+        endpoint: WebhookEndpoint,
+        cursor: WebhookCursor,
+        last: int,
+        office: Office,
+        put: Callable[[list[Delivery]], None],
     ) -> None:
         self.position = cursor.position if endpoint.reads_journal else last
         self.newest = last
@@ -100,7 +105,7 @@ class Reader:
         alerts = len(letters)
         gone_to, position = self._cursor.gone_to, self.position
         is_whole = False
-        if gone_to == UNTOLD and tells_gaps:
+        if gone_to == GAP_PENDING and tells_gaps:
             letters.append(of_gone(name, 0, position, now, source))
             gone_to = position
         if self.has_news and has_room and self._loop_time() >= self._next_read_s:
@@ -128,7 +133,7 @@ class Reader:
         """Note what came of deliveries. Where of what was given up some is kept no longer, that is a gap."""
         async with self._writing:
             if await self._office.disk.settle_deliveries(settled, now):
-                self._cursor = replace(self._cursor, gone_to=UNTOLD)
+                self._cursor = replace(self._cursor, gone_to=GAP_PENDING)
 
     async def save(self, *, at_once: bool = False) -> None:
         """A cursor that does not move on the disk would seem to have missed what is pruned behind it."""
@@ -157,7 +162,7 @@ class Reader:
         name, office = self._endpoint.name, self._office
         async with self._writing:
             new = [office.number(letter, name, now) for letter in letters]
-            cursor = Cursor(
+            cursor = WebhookCursor(
                 name,
                 self.position if position is None else position,
                 self._cursor.gone_to if gone_to is None else gone_to,
@@ -171,7 +176,7 @@ class Reader:
             if self.position > cursor.position:
                 self._note_unsaved()  # it has passed by more meanwhile
         self._put(new)
-        if any(letter.type == GONE for letter in letters):
+        if any(letter.type == EVENTS_GONE for letter in letters):
             self.gaps += 1
             log.warning("webhook_gap", webhook=name, upto=cursor.gone_to)
         return new

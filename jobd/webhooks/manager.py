@@ -15,7 +15,7 @@ from msgspec import Struct
 from jobd.model.events import Change
 from jobd.model.responses import DeliveryPage, DeliveryState, DeliveryView, WebhookView
 from jobd.model.storage import DiskFull
-from jobd.model.webhooks import Delivery, Endpoint
+from jobd.model.webhooks import Delivery, WebhookEndpoint
 from jobd.webhooks.context import Office, Poster, Tally
 from jobd.webhooks.dispatcher import FULL_S, TROUBLE_S, Courier
 from jobd.webhooks.webhook_url import shown
@@ -53,12 +53,12 @@ class Webhooks:
         office: Office,
         *,
         listen: Callable[[Callable[[Sequence[Change]], None]], None],
-        post: Callable[[Endpoint], Poster],
+        post: Callable[[WebhookEndpoint], Poster],
     ) -> None:
         self._office = office
         self._listen = listen
         self._post = post
-        self._endpoints: dict[str, Endpoint] = {}
+        self._endpoints: dict[str, WebhookEndpoint] = {}
         self._couriers: dict[str, Courier] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._tallies: dict[str, Tally] = {}
@@ -68,7 +68,7 @@ class Webhooks:
 
     # -- at work ------------------------------------------------------------------------------------------------------
 
-    def set_endpoints(self, endpoints: Iterable[Endpoint]) -> None:
+    def set_endpoints(self, endpoints: Iterable[WebhookEndpoint]) -> None:
         """These and no others, from now on. One that has changed goes on where it was."""
         self._endpoints = {each.name: each for each in endpoints}
         if self._endpoints and not self._listens:
@@ -139,7 +139,7 @@ class Webhooks:
         """All that are configured, in the order of the configuration."""
         return [self._view(endpoint) for endpoint in self._endpoints.values()]
 
-    def _view(self, endpoint: Endpoint) -> WebhookView:
+    def _view(self, endpoint: WebhookEndpoint) -> WebhookView:
         courier, tally = self._couriers.get(endpoint.name), self._tallies.get(endpoint.name, Tally())
         failing_ms = None if courier is None else courier.failing_ms
         put_off_ms = None if courier is None else courier.put_off_ms

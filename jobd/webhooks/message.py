@@ -15,9 +15,9 @@ from typing import Any, Final
 
 import msgspec
 
-from jobd.model.events import Event, streamed
+from jobd.model.events import Event, streamed_event
 from jobd.model.responses import AlertView
-from jobd.model.webhooks import FIRING, GONE, RESOLVED, TEST, type_of
+from jobd.model.webhooks import EVENTS_GONE, FIRING, RESOLVED, TEST_TYPE, webhook_type
 
 CONTENT_TYPE: Final = "application/cloudevents+json; charset=utf-8"
 PREFIX: Final = "whsec_"
@@ -75,9 +75,9 @@ class Letter(msgspec.Struct, frozen=True):
 def of_event(event: Event, source: str) -> Letter:
     """An event of the journal. Its id is another even where a new store numbers its events from 1 again."""
     subject = f"jobs/{event.job_id}" if event.job_id else f"queues/{event.queue}"
-    kind, event_id = type_of(event.type), f"evt_{event.at}_{event.seq}"
+    kind, event_id = webhook_type(event.type), f"evt_{event.at}_{event.seq}"
     more = {"sequence": str(event.seq)}
-    body = _body(source, subject, kind, event_id, event.at, streamed(event), more)
+    body = _body(source, subject, kind, event_id, event.at, streamed_event(event), more)
     return Letter(subject, kind, event_id, body, event.seq)
 
 
@@ -95,14 +95,14 @@ def of_gone(name: str, after: int, upto: int, at: int, source: str) -> Letter:
         f"Of the events after {after} up to {upto} some were not told, and are kept no longer. Read the state anew."
     )
     data = {"after": after, "upto": upto, "message": message}
-    return Letter(subject, GONE, event_id, _body(source, subject, GONE, event_id, at, data))
+    return Letter(subject, EVENTS_GONE, event_id, _body(source, subject, EVENTS_GONE, event_id, at, data))
 
 
 def of_test(name: str, number: int, at: int, source: str) -> Letter:
     """An operator wants to see whether messages arrive."""
     subject, event_id = f"webhooks/{name}", f"test_{at}_{number}"
     data = {"message": "This is a test. Nothing has happened."}
-    return Letter(subject, TEST, event_id, _body(source, subject, TEST, event_id, at, data))
+    return Letter(subject, TEST_TYPE, event_id, _body(source, subject, TEST_TYPE, event_id, at, data))
 
 
 def _body(

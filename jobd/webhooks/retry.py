@@ -10,7 +10,7 @@ from typing import Final, Literal
 from msgspec import Struct
 
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
-from jobd.model.webhooks import Delivery, Endpoint, Outcome
+from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 
 RETRY_MS: Final = 5 * SECOND_MS  # after the first failure, then twice as long each time
 RETRY_AT_MOST_MS: Final = HOUR_MS
@@ -40,7 +40,7 @@ def retry_wait_ms(tries: int, chance: float, manners: Manners, asked_ms: int | N
     return max(_spread(whole, chance), min(asked_ms or 0, manners.retry_at_most_ms))
 
 
-def is_given_up(delivery: Delivery, endpoint: Endpoint, now: int, manners: Manners) -> bool:
+def is_given_up(delivery: Delivery, endpoint: WebhookEndpoint, now: int, manners: Manners) -> bool:
     """Whether one more failure is the last, at wall time `now`. `delivery.tries` counts it."""
     return delivery.tries >= manners.least_tries and now - delivery.at >= endpoint.give_up_after_ms
 
@@ -73,7 +73,7 @@ class Breaker:
         self.failures, self.since, self.until, self._breaks = 0, None, None, 0
         return was_open
 
-    def failed(self, outcome: Outcome, now: int, chance: float) -> bool:
+    def failed(self, outcome: DeliveryOutcome, now: int, chance: float) -> bool:
         """One was not; whether a break begins thereby."""
         self.failures += 1
         self.since = now if self.since is None else self.since

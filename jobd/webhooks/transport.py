@@ -19,7 +19,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from jobd import __version__
 from jobd.model.job import HOUR_MS, SECOND_MS
-from jobd.model.webhooks import Delivery, Endpoint, Outcome
+from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks.message import headers
 from jobd.webhooks.url_policy import why_not
 from jobd.webhooks.webhook_url import hushed
@@ -129,7 +129,7 @@ class Sender:
     async def close(self) -> None:
         await self._session.close()
 
-    async def post(self, endpoint: Endpoint, delivery: Delivery) -> Outcome:
+    async def post(self, endpoint: WebhookEndpoint, delivery: Delivery) -> DeliveryOutcome:
         """What came of sending it once."""
         signed = headers(endpoint.secrets, delivery.event_id, self._wall() // SECOND_MS, delivery.body)
         nobody = aiohttp.ClientTimeout(total=None)
@@ -143,14 +143,14 @@ class Sender:
                 if 200 <= answer.status < 300:
                     limit.reschedule(None)  # it was taken: whatever else is said, and how slowly, changes nothing
                     await _hear_out(answer)
-                    return Outcome(answer.status)
+                    return DeliveryOutcome(answer.status)
                 wait_ms = _retry_after_ms(answer.headers.get("Retry-After", ""))
                 said = _why(answer.status, await _beginning(answer), endpoint)
-                return Outcome(answer.status, said, wait_ms, gone=answer.status == 410)
+                return DeliveryOutcome(answer.status, said, wait_ms, gone=answer.status == 410)
         except TimeoutError:
-            return Outcome(None, f"There was no answer within {endpoint.timeout_ms / SECOND_MS:g} s.")
+            return DeliveryOutcome(None, f"There was no answer within {endpoint.timeout_ms / SECOND_MS:g} s.")
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return Outcome(None, _plain(_said(error, endpoint)))
+            return DeliveryOutcome(None, _plain(_said(error, endpoint)))
 
 
 async def _beginning(answer: aiohttp.ClientResponse) -> bytes:
@@ -172,7 +172,7 @@ async def _hear_out(answer: aiohttp.ClientResponse) -> None:
         answer.close()
 
 
-def _why(status: int, answer: bytes, endpoint: Endpoint) -> str:
+def _why(status: int, answer: bytes, endpoint: WebhookEndpoint) -> str:
     if 300 <= status < 400:
         return f"{status}: redirects are not followed. Set url to where it leads."
     said = _plain(
@@ -186,7 +186,7 @@ def _retry_after_ms(text: str) -> int | None:
     return min(int(text) * SECOND_MS, HOUR_MS) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
-def _said(error: Exception, endpoint: Endpoint) -> str:
+def _said(error: Exception, endpoint: WebhookEndpoint) -> str:
     match error:
         case aiohttp.ClientConnectorDNSError():
             return f"The name {error.host} cannot be looked up: {error.os_error.strerror or error.os_error}."

@@ -361,7 +361,7 @@ def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Runni
     grant = running.client.claim("w", queues=["c4"])[0]
     assert "held by w" in jobctl.ok("force-fail", "c4", "--dry-run")
     forced = jobctl.json("force-fail", "c4", "--yes", "--reason", "hung")
-    assert set(forced) == _fields(answers.Forced)
+    assert set(forced) == _fields(answers.TransitionView)
     assert (forced["previousStatus"], forced["reason"]) == ("processing", "hung")
     with pytest.raises(JobdError, match="lock_lost"):
         running.client.complete_job("c4", lock_id=grant.lock_id)

@@ -21,7 +21,7 @@ from jobd.http.auth import Gate
 from jobd.http.decoding import Limits
 from jobd.http.protocol import Connection
 from jobd.model.errors import ApiError
-from jobd.model.responses import Done, Grants, Response
+from jobd.model.responses import EmptyResponse, Grants, Response
 from jobd.model.storage import DiskFull
 from tests.support.daemon_process import Daemon
 from tests.support.http_harness import TOKEN, Desk, House, Line, message
@@ -119,7 +119,7 @@ async def half_closed(house: House) -> None:
 
 
 async def test_a_stream_that_has_ended_is_answered_to_a_half_closed_client(either: House) -> None:
-    held = Held(either, Response(Done()))
+    held = Held(either, Response(EmptyResponse()))
     stream = await Stream.open(either)
     stream.send({"op": "create", "id": "a"}, {"op": "create", "id": "b"})
     stream.end()
@@ -144,7 +144,7 @@ async def test_the_lines_of_a_stream_that_breaks_off_are_answered(either: House)
 
 
 async def test_grants_of_a_stream_whose_client_has_closed_go_back(either: House) -> None:
-    answer = Response(Done(), grants=[("a", "lock")])
+    answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(either, answer)
     stream = await Stream.open(either)
     stream.send({"op": "claim", "worker": "w"})
@@ -375,7 +375,7 @@ async def test_what_is_on_its_way_is_bounded(tmp_path: Path) -> None:
 
     async def wait(command: Any) -> Response:
         await gate.wait()
-        return Response(Done())
+        return Response(EmptyResponse())
 
     desk = Desk(wait)
     async with House(ROUTES, tmp_path, actor=desk) as house:

@@ -184,7 +184,7 @@ SHAPES: Final[dict[str, Any]] = {
     "streamed event": events.StreamedEvent,
     "streamed response": StreamedAnswer,
     "why": responses.WhyView,
-    "next": responses.Next,
+    "next": responses.NextEvent,
     "validation": responses.Validation,
     "issue": responses.Issue,
     "queues": responses.QueueList,
@@ -196,11 +196,11 @@ SHAPES: Final[dict[str, Any]] = {
     "report": responses.CleanupReport,
     "cleanup state": responses.CleanupState,
     "recovered": responses.RecoverStuckView,
-    "taken back": responses.TakenBack,
+    "taken back": responses.TakeBackView,
     "recovery": responses.Recovery,
     "validated job": responses.ValidateJobView,
-    "forced": responses.Forced,
-    "admin lock": responses.AdminLock,
+    "forced": responses.TransitionView,
+    "admin lock": responses.AdminLockView,
     "import report": ImportReport,
     "import preview": ImportPreview,
     "failures": responses.FailuresView,
@@ -261,7 +261,7 @@ CALLS: Final[dict[str, type[commands.Command]]] = {
     "fail": commands.Fail,
     "release": commands.Release,
     "cancel": commands.Cancel,
-    "list": commands.List,
+    "list": commands.ListJobs,
 }
 
 

@@ -22,7 +22,7 @@ from jobd.http import streaming
 from jobd.http.auth import Gate
 from tests.support.daemon_process import TOKEN as ADMIN_TOKEN
 from tests.support.daemon_process import Daemon, OverUnix
-from tests.support.factories import Maker
+from tests.support.factories import ChangeFactory
 from tests.support.http_harness import TOKEN, House, Line, message
 from tests.support.virtual_engine import until
 
@@ -39,7 +39,7 @@ class Commits:
     """What is committed, told to the house's feed."""
 
     def __init__(self, house: House) -> None:
-        self.maker = Maker()
+        self.maker = ChangeFactory()
         self._figures = house.figures
 
     async def __call__(self, count: int = 1, **fields: Any) -> None:

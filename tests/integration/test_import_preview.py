@@ -17,7 +17,7 @@ from jobd.http.auth import Gate
 from jobd.http.decoding import Limits
 from jobd.model.commands import ImportCheck
 from jobd.model.errors import ApiError
-from jobd.model.responses import ImportForeseen, Response
+from jobd.model.responses import ImportCheckResult, Response
 from tests.support.daemon_process import Daemon
 from tests.support.http_harness import TOKEN, Heard, House
 
@@ -27,8 +27,8 @@ KIND = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/x-ndjso
 
 def judged(command: ImportCheck) -> Response:
     if command.id.startswith("old"):
-        return Response(ImportForeseen(command.id, "skip", "failed", "A job with this id exists: it is failed.", 3))
-    return Response(ImportForeseen(command.id, "create", command.status, None, 3))
+        return Response(ImportCheckResult(command.id, "skip", "failed", "A job with this id exists: it is failed.", 3))
+    return Response(ImportCheckResult(command.id, "create", command.status, None, 3))
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.job import LIVE
-from jobd.model.storage import SPARE_BYTES, DiskFull, Numbers, Query
+from jobd.model.storage import SPARE_BYTES, DiskFull, JobQuery, Numbers
 from jobd.storage.store import Store, StoreBroken, StoreBusy
 from tests import ROOT
-from tests.support.factories import Maker, full_job
+from tests.support.factories import ChangeFactory, full_job
 from tests.support.store_help import assert_holds, exists, flip, made, make_store, opened, pick, remove, seqs
 
 
@@ -46,7 +46,7 @@ def descriptor_of(name: str) -> int:
 
 
 async def test_after_an_unknown_outcome_nothing_goes_through_any_more(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         first = maker.create("a")
         await store.write(maker.batch([first]))
@@ -59,7 +59,7 @@ async def test_after_an_unknown_outcome_nothing_goes_through_any_more(path: str)
         os.dup2(kept, number)
         os.close(kept)
         os.close(log)
-        for call in (store.write(maker.batch([])), store.find(Query()), store.load(["a"], [], []), store.probe()):
+        for call in (store.write(maker.batch([])), store.find(JobQuery()), store.load(["a"], [], []), store.probe()):
             with pytest.raises(StoreBroken) as caught:
                 await call
         assert caught.value.exit_code == 74
@@ -68,7 +68,7 @@ async def test_after_an_unknown_outcome_nothing_goes_through_any_more(path: str)
 
 
 async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         first = maker.create("a")
         await store.write(maker.batch([first]))
@@ -83,7 +83,7 @@ async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: st
 
 
 async def test_a_log_that_has_no_room_is_a_full_disk_and_the_store_goes_on(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         first = maker.create("a")
         await store.write(maker.batch([first]))
@@ -108,7 +108,7 @@ async def test_a_log_that_has_no_room_is_a_full_disk_and_the_store_goes_on(path:
 
 async def test_an_exceeded_quota_is_told_from_a_broken_disk_by_trying(small_disk: Path) -> None:
     path = str(small_disk / "jobd.db")
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create("a")]))
         fill(small_disk)
@@ -166,7 +166,7 @@ async def test_a_failed_fsync_is_an_unknown_outcome_whatever_it_says(path: str, 
 
 async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path) -> None:
     path = str(small_disk / "jobd.db")
-    maker = Maker(4)
+    maker = ChangeFactory(4)
     store, found = await Store.open(path)
     async with store:
         assert not found.full
@@ -183,7 +183,7 @@ async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path)
                 back()
         with pytest.raises(DiskFull):
             await store.probe()
-        assert len((await store.find(Query(limit=200))).jobs) == len(maker.jobs)
+        assert len((await store.find(JobQuery(limit=200))).jobs) == len(maker.jobs)
         assert await store.drop_reserve()
         assert not await store.drop_reserve()
         await store.probe()
@@ -202,7 +202,7 @@ async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path)
 
 async def test_a_start_on_a_full_disk_opens_and_says_so(small_disk: Path) -> None:
     path = str(small_disk / "jobd.db")
-    maker = Maker(4)
+    maker = ChangeFactory(4)
     async with opened(path) as (store, _):
         for _ in range(10):
             await store.write(maker.any_batch(20))
@@ -260,7 +260,7 @@ async def test_a_damaged_row_on_a_full_disk_is_named_all_the_same(small_disk: Pa
 
 
 async def test_damaged_rows_that_cannot_be_set_aside_end_the_look(small_disk: Path) -> None:
-    path, maker = str(small_disk / "jobd.db"), Maker()
+    path, maker = str(small_disk / "jobd.db"), ChangeFactory()
     created = maker.create("a")
     granted = maker.grant(made(created))
     finished = maker.finish(made(granted))
@@ -286,12 +286,12 @@ async def test_a_new_store_on_a_full_disk_is_refused(small_disk: Path) -> None:
 WRITER = """
 import asyncio, os, sys, traceback
 sys.path.insert(0, sys.argv[3])
-from tests.support.factories import Maker
+from tests.support.factories import ChangeFactory
 from jobd.storage.store import Store
 
 async def main():
     store, found = await Store.open(sys.argv[1])
-    maker = Maker(int(sys.argv[2]), found.numbers)
+    maker = ChangeFactory(int(sys.argv[2]), found.numbers)
     while True:
         await store.write(maker.any_batch(maker.random.choice((1, 5, 40))))
         print(maker.numbers.next_event, flush=True)
@@ -320,7 +320,7 @@ async def test_what_a_killed_process_had_acknowledged_is_there(path: str, seed: 
     assert await writer.wait() == -signal.SIGKILL
     async with opened(path) as (store, found):
         assert found.numbers.next_event >= acknowledged
-        maker = Maker(seed, Numbers(epoch=found.numbers.epoch))
+        maker = ChangeFactory(seed, Numbers(epoch=found.numbers.epoch))
         while maker.numbers.next_event < found.numbers.next_event:
             maker.any_batch(maker.random.choice((1, 5, 40)))
         await assert_holds(store, found, maker)
@@ -351,7 +351,7 @@ async def test_a_kill_between_write_and_fsync_leaves_whole_batches(path: str) ->
         await writer.wait()
         async with opened(path) as (store, found):
             assert found.numbers.next_event >= acknowledged
-            maker = Maker(5, Numbers(epoch=found.numbers.epoch))
+            maker = ChangeFactory(5, Numbers(epoch=found.numbers.epoch))
             while maker.numbers.next_event < found.numbers.next_event:
                 maker.any_batch(maker.random.choice((1, 5, 40)))
             await assert_holds(store, found, maker)

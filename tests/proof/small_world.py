@@ -74,7 +74,7 @@ from jobd.model.job import (
     Result,
 )
 from jobd.model.responses import Response, Validation, WhyView
-from jobd.model.storage import LateKnown, Numbers, Opened
+from jobd.model.storage import LateResultRows, Numbers, OpenedStore
 from tests.proof.simulation.promises import Promises
 from tests.support.rule_harness import compare
 
@@ -151,10 +151,10 @@ class State(Struct, frozen=True):
 
     def book(self) -> Book:
         numbers = Numbers(next_token=self.next_token, next_job=2, next_event=1, lease_ms=self.lease, wall_ms=self.now)
-        book = Book.opened(Opened(numbers))
+        book = Book.opened(OpenedStore(numbers))
         if self.job is not None:
             book.swap(None, self.job)
-            book.late = LateKnown({self.job.seq: [LATE]})
+            book.late = LateResultRows({self.job.seq: [LATE]})
         if self.paused:
             book.set_paused("default", QueuePause(self.now, "admin"))
         book.advance(self.now, self.lease)

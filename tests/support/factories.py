@@ -9,7 +9,7 @@ from typing import Any, Final
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.model.events import Change, Changes, Event, of_new
+from jobd.model.events import Change, Changes, Event, initial_changes
 from jobd.model.job import (
     FINISHED,
     LIVE,
@@ -73,7 +73,7 @@ def between(before: Job, after: Job) -> Changes:
     return Changes(**{name: getattr(after, name) for name in names})
 
 
-class Maker:
+class ChangeFactory:
     """Makes changes that continue one another, and keeps what they add up to."""
 
     def __init__(self, seed: int = 0, numbers: Numbers | None = None) -> None:
@@ -244,7 +244,7 @@ class Maker:
         job = after or before
         assert job is not None
         if before is None or after is None:
-            changes = None if after is None else of_new(after)
+            changes = None if after is None else initial_changes(after)
         else:
             changes = between(before, after)
         event = Event(

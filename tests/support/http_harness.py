@@ -25,7 +25,7 @@ from jobd.http.routing import Route
 from jobd.http.server import Listener
 from jobd.model.commands import Call, Command, IdempotencyKey, MakePlan, Operator, TakeBack
 from jobd.model.errors import ApiError
-from jobd.model.events import Wanted
+from jobd.model.events import EventFilter
 from jobd.model.responses import (
     AlertView,
     BackupView,
@@ -41,7 +41,7 @@ from jobd.model.responses import (
     DeliveryState,
     DeliveryView,
     DiskView,
-    Done,
+    EmptyResponse,
     FailureGroup,
     FailuresView,
     HealthStatus,
@@ -52,14 +52,14 @@ from jobd.model.responses import (
     PlanResult,
     PlanView,
     PreviewView,
+    ProcessStats,
     QuarantinedJob,
     RecoverStuckView,
     Recovery,
     Resent,
     Response,
     SkippedJob,
-    TakenBack,
-    Vitals,
+    TakeBackView,
     WebhookView,
 )
 from jobd.storage.artifacts.downloads import Download, Downloads
@@ -90,7 +90,7 @@ class Desk:
         self.taken_back: list[Response] = []
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
-        self.answer = answer or (lambda command: Response(Done()))
+        self.answer = answer or (lambda command: Response(EmptyResponse()))
         self._tasks: dict[mailbox.Asked, asyncio.Task[None]] = {}
 
     async def ask(
@@ -278,11 +278,11 @@ class Figures:
     async def recover_stuck(self, operator: Operator | None, reason: str | None) -> RecoverStuckView:
         return RecoverStuckView(1, 1, 0, [Recovery("a", "reset", "stalled")], 1_700_000_000_000)
 
-    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakenBack | ApiError:
+    async def take_back(self, command: TakeBack, operator: Operator | None) -> TakeBackView | ApiError:
         if command.name == "unknown":
             return ApiError("worker_not_found", "No worker unknown is known.")
         details = [Recovery("a", "reset", "No update. An operator took the job back.")]
-        return TakenBack(command.name, 1, 1, 0, details, False, 1_700_000_000_000)
+        return TakeBackView(command.name, 1, 1, 0, details, False, 1_700_000_000_000)
 
     async def health(self) -> HealthView:
         part = PartHealth(self.status, "measured")
@@ -298,8 +298,8 @@ class Figures:
     async def metrics(self) -> bytes:
         return self.metrics_text
 
-    async def vitals(self) -> Vitals:
-        return Vitals(3, 2, 0.005, 0.001, 1 << 20, 1 << 10, 61_000, self.oldest_due)
+    async def vitals(self) -> ProcessStats:
+        return ProcessStats(3, 2, 0.005, 0.001, 1 << 20, 1 << 10, 61_000, self.oldest_due)
 
     async def reports(self, limit: int) -> list[CleanupReport]:
         return [REPORT][:limit]
@@ -358,7 +358,7 @@ class Figures:
     def backups(self) -> list[BackupView]:
         return [BACKUP]
 
-    def listen(self, wanted: Wanted, *, follow: bool, cut: Callable[[], None]) -> event_feed.Listener:
+    def listen(self, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> event_feed.Listener:
         return self.feed.listen(wanted, follow=follow, cut=cut)
 
     def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:

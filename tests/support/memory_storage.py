@@ -14,33 +14,33 @@ from msgspec.structs import replace
 
 from jobd.model.events import Change, Event
 from jobd.model.fingerprints import fingerprint
-from jobd.model.job import FINISHED, KEEP_LATE, LIVE, Grant, Job, LateResult, Result, compact
+from jobd.model.job import FINISHED, LIVE, MAX_LATE_RESULTS, Grant, Job, LateResult, Result, compact
 from jobd.model.storage import (
-    PUT_OFF_MS,
-    Audited,
+    MAX_POSTPONE_MS,
+    AuditEntry,
     AuditQuery,
     AuditRows,
+    AuditShare,
     BadRows,
     Batch,
     DiskFull,
     DiskSpace,
-    Due,
+    DueTombstones,
+    JobQuery,
+    JobRows,
     JournalPage,
-    LateAsked,
-    LateKnown,
-    Loaded,
+    LateResultQuery,
+    LateResultRows,
+    LoadedRows,
     Numbers,
-    Opened,
-    Page,
+    OpenedStore,
     Payload,
     Quarantined,
-    Query,
     QueueRow,
-    Share,
     StoredResponse,
     Tombstone,
-    distinct,
-    share_of,
+    audit_share,
+    distinct_tombstones,
 )
 from jobd.storage import codec as rows
 from jobd.storage.writers import KEEP_AUDIT, KEEP_BESIDE
@@ -76,7 +76,7 @@ class MemoryDisk:
         self.kept_reports: deque[bytes] = deque(maxlen=KEPT_REPORTS)
         self.figures: bytes | None = None
         self.tombstones: dict[int, Tombstone] = {}  # job seq -> row
-        self.audited: dict[int, Audited] = {}  # seq -> row of the audit log, as written: parts are not joined
+        self.audited: dict[int, AuditEntry] = {}  # seq -> row of the audit log, as written: parts are not joined
         self.marked = False
         self.gone_to = 0
         self.has_ballast = True
@@ -133,7 +133,7 @@ class MemoryDisk:
         seq = self._ids.get(job_id)
         return None if seq is None else self.jobs[seq]
 
-    def opened(self) -> Opened:
+    def opened(self) -> OpenedStore:
         """What a start finds."""
         self.on_quarantined = lambda aside: None
         self.on_tombstones = lambda count: None
@@ -144,10 +144,10 @@ class MemoryDisk:
         self._told_aside = len(self._all_aside)
         whole = [job for _, job in sorted(self.jobs.items()) if job.id not in self.unmoved]
         live = [(compact(job), job) for job in whole if job.status in LIVE]
-        return Opened(
+        return OpenedStore(
             numbers=self.numbers,
             jobs=[job for short, job in live if short is None],
-            in_short=[short for short, _ in live if short is not None],
+            compact_jobs=[short for short, _ in live if short is not None],
             queues=dict(self.queues),
             keys=[replace(key, body=None) for key in self.keys.values()],
             quarantined=self.quarantined | self.unmoved,
@@ -165,9 +165,9 @@ class MemoryDisk:
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
         return {}
 
-    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
         await self._enter("load")
-        loaded = Loaded({}, {}, {}, {})
+        loaded = LoadedRows({}, {}, {}, {})
         for job_id in ids:
             self._load_job(job_id, loaded)
         for seq in payloads:
@@ -178,7 +178,7 @@ class MemoryDisk:
                 loaded.payloads[seq] = self.payloads[seq]
             elif seq in self.aside:
                 loaded.bad[self.aside[seq]] = self.quarantined[self.aside[seq]]
-        loaded.answers = {digest: self.keys[digest] for digest in digests if digest in self.keys}
+        loaded.responses = {digest: self.keys[digest] for digest in digests if digest in self.keys}
         await self._tell_aside()
         return loaded
 
@@ -199,14 +199,14 @@ class MemoryDisk:
             raise OSError("fsync failed; the batch may be there or not")
         return shown
 
-    def _in_order(self, query: Query, beyond: int | None) -> list[int]:
+    def _in_order(self, query: JobQuery, beyond: int | None) -> list[int]:
         if query.after is None:
             return sorted((seq for seq in self.jobs if beyond is None or seq < beyond), reverse=True)
         return sorted(seq for seq in self.jobs if beyond is None or seq > beyond)
 
-    async def find(self, query: Query) -> Page:
+    async def find(self, query: JobQuery) -> JobRows:
         await self._enter("find")
-        page = Page([], None)
+        page = JobRows([], None)
         size, looked = 0, 0
         for seq in self._in_order(query, query.before if query.after is None else query.after):
             if looked == query.scan or len(page.jobs) == query.limit:
@@ -227,9 +227,9 @@ class MemoryDisk:
             size += len(body)
         if page.next_before is not None and not self._in_order(query, page.next_before):
             page.next_before = None
-        page.looked = looked
+        page.scanned = looked
         if page.next_before is not None and looked == query.scan and len(page.jobs) < query.limit:
-            page.looked_to_at = self.jobs[page.next_before].created_at
+            page.scanned_until = self.jobs[page.next_before].created_at
         page.last_event = self.numbers.next_event - 1
         await self._tell_aside()
         return page
@@ -246,13 +246,13 @@ class MemoryDisk:
         new = {event.seq: event for event in changed}
         return [new.get(event.seq, event) for event in events if event.seq not in gone]
 
-    async def late(self, asked: list[LateAsked]) -> LateKnown:
+    async def late(self, asked: list[LateResultQuery]) -> LateResultRows:
         await self._enter("late")
-        known = LateKnown()
+        known = LateResultRows()
         for each in asked:
             kept = self.lates.get(each.job_seq, ())
             known.results[each.job_seq] = [
-                late if each.whole else replace(late, result=Result(late.result.download_url)) for late in kept
+                late if each.with_results else replace(late, result=Result(late.result.download_url)) for late in kept
             ]
             for event in self.events:
                 grant = event.changes.grant if event.type == "granted" and event.changes is not None else None
@@ -316,23 +316,23 @@ class MemoryDisk:
         last = max(self.audited, default=0)
         old = [seq for seq in sorted(self.audited)[:limit] if seq < last]
         gone = [seq for seq in old if self.audited[seq].at < before]
-        for share in get_args(Share):
+        for share in get_args(AuditShare):
             keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
-            rows = [seq for seq, row in sorted(self.audited.items()) if share_of(row.what, row.outcome) == share]
+            rows = [seq for seq, row in sorted(self.audited.items()) if audit_share(row.what, row.outcome) == share]
             gone += [seq for seq in rows[: max(len(rows) - keep, 0)] if seq < last and seq not in gone]
         gone = gone[:limit]
         for seq in gone:
             del self.audited[seq]
         return len(gone)
 
-    async def due_tombstones(self, now: int, limit: int) -> Due:
+    async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         await self._enter("due_tombstones")
         waiting = self.tombstones.values()
-        due = [each for each in waiting if each.due_at <= now or each.due_at > now + PUT_OFF_MS]
+        due = [each for each in waiting if each.due_at <= now or each.due_at > now + MAX_POSTPONE_MS]
         due.sort(key=lambda each: each.due_at)
         late = {result.result.storage_key for kept in self.lates.values() for result in kept}
         held = {each.job_seq for each in due[:limit] if each.key in late}
-        return Due([(each, self.is_named(each.key)) for each in due[:limit]], held=held)
+        return DueTombstones([(each, self.is_named(each.key)) for each in due[:limit]], held=held)
 
     def is_named(self, key: str) -> bool:
         """Whether a job has it as its storage_key, also one that was set aside."""
@@ -383,7 +383,7 @@ class MemoryDisk:
         if (error := self.errors.get(name)) is not None:
             raise error
 
-    def _load_job(self, job_id: str, loaded: Loaded) -> None:
+    def _load_job(self, job_id: str, loaded: LoadedRows) -> None:
         job = self.job(job_id)
         if job is None:
             if job_id in self.quarantined:
@@ -405,7 +405,7 @@ class MemoryDisk:
         shown = {seq: (new.get(seq) or self.payloads[seq]).body for seq in batch.payloads}
         self.numbers = batch.numbers
         self.payloads |= new
-        left = distinct([*self._let_go(batch), *batch.tombstones])
+        left = distinct_tombstones([*self._let_go(batch), *batch.tombstones])
         for seq, job in after.items():
             self._replace(seq, job)
         for change in batch.changes:
@@ -441,7 +441,7 @@ class MemoryDisk:
             if not kept:
                 continue
             kept.sort(key=lambda late: late.fencing_token)
-            going = kept[:-KEEP_LATE] if change.after is not None else kept
+            going = kept[:-MAX_LATE_RESULTS] if change.after is not None else kept
             self.lates[event.job_seq] = tuple(kept[len(going) :])
             for late in going:
                 if batch.sweeps and (key := late.result.storage_key) is not None:
@@ -558,7 +558,7 @@ def _name(job: Job) -> str | None:
     return fingerprint(job.error.message, job.error.code, job.id)
 
 
-def _is_asked(audited: Audited, query: AuditQuery) -> bool:
+def _is_asked(audited: AuditEntry, query: AuditQuery) -> bool:
     return (
         query.who in (None, audited.who)
         and query.what in (None, audited.what)
@@ -567,7 +567,7 @@ def _is_asked(audited: Audited, query: AuditQuery) -> bool:
     )
 
 
-def _matches(job: Job, query: Query) -> bool:
+def _matches(job: Job, query: JobQuery) -> bool:
     held = job.grant or job.ended
     finished_at = -1 if job.finished_at is None else job.finished_at
     return (

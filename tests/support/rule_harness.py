@@ -15,9 +15,9 @@ from jobd.core.state import Book
 from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, Moment, Progress, Start
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, Event, fold
-from jobd.model.job import KEEP_LATE, LIVE, STATUSES, Grant, Job, LateResult, Policy, is_release_loop
+from jobd.model.job import LIVE, MAX_LATE_RESULTS, STATUSES, Grant, Job, LateResult, Policy, is_release_loop
 from jobd.model.responses import GrantView, Response
-from jobd.model.storage import LateKnown
+from jobd.model.storage import LateResultRows
 
 NOW: Final = 1_700_000_000_000
 SEED: Final = b"0123456789abcdef"
@@ -48,7 +48,7 @@ PLAIN: Final = [
 ]
 
 
-class Desk:
+class RuleHarness:
     """`rows` are the jobs as folding the events gives them; they have to be those of the book at every step."""
 
     def __init__(self, policy: Policy | None = None, *, now: int = NOW, lease: int = 1_000) -> None:
@@ -66,10 +66,10 @@ class Desk:
         self.lates: dict[int, list[LateResult]] = {}
 
     @property
-    def at(self) -> Moment:
+    def moment(self) -> Moment:
         return Moment(self.now, self.lease, self.now - self.lease, self.trusted)
 
-    def passes(self, ms: int) -> None:
+    def advance(self, ms: int) -> None:
         """Time passes, on both clocks."""
         self.now += ms
         self.lease += ms
@@ -85,26 +85,26 @@ class Desk:
         if isinstance(command, Start | Claim):
             self.book.presence.asks(command)
         before = picture(self.book)
-        decision = decide.decide(self.book, Call(command, by, SEED, admin, expected=expected), self.at, self.policy)
+        decision = decide.decide(self.book, Call(command, by, SEED, admin, expected=expected), self.moment, self.policy)
         assert picture(self.book) == before, "decide changed the book"
         for change in decision.changes:
             self._put(change)
         self.checked += decision.checked
         if decision.report is not None:
             self.reports.append(decision.report)
-        compare(self.book, self.rows, self.at)
+        compare(self.book, self.rows, self.moment)
         return decision
 
     def ask(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Response | ApiError:
         return self.decide(command, admin=admin, by=by).answer
 
-    def yes(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Any:
+    def accept(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Any:
         """The data of an answer that is a yes."""
         answer = self.ask(command, admin=admin, by=by)
         assert isinstance(answer, Response), answer
         return answer.data
 
-    def no(self, command: AnyCommand, code: str, *, admin: bool = False, by: str = "client") -> ApiError:
+    def reject(self, command: AnyCommand, code: str, *, admin: bool = False, by: str = "client") -> ApiError:
         """A refusal with this code that changed no job: what comes late may leave a note, a complete its result."""
         decision = self.decide(command, admin=admin, by=by)
         assert isinstance(decision.answer, ApiError), decision.answer
@@ -118,12 +118,12 @@ class Desk:
         return self.rows[job_id]
 
     def create(self, job_id: str = "a", **fields: Any) -> Job:
-        self.yes(Create(id=job_id, **fields))
+        self.accept(Create(id=job_id, **fields))
         return self.job(job_id)
 
     def start(self, job_id: str = "a", *, worker: str = "w-1", **fields: Any) -> str:
         """The lock id of a new grant."""
-        granted: GrantView = self.yes(Start(id=job_id, worker=worker, **fields))
+        granted: GrantView = self.accept(Start(id=job_id, worker=worker, **fields))
         return granted.lock_id
 
     def held(self, job_id: str = "a", *, worker: str = "w-1", **fields: Any) -> str:
@@ -133,13 +133,13 @@ class Desk:
 
     def claim(self, **fields: Any) -> list[str]:
         """Ids of the jobs that a claim gets."""
-        return [granted.job.id for granted in self.yes(Claim(worker="w-1", **fields)).grants]
+        return [granted.job.id for granted in self.accept(Claim(worker="w-1", **fields)).grants]
 
     def progress(self, lock_id: str, progress: float = 50, job_id: str = "a") -> Any:
-        return self.yes(Progress(id=job_id, lock_id=lock_id, progress=progress))
+        return self.accept(Progress(id=job_id, lock_id=lock_id, progress=progress))
 
     def completed(self, job_id: str = "a", **fields: Any) -> Job:
-        self.yes(Complete(id=job_id, lock_id=self.held(job_id), **fields))
+        self.accept(Complete(id=job_id, lock_id=self.held(job_id), **fields))
         return self.job(job_id)
 
     def types(self, job_id: str = "a") -> list[str]:
@@ -162,22 +162,22 @@ class Desk:
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
-    def _known_late(self, command: AnyCommand) -> LateKnown:
+    def _known_late(self, command: AnyCommand) -> LateResultRows:
         """As the actor reads them from the disk."""
         asked = late_result_rules.asks(self.book, command, self.policy)
         if asked is None:
-            return LateKnown()
+            return LateResultRows()
         made = (event for event in self.events if event.job_seq == asked.job_seq and event.type == "granted")
         grants = [event.changes.grant for event in made if event.changes is not None]
         older = [grant for grant in grants if isinstance(grant, Grant) and grant.lock_id == asked.lock_id]
         kept = list(self.lates.get(asked.job_seq, []))
-        return LateKnown({asked.job_seq: kept}, {(asked.job_seq, grant.lock_id): grant for grant in older})
+        return LateResultRows({asked.job_seq: kept}, {(asked.job_seq, grant.lock_id): grant for grant in older})
 
     def _keep_late(self, change: Change) -> None:
         if change.late is not None:
             kept = [*self.lates.get(change.event.job_seq, []), change.late]
             kept.sort(key=lambda late: late.fencing_token)
-            self.lates[change.event.job_seq] = kept[-KEEP_LATE:]
+            self.lates[change.event.job_seq] = kept[-MAX_LATE_RESULTS:]
 
     def _put(self, change: Change) -> None:
         event = change.event

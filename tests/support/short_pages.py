@@ -8,9 +8,9 @@ from typing import Any
 
 from jobd.cli.daemon.main import main
 from jobd.engine import history
-from jobd.model.storage import Query
+from jobd.model.storage import JobQuery
 
 if __name__ == "__main__":
     short: Any = history
-    short.Query, short.MOST_LOOKED, short.SLICE = partial(Query, scan=10), 20, 10
+    short.JobQuery, short.MOST_LOOKED, short.SLICE = partial(JobQuery, scan=10), 20, 10
     sys.exit(main())

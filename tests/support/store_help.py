@@ -12,10 +12,10 @@ from msgspec.structs import replace
 
 from jobd.model.events import Change, fold
 from jobd.model.job import FINISHED, LIVE, Job
-from jobd.model.storage import Opened
+from jobd.model.storage import OpenedStore
 from jobd.storage import migrations
 from jobd.storage.store import Store
-from tests.support.factories import Maker
+from tests.support.factories import ChangeFactory
 
 
 def read(path: str) -> bytes:
@@ -36,7 +36,7 @@ def remove(*paths: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def opened(path: str) -> AsyncIterator[tuple[Store, Opened]]:
+async def opened(path: str) -> AsyncIterator[tuple[Store, OpenedStore]]:
     store, found = await Store.open(path)
     async with store:
         yield store, found
@@ -58,7 +58,7 @@ def seqs(jobs: list[Job]) -> list[int]:
     return sorted(job.seq for job in jobs)
 
 
-async def assert_holds(store: Store, found: Opened, maker: Maker) -> None:
+async def assert_holds(store: Store, found: OpenedStore, maker: ChangeFactory) -> None:
     """The store, just opened, holds what `maker` made: rows, payloads, journals, counts."""
     live = {seq: job for seq, job in maker.jobs.items() if job.status in LIVE}
     assert found.faults == []
@@ -88,19 +88,19 @@ def recounted(store: Store) -> tuple[int, int, int, int]:
     return count[True], xor[True], count[False], xor[False]
 
 
-async def make_store(path: str, seed: int = 11) -> Maker:
-    maker = Maker(seed)
+async def make_store(path: str, seed: int = 11) -> ChangeFactory:
+    maker = ChangeFactory(seed)
     async with opened(path) as (store, _):
         for _ in range(20):
             await store.write(maker.any_batch(15))
     return maker
 
 
-def pick(maker: Maker, statuses: frozenset[str]) -> Job:
+def pick(maker: ChangeFactory, statuses: frozenset[str]) -> Job:
     return next(job for job in maker.jobs.values() if job.status in statuses)
 
 
-def lose(maker: Maker, job: Job) -> None:
+def lose(maker: ChangeFactory, job: Job) -> None:
     """What is in quarantine counts no more."""
     del maker.jobs[job.seq], maker.payloads[job.seq]
     maker.suspects.discard(job.seq)

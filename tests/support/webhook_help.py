@@ -12,21 +12,21 @@ from typing import Any
 from jobd.model.commands import Moment
 from jobd.model.events import Change
 from jobd.model.responses import AlertView
-from jobd.model.webhooks import Delivery, Endpoint, Outcome
+from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.storage.store import Store
 from jobd.webhooks.context import Disk, Office
 from jobd.webhooks.manager import Webhooks
 from jobd.webhooks.retry import Manners
-from tests.support.factories import NOW, Maker
+from tests.support.factories import NOW, ChangeFactory
 
-YES = Outcome(204)
-NO = Outcome(500, "500: broken")
+YES = DeliveryOutcome(204)
+NO = DeliveryOutcome(500, "500: broken")
 HASTY = Manners(retry_ms=20, retry_at_most_ms=80, least_tries=3, opens_after=5, pause_ms=40, pause_at_most_ms=80)
 KEY = b"k" * 24
 
 
-def endpoint(name: str = "e", **fields: Any) -> Endpoint:
-    return Endpoint(name, f"https://{name}.test/hook?token=hush", (KEY,), **fields)
+def endpoint(name: str = "e", **fields: Any) -> WebhookEndpoint:
+    return WebhookEndpoint(name, f"https://{name}.test/hook?token=hush", (KEY,), **fields)
 
 
 class Clock:
@@ -43,7 +43,7 @@ class Clock:
 class Posts:
     """The sender of every endpoint: notes what it is given, and gives what `answer` says."""
 
-    def __init__(self, answer: Callable[[Delivery], Outcome] = lambda _: YES) -> None:
+    def __init__(self, answer: Callable[[Delivery], DeliveryOutcome] = lambda _: YES) -> None:
         self.answer = answer
         self.tried: list[Delivery] = []
         self.taken: list[Delivery] = []
@@ -53,11 +53,11 @@ class Posts:
         self.most_at_once = 0
         self._at_once = 0
 
-    def __call__(self, _: Endpoint) -> Posts:
+    def __call__(self, _: WebhookEndpoint) -> Posts:
         self.open += 1
         return self
 
-    async def post(self, endpoint: Endpoint, delivery: Delivery) -> Outcome:
+    async def post(self, endpoint: WebhookEndpoint, delivery: Delivery) -> DeliveryOutcome:
         self.tried.append(delivery)
         self._at_once += 1
         self.most_at_once = max(self.most_at_once, self._at_once)
@@ -84,7 +84,7 @@ class Posts:
 class Site:
     """Webhooks at work on a store, and somebody who commits changes to it."""
 
-    def __init__(self, store: Store, posts: Posts, maker: Maker, clock: Clock, disk: Disk) -> None:
+    def __init__(self, store: Store, posts: Posts, maker: ChangeFactory, clock: Clock, disk: Disk) -> None:
         self.store = store
         self.posts = posts
         self.maker = maker
@@ -129,9 +129,9 @@ class Site:
 @asynccontextmanager
 async def at_work(
     path: Path | str,
-    *endpoints: Endpoint,
+    *endpoints: WebhookEndpoint,
     posts: Posts | None = None,
-    maker: Maker | None = None,
+    maker: ChangeFactory | None = None,
     clock: Clock | None = None,
     wrap: Callable[[Store], Any] = lambda store: store,
     **site: Any,
@@ -139,7 +139,7 @@ async def at_work(
     """Webhooks at work until the end of the block, when they are stopped as the daemon stops them."""
     store, _ = await Store.open(str(path))
     async with store:
-        made = Site(store, posts or Posts(), maker or Maker(), clock or Clock(), wrap(store))
+        made = Site(store, posts or Posts(), maker or ChangeFactory(), clock or Clock(), wrap(store))
         for name, value in site.items():
             setattr(made, name, value)
         made.webhooks.set_endpoints(endpoints or [endpoint()])

@@ -200,7 +200,7 @@ def test_environment_is_read_by_type() -> None:
     assert found.store.synchronous == "extra"
     assert found.cleanup.recover_every == 0
     policy = found.policy()
-    assert [policy.late_results_of(queue) for queue in ("video", "mail", "x")] == ["adopt_if_unclaimed", "keep", "drop"]
+    assert [policy.late_policy(queue) for queue in ("video", "mail", "x")] == ["adopt_if_unclaimed", "keep", "drop"]
 
 
 @pytest.mark.parametrize(

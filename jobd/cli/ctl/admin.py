@@ -220,7 +220,7 @@ def pause(queue: str, reason: str | None, until: int | None, as_json: bool) -> N
         terminal.say(
             f"no queue {view.queue} has jobs yet: if its name is not meant so, undo it by: jobctl resume {view.queue}"
         )
-    terminal.emit_json(view) if as_json else terminal.emit(f"{view.queue} is paused {view.pause.in_words()}")
+    terminal.emit_json(view) if as_json else terminal.emit(f"{view.queue} is paused {view.pause.describe()}")
 
 
 def _is_known(client: AdminClient, queue: str) -> bool:

@@ -20,7 +20,7 @@ from jobd.cli.params import MOMENT
 if TYPE_CHECKING:
     from jobd.client import AdminClient
     from jobd.model.job import Status
-    from jobd.model.responses import Forced, JobView, LateResultView, PlanResult, PlanView, RefusalView
+    from jobd.model.responses import ErrorView, JobView, LateResultView, PlanResult, PlanView, TransitionView
 
 _IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1)
 _REASON: Final = reason_option("Kept with the job.")
@@ -68,14 +68,14 @@ def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None
     return plans.carry_out_one(client, "force-reset", deed, ids[0], reason, _forced_by_plan, **how)
 
 
-def _forced_by_plan(job: JobView, plan: PlanView, result: PlanResult) -> Forced:
+def _forced_by_plan(job: JobView, plan: PlanView, result: PlanResult) -> TransitionView:
     """What the call without a plan would have answered."""
     from jobd.model.commands import NO_REASON
-    from jobd.model.responses import Forced
+    from jobd.model.responses import TransitionView
 
     did = plan.jobs[0]
     reason = plan.reason or (NO_REASON if plan.action == "force-fail" else None)
-    return Forced(did.id, did.from_, str(did.to), reason, result.applied_at)
+    return TransitionView(did.id, did.from_, str(did.to), reason, result.applied_at)
 
 
 def _forced(answer: Any) -> str:
@@ -123,13 +123,13 @@ def _settings(fields: dict[str, Any]) -> str:
     import msgspec
 
     from jobd.model.commands import Updates
-    from jobd.model.job import storage_key_fault
+    from jobd.model.job import storage_key_error
 
     try:
         updates = msgspec.json.decode(msgspec.json.encode(fields), type=Updates)
     except msgspec.ValidationError as error:
         raise click.UsageError(f"--set: {str(error).replace('$.', '')}") from None
-    if updates.storage_key is not None and (fault := storage_key_fault(updates.storage_key)) is not None:
+    if updates.storage_key is not None and (fault := storage_key_error(updates.storage_key)) is not None:
         raise click.UsageError(f"--set: storage_key {fault}")
     shown = [f"{name} {terminal.clip(msgspec.json.encode(value).decode())}" for name, value in fields.items()]
     return f" and set {', '.join(shown)}" if shown else ""
@@ -184,7 +184,7 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
     """
     client = admin_client()
     chosen, details = result, ""
-    refusal: RefusalView | None = None
+    refusal: ErrorView | None = None
 
     def look(one: str) -> Any:
         nonlocal chosen, details, refusal

@@ -170,13 +170,13 @@ def _tell_late(
 ) -> None:
     """Say what came late to the job and waits to be adopted: as its plan found it, or as it is for who has no plan."""
     from jobd.model.job import may_adopt
-    from jobd.model.responses import late_note
+    from jobd.model.responses import late_results_note
 
     if plan is not None:
         count = sum(job.late_results for job in plan.jobs)
     else:
         count = len(client.late_results(job_id)) if may_adopt(client.get_job(job_id).status) else 0
-    if note := late_note(action, [count]):
+    if note := late_results_note(action, [count]):
         tell(f"{note} See: jobctl late {job_id}")
 
 
@@ -294,9 +294,9 @@ def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
 
 def _show_late(action: PlanAction, jobs: Sequence[PlannedJob]) -> None:
     """Which of the jobs have work that came late and waits to be adopted, also of those that are not shown."""
-    from jobd.model.responses import late_note_of
+    from jobd.model.responses import plan_late_results_note
 
-    if (note := late_note_of(action, jobs)) is None:
+    if (note := plan_late_results_note(action, jobs)) is None:
         return
     late = [job.id for job in jobs if job.late_results]
     more = f" … and {len(late) - _SHOWN} more (--json shows all)" if len(late) > _SHOWN else ""

@@ -271,7 +271,7 @@ def _queues(frame: Frame, rows: int, width: int) -> list[Text]:
             queue.failed,
             queue.completed,
             queue.cancelled,
-            *([queue.pause.in_words() if queue.paused else None] if is_described else ()),
+            *([queue.pause.describe() if queue.paused else None] if is_described else ()),
         )
         for queue in frame.queues
     ]

@@ -17,7 +17,7 @@ from typing import Any, Final
 import msgspec
 
 from jobd.client.worker.aio_utils import settle
-from jobd.model.job import MAX_PERCENT, storage_key_fault
+from jobd.model.job import MAX_PERCENT, storage_key_error
 
 LINE_BYTES: Final = 64 << 10  # a longer line is no directive, and is passed on in pieces
 TEXT_CHARACTERS: Final = 4096
@@ -77,7 +77,7 @@ class Directives:
             raise BadDirective(f"expected one of {', '.join(PLACES)}")
         if not 1 <= len(value) <= TEXT_CHARACTERS or "\x00" in value:
             raise BadDirective(f"{name} needs 1 to {TEXT_CHARACTERS} characters, none of them NUL")
-        fault = storage_key_fault(value) if name == "storage_key" else None
+        fault = storage_key_error(value) if name == "storage_key" else None
         if fault is not None:
             raise BadDirective(f"storage_key {fault}")
         self.places[name] = value

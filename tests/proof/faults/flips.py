@@ -16,7 +16,7 @@ from typing import Any, Final
 import msgspec
 from msgspec.structs import replace
 
-from jobd.model.storage import Query
+from jobd.model.storage import JobQuery
 from jobd.storage import doctor
 from jobd.storage.files import StoreError
 from jobd.storage.store import Store
@@ -120,7 +120,7 @@ async def _payloads(store: Store, holds: Contents, ids: set[str]) -> bool:
 
 async def _pages(store: Store, holds: Contents) -> bool:
     seen = 0
-    query = Query(limit=50)
+    query = JobQuery(limit=50)
     while True:
         page = await store.find(query)
         for job, body in page.jobs:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct
 
 from jobd.model.events import Change
-from jobd.model.job import SECOND_MS, Job, LateResult, storage_key_fault
+from jobd.model.job import SECOND_MS, Job, LateResult, storage_key_error
 from jobd.model.storage import Tombstone
 from jobd.storage.artifacts.base import Judge, Outcome, StoreFault
 from tests.support.memory_artifacts import MemoryArtifacts
@@ -51,7 +51,7 @@ class SimArtifacts(MemoryArtifacts):
 
     def store(self, key: str | None, lock_id: str) -> None:
         """A worker stores its result before it says that it is done."""
-        if key is not None and storage_key_fault(key) is None:
+        if key is not None and storage_key_error(key) is None:
             self.upload(key)
             self.uploads[key] = Upload(lock_id, self._machine.loop.now_s, self.objects[key])
             self._machine.note("artifact", "stored", key)

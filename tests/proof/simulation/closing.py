@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-from jobd.model.commands import MAX_PAGE, AnyCommand, Claim, Complete, List, Progress, Resume, RunNow, Stats
+from jobd.model.commands import MAX_PAGE, AnyCommand, Claim, Complete, ListJobs, Progress, Resume, RunNow, Stats
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, SECOND_MS
 from jobd.model.responses import CleanupReport, GrantView, Response
@@ -135,7 +135,7 @@ class Closing:
     async def _look_at_all(self) -> None:
         """Page by page: damaged rows for which there was no room in quarantine are met again, and moved."""
         cursor = None
-        while (answer := await self._yes(List(limit=MAX_PAGE, cursor=cursor))) is not None:
+        while (answer := await self._yes(ListJobs(limit=MAX_PAGE, cursor=cursor))) is not None:
             cursor = answer.data.next_cursor
             if cursor is None:
                 break

@@ -17,8 +17,8 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, new_epoch, seconds_of_epochs
-from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, Opened
+from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, epoch_seconds, new_epoch
+from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, OpenedStore
 from tests.support.memory_storage import MemoryDisk
 
 STATE: Final = (
@@ -110,12 +110,12 @@ class SimDisk(MemoryDisk):
             setattr(self, name, copy.copy(value))
         self.marked = True
 
-    def opened(self) -> Opened:
+    def opened(self) -> OpenedStore:
         """What a start finds; where a copy was put back a new epoch begins."""
         if self.marked or self.epoch_file > self.numbers.epoch:
             wall, old = self.wall(), self.numbers
             seen = max(self.epoch_file, old.epoch)
-            if seconds_of_epochs(wall) > seen and self._dice.random() < 0.5:
+            if epoch_seconds(wall) > seen and self._dice.random() < 0.5:
                 seen = old.epoch  # as on another machine, which has no epoch file
                 self._fired["restored on another machine"] += 1
             epoch = new_epoch(seen, wall)

@@ -25,7 +25,7 @@ from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, Idempot
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
 from jobd.model.responses import Response
-from jobd.model.storage import DiskFull, Opened
+from jobd.model.storage import DiskFull, OpenedStore
 from jobd.monitoring import event_log
 from tests.proof.simulation.artifacts import SimArtifacts
 from tests.proof.simulation.disk import SimDisk, Snapshot
@@ -289,7 +289,7 @@ class Daemon:
 
     # -- as in daemon.py ----------------------------------------------------------------------------------------------
 
-    def _build(self, opened: Opened) -> None:
+    def _build(self, opened: OpenedStore) -> None:
         machine = self.machine
         self.opened = opened
         numbers = opened.numbers

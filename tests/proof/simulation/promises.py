@@ -37,7 +37,7 @@ from jobd.model.commands import (
     Start,
     TakeBack,
     Undelivered,
-    is_rehearsal,
+    is_dry_run,
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, Event, fold
@@ -132,9 +132,7 @@ class Promises:
         self.must(at.lease >= self._last_lease, "S12", f"lease time went from {self._last_lease} to {at.lease}")
         self._last_lease = at.lease
         self._check_answer(book, command, decision, job, at)
-        self.must(
-            not is_rehearsal(command) or not decision.changes, "S15", f"a dry run of {name} did something", job_id
-        )
+        self.must(not is_dry_run(command) or not decision.changes, "S15", f"a dry run of {name} did something", job_id)
         rows: dict[str, Job | None] = {}
         for change in decision.changes:
             changed = change.event.job_id

@@ -23,7 +23,7 @@ from jobd.model.commands import (
     Create,
     Delete,
     DeleteExpired,
-    Expected,
+    ExpectedVersion,
     Expire,
     Export,
     ExtendLock,
@@ -34,20 +34,20 @@ from jobd.model.commands import (
     Import,
     ImportCheck,
     LateResults,
-    List,
+    ListJobs,
     Locks,
-    Note,
     Pause,
     Ping,
     PlanAction,
     Preview,
     Queues,
+    RecordAction,
     Recover,
     ReleaseLock,
     RepairJobs,
     Resume,
     RunNow,
-    Search,
+    SearchJobs,
     Start,
     Stats,
     TakeBack,
@@ -172,7 +172,7 @@ class Requests:
             case 6:
                 return ReleaseLock(id=job_id, lock_id=lock_id)
             case 7:
-                return RunNow(id=job_id) if self.chance(0.7) else Note(what="cleanup")
+                return RunNow(id=job_id) if self.chance(0.7) else RecordAction(what="cleanup")
             case 8:
                 return Update(
                     id=job_id,
@@ -197,7 +197,8 @@ class Requests:
         """A slice of a plan, of which some jobs have changed since."""
         known = [(each, self.disk.job(each)) for each in dict.fromkeys((job_id, self.job_id(), self.job_id()))]
         seen = [
-            Expected(each, "other" if job is None or self.chance(0.2) else self._version(job)) for each, job in known
+            ExpectedVersion(each, "other" if job is None or self.chance(0.2) else self._version(job))
+            for each, job in known
         ]
         kind = ApplyPlan if self.chance(0.5) else ApplyEndings
         plan: ApplyPlan = kind(action=self.dice.choice(("retry", "cancel", "force-fail", "delete")), jobs=seen)
@@ -212,7 +213,7 @@ class Requests:
             late = None if job is None else self._late(job)
             return "other" if job is None or dice.random() < 0.1 else version(job, late, action)
 
-        return ApplyEndings(action=action, jobs=[Expected(each, seen(job)) for each, job in known])
+        return ApplyEndings(action=action, jobs=[ExpectedVersion(each, seen(job)) for each, job in known])
 
     def _late(self, job: Job) -> int | None:
         return max((late.seq for late in self.disk.lates.get(job.seq, ())), default=None)
@@ -281,7 +282,7 @@ class Requests:
             case 4:
                 return Validate(id=self.job_id()) if self.chance(0.7) else GetVersion(id=self.job_id())
             case 5:
-                kind = self.dice.choice((List, Search))
+                kind = self.dice.choice((ListJobs, SearchJobs))
                 return kind(
                     status=self.maybe(0.3, *STATUSES),
                     queue=self.maybe(0.3, self.queue()),

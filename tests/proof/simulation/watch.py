@@ -20,10 +20,10 @@ from jobd.core.state import Book
 from jobd.engine.disk_full import Closed
 from jobd.engine.idempotency import KEPT_MS, SAFE_MS
 from jobd.engine.mailbox import READS
-from jobd.model.commands import AnyCommand, Call, Claim, IdempotencyKey, Moment, is_rehearsal
+from jobd.model.commands import AnyCommand, Call, Claim, IdempotencyKey, Moment, is_dry_run
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, fold
-from jobd.model.job import FINISHED, KEEP_LATE, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
+from jobd.model.job import FINISHED, MAX_LATE_RESULTS, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
 from jobd.model.responses import CleanupReport, GrantView, Response
 from jobd.model.storage import Batch, StoredResponse
 from tests.proof.simulation.patience import Patience
@@ -113,11 +113,11 @@ class Watch(Promises):
         for seq, (kind, job_seq, job_id) in self.acknowledged.items():
             if kind == "late_result" and job_seq in disk.jobs:
                 kept = disk.lates.get(job_seq, ())
-                is_there = len(kept) == KEEP_LATE or seq in [late.seq for late in kept]
+                is_there = len(kept) == MAX_LATE_RESULTS or seq in [late.seq for late in kept]
                 self.must(is_there, "S6", f"late result {seq} was acknowledged and is lost", job_id)
         for job_seq, kept in disk.lates.items():
             tokens = [late.fencing_token for late in kept]
-            one_each = len(tokens) <= KEEP_LATE and tokens == sorted(set(tokens))
+            one_each = len(tokens) <= MAX_LATE_RESULTS and tokens == sorted(set(tokens))
             self.must(one_each, "S6", f"job {job_seq} has late results of grants {tokens}")
 
     def put_back(self, acknowledged: dict[int, tuple[str, int, str]]) -> None:
@@ -133,7 +133,7 @@ class Watch(Promises):
         if self.steps == self.machine.enough:
             self.machine.finished.set()
         self.fired[f"command {type(call.command).__name__}"] += 1
-        self.fired["dry run"] += is_rehearsal(call.command)
+        self.fired["dry run"] += is_dry_run(call.command)
         whole = picture(book) if self.steps % PICTURE_EVERY == 0 else None
         decision = self.judged(self._decide, book, call, at, policy)
         self.must(whole is None or whole == picture(book), "S8", f"{type(call.command).__name__} changed the book")

@@ -23,21 +23,21 @@ from jobd.model.commands import (
     Delete,
     Export,
     ExtendLock,
-    Filter,
     ForceFail,
     ForceReset,
     Get,
     LateResults,
     Locks,
     MakePlan,
-    Note,
     Operator,
     Pause,
+    PlanFilter,
     Queues,
+    RecordAction,
     ReleaseLock,
     Resume,
     RunNow,
-    Search,
+    SearchJobs,
     Stats,
     Timeline,
     Transition,
@@ -80,10 +80,10 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
     ("POST", f"{P}/release-lock", '{"jobId":"j","lockId":"x"}', ReleaseLock(id="j", lock_id="x"), True),
     ("GET", f"{P}/export", "status=failed&queue=q&kind=k&limit=5&cursor=7",
      Export(status="failed", queue="q", kind="k", limit=5, cursor="7"), False),
-    ("GET", f"{P}/jobs", "status=queued&worker=w&limit=5", Search(status="queued", worker="w", limit=5), False),
-    ("GET", f"{P}/jobs", "since=1&until=2&q=a%20b", Search(since=1, until=2, q="a b"), False),
-    ("GET", f"{P}/jobs", "finished_since=1&finished_until=2", Search(finished_since=1, finished_until=2), False),
-    ("GET", f"{P}/jobs", "error=0123456789ab", Search(error="0123456789ab"), False),
+    ("GET", f"{P}/jobs", "status=queued&worker=w&limit=5", SearchJobs(status="queued", worker="w", limit=5), False),
+    ("GET", f"{P}/jobs", "since=1&until=2&q=a%20b", SearchJobs(since=1, until=2, q="a b"), False),
+    ("GET", f"{P}/jobs", "finished_since=1&finished_until=2", SearchJobs(finished_since=1, finished_until=2), False),
+    ("GET", f"{P}/jobs", "error=0123456789ab", SearchJobs(error="0123456789ab"), False),
     ("GET", f"{P}/jobs/{{id}}", "", Get(id="j"), False),
     ("DELETE", f"{P}/jobs/{{id}}", "", Delete(id="j"), True),
     ("GET", f"{P}/jobs/{{id}}/timeline", "", Timeline(id="j"), False),
@@ -167,7 +167,7 @@ async def test_a_call_is_its_command(
         heard = await house.ask(method, target, body or None, headers)
     assert heard.status == 200, heard.json
     asked, *noted = house.desk.asked
-    assert [each.command for each in noted] == ([Note(what="export")] if isinstance(command, Export) else [])
+    assert [each.command for each in noted] == ([RecordAction(what="export")] if isinstance(command, Export) else [])
     assert type(asked.command) is type(command)
     assert plain(asked.command) == plain(command)
     assert (asked.by, asked.admin) == ("admin", True)
@@ -182,7 +182,7 @@ async def test_a_call_of_the_rooms_gives_their_figures(house: House, method: str
         assert (await house.ask(method, path, "{}", AUTH)).data == data
         assert (await house.ask(method, path, '{"x":1}', AUTH)).status == 400
     # Nothing but what goes into the audit log.
-    assert all(isinstance(asked.command, Note) for asked in house.desk.asked)
+    assert all(isinstance(asked.command, RecordAction) for asked in house.desk.asked)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ async def test_what_is_no_command_is_noted_for_the_audit_log(house: House, metho
     assert (await house.ask(method, f"{P}/{path}", headers=headers)).status == 200
     assert (await house.ask(method, f"{P}/{path}", body, headers)).status == 200
     first, second = house.desk.asked
-    assert first.command == Note(what=what)
-    assert second.command == Note(what=what, reason=None if body is None else "why")
+    assert first.command == RecordAction(what=what)
+    assert second.command == RecordAction(what=what, reason=None if body is None else "why")
     assert first.operator is not None
     assert first.operator.name == "eve"
 
@@ -213,11 +213,11 @@ async def test_what_is_asked_of_a_webhook_is_noted_with_which(house: House) -> N
         assert (await house.ask("POST", f"{place}/{verb}", body, AUTH)).status == 200
     because = "their disk was full"
     assert [asked.command for asked in house.desk.asked] == [
-        Note(what="resend-delivery", details={"webhook": "q", "delivery": 7}),
-        Note(what="test-webhook", details={"webhook": "q"}),
-        Note(what="resend-delivery", details={"webhook": "q", "delivery": 7}, reason=because),
-        Note(what="resend-given-up", details={"webhook": "q", "resent": 3}, reason=because),
-        Note(what="test-webhook", details={"webhook": "q"}, reason=because),
+        RecordAction(what="resend-delivery", details={"webhook": "q", "delivery": 7}),
+        RecordAction(what="test-webhook", details={"webhook": "q"}),
+        RecordAction(what="resend-delivery", details={"webhook": "q", "delivery": 7}, reason=because),
+        RecordAction(what="resend-given-up", details={"webhook": "q", "resent": 3}, reason=because),
+        RecordAction(what="test-webhook", details={"webhook": "q"}, reason=because),
     ]
 
 
@@ -227,7 +227,7 @@ async def test_an_export_is_noted_page_by_page_as_one_deed(house: House) -> None
     reader = {"Authorization": "Bearer reader-token-0123456789abcdef"}
     for query, headers in (("", AUTH), ("?cursor=7", AUTH), ("", {**reader, "X-Jobd-Operator": "rob"}), ("", reader)):
         assert (await house.ask("GET", f"{P}/export{query}", headers=headers)).status == 200
-    noted = [asked for asked in house.desk.asked if isinstance(asked.command, Note)]
+    noted = [asked for asked in house.desk.asked if isinstance(asked.command, RecordAction)]
     operators = [asked.operator for asked in noted]
     assert [each.who for each in operators if each] == ["admin", "admin", "rob", "reader"]
     assert [asked.command.details for asked in noted] == [None, None, {"access": "read"}, {"access": "read"}]
@@ -287,7 +287,7 @@ async def test_a_plan_is_made_shown_and_applied(house: House) -> None:
     body = '{"action":"retry","filter":{"status":"failed","queue":"q","since":1},"reason":"r"}'
     made = await house.ask("POST", f"{P}/plans", body, AUTH)
     assert house.figures.planned == [
-        MakePlan(action="retry", filter=Filter(status="failed", queue="q", since=1), reason="r")
+        MakePlan(action="retry", filter=PlanFilter(status="failed", queue="q", since=1), reason="r")
     ]
     assert made.data["jobs"] == [{"id": "a", "from": "failed", "to": "queued", "late_results": 0}]
     plan_id = made.data["plan_id"]
@@ -423,7 +423,7 @@ async def test_all_that_was_given_up_is_sent_again(house: House) -> None:
     assert (await house.ask("POST", place, '{"upto":9}', AUTH)).data == {"resent": 3}
     assert house.figures.resent == [("q", None), ("q", 9)]
     told = [asked.command for asked in house.desk.asked]
-    assert told == [Note(what="resend-given-up", details={"webhook": "q", "resent": 3})] * 2
+    assert told == [RecordAction(what="resend-given-up", details={"webhook": "q", "resent": 3})] * 2
     assert (await house.ask("POST", f"{P}/webhooks/none/resend-given-up", headers=AUTH)).status == 404
     for body in ('{"upto":0}', '{"upto":"9"}', '{"id":9}'):
         assert (await house.ask("POST", place, body, AUTH)).status == 400

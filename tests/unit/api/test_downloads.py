@@ -17,7 +17,7 @@ from jobd.api.admin import ROUTES
 from jobd.api.downloads import disposition
 from jobd.core.views import job_view, late_view
 from jobd.http.auth import Gate
-from jobd.model.commands import Get, LateResults, Note
+from jobd.model.commands import Get, LateResults, RecordAction
 from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import Job, LateResult, Policy, Result
 from jobd.model.responses import LateResultList, Response
@@ -26,7 +26,7 @@ from jobd.storage.artifacts.base import PIECE_BYTES, StoreFault
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileStore
 from tests.support.http_harness import TOKEN, House
-from tests.support.rule_harness import Desk
+from tests.support.rule_harness import RuleHarness
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
 PATH = "/admin/job-management/jobs/a/artifact"
@@ -49,10 +49,10 @@ async def house(tmp_path: Path, place: Path) -> AsyncIterator[House]:
 
 def names(house: House, key: str | None) -> None:
     """The job that everybody asks for has this key."""
-    desk = Desk()
+    desk = RuleHarness()
     job: Job = desk.create("a")
     job = replace(job, result=None if key is None else Result(storage_key=key))
-    view = job_view(job, desk.at, Policy(), admin=False)
+    view = job_view(job, desk.moment, Policy(), admin=False)
     house.desk.answer = lambda command: Response(view)
 
 
@@ -76,9 +76,10 @@ async def test_a_stored_result_comes_as_a_file(house: House, place: Path, size: 
     assert heard.headers["x-content-type-options"] == "nosniff"
     assert heard.headers["content-security-policy"] == "default-src 'none'; sandbox"
     assert heard.headers["cache-control"] == "no-store"
-    assert [(type(asked.command), asked.admin) for asked in house.desk.asked] == [(Get, False), (Note, False)] * (
-        MOST + 1
-    )
+    assert [(type(asked.command), asked.admin) for asked in house.desk.asked] == [
+        (Get, False),
+        (RecordAction, False),
+    ] * (MOST + 1)
 
 
 async def test_what_is_not_there_is_refused_in_words(house: House, place: Path) -> None:
@@ -102,10 +103,10 @@ async def test_what_is_not_there_is_refused_in_words(house: House, place: Path) 
 
 def brings(house: House, *lates: LateResult) -> None:
     """The job that everybody asks for has these late results, and a result of its own."""
-    desk = Desk()
+    desk = RuleHarness()
     job: Job = replace(desk.create("a"), result=Result(storage_key="own"))
     listed = LateResultList([late_view(late) for late in lates])
-    view = job_view(job, desk.at, Policy(), admin=False)
+    view = job_view(job, desk.moment, Policy(), admin=False)
     house.desk.answer = lambda command: Response(listed if isinstance(command, LateResults) else view)
 
 
@@ -125,7 +126,7 @@ async def test_what_a_late_result_names_can_be_looked_at_before_it_is_taken(hous
         assert f'filename="{name}"' in heard.headers["content-disposition"]
     assert [(type(asked.command), asked.admin) for asked in house.desk.asked] == [
         (LateResults, False),
-        (Note, False),
+        (RecordAction, False),
     ] * 2
     assert (await house.ask("GET", PATH, headers=AUTH)).body == b"own"
     heard = await house.ask("GET", f"{PATH}?late_result=11", headers=AUTH)

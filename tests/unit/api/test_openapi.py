@@ -24,7 +24,7 @@ from jobd.http.routing import Route
 from jobd.model import errors
 from jobd.model.errors import ApiException
 from jobd.model.events import StreamedEvent
-from jobd.model.job import storage_key_fault
+from jobd.model.job import storage_key_error
 from tests.support.http_harness import TOKEN, House
 
 TABLES: dict[str, Sequence[Route]] = {"worker": worker.ROUTES, "admin": admin.ROUTES}
@@ -224,7 +224,7 @@ def is_beside_its_schema(refusal: errors.ApiError, body: Any) -> bool:
     field = refusal.details["field"]
     value = value_at(body, field)
     if field in ("$.storage_key", "$.updates.storage_key"):
-        fault = storage_key_fault(value) if isinstance(value, str) else None
+        fault = storage_key_error(value) if isinstance(value, str) else None
         return fault is not None and fault in refusal.message
     return isinstance(value, float) and value.is_integer() and "got a number" in refusal.message
 
@@ -235,10 +235,10 @@ def is_beside_its_schema(refusal: errors.ApiError, body: Any) -> bool:
         (
             {"storage_key": "../up"},
             "$.storage_key",
-            "`$.storage_key` " + (storage_key_fault("../up") or "") + ".",
+            "`$.storage_key` " + (storage_key_error("../up") or "") + ".",
             True,
         ),
-        ({"updates": {"storage_key": "/a"}}, "$.updates.storage_key", (storage_key_fault("/a") or "") + ".", True),
+        ({"updates": {"storage_key": "/a"}}, "$.updates.storage_key", (storage_key_error("/a") or "") + ".", True),
         ({"storage_key": "fine"}, "$.storage_key", "expected a string.", False),
         ({"storage_key": 5}, "$.storage_key", "expected a string, got a number.", False),
         ({"storage_key": "../up"}, "$.x", "is not a field of this request. Known here: lock_id, storage_key.", False),

@@ -21,8 +21,8 @@ from jobd.model.commands import (
     Extend,
     Fail,
     Get,
-    List,
-    OnJob,
+    JobCommand,
+    ListJobs,
     Progress,
     Queues,
     Release,
@@ -40,7 +40,7 @@ CALLS: list[tuple[str, str, str, Command]] = [
     ("POST", "/v1/jobs/bulk", '{"jobs":[{},{"id":"b"}]}', Bulk(jobs=[Create(), Create(id="b")])),
     ("GET", "/v1/jobs/{id}", "", Get(id="j")),
     ("GET", "/v1/jobs", "status=failed&queue=q&kind=k&worker=w&limit=200&cursor=9",
-     List(status="failed", queue="q", kind="k", worker="w", limit=200, cursor="9")),
+     ListJobs(status="failed", queue="q", kind="k", worker="w", limit=200, cursor="9")),
     ("GET", "/v1/jobs/{id}/timeline", "", Timeline(id="j")),
     ("GET", "/v1/jobs/{id}/why", "", Why(id="j")),
     ("GET", "/v1/jobs/{id}/validate", "", Validate(id="j")),
@@ -97,7 +97,7 @@ def test_every_call_has_an_example_and_no_route_is_missing() -> None:
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 def test_what_a_route_takes_and_gives_can_be_described(route: Any) -> None:
     assert len(msgspec.inspect.multi_type_info([route.asks, route.gives])) == 2
-    if issubclass(route.asks, OnJob):
+    if issubclass(route.asks, JobCommand):
         assert route.given == "id"
     assert route.who == ("anyone" if route.path in {"/healthz", "/readyz", "/openapi.json"} else "worker")
     assert route.status == (201 if route.asks in {Create, Bulk} else 200)

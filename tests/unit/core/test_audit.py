@@ -24,26 +24,26 @@ from jobd.model.commands import (
     Cancel,
     Create,
     Delete,
-    Expected,
+    ExpectedVersion,
     ForceFail,
     ForceReset,
     Get,
     IdempotencyKey,
     Import,
-    Note,
     Operator,
     Pause,
     PlanAction,
+    RecordAction,
     Recover,
     RunNow,
     Transition,
     Update,
 )
 from jobd.model.job import SECOND_MS
-from jobd.model.responses import AuditPage, Done, Response
-from jobd.model.storage import COMINGS, LOOKS, Audited, share_of
+from jobd.model.responses import AuditPage, EmptyResponse, Response
+from jobd.model.storage import AUDITED_READS, SIGN_INS, AuditEntry, audit_share
 from tests.support.memory_storage import MemoryDisk
-from tests.support.rule_harness import Desk
+from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import Household, in_virtual_time
 
 EVE = Operator("eve", "10.0.0.7")
@@ -55,11 +55,11 @@ NO_DEEDS = {
 }  # fmt: skip
 
 
-def kept(house: Household) -> list[Audited]:
+def kept(house: Household) -> list[AuditEntry]:
     return list(house.disk.audited.values())
 
 
-def entry(desk: Desk, command: AnyCommand, operator: Operator | None = EVE) -> Audited | None:
+def entry(desk: RuleHarness, command: AnyCommand, operator: Operator | None = EVE) -> AuditEntry | None:
     by = "client" if operator is None else operator.by
     decision = desk.decide(command, by=by, admin=True)
     return audit.entry(Call(command, by, b"", True, operator), decision, desk.now)
@@ -67,7 +67,7 @@ def entry(desk: Desk, command: AnyCommand, operator: Operator | None = EVE) -> A
 
 def test_every_command_is_a_deed_or_is_known_to_be_none() -> None:
     """A new command of operators has to be told how the audit log calls it."""
-    known = {kind.__name__ for kind in (*audit.DEEDS, *READS, Note, ApplyPlan, ApplyEndings)} | NO_DEEDS
+    known = {kind.__name__ for kind in (*audit.DEEDS, *READS, RecordAction, ApplyPlan, ApplyEndings)} | NO_DEEDS
     assert known == {kind.__name__ for kind in get_args(AnyCommand)}
 
 
@@ -81,7 +81,7 @@ def test_a_deed_is_called_as_its_call_is() -> None:
 
 
 def test_what_nobody_asked_for_as_an_operator_and_what_only_reads_is_not_kept() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("a")
     assert entry(desk, Get(id="a")) is None
     assert entry(desk, Create(id="b")) is None
@@ -89,7 +89,7 @@ def test_what_nobody_asked_for_as_an_operator_and_what_only_reads_is_not_kept() 
 
 
 def test_a_dry_run_is_no_deed() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("a")
     for job_id in ("a", "b"):
         for asked in (RunNow(id=job_id), Update(id=job_id), Transition(id=job_id, from_="queued", to="failed")):
@@ -98,11 +98,11 @@ def test_a_dry_run_is_no_deed() -> None:
 
 
 def test_a_deed_says_who_from_where_what_why_and_what_came_of_it() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("a", queue="video")
     found = entry(desk, ForceFail(id="a", reason="broken"))
     details = {"from": "queued", "to": "failed", "event": desk.last().seq}
-    expected = Audited(desk.now, "eve", "10.0.0.7", "force-fail", "a", "video", "broken", "done", 1, details)
+    expected = AuditEntry(desk.now, "eve", "10.0.0.7", "force-fail", "a", "video", "broken", "done", 1, details)
     assert found == expected
     nameless = entry(desk, ForceReset(id="a"), Operator("", "::1"))
     assert nameless is not None
@@ -110,7 +110,7 @@ def test_a_deed_says_who_from_where_what_why_and_what_came_of_it() -> None:
 
 
 def test_what_an_update_set_is_in_its_details() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("a")
     found = entry(desk, Update(id="a", priority=-3, reason="urgent"))
     assert found is not None
@@ -119,7 +119,7 @@ def test_what_an_update_set_is_in_its_details() -> None:
 
 
 def test_a_deed_that_changed_nothing_is_one_all_the_same() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("a")
     for command, queue in ((RunNow(id="a"), None), (Pause(name="q"), "q"), (Pause(name="q"), "q")):
         found = entry(desk, command)
@@ -128,46 +128,46 @@ def test_a_deed_that_changed_nothing_is_one_all_the_same() -> None:
 
 
 def test_a_refused_deed_has_the_code_as_its_outcome() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("a")
     missing = entry(desk, Cancel(id="nobody", reason="why"))
-    assert missing == Audited(desk.now, "eve", "10.0.0.7", "cancel", "nobody", None, "why", "job_not_found")
+    assert missing == AuditEntry(desk.now, "eve", "10.0.0.7", "cancel", "nobody", None, "why", "job_not_found")
     refused = entry(desk, Delete(id="a"))
     assert refused is not None
     assert (refused.outcome, refused.jobs, refused.details) == ("invalid_transition", 0, None)
 
 
 def test_a_deed_of_many_commands_counts_its_jobs_and_names_none() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     operator = replace(EVE, part_of="p1")
     line = entry(desk, Import(id="a", status="failed", error_message="x"), operator)
-    assert line == Audited(desk.now, "eve", "10.0.0.7", "import", jobs=1, part_of="p1")
+    assert line == AuditEntry(desk.now, "eve", "10.0.0.7", "import", jobs=1, part_of="p1")
     assert entry(desk, Import(id="a", status="failed"), operator) is None  # skipped
     none = entry(desk, Recover(limit=9), operator)
-    assert none == Audited(desk.now, "eve", "10.0.0.7", "recover-stuck", part_of="p1")
+    assert none == AuditEntry(desk.now, "eve", "10.0.0.7", "recover-stuck", part_of="p1")
 
 
 def test_a_plan_counts_the_jobs_that_it_was_done_to() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("a")
-    known = Expected("a", version(desk.job("a")))
-    command = ApplyEndings(action="cancel", jobs=[known, Expected("b", "x")], reason="why")
+    known = ExpectedVersion("a", version(desk.job("a")))
+    command = ApplyEndings(action="cancel", jobs=[known, ExpectedVersion("b", "x")], reason="why")
     found = entry(desk, command, replace(EVE, part_of="p1"))
-    assert found == Audited(desk.now, "eve", "10.0.0.7", "plan-cancel", reason="why", jobs=1, part_of="p1")
+    assert found == AuditEntry(desk.now, "eve", "10.0.0.7", "plan-cancel", reason="why", jobs=1, part_of="p1")
 
 
 def test_a_plan_of_one_job_names_it() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("a")
-    command = ApplyEndings(action="cancel", jobs=[Expected("a", version(desk.job("a")))])
+    command = ApplyEndings(action="cancel", jobs=[ExpectedVersion("a", version(desk.job("a")))])
     found = entry(desk, command, replace(EVE, part_of="p1"))
-    assert found == Audited(desk.now, "eve", "10.0.0.7", "plan-cancel", "a", jobs=1, part_of="p1")
+    assert found == AuditEntry(desk.now, "eve", "10.0.0.7", "plan-cancel", "a", jobs=1, part_of="p1")
 
 
 def test_a_note_is_kept_as_it_is() -> None:
-    call = Call(Note(what="backup", details={"n": 1}, reason="why"), operator=EVE)
-    found = audit.entry(call, Decision(Response(Done())), 5)
-    assert found == Audited(5, "eve", "10.0.0.7", "backup", reason="why", details={"n": 1})
+    call = Call(RecordAction(what="backup", details={"n": 1}, reason="why"), operator=EVE)
+    found = audit.entry(call, Decision(Response(EmptyResponse())), 5)
+    assert found == AuditEntry(5, "eve", "10.0.0.7", "backup", reason="why", details={"n": 1})
 
 
 # -- through the actor ------------------------------------------------------------------------------------------------
@@ -234,15 +234,15 @@ async def test_while_creates_are_refused_a_change_has_its_entry_and_a_look_has_n
     async with Household() as house:
         house.actor.full_disk.closed = Closed.CREATES
         house.actor.full_disk.next_probe += 999
-        for what in sorted(LOOKS | COMINGS):
-            await house.yes(Note(what=what), operator=EVE)
-        await house.yes(Note(what="sign-in", outcome="unauthorized"), operator=EVE)
+        for what in sorted(AUDITED_READS | SIGN_INS):
+            await house.yes(RecordAction(what=what), operator=EVE)
+        await house.yes(RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
         await house.no(Get(id="a"), operator=EVE)
-        await house.yes(Note(what="cleanup"), operator=EVE)
+        await house.yes(RecordAction(what="cleanup"), operator=EVE)
         assert [row.what for row in kept(house)] == ["cleanup"]
         house.actor.full_disk.closed = Closed.NOTHING
-        await house.yes(Note(what="artifact", job_id="a"), operator=EVE)
-        await house.yes(Note(what="sign-in", outcome="unauthorized"), operator=EVE)
+        await house.yes(RecordAction(what="artifact", job_id="a"), operator=EVE)
+        await house.yes(RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
         assert [(row.what, row.job_id, row.outcome) for row in kept(house)[1:]] == [
             ("artifact", "a", "done"),
             ("sign-in", None, "unauthorized"),
@@ -257,12 +257,12 @@ async def test_while_creates_are_refused_a_change_has_its_entry_and_a_look_has_n
         ("cancel", "lock_lost", "refusals"),
         ("sign-in", "unauthorized", "strangers"),
         ("export", "unauthorized", "refusals"),
-        *((what, "done", "looks") for what in sorted(LOOKS)),
-        *((what, "done", "comings") for what in sorted(COMINGS)),
+        *((what, "done", "looks") for what in sorted(AUDITED_READS)),
+        *((what, "done", "comings") for what in sorted(SIGN_INS)),
     ],
 )
 def test_each_entry_has_its_share_of_the_log(what: str, outcome: str, share: str) -> None:
-    assert share_of(what, outcome) == share
+    assert audit_share(what, outcome) == share
 
 
 @in_virtual_time
@@ -282,7 +282,7 @@ async def test_recovery_by_an_operator_is_kept_and_that_by_time_is_not() -> None
 async def test_the_log_is_read_in_pages_newest_first() -> None:
     async with Household(MemoryDisk()) as house:
         for n in range(5):
-            await house.yes(Note(what=f"n{n}", details={"n": n}), operator=EVE)
+            await house.yes(RecordAction(what=f"n{n}", details={"n": n}), operator=EVE)
         page: AuditPage = await house.yes(AuditLog(limit=3))
         assert [(each.seq, each.what, each.details) for each in page.entries] == [
             (5, "n4", {"n": 4}),
@@ -304,6 +304,14 @@ def test_an_operator_without_a_name_is_admin(name: str, who: str, by: str) -> No
 
 def test_every_deed_can_be_looked_for_in_the_dashboard() -> None:
     """Beside those of DEEDS: what is no command on jobs, and plans by their action."""
-    others = {"cleanup", "accept-clock", "resend-delivery", "resend-given-up", "test-webhook", *LOOKS, *COMINGS}
+    others = {
+        "cleanup",
+        "accept-clock",
+        "resend-delivery",
+        "resend-given-up",
+        "test-webhook",
+        *AUDITED_READS,
+        *SIGN_INS,
+    }
     plans = {f"plan-{action}" for action in get_args(PlanAction)}
     assert set(DEEDS_KEPT) == {*audit.DEEDS.values(), *others, *plans}

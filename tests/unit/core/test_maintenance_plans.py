@@ -14,33 +14,33 @@ from jobd.core.planning import version
 from jobd.maintenance import plan_builder, plans
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import (
-    OF_TIME,
+    MAINTENANCE_ACTIONS,
     Adopt,
     ApplyEndings,
     Call,
     Complete,
     Create,
     Delete,
-    Expected,
+    ExpectedVersion,
     Extend,
-    Filter,
     ForceFail,
     ForceReset,
     Get,
     GetVersion,
     Import,
+    JobCommand,
     MakePlan,
-    OnJob,
     PlanAction,
+    PlanFilter,
     Progress,
     Recover,
 )
 from jobd.model.errors import ApiError
-from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Job, runs_again
-from jobd.model.responses import PlannedJob, PlanSlice, PlanView, Response, Worked, late_note_of
+from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Job, requeues_on_stall
+from jobd.model.responses import MaintenanceResult, PlannedJob, PlanSlice, PlanView, Response, plan_late_results_note
 from tests.support.factories import full_job
 from tests.support.plan_help import applied, made
-from tests.support.rule_harness import Desk
+from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import WALL, Household, in_virtual_time
 
 NO_MORE = "It is no longer due for deletion or expiry."
@@ -61,20 +61,20 @@ NO_MORE = "It is no longer due for deletion or expiry."
     ],
 )
 def test_where_a_stuck_job_goes_is_told_as_it_is_done(options: Any, progress: int, *, again: bool) -> None:
-    desk = Desk()
+    desk = RuleHarness()
     lock_id = desk.held(**options)
     if progress:
         desk.progress(lock_id, progress)
-    desk.passes(HOUR_MS)
+    desk.advance(HOUR_MS)
     job = desk.job()
-    assert runs_again(job) == again
+    assert requeues_on_stall(job) == again
     assert planning.to("recover-stuck", job) == planning.to("cleanup", job) == ("queued" if again else "failed")
-    desk.yes(Recover(limit=1))
+    desk.accept(Recover(limit=1))
     assert desk.job().status == ("queued" if again else "failed")
 
 
 def test_where_other_jobs_go_and_what_may_be_done_on_a_full_disk() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     assert planning.to("cleanup", desk.create()) == "failed"
     assert planning.to("cleanup", desk.completed("b")) is None
     assert planning.to("retry", desk.job()) == "queued"
@@ -89,68 +89,68 @@ def test_to_time_signs_of_life_are_a_change() -> None:
     further = replace(job, progress=job.progress + 1)
     for action in get_args(PlanAction):
         versions = {version(each, None, action) for each in (job, alive, further)}
-        assert len(versions) == (3 if action in OF_TIME else 1), action
+        assert len(versions) == (3 if action in MAINTENANCE_ACTIONS else 1), action
     assert version(job, None, "delete") == version(job)
 
 
 def test_of_late_results_a_cleanup_tells_those_that_it_deletes() -> None:
     stuck, old = PlannedJob("a", "processing", "queued", 1), PlannedJob("b", "failed", None, 2)
-    assert late_note_of("cleanup", [stuck]) is None
+    assert plan_late_results_note("cleanup", [stuck]) is None
     said = "It has 2 late results that nobody has adopted: they go with the job."
-    assert late_note_of("cleanup", [stuck, old]) == said
-    assert late_note_of("retry", [stuck]) is not None
+    assert plan_late_results_note("cleanup", [stuck, old]) == said
+    assert plan_late_results_note("retry", [stuck]) is not None
 
 
 def test_a_rule_for_one_job_answers_what_it_did_or_why_it_did_nothing() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("a")
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
-        draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
-        refusal = rule(draft, OnJob(id="a"))
+        draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.moment, desk.policy)
+        refusal = rule(draft, JobCommand(id="a"))
         assert refusal == ApiError("invalid_transition", NO_MORE, {"job_id": "a", "status": "queued"})
     desk.start("a")
-    desk.passes(HOUR_MS)
+    desk.advance(HOUR_MS)
     desk.create("b", expires_at=desk.now + 5)
-    desk.passes(10)
+    desk.advance(10)
     for rule, job_id in (
         (maintenance_rules.recover_one, "a"),
         (maintenance_rules.clean_one, "a"),
         (maintenance_rules.clean_one, "b"),
     ):
-        draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
-        assert rule(draft, OnJob(id=job_id)) == Response(Worked(1))
+        draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.moment, desk.policy)
+        assert rule(draft, JobCommand(id=job_id)) == Response(MaintenanceResult(1))
         assert len(draft.changes) == 1
 
 
 # -- the rule ---------------------------------------------------------------------------------------------------------
 
 
-def known(desk: Desk, action: PlanAction, *ids: str) -> list[Expected]:
+def known(desk: RuleHarness, action: PlanAction, *ids: str) -> list[ExpectedVersion]:
     jobs = [desk.job(job_id) for job_id in ids]
-    return [Expected(job.id, version(job, desk.book.latest_late(job.seq), action)) for job in jobs]
+    return [ExpectedVersion(job.id, version(job, desk.book.latest_late(job.seq), action)) for job in jobs]
 
 
-def apply(desk: Desk, action: PlanAction, jobs: list[Expected]) -> PlanSlice:
+def apply(desk: RuleHarness, action: PlanAction, jobs: list[ExpectedVersion]) -> PlanSlice:
     command = ApplyEndings(action=action, jobs=jobs, reason="the operator's")
-    done: PlanSlice = desk.yes(command, admin=True, by="admin:eve")
+    done: PlanSlice = desk.accept(command, admin=True, by="admin:eve")
     return done
 
 
-def due(desk: Desk) -> list[str]:
+def due(desk: RuleHarness) -> list[str]:
     """A stuck job, one that nobody wants any more, one whose time is over; and one of each that is none."""
     desk.create("late", expires_at=desk.now + MINUTE_MS)
     desk.create("waits", expires_at=desk.now + 2 * HOUR_MS)
     for job_id, after in (("old", MINUTE_MS), ("kept", 2 * HOUR_MS)):
-        desk.yes(Complete(id=job_id, lock_id=desk.held(job_id), expires_at=desk.now + after))
+        desk.accept(Complete(id=job_id, lock_id=desk.held(job_id), expires_at=desk.now + after))
     desk.held("stuck")
-    desk.passes(HOUR_MS)
+    desk.advance(HOUR_MS)
     desk.held("held")
     return ["stuck", "late", "old", "waits", "kept", "held"]
 
 
-@pytest.mark.parametrize("action", sorted(OF_TIME))
+@pytest.mark.parametrize("action", sorted(MAINTENANCE_ACTIONS))
 def test_what_is_due_is_done_and_the_rest_refused(action: PlanAction) -> None:
-    desk = Desk()
+    desk = RuleHarness()
     ids = due(desk)
     done = apply(desk, action, known(desk, action, *ids))
     some = ids[:1] if action == "recover-stuck" else ids[:3]
@@ -168,25 +168,25 @@ def test_what_is_due_is_done_and_the_rest_refused(action: PlanAction) -> None:
 
 
 @pytest.mark.parametrize("how", ["extend", "progress", "complete", "recover", "delete"])
-@pytest.mark.parametrize("action", sorted(OF_TIME))
+@pytest.mark.parametrize("action", sorted(MAINTENANCE_ACTIONS))
 def test_who_came_back_to_life_is_left_alone(action: PlanAction, how: str) -> None:
-    desk = Desk()
+    desk = RuleHarness()
     lock_id = desk.held(max_attempts=2)
-    desk.passes(20 * MINUTE_MS)  # silent, but not past its ceiling
+    desk.advance(20 * MINUTE_MS)  # silent, but not past its ceiling
     seen = known(desk, action, "a")
     if how == "extend":
-        desk.yes(Extend(id="a", lock_id=lock_id, additional_ms=1))
-        desk.passes(HOUR_MS)  # stuck again, at another time
+        desk.accept(Extend(id="a", lock_id=lock_id, additional_ms=1))
+        desk.advance(HOUR_MS)  # stuck again, at another time
     elif how == "progress":
         desk.progress(lock_id, 40)
-        desk.passes(HOUR_MS)
+        desk.advance(HOUR_MS)
     elif how == "complete":
-        desk.yes(Complete(id="a", lock_id=lock_id))
+        desk.accept(Complete(id="a", lock_id=lock_id))
     elif how == "recover":
-        desk.yes(Recover(limit=1))
+        desk.accept(Recover(limit=1))
     else:
-        desk.yes(Complete(id="a", lock_id=lock_id))
-        desk.yes(Delete(id="a"))
+        desk.accept(Complete(id="a", lock_id=lock_id))
+        desk.accept(Delete(id="a"))
     before, count = desk.rows.get("a"), len(desk.events)
     done = apply(desk, action, seen)
     assert (done.applied, done.refused, [each.id for each in done.changed]) == (0, [], ["a"])
@@ -195,10 +195,10 @@ def test_who_came_back_to_life_is_left_alone(action: PlanAction, how: str) -> No
 
 def test_the_rules_of_time_refuse_a_job_that_is_not_there() -> None:
     """They look for themselves, as the rule of any other action does."""
-    desk = Desk()
-    draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.at, desk.policy)
+    desk = RuleHarness()
+    draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.moment, desk.policy)
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
-        gone = rule(draft, OnJob(id="gone"))
+        gone = rule(draft, JobCommand(id="gone"))
         assert isinstance(gone, ApiError)
         assert gone.code == "job_not_found"
 
@@ -269,9 +269,9 @@ async def test_the_daemon_itself_says_which_jobs() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         for action in get_args(PlanAction):
-            for name, given in (("filter", Filter()), ("ids", ["a"]), ("cursor", "failed.7")):
+            for name, given in (("filter", PlanFilter()), ("ids", ["a"]), ("cursor", "failed.7")):
                 wrong = await planner.make(MakePlan(action=action, **{name: given}), "x")  # type: ignore[arg-type]
-                if action in OF_TIME:
+                if action in MAINTENANCE_ACTIONS:
                     assert isinstance(wrong, ApiError)
                     assert (wrong.code, wrong.details["field"]) == ("invalid_request", f"$.{name}")
                     assert f"{action} takes no `{name}`" in wrong.message
@@ -353,7 +353,7 @@ def test_a_plan_takes_so_many_and_the_rest_is_planned_once_it_was_applied(
 def test_a_plan_that_would_look_for_too_long_ends(
     monkeypatch: pytest.MonkeyPatch, there: tuple[int, int, int], found: int
 ) -> None:
-    monkeypatch.setattr(plan_builder, "MAKING_S", 0)
+    monkeypatch.setattr(plan_builder, "MAX_PLANNING_S", 0)
 
     @in_virtual_time
     async def play() -> None:
@@ -442,10 +442,10 @@ async def test_a_long_plan_of_time_goes_in_slices() -> None:
 
 def test_a_version_that_was_only_looked_at_does_not_serve_time() -> None:
     """GetVersion gives that of operators' actions; a plan of time has its own."""
-    desk = Desk()
+    desk = RuleHarness()
     desk.held()
-    desk.passes(HOUR_MS)
-    seen = desk.yes(GetVersion(id="a")).version
-    assert apply(desk, "cleanup", [Expected("a", seen)]).applied == 0
+    desk.advance(HOUR_MS)
+    seen = desk.accept(GetVersion(id="a")).version
+    assert apply(desk, "cleanup", [ExpectedVersion("a", seen)]).applied == 0
     job: Job = desk.job()
     assert job.status == "processing"

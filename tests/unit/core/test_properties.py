@@ -39,7 +39,7 @@ from jobd.model.commands import (
     GetVersion,
     Import,
     LateResults,
-    List,
+    ListJobs,
     Locks,
     Pause,
     Ping,
@@ -81,7 +81,7 @@ from jobd.model.job import (
 )
 from jobd.model.responses import Response
 from tests.proof.simulation.promises import NOTES
-from tests.support.rule_harness import NOW, SEED, Desk, due_order
+from tests.support.rule_harness import NOW, SEED, RuleHarness, due_order
 
 # Short times, so that a few steps cross every boundary.
 POLICY: Final = Policy(
@@ -225,7 +225,7 @@ reads = st.one_of(
     st.builds(LateResults, id=ids),
     st.builds(Why, id=ids),
     st.builds(Validate, id=ids),
-    st.sampled_from([List(), Queues(), Workers(), Stats(), Locks(), Export(), Ping()]),
+    st.sampled_from([ListJobs(), Queues(), Workers(), Stats(), Locks(), Export(), Ping()]),
 )
 
 
@@ -262,7 +262,7 @@ sequences = st.lists(steps_of_a_run, min_size=10, max_size=60)
 long_sequences = st.lists(steps_of_a_run, min_size=100, max_size=150)
 
 
-class Run(Desk):
+class Run(RuleHarness):
     """A desk that knows, for each command, what it may have done."""
 
     def __init__(self) -> None:
@@ -360,9 +360,9 @@ class Run(Desk):
             if job.lease is not None and job.lease.ceiling is not None:
                 assert job.lease.expires <= job.lease.ceiling
             if job.seq not in self.book.suspects:
-                bad = [issue for issue in validate(job, self.at, self.policy).issues if counts(issue)]
-                assert not bad or transitions.is_stuck(job, self.at.lease), bad  # only recovery is left to do
-            view = self.yes(Why(id=job.id))
+                bad = [issue for issue in validate(job, self.moment, self.policy).issues if counts(issue)]
+                assert not bad or transitions.is_stuck(job, self.moment.lease), bad  # only recovery is left to do
+            view = self.accept(Why(id=job.id))
             if job.status in ("queued", "processing") and job.options.queue not in self.book.paused:
                 assert view.next is not None
 
@@ -402,10 +402,10 @@ def test_nothing_stays_for_ever_once_time_passes(sequence: list[tuple[Any, bool]
     run = Run()
     for command, admin in sequence:
         run.step(command, admin=admin)
-    run.passes(away)
+    run.advance(away)
     for _ in range(20):
-        run.passes(POLICY.lock_ttl_ms + 5_000)
-        run.yes(Recover(limit=9))
+        run.advance(POLICY.lock_ttl_ms + 5_000)
+        run.accept(Recover(limit=9))
     assert not run.book.processing
 
 
@@ -441,14 +441,14 @@ hand_made = st.builds(
 @given(hand_made, st.lists(st.tuples(commands, waits), min_size=1, max_size=6))
 def test_rules_take_any_row_that_hands_may_leave(job: Job, sequence: list[tuple[AnyCommand, int]]) -> None:
     """`decide` is total: whatever is in the book, there is an answer or a refusal, and the book can go on."""
-    desk = Desk(POLICY)
+    desk = RuleHarness(POLICY)
     book = desk.book
     book.swap(None, job)
     for command, ms in sequence:
         desk.now += ms
         desk.lease += ms
         book.advance(desk.now, desk.lease)
-        decision = decide.decide(book, Call(_aimed(command), "client", SEED), desk.at, POLICY)
+        decision = decide.decide(book, Call(_aimed(command), "client", SEED), desk.moment, POLICY)
         assert isinstance(decision.answer, (Response, ApiError))
         for change in decision.changes:
             book.put(change)
@@ -462,13 +462,13 @@ def _aimed(command: AnyCommand) -> AnyCommand:
 @settings(max_examples=100, deadline=None)
 @given(hand_made)
 def test_a_pass_leaves_no_row_that_it_could_mend(job: Job) -> None:
-    desk = Desk(POLICY)
+    desk = RuleHarness(POLICY)
     desk.book.swap(None, job)
     desk.book.suspects[job.seq] = job.id
 
     def mend() -> Any:
         desk.book.advance(desk.now, desk.lease)
-        decision = decide.decide(desk.book, Call(RepairJobs(ids=["a"]), "cleanup", SEED), desk.at, POLICY)
+        decision = decide.decide(desk.book, Call(RepairJobs(ids=["a"]), "cleanup", SEED), desk.moment, POLICY)
         for change in decision.changes:
             desk.book.put(change)
         assert isinstance(decision.answer, Response)

@@ -17,10 +17,10 @@ from jobd.core.ready_queue import (
     NEVER,
     SLACK,
     DueEntry,
+    Fifo,
     Lane,
     LaneEntries,
     LazyHeap,
-    Line,
     QueuedJobs,
     Sorted,
     short_entry,
@@ -93,7 +93,7 @@ def untouched(kind: str, priority: int, created_at: int, seq: int) -> CompactJob
 
 
 def test_a_line_too_waits_with_its_trim_until_the_stale_outnumber_the_live() -> None:
-    line = Line()
+    line = Fifo()
     jobs = [untouched("", 0, number, number) for number in range(2 * 2 + SLACK + 1)]
     line.extend(jobs[1:])
     line.trim(2, lambda job: job.seq in (7, 9))
@@ -109,7 +109,7 @@ def _is_from(seq: int, job: CompactJob) -> bool:
 
 def test_a_line_drops_the_places_of_jobs_that_have_left_its_front() -> None:
     jobs = [untouched("", 0, number, number) for number in range(3 * _GONE_AT_ONCE)]
-    line = Line()
+    line = Fifo()
     line.extend(jobs)
     for gone, kept in [(10, 0), (_GONE_AT_ONCE - 1, 0), (_GONE_AT_ONCE, 1), (_GONE_AT_ONCE + 100, 1), (len(jobs), 3)]:
         first = line.first(partial(_is_from, gone))
@@ -120,7 +120,7 @@ def test_a_line_drops_the_places_of_jobs_that_have_left_its_front() -> None:
 
 
 def test_the_next_job_of_a_line_is_found_without_passing_those_before_it() -> None:
-    line = Line()
+    line = Fifo()
     line.extend([untouched("", 0, number, number) for number in range(100_000)])
     looked_at: list[int] = []
 

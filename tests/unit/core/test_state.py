@@ -38,15 +38,15 @@ from jobd.model.job import (
     Options,
     Result,
 )
-from jobd.model.storage import Numbers, Opened, QueueRow
-from tests.support.rule_harness import NOW, Desk, compare, picture
+from jobd.model.storage import Numbers, OpenedStore, QueueRow
+from tests.support.rule_harness import NOW, RuleHarness, compare, picture
 
 TTL = 15 * MINUTE_MS
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk()
+def desk() -> RuleHarness:
+    return RuleHarness()
 
 
 def queued(seq: int, **fields: Any) -> Job:
@@ -71,7 +71,7 @@ def test_a_start_finds_live_jobs_and_the_counts_of_finished_ones() -> None:
     numbers = Numbers(3, 11, 12, 13, 400, NOW, True)
     jobs = [queued(1), queued(2, run_at=NOW + 1), held(3, "w-1"), held(4, "w-2", expires=400)]
     queues = {"default": QueueRow(completed=5, failed=2), "idle": QueueRow(paused=True, cancelled=1)}
-    book = Book.opened(Opened(numbers, jobs, queues=queues))
+    book = Book.opened(OpenedStore(numbers, jobs, queues=queues))
     assert book.numbers(400, NOW, True) == numbers
     assert book.clock_suspect
     assert book.total() == 12
@@ -99,8 +99,8 @@ def test_jobs_in_short_enter_all_at_once_as_one_by_one(seed: int) -> None:
     touched = [held(seq, f"w-{seq % 3}") for seq in range(2_000, 2_020)]
     queues = {"q": QueueRow(paused=True, failed=2)}
     numbers = Numbers(wall_ms=NOW)
-    at_once = Book.opened(Opened(numbers, touched, jobs, queues))
-    one_by_one = Book.opened(Opened(numbers, [*(job.expand() for job in jobs), *touched], queues=queues))
+    at_once = Book.opened(OpenedStore(numbers, touched, jobs, queues))
+    one_by_one = Book.opened(OpenedStore(numbers, [*(job.expand() for job in jobs), *touched], queues=queues))
     rows = {job.id: job for job in [*(job.expand() for job in jobs), *touched]}
     for step_ms in (0, 3, -20, 30):
         for book in (at_once, one_by_one):
@@ -120,13 +120,13 @@ def compare_nothing_left(book: Book) -> None:
     assert {status: count for status, count in book.totals.items() if count} == {"failed": 2}
 
 
-def test_only_new_jobs_are_kept_in_short(desk: Desk) -> None:
+def test_only_new_jobs_are_kept_in_short(desk: RuleHarness) -> None:
     desk.create("a")
     desk.create("b", delay_ms=5)
     lock_id = desk.held("c")
     assert desk.book.jobs.touched() == {"b", "c"}
-    desk.yes(Release(id="c", lock_id=lock_id))
-    desk.yes(Update(id="a", priority=1))
+    desk.accept(Release(id="c", lock_id=lock_id))
+    desk.accept(Update(id="a", priority=1))
     assert desk.book.jobs.touched() == {"a", "b", "c"}
     assert desk.claim(limit=9) == ["c", "a"]
 
@@ -157,10 +157,10 @@ def test_a_grant_of_an_earlier_epoch_does_not_use_up_the_counter() -> None:
         assert (book.epoch, book.next_token) == numbers
 
 
-def test_the_request_that_made_a_job_is_known_for_the_rest_of_the_batch(desk: Desk) -> None:
+def test_the_request_that_made_a_job_is_known_for_the_rest_of_the_batch(desk: RuleHarness) -> None:
     desk.create("a")
     assert set(desk.book.request_hashes) == {"a"}
-    desk.yes(Import(id="b"))
+    desk.accept(Import(id="b"))
     assert desk.book.request_hashes.get("b", "") == ""
 
 
@@ -175,7 +175,7 @@ def test_equal_options_are_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
     assert book.shared(Options(queue="a")) is not first
 
 
-def test_finished_jobs_pass_through(desk: Desk) -> None:
+def test_finished_jobs_pass_through(desk: RuleHarness) -> None:
     for number in range(FINISHED_KEPT + 2):
         desk.book.loaded(replace(queued(number + 1), status="cancelled"))
     desk.book.loaded(replace(queued(1), status="cancelled"))  # named again: the last to go
@@ -216,14 +216,14 @@ def test_finished_jobs_at_hand_have_room_for_megabytes() -> None:
     assert list(book.finished) == ["job-1", "job-2"]
 
 
-def test_a_deleted_job_is_gone_from_everything(desk: Desk) -> None:
+def test_a_deleted_job_is_gone_from_everything(desk: RuleHarness) -> None:
     desk.completed()
-    desk.yes(Delete(id="a"))
+    desk.accept(Delete(id="a"))
     assert (desk.book.get("a"), desk.book.total(), desk.book.finished) == (None, 0, {})
 
 
 @pytest.mark.parametrize("status", ["queued", "processing", "completed"])
-def test_a_quarantined_job_leaves_every_order(desk: Desk, status: str) -> None:
+def test_a_quarantined_job_leaves_every_order(desk: RuleHarness, status: str) -> None:
     desk.create()
     if status != "queued":
         lock_id = desk.start()
@@ -235,22 +235,22 @@ def test_a_quarantined_job_leaves_every_order(desk: Desk, status: str) -> None:
     del desk.rows["a"]
     assert desk.book.quarantined == {"a": "bad"}
     assert desk.book.suspects == {}
-    desk.passes(HOUR_MS)
-    compare(desk.book, {}, desk.at)
+    desk.advance(HOUR_MS)
+    compare(desk.book, {}, desk.moment)
     desk.book.quarantine("never", "bad")
 
 
-def test_a_live_job_whose_damaged_row_cannot_be_moved_leaves_every_order_too(desk: Desk) -> None:
+def test_a_live_job_whose_damaged_row_cannot_be_moved_leaves_every_order_too(desk: RuleHarness) -> None:
     desk.create("a")
     desk.book.quarantine("a", "bad", is_moved=False)
     assert desk.book.unmoved == {"a": None}
     del desk.rows["a"]
-    compare(desk.book, {}, desk.at)
+    compare(desk.book, {}, desk.moment)
     desk.book.quarantine("unknown", "bad", is_moved=False)
     assert desk.book.unmoved == {"a": None, "unknown": None}
 
 
-def test_a_finished_job_whose_row_is_not_moved_is_counted_as_it_was_before_a_batch(desk: Desk) -> None:
+def test_a_finished_job_whose_row_is_not_moved_is_counted_as_it_was_before_a_batch(desk: RuleHarness) -> None:
     book = desk.book
     desk.completed("a")
     book.quarantine("a", "bad", is_moved=False)
@@ -279,52 +279,52 @@ def test_who_holds_what() -> None:
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
-def test_delayed_jobs_become_due_and_somebody_is_told(desk: Desk) -> None:
+def test_delayed_jobs_become_due_and_somebody_is_told(desk: RuleHarness) -> None:
     told: list[tuple[str, str]] = []
     desk.book.on_due = lambda queue, kind: told.append((queue, kind))
     desk.create("a", delay_ms=5, kind="k")
     desk.create("b", delay_ms=5, kind="k")
     desk.create("c", queue="q")
     assert told == [("q", "")]
-    desk.passes(4)
+    desk.advance(4)
     assert len(told) == 1
-    desk.passes(1)
+    desk.advance(1)
     assert told[1:] == [("default", "k")]
     assert desk.claim(limit=9) == ["a", "b"]
 
 
-def test_a_delayed_job_that_is_gone_does_not_become_due(desk: Desk) -> None:
+def test_a_delayed_job_that_is_gone_does_not_become_due(desk: RuleHarness) -> None:
     desk.create("a", delay_ms=5)
-    desk.yes(Cancel(id="a"))
+    desk.accept(Cancel(id="a"))
     desk.create("b", delay_ms=5)
-    desk.yes(Update(id="b", run_at=NOW + 9))
-    desk.passes(5)
+    desk.accept(Update(id="b", run_at=NOW + 9))
+    desk.advance(5)
     assert desk.claim() == []
-    desk.passes(4)
+    desk.advance(4)
     assert desk.claim() == ["b"]
 
 
-def test_an_id_that_is_used_again_does_not_inherit_the_times_of_the_first(desk: Desk) -> None:
+def test_an_id_that_is_used_again_does_not_inherit_the_times_of_the_first(desk: RuleHarness) -> None:
     desk.create("a", delay_ms=5, expires_at=NOW + 7)
-    desk.yes(Cancel(id="a"))
-    desk.yes(Delete(id="a"))
+    desk.accept(Cancel(id="a"))
+    desk.accept(Delete(id="a"))
     desk.create("a", delay_ms=5, expires_at=NOW + 7)
-    desk.passes(7)
+    desk.advance(7)
     assert list(desk.book.overdue()) == ["a"]
-    desk.yes(Cancel(id="a"))
-    desk.yes(Delete(id="a"))
+    desk.accept(Cancel(id="a"))
+    desk.accept(Delete(id="a"))
     desk.held("a")
-    desk.passes(TTL)
-    desk.yes(Recover(limit=1))
+    desk.advance(TTL)
+    desk.accept(Recover(limit=1))
     assert desk.claim() == ["a"]
 
 
-def test_the_job_that_is_due_longest_of_all_queues(desk: Desk) -> None:
+def test_the_job_that_is_due_longest_of_all_queues(desk: RuleHarness) -> None:
     assert desk.book.oldest_due() is None
     desk.create("gone", queue="b")
     desk.create("z", queue="a")
     desk.create("y", queue="b")
-    desk.yes(Cancel(id="gone"))
+    desk.accept(Cancel(id="gone"))
 
     def oldest() -> tuple[str, str]:
         found = desk.book.oldest_due()
@@ -332,28 +332,28 @@ def test_the_job_that_is_due_longest_of_all_queues(desk: Desk) -> None:
         return found[0], found[1][3]
 
     assert oldest() == ("a", "z"), "of the same moment the first"
-    desk.yes(Update(id="y", run_at=NOW - 1))
+    desk.accept(Update(id="y", run_at=NOW - 1))
     assert oldest() == ("b", "y")
-    desk.yes(Update(id="y", run_at=NOW + 1))
-    desk.yes(Update(id="z", priority=5))  # what was its place is empty
+    desk.accept(Update(id="y", run_at=NOW + 1))
+    desk.accept(Update(id="z", priority=5))  # what was its place is empty
     assert oldest() == ("a", "z")
 
 
-def test_the_wall_clock_steps_back(desk: Desk) -> None:
+def test_the_wall_clock_steps_back(desk: RuleHarness) -> None:
     desk.create("a", expires_at=NOW + 10)
     desk.create("b", delay_ms=10)
     desk.create("c", delay_ms=10)
-    desk.passes(10)
+    desk.advance(10)
     assert desk.claim() == ["b"]
     assert list(desk.book.overdue()) == ["a"], "a claim leaves it to recovery"
     desk.create("d", expires_at=NOW + 20)
-    desk.passes(10)
+    desk.advance(10)
     assert (list(desk.book.overdue()), desk.book.next_run_at()) == (["a", "d"], None)
     desk.now = NOW + 9
-    compare(desk.book, desk.rows, desk.at)
+    compare(desk.book, desk.rows, desk.moment)
     assert (list(desk.book.overdue()), desk.book.next_run_at(), desk.book.next_expiry()) == ([], NOW + 10, NOW + 10)
     desk.now = NOW + 20
-    compare(desk.book, desk.rows, desk.at)
+    compare(desk.book, desk.rows, desk.moment)
     assert list(desk.book.overdue()) == ["a", "d"]
     desk.now = NOW + 9
     assert desk.claim(limit=9) == ["a"]
@@ -388,88 +388,88 @@ def test_a_step_back_of_the_clock_reads_only_lanes_in_which_a_job_became_due_sin
     assert book.next_run_at() == NOW + 976
 
 
-def test_overdue_jobs_that_a_clock_step_makes_due_again_wake_waiting_claims(desk: Desk) -> None:
+def test_overdue_jobs_that_a_clock_step_makes_due_again_wake_waiting_claims(desk: RuleHarness) -> None:
     desk.create("a", expires_at=NOW + 10, kind="k")
-    desk.passes(10)
+    desk.advance(10)
     told: list[tuple[str, str]] = []
     desk.book.on_due = lambda queue, kind: told.append((queue, kind))
-    desk.passes(1)
+    desk.advance(1)
     assert (told, desk.claim()) == ([], [])
-    desk.passes(-2)
+    desk.advance(-2)
     assert told == [("default", "k")]
     assert desk.claim() == ["a"]
 
 
-def test_time_that_goes_on_costs_no_look_at_every_job(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_that_goes_on_costs_no_look_at_every_job(desk: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Book, "_rewind", None)
     for now in (NOW, NOW, NOW + 1):
         desk.book.advance(now, 0)
 
 
-def test_a_job_that_moves_among_those_that_are_due_is_found_once_and_in_its_new_place(desk: Desk) -> None:
+def test_a_job_that_moves_among_those_that_are_due_is_found_once_and_in_its_new_place(desk: RuleHarness) -> None:
     for name in "abc":
         desk.create(name)
 
     def order() -> list[str]:
         return [job.id for job in desk.book.due(["default"], None)]
 
-    desk.yes(Update(id="c", run_at=NOW - 1))
+    desk.accept(Update(id="c", run_at=NOW - 1))
     assert order() == ["c", "a", "b"]
-    desk.yes(Update(id="c", run_at=NOW))
+    desk.accept(Update(id="c", run_at=NOW))
     assert order() == ["a", "b", "c"]
-    desk.yes(Update(id="b", priority=-1))
+    desk.accept(Update(id="b", priority=-1))
     assert order() == ["b", "a", "c"]
     for _ in range(2):
-        desk.yes(Update(id="b", priority=0))
+        desk.accept(Update(id="b", priority=0))
         assert order() == ["a", "b", "c"]
-        desk.yes(Update(id="b", priority=-1))
+        desk.accept(Update(id="b", priority=-1))
         assert order() == ["b", "a", "c"]
 
 
-def test_a_job_of_the_same_id_and_time_as_one_that_is_gone_is_found_once(desk: Desk) -> None:
+def test_a_job_of_the_same_id_and_time_as_one_that_is_gone_is_found_once(desk: RuleHarness) -> None:
     for name in ("first", "again"):
         desk.create(name)
-        desk.yes(Update(id=name, priority=1))
-    desk.yes(Cancel(id="again"))
-    desk.yes(Delete(id="again"))
+        desk.accept(Update(id=name, priority=1))
+    desk.accept(Cancel(id="again"))
+    desk.accept(Delete(id="again"))
     desk.create("again", priority=1)
     assert [job.id for job in desk.book.due(["default"], None)] == ["first", "again"]
 
 
-def test_who_is_taken_leaves_the_next_of_its_lane_in_sight(desk: Desk) -> None:
+def test_who_is_taken_leaves_the_next_of_its_lane_in_sight(desk: RuleHarness) -> None:
     for name, kind in (("a", "x"), ("b", "x"), ("c", "y")):
         desk.create(name, kind=kind)
     desk.start("a")
     assert [job.id for job in desk.book.due(["default"], None)] == ["b", "c"]
 
 
-def test_resuming_tells_of_every_kind_that_is_due(desk: Desk) -> None:
+def test_resuming_tells_of_every_kind_that_is_due(desk: RuleHarness) -> None:
     desk.create("a", kind="x")
     desk.create("b", kind="y")
-    desk.yes(Pause(name="default"))
-    desk.yes(Pause(name="empty"))
+    desk.accept(Pause(name="default"))
+    desk.accept(Pause(name="empty"))
     told: list[tuple[str, str]] = []
     desk.book.on_due = lambda queue, kind: told.append((queue, kind))
-    desk.yes(Resume(name="empty"))
+    desk.accept(Resume(name="empty"))
     assert told == []
-    desk.yes(Resume(name="default"))
+    desk.accept(Resume(name="default"))
     assert sorted(told) == [("default", "x"), ("default", "y")]
 
 
-def test_a_moved_deadline_is_looked_at_when_the_old_one_comes_up(desk: Desk) -> None:
+def test_a_moved_deadline_is_looked_at_when_the_old_one_comes_up(desk: RuleHarness) -> None:
     lock_id = desk.held()
     first = desk.book.next_deadline()
-    desk.passes(5 * MINUTE_MS)
+    desk.advance(5 * MINUTE_MS)
     desk.progress(lock_id)
     assert desk.book.next_deadline() == first  # early is no harm
-    desk.passes(10 * MINUTE_MS)
+    desk.advance(10 * MINUTE_MS)
     assert desk.book.next_deadline() == desk.lease + 5 * MINUTE_MS
     assert desk.book.live_locks() == 1
-    desk.passes(5 * MINUTE_MS)
+    desk.advance(5 * MINUTE_MS)
     assert (desk.book.next_deadline(), list(desk.book.stuck)) == (None, ["a"])
 
 
-def test_heaps_do_not_grow_while_jobs_come_and_go(desk: Desk) -> None:
+def test_heaps_do_not_grow_while_jobs_come_and_go(desk: RuleHarness) -> None:
     book = desk.book
     for number in range(1, 500):
         job = queued(number, run_at=NOW + number, expires_at=NOW + 1_000)
@@ -480,16 +480,16 @@ def test_heaps_do_not_grow_while_jobs_come_and_go(desk: Desk) -> None:
     for heap in (book._wakes, book._deadlines):
         assert len(heap.entries) <= SLACK + 2
     assert not book._expiries
-    compare(book, {}, desk.at)
+    compare(book, {}, desk.moment)
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_start_knows_which_grant_is_the_oldest() -> None:
-    book = Book.opened(Opened(Numbers(), [held(1, "w-1"), replace(held(2, "w-2"), seq=3), queued(4)]))
+    book = Book.opened(OpenedStore(Numbers(), [held(1, "w-1"), replace(held(2, "w-2"), seq=3), queued(4)]))
     late = replace(held(9, "w-9"), seq=2, id="a job that was granted last")
-    book = Book.opened(Opened(Numbers(), [late, *book.processing.values()]))
+    book = Book.opened(OpenedStore(Numbers(), [late, *book.processing.values()]))
     assert list(book.processing) == ["job-1", "job-2", "a job that was granted last"]
 
 
@@ -541,17 +541,17 @@ def test_a_deadline_that_goes_back_is_seen_at_once(before: Lease, for_a_while: L
     assert book.live_locks() == 0
 
 
-def test_a_cleared_lock_that_is_revived_is_live_again(desk: Desk) -> None:
+def test_a_cleared_lock_that_is_revived_is_live_again(desk: RuleHarness) -> None:
     """Also where the job would have been stuck before the new lock ends."""
     lock_id = desk.held(stuck_after_ms=20 * MINUTE_MS)
-    desk.passes(TTL)
-    desk.yes(Recover(limit=1))
+    desk.advance(TTL)
+    desk.accept(Recover(limit=1))
     assert list(desk.book.cleared_locks) == ["a"]
     desk.progress(lock_id)
     assert (list(desk.book.cleared_locks), desk.book.live_locks()) == ([], 1)
 
 
-def test_a_row_that_loses_its_lease_is_in_nobodys_hands(desk: Desk) -> None:
+def test_a_row_that_loses_its_lease_is_in_nobodys_hands(desk: RuleHarness) -> None:
     book, job = Book(), held(1, "w-1")
     book.swap(None, job)
     book.advance(NOW, 500)
@@ -576,31 +576,31 @@ def test_what_runs_is_summed_up_from_when_it_began() -> None:
 # -- all at once ------------------------------------------------------------------------------------------------------
 
 
-def test_rows_of_hands_do_not_break_the_counts(desk: Desk) -> None:
+def test_rows_of_hands_do_not_break_the_counts(desk: RuleHarness) -> None:
     desk.row(queued(1, status="odd"))
     desk.row(queued(2, status="processing"))
     desk.row(replace(held(3, "w"), lease=None))
-    compare(desk.book, desk.rows, desk.at)
+    compare(desk.book, desk.rows, desk.moment)
     assert (desk.book.live_locks(), desk.book.total()) == (0, 2)
     for job_id in list(desk.rows):
         desk.book.swap(desk.rows.pop(job_id), None)
-    compare(desk.book, {}, desk.at)
+    compare(desk.book, {}, desk.moment)
 
 
 @pytest.mark.parametrize("status", ["odd", "complete", ""])
-def test_a_status_that_is_none_breaks_nothing_when_its_job_is_taken_up(desk: Desk, status: str) -> None:
+def test_a_status_that_is_none_breaks_nothing_when_its_job_is_taken_up(desk: RuleHarness, status: str) -> None:
     job = desk.rows["job-1"] = queued(1, status=status, progress=101)
     desk.book.loaded(job)  # as it comes from the disk: no start has counted it
-    desk.yes(RepairJobs(ids=[job.id]))
+    desk.accept(RepairJobs(ids=[job.id]))
     assert (desk.job(job.id).status, desk.job(job.id).progress) == (status, 100)
-    compare(desk.book, desk.rows, desk.at)
-    desk.yes(ForceReset(id=job.id))
+    compare(desk.book, desk.rows, desk.moment)
+    desk.accept(ForceReset(id=job.id))
     assert desk.job(job.id).status == "queued"
-    compare(desk.book, desk.rows, desk.at)
+    compare(desk.book, desk.rows, desk.moment)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_rows_in_any_order_match_a_recount(desk: Desk, seed: int) -> None:
+def test_any_rows_in_any_order_match_a_recount(desk: RuleHarness, seed: int) -> None:
     """Rows come, change and go without rules, as after a refused batch or a start."""
     dice = random.Random(seed)
     for seq in range(300):
@@ -621,20 +621,20 @@ def test_any_rows_in_any_order_match_a_recount(desk: Desk, seed: int) -> None:
         if dice.random() < 0.3:
             desk.now += dice.randint(-15, 20)
             desk.lease += dice.randint(0, 10)
-        compare(desk.book, desk.rows, desk.at)
+        compare(desk.book, desk.rows, desk.moment)
 
 
-def test_creation_order_decides_among_equals(desk: Desk) -> None:
+def test_creation_order_decides_among_equals(desk: RuleHarness) -> None:
     for name in "cab":
-        desk.yes(Create(id=name))
+        desk.accept(Create(id=name))
     assert desk.claim(limit=3) == ["c", "a", "b"]
 
 
-def test_the_oldest_due_job_of_a_kind(desk: Desk) -> None:
+def test_the_oldest_due_job_of_a_kind(desk: RuleHarness) -> None:
     assert desk.book.queued_kinds("film") == []
     assert desk.book.oldest_of_kind("film", "encode", desk.now) == (0, None)
     desk.create("low", queue="film", kind="encode", priority=-1)
-    desk.passes(10)
+    desk.advance(10)
     desk.create("high", queue="film", kind="encode", priority=1)
     desk.create("later", queue="film", kind="mail", delay_ms=1_000)
     assert desk.book.queued_kinds("film") == ["encode", "mail"]

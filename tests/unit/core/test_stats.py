@@ -23,10 +23,10 @@ from jobd.model.commands import (
 )
 from jobd.model.events import Change, Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
-from tests.support.rule_harness import NOW, Desk
+from tests.support.rule_harness import NOW, RuleHarness
 
 
-class CountingDesk(Desk):
+class CountingDesk(RuleHarness):
     """A desk whose figures see every committed change, as the actor's do."""
 
     def decide(
@@ -43,31 +43,31 @@ def desk() -> CountingDesk:
     return CountingDesk()
 
 
-def work(desk: Desk, job_id: str, ms: int) -> None:
+def work(desk: RuleHarness, job_id: str, ms: int) -> None:
     lock_id = desk.held(job_id)
-    desk.passes(ms)
-    desk.yes(Complete(id=job_id, lock_id=lock_id))
+    desk.advance(ms)
+    desk.accept(Complete(id=job_id, lock_id=lock_id))
 
 
-def test_completions_of_the_last_hour(desk: Desk) -> None:
+def test_completions_of_the_last_hour(desk: RuleHarness) -> None:
     figures = desk.book.figures
     work(desk, "a", 2_000)
     work(desk, "b", 4_000)
     assert figures.completed_last_hour(desk.now) == (2, 6_000)
     assert figures.processing["default"].total == 6
-    desk.passes(59 * MINUTE_MS)
+    desk.advance(59 * MINUTE_MS)
     work(desk, "c", 0)
     assert figures.completed_last_hour(desk.now) == (3, 6_000)
     assert figures.completed_last_hour(desk.now + MINUTE_MS)[0] == 1
     assert figures.completed_last_hour(desk.now + HOUR_MS) == (0, 0)
 
 
-def test_late_results_are_counted_one_by_one(desk: Desk) -> None:
+def test_late_results_are_counted_one_by_one(desk: RuleHarness) -> None:
     for job_id in ("a", "b"):
         lock_id = desk.held(job_id)
-        desk.yes(ForceReset(id=job_id))
-        desk.no(Complete(id=job_id, lock_id=lock_id, file_path="/late"), "lock_lost")
-        desk.yes(Adopt(id=job_id))
+        desk.accept(ForceReset(id=job_id))
+        desk.reject(Complete(id=job_id, lock_id=lock_id, file_path="/late"), "lock_lost")
+        desk.accept(Adopt(id=job_id))
     assert (desk.book.figures.late_kept, desk.book.figures.late_adopted) == (2, 2)
 
 
@@ -97,37 +97,37 @@ def test_what_a_clock_had_put_ahead_that_was_set_back_does_not_count() -> None:
     assert (list(figures.completions), list(figures.recoveries)) == ([NOW // MINUTE_MS], [NOW // HOUR_MS])
 
 
-def test_recoveries_of_the_last_day(desk: Desk) -> None:
+def test_recoveries_of_the_last_day(desk: RuleHarness) -> None:
     lock_id = desk.held("a")
     desk.progress(lock_id, 10)
     desk.held("b")
     desk.held("c")
-    desk.passes(HOUR_MS)
-    desk.yes(Recover(limit=9))
+    desk.advance(HOUR_MS)
+    desk.accept(Recover(limit=9))
     figures = desk.book.figures
     assert figures.recovered_last_day(desk.now) == 3
     assert figures.recovered_last_day(desk.now + DAY_MS) == 0
     assert (figures.stalls, figures.reset, figures.failed, figures.since_report.recovered) == (3, 2, 1, 3)
 
 
-def test_what_was_done_since_the_last_report(desk: Desk) -> None:
+def test_what_was_done_since_the_last_report(desk: RuleHarness) -> None:
     desk.held("a", stuck_after_ms=HOUR_MS, max_processing_ms=0)
     desk.held("d", stuck_after_ms=HOUR_MS, max_processing_ms=0)
-    desk.passes(15 * MINUTE_MS)
-    desk.yes(Recover(limit=9))
+    desk.advance(15 * MINUTE_MS)
+    desk.accept(Recover(limit=9))
     desk.completed("b", expires_at=desk.now + 1)
     desk.completed("c")
-    desk.passes(1)
-    desk.yes(DeleteExpired(ids=["b"]), by="cleanup")
-    desk.yes(Delete(id="c"), by="admin")  # an operator's deletion is not the pass's work
+    desk.advance(1)
+    desk.accept(DeleteExpired(ids=["b"]), by="cleanup")
+    desk.accept(Delete(id="c"), by="admin")  # an operator's deletion is not the pass's work
     since = desk.book.figures.since_report
     assert (since.locks_cleared, since.deleted, since.recovered, since.fixed) == (2, 1, 0, 0)
 
 
-def test_other_endings_are_not_counted(desk: Desk) -> None:
-    desk.yes(Fail(id="a", lock_id=desk.held("a"), error_message="e"))
+def test_other_endings_are_not_counted(desk: RuleHarness) -> None:
+    desk.accept(Fail(id="a", lock_id=desk.held("a"), error_message="e"))
     desk.create("b")
-    desk.yes(Cancel(id="b"))
+    desk.accept(Cancel(id="b"))
     figures = desk.book.figures
     assert figures.completed_last_hour(desk.now) == (0, 0)
     assert figures.grants == {"default": 1}
@@ -175,10 +175,10 @@ def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_completions_are_told_by_kind_and_grants_that_were_taken_away(desk: CountingDesk) -> None:
     figures = desk.book.figures
     lock_id = desk.held("a", kind="thumbnail")
-    desk.passes(2_000)
-    desk.yes(Complete(id="a", lock_id=lock_id))
+    desk.advance(2_000)
+    desk.accept(Complete(id="a", lock_id=lock_id))
     desk.held("b", kind="film")
-    desk.yes(EndGrants(ids=["b"], last=True))
+    desk.accept(EndGrants(ids=["b"], last=True))
     assert figures.overlaps.total == 0
     desk.start("b")
     assert figures.overlaps.total == 1
@@ -187,12 +187,12 @@ def test_completions_are_told_by_kind_and_grants_that_were_taken_away(desk: Coun
 
 def test_all_that_is_kept_is_read_again_and_older_figures_lack_some_of_it(desk: CountingDesk) -> None:
     lock_id = desk.held("a", kind="thumbnail")
-    desk.yes(Complete(id="a", lock_id=lock_id))
+    desk.accept(Complete(id="a", lock_id=lock_id))
     desk.held("b")
-    desk.yes(ForceReset(id="b"))
+    desk.accept(ForceReset(id="b"))
     desk.start("b")
     desk.held("c")
-    desk.yes(Cancel(id="c"))
+    desk.accept(Cancel(id="c"))
     body = msgspec.json.encode(desk.book.figures)
     assert msgspec.json.decode(body, type=Figures) == desk.book.figures
     older = msgspec.json.decode(body)
@@ -200,7 +200,7 @@ def test_all_that_is_kept_is_read_again_and_older_figures_lack_some_of_it(desk: 
     assert msgspec.json.decode(msgspec.json.encode(older), type=Figures).stalls == 0
 
 
-def test_every_event_is_counted_by_its_type(desk: Desk) -> None:
+def test_every_event_is_counted_by_its_type(desk: RuleHarness) -> None:
     work(desk, "a", 1_000)
     work(desk, "b", 1_000)
     assert desk.book.figures.events == {"created": 2, "granted": 2, "completed": 2}

@@ -14,7 +14,7 @@ from jobd.core.stats import Figures
 from jobd.model.commands import Import, Locks, Moment
 from jobd.model.errors import ApiError
 from jobd.model.job import MINUTE_MS, Backoff, Failure, Grant, Job, LateResult, Lease, Options, Policy, Result
-from jobd.model.responses import RefusalView, public_lock
+from jobd.model.responses import ErrorView, public_lock
 from tests.support.rule_harness import NOW
 
 AT = Moment(NOW, 1_000, NOW - 1_000)
@@ -140,7 +140,7 @@ def test_every_field_of_a_late_result_is_shown_in_its_place() -> None:
         "storage_key": "key", "metadata": Raw(b"1"), "expires_at": NOW + 34, "refusal": None,
     }  # fmt: skip
     refused = views.late_view(late, ApiError("invalid_request", "It lacks something.", {"field": "f"}))
-    assert refused.refusal == RefusalView("invalid_request", "It lacks something.")
+    assert refused.refusal == ErrorView("invalid_request", "It lacks something.")
 
 
 def running(began: int, created: int = NOW - 99) -> Book:

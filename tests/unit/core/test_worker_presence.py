@@ -33,9 +33,9 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Lease, Options, Policy
-from jobd.model.responses import Response, TakenBack, WorkerList, WorkerView
-from jobd.model.storage import DiskFull, Numbers, Opened
-from tests.support.rule_harness import NOW, Desk
+from jobd.model.responses import Response, TakeBackView, WorkerList, WorkerView
+from jobd.model.storage import DiskFull, Numbers, OpenedStore
+from tests.support.rule_harness import NOW, RuleHarness
 from tests.support.virtual_engine import Household, in_virtual_time, seconds, until
 from tests.unit.engine.test_actor import household, parked
 
@@ -44,9 +44,9 @@ LARGEST = About(instance="~" * 200, host="~" * 253, pid=2**32 - 1, version="~" *
 
 
 @pytest.fixture
-def desk() -> Desk:
-    made = Desk()
-    made.passes(0)
+def desk() -> RuleHarness:
+    made = RuleHarness()
+    made.advance(0)
     return made
 
 
@@ -71,13 +71,13 @@ def held(seq: int, worker: str, expires: int = 500) -> Job:
     return replace(job, grant=grant, lease=Lease(expires, expires, None))
 
 
-def listed(desk: Desk, **asked: Any) -> list[tuple[str, str]]:
-    page: WorkerList = desk.yes(Workers(**asked))
+def listed(desk: RuleHarness, **asked: Any) -> list[tuple[str, str]]:
+    page: WorkerList = desk.accept(Workers(**asked))
     return [(each.worker, each.state) for each in page.workers]
 
 
-def one(desk: Desk) -> WorkerView:
-    page: WorkerList = desk.yes(Workers())
+def one(desk: RuleHarness) -> WorkerView:
+    page: WorkerList = desk.accept(Workers())
     (worker,) = page.workers
     return worker
 
@@ -85,53 +85,53 @@ def one(desk: Desk) -> WorkerView:
 # -- states -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_is_busy_idle_silent_and_gone(desk: Desk) -> None:
+def test_a_worker_is_busy_idle_silent_and_gone(desk: RuleHarness) -> None:
     lock_id = desk.held(worker="w-1", stuck_after_ms=HOUR_MS, max_processing_ms=0)
     assert listed(desk) == [("w-1", "busy")]
-    desk.passes(TTL - 1)
+    desk.advance(TTL - 1)
     assert listed(desk) == [("w-1", "busy")]
-    desk.passes(1)
+    desk.advance(1)
     assert listed(desk) == [("w-1", "silent")]
-    desk.yes(Recover(limit=1))
+    desk.accept(Recover(limit=1))
     assert (one(desk).state, one(desk).expired, one(desk).held) == ("silent", 1, 1), (
         "the lock is cleared, not the grant"
     )
-    desk.yes(Extend(id="a", lock_id=lock_id))
+    desk.accept(Extend(id="a", lock_id=lock_id))
     assert (one(desk).state, one(desk).expired) == ("busy", 0)
-    desk.passes(HOUR_MS)
+    desk.advance(HOUR_MS)
     assert (one(desk).state, one(desk).expired) == ("silent", 1)
-    desk.yes(Complete(id="a", lock_id=lock_id))
+    desk.accept(Complete(id="a", lock_id=lock_id))
     assert (one(desk).state, one(desk).expired, one(desk).held) == ("idle", 0, 0)
-    desk.passes(GONE_AFTER_MS - 1)
+    desk.advance(GONE_AFTER_MS - 1)
     assert listed(desk) == [("w-1", "idle")]
-    desk.passes(1)
+    desk.advance(1)
     assert listed(desk) == []
     assert listed(desk, state="gone") == [("w-1", "gone")]
-    assert desk.yes(Workers()).by_state["gone"] == 1
+    assert desk.accept(Workers()).by_state["gone"] == 1
 
 
-def test_one_expired_lock_makes_a_worker_silent_and_a_recovered_job_no_more(desk: Desk) -> None:
+def test_one_expired_lock_makes_a_worker_silent_and_a_recovered_job_no_more(desk: RuleHarness) -> None:
     desk.held("a", worker="w", stuck_after_ms=0)
-    desk.passes(1_000)
+    desk.advance(1_000)
     desk.held("b", worker="w")
-    desk.passes(TTL - 1_000)
+    desk.advance(TTL - 1_000)
     assert (one(desk).state, one(desk).held, one(desk).expired) == ("silent", 2, 1)
-    desk.yes(Recover(limit=9))
+    desk.accept(Recover(limit=9))
     assert (one(desk).state, one(desk).jobs, one(desk).expired) == ("busy", ["b"], 0)
 
 
-def test_the_gone_are_forgotten_after_a_day(desk: Desk) -> None:
-    desk.yes(Release(id="a", lock_id=desk.held(worker="w-1")))
-    desk.passes(DAY_MS - 1)
+def test_the_gone_are_forgotten_after_a_day(desk: RuleHarness) -> None:
+    desk.accept(Release(id="a", lock_id=desk.held(worker="w-1")))
+    desk.advance(DAY_MS - 1)
     assert listed(desk, state="gone") == [("w-1", "gone")]
-    desk.passes(1)
-    assert (listed(desk, state="gone"), desk.yes(Workers()).by_state["gone"]) == ([], 0)
+    desk.advance(1)
+    assert (listed(desk, state="gone"), desk.accept(Workers()).by_state["gone"]) == ([], 0)
     assert list(desk.book.presence.workers) == ["w-1"]
     desk.start(worker="w-2")
     assert list(desk.book.presence.workers) == ["w-2"]
 
 
-def test_a_step_of_the_wall_clock_makes_no_worker_gone_and_keeps_none(desk: Desk) -> None:
+def test_a_step_of_the_wall_clock_makes_no_worker_gone_and_keeps_none(desk: RuleHarness) -> None:
     desk.book.presence.asks(claim("before"))
     desk.now += 40 * DAY_MS
     desk.book.advance(desk.now, desk.lease)
@@ -139,29 +139,29 @@ def test_a_step_of_the_wall_clock_makes_no_worker_gone_and_keeps_none(desk: Desk
     desk.book.presence.asks(claim("meanwhile"))
     desk.now -= 40 * DAY_MS
     desk.book.advance(desk.now, desk.lease)
-    assert [each.last_seen_at for each in desk.yes(Workers()).workers] == [NOW, NOW], "none was heard in the future"
-    desk.passes(GONE_AFTER_MS)
+    assert [each.last_seen_at for each in desk.accept(Workers()).workers] == [NOW, NOW], "none was heard in the future"
+    desk.advance(GONE_AFTER_MS)
     assert listed(desk) == []
     assert desk.book.presence.unclaimed_ms("default", "", desk.lease) == GONE_AFTER_MS
 
 
-def test_a_worker_is_known_by_its_jobs_and_when_it_was_heard(desk: Desk) -> None:
+def test_a_worker_is_known_by_its_jobs_and_when_it_was_heard(desk: RuleHarness) -> None:
     lock_id = desk.held(worker="w-1")
-    desk.passes(7)
+    desk.advance(7)
     desk.progress(lock_id)
     seen = desk.book.presence.workers["w-1"]
     assert (list(seen.jobs), seen.last_seen_at) == (["a"], NOW + 7)
     desk.now -= 5
-    desk.yes(Release(id="a", lock_id=lock_id))
+    desk.accept(Release(id="a", lock_id=lock_id))
     assert (list(seen.jobs), seen.last_seen_at) == ([], NOW + 2)
 
 
 def test_after_a_start_workers_were_heard_when_their_jobs_last_changed() -> None:
     jobs = [replace(held(seq, f"w-{seq}"), updated_at=NOW + at) for seq, at in ((1, -50), (2, -10), (3, -90))]
-    book = Book.opened(Opened(Numbers(wall_ms=NOW, lease_ms=400), jobs))
-    desk = Desk()
+    book = Book.opened(OpenedStore(Numbers(wall_ms=NOW, lease_ms=400), jobs))
+    desk = RuleHarness()
     desk.book, desk.now, desk.lease = book, NOW + HOUR_MS, 450  # an hour later, of which the locks know nothing
-    page = workers(book, desk.at, Workers())
+    page = workers(book, desk.moment, Workers())
     assert [(each.worker, each.jobs, each.last_seen_at) for each in page.workers] == [
         ("w-2", ["job-2"], NOW - 10),
         ("w-1", ["job-1"], NOW - 50),
@@ -171,7 +171,7 @@ def test_after_a_start_workers_were_heard_when_their_jobs_last_changed() -> None
     assert page.since == NOW + HOUR_MS
     book.advance(desk.now, desk.lease)
     book.advance(desk.now + 5, desk.lease + 5)
-    assert workers(book, desk.at, Workers()).since == NOW + HOUR_MS
+    assert workers(book, desk.moment, Workers()).since == NOW + HOUR_MS
     assert book.presence.workers["w-3"].heard == 400 - 90
 
 
@@ -282,22 +282,22 @@ async def state_of(house: Household) -> tuple[str, bool, int]:
 # -- take-back --------------------------------------------------------------------------------------------------------
 
 
-def silent(desk: Desk, count: int) -> list[str]:
+def silent(desk: RuleHarness, count: int) -> list[str]:
     """A worker whose first `count` jobs have an expired lock and whose last one has a live lock."""
     locks = [desk.held(f"job-{n}", worker="w", stuck_after_ms=HOUR_MS, max_processing_ms=0) for n in range(count)]
-    desk.passes(TTL)
+    desk.advance(TTL)
     return [*locks, desk.held("live", worker="w")]
 
 
-def test_the_expired_jobs_of_a_silent_worker_are_taken_back(desk: Desk) -> None:
+def test_the_expired_jobs_of_a_silent_worker_are_taken_back(desk: RuleHarness) -> None:
     locks = silent(desk, 3)
-    desk.yes(Extend(id="job-2", lock_id=locks[2]))
+    desk.accept(Extend(id="job-2", lock_id=locks[2]))
     desk.progress(locks[1], job_id="job-1")
-    desk.passes(TTL - 1)
-    desk.yes(Extend(id="job-2", lock_id=locks[2]))
-    desk.yes(Extend(id="live", lock_id=locks[3]))
-    desk.passes(1)
-    done = desk.yes(TakeBack(name="w"), admin=True, by="admin:ana")
+    desk.advance(TTL - 1)
+    desk.accept(Extend(id="job-2", lock_id=locks[2]))
+    desk.accept(Extend(id="live", lock_id=locks[3]))
+    desk.advance(1)
+    done = desk.accept(TakeBack(name="w"), admin=True, by="admin:ana")
     assert (done.worker, done.recovered_jobs, done.reset_jobs, done.failed_jobs, done.more) == ("w", 2, 1, 1, False)
     assert [(each.job_id, each.action) for each in done.details] == [("job-0", "reset"), ("job-1", "failed")]
     assert done.details[0].reason == (
@@ -310,46 +310,46 @@ def test_the_expired_jobs_of_a_silent_worker_are_taken_back(desk: Desk) -> None:
     assert (second.status, second.stalls, second.error.code) == ("failed", 1, "stalled")
     assert [desk.job(job_id).status for job_id in ("job-2", "live")] == ["processing", "processing"]
     assert (desk.last().type, desk.last().by) == ("stalled", "admin:ana")
-    lost = desk.no(Complete(id="job-0", lock_id=locks[0]), "lock_lost")
+    lost = desk.reject(Complete(id="job-0", lock_id=locks[0]), "lock_lost")
     assert (lost.details["reason"], lost.details["rule"]) == ("taken_back", "take-back")
     assert one(desk).state == "busy"
 
 
-def test_a_take_back_goes_in_slices(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_take_back_goes_in_slices(desk: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maintenance_rules, "TAKEN_BACK", 2)
     silent(desk, 5)
-    desk.yes(Recover(limit=9))
-    done = [desk.yes(TakeBack(name="w"), admin=True) for _ in range(3)]
+    desk.accept(Recover(limit=9))
+    done = [desk.accept(TakeBack(name="w"), admin=True) for _ in range(3)]
     assert [(len(each.details), each.more) for each in done] == [(2, True), (2, True), (1, False)]
 
 
-def test_a_dry_run_of_a_take_back_changes_nothing(desk: Desk) -> None:
+def test_a_dry_run_of_a_take_back_changes_nothing(desk: RuleHarness) -> None:
     silent(desk, 2)
     events = len(desk.events)
-    done = desk.yes(TakeBack(name="w", dry_run=True), admin=True)
+    done = desk.accept(TakeBack(name="w", dry_run=True), admin=True)
     assert [each.job_id for each in done.details] == ["job-0", "job-1"]
     assert len(desk.events) == events
     assert one(desk).state == "silent"
 
 
-def test_only_the_jobs_of_a_silent_worker_are_taken_back(desk: Desk) -> None:
-    unknown = desk.no(TakeBack(name="nobody"), "worker_not_found", admin=True)
+def test_only_the_jobs_of_a_silent_worker_are_taken_back(desk: RuleHarness) -> None:
+    unknown = desk.reject(TakeBack(name="nobody"), "worker_not_found", admin=True)
     assert unknown.message == "No worker nobody was seen since the start. List the workers: jobctl workers"
     desk.held("a", worker="w")
-    said = desk.no(TakeBack(name="w"), "worker_not_silent", admin=True)
+    said = desk.reject(TakeBack(name="w"), "worker_not_silent", admin=True)
     assert said.message == (
         "Worker w is busy, not silent: the lock of its job is live. To end a live grant: jobctl force-reset ID"
     )
     desk.held("b", worker="w")
-    said = desk.no(TakeBack(name="w", dry_run=True), "worker_not_silent", admin=True)
+    said = desk.reject(TakeBack(name="w", dry_run=True), "worker_not_silent", admin=True)
     assert "the locks of its 2 jobs are live" in said.message
     other = desk.held("d", worker="v")
-    desk.yes(Complete(id="d", lock_id=other))
-    said = desk.no(TakeBack(name="v"), "worker_not_silent", admin=True)
+    desk.accept(Complete(id="d", lock_id=other))
+    said = desk.reject(TakeBack(name="v"), "worker_not_silent", admin=True)
     assert (said.details, "it holds no job" in said.message) == ({"worker": "v", "state": "idle"}, True)
 
 
-def test_a_take_back_is_in_the_audit_log(desk: Desk) -> None:
+def test_a_take_back_is_in_the_audit_log(desk: RuleHarness) -> None:
     silent(desk, 2)
     command = TakeBack(name="w", reason="w-7 lost its power")
     decision = desk.decide(command, admin=True)
@@ -380,10 +380,10 @@ async def test_a_take_back_of_many_jobs_is_one_answer() -> None:
         assert refused.code == "worker_not_silent"
         await seconds(60)
         seen = await house.cleaner.take_back(replace(command, dry_run=True), operator)
-        assert isinstance(seen, TakenBack)
+        assert isinstance(seen, TakeBackView)
         assert (len(seen.details), seen.more) == (2, True)
         done = await house.cleaner.take_back(command, operator)
-        assert isinstance(done, TakenBack)
+        assert isinstance(done, TakeBackView)
         assert (done.recovered_jobs, done.reset_jobs, len(done.details), done.more) == (5, 5, 5, False)
 
 
@@ -400,21 +400,21 @@ async def test_a_take_back_that_is_cut_short_says_what_it_did() -> None:
         for job_id in ("job-2", "job-3", "job-4", "job-5"):
             await house.yes(Extend(id=job_id, lock_id=locks[job_id]))
         done = await taking
-        assert isinstance(done, TakenBack)
+        assert isinstance(done, TakeBackView)
         assert (done.recovered_jobs, done.more) == (2, False)
         await seconds(60)
         taking = asyncio.create_task(house.cleaner.take_back(TakeBack(name="w-1"), None))
         await until(lambda: house.book.totals["queued"] == 4)
         house.cleaner.stop()
         done = await taking
-        assert isinstance(done, TakenBack)
+        assert isinstance(done, TakeBackView)
         assert (done.recovered_jobs, done.more) == (2, True)
 
 
 # -- the description of a worker --------------------------------------------------------------------------------------
 
 
-def test_the_description_of_a_worker_is_shown(desk: Desk) -> None:
+def test_the_description_of_a_worker_is_shown(desk: RuleHarness) -> None:
     about = About(instance="i-1", host="box", pid=42, version="1.0", concurrency=4)
     desk.book.presence.asks(claim(about=about))
     assert one(desk).about == about
@@ -575,14 +575,14 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
             assert unclaimed == 0 if is_waiting else unclaimed <= presence.lease - (latest or 0)
 
 
-def test_a_page_of_workers_costs_by_the_page(desk: Desk) -> None:
-    draft = Draft(desk.book, Call(Workers()), desk.at, Policy())
+def test_a_page_of_workers_costs_by_the_page(desk: RuleHarness) -> None:
+    draft = Draft(desk.book, Call(Workers()), desk.moment, Policy())
     for number in range(500):
         desk.book.presence.asks(claim(f"w-{number:03}"))
     page = workers(draft.book, draft.at, Workers())
     assert (len(page.workers), page.next_cursor, page.by_state["idle"]) == (200, f"{NOW} w-199", 500)
-    desk.passes(GONE_AFTER_MS)
-    folded = workers(draft.book, desk.at, Workers())
+    desk.advance(GONE_AFTER_MS)
+    folded = workers(draft.book, desk.moment, Workers())
     assert (folded.workers, folded.next_cursor, folded.by_state["gone"]) == ([], None, 500)
-    last = workers(draft.book, desk.at, Workers(state="gone", cursor=f"{NOW} w-399"))
+    last = workers(draft.book, desk.moment, Workers(state="gone", cursor=f"{NOW} w-399"))
     assert (len(last.workers), last.next_cursor, last.by_state["gone"]) == (100, None, 500)

@@ -50,8 +50,8 @@ from jobd.model.errors import ApiError
 from jobd.model.events import Change, Event
 from jobd.model.job import LATEST_MS, Policy
 from jobd.model.responses import AlertView, ClockView, DeliveryPage, OldestDue, PreviewView, Recovery
-from jobd.model.storage import AuditQuery, Query
-from jobd.model.webhooks import BACKLOG
+from jobd.model.storage import AuditQuery, JobQuery
+from jobd.model.webhooks import MAX_BACKLOG
 from jobd.monitoring.failure_groups import Failures
 from jobd.monitoring.timeseries import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Recorder
 from jobd.storage.artifacts.downloads import Downloads
@@ -853,7 +853,7 @@ async def test_a_page_says_how_far_it_has_looked_and_what_is_found_at_once(
     await town.do("jobs", id="rare", queue="b")
     await town.do("jobs/bulk", jobs=[{"id": f"often-{number}", "queue": "a"} for number in range(20)])
     browser = await town.browser()
-    monkeypatch.setattr(history, "Query", partial(Query, scan=3))
+    monkeypatch.setattr(history, "JobQuery", partial(JobQuery, scan=3))
     page = text(await browser.get("/jobs?queue=b"))
     assert 'id="job-rare"' in page, "it has looked on"
     assert "further back" not in page
@@ -1957,7 +1957,7 @@ async def test_all_that_was_given_up_is_counted_and_sent_again(town: Town) -> No
     browser, rooms = await town.browser(), town.admin.figures
     assert 'href="/webhooks/q/again"' in text(await browser.get("/webhooks/q"))
     assert "again" not in text(await (await town.browser(READER)).get("/webhooks/q")).partition("<main")[2].lower()
-    rooms.lost = (BACKLOG, 99_999)
+    rooms.lost = (MAX_BACKLOG, 99_999)
     page = text(await browser.get("/webhooks/q/again"))
     assert re.search(r"<strong>10\s?000</strong> messages were given up and are kept\.", page)
     assert "No more are kept than that" in page

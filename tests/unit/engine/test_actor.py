@@ -48,7 +48,7 @@ from jobd.model.commands import (
     IdempotencyKey,
     Import,
     LateResults,
-    List,
+    ListJobs,
     Moment,
     Pause,
     Ping,
@@ -59,7 +59,7 @@ from jobd.model.commands import (
     Report,
     Resume,
     RunNow,
-    Search,
+    SearchJobs,
     Start,
     Stats,
     Tick,
@@ -71,19 +71,19 @@ from jobd.model.errors import ApiError
 from jobd.model.events import Change, fold
 from jobd.model.fingerprints import fingerprint
 from jobd.model.job import COUNTER_MASK, DAY_MS, MINUTE_MS, TOKEN_COUNTER_BITS, Job, Policy, new_epoch
-from jobd.model.responses import Done, JobView, RefusalView, Response
+from jobd.model.responses import EmptyResponse, ErrorView, JobView, Response
 from jobd.model.storage import (
     BadRows,
     Batch,
     DiskFull,
     DiskSpace,
-    LateAsked,
-    LateKnown,
-    Loaded,
+    JobQuery,
+    JobRows,
+    LateResultQuery,
+    LateResultRows,
+    LoadedRows,
     Numbers,
-    Page,
     Quarantined,
-    Query,
     QueueRow,
     StoredResponse,
 )
@@ -166,7 +166,7 @@ async def test_shares_of_the_mailbox() -> None:
     tasks = fill(house, [Create() for _ in range(20)])
     await settle()
     assert [task.result().code for task in tasks if task.done()] == ["overloaded"] * 6
-    tasks += fill(house, [Get(id="x"), Claim(worker="w"), Start(id="x", worker="w"), Stats(), List(), Why(id="x")])
+    tasks += fill(house, [Get(id="x"), Claim(worker="w"), Start(id="x", worker="w"), Stats(), ListJobs(), Why(id="x")])
     await settle()
     assert house.actor.waiting == 17
     assert (await house.actor.ask(Import(id="x"))).code == "overloaded"  # type: ignore[union-attr]
@@ -283,9 +283,9 @@ async def test_what_the_daemon_itself_writes() -> None:
     async with household(disk) as house:
         before = disk.numbers.lease_ms
         await asyncio.sleep(2)
-        assert await house.yes(Tick()) == Done()
+        assert await house.yes(Tick()) == EmptyResponse()
         assert disk.numbers.lease_ms == before + 2_000
-        assert await house.yes(Report(body=b"{}")) == Done()
+        assert await house.yes(Report(body=b"{}")) == EmptyResponse()
         assert list(disk.kept_reports) == [b"{}"]
         await house.yes(EndGrants(ids=[], last=False))
         assert disk.marked
@@ -340,12 +340,12 @@ async def test_history_is_read_beside_the_batches() -> None:
         assert [event.type for event in events] == ["created", "granted", "completed"]
         for number in range(3):
             await house.yes(Create(id=f"{number}"))
-        page = await house.yes(List(limit=2))
+        page = await house.yes(ListJobs(limit=2))
         assert [job.id for job in page.jobs] == ["2", "1"]
-        page = await house.yes(List(limit=2, cursor=page.next_cursor))
+        page = await house.yes(ListJobs(limit=2, cursor=page.next_cursor))
         assert ([job.id for job in page.jobs], page.next_cursor) == (["0", "done"], None)
         assert page.jobs[1].payload == Raw(b'"p"')
-        assert [job.id for job in (await house.yes(List(status="completed", queue="default"))).jobs] == ["done"]
+        assert [job.id for job in (await house.yes(ListJobs(status="completed", queue="default"))).jobs] == ["done"]
         page = await house.yes(Export(limit=3))
         assert [job.id for job in page.jobs] == ["done", "0", "1"]
         assert page.jobs[0].payload == Raw(b'"p"')
@@ -1041,7 +1041,7 @@ async def test_at_worst_every_write_is_refused_and_reads_go_on() -> None:
     async with household() as house:
         lock_id = await house.held("a")
         house.disk.fits = lambda batch: False
-        tasks = fill(house, [Complete(id="a", lock_id=lock_id), Get(id="a"), Stats(), Timeline(id="a"), List()])
+        tasks = fill(house, [Complete(id="a", lock_id=lock_id), Get(id="a"), Stats(), Timeline(id="a"), ListJobs()])
         answers = [await task for task in tasks]
         assert [answer.status for answer in answers] == [507, 200, 200, 200, 200]
         assert answers[1].data.status == "processing"
@@ -1651,7 +1651,7 @@ class SlowDisk(MemoryDisk):
             await asyncio.sleep(COMMIT_S)
             return await super().write(batch)
 
-    async def find(self, query: Query) -> Page:
+    async def find(self, query: JobQuery) -> JobRows:
         async with self._thread:
             return await super().find(query)
 
@@ -1703,7 +1703,7 @@ class Beside:
         return answer, round((asyncio.get_running_loop().time() - self.began_s) / COMMIT_S)
 
 
-@pytest.mark.parametrize("look", [Get(id="a"), GetVersion(id="a"), List(), Stats(), Why(id="a"), Get(id="none")])
+@pytest.mark.parametrize("look", [Get(id="a"), GetVersion(id="a"), ListJobs(), Stats(), Why(id="a"), Get(id="none")])
 def test_on_a_slow_disk_a_look_waits_for_one_commit(look: AnyCommand) -> None:
     @in_virtual_time
     async def looking() -> None:
@@ -1867,7 +1867,7 @@ async def test_a_page_leaves_bad_rows_out() -> None:
         for name in "abc":
             await house.yes(Create(id=name))
         house.disk.bad_payloads[2] = "checksum"
-        assert [job.id for job in (await house.yes(List())).jobs] == ["c", "a"]
+        assert [job.id for job in (await house.yes(ListJobs())).jobs] == ["c", "a"]
         assert house.book.quarantined == {"b": "checksum"}
         assert (await house.no(Start(id="b", worker="w"))).code == "job_quarantined"
 
@@ -1960,7 +1960,7 @@ async def test_a_row_that_a_page_of_jobs_sets_aside_meanwhile_costs_its_own_comm
         house.disk.gate.clear()
         late = begin(house.actor.ask(Progress(id="a", lock_id=lock_id, progress=5)))
         await house.disk.at_gate.wait()
-        assert [job.id for job, _ in (await house.disk.find(Query())).jobs] == ["b"]
+        assert [job.id for job, _ in (await house.disk.find(JobQuery())).jobs] == ["b"]
         other = begin(house.actor.ask(Start(id="b", worker="w")))
         house.disk.gate.set()
         assert (await late).code == "job_quarantined"
@@ -1973,7 +1973,7 @@ class Meanwhile(MemoryDisk):
 
     job_id = "bad"
 
-    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
         await self._meet(payloads)
         return await super().load(ids, payloads, digests)
 
@@ -2045,14 +2045,14 @@ async def test_a_finished_job_whose_damaged_row_stays_where_it_is_is_uncounted_o
         house.disk.bad_payloads[1] = "checksum"
         house.disk.can_move = lambda job: False
         for _ in range(2):
-            assert [job.id for job in (await house.yes(List())).jobs] == ["good"]
+            assert [job.id for job in (await house.yes(ListJobs())).jobs] == ["good"]
             assert (await house.no(Get(id="bad"))).code == "job_quarantined"
             counted_as_on_the_disk(house)
         await house.yes(Create(id="more"))
         await house.yes(Cancel(id="more"))
         counted_as_on_the_disk(house)
         house.disk.can_move = lambda job: True
-        await house.yes(List())
+        await house.yes(ListJobs())
         assert house.disk.quarantined == {"bad": "checksum"}
         assert house.book.totals["cancelled"] == 2
         counted_as_on_the_disk(house)
@@ -2091,7 +2091,7 @@ def test_a_damaged_row_that_stays_is_counted_as_on_the_disk_whatever_becomes_of_
             else:
                 disk.bad_payloads[1] = "checksum"
             disk.can_move = lambda job: False
-            assert (await disk.find(Query())).jobs == []
+            assert (await disk.find(JobQuery())).jobs == []
             assert list(house.book.quarantined) == ["a"]
             if end != "written":
                 disk.fits = lambda batch: False
@@ -2103,7 +2103,7 @@ def test_a_damaged_row_that_stays_is_counted_as_on_the_disk_whatever_becomes_of_
             disk.free()
             await seconds(3)
             disk.can_move = lambda job: True
-            await disk.find(Query())
+            await disk.find(JobQuery())
             await house.yes(Create(id="b"))
             await house.yes(Cancel(id="b"))
             counted_as_on_the_disk(house)
@@ -2119,7 +2119,7 @@ class Counting(MemoryDisk):
         super().__init__()
         self.asked: list[int] = []
 
-    async def late(self, asked: list[LateAsked]) -> LateKnown:
+    async def late(self, asked: list[LateResultQuery]) -> LateResultRows:
         self.asked.append(len(asked))
         return await super().late(asked)
 
@@ -2295,7 +2295,7 @@ async def test_whether_a_late_result_can_be_adopted_is_judged_by_the_policy_of_n
         assert await refusal_now() is None
         house.actor.policy = Policy(require_download_url=True)
         refusal = await house.no(Adopt(id="a"), admin=True)
-        assert await refusal_now() == RefusalView(refusal.code, refusal.message)
+        assert await refusal_now() == ErrorView(refusal.code, refusal.message)
         assert "cannot be adopted" in (await house.yes(Why(id="a"))).do[0]
         house.actor.policy = Policy()
         assert await refusal_now() is None
@@ -2360,9 +2360,9 @@ class Looked(MemoryDisk):
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: list[LateAsked] = []
+        self.asked: list[LateResultQuery] = []
 
-    async def late(self, asked: list[LateAsked]) -> LateKnown:
+    async def late(self, asked: list[LateResultQuery]) -> LateResultRows:
         self.asked += asked
         return await super().late(asked)
 
@@ -2379,7 +2379,7 @@ async def test_who_holds_the_job_costs_no_look_and_a_crowd_one() -> None:
         for task in tasks:
             await task
         assert disk.calls["late"] == 1
-        assert [(each.lock_id, each.whole) for each in disk.asked] == [(None, False), (None, True)]
+        assert [(each.lock_id, each.with_results) for each in disk.asked] == [(None, False), (None, True)]
 
 
 @in_virtual_time
@@ -2502,7 +2502,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """A page looks at 7 jobs or a few more, in slices of 3."""
     monkeypatch.setattr(history, "SLICE", 3)
     monkeypatch.setattr(history, "MOST_LOOKED", 7)
-    monkeypatch.setattr(history, "Query", partial(Query, scan=3))
+    monkeypatch.setattr(history, "JobQuery", partial(JobQuery, scan=3))
 
 
 @pytest.mark.usefixtures("small_pages")
@@ -2512,18 +2512,18 @@ async def test_a_search_for_text_looks_slice_by_slice_and_at_a_page_at_most() ->
         for n in range(12):
             await house.yes(Create(id=f"j{n}", payload=Raw(b'"needle"' if n in (0, 1, 6) else b"1")))
         looks = house.disk.calls.get("find", 0)
-        page = await house.yes(Search(q="Needle"))
+        page = await house.yes(SearchJobs(q="Needle"))
         assert [job.id for job in page.jobs] == ["j6"]
         assert house.disk.calls["find"] == looks + 3
         assert page.next_cursor is not None
-        rest = await house.yes(Search(q="needle", cursor=page.next_cursor))
+        rest = await house.yes(SearchJobs(q="needle", cursor=page.next_cursor))
         assert [job.id for job in rest.jobs] == ["j1", "j0"]
         assert rest.next_cursor is None
-        first = await house.yes(Search(q="needle", limit=1, cursor=page.next_cursor))
+        first = await house.yes(SearchJobs(q="needle", limit=1, cursor=page.next_cursor))
         assert [job.id for job in first.jobs] == ["j1"]
-        assert [job.id for job in (await house.yes(Search(q="needle", limit=1, cursor=first.next_cursor))).jobs] == [
-            "j0"
-        ]
+        assert [
+            job.id for job in (await house.yes(SearchJobs(q="needle", limit=1, cursor=first.next_cursor))).jobs
+        ] == ["j0"]
 
 
 @pytest.mark.usefixtures("small_pages")
@@ -2535,16 +2535,16 @@ async def test_a_page_goes_on_looking_until_it_has_looked_at_enough() -> None:
             await house.yes(Create(id=f"j{n}", queue="b" if n in (1, 7, 8) else "a"))
         created = {f"j{n}": (await house.yes(Get(id=f"j{n}"))).created_at for n in range(15)}
         looks = house.disk.calls.get("find", 0)
-        page = await house.yes(List(queue="b"))
+        page = await house.yes(ListJobs(queue="b"))
         assert [job.id for job in page.jobs] == ["j8", "j7"]
         assert (page.next_cursor is not None, page.looked_to_at) == (True, created["j6"])
         assert house.disk.calls["find"] == looks + 3
-        rest = await house.yes(List(queue="b", cursor=page.next_cursor))
+        rest = await house.yes(ListJobs(queue="b", cursor=page.next_cursor))
         assert ([job.id for job in rest.jobs], rest.next_cursor, rest.looked_to_at) == (["j1"], None, None)
-        full = await house.yes(List(queue="b", limit=2))
+        full = await house.yes(ListJobs(queue="b", limit=2))
         assert ([job.id for job in full.jobs], full.looked_to_at) == (["j8", "j7"], None)
         assert full.next_cursor is not None
-        none = await house.yes(List(queue="nowhere"))
+        none = await house.yes(ListJobs(queue="nowhere"))
         assert (none.jobs, none.looked_to_at) == ([], created["j6"])
 
 
@@ -2565,12 +2565,12 @@ async def test_a_page_goes_on_looking_until_its_time_is_up() -> None:
         for n in range(30):
             await house.yes(Create(id=f"j{n}", queue="b" if n == 0 else "a"))
         began = house.now
-        page = await house.yes(List(queue="b"))
+        page = await house.yes(ListJobs(queue="b"))
         assert (page.jobs, page.next_cursor, house.now - began) == ([], "19", 3_000)
-        assert (await house.yes(Search(q="nowhere"))).next_cursor == "22"
+        assert (await house.yes(SearchJobs(q="nowhere"))).next_cursor == "22"
         found, pages = [], 1
         while page.next_cursor is not None:
-            page = await house.yes(List(queue="b", cursor=page.next_cursor))
+            page = await house.yes(ListJobs(queue="b", cursor=page.next_cursor))
             found += [job.id for job in page.jobs]
             pages += 1
         assert (found, pages) == (["j0"], 3)
@@ -2582,12 +2582,12 @@ async def test_who_looks_far_back_holds_up_nobody_else() -> None:
     async with Household() as house:
         for n in range(30):
             await house.yes(Create(id=f"j{n}"))
-        far = [asyncio.create_task(house.yes(List(queue="nowhere"))) for _ in range(2 * history.AT_ONCE)]
+        far = [asyncio.create_task(house.yes(ListJobs(queue="nowhere"))) for _ in range(2 * history.AT_ONCE)]
         await asyncio.sleep(0.5)
         began = house.now
         assert len((await house.yes(Timeline(id="j0"))).events) == 1
         await house.yes(Create(id="new"))
-        assert len((await house.yes(List(limit=1))).jobs) == 1
+        assert len((await house.yes(ListJobs(limit=1))).jobs) == 1
         assert house.now == began
         assert not any(task.done() for task in far)
         assert all(page.next_cursor is not None for page in await asyncio.gather(*far))
@@ -2605,7 +2605,7 @@ async def test_jobs_that_move_while_one_pages_are_neither_shown_twice_nor_left_o
         seen: list[str] = []
         cursor = None
         while True:
-            page = await house.yes(List(status="failed", limit=2, cursor=cursor))
+            page = await house.yes(ListJobs(status="failed", limit=2, cursor=cursor))
             seen += [job.id for job in page.jobs]
             cursor = page.next_cursor
             if cursor is None:
@@ -2624,10 +2624,10 @@ async def test_a_search_for_an_error_looks_at_failed_jobs_where_nothing_else_is_
         await house.yes(ForceReset(id="b"))  # its error is gone with it
         failed = await house.yes(Get(id="a"))
         error = fingerprint(failed.error_message, failed.error_code)
-        page = await house.yes(Search(error=error))
+        page = await house.yes(SearchJobs(error=error))
         assert [job.id for job in page.jobs] == ["a"]
-        assert (await house.yes(Search(error=error, status="queued"))).jobs == []
-        assert (await house.yes(Search(error=error, worker="w"))).jobs == []
+        assert (await house.yes(SearchJobs(error=error, status="queued"))).jobs == []
+        assert (await house.yes(SearchJobs(error=error, worker="w"))).jobs == []
 
 
 @in_virtual_time
@@ -2643,7 +2643,7 @@ async def test_jobs_are_found_by_when_they_finished_and_by_who_had_them_last() -
         await house.yes(ForceFail(id="b", reason="no"))
 
         async def found(**asked: Any) -> list[str]:
-            return [job.id for job in (await house.yes(Search(**asked))).jobs]
+            return [job.id for job in (await house.yes(SearchJobs(**asked))).jobs]
 
         assert await found(finished_since=middle) == ["b", "a"]
         assert await found(finished_since=middle, finished_until=middle + 1) == ["a"]
@@ -2657,6 +2657,6 @@ async def test_a_search_carries_a_page_of_payload_at_most() -> None:
     async with Household() as house:
         for n in range(4):
             await house.yes(Create(id=f"j{n}", payload=Raw(b'"' + b"x" * (3 << 20) + b'"')))
-        page = await house.yes(Search(q="xxx"))
+        page = await house.yes(SearchJobs(q="xxx"))
         assert ([job.id for job in page.jobs], page.looked_to_at) == (["j3"], None)
-        assert (await house.yes(Search(since=0, until=house.now + 1))).next_cursor is not None
+        assert (await house.yes(SearchJobs(since=0, until=house.now + 1))).next_cursor is not None

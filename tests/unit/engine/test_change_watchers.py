@@ -10,11 +10,11 @@ import pytest
 from jobd.engine.change_watchers import Watcher
 from jobd.engine.event_feed import Feed
 from jobd.model.errors import ApiException
-from jobd.model.events import Change, Event, Wanted
+from jobd.model.events import Change, Event, EventFilter
 from tests.support.memory_storage import MemoryDisk
 
 MOST = 4
-ALL = Wanted()
+ALL = EventFilter()
 HOW: Any = {"follow": True, "cut": lambda: None}
 
 

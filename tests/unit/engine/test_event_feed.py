@@ -14,12 +14,12 @@ from structlog.testing import capture_logs
 from jobd.engine import event_feed
 from jobd.engine.event_feed import HEARTBEAT_S, PAGE, Feed, Listener
 from jobd.model.errors import ApiException
-from jobd.model.events import Change, Wanted
-from tests.support.factories import Maker
+from jobd.model.events import Change, EventFilter
+from tests.support.factories import ChangeFactory
 from tests.support.memory_storage import MemoryDisk
 from tests.support.virtual_engine import in_virtual_time, seconds
 
-ALL = Wanted()
+ALL = EventFilter()
 
 
 class Stage:
@@ -27,7 +27,7 @@ class Stage:
 
     def __init__(self, most: int = 10) -> None:
         self.disk = MemoryDisk()
-        self.maker = Maker()
+        self.maker = ChangeFactory()
         self.feed = Feed(self.disk, 0, most)
         self.cuts: list[Listener] = []
         self._untold: list[Sequence[Change]] = []
@@ -46,11 +46,11 @@ class Stage:
             self.feed.publish(changes)
         self._untold.clear()
 
-    def listen(self, wanted: Wanted = ALL, *, follow: bool = True) -> Listener:
+    def listen(self, wanted: EventFilter = ALL, *, follow: bool = True) -> Listener:
         listener = self.feed.listen(wanted, follow=follow, cut=lambda: self.cuts.append(listener))
         return listener
 
-    async def begun(self, wanted: Wanted = ALL, after: int | None = None, *, follow: bool = True) -> Listener:
+    async def begun(self, wanted: EventFilter = ALL, after: int | None = None, *, follow: bool = True) -> Listener:
         listener = self.listen(wanted, follow=follow)
         await listener.begin(after)
         return listener
@@ -185,7 +185,7 @@ async def test_only_what_is_wanted_and_the_position_moves_on_all_the_same() -> N
     stage = Stage()
     await stage.commit(PAGE + 10)
     name = stage.disk.events[4].job_id
-    listener = await stage.begun(Wanted(job_ids=frozenset({name})), after=0)
+    listener = await stage.begun(EventFilter(job_ids=frozenset({name})), after=0)
     assert numbers(await listener.more()) == [5]
     assert await listener.more() == b"id: %d\n\n" % (PAGE + 10)
     await listener.more()
@@ -197,7 +197,7 @@ async def test_only_what_is_wanted_and_the_position_moves_on_all_the_same() -> N
 @in_virtual_time
 async def test_filters_all_have_to_fit() -> None:
     stage = Stage()
-    queue = Wanted(queues=frozenset({"video", "mail"}), types=frozenset({"queue_paused"}))
+    queue = EventFilter(queues=frozenset({"video", "mail"}), types=frozenset({"queue_paused"}))
     listener = await stage.begun(queue)
     await stage.write([stage.maker.queue_event(name, name != "mail") for name in ("video", "mail", "audio")])
     assert [event["queue"] for event in told(await listener.more())] == ["video"]
@@ -217,7 +217,7 @@ async def test_silence_is_broken_now_and_then() -> None:
 @in_virtual_time
 async def test_who_wants_nothing_of_much_hears_a_sign_of_life_too() -> None:
     stage = Stage()
-    listener = await stage.begun(Wanted(job_ids=frozenset({"another"})))
+    listener = await stage.begun(EventFilter(job_ids=frozenset({"another"})))
     loop = asyncio.get_running_loop()
     more, before = asyncio.ensure_future(listener.more()), loop.time()
     while not more.done():

@@ -16,7 +16,7 @@ from jobd.model.commands import (
     Create,
     DeleteExpired,
     EndGrants,
-    Expected,
+    ExpectedVersion,
     Ping,
     PlanAction,
     Recover,
@@ -29,7 +29,7 @@ COMMANDS = get_args(AnyCommand)
 # Neither new work, nor reading, nor an ending: refused while a full disk leaves room for endings alone.
 OTHERS = {
     "Adopt", "ApplyPlan", "Claim", "Start", "Progress", "Extend", "ExtendLock", "ForceReset", "Transition", "RunNow",
-    "Update", "Pause", "Resume", "EndPauses", "RepairJobs", "Note", "Tick", "Report",
+    "Update", "Pause", "Resume", "EndPauses", "RepairJobs", "RecordAction", "Tick", "Report",
 }  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_the_jobs_that_a_command_names_are_looked_up_before_it_is_decided(kind: 
 
 def test_a_plan_that_may_delete_says_so() -> None:
     """What shows one of its jobs later in the batch needs the payload before it is gone."""
-    jobs = [Expected("a", "1")]
+    jobs = [ExpectedVersion("a", "1")]
     deleting = {action for action in get_args(PlanAction) if deleted_ids(ApplyEndings(action=action, jobs=jobs))}
     assert deleting == {"delete", "cleanup"}
 
@@ -80,7 +80,7 @@ def _made(kind: Any) -> Any:
     if "ids" in kind.__struct_fields__:
         given["ids"] = ["a", "b"]
     if issubclass(kind, ApplyPlan):
-        given["jobs"] = [Expected("a", "1"), Expected("b", "2")]
+        given["jobs"] = [ExpectedVersion("a", "1"), ExpectedVersion("b", "2")]
     if kind is Bulk:
         given["jobs"] = [Create(id="a"), Create(), Create(id="b")]
     return kind(**given)

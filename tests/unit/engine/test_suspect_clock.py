@@ -39,10 +39,10 @@ from jobd.model.commands import (
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Policy
 from jobd.model.responses import Response
-from jobd.model.storage import Audited, StoredResponse
+from jobd.model.storage import AuditEntry, StoredResponse
 from tests.support.memory_storage import MemoryDisk
 from tests.support.plan_help import applied, made
-from tests.support.rule_harness import Desk
+from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import Household, in_virtual_time, seconds, until
 
 STEP_MS: Final = 40 * DAY_MS
@@ -115,7 +115,7 @@ async def test_a_start_of_an_overdue_job_is_refused_and_the_job_not_failed() -> 
     ids=lambda command: type(command).__name__,
 )
 def test_no_command_fails_an_overdue_job_as_a_side_effect(command: Any) -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("waits", expires_at=desk.now + DAY_MS)
     desk.now, desk.trusted = desk.now + STEP_MS, desk.now
     desk.ask(command, admin=True)
@@ -126,37 +126,37 @@ def test_no_command_fails_an_overdue_job_as_a_side_effect(command: Any) -> None:
 
 
 def test_an_operator_may_end_and_delete_jobs_all_the_same() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("waits", expires_at=desk.now + DAY_MS)
     desk.now, desk.trusted = desk.now + STEP_MS, desk.now
-    desk.yes(Cancel(id="waits"))
-    desk.yes(Delete(id="waits"), admin=True)
+    desk.accept(Cancel(id="waits"))
+    desk.accept(Delete(id="waits"), admin=True)
     assert "waits" not in desk.rows
 
 
 def test_a_pause_ends_by_the_expected_time_and_may_end_at_any_time_after_it() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     expected = desk.now
     desk.now, desk.trusted = desk.now + STEP_MS, expected
-    desk.no(Pause(name="q", until=expected), "invalid_request")
-    desk.yes(Pause(name="q", until=expected + HOUR_MS))
-    assert desk.yes(EndPauses()).done == 0
+    desk.reject(Pause(name="q", until=expected), "invalid_request")
+    desk.accept(Pause(name="q", until=expected + HOUR_MS))
+    assert desk.accept(EndPauses()).done == 0
     desk.trusted = expected + HOUR_MS
-    assert desk.yes(EndPauses()).done == 1
+    assert desk.accept(EndPauses()).done == 1
 
 
 def test_why_and_validation_name_the_suspect_clock_and_the_action() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.completed("done")
     desk.create("waits", expires_at=desk.now + DAY_MS)
     desk.now, desk.trusted = desk.now + STEP_MS, desk.now
-    view = desk.yes(Why(id="waits"))
+    view = desk.accept(Why(id="waits"))
     assert (view.next, view.blocked_by) == (None, "clock")
     assert "The wall clock is suspect, so recovery does not fail it." in view.because
     assert "jobctl clock accept" in view.do[0]
-    assert desk.yes(Why(id="done")).next.what == "A cleanup run deletes it once the clock is no longer suspect."
+    assert desk.accept(Why(id="done")).next.what == "A cleanup run deletes it once the clock is no longer suspect."
     for job_id in ("done", "waits"):
-        [issue] = [issue for issue in desk.yes(Validate(id=job_id)).issues if issue.field == "expires_at"]
+        [issue] = [issue for issue in desk.accept(Validate(id=job_id)).issues if issue.field == "expires_at"]
         assert "while the clock is suspect" in issue.fix
 
 
@@ -197,7 +197,7 @@ async def test_forty_days_ahead_for_six_seconds_and_a_forced_cleanup_run_lose_no
             await done(house, job_id)
         await waiting(house)
         await house.yes(Delete(id="gone"))
-        disk.audited = {1: Audited(1, "admin", "", "pause")}
+        disk.audited = {1: AuditEntry(1, "admin", "", "pause")}
         house.step_ms = STEP_MS
         report = await house.cleaner.run_pass(forced=True)
         assert (report.expired_jobs_deleted, report.errors) == (0, [])

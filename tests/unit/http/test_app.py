@@ -18,9 +18,9 @@ from jobd.http.app import MOST_A_SECOND, Sparing
 from jobd.http.auth import Gate, own_names
 from jobd.http.decoding import Limits
 from jobd.http.routing import Route, Table
-from jobd.model.commands import Cancel, Claim, Create, Get, List, Progress, Start
+from jobd.model.commands import Cancel, Claim, Create, Get, ListJobs, Progress, Start
 from jobd.model.errors import ApiError
-from jobd.model.responses import Done, LockState, Response
+from jobd.model.responses import EmptyResponse, LockState, Response
 from tests.support.http_harness import TOKEN, House, message
 
 PROGRESS = '{"lock_id":"canary-lock","progress":50}'
@@ -66,7 +66,7 @@ async def test_a_request_becomes_a_command_and_its_answer_a_reply(house: House) 
 
 async def test_a_query_becomes_a_command(house: House) -> None:
     await house.ask("GET", "/v1/jobs?status=queued&limit=7")
-    assert house.desk.asked[0].command == List(status="queued", limit=7)
+    assert house.desk.asked[0].command == ListJobs(status="queued", limit=7)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ async def test_an_unknown_method_is_a_405_that_says_what_is_taken(
 
 
 def test_two_routes_for_one_call_are_a_bug() -> None:
-    route = Route(method="GET", path="/a/{id}/b", asks=Get, gives=Done, who="worker")
+    route = Route(method="GET", path="/a/{id}/b", asks=Get, gives=EmptyResponse, who="worker")
     with pytest.raises(AssertionError):
         Table([route, route], Limits())
 
@@ -456,7 +456,7 @@ async def test_a_client_that_wants_to_close_is_told_so(house: House) -> None:
 
 
 def granted() -> Response:
-    return Response(Done(), grants=[("a", "lock")])
+    return Response(EmptyResponse(), grants=[("a", "lock")])
 
 
 async def test_an_answer_is_undelivered_where_the_connection_closed_before_its_first_byte(house: House) -> None:
@@ -487,7 +487,7 @@ async def test_a_delivered_answer_is_not_taken_back(house: House) -> None:
 async def test_an_answer_without_grants_needs_no_taking_back(house: House) -> None:
     async def close_then_answer(_: Any) -> Response:
         house.listener._server.connections[0].transport.close()  # type: ignore[union-attr]
-        return Response(Done())
+        return Response(EmptyResponse())
 
     house.desk.answer = close_then_answer
     line = await house.line()
@@ -532,7 +532,7 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(house: H
     assert "test_app.py" in bug["where"]
     assert "canary" not in str(logs)
     assert "canary" not in heard.body.decode()
-    house.desk.answer = lambda _: Response(Done())
+    house.desk.answer = lambda _: Response(EmptyResponse())
     assert (await line.ask("GET", "/v1/jobs")).status == 200
 
 
@@ -548,7 +548,7 @@ async def test_an_answer_that_cannot_be_written_as_json_is_a_500(house: House) -
     house.desk.answer = lambda _: Response(object())
     line = await house.line()
     assert (await line.ask("GET", "/v1/jobs")).status == 500
-    house.desk.answer = lambda _: Response(Done())
+    house.desk.answer = lambda _: Response(EmptyResponse())
     assert (await line.ask("GET", "/v1/jobs")).status == 200
 
 

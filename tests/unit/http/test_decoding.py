@@ -26,13 +26,13 @@ from jobd.model.commands import (
     Create,
     Extend,
     Fail,
-    Filter,
     Import,
-    List,
+    ListJobs,
     MakePlan,
     Pause,
+    PlanFilter,
     Progress,
-    Search,
+    SearchJobs,
     Start,
     TakeBack,
     Transition,
@@ -370,15 +370,17 @@ def test_the_payload_is_kept_as_it_came() -> None:
 
 def query_refusal(query: str) -> ApiError:
     with pytest.raises(ApiException) as caught:
-        Shape(List, None, LIMITS).from_query(query)
+        Shape(ListJobs, None, LIMITS).from_query(query)
     return caught.value.error
 
 
 def test_a_query_gives_a_command() -> None:
-    shape = Shape(List, None, LIMITS)
-    assert shape.from_query("") == List()
+    shape = Shape(ListJobs, None, LIMITS)
+    assert shape.from_query("") == ListJobs()
     query = "status=queued&queue=mail&limit=200&cursor=17&worker=w%201&kind="
-    assert shape.from_query(query) == List(status="queued", queue="mail", limit=200, cursor="17", worker="w 1", kind="")
+    assert shape.from_query(query) == ListJobs(
+        status="queued", queue="mail", limit=200, cursor="17", worker="w 1", kind=""
+    )
 
 
 @pytest.mark.parametrize(
@@ -406,15 +408,15 @@ def test_a_parameter_that_is_not_taken_is_named(query: str, field: str) -> None:
 @pytest.mark.parametrize(
     ("command", "query", "words"),
     [
-        (List, "cursor=zzz", "the `next_cursor` of the page before"),
+        (ListJobs, "cursor=zzz", "the `next_cursor` of the page before"),
         (AuditLog, "cursor=x", "the `next_cursor` of the page before"),
         (WorkersPage, "seen=x", "the `next_cursor` of the page before"),
         (RowsAsked, "cursor=x", "the `next_cursor` of the page before"),
-        (Search, "error=zz", "12 hexadecimal digits, as `jobctl failures` shows them"),
+        (SearchJobs, "error=zz", "12 hexadecimal digits, as `jobctl failures` shows them"),
         (BackupAsked, "id=a/b", "1 to 64 characters of A-Z a-z 0-9 . _ -"),
         (Deliveries, "name=a/b", "1 to 100 characters of A-Z a-z 0-9 . _ : -"),
         (WebhookPage, "name=a&state=sent", "one of waiting, delivered, given_up"),
-        (Search, "status=gone", "one of queued, processing, completed, failed, cancelled"),
+        (SearchJobs, "status=gone", "one of queued, processing, completed, failed, cancelled"),
     ],
 )
 def test_what_a_parameter_must_be_is_said_in_its_own_words(command: type[Command], query: str, words: str) -> None:
@@ -437,7 +439,7 @@ def _heirs(kind: type[Any]) -> set[type[Any]]:
 
 
 def test_every_pattern_that_a_text_must_have_is_put_into_words() -> None:
-    commands: list[Any] = [*_heirs(Command), Filter, Updates, Backoff]
+    commands: list[Any] = [*_heirs(Command), PlanFilter, Updates, Backoff]
     seen = 0
     for command in commands:
         for info in msgspec.structs.fields(command):
@@ -482,6 +484,8 @@ def test_no_other_name_of_a_worker_can_stand_in_the_path(value: str) -> None:
 @pytest.mark.parametrize("field", ["limit", "status"])
 def test_null_is_neither_a_number_nor_a_status_in_a_query(value: str, field: str) -> None:
     with pytest.raises(ApiException) as no:
-        Shape(List, None, LIMITS).from_query(f"{field}={value}")
+        Shape(ListJobs, None, LIMITS).from_query(f"{field}={value}")
     assert no.value.error.details == {"field": f"$.{field}"}
-    assert Shape(List, None, LIMITS).from_query(f"kind={value}") == List(kind=value), "it is a name like any other"
+    assert Shape(ListJobs, None, LIMITS).from_query(f"kind={value}") == ListJobs(kind=value), (
+        "it is a name like any other"
+    )

@@ -19,7 +19,7 @@ from jobd.http.auth import Gate
 from jobd.http.decoding import Limits
 from jobd.http.protocol import AHEAD, Connection
 from jobd.model.errors import ApiError
-from jobd.model.responses import Done, Response
+from jobd.model.responses import EmptyResponse, Response
 from tests.support.http_harness import TOKEN, House, Line, message, tls_pair
 from tests.support.malformed_requests import CHUNKED, HOSTILE
 
@@ -37,7 +37,7 @@ class Held:
 
     def __init__(self, house: House, answer: Response | ApiError | None = None) -> None:
         self.go = asyncio.Event()
-        self._answer = answer or Response(Done())
+        self._answer = answer or Response(EmptyResponse())
         house.desk.answer = self.answer
 
     async def answer(self, _: Any) -> Response | ApiError:
@@ -171,7 +171,7 @@ async def test_a_client_that_goes_abandons_what_it_asked(house: House, send: Any
 
 @WAYS
 async def test_an_answer_to_a_connection_that_is_closing_is_undelivered(house: House, send: Any) -> None:
-    answer = Response(Done(), grants=[("a", "lock")])
+    answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(house, answer)
     line = await house.line()
     await send(line, CLAIM)
@@ -187,7 +187,7 @@ async def test_an_answer_to_a_connection_that_is_closing_is_undelivered(house: H
 
 @pytest.mark.parametrize("way", ["short", "long"])
 async def test_an_answer_that_finds_its_client_gone_is_undelivered(house: House, way: str) -> None:
-    answer = Response(Done(), grants=[("a", "lock")])
+    answer = Response(EmptyResponse(), grants=[("a", "lock")])
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.setblocking(False)
 
@@ -219,7 +219,7 @@ async def test_a_reader_that_takes_its_time_keeps_its_answer_and_its_connection(
     await send(line, CLAIM)
     await arrived(house, 1)
     line.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    house.desk.answer = lambda _: Response(Done())
+    house.desk.answer = lambda _: Response(EmptyResponse())
     line.send(CLAIM)
     assert (await house.ask("GET", "/v1/jobs")).status == 200  # nobody else waits
     line.writer.transport.resume_reading()  # type: ignore[attr-defined]
@@ -315,7 +315,7 @@ async def test_an_answer_that_comes_as_a_stop_gives_up_harms_nobody(house: House
     while connection._handler_waiter is None:  # noqa: ASYNC110 - it is in the first step of the stop
         await asyncio.sleep(0)
     connection._handler_waiter.cancel()  # its deadline
-    flight.set_result(Response(Done()))
+    flight.set_result(Response(EmptyResponse()))
     assert (await line.hear()).status == 200
     assert await line.is_closed()
     await stopping
@@ -395,7 +395,7 @@ async def test_a_bug_behind_an_answer_never_reaches_the_actor(house: House, monk
         line.send(CLAIM)
     await arrived(house, 2)
     for asked in house.desk.sent:
-        asked.reply(Response(Done()))  # raises nothing
+        asked.reply(Response(EmptyResponse()))  # raises nothing
     lines[1].writer.transport.abort()
     await emptied(house, 1)
     assert [type(context["exception"]) for context in failed] == [ValueError, ValueError]
@@ -412,7 +412,7 @@ async def test_an_answer_that_was_made_ready_leaves_as_it_is(house: House, monke
     await arrived(house, 1)
     [asked] = house.desk.sent
     made = count_calls(monkeypatch, house.site, "_accept")
-    answer = Response(Done())
+    answer = Response(EmptyResponse())
     asked.prepare(answer)
     hearing = asyncio.ensure_future(line.hear())
     await asyncio.sleep(0.01)
@@ -431,11 +431,11 @@ async def test_an_answer_that_was_made_ready_for_nothing_is_made_anew(
     line.send(CLAIM)
     await arrived(house, 1)
     [asked] = house.desk.sent
-    answer: Response | ApiError = Response(object() if why == "a bug" else Done())
+    answer: Response | ApiError = Response(object() if why == "a bug" else EmptyResponse())
     assert isinstance(answer, Response)
     asked.prepare(answer)
     if why == "another answer":
-        answer = Response(Done(), status=202)
+        answer = Response(EmptyResponse(), status=202)
     elif why == "a refusal":
         answer = ApiError("storage_full", "The disk is full.")
     elif why == "a stop":
@@ -576,7 +576,7 @@ async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: 
 
 @WAYS
 async def test_a_half_closed_client_may_wait(either: House, send: Any) -> None:
-    answer = Response(Done(), grants=[("a", "lock")])
+    answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(either, answer)
     line = await either.line()
     await send(line, CLAIM)
@@ -627,7 +627,7 @@ async def test_a_body_that_breaks_off_is_a_400(either: House, before: bytes) -> 
 @WAYS
 async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: House, send: Any) -> None:
     """Over TCP this looks like a half-closed connection, until the first bytes of the response are sent."""
-    held = Held(either, Response(Done(), grants=[("a", "lock")]))
+    held = Held(either, Response(EmptyResponse(), grants=[("a", "lock")]))
     line = await either.line()
     await send(line, CLAIM)
     await arrived(either, 1)
@@ -656,7 +656,7 @@ async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(hous
 async def test_the_probe_is_a_part_of_the_response(either: House, monkeypatch: pytest.MonkeyPatch, send: Any) -> None:
     """A closed client resets the connection at the probe, before the check: the rest of the response finds it gone."""
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
-    answer = Response(Done(), grants=[("a", "lock")])
+    answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(either, answer)
     line = await either.line()
     await send(line, CLAIM)
@@ -689,7 +689,7 @@ async def test_a_response_with_grants_waits_for_the_end_of_the_probe(
     monkeypatch.setattr(Connection, "_is_probing", is_probing)
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
     monkeypatch.setattr("jobd.http.protocol.PROBE_S", 3600 if is_there else 0.01)
-    answer = Response(Done(), grants=[("a", "lock")])
+    answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(tcp, answer)
     line = await tcp.line()
     await send(line, CLAIM)
@@ -716,7 +716,7 @@ async def test_a_connection_that_ends_while_its_response_waits_for_the_probe_giv
         return not transport.is_closing()
 
     monkeypatch.setattr(Connection, "_is_probing", is_probing)
-    answer = Response(Done(), grants=[("a", "lock")])
+    answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(tcp, answer)
     line = await tcp.line()
     await send(line, CLAIM)

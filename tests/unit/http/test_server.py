@@ -22,7 +22,7 @@ from jobd.http.auth import Gate, own_names
 from jobd.http.decoding import Limits
 from jobd.http.protocol import PIECE
 from jobd.http.server import is_taken
-from jobd.model.responses import Done, Response
+from jobd.model.responses import EmptyResponse, Response
 from tests.support.http_harness import TOKEN, House, Line, message, tls_pair
 from tests.support.malformed_requests import CHUNKED, GET, HOSTILE, POST
 
@@ -42,7 +42,7 @@ class Held:
 
     async def answer(self, _: Any) -> Response:
         await self.go.wait()
-        return Response(Done())
+        return Response(EmptyResponse())
 
 
 async def emptied(house: House) -> None:
@@ -244,7 +244,7 @@ async def test_a_slow_reader_keeps_its_answer_and_nobody_else_waits(house: House
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
     slow.send(message("GET", "/v1/jobs") * 3)
     await house.desk.arrived.wait()
-    house.desk.answer = lambda _: Response(Done())
+    house.desk.answer = lambda _: Response(EmptyResponse())
     assert (await house.ask("GET", "/v1/jobs")).status == 200
     slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
     assert len((await slow.hear()).data) == 3_000_000

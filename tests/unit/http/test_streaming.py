@@ -16,9 +16,9 @@ from jobd.api.admin import ROUTES
 from jobd.http import streaming
 from jobd.http.auth import Gate
 from jobd.http.decoding import Limits
-from jobd.model.commands import Import, Note
+from jobd.model.commands import Import, RecordAction
 from jobd.model.errors import ApiError
-from jobd.model.responses import Done, Imported, Response
+from jobd.model.responses import EmptyResponse, Imported, Response
 from jobd.model.storage import DiskFull
 from jobd.storage.backup import BackupStopped, BadCopy
 from tests.support.http_harness import TOKEN, Heard, House, Line, Pieces, message
@@ -40,12 +40,14 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
 
 def answering(house: House, lines: Callable[[Any], Any]) -> None:
     """Answer lines of an import by `lines`; what is noted for the audit log is taken."""
-    house.desk.answer = lambda command: Response(Done()) if isinstance(command, Note) else lines(command)
+    house.desk.answer = lambda command: (
+        Response(EmptyResponse()) if isinstance(command, RecordAction) else lines(command)
+    )
 
 
 def lines_of(house: House) -> list[Any]:
     """What was asked, without the note for the audit log."""
-    return [asked for asked in house.desk.asked if not isinstance(asked.command, Note)]
+    return [asked for asked in house.desk.asked if not isinstance(asked.command, RecordAction)]
 
 
 def head(house: House) -> bytes:
@@ -69,7 +71,7 @@ async def test_each_line_is_one_command_in_the_order_of_the_lines(house: House) 
     assert (house.desk.asked[0].by, house.desk.asked[0].admin) == ("admin", True)
     assert house.desk.asked[0].size == len('{"id": "job-0"}')
     last = house.desk.asked[-1]
-    assert last.command == Note(what="import", details={"imported": 300, "skipped": 1, "refused": 0})
+    assert last.command == RecordAction(what="import", details={"imported": 300, "skipped": 1, "refused": 0})
     assert last.operator is not None
     assert last.operator.part_of
     assert {asked.operator for asked in house.desk.asked} == {last.operator}  # all of it is one deed

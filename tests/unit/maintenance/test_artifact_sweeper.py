@@ -22,8 +22,8 @@ from jobd.maintenance.artifact_sweeper import (
     Sweeps,
 )
 from jobd.model.commands import Adopt, Complete, Delete, DeleteExpired, ForceFail, ForceReset
-from jobd.model.job import DAY_MS, KEEP_LATE, LateResult, Policy, Result
-from jobd.model.storage import PUT_OFF_MS, DiskFull, Due
+from jobd.model.job import DAY_MS, MAX_LATE_RESULTS, LateResult, Policy, Result
+from jobd.model.storage import MAX_POSTPONE_MS, DiskFull, DueTombstones
 from jobd.storage.artifacts.base import MARGINS, StoreFault
 from tests.support.memory_artifacts import MemoryArtifacts
 from tests.support.memory_storage import MemoryDisk
@@ -118,7 +118,7 @@ class Crowded(MemoryDisk):
 
     crowd = 2
 
-    async def due_tombstones(self, now: int, limit: int) -> Due:
+    async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         due = await super().due_tombstones(now, limit)
         return replace(due, unmoved=self.crowd)
 
@@ -214,11 +214,11 @@ async def test_the_object_of_a_late_result_goes_with_its_job() -> None:
 @in_virtual_time
 async def test_objects_of_late_results_that_make_room_go_while_their_job_lives() -> None:
     async with sweeping() as at:
-        for number in range(KEEP_LATE + 2):
+        for number in range(MAX_LATE_RESULTS + 2):
             await late(at, "a", f"late/{number}")
             await at.house.yes(ForceReset(id="a"), by="admin", admin=True)
         await until(lambda: at.sweeps.deleted == 2)
-        assert sorted(at.store.objects) == [f"late/{number}" for number in range(2, KEEP_LATE + 2)]
+        assert sorted(at.store.objects) == [f"late/{number}" for number in range(2, MAX_LATE_RESULTS + 2)]
         assert not at.house.disk.tombstones
 
 
@@ -532,5 +532,5 @@ async def test_without_a_store_of_artifacts_a_deletion_leaves_no_tombstone() -> 
 
 def test_a_young_object_waits_less_than_a_tombstone_may() -> None:
     """Or the second look would take its time for that of another clock."""
-    assert YOUNG_MS + SKEW_MS < PUT_OFF_MS
-    assert RETRY_AT_MOST_MS < PUT_OFF_MS
+    assert YOUNG_MS + SKEW_MS < MAX_POSTPONE_MS
+    assert RETRY_AT_MOST_MS < MAX_POSTPONE_MS

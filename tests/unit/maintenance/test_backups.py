@@ -22,7 +22,7 @@ from jobd.model.storage import DiskFull
 from jobd.storage import backup
 from jobd.storage.backup import BackupStopped
 from jobd.storage.store import Store
-from tests.support.factories import Maker
+from tests.support.factories import ChangeFactory
 from tests.support.store_help import edited, opened, write
 
 PAGE = 4096
@@ -30,7 +30,7 @@ PAGE = 4096
 
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    maker = Maker(8)
+    maker = ChangeFactory(8)
     async with opened(str(tmp_path / "jobd.db")) as (made, _):
         for _ in range(10):  # a few megabytes: many steps
             await made.write(

@@ -18,7 +18,7 @@ from jobd.model.errors import ApiError
 from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Failure, Policy
 from jobd.model.responses import CleanupReport, RecoverStuckView, Response
-from jobd.model.storage import Audited, DiskFull
+from jobd.model.storage import AuditEntry, DiskFull
 from tests.support.memory_storage import MemoryDisk
 from tests.support.virtual_engine import WALL, Household, in_virtual_time, row, seconds, until
 
@@ -528,8 +528,8 @@ async def test_workers_are_served_between_the_slices_of_a_pass() -> None:
 # -- the audit log ----------------------------------------------------------------------------------------------------
 
 
-def deed(at: int) -> Audited:
-    return Audited(at, "admin", "unix", "cancel", "a")
+def deed(at: int) -> AuditEntry:
+    return AuditEntry(at, "admin", "unix", "cancel", "a")
 
 
 @in_virtual_time

@@ -14,16 +14,15 @@ from jobd.core.planning import version
 from jobd.maintenance import plan_builder, plans, preview
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import (
-    OF_TIME,
+    MAINTENANCE_ACTIONS,
     Adopt,
     ApplyPlan,
     Cancel,
     Complete,
     Create,
     Delete,
-    Expected,
+    ExpectedVersion,
     Fail,
-    Filter,
     ForceFail,
     ForceReset,
     Get,
@@ -31,19 +30,20 @@ from jobd.model.commands import (
     Import,
     MakePlan,
     PlanAction,
+    PlanFilter,
     Preview,
     Start,
     Update,
 )
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, SECOND_MS, Grant, Options
-from jobd.model.responses import PlanView, PreviewView, Response, late_note
+from jobd.model.responses import PlanView, PreviewView, Response, late_results_note
 from jobd.model.storage import DiskFull
 from jobd.storage import codec
 from tests.support.factories import full_job
 from tests.support.memory_storage import MemoryDisk
 from tests.support.plan_help import EVE, applied, made
-from tests.support.rule_harness import Desk
+from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import WALL, Household, in_virtual_time, row
 
 # -- what a job is to a plan ------------------------------------------------------------------------------------------
@@ -60,18 +60,18 @@ from tests.support.virtual_engine import WALL, Household, in_virtual_time, row
     ],
 )
 def test_an_action_is_planned_where_its_rule_lets_it_be_done(action: PlanAction, allowed: set[str]) -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("queued")
     desk.held("processing")
     desk.completed("completed")
     for job_id, end in (("failed", ForceFail(id="failed")), ("cancelled", Cancel(id="cancelled"))):
         desk.create(job_id)
-        desk.yes(end)
+        desk.accept(end)
     jobs = {status: desk.job(status) for status in ("queued", "processing", "completed", "failed", "cancelled")}
     assert {status for status, job in jobs.items() if planning.why_not(action, job) is None} == allowed
     assert all(job.status == status for status, job in jobs.items())
     for status, job in jobs.items():
-        done = desk.yes(ApplyPlan(action=action, jobs=[Expected(job.id, version(job))]), admin=True)
+        done = desk.accept(ApplyPlan(action=action, jobs=[ExpectedVersion(job.id, version(job))]), admin=True)
         assert done.applied == (status in allowed or (action, status) == ("retry", "processing"))
         if done.applied:
             there = desk.book.get(job.id)
@@ -92,7 +92,7 @@ def test_an_action_is_planned_where_its_rule_lets_it_be_done(action: PlanAction,
 def test_an_error_is_looked_for_in_failed_jobs_unless_a_status_is_asked_for(
     action: PlanAction, status: Any, error: str | None, found: list[str]
 ) -> None:
-    assert planning.statuses(action, Filter(status=status, error=error)) == found
+    assert planning.statuses(action, PlanFilter(status=status, error=error)) == found
 
 
 def test_a_version_is_short_enough_for_forms_and_long_enough_to_be_another_each_time() -> None:
@@ -116,7 +116,7 @@ def test_every_part_of_a_job_makes_it_another_version(field: str, value: Any) ->
 
 
 def test_signs_of_life_are_no_change_and_everything_else_is() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("a", max_attempts=3)
     seen = [version(desk.job())]
 
@@ -126,22 +126,22 @@ def test_signs_of_life_are_no_change_and_everything_else_is() -> None:
 
     lock_id = desk.start("a")
     assert changed()
-    desk.passes(5)
+    desk.advance(5)
     desk.progress(lock_id, 50)
     assert not changed()
-    desk.yes(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
+    desk.accept(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
     assert changed()
     lock_id = desk.start("a")
     assert changed()
-    desk.yes(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
+    desk.accept(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
     assert changed()
-    desk.yes(Update(id="a", priority=3), admin=True)
+    desk.accept(Update(id="a", priority=3), admin=True)
     assert changed()
-    desk.yes(ForceFail(id="a"), admin=True)
+    desk.accept(ForceFail(id="a"), admin=True)
     assert changed()
-    desk.yes(ForceReset(id="a"), admin=True)
+    desk.accept(ForceReset(id="a"), admin=True)
     assert changed()
-    desk.yes(ForceFail(id="a"), admin=True)
+    desk.accept(ForceFail(id="a"), admin=True)
     assert changed() or desk.now == desk.job().finished_at
 
 
@@ -155,16 +155,16 @@ def test_a_job_read_from_a_row_is_the_same_job() -> None:
 
 
 def test_what_has_changed_is_left_alone_and_what_a_rule_refuses_costs_no_other() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     for job_id in ("a", "b", "c"):
         desk.create(job_id)
-    known = {job_id: Expected(job_id, version(desk.job(job_id))) for job_id in ("a", "b", "c")}
+    known = {job_id: ExpectedVersion(job_id, version(desk.job(job_id))) for job_id in ("a", "b", "c")}
     desk.start("b")
-    gone, odd = Expected("gone", "x"), Expected("d", "y")
+    gone, odd = ExpectedVersion("gone", "x"), ExpectedVersion("d", "y")
     desk.completed("d")
-    odd = Expected("d", version(desk.job("d")))
+    odd = ExpectedVersion("d", version(desk.job("d")))
     command = ApplyPlan(action="cancel", jobs=[known["a"], known["b"], gone, odd, known["c"]], reason="enough")
-    done = desk.yes(command, admin=True, by="admin:eve")
+    done = desk.accept(command, admin=True, by="admin:eve")
     assert done.applied == 2
     assert [(each.id, each.now) for each in done.changed] == [("b", "processing"), ("gone", None)]
     assert [(each.id, each.now) for each in done.refused] == [("d", "completed")]
@@ -173,30 +173,30 @@ def test_what_has_changed_is_left_alone_and_what_a_rule_refuses_costs_no_other()
     assert all("changed since" in each.why or "no job" in each.why for each in done.changed)
 
 
-@pytest.mark.parametrize("action", sorted(set(get_args(PlanAction)) - OF_TIME))
+@pytest.mark.parametrize("action", sorted(set(get_args(PlanAction)) - MAINTENANCE_ACTIONS))
 def test_the_reason_of_a_plan_is_that_of_what_it_does(action: PlanAction) -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("a")
     if action in ("retry", "delete"):
-        desk.yes(ForceFail(id="a", reason="another"))
+        desk.accept(ForceFail(id="a", reason="another"))
     elif action == "force-reset":
         desk.start("a")
-    asked = ApplyPlan(action=action, jobs=[Expected("a", version(desk.job()))], reason="enough")
-    assert desk.yes(asked, admin=True).applied == 1
+    asked = ApplyPlan(action=action, jobs=[ExpectedVersion("a", version(desk.job()))], reason="enough")
+    assert desk.accept(asked, admin=True).applied == 1
     assert desk.last().reason == "enough"
 
 
 @pytest.mark.parametrize("detour", [False, True])
 def test_a_command_that_expects_a_version_is_done_to_that_one_alone(*, detour: bool) -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("a")
-    desk.yes(ForceFail(id="a"))
-    seen = desk.yes(GetVersion(id="a"))
+    desk.accept(ForceFail(id="a"))
+    seen = desk.accept(GetVersion(id="a"))
     assert (seen.job.id, seen.version) == ("a", version(desk.job()))
     if detour:
-        desk.yes(ForceReset(id="a"))
-        desk.passes(1)
-        desk.yes(ForceFail(id="a"))
+        desk.accept(ForceReset(id="a"))
+        desk.advance(1)
+        desk.accept(ForceFail(id="a"))
     decision = desk.decide(Delete(id="a"), expected=seen.version)
     assert isinstance(decision.answer, ApiError) == detour
     assert ("a" in desk.rows) == detour
@@ -212,42 +212,42 @@ def test_a_command_that_expects_a_version_is_done_to_that_one_alone(*, detour: b
 
 @pytest.mark.parametrize("how", ["expected", "plan"])
 def test_a_late_result_that_came_meanwhile_is_not_deleted_unseen(how: str) -> None:
-    desk = Desk()
+    desk = RuleHarness()
     lock_id = desk.held()
-    desk.yes(ForceFail(id="a"))
-    seen = desk.yes(GetVersion(id="a")).version
-    desk.no(Complete(id="a", lock_id=lock_id, file_path="/out"), "lock_lost")
+    desk.accept(ForceFail(id="a"))
+    seen = desk.accept(GetVersion(id="a")).version
+    desk.reject(Complete(id="a", lock_id=lock_id, file_path="/out"), "lock_lost")
     for left_alone in (True, False):
         if how == "expected":
             assert isinstance(desk.decide(Delete(id="a"), expected=seen).answer, ApiError) == left_alone
         else:
-            done = desk.yes(ApplyPlan(action="delete", jobs=[Expected("a", seen)]), admin=True)
+            done = desk.accept(ApplyPlan(action="delete", jobs=[ExpectedVersion("a", seen)]), admin=True)
             assert len(done.changed) == left_alone
         assert ("a" in desk.rows) == left_alone or how == "expected"
-        seen = desk.yes(GetVersion(id="a")).version if left_alone else ""
+        seen = desk.accept(GetVersion(id="a")).version if left_alone else ""
 
 
 def test_of_late_results_the_latest_is_remembered_for_so_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "LATE_RESULTS_KEPT", 2)
-    desk = Desk()
+    desk = RuleHarness()
     seqs: dict[str, int | None] = {}
     for job_id in ("a", "b", "a", "c"):
         lock_id = desk.start(job_id) if job_id in desk.rows else desk.held(job_id)
-        desk.yes(ForceFail(id=job_id))
-        desk.no(Complete(id=job_id, lock_id=lock_id, file_path="/out"), "lock_lost")
+        desk.accept(ForceFail(id=job_id))
+        desk.reject(Complete(id=job_id, lock_id=lock_id, file_path="/out"), "lock_lost")
         seqs[job_id] = desk.last().seq
-        desk.yes(ForceReset(id=job_id))
+        desk.accept(ForceReset(id=job_id))
     known = {job_id: desk.book.latest_late(desk.job(job_id).seq) for job_id in seqs}
     assert known == seqs | {"b": None}
 
 
 def test_a_change_that_was_taken_back_is_a_change() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     desk.create("a", delay_ms=1_000)
     seen = version(desk.job())
     for priority in (5, 0):
-        desk.passes(1)
-        desk.yes(Update(id="a", priority=priority), admin=True)
+        desk.advance(1)
+        desk.accept(Update(id="a", priority=priority), admin=True)
     assert version(desk.job()) != seen
 
 
@@ -268,7 +268,7 @@ def test_a_change_that_was_taken_back_is_a_change() -> None:
     ],
 )
 def test_what_is_said_of_late_results(action: PlanAction, late: list[int], note: str | None) -> None:
-    assert late_note(action, late) == note
+    assert late_results_note(action, late) == note
 
 
 # -- made, kept, applied ----------------------------------------------------------------------------------------------
@@ -286,12 +286,12 @@ async def test_a_plan_says_what_would_be_done_and_does_it() -> None:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b")
         await house.yes(Create(id="c"))
-        plan = await made(planner, action="retry", filter=Filter(), reason="mended")
+        plan = await made(planner, action="retry", filter=PlanFilter(), reason="mended")
         assert [(job.id, job.from_, job.to) for job in plan.jobs] == [
             ("b", "failed", "queued"),
             ("a", "failed", "queued"),
         ]
-        assert (plan.filter, plan.scope) == (Filter(), "Only failed and cancelled jobs are tried again.")
+        assert (plan.filter, plan.scope) == (PlanFilter(), "Only failed and cancelled jobs are tried again.")
         assert (plan.count, plan.skipped_count, plan.more, plan.next_cursor, plan.result) == (2, 0, False, None, None)
         assert plan.expires_at - plan.made_at == plans.KEPT_MS
         assert (await house.yes(Get(id="a"))).status == "failed"
@@ -325,11 +325,11 @@ async def test_a_plan_tells_what_came_late_also_before_a_restart() -> None:
         await failed(house, "c")
     async with Household(house.disk) as house:
         planner = Planner(house.actor, house.clock)
-        for asked in ({"ids": ["a", "b", "c", "done"]}, {"filter": Filter()}):
+        for asked in ({"ids": ["a", "b", "c", "done"]}, {"filter": PlanFilter()}):
             plan = await made(planner, action="delete", **asked)
             late = {job.id: job.late_results for job in plan.jobs}
             assert (late, plan.with_late_results) == ({"a": 2, "b": 1, "c": 0, "done": 0}, 2)
-        plan = await made(planner, action="retry", filter=Filter())
+        plan = await made(planner, action="retry", filter=PlanFilter())
         assert [job.late_results for job in plan.jobs] == [0, 1, 2]
 
 
@@ -348,7 +348,7 @@ async def test_what_comes_late_while_a_plan_is_made_is_told_or_changes_its_job()
             return counted
 
         house.disk.count_late = and_then  # type: ignore[method-assign]
-        assert (await made(planner, action="delete", filter=Filter())).with_late_results == 0
+        assert (await made(planner, action="delete", filter=PlanFilter())).with_late_results == 0
         assert [job.id for job in (await applied(planner)).changed] == ["a"]
 
 
@@ -374,7 +374,7 @@ async def test_what_changes_meanwhile_is_left_alone_and_told() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b", "c")
-        await made(planner, action="retry", filter=Filter(status="failed"))
+        await made(planner, action="retry", filter=PlanFilter(status="failed"))
         await house.yes(ForceReset(id="a"))
         await house.yes(Delete(id="b"))
         result = await applied(planner)
@@ -390,7 +390,7 @@ async def test_a_plan_is_applied_once() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a")
-        await made(planner, action="retry", filter=Filter())
+        await made(planner, action="retry", filter=PlanFilter())
         first, second = await asyncio.gather(applied(planner), applied(planner))
         assert first == second
         await house.yes(ForceFail(id="a"))
@@ -404,7 +404,7 @@ async def test_who_does_not_wait_any_more_takes_nothing_back() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(plans.SLICE + 1)))
-        await made(planner, action="retry", filter=Filter())
+        await made(planner, action="retry", filter=PlanFilter())
         waiting = asyncio.create_task(planner.apply("p", EVE))
         await asyncio.sleep(0)
         waiting.cancel()
@@ -418,7 +418,7 @@ async def test_a_plan_goes_in_slices_and_is_one_entry_of_the_audit_log() -> None
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(2 * plans.SLICE + 1)), queue="q")
-        await made(planner, action="delete", filter=Filter(queue="q", since=1))
+        await made(planner, action="delete", filter=PlanFilter(queue="q", since=1))
         before = len(house.disk.batches)
         await applied(planner)
         sizes = [len(batch.changes) for batch in house.disk.batches[before:]]
@@ -440,7 +440,7 @@ async def test_on_a_full_disk_a_plan_stops_and_goes_on_with_the_rest() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(plans.SLICE + 5)))
-        await made(planner, action="retry", filter=Filter())
+        await made(planner, action="retry", filter=PlanFilter())
         house.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
         house.disk.has_ballast = False
         house.disk.fits = lambda batch: len(house.disk.batches) < 2 * (plans.SLICE + 5) + 1
@@ -460,8 +460,8 @@ async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a")
-        await made(planner, action="delete", filter=Filter())
-        await made(planner, "r", action="retry", filter=Filter())
+        await made(planner, action="delete", filter=PlanFilter())
+        await made(planner, "r", action="retry", filter=PlanFilter())
         house.disk.fill()
         await house.no(Create(id="x"))
         await house.no(Update(id="a", priority=1))
@@ -474,7 +474,7 @@ async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too() -> None:
 async def test_a_plan_is_kept_for_its_time() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
-        await made(planner, action="retry", filter=Filter())
+        await made(planner, action="retry", filter=PlanFilter())
         await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
         assert isinstance(planner.find("p"), PlanView)
         await asyncio.sleep(1)
@@ -488,7 +488,7 @@ async def test_what_a_plan_came_to_can_be_read_for_hours_from_when_it_was_applie
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b")
-        await made(planner, action="retry", filter=Filter())
+        await made(planner, action="retry", filter=PlanFilter())
         await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
         await house.yes(Delete(id="b"))
         result = await applied(planner)
@@ -515,13 +515,13 @@ async def test_new_plans_push_no_result_out_and_results_no_plan() -> None:
             def kept() -> list[str]:
                 return [name for name in "wxyz01234" if isinstance(planner.find(name), PlanView)]
 
-            await made(planner, "w", action="retry", filter=Filter())
+            await made(planner, "w", action="retry", filter=PlanFilter())
             for name in "0123":
-                await made(planner, name, action="cancel", filter=Filter())
+                await made(planner, name, action="cancel", filter=PlanFilter())
                 await applied(planner, name)
             assert kept() == ["w", "1", "2", "3"]
             for name in "xyz":
-                await made(planner, name, action="retry", filter=Filter())
+                await made(planner, name, action="retry", filter=PlanFilter())
             assert kept() == ["y", "z", "1", "2", "3"]
             monkeypatch.setattr(plans, "MOST_JOBS", 0)
             await applied(planner, "z")
@@ -537,7 +537,7 @@ async def test_the_audit_log_names_so_many_of_those_that_were_left_undone() -> N
             for size, named in ((4_000, ["j4", "j3", "j2"]), (5, ["j4", "j3"]), (1, None)):
                 monkeypatch.setattr(plans, "NAMED_SIZE", size)
                 await failed(house, *(f"j{n}" for n in range(5)))
-                await made(planner, f"p{size}", action="retry", filter=Filter())
+                await made(planner, f"p{size}", action="retry", filter=PlanFilter())
                 for n in range(5):
                     await house.yes(Delete(id=f"j{n}"))
                 assert (await applied(planner, f"p{size}")).applied == 0
@@ -551,7 +551,7 @@ async def test_so_many_plans_are_kept_the_latest_ones() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         for n in range(plans.MOST_PLANS + 2):
-            await made(planner, f"p{n}", action="retry", filter=Filter())
+            await made(planner, f"p{n}", action="retry", filter=PlanFilter())
         kept = [n for n in range(plans.MOST_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
         assert kept == list(range(2, plans.MOST_PLANS + 2))
 
@@ -582,16 +582,16 @@ async def test_a_plan_has_so_many_jobs_and_the_next_one_goes_on_after_them() -> 
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b", "c")
-        assert await walked(planner, action="retry", filter=Filter()) == [["c", "b", "a"]]
+        assert await walked(planner, action="retry", filter=PlanFilter()) == [["c", "b", "a"]]
         for n in range(3):
             await house.yes(Create(id=f"live{n}"))
             await house.yes(Create(id=f"x{n}"))
             await house.yes(Cancel(id=f"x{n}"))
         await failed(house, "d")
         wholes = [["d", "c", "b"], ["a", "x2", "x1"], ["x0"]]
-        assert await walked(planner, action="retry", filter=Filter()) == wholes
+        assert await walked(planner, action="retry", filter=PlanFilter()) == wholes
         assert isinstance(planner.find("p0"), ApiError)  # all together had too many jobs
-        assert await walked(planner, action="cancel", filter=Filter()) == [["live2", "live1", "live0"]]
+        assert await walked(planner, action="cancel", filter=PlanFilter()) == [["live2", "live1", "live0"]]
 
 
 @pytest.mark.usefixtures("small")
@@ -614,9 +614,9 @@ async def test_jobs_that_the_action_does_nothing_to_are_not_looked_at() -> None:
         for n in range(300):
             await house.yes(Create(id=f"j{n}"))
         house.disk.calls.clear()
-        plan = await made(planner, action="retry", filter=Filter())
+        plan = await made(planner, action="retry", filter=PlanFilter())
         assert ([job.id for job in plan.jobs], plan.more) == (["needle"], False)
-        plan = await made(planner, action="retry", filter=Filter(status="queued"))
+        plan = await made(planner, action="retry", filter=PlanFilter(status="queued"))
         assert (plan.count, plan.skipped_count, plan.more) == (0, 0, False)
         assert plan.scope == "Only failed and cancelled jobs are tried again."
 
@@ -627,7 +627,7 @@ async def test_a_plan_finds_a_text_wherever_it_is() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "needle", *(f"j{n}" for n in range(20)))
-        plan = await made(planner, action="retry", filter=Filter(q="NEEDLE"))
+        plan = await made(planner, action="retry", filter=PlanFilter(q="NEEDLE"))
         assert [job.id for job in plan.jobs] == ["needle"]
 
 
@@ -643,7 +643,7 @@ async def test_a_plan_that_would_look_for_too_long_ends_and_the_next_one_goes_on
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b", "c", "d")
-        found = await walked(planner, action="retry", filter=Filter(queue="default"))
+        found = await walked(planner, action="retry", filter=PlanFilter(queue="default"))
         assert len(found) > 2
         assert [job_id for each in found for job_id in each] == ["d", "c", "b", "a"]
 
@@ -653,9 +653,9 @@ async def test_a_plan_goes_on_only_from_one_that_was_made_of_the_same() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         for asked in (
-            MakePlan(action="cancel", filter=Filter(), cursor="failed.7"),
-            MakePlan(action="retry", filter=Filter(status="cancelled"), cursor="failed.7"),
-            MakePlan(action="retry", filter=Filter(error="0123456789ab"), cursor="cancelled.7"),
+            MakePlan(action="cancel", filter=PlanFilter(), cursor="failed.7"),
+            MakePlan(action="retry", filter=PlanFilter(status="cancelled"), cursor="failed.7"),
+            MakePlan(action="retry", filter=PlanFilter(error="0123456789ab"), cursor="cancelled.7"),
             MakePlan(action="retry", ids=["a"], cursor="failed.7"),
         ):
             wrong = await planner.make(asked, "x")
@@ -668,7 +668,7 @@ async def test_a_job_that_moves_on_while_the_plan_is_made_is_in_it_once() -> Non
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await house.yes(Create(id="a"))
-        making = asyncio.create_task(made(planner, action="cancel", filter=Filter()))
+        making = asyncio.create_task(made(planner, action="cancel", filter=PlanFilter()))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
         await house.yes(Start(id="a", worker="w"))
         plan = await making
@@ -682,7 +682,7 @@ async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(3 * plan_builder.LOOK)))
-        long = asyncio.create_task(made(planner, "long", action="delete", filter=Filter()))
+        long = asyncio.create_task(made(planner, "long", action="delete", filter=PlanFilter()))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
         short = await made(planner, "short", action="delete", ids=["j3"])
         assert (short.count, long.done()) == (1, False)
@@ -694,9 +694,9 @@ async def test_plans_that_have_nothing_push_no_other_out() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a")
-        await made(planner, "full", action="retry", filter=Filter())
+        await made(planner, "full", action="retry", filter=PlanFilter())
         for n in range(plans.MOST_PLANS + 2):
-            await made(planner, f"p{n}", action="cancel", filter=Filter())
+            await made(planner, f"p{n}", action="cancel", filter=PlanFilter())
         assert isinstance(planner.find("full"), PlanView)
         assert isinstance(planner.find("p0"), ApiError)
         assert isinstance(planner.find(f"p{plans.MOST_PLANS + 1}"), PlanView)
@@ -706,11 +706,11 @@ async def test_plans_that_have_nothing_push_no_other_out() -> None:
 async def test_too_many_plans_at_once_are_refused_and_filter_or_ids_are_needed() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
-        for asked in (MakePlan(action="retry"), MakePlan(action="retry", filter=Filter(), ids=["a"])):
+        for asked in (MakePlan(action="retry"), MakePlan(action="retry", filter=PlanFilter(), ids=["a"])):
             wrong = await planner.make(asked, "x")
             assert isinstance(wrong, ApiError)
             assert wrong.code == "invalid_request"
-        asked = MakePlan(action="retry", filter=Filter())
+        asked = MakePlan(action="retry", filter=PlanFilter())
         answers = await asyncio.gather(*(planner.make(asked, f"p{n}") for n in range(plans.MOST_MAKING + 1)))
         assert [answer.code for answer in answers if isinstance(answer, ApiError)] == ["overloaded"]
 
@@ -720,7 +720,7 @@ async def test_a_daemon_that_stops_ends_a_plan_after_its_slice() -> None:
     async with Household() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(3 * plans.SLICE)))
-        await made(planner, action="retry", filter=Filter())
+        await made(planner, action="retry", filter=PlanFilter())
         waiting = asyncio.create_task(planner.apply("p", EVE))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
         await planner.close()
@@ -733,12 +733,12 @@ async def test_a_daemon_that_stops_ends_a_plan_after_its_slice() -> None:
 
 
 def test_a_preview_changes_nothing_and_says_what_recovery_would_do() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     lock_id = desk.held("stuck", max_attempts=1)
     desk.progress(lock_id, 40, "stuck")
     desk.held("fresh", stuck_after_ms=0)
     desk.create("late", expires_at=desk.now + 10)
-    desk.passes(3_600_000)
+    desk.advance(3_600_000)
     before = [(job.id, job.status) for job in desk.rows.values()]
     decision = desk.decide(Preview(limit=9))
     assert decision.changes == []
@@ -747,16 +747,16 @@ def test_a_preview_changes_nothing_and_says_what_recovery_would_do() -> None:
     assert {(each.job_id, each.action) for each in seen.details} == {("stuck", "failed"), ("fresh", "reset")}
     assert (seen.expired, seen.more) == (["late"], False)
     assert [(job.id, job.status) for job in desk.rows.values()] == before
-    assert desk.yes(Preview(limit=1)).more
+    assert desk.accept(Preview(limit=1)).more
 
 
 def test_a_preview_says_where_more_have_expired_than_it_names() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     for name in ("a", "b"):
         desk.create(name, expires_at=desk.now + 10)
-    desk.passes(10)
+    desk.advance(10)
     for limit, named in ((1, ["a"]), (2, ["a", "b"])):
-        seen = desk.yes(Preview(limit=limit))
+        seen = desk.accept(Preview(limit=limit))
         assert (seen.expired, seen.more) == (named, limit < 2)
 
 

@@ -23,19 +23,19 @@ from jobd.model.commands import (
     Extend,
     ExtendLock,
     Fail,
-    Filter,
     ForceFail,
     Import,
-    List,
+    ListJobs,
     Locks,
     MakePlan,
     Moment,
-    Note,
     Operator,
     PlanAction,
+    PlanFilter,
     Progress,
+    RecordAction,
     ReleaseLock,
-    Search,
+    SearchJobs,
     Start,
     Timeline,
     Transition,
@@ -74,14 +74,14 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (Create, {}, "backoff", [{"base_ms": 0}, {"base_ms": YEAR_MS}], [{"base_ms": -1}, {"base_ms": YEAR_MS + 1}]),
     (Create, {}, "backoff", [{"max_ms": 0}, {"max_ms": YEAR_MS}], [{"max_ms": -1}, {"max_ms": YEAR_MS + 1}]),
     (Bulk, {}, "jobs", [[{}]], [[], None]),
-    (List, {}, "status", ["queued", "processing", "completed", "failed", "cancelled"], ["", "odd"]),
-    (List, {}, "limit", [1, 200], [0, 201]),
-    (List, {}, "cursor", ["0", "9" * 18], ["", "9" * 19, "-1", "1 "]),
-    (Search, {}, "since", [0, LATEST_MS], [-1, LATEST_MS + 1]),
-    (Search, {}, "finished_since", [0, LATEST_MS], [-1, LATEST_MS + 1]),
-    (Search, {}, "finished_until", [0, LATEST_MS], [-1, LATEST_MS + 1]),
-    (Search, {}, "until", [0, LATEST_MS], [-1, LATEST_MS + 1]),
-    (Search, {}, "q", ["t", LONG], ["", "x" * 201]),
+    (ListJobs, {}, "status", ["queued", "processing", "completed", "failed", "cancelled"], ["", "odd"]),
+    (ListJobs, {}, "limit", [1, 200], [0, 201]),
+    (ListJobs, {}, "cursor", ["0", "9" * 18], ["", "9" * 19, "-1", "1 "]),
+    (SearchJobs, {}, "since", [0, LATEST_MS], [-1, LATEST_MS + 1]),
+    (SearchJobs, {}, "finished_since", [0, LATEST_MS], [-1, LATEST_MS + 1]),
+    (SearchJobs, {}, "finished_until", [0, LATEST_MS], [-1, LATEST_MS + 1]),
+    (SearchJobs, {}, "until", [0, LATEST_MS], [-1, LATEST_MS + 1]),
+    (SearchJobs, {}, "q", ["t", LONG], ["", "x" * 201]),
     (Start, {"id": "a"}, "worker", ["w", LONG, "a b"], ["", "x" * 201, "a\n", "\x00", "\x1f", "\x7f"]),
     (Start, START, "lock_ttl_ms", [1_000, DAY_MS], [999, DAY_MS + 1]),
     (Start, START, "stuck_after_ms", [0, YEAR_MS], [-1, YEAR_MS + 1]),
@@ -130,9 +130,9 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (Timeline, {"id": "a"}, "limit", [1, 1_000], [0, 1_001]),
     (Workers, {}, "limit", [1, 200], [0, 201]),
     (Workers, {}, "cursor", ["0 w", "9" * 18 + " " + LONG, "1 " + "x" * 218], ["0", "9" * 19 + " w", "1 " + "x" * 219]),
-    (Search, {}, "error", ["0123456789ab"], ["0" * 11, "0" * 13, "0" * 11 + "g", "0" * 11 + "A", "0" * 12 + "\n"]),
-    (Filter, {}, "q", ["t", LONG], ["", "x" * 201]),
-    (Filter, {}, "error", ["0123456789ab"], ["0" * 11]),
+    (SearchJobs, {}, "error", ["0123456789ab"], ["0" * 11, "0" * 13, "0" * 11 + "g", "0" * 11 + "A", "0" * 12 + "\n"]),
+    (PlanFilter, {}, "q", ["t", LONG], ["", "x" * 201]),
+    (PlanFilter, {}, "error", ["0123456789ab"], ["0" * 11]),
     (MakePlan, {"action": "retry"}, "ids", [["a"], ["a"] * 10_000], [[], ["a"] * 10_001, [""]]),
     (MakePlan, {}, "action", [*get_args(PlanAction)], ["", "deletes", "stuck"]),
     (MakePlan, {"action": "retry"}, "cursor", ["failed.0", "x" * 20 + "." + "9" * 18], ["failed", "failed.0\n", ".0"]),
@@ -172,7 +172,13 @@ def test_what_is_meant_where_nothing_is_said() -> None:
     claim = Claim(worker="w")
     assert (claim.queues, claim.kinds, claim.limit, claim.wait_ms) == (["default"], None, 1, 0)
     assert claim.queues is not Claim(worker="w").queues
-    assert (List().limit, Search().limit, AuditLog().limit, Export().limit, Locks().limit) == (50, 50, 50, 200, None)
+    assert (ListJobs().limit, SearchJobs().limit, AuditLog().limit, Export().limit, Locks().limit) == (
+        50,
+        50,
+        50,
+        200,
+        None,
+    )
     assert Fail(id="a", lock_id="l", error_message="e").retry is True
     assert Transition(id="a", from_="queued", to="failed").updates == Updates()
     call = Call(claim)
@@ -187,8 +193,8 @@ def test_the_names_that_existing_dashboards_send() -> None:
 
 
 def test_what_is_done_is_noted_as_done() -> None:
-    assert Note(what="w").outcome == "done"
-    assert (commands.MAKING_S, commands.MAX_EVENTS, commands.MAX_PLAN) == (10.0, 1_000, 10_000)
+    assert RecordAction(what="w").outcome == "done"
+    assert (commands.MAX_PLANNING_S, commands.MAX_EVENTS, commands.MAX_PLAN) == (10.0, 1_000, 10_000)
 
 
 def test_an_operator_without_a_name_is_called_admin() -> None:

@@ -9,10 +9,20 @@ import pytest
 from msgspec import UNSET, Raw
 
 from jobd.model.commands import Complete, Delete, Extend, Fail, Pause
-from jobd.model.events import SIGNS, Changes, Event, EventType, Wanted, fold, of_new, streamed, view
+from jobd.model.events import (
+    HEARTBEATS,
+    Changes,
+    Event,
+    EventFilter,
+    EventType,
+    event_view,
+    fold,
+    initial_changes,
+    streamed_event,
+)
 from jobd.model.job import Grant, Job, Lease, Options, Result
 from jobd.storage import codec
-from tests.support.rule_harness import NOW, Desk
+from tests.support.rule_harness import NOW, RuleHarness
 
 GRANT = Grant("secret", 1, "w", NOW, 1, 2, 3)
 JOB = Job(1, "a", Options(), "queued", NOW, NOW, NOW)
@@ -36,17 +46,17 @@ def test_fold_sets_only_what_the_event_names() -> None:
 def test_fold_begins_with_a_row_and_ends_with_none() -> None:
     whole = Changes(**{name: getattr(JOB, name) for name in Job.__struct_fields__})
     assert fold(None, event(whole, "created")) == JOB
-    assert fold(None, event(of_new(JOB), "created")) == JOB
+    assert fold(None, event(initial_changes(JOB), "created")) == JOB
     assert fold(JOB, event(None)) == JOB
     assert fold(JOB, event(None, "deleted")) is None
 
 
 def test_the_first_event_of_a_job_says_in_short_what_every_new_job_has() -> None:
-    said = of_new(JOB)
+    said = initial_changes(JOB)
     assert said == Changes(options=Options(), status="queued", created_at=NOW, updated_at=NOW, run_at=NOW)
     for name in Job.__struct_fields__[Job.__struct_fields__.index("progress") :]:
         other = msgspec.structs.replace(JOB, **{name: "another"})
-        assert of_new(other) == Changes(**{field: getattr(other, field) for field in Job.__struct_fields__})
+        assert initial_changes(other) == Changes(**{field: getattr(other, field) for field in Job.__struct_fields__})
 
 
 def test_an_event_survives_its_way_to_the_disk_and_back() -> None:
@@ -67,63 +77,63 @@ def test_an_event_survives_its_way_to_the_disk_and_back() -> None:
 
 
 def test_what_is_shown_holds_no_raw_change() -> None:
-    shown = view(event(Changes(grant=GRANT)))
+    shown = event_view(event(Changes(grant=GRANT)))
     assert "secret" not in msgspec.json.encode(shown).decode()
     assert msgspec.to_builtins(shown) == {
         "seq": 5, "at": NOW, "type": "updated", "from": "queued", "to": "processing", "by": "client", "reason": None,
         "details": {},
     }  # fmt: skip
-    assert view(msgspec.structs.replace(event(None), details={"a": 1})).details == {"a": 1}
+    assert event_view(msgspec.structs.replace(event(None), details={"a": 1})).details == {"a": 1}
 
 
 def test_a_whole_life_folds_into_the_row_and_names_no_secret() -> None:
-    desk = Desk()
+    desk = RuleHarness()
     first = desk.held(max_attempts=2)
     desk.progress(first, 30)
-    desk.yes(Extend(id="a", lock_id=first, additional_ms=5))
-    desk.yes(Fail(id="a", lock_id=first, error_message="e", retry_after_ms=0))
+    desk.accept(Extend(id="a", lock_id=first, additional_ms=5))
+    desk.accept(Fail(id="a", lock_id=first, error_message="e", retry_after_ms=0))
     second = desk.start()
-    desk.yes(Complete(id="a", lock_id=second, metadata=Raw(b"[1]")))
-    desk.yes(Pause(name="q"))
+    desk.accept(Complete(id="a", lock_id=second, metadata=Raw(b"[1]")))
+    desk.accept(Pause(name="q"))
     row: Job | None = None
     for happened in desk.events:
         if happened.job_seq:
             row = fold(row, happened)
-        shown = msgspec.json.encode(view(happened)).decode()
+        shown = msgspec.json.encode(event_view(happened)).decode()
         assert first not in shown
         assert second not in shown
     assert row == desk.job()
-    desk.yes(Delete(id="a"))
+    desk.accept(Delete(id="a"))
     assert fold(row, desk.last()) is None
 
 
-@pytest.mark.parametrize("sign", sorted(SIGNS))
+@pytest.mark.parametrize("sign", sorted(HEARTBEATS))
 def test_signs_of_life_are_types_of_events(sign: str) -> None:
     assert sign in get_args(EventType)
 
 
 def test_what_is_streamed_is_what_is_shown_with_job_and_queue() -> None:
     happened = event(Changes(grant=GRANT))
-    told = msgspec.json.decode(msgspec.json.encode(streamed(happened)))
-    assert told == {**msgspec.json.decode(msgspec.json.encode(view(happened))), "job_id": "a", "queue": "q"}
+    told = msgspec.json.decode(msgspec.json.encode(streamed_event(happened)))
+    assert told == {**msgspec.json.decode(msgspec.json.encode(event_view(happened))), "job_id": "a", "queue": "q"}
     assert "secret" not in str(told)
-    assert streamed(msgspec.structs.replace(happened, job_seq=0, job_id="", details={"a": 1})).job_id is None
+    assert streamed_event(msgspec.structs.replace(happened, job_seq=0, job_id="", details={"a": 1})).job_id is None
 
 
 @pytest.mark.parametrize(
     ("wanted", "is_one"),
     [
-        (Wanted(), True),
-        (Wanted(queues=frozenset({"q", "other"})), True),
-        (Wanted(queues=frozenset({"other"})), False),
-        (Wanted(job_ids=frozenset({"a"})), True),
-        (Wanted(job_ids=frozenset({"b"})), False),
-        (Wanted(types=frozenset({"updated"})), True),
-        (Wanted(types=frozenset({"created"})), False),
-        (Wanted(frozenset({"q"}), frozenset({"a"}), frozenset({"updated"})), True),
-        (Wanted(frozenset({"q"}), frozenset({"a"}), frozenset({"created"})), False),
+        (EventFilter(), True),
+        (EventFilter(queues=frozenset({"q", "other"})), True),
+        (EventFilter(queues=frozenset({"other"})), False),
+        (EventFilter(job_ids=frozenset({"a"})), True),
+        (EventFilter(job_ids=frozenset({"b"})), False),
+        (EventFilter(types=frozenset({"updated"})), True),
+        (EventFilter(types=frozenset({"created"})), False),
+        (EventFilter(frozenset({"q"}), frozenset({"a"}), frozenset({"updated"})), True),
+        (EventFilter(frozenset({"q"}), frozenset({"a"}), frozenset({"created"})), False),
     ],
 )
-def test_filters_all_have_to_fit(wanted: Wanted, is_one: bool) -> None:
-    assert wanted.has(event(None)) == wanted.has(streamed(event(None))) == is_one
-    assert wanted.is_everything == (wanted == Wanted())
+def test_filters_all_have_to_fit(wanted: EventFilter, is_one: bool) -> None:
+    assert wanted.matches(event(None)) == wanted.matches(streamed_event(event(None))) == is_one
+    assert wanted.matches_everything == (wanted == EventFilter())

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobd.model.fingerprints import LOOKED_AT, fingerprint, fingerprint_of_bytes, normal
+from jobd.model.fingerprints import MAX_NORMALIZED, fingerprint, fingerprint_of_bytes, normalize
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ from jobd.model.fingerprints import LOOKED_AT, fingerprint, fingerprint_of_bytes
     ],
 )
 def test_what_differs_is_marked_and_the_rest_stays(message: str, marked: str) -> None:
-    assert normal(message) == marked
+    assert normalize(message) == marked
 
 
 def test_the_names_of_errors_stay_from_version_to_version() -> None:
@@ -69,7 +69,7 @@ def test_alike_is_what_has_the_same_code_and_words() -> None:
     ],
 )
 def test_the_id_of_the_job_is_marked_too(message: str, job_id: str, marked: str) -> None:
-    assert normal(message, job_id) == marked
+    assert normalize(message, job_id) == marked
 
 
 def test_jobs_with_the_same_error_have_one_name_whatever_their_ids_are() -> None:
@@ -84,7 +84,7 @@ def test_jobs_with_the_same_error_have_one_name_whatever_their_ids_are() -> None
 
 def test_only_the_beginning_of_a_message_counts() -> None:
     """How long it is, is a part of the names: with another bound a long message would have another."""
-    assert LOOKED_AT == 1_000
+    assert MAX_NORMALIZED == 1_000
     begin = "x" * 999
     assert fingerprint(begin + "aa", None) == fingerprint(begin + "ab", None)
     assert fingerprint(begin + "aa", None) != fingerprint(begin + "ba", None)
@@ -106,7 +106,7 @@ def test_every_message_has_a_name_and_marking_twice_changes_nothing_more(message
     assert name is not None
     assert len(name) == 12
     assert set(name) <= set("0123456789abcdef")
-    assert "\n" not in normal(message)
+    assert "\n" not in normalize(message)
 
 
 @pytest.mark.parametrize(
@@ -125,5 +125,5 @@ def test_every_message_has_a_name_and_marking_twice_changes_nothing_more(message
 )
 def test_no_message_takes_long(nasty: str) -> None:
     begin = time.perf_counter()
-    normal(nasty)
+    normalize(nasty)
     assert time.perf_counter() - begin < 0.5

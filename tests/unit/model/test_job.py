@@ -15,9 +15,9 @@ from jobd.model.commands import Moment
 from jobd.model.job import (
     COUNTER_MASK,
     FINISHED,
-    KEEP_LATE,
     LAST_EPOCH,
     LIVE,
+    MAX_LATE_RESULTS,
     SAFE_EPOCH,
     SECOND_MS,
     STATUSES,
@@ -33,11 +33,11 @@ from jobd.model.job import (
     PreviousGrant,
     Result,
     compact,
+    epoch_seconds,
     headline,
     is_job_id,
     new_epoch,
-    seconds_of_epochs,
-    storage_key_fault,
+    storage_key_error,
 )
 
 NEW = Job(3, "a", Options(queue="q", kind="k"), "queued", 1_000, 1_000, 1_000)
@@ -55,12 +55,12 @@ def test_no_ids(text: str) -> None:
 
 @pytest.mark.parametrize("key", ["a", "a/b.c", "a..b", "...", "a/.../b"])
 def test_storage_keys(key: str) -> None:
-    assert storage_key_fault(key) is None
+    assert storage_key_error(key) is None
 
 
 @pytest.mark.parametrize("key", ["/a", "\\a", "..", "a/..", "../a", "a\\..\\b", "a\x00"])
 def test_storage_keys_with_a_fault(key: str) -> None:
-    assert storage_key_fault(key)
+    assert storage_key_error(key)
 
 
 def test_every_way_that_a_status_may_change() -> None:
@@ -82,7 +82,7 @@ def test_what_applies_where_nothing_is_configured() -> None:
     kept_ms = (policy.keep_completed_ms, policy.keep_failed_ms, policy.keep_cancelled_ms)
     assert kept_ms == (7 * day_ms, 30 * day_ms, 7 * day_ms)
     assert (policy.late_results, policy.late_bytes, policy.artifacts) == ("keep", 256 * 1024, False)
-    assert (KEEP_LATE, get_args(LatePolicy)) == (5, ("keep", "adopt_if_unclaimed", "drop"))
+    assert (MAX_LATE_RESULTS, get_args(LatePolicy)) == (5, ("keep", "adopt_if_unclaimed", "drop"))
     assert (policy.require_download_url, policy.live_jobs, policy.idempotency_keys) == (False, 5_000_000, 200_000)
     options = Options()
     assert (options.queue, options.kind, options.priority, options.max_attempts) == ("default", "", 0, 1)
@@ -204,4 +204,4 @@ def test_epochs_begin_in_2020_and_tokens_are_safe_until_2037() -> None:
     assert (SAFE_EPOCH << TOKEN_COUNTER_BITS) | COUNTER_MASK == (1 << 53) - 1
     assert (LAST_EPOCH << TOKEN_COUNTER_BITS) | COUNTER_MASK == (1 << 63) - 1
     assert [new_epoch(0, EPOCH_0_MS + ms) for ms in (-1, 0, 999, 1_000, 1_999, 2_000)] == [1, 1, 1, 1, 1, 2]
-    assert seconds_of_epochs(EPOCH_0_MS - 1) == -1
+    assert epoch_seconds(EPOCH_0_MS - 1) == -1

@@ -16,7 +16,7 @@ WORDS: dict[str, str] = {
     "HealthStatus": "healthy degraded unhealthy",
     "Issue.type": "warning error critical",
     "Recovery.action": "reset failed",
-    "ImportForeseen.what": "create skip",
+    "ImportCheckResult.what": "create skip",
     "WebhookView.state": "starting closed open half_open",
 }
 

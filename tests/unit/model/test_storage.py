@@ -8,49 +8,49 @@ from msgspec.structs import replace
 
 from jobd.model.job import CompactJob, Job, Options, Result
 from jobd.model.storage import (
-    PUT_OFF_MS,
-    Audited,
+    MAX_POSTPONE_MS,
+    AuditEntry,
+    AuditShare,
     Batch,
-    Due,
+    DueTombstones,
+    JobQuery,
+    JobRows,
     JournalPage,
     Numbers,
-    Opened,
-    Page,
+    OpenedStore,
     Quarantined,
-    Query,
     QueueRow,
-    Share,
     Tombstone,
-    share_of,
+    audit_share,
     tombstones,
 )
-from tests.support.factories import Maker
+from tests.support.factories import ChangeFactory
 
 SHORT = CompactJob(1, "a", Options(), 1_000)
 WHOLE = Job(2, "b", Options(), "processing", 1_000, 1_000, 1_000)
 
 
 def test_what_a_start_finds_is_every_live_job_in_either_form() -> None:
-    found = Opened(Numbers(), jobs=[WHOLE], in_short=[SHORT])
+    found = OpenedStore(Numbers(), jobs=[WHOLE], compact_jobs=[SHORT])
     assert found.live() == [SHORT.expand(), WHOLE]
-    assert Opened(Numbers()).live() == []
+    assert OpenedStore(Numbers()).live() == []
 
 
 def test_a_file_is_full_or_marked_only_where_that_is_said_and_keeps_its_mark_until_a_batch_ends_it() -> None:
-    found = Opened(Numbers())
+    found = OpenedStore(Numbers())
     assert (found.full, found.marked, Batch([], Numbers()).unmark) == (False, False, False)
 
 
 def test_nothing_is_damaged_or_left_over_unless_that_is_said() -> None:
-    assert (Opened(Numbers()).tombstones, Due([]).damaged, Due([]).unmoved) == (0, 0, 0)
-    assert (Page([], None).looked, Page([], None).last_event) == (0, 0)
+    assert (OpenedStore(Numbers()).tombstones, DueTombstones([]).damaged, DueTombstones([]).unmoved) == (0, 0, 0)
+    assert (JobRows([], None).scanned, JobRows([], None).last_event) == (0, 0)
     assert not Batch([], Numbers()).sweeps
     assert Quarantined("a", "its checksum is wrong").is_moved
     assert not JournalPage([], 0, 0).more
 
 
 def test_a_deed_is_done_and_changed_no_job_unless_that_is_said() -> None:
-    deed = Audited(1, "eve", "unix", "pause")
+    deed = AuditEntry(1, "eve", "unix", "pause")
     assert (deed.outcome, deed.jobs) == ("done", 0)
 
 
@@ -62,17 +62,17 @@ def test_each_share_of_the_audit_log_has_rows_that_belong_there() -> None:
         ("sign-in", "done"),
         ("export", "done"),
     ]
-    assert tuple(share_of(what, outcome) for what, outcome in deeds) == get_args(Share)
+    assert tuple(audit_share(what, outcome) for what, outcome in deeds) == get_args(AuditShare)
 
 
 def test_a_tombstone_is_put_off_for_two_hours_at_most() -> None:
-    assert PUT_OFF_MS == 2 * 60 * 60 * 1_000
+    assert MAX_POSTPONE_MS == 2 * 60 * 60 * 1_000
 
 
 def test_a_page_has_payloads_and_is_slow_only_where_a_text_is_looked_for() -> None:
-    assert Query().payloads
-    assert [Query().is_slow, Query(text="").is_slow, Query(text="t").is_slow] == [False, True, True]
-    assert Query(error="0123456789ab").is_slow, "or an error"
+    assert JobQuery().payloads
+    assert [JobQuery().is_slow, JobQuery(text="").is_slow, JobQuery(text="t").is_slow] == [False, True, True]
+    assert JobQuery(error="0123456789ab").is_slow, "or an error"
 
 
 def test_a_queue_without_finished_jobs_stays_at_none() -> None:
@@ -82,7 +82,7 @@ def test_a_queue_without_finished_jobs_stays_at_none() -> None:
 
 
 def test_only_the_deletion_of_a_job_that_names_an_object_leaves_a_tombstone() -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     named = maker.create("named", status="completed", result=Result(storage_key="k/1"))
     others = [
         maker.create("plain", status="completed", result=Result(file_path="/f")),
@@ -98,7 +98,7 @@ def test_only_the_deletion_of_a_job_that_names_an_object_leaves_a_tombstone() ->
 
 
 def test_a_page_of_the_journal_ends_where_it_tells_all_that_there_still_is() -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     events = [maker.create(name).event for name in ("a", "b")]
     whole, early, damaged = (
         JournalPage(events, 9, 0),

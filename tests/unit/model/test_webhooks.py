@@ -13,21 +13,21 @@ from cloudevents.core.bindings.http import HTTPMessage, from_http_event
 from msgspec.structs import replace
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from jobd.model.events import SIGNS, Event, EventType
+from jobd.model.events import HEARTBEATS, Event, EventType
 from jobd.model.job import DAY_MS
 from jobd.model.responses import AlertView
 from jobd.model.webhooks import (
     ALERTS,
-    GONE,
-    TEST,
+    EVENTS_GONE,
+    GAP_PENDING,
+    TEST_TYPE,
     TYPES,
-    UNTOLD,
-    Cursor,
     Delivery,
-    Endpoint,
+    WebhookCursor,
+    WebhookEndpoint,
     WebhookName,
-    matching,
-    type_of,
+    types_matching,
+    webhook_type,
 )
 from jobd.webhooks.message import (
     BadSecret,
@@ -57,24 +57,24 @@ def secret_of(key: bytes) -> str:
 
 
 def test_every_event_has_a_type_and_all_are_told_apart() -> None:
-    assert {type_of(each) for each in get_args(EventType)} | set(ALERTS) == set(TYPES)
+    assert {webhook_type(each) for each in get_args(EventType)} | set(ALERTS) == set(TYPES)
     assert len(TYPES) == len(get_args(EventType)) + len(ALERTS)
-    assert type_of("late_result") == "job.late_result"
-    assert type_of("queue_paused") == "queue.paused"
+    assert webhook_type("late_result") == "job.late_result"
+    assert webhook_type("queue_paused") == "queue.paused"
 
 
 def test_patterns_leave_out_the_signs_of_life_which_have_to_be_named() -> None:
-    signs = {type_of(each) for each in SIGNS}
-    assert matching("*") == set(TYPES) - signs
-    assert matching("job.*") | matching("queue.*") | matching("alert.*") == matching("*")
-    assert matching("queue.*") == {"queue.paused", "queue.resumed"}
-    assert matching("job.progress") == {"job.progress"}
-    for wrong in ("", "job", "job.none", "jobs.*", "**", ".*", "completed", GONE, TEST):
-        assert matching(wrong) == frozenset(), wrong
+    signs = {webhook_type(each) for each in HEARTBEATS}
+    assert types_matching("*") == set(TYPES) - signs
+    assert types_matching("job.*") | types_matching("queue.*") | types_matching("alert.*") == types_matching("*")
+    assert types_matching("queue.*") == {"queue.paused", "queue.resumed"}
+    assert types_matching("job.progress") == {"job.progress"}
+    for wrong in ("", "job", "job.none", "jobs.*", "**", ".*", "completed", EVENTS_GONE, TEST_TYPE):
+        assert types_matching(wrong) == frozenset(), wrong
 
 
 def test_an_endpoint_wants_what_its_types_and_queues_say() -> None:
-    everything = Endpoint("e", "https://x", KEYS)
+    everything = WebhookEndpoint("e", "https://x", KEYS)
     assert everything.wants(EVENT)
     assert not everything.wants(replace(EVENT, type="progress"))
     assert everything.reads_journal
@@ -102,22 +102,22 @@ def test_a_name_is_one_word(name: str) -> None:
 
 
 def test_types_that_receivers_know() -> None:
-    assert (ALERTS, GONE, TEST) == (("alert.firing", "alert.resolved"), "events.gone", "webhook.test")
-    assert UNTOLD < 0, "no number of an event"
+    assert (ALERTS, EVENTS_GONE, TEST_TYPE) == (("alert.firing", "alert.resolved"), "events.gone", "webhook.test")
+    assert GAP_PENDING < 0, "no number of an event"
 
 
 def test_no_secret_and_no_url_is_shown_with_an_endpoint() -> None:
-    shown = repr(Endpoint("e", "https://x/token", KEYS))
-    assert shown == str(Endpoint("e", "https://x/token", KEYS)) == "Endpoint(e)"
+    shown = repr(WebhookEndpoint("e", "https://x/token", KEYS))
+    assert shown == str(WebhookEndpoint("e", "https://x/token", KEYS)) == "Endpoint(e)"
 
 
 def test_what_an_endpoint_is_where_nothing_else_is_said() -> None:
-    told = Endpoint("e", "https://x", KEYS)
+    told = WebhookEndpoint("e", "https://x", KEYS)
     assert (told.allow_private, told.timeout_ms, told.give_up_after_ms) == (False, 10_000, 3 * DAY_MS)
 
 
 def test_a_cursor_begins_with_nothing_told() -> None:
-    assert Cursor("e", 4) == Cursor("e", 4, 0, 1, {}, 0)
+    assert WebhookCursor("e", 4) == WebhookCursor("e", 4, 0, 1, {}, 0)
     assert Delivery.__struct_fields__[0] == "id"
 
 
@@ -257,8 +257,8 @@ def test_a_gap_and_a_test_are_cloud_events_too() -> None:
     said = read_by_others(test.body)["data"]
     assert isinstance(said, dict)
     assert list(said) == ["message"]
-    assert gap.subject == test.subject == Endpoint("e", "https://x", KEYS).subject
-    for letter, kind, event_id in ((gap, GONE, f"gone_3_9_{NOW}"), (test, TEST, f"test_{NOW}_12")):
+    assert gap.subject == test.subject == WebhookEndpoint("e", "https://x", KEYS).subject
+    for letter, kind, event_id in ((gap, EVENTS_GONE, f"gone_3_9_{NOW}"), (test, TEST_TYPE, f"test_{NOW}_12")):
         assert (letter.subject, letter.type, letter.event_id, letter.seq) == ("webhooks/e", kind, event_id, 0)
         assert_says_what_it_is(letter, "/j")
 

@@ -18,7 +18,7 @@ from jobd.model.commands import (
     ForceReset,
     Import,
     RunNow,
-    Search,
+    SearchJobs,
     Start,
     Transition,
     Updates,
@@ -277,7 +277,7 @@ async def test_a_group_does_not_depend_on_the_ids_of_its_jobs() -> None:
             (2, fingerprint("x: no customer x-7, job x ends", "force_failed", "x")),
             (1, fingerprint("1: no customer 1-7, job 1 ends", "force_failed")),
         ]
-        found = await house.yes(Search(error=known.view(9).groups[0].fingerprint))
+        found = await house.yes(SearchJobs(error=known.view(9).groups[0].fingerprint))
         assert {job.id for job in found.jobs} == {"order-abc", "k3f9z"}
 
 
@@ -326,5 +326,5 @@ async def test_the_jobs_of_a_group_are_found_and_they_are_failed_ones() -> None:
         await fail(house, "b", "took 40 s")
         await fail(house, "c", "lost")
         name = fingerprint("took 1 s", "force_failed")
-        assert [job.id for job in (await house.yes(Search(error=name))).jobs] == ["b", "a"]
-        assert [job.id for job in (await house.yes(Search(error=name, status="queued"))).jobs] == []
+        assert [job.id for job in (await house.yes(SearchJobs(error=name))).jobs] == ["b", "a"]
+        assert [job.id for job in (await house.yes(SearchJobs(error=name, status="queued"))).jobs] == []

@@ -15,7 +15,7 @@ from jobd.engine.disk_full import Closed
 from jobd.model.commands import Create, Get, Progress
 from jobd.model.job import DAY_MS
 from jobd.model.responses import CleanupState, HealthView
-from jobd.model.storage import DiskFull, DiskSpace, Loaded
+from jobd.model.storage import DiskFull, DiskSpace, LoadedRows
 from jobd.monitoring.health import (
     FAULTS_KEPT,
     MAX_AGE_S,
@@ -58,7 +58,7 @@ class SlowDisk(MemoryDisk):
         await self.answers.wait()
         return found
 
-    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
         await self.answers.wait()
         return await super().load(ids, payloads, digests)
 
@@ -68,7 +68,7 @@ class StaleOnce(MemoryDisk):
 
     stale: object = None
 
-    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> Loaded:
+    async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
         loaded = await super().load(ids, payloads, digests)
         if self.stale is not None:
             loaded.jobs["a"], self.stale = self.stale, None  # type: ignore[assignment]

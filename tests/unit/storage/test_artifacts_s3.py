@@ -24,7 +24,7 @@ from jobd.storage.artifacts import s3
 from jobd.storage.artifacts.base import Margins, Outcome, StoreFault, Verdict
 from jobd.storage.artifacts.s3 import S3ArtifactStore
 from jobd.storage.store import Store
-from tests.support.factories import Maker
+from tests.support.factories import ChangeFactory
 from tests.support.s3_servers import KEY, SECRET, moto, radosgw
 from tests.support.virtual_engine import until
 
@@ -219,7 +219,7 @@ async def test_keys_that_are_refused_are_told_and_not_shown(bucket: Bucket, monk
 
 
 async def test_the_sweeper_empties_it(bucket: Bucket, store: S3ArtifactStore, tmp_path: Path) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     disk, _ = await Store.open(str(tmp_path / "jobd.db"))
     async with disk:
         clock = Clock(0, 0)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from jobd.model.storage import Audited, AuditQuery, BadRows
+from jobd.model.storage import AuditEntry, AuditQuery, BadRows
 from jobd.storage import writers
 from jobd.storage.store import Store
 from tests.support import store_help
-from tests.support.factories import NOW, Maker
+from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_help import edited, made, opened, read
 
 
@@ -28,12 +28,12 @@ async def store(path: str) -> AsyncIterator[Store]:
         yield store
 
 
-def deed(number: int = 0, **fields: object) -> Audited:
-    return replace(Audited(NOW + number, "eve", "127.0.0.1", "cancel", f"job-{number}", jobs=1), **fields)
+def deed(number: int = 0, **fields: object) -> AuditEntry:
+    return replace(AuditEntry(NOW + number, "eve", "127.0.0.1", "cancel", f"job-{number}", jobs=1), **fields)
 
 
-async def write(store: Store, *audit: Audited) -> None:
-    await store.write(Maker().batch([], audit=list(audit)))
+async def write(store: Store, *audit: AuditEntry) -> None:
+    await store.write(ChangeFactory().batch([], audit=list(audit)))
 
 
 async def seqs(store: Store, **query: object) -> list[int]:
@@ -41,7 +41,7 @@ async def seqs(store: Store, **query: object) -> list[int]:
 
 
 async def test_a_deed_is_written_with_its_batch_and_is_there_after_a_restart(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     whole = deed(1, reason="a\nreason", queue="q", outcome="job_not_found", details={"from": None, "to": "failed"})
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create()], audit=[deed(), whole]))
@@ -52,7 +52,7 @@ async def test_a_deed_is_written_with_its_batch_and_is_there_after_a_restart(pat
 
 
 async def test_a_batch_that_is_refused_leaves_no_deed(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     ghost = made(maker.create())
     with pytest.raises(BadRows):
         await store.write(maker.batch([], audit=[deed()], payloads=[ghost.seq]))
@@ -68,7 +68,7 @@ async def test_parts_of_one_deed_become_one_row_that_counts_their_jobs(store: St
 
 
 async def test_what_a_transaction_took_back_is_written_anew(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     ghost = made(maker.create())
     with pytest.raises(BadRows):
         await store.write(maker.batch([], audit=[deed(part_of="p")], payloads=[ghost.seq]))

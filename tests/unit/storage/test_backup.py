@@ -22,7 +22,7 @@ from jobd.storage.backup import BackupStopped, copied, restore
 from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.storage.store import MEMORY, Store, StoreBroken
 from tests.support.daemon_process import Daemon
-from tests.support.factories import Maker
+from tests.support.factories import ChangeFactory
 from tests.support.store_help import assert_holds, edited, exists, make_store, opened, read, remove, spoil, write
 
 
@@ -63,7 +63,7 @@ async def test_a_copy_is_whole_marked_and_in_one_file(path: str, copy: str) -> N
 
 
 async def test_a_copy_under_load_is_the_store_at_one_moment(path: str, copy: str) -> None:
-    maker = Maker(8)
+    maker = ChangeFactory(8)
     seen: list[tuple[int, int]] = []
     async with opened(path) as (store, _):
         for _ in range(20):  # some megabytes, so that the copy takes many steps
@@ -104,7 +104,7 @@ async def take_with(store: Store, target: str, seen: list[tuple[int, int]]) -> N
 
 
 async def test_a_store_in_memory_can_be_copied(copy: str) -> None:
-    maker = Maker(2)
+    maker = ChangeFactory(2)
     async with opened(MEMORY) as (store, _):
         await store.write(maker.any_batch(30))
         await take(store, copy)
@@ -141,7 +141,7 @@ async def test_closing_the_store_cuts_a_copy_short_and_leaves_nothing(path: str,
 
 
 async def test_one_who_goes_away_stops_the_copy(path: str) -> None:
-    maker = Maker(8)
+    maker = ChangeFactory(8)
     async with opened(path) as (store, _):
         for _ in range(10):
             changes = [replace(maker.create(), payload=b'"%s"' % (b"z" * 3_000)) for _ in range(50)]
@@ -191,7 +191,7 @@ async def test_a_damaged_store_gives_no_copy(path: str, copy: str) -> None:
 
 
 async def test_a_backup_is_put_back_and_the_old_store_kept(path: str, copy: str) -> None:
-    maker = Maker(3)
+    maker = ChangeFactory(3)
     async with opened(path) as (store, _):
         await store.write(maker.any_batch(30))
         await take(store, copy)

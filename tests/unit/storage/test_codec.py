@@ -23,12 +23,12 @@ from jobd.model.commands import (
     Undelivered,
     Update,
 )
-from jobd.model.events import GIVEN_BACK, KEEP_SIGNS, ROUTINE, Changes, Event, fold
+from jobd.model.events import GIVEN_BACK, KEEP_HEARTBEATS, ROUTINE, Changes, Event, fold
 from jobd.model.job import Failure, Job, Result, compact
-from jobd.model.storage import Audited, Numbers, QueueRow, StoredResponse, Tombstone
+from jobd.model.storage import AuditEntry, Numbers, QueueRow, StoredResponse, Tombstone
 from jobd.storage import codec, migrations
-from tests.support.factories import NOW, OPTIONS, Maker, all_of, full_job
-from tests.support.rule_harness import Desk
+from tests.support.factories import NOW, OPTIONS, ChangeFactory, all_of, full_job
+from tests.support.rule_harness import RuleHarness
 
 
 def columns_of(table: str) -> tuple[str, ...]:
@@ -119,7 +119,7 @@ def test_every_single_flipped_bit_of_a_new_job_is_told() -> None:
 
 def test_what_jobs_have_in_common_exists_once() -> None:
     reader = codec.JobReader()
-    maker = Maker()
+    maker = ChangeFactory()
     made = [maker.create(options=OPTIONS[1]).after for _ in range(2)]
     back = [reader.job(codec.sealed(codec.job_row(job))) for job in made if job is not None]
     assert back[0].options is back[1].options
@@ -229,8 +229,8 @@ def test_keys_and_queues_come_back_as_they_were() -> None:
 
 
 def test_a_row_of_the_audit_log_comes_back_as_it_was() -> None:
-    short = Audited(NOW, "admin", "unix uid=0", "pause", queue="video")
-    whole = Audited(NOW, "zoë", "::1", "plan retry", "a", "q", "why\n", "job_not_found", 7, {"from": None}, "p1")
+    short = AuditEntry(NOW, "admin", "unix uid=0", "pause", queue="video")
+    whole = AuditEntry(NOW, "zoë", "::1", "plan retry", "a", "q", "why\n", "job_not_found", 7, {"from": None}, "p1")
     for each in (short, whole):
         row = codec.audit_row(3, each)
         assert len(row) == len(codec.AUDIT_COLUMNS) + 1
@@ -255,7 +255,7 @@ def test_a_row_set_aside_can_be_read_and_edited_by_people() -> None:
 
 
 def journal_with(signs: int, seed: int) -> tuple[Job, list[Event]]:
-    maker = Maker(seed)
+    maker = ChangeFactory(seed)
     change = maker.create(options=OPTIONS[1])
     events = [change.event]
     pick = random.Random(seed)
@@ -292,13 +292,13 @@ def test_forgotten_signs_of_life_leave_the_same_row(seed: int) -> None:
     for begin, end in ((0, 1), (1, 2)):
         grants = [place for place, event in enumerate(left) if event.type == "granted"] + [len(left)]
         part = left[grants[begin] : grants[end]]
-        assert sum(event.type == "progress" for event in part) == KEEP_SIGNS
-        assert sum(event.type == "extended" for event in part) == KEEP_SIGNS
+        assert sum(event.type == "progress" for event in part) == KEEP_HEARTBEATS
+        assert sum(event.type == "extended" for event in part) == KEEP_HEARTBEATS
     assert codec.thin(left) == ([], [])
 
 
 def test_few_signs_of_life_are_all_kept() -> None:
-    _, events = journal_with(KEEP_SIGNS, 1)
+    _, events = journal_with(KEEP_HEARTBEATS, 1)
     assert codec.thin(events) == ([], [])
 
 
@@ -306,35 +306,35 @@ def test_few_signs_of_life_are_all_kept() -> None:
 # Grants that were given back
 
 
-def loop_of_grants(seed: int) -> tuple[Desk, list[Event]]:
+def loop_of_grants(seed: int) -> tuple[RuleHarness, list[Event]]:
     """A job that was granted 80 times, and given back most of the time."""
-    desk, dice = Desk(), random.Random(seed)
+    desk, dice = RuleHarness(), random.Random(seed)
     desk.create(max_attempts=1_000, max_stalls=1_000, on_stall="requeue")
     for _ in range(80):
-        desk.passes(max(desk.job().run_at - desk.now, 0) + 1)
+        desk.advance(max(desk.job().run_at - desk.now, 0) + 1)
         lock_id = desk.start(lock_ttl_ms=1_000, stuck_after_ms=0)
         for _ in range(dice.choice((0, 0, 1, 3))):
-            desk.passes(1)
+            desk.advance(1)
             percent = dice.randrange(100)
             sign = dice.choice((Extend(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=percent)))
-            desk.yes(sign)
+            desk.accept(sign)
         match dice.randrange(12):
             case 0:
-                desk.yes(Fail(id="a", lock_id=lock_id, error_message="boom", error_code="E"))
+                desk.accept(Fail(id="a", lock_id=lock_id, error_message="boom", error_code="E"))
             case 1:
-                desk.passes(2_000)
-                desk.yes(Recover(limit=1))
-                desk.no(Complete(id="a", lock_id=lock_id, file_path="/late"), "lock_lost")
+                desk.advance(2_000)
+                desk.accept(Recover(limit=1))
+                desk.reject(Complete(id="a", lock_id=lock_id, file_path="/late"), "lock_lost")
             case 2:
-                desk.yes(ForceReset(id="a"), admin=True)
+                desk.accept(ForceReset(id="a"), admin=True)
             case 3 | 4:
-                desk.yes(Undelivered(id="a", lock_id=lock_id))
-                desk.no(Extend(id="a", lock_id=lock_id), "lock_lost")  # a late call
+                desk.accept(Undelivered(id="a", lock_id=lock_id))
+                desk.reject(Extend(id="a", lock_id=lock_id), "lock_lost")  # a late call
             case 5:
-                desk.yes(ReleaseLock(id="a", lock_id=lock_id), admin=True)
-                desk.yes(Update(id="a", priority=dice.randrange(9)), admin=True)
+                desk.accept(ReleaseLock(id="a", lock_id=lock_id), admin=True)
+                desk.accept(Update(id="a", priority=dice.randrange(9)), admin=True)
             case _:
-                desk.yes(Release(id="a", lock_id=lock_id, delay_ms=dice.choice((None, 0, 5))))
+                desk.accept(Release(id="a", lock_id=lock_id, delay_ms=dice.choice((None, 0, 5))))
     return desk, list(desk.events)
 
 

@@ -13,13 +13,13 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.job import DAY_MS, FINISHED, LIVE
-from jobd.model.storage import Audited, StoredResponse, Tombstone
-from jobd.model.webhooks import Cursor, Delivery
+from jobd.model.storage import AuditEntry, StoredResponse, Tombstone
+from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import doctor, dry_run, files, migrations
 from jobd.storage.database import now_ms
 from jobd.storage.doctor import Problem, Refused, accept, check, recount
 from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
-from tests.support.factories import NOW, Maker
+from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_help import (
     assert_holds,
     edited,
@@ -44,18 +44,18 @@ def places(problems: list[Problem]) -> list[str]:
     return [problem.where for problem in problems]
 
 
-async def busy_store(path: str) -> Maker:
+async def busy_store(path: str) -> ChangeFactory:
     """A store with something in every table."""
     maker = await make_store(path)
     async with opened(path) as (store, _):
         keys = [StoredResponse("d1", "b", NOW, 200, b"{}"), StoredResponse("d2", "b", NOW, 200, None, [("a", "l")])]
         await store.write(maker.batch([maker.queue_event("video", True)], keys=keys, report=b"{}"))
         young = Tombstone(900, "gone", "k/1", now_ms(), now_ms())
-        deed = Audited(NOW, "eve", "127.0.0.1", "force-fail", "job-1", details={"from": "queued"})
+        deed = AuditEntry(NOW, "eve", "127.0.0.1", "force-fail", "job-1", details={"from": "queued"})
         await store.write(maker.batch([], tombstones=[young], audit=[deed]))
         await store.open_outbox(["e"], NOW)
         message = Delivery(7, "e", "waiting", "jobs/a", "job.failed", "evt_1", 1, NOW, NOW, 0, None, None, None, b"{}")
-        await store.plan_deliveries(Cursor("e", 1, next_delivery=8), [message])
+        await store.plan_deliveries(WebhookCursor("e", 1, next_delivery=8), [message])
         await store.save_figures(b"{}")
         await store.write(maker.batch([maker.late(pick(maker, LIVE), 1)]))
     return maker

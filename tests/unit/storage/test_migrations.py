@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 
 from jobd.model.job import FINISHED, LIVE, TOKEN_COUNTER_BITS
-from jobd.model.storage import Audited, AuditQuery, LateAsked
+from jobd.model.storage import AuditEntry, AuditQuery, LateResultQuery
 from jobd.storage import codec, doctor, files, migrations, startup
 from jobd.storage.files import EpochFile
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests import ROOT
-from tests.support.factories import Maker
+from tests.support.factories import ChangeFactory
 from tests.support.store_help import assert_holds, edited, make_store, opened, read, write
 
 
@@ -263,11 +263,11 @@ async def test_a_store_of_every_older_version_becomes_one_of_this(path: str, tmp
         await assert_holds(store, found, maker)
         await store.write(maker.any_batch(5))
         job = next(iter(maker.jobs.values()))
-        await store.write(maker.batch([maker.late(job, 1)], audit=[Audited(maker.now, "eve", "::1", "cancel")]))
+        await store.write(maker.batch([maker.late(job, 1)], audit=[AuditEntry(maker.now, "eve", "::1", "cancel")]))
     async with opened(path) as (store, found):
         await assert_holds(store, found, maker)
         assert [row.who for _, row in (await store.audit(AuditQuery())).found] == ["eve"]
-        assert len((await store.late([LateAsked(job.seq)])).results[job.seq]) == 1
+        assert len((await store.late([LateResultQuery(job.seq)])).results[job.seq]) == 1
         outbox = await store.open_outbox(["e"], maker.now)
         assert (outbox.cursors["e"].position, outbox.next_delivery) == (maker.numbers.next_event - 1, 1)
     assert doctor.check(path) == []
@@ -356,7 +356,7 @@ async def test_a_kill_in_the_midst_of_a_migration_leaves_the_store_as_it_was(pat
 
 async def test_a_migrated_store_is_too_new_for_the_older_version(path: str, next_version: int) -> None:
     async with opened(path) as (store, _):
-        await store.write(Maker().any_batch(3))
+        await store.write(ChangeFactory().any_batch(3))
     before = read(path)
     with pytest.MonkeyPatch.context() as now:
         now.setattr(migrations, "VERSION", next_version - 2)

@@ -11,11 +11,11 @@ from msgspec.structs import replace
 
 from jobd.model.job import DAY_MS
 from jobd.model.storage import DiskFull
-from jobd.model.webhooks import UNTOLD, Cursor, Delivery
+from jobd.model.webhooks import GAP_PENDING, Delivery, WebhookCursor
 from jobd.storage import outbox as webhook_tables
 from jobd.storage.codec import fault
 from jobd.storage.store import Store
-from tests.support.factories import NOW, Maker
+from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_help import edited, flip, make_store, opened
 
 
@@ -46,7 +46,7 @@ def made(id_: int, endpoint: str = "e", **fields: Any) -> Delivery:
 
 async def planned(store: Store, *deliveries: Delivery, name: str = "e", position: int = 9) -> None:
     top = max((each.id for each in deliveries), default=0)
-    await store.plan_deliveries(Cursor(name, position, 0, top + 1, {}, NOW), list(deliveries))
+    await store.plan_deliveries(WebhookCursor(name, position, 0, top + 1, {}, NOW), list(deliveries))
 
 
 def bare(*deliveries: Delivery) -> list[Delivery]:
@@ -54,7 +54,7 @@ def bare(*deliveries: Delivery) -> list[Delivery]:
 
 
 def test_rows_come_back_as_they_were() -> None:
-    told = Cursor("zoë", 5, UNTOLD, 3, {"stuck_jobs": NOW}, NOW)
+    told = WebhookCursor("zoë", 5, GAP_PENDING, 3, {"stuck_jobs": NOW}, NOW)
     assert webhook_tables.cursor(webhook_tables.cursor_row(told)) == told
     assert fault(webhook_tables.cursor_row(told)) is None
     assert len(webhook_tables.cursor_row(told)) == len(webhook_tables.CURSOR_COLUMNS) + 1
@@ -68,11 +68,11 @@ async def test_a_new_endpoint_begins_at_the_end_of_the_journal(path: str) -> Non
     async with opened(path) as (store, _):
         last = maker.numbers.next_event - 1
         outbox = await store.open_outbox(["e", "f"], NOW)
-        assert outbox.cursors == {name: Cursor(name, last, last, 1, {}, NOW) for name in "ef"}
+        assert outbox.cursors == {name: WebhookCursor(name, last, last, 1, {}, NOW) for name in "ef"}
         assert (outbox.waiting, outbox.last, outbox.next_delivery) == ({"e": [], "f": []}, last, 1)
         await store.write(maker.any_batch(5))
     async with opened(path) as (store, _):
-        assert (await store.open_outbox(["e"], NOW + 5)).cursors["e"] == Cursor("e", last, last, 1, {}, NOW)
+        assert (await store.open_outbox(["e"], NOW + 5)).cursors["e"] == WebhookCursor("e", last, last, 1, {}, NOW)
 
 
 async def test_what_was_planned_is_there_after_a_restart_and_numbers_go_on(path: str) -> None:
@@ -179,7 +179,7 @@ async def test_what_was_given_up_and_is_kept_no_longer_leaves_a_gap_behind(
     async def is_gap(*settled: Delivery, now: int = NOW) -> bool:
         told = await store.settle_deliveries(list(settled), now)
         (gone_to,) = store._db.raw.execute("SELECT gone_to FROM webhooks WHERE name = 'e'").fetchone()
-        assert told == (gone_to == UNTOLD)
+        assert told == (gone_to == GAP_PENDING)
         await planned(store)  # as if it were told
         return told
 
@@ -236,7 +236,7 @@ async def test_an_endpoint_that_was_taken_out_keeps_its_place_for_a_while(path: 
 
 
 async def test_on_a_full_disk_those_that_are_known_begin_all_the_same(small_disk: Path) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(str(small_disk / "jobd.db")) as (store, _):
         await store.open_outbox(["e"], NOW)
         await planned(store, made(1), position=3)
@@ -274,7 +274,7 @@ async def test_a_bad_delivery_is_set_aside_and_named_and_holds_up_nobody(path: s
 
 
 async def test_a_bad_cursor_goes_on_where_its_deliveries_end(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(9)]))
         await store.open_outbox(["e", "f"], NOW)
@@ -285,7 +285,7 @@ async def test_a_bad_cursor_goes_on_where_its_deliveries_end(path: str) -> None:
         outbox = await store.open_outbox(["e", "f", "g"], NOW)
         assert (outbox.cursors["e"].position, outbox.cursors["e"].gone_to) == (6, 6)
         for name in "fg":  # nobody knows whose the other was: both are told
-            assert (outbox.cursors[name].position, outbox.cursors[name].gone_to) == (9, UNTOLD)
+            assert (outbox.cursors[name].position, outbox.cursors[name].gone_to) == (9, GAP_PENDING)
         assert len(store.take_faults()) == 2
     async with opened(path) as (store, _):
         assert (await store.open_outbox(["h"], NOW)).cursors["h"].gone_to == 9

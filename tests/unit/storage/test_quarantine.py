@@ -14,16 +14,16 @@ from msgspec.structs import replace
 from jobd.model.events import fold
 from jobd.model.job import FINISHED, LIVE, Job, Options, Result
 from jobd.model.storage import (
-    Audited,
+    AuditEntry,
     AuditQuery,
     BadRows,
-    Due,
+    DueTombstones,
+    JobQuery,
     JournalPage,
-    LateAsked,
-    Loaded,
-    Opened,
+    LateResultQuery,
+    LoadedRows,
+    OpenedStore,
     Quarantined,
-    Query,
     QueueRow,
     StoredResponse,
     Tombstone,
@@ -31,7 +31,7 @@ from jobd.model.storage import (
 from jobd.storage import quarantine
 from jobd.storage.codec import JOB_COLUMNS
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
-from tests.support.factories import NOW, Maker
+from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_help import (
     assert_holds,
     edited,
@@ -66,7 +66,7 @@ async def test_a_live_row_that_is_not_as_written_is_quarantined_at_start(path: s
         assert found.quarantined == {job.id: reason}
         assert any(f"job {job.id} was quarantined" in fault for fault in found.faults)
         assert job.seq not in seqs(found.live())
-        assert (await store.load([job.id], [], [])) == Loaded(bad={job.id: reason})
+        assert (await store.load([job.id], [], [])) == LoadedRows(bad={job.id: reason})
         assert store._tables.totals == recounted(store)
         aside = store._db.raw.execute("SELECT id, payload FROM quarantined_jobs").fetchall()
         assert aside == [(job.id, maker.payloads[job.seq])]
@@ -78,7 +78,7 @@ async def test_a_live_row_that_is_not_as_written_is_quarantined_at_start(path: s
 
 async def test_no_column_of_a_new_job_changes_unnoticed(path: str) -> None:
     """Not even to a value that says nothing: of such jobs only some columns are read."""
-    maker = Maker()
+    maker = ChangeFactory()
     columns = [column for column in JOB_COLUMNS if column != "seq"]
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in [*columns, "one that stays whole"]]))
@@ -106,7 +106,7 @@ async def test_a_finished_row_that_is_not_as_written_is_quarantined_when_met(pat
         if how == "load":
             assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
         elif how == "find":
-            page = await store.find(Query(limit=200))
+            page = await store.find(JobQuery(limit=200))
             assert {j.seq for j, _ in page.jobs} == maker.jobs.keys() - {job.seq}
         else:
             assert job.id not in await store.expired(maker.now * 2, 1_000)
@@ -148,7 +148,7 @@ async def test_a_bad_payload_is_never_shown_and_quarantines_its_job(path: str, d
 @pytest.mark.parametrize("how", ["changed", "deleted"])
 async def test_a_batch_whose_row_was_set_aside_meanwhile_is_refused_as_a_whole(path: str, how: str) -> None:
     """A page of jobs may meet a damaged row after a batch about its job was decided."""
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         created, other = maker.create("a"), maker.create("b")
         granted = maker.grant(made(created))
@@ -156,7 +156,7 @@ async def test_a_batch_whose_row_was_set_aside_meanwhile_is_refused_as_a_whole(p
         await store.write(maker.batch([created, other, granted, *([finished] if how == "deleted" else [])]))
         late = maker.delete(made(finished)) if how == "deleted" else maker.progress(made(granted), 5)
         store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = ?", (made(created).seq,))
-        assert "a" not in {job.id for job, _ in (await store.find(Query())).jobs}
+        assert "a" not in {job.id for job, _ in (await store.find(JobQuery())).jobs}
         with pytest.raises(BadRows) as caught:
             await store.write(maker.batch([late, maker.grant(made(other))]))
         assert caught.value.jobs == {"a": "its checksum is wrong"}
@@ -170,7 +170,7 @@ async def test_a_batch_whose_row_was_set_aside_meanwhile_is_refused_as_a_whole(p
 
 async def test_counts_decided_before_a_row_was_set_aside_are_written_without_it(path: str) -> None:
     """Simulation, seed 1013: they were written as they were, and a power cut made them last."""
-    maker, told = Maker(), [Quarantined("a", "its checksum is wrong", ("default", "completed"))]
+    maker, told = ChangeFactory(), [Quarantined("a", "its checksum is wrong", ("default", "completed"))]
     async with opened(path) as (store, _):
         changes = [maker.create(name, options=Options("default")) for name in "abc"]
         granted = [maker.grant(made(change)) for change in changes]
@@ -180,7 +180,7 @@ async def test_counts_decided_before_a_row_was_set_aside_are_written_without_it(
         heard: list[Quarantined] = []
         store.on_quarantined = heard.append
         count = QueueRow(completed=3)
-        looking = asyncio.ensure_future(store.find(Query()))
+        looking = asyncio.ensure_future(store.find(JobQuery()))
         await asyncio.sleep(0)  # it is on its way
         batch = maker.batch([finished[2]])
         assert (batch.queues, heard) == ({"default": count}, [])
@@ -202,7 +202,7 @@ async def test_counts_decided_before_a_row_was_set_aside_are_written_without_it(
 async def test_a_damaged_row_for_which_there_is_no_room_is_moved_later_and_counted_until_then(
     path: str, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     told: list[Quarantined] = []
     async with opened(path) as (store, _):
         created = maker.create("a", options=Options("default"))
@@ -214,7 +214,7 @@ async def test_a_damaged_row_for_which_there_is_no_room_is_moved_later_and_count
         with monkeypatch.context() as patch:
             patch.setattr(quarantine, "_move_job", no_room)
             for _ in range(2):
-                assert (await store.find(Query())).jobs == []
+                assert (await store.find(JobQuery())).jobs == []
             assert await store.expired(maker.now * 2, 10) == []
         assert told == [Quarantined("a", reason, is_moved=False)]
         assert store._tables.totals == recounted(store)
@@ -227,19 +227,19 @@ async def test_a_damaged_row_for_which_there_is_no_room_is_moved_later_and_count
 async def test_what_is_met_again_and_again_and_cannot_be_moved_takes_no_more_memory_each_time(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(10)]))
         store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq <= 5")
         with monkeypatch.context() as patch:
             patch.setattr(quarantine, "_move_job", no_room)
             for _ in range(20):
-                assert len((await store.find(Query())).jobs) == 5
+                assert len((await store.find(JobQuery())).jobs) == 5
         tables = store._tables
         assert (len(tables.aside), len(tables.faults), tables.asides) == (5, 5, 5)
         await store.write(maker.batch([maker.create()]))
         assert (tables.aside, tables.asides) == ({}, 5)
-        assert len((await store.find(Query())).jobs) == 6
+        assert len((await store.find(JobQuery())).jobs) == 6
         assert tables.asides == 10
         await store.write(maker.batch([maker.create()]))
         assert (tables.aside, tables.unmoved) == ({}, {})
@@ -253,7 +253,7 @@ def no_room(*_: object) -> None:
 
 async def test_damaged_rows_that_have_expired_do_not_hide_those_behind_them(path: str) -> None:
     """Simulation, seed 17782: a slice of damaged ones alone was taken for the end."""
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         for name in "abc":
             created = maker.create(name)
@@ -271,7 +271,7 @@ async def test_damaged_rows_that_cannot_be_moved_do_not_hide_those_behind_them_e
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a full disk: what is deleted there makes room."""
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         for name in "abcd":
             created = maker.create(name)
@@ -287,7 +287,7 @@ async def test_damaged_rows_that_cannot_be_moved_do_not_hide_those_behind_them_e
 @pytest.mark.parametrize("status", ["queued", "completed"])
 async def test_an_id_that_became_that_of_another_job_is_set_aside_at_the_start(path: str, status: str) -> None:
     """Indexes are rebuilt then, and there cannot be two of one id: the start ended there."""
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         first, second = maker.create("job-0"), maker.create("job-1")
         await store.write(maker.batch([first, second]))
@@ -305,15 +305,15 @@ async def test_an_id_that_became_that_of_another_job_is_set_aside_at_the_start(p
 
 
 async def test_a_payload_that_went_with_its_row_names_the_job(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     created = maker.create("a")
     async with opened(path) as (store, _):
         await store.write(maker.batch([created]))
     async with opened(path) as (store, _):  # that has not the payload at hand
         store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = 1")
-        assert "a" not in {job.id for job, _ in (await store.find(Query())).jobs}
-        assert await store.load([], [1], []) == Loaded(bad={"a": "its checksum is wrong"})
-        assert await store.load([], [99], []) == Loaded()
+        assert "a" not in {job.id for job, _ in (await store.find(JobQuery())).jobs}
+        assert await store.load([], [1], []) == LoadedRows(bad={"a": "its checksum is wrong"})
+        assert await store.load([], [99], []) == LoadedRows()
         with pytest.raises(BadRows) as caught:
             await store.write(maker.batch([maker.create("b")], payloads=[1]))
         assert list(caught.value.jobs) == ["a"]
@@ -325,8 +325,8 @@ async def test_a_bad_payload_that_is_loaded_quarantines_its_job(path: str) -> No
     flip(path, "payloads", "body", "job_seq", job.seq)
     async with opened(path) as (store, _):
         loaded = await store.load([job.id], [job.seq], [])
-        assert loaded == Loaded(bad={job.id: "its payload is bad: its checksum is wrong"})
-        assert job.seq not in [j.seq for j, _ in (await store.find(Query(limit=200))).jobs]
+        assert loaded == LoadedRows(bad={job.id: "its payload is bad: its checksum is wrong"})
+        assert job.seq not in [j.seq for j, _ in (await store.find(JobQuery(limit=200))).jobs]
 
 
 async def test_a_bad_journal_row_is_set_aside_and_named(path: str) -> None:
@@ -346,7 +346,7 @@ async def test_a_bad_journal_row_is_set_aside_and_named(path: str) -> None:
 
 
 async def test_bad_keys_are_set_aside_and_named(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     keys = [StoredResponse(f"d{number}", "b", NOW + number, 200, b'{"n":1}') for number in range(4)]
     async with opened(path) as (store, _):
         await store.write(maker.batch([], keys=keys))
@@ -356,7 +356,7 @@ async def test_bad_keys_are_set_aside_and_named(path: str) -> None:
     async with opened(path) as (store, found):
         assert [key.digest for key in found.keys] == ["d0", "d2", "d3"]
         assert found.faults[0] == "keys d1: its checksum is wrong; the row was set aside"
-        assert list((await store.load([], [], ["d0", "d1", "d2", "d3"])).answers) == ["d0", "d3"]
+        assert list((await store.load([], [], ["d0", "d1", "d2", "d3"])).responses) == ["d0", "d3"]
         assert "keys d2: the checksum of its answer is wrong; the row was set aside" in store.take_faults()
 
 
@@ -388,7 +388,7 @@ async def test_a_bad_tombstone_is_set_aside_and_named_and_deletes_nothing(path: 
     async with opened(path) as (store, found):
         assert found.tombstones == 2
         due = await store.due_tombstones(NOW, 9)
-        assert due == Due([(buried[1], False)], damaged=1)
+        assert due == DueTombstones([(buried[1], False)], damaged=1)
         assert store.take_faults() == ["tombstones 901: its checksum is wrong; the row was set aside"]
         assert (await store.due_tombstones(NOW, 9)).damaged == 0
 
@@ -396,7 +396,7 @@ async def test_a_bad_tombstone_is_set_aside_and_named_and_deletes_nothing(path: 
 async def test_a_bad_row_of_the_audit_log_is_set_aside_and_named(path: str) -> None:
     maker = await make_store(path)
     async with opened(path) as (store, _):
-        deeds = [Audited(NOW + at, f"who-{at}", "unix", "pause", queue="q") for at in range(3)]
+        deeds = [AuditEntry(NOW + at, f"who-{at}", "unix", "pause", queue="q") for at in range(3)]
         await store.write(maker.batch([], audit=deeds))
     flip(path, "audit", "who", "seq", 2)
     async with opened(path) as (store, _):
@@ -409,7 +409,7 @@ async def test_a_bad_row_of_the_audit_log_is_set_aside_and_named(path: str) -> N
 async def test_bad_tombstones_that_cannot_be_moved_hide_none_behind_them(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         buried = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW + seq) for seq in range(1, 30)]
         await store.write(maker.batch([], tombstones=buried))
@@ -417,12 +417,14 @@ async def test_bad_tombstones_that_cannot_be_moved_hide_none_behind_them(
         with monkeypatch.context() as patch:
             patch.setattr(quarantine, "_set_row_aside", no_room)
             for _ in range(2):
-                assert await store.due_tombstones(NOW + 99, 10) == Due(
+                assert await store.due_tombstones(NOW + 99, 10) == DueTombstones(
                     [(each, False) for each in buried[25:]], unmoved=25
                 )
                 assert (await store.due_tombstones(NOW + 99, 2)).unmoved == 20  # it looks behind some, not all
-        assert (await store.due_tombstones(NOW + 99, 10)) == Due([(each, False) for each in buried[25:]], damaged=25)
-        assert (await store.due_tombstones(NOW + 99, 10)) == Due([(each, False) for each in buried[25:]])
+        assert (await store.due_tombstones(NOW + 99, 10)) == DueTombstones(
+            [(each, False) for each in buried[25:]], damaged=25
+        )
+        assert (await store.due_tombstones(NOW + 99, 10)) == DueTombstones([(each, False) for each in buried[25:]])
 
 
 async def test_a_live_row_that_vanished_is_noticed_at_every_start(path: str) -> None:
@@ -439,7 +441,7 @@ async def test_a_live_row_that_vanished_is_noticed_at_every_start(path: str) -> 
 
 
 async def test_an_older_version_of_a_row_is_noticed(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     change = maker.create("a")
     async with opened(path) as (store, _):
         await store.write(maker.batch([change]))
@@ -508,9 +510,9 @@ def spoil_page(path: str, mark: bytes) -> None:
     write(path, content)
 
 
-async def make_long_store(path: str) -> Maker:
+async def make_long_store(path: str) -> ChangeFactory:
     """A store whose first jobs, on pages of their own, are finished, and whose last are live."""
-    maker = Maker(2)
+    maker = ChangeFactory(2)
     async with opened(path) as (store, _):
         changes = [maker.create() for _ in range(300)]
         await store.write(maker.batch(changes))
@@ -529,7 +531,7 @@ async def test_a_page_of_jobs_that_cannot_be_read_is_worked_around(path: str) ->
         assert (await store.load(["job-1"], [], [])).jobs == {"job-1": maker.jobs[1]}
         assert any("job job-100: its row cannot be read" in fault for fault in store.take_faults())
         seen: list[int] = []
-        query = Query(limit=200)
+        query = JobQuery(limit=200)
         while True:
             page = await store.find(query)
             assert all(maker.jobs[job.seq] == job for job, _ in page.jobs)
@@ -540,7 +542,7 @@ async def test_a_page_of_jobs_that_cannot_be_read_is_worked_around(path: str) ->
         assert seen == sorted(set(seen), reverse=True)
         assert {1, 250, 300} < set(seen)
         for scan in (7, 5_000):
-            query, upwards = Query(limit=200, scan=scan, after=0), []
+            query, upwards = JobQuery(limit=200, scan=scan, after=0), []
             while True:
                 page = await store.find(query)
                 upwards += [job.seq for job, _ in page.jobs]
@@ -616,7 +618,7 @@ async def test_a_journal_whose_index_cannot_be_read_is_read_without_it(path: str
 
 
 async def test_late_results_whose_index_cannot_be_read_cost_no_plan(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create("a")]))
     with edited(path) as conn:
@@ -631,7 +633,7 @@ async def test_late_results_whose_index_cannot_be_read_cost_no_plan(path: str) -
 
 
 async def test_an_index_that_leads_to_events_of_another_job_is_rebuilt(path: str) -> None:
-    maker = Maker(2)
+    maker = ChangeFactory(2)
     async with opened(path) as (store, _):
         changes = [maker.create(f"job-{number}") for number in range(3)]
         await store.write(maker.batch(changes))
@@ -684,7 +686,7 @@ def _examined(path: str) -> bool:
         return True
 
 
-async def assert_never_wrong(store: Store, found: Opened, maker: Maker, excused: bool) -> bool:
+async def assert_never_wrong(store: Store, found: OpenedStore, maker: ChangeFactory, excused: bool) -> bool:
     """All that is served is as it was written; what is missing is named, here or by the doctor. Whether it was here."""
     for job in found.live():
         assert maker.jobs[job.seq] == job
@@ -697,7 +699,7 @@ async def assert_never_wrong(store: Store, found: Opened, maker: Maker, excused:
     some = await store.load([], [job.seq for job in loaded.jobs.values()], [])
     for seq, payload in some.payloads.items():
         assert payload.body == maker.payloads[seq]
-    page = await store.find(Query(limit=200))
+    page = await store.find(JobQuery(limit=200))
     for job, body in page.jobs:
         assert maker.jobs[job.seq] == job
         assert maker.payloads[job.seq] == body
@@ -707,7 +709,7 @@ async def assert_never_wrong(store: Store, found: Opened, maker: Maker, excused:
 
 
 async def test_a_journal_that_cannot_be_thinned_does_not_stop_a_sign_of_life(path: str) -> None:
-    maker = Maker(2)
+    maker = ChangeFactory(2)
     async with opened(path) as (store, _):
         change = maker.grant(made(maker.create()))
         first = maker.jobs[1]
@@ -737,7 +739,7 @@ async def test_a_late_result_that_is_not_as_written_is_set_aside_and_its_job_is_
     flip(path, "late_results", column, "seq", changes[0].event.seq)
     async with opened(path) as (store, found):
         assert found.faults == []
-        asked = [LateAsked(job.seq, whole=True)]
+        asked = [LateResultQuery(job.seq, with_results=True)]
         assert (await store.late(asked)).results[job.seq] == [changes[1].late]
         (fault,) = store.take_faults()
         assert fault == f"late_results {changes[0].event.seq}: its checksum is wrong; the row was set aside"
@@ -761,7 +763,7 @@ async def test_a_late_result_that_the_index_has_under_another_job_is_not_shown_t
     with without_indexes(path) as conn:
         conn.execute("UPDATE late_results SET job_seq = ?", (job.seq,))
     async with opened(path) as (store, _):
-        assert (await store.late([LateAsked(other.seq)])).results[other.seq] == []
+        assert (await store.late([LateResultQuery(other.seq)])).results[other.seq] == []
         assert store.take_faults() == []
 
 
@@ -778,7 +780,7 @@ async def test_late_results_that_cannot_be_read_are_none(path: str, table: str) 
     content[(page - 1) * size : page * size] = bytes(size)
     write(path, content)
     async with opened(path) as (store, _):
-        known = await store.late([LateAsked(job.seq, "lock")])
+        known = await store.late([LateResultQuery(job.seq, "lock")])
         assert known.grants == {}
         assert len(known.results[job.seq]) == (table == "events")
         assert (store.take_faults() != []) == (table != "events")

@@ -20,7 +20,7 @@ from jobd.storage import files, migrations, startup
 from jobd.storage.backup import restore
 from jobd.storage.files import EpochFile
 from jobd.storage.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
-from tests.support.factories import Maker
+from tests.support.factories import ChangeFactory
 from tests.support.store_help import edited, opened, read, write
 
 
@@ -79,7 +79,7 @@ async def test_a_database_that_another_program_holds_is_busy(path: str) -> None:
 @pytest.mark.parametrize("in_log", [False, True])
 async def test_a_newer_store_is_refused_and_left_as_it_is(path: str, in_log: bool) -> None:
     async with opened(path) as (store, _):
-        await store.write(Maker().any_batch(3))
+        await store.write(ChangeFactory().any_batch(3))
     conn = sqlite3.connect(path, isolation_level=None)
     conn.execute(f"PRAGMA user_version = {migrations.VERSION + 1}")
     if in_log:  # as after a crash of the newer one: the version stands in the log only
@@ -155,7 +155,7 @@ async def test_no_thread_is_left_behind(path: str, tmp_path: Path) -> None:
 
 
 async def test_a_marked_file_takes_a_new_epoch_until_its_grants_were_ended(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, found):
         assert (found.marked, found.numbers.epoch) == (False, 1)
         await store.write(maker.batch([maker.create()]))

@@ -17,29 +17,29 @@ from hypothesis import strategies as st
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.model.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_SIGNS, Change, Event, fold
+from jobd.model.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event, fold
 from jobd.model.fingerprints import fingerprint
-from jobd.model.job import COUNTER_MASK, KEEP_LATE, Failure, Grant, Job, LateResult, Lease, PreviousGrant, Result
+from jobd.model.job import COUNTER_MASK, MAX_LATE_RESULTS, Failure, Grant, Job, LateResult, Lease, PreviousGrant, Result
 from jobd.model.storage import (
-    PUT_OFF_MS,
+    MAX_POSTPONE_MS,
     SPARE_BYTES,
     BadRows,
     Batch,
     DiskFull,
-    Due,
+    DueTombstones,
+    JobQuery,
     JournalPage,
-    LateAsked,
-    Loaded,
+    LateResultQuery,
+    LoadedRows,
     Numbers,
-    Opened,
-    Query,
+    OpenedStore,
     Storage,
     StoredResponse,
     Tombstone,
 )
 from jobd.storage import codec, database, files, queries
 from jobd.storage.store import MEMORY, Store
-from tests.support.factories import NOW, OPTIONS, Maker, all_of
+from tests.support.factories import NOW, OPTIONS, ChangeFactory, all_of
 from tests.support.store_help import assert_holds, edited, exists, flip, made, opened, recounted
 
 
@@ -57,7 +57,7 @@ async def store(path: str) -> AsyncIterator[Store]:
 
 async def test_a_new_store_is_empty_private_and_durable(path: str) -> None:
     async with opened(path) as (store, found):
-        assert found == Opened(Numbers())
+        assert found == OpenedStore(Numbers())
         for name in (path, f"{path}.lock", f"{path}.epoch", f"{path}.ballast"):
             assert stat.S_IMODE(os.stat(name).st_mode) == 0o600, name
         assert os.stat(f"{path}.ballast").st_blocks * 512 >= files.BALLAST_BYTES
@@ -81,7 +81,7 @@ async def test_extra_is_stricter_and_less_than_full_is_refused(path: str) -> Non
 
 
 async def test_a_batch_is_read_back_after_a_restart(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         first = maker.create("a")
         second = maker.create("b", type_="imported")
@@ -95,13 +95,13 @@ async def test_a_batch_is_read_back_after_a_restart(path: str) -> None:
         await assert_holds(store, found, maker)
         assert await store.reports(5) == [b'{"r":1}']
         loaded = await store.load(["b", "nobody"], [2, 99], ["nothing"])
-        assert loaded == Loaded({"b": maker.jobs[2]}, {2: loaded.payloads[2]}, {}, {})
+        assert loaded == LoadedRows({"b": maker.jobs[2]}, {2: loaded.payloads[2]}, {}, {})
         assert loaded.payloads[2].request_hash == "hash-2"
 
 
 async def test_a_batch_is_one_transaction_with_all_that_it_brings(store: Store) -> None:
     """Jobs, events, answers that are kept under their keys, queues, a report, what operators did."""
-    maker, said = Maker(), list[str]()
+    maker, said = ChangeFactory(), list[str]()
     old = StoredResponse("d0", "b0", NOW, 200, b"{}")
     await store.write(maker.batch([maker.create("old")], keys=[old]))
     first, second = maker.create("a"), maker.create("b")
@@ -119,12 +119,12 @@ async def test_a_batch_is_one_transaction_with_all_that_it_brings(store: Store) 
 
 
 async def test_a_batch_shows_the_payload_of_a_job_that_it_makes(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     assert await store.write(maker.batch([maker.create()], payloads=[1])) == {1: maker.payloads[1]}
 
 
 async def test_a_batch_behind_other_work_of_the_thread_does_not_hold_the_loop(store: Store) -> None:
-    maker, busy = Maker(), threading.Event()
+    maker, busy = ChangeFactory(), threading.Event()
     other = asyncio.create_task(store._db.hop(busy.wait))
     writing = asyncio.create_task(store.write(maker.batch([maker.create()])))
     await asyncio.sleep(0)
@@ -142,7 +142,7 @@ async def test_an_empty_batch_keeps_the_numbers(path: str) -> None:
 
 
 async def test_a_job_that_comes_and_goes_in_one_batch_leaves_its_journal(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         first = maker.create("a", type_="imported")
         ended = maker.finish(made(first), "cancelled")
@@ -161,19 +161,19 @@ async def test_stored_answers_are_kept_replaced_and_forgotten(path: str) -> None
         StoredResponse("d1", "b1", NOW, 201, b'{"x":1}'),
         StoredResponse("d2", "b2", NOW + 1, 200, None, [("a", "lock")]),
     )
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([], keys=[answer, grant]))
     async with opened(path) as (store, found):
         assert found.keys == [replace(answer, body=None), grant]
-        assert (await store.load([], [], ["d1", "d2"])).answers == {"d1": answer, "d2": grant}
+        assert (await store.load([], [], ["d1", "d2"])).responses == {"d1": answer, "d2": grant}
         newer = replace(answer, body=b"[]", at=NOW + 2)
         await store.write(maker.batch([], keys=[newer], forget_keys=["d2"]))
-        assert (await store.load([], [], ["d1", "d2"])).answers == {"d1": newer}
+        assert (await store.load([], [], ["d1", "d2"])).responses == {"d1": newer}
 
 
 async def test_the_last_500_reports_are_kept(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     for number in range(503):
         await store.write(maker.batch([], report=b"%d" % number))
     kept = await store.reports(1_000)
@@ -191,12 +191,12 @@ async def test_figures_outlive_a_restart(path: str) -> None:
 
 
 async def test_a_store_in_memory_works_alike() -> None:
-    maker = Maker(3)
+    maker = ChangeFactory(3)
     async with opened(MEMORY) as (store, found):
         assert found.live() == []
         for _ in range(30):
             await store.write(maker.any_batch(10))
-        assert len((await store.find(Query(limit=200))).jobs) == len(maker.jobs)
+        assert len((await store.find(JobQuery(limit=200))).jobs) == len(maker.jobs)
         assert await store.space() is None
         await store.probe(SPARE_BYTES)
         assert await store.drop_reserve() is False
@@ -211,7 +211,7 @@ def test_whatever_is_written_rows_journal_sums_and_counts_agree(
 ) -> None:
     async def run() -> None:
         path = str(tmp_path_factory.mktemp("any") / "jobd.db")
-        maker = Maker(seed)
+        maker = ChangeFactory(seed)
         for part in (sizes[: len(sizes) // 2], sizes[len(sizes) // 2 :]):
             async with opened(path) as (store, _):
                 for size in part:
@@ -230,7 +230,7 @@ def test_whatever_is_written_rows_journal_sums_and_counts_agree(
 
 
 async def test_of_signs_of_life_the_last_of_each_grant_are_kept(path: str) -> None:
-    maker = Maker(1)
+    maker = ChangeFactory(1)
     job = made(maker.create(options=OPTIONS[1]))
     async with opened(path) as (store, _):
         await store.write(
@@ -246,19 +246,19 @@ async def test_of_signs_of_life_the_last_of_each_grant_are_kept(path: str) -> No
             )
             await store.write(maker.batch([change]))
         (rows_kept,) = store._db.raw.execute("SELECT count(*) FROM events").fetchone()
-        assert rows_kept <= 2 + 3 * KEEP_SIGNS
+        assert rows_kept <= 2 + 3 * KEEP_HEARTBEATS
         types = [event.type for event in await store.timeline(1)]
-        assert types.count("progress") == types.count("extended") == KEEP_SIGNS
+        assert types.count("progress") == types.count("extended") == KEEP_HEARTBEATS
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.extend(made(change))]))  # a grant of before the start: thinned at once
         (rows_kept,) = store._db.raw.execute("SELECT count(*) FROM events").fetchone()
-        assert rows_kept == 2 + 2 * KEEP_SIGNS
+        assert rows_kept == 2 + 2 * KEEP_HEARTBEATS
         assert maker.jobs[1].progress_message == "x"
 
 
 async def test_after_a_batch_one_journal_is_thinned_the_others_after_those_to_come(path: str) -> None:
     """Everybody waits for it: sixteen workers that report alike would hold all up for sixteen times as long."""
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         created = [maker.create(), maker.create()]
         await store.write(maker.batch(created))
@@ -269,38 +269,38 @@ async def test_after_a_batch_one_journal_is_thinned_the_others_after_those_to_co
             sql = "SELECT count(*) FROM events WHERE type = 'progress' GROUP BY job_seq ORDER BY job_seq"
             return [count for (count,) in store._db.raw.execute(sql)]
 
-        for _ in range(KEEP_SIGNS + 1):
+        for _ in range(KEEP_HEARTBEATS + 1):
             held = [maker.progress(made(change)) for change in held]
             await store.write(maker.batch(held))
-        assert signs() == [KEEP_SIGNS, KEEP_SIGNS + 1]
+        assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS + 1]
         await store.write(maker.batch([maker.finish(made(held[1])), maker.create()]))
-        assert signs() == [KEEP_SIGNS, KEEP_SIGNS]
+        assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
         assert list(store._tables._signs) == [1], "whose grant has ended is not watched any more"
         await store.write(maker.batch([maker.create()]))
-        assert signs() == [KEEP_SIGNS, KEEP_SIGNS]
+        assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
 
 
 async def test_a_journal_that_waits_to_be_thinned_is_thinned_from_the_grant_that_crowded_it(path: str) -> None:
     """The job may be in other hands when its turn comes."""
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         created = [maker.create(), maker.create()]
         held = [maker.grant(made(change)) for change in created]
         await store.write(maker.batch([*created, *held]))
-        for _ in range(KEEP_SIGNS + 1):
+        for _ in range(KEEP_HEARTBEATS + 1):
             held = [maker.progress(made(change)) for change in held]
             await store.write(maker.batch(held))
         back = maker.requeue(made(held[1]))
         await store.write(maker.batch([back, maker.grant(made(back))]))
         sql = "SELECT count(*) FROM events WHERE type = 'progress' AND job_seq = 2"
-        assert store._db.raw.execute(sql).fetchone() == (KEEP_SIGNS,)
+        assert store._db.raw.execute(sql).fetchone() == (KEEP_HEARTBEATS,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Grants that were given back
 
 
-def round_of(maker: Maker, job: Job, signs: int = 0) -> tuple[Job, list[Change]]:
+def round_of(maker: ChangeFactory, job: Job, signs: int = 0) -> tuple[Job, list[Change]]:
     """A grant that is given back."""
     changes = [maker.grant(job)]
     for _ in range(signs):
@@ -324,7 +324,7 @@ def folded(events: list[Event]) -> Job | None:
 async def test_the_first_and_last_of_the_grants_that_were_given_back_are_kept(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maker, compact = Maker(), codec.compact
+    maker, compact = ChangeFactory(), codec.compact
     read: list[int] = []
     tokens: list[int] = []
 
@@ -361,7 +361,7 @@ async def test_the_first_and_last_of_the_grants_that_were_given_back_are_kept(
 async def test_a_long_journal_is_compacted_slice_by_slice(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No batch waits for more than one slice, even if a single grant is longer than that."""
     monkeypatch.setattr(database, "COMPACTED_AT_ONCE", 20)
-    maker = Maker()
+    maker = ChangeFactory()
     change = maker.create()
     job, changes = made(change), [change]
     for number in range(2 * KEEP_GRANTS):
@@ -381,7 +381,7 @@ async def test_a_long_journal_is_compacted_slice_by_slice(path: str, monkeypatch
 
 
 async def test_a_journal_is_compacted_behind_a_damaged_row(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     change = maker.create()
     job, changes = made(change), [change]
     for _ in range(2 * KEEP_GRANTS):
@@ -403,7 +403,7 @@ async def test_grants_that_were_given_back_are_counted_of_live_jobs_up_to_a_limi
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "GIVEN_BACK_KEPT", 2)
-    maker = Maker()
+    maker = ChangeFactory()
     created = [maker.create() for _ in range(3)]
     async with opened(path) as (store, _):
         await store.write(maker.batch(created))
@@ -418,14 +418,14 @@ async def test_grants_that_were_given_back_are_counted_of_live_jobs_up_to_a_limi
 
 
 async def test_what_was_written_lately_is_at_hand(store: Store, path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     await store.write(maker.batch([maker.create(), maker.create()]))
     assert store.cached_payloads([1, 2, 3]) == {seq: maker.payloads[seq] for seq in (1, 2)}
     assert store.cached_payloads([]) == {}
 
 
 async def test_of_a_long_story_the_latest_events_can_be_had(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     change = maker.create()
     await store.write(maker.batch([change]))
     for _ in range(5):
@@ -440,7 +440,7 @@ async def test_of_a_long_story_the_latest_events_can_be_had(store: Store) -> Non
 
 
 async def test_journals_of_deleted_jobs_go_when_they_are_old(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     first, second = maker.create(), maker.create()
     ended = maker.finish(made(first))
     await store.write(maker.batch([first, second, ended, maker.queue_event("video", True)]))
@@ -459,7 +459,7 @@ async def test_journals_of_deleted_jobs_go_when_they_are_old(store: Store) -> No
 
 
 async def test_the_journal_of_the_whole_store_goes_on_after_a_position(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     await store.write(maker.batch([maker.create() for _ in range(5)]))
     page = await store.journal(2, 2)
     assert ([event.seq for event in page.events], page.last, page.gone_to) == ([3, 4], 5, 0)
@@ -467,7 +467,7 @@ async def test_the_journal_of_the_whole_store_goes_on_after_a_position(store: St
 
 
 async def test_what_was_pruned_is_told_also_after_a_restart(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         first, second = maker.create(), maker.create()
         ended = maker.finish(made(maker.grant(made(first))))
@@ -488,7 +488,7 @@ async def test_what_was_pruned_is_told_also_after_a_restart(path: str) -> None:
 
 
 async def test_nobody_is_led_past_a_damaged_event(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(5)]))
     with edited(path) as conn:
@@ -501,7 +501,7 @@ async def test_nobody_is_led_past_a_damaged_event(path: str) -> None:
 
 
 async def test_a_damaged_number_of_an_event_makes_no_more_of_the_journal_gone_than_there_was(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(5)]))
     with edited(path) as conn:
@@ -514,8 +514,8 @@ async def test_a_damaged_number_of_an_event_makes_no_more_of_the_journal_gone_th
 # Pages
 
 
-async def fill_for_pages(store: Store) -> Maker:
-    maker = Maker(5)
+async def fill_for_pages(store: Store) -> ChangeFactory:
+    maker = ChangeFactory(5)
     changes = [maker.create(options=OPTIONS[number % 2]) for number in range(60)]
     await store.write(maker.batch(changes))
     jobs = list(maker.jobs.values())
@@ -526,7 +526,7 @@ async def fill_for_pages(store: Store) -> Maker:
     return maker
 
 
-async def all_pages(store: Store, query: Query) -> tuple[list[Job], int]:
+async def all_pages(store: Store, query: JobQuery) -> tuple[list[Job], int]:
     found: list[Job] = []
     pages = 0
     while True:
@@ -564,9 +564,9 @@ async def test_pages_give_every_match_once_in_either_order(
 ) -> None:
     maker = await fill_for_pages(store)
     matches = [job for job in maker.jobs.values() if _matches(job, wanted)]
-    found, pages = await all_pages(store, Query(limit=limit, scan=scan, **wanted))  # type: ignore[arg-type]
+    found, pages = await all_pages(store, JobQuery(limit=limit, scan=scan, **wanted))  # type: ignore[arg-type]
     assert found == sorted(matches, key=lambda job: -job.seq)
-    upwards, pages_upwards = await all_pages(store, Query(limit=limit, scan=scan, after=0, **wanted))  # type: ignore[arg-type]
+    upwards, pages_upwards = await all_pages(store, JobQuery(limit=limit, scan=scan, after=0, **wanted))  # type: ignore[arg-type]
     assert upwards == found[::-1]
     if scan > 60:
         assert pages == pages_upwards == max(1, -(-len(matches) // limit))
@@ -584,7 +584,7 @@ def _matches(job: Job, wanted: dict[str, str]) -> bool:
 
 @pytest.mark.parametrize("status", ["queued", "processing", "failed", "cancelled"])
 async def test_a_job_that_did_not_complete_is_found_behind_all_younger_ones(store: Store, status: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     created = maker.create("old")
     old = made(created)
     await store.write(maker.batch([created]))
@@ -594,26 +594,26 @@ async def test_a_job_that_did_not_complete_is_found_behind_all_younger_ones(stor
         await store.write(maker.batch([maker.finish(old, status)]))
     await store.write(maker.batch([maker.create() for _ in range(50)]))
     await store.write(maker.batch([maker.finish(job) for job in list(maker.jobs.values()) if job.id != "old"]))
-    page = await store.find(Query(status=status, scan=5))
-    assert ([job.id for job, _ in page.jobs], page.next_before, page.looked_to_at) == (["old"], None, None)
+    page = await store.find(JobQuery(status=status, scan=5))
+    assert ([job.id for job, _ in page.jobs], page.next_before, page.scanned_until) == (["old"], None, None)
 
 
 async def test_a_page_says_how_far_it_has_looked_where_it_ends_for_that(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     await store.write(maker.batch([said(maker, f"j{n}", created_at=NOW + n) for n in range(9)]))
-    page = await store.find(Query(kind="none", scan=4))
-    assert (page.jobs, page.next_before, page.looked_to_at, page.looked) == ([], 6, NOW + 5, 4)
-    page = await store.find(Query(kind="none", scan=4, before=5))
-    assert (page.next_before, page.looked_to_at) == (None, None), "that was the last one"
-    page = await store.find(Query(scan=4, limit=2))
-    assert (len(page.jobs), page.next_before, page.looked_to_at) == (2, 8, None), "it is full"
-    page = await store.find(Query(scan=4))
-    assert (len(page.jobs), page.next_before, page.looked_to_at) == (4, 6, NOW + 5)
+    page = await store.find(JobQuery(kind="none", scan=4))
+    assert (page.jobs, page.next_before, page.scanned_until, page.scanned) == ([], 6, NOW + 5, 4)
+    page = await store.find(JobQuery(kind="none", scan=4, before=5))
+    assert (page.next_before, page.scanned_until) == (None, None), "that was the last one"
+    page = await store.find(JobQuery(scan=4, limit=2))
+    assert (len(page.jobs), page.next_before, page.scanned_until) == (2, 8, None), "it is full"
+    page = await store.find(JobQuery(scan=4))
+    assert (len(page.jobs), page.next_before, page.scanned_until) == (4, 6, NOW + 5)
 
 
 async def test_the_worker_of_a_job_is_that_of_its_latest_grant(store: Store) -> None:
     """Also where it has ended. Who had the job before has no part in it any more."""
-    maker = Maker()
+    maker = ChangeFactory()
     created = maker.create("a")
     await store.write(maker.batch([created]))
     first = PreviousGrant("old", 1, "w-before", NOW, "holder", "failed", "fail", "h")
@@ -627,21 +627,21 @@ async def test_the_worker_of_a_job_is_that_of_its_latest_grant(store: Store) -> 
 
 
 async def test_a_page_carries_no_more_payload_than_asked(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     changes = [replace(maker.create(), payload=b'"%s"' % (b"y" * 998)) for _ in range(10)]
     await store.write(maker.batch(changes))
-    page = await store.find(Query(payload_bytes=3_000))
+    page = await store.find(JobQuery(payload_bytes=3_000))
     assert [job.seq for job, _ in page.jobs] == [10, 9, 8]
     assert page.next_before == 8
-    page = await store.find(Query(payload_bytes=10, before=2))  # one that is larger than that is a page of its own
+    page = await store.find(JobQuery(payload_bytes=10, before=2))  # one that is larger than that is a page of its own
     assert [(job.seq, len(body)) for job, body in page.jobs] == [(1, 1_000)]
     assert page.next_before is None
-    page = await store.find(Query(payload_bytes=3_000, after=0))
+    page = await store.find(JobQuery(payload_bytes=3_000, after=0))
     assert [job.seq for job, _ in page.jobs] == [1, 2, 3]
     assert page.next_before == 3
 
 
-def with_metadata(maker: Maker, count: int, size: int) -> list[Change]:
+def with_metadata(maker: ChangeFactory, count: int, size: int) -> list[Change]:
     """So many jobs, created and completed with so much metadata."""
     changes = []
     for _ in range(count):
@@ -653,10 +653,10 @@ def with_metadata(maker: Maker, count: int, size: int) -> list[Change]:
 
 
 async def test_a_page_carries_no_more_metadata_than_asked_and_reads_no_more(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     await store.write(maker.batch(with_metadata(maker, 10, 1_000)))
     for after, expected in ((None, [10, 9, 8, 7, 6, 5, 4, 3, 2, 1]), (0, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])):
-        seqs, sizes, query = [], [], Query(payload_bytes=3_500, after=after)
+        seqs, sizes, query = [], [], JobQuery(payload_bytes=3_500, after=after)
         while True:
             page = await store.find(query)
             seqs += [job.seq for job, _ in page.jobs]
@@ -666,7 +666,7 @@ async def test_a_page_carries_no_more_metadata_than_asked_and_reads_no_more(stor
             query = replace(query, **{"before" if after is None else "after": page.next_before})
         assert seqs == expected
         assert sizes == [3, 3, 3, 1]
-    page = await store.find(Query(payload_bytes=10, before=2))
+    page = await store.find(JobQuery(payload_bytes=10, before=2))
     assert [job.seq for job, _ in page.jobs] == [1]
     assert page.next_before is None
 
@@ -676,7 +676,7 @@ async def test_pieces_of_the_journal_and_of_old_jobs_have_their_size(
 ) -> None:
     """Batches wait for them: a hundred events of 256 KiB each would take half a second."""
     monkeypatch.setattr(queries, "SLICE_BYTES", 3_000)
-    maker = Maker()
+    maker = ChangeFactory()
     await store.write(maker.batch(with_metadata(maker, 10, 1_000)))
     seqs: list[int] = []
     while True:
@@ -695,7 +695,7 @@ async def test_pieces_of_the_journal_and_of_old_jobs_have_their_size(
 
 
 async def test_expired_names_finished_jobs_only_oldest_first(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     first, second, third = (maker.create(expires_at=NOW - 5) for _ in range(3))
     await store.write(maker.batch([first, second, third]))
     late = maker.finish(made(second))
@@ -714,7 +714,7 @@ async def test_expired_names_finished_jobs_only_oldest_first(store: Store) -> No
 
 async def test_a_job_whose_status_is_none_does_not_expire(store: Store) -> None:
     """The index has it, as it is not live; no pass could delete it."""
-    maker = Maker()
+    maker = ChangeFactory()
     jobs = [maker.create(expires_at=NOW - 5) for _ in range(3)]
     await store.write(maker.batch(jobs))
     ends = [maker.finish(made(job)) for job in jobs]
@@ -733,11 +733,11 @@ def kept(change: Change) -> LateResult:
 
 
 async def late_results(store: Store, job: Job, *, whole: bool = True) -> list[LateResult]:
-    return (await store.late([LateAsked(job.seq, whole=whole)])).results[job.seq]
+    return (await store.late([LateResultQuery(job.seq, with_results=whole)])).results[job.seq]
 
 
 async def test_late_results_are_read_back_after_a_restart(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     full = Result("https://x/y", "/a", "k/e/y", Raw(b'{"a": [1, null]}'))
     async with opened(path) as (store, _):
         created = maker.create("a")
@@ -754,11 +754,11 @@ async def test_late_results_are_read_back_after_a_restart(path: str) -> None:
         assert names == [
             replace(kept(change), result=each) for change, each in zip(reversed(changes), addresses, strict=True)
         ]
-        assert (await store.late([LateAsked(2), LateAsked(99)])).results == {2: [], 99: []}
+        assert (await store.late([LateResultQuery(2), LateResultQuery(99)])).results == {2: [], 99: []}
 
 
 async def test_those_of_the_latest_grants_are_kept(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     first, second = maker.create("a"), maker.create("b")
     await store.write(maker.batch([first, second]))
     tokens = [5, 3, 9, 1, 8, 2, 7]
@@ -767,12 +767,12 @@ async def test_those_of_the_latest_grants_are_kept(store: Store) -> None:
     for change in changes[3:]:
         await store.write(maker.batch([change]))
     left = [late.fencing_token for late in await late_results(store, made(first))]
-    assert left == sorted(tokens)[-KEEP_LATE:]
+    assert left == sorted(tokens)[-MAX_LATE_RESULTS:]
     assert [late.fencing_token for late in await late_results(store, made(second))] == [4]
 
 
 async def test_they_are_counted_by_their_index(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     jobs = [maker.create(job_id) for job_id in "abc"]
     async with opened(path) as (store, _):
         await store.write(maker.batch(jobs))
@@ -784,7 +784,7 @@ async def test_they_are_counted_by_their_index(path: str) -> None:
 
 
 async def test_they_go_with_their_job(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     created, other = maker.create("a"), maker.create("b")
     cancelled = maker.finish(made(created), "cancelled")
     await store.write(maker.batch([created, other, cancelled]))
@@ -795,7 +795,7 @@ async def test_they_go_with_their_job(store: Store) -> None:
 
 
 async def test_an_older_grant_is_found_in_the_journal_of_its_own_job(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     created = maker.create("a")
     granted = maker.grant(made(created))
     back = maker.requeue(made(granted))
@@ -806,13 +806,13 @@ async def test_an_older_grant_is_found_in_the_journal_of_its_own_job(store: Stor
     assert grant is not None
     assert foreign is not None
     seq = made(created).seq
-    asked = [LateAsked(seq, lock_id) for lock_id in (grant.lock_id, foreign.lock_id, grant.lock_id[:-1], "never")]
+    asked = [LateResultQuery(seq, lock_id) for lock_id in (grant.lock_id, foreign.lock_id, grant.lock_id[:-1], "never")]
     assert (await store.late(asked)).grants == {(seq, grant.lock_id): grant}
 
 
 async def test_a_grant_is_looked_for_at_the_end_of_a_journal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that was given back a hundred thousand times holds nobody up."""
-    maker = Maker()
+    maker = ChangeFactory()
     changes = [maker.create("a")]
     for _ in range(4):
         changes.append(maker.grant(made(changes[-1])))
@@ -820,7 +820,7 @@ async def test_a_grant_is_looked_for_at_the_end_of_a_journal(store: Store, monke
     await store.write(maker.batch(changes))
     seq = made(changes[0]).seq
     grants = [grant for change in changes if (grant := made(change).grant) is not None]
-    asked = [LateAsked(seq, grant.lock_id) for grant in grants]
+    asked = [LateResultQuery(seq, grant.lock_id) for grant in grants]
     assert list((await store.late(asked)).grants.values()) != []
     monkeypatch.setattr(queries, "LOOKED_BACK", 4)
     found = (await store.late(asked)).grants
@@ -828,20 +828,25 @@ async def test_a_grant_is_looked_for_at_the_end_of_a_journal(store: Store, monke
 
 
 async def test_many_ask_of_one_job_and_some_for_all(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     created = maker.create("a")
     await store.write(maker.batch([created]))
     change = maker.late(made(created), 1)
     await store.write(maker.batch([change]))
     seq = made(created).seq
-    for asked in ([LateAsked(seq), LateAsked(seq, whole=True)], [LateAsked(seq, whole=True), LateAsked(seq, "x")]):
+    for asked in (
+        [LateResultQuery(seq), LateResultQuery(seq, with_results=True)],
+        [LateResultQuery(seq, with_results=True), LateResultQuery(seq, "x")],
+    ):
         assert (await store.late(asked)).results == {seq: [change.late]}
 
 
 # -- filters of operators ---------------------------------------------------------------------------------------------
 
 
-def said(maker: Maker, job_id: str, *, payload: bytes = b"null", error: str | None = None, **fields: Any) -> Change:
+def said(
+    maker: ChangeFactory, job_id: str, *, payload: bytes = b"null", error: str | None = None, **fields: Any
+) -> Change:
     change = maker.create(job_id, **fields)
     assert change.after is not None
     after = replace(change.after, error=None if error is None else Failure(error, None))
@@ -852,11 +857,11 @@ def said(maker: Maker, job_id: str, *, payload: bytes = b"null", error: str | No
 
 
 async def ids(store: Store, **query: Any) -> list[str]:
-    return [job.id for job, _ in (await store.find(Query(**query))).jobs]
+    return [job.id for job, _ in (await store.find(JobQuery(**query))).jobs]
 
 
 async def test_a_text_is_found_in_id_payload_and_error_and_capitals_do_not_matter(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     changes = [
         said(maker, "Cat-1"),
         said(maker, "b", payload=b'{"pet": "big CAT"}'),
@@ -877,7 +882,7 @@ async def test_a_text_is_found_in_id_payload_and_error_and_capitals_do_not_matte
 
 
 async def test_jobs_are_found_by_the_time_of_their_creation(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     changes = [said(maker, f"j{n}", created_at=NOW + n) for n in range(5)]
     await store.write(maker.batch(changes))
     assert await ids(store, since=NOW + 2) == ["j4", "j3", "j2"]
@@ -886,7 +891,7 @@ async def test_jobs_are_found_by_the_time_of_their_creation(store: Store) -> Non
 
 
 async def test_jobs_are_found_by_when_they_finished(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     finished = [said(maker, f"j{n}", status="failed", finished_at=NOW + 9 - n, expires_at=NOW * 2) for n in range(4)]
     await store.write(maker.batch([*finished, said(maker, "waits")]))
     assert await ids(store, finished_since=NOW + 8) == ["j1", "j0"]
@@ -900,13 +905,13 @@ async def test_a_search_for_text_ends_early_where_payloads_are_large(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queries, "TEXT_BYTES", 1_000)
-    maker = Maker()
+    maker = ChangeFactory()
     big = b'"' + b"x" * 400 + b'needle"'
     await store.write(maker.batch([said(maker, f"j{n}", payload=big) for n in range(9)]))
     found: list[str] = []
     pages, before = 0, None
     while pages == 0 or before is not None:
-        page = await store.find(Query(text="NEEDLE", before=before))
+        page = await store.find(JobQuery(text="NEEDLE", before=before))
         found += [job.id for job, _ in page.jobs]
         pages, before = pages + 1, page.next_before
     assert found == [f"j{n}" for n in range(8, -1, -1)]
@@ -914,21 +919,21 @@ async def test_a_search_for_text_ends_early_where_payloads_are_large(
 
 
 async def test_jobs_that_failed_alike_are_found(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     alike = [said(maker, f"j{n}", error=f"took {n} s", status="failed") for n in range(3)]
     other = [said(maker, "k", error="lost", status="failed"), said(maker, "l", error="took 4 s"), said(maker, "m")]
     await store.write(maker.batch([*alike, *other]))
     name = fingerprint("took 9 s", None)
     assert await ids(store, error=name, status="failed") == ["j2", "j1", "j0"]
     assert await ids(store, error=name) == ["l", "j2", "j1", "j0"]
-    page = await store.find(Query(error=name))
+    page = await store.find(JobQuery(error=name))
     assert page.last_event == maker.numbers.next_event - 1
 
 
 async def test_a_page_may_do_without_payloads(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     await store.write(maker.batch([said(maker, "a", payload=b'"p"')]))
-    assert [body for _, body in (await store.find(Query(payloads=False))).jobs] == [b"null"]
+    assert [body for _, body in (await store.find(JobQuery(payloads=False))).jobs] == [b"null"]
 
 
 # -- tombstones -------------------------------------------------------------------------------------------------------
@@ -943,7 +948,7 @@ async def due(store: Store, now: int = NOW, limit: int = 99) -> list[int]:
 
 
 async def test_a_tombstone_comes_with_its_batch_and_waits_for_its_time(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([], tombstones=[buried(1, due_at=NOW + 2), buried(2, due_at=NOW + 1), buried(3)]))
         assert await due(store, NOW - 1) == []
@@ -956,7 +961,7 @@ async def test_a_tombstone_comes_with_its_batch_and_waits_for_its_time(path: str
 
 
 async def test_a_batch_that_is_refused_leaves_no_tombstone(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         ghost = maker.create("ghost")
         with pytest.raises(BadRows):
@@ -965,24 +970,24 @@ async def test_a_batch_that_is_refused_leaves_no_tombstone(path: str) -> None:
 
 
 async def test_tombstones_are_forgotten_and_put_off(store: Store) -> None:
-    await store.write(Maker().batch([], tombstones=[buried(seq) for seq in (1, 2, 3)]))
+    await store.write(ChangeFactory().batch([], tombstones=[buried(seq) for seq in (1, 2, 3)]))
     late = replace(buried(3), due_at=NOW + 5, tries=1)
     await store.settle_tombstones([1, 99], [late])
     assert await due(store) == [2]
     assert (await store.due_tombstones(NOW + 5, 9)).found == [(buried(2), False), (late, False)]
     await store.settle_tombstones([2, 3], [])
-    assert await store.due_tombstones(NOW + 5, 9) == Due([])
+    assert await store.due_tombstones(NOW + 5, 9) == DueTombstones([])
 
 
 async def test_a_tombstone_that_was_put_off_by_another_clock_is_due(store: Store) -> None:
-    await store.write(Maker().batch([], tombstones=[buried(1, due_at=NOW + PUT_OFF_MS + 1)]))
+    await store.write(ChangeFactory().batch([], tombstones=[buried(1, due_at=NOW + MAX_POSTPONE_MS + 1)]))
     assert await due(store, NOW + 1) == []
     assert await due(store, NOW) == [1]
 
 
 @pytest.mark.parametrize("status", ["queued", "failed", "completed"])
 async def test_a_key_is_named_while_any_job_has_it(store: Store, status: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     change = maker.create("holder", status=status, result=Result(storage_key="k/ü'\n"))
     await store.write(maker.batch([change], tombstones=[buried(90, "k/ü'\n"), buried(91, "k/"), buried(92, "K/ü'\n")]))
     assert [named for _, named in (await store.due_tombstones(NOW, 9)).found] == [True, False, False]
@@ -991,7 +996,7 @@ async def test_a_key_is_named_while_any_job_has_it(store: Store, status: str) ->
 
 
 async def test_a_late_result_that_names_a_key_holds_it_until_its_job_goes(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     job = made(maker.create("a", status="cancelled"))
     batch = maker.batch([], tombstones=[buried(90)])
     maker.jobs.clear()
@@ -1000,12 +1005,12 @@ async def test_a_late_result_that_names_a_key_holds_it_until_its_job_goes(store:
     late = maker.late(made(created), 3, Result(storage_key="k"))
     assert job.seq != made(created).seq
     await store.write(maker.batch([created, late], tombstones=batch.tombstones))
-    assert await store.due_tombstones(NOW, 9) == Due([(buried(90), False)], held={90})
+    assert await store.due_tombstones(NOW, 9) == DueTombstones([(buried(90), False)], held={90})
     await store.write(maker.batch([maker.delete(made(created))]))
-    assert await store.due_tombstones(NOW, 9) == Due([(buried(90), False)])
+    assert await store.due_tombstones(NOW, 9) == DueTombstones([(buried(90), False)])
 
 
-def came_late(maker: Maker, job: Job, token: int, key: str | None) -> Change:
+def came_late(maker: ChangeFactory, job: Job, token: int, key: str | None) -> Change:
     return maker.late(job, token, Result(file_path="/f", storage_key=key, metadata=Raw(b"[1]")))
 
 
@@ -1021,7 +1026,7 @@ async def numbered(store: Store, now: int = NOW) -> list[Tombstone]:
 
 
 async def test_what_late_results_named_is_to_be_deleted_when_they_go_with_their_job(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     told: list[int] = []
     async with opened(path) as (store, _):
         store.on_tombstones = told.append
@@ -1044,7 +1049,7 @@ async def test_what_late_results_named_is_to_be_deleted_when_they_go_with_their_
 
 
 async def test_a_late_result_that_makes_room_for_later_ones_leaves_its_object_to_be_deleted(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     created = maker.create("a")
     late = [came_late(maker, made(created), token, f"late/{token}") for token in (5, 3, 9, 1, 8)]
     await store.write(maker.batch([created, *late], sweeps=True))
@@ -1056,7 +1061,7 @@ async def test_a_late_result_that_makes_room_for_later_ones_leaves_its_object_to
 
 
 async def test_one_that_comes_in_the_batch_in_which_its_job_goes_leaves_its_object_too(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     created = maker.create("a", status="failed")
     await store.write(maker.batch([created]))
     late = came_late(maker, made(created), 3, "late/3")
@@ -1065,16 +1070,16 @@ async def test_one_that_comes_in_the_batch_in_which_its_job_goes_leaves_its_obje
 
 
 async def test_a_key_that_another_late_result_names_is_held_though_one_is_gone(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     created = [maker.create(name, status="failed") for name in "ab"]
     late = [came_late(maker, made(change), token, "shared") for token, change in enumerate(created)]
     await store.write(maker.batch([*created, *late]))
     await store.write(maker.batch([maker.delete(made(created[0]))], sweeps=True))
     (gone,) = left_by(late[0])
-    assert await store.due_tombstones(NOW, 9) == Due([(gone, False)], held={gone.job_seq})
+    assert await store.due_tombstones(NOW, 9) == DueTombstones([(gone, False)], held={gone.job_seq})
     await store.settle_tombstones([], [replace(gone, due_at=NOW + 1)])
     await store.write(maker.batch([maker.delete(made(created[1]))], sweeps=True))
-    assert await store.due_tombstones(NOW + 1, 9) == Due(
+    assert await store.due_tombstones(NOW + 1, 9) == DueTombstones(
         [(left_by(late[1])[0], False), (replace(gone, due_at=NOW + 1), False)]
     )
     await store.settle_tombstones([gone.job_seq], [])
@@ -1082,9 +1087,9 @@ async def test_a_key_that_another_late_result_names_is_held_though_one_is_gone(s
 
 
 async def test_where_nobody_deletes_objects_late_results_leave_nothing(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     created = maker.create("a", status="failed")
-    late = [came_late(maker, made(created), token, f"late/{token}") for token in range(KEEP_LATE + 1)]
+    late = [came_late(maker, made(created), token, f"late/{token}") for token in range(MAX_LATE_RESULTS + 1)]
     await store.write(maker.batch([created, *late]))
     await store.write(maker.batch([maker.delete(made(created))]))
     assert await numbered(store) == []
@@ -1092,7 +1097,7 @@ async def test_where_nobody_deletes_objects_late_results_leave_nothing(store: St
 
 
 async def test_a_deletion_that_is_refused_leaves_late_results_and_no_tombstone(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     told: list[int] = []
     async with opened(path) as (store, _):
         store.on_tombstones = told.append
@@ -1108,7 +1113,7 @@ async def test_a_deletion_that_is_refused_leaves_late_results_and_no_tombstone(p
 
 
 async def test_what_a_damaged_late_result_names_is_not_believed_when_it_goes(path: str) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     created = maker.create("a", status="failed")
     late = [came_late(maker, made(created), token, f"late/{token}") for token in (1, 2, 3)]
     async with opened(path) as (store, _):
@@ -1128,7 +1133,7 @@ async def test_what_a_damaged_late_result_names_is_not_believed_when_it_goes(pat
 
 
 async def test_a_job_that_names_its_key_no_more_holds_nothing(store: Store) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     job = made(maker.create("holder", status="failed", result=Result(storage_key="k")))
     first = maker.batch([], tombstones=[buried(90)])
     await store.write(maker.batch([maker.create("x", status="failed", result=Result(storage_key="k"))]))
@@ -1154,7 +1159,7 @@ async def test_the_epoch_after_a_full_counter_is_kept_before_its_first_token_is(
             raise DiskFull("no room for the epoch file")
         write_epoch(path, epoch)
 
-    maker = Maker(numbers=Numbers(epoch=1, next_token=COUNTER_MASK))
+    maker = ChangeFactory(numbers=Numbers(epoch=1, next_token=COUNTER_MASK))
     monkeypatch.setattr(files, "write_epoch", write_if_there_is_room)
     has_room.insert(0, True)  # for the epoch of the new store
     async with opened(path) as (store, _):
@@ -1177,7 +1182,7 @@ async def test_the_epoch_after_a_full_counter_is_kept_before_its_first_token_is(
 async def test_a_crash_as_a_full_counter_takes_the_next_epoch_ends_no_grant(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create("a"), maker.grant(maker.jobs[1])]))
         kept = maker.numbers

@@ -15,7 +15,7 @@ from jobd.storage import codec, writers
 from jobd.storage.codec import checksum, job_row
 from jobd.storage.database import BY_SEQ, Tables
 from jobd.storage.startup import connect, start
-from tests.support.factories import Maker
+from tests.support.factories import ChangeFactory
 from tests.support.store_help import made
 
 
@@ -27,7 +27,7 @@ def tables(tmp_path: Path) -> Iterator[Tables]:
     conn.close()
 
 
-def statements(tables: Tables, maker: Maker, *changes: Change) -> list[str]:
+def statements(tables: Tables, maker: ChangeFactory, *changes: Change) -> list[str]:
     """What is said to the table of jobs while `changes` are written."""
     said: list[str] = []
     tables.conn.set_trace_callback(said.append)
@@ -45,7 +45,7 @@ def test_the_checksum_of_a_job_that_was_written_lately_is_known(
     tables: Tables, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where memory has kept it in short, and makes another object of it."""
-    maker = Maker()
+    maker = ChangeFactory()
     first = maker.create()
     tables.write(maker.batch([first]), 0)
     short = compact(made(first))
@@ -60,7 +60,7 @@ def test_the_checksum_of_a_job_that_was_written_lately_is_known(
 
 
 def test_an_update_names_only_what_has_changed(tables: Tables) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     first = maker.create()
     (said,) = statements(tables, maker, first)
     assert "id" in said
@@ -82,7 +82,7 @@ def test_an_update_names_only_what_has_changed(tables: Tables) -> None:
 @pytest.mark.parametrize("order", [(None, "m"), ("m", None)])
 def test_a_part_that_goes_and_one_that_comes_are_written_apart(tables: Tables, order: tuple[str | None, ...]) -> None:
     """The same parts have changed: of the one job to nothing, of the other to a value."""
-    maker = Maker()
+    maker = ChangeFactory()
     created = [maker.create(progress_message="n" if message is None else None) for message in order]
     tables.write(maker.batch(created), 0)
     for change, message in zip(created, order, strict=True):
@@ -93,7 +93,7 @@ def test_a_part_that_goes_and_one_that_comes_are_written_apart(tables: Tables, o
 
 
 def test_a_row_that_is_not_there_is_not_made_by_an_update(tables: Tables) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     grant = maker.grant(made(maker.create()))
     with pytest.raises(sqlite3.IntegrityError):
         tables.write(maker.batch([grant]), 0)
@@ -101,7 +101,7 @@ def test_a_row_that_is_not_there_is_not_made_by_an_update(tables: Tables) -> Non
 
 
 def test_a_batch_that_was_taken_back_leaves_nothing_at_hand(tables: Tables) -> None:
-    maker = Maker()
+    maker = ChangeFactory()
     tables.write(maker.batch([maker.create()]), 0)
     back = maker.kept()
     with pytest.raises(BadRows):
@@ -115,7 +115,7 @@ def test_a_batch_that_was_taken_back_leaves_nothing_at_hand(tables: Tables) -> N
 
 def test_what_is_written_a_second_time_counts_once(tables: Tables) -> None:
     """A transaction that meets a damaged index is rolled back and run again."""
-    maker = Maker()
+    maker = ChangeFactory()
     changes = [maker.create() for _ in range(3)]
     for end in ("ROLLBACK", "COMMIT"):
         tables.conn.execute("BEGIN")
@@ -128,7 +128,7 @@ def test_what_is_written_a_second_time_counts_once(tables: Tables) -> None:
 @pytest.mark.parametrize("limit", ["KEEP_CHECKSUMS", "_SHAPES", "KEEP_PAYLOAD_BYTES"])
 def test_what_is_kept_at_hand_has_a_limit(tables: Tables, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setattr(writers, limit, 1)
-    maker = Maker(3)
+    maker = ChangeFactory(3)
     for _ in range(20):
         batch = maker.any_batch(15)
         assert tables.write(batch, 0) == {seq: maker.payloads[seq] for seq in batch.payloads}

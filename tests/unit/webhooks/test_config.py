@@ -12,7 +12,7 @@ from msgspec.structs import asdict
 
 from jobd.config import ConfigError, Loaded, effective, load
 from jobd.model.job import DAY_MS, HOUR_MS
-from jobd.model.webhooks import TYPES, Endpoint, matching
+from jobd.model.webhooks import TYPES, WebhookEndpoint, types_matching
 from jobd.webhooks.config import MOST
 from tests import ROOT
 from tests.integration.test_docs import CONFIGURATION, OPERATIONS, rows, ticked
@@ -43,7 +43,9 @@ def block(
 
 def test_what_is_left_out_has_its_default(read: Read) -> None:
     (found,) = read(block()).webhooks
-    assert asdict(found.endpoint) == asdict(Endpoint("billing", "https://e.test/hook", (OLD,), matching("*")))
+    assert asdict(found.endpoint) == asdict(
+        WebhookEndpoint("billing", "https://e.test/hook", (OLD,), types_matching("*"))
+    )
     assert found.endpoint.give_up_after_ms == 3 * DAY_MS
     assert found.endpoint.timeout_ms == 10_000
     assert read("").webhooks == ()
@@ -56,7 +58,7 @@ def test_everything_can_be_said(read: Read) -> None:
     )
     secrets = f'secret = ["{NEWER}", "{SECRET}"]'
     first, second = read(block("a", secrets, "http://127.0.0.1:8080/x", more) + block("b")).webhooks
-    assert first.endpoint == Endpoint(
+    assert first.endpoint == WebhookEndpoint(
         "a",
         "http://127.0.0.1:8080/x",
         (NEW, OLD),

@@ -19,12 +19,12 @@ from msgspec.structs import replace
 from jobd.model.events import Change
 from jobd.model.job import DAY_MS, HOUR_MS, Job
 from jobd.model.storage import DiskFull
-from jobd.model.webhooks import Delivery, Endpoint, Outcome
+from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.storage import outbox, queries
 from jobd.storage.store import Store
 from jobd.webhooks import alert_source, dispatcher, journal_reader
 from jobd.webhooks.manager import Webhooks
-from tests.support.factories import NOW, Maker
+from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_help import edited, made
 from tests.support.webhook_help import HASTY, KEY, NO, YES, Clock, Posts, at_work, endpoint, until
 
@@ -61,7 +61,7 @@ class Watched:
         return call
 
 
-def a_life(maker: Maker, job_id: str) -> list[Change]:
+def a_life(maker: ChangeFactory, job_id: str) -> list[Change]:
     """Four events of one job."""
     created = maker.create(job_id)
     granted = maker.grant(made(created))
@@ -208,7 +208,7 @@ async def test_a_page_of_damaged_events_is_told_as_gone_and_passed_by(
 async def test_a_message_that_fails_holds_up_its_job_alone(path: Path) -> None:
     bad = {"jobs/a": 3}
 
-    def answer(delivery: Delivery) -> Outcome:
+    def answer(delivery: Delivery) -> DeliveryOutcome:
         if bad.get(delivery.subject, 0) > 0:
             bad[delivery.subject] -= 1
             return NO
@@ -285,7 +285,7 @@ async def test_a_message_that_no_endpoint_takes_does_not_keep_the_break_for_all(
 async def test_what_is_too_old_and_was_tried_often_is_given_up_and_the_next_goes_on(path: Path) -> None:
     clock = Clock()
 
-    def answer(delivery: Delivery) -> Outcome:
+    def answer(delivery: Delivery) -> DeliveryOutcome:
         return NO if delivery.type == "job.created" else YES
 
     async with at_work(path, endpoint(give_up_after_ms=HOUR_MS), posts=Posts(answer), clock=clock) as at:
@@ -326,7 +326,7 @@ async def test_of_an_endpoint_that_is_gone_for_good_what_is_too_old_is_given_up_
 
 
 async def test_who_lives_nowhere_any_more_is_left_alone_at_once(path: Path) -> None:
-    async with at_work(path, posts=Posts(lambda _: Outcome(410, "410", gone=True))) as at:
+    async with at_work(path, posts=Posts(lambda _: DeliveryOutcome(410, "410", gone=True))) as at:
         await at.commit(at.maker.create("a"))
         await until(lambda: at.webhooks.views()[0].state == "open")
         assert at.webhooks.views()[0].failed == 1
@@ -335,7 +335,7 @@ async def test_who_lives_nowhere_any_more_is_left_alone_at_once(path: Path) -> N
 async def test_a_bug_in_the_sender_is_a_failed_try_and_says_nothing_of_the_url(path: Path, logged: list[Any]) -> None:
     bugs = [ValueError("https://e.test/hook?token=hush is odd")]
 
-    def answer(_: Delivery) -> Outcome:
+    def answer(_: Delivery) -> DeliveryOutcome:
         if bugs:
             raise bugs.pop()
         return YES
@@ -510,7 +510,7 @@ async def test_whatever_fails_and_whoever_crashes_every_event_arrives_in_the_ord
     """At least once, and none before the one that came before it in the same job."""
     monkeypatch.setattr(dispatcher, "TROUBLE_S", 0.02)
     monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
-    chance, maker = random.Random(seed), Maker(seed)
+    chance, maker = random.Random(seed), ChangeFactory(seed)
     taken: list[Delivery] = []
     jobs: dict[str, list[Job]] = {f"job-{number}": [] for number in range(12)}
 
@@ -554,7 +554,7 @@ async def test_whatever_fails_and_whoever_crashes_every_event_arrives_in_the_ord
 async def test_what_does_not_fit_into_the_outbox_waits_in_the_journal(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "BACKLOG", 150)
+    monkeypatch.setattr(dispatcher, "MAX_BACKLOG", 150)
     down = True
     async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
         for first in range(0, 400, 100):
@@ -568,7 +568,7 @@ async def test_what_does_not_fit_into_the_outbox_waits_in_the_journal(
 
 
 async def test_who_is_behind_keeps_the_journal_for_a_while(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher, "BACKLOG", 150)
+    monkeypatch.setattr(dispatcher, "MAX_BACKLOG", 150)
     monkeypatch.setattr(journal_reader, "LAGS_S", 0.1)
     async with at_work(path, endpoint(give_up_after_ms=5 * DAY_MS), posts=Posts(lambda _: NO)) as at:
         await until(lambda: at.webhooks.hold_ms() == 0)
@@ -876,7 +876,7 @@ async def test_those_that_went_before_a_try_was_asked_for_begin_no_new_break(pat
     down, hanging = True, asyncio.Event()
 
     class Hanging(Posts):
-        async def post(self, endpoint: Endpoint, delivery: Delivery) -> Outcome:
+        async def post(self, endpoint: WebhookEndpoint, delivery: Delivery) -> DeliveryOutcome:
             if len(self.tried) in (5, 6, 7):
                 self.tried.append(delivery)
                 await hanging.wait()

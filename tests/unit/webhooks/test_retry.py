@@ -6,7 +6,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.model.job import DAY_MS
-from jobd.model.webhooks import Delivery, Endpoint, Outcome
+from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks.retry import (
     LEAST_TRIES,
     OPENS_AFTER,
@@ -22,9 +22,9 @@ from jobd.webhooks.retry import (
 from tests.support.factories import NOW
 
 MANNERS = Manners()
-ENDPOINT = Endpoint("e", "https://x", (b"k" * 24,))
+ENDPOINT = WebhookEndpoint("e", "https://x", (b"k" * 24,))
 DELIVERY = Delivery(1, "e", "waiting", "jobs/a", "job.completed", "evt", 1, 0, 0, 0, None, None, None, b"{}")
-NO = Outcome(500, "500")
+NO = DeliveryOutcome(500, "500")
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_who_asks_for_a_longer_pause_gets_it_within_bounds() -> None:
 
 def test_where_nobody_lives_any_more_the_first_failure_is_enough() -> None:
     breaker = Breaker(MANNERS)
-    assert breaker.failed(Outcome(410, "410", gone=True), 0, 1.0)
+    assert breaker.failed(DeliveryOutcome(410, "410", gone=True), 0, 1.0)
     assert breaker.until == PAUSE_AT_MOST_MS
     assert breaker.failed(NO, PAUSE_AT_MOST_MS, 1.0), "a trial that fails, whatever it fails with"
     assert breaker.until == 2 * PAUSE_AT_MOST_MS

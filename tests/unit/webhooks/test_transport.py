@@ -16,7 +16,7 @@ from aiohttp import web
 from msgspec.structs import replace
 from standardwebhooks import Webhook
 
-from jobd.model.webhooks import Delivery, Endpoint, Outcome
+from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks import transport
 from jobd.webhooks.transport import Resolver, Sender
 from tests.support.http_harness import tls_pair
@@ -49,12 +49,12 @@ async def careful() -> AsyncIterator[Sender]:
     await made.close()
 
 
-def to(url: str, **fields: Any) -> Endpoint:
-    return Endpoint("e", url, (KEY,), **fields)
+def to(url: str, **fields: Any) -> WebhookEndpoint:
+    return WebhookEndpoint("e", url, (KEY,), **fields)
 
 
 async def test_a_message_arrives_as_it_is_signed_and_others_verify_it(sender: Sender, receiver: Receiver) -> None:
-    assert await sender.post(to(receiver.url), DELIVERY) == Outcome(204)
+    assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(204)
     (heard,) = receiver.heard
     assert heard.body == DELIVERY.body
     assert heard.headers["Content-Type"] == "application/cloudevents+json; charset=utf-8"
@@ -82,7 +82,7 @@ async def test_a_connection_is_used_again(sender: Sender, receiver: Receiver) ->
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
 async def test_every_2xx_is_taken(sender: Sender, receiver: Receiver, status: int) -> None:
     receiver.answer = saying(status)
-    assert await sender.post(to(receiver.url), DELIVERY) == Outcome(status)
+    assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(status)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
@@ -102,7 +102,7 @@ async def test_a_refusal_is_told_in_one_short_line(sender: Sender, receiver: Rec
     assert len(outcome.error) < 250
     assert outcome.error.isprintable()
     receiver.answer = saying(401)
-    assert await sender.post(to(receiver.url), DELIVERY) == Outcome(401, "401")
+    assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(401, "401")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ async def test_a_yes_counts_however_slowly_it_goes_on(
 ) -> None:
     monkeypatch.setattr(transport, "HEAR_OUT_S", 0.1)
     receiver.answer = lambda request: slow(200, request)
-    assert await sender.post(to(receiver.url), DELIVERY) == Outcome(200)
+    assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(200)
 
 
 @pytest.mark.parametrize("begins", [True, False])
@@ -165,7 +165,7 @@ async def test_an_answer_that_is_too_slow_is_none(sender: Sender, receiver: Rece
     receiver.answer = (lambda request: slow(500, request)) if begins else silent
     begun = time.monotonic()
     outcome = await sender.post(to(receiver.url, timeout_ms=300), DELIVERY)
-    assert outcome == Outcome(None, "There was no answer within 0.3 s.")
+    assert outcome == DeliveryOutcome(None, "There was no answer within 0.3 s.")
     assert time.monotonic() - begun < 3
 
 
@@ -348,7 +348,7 @@ async def test_a_name_server_that_hangs_costs_one_try_and_is_asked_by_so_many(
         begun = time.monotonic()
         for _ in range(2):
             outcome = await sender.post(to("http://hanging.test/", timeout_ms=100), DELIVERY)
-            assert outcome == Outcome(None, "There was no answer within 0.1 s.")
+            assert outcome == DeliveryOutcome(None, "There was no answer within 0.1 s.")
         outcome = await sender.post(to("http://hanging.test/", timeout_ms=100), DELIVERY)
         assert "too many names" in (outcome.error or "")
         assert time.monotonic() - begun < 5
