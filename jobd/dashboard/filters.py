@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 import msgspec
 
 from jobd.dashboard.live_updates import Live
-from jobd.dashboard.places import job_place
+from jobd.dashboard.urls import job_place
 from jobd.http.decoding import explain
 from jobd.model.commands import Command, SearchJobs
 from jobd.model.errors import invalid_request_error

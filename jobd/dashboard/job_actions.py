@@ -11,7 +11,7 @@ from typing import Final, Literal
 import msgspec
 from msgspec import UNSET, Struct
 
-from jobd.dashboard.places import curl_for
+from jobd.dashboard.urls import curl_for
 from jobd.model.commands import Adopt, Cancel, Command, Delete, ExtendLock, ForceFail, ForceReset, ReleaseLock, RunNow
 from jobd.model.responses import JobView
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import Final, Literal
 from urllib.parse import urlencode
 
-from jobd.dashboard import pages
 from jobd.dashboard.context import Guest, ReasonForm, go_on
-from jobd.dashboard.pages import Shown
+from jobd.dashboard.pages import PAUSED, Shown, query, strip
 from jobd.http.request import in_parts
 from jobd.model.commands import Command, Pause, Resume, TakeBack
 from jobd.model.errors import ApiError, ApiException
@@ -20,6 +19,7 @@ from jobd.model.responses import Response
 MOST_SHOWN: Final = 50  # jobs of each kind
 LOOK_S: Final = 0.01  # for jobs that are wrong: a page does not wait until all were looked at
 MOST_SEEN: Final = 1_000  # that a preview has of each kind
+MOST_NAMED: Final = 50  # jobs that the page about the clock names
 LABELS: Final = {"run": "Run a cleanup pass", "recover": "Recover stuck jobs"}
 
 
@@ -59,7 +59,7 @@ async def confirm(guest: Guest, asked: ChorePage) -> Shown:
     seen = await rooms.preview(LOOK_S if asked.what == "run" else 0)
     if isinstance(seen, ApiError):
         raise ApiException(seen)
-    [paused] = await pages.asked(guest, pages.PAUSED)
+    [paused] = await query(guest, PAUSED)
     failed = sum(each.action == "failed" for each in seen.recover)
     passed = asked.what == "run" and (seen.expired_jobs or seen.deleted_jobs or seen.mended_jobs)
     return {
@@ -74,7 +74,7 @@ async def confirm(guest: Guest, asked: ChorePage) -> Shown:
         "most": MOST_SHOWN,
         "most_seen": MOST_SEEN,
         "clock": rooms.clock(),
-        **pages.strip(guest, paused),
+        **strip(guest, paused),
     }
 
 
@@ -107,7 +107,7 @@ class TakeBackForm(ReasonForm, frozen=True, kw_only=True):
 async def confirm_take_back(guest: Guest, asked: TakeBackPage) -> Shown:
     """Preview a take-back. The form on the page does it."""
     seen = await guest.site.rooms.take_back(TakeBack(name=asked.name, dry_run=True), guest.visit.operator)
-    [paused] = await pages.asked(guest, pages.PAUSED)
+    [paused] = await query(guest, PAUSED)
     is_refused = isinstance(seen, ApiError)
     shown: Shown = {"refusal": seen, "status": seen.status} if isinstance(seen, ApiError) else {}
     return {
@@ -115,7 +115,7 @@ async def confirm_take_back(guest: Guest, asked: TakeBackPage) -> Shown:
         "seen": None if is_refused else seen,
         "most": MOST_SHOWN,
         **shown,
-        **pages.strip(guest, paused),
+        **strip(guest, paused),
     }
 
 
@@ -126,6 +126,21 @@ async def take_back(guest: Guest, asked: TakeBackForm) -> Response | ApiError:
         return done
     message = f"Jobs taken back: {done.recovered_jobs} ({done.reset_jobs} queued again, {done.failed_jobs} failed)."
     return go_on(guest, "/workers", message)
+
+
+async def confirm_clock(guest: Guest) -> Shown:
+    """Preview what deletion by age would do once the clock is accepted. Raise ApiException if the actor takes no reads."""
+    [paused] = await query(guest, PAUSED)
+    seen = await guest.site.rooms.preview(0)
+    held = [] if isinstance(seen, ApiError) else seen.held_jobs
+    return {
+        "clock": guest.site.rooms.clock(),
+        "count": len(held),
+        "is_more": not isinstance(seen, ApiError) and seen.more_held,
+        "named": held[:MOST_NAMED],
+        "fault": seen.message if isinstance(seen, ApiError) else "",
+        **strip(guest, paused),
+    }
 
 
 async def accept_clock(guest: Guest, asked: ReasonForm) -> Response | ApiError:

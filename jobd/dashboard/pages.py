@@ -127,12 +127,12 @@ class ConfirmPage(JobCommand, frozen=True, kw_only=True):
     result: Annotated[int, Meta(ge=1)] | None = None
 
 
-async def asked(guest: Guest, *commands: Command) -> list[Any]:
+async def query(guest: Guest, *commands: Command) -> list[Any]:
     """The data of the answers; Refused where one of them is a no."""
-    return [answer.data for answer in await answers(guest, *commands)]
+    return [answer.data for answer in await query_responses(guest, *commands)]
 
 
-async def answers(guest: Guest, *commands: Command) -> list[Response]:
+async def query_responses(guest: Guest, *commands: Command) -> list[Response]:
     """The answers; Refused where one of them is a no."""
     found = await asyncio.gather(*(guest.ask(command) for command in commands))
     for answer in found:
@@ -144,7 +144,7 @@ async def answers(guest: Guest, *commands: Command) -> list[Response]:
 async def overview(guest: Guest, recorder: Recorder) -> Shown:
     stats: StatsView
     workers: WorkerList
-    stats, workers, paused = await asked(guest, Stats(), Workers(state="silent", limit=SILENT_NAMED), PAUSED)
+    stats, workers, paused = await query(guest, Stats(), Workers(state="silent", limit=SILENT_NAMED), PAUSED)
     rooms, now = guest.site.rooms, guest.now
     return {
         "stats": stats,
@@ -177,11 +177,11 @@ async def jobs(guest: Guest, wanted: JobsPage) -> Shown:
     try:
         command = search(wanted, guest.now, PER_PAGE)
     except ApiException as no:
-        (paused,) = await asked(guest, PAUSED)
+        (paused,) = await query(guest, PAUSED)
         refusal = no.error
         fault = {"fault": refusal.message, "status": refusal.status, "every_s": 0}
         return {**shown, **fault, **strip(guest, paused)}
-    found, paused = await answers(guest, command, PAUSED)
+    found, paused = await query_responses(guest, command, PAUSED)
     page: JobPage = found.data
     more = address("/jobs", wanted, cursor=page.next_cursor) if page.next_cursor else ""
     first = address("/jobs", wanted) if wanted.cursor else ""
@@ -202,7 +202,7 @@ async def open_job(guest: Guest, wanted: OneJob) -> Shown:
     except ApiException as no:
         if no.error.code != "job_not_found" or not is_renewal(guest.visit):
             raise
-    [paused] = await asked(guest, PAUSED)
+    [paused] = await query(guest, PAUSED)
     return {"part": "job_gone.live.html", "job_id": wanted.id, **strip(guest, paused)}
 
 
@@ -211,7 +211,7 @@ async def job(guest: Guest, job_id: str) -> Shown:
     timeline: TimelineView
     why: WhyView
     late: LateResultList
-    view, timeline, why, late, paused = await asked(
+    view, timeline, why, late, paused = await query(
         guest,
         Get(id=job_id),
         Timeline(id=job_id, limit=MOST_EVENTS + 1),
@@ -248,7 +248,7 @@ def base_url(guest: Guest) -> str:
 
 async def confirm(guest: Guest, wanted: ConfirmPage) -> Shown:
     found: VersionedJob
-    found, paused = await asked(guest, GetVersion(id=wanted.id), PAUSED)
+    found, paused = await query(guest, GetVersion(id=wanted.id), PAUSED)
     view = found.job
     deed: Deed = DEEDS[wanted.verb]
     late = await _late_result(guest, wanted.id, wanted.result) if deed.wants_result else None
@@ -294,7 +294,7 @@ async def elsewhere(guest: Guest, wanted: Artifact) -> str:
     """The `download_url` of a job or of its late result. Refused where there is none that one may be led to."""
     if wanted.late_result is None:
         view: JobView
-        [view] = await asked(guest, Get(id=wanted.id))
+        [view] = await query(guest, Get(id=wanted.id))
         url = view.download_url
     else:
         late = await _late_result(guest, wanted.id, wanted.late_result)
@@ -308,19 +308,19 @@ async def elsewhere(guest: Guest, wanted: Artifact) -> str:
 
 async def _late_results(guest: Guest, job_id: str) -> list[LateResultView]:
     found: LateResultList
-    [found] = await asked(guest, LateResults(id=job_id))
+    [found] = await query(guest, LateResults(id=job_id))
     return found.late_results
 
 
 async def failures(guest: Guest) -> Shown:
-    [paused] = await asked(guest, PAUSED)
+    [paused] = await query(guest, PAUSED)
     return {"found": guest.site.rooms.failures(MOST_GROUPS), **strip(guest, paused)}
 
 
 async def queues(guest: Guest, recorder: Recorder, wanted: QueuesPage) -> Shown:
     """In the order of their names, which stays: a row that moves away under a finger is another queue's."""
     found: QueueList
-    found, paused = await asked(guest, Queues(limit=MOST_QUEUES, cursor=wanted.cursor), PAUSED)
+    found, paused = await query(guest, Queues(limit=MOST_QUEUES, cursor=wanted.cursor), PAUSED)
     return {
         "rows": found.queues,
         "rates": {queue.name: recorder.queue(queue.name, guest.now) for queue in found.queues},
@@ -339,7 +339,7 @@ async def workers(guest: Guest, wanted: WorkersPage) -> Shown:
     found: WorkerList
     held: LockList
     stats: StatsView
-    found, held, stats, paused = await asked(
+    found, held, stats, paused = await query(
         guest,
         Workers(limit=MOST_HELD, cursor=wanted.seen, state=wanted.state),
         Locks(limit=MOST_HELD, cursor=wanted.cursor),
@@ -363,13 +363,13 @@ async def workers(guest: Guest, wanted: WorkersPage) -> Shown:
 
 async def cleanup(guest: Guest) -> Shown:
     rooms = guest.site.rooms
-    [paused] = await asked(guest, PAUSED)
+    [paused] = await query(guest, PAUSED)
     return {"state": rooms.cleanup_state(), "reports": await rooms.reports(MOST_REPORTS), **strip(guest, paused)}
 
 
 async def alerts(guest: Guest) -> Shown:
     rooms = guest.site.rooms
-    [paused] = await asked(guest, PAUSED)
+    [paused] = await query(guest, PAUSED)
     damaged = rooms.quarantine()
     return {
         "alerts": sorted(rooms.alerts(), key=lambda alert: not alert.firing),
@@ -389,7 +389,7 @@ async def audit(guest: Guest, wanted: AuditPage) -> Shown:
     }
     shown: Shown = {"wanted": wanted, "deeds": DEEDS_KEPT, "entries": [], "fault": "", "next": "", "first": ""}
     asks: Shown = {**filters, "limit": PER_PAGE, **({"cursor": wanted.cursor} if wanted.cursor else {})}
-    [paused] = await asked(guest, PAUSED)
+    [paused] = await query(guest, PAUSED)
     try:
         if wanted.since.strip():
             asks["since"] = moment_of("since", wanted.since.strip(), guest.now)
@@ -398,7 +398,7 @@ async def audit(guest: Guest, wanted: AuditPage) -> Shown:
         no = fault.error if isinstance(fault, ApiException) else explain(str(fault), AuditLog).error
         return {**shown, "fault": no.message, "status": no.status, "every_s": 0, **strip(guest, paused)}
     page: AuditEntries
-    [page] = await asked(guest, command)
+    [page] = await query(guest, command)
     shown["entries"] = page.entries
     if page.next_cursor:
         shown["next"] = f"/audit?{urlencode({**filters, 'cursor': page.next_cursor})}"

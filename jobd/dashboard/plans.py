@@ -13,7 +13,7 @@ import msgspec
 
 from jobd.dashboard.context import Guest, go_on
 from jobd.dashboard.filters import JobFilter, chosen
-from jobd.dashboard.pages import ACTIONS, PAUSED, Shown, asked, strip
+from jobd.dashboard.pages import ACTIONS, PAUSED, Shown, query, strip
 from jobd.dashboard.rendering import iso
 from jobd.http.decoding import explain
 from jobd.model.commands import (
@@ -117,7 +117,7 @@ async def show(guest: Guest, wanted: PlanCommand) -> Shown:
     if isinstance(found, ApiError):
         raise ApiException(found)
     plan: PlanView = found
-    [paused] = await asked(guest, PAUSED)
+    [paused] = await query(guest, PAUSED)
     result = plan.result
     filters = _filters(plan)
     return {

@@ -21,7 +21,7 @@ from markupsafe import Markup, escape
 
 from jobd import __version__
 from jobd.dashboard.assets import Assets
-from jobd.dashboard.places import curl_for, job_place
+from jobd.dashboard.urls import curl_for, job_place
 from jobd.http.response import Text
 from jobd.model.job import DAY_MS, EARLIEST_MS, HOUR_MS, LATEST_MS, MINUTE_MS, SECOND_MS, headline
 

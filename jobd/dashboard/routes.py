@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from jobd.api.downloads import Artifact, give
 from jobd.api.events import EVENT_STREAM
 from jobd.api.services import Rooms
-from jobd.dashboard import clock, maintenance, pages, plans, urls, webhooks
+from jobd.dashboard import maintenance, pages, plans, urls, webhooks
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.context import (
     AUTHORIZATION,
@@ -34,10 +34,10 @@ from jobd.dashboard.context import (
 from jobd.dashboard.filters import JobsPage, job_wanted, news_of_jobs
 from jobd.dashboard.job_actions import DEEDS, Chosen, Verb, lock_id_of
 from jobd.dashboard.live_updates import Live, news_at, stream
-from jobd.dashboard.places import job_place
 from jobd.dashboard.rendering import HTML, Painter, go_to
 from jobd.dashboard.sessions import Sessions
 from jobd.dashboard.sign_in import Entrance, SignIn, SignInPage, to_sign_in
+from jobd.dashboard.urls import job_place
 from jobd.http.app import Nothing, Web, check_reader
 from jobd.http.auth import Gate
 from jobd.http.request import Visit
@@ -163,7 +163,9 @@ class Dashboard:
             self._form("/webhooks/{name}/resend-given-up", webhooks.AgainForm, webhooks.resend_all),
             self._form("/webhooks/{name}/resend", webhooks.ResendForm, webhooks.resend),
             self._page("/audit", pages.AuditPage, "audit", "Audit", pages.audit, every_s=5),
-            self._page("/clock", Nothing, "clock", "Clock", lambda guest, _: clock.page(guest), every_s=0),
+            self._page(
+                "/clock", Nothing, "clock", "Clock", lambda guest, _: maintenance.confirm_clock(guest), every_s=0
+            ),
             self._form("/clock/accept", ReasonForm, maintenance.accept_clock),
         )
 

@@ -1,6 +1,9 @@
-"""Which of the addresses that workers leave may be links, and the page from which one leaves by them.
+"""Build the URLs of jobs, and decide which URLs from workers may be links.
 
-Asks nobody. What a host's name stands for in the net is not looked up: browsers keep cookies by name.
+Browsers resolve `.` and `..` in a path, also when they are written as %2E. A job with such an id has a URL with the id
+in the query.
+
+Host names are not resolved: browsers keep cookies by name.
 """
 
 from __future__ import annotations
@@ -12,6 +15,9 @@ from collections.abc import Iterable
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
+from urllib.parse import quote, urlencode
+
+DIRECTIONS: Final = frozenset({".", ".."})  # ids that a path cannot hold
 
 # Hosts are taken in plain spelling only: what a browser makes of others (user@host, %31, full-width digits) is its own.
 _WEB: Final = re.compile(
@@ -73,3 +79,17 @@ def _is_here(host: str | IPv4Address | IPv6Address) -> bool:
     if isinstance(host, str):
         return host == "localhost" or host.endswith(".localhost")
     return host.is_loopback or host.is_unspecified
+
+
+def job_place(job_id: str, part: str = "", **query: object) -> str:
+    """The address of the job's page, or of `part` of it."""
+    tail = f"/{part}" if part else ""
+    if job_id in DIRECTIONS:
+        return f"/job{tail}?{urlencode({'id': job_id, **query})}"
+    more = f"?{urlencode(query)}" if query else ""
+    return f"/jobs/{quote(job_id, safe='')}{tail}{more}"
+
+
+def curl_for(job_id: str) -> str:
+    """curl with what it needs in order to leave the address of a job's call as it is."""
+    return "curl -sS --path-as-is" if job_id in DIRECTIONS else "curl -sS"

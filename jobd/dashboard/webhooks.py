@@ -11,7 +11,7 @@ from urllib.parse import quote, urlencode
 from msgspec import Meta
 
 from jobd.dashboard.context import Guest, ReasonForm, go_on
-from jobd.dashboard.pages import PAUSED, PER_PAGE, Shown, asked, strip
+from jobd.dashboard.pages import PAUSED, PER_PAGE, Shown, query, strip
 from jobd.model.commands import Command
 from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.responses import DeliveryPage, DeliveryState, Response, WebhookView
@@ -57,7 +57,7 @@ class ResendForm(ReasonForm, frozen=True, kw_only=True):
 
 
 async def every(guest: Guest, _: Any) -> Shown:
-    [paused] = await asked(guest, PAUSED)
+    [paused] = await query(guest, PAUSED)
     return {"webhooks": guest.site.rooms.webhooks(), **strip(guest, paused)}
 
 
@@ -68,7 +68,7 @@ async def one(guest: Guest, wanted: WebhookPage) -> Shown:
     if isinstance(page, ApiError):
         raise ApiException(page)
     found: DeliveryPage = page
-    [paused] = await asked(guest, PAUSED)
+    [paused] = await query(guest, PAUSED)
     shown: Shown = {
         "webhook": webhook,
         "states": STATES,
@@ -105,7 +105,7 @@ async def again(guest: Guest, wanted: AgainPage) -> Shown:
     """How many were given up, before all of them are sent again."""
     webhook = _named(guest, wanted.name)
     count, newest = await guest.site.rooms.given_up(wanted.name)
-    [paused] = await asked(guest, PAUSED)
+    [paused] = await query(guest, PAUSED)
     return {"webhook": webhook, "count": count, "newest": newest, "most": MAX_BACKLOG, **strip(guest, paused)}
 
 
