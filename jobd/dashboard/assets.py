@@ -13,29 +13,29 @@ from msgspec import Struct
 
 from jobd.http.response import Text
 
-PLACE: Final = Path(__file__).parent / "static"
-KINDS: Final = {
+STATIC: Final = Path(__file__).parent / "static"
+CONTENT_TYPES: Final = {
     ".css": "text/css; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
     ".txt": "text/plain; charset=utf-8",
     ".json": "application/json",
 }
-FOR_EVER: Final = "public, max-age=31536000, immutable"
-ASK_AGAIN: Final = "no-cache"
+IMMUTABLE: Final = "public, max-age=31536000, immutable"
+REVALIDATE: Final = "no-cache"
 
 
-class Asset(Struct, frozen=True):
-    kind: str
-    body: bytes
+class StaticFile(Struct, frozen=True):
+    content_type: str
+    content: bytes
     version: str
 
 
 class Assets:
     """The files of `static/`, by name. Reads the disk: make it off the loop."""
 
-    def __init__(self, place: Path = PLACE) -> None:
-        self._files = {path.name: _read(path) for path in sorted(place.iterdir()) if path.suffix in KINDS}
+    def __init__(self, place: Path = STATIC) -> None:
+        self._files = {path.name: _read(path) for path in sorted(place.iterdir()) if path.suffix in CONTENT_TYPES}
 
     def url(self, name: str) -> str:
         """Where a page finds the file `name`: another address for other content, so it may be kept for ever."""
@@ -46,11 +46,11 @@ class Assets:
         found = self._files.get(name)
         if found is None:
             return None
-        keep = FOR_EVER if version == found.version else ASK_AGAIN
+        keep = IMMUTABLE if version == found.version else REVALIDATE
         more = {"Cache-Control": keep, "Cross-Origin-Resource-Policy": "same-origin"}
-        return Text(found.kind, found.body, more)
+        return Text(found.content_type, found.content, more)
 
 
-def _read(path: Path) -> Asset:
+def _read(path: Path) -> StaticFile:
     body = path.read_bytes()
-    return Asset(KINDS[path.suffix], body, sha256(body).hexdigest()[:16])
+    return StaticFile(CONTENT_TYPES[path.suffix], body, sha256(body).hexdigest()[:16])

@@ -11,8 +11,8 @@ from msgspec import Struct
 
 from jobd.api.auditing import note
 from jobd.api.services import Rooms
-from jobd.dashboard.rendering import go_to
-from jobd.dashboard.sessions import Session, Sessions, Told
+from jobd.dashboard.rendering import redirect
+from jobd.dashboard.sessions import Session, Sessions
 from jobd.http.app import Web
 from jobd.http.auth import Access
 from jobd.http.request import Visit, operator_of
@@ -37,14 +37,14 @@ class ReasonForm(Form, frozen=True, kw_only=True):
     reason: Text = ""
 
     @property
-    def why(self) -> str | None:
+    def reason_or_none(self) -> str | None:
         return self.reason.strip() or None
 
 
-class Guest(Struct):
+class Viewer(Struct):
     """Who asks for a page. `session` is None for a program, which sends its token with every request."""
 
-    site: Web[Rooms]
+    app: Web[Rooms]
     visit: Visit
     access: Access
     session: Session | None = None
@@ -65,12 +65,12 @@ class Guest(Struct):
     @property
     def now(self) -> int:
         """Wall time of the daemon, Unix ms."""
-        return self.site.rooms.clock().now
+        return self.app.rooms.clock().now
 
     async def ask(self, command: Any, *, expected: str | None = None) -> Response | ApiError:
         """One command to the actor, as an operator asks it; `expected`: the version of its job that they saw."""
         visit = self.visit
-        return await self.site.actor.ask(
+        return await self.app.actor.ask(
             command,
             by=visit.by,
             admin=self.may_change,
@@ -79,14 +79,14 @@ class Guest(Struct):
             expected=expected,
         )
 
-    async def note(self, what: str, details: dict[str, Any] | None = None, reason: str | None = None) -> None:
+    async def record_audit(self, what: str, details: dict[str, Any] | None = None, reason: str | None = None) -> None:
         """Keep in the audit log what is no command on jobs."""
-        await note(self.site, self.visit.operator, what, details, reason)
+        await note(self.app, self.visit.operator, what, details, reason)
 
-    def tell(self, message: str) -> None:
+    def flash(self, message: str) -> None:
         """Say something on the page that comes next."""
         if self.session is not None:
-            self.session.told = Told(message)
+            self.session.flash = message
 
     def check_form(self, csrf: str) -> None:
         """403 where a form of a session does not carry its secret: some other page has sent it.
@@ -98,42 +98,42 @@ class Guest(Struct):
             raise api_error("forbidden", "This form is not of your session. Open its page again, then send it.")
 
 
-def guest_of(site: Web[Rooms], visit: Visit, sessions: Sessions) -> Guest | None:
+def find_viewer(site: Web[Rooms], visit: Visit, sessions: Sessions) -> Viewer | None:
     """Who asks; None where nobody has signed in. 401 where a token is sent that is not valid."""
-    guest = None
+    viewer = None
     if AUTHORIZATION in visit.head.headers:
-        guest = Guest(site, visit, site.gate.admit(visit.head.headers))
-    elif (session := sessions.find(cookie(visit))) is not None:
-        guest = Guest(site, visit, session.access, session)
-    if guest is not None:
-        visit.admin = guest.may_change
+        viewer = Viewer(site, visit, site.gate.admit(visit.head.headers))
+    elif (session := sessions.find(session_cookie(visit))) is not None:
+        viewer = Viewer(site, visit, session.access, session)
+    if viewer is not None:
+        visit.admin = viewer.may_change
         visit.by = "reader"
-        if guest.may_change:
-            visit.operator = operator_of(visit, guest.name)
+        if viewer.may_change:
+            visit.operator = operator_of(visit, viewer.name)
             visit.by = visit.operator.by
-    return guest
+    return viewer
 
 
-def go_on(guest: Guest, place: str, message: str = "") -> Response:
+def redirect_with_flash(viewer: Viewer, place: str, message: str = "") -> Response:
     """Done: on to a page, which says so. A reload of it does nothing again."""
     if message:
-        guest.tell(message)
-    return Response(go_to(place), status=303)
+        viewer.flash(message)
+    return Response(redirect(place), status=303)
 
 
-def is_renewal(visit: Visit) -> bool:
+def is_live_update(visit: Visit) -> bool:
     """Whether htmx asks for the living part of a page."""
     return visit.head.headers.get("HX-Request") == "true"
 
 
-def target_of(visit: Visit) -> str:
+def request_target(visit: Visit) -> str:
     """The address that was asked for."""
     return f"{visit.path}?{visit.query}" if visit.query else visit.path
 
 
-def cookie(visit: Visit) -> str:
+def session_cookie(visit: Visit) -> str:
     """The secret of the session, "" where there is none."""
-    wanted = cookie_name(visit)
+    wanted = session_cookie_name(visit)
     for part in ";".join(visit.head.headers.getall("Cookie", ())).split(";"):
         name, _, value = part.strip().partition("=")
         if name == wanted:
@@ -141,7 +141,7 @@ def cookie(visit: Visit) -> str:
     return ""
 
 
-def cookie_name(visit: Visit) -> str:
+def session_cookie_name(visit: Visit) -> str:
     """Browsers share cookies between the ports of a machine: two daemons there must not end each other's sessions."""
     address = visit.connection.sockname
     return f"jobd_{address[1]}" if isinstance(address, tuple) else "jobd"
@@ -150,7 +150,7 @@ def cookie_name(visit: Visit) -> str:
 def set_cookie(visit: Visit, value: str, max_age_s: float) -> str:
     """The header's value that keeps the session's secret in the browser, or with an age of 0 takes it away."""
     secure = "; Secure" if is_secure(visit) else ""
-    return f"{cookie_name(visit)}={value}; Path=/; HttpOnly; SameSite=Strict; Max-Age={max_age_s:.0f}{secure}"
+    return f"{session_cookie_name(visit)}={value}; Path=/; HttpOnly; SameSite=Strict; Max-Age={max_age_s:.0f}{secure}"
 
 
 def is_secure(visit: Visit) -> bool:

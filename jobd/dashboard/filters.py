@@ -12,16 +12,16 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from jobd.dashboard.live_updates import Live
-from jobd.dashboard.urls import job_place
+from jobd.dashboard.live_updates import Subscription
+from jobd.dashboard.urls import job_url
 from jobd.http.decoding import explain
 from jobd.model.commands import Command, SearchJobs
 from jobd.model.errors import invalid_request_error
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, is_job_id
 
-TIMES: Final = ("since", "until", "finished_since", "finished_until")
-FILTERS: Final = ("status", "queue", "kind", "worker", *TIMES, "q", "error")
-_AGO: Final = re.compile(r"([0-9]{1,6})\s*(s|min|m|h|d)")
+TIME_FILTERS: Final = ("since", "until", "finished_since", "finished_until")
+FILTERS: Final = ("status", "queue", "kind", "worker", *TIME_FILTERS, "q", "error")
+_RELATIVE: Final = re.compile(r"([0-9]{1,6})\s*(s|min|m|h|d)")
 _UNITS: Final = {"s": SECOND_MS, "m": MINUTE_MS, "min": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
 
 
@@ -44,45 +44,45 @@ class JobFilter(Command, frozen=True, kw_only=True):
     error: str | None = None
 
 
-class JobsPage(JobFilter, frozen=True, kw_only=True):
+class JobsPageQuery(JobFilter, frozen=True, kw_only=True):
     """`id`: to go on to one job instead."""
 
     id: str = ""
     cursor: str = ""
 
 
-def given(wanted: JobFilter) -> dict[str, str]:
+def active_filters(wanted: JobFilter) -> dict[str, str]:
     """The filters that say something."""
     return {name: value for name in FILTERS if (value := (getattr(wanted, name) or "").strip())}
 
 
-def address(place: str, wanted: JobFilter, **more: str) -> str:
+def filtered_url(place: str, wanted: JobFilter, **more: str) -> str:
     """`place` with the filters, and with what else is not empty."""
-    query = urlencode({**given(wanted), **{name: value for name, value in more.items() if value}})
+    query = urlencode({**active_filters(wanted), **{name: value for name, value in more.items() if value}})
     return f"{place}?{query}" if query else place
 
 
-def chosen(wanted: JobFilter, now: int) -> dict[str, Any]:
+def search_fields(wanted: JobFilter, now: int) -> dict[str, Any]:
     """The filters as the fields of a search. Raises Refused where a time is none."""
-    fields: dict[str, Any] = given(wanted)
-    for name in TIMES:
+    fields: dict[str, Any] = active_filters(wanted)
+    for name in TIME_FILTERS:
         if name in fields:
-            fields[name] = moment_of(name, fields[name], now)
+            fields[name] = parse_time_field(name, fields[name], now)
     return fields
 
 
-def search(wanted: JobsPage, now: int, limit: int) -> SearchJobs:
+def search_command(wanted: JobsPageQuery, now: int, limit: int) -> SearchJobs:
     """What the actor is asked. Raises Refused where a filter is out of its bounds."""
-    fields = {**chosen(wanted, now), "limit": limit, **({"cursor": wanted.cursor} if wanted.cursor else {})}
+    fields = {**search_fields(wanted, now), "limit": limit, **({"cursor": wanted.cursor} if wanted.cursor else {})}
     try:
         return msgspec.convert(fields, SearchJobs)
     except msgspec.ValidationError as fault:
         raise explain(str(fault), SearchJobs) from None
 
 
-def moment_of(name: str, text: str, now: int) -> int:
+def parse_time_field(name: str, text: str, now: int) -> int:
     """The time that the field `name` says, Unix ms. Raises Refused where it is none."""
-    at = moment(text, now)
+    at = parse_time(text, now)
     if at is None:
         raise invalid_request_error(
             f"$.{name}", "must be a time as in 2026-11-26 10:00 (UTC), or how long ago it was, as in 2h."
@@ -90,9 +90,9 @@ def moment_of(name: str, text: str, now: int) -> int:
     return at
 
 
-def moment(text: str, now: int) -> int | None:
+def parse_time(text: str, now: int) -> int | None:
     """A time as people write it, Unix ms; None where it is none."""
-    if ago := _AGO.fullmatch(text):
+    if ago := _RELATIVE.fullmatch(text):
         return max(now - int(ago[1]) * _UNITS[ago[2]], 0)
     try:
         at = datetime.datetime.fromisoformat(text.removesuffix(" UTC"))  # as pages and jobctl write it
@@ -103,10 +103,10 @@ def moment(text: str, now: int) -> int | None:
     return max(round(at.timestamp() * SECOND_MS), 0)
 
 
-def job_wanted(wanted: JobsPage) -> str | None:
+def job_redirect(wanted: JobsPageQuery) -> str | None:
     """Where to go on, if a job is asked for by its id."""
-    return job_place(wanted.id) if is_job_id(wanted.id) else None
+    return job_url(wanted.id) if is_job_id(wanted.id) else None
 
 
-def news_of_jobs(wanted: JobFilter) -> Live:
-    return Live(queue=wanted.queue) if is_job_id(wanted.queue) else Live()
+def jobs_subscription(wanted: JobFilter) -> Subscription:
+    return Subscription(queue=wanted.queue) if is_job_id(wanted.queue) else Subscription()

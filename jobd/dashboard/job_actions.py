@@ -11,15 +11,15 @@ from typing import Final, Literal
 import msgspec
 from msgspec import UNSET, Struct
 
-from jobd.dashboard.urls import curl_for
+from jobd.dashboard.urls import curl_prefix
 from jobd.model.commands import Adopt, Cancel, Command, Delete, ExtendLock, ForceFail, ForceReset, ReleaseLock, RunNow
 from jobd.model.responses import JobView
 
 Verb = Literal["run-now", "extend", "release", "force-reset", "force-fail", "cancel", "delete", "adopt"]
 
 
-class Chosen(Struct, frozen=True):
-    """What a deed is done to, and how. `reason`: None where none was given; `lock_id`: the lock's secret, or "";
+class ActionTarget(Struct, frozen=True):
+    """What a action is done to, and how. `reason`: None where none was given; `lock_id`: the lock's secret, or "";
     `result`: the number of a late result, None where it is about none."""
 
     id: str
@@ -28,7 +28,7 @@ class Chosen(Struct, frozen=True):
     result: int | None = None
 
 
-class Deed(Struct, frozen=True):
+class JobAction(Struct, frozen=True):
     """`to` is the status afterwards, None where it stays; `shell` is the same for a terminal, "" where there is none.
 
     `wants_result`: it is about one of the job's late results, and its button is beside that. `call`: method and path of
@@ -37,49 +37,49 @@ class Deed(Struct, frozen=True):
 
     verb: Verb
     label: str
-    says: str
-    froms: frozenset[str]
+    description: str
+    allowed_from: frozenset[str]
     to: str | None
-    make: Callable[[Chosen], Command]
-    wants_lock: bool = False
-    wants_result: bool = False
-    is_grave: bool = False
-    shell: str = ""
-    call: str = ""
+    make_command: Callable[[ActionTarget], Command]
+    needs_lock: bool = False
+    needs_late_result: bool = False
+    destructive: bool = False
+    cli_command: str = ""
+    api_call: str = ""
 
 
 _ALL: Final = (
-    Deed(
+    JobAction(
         "run-now",
         "Run now",
         "It becomes due at once. Its place among jobs of the same priority is that of now.",
         frozenset({"queued"}),
         None,
         lambda on: RunNow(id=on.id, reason=on.reason),
-        shell="jobctl run-now",
-        call="POST jobs/{id}/run-now",
+        cli_command="jobctl run-now",
+        api_call="POST jobs/{id}/run-now",
     ),
-    Deed(
+    JobAction(
         "extend",
         "Extend lock",
         "The lock lives for its whole time again, from now on. The worker keeps the job and notices nothing.",
         frozenset({"processing"}),
         None,
         lambda on: ExtendLock(id=on.id, lock_id=on.lock_id, reason=on.reason),
-        wants_lock=True,
-        call="POST extend-lock",
+        needs_lock=True,
+        api_call="POST extend-lock",
     ),
-    Deed(
+    JobAction(
         "release",
         "Release",
         "The job goes back to its queue and keeps its place; the attempt does not count. The worker has lost it.",
         frozenset({"processing"}),
         "queued",
         lambda on: ReleaseLock(id=on.id, lock_id=on.lock_id, reason=on.reason),
-        wants_lock=True,
-        call="POST release-lock",
+        needs_lock=True,
+        api_call="POST release-lock",
     ),
-    Deed(
+    JobAction(
         "force-reset",
         "Reset",
         "The job waits again as if it were new: no attempts, no stalls, no error, due now. A worker that holds it has "
@@ -87,84 +87,84 @@ _ALL: Final = (
         frozenset({"processing", "failed", "cancelled"}),
         "queued",
         lambda on: ForceReset(id=on.id, reason=on.reason),
-        is_grave=True,
-        shell="jobctl force-reset",
-        call="POST force-reset",
+        destructive=True,
+        cli_command="jobctl force-reset",
+        api_call="POST force-reset",
     ),
-    Deed(
+    JobAction(
         "force-fail",
         "Fail",
         "The job ends as failed, with your reason as its error. A worker that holds it has lost it.",
         frozenset({"queued", "processing"}),
         "failed",
         lambda on: ForceFail(id=on.id, reason=on.reason),
-        is_grave=True,
-        shell="jobctl force-fail",
-        call="POST force-fail",
+        destructive=True,
+        cli_command="jobctl force-fail",
+        api_call="POST force-fail",
     ),
-    Deed(
+    JobAction(
         "cancel",
         "Cancel",
         "The job ends as cancelled. A worker that holds it is told to stop with its next call.",
         frozenset({"queued", "processing"}),
         "cancelled",
         lambda on: Cancel(id=on.id, reason=on.reason),
-        is_grave=True,
-        shell="jobctl cancel",
-        call="POST jobs/{id}/cancel",
+        destructive=True,
+        cli_command="jobctl cancel",
+        api_call="POST jobs/{id}/cancel",
     ),
-    Deed(
+    JobAction(
         "delete",
         "Delete",
         "The job and its history are gone for good.",
         frozenset({"completed", "failed", "cancelled"}),
         "gone",
         lambda on: Delete(id=on.id, reason=on.reason),
-        is_grave=True,
-        shell="jobctl delete",
-        call="DELETE jobs/{id}",
+        destructive=True,
+        cli_command="jobctl delete",
+        api_call="DELETE jobs/{id}",
     ),
-    Deed(
+    JobAction(
         "adopt",
         "Adopt",
         "The job is completed with what this worker brought after it had lost its lock. Nothing of the job runs again.",
         frozenset({"queued", "failed", "cancelled"}),
         "completed",
         lambda on: Adopt(id=on.id, result=on.result, reason=on.reason),
-        wants_result=True,
-        shell="jobctl adopt",
-        call="POST jobs/{id}/adopt",
+        needs_late_result=True,
+        cli_command="jobctl adopt",
+        api_call="POST jobs/{id}/adopt",
     ),
 )
-DEEDS: Final[dict[str, Deed]] = {deed.verb: deed for deed in _ALL}
+JOB_ACTIONS: Final[dict[str, JobAction]] = {action.verb: action for action in _ALL}
 
 
-def lock_id_of(job: JobView) -> str:
+def visible_lock_id(job: JobView) -> str:
     """The secret of the job's lock, "" where there is none or it is not shown."""
     return "" if job.lock is None or job.lock.lock_id is UNSET else job.lock.lock_id
 
 
-def open_to(job: JobView, now: int) -> list[Deed]:
+def available_actions(job: JobView, now: int) -> list[JobAction]:
     """What can be done to `job` as it is."""
-    return [deed for deed in _ALL if not deed.wants_result and can(deed, job, now)]
+    return [action for action in _ALL if not action.needs_late_result and is_allowed(action, job, now)]
 
 
-def can(deed: Deed, job: JobView, now: int) -> bool:
-    if deed.verb == "run-now" and job.run_at <= now:
+def is_allowed(action: JobAction, job: JobView, now: int) -> bool:
+    if action.verb == "run-now" and job.run_at <= now:
         return False
-    return job.status in deed.froms and (not deed.wants_lock or lock_id_of(job) != "")
+    return job.status in action.allowed_from and (not action.needs_lock or visible_lock_id(job) != "")
 
 
-def curl(deed: Deed, on: Chosen, base: str) -> str:
-    """The deed as a call of curl; the lock's secret is left to who has it."""
-    method, _, path = deed.call.partition(" ")
+def curl_command(action: JobAction, on: ActionTarget, base: str) -> str:
+    """The action as a call of curl; the lock's secret is left to who has it."""
+    method, _, path = action.api_call.partition(" ")
     body: dict[str, object] = {} if "{id}" in path else {"jobId": on.id}
-    if deed.wants_lock:
+    if action.needs_lock:
         body["lockId"] = "LOCK_ID"
-    if deed.wants_result and on.result is not None:
+    if action.needs_late_result and on.result is not None:
         body["result"] = on.result
     body["reason"] = "WHY"
     sent = f" -H 'Content-Type: application/json' -d '{msgspec.json.encode(body).decode()}'"
     place = f"{base}/admin/job-management/{path.replace('{id}', on.id)}"
-    call = curl_for(on.id if "{id}" in path else "")
+    call = curl_prefix(on.id if "{id}" in path else "")
     return f'{call} -X {method} -H "Authorization: Bearer $ADMIN_TOKEN"{sent} {place}'

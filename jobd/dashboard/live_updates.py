@@ -16,7 +16,7 @@ from aiohttp import hdrs, web
 
 from jobd.api.events import EVENT_STREAM
 from jobd.api.services import Rooms
-from jobd.dashboard.context import Guest
+from jobd.dashboard.context import Viewer
 from jobd.dashboard.rendering import HEADERS
 from jobd.engine.change_watchers import Watcher
 from jobd.engine.event_feed import HEARTBEAT_S, RETRY_MS
@@ -30,31 +30,31 @@ from jobd.model.job import JobId, QueueName
 from jobd.model.responses import Response
 
 # Between two pieces of news, however much happens: a page costs the daemon some ms.
-FLOOR_S: Final = 1.0
-FLOOR_OF_ALL_S: Final = 2.0  # where the page is about more than one job
-LOOK_S: Final = 5.0  # after this time at most an ended session ends its stream
+MIN_INTERVAL_S: Final = 1.0
+MIN_LIST_INTERVAL_S: Final = 2.0  # where the page is about more than one job
+SESSION_CHECK_S: Final = 5.0  # after this time at most an ended session ends its stream
 
 log = structlog.get_logger("jobd.dashboard")
 
 
-class Live(Command, frozen=True, kw_only=True):
+class Subscription(Command, frozen=True, kw_only=True):
     """News of a job, of a queue, or of everything."""
 
     job_id: JobId | None = None
     queue: QueueName | None = None
 
 
-def news_at(live: Live) -> str:
+def live_url(live: Subscription) -> str:
     """The address at which a page hears of it."""
     given = {name: value for name, value in msgspec.structs.asdict(live).items() if value is not None}
     return f"/live?{urlencode(given)}" if given else "/live"
 
 
-async def stream(
-    site: Web[Rooms], visit: Visit, asked: Live, guest: Callable[[], Guest | None]
+async def live_stream(
+    site: Web[Rooms], visit: Visit, asked: Subscription, viewer: Callable[[], Viewer | None]
 ) -> web.StreamResponse | Response:
-    """The stream. `guest` says who asks, as of now."""
-    if not _is_still_here(guest):
+    """The stream. `viewer` says who asks, as of now."""
+    if not _is_signed_in(viewer):
         raise api_error("unauthorized", "Nobody is signed in here.")
     if visit.method == hdrs.METH_HEAD:
         return Response(Text(EVENT_STREAM, b"", HEADERS))
@@ -66,9 +66,9 @@ async def stream(
         response = web.StreamResponse(headers={"Content-Type": EVENT_STREAM, "Server": "jobd", **SAFE, **HEADERS})
         await response.prepare(request)
         notice_hangup(request, response)
-        floor_s = FLOOR_OF_ALL_S if asked.job_id is None else FLOOR_S
+        floor_s = MIN_LIST_INTERVAL_S if asked.job_id is None else MIN_INTERVAL_S
         try:
-            await _tell(response, watcher, guest, floor_s)
+            await _send_events(response, watcher, viewer, floor_s)
             await response.write_eof()
         except Exception as error:
             if not (isinstance(error, ConnectionError) and visit.is_cut):  # then the page is closed
@@ -80,15 +80,15 @@ async def stream(
         watcher.leave()
 
 
-async def _tell(
-    response: web.StreamResponse, watcher: Watcher, guest: Callable[[], Guest | None], floor_s: float
+async def _send_events(
+    response: web.StreamResponse, watcher: Watcher, viewer: Callable[[], Viewer | None], floor_s: float
 ) -> None:
     clock = asyncio.get_running_loop().time
     await write(response, b"retry: %d\nevent: live\ndata:\n\n" % RETRY_MS)
     spoke_s = clock()
     while not watcher.over.is_set():
-        has_news = await _wait(watcher.news, LOOK_S)
-        if not _is_still_here(guest):
+        has_news = await _wait(watcher.news, SESSION_CHECK_S)
+        if not _is_signed_in(viewer):
             await write(response, b"event: over\ndata:\n\n")
             return
         if has_news and not watcher.over.is_set():
@@ -110,9 +110,9 @@ async def _wait(happened: asyncio.Event, at_most_s: float) -> bool:
         return False
 
 
-def _is_still_here(guest: Callable[[], Guest | None]) -> bool:
+def _is_signed_in(viewer: Callable[[], Viewer | None]) -> bool:
     """Whether who asked is still somebody. This is a look at the page, so the session does not end by idleness."""
     try:
-        return guest() is not None
+        return viewer() is not None
     except ApiException:  # a token that is valid no more
         return False

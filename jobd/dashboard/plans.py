@@ -11,10 +11,10 @@ from urllib.parse import urlencode
 
 import msgspec
 
-from jobd.dashboard.context import Guest, go_on
-from jobd.dashboard.filters import JobFilter, chosen
-from jobd.dashboard.pages import ACTIONS, PAUSED, Shown, query, strip
-from jobd.dashboard.rendering import iso
+from jobd.dashboard.context import Viewer, redirect_with_flash
+from jobd.dashboard.filters import JobFilter, search_fields
+from jobd.dashboard.pages import BULK_ACTIONS, PAUSED_QUEUES, PageData, banners, query
+from jobd.dashboard.rendering import iso_time
 from jobd.http.decoding import explain
 from jobd.model.commands import (
     MAINTENANCE_ACTIONS,
@@ -29,8 +29,8 @@ from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.job import JobId, Text
 from jobd.model.responses import PlanView, Response, plan_late_results_note
 
-MOST_SHOWN: Final = 200
-SAYS: Final[dict[str, str]] = {
+MAX_LISTED: Final = 200
+DESCRIPTIONS: Final[dict[str, str]] = {
     "retry": "Failed and cancelled jobs wait again as if they were new: no attempts, no stalls, no error, due now.",
     "force-reset": "Failed, cancelled and processing jobs wait again as if they were new. Who holds one has lost it, "
     "and may have done half of the work.",
@@ -42,8 +42,8 @@ SAYS: Final[dict[str, str]] = {
     "cleanup": "What a cleanup pass would do, but for what it mends: stuck jobs are recovered, queued ones that nobody "
     "wants any more fail, finished ones whose time is over and their history are gone for good.",
 }
-LABELS: Final = ACTIONS | {"recover-stuck": "Recover", "cleanup": "Clean up"}
-GRAVE: Final = frozenset({"force-reset", "cancel", "force-fail", "delete", "cleanup"})
+LABELS: Final = BULK_ACTIONS | {"recover-stuck": "Recover", "cleanup": "Clean up"}
+DESTRUCTIVE: Final = frozenset({"force-reset", "cancel", "force-fail", "delete", "cleanup"})
 
 
 class PlanForm(JobFilter, frozen=True, kw_only=True):
@@ -56,23 +56,23 @@ class PlanForm(JobFilter, frozen=True, kw_only=True):
     csrf: str = ""
 
 
-class ApplyForm(PlanCommand, frozen=True, kw_only=True):
+class ApplyPlanForm(PlanCommand, frozen=True, kw_only=True):
     csrf: str = ""
 
 
-class NextForm(PlanCommand, frozen=True, kw_only=True):
+class NextPlanForm(PlanCommand, frozen=True, kw_only=True):
     csrf: str = ""
 
 
-async def make(guest: Guest, form: PlanForm) -> Response | ApiError:
+async def create_plan(viewer: Viewer, form: PlanForm) -> Response | ApiError:
     """A plan, and on to its page. Nothing is done yet."""
-    found = await guest.site.rooms.make_plan(_wanted(guest, form))
-    return found if isinstance(found, ApiError) else go_on(guest, f"/plans/{found.plan_id}")
+    found = await viewer.app.rooms.make_plan(_plan_command(viewer, form))
+    return found if isinstance(found, ApiError) else redirect_with_flash(viewer, f"/plans/{found.plan_id}")
 
 
-async def make_next(guest: Guest, form: NextForm) -> Response | ApiError:
+async def create_next_plan(viewer: Viewer, form: NextPlanForm) -> Response | ApiError:
     """A plan of what comes after this one, and on to its page."""
-    plan = guest.site.rooms.plan(form.plan_id)
+    plan = viewer.app.rooms.plan(form.plan_id)
     if isinstance(plan, ApiError):
         return plan
     if plan.next_cursor is None:
@@ -83,26 +83,28 @@ async def make_next(guest: Guest, form: NextForm) -> Response | ApiError:
         cursor=plan.next_cursor,
         reason=plan.reason,
     )
-    found = await guest.site.rooms.make_plan(wanted)
-    return found if isinstance(found, ApiError) else go_on(guest, f"/plans/{found.plan_id}")
+    found = await viewer.app.rooms.make_plan(wanted)
+    return found if isinstance(found, ApiError) else redirect_with_flash(viewer, f"/plans/{found.plan_id}")
 
 
 def _filters(plan: PlanView) -> dict[str, str]:
     """What the plan's jobs were found by, as the page of jobs takes it."""
     given = {} if plan.filter is None else msgspec.structs.asdict(plan.filter)
     return {
-        name: iso(value) if isinstance(value, int) else str(value) for name, value in given.items() if value is not None
+        name: iso_time(value) if isinstance(value, int) else str(value)
+        for name, value in given.items()
+        if value is not None
     }
 
 
-def _wanted(guest: Guest, form: PlanForm) -> MakePlan:
+def _plan_command(viewer: Viewer, form: PlanForm) -> MakePlan:
     reason = form.reason.strip() or None
     if form.scope == "all":
         if form.error is not None and not form.error.strip():  # else it would be all jobs, for those of one group
             raise api_error("invalid_request", "This group has no name to find its jobs by.", field="$.error")
         try:
             return MakePlan(
-                action=form.action, filter=msgspec.convert(chosen(form, guest.now), PlanFilter), reason=reason
+                action=form.action, filter=msgspec.convert(search_fields(form, viewer.now), PlanFilter), reason=reason
             )
         except msgspec.ValidationError as fault:
             raise explain(str(fault), PlanFilter) from None
@@ -111,47 +113,47 @@ def _wanted(guest: Guest, form: PlanForm) -> MakePlan:
     return MakePlan(action=form.action, ids=form.ids, reason=reason)
 
 
-async def show(guest: Guest, wanted: PlanCommand) -> Shown:
+async def plan(viewer: Viewer, wanted: PlanCommand) -> PageData:
     """The page of a plan: what it would do, or what became of it."""
-    found = guest.site.rooms.plan(wanted.plan_id)
+    found = viewer.app.rooms.plan(wanted.plan_id)
     if isinstance(found, ApiError):
         raise ApiException(found)
     plan: PlanView = found
-    [paused] = await query(guest, PAUSED)
+    [paused] = await query(viewer, PAUSED_QUEUES)
     result = plan.result
     filters = _filters(plan)
     return {
         "plan": plan,
         "filters": filters,
-        "back": f"/jobs?{urlencode(filters)}" if filters else "/jobs",
+        "jobs_url": f"/jobs?{urlencode(filters)}" if filters else "/jobs",
         "is_full": plan.count >= MAX_PLAN,
-        "most_jobs": MAX_PLAN,
-        "making_s": round(MAX_PLANNING_S),
+        "max_jobs": MAX_PLAN,
+        "planning_s": round(MAX_PLANNING_S),
         "label": LABELS[plan.action],
-        "says": SAYS[plan.action],
-        "goes_too": guest.site.rooms.has_artifacts() and any(job.to is None for job in plan.jobs),
-        "is_grave": plan.action in GRAVE,
+        "description": DESCRIPTIONS[plan.action],
+        "deletes_artifacts": viewer.app.rooms.has_artifacts() and any(job.to is None for job in plan.jobs),
+        "destructive": plan.action in DESTRUCTIVE,
         "late_note": plan_late_results_note(plan.action, plan.jobs),
-        "late": [job for job in plan.jobs if job.late_results][:MOST_SHOWN],
-        "moves": Counter((job.from_, job.to) for job in plan.jobs).most_common(),
-        "jobs": plan.jobs[:MOST_SHOWN],
+        "late": [job for job in plan.jobs if job.late_results][:MAX_LISTED],
+        "transitions": Counter((job.from_, job.to) for job in plan.jobs).most_common(),
+        "jobs": plan.jobs[:MAX_LISTED],
         "of_time": plan.action in MAINTENANCE_ACTIONS,
-        "skipped": plan.skipped[:MOST_SHOWN],
-        "whys": Counter(job.why for job in plan.skipped).most_common(20),
-        "undone": [] if result is None else [*result.changed, *result.refused][:MOST_SHOWN],
-        "undone_count": 0 if result is None else len(result.changed) + len(result.refused),
-        "most": MOST_SHOWN,
-        **strip(guest, paused),
+        "skipped": plan.skipped[:MAX_LISTED],
+        "skip_reasons": Counter(job.why for job in plan.skipped).most_common(20),
+        "not_applied": [] if result is None else [*result.changed, *result.refused][:MAX_LISTED],
+        "not_applied_count": 0 if result is None else len(result.changed) + len(result.refused),
+        "max_listed": MAX_LISTED,
+        **banners(viewer, paused),
     }
 
 
-async def apply(guest: Guest, form: ApplyForm) -> Response | ApiError:
+async def apply_plan(viewer: Viewer, form: ApplyPlanForm) -> Response | ApiError:
     """Do what the plan says, and on to its page, which tells what became of it."""
-    operator = guest.visit.operator
+    operator = viewer.visit.operator
     assert operator is not None  # who may change something is one
-    done = await guest.site.rooms.apply_plan(form.plan_id, operator)
+    done = await viewer.app.rooms.apply_plan(form.plan_id, operator)
     if isinstance(done, ApiError):
         return done
     jobs = f"{done.applied} {'job' if done.applied == 1 else 'jobs'}"
     said = "It had been applied before; nothing was done this time." if done.repeated else f"It was done to {jobs}."
-    return go_on(guest, f"/plans/{form.plan_id}", said)
+    return redirect_with_flash(viewer, f"/plans/{form.plan_id}", said)

@@ -21,21 +21,21 @@ from markupsafe import Markup, escape
 
 from jobd import __version__
 from jobd.dashboard.assets import Assets
-from jobd.dashboard.urls import curl_for, job_place
+from jobd.dashboard.urls import curl_prefix, job_url
 from jobd.http.response import Text
 from jobd.model.job import DAY_MS, EARLIEST_MS, HOUR_MS, LATEST_MS, MINUTE_MS, SECOND_MS, headline
 
-PLACE: Final = Path(__file__).parent / "templates"
-AT_HAND: Final = ("base.html", "refused.html")  # a refusal takes no detour
-BREATH_S = 1.0  # between two templates that are compiled: each takes some milliseconds, up to 25
+TEMPLATES: Final = Path(__file__).parent / "templates"
+PRECOMPILED: Final = ("base.html", "refused.html")  # a refusal takes no detour
+WARM_PAUSE_S = 1.0  # between two templates that are compiled: each takes some milliseconds, up to 25
 HTML: Final = "text/html; charset=utf-8"
-POLICY: Final = (
+CONTENT_SECURITY_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 # `same-origin`, not `no-referrer`: with that a browser sends `Origin: null` with our own forms.
 HEADERS: Final = {
-    "Content-Security-Policy": POLICY,
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "Referrer-Policy": "same-origin",
     "X-Frame-Options": "DENY",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -49,8 +49,8 @@ _PAGES: Final = {
     "webhooks": "/webhooks",
 }
 _COMMAND: Final = re.compile(rf"\bjobctl (?:(?P<verb>{'|'.join(_PAGES)})\b|timeline (?P<id>[A-Za-z0-9_.:-]{{1,200}}))")
-SHOWN_JSON: Final = 20_000  # characters of a payload
-SHORT_JSON: Final = 300
+MAX_JSON: Final = 20_000  # characters of a payload
+MAX_SHORT_JSON: Final = 300
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 # Control characters as their pictures, and what turns the direction of text around as its name.
@@ -62,12 +62,12 @@ _PICTURES: Final = {
 }
 
 
-class Painter:
+class Renderer:
     """Makes pages, off the loop but for those of AT_HAND. Templates are compiled when they are wanted, or by `warm`."""
 
     def __init__(self, assets: Assets) -> None:
-        self._made = Environment(
-            loader=FileSystemLoader(PLACE),
+        self._environment = Environment(
+            loader=FileSystemLoader(TEMPLATES),
             autoescape=True,
             undefined=StrictUndefined,
             auto_reload=False,
@@ -75,43 +75,43 @@ class Painter:
             lstrip_blocks=True,
             finalize=visible,
         )
-        self._made.filters |= {
-            "span": span,
-            "instant": instant,
-            "detail": detail,
-            "iso": iso,
-            "size": size,
+        self._environment.filters |= {
+            "duration": duration,
+            "utc_time": utc_time,
+            "audit_detail": audit_detail,
+            "iso_time": iso_time,
+            "byte_size": byte_size,
             "thousands": thousands,
-            "json": short_json,
+            "short_json": short_json,
             "headline": headline,
-            "rate": rate,
-            "commands": commands,
-            "shell": shlex.quote,
-            "as_is": as_is,
-            "job_place": job_place,
-            "q": lambda text: quote(str(text), safe=""),
+            "short_number": short_number,
+            "link_commands": link_commands,
+            "shell_quote": shlex.quote,
+            "raw": raw,
+            "job_url": job_url,
+            "url_quote": lambda text: quote(str(text), safe=""),
         }
-        self._made.globals |= {"asset": assets.url, "version": __version__, "curl_for": curl_for}
+        self._environment.globals |= {"static_url": assets.url, "version": __version__, "curl_prefix": curl_prefix}
 
-        for name in AT_HAND:
-            self._made.get_template(name)
+        for name in PRECOMPILED:
+            self._environment.get_template(name)
 
     async def warm(self) -> None:
         """Compile all templates, which a start need not wait for. Who wants one before has it compiled then.
 
         Off the loop, but they want the interpreter as it does: in one go they would hold up whoever asks meanwhile.
         """
-        for name in await asyncio.to_thread(self._made.list_templates):
-            await asyncio.to_thread(self._made.get_template, name)
-            await asyncio.sleep(BREATH_S)
+        for name in await asyncio.to_thread(self._environment.list_templates):
+            await asyncio.to_thread(self._environment.get_template, name)
+            await asyncio.sleep(WARM_PAUSE_S)
 
     def page(self, template: str, **shown: Any) -> Text:
         """A page, or a part of one, with the headers of both."""
-        body = self._made.get_template(template).render(**shown).encode("utf-8", "replace")
+        body = self._environment.get_template(template).render(**shown).encode("utf-8", "replace")
         return Text(HTML, body, HEADERS)
 
 
-def go_to(place: str, **more: str) -> Text:
+def redirect(place: str, **more: str) -> Text:
     """Nothing but the place where to go on; `place` is an address of ours."""
     return Text(HTML, b"", {**HEADERS, "Location": place, **{name.replace("_", "-"): more[name] for name in more}})
 
@@ -127,25 +127,25 @@ def visible(value: Any) -> Any:
     return value.translate(_PICTURES)
 
 
-def as_is(value: object) -> Markup:
+def raw(value: object) -> Markup:
     """`value` for a field that is sent back: there it has to be what it was, also where nobody can see all of it."""
     return escape(value)
 
 
-def commands(text: str) -> Markup:
+def link_commands(text: str) -> Markup:
     """`text`, where a `jobctl` command that has a page of its own here is a link to that."""
     shown, at = Markup(), 0
     for found in _COMMAND.finditer(text):
         verb, job_id = found["verb"] or "", found["id"]
         if job_id == "ID":  # any
             continue
-        place = _PAGES[verb] if job_id is None else job_place(job_id)
+        place = _PAGES[verb] if job_id is None else job_url(job_id)
         link = Markup('<a href="{}">{}</a>').format(place, found[0])
         shown, at = shown + escape(visible(text[at : found.start()])) + link, found.end()
     return shown + escape(visible(text[at:]))
 
 
-def span(ms: float) -> str:
+def duration(ms: float) -> str:
     """How long, with the two greatest units: 350 ms, 12 s, 3 min 5 s, 2 h 10 min, 4 d 3 h."""
     ms = abs(int(ms))
     if ms < SECOND_MS:
@@ -161,23 +161,23 @@ def span(ms: float) -> str:
     return f"{ms // SECOND_MS} s"
 
 
-def instant(at: int) -> str:
+def utc_time(at: int) -> str:
     """When, for people: 2026-01-31 12:00:00 UTC."""
     return _utc(at).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def detail(value: object) -> str:
+def audit_detail(value: object) -> str:
     """A detail of the audit log in words: of a filter each part by its name, points in time (Unix ms) for people."""
     if not isinstance(value, dict):
         return str(value)
     parts = []
     for name, each in value.items():
         is_time = isinstance(each, int) and name.endswith(("since", "until")) and EARLIEST_MS <= each <= LATEST_MS
-        parts.append(f"{name} {instant(each) if is_time else each}")
+        parts.append(f"{name} {utc_time(each) if is_time else each}")
     return ", ".join(parts)
 
 
-def iso(at: int) -> str:
+def iso_time(at: int) -> str:
     return _utc(at).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -185,7 +185,7 @@ def _utc(at: int) -> datetime.datetime:
     return _EPOCH + datetime.timedelta(milliseconds=at)
 
 
-def size(count: int) -> str:
+def byte_size(count: int) -> str:
     """Bytes in the unit that gives a short number."""
     number = float(count)
     for unit in ("B", "KiB", "MiB"):
@@ -195,7 +195,7 @@ def size(count: int) -> str:
     return f"{number:.1f} GiB"
 
 
-def rate(number: float) -> str:
+def short_number(number: float) -> str:
     """A number of which only the greatest digits matter: 0, 0.25, 3.1, 120."""
     return thousands(round(number)) if number >= 10 else f"{number:.2g}"
 
@@ -208,12 +208,12 @@ def thousands(number: float) -> str:
 def short_json(raw: Any) -> str:
     """The beginning of JSON text, in one line."""
     text = " ".join(bytes(raw).decode("utf-8", "replace").split())
-    return text if len(text) <= SHORT_JSON else f"{text[:SHORT_JSON]} …"
+    return text if len(text) <= MAX_SHORT_JSON else f"{text[:MAX_SHORT_JSON]} …"
 
 
-def pretty(raw: Any) -> tuple[str, int]:
+def pretty_json(raw: Any) -> tuple[str, int]:
     """JSON text with line breaks, and how many characters of it were left out."""
     text = bytes(raw).decode("utf-8", "replace")
     with contextlib.suppress(msgspec.DecodeError, RecursionError):  # nested too deeply: it is shown as it came
         text = msgspec.json.format(text)
-    return text[:SHOWN_JSON], max(len(text) - SHOWN_JSON, 0)
+    return text[:MAX_JSON], max(len(text) - MAX_JSON, 0)

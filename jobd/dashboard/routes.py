@@ -23,21 +23,21 @@ from jobd.dashboard.assets import Assets
 from jobd.dashboard.context import (
     AUTHORIZATION,
     Form,
-    Guest,
     ReasonForm,
-    cookie,
-    go_on,
-    guest_of,
-    is_renewal,
-    target_of,
+    Viewer,
+    find_viewer,
+    is_live_update,
+    redirect_with_flash,
+    request_target,
+    session_cookie,
 )
-from jobd.dashboard.filters import JobsPage, job_wanted, news_of_jobs
-from jobd.dashboard.job_actions import DEEDS, Chosen, Verb, lock_id_of
-from jobd.dashboard.live_updates import Live, news_at, stream
-from jobd.dashboard.rendering import HTML, Painter, go_to
+from jobd.dashboard.filters import JobsPageQuery, job_redirect, jobs_subscription
+from jobd.dashboard.job_actions import JOB_ACTIONS, ActionTarget, Verb, visible_lock_id
+from jobd.dashboard.live_updates import Subscription, live_stream, live_url
+from jobd.dashboard.rendering import HTML, Renderer, redirect
 from jobd.dashboard.sessions import Sessions
-from jobd.dashboard.sign_in import Entrance, SignIn, SignInPage, to_sign_in
-from jobd.dashboard.urls import job_place
+from jobd.dashboard.sign_in import SignInForm, SignInPages, SignInQuery, redirect_to_sign_in
+from jobd.dashboard.urls import job_url
 from jobd.http.app import Nothing, Web, check_reader
 from jobd.http.auth import Gate
 from jobd.http.request import Visit
@@ -49,19 +49,19 @@ from jobd.model.job import Text as Words
 from jobd.model.responses import JobView, Response
 from jobd.monitoring.timeseries import Recorder
 
-UNTOLD: Final = ("live.html", "docs.html")  # what was done is told by the page that comes next, which is neither
+WITHOUT_FLASH: Final = ("live.html", "docs.html")  # what was done is told by the page that comes next, which is neither
 
 Shown = dict[str, Any]
-Look = Callable[[Guest, Any], Awaitable[Shown]]
-Act = Callable[[Guest, Any], Awaitable[Response | ApiError]]
+LoadPage = Callable[[Viewer, Any], Awaitable[Shown]]
+HandleForm = Callable[[Viewer, Any], Awaitable[Response | ApiError]]
 
 
-class Asset(Command, frozen=True, kw_only=True):
+class StaticFileQuery(Command, frozen=True, kw_only=True):
     name: str
     v: str = ""
 
 
-class DeedForm(JobCommand, frozen=True, kw_only=True):
+class JobActionForm(JobCommand, frozen=True, kw_only=True):
     verb: Verb
     seen: Annotated[str, Meta(max_length=60)]
     reason: Words = ""
@@ -75,120 +75,141 @@ class Dashboard:
     def __init__(self, gate: Gate, recorder: Recorder, *, clock_s: Callable[[], float] = time.monotonic) -> None:
         self.sessions = Sessions(gate.access_of, clock_s)
         self._assets = Assets()
-        self._painter = Painter(self._assets)
+        self._renderer = Renderer(self._assets)
         self._recorder = recorder
-        self._entrance = Entrance(self.sessions, self._paint, clock_s)
+        self._sign_in_pages = SignInPages(self.sessions, self._render, clock_s)
 
     async def warm(self) -> None:
         """Compile the templates, before somebody waits for them."""
-        await self._painter.warm()
+        await self._renderer.warm()
 
     def routes(self) -> tuple[Route, ...]:
         """Every page, as data."""
         recorder = self._recorder
         return (
-            self._open("GET", "/sign-in", SignInPage, self._entrance.page),
-            self._open("POST", "/sign-in", SignIn, self._entrance.sign_in),
-            self._open("GET", "/static/{name}", Asset, self._static),
-            self._open("GET", "/docs", Nothing, partial(self._docs, "/openapi.json")),
-            self._open("GET", "/docs/worker", Nothing, partial(self._docs, "/docs/worker.json")),
-            self._form("/sign-out", Form, self._entrance.sign_out, for_readers=True),
-            self._page("/", Nothing, "overview", "Overview", lambda guest, _: pages.overview(guest, recorder)),
-            Route(method="GET", path="/live", asks=Live, gives=bytes, who="anyone", via=self._live, sends=EVENT_STREAM),
+            self._public_route("GET", "/sign-in", SignInQuery, self._sign_in_pages.page),
+            self._public_route("POST", "/sign-in", SignInForm, self._sign_in_pages.sign_in),
+            self._public_route("GET", "/static/{name}", StaticFileQuery, self._static),
+            self._public_route("GET", "/docs", Nothing, partial(self._docs, "/openapi.json")),
+            self._public_route("GET", "/docs/worker", Nothing, partial(self._docs, "/docs/worker.json")),
+            self._form_route("/sign-out", Form, self._sign_in_pages.sign_out, for_readers=True),
+            self._page_route("/", Nothing, "overview", "Overview", lambda viewer, _: pages.overview(viewer, recorder)),
+            Route(
+                method="GET",
+                path="/live",
+                asks=Subscription,
+                gives=bytes,
+                who="anyone",
+                via=self._live,
+                sends=EVENT_STREAM,
+            ),
             Route(method="GET", path="/chart.json", asks=Nothing, gives=bytes, who="anyone", via=self._chart),
-            self._page(
+            self._page_route(
                 "/jobs",
-                JobsPage,
+                JobsPageQuery,
                 "jobs",
                 "Jobs",
                 pages.jobs,
-                every_s=5,
-                leads=job_wanted,
-                news=news_of_jobs,
+                interval_s=5,
+                leads=job_redirect,
+                subscription=jobs_subscription,
             ),
-            *self._of_job("/jobs/{id}"),
-            *self._of_job("/job"),  # with the id in the query, for those that a path cannot name (places.py)
-            self._form("/plans", plans.PlanForm, plans.make),
-            self._page("/plans/{plan_id}", PlanCommand, "plan", "Plan", plans.show, every_s=0),
-            self._form("/plans/{plan_id}/apply", plans.ApplyForm, plans.apply),
-            self._form("/plans/{plan_id}/next", plans.NextForm, plans.make_next),
-            self._page("/failures", Nothing, "failures", "Failures", lambda guest, _: pages.failures(guest)),
-            self._page(
+            *self._job_routes("/jobs/{id}"),
+            *self._job_routes("/job"),  # with the id in the query, for those that a path cannot name (places.py)
+            self._form_route("/plans", plans.PlanForm, plans.create_plan),
+            self._page_route("/plans/{plan_id}", PlanCommand, "plan", "Plan", plans.plan, interval_s=0),
+            self._form_route("/plans/{plan_id}/apply", plans.ApplyPlanForm, plans.apply_plan),
+            self._form_route("/plans/{plan_id}/next", plans.NextPlanForm, plans.create_next_plan),
+            self._page_route("/failures", Nothing, "failures", "Failures", lambda viewer, _: pages.failures(viewer)),
+            self._page_route(
                 "/queues",
-                pages.QueuesPage,
+                pages.QueuesPageQuery,
                 "queues",
                 "Queues",
-                lambda guest, asked: pages.queues(guest, recorder, asked),
+                lambda viewer, asked: pages.queues(viewer, recorder, asked),
             ),
-            self._form("/queues/pause", maintenance.QueueForm, maintenance.pause),
-            self._form("/queues/resume", maintenance.QueueForm, maintenance.resume),
-            self._form("/queues/{name}/pause", maintenance.QueueForm, maintenance.pause),  # as programs ask for it
-            self._form("/queues/{name}/resume", maintenance.QueueForm, maintenance.resume),
-            self._page("/workers", pages.WorkersPage, "workers", "Workers", pages.workers),
-            self._page(
+            self._form_route("/queues/pause", maintenance.QueueForm, maintenance.pause_queue),
+            self._form_route("/queues/resume", maintenance.QueueForm, maintenance.resume_queue),
+            self._form_route(
+                "/queues/{name}/pause", maintenance.QueueForm, maintenance.pause_queue
+            ),  # as programs ask for it
+            self._form_route("/queues/{name}/resume", maintenance.QueueForm, maintenance.resume_queue),
+            self._page_route("/workers", pages.WorkersPageQuery, "workers", "Workers", pages.workers),
+            self._page_route(
                 "/workers/take-back",
-                maintenance.TakeBackPage,
+                maintenance.TakeBackQuery,
                 "take_back",
                 "Workers",
                 maintenance.confirm_take_back,
-                every_s=0,
+                interval_s=0,
                 changes=True,
             ),
-            self._form("/workers/take-back", maintenance.TakeBackForm, maintenance.take_back),
-            self._page("/cleanup", Nothing, "cleanup", "Cleanup", lambda guest, _: pages.cleanup(guest)),
-            self._page(
+            self._form_route("/workers/take-back", maintenance.TakeBackForm, maintenance.take_back),
+            self._page_route("/cleanup", Nothing, "cleanup", "Cleanup", lambda viewer, _: pages.cleanup(viewer)),
+            self._page_route(
                 "/cleanup/confirm",
-                maintenance.ChorePage,
+                maintenance.CleanupConfirmQuery,
                 "cleanup_confirm",
                 "Cleanup",
-                maintenance.confirm,
-                every_s=0,
+                maintenance.confirm_cleanup,
+                interval_s=0,
                 changes=True,
             ),
-            self._form("/cleanup/run", ReasonForm, maintenance.run_cleanup),
-            self._form("/cleanup/recover", ReasonForm, maintenance.recover),
-            self._page("/alerts", Nothing, "alerts", "Alerts", lambda guest, _: pages.alerts(guest), every_s=5),
-            self._page("/webhooks", Nothing, "webhooks", "Webhooks", webhooks.every, every_s=5),
-            self._page("/webhooks/{name}", webhooks.WebhookPage, "webhook", "Webhook", webhooks.one, every_s=5),
-            self._form("/webhooks/{name}/test", webhooks.TestForm, webhooks.test),
-            self._page(
+            self._form_route("/cleanup/run", ReasonForm, maintenance.run_cleanup),
+            self._form_route("/cleanup/recover", ReasonForm, maintenance.recover_stuck),
+            self._page_route(
+                "/alerts", Nothing, "alerts", "Alerts", lambda viewer, _: pages.alerts(viewer), interval_s=5
+            ),
+            self._page_route("/webhooks", Nothing, "webhooks", "Webhooks", webhooks.webhook_list, interval_s=5),
+            self._page_route(
+                "/webhooks/{name}",
+                webhooks.WebhookPageQuery,
+                "webhook",
+                "Webhook",
+                webhooks.webhook_detail,
+                interval_s=5,
+            ),
+            self._form_route("/webhooks/{name}/test", webhooks.TestWebhookForm, webhooks.send_test),
+            self._page_route(
                 "/webhooks/{name}/again",
-                webhooks.AgainPage,
+                webhooks.RetryFailedQuery,
                 "webhook_again",
                 "Send again",
-                webhooks.again,
-                every_s=0,
+                webhooks.confirm_retry_failed,
+                interval_s=0,
                 changes=True,
             ),
-            self._form("/webhooks/{name}/resend-given-up", webhooks.AgainForm, webhooks.resend_all),
-            self._form("/webhooks/{name}/resend", webhooks.ResendForm, webhooks.resend),
-            self._page("/audit", pages.AuditPage, "audit", "Audit", pages.audit, every_s=5),
-            self._page(
-                "/clock", Nothing, "clock", "Clock", lambda guest, _: maintenance.confirm_clock(guest), every_s=0
+            self._form_route("/webhooks/{name}/resend-given-up", webhooks.RetryFailedForm, webhooks.retry_failed),
+            self._form_route("/webhooks/{name}/resend", webhooks.ResendForm, webhooks.resend),
+            self._page_route("/audit", pages.AuditPageQuery, "audit", "Audit", pages.audit, interval_s=5),
+            self._page_route(
+                "/clock", Nothing, "clock", "Clock", lambda viewer, _: maintenance.confirm_clock(viewer), interval_s=0
             ),
-            self._form("/clock/accept", ReasonForm, maintenance.accept_clock),
+            self._form_route("/clock/accept", ReasonForm, maintenance.accept_clock),
         )
 
-    def _of_job(self, place: str) -> tuple[Route, ...]:
+    def _job_routes(self, place: str) -> tuple[Route, ...]:
         """The pages of one job."""
         return (
-            self._page(
+            self._page_route(
                 place,
-                pages.OneJob,
+                pages.JobPageQuery,
                 "job",
                 "Job",
                 pages.open_job,
-                news=lambda asked: Live(job_id=asked.id),
+                subscription=lambda asked: Subscription(job_id=asked.id),
             ),
-            self._page(f"{place}/confirm", pages.ConfirmPage, "confirm", "Confirm", pages.confirm, changes=True),
-            self._form(f"{place}/do", DeedForm, self._do),
-            self._open("GET", f"{place}/artifact", Artifact, self._artifact),
-            self._open("GET", f"{place}/elsewhere", Artifact, self._elsewhere),
+            self._page_route(
+                f"{place}/confirm", pages.ConfirmPageQuery, "confirm", "Confirm", pages.confirm, changes=True
+            ),
+            self._form_route(f"{place}/do", JobActionForm, self._run_action),
+            self._public_route("GET", f"{place}/artifact", Artifact, self._artifact),
+            self._public_route("GET", f"{place}/elsewhere", Artifact, self._external_link),
         )
 
     # -- kinds of routes ----------------------------------------------------------------------------------------------
 
-    def _open(self, method: str, path: str, asks: type[Command], via: Any) -> Route:
+    def _public_route(self, method: str, path: str, asks: type[Command], via: Any) -> Route:
         """Something that wants no session."""
         reads: Any = "json" if method == "GET" else "form"
         return Route(
@@ -203,144 +224,161 @@ class Dashboard:
             shows=self.refusal_page,
         )
 
-    def _page(
+    def _page_route(
         self,
         path: str,
         asks: type[Command],
         name: str,
         title: str,
-        look: Look,
+        look: LoadPage,
         *,
-        every_s: int = 2,
+        interval_s: int = 2,
         changes: bool = False,
         leads: Callable[[Any], str | None] = lambda asked: None,
-        news: Callable[[Any], Live] = lambda asked: Live(),
+        subscription: Callable[[Any], Subscription] = lambda asked: Subscription(),
     ) -> Route:
-        """A page for who has signed in. It renews its living part where there is `news`, or every `every_s` seconds
+        """A page for who has signed in. It renews its living part where there is `news`, or every `interval_s` seconds
         where it hears none. `leads` sends on elsewhere.
 
         `changes`: it leads to a change, so it is not for who may only look.
         """
 
         async def via(site: Web[Rooms], visit: Visit, asked: Any) -> Response:
-            guest = guest_of(site, visit, self.sessions)
-            if guest is None:
-                return to_sign_in(visit)
-            if changes and not guest.may_change:
+            viewer = find_viewer(site, visit, self.sessions)
+            if viewer is None:
+                return redirect_to_sign_in(visit)
+            if changes and not viewer.may_change:
                 raise api_error(
                     "forbidden", "This session may only look. To change something sign in with the admin token."
                 )
             if (place := leads(asked)) is not None:
-                return Response(go_to(place), status=303)
-            shown = await look(guest, asked)
+                return Response(redirect(place), status=303)
+            shown = await look(viewer, asked)
             status = shown.pop("status", 200)
-            about = {"name": name, "title": title, "every_s": every_s, "news": news_at(news(asked))}
+            about = {
+                "name": name,
+                "title": title,
+                "interval_s": interval_s,
+                "events_url": live_url(subscription(asked)),
+            }
             about["part"] = f"{name}.live.html"
-            template = "live.html" if is_renewal(visit) else f"{name}.html"
-            return Response(await self._paint(template, guest, **{**about, **shown}), status=status)
+            template = "live.html" if is_live_update(visit) else f"{name}.html"
+            return Response(await self._render(template, viewer, **{**about, **shown}), status=status)
 
-        return self._open("GET", path, asks, via)
+        return self._public_route("GET", path, asks, via)
 
-    def _form(self, path: str, asks: type[Command], act: Act, *, for_readers: bool = False) -> Route:
+    def _form_route(self, path: str, asks: type[Command], act: HandleForm, *, for_readers: bool = False) -> Route:
         """A form of a page: whoever sends it has a session and its secret, and may change things."""
 
         async def via(site: Web[Rooms], visit: Visit, asked: Any) -> Response | ApiError:
-            guest = guest_of(site, visit, self.sessions)
-            if guest is None:
+            viewer = find_viewer(site, visit, self.sessions)
+            if viewer is None:
                 raise api_error("unauthorized", "Nobody is signed in here, or no more. Sign in, then do it again.")
-            guest.check_form(asked.csrf)
-            if not for_readers and not guest.may_change:
+            viewer.check_form(asked.csrf)
+            if not for_readers and not viewer.may_change:
                 check_reader(route)
-            return await act(guest, asked)
+            return await act(viewer, asked)
 
-        route = self._open("POST", path, asks, via)
+        route = self._public_route("POST", path, asks, via)
         return route
 
-    async def _paint(self, template: str, guest: Guest | None, **shown: Any) -> Text:
+    async def _render(self, template: str, viewer: Viewer | None, **shown: Any) -> Text:
         """A page, made in a thread: a long list takes some ms, in which the loop has others to serve."""
-        session = None if guest is None else guest.session
+        session = None if viewer is None else viewer.session
         return await asyncio.to_thread(
-            self._painter.page,
+            self._renderer.page,
             template,
-            guest=guest,
-            told=None if session is None or template in UNTOLD else session.take_told(),
-            **{"here": "" if guest is None else target_of(guest.visit), "now": guest.now if guest else 0, **shown},
+            viewer=viewer,
+            flash="" if session is None or template in WITHOUT_FLASH else session.take_flash(),
+            **{
+                "page_url": "" if viewer is None else request_target(viewer.visit),
+                "now": viewer.now if viewer else 0,
+                **shown,
+            },
         )
 
     def knows(self, visit: Visit) -> bool:
         """Whether somebody has signed in there. Where a token is sent, it is the token that is judged."""
-        return AUTHORIZATION not in visit.head.headers and self.sessions.find(cookie(visit)) is not None
+        return AUTHORIZATION not in visit.head.headers and self.sessions.find(session_cookie(visit)) is not None
 
     def refusal_page(self, visit: Visit, refusal: ApiError) -> Text:
         """A refusal as a page: what is wrong, and a way on."""
         title = "Not found" if refusal.status == 404 else "Not done"
-        return self._painter.page(
-            "refused.html", guest=None, told=None, refusal=refusal, here="", now=0, title=title, name="refused"
+        return self._renderer.page(
+            "refused.html", viewer=None, flash="", refusal=refusal, page_url="", now=0, title=title, name="refused"
         )
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    async def _static(self, site: Web[Rooms], visit: Visit, asked: Asset) -> Response | ApiError:
+    async def _static(self, site: Web[Rooms], visit: Visit, asked: StaticFileQuery) -> Response | ApiError:
         text = self._assets.text(asked.name, asked.v)
         return ApiError("not_found", "There is no such file.") if text is None else Response(text)
 
     async def _docs(self, document: str, site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
         """It shows what GET `document` gives to everybody, so it wants no session either, and no token."""
-        guest = None if AUTHORIZATION in visit.head.headers else guest_of(site, visit, self.sessions)
-        return Response(await self._paint("docs.html", guest, title="API", name="docs", document=document))
+        viewer = None if AUTHORIZATION in visit.head.headers else find_viewer(site, visit, self.sessions)
+        return Response(await self._render("docs.html", viewer, title="API", name="docs", document=document))
 
-    async def _live(self, site: Web[Rooms], visit: Visit, asked: Live) -> Response | StreamResponse:
-        return await stream(site, visit, asked, lambda: guest_of(site, visit, self.sessions))
+    async def _live(self, site: Web[Rooms], visit: Visit, asked: Subscription) -> Response | StreamResponse:
+        return await live_stream(site, visit, asked, lambda: find_viewer(site, visit, self.sessions))
 
     async def _chart(self, site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
-        guest = guest_of(site, visit, self.sessions)
-        if guest is None:
+        viewer = find_viewer(site, visit, self.sessions)
+        if viewer is None:
             raise api_error("unauthorized", "Nobody is signed in here.")
-        return Response(self._recorder.chart(guest.now))
+        return Response(self._recorder.chart(viewer.now))
 
     async def _artifact(self, site: Web[Rooms], visit: Visit, asked: Artifact) -> Response | ApiError | StreamResponse:
         """The job's stored result: the API's call, for who has signed in."""
-        guest = guest_of(site, visit, self.sessions)
-        if guest is None:
-            return to_sign_in(visit)
-        return await give(site, visit, asked, guest.name)
+        viewer = find_viewer(site, visit, self.sessions)
+        if viewer is None:
+            return redirect_to_sign_in(visit)
+        return await give(site, visit, asked, viewer.name)
 
-    async def _elsewhere(self, site: Web[Rooms], visit: Visit, asked: Artifact) -> Response:
+    async def _external_link(self, site: Web[Rooms], visit: Visit, asked: Artifact) -> Response:
         """The way out to where a worker says that its result is."""
-        guest = guest_of(site, visit, self.sessions)
-        if guest is None:
-            return to_sign_in(visit)
-        url = await pages.elsewhere(guest, asked)
-        text = await self._paint("elsewhere.html", guest, job_id=asked.id, url=url, style=urls.STYLE)
-        more = {"Content-Security-Policy": urls.LEAVING, "Referrer-Policy": "no-referrer", "X-Frame-Options": "DENY"}
+        viewer = find_viewer(site, visit, self.sessions)
+        if viewer is None:
+            return redirect_to_sign_in(visit)
+        url = await pages.external_url(viewer, asked)
+        text = await self._render("elsewhere.html", viewer, job_id=asked.id, url=url, style=urls.EXTERNAL_LINK_STYLE)
+        more = {
+            "Content-Security-Policy": urls.EXTERNAL_LINK_POLICY,
+            "Referrer-Policy": "no-referrer",
+            "X-Frame-Options": "DENY",
+        }
         return Response(replace(text, more=more))
 
-    # -- deeds --------------------------------------------------------------------------------------------------------
+    # -- actions -------------------------------------------------------------------------------------------------------
 
-    async def _do(self, guest: Guest, asked: DeedForm) -> Response | ApiError:
+    async def _run_action(self, viewer: Viewer, asked: JobActionForm) -> Response | ApiError:
         """What was confirmed, if the job is still what the operator has seen."""
-        deed, job_id = DEEDS[asked.verb], asked.id
-        looked = await guest.ask(Get(id=job_id))
+        action, job_id = JOB_ACTIONS[asked.verb], asked.id
+        looked = await viewer.ask(Get(id=job_id))
         if isinstance(looked, ApiError):
             return looked
         job: JobView = looked.data
-        chosen = Chosen(job_id, asked.reason.strip() or None, lock_id_of(job), asked.result)
-        # Judged in the command itself: between this look and the deed others get their turn, too.
-        done = await guest.ask(deed.make(chosen), expected=asked.seen)
+        chosen = ActionTarget(job_id, asked.reason.strip() or None, visible_lock_id(job), asked.result)
+        # Judged in the command itself: between this look and the action others get their turn, too.
+        done = await viewer.ask(action.make_command(chosen), expected=asked.seen)
         if isinstance(done, ApiError):
-            return await self._job_refused(guest, job_id, done)
-        if deed.verb == "delete":
-            return go_on(guest, "/jobs", f"Job {job_id} was deleted.")
-        return go_on(guest, job_place(job_id), f"{deed.label}: done. {job.status} \u2192 {deed.to or job.status}")
+            return await self._job_page_with_error(viewer, job_id, done)
+        if action.verb == "delete":
+            return redirect_with_flash(viewer, "/jobs", f"Job {job_id} was deleted.")
+        return redirect_with_flash(
+            viewer, job_url(job_id), f"{action.label}: done. {job.status} \u2192 {action.to or job.status}"
+        )
 
-    async def _job_refused(self, guest: Guest, job_id: str, refusal: ApiError) -> Response | ApiError:
+    async def _job_page_with_error(self, viewer: Viewer, job_id: str, refusal: ApiError) -> Response | ApiError:
         """The job's page with what the actor said no to."""
-        guest.site.refusals[refusal.code] += 1
+        viewer.app.refusals[refusal.code] += 1
         try:
-            shown = await pages.job(guest, job_id)
+            shown = await pages.job(viewer, job_id)
         except ApiException as no:  # it is gone
             return no.error
-        about = {"name": "job", "title": "Job", "every_s": 2, "part": "job.live.html"}
-        about["here"] = job_place(job_id)
-        about["news"] = news_at(Live(job_id=job_id))
-        return Response(await self._paint("job.html", guest, **shown, **about, refusal=refusal), status=refusal.status)
+        about = {"name": "job", "title": "Job", "interval_s": 2, "part": "job.live.html"}
+        about["page_url"] = job_url(job_id)
+        about["events_url"] = live_url(Subscription(job_id=job_id))
+        return Response(
+            await self._render("job.html", viewer, **shown, **about, refusal=refusal), status=refusal.status
+        )

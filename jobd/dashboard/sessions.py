@@ -17,22 +17,16 @@ from msgspec import Struct
 
 from jobd.http.auth import Access, token_digest
 
-MOST_SESSIONS: Final = 200  # of each access; beyond it, the one of them that was used longest ago ends
+MAX_SESSIONS: Final = 200  # of each access; beyond it, the one of them that was used longest ago ends
 IDLE_S: Final = 3_600.0
-LONGEST_S: Final = 12 * 3_600.0
-MOST_WRONG: Final = 10  # sign-ins of one address that may fail before the answers are held back
-WRONG_WITHIN_S: Final = 60.0
-WAIT_S: Final = 1.0  # for so long then
-MOST_TOLD: Final = 60  # entries of the audit log about wrong tokens, of all addresses within WRONG_WITHIN_S
-MOST_ADDRESSES: Final = 1_024
-TOGETHER_S: Final = 60.0  # comings of one address with one access within it are one entry of the audit log
-MOST_NAMED: Final = 10  # names in such an entry
-
-
-class Told(Struct, frozen=True):
-    """What is said once, on the next page."""
-
-    message: str
+MAX_AGE_S: Final = 12 * 3_600.0
+FREE_FAILURES: Final = 10  # sign-ins of one address that may fail before the answers are held back
+FAILURE_WINDOW_S: Final = 60.0
+FAILURE_DELAY_S: Final = 1.0  # for so long then
+MAX_AUDITED_FAILURES: Final = 60  # entries of the audit log about wrong tokens, of all addresses within WRONG_WITHIN_S
+MAX_ADDRESSES: Final = 1_024
+SIGN_IN_WINDOW_S: Final = 60.0  # comings of one address with one access within it are one entry of the audit log
+MAX_NAMES: Final = 10  # names in such an entry
 
 
 class Session(Struct):
@@ -44,18 +38,18 @@ class Session(Struct):
     access: Access
     token: bytes
     csrf: str
-    born_s: float
-    seen_s: float
-    told: Told | None = None
+    created_s: float
+    last_used_s: float
+    flash: str = ""  # shown once, on the next page
     name: str = ""  # that the operator gave
     by_tls: bool = False
 
     def has_csrf(self, given: str) -> bool:
         return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.csrf.encode())
 
-    def take_told(self) -> Told | None:
-        told, self.told = self.told, None
-        return told
+    def take_flash(self) -> str:
+        message, self.flash = self.flash, ""
+        return message
 
 
 class Sessions:
@@ -77,7 +71,7 @@ class Sessions:
         session = Session(access, digest, secrets.token_urlsafe(32), now_s, now_s, name=name, by_tls=by_tls)
         pool = self._pools[access]
         pool[_key(secret)] = session
-        while len(pool) > MOST_SESSIONS:
+        while len(pool) > MAX_SESSIONS:
             del pool[next(iter(pool))]
         return secret, session
 
@@ -85,12 +79,12 @@ class Sessions:
         """The session with this id, if it has not ended."""
         key, now_s = _key(secret), self._clock_s()
         session = self._take(key)
-        if session is None or now_s - session.seen_s >= IDLE_S or now_s - session.born_s >= LONGEST_S:
+        if session is None or now_s - session.last_used_s >= IDLE_S or now_s - session.created_s >= MAX_AGE_S:
             return None
         access = self._access_of(session.token)
         if access != session.access:
             return None
-        session.seen_s = now_s
+        session.last_used_s = now_s
         self._pools[access][key] = session
         return session
 
@@ -104,80 +98,80 @@ class Sessions:
         return sum(len(pool) for pool in self._pools.values())
 
 
-class Wrong(Struct, frozen=True):
+class FailedSignIn(Struct, frozen=True):
     """A wrong token: the how many-th of its address within its minute, how long the answer is held back, and whether
     it is worth an entry in the audit log. `spell` names that minute."""
 
     times: int
-    wait_s: float
-    is_told: bool
-    spell: str
+    delay_s: float
+    is_audited: bool
+    window: str
 
 
-class _Spell(Struct):
+class _FailureWindow(Struct):
     """The wrong tokens of an address within a minute. `born_s` is when the first came."""
 
-    born_s: float
+    start_s: float
     times: int = 0
 
 
-class Brake:
+class LoginThrottle:
     """Who has sent MOST_WRONG wrong tokens within WRONG_WITHIN_S hears so the later. That is all that it does: it is
     asked when a token was found to be wrong, so nobody with a right one is kept out, whatever others send from there.
     """
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
         self._clock_s = clock_s
-        self._spells: dict[str, _Spell] = {}  # address -> the latest, the one that began last comes last
-        self._told: deque[float] = deque(maxlen=MOST_TOLD)
+        self._windows: dict[str, _FailureWindow] = {}  # address -> the latest, the one that began last comes last
+        self._audited: deque[float] = deque(maxlen=MAX_AUDITED_FAILURES)
 
-    def wrong(self, address: str) -> Wrong:
+    def record_failure(self, address: str) -> FailedSignIn:
         """One more. Told are the first, then ever fewer of them, and MOST_TOLD of all addresses within the time."""
         now_s = self._clock_s()
-        spell = self._spells.get(address)
-        if spell is None or now_s - spell.born_s >= WRONG_WITHIN_S:
-            self._spells.pop(address, None)
-            self._spells[address] = spell = _Spell(now_s)
-            while len(self._spells) > MOST_ADDRESSES:
-                del self._spells[next(iter(self._spells))]
+        spell = self._windows.get(address)
+        if spell is None or now_s - spell.start_s >= FAILURE_WINDOW_S:
+            self._windows.pop(address, None)
+            self._windows[address] = spell = _FailureWindow(now_s)
+            while len(self._windows) > MAX_ADDRESSES:
+                del self._windows[next(iter(self._windows))]
         spell.times += 1
-        is_told = spell.times <= MOST_WRONG or spell.times.bit_count() == 1
-        if is_told and len(self._told) == MOST_TOLD and now_s - self._told[0] < WRONG_WITHIN_S:
+        is_told = spell.times <= FREE_FAILURES or spell.times.bit_count() == 1
+        if is_told and len(self._audited) == MAX_AUDITED_FAILURES and now_s - self._audited[0] < FAILURE_WINDOW_S:
             is_told = False
         if is_told:
-            self._told.append(now_s)
-        wait_s = WAIT_S if spell.times > MOST_WRONG else 0.0
-        return Wrong(spell.times, wait_s, is_told, f"{address} {spell.born_s:.3f}")
+            self._audited.append(now_s)
+        wait_s = FAILURE_DELAY_S if spell.times > FREE_FAILURES else 0.0
+        return FailedSignIn(spell.times, wait_s, is_told, f"{address} {spell.start_s:.3f}")
 
 
-class Coming(Struct):
+class SignInWindow(Struct):
     """Sign-ins, or sign-outs, of one address with one access within TOGETHER_S. `spell` names them."""
 
-    born_s: float
-    spell: str
+    start_s: float
+    window: str
     times: int = 0
     names: list[str] = msgspec.field(default_factory=list)  # that were given, the first MOST_NAMED of them
 
 
-class Comings:
+class SignInLog:
     """Who comes and goes, as the audit log has it: one entry for all that do the same at the same time, so that a
     script that signs in again and again does not fill it."""
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
         self._clock_s = clock_s
-        self._known: dict[str, Coming] = {}  # the one that began last comes last
+        self._windows: dict[str, SignInWindow] = {}  # the one that began last comes last
 
-    def note(self, what: str, access: Access, address: str, name: str) -> Coming:
+    def record(self, what: str, access: Access, address: str, name: str) -> SignInWindow:
         """One more of them, with those before it."""
         now_s, key = self._clock_s(), f"{what} {access} {address}"
-        coming = self._known.get(key)
-        if coming is None or now_s - coming.born_s >= TOGETHER_S:
-            self._known.pop(key, None)
-            self._known[key] = coming = Coming(now_s, f"{key} {now_s:.3f}")
-            while len(self._known) > MOST_ADDRESSES:
-                del self._known[next(iter(self._known))]
+        coming = self._windows.get(key)
+        if coming is None or now_s - coming.start_s >= SIGN_IN_WINDOW_S:
+            self._windows.pop(key, None)
+            self._windows[key] = coming = SignInWindow(now_s, f"{key} {now_s:.3f}")
+            while len(self._windows) > MAX_ADDRESSES:
+                del self._windows[next(iter(self._windows))]
         coming.times += 1
-        if name not in coming.names and len(coming.names) < MOST_NAMED:
+        if name not in coming.names and len(coming.names) < MAX_NAMES:
             coming.names.append(name)
         return coming
 

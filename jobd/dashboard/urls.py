@@ -17,32 +17,32 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 from urllib.parse import quote, urlencode
 
-DIRECTIONS: Final = frozenset({".", ".."})  # ids that a path cannot hold
+DOT_SEGMENTS: Final = frozenset({".", ".."})  # ids that a path cannot hold
 
 # Hosts are taken in plain spelling only: what a browser makes of others (user@host, %31, full-width digits) is its own.
 _WEB: Final = re.compile(
     r"https?://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?([/?#][^\x00-\x1f\x7f]*)?", re.IGNORECASE
 )
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
-OWN: Final = "this dashboard's own host: a browser would send the cookie of your session to any port of it"
-HERE: Final = (
+OWN_HOST: Final = "this dashboard's own host: a browser would send the cookie of your session to any port of it"
+LOCAL_HOST: Final = (
     "your own machine: what listens there is not what the worker saw, and it may be sent your session's cookie"
 )
-ODD: Final = "its host is spelled in an odd way"
+ODD_HOST: Final = "its host is spelled in an odd way"
 
-STYLE: Final = (
+EXTERNAL_LINK_STYLE: Final = (
     "body { font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 3rem auto; padding: 0 1rem; "
     "overflow-wrap: anywhere; }"
 )
 # A page of no origin: browsers take it for another site, and send no SameSite=Strict cookie along, neither to where its
 # link leads nor to where that leads on. From a page of ours a redirect back to this host, on any port, brought it.
-LEAVING: Final = (
+EXTERNAL_LINK_POLICY: Final = (
     "sandbox allow-downloads; default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    f"style-src 'sha256-{base64.b64encode(sha256(STYLE.encode()).digest()).decode()}'"
+    f"style-src 'sha256-{base64.b64encode(sha256(EXTERNAL_LINK_STYLE.encode()).digest()).decode()}'"
 )
 
 
-def why_no_link(url: str, own: Iterable[str]) -> str | None:
+def no_link_reason(url: str, own: Iterable[str]) -> str | None:
     """Why `url` is shown as text alone: a few words, "" where it is no web address at all. None where it may be a link.
 
     `own` are the names of the host that the browser came to.
@@ -52,10 +52,10 @@ def why_no_link(url: str, own: Iterable[str]) -> str | None:
     found = _WEB.fullmatch(url)
     host = None if found is None else _host(found["host"])
     if host is None:
-        return ODD
-    if _is_here(host):
-        return HERE
-    return OWN if host in {_host(name) for name in own} else None
+        return ODD_HOST
+    if _is_local(host):
+        return LOCAL_HOST
+    return OWN_HOST if host in {_host(name) for name in own} else None
 
 
 def _host(name: str) -> str | IPv4Address | IPv6Address | None:
@@ -75,21 +75,21 @@ def _host(name: str) -> str | IPv4Address | IPv6Address | None:
         return None
 
 
-def _is_here(host: str | IPv4Address | IPv6Address) -> bool:
+def _is_local(host: str | IPv4Address | IPv6Address) -> bool:
     if isinstance(host, str):
         return host == "localhost" or host.endswith(".localhost")
     return host.is_loopback or host.is_unspecified
 
 
-def job_place(job_id: str, part: str = "", **query: object) -> str:
+def job_url(job_id: str, part: str = "", **query: object) -> str:
     """The address of the job's page, or of `part` of it."""
     tail = f"/{part}" if part else ""
-    if job_id in DIRECTIONS:
+    if job_id in DOT_SEGMENTS:
         return f"/job{tail}?{urlencode({'id': job_id, **query})}"
     more = f"?{urlencode(query)}" if query else ""
     return f"/jobs/{quote(job_id, safe='')}{tail}{more}"
 
 
-def curl_for(job_id: str) -> str:
+def curl_prefix(job_id: str) -> str:
     """curl with what it needs in order to leave the address of a job's call as it is."""
-    return "curl -sS --path-as-is" if job_id in DIRECTIONS else "curl -sS"
+    return "curl -sS --path-as-is" if job_id in DOT_SEGMENTS else "curl -sS"

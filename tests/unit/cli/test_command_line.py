@@ -153,7 +153,7 @@ def zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 def test_a_time_is_that_of_the_dashboard_and_has_its_age(zone: str) -> None:
-    assert terminal.instant(1_772_366_400_000) == "2026-03-01 12:00:00 UTC" == rendering.instant(1_772_366_400_000)
+    assert terminal.instant(1_772_366_400_000) == "2026-03-01 12:00:00 UTC" == rendering.utc_time(1_772_366_400_000)
     assert terminal.when(1_772_366_400_000, 1_772_367_120_000) == "2026-03-01 12:00:00 UTC (12 m ago)"
     assert terminal.when(None) == "-"
     assert terminal.instant(10**18) == f"{10**18} ms"
@@ -283,7 +283,7 @@ def test_an_operator_is_the_user_behind_the_command(monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_a_time_means_the_same_to_jobctl_and_to_the_dashboard(text: str, at: int, zone: str) -> None:
-    assert (past_ms(text, NOW), filters.moment(text, NOW)) == (at, at)
+    assert (past_ms(text, NOW), filters.parse_time(text, NOW)) == (at, at)
 
 
 def test_points_in_time() -> None:

@@ -12,7 +12,7 @@ from jobd.api import admin
 from jobd.core import audit
 from jobd.core.changeset import Decision
 from jobd.core.planning import version
-from jobd.dashboard.pages import DEEDS_KEPT
+from jobd.dashboard.pages import AUDITED_ACTIONS
 from jobd.engine.disk_full import Closed
 from jobd.engine.mailbox import READS
 from jobd.model.commands import (
@@ -314,4 +314,4 @@ def test_every_deed_can_be_looked_for_in_the_dashboard() -> None:
         *SIGN_INS,
     }
     plans = {f"plan-{action}" for action in get_args(PlanAction)}
-    assert set(DEEDS_KEPT) == {*audit.DEEDS.values(), *others, *plans}
+    assert set(AUDITED_ACTIONS) == {*audit.DEEDS.values(), *others, *plans}

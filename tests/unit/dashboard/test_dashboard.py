@@ -33,8 +33,8 @@ from jobd.api.services import Rooms
 from jobd.core.state import Book
 from jobd.dashboard import filters, live_updates, pages, plans, rendering, sessions
 from jobd.dashboard import sign_in as entrance
-from jobd.dashboard.assets import PLACE as STATIC
-from jobd.dashboard.job_actions import DEEDS
+from jobd.dashboard.assets import STATIC as STATIC
+from jobd.dashboard.job_actions import JOB_ACTIONS
 from jobd.dashboard.routes import Dashboard
 from jobd.engine import history
 from jobd.engine.actor import Actor
@@ -208,7 +208,7 @@ async def test_all_templates_are_compiled_beforehand_where_there_is_time(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then no page has to wait for one."""
-    monkeypatch.setattr("jobd.dashboard.rendering.BREATH_S", 0)
+    monkeypatch.setattr("jobd.dashboard.rendering.WARM_PAUSE_S", 0)
     await town.room.warm()
     monkeypatch.setattr(FileSystemLoader, "get_source", None)
     browser = await town.browser()
@@ -306,24 +306,24 @@ async def deeds(town: Town) -> list[tuple[Any, ...]]:
 async def test_a_wrong_token_opens_nothing_and_a_right_one_does_whatever_was_sent_before(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "WAIT_S", 0.3)
+    monkeypatch.setattr(sessions, "FAILURE_DELAY_S", 0.3)
     browser = Browser(town.admin)
-    for number in range(sessions.MOST_WRONG + 2):
+    for number in range(sessions.FREE_FAILURES + 2):
         begun = time.monotonic()
         heard = await browser.post("/sign-in", token="wrong-token-0123456789abcdef", name="eve")
         assert heard.status == 401
         assert "no valid token" in text(heard)
         assert "wrong-token" not in text(heard)
-        is_held_back = number >= sessions.MOST_WRONG
+        is_held_back = number >= sessions.FREE_FAILURES
         assert (time.monotonic() - begun > 0.25) == is_held_back, "the answer is what has to wait"
-    monkeypatch.setattr(sessions, "WAIT_S", 600.0)
+    monkeypatch.setattr(sessions, "FAILURE_DELAY_S", 600.0)
     held = asyncio.create_task(browser.post("/sign-in", token="wrong-token-0123456789abcdef"))
     await asyncio.sleep(0.1)
     await Browser(town.admin).sign_in()
     assert not held.done()
     held.cancel()
     assert (await town.admin.ask("GET", "/jobs", headers=AUTH)).status == 200, "programs are not held up"
-    assert town.admin.site.refusals["unauthorized"] == sessions.MOST_WRONG + 3
+    assert town.admin.site.refusals["unauthorized"] == sessions.FREE_FAILURES + 3
     page = text(await (await town.browser()).get("/audit?what=sign-in"))
     assert '<span class="badge bad">unauthorized</span> <span class="dim">10 times</span>' in page
     *wrong, right, _ = await deeds(town)
@@ -336,9 +336,9 @@ async def test_no_wrong_token_signs_in(town: Town) -> None:
     assert [each for each in wrong_tokens(TOKEN) if town.room.sessions.sign_in(each) is not None] == []
     line = await town.admin.line()
     wrong = wrong_tokens(TOKEN, 500) + wrong_tokens(READER, 0)
-    for at in range(0, len(wrong), sessions.MOST_WRONG):
-        given = wrong[at : at + sessions.MOST_WRONG]
-        town.now_s += sessions.WRONG_WITHIN_S
+    for at in range(0, len(wrong), sessions.FREE_FAILURES):
+        given = wrong[at : at + sessions.FREE_FAILURES]
+        town.now_s += sessions.FAILURE_WINDOW_S
         forms = [urlencode({"token": each}) for each in given]
         line.send(b"".join(message("POST", "/sign-in", form, {"Content-Type": FORM}) for form in forms))
         heard = [await line.hear() for _ in given]
@@ -351,9 +351,9 @@ async def test_no_wrong_token_signs_in(town: Town) -> None:
 async def test_of_wrong_tokens_at_the_same_time_so_many_are_held_back(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions, "WAIT_S", 600.0)
-    monkeypatch.setattr(sessions, "MOST_WRONG", 0)
-    monkeypatch.setattr(entrance, "MOST_HELD", 2)
+    monkeypatch.setattr(sessions, "FAILURE_DELAY_S", 600.0)
+    monkeypatch.setattr(sessions, "FREE_FAILURES", 0)
+    monkeypatch.setattr(entrance, "MAX_DELAYED", 2)
     held = [asyncio.create_task(Browser(town.admin).post("/sign-in", token="wrong")) for _ in range(2)]
     await asyncio.sleep(0.2)
     heard = await Browser(town.admin).post("/sign-in", token="wrong")
@@ -408,7 +408,7 @@ async def test_who_comes_and_goes_and_what_is_taken_along_is_in_the_audit_log(to
 async def test_sessions_end(town: Town) -> None:
     idle, busy = await town.browser(), await town.browser()
     for _ in range(12):
-        town.now_s += sessions.LONGEST_S / 12 - 1
+        town.now_s += sessions.MAX_AGE_S / 12 - 1
         assert (await busy.get("/")).status == 200
     assert (await idle.get("/")).status == 303, "an hour without a page"
     town.now_s += 12
@@ -445,18 +445,18 @@ async def test_a_second_sign_in_ends_the_session_before_it(town: Town) -> None:
 
 def test_wrong_tokens_are_told_ever_more_rarely() -> None:
     now_s = 0.0
-    brake = sessions.Brake(lambda: now_s)
-    found = [brake.wrong("10.0.0.1") for _ in range(40)]
-    assert [each.times for each in found if each.is_told] == [*range(1, 11), 16, 32]
-    assert [each.wait_s for each in found] == [0.0] * 10 + [sessions.WAIT_S] * 30
-    now_s = sessions.WRONG_WITHIN_S
-    again = brake.wrong("10.0.0.1")
-    assert (again.times, again.wait_s, again.is_told) == (1, 0.0, True)
-    assert again.spell != found[0].spell == found[39].spell
-    told = sum(brake.wrong(f"10.0.1.{number}").is_told for number in range(200))
-    assert told == sessions.MOST_TOLD - 1
-    now_s += sessions.WRONG_WITHIN_S
-    assert brake.wrong("10.0.1.7").is_told
+    brake = sessions.LoginThrottle(lambda: now_s)
+    found = [brake.record_failure("10.0.0.1") for _ in range(40)]
+    assert [each.times for each in found if each.is_audited] == [*range(1, 11), 16, 32]
+    assert [each.delay_s for each in found] == [0.0] * 10 + [sessions.FAILURE_DELAY_S] * 30
+    now_s = sessions.FAILURE_WINDOW_S
+    again = brake.record_failure("10.0.0.1")
+    assert (again.times, again.delay_s, again.is_audited) == (1, 0.0, True)
+    assert again.window != found[0].window == found[39].window
+    told = sum(brake.record_failure(f"10.0.1.{number}").is_audited for number in range(200))
+    assert told == sessions.MAX_AUDITED_FAILURES - 1
+    now_s += sessions.FAILURE_WINDOW_S
+    assert brake.record_failure("10.0.1.7").is_audited
 
 
 async def test_who_is_signed_in_is_led_on_from_the_sign_in(town: Town) -> None:
@@ -469,33 +469,33 @@ async def test_who_is_signed_in_is_led_on_from_the_sign_in(town: Town) -> None:
 async def test_sessions_and_addresses_are_so_many_at_most() -> None:
     access: Access = "full"
     held = sessions.Sessions(lambda digest: access, lambda: 0.0)
-    secrets = [found[0] for _ in range(sessions.MOST_SESSIONS + 1) if (found := held.sign_in(TOKEN))]
-    assert len(held) == sessions.MOST_SESSIONS
+    secrets = [found[0] for _ in range(sessions.MAX_SESSIONS + 1) if (found := held.sign_in(TOKEN))]
+    assert len(held) == sessions.MAX_SESSIONS
     assert held.find(secrets[0]) is None
     assert held.find(secrets[1]) is not None
-    brake = sessions.Brake(lambda: 0.0)
-    for number in range(sessions.MOST_ADDRESSES + 1):
-        for _ in range(sessions.MOST_WRONG):
-            brake.wrong(f"10.0.0.{number}")
-    assert brake.wrong("10.0.0.1").times == sessions.MOST_WRONG + 1
-    assert brake.wrong("10.0.0.0").times == 1
-    comings = sessions.Comings(lambda: 0.0)
-    for number in range(sessions.MOST_ADDRESSES + 1):
-        comings.note("sign-in", "read", f"10.0.0.{number}", "eve")
-    assert comings.note("sign-in", "read", "10.0.0.1", "eve").times == 2
-    assert comings.note("sign-in", "read", "10.0.0.0", "eve").times == 1
-    for number in range(sessions.MOST_NAMED + 5):
-        coming = comings.note("sign-in", "read", "10.0.0.9", f"name-{number}")
-    assert coming.names == ["eve", *(f"name-{number}" for number in range(sessions.MOST_NAMED - 1))]
+    brake = sessions.LoginThrottle(lambda: 0.0)
+    for number in range(sessions.MAX_ADDRESSES + 1):
+        for _ in range(sessions.FREE_FAILURES):
+            brake.record_failure(f"10.0.0.{number}")
+    assert brake.record_failure("10.0.0.1").times == sessions.FREE_FAILURES + 1
+    assert brake.record_failure("10.0.0.0").times == 1
+    comings = sessions.SignInLog(lambda: 0.0)
+    for number in range(sessions.MAX_ADDRESSES + 1):
+        comings.record("sign-in", "read", f"10.0.0.{number}", "eve")
+    assert comings.record("sign-in", "read", "10.0.0.1", "eve").times == 2
+    assert comings.record("sign-in", "read", "10.0.0.0", "eve").times == 1
+    for number in range(sessions.MAX_NAMES + 5):
+        coming = comings.record("sign-in", "read", "10.0.0.9", f"name-{number}")
+    assert coming.names == ["eve", *(f"name-{number}" for number in range(sessions.MAX_NAMES - 1))]
 
 
 async def test_who_may_only_look_ends_no_session_of_those_who_may_do_things(town: Town) -> None:
     browser, first = await town.browser(), await town.browser(READER)
-    for _ in range(sessions.MOST_SESSIONS):
+    for _ in range(sessions.MAX_SESSIONS):
         assert town.room.sessions.sign_in(READER)
     assert (await browser.get("/")).status == 200
     assert (await first.get("/")).status == 303, "pushed out by its like"
-    assert len(town.room.sessions) == sessions.MOST_SESSIONS + 1
+    assert len(town.room.sessions) == sessions.MAX_SESSIONS + 1
 
 
 async def test_who_comes_and_goes_again_and_again_is_one_entry_of_a_minute(town: Town) -> None:
@@ -517,7 +517,7 @@ async def test_who_comes_and_goes_again_and_again_is_one_entry_of_a_minute(town:
     assert ("ann", "sign-in", "done", {"access": "read", "times": 3, "names": ["ann", "bob"]}) in await deeds(town)
     page = text(await (await town.browser()).get("/audit?what=sign-in"))
     assert '<span class="dim">names</span> ann, bob</span>' in page
-    town.now_s += sessions.TOGETHER_S
+    town.now_s += sessions.SIGN_IN_WINDOW_S
     await reader.post("/sign-in", token=READER)
     assert len((await spells())["sign-in", "read"]) == 2
 
@@ -712,7 +712,7 @@ async def test_a_reader_of_the_api_sees_no_lock_id(town: Town) -> None:
 
 def assert_safe(heard: Heard) -> None:
     policy = heard.headers["content-security-policy"]
-    assert policy == rendering.POLICY
+    assert policy == rendering.CONTENT_SECURITY_POLICY
     assert "unsafe" not in policy
     assert heard.headers["x-content-type-options"] == "nosniff"
     assert heard.headers["cache-control"] == "no-store"
@@ -858,7 +858,7 @@ async def test_a_page_says_how_far_it_has_looked_and_what_is_found_at_once(
     assert 'id="job-rare"' in page, "it has looked on"
     assert "further back" not in page
     assert "data-every" in page
-    monkeypatch.setattr(pages, "LOOKED_FAR", 10)
+    monkeypatch.setattr(pages, "MAX_SCANNED", 10)
     assert "data-every" not in text(await browser.get("/jobs?queue=b")), "it does not look so far again and again"
     monkeypatch.setattr(history, "MOST_LOOKED", 6)
     page = text(await browser.get("/jobs?queue=b&worker=w%261"))
@@ -867,7 +867,7 @@ async def test_a_page_says_how_far_it_has_looked_and_what_is_found_at_once(
     page = text(await browser.get("/jobs?queue=b&status=completed"))
     assert "further back" in page
     assert "at once" not in page
-    monkeypatch.setattr(pages, "LOOKED_FAR", 50_000)
+    monkeypatch.setattr(pages, "MAX_SCANNED", 50_000)
     assert "data-every" not in text(await browser.get("/jobs?queue=b")), "what looks on is not begun anew meanwhile"
     renewed = text(await browser.get("/jobs?queue=b", HX_Request="true"))
     assert "data-still" in renewed, "nor where it had rows when the page was opened"
@@ -904,7 +904,7 @@ async def test_a_page_says_how_far_it_has_looked_and_what_is_found_at_once(
     ],
 )
 def test_times_as_people_write_them(text_: str, at: int | None) -> None:
-    assert filters.moment(text_, 1_000_000) == at
+    assert filters.parse_time(text_, 1_000_000) == at
 
 
 # -- the audit log -----------------------------------------------------------------------------------------------------
@@ -1009,11 +1009,11 @@ async def test_a_large_payload_is_cut_and_a_deep_one_shown_as_it_came(town: Town
     await town.do("jobs", id="large", payload="x" * 100_000)
     page = text(await (await town.browser()).get("/jobs/large"))
     assert "x" * 1_000 in page
-    assert len(page) < rendering.SHOWN_JSON + 20_000
+    assert len(page) < rendering.MAX_JSON + 20_000
     assert "more characters" in page
-    assert rendering.pretty(Raw(b'{"a":1}')) == ('{\n  "a": 1\n}', 0)
+    assert rendering.pretty_json(Raw(b'{"a":1}')) == ('{\n  "a": 1\n}', 0)
     deep = b"[" * 5_000 + b"]" * 5_000
-    assert rendering.pretty(Raw(deep))[0].startswith("[")
+    assert rendering.pretty_json(Raw(deep))[0].startswith("[")
 
 
 async def test_a_stored_result_is_a_file_behind_a_link(town: Town, tmp_path: Path) -> None:
@@ -1083,7 +1083,7 @@ async def test_a_deed_shows_from_and_to_and_is_done_once_confirmed(
     assert (heard.status, heard.headers["location"]) == (303, "/jobs/held")
     assert await town.status("held") == after
     page = text(await browser.get("/jobs/held"))
-    assert f"{DEEDS[verb].label}: done. {before} → {after}" in page
+    assert f"{JOB_ACTIONS[verb].label}: done. {before} → {after}" in page
     assert "because of &lt;tests&gt;" in page
     assert "done." not in text(await browser.get("/jobs/held")), "it is said once"
 
@@ -1178,8 +1178,8 @@ async def test_selected_jobs_are_planned_shown_and_done_once(town: Town) -> None
 
 def test_details_of_the_audit_log_are_for_people() -> None:
     found = {"queue": "mail", "since": 1_700_000_000_000, "until": 10**15, "limit": 3}
-    assert rendering.detail(found) == f"queue mail, since 2023-11-14 22:13:20 UTC, until {10**15}, limit 3"
-    assert (rendering.detail(7), rendering.detail("a"), rendering.detail(True)) == ("7", "a", "True")
+    assert rendering.audit_detail(found) == f"queue mail, since 2023-11-14 22:13:20 UTC, until {10**15}, limit 3"
+    assert (rendering.audit_detail(7), rendering.audit_detail("a"), rendering.audit_detail(True)) == ("7", "a", "True")
 
 
 async def test_all_that_match_are_planned_and_what_changed_meanwhile_is_told(town: Town) -> None:
@@ -1511,12 +1511,12 @@ async def test_a_late_result_of_a_job_that_has_moved_is_not_adopted(town: Town) 
 
 def test_each_deed_is_a_call_of_the_admin_api() -> None:
     calls = {(route.method, route.path) for route in admin_api.ROUTES}
-    for deed in DEEDS.values():
-        method, _, path = deed.call.partition(" ")
+    for deed in JOB_ACTIONS.values():
+        method, _, path = deed.api_call.partition(" ")
         assert (method, f"/admin/job-management/{path}") in calls
 
 
-@pytest.mark.parametrize("verb", sorted(DEEDS))
+@pytest.mark.parametrize("verb", sorted(JOB_ACTIONS))
 async def test_the_call_of_a_deed_does_what_its_button_does(town: Town, verb: str) -> None:
     """What the page shows for copying is a call as it is, but for what its reader has to put in."""
     lock = await town.held()
@@ -2067,8 +2067,8 @@ NEWS = "event: news\ndata:\n\n"
 async def test_an_open_page_hears_of_news_that_concern_it_and_of_nothing_else(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_updates, "FLOOR_S", 0.0)
-    monkeypatch.setattr(live_updates, "FLOOR_OF_ALL_S", 0.0)
+    monkeypatch.setattr(live_updates, "MIN_INTERVAL_S", 0.0)
+    monkeypatch.setattr(live_updates, "MIN_LIST_INTERVAL_S", 0.0)
     lock = await town.held()
     browser, reader = await town.browser(), await town.browser(READER)
     job = await listens(town, browser, "/live?job_id=held")
@@ -2094,14 +2094,14 @@ async def test_a_page_hears_of_a_thousand_events_once_a_second(town: Town, monke
     began = asyncio.get_running_loop().time()
     await town.do("jobs/bulk", jobs=[{"id": f"more-{number}"} for number in range(500)])
     assert await heard.events() == NEWS
-    assert asyncio.get_running_loop().time() - began >= live_updates.FLOOR_S / 2
-    assert live_updates.FLOOR_S >= 1
-    assert live_updates.FLOOR_OF_ALL_S >= 1
+    assert asyncio.get_running_loop().time() - began >= live_updates.MIN_INTERVAL_S / 2
+    assert live_updates.MIN_INTERVAL_S >= 1
+    assert live_updates.MIN_LIST_INTERVAL_S >= 1
 
 
 @pytest.mark.parametrize("way", ["sign-out", "token", "age"])
 async def test_a_stream_of_news_ends_with_its_session(town: Town, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
-    monkeypatch.setattr(live_updates, "LOOK_S", 0.01)
+    monkeypatch.setattr(live_updates, "SESSION_CHECK_S", 0.01)
     browser = await town.browser()
     heard = await listens(town, browser)
     if way == "sign-out":
@@ -2109,7 +2109,7 @@ async def test_a_stream_of_news_ends_with_its_session(town: Town, monkeypatch: p
     elif way == "token":
         town.admin.site.gate.replace_tokens(["another-token-0123456789abcdef"], [])
     else:
-        town.now_s += sessions.LONGEST_S
+        town.now_s += sessions.MAX_AGE_S
     assert await heard.events() == "event: over\ndata:\n\n"
     assert await heard.events() == ""
     assert (await browser.get("/live")).status == 401
@@ -2118,7 +2118,7 @@ async def test_a_stream_of_news_ends_with_its_session(town: Town, monkeypatch: p
 async def test_a_page_that_is_open_keeps_its_session_and_its_stream(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(live_updates, "LOOK_S", 0.01)
+    monkeypatch.setattr(live_updates, "SESSION_CHECK_S", 0.01)
     monkeypatch.setattr(live_updates, "HEARTBEAT_S", 0.05)
     browser = await town.browser()
     heard = await listens(town, browser)
@@ -2278,7 +2278,7 @@ async def test_the_page_of_jobs_names_queues_without_looking_at_them(
     await town.do("jobs/bulk", jobs=[{"id": f"job-{number}", "queue": f"q-{number}"} for number in range(5)])
     looked: list[str] = []
     monkeypatch.setattr(Book, "oldest_due_at", lambda book, queue: looked.append(queue))
-    monkeypatch.setattr(pages, "MOST_NAMES", 3)
+    monkeypatch.setattr(pages, "MAX_QUEUE_NAMES", 3)
     browser = await town.browser()
     names = "".join(f'<option value="q-{number}"></option>' for number in range(3))
     for target in ("/jobs", "/jobs?since=nonsense"):
@@ -2509,7 +2509,7 @@ def test_libraries_are_what_was_brought_with_their_licences() -> None:
 def test_every_file_of_the_room_is_shipped() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     shipped = project["tool"]["setuptools"]["package-data"]["jobd.dashboard"]
-    for path in [*STATIC.rglob("*"), *rendering.PLACE.rglob("*")]:
+    for path in [*STATIC.rglob("*"), *rendering.TEMPLATES.rglob("*")]:
         name = str(path.relative_to(STATIC.parent))
         assert any(fnmatch(name, pattern) for pattern in shipped), name
 
@@ -2558,11 +2558,11 @@ def _luminance(colour: str) -> float:
     ],
 )
 def test_how_long_something_took(ms: int, words: str) -> None:
-    assert rendering.span(ms) == words
+    assert rendering.duration(ms) == words
 
 
 def test_sizes_and_numbers() -> None:
-    assert [rendering.size(n) for n in (0, 1023, 1024, 5 << 20, 3 << 30)] == [
+    assert [rendering.byte_size(n) for n in (0, 1023, 1024, 5 << 20, 3 << 30)] == [
         "0 B",
         "1023 B",
         "1.0 KiB",
@@ -2570,5 +2570,5 @@ def test_sizes_and_numbers() -> None:
         "3.0 GiB",
     ]
     assert rendering.thousands(1234567) == "1\u202f234\u202f567"
-    assert rendering.iso(1_700_000_000_123) == "2023-11-14T22:13:20.123Z"
-    assert rendering.instant(1_700_000_000_123) == "2023-11-14 22:13:20 UTC"
+    assert rendering.iso_time(1_700_000_000_123) == "2023-11-14T22:13:20.123Z"
+    assert rendering.utc_time(1_700_000_000_123) == "2023-11-14 22:13:20 UTC"

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 
 from jobd.api.admin import Deliveries, RowsAsked
 from jobd.api.downloads import BackupAsked
-from jobd.dashboard.pages import WorkersPage
-from jobd.dashboard.webhooks import WebhookPage
+from jobd.dashboard.pages import WorkersPageQuery
+from jobd.dashboard.webhooks import WebhookPageQuery
 from jobd.http.decoding import MANY_KEYS, Limits, Shape, explain, part_of, path_value
 from jobd.model.commands import (
     AuditLog,
@@ -410,12 +410,12 @@ def test_a_parameter_that_is_not_taken_is_named(query: str, field: str) -> None:
     [
         (ListJobs, "cursor=zzz", "the `next_cursor` of the page before"),
         (AuditLog, "cursor=x", "the `next_cursor` of the page before"),
-        (WorkersPage, "seen=x", "the `next_cursor` of the page before"),
+        (WorkersPageQuery, "seen=x", "the `next_cursor` of the page before"),
         (RowsAsked, "cursor=x", "the `next_cursor` of the page before"),
         (SearchJobs, "error=zz", "12 hexadecimal digits, as `jobctl failures` shows them"),
         (BackupAsked, "id=a/b", "1 to 64 characters of A-Z a-z 0-9 . _ -"),
         (Deliveries, "name=a/b", "1 to 100 characters of A-Z a-z 0-9 . _ : -"),
-        (WebhookPage, "name=a&state=sent", "one of waiting, delivered, given_up"),
+        (WebhookPageQuery, "name=a&state=sent", "one of waiting, delivered, given_up"),
         (SearchJobs, "status=gone", "one of queued, processing, completed, failed, cancelled"),
     ],
 )
