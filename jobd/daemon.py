@@ -38,7 +38,7 @@ from jobd.dashboard.routes import Dashboard
 from jobd.engine.actor import Actor, Bounds, DiskBroken
 from jobd.engine.clock import Clock
 from jobd.engine.disk_full import Closed
-from jobd.engine.event_feed import Feed
+from jobd.engine.event_feed import EventFeed
 from jobd.engine.idempotency import Keys
 from jobd.http.app import Web
 from jobd.http.auth import Gate, own_names
@@ -62,9 +62,9 @@ from jobd.monitoring.failure_groups import Failures
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
 from jobd.monitoring.timeseries import Recorder
-from jobd.storage.artifacts.base import ArtifactStore, StoreFault
+from jobd.storage.artifacts.base import ArtifactStore, ArtifactStoreError
 from jobd.storage.artifacts.downloads import Downloads
-from jobd.storage.artifacts.filesystem import FileStore
+from jobd.storage.artifacts.filesystem import FileArtifactStore
 from jobd.storage.files import StoreError
 from jobd.storage.store import Store, Synchronous
 from jobd.webhooks.context import Office
@@ -141,7 +141,7 @@ class Daemon:
         self.clock = Clock(numbers.lease_ms, numbers.wall_ms, suspect=numbers.clock_suspect, keep_ms=keep_ms)
         self.actor = _actor(store, opened, self.clock, settings)
         store.on_broken = self.actor.lose_disk
-        self.feed = Feed(store, opened.numbers.next_event - 1, settings.limits.event_streams)
+        self.feed = EventFeed(store, opened.numbers.next_event - 1, settings.limits.event_streams)
         self.actor.on_commit.append(self.feed.publish)
         self.failures = Failures(store, opened.numbers.next_job, opened.jobs)
         self.actor.on_commit.append(self.failures.committed)
@@ -194,7 +194,7 @@ class Daemon:
         try:
             if settings.path != ":memory:":
                 Path(settings.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            store, opened = await Store.open(settings.path, synchronous=synchronous, once_held=self._look_for_others)
+            store, opened = await Store.open(settings.path, synchronous=synchronous, on_locked=self._look_for_others)
         except StoreError as error:
             raise CannotStart(str(error), error.exit_code) from None
         except OSError as error:
@@ -584,7 +584,7 @@ async def _open_artifacts(loaded: Loaded) -> ArtifactStore | None:
     url = urlsplit(settings.artifacts.url)
     owner = blake2b(f"{socket.gethostname()} {settings.store.path}".encode(), digest_size=6).hexdigest()
     if url.scheme == "file":
-        store = FileStore(unquote(url.path), owner, loaded.own_places)
+        store = FileArtifactStore(unquote(url.path), owner, loaded.own_places)
         try:
             async with asyncio.timeout(PLACE_S):  # one that hangs is health's matter; it is looked at again before use
                 await store.ask(partial(config.check_apart, settings.artifacts.url, loaded.own_places))
@@ -597,7 +597,7 @@ async def _open_artifacts(loaded: Loaded) -> ArtifactStore | None:
 
     try:
         return S3ArtifactStore(url.netloc, unquote(url.path).strip("/"), owner)
-    except StoreFault as fault:
+    except ArtifactStoreError as fault:
         raise CannotStart(f"artifacts.url: {fault}", EXIT_CONFIG) from None
 
 

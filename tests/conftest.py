@@ -54,7 +54,7 @@ def no_blocking(request: pytest.FixtureRequest) -> Iterator[None]:
     for guarded in alarm.functions.values():
         guarded.can_block_predicate = _or_asked_for(guarded.can_block_predicate)
     # On purpose, and never for long: see there.
-    alarm.functions["threading.Lock.acquire"].can_block_in("jobd/storage/store.py", "lent_hop")
+    alarm.functions["threading.Lock.acquire"].can_block_in("jobd/storage/store.py", "run_yielding_gil")
     alarm.activate()
     try:
         yield

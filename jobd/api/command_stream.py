@@ -19,7 +19,7 @@ from msgspec import Struct
 from msgspec.structs import asdict
 
 from jobd.api.services import Rooms
-from jobd.engine.mailbox import Asked, weight
+from jobd.engine.mailbox import Envelope, weight
 from jobd.http.app import Web, welcome
 from jobd.http.auth import LINES, Gate
 from jobd.http.decoding import Limits, Shape, explain, malformed, part_of
@@ -195,7 +195,7 @@ class _Slot:
         self._stream = stream
         self._is_cancelled = False
         self.answer: Response | ApiError | None = None
-        self.asked: Asked | None = None
+        self.asked: Envelope | None = None
         self.by = "client"
         self.job_id: str | None = None
         self.size = size
@@ -311,7 +311,7 @@ class _CommandStream:
             slot.asked = asked
             self._queue(slot)
 
-    def _send(self, line: Line, slot: _Slot) -> Asked | ApiError:
+    def _send(self, line: Line, slot: _Slot) -> Envelope | ApiError:
         slot.by, slot.job_id, slot.weight = line.by, line.job_id, weight(line.command)
         return self._site.actor.send(line.command, slot, by=line.by, key=line.key, size=slot.size, in_line=True)
 

@@ -27,7 +27,7 @@ from jobd.model.commands import BackupId, Command, Get, JobCommand, LateResults
 from jobd.model.errors import ApiError
 from jobd.model.responses import JobView, LateResultList, LateResultView
 from jobd.model.storage import BackupError, DiskFull
-from jobd.storage.artifacts.base import StoreFault
+from jobd.storage.artifacts.base import ArtifactStoreError
 from jobd.storage.artifacts.downloads import Download
 
 KIND: Final = "application/octet-stream"
@@ -93,7 +93,7 @@ async def _pass_on(response: web.StreamResponse, download: Download, visit: Visi
             await response.write_eof()
     except Exception as error:
         if not (isinstance(error, ConnectionError) and visit.is_cut):  # then the client has enough
-            told = str(error) if isinstance(error, StoreFault) else type(error).__name__
+            told = str(error) if isinstance(error, ArtifactStoreError) else type(error).__name__
             log.warning("download_cut_off", job_id=visit.job_id, error=told)
         if visit.connection.transport is not None:
             visit.connection.transport.abort()

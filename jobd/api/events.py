@@ -13,7 +13,7 @@ from msgspec import Meta
 from multidict import istr
 
 from jobd.api.services import Rooms
-from jobd.engine.event_feed import Listener
+from jobd.engine.event_feed import Subscriber
 from jobd.http.app import Web
 from jobd.http.request import Visit
 from jobd.http.response import PATIENCE_S, SAFE
@@ -69,7 +69,7 @@ async def follow(site: Web[Rooms], visit: Visit, asked: Follow) -> web.StreamRes
         listener.leave()
 
 
-async def _pass_on(response: web.StreamResponse, first: bytes, listener: Listener, visit: Visit) -> None:
+async def _pass_on(response: web.StreamResponse, first: bytes, listener: Subscriber, visit: Visit) -> None:
     piece = first
     try:
         while piece:

@@ -16,7 +16,7 @@ from msgspec import Struct
 from jobd.engine.actor import Actor
 from jobd.engine.change_watchers import Watcher
 from jobd.engine.clock import Clock
-from jobd.engine.event_feed import Feed, Listener
+from jobd.engine.event_feed import EventFeed, Subscriber
 from jobd.maintenance.backups import Copies, Copy
 from jobd.maintenance.maintainer import Cleaner
 from jobd.maintenance.plans import Planner
@@ -70,7 +70,7 @@ class Rooms(Struct):
     health_: Health
     alerts_: Alerts
     metrics_: Metrics
-    feed: Feed
+    feed: EventFeed
     downloads: Downloads
     planner: Planner
     failures_: Failures
@@ -155,7 +155,7 @@ class Rooms(Struct):
     def backups(self) -> list[BackupView]:
         return self.copies.views()
 
-    def listen(self, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> Listener:
+    def listen(self, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> Subscriber:
         return self.feed.listen(wanted, follow=follow, cut=cut)
 
     def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:

@@ -45,12 +45,12 @@ def refuse_used(path: Path) -> None:
     """
     for store, words in _stores(path):
         try:
-            files.refuse_held(store)
+            files.check_not_held(store)
         except StoreBusy as error:
             if error.pid is not None:  # else it is no daemon that has locked it, but perhaps who calls us
                 text = f"{path} {words} of a running daemon (process {error.pid}): name another file"
                 raise exit_codes.Problem(text, exit_codes.TRY_AGAIN) from None
-        if os.path.isfile(store) and files.is_locked(store):
+        if os.path.isfile(store) and files.has_sqlite_lock(store):
             text = f"{path} {words} that a program is working with: name another file"
             raise exit_codes.Problem(text, exit_codes.TRY_AGAIN)
     for suffix in ("-wal", "-journal"):

@@ -17,12 +17,21 @@ from msgspec.structs import replace
 from jobd.core import late_result_rules
 from jobd.core.state import Book
 from jobd.core.stats import Histogram
-from jobd.engine.batch import Decider, Known, Plan
+from jobd.engine.batch import DecidedBatch, Decider, Known
 from jobd.engine.clock import Clock
 from jobd.engine.disk_full import Closed, FullDisk
 from jobd.engine.history import History
 from jobd.engine.idempotency import Keys
-from jobd.engine.mailbox import Asked, Waiter, deleted_ids, may_go_first, named_ids, needs_payload_first, share, weight
+from jobd.engine.mailbox import (
+    Envelope,
+    Waiter,
+    deleted_ids,
+    may_go_first,
+    named_ids,
+    needs_payload_first,
+    share,
+    weight,
+)
 from jobd.engine.waiting_claims import Parked
 from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, IdempotencyKey, Operator, Undelivered
 from jobd.model.errors import ApiError
@@ -96,13 +105,13 @@ class Actor:
         self._loop_time = loop_time
         self._now_s = now_s or loop_time
         self._commit_s = 0.0  # that the latest one took
-        self._mailbox: deque[Asked] = deque()
+        self._mailbox: deque[Envelope] = deque()
         self._bytes = 0
         self._wake = asyncio.Event()
         self._stopping = False
-        self._owed: list[Asked] = []
-        self._untold: Plan | None = None  # committed; its answers leave while the next batch is being written
-        self._under_way: Plan | None = None  # decided, and perhaps not on the disk yet
+        self._owed: list[Envelope] = []
+        self._untold: DecidedBatch | None = None  # committed; its answers leave while the next batch is being written
+        self._under_way: DecidedBatch | None = None  # decided, and perhaps not on the disk yet
         self._lost_disk: Exception | None = None
         disk.on_quarantined = self._put_aside
         self._decider = Decider(
@@ -156,7 +165,7 @@ class Actor:
         operator: Operator | None = None,
         expected: str | None = None,
         in_line: bool = False,
-    ) -> Asked | ApiError:
+    ) -> Envelope | ApiError:
         """As `ask`, for a caller who does not wait: `waiter` gets the answer, from within the actor's turn.
 
         `in_line`: its sender has more on the way, and it has to be decided behind that.
@@ -164,11 +173,11 @@ class Actor:
         refusal = self._refuse_entry(command, size)
         if refusal is not None:
             return refusal
-        asked = Asked(Call(command, by, self._random(16), admin, operator, expected), key, size, waiter, in_line)
+        asked = Envelope(Call(command, by, self._random(16), admin, operator, expected), key, size, waiter, in_line)
         self._put(asked)
         return asked
 
-    def abandon(self, asked: Asked) -> None:
+    def abandon(self, asked: Envelope) -> None:
         """Who sent `asked` waits no more: a claim of his does not stay parked."""
         first = self.parked.waiting_with(asked.key.digest) if asked.key is not None else asked
         if first is not None and first.is_abandoned:
@@ -218,12 +227,12 @@ class Actor:
                 return ApiError("overloaded", "Too many claims wait for work already; ask again without wait_ms.")
         return None
 
-    def _own(self, command: AnyCommand) -> Asked:
+    def _own(self, command: AnyCommand) -> Envelope:
         """A command of our own, whose answer nobody waits for."""
         future: asyncio.Future[Response | ApiError] = asyncio.get_running_loop().create_future()
-        return Asked(Call(command, "daemon", self._random(16)), None, 0, future)
+        return Envelope(Call(command, "daemon", self._random(16)), None, 0, future)
 
-    def _put(self, asked: Asked) -> None:
+    def _put(self, asked: Envelope) -> None:
         self._mailbox.append(asked)
         self._bytes += asked.size
         self._wake.set()
@@ -292,7 +301,7 @@ class Actor:
             waits.append(probe_at - self._loop_time())
         return min(waits, default=None)
 
-    def _take(self) -> list[Asked]:
+    def _take(self) -> list[Envelope]:
         """What we owe, and what waits, up to a batch that takes a few milliseconds."""
         batch = list(self._owed)
         weights = 0
@@ -310,7 +319,7 @@ class Actor:
         """Whether a commit takes its time."""
         return self._commit_s >= self.slow_commit_s
 
-    async def _look_first(self, batch: list[Asked]) -> list[Asked]:
+    async def _look_first(self, batch: list[Envelope]) -> list[Envelope]:
         """Answer the looks of `batch` from what was committed before, and give the rest.
 
         They have waited for the commit before; for that of their own batch they need not, as nobody has heard of it.
@@ -323,7 +332,7 @@ class Actor:
         await asyncio.sleep(0)  # those that look at history are before the commit on their way to the disk
         return [asked for asked in batch if not may_go_first(asked)]
 
-    async def _turn(self, batch: list[Asked], *, serves: bool = True) -> None:
+    async def _turn(self, batch: list[Envelope], *, serves: bool = True) -> None:
         """One batch, from the mailbox to its answers: again where the disk names a reason, else once."""
         while True:
             known, policy = await self._load(batch), self._policy_now()
@@ -348,7 +357,7 @@ class Actor:
         if not self._may_tell_later(plan) or self.full_disk.closed != Closed.NOTHING or self._owed:
             self._tell()
 
-    def _may_tell_later(self, plan: Plan) -> bool:
+    def _may_tell_later(self, plan: DecidedBatch) -> bool:
         """Whether those who wait are worth a commit of their own: few are better off with those who come back soon."""
         waiting = len(self._mailbox)
         return 0 < waiting <= TELL_LATER and 2 * waiting >= len(plan.replies)
@@ -370,7 +379,7 @@ class Actor:
         except Exception as bug:  # beside `run`, whose end it is all the same: nobody else would notice
             self.lose_disk(bug)
 
-    def _prepare_meanwhile(self, plan: Plan) -> None:
+    def _prepare_meanwhile(self, plan: DecidedBatch) -> None:
         """Answers are made ready while the disk is at work, where all that they show is known: so they leave sooner."""
         wanted = plan.wanted_payloads()
         plan.known.payloads |= self.disk.cached_payloads(wanted)
@@ -378,12 +387,12 @@ class Actor:
             plan.fill({})
             asyncio.get_running_loop().call_soon(self._prepare, plan)
 
-    def _prepare(self, plan: Plan) -> None:
+    def _prepare(self, plan: DecidedBatch) -> None:
         for asked, answer in plan.replies:
             if isinstance(answer, Response) and answer.read is None:
                 asked.prepare(answer)
 
-    async def _load(self, batch: list[Asked]) -> Known:
+    async def _load(self, batch: list[Envelope]) -> Known:
         """Read what the decisions need and memory does not hold: finished jobs, stored answers, some payloads."""
         if all(asked.key is None and self._is_at_hand(asked.call.command) for asked in batch):
             return Known()
@@ -430,7 +439,7 @@ class Actor:
             return self.policy
         return replace(self.policy, late_results="drop", late_queues={}, late_calls=False)
 
-    async def _write(self, plan: Plan) -> dict[int, bytes]:
+    async def _write(self, plan: DecidedBatch) -> dict[int, bytes]:
         """One transaction; gives the payloads that the answers show, read before its end."""
         if plan.writes:
             batch = self._decider.batch(plan, self.policy)
@@ -451,7 +460,7 @@ class Actor:
             raise LookupError(f"the disk has no payloads of jobs {missing}, and does not say why")
         return {seq: payload.body for seq, payload in loaded.payloads.items()}
 
-    def _answer(self, plan: Plan) -> None:
+    def _answer(self, plan: DecidedBatch) -> None:
         """Everything is on disk: tell everybody."""
         for asked, answer in plan.replies:
             if isinstance(answer, Response) and answer.read is not None:
@@ -467,7 +476,7 @@ class Actor:
             for listener in self.on_commit:
                 listener(plan.changes)
 
-    def _stays_owed(self, asked: Asked, answer: Response | ApiError) -> bool:
+    def _stays_owed(self, asked: Envelope, answer: Response | ApiError) -> bool:
         """Whether a command of our own was refused by the full disk: then it is the first once there is room."""
         if not self._owed and isinstance(answer, Response):
             return False
@@ -488,7 +497,7 @@ class Actor:
 
     # -- when something is wrong --------------------------------------------------------------------------------------
 
-    async def _take_back(self, plan: Plan) -> None:
+    async def _take_back(self, plan: DecidedBatch) -> None:
         """The batch was not written: its jobs are read again from the disk."""
         ids = {change.event.job_id: None for change in plan.changes if change.event.job_seq}
         loaded = await self.disk.load(list(ids), [], [])
@@ -509,7 +518,7 @@ class Actor:
             log.error("job_quarantined", job_id=aside.id, reason=aside.reason)
         self.book.quarantine(aside.id, aside.reason, None if is_changed else aside.uncounted, is_moved=aside.is_moved)
 
-    def _fail(self, batch: list[Asked], error: Exception) -> None:
+    def _fail(self, batch: list[Envelope], error: Exception) -> None:
         """What the disk holds is unknown: say so to those whose commands were under way, and let nobody else in."""
         self._stopping = True
         self._tell()

@@ -17,7 +17,7 @@ from jobd.core import audit, decide, late_result_rules, views
 from jobd.core.changeset import Decision
 from jobd.core.state import Book
 from jobd.engine.idempotency import Keys
-from jobd.engine.mailbox import Asked
+from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import Parked
 from jobd.model.commands import (
     Call,
@@ -50,19 +50,19 @@ class Known(Struct):
     late: LateResultRows = field(default_factory=LateResultRows)
 
 
-class Plan(Struct):
+class DecidedBatch(Struct):
     """A decided batch: what to write, and what to tell whom afterwards."""
 
     at: Moment
     known: Known
-    replies: list[tuple[Asked, Response | ApiError]] = field(default_factory=list)
+    replies: list[tuple[Envelope, Response | ApiError]] = field(default_factory=list)
     changes: list[Change] = field(default_factory=list)
     checked: list[int] = field(default_factory=list)
     report: bytes | None = None
     tick: bool = False
     unmark: bool = False
-    served: list[Asked] = field(default_factory=list)  # parked claims that this batch answers
-    parked: list[Asked] = field(default_factory=list)  # claims that this batch parked
+    served: list[Envelope] = field(default_factory=list)  # parked claims that this batch answers
+    parked: list[Envelope] = field(default_factory=list)  # claims that this batch parked
     payloads: dict[int, bytes] = field(default_factory=dict)  # of the jobs that this batch makes
     audit: list[AuditEntry] = field(default_factory=list)
     pauses: dict[str, QueuePause | None] = field(default_factory=dict)  # as they were before this batch
@@ -110,7 +110,7 @@ class Decider:
         self.keys = keys
         self.parked = parked
         self.parking = True  # off once the daemon stops
-        self.served: list[Asked] = []  # parked claims of the latest plan: until it is on disk nobody else has them
+        self.served: list[Envelope] = []  # parked claims of the latest plan: until it is on disk nobody else has them
         self._refuse = refuse
         self._loop_time = loop_time
         self._became_due: dict[tuple[str, str], None] = {}
@@ -123,9 +123,11 @@ class Decider:
         """Jobs became due that parked claims may be waiting for."""
         return bool(self._became_due)
 
-    def decide(self, batch: list[Asked], at: Moment, known: Known, policy: Policy, *, serves: bool = True) -> Plan:
+    def decide(
+        self, batch: list[Envelope], at: Moment, known: Known, policy: Policy, *, serves: bool = True
+    ) -> DecidedBatch:
         """`serves`: parked claims get what has become due; where it is not, what they get waits for the next batch."""
-        plan = Plan(at, known)
+        plan = DecidedBatch(at, known)
         if at.suspect != self.book.clock_suspect and self._refuse(Create()) is None:
             plan.tick = True  # durable with the first batch that knows it; on a full disk with the first that writes
         self.served = plan.served
@@ -144,7 +146,7 @@ class Decider:
                 self._serve_parked(plan, policy)
         return plan
 
-    def batch(self, plan: Plan, policy: Policy) -> Batch:
+    def batch(self, plan: DecidedBatch, policy: Policy) -> Batch:
         """The transaction of a plan."""
         keys, forgotten = self.keys.changed()
         queues = {change.event.queue for change in plan.changes if _touches_queue(change)}
@@ -163,7 +165,7 @@ class Decider:
             audit=plan.audit,
         )
 
-    def committed(self, plan: Plan) -> None:
+    def committed(self, plan: DecidedBatch) -> None:
         """The plan is on disk."""
         self.keys.commit()
         self.book.clock_suspect = plan.at.suspect
@@ -175,7 +177,7 @@ class Decider:
         for seq in plan.checked:
             self.book.suspects.pop(seq, None)
 
-    def take_back(self, plan: Plan, loaded: LoadedRows) -> None:
+    def take_back(self, plan: DecidedBatch, loaded: LoadedRows) -> None:
         """The plan was not written: its jobs are what the disk says (`loaded`). Numbers that it used stay used."""
         self.keys.rollback()
         # First the claims that wait: the jobs that come back below may be due for them.
@@ -206,7 +208,7 @@ class Decider:
             if asked.key is not None and isinstance(answer, Response):
                 self._hand(asked, answer, -len(asked.futures))
 
-    def not_told(self, asked: Asked, answer: Response, told: int) -> list[Undelivered]:
+    def not_told(self, asked: Envelope, answer: Response, told: int) -> list[Undelivered]:
         """Of those who asked only `told` still waited: the grants that nobody has received go back."""
         self._hand(asked, answer, told - len(asked.futures))
         return self.undelivered(answer, forgone=0) if told == 0 else []
@@ -223,7 +225,7 @@ class Decider:
 
     # -- one command --------------------------------------------------------------------------------------------------
 
-    def _decide_one(self, plan: Plan, asked: Asked, policy: Policy) -> Response | ApiError | None:
+    def _decide_one(self, plan: DecidedBatch, asked: Envelope, policy: Policy) -> Response | ApiError | None:
         """The answer to one command, or None where it waits: parked, or for its first call that is parked."""
         command = asked.call.command
         key = asked.key
@@ -259,7 +261,7 @@ class Decider:
             self._keep_answer(plan, asked, key, decision)
         return decision.answer
 
-    def _decided(self, plan: Plan, call: Call, policy: Policy) -> Decision:
+    def _decided(self, plan: DecidedBatch, call: Call, policy: Policy) -> Decision:
         """Ask the rules and take their steps in. A bug in a rule costs one command."""
         try:
             decision = decide.decide(self.book, call, plan.at, policy)
@@ -283,7 +285,7 @@ class Decider:
             self._audit(plan, call, decision)
         return decision
 
-    def _audit(self, plan: Plan, call: Call, decision: Decision) -> None:
+    def _audit(self, plan: DecidedBatch, call: Call, decision: Decision) -> None:
         """What an operator changed is written with the change; all else, where the disk has room for it."""
         audited = audit.entry(call, decision, plan.at.now)
         if audited is None:
@@ -302,7 +304,7 @@ class Decider:
         if self.parked:
             self._became_due[(queue, kind)] = None
 
-    def _serve_parked(self, plan: Plan, policy: Policy) -> None:
+    def _serve_parked(self, plan: DecidedBatch, policy: Policy) -> None:
         """Jobs became due while claims wait for them: who has waited longest is served first, before anybody new.
 
         Longest over all queues at once: a claim may take jobs of a queue for which another has waited longer.
@@ -327,7 +329,7 @@ class Decider:
         if (asked := self.parked.first(queue, kind)) is not None:
             heappush(waiting, (asked.ticket, queue, kind))
 
-    def _serve(self, plan: Plan, asked: Asked, policy: Policy) -> bool:
+    def _serve(self, plan: DecidedBatch, asked: Envelope, policy: Policy) -> bool:
         """Whether the parked claim got something."""
         decision = self._decided(plan, asked.call, policy)
         if not isinstance(decision.answer, Response) or not decision.answer.grants:
@@ -342,7 +344,7 @@ class Decider:
     # -- idempotency keys ---------------------------------------------------------------------------------------------
 
     def _known_answer(
-        self, plan: Plan, asked: Asked, key: IdempotencyKey, policy: Policy
+        self, plan: DecidedBatch, asked: Envelope, key: IdempotencyKey, policy: Policy
     ) -> Response | ApiError | None:
         """The stored answer of a repeated call; None where it has to be judged."""
         row = self.keys.find(key.digest, plan.at.believed)
@@ -363,7 +365,7 @@ class Decider:
         return Response(Raw(stored.body), status=stored.status, replayed=True)
 
     def _current_grants(
-        self, plan: Plan, asked: Asked, grants: list[tuple[str, str]], policy: Policy
+        self, plan: DecidedBatch, asked: Envelope, grants: list[tuple[str, str]], policy: Policy
     ) -> Response | None:
         """The grants of the first call that are still current; None where none is: the call is judged anew."""
         answer = Response(Grants([]), unread_payloads=[], grants=[], replayed=True)
@@ -381,7 +383,7 @@ class Decider:
         self._hand(asked, answer, len(asked.futures))
         return answer
 
-    def _keep_answer(self, plan: Plan, asked: Asked, key: IdempotencyKey, decision: Decision) -> None:
+    def _keep_answer(self, plan: DecidedBatch, asked: Envelope, key: IdempotencyKey, decision: Decision) -> None:
         """The answer to a keyed call that changed something is stored in the transaction of the change."""
         answer = decision.answer
         if not decision.changes or not isinstance(answer, Response):
@@ -397,7 +399,7 @@ class Decider:
         body = msgspec.json.encode(answer.data)
         self.keys.add(StoredResponse(key.digest, key.body_hash, plan.at.believed, answer.status, body))
 
-    def _hand(self, asked: Asked, answer: Response, connections: int) -> None:
+    def _hand(self, asked: Envelope, answer: Response, connections: int) -> None:
         if asked.key is not None:
             for _, lock_id in answer.grants:
                 self._handed[lock_id] += connections
@@ -410,7 +412,7 @@ def grant_ended(change: Change) -> bool:
     return after is None or after.grant is None or after.grant.lock_id != before.grant.lock_id
 
 
-def _join(first: Asked, asked: Asked) -> ApiError | None:
+def _join(first: Envelope, asked: Envelope) -> ApiError | None:
     """A parked call was repeated under its key: both wait for the one answer."""
     assert first.key is not None and asked.key is not None
     if first.key.body_hash != asked.key.body_hash:

@@ -41,25 +41,25 @@ class Journal(Protocol):
         """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
 
 
-class Frame(Struct, frozen=True):
+class EncodedEvent(Struct, frozen=True):
     """An event as it is sent to whoever wants it."""
 
     event: StreamedEvent
     text: bytes
 
     @classmethod
-    def of(cls, event: Event) -> Frame:
+    def of(cls, event: Event) -> EncodedEvent:
         shown = streamed_event(event)
         return cls(shown, b"id: %d\nevent: %b\ndata: %b\n\n" % (shown.seq, shown.type.encode(), _encode(shown)))
 
 
-class Round:
+class EventBatch:
     """The events of one round of news. `text` is all of them in one piece."""
 
     __slots__ = ("frames", "text")
 
     def __init__(self, events: Sequence[Event]) -> None:
-        self.frames = [Frame.of(event) for event in events]
+        self.frames = [EncodedEvent.of(event) for event in events]
         self.text = b"".join(frame.text for frame in self.frames)
 
     def since(self, position: int, wanted: EventFilter) -> bytes:
@@ -85,24 +85,24 @@ class Piece:
         self.events = page.events
         self.begin, self.end = after, page.end
         self.last, self.gone_to, self.more = page.last, page.gone_to, page.more
-        self._round: Round | None = None
+        self._round: EventBatch | None = None
 
     def since(self, position: int, wanted: EventFilter) -> bytes:
         """What of it is above `position` and wanted."""
         if not wanted.matches_everything:
             some = (event for event in self.events if event.seq > position and wanted.matches(event))
-            return b"".join(Frame.of(event).text for event in some)
+            return b"".join(EncodedEvent.of(event).text for event in some)
         return self.round.since(position, wanted) if self.events else b""
 
     @property
-    def round(self) -> Round:
+    def round(self) -> EventBatch:
         """Made once for all who want everything."""
         if self._round is None:
-            self._round = Round(self.events)
+            self._round = EventBatch(self.events)
         return self._round
 
 
-class Reading:
+class PageRead:
     """A page that somebody reads, or waits for his turn to. `piece` is there in the end, where nothing went wrong."""
 
     __slots__ = ("begin", "ended", "piece")
@@ -113,7 +113,7 @@ class Reading:
         self.piece: Piece | None = None
 
 
-class Feed:
+class EventFeed:
     """Where committed events come in and listeners get theirs. `last`: the number of the newest event that came in.
 
     `most` is the limit of listeners; `dropped` counts those that were cut off because they read too slowly.
@@ -123,11 +123,11 @@ class Feed:
         self.last = last
         self.dropped = 0
         self.is_closed = False
-        self.rounds: deque[Round] = deque()
+        self.rounds: deque[EventBatch] = deque()
         self.first = 0  # the number of rounds[0] among all rounds
         self._journal = journal
         self._most = most
-        self._listeners: set[Listener] = set()
+        self._listeners: set[Subscriber] = set()
         self._watchers = Watchers()
         self._live = 0  # how many of them hear news
         self._bytes = 0
@@ -135,7 +135,7 @@ class Feed:
         self._next_round_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._places = asyncio.Semaphore(1)
-        self._readings: list[Reading] = []
+        self._readings: list[PageRead] = []
         self._pieces: deque[Piece] = deque(maxlen=SHARED_PAGES)  # those read last: who resumes together shares them
 
     @property
@@ -153,13 +153,13 @@ class Feed:
                 loop = asyncio.get_running_loop()
                 self._timer = loop.call_at(max(loop.time(), self._next_round_s), self._spread)
 
-    def listen(self, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> Listener:
+    def listen(self, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> Subscriber:
         """A place among the listeners, given back with `leave`. `cut` ends the connection of one who does not read.
 
         Raises Refused where the daemon stops, or all places are taken.
         """
         self._check_place()
-        listener = Listener(self, wanted, follow=follow, cut=cut)
+        listener = Subscriber(self, wanted, follow=follow, cut=cut)
         self._listeners.add(listener)
         return listener
 
@@ -201,7 +201,7 @@ class Feed:
                 return reading.piece
 
     async def _read(self, after: int) -> Piece:
-        reading = Reading(after)
+        reading = PageRead(after)
         self._readings.append(reading)
         try:
             async with self._places:
@@ -216,7 +216,7 @@ class Feed:
         finally:
             self._end(reading)
 
-    def _end(self, reading: Reading) -> None:
+    def _end(self, reading: PageRead) -> None:
         """Whoever waits for it gets its page, or reads his own."""
         if reading in self._readings:
             self._readings.remove(reading)
@@ -239,7 +239,7 @@ class Feed:
         self._live += 1
         return self.first + len(self.rounds)
 
-    def leave(self, listener: Listener, *, was_live: bool) -> None:
+    def leave(self, listener: Subscriber, *, was_live: bool) -> None:
         self._listeners.discard(listener)
         self._live -= was_live
         if not self._listeners:
@@ -261,7 +261,7 @@ class Feed:
         events = [change.event for changes in self._news for change in changes]
         self._news.clear()
         if events:
-            self.rounds.append(Round(events))
+            self.rounds.append(EventBatch(events))
             self._bytes += len(self.rounds[-1].text)
             self._forget()
             self._wake()
@@ -288,13 +288,13 @@ class Feed:
         self._watchers.cut()
 
 
-class Listener:
+class Subscriber:
     """One stream. `begin`, then `more` until it gives nothing, and `leave` in any case.
 
     `position`: every event up to this number was given, if it was wanted.
     """
 
-    def __init__(self, feed: Feed, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> None:
+    def __init__(self, feed: EventFeed, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> None:
         self.position = 0
         self.news = asyncio.Event()
         self._feed = feed
@@ -410,5 +410,5 @@ class Listener:
 _ANEW: Final = "Read the state anew, then listen from now on (without Last-Event-ID)."
 
 
-def _texts(frames: Sequence[Frame], position: int, wanted: EventFilter) -> bytes:
+def _texts(frames: Sequence[EncodedEvent], position: int, wanted: EventFilter) -> bytes:
     return b"".join(each.text for each in frames if each.event.seq > position and wanted.matches(each.event))

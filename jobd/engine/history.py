@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from jobd.core import views
 from jobd.core.explain import ending
 from jobd.core.late_result_rules import refuse_adoption
-from jobd.engine.mailbox import Asked
+from jobd.engine.mailbox import Envelope
 from jobd.model.commands import AuditLog, Export, ListJobs, Moment, SearchJobs
 from jobd.model.errors import ApiError
 from jobd.model.events import event_view
@@ -62,7 +62,7 @@ class History:
     def __len__(self) -> int:
         return len(self._tasks)
 
-    def start(self, asked: Asked, answer: Response, policy: Policy) -> None:
+    def start(self, asked: Envelope, answer: Response, policy: Policy) -> None:
         """Read, then answer; the batches go on meanwhile."""
         assert answer.read is not None
         task = asyncio.create_task(self._look(asked, answer, answer.read, policy))
@@ -74,7 +74,7 @@ class History:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _look(self, asked: Asked, answer: Response, look: HistoryRead, policy: Policy) -> None:
+    async def _look(self, asked: Envelope, answer: Response, look: HistoryRead, policy: Policy) -> None:
         try:
             if look.page is not None:
                 page = await self._found(_query(look.page))

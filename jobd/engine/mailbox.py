@@ -104,7 +104,7 @@ def named_ids(command: Any) -> list[str]:
     return command.ids if kind in (DeleteExpired, RepairJobs) else []
 
 
-def may_go_first(asked: Asked) -> bool:
+def may_go_first(asked: Envelope) -> bool:
     """Whether it is a look, and nobody can tell that it did not wait for the others of its batch."""
     return type(asked.call.command) in _GO_FIRST and not asked.in_line
 
@@ -116,7 +116,7 @@ def deleted_ids(command: Command) -> list[str]:
     return command.ids if isinstance(command, DeleteExpired) else []
 
 
-def needs_payload_first(asked: Asked, doomed: set[str]) -> bool:
+def needs_payload_first(asked: Envelope, doomed: set[str]) -> bool:
     """Whether the payload (or the request hash) of a job that exists is read before the decision.
 
     It has to be where the decision needs it, or where the job may be gone (`doomed`) when the answer shows it.
@@ -149,7 +149,7 @@ class Waiter(Protocol):
     def set_result(self, answer: Response | ApiError, /) -> None: ...
 
 
-class Asked:
+class Envelope:
     """One call in the mailbox. Several connections may wait for its answer (a key repeated while it is parked)."""
 
     __slots__ = ("call", "deadline", "futures", "in_line", "key", "size", "ticket")

@@ -9,7 +9,7 @@ import heapq
 from collections.abc import Iterator
 
 from jobd.core.worker_presence import ClaimSet, WorkerPresence
-from jobd.engine.mailbox import Asked
+from jobd.engine.mailbox import Envelope
 from jobd.model.commands import Claim
 
 Place = tuple[str, str | None]  # queue, and kind or None for all kinds
@@ -23,16 +23,16 @@ class Parked:
 
     def __init__(self, presence: WorkerPresence) -> None:
         self._presence = presence
-        self._all: dict[int, tuple[Asked, list[Place], ClaimSet]] = {}
-        self._at: dict[Place, dict[int, Asked]] = {}
+        self._all: dict[int, tuple[Envelope, list[Place], ClaimSet]] = {}
+        self._at: dict[Place, dict[int, Envelope]] = {}
         self._deadlines: list[tuple[float, int]] = []
-        self._by_digest: dict[str, Asked] = {}
+        self._by_digest: dict[str, Envelope] = {}
         self._next_ticket = 1
 
     def __len__(self) -> int:
         return len(self._all)
 
-    def add(self, asked: Asked) -> None:
+    def add(self, asked: Envelope) -> None:
         """Park a claim; one that was parked before (its batch was refused by the disk) gets its old place."""
         claim = asked.call.command
         assert isinstance(claim, Claim)
@@ -50,7 +50,7 @@ class Parked:
         if asked.key is not None:
             self._by_digest[asked.key.digest] = asked
 
-    def remove(self, asked: Asked) -> bool:
+    def remove(self, asked: Envelope) -> bool:
         """Whether it was parked."""
         found = self._all.pop(asked.ticket, None)
         if found is None:
@@ -66,13 +66,13 @@ class Parked:
             del self._by_digest[asked.key.digest]
         return True
 
-    def first(self, queue: str, kind: str) -> Asked | None:
+    def first(self, queue: str, kind: str) -> Envelope | None:
         """Who has waited longest for a job of this queue and kind."""
         waiting = [self._at[place] for place in ((queue, kind), (queue, None)) if place in self._at]
         ticket = min((next(iter(tickets)) for tickets in waiting), default=None)
         return None if ticket is None else self._all[ticket][0]
 
-    def waiting_with(self, digest: str) -> Asked | None:
+    def waiting_with(self, digest: str) -> Envelope | None:
         """The parked claim with this idempotency key."""
         return self._by_digest.get(digest)
 
@@ -81,14 +81,14 @@ class Parked:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else None
 
-    def take_late(self, time: float) -> Iterator[Asked]:
+    def take_late(self, time: float) -> Iterator[Envelope]:
         """Take out the claims whose wait is over at loop time `time`."""
         while (deadline := self.next_deadline()) is not None and deadline <= time:
             asked = self._all[heapq.heappop(self._deadlines)[1]][0]
             self.remove(asked)
             yield asked
 
-    def take_all(self) -> list[Asked]:
+    def take_all(self) -> list[Envelope]:
         everybody = [asked for asked, _, _ in self._all.values()]
         for asked in everybody:
             self.remove(asked)

@@ -21,7 +21,7 @@ from aiohttp.streams import StreamReader
 from msgspec import Struct
 from multidict import istr
 
-from jobd.engine.mailbox import Asked, Waiter
+from jobd.engine.mailbox import Envelope, Waiter
 from jobd.http.auth import FORM, JSON, LINES, Gate, check_kind
 from jobd.http.decoding import Limits, path_value
 from jobd.http.request import Head, Request, Visit, operator_of
@@ -93,13 +93,13 @@ class Ask(Protocol):
         size: int,
         operator: Operator | None = None,
         in_line: bool = False,
-    ) -> Asked | ApiError:
+    ) -> Envelope | ApiError:
         """As `ask`, for those who do not wait for the answer but are called with it.
 
         `in_line`: it has to be decided behind what its sender has sent before.
         """
 
-    def abandon(self, asked: Asked) -> None:
+    def abandon(self, asked: Envelope) -> None:
         """Nobody waits any more for what was sent."""
 
     def undelivered(self, answer: Response) -> None:
@@ -165,7 +165,7 @@ class Web(Generic[S]):
         """What the request's path is."""
         return self._table.find(visit.method, visit.path)
 
-    def send(self, visit: Visit, found: Found, body: bytes, waiter: Waiter) -> Asked | Reply:
+    def send(self, visit: Visit, found: Found, body: bytes, waiter: Waiter) -> Envelope | Reply:
         """The request on its way to the actor, whose answer `waiter` gets; or the reply, where it comes no further.
 
         Between `send` and `landed` the request counts as one that is being handled.

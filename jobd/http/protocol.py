@@ -25,7 +25,7 @@ from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler
 
-from jobd.engine.mailbox import Asked
+from jobd.engine.mailbox import Envelope
 from jobd.http.app import BUG, Web
 from jobd.http.head_cache import Heads, is_whole
 from jobd.http.request import Request, Visit
@@ -78,7 +78,7 @@ class Flight:
     def __init__(self, connection: Connection, visit: Visit, idle: asyncio.Future[None]) -> None:
         self.visit = visit
         self.idle = idle  # what aiohttp's loop waits for meanwhile
-        self.asked: Asked | None = None
+        self.asked: Envelope | None = None
         self.ready: tuple[Response, Reply] | None = None  # an answer that is not on the disk yet
         self.reply: Reply | None = None
         self.held: asyncio.TimerHandle | None = None  # runs while the reply waits for the end of the probe
@@ -384,7 +384,7 @@ class Connection(RequestHandler):
             sent = self._web.send(flight.visit, found, body, flight)
         except Exception as bug:
             sent = self._refusal(flight.visit, bug)
-        if isinstance(sent, Asked):
+        if isinstance(sent, Envelope):
             flight.asked = sent
         else:
             self._leave(flight, sent)

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from jobd.engine.clock import Clock
 from jobd.model.job import MINUTE_MS, SECOND_MS
 from jobd.model.storage import MAX_POSTPONE_MS, DiskFull, DueTombstones, Storage, Tombstone
-from jobd.storage.artifacts.base import MARGINS, ArtifactStore, Margins, Outcome, StoreFault, judge
+from jobd.storage.artifacts.base import MARGINS, ArtifactStore, ArtifactStoreError, Deletion, Margins, judge
 
 log = structlog.get_logger("jobd.artifacts")
 
@@ -49,7 +49,7 @@ class End(Struct, frozen=True):
     """What came of one tombstone. `failed` is a sentence."""
 
     tombstone: Tombstone
-    outcome: Outcome | None
+    outcome: Deletion | None
     failed: str = ""
 
 
@@ -117,7 +117,9 @@ class Sweeper:
         self.sweeps.waiting -= due.damaged
         self.sweeps.behind_ms = max((now - each.due_at for each, _ in due.found), default=0)
         self._note_unmoved(due.unmoved)
-        held = [End(each, Outcome("young", modified_at=now)) for each, named in due.found if _is_held(due, each, named)]
+        held = [
+            End(each, Deletion("young", modified_at=now)) for each, named in due.found if _is_held(due, each, named)
+        ]
         free = [(each, named) for each, named in due.found if not _is_held(due, each, named)]
         ends = [*held, *await asyncio.gather(*(self._try(tombstone, named, now) for tombstone, named in free))]
         gone = [end.tombstone.job_seq for end in ends if end.outcome is not None and end.outcome.what != "young"]
@@ -142,7 +144,7 @@ class Sweeper:
             return End(tombstone, outcome)
         except TimeoutError:
             return End(tombstone, None, f"{self._store.place} has not answered for {CALL_S:g} s.")
-        except StoreFault as fault:
+        except ArtifactStoreError as fault:
             return End(tombstone, None, str(fault))
         except Exception as error:
             log.exception("artifact_store_failed", key=tombstone.key)

@@ -100,7 +100,7 @@ class Copy:
 
     async def fill(self, store: Store) -> None:
         """Copy and check."""
-        self._file = await backup.copied(store, self._told)
+        self._file = await backup.make_copy(store, self._told)
         self.size = await asyncio.to_thread(self._file.seek, 0, 2)
         await asyncio.to_thread(self._file.seek, 0)
         self._state, self._done, self._total = "sending", 0, self.size

@@ -23,7 +23,7 @@ from jobd.model.errors import ApiError
 from jobd.model.job import STATUSES, Job
 from jobd.model.responses import CleanupHealth, CleanupState, DatabaseHealth, HealthStatus, HealthView, PartHealth
 from jobd.model.storage import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
-from jobd.storage.artifacts.base import StoreFault
+from jobd.storage.artifacts.base import ArtifactStoreError
 
 log = structlog.get_logger("jobd.health")
 
@@ -306,7 +306,7 @@ class Health:
             await self._in_time("storage", self._artifacts.probe, STORAGE_PATIENCE_S)
         except TimeoutError:
             return PartHealth("unhealthy", f"{place} has not answered for {STORAGE_PATIENCE_S:g} s.")
-        except StoreFault as fault:
+        except ArtifactStoreError as fault:
             return PartHealth("unhealthy", str(fault))
         if self._sweeper is not None and (complaint := self._sweeper.complaint()) is not None:
             return PartHealth("degraded", complaint)

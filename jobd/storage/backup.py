@@ -25,7 +25,7 @@ from jobd.storage.store import MEMORY, Store
 Step = Literal["copying", "checking"]
 # What is being done, how many bytes of it are done, and of how many (0 where nobody knows). Called often, from the
 # thread of the copy; what it raises ends that.
-Told = Callable[[Step, int, int], None]
+Progress = Callable[[Step, int, int], None]
 
 _STEP_PAGES: Final = 100
 # In one go the copy would block every commit for as long as it takes.
@@ -45,14 +45,14 @@ class BadCopy(StoreUnreadable, BackupError):
     """The copy does not pass its check, so the store that it was taken from would not either."""
 
 
-async def copied(store: Store, told: Told | None = None) -> BinaryIO:
+async def make_copy(store: Store, told: Progress | None = None) -> BinaryIO:
     """A marked, checked copy of the store as it is at some moment during the call, as an open file without a name.
 
     Copies in a thread. When this task is cancelled the thread is told to stop, and waited for. Raises DiskFull before
     anything is copied where there is no room for the copy beside the store, BadCopy where the copy does not pass its
     check, BackupStopped.
     """
-    async with store.beside() as (conn, closing):
+    async with store.connection_for_backup() as (conn, closing):
         gone = threading.Event()
 
         def step(what: Step, done: int, total: int) -> None:
@@ -72,13 +72,13 @@ async def copied(store: Store, told: Told | None = None) -> BinaryIO:
             raise
 
 
-def _copy_and_open(conn: sqlite3.Connection, path: str, step: Told) -> BinaryIO:
+def _copy_and_open(conn: sqlite3.Connection, path: str, step: Progress) -> BinaryIO:
     """The copy as an open file that has no name any more: nothing is left behind, whatever happens."""
     name = os.urandom(8).hex()
     target = f"{tempfile.gettempdir()}/jobd-{name}" if path == MEMORY else f"{path}.backup-{name}"
     try:
         if path != MEMORY:
-            _need_room(path, target)
+            _check_space(path, target)
         copy_marked(conn, target, step, durable=False)
         return open(target, "rb")
     except StoreUnreadable as error:
@@ -91,7 +91,7 @@ def _copy_and_open(conn: sqlite3.Connection, path: str, step: Told) -> BinaryIO:
 def copy_marked(
     source: sqlite3.Connection,
     target: str,
-    step: Told | None = None,
+    step: Progress | None = None,
     *,
     durable: bool = True,
 ) -> None:
@@ -101,17 +101,17 @@ def copy_marked(
     forgotten need not be durable: to flush it would hold up the store's own commits.
     """
     files.create_private(target)
-    with _full_means_full(), contextlib.closing(_plain(target)) as copy:
+    with _raising_disk_full(), contextlib.closing(_connect(target)) as copy:
         copy.execute("PRAGMA journal_mode = OFF")
         copy.execute("PRAGMA synchronous = OFF")
         pause = None if step is None else _pausing(step, *source.execute("PRAGMA page_size").fetchone())
         source.backup(copy, pages=_STEP_PAGES, progress=pause, sleep=0.001)
-    mark(target, step)
+    mark_copy(target, step)
     if durable:
         files.sync(target)
 
 
-def _pausing(step: Told, page_bytes: int) -> Callable[[int, int, int], None]:
+def _pausing(step: Progress, page_bytes: int) -> Callable[[int, int, int], None]:
     def pause(_status: int, remaining: int, total: int) -> None:
         step("copying", (total - remaining) * page_bytes, total * page_bytes)
         time.sleep(_PAUSE_S)
@@ -119,7 +119,7 @@ def _pausing(step: Told, page_bytes: int) -> Callable[[int, int, int], None]:
     return pause
 
 
-def _need_room(path: str, target: str) -> None:
+def _check_space(path: str, target: str) -> None:
     """A copy that fills the disk would stop the daemon from writing: see first."""
     size = sum(os.path.getsize(name) for name in (path, f"{path}-wal") if os.path.exists(name))
     directory = os.path.dirname(target) or "."
@@ -130,7 +130,7 @@ def _need_room(path: str, target: str) -> None:
 
 
 @contextlib.contextmanager
-def _full_means_full() -> Iterator[None]:
+def _raising_disk_full() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
@@ -139,17 +139,17 @@ def _full_means_full() -> Iterator[None]:
         raise
 
 
-def mark(path: str, step: Told | None = None) -> None:
+def mark_copy(path: str, step: Progress | None = None) -> None:
     """Mark the copy at `path` as one, in a file without a write-ahead log, and check it through."""
-    with _full_means_full(), startup.refusals(path), contextlib.closing(_plain(path)) as copy:
+    with _raising_disk_full(), startup.translated_errors(path), contextlib.closing(_connect(path)) as copy:
         startup.journal_mode(copy, path, "delete")
         copy.execute("PRAGMA synchronous = OFF")  # nobody else knows the file yet
-        startup.check_ours(copy, path)
+        startup.check_application_id(copy, path)
         migrations.check_meta(copy, path)
         copy.execute("BEGIN IMMEDIATE")
         migrations.change_meta(copy, marked=1)
         copy.execute("COMMIT")
-        with _telling(copy, step):
+        with _reporting(copy, step):
             check_whole(copy, path)
 
 
@@ -161,7 +161,7 @@ def check_whole(conn: sqlite3.Connection, path: str) -> None:
 
 
 @contextlib.contextmanager
-def _telling(conn: sqlite3.Connection, step: Told | None) -> Iterator[None]:
+def _reporting(conn: sqlite3.Connection, step: Progress | None) -> Iterator[None]:
     """While `conn` checks, `step` is told that it goes on; what `step` raises ends the check, and is raised here."""
     stopped: list[Exception] = []
 
@@ -182,7 +182,7 @@ def _telling(conn: sqlite3.Connection, step: Told | None) -> Iterator[None]:
         raise
 
 
-def _plain(path: str) -> sqlite3.Connection:
+def _connect(path: str) -> sqlite3.Connection:
     return sqlite3.connect(path, isolation_level=None, timeout=1.0)
 
 
@@ -216,9 +216,9 @@ def restore(file: str, path: str) -> str | None:
 def _check_and_copy(file: str, new: str) -> None:
     if not os.path.exists(file):
         raise StoreUnreadable(f"{file} does not exist")
-    startup.refuse_newer(file, startup.peek(file))
-    with startup.refusals(file), startup.read_only(file) as source:
-        startup.check_ours(source, file)
+    startup.check_version(file, startup.peek(file))
+    with startup.translated_errors(file), startup.read_only(file) as source:
+        startup.check_application_id(source, file)
         copy_marked(source, new)
 
 
@@ -239,7 +239,7 @@ def _keep_old(path: str) -> tuple[int, str | None]:
     """
     if not os.path.exists(path):
         return 0, None
-    epoch = _settle_old(path)
+    epoch = _checkpoint_old(path)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     aside = f"{path}.{stamp}"
     number = 1
@@ -254,18 +254,18 @@ def _keep_old(path: str) -> tuple[int, str | None]:
     return epoch, aside
 
 
-def _settle_old(path: str) -> int:
+def _checkpoint_old(path: str) -> int:
     """Write the log of the old database back; its epoch, 0 where it cannot be read."""
     try:
         startup.peek(path)
     except StoreUnreadable:
         return 0  # no database at all: SQLite would throw its log away
     try:
-        startup.refuse_damaged_log(path)
+        startup.check_wal(path)
     except StoreUnreadable:
         return 0  # what cannot be read any more is kept for whoever can
     try:
-        with contextlib.closing(_plain(path)) as old:
+        with contextlib.closing(_connect(path)) as old:
             old.execute("PRAGMA locking_mode = EXCLUSIVE")
             old.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             (application,) = old.execute("PRAGMA application_id").fetchone()

@@ -87,14 +87,14 @@ BY_ID: Final = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = (SELECT seq 
 _PAYLOAD: Final = "SELECT job_seq, body, request_hash, crc FROM payloads WHERE job_seq = ?"
 
 
-def code_of(error: BaseException) -> int:
+def result_code(error: BaseException) -> int:
     """SQLite's extended result code of `error`, 0 where it has none."""
     return getattr(error, "sqlite_errorcode", None) or 0
 
 
 def is_corrupt(error: sqlite3.Error) -> bool:
     """Whether the structure of the file is damaged where `error` was met."""
-    return code_of(error) & 0xFF == sqlite3.SQLITE_CORRUPT
+    return result_code(error) & 0xFF == sqlite3.SQLITE_CORRUPT
 
 
 def now_ms() -> int:
@@ -112,7 +112,7 @@ def is_undecodable(error: sqlite3.OperationalError) -> bool:
 
 
 @contextlib.contextmanager
-def lenient(conn: sqlite3.Connection) -> Iterator[None]:
+def lenient_text(conn: sqlite3.Connection) -> Iterator[None]:
     """Read text that is no UTF-8 with its bad bytes escaped."""
     conn.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
     try:
@@ -121,12 +121,12 @@ def lenient(conn: sqlite3.Connection) -> Iterator[None]:
         conn.text_factory = str
 
 
-def size_of(row: Row) -> int:
+def row_bytes(row: Row) -> int:
     """Bytes of what may be long in a row: text (its characters) and blobs."""
     return sum(len(value) for value in row if isinstance(value, str | bytes))
 
 
-def _some(cursor: sqlite3.Cursor, most_bytes: int) -> tuple[list[Row], bool]:
+def _fetch_up_to(cursor: sqlite3.Cursor, most_bytes: int) -> tuple[list[Row], bool]:
     found: list[Row] = []
     size = 0
     with contextlib.closing(cursor):  # an open one would keep the file from being written
@@ -134,15 +134,15 @@ def _some(cursor: sqlite3.Cursor, most_bytes: int) -> tuple[list[Row], bool]:
             if found and size >= most_bytes:
                 return found, True
             found.append(row)
-            size += size_of(row)
+            size += row_bytes(row)
     return found, False
 
 
-class CannotMove(Exception):
+class StructureDamaged(Exception):
     """Rows cannot be moved aside, as the structure of the file around them is damaged. Nothing was written."""
 
 
-class Tables:
+class Database:
     """What is in the database, and the sums over it that are kept with each commit.
 
     After an error that leaves the disk's content unknown every call raises StoreBroken.
@@ -161,9 +161,9 @@ class Tables:
         conn.create_function("fingerprint", 3, fingerprint_of_bytes, deterministic=True)
         self._late = LateWriter(conn, self.rows, self.note_fault)
         self._audit = AuditWriter(conn)
-        self.keep_epoch: Callable[[int], object] = lambda epoch: None  # in the epoch file
-        self.kept_epoch = numbers.epoch  # up to there
-        self.at_commit: Callable[[], object] = lambda: None  # called when all is said and the disk comes next
+        self.store_epoch: Callable[[int], object] = lambda epoch: None  # in the epoch file
+        self.stored_epoch = numbers.epoch  # up to there
+        self.before_commit: Callable[[], object] = lambda: None  # called when all is said and the disk comes next
         self.quarantined: dict[str, str] = {}
         self.faults: list[str] = []
         self._directory = directory
@@ -171,14 +171,16 @@ class Tables:
         self._rebuilding = False
         # Of each grant made or heard of since the start: seq of its event, signs of life since the last thinning.
         self._signs: dict[int, tuple[int, int]] = {}
-        self.buried = 0  # tombstones that were written
-        self.asides = 0  # jobs that were set aside
-        self.aside: dict[int, Quarantined] = {}  # by number; those that every batch to come knows of are dropped
+        self.tombstones_written = 0  # tombstones that were written
+        self.quarantined_count = 0  # jobs that were set aside
+        self.recently_quarantined: dict[
+            int, Quarantined
+        ] = {}  # by number; those that every batch to come knows of are dropped
         self.unmoved: dict[int, str] = {}  # seq -> reason, of jobs whose damaged rows could not be moved
         # For each job: the event up to which its journal is compact (0: unknown), and the grants given back since.
         self._given_back: dict[int, tuple[int, int]] = {}
         # Jobs whose journals have to be thinned or compacted, oldest first, with the event to begin at.
-        self._crowded: dict[tuple[Callable[[int, int], None], int], int] = {}
+        self._to_shorten: dict[tuple[Callable[[int, int], None], int], int] = {}
 
     # ------------------------------------------------------------------------------------------- one transaction
 
@@ -200,16 +202,16 @@ class Tables:
             try:
                 self.conn.execute("BEGIN IMMEDIATE")
                 result = fn(*args)
-                self.at_commit()
+                self.before_commit()
                 self.conn.execute("COMMIT")
             except BaseException as error:
                 self.numbers, self.totals, self.marked, self.gone_to = kept
                 self._roll_back(error)
-                if isinstance(error, BadRows | CannotMove):
+                if isinstance(error, BadRows | StructureDamaged):
                     raise
                 if self._is_full(error):
                     raise DiskFull(str(error)) from error
-                if code_of(error) != sqlite3.SQLITE_CORRUPT_INDEX or retried or self._rebuilding:
+                if result_code(error) != sqlite3.SQLITE_CORRUPT_INDEX or retried or self._rebuilding:
                     self._broken = error
                     raise
             else:
@@ -231,7 +233,7 @@ class Tables:
 
     def _is_full(self, error: BaseException) -> bool:
         """Whether there was no room. A failed fsync is never that: its frames may be on the disk or not."""
-        code = code_of(error)
+        code = result_code(error)
         if code & 0xFF == sqlite3.SQLITE_FULL:
             return True
         # SQLite tells an exceeded quota (EDQUOT) no better than a failed write: try it.
@@ -251,9 +253,9 @@ class Tables:
         try:
             self.conn.execute("REINDEX")
         except sqlite3.IntegrityError:
-            self._part_ids()
+            self._separate_duplicate_ids()
 
-    def _part_ids(self) -> None:
+    def _separate_duplicate_ids(self) -> None:
         """A damaged id is that of another job: give it one of its own, under which its row is met and set aside."""
         run = self.conn.execute
         (made_by,) = run("SELECT sql FROM sqlite_schema WHERE name = 'jobs_id'").fetchone()
@@ -266,7 +268,7 @@ class Tables:
             run(made_by)
             run("REINDEX")
         except sqlite3.IntegrityError as error:
-            raise CannotMove(str(error)) from error
+            raise StructureDamaged(str(error)) from error
 
     def rows(self, sql: str, args: tuple[Any, ...] = ()) -> list[Row]:
         """All rows of a query, also those whose text is no UTF-8 (rows.fault names them)."""
@@ -275,20 +277,20 @@ class Tables:
         except sqlite3.OperationalError as error:
             if not is_undecodable(error):
                 raise
-        with lenient(self.conn):
+        with lenient_text(self.conn):
             return self.conn.execute(sql, args).fetchall()
 
-    def some_rows(self, sql: str, args: tuple[Any, ...], most_bytes: int) -> tuple[list[Row], bool]:
+    def rows_up_to(self, sql: str, args: tuple[Any, ...], most_bytes: int) -> tuple[list[Row], bool]:
         """The first rows of a query, one at least, until they hold so much; and whether they end before it does."""
         try:
-            return _some(self.conn.execute(sql, args), most_bytes)
+            return _fetch_up_to(self.conn.execute(sql, args), most_bytes)
         except sqlite3.OperationalError as error:
             if not is_undecodable(error):
                 raise
-        with lenient(self.conn):
-            return _some(self.conn.execute(sql, args), most_bytes)
+        with lenient_text(self.conn):
+            return _fetch_up_to(self.conn.execute(sql, args), most_bytes)
 
-    def each(self, sql: str, keys: Iterable[int], what: str, args: tuple[Any, ...] = ()) -> list[Row]:
+    def rows_one_by_one(self, sql: str, keys: Iterable[int], what: str, args: tuple[Any, ...] = ()) -> list[Row]:
         """The rows of a query asked once for each key, where a damaged page hides some of them; those are named."""
         found: list[Row] = []
         lost: list[int] = []
@@ -305,34 +307,34 @@ class Tables:
 
     # ------------------------------------------------------------------------------------------------ the batch
 
-    def write(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
+    def write(self, batch: Batch, reported: int) -> dict[int, bytes]:
         """Commit `batch`, whose counts know of the first `told_aside` jobs of `aside`; gives the asked payloads."""
-        if batch.numbers.epoch > self.kept_epoch:
-            self._take_epoch(batch.numbers.epoch)
-        shown, buried = self.commit(self._apply, batch, told_aside)
-        self.buried += buried
-        for number in [number for number in self.aside if number < told_aside]:
-            del self.aside[number]
-        if self._crowded:
+        if batch.numbers.epoch > self.stored_epoch:
+            self._advance_epoch(batch.numbers.epoch)
+        shown, buried = self.commit(self._apply, batch, reported)
+        self.tombstones_written += buried
+        for number in [number for number in self.recently_quarantined if number < reported]:
+            del self.recently_quarantined[number]
+        if self._to_shorten:
             # One after each batch, as all wait for it. In a transaction of its own: it is no part of the promise, and
             # must not undo it.
-            shorten, job_seq = next(iter(self._crowded))
-            with contextlib.suppress(DiskFull, CannotMove):
-                self.commit(shorten, job_seq, self._crowded.pop((shorten, job_seq)))
+            shorten, job_seq = next(iter(self._to_shorten))
+            with contextlib.suppress(DiskFull, StructureDamaged):
+                self.commit(shorten, job_seq, self._to_shorten.pop((shorten, job_seq)))
         return shown
 
-    def _take_epoch(self, epoch: int) -> None:
+    def _advance_epoch(self, epoch: int) -> None:
         """Store the epoch after a full counter before its first token, in the database first (see opening.py)."""
         if epoch > self.numbers.epoch:
             self.commit(self._begin_epoch, epoch)
-        self.keep_epoch(epoch)
-        self.kept_epoch = epoch
+        self.store_epoch(epoch)
+        self.stored_epoch = epoch
 
     def _begin_epoch(self, epoch: int) -> None:
         self.numbers = replace(self.numbers, epoch=epoch, next_token=1)
         self.write_meta()
 
-    def _apply(self, batch: Batch, told_aside: int) -> tuple[dict[int, bytes], int]:
+    def _apply(self, batch: Batch, reported: int) -> tuple[dict[int, bytes], int]:
         """The payloads that were asked for, and how many tombstones were written."""
         tombstones = batch.tombstones
         if batch.changes:
@@ -341,14 +343,16 @@ class Tables:
             self._write_jobs(batch.changes)
             self._write_events(batch.changes)
         if batch.queues:
-            self._write_queues(batch.queues, [self.aside[number] for number in range(told_aside, self.asides)])
+            self._write_queues(
+                batch.queues, [self.recently_quarantined[number] for number in range(reported, self.quarantined_count)]
+            )
         if tombstones:
             self.conn.executemany(_PUT_TOMBSTONE, map(codec.tombstone_row, tombstones))
         self._write_rest(batch)
         self.numbers = batch.numbers
         self.marked = self.marked and not batch.unmark
         self.write_meta()
-        return self._shown(batch), len(tombstones)
+        return self._read_payloads(batch), len(tombstones)
 
     def _write_jobs(self, changes: list[Change]) -> None:
         try:
@@ -372,7 +376,7 @@ class Tables:
                 begin, signs = self._signs.get(event.job_seq, (0, KEEP_HEARTBEATS))
                 self._signs[event.job_seq] = (begin, signs + 1)
                 if signs >= KEEP_HEARTBEATS:
-                    self._crowded.setdefault((self._thin, event.job_seq), begin)
+                    self._to_shorten.setdefault((self._thin, event.job_seq), begin)
             elif event.type == "granted":
                 self._signs[event.job_seq] = (event.seq, 0)
             elif event.after != "processing":
@@ -387,11 +391,11 @@ class Tables:
         begin, count = self._given_back.pop(job_seq, (0, 0))
         self._given_back[job_seq] = (begin, (count + 1) % KEEP_GRANTS)
         if count + 1 == KEEP_GRANTS:
-            self._crowded.setdefault((self._compact, job_seq), begin)
+            self._to_shorten.setdefault((self._compact, job_seq), begin)
         if len(self._given_back) > GIVEN_BACK_KEPT:
             del self._given_back[next(iter(self._given_back))]
 
-    def note_aside(self, job_seq: int, aside: Quarantined) -> None:
+    def note_quarantined(self, job_seq: int, aside: Quarantined) -> None:
         """Damaged rows of that job were met, and moved or not. Of one that still cannot be nobody is told again."""
         if aside.is_moved:
             self.unmoved.pop(job_seq, None)
@@ -399,17 +403,17 @@ class Tables:
             return
         else:
             self.unmoved[job_seq] = aside.reason
-        self.tell_aside(aside)
+        self.report_quarantined(aside)
 
     def note_fault(self, fault: str) -> None:
         """Of what is met again and again, until there is room, one sentence is enough."""
         if fault not in self.faults:
             self.faults.append(fault)
 
-    def tell_aside(self, aside: Quarantined) -> None:
+    def report_quarantined(self, aside: Quarantined) -> None:
         """To be told to `Storage.on_quarantined`."""
-        self.aside[self.asides] = aside
-        self.asides += 1  # last: the event loop looks at it from its own thread
+        self.recently_quarantined[self.quarantined_count] = aside
+        self.quarantined_count += 1  # last: the event loop looks at it from its own thread
 
     def _thin(self, job_seq: int, begin: int) -> None:
         if job_seq in self._signs:  # no grant of it is at work any more, else
@@ -435,7 +439,7 @@ class Tables:
         if found and found[-1][0] < end:  # continue after the next batch, from the last grant, which did not change
             grants = [event.seq for event in events[1:] if event.type == "granted"]
             end = grants[-1] if grants else found[-1][0] + 1
-            self._crowded[self._compact, job_seq] = end
+            self._to_shorten[self._compact, job_seq] = end
         if job_seq in self._given_back:
             self._given_back[job_seq] = (end, self._given_back[job_seq][1])
 
@@ -452,7 +456,7 @@ class Tables:
             return self.rows(sql, args)
         except sqlite3.DatabaseError as error:
             if is_corrupt(error):
-                raise CannotMove(str(error)) from error
+                raise StructureDamaged(str(error)) from error
             raise
 
     def _shorten(self, gone: list[int], changed: list[Event]) -> None:
@@ -483,7 +487,7 @@ class Tables:
             self.conn.execute(insert("reports", ("seq", "body", "crc")), sealed((last + 1, bytes(batch.report))))
             self.conn.execute("DELETE FROM reports WHERE seq <= ?", (last + 1 - KEEP_REPORTS,))
 
-    def _shown(self, batch: Batch) -> dict[int, bytes]:
+    def _read_payloads(self, batch: Batch) -> dict[int, bytes]:
         shown: dict[int, bytes] = {}
         bad: dict[str, str] = {}
         for seq in batch.payloads:
@@ -491,7 +495,7 @@ class Tables:
             if payload is not None:
                 shown[seq] = payload.body
             else:
-                bad[self.name_of(seq) or f"seq {seq}"] = wrong
+                bad[self.job_id_of(seq) or f"seq {seq}"] = wrong
         if bad:
             raise BadRows(bad)
         return shown
@@ -500,7 +504,7 @@ class Tables:
         """Payloads that were written lately. Only `write` changes what they are taken from."""
         return {seq: body for seq in seqs if (body := self._jobs.payload(seq)) is not None}
 
-    def name_of(self, seq: int) -> str | None:
+    def job_id_of(self, seq: int) -> str | None:
         """The id of a job, also of one whose row was set aside meanwhile."""
         row = self.rows(BY_SEQ, (seq,))
         if row:

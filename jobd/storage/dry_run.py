@@ -17,12 +17,12 @@ from jobd.model.job import LIVE, new_epoch
 from jobd.model.storage import DiskFull
 from jobd.storage import backup, doctor, files, migrations, startup
 from jobd.storage.codec import JOB_COLUMNS
-from jobd.storage.database import Tables, now_ms, readable
+from jobd.storage.database import Database, now_ms, readable
 from jobd.storage.files import FileLock, StoreBusy, StoreError, StoreUnreadable
 
 SHOWN: Final = 10  # problems, of a file that would be put back
 # Of an edited row: what tells an operator whether it is the one that was meant. A lock id is a secret.
-_TELLING: Final = (
+_SHOWN_COLUMNS: Final = (
     "queue", "kind", "status", "priority", "progress", "attempt", "max_attempts", "stalls", "created_at", "run_at",
     "started_at", "finished_at", "error_message",
 )  # fmt: skip
@@ -37,17 +37,17 @@ def restore(file: str, path: str) -> list[str]:
 
     Raises what that would raise: StoreBusy, StoreTooNew, StoreUnreadable, DiskFull, OSError. Reads all of `file`.
     """
-    _may_write(path)
-    files.refuse_held(path)
+    _check_writable(path)
+    files.check_not_held(path)
     used = files.read_epoch(path)
     if not os.path.exists(file):
         raise StoreUnreadable(f"{file} does not exist")
     found = startup.peek(file)
-    startup.refuse_newer(file, found)
-    with startup.refusals(file), startup.read_only(file) as source:
-        startup.check_ours(source, file)
+    startup.check_version(file, found)
+    with startup.translated_errors(file), startup.read_only(file) as source:
+        startup.check_application_id(source, file)
         size = _size(source)
-        free = _room(path, size)
+        free = _check_space(path, size)
         migrations.check_meta(source, file)
         backup.check_whole(source, file)
         lines = [f"would put {file} in place as {path}", *_checked(source, file, found[1], size, free)]
@@ -59,7 +59,7 @@ def restore(file: str, path: str) -> list[str]:
     return [*lines, replaced]
 
 
-def _may_write(path: str) -> None:
+def _check_writable(path: str) -> None:
     """OSError where the restore could not put a file there."""
     where = os.path.dirname(path) or "."
     if not os.access(where, os.W_OK | os.X_OK):
@@ -73,7 +73,7 @@ def _size(conn: sqlite3.Connection) -> int:
     return int(pages * page_bytes)
 
 
-def _room(path: str, need: int) -> int:
+def _check_space(path: str, need: int) -> int:
     """What is free beside `path`, in bytes. Raises DiskFull where that is less than `need`."""
     disk = os.statvfs(os.path.dirname(path) or ".")
     free = disk.f_bavail * disk.f_frsize
@@ -89,7 +89,7 @@ def _mib(size: int) -> str:
 def _checked(source: sqlite3.Connection, file: str, version: int, size: int, free: int) -> Iterator[str]:
     yield f"    it is a database of jobd, whole: {_mib(size)}; {_mib(free)} are free"
     try:
-        files.refuse_held(file)
+        files.check_not_held(file)
     except StoreBusy as error:
         yield f"    BEWARE: {error}. What is read of it while it is written may be torn: take a backup instead"
     if version < migrations.VERSION:
@@ -118,15 +118,15 @@ def _replaced(path: str) -> tuple[int, str]:
     """The epoch of the database that is there (0: none, or it cannot be read), and what would become of that."""
     if not os.path.exists(path):
         return 0, "    there is no database now that would be replaced"
-    if files.is_locked(path):
+    if files.has_sqlite_lock(path):
         raise StoreBusy(path, None)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     kept = f"would be kept beside it, as {path}.{stamp}"
     try:
         startup.peek(path)
-        startup.refuse_damaged_log(path)
-        with startup.refusals(path), startup.read_only(path) as old:
-            startup.check_ours(old, path)
+        startup.check_wal(path)
+        with startup.translated_errors(path), startup.read_only(path) as old:
+            startup.check_application_id(old, path)
             (count,) = old.execute("SELECT count(*) FROM jobs NOT INDEXED").fetchone()
             return migrations.epoch_of(old), f"    the database that is there ({_mib(_size(old))}, {count} jobs) {kept}"
     except StoreError:
@@ -139,36 +139,36 @@ def _replaced(path: str) -> tuple[int, str]:
 
 def accept(path: str, ids: Sequence[str] | None) -> list[str]:
     """What `doctor.accept` would write. Raises what that would raise."""
-    with _looking(path) as tables:
-        if isinstance(tables, str):
-            return [tables]
-        live, _, finished, _ = doctor.totals(tables.conn)
+    with _opened_read_only(path) as db:
+        if isinstance(db, str):
+            return [db]
+        live, _, finished, _ = doctor.totals(db.conn)
         lines: list[str] = []
-        for id_ in doctor.damaged(tables, path) if ids is None else dict.fromkeys(ids):
+        for id_ in doctor.damaged(db, path) if ids is None else dict.fromkeys(ids):
             try:
-                row, told = _accepted(tables, id_)
-            except doctor.Refused as refused:
+                row, told = _accepted(db, id_)
+            except doctor.RepairRefused as refused:
                 if ids is not None:
                     raise
                 lines.append(f"{refused}. The row would not change")
                 continue
             lines += told
-            is_new = not tables.rows("SELECT 1 FROM jobs NOT INDEXED WHERE seq = ?", (row["seq"],))
+            is_new = not db.rows("SELECT 1 FROM jobs NOT INDEXED WHERE seq = ?", (row["seq"],))
             live, finished = (
                 live + (is_new and row["status"] in LIVE),
                 finished + (is_new and row["status"] not in LIVE),
             )
-        return [*lines, *_counts(tables, (live, finished))] if lines else [doctor.NOTHING_DAMAGED]
+        return [*lines, *_counts(db, (live, finished))] if lines else [doctor.NOTHING_DAMAGED]
 
 
-def _accepted(tables: Tables, id_: str) -> tuple[dict[str, Any], list[str]]:
+def _accepted(db: Database, id_: str) -> tuple[dict[str, Any], list[str]]:
     """Return the row of job `id_` as it would be accepted, and lines that describe it."""
-    taken = doctor.edited(tables, id_)
+    taken = doctor.edited(db, id_)
     row = dict(zip(JOB_COLUMNS, taken.row, strict=True))
-    other = tables.rows("SELECT seq FROM jobs NOT INDEXED WHERE id = ? AND seq <> ?", (row["id"], row["seq"]))
+    other = db.rows("SELECT seq FROM jobs NOT INDEXED WHERE id = ? AND seq <> ?", (row["id"], row["seq"]))
     if other:
-        raise doctor.Refused(f"job {id_}: another row has this id")
-    values = ", ".join(f"{name} {readable(row[name])}" for name in _TELLING if row[name] not in (None, ""))
+        raise doctor.RepairRefused(f"job {id_}: another row has this id")
+    values = ", ".join(f"{name} {readable(row[name])}" for name in _SHOWN_COLUMNS if row[name] not in (None, ""))
     return row, [
         f"job {id_}: {taken.where} would be accepted as it is, with a new checksum; validation would check it",
         f"    {values}; a payload of {len(taken.body)} bytes",
@@ -177,19 +177,19 @@ def _accepted(tables: Tables, id_: str) -> tuple[dict[str, Any], list[str]]:
 
 def recount(path: str) -> list[str]:
     """What `doctor.recount` would write. Raises what that would raise."""
-    with _looking(path) as tables:
-        if isinstance(tables, str):
-            return [tables]
-        found = doctor.totals(tables.conn)
-        lines = ["all indexes would be rebuilt from the rows", *_counts(tables, (found[0], found[2]))]
-        if found != tables.totals and found[::2] == tables.totals[::2]:
+    with _opened_read_only(path) as db:
+        if isinstance(db, str):
+            return [db]
+        found = doctor.totals(db.conn)
+        lines = ["all indexes would be rebuilt from the rows", *_counts(db, (found[0], found[2]))]
+        if found != db.totals and found[::2] == db.totals[::2]:
             lines.append("the rows are not those that had been written; they would be taken as all there are")
-        lines += [f"{each.where}: {each.what}" for each in doctor.queues(tables.conn, path)]
+        lines += [f"{each.where}: {each.what}" for each in doctor.queues(db.conn, path)]
         return lines
 
 
-def _counts(tables: Tables, counted: tuple[int, int]) -> list[str]:
-    before = tables.totals[0], tables.totals[2]
+def _counts(db: Database, counted: tuple[int, int]) -> list[str]:
+    before = db.totals[0], db.totals[2]
     if counted == before:
         return [f"the counts would stay: {counted[0]} live and {counted[1]} finished jobs"]
     now = f"{counted[0]} live and {counted[1]} finished jobs"
@@ -197,7 +197,7 @@ def _counts(tables: Tables, counted: tuple[int, int]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _looking(path: str) -> Iterator[Tables | str]:
+def _opened_read_only(path: str) -> Iterator[Database | str]:
     """The tables, to read with; or, of an older version, what would come before anything else."""
     with contextlib.ExitStack() as stack:
         if os.path.exists(f"{path}.lock"):
@@ -205,11 +205,11 @@ def _looking(path: str) -> Iterator[Tables | str]:
         if not os.path.exists(path):
             raise StoreUnreadable(f"{path} does not exist")
         found = startup.peek(path)
-        startup.refuse_newer(path, found)
-        startup.refuse_damaged_log(path)
-        stack.enter_context(startup.refusals(path))
+        startup.check_version(path, found)
+        startup.check_wal(path)
+        stack.enter_context(startup.translated_errors(path))
         conn = stack.enter_context(startup.read_only(path))
-        startup.check_ours(conn, path)
+        startup.check_application_id(conn, path)
         if found[1] < migrations.VERSION:
             yield (
                 f"{path} has schema version {found[1]}: it would be made {migrations.VERSION} first, after a copy "

@@ -22,8 +22,8 @@ from msgspec import Struct
 from jobd.model.job import LAST_EPOCH, TOKEN_COUNTER_BITS
 from jobd.model.storage import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
 
-BALLAST_BYTES: Final = RESERVE_BYTES
-NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+RESERVE_FILE_BYTES: Final = RESERVE_BYTES
+DISK_FULL_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _LOCK_BYTES: Final = 16
 # SQLite locks the bytes from PENDING on in the database itself.
 _SQLITE_LOCKS: Final = (0x40000000, 512)
@@ -77,7 +77,7 @@ class FileLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            pid = _holder(self._fd)
+            pid = _lock_owner(self._fd)
             os.close(self._fd)
             raise StoreBusy(path, pid) from error
         # Written over the old number in place: that needs no new block, so a full disk is no hindrance.
@@ -96,7 +96,7 @@ class FileLock:
         self.release()
 
 
-def refuse_held(path: str) -> None:
+def check_not_held(path: str) -> None:
     """As FileLock, but nothing is written, and nothing kept from a daemon that starts a moment later."""
     try:
         lock = os.open(f"{path}.lock", os.O_RDONLY | os.O_CLOEXEC)
@@ -105,18 +105,18 @@ def refuse_held(path: str) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise StoreBusy(path, _holder(lock)) from error
+        raise StoreBusy(path, _lock_owner(lock)) from error
     finally:
         os.close(lock)
 
 
-def _holder(lock: int) -> int | None:
+def _lock_owner(lock: int) -> int | None:
     """The process that wrote its number into the open lock file."""
     pid = os.pread(lock, _LOCK_BYTES, 0).split()
     return int(pid[0]) if pid and pid[0].isdigit() else None
 
 
-def is_locked(path: str) -> bool:
+def has_sqlite_lock(path: str) -> bool:
     """Whether a program, of jobd or not, has the database at `path` open and works with it."""
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_SQLITE_LOCKS, 0)
     with open(path, "rb") as file:
@@ -125,12 +125,12 @@ def is_locked(path: str) -> bool:
 
 
 @contextlib.contextmanager
-def room() -> Iterator[None]:
+def raising_disk_full() -> Iterator[None]:
     """Turn an OSError that says that there is no room into DiskFull."""
     try:
         yield
     except OSError as error:
-        if error.errno in NO_ROOM:
+        if error.errno in DISK_FULL_ERRNOS:
             raise DiskFull(str(error)) from error
         raise
 
@@ -141,7 +141,7 @@ def has_room(directory: str) -> bool:
         with tempfile.TemporaryFile(dir=directory) as file:
             os.posix_fallocate(file.fileno(), 0, 64 << 10)
     except OSError as error:
-        return error.errno not in NO_ROOM
+        return error.errno not in DISK_FULL_ERRNOS
     return True
 
 
@@ -166,7 +166,7 @@ def sync_directory(path: str) -> None:
 
 def create_private(path: str) -> bool:
     """Make an empty file that only its owner may read, durably; whether it was new."""
-    with room():
+    with raising_disk_full():
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except FileExistsError:
@@ -182,12 +182,12 @@ def replace(path: str, content: bytes, like: str | None = None) -> None:
     The file has mode 0600, or the mode of the file `like`. If root writes it, it also gets the owner of `like`.
     """
     new = f"{path}.new"
-    with room():
+    with raising_disk_full():
         try:
             fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:
                 if like is not None and os.path.exists(like):
-                    _make_like(fd, os.stat(like))
+                    _copy_owner_and_mode(fd, os.stat(like))
                 os.write(fd, content)
                 os.fsync(fd)
             finally:
@@ -199,7 +199,7 @@ def replace(path: str, content: bytes, like: str | None = None) -> None:
         sync_directory(path)
 
 
-def _make_like(fd: int, model: os.stat_result) -> None:
+def _copy_owner_and_mode(fd: int, model: os.stat_result) -> None:
     if os.geteuid() == 0:
         os.fchown(fd, model.st_uid, model.st_gid)
     os.fchmod(fd, stat.S_IMODE(model.st_mode))
@@ -273,7 +273,7 @@ def space(path: str) -> DiskSpace | None:
 
 
 @contextlib.contextmanager
-def spare(path: str, size: int) -> Iterator[None]:
+def occupied(path: str, size: int) -> Iterator[None]:
     """Occupy `size` bytes beside `path` inside the context. Raises DiskFull.
 
     On a disk smaller than 16 times `size`, a sixteenth of the disk is enough.
@@ -289,26 +289,26 @@ def spare(path: str, size: int) -> Iterator[None]:
         yield
 
 
-def has_ballast(path: str) -> bool:
+def has_reserve(path: str) -> bool:
     """Return whether the reserve file `<path>.ballast` has its full size on disk."""
     try:
-        return os.stat(f"{path}.ballast").st_blocks * 512 >= BALLAST_BYTES
+        return os.stat(f"{path}.ballast").st_blocks * 512 >= RESERVE_FILE_BYTES
     except FileNotFoundError:
         return False
 
 
 def build_reserve(path: str) -> None:
     """Give the reserve file `<path>.ballast` its full size, with SPARE_BYTES left free. Raises DiskFull."""
-    if has_ballast(path):
+    if has_reserve(path):
         return
     name = f"{path}.ballast"
     disk = space(path)
-    if disk is not None and disk.free_bytes < BALLAST_BYTES + SPARE_BYTES:
-        raise DiskFull(f"{name} needs {BALLAST_BYTES + SPARE_BYTES} bytes, {disk.free_bytes} are free")
-    with spare(path, SPARE_BYTES), room():
+    if disk is not None and disk.free_bytes < RESERVE_FILE_BYTES + SPARE_BYTES:
+        raise DiskFull(f"{name} needs {RESERVE_FILE_BYTES + SPARE_BYTES} bytes, {disk.free_bytes} are free")
+    with occupied(path, SPARE_BYTES), raising_disk_full():
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(fd, 0, BALLAST_BYTES)
+            os.posix_fallocate(fd, 0, RESERVE_FILE_BYTES)
             os.fsync(fd)
         except OSError:
             Path(name).unlink(missing_ok=True)

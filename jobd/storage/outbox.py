@@ -15,8 +15,8 @@ from jobd.model.responses import DeliveryState
 from jobd.model.storage import DiskFull
 from jobd.model.webhooks import DELIVERY_STATES, EVENTS_GONE, GAP_PENDING, MAX_BACKLOG, Delivery, Outbox, WebhookCursor
 from jobd.storage.codec import Row, fault, sealed
-from jobd.storage.database import Tables
-from jobd.storage.quarantine import set_rows_aside
+from jobd.storage.database import Database
+from jobd.storage.quarantine import quarantine_rows
 from jobd.storage.writers import insert
 
 CURSOR_COLUMNS: Final = WebhookCursor.__struct_fields__
@@ -61,181 +61,179 @@ def delivery(row: Row) -> Delivery:
     return Delivery(*row[:-1])
 
 
-def open_outbox(tables: Tables, names: list[str], now: int) -> Outbox:
+def open_outbox(db: Database, names: list[str], now: int) -> Outbox:
     """What there is of the endpoints `names`. One that is new begins at the end of the journal."""
-    tables.check()
-    last = tables.numbers.next_event - 1
-    known, some_damaged = _cursors(tables)
-    waiting = {name: _waiting(tables, name) for name in names}
-    (top,) = tables.conn.execute("SELECT ifnull(max(id), 0) FROM deliveries").fetchone()
+    db.check()
+    last = db.numbers.next_event - 1
+    known, some_damaged = _cursors(db)
+    waiting = {name: _waiting(db, name) for name in names}
+    (top,) = db.conn.execute("SELECT ifnull(max(id), 0) FROM deliveries").fetchone()
     next_delivery = max([top + 1, *(each.next_delivery for each in known.values())])
     cursors = {}
     for name in names:
         found = known.get(name)
         if found is None:
-            position, gone_to = _begin(tables, name, last) if some_damaged else (last, last)
+            position, gone_to = _begin(db, name, last) if some_damaged else (last, last)
             found = WebhookCursor(name, position, gone_to, next_delivery)
         cursors[name] = replace(found, updated_at=now) if found.updated_at < now - DAY_MS else found
     if changed := [each for name, each in cursors.items() if each is not known.get(name)]:
         try:
-            tables.commit(_put_cursors, tables, changed)
+            db.commit(_put_cursors, db, changed)
         except DiskFull:
             if not known.keys() >= cursors.keys():
                 raise
             # That they are still in use can wait; what they have to tell of a full disk cannot.
             return Outbox(cursors, waiting, last, next_delivery)
     if old := [name for name, each in known.items() if name not in names and each.updated_at < now - FORGET_MS]:
-        tables.commit(_forget, tables, old)
+        db.commit(_forget, db, old)
     return Outbox(cursors, waiting, last, next_delivery)
 
 
-def _begin(tables: Tables, name: str, last: int) -> tuple[int, int]:
+def _begin(db: Database, name: str, last: int) -> tuple[int, int]:
     """Where an endpoint goes on whose cursor may be the one that was damaged, and up to where it was told of gaps.
 
     All events up to the last of its deliveries are in its outbox. Without any it goes on at the end, and is told that.
     """
     sql = "SELECT ifnull(max(seq), 0) FROM deliveries NOT INDEXED WHERE endpoint = ?"
-    (reached,) = tables.conn.execute(sql, (name,)).fetchone()
+    (reached,) = db.conn.execute(sql, (name,)).fetchone()
     return (reached, reached) if reached else (last, GAP_PENDING)
 
 
-def _cursors(tables: Tables) -> tuple[dict[str, WebhookCursor], bool]:
+def _cursors(db: Database) -> tuple[dict[str, WebhookCursor], bool]:
     """The cursors by name, and whether some were damaged: then nobody knows for sure whose they were."""
     known: dict[str, WebhookCursor] = {}
     damaged: list[tuple[int, Row, str]] = []
-    for rowid, *columns in tables.rows(f"SELECT rowid, {CURSOR_SQL} FROM webhooks NOT INDEXED"):
+    for rowid, *columns in db.rows(f"SELECT rowid, {CURSOR_SQL} FROM webhooks NOT INDEXED"):
         row = tuple(columns)
         if (wrong := fault(row)) is None:
             known[row[0]] = cursor(row)
         else:
             damaged.append((rowid, row, wrong))
-    set_rows_aside(tables, "webhooks", (*CURSOR_COLUMNS, "crc"), damaged)
+    quarantine_rows(db, "webhooks", (*CURSOR_COLUMNS, "crc"), damaged)
     return known, bool(damaged)
 
 
-def _waiting(tables: Tables, name: str) -> list[Delivery]:
-    ids = [id_ for (id_,) in tables.conn.execute(f"{_IDS} ORDER BY id", (name, "waiting"))]
+def _waiting(db: Database, name: str) -> list[Delivery]:
+    ids = [id_ for (id_,) in db.conn.execute(f"{_IDS} ORDER BY id", (name, "waiting"))]
     return [
-        replace(each, body=b"")
-        for first in range(0, len(ids), 100)
-        for each in by_ids(tables, ids[first : first + 100])
+        replace(each, body=b"") for first in range(0, len(ids), 100) for each in by_ids(db, ids[first : first + 100])
     ]
 
 
-def by_ids(tables: Tables, ids: list[int]) -> list[Delivery]:
+def by_ids(db: Database, ids: list[int]) -> list[Delivery]:
     """Deliveries by their numbers, in this order; one that is damaged is set aside and left out."""
-    tables.check()
-    found = tables.each(_BY_ID, ids, "deliveries")
+    db.check()
+    found = db.rows_one_by_one(_BY_ID, ids, "deliveries")
     damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
-    set_rows_aside(tables, "deliveries", (*DELIVERY_COLUMNS, "crc"), damaged)
+    quarantine_rows(db, "deliveries", (*DELIVERY_COLUMNS, "crc"), damaged)
     return [delivery(row) for row in found if fault(row) is None]
 
 
-def plan(tables: Tables, moved: WebhookCursor, new: list[Delivery]) -> None:
+def add(db: Database, moved: WebhookCursor, new: list[Delivery]) -> None:
     """Put deliveries into the outbox, and the cursor where they end: both or none."""
-    tables.commit(_plan, tables, moved, new)
+    db.commit(_add, db, moved, new)
 
 
-def _plan(tables: Tables, moved: WebhookCursor, new: list[Delivery]) -> None:
-    tables.conn.executemany(_INSERT, map(delivery_row, new))
-    _put_cursors(tables, [moved])
+def _add(db: Database, moved: WebhookCursor, new: list[Delivery]) -> None:
+    db.conn.executemany(_INSERT, map(delivery_row, new))
+    _put_cursors(db, [moved])
 
 
-def settle(tables: Tables, settled: list[Delivery], now: int) -> bool:
+def settle(db: Database, settled: list[Delivery], now: int) -> bool:
     """Note what came of deliveries of one endpoint; of those that have ended only the latest are kept.
 
     Gives whether events were forgotten thereby that it has never taken; its cursor says so then, too.
     """
-    return tables.commit(_settle, tables, settled, now)
+    return db.commit(_settle, db, settled, now)
 
 
-def _settle(tables: Tables, settled: list[Delivery], now: int) -> bool:
-    tables.conn.executemany(_UPDATE, [(*row[1:], row[0]) for row in map(delivery_row, settled)])
+def _settle(db: Database, settled: list[Delivery], now: int) -> bool:
+    db.conn.executemany(_UPDATE, [(*row[1:], row[0]) for row in map(delivery_row, settled)])
     ended = {(each.endpoint, each.state) for each in settled if each.state != "waiting"}
-    lost = {name for name, state in ended if _trim(tables, name, state)}
-    lost |= {name for name, _ in ended if _trim_by_age(tables, name, now)}
+    lost = {name for name, state in ended if _trim(db, name, state)}
+    lost |= {name for name, _ in ended if _trim_by_age(db, name, now)}
     for name in lost:
-        row = tables.conn.execute(f"SELECT {CURSOR_SQL} FROM webhooks NOT INDEXED WHERE name = ?", (name,)).fetchone()
+        row = db.conn.execute(f"SELECT {CURSOR_SQL} FROM webhooks NOT INDEXED WHERE name = ?", (name,)).fetchone()
         if row is not None and fault(row) is None:
-            _put_cursors(tables, [replace(cursor(row), gone_to=GAP_PENDING)])
+            _put_cursors(db, [replace(cursor(row), gone_to=GAP_PENDING)])
     return bool(lost)
 
 
-def _trim(tables: Tables, name: str, state: DeliveryState) -> bool:
+def _trim(db: Database, name: str, state: DeliveryState) -> bool:
     """All but the latest. An entry of the index says enough to forget a row by its place."""
     args = (name, state, KEEP_ENDED[state])
-    edge = tables.conn.execute(f"{_IDS} ORDER BY id DESC LIMIT 1 OFFSET ?", args).fetchone()
-    return edge is not None and _drop(tables, state, f"id IN ({_IDS} AND id <= ?)", (name, state, edge[0]))
+    edge = db.conn.execute(f"{_IDS} ORDER BY id DESC LIMIT 1 OFFSET ?", args).fetchone()
+    return edge is not None and _drop(db, state, f"id IN ({_IDS} AND id <= ?)", (name, state, edge[0]))
 
 
-def _trim_by_age(tables: Tables, name: str, now: int) -> bool:
+def _trim_by_age(db: Database, name: str, now: int) -> bool:
     """Of either state the two oldest, if they are too old: they end one by one, so none such stays for long.
 
     The age is read from the row.
     """
     is_lost = False
     for state, keep_ms in KEEP_ENDED_MS.items():
-        for (oldest,) in tables.conn.execute(f"{_IDS} ORDER BY id LIMIT 2", (name, state)).fetchall():
+        for (oldest,) in db.conn.execute(f"{_IDS} ORDER BY id LIMIT 2", (name, state)).fetchall():
             where = "id = ? AND ifnull(ended_at, at) < ?"
-            is_lost |= _drop(tables, state, where, (oldest, now - keep_ms))
+            is_lost |= _drop(db, state, where, (oldest, now - keep_ms))
     return is_lost
 
 
-def _drop(tables: Tables, state: DeliveryState, where: str, args: tuple[Any, ...]) -> bool:
+def _drop(db: Database, state: DeliveryState, where: str, args: tuple[Any, ...]) -> bool:
     """Forget deliveries; whether one of them was given up that told of an event, or of a gap between events."""
     sql = f"DELETE FROM deliveries WHERE {where} RETURNING seq > 0 OR type = ?"
-    dropped = tables.conn.execute(sql, (*args, EVENTS_GONE)).fetchall()
+    dropped = db.conn.execute(sql, (*args, EVENTS_GONE)).fetchall()
     return state == "given_up" and any(told for (told,) in dropped)
 
 
-def given_up(tables: Tables, endpoint: str) -> tuple[int, int]:
+def given_up(db: Database, endpoint: str) -> tuple[int, int]:
     """How many deliveries of an endpoint were given up, and the number of the newest; 0 where there is none."""
-    tables.check()
+    db.check()
     sql = f"SELECT count(*), ifnull(max(id), 0) FROM ({_IDS})"
-    count, newest = tables.conn.execute(sql, (endpoint, "given_up")).fetchone()
+    count, newest = db.conn.execute(sql, (endpoint, "given_up")).fetchone()
     return count, newest
 
 
-def again(tables: Tables, endpoint: str, id_: int, now: int) -> Delivery | None:
+def retry(db: Database, endpoint: str, id_: int, now: int) -> Delivery | None:
     """Put a delivery back in line, as if it had never been tried; None where there is none of this number."""
-    found = [each for each in by_ids(tables, [id_]) if each.endpoint == endpoint]
+    found = [each for each in by_ids(db, [id_]) if each.endpoint == endpoint]
     if not found:
         return None
     renewed = replace(found[0], state="waiting", due_at=now, tries=0, ended_at=None)
-    tables.commit(_settle, tables, [renewed], now)
+    db.commit(_settle, db, [renewed], now)
     return renewed
 
 
-def again_all(tables: Tables, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
+def retry_all(db: Database, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
     """The same with the oldest `limit` that were given up, of those with numbers up to `upto`. Given without bodies."""
-    tables.check()
+    db.check()
     sql = f"{_IDS} AND id <= ? ORDER BY id LIMIT ?"
-    ids = [id_ for (id_,) in tables.conn.execute(sql, (endpoint, "given_up", upto, limit))]
+    ids = [id_ for (id_,) in db.conn.execute(sql, (endpoint, "given_up", upto, limit))]
     renewed = [
         replace(each, state="waiting", due_at=now, tries=0, ended_at=None)
-        for each in by_ids(tables, ids)
+        for each in by_ids(db, ids)
         if each.endpoint == endpoint
     ]
     if renewed:
-        tables.commit(_settle, tables, renewed, now)
+        db.commit(_settle, db, renewed, now)
     return [replace(each, body=b"") for each in renewed]
 
 
-def page(tables: Tables, endpoint: str, state: DeliveryState | None, before: int, limit: int) -> list[Delivery]:
+def page(db: Database, endpoint: str, state: DeliveryState | None, before: int, limit: int) -> list[Delivery]:
     """Up to `limit` deliveries of an endpoint below the number `before`, newest first."""
-    tables.check()
+    db.check()
     ids: list[int] = []
     for each in DELIVERY_STATES if state is None else (state,):
         args: tuple[Any, ...] = (endpoint, each, before, limit)
-        ids += [id_ for (id_,) in tables.conn.execute(f"{_IDS} AND id < ? ORDER BY id DESC LIMIT ?", args)]
-    return by_ids(tables, sorted(ids, reverse=True)[:limit])
+        ids += [id_ for (id_,) in db.conn.execute(f"{_IDS} AND id < ? ORDER BY id DESC LIMIT ?", args)]
+    return by_ids(db, sorted(ids, reverse=True)[:limit])
 
 
-def _put_cursors(tables: Tables, cursors: list[WebhookCursor]) -> None:
-    tables.conn.executemany(_PUT_CURSOR, map(cursor_row, cursors))
+def _put_cursors(db: Database, cursors: list[WebhookCursor]) -> None:
+    db.conn.executemany(_PUT_CURSOR, map(cursor_row, cursors))
 
 
-def _forget(tables: Tables, names: list[str]) -> None:
+def _forget(db: Database, names: list[str]) -> None:
     """Endpoints that were taken out of the configuration long ago."""
-    tables.conn.executemany("DELETE FROM deliveries WHERE endpoint = ?", [(name,) for name in names])
-    tables.conn.executemany("DELETE FROM webhooks WHERE name = ?", [(name,) for name in names])
+    db.conn.executemany("DELETE FROM deliveries WHERE endpoint = ?", [(name,) for name in names])
+    db.conn.executemany("DELETE FROM webhooks WHERE name = ?", [(name,) for name in names])

@@ -18,54 +18,52 @@ from jobd.storage.database import (
     LIVE_SQL,
     PUT_QUEUE,
     QUEUE_SQL,
-    CannotMove,
-    Tables,
-    code_of,
+    Database,
+    StructureDamaged,
     is_corrupt,
     now_ms,
     readable,
+    result_code,
 )
 from jobd.storage.writers import insert
 
-_SET_ASIDE: Final = insert(
-    "quarantined_jobs", ("seq", "id", "reason", "at", "row", "payload", "request_hash"), "REPLACE"
-)
+_INSERT: Final = insert("quarantined_jobs", ("seq", "id", "reason", "at", "row", "payload", "request_hash"), "REPLACE")
 _JOB_ID: Final = EVENT_COLUMNS.index("job_id")
 _WAS_LIVE: Final = f"SELECT 1 FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL} AND seq = ?"
 
 
-def set_jobs_aside(tables: Tables, damaged: list[tuple[Row, str]]) -> dict[str, str]:
+def quarantine_jobs(db: Database, damaged: list[tuple[Row, str]]) -> dict[str, str]:
     """Quarantine job rows (columns and checksum) with what is wrong with each; gives their ids and the reasons.
 
     On a full disk, or in a damaged tree, they stay where they are, are named all the same, and are met again.
     """
     named: dict[str, str] = {}
     for row, reason in damaged:
-        id_ = true_id(tables, row)
+        id_ = true_id(db, row)
         uncounted, is_moved = None, False
         try:
             # Read before the transaction: after it has met a damaged page SQLite lets it write no more.
-            payload = _payload_columns(tables, row[0])
-            uncounted, is_moved = tables.commit(_set_job_aside, tables, row, payload, id_, reason), True
+            payload = _payload_columns(db, row[0])
+            uncounted, is_moved = db.commit(_quarantine_job, db, row, payload, id_, reason), True
         except DiskFull:
-            tables.note_fault(f"job {id_} could not be quarantined: the disk is full")
-        except CannotMove as error:
-            tables.note_fault(f"job {id_} could not be quarantined: {error}; run `jobd doctor`")
-        tables.quarantined[id_] = named[id_] = reason
-        tables.note_aside(row[0], Quarantined(id_, reason, uncounted, is_moved))
+            db.note_fault(f"job {id_} could not be quarantined: the disk is full")
+        except StructureDamaged as error:
+            db.note_fault(f"job {id_} could not be quarantined: {error}; run `jobd doctor`")
+        db.quarantined[id_] = named[id_] = reason
+        db.note_quarantined(row[0], Quarantined(id_, reason, uncounted, is_moved))
     return named
 
 
-def true_id(tables: Tables, row: Row) -> str:
+def true_id(db: Database, row: Row) -> str:
     """The id that a damaged row was written with: what its columns, its journal and the index of ids agree on."""
     seq, read = row[0], readable(row[1])
     try:
-        found = tables.rows(f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
+        found = db.rows(f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
         is_whole = bool(found) and codec.fault(found[0]) is None
         journaled = readable(found[0][_JOB_ID]) if is_whole else read
         if journaled == read or not is_job_id(journaled):
             return read
-        indexed = tables.rows("SELECT seq FROM jobs INDEXED BY jobs_id WHERE id = ?", (journaled,))
+        indexed = db.rows("SELECT seq FROM jobs INDEXED BY jobs_id WHERE id = ?", (journaled,))
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
@@ -73,66 +71,66 @@ def true_id(tables: Tables, row: Row) -> str:
     return journaled if indexed in ([], [(seq,)]) else read  # an index that was rebuilt has the damaged one
 
 
-def _set_job_aside(tables: Tables, row: Row, payload: Row | None, id_: str, reason: str) -> tuple[str, str] | None:
+def _quarantine_job(db: Database, row: Row, payload: Row | None, id_: str, reason: str) -> tuple[str, str] | None:
     try:
-        return _move_job(tables, row, payload, id_, reason)
+        return _move_job(db, row, payload, id_, reason)
     except sqlite3.DatabaseError as error:
-        if is_corrupt(error) and code_of(error) != sqlite3.SQLITE_CORRUPT_INDEX:
-            raise CannotMove(str(error)) from error
+        if is_corrupt(error) and result_code(error) != sqlite3.SQLITE_CORRUPT_INDEX:
+            raise StructureDamaged(str(error)) from error
         raise
 
 
-def _move_job(tables: Tables, row: Row, payload: Row | None, id_: str, reason: str) -> tuple[str, str] | None:
+def _move_job(db: Database, row: Row, payload: Row | None, id_: str, reason: str) -> tuple[str, str] | None:
     """The queue and status among whose finished jobs it was counted."""
-    run = tables.conn.execute
+    run = db.conn.execute
     seq = row[0]
     shown = codec.as_text((*JOB_COLUMNS, "crc"), row)
     was_live = run(_WAS_LIVE, (seq,)).fetchone() is not None
-    run(_SET_ASIDE, (seq, id_, reason, now_ms(), shown, *(payload or (None, None))))
+    run(_INSERT, (seq, id_, reason, now_ms(), shown, *(payload or (None, None))))
     is_here = run("DELETE FROM jobs WHERE seq = ?", (seq,)).rowcount > 0
-    uncounted = _uncount(tables, row, was_live) if is_here else None
+    uncounted = _uncount(db, row, was_live) if is_here else None
     if is_here and readable(row[1]) != id_:
-        tables.reindex()  # the index lost the entry of whose id the damaged one was, or keeps one of this row
+        db.reindex()  # the index lost the entry of whose id the damaged one was, or keeps one of this row
     run("DELETE FROM suspects WHERE job_seq = ?", (seq,))
     if payload is not None:  # one that cannot be read stays where it is
         run("DELETE FROM payloads WHERE job_seq = ?", (seq,))
-    tables.write_meta()
+    db.write_meta()
     return uncounted
 
 
-def _payload_columns(tables: Tables, seq: int) -> Row | None:
+def _payload_columns(db: Database, seq: int) -> Row | None:
     sql = "SELECT CAST(body AS BLOB), request_hash FROM payloads WHERE job_seq = ?"
-    found = tables.each(sql, [seq], "payloads")
+    found = db.rows_one_by_one(sql, [seq], "payloads")
     return (found[0][0], readable(found[0][1])) if found else None
 
 
-def _uncount(tables: Tables, row: Row, was_live: bool) -> tuple[str, str] | None:
-    live, live_xor, finished, finished_xor = tables.totals
+def _uncount(db: Database, row: Row, was_live: bool) -> tuple[str, str] | None:
+    live, live_xor, finished, finished_xor = db.totals
     crc = codec.first_checksum(row)
     if was_live:
-        tables.totals = (live - 1, live_xor ^ crc, finished, finished_xor)
+        db.totals = (live - 1, live_xor ^ crc, finished, finished_xor)
         return None
-    tables.totals = (live, live_xor, finished - 1, finished_xor ^ crc)
+    db.totals = (live, live_xor, finished - 1, finished_xor ^ crc)
     status, name = readable(row[2]), readable(row[4])
-    found = tables.rows(f"SELECT {QUEUE_SQL} FROM queues WHERE name = ?", (name,))
+    found = db.rows(f"SELECT {QUEUE_SQL} FROM queues WHERE name = ?", (name,))
     if status not in FINISHED or not found or codec.fault(found[0]) is not None:
         return None
     queue = codec.queue(found[0])
     count = getattr(queue, status)
     if count == 0:
         return None
-    tables.conn.execute(PUT_QUEUE, codec.queue_row(name, queue.without(status)))
+    db.conn.execute(PUT_QUEUE, codec.queue_row(name, queue.without(status)))
     return name, status
 
 
-def quarantine(tables: Tables, job: Job, reason: str) -> None:
+def quarantine_job(db: Database, job: Job, reason: str) -> None:
     """Move the rows of `job` aside because of `reason`."""
-    found = tables.rows(BY_SEQ, (job.seq,))
-    set_jobs_aside(tables, [(found[0] if found else codec.sealed(codec.job_row(job)), reason)])
+    found = db.rows(BY_SEQ, (job.seq,))
+    quarantine_jobs(db, [(found[0] if found else codec.sealed(codec.job_row(job)), reason)])
 
 
-def set_rows_aside(
-    tables: Tables, table: str, columns: tuple[str, ...], damaged: list[tuple[int, Row, str]]
+def quarantine_rows(
+    db: Database, table: str, columns: tuple[str, ...], damaged: list[tuple[int, Row, str]]
 ) -> set[int]:
     """Move damaged rows (rowid, columns, what is wrong) of another table than jobs aside; name them in the faults.
 
@@ -142,27 +140,27 @@ def set_rows_aside(
     for rowid, row, reason in damaged:
         name = f"{table} {readable(row[0])}"
         try:
-            tables.commit(_set_row_aside, tables, table, columns, rowid, row, reason)
-            tables.faults.append(f"{name}: {reason}; the row was set aside")
+            db.commit(_quarantine_row, db, table, columns, rowid, row, reason)
+            db.faults.append(f"{name}: {reason}; the row was set aside")
         except DiskFull:
             unmoved.add(rowid)
-            tables.note_fault(f"{name}: {reason}; the row could not be set aside: the disk is full")
-        except CannotMove as error:
+            db.note_fault(f"{name}: {reason}; the row could not be set aside: the disk is full")
+        except StructureDamaged as error:
             unmoved.add(rowid)
-            tables.note_fault(f"{name}: {reason}; the row could not be set aside: {error}")
+            db.note_fault(f"{name}: {reason}; the row could not be set aside: {error}")
     return unmoved
 
 
-def _set_row_aside(tables: Tables, table: str, columns: tuple[str, ...], rowid: int, row: Row, reason: str) -> None:
+def _quarantine_row(db: Database, table: str, columns: tuple[str, ...], rowid: int, row: Row, reason: str) -> None:
     aside = insert("bad_rows", ("place", "what", "at", "row"))
     what = f"{readable(row[0])}: {reason}"
-    tables.conn.execute(aside, (table, what, now_ms(), codec.as_text(columns, row)))
+    db.conn.execute(aside, (table, what, now_ms(), codec.as_text(columns, row)))
     if table == "events":
-        tables.note_gone(rowid)
-        tables.write_meta()
+        db.note_gone(rowid)
+        db.write_meta()
     try:
-        tables.conn.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))
+        db.conn.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))
     except sqlite3.DatabaseError as error:
-        if is_corrupt(error) and code_of(error) != sqlite3.SQLITE_CORRUPT_INDEX:
-            raise CannotMove(str(error)) from error
+        if is_corrupt(error) and result_code(error) != sqlite3.SQLITE_CORRUPT_INDEX:
+            raise StructureDamaged(str(error)) from error
         raise

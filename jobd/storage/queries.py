@@ -52,10 +52,10 @@ from jobd.storage.database import (
     LIVE_SQL,
     NOT_LIVE_SQL,
     TOMBSTONE_SQL,
-    Tables,
+    Database,
     is_corrupt,
 )
-from jobd.storage.quarantine import set_jobs_aside, set_rows_aside
+from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
 from jobd.storage.writers import AUDIT_SQL
 
 _NO_LIMIT: Final = 1 << 62
@@ -66,13 +66,13 @@ _CREATED: Final = "SELECT created_at FROM jobs NOT INDEXED WHERE seq = ?"
 _METADATA: Final = JOB_COLUMNS.index("metadata")
 _LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
 SLICE_BYTES: Final = 256 << 10  # of a piece that is read between two batches: below 2 ms
-LOOKED_BACK: Final = 1_000  # events of a job, in which a grant is looked for whose lock is long lost
+GRANT_SEARCH_EVENTS: Final = 1_000  # events of a job, in which a grant is looked for whose lock is long lost
 _GRANTS: Final = (
     f"SELECT {EVENT_SQL} FROM (SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? "
     "ORDER BY seq DESC LIMIT ?) CROSS JOIN events NOT INDEXED ON seq = found WHERE type = 'granted'"
 )
-LOOKED_BEHIND: Final = 10  # slices of damaged tombstones, for those behind them
-_NAMED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
+MOST_DAMAGED_SLICES: Final = 10  # slices of damaged tombstones, for those behind them
+_REFERENCED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
 _DUE: Final = f"SELECT {TOMBSTONE_SQL} FROM tombstones WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
 TEXT_BYTES: Final = 2 << 20  # of payloads that are looked through in one go
 _SIZE: Final = "ifnull((SELECT length(body) FROM payloads WHERE job_seq = jobs.seq), 0)"
@@ -89,33 +89,33 @@ _SCOPES: Final = {
 _CAPITALS: Final = {ord(capital): ord(capital) + 32 for capital in ascii_uppercase}
 _NO_PAYLOAD: Final = Payload(b"null", "")
 # Also jobs that were set aside: an operator may take them back as they are.
-_NAMED: Final = (
+_REFERENCED: Final = (
     "SELECT 1 FROM jobs INDEXED BY jobs_storage_key WHERE storage_key = ?1 "
     "UNION ALL SELECT 1 FROM quarantined_jobs WHERE json_valid(row) AND json_extract(row, '$.storage_key') = ?1"
 )
 
 
-def read_job(tables: Tables, row: Row) -> tuple[Job | None, str]:
+def read_job(db: Database, row: Row) -> tuple[Job | None, str]:
     """The job of a row, or None and what is wrong with it."""
     wrong = fault(row)
     if wrong is None:
         try:
-            return tables.reader.job(row), ""
+            return db.reader.job(row), ""
         except codec.Unreadable as error:
             wrong = str(error)
     return None, wrong
 
 
-def load(tables: Tables, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
+def load(db: Database, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
     """See Storage.load."""
-    tables.check()
+    db.check()
     loaded = LoadedRows()
     damaged: list[tuple[Row, str]] = []
     for id_ in ids:
-        row, wrong = _row_by_id(tables, id_)
+        row, wrong = _row_by_id(db, id_)
         job = None
         if row is not None:
-            job, wrong = read_job(tables, row)
+            job, wrong = read_job(db, row)
         if job is not None:
             loaded.jobs[id_] = job
         elif wrong:
@@ -123,57 +123,57 @@ def load(tables: Tables, ids: list[str], payloads: list[int], digests: list[str]
             if row is not None:
                 damaged.append((row, wrong))
     for seq in payloads:
-        payload, wrong = tables.payload(seq)
+        payload, wrong = db.payload(seq)
         if payload is not None:
             loaded.payloads[seq] = payload
-        elif row_of := tables.rows(BY_SEQ, (seq,)):
+        elif row_of := db.rows(BY_SEQ, (seq,)):
             damaged.append((row_of[0], wrong))
-        elif (id_of := tables.name_of(seq)) is not None:
-            loaded.bad[id_of] = tables.quarantined.get(id_of, wrong)  # set aside since the caller knew of it
+        elif (id_of := db.job_id_of(seq)) is not None:
+            loaded.bad[id_of] = db.quarantined.get(id_of, wrong)  # set aside since the caller knew of it
     if damaged:
-        loaded.bad.update(set_jobs_aside(tables, damaged))
+        loaded.bad.update(quarantine_jobs(db, damaged))
         loaded.jobs = {id_: job for id_, job in loaded.jobs.items() if id_ not in loaded.bad}
     for digest in digests:
-        if (key := _answer(tables, digest)) is not None:
+        if (key := _stored_response(db, digest)) is not None:
             loaded.responses[digest] = key
     return loaded
 
 
-def _row_by_id(tables: Tables, id_: str) -> tuple[Row | None, str]:
+def _row_by_id(db: Database, id_: str) -> tuple[Row | None, str]:
     """The row of a job, or None and why it cannot be had ("" where there is none)."""
     try:
-        found = tables.rows(BY_ID, (id_,))
-        if found and _is_of_another(found[0], id_):
-            tables.rebuild_indexes()
-            found = tables.rows(BY_ID, (id_,))
+        found = db.rows(BY_ID, (id_,))
+        if found and _belongs_to_another(found[0], id_):
+            db.rebuild_indexes()
+            found = db.rows(BY_ID, (id_,))
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        return None, _lost(tables, id_, f"its row cannot be read: {error}")
+        return None, _report_lost(db, id_, f"its row cannot be read: {error}")
     if not found:
-        return None, tables.quarantined.get(id_, "")
-    if _is_of_another(found[0], id_):
-        return None, _lost(tables, id_, "its row cannot be found: the table is damaged")
+        return None, db.quarantined.get(id_, "")
+    if _belongs_to_another(found[0], id_):
+        return None, _report_lost(db, id_, "its row cannot be found: the table is damaged")
     return found[0], ""
 
 
-def _is_of_another(row: Row, id_: str) -> bool:
+def _belongs_to_another(row: Row, id_: str) -> bool:
     """Whether the index of ids led to the whole row of another job."""
     return bool(row[1] != id_) and fault(row) is None
 
 
-def _lost(tables: Tables, id_: str, reason: str) -> str:
+def _report_lost(db: Database, id_: str, reason: str) -> str:
     """Name a job whose row cannot even be moved aside."""
-    if tables.quarantined.get(id_) != reason:
-        tables.quarantined[id_] = reason
-        tables.tell_aside(Quarantined(id_, reason, is_moved=False))
-        tables.faults.append(f"job {id_}: {reason}; run `jobd doctor`")
+    if db.quarantined.get(id_) != reason:
+        db.quarantined[id_] = reason
+        db.report_quarantined(Quarantined(id_, reason, is_moved=False))
+        db.faults.append(f"job {id_}: {reason}; run `jobd doctor`")
     return reason
 
 
-def _answer(tables: Tables, digest: str) -> StoredResponse | None:
+def _stored_response(db: Database, digest: str) -> StoredResponse | None:
     """A stored answer. One that is damaged is set aside: the call is judged anew, as after 24 hours."""
-    found = tables.rows(f"SELECT rowid, {KEY_SQL}, answer FROM keys WHERE digest = ?", (digest,))
+    found = db.rows(f"SELECT rowid, {KEY_SQL}, answer FROM keys WHERE digest = ?", (digest,))
     if not found:
         return None
     rowid, *columns, answer = found[0]
@@ -182,7 +182,7 @@ def _answer(tables: Tables, digest: str) -> StoredResponse | None:
         wrong = "the checksum of its answer is wrong"
     if wrong is None:
         return codec.key(tuple(columns), answer)
-    set_rows_aside(tables, "keys", (*KEY_COLUMNS, "crc", "answer"), [(rowid, found[0][1:], wrong)])
+    quarantine_rows(db, "keys", (*KEY_COLUMNS, "crc", "answer"), [(rowid, found[0][1:], wrong)])
     return None
 
 
@@ -190,20 +190,20 @@ def _answer(tables: Tables, digest: str) -> StoredResponse | None:
 # Pages
 
 
-def find(tables: Tables, query: JobQuery) -> JobRows:
+def find(db: Database, query: JobQuery) -> JobRows:
     """See Storage.find: newest first, or oldest first; at most `scan` rows looked at."""
-    tables.check()
+    db.check()
     try:
-        page = _page(tables, query)
+        page = _page(db, query)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        page = _page_one_by_one(tables, query)
-    page.last_event = tables.numbers.next_event - 1
+        page = _page_one_by_one(db, query)
+    page.last_event = db.numbers.next_event - 1
     return page
 
 
-def _page(tables: Tables, query: JobQuery) -> JobRows:
+def _page(db: Database, query: JobQuery) -> JobRows:
     scope, scope_args, filters, args = _conditions(query)
     if query.after is None:
         beyond, upto, way = "seq < ?", "seq >= ?", "DESC"
@@ -212,10 +212,10 @@ def _page(tables: Tables, query: JobQuery) -> JobRows:
         beyond, upto, way = "seq > ?", "seq <= ?", "ASC"
         begin, end = query.after, _NO_LIMIT
     edge_sql = f"SELECT seq FROM jobs {scope} AND {beyond} ORDER BY seq {way} LIMIT 1 OFFSET ?"
-    edge = tables.conn.execute(edge_sql, (*scope_args, begin, query.scan - 1)).fetchone()
+    edge = db.conn.execute(edge_sql, (*scope_args, begin, query.scan - 1)).fetchone()
     if query.text is not None:
         sized_sql = f"SELECT seq, {_SIZE} FROM jobs {scope} AND {beyond} ORDER BY seq {way} LIMIT ?"
-        edge = _heavy_edge(tables.conn.execute(sized_sql, (*scope_args, begin, query.scan))) or edge
+        edge = _text_edge(db.conn.execute(sized_sql, (*scope_args, begin, query.scan))) or edge
     end = end if edge is None else edge[0]
     rows_sql = f"FROM jobs {scope} AND {beyond} AND {upto}"
     if scope == _TABLE:
@@ -225,27 +225,27 @@ def _page(tables: Tables, query: JobQuery) -> JobRows:
             f"SELECT {JOB_SQL} FROM (SELECT seq AS found {rows_sql} ORDER BY seq {way}) CROSS JOIN jobs NOT INDEXED "
             f"ON seq = found WHERE true{filters} ORDER BY found {way} LIMIT ?"
         )
-    matched, is_cut = tables.some_rows(sql, (*scope_args, begin, end, *args, query.limit + 1), query.payload_bytes)
+    matched, is_cut = db.rows_up_to(sql, (*scope_args, begin, end, *args, query.limit + 1), query.payload_bytes)
     page = JobRows([], None, scanned=query.scan)
-    last = _fill(tables, page, matched, query)
+    last = _fill_page(db, page, matched, query)
     if is_cut and last is None:
         last = matched[-1][0]
     if last is not None:
         page.next_before = last
     elif edge is not None:
-        more = tables.conn.execute(f"SELECT 1 FROM jobs {scope} AND {beyond}", (*scope_args, end)).fetchone()
+        more = db.conn.execute(f"SELECT 1 FROM jobs {scope} AND {beyond}", (*scope_args, end)).fetchone()
         if more is not None:
             page.next_before = end
-            found = tables.conn.execute(_CREATED, (end,)).fetchone()
+            found = db.conn.execute(_CREATED, (end,)).fetchone()
             page.scanned_until = None if found is None else found[0]
     return page
 
 
-def _page_one_by_one(tables: Tables, query: JobQuery) -> JobRows:
+def _page_one_by_one(db: Database, query: JobQuery) -> JobRows:
     """The page of a damaged table: each seq is asked for, those that cannot be read are named and left out."""
     _, _, filters, args = _conditions(query)
     sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = ?{filters}"
-    top = tables.numbers.next_job
+    top = db.numbers.next_job
     if query.after is None:
         top = top if query.before is None else query.before
         end = max(0, top - query.scan)
@@ -254,7 +254,7 @@ def _page_one_by_one(tables: Tables, query: JobQuery) -> JobRows:
         end = query.after + query.scan
         seqs, is_last = range(query.after + 1, min(end + 1, top)), end + 1 >= top
     page = JobRows([], None)
-    last = _fill(tables, page, tables.each(sql, seqs, "jobs", args), query)
+    last = _fill_page(db, page, db.rows_one_by_one(sql, seqs, "jobs", args), query)
     page.next_before = last if last is not None else None if is_last else end
     return page
 
@@ -289,7 +289,7 @@ def _lower(text: str) -> str:
     return text.translate(_CAPITALS)
 
 
-def _heavy_edge(sized: Iterable[Row]) -> Row | None:
+def _text_edge(sized: Iterable[Row]) -> Row | None:
     """The row up to which so much payload is looked through that it is enough for once; None: it is less."""
     total = 0
     for seq, size in sized:
@@ -299,15 +299,15 @@ def _heavy_edge(sized: Iterable[Row]) -> Row | None:
     return None
 
 
-def _fill(tables: Tables, page: JobRows, matched: list[Row], query: JobQuery) -> int | None:
+def _fill_page(db: Database, page: JobRows, matched: list[Row], query: JobQuery) -> int | None:
     """Put the rows of a page in; gives the seq it ended with where rows are left for the next one."""
     damaged: list[tuple[Row, str]] = []
     size, last = 0, None
     for row in matched:
         if len(page.jobs) + len(damaged) >= query.limit:
             break
-        job, wrong = read_job(tables, row)
-        payload, wrong = (None, wrong) if job is None else _payload_of(tables, query, job)
+        job, wrong = read_job(db, row)
+        payload, wrong = (None, wrong) if job is None else _payload_of(db, query, job)
         if job is None or payload is None:
             damaged.append((row, wrong))
         elif page.jobs and size + len(payload.body) + len(row[_METADATA] or "") > query.payload_bytes:
@@ -319,90 +319,90 @@ def _fill(tables: Tables, page: JobRows, matched: list[Row], query: JobQuery) ->
     else:
         last = None
     if damaged:
-        set_jobs_aside(tables, damaged)
+        quarantine_jobs(db, damaged)
     return last
 
 
-def _payload_of(tables: Tables, query: JobQuery, job: Job) -> tuple[Payload | None, str]:
-    return tables.payload(job.seq) if query.payloads else (_NO_PAYLOAD, "")
+def _payload_of(db: Database, query: JobQuery, job: Job) -> tuple[Payload | None, str]:
+    return db.payload(job.seq) if query.payloads else (_NO_PAYLOAD, "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Journals, ages, reports
 
 
-def timeline(tables: Tables, job_seq: int, limit: int | None = None) -> list[Event]:
+def timeline(db: Database, job_seq: int, limit: int | None = None) -> list[Event]:
     """The journal of one job, or its latest events, oldest first; of signs of life the last of each grant."""
-    tables.check()
-    found = _timeline(tables, job_seq, _ALL if limit is None else limit)
-    events = [event for event in _events(tables, found) if event.job_seq == job_seq]
+    db.check()
+    found = _timeline(db, job_seq, _ALL if limit is None else limit)
+    events = [event for event in _events(db, found) if event.job_seq == job_seq]
     gone, changed = codec.thin(events)
     forgotten, new = set(gone), {event.seq: event for event in changed}
     return [new.get(event.seq, event) for event in events if event.seq not in forgotten]
 
 
-def _timeline(tables: Tables, job_seq: int, limit: int) -> list[Row]:
+def _timeline(db: Database, job_seq: int, limit: int) -> list[Row]:
     inner = "SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq DESC LIMIT ?"
     sql = f"SELECT {EVENT_SQL} FROM ({inner}) CROSS JOIN events NOT INDEXED ON seq = found ORDER BY found"
     try:
-        found = tables.rows(sql, (job_seq, limit))
+        found = db.rows(sql, (job_seq, limit))
         if any(row[_JOB_SEQ] != job_seq and fault(row) is None for row in found):  # the index led to other jobs
-            tables.rebuild_indexes()
-            found = tables.rows(sql, (job_seq, limit))
+            db.rebuild_indexes()
+            found = db.rows(sql, (job_seq, limit))
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        found = _timeline_of_a_damaged_table(tables, job_seq)[-limit if limit > 0 else 0 :]
+        found = _timeline_of_a_damaged_table(db, job_seq)[-limit if limit > 0 else 0 :]
     return found
 
 
-def _timeline_of_a_damaged_table(tables: Tables, job_seq: int) -> list[Row]:
+def _timeline_of_a_damaged_table(db: Database, job_seq: int) -> list[Row]:
     """The events that can be read; the others are named. Where it is the index that is damaged, all rows are read."""
     try:
-        seqs = tables.rows("SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq", (job_seq,))
+        seqs = db.rows("SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq", (job_seq,))
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        tables.faults.append(f"the index of the journal cannot be read: {error}; run `jobd doctor`")
-        return tables.rows(f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE job_seq = ? ORDER BY seq", (job_seq,))
-    return tables.each(_EVENT, [seq for (seq,) in seqs], "events")
+        db.faults.append(f"the index of the journal cannot be read: {error}; run `jobd doctor`")
+        return db.rows(f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE job_seq = ? ORDER BY seq", (job_seq,))
+    return db.rows_one_by_one(_EVENT, [seq for (seq,) in seqs], "events")
 
 
-def journal(tables: Tables, after: int, limit: int) -> JournalPage:
+def journal(db: Database, after: int, limit: int) -> JournalPage:
     """Up to `limit` events of the whole store with a seq above `after`, oldest first; fewer where they are large.
 
     A damaged one is as good as gone, also where it cannot be moved aside: nobody is led past it.
     """
-    tables.check()
-    last = tables.numbers.next_event - 1
+    db.check()
+    last = db.numbers.next_event - 1
     sql = f"SELECT {EVENT_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
     try:
-        found, is_cut = tables.some_rows(sql, (after, limit), SLICE_BYTES)
+        found, is_cut = db.rows_up_to(sql, (after, limit), SLICE_BYTES)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        tables.faults.append(f"the journal cannot be read after event {after}: {error}; run `jobd doctor`")
+        db.faults.append(f"the journal cannot be read after event {after}: {error}; run `jobd doctor`")
         return JournalPage([], last, last)
-    events = _events(tables, found)
+    events = _events(db, found)
     if len(events) < len(found):
         whole = {event.seq for event in events}
-        tables.note_gone(max(row[0] for row in found if row[0] not in whole))
-    return JournalPage(events, last, tables.gone_to, is_cut or len(found) == limit)
+        db.note_gone(max(row[0] for row in found if row[0] not in whole))
+    return JournalPage(events, last, db.gone_to, is_cut or len(found) == limit)
 
 
-def _events(tables: Tables, found: list[Row]) -> list[Event]:
+def _events(db: Database, found: list[Row]) -> list[Event]:
     """The events of rows; damaged ones are set aside."""
     damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
     if damaged:
-        set_rows_aside(tables, "events", (*EVENT_COLUMNS, "crc"), damaged)
+        quarantine_rows(db, "events", (*EVENT_COLUMNS, "crc"), damaged)
         aside = {seq for seq, _, _ in damaged}
         found = [row for row in found if row[0] not in aside]
     return [codec.event(row) for row in found]
 
 
-def late(tables: Tables, asked: list[LateResultQuery]) -> LateResultRows:
+def late(db: Database, asked: list[LateResultQuery]) -> LateResultRows:
     """See Storage.late. Many may ask of one job: it is looked at once."""
-    tables.check()
+    db.check()
     whole: dict[int, bool] = {}
     locks: dict[int, set[str]] = {}
     for each in asked:
@@ -411,66 +411,66 @@ def late(tables: Tables, asked: list[LateResultQuery]) -> LateResultRows:
             locks.setdefault(each.job_seq, set()).add(each.lock_id)
     known = LateResultRows()
     for job_seq, is_whole in whole.items():
-        known.results[job_seq] = _late_results(tables, job_seq, whole=is_whole)
+        known.results[job_seq] = _late_results(db, job_seq, whole=is_whole)
     for job_seq, lock_ids in locks.items():
-        made = {grant.lock_id: grant for grant in _latest_grants(tables, job_seq)}
+        made = {grant.lock_id: grant for grant in _latest_grants(db, job_seq)}
         known.grants |= {(job_seq, lock_id): made[lock_id] for lock_id in lock_ids & made.keys()}
     return known
 
 
-def _late_results(tables: Tables, job_seq: int, *, whole: bool) -> list[LateResult]:
+def _late_results(db: Database, job_seq: int, *, whole: bool) -> list[LateResult]:
     """The oldest grant first. Damaged rows are set aside; nobody but an operator waits for what they held."""
     try:
         sql = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? ORDER BY seq"
-        seqs = [seq for (seq,) in tables.rows(sql, (job_seq,))]
+        seqs = [seq for (seq,) in db.rows(sql, (job_seq,))]
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        tables.faults.append(f"the late results cannot be read: {error}; run `jobd doctor`")
+        db.faults.append(f"the late results cannot be read: {error}; run `jobd doctor`")
         return []
     found: list[LateResult] = []
     damaged: list[tuple[int, Row, str]] = []
-    for row in tables.each(_LATE, seqs, "late results"):
+    for row in db.rows_one_by_one(_LATE, seqs, "late results"):
         if (wrong := fault(row)) is not None:
             damaged.append((row[0], row, wrong))
         elif row[1] == job_seq:
             found.append(codec.late(row, whole=whole))
-    set_rows_aside(tables, "late_results", (*LATE_COLUMNS, "crc"), damaged)
+    quarantine_rows(db, "late_results", (*LATE_COLUMNS, "crc"), damaged)
     return sorted(found, key=lambda result: result.fencing_token)
 
 
-def count_late(tables: Tables, job_seqs: list[int]) -> dict[int, int]:
+def count_late(db: Database, job_seqs: list[int]) -> dict[int, int]:
     """See Storage.count_late."""
-    tables.check()
+    db.check()
     sql = "SELECT count(*) FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
     try:
-        counts = {seq: tables.rows(sql, (seq,))[0][0] for seq in job_seqs}
+        counts = {seq: db.rows(sql, (seq,))[0][0] for seq in job_seqs}
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        tables.faults.append(f"the late results cannot be counted: {error}; run `jobd doctor`")
+        db.faults.append(f"the late results cannot be counted: {error}; run `jobd doctor`")
         return {}
     return {seq: count for seq, count in counts.items() if count}
 
 
-def _latest_grants(tables: Tables, job_seq: int) -> list[Grant]:
+def _latest_grants(db: Database, job_seq: int) -> list[Grant]:
     """The grants of this job that the end of its journal tells of. Batches wait for this, so it has its limit."""
     try:
-        found = tables.rows(_GRANTS, (job_seq, LOOKED_BACK))
+        found = db.rows(_GRANTS, (job_seq, GRANT_SEARCH_EVENTS))
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
         return []  # whoever asks for the timeline is told
-    events = [event for event in _events(tables, found) if event.job_seq == job_seq and event.changes is not None]
+    events = [event for event in _events(db, found) if event.job_seq == job_seq and event.changes is not None]
     return [event.changes.grant for event in events if event.changes and isinstance(event.changes.grant, Grant)]
 
 
-def expired(tables: Tables, now: int, limit: int, skip: int = 0) -> list[str]:
+def expired(db: Database, now: int, limit: int, skip: int = 0) -> list[str]:
     """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after so many to skip.
 
     Damaged ones that cannot be moved out of the way hide nothing that is behind them.
     """
-    tables.check()
+    db.check()
     inner = (  # the index has all that are not live, also of a status that is none
         f"SELECT seq AS found, expires_at AS due FROM jobs INDEXED BY jobs_expiry "
         f"WHERE expires_at IS NOT NULL AND {NOT_LIVE_SQL} AND {FINISHED_SQL} AND expires_at <= ? "
@@ -478,69 +478,67 @@ def expired(tables: Tables, now: int, limit: int, skip: int = 0) -> list[str]:
     )
     sql = f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
     while True:
-        found, _ = tables.some_rows(sql, (now, limit, skip), SLICE_BYTES)
+        found, _ = db.rows_up_to(sql, (now, limit, skip), SLICE_BYTES)
         # Of one that could not be moved the row may be whole, and its payload damaged.
-        damaged = [(row, wrong) for row in found if (wrong := fault(row) or tables.unmoved.get(row[0])) is not None]
+        damaged = [(row, wrong) for row in found if (wrong := fault(row) or db.unmoved.get(row[0])) is not None]
         gone = {row[0] for row, _ in damaged}
         whole = [row[1] for row in found if row[0] not in gone]
         if damaged:
-            set_jobs_aside(tables, damaged)
+            quarantine_jobs(db, damaged)
         if whole or not found:
             return whole
-        skip += sum(bool(tables.rows(BY_SEQ, (row[0],))) for row, _ in damaged)
+        skip += sum(bool(db.rows(BY_SEQ, (row[0],))) for row, _ in damaged)
 
 
-def reports(tables: Tables, limit: int) -> list[bytes]:
+def reports(db: Database, limit: int) -> list[bytes]:
     """Kept cleanup reports, newest first."""
-    tables.check()
-    found = tables.rows("SELECT seq, body, crc FROM reports ORDER BY seq DESC LIMIT ?", (limit,))
+    db.check()
+    found = db.rows("SELECT seq, body, crc FROM reports ORDER BY seq DESC LIMIT ?", (limit,))
     damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
-    set_rows_aside(tables, "reports", ("seq", "body", "crc"), damaged)
+    quarantine_rows(db, "reports", ("seq", "body", "crc"), damaged)
     return [body for _, body, _ in (row for row in found if fault(row) is None)]
 
 
-def due_tombstones(tables: Tables, now: int, limit: int) -> DueTombstones:
+def due_tombstones(db: Database, now: int, limit: int) -> DueTombstones:
     """See Storage.due_tombstones. Whether a key is named is looked up here, next to what will be done about it.
 
     Damaged ones that cannot be moved out of the way are passed by, a few hundred of them.
     """
-    tables.check()
+    db.check()
     met: set[int] = set()
     unmoved: set[int] = set()
-    for _ in range(LOOKED_BEHIND):
+    for _ in range(MOST_DAMAGED_SLICES):
         most = limit + len(unmoved)
-        found = tables.rows(_DUE.format("<="), (now, most)) or tables.rows(
-            _DUE.format(">"), (now + MAX_POSTPONE_MS, most)
-        )
+        found = db.rows(_DUE.format("<="), (now, most)) or db.rows(_DUE.format(">"), (now + MAX_POSTPONE_MS, most))
         new = [(row[0], row, wrong) for row in found if row[0] not in met and (wrong := fault(row)) is not None]
-        unmoved |= set_rows_aside(tables, "tombstones", (*TOMBSTONE_COLUMNS, "crc"), new)
+        unmoved |= quarantine_rows(db, "tombstones", (*TOMBSTONE_COLUMNS, "crc"), new)
         met |= {seq for seq, _, _ in new}
         whole = [codec.tombstone(row) for row in found if row[0] not in met]
         if not new or len(whole) >= limit:
             break
-    late = {each.job_seq for each in whole if tables.conn.execute(_NAMED_LATE, (each.key,)).fetchone() is not None}
-    named = [(each, is_named(tables, each.key)) for each in whole]
+    late = {each.job_seq for each in whole if db.conn.execute(_REFERENCED_LATE, (each.key,)).fetchone() is not None}
+    named = [(each, is_referenced(db, each.key)) for each in whole]
     return DueTombstones(named, len(met) - len(unmoved), late, len(unmoved))
 
 
-def is_named(tables: Tables, key: str) -> bool:
+def is_referenced(db: Database, key: str) -> bool:
     """Whether any job has `key` as its storage_key."""
-    return tables.conn.execute(_NAMED, (key,)).fetchone() is not None
+    return db.conn.execute(_REFERENCED, (key,)).fetchone() is not None
 
 
-def read_audit(tables: Tables, query: AuditQuery) -> AuditRows:
+def read_audit(db: Database, query: AuditQuery) -> AuditRows:
     """See Storage.audit: at most `scan` rows are looked at."""
-    tables.check()
+    db.check()
     try:
-        return _audit_page(tables, query)
+        return _audit_page(db, query)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        tables.faults.append(f"the audit log cannot be read: {error}; run `jobd doctor`")
+        db.faults.append(f"the audit log cannot be read: {error}; run `jobd doctor`")
         return AuditRows([])
 
 
-def _audit_page(tables: Tables, query: AuditQuery) -> AuditRows:
+def _audit_page(db: Database, query: AuditQuery) -> AuditRows:
     scope_args: tuple[Any, ...] = ()
     scope = "NOT INDEXED WHERE true"
     if query.job_id is not None:
@@ -548,23 +546,23 @@ def _audit_page(tables: Tables, query: AuditQuery) -> AuditRows:
     filters, args = _audit_conditions(query)
     begin = _NO_LIMIT if query.before is None else query.before
     edge_sql = f"SELECT seq FROM audit {scope} AND seq < ? ORDER BY seq DESC LIMIT 1 OFFSET ?"
-    edge = tables.conn.execute(edge_sql, (*scope_args, begin, query.scan - 1)).fetchone()
+    edge = db.conn.execute(edge_sql, (*scope_args, begin, query.scan - 1)).fetchone()
     end = 0 if edge is None else edge[0]
     inner = f"SELECT seq AS found FROM audit {scope} AND seq < ? AND seq >= ? ORDER BY seq DESC"
     sql = (
         f"SELECT {AUDIT_SQL} FROM ({inner}) CROSS JOIN audit NOT INDEXED ON seq = found "
         f"WHERE true{filters} ORDER BY found DESC LIMIT ?"
     )
-    matched = tables.rows(sql, (*scope_args, begin, end, *args, query.limit + 1))
+    matched = db.rows(sql, (*scope_args, begin, end, *args, query.limit + 1))
     shown = matched[: query.limit]
     next_before = None
     if len(matched) > len(shown):
         next_before = shown[-1][0]
     elif edge is not None:
-        more = tables.conn.execute(f"SELECT 1 FROM audit {scope} AND seq < ?", (*scope_args, end)).fetchone()
+        more = db.conn.execute(f"SELECT 1 FROM audit {scope} AND seq < ?", (*scope_args, end)).fetchone()
         next_before = None if more is None else end
     damaged = [(row[0], row, wrong) for row in shown if (wrong := fault(row)) is not None]
-    set_rows_aside(tables, "audit", (*AUDIT_COLUMNS, "crc"), damaged)
+    quarantine_rows(db, "audit", (*AUDIT_COLUMNS, "crc"), damaged)
     return AuditRows([(row[0], codec.audited(row)) for row in shown if fault(row) is None], next_before)
 
 

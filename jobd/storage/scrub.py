@@ -13,9 +13,9 @@ from typing import Final
 from msgspec import Struct
 
 from jobd.storage.codec import AUDIT_COLUMNS, EVENT_COLUMNS, LATE_COLUMNS, Row, fault
-from jobd.storage.database import EVENT_SQL, JOB_SQL, KEY_SQL, LATE_SQL, TOMBSTONE_SQL, Tables, is_corrupt, readable
+from jobd.storage.database import EVENT_SQL, JOB_SQL, KEY_SQL, LATE_SQL, TOMBSTONE_SQL, Database, is_corrupt, readable
 from jobd.storage.outbox import DELIVERY_SQL
-from jobd.storage.quarantine import set_jobs_aside, set_rows_aside
+from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
 from jobd.storage.queries import read_job
 from jobd.storage.writers import AUDIT_SQL
 
@@ -44,13 +44,13 @@ class Slice(Struct):
     damaged: list[tuple[str, str]] = []
 
 
-def look(tables: Tables, table: str, after: int) -> Slice:
+def check_slice(db: Database, table: str, after: int) -> Slice:
     """The next rows of `table` behind the rowid `after`. A page that cannot be read ends the table, and is named."""
-    tables.check()
+    db.check()
     found = Slice(table)
     until_s = time.perf_counter() + SLICE_S
     try:
-        (_jobs if table == "jobs" else _others)(tables, found, after, until_s)
+        (_jobs if table == "jobs" else _others)(db, found, after, until_s)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
@@ -59,15 +59,15 @@ def look(tables: Tables, table: str, after: int) -> Slice:
     return found
 
 
-def _jobs(tables: Tables, found: Slice, after: int, until_s: float) -> None:
+def _jobs(db: Database, found: Slice, after: int, until_s: float) -> None:
     sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq > ? ORDER BY seq LIMIT ?"
-    read, is_cut = tables.some_rows(sql, (after, MOST_ROWS), MOST_BYTES)
+    read, is_cut = db.rows_up_to(sql, (after, MOST_ROWS), MOST_BYTES)
     damaged: list[tuple[Row, str]] = []
     size = 0
     for row in read:
-        job, wrong = read_job(tables, row)
+        job, wrong = read_job(db, row)
         if job is not None:
-            payload, wrong = tables.payload(job.seq)
+            payload, wrong = db.payload(job.seq)
             size += 0 if payload is None else len(payload.body)
         if wrong:
             damaged.append((row, wrong))
@@ -77,13 +77,13 @@ def _jobs(tables: Tables, found: Slice, after: int, until_s: float) -> None:
             break
     else:
         found.last = read[-1][0] if is_cut or len(read) == MOST_ROWS else None
-    found.damaged += [(f"job {id_}", wrong) for id_, wrong in set_jobs_aside(tables, damaged).items()]
+    found.damaged += [(f"job {id_}", wrong) for id_, wrong in quarantine_jobs(db, damaged).items()]
 
 
-def _others(tables: Tables, found: Slice, after: int, until_s: float) -> None:
+def _others(db: Database, found: Slice, after: int, until_s: float) -> None:
     columns, names = _COLUMNS[found.table]
     sql = f"SELECT rowid, {columns} FROM {found.table} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?"
-    read, is_cut = tables.some_rows(sql, (after, MOST_ROWS), MOST_BYTES)
+    read, is_cut = db.rows_up_to(sql, (after, MOST_ROWS), MOST_BYTES)
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *values in read:
         wrong = _wrong_key(tuple(values)) if found.table == "keys" else fault(tuple(values))
@@ -96,7 +96,7 @@ def _others(tables: Tables, found: Slice, after: int, until_s: float) -> None:
     else:
         found.last = read[-1][0] if is_cut or len(read) == MOST_ROWS else None
     if names is not None:
-        set_rows_aside(tables, found.table, names, damaged)
+        quarantine_rows(db, found.table, names, damaged)
     found.damaged += [(f"{found.table} {readable(row[0])}", wrong) for _, row, wrong in damaged]
 
 

@@ -29,16 +29,16 @@ from jobd.storage.database import (
     KEY_SQL,
     LIVE_SQL,
     QUEUE_SQL,
-    CannotMove,
-    Tables,
-    code_of,
+    Database,
+    StructureDamaged,
     is_undecodable,
-    lenient,
+    lenient_text,
     now_ms,
     readable,
+    result_code,
 )
 from jobd.storage.files import EpochFile, StoreBusy, StoreFailed, StoreTooNew, StoreUnreadable
-from jobd.storage.quarantine import set_jobs_aside, set_rows_aside
+from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
 from jobd.storage.queries import read_job
 
 MEMORY: Final = ":memory:"
@@ -63,18 +63,18 @@ _SLICE: Final = 10_000
 _EPOCH_SLACK_S: Final = 60  # starts within one second use epochs ahead of the clock
 # For each null sqlite3 looks for a way to adapt it, which takes longer than all else about it. None stays None. A look
 # into an empty dictionary gives it without a call of Python.
-_NOTHING: Final[dict[None, None]] = {}
-sqlite3.register_adapter(type(None), _NOTHING.get)
+_NO_ADAPTERS: Final[dict[None, None]] = {}
+sqlite3.register_adapter(type(None), _NO_ADAPTERS.get)
 
 
 def connect(path: str, synchronous: str) -> sqlite3.Connection:
     """The connection of a store, exclusive, before anything is read from it. The lock file is held already."""
     if path != MEMORY and not files.create_private(path):
-        refuse_newer(path, peek(path))
-        refuse_damaged_log(path)
+        check_version(path, peek(path))
+        check_wal(path)
     conn = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
-        with refusals(path):
+        with translated_errors(path):
             # EXCLUSIVE before WAL: no other connection, and no shared memory file, ever.
             conn.execute("PRAGMA locking_mode = EXCLUSIVE")
             if path != MEMORY:
@@ -103,12 +103,12 @@ def journal_mode(conn: sqlite3.Connection, path: str, mode: str) -> None:
 
 
 @contextlib.contextmanager
-def refusals(path: str) -> Iterator[None]:
+def translated_errors(path: str) -> Iterator[None]:
     """Turn SQLite's errors at the opening of `path` into those of a store."""
     try:
         yield
     except sqlite3.Error as error:
-        code = code_of(error) & 0xFF
+        code = result_code(error) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise StoreBusy(path, None) from error
         if code == sqlite3.SQLITE_FULL:
@@ -137,10 +137,10 @@ def peek(path: str) -> tuple[int, int]:
     in_file = int.from_bytes(header[68:72]), int.from_bytes(header[60:64])
     if not os.path.exists(f"{path}-wal") or os.path.getsize(f"{path}-wal") == 0:
         return in_file
-    return _peek_log(path, in_file)
+    return _peek_wal(path, in_file)
 
 
-def _peek_log(path: str, in_file: tuple[int, int]) -> tuple[int, int]:
+def _peek_wal(path: str, in_file: tuple[int, int]) -> tuple[int, int]:
     """The same where the write-ahead log may hold a newer header. A read-only connection leaves file and log alone."""
     try:
         with read_only(path) as conn:
@@ -168,7 +168,7 @@ def read_only(path: str) -> Iterator[sqlite3.Connection]:
             Path(shared).unlink(missing_ok=True)
 
 
-def refuse_newer(path: str, found: tuple[int, int]) -> None:
+def check_version(path: str, found: tuple[int, int]) -> None:
     """Raise for a file that is not ours or newer than this version."""
     application, version = found
     if application not in (0, migrations.APPLICATION_ID):
@@ -180,7 +180,7 @@ def refuse_newer(path: str, found: tuple[int, int]) -> None:
         )
 
 
-def refuse_damaged_log(path: str) -> None:
+def check_wal(path: str) -> None:
     """Raise StoreUnreadable where SQLite would pass over commits in the write-ahead log of `path`."""
     log = f"{path}-wal"
     if not wal.has_frames(log):
@@ -202,37 +202,37 @@ def refuse_damaged_log(path: str) -> None:
 # From a connection to what the daemon needs in memory
 
 
-def start(conn: sqlite3.Connection, path: str) -> tuple[Tables, OpenedStore]:
+def start(conn: sqlite3.Connection, path: str) -> tuple[Database, OpenedStore]:
     """Bring the schema up to date, settle the epoch, read and check everything that is alive."""
-    with refusals(path):
+    with translated_errors(path):
         prepare_schema(conn, path)
-        tables = read_meta(conn, path)
-        marked = _settle_epoch(tables, path)
-        opened = _read_all(tables)
+        db = read_meta(conn, path)
+        marked = _settle_epoch(db, path)
+        opened = _read_all(db)
         opened.marked = marked
-        opened.epoch_warning = epoch_warning(tables.numbers.epoch, now_ms())
+        opened.epoch_warning = epoch_warning(db.numbers.epoch, now_ms())
         if path != MEMORY:
             _remove_leftovers(path)
-            opened.full = not _has_space(tables, path)
+            opened.full = not _has_space(db, path)
             opened.has_reserve = _has_reserve(path)
-        opened.faults = tables.faults.copy()
-        return tables, opened
+        opened.faults = db.faults.copy()
+        return db, opened
 
 
 def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
     """Lay out an empty file; migrate an older one, after a copy of it was put beside it."""
     (application,) = conn.execute("PRAGMA application_id").fetchone()
     (version,) = conn.execute("PRAGMA user_version").fetchone()
-    refuse_newer(path, (application, version))
+    check_version(path, (application, version))
     (known,) = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
     if not known:
         migrations.create(conn)
         return
-    check_ours(conn, path)
+    check_application_id(conn, path)
     if version < migrations.VERSION:
         migrations.check_meta(conn, path)
         if path != MEMORY:
-            _copy_aside(conn, path, version)
+            _copy_before_migration(conn, path, version)
         migrations.migrate(conn, version)
     if lacking := missing_from_schema(conn):
         raise StoreUnreadable(f"{path}: its schema lacks {', '.join(lacking)}: put a backup back with `jobd restore`")
@@ -247,7 +247,7 @@ def missing_from_schema(conn: sqlite3.Connection) -> list[str]:
 
 def _names_in_schema(conn: sqlite3.Connection) -> set[str]:
     names = set()
-    with lenient(conn):
+    with lenient_text(conn):
         for kind, name in conn.execute("SELECT type, name FROM sqlite_schema WHERE sql IS NOT NULL").fetchall():
             names.add(name)
             if kind == "table":
@@ -256,14 +256,14 @@ def _names_in_schema(conn: sqlite3.Connection) -> set[str]:
     return names
 
 
-def check_ours(conn: sqlite3.Connection, path: str) -> None:
+def check_application_id(conn: sqlite3.Connection, path: str) -> None:
     """Raise StoreUnreadable for a database of another program."""
     (application,) = conn.execute("PRAGMA application_id").fetchone()
     if application != migrations.APPLICATION_ID:
         raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
 
 
-def _copy_aside(conn: sqlite3.Connection, path: str, version: int) -> None:
+def _copy_before_migration(conn: sqlite3.Connection, path: str, version: int) -> None:
     """The copy has its name once it is whole; what a crash leaves of one is removed as of other backups."""
     part = f"{path}.backup-v{version}"
     try:
@@ -280,7 +280,7 @@ def _copy_aside(conn: sqlite3.Connection, path: str, version: int) -> None:
         raise
 
 
-def read_meta(conn: sqlite3.Connection, path: str) -> Tables:
+def read_meta(conn: sqlite3.Connection, path: str) -> Database:
     """The tables with their numbers and sums. Raises StoreUnreadable."""
     migrations.check_meta(conn, path)
     found = conn.execute(f"SELECT {', '.join(META_COLUMNS)} FROM meta WHERE id = 1").fetchone()
@@ -288,44 +288,44 @@ def read_meta(conn: sqlite3.Connection, path: str) -> Tables:
     numbers = Numbers(epoch, next_token, next_job, next_event, lease_ms, wall_ms, bool(suspect))
     live, live_xor, finished, finished_xor = sums
     totals = (live, live_xor, finished, finished_xor)
-    return Tables(conn, os.path.dirname(path) or ".", numbers, totals, bool(marked), gone_to)
+    return Database(conn, os.path.dirname(path) or ".", numbers, totals, bool(marked), gone_to)
 
 
-def _settle_epoch(tables: Tables, path: str) -> bool:
+def _settle_epoch(db: Database, path: str) -> bool:
     """Begin a new epoch for a new store, a backup, and a database whose epoch file is missing or newer.
 
     Return whether a backup or an older copy was put back, so that its grants have to end. An epoch is written to the
     database before the file, so a file that is ahead of its database means that the database is an older copy.
     """
     file = EpochFile(is_current=True) if path == MEMORY else files.read_epoch(path)
-    own = tables.numbers.epoch
-    is_put_back = tables.marked or file.is_ahead_of(own)
+    own = db.numbers.epoch
+    is_put_back = db.marked or file.is_ahead_of(own)
     if is_put_back or own == 0 or not file.is_current:
         epoch = new_epoch(max(own, file.epoch), now_ms())
         if epoch > LAST_EPOCH:
             raise StoreUnreadable(f"{path}: there is no epoch for fencing tokens above {epoch - 1}")
-        tables.commit(_begin_epoch, tables, epoch, is_put_back)
+        db.commit(_begin_epoch, db, epoch, is_put_back)
     if path != MEMORY:
-        if file != EpochFile(tables.numbers.epoch, is_current=True):
-            files.write_epoch(path, tables.numbers.epoch)
-        tables.keep_epoch = partial(files.write_epoch, path)
-    tables.kept_epoch = tables.numbers.epoch
+        if file != EpochFile(db.numbers.epoch, is_current=True):
+            files.write_epoch(path, db.numbers.epoch)
+        db.store_epoch = partial(files.write_epoch, path)
+    db.stored_epoch = db.numbers.epoch
     return is_put_back
 
 
-def _begin_epoch(tables: Tables, epoch: int, is_put_back: bool) -> None:
+def _begin_epoch(db: Database, epoch: int, is_put_back: bool) -> None:
     """Begin `epoch`. The mark of a backup stays until every grant has ended (Batch.unmark).
 
     After a backup is put back, clients may have seen events that it lacks. Their numbers are not used again: new events
     begin above them, and a client that resumes from an older number gets an error that later events are gone.
     """
-    tables.numbers = replace(tables.numbers, epoch=epoch, next_token=1)
+    db.numbers = replace(db.numbers, epoch=epoch, next_token=1)
     if is_put_back:
-        next_event = max(tables.numbers.next_event, epoch << TOKEN_COUNTER_BITS)
-        tables.numbers = replace(tables.numbers, next_event=next_event)
-        tables.gone_to = next_event - 1
-        tables.marked = True
-    tables.write_meta()
+        next_event = max(db.numbers.next_event, epoch << TOKEN_COUNTER_BITS)
+        db.numbers = replace(db.numbers, next_event=next_event)
+        db.gone_to = next_event - 1
+        db.marked = True
+    db.write_meta()
 
 
 def epoch_warning(epoch: int, now: int) -> str | None:
@@ -347,18 +347,18 @@ def _remove_leftovers(path: str) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def probe(tables: Tables, path: str, spare_bytes: int) -> None:
+def probe(db: Database, path: str, spare_bytes: int) -> None:
     """Write and read back with `spare_bytes` left free on the disk. Raises DiskFull."""
     if path == MEMORY or not spare_bytes:
-        tables.probe()
+        db.probe()
         return
-    with files.spare(path, spare_bytes):
-        tables.probe()
+    with files.occupied(path, spare_bytes):
+        db.probe()
 
 
-def _has_space(tables: Tables, path: str) -> bool:
+def _has_space(db: Database, path: str) -> bool:
     try:
-        probe(tables, path, SPARE_BYTES)
+        probe(db, path, SPARE_BYTES)
     except DiskFull:
         return False
     return True
@@ -372,25 +372,25 @@ def _has_reserve(path: str) -> bool:
     return True
 
 
-def _read_all(tables: Tables) -> OpenedStore:
-    for id_, reason in tables.rows("SELECT id, reason FROM quarantined_jobs"):
-        tables.quarantined[readable(id_)] = reason
-    aside = tables.rows("SELECT place, count(*) FROM bad_rows GROUP BY place")
-    tables.faults += [f"{count} damaged rows of {place} are set aside: see `jobd doctor`" for place, count in aside]
-    jobs, in_short = _live_jobs(tables)
+def _read_all(db: Database) -> OpenedStore:
+    for id_, reason in db.rows("SELECT id, reason FROM quarantined_jobs"):
+        db.quarantined[readable(id_)] = reason
+    aside = db.rows("SELECT place, count(*) FROM bad_rows GROUP BY place")
+    db.faults += [f"{count} damaged rows of {place} are set aside: see `jobd doctor`" for place, count in aside]
+    jobs, in_short = _live_jobs(db)
     opened = OpenedStore(
-        numbers=tables.numbers,
+        numbers=db.numbers,
         jobs=jobs,
         compact_jobs=in_short,
-        queues=_queues(tables),
-        keys=_keys(tables),
+        queues=_queues(db),
+        keys=_keys(db),
         quarantined={},
-        suspects=dict(tables.rows("SELECT seq, id FROM suspects CROSS JOIN jobs ON seq = job_seq")),
+        suspects=dict(db.rows("SELECT seq, id FROM suspects CROSS JOIN jobs ON seq = job_seq")),
         faults=[],
-        figures=_figures(tables),
-        tombstones=tables.conn.execute("SELECT count(*) FROM tombstones").fetchone()[0],
+        figures=_figures(db),
+        tombstones=db.conn.execute("SELECT count(*) FROM tombstones").fetchone()[0],
     )
-    opened.quarantined = tables.quarantined.copy()
+    opened.quarantined = db.quarantined.copy()
     return opened
 
 
@@ -407,22 +407,22 @@ class _Live(Struct):
         return len(self.jobs) + len(self.in_short) + len(self.damaged), self.xor
 
 
-def _live_jobs(tables: Tables) -> tuple[list[Job], list[CompactJob]]:
+def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
     """All queued and processing jobs. Their number and the XOR of their checksums must be those that were kept."""
     for rebuilt in (False, True):
-        kept = tables.totals[:2]
-        live = _scan(tables)
-        named = set_jobs_aside(tables, live.damaged)
-        tables.faults += [f"job {id_} was quarantined: {reason}" for id_, reason in named.items()]
+        kept = db.totals[:2]
+        live = _scan(db)
+        named = quarantine_jobs(db, live.damaged)
+        db.faults += [f"job {id_} was quarantined: {reason}" for id_, reason in named.items()]
         found = live.found()
         if found == kept:
             return live.jobs, live.in_short
         if not rebuilt:
             try:
-                tables.rebuild_indexes()
-            except (DiskFull, CannotMove):
+                db.rebuild_indexes()
+            except (DiskFull, StructureDamaged):
                 break
-    tables.faults.append(
+    db.faults.append(
         f"{found[0]} live jobs were found where {kept[0]} had been written"
         if found[0] != kept[0]
         else f"the {found[0]} live jobs are not those that had been written"
@@ -433,23 +433,23 @@ def _live_jobs(tables: Tables) -> tuple[list[Job], list[CompactJob]]:
     return list(by_seq.values()), list(in_short.values())
 
 
-def _scan(tables: Tables) -> _Live:
+def _scan(db: Database) -> _Live:
     try:
-        return _scan_once(tables)
+        return _scan_once(db)
     except sqlite3.OperationalError as error:
         if not is_undecodable(error):
             raise
-    with lenient(tables.conn):
-        return _scan_once(tables)
+    with lenient_text(db.conn):
+        return _scan_once(db)
 
 
-def _scan_once(tables: Tables) -> _Live:
+def _scan_once(db: Database) -> _Live:
     live = _Live()
-    others = _scan_new(tables, live)
+    others = _scan_new(db, live)
     for first in range(0, len(others), _SLICE):
         seqs = msgspec.json.encode(others[first : first + _SLICE]).decode()
-        for row in tables.conn.execute(_IN_FULL, (seqs,)):
-            job, wrong = read_job(tables, row)
+        for row in db.conn.execute(_IN_FULL, (seqs,)):
+            job, wrong = read_job(db, row)
             if job is None:
                 live.damaged.append((row, wrong))
                 live.xor ^= codec.first_checksum(row)
@@ -459,12 +459,12 @@ def _scan_once(tables: Tables) -> _Live:
     return live
 
 
-def _scan_new(tables: Tables, live: _Live) -> list[int]:
+def _scan_new(db: Database, live: _Live) -> list[int]:
     """Take the jobs that are as they were created; gives the seqs of all others, and of rows that are not right."""
     others: list[int] = []
     xor = 0
-    new = tables.reader.new
-    for row in tables.conn.execute(_LIVE_JOBS):
+    new = db.reader.new
+    for row in db.conn.execute(_LIVE_JOBS):
         job = new(row) if row[-1] else None
         if job is None:
             others.append(row[0])
@@ -478,18 +478,18 @@ def _scan_new(tables: Tables, live: _Live) -> list[int]:
     return others
 
 
-def _queues(tables: Tables) -> dict[str, QueueRow]:
+def _queues(db: Database) -> dict[str, QueueRow]:
     queues: dict[str, QueueRow] = {}
     damaged: list[tuple[int, Row, str]] = []
-    for rowid, *columns in tables.rows(f"SELECT rowid, {QUEUE_SQL} FROM queues"):
+    for rowid, *columns in db.rows(f"SELECT rowid, {QUEUE_SQL} FROM queues"):
         row = tuple(columns)
         if (wrong := fault(row)) is None:
             queues[row[0]] = codec.queue(row)
         else:
             damaged.append((rowid, row, f"{wrong}: whether it was paused is not known, it is not now"))
-    set_rows_aside(tables, "queues", (*QUEUE_COLUMNS, "crc"), damaged)
+    quarantine_rows(db, "queues", (*QUEUE_COLUMNS, "crc"), damaged)
     if damaged:
-        for name, counts in recount_queues(tables.conn).items():
+        for name, counts in recount_queues(db.conn).items():
             queues.setdefault(name, QueueRow(False, *counts))
     return queues
 
@@ -503,26 +503,26 @@ def recount_queues(conn: sqlite3.Connection) -> dict[str, tuple[int, int, int]]:
     return {queue: (c["completed"], c["failed"], c["cancelled"]) for queue, c in counts.items()}
 
 
-def _keys(tables: Tables) -> list[StoredResponse]:
+def _keys(db: Database) -> list[StoredResponse]:
     keys: list[StoredResponse] = []
     damaged: list[tuple[int, Row, str]] = []
-    for rowid, *columns in tables.rows(f"SELECT rowid, {KEY_SQL} FROM keys ORDER BY at"):
+    for rowid, *columns in db.rows(f"SELECT rowid, {KEY_SQL} FROM keys ORDER BY at"):
         row = tuple(columns)
         if (wrong := fault(row)) is None:
             keys.append(codec.key(row))
         else:
             damaged.append((rowid, row, wrong))
-    set_rows_aside(tables, "keys", (*KEY_COLUMNS, "crc"), damaged)
+    quarantine_rows(db, "keys", (*KEY_COLUMNS, "crc"), damaged)
     return keys
 
 
-def _figures(tables: Tables) -> bytes | None:
-    found = tables.rows("SELECT rowid, id, body, crc FROM figures")
+def _figures(db: Database) -> bytes | None:
+    found = db.rows("SELECT rowid, id, body, crc FROM figures")
     if not found:
         return None
     wrong = fault(found[0][1:])
     if wrong is None:
         body: bytes = found[0][2]
         return body
-    set_rows_aside(tables, "figures", ("id", "body", "crc"), [(found[0][0], found[0][1:], wrong)])
+    quarantine_rows(db, "figures", ("id", "body", "crc"), [(found[0][0], found[0][1:], wrong)])
     return None

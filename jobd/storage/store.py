@@ -37,7 +37,7 @@ from jobd.model.storage import (
 )
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 from jobd.storage import files, outbox, quarantine, queries, scrub, startup
-from jobd.storage.database import Tables
+from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
 from jobd.storage.startup import MEMORY
 
@@ -46,18 +46,18 @@ __all__ = ["MEMORY", "Store", "StoreBroken", "StoreBusy", "StoreError", "StoreTo
 T = TypeVar("T")
 Synchronous = Literal["FULL", "EXTRA"]
 _CHUNK: Final = 64
-LEND_S: Final = 0.002  # a batch of a dozen commands is at its COMMIT after a fifth of that
+YIELD_S: Final = 0.002  # a batch of a dozen commands is at its COMMIT after a fifth of that
 
 
-class Connection(aiosqlite.Connection):
+class StoreConnection(aiosqlite.Connection):
     """aiosqlite's connection with its thread, asked for whole pieces of work: it pays a hop for each call."""
 
-    async def hop(self, fn: Callable[..., T], *args: Any) -> T:
+    async def run_in_thread(self, fn: Callable[..., T], *args: Any) -> T:
         """Run `fn` in the connection's thread, after everything that was asked before."""
         result: T = await self._execute(fn, *args)  # type: ignore[no-untyped-call]
         return result
 
-    async def lent_hop(self, until: threading.Event, fn: Callable[..., T], *args: Any) -> T:
+    async def run_yielding_gil(self, until: threading.Event, fn: Callable[..., T], *args: Any) -> T:
         """As `hop`; the event loop stands still until `fn` has set `until`, or for LEND_S.
 
         Two threads that both want the interpreter get in each other's way: the transaction would crawl while the loop
@@ -66,10 +66,10 @@ class Connection(aiosqlite.Connection):
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         until.clear()
         self._tx.put_nowait((future, partial(fn, *args)))
-        until.wait(LEND_S)
+        until.wait(YIELD_S)
         return await future
 
-    async def ended(self) -> None:
+    async def close_and_join(self) -> None:
         """Close, and wait for the end of the thread also where the connection never came to be."""
         await self.close()
         thread: Any = getattr(self, "_thread", self)  # before aiosqlite 0.22 the connection is the thread
@@ -84,28 +84,28 @@ class Connection(aiosqlite.Connection):
 class Store:
     """The durable half of the actor: see model.storage.Storage. Made by `open`, ended by `close` on every path."""
 
-    def __init__(self, path: str, db: Connection, tables: Tables, lock: FileLock | None) -> None:
+    def __init__(self, path: str, connection: StoreConnection, db: Database, lock: FileLock | None) -> None:
         self.path = path
-        self._db = db
-        self._tables = tables
+        self._connection = connection
+        self._database = db
         self._lock = lock
         self.on_broken: Callable[[Exception], None] = lambda error: None
         self.on_quarantined: Callable[[Quarantined], None] = lambda aside: None
         self.on_tombstones: Callable[[int], None] = lambda count: None
         self._committing = threading.Event()
-        tables.at_commit = self._committing.set
-        self._told_aside = tables.asides  # those of the start are told by what it found
-        self._told_buried = 0
+        db.before_commit = self._committing.set
+        self._reported = db.quarantined_count  # those of the start are told by what it found
+        self._reported_tombstones = 0
         self._closing = threading.Event()
-        self._beside = asyncio.Lock()
+        self._backup_lock = asyncio.Lock()
 
     @classmethod
     async def open(
-        cls, path: str, *, synchronous: Synchronous = "FULL", once_held: Callable[[], None] | None = None
+        cls, path: str, *, synchronous: Synchronous = "FULL", on_locked: Callable[[], None] | None = None
     ) -> tuple[Store, OpenedStore]:
         """Open the store at `path` (or MEMORY), made with mode 0600 where there is none.
 
-        `once_held` is called when the lock is held and nothing has been touched yet: what it raises ends the opening.
+        `on_locked` is called when the lock is held and nothing has been touched yet: what it raises ends the opening.
         Raises StoreBusy (before anything is touched), StoreTooNew, StoreUnreadable, DiskFull where there is no room
         even to begin, or an OSError.
         """
@@ -114,41 +114,41 @@ class Store:
         lock = None if path == MEMORY else await asyncio.to_thread(FileLock, path)
 
         def connect() -> sqlite3.Connection:
-            if once_held is not None:
-                once_held()
+            if on_locked is not None:
+                on_locked()
             return startup.connect(path, synchronous)
 
-        db = Connection(connect, _CHUNK)
+        connection = StoreConnection(connect, _CHUNK)
         try:
-            await db
-            tables, opened = await db.hop(startup.start, db.raw, path)
+            await connection
+            db, opened = await connection.run_in_thread(startup.start, connection.raw, path)
         except BaseException:
-            await db.ended()
+            await connection.close_and_join()
             if lock is not None:
                 lock.release()
             raise
-        return cls(path, db, tables, lock), opened
+        return cls(path, connection, db, lock), opened
 
     async def close(self) -> None:
         """End the connection and its thread and give the lock back. A backup that is under way is cut short."""
         self._closing.set()
-        async with self._beside:
+        async with self._backup_lock:
             try:
-                await self._db.close()
+                await self._connection.close()
             finally:
                 if self._lock is not None:
                     self._lock.release()
 
     @contextlib.asynccontextmanager
-    async def beside(self) -> AsyncIterator[tuple[sqlite3.Connection, threading.Event]]:
+    async def connection_for_backup(self) -> AsyncIterator[tuple[sqlite3.Connection, threading.Event]]:
         """The connection for an online backup from another thread, and the event that tells it to stop.
 
         One at a time; `close` sets the event and waits for the end.
         """
-        async with self._beside:
+        async with self._backup_lock:
             if self._closing.is_set():
                 raise StoreBroken("the store is closed")
-            yield self._db.raw, self._closing
+            yield self._connection.raw, self._closing
 
     async def __aenter__(self) -> Store:
         return self
@@ -156,127 +156,129 @@ class Store:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    async def _hop(self, fn: Callable[..., T], *args: Any) -> T:
+    async def _run(self, fn: Callable[..., T], *args: Any) -> T:
         """One function in the connection's thread; a failure that leaves the disk unknown is told, whoever called."""
-        return await self._watched(self._db.hop(fn, *args))
+        return await self._watch(self._connection.run_in_thread(fn, *args))
 
-    async def _watched(self, hop: Awaitable[T]) -> T:
+    async def _watch(self, hop: Awaitable[T]) -> T:
         try:
             return await hop
         except Exception as error:
-            if self._tables.is_broken:
+            if self._database.is_broken:
                 self.on_broken(error)
             raise
         finally:
-            while self._told_aside < self._tables.asides:
-                self._told_aside += 1
-                self.on_quarantined(self._tables.aside[self._told_aside - 1])
-            if new := self._tables.buried - self._told_buried:
-                self._told_buried += new
+            while self._reported < self._database.quarantined_count:
+                self._reported += 1
+                self.on_quarantined(self._database.recently_quarantined[self._reported - 1])
+            if new := self._database.tombstones_written - self._reported_tombstones:
+                self._reported_tombstones += new
                 self.on_tombstones(new)
 
     def take_faults(self) -> list[str]:
         """Sentences about damage that was met since the start or the last call."""
-        faults, self._tables.faults = self._tables.faults, []
+        faults, self._database.faults = self._database.faults, []
         return faults
 
     # -- model.storage.Storage
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
-        return await self._hop(queries.load, self._tables, ids, payloads, digests)
+        return await self._run(queries.load, self._database, ids, payloads, digests)
 
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
-        return self._tables.cached_payloads(job_seqs)
+        return self._database.cached_payloads(job_seqs)
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        return await self._watched(self._db.lent_hop(self._committing, self._tables.write, batch, self._told_aside))
+        return await self._watch(
+            self._connection.run_yielding_gil(self._committing, self._database.write, batch, self._reported)
+        )
 
     async def find(self, query: JobQuery) -> JobRows:
-        return await self._hop(queries.find, self._tables, query)
+        return await self._run(queries.find, self._database, query)
 
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
-        return await self._hop(queries.timeline, self._tables, job_seq, limit)
+        return await self._run(queries.timeline, self._database, job_seq, limit)
 
     async def late(self, asked: list[LateResultQuery]) -> LateResultRows:
-        return await self._hop(queries.late, self._tables, asked)
+        return await self._run(queries.late, self._database, asked)
 
     async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
-        return await self._hop(queries.count_late, self._tables, job_seqs)
+        return await self._run(queries.count_late, self._database, job_seqs)
 
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
-        return await self._hop(queries.journal, self._tables, after, limit)
+        return await self._run(queries.journal, self._database, after, limit)
 
     async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
-        return await self._hop(queries.expired, self._tables, now, limit, skip)
+        return await self._run(queries.expired, self._database, now, limit, skip)
 
     async def reports(self, limit: int) -> list[bytes]:
-        return await self._hop(queries.reports, self._tables, limit)
+        return await self._run(queries.reports, self._database, limit)
 
     async def check_rows(self, table: str, after: int) -> scrub.Slice:
         """The checksums of some rows of `table` behind the rowid `after`: some milliseconds' work."""
-        return await self._hop(scrub.look, self._tables, table, after)
+        return await self._run(scrub.check_slice, self._database, table, after)
 
     async def quarantine(self, job: Job, reason: str) -> None:
-        await self._hop(quarantine.quarantine, self._tables, job, reason)
+        await self._run(quarantine.quarantine_job, self._database, job, reason)
 
     async def prune(self, before: int, limit: int) -> int:
-        return await self._hop(self._tables.prune, before, limit)
+        return await self._run(self._database.prune, before, limit)
 
     async def audit(self, query: AuditQuery) -> AuditRows:
-        return await self._hop(queries.read_audit, self._tables, query)
+        return await self._run(queries.read_audit, self._database, query)
 
     async def trim_audit(self, before: int, limit: int) -> int:
-        return await self._hop(self._tables.trim_audit, before, limit)
+        return await self._run(self._database.trim_audit, before, limit)
 
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
-        return await self._hop(queries.due_tombstones, self._tables, now, limit)
+        return await self._run(queries.due_tombstones, self._database, now, limit)
 
     async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
-        await self._hop(self._tables.settle_tombstones, gone, later)
+        await self._run(self._database.settle_tombstones, gone, later)
 
     # --------------------------------------------------------------------------------- the outbox of the webhooks
 
     async def open_outbox(self, names: list[str], now: int) -> Outbox:
-        return await self._hop(outbox.open_outbox, self._tables, names, now)
+        return await self._run(outbox.open_outbox, self._database, names, now)
 
     async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
-        await self._hop(outbox.plan, self._tables, moved, new)
+        await self._run(outbox.add, self._database, moved, new)
 
     async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
-        return await self._hop(outbox.settle, self._tables, settled, now)
+        return await self._run(outbox.settle, self._database, settled, now)
 
     async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
-        return await self._hop(outbox.again, self._tables, endpoint, id_, now)
+        return await self._run(outbox.retry, self._database, endpoint, id_, now)
 
     async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
-        return await self._hop(outbox.again_all, self._tables, endpoint, upto, limit, now)
+        return await self._run(outbox.retry_all, self._database, endpoint, upto, limit, now)
 
     async def deliveries(self, ids: list[int]) -> list[Delivery]:
-        return await self._hop(outbox.by_ids, self._tables, ids)
+        return await self._run(outbox.by_ids, self._database, ids)
 
     async def given_up(self, endpoint: str) -> tuple[int, int]:
-        return await self._hop(outbox.given_up, self._tables, endpoint)
+        return await self._run(outbox.given_up, self._database, endpoint)
 
     async def page_of_deliveries(
         self, endpoint: str, state: DeliveryState | None, before: int, limit: int
     ) -> list[Delivery]:
-        return await self._hop(outbox.page, self._tables, endpoint, state, before, limit)
+        return await self._run(outbox.page, self._database, endpoint, state, before, limit)
 
     # ------------------------------------------------------------------------------------------ small things
 
     async def save_figures(self, body: bytes) -> None:
-        await self._hop(self._tables.save_figures, body)
+        await self._run(self._database.save_figures, body)
 
     async def probe(self, spare_bytes: int = 0) -> None:
-        await self._hop(startup.probe, self._tables, self.path, spare_bytes)
+        await self._run(startup.probe, self._database, self.path, spare_bytes)
 
     async def space(self) -> DiskSpace | None:
-        return None if self.path == MEMORY else await self._hop(files.space, self.path)
+        return None if self.path == MEMORY else await self._run(files.space, self.path)
 
     async def drop_reserve(self) -> bool:
-        return self.path != MEMORY and await self._hop(files.drop_reserve, self.path)
+        return self.path != MEMORY and await self._run(files.drop_reserve, self.path)
 
     async def build_reserve(self) -> None:
         if self.path != MEMORY:
-            await self._hop(files.build_reserve, self.path)
+            await self._run(files.build_reserve, self.path)

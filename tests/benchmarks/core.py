@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from jobd.core.state import Book
-from jobd.engine.batch import Decider, Known, Plan
+from jobd.engine.batch import DecidedBatch, Decider, Known
 from jobd.engine.idempotency import Keys
-from jobd.engine.mailbox import Asked
+from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import Parked
 from jobd.http.decoding import Limits, Shape
 from jobd.http.response import answer_line
@@ -29,7 +29,7 @@ from jobd.model.commands import Call, Claim, Command, Complete, Create, Moment
 from jobd.model.job import Policy
 from jobd.model.responses import Response
 from jobd.storage import startup
-from jobd.storage.database import Tables
+from jobd.storage.database import Database
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class Waiter:
 class Steps:
     """The core of a daemon, and how long each of its steps took for one command."""
 
-    def __init__(self, tables: Tables) -> None:
+    def __init__(self, tables: Database) -> None:
         self.times: defaultdict[str, list[float]] = defaultdict(list)
         self._tables = tables
         self._book = Book()
@@ -79,7 +79,7 @@ class Steps:
     def _batch(self, kind: type[Command], bodies: Sequence[tuple[bytes, str | None]]) -> list[Response]:
         shape, count = SHAPES[kind], len(bodies)
         commands: list[Any] = self._timed("decode", count, lambda: [shape.from_body(*body) for body in bodies])
-        asked = [Asked(Call(each, "client", secrets.token_bytes(16)), None, 0, Waiter()) for each in commands]
+        asked = [Envelope(Call(each, "client", secrets.token_bytes(16)), None, 0, Waiter()) for each in commands]
         now, lease = time.time_ns() // 1_000_000, (time.monotonic_ns() - self._began) // 1_000_000
         at = Moment(now, lease, now - lease)
         plan = self._timed("decide", count, lambda: self._decider.decide(asked, at, Known(), self._policy))
@@ -91,7 +91,7 @@ class Steps:
         self._timed("encode", count, lambda: list(map(answer_line, answers)))
         return answers
 
-    def _note(self, plan: Plan) -> None:
+    def _note(self, plan: DecidedBatch) -> None:
         self._decider.committed(plan)
         for change in plan.changes:
             self._book.figures.note(change)

@@ -263,7 +263,7 @@ async def test_a_bug_in_a_stream_costs_that_stream(
         raise RuntimeError("a bug")
 
     line = await opened_stream(house)
-    monkeypatch.setattr(event_feed.Listener, "_from_journal", fail)
+    monkeypatch.setattr(event_feed.Subscriber, "_from_journal", fail)
     broken = await house.line()
     broken.send(message("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):

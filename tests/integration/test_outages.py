@@ -87,7 +87,7 @@ async def test_a_log_that_has_no_room_is_a_full_disk_and_the_store_goes_on(path:
     async with opened(path) as (store, _):
         first = maker.create("a")
         await store.write(maker.batch([first]))
-        before = store._tables.totals
+        before = store._database.totals
         number = descriptor_of(f"{path}-wal")
         kept, full = os.dup(number), os.open("/dev/full", os.O_RDWR)
         os.dup2(full, number)
@@ -96,7 +96,7 @@ async def test_a_log_that_has_no_room_is_a_full_disk_and_the_store_goes_on(path:
             await store.write(maker.batch([maker.grant(made(first))]))
         with pytest.raises(DiskFull):
             await store.probe()
-        assert store._tables.totals == before
+        assert store._database.totals == before
         os.dup2(kept, number)
         os.close(kept)
         assert (await store.load(["a"], [], [])).jobs == {"a": made(first)}
@@ -266,8 +266,8 @@ async def test_damaged_rows_that_cannot_be_set_aside_end_the_look(small_disk: Pa
     finished = maker.finish(made(granted))
     async with opened(path) as (store, _):
         await store.write(maker.batch([created, granted, finished]))
-        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1")
-        store._db.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1")
+        store._connection.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         fill(small_disk)
         expires = made(finished).expires_at
         assert expires is not None

@@ -17,7 +17,7 @@ from typing import Final
 import pytest
 
 from jobd.engine.actor import Actor
-from jobd.engine.batch import Plan
+from jobd.engine.batch import DecidedBatch
 from jobd.model.commands import Stats
 from tests import ROOT
 from tests.proof.simulation import __main__ as program
@@ -92,7 +92,7 @@ def test_the_journal_does_not_depend_on_hash_order() -> None:
 def test_a_bug_is_found_and_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """An actor that answers although nothing was written."""
 
-    async def write(self: Actor, plan: Plan) -> dict[int, bytes]:
+    async def write(self: Actor, plan: DecidedBatch) -> dict[int, bytes]:
         self._decider.committed(plan)
         return {}
 
@@ -115,7 +115,7 @@ def test_what_was_stored_by_a_clock_that_went_back_has_its_time_too() -> None:
 def test_what_matters_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of all that goes wrong in a seed only that is left without which the promise holds."""
 
-    async def take_back(self: Actor, plan: Plan) -> None:
+    async def take_back(self: Actor, plan: DecidedBatch) -> None:
         self._decider.keys.rollback()  # and the jobs stay as the refused batch had them
 
     monkeypatch.setattr(Actor, "_take_back", take_back)

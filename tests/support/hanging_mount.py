@@ -11,8 +11,8 @@ import threading
 from typing import Any
 
 from jobd.cli.daemon.main import main
-from jobd.storage.artifacts.filesystem import FileStore
-from jobd.storage.database import Tables
+from jobd.storage.artifacts.filesystem import FileArtifactStore
+from jobd.storage.database import Database
 
 
 def hang(*_: Any) -> None:
@@ -20,7 +20,7 @@ def hang(*_: Any) -> None:
 
 
 def break_disk(*_: Any) -> None:
-    Tables._apply = no_disk  # type: ignore[method-assign,assignment]
+    Database._apply = no_disk  # type: ignore[method-assign,assignment]
 
 
 def no_disk(*_: Any) -> Any:
@@ -28,6 +28,6 @@ def no_disk(*_: Any) -> Any:
 
 
 if __name__ == "__main__":
-    FileStore._probe = FileStore._delete = hang  # type: ignore[method-assign,assignment]
+    FileArtifactStore._probe = FileArtifactStore._delete = hang  # type: ignore[method-assign,assignment]
     signal.signal(signal.SIGUSR2, break_disk)
     sys.exit(main())

@@ -64,7 +64,7 @@ from jobd.model.responses import (
 )
 from jobd.storage.artifacts.downloads import Download, Downloads
 from tests.conftest import tool_missing
-from tests.support.memory_storage import MemoryDisk
+from tests.support.memory_storage import MemoryStorage
 
 TOKEN = "canary-token-0123456789abcdef"
 DISK = DiskView("/var/lib/jobd/jobd.db", 3 << 30, 8 << 30)
@@ -91,7 +91,7 @@ class Desk:
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
         self.answer = answer or (lambda command: Response(EmptyResponse()))
-        self._tasks: dict[mailbox.Asked, asyncio.Task[None]] = {}
+        self._tasks: dict[mailbox.Envelope, asyncio.Task[None]] = {}
 
     async def ask(
         self,
@@ -124,10 +124,10 @@ class Desk:
         size: int = 0,
         operator: Operator | None = None,
         in_line: bool = False,
-    ) -> mailbox.Asked:
+    ) -> mailbox.Envelope:
         self.asked.append(Asked(command, by, admin, key, size, operator))
         self.arrived.set()
-        asked = mailbox.Asked(Call(cast("Any", command), by, b"", admin), key, size, waiter)
+        asked = mailbox.Envelope(Call(cast("Any", command), by, b"", admin), key, size, waiter)
         self._tasks[asked] = asyncio.ensure_future(self._tell(waiter, self.answer(command)))
         return asked
 
@@ -143,10 +143,10 @@ class Desk:
             self.taken_back.append(told)
 
     @property
-    def sent(self) -> list[mailbox.Asked]:
+    def sent(self) -> list[mailbox.Envelope]:
         return list(self._tasks)
 
-    def abandon(self, asked: mailbox.Asked) -> None:
+    def abandon(self, asked: mailbox.Envelope) -> None:
         self._tasks[asked].cancel()
 
     def undelivered(self, answer: Response) -> None:
@@ -233,8 +233,8 @@ class Figures:
         self.left: list[str | None] = []
         self.closed = asyncio.Event()
         self.pieces_of = Pieces
-        self.disk = MemoryDisk()
-        self.feed = event_feed.Feed(self.disk, 0, 3)
+        self.disk = MemoryStorage()
+        self.feed = event_feed.EventFeed(self.disk, 0, 3)
         self.downloads = Downloads(None, 2)
         self.hooks = [WEBHOOK]
         self.deliveries_page = DeliveryPage([DELIVERY], "7")
@@ -358,7 +358,7 @@ class Figures:
     def backups(self) -> list[BackupView]:
         return [BACKUP]
 
-    def listen(self, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> event_feed.Listener:
+    def listen(self, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> event_feed.Subscriber:
         return self.feed.listen(wanted, follow=follow, cut=cut)
 
     def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:

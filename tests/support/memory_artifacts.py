@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from jobd.storage.artifacts.base import Judge, Outcome, Reading, StoreFault
+from jobd.storage.artifacts.base import ArtifactReader, ArtifactStoreError, Deletion, Judge
 
 
 class MemoryArtifacts:
@@ -28,29 +28,29 @@ class MemoryArtifacts:
     def upload(self, key: str) -> None:
         self.objects[key] = self._wall()
 
-    async def open(self, key: str) -> Reading | None:
+    async def open(self, key: str) -> ArtifactReader | None:
         raise NotImplementedError("what is read is tested on real stores")
 
-    async def delete(self, key: str, judge: Judge) -> Outcome:
+    async def delete(self, key: str, judge: Judge) -> Deletion:
         self.tried.append(key)
         await self.pause()
         if self.broken is not None:
             raise self.broken
         if key in self.faults:
-            raise StoreFault(self.faults[key])
+            raise ArtifactStoreError(self.faults[key])
         while True:
             modified_at = self.objects.get(key)
             if modified_at is None:
-                return Outcome("missing")
+                return Deletion("missing")
             verdict = judge(modified_at)
             if verdict != "delete":
-                return Outcome("left" if verdict == "leave" else "young", "it is another's", modified_at)
+                return Deletion("left" if verdict == "leave" else "young", "it is another's", modified_at)
             await self.pause()
             await self.gate.wait()
             if self.objects.get(key) == modified_at:  # as by an ETag
                 del self.objects[key]
                 self.deleted(key)
-                return Outcome("deleted")
+                return Deletion("deleted")
 
     async def pause(self) -> None:
         await asyncio.sleep(0)

@@ -48,7 +48,7 @@ from jobd.storage.writers import KEEP_AUDIT, KEEP_BESIDE
 KEPT_REPORTS: Final = 500
 
 
-class MemoryDisk:
+class MemoryStorage:
     """Committed rows in dicts. Every method gives way to the loop once, as the real disk does for its thread.
 
     What may go wrong, and how a test asks for it:

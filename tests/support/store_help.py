@@ -82,7 +82,7 @@ async def assert_holds(store: Store, found: OpenedStore, maker: ChangeFactory) -
 
 def recounted(store: Store) -> tuple[int, int, int, int]:
     count, xor = {True: 0, False: 0}, {True: 0, False: 0}
-    for status, crc in store._db.raw.execute("SELECT status, crc FROM jobs NOT INDEXED"):
+    for status, crc in store._connection.raw.execute("SELECT status, crc FROM jobs NOT INDEXED"):
         count[status in LIVE] += 1
         xor[status in LIVE] ^= crc
     return count[True], xor[True], count[False], xor[False]

@@ -20,7 +20,7 @@ from jobd.model.commands import AnyCommand, Create, Start
 from jobd.model.errors import ApiError
 from jobd.model.job import HOUR_MS, Job, Options, Policy
 from jobd.model.responses import GrantView, Response
-from tests.support.memory_storage import MemoryDisk
+from tests.support.memory_storage import MemoryStorage
 
 WALL: Final = 1_700_000_000_000
 QUIET: Final = Schedule(interval_ms=HOUR_MS, min_interval_ms=HOUR_MS, recover_every_ms=0)
@@ -61,12 +61,12 @@ def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[
     return run
 
 
-class Household:
+class VirtualEngine:
     """`async with Household() as house`: the actor runs; the cleaner too after `keep`. Times in ms."""
 
     def __init__(
         self,
-        disk: MemoryDisk | None = None,
+        disk: MemoryStorage | None = None,
         *,
         schedule: Schedule = QUIET,
         policy: Policy | None = None,
@@ -74,7 +74,7 @@ class Household:
         step_ms: int = 0,
         **cleaner: Any,
     ) -> None:
-        self.disk = disk or MemoryDisk()
+        self.disk = disk or MemoryStorage()
         opened = self.disk.opened()
         loop_time = asyncio.get_running_loop().time
         self.step_ms = step_ms  # of the wall clock
@@ -107,7 +107,7 @@ class Household:
         self.cleaner = Cleaner(self.actor, self.clock, schedule, **cleaner)
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def __aenter__(self) -> Household:
+    async def __aenter__(self) -> VirtualEngine:
         self._tasks.append(asyncio.create_task(self.actor.run()))
         return self
 

@@ -16,13 +16,13 @@ from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
 from jobd.model.job import Policy
 from tests.support.http_harness import House
-from tests.support.memory_storage import MemoryDisk
+from tests.support.memory_storage import MemoryStorage
 
 
 class Town:
     """`house` is the door, `disk` says what may go wrong."""
 
-    def __init__(self, house: House, actor: Actor, disk: MemoryDisk) -> None:
+    def __init__(self, house: House, actor: Actor, disk: MemoryStorage) -> None:
         self.house = house
         self.actor = actor
         self.disk = disk
@@ -35,7 +35,7 @@ class Town:
 @asynccontextmanager
 async def town(place: Path, *, bounds: Bounds | None = None, **door: Any) -> AsyncIterator[Town]:
     """`door`: what its House is made with."""
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     keys = Keys([], 100)
     actor = Actor(disk, Book.opened(disk.opened()), keys, Clock(), Policy(), random=os.urandom, bounds=bounds)
     running = asyncio.create_task(actor.run())

@@ -32,11 +32,11 @@ MARGINS: Final = Margins()
 PIECE_BYTES: Final = 256 << 10  # read in one go
 
 
-class StoreFault(Exception):
+class ArtifactStoreError(Exception):
     """The store could not do it, now; the text is a sentence for the operator, and has no secret in it."""
 
 
-class Outcome(Struct, frozen=True):
+class Deletion(Struct, frozen=True):
     """What came of a deletion. `missing`: nothing is there. `left`: it is not ours to delete, and `why`."""
 
     what: Literal["deleted", "missing", "young", "left"]
@@ -44,7 +44,7 @@ class Outcome(Struct, frozen=True):
     modified_at: int = 0  # of a young one, Unix ms
 
 
-class Reading(Protocol):
+class ArtifactReader(Protocol):
     """An object on its way out: `size` bytes, the same object to the end, whoever puts another in its place."""
 
     size: int
@@ -61,10 +61,10 @@ class ArtifactStore(Protocol):
 
     place: str  # for people
 
-    async def open(self, key: str) -> Reading | None:
+    async def open(self, key: str) -> ArtifactReader | None:
         """The object under `key`, to be read; None where nothing lies there. Raises StoreFault."""
 
-    async def delete(self, key: str, judge: Judge) -> Outcome:
+    async def delete(self, key: str, judge: Judge) -> Deletion:
         """Delete the object under `key` if `judge` says so, and no other that comes there meanwhile.
 
         When this returns the deletion outlives a power cut. Raises StoreFault.

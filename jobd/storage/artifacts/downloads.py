@@ -9,7 +9,7 @@ from typing import Final
 import structlog
 
 from jobd.model.errors import api_error
-from jobd.storage.artifacts.base import ArtifactStore, Reading, StoreFault
+from jobd.storage.artifacts.base import ArtifactReader, ArtifactStore, ArtifactStoreError
 
 CALL_S: Final = 10.0  # for one piece from the store
 CLOSING_S: Final = 1.0  # for the last pieces when the daemon stops
@@ -45,7 +45,7 @@ class Downloads:
         try:
             async with asyncio.timeout(CALL_S):
                 reading = await self._store.open(key)
-        except (StoreFault, TimeoutError) as fault:
+        except (ArtifactStoreError, TimeoutError) as fault:
             download.leave()
             log.warning("artifact_not_read", key=key, error=str(fault) or f"no answer within {CALL_S:g} s")
             raise api_error("storage_unavailable", "The store of artifacts cannot be read now; try again.") from fault
@@ -76,10 +76,10 @@ class Download:
         self.size = 0
         self.cut = cut
         self._places = places
-        self._reading: Reading | None = None
+        self._reading: ArtifactReader | None = None
         places.add(self)
 
-    def take(self, reading: Reading) -> None:
+    def take(self, reading: ArtifactReader) -> None:
         self._reading = reading
         self.size = reading.size
 

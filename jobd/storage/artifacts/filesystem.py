@@ -19,7 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
-from jobd.storage.artifacts.base import PIECE_BYTES, Judge, Outcome, StoreFault
+from jobd.storage.artifacts.base import PIECE_BYTES, ArtifactStoreError, Deletion, Judge
 
 T = TypeVar("T")
 Undo = Callable[[Any], None]
@@ -38,22 +38,22 @@ def _nothing(_: object) -> None:
     pass
 
 
-class FileStore:
+class FileArtifactStore:
     """The store of `file:///DIRECTORY`; a key is a path in it. In a directory of `own_places` no file is touched."""
 
     def __init__(self, directory: str, owner: str, own_places: Iterable[str] = ()) -> None:
         self.place = directory
         self._own_places = tuple(own_places)
         self._probe_name = f".jobd-probe-{owner}"
-        self._asked: Calls = SimpleQueue()
+        self._calls: Calls = SimpleQueue()
         # Not of a pool: the interpreter waits for those threads at its end, and one that hangs would never let it go.
-        self._thread = threading.Thread(target=_answer, args=(self._asked,), name="artifacts", daemon=True)
+        self._thread = threading.Thread(target=_work, args=(self._calls,), name="artifacts", daemon=True)
 
-    async def open(self, key: str) -> FileReading | None:
+    async def open(self, key: str) -> FileReader | None:
         opened = await self.ask(lambda: self._open(key), _close)
-        return None if opened is None else FileReading(self, *opened)
+        return None if opened is None else FileReader(self, *opened)
 
-    async def delete(self, key: str, judge: Judge) -> Outcome:
+    async def delete(self, key: str, judge: Judge) -> Deletion:
         return await self.ask(lambda: self._delete(key, judge))
 
     async def probe(self) -> None:
@@ -61,7 +61,7 @@ class FileStore:
 
     async def close(self) -> None:
         """Waits for nothing: the thread ends when it comes to it, or with the process."""
-        self._asked.put(None)
+        self._calls.put(None)
 
     async def read(self, handle: int) -> bytes:
         """The next piece of an open file."""
@@ -69,30 +69,30 @@ class FileStore:
 
     def shut(self, handle: int) -> None:
         """Close an open file after what is still being read of it."""
-        self._asked.put((None, partial(os.close, handle), _nothing))
+        self._calls.put((None, partial(os.close, handle), _nothing))
 
     async def ask(self, work: Callable[[], T], undo: Callable[[T], None] = _nothing) -> T:
         """`work`, done in the thread. Raises what it raises, and StoreFault for an OSError or where too much waits.
 
         Where nobody waits any more for what it gives, `undo` gets that.
         """
-        if self._asked.qsize() >= WAITING:
-            raise StoreFault(f"{self.place} has not answered: {WAITING} calls wait for it already.")
+        if self._calls.qsize() >= WAITING:
+            raise ArtifactStoreError(f"{self.place} has not answered: {WAITING} calls wait for it already.")
         if self._thread.ident is None:
             self._thread.start()
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._asked.put((future, work, undo))
+        self._calls.put((future, work, undo))
         try:
             return await future
         except OSError as error:
-            raise StoreFault(f"{self.place}: {error.strerror or error}") from error
+            raise ArtifactStoreError(f"{self.place}: {error.strerror or error}") from error
 
     # -- in the thread ------------------------------------------------------------------------------------------------
 
     def _open(self, key: str) -> tuple[int, int] | None:
         """An open file and its size; None where the key names none."""
         *folders, name = key.split("/")
-        if _is_no_name(folders, name):
+        if _is_invalid_name(folders, name):
             return None
         try:
             with self._opened(folders) as folder:
@@ -100,34 +100,34 @@ class FileStore:
                     return None
                 handle = os.open(name, _OBJECT, dir_fd=folder)
         except FileNotFoundError:
-            self._look_at_root()
+            self._check_root()
             return None
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO):  # no name, a link, a socket
                 return None
-            raise StoreFault(f"{self.place}/{key}: {error.strerror}") from error
+            raise ArtifactStoreError(f"{self.place}/{key}: {error.strerror}") from error
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
             os.close(handle)
             return None
         return handle, found.st_size
 
-    def _delete(self, key: str, judge: Judge) -> Outcome:
+    def _delete(self, key: str, judge: Judge) -> Deletion:
         *folders, name = key.split("/")
-        if _is_no_name(folders, name):
-            return Outcome("left", "such a key names no file in the directory")
+        if _is_invalid_name(folders, name):
+            return Deletion("left", "such a key names no file in the directory")
         try:
             with self._opened(folders) as folder:
                 if self._is_own(folder):
-                    return Outcome("left", "the daemon's own files lie there")
+                    return Deletion("left", "the daemon's own files lie there")
                 return _delete_in(folder, name, judge)
         except FileNotFoundError:
-            self._look_at_root()
-            return Outcome("missing")
+            self._check_root()
+            return Deletion("missing")
         except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
-                return Outcome("missing")
-            raise StoreFault(f"{self.place}/{key}: {error.strerror}") from error
+                return Deletion("missing")
+            raise ArtifactStoreError(f"{self.place}/{key}: {error.strerror}") from error
 
     @contextlib.contextmanager
     def _opened(self, folders: list[str]) -> Iterator[int]:
@@ -144,7 +144,7 @@ class FileStore:
                         raise FileNotFoundError(name) from error  # a file: nothing lies under it
                     way = "/".join(folders)
                     told = f"{self.place}/{way}: {name} is a symbolic link, which is not followed; mount it there"
-                    raise StoreFault(told) from error
+                    raise ArtifactStoreError(told) from error
                 os.close(folder)
                 folder = inner
             yield folder
@@ -160,15 +160,15 @@ class FileStore:
                     return True
         return False
 
-    def _look_at_root(self) -> None:
+    def _check_root(self) -> None:
         """A directory that is not there, or not mounted, is a fault: it does not mean that its objects are gone."""
         if not Path(self.place).is_dir():
-            raise StoreFault(f"{self.place} is no directory. Make it, or change artifacts.url.")
+            raise ArtifactStoreError(f"{self.place} is no directory. Make it, or change artifacts.url.")
 
     def _probe(self) -> None:
         fault = directory_fault(self.place)
         if fault is not None:
-            raise StoreFault(fault)
+            raise ArtifactStoreError(fault)
         value = secrets.token_bytes(16)
         with self._opened([]) as folder:
             probe = os.open(self._probe_name, _PROBE, 0o600, dir_fd=folder)
@@ -180,10 +180,10 @@ class FileStore:
                 os.close(probe)
                 os.unlink(self._probe_name, dir_fd=folder)
         if read != value:
-            raise StoreFault(f"{self.place}: a probe read back something else than it had written.")
+            raise ArtifactStoreError(f"{self.place}: a probe read back something else than it had written.")
 
 
-def _is_no_name(folders: list[str], name: str) -> bool:
+def _is_invalid_name(folders: list[str], name: str) -> bool:
     """No API takes such keys; hands do."""
     return any(part in ("", ".", "..") or "\0" in part for part in (*folders, name))
 
@@ -193,10 +193,10 @@ def _close(opened: tuple[int, int] | None) -> None:
         os.close(opened[0])
 
 
-class FileReading:
+class FileReader:
     """An open file that is read as far as it was long when it was opened."""
 
-    def __init__(self, store: FileStore, handle: int, size: int) -> None:
+    def __init__(self, store: FileArtifactStore, handle: int, size: int) -> None:
         self.size = size
         self._store = store
         self._handle = handle
@@ -207,7 +207,7 @@ class FileReading:
             return b""
         piece = (await self._store.read(self._handle))[: self._left]
         if not piece:
-            raise StoreFault(f"{self._store.place}: a file became shorter while it was read.")
+            raise ArtifactStoreError(f"{self._store.place}: a file became shorter while it was read.")
         self._left -= len(piece)
         return piece
 
@@ -215,7 +215,7 @@ class FileReading:
         self._store.shut(self._handle)
 
 
-def _answer(asked: Calls) -> None:
+def _work(asked: Calls) -> None:
     """What the thread does: one call after the other, until there is None."""
     while (call := asked.get()) is not None:
         future, work, undo = call
@@ -245,7 +245,7 @@ def _settle(asked: Calls, future: asyncio.Future[Any], result: Any, error: BaseE
         future.set_exception(error)
 
 
-def _delete_in(folder: int, name: str, judge: Judge) -> Outcome:
+def _delete_in(folder: int, name: str, judge: Judge) -> Deletion:
     """Delete a file that was looked at, and no other: one that takes its place meanwhile is put back.
 
     `unlink` takes whatever has the name by then. So the name is moved aside first, which nobody else does, and what was
@@ -255,20 +255,20 @@ def _delete_in(folder: int, name: str, judge: Judge) -> Outcome:
     _recover(folder, name, aside, judge)
     found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if stat.S_ISDIR(found.st_mode):
-        return Outcome("left", "it is a directory")
+        return Deletion("left", "it is a directory")
     # The second is set by the system alone: a copy that keeps the old time of its source is new all the same.
     modified_at = max(found.st_mtime_ns, found.st_ctime_ns) // 1_000_000
     verdict = judge(modified_at)
     if verdict != "delete":
         why = "it was written after the job had been deleted" if verdict == "leave" else ""
-        return Outcome("left" if verdict == "leave" else "young", why, modified_at)
+        return Deletion("left" if verdict == "leave" else "young", why, modified_at)
     os.rename(name, aside, src_dir_fd=folder, dst_dir_fd=folder)
     if _identity(os.stat(aside, dir_fd=folder, follow_symlinks=False)) != _identity(found):
         _put_back(folder, name, aside)
         return _delete_in(folder, name, judge)
     os.unlink(aside, dir_fd=folder)
     os.fsync(folder)
-    return Outcome("deleted")
+    return Deletion("deleted")
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 from yarl import URL
 
-from jobd.storage.artifacts.base import Judge, Outcome, StoreFault
+from jobd.storage.artifacts.base import ArtifactStoreError, Deletion, Judge
 
 T = TypeVar("T")
 
@@ -42,46 +42,46 @@ class S3ArtifactStore:
         try:
             self._store = S3Store(bucket, prefix=prefix or None, retry_config=_RETRIES, client_options=_client())
         except (BaseError, ValueError) as error:  # of what AWS_* says
-            raise StoreFault(f"{self.place}: {_words(error)}") from error
+            raise ArtifactStoreError(f"{self.place}: {_words(error)}") from error
         self._prefix = f"{prefix}/" if prefix else ""
         self._probe_name = f".jobd-probe-{owner}"
         self._http: aiohttp.ClientSession | None = None
 
-    async def open(self, key: str) -> S3Reading | None:
+    async def open(self, key: str) -> S3Reader | None:
         if not self._can_name(key):
             return None
         try:
-            found = await self._asked(obstore.head_async(self._store, key))
+            found = await self._call(obstore.head_async(self._store, key))
         except FileNotFoundError:
-            await self._look_at_bucket(key)
+            await self._check_bucket(key)
             return None
-        return S3Reading(self, key, found["size"], found["e_tag"])
+        return S3Reader(self, key, found["size"], found["e_tag"])
 
     async def read_range(self, key: str, e_tag: str | None, start: int, end: int) -> bytes:
         """Bytes of the object if it is still the one of that tag. Raises StoreFault."""
         options: Any = {"range": (start, end)} | ({} if e_tag is None else {"if_match": e_tag})
         try:
-            return await self._asked(self._read(key, options))
+            return await self._call(self._read(key, options))
         except FileNotFoundError as error:
-            raise StoreFault(f"{self.place}: an object went while it was read.") from error
+            raise ArtifactStoreError(f"{self.place}: an object went while it was read.") from error
 
-    async def delete(self, key: str, judge: Judge) -> Outcome:
+    async def delete(self, key: str, judge: Judge) -> Deletion:
         if not self._can_name(key):
-            return Outcome("left", "such a key names no object that can be asked for")
+            return Deletion("left", "such a key names no object that can be asked for")
         while True:
             try:
-                found = await self._asked(obstore.head_async(self._store, key))
+                found = await self._call(obstore.head_async(self._store, key))
             except FileNotFoundError:
-                await self._look_at_bucket(key)
-                return Outcome("missing")
+                await self._check_bucket(key)
+                return Deletion("missing")
             modified_at = round(found["last_modified"].timestamp() * 1000)
             verdict = judge(modified_at)
             if verdict == "leave":
-                return Outcome("left", "it was written after the job had been deleted", modified_at)
+                return Deletion("left", "it was written after the job had been deleted", modified_at)
             if verdict == "wait":
-                return Outcome("young", "", modified_at)
+                return Deletion("young", "", modified_at)
             if await self._delete(key, found["e_tag"]):
-                return Outcome("deleted")
+                return Deletion("deleted")
 
     def _can_name(self, key: str) -> bool:
         """Whether there can be an object of that name, by S3's rules and those of the library."""
@@ -91,25 +91,27 @@ class S3ArtifactStore:
     async def probe(self) -> None:
         value = secrets.token_bytes(16)
         try:
-            await self._asked(obstore.put_async(self._store, self._probe_name, value))
-            read = await self._asked(self._read(self._probe_name))
-            await self._asked(obstore.delete_async(self._store, self._probe_name))
+            await self._call(obstore.put_async(self._store, self._probe_name, value))
+            read = await self._call(self._read(self._probe_name))
+            await self._call(obstore.delete_async(self._store, self._probe_name))
         except FileNotFoundError as error:
-            raise StoreFault(f"{self.place}: {_words(error)}") from error
+            raise ArtifactStoreError(f"{self.place}: {_words(error)}") from error
         if read != value:
-            raise StoreFault(f"{self.place}: a probe read back something else than it had written.")
+            raise ArtifactStoreError(f"{self.place}: a probe read back something else than it had written.")
 
     async def close(self) -> None:
         if self._http is not None:
             await self._http.close()
 
-    async def _look_at_bucket(self, key: str) -> None:
+    async def _check_bucket(self, key: str) -> None:
         """Where there is no bucket, that does not mean that its objects are gone. The answer to HEAD does not tell."""
         try:
-            await self._asked(self._read(key))
+            await self._call(self._read(key))
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
-                raise StoreFault(f"{self.place}: there is no such bucket. Make it, or change artifacts.url.") from error
+                raise ArtifactStoreError(
+                    f"{self.place}: there is no such bucket. Make it, or change artifacts.url."
+                ) from error
 
     async def _read(self, name: str, options: Any = None) -> bytes:
         found = await obstore.get_async(self._store, name, options=options)
@@ -122,14 +124,16 @@ class S3ArtifactStore:
         all the same: there, and only there, an object that comes in between the two requests goes with the old one.
         """
         condition = {} if e_tag is None else {"If-Match": e_tag}
-        url = await self._asked(obstore.sign_async(self._store, "DELETE", key, _SIGNED_FOR))
+        url = await self._call(obstore.sign_async(self._store, "DELETE", key, _SIGNED_FOR))
         status = await self._send_delete(url, condition)
         if status == 501 and condition:
             status = await self._send_delete(url, {})
         if status in _CHANGED:
             return False
         if status >= 300 and status != 404:
-            raise StoreFault(f"{self.place} refused to delete an object: HTTP {status}. May its keys delete there?")
+            raise ArtifactStoreError(
+                f"{self.place} refused to delete an object: HTTP {status}. May its keys delete there?"
+            )
         return True
 
     async def _send_delete(self, url: str, headers: dict[str, str]) -> int:
@@ -139,19 +143,19 @@ class S3ArtifactStore:
             async with self._http.delete(URL(url, encoded=True), headers=headers, allow_redirects=False) as answer:
                 return answer.status
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise StoreFault(f"{self.place} cannot be reached: {type(error).__name__}") from error
+            raise ArtifactStoreError(f"{self.place} cannot be reached: {type(error).__name__}") from error
 
-    async def _asked(self, call: Awaitable[T]) -> T:
+    async def _call(self, call: Awaitable[T]) -> T:
         try:
             async with asyncio.timeout(CALL_S):
                 return await call
         except FileNotFoundError:
             raise
         except (BaseError, OSError, TimeoutError) as error:
-            raise StoreFault(f"{self.place}: {_words(error)}") from error
+            raise ArtifactStoreError(f"{self.place}: {_words(error)}") from error
 
 
-class S3Reading:
+class S3Reader:
     """An object that is read in ranges: a slow reader holds no connection to the bucket, and no request takes long."""
 
     def __init__(self, store: S3ArtifactStore, key: str, size: int, e_tag: str | None) -> None:
@@ -167,7 +171,7 @@ class S3Reading:
             return b""
         piece = await self._store.read_range(self._key, self._e_tag, start, end)
         if len(piece) != end - start:
-            raise StoreFault(f"{self._store.place}: an object became shorter while it was read.")
+            raise ArtifactStoreError(f"{self._store.place}: an object became shorter while it was read.")
         self._at = end
         return piece
 

@@ -9,7 +9,7 @@ import contextlib
 from pathlib import Path
 from typing import Any, Final
 
-from jobd.storage.files import BALLAST_BYTES
+from jobd.storage.files import RESERVE_FILE_BYTES
 from tests.proof.faults.examine import examined
 from tests.proof.faults.frame import Check, Counts, Trial
 from tests.proof.faults.ledger import Asked, Ledger, Told
@@ -63,7 +63,7 @@ class Caller:
 def full_disk(trial: Trial) -> Counts:
     ledger = Ledger()
     endings = 0
-    with tmpfs(trial.directory / "disk", BALLAST_BYTES + ROOM_BYTES) as place:
+    with tmpfs(trial.directory / "disk", RESERVE_FILE_BYTES + ROOM_BYTES) as place:
         store = place / "jobd.db"
         with Daemon.not_started(trial.directory, JOBD_STORE_PATH=str(store)) as daemon:
             daemon.start()
@@ -109,7 +109,7 @@ def _fills_up(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> int:
     refused = ledger.codes.total()
     work_alone(daemon, ledger, f"{name}-after", 5)
     assert ledger.codes.total() == refused, f"there is room again: {ledger.codes}"
-    assert Path(f"{place}/jobd.db.ballast").stat().st_blocks * 512 >= BALLAST_BYTES
+    assert Path(f"{place}/jobd.db.ballast").stat().st_blocks * 512 >= RESERVE_FILE_BYTES
     assert daemon.process.poll() is None
     return len(held)
 

@@ -15,7 +15,7 @@ from msgspec import Struct
 from jobd.model.events import Change
 from jobd.model.job import SECOND_MS, Job, LateResult, storage_key_error
 from jobd.model.storage import Tombstone
-from jobd.storage.artifacts.base import Judge, Outcome, StoreFault
+from jobd.storage.artifacts.base import ArtifactStoreError, Deletion, Judge
 from tests.support.memory_artifacts import MemoryArtifacts
 
 if TYPE_CHECKING:
@@ -58,24 +58,24 @@ class SimArtifacts(MemoryArtifacts):
 
     # -- the store ----------------------------------------------------------------------------------------------------
 
-    async def delete(self, key: str, judge: Judge) -> Outcome:
+    async def delete(self, key: str, judge: Judge) -> Deletion:
         await self.pause()
         if self.fault == "away" or (self.fault == "flaky" and self._dice.random() < 0.5):
             self._machine.fired["artifact store failed"] += 1
-            raise StoreFault("simulated: it is away")
+            raise ArtifactStoreError("simulated: it is away")
         modified_at = self.objects.get(key)
         if modified_at is None:
-            return Outcome("missing")
+            return Deletion("missing")
         verdict = judge(modified_at)
         self._machine.fired[f"artifact {verdict}"] += 1
         if verdict != "delete":
-            return Outcome("left" if verdict == "leave" else "young", "", modified_at)
+            return Deletion("left" if verdict == "leave" else "young", "", modified_at)
         loop = asyncio.get_running_loop()
         done: asyncio.Future[None] = loop.create_future()
         loop.call_later(self._delay_s(), self._take_effect, key, modified_at, done.set_result)
         await done
         await self.pause()
-        return Outcome("deleted")
+        return Deletion("deleted")
 
     def _take_effect(self, key: str, modified_at: int, tell: Callable[[None], object]) -> None:
         if self.objects.get(key) == modified_at:

@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from jobd.model.job import COUNTER_MASK, TOKEN_COUNTER_BITS, Job, epoch_seconds, new_epoch
 from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, OpenedStore
-from tests.support.memory_storage import MemoryDisk
+from tests.support.memory_storage import MemoryStorage
 
 STATE: Final = (
     "numbers", "jobs", "payloads", "events", "lates", "queues", "keys", "suspects", "quarantined", "deleted",
@@ -37,7 +37,7 @@ class Injected(OSError):
         super().__init__(errno.EIO, f"simulated: {what}")
 
 
-class SimDisk(MemoryDisk):
+class SimDisk(MemoryStorage):
     """`dice` decides delays and failures. `full`: 0 has room, 1 no new jobs, 2 until the ballast goes, 3 nothing fits.
 
     `failing` names methods that raise with a chance of one half. `write_fault` of the next write: `refused` and

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from jobd.engine.disk_full import Closed
-from jobd.engine.mailbox import Asked
+from jobd.engine.mailbox import Envelope
 from jobd.model.commands import AnyCommand, Claim
 from jobd.model.job import SECOND_MS
 from tests.proof.simulation.promises import is_overdue
@@ -61,7 +61,7 @@ class Patience:
 
     def _work_for(self, daemon: Daemon, command: Claim) -> str | None:
         """The job that a parked claim should have got."""
-        asked: Asked | None = next(
+        asked: Envelope | None = next(
             (asked for asked, *_ in daemon.actor.parked._all.values() if asked.call.command is command), None
         )
         if asked is None or asked.is_abandoned:

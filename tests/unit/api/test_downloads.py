@@ -22,9 +22,9 @@ from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import Job, LateResult, Policy, Result
 from jobd.model.responses import LateResultList, Response
 from jobd.storage.artifacts import downloads
-from jobd.storage.artifacts.base import PIECE_BYTES, StoreFault
+from jobd.storage.artifacts.base import PIECE_BYTES, ArtifactStoreError
 from jobd.storage.artifacts.downloads import Downloads
-from jobd.storage.artifacts.filesystem import FileStore
+from jobd.storage.artifacts.filesystem import FileArtifactStore
 from tests.support.http_harness import TOKEN, House
 from tests.support.rule_harness import RuleHarness
 
@@ -43,7 +43,7 @@ def place(tmp_path: Path) -> Path:
 @pytest.fixture
 async def house(tmp_path: Path, place: Path) -> AsyncIterator[House]:
     async with House(ROUTES, tmp_path, gate=Gate("admin", tokens=[TOKEN]), admin=True) as opened:
-        opened.figures.downloads = Downloads(FileStore(str(place), "test"), MOST)
+        opened.figures.downloads = Downloads(FileArtifactStore(str(place), "test"), MOST)
         yield opened
 
 
@@ -181,7 +181,7 @@ async def test_a_result_that_cannot_be_read_to_its_end_is_short_of_its_length(
     put(house, place, "k", b"x" * (2 * PIECE_BYTES))
 
     async def broken(handle: int) -> bytes:
-        raise StoreFault("the disk is gone")
+        raise ArtifactStoreError("the disk is gone")
 
     store: Any = house.figures.downloads._store
     monkeypatch.setattr(store, "read", broken)
@@ -209,7 +209,7 @@ async def test_a_store_that_does_not_answer_is_not_waited_for_for_ever(
 async def test_downloads_end_when_the_daemon_stops(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "CLOSING_S", 0.01)
     (place / "k").write_text("result")
-    opened = Downloads(FileStore(str(place), "test"), MOST)
+    opened = Downloads(FileArtifactStore(str(place), "test"), MOST)
     cut = asyncio.Event()
     download = await opened.begin("k", cut.set)
     opened.close()

@@ -42,9 +42,9 @@ from jobd.model.commands import (
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import AuditPage, EmptyResponse, Response
 from jobd.model.storage import AUDITED_READS, SIGN_INS, AuditEntry, audit_share
-from tests.support.memory_storage import MemoryDisk
+from tests.support.memory_storage import MemoryStorage
 from tests.support.rule_harness import RuleHarness
-from tests.support.virtual_engine import Household, in_virtual_time
+from tests.support.virtual_engine import VirtualEngine, in_virtual_time
 
 EVE = Operator("eve", "10.0.0.7")
 # Commands that come from workers, creators or the daemon itself; those of operators are in audit.DEEDS.
@@ -55,7 +55,7 @@ NO_DEEDS = {
 }  # fmt: skip
 
 
-def kept(house: Household) -> list[AuditEntry]:
+def kept(house: VirtualEngine) -> list[AuditEntry]:
     return list(house.disk.audited.values())
 
 
@@ -175,7 +175,7 @@ def test_a_note_is_kept_as_it_is() -> None:
 
 @in_virtual_time
 async def test_a_deed_is_in_the_transaction_of_its_change() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.yes(Create(id="a"))
         await house.yes(ForceFail(id="a"), by=EVE.by, admin=True, operator=EVE)
         batch = house.disk.batches[-1]
@@ -186,7 +186,7 @@ async def test_a_deed_is_in_the_transaction_of_its_change() -> None:
 
 @in_virtual_time
 async def test_a_refused_deed_is_kept_and_a_refused_worker_is_not() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.no(Cancel(id="a"), operator=EVE)
         await house.no(Cancel(id="a"))
         assert [(row.what, row.outcome) for row in kept(house)] == [("cancel", "job_not_found")]
@@ -194,7 +194,7 @@ async def test_a_refused_deed_is_kept_and_a_refused_worker_is_not() -> None:
 
 @in_virtual_time
 async def test_a_repeated_key_is_one_deed() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.yes(Create(id="a"))
         for _ in range(2):
             await house.yes(ForceFail(id="a"), key=IdempotencyKey("k", "body"), operator=EVE)
@@ -203,7 +203,7 @@ async def test_a_repeated_key_is_one_deed() -> None:
 
 @in_virtual_time
 async def test_a_change_that_was_not_written_left_no_entry() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.yes(Create(id="a"))
         house.disk.fits = lambda batch: not batch.audit
         await house.no(Transition(id="a", from_="queued", to="cancelled"), operator=EVE)
@@ -215,7 +215,7 @@ async def test_a_change_that_was_not_written_left_no_entry() -> None:
 
 @in_virtual_time
 async def test_on_a_full_disk_endings_have_their_entry_and_refusals_none() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.yes(Create(id="a"))
         house.disk.fill()
         await house.no(Create(id="b"))
@@ -231,7 +231,7 @@ async def test_on_a_full_disk_endings_have_their_entry_and_refusals_none() -> No
 
 @in_virtual_time
 async def test_while_creates_are_refused_a_change_has_its_entry_and_a_look_has_none() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         house.actor.full_disk.closed = Closed.CREATES
         house.actor.full_disk.next_probe += 999
         for what in sorted(AUDITED_READS | SIGN_INS):
@@ -267,7 +267,7 @@ def test_each_entry_has_its_share_of_the_log(what: str, outcome: str, share: str
 
 @in_virtual_time
 async def test_recovery_by_an_operator_is_kept_and_that_by_time_is_not() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.held("a", lock_ttl_ms=SECOND_MS)
         await asyncio.sleep(60)
         await house.cleaner.recover_stuck(replace(EVE, part_of="p"), "the rack is dark")
@@ -280,7 +280,7 @@ async def test_recovery_by_an_operator_is_kept_and_that_by_time_is_not() -> None
 
 @in_virtual_time
 async def test_the_log_is_read_in_pages_newest_first() -> None:
-    async with Household(MemoryDisk()) as house:
+    async with VirtualEngine(MemoryStorage()) as house:
         for n in range(5):
             await house.yes(RecordAction(what=f"n{n}", details={"n": n}), operator=EVE)
         page: AuditPage = await house.yes(AuditLog(limit=3))

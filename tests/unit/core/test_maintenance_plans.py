@@ -41,7 +41,7 @@ from jobd.model.responses import MaintenanceResult, PlannedJob, PlanSlice, PlanV
 from tests.support.factories import full_job
 from tests.support.plan_help import applied, made
 from tests.support.rule_harness import RuleHarness
-from tests.support.virtual_engine import WALL, Household, in_virtual_time
+from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time
 
 NO_MORE = "It is no longer due for deletion or expiry."
 
@@ -206,7 +206,7 @@ def test_the_rules_of_time_refuse_a_job_that_is_not_there() -> None:
 # -- made, and applied ------------------------------------------------------------------------------------------------
 
 
-async def ripe(house: Household) -> str:
+async def ripe(house: VirtualEngine) -> str:
     """Jobs for which time is up, and as many for which it is not; gives the lock of the stuck one."""
     lock_id = await house.held("stuck", lock_ttl_ms=SECOND_MS)
     await house.yes(Create(id="late", expires_at=house.now + SECOND_MS))
@@ -224,7 +224,7 @@ def moves(plan: PlanView) -> list[tuple[str, str, str | None]]:
 
 @in_virtual_time
 async def test_a_plan_of_time_says_what_a_pass_would_do_and_does_it_once() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await ripe(house)
         plan = await made(planner, "r", action="recover-stuck")
@@ -251,7 +251,7 @@ async def test_a_plan_of_time_says_what_a_pass_would_do_and_does_it_once() -> No
 def test_what_has_revived_since_is_told(action: PlanAction, count: int) -> None:
     @in_virtual_time
     async def play() -> None:
-        async with Household() as house:
+        async with VirtualEngine() as house:
             planner = Planner(house.actor, house.clock)
             lock_id = await ripe(house)
             assert (await made(planner, action=action)).count == count
@@ -266,7 +266,7 @@ def test_what_has_revived_since_is_told(action: PlanAction, count: int) -> None:
 
 @in_virtual_time
 async def test_the_daemon_itself_says_which_jobs() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         for action in get_args(PlanAction):
             for name, given in (("filter", PlanFilter()), ("ids", ["a"]), ("cursor", "failed.7")):
@@ -283,7 +283,7 @@ async def test_the_daemon_itself_says_which_jobs() -> None:
 
 @in_virtual_time
 async def test_while_the_clock_is_in_doubt_nothing_is_planned_to_be_deleted() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await ripe(house)
         house.step_ms = 2 * DAY_MS
@@ -292,7 +292,7 @@ async def test_while_the_clock_is_in_doubt_nothing_is_planned_to_be_deleted() ->
 
 @in_virtual_time
 async def test_on_a_full_disk_time_makes_room() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await ripe(house)
         await made(planner, action="cleanup")
@@ -308,7 +308,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_builder, "LOOK", 2)
 
 
-async def crowd(house: Household, stuck: int, late: int, old: int) -> None:
+async def crowd(house: VirtualEngine, stuck: int, late: int, old: int) -> None:
     for n in range(stuck):
         await house.held(f"s{n}", lock_ttl_ms=SECOND_MS)
     for n in range(late):
@@ -337,7 +337,7 @@ def test_a_plan_takes_so_many_and_the_rest_is_planned_once_it_was_applied(
 ) -> None:
     @in_virtual_time
     async def play() -> None:
-        async with Household() as house:
+        async with VirtualEngine() as house:
             planner = Planner(house.actor, house.clock)
             await crowd(house, *there)
             plan = await made(planner, action="cleanup")
@@ -357,7 +357,7 @@ def test_a_plan_that_would_look_for_too_long_ends(
 
     @in_virtual_time
     async def play() -> None:
-        async with Household() as house:
+        async with VirtualEngine() as house:
             await crowd(house, *there)
             plan = await made(Planner(house.actor, house.clock), action="cleanup")
             assert (plan.count, plan.more) == (found, True)
@@ -369,7 +369,7 @@ def test_a_plan_that_would_look_for_too_long_ends(
 def test_who_revives_while_the_plan_is_made_is_not_in_it() -> None:
     @in_virtual_time
     async def play() -> None:
-        async with Household() as house:
+        async with VirtualEngine() as house:
             locks = [await house.held(f"s{n}", lock_ttl_ms=SECOND_MS) for n in range(3)]
             await asyncio.sleep(120)
             making = asyncio.create_task(made(Planner(house.actor, house.clock), action="recover-stuck"))
@@ -382,7 +382,7 @@ def test_who_revives_while_the_plan_is_made_is_not_in_it() -> None:
 
 @in_virtual_time
 async def test_who_is_not_finished_any_more_when_it_is_read_is_not_in_it() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await crowd(house, 0, 0, 2)
         expired = house.disk.expired
 
@@ -400,7 +400,7 @@ async def test_who_is_not_finished_any_more_when_it_is_read_is_not_in_it() -> No
 @in_virtual_time
 async def test_who_is_named_again_is_in_it_once() -> None:
     """A damaged row that cannot be moved out of the way counts in the order, and is not named."""
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await crowd(house, 0, 0, 3)
         pages = {0: ["o0", "o1"], 2: ["o1", "o2"]}
 
@@ -414,7 +414,7 @@ async def test_who_is_named_again_is_in_it_once() -> None:
 
 @in_virtual_time
 async def test_late_results_of_what_is_deleted_are_counted_and_change_the_job() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         locks = {}
         for job_id in ("a", "b"):
@@ -433,7 +433,7 @@ async def test_late_results_of_what_is_deleted_are_counted_and_change_the_job() 
 
 @in_virtual_time
 async def test_a_long_plan_of_time_goes_in_slices() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await crowd(house, 0, 0, plans.SLICE + 5)
         assert (await made(planner, action="cleanup")).count == plans.SLICE + 5

@@ -36,7 +36,7 @@ from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Lease, Option
 from jobd.model.responses import Response, TakeBackView, WorkerList, WorkerView
 from jobd.model.storage import DiskFull, Numbers, OpenedStore
 from tests.support.rule_harness import NOW, RuleHarness
-from tests.support.virtual_engine import Household, in_virtual_time, seconds, until
+from tests.support.virtual_engine import VirtualEngine, in_virtual_time, seconds, until
 from tests.unit.engine.test_actor import household, parked
 
 TTL = 15 * MINUTE_MS
@@ -274,7 +274,7 @@ async def test_a_waiting_claim_that_is_served_waits_no_more_and_one_that_is_take
         assert [claims.waiting for claims in house.book.presence.claim_sets("default")] == [0]
 
 
-async def state_of(house: Household) -> tuple[str, bool, int]:
+async def state_of(house: VirtualEngine) -> tuple[str, bool, int]:
     (worker,) = (await house.yes(Workers())).workers
     return worker.state, worker.waiting, worker.last_seen_at
 

@@ -55,11 +55,11 @@ from jobd.model.webhooks import MAX_BACKLOG
 from jobd.monitoring.failure_groups import Failures
 from jobd.monitoring.timeseries import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Recorder
 from jobd.storage.artifacts.downloads import Downloads
-from jobd.storage.artifacts.filesystem import FileStore
+from jobd.storage.artifacts.filesystem import FileArtifactStore
 from tests import ROOT
 from tests.browser import vendor
 from tests.support.http_harness import DELIVERY, TOKEN, WEBHOOK, Heard, House, Line, message, tls_pair, wrong_tokens
-from tests.support.memory_storage import MemoryDisk
+from tests.support.memory_storage import MemoryStorage
 
 READER = "reader-token-0123456789abcdef"
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
@@ -132,7 +132,7 @@ class Town:
     `ahead_ms` is by how much the daemon's clocks are ahead.
     """
 
-    def __init__(self, worker: House, admin: House, room: Dashboard, disk: MemoryDisk) -> None:
+    def __init__(self, worker: House, admin: House, room: Dashboard, disk: MemoryStorage) -> None:
         self.worker = worker
         self.admin = admin
         self.room = room
@@ -167,7 +167,7 @@ class Town:
 
 @pytest.fixture
 async def town(tmp_path: Path) -> AsyncIterator[Town]:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     made: list[Town] = []
 
     def ahead_ms() -> int:
@@ -369,7 +369,7 @@ async def test_who_comes_and_goes_and_what_is_taken_along_is_in_the_audit_log(to
     """A reader's, too."""
     (tmp_path / "stored").mkdir()
     (tmp_path / "stored" / "result").write_bytes(b"r")
-    town.admin.figures.downloads = Downloads(FileStore(str(tmp_path / "stored"), "test"), 2)
+    town.admin.figures.downloads = Downloads(FileArtifactStore(str(tmp_path / "stored"), "test"), 2)
     lock_id = await town.held("done")
     await town.do("jobs/done/complete", lock_id=lock_id, storage_key="result")
     for token, name in ((TOKEN, "ann"), (READER, ""), (READER, "rob")):
@@ -1018,7 +1018,7 @@ async def test_a_large_payload_is_cut_and_a_deep_one_shown_as_it_came(town: Town
 
 async def test_a_stored_result_is_a_file_behind_a_link(town: Town, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
-    town.admin.figures.downloads = Downloads(FileStore(str(tmp_path / "results"), "test"), 2)
+    town.admin.figures.downloads = Downloads(FileArtifactStore(str(tmp_path / "results"), "test"), 2)
     lock = await town.held()
     browser, reader = await town.browser(), await town.browser(READER)
     assert "/jobs/held/artifact" not in text(await browser.get("/jobs/held"))
@@ -1442,7 +1442,7 @@ async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
     assert "late-" in text(await reader.get("/jobs/held"))
     assert "verb=adopt" not in text(await reader.get("/jobs/held"))
     assert "/artifact" not in text(await browser.get("/jobs/held")), "there is no store to take it from"
-    town.admin.figures.downloads = Downloads(FileStore("/nonexistent", "test"), 2)
+    town.admin.figures.downloads = Downloads(FileArtifactStore("/nonexistent", "test"), 2)
     for each in (browser, reader):  # to be looked at before it is adopted; the other names none
         page = text(await each.get("/jobs/held"))
         assert re.findall(r'href="(/jobs/held/artifact[^"]*)"', page) == [f"/jobs/held/artifact?late_result={late[1]}"]

@@ -23,7 +23,7 @@ from jobd.engine import history
 from jobd.engine.actor import BATCH_WEIGHT, CLOCK_LOOK_S, Bounds, DiskBroken
 from jobd.engine.disk_full import Closed
 from jobd.engine.idempotency import KEPT_MS
-from jobd.engine.mailbox import Asked
+from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import Parked
 from jobd.model.commands import (
     Adopt,
@@ -87,8 +87,8 @@ from jobd.model.storage import (
     QueueRow,
     StoredResponse,
 )
-from tests.support.memory_storage import MemoryDisk
-from tests.support.virtual_engine import Household, in_virtual_time, seconds
+from tests.support.memory_storage import MemoryStorage
+from tests.support.virtual_engine import VirtualEngine, in_virtual_time, seconds
 
 TTL = 15 * MINUTE_MS
 
@@ -107,7 +107,7 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def parked(house: Household, worker: str, **fields: Any) -> asyncio.Task[Any]:
+async def parked(house: VirtualEngine, worker: str, **fields: Any) -> asyncio.Task[Any]:
     """A claim that waits for work."""
     waiting = {"wait_ms": 30_000} | fields
     name = waiting.pop("key", None)
@@ -122,7 +122,7 @@ def ids_of(answer: Any) -> list[str]:
     return [granted.job.id for granted in answer.data.grants]
 
 
-def compare(house: Household) -> None:
+def compare(house: VirtualEngine) -> None:
     """Memory is what a start would load, and both are what the journal folds into."""
     opened = house.disk.opened()
     fresh = Book.opened(opened)
@@ -144,9 +144,9 @@ def compare(house: Household) -> None:
 
 
 @asynccontextmanager
-async def household(disk: MemoryDisk | None = None, **parts: Any) -> AsyncIterator[Household]:
+async def household(disk: MemoryStorage | None = None, **parts: Any) -> AsyncIterator[VirtualEngine]:
     """A household whose memory and disk agree at the end."""
-    async with Household(disk, **parts) as house:
+    async with VirtualEngine(disk, **parts) as house:
         yield house
         await settle()
         compare(house)
@@ -155,14 +155,14 @@ async def household(disk: MemoryDisk | None = None, **parts: Any) -> AsyncIterat
 # -- the mailbox ------------------------------------------------------------------------------------------------------
 
 
-def fill(house: Household, commands: Iterable[AnyCommand], size: int = 0) -> list[asyncio.Task[Any]]:
+def fill(house: VirtualEngine, commands: Iterable[AnyCommand], size: int = 0) -> list[asyncio.Task[Any]]:
     return [begin(house.actor.ask(command, size=size)) for command in commands]
 
 
 @in_virtual_time
 async def test_shares_of_the_mailbox() -> None:
     """Under a flood of creates there is room for starts and reads, and in the end for running work alone."""
-    house = Household(bounds=Bounds(mailbox=20))
+    house = VirtualEngine(bounds=Bounds(mailbox=20))
     tasks = fill(house, [Create() for _ in range(20)])
     await settle()
     assert [task.result().code for task in tasks if task.done()] == ["overloaded"] * 6
@@ -185,7 +185,7 @@ async def test_shares_of_the_mailbox() -> None:
 
 @in_virtual_time
 async def test_shares_of_the_bytes_in_flight() -> None:
-    house = Household(bounds=Bounds(inflight_bytes=100))
+    house = VirtualEngine(bounds=Bounds(inflight_bytes=100))
     assert (await house.actor.ask(Create(), size=71)).code == "overloaded"  # type: ignore[union-attr]
     first = begin(house.actor.ask(Create(), size=70))
     await settle()
@@ -213,7 +213,7 @@ async def test_waits_have_limits() -> None:
 @in_virtual_time
 async def test_what_waits_is_one_batch() -> None:
     """Command 2 sees what command 1 did, and one transaction holds all of it."""
-    house = Household()
+    house = VirtualEngine()
     tasks = fill(house, [Create(id="a", payload=Raw(b"7")), Start(id="a", worker="w"), Create(id="a"), Get(id="a")])
     async with house:
         created, started, twice, got = [await task for task in tasks]
@@ -227,7 +227,7 @@ async def test_what_waits_is_one_batch() -> None:
 
 @in_virtual_time
 async def test_a_batch_is_bounded_by_what_it_writes() -> None:
-    house = Household()
+    house = VirtualEngine()
     bulk = Bulk(jobs=[Create() for _ in range(BATCH_WEIGHT)])
     tasks = fill(house, [bulk, bulk, *(Claim(worker="w", limit=100) for _ in range(11))])
     async with house:
@@ -258,7 +258,7 @@ async def test_nobody_is_told_before_the_commit() -> None:
 
 @in_virtual_time
 async def test_a_bug_in_a_rule_costs_one_command() -> None:
-    house = Household()
+    house = VirtualEngine()
     original = decide.decide
 
     def broken(book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
@@ -278,7 +278,7 @@ async def test_a_bug_in_a_rule_costs_one_command() -> None:
 
 @in_virtual_time
 async def test_what_the_daemon_itself_writes() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     disk.marked = True
     async with household(disk) as house:
         before = disk.numbers.lease_ms
@@ -300,7 +300,7 @@ async def test_what_the_daemon_itself_writes() -> None:
 # -- what lies on the disk --------------------------------------------------------------------------------------------
 
 
-async def finished_disk() -> MemoryDisk:
+async def finished_disk() -> MemoryStorage:
     """A disk that holds one completed job, `done`, and nothing in memory."""
     async with household() as house:
         await house.yes(Create(id="done", payload=Raw(b'"p"')))
@@ -359,7 +359,7 @@ async def test_history_is_read_beside_the_batches() -> None:
 
 @in_virtual_time
 async def test_what_was_asked_of_history_is_answered_before_the_end() -> None:
-    house = Household(await finished_disk())
+    house = VirtualEngine(await finished_disk())
     async with house:
         tasks = fill(house, [Timeline(id="done") for _ in range(10)])
         await asyncio.sleep(0)
@@ -371,7 +371,7 @@ async def test_what_was_asked_of_history_is_answered_before_the_end() -> None:
 @in_virtual_time
 async def test_a_job_may_be_shown_and_deleted_in_one_batch() -> None:
     disk = await finished_disk()
-    house = Household(disk)
+    house = VirtualEngine(disk)
     house.step_ms = 8 * DAY_MS
     house.clock.accept()
     tasks = fill(house, [Get(id="done"), DeleteExpired(ids=["done"]), Get(id="done")])
@@ -411,7 +411,7 @@ async def test_the_order_of_arrival_holds_over_all_queues() -> None:
 
 @in_virtual_time
 async def test_a_waiting_claim_that_was_nearly_served_is_answered_where_the_disk_fails() -> None:
-    house = Household()
+    house = VirtualEngine()
     running = asyncio.create_task(house.actor.run())
     waiting = await parked(house, "w")
     house.disk.write_errors.append(OSError("EIO"))
@@ -548,7 +548,7 @@ async def test_stop_parking_answers_everybody_and_lets_nobody_wait() -> None:
 
 @in_virtual_time
 async def test_stop_empties_the_mailbox_and_ends() -> None:
-    house = Household()
+    house = VirtualEngine()
     running = begin(house.actor.run())
     waiting = await parked(house, "w")
     house.disk.gate.clear()
@@ -567,7 +567,7 @@ async def test_stop_empties_the_mailbox_and_ends() -> None:
 
 @in_virtual_time
 async def test_stop_wakes_an_idle_actor() -> None:
-    house = Household()
+    house = VirtualEngine()
     running = begin(house.actor.run())
     await settle()
     house.actor.stop()
@@ -601,7 +601,7 @@ async def test_the_same_key_gets_the_same_answer_once() -> None:
 
 @in_virtual_time
 async def test_a_repeat_while_the_first_is_in_flight_waits_for_it() -> None:
-    house = Household()
+    house = VirtualEngine()
     create = Create(id="a", payload=Raw(b"[1]"))
     tasks = [begin(house.actor.ask(create, key=key("k"))) for _ in range(3)]
     tasks.append(begin(house.actor.ask(create, key=key("k", "other"))))
@@ -650,7 +650,7 @@ async def test_an_answer_that_is_damaged_says_so() -> None:
 @in_virtual_time
 async def test_a_key_whose_grants_are_no_longer_current_is_judged_anew() -> None:
     """Such a row is left where a start finds a key whose grants ended while nobody looked: in a restored backup."""
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     disk.keys["k"] = StoredResponse("k", "body", 0, grants=[("a", "old")])
     async with household(disk) as house:
         await house.yes(Create(id="a"))
@@ -805,7 +805,7 @@ async def test_a_repeat_gets_the_grant_that_the_first_did_not_wait_for() -> None
 
 @in_virtual_time
 async def test_at_the_cap_keyed_calls_are_refused() -> None:
-    house = Household()
+    house = VirtualEngine()
     house.actor._decider.keys.limit = 1
     async with house:
         await house.yes(Create(), key=key("k"))
@@ -843,7 +843,7 @@ async def test_an_undelivered_grant_goes_back() -> None:
 
 @in_virtual_time
 async def test_a_caller_that_has_gone_before_the_batch_gets_no_grant() -> None:
-    house = Household()
+    house = VirtualEngine()
     await asyncio.sleep(0)
     created = begin(house.actor.ask(Create(id="a")))
     gone = begin(house.actor.ask(Start(id="a", worker="w")))
@@ -950,11 +950,11 @@ async def test_a_repeat_whose_caller_has_gone_does_not_take_the_grant_from_the_f
 @in_virtual_time
 async def test_a_grant_that_an_earlier_daemon_may_have_sent_is_not_taken_back() -> None:
     """Simulation, seed 22611: received, then a power cut; who asked again for it under its key hung up."""
-    disk, start = MemoryDisk(), Start(id="a", worker="w")
-    async with Household(disk) as house:
+    disk, start = MemoryStorage(), Start(id="a", worker="w")
+    async with VirtualEngine(disk) as house:
         await house.yes(Create(id="a"))
         first = await house.yes(start, key=key("k"))
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         again = await house.actor.ask(start, key=key("k"))
         assert isinstance(again, Response)
         assert again.replayed
@@ -967,7 +967,7 @@ async def test_a_grant_that_an_earlier_daemon_may_have_sent_is_not_taken_back() 
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 
-def closed(house: Household) -> str:
+def closed(house: VirtualEngine) -> str:
     return house.actor.full_disk.closed.name
 
 
@@ -1219,7 +1219,7 @@ async def test_a_refused_batch_leaves_nothing_behind() -> None:
         assert (await house.yes(Start(id="a", worker="w"))).fencing_token > token + 1  # what was handed out is burnt
 
 
-class TokenDisk(MemoryDisk):
+class TokenDisk(MemoryStorage):
     """Notes every fencing token that it was asked to write, also those of batches that it refuses."""
 
     def __init__(self, numbers: Numbers | None = None) -> None:
@@ -1351,7 +1351,7 @@ async def test_waiting_claims_keep_their_place_over_a_refused_batch() -> None:
 
 @in_virtual_time
 async def test_a_claim_that_was_parked_by_a_refused_batch_is_parked_once() -> None:
-    house = Household()
+    house = VirtualEngine()
     house.disk.write_errors.append(DiskFull("once"))
     claim = Claim(worker="w", wait_ms=30_000)
     tasks = [begin(house.actor.ask(claim, key=key("k"))) for _ in range(2)]
@@ -1507,7 +1507,7 @@ async def test_keys_do_not_grow_old_by_a_clock_that_nobody_believes() -> None:
 
 @in_virtual_time
 async def test_a_commit_of_others_that_failed_ends_everything() -> None:
-    house = Household()
+    house = VirtualEngine()
     running = begin(house.actor.run())
     await house.yes(Create(id="a"))
     house.actor.lose_disk(OSError("EIO"))
@@ -1550,7 +1550,7 @@ class Ready:
         self.heard.append(("told", answer))
 
 
-class AtHand(MemoryDisk):
+class AtHand(MemoryStorage):
     """Has the payloads of the jobs that it names at hand."""
 
     def __init__(self, *job_seqs: int) -> None:
@@ -1571,7 +1571,7 @@ async def test_answers_are_made_ready_while_the_disk_is_at_work() -> None:
         for job_id, ready in (("a", True), ("b", False)):
             waiter = Ready()
             disk.gate.clear()
-            assert isinstance(house.actor.send(Start(id=job_id, worker="w"), waiter), Asked)
+            assert isinstance(house.actor.send(Start(id=job_id, worker="w"), waiter), Envelope)
             await disk.at_gate.wait()
             await settle()
             assert [what for what, _ in waiter.heard] == ["ready"] * ready
@@ -1585,11 +1585,11 @@ async def test_answers_are_made_ready_while_the_disk_is_at_work() -> None:
 
 @in_virtual_time
 async def test_an_answer_whose_commit_has_failed_is_never_told() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     async with household(disk) as house:
         waiter = Ready()
         disk.write_errors.append(DiskFull("full"))
-        assert isinstance(house.actor.send(Create(id="a"), waiter), Asked)
+        assert isinstance(house.actor.send(Create(id="a"), waiter), Envelope)
         await settle()
         (_, ready), (_, told) = waiter.heard
         assert isinstance(ready, Response)
@@ -1599,7 +1599,7 @@ async def test_an_answer_whose_commit_has_failed_is_never_told() -> None:
 
 @in_virtual_time
 async def test_what_writes_nothing_and_what_looks_at_history_are_not_made_ready() -> None:
-    async with household(MemoryDisk()) as house:
+    async with household(MemoryStorage()) as house:
         await house.yes(Create(id="a"))
         for look in (Get(id="a"), Timeline(id="a")):
             waiter = Ready()
@@ -1619,7 +1619,7 @@ def test_a_bug_while_answers_leave_ends_everything(others: int) -> None:
 
     @in_virtual_time
     async def run() -> None:
-        house = Household()
+        house = VirtualEngine()
         running = begin(house.actor.run())
         house.disk.gate.clear()
         house.actor.send(Create(id="a"), Raising())
@@ -1639,7 +1639,7 @@ def test_a_bug_while_answers_leave_ends_everything(others: int) -> None:
 COMMIT_S = 0.02
 
 
-class SlowDisk(MemoryDisk):
+class SlowDisk(MemoryStorage):
     """Every commit takes 20 ms, and pages of jobs are read by the same thread. `written`: how many changes each had."""
 
     def __init__(self) -> None:
@@ -1684,7 +1684,7 @@ def test_few_who_wait_get_no_commit_of_their_own(waiting: int, written: list[int
 class Beside:
     """A commit is under way; behind it job "a" is to be cancelled, and what is asked comes behind that."""
 
-    def __init__(self, house: Household) -> None:
+    def __init__(self, house: VirtualEngine) -> None:
         self.house = house
         self.began_s = 0.0
         self.behind: asyncio.Task[Any]
@@ -1778,7 +1778,7 @@ async def test_a_look_does_not_wait_for_the_grants_of_claims_that_wait() -> None
 @in_virtual_time
 async def test_who_looked_has_the_answer_though_the_commit_behind_it_fails() -> None:
     disk = SlowDisk()
-    house = Household(disk)
+    house = VirtualEngine(disk)
     running = asyncio.create_task(house.actor.run())
     await house.actor.ask(Create(id="a"))
     disk.write_errors.append(OSError("gone"))
@@ -1848,7 +1848,7 @@ async def test_a_bad_payload_that_a_decision_needs() -> None:
 
 @in_virtual_time
 async def test_a_row_that_goes_bad_while_the_daemon_runs() -> None:
-    async with Household(await finished_disk()) as house:
+    async with VirtualEngine(await finished_disk()) as house:
         house.disk.bad_jobs["done"] = "checksum"
         assert (await house.no(Get(id="done"))).code == "job_quarantined"
         assert (await house.no(Get(id="done"))).code == "job_quarantined"
@@ -1887,7 +1887,7 @@ async def test_a_job_that_is_deleted_or_set_aside_is_no_suspect_any_more() -> No
 # -- an unknown outcome -----------------------------------------------------------------------------------------------
 
 
-async def broken(house: Household, running: asyncio.Task[None]) -> None:
+async def broken(house: VirtualEngine, running: asyncio.Task[None]) -> None:
     with pytest.raises(DiskBroken):
         await running
     refusal = await house.actor.ask(Ping())
@@ -1897,7 +1897,7 @@ async def broken(house: Household, running: asyncio.Task[None]) -> None:
 
 @in_virtual_time
 async def test_an_unknown_outcome_is_told_and_ends_everything() -> None:
-    house = Household()
+    house = VirtualEngine()
     running = begin(house.actor.run())
     waiting = await parked(house, "w", queues=["other"])
     house.disk.lost_answers = 1
@@ -1919,7 +1919,7 @@ async def test_an_unknown_outcome_is_told_and_ends_everything() -> None:
 @pytest.mark.parametrize("method", ["write", "load"])
 def test_any_error_of_the_disk_ends_everything(method: str) -> None:
     async def test() -> None:
-        house = Household(await finished_disk())
+        house = VirtualEngine(await finished_disk())
         running = begin(house.actor.run())
         house.disk.errors[method] = OSError("EIO")
         tasks = fill(house, [Get(id="done"), Create(id="a")])
@@ -1932,7 +1932,7 @@ def test_any_error_of_the_disk_ends_everything(method: str) -> None:
 @in_virtual_time
 async def test_bad_rows_of_jobs_that_nobody_knows_end_everything() -> None:
     """Nothing could be set aside, so deciding again would come to the same, for ever."""
-    house = Household()
+    house = VirtualEngine()
     running = begin(house.actor.run())
     house.disk.write_errors.append(BadRows({"seq 7": "its payload is missing"}))
     assert (await house.no(Create())).code == "outcome_unknown"
@@ -1968,7 +1968,7 @@ async def test_a_row_that_a_page_of_jobs_sets_aside_meanwhile_costs_its_own_comm
         assert house.book.totals == {"queued": 0, "processing": 1, "completed": 0, "failed": 0, "cancelled": 0}
 
 
-class Meanwhile(MemoryDisk):
+class Meanwhile(MemoryStorage):
     """Just before a payload is read, or a job deleted, somebody else meets the damaged row of `job_id`."""
 
     job_id = "bad"
@@ -2013,10 +2013,10 @@ async def test_a_finished_job_that_is_set_aside_is_not_counted_any_more() -> Non
     disk = Meanwhile()
     disk.job_id = "none yet"
     for name in ("bad", "good", "worse"):
-        async with Household(disk) as house:
+        async with VirtualEngine(disk) as house:
             await house.yes(Create(id=name))
             await house.yes(Cancel(id=name))
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         disk.job_id, disk.bad_jobs["worse"] = "bad", "checksum"
         assert (await house.no(Get(id="worse"))).code == "job_quarantined"
         assert house.book.totals["cancelled"] == 2
@@ -2027,7 +2027,7 @@ async def test_a_finished_job_that_is_set_aside_is_not_counted_any_more() -> Non
         assert disk.queues["default"].cancelled == house.book.totals["cancelled"] == 2
 
 
-def counted_as_on_the_disk(house: Household) -> None:
+def counted_as_on_the_disk(house: VirtualEngine) -> None:
     """The counts of finished jobs: in memory, as they are kept, and of the rows themselves."""
     disk = house.disk
     for status in ("completed", "failed", "cancelled"):
@@ -2112,7 +2112,7 @@ def test_a_damaged_row_that_stays_is_counted_as_on_the_disk_whatever_becomes_of_
     test()
 
 
-class Counting(MemoryDisk):
+class Counting(MemoryStorage):
     """Counts of how many jobs late results are asked for at once."""
 
     def __init__(self) -> None:
@@ -2144,7 +2144,7 @@ async def test_late_completes_weigh_what_their_look_into_the_journal_costs() -> 
 
 @in_virtual_time
 async def test_a_payload_that_is_gone_without_a_reason_ends_everything() -> None:
-    house = Household()
+    house = VirtualEngine()
     running = begin(house.actor.run())
     await house.yes(Create(id="a"))
     house.disk.payloads.clear()
@@ -2154,7 +2154,7 @@ async def test_a_payload_that_is_gone_without_a_reason_ends_everything() -> None
 
 @in_virtual_time
 async def test_a_probe_that_fails_otherwise_ends_everything() -> None:
-    house = Household()
+    house = VirtualEngine()
     running = begin(house.actor.run())
     house.disk.fits = lambda batch: False
     assert (await house.no(Create())).code == "storage_full"
@@ -2164,7 +2164,7 @@ async def test_a_probe_that_fails_otherwise_ends_everything() -> None:
 
 @in_virtual_time
 async def test_a_ballast_that_cannot_be_dropped_ends_everything() -> None:
-    house = Household()
+    house = VirtualEngine()
     running = begin(house.actor.run())
     house.disk.errors["drop_reserve"] = OSError("EIO")
     house.disk.fits = lambda batch: False
@@ -2184,8 +2184,8 @@ def test_a_claim_is_found_by_who_waited_longest() -> None:
         lot = Parked(WorkerPresence())
         loop = asyncio.get_running_loop()
 
-        def claim(deadline: float, **fields: Any) -> Asked:
-            asked = Asked(Call(Claim(worker="w", **fields)), None, 0, loop.create_future())
+        def claim(deadline: float, **fields: Any) -> Envelope:
+            asked = Envelope(Call(Claim(worker="w", **fields)), None, 0, loop.create_future())
             asked.deadline = deadline
             return asked
 
@@ -2211,7 +2211,7 @@ def test_a_claim_is_found_by_who_waited_longest() -> None:
 # -- late results -----------------------------------------------------------------------------------------------------
 
 
-async def lost(house: Household, job_id: str = "a", **fields: Any) -> str:
+async def lost(house: VirtualEngine, job_id: str = "a", **fields: Any) -> str:
     """A failed job that was taken from its worker: the lock that is lost."""
     lock_id = await house.held(job_id, **fields)
     await house.yes(ForceFail(id=job_id), admin=True)
@@ -2222,7 +2222,7 @@ def done(lock_id: str, job_id: str = "a", **fields: Any) -> Complete:
     return Complete(id=job_id, lock_id=lock_id, **({"file_path": "/out"} | fields))
 
 
-def kept_by(house: Household, job_id: str = "a") -> list[str | None]:
+def kept_by(house: VirtualEngine, job_id: str = "a") -> list[str | None]:
     """Where the late results of a job on the disk say that the work is."""
     job = house.disk.job(job_id)
     assert job is not None
@@ -2258,7 +2258,7 @@ async def test_a_late_result_that_could_not_be_written_is_not_remembered() -> No
 
 @in_virtual_time
 async def test_late_results_outlive_the_daemon_and_are_read_when_asked_for() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     async with household(disk) as house:
         lock_id = await lost(house, payload=Raw(b"[9]"))
         await house.no(done(lock_id, metadata=Raw(b'{"n": 1}')))
@@ -2308,7 +2308,7 @@ async def test_whether_a_late_result_can_be_adopted_is_judged_by_the_policy_of_n
 
 @in_virtual_time
 async def test_why_sees_the_address_of_a_late_result_that_only_the_disk_has() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     async with household(disk) as house:
         await house.no(done(await lost(house), download_url="u"))
     async with household(disk, policy=Policy(require_download_url=True)) as house:
@@ -2355,7 +2355,7 @@ async def test_a_grant_of_long_ago_is_told_by_the_journal() -> None:
         assert kept_by(house) == ["/out"]
 
 
-class Looked(MemoryDisk):
+class Looked(MemoryStorage):
     """Remembers what was asked of late results."""
 
     def __init__(self) -> None:
@@ -2405,7 +2405,7 @@ async def test_a_full_disk_keeps_nothing_and_refuses_as_ever() -> None:
         assert "late_result" in (await house.no(done(locks["c"], "c"))).details
 
 
-def told(house: Household) -> list[str]:
+def told(house: VirtualEngine) -> list[str]:
     """The verbs of the late calls that the journal on the disk tells of."""
     return [(event.details or {})["verb"] for event in house.disk.events if event.type == "late_call"]
 
@@ -2508,7 +2508,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_pages")
 @in_virtual_time
 async def test_a_search_for_text_looks_slice_by_slice_and_at_a_page_at_most() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         for n in range(12):
             await house.yes(Create(id=f"j{n}", payload=Raw(b'"needle"' if n in (0, 1, 6) else b"1")))
         looks = house.disk.calls.get("find", 0)
@@ -2529,7 +2529,7 @@ async def test_a_search_for_text_looks_slice_by_slice_and_at_a_page_at_most() ->
 @pytest.mark.usefixtures("small_pages")
 @in_virtual_time
 async def test_a_page_goes_on_looking_until_it_has_looked_at_enough() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         for n in range(15):
             await asyncio.sleep(1)
             await house.yes(Create(id=f"j{n}", queue="b" if n in (1, 7, 8) else "a"))
@@ -2561,7 +2561,7 @@ def slow_pages(small_pages: None, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("slow_pages")
 @in_virtual_time
 async def test_a_page_goes_on_looking_until_its_time_is_up() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         for n in range(30):
             await house.yes(Create(id=f"j{n}", queue="b" if n == 0 else "a"))
         began = house.now
@@ -2579,7 +2579,7 @@ async def test_a_page_goes_on_looking_until_its_time_is_up() -> None:
 @pytest.mark.usefixtures("slow_pages")
 @in_virtual_time
 async def test_who_looks_far_back_holds_up_nobody_else() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         for n in range(30):
             await house.yes(Create(id=f"j{n}"))
         far = [asyncio.create_task(house.yes(ListJobs(queue="nowhere"))) for _ in range(2 * history.AT_ONCE)]
@@ -2597,7 +2597,7 @@ async def test_who_looks_far_back_holds_up_nobody_else() -> None:
 @in_virtual_time
 async def test_jobs_that_move_while_one_pages_are_neither_shown_twice_nor_left_out() -> None:
     """A page begins below the one before, wherever its jobs are looked for."""
-    async with Household() as house:
+    async with VirtualEngine() as house:
         for n in range(12):
             await house.yes(Create(id=f"j{n}"))
             if n % 2:
@@ -2654,7 +2654,7 @@ async def test_jobs_are_found_by_when_they_finished_and_by_who_had_them_last() -
 
 @in_virtual_time
 async def test_a_search_carries_a_page_of_payload_at_most() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         for n in range(4):
             await house.yes(Create(id=f"j{n}", payload=Raw(b'"' + b"x" * (3 << 20) + b'"')))
         page = await house.yes(SearchJobs(q="xxx"))

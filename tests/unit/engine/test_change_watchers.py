@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from jobd.engine.change_watchers import Watcher
-from jobd.engine.event_feed import Feed
+from jobd.engine.event_feed import EventFeed
 from jobd.model.errors import ApiException
 from jobd.model.events import Change, Event, EventFilter
-from tests.support.memory_storage import MemoryDisk
+from tests.support.memory_storage import MemoryStorage
 
 MOST = 4
 ALL = EventFilter()
@@ -23,8 +23,8 @@ def change(job_id: str, queue: str = "q", kind: Any = "created") -> Change:
 
 
 @pytest.fixture
-def feed() -> Feed:
-    return Feed(MemoryDisk(), 0, MOST)
+def feed() -> EventFeed:
+    return EventFeed(MemoryStorage(), 0, MOST)
 
 
 def nothing() -> None:
@@ -38,7 +38,7 @@ def heard(*watchers: Watcher) -> list[bool]:
     return told
 
 
-async def test_each_hears_of_what_concerns_him(feed: Feed) -> None:
+async def test_each_hears_of_what_concerns_him(feed: EventFeed) -> None:
     everything = feed.watch(queue=None, job_id=None, cut=nothing)
     queue = feed.watch(queue="video", job_id=None, cut=nothing)
     job = feed.watch(queue=None, job_id="a", cut=nothing)
@@ -55,7 +55,7 @@ async def test_each_hears_of_what_concerns_him(feed: Feed) -> None:
     assert heard(everything, queue, job) == [True, True, True], "every page tells of paused queues"
 
 
-async def test_who_leaves_hears_no_more_and_gives_his_place_back(feed: Feed) -> None:
+async def test_who_leaves_hears_no_more_and_gives_his_place_back(feed: EventFeed) -> None:
     places = [feed.watch(queue=None, job_id=None, cut=nothing), feed.watch(queue="q", job_id=None, cut=nothing)]
     places += [feed.watch(queue=None, job_id="a", cut=nothing) for _ in range(2)]
     assert feed.listeners == MOST
@@ -75,7 +75,7 @@ async def test_who_leaves_hears_no_more_and_gives_his_place_back(feed: Feed) -> 
     assert [watchers._all, watchers._of_all, watchers._of_queue, watchers._of_job] == [set(), set(), {}, {}]
 
 
-async def test_it_is_over_when_the_daemon_stops(feed: Feed, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_is_over_when_the_daemon_stops(feed: EventFeed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobd.engine.event_feed.CLOSING_S", 0.01)
     cut = asyncio.Event()
     watcher = feed.watch(queue=None, job_id="a", cut=cut.set)
@@ -88,7 +88,7 @@ async def test_it_is_over_when_the_daemon_stops(feed: Feed, monkeypatch: pytest.
     assert no.value.error.code == "shutting_down"
 
 
-async def test_news_cost_listeners_nothing_and_are_kept_for_nobody(feed: Feed) -> None:
+async def test_news_cost_listeners_nothing_and_are_kept_for_nobody(feed: EventFeed) -> None:
     feed.watch(queue=None, job_id=None, cut=nothing)
     for _ in range(100):
         feed.publish([change("a")])

@@ -12,11 +12,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from jobd.engine import event_feed
-from jobd.engine.event_feed import HEARTBEAT_S, PAGE, Feed, Listener
+from jobd.engine.event_feed import HEARTBEAT_S, PAGE, EventFeed, Subscriber
 from jobd.model.errors import ApiException
 from jobd.model.events import Change, EventFilter
 from tests.support.factories import ChangeFactory
-from tests.support.memory_storage import MemoryDisk
+from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import in_virtual_time, seconds
 
 ALL = EventFilter()
@@ -26,10 +26,10 @@ class Stage:
     """A journal, what feeds it, and listeners. A commit may be told to the feed later, as the actor does it."""
 
     def __init__(self, most: int = 10) -> None:
-        self.disk = MemoryDisk()
+        self.disk = MemoryStorage()
         self.maker = ChangeFactory()
-        self.feed = Feed(self.disk, 0, most)
-        self.cuts: list[Listener] = []
+        self.feed = EventFeed(self.disk, 0, most)
+        self.cuts: list[Subscriber] = []
         self._untold: list[Sequence[Change]] = []
 
     async def commit(self, count: int = 1, *, tell: bool = True, **fields: Any) -> None:
@@ -46,11 +46,11 @@ class Stage:
             self.feed.publish(changes)
         self._untold.clear()
 
-    def listen(self, wanted: EventFilter = ALL, *, follow: bool = True) -> Listener:
+    def listen(self, wanted: EventFilter = ALL, *, follow: bool = True) -> Subscriber:
         listener = self.feed.listen(wanted, follow=follow, cut=lambda: self.cuts.append(listener))
         return listener
 
-    async def begun(self, wanted: EventFilter = ALL, after: int | None = None, *, follow: bool = True) -> Listener:
+    async def begun(self, wanted: EventFilter = ALL, after: int | None = None, *, follow: bool = True) -> Subscriber:
         listener = self.listen(wanted, follow=follow)
         await listener.begin(after)
         return listener
@@ -66,7 +66,7 @@ def numbers(piece: bytes) -> list[int]:
     return [event["seq"] for event in told(piece)]
 
 
-async def heard(listener: Listener, up_to: int) -> list[int]:
+async def heard(listener: Subscriber, up_to: int) -> list[int]:
     """All that a listener hears until he has come so far."""
     found: list[int] = []
     while listener.position < up_to:
@@ -297,7 +297,7 @@ def test_many_who_resume_together_get_live_while_events_go_on(spread: int) -> No
     async def run() -> None:
         stage = Stage(most=100)
         await stage.commit(500)
-        found: dict[Listener, list[int]] = {}
+        found: dict[Subscriber, list[int]] = {}
 
         async def listen(after: int) -> None:
             listener = await stage.begun(after=after)

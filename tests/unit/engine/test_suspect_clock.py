@@ -40,26 +40,26 @@ from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Policy
 from jobd.model.responses import Response
 from jobd.model.storage import AuditEntry, StoredResponse
-from tests.support.memory_storage import MemoryDisk
+from tests.support.memory_storage import MemoryStorage
 from tests.support.plan_help import applied, made
 from tests.support.rule_harness import RuleHarness
-from tests.support.virtual_engine import Household, in_virtual_time, seconds, until
+from tests.support.virtual_engine import VirtualEngine, in_virtual_time, seconds, until
 
 STEP_MS: Final = 40 * DAY_MS
 PASSES: Final = Schedule(interval_ms=5 * MINUTE_MS, min_interval_ms=2 * MINUTE_MS, recover_every_ms=0)
 
 
-async def done(house: Household, job_id: str = "done", **fields: Any) -> None:
+async def done(house: VirtualEngine, job_id: str = "done", **fields: Any) -> None:
     """A completed job."""
     await house.yes(Complete(id=job_id, lock_id=await house.held(job_id), download_url="https://x/y", **fields))
 
 
-async def waiting(house: Household, job_id: str = "waits") -> None:
+async def waiting(house: VirtualEngine, job_id: str = "waits") -> None:
     """A queued job that is not wanted after 20 days."""
     await house.yes(Create(id=job_id, expires_at=house.now + 20 * DAY_MS))
 
 
-def status(house: Household, job_id: str) -> str | None:
+def status(house: VirtualEngine, job_id: str) -> str | None:
     job = house.disk.job(job_id)
     return None if job is None else job.status
 
@@ -69,7 +69,7 @@ def status(house: Household, job_id: str) -> str | None:
 
 @in_virtual_time
 async def test_the_first_command_after_a_step_fails_and_deletes_nothing() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await done(house)
         await waiting(house)
         for command in (
@@ -91,7 +91,7 @@ async def test_the_first_command_after_a_step_fails_and_deletes_nothing() -> Non
 
 @in_virtual_time
 async def test_a_start_of_an_overdue_job_is_refused_and_the_job_not_failed() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await waiting(house)
         house.step_ms = STEP_MS
         refusal = await house.no(Start(id="waits", worker="w"))
@@ -162,7 +162,7 @@ def test_why_and_validation_name_the_suspect_clock_and_the_action() -> None:
 
 @in_virtual_time
 async def test_a_plan_made_before_the_step_does_nothing_by_age_after_it() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await done(house, expires_at=house.now + SECOND_MS)
         await house.yes(Create(id="waits", expires_at=house.now + SECOND_MS))
@@ -177,7 +177,7 @@ async def test_a_plan_made_before_the_step_does_nothing_by_age_after_it() -> Non
 
 @in_virtual_time
 async def test_a_plan_made_after_the_step_names_no_job_by_age() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await done(house)
         await waiting(house)
@@ -190,8 +190,8 @@ async def test_a_plan_made_after_the_step_names_no_job_by_age() -> None:
 
 @in_virtual_time
 async def test_forty_days_ahead_for_six_seconds_and_a_forced_cleanup_run_lose_nothing() -> None:
-    disk = MemoryDisk()
-    async with Household(disk, schedule=PASSES) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk, schedule=PASSES) as house:
         house.keep()
         for job_id in ("a", "b", "c", "gone"):
             await done(house, job_id)
@@ -213,8 +213,8 @@ async def test_forty_days_ahead_for_six_seconds_and_a_forced_cleanup_run_lose_no
 
 @in_virtual_time
 async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_cleanup_run() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         await done(house)
         look = disk.expired
 
@@ -232,7 +232,7 @@ async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_clea
 
 @in_virtual_time
 async def test_recovery_fails_no_overdue_job() -> None:
-    async with Household(schedule=Schedule(recover_every_ms=SECOND_MS)) as house:
+    async with VirtualEngine(schedule=Schedule(recover_every_ms=SECOND_MS)) as house:
         await waiting(house)
         await house.yes(Create(id="due", expires_at=house.now + SECOND_MS))
         house.step_ms = STEP_MS
@@ -246,7 +246,7 @@ async def test_recovery_fails_no_overdue_job() -> None:
 
 @in_virtual_time
 async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again() -> None:
-    async with Household(schedule=PASSES) as house:
+    async with VirtualEngine(schedule=PASSES) as house:
         house.keep()
         await done(house)
         await waiting(house)
@@ -264,7 +264,7 @@ async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again() -> No
 @in_virtual_time
 async def test_a_job_that_ends_meanwhile_is_kept_for_its_whole_retention_either_way() -> None:
     for is_right in (True, False):
-        async with Household(schedule=PASSES) as house:
+        async with VirtualEngine(schedule=PASSES) as house:
             house.keep()
             house.step_ms = STEP_MS
             await done(house)
@@ -278,7 +278,7 @@ async def test_a_job_that_ends_meanwhile_is_kept_for_its_whole_retention_either_
 
 @in_virtual_time
 async def test_times_that_a_caller_gives_are_not_refused_because_our_clock_is_wrong() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         right = house.now
         house.step_ms = STEP_MS
         await done(house, expires_at=right + DAY_MS)
@@ -292,8 +292,8 @@ async def test_times_that_a_caller_gives_are_not_refused_because_our_clock_is_wr
 
 @in_virtual_time
 async def test_idempotency_keys_age_by_the_expected_time() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         use = IdempotencyKey("k", "body")
         await house.actor.ask(Create(id="a"), key=use)
         house.step_ms = STEP_MS
@@ -310,8 +310,8 @@ async def test_idempotency_keys_age_by_the_expected_time() -> None:
 
 @in_virtual_time
 async def test_the_suspicion_is_on_disk_with_the_first_batch_and_stays_with_the_next_write_and_start() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         await done(house, expires_at=house.now + DAY_MS)
         writes = len(disk.batches)
         right = house.now
@@ -324,20 +324,20 @@ async def test_the_suspicion_is_on_disk_with_the_first_batch_and_stays_with_the_
         await house.yes(Create(id="a"))
         assert (disk.numbers.clock_suspect, disk.numbers.wall_ms) == (True, right + 3 * SECOND_MS)
     for _ in range(2):
-        async with Household(disk, step_ms=2 * DAY_MS) as house:
+        async with VirtualEngine(disk, step_ms=2 * DAY_MS) as house:
             house.keep()
             assert house.clock.suspect
             assert (await house.cleaner.run_pass(forced=True)).expired_jobs_deleted == 0
             await house.yes(Tick())
             assert disk.numbers.clock_suspect
             assert status(house, "done") == "completed"
-    async with Household(disk, step_ms=2 * DAY_MS) as house:
+    async with VirtualEngine(disk, step_ms=2 * DAY_MS) as house:
         house.keep()
         house.clock.accept()
         await house.yes(Get(id="done"))
         assert not disk.numbers.clock_suspect
         assert disk.numbers.wall_ms == house.now
-    async with Household(disk, step_ms=2 * DAY_MS) as house:
+    async with VirtualEngine(disk, step_ms=2 * DAY_MS) as house:
         house.keep()
         assert not house.clock.suspect
         assert (await house.cleaner.run_pass(forced=True)).expired_jobs_deleted == 1
@@ -345,10 +345,10 @@ async def test_the_suspicion_is_on_disk_with_the_first_batch_and_stays_with_the_
 
 @in_virtual_time
 async def test_a_restart_29_days_ahead_deletes_nothing() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         await done(house)
-    async with Household(disk, step_ms=29 * DAY_MS) as house:
+    async with VirtualEngine(disk, step_ms=29 * DAY_MS) as house:
         house.keep()
         assert (await house.cleaner.run_pass(forced=True)).expired_jobs_deleted == 0
         assert status(house, "done") == "completed"
@@ -356,20 +356,20 @@ async def test_a_restart_29_days_ahead_deletes_nothing() -> None:
 
 @in_virtual_time
 async def test_a_short_retention_makes_no_clock_suspect_at_the_restart_of_an_idle_daemon() -> None:
-    disk, policy = MemoryDisk(), Policy(keep_cancelled_ms=MINUTE_MS)
-    async with Household(disk, policy=policy) as house:
+    disk, policy = MemoryStorage(), Policy(keep_cancelled_ms=MINUTE_MS)
+    async with VirtualEngine(disk, policy=policy) as house:
         house.keep()
         await seconds(30 * 60)
         left_ms = house.now
     assert disk.numbers.wall_ms >= left_ms - 10 * SECOND_MS
-    async with Household(disk, policy=policy, step_ms=15 * SECOND_MS) as house:
+    async with VirtualEngine(disk, policy=policy, step_ms=15 * SECOND_MS) as house:
         assert not house.clock.suspect
 
 
 @in_virtual_time
 async def test_an_idle_daemon_notices_a_step_and_its_end_by_itself() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         house.keep()
         await seconds(60)
         house.step_ms = STEP_MS
@@ -387,8 +387,8 @@ async def test_an_idle_daemon_notices_a_step_and_its_end_by_itself() -> None:
 
 @in_virtual_time
 async def test_on_a_full_disk_a_read_writes_nothing_and_the_suspicion_is_written_once_there_is_room() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         house.keep()
         await house.yes(Create(id="a"))
         disk.fill()
@@ -403,8 +403,8 @@ async def test_on_a_full_disk_a_read_writes_nothing_and_the_suspicion_is_written
 
 @in_virtual_time
 async def test_a_read_is_answered_if_only_the_suspicion_does_not_fit_on_the_disk() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         await house.yes(Create(id="a"))
         disk.fill()
         house.step_ms = STEP_MS
@@ -413,7 +413,7 @@ async def test_a_read_is_answered_if_only_the_suspicion_does_not_fit_on_the_disk
         disk.free()
 
 
-def rooms_of(house: Household) -> Rooms:
+def rooms_of(house: VirtualEngine) -> Rooms:
     """The part of them that an accepted clock needs."""
     missing = cast(Any, None)
     return cast(Rooms, cast(Any, Rooms)(house.actor, missing, missing, house.clock, *[missing] * 9, lambda: True))
@@ -421,8 +421,8 @@ def rooms_of(house: Household) -> Rooms:
 
 @in_virtual_time
 async def test_an_accepted_clock_is_on_disk_before_the_answer() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         rooms = rooms_of(house)
         house.step_ms = STEP_MS
         assert rooms.clock().suspect
@@ -437,8 +437,8 @@ async def test_an_accepted_clock_is_on_disk_before_the_answer() -> None:
 
 @in_virtual_time
 async def test_a_clock_that_cannot_be_kept_as_accepted_is_not_accepted() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         house.step_ms = STEP_MS
         disk.fill()
         await house.no(Create(id="a"))

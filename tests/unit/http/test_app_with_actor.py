@@ -20,7 +20,7 @@ from jobd.engine.idempotency import Keys
 from jobd.http.auth import Gate
 from jobd.model.job import Policy
 from tests.support.http_harness import TOKEN, House, message
-from tests.support.memory_storage import MemoryDisk
+from tests.support.memory_storage import MemoryStorage
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
 ADMIN = "/admin/job-management"
@@ -29,7 +29,7 @@ ADMIN = "/admin/job-management"
 class Town:
     """One actor behind a worker door and an admin door."""
 
-    def __init__(self, worker: House, admin: House, actor: Actor, disk: MemoryDisk) -> None:
+    def __init__(self, worker: House, admin: House, actor: Actor, disk: MemoryStorage) -> None:
         self.worker = worker
         self.admin = admin
         self.actor = actor
@@ -47,7 +47,7 @@ class Town:
 
 @pytest.fixture
 async def town(tmp_path: Path) -> AsyncIterator[Town]:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     opened = disk.opened()
     book = Book.opened(opened)
     actor = Actor(disk, book, Keys([], 100), Clock(), Policy(), random=os.urandom)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from jobd.engine.mailbox import Asked
+from jobd.engine.mailbox import Envelope
 from tests.integration.test_command_stream import Stream
 from tests.support.http_harness import message
 from tests.support.virtual_engine import until
@@ -23,9 +23,9 @@ async def _town(tmp_path: Path) -> AsyncIterator[Town]:
 
 
 @contextmanager
-def left_over() -> Iterator[list[Asked]]:
+def left_over() -> Iterator[list[Envelope]]:
     """In the list is at the end what was asked meanwhile and is held by circles alone."""
-    left: list[Asked] = []
+    left: list[Envelope] = []
     was_on = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -33,7 +33,7 @@ def left_over() -> Iterator[list[Asked]]:
         yield left
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
-        left += [each for each in gc.garbage if isinstance(each, Asked)]
+        left += [each for each in gc.garbage if isinstance(each, Envelope)]
     finally:
         gc.set_debug(0)
         gc.garbage.clear()

@@ -24,17 +24,17 @@ from jobd.maintenance.artifact_sweeper import (
 from jobd.model.commands import Adopt, Complete, Delete, DeleteExpired, ForceFail, ForceReset
 from jobd.model.job import DAY_MS, MAX_LATE_RESULTS, LateResult, Policy, Result
 from jobd.model.storage import MAX_POSTPONE_MS, DiskFull, DueTombstones
-from jobd.storage.artifacts.base import MARGINS, StoreFault
+from jobd.storage.artifacts.base import MARGINS, ArtifactStoreError
 from tests.support.memory_artifacts import MemoryArtifacts
-from tests.support.memory_storage import MemoryDisk
-from tests.support.virtual_engine import WALL, Household, in_virtual_time, row, seconds, until
+from tests.support.memory_storage import MemoryStorage
+from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time, row, seconds, until
 
 YOUNG_MS, SKEW_MS = MARGINS.young_ms, MARGINS.skew_ms
 
 
 @dataclass
 class Swept:
-    house: Household
+    house: VirtualEngine
     store: MemoryArtifacts
     sweeper: Sweeper
 
@@ -56,8 +56,8 @@ class Swept:
 
 
 @asynccontextmanager
-async def sweeping(disk: MemoryDisk | None = None, store: MemoryArtifacts | None = None) -> AsyncIterator[Swept]:
-    async with Household(disk, policy=Policy(artifacts=True)) as house:
+async def sweeping(disk: MemoryStorage | None = None, store: MemoryArtifacts | None = None) -> AsyncIterator[Swept]:
+    async with VirtualEngine(disk, policy=Policy(artifacts=True)) as house:
         store = store or MemoryArtifacts(lambda: house.now)
         sweeper = Sweeper(house.disk, store, house.clock, Sweeps(waiting=len(house.disk.tombstones)))
         house.disk.on_tombstones = sweeper.expect
@@ -113,7 +113,7 @@ async def test_an_idle_sweeper_costs_nothing() -> None:
         assert at.house.disk.calls == calls
 
 
-class Crowded(MemoryDisk):
+class Crowded(MemoryStorage):
     """A crowd of damaged tombstones stands at the head, for which there is no room in quarantine."""
 
     crowd = 2
@@ -160,7 +160,7 @@ async def test_a_key_that_another_job_names_stays_until_its_last_job_goes() -> N
 
 @in_virtual_time
 async def test_a_key_that_a_job_in_quarantine_names_stays() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     disk.put(row(1, "b", "completed", result=Result(storage_key="shared"), finished_at=WALL, progress=100))
     async with sweeping(disk) as at:
         await at.done("a", "shared")
@@ -271,7 +271,7 @@ async def test_a_young_object_of_a_late_result_waits_and_one_that_a_job_names_st
 async def test_an_object_of_a_late_result_that_cannot_be_deleted_is_counted_among_those_complained_of() -> None:
     async with sweeping() as at:
         await late(at, "a", "late/1")
-        at.store.broken = StoreFault("away")
+        at.store.broken = ArtifactStoreError("away")
         await at.delete("a")
         await seconds(COMPLAIN_AFTER_S + POLL_S)
         assert (at.sweeper.complaint() or "").startswith("1 objects of deleted jobs could not be deleted")
@@ -314,7 +314,7 @@ async def test_a_young_object_that_nobody_names_goes_when_it_is_old_enough() -> 
 async def test_what_was_written_after_the_deletion_is_another_s() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
-        at.store.broken = StoreFault("down")
+        at.store.broken = ArtifactStoreError("down")
         await at.delete("a")
         await until(lambda: at.sweeps.failures > 0)
         await seconds(SKEW_MS / 1000 + 1)
@@ -371,7 +371,10 @@ async def test_failures_are_tried_again_ever_more_rarely_and_delay_nobody_else()
 
 @pytest.mark.parametrize(
     ("error", "said"),
-    [(StoreFault("the bucket is gone"), "the bucket is gone"), (ValueError("a bug"), "memory: ValueError: a bug")],
+    [
+        (ArtifactStoreError("the bucket is gone"), "the bucket is gone"),
+        (ValueError("a bug"), "memory: ValueError: a bug"),
+    ],
 )
 def test_a_store_that_fails_for_long_is_complained_of(error: Exception, said: str) -> None:
     @in_virtual_time
@@ -410,7 +413,7 @@ async def test_a_store_that_does_not_answer_fails_in_time() -> None:
 
 @in_virtual_time
 async def test_it_says_how_far_behind_it_is() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     async with sweeping(disk) as at:
         for number in range(3 * SLICE):
             await at.done(f"job-{number}", f"k/{number}")
@@ -475,7 +478,7 @@ async def test_a_clock_that_stepped_back_puts_nothing_off_for_ever() -> None:
         at.house.step_ms = 40 * DAY_MS
         at.house.clock.accept()
         await at.done("a", "k")
-        at.store.broken = StoreFault("down")
+        at.store.broken = ArtifactStoreError("down")
         await at.delete("a")
         await until(lambda: at.sweeps.failures > 0)
         at.house.step_ms = 0
@@ -487,11 +490,11 @@ async def test_a_clock_that_stepped_back_puts_nothing_off_for_ever() -> None:
 
 @in_virtual_time
 async def test_a_restart_goes_on_where_it_was() -> None:
-    disk, store = MemoryDisk(), MemoryArtifacts(lambda: 0)
+    disk, store = MemoryStorage(), MemoryArtifacts(lambda: 0)
     async with sweeping(disk, store) as at:
         await at.done("a", "k")
         store.objects["k"] = at.house.now - DAY_MS
-        store.broken = StoreFault("down")
+        store.broken = ArtifactStoreError("down")
         await at.delete("a")
         await until(lambda: at.sweeps.failures == 1)
     (tombstone,) = disk.tombstones.values()
@@ -509,7 +512,7 @@ async def test_how_many_failures_are_remembered_has_a_limit() -> None:
     async with sweeping() as at:
         for number in range(FAILING_KEPT + 50):
             await at.done(f"job-{number}", f"k/{number}")
-        at.store.broken = StoreFault("down")
+        at.store.broken = ArtifactStoreError("down")
         at.house.step_ms = 8 * DAY_MS
         at.house.clock.accept()
         await at.house.yes(DeleteExpired(ids=[f"job-{number}" for number in range(FAILING_KEPT + 50)]))
@@ -523,7 +526,7 @@ async def test_how_many_failures_are_remembered_has_a_limit() -> None:
 
 @in_virtual_time
 async def test_without_a_store_of_artifacts_a_deletion_leaves_no_tombstone() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         lock_id = await house.held("a")
         await house.yes(Complete(id="a", lock_id=lock_id, storage_key="k"))
         await house.yes(Delete(id="a"), by="admin", admin=True)

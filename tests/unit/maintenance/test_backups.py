@@ -121,7 +121,7 @@ async def test_it_tells_how_far_it_is_from_the_first_step(store: Store, monkeypa
 async def test_a_check_tells_that_it_goes_on_and_can_be_stopped(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backup, "_CHECK_STEPS", 100)
     told: list[str] = []
-    with await backup.copied(store, lambda step, done, total: told.append(step)):
+    with await backup.make_copy(store, lambda step, done, total: told.append(step)):
         pass
     assert told.count("checking") > 10
     assert told.index("checking") > told.count("copying") - 1  # only then
@@ -133,7 +133,7 @@ async def test_a_check_tells_that_it_goes_on_and_can_be_stopped(store: Store, mo
             loop.call_soon_threadsafe(begun.set)
             time.sleep(0.01)  # so the check would take much longer than this test
 
-    asking = asyncio.create_task(backup.copied(store, tell))
+    asking = asyncio.create_task(backup.make_copy(store, tell))
     await begun.wait()
     closing = asyncio.create_task(store.close())
     with pytest.raises(BackupStopped):
@@ -144,7 +144,7 @@ async def test_a_check_tells_that_it_goes_on_and_can_be_stopped(store: Store, mo
 async def test_a_check_that_fails_for_another_reason_says_it(tmp_path: Path) -> None:
     path = str(tmp_path / "jobd.db")
     write(path, b"")
-    with edited(path) as conn, pytest.raises(sqlite3.OperationalError), backup._telling(conn, None):
+    with edited(path) as conn, pytest.raises(sqlite3.OperationalError), backup._reporting(conn, None):
         conn.execute("SELECT * FROM nothing")
 
 
@@ -181,7 +181,7 @@ async def test_why_there_is_none_is_kept(store: Store, monkeypatch: pytest.Monke
     def full(*_: object) -> None:
         raise DiskFull("a backup needs 48 MiB free")
 
-    monkeypatch.setattr(backup, "_need_room", full)
+    monkeypatch.setattr(backup, "_check_space", full)
     kept = Copies(store, lambda: 1)
     for number in range(backups.KEPT + 3):
         with pytest.raises(DiskFull):

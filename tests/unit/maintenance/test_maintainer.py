@@ -19,27 +19,27 @@ from jobd.model.events import Event
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Failure, Policy
 from jobd.model.responses import CleanupReport, RecoverStuckView, Response
 from jobd.model.storage import AuditEntry, DiskFull
-from tests.support.memory_storage import MemoryDisk
-from tests.support.virtual_engine import WALL, Household, in_virtual_time, row, seconds, until
+from tests.support.memory_storage import MemoryStorage
+from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time, row, seconds, until
 
 RECOVERING = Schedule(interval_ms=DAY_MS, min_interval_ms=DAY_MS)
 PASSES = Schedule(recover_every_ms=0)
 
 
-def deletions(house: Household) -> list[str]:
+def deletions(house: VirtualEngine) -> list[str]:
     return [event.job_id for event in house.disk.events if event.type == "deleted"]
 
 
-def last_of(house: Household, job_id: str) -> Event:
+def last_of(house: VirtualEngine, job_id: str) -> Event:
     return [event for event in house.disk.events if event.job_id == job_id][-1]
 
 
-def kept(house: Household) -> list[CleanupReport]:
+def kept(house: VirtualEngine) -> list[CleanupReport]:
     """Reports on the disk, oldest first."""
     return [msgspec.json.decode(body, type=CleanupReport) for body in house.disk.kept_reports]
 
 
-async def finished(house: Household, job_id: str, **fields: object) -> None:
+async def finished(house: VirtualEngine, job_id: str, **fields: object) -> None:
     lock_id = await house.held(job_id)
     await house.yes(Complete(id=job_id, lock_id=lock_id, **fields))  # type: ignore[arg-type]
 
@@ -49,7 +49,7 @@ async def finished(house: Household, job_id: str, **fields: object) -> None:
 
 @in_virtual_time
 async def test_a_stuck_job_is_recovered_within_a_period_and_a_second() -> None:
-    async with Household(schedule=RECOVERING) as house:
+    async with VirtualEngine(schedule=RECOVERING) as house:
         house.keep()
         await house.held("a", lock_ttl_ms=60_000)
         await seconds(59)
@@ -61,7 +61,7 @@ async def test_a_stuck_job_is_recovered_within_a_period_and_a_second() -> None:
 
 @in_virtual_time
 async def test_a_job_that_reports_after_the_scan_is_not_recovered() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         lock_id = await house.held("a", lock_ttl_ms=60_000)
         await seconds(61)
         at = house.clock.moment()
@@ -80,7 +80,7 @@ async def test_a_job_that_reports_after_the_scan_is_not_recovered() -> None:
 
 @in_virtual_time
 async def test_an_expired_lock_is_cleared_and_the_grant_kept_until_its_stuck_time() -> None:
-    async with Household(schedule=RECOVERING) as house:
+    async with VirtualEngine(schedule=RECOVERING) as house:
         house.keep()
         lock_id = await house.held("a", lock_ttl_ms=60_000, stuck_after_ms=10 * MINUTE_MS)
         await seconds(75)
@@ -94,7 +94,7 @@ async def test_an_expired_lock_is_cleared_and_the_grant_kept_until_its_stuck_tim
 
 @in_virtual_time
 async def test_recovery_goes_on_in_slices_until_nothing_is_stuck() -> None:
-    async with Household(schedule=replace(RECOVERING, batch=2)) as house:
+    async with VirtualEngine(schedule=replace(RECOVERING, batch=2)) as house:
         for number in range(7):
             await house.held(f"job-{number}", stuck_after_ms=HOUR_MS if number == 6 else 0)
         house.keep()
@@ -105,7 +105,7 @@ async def test_recovery_goes_on_in_slices_until_nothing_is_stuck() -> None:
 
 @in_virtual_time
 async def test_an_idle_daemon_spends_nothing_on_recovery() -> None:
-    async with Household(schedule=RECOVERING) as house:
+    async with VirtualEngine(schedule=RECOVERING) as house:
         for number in range(50):
             await house.yes(Create(id=f"job-{number}"))
         house.keep()
@@ -118,7 +118,7 @@ async def test_an_idle_daemon_spends_nothing_on_recovery() -> None:
 @in_virtual_time
 async def test_a_lock_that_is_kept_alive_costs_no_write() -> None:
     """A look at a deadline that has moved on changes nothing."""
-    async with Household(schedule=RECOVERING) as house:
+    async with VirtualEngine(schedule=RECOVERING) as house:
         lock_id = await house.held("a", lock_ttl_ms=20_000)
         house.keep()
         for _ in range(12):
@@ -130,7 +130,7 @@ async def test_a_lock_that_is_kept_alive_costs_no_write() -> None:
 
 @in_virtual_time
 async def test_recover_every_0_leaves_recovery_to_the_passes() -> None:
-    async with Household(schedule=PASSES) as house:
+    async with VirtualEngine(schedule=PASSES) as house:
         house.keep()
         await seconds(1)
         await house.held("a")
@@ -144,7 +144,7 @@ async def test_recover_every_0_leaves_recovery_to_the_passes() -> None:
 
 @in_virtual_time
 async def test_the_book_knows_the_next_cleanup_run_if_only_cleanup_runs_recover_jobs() -> None:
-    async with Household(schedule=replace(RECOVERING, recover_every_ms=0)) as house:
+    async with VirtualEngine(schedule=replace(RECOVERING, recover_every_ms=0)) as house:
         assert house.book.next_cleanup_at == house.now, "the first one comes with the start"
         house.keep()
         await seconds(1)
@@ -164,7 +164,7 @@ async def test_the_book_knows_the_next_cleanup_run_if_only_cleanup_runs_recover_
 
 @in_virtual_time
 async def test_lease_time_is_persisted_while_a_job_is_processing_and_only_then() -> None:
-    async with Household(schedule=RECOVERING) as house:
+    async with VirtualEngine(schedule=RECOVERING) as house:
         house.keep()
         await house.yes(Create(id="b", priority=1))
         await seconds(60)
@@ -183,7 +183,7 @@ async def test_lease_time_is_persisted_while_a_job_is_processing_and_only_then()
 
 @in_virtual_time
 async def test_a_pause_ends_by_itself_also_without_recovery() -> None:
-    async with Household(schedule=replace(RECOVERING, recover_every_ms=0)) as house:
+    async with VirtualEngine(schedule=replace(RECOVERING, recover_every_ms=0)) as house:
         house.keep()
         await house.yes(Pause(name="q", until=house.clock.moment().now + 60_000))
         await seconds(60 - TICK_S)
@@ -195,7 +195,7 @@ async def test_a_pause_ends_by_itself_also_without_recovery() -> None:
 
 @in_virtual_time
 async def test_recovery_and_ticks_survive_refusals() -> None:
-    async with Household(schedule=RECOVERING) as house:
+    async with VirtualEngine(schedule=RECOVERING) as house:
         house.keep()
         await house.held("a")
         house.actor.full_disk.closed = Closed.ALL_WRITES
@@ -212,12 +212,12 @@ async def test_recovery_and_ticks_survive_refusals() -> None:
 async def test_a_long_pass_delays_no_recovery() -> None:
     release = asyncio.Event()
 
-    class Slow(MemoryDisk):
+    class Slow(MemoryStorage):
         async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
             await release.wait()
             return await super().expired(now, limit, skip)
 
-    async with Household(Slow(), schedule=replace(RECOVERING, interval_ms=MINUTE_MS)) as house:
+    async with VirtualEngine(Slow(), schedule=replace(RECOVERING, interval_ms=MINUTE_MS)) as house:
         await house.held("a")
         await seconds(1)
         house.keep()
@@ -232,7 +232,7 @@ async def test_a_long_pass_delays_no_recovery() -> None:
 
 @in_virtual_time
 async def test_a_pass_at_the_start_and_then_every_interval() -> None:
-    async with Household(schedule=PASSES) as house:
+    async with VirtualEngine(schedule=PASSES) as house:
         assert house.cleaner.state().time_since_last_cleanup is None
         house.keep()
         await seconds(1)
@@ -249,7 +249,7 @@ async def test_a_pass_at_the_start_and_then_every_interval() -> None:
 
 @in_virtual_time
 async def test_a_forced_pass_runs_at_once_an_unforced_one_not_within_two_minutes() -> None:
-    async with Household(schedule=PASSES) as house:
+    async with VirtualEngine(schedule=PASSES) as house:
         house.keep()
         await seconds(10)
         first = house.cleaner.last_report
@@ -264,7 +264,9 @@ async def test_a_forced_pass_runs_at_once_an_unforced_one_not_within_two_minutes
 
 @in_virtual_time
 async def test_the_schedule_keeps_its_distance_from_a_forced_pass() -> None:
-    async with Household(schedule=Schedule(interval_ms=10_000, min_interval_ms=60_000, recover_every_ms=0)) as house:
+    async with VirtualEngine(
+        schedule=Schedule(interval_ms=10_000, min_interval_ms=60_000, recover_every_ms=0)
+    ) as house:
         house.keep()
         await seconds(50)
         await house.cleaner.run_pass(forced=True)
@@ -276,7 +278,7 @@ async def test_the_schedule_keeps_its_distance_from_a_forced_pass() -> None:
 
 @in_virtual_time
 async def test_a_request_during_a_pass_waits_for_it_and_gets_its_report() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         house.disk.gate.clear()
         house.keep()
         await house.disk.at_gate.wait()
@@ -292,7 +294,7 @@ async def test_a_request_during_a_pass_waits_for_it_and_gets_its_report() -> Non
 
 @in_virtual_time
 async def test_requests_before_the_pass_begins_share_it() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         asked = [asyncio.create_task(house.cleaner.run_pass(forced=forced)) for forced in (False, True)]
         await seconds(0)
         house.keep()
@@ -304,7 +306,7 @@ async def test_requests_before_the_pass_begins_share_it() -> None:
 
 @in_virtual_time
 async def test_who_asked_may_go_away_without_ending_the_pass() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         house.keep()
         await seconds(1)
         house.disk.gate.clear()
@@ -319,7 +321,7 @@ async def test_who_asked_may_go_away_without_ending_the_pass() -> None:
 
 @in_virtual_time
 async def test_a_new_schedule_is_in_force_at_once() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         house.keep()
         await seconds(30)
         await house.held("a")
@@ -336,7 +338,7 @@ async def test_a_new_schedule_is_in_force_at_once() -> None:
 @in_virtual_time
 async def test_queued_jobs_past_their_time_fail_with_the_next_recovery() -> None:
     """Nobody can take them any more: an operator would look at them for as long as it is to the next pass."""
-    async with Household(schedule=RECOVERING) as house:
+    async with VirtualEngine(schedule=RECOVERING) as house:
         house.keep()
         await until(lambda: house.cleaner.totals.passes == 1)
         await house.yes(Create(id="old", expires_at=house.now + 1000))
@@ -349,7 +351,7 @@ async def test_queued_jobs_past_their_time_fail_with_the_next_recovery() -> None
 
 
 async def test_queued_jobs_past_their_time_fail() -> None:
-    async with Household(schedule=replace(PASSES, batch=2)) as house:
+    async with VirtualEngine(schedule=replace(PASSES, batch=2)) as house:
         for number in range(5):
             await house.yes(Create(id=f"old-{number}", expires_at=house.now + 1000))
         await house.yes(Create(id="new", expires_at=house.now + HOUR_MS))
@@ -367,7 +369,7 @@ async def test_queued_jobs_past_their_time_fail() -> None:
 
 @in_virtual_time
 async def test_finished_jobs_are_deleted_at_their_time() -> None:
-    async with Household(schedule=replace(PASSES, batch=2)) as house:
+    async with VirtualEngine(schedule=replace(PASSES, batch=2)) as house:
         for number in range(5):
             await finished(house, f"old-{number}", storage_key=f"k-{number}", expires_at=house.now + 1000)
         await finished(house, "young", storage_key="k", expires_at=house.now + HOUR_MS)
@@ -384,7 +386,7 @@ async def test_finished_jobs_are_deleted_at_their_time() -> None:
 
 @in_virtual_time
 async def test_what_an_operator_deletes_is_not_counted_as_deleted_by_age() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await finished(house, "a")
         await house.yes(Delete(id="a"), by="admin", admin=True)
         house.keep()
@@ -394,7 +396,7 @@ async def test_what_an_operator_deletes_is_not_counted_as_deleted_by_age() -> No
 
 @in_virtual_time
 async def test_nothing_is_deleted_by_age_while_the_clock_is_in_doubt() -> None:
-    async with Household(schedule=PASSES) as house:
+    async with VirtualEngine(schedule=PASSES) as house:
         await finished(house, "a", expires_at=house.now + 1000)
         await finished(house, "gone", expires_at=house.now + 1000)
         await house.yes(Delete(id="gone"), by="admin", admin=True)
@@ -412,7 +414,7 @@ async def test_nothing_is_deleted_by_age_while_the_clock_is_in_doubt() -> None:
 
 @in_virtual_time
 async def test_the_journal_of_a_deleted_job_lives_a_day_longer() -> None:
-    async with Household(schedule=replace(PASSES, batch=1, interval_ms=HOUR_MS)) as house:
+    async with VirtualEngine(schedule=replace(PASSES, batch=1, interval_ms=HOUR_MS)) as house:
         await finished(house, "a", expires_at=house.now + 1000)
         house.keep()
         await seconds(24 * 3600)
@@ -421,7 +423,7 @@ async def test_the_journal_of_a_deleted_job_lives_a_day_longer() -> None:
         assert await house.disk.timeline(1) == []
 
 
-class Stubborn(MemoryDisk):
+class Stubborn(MemoryStorage):
     """Names a job as expired that no deletion finds."""
 
     async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
@@ -430,7 +432,7 @@ class Stubborn(MemoryDisk):
 
 @in_virtual_time
 async def test_expired_rows_that_cannot_be_deleted_end_the_step_with_a_sentence() -> None:
-    async with Household(Stubborn()) as house:
+    async with VirtualEngine(Stubborn()) as house:
         house.keep()
         await until(lambda: house.cleaner.totals.passes == 1)
         assert kept(house)[0].errors == ["deletion: 1 expired jobs could not be deleted, the first is a."]
@@ -438,10 +440,10 @@ async def test_expired_rows_that_cannot_be_deleted_end_the_step_with_a_sentence(
 
 @in_virtual_time
 async def test_a_damaged_row_that_has_expired_is_told_to_memory_and_the_pass_goes_on() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     for seq, name in enumerate(("a", "b"), 1):
         disk.put(row(seq, name, "completed", progress=100, finished_at=WALL, expires_at=WALL))
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         await house.yes(Get(id="a"))  # it is at hand
         disk.bad_jobs["a"] = "its checksum is wrong"
         house.keep()
@@ -454,13 +456,13 @@ async def test_a_damaged_row_that_has_expired_is_told_to_memory_and_the_pass_goe
 
 @in_virtual_time
 async def test_a_pass_mends_what_hands_and_imports_left_alive_and_finished() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     disk.put(row(1, "over", progress=120))
     disk.put(row(2, "silent", "failed", finished_at=WALL))
     disk.put(row(3, "fine"))
     disk.put(row(4, "nobody", "processing", started_at=WALL))
     disk.put(row(5, "odd", "completed", progress=50, finished_at=WALL - 1, started_at=WALL))
-    async with Household(disk, schedule=replace(PASSES, batch=2)) as house:
+    async with VirtualEngine(disk, schedule=replace(PASSES, batch=2)) as house:
         assert len(house.book.suspects) == 5
         house.keep()
         await until(lambda: house.cleaner.totals.passes == 1)
@@ -486,11 +488,11 @@ async def test_a_pass_mends_what_hands_and_imports_left_alive_and_finished() -> 
 @in_virtual_time
 async def test_what_has_no_safe_fix_is_reported_by_every_pass_and_left() -> None:
     policy = Policy(require_download_url=True)
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     disk.put(row(1, "bare", "completed", progress=100, finished_at=WALL))
     live = row(2, "nameless")
     disk.put(replace(live, options=replace(live.options, queue="")))
-    async with Household(disk, policy=policy) as house:
+    async with VirtualEngine(disk, policy=policy) as house:
         house.keep()
         first = await house.cleaner.run_pass(forced=True)
         assert (first.validation_issues_found, first.validation_issues_fixed) == (2, 0)
@@ -501,7 +503,7 @@ async def test_what_has_no_safe_fix_is_reported_by_every_pass_and_left() -> None
 
 @in_virtual_time
 async def test_sound_jobs_cost_a_pass_no_command() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         for number in range(1200):
             await house.yes(Create(id=f"job-{number}"))
         batches = len(house.disk.batches)
@@ -512,7 +514,7 @@ async def test_sound_jobs_cost_a_pass_no_command() -> None:
 
 @in_virtual_time
 async def test_workers_are_served_between_the_slices_of_a_pass() -> None:
-    async with Household(schedule=replace(PASSES, batch=10)) as house:
+    async with VirtualEngine(schedule=replace(PASSES, batch=10)) as house:
         for number in range(200):
             await finished(house, f"old-{number}", expires_at=house.now + 1000)
         await seconds(1)
@@ -534,9 +536,9 @@ def deed(at: int) -> AuditEntry:
 
 @in_virtual_time
 async def test_old_rows_of_the_audit_log_go_and_the_newest_stays() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     schedule = Schedule(audit_ms=10 * SECOND_MS, batch=2)
-    async with Household(disk, schedule=schedule) as house:
+    async with VirtualEngine(disk, schedule=schedule) as house:
         disk.audited = {seq: deed(house.now) for seq in range(1, 6)}
         disk.audited[6] = deed(house.now + 5 * SECOND_MS)
         await seconds(12)
@@ -550,8 +552,8 @@ async def test_old_rows_of_the_audit_log_go_and_the_newest_stays() -> None:
 
 @in_virtual_time
 async def test_while_the_clock_is_in_doubt_no_row_of_the_audit_log_is_old() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         disk.audited = {1: deed(1), 2: deed(house.now)}
         house.step_ms = 2 * DAY_MS
         house.keep()
@@ -577,9 +579,9 @@ async def test_while_the_clock_is_in_doubt_no_row_of_the_audit_log_is_old() -> N
 def test_a_step_that_fails_is_named_and_the_others_go_on(method: str, error: str) -> None:
     @in_virtual_time
     async def test() -> None:
-        disk = MemoryDisk()
+        disk = MemoryStorage()
         disk.put(row(1, "over", progress=120))
-        async with Household(disk) as house:
+        async with VirtualEngine(disk) as house:
             await house.yes(Create(id="old", expires_at=house.now + 1))
             await seconds(1)
             disk.errors[method] = OSError("broken")
@@ -596,9 +598,9 @@ def test_a_step_that_fails_is_named_and_the_others_go_on(method: str, error: str
 
 @in_virtual_time
 async def test_what_a_full_disk_refuses_is_named_and_counted_by_the_next_report() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     disk.put(row(1, "over", progress=120))
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         await finished(house, "old", expires_at=house.now + 1)
         await seconds(1)
         house.actor.full_disk.closed = Closed.ALL_BUT_ENDINGS
@@ -618,7 +620,7 @@ async def test_what_a_full_disk_refuses_is_named_and_counted_by_the_next_report(
 
 @in_virtual_time
 async def test_what_happens_while_a_report_is_written_is_in_the_next_one() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         house.keep()
         await seconds(1)
         house.disk.gate.clear()
@@ -633,7 +635,7 @@ async def test_what_happens_while_a_report_is_written_is_in_the_next_one() -> No
 
 @in_virtual_time
 async def test_a_bug_in_the_pass_itself_does_not_end_cleanup() -> None:
-    async with Household(schedule=PASSES) as house:
+    async with VirtualEngine(schedule=PASSES) as house:
         await house.yes(Create(id="a"))
         totals, house.cleaner.totals = house.cleaner.totals, None  # type: ignore[assignment]
         house.keep()
@@ -645,7 +647,7 @@ async def test_a_bug_in_the_pass_itself_does_not_end_cleanup() -> None:
 
 @in_virtual_time
 async def test_health_complains_after_three_periods_without_success() -> None:
-    async with Household(schedule=PASSES) as house:
+    async with VirtualEngine(schedule=PASSES) as house:
         house.keep()
         await seconds(1)
         assert house.cleaner.complaint() is None
@@ -667,8 +669,8 @@ async def test_health_complains_after_three_periods_without_success() -> None:
 
 @in_virtual_time
 async def test_the_last_report_and_the_figures_outlive_a_restart() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         house.keep()
         await house.held("a")
         await seconds(61)
@@ -676,7 +678,7 @@ async def test_the_last_report_and_the_figures_outlive_a_restart() -> None:
         await house.cleaner.run_pass(forced=True)
         report = house.cleaner.last_report
     disk.gate.clear()
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         assert house.book.figures.recovered_last_day(house.now) == 1
         await seconds(5)
         house.keep()
@@ -690,32 +692,32 @@ async def test_the_last_report_and_the_figures_outlive_a_restart() -> None:
 
 @in_virtual_time
 async def test_counts_since_the_last_report_outlive_a_restart() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         house.keep()
         await house.held("a")
         await seconds(61)
         await house.cleaner.recover_stuck()
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         house.keep()
         assert (await house.cleaner.run_pass(forced=True)).stuck_jobs_recovered == 1
 
 
 @in_virtual_time
 async def test_reports_that_cannot_be_read_are_left_out() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         house.keep()
         report = await house.cleaner.run_pass(forced=True)
     disk.kept_reports.append(b"{}")
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         assert await house.cleaner.reports(10) == [report]
         assert await house.cleaner.reports(1) == []
 
 
 @in_virtual_time
 async def test_cleanup_begins_even_where_no_report_can_be_read() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         house.disk.errors["reports"] = OSError("broken")
         house.keep()
         assert (await house.cleaner.run_pass(forced=True)).errors == []
@@ -723,7 +725,7 @@ async def test_cleanup_begins_even_where_no_report_can_be_read() -> None:
 
 @in_virtual_time
 async def test_what_others_keep_is_saved_beside_the_figures() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         house.book.figures.stalls = 3
         house.cleaner.save_beside(lambda: b'{"hour":[1]}')
         house.keep()
@@ -750,7 +752,7 @@ def test_figures_with_histograms_of_other_bounds_lose_only_those() -> None:
 
 @in_virtual_time
 async def test_recover_stuck_tells_what_it_did_to_each_job() -> None:
-    async with Household(schedule=replace(PASSES, batch=1)) as house:
+    async with VirtualEngine(schedule=replace(PASSES, batch=1)) as house:
         await house.held("a")
         lock_id = await house.held("b", on_stall="fail")
         await house.yes(Progress(id="b", lock_id=lock_id, progress=45))
@@ -770,7 +772,7 @@ async def test_recover_stuck_tells_what_it_did_to_each_job() -> None:
 
 @in_virtual_time
 async def test_recover_stuck_passes_a_refusal_on() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         house.actor.stop()
         refusal = await house.cleaner.recover_stuck()
         assert isinstance(refusal, ApiError)
@@ -782,7 +784,7 @@ async def test_recover_stuck_passes_a_refusal_on() -> None:
 
 @in_virtual_time
 async def test_stop_ends_a_pass_between_two_slices_and_answers_who_waits() -> None:
-    async with Household(schedule=replace(PASSES, batch=1)) as house:
+    async with VirtualEngine(schedule=replace(PASSES, batch=1)) as house:
         for number in range(20):
             await finished(house, f"old-{number}", expires_at=house.now + 1000)
         await seconds(1)
@@ -805,7 +807,7 @@ async def test_stop_ends_a_pass_between_two_slices_and_answers_who_waits() -> No
 
 @in_virtual_time
 async def test_stop_answers_a_request_whose_pass_never_began() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         asked = asyncio.create_task(house.cleaner.run_pass(forced=True))
         await seconds(0)
         house.cleaner.stop()
@@ -815,7 +817,7 @@ async def test_stop_answers_a_request_whose_pass_never_began() -> None:
 
 @in_virtual_time
 async def test_the_end_is_quiet_where_the_figures_cannot_be_saved() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         running = house.keep()
         await seconds(1)
         house.disk.errors["save_figures"] = OSError("broken")
@@ -826,7 +828,7 @@ async def test_the_end_is_quiet_where_the_figures_cannot_be_saved() -> None:
 @in_virtual_time
 async def test_operators_see_the_same_book() -> None:
     """Cleanup has no rights of its own: what an operator did first stays done."""
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.held("a")
         await house.yes(ForceFail(id="a", reason="enough"), by="admin", admin=True)
         await seconds(61)
@@ -839,8 +841,8 @@ async def test_operators_see_the_same_book() -> None:
 
 @in_virtual_time
 async def test_failed_passes_do_not_reset_the_time_since_the_last_one_that_succeeded() -> None:
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         house.keep()
         first = await house.cleaner.run_pass(forced=True)
         await seconds(10)
@@ -854,7 +856,7 @@ async def test_failed_passes_do_not_reset_the_time_since_the_last_one_that_succe
         assert (state.time_since_last_cleanup or 0) >= 110_000
         assert house.cleaner.last_success == first
         assert await house.cleaner.run_pass(forced=False) is failed, "within min_interval no pass is made"
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         assert house.cleaner.state().last_failure is None
         disk.gate.clear()
         house.keep()

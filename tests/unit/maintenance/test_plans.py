@@ -41,10 +41,10 @@ from jobd.model.responses import PlanView, PreviewView, Response, late_results_n
 from jobd.model.storage import DiskFull
 from jobd.storage import codec
 from tests.support.factories import full_job
-from tests.support.memory_storage import MemoryDisk
+from tests.support.memory_storage import MemoryStorage
 from tests.support.plan_help import EVE, applied, made
 from tests.support.rule_harness import RuleHarness
-from tests.support.virtual_engine import WALL, Household, in_virtual_time, row
+from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time, row
 
 # -- what a job is to a plan ------------------------------------------------------------------------------------------
 
@@ -274,7 +274,7 @@ def test_what_is_said_of_late_results(action: PlanAction, late: list[int], note:
 # -- made, kept, applied ----------------------------------------------------------------------------------------------
 
 
-async def failed(house: Household, *ids: str, **fields: Any) -> None:
+async def failed(house: VirtualEngine, *ids: str, **fields: Any) -> None:
     for job_id in ids:
         await house.yes(Create(id=job_id, **fields))
         await house.yes(ForceFail(id=job_id))
@@ -282,7 +282,7 @@ async def failed(house: Household, *ids: str, **fields: Any) -> None:
 
 @in_virtual_time
 async def test_a_plan_says_what_would_be_done_and_does_it() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b")
         await house.yes(Create(id="c"))
@@ -304,7 +304,7 @@ async def test_a_plan_says_what_would_be_done_and_does_it() -> None:
         assert shown.result == result
 
 
-async def came_late(house: Household, job_id: str, times: int = 1) -> None:
+async def came_late(house: VirtualEngine, job_id: str, times: int = 1) -> None:
     """A failed job to which work came late, so often."""
     await house.yes(Create(id=job_id))
     for _ in range(times):
@@ -317,13 +317,13 @@ async def came_late(house: Household, job_id: str, times: int = 1) -> None:
 
 @in_virtual_time
 async def test_a_plan_tells_what_came_late_also_before_a_restart() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await came_late(house, "a", times=2)
         await came_late(house, "b")
         await came_late(house, "done")
         await house.yes(Adopt(id="done"))
         await failed(house, "c")
-    async with Household(house.disk) as house:
+    async with VirtualEngine(house.disk) as house:
         planner = Planner(house.actor, house.clock)
         for asked in ({"ids": ["a", "b", "c", "done"]}, {"filter": PlanFilter()}):
             plan = await made(planner, action="delete", **asked)
@@ -335,7 +335,7 @@ async def test_a_plan_tells_what_came_late_also_before_a_restart() -> None:
 
 @in_virtual_time
 async def test_what_comes_late_while_a_plan_is_made_is_told_or_changes_its_job() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await house.yes(Create(id="a"))
         lock_id = (await house.yes(Start(id="a", worker="w"))).lock_id
@@ -354,10 +354,10 @@ async def test_what_comes_late_while_a_plan_is_made_is_told_or_changes_its_job()
 
 @in_virtual_time
 async def test_a_plan_of_named_jobs_tells_of_those_that_are_not_there() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     disk.put(row(1, "bad"))
     disk.bad_jobs = {"bad": "its checksum is wrong"}
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a")
         await house.yes(Create(id="live"))
@@ -371,7 +371,7 @@ async def test_a_plan_of_named_jobs_tells_of_those_that_are_not_there() -> None:
 
 @in_virtual_time
 async def test_what_changes_meanwhile_is_left_alone_and_told() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b", "c")
         await made(planner, action="retry", filter=PlanFilter(status="failed"))
@@ -387,7 +387,7 @@ async def test_what_changes_meanwhile_is_left_alone_and_told() -> None:
 
 @in_virtual_time
 async def test_a_plan_is_applied_once() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a")
         await made(planner, action="retry", filter=PlanFilter())
@@ -401,7 +401,7 @@ async def test_a_plan_is_applied_once() -> None:
 
 @in_virtual_time
 async def test_who_does_not_wait_any_more_takes_nothing_back() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(plans.SLICE + 1)))
         await made(planner, action="retry", filter=PlanFilter())
@@ -415,7 +415,7 @@ async def test_who_does_not_wait_any_more_takes_nothing_back() -> None:
 
 @in_virtual_time
 async def test_a_plan_goes_in_slices_and_is_one_entry_of_the_audit_log() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(2 * plans.SLICE + 1)), queue="q")
         await made(planner, action="delete", filter=PlanFilter(queue="q", since=1))
@@ -437,7 +437,7 @@ async def test_a_plan_goes_in_slices_and_is_one_entry_of_the_audit_log() -> None
 
 @in_virtual_time
 async def test_on_a_full_disk_a_plan_stops_and_goes_on_with_the_rest() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(plans.SLICE + 5)))
         await made(planner, action="retry", filter=PlanFilter())
@@ -457,7 +457,7 @@ async def test_on_a_full_disk_a_plan_stops_and_goes_on_with_the_rest() -> None:
 
 @in_virtual_time
 async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a")
         await made(planner, action="delete", filter=PlanFilter())
@@ -472,7 +472,7 @@ async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too() -> None:
 
 @in_virtual_time
 async def test_a_plan_is_kept_for_its_time() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await made(planner, action="retry", filter=PlanFilter())
         await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
@@ -485,7 +485,7 @@ async def test_a_plan_is_kept_for_its_time() -> None:
 
 @in_virtual_time
 async def test_what_a_plan_came_to_can_be_read_for_hours_from_when_it_was_applied() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b")
         await made(planner, action="retry", filter=PlanFilter())
@@ -508,7 +508,7 @@ async def test_new_plans_push_no_result_out_and_results_no_plan() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(plans, "MOST_PLANS", 2)
         monkeypatch.setattr(plans, "MOST_APPLIED", 3)
-        async with Household() as house:
+        async with VirtualEngine() as house:
             planner = Planner(house.actor, house.clock)
             await failed(house, "a")
 
@@ -531,7 +531,7 @@ async def test_new_plans_push_no_result_out_and_results_no_plan() -> None:
 @in_virtual_time
 async def test_the_audit_log_names_so_many_of_those_that_were_left_undone() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        async with Household() as house:
+        async with VirtualEngine() as house:
             planner = Planner(house.actor, house.clock)
             monkeypatch.setattr(plans, "MOST_NAMED", 3)
             for size, named in ((4_000, ["j4", "j3", "j2"]), (5, ["j4", "j3"]), (1, None)):
@@ -548,7 +548,7 @@ async def test_the_audit_log_names_so_many_of_those_that_were_left_undone() -> N
 
 @in_virtual_time
 async def test_so_many_plans_are_kept_the_latest_ones() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         for n in range(plans.MOST_PLANS + 2):
             await made(planner, f"p{n}", action="retry", filter=PlanFilter())
@@ -579,7 +579,7 @@ async def walked(planner: Planner, **asked: Any) -> list[list[str]]:
 @pytest.mark.usefixtures("small")
 @in_virtual_time
 async def test_a_plan_has_so_many_jobs_and_the_next_one_goes_on_after_them() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b", "c")
         assert await walked(planner, action="retry", filter=PlanFilter()) == [["c", "b", "a"]]
@@ -597,7 +597,7 @@ async def test_a_plan_has_so_many_jobs_and_the_next_one_goes_on_after_them() -> 
 @pytest.mark.usefixtures("small")
 @in_virtual_time
 async def test_a_plan_of_named_jobs_shows_so_many_that_it_leaves_alone() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         plan = await made(planner, action="retry", ids=["a", "b", "c", "d", "e"])
         assert (plan.count, [job.id for job in plan.skipped], plan.skipped_count) == (0, ["a", "b"], 5)
@@ -608,7 +608,7 @@ async def test_a_plan_of_named_jobs_shows_so_many_that_it_leaves_alone() -> None
 @in_virtual_time
 async def test_jobs_that_the_action_does_nothing_to_are_not_looked_at() -> None:
     """Hundreds of younger jobs that wait are in nobody's way."""
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "needle")
         for n in range(300):
@@ -624,7 +624,7 @@ async def test_jobs_that_the_action_does_nothing_to_are_not_looked_at() -> None:
 @pytest.mark.usefixtures("small")
 @in_virtual_time
 async def test_a_plan_finds_a_text_wherever_it_is() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "needle", *(f"j{n}" for n in range(20)))
         plan = await made(planner, action="retry", filter=PlanFilter(q="NEEDLE"))
@@ -640,7 +640,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("impatient")
 @in_virtual_time
 async def test_a_plan_that_would_look_for_too_long_ends_and_the_next_one_goes_on() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b", "c", "d")
         found = await walked(planner, action="retry", filter=PlanFilter(queue="default"))
@@ -650,7 +650,7 @@ async def test_a_plan_that_would_look_for_too_long_ends_and_the_next_one_goes_on
 
 @in_virtual_time
 async def test_a_plan_goes_on_only_from_one_that_was_made_of_the_same() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         for asked in (
             MakePlan(action="cancel", filter=PlanFilter(), cursor="failed.7"),
@@ -665,7 +665,7 @@ async def test_a_plan_goes_on_only_from_one_that_was_made_of_the_same() -> None:
 
 @in_virtual_time
 async def test_a_job_that_moves_on_while_the_plan_is_made_is_in_it_once() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await house.yes(Create(id="a"))
         making = asyncio.create_task(made(planner, action="cancel", filter=PlanFilter()))
@@ -679,7 +679,7 @@ async def test_a_job_that_moves_on_while_the_plan_is_made_is_in_it_once() -> Non
 
 @in_virtual_time
 async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(3 * plan_builder.LOOK)))
         long = asyncio.create_task(made(planner, "long", action="delete", filter=PlanFilter()))
@@ -691,7 +691,7 @@ async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
 
 @in_virtual_time
 async def test_plans_that_have_nothing_push_no_other_out() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a")
         await made(planner, "full", action="retry", filter=PlanFilter())
@@ -704,7 +704,7 @@ async def test_plans_that_have_nothing_push_no_other_out() -> None:
 
 @in_virtual_time
 async def test_too_many_plans_at_once_are_refused_and_filter_or_ids_are_needed() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         for asked in (MakePlan(action="retry"), MakePlan(action="retry", filter=PlanFilter(), ids=["a"])):
             wrong = await planner.make(asked, "x")
@@ -717,7 +717,7 @@ async def test_too_many_plans_at_once_are_refused_and_filter_or_ids_are_needed()
 
 @in_virtual_time
 async def test_a_daemon_that_stops_ends_a_plan_after_its_slice() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(3 * plans.SLICE)))
         await made(planner, action="retry", filter=PlanFilter())
@@ -762,9 +762,9 @@ def test_a_preview_says_where_more_have_expired_than_it_names() -> None:
 
 @in_virtual_time
 async def test_a_preview_of_a_pass_is_what_the_pass_does() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     disk.put(row(1, "over", progress=120))
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         await house.held("stuck", lock_ttl_ms=SECOND_MS)
         await house.yes(Create(id="late", expires_at=house.now + SECOND_MS))
         await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
@@ -785,11 +785,11 @@ async def test_a_preview_of_a_pass_is_what_the_pass_does() -> None:
 
 @in_virtual_time
 async def test_a_look_for_what_is_wrong_has_an_end() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     for number in range(1, 31):
         disk.put(row(number, f"over-{number}", progress=120))
 
-    async def found(house: Household, look_s: float) -> tuple[int, bool]:
+    async def found(house: VirtualEngine, look_s: float) -> tuple[int, bool]:
         view = await house.cleaner.preview(look_s)
         assert isinstance(view, PreviewView)
         assert view.more == view.more_mended
@@ -797,7 +797,7 @@ async def test_a_look_for_what_is_wrong_has_an_end() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preview, "SCAN", 10)
-        async with Household(disk) as house:
+        async with VirtualEngine(disk) as house:
             assert await found(house, 60) == (30, False)
             assert await found(house, 1e-9) == (10, True), "one slice takes longer"
             assert await found(house, 0) == (0, True)
@@ -810,18 +810,18 @@ async def test_a_look_for_what_is_wrong_has_an_end() -> None:
 @in_virtual_time
 async def test_a_preview_names_old_jobs_also_where_few_are_read_at_a_time() -> None:
     """Those with large results."""
-    disk = MemoryDisk()
+    disk = MemoryStorage()
 
     async def one(now: int, limit: int, skip: int = 0) -> list[str]:
-        return (await MemoryDisk.expired(disk, now, limit, skip))[:1]
+        return (await MemoryStorage.expired(disk, now, limit, skip))[:1]
 
-    async def seen(house: Household, look_s: float = 60) -> tuple[int, bool, bool]:
+    async def seen(house: VirtualEngine, look_s: float = 60) -> tuple[int, bool, bool]:
         view = await house.cleaner.preview(look_s)
         assert isinstance(view, PreviewView)
         assert not (view.deleted_jobs and view.held_jobs)
         return len(view.deleted_jobs or view.held_jobs), view.more, view.more_held
 
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         for number in range(1, 7):
             await house.yes(Import(id=f"old-{number}", status="failed", error_message="x", expires_at=WALL + number))
         await asyncio.sleep(60)
@@ -838,7 +838,7 @@ async def test_a_preview_names_old_jobs_also_where_few_are_read_at_a_time() -> N
 
 @in_virtual_time
 async def test_a_preview_while_the_clock_is_in_doubt_deletes_nothing_and_may_be_refused() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
         await asyncio.sleep(60)
         house.step_ms = 2 * DAY_MS

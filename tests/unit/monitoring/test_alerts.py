@@ -24,12 +24,12 @@ from jobd.monitoring.alerts import (
     Thresholds,
 )
 from jobd.monitoring.health import Health
-from jobd.storage.artifacts.base import StoreFault
-from tests.support.memory_storage import MemoryDisk
-from tests.support.virtual_engine import Household, in_virtual_time, row, seconds
+from jobd.storage.artifacts.base import ArtifactStoreError
+from tests.support.memory_storage import MemoryStorage
+from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, seconds
 
 
-def alerts_of(house: Household, thresholds: Thresholds | None = None) -> Alerts:
+def alerts_of(house: VirtualEngine, thresholds: Thresholds | None = None) -> Alerts:
     health = Health(house.actor, house.clock, house.cleaner)
     return Alerts(house.book, house.clock, health, house.cleaner, thresholds, hold_ms=0, clear_ms=0)
 
@@ -44,7 +44,7 @@ def firing(alerts: Alerts) -> list[str]:
 
 @in_virtual_time
 async def test_a_quiet_daemon_fires_nothing_and_names_every_alert() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         shown = alerts_of(house).evaluate()
         assert [alert.name for alert in shown] == list(NAMES)
         assert not any(alert.firing for alert in shown)
@@ -56,7 +56,7 @@ async def test_a_quiet_daemon_fires_nothing_and_names_every_alert() -> None:
 async def test_what_an_alert_says_while_it_is_quiet_is_so() -> None:
     """Each fires, or not, by its threshold alone: the same figures, and two sentences."""
     failing = Failing()
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         alerts.failing_webhook = lambda: failing
         assert one(alerts, "pass_issues").hint == "No cleanup pass has ended yet."
@@ -100,7 +100,7 @@ async def test_what_an_alert_says_while_it_is_quiet_is_so() -> None:
 
 @in_virtual_time
 async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         house.keep()
         await seconds(1)
@@ -124,7 +124,7 @@ async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() ->
 
 @in_virtual_time
 async def test_exactly_at_the_threshold_nothing_fires() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house, Thresholds(processing_jobs=2))
         for number in range(2):
             await house.held(f"job-{number}", lock_ttl_ms=HOUR_MS)
@@ -137,7 +137,7 @@ async def test_exactly_at_the_threshold_nothing_fires() -> None:
 
 @in_virtual_time
 async def test_average_processing_is_in_seconds() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house, Thresholds(average_processing_ms=10 * MINUTE_MS))
         lock_id = await house.held("a", lock_ttl_ms=HOUR_MS)
         await seconds(600)
@@ -153,10 +153,10 @@ async def test_average_processing_is_in_seconds() -> None:
 
 @in_virtual_time
 async def test_a_pass_that_found_many_issues_fires_until_one_finds_few() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     for number in range(11):
         disk.put(row(number + 1, progress=120))
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         alerts = alerts_of(house)
         assert firing(alerts) == []
         house.keep()
@@ -168,7 +168,7 @@ async def test_a_pass_that_found_many_issues_fires_until_one_finds_few() -> None
 
 @in_virtual_time
 async def test_a_job_given_away_under_its_worker_fires_for_an_hour_and_says_which() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         lock_id = await house.held("cat-1")
         await house.yes(EndGrants(ids=["cat-1"], last=True), by="daemon")
@@ -193,7 +193,7 @@ async def test_a_job_given_away_under_its_worker_fires_for_an_hour_and_says_whic
         assert "cat-1" not in after.hint
 
 
-def work(house: Household, kind: str, ms: int, count: int = SAMPLES_NEEDED) -> None:
+def work(house: VirtualEngine, kind: str, ms: int, count: int = SAMPLES_NEEDED) -> None:
     """Completions of this moment."""
     for _ in range(count):
         house.book.figures.paces.add(kind, house.now, ms)
@@ -201,7 +201,7 @@ def work(house: Household, kind: str, ms: int, count: int = SAMPLES_NEEDED) -> N
 
 @in_virtual_time
 async def test_the_kind_that_is_furthest_from_its_usual_fires_once_and_flaps_not() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         for _ in range(HOURS_NEEDED):
             work(house, "film", 1023)
@@ -230,7 +230,7 @@ async def test_the_kind_that_is_furthest_from_its_usual_fires_once_and_flaps_not
 
 @in_virtual_time
 async def test_of_little_work_nothing_is_said() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         work(house, "new", 9_000)
         assert one(alerts, "slower_than_usual").value == 0
@@ -243,7 +243,7 @@ async def test_of_little_work_nothing_is_said() -> None:
 
 @in_virtual_time
 async def test_jobs_that_complete_are_what_the_pace_is_made_of() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         for hour in range(HOURS_NEEDED + 1):
             for number in range(SAMPLES_NEEDED):
@@ -255,7 +255,7 @@ async def test_jobs_that_complete_are_what_the_pace_is_made_of() -> None:
         house.keep()
         await house.cleaner.run_pass(forced=True)
         kept = house.disk
-    async with Household(kept) as after_a_restart:
+    async with VirtualEngine(kept) as after_a_restart:
         assert one(alerts_of(after_a_restart), "slower_than_usual").value >= 3.5
 
 
@@ -265,12 +265,12 @@ class Away:
     place = "/srv"
 
     async def probe(self) -> None:
-        raise StoreFault("/srv is gone")
+        raise ArtifactStoreError("/srv is gone")
 
 
 @in_virtual_time
 async def test_what_is_not_healthy_fires_with_its_message() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         health = Health(house.actor, house.clock, house.cleaner, artifacts=Away())
         alerts = Alerts(house.book, house.clock, health, house.cleaner, hold_ms=0, clear_ms=0)
         assert one(alerts, "database").hint == one(alerts, "storage").hint == "It was not measured yet."
@@ -286,7 +286,7 @@ async def test_what_is_not_healthy_fires_with_its_message() -> None:
 
 @in_virtual_time
 async def test_firing_and_resolving_are_logged_once_each() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         with capture_logs() as logs:
             for _ in range(3):
@@ -308,7 +308,7 @@ async def test_firing_and_resolving_are_logged_once_each() -> None:
 
 @in_virtual_time
 async def test_new_thresholds_are_in_force_at_once() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         await house.held("a")
         assert firing(alerts) == []
@@ -318,7 +318,7 @@ async def test_new_thresholds_are_in_force_at_once() -> None:
 
 @in_virtual_time
 async def test_alerts_are_noticed_without_anybody_asking() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         running = asyncio.create_task(alerts.run())
         await seconds(1)
@@ -336,7 +336,7 @@ async def test_alerts_are_noticed_without_anybody_asking() -> None:
 
 @in_virtual_time
 async def test_a_bug_does_not_end_the_watch() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         figures, house.book.figures = house.book.figures, None  # type: ignore[assignment]
         running = asyncio.create_task(alerts.run())
@@ -360,7 +360,7 @@ class Failing:
 
 @in_virtual_time
 async def test_a_webhook_that_takes_nothing_for_long_is_told_with_its_last_error() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         failing = Failing()
         alerts.failing_webhook = lambda: failing
@@ -377,7 +377,7 @@ async def test_a_webhook_that_takes_nothing_for_long_is_told_with_its_last_error
 
 @in_virtual_time
 async def test_who_listens_is_told_of_changes_and_only_of_what_somebody_has_looked_at() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts, told, failing = alerts_of(house), [], Failing()
         alerts.on_change.append(lambda: told.append(alerts.known()))
         alerts.evaluate()
@@ -401,7 +401,7 @@ async def test_who_listens_is_told_of_changes_and_only_of_what_somebody_has_look
 # -- hysteresis --------------------------------------------------------------------------------------------------------
 
 
-def slow_alerts_of(house: Household, thresholds: Thresholds | None = None) -> Alerts:
+def slow_alerts_of(house: VirtualEngine, thresholds: Thresholds | None = None) -> Alerts:
     """With the durations of a daemon, told of commits."""
     alerts = Alerts(house.book, house.clock, Health(house.actor, house.clock, house.cleaner), house.cleaner, thresholds)
     house.actor.on_commit.append(alerts.attempts.note)
@@ -410,7 +410,7 @@ def slow_alerts_of(house: Household, thresholds: Thresholds | None = None) -> Al
 
 @in_virtual_time
 async def test_an_alert_fires_after_30_s_and_resolves_after_60_s() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = slow_alerts_of(house, Thresholds(processing_jobs=0))
         lock_id = await house.held("a", lock_ttl_ms=HOUR_MS)
         assert firing(alerts) == []
@@ -431,7 +431,7 @@ async def test_an_alert_fires_after_30_s_and_resolves_after_60_s() -> None:
 
 @in_virtual_time
 async def test_a_value_that_flickers_fires_nothing_and_resolves_nothing() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = slow_alerts_of(house, Thresholds(processing_jobs=0))
         processing = house.book.totals
         with capture_logs() as logs:
@@ -454,7 +454,7 @@ async def test_a_value_that_flickers_fires_nothing_and_resolves_nothing() -> Non
 
 @in_virtual_time
 async def test_a_restart_resolves_nothing_before_a_condition_could_hold() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = slow_alerts_of(house, Thresholds(processing_jobs=0))
         told: list[list[str] | None] = []
         alerts.on_change.append(
@@ -476,7 +476,7 @@ async def test_a_restart_resolves_nothing_before_a_condition_could_hold() -> Non
 # -- queues without workers, that wait, that fail ----------------------------------------------------------------------
 
 
-async def watched(house: Household, alerts: Alerts, number: int) -> list[str]:
+async def watched(house: VirtualEngine, alerts: Alerts, number: int) -> list[str]:
     """What fires after so many seconds, looked at as a daemon does."""
     shown = await alerts.look()
     for _ in range(0, number, 5):
@@ -488,7 +488,7 @@ async def watched(house: Household, alerts: Alerts, number: int) -> list[str]:
 @in_virtual_time
 async def test_due_jobs_without_a_worker_after_attempts_that_all_failed() -> None:
     """520 due jobs for 18 minutes, no worker, and every attempt before had failed: nothing was reported."""
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = slow_alerts_of(house)
         for number in range(520):
             await house.yes(Create(id=f"cat-{number}", queue="film", kind="encode"))
@@ -520,7 +520,7 @@ async def test_due_jobs_without_a_worker_after_attempts_that_all_failed() -> Non
 
 @in_virtual_time
 async def test_a_claim_of_another_kind_is_no_worker_for_the_queue() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         await house.yes(Create(id="a", kind="film"))
         for _ in range(25):
@@ -535,7 +535,7 @@ async def test_a_claim_of_another_kind_is_no_worker_for_the_queue() -> None:
 
 @in_virtual_time
 async def test_a_suspect_jump_of_the_clock_makes_no_job_wait() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         await house.yes(Create(id="a"))
         house.step_ms = 400 * DAY_MS
@@ -546,7 +546,7 @@ async def test_a_suspect_jump_of_the_clock_makes_no_job_wait() -> None:
 
 @in_virtual_time
 async def test_very_many_kinds_are_walked_in_slices_and_none_is_left_out() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         kinds = SLICES_OF_ONE_LOOK * LANES_IN_ONE_GO // 2 + 10
         for number in range(kinds):
@@ -561,7 +561,7 @@ async def test_very_many_kinds_are_walked_in_slices_and_none_is_left_out() -> No
 
 @in_virtual_time
 async def test_half_of_the_attempts_of_one_queue_at_least() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         house.actor.on_commit.append(alerts.attempts.note)
         for number in range(20):
@@ -589,7 +589,7 @@ async def test_half_of_the_attempts_of_one_queue_at_least() -> None:
 )
 def test_a_disk_below_a_tenth_or_one_gibibyte(free: int, total: int, fires: bool) -> None:
     async def look() -> None:
-        async with Household() as house:
+        async with VirtualEngine() as house:
             house.disk.disk_space = DiskSpace("/srv/jobd.db", free, total)
             alerts = alerts_of(house)
             await alerts.look()
@@ -603,7 +603,7 @@ def test_a_disk_below_a_tenth_or_one_gibibyte(free: int, total: int, fires: bool
 
 @in_virtual_time
 async def test_a_store_in_memory_has_no_disk_to_fill() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         house.disk.disk_space = None
         alerts = alerts_of(house)
         await alerts.look()
@@ -612,7 +612,7 @@ async def test_a_store_in_memory_has_no_disk_to_fill() -> None:
 
 @in_virtual_time
 async def test_a_job_that_is_released_again_and_again() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         alerts = alerts_of(house)
         house.book.release_loops["cat-9"] = 20
         shown = one(alerts, "release_loop")

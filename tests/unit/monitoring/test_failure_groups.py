@@ -27,18 +27,18 @@ from jobd.model.fingerprints import fingerprint
 from jobd.model.responses import FailureGroup, Response
 from jobd.monitoring import failure_groups
 from jobd.monitoring.failure_groups import Failures
-from tests.support.memory_storage import MemoryDisk
-from tests.support.virtual_engine import Household, in_virtual_time
+from tests.support.memory_storage import MemoryStorage
+from tests.support.virtual_engine import VirtualEngine, in_virtual_time
 
 
-def counted(house: Household) -> dict[str, int]:
+def counted(house: VirtualEngine) -> dict[str, int]:
     """The failed jobs of the disk by fingerprint, without those that have none."""
     failed = [job for job in house.disk.jobs.values() if job.status == "failed"]
     names = [fingerprint(job.error.message, job.error.code, job.id) for job in failed if job.error]
     return dict(Counter(name for name in names if name))
 
 
-def waiting(house: Household) -> dict[str, int]:
+def waiting(house: VirtualEngine) -> dict[str, int]:
     """The jobs of the disk that wait to be tried again, by fingerprint."""
     jobs = [(job.id, job.error) for job in house.disk.jobs.values() if job.status == "queued" and job.error]
     return dict(Counter(fingerprint(error.message, error.code, job_id) or "" for job_id, error in jobs))
@@ -52,7 +52,7 @@ def groups_waiting(known: Failures) -> dict[str, int]:
     return {group.fingerprint: group.retrying for group in known.view(200).groups if group.retrying}
 
 
-async def try_once(house: Household, job_id: str, message: str, wait_ms: int = 0) -> None:
+async def try_once(house: VirtualEngine, job_id: str, message: str, wait_ms: int = 0) -> None:
     """A worker takes the job, if it can, and fails; the job waits then, if it has attempts left."""
     granted = await house.actor.ask(Start(id=job_id, worker="w"))
     if isinstance(granted, Response):
@@ -60,20 +60,20 @@ async def try_once(house: Household, job_id: str, message: str, wait_ms: int = 0
         await house.yes(Fail(id=job_id, lock_id=lock_id, error_message=message, retry_after_ms=wait_ms))
 
 
-def watching(house: Household) -> Failures:
+def watching(house: VirtualEngine) -> Failures:
     known = Failures(house.disk, house.book.next_job, house.book.jobs.values())
     house.actor.on_commit.append(known.committed)
     return known
 
 
-async def fail(house: Household, job_id: str, reason: str, **fields: Any) -> None:
+async def fail(house: VirtualEngine, job_id: str, reason: str, **fields: Any) -> None:
     await house.yes(Create(id=job_id, **fields))
     await house.yes(ForceFail(id=job_id, reason=reason))
 
 
 @in_virtual_time
 async def test_a_group_says_what_its_jobs_have_in_common() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         known = watching(house)
         await known.run()
         assert known.is_whole
@@ -103,7 +103,7 @@ async def test_a_group_says_what_its_jobs_have_in_common() -> None:
 
 @in_virtual_time
 async def test_jobs_that_go_are_counted_no_more() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         known = watching(house)
         for job_id in ("a", "b", "c", "d"):
             await fail(house, job_id, "took 12 s")
@@ -126,7 +126,7 @@ async def test_jobs_that_go_are_counted_no_more() -> None:
 
 @in_virtual_time
 async def test_jobs_that_wait_to_be_tried_again_are_counted_beside_those_that_failed() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.yes(Create(id="early", max_attempts=3, queue="mail"))
         await try_once(house, "early", "took 7 s")
         await asyncio.sleep(5)
@@ -158,7 +158,7 @@ async def test_jobs_that_wait_to_be_tried_again_are_counted_beside_those_that_fa
 
 @in_virtual_time
 async def test_since_when_there_is_an_error_is_known_though_its_group_was_empty() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         known = watching(house)
         await known.run()
         await fail(house, "a", "took 12 s")
@@ -186,7 +186,7 @@ def test_history_is_counted_while_its_jobs_go_and_others_fail(seed: int) -> None
     @in_virtual_time
     async def test() -> None:
         dice = random.Random(seed)
-        async with Household(MemoryDisk()) as house:
+        async with VirtualEngine(MemoryStorage()) as house:
             ids = [f"j{n}" for n in range(20)]
             for job_id in ids:
                 await house.yes(Create(id=job_id, max_attempts=9))
@@ -223,7 +223,7 @@ def test_history_is_counted_while_its_jobs_go_and_others_fail(seed: int) -> None
 
 @in_virtual_time
 async def test_a_look_that_fails_is_made_again() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await fail(house, "a", "x")
         known = watching(house)
         house.disk.errors["find"] = OSError("broken")
@@ -239,7 +239,7 @@ async def test_a_look_that_fails_is_made_again() -> None:
 
 @in_virtual_time
 async def test_a_stop_ends_the_looking() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await fail(house, "a", "x")
         known = watching(house)
         house.disk.errors["find"] = OSError("broken")
@@ -260,7 +260,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few")
 @in_virtual_time
 async def test_the_first_line_of_a_group_is_whole() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         known = watching(house)
         await fail(house, "a", "alphabet\nand more")
         await fail(house, "b", "a\nb\nc")
@@ -269,7 +269,7 @@ async def test_the_first_line_of_a_group_is_whole() -> None:
 
 @in_virtual_time
 async def test_a_group_does_not_depend_on_the_ids_of_its_jobs() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         known = watching(house)
         for job_id in ("order-abc", "k3f9z", "4711"):
             await fail(house, job_id, f"{job_id}: no customer {job_id}-7, job {job_id} ends")
@@ -284,7 +284,7 @@ async def test_a_group_does_not_depend_on_the_ids_of_its_jobs() -> None:
 @pytest.mark.usefixtures("few")
 @in_virtual_time
 async def test_everything_that_is_kept_has_its_limit() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         known = watching(house)
         for n, reason in enumerate(("alpha", "beta", "gamma", "gamma", "alpha", "alpha", "alpha")):
             await fail(house, f"j{n}", reason, queue=f"q{n}")
@@ -321,7 +321,7 @@ async def test_everything_that_is_kept_has_its_limit() -> None:
 
 @in_virtual_time
 async def test_the_jobs_of_a_group_are_found_and_they_are_failed_ones() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await fail(house, "a", "took 12 s")
         await fail(house, "b", "took 40 s")
         await fail(house, "c", "lost")

@@ -26,22 +26,22 @@ from jobd.monitoring.health import (
     STORAGE_PATIENCE_S,
     Health,
 )
-from jobd.storage.artifacts.filesystem import FileStore
-from tests.support.memory_storage import MemoryDisk
-from tests.support.virtual_engine import Household, in_virtual_time, row, seconds
+from jobd.storage.artifacts.filesystem import FileArtifactStore
+from tests.support.memory_storage import MemoryStorage
+from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, seconds
 
 
 def health_of(
-    house: Household, faults: Iterable[str] = (), take_faults: Callable[[], Iterable[str]] = tuple, **artifacts: Any
+    house: VirtualEngine, faults: Iterable[str] = (), take_faults: Callable[[], Iterable[str]] = tuple, **artifacts: Any
 ) -> Health:
     return Health(house.actor, house.clock, house.cleaner, faults=faults, take_faults=take_faults, **artifacts)
 
 
-async def measured(house: Household) -> HealthView:
+async def measured(house: VirtualEngine) -> HealthView:
     return await health_of(house).view()
 
 
-class SlowDisk(MemoryDisk):
+class SlowDisk(MemoryStorage):
     """Probes and loads wait while `answers` is cleared."""
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class SlowDisk(MemoryDisk):
         return await super().load(ids, payloads, digests)
 
 
-class StaleOnce(MemoryDisk):
+class StaleOnce(MemoryStorage):
     """The next load shows job `a` as it was in `stale`."""
 
     stale: object = None
@@ -80,7 +80,7 @@ class StaleOnce(MemoryDisk):
 
 @in_virtual_time
 async def test_a_daemon_at_work_is_healthy() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.held("a")
         await house.yes(Create(id="b"))
         house.keep()
@@ -100,7 +100,7 @@ async def test_a_daemon_at_work_is_healthy() -> None:
 
 @in_virtual_time
 async def test_health_is_measured_anew_after_five_seconds() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         health = health_of(house)
         first = await health.view()
         await seconds(MAX_AGE_S - 0.1)
@@ -113,7 +113,7 @@ async def test_health_is_measured_anew_after_five_seconds() -> None:
 
 @in_virtual_time
 async def test_callers_share_one_measurement() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         health = health_of(house)
         views = await asyncio.gather(*(health.view() for _ in range(10)))
         assert all(view is views[0] for view in views)
@@ -122,7 +122,7 @@ async def test_callers_share_one_measurement() -> None:
 
 @in_virtual_time
 async def test_a_caller_that_goes_away_does_not_end_the_measurement() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         health = health_of(house)
         callers = [asyncio.create_task(health.view()) for _ in range(2)]
         await seconds(0)
@@ -135,7 +135,7 @@ async def test_a_caller_that_goes_away_does_not_end_the_measurement() -> None:
 
 @in_virtual_time
 async def test_a_failing_disk_is_unhealthy() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         house.disk.errors["probe"] = OSError("I/O error")
         view = await measured(house)
         assert view.status == view.database.status == "unhealthy"
@@ -144,7 +144,7 @@ async def test_a_failing_disk_is_unhealthy() -> None:
 
 @in_virtual_time
 async def test_a_full_disk_is_unhealthy_and_says_what_to_do() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         house.disk.errors["probe"] = DiskFull("full")
         house.disk.disk_space = DiskSpace("/disk/jobd.db", 4096, 1 << 20)
         view = await measured(house)
@@ -159,11 +159,11 @@ async def test_a_full_disk_is_unhealthy_and_says_what_to_do() -> None:
 
 @in_virtual_time
 async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     disk.has_ballast = False
     disk.errors["build_reserve"] = DiskFull("no room for 16 MiB")
     disk.disk_space = DiskSpace("/disk/jobd.db", 2 << 20, 20 << 20)
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         health = health_of(house, ["2 jobs have vanished"])
         view = await health.view()
         assert view.status == view.database.status == "degraded"
@@ -183,7 +183,7 @@ async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
 
 @in_virtual_time
 async def test_the_space_of_the_disk_is_a_second_old_at_most() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         health = health_of(house)
         house.disk.disk_space = first = DiskSpace("/disk/jobd.db", 2, 3)
         assert [await space for space in (health.space(), health.space())] == [first, first]
@@ -202,7 +202,7 @@ async def test_the_space_of_the_disk_is_a_second_old_at_most() -> None:
 @in_virtual_time
 async def test_a_disk_that_does_not_answer_leaves_the_last_figures() -> None:
     disk = SlowDisk()
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         health = health_of(house)
         known = await health.space()
         assert known is not None
@@ -229,7 +229,7 @@ async def test_a_disk_that_does_not_answer_leaves_the_last_figures() -> None:
 def test_what_a_full_disk_closes_is_told(closed: Closed, said: str) -> None:
     @in_virtual_time
     async def test() -> None:
-        async with Household() as house:
+        async with VirtualEngine() as house:
             house.actor.full_disk.closed = closed
             house.actor.full_disk.next_probe = asyncio.get_running_loop().time() + 60
             view = await measured(house)
@@ -244,7 +244,7 @@ def test_what_a_full_disk_closes_is_told(closed: Closed, said: str) -> None:
 @in_virtual_time
 async def test_a_disk_that_does_not_answer_is_unhealthy_and_not_asked_again() -> None:
     disk = SlowDisk()
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         health = health_of(house)
         disk.answers.clear()
         began = asyncio.get_running_loop().time()
@@ -263,7 +263,7 @@ async def test_a_disk_that_does_not_answer_is_unhealthy_and_not_asked_again() ->
 @in_virtual_time
 async def test_close_waits_for_what_was_asked() -> None:
     disk = SlowDisk()
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         health = health_of(house)
         disk.answers.clear()
         await health.view()
@@ -276,11 +276,11 @@ async def test_close_waits_for_what_was_asked() -> None:
 
 @in_virtual_time
 async def test_damage_is_named_with_its_mend() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     for number in range(7):
         disk.put(row(number + 1, f"job-{number}"))
         disk.bad_jobs[f"job-{number}"] = "its checksum is wrong"
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         later = [["keys k: the row was set aside"], ["keys k: the row was set aside"]]
         health = health_of(house, ["2 jobs have vanished"], lambda: later.pop() if later else [])
         for _ in range(3):
@@ -295,7 +295,7 @@ async def test_damage_is_named_with_its_mend() -> None:
 
 @in_virtual_time
 async def test_faults_are_kept_in_bounds() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         health = health_of(house, (f"fault {number}" for number in range(10 * FAULTS_KEPT)))
         assert f"and {FAULTS_KEPT - 5} more" in (await health.view()).database.message
 
@@ -305,7 +305,7 @@ async def test_faults_are_kept_in_bounds() -> None:
 
 @in_virtual_time
 async def test_a_mailbox_that_does_not_answer_is_unhealthy() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         health = health_of(house)
         house.disk.gate.clear()
         asked = asyncio.create_task(house.yes(Create(id="a")))
@@ -321,7 +321,7 @@ async def test_a_mailbox_that_does_not_answer_is_unhealthy() -> None:
 
 @in_virtual_time
 async def test_a_full_mailbox_is_degraded_a_stopped_one_unhealthy() -> None:
-    async with Household(bounds=Bounds(mailbox=0)) as house:
+    async with VirtualEngine(bounds=Bounds(mailbox=0)) as house:
         health = health_of(house)
         assert (await health.view()).cache.status == "degraded"
         house.actor.stop()
@@ -333,7 +333,7 @@ async def test_a_full_mailbox_is_degraded_a_stopped_one_unhealthy() -> None:
 def test_counters_that_do_not_agree_are_unhealthy(status: str, name: str) -> None:
     @in_virtual_time
     async def test() -> None:
-        async with Household() as house:
+        async with VirtualEngine() as house:
             await house.yes(Create(id="a"))
             await house.held("b")
             assert (await measured(house)).status == "healthy"
@@ -353,7 +353,7 @@ def test_counters_that_do_not_agree_are_unhealthy(status: str, name: str) -> Non
 
 @in_virtual_time
 async def test_memory_that_differs_from_the_disk_is_unhealthy() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.yes(Create(id="a"))
         await house.held("b")
         house.disk.jobs[2] = replace(house.disk.jobs[2], progress=7)
@@ -364,7 +364,7 @@ async def test_memory_that_differs_from_the_disk_is_unhealthy() -> None:
 
 @in_virtual_time
 async def test_a_row_that_is_missing_on_the_disk_is_noticed() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.yes(Create(id="a"))
         house.disk._replace(1, None)
         assert (await measured(house)).cache.message.startswith("Memory and disk differ for a.")
@@ -373,7 +373,7 @@ async def test_a_row_that_is_missing_on_the_disk_is_noticed() -> None:
 @in_virtual_time
 async def test_a_look_that_was_too_early_is_taken_again() -> None:
     disk = StaleOnce()
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         await house.held("a")
         disk.stale = row(1, "a", progress=9)
         assert (await measured(house)).status == "healthy"
@@ -383,8 +383,8 @@ async def test_a_look_that_was_too_early_is_taken_again() -> None:
 @in_virtual_time
 async def test_work_under_way_never_looks_like_damage() -> None:
     """Commits, refused commits and refusals, all the while that health is measured."""
-    disk = MemoryDisk()
-    async with Household(disk) as house:
+    disk = MemoryStorage()
+    async with VirtualEngine(disk) as house:
         locks = {f"job-{number}": await house.held(f"job-{number}") for number in range(8)}
         stop = asyncio.Event()
 
@@ -408,7 +408,7 @@ async def test_work_under_way_never_looks_like_damage() -> None:
 
 @in_virtual_time
 async def test_a_bad_row_met_by_the_recount_goes_to_quarantine() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         health = health_of(house)
         await house.yes(Create(id="a"))
         house.disk.bad_jobs["a"] = "its checksum is wrong"
@@ -420,7 +420,7 @@ async def test_a_bad_row_met_by_the_recount_goes_to_quarantine() -> None:
 
 @in_virtual_time
 async def test_samples_move_on_over_the_oldest_jobs() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         for number in range(3 * SAMPLE):
             await house.yes(Create(id=f"job-{number}"))
         health = health_of(house)
@@ -432,7 +432,7 @@ async def test_samples_move_on_over_the_oldest_jobs() -> None:
 
 @in_virtual_time
 async def test_a_part_that_cannot_be_measured_is_unhealthy_and_nothing_is_raised() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.yes(Create(id="a"))
         house.disk.errors["load"] = OSError("broken")
         view = await measured(house)
@@ -446,8 +446,8 @@ async def test_a_part_that_cannot_be_measured_is_unhealthy_and_nothing_is_raised
 
 async def test_the_artifact_store_is_measured(tmp_path: Path) -> None:
     place = tmp_path / "a b"
-    store = FileStore(str(place), "test")
-    async with Household() as house:
+    store = FileArtifactStore(str(place), "test")
+    async with VirtualEngine() as house:
         view = await health_of(house, artifacts=store).view()
         assert view.status == view.storage.status == "unhealthy"
         assert view.storage.message == f"{place} is no directory. Make it, or change artifacts.url."
@@ -469,7 +469,7 @@ class Sulking:
 
 @in_virtual_time
 async def test_an_artifact_store_that_does_not_answer_is_unhealthy_in_time() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         health = health_of(house, artifacts=Sulking())
         view = await health.view()
         assert view.storage.status == "unhealthy"
@@ -479,7 +479,7 @@ async def test_an_artifact_store_that_does_not_answer_is_unhealthy_in_time() -> 
 @in_virtual_time
 async def test_close_does_not_wait_for_an_artifact_store_that_does_not_answer() -> None:
     for waited_s in (0.1, 60):  # while it is measured, and long after
-        async with Household() as house:
+        async with VirtualEngine() as house:
             health = health_of(house, artifacts=Sulking())
             view = asyncio.create_task(health.view())
             await seconds(waited_s)
@@ -494,8 +494,8 @@ class Complaining:
 
 
 async def test_objects_that_stay_degrade_the_store(tmp_path: Path) -> None:
-    store = FileStore(str(tmp_path), "test")
-    async with Household() as house:
+    store = FileArtifactStore(str(tmp_path), "test")
+    async with VirtualEngine() as house:
         view = await health_of(house, artifacts=store, sweeper=Complaining()).view()
         assert view.status == view.storage.status == "degraded"
         assert view.storage.message == "2 objects of deleted jobs could not be deleted."
@@ -504,7 +504,7 @@ async def test_objects_that_stay_degrade_the_store(tmp_path: Path) -> None:
 
 @in_virtual_time
 async def test_a_clock_in_doubt_is_degraded_until_it_is_accepted() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         health = health_of(house)
         assert (await health.view()).status == "healthy"
         house.step_ms = 40 * DAY_MS  # what was measured a moment ago counts no more
@@ -518,7 +518,7 @@ async def test_a_clock_in_doubt_is_degraded_until_it_is_accepted() -> None:
 
 @in_virtual_time
 async def test_late_cleanup_is_degraded() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         health = health_of(house)
         await seconds(3 * 3600 + 1)
         view = await health.view()
@@ -536,7 +536,7 @@ async def test_a_bug_in_cleanup_is_unhealthy_and_nothing_is_raised() -> None:
         def complaint(self) -> str | None:
             return None
 
-    async with Household() as house:
+    async with VirtualEngine() as house:
         view = await Health(house.actor, house.clock, Broken()).view()
         assert view.status == "unhealthy"
         assert "ValueError: a bug" in view.cleanup_status.message

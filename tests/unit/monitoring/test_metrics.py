@@ -25,7 +25,7 @@ from jobd.core.stats import OTHER_QUEUES
 from jobd.engine.actor import COMMIT_BUCKETS_S, Actor
 from jobd.engine.clock import Clock
 from jobd.engine.disk_full import Closed
-from jobd.engine.event_feed import Feed
+from jobd.engine.event_feed import EventFeed
 from jobd.engine.idempotency import Keys
 from jobd.maintenance.artifact_sweeper import Sweeps
 from jobd.maintenance.cleanup_pass import Schedule
@@ -49,8 +49,8 @@ from jobd.monitoring.metrics import (
     text,
 )
 from jobd.storage.store import Store
-from tests.support.memory_storage import MemoryDisk
-from tests.support.virtual_engine import Household, in_virtual_time, row, seconds
+from tests.support.memory_storage import MemoryStorage
+from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, seconds
 
 # What dashboards ask for: the name in the text, and its type.
 EXPECTED = {
@@ -106,10 +106,12 @@ class Door:
         self.refusals: Counter[str] = Counter(refusals)
 
 
-def metrics_of(house: Household, *doors: Door, store_path: str = ":memory:") -> Metrics:
+def metrics_of(house: VirtualEngine, *doors: Door, store_path: str = ":memory:") -> Metrics:
     health = Health(house.actor, house.clock, house.cleaner)
     alerts = Alerts(house.book, house.clock, health, house.cleaner, hold_ms=0, clear_ms=0)
-    return Metrics(house.actor, house.cleaner, alerts, house.clock, Sweeps(), store_path, doors, Feed(house.disk, 0, 1))
+    return Metrics(
+        house.actor, house.cleaner, alerts, house.clock, Sweeps(), store_path, doors, EventFeed(house.disk, 0, 1)
+    )
 
 
 def read(body: bytes) -> dict[str, Metric]:
@@ -127,7 +129,7 @@ def value(body: bytes, sample: str, **labels: str) -> float:
     return found[0]
 
 
-def shown(house: Household, *doors: Door) -> bytes:
+def shown(house: VirtualEngine, *doors: Door) -> bytes:
     """The text without the thread, which virtual time does not wait for."""
     return text(metrics_of(house, *doors).snapshot(), ":memory:")
 
@@ -157,7 +159,7 @@ async def real(path: Path) -> AsyncIterator[Real]:
         cleaner = Cleaner(actor, clock, Schedule(batch=2))
         health = Health(actor, clock, cleaner, take_faults=store.take_faults)
         alerts = Alerts(book, clock, health, cleaner)
-        metrics = Metrics(actor, cleaner, alerts, clock, Sweeps(), str(path), [], Feed(store, 0, 1))
+        metrics = Metrics(actor, cleaner, alerts, clock, Sweeps(), str(path), [], EventFeed(store, 0, 1))
         running = [asyncio.create_task(run()) for run in (actor.run, cleaner.run, alerts.run, metrics.run)]
         yield Real(store, actor, cleaner, metrics)
         for part in (metrics, alerts, cleaner):
@@ -244,7 +246,7 @@ def test_a_quantile_is_the_bound_of_its_bucket(counts: list[int], bound: float |
 
 @in_virtual_time
 async def test_the_slowest_commits_are_those_of_the_last_minutes() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         metrics = metrics_of(house)
         house.actor.commit_seconds.add(0.003, COMMIT_BUCKETS_S)
         assert metrics.commit_p99_s() == 0.005
@@ -257,7 +259,7 @@ async def test_the_slowest_commits_are_those_of_the_last_minutes() -> None:
 
 @in_virtual_time
 async def test_a_store_in_memory_has_no_files() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         house.disk.disk_space = None
         await house.actor.full_disk.measure()
         body = shown(house)
@@ -266,14 +268,14 @@ async def test_a_store_in_memory_has_no_files() -> None:
 
 
 async def test_vitals_of_a_store_in_memory_have_no_sizes() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         vitals = await metrics_of(house).vitals()
         assert (vitals.database_bytes, vitals.wal_bytes) == (0, 0)
 
 
 @in_virtual_time
 async def test_locks_stuck_jobs_and_waiting_claims() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.held("a", lock_ttl_ms=60_000)
         await house.held("b", lock_ttl_ms=600_000)
         parked = asyncio.create_task(house.yes(Claim(worker="w", wait_ms=60_000)))
@@ -297,7 +299,7 @@ async def test_locks_stuck_jobs_and_waiting_claims() -> None:
 
 @in_virtual_time
 async def test_how_long_the_oldest_due_job_of_each_queue_waits_and_whether_it_may() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.yes(Create(id="a", queue="film", priority=9))
         await seconds(40)
         await house.yes(Create(id="b", queue="film"))
@@ -313,7 +315,7 @@ async def test_how_long_the_oldest_due_job_of_each_queue_waits_and_whether_it_ma
 
 @in_virtual_time
 async def test_queues_of_very_many_lanes_are_passed_over_and_the_others_are_not() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         for number in range(LANES_SEEN):
             await house.yes(Create(id=f"a-{number}", queue="many", kind=str(number)))
         assert oldest_due_s(house.book, house.now + 1_000) == {"many": 1}
@@ -324,7 +326,7 @@ async def test_queues_of_very_many_lanes_are_passed_over_and_the_others_are_not(
 
 @in_virtual_time
 async def test_paces_overlaps_quarantine_and_the_clock() -> None:
-    async with Household(policy=Policy(keep_failed_ms=4 * SECOND_MS)) as house:
+    async with VirtualEngine(policy=Policy(keep_failed_ms=4 * SECOND_MS)) as house:
         body = shown(house)
         assert value(body, "jobd_granted_twice_total") == value(body, "jobd_quarantined_jobs") == 0
         assert value(body, "jobd_clock_suspect") == 0
@@ -348,7 +350,7 @@ async def test_paces_overlaps_quarantine_and_the_clock() -> None:
 
 @in_virtual_time
 async def test_refusals_of_all_doors_are_summed_and_every_code_is_there() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         body = shown(house, Door(already_locked=2, not_found=1), Door(already_locked=3))
         assert value(body, "jobd_refusals_total", code="already_locked") == 5
         assert value(body, "jobd_refusals_total", code="lock_lost") == 0
@@ -357,7 +359,7 @@ async def test_refusals_of_all_doors_are_summed_and_every_code_is_there() -> Non
 
 @in_virtual_time
 async def test_how_far_a_full_disk_has_closed_the_daemon() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         assert value(shown(house), "jobd_disk_full") == 0
         for closed in Closed:
             house.actor.full_disk.closed = closed
@@ -366,11 +368,11 @@ async def test_how_far_a_full_disk_has_closed_the_daemon() -> None:
 
 @in_virtual_time
 async def test_validation_issues_by_type_and_alerts() -> None:
-    disk = MemoryDisk()
+    disk = MemoryStorage()
     for number in range(11):
         disk.put(row(number + 1, progress=120))
     disk.put(row(20, "nobody", "processing"))
-    async with Household(disk) as house:
+    async with VirtualEngine(disk) as house:
         assert not read(shown(house))["jobd_cleanup_last_timestamp_seconds"].samples
         house.keep()
         await house.cleaner.run_pass(forced=True)
@@ -384,7 +386,7 @@ async def test_validation_issues_by_type_and_alerts() -> None:
 
 @in_virtual_time
 async def test_queue_labels_have_a_limit_and_the_rest_is_summed() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         for number in range(QUEUES_SHOWN + 30):
             await house.yes(Create(id=f"a-{number}", queue=f"q-{number}"))
             await house.yes(Start(id=f"a-{number}", worker="w"))
@@ -411,7 +413,7 @@ def test_capped_at_its_boundary(count: int) -> None:
 
 @in_virtual_time
 async def test_histograms_are_cumulative() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         for number, ms in enumerate((50, 100, 101, 15_000_000)):
             lock_id = await house.held(f"job-{number}", lock_ttl_ms=86_400_000, max_processing_ms=0)
             await seconds(ms / 1000)
@@ -429,7 +431,7 @@ async def test_histograms_are_cumulative() -> None:
 @in_virtual_time
 async def test_a_snapshot_shares_nothing_with_the_book() -> None:
     """What the thread reads must not move under its feet."""
-    async with Household() as house:
+    async with VirtualEngine() as house:
         await house.held("a")
         metrics = metrics_of(house, Door(not_due=1))
         snapshot = metrics.snapshot()
@@ -444,7 +446,7 @@ async def test_a_snapshot_shares_nothing_with_the_book() -> None:
 
 
 async def test_the_lag_of_the_loop_is_measured() -> None:
-    async with Household() as house:
+    async with VirtualEngine() as house:
         metrics = metrics_of(house)
         assert metrics.snapshot().lag_s == 0
         running = asyncio.create_task(metrics.run())

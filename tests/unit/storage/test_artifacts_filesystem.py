@@ -18,8 +18,8 @@ from typing import Final
 
 import pytest
 
-from jobd.storage.artifacts.base import PIECE_BYTES, Outcome, StoreFault, Verdict
-from jobd.storage.artifacts.filesystem import WAITING, FileStore, directory_fault
+from jobd.storage.artifacts.base import PIECE_BYTES, ArtifactStoreError, Deletion, Verdict
+from jobd.storage.artifacts.filesystem import WAITING, FileArtifactStore, directory_fault
 
 OLD_S = 1_600_000_000
 
@@ -32,8 +32,8 @@ def place(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def store(place: Path) -> FileStore:
-    return FileStore(str(place), "test")
+def store(place: Path) -> FileArtifactStore:
+    return FileArtifactStore(str(place), "test")
 
 
 def put(place: Path, key: str, text: str = "result") -> Path:
@@ -55,26 +55,26 @@ def left_aside(place: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("key", ["a", "2026/11/job-1.mp4", "ü ß\n*", "a\\b", ".hidden", "x" * 255])
-async def test_what_a_key_names_is_deleted_and_nothing_else(place: Path, store: FileStore, key: str) -> None:
+async def test_what_a_key_names_is_deleted_and_nothing_else(place: Path, store: FileArtifactStore, key: str) -> None:
     path, other = put(place, key), put(place, "other/one")
-    assert await store.delete(key, yes) == Outcome("deleted")
+    assert await store.delete(key, yes) == Deletion("deleted")
     assert not path.exists()
     assert other.read_text() == "result"
     assert path.parent.is_dir()
-    assert await store.delete(key, yes) == Outcome("missing")
+    assert await store.delete(key, yes) == Deletion("missing")
     assert not left_aside(place)
 
 
 @pytest.mark.parametrize("key", ["none", "no/such/way", "file/below", "x" * 300, "y" * 300 + "/z"])
-async def test_what_is_not_there_is_gone_already(place: Path, store: FileStore, key: str) -> None:
+async def test_what_is_not_there_is_gone_already(place: Path, store: FileArtifactStore, key: str) -> None:
     put(place, "file")
-    assert await store.delete(key, yes) == Outcome("missing")
+    assert await store.delete(key, yes) == Deletion("missing")
 
 
 @pytest.mark.parametrize(
     "key", ["", ".", "a//b", "a/./b", "folder/", "../outside", "folder/../../outside", "..", "a\0b"]
 )
-async def test_a_key_that_names_no_file_is_left(place: Path, store: FileStore, key: str) -> None:
+async def test_a_key_that_names_no_file_is_left(place: Path, store: FileArtifactStore, key: str) -> None:
     outside = put(place.parent, "outside")
     put(place, "folder/inside")
     put(place, "a/b")
@@ -85,13 +85,13 @@ async def test_a_key_that_names_no_file_is_left(place: Path, store: FileStore, k
     assert outside.exists()
 
 
-async def test_a_directory_is_left(place: Path, store: FileStore) -> None:
+async def test_a_directory_is_left(place: Path, store: FileArtifactStore) -> None:
     put(place, "folder/inside")
-    assert await store.delete("folder", yes) == Outcome("left", "it is a directory")
+    assert await store.delete("folder", yes) == Deletion("left", "it is a directory")
     assert (place / "folder/inside").exists()
 
 
-async def test_what_is_young_or_another_s_stays(place: Path, store: FileStore) -> None:
+async def test_what_is_young_or_another_s_stays(place: Path, store: FileArtifactStore) -> None:
     path = put(place, "k")
     asked: list[int] = []
 
@@ -106,7 +106,7 @@ async def test_what_is_young_or_another_s_stays(place: Path, store: FileStore) -
     assert path.read_text() == "result"
 
 
-async def test_a_copy_that_keeps_the_old_time_of_its_source_is_new(place: Path, store: FileStore) -> None:
+async def test_a_copy_that_keeps_the_old_time_of_its_source_is_new(place: Path, store: FileArtifactStore) -> None:
     path = put(place, "k")
     os.utime(path, (OLD_S, OLD_S))
     outcome = await store.delete("k", lambda modified_at: "wait" if modified_at > OLD_S * 1000 else "delete")
@@ -118,12 +118,12 @@ async def test_no_file_goes_that_lies_with_the_daemons_own(tmp_path: Path, place
     """Their directory may be mounted here under another name; this test gives it the name of a link."""
     own, other = put(place, "state/jobd.db"), put(place, "k")
     (tmp_path / "by-name").symlink_to(place / "state")
-    store = FileStore(str(place), "test", [str(tmp_path / "none"), str(tmp_path / "by-name")])
+    store = FileArtifactStore(str(place), "test", [str(tmp_path / "none"), str(tmp_path / "by-name")])
     outcome = await store.delete("state/jobd.db", yes)
-    assert outcome == Outcome("left", "the daemon's own files lie there")
+    assert outcome == Deletion("left", "the daemon's own files lie there")
     assert own.exists()
     assert await store.open("state/jobd.db") is None
-    assert await store.delete("k", yes) == Outcome("deleted")
+    assert await store.delete("k", yes) == Deletion("deleted")
     assert not other.exists()
 
 
@@ -152,13 +152,13 @@ def test_a_mount_that_hangs_keeps_no_process(tmp_path: Path) -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, "timed out\n", "")
 
 
-async def test_a_mount_that_hangs_makes_no_queue_without_an_end(store: FileStore) -> None:
+async def test_a_mount_that_hangs_makes_no_queue_without_an_end(store: FileArtifactStore) -> None:
     goes_on = threading.Event()
     hung = asyncio.ensure_future(store.ask(goes_on.wait))
     await asyncio.sleep(0.01)
     waiting = [asyncio.ensure_future(store.probe()) for _ in range(WAITING)]
     await asyncio.sleep(0)
-    with pytest.raises(StoreFault, match="has not answered: 100 calls wait for it already"):
+    with pytest.raises(ArtifactStoreError, match="has not answered: 100 calls wait for it already"):
         await store.probe()
     waiting[0].cancel()
     goes_on.set()
@@ -171,23 +171,25 @@ async def test_a_mount_that_hangs_makes_no_queue_without_an_end(store: FileStore
 # -- symbolic links ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_symbolic_link_on_the_way_is_not_followed(tmp_path: Path, place: Path, store: FileStore) -> None:
+async def test_a_symbolic_link_on_the_way_is_not_followed(
+    tmp_path: Path, place: Path, store: FileArtifactStore
+) -> None:
     outside = put(tmp_path, "outside/secret")
     (place / "way").symlink_to(outside.parent)
     (place / "deep").mkdir()
     (place / "deep/way").symlink_to("../../outside")
     for key in ("way/secret", "deep/way/secret"):
-        with pytest.raises(StoreFault, match="way is a symbolic link, which is not followed"):
+        with pytest.raises(ArtifactStoreError, match="way is a symbolic link, which is not followed"):
             await store.delete(key, yes)
     assert outside.read_text() == "result"
 
 
 async def test_of_an_object_that_is_a_symbolic_link_the_link_goes(
-    tmp_path: Path, place: Path, store: FileStore
+    tmp_path: Path, place: Path, store: FileArtifactStore
 ) -> None:
     outside = put(tmp_path, "outside/secret")
     (place / "link").symlink_to(outside)
-    assert await store.delete("link", yes) == Outcome("deleted")
+    assert await store.delete("link", yes) == Deletion("deleted")
     assert not (place / "link").is_symlink()
     assert outside.read_text() == "result"
 
@@ -195,7 +197,7 @@ async def test_of_an_object_that_is_a_symbolic_link_the_link_goes(
 async def test_the_directory_itself_may_be_a_link(tmp_path: Path, place: Path) -> None:
     path = put(place, "k")
     (tmp_path / "by-name").symlink_to(place)
-    assert await FileStore(str(tmp_path / "by-name"), "test").delete("k", yes) == Outcome("deleted")
+    assert await FileArtifactStore(str(tmp_path / "by-name"), "test").delete("k", yes) == Deletion("deleted")
     assert not path.exists()
 
 
@@ -225,7 +227,7 @@ def at(monkeypatch: pytest.MonkeyPatch, call: str, happens: Callable[[], object]
 
 @pytest.mark.parametrize("how", [replaced, lambda path, text: path.write_text(text)])
 async def test_what_comes_in_between_look_and_deletion_is_put_back(
-    place: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch, how: Callable[[Path, str], None]
+    place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch, how: Callable[[Path, str], None]
 ) -> None:
     path = put(place, "k")
     looks: list[int] = []
@@ -242,7 +244,7 @@ async def test_what_comes_in_between_look_and_deletion_is_put_back(
 
 
 async def test_what_comes_while_another_is_put_back_stays(
-    place: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+    place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = put(place, "k")
     at(monkeypatch, "rename", lambda: replaced(path, "second"))
@@ -278,7 +280,7 @@ def killed(call: str, place: Path, new: str = "") -> None:
 
 
 @pytest.mark.parametrize("call", ["rename", "unlink", "fsync"])
-async def test_a_kill_in_the_midst_leaks_nothing(place: Path, store: FileStore, call: str) -> None:
+async def test_a_kill_in_the_midst_leaks_nothing(place: Path, store: FileArtifactStore, call: str) -> None:
     path = put(place, "folder/k")
     os.utime(path, (OLD_S, OLD_S))
     killed(call, place)
@@ -287,7 +289,9 @@ async def test_a_kill_in_the_midst_leaks_nothing(place: Path, store: FileStore, 
     assert not left_aside(place)
 
 
-async def test_a_kill_in_the_midst_loses_no_object_of_another(tmp_path: Path, place: Path, store: FileStore) -> None:
+async def test_a_kill_in_the_midst_loses_no_object_of_another(
+    tmp_path: Path, place: Path, store: FileArtifactStore
+) -> None:
     path, new = put(place, "folder/k"), put(tmp_path, "new", "the result of another job")
     killed("rename", place, str(new))
     assert not path.exists()
@@ -296,7 +300,9 @@ async def test_a_kill_in_the_midst_loses_no_object_of_another(tmp_path: Path, pl
     assert not left_aside(place)
 
 
-async def test_what_was_stored_again_meanwhile_stays_and_what_is_aside_goes(place: Path, store: FileStore) -> None:
+async def test_what_was_stored_again_meanwhile_stays_and_what_is_aside_goes(
+    place: Path, store: FileArtifactStore
+) -> None:
     path = put(place, "folder/k")
     killed("rename", place)
     path.write_text("stored again")
@@ -305,7 +311,9 @@ async def test_what_was_stored_again_meanwhile_stays_and_what_is_aside_goes(plac
     assert not left_aside(place)
 
 
-async def test_a_deletion_outlives_a_power_cut(place: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_deletion_outlives_a_power_cut(
+    place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The directory is synced after the last change to it."""
     put(place, "folder/k")
     done: list[str] = []
@@ -324,12 +332,12 @@ async def test_a_deletion_outlives_a_power_cut(place: Path, store: FileStore, mo
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_directory_that_is_not_there_is_a_fault_and_no_deletion(place: Path, store: FileStore) -> None:
+async def test_a_directory_that_is_not_there_is_a_fault_and_no_deletion(place: Path, store: FileArtifactStore) -> None:
     place.rmdir()
-    with pytest.raises(StoreFault, match="is no directory"):
+    with pytest.raises(ArtifactStoreError, match="is no directory"):
         await store.delete("k", yes)
     place.write_text("a file")
-    with pytest.raises(StoreFault, match="Not a directory"):
+    with pytest.raises(ArtifactStoreError, match="Not a directory"):
         await store.delete("k", yes)
 
 
@@ -340,24 +348,24 @@ async def test_what_the_system_refuses_is_told_with_its_place(place: Path, monke
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(StoreFault, match=f"^{place}/k: Permission denied$"):
-        await FileStore(str(place), "test").delete("k", yes)
+    with pytest.raises(ArtifactStoreError, match=f"^{place}/k: Permission denied$"):
+        await FileArtifactStore(str(place), "test").delete("k", yes)
 
 
-async def test_no_descriptor_is_left_open(tmp_path: Path, place: Path, store: FileStore) -> None:
+async def test_no_descriptor_is_left_open(tmp_path: Path, place: Path, store: FileArtifactStore) -> None:
     (place / "way").symlink_to(tmp_path)
     put(place, "a/b/c")
     before = _open_below(tmp_path)
     for key in ("a/b/c", "a/b/none", "a/x/y", "a"):
         await store.delete(key, yes)
-    with pytest.raises(StoreFault):
+    with pytest.raises(ArtifactStoreError):
         await store.delete("way/x", yes)
     await store.probe()
     assert _open_below(tmp_path) == before
 
 
 async def test_a_call_that_hangs_holds_nobody_up(
-    place: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+    place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(place, "k")
     begun, go_on = threading.Event(), threading.Event()
@@ -374,38 +382,38 @@ async def test_a_call_that_hangs_holds_nobody_up(
     with pytest.raises(asyncio.CancelledError):
         await task
     go_on.set()
-    assert await store.delete("k", yes) == Outcome("missing")  # it was done in the end
+    assert await store.delete("k", yes) == Deletion("missing")  # it was done in the end
     await store.close()
 
 
 # -- the probe --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_probe_leaves_nothing(place: Path, store: FileStore) -> None:
+async def test_a_probe_leaves_nothing(place: Path, store: FileArtifactStore) -> None:
     put(place, ".jobd-probe-test", "of a probe that was killed")
     await store.probe()
     assert list(place.iterdir()) == []
 
 
 async def test_a_probe_that_reads_something_else_is_a_fault(
-    place: Path, store: FileStore, monkeypatch: pytest.MonkeyPatch
+    place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "pread", lambda *_: b"something else")
-    with pytest.raises(StoreFault, match="something else"):
+    with pytest.raises(ArtifactStoreError, match="something else"):
         await store.probe()
     assert list(place.iterdir()) == []
 
 
-async def test_a_probe_names_what_is_wrong_with_the_directory(place: Path, store: FileStore) -> None:
+async def test_a_probe_names_what_is_wrong_with_the_directory(place: Path, store: FileArtifactStore) -> None:
     place.rmdir()
-    with pytest.raises(StoreFault, match=r"is no directory. Make it, or change artifacts.url."):
+    with pytest.raises(ArtifactStoreError, match=r"is no directory. Make it, or change artifacts.url."):
         await store.probe()
 
 
-async def test_a_probe_is_no_way_out(tmp_path: Path, place: Path, store: FileStore) -> None:
+async def test_a_probe_is_no_way_out(tmp_path: Path, place: Path, store: FileArtifactStore) -> None:
     outside = put(tmp_path, "outside")
     (place / ".jobd-probe-test").symlink_to(outside)
-    with pytest.raises(StoreFault, match="Too many levels of symbolic links"):
+    with pytest.raises(ArtifactStoreError, match="Too many levels of symbolic links"):
         await store.probe()
     assert outside.read_text() == "result"
 
@@ -446,7 +454,7 @@ def test_a_full_file_system_is_no_place_for_artifacts(
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-async def read(store: FileStore, key: str) -> bytes | None:
+async def read(store: FileArtifactStore, key: str) -> bytes | None:
     reading = await store.open(key)
     if reading is None:
         return None
@@ -460,7 +468,7 @@ async def read(store: FileStore, key: str) -> bytes | None:
 
 
 @pytest.mark.parametrize("key", ["a", "2026/11/job-1.mp4", "ü ß\n*", "a\\b", ".hidden", "x" * 255])
-async def test_what_a_key_names_is_read(place: Path, store: FileStore, key: str) -> None:
+async def test_what_a_key_names_is_read(place: Path, store: FileArtifactStore, key: str) -> None:
     path = put(place, key, "")
     assert await read(store, key) == b""
     path.write_bytes(content := os.urandom(2 * PIECE_BYTES + 1))
@@ -471,7 +479,7 @@ async def test_what_a_key_names_is_read(place: Path, store: FileStore, key: str)
     "key",
     ["none", "no/such/way", "file/below", "folder", "folder/", "", ".", "a//b", "x" * 300, "link", "pipe", "sock"],
 )
-async def test_what_is_no_file_is_not_read(place: Path, store: FileStore, key: str, tmp_path: Path) -> None:
+async def test_what_is_no_file_is_not_read(place: Path, store: FileArtifactStore, key: str, tmp_path: Path) -> None:
     put(place, "folder/inside")
     put(place, "file")
     (tmp_path / "secret").write_text("canary")
@@ -482,25 +490,25 @@ async def test_what_is_no_file_is_not_read(place: Path, store: FileStore, key: s
         assert await read(store, key) is None
 
 
-async def test_nobody_is_led_out_to_read(place: Path, store: FileStore, tmp_path: Path) -> None:
+async def test_nobody_is_led_out_to_read(place: Path, store: FileArtifactStore, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "secret").write_text("canary")
     (place / "way").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(StoreFault, match="symbolic link"):
+    with pytest.raises(ArtifactStoreError, match="symbolic link"):
         await store.open("way/secret")
 
 
-async def test_a_directory_that_is_away_is_a_fault_of_reading_too(place: Path, store: FileStore) -> None:
+async def test_a_directory_that_is_away_is_a_fault_of_reading_too(place: Path, store: FileArtifactStore) -> None:
     place.rmdir()
-    with pytest.raises(StoreFault, match="no directory"):
+    with pytest.raises(ArtifactStoreError, match="no directory"):
         await store.open("k")
 
 
-async def test_a_file_is_read_to_its_end_whatever_becomes_of_its_name(place: Path, store: FileStore) -> None:
+async def test_a_file_is_read_to_its_end_whatever_becomes_of_its_name(place: Path, store: FileArtifactStore) -> None:
     path = put(place, "k", "the first")
     reading = await store.open("k")
     assert reading is not None
-    assert await store.delete("k", yes) == Outcome("deleted")
+    assert await store.delete("k", yes) == Deletion("deleted")
     put(place, "k", "another one")
     assert await reading.more() == b"the first"
     reading.close()
@@ -514,7 +522,7 @@ async def test_a_file_is_read_to_its_end_whatever_becomes_of_its_name(place: Pat
     reading = await store.open("k")
     assert reading is not None
     path.write_text("")
-    with pytest.raises(StoreFault, match="shorter"):
+    with pytest.raises(ArtifactStoreError, match="shorter"):
         await reading.more()
     reading.close()
 
@@ -529,7 +537,7 @@ def _open_below(place: Path) -> int:
     return count
 
 
-async def test_files_are_closed_also_where_nobody_waits_any_more(place: Path, store: FileStore) -> None:
+async def test_files_are_closed_also_where_nobody_waits_any_more(place: Path, store: FileArtifactStore) -> None:
     put(place, "k")
     reading = await store.open("k")
     assert reading is not None

@@ -21,7 +21,7 @@ from jobd.engine.clock import Clock
 from jobd.maintenance.artifact_sweeper import Sweeper, Sweeps
 from jobd.model.storage import Tombstone
 from jobd.storage.artifacts import s3
-from jobd.storage.artifacts.base import Margins, Outcome, StoreFault, Verdict
+from jobd.storage.artifacts.base import ArtifactStoreError, Deletion, Margins, Verdict
 from jobd.storage.artifacts.s3 import S3ArtifactStore
 from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
@@ -93,9 +93,9 @@ def yes(_: int) -> Verdict:
 async def test_what_a_key_names_is_deleted_and_nothing_else(bucket: Bucket, store: S3ArtifactStore, key: str) -> None:
     others = [key, f"pre/fix/{key}2", f"pre/{key}"]
     bucket.put(f"pre/fix/{key}", *others)
-    assert await store.delete(key, yes) == Outcome("deleted")
+    assert await store.delete(key, yes) == Deletion("deleted")
     assert bucket.keys() == sorted(others)
-    assert await store.delete(key, yes) == Outcome("missing")
+    assert await store.delete(key, yes) == Deletion("missing")
 
 
 @pytest.mark.parametrize("server", ["moto"], indirect=True)
@@ -104,14 +104,14 @@ async def test_what_a_key_names_is_deleted_and_nothing_else(bucket: Bucket, stor
     ["a~b", "a*b", "a{b}", "a|b", 'a"b', "a\\b", "a[b]^`<>", "%2F", " x ", "\ufeffx", "\x85", "x" * 1016],
 )
 async def test_an_odd_key_is_asked_for(bucket: Bucket, store: S3ArtifactStore, key: str) -> None:
-    assert await store.delete(key, yes) == Outcome("missing")
+    assert await store.delete(key, yes) == Deletion("missing")
 
 
 async def test_a_bucket_without_a_prefix(bucket: Bucket) -> None:
     bucket.put("a/k", "k")
     store = S3ArtifactStore(bucket.name, "", "test")
     assert store.place == f"s3://{bucket.name}"
-    assert await store.delete("k", yes) == Outcome("deleted")
+    assert await store.delete("k", yes) == Deletion("deleted")
     assert bucket.keys() == ["a/k"]
     await store.close()
 
@@ -119,7 +119,7 @@ async def test_a_bucket_without_a_prefix(bucket: Bucket) -> None:
 async def test_what_is_young_or_another_s_stays(bucket: Bucket, store: S3ArtifactStore) -> None:
     bucket.put("pre/fix/k")
     modified_at = round(obstore.head(bucket.all, "pre/fix/k")["last_modified"].timestamp() * 1000)
-    assert await store.delete("k", lambda _: "wait") == Outcome("young", "", modified_at)
+    assert await store.delete("k", lambda _: "wait") == Deletion("young", "", modified_at)
     assert (await store.delete("k", lambda _: "leave")).what == "left"
     assert bucket.keys() == ["pre/fix/k"]
 
@@ -160,16 +160,16 @@ async def test_an_object_that_changes_while_it_is_read_is_a_fault(bucket: Bucket
     assert reading is not None
     assert len(await reading.more()) == s3.PIECE_BYTES
     obstore.put(bucket.all, "pre/fix/k", b"y" * (s3.PIECE_BYTES + 1))
-    with pytest.raises(StoreFault):
+    with pytest.raises(ArtifactStoreError):
         await reading.more()
     obstore.delete(bucket.all, "pre/fix/k")
-    with pytest.raises(StoreFault):
+    with pytest.raises(ArtifactStoreError):
         await reading.more()
 
 
 async def test_a_bucket_that_is_away_cannot_be_read(at: str) -> None:
     store = S3ArtifactStore("no-such-bucket", "", "test")
-    with pytest.raises(StoreFault, match="no such bucket"):
+    with pytest.raises(ArtifactStoreError, match="no such bucket"):
         await store.open("k")
     await store.close()
 
@@ -195,9 +195,9 @@ async def test_a_probe_leaves_nothing(bucket: Bucket, store: S3ArtifactStore) ->
 
 async def test_a_bucket_that_is_not_there_is_a_fault_and_no_deletion(at: str) -> None:
     store = S3ArtifactStore("test-nowhere", "", "test")
-    with pytest.raises(StoreFault, match="there is no such bucket"):
+    with pytest.raises(ArtifactStoreError, match="there is no such bucket"):
         await store.delete("k", yes)
-    with pytest.raises(StoreFault, match="404 Not Found"):
+    with pytest.raises(ArtifactStoreError, match="404 Not Found"):
         await store.probe()
     await store.close()
 
@@ -208,7 +208,7 @@ async def test_keys_that_are_refused_are_told_and_not_shown(bucket: Bucket, monk
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
     store = S3ArtifactStore(bucket.name, "", "test")
     for call in (store.delete("k", yes), store.probe()):
-        with pytest.raises(StoreFault) as told:
+        with pytest.raises(ArtifactStoreError) as told:
             await call
         assert "403" in str(told.value)
         assert "hush" not in str(told.value)
@@ -253,7 +253,7 @@ async def test_a_server_that_is_away_is_a_fault(monkeypatch: pytest.MonkeyPatch)
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
     store = told_of(monkeypatch, f"http://127.0.0.1:{port}")
-    with pytest.raises(StoreFault, match=r"^s3://bucket: "):
+    with pytest.raises(ArtifactStoreError, match=r"^s3://bucket: "):
         await store.delete("k", yes)
     await store.close()
 
@@ -262,7 +262,7 @@ async def test_a_server_that_does_not_answer_is_a_fault_in_time(monkeypatch: pyt
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         monkeypatch.setattr(s3, "CALL_S", 0.1)
         store = told_of(monkeypatch, f"http://127.0.0.1:{server.getsockname()[1]}")
-        with pytest.raises(StoreFault, match=r"no answer within 0.1 s"):
+        with pytest.raises(ArtifactStoreError, match=r"no answer within 0.1 s"):
             await store.probe()
         await store.close()
 
@@ -296,9 +296,9 @@ async def test_every_answer_to_a_deletion_is_understood(
     monkeypatch.setattr(obstore, "head_async", head)
     monkeypatch.setattr(store, "_send_delete", send)
     if outcome == "deleted":
-        assert await store.delete("k", yes) == Outcome("deleted")
+        assert await store.delete("k", yes) == Deletion("deleted")
     else:
-        with pytest.raises(StoreFault, match=outcome):
+        with pytest.raises(ArtifactStoreError, match=outcome):
             await store.delete("k", yes)
     assert len(sent) == len(statuses)
     assert sent[0] == {"If-Match": '"tag"'}
@@ -309,5 +309,5 @@ async def test_every_answer_to_a_deletion_is_understood(
 
 def test_what_the_environment_says_wrongly_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "perhaps")
-    with pytest.raises(StoreFault, match=r"s3://bucket: .*perhaps"):
+    with pytest.raises(ArtifactStoreError, match=r"s3://bucket: .*perhaps"):
         told_of(monkeypatch, "http://127.0.0.1:1")

@@ -81,7 +81,7 @@ async def test_a_damaged_row_gets_no_more_parts(path: str) -> None:
     part = deed(part_of="p")
     async with opened(path) as (store, _):
         await write(store, part)
-        store._db.raw.execute("UPDATE audit SET jobs = 77")
+        store._connection.raw.execute("UPDATE audit SET jobs = 77")
         await write(store, part)
         assert (await store.audit(AuditQuery())).found == [(2, part)]
 
@@ -190,11 +190,11 @@ async def test_what_a_transaction_took_back_of_a_trim_goes_at_the_next(
 ) -> None:
     monkeypatch.setattr(writers, "KEEP_BESIDE", 1)
     await write(store, *(deed(n, outcome="lock_lost") for n in range(4)), deed(4))
-    tables = store._tables
-    kept, tables.at_commit = tables.at_commit, lambda: tables.conn.execute("nonsense")
+    tables = store._database
+    kept, tables.before_commit = tables.before_commit, lambda: tables.conn.execute("nonsense")
     with pytest.raises(sqlite3.OperationalError):
         await store.trim_audit(0, 99)
-    tables.at_commit = kept
+    tables.before_commit = kept
     tables._broken = None
     assert len(await seqs(store)) == 5
     assert await store.trim_audit(0, 99) == 3
@@ -208,7 +208,7 @@ async def test_a_number_that_was_given_again_is_not_taken_for_what_it_was(
     monkeypatch.setattr(writers, "KEEP_BESIDE", 0)
     await write(store, deed(0), deed(1, outcome="lock_lost"))
     assert await store.trim_audit(0, 99) == 0, "the newest stays"
-    store._db.raw.execute("DELETE FROM audit WHERE seq = 2")
+    store._connection.raw.execute("DELETE FROM audit WHERE seq = 2")
     await write(store, deed(2), deed(3))
     assert await store.trim_audit(0, 99) == 0
     assert await seqs(store) == [3, 2, 1]

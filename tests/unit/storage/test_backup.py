@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.storage import Batch, DiskFull
 from jobd.storage import backup, files, migrations
-from jobd.storage.backup import BackupStopped, copied, restore
+from jobd.storage.backup import BackupStopped, make_copy, restore
 from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.storage.store import MEMORY, Store, StoreBroken
 from tests.support.daemon_process import Daemon
@@ -37,7 +37,7 @@ def copy(tmp_path: Path) -> str:
 
 
 async def take(store: Store, target: str) -> None:
-    with await copied(store) as file:
+    with await make_copy(store) as file:
         write(target, file.read())
 
 
@@ -84,10 +84,10 @@ async def test_a_copy_under_load_is_the_store_at_one_moment(path: str, copy: str
     async with opened(copy) as (store, found):
         assert found.faults == []
         count = {status: 0 for status in (*LIVE, *FINISHED)}
-        for (status,) in store._db.raw.execute("SELECT status FROM jobs"):
+        for (status,) in store._connection.raw.execute("SELECT status FROM jobs"):
             count[status] += 1
         assert len(found.live()) == count["queued"] + count["processing"]
-        (events,) = store._db.raw.execute("SELECT max(seq) FROM events").fetchone()
+        (events,) = store._connection.raw.execute("SELECT max(seq) FROM events").fetchone()
         assert first <= events + 1 <= last
         # What others saw of the store after the copy was made is not numbered again.
         page = await store.journal(events, 10)
@@ -99,7 +99,7 @@ async def take_with(store: Store, target: str, seen: list[tuple[int, int]]) -> N
         if step == "copying":
             seen.append((done, total))
 
-    with await copied(store, told) as file:
+    with await make_copy(store, told) as file:
         write(target, file.read())
 
 
@@ -126,7 +126,7 @@ async def test_closing_the_store_cuts_a_copy_short_and_leaves_nothing(path: str,
             pass
 
     async def collect() -> None:
-        (await copied(store, progress)).close()
+        (await make_copy(store, progress)).close()
 
     task = asyncio.create_task(collect())
     await begun.wait()
@@ -155,7 +155,7 @@ async def test_one_who_goes_away_stops_the_copy(path: str) -> None:
             loop.call_soon_threadsafe(begun.set)
 
         async def collect() -> None:
-            (await copied(store, progress)).close()
+            (await make_copy(store, progress)).close()
 
         task = asyncio.create_task(collect())
         await begun.wait()
@@ -344,7 +344,7 @@ def test_an_error_that_is_not_room_stays_what_it_is() -> None:
     with (
         contextlib.closing(sqlite3.connect(":memory:")) as conn,
         pytest.raises(sqlite3.OperationalError, match="syntax"),
-        backup._full_means_full(),
+        backup._raising_disk_full(),
     ):
         conn.execute("no sql")
 

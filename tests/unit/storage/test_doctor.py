@@ -17,7 +17,7 @@ from jobd.model.storage import AuditEntry, StoredResponse, Tombstone
 from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import doctor, dry_run, files, migrations
 from jobd.storage.database import now_ms
-from jobd.storage.doctor import Problem, Refused, accept, check, recount
+from jobd.storage.doctor import RepairRefused, StoreProblem, accept, check, recount
 from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_help import (
@@ -40,7 +40,7 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "jobd.db")
 
 
-def places(problems: list[Problem]) -> list[str]:
+def places(problems: list[StoreProblem]) -> list[str]:
     return [problem.where for problem in problems]
 
 
@@ -323,7 +323,7 @@ async def test_all_damaged_rows_are_taken_at_once_but_for_those_that_make_no_job
         conn.execute("UPDATE jobs SET attempt = attempt + 1 WHERE seq = ?", (in_place.seq,))
         conn.execute("UPDATE jobs SET ended_lock_id = 'l', ended_worker = NULL WHERE seq = ?", (hopeless.seq,))
     named = [aside.id, in_place.id, hopeless.id]
-    with pytest.raises(doctor.Refused, match="is not a valid job"):
+    with pytest.raises(doctor.RepairRefused, match="is not a valid job"):
         accept(path, named)
     assert sorted(places(check(path))) == sorted(f"job {id_}" for id_ in named), "nothing was written"
     foreseen = dry_run.accept(path, None)
@@ -347,7 +347,7 @@ async def test_a_job_with_a_bad_payload_comes_back_with_the_mended_one(path: str
         conn.execute("UPDATE payloads SET body = X'7b' WHERE job_seq = ?", (job.seq,))
     async with opened(path) as (store, _):
         assert list((await store.load([], [job.seq], [])).bad) == [job.id]
-    with pytest.raises(Refused, match="its payload is no JSON"):
+    with pytest.raises(RepairRefused, match="its payload is no JSON"):
         accept(path, [job.id])
     with edited(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET payload = CAST('{}' AS BLOB)")
@@ -383,7 +383,7 @@ async def test_a_row_that_makes_no_job_is_refused_and_nothing_changes(path: str,
     with edited(path) as conn:
         conn.execute(edit.format(seq=job.seq))
     before = check(path)
-    with pytest.raises(Refused, match=message):
+    with pytest.raises(RepairRefused, match=message):
         accept(path, ["no id" if "no id" in edit else job.id])
     assert check(path) == before
 
@@ -395,7 +395,7 @@ async def test_an_id_that_was_given_again_is_refused(path: str) -> None:
         await store.quarantine(job, "for a test")
         lose(maker, job)
         await store.write(maker.batch([maker.create(job.id)]))
-    with pytest.raises(Refused, match="UNIQUE"):
+    with pytest.raises(RepairRefused, match="UNIQUE"):
         accept(path, [job.id])
 
 
@@ -407,7 +407,7 @@ async def test_a_row_in_quarantine_that_is_no_json_is_refused(path: str) -> None
     for row in ("{", "[]", msgspec.json.encode({"seq": 1}).decode()):
         with edited(path) as conn:
             conn.execute("UPDATE quarantined_jobs SET row = ?", (row,))
-        with pytest.raises(Refused):
+        with pytest.raises(RepairRefused):
             accept(path, [job.id])
 
 

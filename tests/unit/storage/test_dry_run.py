@@ -198,12 +198,12 @@ async def test_what_cannot_be_taken_is_refused_alike(path: str) -> None:
     one = pick(maker, frozenset({"processing"}))
     calls: list[Callable[[str, list[str]], Any]] = [dry_run.accept, doctor.accept]
     for call in calls:
-        with pytest.raises(doctor.Refused, match="there is no job nobody"):
+        with pytest.raises(doctor.RepairRefused, match="there is no job nobody"):
             call(path, ["nobody"])
     with edited(path) as conn:
         conn.execute("UPDATE jobs SET worker = NULL WHERE seq = ?", (one.seq,))
     for call in calls:
-        with pytest.raises(doctor.Refused, match="is not a valid job"):
+        with pytest.raises(doctor.RepairRefused, match="is not a valid job"):
             call(path, [one.id])
 
 
@@ -217,7 +217,7 @@ async def test_a_second_row_of_an_id_is_refused(path: str) -> None:
     with edited(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.id', ?)", (other.id,))
     for call in (dry_run.accept, doctor.accept):
-        with pytest.raises(doctor.Refused):
+        with pytest.raises(doctor.RepairRefused):
             call(path, [one.id])
 
 

@@ -123,37 +123,37 @@ def test_the_ballast_takes_up_its_room_and_gives_it_back(path: str) -> None:
     assert files.drop_reserve(path) is False
     files.build_reserve(path)
     files.build_reserve(path)
-    assert os.stat(f"{path}.ballast").st_blocks * 512 >= files.BALLAST_BYTES
+    assert os.stat(f"{path}.ballast").st_blocks * 512 >= files.RESERVE_FILE_BYTES
     assert files.drop_reserve(path) is True
     assert not os.path.exists(f"{path}.ballast")
 
 
 def test_the_ballast_is_not_built_without_spare_room_beside_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = files.BALLAST_BYTES + SPARE_BYTES - 1
+    short = files.RESERVE_FILE_BYTES + SPARE_BYTES - 1
     monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, short, 1 << 40))
     with pytest.raises(DiskFull):
         files.build_reserve(path)
-    assert not files.has_ballast(path)
+    assert not files.has_reserve(path)
     monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, short + 1, 1 << 40))
     files.build_reserve(path)
     monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, 0, 1 << 40))
     files.build_reserve(path)  # it is there
-    assert files.has_ballast(path)
+    assert files.has_reserve(path)
 
 
 def test_spare_room_is_occupied_and_given_back(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(os, "posix_fallocate", lambda fd, start, size: asked.append(size))
-    with files.spare(path, SPARE_BYTES):
+    with files.occupied(path, SPARE_BYTES):
         pass
     monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, 0, 4 << 20))
-    with files.spare(path, SPARE_BYTES):  # of a small disk a part of it
+    with files.occupied(path, SPARE_BYTES):  # of a small disk a part of it
         pass
     assert asked == [SPARE_BYTES, (4 << 20) // 16]
     monkeypatch.undo()
-    with pytest.raises(DiskFull), files.spare(path, 1 << 60):
+    with pytest.raises(DiskFull), files.occupied(path, 1 << 60):
         raise AssertionError("there is no such room")
-    with pytest.raises(PermissionError), files.spare(path, SPARE_BYTES):
+    with pytest.raises(PermissionError), files.occupied(path, SPARE_BYTES):
         raise PermissionError("of the caller")
     assert not [name for name in os.listdir(os.path.dirname(path)) if name.startswith("tmp")]
 
@@ -177,9 +177,9 @@ def test_a_new_file_is_private_and_an_old_one_is_left_alone(path: str) -> None:
 
 def test_only_no_room_is_a_full_disk() -> None:
     for number in (errno.ENOSPC, errno.EDQUOT):
-        with pytest.raises(DiskFull), files.room():
+        with pytest.raises(DiskFull), files.raising_disk_full():
             raise OSError(number, os.strerror(number))
-    with pytest.raises(PermissionError), files.room():
+    with pytest.raises(PermissionError), files.raising_disk_full():
         raise PermissionError(errno.EACCES, "no")
 
 

@@ -97,7 +97,7 @@ async def test_numbers_are_not_used_again_when_their_deliveries_are_forgotten(pa
     async with opened(path) as (store, _):
         await store.open_outbox(["e"], NOW)
         await planned(store, made(1), made(2))
-        store._db.raw.execute("DELETE FROM deliveries")
+        store._connection.raw.execute("DELETE FROM deliveries")
         assert (await store.open_outbox(["e"], NOW)).next_delivery == 3
 
 
@@ -106,13 +106,13 @@ async def test_deliveries_and_the_cursor_are_written_together_or_not_at_all(path
         await store.open_outbox(["e"], NOW)
         await planned(store, made(1), position=1)
         big = [made(id_, body=b"x" * 4000) for id_ in range(2, 99)]
-        (pages,) = store._db.raw.execute("PRAGMA page_count").fetchone()
-        store._db.raw.execute(f"PRAGMA max_page_count = {pages + 5}")
+        (pages,) = store._connection.raw.execute("PRAGMA page_count").fetchone()
+        store._connection.raw.execute(f"PRAGMA max_page_count = {pages + 5}")
         with pytest.raises(DiskFull):
             await planned(store, *big, position=98)
         outbox = await store.open_outbox(["e"], NOW)
         assert (outbox.cursors["e"].position, outbox.waiting["e"]) == (1, bare(made(1)))
-        store._db.raw.execute("PRAGMA max_page_count = 1000000")
+        store._connection.raw.execute("PRAGMA max_page_count = 1000000")
         await planned(store, *big, position=98)
         assert len((await store.open_outbox(["e"], NOW)).waiting["e"]) == 98
 
@@ -178,7 +178,7 @@ async def test_what_was_given_up_and_is_kept_no_longer_leaves_a_gap_behind(
 
     async def is_gap(*settled: Delivery, now: int = NOW) -> bool:
         told = await store.settle_deliveries(list(settled), now)
-        (gone_to,) = store._db.raw.execute("SELECT gone_to FROM webhooks WHERE name = 'e'").fetchone()
+        (gone_to,) = store._connection.raw.execute("SELECT gone_to FROM webhooks WHERE name = 'e'").fetchone()
         assert told == (gone_to == GAP_PENDING)
         await planned(store)  # as if it were told
         return told
@@ -294,4 +294,4 @@ async def test_a_bad_cursor_goes_on_where_its_deliveries_end(path: str) -> None:
 async def test_what_nobody_asks_for_costs_nothing(path: str) -> None:
     async with opened(path) as (store, _):
         for table in ("webhooks", "deliveries"):
-            assert store._db.raw.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
+            assert store._connection.raw.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)

@@ -67,8 +67,8 @@ async def test_a_live_row_that_is_not_as_written_is_quarantined_at_start(path: s
         assert any(f"job {job.id} was quarantined" in fault for fault in found.faults)
         assert job.seq not in seqs(found.live())
         assert (await store.load([job.id], [], [])) == LoadedRows(bad={job.id: reason})
-        assert store._tables.totals == recounted(store)
-        aside = store._db.raw.execute("SELECT id, payload FROM quarantined_jobs").fetchall()
+        assert store._database.totals == recounted(store)
+        aside = store._connection.raw.execute("SELECT id, payload FROM quarantined_jobs").fetchall()
         assert aside == [(job.id, maker.payloads[job.seq])]
     lose(maker, job)
     async with opened(path) as (store, found):
@@ -113,7 +113,7 @@ async def test_a_finished_row_that_is_not_as_written_is_quarantined_when_met(pat
         assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
         counted = None if column == "queue" else (job.options.queue, "failed")
         assert told == [Quarantined(job.id, "its checksum is wrong", counted)]
-        assert store._tables.totals == recounted(store)
+        assert store._database.totals == recounted(store)
     if column == "queue":
         return  # which queue had counted it is not known any more: the doctor counts anew
     lose(maker, job)
@@ -155,12 +155,12 @@ async def test_a_batch_whose_row_was_set_aside_meanwhile_is_refused_as_a_whole(p
         finished = maker.finish(made(granted))
         await store.write(maker.batch([created, other, granted, *([finished] if how == "deleted" else [])]))
         late = maker.delete(made(finished)) if how == "deleted" else maker.progress(made(granted), 5)
-        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = ?", (made(created).seq,))
+        store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = ?", (made(created).seq,))
         assert "a" not in {job.id for job, _ in (await store.find(JobQuery())).jobs}
         with pytest.raises(BadRows) as caught:
             await store.write(maker.batch([late, maker.grant(made(other))]))
         assert caught.value.jobs == {"a": "its checksum is wrong"}
-        assert store._tables.totals == recounted(store)
+        assert store._database.totals == recounted(store)
         assert (await store.load(["b"], [], [])).jobs["b"] == made(other)
         await store.write(maker.batch([maker.create("c")]))
     async with opened(path) as (_, found):
@@ -176,7 +176,7 @@ async def test_counts_decided_before_a_row_was_set_aside_are_written_without_it(
         granted = [maker.grant(made(change)) for change in changes]
         finished = [maker.finish(made(change)) for change in granted]
         await store.write(maker.batch([*changes, *granted, *finished[:2]]))
-        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id = 'a'")
+        store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id = 'a'")
         heard: list[Quarantined] = []
         store.on_quarantined = heard.append
         count = QueueRow(completed=3)
@@ -209,7 +209,7 @@ async def test_a_damaged_row_for_which_there_is_no_room_is_moved_later_and_count
         granted = maker.grant(made(created))
         await store.write(maker.batch([created, granted, maker.finish(made(granted))]))
         store.on_quarantined = told.append
-        store._db.raw.execute(f"UPDATE {damage} = 1")
+        store._connection.raw.execute(f"UPDATE {damage} = 1")
         reason = "its checksum is wrong" if damage.startswith("jobs") else "its payload is bad: its checksum is wrong"
         with monkeypatch.context() as patch:
             patch.setattr(quarantine, "_move_job", no_room)
@@ -217,11 +217,11 @@ async def test_a_damaged_row_for_which_there_is_no_room_is_moved_later_and_count
                 assert (await store.find(JobQuery())).jobs == []
             assert await store.expired(maker.now * 2, 10) == []
         assert told == [Quarantined("a", reason, is_moved=False)]
-        assert store._tables.totals == recounted(store)
+        assert store._database.totals == recounted(store)
         assert await store.expired(maker.now * 2, 10) == []  # it is moved, and hides nothing
         assert told[1:] == [Quarantined("a", reason, ("default", "completed"))]
-        assert store._tables.totals == recounted(store)
-        assert store._tables.unmoved == {}
+        assert store._database.totals == recounted(store)
+        assert store._database.unmoved == {}
 
 
 async def test_what_is_met_again_and_again_and_cannot_be_moved_takes_no_more_memory_each_time(
@@ -230,19 +230,19 @@ async def test_what_is_met_again_and_again_and_cannot_be_moved_takes_no_more_mem
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(10)]))
-        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq <= 5")
+        store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq <= 5")
         with monkeypatch.context() as patch:
             patch.setattr(quarantine, "_move_job", no_room)
             for _ in range(20):
                 assert len((await store.find(JobQuery())).jobs) == 5
-        tables = store._tables
-        assert (len(tables.aside), len(tables.faults), tables.asides) == (5, 5, 5)
+        tables = store._database
+        assert (len(tables.recently_quarantined), len(tables.faults), tables.quarantined_count) == (5, 5, 5)
         await store.write(maker.batch([maker.create()]))
-        assert (tables.aside, tables.asides) == ({}, 5)
+        assert (tables.recently_quarantined, tables.quarantined_count) == ({}, 5)
         assert len((await store.find(JobQuery())).jobs) == 6
-        assert tables.asides == 10
+        assert tables.quarantined_count == 10
         await store.write(maker.batch([maker.create()]))
-        assert (tables.aside, tables.unmoved) == ({}, {})
+        assert (tables.recently_quarantined, tables.unmoved) == ({}, {})
 
 
 def no_room(*_: object) -> None:
@@ -262,9 +262,9 @@ async def test_damaged_rows_that_have_expired_do_not_hide_those_behind_them(path
             await store.write(maker.batch([created, granted, finished]))
         expires = made(finished).expires_at
         assert expires is not None
-        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
+        store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
         assert await store.expired(expires, 1) == ["c"]
-        assert store._tables.totals == recounted(store)
+        assert store._database.totals == recounted(store)
 
 
 async def test_damaged_rows_that_cannot_be_moved_do_not_hide_those_behind_them_either(
@@ -277,7 +277,7 @@ async def test_damaged_rows_that_cannot_be_moved_do_not_hide_those_behind_them_e
             created = maker.create(name)
             granted = maker.grant(made(created))
             await store.write(maker.batch([created, granted, maker.finish(made(granted))]))
-        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
+        store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
         monkeypatch.setattr(quarantine, "_move_job", no_room)
         assert await store.expired(maker.now * 2, 1) == ["c"]
         assert await store.expired(maker.now * 2, 10) == ["c", "d"]
@@ -310,7 +310,7 @@ async def test_a_payload_that_went_with_its_row_names_the_job(path: str) -> None
     async with opened(path) as (store, _):
         await store.write(maker.batch([created]))
     async with opened(path) as (store, _):  # that has not the payload at hand
-        store._db.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = 1")
+        store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = 1")
         assert "a" not in {job.id for job, _ in (await store.find(JobQuery())).jobs}
         assert await store.load([], [1], []) == LoadedRows(bad={"a": "its checksum is wrong"})
         assert await store.load([], [99], []) == LoadedRows()
@@ -413,9 +413,9 @@ async def test_bad_tombstones_that_cannot_be_moved_hide_none_behind_them(
     async with opened(path) as (store, _):
         buried = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW + seq) for seq in range(1, 30)]
         await store.write(maker.batch([], tombstones=buried))
-        store._db.raw.execute("UPDATE tombstones SET tries = 7 WHERE job_seq <= 25")
+        store._connection.raw.execute("UPDATE tombstones SET tries = 7 WHERE job_seq <= 25")
         with monkeypatch.context() as patch:
-            patch.setattr(quarantine, "_set_row_aside", no_room)
+            patch.setattr(quarantine, "_quarantine_row", no_room)
             for _ in range(2):
                 assert await store.due_tombstones(NOW + 99, 10) == DueTombstones(
                     [(each, False) for each in buried[25:]], unmoved=25
@@ -445,7 +445,7 @@ async def test_an_older_version_of_a_row_is_noticed(path: str) -> None:
     change = maker.create("a")
     async with opened(path) as (store, _):
         await store.write(maker.batch([change]))
-        old = store._db.raw.execute("SELECT * FROM jobs").fetchone()
+        old = store._connection.raw.execute("SELECT * FROM jobs").fetchone()
         await store.write(maker.batch([maker.grant(made(change))]))
     with edited(path) as conn:
         conn.execute(f"REPLACE INTO jobs VALUES ({', '.join('?' * len(old))})", old)

@@ -41,7 +41,7 @@ async def walked(store: Store) -> tuple[Counter[str], dict[str, str]]:
 
 
 def rows_of(store: Store) -> dict[str, int]:
-    run = store._db.raw.execute
+    run = store._connection.raw.execute
     return {table: run(f"SELECT count(*) FROM {table}").fetchone()[0] for table in TABLES}
 
 
@@ -91,7 +91,7 @@ async def test_a_damaged_job_goes_into_quarantine(path: str, statuses: frozenset
     maker = await make_store(path)
     job = pick(maker, statuses)
     async with opened(path) as (store, _):
-        store._db.raw.execute("UPDATE jobs SET priority = priority + 1 WHERE seq = ?", (job.seq,))
+        store._connection.raw.execute("UPDATE jobs SET priority = priority + 1 WHERE seq = ?", (job.seq,))
         told: list[str] = []
         store.on_quarantined = lambda aside: told.append(aside.id)
         _, damaged = await walked(store)
@@ -108,7 +108,7 @@ async def test_a_bad_payload_quarantines_its_job(path: str, how: str) -> None:
     maker = await make_store(path)
     job = pick(maker, FINISHED)
     async with opened(path) as (store, _):
-        store._db.raw.execute(f"{how} WHERE job_seq = ?", (job.seq,))
+        store._connection.raw.execute(f"{how} WHERE job_seq = ?", (job.seq,))
         _, damaged = await walked(store)
         assert list(damaged) == [f"job {job.id}"]
         assert "payload" in damaged[f"job {job.id}"]
@@ -120,13 +120,15 @@ async def test_rows_of_other_tables_are_named_and_set_aside_where_that_is_usual(
         there = [table for table, count in rows_of(store).items() if count and table != "jobs"]
         assert {"events", "keys"} <= set(there)
         for table in there:
-            store._db.raw.execute(f"UPDATE {table} SET crc = crc + 1 WHERE rowid = (SELECT min(rowid) FROM {table})")
+            store._connection.raw.execute(
+                f"UPDATE {table} SET crc = crc + 1 WHERE rowid = (SELECT min(rowid) FROM {table})"
+            )
         _, damaged = await walked(store)
         assert sorted({where.split()[0] for where in damaged}) == sorted(there)
         again = {where.split()[0] for where in (await walked(store))[1]}
         assert again == set(there) - {"events", "late_results", "audit"}
         if "keys" in there:
-            store._db.raw.execute("UPDATE keys SET answer = X'00' WHERE rowid = (SELECT max(rowid) FROM keys)")
+            store._connection.raw.execute("UPDATE keys SET answer = X'00' WHERE rowid = (SELECT max(rowid) FROM keys)")
             assert "the checksum of its answer is wrong" in (await walked(store))[1].values()
 
 
@@ -161,5 +163,5 @@ async def test_a_page_that_cannot_be_read_ends_its_table_alone(path: str) -> Non
 
 
 def rows_of_jobs(store: Store) -> int:
-    count: int = store._db.raw.execute("SELECT count(*) FROM jobs").fetchone()[0]
+    count: int = store._connection.raw.execute("SELECT count(*) FROM jobs").fetchone()[0]
     return count

@@ -60,9 +60,9 @@ async def test_a_new_store_is_empty_private_and_durable(path: str) -> None:
         assert found == OpenedStore(Numbers())
         for name in (path, f"{path}.lock", f"{path}.epoch", f"{path}.ballast"):
             assert stat.S_IMODE(os.stat(name).st_mode) == 0o600, name
-        assert os.stat(f"{path}.ballast").st_blocks * 512 >= files.BALLAST_BYTES
+        assert os.stat(f"{path}.ballast").st_blocks * 512 >= files.RESERVE_FILE_BYTES
         pragmas = ("journal_mode", "synchronous", "locking_mode")
-        raw = store._db.raw
+        raw = store._connection.raw
         assert [raw.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas] == ["wal", 2, "exclusive"]
         assert not exists(f"{path}-shm")
 
@@ -75,7 +75,7 @@ async def test_it_is_the_disk_of_the_actor(store: Store) -> None:
 async def test_extra_is_stricter_and_less_than_full_is_refused(path: str) -> None:
     store, _ = await Store.open(path, synchronous="EXTRA")
     async with store:
-        assert store._db.raw.execute("PRAGMA synchronous").fetchone() == (3,)
+        assert store._connection.raw.execute("PRAGMA synchronous").fetchone() == (3,)
     with pytest.raises(ValueError, match="loses acknowledged work"):
         await Store.open(path, synchronous="NORMAL")  # type: ignore[arg-type]
 
@@ -107,9 +107,9 @@ async def test_a_batch_is_one_transaction_with_all_that_it_brings(store: Store) 
     first, second = maker.create("a"), maker.create("b")
     changes = [first, second, maker.grant(made(first)), maker.finish(made(second), "cancelled")]
     keys = [StoredResponse("d1", "b1", NOW, 201, b'{"x":1}')]
-    store._db.raw.set_trace_callback(said.append)
+    store._connection.raw.set_trace_callback(said.append)
     await store.write(maker.batch(changes, keys=keys, forget_keys=["d0"], report=b"{}", checked=[1]))
-    store._db.raw.set_trace_callback(None)
+    store._connection.raw.set_trace_callback(None)
     words = [each.split()[0] for each in said]
     assert words[0] == "BEGIN"
     assert words[-1] == "COMMIT"
@@ -125,7 +125,7 @@ async def test_a_batch_shows_the_payload_of_a_job_that_it_makes(store: Store) ->
 
 async def test_a_batch_behind_other_work_of_the_thread_does_not_hold_the_loop(store: Store) -> None:
     maker, busy = ChangeFactory(), threading.Event()
-    other = asyncio.create_task(store._db.hop(busy.wait))
+    other = asyncio.create_task(store._connection.run_in_thread(busy.wait))
     writing = asyncio.create_task(store.write(maker.batch([maker.create()])))
     await asyncio.sleep(0)
     busy.set()  # nobody would, if the loop waited for the thread
@@ -220,7 +220,7 @@ def test_whatever_is_written_rows_journal_sums_and_counts_agree(
                     assert shown == {seq: maker.payloads[seq] for seq in batch.payloads}
             async with opened(path) as (store, found):
                 await assert_holds(store, found, maker)
-                assert store._tables.totals == recounted(store)
+                assert store._database.totals == recounted(store)
 
     asyncio.run(run())
 
@@ -245,13 +245,13 @@ async def test_of_signs_of_life_the_last_of_each_grant_are_kept(path: str) -> No
                 else maker.progress(made(change), None, "x" if number == 6 else None)
             )
             await store.write(maker.batch([change]))
-        (rows_kept,) = store._db.raw.execute("SELECT count(*) FROM events").fetchone()
+        (rows_kept,) = store._connection.raw.execute("SELECT count(*) FROM events").fetchone()
         assert rows_kept <= 2 + 3 * KEEP_HEARTBEATS
         types = [event.type for event in await store.timeline(1)]
         assert types.count("progress") == types.count("extended") == KEEP_HEARTBEATS
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.extend(made(change))]))  # a grant of before the start: thinned at once
-        (rows_kept,) = store._db.raw.execute("SELECT count(*) FROM events").fetchone()
+        (rows_kept,) = store._connection.raw.execute("SELECT count(*) FROM events").fetchone()
         assert rows_kept == 2 + 2 * KEEP_HEARTBEATS
         assert maker.jobs[1].progress_message == "x"
 
@@ -267,7 +267,7 @@ async def test_after_a_batch_one_journal_is_thinned_the_others_after_those_to_co
 
         def signs() -> list[int]:
             sql = "SELECT count(*) FROM events WHERE type = 'progress' GROUP BY job_seq ORDER BY job_seq"
-            return [count for (count,) in store._db.raw.execute(sql)]
+            return [count for (count,) in store._connection.raw.execute(sql)]
 
         for _ in range(KEEP_HEARTBEATS + 1):
             held = [maker.progress(made(change)) for change in held]
@@ -275,7 +275,7 @@ async def test_after_a_batch_one_journal_is_thinned_the_others_after_those_to_co
         assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS + 1]
         await store.write(maker.batch([maker.finish(made(held[1])), maker.create()]))
         assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
-        assert list(store._tables._signs) == [1], "whose grant has ended is not watched any more"
+        assert list(store._database._signs) == [1], "whose grant has ended is not watched any more"
         await store.write(maker.batch([maker.create()]))
         assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
 
@@ -293,7 +293,7 @@ async def test_a_journal_that_waits_to_be_thinned_is_thinned_from_the_grant_that
         back = maker.requeue(made(held[1]))
         await store.write(maker.batch([back, maker.grant(made(back))]))
         sql = "SELECT count(*) FROM events WHERE type = 'progress' AND job_seq = 2"
-        assert store._db.raw.execute(sql).fetchone() == (KEEP_HEARTBEATS,)
+        assert store._connection.raw.execute(sql).fetchone() == (KEEP_HEARTBEATS,)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ async def test_the_first_and_last_of_the_grants_that_were_given_back_are_kept(
             job, changes = round_of(maker, job)
             tokens += tokens_of([each.event for each in changes])
             await store.write(maker.batch(changes))
-            (count,) = store._db.raw.execute("SELECT count(*) FROM events").fetchone()
+            (count,) = store._connection.raw.execute("SELECT count(*) FROM events").fetchone()
             assert count <= most
         assert count == 1 + 2 * (KEEP_FIRST_GRANTS + KEEP_GRANTS)
         assert read == [2 * (KEEP_GRANTS - KEEP_FIRST_GRANTS) + 1, *[2 * KEEP_GRANTS + 1] * 3]
@@ -371,11 +371,11 @@ async def test_a_long_journal_is_compacted_slice_by_slice(path: str, monkeypatch
     async with opened(path) as (store, _):
         await store.write(maker.batch(changes))
         counts = []
-        while store._tables._crowded:
-            counts.append(store._db.raw.execute("SELECT count(*) FROM events").fetchone()[0])
+        while store._database._to_shorten:
+            counts.append(store._connection.raw.execute("SELECT count(*) FROM events").fetchone()[0])
             await store.write(maker.batch([maker.create()]))
         assert counts[0] == len(changes) - 18, "two slices would be more: the grant at its end stays"
-        (count,) = store._db.raw.execute("SELECT count(*) FROM events WHERE job_seq = 1").fetchone()
+        (count,) = store._connection.raw.execute("SELECT count(*) FROM events WHERE job_seq = 1").fetchone()
         assert count == kept + 42, "what is longer than a slice stays whole"
         assert folded(await store.timeline(1)) == job
 
@@ -390,9 +390,11 @@ async def test_a_journal_is_compacted_behind_a_damaged_row(path: str) -> None:
     damaged = 1 + 2 * 45 + 1  # the event of a grant
     async with opened(path) as (store, _):
         await store.write(maker.batch(changes[: 2 * damaged]))
-        store._db.raw.execute("UPDATE events SET reason = 'x' WHERE seq = ?", (damaged,))
+        store._connection.raw.execute("UPDATE events SET reason = 'x' WHERE seq = ?", (damaged,))
         await store.write(maker.batch(changes[2 * damaged :]))
-        seqs = [seq for (seq,) in store._db.raw.execute("SELECT seq FROM events WHERE job_seq = 1 ORDER BY seq")]
+        seqs = [
+            seq for (seq,) in store._connection.raw.execute("SELECT seq FROM events WHERE job_seq = 1 ORDER BY seq")
+        ]
         assert seqs == [*range(1, damaged + 2), *range(len(changes) - 2 * KEEP_GRANTS + 1, len(changes) + 1)]
         events = await store.timeline(1)
         assert folded(events) == job
@@ -412,9 +414,9 @@ async def test_grants_that_were_given_back_are_counted_of_live_jobs_up_to_a_limi
             job, changes = round_of(maker, maker.jobs[made(change).seq])
             jobs.append(job)
             await store.write(maker.batch(changes))
-        assert store._tables._given_back == {3: (0, 1), 2: (0, 2)}
+        assert store._database._given_back == {3: (0, 1), 2: (0, 2)}
         await store.write(maker.batch([maker.finish(jobs[2], "failed")]))
-        assert store._tables._given_back == {2: (0, 2)}
+        assert store._database._given_back == {2: (0, 2)}
 
 
 async def test_what_was_written_lately_is_at_hand(store: Store, path: str) -> None:
@@ -455,7 +457,7 @@ async def test_journals_of_deleted_jobs_go_when_they_are_old(store: Store) -> No
     assert await store.timeline(1) == []
     assert await store.prune(NOW + 1_001, 2) == 0
     assert len(await store.timeline(2)) == 1
-    assert store._db.raw.execute("SELECT count(*) FROM deleted_jobs").fetchone() == (0,)
+    assert store._connection.raw.execute("SELECT count(*) FROM deleted_jobs").fetchone() == (0,)
 
 
 async def test_the_journal_of_the_whole_store_goes_on_after_a_position(store: Store) -> None:
@@ -791,7 +793,7 @@ async def test_they_go_with_their_job(store: Store) -> None:
     await store.write(maker.batch([maker.late(made(cancelled), 1), maker.late(made(other), 2)]))
     # One that comes in the very batch in which its job goes leaves nothing either.
     await store.write(maker.batch([maker.late(made(cancelled), 3), maker.delete(made(cancelled))]))
-    assert store._db.raw.execute("SELECT fencing_token FROM late_results").fetchall() == [(2,)]
+    assert store._connection.raw.execute("SELECT fencing_token FROM late_results").fetchall() == [(2,)]
 
 
 async def test_an_older_grant_is_found_in_the_journal_of_its_own_job(store: Store) -> None:
@@ -822,7 +824,7 @@ async def test_a_grant_is_looked_for_at_the_end_of_a_journal(store: Store, monke
     grants = [grant for change in changes if (grant := made(change).grant) is not None]
     asked = [LateResultQuery(seq, grant.lock_id) for grant in grants]
     assert list((await store.late(asked)).grants.values()) != []
-    monkeypatch.setattr(queries, "LOOKED_BACK", 4)
+    monkeypatch.setattr(queries, "GRANT_SEARCH_EVENTS", 4)
     found = (await store.late(asked)).grants
     assert sorted(grant.fencing_token for grant in found.values()) == [grant.fencing_token for grant in grants[2:]]
 
@@ -1093,7 +1095,7 @@ async def test_where_nobody_deletes_objects_late_results_leave_nothing(store: St
     await store.write(maker.batch([created, *late]))
     await store.write(maker.batch([maker.delete(made(created))]))
     assert await numbered(store) == []
-    assert store._db.raw.execute("SELECT count(*) FROM late_results").fetchone() == (0,)
+    assert store._connection.raw.execute("SELECT count(*) FROM late_results").fetchone() == (0,)
 
 
 async def test_a_deletion_that_is_refused_leaves_late_results_and_no_tombstone(path: str) -> None:
@@ -1127,7 +1129,7 @@ async def test_what_a_damaged_late_result_names_is_not_believed_when_it_goes(pat
         faults = [fault for fault in store.take_faults() if fault.startswith("late_results")]
         assert [fault.partition(":")[0] for fault in faults] == [f"late_results {kept(one).seq}" for one in late[:2]]
         assert all("what it named is not deleted" in fault for fault in faults)
-        aside = store._db.raw.execute("SELECT place, row FROM bad_rows").fetchall()
+        aside = store._connection.raw.execute("SELECT place, row FROM bad_rows").fetchall()
         assert [place for place, _ in aside] == ["late_results"] * 2
         assert "ff6b" in aside[1][1]
 
@@ -1190,7 +1192,7 @@ async def test_a_crash_as_a_full_counter_takes_the_next_epoch_ends_no_grant(
         def crash(epoch: int) -> None:
             raise OSError(errno.EIO, "the disk fails")
 
-        monkeypatch.setattr(store._tables, "keep_epoch", crash)
+        monkeypatch.setattr(store._database, "store_epoch", crash)
         with pytest.raises(OSError, match="the disk fails"):
             await store.write(Batch([], replace(kept, epoch=9, next_token=4, lease_ms=77)))
     async with opened(path) as (_, found):

@@ -100,7 +100,7 @@ async def test_a_torn_head_that_looks_like_a_commit_is_what_a_crash_may_leave(pa
 async def test_frames_of_an_older_round_are_no_commits(path: str, killed: ChangeFactory, tmp_path: Path) -> None:
     maker = killed
     async with opened(path) as (store, _):
-        store._db.raw.execute("PRAGMA wal_checkpoint(RESTART)")
+        store._connection.raw.execute("PRAGMA wal_checkpoint(RESTART)")
         await store.write(maker.batch([maker.create("later")]))
         kept = [(suffix, read(f"{path}{suffix}")) for suffix in ("", "-wal")]
     for suffix, content in kept:

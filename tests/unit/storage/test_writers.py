@@ -13,21 +13,21 @@ from jobd.model.job import compact
 from jobd.model.storage import BadRows
 from jobd.storage import codec, writers
 from jobd.storage.codec import checksum, job_row
-from jobd.storage.database import BY_SEQ, Tables
+from jobd.storage.database import BY_SEQ, Database
 from jobd.storage.startup import connect, start
 from tests.support.factories import ChangeFactory
 from tests.support.store_help import made
 
 
 @pytest.fixture
-def tables(tmp_path: Path) -> Iterator[Tables]:
+def tables(tmp_path: Path) -> Iterator[Database]:
     path = str(tmp_path / "jobd.db")
     conn = connect(path, "FULL")
     yield start(conn, path)[0]
     conn.close()
 
 
-def statements(tables: Tables, maker: ChangeFactory, *changes: Change) -> list[str]:
+def statements(tables: Database, maker: ChangeFactory, *changes: Change) -> list[str]:
     """What is said to the table of jobs while `changes` are written."""
     said: list[str] = []
     tables.conn.set_trace_callback(said.append)
@@ -36,13 +36,13 @@ def statements(tables: Tables, maker: ChangeFactory, *changes: Change) -> list[s
     return [sql for sql in said if sql.startswith(("UPDATE jobs", "INSERT INTO jobs"))]
 
 
-def row_of(tables: Tables, seq: int) -> tuple[object, ...]:
+def row_of(tables: Database, seq: int) -> tuple[object, ...]:
     (row,) = tables.rows(BY_SEQ, (seq,))
     return row
 
 
 def test_the_checksum_of_a_job_that_was_written_lately_is_known(
-    tables: Tables, monkeypatch: pytest.MonkeyPatch
+    tables: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where memory has kept it in short, and makes another object of it."""
     maker = ChangeFactory()
@@ -59,7 +59,7 @@ def test_the_checksum_of_a_job_that_was_written_lately_is_known(
     assert tables.totals == (0, 0, 1, checksum(job_row(maker.jobs[1])))
 
 
-def test_an_update_names_only_what_has_changed(tables: Tables) -> None:
+def test_an_update_names_only_what_has_changed(tables: Database) -> None:
     maker = ChangeFactory()
     first = maker.create()
     (said,) = statements(tables, maker, first)
@@ -80,7 +80,7 @@ def test_an_update_names_only_what_has_changed(tables: Tables) -> None:
 
 
 @pytest.mark.parametrize("order", [(None, "m"), ("m", None)])
-def test_a_part_that_goes_and_one_that_comes_are_written_apart(tables: Tables, order: tuple[str | None, ...]) -> None:
+def test_a_part_that_goes_and_one_that_comes_are_written_apart(tables: Database, order: tuple[str | None, ...]) -> None:
     """The same parts have changed: of the one job to nothing, of the other to a value."""
     maker = ChangeFactory()
     created = [maker.create(progress_message="n" if message is None else None) for message in order]
@@ -92,7 +92,7 @@ def test_a_part_that_goes_and_one_that_comes_are_written_apart(tables: Tables, o
         assert row_of(tables, change.event.job_seq) == (*row, checksum(row))
 
 
-def test_a_row_that_is_not_there_is_not_made_by_an_update(tables: Tables) -> None:
+def test_a_row_that_is_not_there_is_not_made_by_an_update(tables: Database) -> None:
     maker = ChangeFactory()
     grant = maker.grant(made(maker.create()))
     with pytest.raises(sqlite3.IntegrityError):
@@ -100,7 +100,7 @@ def test_a_row_that_is_not_there_is_not_made_by_an_update(tables: Tables) -> Non
     assert tables.is_broken
 
 
-def test_a_batch_that_was_taken_back_leaves_nothing_at_hand(tables: Tables) -> None:
+def test_a_batch_that_was_taken_back_leaves_nothing_at_hand(tables: Database) -> None:
     maker = ChangeFactory()
     tables.write(maker.batch([maker.create()]), 0)
     back = maker.kept()
@@ -113,7 +113,7 @@ def test_a_batch_that_was_taken_back_leaves_nothing_at_hand(tables: Tables) -> N
     assert tables.totals == (0, 0, 1, checksum(job_row(job)))
 
 
-def test_what_is_written_a_second_time_counts_once(tables: Tables) -> None:
+def test_what_is_written_a_second_time_counts_once(tables: Database) -> None:
     """A transaction that meets a damaged index is rolled back and run again."""
     maker = ChangeFactory()
     changes = [maker.create() for _ in range(3)]
@@ -126,7 +126,7 @@ def test_what_is_written_a_second_time_counts_once(tables: Tables) -> None:
 
 
 @pytest.mark.parametrize("limit", ["KEEP_CHECKSUMS", "_SHAPES", "KEEP_PAYLOAD_BYTES"])
-def test_what_is_kept_at_hand_has_a_limit(tables: Tables, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+def test_what_is_kept_at_hand_has_a_limit(tables: Database, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setattr(writers, limit, 1)
     maker = ChangeFactory(3)
     for _ in range(20):

@@ -132,7 +132,7 @@ async def test_a_place_that_only_passed_by_is_kept_in_the_end(path: Path, monkey
         await at.commit(at.maker.create())
 
         sql = "SELECT position FROM webhooks"
-        await until(lambda: at.store._db.raw.execute(sql).fetchone() == (2,))
+        await until(lambda: at.store._connection.raw.execute(sql).fetchone() == (2,))
 
 
 async def test_an_idle_webhook_costs_nothing(path: Path) -> None:
@@ -190,7 +190,7 @@ async def test_a_page_of_damaged_events_is_told_as_gone_and_passed_by(
 ) -> None:
     monkeypatch.setattr(queries, "SLICE_BYTES", 1)  # a page is one event
     async with at_work(path) as at:
-        at.store._db.raw.execute(
+        at.store._connection.raw.execute(
             "CREATE TRIGGER spoil AFTER INSERT ON events WHEN new.seq = 2 BEGIN "
             "UPDATE events SET by = 'x' WHERE seq = new.seq; END"
         )
@@ -473,7 +473,7 @@ async def test_a_damaged_message_is_left_out_and_the_next_goes_on(path: Path) ->
         await until(lambda: at.webhooks.views()[0].waiting == 3)
     async with at_work(path, maker=at.maker, posts=Posts(lambda _: NO)) as then:
         then.posts.gate.clear()
-        then.store._db.raw.execute("UPDATE deliveries SET body = X'31' WHERE type = 'job.created'")
+        then.store._connection.raw.execute("UPDATE deliveries SET body = X'31' WHERE type = 'job.created'")
         then.posts.answer = lambda _: YES
         then.posts.gate.set()
         await until(lambda: "job.completed" in then.posts.types())
