@@ -1238,7 +1238,7 @@ async def test_a_plan_that_is_full_leads_to_the_next_one(town: Town, monkeypatch
 
 
 async def test_a_plan_whose_time_was_over_says_so_and_goes_on(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"MAKING_S": 0, "SCAN": 1}.items():
+    for name, value in {"MAX_PLANNING_S": 0, "SCAN": 1}.items():
         monkeypatch.setattr(plan_builder, name, value)
     await failing(town, "old", "young")
     browser = await town.browser()

@@ -633,7 +633,7 @@ async def test_a_plan_finds_a_text_wherever_it_is() -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"MAKING_S": 0, "SCAN": 1}.items():
+    for name, value in {"MAX_PLANNING_S": 0, "SCAN": 1}.items():
         monkeypatch.setattr(plan_builder, name, value)
 
 
