@@ -15,7 +15,7 @@ from jobd.api.descriptions import ADMIN_TITLE
 from jobd.api.downloads import BACKUP_KIND, Artifact, BackupAsked, give, give_out
 from jobd.api.downloads import KIND as ARTIFACT_KIND
 from jobd.api.events import EVENT_STREAM, Follow, follow
-from jobd.api.imports import ImportPreview, ImportReport, look_over, take_in
+from jobd.api.imports import look_over, take_in
 from jobd.api.openapi import ADMIN_PREFIX, with_document
 from jobd.api.probes import PROBES
 from jobd.api.services import Rooms
@@ -77,6 +77,8 @@ from jobd.model.responses import (
     ExportPage,
     FailuresView,
     HealthView,
+    ImportPreview,
+    ImportResult,
     JobPage,
     JobView,
     LateResultList,
@@ -327,7 +329,7 @@ _ROUTES: Final = (
     Route(method="POST", path=f"{_P}/transition", asks=Transition, gives=TransitionView, who=_A, key=True),
     Route(method="POST", path=f"{_P}/extend-lock", asks=ExtendLock, gives=AdminLockView, who=_A, key=True),
     Route(method="POST", path=f"{_P}/release-lock", asks=ReleaseLock, gives=AdminLockView, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/import", asks=Import, gives=ImportReport, who=_A, via=take_in, reads="lines"),
+    Route(method="POST", path=f"{_P}/import", asks=Import, gives=ImportResult, who=_A, via=take_in, reads="lines"),
     Route(
         method="POST",
         path=f"{_P}/import/preview",

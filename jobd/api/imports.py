@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Coroutine
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 from msgspec import Struct, structs
@@ -19,7 +19,15 @@ from jobd.http.streaming import Lines
 from jobd.model.commands import Import, ImportCheck
 from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import LIVE, is_job_id
-from jobd.model.responses import ImportCheckResult, Imported, Response
+from jobd.model.responses import (
+    ImportCheckResult,
+    Imported,
+    ImportPreview,
+    ImportResult,
+    PreviewedLine,
+    RejectedLine,
+    Response,
+)
 
 AHEAD_LINES: Final = 64  # commands of one import that wait for their commit at the same time
 AHEAD_BYTES: Final = 4 << 20
@@ -28,28 +36,6 @@ MOST_LINES: Final = 1_000_000  # whose ids are kept to find those that come twic
 SHOWN_REFUSALS: Final = 1_000
 # Refusals that the next line would meet as well: the import stops there, and can be sent again later.
 STOPPING: Final = frozenset({"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs"})
-
-
-class RefusedLine(Struct, frozen=True):
-    """`line` counts from 1; `id` is null where the line does not tell it."""
-
-    line: int
-    id: str | None
-    reason: str
-
-
-class ImportReport(Struct, rename="camel"):
-    """What became of an import. `refused` shows the first SHOWN_REFUSALS of them, `refused_count` counts all."""
-
-    imported: int = 0
-    skipped: int = 0
-    refused_count: int = 0
-    refused: list[RefusedLine] = []
-
-    def refuse(self, line: int, job_id: str | None, reason: str) -> None:
-        self.refused_count += 1
-        if len(self.refused) < SHOWN_REFUSALS:
-            self.refused.append(RefusedLine(line, job_id, reason))
 
 
 class _Id(Struct):
@@ -81,7 +67,7 @@ class Importing:
         self._by = visit.by
         self._operator = in_parts(visit.operator)
         self._shape = Shape(Import, None, site.limits)
-        self._report = ImportReport()
+        self._report = ImportResult()
         self._lines = 0
         self._ahead: deque[Ahead] = deque()
         self._bytes = 0
@@ -143,7 +129,9 @@ class Importing:
         return self._site.actor.ask(command, by=self._by, admin=True, size=size, operator=self._operator)
 
     def _refuse(self, line: int, job_id: str | None, reason: str) -> None:
-        self._report.refuse(line, job_id, reason)
+        self._report.refused_count += 1
+        if len(self._report.refused) < SHOWN_REFUSALS:
+            self._report.refused.append(RejectedLine(line, job_id, reason))
 
     def _count(self, line: Ahead, answer: Response | ApiError) -> None:
         if isinstance(answer, Response):
@@ -168,31 +156,6 @@ def _id_of(line: bytes) -> str | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return job_id if is_job_id(job_id) else None
-
-
-class ForeseenLine(Struct, frozen=True):
-    """`line` counts from 1; `id` is null where the line does not tell it. `status`: that of the job afterwards."""
-
-    line: int
-    id: str | None
-    what: Literal["create", "skip", "refuse"]
-    status: str | None
-    reason: str | None
-
-
-class ImportPreview(Struct, rename="camel"):
-    """What an import would do. `lines` shows the first SHOWN_LINES of them, `more`: there are more.
-
-    `stops_at` is the line at which it would end early, for `stop_reason`, or null.
-    """
-
-    would_import: int = 0
-    would_skip: int = 0
-    would_refuse: int = 0
-    lines: list[ForeseenLine] = []
-    more: bool = False
-    stops_at: int | None = None
-    stop_reason: str | None = None
 
 
 async def look_over(site: Web[Rooms], visit: Visit, _: Any) -> Response | ApiError:
@@ -227,7 +190,7 @@ class _Previewing(Importing):
 
     def _refuse(self, line: int, job_id: str | None, reason: str) -> None:
         self._seen.would_refuse += 1
-        self._show(ForeseenLine(line, job_id, "refuse", None, reason))
+        self._show(PreviewedLine(line, job_id, "refuse", None, reason))
 
     def _count(self, line: Ahead, answer: Response | ApiError) -> None:
         if self._stop is not None:
@@ -254,7 +217,7 @@ class _Previewing(Importing):
             self._seen.would_import += 1
             self._live += found.status in LIVE
             self._first[hash(found.job_id)] = line.line
-        self._show(ForeseenLine(line.line, found.job_id, found.what, found.status, found.reason))
+        self._show(PreviewedLine(line.line, found.job_id, found.what, found.status, found.reason))
         if len(self._first) > MOST_LINES:
             message = f"A preview looks at {MOST_LINES} lines at most. Split the file."
             self._stop = ApiError("too_large", message, {"limit": MOST_LINES})
@@ -263,7 +226,7 @@ class _Previewing(Importing):
         self._stop = why
         self._seen.stops_at, self._seen.stop_reason = line, why.message
 
-    def _show(self, line: ForeseenLine) -> None:
+    def _show(self, line: PreviewedLine) -> None:
         if len(self._seen.lines) < SHOWN_LINES:
             self._seen.lines.append(line)
         else:

@@ -1,14 +1,12 @@
-"""Clients of a running daemon for Python programs: JobClient, AdminClient, their asyncio twins, and Worker.
-
-Knows nothing of the server: it speaks the wire of the worker and admin APIs.
-"""
+"""The Python clients of a running daemon: JobClient and AdminClient, the same for asyncio, and Worker."""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from jobd.client.admin_requests import ImportResult, RefusedLine, ValidatedJob
+from jobd.client.admin import AdminClient
+from jobd.client.admin_requests import ValidatedJob
 from jobd.client.endpoint import Endpoint, admin_endpoint, default_socket, parse_endpoint, worker_endpoint
 from jobd.client.errors import (
     ERRORS,
@@ -49,15 +47,16 @@ from jobd.client.errors import (
     WorkerNotSilent,
 )
 from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, RetryPolicy, uuid7
-from jobd.client.sync import AdminClient, JobClient
+from jobd.client.sync import JobClient
 from jobd.model.events import StreamedEvent
+from jobd.model.responses import ImportPreview, ImportResult, PreviewedLine, RejectedLine
 
 if TYPE_CHECKING:
     from jobd.client.aio import AsyncAdminClient, AsyncJobClient
     from jobd.client.worker.command_worker import CommandWorker
     from jobd.client.worker.worker import Discard, Retry, Stopped, SyncTask, Task, Worker
 
-# aiohttp takes a fifth of a second to import: programs that block do without it.
+# Blocking programs do not need aiohttp, which takes 0.2 s to import.
 _LATER = {
     "AsyncAdminClient": "jobd.client.aio",
     "AsyncJobClient": "jobd.client.aio",
@@ -92,6 +91,7 @@ __all__ = [
     "Forbidden",
     "GrantInfo",
     "IdempotencyKeyReused",
+    "ImportPreview",
     "ImportResult",
     "InternalError",
     "InvalidRequest",
@@ -112,8 +112,9 @@ __all__ = [
     "OutcomeUnknown",
     "Overloaded",
     "PlanNotFound",
+    "PreviewedLine",
     "QueuePaused",
-    "RefusedLine",
+    "RejectedLine",
     "RequestTimeout",
     "Retry",
     "RetryPolicy",

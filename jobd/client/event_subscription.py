@@ -1,84 +1,105 @@
-"""Listening to events, without IO: what is asked for, how a stream is read, and where it goes on when it breaks off.
-
-Opens no connection and waits for nothing; sync.py and aio.py do.
-"""
+"""Subscriptions to events, without IO: what to request, how to read a stream, and where to resume it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import msgspec
 
-from jobd.client.errors import BadAnswer
-from jobd.client.protocol import ApiRequest, ApiResponse, RetryPolicy, get, raise_error
+from jobd.client.errors import BadAnswer, JobdError
+from jobd.client.protocol import ApiRequest, ApiResponse, RetryPolicy, raise_error, with_query
 from jobd.model.events import StreamedEvent
 
 EVENTS: Final = "/v1/events"
 ADMIN_EVENTS: Final = "/admin/job-management/events"
-# The daemon breaks a silence after 15 s: a stream that is silent for longer is dead.
+# The daemon sends something at least every 15 s: a stream that is silent for longer is dead.
 SILENCE_S: Final = 45.0
-# Once a stream was there: whoever follows wants it back, however long that takes.
+# A stream that was lost is reconnected, however long that takes.
 RECONNECT: Final = RetryPolicy(total_s=None)
-_KIND: Final = "text/event-stream"
-_LINE_BYTES: Final = 16 << 20  # no event is nearly as long
+_CONTENT_TYPE: Final = "text/event-stream"
+_LINE_BYTES: Final = 16 << 20  # far above the longest event
 
 _decode: Final = msgspec.json.Decoder(StreamedEvent).decode
+
+
+def subscribe(
+    path: str,
+    *,
+    queue: str | Iterable[str] | None = None,
+    job_id: str | Iterable[str] | None = None,
+    type: str | Iterable[str] | None = None,
+    after: int | None = None,
+    last: int | None = None,
+    follow: bool = True,
+    on_lost: Callable[[JobdError], None] | None = None,
+) -> EventSubscription:
+    """Iterate over events as they happen, each once and in order, across lost connections and restarts of the daemon.
+
+    `queue`, `job_id` and `type` (one name or several) select events. The stream begins now; with `after`, behind the
+    event with that `seq`; with `last`, up to that many events ago. It continues forever; with `follow` False it ends
+    at the end of the journal. The first connection is retried like other calls, later ones until they succeed.
+    `on_lost` is called with the error of each connection that is lost. Raises EventsGone if events behind `after` are
+    no longer in the journal: read the state again, then subscribe without `after`.
+    """
+    filters = {"queue": _joined(queue), "job_id": _joined(job_id), "type": _joined(type)}
+    return EventSubscription(path, filters, after=after, last=last, follow=follow, on_lost=on_lost)
 
 
 class EventSubscription:
     """One stream of events, over as many connections as it takes.
 
-    `position`: every event up to this number was read, if it was wanted; None before the first connection.
+    `position` is the number of the last event that was read or skipped; None before the first connection.
     """
 
     def __init__(
         self,
         path: str,
+        filters: dict[str, str | None],
         *,
-        queue: str | Iterable[str] | None = None,
-        job_id: str | Iterable[str] | None = None,
-        type: str | Iterable[str] | None = None,
         after: int | None = None,
         last: int | None = None,
         follow: bool = True,
+        on_lost: Callable[[JobdError], None] | None = None,
     ) -> None:
         self.position = after
-        self.follow = follow
+        self.follow: Final = follow
+        self.on_lost: Final = on_lost
         self._path = path
-        self._filters = {"queue": _joined(queue), "job_id": _joined(job_id), "type": _joined(type)}
+        self._filters = filters
         self._last = last
         self._rest = b""
         self._next_position = after
         self._data = b""
 
     def request(self) -> ApiRequest[bytes]:
-        """What to send for a new connection: it goes on where the last one broke off."""
+        """Return the request for a new connection. It resumes where the last one ended."""
         self._rest, self._data, self._next_position = b"", b"", self.position
         last = self._last if self.position is None else None
         follow = None if self.follow else "false"
-        asked = get(self._path, bytes, last_event_id=self.position, last=last, follow=follow, **self._filters)
-        return ApiRequest(asked.method, asked.path, asked.read, headers={"Accept": _KIND})
+        path = with_query(self._path, last_event_id=self.position, last=last, follow=follow, **self._filters)
+        return ApiRequest("GET", path, bytes, headers={"Accept": _CONTENT_TYPE})
 
-    def begin(self, reply: ApiResponse) -> None:
-        """Look at the head of the answer. `body` is needed of a refusal only. Raises the JobdError that it says."""
-        if reply.status >= 400:
-            raise_error(reply)
-        kind = reply.headers.get("content-type", "")
-        if reply.status != 200 or not kind.startswith(_KIND):
+    def begin(self, response: ApiResponse) -> None:
+        """Check the head of the response; only an error needs its `body`. Raises the JobdError in it."""
+        if response.status >= 400:
+            raise_error(response)
+        content_type = response.headers.get("content-type", "")
+        if response.status != 200 or not content_type.startswith(_CONTENT_TYPE):
             raise BadAnswer(
-                f"HTTP {reply.status} with {kind or 'nothing'} is no stream of events.", status=reply.status
+                f"HTTP {response.status} with content type {content_type!r} is not a stream of events.",
+                status=response.status,
             )
 
-    def read(self, piece: bytes) -> list[StreamedEvent]:
-        """The events that end in `piece`. Raises BadAnswer where it cannot be read."""
-        *lines, self._rest = (self._rest + piece).split(b"\n")
+    def read(self, chunk: bytes) -> list[StreamedEvent]:
+        """Return the events that end in `chunk`. Raises BadAnswer if it cannot be read."""
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
         if len(self._rest) > _LINE_BYTES:
             raise BadAnswer("The stream of events has a line without an end.")
-        return [event for line in lines if (event := self._take(line.rstrip(b"\r"))) is not None]
+        return [event for line in lines if (event := self._read_line(line.rstrip(b"\r"))) is not None]
 
-    def _take(self, line: bytes) -> StreamedEvent | None:
-        """A field of the event that is coming, or the empty line that ends it."""
+    def _read_line(self, line: bytes) -> StreamedEvent | None:
+        """Read a field of the current event, or the empty line that ends it."""
         name, _, value = line.partition(b":")
         value = value.removeprefix(b" ")
         if name == b"id" and value.isdigit():
@@ -98,6 +119,6 @@ class EventSubscription:
 
 
 def _joined(names: str | Iterable[str] | None) -> str | None:
-    """A filter as the wire has it; one without names filters nothing."""
+    """Return a filter as the API takes it. An empty one selects everything."""
     text = names if names is None or isinstance(names, str) else ",".join(names)
     return text or None

@@ -1,11 +1,8 @@
-"""What goes over the wire and back, without IO: requests, replies, typed results, and when to try again.
-
-Opens no connection, reads no clock, waits for nothing; sync.py and aio.py do.
-"""
+"""What the clients send and receive, without IO: requests, responses, typed results, and when to retry."""
 
 from __future__ import annotations
 
-import inspect
+import functools
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,31 +17,31 @@ from jobd.client.errors import ERRORS, BadAnswer, InvalidRequest, JobdError, Unr
 from jobd.model.responses import GrantView, JobView
 
 T = TypeVar("T")
-M = TypeVar("M", bound=Callable[..., Any])
+U = TypeVar("U")
 
 JSON_TYPE: Final = "application/json"
 NDJSON_TYPE: Final = "application/x-ndjson"
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Typed results that say more than the daemon's own views.
+# Typed results that add to the daemon's own views.
 
 
 class JobInfo(JobView):
-    """A job. `payload` and `metadata` are the JSON text as it came; the `_value` properties decode it."""
+    """A job. `payload` and `metadata` are the JSON text as received; the `_value` properties decode it."""
 
     @property
     def payload_value(self) -> Any:
-        """The payload as Python values. Raises msgspec.DecodeError where Python cannot hold it (1e999)."""
+        """The payload as Python values. Raises msgspec.DecodeError for a value that Python cannot hold (1e999)."""
         return None if self.payload is UNSET else msgspec.json.decode(self.payload)
 
     @property
     def metadata_value(self) -> Any:
-        """The metadata that the worker left, as Python values, None where there is none."""
+        """The metadata of the job's result as Python values, None if there is none."""
         return None if self.metadata is None else msgspec.json.decode(self.metadata)
 
 
 class GrantInfo(GrantView):
-    """A job that is yours until `lock_expires_at` (Unix ms). `lock_id` is secret and goes with every call on it."""
+    """A job that is yours until `lock_expires_at` (Unix ms). Every call on it needs the `lock_id`, which is secret."""
 
     job: JobInfo
 
@@ -52,8 +49,8 @@ class GrantInfo(GrantView):
 class JobInfoPage(Struct):
     """A page of jobs, newest first. `next_cursor` is None on the last one.
 
-    `looked_to_at` (Unix ms): when the oldest job that was looked at was created, where the page is short for having
-    looked at enough of those that do not match.
+    If the daemon stopped early because too few jobs matched, `looked_to_at` (Unix ms) is when the oldest job that it
+    examined was created.
     """
 
     jobs: list[JobInfo]
@@ -68,7 +65,7 @@ class Envelope(Struct, Generic[T]):
 
 
 class _Outcome(Struct):
-    """The shape of every answer, as far as it says whether the call was refused and why."""
+    """The part of a response that says whether the call succeeded, and the error if it did not."""
 
     success: bool | None = None
     error: str = ""
@@ -76,30 +73,29 @@ class _Outcome(Struct):
     details: dict[str, Any] | None = None
 
 
-_HEAD: Final = msgspec.json.Decoder(_Outcome)
+_decode_outcome: Final = msgspec.json.Decoder(_Outcome).decode
 
 
-def reader(shape: type[T]) -> Callable[[bytes], T]:
-    """What decodes the `data` of an answer into `shape`; fields that `shape` does not know are skipped."""
-    decoder = msgspec.json.Decoder(Envelope[shape])  # type: ignore[valid-type]
+@functools.cache
+def _decoder(shape: Any) -> msgspec.json.Decoder[Envelope[Any]]:
+    return msgspec.json.Decoder(Envelope[shape])
 
-    def read(body: bytes) -> T:
-        data: T = decoder.decode(body).data
-        return data
 
-    return read
+def reader(shape: Any) -> Callable[[bytes], Any]:
+    """Return a function that decodes the `data` of a response into `shape`. It skips fields that `shape` lacks."""
+    return lambda body: _decoder(shape).decode(body).data
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Requests and replies.
+# Requests and responses.
 
 
 @dataclass(frozen=True, slots=True)
 class ApiRequest(Generic[T]):
-    """One call: what to send, and how to read the answer.
+    """One call: what to send, and how to read the response.
 
-    `wait_ms` is how long the daemon may hold the answer back. `repeatable` says that sending it twice does what
-    sending it once does: it reads, carries an id or an Idempotency-Key, or is covered by the rule of repeated endings.
+    `wait_ms` is how long the daemon may delay its response. A `repeatable` request has the same effect if it is sent
+    twice: it only reads, carries an id or an Idempotency-Key, or ends a grant, which the daemon accepts again.
     """
 
     method: str
@@ -110,48 +106,62 @@ class ApiRequest(Generic[T]):
     wait_ms: int = 0
     repeatable: bool = True
 
+    def then(self, select: Callable[[T], U]) -> ApiRequest[U]:
+        """Return the same request with `select` of its result as the result."""
+        read = self.read
+        return ApiRequest(
+            self.method,
+            self.path,
+            lambda body: select(read(body)),
+            self.body,
+            self.headers,
+            self.wait_ms,
+            self.repeatable,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class ApiResponse:
-    """One answer, as it came. Header names are in lower case."""
+    """One response as received. Header names are in lower case."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
 
 
-def signed(method: M, build: Callable[..., ApiRequest[Any]]) -> M:
-    """`method` with the arguments of `build` beside self, for help() and editors."""
-    asked = inspect.signature(build)
-    me = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    method.__signature__ = asked.replace(  # type: ignore[attr-defined]
-        parameters=[me, *asked.parameters.values()], return_annotation=inspect.Signature.empty
-    )
-    return method
+def with_query(path: str, **query: str | int | None) -> str:
+    """Add a query to `path`, without the parameters that are None."""
+    given = {name: value for name, value in query.items() if value is not None}
+    return f"{path}?{urlencode(given)}" if given else path
 
 
-def get(path: str, read: Callable[[bytes], T], **query: str | int | None) -> ApiRequest[T]:
-    """A call that only reads. Parts of the query that are None are left out."""
-    asked = {name: value for name, value in query.items() if value is not None}
-    return ApiRequest("GET", f"{path}?{urlencode(asked)}" if asked else path, read)
+def get(path: str, shape: type[T], **query: str | int | None) -> ApiRequest[T]:
+    """Build a call that only reads."""
+    return ApiRequest("GET", with_query(path, **query), reader(shape))
 
 
 def post(
-    path: str, read: Callable[[bytes], T], body: Mapping[str, Any], *, key: str | None = None, wait_ms: int = 0
+    path: str,
+    shape: type[T],
+    body: Mapping[str, Any],
+    *,
+    key: str | None = None,
+    wait_ms: int = 0,
+    method: str = "POST",
 ) -> ApiRequest[T]:
-    """A call that changes something. Fields that are None are left out; `key` is its Idempotency-Key.
+    """Build a call that changes something. Omits fields that are None; `key` is the Idempotency-Key.
 
-    Raises TypeError where a field is nothing that JSON can say.
+    Raises TypeError if JSON cannot express a field.
     """
-    said = {name: value for name, value in body.items() if value is not None}
+    given = {name: value for name, value in body.items() if value is not None}
     headers = {"Content-Type": JSON_TYPE}
     if key is not None:
         headers["Idempotency-Key"] = key
-    return ApiRequest("POST", path, read, msgspec.json.encode(said), headers, wait_ms)
+    return ApiRequest(method, path, reader(shape), msgspec.json.encode(given), headers, wait_ms)
 
 
 def job_path(base: str, job_id: str, verb: str = "") -> str:
-    """The path of a job. Dots are escaped where the id is nothing else, lest somebody take it for a directory."""
+    """Return the path of a job. Escapes the dots of an id that has only dots, which would otherwise be a directory."""
     if not job_id:
         raise InvalidRequest("The job id is empty.")
     name = quote(job_id, safe=":")
@@ -160,70 +170,70 @@ def job_path(base: str, job_id: str, verb: str = "") -> str:
     return f"{base}/{name}/{verb}" if verb else f"{base}/{name}"
 
 
-def read_result(request: ApiRequest[T], reply: ApiResponse) -> T:
-    """The typed result of `reply`. Raises the JobdError that it says, or BadAnswer where it says nothing we know."""
-    if reply.status >= 400:
-        raise_error(reply)
+def read_result(request: ApiRequest[T], response: ApiResponse) -> T:
+    """Return the typed result. Raises the JobdError in the response, or BadAnswer if the response is not of jobd."""
+    if response.status >= 400:
+        raise_error(response)
     try:
-        return request.read(reply.body)
+        return request.read(response.body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadAnswer(
-            f"{request.method} {request.path}: the answer cannot be read ({error}).", status=reply.status
+            f"{request.method} {request.path}: the response cannot be read ({error}).", status=response.status
         ) from error
 
 
-def raise_error(reply: ApiResponse) -> None:
-    """Raise what `reply` refuses. Returns where it is a success in spite of its status (health: 503 with the body)."""
+def raise_error(response: ApiResponse) -> None:
+    """Raise the error in `response`. Returns for a success whose status is an error (health: 503 with the body)."""
     try:
-        head = _HEAD.decode(reply.body)
+        outcome = _decode_outcome(response.body)
     except (msgspec.DecodeError, RecursionError):
-        head = _Outcome()
-    if head.success:
+        outcome = _Outcome()
+    if outcome.success:
         return
-    if head.success is None or not head.error:
-        raise _not_ours(reply)
-    kind = ERRORS.get(head.error, JobdError)
+    if outcome.success is None or not outcome.error:
+        raise _foreign_error(response)
+    kind = ERRORS.get(outcome.error, JobdError)
     raise kind(
-        head.message,
-        code=head.error,
-        details=head.details,
-        status=reply.status,
-        retry_after_ms=_retry_after_ms(reply, head.details or {}),
+        outcome.message,
+        code=outcome.error,
+        details=outcome.details,
+        status=response.status,
+        retry_after_ms=_retry_after_ms(response, outcome.details or {}),
     )
 
 
-def _not_ours(reply: ApiResponse) -> JobdError:
-    """An error that is not the daemon's: a proxy in front of it that cannot reach it, or another program."""
-    if reply.status in (502, 503, 504):
-        return Unreachable(f"Something in front of the daemon answered HTTP {reply.status}.", status=reply.status)
+def _foreign_error(response: ApiResponse) -> JobdError:
+    """Return the error for a response that is not the daemon's: of a proxy before it, or of another program."""
+    if response.status in (502, 503, 504):
+        return Unreachable(f"A proxy before the daemon responded with HTTP {response.status}.", status=response.status)
     return BadAnswer(
-        f"HTTP {reply.status} without the daemon's error object: is this the right port?", status=reply.status
+        f"HTTP {response.status} without the daemon's error object: is this the right port?", status=response.status
     )
 
 
-def _retry_after_ms(reply: ApiResponse, details: Mapping[str, Any]) -> int | None:
-    """The wait that the daemon asks for: the header (whole seconds) or `details.retry_after_ms`."""
-    told = details.get("retry_after_ms")
-    if isinstance(told, int) and told >= 0:
-        return told
-    header = reply.headers.get("retry-after", "")
+def _retry_after_ms(response: ApiResponse, details: Mapping[str, Any]) -> int | None:
+    """Return the delay that the daemon asks for: `details.retry_after_ms` or the header (whole seconds)."""
+    delay_ms = details.get("retry_after_ms")
+    if isinstance(delay_ms, int) and delay_ms >= 0:
+        return delay_ms
+    header = response.headers.get("retry-after", "")
     return int(header) * 1000 if header.isascii() and header.isdigit() else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# When to try again.
+# When to retry.
 
-# These say that nothing was done, or that asking again tells. Everything else is a definite answer.
+# After these errors nothing was done, or a repeated request finds out. All others are final.
 RETRIED: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outcome_unknown"})
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """When a call is tried again. `total_s` is the deadline over all tries (None: none, 0: one try only).
+    """When a call is retried. `total_s` is the deadline over all tries (None: no deadline, 0: one try only).
 
-    The wait before a try is random between 0 and `base_s`, twice that, ... up to `max_s` (full jitter), and not
-    shorter than a Retry-After. `timeout_s` is the time for one answer, beside what the daemon may hold it back.
-    `codes` are the errors after which there is another try.
+    The delay before a retry is random between 0 and `base_s`, twice that, ... up to `max_s` (full jitter), plus the
+    Retry-After of the response. `timeout_s` is the time for one response, plus the time that the daemon may delay it.
+    Only errors with one of `codes` are retried.
     """
 
     total_s: float | None = 30.0
@@ -234,7 +244,7 @@ class RetryPolicy:
 
 
 class RetryState:
-    """The tries of one call. Holds no clock: `now_s` is monotonic time, `chance` is random between 0 and 1."""
+    """The tries of one call. `now_s` is monotonic time, `chance` is random between 0 and 1."""
 
     def __init__(self, policy: RetryPolicy, request: ApiRequest[Any], now_s: float) -> None:
         self._policy = policy
@@ -243,14 +253,14 @@ class RetryState:
         self._count = 0
 
     def timeout_s(self, now_s: float) -> float:
-        """How long to wait for the answer of the next try: cut to what is left of the deadline after the first."""
-        whole = self._policy.timeout_s + self._request.wait_ms / 1000
+        """Return the time for the next response. The deadline limits it, except for the first try."""
+        timeout_s = self._policy.timeout_s + self._request.wait_ms / 1000
         if self._deadline_s is None or self._count == 0:
-            return whole
-        return min(whole, max(self._deadline_s - now_s, 0.1))
+            return timeout_s
+        return min(timeout_s, max(self._deadline_s - now_s, 0.1))
 
     def wait_s(self, error: JobdError, now_s: float, chance: float) -> float:
-        """How long to wait before the next try. Raises `error` where there is to be none."""
+        """Return the delay before the next try. Raises `error` if there is none."""
         if error.code not in self._policy.codes or not self._request.repeatable:
             raise error
         wait_s: float = chance * min(self._policy.max_s, self._policy.base_s * 2.0 ** min(self._count, 32))
@@ -262,34 +272,27 @@ class RetryState:
         return wait_s
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers that the client makes.
-
-
 def uuid7() -> str:
-    """A new UUIDv7: sorts by the time of its making, to the millisecond."""
+    """Return a new UUIDv7. They sort by the time of creation, to the millisecond."""
     bits = time.time_ns() // 1_000_000 << 80 | 0x7 << 76 | secrets.randbits(12) << 64 | 0b10 << 62
     digits = f"{bits | secrets.randbits(62):032x}"
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Streams.
-
 _CHUNK_BYTES: Final = 64 << 10
 
 
 def json_lines(items: Iterator[Mapping[str, Any] | bytes | str]) -> Iterator[bytes]:
-    """Pieces of some 64 KiB of JSON lines. A mapping is encoded; bytes or text are a line as they are."""
-    piece = bytearray()
+    """Yield JSON lines in chunks of about 64 KiB. Mappings are encoded; bytes and text are lines already."""
+    chunk = bytearray()
     for item in items:
         if isinstance(item, str):
             line = item.encode()
         else:
             line = item if isinstance(item, bytes) else msgspec.json.encode(item)
-        piece += line.rstrip(b"\r\n") + b"\n"
-        if len(piece) >= _CHUNK_BYTES:
-            yield bytes(piece)
-            piece.clear()
-    if piece:
-        yield bytes(piece)
+        chunk += line.rstrip(b"\r\n") + b"\n"
+        if len(chunk) >= _CHUNK_BYTES:
+            yield bytes(chunk)
+            chunk.clear()
+    if chunk:
+        yield bytes(chunk)

@@ -1,6 +1,7 @@
-"""The calls of the worker API as requests: one function each, its signature and text are those of the clients' methods.
+"""The calls of the worker API: one function each, which builds the request.
 
-Sends nothing. Durations are in milliseconds, times in Unix milliseconds, as on the wire.
+The methods of the clients take signature and docstring from here. Durations are in milliseconds, times in Unix
+milliseconds, as in the API.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, Final, ParamSpec, TypeVar, cast
 
 from msgspec import Struct
 
-from jobd.client.protocol import ApiRequest, GrantInfo, JobInfo, JobInfoPage, get, job_path, post, reader, uuid7
+from jobd.client.protocol import ApiRequest, GrantInfo, JobInfo, JobInfoPage, get, job_path, post, uuid7
 from jobd.model.commands import About, WorkerState
 from jobd.model.events import EventView
 from jobd.model.job import Backoff, OnStall, Status
@@ -39,33 +40,6 @@ class _Jobs(Struct):
 
 class _Grants(Struct):
     grants: list[GrantInfo]
-
-
-read_job = reader(JobInfo)
-read_page = reader(JobInfoPage)
-read_why = reader(WhyView)
-_read_jobs = reader(_Jobs)
-_read_grant = reader(GrantInfo)
-_read_grants = reader(_Grants)
-_read_lock = reader(LockState)
-_read_timeline = reader(TimelineView)
-_read_validation = reader(Validation)
-_read_queues = reader(QueueList)
-read_workers = reader(WorkerList)
-
-
-def read_timeline(body: bytes) -> list[EventView]:
-    return _read_timeline(body).events
-
-
-def read_queues(body: bytes) -> list[QueueView]:
-    return _read_queues(body).queues
-
-
-class QueuePage(Protocol):
-    """A call that gets a page of queues."""
-
-    def __call__(self, *, cursor: str | None = None) -> ApiRequest[list[QueueView]]: ...
 
 
 def _named(build: Callable[P, ApiRequest[T]]) -> Callable[P, ApiRequest[T]]:
@@ -103,12 +77,12 @@ def create_job(
     expires_at: int | None = None,
     idempotency_key: str | None = None,
 ) -> ApiRequest[JobInfo]:
-    """Create a job and give it back. What is not given has the daemon's default.
+    """Create a job and return it. Options that are not given have the daemon's defaults.
 
-    `payload` is anything that JSON can say (msgspec.Raw is sent as it is). Without an `id` the client makes one
-    (UUIDv7), so that a lost answer is asked for again and makes no second job. Raises JobExists where another request
-    created a job with this `id`, TooLarge for a payload above the limit, TooManyJobs,
-    TooManyQueues, StorageFull.
+    `payload` is any value that JSON can express (msgspec.Raw is sent unchanged). Without an `id` the client makes one
+    (UUIDv7), so repeating the call after a lost response does not create a second job. Raises JobExists if another
+    request created a job with this `id`, TooLarge if the payload is above the limit, TooManyJobs, TooManyQueues,
+    StorageFull.
     """
     body = {
         "id": id or uuid7(),
@@ -126,25 +100,22 @@ def create_job(
         "delay_ms": delay_ms,
         "expires_at": expires_at,
     }
-    return post(JOBS, read_job, body, key=idempotency_key)
+    return post(JOBS, JobInfo, body, key=idempotency_key)
 
 
 def create_jobs(jobs: Iterable[Mapping[str, Any]], *, idempotency_key: str | None = None) -> ApiRequest[list[JobInfo]]:
     """Create up to 1000 jobs, all or none, in the order given.
 
-    Each is a mapping with the names of `create_job`; one without an `id` gets a UUIDv7. Raises as `create_job`.
+    Each is a mapping with the names of `create_job`; one without an `id` gets a UUIDv7. Raises the same errors.
     """
-    named = [{"id": job.get("id") or uuid7()} | {name: job[name] for name in job if name != "id"} for job in jobs]
-    return post(f"{JOBS}/bulk", _bulk, {"jobs": named}, key=idempotency_key or uuid7())
-
-
-def _bulk(body: bytes) -> list[JobInfo]:
-    return _read_jobs(body).jobs
+    with_ids = [{"id": job.get("id") or uuid7()} | {name: job[name] for name in job if name != "id"} for job in jobs]
+    created = post(f"{JOBS}/bulk", _Jobs, {"jobs": with_ids}, key=idempotency_key or uuid7())
+    return created.then(lambda found: found.jobs)
 
 
 def get_job(job_id: str) -> ApiRequest[JobInfo]:
-    """The job as it is now. Raises JobNotFound."""
-    return get(job_path(JOBS, job_id), read_job)
+    """Get the current state of the job. Raises JobNotFound."""
+    return get(job_path(JOBS, job_id), JobInfo)
 
 
 def list_jobs(
@@ -156,27 +127,27 @@ def list_jobs(
     limit: int | None = None,
     cursor: str | None = None,
 ) -> ApiRequest[JobInfoPage]:
-    """A page of the jobs that match, newest first: `limit` of them at most (50 by default, up to 200).
+    """Get a page of the jobs that match, newest first. `limit` is at most 200, by default 50.
 
-    `worker` holds the job or was the last to hold it. A page may be short; the last one has no `next_cursor`. `cursor`
-    is the `next_cursor` of the page before.
+    `worker` selects jobs that this worker holds or was the last to hold. A page may be short; the last one has no
+    `next_cursor`. `cursor` is the `next_cursor` of the page before.
     """
-    return get(JOBS, read_page, status=status, queue=queue, kind=kind, worker=worker, limit=limit, cursor=cursor)
+    return get(JOBS, JobInfoPage, status=status, queue=queue, kind=kind, worker=worker, limit=limit, cursor=cursor)
 
 
 def timeline(job_id: str) -> ApiRequest[list[EventView]]:
-    """What happened to the job, oldest first. Raises JobNotFound."""
-    return get(job_path(JOBS, job_id, "timeline"), read_timeline)
+    """Get the job's history, oldest event first. Raises JobNotFound."""
+    return get(job_path(JOBS, job_id, "timeline"), TimelineView).then(lambda found: found.events)
 
 
 def why(job_id: str) -> ApiRequest[WhyView]:
-    """Why the job is in its state, and what happens next, in plain words. Raises JobNotFound."""
-    return get(job_path(JOBS, job_id, "why"), read_why)
+    """Explain in plain words why the job is in its state, and what happens next. Raises JobNotFound."""
+    return get(job_path(JOBS, job_id, "why"), WhyView)
 
 
 def validate_job_state(job_id: str) -> ApiRequest[Validation]:
-    """What is wrong with the job's record, if anything, and what fixes it. Raises JobNotFound."""
-    return get(job_path(JOBS, job_id, "validate"), _read_validation)
+    """Check the job's record: the problems found, and their fixes. Raises JobNotFound."""
+    return get(job_path(JOBS, job_id, "validate"), Validation)
 
 
 def start_processing(
@@ -189,7 +160,7 @@ def start_processing(
     about: About | None = None,
     idempotency_key: str | None = None,
 ) -> ApiRequest[GrantInfo]:
-    """Take this job for `worker`. The lock lives `lock_ttl_ms` (1 s to 24 h) unless it is extended.
+    """Lock this job for `worker`. The lock expires after `lock_ttl_ms` (1 s to 24 h) unless it is extended.
 
     The lock never outlives the latest progress report by more than `max_processing_ms`; 0 means no ceiling. The ceiling
     of the job itself takes precedence. `jobctl workers` shows `about`.
@@ -203,7 +174,7 @@ def start_processing(
         "max_processing_ms": max_processing_ms,
         "about": about,
     }
-    return post(job_path(JOBS, job_id, "start"), _read_grant, body, key=idempotency_key or uuid7())
+    return post(job_path(JOBS, job_id, "start"), GrantInfo, body, key=idempotency_key or uuid7())
 
 
 def claim(
@@ -219,11 +190,10 @@ def claim(
     about: About | None = None,
     idempotency_key: str | None = None,
 ) -> ApiRequest[list[GrantInfo]]:
-    """Take the first due jobs for `worker`: 1 by default, `limit` (up to 100) at most, none if there is none.
+    """Lock the first due jobs for `worker`, at most `limit` (1 by default, up to 100). The list may be empty.
 
-    `queues` are `["default"]` and `kinds` all if they are not given. With `wait_ms` (up to 60 000) the call waits
-    for a job as long as that. `max_processing_ms` and `about` are as in
-    `start_processing`.
+    `queues` is `["default"]` by default; without `kinds` all kinds match. With `wait_ms` (up to 60 000) the call waits
+    that long for a job. The other options are those of `start_processing`.
     """
     body = {
         "worker": worker,
@@ -236,34 +206,31 @@ def claim(
         "max_processing_ms": max_processing_ms,
         "about": about,
     }
-    return post("/v1/claim", _granted, body, key=idempotency_key or uuid7(), wait_ms=wait_ms)
+    granted = post("/v1/claim", _Grants, body, key=idempotency_key or uuid7(), wait_ms=wait_ms)
+    return granted.then(lambda found: found.grants)
 
 
 def _listed(names: Sequence[str] | None) -> list[str] | None:
     return [names] if isinstance(names, str) else None if names is None else list(names)
 
 
-def _granted(body: bytes) -> list[GrantInfo]:
-    return _read_grants(body).grants
-
-
 @_named
 def update_progress(job_id: str, *, lock_id: str, progress: float, message: str | None = None) -> ApiRequest[LockState]:
-    """Report progress (0 to 100); this renews the lock too.
+    """Report progress (0 to 100). This also renews the lock.
 
-    Raises LockLost where the job is no longer yours, MaxProcessingTimeExceeded where the last report is too old.
+    Raises LockLost if the job is no longer yours, MaxProcessingTimeExceeded if the latest report is too old.
     """
     body = {"lock_id": lock_id, "progress": progress, "message": message}
-    return post(job_path(JOBS, job_id, "progress"), _read_lock, body)
+    return post(job_path(JOBS, job_id, "progress"), LockState, body)
 
 
 @_named
 def extend_job_lock(job_id: str, *, lock_id: str, additional_ms: int | None = None) -> ApiRequest[LockState]:
-    """Keep the lock for at least `additional_ms` from now (the grant's TTL by default); never shortens it.
+    """Extend the lock to at least `additional_ms` from now (the grant's TTL by default). Never shortens it.
 
     Raises LockLost, MaxProcessingTimeExceeded.
     """
-    return post(job_path(JOBS, job_id, "extend"), _read_lock, {"lock_id": lock_id, "additional_ms": additional_ms})
+    return post(job_path(JOBS, job_id, "extend"), LockState, {"lock_id": lock_id, "additional_ms": additional_ms})
 
 
 @_named
@@ -277,9 +244,9 @@ def complete_job(
     metadata: Any = None,
     expires_at: int | None = None,
 ) -> ApiRequest[JobInfo]:
-    """End the job as completed, with what it made. It is deleted at `expires_at` (default: the daemon's retention).
+    """Complete the job with its result. It is deleted at `expires_at` (by default after the daemon's retention).
 
-    Asked again with the same values it answers the same. Raises LockLost, InvalidTransition (ended otherwise by you).
+    The same call again returns the same. Raises LockLost, and InvalidTransition if you ended the job differently.
     """
     body = {
         "lock_id": lock_id,
@@ -289,7 +256,7 @@ def complete_job(
         "metadata": metadata,
         "expires_at": expires_at,
     }
-    return post(job_path(JOBS, job_id, "complete"), read_job, body)
+    return post(job_path(JOBS, job_id, "complete"), JobInfo, body)
 
 
 @_named
@@ -302,9 +269,9 @@ def fail_job(
     retry: bool = True,
     retry_after_ms: int | None = None,
 ) -> ApiRequest[JobInfo]:
-    """End this attempt as failed. With attempts left the job goes back to its queue, unless `retry` is False.
+    """Fail this attempt. If attempts are left, the job returns to its queue, unless `retry` is False.
 
-    `error_message` has 1 to 4096 characters. Raises LockLost, InvalidTransition (ended otherwise by you).
+    `error_message` has 1 to 4096 characters. Raises LockLost, and InvalidTransition if you ended the job differently.
     """
     body = {
         "lock_id": lock_id,
@@ -313,25 +280,25 @@ def fail_job(
         "retry": None if retry else False,
         "retry_after_ms": retry_after_ms,
     }
-    return post(job_path(JOBS, job_id, "fail"), read_job, body)
+    return post(job_path(JOBS, job_id, "fail"), JobInfo, body)
 
 
 @_named
 def release_job(job_id: str, *, lock_id: str, delay_ms: int | None = None) -> ApiRequest[JobInfo]:
-    """Give the job back to its queue, unworked: the attempt does not count. Due again after `delay_ms`.
+    """Return the job to its queue without using an attempt. It is due again after `delay_ms`.
 
     Without `delay_ms` it keeps its place. From the 5th release in a row without progress, it waits 1 s to 1 min.
-    After your own complete or fail it changes nothing, so it may stand in a `finally`. Raises LockLost.
+    After your own complete or fail the call changes nothing, so it can be in a `finally`. Raises LockLost.
     """
-    return post(job_path(JOBS, job_id, "release"), read_job, {"lock_id": lock_id, "delay_ms": delay_ms})
+    return post(job_path(JOBS, job_id, "release"), JobInfo, {"lock_id": lock_id, "delay_ms": delay_ms})
 
 
 def cancel_job(job_id: str, reason: str | None = None, *, idempotency_key: str | None = None) -> ApiRequest[JobInfo]:
-    """Cancel a job that is not finished; its holder, if any, hears of it with its next call.
+    """Cancel an unfinished job. The next call of the worker that holds it raises LockLost.
 
     Raises JobNotFound, InvalidTransition.
     """
-    return post(job_path(JOBS, job_id, "cancel"), read_job, {"reason": reason}, key=idempotency_key or uuid7())
+    return post(job_path(JOBS, job_id, "cancel"), JobInfo, {"reason": reason}, key=idempotency_key or uuid7())
 
 
 def queues(*, limit: int | None = None, cursor: str | None = None) -> ApiRequest[list[QueueView]]:
@@ -339,12 +306,17 @@ def queues(*, limit: int | None = None, cursor: str | None = None) -> ApiRequest
 
     `limit` is at most 200, the default. `cursor` is the name of the last queue of the page before.
     """
-    return get("/v1/queues", read_queues, limit=limit, cursor=cursor)
+    return queue_page(limit=limit, cursor=cursor).then(lambda page: page.queues)
+
+
+def queue_page(*, limit: int | None = None, cursor: str | None = None) -> ApiRequest[QueueList]:
+    """Get a page of queues with its `next_cursor`."""
+    return get("/v1/queues", QueueList, limit=limit, cursor=cursor)
 
 
 def workers() -> ApiRequest[list[WorkerView]]:
     """List up to 200 workers that are not gone, most recently seen first: state, latest claim, jobs."""
-    return get("/v1/workers", lambda body: read_workers(body).workers)
+    return worker_page().then(lambda page: page.workers)
 
 
 def worker_page(
@@ -355,4 +327,4 @@ def worker_page(
     `state` selects workers in that state; without it, all that are not gone. `cursor` is the `next_cursor` of the page
     before.
     """
-    return get("/v1/workers", read_workers, state=state, limit=limit, cursor=cursor)
+    return get("/v1/workers", WorkerList, state=state, limit=limit, cursor=cursor)

@@ -382,6 +382,51 @@ class ImportCheckResult(Struct, frozen=True):
     room: int
 
 
+class RejectedLine(Struct, frozen=True):
+    """A line of an import that was rejected. `line` counts from 1; `id` is null if the line has none."""
+
+    line: int
+    id: str | None
+    reason: str
+
+
+class ImportResult(Struct, rename="camel"):
+    """The result of an import. `refused` shows the first 1000 rejected lines, `refused_count` counts all."""
+
+    imported: int = 0
+    skipped: int = 0
+    refused_count: int = 0
+    refused: list[RejectedLine] = []
+
+
+class PreviewedLine(Struct, frozen=True):
+    """What an import would do with a line. `line` counts from 1; `id` is null if the line has none.
+
+    `status` is that of the job afterwards.
+    """
+
+    line: int
+    id: str | None
+    what: Literal["create", "skip", "refuse"]
+    status: str | None
+    reason: str | None
+
+
+class ImportPreview(Struct, rename="camel"):
+    """What an import would do. `lines` shows the first 10 000 lines; `more` says that there are more.
+
+    `stops_at` is the line at which the import would stop early, for `stop_reason`, or null.
+    """
+
+    would_import: int = 0
+    would_skip: int = 0
+    would_refuse: int = 0
+    lines: list[PreviewedLine] = []
+    more: bool = False
+    stops_at: int | None = None
+    stop_reason: str | None = None
+
+
 class CleanupReport(Struct, frozen=True, rename="camel"):
     """What was done since the previous report, in the names that existing dashboards expect. Times in ms."""
 

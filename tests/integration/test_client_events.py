@@ -26,7 +26,7 @@ from jobd.client import (
     Unauthorized,
     Unreachable,
 )
-from jobd.client.event_subscription import EVENTS, EventSubscription
+from jobd.client.event_subscription import EVENTS, subscribe
 from jobd.client.protocol import ApiResponse
 from tests.support.daemon_process import TOKEN, Daemon
 from tests.support.scripted_server import ScriptedServer, Step, drop, no, raw, serving
@@ -94,7 +94,7 @@ both = pytest.mark.parametrize("ear", [blocking, coroutines])
 @given(st.lists(st.integers(0, 400), max_size=8), st.sampled_from([b"\n", b"\r\n"]))
 def test_a_stream_may_come_in_any_pieces(cuts: list[int], end: bytes) -> None:
     text = (sent(3, 4, start=2) + b": still here\nid: 9\n\n").replace(b"\n", end)
-    listening = EventSubscription(EVENTS)
+    listening = subscribe(EVENTS)
     listening.request()
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     found = [each for a, b in itertools.pairwise(places) for each in listening.read(text[a:b])]
@@ -103,7 +103,7 @@ def test_a_stream_may_come_in_any_pieces(cuts: list[int], end: bytes) -> None:
 
 
 def test_an_event_that_was_cut_off_is_asked_for_again() -> None:
-    listening = EventSubscription(EVENTS, after=1)
+    listening = subscribe(EVENTS, after=1)
     whole = sent(2, 3, start=1)
     assert [each.seq for each in listening.read(whole[:-1])] == [2]
     assert listening.position == 2
@@ -112,19 +112,19 @@ def test_an_event_that_was_cut_off_is_asked_for_again() -> None:
 
 
 def test_what_is_asked_for() -> None:
-    asked = EventSubscription(EVENTS, queue="q", job_id=["a", "b"], type=(), last=5, follow=False)
+    asked = subscribe(EVENTS, queue="q", job_id=["a", "b"], type=(), last=5, follow=False)
     assert asked.request().path == "/v1/events?last=5&follow=false&queue=q&job_id=a%2Cb"
     asked.read(sent(start=7))
     assert asked.request().path == "/v1/events?last_event_id=7&follow=false&queue=q&job_id=a%2Cb"
-    assert EventSubscription(EVENTS).request().path == "/v1/events"
-    assert EventSubscription(EVENTS, after=0, last=5).request().path == "/v1/events?last_event_id=0"
+    assert subscribe(EVENTS).request().path == "/v1/events"
+    assert subscribe(EVENTS, after=0, last=5).request().path == "/v1/events?last_event_id=0"
 
 
 def test_what_is_no_stream_of_events_is_named() -> None:
-    listening = EventSubscription(EVENTS)
+    listening = subscribe(EVENTS)
     listening.begin(ApiResponse(200, {"content-type": "text/event-stream; charset=utf-8"}, b""))
     for reply in (ApiResponse(200, {"content-type": "text/html"}, b""), ApiResponse(302, {}, b"")):
-        with pytest.raises(BadAnswer, match="no stream of events"):
+        with pytest.raises(BadAnswer, match="not a stream of events"):
             listening.begin(reply)
     with pytest.raises(BadAnswer, match="cannot be read"):
         listening.read(b"data: {}\n\n")

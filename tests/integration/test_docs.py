@@ -27,7 +27,6 @@ import jobd
 from jobd import config
 from jobd.api import admin, worker
 from jobd.api.command_stream import OPS, StreamedAnswer
-from jobd.api.imports import ImportPreview, ImportReport
 from jobd.cli import exit_codes
 from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.daemon.main import jobd as jobd_program
@@ -201,8 +200,8 @@ SHAPES: Final[dict[str, Any]] = {
     "validated job": responses.ValidateJobView,
     "forced": responses.TransitionView,
     "admin lock": responses.AdminLockView,
-    "import report": ImportReport,
-    "import preview": ImportPreview,
+    "import report": responses.ImportResult,
+    "import preview": responses.ImportPreview,
     "failures": responses.FailuresView,
     "failure group": responses.FailureGroup,
     "preview": responses.PreviewView,

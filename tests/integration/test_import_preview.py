@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from jobd.api import imports
 from jobd.api.admin import ROUTES
-from jobd.client import AdminClient, AsyncAdminClient
+from jobd.client import AdminClient
 from jobd.http.auth import Gate
 from jobd.http.decoding import Limits
 from jobd.model.commands import ImportCheck
@@ -112,11 +111,7 @@ def test_the_preview_is_what_the_import_does(tmp_path: Path) -> None:
             done = client.import_jobs(lines)
             made = {job.id: job.status for job in client.iterate_jobs()}
 
-        async def again() -> Any:
-            async with AsyncAdminClient(endpoint, token=token) as other:
-                return await other.preview_import(lines)
-
-        after = asyncio.run(again())
+            after = client.preview_import(lines)
     assert (seen.would_import, seen.would_skip, seen.would_refuse) == (done.imported, done.skipped, done.refused_count)
     made.pop("old")
     assert {line.id: line.status for line in seen.lines if line.what == "create"} == made

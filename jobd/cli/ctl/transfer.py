@@ -21,8 +21,8 @@ from jobd.cli.progress import Advance, bar
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
-    from jobd.client.admin_requests import ImportForeseen
     from jobd.model.job import Status
+    from jobd.model.responses import ImportPreview
 
 _PIECE_S: Final = 120.0  # for one piece of a stream, or one page, on a slow disk
 
@@ -122,7 +122,7 @@ def import_(file: str, dry_run: bool, as_json: bool) -> int:
 _WOULD: Final = {"create": "would be created", "skip": "would be skipped", "refuse": "would be refused"}
 
 
-def _preview(seen: ImportForeseen) -> None:
+def _preview(seen: ImportPreview) -> None:
     for line in seen.lines:
         status = f" as {line.status}" if line.what == "create" else ""
         reason = f": {line.reason}" if line.reason else ""

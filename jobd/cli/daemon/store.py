@@ -40,7 +40,7 @@ def backup(file: Path, yes: bool) -> None:
 
     files.check(file, yes=yes)
     with bar("backup") as advance, whole_file(file, lambda done: None) as target:
-        count = admin_client(timeout_s=SILENT_S).backup(target, told=lambda seen: _show(seen, advance))
+        count = admin_client(timeout_s=SILENT_S).backup(target, on_progress=lambda seen: _show(seen, advance))
     terminal.emit(f"{file}: {terminal.size(count)}")
 
 

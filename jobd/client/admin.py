@@ -1,0 +1,147 @@
+"""The blocking client of the admin API. It is safe to use from many threads."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
+from typing import Any, BinaryIO, Final, TypeVar
+
+from jobd.client import admin_requests
+from jobd.client.apis import AdminApi
+from jobd.client.backup_progress import StallTimeout
+from jobd.client.base import CHUNK_BYTES
+from jobd.client.errors import JobdError, Unreachable
+from jobd.client.protocol import ApiRequest, ApiResponse, RetryPolicy, json_lines, raise_error, read_result, uuid7
+from jobd.client.sync import CONNECTION_ERRORS, BlockingClient, HttpConnection, lower_headers
+from jobd.model.responses import BackupView, ImportPreview, ImportResult
+
+T = TypeVar("T")
+
+POLL_S: Final = 0.5  # between two requests for the progress of a backup
+
+
+class AdminClient(AdminApi, BlockingClient):
+    """The admin API for blocking code. Times are Unix ms; each result says the units of its durations.
+
+    `endpoint` is `http://host:port`, `unix:/path`, or None for $JOBD_ADMIN_URL or http://127.0.0.1:8770. `token` is by
+    default $ADMIN_TOKEN or the first line of $ADMIN_TOKEN_FILE. `operator` is your name in the audit log and in
+    timelines. The rest is as in JobClient.
+    """
+
+    def import_jobs(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> ImportResult:
+        """Import jobs with any status and with their own times: mappings, or lines of JSON.
+
+        Each is created or rejected by itself, and an id that exists is skipped, so an import that was interrupted can
+        be repeated. The client does not retry it. `timeout_s` limits each write and the wait for the response.
+        """
+        return self._send_lines(admin_requests.import_jobs(), jobs)
+
+    def preview_import(self, jobs: Iterable[Mapping[str, Any] | bytes | str]) -> ImportPreview:
+        """Preview what import_jobs would do with the same jobs, line by line. Changes nothing."""
+        return self._send_lines(admin_requests.preview_import(), jobs)
+
+    def _send_lines(self, request: ApiRequest[T], jobs: Iterable[Mapping[str, Any] | bytes | str]) -> T:
+        with contextlib.closing(HttpConnection(self.endpoint, self._tls)) as connection:
+            return read_result(request, self._upload(connection, request, json_lines(iter(jobs))))
+
+    def _upload(self, connection: HttpConnection, request: ApiRequest[Any], chunks: Iterator[bytes]) -> ApiResponse:
+        """Send a stream. A daemon that rejects it may respond and close the connection before the stream ends."""
+        try:
+            try:
+                response = self._response(connection, request, self._policy.timeout_s, chunks)
+            except (BrokenPipeError, ConnectionResetError):
+                if connection.sock is None:
+                    raise
+                response = http.client.HTTPResponse(connection.sock, method=request.method)
+                response.begin()
+            return ApiResponse(response.status, lower_headers(response), response.read())
+        except CONNECTION_ERRORS as error:
+            raise self._unreachable(error) from error
+
+    def backup(self, file: BinaryIO, *, on_progress: Callable[[BackupView], None] | None = None) -> int:
+        """Write a copy of the current database to `file` and return its size in bytes.
+
+        `on_progress` is called twice a second while the daemon copies, checks and sends it. A backup may take any time;
+        `timeout_s` limits the time without progress. Raises Unreachable if it stalls for longer or the stream is
+        interrupted; then `file` is not a backup. An error of `file` is raised unchanged.
+        """
+        stall = StallTimeout(uuid7(), on_progress, self._policy.timeout_s, time.monotonic())
+        with contextlib.closing(HttpConnection(self.endpoint, self._tls)) as connection:
+            return self._save(self._await_backup(connection, stall), file, stall)
+
+    def _await_backup(self, connection: HttpConnection, stall: StallTimeout) -> http.client.HTTPResponse:
+        """Wait for the head of the response, however long it takes, while the backup progresses.
+
+        A thread waits, because a socket whose read has timed out cannot be read again.
+        """
+        head: Future[http.client.HTTPResponse] = Future()
+
+        def wait() -> None:
+            try:
+                head.set_result(connection.getresponse())
+            except Exception as error:
+                head.set_exception(error)
+
+        thread = threading.Thread(target=wait, name="jobd-backup", daemon=True)
+        try:
+            self._write(connection, admin_requests.backup(stall.id), self._policy.timeout_s)
+            connection.sock.settimeout(None)
+            thread.start()
+            while not wait_for([head], POLL_S).done:
+                self._poll(stall)
+            response = head.result()
+            connection.sock.settimeout(self._policy.timeout_s)
+            return response
+        except CONNECTION_ERRORS as error:
+            raise self._unreachable(error) from error
+        finally:
+            if thread.is_alive() and not head.done():
+                with contextlib.suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+                thread.join()
+
+    def _poll(self, stall: StallTimeout) -> None:
+        once = RetryPolicy(total_s=0, timeout_s=min(stall.limit_s, self._policy.timeout_s))
+        with contextlib.suppress(JobdError):  # counts as no progress
+            stall.update(self.send(admin_requests.backups(), once), time.monotonic())
+        if stall.is_over(time.monotonic()):
+            raise Unreachable(f"The daemon at {self.endpoint}: {stall.describe()}")
+
+    def download_artifact(self, job_id: str, file: BinaryIO, late_result: int | None = None) -> int:
+        """Write the artifact under the job's `storage_key` to `file` and return its size in bytes.
+
+        With `late_result`, the `seq` of a late result, it is the artifact of that one. Raises JobNotFound,
+        LateResultNotFound, NotFound (no artifact store, no key, or no artifact), StorageUnavailable, and Unreachable if
+        the stream is interrupted; then `file` is incomplete. An error of `file` is raised unchanged.
+        """
+        request = admin_requests.download_artifact(job_id, late_result)
+        with contextlib.closing(HttpConnection(self.endpoint, self._tls)) as connection:
+            try:
+                response = self._response(connection, request, self._policy.timeout_s)
+            except CONNECTION_ERRORS as error:
+                raise self._unreachable(error) from error
+            return self._save(response, file)
+
+    def _save(self, response: http.client.HTTPResponse, file: BinaryIO, stall: StallTimeout | None = None) -> int:
+        copied, total = 0, response.length
+        if response.status >= 400:
+            raise_error(ApiResponse(response.status, lower_headers(response), self._read(response)))
+        while chunk := self._read(response, CHUNK_BYTES):
+            copied += file.write(chunk)
+            if stall is not None:
+                stall.received(copied, total)
+        if response.length:  # http.client does not report that a response with a length ended early
+            raise Unreachable(f"The daemon at {self.endpoint} ended the stream after {copied} bytes.")
+        return copied
+
+    def _read(self, response: http.client.HTTPResponse, size: int | None = None) -> bytes:
+        try:
+            return response.read(size)
+        except CONNECTION_ERRORS as error:
+            raise self._unreachable(error) from error

@@ -1,0 +1,122 @@
+"""The calls of both APIs as methods, listed once for the blocking and the asyncio clients."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Final
+
+from jobd.client import admin_requests, worker_requests
+from jobd.client.base import BaseClient
+from jobd.client.endpoint import Endpoint, admin_endpoint
+from jobd.client.event_subscription import ADMIN_EVENTS, EVENTS, subscribe
+from jobd.client.methods import Events, Method, Pages
+
+_ITERATE_JOBS: Final = """Iterate over all jobs that match, newest first, page by page.
+
+Takes the arguments of `list_jobs`; `limit` is the size of a page.
+"""
+_ITERATE_QUEUES: Final = (
+    "Iterate over all queues by name: counts by status, the oldest due job, and the pause if there is one."
+)
+_EXPORT_JOBS: Final = """Export all jobs that match as lines of JSON for import_jobs, oldest first, page by page.
+
+Takes the arguments of `export_page`. Each job is in its state when its page was read. Jobs created before the first
+page are included unless they are deleted meanwhile.
+"""
+
+
+class WorkerApi(BaseClient):
+    """The methods of JobClient and AsyncJobClient."""
+
+    create_job = Method(worker_requests.create_job)
+    create_jobs = Method(worker_requests.create_jobs)
+    get_job = Method(worker_requests.get_job)
+    list_jobs = Method(worker_requests.list_jobs)
+    timeline = Method(worker_requests.timeline)
+    why = Method(worker_requests.why)
+    validate_job_state = Method(worker_requests.validate_job_state)
+    start_processing = Method(worker_requests.start_processing)
+    claim = Method(worker_requests.claim)
+    update_progress = Method(worker_requests.update_progress)
+    extend_job_lock = Method(worker_requests.extend_job_lock)
+    complete_job = Method(worker_requests.complete_job)
+    fail_job = Method(worker_requests.fail_job)
+    release_job = Method(worker_requests.release_job)
+    cancel_job = Method(worker_requests.cancel_job)
+    queues = Method(worker_requests.queues)
+    workers = Method(worker_requests.workers)
+    worker_page = Method(worker_requests.worker_page)
+    iterate_jobs = Pages(worker_requests.list_jobs, lambda page: page.jobs, _ITERATE_JOBS)
+    iterate_queues = Pages(worker_requests.queue_page, lambda page: page.queues, _ITERATE_QUEUES)
+    events = Events(subscribe, EVENTS)
+
+
+class AdminApi(BaseClient):
+    """The methods of AdminClient and AsyncAdminClient."""
+
+    def __init__(
+        self,
+        endpoint: str | Endpoint | None = None,
+        *,
+        token: str | None = None,
+        operator: str | None = None,
+        timeout_s: float = 30.0,
+        retry_for_s: float = 30.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(
+            admin_endpoint(endpoint, token, operator=operator), timeout_s=timeout_s, retry_for_s=retry_for_s, tls=tls
+        )
+
+    stats = Method(admin_requests.stats)
+    health = Method(admin_requests.health)
+    force_cleanup = Method(admin_requests.force_cleanup)
+    cleanup_state = Method(admin_requests.cleanup_state)
+    detect_and_recover_stuck_jobs = Method(admin_requests.detect_and_recover_stuck_jobs)
+    validate_job = Method(admin_requests.validate_job)
+    force_fail = Method(admin_requests.force_fail)
+    force_reset = Method(admin_requests.force_reset)
+    transition_job_state = Method(admin_requests.transition_job_state)
+    extend_lock = Method(admin_requests.extend_lock)
+    release_lock = Method(admin_requests.release_lock)
+    cancel_job = Method(admin_requests.cancel_job)
+    run_now = Method(admin_requests.run_now)
+    update_job = Method(admin_requests.update_job)
+    late_results = Method(admin_requests.late_results)
+    adopt = Method(admin_requests.adopt)
+    delete_job = Method(admin_requests.delete_job)
+    list_jobs = Method(admin_requests.list_jobs)
+    iterate_jobs = Pages(admin_requests.list_jobs, lambda page: page.jobs, _ITERATE_JOBS)
+    get_job = Method(admin_requests.get_job)
+    timeline = Method(admin_requests.timeline)
+    why = Method(admin_requests.why)
+    locks = Method(admin_requests.locks)
+    queues = Method(admin_requests.queues)
+    iterate_queues = Pages(admin_requests.queue_page, lambda page: page.queues, _ITERATE_QUEUES)
+    workers = Method(admin_requests.workers)
+    worker_page = Method(admin_requests.worker_page)
+    take_back = Method(admin_requests.take_back)
+    reports = Method(admin_requests.reports)
+    audit = Method(admin_requests.audit)
+    failures = Method(admin_requests.failures)
+    preview = Method(admin_requests.preview)
+    make_plan = Method(admin_requests.make_plan)
+    get_plan = Method(admin_requests.get_plan)
+    apply_plan = Method(admin_requests.apply_plan)
+    alerts = Method(admin_requests.alerts)
+    pause_queue = Method(admin_requests.pause_queue)
+    resume_queue = Method(admin_requests.resume_queue)
+    webhooks = Method(admin_requests.webhooks)
+    deliveries = Method(admin_requests.deliveries)
+    deliver_again = Method(admin_requests.deliver_again)
+    deliver_all_again = Method(admin_requests.deliver_all_again)
+    test_webhook = Method(admin_requests.test_webhook)
+    clock = Method(admin_requests.clock)
+    accept_clock = Method(admin_requests.accept_clock)
+    quarantine = Method(admin_requests.quarantine)
+    backups = Method(admin_requests.backups)
+    check_rows = Method(admin_requests.check_rows)
+    metrics = Method(admin_requests.metrics)
+    export_page = Method(admin_requests.export_page)
+    export_jobs = Pages(admin_requests.export_page, lambda page: page.lines, _EXPORT_JOBS)
+    events = Events(subscribe, ADMIN_EVENTS)

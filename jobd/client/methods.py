@@ -1,0 +1,140 @@
+"""Describe each call once, for the blocking clients and those for asyncio.
+
+A client class lists its calls as class attributes, and both kinds of client inherit the list. A call is a function that
+builds a request (`worker_requests`, `admin_requests`). The method that a client gets from it has the same arguments and
+docstring; it returns the result in a blocking client, and a coroutine or an async iterator in one for asyncio.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
+
+from jobd.client.event_subscription import EventSubscription
+from jobd.client.protocol import ApiRequest
+from jobd.model.events import StreamedEvent
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Blocking(Protocol):
+    def send(self, request: ApiRequest[T]) -> T: ...
+
+
+class _Async(Protocol):
+    async def send(self, request: ApiRequest[T]) -> T: ...
+
+
+class _Page(Protocol):
+    @property
+    def next_cursor(self) -> str | None: ...
+
+
+Page = TypeVar("Page", bound=_Page)
+
+
+class _Method:
+    """Base of the descriptors: makes a function of `build` and of the client's own method `run`."""
+
+    def __init__(self, build: Callable[..., Any], run: str, doc: str | None = None) -> None:
+        self._build = build
+        self._run = run
+        self._doc = doc or build.__doc__
+        self._name = ""
+        self._functions: dict[bool, Any] = {}  # by whether they are coroutine functions
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def _get(self, client: object, owner: type) -> Any:
+        is_coroutine = inspect.iscoroutinefunction(getattr(owner, self._run))
+        if is_coroutine not in self._functions:
+            self._functions[is_coroutine] = self._function(is_coroutine)
+        return self._functions[is_coroutine].__get__(client, owner)
+
+    def _function(self, is_coroutine: bool) -> Any:
+        build, run = self._build, self._run
+
+        def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+            return getattr(self, run)(build(*args, **kwargs))
+
+        async def coroutine(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+            return await getattr(self, run)(build(*args, **kwargs))
+
+        function: Any = coroutine if is_coroutine else method
+        function.__name__, function.__qualname__, function.__doc__ = self._name, self._name, self._doc
+        signature = inspect.signature(build)  # for help() and editors
+        client = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        function.__signature__ = signature.replace(
+            parameters=[client, *signature.parameters.values()], return_annotation=inspect.Signature.empty
+        )
+        return function
+
+
+class Method(_Method, Generic[P, T]):
+    """A call with one response."""
+
+    def __init__(self, build: Callable[P, ApiRequest[T]]) -> None:
+        super().__init__(build, "send")
+
+    @overload
+    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
+    @overload
+    def __get__(self, client: _Async, owner: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
+    @overload
+    def __get__(self, client: _Blocking, owner: type) -> Callable[P, T]: ...
+    def __get__(self, client: _Async | _Blocking | None, owner: type) -> Any:
+        return self._get(client, owner)
+
+
+@dataclass(frozen=True, slots=True)
+class PageWalk(Generic[T]):
+    """All pages of a list. `request` gets the page behind a cursor, None for the first one."""
+
+    request: Callable[[str | None], ApiRequest[Any]]
+    items: Callable[[Any], Iterable[T]]
+
+
+class Pages(_Method, Generic[P, T]):
+    """A list that is read page by page."""
+
+    def __init__(self, build: Callable[P, ApiRequest[Page]], items: Callable[[Page], Iterable[T]], doc: str) -> None:
+        @functools.wraps(build)
+        def walk(*args: P.args, **kwargs: P.kwargs) -> PageWalk[T]:
+            def request(cursor: str | None) -> ApiRequest[Any]:
+                if cursor is not None:
+                    kwargs["cursor"] = cursor
+                return build(*args, **kwargs)
+
+            return PageWalk(request, items)
+
+        super().__init__(walk, "iterate", doc)
+
+    @overload
+    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
+    @overload
+    def __get__(self, client: _Async, owner: type) -> Callable[P, AsyncIterator[T]]: ...
+    @overload
+    def __get__(self, client: _Blocking, owner: type) -> Callable[P, Iterator[T]]: ...
+    def __get__(self, client: _Async | _Blocking | None, owner: type) -> Any:
+        return self._get(client, owner)
+
+
+class Events(_Method, Generic[P]):
+    """The stream of events at `path`."""
+
+    def __init__(self, subscribe: Callable[Concatenate[str, P], EventSubscription], path: str) -> None:
+        super().__init__(functools.partial(subscribe, path), "listen", subscribe.__doc__)
+
+    @overload
+    def __get__(self, client: None, owner: type) -> Callable[..., Any]: ...
+    @overload
+    def __get__(self, client: _Async, owner: type) -> Callable[P, AsyncIterator[StreamedEvent]]: ...
+    @overload
+    def __get__(self, client: _Blocking, owner: type) -> Callable[P, Generator[StreamedEvent, None, None]]: ...
+    def __get__(self, client: _Async | _Blocking | None, owner: type) -> Any:
+        return self._get(client, owner)
