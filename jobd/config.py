@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from jobd import credentials
-from jobd.credentials import MAKE_TOKEN, BadToken
+from jobd.credentials import MAKE_TOKEN, InvalidToken
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy, is_job_id
 from jobd.webhooks import config as webhook_config
 from jobd.webhooks.config import BadWebhook, WebhookSetting
@@ -33,7 +33,7 @@ WEBHOOKS: Final = "webhooks"  # the one list of tables, in the file alone
 
 _UNITS: Final = {"ms": 1, "s": SECOND_MS, "m": MINUTE_MS, "h": HOUR_MS, "d": DAY_MS}
 _DURATION: Final = re.compile(r"([0-9]{1,12})(ms|s|m|h|d)?")
-_LEFT_ALONE: Final = frozenset({"JOBD_CONFIG", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL"})
+_NOT_SETTINGS: Final = frozenset({"JOBD_CONFIG", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL"})
 _LABEL: Final = r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
 _HOST_NAME: Final = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?", re.IGNORECASE | re.ASCII)
 _LONGEST_HOST: Final = 253  # characters
@@ -335,7 +335,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         )
 
 
-class Loaded(Struct, frozen=True):
+class LoadedConfig(Struct, frozen=True):
     """A configuration with where each value came from, the tokens, and what deserves a loud warning."""
 
     config: Config
@@ -343,10 +343,10 @@ class Loaded(Struct, frozen=True):
     admin_tokens: tuple[str, ...]
     worker_tokens: tuple[str, ...]
     path: str | None = None
-    reader_tokens: tuple[str, ...] = ()
+    read_only_tokens: tuple[str, ...] = ()
     development: bool = False
     warnings: tuple[str, ...] = ()
-    own_places: tuple[str, ...] = ()  # directories of the daemon's own files, where no artifact may lie
+    own_directories: tuple[str, ...] = ()  # directories of the daemon's own files, where no artifact may lie
     webhooks: tuple[WebhookSetting, ...] = ()
 
 
@@ -407,7 +407,7 @@ def show_duration(ms: int) -> str:
 
 def load(
     flags: Mapping[str, str], environ: Mapping[str, str], path: str | None = None, *, need_token: bool = True
-) -> Loaded:
+) -> LoadedConfig:
     """The effective configuration. `flags` maps "section.key" to text; `path` is that of --config.
 
     `need_token` is off for work on files, which no token guards. Raises ConfigError: file, key and what is expected.
@@ -425,13 +425,15 @@ def load(
         _set(values, sources, key, environ[name], f"env {name}")
     for key, text in flags.items():
         _set(values, sources, key, text, "flag")
-    config = _settle(_convert(values, sources), environ, sources)
+    config = _fill_in_paths(_convert(values, sources), environ, sources)
     try:
         _check(config)
-        own_places = _own_places(config, environ, found, webhooks)
-        check_apart(config.artifacts.url, own_places, os.path.abspath)  # where they lie may hang, also on a reload
+        own_places = _own_directories(config, environ, found, webhooks)
+        check_artifact_directory(
+            config.artifacts.url, own_places, os.path.abspath
+        )  # where they lie may hang, also on a reload
     except ConfigError as error:
-        raise ConfigError(_placed(str(error), sources)) from None
+        raise ConfigError(_with_sources(str(error), sources)) from None
     if need_token:
         _check_parser(config)
     development = _is_development(environ)
@@ -441,7 +443,7 @@ def load(
             "no admin token: set ADMIN_TOKEN, ADMIN_TOKEN_FILE or [admin] token_file (a systemd credential named "
             f"admin_token works too). Make one with: {MAKE_TOKEN}"
         )
-    return Loaded(
+    return LoadedConfig(
         config,
         {key: sources.get(key, "default") for key in KEYS},
         admin_tokens,
@@ -451,8 +453,8 @@ def load(
         development,
         (
             *_warnings(config),
-            *_told_too_loud(found, _secret_files(config, environ, webhooks), webhooks),
-            *_surprises(config, sources, development),
+            *_exposed_secrets(found, _secret_files(config, environ, webhooks), webhooks),
+            *_doubtful_settings(config, sources, development),
         ),
         own_places,
         webhooks,
@@ -471,30 +473,30 @@ def _check_parser(config: Config) -> None:
     )
 
 
-def effective(loaded: Loaded) -> str:
+def effective(loaded: LoadedConfig) -> str:
     """The configuration as TOML, each line with the source of its value. No secret is in it."""
     lines = []
     for section in Config.__struct_fields__:
         lines.append(f"[{section}]")
         for name in getattr(loaded.config, section).__struct_fields__:
             value = getattr(getattr(loaded.config, section), name)
-            lines.append(f"{name} = {show(value)}  # {loaded.sources[f'{section}.{name}']}")
+            lines.append(f"{name} = {to_toml(value)}  # {loaded.sources[f'{section}.{name}']}")
         lines.append("")
     for webhook in loaded.webhooks:
         lines.append(f"[[{WEBHOOKS}]]  # file {loaded.path}")
         lines += [
-            f"{name} = {show(value)}"
+            f"{name} = {to_toml(value)}"
             for name, value in msgspec.structs.asdict(webhook.section).items()
             if name != "secret"
         ]
         lines += [f"# secrets: {len(webhook.endpoint.secrets)}", ""]
     count = len(loaded.admin_tokens)
     lines.append(f"# admin tokens: {count or 'a random one at start'}; worker tokens: {len(loaded.worker_tokens)}")
-    lines.append(f"# tokens that may only look: {len(loaded.reader_tokens)}")
+    lines.append(f"# tokens that may only look: {len(loaded.read_only_tokens)}")
     return "\n".join(lines)
 
 
-def show(value: object) -> str:
+def to_toml(value: object) -> str:
     """A value as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -503,7 +505,7 @@ def show(value: object) -> str:
     if isinstance(value, int):
         return str(int(value))
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{show(name)} = {show(each)}' for name, each in value.items())}}}"
+        return f"{{{', '.join(f'{to_toml(name)} = {to_toml(each)}' for name, each in value.items())}}}"
     return msgspec.json.encode(value).decode()
 
 
@@ -579,22 +581,30 @@ def _webhooks(path: Path, tables: Any) -> tuple[WebhookSetting, ...]:
 def _tokens(config: Config, environ: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
     """Those of operators, of workers, and of who may only look."""
     try:
-        admin = credentials.of_operators(config.admin.token_file, environ)
-        workers = credentials.read(config.worker.token_file, "[worker] token_file") if config.worker.token_file else ()
-        return admin, workers, credentials.of_readers(config.admin.readonly_token_file, environ, admin)
-    except BadToken as bad:
+        admin = credentials.admin_tokens(config.admin.token_file, environ)
+        workers = (
+            credentials.read_tokens(config.worker.token_file, "[worker] token_file") if config.worker.token_file else ()
+        )
+        return admin, workers, credentials.read_only_tokens(config.admin.readonly_token_file, environ, admin)
+    except InvalidToken as bad:
         raise ConfigError(str(bad)) from None
 
 
-def _told_too_loud(path: Path | None, secret_files: list[str], webhooks: tuple[WebhookSetting, ...]) -> tuple[str, ...]:
+def _exposed_secrets(
+    path: Path | None, secret_files: list[str], webhooks: tuple[WebhookSetting, ...]
+) -> tuple[str, ...]:
     """A secret in a file that everybody may read is none."""
-    loud = [f"{each} holds a secret, and EVERYBODY may read it: chmod 640" for each in secret_files if _is_open(each)]
-    if path is not None and any(each.is_inline for each in webhooks) and _is_open(path):
+    loud = [
+        f"{each} holds a secret, and EVERYBODY may read it: chmod 640"
+        for each in secret_files
+        if _is_world_readable(each)
+    ]
+    if path is not None and any(each.is_inline for each in webhooks) and _is_world_readable(path):
         loud.append(f"{path} holds secrets of webhooks, and EVERYBODY may read it: chmod 640, or use secret_file.")
     return tuple(loud)
 
 
-def _is_open(path: str | Path) -> bool:
+def _is_world_readable(path: str | Path) -> bool:
     """Whether everybody may read it. A file that is not there is the affair of who reads it."""
     try:
         return bool(os.stat(path).st_mode & 0o004)
@@ -606,7 +616,7 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Names JOBD_<SECTION>_<KEY> that are set, with the key that each means."""
     found = {}
     for name in environ:
-        if not name.startswith("JOBD_") or name in _LEFT_ALONE or name.startswith("JOBD_JOB_"):
+        if not name.startswith("JOBD_") or name in _NOT_SETTINGS or name.startswith("JOBD_JOB_"):
             continue
         section, _, key = name.removeprefix("JOBD_").lower().partition("_")
         if f"{section}.{key}" not in KEYS:
@@ -698,7 +708,7 @@ def _convert(values: dict[str, dict[str, Any]], sources: Mapping[str, str]) -> C
         raise ConfigError(f"{sources.get(key, 'configuration')}: {key}: {message}") from None
 
 
-def _settle(config: Config, environ: Mapping[str, str], sources: dict[str, str]) -> Config:
+def _fill_in_paths(config: Config, environ: Mapping[str, str], sources: dict[str, str]) -> Config:
     """Fill in the default places: systemd's directories, those of root, else the user's."""
     worker, store = config.worker, config.store
     if not worker.socket:
@@ -746,7 +756,7 @@ def parse_listen(text: str, key: str) -> tuple[str, int] | str:
     return host.strip("[]"), int(port)
 
 
-def _placed(message: str, sources: Mapping[str, str]) -> str:
+def _with_sources(message: str, sources: Mapping[str, str]) -> str:
     """With where the keys come from that it names, but for those that nobody has set."""
     places = dict.fromkeys(place for key, place in sources.items() if re.search(rf"\b{re.escape(key)}\b", message))
     return f"{', '.join(places)}: {message}" if places else message
@@ -799,7 +809,7 @@ def _check_artifacts(url: str) -> None:
         raise ConfigError("artifacts.url: s3:// needs an extra that is not installed: pip install 'jobd[s3]'")
 
 
-def _own_places(
+def _own_directories(
     config: Config, environ: Mapping[str, str], file: Path | None, webhooks: Iterable[WebhookSetting]
 ) -> tuple[str, ...]:
     """The directories, as named and without links, of the daemon's own files: store, sockets, config.toml, secrets."""
@@ -829,7 +839,9 @@ def _secret_files(config: Config, environ: Mapping[str, str], webhooks: Iterable
     return list(dict.fromkeys(filter(None, files)))
 
 
-def check_apart(url: str, own_places: tuple[str, ...], resolve: Callable[[str], str] = os.path.realpath) -> None:
+def check_artifact_directory(
+    url: str, own_places: tuple[str, ...], resolve: Callable[[str], str] = os.path.realpath
+) -> None:
     """Raise ConfigError where a file of ours lies in the directory of artifacts: workers say what is deleted there.
 
     `resolve` makes an absolute path of its name. With the one that follows links it touches the place, which may hang.
@@ -855,12 +867,12 @@ def _warnings(config: Config) -> tuple[str, ...]:
     return tuple(loud)
 
 
-def _surprises(config: Config, sources: Mapping[str, str], development: bool) -> tuple[str, ...]:
+def _doubtful_settings(config: Config, sources: Mapping[str, str], development: bool) -> tuple[str, ...]:
     """What can be set so, and is hardly meant: of two keys the other holds, or no job is kept."""
     told = []
 
     def said(key: str) -> str:
-        return f"{key} = {show(_get(config, key))} ({sources.get(key, 'default')})"
+        return f"{key} = {to_toml(_get(config, key))} ({sources.get(key, 'default')})"
 
     if config.cleanup.interval < config.cleanup.min_interval:
         holds = show_duration(config.cleanup.min_interval)

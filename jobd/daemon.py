@@ -31,8 +31,8 @@ import structlog
 from jobd import config, logging, systemd
 from jobd.api import admin as admin_api
 from jobd.api import worker
-from jobd.api.services import Rooms
-from jobd.config import Config, ConfigError, Loaded
+from jobd.api.services import Services
+from jobd.config import Config, ConfigError, LoadedConfig
 from jobd.core.state import Book
 from jobd.dashboard.routes import Dashboard
 from jobd.engine.actor import Actor, Bounds, DiskBroken
@@ -40,10 +40,10 @@ from jobd.engine.clock import Clock
 from jobd.engine.disk_full import Closed
 from jobd.engine.event_feed import EventFeed
 from jobd.engine.idempotency import Keys
-from jobd.http.app import Web
-from jobd.http.auth import Gate, own_names
+from jobd.http.app import App
+from jobd.http.auth import Authenticator, own_names
 from jobd.http.decoding import Limits
-from jobd.http.server import Listener, is_taken
+from jobd.http.server import HttpListener, is_in_use
 from jobd.maintenance.artifact_sweeper import Sweeper, Sweeps
 from jobd.maintenance.backups import Copies
 from jobd.maintenance.cleanup_pass import Schedule
@@ -83,7 +83,7 @@ PLACE_S: Final = 2.0  # for the directory of artifacts to answer
 STOP_S: Final = 20.0  # for requests in flight; systemd waits longer
 SLICE: Final = 500
 
-line = structlog.get_logger("jobd.daemon")
+log = structlog.get_logger("jobd.daemon")
 
 
 class CannotStart(Exception):
@@ -94,7 +94,7 @@ class CannotStart(Exception):
         self.code = code
 
 
-def serve(loaded: Loaded, reload: Callable[[], Loaded]) -> int:
+def serve(loaded: LoadedConfig, reload: Callable[[], LoadedConfig]) -> int:
     """Run the daemon until it is told to stop; gives the exit code. `reload` reads the configuration again."""
     logging.configure(loaded.config.log.level, loaded.config.log.format)
     try:
@@ -103,39 +103,39 @@ def serve(loaded: Loaded, reload: Callable[[], Loaded]) -> int:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(_serve(loaded, reload))
     except CannotStart as error:
-        line.critical("cannot_start", reason=str(error), exit_code=error.code)
+        log.critical("cannot_start", reason=str(error), exit_code=error.code)
         return error.code
     except DiskBroken as error:
-        line.critical("stopped_by_disk", reason=str(error), exit_code=EXIT_IO)
+        log.critical("stopped_by_disk", reason=str(error), exit_code=EXIT_IO)
         return EXIT_IO
 
 
-async def _serve(loaded: Loaded, reload: Callable[[], Loaded]) -> int:
+async def _serve(loaded: LoadedConfig, reload: Callable[[], LoadedConfig]) -> int:
     async with contextlib.AsyncExitStack() as stack:
         daemon = Daemon(loaded, reload)
         await daemon.start(stack)
         gc.freeze()  # the jobs that are there need not be looked through again and again
         gc.enable()
         await daemon.until_stopped()
-    line.info("stopped")
+    log.info("stopped")
     return EXIT_OK
 
 
 class Daemon:
     """A daemon on its way up, at work and down again."""
 
-    def __init__(self, loaded: Loaded, reload: Callable[[], Loaded]) -> None:
+    def __init__(self, loaded: LoadedConfig, reload: Callable[[], LoadedConfig]) -> None:
         self._loaded = loaded
         self._reload = reload
         self._stop = asyncio.Event()
-        self._asked_at = 0.0
-        self._webs: list[Web[Rooms]] = []
+        self._stop_requested_at = 0.0
+        self._apps: list[App[Services]] = []
 
     async def start(self, stack: contextlib.AsyncExitStack) -> None:
         """Disk, actor, time, doors: each is taken down by `stack` in the opposite order."""
         settings = self._loaded.config
         self._warn(self._loaded.warnings)
-        self._given = systemd.sockets()
+        self._passed_sockets = systemd.sockets()
         store, opened = await self._open_store(stack)
         numbers, keep_ms = opened.numbers, settings.policy().shortest_keep_ms
         self.clock = Clock(numbers.lease_ms, numbers.wall_ms, suspect=numbers.clock_suspect, keep_ms=keep_ms)
@@ -145,46 +145,46 @@ class Daemon:
         self.actor.on_commit.append(self.feed.publish)
         self.failures = Failures(store, opened.numbers.next_job, opened.jobs)
         self.actor.on_commit.append(self.failures.committed)
-        self._settle(opened)
+        self._recover_processing(opened)
         self._running = asyncio.create_task(self.actor.run(), name="actor")
         self._running.add_done_callback(lambda _: self._stop.set())
         stack.push_async_callback(self._stop_actor)
         self.webhooks = self._make_webhooks(store)
         self.cleaner = Cleaner(self.actor, self.clock, _schedule(settings))
         self.cleaner.hold_journal(self.webhooks.hold_ms)
-        _run_beside(stack, "cleanup", self.cleaner)
-        _run_beside(stack, "failures", self.failures)
-        presence = Presence(self._was_away)
+        _run_in_background(stack, "cleanup", self.cleaner)
+        _run_in_background(stack, "failures", self.failures)
+        presence = Presence(self._on_pause)
         self.actor.look = presence.look
-        _run_beside(stack, "presence", presence)
-        sweeper = await self._sweep(store, opened, stack)
-        self.rooms = self._rooms(store, opened, sweeper, stack)
-        await self._open_doors(stack, opened.figures)
+        _run_in_background(stack, "presence", presence)
+        sweeper = await self._start_sweeper(store, opened, stack)
+        self.services = self._make_services(store, opened, sweeper, stack)
+        await self._open_listeners(stack, opened.figures)
         self._listen_to_signals()
         self._watchdog = asyncio.create_task(self._feed_watchdog(), name="watchdog")
         stack.push_async_callback(_cancel, self._watchdog)
         if self._running.done():
             await self._running  # the disk failed meanwhile: we were never ready
-        self.rooms.is_open = True
+        self.services.is_open = True
         systemd.ready()
         stack.push_async_callback(_cancel, asyncio.create_task(self._warm(), name="templates"))
-        line.info("ready", jobs=self.actor.book.total(), store=settings.store.path, pid=os.getpid())
+        log.info("ready", jobs=self.actor.book.total(), store=settings.store.path, pid=os.getpid())
 
     async def _warm(self) -> None:
         try:
             await self._dashboard.warm()
         except Exception:
-            line.exception("templates_failed")
+            log.exception("templates_failed")
 
     async def until_stopped(self) -> None:
         """Until a signal, or until the actor has ended by itself (the disk failed)."""
         await self._stop.wait()
-        self.rooms.is_open = False
+        self.services.is_open = False
         self.clock.stop()  # no worker can be heard while we go down, and that may take as long as a lock lasts
         if self._running.done():
             await self._running
         systemd.stopping()
-        line.info("stopping")
+        log.info("stopping")
 
     # -- up -----------------------------------------------------------------------------------------------------------
 
@@ -194,72 +194,76 @@ class Daemon:
         try:
             if settings.path != ":memory:":
                 Path(settings.path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            store, opened = await Store.open(settings.path, synchronous=synchronous, on_locked=self._look_for_others)
+            store, opened = await Store.open(
+                settings.path, synchronous=synchronous, on_locked=self._check_addresses_free
+            )
         except StoreError as error:
             raise CannotStart(str(error), error.exit_code) from None
         except OSError as error:
-            raise CannotStart(*_why_not_opened(settings.path, error)) from None
+            raise CannotStart(*_open_error(settings.path, error)) from None
         except DiskFull as error:
             raise CannotStart(f"{settings.path}: {error}", EXIT_IO) from None
         stack.push_async_callback(store.close)
         for fault in opened.faults:
-            line.error("store_fault", message=fault)
+            log.error("store_fault", message=fault)
         if opened.full and (space := await store.space()) is not None:
-            line.error("disk_full", refused="creates", reserve=opened.has_reserve, **msgspec.structs.asdict(space))
+            log.error("disk_full", refused="creates", reserve=opened.has_reserve, **msgspec.structs.asdict(space))
         elif not opened.has_reserve:
-            line.warning("reserve_file_missing", message="on a full disk, running jobs may not be able to end")
+            log.warning("reserve_file_missing", message="on a full disk, running jobs may not be able to end")
         if opened.epoch_warning is not None:
-            line.warning("fencing_epoch", message=opened.epoch_warning)
+            log.warning("fencing_epoch", message=opened.epoch_warning)
         return store, opened
 
-    def _look_for_others(self) -> None:
+    def _check_addresses_free(self) -> None:
         """Raise CannotStart where another process listens at one of our places, before anything has been touched."""
-        for name, place in _places(self._loaded.config).items():
-            if name not in self._given and is_taken(config.parse_listen(place, name)):
+        for name, place in _addresses(self._loaded.config).items():
+            if name not in self._passed_sockets and is_in_use(config.parse_listen(place, name)):
                 taken = OSError(errno.EADDRINUSE, "another process listens there")
                 raise _cannot_listen(name, place, taken)
 
-    def _settle(self, opened: OpenedStore) -> None:
+    def _recover_processing(self, opened: OpenedStore) -> None:
         """What a start owes the jobs that were processing: time to be heard of, or an end after a restore.
 
         The actor does it before anything else; on a full disk, as soon as there is room.
         """
         if not opened.marked:
-            self._credit_absence(self.clock.moment().lease)
+            self._extend_locks(self.clock.moment().lease)
             return
-        slices = self._held()
+        slices = self._processing_slices()
         for index, ids in enumerate(slices or [[]]):
             self.actor.owe(EndGrants(ids=ids, last=index + 1 >= len(slices)))
         held = len(self.actor.book.processing)
-        line.warning("backup_put_back", grants_to_end=held, epoch=self.actor.book.epoch)
+        log.warning("backup_put_back", grants_to_end=held, epoch=self.actor.book.epoch)
 
-    def _held(self) -> list[list[str]]:
+    def _processing_slices(self) -> list[list[str]]:
         """The jobs that are processing, in slices."""
         held = list(self.actor.book.processing)
         return [held[first : first + SLICE] for first in range(0, len(held), SLICE)]
 
-    def _credit_absence(self, since: int) -> None:
+    def _extend_locks(self, since: int) -> None:
         """No worker could be heard since that lease time: none of their jobs ends at once."""
-        for ids in self._held():
+        for ids in self._processing_slices():
             self.actor.owe(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
 
-    def _was_away(self, away_ms: int) -> None:
+    def _on_pause(self, away_ms: int) -> None:
         """The process was stopped, or its machine was suspended or starved, and goes on."""
-        line.warning("was_away", away_ms=away_ms, processing=len(self.actor.book.processing))
-        self._credit_absence(self.clock.moment().lease - away_ms)
+        log.warning("was_away", away_ms=away_ms, processing=len(self.actor.book.processing))
+        self._extend_locks(self.clock.moment().lease - away_ms)
 
-    async def _sweep(self, store: Store, opened: OpenedStore, stack: contextlib.AsyncExitStack) -> Sweeper | None:
+    async def _start_sweeper(
+        self, store: Store, opened: OpenedStore, stack: contextlib.AsyncExitStack
+    ) -> Sweeper | None:
         """Artifacts of deleted jobs are deleted, where there is a store of them."""
         self._sweeps = Sweeps(waiting=opened.tombstones)
         self._artifacts = await _open_artifacts(self._loaded)
         if self._artifacts is None:
             if opened.tombstones:
-                line.warning("artifacts_wait", tombstones=opened.tombstones, reason="artifacts.url is not set any more")
+                log.warning("artifacts_wait", tombstones=opened.tombstones, reason="artifacts.url is not set any more")
             return None
         stack.push_async_callback(self._artifacts.close)
         sweeper = Sweeper(store, self._artifacts, self.clock, self._sweeps)
         store.on_tombstones = sweeper.expect
-        _run_beside(stack, "sweeper", sweeper)
+        _run_in_background(stack, "sweeper", sweeper)
         return sweeper
 
     def _make_webhooks(self, store: Store) -> Webhooks:
@@ -280,9 +284,9 @@ class Daemon:
         webhooks.set_endpoints(each.endpoint for each in self._loaded.webhooks)
         return webhooks
 
-    def _rooms(
+    def _make_services(
         self, store: Store, opened: OpenedStore, sweeper: Sweeper | None, stack: contextlib.AsyncExitStack
-    ) -> Rooms:
+    ) -> Services:
         settings = self._loaded.config
         health = Health(
             self.actor,
@@ -295,19 +299,19 @@ class Daemon:
         )
         stack.push_async_callback(health.close)
         self.alerts = Alerts(self.actor.book, self.clock, health, self.cleaner, _thresholds(settings))
-        _run_beside(stack, "alerts", self.alerts)
+        _run_in_background(stack, "alerts", self.alerts)
         metrics = Metrics(
-            self.actor, self.cleaner, self.alerts, self.clock, self._sweeps, store.path, self._webs, self.feed
+            self.actor, self.cleaner, self.alerts, self.clock, self._sweeps, store.path, self._apps, self.feed
         )
         metrics.webhooks = self.webhooks.figures
-        _run_beside(stack, "metrics", metrics)
+        _run_in_background(stack, "metrics", metrics)
         planner = Planner(self.actor, self.clock)
         stack.push_async_callback(planner.close)
         self.alerts.failing_webhook = self.webhooks.worst
         self.actor.on_commit.append(self.alerts.attempts.note)
         self.alerts.on_change.append(self.webhooks.alerts_changed)
-        _run_beside(stack, "webhooks", self.webhooks)
-        return Rooms(
+        _run_in_background(stack, "webhooks", self.webhooks)
+        return Services(
             self.actor,
             Copies(store, lambda: self.clock.moment().now),
             RowWalk(store),
@@ -324,32 +328,40 @@ class Daemon:
             lambda: not self._running.done(),
         )
 
-    async def _open_doors(self, stack: contextlib.AsyncExitStack, figures: bytes | None) -> None:
-        settings, given, places = self._loaded.config, self._given, _places(self._loaded.config)
+    async def _open_listeners(self, stack: contextlib.AsyncExitStack, figures: bytes | None) -> None:
+        settings, given, places = self._loaded.config, self._passed_sockets, _addresses(self._loaded.config)
         limits = Limits(body=settings.limits.body, payload=settings.limits.payload, bulk=settings.limits.bulk)
-        local = Web(Gate("worker"), worker.ROUTES, self.actor, self.rooms, limits=limits)
-        doors = [Door("worker", local, places["worker"])]
+        local = App(Authenticator("worker"), worker.ROUTES, self.actor, self.services, limits=limits)
+        doors = [ApiListener("worker", local, places["worker"])]
         if settings.worker.listen:
             # By whatever name workers call: no browser knows their token, so there is no rebinding to be feared.
-            self._worker_gate = Gate("worker-tcp", tokens=self._loaded.worker_tokens)
-            remote = Web(self._worker_gate, worker.ROUTES, self.actor, self.rooms, limits=limits)
-            doors.append(Door("worker-tcp", remote, places["worker-tcp"]))
-        self._admin_gate = Gate(
+            self._worker_authenticator = Authenticator("worker-tcp", tokens=self._loaded.worker_tokens)
+            remote = App(self._worker_authenticator, worker.ROUTES, self.actor, self.services, limits=limits)
+            doors.append(ApiListener("worker-tcp", remote, places["worker-tcp"]))
+        self._admin_authenticator = Authenticator(
             "admin",
             tokens=self._admin_tokens(),
-            readers=self._loaded.reader_tokens,
+            read_only_tokens=self._loaded.read_only_tokens,
             hosts=_admin_hosts(settings, given.get("admin")),
         )
         recorder = Recorder.opened(read_beside(figures), self.clock.moment().now)
         self.actor.on_commit.append(recorder.note)
         self.cleaner.save_beside(recorder.kept)
-        self._dashboard = await asyncio.to_thread(Dashboard, self._admin_gate, recorder)
+        self._dashboard = await asyncio.to_thread(Dashboard, self._admin_authenticator, recorder)
         calls = (*admin_api.ROUTES, *self._dashboard.routes(), worker.DOCUMENT)
-        admin = Web(self._admin_gate, calls, self.actor, self.rooms, limits=limits, admin=True, pages=self._dashboard)
-        doors.append(Door("admin", admin, places["admin"]))
-        self._webs += [door.web for door in doors]
-        listeners: list[Listener] = []
-        stack.push_async_callback(_close_doors, listeners, self.actor, self.rooms)
+        admin = App(
+            self._admin_authenticator,
+            calls,
+            self.actor,
+            self.services,
+            limits=limits,
+            admin=True,
+            pages=self._dashboard,
+        )
+        doors.append(ApiListener("admin", admin, places["admin"]))
+        self._apps += [door.app for door in doors]
+        listeners: list[HttpListener] = []
+        stack.push_async_callback(_close_listeners, listeners, self.actor, self.services)
         for door in doors:
             listeners.append(await door.open(given.get(door.name), settings))
 
@@ -357,54 +369,58 @@ class Daemon:
         """The configured ones; in development, where there are none, a random one that is printed."""
         if self._loaded.admin_tokens:
             return self._loaded.admin_tokens
-        if not hasattr(self, "_made_token"):
-            self._made_token = secrets.token_urlsafe(32)
-            print(f"ENVIRONMENT=development: admin token for this run: {self._made_token}", file=sys.stderr, flush=True)
-        return (self._made_token,)
+        if not hasattr(self, "_generated_token"):
+            self._generated_token = secrets.token_urlsafe(32)
+            print(
+                f"ENVIRONMENT=development: admin token for this run: {self._generated_token}",
+                file=sys.stderr,
+                flush=True,
+            )
+        return (self._generated_token,)
 
     # -- at work ------------------------------------------------------------------------------------------------------
 
     def _listen_to_signals(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._asked_to_stop, number.name)
-        loop.add_signal_handler(signal.SIGHUP, self._asked_to_reload)
+            loop.add_signal_handler(number, self._on_stop_signal, number.name)
+        loop.add_signal_handler(signal.SIGHUP, self._on_reload_signal)
         loop.add_signal_handler(signal.SIGUSR1, self._dump)
 
-    def _asked_to_stop(self, name: str) -> None:
+    def _on_stop_signal(self, name: str) -> None:
         now = time.monotonic()
-        if self._stop.is_set() and now - self._asked_at < SAME_MOMENT_S:
+        if self._stop.is_set() and now - self._stop_requested_at < SAME_MOMENT_S:
             return  # one wish, told twice: to the process and to its group
-        was_asked, self._asked_at = self._asked_at > 0, now
+        was_asked, self._stop_requested_at = self._stop_requested_at > 0, now
         if was_asked:
-            line.critical("aborted", signal=name)
+            log.critical("aborted", signal=name)
             os._exit(1)  # whatever was answered is on disk
-        line.info("asked_to_stop", signal=name)
+        log.info("asked_to_stop", signal=name)
         self._stop.set()
 
-    def _asked_to_reload(self) -> None:
+    def _on_reload_signal(self) -> None:
         """Take over what can change at work; on an error the old configuration stays."""
         systemd.reloading()
         try:
             new = self._reload()
         except ConfigError as error:
-            line.error("reload_failed", reason=str(error), kept="the old configuration")
+            log.error("reload_failed", reason=str(error), kept="the old configuration")
         else:
-            self._take_over(new)
+            self._apply(new)
         systemd.ready()
 
     def _warn(self, warnings: Iterable[str]) -> None:
         for warning in warnings:
-            line.warning("config_warning", message=warning)
+            log.warning("config_warning", message=warning)
 
-    def _take_over(self, new: Loaded) -> None:
+    def _apply(self, new: LoadedConfig) -> None:
         taken, refused = config.changes(self._loaded.config, new.config)
-        settings = _merged(self._loaded.config, new.config, taken)
+        settings = _merge(self._loaded.config, new.config, taken)
         if new.admin_tokens != self._loaded.admin_tokens:
             taken.append("admin tokens")
         if new.worker_tokens != self._loaded.worker_tokens:
             taken.append("worker tokens")
-        if new.reader_tokens != self._loaded.reader_tokens:
+        if new.read_only_tokens != self._loaded.read_only_tokens:
             taken.append("read-only tokens")
         if new.webhooks != self._loaded.webhooks:
             taken.append("webhooks")
@@ -415,7 +431,7 @@ class Daemon:
             webhooks=new.webhooks,
             config=settings,
             admin_tokens=new.admin_tokens,
-            reader_tokens=new.reader_tokens,
+            read_only_tokens=new.read_only_tokens,
             worker_tokens=new.worker_tokens,
             warnings=new.warnings,
         )
@@ -423,20 +439,20 @@ class Daemon:
         self.clock.keep_ms = self.actor.policy.shortest_keep_ms
         self.cleaner.set_schedule(_schedule(settings))
         self.alerts.thresholds = _thresholds(settings)
-        self._admin_gate.replace_tokens(self._admin_tokens(), new.reader_tokens)
+        self._admin_authenticator.replace_tokens(self._admin_tokens(), new.read_only_tokens)
         if settings.worker.listen:
-            self._worker_gate.replace_tokens(new.worker_tokens)
+            self._worker_authenticator.replace_tokens(new.worker_tokens)
         logging.set_level(settings.log.level)
-        line.info("reloaded", changed=taken, need_restart=refused)
+        log.info("reloaded", changed=taken, need_restart=refused)
 
     def _dump(self) -> None:
         """Mailbox, tasks and stacks, for a look at a daemon that does not move."""
-        line.info("dump", mailbox=self.actor.waiting, parked=len(self.actor.parked), jobs=self.actor.book.totals)
+        log.info("dump", mailbox=self.actor.waiting, parked=len(self.actor.parked), jobs=self.actor.book.totals)
         for task in asyncio.all_tasks():
             stack = " < ".join(f"{frame.f_code.co_name}:{frame.f_lineno}" for frame in task.get_stack())
-            line.info("dump_task", task=task.get_name(), stack=stack)
+            log.info("dump_task", task=task.get_name(), stack=stack)
         for number, frame in sys._current_frames().items():
-            line.info("dump_thread", thread=number, stack=" < ".join(traceback.format_stack(frame)[-3:]))
+            log.info("dump_thread", thread=number, stack=" < ".join(traceback.format_stack(frame)[-3:]))
 
     async def _feed_watchdog(self) -> None:
         """systemd is told that we live by the actor: only an answer through the mailbox counts."""
@@ -453,7 +469,7 @@ class Daemon:
         await self._running
 
 
-def _why_not_opened(path: str, error: OSError) -> tuple[str, int]:
+def _open_error(path: str, error: OSError) -> tuple[str, int]:
     """A sentence and the exit code: a place where this user cannot keep a store is a matter of configuration."""
     if error.errno in (errno.EACCES, errno.EPERM):
         hint = f"user {os.geteuid()} may not keep a store there; give it the directory, or choose another store.path"
@@ -463,7 +479,7 @@ def _why_not_opened(path: str, error: OSError) -> tuple[str, int]:
     return f"{path}: {error}", EXIT_IO
 
 
-class Randomness:
+class RandomPool:
     """The system's randomness in large pieces: each draw gives the interpreter's lock up to the disk's thread."""
 
     def __init__(self) -> None:
@@ -478,15 +494,15 @@ class Randomness:
         return self._drawn[start : self._used]
 
 
-class Door(msgspec.Struct):
+class ApiListener(msgspec.Struct):
     """One API and where it listens, unless systemd has opened its socket already."""
 
     name: str
-    web: Web[Rooms]
-    listen: str
+    app: App[Services]
+    address: str
 
-    async def open(self, given: list[socket.socket] | None, settings: Config) -> Listener:
-        listener = Listener(self.web)
+    async def open(self, given: list[socket.socket] | None, settings: Config) -> HttpListener:
+        listener = HttpListener(self.app)
         section = settings.admin if self.name == "admin" else settings.worker
         tls = None if self.name == "worker" else _tls(section.tls_cert, section.tls_key)
         try:
@@ -494,15 +510,15 @@ class Door(msgspec.Struct):
                 for opened in given:
                     await listener.open_socket(opened, tls=tls)
                 return listener
-            place = config.parse_listen(self.listen, self.name)
+            place = config.parse_listen(self.address, self.name)
             if isinstance(place, str):
                 await asyncio.to_thread(os.makedirs, os.path.dirname(place) or ".", 0o755, exist_ok=True)
                 await listener.open_unix(place, int(settings.worker.socket_mode, 8))
             else:
                 await listener.open_tcp(*place, tls=tls)
         except OSError as error:
-            raise _cannot_listen(self.name, self.listen, error) from None
-        line.info("listening", door=self.name, at=self.listen)
+            raise _cannot_listen(self.name, self.address, error) from None
+        log.info("listening", door=self.name, at=self.address)
         return listener
 
 
@@ -511,7 +527,7 @@ def _cannot_listen(name: str, place: str, error: OSError) -> CannotStart:
     return CannotStart(f"[{name}] cannot listen on {place}: {error}", code)
 
 
-def _places(settings: Config) -> dict[str, str]:
+def _addresses(settings: Config) -> dict[str, str]:
     """Where each door is, as the configuration names it."""
     places = {"worker": f"unix:{settings.worker.socket}", "admin": settings.admin.listen}
     return places | ({"worker-tcp": settings.worker.listen} if settings.worker.listen else {})
@@ -554,7 +570,7 @@ def _actor(store: Store, opened: OpenedStore, clock: Clock, settings: Config) ->
         keys,
         clock,
         settings.policy(),
-        random=Randomness(),
+        random=RandomPool(),
         bounds=bounds,
         is_full=opened.full,
         has_reserve=opened.has_reserve,
@@ -576,7 +592,7 @@ def _current_keys(rows: list[StoredResponse], book: Book) -> list[StoredResponse
     return kept
 
 
-async def _open_artifacts(loaded: Loaded) -> ArtifactStore | None:
+async def _open_artifacts(loaded: LoadedConfig) -> ArtifactStore | None:
     """The store that artifacts.url names, if any. What a bucket takes is imported for a bucket alone."""
     settings = loaded.config
     if not settings.artifacts.url:
@@ -584,14 +600,16 @@ async def _open_artifacts(loaded: Loaded) -> ArtifactStore | None:
     url = urlsplit(settings.artifacts.url)
     owner = blake2b(f"{socket.gethostname()} {settings.store.path}".encode(), digest_size=6).hexdigest()
     if url.scheme == "file":
-        store = FileArtifactStore(unquote(url.path), owner, loaded.own_places)
+        store = FileArtifactStore(unquote(url.path), owner, loaded.own_directories)
         try:
             async with asyncio.timeout(PLACE_S):  # one that hangs is health's matter; it is looked at again before use
-                await store.ask(partial(config.check_apart, settings.artifacts.url, loaded.own_places))
+                await store.ask(
+                    partial(config.check_artifact_directory, settings.artifacts.url, loaded.own_directories)
+                )
         except ConfigError as error:
             raise CannotStart(str(error), EXIT_CONFIG) from None
         except TimeoutError:
-            line.warning("artifacts_wait", place=store.place, reason=f"no answer within {PLACE_S:g} s")
+            log.warning("artifacts_wait", place=store.place, reason=f"no answer within {PLACE_S:g} s")
         return store
     from jobd.storage.artifacts.s3 import S3ArtifactStore
 
@@ -633,7 +651,7 @@ def _thresholds(settings: Config) -> Thresholds:
     )
 
 
-def _merged(old: Config, new: Config, taken: list[str]) -> Config:
+def _merge(old: Config, new: Config, taken: list[str]) -> Config:
     """The old configuration with the `taken` keys of the new one."""
     for key in taken:
         section, name = key.split(".")
@@ -642,12 +660,12 @@ def _merged(old: Config, new: Config, taken: list[str]) -> Config:
     return old
 
 
-class Beside(Protocol):
+class BackgroundPart(Protocol):
     async def run(self) -> None: ...
     def stop(self) -> None: ...
 
 
-def _run_beside(stack: contextlib.AsyncExitStack, name: str, part: Beside) -> None:
+def _run_in_background(stack: contextlib.AsyncExitStack, name: str, part: BackgroundPart) -> None:
     """Run a part until it is stopped, by a message; then wait for its end."""
     task = asyncio.create_task(part.run(), name=name)
 
@@ -663,7 +681,7 @@ async def _cancel(task: asyncio.Task[None]) -> None:
     await asyncio.wait([task])
 
 
-async def _close_doors(listeners: list[Listener], actor: Actor, rooms: Rooms) -> None:
+async def _close_listeners(listeners: list[HttpListener], actor: Actor, rooms: Services) -> None:
     """No new requests; those in flight are answered, parked claims with nothing, and streams of events end."""
     actor.stop_parking()
     rooms.feed.close()

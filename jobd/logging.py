@@ -53,7 +53,7 @@ def configure(level: str, format: str) -> None:
     terminal = sys.stderr is not None and sys.stderr.isatty()  # None: the process was started without one
     chosen = ("console" if terminal else "logfmt") if format == "auto" else format
     render: dict[str, structlog.typing.Processor] = {
-        "console": _Console(terminal and not os.environ.get("NO_COLOR")),
+        "console": _ConsoleRenderer(terminal and not os.environ.get("NO_COLOR")),
         "json": _json,
         "logfmt": _logfmt,
     }
@@ -68,11 +68,11 @@ def configure(level: str, format: str) -> None:
             _safe,
             render[chosen],
         ],
-        logger_factory=_Stderr,
+        logger_factory=_StderrLogger,
         cache_logger_on_first_use=False,  # or set_level would not reach the loggers that have spoken
     )
     logging.captureWarnings(True)
-    logging.getLogger().handlers[:] = [_Standard()]
+    logging.getLogger().handlers[:] = [_StdlibHandler()]
     set_level(level)
 
 
@@ -94,30 +94,30 @@ def set_level(level: str) -> None:
 
 def flush(patience_s: float = LAST_WORDS_S) -> bool:
     """Wait until every line is written; false where stderr does not take them within `patience_s`."""
-    return _outlet.flush(patience_s)
+    return _writer.flush(patience_s)
 
 
-def _confess(dropped: int) -> None:
+def _log_dropped(dropped: int) -> None:
     structlog.get_logger("jobd.log").error("log_lines_dropped", count=dropped, why="nobody read stderr")
 
 
-class _Stderr:
+class _StderrLogger:
     """Where lines leave. Nobody who logs waits for stderr, except with the last words."""
 
     def __init__(self, name: str = "") -> None:
         self.name = name
 
     def msg(self, line: str) -> None:
-        _outlet.put(line)
+        _writer.write(line)
 
     def critical(self, line: str) -> None:
-        _outlet.put(line)
-        _outlet.flush(LAST_WORDS_S)
+        _writer.write(line)
+        _writer.flush(LAST_WORDS_S)
 
     debug = info = warning = error = exception = msg
 
 
-class _Standard(logging.Handler):
+class _StdlibHandler(logging.Handler):
     """Lines of the standard library's loggers (aiohttp, asyncio, warnings), sent the same way."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -210,7 +210,7 @@ def _json(_: Any, __: str, event: Fields) -> str:
     return _json_text(_ordered(event))
 
 
-class _Console:
+class _ConsoleRenderer:
     """For eyes: time, level, event, then the rest as in logfmt."""
 
     def __init__(self, colours: bool) -> None:
@@ -225,7 +225,7 @@ class _Console:
         return " ".join([at, shown, _json_text(what)[1:-1], *_pairs(rest)])
 
 
-class Outlet:
+class LogWriter:
     """Where lines end, in the order in which they came.
 
     `confess` is called with the number of lines that were dropped, once there is room again; it puts a line.
@@ -240,7 +240,7 @@ class Outlet:
         self._is_writing = False
         self._thread: threading.Thread | None = None
 
-    def put(self, line: str) -> None:
+    def write(self, line: str) -> None:
         """Have `line` written soon, or drop it where nobody has read for long."""
         with self._change:
             if self._lines and self._chars + len(line) > MOST_CHARS:
@@ -305,4 +305,4 @@ def _write(text: str) -> None:
             rest = rest[written or 0 :]
 
 
-_outlet: Final = Outlet(_confess)
+_writer: Final = LogWriter(_log_dropped)

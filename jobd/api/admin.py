@@ -10,19 +10,19 @@ from typing import Annotated, Any, Final
 from msgspec import Meta
 from msgspec.structs import replace
 
-from jobd.api.auditing import note, note_look
+from jobd.api.auditing import audit_action, audit_read
 from jobd.api.descriptions import ADMIN_TITLE
-from jobd.api.downloads import BACKUP_KIND, Artifact, BackupAsked, give, give_out
-from jobd.api.downloads import KIND as ARTIFACT_KIND
-from jobd.api.events import EVENT_STREAM, Follow, follow
-from jobd.api.imports import look_over, take_in
+from jobd.api.downloads import ARTIFACT_TYPE as ARTIFACT_KIND
+from jobd.api.downloads import BACKUP_TYPE, ArtifactRequest, BackupRequest, send_artifact, send_backup
+from jobd.api.events import EVENT_STREAM, EventsRequest, send_events
+from jobd.api.imports import import_jobs, preview_import
 from jobd.api.openapi import ADMIN_PREFIX, with_document
 from jobd.api.probes import PROBES
-from jobd.api.services import Rooms
-from jobd.http.app import Nothing, Web, ask
-from jobd.http.request import Visit, in_parts, operator_of
-from jobd.http.response import Text
-from jobd.http.routing import Route, Who
+from jobd.api.services import Services
+from jobd.http.app import App, NoFields, run_command
+from jobd.http.request import RequestContext, as_one_entry, operator_of
+from jobd.http.response import RawBody
+from jobd.http.routing import Auth, Route
 from jobd.model.commands import (
     MAX_PAGE,
     Adopt,
@@ -108,10 +108,10 @@ from jobd.model.webhooks import WebhookName
 MAX_REPORTS: Final = 500
 MAX_GROUPS: Final = 200
 MAX_NUMBER: Final = (1 << 63) - 1
-METRICS_KIND: Final = "text/plain; version=0.0.4; charset=utf-8"
+METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class Because(Command, frozen=True, kw_only=True):
+class WithReason(Command, frozen=True, kw_only=True):
     """A call that takes no fields but why it is done, for the audit log."""
 
     reason: Words | None = None
@@ -127,7 +127,7 @@ class Reports(Command, frozen=True, kw_only=True):
     limit: Annotated[int, Meta(ge=1, le=MAX_REPORTS)] = 50
 
 
-class FailuresAsked(Command, frozen=True, kw_only=True):
+class FailuresRequest(Command, frozen=True, kw_only=True):
     """Failed jobs by their error, the largest groups first."""
 
     limit: Annotated[int, Meta(ge=1, le=MAX_GROUPS)] = 50
@@ -142,7 +142,7 @@ class Deliveries(Command, frozen=True, kw_only=True):
     cursor: Cursor | None = None
 
 
-class RowsAsked(Command, frozen=True, kw_only=True):
+class RowCheckRequest(Command, frozen=True, kw_only=True):
     """Go on with the walk over all rows. `cursor` is the `next_cursor` of the call before."""
 
     cursor: RowCursor | None = None
@@ -171,268 +171,326 @@ class TestWebhook(Command, frozen=True, kw_only=True):
     reason: Words | None = None
 
 
-async def _stats(site: Web[Rooms], visit: Visit, asked: Stats) -> Response | ApiError:
-    answer = await ask(site, visit, asked)
+async def _stats(app: App[Services], ctx: RequestContext, asked: Stats) -> Response | ApiError:
+    answer = await run_command(app, ctx, asked)
     if isinstance(answer, Response):
-        state = site.rooms.cleanup_state()
+        state = app.services.cleanup_state()
         answer.data = replace(
             answer.data,
-            disk=await site.rooms.disk_space(),
+            disk=await app.services.disk_space(),
             cleanup_running=state.cleanup_running,
             time_since_last_cleanup=state.time_since_last_cleanup,
         )
     return answer
 
 
-async def _health(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
-    view = await site.rooms.health()
+async def _health(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+    view = await app.services.health()
     return Response(view, status=503 if view.status == "unhealthy" else 200)
 
 
-async def _validate_job(site: Web[Rooms], visit: Visit, asked: ValidateJob) -> Response | ApiError:
-    visit.job_id = asked.id
-    answer = await site.actor.ask(Validate(id=asked.id), by=visit.by, admin=True)
-    if isinstance(answer, Response) and not visit.admin:
+async def _validate_job(app: App[Services], ctx: RequestContext, asked: ValidateJob) -> Response | ApiError:
+    ctx.job_id = asked.id
+    answer = await app.actor.ask(Validate(id=asked.id), by=ctx.by, admin=True)
+    if isinstance(answer, Response) and not ctx.admin:
         answer.data.job.lock = public_lock(answer.data.job.lock)
     return answer
 
 
-async def _cleanup(site: Web[Rooms], visit: Visit, asked: Because) -> Response:
-    await note(site, visit.operator, "cleanup", reason=asked.reason)
-    return Response(await site.rooms.run_cleanup(forced=True))
+async def _cleanup(app: App[Services], ctx: RequestContext, asked: WithReason) -> Response:
+    await audit_action(app, ctx.operator, "cleanup", reason=asked.reason)
+    return Response(await app.services.run_cleanup(forced=True))
 
 
-async def _cleanup_state(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
-    return Response(site.rooms.cleanup_state())
+async def _cleanup_state(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+    return Response(app.services.cleanup_state())
 
 
-async def _recover_stuck(site: Web[Rooms], visit: Visit, asked: Because) -> Response | ApiError:
-    done = await site.rooms.recover_stuck(in_parts(visit.operator), asked.reason)
+async def _recover_stuck(app: App[Services], ctx: RequestContext, asked: WithReason) -> Response | ApiError:
+    done = await app.services.recover_stuck(as_one_entry(ctx.operator), asked.reason)
     return done if isinstance(done, ApiError) else Response(done)
 
 
-async def _take_back(site: Web[Rooms], visit: Visit, asked: TakeBack) -> Response | ApiError:
-    return _given(await site.rooms.take_back(asked, in_parts(visit.operator)))
+async def _take_back(app: App[Services], ctx: RequestContext, asked: TakeBack) -> Response | ApiError:
+    return _given(await app.services.take_back(asked, as_one_entry(ctx.operator)))
 
 
-async def _failures(site: Web[Rooms], visit: Visit, asked: FailuresAsked) -> Response:
-    return Response(site.rooms.failures(asked.limit))
+async def _failures(app: App[Services], ctx: RequestContext, asked: FailuresRequest) -> Response:
+    return Response(app.services.failures(asked.limit))
 
 
-async def _preview(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response | ApiError:
-    return _given(await site.rooms.preview())
+async def _preview(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response | ApiError:
+    return _given(await app.services.preview())
 
 
-async def _make_plan(site: Web[Rooms], visit: Visit, asked: MakePlan) -> Response | ApiError:
-    return _given(await site.rooms.make_plan(asked))
+async def _make_plan(app: App[Services], ctx: RequestContext, asked: MakePlan) -> Response | ApiError:
+    return _given(await app.services.make_plan(asked))
 
 
-async def _plan(site: Web[Rooms], visit: Visit, asked: PlanCommand) -> Response | ApiError:
-    return _given(site.rooms.plan(asked.plan_id))
+async def _plan(app: App[Services], ctx: RequestContext, asked: PlanCommand) -> Response | ApiError:
+    return _given(app.services.plan(asked.plan_id))
 
 
-async def _apply_plan(site: Web[Rooms], visit: Visit, asked: PlanCommand) -> Response | ApiError:
-    return _given(await site.rooms.apply_plan(asked.plan_id, visit.operator or operator_of(visit)))
+async def _apply_plan(app: App[Services], ctx: RequestContext, asked: PlanCommand) -> Response | ApiError:
+    return _given(await app.services.apply_plan(asked.plan_id, ctx.operator or operator_of(ctx)))
 
 
 def _given(found: Any) -> Response | ApiError:
     return found if isinstance(found, ApiError) else Response(found)
 
 
-async def _reports(site: Web[Rooms], visit: Visit, asked: Reports) -> Response:
-    return Response(ReportList(await site.rooms.reports(asked.limit)))
+async def _reports(app: App[Services], ctx: RequestContext, asked: Reports) -> Response:
+    return Response(ReportList(await app.services.reports(asked.limit)))
 
 
-async def _alerts(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
-    return Response(AlertList(site.rooms.alerts()))
+async def _alerts(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+    return Response(AlertList(app.services.alerts()))
 
 
-async def _webhooks(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
-    return Response(WebhookList(site.rooms.webhooks()))
+async def _webhooks(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+    return Response(WebhookList(app.services.webhooks()))
 
 
-async def _deliveries(site: Web[Rooms], visit: Visit, asked: Deliveries) -> Response | ApiError:
+async def _deliveries(app: App[Services], ctx: RequestContext, asked: Deliveries) -> Response | ApiError:
     before = None if asked.cursor is None else int(asked.cursor)
-    return _given(await site.rooms.deliveries(asked.name, asked.state, before, asked.limit))
+    return _given(await app.services.deliveries(asked.name, asked.state, before, asked.limit))
 
 
-async def _deliver_again(site: Web[Rooms], visit: Visit, asked: DeliverAgain) -> Response | ApiError:
-    sent = await site.rooms.deliver_again(asked.name, asked.id)
+async def _deliver_again(app: App[Services], ctx: RequestContext, asked: DeliverAgain) -> Response | ApiError:
+    sent = await app.services.deliver_again(asked.name, asked.id)
     if not isinstance(sent, ApiError):
         details = {"webhook": asked.name, "delivery": asked.id}
-        await note(site, visit.operator, "resend-delivery", details, asked.reason)
+        await audit_action(app, ctx.operator, "resend-delivery", details, asked.reason)
     return _given(sent)
 
 
-async def _deliver_all_again(site: Web[Rooms], visit: Visit, asked: DeliverAllAgain) -> Response | ApiError:
-    sent = await site.rooms.deliver_all_again(asked.name, asked.upto)
+async def _deliver_all_again(app: App[Services], ctx: RequestContext, asked: DeliverAllAgain) -> Response | ApiError:
+    sent = await app.services.deliver_all_again(asked.name, asked.upto)
     if not isinstance(sent, ApiError):
         details = {"webhook": asked.name, "resent": sent.resent}
-        await note(site, visit.operator, "resend-given-up", details, asked.reason)
+        await audit_action(app, ctx.operator, "resend-given-up", details, asked.reason)
     return _given(sent)
 
 
-async def _export(site: Web[Rooms], visit: Visit, asked: Export) -> Response | ApiError:
-    page = await ask(site, visit, asked)
+async def _export(app: App[Services], ctx: RequestContext, asked: Export) -> Response | ApiError:
+    page = await run_command(app, ctx, asked)
     if isinstance(page, Response):
-        await note_look(site, visit, "export")
+        await audit_read(app, ctx, "export")
     return page
 
 
-async def _test_webhook(site: Web[Rooms], visit: Visit, asked: TestWebhook) -> Response | ApiError:
-    sent = await site.rooms.test_webhook(asked.name)
+async def _test_webhook(app: App[Services], ctx: RequestContext, asked: TestWebhook) -> Response | ApiError:
+    sent = await app.services.test_webhook(asked.name)
     if not isinstance(sent, ApiError):
-        await note(site, visit.operator, "test-webhook", {"webhook": asked.name}, asked.reason)
+        await audit_action(app, ctx.operator, "test-webhook", {"webhook": asked.name}, asked.reason)
     return _given(sent)
 
 
-async def _clock(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
-    return Response(site.rooms.clock())
+async def _clock(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+    return Response(app.services.clock())
 
 
-async def _accept_clock(site: Web[Rooms], visit: Visit, asked: Because) -> Response | ApiError:
-    view = await site.rooms.accept_clock()
+async def _accept_clock(app: App[Services], ctx: RequestContext, asked: WithReason) -> Response | ApiError:
+    view = await app.services.accept_clock()
     if isinstance(view, ApiError):
         return view
-    await note(site, visit.operator, "accept-clock", reason=asked.reason)
+    await audit_action(app, ctx.operator, "accept-clock", reason=asked.reason)
     return Response(view)
 
 
-async def _quarantine(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
-    return Response(QuarantineList(site.rooms.quarantine()))
+async def _quarantine(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+    return Response(QuarantineList(app.services.quarantine()))
 
 
-async def _check_rows(site: Web[Rooms], visit: Visit, asked: RowsAsked) -> Response | ApiError:
-    return _given(await site.rooms.check_rows(asked.cursor))
+async def _check_rows(app: App[Services], ctx: RequestContext, asked: RowCheckRequest) -> Response | ApiError:
+    return _given(await app.services.check_rows(asked.cursor))
 
 
-async def _backups(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
-    return Response(BackupList(site.rooms.backups()))
+async def _backups(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+    return Response(BackupList(app.services.backups()))
 
 
-async def _metrics(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
-    return Response(Text(METRICS_KIND, await site.rooms.metrics()))
+async def _metrics(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+    return Response(RawBody(METRICS_TYPE, await app.services.metrics()))
 
 
-_A: Final[Who] = "admin"
+_A: Final[Auth] = "admin"
 _P: Final = ADMIN_PREFIX
 
 _ROUTES: Final = (
-    Route(method="GET", path=f"{_P}/stats", asks=Stats, gives=StatsView, who=_A, via=_stats),
-    Route(method="GET", path=f"{_P}/health", asks=Nothing, gives=HealthView, who=_A, via=_health),
-    Route(method="POST", path=f"{_P}/cleanup", asks=Because, gives=CleanupReport, who=_A, via=_cleanup),
-    Route(method="GET", path=f"{_P}/cleanup", asks=Nothing, gives=CleanupState, who=_A, via=_cleanup_state),
-    Route(method="POST", path=f"{_P}/recover-stuck", asks=Because, gives=RecoverStuckView, who=_A, via=_recover_stuck),
-    Route(method="GET", path=f"{_P}/validate-job", asks=ValidateJob, gives=ValidateJobView, who=_A, via=_validate_job),
-    Route(method="POST", path=f"{_P}/force-fail", asks=ForceFail, gives=TransitionView, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/force-reset", asks=ForceReset, gives=TransitionView, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/transition", asks=Transition, gives=TransitionView, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/extend-lock", asks=ExtendLock, gives=AdminLockView, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/release-lock", asks=ReleaseLock, gives=AdminLockView, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/import", asks=Import, gives=ImportResult, who=_A, via=take_in, reads="lines"),
+    Route(method="GET", path=f"{_P}/stats", request=Stats, response=StatsView, auth=_A, handler=_stats),
+    Route(method="GET", path=f"{_P}/health", request=NoFields, response=HealthView, auth=_A, handler=_health),
+    Route(method="POST", path=f"{_P}/cleanup", request=WithReason, response=CleanupReport, auth=_A, handler=_cleanup),
+    Route(method="GET", path=f"{_P}/cleanup", request=NoFields, response=CleanupState, auth=_A, handler=_cleanup_state),
+    Route(
+        method="POST",
+        path=f"{_P}/recover-stuck",
+        request=WithReason,
+        response=RecoverStuckView,
+        auth=_A,
+        handler=_recover_stuck,
+    ),
+    Route(
+        method="GET",
+        path=f"{_P}/validate-job",
+        request=ValidateJob,
+        response=ValidateJobView,
+        auth=_A,
+        handler=_validate_job,
+    ),
+    Route(method="POST", path=f"{_P}/force-fail", request=ForceFail, response=TransitionView, auth=_A, key=True),
+    Route(method="POST", path=f"{_P}/force-reset", request=ForceReset, response=TransitionView, auth=_A, key=True),
+    Route(method="POST", path=f"{_P}/transition", request=Transition, response=TransitionView, auth=_A, key=True),
+    Route(method="POST", path=f"{_P}/extend-lock", request=ExtendLock, response=AdminLockView, auth=_A, key=True),
+    Route(method="POST", path=f"{_P}/release-lock", request=ReleaseLock, response=AdminLockView, auth=_A, key=True),
+    Route(
+        method="POST",
+        path=f"{_P}/import",
+        request=Import,
+        response=ImportResult,
+        auth=_A,
+        handler=import_jobs,
+        body="lines",
+    ),
     Route(
         method="POST",
         path=f"{_P}/import/preview",
-        asks=ImportCheck,
-        gives=ImportPreview,
-        who=_A,
-        via=look_over,
-        reads="lines",
+        request=ImportCheck,
+        response=ImportPreview,
+        auth=_A,
+        handler=preview_import,
+        body="lines",
     ),
-    Route(method="GET", path=f"{_P}/export", asks=Export, gives=ExportPage, who=_A, via=_export, noted=True),
-    Route(method="GET", path=f"{_P}/jobs", asks=SearchJobs, gives=JobPage, who=_A),
-    Route(method="GET", path=f"{_P}/jobs/{{id}}", asks=Get, gives=JobView, who=_A),
-    Route(method="DELETE", path=f"{_P}/jobs/{{id}}", asks=Delete, gives=JobView, who=_A, key=True),
-    Route(method="GET", path=f"{_P}/jobs/{{id}}/timeline", asks=Timeline, gives=TimelineView, who=_A),
-    Route(method="GET", path=f"{_P}/jobs/{{id}}/why", asks=Why, gives=WhyView, who=_A),
+    Route(
+        method="GET", path=f"{_P}/export", request=Export, response=ExportPage, auth=_A, handler=_export, audited=True
+    ),
+    Route(method="GET", path=f"{_P}/jobs", request=SearchJobs, response=JobPage, auth=_A),
+    Route(method="GET", path=f"{_P}/jobs/{{id}}", request=Get, response=JobView, auth=_A),
+    Route(method="DELETE", path=f"{_P}/jobs/{{id}}", request=Delete, response=JobView, auth=_A, key=True),
+    Route(method="GET", path=f"{_P}/jobs/{{id}}/timeline", request=Timeline, response=TimelineView, auth=_A),
+    Route(method="GET", path=f"{_P}/jobs/{{id}}/why", request=Why, response=WhyView, auth=_A),
     Route(
         method="GET",
         path=f"{_P}/jobs/{{id}}/artifact",
-        asks=Artifact,
-        gives=bytes,
-        who=_A,
-        via=give,
-        sends=ARTIFACT_KIND,
-        noted=True,
+        request=ArtifactRequest,
+        response=bytes,
+        auth=_A,
+        handler=send_artifact,
+        content_type=ARTIFACT_KIND,
+        audited=True,
     ),
-    Route(method="GET", path=f"{_P}/jobs/{{id}}/late-results", asks=LateResults, gives=LateResultList, who=_A),
-    Route(method="POST", path=f"{_P}/jobs/{{id}}/adopt", asks=Adopt, gives=JobView, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/jobs/{{id}}/cancel", asks=Cancel, gives=JobView, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/jobs/{{id}}/run-now", asks=RunNow, gives=JobView, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/jobs/{{id}}/update", asks=Update, gives=JobView, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/queues/{{name}}/pause", asks=Pause, gives=PausedView, who=_A, key=True),
-    Route(method="POST", path=f"{_P}/queues/{{name}}/resume", asks=Resume, gives=PausedView, who=_A, key=True),
-    Route(method="GET", path=f"{_P}/locks", asks=Locks, gives=LockList, who=_A),
-    Route(method="GET", path=f"{_P}/queues", asks=Queues, gives=QueueList, who=_A),
-    Route(method="GET", path=f"{_P}/workers", asks=Workers, gives=WorkerList, who=_A),
+    Route(method="GET", path=f"{_P}/jobs/{{id}}/late-results", request=LateResults, response=LateResultList, auth=_A),
+    Route(method="POST", path=f"{_P}/jobs/{{id}}/adopt", request=Adopt, response=JobView, auth=_A, key=True),
+    Route(method="POST", path=f"{_P}/jobs/{{id}}/cancel", request=Cancel, response=JobView, auth=_A, key=True),
+    Route(method="POST", path=f"{_P}/jobs/{{id}}/run-now", request=RunNow, response=JobView, auth=_A, key=True),
+    Route(method="POST", path=f"{_P}/jobs/{{id}}/update", request=Update, response=JobView, auth=_A, key=True),
+    Route(method="POST", path=f"{_P}/queues/{{name}}/pause", request=Pause, response=PausedView, auth=_A, key=True),
+    Route(method="POST", path=f"{_P}/queues/{{name}}/resume", request=Resume, response=PausedView, auth=_A, key=True),
+    Route(method="GET", path=f"{_P}/locks", request=Locks, response=LockList, auth=_A),
+    Route(method="GET", path=f"{_P}/queues", request=Queues, response=QueueList, auth=_A),
+    Route(method="GET", path=f"{_P}/workers", request=Workers, response=WorkerList, auth=_A),
     Route(
         method="POST",
         path=f"{_P}/workers/{{name}}/take-back",
-        asks=TakeBack,
-        gives=TakeBackView,
-        who=_A,
-        via=_take_back,
+        request=TakeBack,
+        response=TakeBackView,
+        auth=_A,
+        handler=_take_back,
     ),
-    Route(method="GET", path=f"{_P}/reports", asks=Reports, gives=ReportList, who=_A, via=_reports),
-    Route(method="GET", path=f"{_P}/failures", asks=FailuresAsked, gives=FailuresView, who=_A, via=_failures),
-    Route(method="GET", path=f"{_P}/preview", asks=Nothing, gives=PreviewView, who=_A, via=_preview),
-    Route(method="POST", path=f"{_P}/plans", asks=MakePlan, gives=PlanView, who=_A, via=_make_plan),
-    Route(method="GET", path=f"{_P}/plans/{{plan_id}}", asks=PlanCommand, gives=PlanView, who=_A, via=_plan),
+    Route(method="GET", path=f"{_P}/reports", request=Reports, response=ReportList, auth=_A, handler=_reports),
     Route(
-        method="POST", path=f"{_P}/plans/{{plan_id}}/apply", asks=PlanCommand, gives=PlanResult, who=_A, via=_apply_plan
+        method="GET", path=f"{_P}/failures", request=FailuresRequest, response=FailuresView, auth=_A, handler=_failures
     ),
-    Route(method="GET", path=f"{_P}/audit", asks=AuditLog, gives=AuditPage, who=_A),
-    Route(method="GET", path=f"{_P}/alerts", asks=Nothing, gives=AlertList, who=_A, via=_alerts),
-    Route(method="GET", path=f"{_P}/events", asks=Follow, gives=StreamedEvent, who=_A, via=follow, sends=EVENT_STREAM),
-    Route(method="GET", path=f"{_P}/webhooks", asks=Nothing, gives=WebhookList, who=_A, via=_webhooks),
+    Route(method="GET", path=f"{_P}/preview", request=NoFields, response=PreviewView, auth=_A, handler=_preview),
+    Route(method="POST", path=f"{_P}/plans", request=MakePlan, response=PlanView, auth=_A, handler=_make_plan),
+    Route(method="GET", path=f"{_P}/plans/{{plan_id}}", request=PlanCommand, response=PlanView, auth=_A, handler=_plan),
+    Route(
+        method="POST",
+        path=f"{_P}/plans/{{plan_id}}/apply",
+        request=PlanCommand,
+        response=PlanResult,
+        auth=_A,
+        handler=_apply_plan,
+    ),
+    Route(method="GET", path=f"{_P}/audit", request=AuditLog, response=AuditPage, auth=_A),
+    Route(method="GET", path=f"{_P}/alerts", request=NoFields, response=AlertList, auth=_A, handler=_alerts),
+    Route(
+        method="GET",
+        path=f"{_P}/events",
+        request=EventsRequest,
+        response=StreamedEvent,
+        auth=_A,
+        handler=send_events,
+        content_type=EVENT_STREAM,
+    ),
+    Route(method="GET", path=f"{_P}/webhooks", request=NoFields, response=WebhookList, auth=_A, handler=_webhooks),
     Route(
         method="GET",
         path=f"{_P}/webhooks/{{name}}/deliveries",
-        asks=Deliveries,
-        gives=DeliveryPage,
-        who=_A,
-        via=_deliveries,
+        request=Deliveries,
+        response=DeliveryPage,
+        auth=_A,
+        handler=_deliveries,
     ),
     Route(
         method="POST",
         path=f"{_P}/webhooks/{{name}}/resend",
-        asks=DeliverAgain,
-        gives=DeliveryView,
-        who=_A,
-        via=_deliver_again,
+        request=DeliverAgain,
+        response=DeliveryView,
+        auth=_A,
+        handler=_deliver_again,
     ),
     Route(
         method="POST",
         path=f"{_P}/webhooks/{{name}}/resend-given-up",
-        asks=DeliverAllAgain,
-        gives=Resent,
-        who=_A,
-        via=_deliver_all_again,
+        request=DeliverAllAgain,
+        response=Resent,
+        auth=_A,
+        handler=_deliver_all_again,
     ),
     Route(
         method="POST",
         path=f"{_P}/webhooks/{{name}}/test",
-        asks=TestWebhook,
-        gives=DeliveryView,
-        who=_A,
-        via=_test_webhook,
+        request=TestWebhook,
+        response=DeliveryView,
+        auth=_A,
+        handler=_test_webhook,
     ),
-    Route(method="GET", path=f"{_P}/clock", asks=Nothing, gives=ClockView, who=_A, via=_clock),
-    Route(method="POST", path=f"{_P}/clock/accept", asks=Because, gives=ClockView, who=_A, via=_accept_clock),
-    Route(method="GET", path=f"{_P}/quarantine", asks=Nothing, gives=QuarantineList, who=_A, via=_quarantine),
+    Route(method="GET", path=f"{_P}/clock", request=NoFields, response=ClockView, auth=_A, handler=_clock),
+    Route(
+        method="POST", path=f"{_P}/clock/accept", request=WithReason, response=ClockView, auth=_A, handler=_accept_clock
+    ),
+    Route(
+        method="GET", path=f"{_P}/quarantine", request=NoFields, response=QuarantineList, auth=_A, handler=_quarantine
+    ),
     Route(
         method="GET",
         path=f"{_P}/backup",
-        asks=BackupAsked,
-        gives=bytes,
-        who=_A,
-        via=give_out,
-        sends=BACKUP_KIND,
+        request=BackupRequest,
+        response=bytes,
+        auth=_A,
+        handler=send_backup,
+        content_type=BACKUP_TYPE,
         secret=True,
     ),
-    Route(method="GET", path=f"{_P}/check-rows", asks=RowsAsked, gives=CheckedRows, who=_A, via=_check_rows),
-    Route(method="GET", path=f"{_P}/backups", asks=Nothing, gives=BackupList, who=_A, via=_backups),
-    Route(method="GET", path="/metrics", asks=Nothing, gives=bytes, who=_A, via=_metrics, sends=METRICS_KIND),
+    Route(
+        method="GET",
+        path=f"{_P}/check-rows",
+        request=RowCheckRequest,
+        response=CheckedRows,
+        auth=_A,
+        handler=_check_rows,
+    ),
+    Route(method="GET", path=f"{_P}/backups", request=NoFields, response=BackupList, auth=_A, handler=_backups),
+    Route(
+        method="GET",
+        path="/metrics",
+        request=NoFields,
+        response=bytes,
+        auth=_A,
+        handler=_metrics,
+        content_type=METRICS_TYPE,
+    ),
     *PROBES,
 )
 ROUTES: Final = with_document(ADMIN_TITLE, _ROUTES)

@@ -6,34 +6,36 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from jobd.api.services import Rooms
-from jobd.http.app import Web, log
-from jobd.http.request import Visit, looker_of
+from jobd.api.services import Services
+from jobd.http.app import App, log
+from jobd.http.request import RequestContext, reading_operator
 from jobd.model.commands import Operator, RecordAction
 from jobd.model.errors import ApiError
 from jobd.model.job import MINUTE_MS
 
 
-async def note(
-    site: Web[Rooms],
+async def audit_action(
+    app: App[Services],
     operator: Operator | None,
     what: str,
     details: dict[str, Any] | None = None,
     reason: str | None = None,
 ) -> None:
     """Keep in the audit log what an operator does that is no command on jobs. It does not depend on that."""
-    done = await site.actor.ask(RecordAction(what=what, details=details, reason=reason), operator=operator)
+    done = await app.actor.ask(RecordAction(what=what, details=details, reason=reason), operator=operator)
     if isinstance(done, ApiError):
         log.warning("audit_missed", what=what, by=None if operator is None else operator.by, reason=done.code)
 
 
-async def note_look(site: Web[Rooms], visit: Visit, what: str, *, name: str = "", job_id: str | None = None) -> None:
+async def audit_read(
+    app: App[Services], ctx: RequestContext, what: str, *, name: str = "", job_id: str | None = None
+) -> None:
     """Keep in the audit log what somebody takes with him: the same within a minute is one entry, however many requests
     it takes."""
-    looker, details = looker_of(visit, name), {"access": "read"} if visit.by == "reader" else None
-    minute = site.rooms.clock().now // MINUTE_MS
+    looker, details = reading_operator(ctx, name), {"access": "read"} if ctx.by == "reader" else None
+    minute = app.services.clock().now // MINUTE_MS
     part_of = " ".join((what, looker.who, looker.address, job_id or "", str(minute)))
-    done = await site.actor.ask(
+    done = await app.actor.ask(
         RecordAction(what=what, details=details, job_id=job_id), operator=replace(looker, part_of=part_of)
     )
     if isinstance(done, ApiError):

@@ -18,14 +18,14 @@ from aiohttp.http import StreamWriter
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from jobd.api.services import Rooms
+from jobd.api.services import Services
 from jobd.engine.mailbox import Envelope, weight
-from jobd.http.app import Web, welcome
-from jobd.http.auth import LINES, Gate
-from jobd.http.decoding import Limits, Shape, explain, malformed, part_of
-from jobd.http.request import Visit
-from jobd.http.response import PATIENCE_S, SAFE, answer_line, refusal_line
-from jobd.http.streaming import Lines
+from jobd.http.app import App, send_continue
+from jobd.http.auth import LINES, Authenticator
+from jobd.http.decoding import Limits, RequestDecoder, make_body_type, malformed_json_error, validation_error
+from jobd.http.request import RequestContext
+from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S, error_line, response_line
+from jobd.http.streaming import LineStream
 from jobd.model.commands import (
     Bulk,
     Cancel,
@@ -58,7 +58,7 @@ OpName = Literal[
 ]  # fmt: skip
 
 
-class Op(Struct, frozen=True):
+class StreamOp(Struct, frozen=True):
     """One kind of line: the call that it stands for (the tests hold it equal to that call's route)."""
 
     command: type[Command]
@@ -67,18 +67,18 @@ class Op(Struct, frozen=True):
     key: bool = False  # whether an idempotency key counts
 
 
-OPS: Final[dict[str, Op]] = {
-    "create": Op(Create, "POST", "/v1/jobs", key=True),
-    "bulk": Op(Bulk, "POST", "/v1/jobs/bulk", key=True),
-    "start": Op(Start, "POST", "/v1/jobs/{id}/start", key=True),
-    "claim": Op(Claim, "POST", "/v1/claim", key=True),
-    "progress": Op(Progress, "POST", "/v1/jobs/{id}/progress"),
-    "extend": Op(Extend, "POST", "/v1/jobs/{id}/extend"),
-    "complete": Op(Complete, "POST", "/v1/jobs/{id}/complete"),
-    "fail": Op(Fail, "POST", "/v1/jobs/{id}/fail"),
-    "release": Op(Release, "POST", "/v1/jobs/{id}/release"),
-    "cancel": Op(Cancel, "POST", "/v1/jobs/{id}/cancel", key=True),
-    "get": Op(Get, "GET", "/v1/jobs/{id}"),
+OPS: Final[dict[str, StreamOp]] = {
+    "create": StreamOp(Create, "POST", "/v1/jobs", key=True),
+    "bulk": StreamOp(Bulk, "POST", "/v1/jobs/bulk", key=True),
+    "start": StreamOp(Start, "POST", "/v1/jobs/{id}/start", key=True),
+    "claim": StreamOp(Claim, "POST", "/v1/claim", key=True),
+    "progress": StreamOp(Progress, "POST", "/v1/jobs/{id}/progress"),
+    "extend": StreamOp(Extend, "POST", "/v1/jobs/{id}/extend"),
+    "complete": StreamOp(Complete, "POST", "/v1/jobs/{id}/complete"),
+    "fail": StreamOp(Fail, "POST", "/v1/jobs/{id}/fail"),
+    "release": StreamOp(Release, "POST", "/v1/jobs/{id}/release"),
+    "cancel": StreamOp(Cancel, "POST", "/v1/jobs/{id}/cancel", key=True),
+    "get": StreamOp(Get, "GET", "/v1/jobs/{id}"),
 }
 
 
@@ -91,7 +91,7 @@ class StreamedCommand(Command, frozen=True, kw_only=True):
     idempotency_key: str | None = None
 
 
-class StreamedAnswer(Struct, frozen=True, omit_defaults=True):
+class StreamedResponse(Struct, frozen=True, omit_defaults=True):
     """The answer to a line: that of its call, with the HTTP status that it would have."""
 
     success: bool
@@ -103,7 +103,7 @@ class StreamedAnswer(Struct, frozen=True, omit_defaults=True):
     details: dict[str, Any] = {}
 
 
-class Line(Struct, frozen=True):
+class DecodedLine(Struct, frozen=True):
     """What a line asks for, and what it says of itself."""
 
     command: Command
@@ -112,58 +112,60 @@ class Line(Struct, frozen=True):
     key: IdempotencyKey | None
 
 
-class _Mark(Struct):
+class _LineHeader(Struct):
     """What is looked at first: which kind of line it is."""
 
     op: OpName
     idempotency_key: str | None = None
 
 
-_read_mark: Final = msgspec.json.Decoder(_Mark).decode
+_read_mark: Final = msgspec.json.Decoder(_LineHeader).decode
 
 
-def _line_part(op: str, command: type[Command]) -> type[Any]:
+def _line_type(op: str, command: type[Command]) -> type[Any]:
     """`command` as its line has it."""
-    return part_of(command, None, also=[("op", Literal[op]), ("idempotency_key", str | None, None)], kind="Line")
+    return make_body_type(
+        command, None, extra_fields=[("op", Literal[op]), ("idempotency_key", str | None, None)], suffix="Line"
+    )
 
 
 # What a line of each kind is read as.
-PARTS: Final = {name: _line_part(name, op.command) for name, op in OPS.items()}
+LINE_TYPES: Final = {name: _line_type(name, op.command) for name, op in OPS.items()}
 
 
-class _LineShape(Shape):
+class _LineDecoder(RequestDecoder):
     """How the lines of one kind are read: as the bodies of its call, with what only lines have beside it."""
 
     def __init__(self, op: str, command: type[Command], limits: Limits) -> None:
-        super().__init__(command, None, limits, part=PARTS[op])
+        super().__init__(command, None, limits, body_type=LINE_TYPES[op])
 
-    def _joined(self, part: Any, value: str | None) -> Command:
+    def _build(self, part: Any, value: str | None) -> Command:
         named = asdict(part)
         del named["op"], named["idempotency_key"]
         return self.command(**named)
 
 
 @cache
-def shapes(limits: Limits) -> dict[str, Shape]:
+def line_decoders(limits: Limits) -> dict[str, RequestDecoder]:
     """What reads the lines of each kind."""
-    return {name: _LineShape(name, op.command, limits) for name, op in OPS.items()}
+    return {name: _LineDecoder(name, op.command, limits) for name, op in OPS.items()}
 
 
 class LineReader:
     """Reads the lines of the streams at one door."""
 
-    def __init__(self, gate: Gate, limits: Limits) -> None:
+    def __init__(self, gate: Authenticator, limits: Limits) -> None:
         self._gate = gate
-        self._shapes = shapes(limits)
+        self._shapes = line_decoders(limits)
 
-    def read(self, line: bytes) -> Line:
+    def read(self, line: bytes) -> DecodedLine:
         """The command of a line. Raises ApiException where it is none."""
         try:
             mark = _read_mark(line)
         except msgspec.ValidationError as fault:
-            raise explain(str(fault), _Mark) from None
+            raise validation_error(str(fault), _LineHeader) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
-            raise malformed(fault) from None
+            raise malformed_json_error(fault) from None
         op = OPS[mark.op]
         command: Any = self._shapes[mark.op].from_body(line)
         if isinstance(command, Claim) and command.wait_ms:
@@ -171,22 +173,22 @@ class LineReader:
             raise invalid_request_error("$.wait_ms", message)
         job_id = command.id if isinstance(command, (Create, JobCommand)) else None
         by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "client"
-        return Line(command, by, job_id, self._key(op, job_id, mark.idempotency_key, line))
+        return DecodedLine(command, by, job_id, self._key(op, job_id, mark.idempotency_key, line))
 
-    def _key(self, op: Op, job_id: str | None, key: str | None, line: bytes) -> IdempotencyKey | None:
+    def _key(self, op: StreamOp, job_id: str | None, key: str | None, line: bytes) -> IdempotencyKey | None:
         """Its scope is that of the call; the body that has to be the same again is the line."""
         if key is None or not op.key:
             return None
-        return self._gate.key_use(key, op.method, op.path.replace("{id}", job_id or ""), line)
+        return self._gate.idempotency_key(key, op.method, op.path.replace("{id}", job_id or ""), line)
 
 
-async def serve(site: Web[Rooms], visit: Visit, _: Any) -> web.StreamResponse:
+async def serve_command_stream(app: App[Services], ctx: RequestContext, _: Any) -> web.StreamResponse:
     """The stream. It ends where the body does, when the daemon stops, or with the line that says what is wrong."""
-    welcome(visit)
-    return await _CommandStream(site, visit).run()
+    send_continue(ctx)
+    return await _CommandStream(app, ctx).run()
 
 
-class _Slot:
+class _PendingResponse:
     """The place of a line's answer. The actor takes it for the future that waits for the answer."""
 
     __slots__ = ("_is_cancelled", "_stream", "answer", "asked", "by", "job_id", "size", "weight")
@@ -220,53 +222,53 @@ class _Slot:
 class _CommandStream:
     """One stream. `_slots` are its lines whose answers have not left, in their order."""
 
-    def __init__(self, site: Web[Rooms], visit: Visit) -> None:
-        assert visit.request is not None
+    def __init__(self, app: App[Services], ctx: RequestContext) -> None:
+        assert ctx.request is not None
         self.has_answers = asyncio.Event()
-        self._site = site
-        self._visit = visit
-        self._reader = LineReader(site.gate, site.limits)
-        self._lines = Lines(visit.request, site.limits, rests=True)
-        self._slots: deque[_Slot] = deque()
+        self._app = app
+        self._ctx = ctx
+        self._reader = LineReader(app.authenticator, app.limits)
+        self._lines = LineStream(ctx.request, app.limits, idle_allowed=True)
+        self._slots: deque[_PendingResponse] = deque()
         self._weight = 0
         self._bytes = 0
         self._has_room = asyncio.Event()
         self._is_read = False
-        self._response = web.StreamResponse(headers={"Content-Type": LINES, "Server": "jobd", **SAFE})
+        self._response = web.StreamResponse(headers={"Content-Type": LINES, "Server": "jobd", **SAFE_HEADERS})
 
     async def run(self) -> web.StreamResponse:
-        assert self._visit.request is not None
-        writer = await self._response.prepare(self._visit.request)
+        assert self._ctx.request is not None
+        writer = await self._response.prepare(self._ctx.request)
         assert isinstance(writer, StreamWriter)
         writer.send_headers()  # a client may wait for them before it sends its first line
         if writer.chunked:
-            self._visit.request.probe = NEXT_CHUNK
+            self._ctx.request.probe = NEXT_CHUNK
         reading = asyncio.ensure_future(self._read())
         reading.add_done_callback(self._note_read)
 
         def end() -> None:
             reading.cancel()
 
-        self._site.ends.add(end)
-        if self._site.closing:
+        self._app.on_close.add(end)
+        if self._app.closing:
             end()
         try:
             await self._write(writer)
             if not reading.cancelled():
                 reading.result()
-            self._visit.request.probe = b""
-            async with asyncio.timeout(PATIENCE_S):
+            self._ctx.request.probe = b""
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await self._response.write_eof()
         except ConnectionError:
             raise
         except TimeoutError:
-            log.info("command_stream_cut_off", reason=f"nothing was read for {PATIENCE_S:g} s")
+            log.info("command_stream_cut_off", reason=f"nothing was read for {WRITE_TIMEOUT_S:g} s")
             raise self._cut() from None
         except Exception as bug:  # too late for a 500: the client notices that the stream broke off
-            self._site.confess(self._visit, bug)
+            self._app.log_internal_error(self._ctx, bug)
             raise self._cut() from None
         finally:
-            self._site.ends.discard(end)
+            self._app.on_close.discard(end)
             reading.cancel()
             self._give_up()
         return self._response
@@ -285,7 +287,7 @@ class _CommandStream:
                 if taken % TURN_LINES == 0:
                     await asyncio.sleep(0)
         except ApiException as no:  # nobody can tell any more where the next line begins
-            self._refuse(_Slot(self, 0), no.error)
+            self._refuse(_PendingResponse(self, 0), no.error)
             self._response.force_close()
 
     def _note_read(self, reading: asyncio.Future[None]) -> None:
@@ -297,10 +299,10 @@ class _CommandStream:
 
     def _take(self, line: bytes | None) -> None:
         """Send the line's command to the actor, or put what is wrong with it into its place."""
-        slot = _Slot(self, 0 if line is None else len(line))
+        slot = _PendingResponse(self, 0 if line is None else len(line))
         try:
             if line is None:
-                limit = self._site.limits.body
+                limit = self._app.limits.body
                 raise too_large_error(f"The line is over {limit} bytes. Split it.", limit=limit)
             asked = self._send(self._reader.read(line), slot)
         except ApiException as no:
@@ -311,15 +313,15 @@ class _CommandStream:
             slot.asked = asked
             self._queue(slot)
 
-    def _send(self, line: Line, slot: _Slot) -> Envelope | ApiError:
+    def _send(self, line: DecodedLine, slot: _PendingResponse) -> Envelope | ApiError:
         slot.by, slot.job_id, slot.weight = line.by, line.job_id, weight(line.command)
-        return self._site.actor.send(line.command, slot, by=line.by, key=line.key, size=slot.size, in_line=True)
+        return self._app.actor.send(line.command, slot, by=line.by, key=line.key, size=slot.size, in_line=True)
 
-    def _refuse(self, slot: _Slot, refusal: ApiError) -> None:
+    def _refuse(self, slot: _PendingResponse, refusal: ApiError) -> None:
         slot.set_result(refusal)
         self._queue(slot)
 
-    def _queue(self, slot: _Slot) -> None:
+    def _queue(self, slot: _PendingResponse) -> None:
         self._slots.append(slot)
         self._weight += slot.weight
         self._bytes += slot.size
@@ -343,9 +345,9 @@ class _CommandStream:
         """The next answers, in one piece. Grants of which not a byte was written go back."""
         piece, grants = self._next_piece()
         self._has_room.set()
-        connection, written = self._visit.connection, 0
+        connection, written = self._ctx.connection, 0
         try:
-            if self._visit.is_cut:
+            if self._ctx.is_disconnected:
                 raise ConnectionResetError("the client is gone")
             await writer.write(piece, drain=False)
             transport = connection.transport
@@ -356,13 +358,13 @@ class _CommandStream:
                 return
             # What was not taken at once is behind what the client has not read: it may never get there.
             written = len(piece) + len(b"\r\n") - transport.get_write_buffer_size()
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await writer.drain()
             written = len(piece)
         finally:
             for begins_at, answer in grants:
                 if begins_at >= written:
-                    self._site.actor.undelivered(answer)
+                    self._app.actor.undelivered(answer)
 
     def _next_piece(self) -> tuple[bytes, list[tuple[int, Response]]]:
         """Lines of answers, and where in them the grants begin."""
@@ -374,35 +376,35 @@ class _CommandStream:
             begins_at = len(piece)
             if isinstance(answer, Response):
                 try:
-                    piece += answer_line(answer)
+                    piece += response_line(answer)
                     if answer.grants:
                         grants.append((begins_at, answer))
                     continue
                 except Exception as bug:
                     if answer.grants:
-                        self._site.actor.undelivered(answer)
-                    answer = self._site.confess(self._visit, bug)
+                        self._app.actor.undelivered(answer)
+                    answer = self._app.log_internal_error(self._ctx, bug)
             piece += self._refusal_line(slot, answer)
         return bytes(piece), grants
 
-    def _refusal_line(self, slot: _Slot, refusal: ApiError) -> bytes:
-        self._site.note_refusal(self._visit.route, self._visit.method, refusal, by=slot.by, job_id=slot.job_id)
-        return refusal_line(refusal)
+    def _refusal_line(self, slot: _PendingResponse, refusal: ApiError) -> bytes:
+        self._app.record_error(self._ctx.route, self._ctx.method, refusal, by=slot.by, job_id=slot.job_id)
+        return error_line(refusal)
 
     # -- ends ----------------------------------------------------------------------------------------------------------
 
     def _cut(self) -> ConnectionResetError:
-        if self._visit.connection.transport is not None:
-            self._visit.connection.transport.abort()
+        if self._ctx.connection.transport is not None:
+            self._ctx.connection.transport.abort()
         return ConnectionResetError("command stream cut off")
 
     def _give_up(self) -> None:
         """Nobody is there for what has not left: grants go back, and what has not been decided need not be."""
         for slot in self._slots:
             if isinstance(slot.answer, Response) and slot.answer.grants:
-                self._site.actor.undelivered(slot.answer)
+                self._app.actor.undelivered(slot.answer)
             asked, slot.asked = slot.asked, None
             slot.cancel()
             if slot.cancelled() and asked is not None:
-                self._site.actor.abandon(asked)
+                self._app.actor.abandon(asked)
         self._slots.clear()

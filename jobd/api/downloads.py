@@ -16,11 +16,11 @@ import structlog
 from aiohttp import hdrs, web
 from msgspec import Meta
 
-from jobd.api.auditing import note, note_look
-from jobd.api.services import Rooms
-from jobd.http.app import Web
-from jobd.http.request import Visit
-from jobd.http.response import PATIENCE_S, SAFE
+from jobd.api.auditing import audit_action, audit_read
+from jobd.api.services import Services
+from jobd.http.app import App
+from jobd.http.request import RequestContext
+from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S
 from jobd.http.streaming import finish, write
 from jobd.maintenance.backups import Copy
 from jobd.model.commands import BackupId, Command, Get, JobCommand, LateResults
@@ -30,46 +30,48 @@ from jobd.model.storage import BackupError, DiskFull
 from jobd.storage.artifacts.base import ArtifactStoreError
 from jobd.storage.artifacts.downloads import Download
 
-KIND: Final = "application/octet-stream"
+ARTIFACT_TYPE: Final = "application/octet-stream"
 SHOWN_NAME: Final = 150  # characters of a file's name
 
 log = structlog.get_logger("jobd.artifacts")
 
 
-class Artifact(JobCommand, frozen=True, kw_only=True):
+class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
     """The object that a job's `storage_key` names, or that of its late result with this `seq`."""
 
     late_result: Annotated[int, Meta(ge=1)] | None = None
 
 
-async def give(site: Web[Rooms], visit: Visit, asked: Any, name: str = "") -> web.StreamResponse | ApiError:
+async def send_artifact(
+    app: App[Services], ctx: RequestContext, asked: Any, name: str = ""
+) -> web.StreamResponse | ApiError:
     """The artifact that is asked for, as a file to be kept. Where it breaks off the connection is cut.
 
     `name` is that of who asks, where his session knows it.
     """
-    key = await _key(site, visit, asked)
+    key = await _key(app, ctx, asked)
     if isinstance(key, ApiError):
         return key
-    transport, request = visit.connection.transport, visit.request
+    transport, request = ctx.connection.transport, ctx.request
     if transport is None or request is None:
         raise ConnectionResetError("the client is gone")
-    download = await site.rooms.download(key, transport.abort)
+    download = await app.services.download(key, transport.abort)
     try:
-        if visit.method != hdrs.METH_HEAD:
-            await note_look(site, visit, "artifact", name=name, job_id=asked.id)
+        if ctx.method != hdrs.METH_HEAD:
+            await audit_read(app, ctx, "artifact", name=name, job_id=asked.id)
         response = web.StreamResponse(headers=_headers(key))
         response.content_length = download.size
         await response.prepare(request)
-        await _pass_on(response, download, visit)
+        await _pass_on(response, download, ctx)
         return response
     finally:
         download.leave()
 
 
-async def _key(site: Web[Rooms], visit: Visit, asked: Artifact) -> str | ApiError:
+async def _key(app: App[Services], ctx: RequestContext, asked: ArtifactRequest) -> str | ApiError:
     """What names the object."""
     command = Get(id=asked.id) if asked.late_result is None else LateResults(id=asked.id)
-    looked = await site.actor.ask(command, by=visit.by, size=visit.size)
+    looked = await app.actor.ask(command, by=ctx.by, size=ctx.size)
     if isinstance(looked, ApiError):
         return looked
     named: JobView | LateResultView | None
@@ -85,29 +87,29 @@ async def _key(site: Web[Rooms], visit: Visit, asked: Artifact) -> str | ApiErro
     return named.storage_key or ApiError("not_found", f"{what} names no stored result: it has no storage_key.")
 
 
-async def _pass_on(response: web.StreamResponse, download: Download, visit: Visit) -> None:
+async def _pass_on(response: web.StreamResponse, download: Download, ctx: RequestContext) -> None:
     try:
-        while visit.method != hdrs.METH_HEAD and (piece := await download.more()):
+        while ctx.method != hdrs.METH_HEAD and (piece := await download.more()):
             await write(response, piece)
-        async with asyncio.timeout(PATIENCE_S):
+        async with asyncio.timeout(WRITE_TIMEOUT_S):
             await response.write_eof()
     except Exception as error:
-        if not (isinstance(error, ConnectionError) and visit.is_cut):  # then the client has enough
+        if not (isinstance(error, ConnectionError) and ctx.is_disconnected):  # then the client has enough
             told = str(error) if isinstance(error, ArtifactStoreError) else type(error).__name__
-            log.warning("download_cut_off", job_id=visit.job_id, error=told)
-        if visit.connection.transport is not None:
-            visit.connection.transport.abort()
+            log.warning("download_cut_off", job_id=ctx.job_id, error=told)
+        if ctx.connection.transport is not None:
+            ctx.connection.transport.abort()
         raise ConnectionResetError("download cut off") from None
 
 
 def _headers(key: str) -> dict[str, str]:
     return {
-        "Content-Type": KIND,
+        "Content-Type": ARTIFACT_TYPE,
         "Content-Disposition": disposition(key),
         "Content-Security-Policy": "default-src 'none'; sandbox",
         "Cross-Origin-Resource-Policy": "same-origin",
         "Server": "jobd",
-        **SAFE,
+        **SAFE_HEADERS,
     }
 
 
@@ -118,67 +120,67 @@ def disposition(key: str) -> str:
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
 
 
-LOOK_S: Final = 0.5  # between two looks whether the client of a backup is still there
-BACKUP_KIND: Final = "application/vnd.sqlite3"
+CONNECTION_CHECK_S: Final = 0.5  # between two looks whether the client of a backup is still there
+BACKUP_TYPE: Final = "application/vnd.sqlite3"
 T = TypeVar("T")
 
 
-class BackupAsked(Command, frozen=True, kw_only=True):
+class BackupRequest(Command, frozen=True, kw_only=True):
     """Under `id` its progress is told, beside this call."""
 
     id: BackupId | None = None
 
 
-async def give_out(site: Web[Rooms], visit: Visit, asked: BackupAsked) -> web.StreamResponse | ApiError:
+async def send_backup(app: App[Services], ctx: RequestContext, asked: BackupRequest) -> web.StreamResponse | ApiError:
     """Backup: copied and checked, then the pieces. Where they stop half-way the connection is cut: the client knows."""
-    await note(site, visit.operator, "backup")
+    await audit_action(app, ctx.operator, "backup")
     try:
-        copy = await _while_there(site, visit, site.rooms.backup(asked.id or secrets.token_hex(8)))
+        copy = await _while_there(app, ctx, app.services.backup(asked.id or secrets.token_hex(8)))
     except DiskFull as full:
         return ApiError("storage_full", f"No backup: {full}. Free some and try again.")
     except BackupError as why:
         log.error("no backup", reason=str(why))
-        return ApiError("shutting_down" if site.closing else "internal_error", f"No backup: {why}.")
+        return ApiError("shutting_down" if app.closing else "internal_error", f"No backup: {why}.")
     if isinstance(copy, ApiError):
         return copy
     left: str | None = "it was not read to its end"
     try:
-        response = web.StreamResponse(headers={"Content-Type": BACKUP_KIND, "Server": "jobd", **SAFE})
+        response = web.StreamResponse(headers={"Content-Type": BACKUP_TYPE, "Server": "jobd", **SAFE_HEADERS})
         response.content_length = copy.size
-        assert visit.request is not None
-        await response.prepare(visit.request)
-        await _send_backup(response, copy, visit)
+        assert ctx.request is not None
+        await response.prepare(ctx.request)
+        await _send_backup(response, copy, ctx)
         left = None
         return response
     finally:
         copy.leave(left)
 
 
-async def _while_there(site: Web[Rooms], visit: Visit, work: Coroutine[Any, Any, T]) -> T:
+async def _while_there(app: App[Services], ctx: RequestContext, work: Coroutine[Any, Any, T]) -> T:
     """What `work` gives. It is given up when the client goes away, or the daemon stops: neither waits for minutes."""
     task = asyncio.ensure_future(work)
     try:
         while not task.done():
-            if visit.is_cut:
+            if ctx.is_disconnected:
                 raise ConnectionResetError("the client is gone")
-            if site.closing:
+            if app.closing:
                 raise BackupError("the daemon is stopping")
-            await asyncio.wait([task], timeout=LOOK_S)
+            await asyncio.wait([task], timeout=CONNECTION_CHECK_S)
     finally:
         task.cancel()
         await asyncio.wait([task])
     return task.result()
 
 
-async def _send_backup(response: web.StreamResponse, copy: Copy, visit: Visit) -> None:
-    transport = visit.connection.transport
+async def _send_backup(response: web.StreamResponse, copy: Copy, ctx: RequestContext) -> None:
+    transport = ctx.connection.transport
     left = copy.size
     try:
         while left > 0 and (piece := await copy.more()):
             left -= len(piece)
             await write(response, piece)
         with contextlib.suppress(ConnectionError):  # who has all of it may hang up at once
-            await _drain(visit)
+            await _drain(ctx)
             await finish(response)
     except Exception as error:
         log.error("backup cut off", error=type(error).__name__)
@@ -187,8 +189,8 @@ async def _send_backup(response: web.StreamResponse, copy: Copy, visit: Visit) -
         raise ConnectionResetError("backup cut off") from None
 
 
-async def _drain(visit: Visit) -> None:
+async def _drain(ctx: RequestContext) -> None:
     """Wait until all is out: an answer with a length has no end of its own that would be waited for."""
-    assert visit.request is not None
-    async with asyncio.timeout(PATIENCE_S):
-        await visit.request.writer.drain()
+    assert ctx.request is not None
+    async with asyncio.timeout(WRITE_TIMEOUT_S):
+        await ctx.request.writer.drain()

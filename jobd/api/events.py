@@ -12,12 +12,12 @@ from aiohttp import web
 from msgspec import Meta
 from multidict import istr
 
-from jobd.api.services import Rooms
+from jobd.api.services import Services
 from jobd.engine.event_feed import Subscriber
-from jobd.http.app import Web
-from jobd.http.request import Visit
-from jobd.http.response import PATIENCE_S, SAFE
-from jobd.http.streaming import finish, notice_hangup, write
+from jobd.http.app import App
+from jobd.http.request import RequestContext
+from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S
+from jobd.http.streaming import finish, probe_for_hangup, write
 from jobd.model.commands import MAX_NAMES, Command
 from jobd.model.errors import ApiException, invalid_request_error
 from jobd.model.events import EventFilter, EventType
@@ -34,7 +34,7 @@ log = structlog.get_logger("jobd.web")
 Names = Annotated[str, Meta(min_length=1, max_length=MAX_NAMES * 201)]
 
 
-class Follow(Command, frozen=True, kw_only=True):
+class EventsRequest(Command, frozen=True, kw_only=True):
     """Events as they happen. The names in a filter are separated by commas; those of different filters all have to fit.
 
     It goes on after the event of the header `Last-Event-ID`, else after `last_event_id`, else `last` events ago, else
@@ -49,27 +49,27 @@ class Follow(Command, frozen=True, kw_only=True):
     follow: bool = True
 
 
-async def follow(site: Web[Rooms], visit: Visit, asked: Follow) -> web.StreamResponse:
+async def send_events(app: App[Services], ctx: RequestContext, asked: EventsRequest) -> web.StreamResponse:
     """The stream. It ends when the client has enough or the daemon stops; whoever reads too slowly is cut off."""
-    wanted, after = _wanted(asked), _after(asked, visit)
-    transport, request = visit.connection.transport, visit.request
+    wanted, after = _wanted(asked), _after(asked, ctx)
+    transport, request = ctx.connection.transport, ctx.request
     if transport is None or request is None:
         raise ConnectionResetError("the client is gone")
-    listener = site.rooms.listen(wanted, follow=asked.follow, cut=transport.abort)
+    listener = app.services.listen(wanted, follow=asked.follow, cut=transport.abort)
     try:
         first = await listener.begin(after, asked.last or 0)
         # X-Accel-Buffering: nginx would hold events back until it has a buffer full of them.
-        headers = {"Content-Type": EVENT_STREAM, "X-Accel-Buffering": "no", "Server": "jobd", **SAFE}
+        headers = {"Content-Type": EVENT_STREAM, "X-Accel-Buffering": "no", "Server": "jobd", **SAFE_HEADERS}
         response = web.StreamResponse(headers=headers)
         await response.prepare(request)
-        notice_hangup(request, response)
-        await _pass_on(response, first, listener, visit)
+        probe_for_hangup(request, response)
+        await _pass_on(response, first, listener, ctx)
         return response
     finally:
         listener.leave()
 
 
-async def _pass_on(response: web.StreamResponse, first: bytes, listener: Subscriber, visit: Visit) -> None:
+async def _pass_on(response: web.StreamResponse, first: bytes, listener: Subscriber, ctx: RequestContext) -> None:
     piece = first
     try:
         while piece:
@@ -78,27 +78,27 @@ async def _pass_on(response: web.StreamResponse, first: bytes, listener: Subscri
         await finish(response)
     except Exception as error:
         # Too late for a refusal: the client notices that the stream broke off, asks again, and is told then.
-        _log_end(error, visit)
-        if visit.connection.transport is not None:
-            visit.connection.transport.abort()
+        _log_end(error, ctx)
+        if ctx.connection.transport is not None:
+            ctx.connection.transport.abort()
         raise ConnectionResetError("event stream cut off") from None
 
 
-def _log_end(error: Exception, visit: Visit) -> None:
+def _log_end(error: Exception, ctx: RequestContext) -> None:
     match error:
         case ApiException():
             log.info("event_stream_cut_off", reason=error.error.code)
         case TimeoutError():
-            log.info("event_stream_cut_off", reason=f"nothing was read for {PATIENCE_S:g} s")
-        case ConnectionError() if visit.is_cut:
+            log.info("event_stream_cut_off", reason=f"nothing was read for {WRITE_TIMEOUT_S:g} s")
+        case ConnectionError() if ctx.is_disconnected:
             pass  # the client has enough
         case _:
             log.error("event_stream_cut_off", error=type(error).__name__)
 
 
-def _after(asked: Follow, visit: Visit) -> int | None:
+def _after(asked: EventsRequest, ctx: RequestContext) -> int | None:
     """Where to go on. A browser that connects again sends the header beside the query of the first time."""
-    told = visit.head.headers.get(LAST_EVENT_ID, "").strip()
+    told = ctx.head.headers.get(LAST_EVENT_ID, "").strip()
     if told:
         # By its length first: of thousands of digits Python makes no number.
         if not (told.isascii() and told.isdigit()) or len(told) > len(str(MAX_SEQ)) or int(told) > MAX_SEQ:
@@ -109,7 +109,7 @@ def _after(asked: Follow, visit: Visit) -> int | None:
     return asked.last_event_id
 
 
-def _wanted(asked: Follow) -> EventFilter:
+def _wanted(asked: EventsRequest) -> EventFilter:
     types = _names("type", asked.type)
     if unknown := sorted(types - _TYPES):
         raise invalid_request_error(

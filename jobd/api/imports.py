@@ -10,12 +10,12 @@ from typing import Any, Final
 import msgspec
 from msgspec import Struct, structs
 
-from jobd.api.auditing import note
-from jobd.api.services import Rooms
-from jobd.http.app import Web, welcome
-from jobd.http.decoding import Shape
-from jobd.http.request import Visit, in_parts
-from jobd.http.streaming import Lines
+from jobd.api.auditing import audit_action
+from jobd.api.services import Services
+from jobd.http.app import App, send_continue
+from jobd.http.decoding import RequestDecoder
+from jobd.http.request import RequestContext, as_one_entry
+from jobd.http.streaming import LineStream
 from jobd.model.commands import Import, ImportCheck
 from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import LIVE, is_job_id
@@ -33,16 +33,16 @@ AHEAD_LINES: Final = 64  # commands of one import that wait for their commit at 
 AHEAD_BYTES: Final = 4 << 20
 SHOWN_LINES: Final = 10_000
 MOST_LINES: Final = 1_000_000  # whose ids are kept to find those that come twice
-SHOWN_REFUSALS: Final = 1_000
+SHOWN_REJECTIONS: Final = 1_000
 # Refusals that the next line would meet as well: the import stops there, and can be sent again later.
-STOPPING: Final = frozenset({"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs"})
+STOP_CODES: Final = frozenset({"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs"})
 
 
 class _Id(Struct):
     id: str
 
 
-class Ahead(Struct):
+class PendingLine(Struct):
     """A line on its way through the actor."""
 
     line: int
@@ -51,25 +51,25 @@ class Ahead(Struct):
     task: asyncio.Task[Response | ApiError]
 
 
-async def take_in(site: Web[Rooms], visit: Visit, _: Any) -> Response | ApiError:
+async def import_jobs(app: App[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
     """Import: each line of the body is created, skipped or refused by itself, in the order of the lines."""
-    welcome(visit)
-    return await Importing(site, visit).run()
+    send_continue(ctx)
+    return await Importer(app, ctx).run()
 
 
-class Importing:
+class Importer:
     """One import: a few lines are on their way through the actor while the next ones are read."""
 
-    def __init__(self, site: Web[Rooms], visit: Visit) -> None:
-        self._site = site
-        assert visit.request is not None
-        self._request = visit.request
-        self._by = visit.by
-        self._operator = in_parts(visit.operator)
-        self._shape = Shape(Import, None, site.limits)
+    def __init__(self, app: App[Services], ctx: RequestContext) -> None:
+        self._app = app
+        assert ctx.request is not None
+        self._request = ctx.request
+        self._by = ctx.by
+        self._operator = as_one_entry(ctx.operator)
+        self._shape = RequestDecoder(Import, None, app.limits)
         self._report = ImportResult()
         self._lines = 0
-        self._ahead: deque[Ahead] = deque()
+        self._ahead: deque[PendingLine] = deque()
         self._bytes = 0
         self._stop: ApiError | None = None
 
@@ -88,11 +88,11 @@ class Importing:
         """The lines that made jobs are one row of the audit log already; it is told what became of the others."""
         report = self._report
         counts = {"imported": report.imported, "skipped": report.skipped, "refused": report.refused_count}
-        await note(self._site, self._operator, "import", counts)
+        await audit_action(self._app, self._operator, "import", counts)
 
     async def _read(self) -> None:
         try:
-            async for line in Lines(self._request, self._site.limits):
+            async for line in LineStream(self._request, self._app.limits):
                 self._lines += 1
                 self._send(self._lines, line)
                 await self._settle(AHEAD_LINES, AHEAD_BYTES)
@@ -104,7 +104,7 @@ class Importing:
 
     def _send(self, number: int, line: bytes | None) -> None:
         if line is None:
-            self._refuse(number, None, f"The line is over {self._site.limits.body} bytes.")
+            self._refuse(number, None, f"The line is over {self._app.limits.body} bytes.")
             return
         if not line.strip():
             return
@@ -115,7 +115,7 @@ class Importing:
             return
         assert isinstance(command, Import)
         asked = self._asked(command, len(line))
-        self._ahead.append(Ahead(number, command.id, len(line), asyncio.ensure_future(asked)))
+        self._ahead.append(PendingLine(number, command.id, len(line), asyncio.ensure_future(asked)))
         self._bytes += len(line)
 
     async def _settle(self, lines: int, size: int) -> None:
@@ -126,19 +126,19 @@ class Importing:
             self._count(first, await first.task)
 
     def _asked(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
-        return self._site.actor.ask(command, by=self._by, admin=True, size=size, operator=self._operator)
+        return self._app.actor.ask(command, by=self._by, admin=True, size=size, operator=self._operator)
 
     def _refuse(self, line: int, job_id: str | None, reason: str) -> None:
         self._report.refused_count += 1
-        if len(self._report.refused) < SHOWN_REFUSALS:
+        if len(self._report.refused) < SHOWN_REJECTIONS:
             self._report.refused.append(RejectedLine(line, job_id, reason))
 
-    def _count(self, line: Ahead, answer: Response | ApiError) -> None:
+    def _count(self, line: PendingLine, answer: Response | ApiError) -> None:
         if isinstance(answer, Response):
             done: Imported = answer.data
             self._report.skipped += done.skipped
             self._report.imported += not done.skipped
-        elif answer.code in STOPPING:
+        elif answer.code in STOP_CODES:
             self._stop = self._stop or self._stopped(answer, line.line)
         else:
             self._refuse(line.line, line.job_id, answer.message)
@@ -158,17 +158,17 @@ def _id_of(line: bytes) -> str | None:
     return job_id if is_job_id(job_id) else None
 
 
-async def look_over(site: Web[Rooms], visit: Visit, _: Any) -> Response | ApiError:
+async def preview_import(app: App[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
     """The preview of an import."""
-    welcome(visit)
-    return await _Previewing(site, visit).run()
+    send_continue(ctx)
+    return await _ImportPreviewer(app, ctx).run()
 
 
-class _Previewing(Importing):
+class _ImportPreviewer(Importer):
     """An import that only asks."""
 
-    def __init__(self, site: Web[Rooms], visit: Visit) -> None:
-        super().__init__(site, visit)
+    def __init__(self, app: App[Services], ctx: RequestContext) -> None:
+        super().__init__(app, ctx)
         self._seen = ImportPreview()
         self._first: dict[int, int] = {}  # the hash of an id that would be created: its line
         self._live = 0
@@ -186,25 +186,25 @@ class _Previewing(Importing):
         return Response(self._seen)
 
     def _asked(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
-        return self._site.actor.ask(ImportCheck(**structs.asdict(command)), by=self._by, admin=True, size=size)
+        return self._app.actor.ask(ImportCheck(**structs.asdict(command)), by=self._by, admin=True, size=size)
 
     def _refuse(self, line: int, job_id: str | None, reason: str) -> None:
         self._seen.would_refuse += 1
         self._show(PreviewedLine(line, job_id, "refuse", None, reason))
 
-    def _count(self, line: Ahead, answer: Response | ApiError) -> None:
+    def _count(self, line: PendingLine, answer: Response | ApiError) -> None:
         if self._stop is not None:
             return  # the import would not have come here
         if isinstance(answer, Response):
             self._take(line, answer.data)
         elif answer.code == "too_many_jobs":
             self._end(line.line, answer)
-        elif answer.code in STOPPING:
+        elif answer.code in STOP_CODES:
             self._stop = self._stopped(answer, line.line)
         else:
             self._refuse(line.line, line.job_id, answer.message)
 
-    def _take(self, line: Ahead, found: ImportCheckResult) -> None:
+    def _take(self, line: PendingLine, found: ImportCheckResult) -> None:
         if found.what == "create" and (first := self._first.get(hash(found.job_id))) is not None:
             reason = f"Line {first} has the same id."
             found = ImportCheckResult(found.job_id, "skip", None, reason, found.room)

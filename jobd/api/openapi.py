@@ -14,15 +14,15 @@ from typing import Any, Final
 import msgspec
 
 from jobd import __version__
-from jobd.api.command_stream import PARTS, StreamedCommand
+from jobd.api.command_stream import LINE_TYPES, StreamedCommand
 from jobd.api.descriptions import ABOUT, ALSO, CALLS, GROUPS, HEADERS, REFUSED, REFUSED_TOO
 from jobd.api.descriptions import REFUSALS as REFUSAL_WORDS
 from jobd.api.events import EVENT_STREAM
 from jobd.api.schemas import Schemas, not_null
-from jobd.http.app import Nothing, Web
-from jobd.http.auth import JSON, LINES, OPERATOR
-from jobd.http.request import Visit
-from jobd.http.response import ErrorBody, Text
+from jobd.http.app import App, NoFields
+from jobd.http.auth import JSON, LINES, OPERATOR_HEADER
+from jobd.http.request import RequestContext
+from jobd.http.response import ErrorBody, RawBody
 from jobd.http.routing import Route
 from jobd.model.commands import JobCommand
 from jobd.model.errors import ERROR_STATUS
@@ -44,14 +44,14 @@ def with_document(title: str, routes: Iterable[Route]) -> tuple[Route, ...]:
 def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) -> Route:
     """GET `path`, which gives out the document of `routes`. It holds no secret and asks for no token."""
 
-    async def give(site: Web[Any], visit: Visit, asked: Nothing) -> Response:
-        return Response(Text(JSON, await asyncio.to_thread(text)))
+    async def give(app: App[Any], ctx: RequestContext, asked: NoFields) -> Response:
+        return Response(RawBody(JSON, await asyncio.to_thread(text)))
 
     @cache
     def text() -> bytes:
         return msgspec.json.encode(document(title, routes()))
 
-    return Route(method="GET", path=path, asks=Nothing, gives=bytes, who="anyone", via=give)
+    return Route(method="GET", path=path, request=NoFields, response=bytes, auth="anyone", handler=give)
 
 
 def document(title: str, routes: Iterable[Route]) -> Json:
@@ -96,11 +96,11 @@ def _operation(route: Route, made: Schemas) -> Json:
         "parameters": _parameters(route),
         "responses": _responses(route, made),
     }
-    found["security"] = {"anyone": [{}], "worker": [{}, {"token": []}], "admin": [{"token": []}]}[route.who]
-    if route.reads == "lines":
+    found["security"] = {"anyone": [{}], "worker": [{}, {"token": []}], "admin": [{"token": []}]}[route.auth]
+    if route.body == "lines":
         found["requestBody"] = _lines(route, made)
     elif route.method != "GET":
-        body = made.asked(route.asks, route.given)
+        body = made.asked(route.request, route.path_field)
         needed = bool(made.shown(body).get("required"))
         found["requestBody"] = {"required": needed, "content": {JSON: {"schema": body}}}
     return found
@@ -108,21 +108,26 @@ def _operation(route: Route, made: Schemas) -> Json:
 
 def _parameters(route: Route) -> list[Json]:
     found = []
-    if route.given is not None:
-        place = {"name": route.given, "in": "path", "required": True, "description": f"Percent-encoded {route.given}."}
+    if route.path_field is not None:
+        place = {
+            "name": route.path_field,
+            "in": "path",
+            "required": True,
+            "description": f"Percent-encoded {route.path_field}.",
+        }
         found.append({**place, "schema": {"type": "string", "pattern": ID_PATTERN}})
     if route.key:
         known = {"name": "Idempotency-Key", "in": "header", "description": HEADERS["Idempotency-Key"]}
         found.append({**known, "schema": {"type": "string", "pattern": "^[ -~]{1,200}$"}})
-    if route.who == "admin" and (route.changes or route.secret or route.noted):
-        known = {"name": OPERATOR, "in": "header", "description": HEADERS[OPERATOR]}
+    if route.auth == "admin" and (route.changes or route.secret or route.audited):
+        known = {"name": OPERATOR_HEADER, "in": "header", "description": HEADERS[OPERATOR_HEADER]}
         found.append({**known, "schema": {"type": "string"}})
-    if route.sends == EVENT_STREAM:
+    if route.content_type == EVENT_STREAM:
         known = {"name": "Last-Event-ID", "in": "header", "description": HEADERS["Last-Event-ID"]}
         found.append({**known, "schema": {"type": "string", "pattern": "^[0-9]{0,19}$"}})  # empty: none
     if route.method == "GET":
         asked = Schemas()
-        shown = asked.shown(asked.asked(route.asks, route.given))
+        shown = asked.shown(asked.asked(route.request, route.path_field))
         for name, schema in shown["properties"].items():
             needed = name in shown.get("required", ())
             found.append({"name": name, "in": "query", "required": needed, "schema": not_null(schema)})
@@ -130,9 +135,9 @@ def _parameters(route: Route) -> list[Json]:
 
 
 def _lines(route: Route, made: Schemas) -> Json:
-    words = f"JSON lines; each is one `{route.asks.__name__}`, in one line."
-    kinds = [made.asked(part) for part in PARTS.values()] if route.asks is StreamedCommand else []
-    line = {"oneOf": kinds} if kinds else made.asked(route.asks)
+    words = f"JSON lines; each is one `{route.request.__name__}`, in one line."
+    kinds = [made.asked(part) for part in LINE_TYPES.values()] if route.request is StreamedCommand else []
+    line = {"oneOf": kinds} if kinds else made.asked(route.request)
     schema = {"type": "string", "contentMediaType": LINES, "description": words, "x-line": line}
     return {"required": True, "content": {LINES: {"schema": schema}}}
 
@@ -144,7 +149,7 @@ def _lines(route: Route, made: Schemas) -> Json:
 def _responses(route: Route, made: Schemas) -> Json:
     found: dict[int, Json] = {}
     for status, words in {route.status: "Done.", **ALSO.get(call_of(route), {})}.items():
-        found[status] = {"description": words, "content": {route.sends: {"schema": _success(route, made)}}}
+        found[status] = {"description": words, "content": {route.content_type: {"schema": _success(route, made)}}}
         if route.key:
             found[status]["headers"] = {"Idempotent-Replayed": _header("Idempotent-Replayed", {"const": "true"})}
     by_status: dict[int, list[str]] = {}
@@ -157,27 +162,26 @@ def _responses(route: Route, made: Schemas) -> Json:
 
 
 def _success(route: Route, made: Schemas) -> Json:
-    if route.gives is bytes:
-        return {"type": "object" if route.sends == JSON else "string"}
-    if route.sends == EVENT_STREAM:
-        words = (
-            f"Server-Sent Events: `id` is `seq`, `event` is `type`, `data` is one `{route.gives.__name__}` in one line."
-        )
+    if route.response is bytes:
+        return {"type": "object" if route.content_type == JSON else "string"}
+    if route.content_type == EVENT_STREAM:
+        name = route.response.__name__
+        words = f"Server-Sent Events: `id` is `seq`, `event` is `type`, `data` is one `{name}` in one line."
         text = {"type": "string"}
-        data = {**text, "contentMediaType": JSON, "contentSchema": made.answered(route.gives)}
+        data = {**text, "contentMediaType": JSON, "contentSchema": made.answered(route.response)}
         fields = {"id": text, "event": text, "data": data, "retry": {"type": "integer"}}
         return {"type": "object", "description": words, "properties": fields}  # of one event, as readers give it
-    if route.sends == LINES:
-        words = f"JSON lines; each is one `{route.gives.__name__}`, in the order of the lines that are answered."
+    if route.content_type == LINES:
+        words = f"JSON lines; each is one `{route.response.__name__}`, in the order of the lines that are answered."
         return {
             "type": "string",
             "contentMediaType": LINES,
             "description": words,
-            "x-line": made.answered(route.gives),
+            "x-line": made.answered(route.response),
         }
     return {
         "type": "object",
-        "properties": {"success": {"const": True}, "data": made.answered(route.gives)},
+        "properties": {"success": {"const": True}, "data": made.answered(route.response)},
         "required": ["success", "data"],
         "additionalProperties": False,
     }
@@ -209,15 +213,15 @@ def _header(name: str, schema: Json) -> Json:
 def refusals(route: Route) -> list[str]:
     """Every code with which this call may be refused, in the order of the table of codes."""
     codes = {"invalid_request", "forbidden", "expectation_failed", "internal_error"}
-    codes |= {*REFUSED.get(route.asks, ()), *REFUSED_TOO.get(call_of(route), ())}
-    if route.who != "anyone":
+    codes |= {*REFUSED.get(route.request, ()), *REFUSED_TOO.get(call_of(route), ())}
+    if route.auth != "anyone":
         codes.add("unauthorized")
     if route.method != "GET":
         codes |= {"request_timeout", "too_large", "unsupported_media_type"}
-    if route.asks is not Nothing:
+    if route.request is not NoFields:
         codes |= {"overloaded", "shutting_down", "outcome_unknown"}
         codes |= {"storage_full"} if route.method != "GET" else set()
-    if issubclass(route.asks, JobCommand):
+    if issubclass(route.request, JobCommand):
         codes |= {"job_not_found", "job_quarantined"}
     if route.key:
         codes |= {"idempotency_key_reused", "overloaded"}

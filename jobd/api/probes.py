@@ -6,9 +6,9 @@ from typing import Final, Literal
 
 from msgspec import Struct
 
-from jobd.api.services import Rooms
-from jobd.http.app import Nothing, Web
-from jobd.http.request import Visit
+from jobd.api.services import Services
+from jobd.http.app import App, NoFields
+from jobd.http.request import RequestContext
 from jobd.http.routing import Route
 from jobd.model.responses import Response
 
@@ -21,15 +21,15 @@ def _probe(is_well: bool) -> Response:
     return Response(Probe("ok")) if is_well else Response(Probe("unavailable"), status=503)
 
 
-async def _alive(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
-    return _probe(site.rooms.is_alive())
+async def _alive(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+    return _probe(app.services.is_alive())
 
 
-async def _ready(site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
-    return _probe(site.rooms.is_ready())
+async def _ready(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+    return _probe(app.services.is_ready())
 
 
 PROBES: Final = (
-    Route(method="GET", path="/healthz", asks=Nothing, gives=Probe, who="anyone", via=_alive),
-    Route(method="GET", path="/readyz", asks=Nothing, gives=Probe, who="anyone", via=_ready),
+    Route(method="GET", path="/healthz", request=NoFields, response=Probe, auth="anyone", handler=_alive),
+    Route(method="GET", path="/readyz", request=NoFields, response=Probe, auth="anyone", handler=_ready),
 )

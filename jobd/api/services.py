@@ -59,7 +59,7 @@ from jobd.webhooks.manager import Webhooks
 log = structlog.get_logger("jobd.daemon")
 
 
-class Rooms(Struct):
+class Services(Struct):
     """The parts of a running daemon. `is_open` is false before the doors are open and once they close."""
 
     actor: Actor

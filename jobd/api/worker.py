@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Final
 
-from jobd.api.command_stream import StreamedAnswer, StreamedCommand, serve
+from jobd.api.command_stream import StreamedCommand, StreamedResponse, serve_command_stream
 from jobd.api.descriptions import WORKER_TITLE
-from jobd.api.events import EVENT_STREAM, Follow, follow
+from jobd.api.events import EVENT_STREAM, EventsRequest, send_events
 from jobd.api.openapi import document_at, with_document
 from jobd.api.probes import PROBES
 from jobd.http.auth import LINES
-from jobd.http.routing import Route, Who
+from jobd.http.routing import Auth, Route
 from jobd.model.commands import (
     Bulk,
     Cancel,
@@ -45,37 +45,45 @@ from jobd.model.responses import (
     WorkerList,
 )
 
-_W: Final[Who] = "worker"
+_W: Final[Auth] = "worker"
 
 _ROUTES: Final = (
-    Route(method="POST", path="/v1/jobs", asks=Create, gives=JobView, who=_W, key=True, status=201),
-    Route(method="POST", path="/v1/jobs/bulk", asks=Bulk, gives=JobList, who=_W, key=True, status=201),
-    Route(method="GET", path="/v1/jobs", asks=ListJobs, gives=JobPage, who=_W),
-    Route(method="GET", path="/v1/jobs/{id}", asks=Get, gives=JobView, who=_W),
-    Route(method="GET", path="/v1/jobs/{id}/timeline", asks=Timeline, gives=TimelineView, who=_W),
-    Route(method="GET", path="/v1/jobs/{id}/why", asks=Why, gives=WhyView, who=_W),
-    Route(method="GET", path="/v1/jobs/{id}/validate", asks=Validate, gives=Validation, who=_W),
-    Route(method="POST", path="/v1/jobs/{id}/start", asks=Start, gives=GrantView, who=_W, key=True),
-    Route(method="POST", path="/v1/claim", asks=Claim, gives=Grants, who=_W, key=True),
-    Route(method="POST", path="/v1/jobs/{id}/progress", asks=Progress, gives=LockState, who=_W),
-    Route(method="POST", path="/v1/jobs/{id}/extend", asks=Extend, gives=LockState, who=_W),
-    Route(method="POST", path="/v1/jobs/{id}/complete", asks=Complete, gives=JobView, who=_W),
-    Route(method="POST", path="/v1/jobs/{id}/fail", asks=Fail, gives=JobView, who=_W),
-    Route(method="POST", path="/v1/jobs/{id}/release", asks=Release, gives=JobView, who=_W),
-    Route(method="POST", path="/v1/jobs/{id}/cancel", asks=Cancel, gives=JobView, who=_W, key=True),
+    Route(method="POST", path="/v1/jobs", request=Create, response=JobView, auth=_W, key=True, status=201),
+    Route(method="POST", path="/v1/jobs/bulk", request=Bulk, response=JobList, auth=_W, key=True, status=201),
+    Route(method="GET", path="/v1/jobs", request=ListJobs, response=JobPage, auth=_W),
+    Route(method="GET", path="/v1/jobs/{id}", request=Get, response=JobView, auth=_W),
+    Route(method="GET", path="/v1/jobs/{id}/timeline", request=Timeline, response=TimelineView, auth=_W),
+    Route(method="GET", path="/v1/jobs/{id}/why", request=Why, response=WhyView, auth=_W),
+    Route(method="GET", path="/v1/jobs/{id}/validate", request=Validate, response=Validation, auth=_W),
+    Route(method="POST", path="/v1/jobs/{id}/start", request=Start, response=GrantView, auth=_W, key=True),
+    Route(method="POST", path="/v1/claim", request=Claim, response=Grants, auth=_W, key=True),
+    Route(method="POST", path="/v1/jobs/{id}/progress", request=Progress, response=LockState, auth=_W),
+    Route(method="POST", path="/v1/jobs/{id}/extend", request=Extend, response=LockState, auth=_W),
+    Route(method="POST", path="/v1/jobs/{id}/complete", request=Complete, response=JobView, auth=_W),
+    Route(method="POST", path="/v1/jobs/{id}/fail", request=Fail, response=JobView, auth=_W),
+    Route(method="POST", path="/v1/jobs/{id}/release", request=Release, response=JobView, auth=_W),
+    Route(method="POST", path="/v1/jobs/{id}/cancel", request=Cancel, response=JobView, auth=_W, key=True),
     Route(
         method="POST",
         path="/v1/commands",
-        asks=StreamedCommand,
-        gives=StreamedAnswer,
-        who=_W,
-        via=serve,
-        reads="lines",
-        sends=LINES,
+        request=StreamedCommand,
+        response=StreamedResponse,
+        auth=_W,
+        handler=serve_command_stream,
+        body="lines",
+        content_type=LINES,
     ),
-    Route(method="GET", path="/v1/queues", asks=Queues, gives=QueueList, who=_W),
-    Route(method="GET", path="/v1/workers", asks=Workers, gives=WorkerList, who=_W),
-    Route(method="GET", path="/v1/events", asks=Follow, gives=StreamedEvent, who=_W, via=follow, sends=EVENT_STREAM),
+    Route(method="GET", path="/v1/queues", request=Queues, response=QueueList, auth=_W),
+    Route(method="GET", path="/v1/workers", request=Workers, response=WorkerList, auth=_W),
+    Route(
+        method="GET",
+        path="/v1/events",
+        request=EventsRequest,
+        response=StreamedEvent,
+        auth=_W,
+        handler=send_events,
+        content_type=EVENT_STREAM,
+    ),
     *PROBES,
 )
 ROUTES: Final = with_document(WORKER_TITLE, _ROUTES)

@@ -11,7 +11,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from jobd.http.response import Text
+from jobd.http.response import RawBody
 
 STATIC: Final = Path(__file__).parent / "static"
 CONTENT_TYPES: Final = {
@@ -41,14 +41,14 @@ class Assets:
         """Where a page finds the file `name`: another address for other content, so it may be kept for ever."""
         return f"/static/{name}?v={self._files[name].version}"
 
-    def text(self, name: str, version: str) -> Text | None:
+    def text(self, name: str, version: str) -> RawBody | None:
         """The file as it leaves, None where there is none of that name."""
         found = self._files.get(name)
         if found is None:
             return None
         keep = IMMUTABLE if version == found.version else REVALIDATE
         more = {"Cache-Control": keep, "Cross-Origin-Resource-Policy": "same-origin"}
-        return Text(found.content_type, found.content, more)
+        return RawBody(found.content_type, found.content, more)
 
 
 def _read(path: Path) -> StaticFile:

@@ -9,13 +9,13 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from jobd.api.auditing import note
-from jobd.api.services import Rooms
+from jobd.api.auditing import audit_action
+from jobd.api.services import Services
 from jobd.dashboard.rendering import redirect
 from jobd.dashboard.sessions import Session, Sessions
-from jobd.http.app import Web
-from jobd.http.auth import Access
-from jobd.http.request import Visit, operator_of
+from jobd.http.app import App
+from jobd.http.auth import Permission
+from jobd.http.request import RequestContext, operator_of
 from jobd.model.commands import Command
 from jobd.model.errors import ApiError, api_error
 from jobd.model.job import Text
@@ -44,9 +44,9 @@ class ReasonForm(Form, frozen=True, kw_only=True):
 class Viewer(Struct):
     """Who asks for a page. `session` is None for a program, which sends its token with every request."""
 
-    app: Web[Rooms]
-    visit: Visit
-    access: Access
+    app: App[Services]
+    visit: RequestContext
+    access: Permission
     session: Session | None = None
 
     @property
@@ -65,7 +65,7 @@ class Viewer(Struct):
     @property
     def now(self) -> int:
         """Wall time of the daemon, Unix ms."""
-        return self.app.rooms.clock().now
+        return self.app.services.clock().now
 
     async def ask(self, command: Any, *, expected: str | None = None) -> Response | ApiError:
         """One command to the actor, as an operator asks it; `expected`: the version of its job that they saw."""
@@ -81,7 +81,7 @@ class Viewer(Struct):
 
     async def record_audit(self, what: str, details: dict[str, Any] | None = None, reason: str | None = None) -> None:
         """Keep in the audit log what is no command on jobs."""
-        await note(self.app, self.visit.operator, what, details, reason)
+        await audit_action(self.app, self.visit.operator, what, details, reason)
 
     def flash(self, message: str) -> None:
         """Say something on the page that comes next."""
@@ -98,11 +98,11 @@ class Viewer(Struct):
             raise api_error("forbidden", "This form is not of your session. Open its page again, then send it.")
 
 
-def find_viewer(site: Web[Rooms], visit: Visit, sessions: Sessions) -> Viewer | None:
+def find_viewer(site: App[Services], visit: RequestContext, sessions: Sessions) -> Viewer | None:
     """Who asks; None where nobody has signed in. 401 where a token is sent that is not valid."""
     viewer = None
     if AUTHORIZATION in visit.head.headers:
-        viewer = Viewer(site, visit, site.gate.admit(visit.head.headers))
+        viewer = Viewer(site, visit, site.authenticator.authenticate(visit.head.headers))
     elif (session := sessions.find(session_cookie(visit))) is not None:
         viewer = Viewer(site, visit, session.access, session)
     if viewer is not None:
@@ -121,17 +121,17 @@ def redirect_with_flash(viewer: Viewer, place: str, message: str = "") -> Respon
     return Response(redirect(place), status=303)
 
 
-def is_live_update(visit: Visit) -> bool:
+def is_live_update(visit: RequestContext) -> bool:
     """Whether htmx asks for the living part of a page."""
     return visit.head.headers.get("HX-Request") == "true"
 
 
-def request_target(visit: Visit) -> str:
+def request_target(visit: RequestContext) -> str:
     """The address that was asked for."""
     return f"{visit.path}?{visit.query}" if visit.query else visit.path
 
 
-def session_cookie(visit: Visit) -> str:
+def session_cookie(visit: RequestContext) -> str:
     """The secret of the session, "" where there is none."""
     wanted = session_cookie_name(visit)
     for part in ";".join(visit.head.headers.getall("Cookie", ())).split(";"):
@@ -141,19 +141,19 @@ def session_cookie(visit: Visit) -> str:
     return ""
 
 
-def session_cookie_name(visit: Visit) -> str:
+def session_cookie_name(visit: RequestContext) -> str:
     """Browsers share cookies between the ports of a machine: two daemons there must not end each other's sessions."""
     address = visit.connection.sockname
     return f"jobd_{address[1]}" if isinstance(address, tuple) else "jobd"
 
 
-def set_cookie(visit: Visit, value: str, max_age_s: float) -> str:
+def set_cookie(visit: RequestContext, value: str, max_age_s: float) -> str:
     """The header's value that keeps the session's secret in the browser, or with an age of 0 takes it away."""
     secure = "; Secure" if is_secure(visit) else ""
     return f"{session_cookie_name(visit)}={value}; Path=/; HttpOnly; SameSite=Strict; Max-Age={max_age_s:.0f}{secure}"
 
 
-def is_secure(visit: Visit) -> bool:
+def is_secure(visit: RequestContext) -> bool:
     """Whether the browser came by TLS, to us or to a proxy before us. Of a proxy only a form tells: by its Origin, at
     which the gate has looked. What else a proxy may say (X-Forwarded-Proto) anybody may.
     """

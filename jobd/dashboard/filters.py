@@ -14,7 +14,7 @@ import msgspec
 
 from jobd.dashboard.live_updates import Subscription
 from jobd.dashboard.urls import job_url
-from jobd.http.decoding import explain
+from jobd.http.decoding import validation_error
 from jobd.model.commands import Command, SearchJobs
 from jobd.model.errors import invalid_request_error
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, is_job_id
@@ -77,7 +77,7 @@ def search_command(wanted: JobsPageQuery, now: int, limit: int) -> SearchJobs:
     try:
         return msgspec.convert(fields, SearchJobs)
     except msgspec.ValidationError as fault:
-        raise explain(str(fault), SearchJobs) from None
+        raise validation_error(str(fault), SearchJobs) from None
 
 
 def parse_time_field(name: str, text: str, now: int) -> int:

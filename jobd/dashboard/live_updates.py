@@ -15,15 +15,15 @@ import structlog
 from aiohttp import hdrs, web
 
 from jobd.api.events import EVENT_STREAM
-from jobd.api.services import Rooms
+from jobd.api.services import Services
 from jobd.dashboard.context import Viewer
 from jobd.dashboard.rendering import HEADERS
 from jobd.engine.change_watchers import Watcher
 from jobd.engine.event_feed import HEARTBEAT_S, RETRY_MS
-from jobd.http.app import Web
-from jobd.http.request import Visit
-from jobd.http.response import SAFE, Text
-from jobd.http.streaming import notice_hangup, write
+from jobd.http.app import App
+from jobd.http.request import RequestContext
+from jobd.http.response import SAFE_HEADERS, RawBody
+from jobd.http.streaming import probe_for_hangup, write
 from jobd.model.commands import Command
 from jobd.model.errors import ApiException, api_error
 from jobd.model.job import JobId, QueueName
@@ -51,27 +51,29 @@ def live_url(live: Subscription) -> str:
 
 
 async def live_stream(
-    site: Web[Rooms], visit: Visit, asked: Subscription, viewer: Callable[[], Viewer | None]
+    site: App[Services], visit: RequestContext, asked: Subscription, viewer: Callable[[], Viewer | None]
 ) -> web.StreamResponse | Response:
     """The stream. `viewer` says who asks, as of now."""
     if not _is_signed_in(viewer):
         raise api_error("unauthorized", "Nobody is signed in here.")
     if visit.method == hdrs.METH_HEAD:
-        return Response(Text(EVENT_STREAM, b"", HEADERS))
+        return Response(RawBody(EVENT_STREAM, b"", HEADERS))
     transport, request = visit.connection.transport, visit.request
     if transport is None or request is None:
         raise ConnectionResetError("the client is gone")
-    watcher = site.rooms.watch(queue=asked.queue, job_id=asked.job_id, cut=transport.abort)
+    watcher = site.services.watch(queue=asked.queue, job_id=asked.job_id, cut=transport.abort)
     try:
-        response = web.StreamResponse(headers={"Content-Type": EVENT_STREAM, "Server": "jobd", **SAFE, **HEADERS})
+        response = web.StreamResponse(
+            headers={"Content-Type": EVENT_STREAM, "Server": "jobd", **SAFE_HEADERS, **HEADERS}
+        )
         await response.prepare(request)
-        notice_hangup(request, response)
+        probe_for_hangup(request, response)
         floor_s = MIN_LIST_INTERVAL_S if asked.job_id is None else MIN_INTERVAL_S
         try:
             await _send_events(response, watcher, viewer, floor_s)
             await response.write_eof()
         except Exception as error:
-            if not (isinstance(error, ConnectionError) and visit.is_cut):  # then the page is closed
+            if not (isinstance(error, ConnectionError) and visit.is_disconnected):  # then the page is closed
                 log.info("live_cut_off", error=type(error).__name__)
             transport.abort()
             raise ConnectionResetError("live stream cut off") from None

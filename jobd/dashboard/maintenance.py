@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 from jobd.dashboard.context import ReasonForm, Viewer, redirect_with_flash
 from jobd.dashboard.pages import PAUSED_QUEUES, PageData, banners, query
-from jobd.http.request import in_parts
+from jobd.http.request import as_one_entry
 from jobd.model.commands import Command, Pause, Resume, TakeBack
 from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import QueueName, Worker
@@ -58,7 +58,7 @@ class CleanupConfirmQuery(Command, frozen=True, kw_only=True):
 
 async def confirm_cleanup(viewer: Viewer, asked: CleanupConfirmQuery) -> PageData:
     """What a pass, or recovery, would do now. It is done by the form on that page."""
-    rooms = viewer.app.rooms
+    rooms = viewer.app.services
     seen = await rooms.preview(PREVIEW_S if asked.what == "run" else 0)
     if isinstance(seen, ApiError):
         raise ApiException(seen)
@@ -83,7 +83,7 @@ async def confirm_cleanup(viewer: Viewer, asked: CleanupConfirmQuery) -> PageDat
 
 async def run_cleanup(viewer: Viewer, asked: ReasonForm) -> Response:
     await viewer.record_audit("cleanup", reason=asked.reason_or_none)
-    report = await viewer.app.rooms.run_cleanup(forced=True)
+    report = await viewer.app.services.run_cleanup(forced=True)
     message = (
         f"The pass took {report.total_processing_time} ms: {report.stuck_jobs_recovered} recovered, "
         f"{report.expired_jobs_deleted} deleted, {report.validation_issues_fixed} issues fixed."
@@ -92,7 +92,7 @@ async def run_cleanup(viewer: Viewer, asked: ReasonForm) -> Response:
 
 
 async def recover_stuck(viewer: Viewer, asked: ReasonForm) -> Response | ApiError:
-    done = await viewer.app.rooms.recover_stuck(in_parts(viewer.visit.operator), asked.reason_or_none)
+    done = await viewer.app.services.recover_stuck(as_one_entry(viewer.visit.operator), asked.reason_or_none)
     if isinstance(done, ApiError):
         return done
     message = f"{done.recovered_jobs} stuck jobs recovered: {done.reset_jobs} queued again, {done.failed_jobs} failed."
@@ -109,7 +109,7 @@ class TakeBackForm(ReasonForm, frozen=True, kw_only=True):
 
 async def confirm_take_back(viewer: Viewer, asked: TakeBackQuery) -> PageData:
     """Preview a take-back. The form on the page does it."""
-    seen = await viewer.app.rooms.take_back(TakeBack(name=asked.name, dry_run=True), viewer.visit.operator)
+    seen = await viewer.app.services.take_back(TakeBack(name=asked.name, dry_run=True), viewer.visit.operator)
     [paused] = await query(viewer, PAUSED_QUEUES)
     is_refused = isinstance(seen, ApiError)
     shown: PageData = {"refusal": seen, "status": seen.status} if isinstance(seen, ApiError) else {}
@@ -124,7 +124,7 @@ async def confirm_take_back(viewer: Viewer, asked: TakeBackQuery) -> PageData:
 
 async def take_back(viewer: Viewer, asked: TakeBackForm) -> Response | ApiError:
     command = TakeBack(name=asked.name, reason=asked.reason_or_none)
-    done = await viewer.app.rooms.take_back(command, in_parts(viewer.visit.operator))
+    done = await viewer.app.services.take_back(command, as_one_entry(viewer.visit.operator))
     if isinstance(done, ApiError):
         return done
     message = f"Jobs taken back: {done.recovered_jobs} ({done.reset_jobs} queued again, {done.failed_jobs} failed)."
@@ -134,10 +134,10 @@ async def take_back(viewer: Viewer, asked: TakeBackForm) -> Response | ApiError:
 async def confirm_clock(viewer: Viewer) -> PageData:
     """Preview what deletion by age would do once the clock is accepted. Raise ApiException if it takes no reads."""
     [paused] = await query(viewer, PAUSED_QUEUES)
-    seen = await viewer.app.rooms.preview(0)
+    seen = await viewer.app.services.preview(0)
     held = [] if isinstance(seen, ApiError) else seen.held_jobs
     return {
-        "clock": viewer.app.rooms.clock(),
+        "clock": viewer.app.services.clock(),
         "count": len(held),
         "is_more": not isinstance(seen, ApiError) and seen.more_held,
         "named": held[:MAX_CLOCK_JOBS],
@@ -147,7 +147,7 @@ async def confirm_clock(viewer: Viewer) -> PageData:
 
 
 async def accept_clock(viewer: Viewer, asked: ReasonForm) -> Response | ApiError:
-    view = await viewer.app.rooms.accept_clock()
+    view = await viewer.app.services.accept_clock()
     if isinstance(view, ApiError):
         return view
     await viewer.record_audit("accept-clock", reason=asked.reason_or_none)

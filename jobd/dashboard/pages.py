@@ -15,7 +15,7 @@ import msgspec
 from msgspec import UNSET, Meta, Raw
 from msgspec.structs import replace
 
-from jobd.api.downloads import Artifact
+from jobd.api.downloads import ArtifactRequest
 from jobd.dashboard.context import Viewer, is_live_update, is_secure
 from jobd.dashboard.filters import JobsPageQuery, active_filters, filtered_url, parse_time_field, search_command
 from jobd.dashboard.job_actions import (
@@ -30,7 +30,7 @@ from jobd.dashboard.job_actions import (
 from jobd.dashboard.rendering import pretty_json
 from jobd.dashboard.urls import no_link_reason
 from jobd.http.auth import host_name
-from jobd.http.decoding import explain
+from jobd.http.decoding import validation_error
 from jobd.model.commands import (
     AuditLog,
     Command,
@@ -155,7 +155,7 @@ async def overview(viewer: Viewer, recorder: Recorder) -> PageData:
     stats, workers, paused = await query(
         viewer, Stats(), Workers(state="silent", limit=MAX_SILENT_NAMES), PAUSED_QUEUES
     )
-    rooms, now = viewer.app.rooms, viewer.now
+    rooms, now = viewer.app.services, viewer.now
     return {
         "stats": stats,
         "by_state": workers.by_state,
@@ -176,7 +176,7 @@ def banners(viewer: Viewer, paused: QueueList) -> PageData:
     return {
         "paused": paused.queues,
         "more_paused": paused.next_cursor is not None,
-        "firing": [alert for alert in viewer.app.rooms.alerts() if alert.firing],
+        "firing": [alert for alert in viewer.app.services.alerts() if alert.firing],
     }
 
 
@@ -188,7 +188,7 @@ async def jobs(viewer: Viewer, wanted: JobsPageQuery) -> PageData:
         "first": "",
         "by_status": [],
     }
-    shown["queues"] = [] if is_live_update(viewer.visit) else viewer.app.rooms.queue_names(MAX_QUEUE_NAMES)
+    shown["queues"] = [] if is_live_update(viewer.visit) else viewer.app.services.queue_names(MAX_QUEUE_NAMES)
     try:
         command = search_command(wanted, viewer.now, PER_PAGE)
     except ApiException as no:
@@ -246,7 +246,7 @@ async def job(viewer: Viewer, job_id: str) -> PageData:
         "why": why,
         "late": late.late_results[::-1],
         "can_adopt": viewer.may_change and is_allowed(JOB_ACTIONS["adopt"], view, viewer.now),
-        "has_store": viewer.app.rooms.has_artifacts(),
+        "has_store": viewer.app.services.has_artifacts(),
         "actions": available_actions(view, viewer.now) if viewer.may_change else [],
         "base_url": base_url(viewer),
         "no_link_reason": partial(no_link_reason, own=own_hosts(viewer)),
@@ -273,7 +273,7 @@ async def confirm(viewer: Viewer, wanted: ConfirmPageQuery) -> PageData:
         "job": view,
         "late": late,
         "late_note": await _late_note(viewer, action, view),
-        "deletes_artifacts": action.verb == "delete" and viewer.app.rooms.has_artifacts(),
+        "deletes_artifacts": action.verb == "delete" and viewer.app.services.has_artifacts(),
         "no_link_reason": partial(no_link_reason, own=own_hosts(viewer)),
         "curl": curl_command(
             action, ActionTarget(wanted.id, result=None if late is None else late.seq), base_url(viewer)
@@ -306,10 +306,10 @@ async def _late_result(viewer: Viewer, job_id: str, seq: int | None) -> LateResu
 
 def own_hosts(viewer: Viewer) -> set[str]:
     """The names of the host that the browser has come to, or may come to."""
-    return {host_name(viewer.visit.head.headers.get("Host", "")), *(viewer.app.gate.hosts or ())} - {""}
+    return {host_name(viewer.visit.head.headers.get("Host", "")), *(viewer.app.authenticator.hosts or ())} - {""}
 
 
-async def external_url(viewer: Viewer, wanted: Artifact) -> str:
+async def external_url(viewer: Viewer, wanted: ArtifactRequest) -> str:
     """The `download_url` of a job or of its late result. Refused where there is none that one may be led to."""
     if wanted.late_result is None:
         view: JobView
@@ -333,7 +333,7 @@ async def _late_results(viewer: Viewer, job_id: str) -> list[LateResultView]:
 
 async def failures(viewer: Viewer) -> PageData:
     [paused] = await query(viewer, PAUSED_QUEUES)
-    return {"found": viewer.app.rooms.failures(MAX_GROUPS), **banners(viewer, paused)}
+    return {"found": viewer.app.services.failures(MAX_GROUPS), **banners(viewer, paused)}
 
 
 async def queues(viewer: Viewer, recorder: Recorder, wanted: QueuesPageQuery) -> PageData:
@@ -381,13 +381,13 @@ async def workers(viewer: Viewer, wanted: WorkersPageQuery) -> PageData:
 
 
 async def cleanup(viewer: Viewer) -> PageData:
-    rooms = viewer.app.rooms
+    rooms = viewer.app.services
     [paused] = await query(viewer, PAUSED_QUEUES)
     return {"state": rooms.cleanup_state(), "reports": await rooms.reports(MAX_REPORTS), **banners(viewer, paused)}
 
 
 async def alerts(viewer: Viewer) -> PageData:
-    rooms = viewer.app.rooms
+    rooms = viewer.app.services
     [paused] = await query(viewer, PAUSED_QUEUES)
     damaged = rooms.quarantine()
     return {
@@ -421,7 +421,7 @@ async def audit(viewer: Viewer, wanted: AuditPageQuery) -> PageData:
             asks["since"] = parse_time_field("since", wanted.since.strip(), viewer.now)
         command = msgspec.convert(asks, AuditLog)
     except (ApiException, msgspec.ValidationError) as fault:
-        no = fault.error if isinstance(fault, ApiException) else explain(str(fault), AuditLog).error
+        no = fault.error if isinstance(fault, ApiException) else validation_error(str(fault), AuditLog).error
         return {**shown, "error": no.message, "status": no.status, "interval_s": 0, **banners(viewer, paused)}
     page: AuditEntries
     [page] = await query(viewer, command)

@@ -15,7 +15,7 @@ from jobd.dashboard.context import Viewer, redirect_with_flash
 from jobd.dashboard.filters import JobFilter, search_fields
 from jobd.dashboard.pages import BULK_ACTIONS, PAUSED_QUEUES, PageData, banners, query
 from jobd.dashboard.rendering import iso_time
-from jobd.http.decoding import explain
+from jobd.http.decoding import validation_error
 from jobd.model.commands import (
     MAINTENANCE_ACTIONS,
     MAX_PLAN,
@@ -66,13 +66,13 @@ class NextPlanForm(PlanCommand, frozen=True, kw_only=True):
 
 async def create_plan(viewer: Viewer, form: PlanForm) -> Response | ApiError:
     """A plan, and on to its page. Nothing is done yet."""
-    found = await viewer.app.rooms.make_plan(_plan_command(viewer, form))
+    found = await viewer.app.services.make_plan(_plan_command(viewer, form))
     return found if isinstance(found, ApiError) else redirect_with_flash(viewer, f"/plans/{found.plan_id}")
 
 
 async def create_next_plan(viewer: Viewer, form: NextPlanForm) -> Response | ApiError:
     """A plan of what comes after this one, and on to its page."""
-    plan = viewer.app.rooms.plan(form.plan_id)
+    plan = viewer.app.services.plan(form.plan_id)
     if isinstance(plan, ApiError):
         return plan
     if plan.next_cursor is None:
@@ -83,7 +83,7 @@ async def create_next_plan(viewer: Viewer, form: NextPlanForm) -> Response | Api
         cursor=plan.next_cursor,
         reason=plan.reason,
     )
-    found = await viewer.app.rooms.make_plan(wanted)
+    found = await viewer.app.services.make_plan(wanted)
     return found if isinstance(found, ApiError) else redirect_with_flash(viewer, f"/plans/{found.plan_id}")
 
 
@@ -107,7 +107,7 @@ def _plan_command(viewer: Viewer, form: PlanForm) -> MakePlan:
                 action=form.action, filter=msgspec.convert(search_fields(form, viewer.now), PlanFilter), reason=reason
             )
         except msgspec.ValidationError as fault:
-            raise explain(str(fault), PlanFilter) from None
+            raise validation_error(str(fault), PlanFilter) from None
     if not form.ids:
         raise api_error("invalid_request", "No job is selected: tick some, or choose all that match.", field="$.ids")
     return MakePlan(action=form.action, ids=form.ids, reason=reason)
@@ -115,7 +115,7 @@ def _plan_command(viewer: Viewer, form: PlanForm) -> MakePlan:
 
 async def plan(viewer: Viewer, wanted: PlanCommand) -> PageData:
     """The page of a plan: what it would do, or what became of it."""
-    found = viewer.app.rooms.plan(wanted.plan_id)
+    found = viewer.app.services.plan(wanted.plan_id)
     if isinstance(found, ApiError):
         raise ApiException(found)
     plan: PlanView = found
@@ -131,7 +131,7 @@ async def plan(viewer: Viewer, wanted: PlanCommand) -> PageData:
         "planning_s": round(MAX_PLANNING_S),
         "label": LABELS[plan.action],
         "description": DESCRIPTIONS[plan.action],
-        "deletes_artifacts": viewer.app.rooms.has_artifacts() and any(job.to is None for job in plan.jobs),
+        "deletes_artifacts": viewer.app.services.has_artifacts() and any(job.to is None for job in plan.jobs),
         "destructive": plan.action in DESTRUCTIVE,
         "late_note": plan_late_results_note(plan.action, plan.jobs),
         "late": [job for job in plan.jobs if job.late_results][:MAX_LISTED],
@@ -151,7 +151,7 @@ async def apply_plan(viewer: Viewer, form: ApplyPlanForm) -> Response | ApiError
     """Do what the plan says, and on to its page, which tells what became of it."""
     operator = viewer.visit.operator
     assert operator is not None  # who may change something is one
-    done = await viewer.app.rooms.apply_plan(form.plan_id, operator)
+    done = await viewer.app.services.apply_plan(form.plan_id, operator)
     if isinstance(done, ApiError):
         return done
     jobs = f"{done.applied} {'job' if done.applied == 1 else 'jobs'}"

@@ -22,7 +22,7 @@ from markupsafe import Markup, escape
 from jobd import __version__
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.urls import curl_prefix, job_url
-from jobd.http.response import Text
+from jobd.http.response import RawBody
 from jobd.model.job import DAY_MS, EARLIEST_MS, HOUR_MS, LATEST_MS, MINUTE_MS, SECOND_MS, headline
 
 TEMPLATES: Final = Path(__file__).parent / "templates"
@@ -105,15 +105,15 @@ class Renderer:
             await asyncio.to_thread(self._environment.get_template, name)
             await asyncio.sleep(WARM_PAUSE_S)
 
-    def page(self, template: str, **shown: Any) -> Text:
+    def page(self, template: str, **shown: Any) -> RawBody:
         """A page, or a part of one, with the headers of both."""
         body = self._environment.get_template(template).render(**shown).encode("utf-8", "replace")
-        return Text(HTML, body, HEADERS)
+        return RawBody(HTML, body, HEADERS)
 
 
-def redirect(place: str, **more: str) -> Text:
+def redirect(place: str, **more: str) -> RawBody:
     """Nothing but the place where to go on; `place` is an address of ours."""
-    return Text(HTML, b"", {**HEADERS, "Location": place, **{name.replace("_", "-"): more[name] for name in more}})
+    return RawBody(HTML, b"", {**HEADERS, "Location": place, **{name.replace("_", "-"): more[name] for name in more}})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ from aiohttp.web import StreamResponse
 from msgspec import Meta
 from msgspec.structs import replace
 
-from jobd.api.downloads import Artifact, give
+from jobd.api.downloads import ArtifactRequest, send_artifact
 from jobd.api.events import EVENT_STREAM
-from jobd.api.services import Rooms
+from jobd.api.services import Services
 from jobd.dashboard import maintenance, pages, plans, urls, webhooks
 from jobd.dashboard.assets import Assets
 from jobd.dashboard.context import (
@@ -38,10 +38,10 @@ from jobd.dashboard.rendering import HTML, Renderer, redirect
 from jobd.dashboard.sessions import Sessions
 from jobd.dashboard.sign_in import SignInForm, SignInPages, SignInQuery, redirect_to_sign_in
 from jobd.dashboard.urls import job_url
-from jobd.http.app import Nothing, Web, check_reader
-from jobd.http.auth import Gate
-from jobd.http.request import Visit
-from jobd.http.response import Text
+from jobd.http.app import App, NoFields, check_read_only
+from jobd.http.auth import Authenticator
+from jobd.http.request import RequestContext
+from jobd.http.response import RawBody
 from jobd.http.routing import Route
 from jobd.model.commands import Command, Get, JobCommand, PlanCommand
 from jobd.model.errors import ApiError, ApiException, api_error
@@ -72,8 +72,10 @@ class JobActionForm(JobCommand, frozen=True, kw_only=True):
 class Dashboard:
     """The room behind one gate. Reads static files: make it off the loop, and `warm` it later."""
 
-    def __init__(self, gate: Gate, recorder: Recorder, *, clock_s: Callable[[], float] = time.monotonic) -> None:
-        self.sessions = Sessions(gate.access_of, clock_s)
+    def __init__(
+        self, gate: Authenticator, recorder: Recorder, *, clock_s: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.sessions = Sessions(gate.permission_of, clock_s)
         self._assets = Assets()
         self._renderer = Renderer(self._assets)
         self._recorder = recorder
@@ -90,20 +92,22 @@ class Dashboard:
             self._public_route("GET", "/sign-in", SignInQuery, self._sign_in_pages.page),
             self._public_route("POST", "/sign-in", SignInForm, self._sign_in_pages.sign_in),
             self._public_route("GET", "/static/{name}", StaticFileQuery, self._static),
-            self._public_route("GET", "/docs", Nothing, partial(self._docs, "/openapi.json")),
-            self._public_route("GET", "/docs/worker", Nothing, partial(self._docs, "/docs/worker.json")),
+            self._public_route("GET", "/docs", NoFields, partial(self._docs, "/openapi.json")),
+            self._public_route("GET", "/docs/worker", NoFields, partial(self._docs, "/docs/worker.json")),
             self._form_route("/sign-out", Form, self._sign_in_pages.sign_out, for_readers=True),
-            self._page_route("/", Nothing, "overview", "Overview", lambda viewer, _: pages.overview(viewer, recorder)),
+            self._page_route("/", NoFields, "overview", "Overview", lambda viewer, _: pages.overview(viewer, recorder)),
             Route(
                 method="GET",
                 path="/live",
-                asks=Subscription,
-                gives=bytes,
-                who="anyone",
-                via=self._live,
-                sends=EVENT_STREAM,
+                request=Subscription,
+                response=bytes,
+                auth="anyone",
+                handler=self._live,
+                content_type=EVENT_STREAM,
             ),
-            Route(method="GET", path="/chart.json", asks=Nothing, gives=bytes, who="anyone", via=self._chart),
+            Route(
+                method="GET", path="/chart.json", request=NoFields, response=bytes, auth="anyone", handler=self._chart
+            ),
             self._page_route(
                 "/jobs",
                 JobsPageQuery,
@@ -120,7 +124,7 @@ class Dashboard:
             self._page_route("/plans/{plan_id}", PlanCommand, "plan", "Plan", plans.plan, interval_s=0),
             self._form_route("/plans/{plan_id}/apply", plans.ApplyPlanForm, plans.apply_plan),
             self._form_route("/plans/{plan_id}/next", plans.NextPlanForm, plans.create_next_plan),
-            self._page_route("/failures", Nothing, "failures", "Failures", lambda viewer, _: pages.failures(viewer)),
+            self._page_route("/failures", NoFields, "failures", "Failures", lambda viewer, _: pages.failures(viewer)),
             self._page_route(
                 "/queues",
                 pages.QueuesPageQuery,
@@ -145,7 +149,7 @@ class Dashboard:
                 changes=True,
             ),
             self._form_route("/workers/take-back", maintenance.TakeBackForm, maintenance.take_back),
-            self._page_route("/cleanup", Nothing, "cleanup", "Cleanup", lambda viewer, _: pages.cleanup(viewer)),
+            self._page_route("/cleanup", NoFields, "cleanup", "Cleanup", lambda viewer, _: pages.cleanup(viewer)),
             self._page_route(
                 "/cleanup/confirm",
                 maintenance.CleanupConfirmQuery,
@@ -158,9 +162,9 @@ class Dashboard:
             self._form_route("/cleanup/run", ReasonForm, maintenance.run_cleanup),
             self._form_route("/cleanup/recover", ReasonForm, maintenance.recover_stuck),
             self._page_route(
-                "/alerts", Nothing, "alerts", "Alerts", lambda viewer, _: pages.alerts(viewer), interval_s=5
+                "/alerts", NoFields, "alerts", "Alerts", lambda viewer, _: pages.alerts(viewer), interval_s=5
             ),
-            self._page_route("/webhooks", Nothing, "webhooks", "Webhooks", webhooks.webhook_list, interval_s=5),
+            self._page_route("/webhooks", NoFields, "webhooks", "Webhooks", webhooks.webhook_list, interval_s=5),
             self._page_route(
                 "/webhooks/{name}",
                 webhooks.WebhookPageQuery,
@@ -183,7 +187,7 @@ class Dashboard:
             self._form_route("/webhooks/{name}/resend", webhooks.ResendForm, webhooks.resend),
             self._page_route("/audit", pages.AuditPageQuery, "audit", "Audit", pages.audit, interval_s=5),
             self._page_route(
-                "/clock", Nothing, "clock", "Clock", lambda viewer, _: maintenance.confirm_clock(viewer), interval_s=0
+                "/clock", NoFields, "clock", "Clock", lambda viewer, _: maintenance.confirm_clock(viewer), interval_s=0
             ),
             self._form_route("/clock/accept", ReasonForm, maintenance.accept_clock),
         )
@@ -203,8 +207,8 @@ class Dashboard:
                 f"{place}/confirm", pages.ConfirmPageQuery, "confirm", "Confirm", pages.confirm, changes=True
             ),
             self._form_route(f"{place}/do", JobActionForm, self._run_action),
-            self._public_route("GET", f"{place}/artifact", Artifact, self._artifact),
-            self._public_route("GET", f"{place}/elsewhere", Artifact, self._external_link),
+            self._public_route("GET", f"{place}/artifact", ArtifactRequest, self._artifact),
+            self._public_route("GET", f"{place}/elsewhere", ArtifactRequest, self._external_link),
         )
 
     # -- kinds of routes ----------------------------------------------------------------------------------------------
@@ -215,13 +219,13 @@ class Dashboard:
         return Route(
             method=method,
             path=path,
-            asks=asks,
-            gives=bytes,
-            who="anyone",
-            via=via,
-            reads=reads,
-            sends=HTML,
-            shows=self.refusal_page,
+            request=asks,
+            response=bytes,
+            auth="anyone",
+            handler=via,
+            body=reads,
+            content_type=HTML,
+            render_error=self.error_page,
         )
 
     def _page_route(
@@ -243,7 +247,7 @@ class Dashboard:
         `changes`: it leads to a change, so it is not for who may only look.
         """
 
-        async def via(site: Web[Rooms], visit: Visit, asked: Any) -> Response:
+        async def via(site: App[Services], visit: RequestContext, asked: Any) -> Response:
             viewer = find_viewer(site, visit, self.sessions)
             if viewer is None:
                 return redirect_to_sign_in(visit)
@@ -270,19 +274,19 @@ class Dashboard:
     def _form_route(self, path: str, asks: type[Command], act: HandleForm, *, for_readers: bool = False) -> Route:
         """A form of a page: whoever sends it has a session and its secret, and may change things."""
 
-        async def via(site: Web[Rooms], visit: Visit, asked: Any) -> Response | ApiError:
+        async def via(site: App[Services], visit: RequestContext, asked: Any) -> Response | ApiError:
             viewer = find_viewer(site, visit, self.sessions)
             if viewer is None:
                 raise api_error("unauthorized", "Nobody is signed in here, or no more. Sign in, then do it again.")
             viewer.check_form(asked.csrf)
             if not for_readers and not viewer.may_change:
-                check_reader(route)
+                check_read_only(route)
             return await act(viewer, asked)
 
         route = self._public_route("POST", path, asks, via)
         return route
 
-    async def _render(self, template: str, viewer: Viewer | None, **shown: Any) -> Text:
+    async def _render(self, template: str, viewer: Viewer | None, **shown: Any) -> RawBody:
         """A page, made in a thread: a long list takes some ms, in which the loop has others to serve."""
         session = None if viewer is None else viewer.session
         return await asyncio.to_thread(
@@ -297,11 +301,11 @@ class Dashboard:
             },
         )
 
-    def knows(self, visit: Visit) -> bool:
+    def is_signed_in(self, visit: RequestContext) -> bool:
         """Whether somebody has signed in there. Where a token is sent, it is the token that is judged."""
         return AUTHORIZATION not in visit.head.headers and self.sessions.find(session_cookie(visit)) is not None
 
-    def refusal_page(self, visit: Visit, refusal: ApiError) -> Text:
+    def error_page(self, visit: RequestContext, refusal: ApiError) -> RawBody:
         """A refusal as a page: what is wrong, and a way on."""
         title = "Not found" if refusal.status == 404 else "Not done"
         return self._renderer.page(
@@ -310,32 +314,34 @@ class Dashboard:
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    async def _static(self, site: Web[Rooms], visit: Visit, asked: StaticFileQuery) -> Response | ApiError:
+    async def _static(self, site: App[Services], visit: RequestContext, asked: StaticFileQuery) -> Response | ApiError:
         text = self._assets.text(asked.name, asked.v)
         return ApiError("not_found", "There is no such file.") if text is None else Response(text)
 
-    async def _docs(self, document: str, site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
+    async def _docs(self, document: str, site: App[Services], visit: RequestContext, asked: NoFields) -> Response:
         """It shows what GET `document` gives to everybody, so it wants no session either, and no token."""
         viewer = None if AUTHORIZATION in visit.head.headers else find_viewer(site, visit, self.sessions)
         return Response(await self._render("docs.html", viewer, title="API", name="docs", document=document))
 
-    async def _live(self, site: Web[Rooms], visit: Visit, asked: Subscription) -> Response | StreamResponse:
+    async def _live(self, site: App[Services], visit: RequestContext, asked: Subscription) -> Response | StreamResponse:
         return await live_stream(site, visit, asked, lambda: find_viewer(site, visit, self.sessions))
 
-    async def _chart(self, site: Web[Rooms], visit: Visit, asked: Nothing) -> Response:
+    async def _chart(self, site: App[Services], visit: RequestContext, asked: NoFields) -> Response:
         viewer = find_viewer(site, visit, self.sessions)
         if viewer is None:
             raise api_error("unauthorized", "Nobody is signed in here.")
         return Response(self._recorder.chart(viewer.now))
 
-    async def _artifact(self, site: Web[Rooms], visit: Visit, asked: Artifact) -> Response | ApiError | StreamResponse:
+    async def _artifact(
+        self, site: App[Services], visit: RequestContext, asked: ArtifactRequest
+    ) -> Response | ApiError | StreamResponse:
         """The job's stored result: the API's call, for who has signed in."""
         viewer = find_viewer(site, visit, self.sessions)
         if viewer is None:
             return redirect_to_sign_in(visit)
-        return await give(site, visit, asked, viewer.name)
+        return await send_artifact(site, visit, asked, viewer.name)
 
-    async def _external_link(self, site: Web[Rooms], visit: Visit, asked: Artifact) -> Response:
+    async def _external_link(self, site: App[Services], visit: RequestContext, asked: ArtifactRequest) -> Response:
         """The way out to where a worker says that its result is."""
         viewer = find_viewer(site, visit, self.sessions)
         if viewer is None:
@@ -347,7 +353,7 @@ class Dashboard:
             "Referrer-Policy": "no-referrer",
             "X-Frame-Options": "DENY",
         }
-        return Response(replace(text, more=more))
+        return Response(replace(text, headers=more))
 
     # -- actions -------------------------------------------------------------------------------------------------------
 
@@ -371,7 +377,7 @@ class Dashboard:
 
     async def _job_page_with_error(self, viewer: Viewer, job_id: str, refusal: ApiError) -> Response | ApiError:
         """The job's page with what the actor said no to."""
-        viewer.app.refusals[refusal.code] += 1
+        viewer.app.error_counts[refusal.code] += 1
         try:
             shown = await pages.job(viewer, job_id)
         except ApiException as no:  # it is gone

@@ -15,7 +15,7 @@ from typing import Final, get_args
 import msgspec
 from msgspec import Struct
 
-from jobd.http.auth import Access, token_digest
+from jobd.http.auth import Permission, token_digest
 
 MAX_SESSIONS: Final = 200  # of each access; beyond it, the one of them that was used longest ago ends
 IDLE_S: Final = 3_600.0
@@ -35,7 +35,7 @@ class Session(Struct):
     `by_tls`: it signed in by TLS, to us or to a proxy before us.
     """
 
-    access: Access
+    access: Permission
     token: bytes
     csrf: str
     created_s: float
@@ -55,11 +55,13 @@ class Session(Struct):
 class Sessions:
     """Sessions by the digest of their secret id. `access_of` says what a token allows now."""
 
-    def __init__(self, access_of: Callable[[bytes], Access | None], clock_s: Callable[[], float]) -> None:
+    def __init__(self, access_of: Callable[[bytes], Permission | None], clock_s: Callable[[], float]) -> None:
         self._access_of = access_of
         self._clock_s = clock_s
         # A pool for each access: whoever has a token to look ends no session of those who may do things.
-        self._pools: dict[Access, dict[bytes, Session]] = {each: {} for each in get_args(Access)}  # latest used last
+        self._pools: dict[Permission, dict[bytes, Session]] = {
+            each: {} for each in get_args(Permission)
+        }  # latest used last
 
     def sign_in(self, token: str, name: str = "", *, by_tls: bool = False) -> tuple[str, Session] | None:
         """A new session with its secret id, None where the token is not valid. `name` is the operator's."""
@@ -161,7 +163,7 @@ class SignInLog:
         self._clock_s = clock_s
         self._windows: dict[str, SignInWindow] = {}  # the one that began last comes last
 
-    def record(self, what: str, access: Access, address: str, name: str) -> SignInWindow:
+    def record(self, what: str, access: Permission, address: str, name: str) -> SignInWindow:
         """One more of them, with those before it."""
         now_s, key = self._clock_s(), f"{what} {access} {address}"
         coming = self._windows.get(key)

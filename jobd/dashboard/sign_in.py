@@ -15,15 +15,15 @@ import structlog
 from msgspec import Meta
 from msgspec.structs import replace
 
-from jobd.api.auditing import note
-from jobd.api.services import Rooms
+from jobd.api.auditing import audit_action
+from jobd.api.services import Services
 from jobd.dashboard.context import Form, Viewer, is_live_update, is_secure, request_target, session_cookie, set_cookie
 from jobd.dashboard.rendering import HEADERS, HTML, redirect
 from jobd.dashboard.sessions import MAX_AGE_S, LoginThrottle, Session, Sessions, SignInLog
-from jobd.http.app import Web
+from jobd.http.app import App
 from jobd.http.auth import operator_name
-from jobd.http.request import Visit, address_of
-from jobd.http.response import Text
+from jobd.http.request import RequestContext, client_address
+from jobd.http.response import RawBody
 from jobd.model.commands import Command, Operator, RecordAction
 from jobd.model.responses import Response
 
@@ -49,26 +49,28 @@ class SignInForm(SignInQuery, frozen=True, kw_only=True):
 class SignInPages:
     """`paint` makes a page, given the name of its template and for whom it is."""
 
-    def __init__(self, sessions: Sessions, paint: Callable[..., Awaitable[Text]], clock_s: Callable[[], float]) -> None:
+    def __init__(
+        self, sessions: Sessions, paint: Callable[..., Awaitable[RawBody]], clock_s: Callable[[], float]
+    ) -> None:
         self._sessions = sessions
         self._render = paint
         self._throttle = LoginThrottle(clock_s)
         self._log = SignInLog(clock_s)
         self._delayed = 0  # answers that are held back
 
-    async def page(self, site: Web[Rooms], visit: Visit, asked: SignInQuery) -> Response:
+    async def page(self, site: App[Services], visit: RequestContext, asked: SignInQuery) -> Response:
         if self._sessions.find(session_cookie(visit)) is not None:
             return Response(redirect(safe_redirect(asked.next)), status=303)
         return Response(await self._form(asked.next, ""))
 
-    async def _form(self, wanted: str, fault: str) -> Text:
+    async def _form(self, wanted: str, fault: str) -> RawBody:
         shown = {"title": "Sign in", "name": "sign-in", "onward": safe_redirect(wanted), "error": fault}
         return await self._render("sign_in.html", None, **shown)
 
-    async def sign_in(self, site: Web[Rooms], visit: Visit, asked: SignInForm) -> Response:
+    async def sign_in(self, site: App[Services], visit: RequestContext, asked: SignInForm) -> Response:
         """No secret of a session is in this form, as there is none yet. What another site could gain by sending it is
         that somebody is signed in with a token that this site knows; and the gate has looked at Origin."""
-        address, name = address_of(visit), operator_name(asked.name)
+        address, name = client_address(visit), operator_name(asked.name)
         opened = self._sessions.sign_in(asked.token.strip(), name, by_tls=is_secure(visit))
         if opened is None:
             return await self._reject(site, asked, Operator(name or ANONYMOUS, address))
@@ -80,17 +82,17 @@ class SignInPages:
             redirect(safe_redirect(asked.next), Set_Cookie=set_cookie(visit, secret, MAX_AGE_S)), status=303
         )
 
-    async def _reject(self, site: Web[Rooms], asked: SignInForm, who: Operator) -> Response:
+    async def _reject(self, site: App[Services], asked: SignInForm, who: Operator) -> Response:
         """A wrong token. Its answer may be held back; of those that are at the same time there is a limit, too."""
         wrong = self._throttle.record_failure(who.address)
-        site.refusals["unauthorized"] += 1
+        site.error_counts["unauthorized"] += 1
         if wrong.is_audited:
             log.info("sign_in_refused", address=who.address, times=wrong.times)
             told = RecordAction(what="sign-in", details={"times": wrong.times}, outcome="unauthorized")
             await site.actor.ask(told, operator=replace(who, part_of=f"sign-in {wrong.window}"))
         if wrong.delay_s and self._delayed >= MAX_DELAYED:
             text = await self._form(asked.next, "That is no valid token, and too many wrong ones come just now.")
-            return Response(replace(text, more={**text.more, "Retry-After": f"{wrong.delay_s:.0f}"}), status=429)
+            return Response(replace(text, headers={**text.headers, "Retry-After": f"{wrong.delay_s:.0f}"}), status=429)
         if wrong.delay_s:
             self._delayed += 1
             try:
@@ -103,14 +105,14 @@ class SignInPages:
         self._sessions.sign_out(session_cookie(viewer.visit))
         log.info("signed_out", access=viewer.access)
         if viewer.session is not None:
-            await self._record_audit(viewer.app, viewer.session, address_of(viewer.visit), "sign-out")
+            await self._record_audit(viewer.app, viewer.session, client_address(viewer.visit), "sign-out")
         return Response(redirect("/sign-in", Set_Cookie=set_cookie(viewer.visit, "", 0)), status=303)
 
-    async def _record_audit(self, site: Web[Rooms], session: Session, address: str, what: str) -> None:
+    async def _record_audit(self, site: App[Services], session: Session, address: str, what: str) -> None:
         who = Operator(session.name or ("reader" if session.access == "read" else ""), address)
         coming = self._log.record(what, session.access, address, who.who)
         more = {"times": coming.times, "names": list(coming.names)} if coming.times > 1 else {}
-        await note(site, replace(who, part_of=coming.window), what, {"access": session.access, **more})
+        await audit_action(site, replace(who, part_of=coming.window), what, {"access": session.access, **more})
 
 
 def safe_redirect(place: str) -> str:
@@ -118,9 +120,9 @@ def safe_redirect(place: str) -> str:
     return place if LOCAL_URL.fullmatch(place) else "/"
 
 
-def redirect_to_sign_in(visit: Visit) -> Response:
+def redirect_to_sign_in(visit: RequestContext) -> Response:
     """On to the sign-in, and from there back. htmx follows a header of its own."""
     place = f"/sign-in?next={quote(request_target(visit), safe='')}"
     if is_live_update(visit):
-        return Response(Text(HTML, b"", {**HEADERS, "HX-Redirect": place}), status=401)
+        return Response(RawBody(HTML, b"", {**HEADERS, "HX-Redirect": place}), status=401)
     return Response(redirect(place), status=303)

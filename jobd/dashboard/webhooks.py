@@ -58,13 +58,13 @@ class ResendForm(ReasonForm, frozen=True, kw_only=True):
 
 async def webhook_list(viewer: Viewer, _: Any) -> PageData:
     [paused] = await query(viewer, PAUSED_QUEUES)
-    return {"webhooks": viewer.app.rooms.webhooks(), **banners(viewer, paused)}
+    return {"webhooks": viewer.app.services.webhooks(), **banners(viewer, paused)}
 
 
 async def webhook_detail(viewer: Viewer, wanted: WebhookPageQuery) -> PageData:
     """One webhook, and a page of what it was sent, the newest first."""
     webhook = _find(viewer, wanted.name)
-    page = await viewer.app.rooms.deliveries(wanted.name, wanted.state or None, wanted.cursor, PER_PAGE)
+    page = await viewer.app.services.deliveries(wanted.name, wanted.state or None, wanted.cursor, PER_PAGE)
     if isinstance(page, ApiError):
         raise ApiException(page)
     found: DeliveryPage = page
@@ -84,7 +84,7 @@ async def webhook_detail(viewer: Viewer, wanted: WebhookPageQuery) -> PageData:
 
 async def send_test(viewer: Viewer, form: TestWebhookForm) -> Response | ApiError:
     """A message that says that it is a test."""
-    sent = await viewer.app.rooms.test_webhook(form.name)
+    sent = await viewer.app.services.test_webhook(form.name)
     if isinstance(sent, ApiError):
         return sent
     await viewer.record_audit("test-webhook", {"webhook": form.name}, form.reason_or_none)
@@ -94,7 +94,7 @@ async def send_test(viewer: Viewer, form: TestWebhookForm) -> Response | ApiErro
 
 async def resend(viewer: Viewer, form: ResendForm) -> Response | ApiError:
     """The same message, now: once more, whatever became of it, or at last where it waits."""
-    sent = await viewer.app.rooms.deliver_again(form.name, form.id)
+    sent = await viewer.app.services.deliver_again(form.name, form.id)
     if isinstance(sent, ApiError):
         return sent
     await viewer.record_audit("resend-delivery", {"webhook": form.name, "delivery": form.id}, form.reason_or_none)
@@ -106,14 +106,14 @@ async def resend(viewer: Viewer, form: ResendForm) -> Response | ApiError:
 async def confirm_retry_failed(viewer: Viewer, wanted: RetryFailedQuery) -> PageData:
     """How many were given up, before all of them are sent again."""
     webhook = _find(viewer, wanted.name)
-    count, newest = await viewer.app.rooms.given_up(wanted.name)
+    count, newest = await viewer.app.services.given_up(wanted.name)
     [paused] = await query(viewer, PAUSED_QUEUES)
     return {"webhook": webhook, "count": count, "newest": newest, "most": MAX_BACKLOG, **banners(viewer, paused)}
 
 
 async def retry_failed(viewer: Viewer, form: RetryFailedForm) -> Response | ApiError:
     """All that was given up, once more."""
-    sent = await viewer.app.rooms.deliver_all_again(form.name, form.upto)
+    sent = await viewer.app.services.deliver_all_again(form.name, form.upto)
     if isinstance(sent, ApiError):
         return sent
     await viewer.record_audit("resend-given-up", {"webhook": form.name, "resent": sent.resent}, form.reason_or_none)
@@ -122,7 +122,7 @@ async def retry_failed(viewer: Viewer, form: RetryFailedForm) -> Response | ApiE
 
 
 def _find(viewer: Viewer, name: str) -> WebhookView:
-    for webhook in viewer.app.rooms.webhooks():
+    for webhook in viewer.app.services.webhooks():
         if webhook.name == name:
             return webhook
     raise api_error("not_found", f"There is no webhook {name} in the configuration. Those that are: /webhooks")

@@ -22,21 +22,21 @@ from msgspec import Struct
 from multidict import istr
 
 from jobd.engine.mailbox import Envelope, Waiter
-from jobd.http.auth import FORM, JSON, LINES, Gate, check_kind
+from jobd.http.auth import FORM, JSON, LINES, Authenticator, check_content_type
 from jobd.http.decoding import Limits, path_value
-from jobd.http.request import Head, Request, Visit, operator_of
-from jobd.http.response import HTTP_VERSION, Letter, Reply, Text, accepted, refusing
-from jobd.http.routing import Found, Route, Table, Way
+from jobd.http.request import HttpRequest, RequestContext, RequestHead, operator_of
+from jobd.http.response import HTTP_VERSION, HttpResponse, PreparedResponse, RawBody, error_response, ok_response
+from jobd.http.routing import ResolvedRoute, Route, RouteMatch, Router
 from jobd.model.commands import Command, IdempotencyKey, Operator
 from jobd.model.errors import ApiError, ApiException, api_error, too_large_error
 from jobd.model.responses import Response
 
-BUG: Final = ApiError("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
+INTERNAL_ERROR: Final = ApiError("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
 
 IDEMPOTENCY_KEY: Final = istr("Idempotency-Key")
-MET: Final = frozenset({"", "100-continue"})  # values of the Expect header that are accepted
-MOST_A_SECOND: Final = 20  # of each kind: enough to see what happens, whatever a client does
-KINDS: Final = {"json": JSON, "lines": LINES, "form": FORM}
+ACCEPTED_EXPECT: Final = frozenset({"", "100-continue"})  # values of the Expect header that are accepted
+MAX_LINES_PER_SECOND: Final = 20  # of each kind: enough to see what happens, whatever a client does
+BODY_TYPES: Final = {"json": JSON, "lines": LINES, "form": FORM}
 
 log = structlog.get_logger("jobd.web")
 
@@ -44,29 +44,29 @@ log = structlog.get_logger("jobd.web")
 S = TypeVar("S")  # the services behind an API
 
 
-class Sparing:
+class LogRateLimiter:
     """Counts lines by their kind. `now` gives a time in seconds that does not run backwards."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
         self._second = 0
         self._seen: Counter[str] = Counter()
-        self._left_out: Counter[str] = Counter()
+        self._suppressed: Counter[str] = Counter()
 
-    def left_out(self, kind: str) -> int | None:
+    def suppressed(self, kind: str) -> int | None:
         """None where this line is to be left out; else how many were, since the last one of its kind was written."""
         second = int(self._now())
         if second != self._second:
             self._second = second
             self._seen.clear()
         self._seen[kind] += 1
-        if self._seen[kind] <= MOST_A_SECOND:
-            return self._left_out.pop(kind, 0)
-        self._left_out[kind] += 1
+        if self._seen[kind] <= MAX_LINES_PER_SECOND:
+            return self._suppressed.pop(kind, 0)
+        self._suppressed[kind] += 1
         return None
 
 
-class Ask(Protocol):
+class ActorClient(Protocol):
     """The actor as the doors see it: the only way to job state."""
 
     async def ask(
@@ -106,28 +106,26 @@ class Ask(Protocol):
         """The reply could not be delivered: its grants are released."""
 
 
-class Pages(Protocol):
+class BrowserPages(Protocol):
     """The pages beside an API: `knows` says whether the visit comes from a browser that is signed in."""
 
-    def knows(self, visit: Visit) -> bool: ...
-    def refusal_page(self, visit: Visit, refusal: ApiError) -> Text: ...
+    def is_signed_in(self, ctx: RequestContext) -> bool: ...
+    def error_page(self, ctx: RequestContext, refusal: ApiError) -> RawBody: ...
 
 
-async def ask(site: Web[Any], visit: Visit, command: Any) -> Response | ApiError:
+async def run_command(app: App[Any], ctx: RequestContext, command: Any) -> Response | ApiError:
     """The way of almost every route: one command to the actor."""
-    return await site.actor.ask(
-        command, by=visit.by, admin=visit.admin, key=visit.key, size=visit.size, operator=visit.operator
-    )
+    return await app.actor.ask(command, by=ctx.by, admin=ctx.admin, key=ctx.key, size=ctx.size, operator=ctx.operator)
 
 
-class Entry(Struct, frozen=True):
+class AdmittedRequest(Struct, frozen=True):
     """A request that may come in: its way, and what its path gives."""
 
-    way: Way
-    value: str | None
+    resolved: ResolvedRoute
+    path_value: str | None
 
 
-class Web(Generic[S]):
+class App(Generic[S]):
     """One API behind one door. `refusals` counts every refusal sent, by code.
 
     `closing`: the daemon is going down; answers say `Connection: close`. `ends` are called when that begins: streams
@@ -136,233 +134,233 @@ class Web(Generic[S]):
 
     def __init__(
         self,
-        gate: Gate,
+        authenticator: Authenticator,
         routes: Iterable[Route],
-        actor: Ask,
-        rooms: S,
+        actor: ActorClient,
+        services: S,
         *,
         limits: Limits | None = None,
         admin: bool = False,
-        pages: Pages | None = None,
+        pages: BrowserPages | None = None,
     ) -> None:
-        self.gate = gate
+        self.authenticator = authenticator
         self.actor = actor
-        self.rooms = rooms
+        self.services = services
         self.limits = limits or Limits()
         self.admin = admin
         self.closing = False
-        self.ends: set[Callable[[], None]] = set()
-        self.refusals: Counter[str] = Counter()
-        self._in_flight = 0
-        self._quiet = asyncio.Event()
+        self.on_close: set[Callable[[], None]] = set()
+        self.error_counts: Counter[str] = Counter()
+        self._pending = 0
+        self._idle = asyncio.Event()
         self._pages = pages
-        self._table = Table(routes, self.limits)
-        self._sparing = Sparing()
+        self._router = Router(routes, self.limits)
+        self._log_limiter = LogRateLimiter()
 
     # -- the short way: a whole request, answered without a task of its own -------------------------------------------
 
-    def find(self, visit: Visit) -> Found:
+    def match(self, ctx: RequestContext) -> RouteMatch:
         """What the request's path is."""
-        return self._table.find(visit.method, visit.path)
+        return self._router.match(ctx.method, ctx.path)
 
-    def send(self, visit: Visit, found: Found, body: bytes, waiter: Waiter) -> Envelope | Reply:
+    def send(self, ctx: RequestContext, found: RouteMatch, body: bytes, waiter: Waiter) -> Envelope | HttpResponse:
         """The request on its way to the actor, whose answer `waiter` gets; or the reply, where it comes no further.
 
         Between `send` and `landed` the request counts as one that is being handled.
         """
-        self._in_flight += 1
-        visit.by = "admin" if self.admin else "client"
+        self._pending += 1
+        ctx.by = "admin" if self.admin else "client"
         try:
-            command = self._command(visit, self._enter(visit, found), body)
+            command = self._decode(ctx, self._admit(ctx, found), body)
             asked = self.actor.send(
                 command,
                 waiter,
-                by=visit.by,
-                admin=visit.admin,
-                key=visit.key,
-                size=visit.size,
-                operator=visit.operator,
+                by=ctx.by,
+                admin=ctx.admin,
+                key=ctx.key,
+                size=ctx.size,
+                operator=ctx.operator,
             )
         except ApiException as no:
             asked = no.error
         except Exception as bug:
-            asked = self.confess(visit, bug)
-        return self.refuse(visit, asked) if isinstance(asked, ApiError) else asked
+            asked = self.log_internal_error(ctx, bug)
+        return self.error_response(ctx, asked) if isinstance(asked, ApiError) else asked
 
-    def reply(self, visit: Visit, answer: Response | ApiError) -> Reply:
+    def respond(self, ctx: RequestContext, answer: Response | ApiError) -> HttpResponse:
         """The actor's answer as it leaves."""
         if isinstance(answer, Response):
             try:
-                return self._accept(visit, answer)
+                return self._ok_response(ctx, answer)
             except Exception as bug:
                 if answer.grants:
                     self.actor.undelivered(answer)
-                answer = self.confess(visit, bug)
-        return self.refuse(visit, answer)
+                answer = self.log_internal_error(ctx, bug)
+        return self.error_response(ctx, answer)
 
-    def prepared(self, visit: Visit, answer: Response) -> Reply | None:
+    def prepare(self, ctx: RequestContext, answer: Response) -> HttpResponse | None:
         """What `reply` will make of `answer`, made before its commit. None where that is not known yet."""
         try:
-            return None if self.closing else self._accept(visit, answer)
+            return None if self.closing else self._ok_response(ctx, answer)
         except Exception:
             return None  # `reply` meets the same bug, and tells of it
 
-    def landed(self) -> None:
+    def request_finished(self) -> None:
         """A request has its answer, or will have none."""
-        self._in_flight -= 1
-        if self.closing and not self._in_flight:
-            self._quiet.set()
+        self._pending -= 1
+        if self.closing and not self._pending:
+            self._idle.set()
 
     # -- the long way: aiohttp's ---------------------------------------------------------------------------------------
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """The answer to a request; a bug on the way is a 500 and one log line."""
-        assert isinstance(request, Request)
-        self._in_flight += 1
+        assert isinstance(request, HttpRequest)
+        self._pending += 1
         try:
-            answer = await self._handled(request.visit)
+            answer = await self._handle(request.ctx)
         finally:
-            self.landed()
-        return Letter(answer, request) if isinstance(answer, Reply) else answer
+            self.request_finished()
+        return PreparedResponse(answer, request) if isinstance(answer, HttpResponse) else answer
 
     def close(self) -> None:
         """The daemon is going down: what goes on by itself ends."""
         self.closing = True
-        for end in tuple(self.ends):
+        for end in tuple(self.on_close):
             end()
 
-    async def quiet(self) -> None:
+    async def wait_idle(self) -> None:
         """Waits until no request is being handled. Only for a door that is closing."""
-        if self._in_flight:
-            await self._quiet.wait()
+        if self._pending:
+            await self._idle.wait()
 
-    async def _handled(self, visit: Visit) -> Reply | web.StreamResponse:
-        visit.by = "admin" if self.admin else "client"
+    async def _handle(self, ctx: RequestContext) -> HttpResponse | web.StreamResponse:
+        ctx.by = "admin" if self.admin else "client"
         try:
-            answer = await self._answer(visit)
+            answer = await self._execute(ctx)
         except ApiException as no:
             answer = no.error
         except Exception as bug:
-            if isinstance(bug, ConnectionError) and visit.is_cut:
+            if isinstance(bug, ConnectionError) and ctx.is_disconnected:
                 raise
-            answer = self.confess(visit, bug)
-        return self.reply(visit, answer) if isinstance(answer, Response | ApiError) else answer
+            answer = self.log_internal_error(ctx, bug)
+        return self.respond(ctx, answer) if isinstance(answer, Response | ApiError) else answer
 
-    async def _answer(self, visit: Visit) -> Response | ApiError | web.StreamResponse:
-        entry = self._enter(visit, self.find(visit))
-        via = entry.way.route.via or ask
-        if entry.way.route.reads == "lines":
-            return await via(self, visit, None)
-        if via is ask and visit.request is not None:
-            visit.request.probe = HTTP_VERSION
-        body = await self._body(visit) if visit.head.has_body else b""
-        return await via(self, visit, self._command(visit, entry, body))
+    async def _execute(self, ctx: RequestContext) -> Response | ApiError | web.StreamResponse:
+        entry = self._admit(ctx, self.match(ctx))
+        via = entry.resolved.route.handler or run_command
+        if entry.resolved.route.body == "lines":
+            return await via(self, ctx, None)
+        if via is run_command and ctx.request is not None:
+            ctx.request.probe = HTTP_VERSION
+        body = await self._read_body(ctx) if ctx.head.has_body else b""
+        return await via(self, ctx, self._decode(ctx, entry, body))
 
     # -- steps of both -------------------------------------------------------------------------------------------------
 
-    def _accept(self, visit: Visit, answer: Response) -> Reply:
+    def _ok_response(self, ctx: RequestContext, answer: Response) -> HttpResponse:
         lost = partial(self.actor.undelivered, answer) if answer.grants else None
-        return accepted(visit, answer.data, answer.status, replayed=answer.replayed, close=self.closing, lost=lost)
+        return ok_response(ctx, answer.data, answer.status, replayed=answer.replayed, close=self.closing, on_lost=lost)
 
-    def _enter(self, visit: Visit, found: Found) -> Entry:
+    def _admit(self, ctx: RequestContext, found: RouteMatch) -> AdmittedRequest:
         """All that is judged before the body: who asks, and for what."""
-        way = self._admit(visit, found)
-        if visit.head.expects not in MET:
+        way = self._resolve(ctx, found)
+        if ctx.head.expects not in ACCEPTED_EXPECT:
             raise api_error("expectation_failed", "The header `Expect` may only be `100-continue`. Leave it out.")
-        shape, value = way.shape, None
-        if shape.given is not None:
-            value = path_value(shape, found.given or "")
-            visit.job_id = value if shape.given == "id" else None
-        if visit.method == hdrs.METH_GET:
-            if visit.head.has_body:
+        shape, value = way.decoder, None
+        if shape.path_field is not None:
+            value = path_value(shape, found.path_value or "")
+            ctx.job_id = value if shape.path_field == "id" else None
+        if ctx.method == hdrs.METH_GET:
+            if ctx.head.has_body:
                 raise api_error("invalid_request", "A GET takes no body.", field="$")
-        elif visit.query:
+        elif ctx.query:
             raise api_error("invalid_request", "This call takes no query. Put the fields into the body.", field="$")
-        elif not (visit.head.is_json and way.route.reads == "json"):  # as nearly all
-            _check_kind(visit.head, way.route.reads)
-        return Entry(way, value)
+        elif not (ctx.head.is_json and way.route.body == "json"):  # as nearly all
+            _check_body_type(ctx.head, way.route.body)
+        return AdmittedRequest(way, value)
 
-    def _command(self, visit: Visit, entry: Entry, body: bytes) -> Command:
+    def _decode(self, ctx: RequestContext, entry: AdmittedRequest, body: bytes) -> Command:
         """What the request asks for, and what that says of itself: who asks, about which job."""
-        way = entry.way
-        if visit.method == hdrs.METH_GET:
-            return way.shape.from_query(visit.query, entry.value)
-        visit.size = len(body)
-        if visit.size > self.limits.body:
+        way = entry.resolved
+        if ctx.method == hdrs.METH_GET:
+            return way.decoder.from_query(ctx.query, entry.path_value)
+        ctx.size = len(body)
+        if ctx.size > self.limits.body:
             raise self._body_too_large()
         if way.route.key:
-            self._note_key(visit, way.route, body)
-        if way.route.reads == "form":
-            return way.shape.from_form(body, entry.value)
-        command: Any = way.shape.from_body(body, entry.value)
+            self._read_idempotency_key(ctx, way.route, body)
+        if way.route.body == "form":
+            return way.decoder.from_form(body, entry.path_value)
+        command: Any = way.decoder.from_body(body, entry.path_value)
         if way.names_worker:
-            visit.by = f"worker:{command.worker}"
+            ctx.by = f"worker:{command.worker}"
         elif way.names_job:
-            visit.job_id = command.id
+            ctx.job_id = command.id
         return command  # type: ignore[no-any-return]
 
-    def _admit(self, visit: Visit, found: Found) -> Way:
+    def _resolve(self, ctx: RequestContext, found: RouteMatch) -> ResolvedRoute:
         """The way of a request that may come in. The token is judged first, then Host and Origin, then the path."""
-        if visit.head.version[0] != 1:
+        if ctx.head.version[0] != 1:
             raise api_error("invalid_request", "Only HTTP/1.1 and HTTP/1.0 are spoken here.", field="$")
-        way = found.way
+        way = found.resolved
         if way is not None:
-            visit.route = way.route
+            ctx.route = way.route
         is_reader = False
-        if self._wants_token(visit, way):
-            is_reader = self.gate.admit(visit.head.headers) == "read"
-            visit.admin = self.admin and not is_reader
-        if self.gate.hosts is not None:
-            self.gate.check_origin(visit.head.headers, visit.connection.sockname)
+        if self._requires_token(ctx, way):
+            is_reader = self.authenticator.authenticate(ctx.head.headers) == "read"
+            ctx.admin = self.admin and not is_reader
+        if self.authenticator.hosts is not None:
+            self.authenticator.check_origin(ctx.head.headers, ctx.connection.sockname)
         if way is not None:
             if is_reader:
-                visit.by = "reader"
-                check_reader(way.route)
-            elif self.admin and way.route.who == "admin" and (way.route.changes or way.route.secret):
-                visit.operator = operator_of(visit)
-                visit.by = visit.operator.by
+                ctx.by = "reader"
+                check_read_only(way.route)
+            elif self.admin and way.route.auth == "admin" and (way.route.changes or way.route.secret):
+                ctx.operator = operator_of(ctx)
+                ctx.by = ctx.operator.by
             return way
         if not found.allowed:
             message = (
                 "There is no such path here. Workers' calls are under /v1/ on the worker socket, operators' under "
                 "/admin/job-management/ on the admin port. GET /openapi.json lists those of this door."
             )
-            if visit.path.endswith("/artefact"):
-                message = f"This path is spelled artifact: {visit.path.removesuffix('/artefact')}/artifact"
+            if ctx.path.endswith("/artefact"):
+                message = f"This path is spelled artifact: {ctx.path.removesuffix('/artefact')}/artifact"
             raise api_error("not_found", message)
-        visit.allow = found.allowed
+        ctx.allow = found.allowed
         raise api_error("method_not_allowed", f"This path takes {', '.join(sorted(found.allowed))}.")
 
-    def _wants_token(self, visit: Visit, way: Way | None) -> bool:
+    def _requires_token(self, ctx: RequestContext, way: ResolvedRoute | None) -> bool:
         """Whether whoever asks has to show one. A browser that is signed in has none, and may hear of paths."""
         if way is not None:
-            return way.route.who != "anyone"
-        return self._pages is None or not self._pages.knows(visit)
+            return way.route.auth != "anyone"
+        return self._pages is None or not self._pages.is_signed_in(ctx)
 
-    def _shown(self, visit: Visit, refusal: ApiError) -> Text | None:
+    def _error_page(self, ctx: RequestContext, refusal: ApiError) -> RawBody | None:
         """The refusal as a page, where a page was asked for, or a browser asks for what is not there."""
-        if visit.route is not None:
-            return None if visit.route.shows is None else visit.route.shows(visit, refusal)
-        is_browser = "text/html" in visit.head.headers.get(hdrs.ACCEPT, "")
-        return self._pages.refusal_page(visit, refusal) if is_browser and self._pages is not None else None
+        if ctx.route is not None:
+            return None if ctx.route.render_error is None else ctx.route.render_error(ctx, refusal)
+        is_browser = "text/html" in ctx.head.headers.get(hdrs.ACCEPT, "")
+        return self._pages.error_page(ctx, refusal) if is_browser and self._pages is not None else None
 
-    async def _body(self, visit: Visit) -> bytes:
+    async def _read_body(self, ctx: RequestContext) -> bytes:
         """The whole body, within its size and its time."""
-        assert visit.request is not None
-        payload = visit.request.content
+        assert ctx.request is not None
+        payload = ctx.request.content
         try:
-            body = payload.read_nowait() if payload.is_eof() else await self._slow_body(visit, payload)
+            body = payload.read_nowait() if payload.is_eof() else await self._read_slow_body(ctx, payload)
         except web.RequestPayloadError:
             raise api_error("invalid_request", "The body is broken: its chunks or its length are wrong.") from None
-        if visit.request.is_truncated:
+        if ctx.request.is_truncated:
             raise api_error("invalid_request", "The body ended too early. Send the whole request again.")
         return body
 
-    async def _slow_body(self, visit: Visit, payload: StreamReader) -> bytes:
+    async def _read_slow_body(self, ctx: RequestContext, payload: StreamReader) -> bytes:
         """A body that has not arrived yet, up to one piece over its limit."""
-        if int(visit.head.headers.get(hdrs.CONTENT_LENGTH, 0)) > self.limits.body:
+        if int(ctx.head.headers.get(hdrs.CONTENT_LENGTH, 0)) > self.limits.body:
             raise self._body_too_large()
-        welcome(visit)
+        send_continue(ctx)
         body = bytearray()
         try:
             async with asyncio.timeout(self.limits.body_deadline_s):
@@ -376,45 +374,45 @@ class Web(Generic[S]):
     def _body_too_large(self) -> ApiException:
         return too_large_error(f"The body is over {self.limits.body} bytes. Split it.", limit=self.limits.body)
 
-    def _note_key(self, visit: Visit, route: Route, body: bytes) -> None:
-        if IDEMPOTENCY_KEY in visit.head.headers:
-            keys = visit.head.headers.getall(IDEMPOTENCY_KEY)
+    def _read_idempotency_key(self, ctx: RequestContext, route: Route, body: bytes) -> None:
+        if IDEMPOTENCY_KEY in ctx.head.headers:
+            keys = ctx.head.headers.getall(IDEMPOTENCY_KEY)
             if len(keys) > 1:  # a repeat that carries one of them would not be known
                 message = "Idempotency-Key was sent more than once. Send one."
                 raise api_error("invalid_request", message, field="Idempotency-Key")
-            visit.key = self.gate.key_use(keys[0], route.method, unquote(visit.path), body)
+            ctx.key = self.authenticator.idempotency_key(keys[0], route.method, unquote(ctx.path), body)
 
-    def refuse(self, visit: Visit, refusal: ApiError, *, close: bool = False) -> Reply:
+    def error_response(self, ctx: RequestContext, refusal: ApiError, *, close: bool = False) -> HttpResponse:
         """The reply to a refused request."""
-        self.note_refusal(visit.route, visit.method, refusal, by=visit.by, job_id=visit.job_id)
+        self.record_error(ctx.route, ctx.method, refusal, by=ctx.by, job_id=ctx.job_id)
         close = close or self.closing or refusal.code == "too_large"
-        return refusing(visit, refusal, allow=visit.allow, close=close, shown=self._shown(visit, refusal))
+        return error_response(ctx, refusal, allow=ctx.allow, close=close, page=self._error_page(ctx, refusal))
 
-    def note_refusal(self, route: Route | None, method: str, refusal: ApiError, *, by: str, job_id: str | None) -> None:
+    def record_error(self, route: Route | None, method: str, refusal: ApiError, *, by: str, job_id: str | None) -> None:
         """A refusal is counted, and logged in one line without a secret."""
-        self.refusals[refusal.code] += 1
+        self.error_counts[refusal.code] += 1
         # Any client can be refused as often as it likes: that must not fill the log.
-        if (left_out := self._sparing.left_out(refusal.code)) is None:
+        if (left_out := self._log_limiter.suppressed(refusal.code)) is None:
             return
         path = None if route is None else route.path
         more = {"left_out": left_out} if left_out else {}
         log.info("refused", method=method, path=path, code=refusal.code, by=by, job_id=job_id, **more)
 
-    def confess(self, visit: Visit, bug: Exception) -> ApiError:
+    def log_internal_error(self, ctx: RequestContext, bug: Exception) -> ApiError:
         """A bug costs one visit. Its text may hold a secret, so the log names only its type and place."""
-        route = visit.route
+        route = ctx.route
         at = traceback.extract_tb(bug.__traceback__)[-1]
         log.error(
             "request_bug",
-            command=None if route is None else route.asks.__name__,
-            job_id=visit.job_id,
+            command=None if route is None else route.request.__name__,
+            job_id=ctx.job_id,
             error=type(bug).__name__,
             where=f"{at.filename}:{at.lineno} {at.name}",
         )
-        return BUG
+        return INTERNAL_ERROR
 
 
-def check_reader(route: Route) -> None:
+def check_read_only(route: Route) -> None:
     """403 where who may only look would change something, or see secrets."""
     if route.changes:
         raise api_error("forbidden", "This token may only look. To change something use the admin token.")
@@ -422,15 +420,15 @@ def check_reader(route: Route) -> None:
         raise api_error("forbidden", "What this gives holds the secrets of locks: it wants the admin token.")
 
 
-def _check_kind(head: Head, reads: str) -> None:
+def _check_body_type(head: RequestHead, reads: str) -> None:
     if head.has_body or reads == "lines":
-        check_kind(head.headers, KINDS[reads])
+        check_content_type(head.headers, BODY_TYPES[reads])
 
 
-def welcome(visit: Visit) -> None:
+def send_continue(ctx: RequestContext) -> None:
     """Tell a client that waits for leave to send its body (`Expect: 100-continue`) to go on."""
-    transport = visit.connection.transport
-    if visit.head.expects and transport is not None:
+    transport = ctx.connection.transport
+    if ctx.head.expects and transport is not None:
         transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
@@ -438,5 +436,5 @@ def welcome(visit: Visit) -> None:
 # Liveness and readiness: the same at every door, without a token.
 
 
-class Nothing(Command, frozen=True, kw_only=True):
+class NoFields(Command, frozen=True, kw_only=True):
     """A call that takes no fields."""

@@ -24,17 +24,17 @@ FORM: Final = "application/x-www-form-urlencoded"
 LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 ANY_ADDRESS: Final = frozenset({"", "0.0.0.0", "::"})
 
-OPERATOR: Final = "X-Jobd-Operator"
+OPERATOR_HEADER: Final = "X-Jobd-Operator"
 
 # What a caller may do: everything at this door, or look and change nothing.
-Access = Literal["full", "read"]
+Permission = Literal["full", "read"]
 
 _KEY = re.compile(r"[ -~]{1,200}")
 _HOST = re.compile(r"(\[(?P<v6>[0-9a-f:.]+)\]|(?P<name>[^][:@/?#\s]*))(:[0-9]*)?")
 _PLAIN = {JSON: frozenset({"application/json", "application/json; charset=utf-8", "application/json;charset=utf-8"})}
 
 
-class Gate:
+class Authenticator:
     """The rules of one door. `name` is the scope of its idempotency keys ("worker", "admin", ...).
 
     `tokens` None: no token is needed. `readers` are tokens that may look and change nothing. `hosts` None: any Host
@@ -46,31 +46,31 @@ class Gate:
         name: str,
         *,
         tokens: Iterable[str] | None = None,
-        readers: Iterable[str] = (),
+        read_only_tokens: Iterable[str] = (),
         hosts: Iterable[str] | None = None,
     ) -> None:
         self.name = name
         self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
-        self._digests: tuple[tuple[bytes, Access], ...] | None = None
+        self._digests: tuple[tuple[bytes, Permission], ...] | None = None
         if tokens is not None:
-            self.replace_tokens(tokens, readers)
+            self.replace_tokens(tokens, read_only_tokens)
 
-    def replace_tokens(self, tokens: Iterable[str], readers: Iterable[str] = ()) -> None:
+    def replace_tokens(self, tokens: Iterable[str], read_only_tokens: Iterable[str] = ()) -> None:
         """From now on these tokens are valid, and no others. Any of several will do."""
-        full: list[tuple[bytes, Access]] = [(token_digest(token), "full") for token in tokens]
-        self._digests = (*full, *((token_digest(token), "read") for token in readers))
+        full: list[tuple[bytes, Permission]] = [(token_digest(token), "full") for token in tokens]
+        self._digests = (*full, *((token_digest(token), "read") for token in read_only_tokens))
 
-    def admit(self, headers: MultiMapping[str]) -> Access:
+    def authenticate(self, headers: MultiMapping[str]) -> Permission:
         """What the request's token allows; 401 unless it carries one valid token."""
         if self._digests is None:
             return "full"
         scheme, _, token = ", ".join(headers.getall("Authorization", ())).partition(" ")
-        access = self.access_of(token_digest(token.strip()))
+        access = self.permission_of(token_digest(token.strip()))
         if access is None or scheme.lower() != "bearer":
             raise api_error("unauthorized", "A valid token is needed: send `Authorization: Bearer <token>`.")
         return access
 
-    def access_of(self, digest: bytes) -> Access | None:
+    def permission_of(self, digest: bytes) -> Permission | None:
         """What the token with this digest allows, None where it is not valid. Takes the same time whichever it is."""
         known = [access for own, access in self._digests or () if hmac.compare_digest(digest, own)]
         return known[0] if known else None
@@ -103,7 +103,7 @@ class Gate:
         named = (self.hosts or frozenset()) - LOOPBACK  # a page on another port of this machine is another site
         return host_name(netloc) in named
 
-    def key_use(self, key: str, method: str, path: str, body: bytes) -> IdempotencyKey:
+    def idempotency_key(self, key: str, method: str, path: str, body: bytes) -> IdempotencyKey:
         """The use of an Idempotency-Key: its scope is this door, the method and the path. 400 for a bad key."""
         if _KEY.fullmatch(key) is None:
             message = "Idempotency-Key must be 1 to 200 printable ASCII characters."
@@ -133,7 +133,7 @@ def host_name(host: str) -> str:
     """
     parts = _HOST.fullmatch(host.lower())
     name = "" if parts is None else (parts["v6"] or parts["name"]).removesuffix(".")
-    return _shortest(name) if ":" in name else name
+    return _normalized_address(name) if ":" in name else name
 
 
 def own_names(listen: str, hosts: Iterable[str] = ()) -> frozenset[str]:
@@ -141,43 +141,43 @@ def own_names(listen: str, hosts: Iterable[str] = ()) -> frozenset[str]:
 
     `hosts` are the operator's own. A daemon that listens on every address is called localhost as well.
     """
-    name = _as_in_header(listen)
-    names = {name, *map(_as_in_header, hosts)} - ANY_ADDRESS
+    name = _normalized_host(listen)
+    names = {name, *map(_normalized_host, hosts)} - ANY_ADDRESS
     return frozenset(names | LOOPBACK if names & LOOPBACK or name in ANY_ADDRESS else names)
 
 
-def _as_in_header(host: str) -> str:
+def _normalized_host(host: str) -> str:
     """What `host_name` makes of a Host header with this name, which may be an IPv6 address without brackets."""
-    return host_name(host) or _shortest(host.lower())
+    return host_name(host) or _normalized_address(host.lower())
 
 
-def _shortest(address: str) -> str:
+def _normalized_address(address: str) -> str:
     try:
         return str(ip_address(address))
     except ValueError:
         return address
 
 
-def is_plainly_json(headers: MultiMapping[str]) -> bool:
+def is_plain_json(headers: MultiMapping[str]) -> bool:
     """Whether a body is JSON at first sight, as nearly all are: check_kind would take it."""
     given = headers.get(CONTENT_TYPE, "")
     return given in _PLAIN[JSON] and CONTENT_ENCODING not in headers and TRANSFER_ENCODING not in headers
 
 
-def check_kind(headers: MultiMapping[str], wanted: str) -> None:
+def check_content_type(headers: MultiMapping[str], wanted: str) -> None:
     """415 unless the body is of the type `wanted`, in UTF-8 and not compressed."""
     given = headers.get(CONTENT_TYPE, "")
-    if given not in _PLAIN.get(wanted, ()) and not _is_kind(given, wanted):
+    if given not in _PLAIN.get(wanted, ()) and not _is_type(given, wanted):
         raise api_error("unsupported_media_type", f"The body must be {wanted}: send `Content-Type: {wanted}`.")
-    if _is_coded(headers, CONTENT_ENCODING, "identity") or _is_coded(headers, TRANSFER_ENCODING, "chunked"):
+    if _is_encoded(headers, CONTENT_ENCODING, "identity") or _is_encoded(headers, TRANSFER_ENCODING, "chunked"):
         raise api_error("unsupported_media_type", "Compressed bodies are not taken: send it as it is.")
 
 
-def _is_coded(headers: MultiMapping[str], name: str, plain: str) -> bool:
+def _is_encoded(headers: MultiMapping[str], name: str, plain: str) -> bool:
     return name in headers and headers[name].lower() != plain
 
 
-def _is_kind(given: str, wanted: str) -> bool:
+def _is_type(given: str, wanted: str) -> bool:
     kind, _, rest = given.partition(";")
     if kind.strip().lower() != wanted:
         return False

@@ -43,8 +43,8 @@ MAX_FORM_FIELDS: Final = 300  # a page of jobs, each of which is ticked
 SHOWN_NAME: Final = 80  # characters of a caller's own field name that an answer repeats
 BIG_BODY: Final = 64 << 10  # bytes; smaller ones are read at once
 MANY_KEYS: Final = 25_000  # a body with fewer fields, in it or in its payloads, is read in a few milliseconds
-FAIR_FIELD: Final = 64 << 10  # bytes that a field may take which is no payload
-FAIR_NAME: Final = 60  # bytes for its name and the blanks around it
+MAX_COUNTED_FIELD: Final = 64 << 10  # bytes that a field may take which is no payload
+NAME_ALLOWANCE: Final = 60  # bytes for its name and the blanks around it
 _FAULTS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # a ValidationError is one too
 
 _WHERE = re.compile(r"\$[^ `]{0,200}`")
@@ -84,7 +84,7 @@ class Limits(Struct, frozen=True):
     idle_s: float = 75.0
 
 
-class Shape:
+class RequestDecoder:
     """How one command is read, from a body or from a query. Built once for each route.
 
     `given` is the name of the field that the path gives ("id", "name"), None where the path gives nothing. `part` is
@@ -92,23 +92,25 @@ class Shape:
     """
 
     def __init__(
-        self, command: type[Command], given: str | None, limits: Limits, *, part: type[Any] | None = None
+        self, command: type[Command], path_field: str | None, limits: Limits, *, body_type: type[Any] | None = None
     ) -> None:
         self.command = command
-        self.given = given
+        self.path_field = path_field
         self.limits = limits
-        self.part = part or (command if given is None else part_of(command, given))
+        self.body_type = body_type or (command if path_field is None else make_body_type(command, path_field))
         self._lists = frozenset(
             info.encode_name for info in msgspec.structs.fields(command) if get_origin(info.type) is list
         )
         self._texts = frozenset(info.encode_name for info in msgspec.structs.fields(command) if _takes_text(info.type))
-        [self._given] = [info.type for info in msgspec.structs.fields(command) if info.name == given] or [str]
-        self.given_words = _pattern_words(self._given)
+        [self._given] = [info.type for info in msgspec.structs.fields(command) if info.name == path_field] or [str]
+        self.path_value_words = _pattern_words(self._given)
         self._check = _CHECKS.get(command)
-        self._decode = msgspec.json.Decoder(self.part).decode
-        self._scale = Scale(self.part, {name: most(limits) for name, most in _LISTS.get(command, {}).items()})
+        self._decode = msgspec.json.Decoder(self.body_type).decode
+        self._scanner = BodyScanner(
+            self.body_type, {name: most(limits) for name, most in _LISTS.get(command, {}).items()}
+        )
 
-    def takes(self, value: str) -> bool:
+    def accepts(self, value: str) -> bool:
         """Whether the field that the path gives takes `value`."""
         try:
             msgspec.convert(value, self._given)
@@ -122,19 +124,19 @@ class Shape:
             if not body.isascii():
                 body.decode()  # the decoder does not look into values that it keeps as they came
             if len(body) > BIG_BODY:
-                self._scale.check(body)
+                self._scanner.check(body)
             part = self._decode(body or b"{}")
-        except TooLong as fault:
-            raise _too_many(fault.name, fault.most) from None
-        except TooMuch:
+        except ListTooLong as fault:
+            raise _too_many(fault.name, fault.limit) from None
+        except BodyTooComplex:
             raise invalid_request_error(
                 "$", "is mostly blanks or fields that are said again and again. Say each once."
             ) from None
         except msgspec.ValidationError as fault:
-            raise explain(str(fault), self.part) from None
+            raise validation_error(str(fault), self.body_type) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
-            raise malformed(fault) from None
-        command = self._joined(part, value)
+            raise malformed_json_error(fault) from None
+        command = self._build(part, value)
         if self._check is not None:
             self._check(command, self.limits)
         return command
@@ -142,12 +144,12 @@ class Shape:
     def from_query(self, query: str, value: str | None = None) -> Command:
         """The command of a GET: each parameter is a field, none may be unknown or come twice."""
         fields: dict[str, Any] = _parameters(query) if query else {}
-        return self._joined(self._converted(fields), value)
+        return self._build(self._converted(fields), value)
 
     def from_form(self, body: bytes, value: str | None = None) -> Command:
         """The command of a form of a page: as a query, but a field that is a list may come again and again."""
         fields = _parameters(body.decode("latin-1"), self._lists, MAX_FORM_FIELDS)
-        return self._joined(self._converted(fields), value)
+        return self._build(self._converted(fields), value)
 
     def _converted(self, fields: dict[str, Any]) -> Any:
         for name, value in fields.items():
@@ -156,41 +158,43 @@ class Shape:
             ):  # msgspec: as good as none
                 raise invalid_request_error(f"$.{name}", "null is no value here. Leave it out.")
         try:
-            return msgspec.convert(fields, self.part, strict=False)
+            return msgspec.convert(fields, self.body_type, strict=False)
         except msgspec.ValidationError as fault:
-            raise explain(str(fault), self.part) from None
+            raise validation_error(str(fault), self.body_type) from None
 
-    def _joined(self, part: Any, value: str | None) -> Command:
+    def _build(self, part: Any, value: str | None) -> Command:
         """`part` as it is, or with the field that the path gives put in."""
-        if self.given is None:
+        if self.path_field is None:
             command: Command = part
             return command
         named = asdict(part)
-        own = named[self.given]
+        own = named[self.path_field]
         if own is not UNSET and own != value:
             raise invalid_request_error(
-                f"$.{self.given}", "differs from the one in the path. Leave it out of the body."
+                f"$.{self.path_field}", "differs from the one in the path. Leave it out of the body."
             )
-        named[self.given] = value
+        named[self.path_field] = value
         return self.command(**named)
 
 
-def part_of(command: type[Command], given: str | None, *, also: Sequence[Any] = (), kind: str = "Body") -> type[Any]:
+def make_body_type(
+    command: type[Command], path_field: str | None, *, extra_fields: Sequence[Any] = (), suffix: str = "Body"
+) -> type[Any]:
     """`command` as it is read where the path gives the field `given`, which need not be there then.
 
     `also`: fields that stand beside those of the command, as defstruct takes them; `kind` ends the part's name.
     """
-    fields: list[Any] = list(also)
+    fields: list[Any] = list(extra_fields)
     for info in msgspec.structs.fields(command):
-        if info.name == given:
-            fields.append((given, str | UnsetType, UNSET))
+        if info.name == path_field:
+            fields.append((path_field, str | UnsetType, UNSET))
         elif info.default_factory is not NODEFAULT:
             fields.append((info.name, info.type, msgspec.field(default_factory=info.default_factory)))
         else:
             fields.append((info.name, info.type, msgspec.field(default=info.default)))
     names = {info.name: info.encode_name for info in msgspec.structs.fields(command) if info.name != info.encode_name}
     return msgspec.defstruct(
-        f"{command.__name__}{kind}",
+        f"{command.__name__}{suffix}",
         fields,
         rename=names or None,
         frozen=True,
@@ -205,10 +209,10 @@ def _takes_text(kind: Any) -> bool:
     return kind is str or (get_origin(kind) is not Literal and any(map(_takes_text, get_args(kind))))
 
 
-def path_value(shape: Shape, value: str) -> str:
+def path_value(shape: RequestDecoder, value: str) -> str:
     """The id or name that the path gives (percent-decoded), checked by its field."""
-    if not is_job_id(value) and not shape.takes(value):
-        raise invalid_request_error(f"$.{shape.given}", f"the path must give {shape.given_words} here.")
+    if not is_job_id(value) and not shape.accepts(value):
+        raise invalid_request_error(f"$.{shape.path_field}", f"the path must give {shape.path_value_words} here.")
     return value
 
 
@@ -293,7 +297,7 @@ _CHECKS: Final[dict[type[Command], Callable[[Any, Limits], None]]] = {
 # Words for faults.
 
 
-def malformed(fault: Exception) -> ApiException:
+def malformed_json_error(fault: Exception) -> ApiException:
     """400 for a body that is no JSON: the decoder's word and the byte, never the body's own text."""
     if isinstance(fault, RecursionError):
         why = "it is nested too deeply"
@@ -304,7 +308,7 @@ def malformed(fault: Exception) -> ApiException:
     return api_error("invalid_request", f"The body is not valid JSON: {why}. Send one JSON object in UTF-8.", field="$")
 
 
-def explain(fault: str, shape: type[Any]) -> ApiException:
+def validation_error(fault: str, shape: type[Any]) -> ApiException:
     """400 for well-formed JSON of the wrong shape: the field's path, what is expected, what to do."""
     what, where = _place(fault)
     about = _ABOUT_FIELD.fullmatch(what)
@@ -396,25 +400,25 @@ def _pattern_words(annotation: Any) -> str:
 # Large bodies.
 
 
-class TooLong(Exception):
+class ListTooLong(Exception):
     """The list `name` has more than `most` places."""
 
     def __init__(self, name: str, most: int) -> None:
         super().__init__(name)
         self.name = name
-        self.most = most
+        self.limit = most
 
 
-class TooMuch(Exception):
+class BodyTooComplex(Exception):
     """The body is mostly blanks or fields that are said again and again."""
 
 
-class Scale:
+class BodyScanner:
     """Looks over bodies of the type `part`. `lists` says how long each of its lists may be."""
 
     def __init__(self, part: type[Any], lists: Mapping[str, int]) -> None:
-        self._ends = [(name, most, _decoder({name: _ended(most)})) for name, most in lists.items()]
-        self._unread = msgspec.json.Decoder(_unread(part))
+        self._ends = [(name, most, _decoder({name: _bounded_list(most)})) for name, most in lists.items()]
+        self._unread = msgspec.json.Decoder(_skipping_type(part))
 
     def check(self, body: bytes) -> None:
         """Raises TooLong or TooMuch."""
@@ -425,7 +429,7 @@ class Scale:
                 decoder.decode(body)
             except msgspec.ValidationError as fault:
                 if str(fault).endswith(f"`$.{name}[{most}]`"):
-                    raise TooLong(name, most) from None
+                    raise ListTooLong(name, most) from None
             except _FAULTS:
                 continue
         if body.count(b'":') > MANY_KEYS:
@@ -433,8 +437,8 @@ class Scale:
                 seen = self._unread.decode(body)
             except _FAULTS:
                 return
-            if len(body) - _fair(seen) > BIG_BODY:
-                raise TooMuch
+            if len(body) - _expected_size(seen) > BIG_BODY:
+                raise BodyTooComplex
 
 
 def _decoder(fields: Mapping[str, Any]) -> msgspec.json.Decoder[Any]:
@@ -443,23 +447,23 @@ def _decoder(fields: Mapping[str, Any]) -> msgspec.json.Decoder[Any]:
     )
 
 
-def _ended(most: int) -> Any:
+def _bounded_list(most: int) -> Any:
     """A list of up to `most` unread places: one more is of a type that nothing is."""
     return tuple[(*[Raw] * most, Annotated[int, msgspec.Meta(gt=0, lt=0)])]  # type: ignore[misc]
 
 
-def _unread(part: type[Any]) -> type[Struct]:
+def _skipping_type(part: type[Any]) -> type[Struct]:
     """`part` with its values passed over; of a list of structs the values in those."""
     fields: list[Any] = []
     for info in msgspec.structs.fields(part):
-        inner = _listed(info.type)
-        of: Any = Raw if inner is None else list[_unread(inner)]  # type: ignore[misc]
+        inner = _item_struct(info.type)
+        of: Any = Raw if inner is None else list[_skipping_type(inner)]  # type: ignore[misc]
         fields.append((info.name, of, msgspec.field(default=None, name=info.encode_name)))
     payloads = frozenset(info.name for info in msgspec.structs.fields(part) if info.type is Raw)
     return msgspec.defstruct("Unread", fields, namespace={"payloads": payloads})
 
 
-def _listed(annotation: Any) -> type[Struct] | None:
+def _item_struct(annotation: Any) -> type[Struct] | None:
     """The struct of which this is a list."""
     if get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
@@ -467,14 +471,14 @@ def _listed(annotation: Any) -> type[Struct] | None:
     return inner if isinstance(inner, type) and issubclass(inner, Struct) else None
 
 
-def _fair(seen: Any) -> int:
+def _expected_size(seen: Any) -> int:
     """How many bytes a body may take that says these fields once each."""
     total = 0
     for name in seen.__struct_fields__:
         value = getattr(seen, name)
         if isinstance(value, Raw):
             size = memoryview(value).nbytes
-            total += FAIR_NAME + (size if name in seen.payloads else min(size, FAIR_FIELD))
+            total += NAME_ALLOWANCE + (size if name in seen.payloads else min(size, MAX_COUNTED_FIELD))
         elif value is not None:
-            total += FAIR_NAME + sum(FAIR_NAME + _fair(each) for each in value)
+            total += NAME_ALLOWANCE + sum(NAME_ALLOWANCE + _expected_size(each) for each in value)
     return total

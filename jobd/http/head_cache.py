@@ -15,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from multidict import CIMultiDict, CIMultiDictProxy, istr
 
-from jobd.http.request import Head
+from jobd.http.request import RequestHead
 
 MOST_KNOWN: Final = 512
 LONGEST: Final = 2048  # bytes
@@ -34,14 +34,14 @@ class Whole(Struct, frozen=True):
 
     method: str
     target: str
-    head: Head
+    head: RequestHead
     body: bytes
 
 
 class _Known(Struct, frozen=True):
     """A head, the length of the body that it announces, and the first line that it came with: many come again."""
 
-    head: Head
+    head: RequestHead
     length: int
     line: bytes
     method: str
@@ -74,7 +74,7 @@ class Heads:
         at, end = _bounds(data)
         if not is_whole(message, payload) or _OTHER_LINES.fullmatch(data, at, end) is None:
             return False
-        head = Head.of(message, payload)
+        head = RequestHead.of(message, payload)
         length = int(head.headers.get(hdrs.CONTENT_LENGTH, 0))
         line = _FIRST_LINE.fullmatch(data, 0, at)
         if len(data) != end + length or message.upgrade or line is None:
@@ -119,7 +119,7 @@ def _cut(lines: bytes) -> tuple[bytes, list[tuple[istr, str]]]:
     return lines, values
 
 
-def _with(head: Head, values: list[tuple[istr, str]]) -> Head:
+def _with(head: RequestHead, values: list[tuple[istr, str]]) -> RequestHead:
     headers = CIMultiDict(head.headers)
     for name, value in values:
         headers.add(name, value)

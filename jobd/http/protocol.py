@@ -26,11 +26,11 @@ from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler
 
 from jobd.engine.mailbox import Envelope
-from jobd.http.app import BUG, Web
+from jobd.http.app import INTERNAL_ERROR, App
 from jobd.http.head_cache import Heads, is_whole
-from jobd.http.request import Request, Visit
-from jobd.http.response import HTTP_VERSION, Letter, Reply, cut_off_later
-from jobd.http.routing import Found
+from jobd.http.request import HttpRequest, RequestContext
+from jobd.http.response import HTTP_VERSION, HttpResponse, PreparedResponse, abort_later
+from jobd.http.routing import RouteMatch
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
@@ -58,12 +58,12 @@ def begin(
     connection: RequestHandler,
     writer: AbstractStreamWriter,
     task: asyncio.Task[None],
-) -> Request:
+) -> HttpRequest:
     """A request as aiohttp's loop hands it on."""
-    assert isinstance(connection, Connection)
+    assert isinstance(connection, HttpConnection)
     if not payload.is_eof():
         payload.on_eof(connection.free_place_soon)
-    request = Request(message, payload, connection, writer, task, asyncio.get_running_loop())
+    request = HttpRequest(message, payload, connection, writer, task, asyncio.get_running_loop())
     connection.note_begun(request)
     return request
 
@@ -72,15 +72,24 @@ class Flight:
     """A request on its short way. The actor takes it for the future that waits for the answer."""
 
     __slots__ = (
-        "_connection", "_is_cancelled", "_is_over", "asked", "held", "idle", "ready", "reply", "unread", "visit",
+        "_connection",
+        "_is_cancelled",
+        "_is_over",
+        "asked",
+        "ctx",
+        "held",
+        "idle",
+        "ready",
+        "reply",
+        "unread",
     )  # fmt: skip
 
-    def __init__(self, connection: Connection, visit: Visit, idle: asyncio.Future[None]) -> None:
-        self.visit = visit
+    def __init__(self, connection: HttpConnection, ctx: RequestContext, idle: asyncio.Future[None]) -> None:
+        self.ctx = ctx
         self.idle = idle  # what aiohttp's loop waits for meanwhile
         self.asked: Envelope | None = None
-        self.ready: tuple[Response, Reply] | None = None  # an answer that is not on the disk yet
-        self.reply: Reply | None = None
+        self.ready: tuple[Response, HttpResponse] | None = None  # an answer that is not on the disk yet
+        self.reply: HttpResponse | None = None
         self.held: asyncio.TimerHandle | None = None  # runs while the reply waits for the end of the probe
         self.unread: asyncio.TimerHandle | None = None  # runs while the client does not read the reply
         self._connection = connection
@@ -109,11 +118,11 @@ class Flight:
             self.unread.cancel()
         if self.held is not None:
             self.held.cancel()
-            assert self.reply is not None and self.reply.lost is not None
-            self.reply.lost()
+            assert self.reply is not None and self.reply.on_lost is not None
+            self.reply.on_lost()
 
 
-class Connection(RequestHandler):
+class HttpConnection(RequestHandler):
     """aiohttp's connection with a short way, our error object where it would send text, and without its tracebacks.
 
     `_waiter` is aiohttp's: the future that its loop waits for while nothing is to be done, None while something is.
@@ -124,14 +133,14 @@ class Connection(RequestHandler):
         "_truncated", "_web",
     )  # fmt: skip
 
-    def __init__(self, manager: web.Server, site: Web[Any], heads: Heads, **options: Any) -> None:
+    def __init__(self, manager: web.Server, app: App[Any], heads: Heads, **options: Any) -> None:
         super().__init__(manager, **options)
-        self._web = site
+        self._web = app
         self._heads = heads
         self._is_between = True  # all that came so far was read: with what comes next a request begins
         self._flight: Flight | None = None
         self._rest = bytearray()  # has been read, and is parsed in the next turns of the loop
-        self._latest: Request | None = None  # the request that aiohttp's loop began last
+        self._latest: HttpRequest | None = None  # the request that aiohttp's loop began last
         self._is_half_closed = False  # the client sends no more
         self._truncated: StreamReader | None = None  # the body whose end the client has not sent
         self._ahead = 0  # bytes of the pending response that were sent as a probe
@@ -178,8 +187,8 @@ class Connection(RequestHandler):
         waiter = self._waiter
         idle = None if waiter is None or waiter.done() else waiter
         if idle is not None and self._is_between and (whole := self._heads.read(data)) is not None:
-            visit = Visit(whole.method, whole.target, whole.head, self)
-            if self._depart(visit, whole.body):
+            ctx = RequestContext(whole.method, whole.target, whole.head, self)
+            if self._depart(ctx, whole.body):
                 return
         before = len(self._messages)
         self._waiter = None  # it is not to be woken before we have seen what has come
@@ -270,7 +279,7 @@ class Connection(RequestHandler):
         self._check_later(FIRST_CHECK_S)
         return True
 
-    def note_begun(self, request: Request) -> None:
+    def note_begun(self, request: HttpRequest) -> None:
         """Note that aiohttp's loop begins `request`."""
         self._latest = request
         if self._is_half_closed:
@@ -359,15 +368,15 @@ class Connection(RequestHandler):
         message, payload = self._messages[0]
         if not is_whole(message, payload) or message.upgrade:
             return False
-        return self._depart(Visit.of(message, payload, self))
+        return self._depart(RequestContext.of(message, payload, self))
 
-    def _depart(self, visit: Visit, body: bytes | None = None) -> bool:
+    def _depart(self, ctx: RequestContext, body: bytes | None = None) -> bool:
         """`body` is None where it has been parsed."""
-        found = self._web.find(visit)
-        if found.way is not None and found.way.route.via is not None:
+        found = self._web.match(ctx)
+        if found.resolved is not None and found.resolved.route.handler is not None:
             return False
         assert self._waiter is not None
-        flight = self._flight = Flight(self, visit, self._waiter)
+        flight = self._flight = Flight(self, ctx, self._waiter)
         self._waiter = None
         self._request_in_progress = True
         self._send(flight, found, self._parsed_body() if body is None else body)
@@ -379,18 +388,18 @@ class Connection(RequestHandler):
         self._parser.message_consumed()
         return payload.read_nowait()
 
-    def _send(self, flight: Flight, found: Found, body: bytes) -> None:
+    def _send(self, flight: Flight, found: RouteMatch, body: bytes) -> None:
         try:
-            sent = self._web.send(flight.visit, found, body, flight)
+            sent = self._web.send(flight.ctx, found, body, flight)
         except Exception as bug:
-            sent = self._refusal(flight.visit, bug)
+            sent = self._refusal(flight.ctx, bug)
         if isinstance(sent, Envelope):
             flight.asked = sent
         else:
             self._leave(flight, sent)
 
-    def prepared(self, flight: Flight, answer: Response) -> Reply | None:
-        return self._web.prepared(flight.visit, answer)
+    def prepared(self, flight: Flight, answer: Response) -> HttpResponse | None:
+        return self._web.prepare(flight.ctx, answer)
 
     def answer(self, flight: Flight, answer: Response | ApiError) -> None:
         """The actor's answer leaves. Raises nothing: the actor has nothing to do with what goes wrong here."""
@@ -398,7 +407,7 @@ class Connection(RequestHandler):
             self._leave(flight, flight.ready[1])
             return
         try:
-            reply = self._web.reply(flight.visit, answer)
+            reply = self._web.respond(flight.ctx, answer)
         except Exception as bug:
             self._loop.call_soon(self._fail, flight, bug)
         else:
@@ -406,19 +415,19 @@ class Connection(RequestHandler):
 
     def _fail(self, flight: Flight, bug: Exception) -> None:
         if self._flight is flight:
-            self._leave(flight, self._refusal(flight.visit, bug))
+            self._leave(flight, self._refusal(flight.ctx, bug))
 
-    def _leave(self, flight: Flight, reply: Reply, waits_s: float = PROBE_S) -> None:
+    def _leave(self, flight: Flight, reply: HttpResponse, waits_s: float = PROBE_S) -> None:
         flight.reply, flight.held = reply, None
         transport = self.transport
-        if self._ahead and reply.lost is not None and transport is not None and self._is_probing(transport):
+        if self._ahead and reply.on_lost is not None and transport is not None and self._is_probing(transport):
             if waits_s > 0:
                 flight.held = self._loop.call_later(PROBE_LOOK_S, self._leave, flight, reply, waits_s - PROBE_LOOK_S)
                 return
             transport.abort()
         if reply.write(transport, self._ahead) and self.writing_paused:
             assert transport is not None
-            flight.unread = cut_off_later(transport)
+            flight.unread = abort_later(transport)
         else:
             self._land(flight)
 
@@ -454,7 +463,7 @@ class Connection(RequestHandler):
         self._request_in_progress = False
         if self._handler_waiter is not None and not self._handler_waiter.done():  # a stop waits, and has not given up
             self._handler_waiter.set_result(None)
-        self._web.landed()
+        self._web.request_finished()
 
     # -- ends ----------------------------------------------------------------------------------------------------------
 
@@ -484,12 +493,12 @@ class Connection(RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """The answer to what is not HTTP, and to a bug."""
-        assert isinstance(request, Request)
+        assert isinstance(request, HttpRequest)
         if isinstance(exc, ConnectionError):
             raise exc
-        return Letter(self._refusal(request.visit, exc), request)
+        return PreparedResponse(self._refusal(request.ctx, exc), request)
 
-    def _refusal(self, visit: Visit, exc: BaseException | None) -> Reply:
+    def _refusal(self, ctx: RequestContext, exc: BaseException | None) -> HttpResponse:
         """Its own text stays out of it: it may hold a token."""
         if isinstance(exc, HttpProcessingError):
             line = f"a line of its head is over {self.max_line_size} bytes"
@@ -497,8 +506,8 @@ class Connection(RequestHandler):
             refusal = ApiError("invalid_request", f"The request is not readable as HTTP/1.1: {why}.")
         else:
             self.log_exception("connection_bug", exc_info=exc)
-            refusal = BUG
-        return self._web.refuse(visit, refusal, close=True)
+            refusal = INTERNAL_ERROR
+        return self._web.error_response(ctx, refusal, close=True)
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
         exc = kw.get("exc_info")

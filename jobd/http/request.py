@@ -22,7 +22,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 from multidict import CIMultiDict, CIMultiDictProxy, MultiMapping
 
-from jobd.http.auth import OPERATOR, is_plainly_json, operator_name
+from jobd.http.auth import OPERATOR_HEADER, is_plain_json, operator_name
 from jobd.http.routing import Route
 from jobd.model.commands import IdempotencyKey, Operator
 
@@ -31,7 +31,7 @@ _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
 _URI: Final = re.compile(r"https?://([^/?#@]+)([/?].*)?", re.IGNORECASE)
 
 
-class Head(Struct, frozen=True):
+class RequestHead(Struct, frozen=True):
     """What a request says of itself beside its first line."""
 
     headers: MultiMapping[str]
@@ -42,14 +42,14 @@ class Head(Struct, frozen=True):
     expects: str  # the header Expect, in lower case
 
     @classmethod
-    def of(cls, message: RawRequestMessage, payload: StreamReader) -> Head:
+    def of(cls, message: RawRequestMessage, payload: StreamReader) -> RequestHead:
         has_body = type(payload) is not EmptyStreamReader
-        is_json = has_body and is_plainly_json(message.headers)
+        is_json = has_body and is_plain_json(message.headers)
         expects = ", ".join(message.headers.getall(hdrs.EXPECT)).lower() if hdrs.EXPECT in message.headers else ""
         return cls(message.headers, message.version, not message.should_close, has_body, is_json, expects)
 
 
-class Visit:
+class RequestContext:
     """A request, as everybody here sees it. `request` is aiohttp's own object, where it was made."""
 
     __slots__ = (
@@ -61,9 +61,9 @@ class Visit:
         self,
         method: str,
         target: str,
-        head: Head,
+        head: RequestHead,
         connection: RequestHandler,
-        request: Request | None = None,
+        request: HttpRequest | None = None,
     ) -> None:
         self.method = method
         self.path, _, self.query = target.partition("?")  # as they came
@@ -85,22 +85,22 @@ class Visit:
         message: RawRequestMessage,
         payload: StreamReader,
         connection: RequestHandler,
-        request: Request | None = None,
-    ) -> Visit:
+        request: HttpRequest | None = None,
+    ) -> RequestContext:
         """A request as the parser has read it. Clients that speak through a proxy send the whole URI as its target."""
-        target, head = message.path, Head.of(message, payload)
+        target, head = message.path, RequestHead.of(message, payload)
         if not target.startswith("/"):
             target, head = _without_authority(target, head)
         return cls(message.method, target, head, connection, request)
 
     @property
-    def is_cut(self) -> bool:
+    def is_disconnected(self) -> bool:
         """Whether the connection is gone, or going."""
         transport = self.connection.transport
         return transport is None or transport.is_closing()
 
 
-def _without_authority(target: str, head: Head) -> tuple[str, Head]:
+def _without_authority(target: str, head: RequestHead) -> tuple[str, RequestHead]:
     """The path and query of a URI, whose host stands for that of the header Host from here on (RFC 9112, 3.2.2)."""
     uri = _URI.fullmatch(target)
     if uri is None:
@@ -111,9 +111,9 @@ def _without_authority(target: str, head: Head) -> tuple[str, Head]:
     return path if path.startswith("/") else f"/{path}", replace(head, headers=CIMultiDictProxy(headers))
 
 
-def address_of(visit: Visit) -> str:
+def client_address(ctx: RequestContext) -> str:
     """Where the connection comes from: an address, or the user at the other end of a Unix socket."""
-    transport = visit.connection.transport
+    transport = ctx.connection.transport
     if transport is None:
         return "gone"
     peer = transport.get_extra_info("peername")
@@ -124,25 +124,25 @@ def address_of(visit: Visit) -> str:
     return f"unix uid={uid}"
 
 
-def operator_of(visit: Visit, name: str = "") -> Operator:
+def operator_of(ctx: RequestContext, name: str = "") -> Operator:
     """Who asks for a change: by `name`, where it is known, else by the one that the request gives."""
-    return Operator(name or operator_name(visit.head.headers.get(OPERATOR, "")), address_of(visit))
+    return Operator(name or operator_name(ctx.head.headers.get(OPERATOR_HEADER, "")), client_address(ctx))
 
 
-def looker_of(visit: Visit, name: str = "") -> Operator:
+def reading_operator(ctx: RequestContext, name: str = "") -> Operator:
     """Who looks at what is worth an entry in the audit log; who has no name and may only look is `reader`."""
-    if visit.operator is not None:
-        return visit.operator
-    name = name or operator_name(visit.head.headers.get(OPERATOR, ""))
-    return Operator(name or ("reader" if visit.by == "reader" else ""), address_of(visit))
+    if ctx.operator is not None:
+        return ctx.operator
+    name = name or operator_name(ctx.head.headers.get(OPERATOR_HEADER, ""))
+    return Operator(name or ("reader" if ctx.by == "reader" else ""), client_address(ctx))
 
 
-def in_parts(operator: Operator | None) -> Operator | None:
+def as_one_entry(operator: Operator | None) -> Operator | None:
     """`operator` for a deed of many commands, which is one row of the audit log."""
     return None if operator is None else replace(operator, part_of=secrets.token_hex(8))
 
 
-class Request(web.BaseRequest):
+class HttpRequest(web.BaseRequest):
     """aiohttp's request, for a request that waits for its body or gets a streamed response.
 
     `is_truncated`: the client stopped sending before the end of the body. `probe` holds the next bytes of the response
@@ -165,4 +165,4 @@ class Request(web.BaseRequest):
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         super().__init__(message, payload, protocol, writer, task, loop)
-        self.visit = Visit.of(message, payload, protocol, self)
+        self.ctx = RequestContext.of(message, payload, protocol, self)

@@ -18,31 +18,31 @@ from aiohttp.abc import AbstractStreamWriter
 from msgspec import Struct
 
 from jobd.http.auth import JSON
-from jobd.http.request import Request, Visit
+from jobd.http.request import HttpRequest, RequestContext
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
-PATIENCE_S: Final = 75.0  # how long an answer may wait for a client that does not read it
+WRITE_TIMEOUT_S: Final = 75.0  # how long an answer may wait for a client that does not read it
 RETRY_AFTER_S: Final = 1
 
 HTTP_VERSION: Final = b"HTTP/1.1 "  # how every response begins
 
 # What every answer says of itself: it may hold secrets, and it is of the type that it says.
-SAFE: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+SAFE_HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 _encode: Final = msgspec.json.Encoder().encode
 _BLANKS: Final = bytes.maketrans(b"\r\n", b"  ")
 
 
-class Text(Struct, frozen=True):
+class RawBody(Struct, frozen=True):
     """An answer's data that is no JSON and goes out as it is. `more`: headers beside the usual, or in their place."""
 
-    kind: str
+    content_type: str
     body: bytes
-    more: dict[str, str] = {}
+    headers: dict[str, str] = {}
 
 
-class _Accepted(Struct, frozen=True, gc=False):
+class _SuccessBody(Struct, frozen=True, gc=False):
     """What every answer that is JSON is, which is no refusal. One that was encoded piece by piece would be copied."""
 
     success: Literal[True]
@@ -83,7 +83,7 @@ _date: Final = _Date()
 
 
 def _head(status: int, kind: str, **more: str) -> bytes:
-    fields = {"Content-Type": kind, **SAFE, **more}
+    fields = {"Content-Type": kind, **SAFE_HEADERS, **more}
     lines = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in fields.items())
     return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{lines}".encode()
 
@@ -92,31 +92,31 @@ _HEADS: Final = {int(status): _head(status, JSON) for status in HTTPStatus}
 _REPLAYED: Final = b"Idempotent-Replayed: true\r\n"
 
 
-class Reply:
+class HttpResponse:
     """A whole answer in one piece of bytes. aiohttp's own Response spends more time on headers than all the rest.
 
     `lost` is called where the connection is gone before the first byte was written. `close` ends the connection once
     the rest of the request has been read and dropped, `hang_up` at once.
     """
 
-    __slots__ = ("close", "data", "hang_up", "lost")
+    __slots__ = ("close", "close_at_once", "data", "on_lost")
 
     def __init__(
         self,
-        visit: Visit,
+        ctx: RequestContext,
         head: bytes,
         body: bytes,
         *,
         close: bool = False,
-        hang_up: bool = False,
-        lost: Callable[[], None] | None = None,
+        close_at_once: bool = False,
+        on_lost: Callable[[], None] | None = None,
     ) -> None:
-        self.lost = lost
-        self.hang_up = hang_up
-        self.close = close or not visit.head.keep_alive
-        told = b"" if not self.close and visit.head.version >= (1, 1) else self._connection()
+        self.on_lost = on_lost
+        self.close_at_once = close_at_once
+        self.close = close or not ctx.head.keep_alive
+        told = b"" if not self.close and ctx.head.version >= (1, 1) else self._connection()
         length = b"Content-Length: %d\r\n\r\n" % len(body)
-        self.data = b"".join((head, _date.line(), told, length, b"" if visit.method == hdrs.METH_HEAD else body))
+        self.data = b"".join((head, _date.line(), told, length, b"" if ctx.method == hdrs.METH_HEAD else body))
 
     def _connection(self) -> bytes:
         return b"Connection: close\r\n" if self.close else b"Connection: keep-alive\r\n"
@@ -127,15 +127,15 @@ class Reply:
             transport.write(self.data[ahead:] if ahead else self.data)
             if not transport.is_closing():  # the client may be gone, and we learn it by writing to it
                 return True
-        if self.lost is not None:
-            self.lost()
+        if self.on_lost is not None:
+            self.on_lost()
         return False
 
 
-class Letter(web.StreamResponse):
+class PreparedResponse(web.StreamResponse):
     """A reply as aiohttp takes it from a handler."""
 
-    def __init__(self, reply: Reply, request: Request) -> None:
+    def __init__(self, reply: HttpResponse, request: HttpRequest) -> None:
         self._reply = reply
         self._request = request
         self._keep_alive = not reply.close
@@ -146,58 +146,58 @@ class Letter(web.StreamResponse):
     async def write_eof(self, data: bytes = b"") -> None:
         transport, request = self._request.transport, self._request
         request.probe = b""
-        if request.probed is not None and transport is not None and self._reply.lost is not None:
+        if request.probed is not None and transport is not None and self._reply.on_lost is not None:
             try:
                 await request.probed(transport)
             except asyncio.CancelledError:
-                self._reply.lost()
+                self._reply.on_lost()
                 raise
         if not self._reply.write(transport, request.ahead):
             raise ConnectionResetError("the client is gone")
         assert transport is not None
         if self._request.protocol.writing_paused:
             await self._drain(transport)
-        if self._reply.hang_up:
+        if self._reply.close_at_once:
             transport.close()
 
     async def _drain(self, transport: asyncio.Transport) -> None:
         """Wait for a slow reader, but not for ever."""
         try:
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await self._request.writer.drain()
         except TimeoutError:
             transport.abort()
 
 
-def cut_off_later(transport: asyncio.Transport) -> asyncio.TimerHandle:
+def abort_later(transport: asyncio.Transport) -> asyncio.TimerHandle:
     """Ends the connection of a slow reader, unless the timer is cancelled in time."""
-    return asyncio.get_running_loop().call_later(PATIENCE_S, transport.abort)
+    return asyncio.get_running_loop().call_later(WRITE_TIMEOUT_S, transport.abort)
 
 
-def accepted(
-    visit: Visit,
+def ok_response(
+    ctx: RequestContext,
     data: Any,
     status: int,
     *,
     replayed: bool = False,
     close: bool = False,
-    lost: Callable[[], None] | None = None,
-) -> Reply:
+    on_lost: Callable[[], None] | None = None,
+) -> HttpResponse:
     """The answer `{"success": true, "data": …}`, or the text as it is. It was answered, whatever it says: 503 too."""
-    if type(data) is Text:
-        return Reply(visit, _head(status, data.kind, **data.more), data.body, close=close)
-    body = _encode(_Accepted(True, data))
+    if type(data) is RawBody:
+        return HttpResponse(ctx, _head(status, data.content_type, **data.headers), data.body, close=close)
+    body = _encode(_SuccessBody(True, data))
     head = _HEADS[status] + _REPLAYED if replayed else _HEADS[status]
-    return Reply(visit, head, body, close=close, lost=lost)
+    return HttpResponse(ctx, head, body, close=close, on_lost=on_lost)
 
 
-def answer_line(answer: Response) -> bytes:
+def response_line(answer: Response) -> bytes:
     """An answer in a stream of answers: the usual object with its status, in one line."""
     more = b',"replayed":true' if answer.replayed else b""
     return b'{"success":true,"data":%b,"status":%d%b}\n' % (_in_one_line(_encode(answer.data)), answer.status, more)
 
 
-def refusal_line(refusal: ApiError) -> bytes:
+def error_line(refusal: ApiError) -> bytes:
     """A refusal in a stream of answers."""
     details = refusal.details
     if refusal.code == "overloaded":
@@ -211,14 +211,14 @@ def _in_one_line(body: bytes) -> bytes:
     return body.translate(_BLANKS) if b"\n" in body or b"\r" in body else body
 
 
-def refusing(
-    visit: Visit,
+def error_response(
+    ctx: RequestContext,
     refusal: ApiError,
     *,
     allow: frozenset[str] = frozenset(),
     close: bool = False,
-    shown: Text | None = None,
-) -> Reply:
+    page: RawBody | None = None,
+) -> HttpResponse:
     """The error object, or what is `shown` in its place, with the headers that its status asks for."""
     more: dict[str, str] = {}
     if allow:
@@ -227,8 +227,8 @@ def refusing(
         more["WWW_Authenticate"] = "Bearer"
     if refusal.code == "overloaded":
         more["Retry_After"] = str(RETRY_AFTER_S)
-    if shown is None:
-        shown = Text(JSON, _encode(ErrorBody(refusal.code, refusal.message, refusal.details)))
+    if page is None:
+        page = RawBody(JSON, _encode(ErrorBody(refusal.code, refusal.message, refusal.details)))
     late = refusal.code == "request_timeout"
-    head = _head(refusal.status, shown.kind, **shown.more, **more)
-    return Reply(visit, head, shown.body, close=close or late, hang_up=late)
+    head = _head(refusal.status, page.content_type, **page.headers, **more)
+    return HttpResponse(ctx, head, page.body, close=close or late, close_at_once=late)

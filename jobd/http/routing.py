@@ -13,16 +13,16 @@ from aiohttp.web import StreamResponse
 from msgspec import Struct
 
 from jobd.http.auth import JSON
-from jobd.http.decoding import Limits, Shape
+from jobd.http.decoding import Limits, RequestDecoder
 from jobd.model.commands import Claim, Command, Create, NamedJobCommand, Start
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
-Who = Literal["anyone", "worker", "admin"]
+Auth = Literal["anyone", "worker", "admin"]
 # How a call is answered that is not one command to the actor: given the Web, the Visit and what was decoded.
-Via = Callable[[Any, Any, Any], Awaitable[Response | ApiError | StreamResponse]]
+Handler = Callable[[Any, Any, Any], Awaitable[Response | ApiError | StreamResponse]]
 # How a refusal is told where people read it: given the Visit and the Refusal, the data of an answer.
-Shows = Callable[[Any, ApiError], Any]
+ErrorRenderer = Callable[[Any, ApiError], Any]
 
 
 class Route(Struct, frozen=True, kw_only=True):
@@ -38,17 +38,17 @@ class Route(Struct, frozen=True, kw_only=True):
 
     method: str
     path: str
-    asks: type[Command]
-    gives: Any
-    who: Who
-    via: Via | None = None
+    request: type[Command]
+    response: Any
+    auth: Auth
+    handler: Handler | None = None
     key: bool = False
     status: int = 200
-    reads: Literal["json", "lines", "form"] = "json"
-    sends: str = JSON
+    body: Literal["json", "lines", "form"] = "json"
+    content_type: str = JSON
     secret: bool = False
-    noted: bool = False
-    shows: Shows | None = None
+    audited: bool = False
+    render_error: ErrorRenderer | None = None
 
     @property
     def changes(self) -> bool:
@@ -56,34 +56,36 @@ class Route(Struct, frozen=True, kw_only=True):
         return self.method != "GET"
 
     @property
-    def given(self) -> str | None:
+    def path_field(self) -> str | None:
         """The name of the part of the path in braces."""
         return self.path[self.path.index("{") + 1 : self.path.index("}")] if "{" in self.path else None
 
 
-class Way(Struct, frozen=True):
+class ResolvedRoute(Struct, frozen=True):
     """A route with the reader of its command, and with what that command says of itself."""
 
     route: Route
-    shape: Shape
+    decoder: RequestDecoder
     names_worker: bool  # it comes from a worker, and says from which
     names_job: bool
 
 
-class Found(Struct, frozen=True):
+class RouteMatch(Struct, frozen=True):
     """What a path is: its way for a method, what it gives for its part in braces (decoded), the methods it takes."""
 
-    way: Way | None
-    given: str | None = None
+    resolved: ResolvedRoute | None
+    path_value: str | None = None
     allowed: frozenset[str] = frozenset()
 
 
-class Table:
+class Router:
     """Looks routes up: exact paths first, then those with a part in braces."""
 
     def __init__(self, routes: Iterable[Route], limits: Limits) -> None:
-        exact: dict[str, dict[str, Way]] = {}
-        self._patterns: dict[str, dict[str, dict[str, Way]]] = {}  # what is before the braces, what is after them
+        exact: dict[str, dict[str, ResolvedRoute]] = {}
+        self._patterns: dict[
+            str, dict[str, dict[str, ResolvedRoute]]
+        ] = {}  # what is before the braces, what is after them
         for route in routes:
             prefix, brace, rest = route.path.partition("{")
             methods = (
@@ -92,12 +94,14 @@ class Table:
                 else exact.setdefault(prefix, {})
             )
             assert route.method not in methods, f"two routes for {route.method} {route.path}"
-            methods[route.method] = _way(route, limits)
-            if route.method == "GET" and route.who == "anyone":
+            methods[route.method] = _resolved(route, limits)
+            if route.method == "GET" and route.auth == "anyone":
                 methods["HEAD"] = methods["GET"]  # balancers probe with it
-        self._exact = {path: {method: Found(way) for method, way in methods.items()} for path, methods in exact.items()}
+        self._exact = {
+            path: {method: RouteMatch(way) for method, way in methods.items()} for path, methods in exact.items()
+        }
 
-    def find(self, method: str, path: str) -> Found:
+    def match(self, method: str, path: str) -> RouteMatch:
         """What `path` is. The methods that it takes are told only where `method` is none of them."""
         exact = self._exact.get(path, {})
         if (found := exact.get(method)) is not None:
@@ -108,11 +112,13 @@ class Table:
                 given, slash, rest = path[len(prefix) :].partition("/")
                 methods = tails.get(slash + rest, {}) if given else {}
                 if method in methods:
-                    return Found(methods[method], unquote(given))
+                    return RouteMatch(methods[method], unquote(given))
                 allowed |= methods.keys()
-        return Found(None, None, allowed)
+        return RouteMatch(None, None, allowed)
 
 
-def _way(route: Route, limits: Limits) -> Way:
-    shape = Shape(route.asks, route.given, limits)
-    return Way(route, shape, issubclass(route.asks, Start | Claim), issubclass(route.asks, Create | NamedJobCommand))
+def _resolved(route: Route, limits: Limits) -> ResolvedRoute:
+    shape = RequestDecoder(route.request, route.path_field, limits)
+    return ResolvedRoute(
+        route, shape, issubclass(route.request, Start | Claim), issubclass(route.request, Create | NamedJobCommand)
+    )

@@ -21,13 +21,13 @@ import structlog
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from jobd.http.app import Web
+from jobd.http.app import App
 from jobd.http.head_cache import Heads
-from jobd.http.protocol import Connection, begin
+from jobd.http.protocol import HttpConnection, begin
 
 BACKLOG: Final = 1024
 LINGER_S: Final = 5.0  # how long the rest of a refused body is read, so that the client gets to see the answer
-LAST_BREATH_S: Final = 0.1  # after the deadline of a stop, for cancelled handlers to end
+CANCEL_GRACE_S: Final = 0.1  # after the deadline of a stop, for cancelled handlers to end
 
 log = structlog.get_logger("jobd.web")
 
@@ -35,26 +35,26 @@ log = structlog.get_logger("jobd.web")
 class _Server(web.Server):
     """Makes a Connection where aiohttp would make its own."""
 
-    def __init__(self, site: Web[Any], **options: Any) -> None:
-        super().__init__(site.handle, request_factory=begin, handler_cancellation=True)
-        self._site = site
+    def __init__(self, app: App[Any], **options: Any) -> None:
+        super().__init__(app.handle, request_factory=begin, handler_cancellation=True)
+        self._app = app
         self._heads = Heads()
         self._options = options
 
     def __call__(self) -> RequestHandler:
-        return Connection(self, self._site, self._heads, loop=self._loop, **self._options)
+        return HttpConnection(self, self._app, self._heads, loop=self._loop, **self._options)
 
 
-class Listener:
+class HttpListener:
     """The sockets of one `Web`. Make it inside the event loop."""
 
-    def __init__(self, site: Web[Any]) -> None:
-        self.site = site
+    def __init__(self, app: App[Any]) -> None:
+        self.app = app
         self._server = _Server(
-            site,
+            app,
             access_log=None,
             auto_decompress=False,
-            keepalive_timeout=site.limits.idle_s,
+            keepalive_timeout=app.limits.idle_s,
             lingering_time=LINGER_S,
         )
         self._sockets: list[asyncio.Server] = []
@@ -97,7 +97,7 @@ class Listener:
 
         After `deadline_s` seconds the rest is cut off. Parked claims are in flight: the actor has to answer them.
         """
-        self.site.close()
+        self.app.close()
         # Names go while we still listen: a moment later they could be those of another daemon's sockets.
         await asyncio.to_thread(_unlink, self._paths)
         for server in self._sockets:
@@ -107,32 +107,32 @@ class Listener:
             await asyncio.sleep(0)
         try:
             async with asyncio.timeout(deadline_s):
-                await self.site.quiet()
+                await self.app.wait_idle()
                 self._close_idle()  # those whose slow readers had an answer from before the stop
                 await self._server.shutdown(None)
         except TimeoutError:
-            log.warning("requests_cut_off", door=self.site.gate.name, connections=self.connections)
-            await self._server.shutdown(LAST_BREATH_S)
+            log.warning("requests_cut_off", door=self.app.authenticator.name, connections=self.connections)
+            await self._server.shutdown(CANCEL_GRACE_S)
 
     def _close_idle(self) -> None:
         for connection in self._server.connections:
-            assert isinstance(connection, Connection)
+            assert isinstance(connection, HttpConnection)
             connection.close_if_idle()
 
 
-def is_taken(place: str | tuple[str, int]) -> bool:
+def is_in_use(place: str | tuple[str, int]) -> bool:
     """Whether a process listens at `place`: the path of a Unix socket, or a host with its port. It blocks.
 
     Whatever else may be wrong with the place is said when it is opened.
     """
     try:
-        _knock(place)
+        _connect_or_bind(place)
     except OSError as error:
         return error.errno in (errno.EADDRINUSE, errno.EAGAIN)  # EAGAIN: its backlog is full
     return isinstance(place, str)
 
 
-def _knock(place: str | tuple[str, int]) -> None:
+def _connect_or_bind(place: str | tuple[str, int]) -> None:
     """Connect to a Unix socket; bind to an address, and leave it."""
     if isinstance(place, str):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -160,8 +160,8 @@ def _bind(path: str, mode: int) -> socket.socket:
         opened.bind(draft)
         os.chmod(draft, mode)
         opened.listen(BACKLOG)
-        with _alone_in(os.path.dirname(path) or "."):
-            if is_taken(path):
+        with _directory_lock(os.path.dirname(path) or "."):
+            if is_in_use(path):
                 raise OSError(errno.EADDRINUSE, "another process listens there")
             os.rename(draft, path)
     except BaseException:
@@ -173,7 +173,7 @@ def _bind(path: str, mode: int) -> socket.socket:
 
 
 @contextlib.contextmanager
-def _alone_in(directory: str) -> Iterator[None]:
+def _directory_lock(directory: str) -> Iterator[None]:
     """Nobody else is here at the same time: between a look at a socket and its replacement nobody may come in."""
     opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

@@ -11,30 +11,30 @@ import structlog
 from aiohttp import web
 
 from jobd.http.decoding import Limits
-from jobd.http.request import Request
-from jobd.http.response import PATIENCE_S
+from jobd.http.request import HttpRequest
+from jobd.http.response import WRITE_TIMEOUT_S
 from jobd.model.errors import api_error
 
 log = structlog.get_logger("jobd.web")
 
 
-class Lines:
+class LineStream:
     """The lines of a stream without their ends; None in place of one that is over `limits.body` bytes.
 
     `rests`: between two lines there may be any time. Raises Refused where a line does not arrive within its deadline
     (408), the framing of the stream is broken (400), or the stream ended too early (400, after its lines).
     """
 
-    def __init__(self, request: Request, limits: Limits, *, rests: bool = False) -> None:
+    def __init__(self, request: HttpRequest, limits: Limits, *, idle_allowed: bool = False) -> None:
         self._request = request
         self._content = request.content
         self._limits = limits
-        self._rests = rests
+        self._rests = idle_allowed
         self._buffer = bytearray()
         self._is_over = False
         self._is_last = False
 
-    def __aiter__(self) -> Lines:
+    def __aiter__(self) -> LineStream:
         return self
 
     async def __anext__(self) -> bytes | None:
@@ -80,18 +80,18 @@ class Lines:
         self._is_last = not piece
 
 
-def notice_hangup(request: Request, response: web.StreamResponse) -> None:
+def probe_for_hangup(request: HttpRequest, response: web.StreamResponse) -> None:
     """Let the connection send a comment when the client of these events stops sending: a closed client resets it."""
     request.probe = b"3\r\n:\n\n\r\n" if response.chunked else b":\n\n"
 
 
 async def write(response: web.StreamResponse, piece: bytes) -> None:
     """Send `piece`; a client that does not read is waited for, but not for ever."""
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(WRITE_TIMEOUT_S):
         await response.write(piece)
 
 
 async def finish(response: web.StreamResponse) -> None:
     """Send the end; the client may have to read much before that is out."""
-    async with asyncio.timeout(PATIENCE_S):
+    async with asyncio.timeout(WRITE_TIMEOUT_S):
         await response.write_eof()

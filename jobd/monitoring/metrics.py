@@ -109,7 +109,7 @@ class WebhookFigures(Protocol):
 
 
 class Door(Protocol):
-    refusals: Counter[str]  # code -> answers
+    error_counts: Counter[str]  # by code
 
 
 class Feed(Protocol):
@@ -187,7 +187,7 @@ class Metrics:
             stuck=len(book.stuck),
             locked=book.live_locks(),
             grants=dict(figures.grants),
-            refusals=dict(sum((door.refusals for door in self._doors), Counter[str]())),
+            refusals=dict(sum((door.error_counts for door in self._doors), Counter[str]())),
             stalls=figures.stalls,
             late={"kept": figures.late_kept, "adopted": figures.late_adopted},
             recovered={"reset": figures.reset, "failed": figures.failed},

@@ -23,8 +23,8 @@ from jobd.engine.batch import DecidedBatch, Decider, Known
 from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import Envelope
 from jobd.engine.waiting_claims import Parked
-from jobd.http.decoding import Limits, Shape
-from jobd.http.response import answer_line
+from jobd.http.decoding import Limits, RequestDecoder
+from jobd.http.response import response_line
 from jobd.model.commands import Call, Claim, Command, Complete, Create, Moment
 from jobd.model.job import Policy
 from jobd.model.responses import Response
@@ -35,8 +35,8 @@ T = TypeVar("T")
 
 SIZES: Final = (1, 16, 128)
 PAYLOAD: Final = json.dumps("x" * 198)
-SHAPES: Final[dict[type[Command], Shape]] = {
-    kind: Shape(kind, given, Limits()) for kind, given in ((Create, None), (Claim, None), (Complete, "id"))
+SHAPES: Final[dict[type[Command], RequestDecoder]] = {
+    kind: RequestDecoder(kind, given, Limits()) for kind, given in ((Create, None), (Claim, None), (Complete, "id"))
 }
 
 
@@ -88,7 +88,7 @@ class Steps:
         self._timed("note", count, lambda: self._note(plan))
         answers = [answer for _, answer in plan.replies if isinstance(answer, Response)]
         assert len(answers) == count, "no refusal is measured"
-        self._timed("encode", count, lambda: list(map(answer_line, answers)))
+        self._timed("encode", count, lambda: list(map(response_line, answers)))
         return answers
 
     def _note(self, plan: DecidedBatch) -> None:

@@ -40,7 +40,7 @@ from jobd.model import responses as answers
 from tests import ROOT
 from tests.support.daemon_process import TOKEN as DAEMON_TOKEN
 from tests.support.daemon_process import Daemon, die_with_us
-from tests.support.http_harness import DELIVERY, WEBHOOK, Desk, House
+from tests.support.http_harness import DELIVERY, WEBHOOK, FakeActor, HttpHarness
 
 TOKEN = "canary-token-0123456789abcdef"
 READER_TOKEN = "canary-reader-0123456789abcdef"
@@ -1242,7 +1242,9 @@ async def test_damaged_rows_of_a_running_daemon_are_named_once(
 ) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", "canary-token-0123456789")
     stats = answers.StatsView(9, {}, 0, 0, 0.0, None, 0, 1_772_366_400_000)
-    async with House(admin_api.ROUTES, tmp_path, admin=True, actor=Desk(lambda _: answers.Response(stats))) as house:
+    async with HttpHarness(
+        admin_api.ROUTES, tmp_path, admin=True, actor=FakeActor(lambda _: answers.Response(stats))
+    ) as house:
         argv = ["doctor", "--running", "--rows", "--json", "--admin-url", f"unix:{house.path}"]
         assert await asyncio.to_thread(jobd_cli.main, argv) == 1
     found = [each for each in json.loads(capsys.readouterr().out)["problems"] if each["where"].startswith("job ")]
@@ -1426,11 +1428,13 @@ def test_the_typescript_worker_of_the_docs(running: Running) -> None:
 # The doctor of a running daemon: each figure that is wrong is a problem with its mend
 
 
-async def _findings(place: Path, prepare: Callable[[House], None]) -> dict[str, str]:
+async def _findings(place: Path, prepare: Callable[[HttpHarness], None]) -> dict[str, str]:
     """What `jobd doctor --running` finds at a real door behind which the figures are ours."""
     stats = answers.StatsView(9, {}, 2, 0, 0.0, None, 0, 1_772_366_400_000)
-    async with House(admin_api.ROUTES, place, admin=True, actor=Desk(lambda _: answers.Response(stats))) as house:
-        house.figures.deliveries_page = answers.DeliveryPage([], None)
+    async with HttpHarness(
+        admin_api.ROUTES, place, admin=True, actor=FakeActor(lambda _: answers.Response(stats))
+    ) as house:
+        house.services.deliveries_page = answers.DeliveryPage([], None)
         prepare(house)
         with AdminClient(f"unix:{house.path}", token="canary-token-0123456789", retry_for_s=0) as client:
             found = await asyncio.to_thread(examine, client)
@@ -1439,8 +1443,8 @@ async def _findings(place: Path, prepare: Callable[[House], None]) -> dict[str, 
 
 
 async def test_the_doctor_names_everything_that_is_wrong(tmp_path: Path) -> None:
-    def prepare(house: House) -> None:
-        house.figures.status = "degraded"
+    def prepare(house: HttpHarness) -> None:
+        house.services.status = "degraded"
 
     found = await _findings(tmp_path, prepare)
     assert set(found) == {"database", "cache", "storage", "clock", "job bad-1", "validation", "jobs"}
@@ -1449,19 +1453,19 @@ async def test_the_doctor_names_everything_that_is_wrong(tmp_path: Path) -> None
 
 
 async def test_the_doctor_is_silent_about_what_is_well(tmp_path: Path) -> None:
-    def prepare(house: House) -> None:
-        house.figures.accepted = True
+    def prepare(house: HttpHarness) -> None:
+        house.services.accepted = True
 
     assert set(await _findings(tmp_path, prepare)) == {"job bad-1", "validation", "jobs"}
 
 
 async def _clock(place: Path, held: list[str], *argv: str) -> tuple[int, bool]:
     """The exit code of `jobctl clock …` against a daemon whose clock is suspect, and whether it is accepted."""
-    async with House(admin_api.ROUTES, place, admin=True) as house:
-        house.figures.past_jobs = held
+    async with HttpHarness(admin_api.ROUTES, place, admin=True) as house:
+        house.services.past_jobs = held
         where = ["--admin-url", f"unix:{house.path}"]
         code = await asyncio.to_thread(ctl.main, ["clock", *argv, *where])
-        return code, house.figures.accepted
+        return code, house.services.accepted
 
 
 async def test_a_clock_is_accepted_by_who_was_told_what_that_deletes(
@@ -1512,12 +1516,12 @@ def test_webhooks_are_listed_with_how_they_are_going(capsys: pytest.CaptureFixtu
 async def test_the_doctor_names_webhooks_that_fail_and_what_they_were_not_told(tmp_path: Path) -> None:
     now = 1_700_000_000_000
 
-    def failing(house: House) -> None:
-        house.figures.hooks = [replace(WEBHOOK, failing_since=now - 60_000, waiting=3, last_error="500: no")]
+    def failing(house: HttpHarness) -> None:
+        house.services.hooks = [replace(WEBHOOK, failing_since=now - 60_000, waiting=3, last_error="500: no")]
 
-    def lost(house: House, ended_at: int) -> None:
+    def lost(house: HttpHarness, ended_at: int) -> None:
         given_up = replace(DELIVERY, state="given_up", ended_at=ended_at, error="401")
-        house.figures.deliveries_page = answers.DeliveryPage([given_up], None)
+        house.services.deliveries_page = answers.DeliveryPage([given_up], None)
 
     said = (await _findings(tmp_path, failing))["webhook q"]
     assert "3 messages wait" in said

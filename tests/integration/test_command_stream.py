@@ -17,14 +17,14 @@ from jobd.api import admin, command_stream
 from jobd.api.command_stream import OPS
 from jobd.api.worker import ROUTES
 from jobd.engine.actor import Bounds
-from jobd.http.auth import Gate
+from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
-from jobd.http.protocol import Connection
+from jobd.http.protocol import HttpConnection
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Grants, Response
 from jobd.model.storage import DiskFull
 from tests.support.daemon_process import Daemon
-from tests.support.http_harness import TOKEN, Desk, House, Line, message
+from tests.support.http_harness import TOKEN, FakeActor, HttpHarness, RawConnection, request_bytes
 from tests.support.virtual_engine import until
 from tests.support.worker_api_server import Town, town
 
@@ -34,14 +34,14 @@ KIND = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}
 class Stream:
     """A stream of commands by hand: the head, chunks out, chunks in."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: RawConnection) -> None:
         self.line = line
         self._heard = b""
 
     @classmethod
-    async def open(cls, house: House, **headers: str) -> Stream:
-        line = await house.line()
-        line.send(message("POST", "/v1/commands", None, {**KIND, **headers}))
+    async def open(cls, house: HttpHarness, **headers: str) -> Stream:
+        line = await house.connect()
+        line.send(request_bytes("POST", "/v1/commands", None, {**KIND, **headers}))
         head = await line.reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 "), head
         assert b"application/x-ndjson" in head
@@ -81,8 +81,8 @@ async def _town(tmp_path: Path) -> AsyncIterator[Town]:
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
-    async with House(ROUTES, tmp_path) as opened:
+async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+    async with HttpHarness(ROUTES, tmp_path) as opened:
         yield opened
 
 
@@ -91,34 +91,34 @@ async def house(tmp_path: Path) -> AsyncIterator[House]:
 
 
 @pytest.fixture(params=["unix", "tcp"])
-async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[House]:
+async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[HttpHarness]:
     """A listener on a Unix socket, and one on TCP, which differ in how they see a half-closed client."""
-    gate = Gate("worker", hosts=None if request.param == "unix" else ["localhost"])
-    async with House(ROUTES, tmp_path, gate=gate) as opened:
+    gate = Authenticator("worker", hosts=None if request.param == "unix" else ["localhost"])
+    async with HttpHarness(ROUTES, tmp_path, gate=gate) as opened:
         yield opened
 
 
 class Held:
     """Answers of a desk that come when the test says so."""
 
-    def __init__(self, house: House, answer: Response) -> None:
+    def __init__(self, house: HttpHarness, answer: Response) -> None:
         self.go = asyncio.Event()
         self._answer = answer
-        house.desk.answer = self.answer
+        house.actor.respond = self.answer
 
     async def answer(self, _: Any) -> Response:
         await self.go.wait()
         return self._answer
 
 
-async def half_closed(house: House) -> None:
+async def half_closed(house: HttpHarness) -> None:
     """Wait until the listener knows that a client has stopped sending."""
     connections = house.listener._server.connections
-    while not any(cast("Connection", connection)._is_half_closed for connection in connections):  # noqa: ASYNC110
+    while not any(cast("HttpConnection", connection)._is_half_closed for connection in connections):  # noqa: ASYNC110
         await asyncio.sleep(0.001)
 
 
-async def test_a_stream_that_has_ended_is_answered_to_a_half_closed_client(either: House) -> None:
+async def test_a_stream_that_has_ended_is_answered_to_a_half_closed_client(either: HttpHarness) -> None:
     held = Held(either, Response(EmptyResponse()))
     stream = await Stream.open(either)
     stream.send({"op": "create", "id": "a"}, {"op": "create", "id": "b"})
@@ -131,7 +131,7 @@ async def test_a_stream_that_has_ended_is_answered_to_a_half_closed_client(eithe
     assert await stream.line.is_closed()
 
 
-async def test_the_lines_of_a_stream_that_breaks_off_are_answered(either: House) -> None:
+async def test_the_lines_of_a_stream_that_breaks_off_are_answered(either: HttpHarness) -> None:
     stream = await Stream.open(either)
     stream.raw(b'{"op":"create","id":"a"}\n{"op":"create","id":"b"}\n{"op":"cre')
     stream.line.writer.write_eof()
@@ -140,22 +140,22 @@ async def test_the_lines_of_a_stream_that_breaks_off_are_answered(either: House)
     assert (last["status"], last["error"], "ended too early" in last["message"]) == (400, "invalid_request", True)
     assert await stream.hear() is None
     assert await stream.line.is_closed()
-    assert [asked.command.id for asked in either.desk.asked] == ["a", "b"]
+    assert [asked.command.id for asked in either.actor.received] == ["a", "b"]
 
 
-async def test_grants_of_a_stream_whose_client_has_closed_go_back(either: House) -> None:
+async def test_grants_of_a_stream_whose_client_has_closed_go_back(either: HttpHarness) -> None:
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(either, answer)
     stream = await Stream.open(either)
     stream.send({"op": "claim", "worker": "w"})
-    while not either.desk.asked:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+    while not either.actor.received:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
     await stream.line.close()
     while either.listener.connections:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     held.go.set()
-    await either.site.quiet()
-    assert either.desk.cancelled.is_set() or either.desk.taken_back == [answer]
+    await either.app.wait_idle()
+    assert either.actor.cancelled.is_set() or either.actor.undelivered_responses == [answer]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,10 +166,10 @@ def test_every_kind_of_line_is_a_route_of_the_worker_api() -> None:
     routes = {(route.method, route.path): route for route in ROUTES}
     for op in OPS.values():
         route = routes[op.method, op.path]
-        assert (route.asks, route.key) == (op.command, op.key)
+        assert (route.request, route.key) == (op.command, op.key)
 
 
-async def test_a_line_is_the_command_of_its_call(house: House) -> None:
+async def test_a_line_is_the_command_of_its_call(house: HttpHarness) -> None:
     stream = await Stream.open(house)
     lines: list[tuple[dict[str, Any], str, str]] = [
         ({"op": "create", "id": "j", "payload": {"a": 1}, "queue": "q"}, "/v1/jobs", "client"),
@@ -188,13 +188,13 @@ async def test_a_line_is_the_command_of_its_call(house: House) -> None:
     for line, path, by in lines:
         answer = await stream.ask(**line)
         assert (answer["success"], answer["status"]) == (True, 200), answer
-        streamed = house.desk.asked[-1]
+        streamed = house.actor.received[-1]
         body = {name: value for name, value in line.items() if name != "op" and (name != "id" or "{id}" not in path)}
         if line["op"] == "get":
-            await house.ask("GET", "/v1/jobs/j")
+            await house.request("GET", "/v1/jobs/j")
         else:
-            await house.ask("POST", path.replace("{id}", "j"), json.dumps(body))
-        posted = house.desk.asked[-1]
+            await house.request("POST", path.replace("{id}", "j"), json.dumps(body))
+        posted = house.actor.received[-1]
         assert type(streamed.command) is type(posted.command)
         shown = [json.dumps(each.command, default=_plain, sort_keys=True) for each in (streamed, posted)]
         assert shown[0] == shown[1]
@@ -234,20 +234,20 @@ def _plain(value: Any) -> Any:
 async def test_a_wrong_line_is_told_what_is_wrong_and_the_stream_goes_on(
     tmp_path: Path, line: bytes, code: str, field: str | None
 ) -> None:
-    async with House(ROUTES, tmp_path, limits=Limits(body=1_000, payload=200, bulk=2)) as house:
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1_000, payload=200, bulk=2)) as house:
         stream = await Stream.open(house)
         stream.raw(b'{"op":"get","id":"a"}\n' + line + b'\n\n  \n{"op":"get","id":"b"}\n')
         first, wrong, last = [await stream.hear() for _ in range(3)]
         assert first["success"] is last["success"] is True
         assert (wrong["success"], wrong["error"], wrong["details"].get("field")) == (False, code, field), wrong
         assert wrong["status"] == (413 if code == "too_large" else 400)
-        assert [asked.command.id for asked in house.desk.asked] == ["a", "b"]
-        assert house.site.refusals[code] == 1
+        assert [asked.command.id for asked in house.actor.received] == ["a", "b"]
+        assert house.app.error_counts[code] == 1
 
 
 async def test_a_refusal_is_the_usual_object_with_its_status(tmp_path: Path) -> None:
-    desk = Desk(lambda command: ApiError("overloaded", "Full."))
-    async with House(ROUTES, tmp_path, actor=desk) as house:
+    desk = FakeActor(lambda command: ApiError("overloaded", "Full."))
+    async with HttpHarness(ROUTES, tmp_path, actor=desk) as house:
         stream = await Stream.open(house)
         with capture_logs() as logs:
             answer = await stream.ask(op="get", id="job-7")
@@ -259,7 +259,7 @@ async def test_a_refusal_is_the_usual_object_with_its_status(tmp_path: Path) -> 
 
 async def test_answers_of_several_lines_stay_one_line(town: Town) -> None:
     """What its creator wrote with line breaks is shown without them."""
-    created = await town.house.ask("POST", "/v1/jobs", '{"id":"j","payload":{\n\r\n"a": "b\\nc"\n}}')
+    created = await town.house.request("POST", "/v1/jobs", '{"id":"j","payload":{\n\r\n"a": "b\\nc"\n}}')
     assert created.status == 201
     stream = await Stream.open(town.house)
     assert (await stream.ask(op="get", id="j"))["data"]["payload"] == {"a": "b\nc"}
@@ -283,7 +283,7 @@ async def test_the_life_of_a_job(town: Town) -> None:
     assert (answer["data"]["status"], answer["data"]["metadata"]) == ("completed", {"n": 1})
     stream.end()
     assert await stream.hear() is None
-    again = await stream.line.ask("GET", "/v1/jobs/j")  # the connection is as good as before
+    again = await stream.line.request("GET", "/v1/jobs/j")  # the connection is as good as before
     assert again.data["status"] == "completed"
 
 
@@ -315,7 +315,7 @@ async def test_no_answer_runs_ahead_of_the_disk(town: Town) -> None:
 
 
 async def test_a_key_gets_the_same_answer_again(town: Town) -> None:
-    await town.house.ask("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
+    await town.house.request("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
     stream = await Stream.open(town.house)
     line = {"op": "claim", "worker": "w", "idempotency_key": "k"}
     first, second = await stream.ask(**line), await stream.ask(**line)
@@ -377,20 +377,20 @@ async def test_what_is_on_its_way_is_bounded(tmp_path: Path) -> None:
         await gate.wait()
         return Response(EmptyResponse())
 
-    desk = Desk(wait)
-    async with House(ROUTES, tmp_path, actor=desk) as house:
+    desk = FakeActor(wait)
+    async with HttpHarness(ROUTES, tmp_path, actor=desk) as house:
         stream = await Stream.open(house)
         stream.send(*({"op": "get", "id": f"j-{number}"} for number in range(1_000)))
         stream.end()
-        await until(lambda: len(desk.asked) == command_stream.AHEAD_WEIGHT)
+        await until(lambda: len(desk.received) == command_stream.AHEAD_WEIGHT)
         for _ in range(100):
             await asyncio.sleep(0)
-        assert len(desk.asked) == command_stream.AHEAD_WEIGHT
+        assert len(desk.received) == command_stream.AHEAD_WEIGHT
         gate.set()
         for _ in range(1_000):
             assert (await stream.hear())["success"]
         assert await stream.hear() is None
-        assert [asked.command.id for asked in desk.asked] == [f"j-{number}" for number in range(1_000)]
+        assert [asked.command.id for asked in desk.received] == [f"j-{number}" for number in range(1_000)]
 
 
 async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp_path: Path) -> None:
@@ -400,18 +400,18 @@ async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp
         await gate.wait()
         return Response(Grants([]))
 
-    desk = Desk(wait)
-    async with House(ROUTES, tmp_path, actor=desk) as house:
+    desk = FakeActor(wait)
+    async with HttpHarness(ROUTES, tmp_path, actor=desk) as house:
         claims = await Stream.open(house)
         claims.send(*({"op": "claim", "worker": "w", "limit": 100} for _ in range(9)))
-        await until(lambda: len(desk.asked) == 3)
+        await until(lambda: len(desk.received) == 3)
         large = await Stream.open(house)
         for _ in range(9):
             large.send({"op": "create", "payload": "x" * 200_000})
-        await until(lambda: len(desk.asked) == 3 + 6)
+        await until(lambda: len(desk.received) == 3 + 6)
         for _ in range(100):
             await asyncio.sleep(0)
-        assert len(desk.asked) == 9
+        assert len(desk.received) == 9
         gate.set()
         assert all([(await stream.hear())["success"] for stream in (claims, large) for _ in range(9)])
 
@@ -419,19 +419,19 @@ async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp
 async def test_a_reader_who_stops_reading_is_not_read_and_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command_stream, "PATIENCE_S", 0.2)
-    desk = Desk(lambda command: Response({"much": "x" * 20_000}))
-    async with House(ROUTES, tmp_path, actor=desk) as house:
+    monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.2)
+    desk = FakeActor(lambda command: Response({"much": "x" * 20_000}))
+    async with HttpHarness(ROUTES, tmp_path, actor=desk) as house:
         stream = await Stream.open(house)
         with capture_logs() as logs:
             stream.send(*({"op": "get", "id": "j"} for _ in range(5_000)))
             await until(lambda: house.listener.connections == 0)
-        assert len(desk.asked) < 1_000
+        assert len(desk.received) < 1_000
         assert [line["event"] for line in logs if "cut_off" in line["event"]] == ["command_stream_cut_off"]
 
 
 async def test_a_line_that_does_not_end_is_given_up_and_a_quiet_stream_is_not(tmp_path: Path) -> None:
-    async with House(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.1, idle_s=0.1)) as house:
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.1, idle_s=0.1)) as house:
         stream = await Stream.open(house)
         await asyncio.sleep(0.3)
         assert (await stream.ask(op="get", id="j"))["success"]
@@ -442,7 +442,7 @@ async def test_a_line_that_does_not_end_is_given_up_and_a_quiet_stream_is_not(tm
         assert await stream.line.is_closed()
 
 
-async def test_broken_framing_ends_the_stream_after_the_answers_of_its_lines(house: House) -> None:
+async def test_broken_framing_ends_the_stream_after_the_answers_of_its_lines(house: HttpHarness) -> None:
     stream = await Stream.open(house)
     assert (await stream.ask(op="get", id="j"))["success"]
     with capture_logs() as logs:
@@ -458,13 +458,13 @@ async def test_broken_framing_ends_the_stream_after_the_answers_of_its_lines(hou
 # Doors.
 
 
-async def test_a_stream_wants_its_type_and_its_token(tmp_path: Path, house: House) -> None:
-    heard = await house.ask("POST", "/v1/commands", '{"op":"get","id":"j"}')
+async def test_a_stream_wants_its_type_and_its_token(tmp_path: Path, house: HttpHarness) -> None:
+    heard = await house.request("POST", "/v1/commands", '{"op":"get","id":"j"}')
     assert (heard.status, heard.error) == (415, "unsupported_media_type")
-    gate = Gate("worker", tokens=[TOKEN], hosts=["localhost"])
+    gate = Authenticator("worker", tokens=[TOKEN], hosts=["localhost"])
     (tmp_path / "tcp").mkdir()
-    async with House(ROUTES, tmp_path / "tcp", gate=gate) as guarded:
-        heard = await guarded.ask(
+    async with HttpHarness(ROUTES, tmp_path / "tcp", gate=gate) as guarded:
+        heard = await guarded.request(
             "POST", "/v1/commands", '{"op":"get","id":"j"}', {"Content-Type": KIND["Content-Type"]}
         )
         assert (heard.status, heard.error) == (401, "unauthorized")
@@ -472,9 +472,9 @@ async def test_a_stream_wants_its_type_and_its_token(tmp_path: Path, house: Hous
         assert (await stream.ask(op="get", id="j"))["success"]
 
 
-async def test_leave_to_send_the_stream_is_given(house: House) -> None:
-    line = await house.line()
-    line.send(message("POST", "/v1/commands", None, {**KIND, "Expect": "100-continue"}))
+async def test_leave_to_send_the_stream_is_given(house: HttpHarness) -> None:
+    line = await house.connect()
+    line.send(request_bytes("POST", "/v1/commands", None, {**KIND, "Expect": "100-continue"}))
     assert (await line.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
     assert (await line.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
 
@@ -488,7 +488,7 @@ def test_operators_have_no_stream_of_commands() -> None:
 
 
 async def test_grants_of_a_client_that_has_gone_go_back(town: Town) -> None:
-    await town.house.ask("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
+    await town.house.request("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
     stream = await Stream.open(town.house)
     town.disk.gate.clear()
     stream.send({"op": "claim", "worker": "gone"}, {"op": "start", "id": "b", "worker": "gone"})
@@ -504,10 +504,10 @@ async def test_grants_of_a_client_that_has_gone_go_back(town: Town) -> None:
 
 async def test_grants_behind_answers_that_nobody_reads_go_back(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are committed and answered, and not a byte of them has left."""
-    monkeypatch.setattr(command_stream, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.2)
     payload = json.dumps("x" * 200_000)
-    await town.house.ask("POST", "/v1/jobs", f'{{"id":"big","priority":9,"payload":{payload}}}')
-    await town.house.ask("POST", "/v1/jobs", '{"id":"late"}')
+    await town.house.request("POST", "/v1/jobs", f'{{"id":"big","priority":9,"payload":{payload}}}')
+    await town.house.request("POST", "/v1/jobs", '{"id":"late"}')
     stream = await Stream.open(town.house)
     own = stream.line.writer.get_extra_info("socket")
     assert own.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < 2_000_000
@@ -516,17 +516,17 @@ async def test_grants_behind_answers_that_nobody_reads_go_back(town: Town, monke
     while (job := await town.job("late"))["status"] != "queued":
         pass
     assert job["attempt"] == 0
-    events = (await town.house.ask("GET", "/v1/jobs/late/timeline")).data["events"]
+    events = (await town.house.request("GET", "/v1/jobs/late/timeline")).data["events"]
     assert [event["type"] for event in events] == ["created", "granted", "undelivered"]
 
 
 async def test_of_what_is_being_written_just_the_grants_that_have_left_stay(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command_stream, "PATIENCE_S", 0.3)
+    monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.3)
     payload = "x" * 3_000
     jobs = [{"id": f"j-{number}", "payload": payload} for number in range(300)]
-    await town.house.ask("POST", "/v1/jobs/bulk", json.dumps({"jobs": jobs}))
+    await town.house.request("POST", "/v1/jobs/bulk", json.dumps({"jobs": jobs}))
     stream = await Stream.open(town.house)
     transport = cast("asyncio.ReadTransport", stream.line.writer.transport)
     transport.pause_reading()
@@ -542,7 +542,7 @@ async def test_of_what_is_being_written_just_the_grants_that_have_left_stay(
 
 
 async def test_a_grant_whose_line_has_left_stays(town: Town) -> None:
-    await town.house.ask("POST", "/v1/jobs", '{"id":"j"}')
+    await town.house.request("POST", "/v1/jobs", '{"id":"j"}')
     stream = await Stream.open(town.house)
     assert (await stream.ask(op="start", id="j", worker="w"))["success"]
     stream.line.writer.transport.abort()
@@ -552,18 +552,18 @@ async def test_a_grant_whose_line_has_left_stays(town: Town) -> None:
 
 async def test_an_answer_that_cannot_be_told_gives_its_grants_back(tmp_path: Path) -> None:
     grant = Response({"no": object()}, grants=[("j", "lock")])
-    desk = Desk(lambda command: grant)
-    async with House(ROUTES, tmp_path, actor=desk) as house:
+    desk = FakeActor(lambda command: grant)
+    async with HttpHarness(ROUTES, tmp_path, actor=desk) as house:
         stream = await Stream.open(house)
         with capture_logs() as logs:
             answer = await stream.ask(op="claim", worker="w")
         assert (answer["error"], answer["status"]) == ("internal_error", 500)
-        assert desk.taken_back == [grant]
+        assert desk.undelivered_responses == [grant]
         assert [line["event"] for line in logs if line["log_level"] == "error"] == ["request_bug"]
 
 
 @pytest.mark.parametrize("where", ["_take", "_next_piece"])
-async def test_a_bug_costs_one_stream(house: House, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+async def test_a_bug_costs_one_stream(house: HttpHarness, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def fail(*_: object) -> None:
         raise LookupError(TOKEN)
 
@@ -599,7 +599,7 @@ async def test_a_stop_answers_what_was_read_and_ends_the_stream(town: Town) -> N
     assert await stream.line.is_closed()
 
 
-async def test_a_quiet_stream_does_not_hold_up_a_stop(house: House) -> None:
+async def test_a_quiet_stream_does_not_hold_up_a_stop(house: HttpHarness) -> None:
     stream = await Stream.open(house)
     assert (await stream.ask(op="get", id="j"))["success"]
     stopping = asyncio.ensure_future(house.stop(60))
@@ -609,18 +609,18 @@ async def test_a_quiet_stream_does_not_hold_up_a_stop(house: House) -> None:
     assert await stream.line.is_closed()
 
 
-async def test_a_stream_that_comes_while_the_daemon_stops_ends_at_once(house: House) -> None:
-    house.site.close()
+async def test_a_stream_that_comes_while_the_daemon_stops_ends_at_once(house: HttpHarness) -> None:
+    house.app.close()
     stream = await Stream.open(house)
     assert await stream.hear() is None
-    assert house.desk.asked == []
+    assert house.actor.received == []
 
 
 def test_a_real_daemon_serves_a_stream_and_stops_under_it(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon, closing(socket.socket(socket.AF_UNIX)) as line:
         line.connect(daemon.socket)
         line.settimeout(30)
-        line.sendall(message("POST", "/v1/commands", None, KIND))
+        line.sendall(request_bytes("POST", "/v1/commands", None, KIND))
         lines = b"".join(b'{"op":"create","id":"j-%d"}\n' % number for number in range(500))
         line.sendall(b"%x\r\n%b\r\n" % (len(lines), lines))
         heard = line.makefile("rb")

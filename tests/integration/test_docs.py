@@ -26,7 +26,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import jobd
 from jobd import config
 from jobd.api import admin, worker
-from jobd.api.command_stream import OPS, StreamedAnswer
+from jobd.api.command_stream import OPS, StreamedResponse
 from jobd.cli import exit_codes
 from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.daemon.main import jobd as jobd_program
@@ -110,7 +110,7 @@ def test_every_config_key_is_documented_with_its_default() -> None:
     expected = {}
     for key in config.KEYS:
         part, _, name = key.partition(".")
-        expected[key] = (config.show(getattr(getattr(defaults, part), name)), key in config.RELOADABLE)
+        expected[key] = (config.to_toml(getattr(getattr(defaults, part), name)), key in config.RELOADABLE)
     assert documented == expected
 
 
@@ -152,9 +152,9 @@ def test_every_call_is_documented_with_its_fields(title: str, table: Sequence[Ro
 
 
 def _expected(route: Route) -> tuple[list[str], str, bool]:
-    body = [] if route.reads == "lines" else body_fields(route.asks, route.given)
-    names = [name for name, shape in SHAPES.items() if shape is route.gives]
-    return body, names[0] if names else {"Probe": "probe", "bytes": "bytes"}[route.gives.__name__], route.key
+    body = [] if route.body == "lines" else body_fields(route.request, route.path_field)
+    names = [name for name, shape in SHAPES.items() if shape is route.response]
+    return body, names[0] if names else {"Probe": "probe", "bytes": "bytes"}[route.response.__name__], route.key
 
 
 def body_fields(shape: Any, given: str | None = None) -> list[str]:
@@ -181,7 +181,7 @@ SHAPES: Final[dict[str, Any]] = {
     "late result": responses.LateResultView,
     "event": events.EventView,
     "streamed event": events.StreamedEvent,
-    "streamed response": StreamedAnswer,
+    "streamed response": StreamedResponse,
     "why": responses.WhyView,
     "next": responses.NextEvent,
     "validation": responses.Validation,

@@ -19,28 +19,28 @@ from jobd.api.admin import ROUTES as ADMIN_ROUTES
 from jobd.api.worker import ROUTES
 from jobd.engine import event_feed
 from jobd.http import streaming
-from jobd.http.auth import Gate
+from jobd.http.auth import Authenticator
 from tests.support.daemon_process import TOKEN as ADMIN_TOKEN
 from tests.support.daemon_process import Daemon, OverUnix
 from tests.support.factories import ChangeFactory
-from tests.support.http_harness import TOKEN, House, Line, message
+from tests.support.http_harness import TOKEN, HttpHarness, RawConnection, request_bytes
 from tests.support.virtual_engine import until
 
 HEAD_END = b"\r\n\r\n"
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
-    async with House(ROUTES, tmp_path) as opened:
+async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+    async with HttpHarness(ROUTES, tmp_path) as opened:
         yield opened
 
 
 class Commits:
     """What is committed, told to the house's feed."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: HttpHarness) -> None:
         self.maker = ChangeFactory()
-        self._figures = house.figures
+        self._figures = house.services
 
     async def __call__(self, count: int = 1, **fields: Any) -> None:
         changes = [self.maker.create(**fields) for _ in range(count)]
@@ -49,19 +49,19 @@ class Commits:
 
 
 @pytest.fixture
-def commit(house: House) -> Commits:
+def commit(house: HttpHarness) -> Commits:
     return Commits(house)
 
 
-async def opened_stream(house: House, query: str = "") -> Line:
-    line = await house.line()
-    line.send(message("GET", f"/v1/events{query}"))
+async def opened_stream(house: HttpHarness, query: str = "") -> RawConnection:
+    line = await house.connect()
+    line.send(request_bytes("GET", f"/v1/events{query}"))
     head = await line.reader.readuntil(HEAD_END)
     assert head.startswith(b"HTTP/1.1 200 "), head
     return line
 
 
-async def next_events(line: Line, count: int) -> list[dict[str, Any]]:
+async def next_events(line: RawConnection, count: int) -> list[dict[str, Any]]:
     """The next so many events of a stream, whatever comes between them."""
     found: list[dict[str, Any]] = []
     while len(found) < count:
@@ -71,13 +71,13 @@ async def next_events(line: Line, count: int) -> list[dict[str, Any]]:
     return found
 
 
-async def seqs(line: Line, count: int) -> list[int]:
+async def seqs(line: RawConnection, count: int) -> list[int]:
     return [event["seq"] for event in await next_events(line, count)]
 
 
-async def test_a_stream_says_what_it_is(house: House, commit: Commits) -> None:
-    line = await house.line()
-    line.send(message("GET", "/v1/events"))
+async def test_a_stream_says_what_it_is(house: HttpHarness, commit: Commits) -> None:
+    line = await house.connect()
+    line.send(request_bytes("GET", "/v1/events"))
     head = (await line.reader.readuntil(HEAD_END)).decode().lower()
     for header in ("content-type: text/event-stream", "cache-control: no-store", "x-accel-buffering: no"):
         assert f"\r\n{header}\r\n" in head
@@ -86,36 +86,36 @@ async def test_a_stream_says_what_it_is(house: House, commit: Commits) -> None:
     assert await seqs(line, 1) == [1]
 
 
-async def test_it_goes_on_after_the_last_event_that_was_received(house: House, commit: Commits) -> None:
+async def test_it_goes_on_after_the_last_event_that_was_received(house: HttpHarness, commit: Commits) -> None:
     await commit(3)
-    by_header = await house.line()
-    by_header.send(message("GET", "/v1/events", headers={"Last-Event-ID": "1"}))
+    by_header = await house.connect()
+    by_header.send(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": "1"}))
     assert await seqs(by_header, 2) == [2, 3]
     by_query = await opened_stream(house, "?last_event_id=2")
     assert await seqs(by_query, 1) == [3]
-    both = await house.line()  # a browser that comes again, with the query of its first time
-    both.send(message("GET", "/v1/events?last_event_id=0", headers={"Last-Event-ID": "2"}))
+    both = await house.connect()  # a browser that comes again, with the query of its first time
+    both.send(request_bytes("GET", "/v1/events?last_event_id=0", headers={"Last-Event-ID": "2"}))
     assert await seqs(both, 1) == [3]
     await commit()
     for line in (by_header, by_query, both):
         assert await seqs(line, 1) == [4]
 
 
-async def test_without_following_it_ends(house: House, commit: Commits) -> None:
+async def test_without_following_it_ends(house: HttpHarness, commit: Commits) -> None:
     await commit(3)
-    heard = await house.ask("GET", "/v1/events?last=2&follow=false")
+    heard = await house.request("GET", "/v1/events?last=2&follow=false")
     assert heard.status == 200
     assert [line for line in heard.body.decode().splitlines() if line.startswith("id: ")] == [
         "id: 1", "id: 2", "id: 3",
     ]  # fmt: skip
 
 
-async def test_filters(house: House, commit: Commits) -> None:
+async def test_filters(house: HttpHarness, commit: Commits) -> None:
     await commit(2, job_id=None)
     await commit(1, job_id="mine")
     line = await opened_stream(house, "?last=10&job_id=other,mine&type=created,completed")
     assert [event["job_id"] for event in await next_events(line, 1)] == ["mine"]
-    heard = await house.ask("GET", "/v1/events?last=10&follow=false&type=completed")
+    heard = await house.request("GET", "/v1/events?last=10&follow=false&type=completed")
     assert b"data:" not in heard.body
 
 
@@ -137,100 +137,100 @@ async def test_filters(house: House, commit: Commits) -> None:
         ("?queue=a&queue=b", "$.queue"),
     ],
 )
-async def test_what_is_asked_wrongly_is_named(house: House, query: str, field: str) -> None:
-    heard = await house.ask("GET", f"/v1/events{query}")
+async def test_what_is_asked_wrongly_is_named(house: HttpHarness, query: str, field: str) -> None:
+    heard = await house.request("GET", f"/v1/events{query}")
     assert (heard.status, heard.error, heard.json["details"]["field"]) == (400, "invalid_request", field)
 
 
 @pytest.mark.parametrize(
     "told", ["x", "-1", "1.0", "9" * 19, "9" * 30, "0" * 20 + "9" * 30, "0" * 20 + "9" * 5_000, "²"]
 )
-async def test_a_last_event_id_is_a_number(house: House, told: str) -> None:
-    heard = await house.raw(message("GET", "/v1/events", headers={"Last-Event-ID": told}))
+async def test_a_last_event_id_is_a_number(house: HttpHarness, told: str) -> None:
+    heard = await house.send_raw(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": told}))
     assert (heard.status, heard.json["details"]["field"]) == (400, "Last-Event-ID")
 
 
-async def test_events_that_are_gone_are_refused(house: House, commit: Commits) -> None:
+async def test_events_that_are_gone_are_refused(house: HttpHarness, commit: Commits) -> None:
     await commit(5)
-    house.figures.disk.gone_to = 3
+    house.services.disk.gone_to = 3
     for after in ("2", "6"):
-        heard = await house.ask("GET", "/v1/events", headers={"Last-Event-ID": after})
+        heard = await house.request("GET", "/v1/events", headers={"Last-Event-ID": after})
         assert (heard.status, heard.error, heard.json["details"]) == (410, "events_gone", {"last": 5})
-    heard = await house.ask("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "3"})
+    heard = await house.request("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "3"})
     assert heard.status == 200
-    assert house.figures.feed.listeners == 0
+    assert house.services.feed.listeners == 0
 
 
-async def test_a_stream_that_cannot_go_on_breaks_off(house: House, commit: Commits) -> None:
+async def test_a_stream_that_cannot_go_on_breaks_off(house: HttpHarness, commit: Commits) -> None:
     """Its client must not take that for the end."""
     await commit(3 * event_feed.PAGE)
-    line = await house.line()
-    line.send(message("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "0"}))
+    line = await house.connect()
+    line.send(request_bytes("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "0"}))
     await seqs(line, 1)
-    house.figures.disk.gone_to = 3 * event_feed.PAGE
+    house.services.disk.gone_to = 3 * event_feed.PAGE
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await line.reader.readuntil(b"0\r\n\r\n")
 
 
 async def test_the_admin_api_has_it_too_and_wants_its_token(tmp_path: Path) -> None:
-    gate = Gate("admin", tokens=[TOKEN])
-    async with House(ADMIN_ROUTES, tmp_path, gate=gate, admin=True) as house:
+    gate = Authenticator("admin", tokens=[TOKEN])
+    async with HttpHarness(ADMIN_ROUTES, tmp_path, gate=gate, admin=True) as house:
         path = "/admin/job-management/events?follow=false"
-        assert (await house.ask("GET", path)).status == 401
-        heard = await house.ask("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
+        assert (await house.request("GET", path)).status == 401
+        heard = await house.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
         assert (heard.status, heard.headers["content-type"]) == (200, "text/event-stream")
         assert heard.body.startswith(b"retry: 2000\nid: 0\n\n")
 
 
 async def test_a_foreign_page_and_a_foreign_name_are_kept_out(tmp_path: Path) -> None:
-    gate = Gate("admin", tokens=[TOKEN], hosts=frozenset({"127.0.0.1"}))
-    async with House(ADMIN_ROUTES, tmp_path, gate=gate, admin=True) as house:
+    gate = Authenticator("admin", tokens=[TOKEN], hosts=frozenset({"127.0.0.1"}))
+    async with HttpHarness(ADMIN_ROUTES, tmp_path, gate=gate, admin=True) as house:
         path, auth = "/admin/job-management/events?follow=false", {"Authorization": f"Bearer {TOKEN}"}
         for wrong in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
-            assert (await house.ask("GET", path, headers={**auth, **wrong})).status == 403
+            assert (await house.request("GET", path, headers={**auth, **wrong})).status == 403
 
 
-async def test_places_are_counted_and_given_back(house: House, commit: Commits) -> None:
+async def test_places_are_counted_and_given_back(house: HttpHarness, commit: Commits) -> None:
     lines = [await opened_stream(house) for _ in range(3)]
-    heard = await house.ask("GET", "/v1/events")
+    heard = await house.request("GET", "/v1/events")
     assert (heard.status, heard.error, heard.headers["retry-after"]) == (503, "overloaded", "1")
     await lines[0].close()
-    await until(lambda: house.figures.feed.listeners == 2)
+    await until(lambda: house.services.feed.listeners == 2)
     await opened_stream(house)
 
 
-async def test_who_does_not_read_is_cut_off_and_the_others_hear_everything(house: House, commit: Commits) -> None:
+async def test_who_does_not_read_is_cut_off_and_the_others_hear_everything(house: HttpHarness, commit: Commits) -> None:
     slow, quick = await opened_stream(house), await opened_stream(house)
     total = 0
     hearing = asyncio.ensure_future(next_events(quick, 60_000))
-    while not house.figures.feed.dropped:
+    while not house.services.feed.dropped:
         await commit(1_000)
         total += 1_000
-        await until(lambda: not house.figures.feed._news)  # as a disk gives the loop its turns
+        await until(lambda: not house.services.feed._news)  # as a disk gives the loop its turns
         assert total < 60_000, "the slow one was not cut off"
     await commit(60_000 - total)
     assert [event["seq"] for event in await hearing] == list(range(1, 60_001))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await next_events(slow, 60_000)
-    await until(lambda: house.figures.feed.listeners == 1)
-    assert house.figures.feed.dropped == 1
+    await until(lambda: house.services.feed.listeners == 1)
+    assert house.services.feed.dropped == 1
 
 
 async def test_who_reads_nothing_of_the_journal_is_not_waited_for(
-    house: House, commit: Commits, monkeypatch: pytest.MonkeyPatch
+    house: HttpHarness, commit: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streaming, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
     await commit(20_000)
-    line = await house.line()
-    line.send(message("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
-    await until(lambda: house.figures.feed.listeners == 1)
-    await until(lambda: house.figures.feed.listeners == 0)
+    line = await house.connect()
+    line.send(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
+    await until(lambda: house.services.feed.listeners == 1)
+    await until(lambda: house.services.feed.listeners == 0)
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await next_events(line, 20_000)
 
 
 async def test_who_does_not_take_the_end_is_not_waited_for(
-    house: House, commit: Commits, monkeypatch: pytest.MonkeyPatch
+    house: HttpHarness, commit: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is left of a stream that ends by itself may be more than the socket takes."""
 
@@ -238,34 +238,34 @@ async def test_who_does_not_take_the_end_is_not_waited_for(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(web.StreamResponse, "write_eof", waits_for_the_client)
-    monkeypatch.setattr(streaming, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
     await commit(3)
     line = await opened_stream(house, "?follow=false&last=2")
     assert await seqs(line, 2) == [2, 3]
-    await until(lambda: house.figures.feed.listeners == 0)
+    await until(lambda: house.services.feed.listeners == 0)
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await seqs(line, 1)
 
 
-async def test_when_the_doors_close_streams_end_as_a_whole(house: House, commit: Commits) -> None:
+async def test_when_the_doors_close_streams_end_as_a_whole(house: HttpHarness, commit: Commits) -> None:
     line = await opened_stream(house)
     await commit(2)
-    house.figures.feed.close()
+    house.services.feed.close()
     await house.stop(5.0)
     assert await seqs(line, 2) == [1, 2]
     assert (await line.reader.read()).endswith(b"0\r\n\r\n")
 
 
 async def test_a_bug_in_a_stream_costs_that_stream(
-    house: House, commit: Commits, monkeypatch: pytest.MonkeyPatch
+    house: HttpHarness, commit: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(self: Any) -> bytes:
         raise RuntimeError("a bug")
 
     line = await opened_stream(house)
     monkeypatch.setattr(event_feed.Subscriber, "_from_journal", fail)
-    broken = await house.line()
-    broken.send(message("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
+    broken = await house.connect()
+    broken.send(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await broken.reader.readuntil(b"0\r\n\r\n")
     await commit()

@@ -12,13 +12,13 @@ import pytest
 from jobd.api import imports
 from jobd.api.admin import ROUTES
 from jobd.client import AdminClient
-from jobd.http.auth import Gate
+from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.model.commands import ImportCheck
 from jobd.model.errors import ApiError
 from jobd.model.responses import ImportCheckResult, Response
 from tests.support.daemon_process import Daemon
-from tests.support.http_harness import TOKEN, Heard, House
+from tests.support.http_harness import TOKEN, HttpHarness, ReceivedResponse
 
 PREVIEW = "/admin/job-management/import/preview"
 KIND = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/x-ndjson"}
@@ -31,19 +31,21 @@ def judged(command: ImportCheck) -> Response:
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
+async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     limits = Limits(body=200, payload=50, body_deadline_s=0.3)
-    async with House(ROUTES, tmp_path, gate=Gate("admin", tokens=[TOKEN]), admin=True, limits=limits) as opened:
-        opened.desk.answer = judged
+    async with HttpHarness(
+        ROUTES, tmp_path, gate=Authenticator("admin", tokens=[TOKEN]), admin=True, limits=limits
+    ) as opened:
+        opened.actor.respond = judged
         yield opened
 
 
-async def look(house: House, *lines: Any) -> Heard:
+async def look(house: HttpHarness, *lines: Any) -> ReceivedResponse:
     body = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-    return await house.ask("POST", PREVIEW, body, KIND)
+    return await house.request("POST", PREVIEW, body, KIND)
 
 
-async def test_each_line_is_told_in_its_order(house: House) -> None:
+async def test_each_line_is_told_in_its_order(house: HttpHarness) -> None:
     heard = await look(house, {"id": "a"}, "{", {"id": "old-1"}, {"id": "b", "status": "failed"}, "", {"id": "b"})
     data = heard.data
     assert (data["wouldImport"], data["wouldSkip"], data["wouldRefuse"]) == (2, 2, 1)
@@ -56,33 +58,33 @@ async def test_each_line_is_told_in_its_order(house: House) -> None:
         (6, "b", "skip", None),
     ]
     assert data["lines"][4]["reason"] == "Line 4 has the same id."
-    assert {type(asked.command) for asked in house.desk.asked} == {ImportCheck}  # not even a note for the audit log
+    assert {type(asked.command) for asked in house.actor.received} == {ImportCheck}  # not even a note for the audit log
 
 
-async def test_it_says_where_the_import_would_stop(house: House) -> None:
+async def test_it_says_where_the_import_would_stop(house: HttpHarness) -> None:
     lines = [{"id": f"job-{n}"} for n in range(3)] + [{"id": "done", "status": "cancelled"}, {"id": "old-2"}]
     data = (await look(house, *lines, {"id": "too-much"}, {"id": "more"})).data
     assert (data["wouldImport"], data["wouldSkip"], data["stopsAt"]) == (4, 1, 6)
     assert "unfinished jobs" in data["stopReason"]
     assert data["lines"][-1]["id"] == "old-2"
-    house.desk.answer = lambda command: ApiError("too_many_jobs", "5 jobs are allowed.")
+    house.actor.respond = lambda command: ApiError("too_many_jobs", "5 jobs are allowed.")
     data = (await look(house, {"id": "a"})).data
     assert (data["stopsAt"], data["stopReason"], data["lines"]) == (1, "5 jobs are allowed.", [])
 
 
 @pytest.mark.parametrize("code", ["overloaded", "storage_full", "shutting_down"])
-async def test_what_would_stop_it_now_is_its_answer(house: House, code: str) -> None:
-    house.desk.answer = lambda command: ApiError(code, "Not now.")
+async def test_what_would_stop_it_now_is_its_answer(house: HttpHarness, code: str) -> None:
+    house.actor.respond = lambda command: ApiError(code, "Not now.")
     heard = await look(house, {"id": "a"}, {"id": "b"})
     assert (heard.error, heard.json["details"]["line"]) == (code, 1)
 
 
-async def test_other_refusals_are_lines(house: House) -> None:
-    house.desk.answer = lambda command: ApiError("internal_error", "A bug.")
+async def test_other_refusals_are_lines(house: HttpHarness) -> None:
+    house.actor.respond = lambda command: ApiError("internal_error", "A bug.")
     assert (await look(house, {"id": "a"})).data["lines"][0]["reason"] == "A bug."
 
 
-async def test_it_has_its_limits(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_has_its_limits(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imports, "SHOWN_LINES", 2)
     data = (await look(house, *({"id": f"old-{n}"} for n in range(5)))).data
     assert (data["wouldSkip"], len(data["lines"]), data["more"]) == (5, 2, True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from jobd import logging
-from jobd.logging import Outlet
+from jobd.logging import LogWriter
 from tests.support.daemon_process import Daemon
 
 SAY = """
@@ -35,7 +35,7 @@ class Pipe:
         self.stderr = open(theirs, "w")  # noqa: SIM115 - closed by `read`
         monkeypatch.setattr(sys, "stderr", self.stderr)
 
-    def read(self, out: Outlet) -> list[str]:
+    def read(self, out: LogWriter) -> list[str]:
         """All that comes until everything is written."""
         heard: list[bytes] = []
 
@@ -54,9 +54,9 @@ class Pipe:
 def test_nobody_waits_and_what_is_dropped_is_counted_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "MOST_CHARS", 10_000)
     pipe = Pipe(monkeypatch)
-    out = Outlet(lambda count: out.put(f"dropped {count}"))
+    out = LogWriter(lambda count: out.write(f"dropped {count}"))
     for number in range(10_000):
-        out.put(f"{number:099}")
+        out.write(f"{number:099}")
     assert not out.flush(0)
     read = pipe.read(out)
     at = next(at for at, line in enumerate(read) if line.startswith("dropped"))
@@ -78,17 +78,17 @@ def test_many_lines_at_once_are_all_written_where_somebody_reads() -> None:
 def test_a_line_larger_than_all_that_may_wait_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "MOST_CHARS", 10)
     pipe = Pipe(monkeypatch)
-    out = Outlet(lambda count: pytest.fail("nothing was dropped"))
-    out.put("x" * 100_000)
+    out = LogWriter(lambda count: pytest.fail("nothing was dropped"))
+    out.write("x" * 100_000)
     assert pipe.read(out) == ["x" * 100_000]
 
 
 def test_a_stderr_that_others_have_made_non_blocking_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = Pipe(monkeypatch)
     os.set_blocking(pipe.stderr.fileno(), False)
-    out = Outlet(lambda count: pytest.fail("nothing was dropped"))
+    out = LogWriter(lambda count: pytest.fail("nothing was dropped"))
     for number in range(1_000):
-        out.put(f"{number:099}")
+        out.write(f"{number:099}")
     assert [int(line) for line in pipe.read(out)] == list(range(1_000))
 
 

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from msgspec import NODEFAULT, Struct, structs
 
-from jobd.config import RELOADABLE, WEBHOOKS, Config, show
+from jobd.config import RELOADABLE, WEBHOOKS, Config, to_toml
 from jobd.webhooks.config import WebhookSection
 
 ROOT: Final = Path(__file__).parent.parent.parent
@@ -71,8 +71,8 @@ def keys(section: type[Struct]) -> list[Key]:
 
 def default(field_info: structs.FieldInfo) -> str:
     if field_info.default is not NODEFAULT:
-        return show(field_info.default)
-    return "" if field_info.default_factory is NODEFAULT else show(field_info.default_factory())
+        return to_toml(field_info.default)
+    return "" if field_info.default_factory is NODEFAULT else to_toml(field_info.default_factory())
 
 
 def sections() -> list[tuple[str, type[Struct]]]:

@@ -18,11 +18,11 @@ from msgspec import Struct
 from jobd.engine import event_feed, mailbox
 from jobd.engine.change_watchers import Watcher
 from jobd.engine.mailbox import Waiter
-from jobd.http.app import Pages, Web
-from jobd.http.auth import Gate
+from jobd.http.app import App, BrowserPages
+from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.http.routing import Route
-from jobd.http.server import Listener
+from jobd.http.server import HttpListener
 from jobd.model.commands import Call, Command, IdempotencyKey, MakePlan, Operator, TakeBack
 from jobd.model.errors import ApiError
 from jobd.model.events import EventFilter
@@ -71,7 +71,7 @@ DISK = DiskView("/var/lib/jobd/jobd.db", 3 << 30, 8 << 30)
 REPORT = CleanupReport(1_700_000_000_000, 1, 2, 3, 4, 5, 6, [], True)
 
 
-class Asked(Struct):
+class ReceivedCommand(Struct):
     command: Any
     by: str
     admin: bool
@@ -80,17 +80,17 @@ class Asked(Struct):
     operator: Operator | None = None
 
 
-class Desk:
+class FakeActor:
     """Stands where the actor stands: notes what is asked, answers what the test says."""
 
     def __init__(
         self, answer: Callable[[Any], Response | ApiError | Awaitable[Response | ApiError]] | None = None
     ) -> None:
-        self.asked: list[Asked] = []
-        self.taken_back: list[Response] = []
+        self.received: list[ReceivedCommand] = []
+        self.undelivered_responses: list[Response] = []
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
-        self.answer = answer or (lambda command: Response(EmptyResponse()))
+        self.respond = answer or (lambda command: Response(EmptyResponse()))
         self._tasks: dict[mailbox.Envelope, asyncio.Task[None]] = {}
 
     async def ask(
@@ -104,10 +104,10 @@ class Desk:
         operator: Operator | None = None,
         expected: str | None = None,
     ) -> Response | ApiError:
-        self.asked.append(Asked(command, by, admin, key, size, operator))
+        self.received.append(ReceivedCommand(command, by, admin, key, size, operator))
         self.arrived.set()
         try:
-            answer = self.answer(command)
+            answer = self.respond(command)
             return answer if isinstance(answer, Response | ApiError) else await answer
         except asyncio.CancelledError:
             self.cancelled.set()
@@ -125,10 +125,10 @@ class Desk:
         operator: Operator | None = None,
         in_line: bool = False,
     ) -> mailbox.Envelope:
-        self.asked.append(Asked(command, by, admin, key, size, operator))
+        self.received.append(ReceivedCommand(command, by, admin, key, size, operator))
         self.arrived.set()
         asked = mailbox.Envelope(Call(cast("Any", command), by, b"", admin), key, size, waiter)
-        self._tasks[asked] = asyncio.ensure_future(self._tell(waiter, self.answer(command)))
+        self._tasks[asked] = asyncio.ensure_future(self._tell(waiter, self.respond(command)))
         return asked
 
     async def _tell(self, waiter: Waiter, answer: Response | ApiError | Awaitable[Response | ApiError]) -> None:
@@ -140,7 +140,7 @@ class Desk:
         if not waiter.done():
             waiter.set_result(told)
         elif isinstance(told, Response) and told.grants:
-            self.taken_back.append(told)
+            self.undelivered_responses.append(told)
 
     @property
     def sent(self) -> list[mailbox.Envelope]:
@@ -150,7 +150,7 @@ class Desk:
         self._tasks[asked].cancel()
 
     def undelivered(self, answer: Response) -> None:
-        self.taken_back.append(answer)
+        self.undelivered_responses.append(answer)
 
 
 WEBHOOK = WebhookView(
@@ -191,7 +191,7 @@ NO_WEBHOOK = ApiError("not_found", "There is no such webhook.")
 BACKUP = BackupView("b1", "copying", 4096, 8192, 3, 1_700_000_000_000, None, None)
 
 
-class Pieces:
+class FakeBackup:
     """A backup that is made of `pieces`; one that is an error is raised in its turn."""
 
     def __init__(self, pieces: list[bytes | Exception], left: list[str | None], closed: asyncio.Event) -> None:
@@ -211,7 +211,7 @@ class Pieces:
         self._closed.set()
 
 
-class Figures:
+class FakeServices:
     """Rooms with fixed figures."""
 
     def __init__(self) -> None:
@@ -232,7 +232,7 @@ class Figures:
         self.backup_ids: list[str] = []
         self.left: list[str | None] = []
         self.closed = asyncio.Event()
-        self.pieces_of = Pieces
+        self.pieces_of = FakeBackup
         self.disk = MemoryStorage()
         self.feed = event_feed.EventFeed(self.disk, 0, 3)
         self.downloads = Downloads(None, 2)
@@ -339,7 +339,7 @@ class Figures:
     async def test_webhook(self, webhook: str) -> DeliveryView | ApiError:
         return DELIVERY if webhook == "q" else NO_WEBHOOK
 
-    async def backup(self, id_: str) -> Pieces | ApiError:
+    async def backup(self, id_: str) -> FakeBackup | ApiError:
         self.backup_ids.append(id_)
         if self.held is not None:
             self.begun.set()
@@ -377,7 +377,7 @@ class Figures:
         return self.alive
 
 
-class Heard(Struct):
+class ReceivedResponse(Struct):
     """An answer as it came over the wire."""
 
     status: int
@@ -399,7 +399,7 @@ class Heard(Struct):
         return str(self.json["error"])
 
 
-class Line:
+class RawConnection:
     """One connection of a client that writes exactly the bytes that it is given."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -409,7 +409,7 @@ class Line:
     def send(self, data: bytes) -> None:
         self.writer.write(data)
 
-    async def hear(self, *, head_only: bool = False) -> Heard:
+    async def receive(self, *, head_only: bool = False) -> ReceivedResponse:
         """The next answer. Raises IncompleteReadError where the connection closes before its end."""
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         first, *lines = head.rstrip("\r\n").split("\r\n")
@@ -424,13 +424,13 @@ class Line:
             await self.reader.readexactly(2)
         else:
             body = await self.reader.readexactly(int(headers.get("content-length", 0)))
-        return Heard(int(first.split(" ")[1]), headers, body)
+        return ReceivedResponse(int(first.split(" ")[1]), headers, body)
 
-    async def ask(
+    async def request(
         self, method: str, target: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
-    ) -> Heard:
-        self.send(message(method, target, body, headers))
-        return await self.hear(head_only=method == "HEAD")
+    ) -> ReceivedResponse:
+        self.send(request_bytes(method, target, body, headers))
+        return await self.receive(head_only=method == "HEAD")
 
     async def is_closed(self) -> bool:
         """Waits for the end of the connection; false where bytes come instead."""
@@ -445,7 +445,7 @@ class Line:
             await self.writer.wait_closed()
 
 
-def message(
+def request_bytes(
     method: str, target: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
 ) -> bytes:
     """A request as bytes, with the headers that a usual client sends."""
@@ -489,7 +489,7 @@ async def tls_pair(place: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
     return server, ssl.create_default_context(cafile=str(cert))
 
 
-class House:
+class HttpHarness:
     """A Web behind a real listener, with a desk and figures, and clients that are closed at the end."""
 
     def __init__(
@@ -497,32 +497,32 @@ class House:
         routes: tuple[Route, ...],
         place: Path,
         *,
-        gate: Gate | None = None,
+        gate: Authenticator | None = None,
         limits: Limits | None = None,
         admin: bool = False,
         actor: Any = None,
-        pages: Pages | None = None,
+        pages: BrowserPages | None = None,
     ) -> None:
-        self.desk = actor or Desk()
-        self.figures = Figures()
-        self.site = Web(
-            gate or Gate("worker"), routes, self.desk, self.figures, limits=limits, admin=admin, pages=pages
+        self.actor = actor or FakeActor()
+        self.services = FakeServices()
+        self.app = App(
+            gate or Authenticator("worker"), routes, self.actor, self.services, limits=limits, admin=admin, pages=pages
         )
-        self.listener = Listener(self.site)
+        self.listener = HttpListener(self.app)
         self.path = str(place / "door.sock")
         self.port = 0
-        self._lines: list[Line] = []
+        self._connections: list[RawConnection] = []
         self._is_stopped = False
 
-    async def __aenter__(self) -> House:
-        if self.site.gate.hosts is None:
+    async def __aenter__(self) -> HttpHarness:
+        if self.app.authenticator.hosts is None:
             await self.listener.open_unix(self.path, 0o660)
         else:
             [(_, self.port)] = await self.listener.open_tcp("127.0.0.1", 0)
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for line in self._lines:
+        for line in self._connections:
             await line.close()
         if not self._is_stopped:
             await self.stop(1.0)
@@ -531,23 +531,23 @@ class House:
         self._is_stopped = True
         await self.listener.stop(deadline_s)
 
-    async def line(self) -> Line:
+    async def connect(self) -> RawConnection:
         if self.port:
             pair = await asyncio.open_connection("127.0.0.1", self.port)
         else:
             pair = await asyncio.open_unix_connection(self.path)
-        self._lines.append(Line(*pair))
-        return self._lines[-1]
+        self._connections.append(RawConnection(*pair))
+        return self._connections[-1]
 
-    async def ask(
+    async def request(
         self, method: str, target: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
-    ) -> Heard:
+    ) -> ReceivedResponse:
         """One request on a connection of its own."""
-        line = await self.line()
-        return await line.ask(method, target, body, headers)
+        line = await self.connect()
+        return await line.request(method, target, body, headers)
 
-    async def raw(self, data: bytes) -> Heard:
+    async def send_raw(self, data: bytes) -> ReceivedResponse:
         """The answer to exactly these bytes, on a connection of their own."""
-        line = await self.line()
+        line = await self.connect()
         line.send(data)
-        return await line.hear()
+        return await line.receive()

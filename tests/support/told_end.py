@@ -9,7 +9,7 @@ from typing import Any
 
 from jobd.cli.daemon.main import main
 from jobd.engine.actor import Actor
-from jobd.http.server import Listener
+from jobd.http.server import HttpListener
 from jobd.storage.store import Store
 
 
@@ -36,7 +36,7 @@ def tell(kind: type, name: str, said: str) -> None:
 
 
 if __name__ == "__main__":
-    tell(Listener, "stop", "doors")
+    tell(HttpListener, "stop", "doors")
     tell(Actor, "stop", "actor")
     tell(Store, "close", "store")
     sys.exit(main())

@@ -15,21 +15,21 @@ from jobd.engine.actor import Actor, Bounds
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
 from jobd.model.job import Policy
-from tests.support.http_harness import House
+from tests.support.http_harness import HttpHarness
 from tests.support.memory_storage import MemoryStorage
 
 
 class Town:
     """`house` is the door, `disk` says what may go wrong."""
 
-    def __init__(self, house: House, actor: Actor, disk: MemoryStorage) -> None:
+    def __init__(self, house: HttpHarness, actor: Actor, disk: MemoryStorage) -> None:
         self.house = house
         self.actor = actor
         self.disk = disk
 
     async def job(self, job_id: str) -> Any:
         """The job as a worker sees it."""
-        return (await self.house.ask("GET", f"/v1/jobs/{job_id}")).data
+        return (await self.house.request("GET", f"/v1/jobs/{job_id}")).data
 
 
 @asynccontextmanager
@@ -39,7 +39,7 @@ async def town(place: Path, *, bounds: Bounds | None = None, **door: Any) -> Asy
     keys = Keys([], 100)
     actor = Actor(disk, Book.opened(disk.opened()), keys, Clock(), Policy(), random=os.urandom, bounds=bounds)
     running = asyncio.create_task(actor.run())
-    async with House(ROUTES, place, actor=actor, **door) as house:
+    async with HttpHarness(ROUTES, place, actor=actor, **door) as house:
         yield Town(house, actor, disk)
         disk.gate.set()
         actor.stop_parking()

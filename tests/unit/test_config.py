@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobd import config
-from jobd.config import KEYS, Config, ConfigError, Loaded, changes, effective, load, parse_duration, show_duration
+from jobd.config import KEYS, Config, ConfigError, LoadedConfig, changes, effective, load, parse_duration, show_duration
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, Policy
 from tests import ROOT
 
@@ -47,7 +47,7 @@ def write(tmp_path: Path) -> Write:
     return file
 
 
-def loaded(path: str | None = None, flags: dict[str, str] | None = None, **environ: str) -> Loaded:
+def loaded(path: str | None = None, flags: dict[str, str] | None = None, **environ: str) -> LoadedConfig:
     return load(flags or {}, {"ADMIN_TOKEN": TOKEN, **environ}, path)
 
 
@@ -276,13 +276,13 @@ def test_where_the_token_comes_from_that_may_only_look(write: Write, tmp_path: P
     )
     path = write(f'[admin]\nreadonly_token_file = "{two}"\n')
     environ = {"ADMIN_TOKEN": TOKEN, "ADMIN_READONLY_TOKEN_FILE": one, "CREDENTIALS_DIRECTORY": str(tmp_path)}
-    assert load({}, environ, path).reader_tokens == ("canary-file-0123456789abcdef",)
+    assert load({}, environ, path).read_only_tokens == ("canary-file-0123456789abcdef",)
     del environ["ADMIN_READONLY_TOKEN_FILE"]
     found = load({}, environ, path)
-    assert found.reader_tokens == ("canary-toml-0123456789abcdef",)
+    assert found.read_only_tokens == ("canary-toml-0123456789abcdef",)
     assert "may only look: 1" in effective(found)
-    assert load({}, environ).reader_tokens == ("canary-admin_readonly_token-0123456789abcdef",)
-    assert loaded().reader_tokens == ()
+    assert load({}, environ).read_only_tokens == ("canary-admin_readonly_token-0123456789abcdef",)
+    assert loaded().read_only_tokens == ()
 
 
 def test_a_token_that_may_only_look_is_not_the_admin_token(write: Write) -> None:
@@ -490,7 +490,7 @@ def test_artifacts_never_lie_where_the_daemons_own_files_do(tmp_path: Path, wher
     linked = f"file://{tmp_path / 'link'}"
     found = load({**places, "artifacts.url": linked}, environ, file)  # it touches no place that may hang
     with pytest.raises(ConfigError, match="own files lie in"):
-        config.check_apart(linked, found.own_places)
+        config.check_artifact_directory(linked, found.own_directories)
     with pytest.raises(ConfigError, match=r"artifacts\.url: .*own files lie in .*a directory of their own"):
         load({**places, "artifacts.url": f"file://{tmp_path}/{where}"}, environ, file)
 

@@ -6,7 +6,7 @@ import pytest
 from multidict import CIMultiDict
 
 from jobd.config import is_host
-from jobd.http.auth import Gate, host_name, own_names
+from jobd.http.auth import Authenticator, host_name, own_names
 
 
 @pytest.mark.parametrize(
@@ -88,4 +88,4 @@ def test_a_name_is_compared_in_the_form_that_a_header_has(text: str, name: str) 
 def test_an_address_is_the_same_however_a_client_writes_it(sent: str) -> None:
     """What was only shortened where it was configured was not found as it was sent."""
     for names in (own_names("[2001:db8:0:0::7]:8770"), own_names("10.9.9.9", ["2001:DB8::7"])):
-        Gate("admin", hosts=names).check_origin(CIMultiDict({"Host": sent}), None)
+        Authenticator("admin", hosts=names).check_origin(CIMultiDict({"Host": sent}), None)

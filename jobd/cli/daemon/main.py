@@ -23,7 +23,7 @@ from jobd.cli.demo.demo import demo
 from jobd.cli.group import SETTINGS, Sections, json_option
 
 if TYPE_CHECKING:
-    from jobd.config import Loaded
+    from jobd.config import LoadedConfig
 
 
 @click.group(cls=Sections, context_settings=SETTINGS)
@@ -76,11 +76,11 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
     Every value is shown with where it comes from, no secret is. Exit 78 where `jobd serve` would not start with it and
     with the same flags.
     """
-    from jobd.config import ConfigError, check_apart, effective
+    from jobd.config import ConfigError, check_artifact_directory, effective
 
     loaded = read(config, flags)
     try:
-        check_apart(loaded.config.artifacts.url, loaded.own_places)
+        check_artifact_directory(loaded.config.artifacts.url, loaded.own_directories)
     except ConfigError as error:
         raise exit_codes.Problem(str(error), exit_codes.CONFIG) from None
     if as_json:
@@ -92,7 +92,7 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
         terminal.say(f"jobd: {warning}")
 
 
-def _webhooks(loaded: Loaded) -> list[dict[str, object]]:
+def _webhooks(loaded: LoadedConfig) -> list[dict[str, object]]:
     """The webhooks without their secrets; how many they have is told."""
     from msgspec.structs import asdict
 
@@ -103,7 +103,7 @@ def _webhooks(loaded: Loaded) -> list[dict[str, object]]:
     ]
 
 
-def _values(loaded: Loaded) -> dict[str, dict[str, object]]:
+def _values(loaded: LoadedConfig) -> dict[str, dict[str, object]]:
     """Every key with its value, a duration as the file would say it, and where the value comes from."""
     from jobd.config import Duration, show_duration
 

@@ -12,7 +12,7 @@ import click
 from jobd.cli import exit_codes
 
 if TYPE_CHECKING:
-    from jobd.config import Loaded
+    from jobd.config import LoadedConfig
 
 
 def config_option(verb: Any) -> Any:
@@ -59,7 +59,7 @@ def store_option(verb: Any) -> Any:
     return click.option("--store", metavar="PATH", help="The database, instead of that of the configuration.")(verb)
 
 
-def read(config: str | None, flags: Mapping[str, str] | None = None, *, need_token: bool = True) -> Loaded:
+def read(config: str | None, flags: Mapping[str, str] | None = None, *, need_token: bool = True) -> LoadedConfig:
     """The effective configuration. Problem (78) with file, key and what is expected where it is wrong."""
     from jobd.config import ConfigError, load
 

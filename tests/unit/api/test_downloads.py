@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from jobd.api.admin import ROUTES
 from jobd.api.downloads import disposition
 from jobd.core.views import job_view, late_view
-from jobd.http.auth import Gate
+from jobd.http.auth import Authenticator
 from jobd.model.commands import Get, LateResults, RecordAction
 from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import Job, LateResult, Policy, Result
@@ -25,7 +25,7 @@ from jobd.storage.artifacts import downloads
 from jobd.storage.artifacts.base import PIECE_BYTES, ArtifactStoreError
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileArtifactStore
-from tests.support.http_harness import TOKEN, House
+from tests.support.http_harness import TOKEN, HttpHarness
 from tests.support.rule_harness import RuleHarness
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
@@ -41,34 +41,34 @@ def place(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def house(tmp_path: Path, place: Path) -> AsyncIterator[House]:
-    async with House(ROUTES, tmp_path, gate=Gate("admin", tokens=[TOKEN]), admin=True) as opened:
-        opened.figures.downloads = Downloads(FileArtifactStore(str(place), "test"), MOST)
+async def house(tmp_path: Path, place: Path) -> AsyncIterator[HttpHarness]:
+    async with HttpHarness(ROUTES, tmp_path, gate=Authenticator("admin", tokens=[TOKEN]), admin=True) as opened:
+        opened.services.downloads = Downloads(FileArtifactStore(str(place), "test"), MOST)
         yield opened
 
 
-def names(house: House, key: str | None) -> None:
+def names(house: HttpHarness, key: str | None) -> None:
     """The job that everybody asks for has this key."""
     desk = RuleHarness()
     job: Job = desk.create("a")
     job = replace(job, result=None if key is None else Result(storage_key=key))
     view = job_view(job, desk.moment, Policy(), admin=False)
-    house.desk.answer = lambda command: Response(view)
+    house.actor.respond = lambda command: Response(view)
 
 
-def put(house: House, place: Path, key: str, content: bytes) -> None:
+def put(house: HttpHarness, place: Path, key: str, content: bytes) -> None:
     names(house, key)
     (place / key).parent.mkdir(parents=True, exist_ok=True)
     (place / key).write_bytes(content)
 
 
 @pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, 3 * PIECE_BYTES + 1])
-async def test_a_stored_result_comes_as_a_file(house: House, place: Path, size: int) -> None:
+async def test_a_stored_result_comes_as_a_file(house: HttpHarness, place: Path, size: int) -> None:
     content = os.urandom(size)
     put(house, place, "2026/report.html", content)
-    line = await house.line()
+    line = await house.connect()
     for _ in range(MOST + 1):
-        heard = await line.ask("GET", PATH, headers=AUTH)
+        heard = await line.request("GET", PATH, headers=AUTH)
         assert (heard.status, heard.body == content) == (200, True)
     assert heard.headers["content-length"] == str(size)
     assert heard.headers["content-type"] == "application/octet-stream"
@@ -76,41 +76,41 @@ async def test_a_stored_result_comes_as_a_file(house: House, place: Path, size: 
     assert heard.headers["x-content-type-options"] == "nosniff"
     assert heard.headers["content-security-policy"] == "default-src 'none'; sandbox"
     assert heard.headers["cache-control"] == "no-store"
-    assert [(type(asked.command), asked.admin) for asked in house.desk.asked] == [
+    assert [(type(asked.command), asked.admin) for asked in house.actor.received] == [
         (Get, False),
         (RecordAction, False),
     ] * (MOST + 1)
 
 
-async def test_what_is_not_there_is_refused_in_words(house: House, place: Path) -> None:
-    house.desk.answer = lambda command: ApiError("job_not_found", "No job has this id.")
-    assert (await house.ask("GET", PATH, headers=AUTH)).error == "job_not_found"
+async def test_what_is_not_there_is_refused_in_words(house: HttpHarness, place: Path) -> None:
+    house.actor.respond = lambda command: ApiError("job_not_found", "No job has this id.")
+    assert (await house.request("GET", PATH, headers=AUTH)).error == "job_not_found"
     names(house, None)
-    heard = await house.ask("GET", PATH, headers=AUTH)
+    heard = await house.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error, "no storage_key" in heard.json["message"]) == (404, "not_found", True)
     names(house, "gone/report.pdf")
-    heard = await house.ask("GET", PATH, headers=AUTH)
+    heard = await house.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error, "any more" in heard.json["message"]) == (404, "not_found", True)
     place.rmdir()
     with capture_logs() as logs:
-        heard = await house.ask("GET", PATH, headers=AUTH)
+        heard = await house.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error) == (503, "storage_unavailable")
     assert "is no directory" in str(logs[0])
-    house.figures.downloads = Downloads(None, MOST)
-    heard = await house.ask("GET", PATH, headers=AUTH)
+    house.services.downloads = Downloads(None, MOST)
+    heard = await house.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error, "artifacts.url" in heard.json["message"]) == (404, "not_found", True)
 
 
-def brings(house: House, *lates: LateResult) -> None:
+def brings(house: HttpHarness, *lates: LateResult) -> None:
     """The job that everybody asks for has these late results, and a result of its own."""
     desk = RuleHarness()
     job: Job = replace(desk.create("a"), result=Result(storage_key="own"))
     listed = LateResultList([late_view(late) for late in lates])
     view = job_view(job, desk.moment, Policy(), admin=False)
-    house.desk.answer = lambda command: Response(listed if isinstance(command, LateResults) else view)
+    house.actor.respond = lambda command: Response(listed if isinstance(command, LateResults) else view)
 
 
-async def test_what_a_late_result_names_can_be_looked_at_before_it_is_taken(house: House, place: Path) -> None:
+async def test_what_a_late_result_names_can_be_looked_at_before_it_is_taken(house: HttpHarness, place: Path) -> None:
     lates = [
         LateResult(7, 1, "w-1", 1, "h", result=Result(storage_key="late/1.pdf")),
         LateResult(9, 2, "w-2", 2, "h", result=Result(storage_key="late/2.pdf")),
@@ -121,47 +121,47 @@ async def test_what_a_late_result_names_can_be_looked_at_before_it_is_taken(hous
     for number, content in (("late/1.pdf", b"one"), ("late/2.pdf", b"two"), ("own", b"own")):
         (place / number).write_bytes(content)
     for seq, content, name in ((7, b"one", "1.pdf"), (9, b"two", "2.pdf")):
-        heard = await house.ask("GET", f"{PATH}?late_result={seq}", headers=AUTH)
+        heard = await house.request("GET", f"{PATH}?late_result={seq}", headers=AUTH)
         assert (heard.status, heard.body) == (200, content)
         assert f'filename="{name}"' in heard.headers["content-disposition"]
-    assert [(type(asked.command), asked.admin) for asked in house.desk.asked] == [
+    assert [(type(asked.command), asked.admin) for asked in house.actor.received] == [
         (LateResults, False),
         (RecordAction, False),
     ] * 2
-    assert (await house.ask("GET", PATH, headers=AUTH)).body == b"own"
-    heard = await house.ask("GET", f"{PATH}?late_result=11", headers=AUTH)
+    assert (await house.request("GET", PATH, headers=AUTH)).body == b"own"
+    heard = await house.request("GET", f"{PATH}?late_result=11", headers=AUTH)
     assert (heard.status, heard.error, "no storage_key" in heard.json["message"]) == (404, "not_found", True)
-    heard = await house.ask("GET", f"{PATH}?late_result=8", headers=AUTH)
+    heard = await house.request("GET", f"{PATH}?late_result=8", headers=AUTH)
     assert (heard.status, heard.error, "jobctl late a" in heard.json["message"]) == (404, "late_result_not_found", True)
     for wrong in ("0", "-1", "x", "", "1.5"):
-        heard = await house.ask("GET", f"{PATH}?late_result={wrong}", headers=AUTH)
+        heard = await house.request("GET", f"{PATH}?late_result={wrong}", headers=AUTH)
         assert (heard.status, heard.error) == (400, "invalid_request"), wrong
-    house.desk.answer = lambda command: ApiError("job_not_found", "No job has this id.")
-    assert (await house.ask("GET", f"{PATH}?late_result=7", headers=AUTH)).error == "job_not_found"
+    house.actor.respond = lambda command: ApiError("job_not_found", "No job has this id.")
+    assert (await house.request("GET", f"{PATH}?late_result=7", headers=AUTH)).error == "job_not_found"
 
 
-async def test_only_so_many_at_a_time_and_places_are_given_back(house: House, place: Path) -> None:
+async def test_only_so_many_at_a_time_and_places_are_given_back(house: HttpHarness, place: Path) -> None:
     put(house, place, "k", bytes(64 << 20))
-    lines = [await house.line() for _ in range(MOST)]
+    lines = [await house.connect() for _ in range(MOST)]
     for line in lines:
         line.send(f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
         await line.reader.readuntil(b"\r\n\r\n")
-    heard = await house.ask("GET", PATH, headers=AUTH)
+    heard = await house.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error, heard.headers["retry-after"]) == (503, "overloaded", "1")
     assert "limits.downloads" in heard.json["message"]
     with capture_logs() as logs:
         await lines[0].close()
-        while len(house.figures.downloads._open) == MOST:
-            assert (await house.ask("GET", "/healthz")).status == 200
+        while len(house.services.downloads._open) == MOST:
+            assert (await house.request("GET", "/healthz")).status == 200
         put(house, place, "other", b"small")
-        assert (await house.ask("GET", PATH, headers=AUTH)).body == b"small"
+        assert (await house.request("GET", PATH, headers=AUTH)).body == b"small"
     assert [entry for entry in logs if entry["event"] == "download_cut_off"] == [], "who hangs up is no news"
 
 
 async def test_who_does_not_read_is_cut_off_and_holds_nobody_up(
-    house: House, place: Path, monkeypatch: pytest.MonkeyPatch
+    house: HttpHarness, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobd.http.streaming.PATIENCE_S", 0.2)
+    monkeypatch.setattr("jobd.http.streaming.WRITE_TIMEOUT_S", 0.2)
     put(house, place, "k", bytes(64 << 20))
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX) as stalled:
@@ -169,41 +169,41 @@ async def test_who_does_not_read_is_cut_off_and_holds_nobody_up(
         await loop.sock_connect(stalled, house.path)
         request = f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
         await loop.sock_sendall(stalled, request.encode())
-        while not house.figures.downloads._open:
-            assert (await house.ask("GET", "/healthz")).status == 200
-        while house.figures.downloads._open:
-            assert (await house.ask("GET", "/healthz")).status == 200
+        while not house.services.downloads._open:
+            assert (await house.request("GET", "/healthz")).status == 200
+        while house.services.downloads._open:
+            assert (await house.request("GET", "/healthz")).status == 200
 
 
 async def test_a_result_that_cannot_be_read_to_its_end_is_short_of_its_length(
-    house: House, place: Path, monkeypatch: pytest.MonkeyPatch
+    house: HttpHarness, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(house, place, "k", b"x" * (2 * PIECE_BYTES))
 
     async def broken(handle: int) -> bytes:
         raise ArtifactStoreError("the disk is gone")
 
-    store: Any = house.figures.downloads._store
+    store: Any = house.services.downloads._store
     monkeypatch.setattr(store, "read", broken)
     with capture_logs() as logs, pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-        await house.ask("GET", PATH, headers=AUTH)
+        await house.request("GET", PATH, headers=AUTH)
     assert [(each["event"], each["error"]) for each in logs] == [("download_cut_off", "the disk is gone")]
 
 
 async def test_a_store_that_does_not_answer_is_not_waited_for_for_ever(
-    house: House, place: Path, monkeypatch: pytest.MonkeyPatch
+    house: HttpHarness, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads, "CALL_S", 0.05)
     names(house, "k")
-    store: Any = house.figures.downloads._store
+    store: Any = house.services.downloads._store
 
     async def hangs(key: str) -> None:
         await asyncio.Event().wait()
 
     monkeypatch.setattr(store, "open", hangs)
-    heard = await house.ask("GET", PATH, headers=AUTH)
+    heard = await house.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error) == (503, "storage_unavailable")
-    assert not house.figures.downloads._open
+    assert not house.services.downloads._open
 
 
 async def test_downloads_end_when_the_daemon_stops(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,16 +16,16 @@ from jsonschema_rs import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from jobd.api import admin, descriptions, worker
-from jobd.api.command_stream import PARTS, StreamedCommand, shapes
+from jobd.api.command_stream import LINE_TYPES, StreamedCommand, line_decoders
 from jobd.api.openapi import call_of, document, refusals
-from jobd.http.auth import Gate, own_names
-from jobd.http.decoding import Limits, Shape
+from jobd.http.auth import Authenticator, own_names
+from jobd.http.decoding import Limits, RequestDecoder
 from jobd.http.routing import Route
 from jobd.model import errors
 from jobd.model.errors import ApiException
 from jobd.model.events import StreamedEvent
 from jobd.model.job import storage_key_error
-from tests.support.http_harness import TOKEN, House
+from tests.support.http_harness import TOKEN, HttpHarness
 
 TABLES: dict[str, Sequence[Route]] = {"worker": worker.ROUTES, "admin": admin.ROUTES}
 DOCUMENTS: dict[str, dict[str, Any]] = {name: document(name, table) for name, table in TABLES.items()}
@@ -94,16 +94,16 @@ def test_a_call_says_how_it_succeeds_and_how_it_is_refused(name: str) -> None:
         wanted |= {errors.ERROR_STATUS[code] for code in refusals(route)}
         assert {int(status) for status in responses} == wanted
         kinds = resolved(name, responses[str(route.status)])["content"]
-        assert list(kinds) == [route.sends]
+        assert list(kinds) == [route.content_type]
         for code in refusals(route):
             assert f"`{code}`" in resolved(name, responses[str(errors.ERROR_STATUS[code])])["description"]
         headers = {each["name"] for each in said[call_of(route)]["parameters"] if each["in"] == "header"}
         wanted_headers = {"Idempotency-Key"} if route.key else set()
         taken = call_of(route).endswith(("/export", "/backup", "/artifact"))  # the audit log has who took it
-        if route.who == "admin" and (route.method != "GET" or taken):
+        if route.auth == "admin" and (route.method != "GET" or taken):
             wanted_headers.add("X-Jobd-Operator")
-        assert headers == wanted_headers | ({"Last-Event-ID"} if route.gives is StreamedEvent else set())
-        assert (said[call_of(route)]["security"] == [{"token": []}]) == (route.who == "admin")
+        assert headers == wanted_headers | ({"Last-Event-ID"} if route.response is StreamedEvent else set())
+        assert (said[call_of(route)]["security"] == [{"token": []}]) == (route.auth == "admin")
         assert ("requestBody" in said[call_of(route)]) == (route.method != "GET")
 
 
@@ -112,7 +112,7 @@ def test_the_glossary_has_a_word_for_everything_and_none_too_many() -> None:
     calls = {call_of(route) for route in routes}
     assert set(descriptions.CALLS) == calls
     assert set(descriptions.ALSO) | set(descriptions.REFUSED_TOO) <= calls
-    assert set(descriptions.REFUSED) <= {route.asks for route in routes}
+    assert set(descriptions.REFUSED) <= {route.request for route in routes}
     assert set(descriptions.REFUSALS) == set(errors.ERROR_STATUS)
     assert all(code in errors.ERROR_STATUS for codes in descriptions.REFUSED.values() for code in codes)
     said = {field for name in TABLES for field in _fields(DOCUMENTS[name])}
@@ -139,34 +139,41 @@ def test_every_refusal_is_somewhere_but_for_those_of_unknown_paths() -> None:
 
 
 @pytest.fixture(params=TABLES)
-async def door(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[str, House]]:
-    gate = Gate(request.param, tokens=[TOKEN], hosts=own_names("127.0.0.1"))
-    async with House(tuple(TABLES[request.param]), tmp_path, gate=gate) as opened:
+async def door(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[str, HttpHarness]]:
+    gate = Authenticator(request.param, tokens=[TOKEN], hosts=own_names("127.0.0.1"))
+    async with HttpHarness(tuple(TABLES[request.param]), tmp_path, gate=gate) as opened:
         yield request.param, opened
 
 
-async def test_a_document_is_given_out_without_a_token(door: tuple[str, House]) -> None:
+async def test_a_document_is_given_out_without_a_token(door: tuple[str, HttpHarness]) -> None:
     name, house = door
     for _ in range(2):
-        heard = await house.ask("GET", "/openapi.json")
+        heard = await house.request("GET", "/openapi.json")
         assert (heard.status, heard.headers["content-type"]) == (200, "application/json")
         assert heard.json["paths"] == json.loads(json.dumps(DOCUMENTS[name]["paths"]))
         assert heard.json["info"]["title"] == f"jobd {name} API"
-    assert (await house.ask("GET", "/openapi.json?x=1")).status == 400
-    assert (await house.ask("GET", "/openapi.json", headers={"Host": "evil.example"})).status == 403
-    assert house.desk.asked == []
+    assert (await house.request("GET", "/openapi.json?x=1")).status == 400
+    assert (await house.request("GET", "/openapi.json", headers={"Host": "evil.example"})).status == 403
+    assert house.actor.received == []
 
 
 # -- bodies: what the schema takes, the decoder takes ------------------------------------------------------------------
 
 # Call, or kind of line -> its document, the name of its schema, what reads it, what its path gives.
-READERS: dict[str, tuple[str, str, Shape, str | None]] = {
-    call_of(route): (name, route.asks.__name__, Shape(route.asks, route.given, Limits()), "a" if route.given else None)
+READERS: dict[str, tuple[str, str, RequestDecoder, str | None]] = {
+    call_of(route): (
+        name,
+        route.request.__name__,
+        RequestDecoder(route.request, route.path_field, Limits()),
+        "a" if route.path_field else None,
+    )
     for name, table in TABLES.items()
     for route in table
-    if route.method != "GET" and route.asks is not StreamedCommand
+    if route.method != "GET" and route.request is not StreamedCommand
 }
-READERS |= {f"line {op}": ("worker", PARTS[op].__name__, shape, None) for op, shape in shapes(Limits()).items()}
+READERS |= {
+    f"line {op}": ("worker", LINE_TYPES[op].__name__, shape, None) for op, shape in line_decoders(Limits()).items()
+}
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),

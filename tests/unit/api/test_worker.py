@@ -32,7 +32,7 @@ from jobd.model.commands import (
     Why,
     Workers,
 )
-from tests.support.http_harness import House
+from tests.support.http_harness import HttpHarness
 
 # Call, example of a body (or query), the command that it is.
 CALLS: list[tuple[str, str, str, Command]] = [
@@ -75,13 +75,13 @@ def plain(command: Any) -> Any:
 @pytest.mark.parametrize(("method", "path", "body", "command"), CALLS)
 async def test_a_call_is_its_command(tmp_path: Path, method: str, path: str, body: str, command: Command) -> None:
     target = path.replace("{id}", "j")
-    async with House(ROUTES, tmp_path) as house:
+    async with HttpHarness(ROUTES, tmp_path) as house:
         if method == "GET":
-            heard = await house.ask("GET", f"{target}?{body}" if body else target)
+            heard = await house.request("GET", f"{target}?{body}" if body else target)
         else:
-            heard = await house.ask(method, target, body, {"Idempotency-Key": "k"})
+            heard = await house.request(method, target, body, {"Idempotency-Key": "k"})
         assert heard.status == 200, heard.json
-        [asked] = house.desk.asked
+        [asked] = house.actor.received
         assert type(asked.command) is type(command)
         assert plain(asked.command) == plain(command)
         assert asked.admin is False
@@ -96,8 +96,8 @@ def test_every_call_has_an_example_and_no_route_is_missing() -> None:
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 def test_what_a_route_takes_and_gives_can_be_described(route: Any) -> None:
-    assert len(msgspec.inspect.multi_type_info([route.asks, route.gives])) == 2
-    if issubclass(route.asks, JobCommand):
-        assert route.given == "id"
-    assert route.who == ("anyone" if route.path in {"/healthz", "/readyz", "/openapi.json"} else "worker")
-    assert route.status == (201 if route.asks in {Create, Bulk} else 200)
+    assert len(msgspec.inspect.multi_type_info([route.request, route.response])) == 2
+    if issubclass(route.request, JobCommand):
+        assert route.path_field == "id"
+    assert route.auth == ("anyone" if route.path in {"/healthz", "/readyz", "/openapi.json"} else "worker")
+    assert route.status == (201 if route.request in {Create, Bulk} else 200)

@@ -25,7 +25,7 @@ from jobd.client import (
 )
 from jobd.client.command_stream import command_line
 from jobd.client.protocol import ApiRequest
-from jobd.http.auth import Gate
+from jobd.http.auth import Authenticator
 from tests.support.http_harness import TOKEN
 from tests.support.virtual_engine import until
 from tests.support.worker_api_server import Town, town
@@ -44,7 +44,7 @@ async def client(town: Town) -> AsyncIterator[AsyncJobClient]:
 
 
 def streams_of(town: Town) -> int:
-    return len(town.house.site.ends)
+    return len(town.house.app.on_close)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ async def test_a_worker_with_many_jobs_at_a_time_uses_a_stream(
 
 
 async def test_a_wrong_token_is_told(tmp_path: Path) -> None:
-    gate = Gate("worker", tokens=[TOKEN], hosts=["localhost", "127.0.0.1"])
+    gate = Authenticator("worker", tokens=[TOKEN], hosts=["localhost", "127.0.0.1"])
     async with town(tmp_path, gate=gate) as guarded:
         where = f"http://127.0.0.1:{guarded.house.port}"
         async with AsyncJobClient(where, token="x" * 30) as client, client.stream() as jobs:

@@ -73,7 +73,7 @@ def test_every_command_is_a_deed_or_is_known_to_be_none() -> None:
 
 def test_a_deed_is_called_as_its_call_is() -> None:
     """Who looks for it in the log knows the path, and the documentation names the same words."""
-    calls = {route.asks: route for route in admin.ROUTES if route.asks in audit.DEEDS}
+    calls = {route.request: route for route in admin.ROUTES if route.request in audit.DEEDS}
     words = {
         asks: "delete" if route.method == "DELETE" else route.path.rpartition("/")[2] for asks, route in calls.items()
     }

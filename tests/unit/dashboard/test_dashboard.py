@@ -29,7 +29,7 @@ from msgspec.structs import replace
 
 from jobd.api import admin as admin_api
 from jobd.api import worker as worker_api
-from jobd.api.services import Rooms
+from jobd.api.services import Services
 from jobd.core.state import Book
 from jobd.dashboard import filters, live_updates, pages, plans, rendering, sessions
 from jobd.dashboard import sign_in as entrance
@@ -40,7 +40,7 @@ from jobd.engine import history
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, boot_clock_ms, wall_clock_ms
 from jobd.engine.idempotency import Keys
-from jobd.http.auth import FORM, Access, Gate, own_names
+from jobd.http.auth import FORM, Authenticator, Permission, own_names
 from jobd.maintenance import plan_builder
 from jobd.maintenance.cleanup_pass import Hands, Schedule
 from jobd.maintenance.maintainer import Cleaner
@@ -58,7 +58,17 @@ from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileArtifactStore
 from tests import ROOT
 from tests.browser import vendor
-from tests.support.http_harness import DELIVERY, TOKEN, WEBHOOK, Heard, House, Line, message, tls_pair, wrong_tokens
+from tests.support.http_harness import (
+    DELIVERY,
+    TOKEN,
+    WEBHOOK,
+    HttpHarness,
+    RawConnection,
+    ReceivedResponse,
+    request_bytes,
+    tls_pair,
+    wrong_tokens,
+)
 from tests.support.memory_storage import MemoryStorage
 
 READER = "reader-token-0123456789abcdef"
@@ -82,16 +92,16 @@ PAGES = [
 class Browser:
     """Keeps its cookie and finds the secret of its forms, as a browser does."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: HttpHarness) -> None:
         self.house = house
         self.cookie = ""
 
-    async def get(self, target: str, **headers: str) -> Heard:
-        return await self.house.ask("GET", target, headers=self._headers(headers))
+    async def get(self, target: str, **headers: str) -> ReceivedResponse:
+        return await self.house.request("GET", target, headers=self._headers(headers))
 
-    async def post(self, target: str, headers: dict[str, str] | None = None, /, **fields: str) -> Heard:
+    async def post(self, target: str, headers: dict[str, str] | None = None, /, **fields: str) -> ReceivedResponse:
         given = {"Content-Type": FORM, **(headers or {})}
-        heard = await self.house.ask("POST", target, urlencode(fields), self._headers(given))
+        heard = await self.house.request("POST", target, urlencode(fields), self._headers(given))
         if "set-cookie" in heard.headers:
             self.cookie = heard.headers["set-cookie"].partition(";")[0]
         return heard
@@ -117,12 +127,12 @@ class Browser:
         assert fields["verb"] == verb
         return fields
 
-    async def confirmed(self, job_id: str, verb: str, reason: str = "", more: str = "") -> Heard:
+    async def confirmed(self, job_id: str, verb: str, reason: str = "", more: str = "") -> ReceivedResponse:
         """What comes of a deed that is confirmed on its page."""
         return await self.post(f"/jobs/{job_id}/do", **await self.looked(job_id, verb, more), reason=reason)
 
 
-def text(heard: Heard) -> str:
+def text(heard: ReceivedResponse) -> str:
     return heard.body.decode()
 
 
@@ -132,7 +142,7 @@ class Town:
     `ahead_ms` is by how much the daemon's clocks are ahead.
     """
 
-    def __init__(self, worker: House, admin: House, room: Dashboard, disk: MemoryStorage) -> None:
+    def __init__(self, worker: HttpHarness, admin: HttpHarness, room: Dashboard, disk: MemoryStorage) -> None:
         self.worker = worker
         self.admin = admin
         self.room = room
@@ -141,12 +151,12 @@ class Town:
         self.ahead_ms = 0
 
     async def do(self, target: str, **body: Any) -> Any:
-        heard = await self.worker.ask("POST", f"/v1/{target}", json.dumps(body))
+        heard = await self.worker.request("POST", f"/v1/{target}", json.dumps(body))
         assert heard.status < 300, heard.json
         return heard.data
 
     async def status(self, job_id: str) -> str:
-        return str((await self.worker.ask("GET", f"/v1/jobs/{job_id}")).data["status"])
+        return str((await self.worker.request("GET", f"/v1/jobs/{job_id}")).data["status"])
 
     async def browser(self, token: str = TOKEN) -> Browser:
         return await Browser(self.admin).sign_in(token)
@@ -158,7 +168,7 @@ class Town:
 
     async def again(self, job_id: str) -> str:
         """The job is taken from its worker and given to another; the secret of the new lock."""
-        heard = await self.admin.ask(
+        heard = await self.admin.request(
             "POST", "/admin/job-management/force-reset", json.dumps({"jobId": job_id}), headers=AUTH
         )
         assert heard.status == 200
@@ -181,22 +191,24 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
     actor.on_commit.append(known.committed)
     await known.run()
     running = asyncio.create_task(actor.run())
-    gate = Gate("admin", tokens=[TOKEN], readers=[READER], hosts=own_names("127.0.0.1"))
+    gate = Authenticator("admin", tokens=[TOKEN], read_only_tokens=[READER], hosts=own_names("127.0.0.1"))
     room = await asyncio.to_thread(Dashboard, gate, recorder, clock_s=lambda: made[0].now_s)
     async with contextlib.AsyncExitStack() as stack:
-        worker = await stack.enter_async_context(House(worker_api.ROUTES, tmp_path, actor=actor))
+        worker = await stack.enter_async_context(HttpHarness(worker_api.ROUTES, tmp_path, actor=actor))
         routes = (*admin_api.ROUTES, *room.routes(), worker_api.DOCUMENT)
-        admin = await stack.enter_async_context(House(routes, tmp_path, gate=gate, admin=True, actor=actor, pages=room))
-        actor.on_commit.append(admin.figures.feed.publish)
+        admin = await stack.enter_async_context(
+            HttpHarness(routes, tmp_path, gate=gate, admin=True, actor=actor, pages=room)
+        )
+        actor.on_commit.append(admin.services.feed.publish)
         numbers = itertools.count(1)
-        admin.figures.make_plan = lambda asked: planner.make(asked, f"plan-{next(numbers)}")  # type: ignore[method-assign,assignment,return-value]
-        admin.figures.failures = known.view  # type: ignore[method-assign]
-        admin.figures.queue_names = partial(Rooms.queue_names, SimpleNamespace(actor=actor))  # type: ignore[method-assign,arg-type]
+        admin.services.make_plan = lambda asked: planner.make(asked, f"plan-{next(numbers)}")  # type: ignore[method-assign,assignment,return-value]
+        admin.services.failures = known.view  # type: ignore[method-assign]
+        admin.services.queue_names = partial(Services.queue_names, SimpleNamespace(actor=actor))  # type: ignore[method-assign,arg-type]
         hands = Hands(actor, clock, Schedule())
-        admin.figures.take_back = partial(Cleaner.take_back, SimpleNamespace(_hands=hands))  # type: ignore[method-assign,arg-type]
-        admin.figures.plan = planner.find  # type: ignore[method-assign]
-        admin.figures.apply_plan = planner.apply  # type: ignore[method-assign,assignment]
-        admin.figures.clock = lambda: ClockView(clock.moment().now, not admin.figures.accepted, "30 days ahead")  # type: ignore[method-assign]
+        admin.services.take_back = partial(Cleaner.take_back, SimpleNamespace(_hands=hands))  # type: ignore[method-assign,arg-type]
+        admin.services.plan = planner.find  # type: ignore[method-assign]
+        admin.services.apply_plan = planner.apply  # type: ignore[method-assign,assignment]
+        admin.services.clock = lambda: ClockView(clock.moment().now, not admin.services.accepted, "30 days ahead")  # type: ignore[method-assign]
         made.append(Town(worker, admin, room, disk))
         yield made[0]
         actor.stop_parking()
@@ -289,8 +301,8 @@ async def test_behind_a_proxy_that_speaks_tls_calls_are_shown_as_they_have_to_be
 async def test_over_tls_the_cookie_goes_nowhere_else(town: Town, tmp_path: Path) -> None:
     server, client = await tls_pair(tmp_path)
     [(_, port)] = await town.admin.listener.open_tcp("127.0.0.1", 0, tls=server)
-    line = Line(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
-    heard = await line.ask("POST", "/sign-in", urlencode({"token": TOKEN}), {"Content-Type": FORM})
+    line = RawConnection(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
+    heard = await line.request("POST", "/sign-in", urlencode({"token": TOKEN}), {"Content-Type": FORM})
     assert heard.status == 303
     assert "Secure" in heard.headers["set-cookie"].split("; ")
     await line.close()
@@ -298,7 +310,7 @@ async def test_over_tls_the_cookie_goes_nowhere_else(town: Town, tmp_path: Path)
 
 async def deeds(town: Town) -> list[tuple[Any, ...]]:
     """Of the audit log, the oldest first: who, what, what came of it, and what it is told of."""
-    audit = await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)
+    audit = await town.admin.request("GET", "/admin/job-management/audit", headers=AUTH)
     entries = audit.data["entries"][::-1]
     return [(each["who"], each["what"], each["outcome"], each["job_id"] or each["details"]) for each in entries]
 
@@ -322,8 +334,8 @@ async def test_a_wrong_token_opens_nothing_and_a_right_one_does_whatever_was_sen
     await Browser(town.admin).sign_in()
     assert not held.done()
     held.cancel()
-    assert (await town.admin.ask("GET", "/jobs", headers=AUTH)).status == 200, "programs are not held up"
-    assert town.admin.site.refusals["unauthorized"] == sessions.FREE_FAILURES + 3
+    assert (await town.admin.request("GET", "/jobs", headers=AUTH)).status == 200, "programs are not held up"
+    assert town.admin.app.error_counts["unauthorized"] == sessions.FREE_FAILURES + 3
     page = text(await (await town.browser()).get("/audit?what=sign-in"))
     assert '<span class="badge bad">unauthorized</span> <span class="dim">10 times</span>' in page
     *wrong, right, _ = await deeds(town)
@@ -334,14 +346,14 @@ async def test_a_wrong_token_opens_nothing_and_a_right_one_does_whatever_was_sen
 async def test_no_wrong_token_signs_in(town: Town) -> None:
     """5,000 of them below the form, and some by it. Time goes on, so that no response is held back."""
     assert [each for each in wrong_tokens(TOKEN) if town.room.sessions.sign_in(each) is not None] == []
-    line = await town.admin.line()
+    line = await town.admin.connect()
     wrong = wrong_tokens(TOKEN, 500) + wrong_tokens(READER, 0)
     for at in range(0, len(wrong), sessions.FREE_FAILURES):
         given = wrong[at : at + sessions.FREE_FAILURES]
         town.now_s += sessions.FAILURE_WINDOW_S
         forms = [urlencode({"token": each}) for each in given]
-        line.send(b"".join(message("POST", "/sign-in", form, {"Content-Type": FORM}) for form in forms))
-        heard = [await line.hear() for _ in given]
+        line.send(b"".join(request_bytes("POST", "/sign-in", form, {"Content-Type": FORM}) for form in forms))
+        heard = [await line.receive() for _ in given]
         assert [each for each, answer in zip(given, heard, strict=True) if answer.status != 401] == []
         assert not any("set-cookie" in answer.headers for answer in heard)
     assert len(town.room.sessions) == 0
@@ -369,7 +381,7 @@ async def test_who_comes_and_goes_and_what_is_taken_along_is_in_the_audit_log(to
     """A reader's, too."""
     (tmp_path / "stored").mkdir()
     (tmp_path / "stored" / "result").write_bytes(b"r")
-    town.admin.figures.downloads = Downloads(FileArtifactStore(str(tmp_path / "stored"), "test"), 2)
+    town.admin.services.downloads = Downloads(FileArtifactStore(str(tmp_path / "stored"), "test"), 2)
     lock_id = await town.held("done")
     await town.do("jobs/done/complete", lock_id=lock_id, storage_key="result")
     for token, name in ((TOKEN, "ann"), (READER, ""), (READER, "rob")):
@@ -382,9 +394,13 @@ async def test_who_comes_and_goes_and_what_is_taken_along_is_in_the_audit_log(to
     for token, name in ((TOKEN, "prog"), (READER, "")):
         headers = {"Authorization": f"Bearer {token}", "X-Jobd-Operator": name}
         for _ in range(2):
-            assert (await town.admin.ask("GET", "/admin/job-management/export", headers=headers)).status == 200
-        assert (await town.admin.ask("GET", "/admin/job-management/jobs/done/artifact", headers=headers)).status == 200
-        assert (await town.admin.ask("GET", "/admin/job-management/jobs/none/artifact", headers=headers)).status == 404
+            assert (await town.admin.request("GET", "/admin/job-management/export", headers=headers)).status == 200
+        assert (
+            await town.admin.request("GET", "/admin/job-management/jobs/done/artifact", headers=headers)
+        ).status == 200
+        assert (
+            await town.admin.request("GET", "/admin/job-management/jobs/none/artifact", headers=headers)
+        ).status == 404
     found = await deeds(town)
     kept = {(*each[:3], str(each[3])) for each in found}
     full, read = "{'access': 'full'}", "{'access': 'read'}"
@@ -418,12 +434,12 @@ async def test_sessions_end(town: Town) -> None:
 
 async def test_a_session_ends_with_the_token_that_opened_it(town: Town) -> None:
     browser, reader = await town.browser(), await town.browser(READER)
-    town.admin.site.gate.replace_tokens([TOKEN, "another-token-0123456789abcdef"], [READER])
+    town.admin.app.authenticator.replace_tokens([TOKEN, "another-token-0123456789abcdef"], [READER])
     assert (await browser.get("/")).status == 200
-    town.admin.site.gate.replace_tokens(["another-token-0123456789abcdef"], [READER])
+    town.admin.app.authenticator.replace_tokens(["another-token-0123456789abcdef"], [READER])
     assert (await browser.get("/")).status == 303
     assert (await reader.get("/")).status == 200
-    town.admin.site.gate.replace_tokens([READER])
+    town.admin.app.authenticator.replace_tokens([READER])
     assert (await reader.get("/")).status == 303, "what a session may do never grows"
 
 
@@ -467,7 +483,7 @@ async def test_who_is_signed_in_is_led_on_from_the_sign_in(town: Town) -> None:
 
 
 async def test_sessions_and_addresses_are_so_many_at_most() -> None:
-    access: Access = "full"
+    access: Permission = "full"
     held = sessions.Sessions(lambda digest: access, lambda: 0.0)
     secrets = [found[0] for _ in range(sessions.MAX_SESSIONS + 1) if (found := held.sign_in(TOKEN))]
     assert len(held) == sessions.MAX_SESSIONS
@@ -542,7 +558,7 @@ async def test_a_form_without_the_secret_of_its_session_does_nothing(town: Town,
     assert (await browser.post("/queues/pause", name="video", csrf=await other.csrf())).status == 403
     assert await town.status("held") == "processing"
     assert "paused" not in text(await browser.get("/queues"))
-    assert town.admin.figures.forced == []
+    assert town.admin.services.forced == []
 
 
 async def test_the_secret_may_come_in_a_header(town: Town) -> None:
@@ -584,11 +600,11 @@ async def test_a_form_of_another_kind_is_refused_in_words(town: Town) -> None:
 
 async def test_a_program_with_a_token_gets_the_pages_too(town: Town) -> None:
     await town.held()
-    assert (await town.admin.ask("GET", "/jobs/held", headers=AUTH)).status == 200
-    assert (await town.admin.ask("GET", "/", headers={"Authorization": "Bearer wrong"})).status == 401
-    heard = await town.admin.ask("POST", "/queues/video/pause", "", {**AUTH, "Content-Type": FORM})
+    assert (await town.admin.request("GET", "/jobs/held", headers=AUTH)).status == 200
+    assert (await town.admin.request("GET", "/", headers={"Authorization": "Bearer wrong"})).status == 401
+    heard = await town.admin.request("POST", "/queues/video/pause", "", {**AUTH, "Content-Type": FORM})
     assert (heard.status, heard.headers["location"]) == (303, "/queues")
-    heard = await town.admin.ask("GET", "/admin/job-management/queues", headers=AUTH)
+    heard = await town.admin.request("GET", "/admin/job-management/queues", headers=AUTH)
     assert [queue["paused"] for queue in heard.data["queues"]] == [True]
 
 
@@ -655,13 +671,13 @@ async def test_who_may_only_look_changes_nothing(town: Town, target: str, fields
     assert (await reader.get("/jobs/held/confirm?verb=cancel")).status == 403
     assert (await reader.get("/webhooks/q/again")).status == 403
     bearer = {"Authorization": f"Bearer {READER}"}
-    heard = await town.admin.ask("POST", target, urlencode(fields), {**bearer, "Content-Type": FORM})
+    heard = await town.admin.request("POST", target, urlencode(fields), {**bearer, "Content-Type": FORM})
     assert heard.status == 403
-    heard = await town.admin.ask("POST", "/admin/job-management/jobs/held/cancel", "{}", bearer)
+    heard = await town.admin.request("POST", "/admin/job-management/jobs/held/cancel", "{}", bearer)
     assert (heard.status, heard.error) == (403, "forbidden")
     assert await town.status("held") == "processing"
-    assert town.admin.figures.forced == []
-    assert not town.admin.figures.accepted
+    assert town.admin.services.forced == []
+    assert not town.admin.services.accepted
 
 
 @pytest.mark.parametrize(
@@ -692,7 +708,7 @@ async def test_a_form_needs_the_secret_of_its_session_also_from_htmx(
             heard = await browser.post(target, headers, **{**fields, "csrf": given})
             assert (heard.status, "not of your session" in text(heard)) == (403, True), headers
     assert await town.status("held") == "processing"
-    assert (town.admin.figures.forced, town.admin.figures.accepted, town.admin.figures.resent) == ([], False, [])
+    assert (town.admin.services.forced, town.admin.services.accepted, town.admin.services.resent) == ([], False, [])
     assert (await browser.get("/")).status == 200, "it is still signed in"
     heard = await browser.post(target, {"HX-Request": "true"}, **{**fields, "csrf": await browser.csrf()})
     assert heard.status == 303
@@ -703,14 +719,14 @@ async def test_a_reader_of_the_api_sees_no_lock_id(town: Town) -> None:
     for path in ("jobs", "jobs/held", "locks", "validate-job?jobId=held"):
         for token, shown in ((TOKEN, True), (READER, False)):
             bearer = {"Authorization": f"Bearer {token}"}
-            heard = await town.admin.ask("GET", f"/admin/job-management/{path}", headers=bearer)
+            heard = await town.admin.request("GET", f"/admin/job-management/{path}", headers=bearer)
             assert (heard.status, lock_id in text(heard)) == (200, shown), path
 
 
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 
-def assert_safe(heard: Heard) -> None:
+def assert_safe(heard: ReceivedResponse) -> None:
     policy = heard.headers["content-security-policy"]
     assert policy == rendering.CONTENT_SECURITY_POLICY
     assert "unsafe" not in policy
@@ -833,7 +849,7 @@ async def test_jobs_are_found_by_worker_time_and_text(town: Town) -> None:
     assert await found("since=2020-01-01&until=2020-01-01+10:00") == []
     assert await found("until=2100-01-01T00:00Z") == ["invoice-7", "held"]
     body = json.dumps({"jobId": "held", "reason": "no"})
-    assert (await town.admin.ask("POST", "/admin/job-management/force-fail", body, headers=AUTH)).status == 200
+    assert (await town.admin.request("POST", "/admin/job-management/force-fail", body, headers=AUTH)).status == 200
     assert await found("finished_since=2h") == ["held"]
     assert await found("finished_since=2h&finished_until=1h") == []
     assert await found("worker=w-1&status=failed") == ["held"]
@@ -998,7 +1014,7 @@ async def test_of_a_long_story_the_page_shows_the_latest(town: Town) -> None:
     assert "Earlier events are left out" not in page, "199 of them"
     assert "created" in page.partition('<h2 id="h-timeline')[2]
     await town.do("jobs/long/start", worker="w")
-    lock = (await town.admin.ask("GET", "/admin/job-management/jobs/long", headers=AUTH)).data["lock"]["lock_id"]
+    lock = (await town.admin.request("GET", "/admin/job-management/jobs/long", headers=AUTH)).data["lock"]["lock_id"]
     await town.do("jobs/long/fail", lock_id=lock, error_message="the last", retry=False)
     page = text(await browser.get("/jobs/long"))
     assert "Earlier events are left out" in page
@@ -1018,7 +1034,7 @@ async def test_a_large_payload_is_cut_and_a_deep_one_shown_as_it_came(town: Town
 
 async def test_a_stored_result_is_a_file_behind_a_link(town: Town, tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
-    town.admin.figures.downloads = Downloads(FileArtifactStore(str(tmp_path / "results"), "test"), 2)
+    town.admin.services.downloads = Downloads(FileArtifactStore(str(tmp_path / "results"), "test"), 2)
     lock = await town.held()
     browser, reader = await town.browser(), await town.browser(READER)
     assert "/jobs/held/artifact" not in text(await browser.get("/jobs/held"))
@@ -1032,11 +1048,11 @@ async def test_a_stored_result_is_a_file_behind_a_link(town: Town, tmp_path: Pat
     assert "jobctl delete held" in with_store
     await planned(browser, "/jobs?status=completed", "held", action="delete", scope="selected")
     assert "So is what is stored of them" in text(await browser.get("/plans/plan-1"))
-    store, town.admin.figures.downloads = town.admin.figures.downloads, Downloads(None, 2)
+    store, town.admin.services.downloads = town.admin.services.downloads, Downloads(None, 2)
     for page in ("/jobs/held/confirm?verb=delete", "/plans/plan-1"):
         assert "what is stored" not in text(await browser.get(page))
     assert "/artifact" not in text(await browser.get("/jobs/held"))
-    town.admin.figures.downloads = store
+    town.admin.services.downloads = store
     assert "any more" in text(await browser.get("/jobs/held/artifact"))
     (tmp_path / "results" / "a").mkdir()
     (tmp_path / "results" / "a" / "page.html").write_text("<script>alert(1)</script>")
@@ -1046,10 +1062,10 @@ async def test_a_stored_result_is_a_file_behind_a_link(town: Town, tmp_path: Pat
         assert heard.headers["content-type"] == "application/octet-stream"
         assert heard.headers["content-disposition"].startswith('attachment; filename="page.html"')
         assert heard.headers["x-content-type-options"] == "nosniff"
-    line = await town.admin.line()
+    line = await town.admin.connect()
     for _ in range(2):
         headers = {"Cookie": browser.cookie}
-        heard = await line.ask("HEAD", "/jobs/held/artifact", headers=headers)
+        heard = await line.request("HEAD", "/jobs/held/artifact", headers=headers)
         assert (heard.status, heard.headers["content-length"]) == (200, "25")
     taken = [each for each in await deeds(town) if each[1] == "artifact"]
     assert [each[0] for each in taken] == ["admin", "reader"], "who asks for the head takes nothing along"
@@ -1097,7 +1113,7 @@ async def failing(town: Town, *job_ids: str) -> None:
         await town.do(f"jobs/{job_id}/fail", lock_id=lock, error_message="disk <full>")
 
 
-async def planned(browser: Browser, page: str, *ids: str, **fields: str) -> Heard:
+async def planned(browser: Browser, page: str, *ids: str, **fields: str) -> ReceivedResponse:
     """What comes of the form of many jobs on a page of jobs, with these jobs ticked."""
     shown = text(await browser.get(page))
     form = shown[shown.index('<form id="bulk"') :].partition("</form>")[0]
@@ -1106,7 +1122,7 @@ async def planned(browser: Browser, page: str, *ids: str, **fields: str) -> Hear
     assert set(ids) <= set(ticked)
     given = {name: html.unescape(value) for name, value in hidden.items()}
     pairs = [*given.items(), *(("ids", each) for each in ids), *fields.items()]
-    return await browser.house.ask("POST", "/plans", urlencode(pairs), browser._headers({"Content-Type": FORM}))
+    return await browser.house.request("POST", "/plans", urlencode(pairs), browser._headers({"Content-Type": FORM}))
 
 
 async def test_a_plan_up_to_the_last_time_there_is_can_be_looked_at(town: Town) -> None:
@@ -1114,7 +1130,7 @@ async def test_a_plan_up_to_the_last_time_there_is_can_be_looked_at(town: Town) 
     browser, path = await town.browser(), "/admin/job-management/plans"
     for until, status in ((LATEST_MS + 1, 400), (10**15, 400), (LATEST_MS, 200)):
         body = json.dumps({"action": "retry", "filter": {"until": until}})
-        assert (await town.admin.ask("POST", path, body, headers=AUTH)).status == status
+        assert (await town.admin.request("POST", path, body, headers=AUTH)).status == status
     heard = await browser.get("/plans/plan-1")
     assert heard.status == 200
     assert "Plan: retry 1 job" in text(heard)
@@ -1130,8 +1146,8 @@ async def test_a_plan_of_what_time_would_do_is_shown_and_applied(town: Town, mon
     await asyncio.sleep(0.1)
     monkeypatch.setattr(plan_builder, "MAX_PLAN", 1)
     for action in ("cleanup", "recover-stuck"):
-        assert (await town.admin.ask("POST", path, json.dumps({"action": action}), headers=AUTH)).status == 200
-    wrong = await town.admin.ask("POST", path, '{"action":"cleanup","ids":["late-1"]}', headers=AUTH)
+        assert (await town.admin.request("POST", path, json.dumps({"action": action}), headers=AUTH)).status == 200
+    wrong = await town.admin.request("POST", path, '{"action":"cleanup","ids":["late-1"]}', headers=AUTH)
     assert (wrong.status, wrong.json["details"]["field"]) == (400, "$.ids")
     heard = await browser.get("/plans/plan-1")
     assert_safe(heard)
@@ -1320,7 +1336,7 @@ async def test_jobs_that_wait_to_be_tried_again_are_in_the_groups_too(town: Town
 async def test_failed_jobs_without_an_error_are_no_group_that_could_be_tried_again(town: Town) -> None:
     line = json.dumps({"id": "bare", "status": "failed"})
     body, kind = line + "\n", {"Content-Type": "application/x-ndjson"}
-    heard = await town.admin.ask("POST", "/admin/job-management/import", body, headers={**AUTH, **kind})
+    heard = await town.admin.request("POST", "/admin/job-management/import", body, headers={**AUTH, **kind})
     assert heard.status == 200, heard.body
     browser = await town.browser()
     page = text(await browser.get("/failures"))
@@ -1364,7 +1380,7 @@ async def test_a_plan_needs_jobs_a_filter_that_is_one_and_who_may_change(town: T
 
 async def test_what_comes_late_is_not_deleted_unseen(town: Town) -> None:
     lock = await town.held()
-    heard = await town.admin.ask(
+    heard = await town.admin.request(
         "POST", "/admin/job-management/force-fail", json.dumps({"jobId": "held"}), headers=AUTH
     )
     assert heard.status == 200
@@ -1372,7 +1388,7 @@ async def test_what_comes_late_is_not_deleted_unseen(town: Town) -> None:
     seen = await browser.looked("held", "delete")
     assert "late result" not in text(await browser.get("/jobs/held/confirm?verb=delete"))
     body = json.dumps({"lock_id": lock, "file_path": "/late"})
-    assert (await town.worker.ask("POST", "/v1/jobs/held/complete", body)).error == "lock_lost"
+    assert (await town.worker.request("POST", "/v1/jobs/held/complete", body)).error == "lock_lost"
     heard = await browser.post("/jobs/held/do", **seen, reason="")
     assert heard.status == 409
     assert "has moved since you looked" in text(heard)
@@ -1382,14 +1398,14 @@ async def test_what_comes_late_is_not_deleted_unseen(town: Town) -> None:
     assert instead in text(await browser.get("/jobs/held/confirm?verb=force-reset"))
     assert "late result" not in text(await browser.get("/jobs/held/confirm?verb=run-now"))
     assert (await browser.confirmed("held", "delete")).status == 303
-    assert (await town.worker.ask("GET", "/v1/jobs/held")).error == "job_not_found"
+    assert (await town.worker.request("GET", "/v1/jobs/held")).error == "job_not_found"
 
 
 async def test_of_a_completed_job_what_came_late_is_told_and_no_more(town: Town) -> None:
     lock = await town.held()
     again = await town.again("held")
     for each in (lock, again):
-        await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": each, "file_path": "/x"}))
+        await town.worker.request("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": each, "file_path": "/x"}))
     assert await town.status("held") == "completed"
     page = text(await (await town.browser()).get("/jobs/held/confirm?verb=delete"))
     assert "Work that came late goes with it: 1 of it." in page
@@ -1399,8 +1415,8 @@ async def test_of_a_completed_job_what_came_late_is_told_and_no_more(town: Town)
 async def test_a_plan_names_the_jobs_to_which_work_came_late(town: Town) -> None:
     await failing(town, "a")
     lock = await town.held()
-    await town.admin.ask("POST", "/admin/job-management/force-fail", json.dumps({"jobId": "held"}), headers=AUTH)
-    await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "file_path": "/late"}))
+    await town.admin.request("POST", "/admin/job-management/force-fail", json.dumps({"jobId": "held"}), headers=AUTH)
+    await town.worker.request("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "file_path": "/late"}))
     browser = await town.browser()
     await planned(browser, "/jobs?status=failed", action="delete", scope="all")
     page = text(await browser.get("/plans/plan-1"))
@@ -1421,11 +1437,11 @@ async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
     for number, lock in enumerate(locks[:2]):
         result = {"file_path": f"/late/{number}", **({"storage_key": "late/1"} if number else {})}
         body = json.dumps({"lock_id": lock, "metadata": {"n": NASTY}, **result})
-        heard = await town.worker.ask("POST", "/v1/jobs/held/complete", body)
+        heard = await town.worker.request("POST", "/v1/jobs/held/complete", body)
         assert heard.error == "lock_lost"
         late.append(heard.json["details"]["late_result"])
     body = json.dumps({"lock_id": locks[1], "error_message": "disk on fire"})
-    assert (await town.worker.ask("POST", "/v1/jobs/held/fail", body)).error == "lock_lost"
+    assert (await town.worker.request("POST", "/v1/jobs/held/fail", body)).error == "lock_lost"
     browser, reader = await town.browser(), await town.browser(READER)
     page = text(await browser.get("/jobs/held"))
     assert "late_call" in page
@@ -1442,7 +1458,7 @@ async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
     assert "late-" in text(await reader.get("/jobs/held"))
     assert "verb=adopt" not in text(await reader.get("/jobs/held"))
     assert "/artifact" not in text(await browser.get("/jobs/held")), "there is no store to take it from"
-    town.admin.figures.downloads = Downloads(FileArtifactStore("/nonexistent", "test"), 2)
+    town.admin.services.downloads = Downloads(FileArtifactStore("/nonexistent", "test"), 2)
     for each in (browser, reader):  # to be looked at before it is adopted; the other names none
         page = text(await each.get("/jobs/held"))
         assert re.findall(r'href="(/jobs/held/artifact[^"]*)"', page) == [f"/jobs/held/artifact?late_result={late[1]}"]
@@ -1458,7 +1474,7 @@ async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
     assert "Adopt: done. cancelled → completed" in page
     assert "it is whole" in page
     assert "which is final" in page
-    job = (await town.worker.ask("GET", "/v1/jobs/held")).data
+    job = (await town.worker.request("GET", "/v1/jobs/held")).data
     assert (job["status"], job["file_path"]) == ("completed", "/late/0")
 
 
@@ -1468,9 +1484,9 @@ async def test_what_may_not_complete_a_job_is_not_offered(town: Town) -> None:
     for lock, result in zip(locks, ({"download_url": "https://x.test/1"}, {"file_path": "/late"}), strict=True):
         if lock == locks[-1]:
             await town.again("held")
-        heard = await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, **result}))
+        heard = await town.worker.request("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, **result}))
         late.append(heard.json["details"]["late_result"])
-    actor: Any = town.admin.site.actor
+    actor: Any = town.admin.app.actor
     actor.policy = Policy(require_download_url=True)
     browser = await town.browser()
     lacks = f"Late result {late[1]} cannot be adopted: it has no download_url"
@@ -1496,7 +1512,7 @@ async def test_what_may_not_complete_a_job_is_not_offered(town: Town) -> None:
 async def test_a_late_result_of_a_job_that_has_moved_is_not_adopted(town: Town) -> None:
     lock = await town.held()
     await town.again("held")
-    await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "file_path": "/late"}))
+    await town.worker.request("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "file_path": "/late"}))
     await town.do("jobs/held/cancel")
     browser = await town.browser()
     before = await browser.looked("held", "adopt")
@@ -1523,12 +1539,12 @@ async def test_the_call_of_a_deed_does_what_its_button_does(town: Town, verb: st
     if verb in ("run-now", "adopt", "delete"):
         await town.again("held")
         body = json.dumps({"lock_id": lock, "metadata": 1})
-        await town.worker.ask("POST", "/v1/jobs/held/complete", body)
+        await town.worker.request("POST", "/v1/jobs/held/complete", body)
         await town.do("jobs/held/cancel")
     if verb == "run-now":
-        await town.admin.ask("POST", "/admin/job-management/force-reset", '{"jobId": "held"}', AUTH)
+        await town.admin.request("POST", "/admin/job-management/force-reset", '{"jobId": "held"}', AUTH)
         later = json.dumps({"run_at": 4_000_000_000_000})
-        await town.admin.ask("POST", "/admin/job-management/jobs/held/update", later, AUTH)
+        await town.admin.request("POST", "/admin/job-management/jobs/held/update", later, AUTH)
     browser = await town.browser()
     page = text(await browser.get(f"/jobs/held/confirm?verb={verb}"))
     words = shlex.split(html.unescape(re.findall(r'<code id="curl">(.*?)</code>', page)[0]))
@@ -1536,9 +1552,9 @@ async def test_the_call_of_a_deed_does_what_its_button_does(town: Town, verb: st
     assert lock not in page
     sent = words[words.index("-d") + 1].replace("LOCK_ID", lock) if "-d" in words else None
     target = words[-1].removeprefix("http://localhost")
-    heard = await town.admin.ask(words[3], target, sent, AUTH)
+    heard = await town.admin.request(words[3], target, sent, AUTH)
     assert heard.status == 200, heard.json
-    timeline = await town.admin.ask("GET", "/admin/job-management/jobs/held/timeline", headers=AUTH)
+    timeline = await town.admin.request("GET", "/admin/job-management/jobs/held/timeline", headers=AUTH)
     if verb == "delete":
         assert timeline.status == 404
     else:
@@ -1550,7 +1566,7 @@ async def test_who_copies_a_call_about_a_lock_is_told_where_its_secret_is(town: 
     lock = await town.held()
     page = text(await (await town.browser()).get(f"/jobs/held/confirm?verb={verb}"))
     told = re.findall(r"For <code>LOCK_ID</code> put .*<code>(curl .*?)</code>", page)[0]
-    heard = await town.admin.ask("GET", html.unescape(told).rpartition("http://localhost")[2], headers=AUTH)
+    heard = await town.admin.request("GET", html.unescape(told).rpartition("http://localhost")[2], headers=AUTH)
     assert heard.data["lock"]["lock_id"] == lock
 
 
@@ -1597,7 +1613,7 @@ async def test_nothing_is_done_to_a_job_that_has_another_holder_than_was_seen(to
     lock = await town.again("held")
     await refused_as_moved(browser, "held", fields)
     assert await town.status("held") == "processing"
-    done = await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "metadata": 1}))
+    done = await town.worker.request("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "metadata": 1}))
     assert done.status == 200, "it was neither ended nor taken away"
 
 
@@ -1621,7 +1637,7 @@ async def test_a_job_that_was_changed_and_changed_back_has_moved_too(town: Town)
     for priority in (5, 0):
         await asyncio.sleep(0.002)
         body = json.dumps({"priority": priority})
-        await town.admin.ask("POST", "/admin/job-management/jobs/a/update", body, AUTH)
+        await town.admin.request("POST", "/admin/job-management/jobs/a/update", body, AUTH)
     await refused_as_moved(browser, "a", fields)
 
 
@@ -1630,7 +1646,7 @@ async def test_no_grant_slips_in_between_the_look_and_the_deed(town: Town, monke
     await town.do("jobs", id="a")
     browser = await town.browser()
     fields = await browser.looked("a", "force-fail")
-    actor, ask = town.admin.desk, town.admin.desk.ask
+    actor, ask = town.admin.actor, town.admin.actor.ask
 
     async def slow(command: Any, **asked: Any) -> Any:
         if isinstance(command, ForceFail):
@@ -1641,7 +1657,7 @@ async def test_no_grant_slips_in_between_the_look_and_the_deed(town: Town, monke
     monkeypatch.setattr(actor, "ask", slow)
     await refused_as_moved(browser, "a", fields)
     assert await town.status("a") == "processing"
-    heard = await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)
+    heard = await town.admin.request("GET", "/admin/job-management/audit", headers=AUTH)
     latest = heard.data["entries"][0]
     assert (latest["what"], latest["outcome"]) == ("force-fail", "invalid_transition")
 
@@ -1717,7 +1733,7 @@ async def test_a_page_whose_job_is_deleted_says_so_and_offers_nothing(town: Town
 )
 async def test_a_command_in_a_hint_leads_to_the_page_that_does_the_same(town: Town, hint: str, shown: str) -> None:
     alert = AlertView("stuck_jobs", True, 1_700_000_000_000, 7, 5, hint)
-    town.admin.figures.alerts = lambda: [alert]  # type: ignore[method-assign]
+    town.admin.services.alerts = lambda: [alert]  # type: ignore[method-assign]
     browser = await town.browser()
     for page in ("/", "/alerts"):
         assert shown in text(await browser.get(page))
@@ -1737,7 +1753,7 @@ async def test_what_is_done_here_is_in_the_audit_log(town: Town) -> None:
     await browser.post("/queues/q/resume", {"X-Jobd-Operator": "mallory"}, csrf=csrf)
     program = {"Authorization": f"Bearer {TOKEN}", "X-Jobd-Operator": "script"}
     await Browser(town.admin).post("/queues/q/pause", program)
-    heard = await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)
+    heard = await town.admin.request("GET", "/admin/job-management/audit", headers=AUTH)
     found = [
         (each["who"], each["what"], each["job_id"] or each["queue"], each["reason"]) for each in heard.data["entries"]
     ]
@@ -1761,18 +1777,18 @@ async def test_before_the_clock_is_accepted_it_says_what_would_be_deleted(town: 
     assert "2 finished jobs" in page
     assert "old-2" in page
     assert "The clock is right" in page
-    town.admin.figures.past_jobs = [f"old-{number}" for number in range(70)]
+    town.admin.services.past_jobs = [f"old-{number}" for number in range(70)]
     assert "These are the first of them" in text(await browser.get("/clock"))
-    town.admin.figures.past_jobs = []
+    town.admin.services.past_jobs = []
     assert "No finished job would be deleted" in text(await browser.get("/clock"))
-    town.admin.figures.no_preview = ApiError("overloaded", "Too much is waiting.")
+    town.admin.services.no_preview = ApiError("overloaded", "Too much is waiting.")
     page = text(await browser.get("/clock"))
     assert "The clock is right" not in page
     assert "Too much is waiting" in page
-    town.admin.figures.accepted = True
+    town.admin.services.accepted = True
     page = text(await browser.get("/clock"))
     assert "Back to the alerts" in page
-    town.admin.figures.accepted, town.admin.figures.no_preview = False, None
+    town.admin.services.accepted, town.admin.services.no_preview = False, None
     page = text(await (await town.browser(READER)).get("/clock"))
     assert "Is the clock right?" in page
     assert "<button>The clock is right" not in page
@@ -1790,8 +1806,8 @@ async def test_housekeeping(town: Town) -> None:
         heard = await browser.post(target, csrf=csrf)
         assert (heard.status, heard.headers["location"]) == (303, onward)
         assert said in text(await browser.get(onward))
-    assert town.admin.figures.forced == [True]
-    assert town.admin.figures.accepted
+    assert town.admin.services.forced == [True]
+    assert town.admin.services.accepted
     page = text(await browser.get("/alerts"))
     assert "bad-1" in page
     assert 'href="/clock"' not in page
@@ -1835,7 +1851,7 @@ async def test_the_jobs_of_a_silent_worker_are_taken_back(town: Town) -> None:
 
 
 async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
-    browser, reader, rooms = await town.browser(), await town.browser(READER), town.admin.figures
+    browser, reader, rooms = await town.browser(), await town.browser(READER), town.admin.services
     page = text(await browser.get("/cleanup"))
     assert 'method="post" action="/cleanup' not in page, "no click does it unseen"
     assert re.findall(r'href="(/cleanup/confirm[^"]*)"', page) == [
@@ -1889,7 +1905,7 @@ async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: 
 
 
 async def test_webhooks_are_shown_with_how_they_are_going(town: Town) -> None:
-    browser, rooms = await town.browser(), town.admin.figures
+    browser, rooms = await town.browser(), town.admin.services
     page = text(await browser.get("/webhooks"))
     assert WEBHOOK.url in page
     assert 'href="/webhooks/q?state=waiting">1</a>' in page
@@ -1919,7 +1935,7 @@ async def test_webhooks_are_shown_with_how_they_are_going(town: Town) -> None:
 
 
 async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: Town) -> None:
-    browser, rooms = await town.browser(), town.admin.figures
+    browser, rooms = await town.browser(), town.admin.services
     page = text(await browser.get("/webhooks/q?state=given_up&cursor=9"))
     assert rooms.asked_deliveries == [("q", "given_up", 9, 50)]
     assert '<option value="given_up" selected>' in page
@@ -1941,7 +1957,7 @@ async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: To
     heard = await browser.post("/webhooks/q/test", csrf=csrf, reason=" does it hear us? ")
     assert heard.headers["location"] == "/webhooks/q"
     assert "A test is on its way: message 7." in text(await browser.get("/webhooks/q"))
-    audit = await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)
+    audit = await town.admin.request("GET", "/admin/job-management/audit", headers=AUTH)
     assert [(each["what"], each["details"], each["reason"]) for each in audit.data["entries"]] == [
         ("test-webhook", {"webhook": "q"}, "does it hear us?"),
         ("resend-delivery", {"webhook": "q", "delivery": 7}, "they ask"),
@@ -1950,11 +1966,11 @@ async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: To
     assert (await browser.post("/webhooks/q/resend", csrf=csrf, id="8")).status == 404
     assert (await browser.post("/webhooks/q/resend", csrf=csrf, id="7", state="lost")).status == 400
     assert (await browser.post("/webhooks/none/test", csrf=csrf)).status == 404
-    assert len((await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)).data["entries"]) == 3
+    assert len((await town.admin.request("GET", "/admin/job-management/audit", headers=AUTH)).data["entries"]) == 3
 
 
 async def test_all_that_was_given_up_is_counted_and_sent_again(town: Town) -> None:
-    browser, rooms = await town.browser(), town.admin.figures
+    browser, rooms = await town.browser(), town.admin.services
     assert 'href="/webhooks/q/again"' in text(await browser.get("/webhooks/q"))
     assert "again" not in text(await (await town.browser(READER)).get("/webhooks/q")).partition("<main")[2].lower()
     rooms.lost = (MAX_BACKLOG, 99_999)
@@ -1970,7 +1986,7 @@ async def test_all_that_was_given_up_is_counted_and_sent_again(town: Town) -> No
     csrf = await browser.csrf()
     heard = await browser.post("/webhooks/q/resend-given-up", csrf=csrf, upto="9", reason="mended")
     assert (heard.status, heard.headers["location"]) == (303, "/webhooks/q")
-    [last, *_] = (await town.admin.ask("GET", "/admin/job-management/audit", headers=AUTH)).data["entries"]
+    [last, *_] = (await town.admin.request("GET", "/admin/job-management/audit", headers=AUTH)).data["entries"]
     assert (last["what"], last["reason"]) == ("resend-given-up", "mended")
     assert rooms.resent == [("q", 9)]
     assert "3 messages that were given up: sent again." in text(await browser.get("/webhooks/q"))
@@ -1985,7 +2001,7 @@ async def test_all_that_was_given_up_is_counted_and_sent_again(town: Town) -> No
 
 
 async def test_a_message_says_what_became_of_it(town: Town) -> None:
-    browser, rooms = await town.browser(), town.admin.figures
+    browser, rooms = await town.browser(), town.admin.services
     ended = replace(DELIVERY, due_at=None, ended_at=1_700_000_000_000)
     found = [
         replace(DELIVERY, id=1, due_at=4_000_000_000_000, subject="queues/a b"),
@@ -2019,7 +2035,7 @@ async def test_a_message_says_what_became_of_it(town: Town) -> None:
 async def test_firing_alerts_are_told_with_their_hints(town: Town) -> None:
     browser = await town.browser()
     firing = AlertView("stuck_jobs", True, 1_700_000_000_000, 7, 5, "look at <the> workers")
-    town.admin.figures.alerts = lambda: [firing]  # type: ignore[method-assign]
+    town.admin.services.alerts = lambda: [firing]  # type: ignore[method-assign]
     page = text(await browser.get("/"))
     assert "1 alert fires:" in page
     assert "look at &lt;the&gt; workers" in page
@@ -2040,7 +2056,7 @@ async def test_a_page_that_renews_itself_after_its_session_has_ended_goes_to_the
 class Listens:
     """An open page's stream of news."""
 
-    def __init__(self, line: Line) -> None:
+    def __init__(self, line: RawConnection) -> None:
         self.line = line
         self.headers = ""
 
@@ -2052,8 +2068,8 @@ class Listens:
 
 
 async def listens(town: Town, browser: Browser, target: str = "/live") -> Listens:
-    line = await town.admin.line()
-    line.send(message("GET", target, headers={"Cookie": browser.cookie}))
+    line = await town.admin.connect()
+    line.send(request_bytes("GET", target, headers={"Cookie": browser.cookie}))
     found = Listens(line)
     found.headers = (await line.reader.readuntil(b"\r\n\r\n")).decode()
     assert found.headers.startswith("HTTP/1.1 200 ")
@@ -2079,11 +2095,11 @@ async def test_an_open_page_hears_of_news_that_concern_it_and_of_nothing_else(
     assert (await job.events(), await everything.events()) == (NEWS, NEWS)
     await town.do("jobs", id="b", queue="mail")
     assert (await other.events(), await everything.events()) == (NEWS, NEWS)
-    assert town.admin.figures.feed.listeners == 3
+    assert town.admin.services.feed.listeners == 3
     for each in (job, other, everything):
         await each.line.close()
-    while town.admin.figures.feed.listeners:
-        await town.admin.ask("GET", "/healthz")
+    while town.admin.services.feed.listeners:
+        await town.admin.request("GET", "/healthz")
 
 
 async def test_a_page_hears_of_a_thousand_events_once_a_second(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2107,7 +2123,7 @@ async def test_a_stream_of_news_ends_with_its_session(town: Town, monkeypatch: p
     if way == "sign-out":
         await browser.post("/sign-out", csrf=await browser.csrf())
     elif way == "token":
-        town.admin.site.gate.replace_tokens(["another-token-0123456789abcdef"], [])
+        town.admin.app.authenticator.replace_tokens(["another-token-0123456789abcdef"], [])
     else:
         town.now_s += sessions.MAX_AGE_S
     assert await heard.events() == "event: over\ndata:\n\n"
@@ -2136,14 +2152,14 @@ async def test_without_a_place_or_a_session_there_is_no_stream_of_news(town: Tow
     taken = [await listens(town, browser) for _ in range(3)]
     heard = await browser.get("/live")
     assert (heard.status, heard.error) == (503, "overloaded")
-    town.admin.figures.feed.close()
+    town.admin.services.feed.close()
     for each in taken:
         assert await each.events() == ""
     assert (await browser.get("/live")).error == "shutting_down"
-    heard = await town.admin.ask("GET", "/live", headers=AUTH)
+    heard = await town.admin.request("GET", "/live", headers=AUTH)
     assert heard.error == "shutting_down", "a program may listen, too"
-    line = await town.admin.line()
-    heard = await line.ask("HEAD", "/live", headers={"Cookie": browser.cookie})
+    line = await town.admin.connect()
+    heard = await line.request("HEAD", "/live", headers={"Cookie": browser.cookie})
     assert (heard.status, heard.headers["content-type"]) == (200, "text/event-stream")
 
 
@@ -2283,8 +2299,8 @@ async def test_the_page_of_jobs_names_queues_without_looking_at_them(
     names = "".join(f'<option value="q-{number}"></option>' for number in range(3))
     for target in ("/jobs", "/jobs?since=nonsense"):
         assert f'<datalist id="queue-names">{names}</datalist>' in text(await browser.get(target))
-    monkeypatch.delattr(town.admin.figures, "queue_names")
-    monkeypatch.delattr(type(town.admin.figures), "queue_names")
+    monkeypatch.delattr(town.admin.services, "queue_names")
+    monkeypatch.delattr(type(town.admin.services), "queue_names")
     assert "job-4" in text(await browser.get("/jobs", HX_Request="true")), "what is renewed names no queues"
     assert looked == []
 
@@ -2329,7 +2345,7 @@ async def test_queues_and_workers_are_shown_page_by_page(town: Town) -> None:
 async def test_the_job_that_waits_longest_is_one_step_away(town: Town) -> None:
     browser = await town.browser()
     assert "none waits" in text(await browser.get("/"))
-    town.admin.figures.oldest_due = OldestDue("first", "a", 1_700_000_000_000)
+    town.admin.services.oldest_due = OldestDue("first", "a", 1_700_000_000_000)
     assert '<a href="/jobs/first">first</a>, due' in text(await browser.get("/"))
 
 
@@ -2371,7 +2387,9 @@ async def test_what_a_worker_left_elsewhere_is_a_link_where_it_is_one(town: Town
 async def test_what_came_late_is_a_link_where_it_is_one(town: Town, url: str, linked: bool) -> None:
     lock = await town.held()
     await town.again("held")
-    heard = await town.worker.ask("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "download_url": url}))
+    heard = await town.worker.request(
+        "POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "download_url": url})
+    )
     assert heard.status == 409
     browser = await town.browser()
     page = text(await browser.get("/jobs/held"))
@@ -2388,7 +2406,7 @@ async def test_under_whatever_name_the_dashboard_is_called_it_links_to_none_of_i
     lock = await town.held()
     await town.do("jobs/held/complete", lock_id=lock, download_url="https://Jobs.test.:9999/a")
     browser = await town.browser()
-    town.admin.site.gate.hosts = frozenset({"jobs.test", "other.test"})
+    town.admin.app.authenticator.hosts = frozenset({"jobs.test", "other.test"})
     for host in ("jobs.test:8770", "other.test"):
         assert "dashboard&#39;s own host" in text(await browser.get("/jobs/held", Host=host))
 
@@ -2418,12 +2436,12 @@ async def test_static_files_are_of_their_type_and_kept_while_they_are_the_same(t
     assert len(links) >= 6
     kinds = {"js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8", "svg": "image/svg+xml"}
     for link in links:
-        heard = await town.admin.ask("GET", link)
+        heard = await town.admin.request("GET", link)
         assert (heard.status, heard.headers["cache-control"]) == (200, "public, max-age=31536000, immutable")
         assert heard.headers["content-type"] == kinds[link.partition("?")[0].rpartition(".")[2]]
         assert heard.headers["x-content-type-options"] == "nosniff"
         assert heard.body == (STATIC / link.removeprefix("/static/").partition("?")[0]).read_bytes()
-        older = await town.admin.ask("GET", f"{link.partition('?')[0]}?v=older")
+        older = await town.admin.request("GET", f"{link.partition('?')[0]}?v=older")
         assert older.headers["cache-control"] == "no-cache"
 
 
@@ -2432,7 +2450,7 @@ async def test_static_files_are_of_their_type_and_kept_while_they_are_the_same(t
     ["none.js", "..", "../routes.py", "%2e%2e%2froutes.py", "..%2froutes.py", "%2Fetc%2Fpasswd", "room.js%00", ".", ""],
 )
 async def test_what_is_no_static_file_is_not_given_out(town: Town, name: str) -> None:
-    heard = await town.admin.ask("GET", f"/static/{name}")
+    heard = await town.admin.request("GET", f"/static/{name}")
     assert heard.status in (400, 401, 404)
     assert b"jobd.dashboard" not in heard.body
 
@@ -2442,7 +2460,7 @@ async def test_who_has_signed_in_is_named_on_the_docs_too(town: Town) -> None:
     page = text(await browser.get("/docs"))
     assert 'action="/sign-out"' in page
     assert 'action="/sign-out"' not in text(await Browser(town.admin).get("/docs"))
-    heard = await town.admin.ask("GET", "/docs", headers={"Authorization": "Bearer wrong"})
+    heard = await town.admin.request("GET", "/docs", headers={"Authorization": "Bearer wrong"})
     assert heard.status == 200, "no token is wanted"
     await browser.post("/queues/pause", csrf=await browser.csrf(), name="q")
     assert 'role="status"' not in text(await browser.get("/docs")).partition("<main")[2]
@@ -2466,16 +2484,16 @@ async def test_a_browser_sees_that_there_is_no_such_page(town: Town) -> None:
     assert_safe(heard)
     heard = await browser.get("/jobz", **accept, Authorization="Bearer wrong")
     assert (heard.status, "allow" in heard.headers) == (401, False), "the token is what is judged"
-    heard = await town.admin.ask("GET", "/jobz", headers={**accept, **AUTH, "Host": "elsewhere.example"})
+    heard = await town.admin.request("GET", "/jobz", headers={**accept, **AUTH, "Host": "elsewhere.example"})
     assert (heard.status, "<h1>Not done</h1>" in text(heard)) == (403, True)
 
 
 async def test_a_program_is_asked_for_its_token_before_it_hears_of_paths(town: Town) -> None:
-    heard = await town.admin.ask("GET", "/jobz")
+    heard = await town.admin.request("GET", "/jobz")
     assert (heard.status, heard.error) == (401, "unauthorized")
-    heard = await town.admin.ask("GET", "/jobz", headers=AUTH)
+    heard = await town.admin.request("GET", "/jobz", headers=AUTH)
     assert (heard.status, heard.error) == (404, "not_found")
-    heard = await town.worker.ask("GET", "/jobz", headers={"Accept": "text/html"})
+    heard = await town.worker.request("GET", "/jobz", headers={"Accept": "text/html"})
     assert (heard.status, heard.error) == (404, "not_found")
 
 
@@ -2490,8 +2508,8 @@ async def test_the_docs_are_for_everybody_as_their_document_is(town: Town) -> No
         assert "/static/swagger-ui.js?v=" in text(heard)
         assert f'data-document="{document}"' in text(heard)
         assert re.findall(r'<a href="(/docs[^"]*)" aria-current="page">For', text(heard)) == [place]
-        heard = await town.admin.ask("GET", document)
-        assert heard.body == (await own.ask("GET", "/openapi.json")).body
+        heard = await town.admin.request("GET", document)
+        assert heard.body == (await own.request("GET", "/openapi.json")).body
         assert heard.headers["content-type"] == "application/json"
 
 

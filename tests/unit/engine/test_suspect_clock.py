@@ -9,7 +9,7 @@ from typing import Any, Final, cast
 
 import pytest
 
-from jobd.api.services import Rooms
+from jobd.api.services import Services
 from jobd.maintenance.cleanup_pass import Schedule
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import (
@@ -413,10 +413,10 @@ async def test_a_read_is_answered_if_only_the_suspicion_does_not_fit_on_the_disk
         disk.free()
 
 
-def rooms_of(house: VirtualEngine) -> Rooms:
+def rooms_of(house: VirtualEngine) -> Services:
     """The part of them that an accepted clock needs."""
     missing = cast(Any, None)
-    return cast(Rooms, cast(Any, Rooms)(house.actor, missing, missing, house.clock, *[missing] * 9, lambda: True))
+    return cast(Services, cast(Any, Services)(house.actor, missing, missing, house.clock, *[missing] * 9, lambda: True))
 
 
 @in_virtual_time

@@ -17,9 +17,9 @@ from jobd.core.state import Book
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
-from jobd.http.auth import Gate
+from jobd.http.auth import Authenticator
 from jobd.model.job import Policy
-from tests.support.http_harness import TOKEN, House, message
+from tests.support.http_harness import TOKEN, HttpHarness, request_bytes
 from tests.support.memory_storage import MemoryStorage
 
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
@@ -29,7 +29,7 @@ ADMIN = "/admin/job-management"
 class Town:
     """One actor behind a worker door and an admin door."""
 
-    def __init__(self, worker: House, admin: House, actor: Actor, disk: MemoryStorage) -> None:
+    def __init__(self, worker: HttpHarness, admin: HttpHarness, actor: Actor, disk: MemoryStorage) -> None:
         self.worker = worker
         self.admin = admin
         self.actor = actor
@@ -37,12 +37,12 @@ class Town:
 
     async def post(self, target: str, body: str = "", **headers: str) -> Any:
         fields = {name.replace("_", "-"): value for name, value in headers.items()}
-        heard = await self.worker.ask("POST", target, body, fields)
+        heard = await self.worker.request("POST", target, body, fields)
         assert heard.status < 300, heard.json
         return heard.data
 
     async def job(self, job_id: str) -> Any:
-        return (await self.worker.ask("GET", f"/v1/jobs/{job_id}")).data
+        return (await self.worker.request("GET", f"/v1/jobs/{job_id}")).data
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
     running = asyncio.create_task(actor.run())
     (tmp_path / "admin").mkdir()
     async with contextlib.AsyncExitStack() as stack:
-        worker = await stack.enter_async_context(House(worker_api.ROUTES, tmp_path, actor=actor))
-        gate = Gate("admin", tokens=[TOKEN])
-        admin = House(admin_api.ROUTES, tmp_path / "admin", gate=gate, admin=True, actor=actor)
+        worker = await stack.enter_async_context(HttpHarness(worker_api.ROUTES, tmp_path, actor=actor))
+        gate = Authenticator("admin", tokens=[TOKEN])
+        admin = HttpHarness(admin_api.ROUTES, tmp_path / "admin", gate=gate, admin=True, actor=actor)
         await stack.enter_async_context(admin)
         yield Town(worker, admin, actor, disk)
         actor.stop_parking()
@@ -65,30 +65,30 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
 
 
 async def test_the_life_of_a_job(town: Town) -> None:
-    heard = await town.worker.ask("POST", "/v1/jobs", '{"id":"job-1","payload":{"n":[1,2.50]}}')
+    heard = await town.worker.request("POST", "/v1/jobs", '{"id":"job-1","payload":{"n":[1,2.50]}}')
     assert (heard.status, heard.data["status"], heard.data["payload"]) == (201, "queued", {"n": [1, 2.5]})
-    assert (await town.worker.ask("POST", "/v1/jobs", '{"id":"job-1","payload":{"n":[1,2.50]}}')).status == 200
-    assert (await town.worker.ask("POST", "/v1/jobs", '{"id":"job-1"}')).error == "job_exists"
+    assert (await town.worker.request("POST", "/v1/jobs", '{"id":"job-1","payload":{"n":[1,2.50]}}')).status == 200
+    assert (await town.worker.request("POST", "/v1/jobs", '{"id":"job-1"}')).error == "job_exists"
 
     [grant] = (await town.post("/v1/claim", '{"worker":"w-1"}'))["grants"]
     assert (grant["job"]["id"], grant["job"]["lock"]["worker"]) == ("job-1", "w-1")
     lock_id = grant["lock_id"]
     state = await town.post("/v1/jobs/job-1/progress", f'{{"lock_id":"{lock_id}","progress":40,"message":"m"}}')
     assert state["cancel_requested"] is False
-    heard = await town.worker.ask("POST", "/v1/jobs/job-1/start", '{"worker":"w-2"}')
+    heard = await town.worker.request("POST", "/v1/jobs/job-1/start", '{"worker":"w-2"}')
     assert (heard.status, heard.error, heard.json["details"]["locked_by"]) == (409, "already_locked", "w-1")
 
     assert "lock_id" not in (await town.job("job-1"))["lock"]
-    seen = (await town.admin.ask("GET", f"{ADMIN}/jobs/job-1", headers=AUTH)).data
+    seen = (await town.admin.request("GET", f"{ADMIN}/jobs/job-1", headers=AUTH)).data
     assert seen["lock"]["lock_id"] == lock_id
 
     done = await town.post("/v1/jobs/job-1/complete", f'{{"lock_id":"{lock_id}","metadata":{{"size":1}}}}')
     assert (done["status"], done["progress"], done["metadata"]) == ("completed", 100, {"size": 1})
     again = await town.post("/v1/jobs/job-1/complete", f'{{"lock_id":"{lock_id}","metadata":{{"size":1}}}}')
     assert again["repeated"] is True
-    heard = await town.worker.ask("POST", "/v1/jobs/nobody/cancel")
+    heard = await town.worker.request("POST", "/v1/jobs/nobody/cancel")
     assert (heard.status, heard.error) == (404, "job_not_found")
-    events = (await town.worker.ask("GET", "/v1/jobs/job-1/timeline")).data["events"]
+    events = (await town.worker.request("GET", "/v1/jobs/job-1/timeline")).data["events"]
     assert [event["type"] for event in events] == ["created", "granted", "progress", "completed"]
     assert events[1]["by"] == "worker:w-1"
     assert lock_id not in str(events)
@@ -96,20 +96,20 @@ async def test_the_life_of_a_job(town: Town) -> None:
 
 async def test_a_repeated_key_gets_the_first_answer_and_has_one_effect(town: Town) -> None:
     key = {"Idempotency-Key": "k-1"}
-    first = await town.worker.ask("POST", "/v1/jobs", '{"queue":"mail"}', key)
-    second = await town.worker.ask("POST", "/v1/jobs", '{"queue":"mail"}', key)
+    first = await town.worker.request("POST", "/v1/jobs", '{"queue":"mail"}', key)
+    second = await town.worker.request("POST", "/v1/jobs", '{"queue":"mail"}', key)
     assert (first.status, second.status) == (201, 201)
     assert "idempotent-replayed" not in first.headers
     assert second.headers["idempotent-replayed"] == "true"
     assert second.data == first.data
-    other = await town.worker.ask("POST", "/v1/jobs", '{"queue":"post"}', key)
+    other = await town.worker.request("POST", "/v1/jobs", '{"queue":"post"}', key)
     assert (other.status, other.error) == (422, "idempotency_key_reused")
     assert len(town.disk.jobs) == 1
 
 
 async def test_a_parked_claim_whose_client_goes_away_takes_no_job(town: Town) -> None:
-    gone = await town.worker.line()
-    gone.send(message("POST", "/v1/claim", '{"worker":"gone","wait_ms":60000}'))
+    gone = await town.worker.connect()
+    gone.send(request_bytes("POST", "/v1/claim", '{"worker":"gone","wait_ms":60000}'))
     while not town.actor.parked:  # noqa: ASYNC110 - the actor has no event for it
         await asyncio.sleep(0.001)
     await gone.close()
@@ -124,10 +124,10 @@ async def test_over_tcp_a_waiting_client_that_closes_takes_no_job_and_a_half_clo
     town: Town, tmp_path: Path
 ) -> None:
     (tmp_path / "tcp").mkdir()
-    claim = message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
-    gate = Gate("worker", hosts=["localhost"])
-    async with House(worker_api.ROUTES, tmp_path / "tcp", gate=gate, actor=town.actor) as tcp:
-        gone, half = await tcp.line(), await tcp.line()
+    claim = request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
+    gate = Authenticator("worker", hosts=["localhost"])
+    async with HttpHarness(worker_api.ROUTES, tmp_path / "tcp", gate=gate, actor=town.actor) as tcp:
+        gone, half = await tcp.connect(), await tcp.connect()
         gone.send(claim)
         while not town.actor.parked:  # noqa: ASYNC110 - the actor has no event for it
             await asyncio.sleep(0.001)
@@ -139,7 +139,7 @@ async def test_over_tcp_a_waiting_client_that_closes_takes_no_job_and_a_half_clo
         while not town.actor.parked:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         await town.post("/v1/jobs", '{"id":"job-1"}')
-        [grant] = (await half.hear()).data["grants"]
+        [grant] = (await half.receive()).data["grants"]
         assert grant["job"]["attempt"] == 1
         assert await half.is_closed()
 
@@ -147,8 +147,8 @@ async def test_over_tcp_a_waiting_client_that_closes_takes_no_job_and_a_half_clo
 async def test_a_grant_whose_client_has_gone_before_the_answer_goes_back(town: Town) -> None:
     await town.post("/v1/jobs", '{"id":"job-1"}')
     town.disk.gate.clear()
-    gone = await town.worker.line()
-    gone.send(message("POST", "/v1/jobs/job-1/start", '{"worker":"gone"}'))
+    gone = await town.worker.connect()
+    gone.send(request_bytes("POST", "/v1/jobs/job-1/start", '{"worker":"gone"}'))
     await town.disk.at_gate.wait()
     gone.writer.transport.abort()
     while town.worker.listener.connections > 1:  # noqa: ASYNC110 - until the door has noticed; the other is that of `post`
@@ -162,22 +162,22 @@ async def test_a_grant_whose_client_has_gone_before_the_answer_goes_back(town: T
 
 
 async def test_a_parked_claim_is_answered_when_the_doors_close(town: Town) -> None:
-    line = await town.worker.line()
-    line.send(message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
+    line = await town.worker.connect()
+    line.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
     while not town.actor.parked:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     town.actor.stop_parking()
     await town.worker.stop(30)
-    heard = await line.hear()
+    heard = await line.receive()
     assert (heard.data, heard.headers["connection"]) == ({"grants": []}, "close")
 
 
 async def test_an_import_over_the_wire(town: Town) -> None:
     lines = ['{"id":"a","status":"completed","progress":100}', '{"id":"b","progress":101}', '{"id":"a"}', '{"id":"c"}']
     headers = {**AUTH, "Content-Type": "application/x-ndjson"}
-    heard = await town.admin.ask("POST", f"{ADMIN}/import", "\n".join(lines), headers)
+    heard = await town.admin.request("POST", f"{ADMIN}/import", "\n".join(lines), headers)
     assert (heard.data["imported"], heard.data["skipped"], heard.data["refusedCount"]) == (2, 1, 1)
     assert (await town.job("a"))["status"] == "completed"
-    validated = (await town.admin.ask("GET", f"{ADMIN}/validate-job?jobId=a", headers=AUTH)).data
+    validated = (await town.admin.request("GET", f"{ADMIN}/validate-job?jobId=a", headers=AUTH)).data
     assert (validated["jobId"], validated["job"]["id"]) == ("a", "a")
     assert "isValid" in validated["validation"]

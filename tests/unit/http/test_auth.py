@@ -8,9 +8,9 @@ import pytest
 from multidict import CIMultiDict
 
 from jobd.api import admin, worker
-from jobd.http.auth import JSON, LINES, Gate, check_kind, host_name, own_names, token_digest
+from jobd.http.auth import JSON, LINES, Authenticator, check_content_type, host_name, own_names, token_digest
 from jobd.model.errors import ApiException
-from tests.support.http_harness import House, message, wrong_tokens
+from tests.support.http_harness import HttpHarness, request_bytes, wrong_tokens
 
 GOOD = "good-token-0123456789abcdef"
 OTHER = "other-token-0123456789abcdef"
@@ -50,57 +50,59 @@ def headers(**fields: str) -> CIMultiDict[str]:
     ],
 )
 def test_any_valid_token_opens_and_nothing_else(given: str, wanted: str | None) -> None:
-    gate = Gate("admin", tokens=[GOOD, OTHER])
-    assert code(gate.admit, headers(Authorization=given)) == wanted
+    gate = Authenticator("admin", tokens=[GOOD, OTHER])
+    assert code(gate.authenticate, headers(Authorization=given)) == wanted
 
 
 @pytest.mark.parametrize("name", ["worker", "admin"])
 async def test_no_wrong_token_is_taken_by_either_api(name: str, tmp_path: Path) -> None:
     """Over TCP, where workers need a token as operators do. The right one is tried last, on the same connection."""
-    gate = Gate(name, tokens=[GOOD], readers=[OTHER] if name == "admin" else [], hosts=["localhost"])
+    gate = Authenticator(name, tokens=[GOOD], read_only_tokens=[OTHER] if name == "admin" else [], hosts=["localhost"])
     routes, call = {
         "worker": (worker.ROUTES, "/v1/jobs"),
         "admin": (admin.ROUTES, "/admin/job-management/jobs"),
     }[name]
     wrong = wrong_tokens(GOOD) + wrong_tokens(OTHER, 0)
-    async with House(routes, tmp_path, gate=gate, admin=name == "admin") as house:
-        line = await house.line()
+    async with HttpHarness(routes, tmp_path, gate=gate, admin=name == "admin") as house:
+        line = await house.connect()
         for at in range(0, len(wrong), 50):
             given = wrong[at : at + 50]
-            line.send(b"".join(message("GET", call, headers={"Authorization": f"Bearer {each}"}) for each in given))
-            taken = [each for each in given if (await line.hear()).status != 401]
+            line.send(
+                b"".join(request_bytes("GET", call, headers={"Authorization": f"Bearer {each}"}) for each in given)
+            )
+            taken = [each for each in given if (await line.receive()).status != 401]
             assert taken == []
-        assert house.desk.asked == []
-        assert (await line.ask("GET", call, headers={"Authorization": f"Bearer {GOOD}"})).status == 200
+        assert house.actor.received == []
+        assert (await line.request("GET", call, headers={"Authorization": f"Bearer {GOOD}"})).status == 200
 
 
 def test_a_token_that_may_only_look_is_told_from_the_others() -> None:
-    gate = Gate("admin", tokens=[GOOD], readers=[OTHER])
-    assert gate.admit(headers(Authorization=f"Bearer {GOOD}")) == "full"
-    assert gate.admit(headers(Authorization=f"Bearer {OTHER}")) == "read"
-    assert gate.access_of(token_digest(OTHER)) == "read"
-    assert gate.access_of(token_digest("x")) is None
+    gate = Authenticator("admin", tokens=[GOOD], read_only_tokens=[OTHER])
+    assert gate.authenticate(headers(Authorization=f"Bearer {GOOD}")) == "full"
+    assert gate.authenticate(headers(Authorization=f"Bearer {OTHER}")) == "read"
+    assert gate.permission_of(token_digest(OTHER)) == "read"
+    assert gate.permission_of(token_digest("x")) is None
     gate.replace_tokens([GOOD])
-    assert code(gate.admit, headers(Authorization=f"Bearer {OTHER}")) == "unauthorized"
+    assert code(gate.authenticate, headers(Authorization=f"Bearer {OTHER}")) == "unauthorized"
 
 
 def test_tokens_can_be_replaced_while_running() -> None:
-    gate = Gate("admin", tokens=[GOOD])
+    gate = Authenticator("admin", tokens=[GOOD])
     gate.replace_tokens([OTHER])
-    assert code(gate.admit, headers(Authorization=f"Bearer {GOOD}")) == "unauthorized"
-    assert code(gate.admit, headers(Authorization=f"Bearer {OTHER}")) is None
+    assert code(gate.authenticate, headers(Authorization=f"Bearer {GOOD}")) == "unauthorized"
+    assert code(gate.authenticate, headers(Authorization=f"Bearer {OTHER}")) is None
 
 
 def test_no_token_in_the_list_opens_to_nobody() -> None:
-    assert code(Gate("admin", tokens=[]).admit, headers(Authorization="Bearer x")) == "unauthorized"
+    assert code(Authenticator("admin", tokens=[]).authenticate, headers(Authorization="Bearer x")) == "unauthorized"
 
 
 def test_a_door_without_tokens_lets_everybody_in() -> None:
-    assert code(Gate("worker").admit, headers()) is None
+    assert code(Authenticator("worker").authenticate, headers()) is None
 
 
 def test_tokens_are_not_kept_in_the_clear() -> None:
-    assert GOOD not in repr(vars(Gate("admin", tokens=[GOOD])))
+    assert GOOD not in repr(vars(Authenticator("admin", tokens=[GOOD])))
 
 
 @pytest.mark.parametrize(
@@ -132,14 +134,14 @@ def test_tokens_are_not_kept_in_the_clear() -> None:
     ],
 )
 def test_host_and_origin(host: str, origin: str | None, wanted: str | None) -> None:
-    gate = Gate("admin", hosts=own_names("127.0.0.1", ["Ops.example"]))
+    gate = Authenticator("admin", hosts=own_names("127.0.0.1", ["Ops.example"]))
     given = headers(Host=host) if origin is None else headers(Host=host, Origin=origin)
     assert code(gate.check_origin, given, ("10.0.0.7", 8770)) == wanted
 
 
 def test_a_missing_host_is_refused_on_tcp_only() -> None:
-    assert code(Gate("admin", hosts=["localhost"]).check_origin, headers(), None) == "forbidden"
-    assert code(Gate("worker").check_origin, headers(), "") is None
+    assert code(Authenticator("admin", hosts=["localhost"]).check_origin, headers(), None) == "forbidden"
+    assert code(Authenticator("worker").check_origin, headers(), "") is None
 
 
 @pytest.mark.parametrize(
@@ -197,45 +199,45 @@ def test_host_names(host: str, name: str) -> None:
     ],
 )
 def test_the_kind_of_a_body(given: str, wanted: str | None) -> None:
-    assert code(check_kind, headers(Content_Type=given), JSON) == wanted
+    assert code(check_content_type, headers(Content_Type=given), JSON) == wanted
 
 
 def test_a_stream_has_a_kind_of_its_own() -> None:
-    assert code(check_kind, headers(Content_Type="application/x-ndjson; charset=utf-8"), LINES) is None
-    assert code(check_kind, headers(Content_Type="application/json"), LINES) == "unsupported_media_type"
+    assert code(check_content_type, headers(Content_Type="application/x-ndjson; charset=utf-8"), LINES) is None
+    assert code(check_content_type, headers(Content_Type="application/json"), LINES) == "unsupported_media_type"
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "identity, gzip", "x"])
 def test_compressed_bodies_are_refused(coding: str) -> None:
     given = headers(Content_Type="application/json", Content_Encoding=coding)
-    assert code(check_kind, given, JSON) == "unsupported_media_type"
-    assert code(check_kind, headers(Content_Type="application/json", Content_Encoding="Identity"), JSON) is None
+    assert code(check_content_type, given, JSON) == "unsupported_media_type"
+    assert code(check_content_type, headers(Content_Type="application/json", Content_Encoding="Identity"), JSON) is None
     on_its_way = headers(Content_Type="application/json", Transfer_Encoding=f"{coding}, chunked")
-    assert code(check_kind, on_its_way, JSON) == "unsupported_media_type"
-    assert code(check_kind, headers(Content_Type="application/json", Transfer_Encoding="Chunked"), JSON) is None
+    assert code(check_content_type, on_its_way, JSON) == "unsupported_media_type"
+    assert code(check_content_type, headers(Content_Type="application/json", Transfer_Encoding="Chunked"), JSON) is None
 
 
 def test_the_scope_of_a_key() -> None:
-    gate = Gate("worker")
-    first = gate.key_use("k", "POST", "/v1/jobs", b"{}")
-    assert gate.key_use("k", "POST", "/v1/jobs", b"{}") == first
+    gate = Authenticator("worker")
+    first = gate.idempotency_key("k", "POST", "/v1/jobs", b"{}")
+    assert gate.idempotency_key("k", "POST", "/v1/jobs", b"{}") == first
     others = [
-        gate.key_use("l", "POST", "/v1/jobs", b"{}"),
-        gate.key_use("k", "PUT", "/v1/jobs", b"{}"),
-        gate.key_use("k", "POST", "/v1/claim", b"{}"),
-        Gate("admin").key_use("k", "POST", "/v1/jobs", b"{}"),
+        gate.idempotency_key("l", "POST", "/v1/jobs", b"{}"),
+        gate.idempotency_key("k", "PUT", "/v1/jobs", b"{}"),
+        gate.idempotency_key("k", "POST", "/v1/claim", b"{}"),
+        Authenticator("admin").idempotency_key("k", "POST", "/v1/jobs", b"{}"),
     ]
     assert len({first.digest, *(other.digest for other in others)}) == 5
-    changed = gate.key_use("k", "POST", "/v1/jobs", b"{} ")
+    changed = gate.idempotency_key("k", "POST", "/v1/jobs", b"{} ")
     assert changed.digest == first.digest
     assert changed.body_hash != first.body_hash
 
 
 @pytest.mark.parametrize("key", ["", "a" * 201, "a\tb", "a\x7f", "ä", "\udcff", "a\nb"])
 def test_a_bad_key_is_a_400(key: str) -> None:
-    assert code(Gate("worker").key_use, key, "POST", "/", b"") == "invalid_request"
+    assert code(Authenticator("worker").idempotency_key, key, "POST", "/", b"") == "invalid_request"
 
 
 @pytest.mark.parametrize("key", ["a", "a b", "~" * 200, "!"])
 def test_a_good_key_is_taken(key: str) -> None:
-    assert code(Gate("worker").key_use, key, "POST", "/", b"") is None
+    assert code(Authenticator("worker").idempotency_key, key, "POST", "/", b"") is None

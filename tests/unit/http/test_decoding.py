@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from jobd.api.admin import Deliveries, RowsAsked
-from jobd.api.downloads import BackupAsked
+from jobd.api.admin import Deliveries, RowCheckRequest
+from jobd.api.downloads import BackupRequest
 from jobd.dashboard.pages import WorkersPageQuery
 from jobd.dashboard.webhooks import WebhookPageQuery
-from jobd.http.decoding import MANY_KEYS, Limits, Shape, explain, part_of, path_value
+from jobd.http.decoding import MANY_KEYS, Limits, RequestDecoder, make_body_type, path_value, validation_error
 from jobd.model.commands import (
     AuditLog,
     Bulk,
@@ -43,28 +43,28 @@ from jobd.model.errors import ApiError, ApiException
 from jobd.model.job import Backoff
 
 LIMITS = Limits()
-SHAPES: dict[str, Shape] = {
-    "create": Shape(Create, None, LIMITS),
-    "bulk": Shape(Bulk, None, LIMITS),
-    "claim": Shape(Claim, None, LIMITS),
-    "start": Shape(Start, "id", LIMITS),
-    "progress": Shape(Progress, "id", LIMITS),
-    "complete": Shape(Complete, "id", LIMITS),
-    "fail": Shape(Fail, "id", LIMITS),
-    "transition": Shape(Transition, None, LIMITS),
-    "import": Shape(Import, None, LIMITS),
+SHAPES: dict[str, RequestDecoder] = {
+    "create": RequestDecoder(Create, None, LIMITS),
+    "bulk": RequestDecoder(Bulk, None, LIMITS),
+    "claim": RequestDecoder(Claim, None, LIMITS),
+    "start": RequestDecoder(Start, "id", LIMITS),
+    "progress": RequestDecoder(Progress, "id", LIMITS),
+    "complete": RequestDecoder(Complete, "id", LIMITS),
+    "fail": RequestDecoder(Fail, "id", LIMITS),
+    "transition": RequestDecoder(Transition, None, LIMITS),
+    "import": RequestDecoder(Import, None, LIMITS),
 }
 
 
-def refusal(shape: Shape, body: bytes, value: str | None = None) -> ApiError:
+def refusal(shape: RequestDecoder, body: bytes, value: str | None = None) -> ApiError:
     with pytest.raises(ApiException) as caught:
         shape.from_body(body, value)
     return caught.value.error
 
 
-def outcome(shape: Shape, body: bytes) -> Command | ApiError:
+def outcome(shape: RequestDecoder, body: bytes) -> Command | ApiError:
     try:
-        return shape.from_body(body, "a" if shape.given else None)
+        return shape.from_body(body, "a" if shape.path_field else None)
     except ApiException as no:
         return no.error
 
@@ -82,17 +82,17 @@ def test_an_equal_id_in_the_body_is_taken_and_another_is_refused() -> None:
 
 
 def test_the_path_gives_the_name_of_a_queue() -> None:
-    assert Shape(Pause, "name", LIMITS).from_body(b"", "mail") == Pause(name="mail")
+    assert RequestDecoder(Pause, "name", LIMITS).from_body(b"", "mail") == Pause(name="mail")
 
 
 def test_an_empty_body_is_an_empty_object() -> None:
-    assert Shape(Cancel, "id", LIMITS).from_body(b"", "a") == Cancel(id="a")
+    assert RequestDecoder(Cancel, "id", LIMITS).from_body(b"", "a") == Cancel(id="a")
     assert SHAPES["create"].from_body(b"") == Create()
     assert refusal(SHAPES["progress"], b"", "a").details == {"field": "$.lock_id"}
 
 
 def test_default_factories_survive_the_split() -> None:
-    part = part_of(Claim, "worker")
+    part = make_body_type(Claim, "worker")
     assert msgspec.json.decode(b"{}", type=part).queues == ["default"]
 
 
@@ -151,7 +151,7 @@ def test_default_factories_survive_the_split() -> None:
     ],
 )  # fmt: skip
 def test_a_field_out_of_its_bounds_is_named(shape: str, body: str, field: str) -> None:
-    given_id = "job-1" if SHAPES[shape].given else None
+    given_id = "job-1" if SHAPES[shape].path_field else None
     no = refusal(SHAPES[shape], body.encode(), given_id)
     assert no.code == "invalid_request"
     assert no.details == {"field": field}
@@ -181,7 +181,7 @@ def test_the_message_helps() -> None:
     assert "A-Z a-z 0-9" in refusal(SHAPES["create"], b'{"id":"a b"}').message
     assert "control" in refusal(SHAPES["create"], b'{"kind":"a\\u0001"}').message
     assert "NUL" in refusal(SHAPES["complete"], b'{"lock_id":"x","file_path":"\\u0000"}', "a").message
-    assert "a whole number or null" in refusal(Shape(Update, "id", LIMITS), b'{"priority":"x"}', "a").message
+    assert "a whole number or null" in refusal(RequestDecoder(Update, "id", LIMITS), b'{"priority":"x"}', "a").message
     assert "is missing" in refusal(SHAPES["progress"], b"{}", "a").message
 
 
@@ -248,7 +248,7 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
     max_leaves=12,
 )
-_FIELDS = sorted({info.encode_name for shape in SHAPES.values() for info in msgspec.structs.fields(shape.part)})
+_FIELDS = sorted({info.encode_name for shape in SHAPES.values() for info in msgspec.structs.fields(shape.body_type)})
 
 
 @given(st.sampled_from(sorted(SHAPES)), st.dictionaries(st.sampled_from(_FIELDS) | st.text(max_size=8), _JSON))
@@ -263,7 +263,7 @@ def test_any_object_gives_a_command_or_a_400(name: str, fields: dict[str, Any]) 
 
 
 def test_a_payload_at_its_limit_is_taken_and_one_byte_more_is_not() -> None:
-    shape = Shape(Create, None, Limits(payload=10))
+    shape = RequestDecoder(Create, None, Limits(payload=10))
     assert shape.from_body(b'{"payload":"12345678"}')
     no = refusal(shape, b'{"payload":"123456789"}')
     assert (no.code, no.details) == ("too_large", {"field": "$.payload", "limit": 10})
@@ -271,7 +271,7 @@ def test_a_payload_at_its_limit_is_taken_and_one_byte_more_is_not() -> None:
 
 @pytest.mark.parametrize(("command", "field"), [(Bulk, "$.jobs[1].payload"), (Import, "$.payload")])
 def test_payloads_of_bulks_and_imports_have_the_same_limit(command: type[Command], field: str) -> None:
-    shape = Shape(command, None, Limits(payload=10))
+    shape = RequestDecoder(command, None, Limits(payload=10))
     body = b'{"id":"a","payload":"123456789"}'
     no = refusal(shape, b'{"jobs":[{},%b]}' % body if command is Bulk else body)
     assert (no.code, no.details["field"]) == ("too_large", field)
@@ -287,14 +287,14 @@ def test_payloads_of_bulks_and_imports_have_the_same_limit(command: type[Command
 )
 def test_metadata_has_the_limit_of_payloads(command: type[Command], field: str, body: bytes) -> None:
     """It comes back with every look at the job, in pages and in events."""
-    shape = Shape(command, None, Limits(payload=10))
+    shape = RequestDecoder(command, None, Limits(payload=10))
     assert shape.from_body(body % b'"12345678"')
     no = refusal(shape, body % b'"123456789"')
     assert (no.code, no.details) == ("too_large", {"field": field, "limit": 10})
 
 
 def test_a_bulk_at_its_limit_is_taken_and_one_job_more_is_not() -> None:
-    shape = Shape(Bulk, None, Limits(bulk=3))
+    shape = RequestDecoder(Bulk, None, Limits(bulk=3))
     assert shape.from_body(b'{"jobs":[{},{},{}]}')
     no = refusal(shape, b'{"jobs":[{},{},{},{}]}')
     assert (no.code, no.details) == ("too_large", {"field": "$.jobs", "limit": 3})
@@ -351,11 +351,11 @@ def test_large_bodies_with_many_fields_of_their_own_are_taken(indent: int | None
     jobs = [every | {"id": f"job-{number}"} for number in range(1000)]
     body = json.dumps({"jobs": jobs}, indent=indent).encode()
     assert body.count(b'":') > MANY_KEYS
-    command = Shape(Bulk, None, limits).from_body(body)
+    command = RequestDecoder(Bulk, None, limits).from_body(body)
     assert isinstance(command, Bulk)
     assert command.jobs[999].id == "job-999"
     large = {"lock_id": "l", "metadata": {str(number): {"a": number} for number in range(30_000)}}
-    complete = Shape(Complete, "id", replace(limits, payload=4 << 20))
+    complete = RequestDecoder(Complete, "id", replace(limits, payload=4 << 20))
     assert isinstance(complete.from_body(json.dumps(large, indent=indent).encode(), "a"), Complete)
 
 
@@ -370,12 +370,12 @@ def test_the_payload_is_kept_as_it_came() -> None:
 
 def query_refusal(query: str) -> ApiError:
     with pytest.raises(ApiException) as caught:
-        Shape(ListJobs, None, LIMITS).from_query(query)
+        RequestDecoder(ListJobs, None, LIMITS).from_query(query)
     return caught.value.error
 
 
 def test_a_query_gives_a_command() -> None:
-    shape = Shape(ListJobs, None, LIMITS)
+    shape = RequestDecoder(ListJobs, None, LIMITS)
     assert shape.from_query("") == ListJobs()
     query = "status=queued&queue=mail&limit=200&cursor=17&worker=w%201&kind="
     assert shape.from_query(query) == ListJobs(
@@ -411,9 +411,9 @@ def test_a_parameter_that_is_not_taken_is_named(query: str, field: str) -> None:
         (ListJobs, "cursor=zzz", "the `next_cursor` of the page before"),
         (AuditLog, "cursor=x", "the `next_cursor` of the page before"),
         (WorkersPageQuery, "seen=x", "the `next_cursor` of the page before"),
-        (RowsAsked, "cursor=x", "the `next_cursor` of the page before"),
+        (RowCheckRequest, "cursor=x", "the `next_cursor` of the page before"),
         (SearchJobs, "error=zz", "12 hexadecimal digits, as `jobctl failures` shows them"),
-        (BackupAsked, "id=a/b", "1 to 64 characters of A-Z a-z 0-9 . _ -"),
+        (BackupRequest, "id=a/b", "1 to 64 characters of A-Z a-z 0-9 . _ -"),
         (Deliveries, "name=a/b", "1 to 100 characters of A-Z a-z 0-9 . _ : -"),
         (WebhookPageQuery, "name=a&state=sent", "one of waiting, delivered, given_up"),
         (SearchJobs, "status=gone", "one of queued, processing, completed, failed, cancelled"),
@@ -421,13 +421,13 @@ def test_a_parameter_that_is_not_taken_is_named(query: str, field: str) -> None:
 )
 def test_what_a_parameter_must_be_is_said_in_its_own_words(command: type[Command], query: str, words: str) -> None:
     with pytest.raises(ApiException) as no:
-        Shape(command, None, LIMITS).from_query(query)
+        RequestDecoder(command, None, LIMITS).from_query(query)
     field = query.rpartition("&")[2].partition("=")[0]
     assert no.value.error.message == f"`$.{field}`: must be {words}."
 
 
 def test_a_plan_says_what_its_filter_and_its_cursor_must_be() -> None:
-    shape = Shape(MakePlan, None, LIMITS)
+    shape = RequestDecoder(MakePlan, None, LIMITS)
     no = refusal(shape, b'{"action":"retry","filter":{"error":"zz"}}')
     assert no.message == "`$.filter.error`: must be 12 hexadecimal digits, as `jobctl failures` shows them."
     no = refusal(shape, b'{"action":"retry","cursor":"1"}')
@@ -445,13 +445,13 @@ def test_every_pattern_that_a_text_must_have_is_put_into_words() -> None:
         for info in msgspec.structs.fields(command):
             if "pattern=" in repr(info.type):
                 fault = f"Expected `str` matching regex 'x' - at `$.{info.encode_name}`"
-                assert "other text" not in explain(fault, command).error.message, (command, info.name)
+                assert "other text" not in validation_error(fault, command).error.message, (command, info.name)
                 seen += 1
     assert seen > 60
 
 
 def test_a_query_cannot_give_what_the_path_gives() -> None:
-    shape = Shape(Extend, "id", LIMITS)
+    shape = RequestDecoder(Extend, "id", LIMITS)
     with pytest.raises(ApiException):
         shape.from_query("id=b&lock_id=x", "a")
 
@@ -459,24 +459,24 @@ def test_a_query_cannot_give_what_the_path_gives() -> None:
 @pytest.mark.parametrize("value", ["", "a b", "a/b", "a\n", "ä", "a" * 201, "\x00", "\udcff"])
 def test_a_malformed_id_in_the_path_is_a_400(value: str) -> None:
     with pytest.raises(ApiException) as caught:
-        path_value(Shape(Extend, "id", LIMITS), value)
+        path_value(RequestDecoder(Extend, "id", LIMITS), value)
     assert caught.value.error.details == {"field": "$.id"}
 
 
 @pytest.mark.parametrize("value", ["a", "A.b_c:d-9", "a" * 200, ".."])
 def test_a_good_id_in_the_path_is_taken(value: str) -> None:
-    assert path_value(Shape(Extend, "id", LIMITS), value) == value
+    assert path_value(RequestDecoder(Extend, "id", LIMITS), value) == value
 
 
 @pytest.mark.parametrize("value", ["a", "a b", "a/b", "ä", "a" * 200])
 def test_any_name_that_a_worker_may_have_can_stand_in_the_path(value: str) -> None:
-    assert path_value(Shape(TakeBack, "name", LIMITS), value) == value
+    assert path_value(RequestDecoder(TakeBack, "name", LIMITS), value) == value
 
 
 @pytest.mark.parametrize("value", ["", "a\n", "a" * 201, "\x00"])
 def test_no_other_name_of_a_worker_can_stand_in_the_path(value: str) -> None:
     with pytest.raises(ApiException) as caught:
-        path_value(Shape(TakeBack, "name", LIMITS), value)
+        path_value(RequestDecoder(TakeBack, "name", LIMITS), value)
     assert caught.value.error.message == "`$.name`: the path must give text without control characters here."
 
 
@@ -484,8 +484,8 @@ def test_no_other_name_of_a_worker_can_stand_in_the_path(value: str) -> None:
 @pytest.mark.parametrize("field", ["limit", "status"])
 def test_null_is_neither_a_number_nor_a_status_in_a_query(value: str, field: str) -> None:
     with pytest.raises(ApiException) as no:
-        Shape(ListJobs, None, LIMITS).from_query(f"{field}={value}")
+        RequestDecoder(ListJobs, None, LIMITS).from_query(f"{field}={value}")
     assert no.value.error.details == {"field": f"$.{field}"}
-    assert Shape(ListJobs, None, LIMITS).from_query(f"kind={value}") == ListJobs(kind=value), (
+    assert RequestDecoder(ListJobs, None, LIMITS).from_query(f"kind={value}") == ListJobs(kind=value), (
         "it is a name like any other"
     )

@@ -11,7 +11,7 @@ import pytest
 
 from jobd.engine.mailbox import Envelope
 from tests.integration.test_command_stream import Stream
-from tests.support.http_harness import message
+from tests.support.http_harness import request_bytes
 from tests.support.virtual_engine import until
 from tests.support.worker_api_server import Town, town
 
@@ -42,23 +42,23 @@ def left_over() -> Iterator[list[Envelope]]:
 
 
 async def test_requests_leave_nothing(town: Town) -> None:
-    line = await town.house.line()
+    line = await town.house.connect()
     with left_over() as left:
-        assert (await line.ask("POST", "/v1/jobs", '{"id":"a"}')).status == 201
-        assert (await line.ask("POST", "/v1/jobs", '{"id":"b"}', {"Idempotency-Key": "k"})).status == 201
-        assert (await line.ask("POST", "/v1/jobs/nobody/start", '{"worker":"w"}')).status == 404
-        assert (await line.ask("POST", "/v1/claim", '{"worker":"w","queues":["x"],"wait_ms":1}')).status == 200
-        grant = (await line.ask("POST", "/v1/claim", '{"worker":"w"}')).data["grants"][0]
+        assert (await line.request("POST", "/v1/jobs", '{"id":"a"}')).status == 201
+        assert (await line.request("POST", "/v1/jobs", '{"id":"b"}', {"Idempotency-Key": "k"})).status == 201
+        assert (await line.request("POST", "/v1/jobs/nobody/start", '{"worker":"w"}')).status == 404
+        assert (await line.request("POST", "/v1/claim", '{"worker":"w","queues":["x"],"wait_ms":1}')).status == 200
+        grant = (await line.request("POST", "/v1/claim", '{"worker":"w"}')).data["grants"][0]
         body = f'{{"lock_id":"{grant["lock_id"]}"}}'
-        assert (await line.ask("POST", f"/v1/jobs/{grant['job']['id']}/complete", body)).status == 200
-        assert (await line.ask("GET", "/v1/jobs/a")).status == 200
+        assert (await line.request("POST", f"/v1/jobs/{grant['job']['id']}/complete", body)).status == 200
+        assert (await line.request("GET", "/v1/jobs/a")).status == 200
     assert left == []
 
 
 async def test_clients_that_go_away_leave_nothing(town: Town) -> None:
-    line = await town.house.line()
+    line = await town.house.connect()
     with left_over() as left:
-        line.send(message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
+        line.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
         await until(lambda: len(town.actor.parked) > 0)
         line.writer.close()
         await until(lambda: not town.actor.parked)
@@ -71,13 +71,13 @@ def both_wait(town: Town) -> bool:
 
 
 async def test_a_key_repeated_while_its_claim_waits_leaves_nothing(town: Town) -> None:
-    lines = [await town.house.line() for _ in range(2)]
+    lines = [await town.house.connect() for _ in range(2)]
     with left_over() as left:
         for line in lines:
-            line.send(message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}', {"Idempotency-Key": "k"}))
+            line.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}', {"Idempotency-Key": "k"}))
         await until(lambda: both_wait(town))
-        assert (await town.house.ask("POST", "/v1/jobs", "{}")).status == 201
-        assert [(await line.hear()).status for line in lines] == [200, 200]
+        assert (await town.house.request("POST", "/v1/jobs", "{}")).status == 201
+        assert [(await line.receive()).status for line in lines] == [200, 200]
     assert left == []
 
 
@@ -104,6 +104,6 @@ async def test_a_stream_that_is_given_up_leaves_nothing(town: Town) -> None:
         stream.line.writer.close()
         await until(lambda: not town.house.listener.connections)
         town.disk.gate.set()
-        assert (await town.house.ask("GET", "/v1/jobs")).status == 200
+        assert (await town.house.request("GET", "/v1/jobs")).status == 200
         del stream
     assert left == []

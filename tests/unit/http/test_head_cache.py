@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobd.http.head_cache import LONGEST, MOST_KNOWN, Heads
-from jobd.http.request import Head
-from tests.support.http_harness import TOKEN, message
+from jobd.http.request import RequestHead
+from tests.support.http_harness import TOKEN, request_bytes
 from tests.support.malformed_requests import HOSTILE
 
-POST = message("POST", "/v1/jobs/a/complete", '{"n":1}')
-GET = message("GET", "/v1/jobs?queue=a%20b&limit=5")
+POST = request_bytes("POST", "/v1/jobs/a/complete", '{"n":1}')
+GET = request_bytes("GET", "/v1/jobs?queue=a%20b&limit=5")
 
 
 class Parser:
@@ -55,13 +55,15 @@ def learn(heads: Heads, parser: Parser, data: bytes) -> bool:
     return heads.learn(data, parsed, payload)
 
 
-def said(head: Head) -> tuple[Any, ...]:
+def said(head: RequestHead) -> tuple[Any, ...]:
     """A head, whatever the order of lines with different names."""
     lines = sorted(head.headers.items(), key=lambda item: item[0].lower())
     return lines, head.version, head.keep_alive, head.has_body, head.is_json
 
 
-@pytest.mark.parametrize("data", [POST, GET, message("POST", "/v1/jobs", ""), message("POST", "/v1/jobs/a/cancel")])
+@pytest.mark.parametrize(
+    "data", [POST, GET, request_bytes("POST", "/v1/jobs", ""), request_bytes("POST", "/v1/jobs/a/cancel")]
+)
 def test_a_request_is_read_again_as_it_was_parsed(parser: Parser, data: bytes) -> None:
     heads = Heads()
     assert heads.read(data) is None
@@ -70,7 +72,7 @@ def test_a_request_is_read_again_as_it_was_parsed(parser: Parser, data: bytes) -
     whole = heads.read(data)
     assert whole is not None
     assert (whole.method, whole.target) == (parsed.method, parsed.path)
-    assert said(whole.head) == said(Head.of(parsed, payload))
+    assert said(whole.head) == said(RequestHead.of(parsed, payload))
     assert whole.body == payload.read_nowait()
 
 
@@ -113,26 +115,26 @@ def test_what_is_not_the_same_or_not_plain_is_not_known(parser: Parser, spoiled:
 @pytest.mark.parametrize("name", ["Authorization", "Idempotency-Key"])
 def test_tokens_and_keys_are_read_and_not_kept(parser: Parser, name: str) -> None:
     heads = Heads()
-    assert learn(heads, parser, message("GET", "/v1/jobs", headers={name: TOKEN, "X-A": "b"}))
+    assert learn(heads, parser, request_bytes("GET", "/v1/jobs", headers={name: TOKEN, "X-A": "b"}))
     assert TOKEN not in str(heads._known)
     for value in (TOKEN, "another one", "x"):
-        data = message("GET", "/v1/jobs", headers={name: value, "X-A": "b"})
+        data = request_bytes("GET", "/v1/jobs", headers={name: value, "X-A": "b"})
         whole = heads.read(data)
         [(parsed, payload)] = parser.parse(data)
         assert whole is not None
-        assert said(whole.head) == said(Head.of(parsed, payload))
+        assert said(whole.head) == said(RequestHead.of(parsed, payload))
     for value in ("", " x", "x ", "x\ty", "x" * 400, "\xe4"):
-        assert heads.read(message("GET", "/v1/jobs", headers={name: value, "X-A": "b"})) is None
-    assert heads.read(message("GET", "/v1/jobs", headers={"X-A": "b"})) is None
-    assert heads.read(message("GET", "/v1/jobs", headers={name.lower(): TOKEN, "X-A": "b"})) is None
+        assert heads.read(request_bytes("GET", "/v1/jobs", headers={name: value, "X-A": "b"})) is None
+    assert heads.read(request_bytes("GET", "/v1/jobs", headers={"X-A": "b"})) is None
+    assert heads.read(request_bytes("GET", "/v1/jobs", headers={name.lower(): TOKEN, "X-A": "b"})) is None
 
 
 @pytest.mark.parametrize("name", ["Authorization", "Idempotency-Key"])
 @pytest.mark.parametrize("second", ["k", "l", ""])
 def test_two_tokens_or_keys_are_left_to_the_parser(parser: Parser, name: str, second: str) -> None:
     heads = Heads()
-    two = message("POST", "/v1/jobs", "{}", {name: f"k\r\nX-A: b\r\n{name}: {second}"})
-    for data in (message("POST", "/v1/jobs", "{}", {name: "k", "X-A": "b"}), two):
+    two = request_bytes("POST", "/v1/jobs", "{}", {name: f"k\r\nX-A: b\r\n{name}: {second}"})
+    for data in (request_bytes("POST", "/v1/jobs", "{}", {name: "k", "X-A": "b"}), two):
         for parsed, payload in parser.parse(data):
             heads.learn(data, parsed, payload)
     assert heads.read(two) is None
@@ -142,7 +144,7 @@ def test_two_tokens_or_keys_are_left_to_the_parser(parser: Parser, name: str, se
 def test_other_secrets_are_left_to_the_parser(parser: Parser, name: str) -> None:
     heads = Heads()
     for headers in ({name: TOKEN}, {"Authorization": "x", name: TOKEN}, {"Idempotency-Key": "x" * 400, "X-A": TOKEN}):
-        data = message("GET", "/v1/jobs", headers=headers)
+        data = request_bytes("GET", "/v1/jobs", headers=headers)
         assert learn(heads, parser, data)
         assert heads.read(data) is None
         assert heads._known == {}
@@ -151,15 +153,15 @@ def test_other_secrets_are_left_to_the_parser(parser: Parser, name: str) -> None
 @pytest.mark.parametrize(
     "data",
     [
-        message("GET", "/v1/jobs", headers={"Connection": "close"}),
-        message("POST", "/v1/jobs", b"2\r\n{}\r\n0\r\n\r\n", {"Transfer-Encoding": "chunked"}).replace(
+        request_bytes("GET", "/v1/jobs", headers={"Connection": "close"}),
+        request_bytes("POST", "/v1/jobs", b"2\r\n{}\r\n0\r\n\r\n", {"Transfer-Encoding": "chunked"}).replace(
             b"Content-Length: 12\r\n", b""
         ),
-        message("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "websocket"}),
-        message("GET", "/v1/jobs", headers={"X-Long": "x" * LONGEST}),
-        message("GET", "/v1/jobs", headers={"X_Odd": "x"}),
-        message("GET", "/v1/jobs", headers={"X-Tab": "a\tb"}),
-        message("PUT", "/v1/jobs", "{}"),
+        request_bytes("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "websocket"}),
+        request_bytes("GET", "/v1/jobs", headers={"X-Long": "x" * LONGEST}),
+        request_bytes("GET", "/v1/jobs", headers={"X_Odd": "x"}),
+        request_bytes("GET", "/v1/jobs", headers={"X-Tab": "a\tb"}),
+        request_bytes("PUT", "/v1/jobs", "{}"),
         b"\r\n" + GET,
     ],
 )
@@ -186,10 +188,10 @@ def test_half_a_request_and_two_are_not_one(parser: Parser) -> None:
 def test_too_many_heads_are_forgotten(parser: Parser) -> None:
     heads = Heads()
     for number in range(MOST_KNOWN):
-        assert learn(heads, parser, message("GET", "/v1/jobs", headers={"X-Number": str(number)}))
-    assert heads.read(message("GET", "/v1/jobs", headers={"X-Number": "0"})) is not None
+        assert learn(heads, parser, request_bytes("GET", "/v1/jobs", headers={"X-Number": str(number)}))
+    assert heads.read(request_bytes("GET", "/v1/jobs", headers={"X-Number": "0"})) is not None
     learn(heads, parser, POST)
-    assert heads.read(message("GET", "/v1/jobs", headers={"X-Number": "0"})) is None
+    assert heads.read(request_bytes("GET", "/v1/jobs", headers={"X-Number": "0"})) is None
     assert heads.read(POST) is not None
 
 
@@ -253,7 +255,7 @@ def test_what_is_read_is_what_the_parser_would_say(taught: list[bytes], line: st
             assert isinstance(parsed, RawRequestMessage)
             assert payload.is_eof()
             assert (whole.method, whole.target) == (parsed.method, parsed.path)
-            assert said(whole.head) == said(Head.of(parsed, payload))
+            assert said(whole.head) == said(RequestHead.of(parsed, payload))
             assert whole.body == payload.read_nowait()
             [(following, _)] = parser.parse(GET)  # and nothing of it is left for the next request
             assert following.path == "/v1/jobs?queue=a%20b&limit=5"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from jobd.http.app import MOST_A_SECOND, Sparing
+from jobd.http.app import MAX_LINES_PER_SECOND, LogRateLimiter
 
 
 def test_each_kind_has_its_lines_and_the_next_second_tells_what_was_left_out() -> None:
     now_s = 5.0
-    sparing = Sparing(lambda: now_s)
-    said = [sparing.left_out("a") for _ in range(MOST_A_SECOND + 7)]
-    assert said == [0] * MOST_A_SECOND + [None] * 7
-    assert sparing.left_out("b") == 0
+    sparing = LogRateLimiter(lambda: now_s)
+    said = [sparing.suppressed("a") for _ in range(MAX_LINES_PER_SECOND + 7)]
+    assert said == [0] * MAX_LINES_PER_SECOND + [None] * 7
+    assert sparing.suppressed("b") == 0
     now_s = 5.99
-    assert sparing.left_out("a") is None
+    assert sparing.suppressed("a") is None
     now_s = 6.0
-    assert [sparing.left_out("a"), sparing.left_out("a"), sparing.left_out("b")] == [8, 0, 0]
+    assert [sparing.suppressed("a"), sparing.suppressed("a"), sparing.suppressed("b")] == [8, 0, 0]
     now_s = 60.0
-    assert sparing.left_out("a") == 0
+    assert sparing.suppressed("a") == 0

@@ -15,54 +15,54 @@ from aiohttp.web_protocol import MAX_MSG_QUEUE_SIZE, RequestHandler
 from structlog.testing import capture_logs
 
 from jobd.api.worker import ROUTES
-from jobd.http.auth import Gate
+from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
-from jobd.http.protocol import AHEAD, Connection
+from jobd.http.protocol import AHEAD, HttpConnection
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Response
-from tests.support.http_harness import TOKEN, House, Line, message, tls_pair
+from tests.support.http_harness import TOKEN, HttpHarness, RawConnection, request_bytes, tls_pair
 from tests.support.malformed_requests import CHUNKED, HOSTILE
 
-CLAIM = message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
+CLAIM = request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
-    async with House(ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
+async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
         yield opened
 
 
 class Held:
     """Answers of a desk that come when the test says so."""
 
-    def __init__(self, house: House, answer: Response | ApiError | None = None) -> None:
+    def __init__(self, house: HttpHarness, answer: Response | ApiError | None = None) -> None:
         self.go = asyncio.Event()
         self._answer = answer or Response(EmptyResponse())
-        house.desk.answer = self.answer
+        house.actor.respond = self.answer
 
     async def answer(self, _: Any) -> Response | ApiError:
         await self.go.wait()
         return self._answer
 
 
-async def arrived(house: House, count: int) -> None:
+async def arrived(house: HttpHarness, count: int) -> None:
     """Until so many commands have come to the desk."""
-    while len(house.desk.asked) < count:
-        house.desk.arrived.clear()
-        await house.desk.arrived.wait()
+    while len(house.actor.received) < count:
+        house.actor.arrived.clear()
+        await house.actor.arrived.wait()
 
 
-async def emptied(house: House, left: int = 0) -> None:
+async def emptied(house: HttpHarness, left: int = 0) -> None:
     """Until no more connections than `left` are open."""
     while house.listener.connections > left:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
 
 
-async def whole(line: Line, request: bytes) -> None:
+async def whole(line: RawConnection, request: bytes) -> None:
     line.send(request)
 
 
-async def in_two(line: Line, request: bytes) -> None:
+async def in_two(line: RawConnection, request: bytes) -> None:
     """The body comes after its head has been taken in."""
     head, _, body = request.partition(b"\r\n\r\n")
     line.send(head + b"\r\nExpect: 100-continue\r\n\r\n")
@@ -76,104 +76,106 @@ WAYS = pytest.mark.parametrize("send", [whole, in_two])
 @pytest.mark.parametrize(
     ("request_", "status"),
     [
-        (message("POST", "/v1/jobs", "{}"), 200),
-        (message("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"}), 200),
-        (message("POST", "/v1/jobs", "{}", {"Connection": "close"}), 200),
-        (message("POST", "/v1/jobs/a/cancel"), 200),
-        (message("GET", "/v1/jobs?queue=a"), 200),
-        (message("GET", "/v1/jobs", "{}"), 400),
-        (message("GET", "/nowhere"), 404),
-        (message("PUT", "/v1/jobs", "{}"), 405),
-        (message("POST", "/v1/jobs", "{}".ljust(1001)), 413),
-        (message("POST", "/v1/jobs", "{}", {"Content-Type": "text/plain"}), 415),
+        (request_bytes("POST", "/v1/jobs", "{}"), 200),
+        (request_bytes("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"}), 200),
+        (request_bytes("POST", "/v1/jobs", "{}", {"Connection": "close"}), 200),
+        (request_bytes("POST", "/v1/jobs/a/cancel"), 200),
+        (request_bytes("GET", "/v1/jobs?queue=a"), 200),
+        (request_bytes("GET", "/v1/jobs", "{}"), 400),
+        (request_bytes("GET", "/nowhere"), 404),
+        (request_bytes("PUT", "/v1/jobs", "{}"), 405),
+        (request_bytes("POST", "/v1/jobs", "{}".ljust(1001)), 413),
+        (request_bytes("POST", "/v1/jobs", "{}", {"Content-Type": "text/plain"}), 415),
     ],
 )
 async def test_a_whole_request_needs_no_task(
-    house: House, monkeypatch: pytest.MonkeyPatch, request_: bytes, status: int
+    house: HttpHarness, monkeypatch: pytest.MonkeyPatch, request_: bytes, status: int
 ) -> None:
     handled: list[web.BaseRequest] = []
     monkeypatch.setattr(house.listener._server, "request_handler", handled.append)
-    assert (await house.raw(request_)).status == status
+    assert (await house.send_raw(request_)).status == status
     assert handled == []
 
 
 async def test_a_whole_request_without_its_token_is_refused(tmp_path: Path) -> None:
-    async with House(ROUTES, tmp_path, gate=Gate("worker", tokens=[TOKEN], hosts=["localhost"])) as house:
-        line = await house.line()
-        assert (await line.ask("GET", "/v1/jobs")).status == 401
-        assert (await line.ask("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
+    async with HttpHarness(
+        ROUTES, tmp_path, gate=Authenticator("worker", tokens=[TOKEN], hosts=["localhost"])
+    ) as house:
+        line = await house.connect()
+        assert (await line.request("GET", "/v1/jobs")).status == 401
+        assert (await line.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
         stranger = {"Authorization": f"Bearer {TOKEN}", "Origin": "http://elsewhere"}
-        assert (await line.ask("GET", "/v1/jobs", headers=stranger)).status == 403
+        assert (await line.request("GET", "/v1/jobs", headers=stranger)).status == 403
 
 
 @WAYS
-async def test_what_comes_during_a_request_is_answered_after_it(house: House, send: Any) -> None:
+async def test_what_comes_during_a_request_is_answered_after_it(house: HttpHarness, send: Any) -> None:
     held = Held(house)
-    line = await house.line()
-    await send(line, message("POST", "/v1/jobs", '{"queue":"first"}'))
+    line = await house.connect()
+    await send(line, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
     await arrived(house, 1)
-    house.desk.answer = lambda command: Response(command.queue)
-    line.send(message("POST", "/v1/jobs", '{"queue":"second"}'))
+    house.actor.respond = lambda command: Response(command.queue)
+    line.send(request_bytes("POST", "/v1/jobs", '{"queue":"second"}'))
     await asyncio.sleep(0)
-    line.send(b"".join(message("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
-    assert (await house.ask("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
-    assert len(house.desk.asked) == 2
+    line.send(b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
+    assert (await house.request("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
+    assert len(house.actor.received) == 2
     held.go.set()
-    heard = [(await line.hear()).data for _ in range(2 + MAX_MSG_QUEUE_SIZE * 2)]
+    heard = [(await line.receive()).data for _ in range(2 + MAX_MSG_QUEUE_SIZE * 2)]
     assert heard[1:] == ["second", *(str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2))]
-    assert (await line.ask("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
+    assert (await line.request("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
 
 
 @WAYS
 async def test_bodies_that_come_during_a_request_are_left_to_the_system(tmp_path: Path, send: Any) -> None:
-    async with House(ROUTES, tmp_path) as house:
+    async with HttpHarness(ROUTES, tmp_path) as house:
         held = Held(house)
-        line = await house.line()
+        line = await house.connect()
         await send(line, CLAIM)
         await arrived(house, 1)
-        house.desk.answer = lambda command: Response(command.queue)
+        house.actor.respond = lambda command: Response(command.queue)
         [connection] = house.listener._server.connections
-        assert isinstance(connection, Connection)
+        assert isinstance(connection, HttpConnection)
         sizes = [200_000] * 3 + [10] * 3
         for size in sizes * 4:
-            line.send(message("POST", "/v1/jobs", f'{{"queue":"q-{size}","payload":"{"x" * size}"}}'))
+            line.send(request_bytes("POST", "/v1/jobs", f'{{"queue":"q-{size}","payload":"{"x" * size}"}}'))
         while not connection._buffer_paused:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
             await asyncio.sleep(0.001)
         for _ in range(5):
-            assert (await house.ask("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
+            assert (await house.request("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
         waiting = sum(payload.total_bytes for _, payload in connection._messages)
         assert AHEAD < waiting < 3 * AHEAD
         held.go.set()
-        assert (await line.hear()).status == 200
-        assert [(await line.hear()).data for _ in sizes * 4] == [f"q-{size}" for size in sizes] * 4
-        assert (await line.ask("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
+        assert (await line.receive()).status == 200
+        assert [(await line.receive()).data for _ in sizes * 4] == [f"q-{size}" for size in sizes] * 4
+        assert (await line.request("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
 
 
-async def test_requests_whose_bodies_came_late_leave_their_places_to_others(house: House) -> None:
-    line = await house.line()
+async def test_requests_whose_bodies_came_late_leave_their_places_to_others(house: HttpHarness) -> None:
+    line = await house.connect()
     for _ in range(MAX_MSG_QUEUE_SIZE):
-        await in_two(line, message("POST", "/v1/jobs", "{}"))
-        assert (await line.hear()).status == 200
-    line.send(message("GET", "/v1/jobs") * 3 + message("POST", "/v1/jobs", "{}") * 3)
-    assert [(await line.hear()).status for _ in range(6)] == [200] * 6
+        await in_two(line, request_bytes("POST", "/v1/jobs", "{}"))
+        assert (await line.receive()).status == 200
+    line.send(request_bytes("GET", "/v1/jobs") * 3 + request_bytes("POST", "/v1/jobs", "{}") * 3)
+    assert [(await line.receive()).status for _ in range(6)] == [200] * 6
 
 
 @WAYS
-async def test_a_client_that_goes_abandons_what_it_asked(house: House, send: Any) -> None:
+async def test_a_client_that_goes_abandons_what_it_asked(house: HttpHarness, send: Any) -> None:
     Held(house)
-    line = await house.line()
+    line = await house.connect()
     await send(line, CLAIM)
     await arrived(house, 1)
     await line.close()
-    await house.desk.cancelled.wait()
-    await house.site.quiet()  # nothing counts as in flight any more
+    await house.actor.cancelled.wait()
+    await house.app.wait_idle()  # nothing counts as in flight any more
 
 
 @WAYS
-async def test_an_answer_to_a_connection_that_is_closing_is_undelivered(house: House, send: Any) -> None:
+async def test_an_answer_to_a_connection_that_is_closing_is_undelivered(house: HttpHarness, send: Any) -> None:
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(house, answer)
-    line = await house.line()
+    line = await house.connect()
     await send(line, CLAIM)
     await arrived(house, 1)
     [connection] = house.listener._server.connections
@@ -181,12 +183,12 @@ async def test_an_answer_to_a_connection_that_is_closing_is_undelivered(house: H
     held.go.set()  # the answer leaves in the next turn of the loop,
     connection.transport.close()  # and only then the connection is told that it has been lost
     assert await line.is_closed()
-    await house.site.quiet()
-    assert house.desk.taken_back == [answer]
+    await house.app.wait_idle()
+    assert house.actor.undelivered_responses == [answer]
 
 
 @pytest.mark.parametrize("way", ["short", "long"])
-async def test_an_answer_that_finds_its_client_gone_is_undelivered(house: House, way: str) -> None:
+async def test_an_answer_that_finds_its_client_gone_is_undelivered(house: HttpHarness, way: str) -> None:
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.setblocking(False)
@@ -195,7 +197,7 @@ async def test_an_answer_that_finds_its_client_gone_is_undelivered(house: House,
         client.close()  # the connection learns it when it writes: there is no turn of the loop in between
         return answer
 
-    house.desk.answer = gone
+    house.actor.respond = gone
     client.connect(house.path)
     while not house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0)
@@ -208,36 +210,36 @@ async def test_an_answer_that_finds_its_client_gone_is_undelivered(house: House,
     else:
         await loop.sock_sendall(client, CLAIM)
     await emptied(house)
-    await house.site.quiet()
-    assert house.desk.taken_back == [answer]
+    await house.app.wait_idle()
+    assert house.actor.undelivered_responses == [answer]
 
 
 @WAYS
-async def test_a_reader_that_takes_its_time_keeps_its_answer_and_its_connection(house: House, send: Any) -> None:
-    house.desk.answer = lambda _: Response("x" * 3_000_000)
-    line = await house.line()
+async def test_a_reader_that_takes_its_time_keeps_its_answer_and_its_connection(house: HttpHarness, send: Any) -> None:
+    house.actor.respond = lambda _: Response("x" * 3_000_000)
+    line = await house.connect()
     await send(line, CLAIM)
     await arrived(house, 1)
     line.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    house.desk.answer = lambda _: Response(EmptyResponse())
+    house.actor.respond = lambda _: Response(EmptyResponse())
     line.send(CLAIM)
-    assert (await house.ask("GET", "/v1/jobs")).status == 200  # nobody else waits
+    assert (await house.request("GET", "/v1/jobs")).status == 200  # nobody else waits
     line.writer.transport.resume_reading()  # type: ignore[attr-defined]
-    assert len((await line.hear()).data) == 3_000_000
-    assert (await line.hear()).status == 200
-    assert (await line.ask("GET", "/v1/jobs")).status == 200
+    assert len((await line.receive()).data) == 3_000_000
+    assert (await line.receive()).status == 200
+    assert (await line.request("GET", "/v1/jobs")).status == 200
 
 
 @WAYS
 @pytest.mark.parametrize("end", ["patience", "client", "stop"])
 async def test_a_reader_that_takes_too_long_is_cut_off(
-    house: House, monkeypatch: pytest.MonkeyPatch, send: Any, end: str
+    house: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any, end: str
 ) -> None:
     if end == "patience":
-        monkeypatch.setattr("jobd.http.response.PATIENCE_S", 0.05)
+        monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
     answer = Response("x" * 3_000_000, grants=[("a", "lock")])
-    house.desk.answer = lambda _: answer
-    line = await house.line()
+    house.actor.respond = lambda _: answer
+    line = await house.connect()
     line.writer.transport.set_write_buffer_limits(0)
     await send(line, CLAIM)
     line.writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -249,8 +251,8 @@ async def test_a_reader_that_takes_too_long_is_cut_off(
         with capture_logs():
             await house.stop(0.01)
     await emptied(house)
-    await house.site.quiet()
-    assert house.desk.taken_back == []  # its first byte has been written
+    await house.app.wait_idle()
+    assert house.actor.undelivered_responses == []  # its first byte has been written
 
 
 @WAYS
@@ -259,29 +261,29 @@ async def test_a_few_bytes_that_nobody_reads_hold_no_connection_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, send: Any, close: dict[str, str]
 ) -> None:
     """A transport that is closed before all is written waits for the reader, and not even an idle client ends that."""
-    monkeypatch.setattr("jobd.http.response.PATIENCE_S", 0.05)
-    async with House(ROUTES, tmp_path, limits=Limits(idle_s=0.02)) as house:
-        line = await house.line()
+    monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.02)) as house:
+        line = await house.connect()
         await send(line, CLAIM)
-        assert (await line.hear()).status == 200
+        assert (await line.receive()).status == 200
         [connection] = house.listener._server.connections
         assert connection.transport is not None
         line.writer.transport.pause_reading()  # type: ignore[attr-defined]
         while not connection.transport.get_write_buffer_size():
             connection.transport.write(b"x" * 1000)
         assert connection.transport.get_write_buffer_size() < 60_000
-        line.send(message("POST", "/v1/claim", '{"worker":"w"}', close))
+        line.send(request_bytes("POST", "/v1/claim", '{"worker":"w"}', close))
         await emptied(house)
 
 
 @WAYS
-async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(house: House, send: Any) -> None:
+async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(house: HttpHarness, send: Any) -> None:
     held = Held(house)
-    busy = await house.line()
+    busy = await house.connect()
     busy.send(CLAIM)
     await arrived(house, 1)
-    house.desk.answer = lambda _: Response("x" * 3_000_000)
-    slow = await house.line()
+    house.actor.respond = lambda _: Response("x" * 3_000_000)
+    slow = await house.connect()
     await send(slow, CLAIM)
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
     await arrived(house, 2)
@@ -289,26 +291,26 @@ async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
         await asyncio.sleep(0)
     with capture_logs() as logs:
         stopping = asyncio.ensure_future(house.stop(30))
-        while not house.site.closing:  # noqa: ASYNC110 - it is in the first step of the stop
+        while not house.app.closing:  # noqa: ASYNC110 - it is in the first step of the stop
             await asyncio.sleep(0)
         slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
-        heard = await slow.hear()
+        heard = await slow.receive()
         assert "connection" not in heard.headers
         held.go.set()
-        assert (await busy.hear()).status == 200
+        assert (await busy.receive()).status == 200
         await stopping
     assert logs == []  # nothing was cut off, and nobody waited for that
 
 
-async def test_an_answer_that_comes_as_a_stop_gives_up_harms_nobody(house: House) -> None:
+async def test_an_answer_that_comes_as_a_stop_gives_up_harms_nobody(house: HttpHarness) -> None:
     """The actor hands it over from within its turn: what would be raised here would be its end."""
     Held(house)
-    line = await house.line()
-    assert (await line.ask("GET", "/healthz")).status == 200
+    line = await house.connect()
+    assert (await line.request("GET", "/healthz")).status == 200
     line.send(CLAIM)
     await arrived(house, 1)
     [connection] = house.listener._server.connections
-    assert isinstance(connection, Connection)
+    assert isinstance(connection, HttpConnection)
     flight = connection._flight
     assert flight is not None
     stopping = asyncio.ensure_future(connection.shutdown(30))
@@ -316,85 +318,87 @@ async def test_an_answer_that_comes_as_a_stop_gives_up_harms_nobody(house: House
         await asyncio.sleep(0)
     connection._handler_waiter.cancel()  # its deadline
     flight.set_result(Response(EmptyResponse()))
-    assert (await line.hear()).status == 200
+    assert (await line.receive()).status == 200
     assert await line.is_closed()
     await stopping
-    await house.site.quiet()
+    await house.app.wait_idle()
 
 
 @WAYS
-async def test_a_stop_waits_for_the_answer_and_says_that_the_connection_ends(house: House, send: Any) -> None:
+async def test_a_stop_waits_for_the_answer_and_says_that_the_connection_ends(house: HttpHarness, send: Any) -> None:
     held = Held(house)
-    line = await house.line()
+    line = await house.connect()
     await send(line, CLAIM)
     await arrived(house, 1)
-    line.send(message("GET", "/v1/jobs"))  # has not been begun, and will not be
+    line.send(request_bytes("GET", "/v1/jobs"))  # has not been begun, and will not be
     stopping = asyncio.ensure_future(house.stop(30))
-    while not house.site.closing:  # noqa: ASYNC110 - it is in the first step of the stop
+    while not house.app.closing:  # noqa: ASYNC110 - it is in the first step of the stop
         await asyncio.sleep(0)
     held.go.set()
-    assert (await line.hear()).headers["connection"] == "close"
+    assert (await line.receive()).headers["connection"] == "close"
     assert await line.is_closed()
     await stopping
-    assert len(house.desk.asked) == 1
+    assert len(house.actor.received) == 1
 
 
 @WAYS
-async def test_after_the_deadline_of_a_stop_a_request_is_abandoned(house: House, send: Any) -> None:
+async def test_after_the_deadline_of_a_stop_a_request_is_abandoned(house: HttpHarness, send: Any) -> None:
     Held(house)
-    line = await house.line()
+    line = await house.connect()
     await send(line, CLAIM)
     await arrived(house, 1)
     with capture_logs() as logs:
         await house.stop(0.01)
-    assert house.desk.cancelled.is_set()
+    assert house.actor.cancelled.is_set()
     assert await line.is_closed()
     assert [entry["event"] for entry in logs] == ["requests_cut_off"]
 
 
 @WAYS
 async def test_a_bug_behind_an_answer_costs_one_connection(
-    house: House, monkeypatch: pytest.MonkeyPatch, send: Any
+    house: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any
 ) -> None:
     def fail(*_: Any) -> None:
         raise ValueError("canary")
 
-    house.desk.answer = lambda _: Response(object())  # cannot be written as JSON
-    monkeypatch.setattr(house.site, "confess", fail)
-    line = await house.line()
+    house.actor.respond = lambda _: Response(object())  # cannot be written as JSON
+    monkeypatch.setattr(house.app, "log_internal_error", fail)
+    line = await house.connect()
     with capture_logs() as logs:
         await send(line, CLAIM)
-        heard = await line.hear()
+        heard = await line.receive()
     assert (heard.status, heard.headers["connection"]) == (500, "close")
     assert "canary" not in str(logs) + heard.body.decode()
     assert await line.is_closed()
-    await house.site.quiet()
+    await house.app.wait_idle()
 
 
 @WAYS
-async def test_the_grants_of_an_answer_that_cannot_be_written_go_back(house: House, send: Any) -> None:
+async def test_the_grants_of_an_answer_that_cannot_be_written_go_back(house: HttpHarness, send: Any) -> None:
     answer = Response(object(), grants=[("a", "lock")])
-    house.desk.answer = lambda _: answer
-    line = await house.line()
+    house.actor.respond = lambda _: answer
+    line = await house.connect()
     await send(line, CLAIM)
-    assert (await line.hear()).status == 500
-    assert house.desk.taken_back == [answer]
+    assert (await line.receive()).status == 500
+    assert house.actor.undelivered_responses == [answer]
 
 
-async def test_a_bug_behind_an_answer_never_reaches_the_actor(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bug_behind_an_answer_never_reaches_the_actor(
+    house: HttpHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("canary")
 
     failed: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
     Held(house)
-    monkeypatch.setattr(house.site, "reply", fail)
-    monkeypatch.setattr(house.site, "refuse", fail)
-    lines = [await house.line(), await house.line()]
+    monkeypatch.setattr(house.app, "respond", fail)
+    monkeypatch.setattr(house.app, "error_response", fail)
+    lines = [await house.connect(), await house.connect()]
     for line in lines:
         line.send(CLAIM)
     await arrived(house, 2)
-    for asked in house.desk.sent:
+    for asked in house.actor.sent:
         asked.reply(Response(EmptyResponse()))  # raises nothing
     lines[1].writer.transport.abort()
     await emptied(house, 1)
@@ -402,19 +406,21 @@ async def test_a_bug_behind_an_answer_never_reaches_the_actor(house: House, monk
     monkeypatch.undo()
     await lines[0].close()
     await emptied(house)
-    await house.site.quiet()
+    await house.app.wait_idle()
 
 
-async def test_an_answer_that_was_made_ready_leaves_as_it_is(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_answer_that_was_made_ready_leaves_as_it_is(
+    house: HttpHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     Held(house)
-    line = await house.line()
+    line = await house.connect()
     line.send(CLAIM)
     await arrived(house, 1)
-    [asked] = house.desk.sent
-    made = count_calls(monkeypatch, house.site, "_accept")
+    [asked] = house.actor.sent
+    made = count_calls(monkeypatch, house.app, "_ok_response")
     answer = Response(EmptyResponse())
     asked.prepare(answer)
-    hearing = asyncio.ensure_future(line.hear())
+    hearing = asyncio.ensure_future(line.receive())
     await asyncio.sleep(0.01)
     assert (made, hearing.done()) == ([answer], False), "nobody is told yet"
     asked.reply(answer)
@@ -423,14 +429,14 @@ async def test_an_answer_that_was_made_ready_leaves_as_it_is(house: House, monke
 
 @pytest.mark.parametrize("why", ["another answer", "a refusal", "a stop", "a bug"])
 async def test_an_answer_that_was_made_ready_for_nothing_is_made_anew(
-    house: House, monkeypatch: pytest.MonkeyPatch, why: str
+    house: HttpHarness, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     """Its commit failed, or it has to say something else now."""
     Held(house)
-    line = await house.line()
+    line = await house.connect()
     line.send(CLAIM)
     await arrived(house, 1)
-    [asked] = house.desk.sent
+    [asked] = house.actor.sent
     answer: Response | ApiError = Response(object() if why == "a bug" else EmptyResponse())
     assert isinstance(answer, Response)
     asked.prepare(answer)
@@ -439,47 +445,47 @@ async def test_an_answer_that_was_made_ready_for_nothing_is_made_anew(
     elif why == "a refusal":
         answer = ApiError("storage_full", "The disk is full.")
     elif why == "a stop":
-        monkeypatch.setattr(house.site, "closing", True)
+        monkeypatch.setattr(house.app, "closing", True)
     asked.reply(answer)
-    heard = await line.hear()
+    heard = await line.receive()
     wanted = {"another answer": 202, "a refusal": 507, "a stop": 200, "a bug": 500}
     assert (heard.status, heard.headers.get("connection")) == (wanted[why], "close" if why == "a stop" else None)
 
 
-def count_calls(monkeypatch: pytest.MonkeyPatch, site: Any, name: str) -> list[Any]:
+def count_calls(monkeypatch: pytest.MonkeyPatch, app: Any, name: str) -> list[Any]:
     """The last arguments of each call that is made from now on."""
-    calls, method = [], getattr(site, name)
+    calls, method = [], getattr(app, name)
 
     def counted(*args: Any) -> Any:
         calls.append(args[-1])
         return method(*args)
 
-    monkeypatch.setattr(site, name, counted)
+    monkeypatch.setattr(app, name, counted)
     return calls
 
 
 async def test_after_a_request_on_its_way_the_connection_is_idle_again(tmp_path: Path) -> None:
-    async with House(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
         held = Held(house)
-        line = await house.line()
+        line = await house.connect()
         line.send(CLAIM)
         await arrived(house, 1)
         for _ in range(2):  # others that came later have been closed for idleness
-            assert await (await house.line()).is_closed()
+            assert await (await house.connect()).is_closed()
         held.go.set()
-        assert (await line.hear()).status == 200
+        assert (await line.receive()).status == 200
         assert await line.is_closed()
 
 
-async def test_chunks_of_one_piece_are_whole(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_chunks_of_one_piece_are_whole(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     handled: list[web.BaseRequest] = []
     monkeypatch.setattr(house.listener._server, "request_handler", handled.append)
-    heard = await house.raw(CHUNKED + b'8\r\n{"queue"\r\n8\r\n:"mail"}\r\n0\r\n\r\n')
-    assert (heard.status, house.desk.asked[0].command.queue) == (200, "mail")
+    heard = await house.send_raw(CHUNKED + b'8\r\n{"queue"\r\n8\r\n:"mail"}\r\n0\r\n\r\n')
+    assert (heard.status, house.actor.received[0].command.queue) == (200, "mail")
     assert handled == []
 
 
-async def test_a_head_that_is_known_is_not_parsed_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_head_that_is_known_is_not_parsed_again(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[bytes] = []
     parse = RequestHandler.data_received
 
@@ -488,37 +494,37 @@ async def test_a_head_that_is_known_is_not_parsed_again(house: House, monkeypatc
         parse(handler, data)
 
     monkeypatch.setattr(RequestHandler, "data_received", noted)
-    line, other = await house.line(), await house.line()
+    line, other = await house.connect(), await house.connect()
     for number in range(3):
         for each in (line, other):
-            heard = await each.ask("POST", "/v1/jobs", f'{{"queue":"q-{number}"}}')
+            heard = await each.request("POST", "/v1/jobs", f'{{"queue":"q-{number}"}}')
             assert heard.status == 200
     assert len(parsed) == 1
-    assert [asked.command.queue for asked in house.desk.asked] == ["q-0", "q-0", "q-1", "q-1", "q-2", "q-2"]
-    assert (await line.ask("POST", "/v1/jobs/a/progress", '{"queue":"q-0"}')).status == 400  # judged all the same
-    assert (await line.ask("GET", "/v1/jobs", '{"queue":"q-0"}')).status == 400
-    assert (await line.ask("POST", "/nowhere", '{"queue":"q-0"}')).status == 404
-    assert (await line.ask("POST", "/v1/jobs?a=b", '{"queue":"q-0"}')).status == 400
-    assert (await line.ask("PUT", "/v1/jobs", '{"queue":"q-0"}')).status == 405
+    assert [asked.command.queue for asked in house.actor.received] == ["q-0", "q-0", "q-1", "q-1", "q-2", "q-2"]
+    assert (await line.request("POST", "/v1/jobs/a/progress", '{"queue":"q-0"}')).status == 400  # judged all the same
+    assert (await line.request("GET", "/v1/jobs", '{"queue":"q-0"}')).status == 400
+    assert (await line.request("POST", "/nowhere", '{"queue":"q-0"}')).status == 404
+    assert (await line.request("POST", "/v1/jobs?a=b", '{"queue":"q-0"}')).status == 400
+    assert (await line.request("PUT", "/v1/jobs", '{"queue":"q-0"}')).status == 405
     assert len(parsed) == 2
 
 
 async def test_a_token_counts_for_the_request_that_it_comes_with(tmp_path: Path) -> None:
-    async with House(ROUTES, tmp_path, gate=Gate("worker", tokens=[TOKEN])) as house:
-        line = await house.line()
+    async with HttpHarness(ROUTES, tmp_path, gate=Authenticator("worker", tokens=[TOKEN])) as house:
+        line = await house.connect()
         for _ in range(3):
-            assert (await line.ask("GET", "/v1/jobs")).status == 401
-            assert (await line.ask("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
-        house.site.gate.replace_tokens(["another-token-0123456789abcdef"])
-        assert (await line.ask("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 401
+            assert (await line.request("GET", "/v1/jobs")).status == 401
+            assert (await line.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
+        house.app.authenticator.replace_tokens(["another-token-0123456789abcdef"])
+        assert (await line.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 401
 
 
 @pytest.mark.parametrize("seed", range(10))
 async def test_requests_cut_anywhere_are_answered_in_order(tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)
-    async with House(ROUTES, tmp_path) as house:
-        house.desk.answer = lambda command: Response(command.id)
-        line = await house.line()
+    async with HttpHarness(ROUTES, tmp_path) as house:
+        house.actor.respond = lambda command: Response(command.id)
+        line = await house.connect()
         for turn in range(30):
             ids = [f"{turn}-{number}" for number in range(dice.choice([1, 1, 1, 2, 50]))]
             stream = b"".join(dice.choice(SHAPES)(job_id) for job_id in ids)
@@ -527,138 +533,146 @@ async def test_requests_cut_anywhere_are_answered_in_order(tmp_path: Path, seed:
                 line.send(stream[start:end])
                 for _ in range(dice.choice([0, 3])):
                     await asyncio.sleep(0)
-            assert [(await line.hear()).data for _ in ids] == ids
-        await house.site.quiet()
+            assert [(await line.receive()).data for _ in ids] == ids
+        await house.app.wait_idle()
 
 
 # -- half-closed connections ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["unix", "tcp"])
-async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[House]:
+async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[HttpHarness]:
     """A listener on a Unix socket, and one on TCP, which differ in how they see a half-closed client."""
-    gate = Gate("worker", hosts=None if request.param == "unix" else ["localhost", "x"])
-    async with House(ROUTES, tmp_path, gate=gate, limits=Limits(body=1000)) as opened:
+    gate = Authenticator("worker", hosts=None if request.param == "unix" else ["localhost", "x"])
+    async with HttpHarness(ROUTES, tmp_path, gate=gate, limits=Limits(body=1000)) as opened:
         yield opened
 
 
 @pytest.fixture
-async def tcp(tmp_path: Path) -> AsyncIterator[House]:
-    async with House(ROUTES, tmp_path, gate=Gate("worker", hosts=["localhost", "x"]), limits=Limits(body=1000)) as one:
+async def tcp(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+    async with HttpHarness(
+        ROUTES, tmp_path, gate=Authenticator("worker", hosts=["localhost", "x"]), limits=Limits(body=1000)
+    ) as one:
         yield one
 
 
-async def half_closed(house: House) -> Connection:
+async def half_closed(house: HttpHarness) -> HttpConnection:
     """Return the connection whose client has stopped sending, once the listener knows it."""
     while True:
         for connection in house.listener._server.connections:
-            assert isinstance(connection, Connection)
+            assert isinstance(connection, HttpConnection)
             if connection._is_half_closed:
                 return connection
         await asyncio.sleep(0.001)
 
 
 @WAYS
-async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: House, send: Any) -> None:
+async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: HttpHarness, send: Any) -> None:
     held = Held(either)
-    line = await either.line()
-    await send(line, message("POST", "/v1/jobs", '{"queue":"first"}'))
+    line = await either.connect()
+    await send(line, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
     await arrived(either, 1)
-    either.desk.answer = lambda command: Response(command.queue)
-    line.send(b"".join(message("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
+    either.actor.respond = lambda command: Response(command.queue)
+    line.send(b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
     line.writer.write_eof()
     held.go.set()
-    heard = [(await line.hear()).data for _ in range(1 + MAX_MSG_QUEUE_SIZE * 2)]
+    heard = [(await line.receive()).data for _ in range(1 + MAX_MSG_QUEUE_SIZE * 2)]
     assert heard[1:] == [str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2)]
     assert await line.is_closed()
     await emptied(either)
 
 
 @WAYS
-async def test_a_half_closed_client_may_wait(either: House, send: Any) -> None:
+async def test_a_half_closed_client_may_wait(either: HttpHarness, send: Any) -> None:
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(either, answer)
-    line = await either.line()
+    line = await either.connect()
     await send(line, CLAIM)
     await arrived(either, 1)
     line.writer.write_eof()
     connection = await half_closed(either)
     connection._check_hangup(0)  # it is still there
     held.go.set()
-    assert (await line.hear()).status == 200
+    assert (await line.receive()).status == 200
     assert await line.is_closed()
-    assert (either.desk.taken_back, either.desk.cancelled.is_set()) == ([], False)
+    assert (either.actor.undelivered_responses, either.actor.cancelled.is_set()) == ([], False)
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /v1/jobs HTT", message("GET", "/v1/jobs") + b"GET"])
-async def test_the_end_of_the_bytes_ends_a_connection_on_which_nothing_waits(either: House, sent: bytes) -> None:
-    line = await either.line()
+@pytest.mark.parametrize("sent", [b"", b"GET /v1/jobs HTT", request_bytes("GET", "/v1/jobs") + b"GET"])
+async def test_the_end_of_the_bytes_ends_a_connection_on_which_nothing_waits(either: HttpHarness, sent: bytes) -> None:
+    line = await either.connect()
     line.send(sent)
-    if sent.startswith(message("GET", "/v1/jobs")):
-        assert (await line.hear()).status == 200
+    if sent.startswith(request_bytes("GET", "/v1/jobs")):
+        assert (await line.receive()).status == 200
     line.writer.write_eof()
     assert await line.is_closed()
 
 
-async def test_a_request_right_before_the_end_of_the_bytes_is_answered(either: House) -> None:
+async def test_a_request_right_before_the_end_of_the_bytes_is_answered(either: HttpHarness) -> None:
     """Data and end are there before aiohttp's loop has had a turn."""
-    for request in (message("GET", "/v1/jobs"), message("GET", "/healthz"), message("GET", "/v1/jobs") * 2):
-        line = await either.line()
+    for request in (
+        request_bytes("GET", "/v1/jobs"),
+        request_bytes("GET", "/healthz"),
+        request_bytes("GET", "/v1/jobs") * 2,
+    ):
+        line = await either.connect()
         line.send(request)
         line.writer.write_eof()
-        assert [(await line.hear()).status for _ in range(request.count(b"GET"))] == [200] * request.count(b"GET")
+        assert [(await line.receive()).status for _ in range(request.count(b"GET"))] == [200] * request.count(b"GET")
         assert await line.is_closed()
 
 
-@pytest.mark.parametrize("before", [b"", message("GET", "/v1/jobs")])
-async def test_a_body_that_breaks_off_is_a_400(either: House, before: bytes) -> None:
-    for request in (message("POST", "/v1/jobs", '{"queue":"a"}')[:-1], CHUNKED + b"2\r\n{}\r\n"):
-        line = await either.line()
+@pytest.mark.parametrize("before", [b"", request_bytes("GET", "/v1/jobs")])
+async def test_a_body_that_breaks_off_is_a_400(either: HttpHarness, before: bytes) -> None:
+    for request in (request_bytes("POST", "/v1/jobs", '{"queue":"a"}')[:-1], CHUNKED + b"2\r\n{}\r\n"):
+        line = await either.connect()
         line.send(before + request)
         line.writer.write_eof()
         if before:
-            assert (await line.hear()).status == 200
-        heard = await line.hear()
+            assert (await line.receive()).status == 200
+        heard = await line.receive()
         assert (heard.status, heard.error, "ended too early" in heard.json["message"]) == (400, "invalid_request", True)
         assert await line.is_closed()
-    assert len(either.desk.asked) == (2 if before else 0)
+    assert len(either.actor.received) == (2 if before else 0)
 
 
 @WAYS
-async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: House, send: Any) -> None:
+async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: HttpHarness, send: Any) -> None:
     """Over TCP this looks like a half-closed connection, until the first bytes of the response are sent."""
     held = Held(either, Response(EmptyResponse(), grants=[("a", "lock")]))
-    line = await either.line()
+    line = await either.connect()
     await send(line, CLAIM)
     await arrived(either, 1)
     await line.close()
-    await either.desk.cancelled.wait()
+    await either.actor.cancelled.wait()
     await emptied(either)
-    await either.site.quiet()
+    await either.app.wait_idle()
     assert not held.go.is_set()
 
 
 @WAYS
-async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(house: House, send: Any) -> None:
+async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(house: HttpHarness, send: Any) -> None:
     Held(house)
-    line = await house.line()
+    line = await house.connect()
     await send(line, CLAIM)
     await arrived(house, 1)
     line.writer.write_eof()
     await half_closed(house)
     await line.close()
-    await house.desk.cancelled.wait()
+    await house.actor.cancelled.wait()
     await emptied(house)
-    await house.site.quiet()
+    await house.app.wait_idle()
 
 
 @WAYS
-async def test_the_probe_is_a_part_of_the_response(either: House, monkeypatch: pytest.MonkeyPatch, send: Any) -> None:
+async def test_the_probe_is_a_part_of_the_response(
+    either: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any
+) -> None:
     """A closed client resets the connection at the probe, before the check: the rest of the response finds it gone."""
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(either, answer)
-    line = await either.line()
+    line = await either.connect()
     await send(line, CLAIM)
     await arrived(either, 1)
     if either.port:
@@ -670,55 +684,55 @@ async def test_the_probe_is_a_part_of_the_response(either: House, monkeypatch: p
         await line.close()
     held.go.set()
     await emptied(either)
-    await either.site.quiet()
-    assert either.desk.taken_back == [answer]
+    await either.app.wait_idle()
+    assert either.actor.undelivered_responses == [answer]
 
 
 @WAYS
 @pytest.mark.parametrize("is_there", [True, False], ids=["half-closed", "closed"])
 async def test_a_response_with_grants_waits_for_the_end_of_the_probe(
-    tcp: House, monkeypatch: pytest.MonkeyPatch, send: Any, is_there: bool
+    tcp: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any, is_there: bool
 ) -> None:
     """The reset of a closed client takes its time on a network: until then it looks like a half-closed one."""
     looks: list[bool] = []
 
-    def is_probing(connection: Connection, transport: asyncio.Transport) -> bool:
+    def is_probing(connection: HttpConnection, transport: asyncio.Transport) -> bool:
         looks.append(transport.is_closing())
         return not transport.is_closing() and (len(looks) < 3 or not is_there)
 
-    monkeypatch.setattr(Connection, "_is_probing", is_probing)
+    monkeypatch.setattr(HttpConnection, "_is_probing", is_probing)
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
     monkeypatch.setattr("jobd.http.protocol.PROBE_S", 3600 if is_there else 0.01)
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(tcp, answer)
-    line = await tcp.line()
+    line = await tcp.connect()
     await send(line, CLAIM)
     await arrived(tcp, 1)
     line.writer.write_eof()
     await half_closed(tcp)
     held.go.set()
     if is_there:
-        assert (await line.hear()).status == 200
+        assert (await line.receive()).status == 200
     await emptied(tcp)
-    await tcp.site.quiet()
-    assert tcp.desk.taken_back == ([] if is_there else [answer])
+    await tcp.app.wait_idle()
+    assert tcp.actor.undelivered_responses == ([] if is_there else [answer])
     assert len(looks) >= 3
 
 
 @WAYS
 async def test_a_connection_that_ends_while_its_response_waits_for_the_probe_gives_its_grants_back(
-    tcp: House, monkeypatch: pytest.MonkeyPatch, send: Any
+    tcp: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any
 ) -> None:
     looked = asyncio.Event()
 
-    def is_probing(connection: Connection, transport: asyncio.Transport) -> bool:
+    def is_probing(connection: HttpConnection, transport: asyncio.Transport) -> bool:
         looked.set()
         return not transport.is_closing()
 
-    monkeypatch.setattr(Connection, "_is_probing", is_probing)
+    monkeypatch.setattr(HttpConnection, "_is_probing", is_probing)
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(tcp, answer)
-    line = await tcp.line()
+    line = await tcp.connect()
     await send(line, CLAIM)
     await arrived(tcp, 1)
     line.writer.write_eof()
@@ -728,20 +742,20 @@ async def test_a_connection_that_ends_while_its_response_waits_for_the_probe_giv
     assert connection.transport is not None
     connection.transport.abort()
     await emptied(tcp)
-    await tcp.site.quiet()
-    assert tcp.desk.taken_back == [answer]
+    await tcp.app.wait_idle()
+    assert tcp.actor.undelivered_responses == [answer]
 
 
 async def test_tls_knows_no_half_closed_connection(tmp_path: Path) -> None:
     server, client = await tls_pair(tmp_path)
-    async with House(ROUTES, tmp_path) as house:
+    async with HttpHarness(ROUTES, tmp_path) as house:
         Held(house)
         [(_, port)] = await house.listener.open_tcp("127.0.0.1", 0, tls=server)
-        line = Line(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
+        line = RawConnection(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
         line.send(CLAIM)
         await arrived(house, 1)
         await line.close()
-        await house.desk.cancelled.wait()
+        await house.actor.cancelled.wait()
         await emptied(house)
 
 
@@ -749,32 +763,34 @@ async def test_tls_knows_no_half_closed_connection(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["NUL in a header", "bad chunk size", "coding in disguise", "both lengths", "no HTTP"])
-async def test_requests_before_a_malformed_one_are_answered_first(either: House, name: str) -> None:
+async def test_requests_before_a_malformed_one_are_answered_first(either: HttpHarness, name: str) -> None:
     """They came in one segment, and each is done once. Bytes after the malformed request are not read."""
-    line = await either.line()
-    valid = [message("POST", "/v1/jobs", f'{{"id":"a-{n}"}}') for n in range(3)] + [message("GET", "/v1/jobs")]
-    line.send(b"".join(valid) + HOSTILE[name] + message("GET", "/v1/jobs"))
-    assert [(await line.hear()).status for _ in valid] == [200] * len(valid)
-    heard = await line.hear()
+    line = await either.connect()
+    valid = [request_bytes("POST", "/v1/jobs", f'{{"id":"a-{n}"}}') for n in range(3)] + [
+        request_bytes("GET", "/v1/jobs")
+    ]
+    line.send(b"".join(valid) + HOSTILE[name] + request_bytes("GET", "/v1/jobs"))
+    assert [(await line.receive()).status for _ in valid] == [200] * len(valid)
+    heard = await line.receive()
     assert (heard.status, heard.error, heard.headers["connection"]) == (400, "invalid_request", "close")
-    line.send(message("GET", "/v1/jobs"))
+    line.send(request_bytes("GET", "/v1/jobs"))
     assert await line.is_closed()
-    assert [getattr(asked.command, "id", None) for asked in either.desk.asked] == ["a-0", "a-1", "a-2", None]
+    assert [getattr(asked.command, "id", None) for asked in either.actor.received] == ["a-0", "a-1", "a-2", None]
 
 
-async def test_a_malformed_request_behind_one_that_waits_is_answered_after_it(house: House) -> None:
+async def test_a_malformed_request_behind_one_that_waits_is_answered_after_it(house: HttpHarness) -> None:
     held = Held(house)
-    line = await house.line()
+    line = await house.connect()
     line.send(CLAIM)
     await arrived(house, 1)
-    line.send(message("GET", "/v1/jobs") + HOSTILE["NUL in a header"])
+    line.send(request_bytes("GET", "/v1/jobs") + HOSTILE["NUL in a header"])
     await asyncio.sleep(0.01)
     line.send(HOSTILE["NUL in a header"])
-    assert (await house.ask("GET", "/healthz")).status == 200
+    assert (await house.request("GET", "/healthz")).status == 200
     held.go.set()
-    assert [(await line.hear()).status for _ in range(3)] == [200, 200, 400]
+    assert [(await line.receive()).status for _ in range(3)] == [200, 200, 400]
     assert await line.is_closed()
-    assert len(house.desk.asked) == 2
+    assert len(house.actor.received) == 2
 
 
 def in_chunks(job_id: str) -> bytes:
@@ -783,10 +799,10 @@ def in_chunks(job_id: str) -> bytes:
 
 
 SHAPES: list[Callable[[str], bytes]] = [
-    lambda job_id: message("POST", "/v1/jobs", f'{{"id":"{job_id}"}}'),
-    lambda job_id: message("POST", "/v1/jobs", f'{{"id":"{job_id}","payload":"{"x" * 100_000}"}}'),
-    lambda job_id: message("POST", "/v1/jobs", f'{{"id":"{job_id}"}}', {"Idempotency-Key": job_id}),
-    lambda job_id: message("POST", f"/v1/jobs/{job_id}/cancel"),
-    lambda job_id: message("GET", f"/v1/jobs/{job_id}"),
+    lambda job_id: request_bytes("POST", "/v1/jobs", f'{{"id":"{job_id}"}}'),
+    lambda job_id: request_bytes("POST", "/v1/jobs", f'{{"id":"{job_id}","payload":"{"x" * 100_000}"}}'),
+    lambda job_id: request_bytes("POST", "/v1/jobs", f'{{"id":"{job_id}"}}', {"Idempotency-Key": job_id}),
+    lambda job_id: request_bytes("POST", f"/v1/jobs/{job_id}/cancel"),
+    lambda job_id: request_bytes("GET", f"/v1/jobs/{job_id}"),
     in_chunks,
 ]

@@ -18,77 +18,81 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from jobd.api.worker import ROUTES
-from jobd.http.auth import Gate, own_names
+from jobd.http.auth import Authenticator, own_names
 from jobd.http.decoding import Limits
 from jobd.http.protocol import PIECE
-from jobd.http.server import is_taken
+from jobd.http.server import is_in_use
 from jobd.model.responses import EmptyResponse, Response
-from tests.support.http_harness import TOKEN, House, Line, message, tls_pair
+from tests.support.http_harness import TOKEN, HttpHarness, RawConnection, request_bytes, tls_pair
 from tests.support.malformed_requests import CHUNKED, GET, HOSTILE, POST
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
-    async with House(ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
+async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
         yield opened
 
 
 class Held:
     """Answers of a desk that come when the test says so."""
 
-    def __init__(self, house: House) -> None:
+    def __init__(self, house: HttpHarness) -> None:
         self.go = asyncio.Event()
-        house.desk.answer = self.answer
+        house.actor.respond = self.answer
 
     async def answer(self, _: Any) -> Response:
         await self.go.wait()
         return Response(EmptyResponse())
 
 
-async def emptied(house: House) -> None:
+async def emptied(house: HttpHarness) -> None:
     """Until the last connection is gone."""
     while house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-async def test_hostile_bytes_get_a_4xx_in_json_and_never_reach_the_actor(house: House, name: str) -> None:
+async def test_hostile_bytes_get_a_4xx_in_json_and_never_reach_the_actor(house: HttpHarness, name: str) -> None:
     with capture_logs() as logs:
-        heard = await house.raw(HOSTILE[name])
+        heard = await house.send_raw(HOSTILE[name])
     assert 400 <= heard.status < 500
     assert heard.headers["content-type"] == "application/json"
     assert heard.json["success"] is False
-    assert house.desk.asked == []
+    assert house.actor.received == []
     assert [entry["event"] for entry in logs] == ["refused"]
-    assert sum(house.site.refusals.values()) == 1
-    assert (await house.ask("GET", "/v1/jobs")).status == 200  # for everybody else the door is open
+    assert sum(house.app.error_counts.values()) == 1
+    assert (await house.request("GET", "/v1/jobs")).status == 200  # for everybody else the door is open
 
 
-async def test_after_bytes_that_are_no_http_the_connection_ends(house: House) -> None:
-    line = await house.line()
-    line.send(HOSTILE["doubled lengths"] + message("GET", "/v1/jobs"))
-    assert (await line.hear()).headers["connection"] == "close"
+async def test_after_bytes_that_are_no_http_the_connection_ends(house: HttpHarness) -> None:
+    line = await house.connect()
+    line.send(HOSTILE["doubled lengths"] + request_bytes("GET", "/v1/jobs"))
+    assert (await line.receive()).headers["connection"] == "close"
     assert await line.is_closed()
-    assert house.desk.asked == []
+    assert house.actor.received == []
 
 
-async def test_a_smuggled_request_is_not_run(house: House) -> None:
-    line = await house.line()
-    line.send(POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + message("GET", "/v1/jobs"))
-    assert (await line.hear()).status == 400
+async def test_a_smuggled_request_is_not_run(house: HttpHarness) -> None:
+    line = await house.connect()
+    line.send(
+        POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + request_bytes("GET", "/v1/jobs")
+    )
+    assert (await line.receive()).status == 400
     assert await line.is_closed()
-    assert house.desk.asked == []
+    assert house.actor.received == []
 
 
-async def test_an_upgrade_is_answered_like_any_other_request(house: House) -> None:
-    line = await house.line()
-    assert (await line.ask("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "websocket"})).status == 200
-    assert (await line.ask("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "h2c"})).status == 200
+async def test_an_upgrade_is_answered_like_any_other_request(house: HttpHarness) -> None:
+    line = await house.connect()
+    assert (
+        await line.request("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
+    ).status == 200
+    assert (await line.request("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "h2c"})).status == 200
 
 
-async def test_the_answer_to_no_http_does_not_repeat_it(house: House) -> None:
+async def test_the_answer_to_no_http_does_not_repeat_it(house: HttpHarness) -> None:
     with capture_logs() as logs:
-        heard = await house.raw(GET + f"Authorization: Bearer {TOKEN}\x00\r\n\r\n".encode())
+        heard = await house.send_raw(GET + f"Authorization: Bearer {TOKEN}\x00\r\n\r\n".encode())
     assert heard.status == 400
     assert TOKEN not in str(logs)
     assert TOKEN not in heard.body.decode()
@@ -96,65 +100,65 @@ async def test_the_answer_to_no_http_does_not_repeat_it(house: House) -> None:
 
 @pytest.mark.parametrize("rest", [b"zz\r\n", b"3\r\n{}", b"1\r\n{}\r\n0\r\n\r\n"])
 async def test_chunks_that_break_off_later_are_a_4xx_too(tmp_path: Path, rest: bytes) -> None:
-    async with House(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.05)) as house:
-        line = await house.line()
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.05)) as house:
+        line = await house.connect()
         line.send(POST + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n")
         assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         line.send(rest)
-        assert (await line.hear()).status in {400, 408}
+        assert (await line.receive()).status in {400, 408}
         assert await line.is_closed()
-        assert house.desk.asked == []
+        assert house.actor.received == []
 
 
 @pytest.mark.parametrize("expect", ["200-ok", "100-continue, 200-ok", "100", "nonsense"])
-async def test_an_expectation_that_cannot_be_met_is_a_417(house: House, expect: str) -> None:
+async def test_an_expectation_that_cannot_be_met_is_a_417(house: HttpHarness, expect: str) -> None:
     for headers in ({"Expect": expect}, {"Expect": expect, "Idempotency-Key": "k"}):
-        heard = await house.ask("POST", "/v1/jobs", "{}", headers)
+        heard = await house.request("POST", "/v1/jobs", "{}", headers)
         assert (heard.status, heard.error) == (417, "expectation_failed")
-    assert (await house.ask("GET", "/healthz", headers={"Expect": expect})).status == 417
-    assert house.desk.asked == []
-    line = await house.line()
-    head, _, body = message("POST", "/v1/jobs", "{}", {"Expect": "100-Continue"}).partition(b"\r\n\r\n")
+    assert (await house.request("GET", "/healthz", headers={"Expect": expect})).status == 417
+    assert house.actor.received == []
+    line = await house.connect()
+    head, _, body = request_bytes("POST", "/v1/jobs", "{}", {"Expect": "100-Continue"}).partition(b"\r\n\r\n")
     line.send(head + b"\r\n\r\n")
     assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
     line.send(body)
-    assert (await line.hear()).status == 200
+    assert (await line.receive()).status == 200
 
 
-async def test_a_bug_beyond_the_walk_ends_one_connection(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bug_beyond_the_walk_ends_one_connection(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise ValueError("canary")
 
-    house.desk.answer = fail
-    monkeypatch.setattr(house.site, "confess", fail)
-    line = await house.line()
+    house.actor.respond = fail
+    monkeypatch.setattr(house.app, "log_internal_error", fail)
+    line = await house.connect()
     with capture_logs() as logs:
-        heard = await line.ask("GET", "/v1/jobs")
+        heard = await line.request("GET", "/v1/jobs")
     assert (heard.status, heard.error, heard.headers["connection"]) == (500, "internal_error", "close")
     assert [entry["event"] for entry in logs] == ["connection_bug", "refused"]
     assert "canary" not in str(logs) + heard.body.decode()
     assert await line.is_closed()
-    assert (await house.ask("GET", "/healthz")).status == 200
+    assert (await house.request("GET", "/healthz")).status == 200
 
 
 @pytest.mark.parametrize("sent", [b"", b"G", b"GET /v1/jobs HTTP/1.1\r\nHo", POST + b"Content-Length: 9\r\n\r\n{"])
-async def test_a_client_that_goes_half_way_leaves_nothing_behind(house: House, sent: bytes) -> None:
+async def test_a_client_that_goes_half_way_leaves_nothing_behind(house: HttpHarness, sent: bytes) -> None:
     with capture_logs() as logs:
-        line = await house.line()
+        line = await house.connect()
         line.send(sent)
         await line.close()
         await emptied(house)
-    assert house.desk.asked == []
+    assert house.actor.received == []
     assert logs == []
 
 
-async def test_a_client_that_resets_the_connection_leaves_nothing_behind(house: House) -> None:
+async def test_a_client_that_resets_the_connection_leaves_nothing_behind(house: HttpHarness) -> None:
     held = Held(house)
-    line = await house.line()
-    line.send(message("POST", "/v1/jobs", "{}"))
-    await house.desk.arrived.wait()
+    line = await house.connect()
+    line.send(request_bytes("POST", "/v1/jobs", "{}"))
+    await house.actor.arrived.wait()
     line.writer.transport.abort()
-    await house.desk.cancelled.wait()
+    await house.actor.cancelled.wait()
     held.go.set()
     await emptied(house)
 
@@ -168,17 +172,17 @@ async def test_a_client_that_resets_the_connection_leaves_nothing_behind(house: 
 )
 def test_any_bytes_get_an_answer_below_500_or_none(junk: bytes, start: bytes, tmp_path: Path) -> None:
     async def run() -> None:
-        async with House(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.01, idle_s=0.01)) as house:
-            line = await house.line()
+        async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.01, idle_s=0.01)) as house:
+            line = await house.connect()
             line.send(start + junk + b"\r\n\r\n")
             heard = await line.reader.read()
             assert b"HTTP/1.1 5" not in heard
-            assert house.site.refusals["internal_error"] == 0
+            assert house.app.error_counts["internal_error"] == 0
 
     asyncio.run(run())
 
 
-async def test_a_flood_of_chunks_is_parsed_in_pieces(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_flood_of_chunks_is_parsed_in_pieces(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     parse = RequestHandler.data_received
 
@@ -187,27 +191,27 @@ async def test_a_flood_of_chunks_is_parsed_in_pieces(house: House, monkeypatch: 
         parse(handler, data)
 
     monkeypatch.setattr(RequestHandler, "data_received", noted)
-    line = await house.line()
+    line = await house.connect()
     line.send(CHUNKED + b"1\r\n \r\n" * 20_000 + b"2\r\n{}\r\n0\r\n\r\n")
-    assert (await line.hear()).error == "too_large"
+    assert (await line.receive()).error == "too_large"
     assert await line.is_closed()
     assert max(sizes) <= PIECE
-    assert house.desk.asked == []
+    assert house.actor.received == []
 
 
 async def test_a_flood_of_chunks_within_its_limit_is_a_request_like_any_other(tmp_path: Path) -> None:
-    async with House(ROUTES, tmp_path) as house:
-        line = await house.line()
+    async with HttpHarness(ROUTES, tmp_path) as house:
+        line = await house.connect()
         body = b'{"queue":"mail"}'.rjust(30_000)
         chunks = b"".join(b"1\r\n%b\r\n" % body[at : at + 1] for at in range(len(body)))
-        line.send((CHUNKED + chunks + b"0\r\n\r\n") * 2 + message("POST", "/v1/jobs", '{"queue":"next"}'))
-        assert [(await line.hear()).status for _ in range(3)] == [200] * 3
-        assert [asked.command.queue for asked in house.desk.asked] == ["mail", "mail", "next"]
+        line.send((CHUNKED + chunks + b"0\r\n\r\n") * 2 + request_bytes("POST", "/v1/jobs", '{"queue":"next"}'))
+        assert [(await line.receive()).status for _ in range(3)] == [200] * 3
+        assert [asked.command.queue for asked in house.actor.received] == ["mail", "mail", "next"]
         line.send(CHUNKED + chunks)
         await asyncio.sleep(0)
         line.writer.transport.abort()
         await emptied(house)
-        assert len(house.desk.asked) == 3
+        assert len(house.actor.received) == 3
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -215,113 +219,113 @@ async def test_a_flood_of_chunks_within_its_limit_is_a_request_like_any_other(tm
 
 @pytest.mark.parametrize("sent", [b"", b"GET /v1/jobs HT", GET + b"X-A: a"])
 async def test_an_idle_or_half_sent_request_is_closed(tmp_path: Path, sent: bytes) -> None:
-    async with House(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
-        fresh = await house.line()
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
+        fresh = await house.connect()
         fresh.send(sent)
-        used = await house.line()
-        assert (await used.ask("GET", "/v1/jobs")).status == 200
+        used = await house.connect()
+        assert (await used.request("GET", "/v1/jobs")).status == 200
         used.send(sent)
         assert await fresh.is_closed()
         assert await used.is_closed()
 
 
 async def test_a_waiting_call_is_not_idle(tmp_path: Path) -> None:
-    async with House(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
         held = Held(house)
-        parked = await house.line()
-        parked.send(message("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
-        await house.desk.arrived.wait()
+        parked = await house.connect()
+        parked.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
+        await house.actor.arrived.wait()
         for _ in range(2):  # two connections that came later have been closed for idleness
-            assert await (await house.line()).is_closed()
+            assert await (await house.connect()).is_closed()
         held.go.set()
-        assert (await parked.hear()).status == 200
+        assert (await parked.receive()).status == 200
         assert await parked.is_closed()
 
 
-async def test_a_slow_reader_keeps_its_answer_and_nobody_else_waits(house: House) -> None:
-    house.desk.answer = lambda _: Response("x" * 3_000_000)
-    slow = await house.line()
+async def test_a_slow_reader_keeps_its_answer_and_nobody_else_waits(house: HttpHarness) -> None:
+    house.actor.respond = lambda _: Response("x" * 3_000_000)
+    slow = await house.connect()
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    slow.send(message("GET", "/v1/jobs") * 3)
-    await house.desk.arrived.wait()
-    house.desk.answer = lambda _: Response(EmptyResponse())
-    assert (await house.ask("GET", "/v1/jobs")).status == 200
+    slow.send(request_bytes("GET", "/v1/jobs") * 3)
+    await house.actor.arrived.wait()
+    house.actor.respond = lambda _: Response(EmptyResponse())
+    assert (await house.request("GET", "/v1/jobs")).status == 200
     slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
-    assert len((await slow.hear()).data) == 3_000_000
-    assert [(await slow.hear()).status for _ in range(2)] == [200, 200]
+    assert len((await slow.receive()).data) == 3_000_000
+    assert [(await slow.receive()).status for _ in range(2)] == [200, 200]
 
 
-async def test_a_client_that_never_reads_is_cut_off(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobd.http.response.PATIENCE_S", 0.05)
-    house.desk.answer = lambda _: Response("x" * 3_000_000)
-    slow = await house.line()
+async def test_a_client_that_never_reads_is_cut_off(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
+    house.actor.respond = lambda _: Response("x" * 3_000_000)
+    slow = await house.connect()
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    slow.send(message("GET", "/v1/jobs"))
-    await house.desk.arrived.wait()
+    slow.send(request_bytes("GET", "/v1/jobs"))
+    await house.actor.arrived.wait()
     await emptied(house)
 
 
 # -- stop -------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_stop_answers_what_is_in_flight_and_takes_nothing_more(house: House) -> None:
+async def test_a_stop_answers_what_is_in_flight_and_takes_nothing_more(house: HttpHarness) -> None:
     held = Held(house)
-    busy, idle, half = await house.line(), await house.line(), await house.line()
-    assert (await idle.ask("GET", "/healthz")).status == 200
+    busy, idle, half = await house.connect(), await house.connect(), await house.connect()
+    assert (await idle.request("GET", "/healthz")).status == 200
     half.send(b"GET /v1/jobs HTTP/1.1\r\nHost: x\r\n")
-    busy.send(message("POST", "/v1/jobs", "{}") + message("POST", "/v1/jobs", '{"queue":"second"}'))
-    await house.desk.arrived.wait()
+    busy.send(request_bytes("POST", "/v1/jobs", "{}") + request_bytes("POST", "/v1/jobs", '{"queue":"second"}'))
+    await house.actor.arrived.wait()
     stopping = asyncio.ensure_future(house.stop(30))
     assert await idle.is_closed()
     assert await half.is_closed()
     with pytest.raises(OSError, match=r".*"):
-        await house.line()
+        await house.connect()
     assert not stopping.done()
     held.go.set()
-    heard = await busy.hear()
+    heard = await busy.receive()
     assert (heard.status, heard.headers["connection"]) == (200, "close")
     assert await busy.is_closed()
     await stopping
-    assert len(house.desk.asked) == 1  # what was not begun is not run; its client sees the end of the connection
+    assert len(house.actor.received) == 1  # what was not begun is not run; its client sees the end of the connection
     assert house.listener.connections == 0
 
 
-async def test_a_request_that_has_just_arrived_is_answered(house: House) -> None:
-    line = await house.line()
-    assert (await line.ask("GET", "/healthz")).status == 200
-    line.send(message("POST", "/v1/jobs", "{}"))
+async def test_a_request_that_has_just_arrived_is_answered(house: HttpHarness) -> None:
+    line = await house.connect()
+    assert (await line.request("GET", "/healthz")).status == 200
+    line.send(request_bytes("POST", "/v1/jobs", "{}"))
     await asyncio.sleep(0)  # written, perhaps not yet read
     stopping = asyncio.ensure_future(house.stop(30))
     try:
-        heard = await line.hear()
+        heard = await line.receive()
     except asyncio.IncompleteReadError:
-        assert house.desk.asked == []  # never begun
+        assert house.actor.received == []  # never begun
     else:
         assert heard.status == 200
     await stopping
 
 
-async def test_a_stop_waits_for_a_body_on_its_way(house: House) -> None:
-    line = await house.line()
-    whole = message("POST", "/v1/jobs", '{"queue":"mail"}', {"Expect": "100-continue"})
+async def test_a_stop_waits_for_a_body_on_its_way(house: HttpHarness) -> None:
+    line = await house.connect()
+    whole = request_bytes("POST", "/v1/jobs", '{"queue":"mail"}', {"Expect": "100-continue"})
     line.send(whole[:-3])
     assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
     stopping = asyncio.ensure_future(house.stop(30))
     await asyncio.sleep(0)
     line.send(whole[-3:])
-    heard = await line.hear()
+    heard = await line.receive()
     assert (heard.status, heard.headers["connection"]) == (200, "close")
     await stopping
 
 
-async def test_after_the_deadline_the_rest_is_cut_off(house: House) -> None:
+async def test_after_the_deadline_the_rest_is_cut_off(house: HttpHarness) -> None:
     Held(house)
-    line = await house.line()
-    line.send(message("POST", "/v1/jobs", "{}"))
-    await house.desk.arrived.wait()
+    line = await house.connect()
+    line.send(request_bytes("POST", "/v1/jobs", "{}"))
+    await house.actor.arrived.wait()
     with capture_logs() as logs:
         await house.stop(0.05)
-    assert house.desk.cancelled.is_set()
+    assert house.actor.cancelled.is_set()
     assert await line.is_closed()
     assert [entry["event"] for entry in logs] == ["requests_cut_off"]
 
@@ -329,7 +333,7 @@ async def test_after_the_deadline_the_rest_is_cut_off(house: House) -> None:
 # -- sockets ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_unix_socket_has_its_permissions_and_goes_with_the_stop(house: House) -> None:
+async def test_a_unix_socket_has_its_permissions_and_goes_with_the_stop(house: HttpHarness) -> None:
     directory = os.path.dirname(house.path)
     assert stat.S_IMODE(os.stat(house.path).st_mode) == 0o660
     assert os.listdir(directory) == ["door.sock"]
@@ -341,53 +345,53 @@ async def test_a_socket_left_behind_is_replaced(tmp_path: Path) -> None:
     left = socket.socket(socket.AF_UNIX)
     left.bind(str(tmp_path / "door.sock"))
     left.close()
-    async with House(ROUTES, tmp_path) as house:
-        assert (await house.ask("GET", "/v1/jobs")).status == 200
+    async with HttpHarness(ROUTES, tmp_path) as house:
+        assert (await house.request("GET", "/v1/jobs")).status == 200
 
 
 async def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "door.sock").write_text("precious")
     with pytest.raises(OSError, match="is no socket"):
-        async with House(ROUTES, tmp_path):
+        async with HttpHarness(ROUTES, tmp_path):
             pass
     assert (tmp_path / "door.sock").read_text() == "precious"
 
 
-async def test_a_socket_on_which_somebody_listens_is_left_alone(house: House, tmp_path: Path) -> None:
+async def test_a_socket_on_which_somebody_listens_is_left_alone(house: HttpHarness, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="another process listens there") as refused:
-        async with House(ROUTES, tmp_path):
+        async with HttpHarness(ROUTES, tmp_path):
             pass
     assert refused.value.errno == errno.EADDRINUSE
     assert os.listdir(tmp_path) == ["door.sock"]
-    assert (await house.ask("GET", "/v1/jobs")).status == 200
+    assert (await house.request("GET", "/v1/jobs")).status == 200
 
 
 def test_a_place_is_taken_while_somebody_listens_there(tmp_path: Path) -> None:
     path = str(tmp_path / "door.sock")
-    assert not is_taken(path)
+    assert not is_in_use(path)
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind(path)
-        assert not is_taken(path)
+        assert not is_in_use(path)
         unix.listen(0)
-        assert is_taken(path)
-        assert is_taken(path)  # its backlog is full, of us
-    assert not is_taken(path)
+        assert is_in_use(path)
+        assert is_in_use(path)  # its backlog is full, of us
+    assert not is_in_use(path)
     with socket.create_server(("127.0.0.1", 0)) as tcp:
         port = tcp.getsockname()[1]
-        assert is_taken(("127.0.0.1", port))
-    assert not is_taken(("127.0.0.1", port))
-    assert not is_taken("x" * 200)
+        assert is_in_use(("127.0.0.1", port))
+    assert not is_in_use(("127.0.0.1", port))
+    assert not is_in_use("x" * 200)
 
 
 async def test_a_missing_directory_and_a_long_path_are_told(tmp_path: Path) -> None:
     for place in (tmp_path / "missing", tmp_path / ("x" * 120)):
         with pytest.raises(OSError, match=r"."):
-            async with House(ROUTES, place):
+            async with HttpHarness(ROUTES, place):
                 pass
     assert os.listdir(tmp_path) == []
 
 
-async def test_a_socket_that_systemd_opened(house: House, tmp_path: Path) -> None:
+async def test_a_socket_that_systemd_opened(house: HttpHarness, tmp_path: Path) -> None:
     unix = socket.socket(socket.AF_UNIX)
     unix.bind(str(tmp_path / "given.sock"))
     tcp = socket.socket()
@@ -398,23 +402,23 @@ async def test_a_socket_that_systemd_opened(house: House, tmp_path: Path) -> Non
         await asyncio.open_unix_connection(str(tmp_path / "given.sock")),
         await asyncio.open_connection("127.0.0.1", tcp.getsockname()[1]),
     ):
-        line = Line(*pair)
-        assert (await line.ask("GET", "/v1/jobs")).status == 200
+        line = RawConnection(*pair)
+        assert (await line.request("GET", "/v1/jobs")).status == 200
         await line.close()
 
 
 async def test_the_address_of_a_connection_is_a_name_of_the_daemon(tmp_path: Path) -> None:
-    gate = Gate("tcp", hosts=["jobs.example"])
-    async with House(ROUTES, tmp_path, gate=gate) as house:
-        assert (await house.ask("GET", "/v1/jobs", headers={"Host": f"127.0.0.1:{house.port}"})).status == 200
-        assert (await house.ask("GET", "/v1/jobs", headers={"Host": "127.0.0.2"})).status == 403
+    gate = Authenticator("tcp", hosts=["jobs.example"])
+    async with HttpHarness(ROUTES, tmp_path, gate=gate) as house:
+        assert (await house.request("GET", "/v1/jobs", headers={"Host": f"127.0.0.1:{house.port}"})).status == 200
+        assert (await house.request("GET", "/v1/jobs", headers={"Host": "127.0.0.2"})).status == 403
 
 
 async def test_tls(tmp_path: Path) -> None:
     server, client = await tls_pair(tmp_path)
-    gate = Gate("tcp", tokens=[TOKEN], hosts=own_names("127.0.0.1"))
-    async with House(ROUTES, tmp_path, gate=gate) as house:
+    gate = Authenticator("tcp", tokens=[TOKEN], hosts=own_names("127.0.0.1"))
+    async with HttpHarness(ROUTES, tmp_path, gate=gate) as house:
         [(_, port)] = await house.listener.open_tcp("127.0.0.1", 0, tls=server)
-        line = Line(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
-        assert (await line.ask("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
+        line = RawConnection(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
+        assert (await line.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
         await line.close()

@@ -189,4 +189,4 @@ async def test_why_there_is_none_is_kept(store: Store, monkeypatch: pytest.Monke
     views = kept.views()
     assert [view.id for view in views] == [str(number) for number in range(backups.KEPT + 2, 2, -1)]
     assert {(view.state, view.message) for view in views} == {("failed", "a backup needs 48 MiB free")}
-    assert downloads.LOOK_S < 1
+    assert downloads.CONNECTION_CHECK_S < 1

@@ -8,8 +8,8 @@ import msgspec
 import pytest
 from msgspec import Raw
 
-from jobd.api.admin import RowsAsked
-from jobd.api.downloads import BackupAsked
+from jobd.api.admin import RowCheckRequest
+from jobd.api.downloads import BackupRequest
 from jobd.model import commands
 from jobd.model.commands import (
     Adopt,
@@ -137,8 +137,14 @@ BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (MakePlan, {}, "action", [*get_args(PlanAction)], ["", "deletes", "stuck"]),
     (MakePlan, {"action": "retry"}, "cursor", ["failed.0", "x" * 20 + "." + "9" * 18], ["failed", "failed.0\n", ".0"]),
     (MakePlan, {"action": "retry"}, "cursor", ["a.1"], ["x" * 21 + ".0", "failed." + "9" * 19, "Failed.0", "a:1"]),
-    (RowsAsked, {}, "cursor", ["jobs:0", "late_results:" + "9" * 18], ["jobs", "jobs:0\n", "jobs.0", "JOBS:0", ":0"]),
-    (BackupAsked, {}, "id", ["a", "A-z_0.9", "x" * 64], ["", "x" * 65, "a b", "a\n", "a/b"]),
+    (
+        RowCheckRequest,
+        {},
+        "cursor",
+        ["jobs:0", "late_results:" + "9" * 18],
+        ["jobs", "jobs:0\n", "jobs.0", "JOBS:0", ":0"],
+    ),
+    (BackupRequest, {}, "id", ["a", "A-z_0.9", "x" * 64], ["", "x" * 65, "a b", "a\n", "a/b"]),
     (Import, {"id": "a"}, "attempt", [0, 1_000], [-1, 1_001]),
     (Import, {"id": "a"}, "stalls", [0, 1_000], [-1, 1_001]),
 ]

@@ -102,8 +102,8 @@ EXPECTED = {
 
 
 class Door:
-    def __init__(self, **refusals: int) -> None:
-        self.refusals: Counter[str] = Counter(refusals)
+    def __init__(self, **errors: int) -> None:
+        self.error_counts: Counter[str] = Counter(errors)
 
 
 def metrics_of(house: VirtualEngine, *doors: Door, store_path: str = ":memory:") -> Metrics:

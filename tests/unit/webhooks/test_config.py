@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import asdict
 
-from jobd.config import ConfigError, Loaded, effective, load
+from jobd.config import ConfigError, LoadedConfig, effective, load
 from jobd.model.job import DAY_MS, HOUR_MS
 from jobd.model.webhooks import TYPES, WebhookEndpoint, types_matching
 from jobd.webhooks.config import MOST
@@ -21,12 +21,12 @@ OLD, NEW = b"o" * 24, b"n" * 32
 SECRET, NEWER = (f"whsec_{base64.b64encode(key).decode()}" for key in (OLD, NEW))
 ENVIRON = {"ADMIN_TOKEN": "a" * 32}
 
-Read = Callable[[str], Loaded]
+Read = Callable[[str], LoadedConfig]
 
 
 @pytest.fixture
 def read(tmp_path: Path) -> Read:
-    def load_(text: str) -> Loaded:
+    def load_(text: str) -> LoadedConfig:
         file = tmp_path / "config.toml"
         file.write_text(text)
         file.chmod(0o640)
