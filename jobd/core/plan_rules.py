@@ -6,11 +6,15 @@ Pure. What is done to a job is the rule of the action; a job that has changed, o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, assert_never
+from hashlib import blake2b
+from typing import Any, Final, assert_never
 
-from jobd.core import planning, transitions
+import msgspec
+
+from jobd.core import transitions
 from jobd.core.changeset import Draft
 from jobd.model.commands import (
+    MAINTENANCE_ACTIONS,
     AnyCommand,
     ApplyPlan,
     Cancel,
@@ -20,8 +24,10 @@ from jobd.model.commands import (
     ForceReset,
     JobCommand,
     PlanAction,
+    PlanFilter,
 )
 from jobd.model.errors import ApiError
+from jobd.model.job import Job, requeues_on_stall
 from jobd.model.responses import ChangedJob, PlanSlice, Response
 
 Rules = Mapping[PlanAction, Callable[[Draft, Any], Response | ApiError]]
@@ -40,7 +46,7 @@ def moved(draft: Draft, command: AnyCommand, expected: str) -> ApiError | None:
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
-    if planning.version(job, draft.book.latest_late(job.seq)) == expected:
+    if version(job, draft.book.latest_late(job.seq)) == expected:
         return None
     message = f"The job has moved since you looked: it is {job.status} now. Nothing was done."
     return ApiError("invalid_transition", message, {"job_id": job.id, "status": job.status})
@@ -50,7 +56,7 @@ def _one(draft: Draft, command: ApplyPlan, rules: Rules, expected: ExpectedVersi
     job = transitions.find(draft, expected.id)
     if isinstance(job, ApiError):
         done.changed.append(ChangedJob(expected.id, "", None, job.message))
-    elif planning.version(job, draft.book.latest_late(job.seq), command.action) != expected.version:
+    elif version(job, draft.book.latest_late(job.seq), command.action) != expected.version:
         what = "It has changed since the plan was made."
         done.changed.append(ChangedJob(job.id, "", job.status, what))
     else:
@@ -75,3 +81,92 @@ def _asked(command: ApplyPlan, job_id: str) -> JobCommand:
             return JobCommand(id=job_id)  # its event says why in the words of time; the audit log has the operator's
         case _:
             assert_never(command.action)
+
+
+# Where an action of an operator leads to, None where the job is gone; from where it may be done, and which jobs are
+# looked at.
+TO: Final[dict[PlanAction, str | None]] = {
+    "retry": "queued",
+    "force-reset": "queued",
+    "cancel": "cancelled",
+    "force-fail": "failed",
+    "delete": None,
+}
+
+_FROM: Final[dict[PlanAction, tuple[str, ...]]] = {
+    "retry": ("failed", "cancelled"),
+    "force-reset": ("processing", "failed", "cancelled"),
+    "cancel": ("queued", "processing"),
+    "force-fail": ("queued", "processing"),
+    "delete": ("failed", "cancelled", "completed"),
+}
+
+ONLY: Final[dict[PlanAction, str]] = {
+    "retry": "Only failed and cancelled jobs are tried again.",
+    "force-reset": "Only processing, failed and cancelled jobs can be reset.",
+    "cancel": "Only queued and processing jobs can be cancelled.",
+    "force-fail": "Only queued and processing jobs can be failed.",
+    "delete": "Only finished jobs can be deleted.",
+    "recover-stuck": "Only jobs that are stuck; expired locks of other jobs stay as they are.",
+    "cleanup": "Only jobs that are stuck, that nobody wants any more, or whose time is over; what a pass would mend is "
+    "not part of a plan.",
+}
+
+
+def to(action: PlanAction, job: Job) -> str | None:
+    """The status that `action` leads to from here, None where the job is gone."""
+    if action not in MAINTENANCE_ACTIONS:
+        return TO[action]
+    if job.status == "processing":
+        return "queued" if requeues_on_stall(job) else "failed"
+    return "failed" if job.status == "queued" else None
+
+
+def is_ending(action: PlanAction) -> bool:
+    """Whether it may be done on a full disk, too: it ends jobs or deletes them. So does time, which recovers them."""
+    return TO.get(action) != "queued"
+
+
+def why_not(action: PlanAction, job: Job) -> str | None:
+    """Why `action` leaves this job alone; None where it does not."""
+    return None if job.status in _FROM[action] else ONLY[action]
+
+
+def statuses(action: PlanAction, wanted: PlanFilter) -> list[str]:
+    """Where `action` looks for the jobs of a filter, one after the other: it does nothing to any other job.
+
+    An error is looked for in failed jobs, as in the list of jobs, unless a status is asked for.
+    """
+    status = wanted.status
+    if wanted.error is not None:
+        status = status or "failed"
+    return [each for each in _FROM[action] if status in (None, each)]
+
+
+def version(job: Job, late: int | None = None, action: PlanAction | None = None) -> str:
+    """What the job is, but for the signs of life of its worker: the same text means that nothing else has happened.
+
+    To an action of OF_TIME they are what counts: who is stuck has given none, and how far the job is decides where it
+    goes. Without a grant a job has no signs of life, so that its `updated_at` tells of detours, too. `late` is the late
+    result that came last (Book.latest_late): its row does not tell of it, and who deletes the job deletes it as well.
+    """
+    seen: tuple[object, ...] = (
+        job.seq,
+        job.status,
+        job.options,
+        job.run_at,
+        job.attempt,
+        job.stalls,
+        job.started_at,
+        job.finished_at,
+        job.expires_at,
+        job.grant,
+        job.ended,
+        job.result,
+        job.error,
+        job.updated_at if job.grant is None else None,
+        late,
+    )
+    if action in MAINTENANCE_ACTIONS:
+        seen += (job.progress, job.lease)
+    return blake2b(msgspec.msgpack.encode(seen), digest_size=8).hexdigest()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import assert_never
 
-from jobd.core import planning, transitions, views
+from jobd.core import plan_rules, transitions, views
 from jobd.core.changeset import Draft
 from jobd.core.explain import explain
 from jobd.core.validation import validate
@@ -75,7 +75,7 @@ def _of_job(draft: Draft, command: OfJob) -> Response | ApiError:
             return transitions.job_answer(draft, job)
         case GetVersion():
             shown = transitions.job_answer(draft, job)
-            shown.data = VersionedJob(shown.data, planning.version(job, draft.book.latest_late(job.seq)))
+            shown.data = VersionedJob(shown.data, plan_rules.version(job, draft.book.latest_late(job.seq)))
             return shown
         case Timeline():
             return Response(TimelineView([]), read=HistoryRead(timeline=job.seq, events=command.limit))

@@ -11,8 +11,8 @@ from typing import Final
 
 from msgspec import Struct, field
 
-from jobd.core.overlaps import Overlaps
-from jobd.core.pace import Paces
+from jobd.core.double_grants import Overlaps
+from jobd.core.duration_baseline import Paces
 from jobd.model.events import Change
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 

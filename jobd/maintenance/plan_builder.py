@@ -1,6 +1,6 @@
 """One plan while it is made: its jobs are looked for slice by slice, in turn with other plans, and not for ever.
 
-Decides nothing about a job: what a plan takes and what it leaves alone is said by planning.py. Keeps no plan.
+Decides nothing about a job: what a plan takes and what it leaves alone is said by plan_rules.py. Keeps no plan.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Final
 
 from msgspec.structs import asdict
 
-from jobd.core import planning
+from jobd.core import plan_rules
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.model.commands import (
@@ -79,13 +79,13 @@ class Search:
             async with self._turn:
                 loaded = await self._disk.load(some, [], [])
                 found = [loaded.jobs[job_id] for job_id in some if job_id in loaded.jobs]
-                await self._take([job for job in found if planning.why_not(self._asked.action, job) is None])
+                await self._take([job for job in found if plan_rules.why_not(self._asked.action, job) is None])
             for job_id in some:
                 job = loaded.jobs.get(job_id)
                 if job is None:
                     wrong = loaded.bad.get(job_id) or self._book.quarantined.get(job_id)
                     self._skip(job_id, None, f"It is in quarantine: {wrong}" if wrong else "There is no such job.")
-                elif (why := planning.why_not(self._asked.action, job)) is not None:
+                elif (why := plan_rules.why_not(self._asked.action, job)) is not None:
                     self._skip(job_id, job.status, why)
             await asyncio.sleep(PAUSE_S)
 
@@ -141,7 +141,7 @@ class Search:
             await asyncio.sleep(PAUSE_S)
 
     async def _filtered(self, wanted: PlanFilter) -> ApiError | None:
-        statuses, before = planning.statuses(self._asked.action, wanted), None
+        statuses, before = plan_rules.statuses(self._asked.action, wanted), None
         if self._asked.cursor is not None:
             status, _, number = self._asked.cursor.partition(".")
             if status not in statuses:
@@ -172,10 +172,12 @@ class Search:
         """Put these into the plan. Their versions come first: a late result that is not counted has changed its job."""
         self._taken.update(job.id for job in jobs)
         action, latest_late = self._asked.action, self._book.latest_late
-        self.expected += [ExpectedVersion(job.id, planning.version(job, latest_late(job.seq), action)) for job in jobs]
+        self.expected += [
+            ExpectedVersion(job.id, plan_rules.version(job, latest_late(job.seq), action)) for job in jobs
+        ]
         of_use = [job.seq for job in jobs if may_adopt(job.status)]
         late = await self._disk.count_late(of_use) if of_use else {}
-        self.jobs += [PlannedJob(job.id, job.status, planning.to(action, job), late.get(job.seq, 0)) for job in jobs]
+        self.jobs += [PlannedJob(job.id, job.status, plan_rules.to(action, job), late.get(job.seq, 0)) for job in jobs]
 
     def _skip(self, job_id: str, status: str | None, why: str) -> None:
         self.skipped_count += 1

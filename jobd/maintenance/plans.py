@@ -1,6 +1,6 @@
 """Plans of operators: made by looks at what is on the disk, kept in memory for a while, applied slice by slice, once.
 
-Decides nothing about a job: what a plan would do is said by planning.py, what it does by the rules, as they do it.
+Decides nothing about a job: what a plan would do is said by plan_rules.py, what it does by the rules, as they do it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import structlog
 from msgspec import Struct
 from msgspec.structs import asdict, replace
 
-from jobd.core import planning
+from jobd.core import plan_rules
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
 from jobd.maintenance.plan_builder import PAUSE_S, Search
@@ -86,7 +86,7 @@ class Planner:
             action=asked.action,
             reason=asked.reason,
             filter=asked.filter,
-            scope=None if asked.ids is not None else planning.ONLY[asked.action],
+            scope=None if asked.ids is not None else plan_rules.ONLY[asked.action],
             count=len(search.jobs),
             jobs=search.jobs,
             skipped=search.skipped,
@@ -189,7 +189,7 @@ class Planner:
         if self._stopping:
             return ApiError("shutting_down", "The daemon is stopping.")
         view = plan.view
-        kind = ApplyEndings if planning.is_ending(view.action) else ApplyPlan
+        kind = ApplyEndings if plan_rules.is_ending(view.action) else ApplyPlan
         command = kind(action=view.action, jobs=some, reason=view.reason)
         answer = await self._actor.ask(command, by=operator.by, admin=True, operator=operator)
         if isinstance(answer, ApiError):

@@ -303,7 +303,7 @@ class Update(JobCommand, frozen=True, kw_only=True):
 
 
 class GetVersion(JobCommand, frozen=True, kw_only=True):
-    """The job, with what it is known again by (planning.version): for who is about to decide what is done to it."""
+    """The job, with what it is known again by (plan_rules.version): for who is about to decide what is done to it."""
 
 
 class LateResults(JobCommand, frozen=True, kw_only=True):
@@ -444,7 +444,7 @@ class PlanCommand(Command, frozen=True, kw_only=True):
 
 
 class ExpectedVersion(Struct, frozen=True, gc=False):
-    """A job of a plan, with what it was when the plan was made (planning.version)."""
+    """A job of a plan, with what it was when the plan was made (plan_rules.version)."""
 
     id: str
     version: str
@@ -692,8 +692,8 @@ AnyCommand = (
 class Call(Struct, frozen=True):
     """A command with who asked and the randomness it may use. `admin` callers see lock ids.
 
-    `operator` is there where the command came in by an operator's door. `expected` is the version (planning.version) of
-    the job that the command is about, as who asks has seen it: of another one nothing is done.
+    `operator` is set if the command came in through an operators' listener. `expected` is the version
+    (plan_rules.version) of the job that the caller has seen: if the job has changed since, nothing is done.
     """
 
     command: AnyCommand

@@ -323,7 +323,7 @@ class Job(Struct, frozen=True, gc=False):
 class CompactJob(Struct, frozen=True, gc=False):
     """A queued job that was due when it was created, and to which nothing has happened since: all there is to know.
 
-    Of the jobs that wait nearly all are such. Memory keeps them in 48 bytes, where a Job takes 176 (live_jobs.py).
+    Of the jobs that wait nearly all are such. Memory keeps them in 48 bytes, where a Job takes 176 (state.LiveJobs).
     """
 
     seq: int

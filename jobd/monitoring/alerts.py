@@ -14,7 +14,7 @@ import structlog
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from jobd.core.pace import KindPace
+from jobd.core.duration_baseline import KindPace
 from jobd.core.state import Book
 from jobd.core.stats import Attempts
 from jobd.core.views import average_processing_s

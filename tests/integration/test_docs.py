@@ -31,7 +31,7 @@ from jobd.cli import exit_codes
 from jobd.cli.ctl.main import jobctl as jobctl_program
 from jobd.cli.daemon.main import jobd as jobd_program
 from jobd.client.worker.command_worker import FIELDS, PREFIX
-from jobd.core.pace import SAMPLES_NEEDED
+from jobd.core.duration_baseline import SAMPLES_NEEDED
 from jobd.http.routing import Route
 from jobd.model import commands, errors, events, responses
 from jobd.monitoring import alerts

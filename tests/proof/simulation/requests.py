@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import Raw
 
-from jobd.core.planning import version
+from jobd.core.plan_rules import version
 from jobd.model.commands import (
     Adopt,
     AnyCommand,

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from jobd.api import admin
 from jobd.core import audit
 from jobd.core.changeset import Decision
-from jobd.core.planning import version
+from jobd.core.plan_rules import version
 from jobd.dashboard.pages import AUDITED_ACTIONS
 from jobd.engine.disk_full import Closed
 from jobd.engine.mailbox import READS

@@ -644,7 +644,7 @@ def test_what_has_to_be_read_before_a_decision(desk: RuleHarness) -> None:
     found = asks(Adopt(id="a"))
     assert (found.job_seq, found.lock_id, found.with_results) == (seq, None, True)
     found = asks(Why(id="a"))
-    assert (found.job_seq, found.lock_id, found.whole) == (seq, None, False)
+    assert (found.job_seq, found.lock_id, found.with_results) == (seq, None, False)
     desk.accept(ForceReset(id="a"), admin=True)
     assert asks(completing(lock_id)).lock_id is None, "the job knows its last grant"
     desk.policy = Policy(late_results="drop")

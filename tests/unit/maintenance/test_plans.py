@@ -9,8 +9,8 @@ import pytest
 from msgspec import Raw
 from msgspec.structs import replace
 
-from jobd.core import planning, state
-from jobd.core.planning import version
+from jobd.core import plan_rules, state
+from jobd.core.plan_rules import version
 from jobd.maintenance import plan_builder, plans, preview
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import (
@@ -68,14 +68,14 @@ def test_an_action_is_planned_where_its_rule_lets_it_be_done(action: PlanAction,
         desk.create(job_id)
         desk.accept(end)
     jobs = {status: desk.job(status) for status in ("queued", "processing", "completed", "failed", "cancelled")}
-    assert {status for status, job in jobs.items() if planning.why_not(action, job) is None} == allowed
+    assert {status for status, job in jobs.items() if plan_rules.why_not(action, job) is None} == allowed
     assert all(job.status == status for status, job in jobs.items())
     for status, job in jobs.items():
         done = desk.accept(ApplyPlan(action=action, jobs=[ExpectedVersion(job.id, version(job))]), admin=True)
         assert done.applied == (status in allowed or (action, status) == ("retry", "processing"))
         if done.applied:
             there = desk.book.get(job.id)
-            assert planning.TO[action] == (None if there is None else there.status)
+            assert plan_rules.TO[action] == (None if there is None else there.status)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_an_action_is_planned_where_its_rule_lets_it_be_done(action: PlanAction,
 def test_an_error_is_looked_for_in_failed_jobs_unless_a_status_is_asked_for(
     action: PlanAction, status: Any, error: str | None, found: list[str]
 ) -> None:
-    assert planning.statuses(action, PlanFilter(status=status, error=error)) == found
+    assert plan_rules.statuses(action, PlanFilter(status=status, error=error)) == found
 
 
 def test_a_version_is_short_enough_for_forms_and_long_enough_to_be_another_each_time() -> None:

@@ -8,9 +8,9 @@ from typing import Any, get_args
 import pytest
 from msgspec.structs import replace
 
-from jobd.core import maintenance_rules, planning
+from jobd.core import maintenance_rules, plan_rules
 from jobd.core.changeset import Draft
-from jobd.core.planning import version
+from jobd.core.plan_rules import version
 from jobd.maintenance import plan_builder, plans
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import (
@@ -68,17 +68,17 @@ def test_where_a_stuck_job_goes_is_told_as_it_is_done(options: Any, progress: in
     desk.advance(HOUR_MS)
     job = desk.job()
     assert requeues_on_stall(job) == again
-    assert planning.to("recover-stuck", job) == planning.to("cleanup", job) == ("queued" if again else "failed")
+    assert plan_rules.to("recover-stuck", job) == plan_rules.to("cleanup", job) == ("queued" if again else "failed")
     desk.accept(Recover(limit=1))
     assert desk.job().status == ("queued" if again else "failed")
 
 
 def test_where_other_jobs_go_and_what_may_be_done_on_a_full_disk() -> None:
     desk = RuleHarness()
-    assert planning.to("cleanup", desk.create()) == "failed"
-    assert planning.to("cleanup", desk.completed("b")) is None
-    assert planning.to("retry", desk.job()) == "queued"
-    endings = {action for action in get_args(PlanAction) if planning.is_ending(action)}
+    assert plan_rules.to("cleanup", desk.create()) == "failed"
+    assert plan_rules.to("cleanup", desk.completed("b")) is None
+    assert plan_rules.to("retry", desk.job()) == "queued"
+    endings = {action for action in get_args(PlanAction) if plan_rules.is_ending(action)}
     assert endings == {"cancel", "force-fail", "delete", "recover-stuck", "cleanup"}
 
 

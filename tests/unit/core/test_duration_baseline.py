@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobd.core import pace as pace_module
-from jobd.core.pace import (
+from jobd.core import duration_baseline
+from jobd.core.duration_baseline import (
     HOURS_KEPT,
     HOURS_NEEDED,
     KINDS_KEPT,
@@ -160,7 +160,7 @@ def test_slots_are_bounded_also_where_the_wall_clock_goes_back() -> None:
 
 def test_kinds_are_bounded_and_those_at_work_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert KINDS_KEPT == 100
-    monkeypatch.setattr(pace_module, "KINDS_KEPT", 2)
+    monkeypatch.setattr(duration_baseline, "KINDS_KEPT", 2)
     paces = Paces()
     for slot, kind in enumerate(("film", "mail", "film", "once", "film", "once more")):
         paces.add(kind, HOUR + slot * SLOT_MS // 2, 10)
@@ -172,7 +172,7 @@ def test_kinds_are_bounded_and_those_at_work_stay(monkeypatch: pytest.MonkeyPatc
 def test_a_kind_makes_room_once_it_has_been_silent_for_a_slot(
     monkeypatch: pytest.MonkeyPatch, silent_ms: int, kept: str
 ) -> None:
-    monkeypatch.setattr(pace_module, "KINDS_KEPT", 1)
+    monkeypatch.setattr(duration_baseline, "KINDS_KEPT", 1)
     paces = Paces()
     paces.add("film", HOUR, 10)
     paces.add("mail", HOUR + silent_ms, 10)
@@ -181,7 +181,7 @@ def test_a_kind_makes_room_once_it_has_been_silent_for_a_slot(
 
 def test_many_kinds_in_turn_do_not_push_each_other_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than are kept, each at work again and again: what is usual is learned of those that were first."""
-    monkeypatch.setattr(pace_module, "KINDS_KEPT", 4)
+    monkeypatch.setattr(duration_baseline, "KINDS_KEPT", 4)
     paces = Paces()
     hours = HOURS_NEEDED + 1
     for step in range(hours * 6 * SAMPLES_NEEDED):

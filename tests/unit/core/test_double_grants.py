@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from jobd.core import overlaps as overlaps_module
-from jobd.core.overlaps import Overlap, Overlaps, lock_end
+from jobd.core import double_grants
+from jobd.core.double_grants import Overlap, Overlaps, lock_end
 from jobd.model.commands import (
     AnyCommand,
     Cancel,
@@ -285,7 +285,7 @@ def test_after_a_step_back_of_the_wall_clock_nothing_counts_that_is_still_to_com
 
 
 def test_memory_is_bounded(desk: CountingDesk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlaps_module, "TAKEN_KEPT", 2)
+    monkeypatch.setattr(double_grants, "TAKEN_KEPT", 2)
     for job_id in "abc":
         held(desk, job_id)
         desk.accept(restored(job_id))
