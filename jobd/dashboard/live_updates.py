@@ -91,11 +91,11 @@ async def _send_events(
     while not watcher.over.is_set():
         has_news = await _wait(watcher.news, SESSION_CHECK_S)
         if not _is_signed_in(viewer):
-            await write(response, b"event: over\ndata:\n\n")
+            await write(response, b"event: end\ndata:\n\n")
             return
         if has_news and not watcher.over.is_set():
             watcher.news.clear()
-            await write(response, b"event: news\ndata:\n\n")
+            await write(response, b"event: change\ndata:\n\n")
             spoke_s = clock()
             await _wait(watcher.over, floor_s)
         elif clock() - spoke_s >= HEARTBEAT_S:

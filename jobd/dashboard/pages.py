@@ -220,7 +220,7 @@ async def open_job(viewer: Viewer, wanted: JobPageQuery) -> PageData:
         if no.error.code != "job_not_found" or not is_live_update(viewer.visit):
             raise
     [paused] = await query(viewer, PAUSED_QUEUES)
-    return {"part": "job_gone.live.html", "job_id": wanted.id, **banners(viewer, paused)}
+    return {"part": "job_deleted.live.html", "job_id": wanted.id, **banners(viewer, paused)}
 
 
 async def job(viewer: Viewer, job_id: str) -> PageData:

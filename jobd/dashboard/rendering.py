@@ -26,7 +26,7 @@ from jobd.http.response import RawBody
 from jobd.model.job import DAY_MS, EARLIEST_MS, HOUR_MS, LATEST_MS, MINUTE_MS, SECOND_MS, headline
 
 TEMPLATES: Final = Path(__file__).parent / "templates"
-PRECOMPILED: Final = ("base.html", "refused.html")  # a refusal takes no detour
+PRECOMPILED: Final = ("base.html", "error.html")  # a refusal takes no detour
 WARM_PAUSE_S = 1.0  # between two templates that are compiled: each takes some milliseconds, up to 25
 HTML: Final = "text/html; charset=utf-8"
 CONTENT_SECURITY_POLICY: Final = (

@@ -177,7 +177,7 @@ class Dashboard:
             self._page_route(
                 "/webhooks/{name}/again",
                 webhooks.RetryFailedQuery,
-                "webhook_again",
+                "webhook_retry",
                 "Send again",
                 webhooks.confirm_retry_failed,
                 interval_s=0,
@@ -309,7 +309,7 @@ class Dashboard:
         """A refusal as a page: what is wrong, and a way on."""
         title = "Not found" if refusal.status == 404 else "Not done"
         return self._renderer.page(
-            "refused.html", viewer=None, flash="", refusal=refusal, page_url="", now=0, title=title, name="refused"
+            "error.html", viewer=None, flash="", refusal=refusal, page_url="", now=0, title=title, name="error"
         )
 
     # -- files --------------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ class Dashboard:
         if viewer is None:
             return redirect_to_sign_in(visit)
         url = await pages.external_url(viewer, asked)
-        text = await self._render("elsewhere.html", viewer, job_id=asked.id, url=url, style=urls.EXTERNAL_LINK_STYLE)
+        text = await self._render("external_link.html", viewer, job_id=asked.id, url=url, style=urls.EXTERNAL_LINK_STYLE)
         more = {
             "Content-Security-Policy": urls.EXTERNAL_LINK_POLICY,
             "Referrer-Policy": "no-referrer",

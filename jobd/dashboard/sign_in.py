@@ -64,7 +64,7 @@ class SignInPages:
         return Response(await self._form(asked.next, ""))
 
     async def _form(self, wanted: str, fault: str) -> RawBody:
-        shown = {"title": "Sign in", "name": "sign-in", "onward": safe_redirect(wanted), "error": fault}
+        shown = {"title": "Sign in", "name": "sign-in", "next_url": safe_redirect(wanted), "error": fault}
         return await self._render("sign_in.html", None, **shown)
 
     async def sign_in(self, site: App[Services], visit: RequestContext, asked: SignInForm) -> Response:

@@ -216,7 +216,7 @@ def test_many_jobs_are_tried_again_by_a_plan(page: Page, daemon: Scene, complain
     sign_in(page, daemon, path="/jobs?status=failed")
     page.get_by_role("checkbox", name="Select video-003").check()
     page.get_by_role("checkbox", name="Select video-013").check()
-    expect(page.locator("#picked")).to_contain_text("2 selected")
+    expect(page.locator("#selection")).to_contain_text("2 selected")
     page.get_by_label("Reason").fill("storage is back")
     page.get_by_role("button", name="Make a plan").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Plan: retry 2 jobs")
@@ -246,7 +246,7 @@ def test_what_is_selected_stays_where_it_is_until_nothing_is(page: Page, daemon:
     expect(toggle).to_have_text("Live")
     oldest.check()
     expect(toggle).to_have_text("Held")
-    expect(page.locator("#picked")).to_contain_text("1 selected; meanwhile the list stays as it is.")
+    expect(page.locator("#selection")).to_contain_text("1 selected; meanwhile the list stays as it is.")
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     news = page.context.new_page()  # which hears of the same
@@ -299,7 +299,7 @@ def test_who_comes_back_to_the_list_finds_no_other_job_selected(page: Page, daem
     daemon.do("jobs", id="d", queue="video")
     page.go_back()
     expect(page.locator("#job-d")).to_be_visible()
-    expect(page.locator("#picked")).to_have_text(re.compile("^Nothing"))
+    expect(page.locator("#selection")).to_have_text(re.compile("^Nothing"))
     expect(page.locator("input:checked")).to_have_count(0)
 
 

@@ -1,14 +1,14 @@
 // When a page renews its living part: where the stream of news says so; without it, every few seconds; no more once the
-// part that came says that it is to stay (data-still), unless somebody asks; and not while jobs are ticked in it, which
+// part that came says that it is to stay (data-final), unless somebody asks; and not while jobs are ticked in it, which
 // would slide off the page or away under the pointer. No eval, no style.
 "use strict";
 
 (() => {
-  const region = document.querySelector("[data-every]");
+  const region = document.querySelector("[data-interval-s]");
   const toggle = document.getElementById("live-toggle");
   if (!region || !toggle) return;
 
-  const POLL_MS = Number(region.dataset.every) * 1000;
+  const POLL_MS = Number(region.dataset.intervalS) * 1000;
   const QUIET_MS = Math.max(POLL_MS, 10000); // with the stream, too: words like "3 min ago" grow old
   const AGAIN_MS = 30000; // after a stream was refused
   const WORDS = {
@@ -36,13 +36,13 @@
   };
   const renew = (isAsked = false) => {
     if (document.hidden || state === "stopped" || isHeld()) return;
-    if (!isAsked && region.querySelector("[data-still]")) {
+    if (!isAsked && region.querySelector("[data-final]")) {
       become("stopped");
       close();
       return;
     }
     renewedAt = Date.now();
-    htmx.trigger(region, "renew"); // while one is under way, one more waits, and no more than one
+    htmx.trigger(region, "refresh"); // while one is under way, one more waits, and no more than one
   };
 
   const close = () => {
@@ -54,13 +54,13 @@
   const open = () => {
     close();
     if (document.hidden || state === "stopped") return;
-    source = new EventSource(region.dataset.news);
+    source = new EventSource(region.dataset.eventsUrl);
     source.addEventListener("live", () => {
       become("live");
       renew(); // of what happened before the stream was there
     });
-    source.addEventListener("news", () => renew());
-    source.addEventListener("over", () => {
+    source.addEventListener("change", () => renew());
+    source.addEventListener("end", () => {
       close();
       become("polling");
       renew();

@@ -621,7 +621,7 @@ async def test_after_a_deed_the_page_is_the_one_from_which_it_was_asked_for(town
     await town.do("jobs/bulk", jobs=[{"queue": f"q-{number:03}"} for number in range(101)])
     browser = await town.browser()
     page = text(await browser.get("/queues?cursor=q-099"))
-    form = page[page.index('<form id="handing-out"') :].partition("</form>")[0]
+    form = page[page.index('<form id="pause-form"') :].partition("</form>")[0]
     fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', form))
     assert 'formaction="/queues/pause" name="name" value="q-100"' in page
     for deed in ("pause", "resume"):
@@ -856,7 +856,7 @@ async def test_jobs_are_found_by_worker_time_and_text(town: Town) -> None:
     page = text(await browser.get("/jobs?since=2h&q=%22x%22"))
     assert 'name="since" value="2h"' in page
     assert 'name="q" value="&#34;x&#34;"' in page
-    assert "data-every" not in page, "a text is looked for once"
+    assert "data-interval-s" not in page, "a text is looked for once"
     for query, field in (("since=yesterday", "$.since"), ("until=9999", "$.until"), ("q=" + "x" * 201, "$.q")):
         heard = await browser.get(f"/jobs?{query}")
         assert (heard.status, field in text(heard)) == (400, True)
@@ -873,9 +873,9 @@ async def test_a_page_says_how_far_it_has_looked_and_what_is_found_at_once(
     page = text(await browser.get("/jobs?queue=b"))
     assert 'id="job-rare"' in page, "it has looked on"
     assert "further back" not in page
-    assert "data-every" in page
+    assert "data-interval-s" in page
     monkeypatch.setattr(pages, "MAX_SCANNED", 10)
-    assert "data-every" not in text(await browser.get("/jobs?queue=b")), "it does not look so far again and again"
+    assert "data-interval-s" not in text(await browser.get("/jobs?queue=b")), "it does not look so far again and again"
     monkeypatch.setattr(history, "MOST_LOOKED", 6)
     page = text(await browser.get("/jobs?queue=b&worker=w%261"))
     assert "None found back to jobs created <time" in page
@@ -884,12 +884,12 @@ async def test_a_page_says_how_far_it_has_looked_and_what_is_found_at_once(
     assert "further back" in page
     assert "at once" not in page
     monkeypatch.setattr(pages, "MAX_SCANNED", 50_000)
-    assert "data-every" not in text(await browser.get("/jobs?queue=b")), "what looks on is not begun anew meanwhile"
+    assert "data-interval-s" not in text(await browser.get("/jobs?queue=b")), "what looks on is not begun anew meanwhile"
     renewed = text(await browser.get("/jobs?queue=b", HX_Request="true"))
-    assert "data-still" in renewed, "nor where it had rows when the page was opened"
+    assert "data-final" in renewed, "nor where it had rows when the page was opened"
     for query in ("error=0123456789ab", "q=nothing"):
         page = text(await browser.get(f"/jobs?{query}"))
-        assert "data-every" not in page
+        assert "data-interval-s" not in page
         assert "at once" not in page, "a text or an error is compared row by row in any status"
     target, found = "/jobs?queue=b", []
     while target:
@@ -1293,8 +1293,8 @@ async def test_failures_are_grouped_by_their_error_and_a_group_is_tried_again(to
     listed = text(await browser.get(f"/jobs?error={fingerprint}"))
     assert re.findall(r'id="job-(job-\d)"', listed) == ["job-2", "job-1", "job-0"]
     assert f'name="error" value="{fingerprint}"' in listed
-    assert f'form="again" name="error" value="{fingerprint}"' in shown
-    form = page[page.index('<form id="again"') :].partition("</form>")[0]
+    assert f'form="retry-form" name="error" value="{fingerprint}"' in shown
+    form = page[page.index('<form id="retry-form"') :].partition("</form>")[0]
     fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', form))
     heard = await browser.post("/plans", **fields, error=fingerprint, reason="<mended>")
     plan = text(await browser.get(heard.headers["location"]))
@@ -1863,7 +1863,7 @@ async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: 
     heard = await browser.get("/cleanup/confirm?what=run")
     assert_safe(heard)
     page = text(heard)
-    moves = re.findall(r"<li>(\d+)", page[page.index('class="moves"') :].partition("</ul>")[0])
+    moves = re.findall(r"<li>(\d+)", page[page.index('class="transitions"') :].partition("</ul>")[0])
     assert moves == ["1", "1", "2"]
     assert re.findall(r'href="/jobs/(\w)"', page) == ["a", "b"]
     assert "stalled" in page
@@ -1942,8 +1942,8 @@ async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: To
     assert 'href="/webhooks/q?state=given_up&amp;cursor=7"' in page
     assert 'href="/webhooks/q?state=given_up">Newest' in page
     assert 'href="/jobs/a">a</a>' in page
-    assert "data-every" not in page, "what is older stays where it is"
-    assert "data-every" in text(await browser.get("/webhooks/q"))
+    assert "data-interval-s" not in page, "what is older stays where it is"
+    assert "data-interval-s" in text(await browser.get("/webhooks/q"))
     heard = await browser.get("/webhooks/q?state=lost")
     assert (heard.status, "state" in text(heard)) == (400, True)
     csrf = await browser.csrf()
@@ -1952,8 +1952,8 @@ async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: To
     page = text(await browser.get("/webhooks/q"))
     assert "Message 7 is on its way." in page
     assert 'aria-label="Send message 7 now">Send now</button>' in page, "it waits"
-    assert '<button form="sending" formaction="/webhooks/q/resend" name="id" value="7"' in page
-    assert '<form id="sending"' in page.partition("data-every")[0], "what renews itself takes no words away"
+    assert '<button form="send-form" formaction="/webhooks/q/resend" name="id" value="7"' in page
+    assert '<form id="send-form"' in page.partition("data-interval-s")[0], "what renews itself takes no words away"
     heard = await browser.post("/webhooks/q/test", csrf=csrf, reason=" does it hear us? ")
     assert heard.headers["location"] == "/webhooks/q"
     assert "A test is on its way: message 7." in text(await browser.get("/webhooks/q"))
@@ -2077,7 +2077,7 @@ async def listens(town: Town, browser: Browser, target: str = "/live") -> Listen
     return found
 
 
-NEWS = "event: news\ndata:\n\n"
+NEWS = "event: change\ndata:\n\n"
 
 
 async def test_an_open_page_hears_of_news_that_concern_it_and_of_nothing_else(
@@ -2126,7 +2126,7 @@ async def test_a_stream_of_news_ends_with_its_session(town: Town, monkeypatch: p
         town.admin.app.authenticator.replace_tokens(["another-token-0123456789abcdef"], [])
     else:
         town.now_s += sessions.MAX_AGE_S
-    assert await heard.events() == "event: over\ndata:\n\n"
+    assert await heard.events() == "event: end\ndata:\n\n"
     assert await heard.events() == ""
     assert (await browser.get("/live")).status == 401
 
@@ -2176,8 +2176,8 @@ async def test_without_a_place_or_a_session_there_is_no_stream_of_news(town: Tow
 async def test_a_page_says_where_it_hears_of_news(town: Town, target: str, news: str) -> None:
     await town.held()
     page = text(await (await town.browser()).get(target))
-    assert f'data-news="{news}"' in page
-    assert re.search(r'data-every="\d"', page)
+    assert f'data-events-url="{news}"' in page
+    assert re.search(r'data-interval-s="\d"', page)
 
 
 # -- the chart ---------------------------------------------------------------------------------------------------------
@@ -2447,7 +2447,7 @@ async def test_static_files_are_of_their_type_and_kept_while_they_are_the_same(t
 
 @pytest.mark.parametrize(
     "name",
-    ["none.js", "..", "../routes.py", "%2e%2e%2froutes.py", "..%2froutes.py", "%2Fetc%2Fpasswd", "room.js%00", ".", ""],
+    ["none.js", "..", "../routes.py", "%2e%2e%2froutes.py", "..%2froutes.py", "%2Fetc%2Fpasswd", "base.js%00", ".", ""],
 )
 async def test_what_is_no_static_file_is_not_given_out(town: Town, name: str) -> None:
     heard = await town.admin.request("GET", f"/static/{name}")
@@ -2543,7 +2543,7 @@ PAIRS += [(status, f"{status}-on") for status in ("queued", "processing", "compl
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out_from_what_is_behind_it(scheme: str) -> None:
     """WCAG AA: 4.5 to 1 for text."""
-    light, _, dark = (STATIC / "room.css").read_text().partition("@media (prefers-color-scheme: dark)")
+    light, _, dark = (STATIC / "base.css").read_text().partition("@media (prefers-color-scheme: dark)")
     colours = dict(re.findall(r"--([a-z-]+): #([0-9a-f]{6});", light))
     if scheme == "dark":
         colours |= dict(re.findall(r"--([a-z-]+): #([0-9a-f]{6});", dark))

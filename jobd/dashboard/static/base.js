@@ -67,19 +67,19 @@
   });
 
   // -- jobs that are picked -------------------------------------------------------------------------------------------
-  const picked = find("picked");
+  const picked = find("selection");
   const words = picked ? picked.textContent : "";
   const tell = () => {
     if (!picked) return;
     const boxes = [...document.querySelectorAll("input[name=ids]")];
     const count = boxes.filter((box) => box.checked).length;
     picked.textContent = count ? `${count} selected; meanwhile the list stays as it is. ${words}` : words;
-    const all = document.querySelector("[data-pick-all]");
+    const all = document.querySelector("[data-select-all]");
     if (all) [all.checked, all.indeterminate] = [count > 0 && count === boxes.length, count > 0 && count < boxes.length];
   };
   document.addEventListener("change", (event) => {
-    if (event.target.matches("[data-pick-all]")) for (const box of document.querySelectorAll("input[name=ids]")) box.checked = event.target.checked;
-    if (event.target.matches("[data-pick-all], input[name=ids]")) tell();
+    if (event.target.matches("[data-select-all]")) for (const box of document.querySelectorAll("input[name=ids]")) box.checked = event.target.checked;
+    if (event.target.matches("[data-select-all], input[name=ids]")) tell();
   });
   document.body.addEventListener("htmx:afterSettle", tell);
   addEventListener("pageshow", () => {
@@ -88,10 +88,10 @@
   });
 
   // A link from elsewhere brings no cookie along (SameSite=Strict): who is signed in already goes on.
-  const signIn = document.querySelector("[data-onward]");
+  const signIn = document.querySelector("[data-next]");
   if (signIn) {
     fetch(location.href).then((answer) => {
-      if (answer.redirected) location.replace(signIn.dataset.onward);
+      if (answer.redirected) location.replace(signIn.dataset.next);
     }, () => {});
   }
 })();
