@@ -347,7 +347,9 @@ class Dashboard:
         if viewer is None:
             return redirect_to_sign_in(visit)
         url = await pages.external_url(viewer, asked)
-        text = await self._render("external_link.html", viewer, job_id=asked.id, url=url, style=urls.EXTERNAL_LINK_STYLE)
+        text = await self._render(
+            "external_link.html", viewer, job_id=asked.id, url=url, style=urls.EXTERNAL_LINK_STYLE
+        )
         more = {
             "Content-Security-Policy": urls.EXTERNAL_LINK_POLICY,
             "Referrer-Policy": "no-referrer",

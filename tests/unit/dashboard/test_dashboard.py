@@ -884,7 +884,9 @@ async def test_a_page_says_how_far_it_has_looked_and_what_is_found_at_once(
     assert "further back" in page
     assert "at once" not in page
     monkeypatch.setattr(pages, "MAX_SCANNED", 50_000)
-    assert "data-interval-s" not in text(await browser.get("/jobs?queue=b")), "what looks on is not begun anew meanwhile"
+    assert "data-interval-s" not in text(await browser.get("/jobs?queue=b")), (
+        "what looks on is not begun anew meanwhile"
+    )
     renewed = text(await browser.get("/jobs?queue=b", HX_Request="true"))
     assert "data-final" in renewed, "nor where it had rows when the page was opened"
     for query in ("error=0123456789ab", "q=nothing"):
