@@ -67,10 +67,10 @@ from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileArtifactStore
 from jobd.storage.files import StoreError
 from jobd.storage.store import Store, Synchronous
-from jobd.webhooks.context import Office
+from jobd.webhooks.context import DispatchContext
 from jobd.webhooks.dispatcher import PARALLEL
-from jobd.webhooks.manager import Webhooks
-from jobd.webhooks.transport import Sender
+from jobd.webhooks.manager import WebhookManager
+from jobd.webhooks.transport import HttpTransport
 
 EXIT_OK: Final = 0
 EXIT_IO: Final = 74
@@ -151,7 +151,7 @@ class Daemon:
         stack.push_async_callback(self._stop_actor)
         self.webhooks = self._make_webhooks(store)
         self.cleaner = Cleaner(self.actor, self.clock, _schedule(settings))
-        self.cleaner.hold_journal(self.webhooks.hold_ms)
+        self.cleaner.hold_journal(self.webhooks.journal_hold_ms)
         _run_in_background(stack, "cleanup", self.cleaner)
         _run_in_background(stack, "failures", self.failures)
         presence = Presence(self._on_pause)
@@ -266,13 +266,15 @@ class Daemon:
         _run_in_background(stack, "sweeper", sweeper)
         return sweeper
 
-    def _make_webhooks(self, store: Store) -> Webhooks:
+    def _make_webhooks(self, store: Store) -> WebhookManager:
         """Webhooks, not at work yet. Who is configured keeps the journal from now on."""
 
-        def poster(endpoint: WebhookEndpoint) -> Sender:
-            return Sender(allow_private=endpoint.allow_private, most=PARALLEL, wall=lambda: self.clock.moment().now)
+        def poster(endpoint: WebhookEndpoint) -> HttpTransport:
+            return HttpTransport(
+                allow_private=endpoint.allow_private, most=PARALLEL, wall=lambda: self.clock.moment().now
+            )
 
-        office = Office(
+        office = DispatchContext(
             disk=store,
             moment=self.clock.moment,
             source=f"/jobd/{quote(socket.gethostname(), safe='')}",
@@ -280,7 +282,7 @@ class Daemon:
             alerts=lambda: self.alerts.known(),
             chance=SystemRandom().random,
         )
-        webhooks = Webhooks(office, listen=self.actor.on_commit.append, post=poster)
+        webhooks = WebhookManager(office, listen=self.actor.on_commit.append, post=poster)
         webhooks.set_endpoints(each.endpoint for each in self._loaded.webhooks)
         return webhooks
 

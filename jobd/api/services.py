@@ -54,7 +54,7 @@ from jobd.monitoring.failure_groups import Failures
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
 from jobd.storage.artifacts.downloads import Download, Downloads
-from jobd.webhooks.manager import Webhooks
+from jobd.webhooks.manager import WebhookManager
 
 log = structlog.get_logger("jobd.daemon")
 
@@ -74,7 +74,7 @@ class Services(Struct):
     downloads: Downloads
     planner: Planner
     failures_: Failures
-    webhooks_: Webhooks
+    webhooks_: WebhookManager
     runs: Callable[[], bool]
     is_open: bool = False
 
@@ -184,7 +184,7 @@ class Services(Struct):
         if not self.webhooks_.has(webhook):
             return _no_webhook(webhook)
         try:
-            found = await self.webhooks_.again(webhook, delivery)
+            found = await self.webhooks_.redeliver(webhook, delivery)
         except DiskFull:
             return await self._no_outbox()
         if found is None:
@@ -196,7 +196,7 @@ class Services(Struct):
         if not self.webhooks_.has(webhook):
             return _no_webhook(webhook)
         try:
-            count = await self.webhooks_.again_all(webhook, upto)
+            count = await self.webhooks_.redeliver_all(webhook, upto)
         except DiskFull:
             return await self._no_outbox()
         log.info("webhook_all_sent_again", webhook=webhook, count=count)

@@ -16,12 +16,11 @@ from msgspec import Struct, field
 
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS, is_job_id
 from jobd.model.webhooks import TYPES, WebhookEndpoint, WebhookName, types_matching
-from jobd.webhooks.message import BadSecret, key_of
-from jobd.webhooks.url_policy import why_not
-from jobd.webhooks.webhook_url import shown
+from jobd.webhooks.message import BadSecret, decode_secret
+from jobd.webhooks.url_policy import blocked_reason, public_url
 
-MOST: Final = 20
-MOST_SECRETS: Final = 3
+MAX_WEBHOOKS: Final = 20
+MAX_SECRETS: Final = 3
 MAKE_SECRET: Final = (
     """python3 -c 'import base64, secrets; print("whsec_" + base64.b64encode(secrets.token_bytes(32)).decode())'"""
 )
@@ -77,8 +76,8 @@ def read(tables: Any, duration: Callable[[str], int]) -> tuple[WebhookSetting, .
     """The webhooks of `[[webhooks]]`. `duration` reads one in ms. Raises BadWebhook."""
     if not isinstance(tables, list):
         raise BadWebhook("webhooks is a list of tables: write [[webhooks]], in two brackets, before each of them")
-    if len(tables) > MOST:
-        raise BadWebhook(f"there are {len(tables)} [[webhooks]], {MOST} at most can be served")
+    if len(tables) > MAX_WEBHOOKS:
+        raise BadWebhook(f"there are {len(tables)} [[webhooks]], {MAX_WEBHOOKS} at most can be served")
     settings: list[WebhookSetting] = []
     for number, table in enumerate(tables, 1):
         try:
@@ -124,7 +123,7 @@ def _setting(table: Any, duration: Callable[[str], int]) -> WebhookSetting:
         timeout_ms=times["timeout"],
         give_up_after_ms=times["give_up_after"],
     )
-    said = msgspec.structs.replace(section, secret="", url=shown(section.url))
+    said = msgspec.structs.replace(section, secret="", url=public_url(section.url))
     return WebhookSetting(said, endpoint, bool(section.secret))
 
 
@@ -162,7 +161,7 @@ def _check_url(section: WebhookSection) -> None:
             "url: http:// can be read on its way; use https://, or set allow_private where it stays inside"
         )
     is_numeric = ":" in parts.hostname or parts.hostname.replace(".", "").isdigit()
-    if is_numeric and (why := why_not(parts.hostname)) is not None:
+    if is_numeric and (why := blocked_reason(parts.hostname)) is not None:
         raise BadWebhook(f"url: {parts.hostname} is {why}; set allow_private if that is meant")
 
 
@@ -173,10 +172,10 @@ def _keys(section: WebhookSection) -> tuple[bytes, ...]:
     where, secrets = "secret", [section.secret] if isinstance(section.secret, str) else section.secret
     if section.secret_file:
         where, secrets = f"secret_file: {section.secret_file}", _lines(section.secret_file)
-    if not 1 <= len(secrets) <= MOST_SECRETS:
-        raise BadWebhook(f"{where}: expected one secret, or up to {MOST_SECRETS} while you change them, newest first")
+    if not 1 <= len(secrets) <= MAX_SECRETS:
+        raise BadWebhook(f"{where}: expected one secret, or up to {MAX_SECRETS} while you change them, newest first")
     try:
-        return tuple(key_of(secret) for secret in secrets)
+        return tuple(decode_secret(secret) for secret in secrets)
     except BadSecret as bad:
         raise BadWebhook(f"{where}: {bad}. Make one with: {MAKE_SECRET}") from None
 

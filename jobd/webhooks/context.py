@@ -14,8 +14,8 @@ from jobd.model.commands import Moment
 from jobd.model.responses import AlertView, DeliveryState
 from jobd.model.storage import JournalPage
 from jobd.model.webhooks import Delivery, DeliveryOutcome, Outbox, WebhookCursor, WebhookEndpoint
-from jobd.webhooks.message import Letter
-from jobd.webhooks.retry import Manners
+from jobd.webhooks.message import Message
+from jobd.webhooks.retry import RetryPolicy
 
 
 class Disk(Protocol):
@@ -34,12 +34,12 @@ class Disk(Protocol):
     ) -> list[Delivery]: ...
 
 
-class Poster(Protocol):
+class Transport(Protocol):
     async def post(self, endpoint: WebhookEndpoint, delivery: Delivery) -> DeliveryOutcome: ...
     async def close(self) -> None: ...
 
 
-class Office(Struct):
+class DispatchContext(Struct):
     """What all couriers share. `next_delivery` is the next number to give; one that was given is never given again."""
 
     disk: Disk
@@ -48,10 +48,10 @@ class Office(Struct):
     may_write: Callable[[], bool]  # not while the disk is full: its last room is for the endings of jobs
     alerts: Callable[[], Sequence[AlertView] | None]  # as they are; None where nobody has looked yet
     chance: Callable[[], float]  # 0 to 1
-    manners: Manners = Manners()
+    retry_policy: RetryPolicy = RetryPolicy()
     next_delivery: int = 1
 
-    def number(self, letter: Letter, endpoint: str, now: int) -> Delivery:
+    def new_delivery(self, letter: Message, endpoint: str, now: int) -> Delivery:
         """The letter as a delivery that waits."""
         id_, self.next_delivery = self.next_delivery, self.next_delivery + 1
         return Delivery(
@@ -72,7 +72,7 @@ class Office(Struct):
         )
 
 
-class Tally(Struct):
+class DeliveryStats(Struct):
     """What was done since the process started, and how the last tries went. Times in Unix ms."""
 
     delivered: int = 0

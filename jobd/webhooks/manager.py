@@ -16,16 +16,16 @@ from jobd.model.events import Change
 from jobd.model.responses import DeliveryPage, DeliveryState, DeliveryView, WebhookView
 from jobd.model.storage import DiskFull
 from jobd.model.webhooks import Delivery, WebhookEndpoint
-from jobd.webhooks.context import Office, Poster, Tally
-from jobd.webhooks.dispatcher import FULL_S, TROUBLE_S, Courier
-from jobd.webhooks.webhook_url import shown
+from jobd.webhooks.context import DeliveryStats, DispatchContext, Transport
+from jobd.webhooks.dispatcher import DISK_FULL_RETRY_S, FAILURE_RETRY_S, Dispatcher
+from jobd.webhooks.url_policy import public_url
 
 NEWEST: Final = (1 << 63) - 1
 
 log = structlog.get_logger("jobd.webhooks")
 
 
-class Failing(Struct, frozen=True):
+class FailingEndpoint(Struct, frozen=True):
     """The endpoint that has taken nothing for longest."""
 
     name: str
@@ -33,7 +33,7 @@ class Failing(Struct, frozen=True):
     error: str
 
 
-class Figures(Struct, frozen=True):
+class WebhookMetrics(Struct, frozen=True):
     """Of one endpoint, for metrics."""
 
     delivered: int
@@ -45,24 +45,24 @@ class Figures(Struct, frozen=True):
     paused: bool
 
 
-class Webhooks:
+class WebhookManager:
     """`run` until `stop`. `listen` is called with `committed` once there is an endpoint; `post` makes its sender."""
 
     def __init__(
         self,
-        office: Office,
+        office: DispatchContext,
         *,
         listen: Callable[[Callable[[Sequence[Change]], None]], None],
-        post: Callable[[WebhookEndpoint], Poster],
+        post: Callable[[WebhookEndpoint], Transport],
     ) -> None:
-        self._office = office
-        self._listen = listen
-        self._post = post
+        self._context = office
+        self._subscribe = listen
+        self._make_transport = post
         self._endpoints: dict[str, WebhookEndpoint] = {}
-        self._couriers: dict[str, Courier] = {}
+        self._dispatchers: dict[str, Dispatcher] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._tallies: dict[str, Tally] = {}
-        self._listens = False
+        self._stats: dict[str, DeliveryStats] = {}
+        self._is_subscribed = False
         self._stopping = False
         self._wake = asyncio.Event()
 
@@ -71,9 +71,9 @@ class Webhooks:
     def set_endpoints(self, endpoints: Iterable[WebhookEndpoint]) -> None:
         """These and no others, from now on. One that has changed goes on where it was."""
         self._endpoints = {each.name: each for each in endpoints}
-        if self._endpoints and not self._listens:
-            self._listens = True
-            self._listen(self.committed)
+        if self._endpoints and not self._is_subscribed:
+            self._is_subscribed = True
+            self._subscribe(self.committed)
         self._wake.set()
 
     async def run(self) -> None:
@@ -81,19 +81,19 @@ class Webhooks:
         while not self._stopping:
             wait_s = None
             try:
-                await self._arrange()
+                await self._reconcile()
             except DiskFull:
-                wait_s = FULL_S
+                wait_s = DISK_FULL_RETRY_S
             except Exception as error:
                 log.error("webhooks_failed", error=f"{type(error).__name__}: {error}")
-                wait_s = TROUBLE_S
+                wait_s = FAILURE_RETRY_S
             timer = None if wait_s is None else asyncio.get_running_loop().call_later(wait_s, self._wake.set)
             if not self._stopping:
                 await self._wake.wait()
             self._wake.clear()
             if timer is not None:
                 timer.cancel()
-        await self._dismiss(list(self._couriers))
+        await self._stop_dispatchers(list(self._dispatchers))
 
     def stop(self) -> None:
         self._stopping = True
@@ -101,37 +101,39 @@ class Webhooks:
 
     def committed(self, changes: Sequence[Change]) -> None:
         """Changes are on the disk. Called on the actor's turn: it takes a note and returns."""
-        for courier in self._couriers.values():
+        for courier in self._dispatchers.values():
             courier.committed(changes)
 
     def alerts_changed(self) -> None:
         """One fires, or fires no more."""
-        for courier in self._couriers.values():
+        for courier in self._dispatchers.values():
             courier.wake()
 
-    async def _arrange(self) -> None:
+    async def _reconcile(self) -> None:
         """Those that are not wanted any more, or not as they were, end; then the new ones begin."""
         endpoints = self._endpoints
-        await self._dismiss([name for name, each in self._couriers.items() if endpoints.get(name) != each.endpoint])
-        new = [name for name in endpoints if name not in self._couriers]
+        await self._stop_dispatchers(
+            [name for name, each in self._dispatchers.items() if endpoints.get(name) != each.endpoint]
+        )
+        new = [name for name in endpoints if name not in self._dispatchers]
         if not new:
             return
-        office = self._office
+        office = self._context
         outbox = await office.disk.open_outbox(list(endpoints), office.moment().now)
         office.next_delivery = max(office.next_delivery, outbox.next_delivery)
         for name in new:
             endpoint = endpoints[name]
-            courier = Courier(endpoint, outbox, office, self._tallies.setdefault(name, Tally()))
-            self._couriers[name] = courier
-            self._tasks[name] = asyncio.create_task(courier.run(self._post(endpoint)), name=f"webhook {name}")
-            log.info("webhook_begins", webhook=name, waiting=len(courier.line), position=courier.reader.position)
+            courier = Dispatcher(endpoint, outbox, office, self._stats.setdefault(name, DeliveryStats()))
+            self._dispatchers[name] = courier
+            self._tasks[name] = asyncio.create_task(courier.run(self._make_transport(endpoint)), name=f"webhook {name}")
+            log.info("webhook_begins", webhook=name, waiting=len(courier.queue), position=courier.reader.position)
 
-    async def _dismiss(self, names: list[str]) -> None:
+    async def _stop_dispatchers(self, names: list[str]) -> None:
         for name in names:
-            self._couriers[name].stop()
+            self._dispatchers[name].stop()
         for name in names:
             await self._tasks.pop(name)
-            del self._couriers[name]
+            del self._dispatchers[name]
 
     # -- what is seen of them -----------------------------------------------------------------------------------------
 
@@ -140,13 +142,13 @@ class Webhooks:
         return [self._view(endpoint) for endpoint in self._endpoints.values()]
 
     def _view(self, endpoint: WebhookEndpoint) -> WebhookView:
-        courier, tally = self._couriers.get(endpoint.name), self._tallies.get(endpoint.name, Tally())
+        courier, tally = self._dispatchers.get(endpoint.name), self._stats.get(endpoint.name, DeliveryStats())
         failing_ms = None if courier is None else courier.failing_ms
-        put_off_ms = None if courier is None else courier.put_off_ms
-        now = self._office.moment().now
+        put_off_ms = None if courier is None else courier.next_try_in_ms
+        now = self._context.moment().now
         return WebhookView(
             name=endpoint.name,
-            url=shown(endpoint.url),
+            url=public_url(endpoint.url),
             events=sorted(endpoint.events),
             queues=sorted(endpoint.queues),
             state="starting" if courier is None else courier.state,
@@ -154,7 +156,7 @@ class Webhooks:
             next_try_at=None if put_off_ms is None else now + put_off_ms,
             position=0 if courier is None else courier.reader.position,
             lag=0 if courier is None else courier.reader.lag,
-            waiting=0 if courier is None else len(courier.line),
+            waiting=0 if courier is None else len(courier.queue),
             delivered=tally.delivered,
             failed=tally.failed,
             given_up=tally.given_up,
@@ -169,69 +171,69 @@ class Webhooks:
     async def page(self, name: str, state: DeliveryState | None, before: int | None, limit: int) -> DeliveryPage:
         """Deliveries of an endpoint, newest first."""
         below = NEWEST if before is None else before
-        found = await self._office.disk.page_of_deliveries(name, state, below, limit + 1)
-        shown = [view(each) for each in found[:limit]]
+        found = await self._context.disk.page_of_deliveries(name, state, below, limit + 1)
+        shown = [delivery_view(each) for each in found[:limit]]
         return DeliveryPage(shown, str(shown[-1].id) if len(found) > limit else None)
 
     async def given_up(self, name: str) -> tuple[int, int]:
         """How many deliveries of an endpoint were given up and are kept, and the number of the newest; 0 where none."""
-        return await self._office.disk.given_up(name)
+        return await self._context.disk.given_up(name)
 
-    async def again(self, name: str, id_: int) -> DeliveryView | None:
+    async def redeliver(self, name: str, id_: int) -> DeliveryView | None:
         """Send a delivery again; None where there is none of this number. Raises DiskFull."""
-        found = await self._courier(name).again(id_)
-        return None if found is None else view(found)
+        found = await self._courier(name).redeliver(id_)
+        return None if found is None else delivery_view(found)
 
-    async def again_all(self, name: str, upto: int | None) -> int:
+    async def redeliver_all(self, name: str, upto: int | None) -> int:
         """Send again what was given up, up to the number `upto` (None: all); how many. Raises DiskFull."""
-        return await self._courier(name).again_all(NEWEST if upto is None else upto)
+        return await self._courier(name).redeliver_all(NEWEST if upto is None else upto)
 
     async def test(self, name: str) -> DeliveryView:
         """Send a message that says it is a test. Raises DiskFull."""
-        return view(await self._courier(name).test())
+        return delivery_view(await self._courier(name).test())
 
-    def _courier(self, name: str) -> Courier:
-        if (courier := self._couriers.get(name)) is None or not self._office.may_write():
+    def _courier(self, name: str) -> Dispatcher:
+        if (courier := self._dispatchers.get(name)) is None or not self._context.may_write():
             raise DiskFull("the outbox cannot be written")
         return courier
 
-    def worst(self) -> Failing | None:
+    def worst(self) -> FailingEndpoint | None:
         """The one that has been failing for longest, None where all tries go well."""
         failing = [
-            Failing(name, for_ms, self._tallies[name].last_error or "")
-            for name, courier in self._couriers.items()
+            FailingEndpoint(name, for_ms, self._stats[name].last_error or "")
+            for name, courier in self._dispatchers.items()
             if (for_ms := courier.failing_ms) is not None
         ]
         return max(failing, key=lambda each: each.for_ms, default=None)
 
-    def hold_ms(self) -> int:
+    def journal_hold_ms(self) -> int:
         """For how long the journal has to be kept, for those that have not read it to its end; 0 where all have."""
         behind = (
             endpoint.give_up_after_ms
             for name, endpoint in self._endpoints.items()
-            if endpoint.reads_journal and (name not in self._couriers or self._couriers[name].reader.lags)
+            if endpoint.reads_journal and (name not in self._dispatchers or self._dispatchers[name].reader.lags)
         )
         return max(behind, default=0)
 
-    def figures(self) -> dict[str, Figures]:
+    def metrics(self) -> dict[str, WebhookMetrics]:
         """By name, in the order of the configuration."""
         found = {}
         for name in self._endpoints:
-            if (courier := self._couriers.get(name)) is not None:
-                tally, reader = courier.tally, courier.reader
-                found[name] = Figures(
+            if (courier := self._dispatchers.get(name)) is not None:
+                tally, reader = courier.stats, courier.reader
+                found[name] = WebhookMetrics(
                     tally.delivered,
                     tally.failed,
                     tally.given_up,
                     reader.gaps,
-                    len(courier.line),
+                    len(courier.queue),
                     reader.lag,
                     courier.state != "closed",
                 )
         return found
 
 
-def view(delivery: Delivery) -> DeliveryView:
+def delivery_view(delivery: Delivery) -> DeliveryView:
     """As operators see it: without its body, which tells what the journal tells."""
     return DeliveryView(
         id=delivery.id,

@@ -32,7 +32,7 @@ class BadSecret(ValueError):
     """A secret that is none; the text is a sentence, without it."""
 
 
-def key_of(secret: str) -> bytes:
+def decode_secret(secret: str) -> bytes:
     """The key of `whsec_…`. Raises BadSecret."""
     if not secret.startswith(PREFIX):
         raise BadSecret(f"a secret begins with {PREFIX}")
@@ -62,7 +62,7 @@ def headers(keys: Sequence[bytes], event_id: str, timestamp_s: int, body: bytes)
     }
 
 
-class Letter(msgspec.Struct, frozen=True):
+class Message(msgspec.Struct, frozen=True):
     """What a delivery says, before it has a number."""
 
     subject: str
@@ -72,37 +72,37 @@ class Letter(msgspec.Struct, frozen=True):
     seq: int = 0
 
 
-def of_event(event: Event, source: str) -> Letter:
+def event_message(event: Event, source: str) -> Message:
     """An event of the journal. Its id is another even where a new store numbers its events from 1 again."""
     subject = f"jobs/{event.job_id}" if event.job_id else f"queues/{event.queue}"
     kind, event_id = webhook_type(event.type), f"evt_{event.at}_{event.seq}"
     more = {"sequence": str(event.seq)}
     body = _body(source, subject, kind, event_id, event.at, streamed_event(event), more)
-    return Letter(subject, kind, event_id, body, event.seq)
+    return Message(subject, kind, event_id, body, event.seq)
 
 
-def of_alert(alert: AlertView, at: int, source: str) -> Letter:
+def alert_message(alert: AlertView, at: int, source: str) -> Message:
     """An alert that fires, or has been resolved. `alert.since` says in both cases when it began to."""
     subject, kind = f"alerts/{alert.name}", FIRING if alert.firing else RESOLVED
     event_id = f"alert_{alert.name}_{alert.since}_{kind.partition('.')[2]}"
-    return Letter(subject, kind, event_id, _body(source, subject, kind, event_id, at, alert))
+    return Message(subject, kind, event_id, _body(source, subject, kind, event_id, at, alert))
 
 
-def of_gone(name: str, after: int, upto: int, at: int, source: str) -> Letter:
+def gap_message(name: str, after: int, upto: int, at: int, source: str) -> Message:
     """Some events are no longer in the journal or the outbox, and were not told before. Another gap has another id."""
     subject, event_id = f"webhooks/{name}", f"gone_{after}_{upto}_{at}"
     message = (
         f"Of the events after {after} up to {upto} some were not told, and are kept no longer. Read the state anew."
     )
     data = {"after": after, "upto": upto, "message": message}
-    return Letter(subject, EVENTS_GONE, event_id, _body(source, subject, EVENTS_GONE, event_id, at, data))
+    return Message(subject, EVENTS_GONE, event_id, _body(source, subject, EVENTS_GONE, event_id, at, data))
 
 
-def of_test(name: str, number: int, at: int, source: str) -> Letter:
+def test_message(name: str, number: int, at: int, source: str) -> Message:
     """An operator wants to see whether messages arrive."""
     subject, event_id = f"webhooks/{name}", f"test_{at}_{number}"
     data = {"message": "This is a test. Nothing has happened."}
-    return Letter(subject, TEST_TYPE, event_id, _body(source, subject, TEST_TYPE, event_id, at, data))
+    return Message(subject, TEST_TYPE, event_id, _body(source, subject, TEST_TYPE, event_id, at, data))
 
 
 def _body(

@@ -23,7 +23,7 @@ PAUSE_AT_MOST_MS: Final = 5 * MINUTE_MS
 BreakerState = Literal["closed", "open", "half_open"]
 
 
-class Manners(Struct, frozen=True):
+class RetryPolicy(Struct, frozen=True):
     """How patient we are. Tests are less so."""
 
     retry_ms: int = RETRY_MS
@@ -34,13 +34,13 @@ class Manners(Struct, frozen=True):
     pause_at_most_ms: int = PAUSE_AT_MOST_MS
 
 
-def retry_wait_ms(tries: int, chance: float, manners: Manners, asked_ms: int | None = None) -> int:
+def retry_wait_ms(tries: int, chance: float, manners: RetryPolicy, asked_ms: int | None = None) -> int:
     """How long to wait after `tries` failures: half of it fixed, half of it by chance; not less than was asked for."""
     whole = min(manners.retry_ms << min(tries - 1, 20), manners.retry_at_most_ms)
     return max(_spread(whole, chance), min(asked_ms or 0, manners.retry_at_most_ms))
 
 
-def is_given_up(delivery: Delivery, endpoint: WebhookEndpoint, now: int, manners: Manners) -> bool:
+def is_exhausted(delivery: Delivery, endpoint: WebhookEndpoint, now: int, manners: RetryPolicy) -> bool:
     """Whether one more failure is the last, at wall time `now`. `delivery.tries` counts it."""
     return delivery.tries >= manners.least_tries and now - delivery.at >= endpoint.give_up_after_ms
 
@@ -49,13 +49,13 @@ def _spread(whole_ms: int, chance: float) -> int:
     return whole_ms // 2 + int(whole_ms / 2 * chance)
 
 
-class Breaker:
+class CircuitBreaker:
     """Closed, all is tried. After some failures in a row it opens: nothing is, for a while; then one, on trial.
 
     That one closes it, or opens it for longer. `since`: the moment of the first of the failures in a row.
     """
 
-    def __init__(self, manners: Manners) -> None:
+    def __init__(self, manners: RetryPolicy) -> None:
         self.failures = 0
         self.since: int | None = None
         self.until: int | None = None  # it is open until then

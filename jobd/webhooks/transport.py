@@ -21,21 +21,20 @@ from jobd import __version__
 from jobd.model.job import HOUR_MS, SECOND_MS
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks.message import headers
-from jobd.webhooks.url_policy import why_not
-from jobd.webhooks.webhook_url import hushed
+from jobd.webhooks.url_policy import blocked_reason, redacted
 
-ANSWER_BYTES: Final = 64 << 10  # of an answer; nobody needs more, and what is not read cannot be too much
-SHOWN: Final = 200  # characters of an answer, or of an error, that are kept
-LOOKUPS: Final = 16  # of names at once, with those that hang
-HEAR_OUT_S: Final = 1.0  # for the rest of an answer that says yes
+MAX_RESPONSE_BYTES: Final = 64 << 10  # of an answer; nobody needs more, and what is not read cannot be too much
+MAX_ERROR_LENGTH: Final = 200  # characters of an answer, or of an error, that are kept
+MAX_LOOKUPS: Final = 16  # of names at once, with those that hang
+DRAIN_S: Final = 1.0  # for the rest of an answer that says yes
 IDLE_S: Final = 30.0  # a connection is kept so long for the next delivery
 
-NOT_ALLOWED: Final = "webhooks do not go there"
+BLOCKED: Final = "webhooks do not go there"
 
 log = structlog.get_logger("jobd.webhooks")
 
 
-class NotAllowed(OSError):
+class AddressBlocked(OSError):
     """The address that the name stands for is none that webhooks go to."""
 
 
@@ -51,7 +50,7 @@ class Resolver(AbstractResolver):
         """The addresses of `host`. Raises OSError."""
         loop = asyncio.get_running_loop()
         found: asyncio.Future[list[Any]] = loop.create_future()
-        if self._looking >= LOOKUPS:
+        if self._looking >= MAX_LOOKUPS:
             raise OSError("too many names are being looked up, and none is found")
 
         def tell(answer: list[Any] | OSError) -> None:
@@ -96,16 +95,16 @@ def _resolved(host: str, family: int, _: int, proto: int, __: str, address: Any)
     )
 
 
-def _guarded(info: Any) -> socket.socket:
+def _checked_socket(info: Any) -> socket.socket:
     """The socket for a connection, if it goes where it may. This is the last word before `connect`: whatever the name
     stood for before, or stands for later, this is the address that is used."""
     family, kind, proto, _, address = info
-    if (why := why_not(address[0])) is not None:
-        raise NotAllowed(f"{address[0]} is {why}: {NOT_ALLOWED}")
+    if (why := blocked_reason(address[0])) is not None:
+        raise AddressBlocked(f"{address[0]} is {why}: {BLOCKED}")
     return socket.socket(family, kind, proto)
 
 
-class Sender:
+class HttpTransport:
     """Sends to one endpoint. `close` in the end."""
 
     def __init__(self, *, allow_private: bool, most: int, wall: Callable[[], int], tls: ssl.SSLContext | None = None):
@@ -115,7 +114,7 @@ class Sender:
             use_dns_cache=False,
             limit=most,
             keepalive_timeout=IDLE_S,
-            socket_factory=None if allow_private else _guarded,
+            socket_factory=None if allow_private else _checked_socket,
         )
         self._session = aiohttp.ClientSession(
             connector=connector,
@@ -142,41 +141,41 @@ class Sender:
             ):
                 if 200 <= answer.status < 300:
                     limit.reschedule(None)  # it was taken: whatever else is said, and how slowly, changes nothing
-                    await _hear_out(answer)
+                    await _drain(answer)
                     return DeliveryOutcome(answer.status)
                 wait_ms = _retry_after_ms(answer.headers.get("Retry-After", ""))
-                said = _why(answer.status, await _beginning(answer), endpoint)
+                said = _http_error(answer.status, await _read_start(answer), endpoint)
                 return DeliveryOutcome(answer.status, said, wait_ms, gone=answer.status == 410)
         except TimeoutError:
             return DeliveryOutcome(None, f"There was no answer within {endpoint.timeout_ms / SECOND_MS:g} s.")
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return DeliveryOutcome(None, _plain(_said(error, endpoint)))
+            return DeliveryOutcome(None, _one_line(_connection_error(error, endpoint)))
 
 
-async def _beginning(answer: aiohttp.ClientResponse) -> bytes:
+async def _read_start(answer: aiohttp.ClientResponse) -> bytes:
     """Up to ANSWER_BYTES of an answer. The connection of one that is longer is closed."""
     read = bytearray()
-    while len(read) <= ANSWER_BYTES and (piece := await answer.content.readany()):
+    while len(read) <= MAX_RESPONSE_BYTES and (piece := await answer.content.readany()):
         read += piece
-    if len(read) > ANSWER_BYTES:
+    if len(read) > MAX_RESPONSE_BYTES:
         answer.close()
-    return bytes(read[:ANSWER_BYTES])
+    return bytes(read[:MAX_RESPONSE_BYTES])
 
 
-async def _hear_out(answer: aiohttp.ClientResponse) -> None:
+async def _drain(answer: aiohttp.ClientResponse) -> None:
     """A connection whose answer was read to its end can be used again; one that does not end soon is closed."""
     try:
-        async with asyncio.timeout(HEAR_OUT_S):
-            await _beginning(answer)
+        async with asyncio.timeout(DRAIN_S):
+            await _read_start(answer)
     except (aiohttp.ClientError, OSError):  # TimeoutError is one
         answer.close()
 
 
-def _why(status: int, answer: bytes, endpoint: WebhookEndpoint) -> str:
+def _http_error(status: int, answer: bytes, endpoint: WebhookEndpoint) -> str:
     if 300 <= status < 400:
         return f"{status}: redirects are not followed. Set url to where it leads."
-    said = _plain(
-        hushed(endpoint.url, answer.decode("utf-8", "replace"))
+    said = _one_line(
+        redacted(endpoint.url, answer.decode("utf-8", "replace"))
     )  # before it is cut: half a secret is one, too
     return f"{status}: {said}" if said else f"{status}"
 
@@ -186,7 +185,7 @@ def _retry_after_ms(text: str) -> int | None:
     return min(int(text) * SECOND_MS, HOUR_MS) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
-def _said(error: Exception, endpoint: WebhookEndpoint) -> str:
+def _connection_error(error: Exception, endpoint: WebhookEndpoint) -> str:
     match error:
         case aiohttp.ClientConnectorDNSError():
             return f"The name {error.host} cannot be looked up: {error.os_error.strerror or error.os_error}."
@@ -194,11 +193,11 @@ def _said(error: Exception, endpoint: WebhookEndpoint) -> str:
             return f"The certificate of {error.host} is not to be trusted: {error.certificate_error}."
         case aiohttp.ClientConnectorError():
             why = f"{error.host}:{error.port} cannot be reached: {error.os_error.strerror or error.os_error}."
-            return f"{why} If that is meant, set allow_private." if NOT_ALLOWED in why else why
+            return f"{why} If that is meant, set allow_private." if BLOCKED in why else why
         case aiohttp.ServerDisconnectedError():
             return "The connection was closed before an answer came."
         case aiohttp.InvalidURL():
-            return f"url leads nowhere: {hushed(endpoint.url, error.description or 'it is none')}."
+            return f"url leads nowhere: {redacted(endpoint.url, error.description or 'it is none')}."
         case aiohttp.ClientResponseError():
             return "What answers there speaks no HTTP that can be understood."
         case aiohttp.ClientPayloadError():
@@ -209,7 +208,7 @@ def _said(error: Exception, endpoint: WebhookEndpoint) -> str:
             return f"The connection failed: {type(error).__name__}."
 
 
-def _plain(text: str) -> str:
+def _one_line(text: str) -> str:
     """In one line, and short: it is kept, logged and shown."""
-    line = " ".join("".join(char if char.isprintable() else " " for char in text[: 4 * SHOWN]).split())
-    return line if len(line) <= SHOWN else f"{line[: SHOWN - 2]} …"
+    line = " ".join("".join(char if char.isprintable() else " " for char in text[: 4 * MAX_ERROR_LENGTH]).split())
+    return line if len(line) <= MAX_ERROR_LENGTH else f"{line[: MAX_ERROR_LENGTH - 2]} …"

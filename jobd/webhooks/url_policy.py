@@ -5,8 +5,10 @@ Looks nothing up.
 
 from __future__ import annotations
 
+import re
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Final
+from urllib.parse import SplitResult, unquote, unquote_plus, urlsplit
 
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 _PUBLIC: Final = IPv6Network("2000::/3")  # the only one that addresses of hosts are given out of
@@ -28,7 +30,7 @@ _RESERVED: Final = (
 )
 
 
-def why_not(address: str) -> str | None:
+def blocked_reason(address: str) -> str | None:
     """Why nothing is sent to that numeric address, in a few words; None where something may be."""
     try:
         parsed = ip_address(address)
@@ -67,3 +69,41 @@ def _inner(address: IPv6Address) -> IPv4Address | None:
     if address.sixtofour is not None:
         return address.sixtofour
     return IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
+
+
+ELLIPSIS: Final = "…"  # stands where a part of a URL would
+
+
+MIN_SECRET: Final = 4  # characters: what is shorter is none
+
+
+MIN_DISTINCT: Final = (
+    8  # characters: what is shorter may be in other words, as "hook" is in "webhook", and is no secret there
+)
+
+
+def public_url(url: str) -> str:
+    """Scheme and host, and a sign where there is more."""
+    parts = urlsplit(url)
+    place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+    return f"{place}/{ELLIPSIS}" if _rest(parts).strip("/") else place
+
+
+def redacted(url: str, text: str) -> str:
+    """`text` without anything of `url` but its scheme and host, however it is written there."""
+    parts = urlsplit(url)
+    rest, user = _rest(parts), parts.netloc.rpartition("@")[0]
+    said = {rest, rest.partition("?")[0], user, *re.split(r"[/?&=;]", rest), *user.split(":")}
+    said |= {plain for each in said for plain in (unquote(each), unquote_plus(each))}
+    secrets = sorted((each for each in said if len(each) >= MIN_SECRET), key=len, reverse=True)
+    return re.sub("|".join(map(_pattern, secrets)), ELLIPSIS, text, flags=re.IGNORECASE) if secrets else text
+
+
+def _rest(parts: SplitResult) -> str:
+    """All of a URL behind its host."""
+    return parts.path + (f"?{parts.query}" if parts.query else "")
+
+
+def _pattern(secret: str) -> str:
+    """A pattern for where it is told."""
+    return re.escape(secret) if len(secret) >= MIN_DISTINCT else rf"(?<!\w){re.escape(secret)}(?!\w)"

@@ -14,14 +14,14 @@ from jobd.model.events import Change
 from jobd.model.responses import AlertView
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.storage.store import Store
-from jobd.webhooks.context import Disk, Office
-from jobd.webhooks.manager import Webhooks
-from jobd.webhooks.retry import Manners
+from jobd.webhooks.context import Disk, DispatchContext
+from jobd.webhooks.manager import WebhookManager
+from jobd.webhooks.retry import RetryPolicy
 from tests.support.factories import NOW, ChangeFactory
 
 YES = DeliveryOutcome(204)
 NO = DeliveryOutcome(500, "500: broken")
-HASTY = Manners(retry_ms=20, retry_at_most_ms=80, least_tries=3, opens_after=5, pause_ms=40, pause_at_most_ms=80)
+HASTY = RetryPolicy(retry_ms=20, retry_at_most_ms=80, least_tries=3, opens_after=5, pause_ms=40, pause_at_most_ms=80)
 KEY = b"k" * 24
 
 
@@ -92,16 +92,16 @@ class Site:
         self.firing: dict[str, int] | None = {}  # alerts, and since when
         self.may_write = True
         self.listeners: list[Callable[[Any], None]] = []
-        self.office = Office(
+        self.office = DispatchContext(
             disk=disk,
             moment=clock.moment,
             source="/jobd/test",
             may_write=lambda: self.may_write,
             alerts=self._alerts,
             chance=lambda: 0.5,
-            manners=HASTY,
+            retry_policy=HASTY,
         )
-        self.webhooks = Webhooks(self.office, listen=self.listeners.append, post=posts)
+        self.webhooks = WebhookManager(self.office, listen=self.listeners.append, post=posts)
 
     def _alerts(self) -> list[AlertView] | None:
         if self.firing is None:
@@ -145,7 +145,7 @@ async def at_work(
         made.webhooks.set_endpoints(endpoints or [endpoint()])
         running = asyncio.create_task(made.webhooks.run())
         try:
-            await until(lambda: len(made.webhooks.figures()) == len(endpoints or [1]))
+            await until(lambda: len(made.webhooks.metrics()) == len(endpoints or [1]))
             yield made
         finally:
             made.webhooks.stop()

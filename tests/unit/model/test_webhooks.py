@@ -31,15 +31,15 @@ from jobd.model.webhooks import (
 )
 from jobd.webhooks.message import (
     BadSecret,
-    Letter,
+    Message,
+    alert_message,
+    decode_secret,
+    event_message,
+    gap_message,
     headers,
-    key_of,
-    of_alert,
-    of_event,
-    of_gone,
-    of_test,
     rfc3339,
     signature,
+    test_message,
 )
 from tests.support.factories import NOW, all_of, full_job
 
@@ -125,8 +125,8 @@ def test_a_cursor_begins_with_nothing_told() -> None:
 
 
 def test_a_secret_is_a_key_in_base64() -> None:
-    assert [key_of(secret_of(key)) for key in KEYS] == list(KEYS)
-    assert key_of(secret_of(b"x" * 64)) == b"x" * 64
+    assert [decode_secret(secret_of(key)) for key in KEYS] == list(KEYS)
+    assert decode_secret(secret_of(b"x" * 64)) == b"x" * 64
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,13 @@ def test_a_secret_is_a_key_in_base64() -> None:
 )
 def test_what_is_no_secret_is_named_without_being_shown(secret: str, said: str) -> None:
     with pytest.raises(BadSecret, match=said) as caught:
-        key_of(secret)
+        decode_secret(secret)
     assert secret.removeprefix("whsec_") not in str(caught.value) or len(secret) < 7
 
 
 def test_a_foreign_verifier_takes_our_signature_by_either_key_and_no_other() -> None:
     now_s = int(datetime.now(UTC).timestamp())
-    letter = of_event(EVENT, "/jobd/host")
+    letter = event_message(EVENT, "/jobd/host")
     sent = headers(KEYS, letter.event_id, now_s, letter.body)
     for key in KEYS:
         assert Webhook(secret_of(key)).verify(letter.body, sent) == json.loads(letter.body)
@@ -165,7 +165,7 @@ def test_a_foreign_verifier_takes_our_signature_by_either_key_and_no_other() -> 
 
 def test_the_signature_is_the_one_that_the_specification_shows() -> None:
     """https://github.com/standard-webhooks: the example that all libraries test themselves by."""
-    key = key_of("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
+    key = decode_secret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
     said = signature([key], "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
     assert said == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
@@ -180,7 +180,7 @@ def read_by_others(body: bytes) -> dict[str, object]:
 
 
 def test_an_event_is_a_cloud_event_that_others_read() -> None:
-    letter = of_event(EVENT, "/jobd/host")
+    letter = event_message(EVENT, "/jobd/host")
     read = read_by_others(letter.body)
     assert (read["specversion"], read["datacontenttype"]) == ("1.0", "application/json")
     assert {"specversion", "datacontenttype"} <= json.loads(letter.body).keys(), "the SDK fills in what is missing"
@@ -210,19 +210,19 @@ def test_an_event_is_a_cloud_event_that_others_read() -> None:
 def test_a_letter_never_holds_the_secret_of_a_lock() -> None:
     job = full_job()
     assert job.grant is not None
-    letter = of_event(replace(EVENT, type="granted", changes=all_of(job)), "/jobd/host")
+    letter = event_message(replace(EVENT, type="granted", changes=all_of(job)), "/jobd/host")
     assert job.grant.lock_id.encode() not in letter.body
 
 
 def test_an_event_of_a_queue_has_the_queue_for_its_subject() -> None:
     event = replace(EVENT, type="queue_paused", job_id="", job_seq=0, before=None, after=None)
-    read = read_by_others(of_event(event, "/jobd/host").body)
+    read = read_by_others(event_message(event, "/jobd/host").body)
     assert (read["subject"], read["type"]) == ("queues/video", "queue.paused")
 
 
 def test_an_alert_that_fires_and_its_end_have_one_subject_and_two_ids() -> None:
     alert = AlertView("stuck_jobs", True, NOW - 5, 7, 5, "Look.")
-    firing, resolved = of_alert(alert, NOW, "/j"), of_alert(replace(alert, firing=False), NOW + 9, "/j")
+    firing, resolved = alert_message(alert, NOW, "/j"), alert_message(replace(alert, firing=False), NOW + 9, "/j")
     assert firing.subject == resolved.subject == "alerts/stuck_jobs"
     assert (firing.type, resolved.type) == ("alert.firing", "alert.resolved")
     assert (firing.event_id, resolved.event_id) == (
@@ -237,7 +237,7 @@ def test_an_alert_that_fires_and_its_end_have_one_subject_and_two_ids() -> None:
         assert_says_what_it_is(letter, "/j")
 
 
-def assert_says_what_it_is(letter: Letter, source: str) -> None:
+def assert_says_what_it_is(letter: Message, source: str) -> None:
     """What stands on the letter stands in it."""
     read = read_by_others(letter.body)
     assert (read["source"], read["subject"], read["type"], read["id"]) == (
@@ -249,7 +249,7 @@ def assert_says_what_it_is(letter: Letter, source: str) -> None:
 
 
 def test_a_gap_and_a_test_are_cloud_events_too() -> None:
-    gap, test = of_gone("e", 3, 9, NOW, "/j"), of_test("e", 12, NOW, "/j")
+    gap, test = gap_message("e", 3, 9, NOW, "/j"), test_message("e", 12, NOW, "/j")
     data = read_by_others(gap.body)["data"]
     assert isinstance(data, dict)
     assert "kept no longer" in data.pop("message")

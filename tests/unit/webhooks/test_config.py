@@ -13,7 +13,7 @@ from msgspec.structs import asdict
 from jobd.config import ConfigError, LoadedConfig, effective, load
 from jobd.model.job import DAY_MS, HOUR_MS
 from jobd.model.webhooks import TYPES, WebhookEndpoint, types_matching
-from jobd.webhooks.config import MOST
+from jobd.webhooks.config import MAX_WEBHOOKS
 from tests import ROOT
 from tests.integration.test_docs import CONFIGURATION, OPERATIONS, rows, ticked
 
@@ -103,7 +103,7 @@ def test_a_file_with_secrets_that_everybody_may_read_is_warned_of(read: Read, tm
         (block(name=".."), "name: '..' means another place in a path"),
         ('[webhooks]\nname = "a"\n', "[[webhooks]], in two brackets"),
         (block() * 2, "webhooks 2 (billing): name: another has it too"),
-        ("".join(block(f"w{number}") for number in range(MOST + 1)), f"{MOST} at most"),
+        ("".join(block(f"w{number}") for number in range(MAX_WEBHOOKS + 1)), f"{MAX_WEBHOOKS} at most"),
         (block("a b"), "webhooks 1: name:"),
         (block(""), "webhooks 1: name:"),
         ("[[webhooks]]\n", "webhooks 1: Object missing required field `name`"),

@@ -6,17 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from jobd.webhooks.delivery_queue import Line, Waiting
+from jobd.webhooks.delivery_queue import DeliveryQueue, QueuedDelivery
 
 
-def line(*waiting: tuple[int, str, int]) -> Line:
-    made = Line()
+def line(*waiting: tuple[int, str, int]) -> DeliveryQueue:
+    made = DeliveryQueue()
     for id_, subject, due in waiting:
-        made.add(Waiting(id_, subject, due))
+        made.add(QueuedDelivery(id_, subject, due))
     return made
 
 
-def taken(made: Line, now: int = 0) -> list[int]:
+def taken(made: DeliveryQueue, now: int = 0) -> list[int]:
     found = []
     while (waiting := made.take(now)) is not None:
         found.append(waiting.id)
@@ -28,20 +28,20 @@ def test_of_each_subject_only_the_first_goes_and_others_go_on() -> None:
     assert taken(made) == [1, 3]
     assert len(made) == 4
     assert list(made.ids()) == [2, 4]
-    made.gone(1)
+    made.remove(1)
     assert taken(made) == [2]
-    made.put_off(2, 50)
+    made.postpone(2, 50)
     assert taken(made, 49) == []
     assert taken(made, 50) == [2]
-    made.gone(2)
-    made.gone(3)
+    made.remove(2)
+    made.remove(3)
     assert taken(made, 50) == [4]
     assert 4 in made
-    made.gone(4)
+    made.remove(4)
     assert len(made) == 0
     assert made.next_due() is None
     assert 4 not in made
-    assert vars(made) == vars(Line()) | {"_now": 50}, "who is gone leaves nothing"
+    assert vars(made) == vars(DeliveryQueue()) | {"_now": 50}, "who is gone leaves nothing"
 
 
 def test_it_says_when_the_next_may_go() -> None:
@@ -51,108 +51,108 @@ def test_it_says_when_the_next_may_go() -> None:
     assert made.next_due() == 20
     assert taken(made, 25) == [2]
     assert made.next_due() == 30
-    made.add(Waiting(3, "c", 0))
+    made.add(QueuedDelivery(3, "c", 0))
     assert made.next_due() == 0
     assert taken(made, 25) == [3]
-    made.put_off(2, 40)
-    made.gone(1)
+    made.postpone(2, 40)
+    made.remove(1)
     assert made.next_due() == 40
 
 
 def test_one_that_comes_back_goes_first_of_its_subject() -> None:
     made = line((5, "a", 0), (6, "a", 0))
-    made.add(Waiting(2, "a", 0))
+    made.add(QueuedDelivery(2, "a", 0))
     assert taken(made) == [2]
-    made.add(Waiting(1, "a", 0))
+    made.add(QueuedDelivery(1, "a", 0))
     assert taken(made) == []
-    made.gone(2)
+    made.remove(2)
     assert taken(made) == [1]
-    made.back(1)
+    made.requeue(1)
     assert taken(made) == [1]
 
 
 def test_a_trial_is_made_with_the_one_that_failed_least_often() -> None:
-    made = Line()
-    assert made.take_for_trial(9) is None
-    made.add(Waiting(1, "a", 0, 7))
-    made.add(Waiting(2, "b", 0, 0))
-    made.add(Waiting(3, "c", 0, 0))
-    first = made.take_for_trial(9)
+    made = DeliveryQueue()
+    assert made.take_probe(9) is None
+    made.add(QueuedDelivery(1, "a", 0, 7))
+    made.add(QueuedDelivery(2, "b", 0, 0))
+    made.add(QueuedDelivery(3, "c", 0, 0))
+    first = made.take_probe(9)
     assert first is not None
     assert first.id == 2
-    made.gone(2)
+    made.remove(2)
     assert taken(made, 9) == [1, 3]
 
 
 def test_an_entry_of_before_makes_nobody_go_early() -> None:
     made = line((2, "a", 0), (1, "a", 0))
-    assert made.take(0) == Waiting(1, "a", 0)
-    made.gone(1)  # 2 has an entry from when it came, and one more
-    assert made.take(0) == Waiting(2, "a", 0)
-    made.put_off(2, 99)
+    assert made.take(0) == QueuedDelivery(1, "a", 0)
+    made.remove(1)  # 2 has an entry from when it came, and one more
+    assert made.take(0) == QueuedDelivery(2, "a", 0)
+    made.postpone(2, 99)
     assert taken(made, 98) == []
-    made.hurry()
+    made.expedite()
     assert taken(made, 98) == [2]
-    made.put_off(2, 200)
+    made.postpone(2, 200)
     assert made.next_due() == 200
 
 
 def test_each_failure_is_counted() -> None:
     made = line((1, "a", 0))
     for tries in range(3):
-        assert made.take(tries) == Waiting(1, "a", tries, tries)
-        made.put_off(1, tries + 1)
+        assert made.take(tries) == QueuedDelivery(1, "a", tries, tries)
+        made.postpone(1, tries + 1)
 
 
 def test_in_a_hurry_nobody_waits_for_his_time() -> None:
     made = line((1, "a", 90), (2, "b", 80), (3, "b", 70))
-    made.hurry(2)
+    made.expedite(2)
     assert taken(made, 5) == [2]
-    made.hurry()
+    made.expedite()
     assert taken(made, 5) == [1]
-    made.gone(2)
+    made.remove(2)
     assert taken(made, 5) == [3]
 
 
 def test_one_that_is_hurried_on_its_way_goes_again_at_once_if_it_fails() -> None:
     made = line((1, "a", 0), (2, "b", 0), (3, "c", 0))
     assert taken(made) == [1, 2, 3]
-    made.hurry(1)
-    made.hurry(3)
-    made.put_off(1, 10)
-    made.put_off(2, 10)
-    made.back(3)
+    made.expedite(1)
+    made.expedite(3)
+    made.postpone(1, 10)
+    made.postpone(2, 10)
+    made.requeue(3)
     assert taken(made) == [1, 3]
-    made.put_off(1, 10)  # once
-    made.put_off(3, 10)
+    made.postpone(1, 10)  # once
+    made.postpone(3, 10)
     assert (taken(made), made.next_due()) == ([], 10)
     assert taken(made, 10) == [1, 2, 3]
-    made.hurry(2)
-    made.gone(2)
-    made.add(Waiting(2, "b", 0))
+    made.expedite(2)
+    made.remove(2)
+    made.add(QueuedDelivery(2, "b", 0))
     assert taken(made, 10) == [2]
-    made.put_off(2, 20)
+    made.postpone(2, 20)
     assert taken(made, 10) == []
 
 
 def test_one_that_is_hurried_before_it_goes_waits_its_time_after_it() -> None:
     made = line((1, "a", 50))
-    made.hurry(1)
+    made.expedite(1)
     assert taken(made) == [1]
-    made.put_off(1, 60)
+    made.postpone(1, 60)
     assert (taken(made), made.next_due()) == ([], 60)
 
 
 def test_one_that_is_hurried_behind_another_goes_at_once_after_it() -> None:
     made = line((1, "a", 0), (2, "a", 50))
     assert taken(made) == [1]
-    made.hurry(2)
-    made.gone(1)
+    made.expedite(2)
+    made.remove(1)
     assert made.next_due() == 0
-    made.hurry(2)
+    made.expedite(2)
     assert taken(made) == [2]
-    made.hurry(2)
-    made.put_off(2, 90)
+    made.expedite(2)
+    made.postpone(2, 90)
     assert made.next_due() == 0, "it was hurried on its way"
     assert taken(made) == [2]
 
@@ -160,22 +160,22 @@ def test_one_that_is_hurried_behind_another_goes_at_once_after_it() -> None:
 def test_in_a_hurry_those_on_their_way_wait_for_their_time_after_it() -> None:
     made = line((1, "a", 0))
     assert taken(made) == [1]
-    made.hurry()
-    made.put_off(1, 10)
+    made.expedite()
+    made.postpone(1, 10)
     assert (taken(made), made.next_due()) == ([], 10)
 
 
 def test_one_that_was_ready_twice_does_not_go_before_its_time() -> None:
     made = line((1, "a", 10), (2, "b", 10))
     assert taken(made, 10) == [1, 2]
-    made.back(1)
-    made.back(2)
-    made.hurry()
+    made.requeue(1)
+    made.requeue(2)
+    made.expedite()
     assert taken(made, 10) == [1, 2]
-    made.put_off(1, 99)
+    made.postpone(1, 99)
     assert taken(made, 50) == []
     assert made.next_due() == 99
-    assert made.take_for_trial(50) is None
+    assert made.take_probe(50) is None
 
 
 @given(
@@ -188,29 +188,29 @@ def test_one_that_was_ready_twice_does_not_go_before_its_time() -> None:
     )
 )
 def test_it_does_what_a_plain_list_would(steps: list[tuple[str, int]]) -> None:
-    made, model, now, next_id = Line(), Model(), 0, 100
+    made, model, now, next_id = DeliveryQueue(), Model(), 0, 100
     for step, number in steps:
         now += number
         if step in ("add", "again"):
             next_id += 1
             id_ = next_id if step == "add" else 200 - next_id
             if id_ not in model.line:
-                waiting = Waiting(id_, "abc"[number % 3], now + number if number % 2 else 0)
+                waiting = QueuedDelivery(id_, "abc"[number % 3], now + number if number % 2 else 0)
                 model.line[id_] = replace(waiting)
                 made.add(waiting)
         elif step == "hurry":
-            made.hurry()
+            made.expedite()
             for each in model.line.values():
                 each.due = 0
         elif step == "press":
             if model.line:
                 id_ = sorted(model.line)[number % len(model.line)]
-                made.hurry(id_)
+                made.expedite(id_)
                 model.line[id_].due = 0
                 model.pressed |= {id_} & model.going
         elif step in ("take", "trial"):
             free = [each for each in model.firsts() if each.due <= now]
-            found = made.take(now) if step == "take" else made.take_for_trial(now)
+            found = made.take(now) if step == "take" else made.take_probe(now)
             best = min(free, key=lambda each: (each.tries if step == "trial" else 0, each.id), default=None)
             assert found == best
             model.going |= set() if best is None else {best.id}
@@ -221,13 +221,13 @@ def test_it_does_what_a_plain_list_would(steps: list[tuple[str, int]]) -> None:
             model.pressed.discard(id_)
             if step == "gone":
                 del model.line[id_]
-                made.gone(id_)
+                made.remove(id_)
             elif step == "put_off":
                 due_then = 0 if was_pressed else now + number
                 model.line[id_].due, model.line[id_].tries = due_then, model.line[id_].tries + 1
-                made.put_off(id_, now + number)
+                made.postpone(id_, now + number)
             else:
-                made.back(id_)
+                made.requeue(id_)
         assert len(made) == len(model.line)
         assert list(made.ids()) == sorted(set(model.line) - model.going)
         dues, due = [each.due for each in model.firsts()], made.next_due()
@@ -241,13 +241,13 @@ class Model:
     """The same in the plainest way."""
 
     def __init__(self) -> None:
-        self.line: dict[int, Waiting] = {}
+        self.line: dict[int, QueuedDelivery] = {}
         self.going: set[int] = set()
         self.pressed: set[int] = set()  # of those on their way
 
-    def firsts(self) -> list[Waiting]:
+    def firsts(self) -> list[QueuedDelivery]:
         """The first of each subject of which none is on its way."""
-        found: dict[str, Waiting] = {}
+        found: dict[str, QueuedDelivery] = {}
         for id_ in sorted(self.line):
             found.setdefault(self.line[id_].subject, self.line[id_])
         busy = {self.line[id_].subject for id_ in self.going}
@@ -257,15 +257,15 @@ class Model:
 def test_whether_one_of_a_subject_waits_or_is_on_its_way() -> None:
     made = line((1, "a", 0), (2, "b", 0))
     assert taken(made) == [1, 2]
-    assert (made.has("a"), made.has("b"), made.has("c")) == (True, True, False)
-    made.gone(1)
-    assert (made.has("a"), made.has("b")) == (False, True)
+    assert (made.has_subject("a"), made.has_subject("b"), made.has_subject("c")) == (True, True, False)
+    made.remove(1)
+    assert (made.has_subject("a"), made.has_subject("b")) == (False, True)
 
 
 def test_who_is_given_up_in_line_makes_no_way_for_another_while_one_of_them_is_on_its_way() -> None:
     made = line((1, "a", 0), (2, "a", 0), (3, "a", 0))
     assert taken(made) == [1]
-    made.gone(2)
+    made.remove(2)
     assert taken(made) == []
-    made.gone(1)
+    made.remove(1)
     assert taken(made) == [3]

@@ -23,7 +23,7 @@ from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.storage import outbox, queries
 from jobd.storage.store import Store
 from jobd.webhooks import alert_source, dispatcher, journal_reader
-from jobd.webhooks.manager import Webhooks
+from jobd.webhooks.manager import WebhookManager
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_help import edited, made
 from tests.support.webhook_help import HASTY, KEY, NO, YES, Clock, Posts, at_work, endpoint, until
@@ -148,10 +148,10 @@ async def test_an_idle_webhook_costs_nothing(path: Path) -> None:
 
 async def test_where_none_is_configured_nobody_listens(path: Path) -> None:
     async with at_work(path) as at:
-        nobody = Webhooks(at.office, listen=lambda _: pytest.fail("it listens"), post=at.posts)
+        nobody = WebhookManager(at.office, listen=lambda _: pytest.fail("it listens"), post=at.posts)
         nobody.set_endpoints([])
         assert nobody.views() == []
-        assert (nobody.worst(), nobody.hold_ms(), nobody.figures()) == (None, 0, {})
+        assert (nobody.worst(), nobody.journal_hold_ms(), nobody.metrics()) == (None, 0, {})
 
 
 async def test_so_many_are_on_their_way_and_no_more(path: Path) -> None:
@@ -259,7 +259,7 @@ async def test_a_view_says_when_the_next_try_may_be_made(path: Path) -> None:
             (view,) = at.webhooks.views()
             return None if view.next_try_at is None else view.next_try_at - clock.moment().now
 
-        at.office.manners = slow
+        at.office.retry_policy = slow
         await _more_patient(at)  # a breaker that is slow, too
         assert left_ms() is None
         await at.commit(at.maker.create("a"))
@@ -275,7 +275,7 @@ async def test_a_view_says_when_the_next_try_may_be_made(path: Path) -> None:
 
 async def test_a_message_that_no_endpoint_takes_does_not_keep_the_break_for_all(path: Path) -> None:
     async with at_work(path, posts=Posts(lambda each: NO if each.subject == "jobs/bad" else YES)) as at:
-        at.office.manners = replace(HASTY, retry_ms=1, retry_at_most_ms=1)  # it is due at every trial
+        at.office.retry_policy = replace(HASTY, retry_ms=1, retry_at_most_ms=1)  # it is due at every trial
         await at.commit(at.maker.create("bad"))
         await until(lambda: at.webhooks.views()[0].state != "closed")
         await at.commit(at.maker.create("good"))
@@ -313,7 +313,7 @@ async def test_a_step_of_the_clock_alone_gives_nothing_up(path: Path) -> None:
 async def test_of_an_endpoint_that_is_gone_for_good_what_is_too_old_is_given_up_untried(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "AT_ONCE", 10)
+    monkeypatch.setattr(dispatcher, "SLICE", 10)
     monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
     clock = Clock()
     async with at_work(path, endpoint(give_up_after_ms=200), posts=Posts(lambda _: NO), clock=clock) as at:
@@ -400,7 +400,7 @@ async def test_what_was_delivered_and_not_noted_is_delivered_again(path: Path) -
 async def test_while_the_disk_is_full_nothing_is_sent_that_cannot_be_noted_and_nothing_is_lost(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
+    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
         disk.faults["settle_deliveries"] = DiskFull("no room")
@@ -417,7 +417,7 @@ async def test_while_the_disk_is_full_nothing_is_sent_that_cannot_be_noted_and_n
 
 
 async def test_the_last_room_of_a_full_disk_is_not_for_webhooks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
+    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
         at.may_write = False
@@ -428,13 +428,13 @@ async def test_the_last_room_of_a_full_disk_is_not_for_webhooks(path: Path, monk
         with pytest.raises(DiskFull):
             await at.webhooks.test("e")
         with pytest.raises(DiskFull):
-            await at.webhooks.again("e", 1)
+            await at.webhooks.redeliver("e", 1)
         at.may_write = True
         await until(lambda: at.webhooks.views()[0].delivered == 3)
 
 
 async def test_what_cannot_be_noted_on_a_full_disk_is_not_sent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
+    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with at_work(path) as at:
         at.posts.gate.clear()
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(40)))
@@ -449,16 +449,16 @@ async def test_what_cannot_be_noted_on_a_full_disk_is_not_sent(path: Path, monke
 
 
 async def test_a_full_disk_at_the_start_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobd.webhooks.manager.FULL_S", 0.02)
+    monkeypatch.setattr("jobd.webhooks.manager.DISK_FULL_RETRY_S", 0.02)
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
         disk.faults["open_outbox"] = DiskFull("no room")
         at.webhooks.set_endpoints([endpoint(), endpoint("f")])
         await until(lambda: disk.calls["open_outbox"] > 2)
         assert [view.state for view in at.webhooks.views()] == ["closed", "starting"]
-        assert at.webhooks.hold_ms() > 0
+        assert at.webhooks.journal_hold_ms() > 0
         disk.faults["open_outbox"] = RuntimeError("oops")
-        monkeypatch.setattr("jobd.webhooks.manager.TROUBLE_S", 0.02)
+        monkeypatch.setattr("jobd.webhooks.manager.FAILURE_RETRY_S", 0.02)
         calls = disk.calls["open_outbox"]
         await until(lambda: disk.calls["open_outbox"] > calls + 1)
         disk.faults.clear()
@@ -508,8 +508,8 @@ async def test_whatever_fails_and_whoever_crashes_every_event_arrives_in_the_ord
     path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At least once, and none before the one that came before it in the same job."""
-    monkeypatch.setattr(dispatcher, "TROUBLE_S", 0.02)
-    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
+    monkeypatch.setattr(dispatcher, "FAILURE_RETRY_S", 0.02)
+    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     chance, maker = random.Random(seed), ChangeFactory(seed)
     taken: list[Delivery] = []
     jobs: dict[str, list[Job]] = {f"job-{number}": [] for number in range(12)}
@@ -569,12 +569,12 @@ async def test_what_does_not_fit_into_the_outbox_waits_in_the_journal(
 
 async def test_who_is_behind_keeps_the_journal_for_a_while(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "MAX_BACKLOG", 150)
-    monkeypatch.setattr(journal_reader, "LAGS_S", 0.1)
+    monkeypatch.setattr(journal_reader, "LAGGING_AFTER_S", 0.1)
     async with at_work(path, endpoint(give_up_after_ms=5 * DAY_MS), posts=Posts(lambda _: NO)) as at:
-        await until(lambda: at.webhooks.hold_ms() == 0)
+        await until(lambda: at.webhooks.journal_hold_ms() == 0)
         for first in range(0, 300, 100):
             await at.commit(*(at.maker.create(f"job-{first + number}") for number in range(100)))
-        await until(lambda: at.webhooks.hold_ms() == 5 * DAY_MS)
+        await until(lambda: at.webhooks.journal_hold_ms() == 5 * DAY_MS)
 
 
 async def test_who_was_away_for_longer_than_the_journal_is_told_of_the_gap(path: Path) -> None:
@@ -592,7 +592,7 @@ async def test_who_was_away_for_longer_than_the_journal_is_told_of_the_gap(path:
         gap = next(each for each in then.posts.taken if each.type == "events.gone")
         data = json.loads(gap.body)["data"]
         assert (data["after"], data["upto"]) == (1, 5 - len(left))
-        assert then.webhooks.figures()["e"].gaps == 1
+        assert then.webhooks.metrics()["e"].gaps == 1
     async with at_work(path, maker=at.maker) as later:
         await later.commit(later.maker.create("b"))
         await until(lambda: later.posts.types() == ["job.created"])
@@ -620,7 +620,7 @@ async def test_a_receiver_is_told_that_what_was_given_up_is_kept_no_longer(
         await until(lambda: at.webhooks.views()[0].given_up >= 12)
         count, _ = await at.webhooks.given_up("e")
         assert count == 5
-        gaps = at.webhooks.figures()["e"].gaps
+        gaps = at.webhooks.metrics()["e"].gaps
         assert gaps >= 1
         posts.answer = lambda _: YES
         await until(lambda: "events.gone" in posts.types())
@@ -639,13 +639,13 @@ async def test_a_gap_that_waits_is_not_put_behind_itself(path: Path, monkeypatch
     slow = replace(NO, retry_after_ms=60_000)
     posts = Posts(lambda each: slow if each.type == "events.gone" else NO)
     async with at_work(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
-        at.office.manners = replace(HASTY, retry_at_most_ms=60_000)
+        at.office.retry_policy = replace(HASTY, retry_at_most_ms=60_000)
         for number in range(9):
             await at.commit(*a_life(at.maker, f"job-{number}"))
         await until(lambda: at.webhooks.views()[0].given_up == 9)
         page = await at.webhooks.page("e", None, None, 99)
         assert [each.type for each in page.deliveries if each.state == "waiting"] == ["events.gone"]
-        assert at.webhooks.figures()["e"].gaps == 1
+        assert at.webhooks.metrics()["e"].gaps == 1
 
 
 # -- alerts ------------------------------------------------------------------------------------------------------------
@@ -698,7 +698,7 @@ async def test_who_asks_only_for_ends_of_alerts_gets_those(path: Path) -> None:
 async def test_an_alert_is_told_at_once_while_the_disk_is_full_and_by_the_outbox_once_there_is_room(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
+    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
         at.may_write = False
@@ -728,7 +728,7 @@ async def test_an_alert_is_told_at_once_while_the_disk_is_full_and_by_the_outbox
 async def test_an_alert_whose_writing_meets_the_full_disk_is_told_at_once_too(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "FULL_S", 0.02)
+    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
         disk.faults["plan_deliveries"] = DiskFull("no room")
@@ -744,13 +744,13 @@ async def test_an_alert_whose_writing_meets_the_full_disk_is_told_at_once_too(
 async def test_a_receiver_that_fails_while_the_disk_is_full_gets_a_few_tries_of_each_change_in_their_order(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "FULL_S", 0.01)
+    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.01)
     async with at_work(path, posts=Posts(lambda _: NO)) as at:
         at.may_write = False
         at.fire("database")
-        await until(lambda: len(at.posts.tried) == alert_source.TRIES)
+        await until(lambda: len(at.posts.tried) == alert_source.MAX_TRIES)
         await asyncio.sleep(0.3)
-        assert len(at.posts.tried) == alert_source.TRIES
+        assert len(at.posts.tried) == alert_source.MAX_TRIES
         assert at.webhooks.views()[0].last_error == NO.error
         at.posts.answer = lambda each: YES if each.type == "alert.resolved" else NO
         at.fire("stuck_jobs")
@@ -760,7 +760,7 @@ async def test_a_receiver_that_fails_while_the_disk_is_full_gets_a_few_tries_of_
         own = [each.type for each in at.posts.tried if each.subject == "alerts/stuck_jobs"]
         assert own == sorted(own)
         await asyncio.sleep(0.2)
-        assert len(at.posts.tried) == alert_source.TRIES + len(own)
+        assert len(at.posts.tried) == alert_source.MAX_TRIES + len(own)
         at.posts.answer = lambda _: YES
         at.may_write = True
         await until(lambda: at.webhooks.views()[0].delivered == 3)
@@ -769,7 +769,7 @@ async def test_a_receiver_that_fails_while_the_disk_is_full_gets_a_few_tries_of_
 async def test_of_an_alert_that_comes_and_goes_all_the_while_the_latest_is_held(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher, "FULL_S", 0.01)
+    monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.01)
     async with at_work(path, posts=Posts(lambda _: NO)) as at:
         at.may_write = False
         for number in range(9):
@@ -808,20 +808,20 @@ async def test_a_delivery_can_be_sent_again_whatever_became_of_it(path: Path) ->
         await at.commit(at.maker.create("a"))
         await until(lambda: at.webhooks.views()[0].delivered == 1)
         (sent,) = (await at.webhooks.page("e", None, None, 9)).deliveries
-        again = await at.webhooks.again("e", sent.id)
+        again = await at.webhooks.redeliver("e", sent.id)
         assert again is not None
         assert (again.state, again.tries) == ("waiting", 0)
         await until(lambda: at.webhooks.views()[0].delivered == 2)
         assert at.posts.taken[1].event_id == at.posts.taken[0].event_id
         assert at.posts.taken[1].body == at.posts.taken[0].body
-        assert await at.webhooks.again("e", 999) is None
+        assert await at.webhooks.redeliver("e", 999) is None
 
 
 async def _more_patient(at: Any) -> None:
     """Another courier in the place of the one that is at work, and not the one that is about to be dismissed."""
-    before = at.webhooks._couriers["e"]
+    before = at.webhooks._dispatchers["e"]
     at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
-    await until(lambda: at.webhooks._couriers.get("e") not in (None, before))
+    await until(lambda: at.webhooks._dispatchers.get("e") not in (None, before))
     await until(lambda: at.webhooks.views()[0].state == "closed")
 
 
@@ -829,14 +829,14 @@ async def test_one_that_waits_is_sent_at_once_even_in_a_break(path: Path) -> Non
     slow = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000, pause_ms=600_000, pause_at_most_ms=600_000)
     down = True
     async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
-        at.office.manners = slow
+        at.office.retry_policy = slow
         await _more_patient(at)
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
         await until(lambda: at.webhooks.views()[0].state == "open")
         await until(lambda: all(each.tries == 1 for each in at.posts.tried) or len(at.posts.tried) >= 5)
         down = False
         page = await at.webhooks.page("e", "waiting", None, 99)
-        again = await at.webhooks.again("e", page.deliveries[-1].id)
+        again = await at.webhooks.redeliver("e", page.deliveries[-1].id)
         assert again is not None
         await until(lambda: len(at.posts.taken) == 6)
 
@@ -845,7 +845,7 @@ async def test_a_test_ends_a_break(path: Path) -> None:
     """Whoever tests a receiver that was mended is not told five minutes later."""
     down = True
     async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
-        at.office.manners = replace(HASTY, pause_ms=600_000, pause_at_most_ms=600_000)
+        at.office.retry_policy = replace(HASTY, pause_ms=600_000, pause_at_most_ms=600_000)
         await _more_patient(at)
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
         await until(lambda: at.webhooks.views()[0].state == "open")
@@ -860,12 +860,12 @@ async def test_one_on_its_way_is_sent_again_at_once_if_it_fails(path: Path) -> N
     """It was asked for while the first try had not come back: that one's failure puts it off no more."""
     down = True
     async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
-        at.office.manners = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000)
+        at.office.retry_policy = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000)
         at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
         at.posts.gate.clear()
         await at.commit(at.maker.create("job-1"))
         await until(lambda: len(at.posts.tried) == 1)
-        assert await at.webhooks.again("e", at.posts.tried[0].id) is not None
+        assert await at.webhooks.redeliver("e", at.posts.tried[0].id) is not None
         at.posts.gate.set()
         await until(lambda: len(at.posts.tried) == 2)
 
@@ -885,19 +885,19 @@ async def test_those_that_went_before_a_try_was_asked_for_begin_no_new_break(pat
 
     posts = Hanging(lambda _: NO if down else YES)
     async with at_work(path, posts=posts) as at:
-        at.office.manners = slow
+        at.office.retry_policy = slow
         await _more_patient(at)
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(8)))
         await until(lambda: len(posts.tried) == 8 and at.webhooks.views()[0].state == "open")
         down = False
-        assert await at.webhooks.again("e", posts.tried[0].id) is not None
+        assert await at.webhooks.redeliver("e", posts.tried[0].id) is not None
         hanging.set()
         await until(lambda: len(posts.taken) == 8)
 
 
 async def test_all_that_was_given_up_is_sent_again_in_its_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each gets a try before it is given up for its age again."""
-    monkeypatch.setattr(dispatcher, "AT_ONCE", 10)
+    monkeypatch.setattr(dispatcher, "SLICE", 10)
     monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
     down = True
     posts = Posts(lambda _: NO if down else YES)
@@ -908,11 +908,11 @@ async def test_all_that_was_given_up_is_sent_again_in_its_order(path: Path, monk
         page = await at.webhooks.page("e", "given_up", None, 99)
         newest = page.deliveries[0].id
         monkeypatch.setattr(dispatcher, "MINUTE_MS", 60_000)
-        assert await at.webhooks.again_all("e", 0) == 0
+        assert await at.webhooks.redeliver_all("e", 0) == 0
         down = False
-        assert await at.webhooks.again_all("e", newest - 3) == 42
+        assert await at.webhooks.redeliver_all("e", newest - 3) == 42
         await until(lambda: at.webhooks.views()[0].delivered == 42)
-        assert await at.webhooks.again_all("e", None) == 3
+        assert await at.webhooks.redeliver_all("e", None) == 3
         await until(lambda: at.webhooks.views()[0].delivered == 45)
         assert at.webhooks.views()[0].given_up == 45
         for number in range(15):
@@ -920,7 +920,7 @@ async def test_all_that_was_given_up_is_sent_again_in_its_order(path: Path, monk
             assert own == ["job.created", "job.granted", "job.completed"]
         at.may_write = False
         with pytest.raises(DiskFull):
-            await at.webhooks.again_all("e", None)
+            await at.webhooks.redeliver_all("e", None)
 
 
 async def test_a_test_message_is_a_delivery_like_others(path: Path) -> None:
@@ -948,7 +948,7 @@ async def test_pages_of_deliveries_go_on_where_the_last_ended(path: Path) -> Non
 async def test_a_new_configuration_is_taken_over_at_work(path: Path) -> None:
     async with at_work(path, endpoint("stays"), endpoint("goes"), endpoint("changes")) as at:
         at.webhooks.set_endpoints([endpoint("stays"), endpoint("changes", events=FINISHED), endpoint("comes")])
-        await until(lambda: sorted(at.webhooks.figures()) == ["changes", "comes", "stays"])
+        await until(lambda: sorted(at.webhooks.metrics()) == ["changes", "comes", "stays"])
         await until(lambda: at.posts.open == 3)
         await until(lambda: all(view.state == "closed" for view in at.webhooks.views()))
         await asyncio.sleep(0.1)

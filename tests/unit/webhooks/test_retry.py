@@ -14,14 +14,14 @@ from jobd.webhooks.retry import (
     PAUSE_MS,
     RETRY_AT_MOST_MS,
     RETRY_MS,
-    Breaker,
-    Manners,
-    is_given_up,
+    CircuitBreaker,
+    RetryPolicy,
+    is_exhausted,
     retry_wait_ms,
 )
 from tests.support.factories import NOW
 
-MANNERS = Manners()
+MANNERS = RetryPolicy()
 ENDPOINT = WebhookEndpoint("e", "https://x", (b"k" * 24,))
 DELIVERY = Delivery(1, "e", "waiting", "jobs/a", "job.completed", "evt", 1, 0, 0, 0, None, None, None, b"{}")
 NO = DeliveryOutcome(500, "500")
@@ -55,11 +55,11 @@ def test_waits_double_and_spread_and_have_an_end(tries: int, chance: float, aske
 )
 def test_it_takes_both_age_and_tries_to_give_up(tries: int, age_ms: int, given_up: bool) -> None:
     for at in (0, NOW):
-        assert is_given_up(replace(DELIVERY, tries=tries, at=at), ENDPOINT, at + age_ms, MANNERS) is given_up
+        assert is_exhausted(replace(DELIVERY, tries=tries, at=at), ENDPOINT, at + age_ms, MANNERS) is given_up
 
 
-def opened(at: int = 1_000, breaker: Breaker | None = None) -> Breaker:
-    breaker = breaker or Breaker(MANNERS)
+def opened(at: int = 1_000, breaker: CircuitBreaker | None = None) -> CircuitBreaker:
+    breaker = breaker or CircuitBreaker(MANNERS)
     for number in range(OPENS_AFTER):
         assert breaker.state(at) == "closed"
         assert breaker.failed(NO, at, 1.0) is (number == OPENS_AFTER - 1)
@@ -67,7 +67,7 @@ def opened(at: int = 1_000, breaker: Breaker | None = None) -> Breaker:
 
 
 def test_failures_in_a_row_open_it_and_a_success_between_them_does_not() -> None:
-    breaker = Breaker(MANNERS)
+    breaker = CircuitBreaker(MANNERS)
     for _ in range(OPENS_AFTER - 1):
         assert not breaker.failed(NO, 5, 1.0)
     assert breaker.since == 5
@@ -109,22 +109,22 @@ def test_those_that_were_on_their_way_make_no_pause_longer() -> None:
 
 
 def test_chance_spreads_the_end_of_a_pause() -> None:
-    breaker = Breaker(Manners(opens_after=1))
+    breaker = CircuitBreaker(RetryPolicy(opens_after=1))
     assert breaker.failed(NO, 0, 0.0)
     assert breaker.until == PAUSE_MS // 2
 
 
 def test_who_asks_for_a_longer_pause_gets_it_within_bounds() -> None:
-    breaker = Breaker(Manners(opens_after=1))
+    breaker = CircuitBreaker(RetryPolicy(opens_after=1))
     assert breaker.failed(replace(NO, retry_after_ms=60_000), 0, 0.0)
     assert breaker.until == 60_000
-    breaker = Breaker(Manners(opens_after=1))
+    breaker = CircuitBreaker(RetryPolicy(opens_after=1))
     assert breaker.failed(replace(NO, retry_after_ms=DAY_MS), 0, 0.0)
     assert breaker.until == PAUSE_AT_MOST_MS
 
 
 def test_where_nobody_lives_any_more_the_first_failure_is_enough() -> None:
-    breaker = Breaker(MANNERS)
+    breaker = CircuitBreaker(MANNERS)
     assert breaker.failed(DeliveryOutcome(410, "410", gone=True), 0, 1.0)
     assert breaker.until == PAUSE_AT_MOST_MS
     assert breaker.failed(NO, PAUSE_AT_MOST_MS, 1.0), "a trial that fails, whatever it fails with"

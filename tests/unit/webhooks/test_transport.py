@@ -18,7 +18,7 @@ from standardwebhooks import Webhook
 
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks import transport
-from jobd.webhooks.transport import Resolver, Sender
+from jobd.webhooks.transport import HttpTransport, Resolver
 from tests.support.http_harness import tls_pair
 from tests.support.webhook_receiver import Receiver, echoing, rude, saying
 
@@ -35,16 +35,16 @@ def receiver() -> Iterator[Receiver]:
 
 
 @pytest.fixture
-async def sender() -> AsyncIterator[Sender]:
-    made = Sender(allow_private=True, most=4, wall=lambda: time.time_ns() // 1_000_000)
+async def sender() -> AsyncIterator[HttpTransport]:
+    made = HttpTransport(allow_private=True, most=4, wall=lambda: time.time_ns() // 1_000_000)
     yield made
     await made.close()
 
 
 @pytest.fixture
-async def careful() -> AsyncIterator[Sender]:
+async def careful() -> AsyncIterator[HttpTransport]:
     """One that goes to no private address."""
-    made = Sender(allow_private=False, most=4, wall=lambda: time.time_ns() // 1_000_000)
+    made = HttpTransport(allow_private=False, most=4, wall=lambda: time.time_ns() // 1_000_000)
     yield made
     await made.close()
 
@@ -53,7 +53,9 @@ def to(url: str, **fields: Any) -> WebhookEndpoint:
     return WebhookEndpoint("e", url, (KEY,), **fields)
 
 
-async def test_a_message_arrives_as_it_is_signed_and_others_verify_it(sender: Sender, receiver: Receiver) -> None:
+async def test_a_message_arrives_as_it_is_signed_and_others_verify_it(
+    sender: HttpTransport, receiver: Receiver
+) -> None:
     assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(204)
     (heard,) = receiver.heard
     assert heard.body == DELIVERY.body
@@ -65,7 +67,7 @@ async def test_a_message_arrives_as_it_is_signed_and_others_verify_it(sender: Se
     assert Webhook(secret).verify(heard.body, headers) == {"a": "ü"}
 
 
-async def test_a_connection_is_used_again(sender: Sender, receiver: Receiver) -> None:
+async def test_a_connection_is_used_again(sender: HttpTransport, receiver: Receiver) -> None:
     ports = set()
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -80,13 +82,13 @@ async def test_a_connection_is_used_again(sender: Sender, receiver: Receiver) ->
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
-async def test_every_2xx_is_taken(sender: Sender, receiver: Receiver, status: int) -> None:
+async def test_every_2xx_is_taken(sender: HttpTransport, receiver: Receiver, status: int) -> None:
     receiver.answer = saying(status)
     assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(status)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-async def test_no_redirect_is_followed(sender: Sender, receiver: Receiver, status: int) -> None:
+async def test_no_redirect_is_followed(sender: HttpTransport, receiver: Receiver, status: int) -> None:
     receiver.answer = saying(status, Location=f"http://127.0.0.1:{receiver.port}/elsewhere")
     outcome = await sender.post(to(receiver.url), DELIVERY)
     assert outcome.status == status
@@ -94,7 +96,7 @@ async def test_no_redirect_is_followed(sender: Sender, receiver: Receiver, statu
     assert [heard.path for heard in receiver.heard] == ["/hook"]
 
 
-async def test_a_refusal_is_told_in_one_short_line(sender: Sender, receiver: Receiver) -> None:
+async def test_a_refusal_is_told_in_one_short_line(sender: HttpTransport, receiver: Receiver) -> None:
     receiver.answer = saying(500, "böse\n\x1b[31mrot " + "x" * 5_000)
     outcome = await sender.post(to(receiver.url), DELIVERY)
     assert outcome.error is not None
@@ -110,13 +112,13 @@ async def test_a_refusal_is_told_in_one_short_line(sender: Sender, receiver: Rec
     [("7", 7_000), ("99999", 3_600_000), ("", None), ("soon", None), ("-1", None), ("9" * 40, None), ("²", None)],
 )
 async def test_who_asks_for_a_pause_is_heard(
-    sender: Sender, receiver: Receiver, header: str, wait_ms: int | None
+    sender: HttpTransport, receiver: Receiver, header: str, wait_ms: int | None
 ) -> None:
     receiver.answer = saying(503, **{"Retry-After": header})
     assert (await sender.post(to(receiver.url), DELIVERY)).retry_after_ms == wait_ms
 
 
-async def test_gone_is_gone(sender: Sender, receiver: Receiver) -> None:
+async def test_gone_is_gone(sender: HttpTransport, receiver: Receiver) -> None:
     receiver.answer = saying(410)
     assert (await sender.post(to(receiver.url), DELIVERY)).gone
 
@@ -130,7 +132,9 @@ async def endless(status: int, request: web.Request) -> web.StreamResponse:
 
 
 @pytest.mark.parametrize("status", [200, 500])
-async def test_of_an_answer_without_end_a_beginning_is_read(sender: Sender, receiver: Receiver, status: int) -> None:
+async def test_of_an_answer_without_end_a_beginning_is_read(
+    sender: HttpTransport, receiver: Receiver, status: int
+) -> None:
     receiver.answer = lambda request: endless(status, request)
     begun = time.monotonic()
     outcome = await sender.post(to(receiver.url), DELIVERY)
@@ -149,15 +153,15 @@ async def slow(status: int, request: web.Request) -> web.StreamResponse:
 
 
 async def test_a_yes_counts_however_slowly_it_goes_on(
-    sender: Sender, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    sender: HttpTransport, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transport, "HEAR_OUT_S", 0.1)
+    monkeypatch.setattr(transport, "DRAIN_S", 0.1)
     receiver.answer = lambda request: slow(200, request)
     assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(200)
 
 
 @pytest.mark.parametrize("begins", [True, False])
-async def test_an_answer_that_is_too_slow_is_none(sender: Sender, receiver: Receiver, begins: bool) -> None:
+async def test_an_answer_that_is_too_slow_is_none(sender: HttpTransport, receiver: Receiver, begins: bool) -> None:
     async def silent(_: web.Request) -> web.StreamResponse:
         await asyncio.sleep(20)
         raise AssertionError
@@ -170,7 +174,7 @@ async def test_an_answer_that_is_too_slow_is_none(sender: Sender, receiver: Rece
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200\x00 OK\r\n" + b"x" * 100_000, b"SSH-2.0-x\r\n"])
-async def test_who_hangs_up_or_speaks_no_http_has_not_taken_it(sender: Sender, answer: bytes) -> None:
+async def test_who_hangs_up_or_speaks_no_http_has_not_taken_it(sender: HttpTransport, answer: bytes) -> None:
     with rude(lambda _: answer) as port:
         outcome = await sender.post(to(f"http://127.0.0.1:{port}/"), DELIVERY)
     assert outcome.status is None
@@ -179,7 +183,7 @@ async def test_who_hangs_up_or_speaks_no_http_has_not_taken_it(sender: Sender, a
     assert len(outcome.error) < 250
 
 
-async def test_nobody_there_is_told_with_its_place(sender: Sender) -> None:
+async def test_nobody_there_is_told_with_its_place(sender: HttpTransport) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     outcome = await sender.post(to(f"http://127.0.0.1:{port}/?token=hush"), DELIVERY)
@@ -207,7 +211,7 @@ FAILURES: dict[str, tuple[bytes, int, str]] = {
 
 
 @pytest.mark.parametrize("why", FAILURES)
-async def test_of_the_url_only_the_place_is_told_whatever_is_answered(sender: Sender, why: str) -> None:
+async def test_of_the_url_only_the_place_is_told_whatever_is_answered(sender: HttpTransport, why: str) -> None:
     head, more, said = FAILURES[why]
     with rude(echoing(head, more)) as port:
         outcome = await sender.post(to(f"http://127.0.0.1:{port}{PLACE}", timeout_ms=5_000), DELIVERY)
@@ -217,7 +221,7 @@ async def test_of_the_url_only_the_place_is_told_whatever_is_answered(sender: Se
     assert len(outcome.error) < 250
 
 
-async def test_nor_is_more_told_where_nobody_answers(sender: Sender) -> None:
+async def test_nor_is_more_told_where_nobody_answers(sender: HttpTransport) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     outcome = await sender.post(to(f"http://127.0.0.1:{port}{PLACE}"), DELIVERY)
@@ -226,13 +230,15 @@ async def test_nor_is_more_told_where_nobody_answers(sender: Sender) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.1", "300.300.300.300", "x\\y", "nobody.invalid", "a..b", "[::1%25]"])
-async def test_nor_is_it_of_one_that_leads_nowhere(sender: Sender, host: str) -> None:
+async def test_nor_is_it_of_one_that_leads_nowhere(sender: HttpTransport, host: str) -> None:
     outcome = await sender.post(to(f"http://{host}{PLACE}", timeout_ms=5_000), DELIVERY)
     assert outcome.error is not None
     assert [secret for secret in HUSH if secret.lower() in outcome.error.lower()] == []
 
 
-async def test_nor_where_the_certificate_is_wrong(sender: Sender, careful: Sender, tmp_path: Path) -> None:
+async def test_nor_where_the_certificate_is_wrong(
+    sender: HttpTransport, careful: HttpTransport, tmp_path: Path
+) -> None:
     with rude(lambda _: b"", (await tls_pair(tmp_path))[0]) as port:
         for each, place in (
             (sender, f"localhost:{port}"),
@@ -248,7 +254,7 @@ async def test_nor_where_the_certificate_is_wrong(sender: Sender, careful: Sende
         assert "HUSH" not in outcome.error
 
 
-async def test_a_certificate_that_nobody_vouches_for_is_refused(sender: Sender, tmp_path: Path) -> None:
+async def test_a_certificate_that_nobody_vouches_for_is_refused(sender: HttpTransport, tmp_path: Path) -> None:
     with rude(lambda _: b"HTTP/1.1 200 OK\r\n\r\n", (await tls_pair(tmp_path))[0]) as port:
         outcome = await sender.post(to(f"https://localhost:{port}/"), DELIVERY)
     assert outcome.error is not None
@@ -267,7 +273,7 @@ async def test_over_tls_that_is_trusted_it_arrives(tmp_path: Path) -> None:
     runner = web.ServerRunner(web.Server(handle))
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=ours).start()
-    trusting = Sender(allow_private=True, most=1, wall=lambda: 0, tls=theirs)
+    trusting = HttpTransport(allow_private=True, most=1, wall=lambda: 0, tls=theirs)
     port = runner.addresses[0][1]
     assert (await trusting.post(to(f"https://localhost:{port}/"), DELIVERY)).error is None
     other_name = await trusting.post(to(f"https://127.0.0.1:{port}/"), DELIVERY)
@@ -284,7 +290,7 @@ async def test_over_tls_that_is_trusted_it_arrives(tmp_path: Path) -> None:
     "host",
     ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "127.1", "2130706433", "0x7f.1", "0.0.0.0", "10.0.0.1"],
 )
-async def test_nothing_goes_inside(careful: Sender, receiver: Receiver, host: str) -> None:
+async def test_nothing_goes_inside(careful: HttpTransport, receiver: Receiver, host: str) -> None:
     outcome = await careful.post(to(f"http://{host}:{receiver.port}/hook", timeout_ms=2_000), DELIVERY)
     assert outcome.error is not None
     assert "webhooks do not go there" in outcome.error or "canonical" in outcome.error
@@ -292,7 +298,7 @@ async def test_nothing_goes_inside(careful: Sender, receiver: Receiver, host: st
 
 
 async def test_it_is_the_address_that_counts_whatever_the_name_stood_for_before(
-    careful: Sender, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    careful: HttpTransport, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DNS that says another address each time: there is no look before the one that is connected to."""
     asked = []
@@ -311,14 +317,14 @@ async def test_it_is_the_address_that_counts_whatever_the_name_stood_for_before(
 
 
 async def test_no_proxy_of_the_environment_is_asked(
-    sender: Sender, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    sender: HttpTransport, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9/")
     assert (await sender.post(to(receiver.url), DELIVERY)).error is None
 
 
-async def test_cookies_are_not_kept(sender: Sender, receiver: Receiver) -> None:
+async def test_cookies_are_not_kept(sender: HttpTransport, receiver: Receiver) -> None:
     receiver.answer = saying(200, **{"Set-Cookie": "session=1; Path=/"})
     for _ in range(2):
         await sender.post(to(receiver.url), DELIVERY)
@@ -328,13 +334,13 @@ async def test_cookies_are_not_kept(sender: Sender, receiver: Receiver) -> None:
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_name_that_is_none_is_told(sender: Sender) -> None:
+async def test_a_name_that_is_none_is_told(sender: HttpTransport) -> None:
     outcome = await sender.post(to("http://nobody.invalid/"), DELIVERY)
     assert "The name nobody.invalid cannot be looked up" in (outcome.error or "")
 
 
 async def test_a_name_server_that_hangs_costs_one_try_and_is_asked_by_so_many(
-    sender: Sender, monkeypatch: pytest.MonkeyPatch
+    sender: HttpTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
 
@@ -343,7 +349,7 @@ async def test_a_name_server_that_hangs_costs_one_try_and_is_asked_by_so_many(
         raise OSError("at last")
 
     monkeypatch.setattr(socket, "getaddrinfo", hanging)
-    monkeypatch.setattr(transport, "LOOKUPS", 2)
+    monkeypatch.setattr(transport, "MAX_LOOKUPS", 2)
     try:
         begun = time.monotonic()
         for _ in range(2):
@@ -363,7 +369,7 @@ async def test_names_are_looked_up() -> None:
         await Resolver().resolve("a" * 70 + ".test", 80, socket.AF_INET)
 
 
-async def test_settings_that_change_are_used_at_the_next_try(sender: Sender, receiver: Receiver) -> None:
+async def test_settings_that_change_are_used_at_the_next_try(sender: HttpTransport, receiver: Receiver) -> None:
     await sender.post(to(receiver.url), DELIVERY)
     await sender.post(replace(to(receiver.url), secrets=(b"n" * 24, KEY)), DELIVERY)
     assert [len(heard.headers["webhook-signature"].split()) for heard in receiver.heard] == [1, 2]

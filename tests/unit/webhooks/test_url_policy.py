@@ -6,7 +6,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from jobd.webhooks.url_policy import why_not
+from jobd.webhooks.url_policy import blocked_reason
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ from jobd.webhooks.url_policy import why_not
     ],
 )
 def test_no_address_of_ours_is_let_through(address: str, said: str) -> None:
-    why = why_not(address)
+    why = blocked_reason(address)
     assert why is not None
     assert why.partition(",")[0] == said
 
@@ -106,7 +106,7 @@ def test_no_block_of_the_registries_is_let_through(block: str) -> None:
 
 
 def passes(address: object) -> bool:
-    return why_not(str(address)) is None
+    return blocked_reason(str(address)) is None
 
 
 @pytest.mark.parametrize(
@@ -132,4 +132,4 @@ def passes(address: object) -> bool:
     ],
 )
 def test_public_addresses_are(address: str) -> None:
-    assert why_not(address) is None
+    assert blocked_reason(address) is None

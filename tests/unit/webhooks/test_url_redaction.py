@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from jobd.webhooks import webhook_url
-from jobd.webhooks.webhook_url import hushed
+from jobd.webhooks import url_policy
+from jobd.webhooks.url_policy import redacted
 
 
 @pytest.mark.parametrize(
@@ -22,7 +22,7 @@ from jobd.webhooks.webhook_url import hushed
     ],
 )
 def test_of_a_url_the_host_is_shown(url: str, shown: str) -> None:
-    assert webhook_url.shown(url) == shown
+    assert url_policy.public_url(url) == shown
 
 
 URL = "https://me:hushhush@h.test:81/Hush-123/v1/a%2fb%20c/api?token=h+ush&k=l=m4n5&e%20f+g=seven77"
@@ -47,13 +47,13 @@ URL = "https://me:hushhush@h.test:81/Hush-123/v1/a%2fb%20c/api?token=h+ush&k=l=m
     ],
 )
 def test_what_is_said_of_a_url_is_left_out(said: str, told: str) -> None:
-    assert hushed(URL, said) == told
+    assert redacted(URL, said) == told
 
 
 def test_of_two_secrets_the_longer_is_left_out_as_a_whole() -> None:
-    assert hushed("https://h.test/abcdefgh/ABCDEFGHIJ", "abcdefghij, ABCDEFGH") == "…, …"
+    assert redacted("https://h.test/abcdefgh/ABCDEFGHIJ", "abcdefghij, ABCDEFGH") == "…, …"
 
 
 def test_a_url_without_a_path_has_nothing_to_leave_out() -> None:
-    assert hushed("https://x.test/", "All / is said, … too.") == "All / is said, … too."
-    assert hushed("https://x.test/hook", "hook, webhook, hooks") == "…, webhook, hooks"
+    assert redacted("https://x.test/", "All / is said, … too.") == "All / is said, … too."
+    assert redacted("https://x.test/hook", "hook, webhook, hooks") == "…, webhook, hooks"
