@@ -305,7 +305,7 @@ class Daemon:
         metrics = Metrics(
             self.actor, self.cleaner, self.alerts, self.clock, self._sweeps, store.path, self._apps, self.feed
         )
-        metrics.webhooks = self.webhooks.figures
+        metrics.webhooks = self.webhooks.metrics
         _run_in_background(stack, "metrics", metrics)
         planner = Planner(self.actor, self.clock)
         stack.push_async_callback(planner.close)
