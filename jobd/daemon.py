@@ -44,13 +44,13 @@ from jobd.http.app import App
 from jobd.http.auth import Authenticator, own_names
 from jobd.http.decoding import Limits
 from jobd.http.server import HttpListener, is_in_use
-from jobd.maintenance.artifact_sweeper import Sweeper, Sweeps
-from jobd.maintenance.backups import Copies
-from jobd.maintenance.cleanup_pass import Schedule
-from jobd.maintenance.maintainer import Cleaner, read_beside, read_figures
+from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
+from jobd.maintenance.backups import Backups
+from jobd.maintenance.cleanup_pass import CleanupSchedule
+from jobd.maintenance.maintainer import Maintainer, read_extra, read_figures
 from jobd.maintenance.plans import Planner
-from jobd.maintenance.scrubber import RowWalk
-from jobd.maintenance.suspend_detector import Presence
+from jobd.maintenance.scrubber import Scrubber
+from jobd.maintenance.suspend_detector import SuspendDetector
 from jobd.model.commands import EndGrants, ExtendAfterPause, Ping
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import Response
@@ -58,10 +58,10 @@ from jobd.model.storage import DiskFull, OpenedStore, StoredResponse
 from jobd.model.webhooks import WebhookEndpoint
 from jobd.monitoring import event_log
 from jobd.monitoring.alerts import Alerts, Thresholds
-from jobd.monitoring.failure_groups import Failures
+from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
-from jobd.monitoring.timeseries import Recorder
+from jobd.monitoring.timeseries import Timeseries
 from jobd.storage.artifacts.base import ArtifactStore, ArtifactStoreError
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileArtifactStore
@@ -143,19 +143,19 @@ class Daemon:
         store.on_broken = self.actor.lose_disk
         self.feed = EventFeed(store, opened.numbers.next_event - 1, settings.limits.event_streams)
         self.actor.on_commit.append(self.feed.publish)
-        self.failures = Failures(store, opened.numbers.next_job, opened.jobs)
+        self.failures = FailureGroups(store, opened.numbers.next_job, opened.jobs)
         self.actor.on_commit.append(self.failures.committed)
         self._recover_processing(opened)
         self._running = asyncio.create_task(self.actor.run(), name="actor")
         self._running.add_done_callback(lambda _: self._stop.set())
         stack.push_async_callback(self._stop_actor)
         self.webhooks = self._make_webhooks(store)
-        self.cleaner = Cleaner(self.actor, self.clock, _schedule(settings))
+        self.cleaner = Maintainer(self.actor, self.clock, _schedule(settings))
         self.cleaner.hold_journal(self.webhooks.journal_hold_ms)
         _run_in_background(stack, "cleanup", self.cleaner)
         _run_in_background(stack, "failures", self.failures)
-        presence = Presence(self._on_pause)
-        self.actor.look = presence.look
+        presence = SuspendDetector(self._on_pause)
+        self.actor.look = presence.check
         _run_in_background(stack, "presence", presence)
         sweeper = await self._start_sweeper(store, opened, stack)
         self.services = self._make_services(store, opened, sweeper, stack)
@@ -252,16 +252,16 @@ class Daemon:
 
     async def _start_sweeper(
         self, store: Store, opened: OpenedStore, stack: contextlib.AsyncExitStack
-    ) -> Sweeper | None:
+    ) -> ArtifactSweeper | None:
         """Artifacts of deleted jobs are deleted, where there is a store of them."""
-        self._sweeps = Sweeps(waiting=opened.tombstones)
+        self._sweeps = SweepStats(waiting=opened.tombstones)
         self._artifacts = await _open_artifacts(self._loaded)
         if self._artifacts is None:
             if opened.tombstones:
                 log.warning("artifacts_wait", tombstones=opened.tombstones, reason="artifacts.url is not set any more")
             return None
         stack.push_async_callback(self._artifacts.close)
-        sweeper = Sweeper(store, self._artifacts, self.clock, self._sweeps)
+        sweeper = ArtifactSweeper(store, self._artifacts, self.clock, self._sweeps)
         store.on_tombstones = sweeper.expect
         _run_in_background(stack, "sweeper", sweeper)
         return sweeper
@@ -287,7 +287,7 @@ class Daemon:
         return webhooks
 
     def _make_services(
-        self, store: Store, opened: OpenedStore, sweeper: Sweeper | None, stack: contextlib.AsyncExitStack
+        self, store: Store, opened: OpenedStore, sweeper: ArtifactSweeper | None, stack: contextlib.AsyncExitStack
     ) -> Services:
         settings = self._loaded.config
         health = Health(
@@ -315,8 +315,8 @@ class Daemon:
         _run_in_background(stack, "webhooks", self.webhooks)
         return Services(
             self.actor,
-            Copies(store, lambda: self.clock.moment().now),
-            RowWalk(store),
+            Backups(store, lambda: self.clock.moment().now),
+            Scrubber(store),
             self.clock,
             self.cleaner,
             health,
@@ -346,9 +346,9 @@ class Daemon:
             read_only_tokens=self._loaded.read_only_tokens,
             hosts=_admin_hosts(settings, given.get("admin")),
         )
-        recorder = Recorder.opened(read_beside(figures), self.clock.moment().now)
-        self.actor.on_commit.append(recorder.note)
-        self.cleaner.save_beside(recorder.kept)
+        recorder = Timeseries.opened(read_extra(figures), self.clock.moment().now)
+        self.actor.on_commit.append(recorder.record)
+        self.cleaner.save_extra(recorder.saved)
         self._dashboard = await asyncio.to_thread(Dashboard, self._admin_authenticator, recorder)
         calls = (*admin_api.ROUTES, *self._dashboard.routes(), worker.DOCUMENT)
         admin = App(
@@ -621,9 +621,9 @@ async def _open_artifacts(loaded: LoadedConfig) -> ArtifactStore | None:
         raise CannotStart(f"artifacts.url: {fault}", EXIT_CONFIG) from None
 
 
-def _schedule(settings: Config) -> Schedule:
+def _schedule(settings: Config) -> CleanupSchedule:
     cleanup = settings.cleanup
-    return Schedule(
+    return CleanupSchedule(
         interval_ms=int(cleanup.interval),
         min_interval_ms=int(cleanup.min_interval),
         recover_every_ms=int(cleanup.recover_every),

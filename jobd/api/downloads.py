@@ -22,7 +22,7 @@ from jobd.http.app import App
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S
 from jobd.http.streaming import finish, write
-from jobd.maintenance.backups import Copy
+from jobd.maintenance.backups import Backup
 from jobd.model.commands import BackupId, Command, Get, JobCommand, LateResults
 from jobd.model.errors import ApiError
 from jobd.model.responses import JobView, LateResultList, LateResultView
@@ -153,7 +153,7 @@ async def send_backup(app: App[Services], ctx: RequestContext, asked: BackupRequ
         left = None
         return response
     finally:
-        copy.leave(left)
+        copy.close(left)
 
 
 async def _while_there(app: App[Services], ctx: RequestContext, work: Coroutine[Any, Any, T]) -> T:
@@ -172,11 +172,11 @@ async def _while_there(app: App[Services], ctx: RequestContext, work: Coroutine[
     return task.result()
 
 
-async def _send_backup(response: web.StreamResponse, copy: Copy, ctx: RequestContext) -> None:
+async def _send_backup(response: web.StreamResponse, copy: Backup, ctx: RequestContext) -> None:
     transport = ctx.connection.transport
     left = copy.size
     try:
-        while left > 0 and (piece := await copy.more()):
+        while left > 0 and (piece := await copy.read()):
             left -= len(piece)
             await write(response, piece)
         with contextlib.suppress(ConnectionError):  # who has all of it may hang up at once

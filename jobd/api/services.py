@@ -17,11 +17,11 @@ from jobd.engine.actor import Actor
 from jobd.engine.change_watchers import Watcher
 from jobd.engine.clock import Clock
 from jobd.engine.event_feed import EventFeed, Subscriber
-from jobd.maintenance.backups import Copies, Copy
-from jobd.maintenance.maintainer import Cleaner
+from jobd.maintenance.backups import Backup, Backups
+from jobd.maintenance.maintainer import Maintainer
 from jobd.maintenance.plans import Planner
-from jobd.maintenance.preview import LOOK_S
-from jobd.maintenance.scrubber import RowWalk
+from jobd.maintenance.preview import SCAN_S
+from jobd.maintenance.scrubber import Scrubber
 from jobd.model.commands import MakePlan, Operator, TakeBack, Tick
 from jobd.model.errors import ApiError
 from jobd.model.events import EventFilter
@@ -50,7 +50,7 @@ from jobd.model.responses import (
 )
 from jobd.model.storage import DiskFull
 from jobd.monitoring.alerts import Alerts
-from jobd.monitoring.failure_groups import Failures
+from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import Metrics
 from jobd.storage.artifacts.downloads import Download, Downloads
@@ -63,23 +63,23 @@ class Services(Struct):
     """The parts of a running daemon. `is_open` is false before the doors are open and once they close."""
 
     actor: Actor
-    copies: Copies
-    row_walk: RowWalk
+    copies: Backups
+    row_walk: Scrubber
     clock_: Clock
-    cleaner: Cleaner
+    cleaner: Maintainer
     health_: Health
     alerts_: Alerts
     metrics_: Metrics
     feed: EventFeed
     downloads: Downloads
     planner: Planner
-    failures_: Failures
+    failures_: FailureGroups
     webhooks_: WebhookManager
     runs: Callable[[], bool]
     is_open: bool = False
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport:
-        return await self.cleaner.run_pass(forced=forced)
+        return await self.cleaner.run_cleanup(forced=forced)
 
     def cleanup_state(self) -> CleanupState:
         return self.cleaner.state()
@@ -93,7 +93,7 @@ class Services(Struct):
     def failures(self, limit: int) -> FailuresView:
         return self.failures_.view(limit)
 
-    async def preview(self, look_s: float = LOOK_S) -> PreviewView | ApiError:
+    async def preview(self, look_s: float = SCAN_S) -> PreviewView | ApiError:
         return await self.cleaner.preview(look_s)
 
     async def make_plan(self, asked: MakePlan) -> PlanView | ApiError:
@@ -145,12 +145,12 @@ class Services(Struct):
         """The first names of queues, for who is about to write one: without their counts it is no view of jobs."""
         return list(islice(self.actor.book.queue_names, most))
 
-    async def backup(self, id_: str) -> Copy | ApiError:
+    async def backup(self, id_: str) -> Backup | ApiError:
         log.info("backup_started", by="admin")
         return await self.copies.begin(id_)
 
     async def check_rows(self, cursor: str | None) -> CheckedRows | ApiError:
-        return await self.row_walk.go_on(cursor)
+        return await self.row_walk.scan(cursor)
 
     def backups(self) -> list[BackupView]:
         return self.copies.views()

@@ -66,7 +66,7 @@ from jobd.model.responses import (
     WorkerList,
     late_results_note,
 )
-from jobd.monitoring.timeseries import Recorder
+from jobd.monitoring.timeseries import Timeseries
 
 PageData = dict[str, Any]
 
@@ -149,7 +149,7 @@ async def query_responses(viewer: Viewer, *commands: Command) -> list[Response]:
     return [answer for answer in found if isinstance(answer, Response)]
 
 
-async def overview(viewer: Viewer, recorder: Recorder) -> PageData:
+async def overview(viewer: Viewer, recorder: Timeseries) -> PageData:
     stats: StatsView
     workers: WorkerList
     stats, workers, paused = await query(
@@ -336,7 +336,7 @@ async def failures(viewer: Viewer) -> PageData:
     return {"found": viewer.app.services.failures(MAX_GROUPS), **banners(viewer, paused)}
 
 
-async def queues(viewer: Viewer, recorder: Recorder, wanted: QueuesPageQuery) -> PageData:
+async def queues(viewer: Viewer, recorder: Timeseries, wanted: QueuesPageQuery) -> PageData:
     """In the order of their names, which stays: a row that moves away under a finger is another queue's."""
     found: QueueList
     found, paused = await query(viewer, Queues(limit=MAX_QUEUES, cursor=wanted.cursor), PAUSED_QUEUES)

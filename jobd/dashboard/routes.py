@@ -47,7 +47,7 @@ from jobd.model.commands import Command, Get, JobCommand, PlanCommand
 from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.job import Text as Words
 from jobd.model.responses import JobView, Response
-from jobd.monitoring.timeseries import Recorder
+from jobd.monitoring.timeseries import Timeseries
 
 WITHOUT_FLASH: Final = ("live.html", "docs.html")  # what was done is told by the page that comes next, which is neither
 
@@ -73,7 +73,7 @@ class Dashboard:
     """The room behind one gate. Reads static files: make it off the loop, and `warm` it later."""
 
     def __init__(
-        self, gate: Authenticator, recorder: Recorder, *, clock_s: Callable[[], float] = time.monotonic
+        self, gate: Authenticator, recorder: Timeseries, *, clock_s: Callable[[], float] = time.monotonic
     ) -> None:
         self.sessions = Sessions(gate.permission_of, clock_s)
         self._assets = Assets()

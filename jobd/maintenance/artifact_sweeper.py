@@ -28,14 +28,14 @@ POLL_S: Final = 3.0  # while tombstones wait that are not due
 CALL_S: Final = 10.0  # for one object
 RETRY_MS: Final = 2 * SECOND_MS  # after the first failure, then twice as long each time
 RETRY_AT_MOST_MS: Final = 10 * MINUTE_MS
-COMPLAIN_AFTER_S: Final = 300.0
-FAILING_KEPT: Final = 1_000  # whose first failure is remembered
+DEGRADED_AFTER_S: Final = 300.0
+MAX_FAILING: Final = 1_000  # whose first failure is remembered
 # They stand beside the numbers of tombstones: those that cannot be read, and the store of jobs itself.
 DAMAGED: Final = "damaged"
 STORE: Final = "store"
 
 
-class Sweeps(Struct):
+class SweepStats(Struct):
     """Tombstones that wait, and what was done since the process started, for metrics."""
 
     waiting: int = 0
@@ -45,19 +45,19 @@ class Sweeps(Struct):
     behind_ms: int = 0  # since the first of those that are due could have been deleted
 
 
-class End(Struct, frozen=True):
+class SweepResult(Struct, frozen=True):
     """What came of one tombstone. `failed` is a sentence."""
 
     tombstone: Tombstone
     outcome: Deletion | None
-    failed: str = ""
+    error: str = ""
 
 
-class Sweeper:
+class ArtifactSweeper:
     """`run` sweeps until `stop`. `expect` is told of new tombstones, and wakes it."""
 
     def __init__(
-        self, disk: Storage, store: ArtifactStore, clock: Clock, sweeps: Sweeps, margins: Margins = MARGINS
+        self, disk: Storage, store: ArtifactStore, clock: Clock, sweeps: SweepStats, margins: Margins = MARGINS
     ) -> None:
         self.sweeps = sweeps
         self._disk = disk
@@ -79,7 +79,7 @@ class Sweeper:
             except DiskFull:
                 log.warning("artifact_sweep_waits", reason="the disk of the store is full")
             except Exception as error:
-                self._note_bug(error)
+                self._record_bug(error)
             else:
                 self._failing.pop(STORE, None)
             await self._pause(pause_s)
@@ -93,13 +93,13 @@ class Sweeper:
         self.sweeps.waiting += count
         self._wake.set()
 
-    def complaint(self) -> str | None:
+    def degraded_reason(self) -> str | None:
         """What an operator should know, or None where objects are deleted in time."""
         if not self._failing:
             return None
         since, why = min(self._failing.values())
         silent_s = asyncio.get_running_loop().time() - since
-        if silent_s < COMPLAIN_AFTER_S:
+        if silent_s < DEGRADED_AFTER_S:
             return None
         is_counted = self._failing.keys().isdisjoint((STORE, DAMAGED))
         kept = f"{len(self._failing)} objects of deleted jobs" if is_counted else "Objects of deleted jobs"
@@ -116,24 +116,26 @@ class Sweeper:
         due = await self._disk.due_tombstones(now, SLICE)
         self.sweeps.waiting -= due.damaged
         self.sweeps.behind_ms = max((now - each.due_at for each, _ in due.found), default=0)
-        self._note_unmoved(due.unmoved)
+        self._record_unmoved(due.unmoved)
         held = [
-            End(each, Deletion("young", modified_at=now)) for each, named in due.found if _is_held(due, each, named)
+            SweepResult(each, Deletion("young", modified_at=now))
+            for each, named in due.found
+            if _is_held(due, each, named)
         ]
         free = [(each, named) for each, named in due.found if not _is_held(due, each, named)]
         ends = [*held, *await asyncio.gather(*(self._try(tombstone, named, now) for tombstone, named in free))]
         gone = [end.tombstone.job_seq for end in ends if end.outcome is not None and end.outcome.what != "young"]
-        later = [self._put_off(end, now) for end in ends if end.tombstone.job_seq not in gone]
+        later = [self._postpone(end, now) for end in ends if end.tombstone.job_seq not in gone]
         if ends:
             await self._disk.settle_tombstones(gone, later)
         self.sweeps.waiting -= len(gone)
         for end in ends:
-            self._note(end)
+            self._record(end)
         if len(ends) < SLICE:
             self.sweeps.behind_ms = 0
-        return len(ends) == SLICE and not all(end.failed for end in ends)
+        return len(ends) == SLICE and not all(end.error for end in ends)
 
-    async def _try(self, tombstone: Tombstone, named: bool, now: int) -> End:
+    async def _try(self, tombstone: Tombstone, named: bool, now: int) -> SweepResult:
         """A key that a job names is left alone; the store hears of it all the same, and mends what a crash left."""
         whose = _leave if named else partial(judge, tombstone, self._margins, now)
         try:
@@ -141,16 +143,16 @@ class Sweeper:
                 outcome = await self._store.delete(tombstone.key, whose)
             if named and outcome.what == "left" and outcome.modified_at:  # else the store itself says why
                 outcome = replace(outcome, why="another job names its key")
-            return End(tombstone, outcome)
+            return SweepResult(tombstone, outcome)
         except TimeoutError:
-            return End(tombstone, None, f"{self._store.place} has not answered for {CALL_S:g} s.")
+            return SweepResult(tombstone, None, f"{self._store.place} has not answered for {CALL_S:g} s.")
         except ArtifactStoreError as fault:
-            return End(tombstone, None, str(fault))
+            return SweepResult(tombstone, None, str(fault))
         except Exception as error:
             log.exception("artifact_store_failed", key=tombstone.key)
-            return End(tombstone, None, f"{self._store.place}: {type(error).__name__}: {error}")
+            return SweepResult(tombstone, None, f"{self._store.place}: {type(error).__name__}: {error}")
 
-    def _put_off(self, end: End, now: int) -> Tombstone:
+    def _postpone(self, end: SweepResult, now: int) -> Tombstone:
         """The tombstone with the time of its next try; one of a young object when that will be old enough."""
         tombstone, outcome = end.tombstone, end.outcome
         if outcome is not None:
@@ -160,13 +162,13 @@ class Sweeper:
         wait_ms = min(RETRY_MS << min(tombstone.tries, 10), RETRY_AT_MOST_MS)
         return replace(tombstone, due_at=now + wait_ms, tries=tombstone.tries + 1)
 
-    def _note(self, end: End) -> None:
+    def _record(self, end: SweepResult) -> None:
         tombstone, outcome = end.tombstone, end.outcome
         told = {"job_id": tombstone.job_id, "key": tombstone.key}
         if outcome is None:
             self.sweeps.failures += 1
-            self._note_failure(tombstone.job_seq, end.failed)
-            log.warning("artifact_not_deleted", **told, tries=tombstone.tries + 1, error=end.failed)
+            self._record_failure(tombstone.job_seq, end.error)
+            log.warning("artifact_not_deleted", **told, tries=tombstone.tries + 1, error=end.error)
             return
         self._failing.pop(tombstone.job_seq, None)
         if outcome.what == "deleted":
@@ -176,24 +178,24 @@ class Sweeper:
             self.sweeps.left += 1
             log.info("artifact_left", **told, why=outcome.why)
 
-    def _note_unmoved(self, count: int) -> None:
+    def _record_unmoved(self, count: int) -> None:
         """Damaged tombstones that are still where they were: of what they are, nobody knows."""
         if count:
-            self._note_failure(DAMAGED, f"{count} damaged tombstones cannot be set aside; run: jobd doctor")
+            self._record_failure(DAMAGED, f"{count} damaged tombstones cannot be set aside; run: jobd doctor")
         else:
             self._failing.pop(DAMAGED, None)
 
-    def _note_bug(self, error: Exception) -> None:
+    def _record_bug(self, error: Exception) -> None:
         """The disk of the store has failed, or we have: told in full the first time."""
         self.sweeps.failures += 1
         log.warning(
             "artifact_sweep_failed", error=f"{type(error).__name__}: {error}", exc_info=STORE not in self._failing
         )
-        self._note_failure(STORE, f"the store of jobs failed: {error}")
+        self._record_failure(STORE, f"the store of jobs failed: {error}")
 
-    def _note_failure(self, what: int | str, why: str) -> None:
+    def _record_failure(self, what: int | str, why: str) -> None:
         since = self._failing[what][0] if what in self._failing else asyncio.get_running_loop().time()
-        if what in self._failing or len(self._failing) < FAILING_KEPT:
+        if what in self._failing or len(self._failing) < MAX_FAILING:
             self._failing[what] = since, why
 
     async def _pause(self, seconds: float) -> None:

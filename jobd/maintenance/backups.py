@@ -19,60 +19,60 @@ from jobd.model.storage import BackupError, DiskFull
 from jobd.storage import backup
 from jobd.storage.store import Store
 
-AT_ONCE: Final = 8  # one is copied, the others wait or are sent
-KEPT: Final = 20  # that have ended
+MAX_ACTIVE: Final = 8  # one is copied, the others wait or are sent
+MAX_FINISHED: Final = 20  # that have ended
 PIECE_BYTES: Final = 256 << 10
 CALL_S: Final = 30.0  # that a disk may take for a piece
 
 log = structlog.get_logger("jobd.daemon")
 
 
-class Copies:
+class Backups:
     """The backups of a store, one after the other. `now` gives Unix ms."""
 
     def __init__(self, store: Store, now: Callable[[], int]) -> None:
         self._store = store
         self._now = now
-        self._under_way: list[Copy] = []
-        self._ended: deque[BackupView] = deque(maxlen=KEPT)
-        self.moved_s = 0.0  # when any of them moved last, by the monotonic clock
+        self._active: list[Backup] = []
+        self._finished: deque[BackupView] = deque(maxlen=MAX_FINISHED)
+        self.progressed_s = 0.0  # when any of them moved last, by the monotonic clock
 
     def views(self) -> list[BackupView]:
         """Those under way and the last that have ended, newest first."""
-        return [*(copy.view() for copy in reversed(self._under_way)), *reversed(self._ended)]
+        return [*(copy.view() for copy in reversed(self._active)), *reversed(self._finished)]
 
-    async def begin(self, id_: str) -> Copy | ApiError:
+    async def begin(self, id_: str) -> Backup | ApiError:
         """A copy that is whole, marked and checked, ready to be sent; it takes as long as it takes.
 
         Raises DiskFull, NoBackup. Whoever gets a copy has to `leave` it.
         """
-        if len(self._under_way) >= AT_ONCE:
-            return ApiError("overloaded", f"{AT_ONCE} backups are under way. Wait for one of them.")
-        copy = Copy(self, id_, self._now())
-        self._under_way.append(copy)
+        if len(self._active) >= MAX_ACTIVE:
+            return ApiError("overloaded", f"{MAX_ACTIVE} backups are under way. Wait for one of them.")
+        copy = Backup(self, id_, self._now())
+        self._active.append(copy)
         try:
             await copy.fill(self._store)
         except BaseException as error:
-            copy.leave(str(error) if isinstance(error, DiskFull | BackupError) else "it was given up")
+            copy.close(str(error) if isinstance(error, DiskFull | BackupError) else "it was given up")
             raise
         return copy
 
-    def drop(self, copy: Copy) -> None:
+    def finish(self, copy: Backup) -> None:
         """It has ended."""
-        if copy in self._under_way:
-            self._under_way.remove(copy)
-            self._ended.append(copy.view())
+        if copy in self._active:
+            self._active.remove(copy)
+            self._finished.append(copy.view())
 
     def now(self) -> int:
         return self._now()
 
 
-class Copy:
+class Backup:
     """One backup: `size` bytes by `more`, nothing at the end; `leave` at last."""
 
-    def __init__(self, copies: Copies, id_: str, started_at: int) -> None:
+    def __init__(self, copies: Backups, id_: str, started_at: int) -> None:
         self.size = 0
-        self._copies = copies
+        self._backups = copies
         self._id = id_
         self._state: BackupState = "waiting"
         self._done = 0
@@ -81,11 +81,13 @@ class Copy:
         self._ended_at: int | None = None
         self._message: str | None = None
         self._file: BinaryIO | None = None
-        self._moved_s = time.monotonic()
+        self._progressed_s = time.monotonic()
 
     def view(self) -> BackupView:
         # One that waits moves with the one that it waits for.
-        moved_s = max(self._moved_s, self._copies.moved_s) if self._state == "waiting" else self._moved_s
+        moved_s = (
+            max(self._progressed_s, self._backups.progressed_s) if self._state == "waiting" else self._progressed_s
+        )
         quiet_ms = 0 if self._ended_at is not None else round(max(time.monotonic() - moved_s, 0.0) * 1000)
         return BackupView(
             id=self._id,
@@ -100,34 +102,34 @@ class Copy:
 
     async def fill(self, store: Store) -> None:
         """Copy and check."""
-        self._file = await backup.make_copy(store, self._told)
+        self._file = await backup.make_copy(store, self._on_progress)
         self.size = await asyncio.to_thread(self._file.seek, 0, 2)
         await asyncio.to_thread(self._file.seek, 0)
         self._state, self._done, self._total = "sending", 0, self.size
 
-    def _told(self, step: backup.Step, done: int, total: int) -> None:
+    def _on_progress(self, step: backup.Step, done: int, total: int) -> None:
         """From the thread of the copy. Views may mix two steps; the next one is right."""
         self._state = step
         if total:
             self._done, self._total = done, total
-        self._moved_s = self._copies.moved_s = time.monotonic()
+        self._progressed_s = self._backups.progressed_s = time.monotonic()
 
-    async def more(self) -> bytes:
+    async def read(self) -> bytes:
         assert self._file is not None
         async with asyncio.timeout(CALL_S):
             piece = await asyncio.to_thread(self._file.read, PIECE_BYTES)
         self._done += len(piece)
-        self._moved_s = self._copies.moved_s = time.monotonic()
+        self._progressed_s = self._backups.progressed_s = time.monotonic()
         return piece
 
-    def leave(self, why: str | None = None) -> None:
+    def close(self, why: str | None = None) -> None:
         """It was sent to its end; or not, and `why`."""
         if self._ended_at is not None:
             return
         self._state = "sent" if why is None else "failed"
         self._message = why
-        self._ended_at = self._copies.now()
-        self._copies.drop(self)
+        self._ended_at = self._backups.now()
+        self._backups.finish(self)
         if self._file is not None:
             # Nobody else has it open: the system takes its room back now, which takes a while for a large one.
             asyncio.get_running_loop().run_in_executor(None, _close, self._file)

@@ -26,10 +26,10 @@ log = structlog.get_logger("jobd.cleanup")
 
 PAUSE_S: Final = 0.002  # after each slice, so that workers get the loop and the disk in between
 SCAN: Final = 500  # jobs validated in one go: below a millisecond
-ISSUES_LOGGED: Final = 20  # of one pass; the rest is in the report's count
+MAX_ISSUES_LOGGED: Final = 20  # of one pass; the rest is in the report's count
 
 
-class Schedule(Struct, frozen=True):
+class CleanupSchedule(Struct, frozen=True):
     """When passes and recovery run, and in what slices. `recover_every_ms` 0 leaves recovery to the passes."""
 
     interval_ms: int = 5 * MINUTE_MS
@@ -40,7 +40,7 @@ class Schedule(Struct, frozen=True):
     audit_ms: int = 90 * DAY_MS  # how long it is kept what operators did
 
 
-class Totals(Struct):
+class MaintenanceTotals(Struct):
     """What was done since the process started, for metrics."""
 
     passes: int = 0
@@ -48,37 +48,37 @@ class Totals(Struct):
     issues: Counter[str] = field(default_factory=Counter)  # type -> issues
 
 
-class Refused(Exception):
+class CommandRejected(Exception):
     """The actor refused one of our commands."""
 
     def __init__(self, refusal: ApiError) -> None:
         super().__init__(refusal.message)
-        self.refusal = refusal
+        self.error = refusal
 
 
 class Unfinished(Exception):
     """A step could not do all of its work; the message says why."""
 
 
-class Hands:
+class MaintenanceContext:
     """How time acts: commands of our own, in slices, until it is told to stop."""
 
-    def __init__(self, actor: Actor, clock: Clock, schedule: Schedule) -> None:
+    def __init__(self, actor: Actor, clock: Clock, schedule: CleanupSchedule) -> None:
         self.actor = actor
         self.clock = clock
         self.schedule = schedule
         self.hold_journal_ms: Callable[[], int] = lambda: 0  # so long somebody still needs it
-        self.totals = Totals()
+        self.totals = MaintenanceTotals()
         self.stopping = False
 
     async def ask(self, command: AnyCommand, by: str, operator: Operator | None = None) -> Any:
         """The data of the answer. Raises Refused."""
         answer = await self.actor.ask(command, by=by, operator=operator)
         if isinstance(answer, ApiError):
-            raise Refused(answer)
+            raise CommandRejected(answer)
         return answer.data
 
-    async def breathe(self) -> None:
+    async def yield_to_workers(self) -> None:
         await asyncio.sleep(PAUSE_S)
         if self.stopping:
             raise Unfinished("the daemon is stopping; the rest is for the next pass.")
@@ -94,7 +94,7 @@ class Hands:
             self.totals.found["expired_locks"] += done.locks_cleared
             if not done.more or not (done.details or done.locks_cleared):
                 return
-            await self.breathe()
+            await self.yield_to_workers()
 
     async def take_back(self, command: TakeBack, by: str, operator: Operator | None) -> TakeBackView:
         """End the expired grants of a silent worker, slice by slice. Raises Refused if the first slice is refused."""
@@ -102,10 +102,10 @@ class Hands:
         details, more = list(done.details), done.more
         while more and not command.dry_run:
             try:
-                await self.breathe()
+                await self.yield_to_workers()
                 done = await self.ask(command, by, operator)
-            except (Refused, Unfinished) as ended:
-                more = not (isinstance(ended, Refused) and ended.refusal.code == "worker_not_silent")
+            except (CommandRejected, Unfinished) as ended:
+                more = not (isinstance(ended, CommandRejected) and ended.error.code == "worker_not_silent")
                 break
             details += done.details
             more = done.more
@@ -119,15 +119,15 @@ class Hands:
             worked: MaintenanceResult = await self.ask(Expire(limit=self.schedule.batch), by)
             self.totals.found["expired"] += worked.done
             more = worked.more and worked.done > 0
-            await self.breathe()
+            await self.yield_to_workers()
 
 
-class Pass:
+class CleanupRun:
     """A pass under way. `run` gives its report; a step that fails is named there and stops no other."""
 
-    def __init__(self, hands: Hands, *, forced: bool) -> None:
+    def __init__(self, hands: MaintenanceContext, *, forced: bool) -> None:
         self.errors: list[str] = []
-        self._hands = hands
+        self._context = hands
         self._forced = forced
         self._book = hands.actor.book
         self._disk = hands.actor.disk
@@ -152,13 +152,13 @@ class Pass:
 
     async def step(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
         """One step; where it fails the pass goes on and its report says so."""
-        if self._hands.stopping:
+        if self._context.stopping:
             if "pass" not in {error.partition(":")[0] for error in self.errors}:
                 self.errors.append("pass: it was ended early because the daemon is stopping.")
             return
         try:
             await step()
-        except (Refused, Unfinished) as refused:
+        except (CommandRejected, Unfinished) as refused:
             log.warning("cleanup_step_failed", step=name, error=str(refused))
             self.errors.append(f"{name}: {refused}")
         except Exception as error:
@@ -166,10 +166,10 @@ class Pass:
             self.errors.append(f"{name}: {type(error).__name__}: {error}")
 
     async def _recovery_step(self) -> None:
-        await self._hands.recover("recovery", [])
+        await self._context.recover("recovery", [])
 
     async def _expiry_step(self) -> None:
-        await self._hands.expire("cleanup")
+        await self._context.expire("cleanup")
 
     async def _deletion_step(self) -> None:
         """Delete finished jobs past their retention, unless the wall clock is suspect. For artifacts see sweeper.py."""
@@ -177,43 +177,43 @@ class Pass:
             ids = await self._disk.expired(at.now, self._batch)
             if not ids:
                 break
-            worked: MaintenanceResult = await self._hands.ask(DeleteExpired(ids=ids), "cleanup")
-            self._hands.totals.found["deleted"] += worked.done
+            worked: MaintenanceResult = await self._context.ask(DeleteExpired(ids=ids), "cleanup")
+            self._context.totals.found["deleted"] += worked.done
             if not worked.done and not self._clock.moment().suspect:
                 raise Unfinished(f"{len(ids)} expired jobs could not be deleted, the first is {ids[0]}.")
-            await self._hands.breathe()
+            await self._context.yield_to_workers()
 
     async def _validation_step(self) -> None:
         """Rows that hands or imports brought, and all that are alive; only what looks wrong costs a command."""
         suspects = list(dict.fromkeys(self._book.suspects.values()))
         for ids in _slices(suspects, self._batch):
-            await self._mend(ids)
+            await self._repair(ids)
         looked_at = set(suspects)
         # Compact jobs hold nothing that could be wrong (job.compact); there may be millions of them.
         for ids in _slices(list(self._book.jobs.touched()), SCAN):
-            wrong = [job_id for job_id in ids if job_id not in looked_at and self._looks_wrong(job_id)]
+            wrong = [job_id for job_id in ids if job_id not in looked_at and self._has_issues(job_id)]
             for some in _slices(wrong, self._batch):
-                await self._mend(some)
-            await self._hands.breathe()
+                await self._repair(some)
+            await self._context.yield_to_workers()
 
-    def _looks_wrong(self, job_id: str) -> bool:
+    def _has_issues(self, job_id: str) -> bool:
         job = self._book.jobs.find(job_id)
         if job is None:
             return False
-        return any(map(counts, validate(job, self._clock.moment(), self._hands.actor.policy).issues))
+        return any(map(counts, validate(job, self._clock.moment(), self._context.actor.policy).issues))
 
-    async def _mend(self, ids: list[str]) -> None:
-        worked: MaintenanceResult = await self._hands.ask(RepairJobs(ids=ids), "cleanup")
+    async def _repair(self, ids: list[str]) -> None:
+        worked: MaintenanceResult = await self._context.ask(RepairJobs(ids=ids), "cleanup")
         self._found += worked.found
         self._fixed += worked.done
-        self._hands.totals.found["issues"] += worked.found
+        self._context.totals.found["issues"] += worked.found
         for job_id, issue in worked.issues:
-            self._note_issue(job_id, issue)
-        await self._hands.breathe()
+            self._log_issue(job_id, issue)
+        await self._context.yield_to_workers()
 
-    def _note_issue(self, job_id: str, issue: Issue) -> None:
-        self._hands.totals.issues[issue.type] += 1
-        if self._logged < ISSUES_LOGGED:
+    def _log_issue(self, job_id: str, issue: Issue) -> None:
+        self._context.totals.issues[issue.type] += 1
+        if self._logged < MAX_ISSUES_LOGGED:
             self._logged += 1
             told = {"severity": issue.type, "field": issue.field, "problem": issue.message, "fix": issue.fix}
             log.warning("validation_issue", job_id=job_id, **told)
@@ -222,20 +222,20 @@ class Pass:
         """The journal of jobs that were deleted long enough ago."""
         limit = self._batch
         while not (at := self._clock.moment()).suspect:
-            keep_ms = max(self._hands.schedule.journal_ms, self._hands.hold_journal_ms())
+            keep_ms = max(self._context.schedule.journal_ms, self._context.hold_journal_ms())
             if await self._disk.prune(at.now - keep_ms, limit) < limit:
                 break
-            await self._hands.breathe()
+            await self._context.yield_to_workers()
 
     async def _audit_step(self) -> None:
         """Delete old audit entries, and those above the limit. While the clock is suspect, no entry is old."""
         limit = self._batch
         while True:
             at = self._clock.moment()
-            before = 0 if at.suspect else at.now - self._hands.schedule.audit_ms
+            before = 0 if at.suspect else at.now - self._context.schedule.audit_ms
             if await self._disk.trim_audit(before, limit) < limit:
                 break
-            await self._hands.breathe()
+            await self._context.yield_to_workers()
 
     def _report(self) -> CleanupReport:
         since = self._book.figures.since_report

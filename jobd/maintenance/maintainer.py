@@ -18,8 +18,8 @@ from msgspec.structs import astuple
 from jobd.core.stats import PROCESSING_BUCKETS_S, Figures
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
-from jobd.maintenance.cleanup_pass import Hands, Pass, Refused, Schedule, Unfinished
-from jobd.maintenance.preview import LOOK_S, foresee
+from jobd.maintenance.cleanup_pass import CleanupRun, CleanupSchedule, CommandRejected, MaintenanceContext, Unfinished
+from jobd.maintenance.preview import SCAN_S, preview
 from jobd.model.commands import EndPauses, Operator, Report, TakeBack, Tick
 from jobd.model.errors import ApiError
 from jobd.model.job import SECOND_MS
@@ -30,46 +30,46 @@ log = structlog.get_logger("jobd.cleanup")
 T = TypeVar("T")
 
 TICK_S: Final = 10.0
-RESTORED: Final = 100  # reports of earlier runs in which a start looks for the last successful pass
+MAX_RESTORED: Final = 100  # reports of earlier runs in which a start looks for the last successful pass
 LATE_AFTER: Final = 3  # periods without a pass that succeeded, before health complains
 
 
-class Cleaner:
+class Maintainer:
     """Two loops beside each other, so that a long pass delays no recovery: `run` is both, until `stop`."""
 
-    def __init__(self, actor: Actor, clock: Clock, schedule: Schedule | None = None) -> None:
-        self._hands = Hands(actor, clock, schedule or Schedule())
+    def __init__(self, actor: Actor, clock: Clock, schedule: CleanupSchedule | None = None) -> None:
+        self._context = MaintenanceContext(actor, clock, schedule or CleanupSchedule())
         self.last_report: CleanupReport | None = None
-        self.totals = self._hands.totals
+        self.totals = self._context.totals
         self.is_running = False  # a pass is under way
         self._actor = actor
         self._book = actor.book
         self._disk = actor.disk
         self._clock = clock
-        self._pass_wake = asyncio.Event()
-        self._time_wake = asyncio.Event()
-        self._asked: asyncio.Future[CleanupReport] | None = None  # the answer to who waits for the next, or this, pass
+        self._cleanup_wake = asyncio.Event()
+        self._recovery_wake = asyncio.Event()
+        self._waiter: asyncio.Future[CleanupReport] | None = None  # the answer to who waits for the next, or this, pass
         self._forced = False
         self.last_success: CleanupReport | None = None
-        self._failed_passes = 0  # since then
+        self._failed_runs = 0  # since then
         self._last_failure: CleanupReport | None = None  # since then
         self._last_begin = self._started = asyncio.get_running_loop().time()  # loop times, in seconds
         self._last_end: float | None = None
         self._last_success: float | None = None
-        self._beside: Callable[[], bytes] = lambda: b"null"
-        self._announce_pass()
+        self._extra: Callable[[], bytes] = lambda: b"null"
+        self._announce_next_run()
 
     @property
-    def schedule(self) -> Schedule:
-        return self._hands.schedule
+    def schedule(self) -> CleanupSchedule:
+        return self._context.schedule
 
     def hold_journal(self, for_ms: Callable[[], int]) -> None:
         """Keep the journal of what is gone for so long at least, as long as somebody has not read it."""
-        self._hands.hold_journal_ms = for_ms
+        self._context.hold_journal_ms = for_ms
 
-    def save_beside(self, kept: Callable[[], bytes]) -> None:
+    def save_extra(self, kept: Callable[[], bytes]) -> None:
         """Keep this JSON with the figures, for `read_beside`."""
-        self._beside = kept
+        self._extra = kept
 
     # -- for others ---------------------------------------------------------------------------------------------------
 
@@ -77,35 +77,35 @@ class Cleaner:
         """Until `stop`. Survives any exception of a step; the counters are saved at the end."""
         await self._restore()
         try:
-            await asyncio.gather(self._keep_time(), self._keep_house())
+            await asyncio.gather(self._run_recovery(), self._run_cleanups())
         finally:
-            self._answer(self._no_pass())
+            self._resolve_waiter(self._report_of_no_run())
 
     def stop(self) -> None:
         """End after the slice that is under way. Call it while the actor still takes commands."""
-        self._hands.stopping = True
-        self._pass_wake.set()
-        self._time_wake.set()
+        self._context.stopping = True
+        self._cleanup_wake.set()
+        self._recovery_wake.set()
 
-    def set_schedule(self, schedule: Schedule) -> None:
+    def set_schedule(self, schedule: CleanupSchedule) -> None:
         """A new configuration, in force at once."""
-        self._hands.schedule = schedule
-        self._announce_pass()
-        self._pass_wake.set()
-        self._time_wake.set()
+        self._context.schedule = schedule
+        self._announce_next_run()
+        self._cleanup_wake.set()
+        self._recovery_wake.set()
 
-    async def run_pass(self, *, forced: bool) -> CleanupReport:
+    async def run_cleanup(self, *, forced: bool) -> CleanupReport:
         """The report of the pass under way, or of a new one. Unforced within `min_interval_ms`: the last report."""
-        if self._asked is None:
-            if self._hands.stopping:
-                return self._no_pass()
+        if self._waiter is None:
+            if self._context.stopping:
+                return self._report_of_no_run()
             if not forced and self.last_report is not None and not self._may_run():
                 return self.last_report
-            self._asked = asyncio.get_running_loop().create_future()
+            self._waiter = asyncio.get_running_loop().create_future()
         if not self.is_running:
             self._forced = self._forced or forced
-            self._pass_wake.set()
-        return await asyncio.shield(self._asked)
+            self._cleanup_wake.set()
+        return await asyncio.shield(self._waiter)
 
     async def recover_stuck(
         self, operator: Operator | None = None, reason: str | None = None
@@ -113,10 +113,10 @@ class Cleaner:
         """Recover every stuck job now, for an operator. A refusal where nothing could be done."""
         details: list[Recovery] = []
         try:
-            await self._hands.recover("admin" if operator is None else operator.by, details, operator, reason)
-        except Refused as refused:
+            await self._context.recover("admin" if operator is None else operator.by, details, operator, reason)
+        except CommandRejected as refused:
             if not details:
-                return refused.refusal
+                return refused.error
         except Unfinished:
             log.info("recovery_unfinished", recovered=len(details))
         reset = sum(recovery.action == "reset" for recovery in details)
@@ -131,22 +131,22 @@ class Cleaner:
     async def take_back(self, command: TakeBack, operator: Operator | None) -> TakeBackView | ApiError:
         """End the expired grants of a silent worker, for an operator."""
         try:
-            return await self._hands.take_back(command, "admin" if operator is None else operator.by, operator)
-        except Refused as refused:
-            return refused.refusal
+            return await self._context.take_back(command, "admin" if operator is None else operator.by, operator)
+        except CommandRejected as refused:
+            return refused.error
 
-    async def preview(self, look_s: float = LOOK_S) -> PreviewView | ApiError:
+    async def preview(self, look_s: float = SCAN_S) -> PreviewView | ApiError:
         """What recovery and a pass would do now; `look_s` is for jobs that are wrong, which are seldom."""
         try:
-            return await foresee(self._hands, look_s)
-        except Refused as refused:
-            return refused.refusal
+            return await preview(self._context, look_s)
+        except CommandRejected as refused:
+            return refused.error
         except Unfinished as unfinished:
             return ApiError("shutting_down", f"Not all was looked at: {unfinished}")
 
     def state(self) -> CleanupState:
         return CleanupState(
-            self.last_report, self.is_running, self._since_success_ms(), self._failed_passes, self._last_failure
+            self.last_report, self.is_running, self._since_success_ms(), self._failed_runs, self._last_failure
         )
 
     async def reports(self, limit: int) -> list[CleanupReport]:
@@ -154,7 +154,7 @@ class Cleaner:
         found = [_read(body, CleanupReport) for body in await self._disk.reports(limit)]
         return [report for report in found if report is not None]
 
-    def complaint(self) -> str | None:
+    def degraded_reason(self) -> str | None:
         """What an operator should know of cleanup, or None where passes succeed in time."""
         schedule = self.schedule
         period_s = max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
@@ -167,26 +167,26 @@ class Cleaner:
 
     # -- time: recovery and ticks -------------------------------------------------------------------------------------
 
-    async def _keep_time(self) -> None:
+    async def _run_recovery(self) -> None:
         loop_time = asyncio.get_running_loop().time
         next_recovery = next_tick = loop_time()
-        while not self._hands.stopping:
+        while not self._context.stopping:
             every_s = self.schedule.recover_every_ms / SECOND_MS
             next_recovery = min(next_recovery, loop_time() + every_s)
             if every_s and loop_time() >= next_recovery:
                 next_recovery = loop_time() + every_s
-                await self._survive("recovery", self._recover_due)
+                await self._guarded("recovery", self._recover_due)
             if loop_time() >= next_tick:
                 next_tick = loop_time() + TICK_S
-                await self._survive("tick", self._tick)
+                await self._guarded("tick", self._tick)
             upcoming = min(next_tick, next_recovery) if every_s else next_tick
-            await _pause(self._time_wake, upcoming - loop_time())
+            await _pause(self._recovery_wake, upcoming - loop_time())
 
     async def _recover_due(self) -> None:
         if self._has_expired():
-            await self._hands.recover("recovery", [])
+            await self._context.recover("recovery", [])
         if self._has_overdue():
-            await self._hands.expire("recovery")
+            await self._context.expire("recovery")
 
     def _has_expired(self) -> bool:
         """Whether a lock has expired or a job become stuck: a look at three heads, whatever the number of jobs."""
@@ -215,16 +215,16 @@ class Cleaner:
 
     # -- passes -------------------------------------------------------------------------------------------------------
 
-    async def _keep_house(self) -> None:
+    async def _run_cleanups(self) -> None:
         loop_time = asyncio.get_running_loop().time
-        while not self._hands.stopping:
-            if self._asked is not None or loop_time() >= self._next_pass():
-                await self._one_pass()
-            self._announce_pass()
-            await _pause(self._pass_wake, self._next_pass() - loop_time())
-        await self._survive("figures", self._save_figures)
+        while not self._context.stopping:
+            if self._waiter is not None or loop_time() >= self._next_run():
+                await self._run_once()
+            self._announce_next_run()
+            await _pause(self._cleanup_wake, self._next_run() - loop_time())
+        await self._guarded("figures", self._save_figures)
 
-    def _next_pass(self) -> float:
+    def _next_run(self) -> float:
         """The loop time at which the next pass begins by itself: the first one at once."""
         if self._last_end is None:
             return self._last_begin
@@ -232,76 +232,76 @@ class Cleaner:
         period_end = self._last_begin + schedule.interval_ms / SECOND_MS
         return max(period_end, self._last_end + schedule.min_interval_ms / SECOND_MS)
 
-    def _announce_pass(self) -> None:
+    def _announce_next_run(self) -> None:
         """Tell the book when the next cleanup run begins, if only cleanup runs recover jobs."""
-        wait_s = self._next_pass() - asyncio.get_running_loop().time()
+        wait_s = self._next_run() - asyncio.get_running_loop().time()
         is_left = self.schedule.recover_every_ms == 0
         self._book.next_cleanup_at = self._clock.moment().now + round(wait_s * SECOND_MS) if is_left else None
 
-    async def _one_pass(self) -> None:
+    async def _run_once(self) -> None:
         loop_time = asyncio.get_running_loop().time
         self.is_running, self._last_begin = True, loop_time()
         try:
-            report = await self._pass()
+            report = await self._run_steps()
         except Exception as error:
             log.exception("cleanup_pass_failed")
-            report = self._no_pass(f"pass: {error}")
+            report = self._report_of_no_run(f"pass: {error}")
         finally:
             self.is_running, self._last_end = False, loop_time()
-        self._judge(report)
+        self._record(report)
         if not report.errors:
             self._last_success = self._last_end
-        self._answer(report)
+        self._resolve_waiter(report)
 
-    async def _pass(self) -> CleanupReport:
-        now = Pass(self._hands, forced=self._forced)
+    async def _run_steps(self) -> CleanupReport:
+        now = CleanupRun(self._context, forced=self._forced)
         self._forced = False
         report = await now.run()
-        await now.step("report", lambda: self._keep(report))
+        await now.step("report", lambda: self._save_report(report))
         await now.step("figures", self._save_figures)
         self.totals.passes += 1
         log.info("cleanup_pass", **msgspec.to_builtins(report))
         return report
 
-    def _judge(self, report: CleanupReport) -> None:
+    def _record(self, report: CleanupReport) -> None:
         """Take the report of one more pass: a successful one ends the count of failed ones."""
         self.last_report = report
         if report.errors:
-            self._failed_passes += 1
+            self._failed_runs += 1
             self._last_failure = report
         else:
-            self.last_success, self._failed_passes, self._last_failure = report, 0, None
+            self.last_success, self._failed_runs, self._last_failure = report, 0, None
 
     # -- reports ------------------------------------------------------------------------------------------------------
 
-    async def _keep(self, report: CleanupReport) -> None:
+    async def _save_report(self, report: CleanupReport) -> None:
         """Store it; what it counted is then taken off, not what was done while it was written."""
-        await self._hands.ask(Report(body=msgspec.json.encode(report)), "cleanup")
+        await self._context.ask(Report(body=msgspec.json.encode(report)), "cleanup")
         since = self._book.figures.since_report
         since.recovered -= report.stuck_jobs_recovered
         since.deleted -= report.expired_jobs_deleted
         since.locks_cleared -= report.expired_locks_cleared
 
     async def _save_figures(self) -> None:
-        kept = _Kept(*astuple(self._book.figures))
-        kept.beside = Raw(self._beside())
+        kept = SavedStats(*astuple(self._book.figures))
+        kept.beside = Raw(self._extra())
         await self._disk.save_figures(msgspec.json.encode(kept))
 
     async def _restore(self) -> None:
         try:
-            found = await self.reports(RESTORED)
+            found = await self.reports(MAX_RESTORED)
         except Exception:
             log.exception("last_report_unreadable")
             return
         for report in reversed(found):
-            self._judge(report)
+            self._record(report)
 
-    def _no_pass(self, error: str = "pass: none was made, the daemon is stopping.") -> CleanupReport:
+    def _report_of_no_run(self, error: str = "pass: none was made, the daemon is stopping.") -> CleanupReport:
         """The answer to who waits for a pass that cannot be made."""
         return CleanupReport(self._clock.moment().now, 0, 0, 0, 0, 0, 0, [error], self._forced)
 
-    def _answer(self, report: CleanupReport) -> None:
-        asked, self._asked = self._asked, None
+    def _resolve_waiter(self, report: CleanupReport) -> None:
+        asked, self._waiter = self._waiter, None
         if asked is not None:
             asked.set_result(report)
 
@@ -323,25 +323,25 @@ class Cleaner:
         since_ms = self._since_ms(self._last_end, self.last_report)
         return since_ms is None or since_ms >= self.schedule.min_interval_ms
 
-    async def _survive(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
+    async def _guarded(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
         """Time goes on whatever happens."""
         try:
             await work()
-        except (Refused, Unfinished) as refused:
+        except (CommandRejected, Unfinished) as refused:
             log.warning("cleanup_refused", what=what, error=str(refused))
         except Exception:
             log.exception("cleanup_failed", what=what)
 
 
-class _Kept(Figures):
+class SavedStats(Figures):
     """The figures as they are saved: with what others keep beside them."""
 
     beside: Raw = Raw(b"null")
 
 
-def read_beside(body: bytes | None) -> bytes:
+def read_extra(body: bytes | None) -> bytes:
     """The JSON that was saved beside the figures; null where there is none."""
-    kept = None if body is None else _read(body, _Kept)
+    kept = None if body is None else _read(body, SavedStats)
     return b"null" if kept is None else bytes(kept.beside)
 
 

@@ -29,14 +29,14 @@ from jobd.model.job import FINISHED, Job, may_adopt
 from jobd.model.responses import PlannedJob, SkippedJob
 from jobd.model.storage import JobQuery
 
-MOST_SKIPPED: Final = 1_000  # that a plan shows
-LOOK: Final = 50  # jobs read in one go,
+MAX_SKIPPED: Final = 1_000  # that a plan shows
+PAGE: Final = 50  # jobs read in one go,
 SCAN: Final = 500  # of rows that are looked at; where each takes its time
 SLOW_SCAN: Final = 250
 PAUSE_S: Final = 0.002  # after each look, so that workers get the loop and the disk in between
 
 
-class Search:
+class PlanBuilder:
     """The jobs of a plan. `more`: it ended before its end; the next one goes on at `next_cursor`, if there is one."""
 
     def __init__(self, asked: MakePlan, actor: Actor, clock: Clock, turn: asyncio.Semaphore) -> None:
@@ -51,7 +51,7 @@ class Search:
         self._clock = clock
         self._disk = actor.disk
         self._book = actor.book
-        self._turn = turn  # of plans that are being made: each has one look at a time
+        self._lock = turn  # of plans that are being made: each has one look at a time
         self._taken: set[str] = set()
 
     @property
@@ -74,9 +74,9 @@ class Search:
         return await self._filtered(asked.filter)
 
     async def _named(self, ids: list[str]) -> None:
-        for first in range(0, len(ids), LOOK):
-            some = ids[first : first + LOOK]
-            async with self._turn:
+        for first in range(0, len(ids), PAGE):
+            some = ids[first : first + PAGE]
+            async with self._lock:
                 loaded = await self._disk.load(some, [], [])
                 found = [loaded.jobs[job_id] for job_id in some if job_id in loaded.jobs]
                 await self._take([job for job in found if plan_rules.why_not(self._asked.action, job) is None])
@@ -99,34 +99,34 @@ class Search:
         if isinstance(turn, ApiError):
             return turn
         until_s = asyncio.get_running_loop().time() + MAX_PLANNING_S
-        await self._alive(self._book.stuck, lambda job: job.id in self._book.stuck, until_s)
+        await self._live_jobs(self._book.stuck, lambda job: job.id in self._book.stuck, until_s)
         at = self._clock.moment()
         if self._asked.action == "cleanup" and not at.suspect:
-            await self._alive(self._book.overdue(), lambda job: job.status == "queued", until_s)
-            await self._past(at.now, until_s)
+            await self._live_jobs(self._book.overdue(), lambda job: job.status == "queued", until_s)
+            await self._expired_jobs(at.now, until_s)
         return None
 
-    async def _alive(self, due: Iterable[str], is_due: Callable[[Job], bool], until_s: float) -> None:
+    async def _live_jobs(self, due: Iterable[str], is_due: Callable[[Job], bool], until_s: float) -> None:
         """Jobs in memory that are due; who is not any more when its turn has come is left out."""
         room = MAX_PLAN - len(self.jobs)
         ids = list(islice(due, room + 1))
         self._is_cut |= len(ids) > room
-        for first in range(0, min(len(ids), room), LOOK):
+        for first in range(0, min(len(ids), room), PAGE):
             if asyncio.get_running_loop().time() >= until_s:
                 self._is_cut = True
                 return
-            some = ids[first : min(first + LOOK, room)]
-            async with self._turn:
+            some = ids[first : min(first + PAGE, room)]
+            async with self._lock:
                 jobs = map(self._book.jobs.find, some)
                 await self._take([job for job in jobs if job is not None and is_due(job)])
             await asyncio.sleep(PAUSE_S)
 
-    async def _past(self, now: int, until_s: float) -> None:
+    async def _expired_jobs(self, now: int, until_s: float) -> None:
         """Finished jobs whose time is over, the oldest first."""
         looked = 0
         while True:
-            async with self._turn:
-                ids = await self._disk.expired(now, LOOK, looked)
+            async with self._lock:
+                ids = await self._disk.expired(now, PAGE, looked)
                 loaded = await self._disk.load(ids, [], [])
                 old = [loaded.jobs[job_id] for job_id in ids if job_id in loaded.jobs and job_id not in self._taken]
                 room = MAX_PLAN - len(self.jobs)
@@ -152,7 +152,7 @@ class Search:
         for status in statuses:
             while self.next_cursor is None:
                 room = MAX_PLAN - len(self.jobs)
-                async with self._turn:
+                async with self._lock:
                     page = await self._disk.find(as_query(wanted, status, before))
                     # a job that moved on meanwhile is found in its next status, too
                     new = [job for job, _ in page.jobs if job.id not in self._taken]
@@ -181,7 +181,7 @@ class Search:
 
     def _skip(self, job_id: str, status: str | None, why: str) -> None:
         self.skipped_count += 1
-        if len(self.skipped) < MOST_SKIPPED:
+        if len(self.skipped) < MAX_SKIPPED:
             self.skipped.append(SkippedJob(job_id, status, why))
 
 
@@ -190,7 +190,7 @@ def as_query(wanted: PlanFilter, status: str, before: int | None) -> JobQuery:
     filters = asdict(wanted)
     filters["text"] = filters.pop("q")
     is_slow = wanted.q is not None or wanted.error is not None
-    look = {"limit": LOOK, "before": before, "scan": SLOW_SCAN if is_slow else SCAN, "payloads": False}
+    look = {"limit": PAGE, "before": before, "scan": SLOW_SCAN if is_slow else SCAN, "payloads": False}
     return JobQuery(**{**filters, **look, "status": status})
 
 

@@ -16,21 +16,21 @@ from msgspec.structs import asdict, replace
 from jobd.core import plan_rules
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock
-from jobd.maintenance.plan_builder import PAUSE_S, Search
+from jobd.maintenance.plan_builder import PAUSE_S, PlanBuilder
 from jobd.model.commands import ApplyEndings, ApplyPlan, ExpectedVersion, MakePlan, Operator, RecordAction
 from jobd.model.errors import ApiError
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.responses import ChangedJob, PlanResult, PlanSlice, PlanView
 
-MOST_PLANS: Final = 20
-MOST_JOBS: Final = 100_000  # of all plans that are kept
+MAX_PLANS: Final = 20
+MAX_JOBS: Final = 100_000  # of all plans that are kept
 KEPT_MS: Final = 15 * MINUTE_MS
 APPLIED_KEPT_MS: Final = 12 * HOUR_MS  # what a plan came to: for who reads it after a night
-MOST_APPLIED: Final = 100  # of those, which have MOST_JOBS of their own: new plans push no result out
-MOST_NAMED: Final = 100  # jobs that were left undone, in the audit log,
-NAMED_SIZE: Final = 4_000  # and characters of their ids
+MAX_APPLIED: Final = 100  # of those, which have MOST_JOBS of their own: new plans push no result out
+MAX_NAMED: Final = 100  # jobs that were left undone, in the audit log,
+MAX_NAMED_SIZE: Final = 4_000  # and characters of their ids
 SLICE: Final = 50  # jobs of one command
-MOST_MAKING: Final = 4  # plans being made, look by look in turn
+MAX_BUILDERS: Final = 4  # plans being made, look by look in turn
 
 log = structlog.get_logger("jobd.plans")
 
@@ -57,8 +57,8 @@ class Planner:
         self._actor = actor
         self._clock = clock
         self._plans: dict[str, Plan] = {}  # by id, the oldest first
-        self._turn = asyncio.Semaphore(1)
-        self._making = 0
+        self._lock = asyncio.Semaphore(1)
+        self._builders = 0
         self._stopping = False
 
     async def close(self) -> None:
@@ -70,14 +70,14 @@ class Planner:
 
     async def make(self, asked: MakePlan, plan_id: str) -> PlanView | ApiError:
         """A plan of what `asked.action` would do now, to be found again as `plan_id`."""
-        if self._making >= MOST_MAKING:
+        if self._builders >= MAX_BUILDERS:
             return ApiError("overloaded", "Other plans are being made; try again after a second.")
-        search = Search(asked, self._actor, self._clock, self._turn)
-        self._making += 1
+        search = PlanBuilder(asked, self._actor, self._clock, self._lock)
+        self._builders += 1
         try:
             refusal = await search.run()
         finally:
-            self._making -= 1
+            self._builders -= 1
         if refusal is not None:
             return refusal
         now = self._clock.moment().now
@@ -106,13 +106,13 @@ class Planner:
         self._forget_old()
         self._plans[plan.view.plan_id] = plan
         waiting = [each for each in self._plans.values() if each.view.result is None]
-        self._make_room(sorted(waiting, key=lambda each: each.view.count > 0), MOST_PLANS, plan)
+        self._make_room(sorted(waiting, key=lambda each: each.view.count > 0), MAX_PLANS, plan)
 
     def _make_room(self, plans: list[Plan], most: int, latest: Plan) -> None:
         """Of `plans`, which are in the order in which they go, keep `most` with MOST_JOBS jobs, and `latest`."""
         left, jobs = len(plans), sum(plan.view.count for plan in plans)
         for plan in plans:
-            if left <= most and jobs <= MOST_JOBS:
+            if left <= most and jobs <= MAX_JOBS:
                 break
             if plan is not latest and not plan.is_under_way:
                 del self._plans[plan.view.plan_id]
@@ -132,7 +132,7 @@ class Planner:
         if plan is None:
             minutes = KEPT_MS // MINUTE_MS
             message = (
-                f"There is no plan {plan_id}: it is kept for {minutes} min, at most {MOST_PLANS} of them, what it "
+                f"There is no plan {plan_id}: it is kept for {minutes} min, at most {MAX_PLANS} of them, what it "
                 f"came to for {APPLIED_KEPT_MS // HOUR_MS} h, and neither over a restart. Make it anew; what was done "
                 "already is left out. What became of plans that were applied is in the audit log, too."
             )
@@ -160,9 +160,9 @@ class Planner:
         operator = replace(operator, part_of=view.plan_id)
         while plan.at < view.count:
             some = plan.expected[plan.at : plan.at + SLICE]
-            refusal = await self._slice(plan, some, operator)
+            refusal = await self._apply_slice(plan, some, operator)
             if refusal is not None:
-                await self._note(plan, operator)
+                await self._audit(plan, operator)
                 left = {"applied": plan.done.applied, "left": view.count - plan.at}
                 message = (
                     f"{refusal.message} {left['applied']} jobs were done, {left['left']} are left: apply it again."
@@ -172,19 +172,19 @@ class Planner:
             await asyncio.sleep(PAUSE_S)
         at = self._clock.moment().now
         result = PlanResult(view.plan_id, view.action, plan.done.applied, plan.done.changed, plan.done.refused, at)
-        self._shelve(plan, result)
-        await self._note(plan, operator)
+        self._keep_result(plan, result)
+        await self._audit(plan, operator)
         return result
 
-    def _shelve(self, plan: Plan, result: PlanResult) -> None:
+    def _keep_result(self, plan: Plan, result: PlanResult) -> None:
         """It was applied: from now on it is kept for what it came to."""
         plan.view = replace(plan.view, result=result, expires_at=result.applied_at + APPLIED_KEPT_MS)
         plan.until_s = asyncio.get_running_loop().time() + APPLIED_KEPT_MS / SECOND_MS
         plan.expected = []
         self._plans[plan.view.plan_id] = self._plans.pop(plan.view.plan_id, plan)  # the latest comes last
-        self._make_room([each for each in self._plans.values() if each.view.result is not None], MOST_APPLIED, plan)
+        self._make_room([each for each in self._plans.values() if each.view.result is not None], MAX_APPLIED, plan)
 
-    async def _slice(self, plan: Plan, some: list[ExpectedVersion], operator: Operator) -> ApiError | None:
+    async def _apply_slice(self, plan: Plan, some: list[ExpectedVersion], operator: Operator) -> ApiError | None:
         """One command; why it was not taken, if it was not."""
         if self._stopping:
             return ApiError("shutting_down", "The daemon is stopping.")
@@ -201,7 +201,7 @@ class Planner:
         plan.done.refused += [_from(each, was) for each in done.refused]
         return None
 
-    async def _note(self, plan: Plan, operator: Operator) -> None:
+    async def _audit(self, plan: Plan, operator: Operator) -> None:
         """The audit log has one row of a plan, which says what the plan was and what became of it."""
         view, done = plan.view, plan.done
         details: dict[str, Any] = {
@@ -221,8 +221,8 @@ class Planner:
 
 def _named(jobs: list[ChangedJob]) -> list[str]:
     """The ids of the first of them: MOST_NAMED, in NAMED_SIZE characters."""
-    sizes = itertools.accumulate(len(job.id) for job in jobs[:MOST_NAMED])
-    return [job.id for job, size in zip(jobs, sizes, strict=False) if size <= NAMED_SIZE]
+    sizes = itertools.accumulate(len(job.id) for job in jobs[:MAX_NAMED])
+    return [job.id for job, size in zip(jobs, sizes, strict=False) if size <= MAX_NAMED_SIZE]
 
 
 def _from(changed: ChangedJob, was: dict[str, str]) -> ChangedJob:

@@ -16,21 +16,21 @@ from jobd.storage.store import Store
 CALL_S: Final = 0.25  # that one call walks on, rests included
 
 
-class RowWalk:
+class Scrubber:
     """One at a time: another call waits for its turn."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
 
-    async def go_on(self, cursor: str | None) -> CheckedRows | ApiError:
+    async def scan(self, cursor: str | None) -> CheckedRows | ApiError:
         """Walk on from `cursor` (`TABLE:ROWID`; None: from the beginning)."""
         table, _, after_text = (cursor or f"{TABLES[0]}:0").partition(":")
         if table not in TABLES:
             return ApiError("invalid_request", "`cursor` must be the `next_cursor` of the call before.")
         after, checked, damaged = int(after_text), 0, []
         loop = asyncio.get_running_loop()
-        async with self._turn:
+        async with self._lock:
             until_s = loop.time() + CALL_S
             while True:
                 began_s = loop.time()

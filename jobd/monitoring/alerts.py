@@ -73,19 +73,19 @@ class Thresholds(Struct, frozen=True):
     release_loop: int = 0  # jobs
 
 
-class Health(Protocol):
+class HealthSource(Protocol):
     last: HealthView | None
 
     async def view(self) -> HealthView: ...
     async def space(self) -> DiskSpace | None: ...
 
 
-class Cleanup(Protocol):
+class CleanupReports(Protocol):
     @property
     def last_report(self) -> CleanupReport | None: ...
 
 
-class Failing(Protocol):
+class FailingWebhook(Protocol):
     """A webhook that takes nothing."""
 
     @property
@@ -113,7 +113,7 @@ class Condition(Struct, frozen=True):
     inclusive: bool = False
 
 
-class Waiting(Struct):
+class WaitingJob(Struct):
     """The job that waits longest, of one round over the queues."""
 
     for_ms: int = 0
@@ -122,12 +122,12 @@ class Waiting(Struct):
     job_id: str = ""
 
 
-class Round(Struct):
+class QueueScan(Struct):
     """One walk over the queues and kinds of queued jobs. It may take several looks."""
 
     left: Iterator[tuple[str, str]]
-    unclaimed: Waiting = field(default_factory=Waiting)  # no worker has claimed the queue and kind either
-    oldest: Waiting = field(default_factory=Waiting)  # in a queue that is not paused
+    unclaimed: WaitingJob = field(default_factory=WaitingJob)  # no worker has claimed the queue and kind either
+    oldest: WaitingJob = field(default_factory=WaitingJob)  # in a queue that is not paused
 
 
 class Alerts:
@@ -140,8 +140,8 @@ class Alerts:
         self,
         book: Book,
         clock: Clock,
-        health: Health,
-        cleanup: Cleanup,
+        health: HealthSource,
+        cleanup: CleanupReports,
         thresholds: Thresholds | None = None,
         *,
         hold_ms: int = HOLD_MS,
@@ -150,7 +150,7 @@ class Alerts:
         self.thresholds = thresholds or Thresholds()
         self.paces: list[KindPace] = []  # as of the last look
         self.on_change: list[Callable[[], None]] = []  # called when one fires, or fires no more
-        self.failing_webhook: Callable[[], Failing | None] = lambda: None  # that which fails for longest
+        self.failing_webhook: Callable[[], FailingWebhook | None] = lambda: None  # that which fails for longest
         self.attempts = Attempts()  # told of every commit
         self._book = book
         self._clock = clock
@@ -162,17 +162,17 @@ class Alerts:
         self._turned: dict[str, int] = {}  # lease time since which the condition of an alert differs from its state
         self._first: int | None = None  # lease time of the first look with measured health
         self._space: DiskSpace | None = None
-        self._round: Round | None = None  # under way
-        self._waiting = Round(iter(()))  # the last whole one
+        self._scan: QueueScan | None = None  # under way
+        self._waiting = QueueScan(iter(()))  # the last whole one
         self._views: list[AlertView] = []  # as of the last look
         self._stop = asyncio.Event()
 
     def evaluate(self) -> list[AlertView]:
         """All alerts, in the order of NAMES."""
         at, before = self._clock.moment(), set(self._since)
-        self._views = [self._judge(condition, at) for condition in self._conditions(at)]
+        self._views = [self._evaluate(condition, at) for condition in self._conditions(at)]
         if before != set(self._since):
-            self._tell()
+            self._notify()
         return self._views
 
     def known(self) -> list[AlertView] | None:
@@ -183,35 +183,35 @@ class Alerts:
         is_known = self._first is not None and self._clock.moment().lease - self._first >= self._hold_ms
         return self._views if is_known else None
 
-    async def look(self) -> list[AlertView]:
+    async def check(self) -> list[AlertView]:
         """Read the free space of the disk, walk the queues in slices, and evaluate."""
         self._space = await self._health.space()
         for _ in range(SLICES_OF_ONE_LOOK):
-            if self._walk():
+            if self._scan_queues():
                 break
             await asyncio.sleep(0)
         return self.evaluate()
 
-    def _walk(self) -> bool:
+    def _scan_queues(self) -> bool:
         """Walk on over the queues, for about a millisecond. True at the end of the round.
 
         A suspect jump of the wall clock makes no job wait longer.
         """
         book, at = self._book, self._clock.moment()
-        if self._round is None:
-            self._round = Round((queue, kind) for queue in list(book.counts) for kind in book.queued_kinds(queue))
+        if self._scan is None:
+            self._scan = QueueScan((queue, kind) for queue in list(book.counts) for kind in book.queued_kinds(queue))
         now, lanes = min(at.now, at.believed), 0
-        for queue, kind in self._round.left:
+        for queue, kind in self._scan.left:
             count, entry = book.oldest_of_kind(queue, kind, now)
             if entry is not None:
-                self._compare(self._round, Waiting(now - entry[1], queue, kind, entry[3]), at.lease)
+                self._compare(self._scan, WaitingJob(now - entry[1], queue, kind, entry[3]), at.lease)
             lanes += count + 1
             if lanes >= LANES_IN_ONE_GO:
                 return False
-        self._waiting, self._round = self._round, None
+        self._waiting, self._scan = self._scan, None
         return True
 
-    def _compare(self, found: Round, waits: Waiting, lease: int) -> None:
+    def _compare(self, found: QueueScan, waits: WaitingJob, lease: int) -> None:
         if waits.for_ms > found.oldest.for_ms and waits.queue not in self._book.paused:
             found.oldest = waits
         if waits.for_ms > found.unclaimed.for_ms:
@@ -219,7 +219,7 @@ class Alerts:
             if unclaimed_ms > found.unclaimed.for_ms:
                 found.unclaimed = replace(waits, for_ms=min(waits.for_ms, unclaimed_ms))
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         for tell in self.on_change:
             tell()
 
@@ -233,11 +233,11 @@ class Alerts:
                     next_measurement = loop_time() + MEASURE_EVERY_S
                     await self._health.view()
                 was_known = self.known() is not None
-                await self.look()
+                await self.check()
                 if self._first is None:
                     self._first = self._clock.moment().lease
                 if not was_known and self.known() is not None:
-                    self._tell()
+                    self._notify()
             except Exception:
                 log.exception("alerts_failed")
             with contextlib.suppress(TimeoutError):
@@ -246,7 +246,7 @@ class Alerts:
     def stop(self) -> None:
         self._stop.set()
 
-    def _judge(self, condition: Condition, at: Moment) -> AlertView:
+    def _evaluate(self, condition: Condition, at: Moment) -> AlertView:
         """Firing or not; a change of that is logged."""
         name, limit = condition.name, condition.threshold
         if name in self._since and condition.calm is not None:
@@ -432,7 +432,7 @@ class Alerts:
         return Condition("release_loop", len(loops), threshold, hint, quiet)
 
 
-def _lane(waits: Waiting) -> str:
+def _lane(waits: WaitingJob) -> str:
     return f"queue {waits.queue}, kind {waits.kind}" if waits.kind else f"queue {waits.queue}"
 
 

@@ -22,17 +22,17 @@ from jobd.model.job import Job, first_line
 from jobd.model.responses import FailureGroup, FailuresView
 from jobd.model.storage import JobQuery, Storage
 
-MOST_GROUPS: Final = 1_000  # beyond it errors that nobody has seen yet are counted together
-MOST_GONE: Final = 1_000  # groups that are empty now, of which it is known since when there were such errors
-MOST_NAMES: Final = 20  # queues and kinds of a group
-MOST_IDS: Final = 20  # of the latest jobs of a group;
+MAX_GROUPS: Final = 1_000  # beyond it errors that nobody has seen yet are counted together
+MAX_FORMER: Final = 1_000  # groups that are empty now, of which it is known since when there were such errors
+MAX_NAMES: Final = 20  # queues and kinds of a group
+MAX_IDS: Final = 20  # of the latest jobs of a group;
 SHOWN_IDS: Final = 5  # so many are shown
 SHOWN_NAMES: Final = 10
 SHOWN_TEXT: Final = 500  # characters of a message; its first line is never cut
 SCAN: Final = 500  # rows of history in one go
 LIMIT: Final = 50  # failed jobs of these
 PAUSE_S: Final = 0.005  # between two looks
-AGAIN_S: Final = 5.0  # after a look that failed
+RETRY_S: Final = 5.0  # after a look that failed
 
 log = structlog.get_logger("jobd.failures")
 
@@ -40,7 +40,7 @@ log = structlog.get_logger("jobd.failures")
 What = Literal["failed", "retrying"]  # queued with the error of its last attempt
 
 
-class Group(Struct):
+class GroupState(Struct):
     """Jobs with the same error. `ids` are the latest of them, with the time of their failure."""
 
     first_at: int  # also of those that were in it before it was empty for a while
@@ -65,10 +65,10 @@ class Group(Struct):
         self.last_at = max(self.last_at, at)
         self._add(what, 1)
         for names, name in ((self.queues, job.options.queue), (self.kinds, job.options.kind)):
-            if name in names or len(names) < MOST_NAMES:
+            if name in names or len(names) < MAX_NAMES:
                 names[name] += 1
         self.ids[job.id] = at
-        if len(self.ids) > MOST_IDS:
+        if len(self.ids) > MAX_IDS:
             del self.ids[min(self.ids, key=self.ids.__getitem__)]
 
     def leave(self, job: Job, what: What) -> bool:
@@ -91,13 +91,13 @@ class Group(Struct):
             self.retrying += step
 
 
-class Failures:
+class FailureGroups:
     """`committed` is told of every commit; `run` looks at what was there at the start: the failed jobs below `top`, and
     `live` jobs."""
 
     def __init__(self, disk: Storage, top: int, live: Iterable[Job] = ()) -> None:
         self._disk = disk
-        self._groups: dict[str, Group] = {}
+        self._groups: dict[str, GroupState] = {}
         self._gone: dict[str, int] = {}  # since when there were such errors, of groups that are empty now
         self._other: dict[What, int] = {"failed": 0, "retrying": 0}  # jobs whose error has no group of its own
         # Live jobs as they were at the start: not counted yet, as nothing has happened to them since.
@@ -166,17 +166,17 @@ class Failures:
             return
         del self._groups[name]
         self._gone[name] = group.first_at
-        if len(self._gone) > MOST_GONE:
+        if len(self._gone) > MAX_FORMER:
             del self._gone[next(iter(self._gone))]
 
-    def _group(self, job: Job, at: int) -> Group | None:
+    def _group(self, job: Job, at: int) -> GroupState | None:
         """None where all groups are taken, or where the job has no error (an import may bring some): by no name they
         could be found, so nothing could be done to just those."""
         name = _name(job)
         if name is None:
             return None
-        if name not in self._groups and len(self._groups) < MOST_GROUPS:
-            self._groups[name] = Group(self._gone.pop(name, at))
+        if name not in self._groups and len(self._groups) < MAX_GROUPS:
+            self._groups[name] = GroupState(self._gone.pop(name, at))
         return self._groups.get(name)
 
     # -- what was there -----------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ class Failures:
                 await self._slice()
             except Exception:
                 log.exception("failures_not_read")
-                pause_s = AGAIN_S
+                pause_s = RETRY_S
             await self._pause(pause_s)
 
     def stop(self) -> None:
@@ -252,7 +252,7 @@ def _name(job: Job) -> str | None:
     return None if error is None else fingerprint(error.message, error.code, job.id)
 
 
-def _shown(name: str, group: Group) -> FailureGroup:
+def _shown(name: str, group: GroupState) -> FailureGroup:
     latest = sorted(group.ids, key=lambda job_id: -group.ids[job_id])
     return FailureGroup(
         fingerprint=name,

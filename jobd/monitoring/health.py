@@ -29,13 +29,13 @@ log = structlog.get_logger("jobd.health")
 
 MAX_AGE_S: Final = 5.0
 SPACE_MAX_AGE_S: Final = 1.0
-PATIENCE_S: Final = 2.0  # for one part; what takes longer is unhealthy, and is not asked a second time meanwhile
-STORAGE_PATIENCE_S: Final = 5.0  # a bucket may be far away
+TIMEOUT_S: Final = 2.0  # for one part; what takes longer is unhealthy, and is not asked a second time meanwhile
+STORAGE_TIMEOUT_S: Final = 5.0  # a bucket may be far away
 SAMPLE: Final = 50  # jobs that are compared with the disk
 SAMPLED_FROM: Final = 10_000  # the oldest live jobs; a sample begins somewhere among them, the next one further on
 COMPARISONS: Final = 3
-FAULTS_KEPT: Final = 100
-NAMED: Final = 5  # jobs or faults that a message names
+MAX_FAULTS: Final = 100
+MAX_NAMED: Final = 5  # jobs or faults that a message names
 _WORST: Final[tuple[HealthStatus, ...]] = ("healthy", "degraded", "unhealthy")
 _REFUSED: Final = {
     Closed.NOTHING: "no write fits",
@@ -45,19 +45,19 @@ _REFUSED: Final = {
 }
 
 
-class Cleanup(Protocol):
+class CleanupStatus(Protocol):
     def state(self) -> CleanupState: ...
-    def complaint(self) -> str | None: ...
+    def degraded_reason(self) -> str | None: ...
 
 
-class Artifacts(Protocol):
+class ArtifactProbe(Protocol):
     place: str
 
     async def probe(self) -> None: ...
 
 
-class Sweeper(Protocol):
-    def complaint(self) -> str | None: ...
+class SweepStatus(Protocol):
+    def degraded_reason(self) -> str | None: ...
 
 
 class Health:
@@ -71,12 +71,12 @@ class Health:
         self,
         actor: Actor,
         clock: Clock,
-        cleanup: Cleanup,
+        cleanup: CleanupStatus,
         *,
         faults: Iterable[str] = (),
         take_faults: Callable[[], Iterable[str]] = tuple,
-        artifacts: Artifacts | None = None,
-        sweeper: Sweeper | None = None,
+        artifacts: ArtifactProbe | None = None,
+        sweeper: SweepStatus | None = None,
     ) -> None:
         self.last: HealthView | None = None
         self._actor = actor
@@ -84,7 +84,7 @@ class Health:
         self._cleanup = cleanup
         self._artifacts = artifacts
         self._sweeper = sweeper
-        self._faults: deque[str] = deque(faults, FAULTS_KEPT)
+        self._faults: deque[str] = deque(faults, MAX_FAULTS)
         self._take_faults = take_faults
         self._known = self._known_now()  # as of the last measurement
         self._measured_at = 0.0  # loop time at the beginning of the measurement
@@ -160,7 +160,7 @@ class Health:
             log.exception("health_check_failed", part=part)
             return PartHealth("unhealthy", f"It could not be measured: {type(error).__name__}: {error}")
 
-    async def _in_time(self, what: str, ask: Callable[[], Awaitable[Any]], patience_s: float = PATIENCE_S) -> Any:
+    async def _in_time(self, what: str, ask: Callable[[], Awaitable[Any]], patience_s: float = TIMEOUT_S) -> Any:
         """The answer, or TimeoutError after that time; nothing is cancelled, a late answer is waited for next time."""
         task = self._open.get(what)
         if task is None:
@@ -183,7 +183,7 @@ class Health:
         except DiskFull:
             return await self._full_disk()
         except TimeoutError:
-            return PartHealth("unhealthy", f"The disk has not answered a write for {PATIENCE_S:g} s. Is it overloaded?")
+            return PartHealth("unhealthy", f"The disk has not answered a write for {TIMEOUT_S:g} s. Is it overloaded?")
         except Exception as error:
             return PartHealth("unhealthy", f"A write and a read back failed ({error}). See the log; run: jobd doctor")
         took_ms = (loop_time() - began) * 1000
@@ -212,10 +212,10 @@ class Health:
                 self._faults.append(fault)
         said = []
         if quarantined := self._actor.book.quarantined:
-            names = _some(list(islice(quarantined, NAMED)), len(quarantined))
+            names = _some(list(islice(quarantined, MAX_NAMED)), len(quarantined))
             said.append(f"Jobs in quarantine: {names}.")
         if self._faults:
-            said.append(f"Damage: {_some(list(islice(self._faults, NAMED)), len(self._faults), '; ')}.")
+            said.append(f"Damage: {_some(list(islice(self._faults, MAX_NAMED)), len(self._faults), '; ')}.")
         return f"{' '.join(said)} Run: jobd doctor" if said else None
 
     # -- memory -------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ class Health:
             answer = await self._in_time("ping", self._ping)
         except TimeoutError:
             waiting = f"{self._actor.waiting} commands wait"
-            return PartHealth("unhealthy", f"The mailbox has not answered for {PATIENCE_S:g} s; {waiting}.")
+            return PartHealth("unhealthy", f"The mailbox has not answered for {TIMEOUT_S:g} s; {waiting}.")
         if isinstance(answer, ApiError):
             status: HealthStatus = "degraded" if answer.code == "overloaded" else "unhealthy"
             return PartHealth(status, answer.message)
@@ -238,7 +238,7 @@ class Health:
         try:
             differing, compared = await self._in_time("sample", self._recount)
         except TimeoutError:
-            return PartHealth("degraded", f"The disk has not answered a read for {PATIENCE_S:g} s.")
+            return PartHealth("degraded", f"The disk has not answered a read for {TIMEOUT_S:g} s.")
         if differing:
             message = f"Memory and disk differ for {', '.join(differing)}."
             return PartHealth("unhealthy", f"{message} Restart the daemon: in doubt the disk is right.")
@@ -274,7 +274,7 @@ class Health:
                 return [], compared
             if isinstance(await self._ping(), ApiError):
                 return [], 0  # too busy, or stopping: the next measurement says more
-        return sorted(sample)[:NAMED], compared
+        return sorted(sample)[:MAX_NAMED], compared
 
     def _sample(self) -> dict[str, Job]:
         """Processing jobs and queued ones, from further on each time."""
@@ -303,12 +303,12 @@ class Health:
         loop_time, place = asyncio.get_running_loop().time, self._artifacts.place
         began = loop_time()
         try:
-            await self._in_time("storage", self._artifacts.probe, STORAGE_PATIENCE_S)
+            await self._in_time("storage", self._artifacts.probe, STORAGE_TIMEOUT_S)
         except TimeoutError:
-            return PartHealth("unhealthy", f"{place} has not answered for {STORAGE_PATIENCE_S:g} s.")
+            return PartHealth("unhealthy", f"{place} has not answered for {STORAGE_TIMEOUT_S:g} s.")
         except ArtifactStoreError as fault:
             return PartHealth("unhealthy", str(fault))
-        if self._sweeper is not None and (complaint := self._sweeper.complaint()) is not None:
+        if self._sweeper is not None and (complaint := self._sweeper.degraded_reason()) is not None:
             return PartHealth("degraded", complaint)
         took_ms = (loop_time() - began) * 1000
         return PartHealth("healthy", f"{place}: a write, a read back and a deletion took {took_ms:.1f} ms.")
@@ -322,7 +322,7 @@ class Health:
 
     def _cleanup_health(self) -> tuple[CleanupHealth, HealthStatus]:
         state = self._cleanup.state()
-        said = [told for told in (self._cleanup.complaint(), self._clock.doubt()) if told is not None]
+        said = [told for told in (self._cleanup.degraded_reason(), self._clock.doubt()) if told is not None]
         message = " ".join(said) or "Passes run in time."
         view = CleanupHealth(state.cleanup_running, state.time_since_last_cleanup, message)
         return view, "degraded" if said else "healthy"

@@ -31,8 +31,8 @@ from jobd.core.state import Book
 from jobd.core.stats import OTHER_QUEUES, PROCESSING_BUCKETS_S, Histogram
 from jobd.engine.actor import BATCH_BUCKETS, COMMIT_BUCKETS_S, Actor
 from jobd.engine.clock import Clock
-from jobd.maintenance.artifact_sweeper import Sweeps
-from jobd.maintenance.maintainer import Cleaner
+from jobd.maintenance.artifact_sweeper import SweepStats
+from jobd.maintenance.maintainer import Maintainer
 from jobd.model.errors import ERROR_STATUS
 from jobd.model.events import EventType
 from jobd.model.job import SECOND_MS, STATUSES
@@ -87,11 +87,11 @@ class Snapshot(Struct, frozen=True):
     dropped: int
     lag_s: float
     alerts: dict[str, bool]
-    sweeps: Sweeps
-    webhooks: dict[str, WebhookFigures]  # by name
+    sweeps: SweepStats
+    webhooks: dict[str, WebhookCounters]  # by name
 
 
-class WebhookFigures(Protocol):
+class WebhookCounters(Protocol):
     @property
     def delivered(self) -> int: ...
     @property
@@ -108,11 +108,11 @@ class WebhookFigures(Protocol):
     def paused(self) -> bool: ...
 
 
-class Door(Protocol):
+class ErrorCounts(Protocol):
     error_counts: Counter[str]  # by code
 
 
-class Feed(Protocol):
+class ListenerCounts(Protocol):
     dropped: int
 
     @property
@@ -128,13 +128,13 @@ class Metrics:
     def __init__(
         self,
         actor: Actor,
-        cleaner: Cleaner,
+        cleaner: Maintainer,
         alerts: Alerts,
         clock: Clock,
-        sweeps: Sweeps,
+        sweeps: SweepStats,
         store_path: str,
-        doors: Sequence[Door],
-        feed: Feed,
+        doors: Sequence[ErrorCounts],
+        feed: ListenerCounts,
     ) -> None:
         self._actor = actor
         self._cleaner = cleaner
@@ -144,7 +144,7 @@ class Metrics:
         self._doors = doors
         self._feed = feed
         self._store_path = store_path
-        self.webhooks: Callable[[], Mapping[str, WebhookFigures]] = dict
+        self.webhooks: Callable[[], Mapping[str, WebhookCounters]] = dict
         self._lags: deque[float] = deque(maxlen=LAGS_KEPT)
         self._commits: deque[list[int]] = deque([actor.commit_seconds.counts.copy()], COMMITS_KEPT)
         self._born_s = time.monotonic()

@@ -33,11 +33,11 @@ STEPS: Final = 360  # an hour
 SLOT_MS: Final = 10 * MINUTE_MS
 SLOTS: Final = 144  # a day
 MINUTES: Final = 60
-MOST_QUEUES: Final = 1_000  # of the others nothing is said
+MAX_QUEUES: Final = 1_000  # of the others nothing is said
 _NOTHING: Final = (0, 0, 0)
 
 
-class Lines(Struct, frozen=True):
+class ChartSeries(Struct, frozen=True):
     """`at` are the beginnings of the steps in Unix seconds, the others how often it happened in each."""
 
     at: list[int]
@@ -49,8 +49,8 @@ class Lines(Struct, frozen=True):
 class Chart(Struct, frozen=True):
     """The last hour in steps of 10 s, the last day in steps of 10 min. `since`: nothing was counted before, Unix ms."""
 
-    hour: Lines
-    day: Lines
+    hour: ChartSeries
+    day: ChartSeries
     since: int
 
 
@@ -77,7 +77,7 @@ class QueueRate(Struct, frozen=True):
         return 100 * self.failed / ended if ended else None
 
 
-class Kept(Struct, frozen=True):
+class SavedTimeseries(Struct, frozen=True):
     """What is saved: how often, by line, in each step of the hour and of the day. Times in Unix ms."""
 
     since: int
@@ -85,7 +85,7 @@ class Kept(Struct, frozen=True):
     day: dict[int, list[int]]
 
 
-class Tally:
+class StepCounts:
     """How often it happened in each of the last `most` steps of `step_ms`, of which `known` are some."""
 
     __slots__ = ("_counts", "_most", "_step_ms")
@@ -115,13 +115,13 @@ class Tally:
                 del self._counts[min(self._counts)]
         return counts
 
-    def lines(self, now: int) -> Lines:
+    def lines(self, now: int) -> ChartSeries:
         """The last `most` steps, the running one left out."""
         first = now // self._step_ms - self._most
         steps = range(first, first + self._most)
         counts = [self._counts.get(step, _NOTHING) for step in steps]
         columns = ([count[line] for count in counts] for line in range(3))
-        return Lines([step * self._step_ms // SECOND_MS for step in steps], *columns)
+        return ChartSeries([step * self._step_ms // SECOND_MS for step in steps], *columns)
 
     def sums(self, now: int, back: int) -> list[int]:
         """Up to now, over the last `back` steps and the running one."""
@@ -130,32 +130,32 @@ class Tally:
         return [sum(count[line] for count in chosen) for line in range(3)]
 
 
-class Recorder:
+class Timeseries:
     """`since`: when it began to count, `started`: when this process did, Unix ms."""
 
-    def __init__(self, started: int, kept: Kept | None = None) -> None:
-        kept = kept or Kept(started, {}, {})
+    def __init__(self, started: int, kept: SavedTimeseries | None = None) -> None:
+        kept = kept or SavedTimeseries(started, {}, {})
         self.since = kept.since
         self.started = started
-        self._hour = Tally(STEP_MS, STEPS, kept.hour)
-        self._day = Tally(SLOT_MS, SLOTS, kept.day)
-        self._queues: dict[str, Tally] = {}  # the one that was heard of latest comes last
+        self._hour = StepCounts(STEP_MS, STEPS, kept.hour)
+        self._day = StepCounts(SLOT_MS, SLOTS, kept.day)
+        self._queues: dict[str, StepCounts] = {}  # the one that was heard of latest comes last
 
     @classmethod
-    def opened(cls, body: bytes, now: int) -> Recorder:
+    def opened(cls, body: bytes, now: int) -> Timeseries:
         """From what `kept` gave to the run before. Begins anew where that is no use, or of another version."""
         try:
-            kept = msgspec.json.decode(body, type=Kept)
+            kept = msgspec.json.decode(body, type=SavedTimeseries)
         except msgspec.MsgspecError:
             return cls(now)
         rows = [*kept.hour.values(), *kept.day.values()]
         return cls(now, kept if kept.since <= now and all(len(row) == len(_NOTHING) for row in rows) else None)
 
-    def kept(self) -> bytes:
+    def saved(self) -> bytes:
         """What the next run goes on from, as JSON."""
-        return msgspec.json.encode(Kept(self.since, self._hour.known, self._day.known))
+        return msgspec.json.encode(SavedTimeseries(self.since, self._hour.known, self._day.known))
 
-    def note(self, changes: Sequence[Change]) -> None:
+    def record(self, changes: Sequence[Change]) -> None:
         """Count what was committed. The changes of one batch are of the same moment, or almost."""
         at = -1
         hour: list[int] = []
@@ -177,11 +177,11 @@ class Recorder:
             day[line] += 1
             queue[line] += 1
 
-    def _of_queue(self, name: str) -> Tally:
+    def _of_queue(self, name: str) -> StepCounts:
         tally = self._queues.pop(name, None)
         if tally is None:
-            tally = Tally(MINUTE_MS, MINUTES)
-            if len(self._queues) >= MOST_QUEUES:
+            tally = StepCounts(MINUTE_MS, MINUTES)
+            if len(self._queues) >= MAX_QUEUES:
                 del self._queues[next(iter(self._queues))]
         self._queues[name] = tally
         return tally

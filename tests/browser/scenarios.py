@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import msgspec
 
-from jobd.monitoring.timeseries import SLOT_MS, SLOTS, STEP_MS, STEPS, Kept
+from jobd.monitoring.timeseries import SLOT_MS, SLOTS, STEP_MS, STEPS, SavedTimeseries
 from jobd.storage.store import Store
 from tests.proof.faults.fuzz import free_port
 from tests.support.daemon_process import TOKEN, Daemon
@@ -97,7 +97,7 @@ def give_past(directory: Path) -> None:
         last = now // span_ms
         return {step: counted(step * span_ms, span_ms) for step in range(last - most, last)}
 
-    kept = Kept(now - SLOTS * SLOT_MS, past(STEP_MS, STEPS), past(SLOT_MS, SLOTS))
+    kept = SavedTimeseries(now - SLOTS * SLOT_MS, past(STEP_MS, STEPS), past(SLOT_MS, SLOTS))
 
     async def save() -> None:
         store, _ = await Store.open(str(directory / "jobd.db"))

@@ -14,8 +14,8 @@ from jobd.core.state import Book
 from jobd.engine.actor import Actor, Bounds
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
-from jobd.maintenance.cleanup_pass import Schedule
-from jobd.maintenance.maintainer import Cleaner, read_figures
+from jobd.maintenance.cleanup_pass import CleanupSchedule
+from jobd.maintenance.maintainer import Maintainer, read_figures
 from jobd.model.commands import AnyCommand, Create, Start
 from jobd.model.errors import ApiError
 from jobd.model.job import HOUR_MS, Job, Options, Policy
@@ -23,7 +23,7 @@ from jobd.model.responses import GrantView, Response
 from tests.support.memory_storage import MemoryStorage
 
 WALL: Final = 1_700_000_000_000
-QUIET: Final = Schedule(interval_ms=HOUR_MS, min_interval_ms=HOUR_MS, recover_every_ms=0)
+QUIET: Final = CleanupSchedule(interval_ms=HOUR_MS, min_interval_ms=HOUR_MS, recover_every_ms=0)
 
 
 class VirtualTime(selectors.DefaultSelector):
@@ -68,7 +68,7 @@ class VirtualEngine:
         self,
         disk: MemoryStorage | None = None,
         *,
-        schedule: Schedule = QUIET,
+        schedule: CleanupSchedule = QUIET,
         policy: Policy | None = None,
         bounds: Bounds | None = None,
         step_ms: int = 0,
@@ -104,7 +104,7 @@ class VirtualEngine:
             is_full=opened.full,
             has_reserve=opened.has_reserve,
         )
-        self.cleaner = Cleaner(self.actor, self.clock, schedule, **cleaner)
+        self.cleaner = Maintainer(self.actor, self.clock, schedule, **cleaner)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> VirtualEngine:

@@ -119,8 +119,8 @@ class Closing:
             self.watch.fail("L5", "the cleaner has ended")
             return
         report = await self._pass(daemon)
-        if daemon.cleaner.complaint() is not None and not report.errors:
-            self.watch.fail("L5", f"a complaint after a good pass: {daemon.cleaner.complaint()}")
+        if daemon.cleaner.degraded_reason() is not None and not report.errors:
+            self.watch.fail("L5", f"a complaint after a good pass: {daemon.cleaner.degraded_reason()}")
         if machine.dice.random() < 0.5:
             return
         await self._look_at_all()
@@ -174,9 +174,9 @@ class Closing:
         await self._pass(daemon)
 
     async def _pass(self, daemon: Daemon) -> CleanupReport:
-        report = await daemon.cleaner.run_pass(forced=True)
+        report = await daemon.cleaner.run_cleanup(forced=True)
         if daemon.cleaner.is_running or report.errors:
-            report = await daemon.cleaner.run_pass(forced=True)  # the first may have begun before the faults stopped
+            report = await daemon.cleaner.run_cleanup(forced=True)  # the first may have begun before the faults stopped
         if report.errors:
             self.watch.fail("L5", f"a pass without faults: {report.errors}")
         return report

@@ -19,8 +19,8 @@ from jobd.daemon import GRACE_MS, STOP_S, _current_keys
 from jobd.engine.actor import Actor, DiskBroken
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
-from jobd.maintenance.artifact_sweeper import Sweeper, Sweeps
-from jobd.maintenance.maintainer import Cleaner, read_figures
+from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
+from jobd.maintenance.maintainer import Maintainer, read_figures
 from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, IdempotencyKey, Operator
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
@@ -258,7 +258,7 @@ class Daemon:
         self.gone = asyncio.Event()
         self.stopped = asyncio.Event()
         self.began_s = self.opened_s = machine.loop.now_s
-        self.sweeper: Sweeper | None = None
+        self.sweeper: ArtifactSweeper | None = None
         self._tasks: list[asyncio.Task[Any]] = []
         self._context = contextvars.copy_context()
         self._context.run(_owner.set, self._tasks)
@@ -327,7 +327,7 @@ class Daemon:
         self._settle()
         running = self.spawn(self.actor.run())
         running.add_done_callback(lambda _: self.stopped.set())
-        self.cleaner = Cleaner(self.actor, self.clock, machine.plan.schedule)
+        self.cleaner = Maintainer(self.actor, self.clock, machine.plan.schedule)
         self.cleaning = self.spawn(self.cleaner.run())
         sweeping = self._sweep()
         self.is_open, self.opened_s = True, machine.loop.now_s
@@ -356,8 +356,8 @@ class Daemon:
         machine = self.machine
         if not machine.plan.policy.artifacts:
             return None
-        sweeps = Sweeps(waiting=self.opened.tombstones)
-        self.sweeper = Sweeper(machine.disk, machine.artifacts, self.clock, sweeps, machine.plan.margins)
+        sweeps = SweepStats(waiting=self.opened.tombstones)
+        self.sweeper = ArtifactSweeper(machine.disk, machine.artifacts, self.clock, sweeps, machine.plan.margins)
         machine.disk.on_tombstones = self.sweeper.expect
         return self.spawn(self.sweeper.run())
 

@@ -167,7 +167,7 @@ class Operator(Person):
             work: Any = daemon.cleaner.recover_stuck(commands.Operator("", "simulated", "recovery"))
         elif roll < 0.97:
             self.machine.fired["operator cleanup"] += 1
-            work = daemon.cleaner.run_pass(forced=self.dice.random() < 0.5)
+            work = daemon.cleaner.run_cleanup(forced=self.dice.random() < 0.5)
         else:
             self.machine.accept_clock(daemon)
             return

@@ -12,7 +12,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.engine.actor import SLOW_COMMIT_S, Bounds
-from jobd.maintenance.cleanup_pass import Schedule
+from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.model.job import DAY_MS, MINUTE_MS, SECOND_MS, Policy
 from jobd.storage.artifacts.base import Margins
 
@@ -69,7 +69,7 @@ class Plan(Struct, frozen=True):
     pace_s: float
     think_s: float
     policy: Policy
-    schedule: Schedule
+    schedule: CleanupSchedule
     bounds: Bounds
     keys: int
     margins: Margins  # of its artifacts, where the policy says that there is a store of them
@@ -125,9 +125,9 @@ def policy(dice: Random) -> Policy:
     )
 
 
-def _schedule(dice: Random) -> Schedule:
+def _schedule(dice: Random) -> CleanupSchedule:
     interval_ms = dice.choice((10 * SECOND_MS, 30 * SECOND_MS, 5 * MINUTE_MS))
-    return Schedule(
+    return CleanupSchedule(
         interval_ms=interval_ms,
         min_interval_ms=dice.choice((0, 5 * SECOND_MS, interval_ms)),
         recover_every_ms=dice.choice((0, 500, 2_000, 10_000, 10_000)),

@@ -263,7 +263,7 @@ class Watch(Promises):
         if daemon is not None and daemon.is_open:
             schedule = daemon.cleaner.schedule
             late_s = 3 * max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
-            told = daemon.cleaner.complaint() is not None
+            told = daemon.cleaner.degraded_reason() is not None
             self.fired["cleanup complained"] += told
             silent_s = now_s - self._good_pass_s
             self.must(told or silent_s <= late_s + 1, "L5", f"no pass has succeeded for {silent_s:.0f} s, none says so")

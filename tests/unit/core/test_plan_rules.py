@@ -305,7 +305,7 @@ async def test_on_a_full_disk_time_makes_room() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_builder, "MAX_PLAN", 3)
-    monkeypatch.setattr(plan_builder, "LOOK", 2)
+    monkeypatch.setattr(plan_builder, "PAGE", 2)
 
 
 async def crowd(house: VirtualEngine, stuck: int, late: int, old: int) -> None:

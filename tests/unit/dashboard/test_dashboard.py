@@ -42,8 +42,8 @@ from jobd.engine.clock import Clock, boot_clock_ms, wall_clock_ms
 from jobd.engine.idempotency import Keys
 from jobd.http.auth import FORM, Authenticator, Permission, own_names
 from jobd.maintenance import plan_builder
-from jobd.maintenance.cleanup_pass import Hands, Schedule
-from jobd.maintenance.maintainer import Cleaner
+from jobd.maintenance.cleanup_pass import CleanupSchedule, MaintenanceContext
+from jobd.maintenance.maintainer import Maintainer
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import ForceFail
 from jobd.model.errors import ApiError
@@ -52,8 +52,8 @@ from jobd.model.job import LATEST_MS, Policy
 from jobd.model.responses import AlertView, ClockView, DeliveryPage, OldestDue, PreviewView, Recovery
 from jobd.model.storage import AuditQuery, JobQuery
 from jobd.model.webhooks import MAX_BACKLOG
-from jobd.monitoring.failure_groups import Failures
-from jobd.monitoring.timeseries import MOST_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Recorder
+from jobd.monitoring.failure_groups import FailureGroups
+from jobd.monitoring.timeseries import MAX_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Timeseries
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileArtifactStore
 from tests import ROOT
@@ -185,9 +185,9 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
 
     clock = Clock(wall=lambda: wall_clock_ms() + ahead_ms(), boot=lambda: boot_clock_ms() + ahead_ms())
     actor = Actor(disk, Book.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
-    recorder = Recorder(clock.moment().now)
-    actor.on_commit.append(recorder.note)
-    planner, known = Planner(actor, clock), Failures(disk, 1)
+    recorder = Timeseries(clock.moment().now)
+    actor.on_commit.append(recorder.record)
+    planner, known = Planner(actor, clock), FailureGroups(disk, 1)
     actor.on_commit.append(known.committed)
     await known.run()
     running = asyncio.create_task(actor.run())
@@ -204,8 +204,8 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
         admin.services.make_plan = lambda asked: planner.make(asked, f"plan-{next(numbers)}")  # type: ignore[method-assign,assignment,return-value]
         admin.services.failures = known.view  # type: ignore[method-assign]
         admin.services.queue_names = partial(Services.queue_names, SimpleNamespace(actor=actor))  # type: ignore[method-assign,arg-type]
-        hands = Hands(actor, clock, Schedule())
-        admin.services.take_back = partial(Cleaner.take_back, SimpleNamespace(_hands=hands))  # type: ignore[method-assign,arg-type]
+        hands = MaintenanceContext(actor, clock, CleanupSchedule())
+        admin.services.take_back = partial(Maintainer.take_back, SimpleNamespace(_hands=hands))  # type: ignore[method-assign,arg-type]
         admin.services.plan = planner.find  # type: ignore[method-assign]
         admin.services.apply_plan = planner.apply  # type: ignore[method-assign,assignment]
         admin.services.clock = lambda: ClockView(clock.moment().now, not admin.services.accepted, "30 days ahead")  # type: ignore[method-assign]
@@ -2207,12 +2207,12 @@ NOW = 1_700_000_000_000 // SLOT_MS * SLOT_MS
 
 
 def test_the_recorder_counts_by_steps_and_forgets_after_an_hour_and_a_day() -> None:
-    recorder = Recorder(NOW - 86_400_000)
-    recorder.note([change("completed", NOW - 30 * 60_000)])
+    recorder = Timeseries(NOW - 86_400_000)
+    recorder.record([change("completed", NOW - 30 * 60_000)])
     kinds = ("created", "imported", "completed", "failed", "retried", "stalled", "expired", "force_failed", "progress")
-    recorder.note([change(kind, NOW - STEP_MS) for kind in kinds])
-    recorder.note([change("force_failed", NOW - STEP_MS, before="queued")])  # no attempt
-    recorder.note([change("adopted", NOW)])
+    recorder.record([change(kind, NOW - STEP_MS) for kind in kinds])
+    recorder.record([change("force_failed", NOW - STEP_MS, before="queued")])  # no attempt
+    recorder.record([change("adopted", NOW)])
     chart = recorder.chart(NOW)
     assert chart.since == NOW - 86_400_000
     assert (chart.hour.created[-1], chart.hour.completed[-1], chart.hour.failed[-1]) == (2, 1, 4)
@@ -2220,21 +2220,21 @@ def test_the_recorder_counts_by_steps_and_forgets_after_an_hour_and_a_day() -> N
     assert sum(chart.hour.completed) == 2, "the running step is left out"
     rates = recorder.rates(NOW)
     assert (rates.created, rates.completed, rates.failed) == ((2, 2, 2), (2, 3, 3), (4, 4, 4))
-    recorder.note([change("created", NOW + step * STEP_MS) for step in range(1, 2 * STEPS)])
+    recorder.record([change("created", NOW + step * STEP_MS) for step in range(1, 2 * STEPS)])
     assert len(recorder._hour) == STEPS + 1
     later = NOW + 2 * STEPS * STEP_MS
     assert recorder.rates(later).completed == (0, 0, 3)
-    recorder.note([change("created", NOW + slot * SLOT_MS) for slot in range(1, 2 * SLOTS)])
+    recorder.record([change("created", NOW + slot * SLOT_MS) for slot in range(1, 2 * SLOTS)])
     assert len(recorder._day) == SLOTS + 1
 
 
 def test_after_a_clock_was_set_back_the_recorder_counts_the_present() -> None:
     """An hour of work two hours ahead fills every step; what lies there is not the past of anybody."""
     ahead = NOW + 2 * 3_600_000
-    recorder = Recorder(NOW - 60_000)
-    recorder.note([change("completed", ahead + step * STEP_MS) for step in range(STEPS + 1)])
-    for later in (recorder, Recorder.opened(recorder.kept(), NOW)):
-        later.note([change("completed", NOW) for _ in range(100)])
+    recorder = Timeseries(NOW - 60_000)
+    recorder.record([change("completed", ahead + step * STEP_MS) for step in range(STEPS + 1)])
+    for later in (recorder, Timeseries.opened(recorder.saved(), NOW)):
+        later.record([change("completed", NOW) for _ in range(100)])
         assert later.rates(NOW).completed == (100, 100, 100)
         assert later.chart(NOW + STEP_MS).hour.completed[-1] == 100
         found = later.queue("q", NOW)
@@ -2244,27 +2244,27 @@ def test_after_a_clock_was_set_back_the_recorder_counts_the_present() -> None:
 
 
 def test_the_charts_go_on_after_a_restart_as_they_were_saved() -> None:
-    recorder = Recorder(NOW - 3_600_000)
-    recorder.note([change("completed", NOW - STEP_MS)])
-    again = Recorder.opened(recorder.kept(), NOW)
+    recorder = Timeseries(NOW - 3_600_000)
+    recorder.record([change("completed", NOW - STEP_MS)])
+    again = Timeseries.opened(recorder.saved(), NOW)
     assert again.chart(NOW) == recorder.chart(NOW)
     assert (again.since, again.started) == (NOW - 3_600_000, NOW)
-    again.note([change("completed", NOW - STEP_MS)])
+    again.record([change("completed", NOW - STEP_MS)])
     assert again.rates(NOW).completed == (2, 2, 2)
     assert again.queue("q", NOW) == QueueRate(0, 1, 0, 1.0), "of queues nothing is kept: counted since the start"
-    ahead = Recorder(NOW + 1).kept()
+    ahead = Timeseries(NOW + 1).saved()
     odd = b'{"since":1,"hour":{"1":[1,2]},"day":{}}'
     for useless in (b"null", b"{", ahead, odd):
-        fresh = Recorder.opened(useless, NOW)
-        assert (fresh.since, fresh.chart(NOW)) == (NOW, Recorder(NOW).chart(NOW))
+        fresh = Timeseries.opened(useless, NOW)
+        assert (fresh.since, fresh.chart(NOW)) == (NOW, Timeseries(NOW).chart(NOW))
 
 
 def test_the_recorder_knows_the_last_hour_of_each_queue() -> None:
-    recorder = Recorder(NOW - 30 * 60_000)
+    recorder = Timeseries(NOW - 30 * 60_000)
     assert recorder.queue("q", NOW) is None
-    recorder.note([change("completed", NOW - minute * 60_000) for minute in reversed(range(30))])
-    recorder.note([change("failed", NOW) for _ in range(10)])
-    recorder.note([change("created", NOW, "other")])
+    recorder.record([change("completed", NOW - minute * 60_000) for minute in reversed(range(30))])
+    recorder.record([change("failed", NOW) for _ in range(10)])
+    recorder.record([change("created", NOW, "other")])
     found, other = recorder.queue("q", NOW), recorder.queue("other", NOW)
     assert found is not None
     assert other is not None
@@ -2273,7 +2273,7 @@ def test_the_recorder_knows_the_last_hour_of_each_queue() -> None:
     later = recorder.queue("q", NOW + 61 * 60_000)
     assert later is not None
     assert (later.completed, later.failed, later.per_minute) == (0, 0, 0.0)
-    recorder.note([change("created", NOW, f"queue-{number}") for number in range(MOST_QUEUES)])
+    recorder.record([change("created", NOW, f"queue-{number}") for number in range(MAX_QUEUES)])
     assert recorder.queue("q", NOW) is None, "so many queues are known, and those of late"
 
 

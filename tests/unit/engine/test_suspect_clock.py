@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 import pytest
 
 from jobd.api.services import Services
-from jobd.maintenance.cleanup_pass import Schedule
+from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.maintenance.plans import Planner
 from jobd.model.commands import (
     Cancel,
@@ -46,7 +46,7 @@ from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import VirtualEngine, in_virtual_time, seconds, until
 
 STEP_MS: Final = 40 * DAY_MS
-PASSES: Final = Schedule(interval_ms=5 * MINUTE_MS, min_interval_ms=2 * MINUTE_MS, recover_every_ms=0)
+PASSES: Final = CleanupSchedule(interval_ms=5 * MINUTE_MS, min_interval_ms=2 * MINUTE_MS, recover_every_ms=0)
 
 
 async def done(house: VirtualEngine, job_id: str = "done", **fields: Any) -> None:
@@ -199,13 +199,13 @@ async def test_forty_days_ahead_for_six_seconds_and_a_forced_cleanup_run_lose_no
         await house.yes(Delete(id="gone"))
         disk.audited = {1: AuditEntry(1, "admin", "", "pause")}
         house.step_ms = STEP_MS
-        report = await house.cleaner.run_pass(forced=True)
+        report = await house.cleaner.run_cleanup(forced=True)
         assert (report.expired_jobs_deleted, report.errors) == (0, [])
         await seconds(6)
         assert [event.type for event in disk.events if event.job_id == "gone"][-1] == "deleted"
         assert list(disk.audited) == [1]
         house.step_ms = 0
-        report = await house.cleaner.run_pass(forced=True)
+        report = await house.cleaner.run_cleanup(forced=True)
         assert (report.expired_jobs_deleted, report.errors) == (0, [])
         assert [status(house, job_id) for job_id in ("a", "b", "c")] == ["completed"] * 3
         assert status(house, "waits") == "queued"
@@ -225,14 +225,14 @@ async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_clea
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(disk, "expired", expired)
             house.keep()
-            report = await house.cleaner.run_pass(forced=True)
+            report = await house.cleaner.run_cleanup(forced=True)
         assert (report.expired_jobs_deleted, report.errors) == (0, [])
         assert status(house, "done") == "completed"
 
 
 @in_virtual_time
 async def test_recovery_fails_no_overdue_job() -> None:
-    async with VirtualEngine(schedule=Schedule(recover_every_ms=SECOND_MS)) as house:
+    async with VirtualEngine(schedule=CleanupSchedule(recover_every_ms=SECOND_MS)) as house:
         await waiting(house)
         await house.yes(Create(id="due", expires_at=house.now + SECOND_MS))
         house.step_ms = STEP_MS
@@ -251,9 +251,9 @@ async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again() -> No
         await done(house)
         await waiting(house)
         house.step_ms = STEP_MS
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         house.clock.accept()
-        report = await house.cleaner.run_pass(forced=True)
+        report = await house.cleaner.run_cleanup(forced=True)
         assert report.expired_jobs_deleted == 1
         assert (status(house, "done"), status(house, "waits")) == (None, "failed")
 
@@ -327,7 +327,7 @@ async def test_the_suspicion_is_on_disk_with_the_first_batch_and_stays_with_the_
         async with VirtualEngine(disk, step_ms=2 * DAY_MS) as house:
             house.keep()
             assert house.clock.suspect
-            assert (await house.cleaner.run_pass(forced=True)).expired_jobs_deleted == 0
+            assert (await house.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 0
             await house.yes(Tick())
             assert disk.numbers.clock_suspect
             assert status(house, "done") == "completed"
@@ -340,7 +340,7 @@ async def test_the_suspicion_is_on_disk_with_the_first_batch_and_stays_with_the_
     async with VirtualEngine(disk, step_ms=2 * DAY_MS) as house:
         house.keep()
         assert not house.clock.suspect
-        assert (await house.cleaner.run_pass(forced=True)).expired_jobs_deleted == 1
+        assert (await house.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 1
 
 
 @in_virtual_time
@@ -350,7 +350,7 @@ async def test_a_restart_29_days_ahead_deletes_nothing() -> None:
         await done(house)
     async with VirtualEngine(disk, step_ms=29 * DAY_MS) as house:
         house.keep()
-        assert (await house.cleaner.run_pass(forced=True)).expired_jobs_deleted == 0
+        assert (await house.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 0
         assert status(house, "done") == "completed"
 
 

@@ -13,13 +13,13 @@ from structlog.testing import capture_logs
 
 from jobd.maintenance.artifact_sweeper import (
     CALL_S,
-    COMPLAIN_AFTER_S,
-    FAILING_KEPT,
+    DEGRADED_AFTER_S,
+    MAX_FAILING,
     POLL_S,
     RETRY_AT_MOST_MS,
     SLICE,
-    Sweeper,
-    Sweeps,
+    ArtifactSweeper,
+    SweepStats,
 )
 from jobd.model.commands import Adopt, Complete, Delete, DeleteExpired, ForceFail, ForceReset
 from jobd.model.job import DAY_MS, MAX_LATE_RESULTS, LateResult, Policy, Result
@@ -36,10 +36,10 @@ YOUNG_MS, SKEW_MS = MARGINS.young_ms, MARGINS.skew_ms
 class Swept:
     house: VirtualEngine
     store: MemoryArtifacts
-    sweeper: Sweeper
+    sweeper: ArtifactSweeper
 
     @property
-    def sweeps(self) -> Sweeps:
+    def sweeps(self) -> SweepStats:
         return self.sweeper.sweeps
 
     async def done(self, job_id: str, key: str, *, upload: bool = True, old: bool = True) -> None:
@@ -59,7 +59,7 @@ class Swept:
 async def sweeping(disk: MemoryStorage | None = None, store: MemoryArtifacts | None = None) -> AsyncIterator[Swept]:
     async with VirtualEngine(disk, policy=Policy(artifacts=True)) as house:
         store = store or MemoryArtifacts(lambda: house.now)
-        sweeper = Sweeper(house.disk, store, house.clock, Sweeps(waiting=len(house.disk.tombstones)))
+        sweeper = ArtifactSweeper(house.disk, store, house.clock, SweepStats(waiting=len(house.disk.tombstones)))
         house.disk.on_tombstones = sweeper.expect
         running = asyncio.create_task(sweeper.run())
         yield Swept(house, store, sweeper)
@@ -76,7 +76,7 @@ async def test_the_object_of_a_deleted_job_is_deleted() -> None:
         await until(lambda: at.sweeps.deleted == 1)
         assert list(at.store.objects) == ["k/b"]
         assert not at.house.disk.tombstones
-        assert at.sweeps == Sweeps(waiting=0, deleted=1)
+        assert at.sweeps == SweepStats(waiting=0, deleted=1)
 
 
 @in_virtual_time
@@ -131,15 +131,15 @@ async def test_damaged_tombstones_that_cannot_be_set_aside_wait_and_are_complain
         await at.done("a", "k")
         await at.delete("a")
         await until(lambda: at.sweeps.deleted == 1)
-        await seconds(COMPLAIN_AFTER_S + POLL_S)
+        await seconds(DEGRADED_AFTER_S + POLL_S)
         assert at.sweeps.waiting == 2
-        complaint = at.sweeper.complaint()
+        complaint = at.sweeper.degraded_reason()
         assert complaint is not None
         assert "Objects of deleted jobs could not be deleted" in complaint
         assert "2 damaged tombstones cannot be set aside; run: jobd doctor" in complaint
         disk.crowd = 0
         await seconds(POLL_S)
-        assert at.sweeper.complaint() is None
+        assert at.sweeper.degraded_reason() is None
 
 
 @in_virtual_time
@@ -179,7 +179,7 @@ async def test_a_key_that_a_late_result_names_waits_until_that_is_gone() -> None
         await seconds(3 * 3600)
         assert "k" in at.store.objects
         assert len(at.house.disk.tombstones) == 1
-        assert at.sweeper.complaint() is None
+        assert at.sweeper.degraded_reason() is None
         at.house.disk.lates.clear()
         await seconds(3700)
         assert not at.store.objects
@@ -208,7 +208,7 @@ async def test_the_object_of_a_late_result_goes_with_its_job() -> None:
         await until(lambda: at.sweeps.deleted == 1)
         assert not at.store.objects
         assert not at.house.disk.tombstones
-        assert at.sweeps == Sweeps(waiting=0, deleted=1)
+        assert at.sweeps == SweepStats(waiting=0, deleted=1)
 
 
 @in_virtual_time
@@ -273,11 +273,11 @@ async def test_an_object_of_a_late_result_that_cannot_be_deleted_is_counted_amon
         await late(at, "a", "late/1")
         at.store.broken = ArtifactStoreError("away")
         await at.delete("a")
-        await seconds(COMPLAIN_AFTER_S + POLL_S)
-        assert (at.sweeper.complaint() or "").startswith("1 objects of deleted jobs could not be deleted")
+        await seconds(DEGRADED_AFTER_S + POLL_S)
+        assert (at.sweeper.degraded_reason() or "").startswith("1 objects of deleted jobs could not be deleted")
         at.store.broken = None
         await until(lambda: not at.store.objects)
-        assert at.sweeper.complaint() is None
+        assert at.sweeper.degraded_reason() is None
 
 
 @in_virtual_time
@@ -385,15 +385,15 @@ def test_a_store_that_fails_for_long_is_complained_of(error: Exception, said: st
             at.store.broken = error
             await at.delete("a")
             await at.delete("b")
-            await seconds(COMPLAIN_AFTER_S - 1)
-            assert at.sweeper.complaint() is None
+            await seconds(DEGRADED_AFTER_S - 1)
+            assert at.sweeper.degraded_reason() is None
             await seconds(1 + POLL_S)
-            complaint = at.sweeper.complaint() or ""
+            complaint = at.sweeper.degraded_reason() or ""
             assert complaint.startswith("2 objects of deleted jobs could not be deleted, the first for 3")
             assert complaint.endswith(said)
             at.store.broken = None
             await seconds(RETRY_AT_MOST_MS / 1000 + POLL_S)
-            assert at.sweeper.complaint() is None
+            assert at.sweeper.degraded_reason() is None
             assert not at.store.objects
 
     run()
@@ -453,11 +453,11 @@ async def test_a_disk_that_fails_is_survived_and_complained_of() -> None:
         at.house.disk.errors["due_tombstones"] = OSError("broken")
         await at.done("a", "k")
         await at.delete("a")
-        await seconds(COMPLAIN_AFTER_S + 2 * POLL_S)
-        assert "the store of jobs failed: broken" in (at.sweeper.complaint() or "")
+        await seconds(DEGRADED_AFTER_S + 2 * POLL_S)
+        assert "the store of jobs failed: broken" in (at.sweeper.degraded_reason() or "")
         at.house.disk.errors.clear()
         await until(lambda: not at.store.objects)
-        assert at.sweeper.complaint() is None
+        assert at.sweeper.degraded_reason() is None
 
 
 @in_virtual_time
@@ -510,18 +510,18 @@ async def test_a_restart_goes_on_where_it_was() -> None:
 @in_virtual_time
 async def test_how_many_failures_are_remembered_has_a_limit() -> None:
     async with sweeping() as at:
-        for number in range(FAILING_KEPT + 50):
+        for number in range(MAX_FAILING + 50):
             await at.done(f"job-{number}", f"k/{number}")
         at.store.broken = ArtifactStoreError("down")
         at.house.step_ms = 8 * DAY_MS
         at.house.clock.accept()
-        await at.house.yes(DeleteExpired(ids=[f"job-{number}" for number in range(FAILING_KEPT + 50)]))
+        await at.house.yes(DeleteExpired(ids=[f"job-{number}" for number in range(MAX_FAILING + 50)]))
         await seconds(3600)
-        assert len(at.sweeper._failing) == FAILING_KEPT
+        assert len(at.sweeper._failing) == MAX_FAILING
         at.store.broken = None
         await seconds(3 * 3600)
         assert not at.store.objects
-        assert at.sweeper.complaint() is None
+        assert at.sweeper.degraded_reason() is None
 
 
 @in_virtual_time

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 
 from jobd.api import downloads
 from jobd.maintenance import backups
-from jobd.maintenance.backups import Copies, Copy
+from jobd.maintenance.backups import Backup, Backups
 from jobd.model.errors import ApiError
 from jobd.model.responses import BackupView
 from jobd.model.storage import DiskFull
@@ -73,11 +73,11 @@ class Watched:
 
 async def test_the_loop_does_not_wait_until_the_system_has_taken_back_the_room_of_a_copy(store: Store) -> None:
     """Its file has no name: who closes it deletes it, which takes a tenth of a second for a hundred megabytes."""
-    copy = await Copies(store, lambda: 1_000).begin("a")
-    assert isinstance(copy, Copy)
+    copy = await Backups(store, lambda: 1_000).begin("a")
+    assert isinstance(copy, Backup)
     file, copy._file = copy._file, Watched()  # type: ignore[assignment]
     watched: Any = copy._file
-    copy.leave()
+    copy.close()
     assert await asyncio.to_thread(watched.is_closed.wait, 5)
     assert watched.closed_by != threading.get_ident()
     assert file is not None
@@ -85,7 +85,7 @@ async def test_the_loop_does_not_wait_until_the_system_has_taken_back_the_room_o
 
 
 async def test_it_tells_how_far_it_is_from_the_first_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Copies(store, lambda: 1_000)
+    kept = Backups(store, lambda: 1_000)
     slow = Slow(monkeypatch)
     asking = asyncio.create_task(kept.begin("mine"))
     await asyncio.to_thread(slow.reached.acquire)
@@ -103,15 +103,15 @@ async def test_it_tells_how_far_it_is_from_the_first_step(store: Store, monkeypa
         await asyncio.sleep(0.001)
     slow.free = True
     copy = await asking
-    assert isinstance(copy, Copy)
+    assert isinstance(copy, Backup)
     [view] = kept.views()
     assert (view.state, view.bytes_done, view.bytes_total) == ("sending", 0, copy.size)
     sent = 0
-    while piece := await copy.more():
+    while piece := await copy.read():
         sent += len(piece)
         assert kept.views()[0].bytes_done == sent
-    copy.leave()
-    copy.leave("a second time")
+    copy.close()
+    copy.close("a second time")
     [view] = kept.views()
     assert sent == copy.size
     assert (view.state, view.bytes_done, view.bytes_total, view.ended_at) == ("sent", sent, sent, 1_000)
@@ -149,8 +149,8 @@ async def test_a_check_that_fails_for_another_reason_says_it(tmp_path: Path) -> 
 
 
 async def test_one_after_the_other_and_no_more_than_so_many(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backups, "AT_ONCE", 2)
-    kept = Copies(store, lambda: 1)
+    monkeypatch.setattr(backups, "MAX_ACTIVE", 2)
+    kept = Backups(store, lambda: 1)
     slow = Slow(monkeypatch)
     first = asyncio.create_task(kept.begin("first"))
     await asyncio.to_thread(slow.reached.acquire)
@@ -172,8 +172,8 @@ async def test_one_after_the_other_and_no_more_than_so_many(store: Store, monkey
     assert [(view.id, view.state, view.message) for view in kept.views()][1] == ("first", "failed", "it was given up")
     slow.free = True
     copy = await second
-    assert isinstance(copy, Copy)
-    copy.leave("it was not read to its end")
+    assert isinstance(copy, Backup)
+    copy.close("it was not read to its end")
     assert kept.views()[0].message == "it was not read to its end"
 
 
@@ -182,11 +182,11 @@ async def test_why_there_is_none_is_kept(store: Store, monkeypatch: pytest.Monke
         raise DiskFull("a backup needs 48 MiB free")
 
     monkeypatch.setattr(backup, "_check_space", full)
-    kept = Copies(store, lambda: 1)
-    for number in range(backups.KEPT + 3):
+    kept = Backups(store, lambda: 1)
+    for number in range(backups.MAX_FINISHED + 3):
         with pytest.raises(DiskFull):
             await kept.begin(str(number))
     views = kept.views()
-    assert [view.id for view in views] == [str(number) for number in range(backups.KEPT + 2, 2, -1)]
+    assert [view.id for view in views] == [str(number) for number in range(backups.MAX_FINISHED + 2, 2, -1)]
     assert {(view.state, view.message) for view in views} == {("failed", "a backup needs 48 MiB free")}
     assert downloads.CONNECTION_CHECK_S < 1

@@ -11,8 +11,8 @@ from msgspec.structs import replace
 
 from jobd.core.stats import Figures, Histogram
 from jobd.engine.disk_full import Closed
-from jobd.maintenance.cleanup_pass import Schedule
-from jobd.maintenance.maintainer import TICK_S, read_beside, read_figures
+from jobd.maintenance.cleanup_pass import CleanupSchedule
+from jobd.maintenance.maintainer import TICK_S, read_extra, read_figures
 from jobd.model.commands import Complete, Create, Delete, Extend, ForceFail, Get, Pause, Progress, Recover, Timeline
 from jobd.model.errors import ApiError
 from jobd.model.events import Event
@@ -22,8 +22,8 @@ from jobd.model.storage import AuditEntry, DiskFull
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time, row, seconds, until
 
-RECOVERING = Schedule(interval_ms=DAY_MS, min_interval_ms=DAY_MS)
-PASSES = Schedule(recover_every_ms=0)
+RECOVERING = CleanupSchedule(interval_ms=DAY_MS, min_interval_ms=DAY_MS)
+PASSES = CleanupSchedule(recover_every_ms=0)
 
 
 def deletions(house: VirtualEngine) -> list[str]:
@@ -253,23 +253,23 @@ async def test_a_forced_pass_runs_at_once_an_unforced_one_not_within_two_minutes
         house.keep()
         await seconds(10)
         first = house.cleaner.last_report
-        assert await house.cleaner.run_pass(forced=False) is first
-        forced = await house.cleaner.run_pass(forced=True)
+        assert await house.cleaner.run_cleanup(forced=False) is first
+        forced = await house.cleaner.run_cleanup(forced=True)
         assert forced.forced
         assert house.cleaner.totals.passes == 2
         await seconds(120)
-        assert not (await house.cleaner.run_pass(forced=False)).forced
+        assert not (await house.cleaner.run_cleanup(forced=False)).forced
         assert house.cleaner.totals.passes == 3
 
 
 @in_virtual_time
 async def test_the_schedule_keeps_its_distance_from_a_forced_pass() -> None:
     async with VirtualEngine(
-        schedule=Schedule(interval_ms=10_000, min_interval_ms=60_000, recover_every_ms=0)
+        schedule=CleanupSchedule(interval_ms=10_000, min_interval_ms=60_000, recover_every_ms=0)
     ) as house:
         house.keep()
         await seconds(50)
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         await seconds(59)
         assert house.cleaner.totals.passes == 2
         await seconds(2)
@@ -283,7 +283,7 @@ async def test_a_request_during_a_pass_waits_for_it_and_gets_its_report() -> Non
         house.keep()
         await house.disk.at_gate.wait()
         assert house.cleaner.state().cleanup_running
-        asked = [asyncio.create_task(house.cleaner.run_pass(forced=forced)) for forced in (True, False)]
+        asked = [asyncio.create_task(house.cleaner.run_cleanup(forced=forced)) for forced in (True, False)]
         await seconds(1)
         house.disk.gate.set()
         first, second = await asyncio.gather(*asked)
@@ -295,7 +295,7 @@ async def test_a_request_during_a_pass_waits_for_it_and_gets_its_report() -> Non
 @in_virtual_time
 async def test_requests_before_the_pass_begins_share_it() -> None:
     async with VirtualEngine() as house:
-        asked = [asyncio.create_task(house.cleaner.run_pass(forced=forced)) for forced in (False, True)]
+        asked = [asyncio.create_task(house.cleaner.run_cleanup(forced=forced)) for forced in (False, True)]
         await seconds(0)
         house.keep()
         reports = await asyncio.gather(*asked)
@@ -310,7 +310,7 @@ async def test_who_asked_may_go_away_without_ending_the_pass() -> None:
         house.keep()
         await seconds(1)
         house.disk.gate.clear()
-        asked = asyncio.create_task(house.cleaner.run_pass(forced=True))
+        asked = asyncio.create_task(house.cleaner.run_cleanup(forced=True))
         await house.disk.at_gate.wait()
         asked.cancel()
         await asyncio.wait({asked})
@@ -325,7 +325,7 @@ async def test_a_new_schedule_is_in_force_at_once() -> None:
         house.keep()
         await seconds(30)
         await house.held("a")
-        house.cleaner.set_schedule(Schedule(interval_ms=60_000, min_interval_ms=0, recover_every_ms=10_000))
+        house.cleaner.set_schedule(CleanupSchedule(interval_ms=60_000, min_interval_ms=0, recover_every_ms=10_000))
         await seconds(31)
         assert house.cleaner.totals.passes == 2
         await seconds(40)
@@ -481,7 +481,7 @@ async def test_a_pass_mends_what_hands_and_imports_left_alive_and_finished() -> 
         assert nobody.status == "queued"
         assert odd is not None
         assert (odd.progress, odd.finished_at) == (100, WALL)
-        again = await house.cleaner.run_pass(forced=True)
+        again = await house.cleaner.run_cleanup(forced=True)
         assert (again.validation_issues_found, again.validation_issues_fixed) == (0, 0)
 
 
@@ -494,9 +494,9 @@ async def test_what_has_no_safe_fix_is_reported_by_every_pass_and_left() -> None
     disk.put(replace(live, options=replace(live.options, queue="")))
     async with VirtualEngine(disk, policy=policy) as house:
         house.keep()
-        first = await house.cleaner.run_pass(forced=True)
+        first = await house.cleaner.run_cleanup(forced=True)
         assert (first.validation_issues_found, first.validation_issues_fixed) == (2, 0)
-        second = await house.cleaner.run_pass(forced=True)
+        second = await house.cleaner.run_cleanup(forced=True)
         assert (second.validation_issues_found, second.validation_issues_fixed) == (2, 0)
         assert disk.job("nameless") is not None
 
@@ -537,16 +537,16 @@ def deed(at: int) -> AuditEntry:
 @in_virtual_time
 async def test_old_rows_of_the_audit_log_go_and_the_newest_stays() -> None:
     disk = MemoryStorage()
-    schedule = Schedule(audit_ms=10 * SECOND_MS, batch=2)
+    schedule = CleanupSchedule(audit_ms=10 * SECOND_MS, batch=2)
     async with VirtualEngine(disk, schedule=schedule) as house:
         disk.audited = {seq: deed(house.now) for seq in range(1, 6)}
         disk.audited[6] = deed(house.now + 5 * SECOND_MS)
         await seconds(12)
         house.keep()
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         assert list(disk.audited) == [6]
         await seconds(60)
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         assert list(disk.audited) == [6]
 
 
@@ -557,10 +557,10 @@ async def test_while_the_clock_is_in_doubt_no_row_of_the_audit_log_is_old() -> N
         disk.audited = {1: deed(1), 2: deed(house.now)}
         house.step_ms = 2 * DAY_MS
         house.keep()
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         assert list(disk.audited) == [1, 2]
         house.step_ms = 0
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         assert list(disk.audited) == [2]
 
 
@@ -586,7 +586,7 @@ def test_a_step_that_fails_is_named_and_the_others_go_on(method: str, error: str
             await seconds(1)
             disk.errors[method] = OSError("broken")
             house.keep()
-            report = await house.cleaner.run_pass(forced=True)
+            report = await house.cleaner.run_cleanup(forced=True)
             assert report.errors == [error]
             assert report.validation_issues_fixed == 1
             assert house.cleaner.totals.found["expired"] == 1
@@ -606,16 +606,16 @@ async def test_what_a_full_disk_refuses_is_named_and_counted_by_the_next_report(
         house.actor.full_disk.closed = Closed.ALL_BUT_ENDINGS
         house.disk.errors["probe"] = DiskFull("full")
         house.keep()
-        report = await house.cleaner.run_pass(forced=True)
+        report = await house.cleaner.run_cleanup(forced=True)
         assert report.expired_jobs_deleted == 1
         assert [error.partition(":")[0] for error in report.errors] == ["validation", "report"]
         assert kept(house) == []
         del house.disk.errors["probe"]
         await seconds(2)
-        report = await house.cleaner.run_pass(forced=True)
+        report = await house.cleaner.run_cleanup(forced=True)
         assert report.errors == []
         assert (report.expired_jobs_deleted, report.validation_issues_fixed) == (1, 1)
-        assert (await house.cleaner.run_pass(forced=True)).expired_jobs_deleted == 0
+        assert (await house.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 0
 
 
 @in_virtual_time
@@ -624,12 +624,12 @@ async def test_what_happens_while_a_report_is_written_is_in_the_next_one() -> No
         house.keep()
         await seconds(1)
         house.disk.gate.clear()
-        asked = asyncio.create_task(house.cleaner.run_pass(forced=True))
+        asked = asyncio.create_task(house.cleaner.run_cleanup(forced=True))
         await house.disk.at_gate.wait()
         house.book.figures.since_report.recovered += 3
         house.disk.gate.set()
         assert (await asked).stuck_jobs_recovered == 0
-        assert (await house.cleaner.run_pass(forced=True)).stuck_jobs_recovered == 3
+        assert (await house.cleaner.run_cleanup(forced=True)).stuck_jobs_recovered == 3
         assert house.book.figures.since_report.recovered == 0
 
 
@@ -639,10 +639,10 @@ async def test_a_bug_in_the_pass_itself_does_not_end_cleanup() -> None:
         await house.yes(Create(id="a"))
         totals, house.cleaner.totals = house.cleaner.totals, None  # type: ignore[assignment]
         house.keep()
-        report = await house.cleaner.run_pass(forced=True)
+        report = await house.cleaner.run_cleanup(forced=True)
         assert report.errors == ["pass: 'NoneType' object has no attribute 'passes'"]
         house.cleaner.totals = totals
-        assert (await house.cleaner.run_pass(forced=True)).errors == []
+        assert (await house.cleaner.run_cleanup(forced=True)).errors == []
 
 
 @in_virtual_time
@@ -650,18 +650,18 @@ async def test_health_complains_after_three_periods_without_success() -> None:
     async with VirtualEngine(schedule=PASSES) as house:
         house.keep()
         await seconds(1)
-        assert house.cleaner.complaint() is None
+        assert house.cleaner.degraded_reason() is None
         house.disk.errors["prune"] = OSError("broken")
         await seconds(899)
-        assert house.cleaner.complaint() is None
+        assert house.cleaner.degraded_reason() is None
         await seconds(2)
-        complaint = house.cleaner.complaint()
+        complaint = house.cleaner.degraded_reason()
         assert complaint is not None
         assert complaint.startswith("No cleanup pass has succeeded for 90")
         assert "journal: OSError: broken" in complaint
         house.disk.errors.clear()
-        await house.cleaner.run_pass(forced=True)
-        assert house.cleaner.complaint() is None
+        await house.cleaner.run_cleanup(forced=True)
+        assert house.cleaner.degraded_reason() is None
 
 
 # -- reports and figures over a restart -------------------------------------------------------------------------------
@@ -675,7 +675,7 @@ async def test_the_last_report_and_the_figures_outlive_a_restart() -> None:
         await house.held("a")
         await seconds(61)
         await house.cleaner.recover_stuck()
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         report = house.cleaner.last_report
     disk.gate.clear()
     async with VirtualEngine(disk) as house:
@@ -700,7 +700,7 @@ async def test_counts_since_the_last_report_outlive_a_restart() -> None:
         await house.cleaner.recover_stuck()
     async with VirtualEngine(disk) as house:
         house.keep()
-        assert (await house.cleaner.run_pass(forced=True)).stuck_jobs_recovered == 1
+        assert (await house.cleaner.run_cleanup(forced=True)).stuck_jobs_recovered == 1
 
 
 @in_virtual_time
@@ -708,7 +708,7 @@ async def test_reports_that_cannot_be_read_are_left_out() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
         house.keep()
-        report = await house.cleaner.run_pass(forced=True)
+        report = await house.cleaner.run_cleanup(forced=True)
     disk.kept_reports.append(b"{}")
     async with VirtualEngine(disk) as house:
         assert await house.cleaner.reports(10) == [report]
@@ -720,20 +720,20 @@ async def test_cleanup_begins_even_where_no_report_can_be_read() -> None:
     async with VirtualEngine() as house:
         house.disk.errors["reports"] = OSError("broken")
         house.keep()
-        assert (await house.cleaner.run_pass(forced=True)).errors == []
+        assert (await house.cleaner.run_cleanup(forced=True)).errors == []
 
 
 @in_virtual_time
 async def test_what_others_keep_is_saved_beside_the_figures() -> None:
     async with VirtualEngine() as house:
         house.book.figures.stalls = 3
-        house.cleaner.save_beside(lambda: b'{"hour":[1]}')
+        house.cleaner.save_extra(lambda: b'{"hour":[1]}')
         house.keep()
-        await house.cleaner.run_pass(forced=True)
-        assert read_beside(house.disk.figures) == b'{"hour":[1]}'
+        await house.cleaner.run_cleanup(forced=True)
+        assert read_extra(house.disk.figures) == b'{"hour":[1]}'
         assert read_figures(house.disk.figures).stalls == 3
     without = msgspec.json.encode(Figures(stalls=3))  # as an older version saved them
-    assert read_beside(without) == read_beside(None) == read_beside(b"{") == b"null"
+    assert read_extra(without) == read_extra(None) == read_extra(b"{") == b"null"
 
 
 def test_figures_that_cannot_be_read_begin_anew() -> None:
@@ -789,7 +789,7 @@ async def test_stop_ends_a_pass_between_two_slices_and_answers_who_waits() -> No
             await finished(house, f"old-{number}", expires_at=house.now + 1000)
         await seconds(1)
         running = house.keep()
-        asked = asyncio.create_task(house.cleaner.run_pass(forced=True))
+        asked = asyncio.create_task(house.cleaner.run_cleanup(forced=True))
         await until(lambda: bool(deletions(house)))
         house.cleaner.stop()
         report = await asked
@@ -801,14 +801,14 @@ async def test_stop_ends_a_pass_between_two_slices_and_answers_who_waits() -> No
         ]
         assert kept(house) == []
         assert read_figures(house.disk.figures).since_report.deleted == len(deletions(house))
-        late = await house.cleaner.run_pass(forced=True)
+        late = await house.cleaner.run_cleanup(forced=True)
         assert late.errors == ["pass: none was made, the daemon is stopping."]
 
 
 @in_virtual_time
 async def test_stop_answers_a_request_whose_pass_never_began() -> None:
     async with VirtualEngine() as house:
-        asked = asyncio.create_task(house.cleaner.run_pass(forced=True))
+        asked = asyncio.create_task(house.cleaner.run_cleanup(forced=True))
         await seconds(0)
         house.cleaner.stop()
         await house.cleaner.run()
@@ -833,7 +833,7 @@ async def test_operators_see_the_same_book() -> None:
         await house.yes(ForceFail(id="a", reason="enough"), by="admin", admin=True)
         await seconds(61)
         house.keep()
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         events = (await house.yes(Timeline(id="a"))).events
         assert [event.type for event in events] == ["created", "granted", "force_failed"]
         assert (await house.yes(Get(id="a"))).error_message == "enough"
@@ -844,18 +844,18 @@ async def test_failed_passes_do_not_reset_the_time_since_the_last_one_that_succe
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
         house.keep()
-        first = await house.cleaner.run_pass(forced=True)
+        first = await house.cleaner.run_cleanup(forced=True)
         await seconds(10)
         house.disk.errors["expired"] = OSError("broken")
         for number in (1, 2):
             await seconds(50)
-            failed = await house.cleaner.run_pass(forced=True)
+            failed = await house.cleaner.run_cleanup(forced=True)
             assert failed.errors
             state = house.cleaner.state()
             assert (state.failed_since_last_success, state.last_failure) == (number, failed)
         assert (state.time_since_last_cleanup or 0) >= 110_000
         assert house.cleaner.last_success == first
-        assert await house.cleaner.run_pass(forced=False) is failed, "within min_interval no pass is made"
+        assert await house.cleaner.run_cleanup(forced=False) is failed, "within min_interval no pass is made"
     async with VirtualEngine(disk) as house:
         assert house.cleaner.state().last_failure is None
         disk.gate.clear()
@@ -866,8 +866,8 @@ async def test_failed_passes_do_not_reset_the_time_since_the_last_one_that_succe
         assert (state.time_since_last_cleanup or 0) >= 110_000
         del disk.errors["expired"]
         disk.gate.set()
-        await house.cleaner.run_pass(forced=True)  # the one under way had failed already
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)  # the one under way had failed already
+        await house.cleaner.run_cleanup(forced=True)
         state = house.cleaner.state()
         assert (state.failed_since_last_success, state.last_failure) == (0, None)
         assert (state.time_since_last_cleanup or 0) < 1_000

@@ -506,8 +506,8 @@ async def test_what_a_plan_came_to_can_be_read_for_hours_from_when_it_was_applie
 @in_virtual_time
 async def test_new_plans_push_no_result_out_and_results_no_plan() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(plans, "MOST_PLANS", 2)
-        monkeypatch.setattr(plans, "MOST_APPLIED", 3)
+        monkeypatch.setattr(plans, "MAX_PLANS", 2)
+        monkeypatch.setattr(plans, "MAX_APPLIED", 3)
         async with VirtualEngine() as house:
             planner = Planner(house.actor, house.clock)
             await failed(house, "a")
@@ -523,7 +523,7 @@ async def test_new_plans_push_no_result_out_and_results_no_plan() -> None:
             for name in "xyz":
                 await made(planner, name, action="retry", filter=PlanFilter())
             assert kept() == ["y", "z", "1", "2", "3"]
-            monkeypatch.setattr(plans, "MOST_JOBS", 0)
+            monkeypatch.setattr(plans, "MAX_JOBS", 0)
             await applied(planner, "z")
             assert kept() == ["y", "z"], "the latest is kept, however many jobs it has"
 
@@ -533,9 +533,9 @@ async def test_the_audit_log_names_so_many_of_those_that_were_left_undone() -> N
     with pytest.MonkeyPatch.context() as monkeypatch:
         async with VirtualEngine() as house:
             planner = Planner(house.actor, house.clock)
-            monkeypatch.setattr(plans, "MOST_NAMED", 3)
+            monkeypatch.setattr(plans, "MAX_NAMED", 3)
             for size, named in ((4_000, ["j4", "j3", "j2"]), (5, ["j4", "j3"]), (1, None)):
-                monkeypatch.setattr(plans, "NAMED_SIZE", size)
+                monkeypatch.setattr(plans, "MAX_NAMED_SIZE", size)
                 await failed(house, *(f"j{n}" for n in range(5)))
                 await made(planner, f"p{size}", action="retry", filter=PlanFilter())
                 for n in range(5):
@@ -550,10 +550,10 @@ async def test_the_audit_log_names_so_many_of_those_that_were_left_undone() -> N
 async def test_so_many_plans_are_kept_the_latest_ones() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
-        for n in range(plans.MOST_PLANS + 2):
+        for n in range(plans.MAX_PLANS + 2):
             await made(planner, f"p{n}", action="retry", filter=PlanFilter())
-        kept = [n for n in range(plans.MOST_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
-        assert kept == list(range(2, plans.MOST_PLANS + 2))
+        kept = [n for n in range(plans.MAX_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
+        assert kept == list(range(2, plans.MAX_PLANS + 2))
 
 
 @pytest.fixture
@@ -561,7 +561,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small limits."""
     for name, value in {"MAX_PLAN": 3, "MOST_SKIPPED": 2, "LOOK": 2, "SCAN": 4, "SLOW_SCAN": 4}.items():
         monkeypatch.setattr(plan_builder, name, value)
-    monkeypatch.setattr(plans, "MOST_JOBS", 5)
+    monkeypatch.setattr(plans, "MAX_JOBS", 5)
 
 
 async def walked(planner: Planner, **asked: Any) -> list[list[str]]:
@@ -681,12 +681,12 @@ async def test_a_job_that_moves_on_while_the_plan_is_made_is_in_it_once() -> Non
 async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
-        await failed(house, *(f"j{n}" for n in range(3 * plan_builder.LOOK)))
+        await failed(house, *(f"j{n}" for n in range(3 * plan_builder.PAGE)))
         long = asyncio.create_task(made(planner, "long", action="delete", filter=PlanFilter()))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
         short = await made(planner, "short", action="delete", ids=["j3"])
         assert (short.count, long.done()) == (1, False)
-        assert (await long).count == 3 * plan_builder.LOOK
+        assert (await long).count == 3 * plan_builder.PAGE
 
 
 @in_virtual_time
@@ -695,11 +695,11 @@ async def test_plans_that_have_nothing_push_no_other_out() -> None:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a")
         await made(planner, "full", action="retry", filter=PlanFilter())
-        for n in range(plans.MOST_PLANS + 2):
+        for n in range(plans.MAX_PLANS + 2):
             await made(planner, f"p{n}", action="cancel", filter=PlanFilter())
         assert isinstance(planner.find("full"), PlanView)
         assert isinstance(planner.find("p0"), ApiError)
-        assert isinstance(planner.find(f"p{plans.MOST_PLANS + 1}"), PlanView)
+        assert isinstance(planner.find(f"p{plans.MAX_PLANS + 1}"), PlanView)
 
 
 @in_virtual_time
@@ -711,7 +711,7 @@ async def test_too_many_plans_at_once_are_refused_and_filter_or_ids_are_needed()
             assert isinstance(wrong, ApiError)
             assert wrong.code == "invalid_request"
         asked = MakePlan(action="retry", filter=PlanFilter())
-        answers = await asyncio.gather(*(planner.make(asked, f"p{n}") for n in range(plans.MOST_MAKING + 1)))
+        answers = await asyncio.gather(*(planner.make(asked, f"p{n}") for n in range(plans.MAX_BUILDERS + 1)))
         assert [answer.code for answer in answers if isinstance(answer, ApiError)] == ["overloaded"]
 
 
@@ -776,7 +776,7 @@ async def test_a_preview_of_a_pass_is_what_the_pass_does() -> None:
         assert not view.more
         assert 0 <= house.now - view.timestamp < SECOND_MS
         house.keep()
-        report = await house.cleaner.run_pass(forced=True)
+        report = await house.cleaner.run_cleanup(forced=True)
         assert (report.stuck_jobs_recovered, report.expired_jobs_deleted, report.validation_issues_fixed) == (1, 1, 1)
         after = await house.cleaner.preview()
         assert isinstance(after, PreviewView)
@@ -801,9 +801,9 @@ async def test_a_look_for_what_is_wrong_has_an_end() -> None:
             assert await found(house, 60) == (30, False)
             assert await found(house, 1e-9) == (10, True), "one slice takes longer"
             assert await found(house, 0) == (0, True)
-            patch.setattr(preview, "MOST", 25)
+            patch.setattr(preview, "MAX_IDS", 25)
             assert await found(house, 60) == (25, True)
-            patch.setattr(preview, "MOST", 30)
+            patch.setattr(preview, "MAX_IDS", 30)
             assert await found(house, 60) == (30, False)
 
 
@@ -827,9 +827,9 @@ async def test_a_preview_names_old_jobs_also_where_few_are_read_at_a_time() -> N
         await asyncio.sleep(60)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(disk, "expired", one)
-            patch.setattr(preview, "SHOWN", 6)
+            patch.setattr(preview, "MAX_SHOWN", 6)
             assert await seen(house) == (6, False, False)
-            patch.setattr(preview, "SHOWN", 5)
+            patch.setattr(preview, "MAX_SHOWN", 5)
             assert await seen(house) == (5, True, False)
             assert await seen(house, 1e-9) == (1, True, False), "one look takes longer"
             house.step_ms = 2 * DAY_MS

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from jobd.maintenance import suspend_detector
-from jobd.maintenance.suspend_detector import AWAY_MS, Presence
+from jobd.maintenance.suspend_detector import PAUSED_AFTER_MS, SuspendDetector
 
 
 class Boot:
@@ -20,11 +20,11 @@ class Boot:
 
 def test_a_long_gap_is_told_once_and_a_short_one_is_none() -> None:
     boot, told = Boot(), list[int]()
-    here = Presence(told.append, boot=boot)
-    for gap_ms in (0, AWAY_MS, 1, AWAY_MS + 1, 0, 40_000):
+    here = SuspendDetector(told.append, boot=boot)
+    for gap_ms in (0, PAUSED_AFTER_MS, 1, PAUSED_AFTER_MS + 1, 0, 40_000):
         boot.now_ms += gap_ms
-        here.look()
-    assert told == [AWAY_MS + 1, 40_000]
+        here.check()
+    assert told == [PAUSED_AFTER_MS + 1, 40_000]
 
 
 async def test_an_idle_daemon_is_not_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,9 +36,9 @@ async def test_an_idle_daemon_is_not_away(monkeypatch: pytest.MonkeyPatch) -> No
         looks += 1
         if looks == 10:
             enough.set()
-        return looks * AWAY_MS
+        return looks * PAUSED_AFTER_MS
 
-    here = Presence(told.append, boot=boot)
+    here = SuspendDetector(told.append, boot=boot)
     beating = asyncio.create_task(here.run())
     await enough.wait()
     here.stop()

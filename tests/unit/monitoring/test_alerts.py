@@ -62,7 +62,7 @@ async def test_what_an_alert_says_while_it_is_quiet_is_so() -> None:
         assert one(alerts, "pass_issues").hint == "No cleanup pass has ended yet."
         assert one(alerts, "average_processing").hint == "No job took any time in the last hour."
         house.keep()
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         assert one(alerts, "pass_issues").hint == "The last cleanup pass found no bad rows."
         for _ in range(HOURS_NEEDED):
             work(house, "film", 1000)
@@ -115,7 +115,7 @@ async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() ->
         recovered = one(alerts, "stuck_jobs")
         assert (recovered.firing, recovered.value, recovered.since) == (True, 6, now.since)
         assert recovered.hint.startswith("0 jobs are stuck now, 6 were recovered in the last 10 minutes.")
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         assert one(alerts, "stuck_jobs").value == 6, "a pass takes nothing off"
         await seconds(600)
         after = one(alerts, "stuck_jobs")
@@ -160,9 +160,9 @@ async def test_a_pass_that_found_many_issues_fires_until_one_finds_few() -> None
         alerts = alerts_of(house)
         assert firing(alerts) == []
         house.keep()
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         assert firing(alerts) == ["pass_issues"]
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         assert firing(alerts) == []
 
 
@@ -253,7 +253,7 @@ async def test_jobs_that_complete_are_what_the_pace_is_made_of() -> None:
             await seconds(3600 if hour < HOURS_NEEDED else 0)
         assert firing(alerts) == ["slower_than_usual"]
         house.keep()
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         kept = house.disk
     async with VirtualEngine(kept) as after_a_restart:
         assert one(alerts_of(after_a_restart), "slower_than_usual").value >= 3.5
@@ -478,10 +478,10 @@ async def test_a_restart_resolves_nothing_before_a_condition_could_hold() -> Non
 
 async def watched(house: VirtualEngine, alerts: Alerts, number: int) -> list[str]:
     """What fires after so many seconds, looked at as a daemon does."""
-    shown = await alerts.look()
+    shown = await alerts.check()
     for _ in range(0, number, 5):
         await seconds(5)
-        shown = await alerts.look()
+        shown = await alerts.check()
     return [alert.name for alert in shown if alert.firing]
 
 
@@ -539,7 +539,7 @@ async def test_a_suspect_jump_of_the_clock_makes_no_job_wait() -> None:
         alerts = alerts_of(house)
         await house.yes(Create(id="a"))
         house.step_ms = 400 * DAY_MS
-        await alerts.look()
+        await alerts.check()
         assert house.clock.moment().suspect
         assert one(alerts, "queue_waits").value == one(alerts, "queue_without_workers").value == 0
 
@@ -553,9 +553,9 @@ async def test_very_many_kinds_are_walked_in_slices_and_none_is_left_out() -> No
             due = house.now - 1000 * number
             options = Options(kind=f"k-{number}")
             house.book.swap(None, Job(number + 1, f"job-{number}", options, "queued", due, due, due))
-        await alerts.look()
+        await alerts.check()
         assert one(alerts, "queue_waits").value == 0, "the round goes on at the next look"
-        await alerts.look()
+        await alerts.check()
         assert one(alerts, "queue_waits").value == kinds - 1
 
 
@@ -592,7 +592,7 @@ def test_a_disk_below_a_tenth_or_one_gibibyte(free: int, total: int, fires: bool
         async with VirtualEngine() as house:
             house.disk.disk_space = DiskSpace("/srv/jobd.db", free, total)
             alerts = alerts_of(house)
-            await alerts.look()
+            await alerts.check()
             shown = one(alerts, "disk_nearly_full")
             assert shown.firing == fires
             assert "/srv/jobd.db" in shown.hint
@@ -606,7 +606,7 @@ async def test_a_store_in_memory_has_no_disk_to_fill() -> None:
     async with VirtualEngine() as house:
         house.disk.disk_space = None
         alerts = alerts_of(house)
-        await alerts.look()
+        await alerts.check()
         assert one(alerts, "disk_nearly_full").hint == "The space of the disk is unknown."
 
 

@@ -26,7 +26,7 @@ from jobd.model.commands import (
 from jobd.model.fingerprints import fingerprint
 from jobd.model.responses import FailureGroup, Response
 from jobd.monitoring import failure_groups
-from jobd.monitoring.failure_groups import Failures
+from jobd.monitoring.failure_groups import FailureGroups
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import VirtualEngine, in_virtual_time
 
@@ -44,11 +44,11 @@ def waiting(house: VirtualEngine) -> dict[str, int]:
     return dict(Counter(fingerprint(error.message, error.code, job_id) or "" for job_id, error in jobs))
 
 
-def groups(known: Failures) -> dict[str, int]:
+def groups(known: FailureGroups) -> dict[str, int]:
     return {group.fingerprint: group.count for group in known.view(200).groups if group.count}
 
 
-def groups_waiting(known: Failures) -> dict[str, int]:
+def groups_waiting(known: FailureGroups) -> dict[str, int]:
     return {group.fingerprint: group.retrying for group in known.view(200).groups if group.retrying}
 
 
@@ -60,8 +60,8 @@ async def try_once(house: VirtualEngine, job_id: str, message: str, wait_ms: int
         await house.yes(Fail(id=job_id, lock_id=lock_id, error_message=message, retry_after_ms=wait_ms))
 
 
-def watching(house: VirtualEngine) -> Failures:
-    known = Failures(house.disk, house.book.next_job, house.book.jobs.values())
+def watching(house: VirtualEngine) -> FailureGroups:
+    known = FailureGroups(house.disk, house.book.next_job, house.book.jobs.values())
     house.actor.on_commit.append(known.committed)
     return known
 
@@ -232,7 +232,7 @@ async def test_a_look_that_fails_is_made_again() -> None:
         assert not known.is_whole
         assert not known.view(9).whole
         house.disk.errors.clear()
-        await asyncio.sleep(failure_groups.AGAIN_S)
+        await asyncio.sleep(failure_groups.RETRY_S)
         await running
         assert known.view(9).total == 1
 

@@ -17,13 +17,13 @@ from jobd.model.job import DAY_MS
 from jobd.model.responses import CleanupState, HealthView
 from jobd.model.storage import DiskFull, DiskSpace, LoadedRows
 from jobd.monitoring.health import (
-    FAULTS_KEPT,
     MAX_AGE_S,
-    PATIENCE_S,
+    MAX_FAULTS,
     SAMPLE,
     SAMPLED_FROM,
     SPACE_MAX_AGE_S,
-    STORAGE_PATIENCE_S,
+    STORAGE_TIMEOUT_S,
+    TIMEOUT_S,
     Health,
 )
 from jobd.storage.artifacts.filesystem import FileArtifactStore
@@ -211,7 +211,7 @@ async def test_a_disk_that_does_not_answer_leaves_the_last_figures() -> None:
         began = asyncio.get_running_loop().time()
         found = await asyncio.gather(*(health.space() for _ in range(3)))
         assert found == [known] * 3
-        assert asyncio.get_running_loop().time() - began < 2 * PATIENCE_S
+        assert asyncio.get_running_loop().time() - began < 2 * TIMEOUT_S
         assert await health.space() == known
         assert disk.calls["space"] == 2  # asked once meanwhile
         disk.answers.set()
@@ -249,7 +249,7 @@ async def test_a_disk_that_does_not_answer_is_unhealthy_and_not_asked_again() ->
         disk.answers.clear()
         began = asyncio.get_running_loop().time()
         view = await health.view()
-        assert asyncio.get_running_loop().time() - began < 3 * PATIENCE_S
+        assert asyncio.get_running_loop().time() - began < 3 * TIMEOUT_S
         assert view.database.status == "unhealthy"
         assert view.cache.status == "degraded"
         await seconds(MAX_AGE_S)
@@ -296,8 +296,8 @@ async def test_damage_is_named_with_its_mend() -> None:
 @in_virtual_time
 async def test_faults_are_kept_in_bounds() -> None:
     async with VirtualEngine() as house:
-        health = health_of(house, (f"fault {number}" for number in range(10 * FAULTS_KEPT)))
-        assert f"and {FAULTS_KEPT - 5} more" in (await health.view()).database.message
+        health = health_of(house, (f"fault {number}" for number in range(10 * MAX_FAULTS)))
+        assert f"and {MAX_FAULTS - 5} more" in (await health.view()).database.message
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -473,7 +473,7 @@ async def test_an_artifact_store_that_does_not_answer_is_unhealthy_in_time() -> 
         health = health_of(house, artifacts=Sulking())
         view = await health.view()
         assert view.storage.status == "unhealthy"
-        assert view.storage.message == f"s3://far has not answered for {STORAGE_PATIENCE_S:g} s."
+        assert view.storage.message == f"s3://far has not answered for {STORAGE_TIMEOUT_S:g} s."
 
 
 @in_virtual_time
@@ -489,7 +489,7 @@ async def test_close_does_not_wait_for_an_artifact_store_that_does_not_answer() 
 
 
 class Complaining:
-    def complaint(self) -> str | None:
+    def degraded_reason(self) -> str | None:
         return "2 objects of deleted jobs could not be deleted."
 
 
@@ -533,7 +533,7 @@ async def test_a_bug_in_cleanup_is_unhealthy_and_nothing_is_raised() -> None:
         def state(self) -> CleanupState:
             raise ValueError("a bug")
 
-        def complaint(self) -> str | None:
+        def degraded_reason(self) -> str | None:
             return None
 
     async with VirtualEngine() as house:

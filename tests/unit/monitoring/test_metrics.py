@@ -27,9 +27,9 @@ from jobd.engine.clock import Clock
 from jobd.engine.disk_full import Closed
 from jobd.engine.event_feed import EventFeed
 from jobd.engine.idempotency import Keys
-from jobd.maintenance.artifact_sweeper import Sweeps
-from jobd.maintenance.cleanup_pass import Schedule
-from jobd.maintenance.maintainer import Cleaner
+from jobd.maintenance.artifact_sweeper import SweepStats
+from jobd.maintenance.cleanup_pass import CleanupSchedule
+from jobd.maintenance.maintainer import Maintainer
 from jobd.model.commands import AnyCommand, Claim, Complete, Create, EndGrants, Pause, Start
 from jobd.model.errors import ERROR_STATUS
 from jobd.model.job import SECOND_MS, STATUSES, Job, Options, Policy
@@ -110,7 +110,7 @@ def metrics_of(house: VirtualEngine, *doors: Door, store_path: str = ":memory:")
     health = Health(house.actor, house.clock, house.cleaner)
     alerts = Alerts(house.book, house.clock, health, house.cleaner, hold_ms=0, clear_ms=0)
     return Metrics(
-        house.actor, house.cleaner, alerts, house.clock, Sweeps(), store_path, doors, EventFeed(house.disk, 0, 1)
+        house.actor, house.cleaner, alerts, house.clock, SweepStats(), store_path, doors, EventFeed(house.disk, 0, 1)
     )
 
 
@@ -137,7 +137,7 @@ def shown(house: VirtualEngine, *doors: Door) -> bytes:
 class Real:
     """Everything on a real store."""
 
-    def __init__(self, store: Store, actor: Actor, cleaner: Cleaner, metrics: Metrics) -> None:
+    def __init__(self, store: Store, actor: Actor, cleaner: Maintainer, metrics: Metrics) -> None:
         self.store = store
         self.actor = actor
         self.cleaner = cleaner
@@ -156,10 +156,10 @@ async def real(path: Path) -> AsyncIterator[Real]:
         clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
         book = Book.opened(opened)
         actor = Actor(store, book, Keys(opened.keys, 1000), clock, Policy(), random=os.urandom)
-        cleaner = Cleaner(actor, clock, Schedule(batch=2))
+        cleaner = Maintainer(actor, clock, CleanupSchedule(batch=2))
         health = Health(actor, clock, cleaner, take_faults=store.take_faults)
         alerts = Alerts(book, clock, health, cleaner)
-        metrics = Metrics(actor, cleaner, alerts, clock, Sweeps(), str(path), [], EventFeed(store, 0, 1))
+        metrics = Metrics(actor, cleaner, alerts, clock, SweepStats(), str(path), [], EventFeed(store, 0, 1))
         running = [asyncio.create_task(run()) for run in (actor.run, cleaner.run, alerts.run, metrics.run)]
         yield Real(store, actor, cleaner, metrics)
         for part in (metrics, alerts, cleaner):
@@ -172,7 +172,7 @@ async def real(path: Path) -> AsyncIterator[Real]:
 
 async def test_the_names_are_those_that_dashboards_ask_for(tmp_path: Path) -> None:
     async with real(tmp_path / "jobd.db") as daemon:
-        await daemon.cleaner.run_pass(forced=True)
+        await daemon.cleaner.run_cleanup(forced=True)
         body = await daemon.metrics.render()
     lines = body.decode().splitlines()
     assert {line.split()[2]: line.split()[3] for line in lines if line.startswith("# TYPE")} == EXPECTED
@@ -195,7 +195,7 @@ async def test_a_life_of_jobs_on_a_real_store_is_counted(tmp_path: Path) -> None
         while "dead" in daemon.actor.book.processing:
             await daemon.cleaner.recover_stuck()
             await asyncio.sleep(0.05)
-        report = await daemon.cleaner.run_pass(forced=True)
+        report = await daemon.cleaner.run_cleanup(forced=True)
         assert report.errors == []
         assert (report.expired_jobs_deleted, report.stuck_jobs_recovered) == (5, 1)
         assert (await daemon.cleaner.reports(1)) == [report]
@@ -375,7 +375,7 @@ async def test_validation_issues_by_type_and_alerts() -> None:
     async with VirtualEngine(disk) as house:
         assert not read(shown(house))["jobd_cleanup_last_timestamp_seconds"].samples
         house.keep()
-        await house.cleaner.run_pass(forced=True)
+        await house.cleaner.run_cleanup(forced=True)
         body = shown(house)
         assert value(body, "jobd_validation_issues_total", type="error") == 11
         assert value(body, "jobd_validation_issues_total", type="critical") == 1

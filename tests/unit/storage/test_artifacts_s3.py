@@ -18,7 +18,7 @@ from obstore.store import S3Store
 from yarl import URL
 
 from jobd.engine.clock import Clock
-from jobd.maintenance.artifact_sweeper import Sweeper, Sweeps
+from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.model.storage import Tombstone
 from jobd.storage.artifacts import s3
 from jobd.storage.artifacts.base import ArtifactStoreError, Deletion, Margins, Verdict
@@ -228,12 +228,12 @@ async def test_the_sweeper_empties_it(bucket: Bucket, store: S3ArtifactStore, tm
         bucket.put(*(f"pre/fix/{key}" for key in keys), "pre/fix/other")
         buried = [Tombstone(900 + n, f"job-{n}", key, now, now) for n, key in enumerate(keys)]
         await disk.write(maker.batch([], tombstones=buried))
-        sweeper = Sweeper(disk, store, clock, Sweeps(waiting=len(keys)), Margins(young_ms=0))
+        sweeper = ArtifactSweeper(disk, store, clock, SweepStats(waiting=len(keys)), Margins(young_ms=0))
         running = asyncio.create_task(sweeper.run())
         await until(lambda: not sweeper.sweeps.waiting)
         sweeper.stop()
         await running
-        assert sweeper.sweeps == Sweeps(waiting=0, deleted=len(keys))
+        assert sweeper.sweeps == SweepStats(waiting=0, deleted=len(keys))
         assert bucket.keys() == ["pre/fix/other"]
         assert (await disk.due_tombstones(now + 10**9, 99)).found == []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobd.maintenance import scrubber
-from jobd.maintenance.scrubber import RowWalk
+from jobd.maintenance.scrubber import Scrubber
 from jobd.model.errors import ApiError
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.responses import CheckedRows
@@ -27,11 +27,11 @@ def path(tmp_path: Path) -> str:
 
 async def walked(store: Store) -> tuple[Counter[str], dict[str, str]]:
     """How many rows of each table were checked, and what is wrong with which."""
-    walk, cursor = RowWalk(store), None
+    walk, cursor = Scrubber(store), None
     counts: Counter[str] = Counter()
     damaged: dict[str, str] = {}
     while True:
-        seen = await walk.go_on(cursor)
+        seen = await walk.scan(cursor)
         assert isinstance(seen, CheckedRows)
         counts[seen.table] += seen.checked
         damaged |= {each.where: each.what for each in seen.damaged}
@@ -61,17 +61,17 @@ async def test_a_walk_is_cut_into_calls(path: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(scrub, "MOST_ROWS", 5)
     await make_store(path)
     async with opened(path) as (store, _):
-        walk = RowWalk(store)
-        first = await walk.go_on(None)
+        walk = Scrubber(store)
+        first = await walk.scan(None)
         assert isinstance(first, CheckedRows)
         assert (first.table, first.checked) == ("jobs", 5)
         assert first.next_cursor is not None
-        second = await walk.go_on(first.next_cursor)
+        second = await walk.scan(first.next_cursor)
         assert isinstance(second, CheckedRows)
         assert second.table == "jobs"
         assert second.next_cursor != first.next_cursor
         assert (await walked(store))[0] == Counter(rows_of(store))
-        refused = await walk.go_on("nowhere:7")
+        refused = await walk.scan("nowhere:7")
         assert isinstance(refused, ApiError)
         assert refused.code == "invalid_request"
 
