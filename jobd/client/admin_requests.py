@@ -158,10 +158,10 @@ def make_plan(
     body: dict[str, Any] = {"action": action, "ids": None if ids is None else list(ids), "reason": reason}
     if ids is None:
         body["cursor"] = cursor
-        asked: dict[str, str | int | None] = {"status": status, "queue": queue, "kind": kind, "worker": worker}
-        asked |= {"since": since, "until": until, "q": q, "error": error}
-        asked |= {"finished_since": finished_since, "finished_until": finished_until}
-        given = {name: value for name, value in asked.items() if value is not None}
+        query: dict[str, str | int | None] = {"status": status, "queue": queue, "kind": kind, "worker": worker}
+        query |= {"since": since, "until": until, "q": q, "error": error}
+        query |= {"finished_since": finished_since, "finished_until": finished_until}
+        given = {name: value for name, value in query.items() if value is not None}
         body["filter"] = None if action in MAINTENANCE_ACTIONS and not given else given
     return post(f"{BASE}/plans", PlanView, body, wait_ms=_RUN_MS)
 
@@ -344,9 +344,9 @@ def list_jobs(
     message, `error` the fingerprint of a failure. A page may be short; the last one has no `next_cursor`. `cursor` is
     the `next_cursor` of the page before.
     """
-    asked = {"status": status, "queue": queue, "kind": kind, "worker": worker, "since": since, "until": until, "q": q}
-    asked |= {"finished_since": finished_since, "finished_until": finished_until}
-    return get(JOBS, JobInfoPage, **asked, error=error, limit=limit, cursor=cursor)
+    query = {"status": status, "queue": queue, "kind": kind, "worker": worker, "since": since, "until": until, "q": q}
+    query |= {"finished_since": finished_since, "finished_until": finished_until}
+    return get(JOBS, JobInfoPage, **query, error=error, limit=limit, cursor=cursor)
 
 
 def timeline(job_id: str) -> ApiRequest[list[EventView]]:
@@ -426,8 +426,8 @@ def audit(
     `since` is Unix ms. A page may be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of the
     page before.
     """
-    asked = {"who": who, "what": what, "job_id": job_id, "since": since, "limit": limit, "cursor": cursor}
-    return get(f"{BASE}/audit", AuditPage, **asked)
+    query = {"who": who, "what": what, "job_id": job_id, "since": since, "limit": limit, "cursor": cursor}
+    return get(f"{BASE}/audit", AuditPage, **query)
 
 
 def alerts() -> ApiRequest[list[AlertView]]:

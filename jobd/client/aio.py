@@ -15,8 +15,7 @@ from typing import Any, Final, Self, TypeVar
 import aiohttp
 from yarl import URL
 
-from jobd.client.apis import AdminApi, WorkerApi
-from jobd.client.base import CONNECT_S, IDLE_S, BaseClient
+from jobd.client.apis import CONNECT_S, IDLE_S, AdminApi, BaseClient, WorkerApi
 from jobd.client.command_stream import CommandStream, command_line
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, SILENCE_S, EventSubscription

@@ -1,4 +1,4 @@
-"""The calls of both APIs as methods, listed once for the blocking and the asyncio clients."""
+"""What the blocking and the asyncio clients share: settings, and the calls of both APIs as methods."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import ssl
 from typing import Final
 
 from jobd.client import admin_requests, worker_requests
-from jobd.client.base import BaseClient
-from jobd.client.endpoint import Endpoint, admin_endpoint
+from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
+from jobd.client.errors import Unreachable
 from jobd.client.event_subscription import ADMIN_EVENTS, EVENTS, subscribe
-from jobd.client.methods import Events, Method, Pages
+from jobd.client.methods import EventMethod, Method, PagedMethod
+from jobd.client.protocol import RetryPolicy
+
+CONNECT_S: Final = 5.0
+IDLE_S: Final = 60.0  # the daemon closes idle connections after 75 s
+CHUNK_BYTES: Final = 256 << 10
 
 _ITERATE_JOBS: Final = """Iterate over all jobs that match, newest first, page by page.
 
@@ -23,6 +28,31 @@ _EXPORT_JOBS: Final = """Export all jobs that match as lines of JSON for import_
 Takes the arguments of `export_page`. Each job is in its state when its page was read. Jobs created before the first
 page are included unless they are deleted meanwhile.
 """
+
+
+class BaseClient:
+    """Endpoint, timeouts and TLS of a client."""
+
+    def __init__(
+        self,
+        endpoint: str | Endpoint | None = None,
+        *,
+        token: str | None = None,
+        timeout_s: float = 30.0,
+        retry_for_s: float = 30.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.endpoint: Final = worker_endpoint(endpoint, token)
+        self._policy = RetryPolicy(total_s=retry_for_s, timeout_s=timeout_s)
+        self._tls = (tls or ssl.create_default_context()) if self.endpoint.tls else None
+        self._reset_connections()
+
+    def _reset_connections(self) -> None:
+        """Start without connections."""
+
+    def _unreachable(self, error: BaseException) -> Unreachable:
+        reason = "no response in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+        return Unreachable(f"The daemon at {self.endpoint} cannot be reached: {reason}.")
 
 
 class WorkerApi(BaseClient):
@@ -46,9 +76,9 @@ class WorkerApi(BaseClient):
     queues = Method(worker_requests.queues)
     workers = Method(worker_requests.workers)
     worker_page = Method(worker_requests.worker_page)
-    iterate_jobs = Pages(worker_requests.list_jobs, lambda page: page.jobs, _ITERATE_JOBS)
-    iterate_queues = Pages(worker_requests.queue_page, lambda page: page.queues, _ITERATE_QUEUES)
-    events = Events(subscribe, EVENTS)
+    iterate_jobs = PagedMethod(worker_requests.list_jobs, lambda page: page.jobs, _ITERATE_JOBS)
+    iterate_queues = PagedMethod(worker_requests.queue_page, lambda page: page.queues, _ITERATE_QUEUES)
+    events = EventMethod(subscribe, EVENTS)
 
 
 class AdminApi(BaseClient):
@@ -86,13 +116,13 @@ class AdminApi(BaseClient):
     adopt = Method(admin_requests.adopt)
     delete_job = Method(admin_requests.delete_job)
     list_jobs = Method(admin_requests.list_jobs)
-    iterate_jobs = Pages(admin_requests.list_jobs, lambda page: page.jobs, _ITERATE_JOBS)
+    iterate_jobs = PagedMethod(admin_requests.list_jobs, lambda page: page.jobs, _ITERATE_JOBS)
     get_job = Method(admin_requests.get_job)
     timeline = Method(admin_requests.timeline)
     why = Method(admin_requests.why)
     locks = Method(admin_requests.locks)
     queues = Method(admin_requests.queues)
-    iterate_queues = Pages(admin_requests.queue_page, lambda page: page.queues, _ITERATE_QUEUES)
+    iterate_queues = PagedMethod(admin_requests.queue_page, lambda page: page.queues, _ITERATE_QUEUES)
     workers = Method(admin_requests.workers)
     worker_page = Method(admin_requests.worker_page)
     take_back = Method(admin_requests.take_back)
@@ -118,5 +148,5 @@ class AdminApi(BaseClient):
     check_rows = Method(admin_requests.check_rows)
     metrics = Method(admin_requests.metrics)
     export_page = Method(admin_requests.export_page)
-    export_jobs = Pages(admin_requests.export_page, lambda page: page.lines, _EXPORT_JOBS)
-    events = Events(subscribe, ADMIN_EVENTS)
+    export_jobs = PagedMethod(admin_requests.export_page, lambda page: page.lines, _EXPORT_JOBS)
+    events = EventMethod(subscribe, ADMIN_EVENTS)

@@ -1,7 +1,4 @@
-"""Many calls over one long request: a line for each, answered by lines in the same order (POST /v1/commands).
-
-Knows the wire of a stream and no call by name: what is asked, and whether it is asked again, is for aio.py to say.
-"""
+"""Many calls over one long request (POST /v1/commands): one line for each, with responses in the same order."""
 
 from __future__ import annotations
 
@@ -21,13 +18,13 @@ from jobd.client.errors import BadAnswer, JobdError, Unreachable
 from jobd.client.protocol import NDJSON_TYPE, ApiRequest, ApiResponse
 
 COMMANDS: Final = "/v1/commands"
-LAST_S: Final = 5.0  # how long a stream that is closed may wait for its last answers
+CLOSE_S: Final = 5.0  # a closing stream waits this long for its last responses
 
 _VERBS: Final = frozenset({"start", "progress", "extend", "complete", "fail", "release", "cancel"})
 _OF_A_JOB: Final = re.compile(r"/v1/jobs/(?P<id>[^/?]+)(?:/(?P<verb>[a-z-]+))?")
-_BLANKS: Final = bytes.maketrans(b"\r\n", b"  ")
+_LINE_ENDS_TO_SPACES: Final = bytes.maketrans(b"\r\n", b"  ")
 
-# How a stream is opened, with what is sent over it.
+# Opens a stream with the body that is sent over it.
 Open = Callable[[ApiRequest[Any], AsyncIterator[bytes]], AbstractAsyncContextManager[aiohttp.ClientResponse]]
 
 
@@ -57,35 +54,35 @@ class _GrantIds(Struct):
 
 
 class _ClaimResponse(Struct):
-    """As much of the answer to a claim as its grants need."""
+    """The part of a response to a claim that identifies its grants."""
 
     data: _GrantIds
 
 
 class _StartResponse(Struct):
-    """The same of a start."""
+    """The same part of a response to a start."""
 
     data: _GrantId
 
 
 def command_line(request: ApiRequest[Any]) -> bytes | None:
-    """`request` as a line with its end, None where streams do not take it: what waits, and what looks at many jobs."""
-    named = _named(request)
-    if named is None:
+    """Return `request` as a line with its end. None for calls that streams do not take: those that wait or list."""
+    operation = _operation(request)
+    if operation is None:
         return None
-    op, job_id = named
-    said = {"op": op}
+    op, job_id = operation
+    fields = {"op": op}
     if job_id is not None:
-        said["id"] = job_id
+        fields["id"] = job_id
     if (key := request.headers.get("Idempotency-Key")) is not None:
-        said["idempotency_key"] = key
-    head = msgspec.json.encode(said)
-    body = (request.body or b"{}").translate(_BLANKS)
+        fields["idempotency_key"] = key
+    head = msgspec.json.encode(fields)
+    body = (request.body or b"{}").translate(_LINE_ENDS_TO_SPACES)
     return head + b"\n" if body == b"{}" else head[:-1] + b"," + body[1:] + b"\n"
 
 
-def _named(request: ApiRequest[Any]) -> tuple[str, str | None] | None:
-    """The request's op, and the job's id where its path gives it."""
+def _operation(request: ApiRequest[Any]) -> tuple[str, str | None] | None:
+    """Return the operation of the request, and the job id if it is in the path."""
     match request.method, request.path:
         case "POST", "/v1/jobs":
             return "create", None
@@ -104,37 +101,37 @@ def _named(request: ApiRequest[Any]) -> tuple[str, str | None] | None:
 
 
 class _Pending(NamedTuple):
-    """Who waits for the next answer, to which line."""
+    """A line whose response is pending."""
 
-    reply: asyncio.Future[ApiResponse]
+    response: asyncio.Future[ApiResponse]
     line: bytes
 
 
 class CommandStream:
-    """One stream after the other: where one breaks, the next call opens another. Belongs to one event loop."""
+    """A stream that is opened by the next call after it breaks. Belongs to one event loop."""
 
     def __init__(self, open_: Open) -> None:
         self._open = open_
-        self._flow: _StreamConnection | None = None
+        self._connection: _StreamConnection | None = None
 
     async def exchange(self, line: bytes, timeout_s: float) -> ApiResponse:
-        """Send `line` and give its answer. Raises Unreachable where the stream breaks or nothing comes in time."""
-        flow = self._flow
-        if flow is None or flow.is_over:
-            flow = self._flow = _StreamConnection(self._open)
-        reply = flow.send(line)
+        """Send `line` and return its response. Raises Unreachable if the stream breaks or the time is over."""
+        connection = self._connection
+        if connection is None or connection.is_over:
+            connection = self._connection = _StreamConnection(self._open)
+        response = connection.send(line)
         try:
             async with asyncio.timeout(timeout_s):
-                return await reply
+                return await response
         except TimeoutError:
-            flow.cut()
-            raise Unreachable("No answer came over the stream in time.") from None
+            connection.abort()
+            raise Unreachable("The stream of commands had no response in time.") from None
 
     async def close(self) -> None:
-        """End the stream; what has been sent is answered."""
-        flow, self._flow = self._flow, None
-        if flow is not None:
-            await flow.close()
+        """End the stream after the responses to what was sent."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
 
 
 class _StreamConnection:
@@ -144,80 +141,80 @@ class _StreamConnection:
         self.is_over = False
         self._open = open_
         self._out = bytearray()
-        self._has_out = asyncio.Event()
+        self._has_output = asyncio.Event()
         self._is_closing = False
-        self._waiting: deque[_Pending] = deque()
+        self._pending: deque[_Pending] = deque()
         self._running = asyncio.ensure_future(self._run())
 
     def send(self, line: bytes) -> asyncio.Future[ApiResponse]:
-        reply: asyncio.Future[ApiResponse] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Pending(reply, line))
+        response: asyncio.Future[ApiResponse] = asyncio.get_running_loop().create_future()
+        self._pending.append(_Pending(response, line))
         self._out += line
-        self._has_out.set()
-        return reply
+        self._has_output.set()
+        return response
 
-    def cut(self) -> None:
+    def abort(self) -> None:
         self.is_over = True
         self._running.cancel()
 
     async def close(self) -> None:
         self._is_closing = True
-        self._has_out.set()
-        await asyncio.wait([self._running], timeout=LAST_S)
-        self.cut()
+        self._has_output.set()
+        await asyncio.wait([self._running], timeout=CLOSE_S)
+        self.abort()
         await asyncio.wait([self._running])
 
     async def _run(self) -> None:
-        """Answers to those who wait. What has none when the stream ends was perhaps not done."""
-        error: JobdError = Unreachable("The daemon ended the stream.")
+        """Pass on the responses. A line without a response at the end of the stream may have been applied or not."""
+        error: JobdError = Unreachable("The daemon ended the stream of commands.")
         request = ApiRequest("POST", COMMANDS, lambda body: None, headers={"Content-Type": NDJSON_TYPE})
         try:
             async with self._open(request, self._body()) as response:
                 if response.status != 200:
-                    self._refused(response, await response.read())
+                    self._reject(response, await response.read())
                     return
                 rest = b""
                 while piece := await response.content.readany():
                     *lines, rest = (rest + piece).split(b"\n")
                     for line in lines:
-                        self._answer(line)
+                        self._receive(line)
         except (aiohttp.ClientError, OSError) as broken:
-            error = Unreachable(f"The stream broke: {str(broken) or type(broken).__name__}.")
+            error = Unreachable(f"The stream of commands broke: {str(broken) or type(broken).__name__}.")
         except (msgspec.DecodeError, IndexError) as strange:
-            error = BadAnswer(f"The stream's answer cannot be read ({strange}): is this the right port?")
+            error = BadAnswer(f"The stream of commands cannot be read ({strange}): is this the right port?")
         finally:
             self.is_over = True
-            for waiting in self._waiting:
-                if not waiting.reply.done():
-                    waiting.reply.set_exception(error)
+            for pending in self._pending:
+                if not pending.response.done():
+                    pending.response.set_exception(error)
 
     async def _body(self) -> AsyncIterator[bytes]:
-        """All that is there goes out at once, and then whatever comes."""
+        """Send everything that is buffered at once, then what follows."""
         while self._out or not self._is_closing:
-            await self._has_out.wait()
-            self._has_out.clear()
+            await self._has_output.wait()
+            self._has_output.clear()
             if self._out:
                 piece = bytes(self._out)
                 self._out.clear()
                 yield piece
 
-    def _answer(self, line: bytes) -> None:
-        waiting = self._waiting.popleft()
-        if not waiting.reply.done():
-            waiting.reply.set_result(ApiResponse(_read_status(line).status, {}, line))
-        elif waiting.line.startswith((CLAIM, START)) and _read_status(line).success:
-            self._give_back(line, is_claim=waiting.line.startswith(CLAIM))
+    def _receive(self, line: bytes) -> None:
+        pending = self._pending.popleft()
+        if not pending.response.done():
+            pending.response.set_result(ApiResponse(_read_status(line).status, {}, line))
+        elif pending.line.startswith((CLAIM, START)) and _read_status(line).success:
+            self._release(line, is_claim=pending.line.startswith(CLAIM))
 
-    def _give_back(self, line: bytes, *, is_claim: bool) -> None:
-        """Nobody waits for these grants any more: their jobs need not wait until the locks end."""
+    def _release(self, line: bytes, *, is_claim: bool) -> None:
+        """Release grants whose caller was cancelled, so that their jobs need not wait until the locks expire."""
         decode = msgspec.json.decode
         grants = decode(line, type=_ClaimResponse).data.grants if is_claim else [decode(line, type=_StartResponse).data]
         for grant in grants:
             release = {"op": "release", "id": grant.job.id, "lock_id": grant.lock_id}
             self.send(msgspec.json.encode(release) + b"\n").cancel()
 
-    def _refused(self, response: aiohttp.ClientResponse, body: bytes) -> None:
+    def _reject(self, response: aiohttp.ClientResponse, body: bytes) -> None:
         headers = {name.lower(): value for name, value in response.headers.items()}
-        for waiting in self._waiting:
-            if not waiting.reply.done():
-                waiting.reply.set_result(ApiResponse(response.status, headers, body))
+        for pending in self._pending:
+            if not pending.response.done():
+                pending.response.set_result(ApiResponse(response.status, headers, body))

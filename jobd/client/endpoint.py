@@ -1,7 +1,4 @@
-"""Where the daemon is and what token it wants: from an argument, the environment, or the daemon's own defaults.
-
-Opens no connection.
-"""
+"""Find the daemon's address and token: from an argument, the environment, or the daemon's defaults."""
 
 from __future__ import annotations
 
@@ -19,10 +16,10 @@ SYSTEM_DIRECTORY: Final = "/run/jobd"
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One listener of a daemon: a Unix socket (`path`) or a TCP address, with `tls` or without.
+    """One listener of a daemon: a Unix socket (`path`), or a TCP address with or without `tls`.
 
-    `prefix` comes before every path (a proxy may want one). The token is shown nowhere. `operator` is the name under
-    which the audit log keeps what is done over the admin API.
+    `prefix` comes before every path (a proxy may need one). `repr` and `str` never show the token. `operator` is the
+    name in the audit log for calls of the admin API.
     """
 
     path: str | None = None
@@ -38,7 +35,7 @@ class Endpoint:
 
     @property
     def origin(self) -> str:
-        """The part of a URL before the path. Over a Unix socket the host is only a name."""
+        """Return the part of a URL before the path. For a Unix socket the host is a placeholder."""
         if self.path is not None:
             return "http://localhost"
         host = f"[{self.host}]" if ":" in self.host else self.host
@@ -53,7 +50,7 @@ class Endpoint:
 
 
 def parse_endpoint(text: str, *, token: str | None = None) -> Endpoint:
-    """`unix:/path`, `/path`, `http://host:port` or `https://host:port`. Raises ValueError that says what is wrong."""
+    """Parse `unix:/path`, `/path`, `http://host:port` or `https://host:port`. Raises ValueError with the fault."""
     if text.startswith(("unix:", "/")):
         path = text.removeprefix("unix:")
         path = path.removeprefix("//") if path.startswith("///") else path
@@ -73,9 +70,9 @@ def parse_endpoint(text: str, *, token: str | None = None) -> Endpoint:
 def worker_endpoint(
     where: str | Endpoint | None = None, token: str | None = None, environ: Mapping[str, str] = os.environ
 ) -> Endpoint:
-    """The worker API: `where`, else $JOBD_SOCKET, else $JOBD_URL, else the daemon's default socket.
+    """Find the worker API: `where`, else $JOBD_SOCKET, else $JOBD_URL, else the daemon's default socket.
 
-    The token (TCP only) is `token`, else the first line of the file that $JOBD_WORKER_TOKEN_FILE names.
+    The token (TCP only) is `token`, else the first line of the file $JOBD_WORKER_TOKEN_FILE.
     """
     if isinstance(where, Endpoint):
         return where
@@ -93,10 +90,10 @@ def admin_endpoint(
     *,
     operator: str | None = None,
 ) -> Endpoint:
-    """The admin API: `where`, else $JOBD_ADMIN_URL, else http://127.0.0.1:8770.
+    """Find the admin API: `where`, else $JOBD_ADMIN_URL, else http://127.0.0.1:8770.
 
-    The token is `token`, else $ADMIN_TOKEN, else the first line of the file that $ADMIN_TOKEN_FILE names. `operator`
-    is the name under which the audit log keeps what is done.
+    The token is `token`, else $ADMIN_TOKEN, else the first line of the file $ADMIN_TOKEN_FILE. `operator` is the name
+    in the audit log.
     """
     if isinstance(where, Endpoint):
         return where if operator is None else replace(where, operator=operator)
@@ -107,9 +104,9 @@ def admin_endpoint(
 
 
 def default_socket(environ: Mapping[str, str] = os.environ) -> str:
-    """Where a daemon that was told nothing listens for workers: the system's for root, else the user's own.
+    """Return the default worker socket of a daemon: the system's for root, else the user's own.
 
-    A user without a daemon of their own gets the system's, if there is one.
+    If the user's own does not exist but the system's does, it is the system's.
     """
     system = f"{SYSTEM_DIRECTORY}/worker.sock"
     if os.geteuid() == 0:
@@ -119,7 +116,7 @@ def default_socket(environ: Mapping[str, str] = os.environ) -> str:
 
 
 def _token_in(file: str | None) -> str | None:
-    """The first line of `file`, which holds one token a line."""
+    """Return the first line of `file`, which holds one token per line."""
     if not file:
         return None
     lines = Path(file).read_text(encoding="utf-8").split()

@@ -1,7 +1,4 @@
-"""What can go wrong with a call: one exception for each refusal code, and two for a daemon that did not answer.
-
-Only names and fields; when to try again is in protocol.py.
-"""
+"""The errors of the clients: one exception for each error code, and two for calls without a proper response."""
 
 from __future__ import annotations
 
@@ -13,8 +10,8 @@ ERRORS: Final[dict[str, type[JobdError]]] = {}
 class JobdError(Exception):
     """A call that did not succeed.
 
-    `code` is the daemon's refusal code, `message` its sentence, `details` what it adds (a dict, times in Unix ms,
-    durations in ms), `status` the HTTP status, 0 where there was no answer.
+    `code`, `message` and `details` (times in Unix ms, durations in ms) are those of the daemon's response. `status` is
+    the HTTP status, 0 without a response.
     """
 
     code: str = "error"
@@ -46,25 +43,25 @@ class JobdError(Exception):
 
 
 class InvalidRequest(JobdError):
-    """A field is unknown, of the wrong type or out of its bounds; the message names it."""
+    """A field is unknown, has the wrong type or is out of bounds; the message names it."""
 
     code, status = "invalid_request", 400
 
 
 class Unauthorized(JobdError):
-    """No token, or one that is not valid."""
+    """The token is missing or invalid."""
 
     code, status = "unauthorized", 401
 
 
 class Forbidden(JobdError):
-    """The Host or Origin of the request is not one that the daemon serves."""
+    """The daemon does not serve the Host or Origin of the request, or the token is read-only."""
 
     code, status = "forbidden", 403
 
 
 class NotFound(JobdError):
-    """There is no such path: the client is newer than the daemon, or speaks to another port. Or no stored result."""
+    """The path does not exist (the client is newer than the daemon, or the port is wrong), or the artifact does not."""
 
     code, status = "not_found", 404
 
@@ -82,25 +79,25 @@ class LateResultNotFound(JobdError):
 
 
 class WorkerNotFound(JobdError):
-    """No worker of this name is remembered."""
+    """The daemon has no worker with this name."""
 
     code, status = "worker_not_found", 404
 
 
 class PlanNotFound(JobdError):
-    """There is no such plan, or no more: make it anew."""
+    """The plan does not exist or has expired: make it again."""
 
     code, status = "plan_not_found", 404
 
 
 class MethodNotAllowed(JobdError):
-    """The path exists, the method does not."""
+    """The path exists, but not with this method."""
 
     code, status = "method_not_allowed", 405
 
 
 class RequestTimeout(JobdError):
-    """The body did not arrive in time; nothing was done."""
+    """The body did not arrive in time; nothing was changed."""
 
     code, status = "request_timeout", 408
 
@@ -123,18 +120,18 @@ class AlreadyLocked(JobdError):
 
     @property
     def lock_expires_at(self) -> int | None:
-        """When its lock expires unless it is extended, Unix ms."""
+        """When its lock expires unless it is extended (Unix ms)."""
         return _number(self.details.get("lock_expires_at"))
 
 
 class NotDue(JobdError):
-    """The job's `run_at` has not come yet."""
+    """The job's `run_at` is in the future."""
 
     code, status = "not_due", 409
 
 
 class QueuePaused(JobdError):
-    """The job's queue is paused: nothing of it is granted until an operator resumes it."""
+    """The job's queue is paused: none of its jobs is granted until an operator resumes it."""
 
     code, status = "queue_paused", 409
 
@@ -146,23 +143,23 @@ class InvalidTransition(JobdError):
 
 
 class LockLost(JobdError):
-    """The job is no longer yours: stop working on it. `reason` says what happened."""
+    """The job is no longer yours: stop working on it. `reason` is why."""
 
     code, status = "lock_lost", 409
 
     @property
     def reason(self) -> str | None:
-        """What ended the grant, in a word: `cancelled`, `stalled`, ..."""
+        """What ended the grant: `cancelled`, `stalled`, ..."""
         return _text(self.details.get("reason"))
 
     @property
     def late_result(self) -> int | None:
-        """The number under which what a complete brought is kept for an operator, where it is."""
+        """The number of the late result that the daemon kept of this `complete`, if it did."""
         return _number(self.details.get("late_result"))
 
     @property
     def cancel_requested(self) -> bool:
-        """Whether somebody cancelled the job."""
+        """Whether the job was cancelled."""
         return self.details.get("cancel_requested") is True
 
 
@@ -173,7 +170,7 @@ class MaxProcessingTimeExceeded(JobdError):
 
 
 class JobQuarantined(JobdError):
-    """The job's row on disk is damaged; `jobd doctor` says what to do."""
+    """The job's row on disk is damaged; `jobd doctor` shows what to do."""
 
     code, status = "job_quarantined", 409
 
@@ -185,7 +182,7 @@ class WorkerNotSilent(JobdError):
 
 
 class EventsGone(JobdError):
-    """The events asked for are older than the journal: read the state anew, then follow from now on."""
+    """The requested events are no longer in the journal: read the state again, then follow from now on."""
 
     code, status = "events_gone", 410
 
@@ -197,7 +194,7 @@ class TooLarge(JobdError):
 
 
 class UnsupportedMediaType(JobdError):
-    """The body is not JSON, or compressed."""
+    """The body is not JSON, or is compressed."""
 
     code, status = "unsupported_media_type", 415
 
@@ -215,61 +212,61 @@ class IdempotencyKeyReused(JobdError):
 
 
 class InternalError(JobdError):
-    """A fault of the daemon; its log has more. Nothing was changed."""
+    """An error in the daemon, which its log describes. Nothing was changed."""
 
     code, status = "internal_error", 500
 
 
 class Overloaded(JobdError):
-    """Too much is waiting; nothing was done. `retry_after_ms` says when to try again."""
+    """The daemon has too many requests; nothing was changed. Retry after `retry_after_ms`."""
 
     code, status = "overloaded", 503
 
 
 class ShuttingDown(JobdError):
-    """The daemon is stopping; nothing was done."""
+    """The daemon is stopping; nothing was changed."""
 
     code, status = "shutting_down", 503
 
 
 class StorageUnavailable(JobdError):
-    """The store of artifacts cannot be read now; the daemon's log says why."""
+    """The artifact store cannot be read now; the daemon's log has the reason."""
 
     code, status = "storage_unavailable", 503
 
 
 class OutcomeUnknown(JobdError):
-    """The write failed in a way that leaves open whether it is on disk; asking again tells."""
+    """The write failed, and it is unknown whether it is on disk. Repeat the request to find out."""
 
     code, status = "outcome_unknown", 503
 
 
 class StorageFull(JobdError):
-    """The daemon's disk is full; nothing was done."""
+    """The daemon's disk is full; nothing was changed."""
 
     code, status = "storage_full", 507
 
 
 class TooManyJobs(JobdError):
-    """The daemon holds as many live jobs as it may; nothing was done."""
+    """The daemon has reached its limit of live jobs; nothing was changed."""
 
     code, status = "too_many_jobs", 507
 
 
 class TooManyQueues(JobdError):
-    """The job would be the first of a new queue, but `limits.queues` queues have jobs; nothing was done."""
+    """The job would need a new queue, but `limits.queues` queues have jobs; nothing was changed."""
 
     code, status = "too_many_queues", 507
 
 
 class Unreachable(JobdError):
-    """No answer: the daemon is not there, or the connection broke. What was asked may have been done or not."""
+    """No response: the daemon is not running, or the connection broke. The request may have been applied or not."""
 
     code = "unreachable"
 
 
 class BadAnswer(JobdError):
-    """What answered does not speak as this client expects: another program, or another version."""
+    """The response is not one of jobd: it is from another program, or another version."""
 
     code = "bad_answer"
 

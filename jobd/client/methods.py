@@ -99,7 +99,7 @@ class PageWalk(Generic[T]):
     items: Callable[[Any], Iterable[T]]
 
 
-class Pages(_Method, Generic[P, T]):
+class PagedMethod(_Method, Generic[P, T]):
     """A list that is read page by page."""
 
     def __init__(self, build: Callable[P, ApiRequest[Page]], items: Callable[[Page], Iterable[T]], doc: str) -> None:
@@ -124,7 +124,7 @@ class Pages(_Method, Generic[P, T]):
         return self._get(client, owner)
 
 
-class Events(_Method, Generic[P]):
+class EventMethod(_Method, Generic[P]):
     """The stream of events at `path`."""
 
     def __init__(self, subscribe: Callable[Concatenate[str, P], EventSubscription], path: str) -> None:

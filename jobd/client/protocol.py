@@ -58,7 +58,7 @@ class JobInfoPage(Struct):
     looked_to_at: int | None = None
 
 
-class Envelope(Struct, Generic[T]):
+class _Success(Struct, Generic[T]):
     """The shape of every success."""
 
     data: T
@@ -77,8 +77,8 @@ _decode_outcome: Final = msgspec.json.Decoder(_Outcome).decode
 
 
 @functools.cache
-def _decoder(shape: Any) -> msgspec.json.Decoder[Envelope[Any]]:
-    return msgspec.json.Decoder(Envelope[shape])
+def _decoder(shape: Any) -> msgspec.json.Decoder[_Success[Any]]:
+    return msgspec.json.Decoder(_Success[shape])
 
 
 def reader(shape: Any) -> Callable[[bytes], Any]:

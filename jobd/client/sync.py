@@ -12,8 +12,7 @@ from collections.abc import Generator, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
-from jobd.client.apis import WorkerApi
-from jobd.client.base import CHUNK_BYTES, CONNECT_S, IDLE_S, BaseClient
+from jobd.client.apis import CHUNK_BYTES, CONNECT_S, IDLE_S, BaseClient, WorkerApi
 from jobd.client.endpoint import Endpoint
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, SILENCE_S, EventSubscription

@@ -236,7 +236,7 @@ def _read_exactly(fd: int, count: int) -> bytes:
         (-40, "signal:40", "The program was ended by 40."),
     ],
 )
-def test_an_exit_status_is_described(code: int, error_code: str, message: str) -> None:
+def test_an_exit_status_is_message(code: int, error_code: str, message: str) -> None:
     assert describe(code) == (error_code, message)
 
 
@@ -417,7 +417,7 @@ class Bench:
             client,
             ["sh", "-c", script],
             queues=[queue],
-            say=self.said.append,
+            log=self.said.append,
             stdout_fd=self._fds[0],
             stderr_fd=self._fds[1],
             **{"name": "bench", **options},
@@ -572,7 +572,7 @@ async def test_drain_says_what_is_left_and_why(
 
 async def _said_by_drain(client: AsyncJobClient, tmp_path: Path, *queues: str, **options: Any) -> list[str]:
     said: list[str] = []
-    worker = CommandWorker(client, ["true"], queues=queues, drain=True, say=said.append, **options)
+    worker = CommandWorker(client, ["true"], queues=queues, drain=True, log=said.append, **options)
     assert await worker.run(signals=False) == 0
     return said
 
@@ -694,7 +694,7 @@ async def test_a_program_that_does_not_exist_is_refused_before_any_claim(
 ) -> None:
     job = await client.create_job(queue=queue)
     said: list[str] = []
-    worker = CommandWorker(client, ["/nonexistent/program"], queues=[queue], say=said.append, drain=True)
+    worker = CommandWorker(client, ["/nonexistent/program"], queues=[queue], log=said.append, drain=True)
     assert await worker.run(signals=False) == 1
     assert "no such program" in said[0]
     assert (await client.timeline(job.id))[-1].type == "created"
@@ -706,7 +706,7 @@ async def test_a_program_that_is_not_executable_is_not_said_to_be_missing(tmp_pa
     program.chmod(0o644)
     said: list[str] = []
     for command in (str(program), str(tmp_path)):
-        worker = CommandWorker(f"unix:{tmp_path}/none", [command], say=said.append, drain=True)
+        worker = CommandWorker(f"unix:{tmp_path}/none", [command], log=said.append, drain=True)
         assert await worker.run(signals=False) == 1
     assert f"it is not executable: chmod +x '{program}'. No job was claimed." in said[0]
     assert "it is a directory" in said[1]
@@ -720,9 +720,9 @@ async def test_a_program_that_cannot_be_started_costs_no_job(
     program.chmod(0o755)
     job = await client.create_job(queue=queue)
     said: list[str] = []
-    worker = CommandWorker(client, [str(program)], queues=[queue], say=said.append)
+    worker = CommandWorker(client, [str(program)], queues=[queue], log=said.append)
     assert await worker.run(signals=False) == 1
-    assert "Its job was given back" in said[0]
+    assert "Its job was released" in said[0]
     back = await client.get_job(job.id)
     assert (back.status, back.attempt) == ("queued", 0)
 
@@ -730,7 +730,7 @@ async def test_a_program_that_cannot_be_started_costs_no_job(
 async def test_no_daemon_is_unreachable_once_patience_is_over(
     queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(runner, "RETRY_FOR_S", 0.1)
     bench = Bench(f"unix:{tmp_path}/none", tmp_path, queue, "true", drain=True)
     with pytest.raises(Unreachable):
         await bench.run()
@@ -753,7 +753,7 @@ async def test_the_program_works_on_while_the_daemon_is_away(queue: str, tmp_pat
             running = asyncio.create_task(bench.run())
             await when(client, job.id, lambda job: job.progress == 1)
             await asyncio.to_thread(daemon.kill)
-            await until(lambda: any("The work goes on" in text for text in bench.said))
+            await until(lambda: any("The work continues" in text for text in bench.said))
             go.touch()
             await until(lambda: any("cannot complete it yet" in text for text in bench.said))
             await asyncio.to_thread(daemon.start)

@@ -43,7 +43,7 @@ from jobd.client.protocol import job_path
 from jobd.client.worker import worker as client_worker
 from jobd.client.worker.claimer import describe_process
 from jobd.client.worker.lease import LeaseKeeper
-from jobd.client.worker.worker import _described, _how, _result
+from jobd.client.worker.worker import _failure_options, _message, _result
 from tests import ROOT
 from tests.support.daemon_process import TOKEN, Daemon, die_with_us
 from tests.support.scripted_server import Asked, ScriptedServer, Step, drop, no, ok, serving, until
@@ -323,7 +323,7 @@ def raised(error: Callable[[], Any]) -> str:
     try:
         error()
     except BaseException as caught:
-        return _described(caught)
+        return _message(caught)
     raise AssertionError("nothing was raised")
 
 
@@ -343,8 +343,8 @@ def test_the_message_of_an_error_is_bounded_and_its_first_line_and_its_end_are_k
         raise ValueError("x" * 10_000)
 
     assert raised(long) == "ValueError: " + "x" * (4096 - 13) + "…"
-    assert _described(Discard("")) == "Discard"
-    assert _how(Retry(after_ms=5)) == {"error_code": "Retry", "retry_after_ms": 5}
+    assert _message(Discard("")) == "Discard"
+    assert _failure_options(Retry(after_ms=5)) == {"error_code": "Retry", "retry_after_ms": 5}
 
 
 def test_an_error_is_described_with_its_chain_its_notes_and_its_group() -> None:
@@ -371,19 +371,19 @@ def test_an_error_is_described_with_its_chain_its_notes_and_its_group() -> None:
 
 
 def test_an_error_without_frames_of_the_handler_is_one_line() -> None:
-    assert _described(asyncio.CancelledError()) == "CancelledError"
-    assert _described(TypeError("no result")) == "TypeError: no result"
+    assert _message(asyncio.CancelledError()) == "CancelledError"
+    assert _message(TypeError("no result")) == "TypeError: no result"
     assert "client" + "/protocol.py" not in raised(lambda: job_path("/v1/jobs", ""))
 
 
-def test_an_error_whose_str_raises_is_described() -> None:
+def test_an_error_whose_str_raises_is_message() -> None:
     class Broken(Exception):
         def __str__(self) -> str:
             raise ValueError("no text")
 
-    assert _described(Broken()) == "Broken: <exception str() failed>"
-    assert _described(OSError("no such file: \udcff\x00")) == "OSError: no such file: \\udcff\\x00"
-    assert _described(Retry("line one\nline two")) == "line one\nline two"
+    assert _message(Broken()) == "Broken: <exception str() failed>"
+    assert _message(OSError("no such file: \udcff\x00")) == "OSError: no such file: \\udcff\\x00"
+    assert _message(Retry("line one\nline two")) == "line one\nline two"
 
 
 async def test_an_error_of_any_class_fails_its_job_not_the_worker(
@@ -422,7 +422,7 @@ async def test_an_error_of_any_class_fails_its_job_not_the_worker(
 async def test_a_message_that_json_cannot_carry_fails_its_job_alone(
     client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_worker.log, "disabled", True)  # pytest-xdist cannot carry such a message either
+    monkeypatch.setattr(client_worker.logger, "disabled", True)  # pytest-xdist cannot carry such a message either
     worker = Worker(client, queues=[queue])
 
     @worker.handler
@@ -478,7 +478,7 @@ async def test_a_result_that_the_daemon_refuses_fails_the_job_and_says_why(clien
     async with at_work(worker):
         failed = await finished(client, job.id)
     assert (failed.status, failed.error_code) == ("failed", "complete:invalid_request")
-    assert "refused its `complete`" in (failed.error_message or "")
+    assert "rejected its `complete`" in (failed.error_message or "")
 
 
 async def test_a_payload_that_python_cannot_hold_fails_its_job_alone(client: AsyncJobClient, queue: str) -> None:
@@ -553,7 +553,7 @@ def test_a_worker_wants_handlers_one_for_each_kind_and_room() -> None:
     with pytest.raises(ValueError, match="needs a handler"):
         asyncio.run(worker.serve())
     worker.handler("a")(print)
-    with pytest.raises(ValueError, match="handler for a already"):
+    with pytest.raises(ValueError, match="a already has a handler"):
         worker.handler("b", "a")(print)
     worker.handler()(print)
     with pytest.raises(ValueError, match="every other kind"):
@@ -598,7 +598,7 @@ async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
 ) -> None:
     """A client in another thread reads the job, because this loop is blocked."""
     monkeypatch.setattr(client_worker, "LAG_S", 0.2)
-    monkeypatch.setattr(client_worker, "LOOK_S", 0.1)
+    monkeypatch.setattr(client_worker, "MEASURE_S", 0.1)
     worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
 
     @worker.handler
@@ -1129,7 +1129,7 @@ async def test_work_goes_on_while_the_daemon_is_away(
             async with at_work(worker) as serving:
                 await started.wait()
                 await asyncio.to_thread(daemon.kill)
-                await until(lambda: "The work goes on" in caplog.text)
+                await until(lambda: "The work continues" in caplog.text)
                 go.set()
                 await until(lambda: "cannot complete it yet" in caplog.text)
                 assert not serving.done()

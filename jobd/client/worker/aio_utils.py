@@ -1,4 +1,4 @@
-"""Small ways of waiting that asyncio lacks."""
+"""Ways to wait that asyncio lacks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ async def first_of(*futures: asyncio.Future[Any]) -> None:
 
 
 async def within(time_s: float, event: asyncio.Event) -> bool:
-    """Wait for `event`, `time_s` at most; whether it came."""
+    """Wait for `event`, but at most `time_s`. Return whether it is set."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(time_s):
             await event.wait()
@@ -21,6 +21,6 @@ async def within(time_s: float, event: asyncio.Event) -> bool:
 
 
 def settle(future: asyncio.Future[None]) -> None:
-    """Make it done, if it is not."""
+    """Mark `future` as done unless it is."""
     if not future.done():
         future.set_result(None)

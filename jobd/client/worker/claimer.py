@@ -1,7 +1,4 @@
-"""Claims jobs and hands them on, up to N at a time, until it is told to stop.
-
-Does no work of a job and ends none: whoever gets a grant does.
-"""
+"""Claim jobs, up to N at a time, and start the work on each."""
 
 from __future__ import annotations
 
@@ -19,21 +16,22 @@ from jobd.client.aio import AsyncJobClient
 from jobd.client.errors import JobdError
 from jobd.client.protocol import RETRIED, GrantInfo, RetryPolicy, uuid7
 from jobd.client.worker.aio_utils import first_of
-from jobd.client.worker.service_thread import Say
+from jobd.client.worker.service_thread import Log
 from jobd.model.commands import PRINTABLE, About
 
 MOST_CONCURRENCY: Final = 100_000  # the bound of About.concurrency
 POLL_MS: Final = 30_000
 LOCK_TTL_MS: Final = 60_000
-# A worker outlasts whatever the daemon may get over: a full disk, a fault of its own.
+# A claim is also retried after errors that the daemon can recover from: a full disk, an internal error.
 RETRIED_CLAIM: Final = RETRIED | {"storage_full", "internal_error", "request_timeout"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimOptions:
-    """What is claimed, for whom. A job that is held for `lock_ttl_ms` without a sign of life is another's at once.
+    """Which jobs to claim, and for which worker.
 
-    The locks have no ceiling (`max_processing_ms` 0), so long work without progress reports keeps its lock.
+    Another worker can get a job whose lock was not extended for `lock_ttl_ms`. The locks have no ceiling
+    (`max_processing_ms` 0), so long work without progress reports keeps its lock.
     """
 
     worker: str
@@ -45,42 +43,43 @@ class ClaimOptions:
 
 
 class Claimer:
-    """The loop of a worker: `work` is called with each grant, at most `concurrency` of them at a time.
+    """The main loop of a worker. It calls `work` with each grant, for at most `concurrency` grants at a time.
 
-    `once` ends after one job, `drain` when there is no due job and none is running. An unreachable daemon is waited for
-    `patience_s`, for ever where that is None.
+    `work` also gets whether the claim was sent more than once; then the grant may be old. `once` ends the loop after
+    one job, `drain` when no job is due and none is running. If the daemon is unreachable, a claim is retried for
+    `retry_for_s`, or forever if that is None.
     """
 
     def __init__(
         self,
         client: AsyncJobClient,
-        wanted: ClaimOptions,
+        options: ClaimOptions,
         work: Callable[[GrantInfo, bool], Awaitable[None]],
-        say: Say,
+        log: Log,
         *,
         concurrency: int = 1,
         once: bool = False,
         drain: bool = False,
-        patience_s: float | None = None,
+        retry_for_s: float | None = None,
     ) -> None:
         self._client = client
-        self._wanted = wanted
+        self._options = options
         self._work = work
-        self._say = say
+        self._log = log
         self._concurrency = 1 if once else concurrency
         self._once = once
         self._drain = drain
-        self._patience_s = patience_s
+        self._retry_for_s = retry_for_s
         self._stopping = asyncio.Event()
         self._running: set[asyncio.Future[None]] = set()
         self._is_resent = False
 
     def stop(self) -> None:
-        """Claim no more; what runs goes on."""
+        """Stop claiming. Running work continues."""
         self._stopping.set()
 
     async def run(self) -> None:
-        """Claim and hand on until told to stop, then wait for what runs. Raises what made claiming impossible."""
+        """Claim until stopped, then wait for the running work. Raises the error that made claiming impossible."""
         try:
             await self._loop()
         finally:
@@ -93,7 +92,7 @@ class Claimer:
     async def _loop(self) -> None:
         while not self._stopping.is_set():
             if len(self._running) >= self._concurrency:
-                await self._one_ended()
+                await self._wait_for_one()
                 continue
             grants = await self._claim(self._concurrency - len(self._running))
             for grant in grants:
@@ -103,64 +102,60 @@ class Claimer:
             if self._drain and not grants:
                 if not self._running:
                     return
-                await self._one_ended()
+                await self._wait_for_one()
 
-    async def _one_ended(self) -> None:
-        """Until one of the running jobs has ended, or we are told to stop."""
+    async def _wait_for_one(self) -> None:
+        """Wait until one of the running jobs has ended or `stop` was called."""
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
             await first_of(stopping, *self._running)
         finally:
             stopping.cancel()
-        self._reap()
-
-    def _reap(self) -> None:
-        """Let go of the jobs that have ended. What goes wrong in `work` is a bug, and raised."""
         ended = {job for job in self._running if job.done()}
         self._running -= ended
         for job in ended:
-            job.result()
+            job.result()  # raises a bug in `work`
 
     async def _claim(self, limit: int) -> list[GrantInfo]:
-        """One claim, sent again under the same key until it is answered, or until we are told to stop."""
-        wanted = self._wanted
+        """Claim up to `limit` jobs. Retries with the same key until the daemon responds or `stop` is called."""
+        options = self._options
         request = worker_requests.claim(
-            wanted.worker,
-            queues=wanted.queues,
-            kinds=wanted.kinds,
+            options.worker,
+            queues=options.queues,
+            kinds=options.kinds,
             limit=min(limit, 100),
             wait_ms=0 if self._drain else POLL_MS,
-            lock_ttl_ms=wanted.lock_ttl_ms,
+            lock_ttl_ms=options.lock_ttl_ms,
             stuck_after_ms=0,
-            max_processing_ms=wanted.max_processing_ms,
-            about=wanted.about,
+            max_processing_ms=options.max_processing_ms,
+            about=options.about,
         )
         self._is_resent = False
-        policy = RetryPolicy(total_s=self._patience_s, timeout_s=10.0, codes=RETRIED_CLAIM)
-        claim = asyncio.ensure_future(self._client.send(request, policy, self._resend))
+        policy = RetryPolicy(total_s=self._retry_for_s, timeout_s=10.0, codes=RETRIED_CLAIM)
+        claim = asyncio.ensure_future(self._client.send(request, policy, self._on_retry))
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
             await first_of(claim, stopping)
         finally:
             stopping.cancel()
             if not claim.done():
-                claim.cancel()  # the daemon takes a grant back whose reply it could not write
+                claim.cancel()  # the daemon undoes a grant whose response it cannot deliver
                 await asyncio.gather(claim, return_exceptions=True)
         if claim.cancelled():
             return []
         grants = claim.result()
         if self._is_resent:
-            self._say("the daemon answers again.")
+            self._log("the daemon responds again.")
         return grants
 
-    def _resend(self, error: JobdError) -> None:
+    def _on_retry(self, error: JobdError) -> None:
         if not self._is_resent:
             self._is_resent = True
-            self._say(f"cannot claim: {error.message} Trying again.")
+            self._log(f"cannot claim: {error.message} Retrying.")
 
 
 def describe_process(concurrency: int) -> About:
-    """Describe this process to the operators."""
+    """Describe this process for the operators."""
     host = socket.gethostname()
     return About(
         instance=uuid7(),
@@ -172,5 +167,5 @@ def describe_process(concurrency: int) -> About:
 
 
 def default_name() -> str:
-    """The name of a worker that was given none: host and process."""
+    """Return the default name of a worker: host and process id."""
     return f"{socket.gethostname()}-{os.getpid()}"

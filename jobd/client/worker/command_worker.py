@@ -1,7 +1,4 @@
-"""A worker around any program: one run of it for each job. This is `jobctl run` without its command line.
-
-Speaks to the daemon only through shift.py and keeper.py.
-"""
+"""A worker that runs a program for each job. This is `jobctl run` without its command line."""
 
 from __future__ import annotations
 
@@ -30,12 +27,12 @@ from jobd.client.worker.lease import LeaseKeeper
 from jobd.client.worker.output import Directives, OutputFilter, OutputWriter, Tail
 from jobd.client.worker.process import Program
 from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, seconds
-from jobd.client.worker.service_thread import Say, ServiceThread
+from jobd.client.worker.service_thread import Log, ServiceThread
 from jobd.client.worker.watchdog import Watchdog
 
-PROGRESS_EVERY_S: Final = 0.2  # a program may report as often as it likes; this often it is sent
+PROGRESS_EVERY_S: Final = 0.2  # a program may report more often; the latest report is sent
 PREFIX: Final = "JOBD_JOB_"
-# The fields of a job that its program finds in its environment, as JOBD_JOB_<NAME>.
+# The fields of a job in the environment of its program, as JOBD_JOB_<NAME>.
 FIELDS: Final = (
     "id",
     "queue",
@@ -53,19 +50,23 @@ FIELDS: Final = (
 
 
 class CommandWorker:
-    """Claims jobs and runs `command` for each, `concurrency` at a time.
+    """Claim jobs and run `command` for each, `concurrency` at a time.
 
-    The program gets the payload as JSON on its stdin and the job's fields as JOBD_JOB_* variables. On its stdout lines
-    `::progress 42 text`, `::meta key=value` and `::result download_url|file_path|storage_key=value` are for jobd; the
-    rest of it, and stderr, is passed through. Exit 0 completes the job, anything else fails it with the last lines of
-    stderr. A lost or cancelled job, and the end of the grace after `stop`, is a SIGTERM to the program's whole process
-    group, `kill_after_s` later a SIGKILL; children that outlive their program are stopped in the same way. So is a run
-    that takes longer than `timeout` (a timedelta, or seconds): its attempt fails with `error_code` "timeout". If this
-    process is killed, a watchdog process ends the groups, with SIGKILL at the latest after half the TTL of the lock.
+    The program gets the payload as JSON on its stdin and the job's fields as JOBD_JOB_* variables. jobd takes the lines
+    `::progress 42 text`, `::meta key=value` and `::result download_url|file_path|storage_key=value` from its stdout;
+    the rest, and stderr, is passed on. Exit status 0 completes the job, every other one fails it with the last lines of
+    stderr.
 
-    `once` ends after one job, `drain` when no job is due and none is running; it says then what is left, and why.
-    `say` gets messages for people, one line each (stderr by default), in another thread. Locks live `lock_ttl_ms` and
-    are extended automatically in a separate thread. They have no ceiling unless `max_processing_ms` sets one.
+    If the lock is lost, the job is cancelled, or the grace after `stop` is over, the program's whole process group gets
+    SIGTERM, and SIGKILL `kill_after_s` later. Children that outlive their program are stopped in the same way. So is a
+    run that takes longer than `timeout` (a timedelta, or seconds): its attempt fails with `error_code` "timeout". If
+    this process is killed, a watchdog process ends the groups, with SIGKILL at the latest after half the TTL of the
+    lock.
+
+    `once` ends the worker after one job. `drain` ends it when no job is due and none is running, and logs how many jobs
+    are left, and why. `log` gets messages, one line each (stderr by default), in another thread. Locks live
+    `lock_ttl_ms` and are extended automatically in a separate thread. They have no ceiling unless `max_processing_ms`
+    sets one.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class CommandWorker:
         once: bool = False,
         drain: bool = False,
         name: str | None = None,
-        say: Say | None = None,
+        log: Log | None = None,
         stdout_fd: int = 1,
         stderr_fd: int = 2,
     ) -> None:
@@ -95,7 +96,7 @@ class CommandWorker:
         self.name: Final = name or default_name()
         self._client = client
         self._command = list(command)
-        self._wanted = ClaimOptions(
+        self._options = ClaimOptions(
             worker=self.name,
             queues=list(queues),
             kinds=kinds,
@@ -108,38 +109,38 @@ class CommandWorker:
         self._concurrency = concurrency
         self._grace_s = grace_s
         self._kill_after_s = kill_after_s
-        self._say = say or _say
+        self._log = log or _print
         self._fds = (stdout_fd, stderr_fd)
-        self._sinks: list[OutputWriter] = []
+        self._writers: list[OutputWriter] = []
         self._watchdog = Watchdog(min(kill_after_s, lock_ttl_ms / 2000))  # before another worker can have the job
         self._stop: Callable[[], None] | None = None
 
     def stop(self) -> None:
-        """Do the same as SIGTERM: stop claiming, let programs end. A second call ends the grace, a third kills them.
+        """Do the same as SIGTERM: stop claiming, let programs end. Thread-safe.
 
-        May be called from any thread.
+        A second call ends the grace, a third kills the programs.
         """
         if self._stop is not None:
             self._stop()
 
     async def run(self, *, signals: bool = True) -> int:
-        """Work until stopped (or `once`, `drain`); with `signals` SIGTERM and SIGINT stop it. Gives the exit status.
+        """Work until stopped (or `once`, `drain`) and return the exit status.
 
-        0, or 1 where the program could not be started, or, with `once` and `drain`, not every job was completed.
-        Raises the JobdError that made claiming impossible.
+        With `signals`, SIGTERM and SIGINT stop it. The status is 1 if the program could not be started or, with `once`
+        and `drain`, not every job was completed; else 0. Raises the JobdError that made claiming impossible.
         """
         if (fault := await asyncio.to_thread(_fault, self._command[0])) is not None:
-            self._say(f"cannot run {self._command[0]!r}: {fault}. No job was claimed.")
+            self._log(f"cannot run {self._command[0]!r}: {fault}. No job was claimed.")
             return 1
         client = self._client.twin() if isinstance(self._client, AsyncJobClient) else AsyncJobClient(self._client)
-        wanted = replace(self._wanted, about=describe_process(self._concurrency))
+        options = replace(self._options, about=describe_process(self._concurrency))
         service = ServiceThread(f"jobd worker {self.name}")
-        say = service.say(self._say)
-        shift = WorkerRunner(
+        log = service.background(self._log)
+        runner = WorkerRunner(
             client,
-            wanted,
-            functools.partial(self._begin, say),
-            say,
+            options,
+            functools.partial(self._begin, log),
+            log,
             concurrency=self._concurrency,
             grace_s=self._grace_s,
             stop_s=self._kill_after_s,
@@ -150,32 +151,32 @@ class CommandWorker:
 
         async def work() -> None:
             async with client:
-                self._sinks = [OutputWriter(fd) for fd in self._fds]
+                self._writers = [OutputWriter(fd) for fd in self._fds]
                 try:
-                    await shift.run()
+                    await runner.run()
                 finally:
-                    for sink in self._sinks:
-                        sink.close()
+                    for writer in self._writers:
+                        writer.close()
                     await asyncio.to_thread(self._watchdog.close)
-                if self._drain and not shift.was_stopped and (left := await remaining_jobs(client, self._wanted)):
-                    say(f"drained; {left}.")
+                if self._drain and not runner.was_stopped and (left := await remaining_jobs(client, self._options)):
+                    log(f"drained; {left}.")
 
-        self._stop = functools.partial(service.call, shift.stop)
+        self._stop = functools.partial(service.call, runner.stop)
         with on_signals(self._stop) if signals else contextlib.nullcontext():
-            await service.run(work, shift.abandon)
-        if shift.fault is not None:
-            self._say(f"cannot run {self._command[0]!r}: {shift.fault}. Its job was given back.")
+            await service.run(work, runner.abandon)
+        if runner.fault is not None:
+            self._log(f"cannot run {self._command[0]!r}: {runner.fault}. Its job was released.")
             return 1
-        return int((self._drain or self._once) and (shift.not_completed > 0 or (self._once and not shift.completed)))
+        return int((self._drain or self._once) and (runner.not_completed > 0 or (self._once and not runner.completed)))
 
-    async def _begin(self, say: Say, keeper: LeaseKeeper) -> Execution:
+    async def _begin(self, log: Log, keeper: LeaseKeeper) -> Execution:
         """Start the program for one job."""
         job = keeper.grant.job
-        stdout, stderr = self._sinks
+        stdout, stderr = self._writers
         is_one_of_many = self._concurrency > 1
-        said, tail = Directives(keeper.report), Tail()
-        out = OutputFilter(said, lambda text: say(f"job {job.id}: {text}"), whole_lines=is_one_of_many)
-        err = OutputFilter(None, say, whole_lines=is_one_of_many)
+        directives, tail = Directives(keeper.report), Tail()
+        out = OutputFilter(directives, lambda text: log(f"job {job.id}: {text}"), whole_lines=is_one_of_many)
+        err = OutputFilter(None, log, whole_lines=is_one_of_many)
 
         async def on_stdout(piece: bytes) -> None:
             await stdout.write(out.feed(piece) if piece else out.end())
@@ -195,27 +196,27 @@ class CommandWorker:
             watchdog=self._watchdog,
             token=keeper.grant.fencing_token,
         )
-        return _ProgramExecution(program, said, tail, self._timeout_s)
+        return _ProgramExecution(program, directives, tail, self._timeout_s)
 
 
 class _ProgramExecution:
-    """One program at work on one job."""
+    """The run of a program for one job."""
 
-    def __init__(self, program: Program, said: Directives, tail: Tail, timeout_s: float | None) -> None:
+    def __init__(self, program: Program, directives: Directives, tail: Tail, timeout_s: float | None) -> None:
         self.timeout_s: Final = timeout_s
         self._program = program
-        self._said = said
+        self._directives = directives
         self._tail = tail
         self.done: Final = program.done
         self.stop: Final = program.stop
         self.abort: Final = program.abort
 
     async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
-        """Complete the job where the program ended with 0, else fail it."""
-        self.done.result()  # raises what went wrong on our side
+        """Complete the job if the exit status is 0, else fail it."""
+        self.done.result()  # raises an error of jobd itself
         code = self._program.returncode
         if code == 0:
-            return await keeper.complete(give_up, **self._said.result)
+            return await keeper.complete(give_up, **self._directives.result)
         assert code is not None
         error_code, message = describe(code)
         await keeper.fail(give_up, f"{message}{self._last_lines()}"[:MESSAGE_CHARACTERS], error_code=error_code)
@@ -229,10 +230,10 @@ class _ProgramExecution:
 
 
 def _fault(program: str) -> str | None:
-    """Why `program` cannot be started, as far as that shows before it is tried."""
+    """Return why `program` cannot be started, as far as this can be checked before."""
     if shutil.which(program) is not None:
         return None
-    if "/" in program:  # a bare name is looked for in PATH alone
+    if "/" in program:  # a name without a slash is searched in PATH only
         if os.path.isdir(program):
             return "it is a directory"
         if os.path.isfile(program):
@@ -241,7 +242,7 @@ def _fault(program: str) -> str | None:
 
 
 def environment(grant: GrantInfo, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The program's environment: what it inherits, and the job's fields. The `lock_id` stays a secret of ours."""
+    """Return the program's environment: what it inherits, and the job's fields without the secret `lock_id`."""
     values: dict[str, Any] = {field: getattr(grant.job, field) for field in FIELDS}
     values["fencing_token"] = grant.fencing_token
     values["worker"] = None if grant.job.lock is None else grant.job.lock.worker
@@ -250,7 +251,7 @@ def environment(grant: GrantInfo, inherited: Mapping[str, str]) -> dict[str, str
 
 
 def describe(code: int) -> tuple[str, str]:
-    """The `error_code` and the sentence for an exit status other than 0, as subprocess has it."""
+    """Return the `error_code` and the message for a return code of subprocess other than 0."""
     if code > 0:
         return f"exit:{code}", f"The program ended with exit status {code}."
     try:
@@ -260,5 +261,5 @@ def describe(code: int) -> tuple[str, str]:
     return f"signal:{name}", f"The program was ended by {name}."
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"jobctl run: {text}", file=sys.stderr, flush=True)

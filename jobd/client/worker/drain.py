@@ -1,48 +1,43 @@
-"""What a worker leaves behind that has drained its queues: jobs that are not due, or whose queue is paused.
-
-Only asks and tells; what it cannot learn it does not tell.
-"""
+"""Describe the jobs that remain after a worker has drained its queues: not due yet, or in a paused queue."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from jobd.client.aio import AsyncJobClient
 from jobd.client.errors import JobdError
 from jobd.client.worker.claimer import ClaimOptions
+from jobd.model.responses import QueueView
 
-if TYPE_CHECKING:
-    from jobd.model.responses import QueueView
-
-_PATIENCE_S: Final = 5.0  # the work is done: nobody waits long for a word about what is not
+_TIMEOUT_S: Final = 5.0
 _PAGE: Final = 200
 
 
-async def remaining_jobs(client: AsyncJobClient, wanted: ClaimOptions) -> str | None:
-    """How many jobs of `wanted` still wait and why, None where there are none, or nobody answers."""
+async def remaining_jobs(client: AsyncJobClient, options: ClaimOptions) -> str | None:
+    """Describe how many jobs of `options` are still queued, and why. None if there are none or the daemon is away."""
     try:
-        async with asyncio.timeout(_PATIENCE_S):
-            found = {view: await _count(client, view, wanted) for view in await _views(client, wanted)}
+        async with asyncio.timeout(_TIMEOUT_S):
+            counts = {view: await _count(client, view, options) for view in await _queues(client, options)}
     except (JobdError, TimeoutError):
         return None
-    left = {view: count for view, count in found.items() if count}
+    left = {view: count for view, count in counts.items() if count}
     if not left:
         return None
     total = sum(left.values())
     return f"{total} {'job is' if total == 1 else 'jobs are'} left: {', '.join(_reasons(left))}"
 
 
-async def _views(client: AsyncJobClient, wanted: ClaimOptions) -> list[QueueView]:
-    return [view async for view in client.iterate_queues() if view.name in wanted.queues and view.queued]
+async def _queues(client: AsyncJobClient, options: ClaimOptions) -> list[QueueView]:
+    return [view async for view in client.iterate_queues() if view.name in options.queues and view.queued]
 
 
-async def _count(client: AsyncJobClient, view: QueueView, wanted: ClaimOptions) -> int:
-    """Queued jobs of the kinds that are wanted. Of single kinds nobody keeps a count: they are counted page by page."""
-    if wanted.kinds is None:
+async def _count(client: AsyncJobClient, view: QueueView, options: ClaimOptions) -> int:
+    """Count queued jobs. The daemon counts all jobs of a queue; for single kinds they are read page by page."""
+    if options.kinds is None:
         return view.queued
-    return sum([await _count_kind(client, view.name, kind) for kind in dict.fromkeys(wanted.kinds)])
+    return sum([await _count_kind(client, view.name, kind) for kind in dict.fromkeys(options.kinds)])
 
 
 async def _count_kind(client: AsyncJobClient, queue: str, kind: str) -> int:

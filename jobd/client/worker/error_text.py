@@ -30,9 +30,9 @@ def headed(name: str, message: str) -> str:
 def fitted(first: str, rest: str) -> str:
     """Join both into an `error_message` of legal length, escaping what JSON cannot carry."""
     first, rest = (each.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00") for each in (first, rest))
-    room = MESSAGE_CHARACTERS - len(first) - 1
-    if len(rest) > room:
-        kept = room - len(_CUT)
+    space = MESSAGE_CHARACTERS - len(first) - 1
+    if len(rest) > space:
+        kept = space - len(_CUT)
         # The end of a traceback says more than its beginning.
         rest = f"{rest[: kept // 3]}{_CUT}{rest[len(rest) - (kept - kept // 3) :]}" if kept > len(_CUT) else ""
     if len(first) > MESSAGE_CHARACTERS:
@@ -41,7 +41,7 @@ def fitted(first: str, rest: str) -> str:
 
 
 def safe_text(value: object) -> str:
-    """`str(value)`, or a remark if that fails: the class of a handler's error may do anything."""
+    """`str(value)`, or a placeholder if that fails: the class of a handler's error may do anything."""
     try:
         return str(value)
     except BaseException:  # SystemExit too: it ends the job, not the worker
@@ -50,15 +50,15 @@ def safe_text(value: object) -> str:
 
 def _trace(error: BaseException) -> str:
     """Format the traceback and its chain without jobd's frames and the final lines, which repeat the error."""
-    told = traceback.TracebackException.from_exception(error, compact=True)
-    _strip(told)
-    if not (told.stack or told.__cause__ or told.__context__ or told.exceptions):
+    trace = traceback.TracebackException.from_exception(error, compact=True)
+    _strip(trace)
+    if not (trace.stack or trace.__cause__ or trace.__context__ or trace.exceptions):
         return ""
-    return "".join(told.format()).removesuffix("".join(told.format_exception_only()))
+    return "".join(trace.format()).removesuffix("".join(trace.format_exception_only()))
 
 
-def _strip(told: traceback.TracebackException) -> None:
-    told.stack[:] = [frame for frame in told.stack if not frame.filename.startswith(_OURS)]
-    for other in (told.__cause__, told.__context__, *(told.exceptions or ())):
+def _strip(trace: traceback.TracebackException) -> None:
+    trace.stack[:] = [frame for frame in trace.stack if not frame.filename.startswith(_OURS)]
+    for other in (trace.__cause__, trace.__context__, *(trace.exceptions or ())):
         if other is not None:
             _strip(other)

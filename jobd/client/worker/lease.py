@@ -1,7 +1,7 @@
-"""Keeps one grant: extends its lock by itself, carries progress, notices when it is lost, and ends it.
+"""Keep one lease: extend the lock, report progress, detect a lost lock, and end the grant.
 
-Only an answer means a lost lock: while the daemon is unreachable the work goes on and the call is tried again.
-Does no work of the job; worker.py and run.py do.
+Only a response of the daemon means a lost lock. While the daemon is unreachable, the work continues and calls are
+retried.
 """
 
 from __future__ import annotations
@@ -28,54 +28,55 @@ from jobd.client.errors import (
 )
 from jobd.client.protocol import RETRIED, ApiRequest, GrantInfo, JobInfo, RetryPolicy
 from jobd.client.worker.aio_utils import within
-from jobd.client.worker.service_thread import Say
+from jobd.client.worker.error_text import MESSAGE_CHARACTERS
+from jobd.client.worker.service_thread import Log
 from jobd.model.responses import LockState
 
-# A call on a held job is tried again at least every 5 s: one try takes 4 s at most, the wait after it 1 s.
+# A call is retried at least every 5 s: one try takes at most 4 s, the delay after it 1 s.
 TRY_S: Final = 4.0
 WAIT_S: Final = 1.0
 ONE_TRY: Final = RetryPolicy(total_s=0, timeout_s=TRY_S)
 
-# The job is somebody else's, or nobody's: nothing that its former holder says counts any more.
+# After these errors the grant has ended.
 LOST: Final = (LockLost, MaxProcessingTimeExceeded, JobNotFound, JobQuarantined)
-# The daemon will say the same of this ending for ever.
-_REFUSED: Final = (InvalidRequest, TooLarge, IdempotencyKeyReused)
-_BUGS_BORNE: Final = 5  # answers `internal_error` to one ending before it is given up
+# A retry of the same ending would get the same error.
+_REJECTED: Final = (InvalidRequest, TooLarge, IdempotencyKeyReused)
+_MOST_INTERNAL_ERRORS: Final = 5  # responses `internal_error` to one ending before it fails
 
 
 @dataclass(slots=True)
 class _ProgressReport:
-    """Progress that waits to be sent, and who waits for that."""
+    """Progress to send. `reported` is done when it was sent or cannot be sent now."""
 
     progress: float
     message: str | None
-    told: asyncio.Future[None]
+    reported: asyncio.Future[None]
 
 
 class LeaseKeeper:
-    """One grant while it is worked on. Start it with `start`, end it with one of complete, fail and release.
+    """The lease of one job during its execution. Begin with `start`, end with complete, fail or release.
 
-    `lost` is done as soon as an answer says that the job is no longer held; its result is that answer. Progress is
-    sent every `progress_every_s` at most, for a source that does not wait for its reports.
+    `lost` is done as soon as a response says that the lock is lost; its result is that error. Progress is sent at most
+    every `progress_every_s`, for a source that does not wait for its reports.
     """
 
-    def __init__(self, client: AsyncJobClient, grant: GrantInfo, say: Say, *, progress_every_s: float = 0) -> None:
+    def __init__(self, client: AsyncJobClient, grant: GrantInfo, log: Log, *, progress_every_s: float = 0) -> None:
         self.grant: Final = grant
         self.lost: Final[asyncio.Future[JobdError]] = asyncio.get_running_loop().create_future()
         self._client = client
-        self._say = say
-        self._gap_s = progress_every_s
-        self._heard_s = asyncio.get_running_loop().time()
+        self._log = log
+        self._progress_every_s = progress_every_s
+        self._extended_s = asyncio.get_running_loop().time()
         self._ttl_s = grant.ttl_ms / 1000
         self._pending: _ProgressReport | None = None
         self._wake = asyncio.Event()
         self._is_reachable = True
         self._is_over = False
-        self._beat: asyncio.Task[None] | None = None
+        self._heartbeat: asyncio.Task[None] | None = None
 
     @property
-    def _is_gone(self) -> bool:
-        """An ending is of no use any more. Past the ceiling one is still taken until recovery has acted."""
+    def _is_ended(self) -> bool:
+        """Whether the daemon accepts no ending any more. After the ceiling it does until recovery has run."""
         return self.lost.done() and not isinstance(self.lost.result(), MaxProcessingTimeExceeded)
 
     @property
@@ -83,61 +84,56 @@ class LeaseKeeper:
         return self.grant.job.id
 
     def start(self, *, at_once: bool = False) -> None:
-        """Begin to extend the lock: at a third of its TTL, or `at_once` where the grant may be an old one."""
-        self._beat = asyncio.create_task(self._keep(0.0 if at_once else self._ttl_s / 3))
+        """Start to extend the lock: after a third of its TTL, or `at_once` if the grant may be old."""
+        self._heartbeat = asyncio.create_task(self._extend(0.0 if at_once else self._ttl_s / 3))
 
     def report(self, progress: float, message: str | None = None) -> asyncio.Future[None]:
-        """Send this progress as soon as possible; of several that wait, only the latest is sent.
+        """Send this progress as soon as possible. Of several pending reports only the latest is sent.
 
-        The future is done once it was answered, or cannot be now: then it is sent when the daemon is back. Its error
-        is the daemon's refusal, or the loss of the lock.
+        The future is done after the response. While the daemon is unreachable it is done at once, and the report is
+        sent later. It raises the daemon's error, or LockLost.
         """
-        told = self._pending.told if self._pending else asyncio.get_running_loop().create_future()
+        reported = self._pending.reported if self._pending else asyncio.get_running_loop().create_future()
         if self.lost.done() or self._is_over:
-            _settle(told, self.lost.result() if self.lost.done() else LockLost("This run of the job has ended."))
-            return told
-        self._pending = _ProgressReport(progress, message, told)
+            _settle(reported, self.lost.result() if self.lost.done() else LockLost("This run of the job has ended."))
+            return reported
+        self._pending = _ProgressReport(progress, message, reported)
         if self._is_reachable:
             self._wake.set()
         else:
-            _settle(told)
-        return told
+            _settle(reported)
+        return reported
 
     async def complete(self, give_up: asyncio.Event, **result: Any) -> bool:
-        """Complete the job; whether that was accepted. Where its result is refused, the job fails and says so."""
-        return await self._end(
-            "complete", worker_requests.complete_job(self.id, lock_id=self.grant.lock_id, **result), give_up
-        )
+        """Complete the job. Return whether the daemon accepts it. If it rejects the result, fail the job."""
+        request = worker_requests.complete_job(self.id, lock_id=self.grant.lock_id, **result)
+        return await self._end("complete", request, give_up)
 
     async def fail(self, give_up: asyncio.Event, message: str, **how: Any) -> bool:
-        """Fail the job; whether that was accepted. Progress that was not sent yet goes first, if it can."""
+        """Fail the job. Return whether the daemon accepts it. Pending progress is sent first if possible."""
         await self.stop(flush=True)
-        return await self._end(
-            "fail", worker_requests.fail_job(self.id, lock_id=self.grant.lock_id, error_message=message, **how), give_up
-        )
+        request = worker_requests.fail_job(self.id, lock_id=self.grant.lock_id, error_message=message, **how)
+        return await self._end("fail", request, give_up)
 
     async def release(self, give_up: asyncio.Event, delay_ms: int | None = None) -> bool:
-        """Give the job back; whether that was accepted."""
-        return await self._end(
-            "release", worker_requests.release_job(self.id, lock_id=self.grant.lock_id, delay_ms=delay_ms), give_up
-        )
+        """Release the job. Return whether the daemon accepts it."""
+        request = worker_requests.release_job(self.id, lock_id=self.grant.lock_id, delay_ms=delay_ms)
+        return await self._end("release", request, give_up, is_final=True)
 
     async def stop(self, *, flush: bool = False) -> None:
-        """Extend the lock no more. With `flush` progress that still waits is tried once."""
+        """Stop extending the lock. With `flush`, try once to send pending progress."""
         self._is_over = True
-        if self._beat is not None:
-            beat, self._beat = self._beat, None
-            beat.cancel()
-            await asyncio.gather(beat, return_exceptions=True)
+        if self._heartbeat is not None:
+            heartbeat, self._heartbeat = self._heartbeat, None
+            heartbeat.cancel()
+            await asyncio.gather(heartbeat, return_exceptions=True)
         if self._pending is not None and not self.lost.done():
             report, self._pending = self._pending, None
             if flush:
                 await self._try(report)
-            _settle(report.told)
+            _settle(report.reported)
 
-    # -----------------------------------------------------------------------------------------------------------------
-
-    async def _keep(self, first_s: float) -> None:
+    async def _extend(self, first_s: float) -> None:
         loop = asyncio.get_running_loop()
         due, failures = loop.time() + first_s, 0
         while not self.lost.done():
@@ -153,15 +149,15 @@ class LeaseKeeper:
                 self._pending = self._pending or report
                 raise
             if state is not None:
-                failures, self._heard_s, self._ttl_s = 0, sent, state.ttl_ms / 1000
+                failures, self._extended_s, self._ttl_s = 0, sent, state.ttl_ms / 1000
                 due = sent + self._ttl_s / 3
-                await asyncio.sleep(self._gap_s)
+                await asyncio.sleep(self._progress_every_s)
             else:
                 failures += 1
                 due = loop.time() + _wait_s(failures)
 
     async def _try(self, report: _ProgressReport | None) -> LockState | None:
-        """One sign of life: the progress that waits, or an extension. None where it was not accepted."""
+        """Send the pending progress or an extension once. Return None if the daemon does not accept it."""
         lock_id = self.grant.lock_id
         request = (
             worker_requests.extend_job_lock(self.id, lock_id=lock_id)
@@ -173,110 +169,115 @@ class LeaseKeeper:
         try:
             state = await self._client.send(request, ONE_TRY)
         except LOST as error:
-            self._lose(error, report)
+            self._on_lost(error, report)
         except JobdError as error:
-            self._note(error, report)
+            self._on_error(error, report)
         else:
-            self._reached()
+            self._on_response()
             if report is not None:
-                _settle(report.told)
+                _settle(report.reported)
             return state
         return None
 
-    def _lose(self, error: JobdError, report: _ProgressReport | None) -> None:
-        for waiting in (report, self._pending):
-            if waiting is not None:
-                _settle(waiting.told, error)
+    def _on_lost(self, error: JobdError, report: _ProgressReport | None) -> None:
+        for pending in (report, self._pending):
+            if pending is not None:
+                _settle(pending.reported, error)
         if not self.lost.done():
             self.lost.set_result(error)
 
-    def _note(self, error: JobdError, report: _ProgressReport | None) -> None:
-        """A call that was not accepted, though the lock is not lost: refused progress is dropped, the rest kept."""
+    def _on_error(self, error: JobdError, report: _ProgressReport | None) -> None:
+        """Handle an error that does not mean a lost lock. Rejected progress is dropped, other progress is kept."""
         if error.code not in RETRIED and report is not None:
-            self._reached()
-            _settle(report.told, error)
+            self._on_response()
+            _settle(report.reported, error)
             return
         if self._is_reachable:
             self._is_reachable = False
-            self._say(f"job {self.id}: {error.message} The work goes on; trying again.")
+            self._log(f"job {self.id}: {error.message} The work continues; retrying.")
         if report is not None:
             self._pending = self._pending or report
-            _settle(report.told)
+            _settle(report.reported)
 
-    def _reached(self) -> None:
+    def _on_response(self) -> None:
         if not self._is_reachable:
             self._is_reachable = True
-            self._say(f"job {self.id}: the daemon answers again.")
+            self._log(f"job {self.id}: the daemon responds again.")
 
-    async def _end(self, verb: str, request: ApiRequest[JobInfo], give_up: asyncio.Event) -> bool:
-        """Say how the job ended, again and again until the daemon answers or `give_up` is set."""
+    async def _end(
+        self, verb: str, request: ApiRequest[JobInfo], give_up: asyncio.Event, *, is_final: bool = False
+    ) -> bool:
+        """Report the end of the job. Retries until the daemon responds or `give_up` is set.
+
+        If the daemon rejects an ending that is not `is_final`, the job is failed instead, so that it does not stall.
+        """
         await self.stop()
-        bugs, failures = 0, 0
-        while not self._is_gone:
+        internal_errors, failures = 0, 0
+        while not self._is_ended:
             try:
                 await self._client.send(request, ONE_TRY)
             except LOST as error:
-                self._lose(error, None)
+                self._on_lost(error, None)
                 break
             except InvalidTransition as error:
-                self._say(f"job {self.id}: {verb} was refused: {error.message}")
+                self._log(f"job {self.id}: {verb} was rejected: {error.message}")
                 return False
             except JobdError as error:
-                bugs += isinstance(error, InternalError)
-                if isinstance(error, _REFUSED) or bugs >= _BUGS_BORNE:
-                    return await self._refused(verb, error, give_up)
+                internal_errors += isinstance(error, InternalError)
+                if isinstance(error, _REJECTED) or internal_errors >= _MOST_INTERNAL_ERRORS:
+                    self._log(f"job {self.id}: {verb} was rejected: {error.message}")
+                    if not is_final:
+                        await self._fail_instead(verb, error, give_up)
+                    return False
                 failures += 1
                 if failures == 1:
-                    self._say(f"job {self.id}: cannot {verb} it yet: {error.message} Trying until there is an answer.")
-                if not await self._again(verb, error, give_up, failures):
+                    self._log(f"job {self.id}: cannot {verb} it yet: {error.message} Retrying.")
+                if not await self._wait_to_retry(verb, error, give_up, failures):
                     return False
-                await self._hold_on()
+                await self._extend_meanwhile()
             else:
-                self._reached()
+                self._on_response()
                 return True
-        self._say(f"job {self.id}: {verb} comes too late: {self.lost.result().message}")
+        self._log(f"job {self.id}: {verb} was too late: {self.lost.result().message}")
         return False
 
-    async def _again(self, verb: str, error: JobdError, give_up: asyncio.Event, failures: int) -> bool:
-        """Wait for the next try of an ending; False where there is to be none."""
+    async def _wait_to_retry(self, verb: str, error: JobdError, give_up: asyncio.Event, failures: int) -> bool:
+        """Wait before the next try. Return False if there is none."""
         self._is_reachable = False
         if give_up.is_set():
-            self._say(f"job {self.id}: could not {verb} it: {error.message} Its lock will run out.")
+            self._log(f"job {self.id}: could not {verb} it: {error.message} Its lock will expire.")
             return False
         await within(_wait_s(failures), give_up)
         return True
 
-    async def _hold_on(self) -> None:
-        """Keep the lock while its ending is put off. What this call says does not count: the ending may be done."""
+    async def _extend_meanwhile(self) -> None:
+        """Extend the lock while its ending is retried. Errors are ignored: the ending may have been applied."""
         now = asyncio.get_running_loop().time()
-        if now - self._heard_s < self._ttl_s / 3:
+        if now - self._extended_s < self._ttl_s / 3:
             return
         with contextlib.suppress(JobdError):
             await self._client.send(worker_requests.extend_job_lock(self.id, lock_id=self.grant.lock_id), ONE_TRY)
-            self._heard_s = now
+            self._extended_s = now
 
-    async def _refused(self, verb: str, error: JobdError, give_up: asyncio.Event) -> bool:
-        """The daemon will not take this ending. A plain failure that says so is better than a job that gets stuck."""
-        self._say(f"job {self.id}: {verb} was refused: {error.message}")
-        if verb in ("complete", "fail"):
-            message = f"The work has ended, but the daemon refused its `{verb}`: {error.message}"[:4096]
-            plain = worker_requests.fail_job(
-                self.id, lock_id=self.grant.lock_id, error_message=message, error_code=f"{verb}:{error.code}"
-            )
-            await self._end("the plain failure", plain, give_up)
-        return False
+    async def _fail_instead(self, verb: str, error: JobdError, give_up: asyncio.Event) -> None:
+        """Fail the job with the error that the daemon raised for another ending."""
+        message = f"The work has ended, but the daemon rejected its `{verb}`: {error.message}"[:MESSAGE_CHARACTERS]
+        failure = worker_requests.fail_job(
+            self.id, lock_id=self.grant.lock_id, error_message=message, error_code=f"{verb}:{error.code}"
+        )
+        await self._end("fail", failure, give_up, is_final=True)
 
 
 def _wait_s(failures: int) -> float:
-    """The wait after that many tries in a row without an answer."""
+    """Return the delay after that many consecutive tries without a response."""
     return random.uniform(0.5, 1) * min(WAIT_S, 0.1 * 2.0 ** min(failures, 10))
 
 
-def _settle(told: asyncio.Future[None], error: JobdError | None = None) -> None:
-    if told.done():
+def _settle(reported: asyncio.Future[None], error: JobdError | None = None) -> None:
+    if reported.done():
         return
     if error is None:
-        told.set_result(None)
+        reported.set_result(None)
     else:
-        told.set_exception(error)
-        told.exception()  # nobody needs to ask
+        reported.set_exception(error)
+        reported.exception()  # marks it as retrieved: the caller may ignore it

@@ -1,7 +1,4 @@
-"""What a program says: its directives taken out of its output, the rest passed on, the last lines kept.
-
-Knows neither daemon nor process.
-"""
+"""The output of a program: take the directives out, pass on the rest, keep the last lines."""
 
 from __future__ import annotations
 
@@ -19,31 +16,31 @@ import msgspec
 from jobd.client.worker.aio_utils import settle
 from jobd.model.job import MAX_PERCENT, storage_key_error
 
-LINE_BYTES: Final = 64 << 10  # a longer line is no directive, and is passed on in pieces
+LINE_BYTES: Final = 64 << 10  # a longer line is not a directive; it is passed on in pieces
 TEXT_CHARACTERS: Final = 4096
-PLACES: Final = ("download_url", "file_path", "storage_key")
+RESULT_FIELDS: Final = ("download_url", "file_path", "storage_key")
 _VERBS: Final = (b"::progress", b"::meta", b"::result")
 
 
 class BadDirective(ValueError):
-    """A line that looks like a directive and is none; the text says why."""
+    """A line that begins like a directive but is not valid; the text is the reason."""
 
 
 class Directives:
-    """What a program's directives said so far. `on_progress` hears of each progress."""
+    """The content of a program's directives so far. `on_progress` is called for each progress."""
 
     def __init__(self, on_progress: Callable[[float, str | None], object]) -> None:
         self._on_progress = on_progress
-        self.places: Final[dict[str, str]] = {}
+        self.result_fields: Final[dict[str, str]] = {}
         self.metadata: Final[dict[str, Any]] = {}
 
     @property
     def result(self) -> dict[str, Any]:
         """The fields of `complete`."""
-        return {**self.places, "metadata": self.metadata or None}
+        return {**self.result_fields, "metadata": self.metadata or None}
 
     def take(self, line: bytes) -> bool:
-        """Whether `line` (without its end) is a directive, and done. Raises BadDirective for one that is wrong."""
+        """Take `line` (without its end) if it is a directive, and return whether it is. Raises BadDirective."""
         verb, _, rest = line.partition(b" ")
         if verb not in _VERBS:
             return False
@@ -73,14 +70,14 @@ class Directives:
         self._on_progress(int(progress) if progress.is_integer() else progress, message.strip() or None)
 
     def _result(self, name: str, value: str) -> None:
-        if name not in PLACES:
-            raise BadDirective(f"expected one of {', '.join(PLACES)}")
+        if name not in RESULT_FIELDS:
+            raise BadDirective(f"expected one of {', '.join(RESULT_FIELDS)}")
         if not 1 <= len(value) <= TEXT_CHARACTERS or "\x00" in value:
             raise BadDirective(f"{name} needs 1 to {TEXT_CHARACTERS} characters, none of them NUL")
         fault = storage_key_error(value) if name == "storage_key" else None
         if fault is not None:
             raise BadDirective(f"storage_key {fault}")
-        self.places[name] = value
+        self.result_fields[name] = value
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -98,21 +95,23 @@ def _json_or_text(value: str) -> Any:
 
 
 class OutputFilter:
-    """Splits one stream into directives (none where `said` is None) and the rest, which leaves unchanged, at once.
+    """Split one stream into directives (none if `directives` is None) and the rest, which passes unchanged, at once.
 
-    Held back is only what may still become a directive; with `whole_lines` also a line that has not ended, so that the
-    lines of several programs do not run into each other.
+    Only the start of a line that may be a directive is held back; with `whole_lines` every line until its end, so that
+    the lines of several programs do not mix.
     """
 
-    def __init__(self, said: Directives | None, warn: Callable[[str], None], *, whole_lines: bool = False) -> None:
-        self._said = said
+    def __init__(
+        self, directives: Directives | None, warn: Callable[[str], None], *, whole_lines: bool = False
+    ) -> None:
+        self._directives = directives
         self._warn = warn
         self._whole_lines = whole_lines
         self._held = b""
-        self._is_inside = False  # the start of the current line has left already
+        self._is_inside = False  # the start of the current line has passed
 
     def feed(self, data: bytes) -> bytes:
-        """What is to be passed on of `data`, and of what was held back."""
+        """Return the output to pass on, of `data` and of what was held back."""
         text = self._held + data
         end = text.rfind(b"\n") + 1
         passed, self._held = self._without_directives(text[:end]), text[end:]
@@ -124,7 +123,7 @@ class OutputFilter:
         return passed
 
     def _without_directives(self, lines: bytes) -> bytes:
-        """Whole lines, less those that are directives. The first one is none if its start has left already."""
+        """Return whole lines without the directives. The first is not one if its start has passed."""
         if b"::" not in lines:
             return lines
         kept = [
@@ -135,21 +134,21 @@ class OutputFilter:
         return b"".join(line + b"\n" for line in kept)
 
     def end(self) -> bytes:
-        """What is left when the stream ends: its last line may have no end."""
-        left, self._held = self._held, b""
-        return b"" if not self._is_inside and self._is_directive(left) else left
+        """Return what is left at the end of the stream: the last line may have no end."""
+        rest, self._held = self._held, b""
+        return b"" if not self._is_inside and self._is_directive(rest) else rest
 
     def _may_be_directive(self) -> bool:
-        if self._said is None:
+        if self._directives is None:
             return False
         start = self._held[:12]
         return not self._is_inside and any(start.startswith(verb) or verb.startswith(start) for verb in _VERBS)
 
     def _is_directive(self, line: bytes) -> bool:
-        if self._said is None or len(line) > LINE_BYTES or not line.startswith(b"::"):
+        if self._directives is None or len(line) > LINE_BYTES or not line.startswith(b"::"):
             return False
         try:
-            return self._said.take(line.rstrip(b"\r\n"))
+            return self._directives.take(line.rstrip(b"\r\n"))
         except BadDirective as bad:
             self._warn(f"not a directive, passed on: {line[:80].decode(errors='replace').rstrip()!r}: {bad}")
             return False
@@ -172,15 +171,15 @@ class Tail:
 
     @property
     def text(self) -> str:
-        """The last lines, as text."""
+        """The last lines as text."""
         lines = [*self._lines, self._open] if self._open else list(self._lines)
         return b"\n".join(lines).decode(errors="replace").strip()[-self._characters :]
 
 
 class OutputWriter:
-    """Writes to a file descriptor from a thread: a reader that is slow or stopped holds the program up, never the loop.
+    """Write to a file descriptor from a thread. A slow reader then delays the program, but not the event loop.
 
-    Where nobody reads any more (a closed pipe, a full disk) the rest is dropped: the work counts, not its output.
+    If writing fails (a closed pipe, a full disk), the rest is dropped and the work continues.
     """
 
     def __init__(self, fd: int) -> None:
@@ -191,14 +190,14 @@ class OutputWriter:
         threading.Thread(target=self._run, name=f"writer of fd {fd}", daemon=True).start()
 
     async def write(self, data: bytes) -> None:
-        """Done when `data` was written, in one piece."""
+        """Write `data` as a whole. Returns when it is written."""
         if data and not self._is_broken:
             written: asyncio.Future[None] = self._loop.create_future()
             self._queue.put((data, written))
             await written
 
     def close(self) -> None:
-        """Let the thread end. The descriptor stays open."""
+        """End the thread. The descriptor stays open."""
         self._queue.put(None)
 
     def _run(self) -> None:
@@ -212,5 +211,5 @@ class OutputWriter:
                 self._is_broken = True
             try:
                 self._loop.call_soon_threadsafe(settle, written)
-            except RuntimeError:  # the loop is closed: nobody waits any more
+            except RuntimeError:  # the loop is closed
                 return

@@ -1,7 +1,4 @@
-"""One run of a program as a process group of its own: started, fed, read, stopped with all its children.
-
-Knows nothing of jobs.
-"""
+"""Run a program in its own process group: start it, write its input, read its output, stop it with its children."""
 
 from __future__ import annotations
 
@@ -19,11 +16,11 @@ from typing import IO, Final
 from jobd.client.worker.aio_utils import first_of, settle, within
 from jobd.client.worker.watchdog import Watchdog
 
-KILLED_S: Final = 5.0  # after SIGKILL only a process stuck in the kernel is still there
-POLL_S: Final = 0.05  # nothing tells when grandchildren end
+KILLED_S: Final = 5.0  # after SIGKILL only a process that hangs in the kernel is left
+POLL_S: Final = 0.05  # there is no notification of the end of grandchildren
 PIECE_BYTES: Final = 64 << 10
-# A child in another group may keep the output open, even write to it for ever. After the end of everything else we
-# read on until it is silent for LINGER_S, or has said more than a pipe can hold.
+# A child in another group may keep the output open, or even write to it forever. After the end of everything else,
+# reading stops when the output is silent for LINGER_S, or longer than a pipe can hold.
 LINGER_S: Final = 0.5
 LINGER_BYTES: Final = 1 << 20
 
@@ -31,10 +28,10 @@ Feed = Callable[[bytes], Awaitable[None]]
 
 
 class Program:
-    """A running program; make one with `start`.
+    """A running program; create one with `start`.
 
-    `done` is done when it has ended, nothing of its process group is left and its output is read. `returncode` is then
-    as subprocess has it: the exit status, negative for a signal.
+    `done` is done when the program has ended, its process group is empty and its output is read. `returncode` is then
+    that of subprocess: the exit status, or negative for a signal.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], kill_after_s: float, on_gone: Callable[[], None]) -> None:
@@ -44,7 +41,7 @@ class Program:
         self._process = process
         self._kill_after_s = kill_after_s
         self._on_gone = on_gone
-        self._kill_at: float | None = None  # loop time; set with the first SIGTERM
+        self._kill_at_s: float | None = None  # loop time; set with the first SIGTERM
         self._readers: list[asyncio.Task[None]] = []
         self._read_bytes = 0
         self._enough_bytes = math.inf
@@ -65,7 +62,7 @@ class Program:
         watchdog: Watchdog | None = None,
         token: int = 0,
     ) -> Program:
-        """Start it. The feeds get its output piece by piece, and b"" at the end. Raises OSError.
+        """Start a program. The feeds get its output piece by piece, and b"" at the end. Raises OSError.
 
         `watchdog` ends the program if this process is killed; `token` identifies it there.
         """
@@ -96,10 +93,10 @@ class Program:
                     watchdog.ended(token)
 
         program = cls(await asyncio.to_thread(popen), kill_after_s, on_gone)
-        program._attend(stdin, on_stdout, on_stderr)
+        program._watch(stdin, on_stdout, on_stderr)
         return program
 
-    def _attend(self, stdin: bytes, on_stdout: Feed, on_stderr: Feed) -> None:
+    def _watch(self, stdin: bytes, on_stdout: Feed, on_stderr: Feed) -> None:
         process = self._process
         assert process.stdin is not None and process.stdout is not None and process.stderr is not None
         for pipe in (process.stdin, process.stdout, process.stderr):
@@ -111,30 +108,31 @@ class Program:
         ]
         exited = asyncio.get_running_loop().create_future()
         threading.Thread(target=_wait_for, args=(process.pid, exited), daemon=True).start()
-        self._ending = asyncio.ensure_future(self._see_out(exited))
+        self._ending = asyncio.ensure_future(self._finish(exited))
 
     async def stop(self, at_once: asyncio.Event) -> None:
-        """SIGTERM to the whole group, SIGKILL after `kill_after_s` or `at_once`; returns when it is gone, or stuck."""
+        """Send SIGTERM to the whole group, and SIGKILL after `kill_after_s` or `at_once`.
+
+        Returns when the program has ended, or cannot be killed.
+        """
         self._terminate()
-        await self._gone(self._kill_after_s, at_once)
+        await self._wait_for_end(self._kill_after_s, at_once)
         if not self.done.done():
             self.abort()
-            await self._gone(KILLED_S, asyncio.Event())
+            await self._wait_for_end(KILLED_S, asyncio.Event())
 
     def abort(self) -> None:
-        """SIGKILL to the whole group."""
+        """Send SIGKILL to the whole group."""
         self._signal(signal.SIGKILL)
 
-    # -----------------------------------------------------------------------------------------------------------------
-
-    async def _gone(self, time_s: float, event: asyncio.Event) -> None:
-        """Wait until it is gone, but neither longer than `time_s` nor after `event`."""
-        patience = asyncio.ensure_future(within(time_s, event))
-        await first_of(self.done, patience)
-        patience.cancel()
+    async def _wait_for_end(self, time_s: float, event: asyncio.Event) -> None:
+        """Wait until the program has ended, but neither longer than `time_s` nor after `event`."""
+        timeout = asyncio.ensure_future(within(time_s, event))
+        await first_of(self.done, timeout)
+        timeout.cancel()
 
     async def _write(self, pipe: IO[bytes], data: bytes) -> None:
-        """Give the program its input. It need not read it."""
+        """Write the program's input. The program may leave it unread."""
         rest = memoryview(data)
         with pipe, contextlib.suppress(BrokenPipeError):
             while rest:
@@ -143,7 +141,7 @@ class Program:
                     rest = rest[os.write(pipe.fileno(), rest) :]
 
     async def _read(self, pipe: IO[bytes], feed: Feed) -> None:
-        """Pass on what the program says, no faster than it is taken."""
+        """Pass on the program's output, at the speed of the feed."""
         piece = b"-"
         with pipe:
             while piece and self._read_bytes < self._enough_bytes:
@@ -157,7 +155,7 @@ class Program:
                 await feed(piece)
                 self._feeding -= 1
 
-    async def _see_out(self, exited: asyncio.Future[None]) -> None:
+    async def _finish(self, exited: asyncio.Future[None]) -> None:
         try:
             await self._end(exited)
         except Exception as bug:
@@ -167,8 +165,8 @@ class Program:
             self.done.set_result(None)
 
     async def _end(self, exited: asyncio.Future[None]) -> None:
-        """From the program's exit until nothing of it is left."""
-        await exited  # not reaped yet: as long as it is not, nobody else gets the number of its group
+        """Wait for the program's exit, then for its group and its output."""
+        await exited  # it is not reaped yet, so the id of its group cannot be reused
         await self._end_group()
         await self._end_output()
         if self._writer is not None:
@@ -177,12 +175,12 @@ class Program:
         self.returncode = self._process.wait()
 
     async def _end_group(self) -> None:
-        """Stop the children that outlived the program: the next attempt must not meet them."""
+        """Stop children that outlive the program, because they could disturb the next attempt."""
         loop = asyncio.get_running_loop()
         while await asyncio.to_thread(has_members, self._process.pid):
-            if self._kill_at is None:
+            if self._kill_at_s is None:
                 self._terminate()
-            elif loop.time() >= self._kill_at:
+            elif loop.time() >= self._kill_at_s:
                 self.abort()
             await asyncio.sleep(POLL_S)
 
@@ -198,10 +196,10 @@ class Program:
         await asyncio.gather(*self._readers, return_exceptions=True)
 
     def _terminate(self) -> None:
-        if self._kill_at is None:
-            self._kill_at = asyncio.get_running_loop().time() + self._kill_after_s
+        if self._kill_at_s is None:
+            self._kill_at_s = asyncio.get_running_loop().time() + self._kill_after_s
             self._signal(signal.SIGTERM)
-            self._signal(signal.SIGCONT)  # a stopped program hears of it too
+            self._signal(signal.SIGCONT)  # a stopped program cannot handle SIGTERM
 
     def _signal(self, number: signal.Signals) -> None:
         if self.returncode is None:
@@ -212,8 +210,8 @@ class Program:
 async def _ready(pipe: IO[bytes], *, to_write: bool = False) -> None:
     """Wait until `pipe` can be read or written.
 
-    The loop's own pipe transports are not for us: uvloop closes their descriptors twice, the second time perhaps one
-    that another thread has just opened.
+    The pipe transports of the loop are not used, because uvloop closes their descriptors twice. The second time it may
+    close one that another thread has just opened.
     """
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
@@ -229,12 +227,12 @@ def _wait_for(pid: int, exited: asyncio.Future[None]) -> None:
     """Wait, in a thread, until the child has ended, and leave it unreaped."""
     with contextlib.suppress(ChildProcessError):
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+    with contextlib.suppress(RuntimeError):  # the loop is closed
         exited.get_loop().call_soon_threadsafe(settle, exited)
 
 
 def has_members(group: int) -> bool:
-    """Whether a process of this group is alive. Zombies are not: they wait for their parent only."""
+    """Return whether a process of this group is alive. Zombies are not."""
     with os.scandir("/proc") as entries:
         return any(entry.name.isdigit() and _is_alive_in(group, entry.path) for entry in entries)
 

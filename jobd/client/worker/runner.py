@@ -1,7 +1,4 @@
-"""One run of a worker, from its first claim to the end of its drain: who stops what, when, and what becomes of the job.
-
-Does not know what the work is: worker.py runs handlers, run.py runs programs.
-"""
+"""Run a worker from its first claim to the end of its drain: execute each job, stop it in time, and end its grant."""
 
 from __future__ import annotations
 
@@ -20,56 +17,56 @@ from jobd.client.worker.aio_utils import first_of, within
 from jobd.client.worker.claimer import Claimer, ClaimOptions
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.lease import LeaseKeeper
-from jobd.client.worker.service_thread import Say
+from jobd.client.worker.service_thread import Log
 
-STOP_S: Final = 10.0  # what work that was told to stop gets to do so
-PATIENCE_S: Final = 30.0  # how long a daemon that is not there is waited for where an end is wanted (once, drain)
-ENDING_S: Final = 10.0  # how long a stopping worker goes on telling an unreachable daemon how its jobs ended
+STOP_S: Final = 10.0  # for an execution to stop
+RETRY_FOR_S: Final = 30.0  # of a claim with `once` or `drain`, while the daemon is unreachable
+REPORT_S: Final = 10.0  # for a stopping worker to report the ends of its jobs to an unreachable daemon
 
 
 class Execution(Protocol):
-    """Work on one job that is under way."""
+    """The running work on one job."""
 
     @property
     def done(self) -> asyncio.Future[None]:
-        """Done when nothing of the work is left running."""
+        """Done when nothing of the work is running."""
 
     @property
     def timeout_s(self) -> float | None:
-        """How long the work may take, in seconds; None: no limit."""
+        """The limit of the whole run in seconds; None: no limit."""
 
     async def stop(self, at_once: asyncio.Event) -> None:
-        """Have the work end before its time. Returns when it is gone, or when it does not go; then `done` is not done.
+        """Stop the work before its end. Returns when it has ended or does not stop; then `done` is not done.
 
-        `at_once` says that there is no time left for manners.
+        If `at_once` is set, there is no time left to end gracefully.
         """
 
     def abort(self) -> None:
-        """What can be done about work that does not stop, without waiting."""
+        """Stop the work as far as possible, without waiting."""
 
     async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
-        """The work ended by itself: complete the job, or fail it; whether it is completed."""
+        """Complete or fail the job after the work has ended by itself. Return whether it is completed."""
 
     def describe_timeout(self) -> str:
-        """Return a suffix for the message of a run that took too long. The work was told to stop, and may still run."""
+        """Return a suffix for the message of a run that took too long. The work was stopped, and may still run."""
 
 
 Begin = Callable[[LeaseKeeper], Awaitable[Execution]]
 
 
 class WorkerRunner:
-    """Claims jobs, begins an Effort for each and sees it to its end.
+    """Claim jobs, begin an Execution for each and wait for its end.
 
-    `stop` claims no more and gives what runs `grace_s`; a second `stop` ends the grace, a third all patience. Work that
-    was stopped for the shift's end gives its job back, once it is gone.
+    `stop` stops claiming and gives running work `grace_s`. A second `stop` ends the grace, a third every other wait.
+    A job whose work was stopped with the worker is released after the work has ended.
     """
 
     def __init__(
         self,
         client: AsyncJobClient,
-        wanted: ClaimOptions,
+        options: ClaimOptions,
         begin: Begin,
-        say: Say,
+        log: Log,
         *,
         concurrency: int = 1,
         grace_s: float = 30.0,
@@ -80,69 +77,72 @@ class WorkerRunner:
     ) -> None:
         self._client = client
         self._begin = begin
-        self._say = say
+        self._log = log
         self._grace_s = grace_s
         self._stop_s = stop_s
         self._progress_every_s = progress_every_s
-        self._claims = Claimer(
+        self._claimer = Claimer(
             client,
-            wanted,
+            options,
             self._work,
-            say,
+            log,
             concurrency=concurrency,
             once=once,
             drain=drain,
-            patience_s=PATIENCE_S if once or drain else None,
+            retry_for_s=RETRY_FOR_S if once or drain else None,
         )
         self._stopping = asyncio.Event()
-        self._hurry = asyncio.Event()  # the grace is over: work is stopped
-        self._give_up = asyncio.Event()  # neither work nor an unreachable daemon is waited for any longer
+        self._grace_is_over = asyncio.Event()  # executions are stopped
+        self._give_up = asyncio.Event()  # neither executions nor an unreachable daemon are waited for
         self.completed = 0
         self.not_completed = 0
-        self.fault: str | None = None  # why no work can be begun
+        self.fault: str | None = None  # why no execution can begin
 
     def stop(self) -> None:
-        """As SIGTERM. May be called again, see above."""
-        if self._hurry.is_set():
+        """Do the same as SIGTERM. Further calls hurry; see the class."""
+        if self._grace_is_over.is_set():
             self._give_up.set()
         elif self._stopping.is_set():
-            self._hurry.set()
+            self._grace_is_over.set()
         self._stopping.set()
-        self._claims.stop()
+        self._claimer.stop()
 
-    def claim_no_more(self) -> None:
-        """Let what runs go on without a limit; a `stop` follows."""
-        self._claims.stop()
+    def stop_claiming(self) -> None:
+        """Stop claiming. Running work continues without a limit; a `stop` follows."""
+        self._claimer.stop()
 
     def abandon(self) -> None:
         """Stop without grace."""
         self.stop()
-        self._hurry.set()
+        self._grace_is_over.set()
 
     @property
     def was_stopped(self) -> bool:
-        """Whether it was told to end, or no work could be begun, before it ran out of jobs."""
+        """Whether it ended for another reason than that no job was left."""
         return self._stopping.is_set() or self.fault is not None
 
     async def run(self) -> None:
-        """Until it was stopped or ran out of jobs (once, drain). Raises the JobdError that made claiming impossible."""
-        clock = asyncio.ensure_future(self._end_grace())
+        """Work until stopped, or until no job is left (`once`, `drain`).
+
+        Raises the JobdError that made claiming impossible.
+        """
+        grace = asyncio.ensure_future(self._end_grace())
         try:
-            await self._claims.run()
+            await self._claimer.run()
         finally:
-            clock.cancel()
-            await asyncio.gather(clock, return_exceptions=True)
+            grace.cancel()
+            await asyncio.gather(grace, return_exceptions=True)
 
     async def _end_grace(self) -> None:
         await self._stopping.wait()
-        await within(self._grace_s, self._hurry)
-        self._hurry.set()
-        await within(self._stop_s + ENDING_S, self._give_up)
+        await within(self._grace_s, self._grace_is_over)
+        self._grace_is_over.set()
+        await within(self._stop_s + REPORT_S, self._give_up)
         self._give_up.set()
 
     async def _work(self, grant: GrantInfo, is_resent: bool) -> None:
-        """One job, from its grant to its end."""
-        keeper = LeaseKeeper(self._client, grant, self._say, progress_every_s=self._progress_every_s)
+        """Work on one job, from its grant to its end."""
+        keeper = LeaseKeeper(self._client, grant, self._log, progress_every_s=self._progress_every_s)
         is_completed = False
         if self._stopping.is_set():
             await keeper.release(self._give_up)
@@ -156,46 +156,48 @@ class WorkerRunner:
         self.not_completed += not is_completed
 
     async def _attempt(self, keeper: LeaseKeeper) -> bool:
-        """Begin the work, see it end, say so to the daemon; whether the job is completed."""
+        """Execute the job and report its end. Return whether it is completed."""
         try:
-            effort = await self._begin(keeper)
+            execution = await self._begin(keeper)
         except OSError as error:
             self.fault = str(error)
-            self._claims.stop()  # the next job would fare no better
+            self._claimer.stop()  # the next job would fail in the same way
             await keeper.release(self._give_up)
             return False
         try:
-            return await self._see_out(effort, keeper)
+            return await self._wait_for_end(execution, keeper)
         finally:
-            if not effort.done.done():
-                effort.abort()
+            if not execution.done.done():
+                execution.abort()
 
-    async def _see_out(self, effort: Execution, keeper: LeaseKeeper) -> bool:
-        """Wait until the work has ended. Stop it if the job is lost, the shift is over, or the timeout has passed."""
-        hurry = asyncio.ensure_future(self._hurry.wait())
+    async def _wait_for_end(self, execution: Execution, keeper: LeaseKeeper) -> bool:
+        """Wait until the work has ended. Stop it if the lock is lost, the grace is over, or the timeout has passed."""
+        grace_is_over = asyncio.ensure_future(self._grace_is_over.wait())
         try:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(effort.timeout_s):
-                    await first_of(effort.done, keeper.lost, hurry)
-            if effort.done.done():
-                return await effort.finish(keeper, self._give_up)
-            timed_out = not keeper.lost.done() and not hurry.done()
+                async with asyncio.timeout(execution.timeout_s):
+                    await first_of(execution.done, keeper.lost, grace_is_over)
+            if execution.done.done():
+                return await execution.finish(keeper, self._give_up)
+            timed_out = not keeper.lost.done() and not grace_is_over.done()
             if keeper.lost.done():
-                self._say(f"job {keeper.id}: stopping its work: {keeper.lost.result().message}")
+                self._log(f"job {keeper.id}: stopping its work: {keeper.lost.result().message}")
             elif timed_out:
-                self._say(f"job {keeper.id}: stopping its work: it took longer than {effort.timeout_s} s.")
-            await effort.stop(self._give_up)
+                self._log(f"job {keeper.id}: stopping its work: it took longer than {execution.timeout_s} s.")
+            await execution.stop(self._give_up)
             if timed_out:
-                message = f"The run took longer than its timeout of {effort.timeout_s} s.{effort.describe_timeout()}"
+                message = (
+                    f"The run took longer than its timeout of {execution.timeout_s} s.{execution.describe_timeout()}"
+                )
                 await keeper.fail(self._give_up, message[:MESSAGE_CHARACTERS], error_code="timeout")
-            if not effort.done.done():
-                self._say(f"job {keeper.id}: its work does not stop.")
-                await first_of(effort.done, hurry)
-            if not timed_out and not keeper.lost.done() and effort.done.done():
+            if not execution.done.done():
+                self._log(f"job {keeper.id}: its work does not stop.")
+                await first_of(execution.done, grace_is_over)
+            if not timed_out and not keeper.lost.done() and execution.done.done():
                 await keeper.release(self._give_up)
             return False
         finally:
-            hurry.cancel()
+            grace_is_over.cancel()
 
 
 def seconds(timeout: timedelta | float | None) -> float | None:
@@ -208,16 +210,16 @@ def seconds(timeout: timedelta | float | None) -> float | None:
 
 @contextlib.contextmanager
 def on_signals(stop: Callable[[], None], first: Callable[[], None] | None = None) -> Iterator[None]:
-    """SIGTERM and SIGINT call `stop` on the running loop meanwhile.
+    """Make SIGTERM and SIGINT call `stop` on the running loop.
 
-    `first` is called at once, between two steps of what the main thread does, even if that blocks the loop.
+    `first` is called before that, by the interpreter in the main thread, even if the loop is blocked.
     """
     loop = asyncio.get_running_loop()
     names = (signal.SIGTERM, signal.SIGINT)
     for name in names:
         loop.add_signal_handler(name, stop)
         if first is not None:
-            signal.signal(name, functools.partial(_both, first, signal.getsignal(name)))
+            signal.signal(name, functools.partial(_call_both, first, signal.getsignal(name)))
             signal.siginterrupt(name, False)
     try:
         yield
@@ -226,7 +228,6 @@ def on_signals(stop: Callable[[], None], first: Callable[[], None] | None = None
             loop.remove_signal_handler(name)
 
 
-def _both(first: Callable[[], None], loops: Any, number: int, frame: FrameType | None) -> None:
-    """Call `first`, then the loop's own handler."""
+def _call_both(first: Callable[[], None], loop_handler: Any, number: int, frame: FrameType | None) -> None:
     first()
-    loops(number, frame)
+    loop_handler(number, frame)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 class ServiceThread:
@@ -23,11 +23,11 @@ class ServiceThread:
         self._loop: Final = asyncio.new_event_loop()
         self._messages: Final = ThreadPoolExecutor(1, f"{name}: messages")
 
-    def say(self, say: Say) -> Say:
-        """Return a function that calls `say` in another thread, because writing a log may block."""
+    def background(self, log: Log) -> Log:
+        """Return a function that calls `log` in another thread, because writing a log may block."""
 
         def later(text: str) -> None:
-            self._messages.submit(say, text)
+            self._messages.submit(log, text)
 
         return later
 

@@ -35,15 +35,15 @@ class Watchdog:
 
     def starts(self, token: int) -> None:
         """Announce that a program for the grant with this token is about to start."""
-        self._tell(token, 0)
+        self._send(token, 0)
 
     def started(self, token: int, group: int) -> None:
         """Announce the process group of the program."""
-        self._tell(token, group)
+        self._send(token, group)
 
     def ended(self, token: int) -> None:
         """Announce that no process of it is left, or that it did not start. Call this before its pid can be reused."""
-        self._tell(token, -1)
+        self._send(token, -1)
 
     def close(self) -> None:
         """End the process. It first ends the groups that are left."""
@@ -52,7 +52,7 @@ class Watchdog:
             if process is not None:
                 process.communicate()
 
-    def _tell(self, token: int, group: int) -> None:
+    def _send(self, token: int, group: int) -> None:
         with self._guard:
             if group < 0:
                 self._groups.pop(token, None)

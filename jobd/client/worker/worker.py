@@ -1,6 +1,6 @@
-"""A worker in Python: a handler for each kind of job, N at a time, locks kept by themselves.
+"""A worker in Python: a handler for each kind of job, N at a time, with locks that are extended automatically.
 
-Handlers run on the caller's event loop or in threads. All calls to the daemon are made in a service thread.
+Handlers run on the caller's event loop or in threads. A service thread makes all calls to the daemon.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from jobd.client.worker.claimer import LOCK_TTL_MS, ClaimOptions, default_name, 
 from jobd.client.worker.error_text import describe_error, fitted, safe_text
 from jobd.client.worker.lease import LeaseKeeper
 from jobd.client.worker.runner import STOP_S, Execution, WorkerRunner, on_signals, seconds
-from jobd.client.worker.service_thread import Say, ServiceThread, call_on
+from jobd.client.worker.service_thread import Log, ServiceThread, call_on
 
-STREAM_FROM: Final = 8  # jobs at a time, from which on they are reported and ended over one stream of commands
-LAG_S: Final = 5.0  # an event loop that is blocked for longer is reported
-LOOK_S: Final = 1.0  # between two measurements
+STREAM_FROM: Final = 8  # the concurrency from which on calls share one stream of commands
+LAG_S: Final = 5.0  # an event loop that is blocked for longer is logged
+MEASURE_S: Final = 1.0  # between two measurements of the lag
 RESULT_FIELDS: Final = frozenset({"download_url", "file_path", "storage_key", "metadata"})
 
-log = logging.getLogger("jobd.client")
+logger = logging.getLogger("jobd.client")
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 
 class Retry(Exception):
-    """Raised by a handler: this attempt failed, try again after `after_ms` (the job's backoff by default).
+    """Raised by a handler to fail this attempt and retry after `after_ms` (by default the job's backoff).
 
-    Raises TypeError if `after_ms` is no whole number.
+    Raises TypeError if `after_ms` is not a whole number.
     """
 
     def __init__(self, message: str = "The handler asked for a retry.", *, after_ms: int | None = None) -> None:
@@ -54,18 +54,18 @@ class Retry(Exception):
 
 
 class Discard(Exception):
-    """Raised by a handler: the job failed for good, whatever attempts are left."""
+    """Raised by a handler to fail the job without further attempts."""
 
     def __init__(self, message: str = "The handler discarded the job.") -> None:
         super().__init__(message)
 
 
 class Stopped(Exception):
-    """Raised inside a plain handler that has to return: the worker is stopping, or the timeout has passed."""
+    """Raised in a plain handler that has to return, because the worker stops or the timeout has passed."""
 
 
 class _Task:
-    """What both kinds of handler get: the job, and where its result goes."""
+    """The job and its result, for both kinds of handler."""
 
     def __init__(self, keeper: LeaseKeeper) -> None:
         self._keeper = keeper
@@ -76,7 +76,7 @@ class _Task:
 
     @functools.cached_property
     def payload(self) -> Any:
-        """The job's payload as Python values. Raises msgspec.DecodeError where Python cannot hold it (1e999)."""
+        """The payload as Python values. Raises msgspec.DecodeError for a value that Python cannot hold (1e999)."""
         return self.job.payload_value
 
     def set_result(
@@ -87,7 +87,7 @@ class _Task:
         storage_key: str | None = None,
         metadata: Any = None,
     ) -> None:
-        """What the job will have made when it completes. What was set before and is not named here stays."""
+        """Set fields of the result with which the job completes. Fields that are not given stay unchanged."""
         named = {
             "download_url": download_url,
             "file_path": file_path,
@@ -97,38 +97,38 @@ class _Task:
         self.result.update({name: value for name, value in named.items() if value is not None})
 
     def raise_if_lost(self) -> None:
-        """Raise LockLost (or MaxProcessingTimeExceeded) where the job is no longer ours."""
+        """Raise LockLost (or MaxProcessingTimeExceeded) if the lock is lost."""
         if self._keeper.lost.done():
             raise self._keeper.lost.result()
 
     def _report(self, progress: float, message: str | None) -> Future[None]:
-        """Let the keeper report progress in its own thread."""
-        told: Future[None] = Future()
+        """Report progress in the service thread."""
+        reported: Future[None] = Future()
 
         def report() -> None:
-            self._keeper.report(progress, message).add_done_callback(functools.partial(_copy, told))
+            self._keeper.report(progress, message).add_done_callback(functools.partial(_copy, reported))
 
         try:
             self._service.call_soon_threadsafe(report)
         except RuntimeError:
             raise Stopped("The worker has stopped.") from None
-        return told
+        return reported
 
 
-def _copy(told: Future[None], reported: asyncio.Future[None]) -> None:
-    if not told.set_running_or_notify_cancel():
+def _copy(target: Future[None], source: asyncio.Future[None]) -> None:
+    if not target.set_running_or_notify_cancel():
         return
-    if (error := reported.exception()) is None:
-        told.set_result(None)
+    if (error := source.exception()) is None:
+        target.set_result(None)
     else:
-        told.set_exception(error)
+        target.set_exception(error)
 
 
 class Task(_Task):
-    """One job, given to an async handler.
+    """The job of an async handler.
 
-    `payload` is decoded, `fencing_token` goes to resources that check it. When the job is lost or cancelled the
-    handler is cancelled (CancelledError); `cancelled` is set too.
+    `payload` is decoded; pass `fencing_token` to resources that check it. If the lock is lost or the job is cancelled,
+    the handler is cancelled (CancelledError), and `cancelled` is set.
     """
 
     def __init__(self, keeper: LeaseKeeper) -> None:
@@ -144,10 +144,10 @@ class Task(_Task):
 
 
 class SyncTask(_Task):
-    """One job, given to a plain handler in a thread of its own.
+    """The job of a plain handler, which has its own thread.
 
-    As Task, but nothing can cancel a thread: report progress, look at `cancelled` (a threading.Event) or call
-    `raise_if_lost` often, and return soon if the job is lost, the worker is stopping, or the timeout has passed.
+    Like Task, but a thread cannot be cancelled: report progress, check `cancelled` (a threading.Event) or call
+    `raise_if_lost` often, and return soon if the lock is lost, the worker stops, or the timeout has passed.
     """
 
     def __init__(self, keeper: LeaseKeeper) -> None:
@@ -163,14 +163,14 @@ class SyncTask(_Task):
         self._report(progress, message).result()
 
     def raise_if_lost(self) -> None:
-        """Raise LockLost (or MaxProcessingTimeExceeded) where the job is no longer ours, Stopped where we must stop."""
+        """Raise LockLost (or MaxProcessingTimeExceeded) if the lock is lost, Stopped if the handler has to return."""
         super().raise_if_lost()
         if self.cancelled.is_set():
             raise Stopped("The handler has to return: the worker is stopping, or the timeout has passed.")
 
 
 class Worker:
-    """Claims jobs and runs a handler for each, `concurrency` at a time.
+    """Claim jobs and run a handler for each, `concurrency` at a time.
 
         worker = Worker(queues=["video"], concurrency=4)
 
@@ -181,17 +181,17 @@ class Worker:
 
         worker.run()
 
-    Async handlers run on the event loop, plain ones in threads. What a handler returns is the job's result: a dict with
-    download_url, file_path, storage_key or metadata (its other keys are metadata too), any other value is metadata. An
+    Async handlers run on the event loop, plain ones in threads. The return value is the job's result: a dict with
+    download_url, file_path, storage_key or metadata (other keys are metadata too); any other value is metadata. An
     exception fails the job with its class as `error_code`; the `error_message` is `Type: message`, then the traceback.
-    Retry and Discard say what happens next. Locks live
-    `lock_ttl_ms` and are extended by themselves; a handler whose job was lost or cancelled is stopped. SIGTERM and
-    SIGINT drain: no more claims, the running handlers get `grace_s` seconds, then they are stopped and their jobs
-    released. What goes on is logged to `jobd.client`.
+    Retry and Discard decide whether there is another attempt. Locks live `lock_ttl_ms` and are extended automatically.
+    If a lock is lost or a job is cancelled, its handler is stopped. SIGTERM and SIGINT drain: the worker stops
+    claiming, running handlers get `grace_s` seconds, then they are stopped and their jobs released. The worker logs to
+    `jobd.client`.
 
     A service thread with its own event loop and connections claims jobs and extends locks, so a handler that blocks its
-    loop loses no lock. A loop that is blocked for 5 s is logged. An extension that holds the GIL for longer than a lock
-    lives stops every thread, and the lock is lost.
+    loop does not lose its lock. A loop that is blocked for 5 s is logged. A C extension that holds the GIL for longer
+    than a lock lives stops every thread, and the lock is lost.
 
     `timeout` (a timedelta, or seconds) limits a whole run; a handler may have its own. When it has passed, an async
     handler is cancelled. A plain one finds `cancelled` set, and `progress` raises Stopped. Both have 10 s to end. Then
@@ -235,7 +235,7 @@ class Worker:
         """Register a function for jobs of these kinds, or, without a kind, for every kind without its own handler.
 
         `@worker.handler` means `@worker.handler()`. Raises TypeError for anything but names and one function, and for a
-        function that cannot be called with a task; ValueError if a kind has a handler already. `timeout` takes
+        function that cannot be called with a task; ValueError if a kind already has a handler. `timeout` takes
         precedence over that of the worker.
         """
         timeout_s = seconds(timeout)
@@ -259,7 +259,7 @@ class Worker:
                 ) from None
         for kind in kinds or (None,):
             if kind in self._handlers:
-                raise ValueError(f"there is a handler for {'every other kind' if kind is None else kind} already")
+                raise ValueError(f"{'every other kind' if kind is None else kind} already has a handler")
         handler = _Handler(function, timeout_s or self._timeout_s)
         self._handlers.update(dict.fromkeys(kinds or (None,), handler))
         return function
@@ -269,26 +269,26 @@ class Worker:
         asyncio.run(self.serve(signals=True))
 
     def stop(self) -> None:
-        """Drain, as on SIGTERM. A second call ends the grace, a third stops at once. May be called from any thread."""
+        """Drain, as on SIGTERM. A second call ends the grace, a third stops at once. Thread-safe."""
         if self._stop is not None:
             self._stop()
 
     async def serve(self, *, signals: bool = False) -> None:
-        """Work until `stop`; async handlers run on this event loop. With `signals` SIGTERM and SIGINT drain.
+        """Work until `stop`. Async handlers run on this event loop. With `signals`, SIGTERM and SIGINT drain.
 
-        Cancelling it stops the handlers at once and releases their jobs.
+        Cancellation stops the handlers at once and releases their jobs.
         """
         if not self._handlers:
             raise ValueError("a worker needs a handler: @worker.handler(...)")
         client = self._client.twin() if isinstance(self._client, AsyncJobClient) else self._streaming(self._client)
         service = ServiceThread(f"jobd worker {self.name}")
-        say = service.say(log.warning)
-        loop = _HandlersLoop(say)
-        shift = WorkerRunner(
+        log = service.background(logger.warning)
+        loop = _HandlerLoop(log)
+        runner = WorkerRunner(
             client,
-            self._wanted(),
+            self._claim_options(),
             functools.partial(self._begin, loop),
-            say,
+            log,
             concurrency=self._concurrency,
             grace_s=self._grace_s,
         )
@@ -297,20 +297,20 @@ class Worker:
             watching = asyncio.ensure_future(loop.watch())
             try:
                 async with client:
-                    await shift.run()
+                    await runner.run()
             finally:
                 watching.cancel()
 
-        self._stop = functools.partial(service.call, shift.stop)
-        first = functools.partial(service.call, shift.claim_no_more)
+        self._stop = functools.partial(service.call, runner.stop)
+        first = functools.partial(service.call, runner.stop_claiming)
         with on_signals(self._stop, first) if signals else contextlib.nullcontext():
-            await service.run(work, shift.abandon)
+            await service.run(work, runner.abandon)
 
     def _streaming(self, endpoint: Endpoint | str | None) -> AsyncJobClient:
         client = AsyncJobClient(endpoint)
         return client.stream() if self._concurrency >= STREAM_FROM else client
 
-    def _wanted(self) -> ClaimOptions:
+    def _claim_options(self) -> ClaimOptions:
         return ClaimOptions(
             worker=self.name,
             queues=self._queues,
@@ -320,7 +320,7 @@ class Worker:
             about=describe_process(self._concurrency),
         )
 
-    async def _begin(self, loop: _HandlersLoop, keeper: LeaseKeeper) -> Execution:
+    async def _begin(self, loop: _HandlerLoop, keeper: LeaseKeeper) -> Execution:
         kind = keeper.grant.job.kind
         handler = self._handlers[kind if kind in self._handlers else None]
         return (_AsyncExecution if _is_async(handler.function) else _ThreadExecution)(handler, keeper, loop)
@@ -335,13 +335,13 @@ def _is_async(handler: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None))  # noqa: B004
 
 
-class _HandlersLoop:
+class _HandlerLoop:
     """The service thread's access to the event loop and context in which the worker was started."""
 
-    def __init__(self, say: Say) -> None:
+    def __init__(self, log: Log) -> None:
         self._loop = asyncio.get_running_loop()
         self._context = contextvars.copy_context()
-        self._say = say
+        self._log = log
         self._jobs: dict[asyncio.Task[Any], str] = {}
 
     @property
@@ -361,36 +361,36 @@ class _HandlersLoop:
         return task
 
     async def watch(self) -> None:
-        """Measure, in the service thread, how long the loop is blocked, and how long this thread does not run."""
+        """Measure, in the service thread, how long the loop is blocked and how long this thread does not run."""
         here = asyncio.get_running_loop()
         while True:
-            asked_s, turned = here.time(), asyncio.Event()
-            self.call(functools.partial(call_on, here, turned.set))
-            if not await within(LAG_S, turned) and self._jobs:
+            called_s, ran = here.time(), asyncio.Event()
+            self.call(functools.partial(call_on, here, ran.set))
+            if not await within(LAG_S, ran) and self._jobs:
                 jobs = self._running()
-                self._say(
-                    f"{jobs}: the event loop of the handlers is blocked for {here.time() - asked_s:.1f} s. Locks "
+                self._log(
+                    f"{jobs}: the event loop of the handlers is blocked for {here.time() - called_s:.1f} s. Locks "
                     "are extended, but other async handlers wait. Use asyncio.to_thread or a plain handler."
                 )
-                await turned.wait()
-                self._say(f"{jobs}: the event loop of the handlers runs again, after {here.time() - asked_s:.1f} s.")
-            asked_s = here.time()
-            await asyncio.sleep(LOOK_S)
-            if (late_s := here.time() - asked_s - LOOK_S) >= LAG_S:
-                self._say(
+                await ran.wait()
+                self._log(f"{jobs}: the event loop of the handlers runs again, after {here.time() - called_s:.1f} s.")
+            called_s = here.time()
+            await asyncio.sleep(MEASURE_S)
+            if (late_s := here.time() - called_s - MEASURE_S) >= LAG_S:
+                self._log(
                     f"{self._running()}: no thread ran for {late_s:.1f} s, so no lock was extended. "
                     "Does an extension hold the GIL?"
                 )
 
     def _running(self) -> str:
-        """Name the job whose task is running, or all jobs that may be."""
+        """Name the job whose task is running now, or all jobs that may be."""
         task = asyncio.current_task(self._loop)
         jobs = [self._jobs[task]] if task in self._jobs else list(self._jobs.values())
         return f"job {', '.join(jobs)}" if jobs else "no async job"
 
 
 class _HandlerExecution(ABC):
-    """A handler at work on one job. Created and queried in the service thread."""
+    """The run of a handler for one job. Created and read in the service thread."""
 
     task: _Task
 
@@ -410,11 +410,11 @@ class _HandlerExecution(ABC):
             self.done.set_result(None)
 
     async def stop(self, at_once: asyncio.Event) -> None:
-        """Tell the handler, and give it a while."""
+        """Tell the handler to stop, and wait up to STOP_S for its end."""
         self.abort()
-        patience = asyncio.ensure_future(within(STOP_S, at_once))
-        await first_of(self.done, patience)
-        patience.cancel()
+        timeout = asyncio.ensure_future(within(STOP_S, at_once))
+        await first_of(self.done, timeout)
+        timeout.cancel()
 
     @abstractmethod
     def abort(self) -> None:
@@ -424,10 +424,10 @@ class _HandlerExecution(ABC):
         return "" if self.done.done() else " The handler was told to stop, but it still runs."
 
     async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
-        """Complete the job with what the handler returned, or fail it with what it raised."""
+        """Complete the job with the return value of the handler, or fail it with the exception."""
         ending = await asyncio.to_thread(self._ending, keeper.id)  # runs code of the handler's objects, writes the log
         if isinstance(ending, _Failure):
-            await keeper.fail(give_up, ending.message, **ending.how)
+            await keeper.fail(give_up, ending.message, **ending.options)
             return False
         return await keeper.complete(give_up, **ending)
 
@@ -439,26 +439,26 @@ class _HandlerExecution(ABC):
                 if result.get("metadata") is not None:
                     result = {**result, "metadata": msgspec.Raw(msgspec.json.encode(result["metadata"]))}
                 msgspec.json.encode(result)
-            except (TypeError, ValueError, RecursionError) as unfit:
-                error = unfit
+            except (TypeError, ValueError, RecursionError) as not_json:
+                error = not_json
             else:
                 return result
-        if isinstance(error, Retry | Discard):  # the handler's own word: nothing to be traced
-            log.info("job %s: %s: %s", job_id, type(error).__name__, safe_text(error))
+        if isinstance(error, Retry | Discard):  # raised on purpose: no traceback
+            logger.info("job %s: %s: %s", job_id, type(error).__name__, safe_text(error))
         else:
-            log.warning("job %s failed", job_id, exc_info=error)
-        return _Failure(_described(error), _how(error))
+            logger.warning("job %s failed", job_id, exc_info=error)
+        return _Failure(_message(error), _failure_options(error))
 
 
 class _Failure(NamedTuple):
     message: str
-    how: dict[str, Any]
+    options: dict[str, Any]
 
 
 class _AsyncExecution(_HandlerExecution):
     """An async handler."""
 
-    def __init__(self, handler: _Handler, keeper: LeaseKeeper, loop: _HandlersLoop) -> None:
+    def __init__(self, handler: _Handler, keeper: LeaseKeeper, loop: _HandlerLoop) -> None:
         super().__init__(handler.timeout_s)
         self.task: Task = Task(keeper)
         self._loop = loop
@@ -467,7 +467,7 @@ class _AsyncExecution(_HandlerExecution):
 
     def _begin(self, function: Callable[[Task], Any]) -> None:
         self._running = self._loop.begin(self._run(function), self.task.job.id)
-        self._running.add_done_callback(self._tell)
+        self._running.add_done_callback(self._on_done)
 
     async def _run(self, function: Callable[[Task], Any]) -> tuple[Any, BaseException | None]:
         try:
@@ -475,7 +475,7 @@ class _AsyncExecution(_HandlerExecution):
         except BaseException as error:  # SystemExit too: it ends the job, not the worker
             return None, error
 
-    def _tell(self, running: asyncio.Task[Any]) -> None:
+    def _on_done(self, running: asyncio.Task[Any]) -> None:
         self._ended(*((None, asyncio.CancelledError()) if running.cancelled() else running.result()))
 
     def abort(self) -> None:
@@ -489,9 +489,9 @@ class _AsyncExecution(_HandlerExecution):
 
 
 class _ThreadExecution(_HandlerExecution):
-    """A plain handler, in a thread that does not keep the process alive."""
+    """A plain handler in a daemon thread."""
 
-    def __init__(self, handler: _Handler, keeper: LeaseKeeper, loop: _HandlersLoop) -> None:
+    def __init__(self, handler: _Handler, keeper: LeaseKeeper, loop: _HandlerLoop) -> None:
         super().__init__(handler.timeout_s)
         self.task: SyncTask = SyncTask(keeper)
         run = functools.partial(loop.context.run, self._run, handler.function)
@@ -509,13 +509,13 @@ class _ThreadExecution(_HandlerExecution):
         self.task.cancelled.set()
 
 
-def _result(given: dict[str, Any], returned: Any) -> dict[str, Any]:
-    """The fields of `complete`: what was set on the task, and over it what the handler returned."""
+def _result(set_: dict[str, Any], returned: Any) -> dict[str, Any]:
+    """Merge what was set on the task with the return value of the handler, which takes precedence."""
     if returned is None:
-        return given
+        return set_
     if not isinstance(returned, dict):
-        return {**given, "metadata": returned}
-    result = {**given, **{name: returned[name] for name in RESULT_FIELDS & returned.keys()}}
+        return {**set_, "metadata": returned}
+    result = {**set_, **{name: returned[name] for name in RESULT_FIELDS & returned.keys()}}
     rest = {name: value for name, value in returned.items() if name not in RESULT_FIELDS}
     if not rest:
         return result
@@ -525,19 +525,19 @@ def _result(given: dict[str, Any], returned: Any) -> dict[str, Any]:
     return {**result, "metadata": {**(metadata or {}), **rest}}
 
 
-def _described(error: BaseException) -> str:
-    """Describe a failed job: the message that the handler gave, or its error with the traceback."""
+def _message(error: BaseException) -> str:
+    """Return the `error_message`: of Retry and Discard their text, else the error with its traceback."""
     if isinstance(error, Retry | Discard):
         first, _, rest = (safe_text(error) or type(error).__name__).partition("\n")
         return fitted(first, rest)
     return describe_error(error)
 
 
-def _how(error: BaseException) -> dict[str, Any]:
-    """The rest of `fail`: the class of the error, and whether and when to try again."""
-    how: dict[str, Any] = {"error_code": type(error).__name__[:200]}
+def _failure_options(error: BaseException) -> dict[str, Any]:
+    """Return the other options of `fail`: the class of the error, and whether and when to retry."""
+    options: dict[str, Any] = {"error_code": type(error).__name__[:200]}
     if isinstance(error, Retry):
-        how["retry_after_ms"] = error.after_ms
+        options["retry_after_ms"] = error.after_ms
     if isinstance(error, Discard):
-        how["retry"] = False
-    return how
+        options["retry"] = False
+    return options
