@@ -264,10 +264,10 @@ def test_what_a_job_says_cannot_reach_the_terminal(jobctl: Ctl, running: Running
 
 def test_a_pipe_that_breaks_within_a_command_is_no_error_either() -> None:
     words = (
-        "import click, errno, sys; from jobd.cli import exits\n"
+        "import click, errno, sys; from jobd.cli import exit_codes\n"
         "@click.command()\n"
         "def broken(): raise BrokenPipeError(errno.EPIPE, 'gone')\n"
-        "sys.exit(exits.run(broken, 'jobctl', []))"
+        "sys.exit(exit_codes.run(broken, 'jobctl', []))"
     )
     ended = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
@@ -1854,12 +1854,12 @@ def test_jobctl_and_backup_find_a_daemon_by_its_own_settings(tmp_path: Path) -> 
 
 
 def test_a_daemon_does_without_what_only_colours_tracebacks() -> None:
-    told = """
+    program = """
 import sys
-from jobd.cli import daemon
-daemon._leave_out_rich()
+from jobd.cli.daemon import main
+main._leave_out_rich()
 assert "structlog" in sys.modules
 assert "rich" not in sys.modules
-import rich.table  # still there for who asks for it
+import rich.table  # still importable
 """
-    subprocess.run([sys.executable, "-c", told], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

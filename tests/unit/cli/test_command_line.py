@@ -510,7 +510,7 @@ def test_what_destroys_is_not_done_unasked(
 
 def test_help_names_every_verb_and_needs_neither_rich_nor_the_client() -> None:
     code = (
-        "import sys; from jobd.cli import ctl; code = ctl.main(['--help'])\n"
+        "import sys; from jobd.cli.ctl import main; code = main.main(['--help'])\n"
         "heavy = {'rich', 'msgspec', 'http.client', 'asyncio', 'aiohttp', 'jobd.client'} & set(sys.modules)\n"
         "print('HEAVY', sorted(heavy)); sys.exit(code)"
     )
