@@ -84,8 +84,8 @@ format: $(READY)  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(READY)  ## show a daemon, three workers and the recovery of a killed one, in ten seconds
-	$(BIN)/jobd demo
+demo: $(READY)  ## kill a worker in the middle of a job and show the recovery, in ten seconds (ARGS=--ui: the dashboard)
+	$(BIN)/jobd demo $(ARGS)
 
 bench: $(READY)  ## measure throughput on this machine (ARGS as for jobd bench: SCENARIO ... --runs N --json)
 	$(BIN)/jobd bench $(ARGS)

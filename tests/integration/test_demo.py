@@ -1,8 +1,9 @@
-"""The demo: its files and their checks, its judgement, and the whole of it as a process that leaves nothing behind."""
+"""The demo: its pictures, what it checks, its sign-in link, and both scenes as processes that leave nothing behind."""
 
 from __future__ import annotations
 
-import gzip
+import hashlib
+import http.client
 import os
 import re
 import signal
@@ -11,87 +12,64 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
-from jobd.cli.demo import checks, demo_checks, files, main
+from jobd.cli.demo import live, recovery
+from jobd.cli.demo.processes import render
+from jobd.client import JobClient
 from jobd.model.events import EventView
 from tests import ROOT
 from tests.support.daemon_process import die_with_us
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The files
+# The pictures
 
 
-@pytest.fixture
-def sources(tmp_path: Path) -> dict[str, Path]:
-    """One source of each kind, by kind."""
-    (tmp_path / "in").mkdir()
-    made = files.make_sources(tmp_path / "in", 7, pictures=1, films=1, sales=1, logs=1)
-    assert made[0][0] == "film"
-    return {kind: tmp_path / "in" / name for kind, name in made}
+def _job(results: Path, data: bytes, **changes: Any) -> Any:
+    """A completed job with `data` as its result."""
+    (results / "picture-01.png").write_bytes(data)
+    metadata = {"sha256": hashlib.sha256(data).hexdigest()}
+    path = str(results / "picture-01.png")
+    values = {"id": "picture-01", "kind": "picture", "status": "completed", "file_path": path}
+    return SimpleNamespace(**{**values, "metadata_value": metadata, **changes})
 
 
-def _convert(kind: str, source: Path, tmp_path: Path) -> tuple[Path, dict[str, object], list[float]]:
+def test_a_film_reports_each_frame_and_is_a_whole_animated_png(tmp_path: Path) -> None:
     reported: list[float] = []
-    target = tmp_path / files.target_name(kind, source.name)
-    figures = files.convert(kind, source, target, lambda percent, _: reported.append(percent))
-    return target, figures, reported
-
-
-@pytest.mark.parametrize("kind", ["picture", "film", "sales", "log"])
-def test_each_conversion_is_right_and_leaves_no_part(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    target, figures, reported = _convert(kind, sources[kind], tmp_path)
-    demo_checks.check(kind, sources[kind], target, figures)
+    film = render(-0.1, 0.95, recovery.FRAMES, lambda percent, _: reported.append(percent))
+    assert len(reported) == recovery.FRAMES
     assert reported == sorted(reported)
-    assert all(0 < percent < 100 for percent in reported)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["in", target.name])
-    assert figures["bytes"] == target.stat().st_size
+    assert reported[-1] == 99
+    assert (film.count(b"fcTL"), film.count(b"fdAT")) == (recovery.FRAMES, recovery.FRAMES - 1)
+    assert recovery.fault(_job(tmp_path, film, kind="film"), tmp_path) == ""
+    assert "frames" in recovery.fault(_job(tmp_path, film), tmp_path)
 
 
-def test_a_film_reports_each_frame_and_is_an_animated_png(sources: dict[str, Path], tmp_path: Path) -> None:
-    target, figures, reported = _convert("film", sources["film"], tmp_path)
-    assert len(reported) == figures["frames"] == files.FILM_FRAMES
-    kinds = [kind for kind, _ in demo_checks.chunks(target)]
-    assert kinds[:3] == [b"IHDR", b"acTL", b"fcTL"]
-    assert kinds.count(b"fdAT") == files.FILM_FRAMES - 1
-    assert kinds[-1] == b"IEND"
-
-
-@pytest.mark.parametrize("kind", ["picture", "film", "sales", "log"])
-def test_a_result_of_another_source_is_found_out(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    target, figures, _ = _convert(kind, sources[kind], tmp_path)
-    (tmp_path / "other").mkdir()
-    files.make_sources(tmp_path / "other", 8, pictures=1, films=1, sales=1, logs=1)
-    with pytest.raises(files.Broken):
-        demo_checks.check(kind, tmp_path / "other" / sources[kind].name, target, figures)
-
-
-@pytest.mark.parametrize("kind", ["picture", "sales", "log"])
-def test_a_flipped_bit_or_a_missing_file_is_found_out(kind: str, sources: dict[str, Path], tmp_path: Path) -> None:
-    target, figures, _ = _convert(kind, sources[kind], tmp_path)
-    data = bytearray(target.read_bytes())
-    data[len(data) // 2] ^= 1
-    target.write_bytes(data)
-    with pytest.raises(files.Broken, match="checksum"):
-        demo_checks.check(kind, sources[kind], target, figures)
-    with pytest.raises((files.Broken, gzip.BadGzipFile, EOFError, OSError, ValueError)):
-        demo_checks.check(kind, sources[kind], target, {"sha256": files.sha256(target)})
-    target.unlink()
-    with pytest.raises(files.Broken, match="not there"):
-        demo_checks.check(kind, sources[kind], target, figures)
-
-
-def test_a_source_that_is_no_picture_fails_and_leaves_nothing(tmp_path: Path) -> None:
-    (tmp_path / "bad.ppm").write_bytes(b"P6\n3 3\n255\nabc")
-    with pytest.raises(files.Broken, match="no PPM"):
-        files.convert("picture", tmp_path / "bad.ppm", tmp_path / "bad.png", lambda *_: None)
-    assert [path.name for path in tmp_path.iterdir()] == ["bad.ppm"]
+def test_a_damaged_or_missing_result_is_detected(tmp_path: Path) -> None:
+    data = render(-0.1, 0.95, 1, lambda *_: None)
+    assert recovery.fault(_job(tmp_path, data), tmp_path) == ""
+    flipped = bytearray(data)
+    flipped[len(data) // 2] ^= 1
+    sum_of_good = {"sha256": hashlib.sha256(data).hexdigest()}
+    assert "checksum differs" in recovery.fault(_job(tmp_path, bytes(flipped), metadata_value=sum_of_good), tmp_path)
+    assert "chunk is wrong" in recovery.fault(_job(tmp_path, bytes(flipped)), tmp_path)
+    assert recovery.fault(_job(tmp_path, data[:100]), tmp_path)
+    assert "not a PNG" in recovery.fault(_job(tmp_path, b"x" * 100), tmp_path)
+    assert "failed" in recovery.fault(_job(tmp_path, data, status="failed"), tmp_path)
+    assert recovery.fault(_job(tmp_path, data, metadata_value=None), tmp_path)
+    gone = _job(tmp_path, data)
+    (tmp_path / "picture-01.png").unlink()
+    assert "No such file" in recovery.fault(gone, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The judgement
+# The claims
 
 
 def _event(event_type: str, to: str, by: str, **details: object) -> EventView:
@@ -107,45 +85,63 @@ SEEN = (
 )
 
 
-def _story() -> main.Story:
-    return main.Story(
-        killed_worker="w-2", killed_job="film-1.ppm", killed_token=7, killed_progress=25, killed_code=-signal.SIGKILL
+def _story() -> recovery.Story:
+    return recovery.Story(
+        killed_worker="w-2", killed_job="film-01", killed_token=7, killed_progress=25, killed_code=-signal.SIGKILL
     )
 
 
-def _told(story: main.Story, events: list[EventView]) -> list[bool]:
-    return [is_true for _, is_true in checks.checks(story, [], {"film-1.ppm": events}, {})][:4]
+def _confirmed(story: recovery.Story, events: list[EventView]) -> list[bool]:
+    return [was_seen for _, was_seen in recovery.checks(story, [], {"film-01": events}, {})][:4]
 
 
-def test_the_judgement_is_yes_where_everything_was_seen() -> None:
-    assert _told(_story(), list(SEEN)) == [True, True, True, True]
+def test_the_claims_are_confirmed_if_everything_was_observed() -> None:
+    assert _confirmed(_story(), list(SEEN)) == [True, True, True, True]
 
 
 @pytest.mark.parametrize(
-    ("left_out", "expected"),
+    ("missing", "expected"),
     [(2, [True, False, True, True]), (3, [True, True, False, False]), (4, [True, True, True, False])],
 )
-def test_the_judgement_is_no_where_something_was_not_seen(left_out: int, expected: list[bool]) -> None:
-    events = [event for number, event in enumerate(SEEN) if number != left_out]
-    assert _told(_story(), events) == expected
+def test_a_claim_is_not_confirmed_if_its_event_is_missing(missing: int, expected: list[bool]) -> None:
+    assert _confirmed(_story(), [event for number, event in enumerate(SEEN) if number != missing]) == expected
 
 
-def test_the_judgement_is_no_where_the_token_did_not_rise_or_nobody_was_killed() -> None:
+def test_a_claim_needs_a_higher_token_and_a_killed_worker() -> None:
     same = _event("granted", "processing", "worker:w-3", worker="w-3", fencing_token=7)
-    assert _told(_story(), [*SEEN[:3], same, SEEN[4]]) == [True, True, False, True]
+    assert _confirmed(_story(), [*SEEN[:3], same, SEEN[4]]) == [True, True, False, True]
     story = _story()
     story.killed_code = 0
-    assert _told(story, list(SEEN))[0] is False
-    assert _told(main.Story(), []) == [False, False, False, False]
+    assert _confirmed(story, list(SEEN))[0] is False
+    assert _confirmed(recovery.Story(), []) == [False, False, False, False]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The whole
+# The sign-in link
+
+
+def test_a_link_signs_in_once() -> None:
+    link = live.Link(lambda: "cookie")
+    assert link.matches(link.secret)
+    assert not link.matches(link.secret[:-1])
+    assert not link.matches("")
+    assert [link.redeem(), link.redeem()] == ["cookie", None]
+
+
+def test_a_link_expires() -> None:
+    now_s = 0.0
+    link = live.Link(lambda: "cookie", lambda: now_s)
+    now_s = live.LINK_TTL_S
+    assert link.redeem() is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The processes
 
 
 @pytest.fixture
 def temporary() -> Iterator[dict[str, str]]:
-    """An environment whose temporary directory is ours, with a path short enough for sockets in it."""
+    """An environment with its own temporary directory, with a path short enough for sockets in it."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith(("JOBD_", "ADMIN_TOKEN"))}
     with tempfile.TemporaryDirectory(prefix="d", dir="/tmp") as folder:
         yield {**plain, "TMPDIR": folder, "PYTHONUNBUFFERED": "1"}
@@ -167,21 +163,15 @@ def _pids(text: str) -> list[int]:
     return [int(pid) for pid in re.findall(r"\(pid (\d+)\)", text)]
 
 
-def _is_there(pid: int) -> bool:
+def _is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def _until_gone(pids: list[int]) -> None:
-    """Wait for the end of processes that are not our children; the test's own timeout is the limit."""
-    while any(map(_is_there, pids)):
-        time.sleep(0.05)
-
-
 @pytest.mark.timeout(120)
-def test_the_demo_kills_a_worker_and_proves_the_recovery(temporary: dict[str, str], tmp_path: Path) -> None:
+def test_the_demo_kills_a_worker_and_confirms_the_recovery(temporary: dict[str, str], tmp_path: Path) -> None:
     process = _start(temporary, "--keep", str(tmp_path / "kept"))
     text, _ = process.communicate()
     assert process.returncode == 0, text
@@ -190,13 +180,14 @@ def test_the_demo_kills_a_worker_and_proves_the_recovery(temporary: dict[str, st
     assert len(re.findall(r"^ok  ", text, re.MULTILINE)) == 7
     assert "stalled" in text
     assert len(_pids(text)) == 4
-    assert not any(map(_is_there, _pids(text)))
+    assert not any(map(_is_alive, _pids(text)))
     assert os.listdir(temporary["TMPDIR"]) == []
-    assert len(list((tmp_path / "kept").glob("*.png"))) == main.FILES["pictures"] + main.FILES["films"]
+    kept = [path.suffix for path in (tmp_path / "kept").iterdir()]
+    assert kept == [".png"] * (recovery.PICTURES + recovery.FILMS)
 
 
-def _until_at_work(process: subprocess.Popen[str]) -> str:
-    """What the demo has said until its workers are at work."""
+def _until_working(process: subprocess.Popen[str]) -> str:
+    """Read the output until a job is completed."""
     assert process.stdout is not None
     seen = ""
     while "completed" not in seen:
@@ -208,24 +199,70 @@ def _until_at_work(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_demo_that_is_stopped_takes_its_processes_along(temporary: dict[str, str], number: signal.Signals) -> None:
+def test_a_signal_ends_the_demo_and_its_processes(temporary: dict[str, str], number: signal.Signals) -> None:
     process = _start(temporary)
-    seen = _until_at_work(process)
+    seen = _until_working(process)
     assert os.listdir(temporary["TMPDIR"]) != []
     process.send_signal(number)
     rest, _ = process.communicate()
     assert process.returncode in (128 + number, 130), seen + rest
     assert len(_pids(seen)) == 4
-    assert not any(map(_is_there, _pids(seen)))
+    assert not any(map(_is_alive, _pids(seen)))
     assert os.listdir(temporary["TMPDIR"]) == []
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent is gone")
-def test_a_demo_that_is_killed_leaves_no_process(temporary: dict[str, str]) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_killed_demo_leaves_no_process(temporary: dict[str, str]) -> None:
     process = _start(temporary)
-    seen = _until_at_work(process)
+    seen = _until_working(process)
     process.kill()
     process.communicate()
     assert len(_pids(seen)) == 4
-    _until_gone(_pids(seen))
+    while any(map(_is_alive, _pids(seen))):  # not our children; the test's timeout is the limit
+        time.sleep(0.05)
+
+
+def _get(url: str, cookie: str = "") -> tuple[http.client.HTTPResponse, str]:
+    place = urlsplit(url)
+    with closing(http.client.HTTPConnection(str(place.hostname), place.port, timeout=30)) as connection:
+        connection.request("GET", place.path, headers={"Cookie": cookie} if cookie else {})
+        response = connection.getresponse()
+        return response, response.read().decode()
+
+
+@pytest.mark.timeout(120)
+def test_the_live_demo_signs_one_browser_in_to_a_scene_with_every_status(temporary: dict[str, str]) -> None:
+    process = _start(temporary, "--ui")
+    try:
+        assert process.stdout is not None
+        link = process.stdout.readline().strip()
+        assert link.startswith("http://127.0.0.1:"), link + process.stdout.read()
+        assert _get(f"{link}x")[0].status == 404
+        response, page = _get(link)
+        assert response.status == 200
+        cookie = response.headers["Set-Cookie"]
+        assert "HttpOnly; SameSite=Strict" in cookie
+        assert _get(link)[0].status == 410
+        dashboard = re.search(r"url=(http://[^\"]+)", page)
+        assert dashboard is not None
+        assert _get(dashboard[1])[0].status == 303, "without a session the dashboard asks for the token"
+        for path in ("", "jobs", "failures", "queues", "workers", "webhooks"):
+            assert _get(dashboard[1] + path, cookie.partition(";")[0])[0].status == 200, path
+        client = JobClient(f"unix:{next(Path(temporary['TMPDIR']).glob('*/worker.sock'))}")
+        with client:
+            wanted = {"queued", "processing", "completed", "failed", "cancelled"}
+            while {job.status for job in client.iterate_jobs()} != wanted:
+                time.sleep(0.1)
+            while client.get_job("full-disk").status != "failed":
+                time.sleep(0.1)
+            while (
+                coming := client.why("archive-2019").next
+            ) is None or coming.rule != "cleanup":  # until it is stalled
+                time.sleep(0.1)
+            assert client.get_job("odd-camera").error_message
+    finally:
+        process.send_signal(signal.SIGTERM)
+        rest, _ = process.communicate()
+    assert process.returncode == 0, rest
+    assert os.listdir(temporary["TMPDIR"]) == []

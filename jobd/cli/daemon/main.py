@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +22,6 @@ from jobd.cli.daemon import store
 from jobd.cli.daemon.bench import bench
 from jobd.cli.daemon.monitoring import monitoring
 from jobd.cli.daemon.settings import config_option, flag_options, read
-from jobd.cli.demo.demo import demo
 from jobd.cli.group import SETTINGS, Sections, json_option
 
 if TYPE_CHECKING:
@@ -90,6 +92,35 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
             terminal.emit(line)
     for warning in loaded.warnings:
         terminal.say(f"jobd: {warning}")
+
+
+@click.command()
+@click.option("--ui", is_flag=True, help="Keep a busy daemon running and print a link to its dashboard, until Ctrl-C.")
+@click.option("--keep", type=click.Path(file_okay=False, path_type=Path), help="Copy the results into this directory.")
+@click.option("--seed", type=int, default=1, show_default=True, help="Seed of the pictures that the workers draw.")
+def demo(ui: bool, keep: Path | None, seed: int) -> int:
+    """Kill a worker in the middle of a job and show the recovery.
+
+    Starts a daemon and three workers in a temporary directory. They draw pictures and films until one of them is killed
+    with SIGKILL in the middle of a job. Shows how jobd notices, requeues the job, and another worker completes it.
+    Exit 0 only if all of that was observed and every result is whole.
+
+    With --ui: starts a daemon with jobs in every status and prints a link that signs a browser in to its dashboard.
+
+    Nothing is left behind in either case.
+    """
+    if ui:
+        from jobd.cli.demo.live import show
+
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: stop.set())
+        return show(stop)
+    from jobd.cli.demo.recovery import demonstrate
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    return demonstrate(keep, seed)
 
 
 def _webhooks(loaded: LoadedConfig) -> list[dict[str, object]]:

@@ -1,57 +1,75 @@
-"""The demo's processes: a throw-away daemon and its workers, in a directory that vanishes with them.
-
-Tells no story. Every process that is started here is ended here, by its own pid, on every way out.
-"""
+"""The processes of the demo: a daemon and workers in a temporary directory, and the program of the workers."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import secrets
+import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self
 
 import jobd
 from jobd.cli import exit_codes
-from jobd.client import AdminClient, JobClient, JobdError
+from jobd.client import Discard, JobClient, JobdError, SyncTask, Worker
 
-LOCK_TTL_MS: Final = 3_000
+WIDTH: Final = 160
+HEIGHT: Final = 120
+SIGNATURE: Final = b"\x89PNG\r\n\x1a\n"
+_COLOURS: Final = 64  # as many iterations decide whether a point belongs to the Mandelbrot set
+_PALETTE: Final = b"".join(bytes((n * 4 % 256, n * 9 % 256, n * 17 % 256)) for n in range(_COLOURS - 1)) + bytes(3)
 _READY_S: Final = 20.0
 _STOP_S: Final = 15.0
-_SOCKET_PATH_BYTES: Final = 100  # a Unix socket's path may have 107
+_SOCKET_PATH_BYTES: Final = 100  # the path of a Unix socket can have 107
 _PR_SET_PDEATHSIG: Final = 1
+
+# Handlers of the live scene raise these when a job's payload asks for it.
+FAILURES: Final[dict[str, Exception]] = {
+    "address": Discard("550 5.1.1 No such mailbox: ada@example.com"),
+    "smtp": ConnectionRefusedError("smtp.example.com:25 refused the connection"),
+    "codec": ValueError("Unsupported codec in stream 0: prores_raw"),
+    "disk": OSError("No space left on /srv/render"),
+}
 
 _CONFIG: Final = """\
 [worker]
 socket = "{folder}/worker.sock"
 [admin]
-listen = "unix:{folder}/admin.sock"
+listen = "{admin}"
 [store]
 path = "{folder}/jobs.db"
-[cleanup]
-recover_every = "500ms"
 """
 
 
-class Stage:
-    """A daemon and workers in a temporary directory. Use it as a context manager: at its end nothing is left."""
+class Sandbox:
+    """A daemon and workers in a temporary directory. Leaving the context ends them and removes the directory.
 
-    def __init__(self) -> None:
-        self.folder = _folder()
-        self.sources = self.folder / "in"
-        self.results = self.folder / "out"
+    `config` is added to the configuration. The admin API listens on a Unix socket unless `admin` is an address.
+    """
+
+    def __init__(self, config: str, admin: str = "") -> None:
+        self.config = config
+        self._admin = admin
+        self.token: Final = secrets.token_urlsafe(32)
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
         self.daemon: subprocess.Popen[bytes] | None = None
-        self._token = secrets.token_urlsafe(32)
 
     def __enter__(self) -> Self:
-        self.sources.mkdir()
+        self.folder = Path(tempfile.mkdtemp(prefix="jobd-demo-")).resolve()
+        if len(os.fsencode(self.folder)) + len("/worker.sock") > _SOCKET_PATH_BYTES:
+            self.folder.rmdir()
+            self.folder = Path(tempfile.mkdtemp(prefix="jobd-demo-", dir="/tmp"))
+        self.results = self.folder / "results"
         self.results.mkdir()
         return self
 
@@ -60,33 +78,23 @@ class Stage:
     ) -> None:
         try:
             for worker in self.workers.values():
-                if kind is None:
-                    worker.terminate()
-                else:
-                    worker.kill()  # nobody waits for what it was doing
-            for worker in self.workers.values():
-                _end(worker)
+                worker.kill()
+                worker.wait()
             if self.daemon is not None:
                 _end(self.daemon)
         finally:
-            _remove(self.folder)
-
-    @property
-    def log(self) -> Path:
-        return self.folder / "jobd.log"
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def jobs(self) -> JobClient:
         return JobClient(f"unix:{self.folder}/worker.sock", retry_for_s=5.0)
 
-    def admin(self) -> AdminClient:
-        return AdminClient(f"unix:{self.folder}/admin.sock", token=self._token, retry_for_s=5.0)
-
     def start_daemon(self) -> int:
-        """Start `jobd serve` and wait until it answers; gives its pid. Problem (1) where it does not come up."""
-        config = self.folder / "config.toml"
-        config.write_text(_CONFIG.format(folder=self.folder), encoding="utf-8")
-        secret = {"ADMIN_TOKEN": self._token}
-        self.daemon = _start(["jobd", "serve", "--config", str(config)], self.log, secret)
+        """Start `jobd serve`, wait until it responds and return its pid. Raises Problem (1) if it does not start."""
+        config, log = self.folder / "config.toml", self.folder / "jobd.log"
+        admin = self._admin or f"unix:{self.folder}/admin.sock"
+        config.write_text(_CONFIG.format(folder=self.folder, admin=admin) + self.config, encoding="utf-8")
+        config.chmod(0o600)
+        self.daemon = _start(["jobd", "serve", "--config", str(config)], log, {"ADMIN_TOKEN": self.token})
         until_s = time.monotonic() + _READY_S
         while True:
             try:
@@ -95,68 +103,54 @@ class Stage:
                 return self.daemon.pid
             except JobdError as error:
                 if self.daemon.poll() is not None or time.monotonic() > until_s:
-                    raise exit_codes.Problem(
-                        f"The daemon did not come up: {self.last_words() or error.message}"
-                    ) from None
+                    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+                    reason = lines[-1] if lines else error.message
+                    raise exit_codes.Problem(f"The daemon did not start: {reason}") from None
             time.sleep(0.05)
 
-    def last_words(self) -> str:
-        """The last line of the daemon's log."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines() if self.log.exists() else []
-        return lines[-1] if lines else ""
-
-    def start_worker(self, name: str) -> int:
-        """Start a worker process; gives its pid."""
-        command = ["jobd.cli.demo.worker", f"unix:{self.folder}/worker.sock", name, str(LOCK_TTL_MS)]
-        command += [str(self.sources), str(self.results)]
+    def start_worker(self, name: str, *queues: str, lock_ttl_ms: int = 60_000) -> int:
+        """Start a worker process and return its pid."""
+        endpoint = f"unix:{self.folder}/worker.sock"
+        command = [__name__, endpoint, name, str(lock_ttl_ms), str(self.results), *queues]
         self.workers[name] = _start(command, self.folder / f"{name}.log", {})
         return self.workers[name].pid
 
     def kill_worker(self, name: str) -> int:
-        """SIGKILL: no farewell, no clean-up. Gives what the system says about its end (-9)."""
-        self.workers[name].send_signal(signal.SIGKILL)
+        """Send SIGKILL, which no process can handle, and return the exit code (-9)."""
+        self.workers[name].kill()
         return self.workers[name].wait(_STOP_S)
 
     def stop_daemon(self) -> int:
-        """SIGTERM, and its exit code."""
+        """Send SIGTERM and return the exit code."""
         assert self.daemon is not None
         return _end(self.daemon)
 
 
-def _folder() -> Path:
-    """A temporary directory of ours whose path is short enough for sockets."""
-    folder = Path(tempfile.mkdtemp(prefix="jobd-demo-")).resolve()
-    if len(os.fsencode(folder)) + len("/worker.sock") > _SOCKET_PATH_BYTES:
-        folder.rmdir()
-        folder = Path(tempfile.mkdtemp(prefix="jobd-demo-", dir="/tmp"))
-    return folder
-
-
 def _start(module_and_arguments: list[str], log: Path, secret: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start `python -m MODULE …` with this package, without the caller's settings, in a session of its own."""
-    mine = {name: value for name, value in os.environ.items() if not name.startswith(("JOBD_", "ADMIN_TOKEN"))}
+    """Start `python -m MODULE …` with this package and without the caller's jobd settings, in its own session."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("JOBD_", "ADMIN_"))}
     package = str(Path(jobd.__file__).resolve().parent.parent)
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", *module_and_arguments],
-            env={**mine, "PYTHONPATH": path, "ENVIRONMENT": "development", **secret},
+            env={**own, "PYTHONPATH": path, **secret},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for us; we end them
+            start_new_session=True,  # Ctrl-C goes to the demo, which ends them
             preexec_fn=_die_with_parent,
         )
 
 
 def _die_with_parent() -> None:
-    """Linux ends the child when we are gone, even by SIGKILL. Elsewhere this is not there, and only that is lost."""
+    """Let Linux kill this process when the demo ends, even by SIGKILL. Other systems have no such option."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _end(process: subprocess.Popen[bytes]) -> int:
-    """SIGTERM, after a while SIGKILL; the exit code."""
+    """Send SIGTERM, after 15 s SIGKILL, and return the exit code."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -166,7 +160,66 @@ def _end(process: subprocess.Popen[bytes]) -> int:
     return process.wait()
 
 
-def _remove(folder: Path) -> None:
-    import shutil
+# ---------------------------------------------------------------------------------------------------------------------
+# The workers
 
-    shutil.rmtree(folder, ignore_errors=True)
+
+def render(x: float, y: float, frames: int, report: Callable[[float, str], None]) -> bytes:
+    """Return a PNG, animated if it has several frames, that zooms into the Mandelbrot set at (x, y)."""
+    out = [SIGNATURE, _chunk(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 8, 3, 0, 0, 0)), _chunk(b"PLTE", _PALETTE)]
+    out.append(_chunk(b"acTL", struct.pack(">II", frames, 0)))
+    for frame in range(frames):
+        scale = 3.0 / WIDTH * 0.9**frame
+        across = [x + (column - WIDTH / 2) * scale for column in range(WIDTH)]
+        down = [y + (row - HEIGHT / 2) * scale for row in range(HEIGHT)]
+        pixels = b"".join(b"\0" + bytes(_colour(complex(re, im)) for re in across) for im in down)
+        number = max(2 * frame - 1, 0)  # in the sequence of fcTL and fdAT chunks
+        out.append(_chunk(b"fcTL", struct.pack(">IIIIIHHBB", number, WIDTH, HEIGHT, 0, 0, 1, 12, 0, 0)))
+        packed = zlib.compress(pixels)
+        out.append(_chunk(b"fdAT", struct.pack(">I", number + 1) + packed) if frame else _chunk(b"IDAT", packed))
+        report(99 * (frame + 1) / frames, f"frame {frame + 1} of {frames}")
+    return b"".join([*out, _chunk(b"IEND", b"")])
+
+
+def _colour(point: complex) -> int:
+    z = 0j
+    for iterations in range(_COLOURS - 1):
+        z = z * z + point
+        if z.real * z.real + z.imag * z.imag > 4.0:
+            return iterations
+    return _COLOURS - 1
+
+
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def work(endpoint: str, name: str, lock_ttl_ms: str, results: str, *queues: str) -> None:
+    """Work on jobs of these queues until SIGTERM."""
+    worker = Worker(endpoint, name=name, queues=queues, lock_ttl_ms=int(lock_ttl_ms))
+
+    @worker.handler("picture", "film")
+    def draw(task: SyncTask) -> dict[str, Any]:
+        picture = render(**task.payload, report=task.progress)
+        target = Path(results) / f"{task.job.id}.png"
+        part = target.with_suffix(f".{os.getpid()}.part")
+        part.write_bytes(picture)
+        os.replace(part, target)
+        return {"file_path": str(target), "metadata": {"worker": name, "sha256": hashlib.sha256(picture).hexdigest()}}
+
+    def simulate(task: SyncTask) -> dict[str, Any]:
+        """Take `seconds`, then succeed, or fail as the payload asks."""
+        for step in range(1, 11):
+            time.sleep(task.payload["seconds"] / 10)
+            if step == 6 and (failure := task.payload.get("fails")):
+                raise FAILURES[failure]
+            task.progress(10 * step - 1, f"part {step} of 10")
+        return {"metadata": {"worker": name}}
+
+    worker.handler(simulate)
+    worker.handler("yearly", timeout=2.0)(simulate)
+    worker.run()
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])

@@ -1,0 +1,298 @@
+"""The demo: workers draw pictures, one of them is killed, and the recovery of its job is checked."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+import signal
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from jobd.cli import exit_codes, tables, terminal
+from jobd.cli.demo.processes import HEIGHT, SIGNATURE, WIDTH, Sandbox
+from jobd.client import JobClient, JobInfo
+from jobd.model.events import EventView
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+WORKERS: Final = ("w-1", "w-2", "w-3")
+PICTURES: Final = 24
+FILMS: Final = 3
+FRAMES: Final = 16  # of a film
+LOCK_TTL_MS: Final = 3_000  # short, so that the recovery takes seconds
+CONFIG: Final = '[cleanup]\nrecover_every = "500ms"\n'
+KILL_AT_PERCENT: Final = 20
+DEADLINE_S: Final = 50.0
+_POLL_S: Final = 0.1
+_FINISHED: Final = frozenset({"completed", "failed", "cancelled"})
+# Points at the edge of the Mandelbrot set, where a zoom shows something.
+_EDGES: Final = ((-0.743, 0.126), (0.2925, 0.0149), (-1.2501, 0.0218), (-0.7269, 0.1889))
+
+
+@dataclass(slots=True)
+class Story:
+    """What was observed: the latest reported state of each job, and the worker that was killed with its job."""
+
+    seen: dict[str, str] = field(default_factory=dict)
+    killed_worker: str = ""
+    killed_job: str = ""
+    killed_token: int = 0
+    killed_progress: float = 0
+    killed_code: int = 0
+    recovery_seen: bool = False
+
+
+class _Screen:
+    """Timed lines on stdout and, on a terminal, progress bars below them."""
+
+    def __init__(self, progress: Any = None) -> None:
+        self._start_s = time.monotonic()
+        self._progress = progress
+        self._bars: dict[str, TaskID] = {}
+
+    def say(self, text: str) -> None:
+        line = f"{time.monotonic() - self._start_s:6.1f} s  {terminal.clean(text)}"
+        if self._progress is None:
+            print(line, flush=True)
+        else:
+            self._progress.console.print(line, markup=False, highlight=False)
+
+    def update(self, jobs: Sequence[JobInfo]) -> None:
+        """Move the bars: one for all jobs and one for each job in processing."""
+        if self._progress is None:
+            return
+        done = sum(job.status in _FINISHED for job in jobs)
+        shown = {"all jobs": 100 * done / len(jobs)} | {
+            terminal.clip(
+                f"  {job.id} on {job.lock.worker if job.lock else f'{job.worker} (lock expired)'}", 60
+            ): job.progress
+            for job in jobs
+            if job.status == "processing"
+        }
+        for text in self._bars.keys() - shown.keys():
+            self._progress.remove_task(self._bars.pop(text))
+        for text, percent in shown.items():
+            if text not in self._bars:
+                self._bars[text] = self._progress.add_task(text, total=100)
+            self._progress.update(self._bars[text], completed=percent)
+
+
+@contextmanager
+def _screen() -> Iterator[_Screen]:
+    if not terminal.may_draw(sys.stdout) or terminal.console().is_dumb_terminal:
+        yield _Screen()
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    columns: list[Any] = [TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn()]
+    with Progress(*columns, console=terminal.console(), transient=True) as progress:
+        yield _Screen(progress)
+
+
+def demonstrate(keep: Path | None, seed: int) -> int:
+    """Run the demo and return the exit code: 0 if every claim was observed."""
+    with Sandbox(CONFIG) as sandbox:
+        with _screen() as screen:
+            story = play(sandbox, screen, seed)
+        claims = _report(sandbox, story)
+        claims.append(("the daemon stopped cleanly when asked", sandbox.stop_daemon() == 0))
+        if keep is not None:
+            shutil.copytree(sandbox.results, keep, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.part"))
+            terminal.say(f"The results are in {keep}. Open a film in a browser.")
+    return _verdict(claims)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What happens
+
+
+def play(sandbox: Sandbox, screen: _Screen, seed: int) -> Story:
+    story = Story()
+    screen.say(f"jobd is running (pid {sandbox.start_daemon()})")
+    with sandbox.jobs() as client:
+        jobs = client.create_jobs(_jobs(random.Random(seed)))
+        screen.say(f"{len(jobs)} jobs submitted in one transaction")
+        for name in WORKERS:
+            pid = sandbox.start_worker(name, "default", lock_ttl_ms=LOCK_TTL_MS)
+            screen.say(f"worker {name} started (pid {pid})")
+        _watch(sandbox, client, story, screen)
+    return story
+
+
+def _jobs(dice: random.Random) -> list[dict[str, Any]]:
+    """One film first, so that there is a long job to kill; then the pictures, then the other films."""
+
+    def job(kind: str, number: int, frames: int) -> dict[str, Any]:
+        x, y = dice.choice(_EDGES)
+        payload = {"x": x + dice.uniform(-0.02, 0.02) / frames, "y": y + dice.uniform(-0.02, 0.02) / frames}
+        # Three attempts: an attempt that stalls counts as well.
+        return {"id": f"{kind}-{number:02}", "kind": kind, "payload": {**payload, "frames": frames}, "max_attempts": 3}
+
+    films = [job("film", number, FRAMES) for number in range(1, FILMS + 1)]
+    return films[:1] + [job("picture", number, 1) for number in range(1, PICTURES + 1)] + films[1:]
+
+
+def _watch(sandbox: Sandbox, client: JobClient, story: Story, screen: _Screen) -> None:
+    """Poll until all jobs are finished. Kill a worker in the middle of its film."""
+    until_s = time.monotonic() + DEADLINE_S
+    while True:
+        jobs = list(client.iterate_jobs(limit=200))
+        screen.update(jobs)
+        for job in reversed(jobs):
+            _show_change(job, story, screen)
+        if not story.killed_worker:
+            _kill_one(sandbox, client, jobs, story, screen)
+        elif not story.recovery_seen:
+            _show_recovery(client, story, screen)
+        if all(job.status in _FINISHED for job in jobs):
+            return
+        if time.monotonic() > until_s:
+            screen.say(f"not finished after {DEADLINE_S:.0f} s: this machine is too slow")
+            return
+        time.sleep(_POLL_S)
+
+
+def _show_change(job: JobInfo, story: Story, screen: _Screen) -> None:
+    state = f"processing:{job.lock.worker}" if job.status == "processing" and job.lock else job.status
+    if state == story.seen.get(job.id, "queued"):
+        return
+    story.seen[job.id] = state
+    if job.status == "processing" and job.lock:
+        if job.kind == "film":  # pictures finish too soon
+            screen.say(f"{job.lock.worker} works on {job.id}, attempt {job.attempt} of {job.max_attempts}")
+    elif job.status == "completed":
+        screen.say(f"{_metadata(job).get('worker', '?')} completed {job.id} → {Path(job.file_path or '?').name}")
+    elif job.status == "processing":
+        screen.say(f"the lock on {job.id} has expired")
+    else:
+        screen.say(f"{job.id} is {job.status}{f': {job.error_message}' if job.error_message else ''}")
+
+
+def _metadata(job: JobInfo) -> dict[str, object]:
+    return job.metadata_value or {}
+
+
+def _kill_one(sandbox: Sandbox, client: JobClient, jobs: Sequence[JobInfo], story: Story, screen: _Screen) -> None:
+    for job in jobs:
+        if job.kind == "film" and job.lock is not None and job.progress >= KILL_AT_PERCENT:
+            story.killed_worker, story.killed_job = job.lock.worker, job.id
+            story.killed_token, story.killed_progress = job.lock.fencing_token, job.progress
+            pid = sandbox.workers[job.lock.worker].pid
+            screen.say(f"KILL -9 {pid}: {job.lock.worker} dies in the middle of {job.id}, at {job.progress:.0f} %")
+            story.killed_code = sandbox.kill_worker(job.lock.worker)
+            why = client.why(job.id)
+            screen.say(f"  why {job.id}? {why.because}")
+            if why.next is not None:
+                at = "" if why.next.at is None else f": {terminal.age(why.next.at)}"
+                screen.say(f"  next: {why.next.what.rstrip('.')}{at}")
+            return
+
+
+def _show_recovery(client: JobClient, story: Story, screen: _Screen) -> None:
+    stalled = next((event for event in client.timeline(story.killed_job) if event.type == "stalled"), None)
+    if stalled is not None:
+        story.recovery_seen = True
+        screen.say(f"{stalled.by} recovered {story.killed_job}: {stalled.from_} → {stalled.to}. {stalled.reason or ''}")
+        screen.say(f"  why {story.killed_job}? {client.why(story.killed_job).because}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is checked
+
+
+def _report(sandbox: Sandbox, story: Story) -> list[tuple[str, bool]]:
+    """Print which worker did what, and check every claim against timelines, exit codes and files."""
+    with sandbox.jobs() as client:
+        jobs = list(reversed(list(client.iterate_jobs(limit=200))))
+        timelines = {job.id: client.timeline(job.id) for job in jobs}
+        why = client.why(story.killed_job) if story.killed_job else None
+    faults = {job.id: fault(job, sandbox.results) for job in jobs}
+    rows = []
+    for job in jobs:
+        grants = [str(event.details.get("worker")) for event in timelines[job.id] if event.type == "granted"]
+        took = terminal.span((job.finished_at or job.updated_at) - (job.started_at or job.updated_at))
+        result = faults[job.id] or Path(job.file_path or "").name
+        rows.append((job.id, job.status, " then ".join(grants), job.attempt, job.stalls, took, result))
+    terminal.emit("")
+    terminal.table(["JOB", "STATUS", "WORKERS", ">ATTEMPTS", ">STALLS", ">TOOK", "RESULT"], rows)
+    if why is not None:
+        terminal.emit("")
+        terminal.emit(f"The timeline of {story.killed_job}, whose worker {story.killed_worker} was killed:")
+        tables.timeline([event for event in timelines[story.killed_job] if event.type not in ("progress", "extended")])
+        tables.why(why)
+    return checks(story, jobs, timelines, faults)
+
+
+def fault(job: JobInfo, results: Path) -> str:
+    """Read the result of a job back from the disk and return what is wrong with it, or an empty string."""
+    if job.status != "completed" or job.file_path != str(results / f"{job.id}.png"):
+        return f"{job.status}, result {job.file_path}"
+    try:
+        data = Path(job.file_path).read_bytes()
+        if hashlib.sha256(data).hexdigest() != _metadata(job)["sha256"]:
+            return "the checksum differs from the one that the worker reported"
+        frames = [zlib.decompress(body) for body in _frames(data)]
+    except (OSError, ValueError, LookupError, struct.error, zlib.error) as error:
+        return str(error)
+    expected = FRAMES if job.kind == "film" else 1
+    if len(frames) != expected or any(len(frame) != (WIDTH + 1) * HEIGHT for frame in frames):
+        return f"{len(frames)} frames instead of {expected}, or a frame of another size"
+    return ""
+
+
+def _frames(data: bytes) -> Iterator[bytes]:
+    """Yield the compressed frames of a PNG. Raises ValueError if a checksum is wrong."""
+    at = len(SIGNATURE)
+    if data[:at] != SIGNATURE:
+        raise ValueError("this is not a PNG")
+    while at < len(data):
+        (length,) = struct.unpack_from(">I", data, at)
+        kind, body = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
+        if struct.pack(">I", zlib.crc32(kind + body)) != data[at + 8 + length : at + 12 + length]:
+            raise ValueError(f"the checksum of a {kind.decode('ascii', 'replace')} chunk is wrong")
+        if kind in (b"IDAT", b"fdAT"):
+            yield body[4:] if kind == b"fdAT" else body
+        at += 12 + length
+
+
+def checks(
+    story: Story, jobs: Sequence[JobInfo], timelines: dict[str, list[EventView]], faults: dict[str, str]
+) -> list[tuple[str, bool]]:
+    """Return each claim of the demo, and whether it was observed."""
+    events = timelines.get(story.killed_job, [])
+    grants = [event for event in events if event.type == "granted"][1:]
+    others = [event for event in grants if event.details.get("worker") != story.killed_worker]
+    newer = [event for event in others if int(event.details.get("fencing_token") or 0) > story.killed_token]
+    stalls = [event for event in events if event.type == "stalled" and event.to == "queued"]
+    last = events[-1] if events else None
+    finisher = f"worker:{others[-1].details.get('worker')}" if others else ""
+    killed = story.killed_code == -signal.SIGKILL and story.killed_progress > 0
+    return [
+        (f"a worker was killed by SIGKILL in the middle of a job ({story.killed_job or 'none'})", killed),
+        ("the daemon noticed it and requeued the job", bool(stalls)),
+        ("another worker was granted the job, with a higher fencing token", bool(newer) and newer == grants),
+        ("that worker completed it", last is not None and last.type == "completed" and last.by == finisher),
+        (f"all {len(jobs)} jobs are completed", bool(jobs) and all(job.status == "completed" for job in jobs)),
+        ("every result was read back from the disk and is whole", not any(faults.values())),
+    ]
+
+
+def _verdict(claims: Sequence[tuple[str, bool]]) -> int:
+    terminal.emit("")
+    for claim, was_seen in claims:
+        terminal.emit(f"{'ok' if was_seen else 'NOT SEEN':8}  {claim}")
+    failed = sum(not was_seen for _, was_seen in claims)
+    if failed:
+        terminal.say(f"jobd demo: {failed} of {len(claims)} claims could not be confirmed")
+        return exit_codes.FAILED
+    terminal.emit("Every claim was confirmed, and nothing is left behind.")
+    return exit_codes.DONE
