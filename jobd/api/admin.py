@@ -11,7 +11,6 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from jobd.api.auditing import audit_action, audit_read
-from jobd.api.descriptions import ADMIN_TITLE
 from jobd.api.downloads import ARTIFACT_TYPE as ARTIFACT_KIND
 from jobd.api.downloads import BACKUP_TYPE, ArtifactRequest, BackupRequest, send_artifact, send_backup
 from jobd.api.events import EVENT_STREAM, EventsRequest, send_events
@@ -24,7 +23,6 @@ from jobd.http.request import RequestContext, as_one_entry, operator_of
 from jobd.http.response import RawBody
 from jobd.http.routing import Auth, Route
 from jobd.model.commands import (
-    MAX_PAGE,
     Adopt,
     AuditLog,
     Cancel,
@@ -42,9 +40,11 @@ from jobd.model.commands import (
     Locks,
     MakePlan,
     NamedJobCommand,
+    PageLimit,
     Pause,
     PlanCommand,
     Queues,
+    Reason,
     ReleaseLock,
     Resume,
     RowCursor,
@@ -61,7 +61,6 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import StreamedEvent
-from jobd.model.job import Text as Words
 from jobd.model.responses import (
     AdminLockView,
     AlertList,
@@ -112,63 +111,67 @@ METRICS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class WithReason(Command, frozen=True, kw_only=True):
-    """A call that takes no fields but why it is done, for the audit log."""
+    """A call whose only field is its reason, for the audit log."""
 
-    reason: Words | None = None
+    reason: Reason | None = None
 
 
 class ValidateJob(NamedJobCommand, frozen=True, kw_only=True):
-    """Validate, with the job named as `jobId` in the query."""
+    """Get a job with what is wrong with its record."""
 
 
 class Reports(Command, frozen=True, kw_only=True):
-    """The latest cleanup reports, newest first."""
+    """List the reports of cleanup runs, newest first. The last 500 are kept."""
 
-    limit: Annotated[int, Meta(ge=1, le=MAX_REPORTS)] = 50
+    limit: Annotated[int, Meta(ge=1, le=MAX_REPORTS, description="Maximum number of reports.")] = 50
 
 
 class FailuresRequest(Command, frozen=True, kw_only=True):
-    """Failed jobs by their error, the largest groups first."""
+    """Group failed and retrying jobs by error, the largest groups first."""
 
-    limit: Annotated[int, Meta(ge=1, le=MAX_GROUPS)] = 50
+    limit: Annotated[int, Meta(ge=1, le=MAX_GROUPS, description="Maximum number of groups.")] = 50
 
 
-class Deliveries(Command, frozen=True, kw_only=True):
-    """A page of the deliveries of a webhook, newest first. `cursor` is the `next_cursor` of the page before."""
+class WebhookCommand(Command, frozen=True, kw_only=True):
+    """A call about a webhook. The path gives its name."""
 
-    name: WebhookName
-    state: DeliveryState | None = None
-    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
+    errors = ("not_found",)
+
+    name: Annotated[WebhookName, Meta(description="Name of the webhook.")]
+
+
+class Deliveries(WebhookCommand, frozen=True, kw_only=True):
+    """List the waiting and recent deliveries of a webhook, newest first."""
+
+    state: Annotated[DeliveryState | None, Meta(description="Only deliveries in this state.")] = None
+    limit: PageLimit = 50
     cursor: Cursor | None = None
 
 
 class RowCheckRequest(Command, frozen=True, kw_only=True):
-    """Go on with the walk over all rows. `cursor` is the `next_cursor` of the call before."""
+    """Check the next rows of the store against their checksums. Damaged rows are quarantined and listed."""
 
-    cursor: RowCursor | None = None
-
-
-class DeliverAgain(Command, frozen=True, kw_only=True):
-    """Send a delivery again, whatever became of it."""
-
-    name: WebhookName
-    id: Annotated[int, Meta(ge=1, le=MAX_NUMBER)]
-    reason: Words | None = None
+    cursor: Annotated[RowCursor | None, Meta(description="The `next_cursor` of the previous call.")] = None
 
 
-class DeliverAllAgain(Command, frozen=True, kw_only=True):
-    """Send again what was given up: all of it, or up to the number `upto`."""
+class DeliverAgain(WebhookCommand, frozen=True, kw_only=True):
+    """Send a delivery again now, whatever its state."""
 
-    name: WebhookName
-    upto: Annotated[int, Meta(ge=1, le=MAX_NUMBER)] | None = None
-    reason: Words | None = None
+    id: Annotated[int, Meta(ge=1, le=MAX_NUMBER, description="Number of the delivery.")]
+    reason: Reason | None = None
 
 
-class TestWebhook(Command, frozen=True, kw_only=True):
-    """Send a message that says that it is a test."""
+class DeliverAllAgain(WebhookCommand, frozen=True, kw_only=True):
+    """Send all stored dead-lettered deliveries again, or those up to a delivery number."""
 
-    name: WebhookName
-    reason: Words | None = None
+    upto: Annotated[int, Meta(ge=1, le=MAX_NUMBER, description="Only deliveries up to this number.")] | None = None
+    reason: Reason | None = None
+
+
+class TestWebhook(WebhookCommand, frozen=True, kw_only=True):
+    """Send a test message to a webhook."""
+
+    reason: Reason | None = None
 
 
 async def _stats(app: App[Services], ctx: RequestContext, asked: Stats) -> Response | ApiError:
@@ -319,9 +322,34 @@ _P: Final = ADMIN_PREFIX
 
 _ROUTES: Final = (
     Route(method="GET", path=f"{_P}/stats", request=Stats, response=StatsView, auth=_A, handler=_stats),
-    Route(method="GET", path=f"{_P}/health", request=NoFields, response=HealthView, auth=_A, handler=_health),
-    Route(method="POST", path=f"{_P}/cleanup", request=WithReason, response=CleanupReport, auth=_A, handler=_cleanup),
-    Route(method="GET", path=f"{_P}/cleanup", request=NoFields, response=CleanupState, auth=_A, handler=_cleanup_state),
+    Route(
+        method="GET",
+        path=f"{_P}/health",
+        request=NoFields,
+        response=HealthView,
+        auth=_A,
+        handler=_health,
+        summary="Return the health of database, memory, artifact store and cleanup, measured at most 5 s ago.",
+        other_statuses={503: "Something is unhealthy; the same body says what."},
+    ),
+    Route(
+        method="POST",
+        path=f"{_P}/cleanup",
+        request=WithReason,
+        response=CleanupReport,
+        auth=_A,
+        handler=_cleanup,
+        summary="Start a cleanup run, or wait for the one in progress.",
+    ),
+    Route(
+        method="GET",
+        path=f"{_P}/cleanup",
+        request=NoFields,
+        response=CleanupState,
+        auth=_A,
+        handler=_cleanup_state,
+        summary="Return the report of the last cleanup run.",
+    ),
     Route(
         method="POST",
         path=f"{_P}/recover-stuck",
@@ -329,6 +357,7 @@ _ROUTES: Final = (
         response=RecoverStuckView,
         auth=_A,
         handler=_recover_stuck,
+        summary="Recover the jobs that are stuck now.",
     ),
     Route(
         method="GET",
@@ -401,9 +430,26 @@ _ROUTES: Final = (
     Route(
         method="GET", path=f"{_P}/failures", request=FailuresRequest, response=FailuresView, auth=_A, handler=_failures
     ),
-    Route(method="GET", path=f"{_P}/preview", request=NoFields, response=PreviewView, auth=_A, handler=_preview),
+    Route(
+        method="GET",
+        path=f"{_P}/preview",
+        request=NoFields,
+        response=PreviewView,
+        auth=_A,
+        handler=_preview,
+        summary="Show what recovery and a cleanup run would do now: the first 1000 jobs of each kind. Changes nothing.",
+        errors=("overloaded", "shutting_down", "outcome_unknown"),
+    ),
     Route(method="POST", path=f"{_P}/plans", request=MakePlan, response=PlanView, auth=_A, handler=_make_plan),
-    Route(method="GET", path=f"{_P}/plans/{{plan_id}}", request=PlanCommand, response=PlanView, auth=_A, handler=_plan),
+    Route(
+        method="GET",
+        path=f"{_P}/plans/{{plan_id}}",
+        request=PlanCommand,
+        response=PlanView,
+        auth=_A,
+        handler=_plan,
+        summary="Get a plan, with its result after it was applied. Plans are kept for 15 min, applied ones for 12 h.",
+    ),
     Route(
         method="POST",
         path=f"{_P}/plans/{{plan_id}}/apply",
@@ -411,9 +457,18 @@ _ROUTES: Final = (
         response=PlanResult,
         auth=_A,
         handler=_apply_plan,
+        summary="Apply a plan to every job that has not changed since. A repeated request returns the same result.",
     ),
     Route(method="GET", path=f"{_P}/audit", request=AuditLog, response=AuditPage, auth=_A),
-    Route(method="GET", path=f"{_P}/alerts", request=NoFields, response=AlertList, auth=_A, handler=_alerts),
+    Route(
+        method="GET",
+        path=f"{_P}/alerts",
+        request=NoFields,
+        response=AlertList,
+        auth=_A,
+        handler=_alerts,
+        summary="List all alerts, firing or not.",
+    ),
     Route(
         method="GET",
         path=f"{_P}/events",
@@ -423,7 +478,15 @@ _ROUTES: Final = (
         handler=send_events,
         content_type=EVENT_STREAM,
     ),
-    Route(method="GET", path=f"{_P}/webhooks", request=NoFields, response=WebhookList, auth=_A, handler=_webhooks),
+    Route(
+        method="GET",
+        path=f"{_P}/webhooks",
+        request=NoFields,
+        response=WebhookList,
+        auth=_A,
+        handler=_webhooks,
+        summary="List the configured webhooks and their state.",
+    ),
     Route(
         method="GET",
         path=f"{_P}/webhooks/{{name}}/deliveries",
@@ -456,12 +519,32 @@ _ROUTES: Final = (
         auth=_A,
         handler=_test_webhook,
     ),
-    Route(method="GET", path=f"{_P}/clock", request=NoFields, response=ClockView, auth=_A, handler=_clock),
     Route(
-        method="POST", path=f"{_P}/clock/accept", request=WithReason, response=ClockView, auth=_A, handler=_accept_clock
+        method="GET",
+        path=f"{_P}/clock",
+        request=NoFields,
+        response=ClockView,
+        auth=_A,
+        handler=_clock,
+        summary="Return the daemon's clock, and whether it is suspect.",
     ),
     Route(
-        method="GET", path=f"{_P}/quarantine", request=NoFields, response=QuarantineList, auth=_A, handler=_quarantine
+        method="POST",
+        path=f"{_P}/clock/accept",
+        request=WithReason,
+        response=ClockView,
+        auth=_A,
+        handler=_accept_clock,
+        summary="Accept the clock as correct, so that jobs are deleted and failed by age again.",
+    ),
+    Route(
+        method="GET",
+        path=f"{_P}/quarantine",
+        request=NoFields,
+        response=QuarantineList,
+        auth=_A,
+        handler=_quarantine,
+        summary="List the damaged jobs in quarantine.",
     ),
     Route(
         method="GET",
@@ -481,7 +564,15 @@ _ROUTES: Final = (
         auth=_A,
         handler=_check_rows,
     ),
-    Route(method="GET", path=f"{_P}/backups", request=NoFields, response=BackupList, auth=_A, handler=_backups),
+    Route(
+        method="GET",
+        path=f"{_P}/backups",
+        request=NoFields,
+        response=BackupList,
+        auth=_A,
+        handler=_backups,
+        summary="List the backups in progress with their progress, and the last ones that ended, newest first.",
+    ),
     Route(
         method="GET",
         path="/metrics",
@@ -490,7 +581,8 @@ _ROUTES: Final = (
         auth=_A,
         handler=_metrics,
         content_type=METRICS_TYPE,
+        summary="Return metrics as Prometheus text.",
     ),
     *PROBES,
 )
-ROUTES: Final = with_document(ADMIN_TITLE, _ROUTES)
+ROUTES: Final = with_document("jobd admin API", _ROUTES)

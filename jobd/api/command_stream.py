@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from functools import cache
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import structlog
 from aiohttp import web
 from aiohttp.http import StreamWriter
-from msgspec import Struct
+from msgspec import Meta, Struct
 from msgspec.structs import asdict
 
 from jobd.api.services import Services
@@ -82,25 +82,32 @@ OPS: Final[dict[str, StreamOp]] = {
 }
 
 
-class StreamedCommand(Command, frozen=True, kw_only=True):
-    """A line: `op` says which call, `id` is the job's where the call's path has it (of `create`: the id to be), and
-    the fields of the call's body stand beside them."""
+OP_TEXT: Final = Meta(description="Which call the line is.")
+KEY_TEXT: Final = Meta(description="Like the header `Idempotency-Key`; for create, bulk, start, claim and cancel.")
 
-    op: OpName
-    id: str | None = None
-    idempotency_key: str | None = None
+
+class StreamedCommand(Command, frozen=True, kw_only=True):
+    """Send a stream of commands, one per line. Each gets a response line, in order, after its commit.
+
+    `op` names the call. `id` is that of the job if the path of the call has one (of `create`: of the new job). The
+    fields of the call's body stand beside them.
+    """
+
+    op: Annotated[OpName, OP_TEXT]
+    id: Annotated[str | None, Meta(description="Id of the job.")] = None
+    idempotency_key: Annotated[str | None, KEY_TEXT] = None
 
 
 class StreamedResponse(Struct, frozen=True, omit_defaults=True):
-    """The answer to a line: that of its call, with the HTTP status that it would have."""
+    """The response to a line: that of its call, with the HTTP status that it would have."""
 
-    success: bool
-    status: int
-    data: Any = None
-    replayed: bool = False
-    error: str = ""
-    message: str = ""
-    details: dict[str, Any] = {}
+    success: Annotated[bool, Meta(description="Whether the command succeeded.")]
+    status: Annotated[int, Meta(description="The HTTP status that the call would have.")]
+    data: Annotated[Any, Meta(description="The data of the response.")] = None
+    replayed: Annotated[bool, Meta(description="Present, and true, if a stored response was returned.")] = False
+    error: Annotated[str, Meta(description="The error code.")] = ""
+    message: Annotated[str, Meta(description="A sentence for people.")] = ""
+    details: Annotated[dict[str, Any], Meta(description="More about the error, for programs.")] = {}
 
 
 class DecodedLine(Struct, frozen=True):
@@ -125,7 +132,13 @@ _read_mark: Final = msgspec.json.Decoder(_LineHeader).decode
 def _line_type(op: str, command: type[Command]) -> type[Any]:
     """`command` as its line has it."""
     return make_body_type(
-        command, None, extra_fields=[("op", Literal[op]), ("idempotency_key", str | None, None)], suffix="Line"
+        command,
+        None,
+        extra_fields=[
+            ("op", Annotated[Literal[op], OP_TEXT]),
+            ("idempotency_key", Annotated[str | None, KEY_TEXT], None),
+        ],
+        suffix="Line",
     )
 
 

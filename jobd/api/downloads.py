@@ -37,9 +37,13 @@ log = structlog.get_logger("jobd.artifacts")
 
 
 class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
-    """The object that a job's `storage_key` names, or that of its late result with this `seq`."""
+    """Download the stored result of a job, or of one of its late results, as a file."""
 
-    late_result: Annotated[int, Meta(ge=1)] | None = None
+    errors = ("not_found", "storage_unavailable", "late_result_not_found")
+
+    late_result: (
+        Annotated[int, Meta(ge=1, description="The `seq` of a late result. Default: the job's own result.")] | None
+    ) = None
 
 
 async def send_artifact(
@@ -126,9 +130,14 @@ T = TypeVar("T")
 
 
 class BackupRequest(Command, frozen=True, kw_only=True):
-    """Under `id` its progress is told, beside this call."""
+    """Download the whole database as a file while the daemon runs. The response begins when the copy is checked.
 
-    id: BackupId | None = None
+    Meanwhile, `backups` shows the progress under `id`.
+    """
+
+    errors = ("storage_full",)
+
+    id: Annotated[BackupId | None, Meta(description="Id under which `backups` shows the progress.")] = None
 
 
 async def send_backup(app: App[Services], ctx: RequestContext, asked: BackupRequest) -> web.StreamResponse | ApiError:

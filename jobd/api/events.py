@@ -35,18 +35,36 @@ Names = Annotated[str, Meta(min_length=1, max_length=MAX_NAMES * 201)]
 
 
 class EventsRequest(Command, frozen=True, kw_only=True):
-    """Events as they happen. The names in a filter are separated by commas; those of different filters all have to fit.
+    """Stream events as they happen (Server-Sent Events), after `Last-Event-ID` without gap or repetition.
 
-    It goes on after the event of the header `Last-Event-ID`, else after `last_event_id`, else `last` events ago, else
-    from now on. Without `follow` it ends where the journal does.
+    An event must match all filters given. The stream begins after the event of the header `Last-Event-ID`, else after
+    `last_event_id`, else `last` events ago, else now. Without `follow` it ends at the end of the journal.
     """
 
-    queue: Names | None = None
-    job_id: Names | None = None
-    type: Names | None = None
-    last_event_id: Annotated[int, Meta(ge=0, le=MAX_SEQ)] | None = None
-    last: Annotated[int, Meta(ge=1, le=MAX_BACK)] | None = None
-    follow: bool = True
+    errors = ("events_gone",)
+
+    queue: Annotated[Names | None, Meta(description="Only events of these queues, separated by commas.")] = None
+    job_id: Annotated[Names | None, Meta(description="Only events of these jobs, separated by commas.")] = None
+    type: Annotated[Names | None, Meta(description="Only events of these types, separated by commas.")] = None
+    last_event_id: (
+        Annotated[
+            int,
+            Meta(
+                ge=0,
+                le=MAX_SEQ,
+                description="Continue after this event, like the header `Last-Event-ID`, which takes precedence.",
+            ),
+        ]
+        | None
+    ) = None
+    last: (
+        Annotated[
+            int,
+            Meta(ge=1, le=MAX_BACK, description="Begin this many events ago, with what the journal still has of them."),
+        ]
+        | None
+    ) = None
+    follow: Annotated[bool, Meta(description="Whether to wait for more events at the end of the journal.")] = True
 
 
 async def send_events(app: App[Services], ctx: RequestContext, asked: EventsRequest) -> web.StreamResponse:

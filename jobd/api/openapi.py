@@ -1,7 +1,4 @@
-"""The OpenAPI 3.1 document of an API, made from the table that serves it, and the call that gives it out.
-
-Describes and decides nothing: paths, fields and bounds are those of the routes, the words are those of glossary.py.
-"""
+"""The OpenAPI 3.1 document of an API, built from its route table, and the call that returns it."""
 
 from __future__ import annotations
 
@@ -9,14 +6,13 @@ import asyncio
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
+from inspect import cleandoc
 from typing import Any, Final
 
 import msgspec
 
 from jobd import __version__
 from jobd.api.command_stream import LINE_TYPES, StreamedCommand
-from jobd.api.descriptions import ABOUT, ALSO, CALLS, GROUPS, HEADERS, REFUSED, REFUSED_TOO
-from jobd.api.descriptions import REFUSALS as REFUSAL_WORDS
 from jobd.api.events import EVENT_STREAM
 from jobd.api.schemas import Schemas, not_null
 from jobd.http.app import App, NoFields
@@ -25,7 +21,7 @@ from jobd.http.request import RequestContext
 from jobd.http.response import ErrorBody, RawBody
 from jobd.http.routing import Route
 from jobd.model.commands import JobCommand
-from jobd.model.errors import ERROR_STATUS
+from jobd.model.errors import ERROR_CODES
 from jobd.model.job import ID_PATTERN
 from jobd.model.responses import Response
 
@@ -33,16 +29,48 @@ Json = dict[str, Any]
 PATH: Final = "/openapi.json"
 ADMIN_PREFIX: Final = "/admin/job-management"
 
+ABOUT: Final = (
+    "Times are Unix milliseconds, named `*_at`; durations are milliseconds, named `*_ms`. The admin API keeps the "
+    "names and units that existing dashboards use. A field that is unknown, has the wrong type or is out of bounds is "
+    "a 400; values are never clamped. A success is sent after the change is on disk. Over a Unix socket workers need "
+    "no token."
+)
+# The tags of the document, in its order: the calls of each, by the first part of their path, and a description.
+TAGS: Final = {
+    "Jobs": (
+        "jobs claim commands validate-job force-fail force-reset transition extend-lock release-lock locks",
+        "Create, run, inspect and change single jobs.",
+    ),
+    "Many jobs": ("failures plans preview import export", "Inspect, change and move many jobs at once."),
+    "Queues and workers": ("queues workers", "Where jobs wait, and which workers take them."),
+    "Events": ("events audit webhooks", "What happened, and where it is sent."),
+    "The daemon": (
+        "stats health alerts cleanup recover-stuck reports clock metrics healthz readyz openapi.json",
+        "State of the daemon, and its maintenance.",
+    ),
+    "The store": ("backup backups check-rows quarantine", "The database file."),
+}
+HEADERS: Final = {
+    "Idempotency-Key": "The same key with the same body returns the stored response for 24 h. Two such headers in one "
+    "request are rejected.",
+    "Idempotent-Replayed": "Present, and `true`, if a stored response was returned.",
+    "Last-Event-ID": "The `id` of the last event received. The stream continues after it.",
+    "X-Jobd-Operator": "Name of the operator, for timelines and the audit log: up to 64 characters. Characters that "
+    "cannot be shown become blanks.",
+    "Retry-After": "Seconds to wait, if the code is `overloaded`.",
+    "WWW-Authenticate": "How to send the token.",
+}
+
 
 def with_document(title: str, routes: Iterable[Route]) -> tuple[Route, ...]:
-    """`routes`, and one more: GET /openapi.json, which describes them all."""
+    """Return `routes` and one more: GET /openapi.json, which describes them all."""
     own = document_at(PATH, title, lambda: table)
     table = (*routes, own)
     return table
 
 
 def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) -> Route:
-    """GET `path`, which gives out the document of `routes`. It holds no secret and asks for no token."""
+    """Return the route GET `path` of the document of `routes`. It contains no secret and needs no token."""
 
     async def give(app: App[Any], ctx: RequestContext, asked: NoFields) -> Response:
         return Response(RawBody(JSON, await asyncio.to_thread(text)))
@@ -51,14 +79,22 @@ def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) ->
     def text() -> bytes:
         return msgspec.json.encode(document(title, routes()))
 
-    return Route(method="GET", path=path, request=NoFields, response=bytes, auth="anyone", handler=give)
+    return Route(
+        method="GET",
+        path=path,
+        request=NoFields,
+        response=bytes,
+        auth="anyone",
+        handler=give,
+        summary="Return this document.",
+    )
 
 
 def document(title: str, routes: Iterable[Route]) -> Json:
-    """The OpenAPI document of `routes`, as plain values."""
+    """Return the OpenAPI document of `routes`, as plain values."""
     made = Schemas()
     table = tuple(routes)
-    told = {group_of(route) for route in table}
+    used = {tag_of(route) for route in table}
     paths: dict[str, Json] = {}
     for route in table:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, made)
@@ -66,7 +102,7 @@ def document(title: str, routes: Iterable[Route]) -> Json:
         "openapi": "3.1.0",
         "info": {"title": title, "version": __version__, "description": ABOUT, "license": {"name": "MIT"}},
         "servers": [{"url": "/"}],
-        "tags": [{"name": name, "description": words} for name, (_, words) in GROUPS.items() if name in told],
+        "tags": [{"name": name, "description": text} for name, (_, text) in TAGS.items() if name in used],
         "paths": paths,
         "components": made.components | {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
     }
@@ -76,23 +112,27 @@ def document(title: str, routes: Iterable[Route]) -> Json:
 # Calls.
 
 
-def call_of(route: Route) -> str:
-    """A route as the glossary names it."""
-    return f"{route.method} {route.path}"
-
-
-def group_of(route: Route) -> str:
-    """The heading below which a route stands."""
+def tag_of(route: Route) -> str:
+    """Return the tag of a route."""
     first = route.path.removeprefix(ADMIN_PREFIX).removeprefix("/v1").split("/")[1]
-    return next(name for name, (parts, _) in GROUPS.items() if first in parts.split())
+    return next(name for name, (parts, _) in TAGS.items() if first in parts.split())
+
+
+def _texts(route: Route) -> Json:
+    """Return the summary of a call, and its description if it has one: its own, or those of its request."""
+    summary, *more = (
+        route.summary.split("\n\n") if route.summary else cleandoc(route.request.__doc__ or "").split("\n\n")
+    )
+    found = {"summary": " ".join(summary.split())}
+    return {**found, "description": "\n\n".join(" ".join(each.split()) for each in more)} if more else found
 
 
 def _operation(route: Route, made: Schemas) -> Json:
     words = re.findall(r"\w+", route.path.removeprefix(ADMIN_PREFIX))
     found: Json = {
-        "tags": [group_of(route)],
+        "tags": [tag_of(route)],
         "operationId": "_".join([route.method.lower(), *words]),
-        "summary": CALLS[call_of(route)],
+        **_texts(route),
         "parameters": _parameters(route),
         "responses": _responses(route, made),
     }
@@ -143,20 +183,20 @@ def _lines(route: Route, made: Schemas) -> Json:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Answers.
+# Responses.
 
 
 def _responses(route: Route, made: Schemas) -> Json:
     found: dict[int, Json] = {}
-    for status, words in {route.status: "Done.", **ALSO.get(call_of(route), {})}.items():
+    for status, words in {route.status: "Done.", **route.other_statuses}.items():
         found[status] = {"description": words, "content": {route.content_type: {"schema": _success(route, made)}}}
         if route.key:
             found[status]["headers"] = {"Idempotent-Replayed": _header("Idempotent-Replayed", {"const": "true"})}
     by_status: dict[int, list[str]] = {}
-    for code in refusals(route):
-        by_status.setdefault(ERROR_STATUS[code], []).append(code)
+    for code in error_codes(route):
+        by_status.setdefault(ERROR_CODES[code].status, []).append(code)
     for status, codes in by_status.items():
-        no = _refusal(codes, made)
+        no = _error(codes, made)
         found[status] = _either(found[status], no) if status in found else made.shared("responses", ".".join(codes), no)
     return {str(status): found[status] for status in sorted(found)}
 
@@ -172,7 +212,7 @@ def _success(route: Route, made: Schemas) -> Json:
         fields = {"id": text, "event": text, "data": data, "retry": {"type": "integer"}}
         return {"type": "object", "description": words, "properties": fields}  # of one event, as readers give it
     if route.content_type == LINES:
-        words = f"JSON lines; each is one `{route.response.__name__}`, in the order of the lines that are answered."
+        words = f"JSON lines; each is one `{route.response.__name__}`, in the order of the request lines."
         return {
             "type": "string",
             "contentMediaType": LINES,
@@ -187,9 +227,9 @@ def _success(route: Route, made: Schemas) -> Json:
     }
 
 
-def _refusal(codes: list[str], made: Schemas) -> Json:
-    """The response with which a call is refused for one of `codes`, which share a status."""
-    words = "; ".join(f"`{code}`: {REFUSAL_WORDS[code]}" for code in codes) + "."
+def _error(codes: list[str], made: Schemas) -> Json:
+    """Return the error response of `codes`, which share a status."""
+    words = "; ".join(f"`{code}`: {ERROR_CODES[code].description}" for code in codes) + "."
     narrow = {"properties": {"success": {"const": False}, "error": {"enum": codes}}}
     found: Json = {"description": words, "content": {JSON: {"schema": {"allOf": [made.answered(ErrorBody), narrow]}}}}
     if "overloaded" in codes:
@@ -200,7 +240,7 @@ def _refusal(codes: list[str], made: Schemas) -> Json:
 
 
 def _either(yes: Json, no: Json) -> Json:
-    """One status for a success and for refusals."""
+    """Return one response for a success and an error of the same status."""
     schemas = [each["content"][JSON]["schema"] for each in (yes, no)]
     words = f"{yes['description']} Or {no['description']}"
     return {**yes, **no, "description": words, "content": {JSON: {"schema": {"oneOf": schemas}}}}
@@ -210,10 +250,10 @@ def _header(name: str, schema: Json) -> Json:
     return {"description": HEADERS[name], "schema": schema}
 
 
-def refusals(route: Route) -> list[str]:
-    """Every code with which this call may be refused, in the order of the table of codes."""
+def error_codes(route: Route) -> list[str]:
+    """Return every error code of a call, in the order of ERROR_CODES."""
     codes = {"invalid_request", "forbidden", "expectation_failed", "internal_error"}
-    codes |= {*REFUSED.get(route.request, ()), *REFUSED_TOO.get(call_of(route), ())}
+    codes |= {*route.request.errors, *route.errors}
     if route.auth != "anyone":
         codes.add("unauthorized")
     if route.method != "GET":
@@ -225,4 +265,4 @@ def refusals(route: Route) -> list[str]:
         codes |= {"job_not_found", "job_quarantined"}
     if route.key:
         codes |= {"idempotency_key_reused", "overloaded"}
-    return [code for code in ERROR_STATUS if code in codes]
+    return [code for code in ERROR_CODES if code in codes]

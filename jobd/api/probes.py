@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from jobd.api.services import Services
 from jobd.http.app import App, NoFields
@@ -14,7 +14,9 @@ from jobd.model.responses import Response
 
 
 class Probe(Struct, frozen=True):
-    status: Literal["ok", "unavailable"]
+    """The result of a probe."""
+
+    status: Annotated[Literal["ok", "unavailable"], Meta(description="Whether the probe succeeded.")]
 
 
 def _probe(is_well: bool) -> Response:
@@ -30,6 +32,24 @@ async def _ready(app: App[Services], ctx: RequestContext, asked: NoFields) -> Re
 
 
 PROBES: Final = (
-    Route(method="GET", path="/healthz", request=NoFields, response=Probe, auth="anyone", handler=_alive),
-    Route(method="GET", path="/readyz", request=NoFields, response=Probe, auth="anyone", handler=_ready),
+    Route(
+        method="GET",
+        path="/healthz",
+        request=NoFields,
+        response=Probe,
+        auth="anyone",
+        handler=_alive,
+        summary="Return whether the daemon is alive.",
+        other_statuses={503: "The daemon is not alive."},
+    ),
+    Route(
+        method="GET",
+        path="/readyz",
+        request=NoFields,
+        response=Probe,
+        auth="anyone",
+        handler=_ready,
+        summary="Return whether the daemon accepts requests. Succeeds also while a full disk makes it reject new jobs.",
+        other_statuses={503: "The daemon does not accept requests yet, or is stopping."},
+    ),
 )

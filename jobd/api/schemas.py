@@ -1,6 +1,7 @@
-"""Types of commands and answers as JSON Schema: msgspec makes it, of twins that say what msgspec cannot see.
+"""Types of commands and responses as JSON Schema.
 
-Knows no route and no HTTP.
+msgspec makes the schemas, from twins of the types that show what it cannot see: which fields a response always has,
+and default payloads.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ from typing import Annotated, Any, Final, Union, get_args, get_origin
 import msgspec
 from msgspec import NODEFAULT, UNSET, Meta, Raw, Struct
 from msgspec.structs import FieldInfo
-
-from jobd.api.descriptions import FIELDS
 
 REFS: Final = "#/components"
 
@@ -73,7 +72,7 @@ class Schemas:
 
     def _described(self, info: FieldInfo) -> Any:
         """The type of a field, with its words, and with twins in the place of what it is made of."""
-        more: dict[str, Any] = {"description": FIELDS[info.encode_name]}
+        more: dict[str, Any] = {"description": description_of(info.type)}
         if type(info.default) is Raw:  # msgspec cannot write this default down by itself
             more["default"] = msgspec.json.decode(info.default)
         return Annotated[self._translated(info.type), Meta(extra_json_schema=more)]
@@ -94,10 +93,29 @@ class Schemas:
             return self._twin(annotation, None)
         origin, parts = get_origin(annotation), get_args(annotation)
         if origin is Annotated:
-            return Annotated[(self._translated(parts[0]), *parts[1:])]
+            return Annotated[(self._translated(parts[0]), *map(_without_description, parts[1:]))]
         if origin in (Union, types.UnionType):
             return reduce(or_, (self._translated(part) for part in parts))
         return list[self._translated(parts[0])] if origin is list else annotation  # type: ignore[misc]
+
+
+def description_of(annotation: Any) -> str:
+    """Return the description of a type, the outermost one; an empty text if it has none."""
+    parts = get_args(annotation)
+    own = [part.description for part in parts if isinstance(part, Meta) and part.description is not None]
+    if own:
+        return str(own[-1])
+    if get_origin(annotation) in (Annotated, Union, types.UnionType):
+        return next(filter(None, map(description_of, parts)), "")
+    return ""
+
+
+def _without_description(part: Any) -> Any:
+    """Return a Meta without its description, which stands beside the field."""
+    if not isinstance(part, Meta) or part.description is None:
+        return part
+    bounds = ("gt", "ge", "lt", "le", "multiple_of", "pattern", "min_length", "max_length")
+    return Meta(**{name: value for name in bounds if (value := getattr(part, name)) is not None})
 
 
 def not_null(schema: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 from jobd.api.command_stream import StreamedCommand, StreamedResponse, serve_command_stream
-from jobd.api.descriptions import WORKER_TITLE
 from jobd.api.events import EVENT_STREAM, EventsRequest, send_events
 from jobd.api.openapi import document_at, with_document
 from jobd.api.probes import PROBES
@@ -48,7 +47,16 @@ from jobd.model.responses import (
 _W: Final[Auth] = "worker"
 
 _ROUTES: Final = (
-    Route(method="POST", path="/v1/jobs", request=Create, response=JobView, auth=_W, key=True, status=201),
+    Route(
+        method="POST",
+        path="/v1/jobs",
+        request=Create,
+        response=JobView,
+        auth=_W,
+        key=True,
+        status=201,
+        other_statuses={200: "The same request created this job before."},
+    ),
     Route(method="POST", path="/v1/jobs/bulk", request=Bulk, response=JobList, auth=_W, key=True, status=201),
     Route(method="GET", path="/v1/jobs", request=ListJobs, response=JobPage, auth=_W),
     Route(method="GET", path="/v1/jobs/{id}", request=Get, response=JobView, auth=_W),
@@ -86,6 +94,7 @@ _ROUTES: Final = (
     ),
     *PROBES,
 )
-ROUTES: Final = with_document(WORKER_TITLE, _ROUTES)
+TITLE: Final = "jobd worker API"
+ROUTES: Final = with_document(TITLE, _ROUTES)
 # For operators to read at their own door.
-DOCUMENT: Final = document_at("/docs/worker.json", WORKER_TITLE, lambda: ROUTES)
+DOCUMENT: Final = document_at("/docs/worker.json", TITLE, lambda: ROUTES)

@@ -5,55 +5,26 @@ Pure. Only commands that came by an operator's door have an operator; what only 
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from jobd.core.changeset import Decision
 from jobd.model.commands import (
-    Adopt,
     AnyCommand,
     ApplyPlan,
     Call,
-    Cancel,
-    Delete,
-    ExtendLock,
-    ForceFail,
-    ForceReset,
     Import,
     JobCommand,
     Operator,
     Pause,
     RecordAction,
-    Recover,
-    ReleaseLock,
     Resume,
-    RunNow,
     TakeBack,
-    Transition,
-    Update,
     is_dry_run,
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import Change
 from jobd.model.responses import Response
 from jobd.model.storage import AuditEntry
-
-DEEDS: Final[dict[type, str]] = {
-    ForceFail: "force-fail",
-    ForceReset: "force-reset",
-    Transition: "transition",
-    ExtendLock: "extend-lock",
-    ReleaseLock: "release-lock",
-    RunNow: "run-now",
-    Update: "update",
-    Adopt: "adopt",
-    Cancel: "cancel",
-    Delete: "delete",
-    Pause: "pause",
-    Resume: "resume",
-    Import: "import",
-    Recover: "recover-stuck",
-    TakeBack: "take-back",
-}
 
 
 def entry(call: Call, decision: Decision, at: int) -> AuditEntry | None:
@@ -64,7 +35,7 @@ def entry(call: Call, decision: Decision, at: int) -> AuditEntry | None:
     if isinstance(command, RecordAction):
         told = {"job_id": command.job_id, "outcome": command.outcome, "details": command.details}
         return _row(call.operator, at, command.what, reason=command.reason, **told)
-    what = f"plan-{command.action}" if isinstance(command, ApplyPlan) else DEEDS.get(type(command))
+    what = f"plan-{command.action}" if isinstance(command, ApplyPlan) else command.audit_name
     if what is None or (isinstance(command, Import) and not decision.changes):
         return None  # it reads; or it is a line of an import that was skipped or refused, of which the report tells
     changes, queue = decision.changes, command.name if isinstance(command, Pause | Resume) else None

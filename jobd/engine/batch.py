@@ -22,6 +22,7 @@ from jobd.engine.waiting_claims import Parked
 from jobd.model.commands import (
     Call,
     Claim,
+    Command,
     Complete,
     Create,
     EndGrants,
@@ -103,7 +104,7 @@ class Decider:
         keys: Keys,
         parked: Parked,
         *,
-        refuse: Callable[[object], ApiError | None],
+        refuse: Callable[[Command], ApiError | None],
         loop_time: Callable[[], float],
     ) -> None:
         self.book = book

@@ -14,7 +14,7 @@ from typing import Any, Final
 import structlog
 
 from jobd.engine.clock import Clock
-from jobd.engine.mailbox import CREATES, ENDINGS, READS
+from jobd.model.commands import Command
 from jobd.model.errors import ApiError
 from jobd.model.storage import SPARE_BYTES, DiskFull, DiskSpace, Storage
 
@@ -68,13 +68,13 @@ class FullDisk:
         """The loop time of the next probe; None if no probe is needed."""
         return self.next_probe if self.closed or self._needs_reserve else None
 
-    def refuse(self, command: object) -> ApiError | None:
+    def refuse(self, command: Command) -> ApiError | None:
         """Return why `command` may not be written now; None if it may."""
-        if not self.closed or isinstance(command, READS):
+        if not self.closed or command.admission in ("read", "ping"):
             return None
-        if self.closed == Closed.CREATES and not isinstance(command, CREATES):
+        if self.closed == Closed.CREATES and command.admission != "create":
             return None
-        if self.closed == Closed.ALL_BUT_ENDINGS and isinstance(command, ENDINGS):
+        if self.closed == Closed.ALL_BUT_ENDINGS and command.admission == "ending":
             return None
         return self.refusal("nothing was changed. Free some space; jobd tries again every second.")
 

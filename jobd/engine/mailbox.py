@@ -8,86 +8,46 @@ from __future__ import annotations
 from typing import Any, Final, Protocol, get_args
 
 from jobd.model.commands import (
+    Admission,
     Adopt,
     AnyCommand,
-    ApplyEndings,
     ApplyPlan,
-    AuditLog,
     Bulk,
     Call,
-    Cancel,
     Claim,
     Command,
-    Complete,
     Create,
     Delete,
     DeleteExpired,
-    EndGrants,
-    Expire,
-    Export,
-    ExtendAfterPause,
-    Fail,
-    ForceFail,
-    Get,
-    GetVersion,
     IdempotencyKey,
     Import,
-    ImportCheck,
     JobCommand,
-    LateResults,
-    ListJobs,
-    Locks,
-    Ping,
-    Preview,
-    Queues,
-    Recover,
-    Release,
-    ReleaseLock,
     RepairJobs,
-    SearchJobs,
     Start,
-    Stats,
-    TakeBack,
-    Timeline,
-    Undelivered,
-    Validate,
-    Why,
-    Workers,
 )
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
-CREATES: Final = (Create, Bulk, Import, ImportCheck)  # the last is refused where the import would be
-READS: Final = (
-    Get, GetVersion, Timeline, Why, Validate, LateResults, ListJobs, SearchJobs, Queues, Workers, Stats, Locks, Export,
-    AuditLog, Preview, Ping,
-)  # fmt: skip
-# What may be decided before the rest of its batch. Not Ping: it says how long a command takes.
-_GO_FIRST: Final = frozenset(READS) - {Ping}
-# What may still be written on a full disk: it frees room, or it keeps the result of work that was done.
-ENDINGS: Final = (
-    Complete, Fail, Release, Cancel, ForceFail, ReleaseLock, Undelivered,
-    Recover, TakeBack, Expire, EndGrants, ExtendAfterPause, Delete, DeleteExpired,
-    ApplyEndings,
-)  # fmt: skip
+# How full the mailbox may be for a command to be accepted. Running work and operators come in last of all.
+_LIMITS: Final[dict[Admission, float]] = {
+    "create": 0.70,
+    "read": 0.85,
+    "grant": 0.85,
+    "ping": 1.0,
+    "change": 1.0,
+    "ending": 1.0,
+}
 ADOPT_WEIGHT: Final = 20  # its late results are read with all that they brought
 
 
-def _room(kind: type) -> float:
-    if kind in CREATES:
-        return 0.70
-    return 0.85 if kind in (Start, Claim, *READS) and kind is not Ping else 1.0
-
-
 # By type, once: every command asks for these on its way.
-_ROOM: Final[dict[type, float]] = {kind: _room(kind) for kind in get_args(AnyCommand)}
 _WEIGHTY: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, (Bulk, ApplyPlan, Claim, Adopt)))
 _ON_JOB: Final = frozenset(kind for kind in get_args(AnyCommand) if issubclass(kind, JobCommand | Import))
 
 
 def share(command: Command) -> float:
-    """How full the mailbox may be for `command` to come in: running work and operators come in last of all."""
-    return _ROOM[type(command)]
+    """Return how full the mailbox may be for `command` to be accepted."""
+    return _LIMITS[command.admission]
 
 
 def named_ids(command: Any) -> list[str]:
@@ -105,8 +65,11 @@ def named_ids(command: Any) -> list[str]:
 
 
 def may_go_first(asked: Envelope) -> bool:
-    """Whether it is a look, and nobody can tell that it did not wait for the others of its batch."""
-    return type(asked.call.command) in _GO_FIRST and not asked.in_line
+    """Return whether this is a read that may be decided before the rest of its batch.
+
+    A Ping may not: it measures how long a command takes.
+    """
+    return asked.call.command.admission == "read" and not asked.in_line
 
 
 def deleted_ids(command: Command) -> list[str]:

@@ -459,14 +459,18 @@ def _skipping_type(part: type[Any]) -> type[Struct]:
         inner = _item_struct(info.type)
         of: Any = Raw if inner is None else list[_skipping_type(inner)]  # type: ignore[misc]
         fields.append((info.name, of, msgspec.field(default=None, name=info.encode_name)))
-    payloads = frozenset(info.name for info in msgspec.structs.fields(part) if info.type is Raw)
+    payloads = frozenset(info.name for info in msgspec.structs.fields(part) if _bare(info.type) is Raw)
     return msgspec.defstruct("Unread", fields, namespace={"payloads": payloads})
+
+
+def _bare(annotation: Any) -> Any:
+    """Return `annotation` without Annotated."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _item_struct(annotation: Any) -> type[Struct] | None:
     """The struct of which this is a list."""
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
+    annotation = _bare(annotation)
     inner = get_args(annotation)[0] if get_origin(annotation) is list else None
     return inner if isinstance(inner, type) and issubclass(inner, Struct) else None
 

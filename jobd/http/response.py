@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from aiohttp import hdrs, web
 from aiohttp.abc import AbstractStreamWriter
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from jobd.http.auth import JSON
 from jobd.http.request import HttpRequest, RequestContext
@@ -50,12 +50,12 @@ class _SuccessBody(Struct, frozen=True, gc=False):
 
 
 class ErrorBody(Struct, frozen=True):
-    """The error object of every API."""
+    """An error."""
 
-    error: str
-    message: str
-    details: dict[str, Any]
-    success: bool = False
+    error: Annotated[str, Meta(description="The error code.")]
+    message: Annotated[str, Meta(description="A sentence for people.")]
+    details: Annotated[dict[str, Any], Meta(description="More about the error, for programs.")]
+    success: Annotated[bool, Meta(description="Whether the request succeeded.")] = False
 
 
 class LineError(ErrorBody, frozen=True, kw_only=True):

@@ -34,6 +34,9 @@ class Route(Struct, frozen=True, kw_only=True):
     `key` says whether an Idempotency-Key counts. `secret`: the answer holds secrets, so who may only look does not get
     it; `noted`: the audit log has who took it. Without `via` the command goes to the actor, without `shows` a refusal
     is the error object.
+
+    For the OpenAPI document: `summary` (default: the docstring of the request), `errors` besides those of the request,
+    and `other_statuses` of a success with their meaning.
     """
 
     method: str
@@ -49,6 +52,9 @@ class Route(Struct, frozen=True, kw_only=True):
     secret: bool = False
     audited: bool = False
     render_error: ErrorRenderer | None = None
+    summary: str = ""
+    errors: tuple[str, ...] = ()
+    other_statuses: dict[int, str] = {}
 
     @property
     def changes(self) -> bool:

@@ -1,11 +1,13 @@
-"""What may be asked, and every refusal code with its HTTP status.
+"""Commands: the typed bodies of both APIs and the internal requests to the actor.
 
-Commands are the typed bodies of both APIs. Nothing here decides: rules.py has one function per command.
+A command class declares everything about its command: the bounds and descriptions of its fields, its admission class,
+the name of its audit entries, and its error codes. The first paragraph of its docstring is the summary of the call in
+the OpenAPI document.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import Meta, Raw, Struct, field
 
@@ -15,19 +17,22 @@ from jobd.model.job import (
     Attempts,
     Backoff,
     DelayMs,
+    DownloadUrl,
     FailureCode,
+    FilePath,
     JobId,
     Kind,
-    Location,
     LockId,
     LockTtlMs,
     MaxProcessingMs,
+    MaxStalls,
     OnStall,
     Percent,
     Priority,
     QueueName,
     Stalls,
     Status,
+    StorageKey,
     StuckAfterMs,
     Text,
     UnixMs,
@@ -37,421 +42,685 @@ from jobd.model.job import (
 if TYPE_CHECKING:
     Json = Raw | None
 else:
-    Json = Raw  # to msgspec `Raw | None` means null and nothing else; what is missing is None all the same
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusals: a code with its status beside it.
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Commands of workers and creators.
+    Json = Raw  # msgspec reads `Raw | None` as null only; an omitted field is None all the same
 
 MAX_CLAIM: Final = 100
 MAX_NAMES: Final = 100  # queues or kinds of one claim
 MAX_WAIT_MS: Final = 60_000
 MAX_PAGE: Final = 200
-MAX_EVENTS: Final = 1_000  # of a job, where only the latest are asked for
-MAX_TEXT: Final = 200  # of a text that is looked for
-Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$(?!\n)")]
-MomentMs = Annotated[int, Meta(ge=0, le=LATEST_MS)]  # Unix ms, as bounds of a search: such as can be written as a date
+MAX_EVENTS: Final = 1_000  # of a timeline with a limit
+MAX_TEXT: Final = 200  # of a search text
 MAX_OPERATOR: Final = 64
-OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
 PRINTABLE: Final = r"^[ -~]*$(?!\n)"  # ASCII
-Cursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18}$(?!\n)")]
-WorkerCursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18} ", max_length=220)]  # when one spoke last, and its name
-RowCursor = Annotated[str, Meta(pattern=r"^[a-z_]{1,20}:[0-9]{1,18}$(?!\n)")]  # a table, and a row of it
-PlanCursor = Annotated[str, Meta(pattern=r"^[a-z]{1,20}\.[0-9]{1,18}$(?!\n)")]  # a status, and a job of it
-PageLimit = Annotated[int, Meta(ge=1, le=MAX_PAGE)]
+
+Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$(?!\n)")]
+MomentMs = Annotated[int, Meta(ge=0, le=LATEST_MS)]  # Unix ms; any time that can be written as a date
+OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
+Cursor = Annotated[
+    str, Meta(pattern=r"^[0-9]{1,18}$(?!\n)"), Meta(description="The `next_cursor` of the previous page.")
+]
+WorkerCursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18} ", max_length=220)]  # the last request of a worker, its name
+RowCursor = Annotated[str, Meta(pattern=r"^[a-z_]{1,20}:[0-9]{1,18}$(?!\n)")]  # a table and a row of it
+PlanCursor = Annotated[str, Meta(pattern=r"^[a-z]{1,20}\.[0-9]{1,18}$(?!\n)")]  # a status and a job of it
+PageLimit = Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Maximum number of entries on the page.")]
 BackupId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)")]
+Metadata = Annotated[Json, Meta(description="Any JSON about the result, stored as sent.")]
+Reason = Annotated[Text, Meta(description="Reason, for people. Shown in timelines and in the audit log.")]
+DryRun = Annotated[bool, Meta(description="Change nothing; return the would-be result or the error.")]
+NamedJobId = Annotated[JobId, Meta(description="Id of the job.")]
+ErrorMessage = Annotated[str, Meta(min_length=1, max_length=4096, description="What went wrong, for people.")]
+DueAt = Annotated[UnixMs, Meta(description="When the job is due, in Unix ms.")]
+GrantStuckAfterMs = Annotated[
+    StuckAfterMs,
+    Meta(
+        description="How long the job may be silent before it counts as stuck, once its lock has expired, in ms. "
+        "Default: the job's own."
+    ),
+]
+GrantMaxProcessingMs = Annotated[
+    MaxProcessingMs,
+    Meta(
+        description="Ceiling of this grant, in ms: the lock never outlives the latest progress report by more. 0: no "
+        "ceiling. Applies only if the job itself has none."
+    ),
+]
+
+# Filters of jobs.
+StatusFilter = Annotated[Status, Meta(description="Only jobs in this status.")]
+QueueFilter = Annotated[QueueName, Meta(description="Only jobs of this queue.")]
+KindFilter = Annotated[Kind, Meta(description="Only jobs of this kind.")]
+WorkerFilter = Annotated[Worker, Meta(description="Only jobs that this worker holds or was the last to hold.")]
+Since = Annotated[MomentMs, Meta(description="Only jobs created at this time or later, in Unix ms.")]
+Until = Annotated[MomentMs, Meta(description="Only jobs created before this time, in Unix ms.")]
+FinishedSince = Annotated[MomentMs, Meta(description="Only jobs finished at this time or later, in Unix ms.")]
+FinishedUntil = Annotated[MomentMs, Meta(description="Only jobs finished before this time, in Unix ms.")]
+SearchText = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=MAX_TEXT,
+        description="A text in the id, the payload or the error message. A to Z match regardless of case.",
+    ),
+]
+ErrorFilter = Annotated[
+    Fingerprint,
+    Meta(description="Fingerprint of an error, see `failures`. Selects failed jobs unless `status` is given."),
+]
+
+# How commands are admitted (engine/mailbox.py, engine/disk_full.py). `create` is rejected first when the mailbox fills
+# up, then `read` and `grant`. A full disk first rejects `create`, then everything but `ending`, `read` and `ping`.
+# `ending` frees space or keeps the result of work that was done.
+Admission = Literal["create", "read", "ping", "grant", "change", "ending"]
 
 
 class Command(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A request to the actor, as a typed value. Decoded straight from a body; unknown fields are refused."""
+    """A request to the actor, as a typed value. Decoded straight from a body; unknown fields are rejected."""
+
+    admission: ClassVar[Admission]  # of commands that reach the actor
+    audit_name: ClassVar[str | None] = None  # `what` of its audit entries; None: it has none
+    errors: ClassVar[tuple[str, ...]] = ()  # codes besides those that every call can return
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands of workers and of programs that create jobs.
 
 
 class Create(Command, frozen=True, kw_only=True):
-    id: JobId | None = None
+    """Create a job. The same request again returns the same job."""
+
+    admission = "create"
+    errors = ("job_exists", "job_quarantined", "too_many_jobs", "too_many_queues")
+
+    id: Annotated[JobId | None, Meta(description="Id of the job. Default: a new UUIDv7.")] = None
     queue: QueueName = "default"
     kind: Kind = ""
-    payload: Raw = Raw(b"null")
+    payload: Annotated[Raw, Meta(description="Any JSON. jobd does not interpret it.")] = Raw(b"null")
     priority: Priority = 0
     max_attempts: Attempts = 1
-    backoff: Backoff = Backoff()
-    max_stalls: Stalls | None = None
-    on_stall: OnStall | None = None
+    backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")] = Backoff()
+    max_stalls: MaxStalls | None = None
+    on_stall: Annotated[OnStall | None, Meta(description="What happens to the job when its worker goes silent.")] = None
     stuck_after_ms: StuckAfterMs | None = None
     max_processing_ms: MaxProcessingMs | None = None
-    run_at: UnixMs | None = None
-    delay_ms: DelayMs | None = None
-    expires_at: UnixMs | None = None
+    run_at: DueAt | None = None
+    delay_ms: Annotated[DelayMs | None, Meta(description="Time from now until the job is due, in ms.")] = None
+    expires_at: Annotated[
+        UnixMs | None, Meta(description="If the job is still queued at this time (Unix ms), it fails.")
+    ] = None
 
 
 class Bulk(Command, frozen=True, kw_only=True):
-    jobs: Annotated[list[Create], Meta(min_length=1)]
+    """Create many jobs, all or none, in the order given."""
+
+    admission = "create"
+    errors = Create.errors
+
+    jobs: Annotated[list[Create], Meta(min_length=1, description="The jobs to create.")]
 
 
 class JobCommand(Command, frozen=True, kw_only=True):
-    """A command on one job; over HTTP the path gives its id."""
+    """A command on one job. Over HTTP the path gives its id."""
 
-    id: JobId
+    id: NamedJobId
 
 
 class Get(JobCommand, frozen=True, kw_only=True):
-    pass
+    """Get one job."""
+
+    admission = "read"
 
 
 class Timeline(JobCommand, frozen=True, kw_only=True):
-    """Every event of the job, or with a `limit` the latest of them; oldest first."""
+    """List the events of a job, oldest first. With `limit`, only the latest ones."""
 
-    limit: Annotated[int, Meta(ge=1, le=MAX_EVENTS)] | None = None
+    admission = "read"
+
+    limit: Annotated[int, Meta(ge=1, le=MAX_EVENTS, description="Maximum number of events.")] | None = None
 
 
 class Why(JobCommand, frozen=True, kw_only=True):
-    pass
+    """Explain why a job is in its state and what happens next."""
+
+    admission = "read"
 
 
 class Validate(JobCommand, frozen=True, kw_only=True):
-    pass
+    """List what is wrong with the record of a job."""
+
+    admission = "read"
 
 
 class ListJobs(Command, frozen=True, kw_only=True):
-    """A page of jobs, newest first. `cursor` is the `next_cursor` of the page before.
+    """List jobs, newest first.
 
-    `worker` is that of the latest grant: it holds the job, or was the last to hold it.
+    A page may be short: `looked_to_at` then says how far it was read. The last page has no `next_cursor`. `worker`
+    matches the worker of the latest grant: it holds the job, or was the last to hold it.
     """
 
-    status: Status | None = None
-    queue: QueueName | None = None
-    kind: Kind | None = None
-    worker: Worker | None = None
-    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
+    admission = "read"
+
+    status: StatusFilter | None = None
+    queue: QueueFilter | None = None
+    kind: KindFilter | None = None
+    worker: WorkerFilter | None = None
+    limit: PageLimit = 50
     cursor: Cursor | None = None
 
 
 class SearchJobs(ListJobs, frozen=True, kw_only=True):
-    """A page of jobs with the filters of operators. `since` and `until` bound `created_at`: from, and before.
+    """List jobs, newest first, with the filters of operators.
 
-    `finished_since` and `finished_until` bound `finished_at` likewise: jobs that are not finished are left out. `q` is
-    found in the id, the payload as it came, or the error message; capitals of A to Z do not matter. `error` is the
-    fingerprint of the error; of failed jobs, where no status is asked for.
+    The search takes half a second at most, so a page may be short: `looked_to_at` then says how far it was read. The
+    last page has no `next_cursor`. `finished_since` and `finished_until` leave out jobs that are not finished.
     """
 
-    since: MomentMs | None = None
-    until: MomentMs | None = None
-    finished_since: MomentMs | None = None
-    finished_until: MomentMs | None = None
-    q: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)] | None = None
-    error: Fingerprint | None = None
+    since: Since | None = None
+    until: Until | None = None
+    finished_since: FinishedSince | None = None
+    finished_until: FinishedUntil | None = None
+    q: SearchText | None = None
+    error: ErrorFilter | None = None
 
 
 class About(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, kw_only=True, gc=False):
     """A worker's description of itself. It is only shown. The bounds keep it below 1 KiB."""
 
-    instance: Annotated[str, Meta(pattern=PRINTABLE, max_length=200)] | None = None
-    host: Annotated[str, Meta(pattern=PRINTABLE, max_length=253)] | None = None
-    pid: Annotated[int, Meta(ge=1, le=2**32 - 1)] | None = None
-    version: Annotated[str, Meta(pattern=PRINTABLE, max_length=100)] | None = None
-    concurrency: Annotated[int, Meta(ge=1, le=100_000)] | None = None
+    instance: (
+        Annotated[
+            str,
+            Meta(
+                pattern=PRINTABLE, max_length=200, description="Distinguishes the worker from others of the same name."
+            ),
+        ]
+        | None
+    ) = None
+    host: Annotated[str, Meta(pattern=PRINTABLE, max_length=253, description="The machine of the worker.")] | None = (
+        None
+    )
+    pid: Annotated[int, Meta(ge=1, le=2**32 - 1, description="The process id of the worker.")] | None = None
+    version: (
+        Annotated[str, Meta(pattern=PRINTABLE, max_length=100, description="The version of the worker.")] | None
+    ) = None
+    concurrency: Annotated[int, Meta(ge=1, le=100_000, description="How many jobs the worker runs at once.")] | None = (
+        None
+    )
 
 
 class Start(JobCommand, frozen=True, kw_only=True):
+    """Take this job. It must be queued and due, and its queue must not be paused."""
+
+    admission = "grant"
+    errors = ("already_locked", "not_due", "queue_paused", "invalid_transition")
+
     worker: Worker
     lock_ttl_ms: LockTtlMs | None = None
-    stuck_after_ms: StuckAfterMs | None = None
-    max_processing_ms: MaxProcessingMs | None = None
-    about: About | None = None
+    stuck_after_ms: GrantStuckAfterMs | None = None
+    max_processing_ms: GrantMaxProcessingMs | None = None
+    about: Annotated[About | None, Meta(description="The worker's description of itself. It is only shown.")] = None
 
 
 class Claim(Command, frozen=True, kw_only=True):
+    """Take the first due jobs, ordered by priority, due time and creation. Wait up to `wait_ms` if there are none."""
+
+    admission = "grant"
+
     worker: Worker
-    queues: Annotated[list[QueueName], Meta(min_length=1, max_length=MAX_NAMES)] = field(
-        default_factory=lambda: ["default"]
-    )
-    kinds: Annotated[list[Kind], Meta(min_length=1, max_length=MAX_NAMES)] | None = None
-    limit: Annotated[int, Meta(ge=1, le=MAX_CLAIM)] = 1
-    wait_ms: Annotated[int, Meta(ge=0, le=MAX_WAIT_MS)] = 0
+    queues: Annotated[
+        list[QueueName], Meta(min_length=1, max_length=MAX_NAMES, description="Only jobs of these queues.")
+    ] = field(default_factory=lambda: ["default"])
+    kinds: (
+        Annotated[
+            list[Kind],
+            Meta(min_length=1, max_length=MAX_NAMES, description="Only jobs of these kinds. Default: all kinds."),
+        ]
+        | None
+    ) = None
+    limit: Annotated[int, Meta(ge=1, le=MAX_CLAIM, description="Maximum number of jobs.")] = 1
+    wait_ms: Annotated[int, Meta(ge=0, le=MAX_WAIT_MS, description="How long to wait for a job, in ms.")] = 0
     lock_ttl_ms: LockTtlMs | None = None
-    stuck_after_ms: StuckAfterMs | None = None
-    max_processing_ms: MaxProcessingMs | None = None
-    about: About | None = None
+    stuck_after_ms: GrantStuckAfterMs | None = None
+    max_processing_ms: GrantMaxProcessingMs | None = None
+    about: Annotated[About | None, Meta(description="The worker's description of itself. It is only shown.")] = None
 
 
 class Progress(JobCommand, frozen=True, kw_only=True):
+    """Report progress. Renews the lock."""
+
+    admission = "change"
+    errors = ("lock_lost", "invalid_transition", "max_processing_time_exceeded")
+
     lock_id: LockId
     progress: Percent
-    message: Text | None = None
+    message: Annotated[
+        Text | None, Meta(description="Message for people. A report without a message clears the previous one.")
+    ] = None
 
 
 class Extend(JobCommand, frozen=True, kw_only=True):
+    """Keep the lock for at least this long from now. Never shortens it."""
+
+    admission = "change"
+    errors = Progress.errors
+
     lock_id: LockId
     additional_ms: AdditionalMs | None = None
 
 
 class Complete(JobCommand, frozen=True, kw_only=True):
+    """Complete the job."""
+
+    admission = "ending"
+    errors = ("lock_lost", "invalid_transition")
+
     lock_id: LockId
-    download_url: Location | None = None
-    file_path: Location | None = None
-    storage_key: Location | None = None
-    metadata: Json = None
-    expires_at: UnixMs | None = None
+    download_url: DownloadUrl | None = None
+    file_path: FilePath | None = None
+    storage_key: StorageKey | None = None
+    metadata: Metadata = None
+    expires_at: Annotated[UnixMs | None, Meta(description="When the finished job is deleted, in Unix ms.")] = None
 
 
 class Fail(JobCommand, frozen=True, kw_only=True):
+    """End the attempt as failed. The job returns to its queue if attempts are left, unless `retry` is false."""
+
+    admission = "ending"
+    errors = Complete.errors
+
     lock_id: LockId
-    error_message: Annotated[str, Meta(min_length=1, max_length=4096)]
+    error_message: ErrorMessage
     error_code: FailureCode | None = None
-    retry: bool = True
-    retry_after_ms: DelayMs | None = None
+    retry: Annotated[bool, Meta(description="Whether the job may be tried again.")] = True
+    retry_after_ms: Annotated[
+        DelayMs | None, Meta(description="Time until the next attempt, in ms, instead of the backoff.")
+    ] = None
 
 
 class Release(JobCommand, frozen=True, kw_only=True):
+    """Put the job back into its queue. The attempt does not count."""
+
+    admission = "ending"
+    errors = Complete.errors
+
     lock_id: LockId
-    delay_ms: DelayMs | None = None
+    delay_ms: Annotated[
+        DelayMs | None,
+        Meta(
+            description="Time from now until the job is due, in ms. Without it, the job is delayed only from the 5th "
+            "release in a row without progress."
+        ),
+    ] = None
 
 
 class Cancel(JobCommand, frozen=True, kw_only=True):
-    reason: Text | None = None
+    """Cancel a queued or processing job. The holder learns of it with its next call."""
+
+    admission = "ending"
+    audit_name = "cancel"
+    errors = ("invalid_transition",)
+
+    reason: Reason | None = None
 
 
 class Queues(Command, frozen=True, kw_only=True):
-    """A page of the queues that have jobs or are paused, by name. `paused` selects paused or unpaused queues.
+    """List the queues that have jobs or are paused: counts, oldest due job and pause. A page has up to 200 queues.
 
-    `busiest`: not by name, but those with the most jobs that wait or are worked on; no page comes after it.
+    Pages are ordered by name. With `busiest` there is one page, of the queues with the most queued and processing jobs.
     """
 
+    admission = "read"
+
     limit: PageLimit = MAX_PAGE
-    cursor: QueueName | None = None
-    paused: bool | None = None
-    busiest: bool = False
+    cursor: Annotated[QueueName | None, Meta(description="The `next_cursor` of the previous page.")] = None
+    paused: Annotated[bool | None, Meta(description="Only paused, or only unpaused queues.")] = None
+    busiest: Annotated[
+        bool,
+        Meta(
+            description="Order by the number of queued and processing jobs instead of by name. There is no next page."
+        ),
+    ] = False
 
 
 WorkerState = Literal["busy", "idle", "silent", "gone"]
 
 
 class Workers(Command, frozen=True, kw_only=True):
-    """A page of workers, most recently seen first: those in `state`, or all that are not gone."""
+    """List workers, most recently seen first: state, latest claim and jobs held. Gone ones only with `state=gone`."""
+
+    admission = "read"
 
     limit: PageLimit = MAX_PAGE
-    cursor: WorkerCursor | None = None
-    state: WorkerState | None = None
+    cursor: Annotated[WorkerCursor | None, Meta(description="The `next_cursor` of the previous page.")] = None
+    state: Annotated[
+        WorkerState | None,
+        Meta(
+            description="Only workers in this state: `busy`, `idle`, `silent` (it holds a job whose lock has expired) "
+            "or `gone`. Default: all that are not gone."
+        ),
+    ] = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands of operators. `jobId` and its like are the names that existing dashboards send.
+# Commands of operators. `jobId` and similar names are those that existing dashboards send.
 
 
 class NamedJobCommand(JobCommand, frozen=True, kw_only=True):
     """A command whose body names the job as `jobId`."""
 
-    id: JobId = field(name="jobId")
+    id: NamedJobId = field(name="jobId")
 
 
-NO_REASON: Final = "Failed by an operator."  # what a forced failure says where nobody said why
+NO_REASON: Final = "Failed by an operator."  # error message of a force-fail without a reason
 
 
 class ForceFail(NamedJobCommand, frozen=True, kw_only=True):
-    reason: Text | None = None
+    """Fail a queued or processing job. Its grant ends at once."""
+
+    admission = "ending"
+    audit_name = "force-fail"
+    errors = ("invalid_transition",)
+
+    reason: Reason | None = None
 
 
 class ForceReset(NamedJobCommand, frozen=True, kw_only=True):
-    reason: Text | None = None
+    """Put a processing, failed or cancelled job back into its queue, as if new."""
+
+    admission = "change"
+    audit_name = "force-reset"
+    errors = ("invalid_transition",)
+
+    reason: Reason | None = None
 
 
 class Updates(Struct, frozen=True, forbid_unknown_fields=True):
-    """What a transition may set beside the status."""
+    """Fields that a transition sets besides the status. Fields that are not given stay unchanged."""
 
-    error_message: Annotated[str, Meta(min_length=1, max_length=4096)] | None = None
+    error_message: ErrorMessage | None = None
     priority: Priority | None = None
-    run_at: UnixMs | None = None
+    run_at: DueAt | None = None
     max_attempts: Attempts | None = None
-    download_url: Location | None = None
-    file_path: Location | None = None
-    storage_key: Location | None = None
-    metadata: Json = None
+    download_url: DownloadUrl | None = None
+    file_path: FilePath | None = None
+    storage_key: StorageKey | None = None
+    metadata: Metadata = None
 
 
 class Transition(NamedJobCommand, frozen=True, kw_only=True):
-    from_: Status = field(name="from")
-    to: Status
-    updates: Updates = Updates()
-    reason: Text | None = None
-    dry_run: bool = False
+    """Change the status of a job if it still is `from`. Never into `processing`."""
+
+    admission = "change"
+    audit_name = "transition"
+    errors = ("invalid_transition",)
+
+    from_: Annotated[Status, Meta(description="The expected status of the job.")] = field(name="from")
+    to: Annotated[Status, Meta(description="The new status.")]
+    updates: Annotated[
+        Updates, Meta(description="Fields that are set with the status. Fields that are not given stay unchanged.")
+    ] = Updates()
+    reason: Reason | None = None
+    dry_run: DryRun = False
 
 
 class ExtendLock(NamedJobCommand, frozen=True, kw_only=True):
+    """Extend a lock in place of its holder."""
+
+    admission = "change"
+    audit_name = "extend-lock"
+    errors = ("lock_lost", "invalid_transition", "max_processing_time_exceeded")
+
     lock_id: LockId = field(name="lockId")
     additional_ms: AdditionalMs | None = field(name="additionalTime", default=None)
-    reason: Text | None = None
+    reason: Reason | None = None
 
 
 class ReleaseLock(NamedJobCommand, frozen=True, kw_only=True):
+    """Put a job back into its queue in place of its holder."""
+
+    admission = "ending"
+    audit_name = "release-lock"
+    errors = ("lock_lost", "invalid_transition")
+
     lock_id: LockId = field(name="lockId")
-    reason: Text | None = None
+    reason: Reason | None = None
 
 
 class RunNow(JobCommand, frozen=True, kw_only=True):
-    reason: Text | None = None
-    dry_run: bool = False
+    """Make a queued job due now."""
+
+    admission = "change"
+    audit_name = "run-now"
+    errors = ("invalid_transition",)
+
+    reason: Reason | None = None
+    dry_run: DryRun = False
 
 
 class Update(JobCommand, frozen=True, kw_only=True):
+    """Change priority, due time or attempts of a job that is not completed."""
+
+    admission = "change"
+    audit_name = "update"
+    errors = ("invalid_transition",)
+
     priority: Priority | None = None
-    run_at: UnixMs | None = None
+    run_at: DueAt | None = None
     max_attempts: Attempts | None = None
-    reason: Text | None = None
-    dry_run: bool = False
+    reason: Reason | None = None
+    dry_run: DryRun = False
 
 
 class GetVersion(JobCommand, frozen=True, kw_only=True):
-    """The job, with what it is known again by (plan_rules.version): for who is about to decide what is done to it."""
+    """Get one job with its version, which a later action can require (plan_rules.version)."""
+
+    admission = "read"
 
 
 class LateResults(JobCommand, frozen=True, kw_only=True):
-    """What completes brought whose grants had ended."""
+    """List the results that workers of this job submitted after losing their lock, oldest grant first."""
+
+    admission = "read"
 
 
 class Adopt(JobCommand, frozen=True, kw_only=True):
-    """Take a late result as the job's own: the one with this `seq`, or that of the latest grant."""
+    """Complete a queued, failed or cancelled job with one of its late results."""
 
-    result: Annotated[int, Meta(ge=1)] | None = None
-    reason: Text | None = None
-    dry_run: bool = False
+    admission = "change"
+    audit_name = "adopt"
+    errors = ("invalid_transition", "late_result_not_found")
+
+    result: (
+        Annotated[int, Meta(ge=1, description="The `seq` of the late result. Default: that of the latest grant.")]
+        | None
+    ) = None
+    reason: Reason | None = None
+    dry_run: DryRun = False
 
 
 class Delete(JobCommand, frozen=True, kw_only=True):
-    reason: Text | None = None
+    """Delete a finished job and its history."""
+
+    admission = "ending"
+    audit_name = "delete"
+    errors = ("invalid_transition",)
+
+    reason: Reason | None = None
 
 
 class Pause(Command, frozen=True, kw_only=True):
-    """Grant no job of a queue. The daemon resumes it at the wall time `until` (Unix ms)."""
+    """Grant no job of a queue until an operator resumes it, or until `until`."""
+
+    admission = "change"
+    audit_name = "pause"
 
     name: QueueName
-    reason: Text | None = None
-    until: UnixMs | None = None
+    reason: Reason | None = None
+    until: Annotated[UnixMs | None, Meta(description="When the daemon resumes the queue, in Unix ms.")] = None
 
 
 class Resume(Command, frozen=True, kw_only=True):
+    """Grant the jobs of a queue again."""
+
+    admission = "change"
+    audit_name = "resume"
+
     name: QueueName
-    reason: Text | None = None
+    reason: Reason | None = None
 
 
 class TakeBack(Command, frozen=True, kw_only=True):
-    """End the expired grants of a silent worker by their stall rule. `dry_run` only lists them."""
+    """End the expired grants of a silent worker by their stall rule, now.
+
+    Live locks do not change. `dry_run` only lists the grants.
+    """
+
+    admission = "ending"
+    audit_name = "take-back"
+    errors = ("worker_not_found", "worker_not_silent")
 
     name: Worker
-    reason: Text | None = None
-    dry_run: bool = False
+    reason: Reason | None = None
+    dry_run: DryRun = False
 
 
 class Import(Command, frozen=True, kw_only=True):
-    """A job of any status, with its own times, moved in from elsewhere. Missing times become the time of import."""
+    """Import jobs from a stream of JSON lines, one job per line.
 
-    id: JobId
+    Each line is created, skipped (its id exists) or rejected by itself. Missing times become the time of the import. A
+    job that was processing is ended by its stall rule.
+    """
+
+    admission = "create"
+    audit_name: ClassVar[str | None] = "import"
+    errors: ClassVar[tuple[str, ...]] = ("too_many_jobs", "too_many_queues")
+
+    id: NamedJobId
     queue: QueueName = "default"
     kind: Kind = ""
-    payload: Raw = Raw(b"null")
+    payload: Annotated[Raw, Meta(description="Any JSON. jobd does not interpret it.")] = Raw(b"null")
     priority: Priority = 0
-    status: Status = "queued"
+    status: Annotated[Status, Meta(description="Status of the job.")] = "queued"
     progress: Percent | None = None
-    progress_message: Text | None = None
-    attempt: Annotated[int, Meta(ge=0, le=1000)] = 0
+    progress_message: Annotated[Text | None, Meta(description="The latest message of the worker.")] = None
+    attempt: Annotated[int, Meta(ge=0, le=1000, description="Attempts used.")] = 0
     max_attempts: Attempts = 1
-    backoff: Backoff = Backoff()
-    stalls: Stalls = 0
-    max_stalls: Stalls | None = None
-    on_stall: OnStall | None = None
+    backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")] = Backoff()
+    stalls: Annotated[Stalls, Meta(description="How often the worker of the job went silent.")] = 0
+    max_stalls: MaxStalls | None = None
+    on_stall: Annotated[OnStall | None, Meta(description="What happens to the job when its worker goes silent.")] = None
     stuck_after_ms: StuckAfterMs | None = None
     max_processing_ms: MaxProcessingMs | None = None
-    created_at: UnixMs | None = None
-    updated_at: UnixMs | None = None
-    run_at: UnixMs | None = None
-    started_at: UnixMs | None = None
-    finished_at: UnixMs | None = None
-    expires_at: UnixMs | None = None
+    created_at: Annotated[UnixMs | None, Meta(description="When the job was created, in Unix ms.")] = None
+    updated_at: Annotated[UnixMs | None, Meta(description="When the job last changed, in Unix ms.")] = None
+    run_at: DueAt | None = None
+    started_at: Annotated[UnixMs | None, Meta(description="When the job was last granted, in Unix ms.")] = None
+    finished_at: Annotated[UnixMs | None, Meta(description="When the job was finished, in Unix ms.")] = None
+    expires_at: Annotated[
+        UnixMs | None,
+        Meta(description="When a finished job is deleted, or a job that is still queued fails, in Unix ms."),
+    ] = None
     worker: Worker | None = None
-    download_url: Location | None = None
-    file_path: Location | None = None
-    storage_key: Location | None = None
-    metadata: Json = None
-    error_message: Text | None = None
+    download_url: DownloadUrl | None = None
+    file_path: FilePath | None = None
+    storage_key: StorageKey | None = None
+    metadata: Metadata = None
+    error_message: Annotated[Text | None, Meta(description="What went wrong, for people.")] = None
     error_code: FailureCode | None = None
 
 
 class ImportCheck(Import, frozen=True, kw_only=True):
-    """What an import of this line would do. Nothing is done."""
+    """Show what an import of these lines would do, line by line. Changes nothing."""
+
+    audit_name = None
+    errors = ()
 
 
 class Export(Command, frozen=True, kw_only=True):
-    """A page of jobs, oldest first, as an import takes them. `cursor` is the `next_cursor` of the page before."""
+    """List jobs, oldest first, in the form that an import takes."""
 
-    status: Status | None = None
-    queue: QueueName | None = None
-    kind: Kind | None = None
-    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = MAX_PAGE
+    admission = "read"
+
+    status: StatusFilter | None = None
+    queue: QueueFilter | None = None
+    kind: KindFilter | None = None
+    limit: PageLimit = MAX_PAGE
     cursor: Cursor | None = None
 
 
 class AuditLog(Command, frozen=True, kw_only=True):
-    """A page of what operators did, newest first. `cursor` is the `next_cursor` of the page before."""
+    """List the changes and rejected requests of operators, newest first.
 
-    who: OperatorName | None = None
-    what: Annotated[str, Meta(min_length=1, max_length=40)] | None = None
-    job_id: JobId | None = None
-    since: MomentMs | None = None
-    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE)] = 50
+    A page may be short. The last page has no `next_cursor`.
+    """
+
+    admission = "read"
+
+    who: Annotated[OperatorName | None, Meta(description="Only entries of this operator.")] = None
+    what: (
+        Annotated[str, Meta(min_length=1, max_length=40, description="Only entries of this action, as `force-fail`.")]
+        | None
+    ) = None
+    job_id: Annotated[JobId | None, Meta(description="Only entries about this job.")] = None
+    since: Annotated[MomentMs | None, Meta(description="Only entries from this time on, in Unix ms.")] = None
+    limit: PageLimit = 50
     cursor: Cursor | None = None
 
 
 PlanAction = Literal["retry", "force-reset", "cancel", "force-fail", "delete", "recover-stuck", "cleanup"]
-MAINTENANCE_ACTIONS: Final = frozenset({"recover-stuck", "cleanup"})  # what time does anyhow, to jobs that it names
+MAINTENANCE_ACTIONS: Final = frozenset({"recover-stuck", "cleanup"})  # what cleanup runs do anyway
 MAX_PLAN: Final = 10_000  # jobs of one plan
-MAX_PLANNING_S: Final = 10.0  # for so long at most one plan looks for them; the next one goes on from there
+MAX_PLANNING_S: Final = 10.0  # a plan that reads for longer ends; the next one continues from there
 
 
 class PlanFilter(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which jobs: the filters of the list of jobs."""
+    """Selects jobs, with the filters of the job list."""
 
-    status: Status | None = None
-    queue: QueueName | None = None
-    kind: Kind | None = None
-    worker: Worker | None = None
-    since: MomentMs | None = None
-    until: MomentMs | None = None
-    finished_since: MomentMs | None = None
-    finished_until: MomentMs | None = None
-    q: Annotated[str, Meta(min_length=1, max_length=MAX_TEXT)] | None = None
-    error: Fingerprint | None = None
+    status: StatusFilter | None = None
+    queue: QueueFilter | None = None
+    kind: KindFilter | None = None
+    worker: WorkerFilter | None = None
+    since: Since | None = None
+    until: Until | None = None
+    finished_since: FinishedSince | None = None
+    finished_until: FinishedUntil | None = None
+    q: SearchText | None = None
+    error: ErrorFilter | None = None
 
 
 class MakePlan(Command, frozen=True, kw_only=True):
-    """What `action` would do to the jobs that `filter` finds, or to those named. Nothing is done yet.
+    """Plan an action on the jobs that match a filter, on the given jobs, or on those that are due. Changes nothing yet.
 
-    `cursor` is the `next_cursor` of a plan with the same action and filter: this one has what comes after it. An action
-    of MAINTENANCE_ACTIONS takes none of the three: the daemon itself says which jobs.
+    `cursor` is the `next_cursor` of a plan with the same action and filter: this plan continues after it. The actions
+    `recover-stuck` and `cleanup` take neither `filter` nor `ids` nor `cursor`: the daemon selects the jobs.
     """
 
-    action: PlanAction
-    filter: PlanFilter | None = None
-    cursor: PlanCursor | None = None
-    ids: Annotated[list[JobId], Meta(min_length=1, max_length=MAX_PLAN)] | None = None
-    reason: Text | None = None
+    action: Annotated[PlanAction, Meta(description="What to do to each job.")]
+    filter: Annotated[PlanFilter | None, Meta(description="Which jobs, by the filters of the job list.")] = None
+    cursor: Annotated[PlanCursor | None, Meta(description="The `next_cursor` of the previous plan.")] = None
+    ids: (
+        Annotated[list[JobId], Meta(min_length=1, max_length=MAX_PLAN, description="Which jobs, by their ids.")] | None
+    ) = None
+    reason: Reason | None = None
 
 
 class PlanCommand(Command, frozen=True, kw_only=True):
-    """A call about a plan; the path gives its id."""
+    """A call about a plan. The path gives its id."""
 
-    plan_id: JobId
+    errors = ("plan_not_found",)
+
+    plan_id: Annotated[JobId, Meta(description="Id of the plan.")]
 
 
 class ExpectedVersion(Struct, frozen=True, gc=False):
-    """A job of a plan, with what it was when the plan was made (plan_rules.version)."""
+    """A job of a plan, with its version when the plan was made (plan_rules.version)."""
 
     id: str
     version: str
 
 
 class ApplyPlan(Command, frozen=True, kw_only=True):
-    """Do `action` to each of `jobs` that is still what the plan saw. A slice of a plan, judged job by job."""
+    """Apply `action` to those of `jobs` that have not changed since the plan was made. A slice of a plan."""
+
+    admission: ClassVar[Admission] = "change"
 
     action: PlanAction
     jobs: list[ExpectedVersion]
@@ -459,23 +728,31 @@ class ApplyPlan(Command, frozen=True, kw_only=True):
 
 
 class ApplyEndings(ApplyPlan, frozen=True, kw_only=True):
-    """The same for actions that end or delete jobs: on a full disk they make room."""
+    """The same for actions that end or delete jobs: on a full disk they free space."""
+
+    admission = "ending"
 
 
 class Preview(Command, frozen=True, kw_only=True):
-    """What recovery and expiry would do now, up to `limit` of each. Changes nothing."""
+    """Return what recovery and expiry would do now, up to `limit` jobs of each. Changes nothing."""
+
+    admission = "read"
 
     limit: int
 
 
 class Stats(Command, frozen=True, kw_only=True):
-    pass
+    """Count jobs and locks, and show the oldest processing job. `averageProcessingTime` and `age` are in seconds."""
+
+    admission = "read"
 
 
 class Locks(Command, frozen=True, kw_only=True):
-    """The current grants, the oldest first: all of them, or a page."""
+    """List the current grants, oldest first: all of them, or a page."""
 
-    limit: PageLimit | None = None
+    admission = "read"
+
+    limit: Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Maximum number of grants. Default: all.")] | None = None
     cursor: Cursor | None = None
 
 
@@ -488,21 +765,25 @@ def is_dry_run(command: Any) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Commands of the daemon's own parts: time, doors, probes.
+# Commands of the daemon itself.
 
 
 class Undelivered(JobCommand, frozen=True, kw_only=True):
     """The connection closed before the first byte of the grant was written: the job goes back at once."""
 
+    admission = "ending"
+
     lock_id: LockId
 
 
 class ExtendAfterPause(Command, frozen=True, kw_only=True):
-    """The daemon was away: for those of `ids` that are processing, nothing ends in the next `grace_ms`.
+    """The daemon was not running: no deadline of the processing jobs in `ids` passes in the next `grace_ms`.
 
-    `since` is the lease time of the start (None: now): a lock that was live then is not lost while this waits for a
-    slow disk.
+    `since` is the lease time of the start (None: now). A lock that was live then is not lost while this command waits
+    for a slow disk.
     """
+
+    admission = "ending"
 
     ids: list[str]
     grace_ms: int
@@ -510,20 +791,25 @@ class ExtendAfterPause(Command, frozen=True, kw_only=True):
 
 
 class EndGrants(Command, frozen=True, kw_only=True):
-    """A backup was put back: end the grants of those of `ids` that are processing by their stall rule.
+    """A backup was restored: end the grants of the processing jobs in `ids` by their stall rule.
 
-    With the `last` of them the store's mark as a backup goes, in the same transaction.
+    With `last`, the mark of the store as a restored backup is removed in the same transaction.
     """
+
+    admission = "ending"
 
     ids: list[str]
     last: bool
 
 
 class Recover(Command, frozen=True, kw_only=True):
-    """Recover up to `limit` stuck jobs and clear up to `limit` expired locks. Judged when it is applied.
+    """Recover up to `limit` stuck jobs and clear up to `limit` expired locks, judged when the command is applied.
 
-    `reason` is an operator's, for the audit log: in the timelines stands what was wrong with each job.
+    `reason` is that of an operator, for the audit log. The timelines say why each job was recovered.
     """
+
+    admission = "ending"
+    audit_name = "recover-stuck"
 
     limit: int
     reason: str | None = None
@@ -532,11 +818,15 @@ class Recover(Command, frozen=True, kw_only=True):
 class Expire(Command, frozen=True, kw_only=True):
     """Fail up to `limit` queued jobs whose `expires_at` has passed."""
 
+    admission = "ending"
+
     limit: int
 
 
 class DeleteExpired(Command, frozen=True, kw_only=True):
     """Delete those of `ids` that are finished and expired when the command is applied."""
+
+    admission = "ending"
 
     ids: list[str]
 
@@ -544,14 +834,18 @@ class DeleteExpired(Command, frozen=True, kw_only=True):
 class RepairJobs(Command, frozen=True, kw_only=True):
     """Validate the jobs `ids` and apply the safe fixes."""
 
+    admission = "change"
+
     ids: list[str]
 
 
 class RecordAction(Command, frozen=True, kw_only=True):
-    """An operator did something that is no command on jobs: `what` goes into the audit log, and changes nothing.
+    """Record an operator action that is not a job command: `what` goes into the audit log. Changes nothing else.
 
-    `outcome` is the code of a refusal, where it was refused; `job_id` the job that was looked at.
+    `outcome` is "done" or an error code; `job_id` is the job that was read.
     """
+
+    admission = "change"
 
     what: str
     details: dict[str, Any] | None = None
@@ -563,23 +857,31 @@ class RecordAction(Command, frozen=True, kw_only=True):
 class EndPauses(Command, frozen=True, kw_only=True):
     """Resume the queues whose pause is over."""
 
+    admission = "change"
+
 
 class Tick(Command, frozen=True, kw_only=True):
-    """Persist lease time; changes no job."""
+    """Persist the lease time. Changes no job."""
+
+    admission = "change"
 
 
 class Ping(Command, frozen=True, kw_only=True):
-    """A round trip through the mailbox; changes nothing."""
+    """Pass through the mailbox and change nothing."""
+
+    admission = "ping"
 
 
 class Report(Command, frozen=True, kw_only=True):
-    """Keep the report of a cleanup pass (JSON text)."""
+    """Store the report of a cleanup run (JSON text)."""
+
+    admission = "change"
 
     body: bytes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A command on its way into a decision.
+# A command with its context.
 
 
 class IdempotencyKey(Struct, frozen=True):
@@ -590,9 +892,9 @@ class IdempotencyKey(Struct, frozen=True):
 
 
 class Operator(Struct, frozen=True):
-    """Who of the operators asks: the name that they gave ("" for none), and where their request came from.
+    """An operator: the name given with the request ("" for none), and the address that it came from.
 
-    `part_of` names a deed of many commands (an import, a plan): the audit log has one row for all of it.
+    `part_of` names an action of many commands (an import, a plan), which has one audit entry.
     """
 
     name: str
@@ -605,16 +907,16 @@ class Operator(Struct, frozen=True):
 
     @property
     def by(self) -> str:
-        """As events say it."""
+        """The operator in the form of `Event.by`."""
         return f"admin:{self.name}" if self.name else "admin"
 
 
 class Moment(Struct, frozen=True):
-    """The time at which a batch is decided: wall time and lease time in ms, and what turns one into the other."""
+    """The time at which a batch is decided: wall time, lease time and their difference, in ms."""
 
     now: int
     lease: int
-    offset: int  # wall minus lease, steady between steps of the wall clock, so that shown times do not flicker
+    offset: int  # wall time minus lease time; constant between steps of the wall clock, so shown times do not flicker
     trusted: int | None = None  # the expected wall time while the clock is suspect, else None
 
     @property
@@ -628,7 +930,7 @@ class Moment(Struct, frozen=True):
         return self.now if self.trusted is None else self.trusted
 
     def wall(self, lease_ms: int) -> int:
-        """The wall time at which lease time will be `lease_ms`."""
+        """Return the wall time at which lease time will be `lease_ms`."""
         return lease_ms + self.offset
 
 
@@ -690,7 +992,7 @@ AnyCommand = (
 
 
 class Call(Struct, frozen=True):
-    """A command with who asked and the randomness it may use. `admin` callers see lock ids.
+    """A command with its caller and the randomness that it may use. `admin` callers see lock ids.
 
     `operator` is set if the command came in through an operators' listener. `expected` is the version
     (plan_rules.version) of the job that the caller has seen: if the job has changed since, nothing is done.

@@ -1,4 +1,4 @@
-"""Error codes with their HTTP status, and the error as a value and as an exception."""
+"""Error codes with their HTTP status and meaning, and the error as a value and as an exception."""
 
 from __future__ import annotations
 
@@ -6,44 +6,65 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-ERROR_STATUS: Final[dict[str, int]] = {
-    "invalid_request": 400,
-    "unauthorized": 401,
-    "forbidden": 403,
-    "not_found": 404,
-    "job_not_found": 404,
-    "late_result_not_found": 404,
-    "worker_not_found": 404,
-    "plan_not_found": 404,
-    "method_not_allowed": 405,
-    "request_timeout": 408,
-    "job_exists": 409,
-    "already_locked": 409,
-    "not_due": 409,
-    "queue_paused": 409,
-    "invalid_transition": 409,
-    "lock_lost": 409,
-    "max_processing_time_exceeded": 409,
-    "job_quarantined": 409,
-    "worker_not_silent": 409,
-    "events_gone": 410,
-    "too_large": 413,
-    "unsupported_media_type": 415,
-    "expectation_failed": 417,
-    "idempotency_key_reused": 422,
-    "internal_error": 500,
-    "overloaded": 503,
-    "shutting_down": 503,
-    "storage_unavailable": 503,
-    "outcome_unknown": 503,
-    "storage_full": 507,
-    "too_many_jobs": 507,
-    "too_many_queues": 507,
+
+class ErrorCode(Struct, frozen=True):
+    """What a code stands for. `description` completes a list in the OpenAPI document: no capital, no full stop."""
+
+    status: int
+    description: str
+
+
+ERROR_CODES: Final[dict[str, ErrorCode]] = {
+    "invalid_request": ErrorCode(
+        400, "a field is unknown, has the wrong type or is out of bounds; `details.field` names it"
+    ),
+    "unauthorized": ErrorCode(401, "the token is missing or wrong"),
+    "forbidden": ErrorCode(
+        403,
+        "over TCP: the `Host` is not a name of this daemon, or the `Origin` is another site; or the token is read-only",
+    ),
+    "not_found": ErrorCode(
+        404, "the path, webhook or delivery does not exist; or the job has no stored result, or the result is gone"
+    ),
+    "job_not_found": ErrorCode(404, "no job has this id: it was never created, or was deleted by age"),
+    "late_result_not_found": ErrorCode(404, "the job has no late result, or none with this `seq`"),
+    "worker_not_found": ErrorCode(404, "no worker of this name is known"),
+    "plan_not_found": ErrorCode(404, "the plan does not exist or is no longer kept; create it again"),
+    "method_not_allowed": ErrorCode(405, "the path exists, but not with this method"),
+    "request_timeout": ErrorCode(408, "the body did not arrive in time; nothing was done"),
+    "job_exists": ErrorCode(409, "another request created a job with this id"),
+    "already_locked": ErrorCode(409, "another worker holds the job; `details.retry_after_ms` says for how long"),
+    "not_due": ErrorCode(409, "the `run_at` of the job is in the future"),
+    "queue_paused": ErrorCode(409, "an operator paused the queue"),
+    "invalid_transition": ErrorCode(409, "the status of the job does not allow this; nothing was changed"),
+    "lock_lost": ErrorCode(409, "the lock is not that of the latest grant; stop working on the job"),
+    "max_processing_time_exceeded": ErrorCode(409, "no progress report within `max_processing_ms`"),
+    "job_quarantined": ErrorCode(409, "the row of the job on disk is damaged"),
+    "worker_not_silent": ErrorCode(409, "the worker holds no job whose lock has expired; nothing was changed"),
+    "events_gone": ErrorCode(
+        410, "the journal no longer has the events after the given one, or the id is of another store"
+    ),
+    "too_large": ErrorCode(413, "the body, payload, metadata or number of jobs exceeds its limit"),
+    "unsupported_media_type": ErrorCode(415, "the body has another type, or is compressed"),
+    "expectation_failed": ErrorCode(417, "the `Expect` header has a value other than `100-continue`"),
+    "idempotency_key_reused": ErrorCode(422, "the key was used with another body"),
+    "internal_error": ErrorCode(500, "a bug in jobd; nothing was changed"),
+    "overloaded": ErrorCode(503, "too many requests are waiting; nothing was done. Wait `Retry-After` seconds"),
+    "shutting_down": ErrorCode(503, "the daemon is stopping; nothing was done"),
+    "storage_unavailable": ErrorCode(503, "the artifact store cannot be read now"),
+    "outcome_unknown": ErrorCode(
+        503,
+        "the write failed, and it is not known whether it is on disk; send the request again with the same id or key",
+    ),
+    "storage_full": ErrorCode(507, "the disk is full; nothing was done"),
+    "too_many_jobs": ErrorCode(507, "the number of unfinished jobs has reached `limits.live_jobs`"),
+    "too_many_queues": ErrorCode(507, "`limits.queues` queues have jobs; jobs for those queues are still accepted"),
 }
+ERROR_STATUS: Final = {code: each.status for code, each in ERROR_CODES.items()}
 
 
 class ApiError(Struct, frozen=True):
-    """A definite no: `code` is a key of REFUSALS, `message` a sentence that says what to do."""
+    """An error response: `code` is a key of ERROR_CODES, `message` a sentence that says what to do."""
 
     code: str
     message: str
@@ -55,7 +76,7 @@ class ApiError(Struct, frozen=True):
 
 
 class ApiException(Exception):
-    """Stops the walk of a request with a definite no."""
+    """Ends the handling of a request with `error`."""
 
     def __init__(self, error: ApiError) -> None:
         super().__init__(error.code)
@@ -63,15 +84,15 @@ class ApiException(Exception):
 
 
 def api_error(code: str, message: str, **details: Any) -> ApiException:
-    """A refusal to raise; `details` are those of the answer."""
+    """Return an exception to raise; `details` are those of the response."""
     return ApiException(ApiError(code, message, details))
 
 
 def invalid_request_error(field: str, message: str) -> ApiException:
-    """400 invalid_request that names the path of the field."""
+    """Return a 400 invalid_request that names the path of the field."""
     return api_error("invalid_request", f"`{field}`: {message}", field=field)
 
 
 def too_large_error(message: str, **details: Any) -> ApiException:
-    """413, with what is too large and what the limit is."""
+    """Return a 413 too_large; `message` says what is too large and what the limit is."""
     return api_error("too_large", message, **details)

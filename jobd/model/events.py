@@ -7,10 +7,10 @@ Nothing here decides anything: rules.py makes events, store.py keeps them.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Meta, Struct, UnsetType
 from msgspec.structs import astuple
 
 from jobd.model.job import Failure, Grant, Job, LateResult, Lease, Options, PreviousGrant, Result
@@ -144,23 +144,29 @@ def _utc(at: int) -> str:
 
 
 class EventView(Struct, frozen=True, rename={"from_": "from"}):
-    """An event as timelines and streams show it."""
+    """An event of a job."""
 
-    seq: int
-    at: int
-    type: str
-    from_: str | None
-    to: str | None
-    by: str
-    reason: str | None
-    details: dict[str, Any]
+    seq: Annotated[int, Meta(description="Position in the journal.")]
+    at: Annotated[int, Meta(description="When, in Unix ms.")]
+    type: Annotated[str, Meta(description="Type of the event.")]
+    from_: Annotated[str | None, Meta(description="The status before, or null.")]
+    to: Annotated[str | None, Meta(description="The status after, or null.")]
+    by: Annotated[
+        str,
+        Meta(
+            description="Who caused it: `worker:NAME`, `client`, `admin:NAME` (`admin` if no name was given), "
+            "`recovery`, `cleanup` or `daemon`."
+        ),
+    ]
+    reason: Annotated[str | None, Meta(description="Why, in words, or null.")]
+    details: Annotated[dict[str, Any], Meta(description="More about it, for programs.")]
 
 
 class StreamedEvent(EventView, frozen=True, rename={"from_": "from"}):
-    """An event as streams show it: they tell of many jobs. `job_id` is None where it concerns a queue."""
+    """An event of a stream, with its job and queue."""
 
-    job_id: str | None
-    queue: str
+    job_id: Annotated[str | None, Meta(description="The job. Null if the event is about a queue.")]
+    queue: Annotated[str, Meta(description="Name of the queue.")]
 
 
 class EventFilter(Struct, frozen=True):

@@ -1,192 +1,298 @@
-"""What is answered: the shapes of the wire, and the answer as the actor gives it.
+"""Responses: the types of `data` in both APIs, and the response as the actor gives it.
 
-Shapes only: views.py and reads.py fill them. Their field names are the contract of both APIs.
+The field names are the contract of the APIs. Docstrings and descriptions are those of the OpenAPI document.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from jobd.model.commands import About, AuditLog, Export, Import, Json, ListJobs, PlanAction, PlanFilter, WorkerState
+from jobd.model.commands import (
+    About,
+    AuditLog,
+    Export,
+    Import,
+    ListJobs,
+    Metadata,
+    PlanAction,
+    PlanFilter,
+    WorkerState,
+)
 from jobd.model.events import EventView, QueuePause
 from jobd.model.job import Backoff, Job
 
+# Fields that several responses have.
+JobIdText = Annotated[str, Meta(description="Id of the job.")]
+QueueText = Annotated[str, Meta(description="Name of the queue.")]
+KindText = Annotated[str, Meta(description="Kind of the job; selects the handler.")]
+StatusText = Annotated[str, Meta(description="Status of the job.")]
+WorkerText = Annotated[str, Meta(description="Name of the worker.")]
+MessageText = Annotated[str, Meta(description="A sentence for people.")]
+FencingToken = Annotated[
+    int,
+    Meta(
+        description="Rises with every grant of this store, and is below 2^53. A resource can reject requests with an "
+        "older one."
+    ),
+]
+LockSecret = Annotated[str, Meta(description="Secret of the grant. Every call of its holder sends it.")]
+LockExpiresAt = Annotated[int, Meta(description="When the lock expires unless it is renewed, in Unix ms.")]
+TtlMs = Annotated[int, Meta(description="By how much a progress report renews the lock, in ms.")]
+CeilingAt = Annotated[
+    int | None,
+    Meta(description="The lock never lasts beyond this time without a progress report, in Unix ms. Null: no ceiling."),
+]
+ProgressPercent = Annotated[int | float, Meta(description="Progress in percent, 0 to 100.")]
+ResultUrl = Annotated[str | None, Meta(description="Where the result can be downloaded, as the worker gave it.")]
+ResultPath = Annotated[str | None, Meta(description="Where the result is stored, as the worker gave it.")]
+ResultKey = Annotated[str | None, Meta(description="Key of the stored result: relative, without a `..` segment.")]
+NextCursor = Annotated[str | None, Meta(description="Cursor of the next page. Null on the last page.")]
+PausedAt = Annotated[int | None, Meta(description="When the queue was paused, in Unix ms, or null.")]
+PausedBy = Annotated[
+    str | None, Meta(description="The operator who paused the queue, in the form of `by` in events, or null.")
+]
+PauseReason = Annotated[str | None, Meta(description="Why the queue is paused, or null.")]
+PausedUntil = Annotated[int | None, Meta(description="When the daemon resumes the queue, in Unix ms, or null.")]
+IsPaused = Annotated[bool, Meta(description="Whether the queue is paused.")]
+ReasonText = Annotated[str | None, Meta(description="Reason given by the operator, or null.")]
+Timestamp = Annotated[int, Meta(description="Time of the response, in Unix ms.")]
+DiskPath = Annotated[str | None, Meta(description="Path of the store. Null for an in-memory store.")]
+FreeBytes = Annotated[
+    int | None,
+    Meta(description="Space on the disk of the store that the daemon's user can use. Null for an in-memory store."),
+]
+TotalBytes = Annotated[int | None, Meta(description="Size of the disk of the store. Null for an in-memory store.")]
+CleanupRunning = Annotated[bool, Meta(description="Whether a cleanup run is in progress.")]
+SinceCleanup = Annotated[int | None, Meta(description="Time since the last successful cleanup run, in ms, or null.")]
+
 
 class LockView(Struct, frozen=True):
-    worker: str
-    fencing_token: int
-    acquired_at: int
-    expires_at: int
-    lock_id: str | UnsetType = UNSET  # admins only
+    """A live lock. Only operators see the `lock_id`."""
+
+    worker: WorkerText
+    fencing_token: FencingToken
+    acquired_at: Annotated[int, Meta(description="When the lock was granted, in Unix ms.")]
+    expires_at: LockExpiresAt
+    lock_id: LockSecret | UnsetType = UNSET
 
 
 def public_lock(lock: LockView | None) -> LockView | None:
-    """`lock` as everybody may see it."""
+    """Return `lock` without its secret."""
     return None if lock is None else msgspec.structs.replace(lock, lock_id=UNSET)
 
 
 class JobView(Struct):
-    """A job as responses show it. `payload` is read from the disk before the response is sent.
+    """A job.
 
-    `worker` is set only while the lock has expired and `lock` is null: that worker may still end the job.
+    `worker` is present only while the lock has expired and `lock` is null: that worker may still end the job.
     """
 
-    id: str
-    queue: str
-    kind: str
-    payload: Raw | UnsetType
-    priority: int
-    status: str
-    progress: int | float
-    progress_message: str | None
-    attempt: int
-    max_attempts: int
-    backoff: Backoff
-    stalls: int
-    max_stalls: int
-    on_stall: str
-    stuck_after_ms: int
-    max_processing_ms: int
-    created_at: int
-    updated_at: int
-    run_at: int
-    started_at: int | None
-    finished_at: int | None
-    expires_at: int | None
-    lock: LockView | None
-    download_url: str | None
-    file_path: str | None
-    storage_key: str | None
-    metadata: Json
-    error_message: str | None
-    error_code: str | None
-    worker: str | UnsetType = UNSET
-    repeated: bool | UnsetType = UNSET
+    # `payload` is read from the disk before the response is sent.
+
+    id: JobIdText
+    queue: QueueText
+    kind: KindText
+    payload: Annotated[Raw | UnsetType, Meta(description="The payload as its creator sent it.")]
+    priority: Annotated[int, Meta(description="Priority. Jobs with smaller values run first.")]
+    status: StatusText
+    progress: ProgressPercent
+    progress_message: Annotated[str | None, Meta(description="The latest message of the worker.")]
+    attempt: Annotated[int, Meta(description="Attempts used, including the running one.")]
+    max_attempts: Annotated[int, Meta(description="How often the job is tried.")]
+    backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")]
+    stalls: Annotated[int, Meta(description="How often the worker of the job went silent.")]
+    max_stalls: Annotated[int, Meta(description="A job that stalls more often fails.")]
+    on_stall: Annotated[str, Meta(description="What happens to the job when its worker goes silent.")]
+    stuck_after_ms: Annotated[
+        int,
+        Meta(description="How long the job may be silent before it counts as stuck, once its lock has expired, in ms."),
+    ]
+    max_processing_ms: Annotated[
+        int,
+        Meta(description="Ceiling: the lock never outlives the latest progress report by more, in ms. 0: no ceiling."),
+    ]
+    created_at: Annotated[int, Meta(description="When the job was created, in Unix ms.")]
+    updated_at: Annotated[int, Meta(description="When the job last changed, in Unix ms.")]
+    run_at: Annotated[int, Meta(description="When the job is due, in Unix ms.")]
+    started_at: Annotated[int | None, Meta(description="When the job was last granted, in Unix ms.")]
+    finished_at: Annotated[int | None, Meta(description="When the job was finished, in Unix ms.")]
+    expires_at: Annotated[
+        int | None,
+        Meta(description="When a finished job is deleted, or a job that is still queued fails, in Unix ms."),
+    ]
+    lock: Annotated[LockView | None, Meta(description="The lock, or null.")]
+    download_url: ResultUrl
+    file_path: ResultPath
+    storage_key: ResultKey
+    metadata: Metadata
+    error_message: Annotated[str | None, Meta(description="What went wrong, for people.")]
+    error_code: Annotated[str | None, Meta(description="A code for the failure, as the worker gave it.")]
+    worker: Annotated[
+        str | UnsetType, Meta(description="The worker whose lock has expired and that may still end the job.")
+    ] = UNSET
+    repeated: Annotated[
+        bool | UnsetType, Meta(description="True if the job had been ended by the same request before.")
+    ] = UNSET
 
 
 class JobPage(Struct):
-    """`looked_to_at`: when the oldest job that was looked at was created, where the page ended for having looked at
-    enough, with less in it than was asked for; null where it is full, or the last one."""
+    """A page of jobs."""
 
-    jobs: list[JobView]
-    next_cursor: str | None
-    looked_to_at: int | None = None
+    jobs: Annotated[list[JobView], Meta(description="The jobs.")]
+    next_cursor: NextCursor
+    looked_to_at: Annotated[
+        int | None,
+        Meta(
+            description="Creation time of the oldest job that was read, in Unix ms, if the page ended early; "
+            "null if it is full or the last one."
+        ),
+    ] = None
 
 
 class ExportPage(Struct):
-    """Jobs, oldest first, as an import takes them: what the creator left to the daemon is null."""
+    """A page of jobs, oldest first, in the form that an import takes. Options that the creator left unset are null."""
 
-    jobs: list[Import]
-    next_cursor: str | None
+    jobs: Annotated[list[Import], Meta(description="The jobs.")]
+    next_cursor: NextCursor
 
 
 class JobList(Struct):
-    jobs: list[JobView]
+    """A list of jobs."""
+
+    jobs: Annotated[list[JobView], Meta(description="The jobs.")]
 
 
 class TimelineView(Struct):
-    events: list[EventView]
+    """The events of a job."""
+
+    events: Annotated[list[EventView], Meta(description="The events, oldest first.")]
 
 
 class ErrorView(Struct, frozen=True):
-    """The refusal that something would meet: its code and its message."""
+    """The error that an action would return."""
 
-    error: str
-    message: str
+    error: Annotated[str, Meta(description="The error code.")]
+    message: MessageText
 
 
 class LateResultView(Struct, frozen=True):
-    """A late result. `expires_at` is the time of deletion that its worker asked for.
+    """A result that was submitted after the lock of its grant was lost."""
 
-    `refusal` is what its adoption would be refused with, whatever the job's status, as the daemon is set now; null
-    where nothing of the result is against it.
-    """
-
-    seq: int
-    at: int
-    worker: str
-    fencing_token: int
-    download_url: str | None
-    file_path: str | None
-    storage_key: str | None
-    metadata: Json
-    expires_at: int | None
-    refusal: ErrorView | None = None
+    seq: Annotated[int, Meta(description="Position of its event in the journal. Names the late result.")]
+    at: Annotated[int, Meta(description="When it was submitted, in Unix ms.")]
+    worker: WorkerText
+    fencing_token: FencingToken
+    download_url: ResultUrl
+    file_path: ResultPath
+    storage_key: ResultKey
+    metadata: Metadata
+    expires_at: Annotated[int | None, Meta(description="Deletion time that the worker requested, in Unix ms, or null.")]
+    refusal: Annotated[
+        ErrorView | None,
+        Meta(
+            description="The error that adopting it would return under the current configuration, whatever the status "
+            "of the job, or null."
+        ),
+    ] = None
 
 
 class LateResultList(Struct):
-    late_results: list[LateResultView]
+    """The late results of a job."""
+
+    late_results: Annotated[list[LateResultView], Meta(description="The late results, oldest grant first.")]
 
 
 class GrantView(Struct):
-    job: JobView
-    lock_id: str
-    fencing_token: int
-    lock_expires_at: int
-    ttl_ms: int
-    ceiling_at: int | None
+    """A grant: a job and the lock under which the worker holds it."""
+
+    job: Annotated[JobView, Meta(description="The job.")]
+    lock_id: LockSecret
+    fencing_token: FencingToken
+    lock_expires_at: LockExpiresAt
+    ttl_ms: TtlMs
+    ceiling_at: CeilingAt
 
 
 class Grants(Struct):
-    grants: list[GrantView]
+    """The grants of a claim."""
+
+    grants: Annotated[list[GrantView], Meta(description="One grant for each job. Empty if no job is due.")]
 
 
 class LockState(Struct):
-    """The answer to a sign of life. `extended` is false where an extension changed nothing."""
+    """The lock after a progress report or an extension."""
 
-    lock_expires_at: int
-    ttl_ms: int
-    ceiling_at: int | None
-    cancel_requested: bool = False
-    extended: bool | UnsetType = UNSET
+    lock_expires_at: LockExpiresAt
+    ttl_ms: TtlMs
+    ceiling_at: CeilingAt
+    cancel_requested: Annotated[bool, Meta(description="Whether the work should stop.")] = False
+    extended: Annotated[bool | UnsetType, Meta(description="Only after an extension. False if it changed nothing.")] = (
+        UNSET
+    )
 
 
 class NextEvent(Struct, frozen=True):
-    """The next event of a job. `at` is None if it depends on a worker."""
+    """The next event of a job that happens by itself."""
 
-    what: str
-    at: int | None
-    rule: str
+    what: Annotated[str, Meta(description="What will happen.")]
+    at: Annotated[int | None, Meta(description="When, in Unix ms. Null if it depends on a worker.")]
+    rule: Annotated[str, Meta(description="The rule by which it happens.")]
 
 
 class WhyView(Struct, frozen=True):
-    state: str
-    because: str
-    next: NextEvent | None
-    blocked_by: str | None
-    do: list[str]
+    """Why a job is in its state, and what happens next."""
+
+    state: Annotated[str, Meta(description="The state of the job.")]
+    because: Annotated[
+        str,
+        Meta(
+            description="The reason, in words. For a finished job also who ended it and why, as long as its timeline "
+            "has it."
+        ),
+    ]
+    next: Annotated[NextEvent | None, Meta(description="What happens next by itself, or null.")]
+    blocked_by: Annotated[str | None, Meta(description="What keeps the job from running, or null.")]
+    do: Annotated[list[str], Meta(description="What an operator can do about it.")]
 
 
 class Issue(Struct, frozen=True):
-    type: Literal["warning", "error", "critical"]
-    field: str
-    message: str
-    fix: str
+    """Something that is wrong with the record of a job."""
+
+    type: Annotated[Literal["warning", "error", "critical"], Meta(description="How serious it is.")]
+    field: Annotated[str, Meta(description="The field that is wrong.")]
+    message: MessageText
+    fix: Annotated[str, Meta(description="What fixes it.")]
 
 
 class Validation(Struct, frozen=True, rename="camel"):
-    is_valid: bool
-    issues: list[Issue]
-    can_proceed: bool
+    """What is wrong with the record of a job."""
+
+    is_valid: Annotated[bool, Meta(description="Whether nothing is wrong.")]
+    issues: Annotated[list[Issue], Meta(description="What is wrong.")]
+    can_proceed: Annotated[bool, Meta(description="False if an issue is critical.")]
 
 
 class QueueView(Struct, frozen=True):
-    name: str
-    paused: bool
-    queued: int
-    processing: int
-    completed: int
-    failed: int
-    cancelled: int
-    oldest_due_at: int | None
-    paused_at: int | None = None
-    paused_by: str | None = None
-    pause_reason: str | None = None
-    paused_until: int | None = None
+    """A queue: its jobs by status, and its pause."""
+
+    name: QueueText
+    paused: IsPaused
+    queued: Annotated[int, Meta(description="Number of queued jobs.")]
+    processing: Annotated[int, Meta(description="Number of processing jobs.")]
+    completed: Annotated[int, Meta(description="Number of completed jobs.")]
+    failed: Annotated[int, Meta(description="Number of failed jobs.")]
+    cancelled: Annotated[int, Meta(description="Number of cancelled jobs.")]
+    oldest_due_at: Annotated[
+        int | None, Meta(description="Since when the oldest due job has been due, in Unix ms, or null.")
+    ]
+    paused_at: PausedAt = None
+    paused_by: PausedBy = None
+    pause_reason: PauseReason = None
+    paused_until: PausedUntil = None
 
     @property
     def pause(self) -> QueuePause:
@@ -194,69 +300,72 @@ class QueueView(Struct, frozen=True):
 
 
 class QueueList(Struct):
-    """In the order of their names, or the busiest first. `next_cursor` is None on the last page."""
+    """A page of queues."""
 
-    queues: list[QueueView]
-    next_cursor: str | None = None
+    queues: Annotated[list[QueueView], Meta(description="The queues, by name or the busiest first.")]
+    next_cursor: NextCursor = None
 
 
 class WorkerView(Struct, frozen=True):
-    """A worker. `jobs` are the first jobs that it holds, `held` counts all, `expired` those with an expired lock.
+    """A worker: its state, its latest claim and the jobs that it holds."""
 
-    `queues` and `kinds` are those of its latest claim: `queues` is None if no claim is remembered, `kinds` is None if
-    the claim takes all kinds. `waiting` is true while a claim of it waits for a job.
-    """
-
-    worker: str
-    state: WorkerState
-    jobs: list[str]
-    held: int
-    expired: int
-    queues: list[str] | None
-    kinds: list[str] | None
-    waiting: bool
-    about: About | None
-    last_seen_at: int
+    worker: WorkerText
+    state: Annotated[
+        WorkerState, Meta(description="`busy`, `idle`, `silent` (it holds a job whose lock has expired) or `gone`.")
+    ]
+    jobs: Annotated[list[str], Meta(description="Ids of the first jobs that the worker holds.")]
+    held: Annotated[int, Meta(description="How many jobs the worker holds.")]
+    expired: Annotated[int, Meta(description="How many of the jobs have an expired lock.")]
+    queues: Annotated[list[str] | None, Meta(description="Queues of the latest claim. Null if no claim is remembered.")]
+    kinds: Annotated[list[str] | None, Meta(description="Kinds of the latest claim. Null: all kinds.")]
+    waiting: Annotated[bool, Meta(description="Whether a claim of the worker waits for a job now.")]
+    about: Annotated[About | None, Meta(description="The worker's description of itself, or null.")]
+    last_seen_at: Annotated[
+        int, Meta(description="When the worker was last seen, in Unix ms. Now while a claim of it waits.")
+    ]
 
 
 class WorkerList(Struct):
-    """A page of workers, most recently seen first. `next_cursor` is None on the last page.
+    """A page of workers, most recently seen first."""
 
-    `by_state` counts all workers. Nothing before `since` (Unix ms) is remembered.
-    """
-
-    workers: list[WorkerView]
-    next_cursor: str | None
-    by_state: dict[WorkerState, int]
-    since: int
+    workers: Annotated[list[WorkerView], Meta(description="The workers.")]
+    next_cursor: NextCursor
+    by_state: Annotated[dict[WorkerState, int], Meta(description="Number of workers in each state, over all pages.")]
+    since: Annotated[
+        int, Meta(description="Start of the daemon, in Unix ms. Workers from before it are not remembered.")
+    ]
 
 
 class LockedJob(Struct, frozen=True, kw_only=True):
-    """A current grant, for operators. `stuck_at` is when the job will count as stuck if nothing is heard."""
+    """A current grant. Read-only callers do not see the `lock_id`."""
 
-    id: str
-    queue: str
-    kind: str
-    worker: str
-    lock_id: str | UnsetType = UNSET  # not for who may only look
-    fencing_token: int
-    acquired_at: int
-    expires_at: int
-    live: bool
-    ceiling_at: int | None
-    stuck_at: int
-    progress: int | float
+    id: JobIdText
+    queue: QueueText
+    kind: KindText
+    worker: WorkerText
+    lock_id: LockSecret | UnsetType = UNSET
+    fencing_token: FencingToken
+    acquired_at: Annotated[int, Meta(description="When the lock was granted, in Unix ms.")]
+    expires_at: LockExpiresAt
+    live: Annotated[bool, Meta(description="False if the lock has expired.")]
+    ceiling_at: CeilingAt
+    stuck_at: Annotated[int, Meta(description="When recovery acts if the worker stays silent, in Unix ms.")]
+    progress: ProgressPercent
 
 
 class LockList(Struct):
-    locks: list[LockedJob]
-    next_cursor: str | None = None
+    """The current grants."""
+
+    locks: Annotated[list[LockedJob], Meta(description="The grants, oldest first.")]
+    next_cursor: NextCursor = None
 
 
 class OldestProcessing(Struct, frozen=True):
-    id: str
-    age: float
-    progress: int | float
+    """The job that has been processing longest."""
+
+    id: JobIdText
+    age: Annotated[float, Meta(description="Seconds since it was granted.")]
+    progress: ProgressPercent
 
 
 class OldestDue(Struct, frozen=True):
@@ -268,61 +377,65 @@ class OldestDue(Struct, frozen=True):
 
 
 class DiskView(Struct, frozen=True, rename="camel"):
-    """The path of the store, and the space on its disk. `free_bytes` is the space available to the daemon's user."""
+    """The disk of the store."""
 
-    path: str
-    free_bytes: int
-    total_bytes: int
+    path: Annotated[str, Meta(description="Path of the store.")]
+    free_bytes: Annotated[int, Meta(description="Space on the disk of the store that the daemon's user can use.")]
+    total_bytes: Annotated[int, Meta(description="Size of the disk of the store.")]
 
 
 class StatsView(Struct, frozen=True, rename="camel"):
-    """Times in seconds where a dashboard expects them so; `time_since_last_cleanup` in ms."""
+    """Counts of jobs and locks. Times are in seconds where dashboards expect them so."""
 
-    total_jobs: int
-    by_status: dict[str, int]
-    stuck_jobs: int
-    locked_jobs: int
-    average_processing_time: float
-    oldest_processing_job: OldestProcessing | None
-    stuck_jobs_recovered: int
-    timestamp: int
-    cleanup_running: bool = False
-    time_since_last_cleanup: int | None = None
-    disk: DiskView | None = None  # None for a store in memory
+    total_jobs: Annotated[int, Meta(description="Number of jobs.")]
+    by_status: Annotated[dict[str, int], Meta(description="Number of jobs by status.")]
+    stuck_jobs: Annotated[int, Meta(description="Jobs that count as stuck now.")]
+    locked_jobs: Annotated[int, Meta(description="Jobs with a live lock.")]
+    average_processing_time: Annotated[
+        float, Meta(description="Seconds, over the completions of the last hour and the jobs that are processing.")
+    ]
+    oldest_processing_job: Annotated[
+        OldestProcessing | None, Meta(description="The job that has been processing longest, or null.")
+    ]
+    stuck_jobs_recovered: Annotated[int, Meta(description="Stuck jobs that were recovered.")]
+    timestamp: Timestamp
+    cleanup_running: CleanupRunning = False
+    time_since_last_cleanup: SinceCleanup = None
+    disk: Annotated[DiskView | None, Meta(description="The disk of the store. Null for an in-memory store.")] = None
 
 
 class TransitionView(Struct, frozen=True, rename="camel"):
-    """The answer to force-fail, force-reset and transition."""
+    """The result of force-fail, force-reset and transition."""
 
-    job_id: str
-    previous_status: str
-    status: str
-    reason: str | None
-    timestamp: int
+    job_id: JobIdText
+    previous_status: Annotated[str, Meta(description="The status before.")]
+    status: StatusText
+    reason: ReasonText
+    timestamp: Timestamp
 
 
 class AdminLockView(Struct, frozen=True, rename="camel"):
-    """The answer to extend-lock and release-lock. `lock` is null once the job is back in its queue."""
+    """The result of extend-lock and release-lock. `lock` is null once the job is back in its queue."""
 
-    job_id: str
-    status: str
-    lock: LockView | None
-    lock_expires_at: int | None
-    ceiling_at: int | None
-    extended: bool
-    timestamp: int
+    job_id: JobIdText
+    status: StatusText
+    lock: Annotated[LockView | None, Meta(description="The lock, or null.")]
+    lock_expires_at: Annotated[int | None, Meta(description="When the lock expires, in Unix ms, or null.")]
+    ceiling_at: CeilingAt
+    extended: Annotated[bool, Meta(description="False if the extension changed nothing.")]
+    timestamp: Timestamp
 
 
 class Recovery(Struct, frozen=True, rename="camel"):
     """What recovery did to one job."""
 
-    job_id: str
-    action: Literal["reset", "failed"]
-    reason: str
+    job_id: JobIdText
+    action: Annotated[Literal["reset", "failed"], Meta(description="What was done to the job, or would be.")]
+    reason: Annotated[str, Meta(description="Why, in words.")]
 
 
 class Recovered(Struct, frozen=True):
-    """The answer to Recover. `more` says that stuck jobs or expired locks are left for the next slice."""
+    """The result of Recover. `more`: stuck jobs or expired locks are left for the next slice."""
 
     details: list[Recovery]
     locks_cleared: int
@@ -330,19 +443,19 @@ class Recovered(Struct, frozen=True):
 
 
 class TakeBackView(Struct, frozen=True, rename="camel"):
-    """The jobs that a take-back ended, or would end as a dry run. `more`: not all jobs are in `details`."""
+    """The jobs that a take-back ended, or would end as a dry run."""
 
-    worker: str
-    recovered_jobs: int
-    reset_jobs: int
-    failed_jobs: int
-    details: list[Recovery]
-    more: bool
-    timestamp: int
+    worker: WorkerText
+    recovered_jobs: Annotated[int, Meta(description="How many stuck jobs were recovered.")]
+    reset_jobs: Annotated[int, Meta(description="How many of them returned to their queue.")]
+    failed_jobs: Annotated[int, Meta(description="How many of them failed.")]
+    details: Annotated[list[Recovery], Meta(description="What was done to each job.")]
+    more: Annotated[bool, Meta(description="Whether there are more jobs than `details` shows.")]
+    timestamp: Timestamp
 
 
 class MaintenanceResult(Struct, frozen=True):
-    """The answer to Expire, DeleteExpired and Mend: how many jobs changed and what was found."""
+    """The result of Expire, DeleteExpired and RepairJobs: how many jobs changed, and what was found."""
 
     done: int
     found: int = 0
@@ -351,14 +464,14 @@ class MaintenanceResult(Struct, frozen=True):
 
 
 class PausedView(Struct, frozen=True):
-    """Whether a queue is paused, and the start, operator, reason and end of the pause. Times are Unix ms."""
+    """The pause of a queue."""
 
-    queue: str
-    paused: bool
-    paused_at: int | None = None
-    paused_by: str | None = None
-    pause_reason: str | None = None
-    paused_until: int | None = None
+    queue: QueueText
+    paused: IsPaused
+    paused_at: PausedAt = None
+    paused_by: PausedBy = None
+    pause_reason: PauseReason = None
+    paused_until: PausedUntil = None
 
     @property
     def pause(self) -> QueuePause:
@@ -366,253 +479,278 @@ class PausedView(Struct, frozen=True):
 
 
 class Imported(Struct, frozen=True):
-    """The answer to one line of an import. `job_id` exists afterwards in both cases."""
+    """The result of one line of an import. `job_id` exists afterwards in both cases."""
 
     job_id: str
     skipped: bool
 
 
 class ImportCheckResult(Struct, frozen=True):
-    """What one line of an import would do. `room`: so many unfinished jobs may still be created."""
+    """What one line of an import would do. `room`: how many unfinished jobs can still be created."""
 
     job_id: str
     what: Literal["create", "skip"]
-    status: str | None  # after it; None where that is not known
+    status: str | None  # afterwards; None if it is not known
     reason: str | None
     room: int
 
 
 class RejectedLine(Struct, frozen=True):
-    """A line of an import that was rejected. `line` counts from 1; `id` is null if the line has none."""
+    """A line of an import that was rejected."""
 
-    line: int
-    id: str | None
-    reason: str
+    line: Annotated[int, Meta(description="Number of the line, from 1.")]
+    id: Annotated[str | None, Meta(description="Id of the job. Null if the line has none.")]
+    reason: Annotated[str, Meta(description="Why the line was rejected.")]
 
 
 class ImportResult(Struct, rename="camel"):
-    """The result of an import. `refused` shows the first 1000 rejected lines, `refused_count` counts all."""
+    """The result of an import."""
 
-    imported: int = 0
-    skipped: int = 0
-    refused_count: int = 0
-    refused: list[RejectedLine] = []
+    imported: Annotated[int, Meta(description="How many jobs were created.")] = 0
+    skipped: Annotated[int, Meta(description="How many lines have an id that exists.")] = 0
+    refused_count: Annotated[int, Meta(description="How many lines were rejected.")] = 0
+    refused: Annotated[list[RejectedLine], Meta(description="The first 1000 rejected lines.")] = []
 
 
 class PreviewedLine(Struct, frozen=True):
-    """What an import would do with a line. `line` counts from 1; `id` is null if the line has none.
+    """What an import would do with a line."""
 
-    `status` is that of the job afterwards.
-    """
-
-    line: int
-    id: str | None
-    what: Literal["create", "skip", "refuse"]
-    status: str | None
-    reason: str | None
+    line: Annotated[int, Meta(description="Number of the line, from 1.")]
+    id: Annotated[str | None, Meta(description="Id of the job. Null if the line has none.")]
+    what: Annotated[Literal["create", "skip", "refuse"], Meta(description="What an import would do with the line.")]
+    status: Annotated[str | None, Meta(description="Status of the job afterwards, or null.")]
+    reason: Annotated[str | None, Meta(description="Why, or null.")]
 
 
 class ImportPreview(Struct, rename="camel"):
-    """What an import would do. `lines` shows the first 10 000 lines; `more` says that there are more.
+    """What an import would do."""
 
-    `stops_at` is the line at which the import would stop early, for `stop_reason`, or null.
-    """
-
-    would_import: int = 0
-    would_skip: int = 0
-    would_refuse: int = 0
-    lines: list[PreviewedLine] = []
-    more: bool = False
-    stops_at: int | None = None
-    stop_reason: str | None = None
+    would_import: Annotated[int, Meta(description="How many jobs would be created.")] = 0
+    would_skip: Annotated[
+        int, Meta(description="How many lines have an id that exists, or that an earlier line has.")
+    ] = 0
+    would_refuse: Annotated[int, Meta(description="How many lines would be rejected.")] = 0
+    lines: Annotated[list[PreviewedLine], Meta(description="The first 10 000 lines.")] = []
+    more: Annotated[bool, Meta(description="Whether there are more lines than are shown.")] = False
+    stops_at: Annotated[int | None, Meta(description="The line at which the import would end early, or null.")] = None
+    stop_reason: Annotated[str | None, Meta(description="Why it would end there, or null.")] = None
 
 
 class CleanupReport(Struct, frozen=True, rename="camel"):
-    """What was done since the previous report, in the names that existing dashboards expect. Times in ms."""
+    """What was done since the previous report, in the names that existing dashboards expect."""
 
-    timestamp: int
-    stuck_jobs_recovered: int
-    expired_jobs_deleted: int
-    expired_locks_cleared: int
-    validation_issues_fixed: int
-    validation_issues_found: int
-    total_processing_time: int
-    errors: list[str]
-    forced: bool
+    timestamp: Timestamp
+    stuck_jobs_recovered: Annotated[int, Meta(description="Stuck jobs that were recovered.")]
+    expired_jobs_deleted: Annotated[int, Meta(description="Finished jobs that were deleted by age.")]
+    expired_locks_cleared: Annotated[int, Meta(description="Expired locks that were cleared.")]
+    validation_issues_fixed: Annotated[int, Meta(description="Issues that were fixed.")]
+    validation_issues_found: Annotated[int, Meta(description="Issues that were found.")]
+    total_processing_time: Annotated[int, Meta(description="How long the run took, in ms.")]
+    errors: Annotated[list[str], Meta(description="Steps of the run that failed.")]
+    forced: Annotated[bool, Meta(description="Whether an operator requested the run.")]
 
 
 class CleanupState(Struct, frozen=True, rename="camel"):
-    """`time_since_last_cleanup` is since the last successful pass, in ms. A pass with errors is a failed one."""
+    """The state of cleanup. A run with errors is a failed one."""
 
-    last_report: CleanupReport | None
-    cleanup_running: bool
-    time_since_last_cleanup: int | None
-    failed_since_last_success: int = 0  # passes
-    last_failure: CleanupReport | None = None  # since the last successful pass
+    last_report: Annotated[CleanupReport | None, Meta(description="The report of the last run, or null.")]
+    cleanup_running: CleanupRunning
+    time_since_last_cleanup: SinceCleanup
+    failed_since_last_success: Annotated[
+        int, Meta(description="Number of runs with errors since the last successful one.")
+    ] = 0
+    last_failure: Annotated[
+        CleanupReport | None,
+        Meta(description="The report of the latest failed run since the last successful one, or null."),
+    ] = None
 
 
 class RecoverStuckView(Struct, frozen=True, rename="camel"):
-    recovered_jobs: int
-    reset_jobs: int
-    failed_jobs: int
-    details: list[Recovery]
-    timestamp: int
+    """The jobs that a recovery ended."""
+
+    recovered_jobs: Annotated[int, Meta(description="How many stuck jobs were recovered.")]
+    reset_jobs: Annotated[int, Meta(description="How many of them returned to their queue.")]
+    failed_jobs: Annotated[int, Meta(description="How many of them failed.")]
+    details: Annotated[list[Recovery], Meta(description="What was done to each job.")]
+    timestamp: Timestamp
 
 
 class ValidateJobView(Struct, frozen=True, rename="camel"):
-    job_id: str
-    job: JobView
-    validation: Validation
-    timestamp: int
+    """A job, and what is wrong with its record."""
+
+    job_id: JobIdText
+    job: Annotated[JobView, Meta(description="The job.")]
+    validation: Annotated[Validation, Meta(description="What is wrong with its record.")]
+    timestamp: Timestamp
 
 
 HealthStatus = Literal["healthy", "degraded", "unhealthy"]
+HealthLevel = Annotated[HealthStatus, Meta(description="`healthy`, `degraded` or `unhealthy`.")]
 
 
 class DatabaseHealth(Struct, frozen=True, rename="camel"):
-    """Health of the database. `path`, `free_bytes` and `total_bytes` describe its disk; None for a store in memory."""
+    """Health of the store."""
 
-    status: HealthStatus
-    message: str
-    total_jobs: int
-    path: str | None = None
-    free_bytes: int | None = None
-    total_bytes: int | None = None
+    status: HealthLevel
+    message: MessageText
+    total_jobs: Annotated[int, Meta(description="Number of jobs.")]
+    path: DiskPath = None
+    free_bytes: FreeBytes = None
+    total_bytes: TotalBytes = None
 
 
 class PartHealth(Struct, frozen=True):
-    status: HealthStatus
-    message: str
+    """Health of one part of the daemon."""
+
+    status: HealthLevel
+    message: MessageText
 
 
 class CleanupHealth(Struct, frozen=True, rename="camel"):
-    running: bool
-    time_since_last_cleanup: int | None  # ms
-    message: str
+    """Health of cleanup."""
+
+    running: CleanupRunning
+    time_since_last_cleanup: SinceCleanup
+    message: MessageText
 
 
 class HealthView(Struct, frozen=True, rename="camel"):
-    """Measured at `timestamp`, at most 5 s ago."""
+    """Health of the daemon, measured at most 5 s ago."""
 
-    status: HealthStatus
-    database: DatabaseHealth
-    cache: PartHealth
-    storage: PartHealth
-    cleanup_status: CleanupHealth
-    timestamp: int
+    status: Annotated[HealthStatus, Meta(description="The worst of `database`, `cache` and `storage`.")]
+    database: Annotated[DatabaseHealth, Meta(description="The store.")]
+    cache: Annotated[PartHealth, Meta(description="The state in memory.")]
+    storage: Annotated[PartHealth, Meta(description="The artifact store.")]
+    cleanup_status: Annotated[CleanupHealth, Meta(description="The cleanup runs.")]
+    timestamp: Annotated[int, Meta(description="When it was measured, in Unix ms.")]
 
 
 AlertSeverity = Literal["critical", "warning", "notice"]
 
 
 class AlertView(Struct, frozen=True):
-    """`since` is the Unix time in ms at which the alert began to fire, None while it does not."""
+    """An alert."""
 
-    name: str
-    firing: bool
-    since: int | None
-    value: float
-    threshold: float
-    hint: str
-    severity: AlertSeverity = "warning"
+    name: Annotated[str, Meta(description="Name of the alert.")]
+    firing: Annotated[bool, Meta(description="Whether it fires now.")]
+    since: Annotated[int | None, Meta(description="Since when it has been firing, in Unix ms, or null.")]
+    value: Annotated[float, Meta(description="The measured value.")]
+    threshold: Annotated[float, Meta(description="The value from which it fires.")]
+    hint: Annotated[str, Meta(description="What to check while it fires; otherwise the current state.")]
+    severity: Annotated[AlertSeverity, Meta(description="How urgent it is: `critical`, `warning` or `notice`.")] = (
+        "warning"
+    )
 
 
 class AlertList(Struct):
-    alerts: list[AlertView]
+    """All alerts, firing or not."""
+
+    alerts: Annotated[list[AlertView], Meta(description="The alerts.")]
 
 
 class WebhookView(Struct, frozen=True):
-    """A webhook: where it goes, what it tells, and how it is going. Times in Unix ms, None where it never happened.
+    """A webhook and the state of its deliveries. Counters start at 0 with the daemon."""
 
-    `state` is that of its breaker: while it is `open` (on a break) nothing is sent, `half_open` one delivery is tried.
-    `next_try_at` is when the next try may be made, None where one may now, or nothing waits to be tried again.
-    `position` is the newest event that was looked at, `lag` how many were not yet. `delivered`, `failed` (tries) and
-    `given_up` are counted since the start.
-    """
-
-    name: str
-    url: str
-    events: list[str]
-    queues: list[str]
-    state: Literal["starting", "closed", "open", "half_open"]
-    failing_since: int | None
-    next_try_at: int | None
-    position: int
-    lag: int
-    waiting: int
-    delivered: int
-    failed: int
-    given_up: int
-    last_success_at: int | None
-    last_error: str | None
-    last_error_at: int | None
+    name: Annotated[str, Meta(description="Name of the webhook.")]
+    url: Annotated[str, Meta(description="Scheme and host of its URL. Parts that may be secret are left out.")]
+    events: Annotated[list[str], Meta(description="The types of its events.")]
+    queues: Annotated[list[str], Meta(description="Only events of these queues. Empty: all queues.")]
+    state: Annotated[
+        Literal["starting", "closed", "open", "half_open"],
+        Meta(
+            description="State of its circuit breaker: `closed` is normal, `open` sends nothing, `half_open` sends one "
+            "delivery as a trial."
+        ),
+    ]
+    failing_since: Annotated[int | None, Meta(description="Since when all tries have failed, in Unix ms, or null.")]
+    next_try_at: Annotated[
+        int | None,
+        Meta(description="When the next try is possible, in Unix ms. Null: now, or no delivery waits for a retry."),
+    ]
+    position: Annotated[int, Meta(description="The newest event that was read for it.")]
+    lag: Annotated[int, Meta(description="How many events were not read for it yet.")]
+    waiting: Annotated[int, Meta(description="How many deliveries are waiting.")]
+    delivered: Annotated[int, Meta(description="How many deliveries succeeded.")]
+    failed: Annotated[int, Meta(description="How many tries failed.")]
+    given_up: Annotated[int, Meta(description="How many deliveries were dead-lettered.")]
+    last_success_at: Annotated[int | None, Meta(description="When a delivery last succeeded, in Unix ms, or null.")]
+    last_error: Annotated[str | None, Meta(description="The error of the last try that failed, or null.")]
+    last_error_at: Annotated[int | None, Meta(description="When that was, in Unix ms, or null.")]
 
 
 class WebhookList(Struct):
-    webhooks: list[WebhookView]
+    """The configured webhooks."""
+
+    webhooks: Annotated[list[WebhookView], Meta(description="The webhooks.")]
 
 
 DeliveryState = Literal["waiting", "delivered", "given_up"]
 
 
 class DeliveryView(Struct, frozen=True):
-    """One message to one webhook. `event_id` is its header `webhook-id`, `seq` the event that it tells of, if any.
+    """A delivery: one message to one webhook."""
 
-    Times in Unix ms; `due_at` where it waits, `ended_at` where it was delivered or given up.
-    """
-
-    id: int
-    state: DeliveryState
-    type: str
-    subject: str
-    event_id: str
-    seq: int | None
-    at: int
-    due_at: int | None
-    tries: int
-    ended_at: int | None
-    status: int | None
-    error: str | None
+    id: Annotated[int, Meta(description="Number of the delivery.")]
+    state: Annotated[DeliveryState, Meta(description="`waiting`, `delivered` or `given_up` (dead-lettered).")]
+    type: Annotated[str, Meta(description="Type of the message.")]
+    subject: Annotated[str, Meta(description="What it is about: `jobs/ID`, `queues/NAME`, `alerts/NAME`.")]
+    event_id: Annotated[str, Meta(description="Id of the message: its header `webhook-id`.")]
+    seq: Annotated[int | None, Meta(description="Position of the event in the journal. Null if it is not an event.")]
+    at: Annotated[int, Meta(description="When the delivery was created, in Unix ms.")]
+    due_at: Annotated[int | None, Meta(description="When it is tried next, in Unix ms. Null once it has ended.")]
+    tries: Annotated[int, Meta(description="How often it was tried.")]
+    ended_at: Annotated[int | None, Meta(description="When it was delivered or dead-lettered, in Unix ms, or null.")]
+    status: Annotated[int | None, Meta(description="HTTP status of the last response, or null.")]
+    error: Annotated[str | None, Meta(description="What was wrong with the last try, or null.")]
 
 
 class DeliveryPage(Struct):
-    """The last page has no `next_cursor`."""
+    """A page of deliveries, newest first."""
 
-    deliveries: list[DeliveryView]
-    next_cursor: str | None
+    deliveries: Annotated[list[DeliveryView], Meta(description="The deliveries.")]
+    next_cursor: NextCursor
 
 
 class Resent(Struct):
-    """`resent` deliveries that were given up are on their way again."""
+    """The result of sending dead-lettered deliveries again."""
 
-    resent: int
+    resent: Annotated[int, Meta(description="How many dead-lettered deliveries are queued again.")]
 
 
 class ReportList(Struct):
-    reports: list[CleanupReport]
+    """Reports of cleanup runs."""
+
+    reports: Annotated[list[CleanupReport], Meta(description="The reports, newest first.")]
 
 
 class ClockView(Struct, frozen=True):
-    """The clock. While it is `suspect`, nothing is deleted or failed by age; `message` says why and what to do."""
+    """The clock of the daemon. While it is suspect, `message` says why and what to do."""
 
-    now: int
-    suspect: bool
-    message: str
+    now: Annotated[int, Meta(description="Wall time of the daemon, in Unix ms.")]
+    suspect: Annotated[
+        bool,
+        Meta(description="Whether the clock has jumped ahead. While it has, nothing is deleted or failed by age."),
+    ]
+    message: MessageText
 
 
 class QuarantinedJob(Struct, frozen=True):
-    id: str
-    reason: str
+    """A damaged job in quarantine."""
+
+    id: JobIdText
+    reason: Annotated[str, Meta(description="What is wrong with it.")]
 
 
 class QuarantineList(Struct):
-    jobs: list[QuarantinedJob]
+    """The damaged jobs in quarantine."""
+
+    jobs: Annotated[list[QuarantinedJob], Meta(description="The jobs.")]
 
 
 class ProcessStats(Struct, frozen=True):
-    """How the process is, and which job has waited longest.
+    """Measurements of the process, and the job that has been due longest.
 
-    `commit_p99_s` is a bound: 99 of 100 commits of the last minutes took no longer; None where there was none.
+    `commit_p99_s` is an upper bound: 99 of 100 commits of the last minutes took no longer. None without commits.
     """
 
     mailbox: int
@@ -626,165 +764,169 @@ class ProcessStats(Struct, frozen=True):
 
 
 class AuditView(Struct, frozen=True):
-    """What an operator did, or was refused. `outcome` is "done" or the code of the refusal."""
+    """An audit entry: a change or a rejected request of an operator."""
 
-    seq: int
-    at: int
-    who: str
-    address: str
-    what: str
-    job_id: str | None
-    queue: str | None
-    reason: str | None
-    outcome: str
-    changed: int
-    details: dict[str, Any]
+    seq: Annotated[int, Meta(description="Position in the audit log.")]
+    at: Annotated[int, Meta(description="When, in Unix ms.")]
+    who: Annotated[str, Meta(description="Name of the operator; `admin` if none was given.")]
+    address: Annotated[str, Meta(description="Where the request came from.")]
+    what: Annotated[str, Meta(description="The action, as `force-fail`.")]
+    job_id: Annotated[str | None, Meta(description="The job, or null.")]
+    queue: Annotated[str | None, Meta(description="The queue, or null.")]
+    reason: ReasonText
+    outcome: Annotated[str, Meta(description="`done` or an error code.")]
+    changed: Annotated[int, Meta(description="How many jobs were changed.")]
+    details: Annotated[dict[str, Any], Meta(description="More about it, for programs.")]
 
 
 class AuditPage(Struct):
-    entries: list[AuditView]
-    next_cursor: str | None
+    """A page of audit entries, newest first."""
+
+    entries: Annotated[list[AuditView], Meta(description="The entries.")]
+    next_cursor: NextCursor
 
 
 class VersionedJob(Struct, frozen=True):
-    """A job, and the version by which it is known again."""
+    """A job and its version, which a later action can require."""
 
     job: JobView
     version: str
 
 
 class PlannedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
-    """A job as a plan found it, and what it would be. `to` is null where it would be deleted.
+    """A job that a plan would change."""
 
-    `late_results` counts those of it that nobody has adopted; of a completed job none can be.
-    """
-
-    id: str
-    from_: str
-    to: str | None
-    late_results: int = 0
+    id: JobIdText
+    from_: Annotated[str, Meta(description="The status when the plan was made.")]
+    to: Annotated[str | None, Meta(description="The status afterwards. Null for a deletion.")]
+    late_results: Annotated[
+        int, Meta(description="How many of its late results were not adopted. 0 for a completed job.")
+    ] = 0
 
 
 class SkippedJob(Struct, frozen=True, gc=False):
-    """A job that a plan leaves alone, and why. `status` is null where there is no such job."""
+    """A job that a plan skips."""
 
-    id: str
-    status: str | None
-    why: str
+    id: JobIdText
+    status: Annotated[str | None, Meta(description="Status of the job. Null if the job does not exist.")]
+    why: Annotated[str, Meta(description="Why the job is skipped.")]
 
 
 class ChangedJob(Struct, frozen=True, gc=False, rename={"from_": "from"}):
-    """A job of a plan to which nothing was done: what it was, what it is now (null: gone), and why."""
+    """A job of a plan that was not changed by it."""
 
-    id: str
-    from_: str
-    now: str | None
-    why: str
+    id: JobIdText
+    from_: Annotated[str, Meta(description="The status when the plan was made.")]
+    now: Annotated[str | None, Meta(description="The current status. Null if the job was deleted.")]
+    why: Annotated[str, Meta(description="Why the job was not changed.")]
 
 
 class PlanResult(Struct, frozen=True):
-    """What became of a plan. `repeated`: it had been applied before, and nothing was done this time."""
+    """The result of a plan."""
 
-    plan_id: str
-    action: str
-    applied: int
-    changed: list[ChangedJob]
-    refused: list[ChangedJob]
-    applied_at: int
-    repeated: bool = False
+    plan_id: Annotated[str, Meta(description="Id of the plan.")]
+    action: Annotated[str, Meta(description="The action of the plan.")]
+    applied: Annotated[int, Meta(description="How many jobs were changed by the plan.")]
+    changed: Annotated[list[ChangedJob], Meta(description="The jobs that had changed since the plan was made.")]
+    refused: Annotated[list[ChangedJob], Meta(description="The jobs that a rule rejected.")]
+    applied_at: Annotated[int, Meta(description="When the last job was changed, in Unix ms.")]
+    repeated: Annotated[
+        bool, Meta(description="Whether the plan had been applied before, and nothing was done this time.")
+    ] = False
 
 
 class DamagedRow(Struct, frozen=True):
     """A row whose checksum is wrong, or that cannot be read."""
 
-    where: str
-    what: str
+    where: Annotated[str, Meta(description="The row.")]
+    what: Annotated[str, Meta(description="What is wrong with it.")]
 
 
 class CheckedRows(Struct, frozen=True):
-    """A piece of the walk over all rows: `checked` rows of `table`, and those of them that are damaged."""
+    """Rows whose checksums were checked."""
 
-    table: str
-    checked: int
-    damaged: list[DamagedRow]
-    next_cursor: str | None
+    table: Annotated[str, Meta(description="The table of the rows.")]
+    checked: Annotated[int, Meta(description="How many rows were checked.")]
+    damaged: Annotated[list[DamagedRow], Meta(description="The damaged rows.")]
+    next_cursor: NextCursor
 
 
 BackupState = Literal["waiting", "copying", "checking", "sending", "sent", "failed"]
 
 
 class BackupView(Struct, frozen=True):
-    """An online backup. Times in Unix ms.
+    """An online backup."""
 
-    `bytes_done` of `bytes_total` (null until it is known) are copied, or sent. `quiet_ms`: for how long nothing has
-    moved. `message`: why it failed.
-    """
-
-    id: str
-    state: BackupState
-    bytes_done: int
-    bytes_total: int | None
-    quiet_ms: int
-    started_at: int
-    ended_at: int | None
-    message: str | None
+    id: Annotated[str, Meta(description="Id of the backup, as its caller gave it.")]
+    state: Annotated[BackupState, Meta(description="State of the backup.")]
+    bytes_done: Annotated[int, Meta(description="How many bytes are copied, or sent.")]
+    bytes_total: Annotated[int | None, Meta(description="How many bytes there are. Null until it is known.")]
+    quiet_ms: Annotated[int, Meta(description="Time since the last progress, in ms.")]
+    started_at: Annotated[int, Meta(description="When the backup began, in Unix ms.")]
+    ended_at: Annotated[int | None, Meta(description="When it was sent or failed, in Unix ms, or null.")]
+    message: Annotated[str | None, Meta(description="Why it failed, or null.")]
 
 
 class BackupList(Struct, frozen=True):
-    """The online backups under way and the last that have ended, newest first."""
+    """The online backups in progress and the last ones that ended."""
 
-    backups: list[BackupView]
+    backups: Annotated[list[BackupView], Meta(description="The backups, newest first.")]
 
 
 class PlanView(Struct, frozen=True):
-    """What an action would do: to `count` jobs. `skipped` shows the first of those left alone, `skipped_count` counts
-    them. `filter` is what the jobs were found by, null where they were named, or the action itself says which; `scope`
-    says which of them were looked at. `more`: the plan is full, or its time was over, before all were looked at;
-    `next_cursor` makes the next one, where it is null make it anew once this one was applied. `with_late_results`
-    counts the jobs to which work came late that nobody has adopted.
+    """A plan: what an action would do to many jobs.
+
+    `more`: the plan is full, or reached its time limit, before all jobs were read. `next_cursor` continues in the next
+    plan; if it is null, create the plan again after applying this one.
     """
 
-    plan_id: str
-    action: PlanAction
-    reason: str | None
-    filter: PlanFilter | None
-    scope: str | None
-    count: int
-    jobs: list[PlannedJob]
-    skipped: list[SkippedJob]
-    skipped_count: int
-    more: bool
-    next_cursor: str | None
-    made_at: int
-    expires_at: int
-    result: PlanResult | None = None
-    with_late_results: int = 0
+    plan_id: Annotated[str, Meta(description="Id of the plan.")]
+    action: Annotated[PlanAction, Meta(description="What is done to each job.")]
+    reason: ReasonText
+    filter: Annotated[
+        PlanFilter | None,
+        Meta(description="The filter of the plan. Null for a plan by ids, for `recover-stuck` and for `cleanup`."),
+    ]
+    scope: Annotated[str | None, Meta(description="Which jobs were read, in words. Null for a plan by ids.")]
+    count: Annotated[int, Meta(description="How many jobs the plan would change.")]
+    jobs: Annotated[list[PlannedJob], Meta(description="The jobs that the plan would change.")]
+    skipped: Annotated[list[SkippedJob], Meta(description="The first 1000 jobs that are skipped.")]
+    skipped_count: Annotated[int, Meta(description="How many jobs are skipped.")]
+    more: Annotated[bool, Meta(description="Whether the plan may not cover all jobs.")]
+    next_cursor: Annotated[str | None, Meta(description="Cursor of the next plan, or null.")]
+    made_at: Annotated[int, Meta(description="When the plan was made, in Unix ms.")]
+    expires_at: Annotated[int, Meta(description="Until when the plan is kept, in Unix ms.")]
+    result: Annotated[PlanResult | None, Meta(description="The result. Null until the plan is applied.")] = None
+    with_late_results: Annotated[
+        int, Meta(description="How many of the jobs have late results that were not adopted.")
+    ] = 0
 
 
 def late_results_note(action: str, late: Sequence[int]) -> str | None:
-    """What who asks for `action` has to know of late results; None: nothing. `late`: how many there are of each job."""
+    """Return what a caller of `action` should know about late results; None if there are none.
+
+    `late` has the number of late results of each job.
+    """
     jobs, results = sum(count > 0 for count in late), sum(late)
     if not jobs:
         return None
     has = "It has" if len(late) == 1 else "1 of these jobs has" if jobs == 1 else f"{jobs} of these jobs have"
     is_one = results == 1
-    what, then = ("1 late result", "it") if is_one else (f"{results} late results", "they")
+    what = "1 late result that was not adopted" if is_one else f"{results} late results that were not adopted"
     if action == "delete":
-        then += f" {'goes' if is_one else 'go'} with the {'job' if jobs == 1 else 'jobs'}"
-    else:
-        then = f"see whether {then} can be adopted instead"
-    return f"{has} {what} that nobody has adopted: {then}."
+        return f"{has} {what}. {'It is' if is_one else 'They are'} deleted with the {'job' if jobs == 1 else 'jobs'}."
+    return f"{has} {what}. Check whether {'it' if is_one else 'they'} can be adopted instead."
 
 
 def plan_late_results_note(action: str, jobs: Sequence[PlannedJob]) -> str | None:
-    """late_note of the jobs of a plan. Of a cleanup of those that it deletes: with the others it stays what it is."""
+    """Return late_results_note for the jobs of a plan. Of a cleanup, only deletions affect late results."""
     if action == "cleanup":
         action, jobs = "delete", [job for job in jobs if job.to is None]
     return late_results_note(action, [job.late_results for job in jobs])
 
 
 class PlanSlice(Struct):
-    """The answer to ApplyPlan: how many jobs it was done to, and to which not."""
+    """The result of ApplyPlan: how many jobs were changed, and which were not."""
 
     applied: int
     changed: list[ChangedJob]
@@ -792,7 +934,7 @@ class PlanSlice(Struct):
 
 
 class PreviewResult(Struct, frozen=True):
-    """The answer to Preview. `more`: there is more than was looked at."""
+    """The result of Preview. `more`: not everything was read."""
 
     details: list[Recovery]
     locks: int
@@ -801,63 +943,72 @@ class PreviewResult(Struct, frozen=True):
 
 
 class PreviewView(Struct, frozen=True, rename="camel"):
-    """What recovery and a cleanup pass would do now: the first jobs of each kind. `more`: there are more.
+    """What recovery and a cleanup run would do now: the first jobs of each kind."""
 
-    `more_mended`: not all jobs that are alive were looked at for `mended_jobs`, or there are more than are shown.
-
-    `held_jobs` are past their retention too, but are kept while the clock is suspect.
-    """
-
-    recover: list[Recovery]
-    expired_locks: int
-    expired_jobs: list[str]
-    deleted_jobs: list[str]
-    mended_jobs: list[str]
-    more: bool
-    timestamp: int
-    held_jobs: list[str] = []
-    more_held: bool = False
-    more_mended: bool = False
+    recover: Annotated[list[Recovery], Meta(description="Stuck jobs that would be recovered.")]
+    expired_locks: Annotated[int, Meta(description="Number of expired locks that would be cleared.")]
+    expired_jobs: Annotated[list[str], Meta(description="Queued jobs past their `expires_at` that would fail.")]
+    deleted_jobs: Annotated[list[str], Meta(description="Finished jobs that would be deleted by age.")]
+    mended_jobs: Annotated[list[str], Meta(description="Jobs with validation issues that would be fixed or reported.")]
+    more: Annotated[bool, Meta(description="Whether there are more jobs than are shown.")]
+    timestamp: Timestamp
+    held_jobs: Annotated[
+        list[str], Meta(description="Finished jobs past their retention that are kept while the clock is suspect.")
+    ] = []
+    more_held: Annotated[bool, Meta(description="Whether `heldJobs` does not show all of them.")] = False
+    more_mended: Annotated[
+        bool, Meta(description="Whether `mendedJobs` may be incomplete: the time limit ended the search.")
+    ] = False
 
 
 class FailureGroup(Struct, frozen=True):
-    """Jobs whose errors are the same but for numbers, names and the like; `message` is that of the latest.
+    """Jobs with the same error, apart from numbers, names and the like."""
 
-    `count` are the failed ones, `retrying` those that wait to be tried again.
-    """
-
-    fingerprint: str
-    message: str
-    error_code: str | None
-    count: int
-    retrying: int
-    kinds: list[str]
-    queues: list[str]
-    first_at: int
-    last_at: int
-    job_ids: list[str]
+    fingerprint: Annotated[
+        str,
+        Meta(
+            description="Name of the error: the same for errors that differ only in numbers, quoted texts, paths, the "
+            "id of the job and the like."
+        ),
+    ]
+    message: Annotated[str, Meta(description="The error message of the latest job.")]
+    error_code: Annotated[str | None, Meta(description="The error code, or null.")]
+    count: Annotated[int, Meta(description="Number of failed jobs.")]
+    retrying: Annotated[int, Meta(description="Number of queued jobs that wait for a retry after this error.")]
+    kinds: Annotated[list[str], Meta(description="Kinds of the jobs.")]
+    queues: Annotated[list[str], Meta(description="Queues of the jobs.")]
+    first_at: Annotated[
+        int,
+        Meta(
+            description="When the first job failed, in Unix ms. Includes jobs from before the group was empty for a "
+            "while."
+        ),
+    ]
+    last_at: Annotated[int, Meta(description="When the latest job failed, in Unix ms.")]
+    job_ids: Annotated[list[str], Meta(description="Ids of some of the latest jobs.")]
 
 
 class FailuresView(Struct, frozen=True):
-    """The largest groups of failed jobs and of those that wait to be tried again. `total` are all failed jobs, `other`
-    those of no group here; `retrying` and `other_retrying` are the same of those that wait. `whole` is false as long as
-    what was there at the start is still being counted."""
+    """Failed and retrying jobs, grouped by error."""
 
-    groups: list[FailureGroup]
-    total: int
-    retrying: int
-    other: int
-    other_retrying: int
-    whole: bool
+    groups: Annotated[list[FailureGroup], Meta(description="The groups, the largest first.")]
+    total: Annotated[int, Meta(description="Number of failed jobs.")]
+    retrying: Annotated[int, Meta(description="Number of queued jobs that wait for a retry after an error.")]
+    other: Annotated[int, Meta(description="Number of failed jobs in none of these groups.")]
+    other_retrying: Annotated[int, Meta(description="Number of retrying jobs in none of these groups.")]
+    whole: Annotated[bool, Meta(description="False while the jobs from before the start are still being counted.")]
 
 
 class EmptyResponse(Struct, frozen=True):
-    """The answer where there is nothing to say."""
+    """A success without data."""
 
 
 class HistoryRead(Struct, frozen=True):
-    """A read of history: timeline (the latest `events` of it) or late results of the job with this seq, a page of jobs
-    of either kind, or of the audit log. `ended`: a finished job, of which the timeline is asked who ended it."""
+    """A read of history that the actor leaves to the storage.
+
+    `timeline` is the seq of a job (with `events`: only that many of its latest events), `late` the same for its late
+    results. `page`, `export` and `audit` are pages. `ended` is a finished job whose timeline is read for its ending.
+    """
 
     timeline: int | None = None
     events: int | None = None
@@ -869,9 +1020,11 @@ class HistoryRead(Struct, frozen=True):
 
 
 class Response(Struct):
-    """A yes. `shows` are the job views whose payload is still to be read, with the job's seq; `grants` lets an
-    undelivered answer be taken back: (job id, lock id) of each grant in it; `look` is answered from the disk, `looked`
-    is at how many jobs it looked at most, for a page of them.
+    """A success.
+
+    `unread_payloads` has the job views whose payload is still to be read, with the seq of the job. `grants` has (job
+    id, lock id) of each grant in the response, so that an undelivered response can be taken back. With `read`, the
+    data comes from the storage; `scanned` is an upper bound of the jobs that a page of it read.
     """
 
     data: Any
@@ -880,4 +1033,4 @@ class Response(Struct):
     grants: list[tuple[str, str]] = []
     read: HistoryRead | None = None
     scanned: int = 0
-    replayed: bool = False  # a stored idempotent answer
+    replayed: bool = False  # a stored idempotent response

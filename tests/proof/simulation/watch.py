@@ -19,7 +19,6 @@ from jobd.core.changeset import Decision
 from jobd.core.state import Book
 from jobd.engine.disk_full import Closed
 from jobd.engine.idempotency import KEPT_MS, SAFE_MS
-from jobd.engine.mailbox import READS
 from jobd.model.commands import AnyCommand, Call, Claim, IdempotencyKey, Moment, is_dry_run
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, fold
@@ -143,7 +142,9 @@ class Watch(Promises):
         if isinstance(call.command, Claim):
             self._check_arrival(call.command, decision)
         if self.daemon is not None:
-            self.fired["look that may go first"] += self.daemon.actor.looks_go_first and isinstance(call.command, READS)
+            self.fired["look that may go first"] += (
+                self.daemon.actor.looks_go_first and call.command.admission == "read"
+            )
             self._check_clock(self.daemon, at)
         return decision
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator
 from openapi_spec_validator import OpenAPIV31SpecValidator
 
-from jobd.api import admin, descriptions, worker
+from jobd.api import admin, openapi, worker
 from jobd.api.command_stream import LINE_TYPES, StreamedCommand, line_decoders
-from jobd.api.openapi import call_of, document, refusals
+from jobd.api.openapi import document, error_codes
 from jobd.http.auth import Authenticator, own_names
 from jobd.http.decoding import Limits, RequestDecoder
 from jobd.http.routing import Route
@@ -29,6 +29,12 @@ from tests.support.http_harness import TOKEN, HttpHarness
 
 TABLES: dict[str, Sequence[Route]] = {"worker": worker.ROUTES, "admin": admin.ROUTES}
 DOCUMENTS: dict[str, dict[str, Any]] = {name: document(name, table) for name, table in TABLES.items()}
+
+
+def call_of(route: Route) -> str:
+    return f"{route.method} {route.path}"
+
+
 BY_DOCUMENT = pytest.mark.parametrize("name", TABLES)
 
 
@@ -76,13 +82,13 @@ def test_every_call_stands_below_a_heading_that_says_what_is_there(name: str) ->
     assert all(headings.values())
 
 
-def test_no_heading_is_for_paths_that_there_are_not() -> None:
+def test_every_tag_is_used_by_a_path() -> None:
     firsts = {
         route.path.removeprefix("/admin/job-management").removeprefix("/v1").split("/")[1]
         for table in TABLES.values()
         for route in table
     }
-    assert {part for parts, _ in descriptions.GROUPS.values() for part in parts.split()} == firsts
+    assert {part for parts, _ in openapi.TAGS.values() for part in parts.split()} == firsts
 
 
 @BY_DOCUMENT
@@ -90,12 +96,12 @@ def test_a_call_says_how_it_succeeds_and_how_it_is_refused(name: str) -> None:
     said = dict(operations(name))
     for route in TABLES[name]:
         responses = said[call_of(route)]["responses"]
-        wanted = {route.status, *descriptions.ALSO.get(call_of(route), {})}
-        wanted |= {errors.ERROR_STATUS[code] for code in refusals(route)}
+        wanted = {route.status, *route.other_statuses}
+        wanted |= {errors.ERROR_STATUS[code] for code in error_codes(route)}
         assert {int(status) for status in responses} == wanted
         kinds = resolved(name, responses[str(route.status)])["content"]
         assert list(kinds) == [route.content_type]
-        for code in refusals(route):
+        for code in error_codes(route):
             assert f"`{code}`" in resolved(name, responses[str(errors.ERROR_STATUS[code])])["description"]
         headers = {each["name"] for each in said[call_of(route)]["parameters"] if each["in"] == "header"}
         wanted_headers = {"Idempotency-Key"} if route.key else set()
@@ -107,34 +113,24 @@ def test_a_call_says_how_it_succeeds_and_how_it_is_refused(name: str) -> None:
         assert ("requestBody" in said[call_of(route)]) == (route.method != "GET")
 
 
-def test_the_glossary_has_a_word_for_everything_and_none_too_many() -> None:
-    routes = [route for table in TABLES.values() for route in table]
-    calls = {call_of(route) for route in routes}
-    assert set(descriptions.CALLS) == calls
-    assert set(descriptions.ALSO) | set(descriptions.REFUSED_TOO) <= calls
-    assert set(descriptions.REFUSED) <= {route.request for route in routes}
-    assert set(descriptions.REFUSALS) == set(errors.ERROR_STATUS)
-    assert all(code in errors.ERROR_STATUS for codes in descriptions.REFUSED.values() for code in codes)
-    said = {field for name in TABLES for field in _fields(DOCUMENTS[name])}
-    assert set(descriptions.FIELDS) == said
+@BY_DOCUMENT
+def test_every_call_field_and_parameter_is_described(name: str) -> None:
+    assert all(said["summary"].endswith(".") for _, said in operations(name))
+    queries = [each for _, said in operations(name) for each in said["parameters"] if each["in"] == "query"]
+    schemas = DOCUMENTS[name]["components"]["schemas"]
+    fields = [(f"{shape}.{field}", said) for shape in schemas for field, said in schemas[shape]["properties"].items()]
+    fields += [(each["name"], each["schema"]) for each in queries]
+    assert [field for field, said in fields if not said.get("description")] == []
+    assert fields
 
 
-def _fields(said: Any) -> set[str]:
-    """Every field that a document names, in bodies, answers and queries, each with its sentence."""
-    found: set[str] = set()
-    if isinstance(said, dict):
-        for field, schema in said.get("properties", {}).items():
-            found |= {field} if "description" in schema else set()
-        if said.get("in") == "query":
-            assert said["schema"]["description"]
-            found.add(said["name"])
-    for part in said.values() if isinstance(said, dict) else said if isinstance(said, list) else ():
-        found |= _fields(part)
-    return found
+@pytest.mark.parametrize("route", [route for table in TABLES.values() for route in table], ids=call_of)
+def test_the_error_codes_of_a_call_are_known(route: Route) -> None:
+    assert {*route.errors, *route.request.errors} <= set(errors.ERROR_CODES)
 
 
 def test_every_refusal_is_somewhere_but_for_those_of_unknown_paths() -> None:
-    told = {code for table in TABLES.values() for route in table for code in refusals(route)}
+    told = {code for table in TABLES.values() for route in table for code in error_codes(route)}
     assert set(errors.ERROR_STATUS) - told == {"method_not_allowed"}
 
 

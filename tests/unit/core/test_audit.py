@@ -14,7 +14,6 @@ from jobd.core.changeset import Decision
 from jobd.core.plan_rules import version
 from jobd.dashboard.pages import AUDITED_ACTIONS
 from jobd.engine.disk_full import Closed
-from jobd.engine.mailbox import READS
 from jobd.model.commands import (
     AnyCommand,
     ApplyEndings,
@@ -47,11 +46,12 @@ from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import VirtualEngine, in_virtual_time
 
 EVE = Operator("eve", "10.0.0.7")
-# Commands that come from workers, creators or the daemon itself; those of operators are in audit.DEEDS.
-NO_DEEDS = {
+AUDIT_NAMES = {kind: kind.audit_name for kind in get_args(AnyCommand) if kind.audit_name is not None}
+# Commands of workers, creators or the daemon itself.
+NOT_AUDITED = {
     "Create", "Bulk", "Start", "Claim", "Progress", "Extend", "Complete", "Fail", "Release", "Undelivered",
     "ImportCheck", "ExtendAfterPause", "EndGrants", "EndPauses", "Expire", "DeleteExpired", "RepairJobs", "Tick",
-    "Report",
+    "Report", "Ping",
 }  # fmt: skip
 
 
@@ -65,19 +65,21 @@ def entry(desk: RuleHarness, command: AnyCommand, operator: Operator | None = EV
     return audit.entry(Call(command, by, b"", True, operator), decision, desk.now)
 
 
-def test_every_command_is_a_deed_or_is_known_to_be_none() -> None:
-    """A new command of operators has to be told how the audit log calls it."""
-    known = {kind.__name__ for kind in (*audit.DEEDS, *READS, RecordAction, ApplyPlan, ApplyEndings)} | NO_DEEDS
-    assert known == {kind.__name__ for kind in get_args(AnyCommand)}
+def test_every_command_of_operators_is_audited() -> None:
+    """A new command of operators needs an audit name."""
+    reads = {kind.__name__ for kind in get_args(AnyCommand) if kind.admission == "read"}
+    audited = {kind.__name__ for kind in (*AUDIT_NAMES, RecordAction, ApplyPlan, ApplyEndings)}
+    assert audited | reads | NOT_AUDITED == {kind.__name__ for kind in get_args(AnyCommand)}
+    assert not audited & (reads | NOT_AUDITED)
 
 
-def test_a_deed_is_called_as_its_call_is() -> None:
-    """Who looks for it in the log knows the path, and the documentation names the same words."""
-    calls = {route.request: route for route in admin.ROUTES if route.request in audit.DEEDS}
-    words = {
-        asks: "delete" if route.method == "DELETE" else route.path.rpartition("/")[2] for asks, route in calls.items()
+def test_the_audit_name_of_a_command_is_that_of_its_call() -> None:
+    calls = {route.request: route for route in admin.ROUTES if route.request in AUDIT_NAMES}
+    names = {
+        request: "delete" if route.method == "DELETE" else route.path.rpartition("/")[2]
+        for request, route in calls.items()
     }
-    assert words | {Recover: "recover-stuck"} == audit.DEEDS  # its call goes on until nothing is stuck
+    assert names | {Recover: "recover-stuck"} == AUDIT_NAMES  # its call continues until nothing is stuck
 
 
 def test_what_nobody_asked_for_as_an_operator_and_what_only_reads_is_not_kept() -> None:
@@ -302,8 +304,8 @@ def test_an_operator_without_a_name_is_admin(name: str, who: str, by: str) -> No
     assert (operator.who, operator.by) == (who, by)
 
 
-def test_every_deed_can_be_looked_for_in_the_dashboard() -> None:
-    """Beside those of DEEDS: what is no command on jobs, and plans by their action."""
+def test_the_dashboard_can_filter_by_every_action() -> None:
+    """Besides the commands: other actions, and plans by their action."""
     others = {
         "cleanup",
         "accept-clock",
@@ -314,4 +316,4 @@ def test_every_deed_can_be_looked_for_in_the_dashboard() -> None:
         *SIGN_INS,
     }
     plans = {f"plan-{action}" for action in get_args(PlanAction)}
-    assert set(AUDITED_ACTIONS) == {*audit.DEEDS.values(), *others, *plans}
+    assert set(AUDITED_ACTIONS) == {*AUDIT_NAMES.values(), *others, *plans}

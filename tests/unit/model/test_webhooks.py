@@ -39,7 +39,9 @@ from jobd.webhooks.message import (
     headers,
     rfc3339,
     signature,
-    test_message,
+)
+from jobd.webhooks.message import (
+    test_message as message_of_a_test,
 )
 from tests.support.factories import NOW, all_of, full_job
 
@@ -249,7 +251,7 @@ def assert_says_what_it_is(letter: Message, source: str) -> None:
 
 
 def test_a_gap_and_a_test_are_cloud_events_too() -> None:
-    gap, test = gap_message("e", 3, 9, NOW, "/j"), test_message("e", 12, NOW, "/j")
+    gap, test = gap_message("e", 3, 9, NOW, "/j"), message_of_a_test("e", 12, NOW, "/j")
     data = read_by_others(gap.body)["data"]
     assert isinstance(data, dict)
     assert "kept no longer" in data.pop("message")
