@@ -314,20 +314,20 @@ class Daemon:
         self.alerts.on_change.append(self.webhooks.alerts_changed)
         _run_in_background(stack, "webhooks", self.webhooks)
         return Services(
-            self.actor,
-            Backups(store, lambda: self.clock.moment().now),
-            Scrubber(store),
-            self.clock,
-            self.cleaner,
-            health,
-            self.alerts,
-            metrics,
-            self.feed,
-            Downloads(self._artifacts, settings.limits.downloads),
-            planner,
-            self.failures,
-            self.webhooks,
-            lambda: not self._running.done(),
+            actor=self.actor,
+            alerts=self.alerts,
+            maintainer=self.cleaner,
+            clock=self.clock,
+            backups=Backups(store, lambda: self.clock.moment().now),
+            downloads=Downloads(self._artifacts, settings.limits.downloads),
+            failures=self.failures,
+            feed=self.feed,
+            health=health,
+            metrics=metrics,
+            planner=planner,
+            scrubber=Scrubber(store),
+            webhooks=self.webhooks,
+            is_alive=lambda: not self._running.done(),
         )
 
     async def _open_listeners(self, stack: contextlib.AsyncExitStack, figures: bytes | None) -> None:

@@ -177,7 +177,7 @@ class TestWebhook(WebhookCommand, frozen=True, kw_only=True):
 async def _stats(app: App[Services], ctx: RequestContext, asked: Stats) -> Response | ApiError:
     answer = await run_command(app, ctx, asked)
     if isinstance(answer, Response):
-        state = app.services.cleanup_state()
+        state = app.services.maintainer.state()
         answer.data = replace(
             answer.data,
             disk=await app.services.disk_space(),
@@ -188,7 +188,7 @@ async def _stats(app: App[Services], ctx: RequestContext, asked: Stats) -> Respo
 
 
 async def _health(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
-    view = await app.services.health()
+    view = await app.services.health.view()
     return Response(view, status=503 if view.status == "unhealthy" else 200)
 
 
@@ -202,28 +202,28 @@ async def _validate_job(app: App[Services], ctx: RequestContext, asked: Validate
 
 async def _cleanup(app: App[Services], ctx: RequestContext, asked: WithReason) -> Response:
     await audit_action(app, ctx.operator, "cleanup", reason=asked.reason)
-    return Response(await app.services.run_cleanup(forced=True))
+    return Response(await app.services.maintainer.run_cleanup(forced=True))
 
 
 async def _cleanup_state(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
-    return Response(app.services.cleanup_state())
+    return Response(app.services.maintainer.state())
 
 
 async def _recover_stuck(app: App[Services], ctx: RequestContext, asked: WithReason) -> Response | ApiError:
-    done = await app.services.recover_stuck(as_one_entry(ctx.operator), asked.reason)
+    done = await app.services.maintainer.recover_stuck(as_one_entry(ctx.operator), asked.reason)
     return done if isinstance(done, ApiError) else Response(done)
 
 
 async def _take_back(app: App[Services], ctx: RequestContext, asked: TakeBack) -> Response | ApiError:
-    return _given(await app.services.take_back(asked, as_one_entry(ctx.operator)))
+    return _given(await app.services.maintainer.take_back(asked, as_one_entry(ctx.operator)))
 
 
 async def _failures(app: App[Services], ctx: RequestContext, asked: FailuresRequest) -> Response:
-    return Response(app.services.failures(asked.limit))
+    return Response(app.services.failures.view(asked.limit))
 
 
 async def _preview(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response | ApiError:
-    return _given(await app.services.preview())
+    return _given(await app.services.maintainer.preview())
 
 
 async def _make_plan(app: App[Services], ctx: RequestContext, asked: MakePlan) -> Response | ApiError:
@@ -231,11 +231,11 @@ async def _make_plan(app: App[Services], ctx: RequestContext, asked: MakePlan) -
 
 
 async def _plan(app: App[Services], ctx: RequestContext, asked: PlanCommand) -> Response | ApiError:
-    return _given(app.services.plan(asked.plan_id))
+    return _given(app.services.planner.find(asked.plan_id))
 
 
 async def _apply_plan(app: App[Services], ctx: RequestContext, asked: PlanCommand) -> Response | ApiError:
-    return _given(await app.services.apply_plan(asked.plan_id, ctx.operator or operator_of(ctx)))
+    return _given(await app.services.planner.apply(asked.plan_id, ctx.operator or operator_of(ctx)))
 
 
 def _given(found: Any) -> Response | ApiError:
@@ -243,15 +243,15 @@ def _given(found: Any) -> Response | ApiError:
 
 
 async def _reports(app: App[Services], ctx: RequestContext, asked: Reports) -> Response:
-    return Response(ReportList(await app.services.reports(asked.limit)))
+    return Response(ReportList(await app.services.maintainer.reports(asked.limit)))
 
 
 async def _alerts(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
-    return Response(AlertList(app.services.alerts()))
+    return Response(AlertList(app.services.alerts.evaluate()))
 
 
 async def _webhooks(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
-    return Response(WebhookList(app.services.webhooks()))
+    return Response(WebhookList(app.services.webhooks.views()))
 
 
 async def _deliveries(app: App[Services], ctx: RequestContext, asked: Deliveries) -> Response | ApiError:
@@ -290,7 +290,7 @@ async def _test_webhook(app: App[Services], ctx: RequestContext, asked: TestWebh
 
 
 async def _clock(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
-    return Response(app.services.clock())
+    return Response(app.services.clock_view())
 
 
 async def _accept_clock(app: App[Services], ctx: RequestContext, asked: WithReason) -> Response | ApiError:
@@ -306,15 +306,15 @@ async def _quarantine(app: App[Services], ctx: RequestContext, asked: NoFields) 
 
 
 async def _check_rows(app: App[Services], ctx: RequestContext, asked: RowCheckRequest) -> Response | ApiError:
-    return _given(await app.services.check_rows(asked.cursor))
+    return _given(await app.services.scrubber.scan(asked.cursor))
 
 
 async def _backups(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
-    return Response(BackupList(app.services.backups()))
+    return Response(BackupList(app.services.backups.views()))
 
 
 async def _metrics(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
-    return Response(RawBody(METRICS_TYPE, await app.services.metrics()))
+    return Response(RawBody(METRICS_TYPE, await app.services.metrics_text()))
 
 
 _A: Final[Auth] = "admin"

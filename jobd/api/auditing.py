@@ -33,7 +33,7 @@ async def audit_read(
     """Keep in the audit log what somebody takes with him: the same within a minute is one entry, however many requests
     it takes."""
     looker, details = reading_operator(ctx, name), {"access": "read"} if ctx.by == "reader" else None
-    minute = app.services.clock().now // MINUTE_MS
+    minute = app.services.clock.moment().now // MINUTE_MS
     part_of = " ".join((what, looker.who, looker.address, job_id or "", str(minute)))
     done = await app.actor.ask(
         RecordAction(what=what, details=details, job_id=job_id), operator=replace(looker, part_of=part_of)

@@ -59,7 +59,7 @@ async def send_artifact(
     transport, request = ctx.connection.transport, ctx.request
     if transport is None or request is None:
         raise ConnectionResetError("the client is gone")
-    download = await app.services.download(key, transport.abort)
+    download = await app.services.downloads.begin(key, transport.abort)
     try:
         if ctx.method != hdrs.METH_HEAD:
             await audit_read(app, ctx, "artifact", name=name, job_id=asked.id)
@@ -143,8 +143,9 @@ class BackupRequest(Command, frozen=True, kw_only=True):
 async def send_backup(app: App[Services], ctx: RequestContext, asked: BackupRequest) -> web.StreamResponse | ApiError:
     """Backup: copied and checked, then the pieces. Where they stop half-way the connection is cut: the client knows."""
     await audit_action(app, ctx.operator, "backup")
+    log.info("backup_started", by="admin")
     try:
-        copy = await _while_there(app, ctx, app.services.backup(asked.id or secrets.token_hex(8)))
+        copy = await _while_there(app, ctx, app.services.backups.begin(asked.id or secrets.token_hex(8)))
     except DiskFull as full:
         return ApiError("storage_full", f"No backup: {full}. Free some and try again.")
     except BackupError as why:

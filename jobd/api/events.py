@@ -73,7 +73,7 @@ async def send_events(app: App[Services], ctx: RequestContext, asked: EventsRequ
     transport, request = ctx.connection.transport, ctx.request
     if transport is None or request is None:
         raise ConnectionResetError("the client is gone")
-    listener = app.services.listen(wanted, follow=asked.follow, cut=transport.abort)
+    listener = app.services.feed.listen(wanted, follow=asked.follow, cut=transport.abort)
     try:
         first = await listener.begin(after, asked.last or 0)
         # X-Accel-Buffering: nginx would hold events back until it has a buffer full of them.

@@ -65,7 +65,7 @@ class Viewer(Struct):
     @property
     def now(self) -> int:
         """Wall time of the daemon, Unix ms."""
-        return self.app.services.clock().now
+        return self.app.services.clock.moment().now
 
     async def ask(self, command: Any, *, expected: str | None = None) -> Response | ApiError:
         """One command to the actor, as an operator asks it; `expected`: the version of its job that they saw."""

@@ -61,7 +61,7 @@ async def live_stream(
     transport, request = visit.connection.transport, visit.request
     if transport is None or request is None:
         raise ConnectionResetError("the client is gone")
-    watcher = site.services.watch(queue=asked.queue, job_id=asked.job_id, cut=transport.abort)
+    watcher = site.services.feed.watch(queue=asked.queue, job_id=asked.job_id, cut=transport.abort)
     try:
         response = web.StreamResponse(
             headers={"Content-Type": EVENT_STREAM, "Server": "jobd", **SAFE_HEADERS, **HEADERS}

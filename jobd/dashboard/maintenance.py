@@ -58,8 +58,8 @@ class CleanupConfirmQuery(Command, frozen=True, kw_only=True):
 
 async def confirm_cleanup(viewer: Viewer, asked: CleanupConfirmQuery) -> PageData:
     """What a pass, or recovery, would do now. It is done by the form on that page."""
-    rooms = viewer.app.services
-    seen = await rooms.preview(PREVIEW_S if asked.what == "run" else 0)
+    services = viewer.app.services
+    seen = await services.maintainer.preview(PREVIEW_S if asked.what == "run" else 0)
     if isinstance(seen, ApiError):
         raise ApiException(seen)
     [paused] = await query(viewer, PAUSED_QUEUES)
@@ -76,14 +76,14 @@ async def confirm_cleanup(viewer: Viewer, asked: CleanupConfirmQuery) -> PageDat
         "more_stuck": len(seen.recover) >= PREVIEW_LIMIT,
         "max_listed": MAX_LISTED,
         "preview_limit": PREVIEW_LIMIT,
-        "clock": rooms.clock(),
+        "clock": services.clock_view(),
         **banners(viewer, paused),
     }
 
 
 async def run_cleanup(viewer: Viewer, asked: ReasonForm) -> Response:
     await viewer.record_audit("cleanup", reason=asked.reason_or_none)
-    report = await viewer.app.services.run_cleanup(forced=True)
+    report = await viewer.app.services.maintainer.run_cleanup(forced=True)
     message = (
         f"The pass took {report.total_processing_time} ms: {report.stuck_jobs_recovered} recovered, "
         f"{report.expired_jobs_deleted} deleted, {report.validation_issues_fixed} issues fixed."
@@ -92,7 +92,7 @@ async def run_cleanup(viewer: Viewer, asked: ReasonForm) -> Response:
 
 
 async def recover_stuck(viewer: Viewer, asked: ReasonForm) -> Response | ApiError:
-    done = await viewer.app.services.recover_stuck(as_one_entry(viewer.visit.operator), asked.reason_or_none)
+    done = await viewer.app.services.maintainer.recover_stuck(as_one_entry(viewer.visit.operator), asked.reason_or_none)
     if isinstance(done, ApiError):
         return done
     message = f"{done.recovered_jobs} stuck jobs recovered: {done.reset_jobs} queued again, {done.failed_jobs} failed."
@@ -109,7 +109,9 @@ class TakeBackForm(ReasonForm, frozen=True, kw_only=True):
 
 async def confirm_take_back(viewer: Viewer, asked: TakeBackQuery) -> PageData:
     """Preview a take-back. The form on the page does it."""
-    seen = await viewer.app.services.take_back(TakeBack(name=asked.name, dry_run=True), viewer.visit.operator)
+    seen = await viewer.app.services.maintainer.take_back(
+        TakeBack(name=asked.name, dry_run=True), viewer.visit.operator
+    )
     [paused] = await query(viewer, PAUSED_QUEUES)
     is_refused = isinstance(seen, ApiError)
     shown: PageData = {"refusal": seen, "status": seen.status} if isinstance(seen, ApiError) else {}
@@ -124,7 +126,7 @@ async def confirm_take_back(viewer: Viewer, asked: TakeBackQuery) -> PageData:
 
 async def take_back(viewer: Viewer, asked: TakeBackForm) -> Response | ApiError:
     command = TakeBack(name=asked.name, reason=asked.reason_or_none)
-    done = await viewer.app.services.take_back(command, as_one_entry(viewer.visit.operator))
+    done = await viewer.app.services.maintainer.take_back(command, as_one_entry(viewer.visit.operator))
     if isinstance(done, ApiError):
         return done
     message = f"Jobs taken back: {done.recovered_jobs} ({done.reset_jobs} queued again, {done.failed_jobs} failed)."
@@ -134,10 +136,10 @@ async def take_back(viewer: Viewer, asked: TakeBackForm) -> Response | ApiError:
 async def confirm_clock(viewer: Viewer) -> PageData:
     """Preview what deletion by age would do once the clock is accepted. Raise ApiException if it takes no reads."""
     [paused] = await query(viewer, PAUSED_QUEUES)
-    seen = await viewer.app.services.preview(0)
+    seen = await viewer.app.services.maintainer.preview(0)
     held = [] if isinstance(seen, ApiError) else seen.held_jobs
     return {
-        "clock": viewer.app.services.clock(),
+        "clock": viewer.app.services.clock_view(),
         "count": len(held),
         "is_more": not isinstance(seen, ApiError) and seen.more_held,
         "named": held[:MAX_CLOCK_JOBS],

@@ -155,18 +155,18 @@ async def overview(viewer: Viewer, recorder: Timeseries) -> PageData:
     stats, workers, paused = await query(
         viewer, Stats(), Workers(state="silent", limit=MAX_SILENT_NAMES), PAUSED_QUEUES
     )
-    rooms, now = viewer.app.services, viewer.now
+    services, now = viewer.app.services, viewer.now
     return {
         "stats": stats,
         "by_state": workers.by_state,
         "silent": workers.workers,
         "rates": recorder.rates(now),
         "since": recorder.since,
-        "cleanup": rooms.cleanup_state(),
-        "vitals": await rooms.vitals(),
-        "disk": await rooms.disk_space(),
-        "clock": rooms.clock(),
-        "damaged": len(rooms.quarantine()),
+        "cleanup": services.maintainer.state(),
+        "vitals": await services.metrics.vitals(),
+        "disk": await services.disk_space(),
+        "clock": services.clock_view(),
+        "damaged": len(services.quarantine()),
         **banners(viewer, paused),
     }
 
@@ -176,7 +176,7 @@ def banners(viewer: Viewer, paused: QueueList) -> PageData:
     return {
         "paused": paused.queues,
         "more_paused": paused.next_cursor is not None,
-        "firing": [alert for alert in viewer.app.services.alerts() if alert.firing],
+        "firing": [alert for alert in viewer.app.services.alerts.evaluate() if alert.firing],
     }
 
 
@@ -246,7 +246,7 @@ async def job(viewer: Viewer, job_id: str) -> PageData:
         "why": why,
         "late": late.late_results[::-1],
         "can_adopt": viewer.may_change and is_allowed(JOB_ACTIONS["adopt"], view, viewer.now),
-        "has_store": viewer.app.services.has_artifacts(),
+        "has_store": viewer.app.services.downloads.has_store,
         "actions": available_actions(view, viewer.now) if viewer.may_change else [],
         "base_url": base_url(viewer),
         "no_link_reason": partial(no_link_reason, own=own_hosts(viewer)),
@@ -273,7 +273,7 @@ async def confirm(viewer: Viewer, wanted: ConfirmPageQuery) -> PageData:
         "job": view,
         "late": late,
         "late_note": await _late_note(viewer, action, view),
-        "deletes_artifacts": action.verb == "delete" and viewer.app.services.has_artifacts(),
+        "deletes_artifacts": action.verb == "delete" and viewer.app.services.downloads.has_store,
         "no_link_reason": partial(no_link_reason, own=own_hosts(viewer)),
         "curl": curl_command(
             action, ActionTarget(wanted.id, result=None if late is None else late.seq), base_url(viewer)
@@ -333,7 +333,7 @@ async def _late_results(viewer: Viewer, job_id: str) -> list[LateResultView]:
 
 async def failures(viewer: Viewer) -> PageData:
     [paused] = await query(viewer, PAUSED_QUEUES)
-    return {"found": viewer.app.services.failures(MAX_GROUPS), **banners(viewer, paused)}
+    return {"found": viewer.app.services.failures.view(MAX_GROUPS), **banners(viewer, paused)}
 
 
 async def queues(viewer: Viewer, recorder: Timeseries, wanted: QueuesPageQuery) -> PageData:
@@ -381,19 +381,23 @@ async def workers(viewer: Viewer, wanted: WorkersPageQuery) -> PageData:
 
 
 async def cleanup(viewer: Viewer) -> PageData:
-    rooms = viewer.app.services
+    services = viewer.app.services
     [paused] = await query(viewer, PAUSED_QUEUES)
-    return {"state": rooms.cleanup_state(), "reports": await rooms.reports(MAX_REPORTS), **banners(viewer, paused)}
+    return {
+        "state": services.maintainer.state(),
+        "reports": await services.maintainer.reports(MAX_REPORTS),
+        **banners(viewer, paused),
+    }
 
 
 async def alerts(viewer: Viewer) -> PageData:
-    rooms = viewer.app.services
+    services = viewer.app.services
     [paused] = await query(viewer, PAUSED_QUEUES)
-    damaged = rooms.quarantine()
+    damaged = services.quarantine()
     return {
-        "alerts": sorted(rooms.alerts(), key=lambda alert: not alert.firing),
-        "health": await rooms.health(),
-        "clock": rooms.clock(),
+        "alerts": sorted(services.alerts.evaluate(), key=lambda alert: not alert.firing),
+        "health": await services.health.view(),
+        "clock": services.clock_view(),
         "damaged": damaged[:MAX_QUARANTINED],
         "more_damaged": max(len(damaged) - MAX_QUARANTINED, 0),
         **banners(viewer, paused),

@@ -72,7 +72,7 @@ async def create_plan(viewer: Viewer, form: PlanForm) -> Response | ApiError:
 
 async def create_next_plan(viewer: Viewer, form: NextPlanForm) -> Response | ApiError:
     """A plan of what comes after this one, and on to its page."""
-    plan = viewer.app.services.plan(form.plan_id)
+    plan = viewer.app.services.planner.find(form.plan_id)
     if isinstance(plan, ApiError):
         return plan
     if plan.next_cursor is None:
@@ -115,7 +115,7 @@ def _plan_command(viewer: Viewer, form: PlanForm) -> MakePlan:
 
 async def plan(viewer: Viewer, wanted: PlanCommand) -> PageData:
     """The page of a plan: what it would do, or what became of it."""
-    found = viewer.app.services.plan(wanted.plan_id)
+    found = viewer.app.services.planner.find(wanted.plan_id)
     if isinstance(found, ApiError):
         raise ApiException(found)
     plan: PlanView = found
@@ -131,7 +131,7 @@ async def plan(viewer: Viewer, wanted: PlanCommand) -> PageData:
         "planning_s": round(MAX_PLANNING_S),
         "label": LABELS[plan.action],
         "description": DESCRIPTIONS[plan.action],
-        "deletes_artifacts": viewer.app.services.has_artifacts() and any(job.to is None for job in plan.jobs),
+        "deletes_artifacts": viewer.app.services.downloads.has_store and any(job.to is None for job in plan.jobs),
         "destructive": plan.action in DESTRUCTIVE,
         "late_note": plan_late_results_note(plan.action, plan.jobs),
         "late": [job for job in plan.jobs if job.late_results][:MAX_LISTED],
@@ -151,7 +151,7 @@ async def apply_plan(viewer: Viewer, form: ApplyPlanForm) -> Response | ApiError
     """Do what the plan says, and on to its page, which tells what became of it."""
     operator = viewer.visit.operator
     assert operator is not None  # who may change something is one
-    done = await viewer.app.services.apply_plan(form.plan_id, operator)
+    done = await viewer.app.services.planner.apply(form.plan_id, operator)
     if isinstance(done, ApiError):
         return done
     jobs = f"{done.applied} {'job' if done.applied == 1 else 'jobs'}"

@@ -58,7 +58,7 @@ class ResendForm(ReasonForm, frozen=True, kw_only=True):
 
 async def webhook_list(viewer: Viewer, _: Any) -> PageData:
     [paused] = await query(viewer, PAUSED_QUEUES)
-    return {"webhooks": viewer.app.services.webhooks(), **banners(viewer, paused)}
+    return {"webhooks": viewer.app.services.webhooks.views(), **banners(viewer, paused)}
 
 
 async def webhook_detail(viewer: Viewer, wanted: WebhookPageQuery) -> PageData:
@@ -106,7 +106,7 @@ async def resend(viewer: Viewer, form: ResendForm) -> Response | ApiError:
 async def confirm_retry_failed(viewer: Viewer, wanted: RetryFailedQuery) -> PageData:
     """How many were given up, before all of them are sent again."""
     webhook = _find(viewer, wanted.name)
-    count, newest = await viewer.app.services.given_up(wanted.name)
+    count, newest = await viewer.app.services.webhooks.given_up(wanted.name)
     [paused] = await query(viewer, PAUSED_QUEUES)
     return {"webhook": webhook, "count": count, "newest": newest, "most": MAX_BACKLOG, **banners(viewer, paused)}
 
@@ -122,7 +122,7 @@ async def retry_failed(viewer: Viewer, form: RetryFailedForm) -> Response | ApiE
 
 
 def _find(viewer: Viewer, name: str) -> WebhookView:
-    for webhook in viewer.app.services.webhooks():
+    for webhook in viewer.app.services.webhooks.views():
         if webhook.name == name:
             return webhook
     raise api_error("not_found", f"There is no webhook {name} in the configuration. Those that are: /webhooks")

@@ -1434,7 +1434,7 @@ async def _findings(place: Path, prepare: Callable[[HttpHarness], None]) -> dict
     async with HttpHarness(
         admin_api.ROUTES, place, admin=True, actor=FakeActor(lambda _: answers.Response(stats))
     ) as house:
-        house.services.deliveries_page = answers.DeliveryPage([], None)
+        house.fakes.deliveries_page = answers.DeliveryPage([], None)
         prepare(house)
         with AdminClient(f"unix:{house.path}", token="canary-token-0123456789", retry_for_s=0) as client:
             found = await asyncio.to_thread(examine, client)
@@ -1444,7 +1444,7 @@ async def _findings(place: Path, prepare: Callable[[HttpHarness], None]) -> dict
 
 async def test_the_doctor_names_everything_that_is_wrong(tmp_path: Path) -> None:
     def prepare(house: HttpHarness) -> None:
-        house.services.status = "degraded"
+        house.fakes.status = "degraded"
 
     found = await _findings(tmp_path, prepare)
     assert set(found) == {"database", "cache", "storage", "clock", "job bad-1", "validation", "jobs"}
@@ -1454,7 +1454,7 @@ async def test_the_doctor_names_everything_that_is_wrong(tmp_path: Path) -> None
 
 async def test_the_doctor_is_silent_about_what_is_well(tmp_path: Path) -> None:
     def prepare(house: HttpHarness) -> None:
-        house.services.accepted = True
+        house.fakes.accepted = True
 
     assert set(await _findings(tmp_path, prepare)) == {"job bad-1", "validation", "jobs"}
 
@@ -1462,10 +1462,10 @@ async def test_the_doctor_is_silent_about_what_is_well(tmp_path: Path) -> None:
 async def _clock(place: Path, held: list[str], *argv: str) -> tuple[int, bool]:
     """The exit code of `jobctl clock …` against a daemon whose clock is suspect, and whether it is accepted."""
     async with HttpHarness(admin_api.ROUTES, place, admin=True) as house:
-        house.services.past_jobs = held
+        house.fakes.past_jobs = held
         where = ["--admin-url", f"unix:{house.path}"]
         code = await asyncio.to_thread(ctl.main, ["clock", *argv, *where])
-        return code, house.services.accepted
+        return code, house.fakes.accepted
 
 
 async def test_a_clock_is_accepted_by_who_was_told_what_that_deletes(
@@ -1517,11 +1517,11 @@ async def test_the_doctor_names_webhooks_that_fail_and_what_they_were_not_told(t
     now = 1_700_000_000_000
 
     def failing(house: HttpHarness) -> None:
-        house.services.hooks = [replace(WEBHOOK, failing_since=now - 60_000, waiting=3, last_error="500: no")]
+        house.fakes.hooks = [replace(WEBHOOK, failing_since=now - 60_000, waiting=3, last_error="500: no")]
 
     def lost(house: HttpHarness, ended_at: int) -> None:
         given_up = replace(DELIVERY, state="given_up", ended_at=ended_at, error="401")
-        house.services.deliveries_page = answers.DeliveryPage([given_up], None)
+        house.fakes.deliveries_page = answers.DeliveryPage([given_up], None)
 
     said = (await _findings(tmp_path, failing))["webhook q"]
     assert "3 messages wait" in said

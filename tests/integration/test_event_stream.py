@@ -40,12 +40,12 @@ class Commits:
 
     def __init__(self, house: HttpHarness) -> None:
         self.maker = ChangeFactory()
-        self._figures = house.services
+        self._house = house
 
     async def __call__(self, count: int = 1, **fields: Any) -> None:
         changes = [self.maker.create(**fields) for _ in range(count)]
-        await self._figures.disk.write(self.maker.batch(changes))
-        self._figures.feed.publish(changes)
+        await self._house.fakes.storage.write(self.maker.batch(changes))
+        self._house.services.feed.publish(changes)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ async def test_a_last_event_id_is_a_number(house: HttpHarness, told: str) -> Non
 
 async def test_events_that_are_gone_are_refused(house: HttpHarness, commit: Commits) -> None:
     await commit(5)
-    house.services.disk.gone_to = 3
+    house.fakes.storage.gone_to = 3
     for after in ("2", "6"):
         heard = await house.request("GET", "/v1/events", headers={"Last-Event-ID": after})
         assert (heard.status, heard.error, heard.json["details"]) == (410, "events_gone", {"last": 5})
@@ -167,7 +167,7 @@ async def test_a_stream_that_cannot_go_on_breaks_off(house: HttpHarness, commit:
     line = await house.connect()
     line.send(request_bytes("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "0"}))
     await seqs(line, 1)
-    house.services.disk.gone_to = 3 * event_feed.PAGE
+    house.fakes.storage.gone_to = 3 * event_feed.PAGE
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await line.reader.readuntil(b"0\r\n\r\n")
 

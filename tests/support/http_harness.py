@@ -11,21 +11,21 @@ import ssl
 import string
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from msgspec import Struct
 
+from jobd.api.services import Services
 from jobd.engine import event_feed, mailbox
-from jobd.engine.change_watchers import Watcher
 from jobd.engine.mailbox import Waiter
 from jobd.http.app import App, BrowserPages
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
 from jobd.http.routing import Route
 from jobd.http.server import HttpListener
-from jobd.model.commands import Call, Command, IdempotencyKey, MakePlan, Operator, TakeBack
+from jobd.model.commands import Call, Command, IdempotencyKey, MakePlan, Moment, Operator, TakeBack
 from jobd.model.errors import ApiError
-from jobd.model.events import EventFilter
 from jobd.model.responses import (
     AlertView,
     BackupView,
@@ -34,7 +34,6 @@ from jobd.model.responses import (
     CleanupHealth,
     CleanupReport,
     CleanupState,
-    ClockView,
     DamagedRow,
     DatabaseHealth,
     DeliveryPage,
@@ -53,16 +52,15 @@ from jobd.model.responses import (
     PlanView,
     PreviewView,
     ProcessStats,
-    QuarantinedJob,
     RecoverStuckView,
     Recovery,
-    Resent,
     Response,
     SkippedJob,
     TakeBackView,
     WebhookView,
 )
-from jobd.storage.artifacts.downloads import Download, Downloads
+from jobd.model.storage import DiskSpace
+from jobd.storage.artifacts.downloads import Downloads
 from tests.conftest import tool_missing
 from tests.support.memory_storage import MemoryStorage
 
@@ -91,6 +89,8 @@ class FakeActor:
         self.cancelled = asyncio.Event()
         self.arrived = asyncio.Event()
         self.respond = answer or (lambda command: Response(EmptyResponse()))
+        self.book = SimpleNamespace(queue_names=["mail", "video"], quarantined={"bad-1": "checksum"})
+        self.full_disk = SimpleNamespace(refuse=lambda command: None)
         self._tasks: dict[mailbox.Envelope, asyncio.Task[None]] = {}
 
     async def ask(
@@ -185,7 +185,6 @@ DELIVERY = DeliveryView(
     status=500,
     error="500",
 )
-NO_WEBHOOK = ApiError("not_found", "There is no such webhook.")
 
 
 BACKUP = BackupView("b1", "copying", 4096, 8192, 3, 1_700_000_000_000, None, None)
@@ -211,69 +210,55 @@ class FakeBackup:
         self._closed.set()
 
 
-class FakeServices:
-    """Rooms with fixed figures."""
+class Fakes:
+    """What the fake parts of `make_services` give, and what they were asked for. Tests set and read it."""
 
     def __init__(self) -> None:
         self.status: HealthStatus = "healthy"
-        self.forced: list[bool] = []
-        self.planned: list[MakePlan] = []
-        self.operators: list[Operator] = []
-        self.accepted = False
+        self.alerts = [AlertView("stuck_jobs", False, None, 0, 5, "look at the workers")]
         self.oldest_due: OldestDue | None = None
+        self.metrics_text = b"jobd_stuck_jobs 0\n"
+        self.alive = True
+        self.accepted = False  # the wall clock
+        self.forced: list[bool] = []  # cleanup runs
         self.no_preview: ApiError | None = None
         self.past_jobs = ["old-1", "old-2"]  # what deletion by age would take if the clock were right
-        self.alive = True
-        self.ready = True
+        self.planned: list[MakePlan] = []
+        self.operators: list[Operator] = []
         self.pieces: list[bytes | Exception] = [b"SQLite format 3\x00", b"x" * 100_000]
+        self.backup_type = FakeBackup
+        self.backup_ids: list[str] = []
+        self.no_backup: ApiError | None = None
         self.held: asyncio.Event | None = None  # what a backup waits for
         self.begun = asyncio.Event()
-        self.no_backup: ApiError | None = None
-        self.backup_ids: list[str] = []
         self.left: list[str | None] = []
         self.closed = asyncio.Event()
-        self.pieces_of = FakeBackup
-        self.disk = MemoryStorage()
-        self.feed = event_feed.EventFeed(self.disk, 0, 3)
-        self.downloads = Downloads(None, 2)
         self.hooks = [WEBHOOK]
         self.deliveries_page = DeliveryPage([DELIVERY], "7")
-        self.metrics_text = b"jobd_stuck_jobs 0\n"
-        self.resent: list[tuple[str, int | None]] = []
         self.asked_deliveries: list[tuple[str, str | None, int | None, int]] = []
-        self.lost = (2, 9)  # messages that were given up, and the number of the newest
+        self.resent: list[tuple[str, int | None]] = []
+        self.lost = (2, 9)  # dead-lettered messages, and the number of the newest
+        self.storage = MemoryStorage()
+
+
+class FakeMaintainer:
+    def __init__(self, fakes: Fakes) -> None:
+        self._fakes = fakes
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport:
-        self.forced.append(forced)
+        self._fakes.forced.append(forced)
         return REPORT
 
-    def cleanup_state(self) -> CleanupState:
+    def state(self) -> CleanupState:
         return CleanupState(REPORT, True, 1234)
 
-    def failures(self, limit: int) -> FailuresView:
-        group = FailureGroup("0123456789ab", "no", None, 3, 2, ["k"], ["q"], 1, 2, ["a"])
-        return FailuresView([group], 4, 7, 1, 5, False)
+    async def reports(self, limit: int) -> list[CleanupReport]:
+        return [REPORT][:limit]
 
     async def preview(self, look_s: float = 1.0) -> PreviewView | ApiError:
-        if self.no_preview is not None:
-            return self.no_preview
-        return PreviewView(
-            [Recovery("a", "reset", "stalled")], 2, ["b"], [], [], False, 1_700_000_000_000, self.past_jobs
-        )
-
-    async def make_plan(self, asked: MakePlan) -> PlanView:
-        self.planned.append(asked)
-        return self.plan("p1")  # type: ignore[return-value]
-
-    def plan(self, plan_id: str) -> PlanView | ApiError:
-        if plan_id != "p1":
-            return ApiError("plan_not_found", "There is no such plan.")
-        job = PlannedJob("a", "failed", "queued")
-        return PlanView("p1", "retry", "r", None, None, 1, [job], [SkippedJob("b", None, "none")], 1, False, None, 1, 2)
-
-    async def apply_plan(self, plan_id: str, operator: Operator) -> PlanResult:
-        self.operators.append(operator)
-        return PlanResult(plan_id, "retry", 1, [ChangedJob("b", "failed", None, "gone")], [], 3)
+        recovered, past = [Recovery("a", "reset", "stalled")], self._fakes.past_jobs
+        view = PreviewView(recovered, 2, ["b"], [], [], False, 1_700_000_000_000, past)
+        return self._fakes.no_preview or view
 
     async def recover_stuck(self, operator: Operator | None, reason: str | None) -> RecoverStuckView:
         return RecoverStuckView(1, 1, 0, [Recovery("a", "reset", "stalled")], 1_700_000_000_000)
@@ -284,97 +269,152 @@ class FakeServices:
         details = [Recovery("a", "reset", "No update. An operator took the job back.")]
         return TakeBackView(command.name, 1, 1, 0, details, False, 1_700_000_000_000)
 
-    async def health(self) -> HealthView:
-        part = PartHealth(self.status, "measured")
-        database = DatabaseHealth(self.status, "measured", 7, DISK.path, DISK.free_bytes, DISK.total_bytes)
-        return HealthView(self.status, database, part, part, CleanupHealth(False, None, "idle"), 1_700_000_000_000)
 
-    def alerts(self) -> list[AlertView]:
-        return [AlertView("stuck_jobs", False, None, 0, 5, "look at the workers")]
+class FakePlanner:
+    def __init__(self, fakes: Fakes) -> None:
+        self._fakes = fakes
 
-    async def disk_space(self) -> DiskView | None:
-        return DISK
+    async def make(self, asked: MakePlan, plan_id: str) -> PlanView | ApiError:
+        self._fakes.planned.append(asked)
+        return self.find("p1")
 
-    async def metrics(self) -> bytes:
-        return self.metrics_text
+    def find(self, plan_id: str) -> PlanView | ApiError:
+        if plan_id != "p1":
+            return ApiError("plan_not_found", "There is no such plan.")
+        job = PlannedJob("a", "failed", "queued")
+        return PlanView("p1", "retry", "r", None, None, 1, [job], [SkippedJob("b", None, "none")], 1, False, None, 1, 2)
 
-    async def vitals(self) -> ProcessStats:
-        return ProcessStats(3, 2, 0.005, 0.001, 1 << 20, 1 << 10, 61_000, self.oldest_due)
+    async def apply(self, plan_id: str, operator: Operator) -> PlanResult:
+        self._fakes.operators.append(operator)
+        return PlanResult(plan_id, "retry", 1, [ChangedJob("b", "failed", None, "gone")], [], 3)
 
-    async def reports(self, limit: int) -> list[CleanupReport]:
-        return [REPORT][:limit]
 
-    def clock(self) -> ClockView:
-        return ClockView(1_700_000_000_000, not self.accepted, "30 days ahead")
+class FakeClock:
+    """Stands still and is suspect until it is accepted."""
 
-    async def accept_clock(self) -> ClockView:
-        self.accepted = True
-        return self.clock()
+    def __init__(self, fakes: Fakes, now: Callable[[], int] = lambda: 1_700_000_000_000) -> None:
+        self._fakes = fakes
+        self._now = now
 
-    def quarantine(self) -> list[QuarantinedJob]:
-        return [QuarantinedJob("bad-1", "checksum")]
+    def moment(self) -> Moment:
+        return Moment(now=self._now(), lease=0, offset=0)
 
-    def queue_names(self, most: int) -> list[str]:
-        return ["mail", "video"][:most]
+    def doubt(self) -> str | None:
+        return None if self._fakes.accepted else "30 days ahead"
 
-    def webhooks(self) -> list[WebhookView]:
-        return self.hooks
+    def accept(self) -> None:
+        self._fakes.accepted = True
 
-    async def deliveries(
-        self, webhook: str, state: DeliveryState | None, before: int | None, limit: int
-    ) -> DeliveryPage | ApiError:
-        self.asked_deliveries.append((webhook, state, before, limit))
-        return self.deliveries_page if webhook == "q" else NO_WEBHOOK
 
-    async def given_up(self, webhook: str) -> tuple[int, int]:
-        return self.lost if webhook == "q" else (0, 0)
+class FakeBackups:
+    def __init__(self, fakes: Fakes) -> None:
+        self._fakes = fakes
 
-    async def deliver_again(self, webhook: str, delivery: int) -> DeliveryView | ApiError:
-        return DELIVERY if (webhook, delivery) == ("q", 7) else NO_WEBHOOK
-
-    async def deliver_all_again(self, webhook: str, upto: int | None) -> Resent | ApiError:
-        self.resent.append((webhook, upto))
-        return Resent(3) if webhook == "q" else NO_WEBHOOK
-
-    async def test_webhook(self, webhook: str) -> DeliveryView | ApiError:
-        return DELIVERY if webhook == "q" else NO_WEBHOOK
-
-    async def backup(self, id_: str) -> FakeBackup | ApiError:
-        self.backup_ids.append(id_)
-        if self.held is not None:
-            self.begun.set()
+    async def begin(self, id_: str) -> FakeBackup | ApiError:
+        fakes = self._fakes
+        fakes.backup_ids.append(id_)
+        if fakes.held is not None:
+            fakes.begun.set()
             try:
-                await self.held.wait()
+                await fakes.held.wait()
             except asyncio.CancelledError:
-                self.closed.set()
+                fakes.closed.set()
                 raise
-        if isinstance(self.pieces[0], Exception):
-            raise self.pieces[0]
-        return self.no_backup or self.pieces_of(self.pieces, self.left, self.closed)
+        if isinstance(fakes.pieces[0], Exception):
+            raise fakes.pieces[0]
+        return fakes.no_backup or fakes.backup_type(fakes.pieces, fakes.left, fakes.closed)
 
-    async def check_rows(self, cursor: str | None) -> CheckedRows | ApiError:
-        return CheckedRows("jobs", 3, [DamagedRow("job bad-2", "checksum")], None if cursor else "jobs:3")
-
-    def backups(self) -> list[BackupView]:
+    def views(self) -> list[BackupView]:
         return [BACKUP]
 
-    def listen(self, wanted: EventFilter, *, follow: bool, cut: Callable[[], None]) -> event_feed.Subscriber:
-        return self.feed.listen(wanted, follow=follow, cut=cut)
 
-    def watch(self, *, queue: str | None, job_id: str | None, cut: Callable[[], None]) -> Watcher:
-        return self.feed.watch(queue=queue, job_id=job_id, cut=cut)
+class FakeWebhooks:
+    def __init__(self, fakes: Fakes) -> None:
+        self._fakes = fakes
 
-    def has_artifacts(self) -> bool:
-        return self.downloads.has_store
+    def has(self, name: str) -> bool:
+        return name == "q"
 
-    async def download(self, key: str, cut: Callable[[], None]) -> Download:
-        return await self.downloads.begin(key, cut)
+    def views(self) -> list[WebhookView]:
+        return self._fakes.hooks
 
-    def is_ready(self) -> bool:
-        return self.ready
+    async def page(self, name: str, state: DeliveryState | None, before: int | None, limit: int) -> DeliveryPage:
+        self._fakes.asked_deliveries.append((name, state, before, limit))
+        return self._fakes.deliveries_page
 
-    def is_alive(self) -> bool:
-        return self.alive
+    async def given_up(self, name: str) -> tuple[int, int]:
+        return self._fakes.lost if self.has(name) else (0, 0)
+
+    async def redeliver(self, name: str, id_: int) -> DeliveryView | None:
+        return DELIVERY if id_ == 7 else None
+
+    async def redeliver_all(self, name: str, upto: int | None) -> int:
+        self._fakes.resent.append((name, upto))
+        return 3
+
+    async def test(self, name: str) -> DeliveryView:
+        return DELIVERY
+
+
+class FakeMonitoring:
+    """Health, alerts and metrics."""
+
+    def __init__(self, fakes: Fakes) -> None:
+        self._fakes = fakes
+
+    async def view(self) -> HealthView:
+        status = self._fakes.status
+        part = PartHealth(status, "measured")
+        database = DatabaseHealth(status, "measured", 7, DISK.path, DISK.free_bytes, DISK.total_bytes)
+        return HealthView(status, database, part, part, CleanupHealth(False, None, "idle"), 1_700_000_000_000)
+
+    async def space(self) -> DiskSpace:
+        return DiskSpace(DISK.path, DISK.free_bytes, DISK.total_bytes)
+
+    def evaluate(self) -> list[AlertView]:
+        return self._fakes.alerts
+
+    async def render(self) -> bytes:
+        return self._fakes.metrics_text
+
+    async def vitals(self) -> ProcessStats:
+        return ProcessStats(3, 2, 0.005, 0.001, 1 << 20, 1 << 10, 61_000, self._fakes.oldest_due)
+
+
+class FakeFailures:
+    def view(self, limit: int) -> FailuresView:
+        group = FailureGroup("0123456789ab", "no", None, 3, 2, ["k"], ["q"], 1, 2, ["a"])
+        return FailuresView([group], 4, 7, 1, 5, False)
+
+
+class FakeScrubber:
+    async def scan(self, cursor: str | None) -> CheckedRows:
+        return CheckedRows("jobs", 3, [DamagedRow("job bad-2", "checksum")], None if cursor else "jobs:3")
+
+
+def make_services(actor: Any, fakes: Fakes) -> Services:
+    """Services over fake parts, except the event feed and the downloads."""
+    monitoring: Any = FakeMonitoring(fakes)
+    parts: dict[str, Any] = {
+        "maintainer": FakeMaintainer(fakes),
+        "clock": FakeClock(fakes),
+        "backups": FakeBackups(fakes),
+        "failures": FakeFailures(),
+        "planner": FakePlanner(fakes),
+        "scrubber": FakeScrubber(),
+        "webhooks": FakeWebhooks(fakes),
+        "is_alive": lambda: fakes.alive,
+    }
+    return Services(
+        actor=actor,
+        alerts=monitoring,
+        health=monitoring,
+        metrics=monitoring,
+        feed=event_feed.EventFeed(fakes.storage, 0, 3),
+        downloads=Downloads(None, 2),
+        is_open=True,
+        **parts,
+    )
 
 
 class ReceivedResponse(Struct):
@@ -504,7 +544,8 @@ class HttpHarness:
         pages: BrowserPages | None = None,
     ) -> None:
         self.actor = actor or FakeActor()
-        self.services = FakeServices()
+        self.fakes = Fakes()
+        self.services = make_services(self.actor, self.fakes)
         self.app = App(
             gate or Authenticator("worker"), routes, self.actor, self.services, limits=limits, admin=admin, pages=pages
         )

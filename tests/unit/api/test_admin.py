@@ -39,6 +39,7 @@ from jobd.model.commands import (
     RunNow,
     SearchJobs,
     Stats,
+    Tick,
     Timeline,
     Transition,
     Update,
@@ -110,6 +111,7 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
 plain_view = msgspec.to_builtins
 
 # Calls that the daemon's rooms answer: call, data.
+TRUSTED = "The wall clock is in step with the store."
 ROOMS: list[tuple[str, str, Any]] = [
     ("POST", f"{P}/cleanup", REPORT),
     ("GET", f"{P}/cleanup", {"lastReport": REPORT, "cleanupRunning": True, "timeSinceLastCleanup": 1234,
@@ -128,7 +130,7 @@ ROOMS: list[tuple[str, str, Any]] = [
     ("GET", f"{P}/webhooks/{{name}}/deliveries", {"deliveries": [plain_view(DELIVERY)], "next_cursor": "7"}),
     ("POST", f"{P}/webhooks/{{name}}/test", plain_view(DELIVERY)),
     ("GET", f"{P}/clock", {"now": 1_700_000_000_000, "suspect": True, "message": "30 days ahead"}),
-    ("POST", f"{P}/clock/accept", {"now": 1_700_000_000_000, "suspect": False, "message": "30 days ahead"}),
+    ("POST", f"{P}/clock/accept", {"now": 1_700_000_000_000, "suspect": False, "message": TRUSTED}),
     ("GET", f"{P}/failures",
      {"groups": [{"fingerprint": "0123456789ab", "message": "no", "error_code": None, "count": 3, "retrying": 2,
                   "kinds": ["k"], "queues": ["q"], "first_at": 1, "last_at": 2, "job_ids": ["a"]}],
@@ -182,7 +184,7 @@ async def test_a_call_of_the_rooms_gives_their_figures(house: HttpHarness, metho
         assert (await house.request(method, path, "{}", AUTH)).data == data
         assert (await house.request(method, path, '{"x":1}', AUTH)).status == 400
     # Nothing but what goes into the audit log.
-    assert all(isinstance(asked.command, RecordAction) for asked in house.actor.received)
+    assert all(isinstance(asked.command, RecordAction | Tick) for asked in house.actor.received)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ async def test_what_is_no_command_is_noted_for_the_audit_log(
     headers, body = {**AUTH, "X-Jobd-Operator": "eve"}, None if method == "GET" else '{"reason":"why"}'
     assert (await house.request(method, f"{P}/{path}", headers=headers)).status == 200
     assert (await house.request(method, f"{P}/{path}", body, headers)).status == 200
-    first, second = house.actor.received
+    first, second = (each for each in house.actor.received if not isinstance(each.command, Tick))
     assert first.command == RecordAction(what=what)
     assert second.command == RecordAction(what=what, reason=None if body is None else "why")
     assert first.operator is not None
@@ -246,7 +248,7 @@ async def test_what_cannot_be_noted_is_done_all_the_same(house: HttpHarness) -> 
     house.actor.respond = lambda command: ApiError("storage_full", "The disk is full.")
     with capture_logs() as logged:
         assert (await house.request("POST", f"{P}/cleanup", headers=AUTH)).status == 200
-    assert house.services.forced == [True]
+    assert house.fakes.forced == [True]
     missed = {"event": "audit_missed", "log_level": "warning", "what": "cleanup", "by": "admin"}
     assert missed | {"reason": "storage_full"} in logged
 
@@ -288,7 +290,7 @@ async def test_over_tcp_an_operator_comes_from_an_address(tmp_path: Path) -> Non
 async def test_a_plan_is_made_shown_and_applied(house: HttpHarness) -> None:
     body = '{"action":"retry","filter":{"status":"failed","queue":"q","since":1},"reason":"r"}'
     made = await house.request("POST", f"{P}/plans", body, AUTH)
-    assert house.services.planned == [
+    assert house.fakes.planned == [
         MakePlan(action="retry", filter=PlanFilter(status="failed", queue="q", since=1), reason="r")
     ]
     assert made.data["jobs"] == [{"id": "a", "from": "failed", "to": "queued", "late_results": 0}]
@@ -297,7 +299,7 @@ async def test_a_plan_is_made_shown_and_applied(house: HttpHarness) -> None:
     assert (await house.request("GET", f"{P}/plans/none", headers=AUTH)).error == "plan_not_found"
     done = await house.request("POST", f"{P}/plans/{plan_id}/apply", headers={**AUTH, "X-Jobd-Operator": "eve"})
     assert done.data["changed"] == [{"id": "b", "from": "failed", "now": None, "why": "gone"}]
-    assert [operator.name for operator in house.services.operators] == ["eve"]
+    assert [operator.name for operator in house.fakes.operators] == ["eve"]
     for wrong in (
         '{"action":"explode","ids":["a"]}',
         '{"action":"retry","ids":[]}',
@@ -308,7 +310,7 @@ async def test_a_plan_is_made_shown_and_applied(house: HttpHarness) -> None:
 
 async def test_a_cleanup_that_is_asked_for_is_forced(house: HttpHarness) -> None:
     await house.request("POST", f"{P}/cleanup", headers=AUTH)
-    assert house.services.forced == [True]
+    assert house.fakes.forced == [True]
 
 
 def test_every_call_has_an_example_and_no_route_is_missing() -> None:
@@ -387,7 +389,7 @@ async def test_stats_say_whether_a_pass_is_running(house: HttpHarness) -> None:
 async def test_health_has_the_same_body_whatever_its_status(
     house: HttpHarness, status: Any, code: int, success: bool
 ) -> None:
-    house.services.status = status
+    house.fakes.status = status
     heard = await house.request("GET", f"{P}/health", headers=AUTH)
     assert (heard.status, heard.json["success"]) == (code, success)
     data = heard.json["data"]
@@ -425,7 +427,7 @@ async def test_all_that_was_given_up_is_sent_again(house: HttpHarness) -> None:
     place = f"{P}/webhooks/q/resend-given-up"
     assert (await house.request("POST", place, headers=AUTH)).data == {"resent": 3}
     assert (await house.request("POST", place, '{"upto":9}', AUTH)).data == {"resent": 3}
-    assert house.services.resent == [("q", None), ("q", 9)]
+    assert house.fakes.resent == [("q", None), ("q", 9)]
     told = [asked.command for asked in house.actor.received]
     assert told == [RecordAction(what="resend-given-up", details={"webhook": "q", "resent": 3})] * 2
     assert (await house.request("POST", f"{P}/webhooks/none/resend-given-up", headers=AUTH)).status == 404
@@ -436,7 +438,7 @@ async def test_all_that_was_given_up_is_sent_again(house: HttpHarness) -> None:
 
 async def test_deliveries_are_asked_for_by_state_and_page(house: HttpHarness) -> None:
     assert (await house.request("GET", f"{P}/webhooks/q/deliveries?state=given_up&limit=5&cursor=9", headers=AUTH)).data
-    assert house.services.asked_deliveries == [("q", "given_up", 9, 5)]
+    assert house.fakes.asked_deliveries == [("q", "given_up", 9, 5)]
     assert (await house.request("GET", f"{P}/webhooks/none/deliveries", headers=AUTH)).status == 404
     assert (await house.request("POST", f"{P}/webhooks/none/test", headers=AUTH)).status == 404
     for query in ("state=lost", "limit=0", "limit=201", "cursor=x"):

@@ -49,7 +49,7 @@ from jobd.model.commands import ForceFail
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, Event
 from jobd.model.job import LATEST_MS, Policy
-from jobd.model.responses import AlertView, ClockView, DeliveryPage, OldestDue, PreviewView, Recovery
+from jobd.model.responses import AlertView, DeliveryPage, OldestDue, PreviewView, Recovery
 from jobd.model.storage import AuditQuery, JobQuery
 from jobd.model.webhooks import MAX_BACKLOG
 from jobd.monitoring.failure_groups import FailureGroups
@@ -62,6 +62,7 @@ from tests.support.http_harness import (
     DELIVERY,
     TOKEN,
     WEBHOOK,
+    FakeClock,
     HttpHarness,
     RawConnection,
     ReceivedResponse,
@@ -176,7 +177,7 @@ class Town:
 
 
 @pytest.fixture
-async def town(tmp_path: Path) -> AsyncIterator[Town]:
+async def town(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Town]:
     disk = MemoryStorage()
     made: list[Town] = []
 
@@ -201,14 +202,16 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
         )
         actor.on_commit.append(admin.services.feed.publish)
         numbers = itertools.count(1)
-        admin.services.make_plan = lambda asked: planner.make(asked, f"plan-{next(numbers)}")  # type: ignore[method-assign,assignment,return-value]
-        admin.services.failures = known.view  # type: ignore[method-assign]
-        admin.services.queue_names = partial(Services.queue_names, SimpleNamespace(actor=actor))  # type: ignore[method-assign,arg-type]
-        hands = MaintenanceContext(actor, clock, CleanupSchedule())
-        admin.services.take_back = partial(Maintainer.take_back, SimpleNamespace(_hands=hands))  # type: ignore[method-assign,arg-type]
-        admin.services.plan = planner.find  # type: ignore[method-assign]
-        admin.services.apply_plan = planner.apply  # type: ignore[method-assign,assignment]
-        admin.services.clock = lambda: ClockView(clock.moment().now, not admin.services.accepted, "30 days ahead")  # type: ignore[method-assign]
+        numbered: Any = SimpleNamespace(
+            make=lambda asked, _: planner.make(asked, f"plan-{next(numbers)}"), find=planner.find, apply=planner.apply
+        )
+        admin.services.planner = numbered
+        admin.services.failures = known
+        fake_clock: Any = FakeClock(admin.fakes, lambda: clock.moment().now)
+        admin.services.clock = fake_clock
+        actor.book.quarantined["bad-1"] = "checksum"
+        hands: Any = SimpleNamespace(_context=MaintenanceContext(actor, clock, CleanupSchedule()))
+        monkeypatch.setattr(admin.services.maintainer, "take_back", partial(Maintainer.take_back, hands))
         made.append(Town(worker, admin, room, disk))
         yield made[0]
         actor.stop_parking()
@@ -558,7 +561,7 @@ async def test_a_form_without_the_secret_of_its_session_does_nothing(town: Town,
     assert (await browser.post("/queues/pause", name="video", csrf=await other.csrf())).status == 403
     assert await town.status("held") == "processing"
     assert "paused" not in text(await browser.get("/queues"))
-    assert town.admin.services.forced == []
+    assert town.admin.fakes.forced == []
 
 
 async def test_the_secret_may_come_in_a_header(town: Town) -> None:
@@ -676,8 +679,8 @@ async def test_who_may_only_look_changes_nothing(town: Town, target: str, fields
     heard = await town.admin.request("POST", "/admin/job-management/jobs/held/cancel", "{}", bearer)
     assert (heard.status, heard.error) == (403, "forbidden")
     assert await town.status("held") == "processing"
-    assert town.admin.services.forced == []
-    assert not town.admin.services.accepted
+    assert town.admin.fakes.forced == []
+    assert not town.admin.fakes.accepted
 
 
 @pytest.mark.parametrize(
@@ -708,7 +711,7 @@ async def test_a_form_needs_the_secret_of_its_session_also_from_htmx(
             heard = await browser.post(target, headers, **{**fields, "csrf": given})
             assert (heard.status, "not of your session" in text(heard)) == (403, True), headers
     assert await town.status("held") == "processing"
-    assert (town.admin.services.forced, town.admin.services.accepted, town.admin.services.resent) == ([], False, [])
+    assert (town.admin.fakes.forced, town.admin.fakes.accepted, town.admin.fakes.resent) == ([], False, [])
     assert (await browser.get("/")).status == 200, "it is still signed in"
     heard = await browser.post(target, {"HX-Request": "true"}, **{**fields, "csrf": await browser.csrf()})
     assert heard.status == 303
@@ -1735,7 +1738,7 @@ async def test_a_page_whose_job_is_deleted_says_so_and_offers_nothing(town: Town
 )
 async def test_a_command_in_a_hint_leads_to_the_page_that_does_the_same(town: Town, hint: str, shown: str) -> None:
     alert = AlertView("stuck_jobs", True, 1_700_000_000_000, 7, 5, hint)
-    town.admin.services.alerts = lambda: [alert]  # type: ignore[method-assign]
+    town.admin.fakes.alerts = [alert]
     browser = await town.browser()
     for page in ("/", "/alerts"):
         assert shown in text(await browser.get(page))
@@ -1779,18 +1782,18 @@ async def test_before_the_clock_is_accepted_it_says_what_would_be_deleted(town: 
     assert "2 finished jobs" in page
     assert "old-2" in page
     assert "The clock is right" in page
-    town.admin.services.past_jobs = [f"old-{number}" for number in range(70)]
+    town.admin.fakes.past_jobs = [f"old-{number}" for number in range(70)]
     assert "These are the first of them" in text(await browser.get("/clock"))
-    town.admin.services.past_jobs = []
+    town.admin.fakes.past_jobs = []
     assert "No finished job would be deleted" in text(await browser.get("/clock"))
-    town.admin.services.no_preview = ApiError("overloaded", "Too much is waiting.")
+    town.admin.fakes.no_preview = ApiError("overloaded", "Too much is waiting.")
     page = text(await browser.get("/clock"))
     assert "The clock is right" not in page
     assert "Too much is waiting" in page
-    town.admin.services.accepted = True
+    town.admin.fakes.accepted = True
     page = text(await browser.get("/clock"))
     assert "Back to the alerts" in page
-    town.admin.services.accepted, town.admin.services.no_preview = False, None
+    town.admin.fakes.accepted, town.admin.fakes.no_preview = False, None
     page = text(await (await town.browser(READER)).get("/clock"))
     assert "Is the clock right?" in page
     assert "<button>The clock is right" not in page
@@ -1808,8 +1811,8 @@ async def test_housekeeping(town: Town) -> None:
         heard = await browser.post(target, csrf=csrf)
         assert (heard.status, heard.headers["location"]) == (303, onward)
         assert said in text(await browser.get(onward))
-    assert town.admin.services.forced == [True]
-    assert town.admin.services.accepted
+    assert town.admin.fakes.forced == [True]
+    assert town.admin.fakes.accepted
     page = text(await browser.get("/alerts"))
     assert "bad-1" in page
     assert 'href="/clock"' not in page
@@ -1853,7 +1856,7 @@ async def test_the_jobs_of_a_silent_worker_are_taken_back(town: Town) -> None:
 
 
 async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
-    browser, reader, rooms = await town.browser(), await town.browser(READER), town.admin.services
+    browser, reader, fakes = await town.browser(), await town.browser(READER), town.admin.fakes
     page = text(await browser.get("/cleanup"))
     assert 'method="post" action="/cleanup' not in page, "no click does it unseen"
     assert re.findall(r'href="(/cleanup/confirm[^"]*)"', page) == [
@@ -1870,7 +1873,7 @@ async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: 
     assert re.findall(r'href="/jobs/(\w)"', page) == ["a", "b"]
     assert "stalled" in page
     assert 'action="/cleanup/run"' in page
-    assert rooms.forced == [], "nothing is done yet"
+    assert fakes.forced == [], "nothing is done yet"
     page = text(await browser.get("/cleanup/confirm?what=recover"))
     assert re.findall(r'href="/jobs/(\w)"', page) == ["a"]
     assert 'action="/cleanup/recover"' in page
@@ -1879,7 +1882,7 @@ async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: 
     async def preview(look_s: float) -> PreviewView | ApiError:
         return many
 
-    monkeypatch.setattr(rooms, "preview", preview)
+    monkeypatch.setattr(town.admin.services.maintainer, "preview", preview)
     page = text(await browser.get("/cleanup/confirm?what=run"))
     assert "1\u202f000 or more" in page
     assert "950 more." in page
@@ -1901,13 +1904,13 @@ async def test_housekeeping_is_shown_before_it_is_done(town: Town, monkeypatch: 
     async def refuses(look_s: float) -> PreviewView | ApiError:
         return ApiError("overloaded", "later")
 
-    monkeypatch.setattr(rooms, "preview", refuses)
+    monkeypatch.setattr(town.admin.services.maintainer, "preview", refuses)
     assert (await browser.get("/cleanup/confirm?what=run")).status == 503
     assert (await browser.get("/cleanup/confirm?what=all")).status == 400
 
 
 async def test_webhooks_are_shown_with_how_they_are_going(town: Town) -> None:
-    browser, rooms = await town.browser(), town.admin.services
+    browser, fakes = await town.browser(), town.admin.fakes
     page = text(await browser.get("/webhooks"))
     assert WEBHOOK.url in page
     assert 'href="/webhooks/q?state=waiting">1</a>' in page
@@ -1918,28 +1921,28 @@ async def test_webhooks_are_shown_with_how_they_are_going(town: Town) -> None:
         "half_open": ">one message is tried<",
     }
     for state, words in shown.items():
-        rooms.hooks = [replace(WEBHOOK, state=state, failing_since=None, events=["job.<b>"])]
+        fakes.hooks = [replace(WEBHOOK, state=state, failing_since=None, events=["job.<b>"])]
         page = text(await browser.get("/webhooks"))
         assert words in page
         assert "job.&lt;b&gt;" in page
         assert "next try" not in page
     later = round(time.time() * 1000) + 130_000
     for state, since in (("open", 1), ("closed", 1)):
-        rooms.hooks = [replace(WEBHOOK, state=state, failing_since=since, next_try_at=later)]
+        fakes.hooks = [replace(WEBHOOK, state=state, failing_since=since, next_try_at=later)]
         for place in ("/webhooks", "/webhooks/q"):
             assert re.search(rf'next try in <time [^>]*data-until="{later}"[^>]*>2 min', text(await browser.get(place)))
-    rooms.hooks = [replace(WEBHOOK, state="closed", failing_since=1)]
+    fakes.hooks = [replace(WEBHOOK, state="closed", failing_since=1)]
     assert ">failing<" in text(await browser.get("/webhooks/q"))
-    rooms.hooks = []
+    fakes.hooks = []
     assert "No webhook is configured" in text(await browser.get("/webhooks"))
     heard = await browser.get("/webhooks/q")
     assert (heard.status, "There is no webhook q" in text(heard)) == (404, True)
 
 
 async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: Town) -> None:
-    browser, rooms = await town.browser(), town.admin.services
+    browser, fakes = await town.browser(), town.admin.fakes
     page = text(await browser.get("/webhooks/q?state=given_up&cursor=9"))
-    assert rooms.asked_deliveries == [("q", "given_up", 9, 50)]
+    assert fakes.asked_deliveries == [("q", "given_up", 9, 50)]
     assert '<option value="given_up" selected>' in page
     assert 'href="/webhooks/q?state=given_up&amp;cursor=7"' in page
     assert 'href="/webhooks/q?state=given_up">Newest' in page
@@ -1972,14 +1975,14 @@ async def test_messages_to_a_webhook_are_filtered_walked_and_sent_again(town: To
 
 
 async def test_all_that_was_given_up_is_counted_and_sent_again(town: Town) -> None:
-    browser, rooms = await town.browser(), town.admin.services
+    browser, fakes = await town.browser(), town.admin.fakes
     assert 'href="/webhooks/q/again"' in text(await browser.get("/webhooks/q"))
     assert "again" not in text(await (await town.browser(READER)).get("/webhooks/q")).partition("<main")[2].lower()
-    rooms.lost = (MAX_BACKLOG, 99_999)
+    fakes.lost = (MAX_BACKLOG, 99_999)
     page = text(await browser.get("/webhooks/q/again"))
     assert re.search(r"<strong>10\s?000</strong> messages were given up and are kept\.", page)
     assert "No more are kept than that" in page
-    rooms.lost = (2, 9)
+    fakes.lost = (2, 9)
     page = text(await browser.get("/webhooks/q/again"))
     assert "<strong>2</strong> messages were given up and are kept." in page
     assert "No more are kept than that" not in page
@@ -1990,12 +1993,12 @@ async def test_all_that_was_given_up_is_counted_and_sent_again(town: Town) -> No
     assert (heard.status, heard.headers["location"]) == (303, "/webhooks/q")
     [last, *_] = (await town.admin.request("GET", "/admin/job-management/audit", headers=AUTH)).data["entries"]
     assert (last["what"], last["reason"]) == ("resend-given-up", "mended")
-    assert rooms.resent == [("q", 9)]
+    assert fakes.resent == [("q", 9)]
     assert "3 messages that were given up: sent again." in text(await browser.get("/webhooks/q"))
     assert ("admin", "resend-given-up", "done", {"webhook": "q", "resent": 3}) in await deeds(town)
-    rooms.hooks = [replace(WEBHOOK, failing_since=1)]
+    fakes.hooks = [replace(WEBHOOK, failing_since=1)]
     assert "Mend its receiver first" in text(await browser.get("/webhooks/q/again"))
-    rooms.lost = (0, 0)
+    fakes.lost = (0, 0)
     assert "No message is given up." in text(await browser.get("/webhooks/q/again"))
     assert (await browser.post("/webhooks/q/resend-given-up", csrf=csrf)).status == 400
     assert (await browser.post("/webhooks/q/resend-given-up", upto="9")).status == 403
@@ -2003,7 +2006,7 @@ async def test_all_that_was_given_up_is_counted_and_sent_again(town: Town) -> No
 
 
 async def test_a_message_says_what_became_of_it(town: Town) -> None:
-    browser, rooms = await town.browser(), town.admin.services
+    browser, fakes = await town.browser(), town.admin.fakes
     ended = replace(DELIVERY, due_at=None, ended_at=1_700_000_000_000)
     found = [
         replace(DELIVERY, id=1, due_at=4_000_000_000_000, subject="queues/a b"),
@@ -2012,7 +2015,7 @@ async def test_a_message_says_what_became_of_it(town: Town) -> None:
         replace(ended, id=4, state="given_up", error="<no>"),
     ]
 
-    rooms.deliveries_page = DeliveryPage(found, None)
+    fakes.deliveries_page = DeliveryPage(found, None)
     page = text(await browser.get("/webhooks/q"))
     rows = {int(number): row for number, row in re.findall(r'<tr id="delivery-(\d+)">(.*?)</tr>', page, re.DOTALL)}
     said = {
@@ -2025,7 +2028,7 @@ async def test_a_message_says_what_became_of_it(town: Town) -> None:
     for number, words in said.items():
         for each in words:
             assert each in rows[number], (number, each)
-    rooms.hooks = [replace(WEBHOOK, state="open", failing_since=1, next_try_at=3_000_000_000_000)]
+    fakes.hooks = [replace(WEBHOOK, state="open", failing_since=1, next_try_at=3_000_000_000_000)]
     page = text(await browser.get("/webhooks/q"))
     assert page.count(">after the break") == 1, "one is due before its end, the other later"
     assert page.count(">next try <time") == 1
@@ -2037,7 +2040,7 @@ async def test_a_message_says_what_became_of_it(town: Town) -> None:
 async def test_firing_alerts_are_told_with_their_hints(town: Town) -> None:
     browser = await town.browser()
     firing = AlertView("stuck_jobs", True, 1_700_000_000_000, 7, 5, "look at <the> workers")
-    town.admin.services.alerts = lambda: [firing]  # type: ignore[method-assign]
+    town.admin.fakes.alerts = [firing]
     page = text(await browser.get("/"))
     assert "1 alert fires:" in page
     assert "look at &lt;the&gt; workers" in page
@@ -2301,8 +2304,7 @@ async def test_the_page_of_jobs_names_queues_without_looking_at_them(
     names = "".join(f'<option value="q-{number}"></option>' for number in range(3))
     for target in ("/jobs", "/jobs?since=nonsense"):
         assert f'<datalist id="queue-names">{names}</datalist>' in text(await browser.get(target))
-    monkeypatch.delattr(town.admin.services, "queue_names")
-    monkeypatch.delattr(type(town.admin.services), "queue_names")
+    monkeypatch.delattr(Services, "queue_names")
     assert "job-4" in text(await browser.get("/jobs", HX_Request="true")), "what is renewed names no queues"
     assert looked == []
 
@@ -2347,7 +2349,7 @@ async def test_queues_and_workers_are_shown_page_by_page(town: Town) -> None:
 async def test_the_job_that_waits_longest_is_one_step_away(town: Town) -> None:
     browser = await town.browser()
     assert "none waits" in text(await browser.get("/"))
-    town.admin.services.oldest_due = OldestDue("first", "a", 1_700_000_000_000)
+    town.admin.fakes.oldest_due = OldestDue("first", "a", 1_700_000_000_000)
     assert '<a href="/jobs/first">first</a>, due' in text(await browser.get("/"))
 
 

@@ -187,7 +187,7 @@ async def test_probes_need_no_token(guarded: HttpHarness) -> None:
         assert (heard.status, heard.data) == (200, {"status": "ok"})
         heard = await guarded.request("HEAD", target)
         assert (heard.status, heard.body, int(heard.headers["content-length"]) > 0) == (200, b"", True)
-    guarded.services.alive = guarded.services.ready = False
+    guarded.fakes.alive = False
     for target in ("/healthz", "/readyz"):
         heard = await guarded.request("GET", target)
         assert (heard.status, heard.json) == (503, {"success": True, "data": {"status": "unavailable"}})
