@@ -38,7 +38,7 @@ from jobd.model.errors import ApiError
 from jobd.model.events import Change
 from jobd.model.job import Policy
 from jobd.model.responses import Grants, Response
-from jobd.model.storage import BadRows, DiskFull, Quarantined, Storage
+from jobd.model.storage import BadRows, DiskFull, JobStorage, Quarantined
 
 log = structlog.get_logger("jobd.actor")
 
@@ -76,7 +76,7 @@ class Actor:
 
     def __init__(
         self,
-        disk: Storage,
+        disk: JobStorage,
         book: Book,
         keys: Keys,
         clock: Clock,

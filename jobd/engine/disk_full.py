@@ -16,7 +16,7 @@ import structlog
 from jobd.engine.clock import Clock
 from jobd.model.commands import Command
 from jobd.model.errors import ApiError
-from jobd.model.storage import SPARE_BYTES, DiskFull, DiskSpace, Storage
+from jobd.model.storage import SPARE_BYTES, DiskFull, DiskSpace, JobStorage
 
 log = structlog.get_logger("jobd.actor")
 
@@ -40,7 +40,7 @@ class FullDisk:
 
     def __init__(
         self,
-        disk: Storage,
+        disk: JobStorage,
         lease: Clock,
         loop_time: Callable[[], float],
         *,

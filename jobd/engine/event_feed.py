@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol
+from typing import Final
 
 import msgspec
 import structlog
@@ -18,7 +18,7 @@ from msgspec import Struct
 from jobd.engine.change_watchers import Watcher, Watchers
 from jobd.model.errors import api_error
 from jobd.model.events import Change, Event, EventFilter, StreamedEvent, streamed_event
-from jobd.model.storage import JournalPage
+from jobd.model.storage import JournalPage, JournalReader
 
 RETRY_MS: Final = 2_000  # how long a client should wait before it connects again
 HEARTBEAT_S: Final = 15.0  # the longest silence: proxies and clients notice a dead peer
@@ -34,11 +34,6 @@ CLOSING_S: Final = 1.0  # for the last pieces to be written when the daemon stop
 log = structlog.get_logger("jobd.feed")
 
 _encode: Final = msgspec.json.Encoder().encode
-
-
-class Journal(Protocol):
-    async def journal(self, after: int, limit: int) -> JournalPage:
-        """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
 
 
 class EncodedEvent(Struct, frozen=True):
@@ -119,7 +114,7 @@ class EventFeed:
     `most` is the limit of listeners; `dropped` counts those that were cut off because they read too slowly.
     """
 
-    def __init__(self, journal: Journal, last: int, most: int) -> None:
+    def __init__(self, journal: JournalReader, last: int, most: int) -> None:
         self.last = last
         self.dropped = 0
         self.is_closed = False

@@ -32,7 +32,7 @@ from jobd.model.responses import (
     TimelineView,
     WhyView,
 )
-from jobd.model.storage import AuditQuery, AuditRows, JobQuery, JobRows, LateResultQuery, Storage
+from jobd.model.storage import AuditQuery, AuditRows, JobQuery, JobRows, JobStorage, LateResultQuery
 
 log = structlog.get_logger("jobd.actor")
 
@@ -52,7 +52,7 @@ PAUSE_S: Final = 0.002
 class History:
     """Answers what the actor decided to be a look."""
 
-    def __init__(self, disk: Storage, moment: Callable[[], Moment]) -> None:
+    def __init__(self, disk: JobStorage, moment: Callable[[], Moment]) -> None:
         self._disk = disk
         self._moment = moment
         self._tasks: set[asyncio.Task[None]] = set()

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from jobd.engine.clock import Clock
 from jobd.model.job import MINUTE_MS, SECOND_MS
-from jobd.model.storage import MAX_POSTPONE_MS, DiskFull, DueTombstones, Storage, Tombstone
+from jobd.model.storage import MAX_POSTPONE_MS, DiskFull, DueTombstones, JobStorage, Tombstone
 from jobd.storage.artifacts.base import MARGINS, ArtifactStore, ArtifactStoreError, Deletion, Margins, judge
 
 log = structlog.get_logger("jobd.artifacts")
@@ -57,7 +57,7 @@ class ArtifactSweeper:
     """`run` sweeps until `stop`. `expect` is told of new tombstones, and wakes it."""
 
     def __init__(
-        self, disk: Storage, store: ArtifactStore, clock: Clock, sweeps: SweepStats, margins: Margins = MARGINS
+        self, disk: JobStorage, store: ArtifactStore, clock: Clock, sweeps: SweepStats, margins: Margins = MARGINS
     ) -> None:
         self.sweeps = sweeps
         self._disk = disk

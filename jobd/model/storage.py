@@ -13,6 +13,8 @@ from msgspec.structs import replace
 
 from jobd.model.events import Change, Event, QueuePause
 from jobd.model.job import HOUR_MS, CompactJob, Grant, Job, LateResult
+from jobd.model.responses import DeliveryState
+from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 
 RESERVE_BYTES: Final = 16 << 20  # size of the reserve file
 SPARE_BYTES: Final = 1 << 20  # free space at which a full disk accepts writes again
@@ -358,80 +360,124 @@ class OpenedStore(Struct):
         return [*(job.expand() for job in self.compact_jobs), *self.jobs]
 
 
-class Storage(Protocol):
-    """Store jobs durably. Every method but `cached_payloads` is one thread hop; results are from committed state.
+class JournalReader(Protocol):
+    """The journal of the whole store, as readers of events see it."""
 
-    `on_quarantined` is called in the event loop, whichever method met the damaged rows, before that method ends. So is
-    `on_tombstones` where a batch has left some, with their number: of late results only the disk knows what they named.
+    async def journal(self, after: int, limit: int) -> JournalPage:
+        """Read up to `limit` committed events with a seq above `after`, oldest first."""
+
+
+class JobStorage(JournalReader, Protocol):
+    """The storage behind the actor.
+
+    Every method but `cached_payloads` is one thread hop. Results are from committed state. Damaged rows are quarantined
+    and left out of results. `on_quarantined` is called in the event loop before the method that found them returns.
+    `on_tombstones` is called with the number of tombstones that a batch left: only the storage knows the stored objects
+    of late results.
     """
 
     on_quarantined: Callable[[Quarantined], None]
     on_tombstones: Callable[[int], None]
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
-        """Jobs by id (live or finished), payloads by job seq, stored answers by digest."""
+        """Read jobs by id (live or finished), payloads by job seq, stored responses by digest."""
 
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
-        """Those payloads of these jobs that need not be read. Not while a write is under way."""
+        """Return those payloads of these jobs that are in memory. Not allowed during a write."""
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        """Commit `batch` with fsync; gives the asked payloads. Raises DiskFull or BadRows with nothing written.
+        """Commit `batch` with fsync and return the requested payloads.
 
-        Any other exception means that what the disk holds is unknown.
+        Raises DiskFull or BadRows if nothing was written. After any other exception the content of the disk is unknown.
         """
 
-    async def find(self, query: JobQuery) -> JobRows: ...
+    async def find(self, query: JobQuery) -> JobRows:
+        """Read a page of jobs."""
 
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
-        """The journal of one job, or so many of its latest events; oldest first."""
+        """Read the events of one job, or only its latest `limit` events; oldest first."""
 
     async def late(self, asked: list[LateResultQuery]) -> LateResultRows:
-        """Late results of jobs, and which of the lock ids were grants of theirs. Damaged rows are left out."""
+        """Read late results of jobs, and which of the given lock ids were grants of those jobs."""
 
     async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
-        """How many late results those of these jobs have that have any, as the index tells: nothing is read of them."""
+        """Count the late results of those of these jobs that have any. Reads only the index."""
 
     async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
-        """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after so many to skip.
+        """Return ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after skipping `skip`.
 
-        They may be fewer than `limit` and not the last.
+        May return fewer than `limit` although there are more.
         """
 
     async def reports(self, limit: int) -> list[bytes]:
-        """Kept cleanup reports, newest first."""
+        """Read the stored cleanup reports, newest first."""
 
     async def quarantine(self, job: Job, reason: str) -> None:
-        """Move the rows of `job` aside, out of every count."""
+        """Move the rows of `job` to quarantine, out of every count."""
 
     async def prune(self, before: int, limit: int) -> int:
-        """Delete up to `limit` journal rows of jobs deleted before wall time `before`; how many went."""
+        """Delete up to `limit` journal rows of jobs deleted before wall time `before`. Returns how many."""
 
     async def audit(self, query: AuditQuery) -> AuditRows:
-        """What operators did, newest first. Damaged rows are left out."""
+        """Read a page of audit entries, newest first."""
 
     async def trim_audit(self, before: int, limit: int) -> int:
-        """Delete up to `limit` rows of the audit log: older than wall time `before`, or too many of their share.
+        """Delete up to `limit` audit entries: older than wall time `before`, or beyond the maximum of their kind.
 
-        Gives how many went, and `limit` as well where not all rows were looked at yet.
+        Returns how many, and `limit` also if not all rows were read yet.
         """
 
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
-        """Tombstones due at wall time `now`, up to `limit`, those that have waited longest first."""
+        """Read up to `limit` tombstones that are due at wall time `now`, in the order of their due times."""
 
     async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
-        """Forget those of the numbers `gone`, and put off others: `later` are their new values."""
+        """Delete the tombstones with the numbers `gone`, and replace others by their new values `later`."""
 
     async def save_figures(self, body: bytes) -> None:
-        """Keep the counters that outlive a restart but no promise depends on."""
+        """Store the counters that outlive a restart. No promise depends on them."""
 
     async def probe(self, spare_bytes: int = 0) -> None:
-        """Commit a write and a read back, with `spare_bytes` left free. Raises DiskFull, or any other error."""
+        """Commit a write and read it back, with `spare_bytes` left free. Raises DiskFull, or any other error."""
 
     async def space(self) -> DiskSpace | None:
         """Return free and total space of the disk; None for a store in memory, or if it is not known."""
 
     async def drop_reserve(self) -> bool:
-        """Give up the ballast file so that endings and deletions have room; whether there was one."""
+        """Delete the reserve file, so that endings and deletions have space. Returns whether there was one."""
 
     async def build_reserve(self) -> None:
         """Rebuild the reserve file. Raises DiskFull if it and SPARE_BYTES do not fit on the disk."""
+
+
+class OutboxStorage(JournalReader, Protocol):
+    """The storage behind webhooks. Every method is one thread hop, and raises DiskFull if nothing was written."""
+
+    async def open_outbox(self, names: list[str], now: int) -> Outbox:
+        """Read the outbox of the webhooks `names`, and give new ones a cursor at the end of the journal."""
+
+    async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
+        """Store new deliveries together with the moved cursor of their webhook."""
+
+    async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
+        """Store deliveries after a try. Returns whether old dead-lettered ones were dropped."""
+
+    async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
+        """Make a delivery wait again, whatever its state. Returns None if it is not stored."""
+
+    async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
+        """Make up to `limit` dead-lettered deliveries with numbers up to `upto` wait again."""
+
+    async def deliveries(self, ids: list[int]) -> list[Delivery]:
+        """Read deliveries by number."""
+
+    async def given_up(self, endpoint: str) -> tuple[int, int]:
+        """Return how many dead-lettered deliveries of a webhook are stored, and the number of the latest."""
+
+    async def page_of_deliveries(
+        self, endpoint: str, state: DeliveryState | None, before: int, limit: int
+    ) -> list[Delivery]:
+        """Read up to `limit` deliveries with numbers below `before`, newest first."""
+
+
+class Storage(JobStorage, OutboxStorage, Protocol):
+    """The complete storage of a daemon."""

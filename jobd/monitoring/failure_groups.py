@@ -20,7 +20,7 @@ from jobd.model.events import Change
 from jobd.model.fingerprints import fingerprint
 from jobd.model.job import Job, first_line
 from jobd.model.responses import FailureGroup, FailuresView
-from jobd.model.storage import JobQuery, Storage
+from jobd.model.storage import JobQuery, JobStorage
 
 MAX_GROUPS: Final = 1_000  # beyond it errors that nobody has seen yet are counted together
 MAX_FORMER: Final = 1_000  # groups that are empty now, of which it is known since when there were such errors
@@ -95,7 +95,7 @@ class FailureGroups:
     """`committed` is told of every commit; `run` looks at what was there at the start: the failed jobs below `top`, and
     `live` jobs."""
 
-    def __init__(self, disk: Storage, top: int, live: Iterable[Job] = ()) -> None:
+    def __init__(self, disk: JobStorage, top: int, live: Iterable[Job] = ()) -> None:
         self._disk = disk
         self._groups: dict[str, GroupState] = {}
         self._gone: dict[str, int] = {}  # since when there were such errors, of groups that are empty now

@@ -33,6 +33,7 @@ from jobd.model.storage import (
     LoadedRows,
     OpenedStore,
     Quarantined,
+    Storage,
     Tombstone,
 )
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
@@ -81,8 +82,8 @@ class StoreConnection(aiosqlite.Connection):
         return self._conn
 
 
-class Store:
-    """The durable half of the actor: see model.storage.Storage. Made by `open`, ended by `close` on every path."""
+class Store(Storage):
+    """The SQLite storage. Opened by `open`; close it with `close` on every path."""
 
     def __init__(self, path: str, connection: StoreConnection, db: Database, lock: FileLock | None) -> None:
         self.path = path
@@ -180,7 +181,7 @@ class Store:
         faults, self._database.faults = self._database.faults, []
         return faults
 
-    # -- model.storage.Storage
+    # -- jobs
 
     async def load(self, ids: list[str], payloads: list[int], digests: list[str]) -> LoadedRows:
         return await self._run(queries.load, self._database, ids, payloads, digests)

@@ -11,27 +11,11 @@ from typing import Protocol
 from msgspec import Struct
 
 from jobd.model.commands import Moment
-from jobd.model.responses import AlertView, DeliveryState
-from jobd.model.storage import JournalPage
-from jobd.model.webhooks import Delivery, DeliveryOutcome, Outbox, WebhookCursor, WebhookEndpoint
+from jobd.model.responses import AlertView
+from jobd.model.storage import OutboxStorage
+from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks.message import Message
 from jobd.webhooks.retry import RetryPolicy
-
-
-class Disk(Protocol):
-    """The part of the store that holds the outbox. Raises DiskFull with nothing written."""
-
-    async def journal(self, after: int, limit: int) -> JournalPage: ...
-    async def open_outbox(self, names: list[str], now: int) -> Outbox: ...
-    async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None: ...
-    async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool: ...
-    async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None: ...
-    async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]: ...
-    async def deliveries(self, ids: list[int]) -> list[Delivery]: ...
-    async def given_up(self, endpoint: str) -> tuple[int, int]: ...
-    async def page_of_deliveries(
-        self, endpoint: str, state: DeliveryState | None, before: int, limit: int
-    ) -> list[Delivery]: ...
 
 
 class Transport(Protocol):
@@ -42,7 +26,7 @@ class Transport(Protocol):
 class DispatchContext(Struct):
     """What all couriers share. `next_delivery` is the next number to give; one that was given is never given again."""
 
-    disk: Disk
+    disk: OutboxStorage
     moment: Callable[[], Moment]
     source: str  # what CloudEvents call this daemon
     may_write: Callable[[], bool]  # not while the disk is full: its last room is for the endings of jobs

@@ -28,6 +28,7 @@ from jobd.model.storage import (
     DueTombstones,
     JobQuery,
     JobRows,
+    JobStorage,
     JournalPage,
     LateResultQuery,
     LateResultRows,
@@ -48,7 +49,7 @@ from jobd.storage.writers import KEEP_AUDIT, KEEP_BESIDE
 KEPT_REPORTS: Final = 500
 
 
-class MemoryStorage:
+class MemoryStorage(JobStorage):
     """Committed rows in dicts. Every method gives way to the loop once, as the real disk does for its thread.
 
     What may go wrong, and how a test asks for it:
@@ -160,7 +161,7 @@ class MemoryStorage:
             tombstones=len(self.tombstones),
         )
 
-    # -- model.storage.Storage
+    # -- model.storage.JobStorage
 
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
         return {}

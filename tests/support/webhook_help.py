@@ -12,9 +12,10 @@ from typing import Any
 from jobd.model.commands import Moment
 from jobd.model.events import Change
 from jobd.model.responses import AlertView
+from jobd.model.storage import OutboxStorage
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.storage.store import Store
-from jobd.webhooks.context import Disk, DispatchContext
+from jobd.webhooks.context import DispatchContext
 from jobd.webhooks.manager import WebhookManager
 from jobd.webhooks.retry import RetryPolicy
 from tests.support.factories import NOW, ChangeFactory
@@ -84,7 +85,7 @@ class Posts:
 class Site:
     """Webhooks at work on a store, and somebody who commits changes to it."""
 
-    def __init__(self, store: Store, posts: Posts, maker: ChangeFactory, clock: Clock, disk: Disk) -> None:
+    def __init__(self, store: Store, posts: Posts, maker: ChangeFactory, clock: Clock, disk: OutboxStorage) -> None:
         self.store = store
         self.posts = posts
         self.maker = maker

@@ -33,7 +33,6 @@ from jobd.model.storage import (
     LoadedRows,
     Numbers,
     OpenedStore,
-    Storage,
     StoredResponse,
     Tombstone,
 )
@@ -65,11 +64,6 @@ async def test_a_new_store_is_empty_private_and_durable(path: str) -> None:
         raw = store._connection.raw
         assert [raw.execute(f"PRAGMA {p}").fetchone()[0] for p in pragmas] == ["wal", 2, "exclusive"]
         assert not exists(f"{path}-shm")
-
-
-async def test_it_is_the_disk_of_the_actor(store: Store) -> None:
-    disk: Storage = store  # held by the type checker
-    await disk.probe()
 
 
 async def test_extra_is_stricter_and_less_than_full_is_refused(path: str) -> None:
