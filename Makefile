@@ -87,8 +87,8 @@ format: $(READY)  ## format the code
 demo: $(READY)  ## kill a worker in the middle of a job and show the recovery, in ten seconds (ARGS=--ui: the dashboard)
 	$(BIN)/jobd demo $(ARGS)
 
-bench: $(READY)  ## measure throughput on this machine (ARGS as for jobd bench: SCENARIO ... --runs N --json)
-	$(BIN)/jobd bench $(ARGS)
+bench: $(READY)  ## measure throughput, latency, memory and startup (ARGS="SCENARIO ... --runs N --json")
+	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 pins:  ## regenerate .ci/constraints.txt from pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \

@@ -34,8 +34,7 @@ ARROWS: Final[dict[str, set[str]]] = {
     "client": {"model"},
     "cli": {"model", "client"},
     "cli.files": {"storage"},  # refuses to overwrite the files of a running daemon
-    "cli.daemon": {"model", "client", "cli", "storage", "config", "daemon", "bench"},
-    "bench": set(),
+    "cli.daemon": {"model", "client", "cli", "storage", "config", "daemon"},
 }
 TOP: Final = ["__init__", "__main__", "config", "credentials", "daemon", "logging", "systemd"]
 PURE: Final = ("model", "core")

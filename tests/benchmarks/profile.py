@@ -25,8 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
-from jobd.bench.stage import Stage
 from tests import ROOT
+from tests.benchmarks.stage import Stage
 
 RATE: Final = 200  # samples a second
 TOP: Final = 25
@@ -121,7 +121,7 @@ def summed(lines: list[str]) -> dict[str, Any]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--kind", default="lifecycle", help="the load, as in jobd bench")
+    options.add_argument("--kind", default="lifecycle", help="the load, as in load.py")
     options.add_argument("--seconds", type=float, default=10.0)
     options.add_argument("--sources", type=Path, default=ROOT)
     chosen = options.parse_args()

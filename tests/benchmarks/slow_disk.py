@@ -21,7 +21,7 @@ from typing import Any, Final
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from jobd.bench.work import Asked
+from tests.benchmarks.work import Asked
 from tests.proof.faults.slow_disk import FIRST_SLOW_SYNC
 from tests.proof.faults.strace import SYNCS, Strace
 from tests.support.daemon_process import Daemon, call
@@ -38,7 +38,7 @@ def measure(delay_ms: float, seconds: float, connections: int) -> dict[str, floa
         asked = msgspec.json.encode(Asked("lifecycle", daemon.socket, seconds=seconds, connections=connections))
         before, began_s = sums(daemon), time.perf_counter()
         load = subprocess.Popen(
-            [sys.executable, "-m", "jobd.bench.load", asked.decode()], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "tests.benchmarks.load", asked.decode()], stdout=subprocess.PIPE, text=True
         )
         looks_ms = look(daemon, load)
         took_s, after = time.perf_counter() - began_s, sums(daemon)

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
-from jobd.bench.stage import Stage
+from tests.benchmarks.stage import Stage
 
 SKIPPED: Final = 4  # one of so many turns, the first ones: the daemon is warm, then
 STEPS: Final = ("decide", "gather", "rows", "commit", "rest")  # in the order of a turn
@@ -105,7 +105,7 @@ def means(turns: list[Any]) -> dict[str, Any]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--kind", default="lifecycle", help="the load, as in jobd bench")
+    options.add_argument("--kind", default="lifecycle", help="the load, as in load.py")
     options.add_argument("--seconds", type=float, default=5.0)
     options.add_argument("--connections", type=int, default=16)
     chosen = options.parse_args()

@@ -1,13 +1,16 @@
-"""jobd bench: how fast jobd is on this machine. Only the command line and how figures look: jobd/bench/ measures."""
+"""`jobd bench`: measure the throughput and latency of jobd on this machine."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sqlite3
-from collections.abc import Iterator, Sequence
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import click
 
@@ -16,101 +19,94 @@ from jobd.cli import exit_codes, terminal
 from jobd.cli.group import json_option
 from jobd.cli.progress import busy
 
-if TYPE_CHECKING:
-    from jobd.bench.scenarios import Scenario, Size
-
-_BARS: Final = "▁▂▃▄▅▆▇█"
-LARGE: Final = ((1_000, 0), (100_000, 0), (1_000_000, 0), (1_000_000, 1_000_000))
+SCENARIOS: Final = {
+    "lifecycle": "create, claim and complete jobs, one request each",
+    "claim": "claim a job on one connection",
+}
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[SCENARIO]...")
-@click.option("--seconds", type=click.FloatRange(0.05), default=5.0, show_default=True, help="Of each load.")
-@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Of which the median is shown.")
-@click.option("--connections", type=click.IntRange(1), default=16, show_default=True)
-@click.option("--rate", type=click.FloatRange(1), default=500.0, show_default=True, help="Lifecycles a second, fixed.")
-@click.option("--live", type=click.IntRange(1_000), default=100_000, show_default=True, help="Of memory and startup.")
-@click.option("--large", is_flag=True, help="A backlog of up to a million live and a million finished jobs: minutes.")
-@click.option("--dir", "place", type=click.Path(exists=True, file_okay=False, path_type=Path), help="On which disk.")
+@click.argument("names", nargs=-1, metavar="[SCENARIO]...", type=click.Choice(list(SCENARIOS)))
+@click.option("--seconds", type=click.FloatRange(0.05), default=5.0, show_default=True, help="Duration of one run.")
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Number of runs of each scenario.")
+@click.option("--connections", type=click.IntRange(1), default=16, show_default=True, help="Connections of lifecycle.")
+@click.option(
+    "--dir",
+    "directory",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Create the database in this directory, to measure its disk.",
+)
 @json_option
 def bench(
-    names: tuple[str, ...],
-    seconds: float,
-    runs: int,
-    connections: int,
-    rate: float,
-    live: int,
-    large: bool,
-    place: Path | None,
-    as_json: bool,
+    names: tuple[str, ...], seconds: float, runs: int, connections: int, directory: Path | None, as_json: bool
 ) -> int:
-    """Measure how fast jobd is here.
+    """Measure the throughput and latency of jobd on this machine.
 
     \b
-    lifecycle   create, claim, complete, one request each
-    batch       bulks and claims of a hundred
-    stream      lifecycles over streams of commands
-    contention  many starts on one job
-    progress    progress reports of jobs that are held
-    mixed       lifecycles beside reads, a polling dashboard and cleanup passes
-    latency     a lifecycle on one connection, and at a fixed rate
-    backlog     a claim among many jobs
-    lag         how long a request waits beside passes, deletion, backup, history
-    startup     a start with many live jobs
-    memory      memory for each live job
-    soak        create, complete, delete: does the database grow? (--seconds 600)
+    lifecycle   create, claim and complete jobs, one request each
+    claim       claim a job on one connection
 
-    Without names all of them. Each has a daemon of its own in a new directory, which is removed; the load comes from
-    another process. Every answer comes after its fsync, so the disk matters: --dir says which.
+    Runs both scenarios unless one is named. Each run starts its own daemon with the default configuration and a new
+    database, which is removed afterwards. The load comes from another process. Every response waits for an fsync, so
+    the result depends on the disk: choose it with --dir.
     """
-    from jobd.bench.scenarios import SCENARIOS, Size
-
-    if unknown := [name for name in names if name not in SCENARIOS]:
-        raise click.UsageError(f"no scenario is called {unknown[0]!r}. There are: {', '.join(SCENARIOS)}.")
-    size = Size(seconds, connections, rate, live)
-    if large:
-        size = Size(seconds, connections, rate, live, LARGE)
     found = {}
-    for scenario in [SCENARIOS[name] for name in dict.fromkeys(names or SCENARIOS)]:
-        found[scenario.name] = _figures(scenario, size, runs, place)
+    for name in dict.fromkeys(names or SCENARIOS):
+        measured = []
+        for number in range(1, runs + 1):
+            with busy(f"{name}: {SCENARIOS[name]} ({number} of {runs})"):
+                measured.append(_measure(name, seconds, connections, directory))
+        found[name] = {"runs": runs, **over_runs(measured)}
         if not as_json:
-            _show(scenario, found[scenario.name])
+            terminal.emit(f"{name}: {SCENARIOS[name]}")
+            show(found[name])
     if as_json:
-        terminal.emit_json({"version": __version__, "machine": _machine(), "scenarios": found})
+        terminal.emit_json({"version": __version__, "machine": machine(), "scenarios": found})
     else:
-        terminal.emit(", ".join(f"{name} {value}" for name, value in _machine().items()))
+        terminal.emit(", ".join(f"{name} {value}" for name, value in machine().items()))
     return exit_codes.DONE
 
 
-def _figures(scenario: Scenario, size: Size, runs: int, place: Path | None) -> dict[str, Any]:
-    """Median, smallest and largest of each figure."""
-    from jobd.bench.scenarios import measured
-    from jobd.bench.spread import over_runs
-    from jobd.bench.stage import BenchFailed
+def _measure(name: str, seconds: float, connections: int, directory: Path | None) -> dict[str, Any]:
+    from msgspec import json
 
-    runs = 1 if scenario.once else runs
-    found = []
-    for number in range(1, runs + 1):
-        with busy(f"{scenario.name}: {scenario.says} ({number} of {runs})"):
-            try:
-                found.append(measured(scenario, size, place))
-            except BenchFailed as why:
-                raise exit_codes.Problem(f"{scenario.name}: {why}") from None
-    return {"runs": runs, **over_runs(found)}
+    from jobd.cli.demo.processes import Sandbox
 
-
-def _show(scenario: Scenario, figures: dict[str, Any]) -> None:
-    terminal.emit(f"{scenario.name}: {scenario.says}")
-    rows = [(name, *map(_number, (each["median"], each["min"], each["max"]))) for name, each in _flat(figures)]
-    terminal.table((f"of {figures['runs']}", "median", "min", "max"), rows)
-    for name, values in figures.get("series", {}).items():
-        terminal.emit(f"{name}  {_drawn(values)}")
+    with Sandbox('[log]\nlevel = "warning"\n', store_in=directory) as sandbox:
+        sandbox.start_daemon()
+        words = [name, f"{sandbox.folder}/worker.sock", str(seconds), str(connections)]
+        load = subprocess.run(
+            [sys.executable, "-m", "jobd.cli.daemon.bench_load", *words], capture_output=True, text=True, check=False
+        )
+        if load.returncode != 0:
+            raise exit_codes.Problem(f"{name}: the load failed: {(load.stderr.splitlines() or ['no output'])[-1]}")
+    figures: dict[str, Any] = json.decode(load.stdout)
+    return figures
 
 
-def _drawn(values: Sequence[float]) -> str:
-    """A series as a line of bars, from nothing to its largest value."""
-    most = max(*values, 1e-9)
-    return "".join(_BARS[min(int(value / most * len(_BARS)), len(_BARS) - 1)] for value in values)
+def over_runs(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the median, minimum and maximum of each figure. A list is that of the first run."""
+    found: dict[str, Any] = {}
+    for name, first in runs[0].items():
+        values = [run[name] for run in runs]
+        if isinstance(first, dict):
+            found[name] = over_runs(values)
+        elif isinstance(first, list):
+            found[name] = first
+        else:
+            found[name] = {"median": _rounded(statistics.median(values)), "min": min(values), "max": max(values)}
+    return found
+
+
+def _rounded(value: float) -> float:
+    return round(value) if value >= 1000 else round(value, 3)
+
+
+def show(figures: dict[str, Any]) -> None:
+    rows: Iterable[tuple[str, ...]] = [
+        (name, *map(_number, (each["median"], each["min"], each["max"]))) for name, each in _flat(figures)
+    ]
+    terminal.table((f"OF {figures['runs']}", ">MEDIAN", ">MIN", ">MAX"), rows)
 
 
 def _flat(figures: dict[str, Any], above: str = "") -> Iterator[tuple[str, dict[str, float]]]:
@@ -126,5 +122,5 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     return {"Python": platform.python_version(), "SQLite": sqlite3.sqlite_version, "CPUs": os.cpu_count()}

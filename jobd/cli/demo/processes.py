@@ -47,19 +47,21 @@ socket = "{folder}/worker.sock"
 [admin]
 listen = "{admin}"
 [store]
-path = "{folder}/jobs.db"
+path = "{store}/jobs.db"
 """
 
 
 class Sandbox:
     """A daemon and workers in a temporary directory. Leaving the context ends them and removes the directory.
 
-    `config` is added to the configuration. The admin API listens on a Unix socket unless `admin` is an address.
+    `config` is added to the configuration. The admin API listens on a Unix socket unless `admin` is an address. The
+    database is created in another temporary directory in `store_in` if that is given.
     """
 
-    def __init__(self, config: str, admin: str = "") -> None:
+    def __init__(self, config: str, admin: str = "", store_in: Path | None = None) -> None:
         self.config = config
         self._admin = admin
+        self._store_in = store_in
         self.token: Final = secrets.token_urlsafe(32)
         self.workers: dict[str, subprocess.Popen[bytes]] = {}
         self.daemon: subprocess.Popen[bytes] | None = None
@@ -71,6 +73,7 @@ class Sandbox:
             self.folder = Path(tempfile.mkdtemp(prefix="jobd-demo-", dir="/tmp"))
         self.results = self.folder / "results"
         self.results.mkdir()
+        self._store = Path(tempfile.mkdtemp(prefix="jobd-", dir=self._store_in)) if self._store_in else self.folder
         return self
 
     def __exit__(
@@ -83,7 +86,8 @@ class Sandbox:
             if self.daemon is not None:
                 _end(self.daemon)
         finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in {self.folder, self._store}:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def jobs(self) -> JobClient:
         return JobClient(f"unix:{self.folder}/worker.sock", retry_for_s=5.0)
@@ -92,7 +96,8 @@ class Sandbox:
         """Start `jobd serve`, wait until it responds and return its pid. Raises Problem (1) if it does not start."""
         config, log = self.folder / "config.toml", self.folder / "jobd.log"
         admin = self._admin or f"unix:{self.folder}/admin.sock"
-        config.write_text(_CONFIG.format(folder=self.folder, admin=admin) + self.config, encoding="utf-8")
+        text = _CONFIG.format(folder=self.folder, admin=admin, store=self._store.resolve())
+        config.write_text(text + self.config, encoding="utf-8")
         config.chmod(0o600)
         self.daemon = _start(["jobd", "serve", "--config", str(config)], log, {"ADMIN_TOKEN": self.token})
         until_s = time.monotonic() + _READY_S

@@ -19,9 +19,9 @@ from typing import Final
 
 from msgspec import Struct
 
-from jobd.bench.stage import Stage
 from tests.benchmarks.peers import beanstalkd, huey, postgres, redis
 from tests.benchmarks.peers.server import Missing
+from tests.benchmarks.stage import Stage
 
 Measure = Callable[[Path, int, float], float]
 

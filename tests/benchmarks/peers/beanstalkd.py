@@ -9,7 +9,7 @@ from pathlib import Path
 
 import uvloop
 
-from jobd.bench.wire import Asking
+from jobd.cli.daemon.bench_load import SerialConnection
 from tests.benchmarks.peers.clock import PAYLOAD, lifecycles
 from tests.benchmarks.peers.server import running, tool
 from tests.proof.faults.fuzz import free_port
@@ -35,7 +35,7 @@ def _measure(place: Path, connections: int, seconds: float, options: list[str]) 
         return uvloop.run(_load(port, connections, seconds))
 
 
-class _Wire(Asking):
+class _Wire(SerialConnection):
     """An answer is its first line, given once all of it has come."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class _Wire(Asking):
         size = int(line.split()[2]) + 2 if line.startswith(b"RESERVED ") and end else 0
         if end and len(body) >= size:
             self._came = b""
-            self._answer(line)
+            self._finish(line)
 
 
 async def _load(port: int, connections: int, seconds: float) -> float:

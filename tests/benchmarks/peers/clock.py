@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
-PAYLOAD: Final = "x" * 198  # 200 bytes as JSON, as jobd bench has it
+PAYLOAD: Final = "x" * 198  # 200 bytes as JSON, as in jobd bench
 
 
 async def lifecycles(workers: Sequence[Callable[[], Awaitable[None]]], seconds: float) -> float:

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from msgspec import Struct
 
-from jobd.bench.beside import WORKS
-from jobd.bench.stage import Stage
+from tests.benchmarks.beside import WORKS
+from tests.benchmarks.stage import Stage
 
 
 class Size(Struct, frozen=True):

@@ -22,7 +22,8 @@ from typing import Any, Final, Self
 
 import msgspec
 
-from jobd.bench.work import Asked
+from tests import ROOT
+from tests.benchmarks.work import Asked
 
 READY_S: Final = 120.0
 STOP_S: Final = 60.0
@@ -129,9 +130,9 @@ class Stage:
     def load(self, kind: str, **asked: Any) -> dict[str, Any]:
         """Run a load (see load.py) in a process of its own. `daemon_cores`, `load_cores`: the CPU of both sides."""
         told = Asked(kind, self._socket("worker"), self._socket("admin"), self._token, **asked)
-        words = [sys.executable, "-m", "jobd.bench.load", msgspec.json.encode(told).decode()]
+        words = [sys.executable, "-m", "tests.benchmarks.load", msgspec.json.encode(told).decode()]
         began, cpu_s = time.perf_counter(), self._cpu_s()
-        run = subprocess.run(words, capture_output=True, text=True, check=False)
+        run = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
         if run.returncode:
             raise BenchFailed(f"the load {kind} ended with {run.returncode}: {run.stderr[-2000:]}{self._last_words()}")
         figures: dict[str, Any] = msgspec.json.decode(run.stdout)

@@ -7,9 +7,9 @@ import statistics
 import time
 from typing import Any, Final
 
-from jobd.bench import beside
-from jobd.bench.wire import Wire
-from jobd.bench.work import Asked, Figures, lifecycle
+from jobd.cli.daemon.bench_load import Figures, HttpConnection, lifecycle
+from tests.benchmarks import beside
+from tests.benchmarks.work import Asked
 
 KEPT_MS: Final = 1_000  # from the complete of a job to the time of its deletion
 SAMPLES: Final = 60
@@ -19,7 +19,7 @@ async def soak(asked: Asked) -> Figures:
     """`growth`: the size in the last quarter of the time to that in the second, when the first jobs had gone."""
     sizes: list[tuple[float, float]] = []
     async with beside.others(beside.clean(asked), _weigh(asked, sizes)):
-        figures = await lifecycle(asked, _deleted_soon)
+        figures = await lifecycle(asked.socket, asked.seconds, asked.connections, _deleted_soon)
     database, log = ([each[at] for each in sizes] for at in (0, 1))
     quarter = max(len(sizes) // 4, 1)
     growth = statistics.median(database[-quarter:]) / statistics.median(database[quarter : 2 * quarter] or database)
@@ -37,7 +37,7 @@ def _deleted_soon() -> dict[str, Any]:
 
 
 async def _weigh(asked: Asked, sizes: list[tuple[float, float]]) -> None:
-    wire = await Wire.open(asked.admin, asked.token)
+    wire = await HttpConnection.open(asked.admin, asked.token)
     while True:
         told = (await wire.get("/metrics")).decode().splitlines()
         values = dict(line.rsplit(" ", 1) for line in told if line.startswith("jobd_") and "{" not in line)

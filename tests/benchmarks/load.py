@@ -1,6 +1,6 @@
-"""The load itself: `python -m jobd.bench.load` runs one kind of it against a socket and prints what came of it as JSON.
+"""The load, in its own process: `python -m tests.benchmarks.load REQUEST` prints figures as JSON.
 
-It is a process of its own, so that the daemon does not wait for it; what CPU it took is told beside what it measured.
+`load_cores` is the CPU time that the load itself took.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any, Final
 import msgspec
 import uvloop
 
-from jobd.bench import beside, soak
-from jobd.bench.spread import percentiles
-from jobd.bench.wire import Flow, Wire, encode
-from jobd.bench.work import (
-    BASE,
+from jobd.cli.daemon.bench_load import (
     CREATE,
     PAYLOAD,
-    Asked,
     Figures,
+    HttpConnection,
     clock,
-    lifecycle,
-    over,
+    encode,
+    percentiles,
+    repeat,
     run_one,
-    turn,
-    wires_of,
     worker,
 )
+from jobd.cli.daemon.bench_load import claim as claim_and_release
+from jobd.cli.daemon.bench_load import lifecycle as run_lifecycles
+from tests.benchmarks import beside, soak
+from tests.benchmarks.wire import Flow
+from tests.benchmarks.work import BASE, Asked, connections_of, turn
 
 BULK: Final = 1000
 LONG_AGO_MS: Final = 1_000_000_000_000
@@ -42,7 +42,7 @@ async def batch(asked: Asked) -> Figures:
     size = 100
     bulk = encode({"jobs": [{"payload": PAYLOAD}] * size})
 
-    def work(number: int, wire: Wire) -> Callable[[], Awaitable[int]]:
+    def work(number: int, wire: HttpConnection) -> Callable[[], Awaitable[int]]:
         claim = encode({"worker": f"w-{number}", "limit": size})
 
         async def once() -> int:
@@ -54,8 +54,8 @@ async def batch(asked: Asked) -> Figures:
 
         return once
 
-    wires = await wires_of(asked)
-    per_s, times = await over(asked.seconds, [work(number, wire) for number, wire in enumerate(wires)])
+    wires = await connections_of(asked)
+    per_s, times = await repeat(asked.seconds, [work(number, wire) for number, wire in enumerate(wires)])
     return {"lifecycles_per_s": per_s, "hundred": percentiles(times)}
 
 
@@ -97,7 +97,7 @@ async def stream(asked: Asked) -> Figures:
 
 async def contention(asked: Asked) -> Figures:
     """All connections want the same job; one gets it. Whether it was one each time is looked at, too."""
-    wires = await wires_of(asked)
+    wires = await connections_of(asked)
     began, starts, jobs, times = clock(), 0, 0, list[float]()
     while clock() - began < asked.seconds:
         job_id = (await wires[0].post("/v1/jobs", CREATE))["id"]
@@ -115,7 +115,7 @@ async def contention(asked: Asked) -> Figures:
 async def progress(asked: Asked) -> Figures:
     """Every connection holds a job and reports its progress."""
 
-    async def holder(number: int, wire: Wire) -> Callable[[], Awaitable[int]]:
+    async def holder(number: int, wire: HttpConnection) -> Callable[[], Awaitable[int]]:
         job_id = (await wire.post("/v1/jobs", CREATE))["id"]
         lock_id = (await wire.post(f"/v1/jobs/{job_id}/start", worker(number)))["lock_id"]
         body = encode({"lock_id": lock_id, "progress": 50})
@@ -126,8 +126,8 @@ async def progress(asked: Asked) -> Figures:
 
         return once
 
-    holders = [await holder(number, wire) for number, wire in enumerate(await wires_of(asked))]
-    per_s, times = await over(asked.seconds, holders)
+    holders = [await holder(number, wire) for number, wire in enumerate(await connections_of(asked))]
+    per_s, times = await repeat(asked.seconds, holders)
     return {"reports_per_s": per_s, "report": percentiles(times)}
 
 
@@ -138,7 +138,7 @@ async def mixed(asked: Asked) -> Figures:
 
 
 async def _poll(asked: Asked) -> None:
-    wire = await Wire.open(asked.admin, asked.token)
+    wire = await HttpConnection.open(asked.admin, asked.token)
     while True:
         for path in (f"{BASE}/stats", f"{BASE}/queues", f"{BASE}/alerts", "/metrics"):
             await wire.get(path)
@@ -146,7 +146,7 @@ async def _poll(asked: Asked) -> None:
 
 
 async def _read(asked: Asked) -> None:
-    wire = await Wire.open(asked.socket)
+    wire = await HttpConnection.open(asked.socket)
     while True:
         page = await wire.get("/v1/jobs?limit=50")
         for job in page["jobs"][:10]:
@@ -156,7 +156,7 @@ async def _read(asked: Asked) -> None:
 
 async def latency(asked: Asked) -> Figures:
     """One connection, one lifecycle after the other."""
-    wire, times = await Wire.open(asked.socket), list[float]()
+    wire, times = await HttpConnection.open(asked.socket), list[float]()
     began = clock()
     while (started := clock()) - began < asked.seconds:
         await run_one(wire, worker(1))
@@ -166,8 +166,8 @@ async def latency(asked: Asked) -> Figures:
 
 async def rate(asked: Asked) -> Figures:
     """Lifecycles begun at a fixed rate, however long the others take: times count from when each should have begun."""
-    free = asyncio.Queue[Wire]()
-    for wire in await wires_of(asked):
+    free = asyncio.Queue[HttpConnection]()
+    for wire in await connections_of(asked):
         free.put_nowait(wire)
     began, times, running = clock(), list[float](), set[asyncio.Task[None]]()
 
@@ -186,20 +186,16 @@ async def rate(asked: Asked) -> Figures:
 
 
 async def claim(asked: Asked) -> Figures:
-    """What a claim costs, with whatever waits: the claimed job goes back at once."""
-    wire, times = await Wire.open(asked.socket), list[float]()
-    began = clock()
-    while clock() - began < asked.seconds:
-        started = clock()
-        [grant] = (await wire.post("/v1/claim", worker(1)))["grants"]
-        times.append(clock() - started)
-        await wire.post(f"/v1/jobs/{grant['job']['id']}/release", encode({"lock_id": grant["lock_id"]}))
-    return {"claim": percentiles(times)}
+    return await claim_and_release(asked.socket, asked.seconds)
+
+
+async def lifecycle(asked: Asked) -> Figures:
+    return await run_lifecycles(asked.socket, asked.seconds, asked.connections)
 
 
 async def fill(asked: Asked) -> Figures:
     """So many queued jobs."""
-    wire, began = await Wire.open(asked.socket), clock()
+    wire, began = await HttpConnection.open(asked.socket), clock()
     for made in range(0, asked.count, BULK):
         await wire.post("/v1/jobs/bulk", encode({"jobs": [{"payload": PAYLOAD}] * min(BULK, asked.count - made)}))
     return {"created_per_s": asked.count / (clock() - began)}
@@ -207,7 +203,7 @@ async def fill(asked: Asked) -> Figures:
 
 async def finish(asked: Asked) -> Figures:
     """So many finished jobs, moved in. `expired`: the next cleanup pass deletes them."""
-    wire, began = await Wire.open(asked.admin, asked.token), clock()
+    wire, began = await HttpConnection.open(asked.admin, asked.token), clock()
     run = secrets.token_hex(4)  # those of another load have other ids
     for made in range(0, asked.count, BULK):
         job = {"status": "completed", "progress": 100, "metadata": 1, "payload": PAYLOAD}

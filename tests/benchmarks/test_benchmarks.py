@@ -1,0 +1,144 @@
+"""Benchmarks: every scenario measures something, and errors end the run."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from jobd.cli.daemon.bench_load import HttpConnection, clock
+from tests.benchmarks import beside, load, stage, work
+from tests.benchmarks.__main__ import LARGE, _drawn, benchmarks
+from tests.benchmarks.scenarios import SCENARIOS, Scenario, Size, measured
+from tests.benchmarks.stage import BenchFailed, Stage
+
+TINY = Size(seconds=0.2, connections=4, rate=50, live=1_000, backlogs=((1_000, 0), (1_500, 500)))
+TIMES = {"p50_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms"}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
+def test_a_scenario_gives_figures(scenario: Any, tmp_path: Path) -> None:
+    found = measured(scenario, TINY, tmp_path)
+    numbers = list(_numbers(found))
+    assert numbers
+    assert all(value > 0 for _, value in numbers), found
+    for name, times in _times(found):
+        assert times.keys() == TIMES
+        ordered = [times[each] for each in ("p50_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms")]
+        assert ordered == sorted(ordered), name
+    assert list(tmp_path.iterdir()) == []
+
+
+def _numbers(found: dict[str, Any]) -> Any:
+    for name, value in found.items():
+        if isinstance(value, dict):
+            yield from _numbers(value)
+        elif isinstance(value, list):
+            yield from ((name, each) for each in value)
+        else:
+            yield name, value
+
+
+def _times(found: dict[str, Any]) -> Any:
+    for name, value in found.items():
+        if isinstance(value, dict):
+            if "p50_ms" in value:
+                yield name, value
+            yield from _times(value)
+
+
+async def stats_of(staged: Stage) -> Any:
+    """The daemon's own count of its jobs."""
+    wire = await HttpConnection.open(staged._socket("admin"), staged._token)
+    found = await wire.get("/admin/job-management/stats")
+    wire.close()
+    return found
+
+
+def test_lifecycles_are_counted_as_the_daemon_counts_them(tmp_path: Path) -> None:
+    with Stage(tmp_path) as staged:
+        for kind in ("lifecycle", "batch", "stream", "rate"):
+            staged.load(kind, seconds=0.2, connections=4, rate=50.0)
+        figures = staged.load("fill", count=2_500)
+        assert figures["created_per_s"] > 0
+        staged.load("finish", count=1_200)
+        counted = asyncio.run(stats_of(staged))
+    assert counted["byStatus"]["queued"] == 2_500
+    assert counted["byStatus"]["completed"] > 1_200
+    assert counted["byStatus"]["processing"] == counted["byStatus"]["failed"] == 0
+
+
+async def test_what_begins_early_counts_from_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what begins late from when it was due."""
+
+    async def no_sleep(seconds: float) -> None: ...
+
+    monkeypatch.setattr(asyncio, "sleep", no_sleep)
+    before = clock()
+    assert before <= await work.turn(before + 100) <= clock()
+    assert await work.turn(before) == before
+
+
+def test_a_scenario_has_settings_of_its_own(tmp_path: Path) -> None:
+    narrow = Scenario("narrow", "", lambda stage, size: stage.load("fill", count=6), settings={"JOBD_LIMITS_BULK": "5"})
+    with pytest.raises(BenchFailed, match="Over 5 jobs in one bulk"):
+        measured(narrow, TINY, tmp_path)
+
+
+def test_a_load_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Stage(tmp_path) as staged:
+        with pytest.raises(BenchFailed, match="KeyError: 'none'"):
+            staged.load("none")
+        staged.stop()
+        with pytest.raises(BenchFailed, match="the daemon ended with 0"):
+            staged.load("latency", seconds=0.1)
+    monkeypatch.setattr(stage, "READY_S", 0.0)
+    with pytest.raises(BenchFailed, match="did not come up"):
+        Stage(tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_grants_for_one_job_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Wrong:
+        @classmethod
+        async def connections(cls, asked: work.Asked) -> list[Wrong]:
+            return [cls()] * asked.connections
+
+        async def post(self, path: str, body: bytes, *, may_fail: bool = False) -> Any:
+            return {"id": "j", "lock_id": "l"}
+
+    monkeypatch.setattr(load, "connections_of", Wrong.connections)
+    with pytest.raises(SystemExit, match="16 workers got job j"):
+        asyncio.run(load.contention(work.Asked("contention", "", seconds=1)))
+
+
+def test_what_goes_wrong_beside_the_work_ends_the_load() -> None:
+    async def breaks() -> None:
+        await asyncio.sleep(0)
+        raise ValueError("lost")
+
+    async def goes_on() -> None:
+        await asyncio.Event().wait()
+
+    async def run(*works: Any) -> None:
+        async with beside.others(*works):
+            await asyncio.sleep(0.01)
+
+    asyncio.run(run(goes_on()))
+    with pytest.raises(ValueError, match="lost"):
+        asyncio.run(run(goes_on(), breaks()))
+
+
+def test_every_scenario_is_in_the_help() -> None:
+    text = CliRunner().invoke(benchmarks, ["--help"]).output
+    for scenario in SCENARIOS.values():
+        assert f"  {scenario.name}" in text
+    assert max(live for live, _ in LARGE) == 1_000_000
+
+
+def test_a_series_is_drawn_as_bars() -> None:
+    assert _drawn([0.0, 1.0, 8.0]) == "▁▂█"
+    assert _drawn([0.0, 0.0]) == "▁▁"
