@@ -199,13 +199,13 @@ class FakeBackup:
         self._left = left
         self._closed = closed
 
-    async def more(self) -> bytes:
+    async def read(self) -> bytes:
         piece = next(self._pieces, b"")
         if isinstance(piece, Exception):
             raise piece
         return piece
 
-    def leave(self, why: str | None = None) -> None:
+    def close(self, why: str | None = None) -> None:
         self._left.append(why)
         self._closed.set()
 

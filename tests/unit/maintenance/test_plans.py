@@ -559,7 +559,7 @@ async def test_so_many_plans_are_kept_the_latest_ones() -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small limits."""
-    for name, value in {"MAX_PLAN": 3, "MOST_SKIPPED": 2, "LOOK": 2, "SCAN": 4, "SLOW_SCAN": 4}.items():
+    for name, value in {"MAX_PLAN": 3, "MAX_SKIPPED": 2, "PAGE": 2, "SCAN": 4, "SLOW_SCAN": 4}.items():
         monkeypatch.setattr(plan_builder, name, value)
     monkeypatch.setattr(plans, "MAX_JOBS", 5)
 

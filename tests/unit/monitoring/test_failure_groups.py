@@ -252,7 +252,7 @@ async def test_a_stop_ends_the_looking() -> None:
 
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    most = {"MOST_GROUPS": 2, "MOST_GONE": 1, "MOST_NAMES": 2, "MOST_IDS": 3}
+    most = {"MAX_GROUPS": 2, "MAX_FORMER": 1, "MAX_NAMES": 2, "MAX_IDS": 3}
     for name, value in {**most, "SHOWN_IDS": 2, "SHOWN_TEXT": 4}.items():
         monkeypatch.setattr(failure_groups, name, value)
 
