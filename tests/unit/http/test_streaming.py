@@ -267,9 +267,9 @@ async def test_who_has_all_of_a_backup_may_hang_up_at_once(house: HttpHarness) -
     slow = asyncio.Event()
 
     class Ending(FakeBackup):
-        async def more(self) -> bytes:
-            piece = await super().more()
-            if not piece:  # who asks for more than there is may find that the client has hung up meanwhile
+        async def read(self) -> bytes:
+            piece = await super().read()
+            if not piece:  # who asks for read than there is may find that the client has hung up meanwhile
                 await slow.wait()
             return piece
 
