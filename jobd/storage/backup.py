@@ -1,6 +1,6 @@
-"""A whole copy of a store: taken from the running daemon's own connection, and put back while no daemon runs.
+"""Back up a store through the running daemon's connection, and restore a backup while no daemon runs.
 
-Neither touches the rows of the store itself. The copy is marked: who opens it takes a new epoch and ends its grants.
+A backup is marked: a daemon that opens it begins a new epoch and ends its grants.
 """
 
 from __future__ import annotations
@@ -23,41 +23,40 @@ from jobd.storage.files import FileLock, StoreError, StoreUnreadable
 from jobd.storage.store import MEMORY, Store
 
 Step = Literal["copying", "checking"]
-# What is being done, how many bytes of it are done, and of how many (0 where nobody knows). Called often, from the
-# thread of the copy; what it raises ends that.
+# Called often from the copying thread, with the step, the bytes done and the total bytes (0 if unknown). An error that
+# it raises ends the copy.
 Progress = Callable[[Step, int, int], None]
 
 _STEP_PAGES: Final = 100
-# In one go the copy would block every commit for as long as it takes.
+# Pauses between steps let the daemon commit meanwhile.
 _PAUSE_S: Final = 0.002
 _SPARE_BYTES: Final = 32 << 20
-# So many steps of SQLite between two signs of life of a check: some milliseconds.
+# Steps of SQLite's virtual machine between two progress calls of a check, which take some milliseconds.
 _CHECK_STEPS: Final = 20_000
 
 
 class BackupStopped(StoreError, BackupError):
-    """The store was closed, or the one who asked went away, before the copy was whole."""
+    """The store was closed, or the request was cancelled, before the copy was complete."""
 
     exit_code = 75
 
 
 class BadCopy(StoreUnreadable, BackupError):
-    """The copy does not pass its check, so the store that it was taken from would not either."""
+    """The copy did not pass its check, so the store is damaged too."""
 
 
 async def make_copy(store: Store, told: Progress | None = None) -> BinaryIO:
-    """A marked, checked copy of the store as it is at some moment during the call, as an open file without a name.
+    """Return a marked and checked copy of the store at some moment during the call, as an open unlinked file.
 
-    Copies in a thread. When this task is cancelled the thread is told to stop, and waited for. Raises DiskFull before
-    anything is copied where there is no room for the copy beside the store, BadCopy where the copy does not pass its
-    check, BackupStopped.
+    Copies in a thread, which a cancellation stops and waits for. Raises DiskFull before it copies anything if the disk
+    has no space for the copy, BadCopy if the copy does not pass its check, or BackupStopped.
     """
     async with store.connection_for_backup() as (conn, closing):
         gone = threading.Event()
 
         def step(what: Step, done: int, total: int) -> None:
             if closing.is_set() or gone.is_set():
-                raise BackupStopped("the backup was cut short")
+                raise BackupStopped("the backup was interrupted")
             if told is not None:
                 told(what, done, total)
 
@@ -73,7 +72,7 @@ async def make_copy(store: Store, told: Progress | None = None) -> BinaryIO:
 
 
 def _copy_and_open(conn: sqlite3.Connection, path: str, step: Progress) -> BinaryIO:
-    """The copy as an open file that has no name any more: nothing is left behind, whatever happens."""
+    """Return the copy as an open file without a name, so that nothing is left on disk in any case."""
     name = os.urandom(8).hex()
     target = f"{tempfile.gettempdir()}/jobd-{name}" if path == MEMORY else f"{path}.backup-{name}"
     try:
@@ -95,10 +94,10 @@ def copy_marked(
     *,
     durable: bool = True,
 ) -> None:
-    """Copy a database into the new file `target`, mark it and check it; also make it durable.
+    """Copy a database to the new file `target`, mark it and check it.
 
-    With `step` others work with `source` meanwhile, and it gives way to them. A copy that is only read out and
-    forgotten need not be durable: to flush it would hold up the store's own commits.
+    With `step`, the copy yields to other users of `source`. A temporary copy need not be `durable`: to flush it would
+    delay the store's commits.
     """
     files.create_private(target)
     with _raising_disk_full(), contextlib.closing(_connect(target)) as copy:
@@ -120,7 +119,7 @@ def _pausing(step: Progress, page_bytes: int) -> Callable[[int, int, int], None]
 
 
 def _check_space(path: str, target: str) -> None:
-    """A copy that fills the disk would stop the daemon from writing: see first."""
+    """Raise DiskFull if a copy would fill the disk, because that would stop the daemon from writing."""
     size = sum(os.path.getsize(name) for name in (path, f"{path}-wal") if os.path.exists(name))
     directory = os.path.dirname(target) or "."
     disk = os.statvfs(directory)
@@ -140,10 +139,10 @@ def _raising_disk_full() -> Iterator[None]:
 
 
 def mark_copy(path: str, step: Progress | None = None) -> None:
-    """Mark the copy at `path` as one, in a file without a write-ahead log, and check it through."""
+    """Mark the copy at `path`, turn its write-ahead log off, and check it."""
     with _raising_disk_full(), startup.translated_errors(path), contextlib.closing(_connect(path)) as copy:
         startup.journal_mode(copy, path, "delete")
-        copy.execute("PRAGMA synchronous = OFF")  # nobody else knows the file yet
+        copy.execute("PRAGMA synchronous = OFF")  # the file is not in use yet
         startup.check_application_id(copy, path)
         migrations.check_meta(copy, path)
         copy.execute("BEGIN IMMEDIATE")
@@ -154,7 +153,7 @@ def mark_copy(path: str, step: Progress | None = None) -> None:
 
 
 def check_whole(conn: sqlite3.Connection, path: str) -> None:
-    """Raise StoreUnreadable where the database at `path` is damaged. Reads all of it."""
+    """Raise StoreUnreadable if the structure of the database at `path` is damaged. Reads all of it."""
     wrong = [line for (line,) in conn.execute("PRAGMA integrity_check(10)")]
     if wrong != ["ok"]:
         raise StoreUnreadable(f"{path} is damaged: {'; '.join(wrong)}")
@@ -162,7 +161,7 @@ def check_whole(conn: sqlite3.Connection, path: str) -> None:
 
 @contextlib.contextmanager
 def _reporting(conn: sqlite3.Connection, step: Progress | None) -> Iterator[None]:
-    """While `conn` checks, `step` is told that it goes on; what `step` raises ends the check, and is raised here."""
+    """Call `step` regularly while `conn` works. If `step` raises BackupStopped, end the work and raise it."""
     stopped: list[Exception] = []
 
     def look() -> bool:
@@ -187,14 +186,14 @@ def _connect(path: str) -> sqlite3.Connection:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Putting back
+# Restore
 
 
 def restore(file: str, path: str) -> str | None:
-    """Put the database in `file` at `path`; gives the name under which the old one is kept, None where there was none.
+    """Restore the database in `file` to `path`. Return the new name of the old database; None if there was none.
 
-    Raises StoreBusy while a daemon holds the store, StoreTooNew or StoreUnreadable for a file that it could not use,
-    DiskFull; then the store is as before.
+    Raises StoreBusy while a daemon holds the store, StoreTooNew or StoreUnreadable if the daemon could not use `file`,
+    or DiskFull. After an error the store is unchanged.
     """
     with FileLock(path):
         used = files.read_epoch(path)
@@ -223,7 +222,7 @@ def _check_and_copy(file: str, new: str) -> None:
 
 
 def _give_to_owner(path: str, aside: str | None) -> None:
-    """Root puts backups back for daemons that are not root: what it writes belongs to whom the store belongs to."""
+    """As root, give the written files the owner of the store, because the daemon runs as that user."""
     if os.geteuid() != 0:
         return
     model = os.stat(aside or Path(path).resolve().parent)
@@ -233,9 +232,9 @@ def _give_to_owner(path: str, aside: str | None) -> None:
 
 
 def _keep_old(path: str) -> tuple[int, str | None]:
-    """Give the old database a second name; its epoch (0 where it cannot be read) and that name.
+    """Give the old database a second name. Return its epoch (0 if it cannot be read) and that name.
 
-    Its write-ahead log must not meet the new database: it is written back first, or moved along.
+    Its write-ahead log must not be applied to the new database, so it is checkpointed or moved.
     """
     if not os.path.exists(path):
         return 0, None
@@ -255,15 +254,15 @@ def _keep_old(path: str) -> tuple[int, str | None]:
 
 
 def _checkpoint_old(path: str) -> int:
-    """Write the log of the old database back; its epoch, 0 where it cannot be read."""
+    """Checkpoint the old database. Return its epoch, 0 if it cannot be read."""
     try:
         startup.peek(path)
     except StoreUnreadable:
-        return 0  # no database at all: SQLite would throw its log away
+        return 0  # not a database: SQLite would delete its log
     try:
         startup.check_wal(path)
     except StoreUnreadable:
-        return 0  # what cannot be read any more is kept for whoever can
+        return 0  # keep what SQLite cannot read
     try:
         with contextlib.closing(_connect(path)) as old:
             old.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -275,4 +274,4 @@ def _checkpoint_old(path: str) -> int:
     except sqlite3.Error as error:
         if (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF == sqlite3.SQLITE_BUSY:
             raise files.StoreBusy(path, None) from error
-        return 0  # it is being replaced because it cannot be read
+        return 0  # an unreadable database may be the reason for the restore

@@ -1,6 +1,6 @@
-"""The tables of a store through one SQLite connection: every read and write of them, in plain calls.
+"""Read and write the tables of a store through one SQLite connection.
 
-Opens nothing and knows no event loop: opening.py makes the connection, store.py calls this from its thread.
+All calls block. `startup.py` makes the connection, and `store.py` calls this module from the storage thread.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ T = TypeVar("T")
 
 KEEP_REPORTS: Final = 500
 COMPACTED_AT_ONCE: Final = 1_000  # events of a journal that are read after one batch
-GIVEN_BACK_KEPT: Final = 10_000  # jobs with a count of grants that were given back
+GIVEN_BACK_KEPT: Final = 10_000  # jobs whose returned grants are counted
 
 LIVE_SQL: Final = "status IN ('queued', 'processing')"
 FAILED_SQL: Final = "status IN ('failed', 'cancelled')"
 FINISHED_SQL: Final = "status IN ('completed', 'failed', 'cancelled')"
-NOT_LIVE_SQL: Final = "status NOT IN ('queued', 'processing')"  # or a status that is none; as the index has it
+NOT_LIVE_SQL: Final = "status NOT IN ('queued', 'processing')"  # also an invalid status; the index has this condition
 JOB_SQL: Final = f"{', '.join(JOB_COLUMNS)}, crc"
 EVENT_SQL: Final = f"{', '.join(EVENT_COLUMNS)}, crc"
 KEY_SQL: Final = f"{', '.join(KEY_COLUMNS)}, crc"
@@ -71,7 +71,7 @@ def _settings(columns: Iterable[str]) -> str:
 _INSERT_EVENT: Final = insert("events", (*EVENT_COLUMNS, "crc"))
 _UPDATE_EVENT: Final = "UPDATE events SET changes = ?, crc = ? WHERE seq = ?"
 _REPLACE_KEY: Final = insert("keys", (*KEY_COLUMNS, "crc", "answer"), "REPLACE")
-# Not REPLACE, which deletes and inserts: a row that stays where it is leaves the index of names alone.
+# An upsert leaves the index of names alone. REPLACE deletes the row and inserts it again.
 PUT_QUEUE: Final = (
     insert("queues", (*QUEUE_COLUMNS, "crc"))
     + " ON CONFLICT (name) DO UPDATE SET "
@@ -80,20 +80,19 @@ PUT_QUEUE: Final = (
 _PUT_TOMBSTONE: Final = insert("tombstones", (*TOMBSTONE_COLUMNS, "crc"), "REPLACE")
 _UPDATE_META: Final = f"UPDATE meta SET {_settings((*META_COLUMNS, 'crc'))} WHERE id = 1"
 
-# A row is always read by its seq: read through an index, a column may come from the index instead of the row, and a
-# damaged row would look whole.
+# Rows are always read by seq. A read through an index may take a column from the index, which hides damage in the row.
 BY_SEQ: Final = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = ?"
 BY_ID: Final = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = (SELECT seq FROM jobs WHERE id = ?)"
 _PAYLOAD: Final = "SELECT job_seq, body, request_hash, crc FROM payloads WHERE job_seq = ?"
 
 
 def result_code(error: BaseException) -> int:
-    """SQLite's extended result code of `error`, 0 where it has none."""
+    """Return SQLite's extended result code of `error`; 0 if it has none."""
     return getattr(error, "sqlite_errorcode", None) or 0
 
 
 def is_corrupt(error: sqlite3.Error) -> bool:
-    """Whether the structure of the file is damaged where `error` was met."""
+    """Return whether `error` reports a damaged structure of the file."""
     return result_code(error) & 0xFF == sqlite3.SQLITE_CORRUPT
 
 
@@ -102,18 +101,18 @@ def now_ms() -> int:
 
 
 def readable(text: Any) -> str:
-    """`text` as it may be shown and stored, whatever a damaged row holds."""
+    """Return `text` without surrogates, so that it can be encoded even if it comes from a damaged row."""
     return str(text).encode(errors="surrogateescape").decode(errors="replace")
 
 
 def is_undecodable(error: sqlite3.OperationalError) -> bool:
-    """Whether `error` is Python's, about text that is no UTF-8."""
+    """Return whether Python raised `error` because text is not UTF-8."""
     return "decode to UTF-8" in str(error)
 
 
 @contextlib.contextmanager
 def lenient_text(conn: sqlite3.Connection) -> Iterator[None]:
-    """Read text that is no UTF-8 with its bad bytes escaped."""
+    """Inside the context, escape the bytes of text that is not UTF-8 instead of raising."""
     conn.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
     try:
         yield
@@ -122,14 +121,14 @@ def lenient_text(conn: sqlite3.Connection) -> Iterator[None]:
 
 
 def row_bytes(row: Row) -> int:
-    """Bytes of what may be long in a row: text (its characters) and blobs."""
+    """Return the approximate size of a row: bytes of its blobs and characters of its text."""
     return sum(len(value) for value in row if isinstance(value, str | bytes))
 
 
 def _fetch_up_to(cursor: sqlite3.Cursor, most_bytes: int) -> tuple[list[Row], bool]:
     found: list[Row] = []
     size = 0
-    with contextlib.closing(cursor):  # an open one would keep the file from being written
+    with contextlib.closing(cursor):  # an open cursor would block writes
         for row in cursor:
             if found and size >= most_bytes:
                 return found, True
@@ -139,13 +138,13 @@ def _fetch_up_to(cursor: sqlite3.Cursor, most_bytes: int) -> tuple[list[Row], bo
 
 
 class StructureDamaged(Exception):
-    """Rows cannot be moved aside, as the structure of the file around them is damaged. Nothing was written."""
+    """Rows cannot be quarantined because the structure of the file around them is damaged. Nothing was written."""
 
 
 class Database:
-    """What is in the database, and the sums over it that are kept with each commit.
+    """The tables, and the counts and checksums over them that every commit updates.
 
-    After an error that leaves the disk's content unknown every call raises StoreBroken.
+    After an error that leaves the content of the disk unknown, every call raises StoreBroken.
     """
 
     def __init__(
@@ -155,47 +154,49 @@ class Database:
         self.numbers = numbers
         self.totals = totals
         self.marked = marked
-        self.gone_to = gone_to  # events up to this one may be gone
+        self.gone_to = gone_to  # events up to this number may be missing
         self.reader = codec.JobReader()
         self._jobs = JobWriter(conn)
         conn.create_function("fingerprint", 3, fingerprint_of_bytes, deterministic=True)
         self._late = LateWriter(conn, self.rows, self.note_fault)
         self._audit = AuditWriter(conn)
-        self.store_epoch: Callable[[int], object] = lambda epoch: None  # in the epoch file
-        self.stored_epoch = numbers.epoch  # up to there
-        self.before_commit: Callable[[], object] = lambda: None  # called when all is said and the disk comes next
+        self.store_epoch: Callable[[int], object] = lambda epoch: None  # writes the epoch file
+        self.stored_epoch = numbers.epoch  # the highest epoch in the epoch file
+        self.before_commit: Callable[[], object] = lambda: None  # called right before COMMIT
         self.quarantined: dict[str, str] = {}
         self.faults: list[str] = []
         self._directory = directory
         self._broken: BaseException | None = None
         self._rebuilding = False
-        # Of each grant made or heard of since the start: seq of its event, signs of life since the last thinning.
+        # For each grant seen since the start: the seq of its event, and its heartbeats since the last thinning.
         self._signs: dict[int, tuple[int, int]] = {}
-        self.tombstones_written = 0  # tombstones that were written
-        self.quarantined_count = 0  # jobs that were set aside
-        self.recently_quarantined: dict[
-            int, Quarantined
-        ] = {}  # by number; those that every batch to come knows of are dropped
-        self.unmoved: dict[int, str] = {}  # seq -> reason, of jobs whose damaged rows could not be moved
-        # For each job: the event up to which its journal is compact (0: unknown), and the grants given back since.
+        self.tombstones_written = 0
+        self.quarantined_count = 0  # jobs
+        # Numbered from 0. A batch that was decided with knowledge of an entry drops it.
+        self.recently_quarantined: dict[int, Quarantined] = {}
+        self.unmoved: dict[int, str] = {}  # seq -> reason, for jobs whose damaged rows could not be moved
+        # For each job: the event up to which its journal is compact (0: unknown), and the grants returned since then.
         self._given_back: dict[int, tuple[int, int]] = {}
-        # Jobs whose journals have to be thinned or compacted, oldest first, with the event to begin at.
+        # Journals to thin or compact, oldest first, with the event to start from.
         self._to_shorten: dict[tuple[Callable[[int, int], None], int], int] = {}
 
     # ------------------------------------------------------------------------------------------- one transaction
 
     @property
     def is_broken(self) -> bool:
-        """An earlier write failed in a way that leaves the disk's content unknown."""
+        """Whether an earlier write failed and left the content of the disk unknown."""
         return self._broken is not None
 
     def check(self) -> None:
-        """Raise StoreBroken where an earlier write left the disk's content unknown."""
+        """Raise StoreBroken if an earlier write left the content of the disk unknown."""
         if self._broken is not None:
             raise StoreBroken(f"an earlier write failed: {self._broken!r}") from self._broken
 
     def commit(self, fn: Callable[..., T], *args: Any) -> T:
-        """Run `fn` in one transaction. Raises DiskFull or BadRows with nothing written; anything else breaks."""
+        """Run `fn` in one transaction and return its result.
+
+        Raises DiskFull, BadRows or StructureDamaged if nothing was written. Any other error breaks the store.
+        """
         self.check()
         kept = (self.numbers, self.totals, self.marked, self.gone_to)
         for retried in (False, True):
@@ -220,7 +221,7 @@ class Database:
         raise AssertionError("unreachable")
 
     def _roll_back(self, error: BaseException) -> None:
-        """Undo the transaction that met `error`. If that fails too, nothing is known any more."""
+        """Roll the transaction back that raised `error`. If that fails too, the store is broken."""
         try:
             if self.conn.in_transaction:
                 self.conn.execute("ROLLBACK")
@@ -232,15 +233,15 @@ class Database:
             raise StoreBroken("the transaction could not be rolled back") from error
 
     def _is_full(self, error: BaseException) -> bool:
-        """Whether there was no room. A failed fsync is never that: its frames may be on the disk or not."""
+        """Return whether `error` means a full disk. A failed fsync does not: its frames may or may not be on disk."""
         code = result_code(error)
         if code & 0xFF == sqlite3.SQLITE_FULL:
             return True
-        # SQLite tells an exceeded quota (EDQUOT) no better than a failed write: try it.
+        # SQLite reports an exceeded quota (EDQUOT) as a failed write, so try to allocate space.
         return code == sqlite3.SQLITE_IOERR_WRITE and not files.has_room(self._directory)
 
     def rebuild_indexes(self) -> None:
-        """Make all indexes anew from the rows: they hold nothing of their own. Takes seconds for a million rows."""
+        """Rebuild all indexes from the rows. Takes seconds for a million rows."""
         self.faults.append("an index did not match its rows: all indexes were rebuilt; run `jobd doctor`")
         self._rebuilding = True
         try:
@@ -249,14 +250,14 @@ class Database:
             self._rebuilding = False
 
     def reindex(self) -> None:
-        """All indexes from their rows, inside a transaction. Raises CannotMove where two whole rows have one id."""
+        """Rebuild all indexes inside a transaction. Raises StructureDamaged if two undamaged rows have the same id."""
         try:
             self.conn.execute("REINDEX")
         except sqlite3.IntegrityError:
             self._separate_duplicate_ids()
 
     def _separate_duplicate_ids(self) -> None:
-        """A damaged id is that of another job: give it one of its own, under which its row is met and set aside."""
+        """Give damaged rows that have the id of another job an id of their own, so that a read can quarantine them."""
         run = self.conn.execute
         (made_by,) = run("SELECT sql FROM sqlite_schema WHERE name = 'jobs_id'").fetchone()
         run("DROP INDEX jobs_id")
@@ -271,7 +272,7 @@ class Database:
             raise StructureDamaged(str(error)) from error
 
     def rows(self, sql: str, args: tuple[Any, ...] = ()) -> list[Row]:
-        """All rows of a query, also those whose text is no UTF-8 (rows.fault names them)."""
+        """Return all rows of a query, also rows with text that is not UTF-8 (`codec.fault` reports those)."""
         try:
             return self.conn.execute(sql, args).fetchall()
         except sqlite3.OperationalError as error:
@@ -281,7 +282,7 @@ class Database:
             return self.conn.execute(sql, args).fetchall()
 
     def rows_up_to(self, sql: str, args: tuple[Any, ...], most_bytes: int) -> tuple[list[Row], bool]:
-        """The first rows of a query, one at least, until they hold so much; and whether they end before it does."""
+        """Return the first rows of a query, at least one, up to about `most_bytes`; and whether there are more."""
         try:
             return _fetch_up_to(self.conn.execute(sql, args), most_bytes)
         except sqlite3.OperationalError as error:
@@ -291,7 +292,7 @@ class Database:
             return _fetch_up_to(self.conn.execute(sql, args), most_bytes)
 
     def rows_one_by_one(self, sql: str, keys: Iterable[int], what: str, args: tuple[Any, ...] = ()) -> list[Row]:
-        """The rows of a query asked once for each key, where a damaged page hides some of them; those are named."""
+        """Run a query once for each key and return the rows. Add a fault for keys whose rows cannot be read."""
         found: list[Row] = []
         lost: list[int] = []
         for key in keys:
@@ -308,7 +309,10 @@ class Database:
     # ------------------------------------------------------------------------------------------------ the batch
 
     def write(self, batch: Batch, reported: int) -> dict[int, bytes]:
-        """Commit `batch`, whose counts know of the first `told_aside` jobs of `aside`; gives the asked payloads."""
+        """Commit `batch` and return the payloads that it asks for.
+
+        The counts of `batch` already consider the first `reported` quarantined jobs.
+        """
         if batch.numbers.epoch > self.stored_epoch:
             self._advance_epoch(batch.numbers.epoch)
         shown, buried = self.commit(self._apply, batch, reported)
@@ -316,15 +320,15 @@ class Database:
         for number in [number for number in self.recently_quarantined if number < reported]:
             del self.recently_quarantined[number]
         if self._to_shorten:
-            # One after each batch, as all wait for it. In a transaction of its own: it is no part of the promise, and
-            # must not undo it.
+            # One journal per batch, because commands wait meanwhile. In its own transaction, so that a failure does not
+            # undo the batch.
             shorten, job_seq = next(iter(self._to_shorten))
             with contextlib.suppress(DiskFull, StructureDamaged):
                 self.commit(shorten, job_seq, self._to_shorten.pop((shorten, job_seq)))
         return shown
 
     def _advance_epoch(self, epoch: int) -> None:
-        """Store the epoch after a full counter before its first token, in the database first (see opening.py)."""
+        """Store a new epoch before its first token is granted, in the database first (see `startup._settle_epoch`)."""
         if epoch > self.numbers.epoch:
             self.commit(self._begin_epoch, epoch)
         self.store_epoch(epoch)
@@ -335,7 +339,7 @@ class Database:
         self.write_meta()
 
     def _apply(self, batch: Batch, reported: int) -> tuple[dict[int, bytes], int]:
-        """The payloads that were asked for, and how many tombstones were written."""
+        """Write `batch`. Return the payloads that it asks for, and the number of tombstones."""
         tombstones = batch.tombstones
         if batch.changes:
             if left := self._late.write(batch.changes, sweeps=batch.sweeps):
@@ -358,7 +362,7 @@ class Database:
         try:
             self.totals = self._jobs.write(changes, self.totals)
         except RowsMissing as error:
-            # A look at history may have met a damaged row after the batch was decided, and set it aside.
+            # A read of history may have quarantined a row after the batch was decided.
             named = {change.before.id for change in changes if change.before is not None} & self.quarantined.keys()
             if not named:
                 raise
@@ -372,7 +376,7 @@ class Database:
         for change in changes:
             event = change.event
             if event.type in HEARTBEATS:
-                # Of a grant made before the start nothing is known: look at its journal once.
+                # For a grant made before the start the count is unknown, so thin its journal once.
                 begin, signs = self._signs.get(event.job_seq, (0, KEEP_HEARTBEATS))
                 self._signs[event.job_seq] = (begin, signs + 1)
                 if signs >= KEEP_HEARTBEATS:
@@ -387,7 +391,7 @@ class Database:
                     self._given_back.pop(event.job_seq, None)
 
     def _count_given_back(self, job_seq: int) -> None:
-        """Count a grant of this job that was given back. Above the limit, drop the job counted longest ago."""
+        """Count a returned grant of this job. Above the limit, forget the job that was counted longest ago."""
         begin, count = self._given_back.pop(job_seq, (0, 0))
         self._given_back[job_seq] = (begin, (count + 1) % KEEP_GRANTS)
         if count + 1 == KEEP_GRANTS:
@@ -396,7 +400,7 @@ class Database:
             del self._given_back[next(iter(self._given_back))]
 
     def note_quarantined(self, job_seq: int, aside: Quarantined) -> None:
-        """Damaged rows of that job were met, and moved or not. Of one that still cannot be nobody is told again."""
+        """Report that damaged rows of this job were found. A job that still cannot be moved is reported once."""
         if aside.is_moved:
             self.unmoved.pop(job_seq, None)
         elif self.unmoved.get(job_seq) == aside.reason:
@@ -406,17 +410,17 @@ class Database:
         self.report_quarantined(aside)
 
     def note_fault(self, fault: str) -> None:
-        """Of what is met again and again, until there is room, one sentence is enough."""
+        """Add `fault` once, because the same damage is found repeatedly until the disk has space."""
         if fault not in self.faults:
             self.faults.append(fault)
 
     def report_quarantined(self, aside: Quarantined) -> None:
-        """To be told to `Storage.on_quarantined`."""
+        """Queue `aside` for `Storage.on_quarantined`."""
         self.recently_quarantined[self.quarantined_count] = aside
-        self.quarantined_count += 1  # last: the event loop looks at it from its own thread
+        self.quarantined_count += 1  # last, because the event loop reads it from another thread
 
     def _thin(self, job_seq: int, begin: int) -> None:
-        if job_seq in self._signs:  # no grant of it is at work any more, else
+        if job_seq in self._signs:  # else the job has no grant any more
             self._signs[job_seq] = (self._signs[job_seq][0], 0)
         sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq >= ? ORDER BY seq"
         found = self._journal_rows(sql, (job_seq, begin))
@@ -465,7 +469,7 @@ class Database:
         self.conn.executemany(_UPDATE_EVENT, [(*row[-2:], row[0]) for row in merged])
 
     def _write_queues(self, queues: dict[str, QueueRow], untold: list[Quarantined]) -> None:
-        """Rows of `queues` as memory has them, without the jobs that were set aside since and are counted there yet."""
+        """Write the rows of `queues`, minus the jobs quarantined since the batch was decided."""
         put = dict(queues)
         for name, status in (aside.uncounted for aside in untold if aside.uncounted is not None):
             if name in put:
@@ -501,11 +505,11 @@ class Database:
         return shown
 
     def cached_payloads(self, seqs: Iterable[int]) -> dict[int, bytes]:
-        """Payloads that were written lately. Only `write` changes what they are taken from."""
+        """Return those of the payloads that were written recently. Safe outside the storage thread."""
         return {seq: body for seq in seqs if (body := self._jobs.payload(seq)) is not None}
 
     def job_id_of(self, seq: int) -> str | None:
-        """The id of a job, also of one whose row was set aside meanwhile."""
+        """Return the id of a job, also of a quarantined one; None if there is no such job."""
         row = self.rows(BY_SEQ, (seq,))
         if row:
             return readable(row[0][1])
@@ -513,24 +517,24 @@ class Database:
         return readable(row[0][0]) if row else None
 
     def payload(self, seq: int) -> tuple[Payload | None, str]:
-        """The payload of a job, or None and what is wrong with it."""
+        """Return the payload of a job, or None and the error."""
         try:
             found = self.rows(_PAYLOAD, (seq,))
         except sqlite3.DatabaseError as error:
             if not is_corrupt(error):
                 raise
-            return None, f"its payload cannot be read: {error}"
+            return None, f"the payload cannot be read: {error}"
         if not found:
-            return None, "its payload is missing"
+            return None, "the payload is missing"
         wrong = fault(found[0])
-        return (Payload(found[0][1], found[0][2]), "") if wrong is None else (None, f"its payload is bad: {wrong}")
+        return (Payload(found[0][1], found[0][2]), "") if wrong is None else (None, f"the payload is damaged: {wrong}")
 
     # ------------------------------------------------------------------------------------------- outside batches
 
     def prune(self, before: int, limit: int) -> int:
-        """Delete up to `limit` journal rows of jobs deleted, and of queues changed, before wall time `before`.
+        """Delete up to `limit` events of jobs deleted, and of queues changed, before wall time `before`.
 
-        Who follows the journal from below the last of them is told so: nothing else says what was once between.
+        Readers that resume below the last deleted event get an error, because events may be missing there.
         """
         self.check()
         return self.commit(self._prune, before, limit)
@@ -556,7 +560,7 @@ class Database:
         return len(gone)
 
     def note_gone(self, seq: int) -> None:
-        """The event of this number is gone. A damaged number may be any: none above the last was ever given."""
+        """Note that the event `seq` is missing. A damaged number can be anything, so limit it."""
         self.gone_to = max(self.gone_to, min(seq, self.numbers.next_event - 1))
 
     def trim_audit(self, before: int, limit: int) -> int:
@@ -572,7 +576,7 @@ class Database:
         return self.commit(self._audit.trim, before, limit) if is_counted else limit
 
     def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
-        """Forget tombstones by job seq, and write others anew."""
+        """Delete tombstones by job seq, and replace others."""
         self.commit(self._settle_tombstones, gone, later)
 
     def _settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
@@ -587,4 +591,4 @@ class Database:
         value = os.urandom(16)
         self.commit(self.conn.execute, "REPLACE INTO probes (id, value) VALUES (1, ?)", (value,))
         if self.conn.execute("SELECT value FROM probes WHERE id = 1").fetchone() != (value,):
-            raise OSError("the probe read back something else than it had written")
+            raise OSError("the probe read back a value that differs from the one it wrote")

@@ -1,6 +1,6 @@
-"""What is wrong with a store that no daemon holds, each problem with its mend; and taking edited rows as they are.
+"""Find what is wrong with a store that no daemon holds, with a fix for each problem; and accept edited rows.
 
-`check` writes nothing. Which values of a job make sense is not judged here: that is validation.py.
+`check` writes nothing. Validation of the values of a job is in `core/validation.py`.
 """
 
 from __future__ import annotations
@@ -37,20 +37,21 @@ from jobd.storage.quarantine import true_id
 from jobd.storage.queries import read_job
 from jobd.storage.writers import AUDIT_SQL, insert
 
-# Of one kind of problem so many are named, the rest counted.
-NAMED: Final = 100
+NAMED: Final = 100  # problems listed of one kind; the rest is counted
 NOTHING_DAMAGED: Final = "no job is in quarantine, and no row is damaged"
-LONG_MS: Final = DAY_MS  # that a tombstone may wait: a store of artifacts may be away for a while
+LONG_MS: Final = DAY_MS  # for a tombstone; an artifact store may be unavailable for a while
 
-_ACCEPT: Final = "mend the row with sqlite3, then `jobd doctor --accept {}`"
-_RECOUNT: Final = "compare with a backup; `jobd doctor --recount` takes the rows that are there as all there are"
-_REBUILD: Final = "`jobd doctor --recount` rebuilds all indexes from the rows"
-_SWEEP: Final = "the log says why (artifact_not_deleted); is artifacts.url set, and may the daemon delete there?"
-_RESTORE: Final = "put a backup back with `jobd restore`"
+_ACCEPT: Final = "repair the row with sqlite3, then run `jobd doctor --accept {}`"
+_RECOUNT: Final = "compare with a backup; `jobd doctor --recount` accepts the rows that are there"
+_REBUILD: Final = "rebuild all indexes from the rows with `jobd doctor --recount`"
+_SWEEP: Final = "see artifact_not_deleted in the log; check artifacts.url and the daemon's permission to delete there"
+_RESTORE: Final = "restore a backup with `jobd restore`"
+_ON_ACCESS: Final = "nothing to do: the daemon quarantines it when it reads it"
+_UNUSED: Final = "nothing to do: it only takes up space"
 
 
 class StoreProblem(msgspec.Struct, frozen=True):
-    """One thing that is wrong: where, what, and what mends it."""
+    """One problem: where it is, what it is, and how to fix it (`mend`)."""
 
     where: str
     what: str
@@ -58,29 +59,30 @@ class StoreProblem(msgspec.Struct, frozen=True):
 
 
 class RepairRefused(StoreError):
-    """The edited row cannot be taken as it is; the message says why."""
+    """The edited row cannot be accepted; the message says why."""
 
     exit_code = 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Looking
+# Check
 
 
 def check(path: str) -> list[StoreProblem]:
-    """Everything that is wrong with the store at `path`. Reads all of it: about a minute for ten million rows.
+    """Return all problems of the store at `path`. Reads all of it, which takes about a minute for ten million rows.
 
-    Raises StoreBusy while a daemon holds it, StoreTooNew, StoreUnreadable where it is no store at all.
+    Raises StoreBusy while a daemon holds it, StoreTooNew, or StoreUnreadable if it is not a store.
     """
     with contextlib.ExitStack() as stack:
-        if os.path.exists(f"{path}.lock"):  # a copy that no daemon ever opened gets no lock file from us
+        if os.path.exists(f"{path}.lock"):  # do not create a lock file for a copy that no daemon has opened
             stack.enter_context(FileLock(path))
         found = startup.peek(path)
         startup.check_version(path, found)
         startup.check_wal(path)
         if found[1] < migrations.VERSION:
-            what = f"it has schema version {found[1]}, this jobd has {migrations.VERSION}"
-            return [StoreProblem(path, what, "start the daemon once: it makes a copy and migrates; then check again")]
+            what = f"it has schema version {found[1]}, but this jobd has {migrations.VERSION}"
+            fix = "start the daemon once, which copies and migrates the store; then check again"
+            return [StoreProblem(path, what, fix)]
         stack.enter_context(startup.translated_errors(path))
         conn = stack.enter_context(startup.read_only(path))
         startup.check_application_id(conn, path)
@@ -88,7 +90,7 @@ def check(path: str) -> list[StoreProblem]:
 
 
 def problems(conn: sqlite3.Connection, path: str) -> list[StoreProblem]:
-    """The same of a store of this version that is open already, and that nobody writes."""
+    """Return all problems of an open store of this schema version that nothing writes to."""
     found: list[StoreProblem] = []
     tables = (_jobs, _payloads, _late, _journal, _keys, queues, _small_tables, _tombstones)
     for part in (_meta, _file, *tables, _quarantined, _files):
@@ -97,7 +99,7 @@ def problems(conn: sqlite3.Connection, path: str) -> list[StoreProblem]:
 
 
 def _limited(problems: Iterator[StoreProblem]) -> list[StoreProblem]:
-    """The first of them, and how many more there are. A table that cannot be read through is a problem itself."""
+    """Return the first NAMED problems and the number of the others. An unreadable table is also a problem."""
     named: list[StoreProblem] = []
     more = 0
     try:
@@ -107,14 +109,14 @@ def _limited(problems: Iterator[StoreProblem]) -> list[StoreProblem]:
             else:
                 more += 1
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        named.append(StoreProblem("file", f"it cannot be read through: {error}", _RESTORE))
+        named.append(StoreProblem("file", f"it cannot be read completely: {error}", _RESTORE))
     if more:
         named.append(StoreProblem(named[-1].where.split()[0], f"and {more} more of this kind", named[-1].mend))
     return named
 
 
 def _all_rows(conn: sqlite3.Connection, sql: str) -> Iterator[Row]:
-    """The rows of a query, one by one, also those whose text is no UTF-8."""
+    """Yield the rows of a query, also rows with text that is not UTF-8."""
     with lenient_text(conn):
         yield from conn.execute(sql)
 
@@ -130,7 +132,7 @@ def _meta(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 
 
 def _known_meta(conn: sqlite3.Connection) -> dict[str, int] | None:
-    """The meta row, None where it is not there or its columns are others: `_meta` names that."""
+    """Return the meta row; None if it is missing or has other columns, which `_meta` reports."""
     found = migrations.read_meta(conn)
     return found if found is not None and tuple(found) == (*META_COLUMNS, "crc") else None
 
@@ -165,15 +167,15 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     for live, name in ((True, "live"), (False, "finished")):
         kept = [meta[f"{name}_count"], meta[f"{name}_xor"]]
         if sums[live] != kept:
-            what = f"{sums[live][0]} where {kept[0]} had been written"
-            what = what if sums[live][0] != kept[0] else f"the {kept[0]} rows are not those that had been written"
+            what = f"{sums[live][0]} rows, but {kept[0]} had been written"
+            what = what if sums[live][0] != kept[0] else f"the {kept[0]} rows differ from those that had been written"
             yield StoreProblem(f"{name} jobs", what, _RECOUNT)
     if next_job > meta["next_job"] or next_token > (meta["epoch"] << TOKEN_COUNTER_BITS) + meta["next_token"]:
-        yield StoreProblem("meta", "a job has a number that is still to be given", _RESTORE)
+        yield StoreProblem("meta", "a job has a number that is not assigned yet", _RESTORE)
 
 
 def _database_of(conn: sqlite3.Connection, path: str) -> Database:
-    """Tables to read with; their sums are not looked at."""
+    """Return a database for reads. Its totals are not valid."""
     return Database(conn, os.path.dirname(path) or ".", Numbers(), (0, 0, 0, 0), False, 0)
 
 
@@ -182,13 +184,13 @@ def _payloads(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     for *columns, id_ in _all_rows(conn, f"SELECT job_seq, body, request_hash, crc, {ids} FROM payloads"):
         wrong = fault(tuple(columns))
         if id_ is None:
-            yield StoreProblem(f"payload {columns[0]}", "there is no such job", "it takes up room, nothing more")
+            yield StoreProblem(f"payload {columns[0]}", "its job does not exist", _UNUSED)
         elif wrong is not None:
-            what = f"its payload is bad: {wrong}"
+            what = f"the payload is damaged: {wrong}"
             yield StoreProblem(f"job {readable(id_)}", what, _ACCEPT.format(readable(id_)))
     without = "SELECT id FROM jobs NOT INDEXED WHERE seq NOT IN (SELECT job_seq FROM payloads)"
     for (id_,) in _all_rows(conn, without):
-        yield StoreProblem(f"job {readable(id_)}", "its payload is missing", _ACCEPT.format(readable(id_)))
+        yield StoreProblem(f"job {readable(id_)}", "the payload is missing", _ACCEPT.format(readable(id_)))
 
 
 def _late(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
@@ -196,25 +198,25 @@ def _late(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     for row in _all_rows(conn, f"SELECT {LATE_SQL} FROM late_results NOT INDEXED"):
         where = f"late result {readable(row[0])}"
         if (wrong := fault(row)) is not None:
-            yield StoreProblem(where, wrong, "the daemon sets it aside when it meets it")
+            yield StoreProblem(where, wrong, _ON_ACCESS)
         elif row[1] not in known:
-            yield StoreProblem(where, "there is no such job", "it takes up room, nothing more")
+            yield StoreProblem(where, "its job does not exist", _UNUSED)
 
 
 def _journal(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     last = 0
     for row in _all_rows(conn, f"SELECT {EVENT_SQL} FROM events NOT INDEXED"):
         if (wrong := fault(row)) is not None:
-            yield StoreProblem(f"event {readable(row[0])}", wrong, "the daemon sets it aside when it meets it")
+            yield StoreProblem(f"event {readable(row[0])}", wrong, _ON_ACCESS)
         else:
             last = row[0]
     meta = _known_meta(conn)
     if meta is not None and last >= meta["next_event"]:
-        yield StoreProblem("meta", "an event has a number that is still to be given", _RESTORE)
+        yield StoreProblem("meta", "an event has a number that is not assigned yet", _RESTORE)
     known = "SELECT seq FROM jobs UNION SELECT seq FROM quarantined_jobs UNION SELECT job_seq FROM deleted_jobs"
     orphans = f"SELECT job_id, count(*) FROM events WHERE job_seq NOT IN ({known}) AND job_seq <> 0 GROUP BY job_seq"
     for id_, count in _all_rows(conn, orphans):
-        what = f"there are {count} events of it, but no job, and it was not deleted"
+        what = f"it has {count} events but no row, and it was not deleted"
         yield StoreProblem(f"job {readable(id_)}", what, _RECOUNT)
 
 
@@ -222,17 +224,17 @@ def _keys(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     for *columns, answer in _all_rows(conn, f"SELECT {KEY_SQL}, answer FROM keys NOT INDEXED"):
         wrong = fault(tuple(columns))
         if wrong is None and (None if answer is None else zlib.crc32(answer)) != columns[5]:
-            wrong = "the checksum of its answer is wrong"
+            wrong = "the checksum of the stored response is wrong"
         if wrong is not None:
-            yield StoreProblem(f"key {readable(columns[0])}", wrong, "the daemon sets it aside when it meets it")
+            yield StoreProblem(f"key {readable(columns[0])}", wrong, _ON_ACCESS)
 
 
 def queues(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
-    """Queues whose rows are damaged, or whose counts are not those of their jobs. Reads every job."""
+    """Yield queues with damaged rows or with counts that differ from their jobs. Reads every job."""
     kept: dict[str, tuple[int, int, int]] = {}
     for row in _all_rows(conn, f"SELECT {QUEUE_SQL} FROM queues NOT INDEXED"):
         if (wrong := fault(row)) is not None:
-            mend = "the daemon counts its jobs anew; pause it again if it was paused"
+            mend = "the daemon counts its jobs at the next start; pause it again if it was paused"
             yield StoreProblem(f"queue {readable(row[0])}", wrong, mend)
         else:
             kept[row[0]] = row[2:5]
@@ -241,7 +243,7 @@ def queues(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     for name in sorted(kept.keys() | counted.keys()):
         says, has = kept.get(name, (0, 0, 0)), counted.get(name, (0, 0, 0))
         if says != has:
-            what = f"it has {has} completed, failed and cancelled jobs where {says} had been written"
+            what = f"it has {has} completed, failed and cancelled jobs, but {says} had been written"
             yield StoreProblem(f"queue {readable(name)}", what, _RECOUNT)
 
 
@@ -257,40 +259,42 @@ def _small_tables(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]
     for table, columns in small.items():
         for row in _all_rows(conn, f"SELECT {columns} FROM {table}"):
             if (wrong := fault(row)) is not None:
-                yield StoreProblem(f"{table} {readable(row[0])}", wrong, "the daemon sets it aside when it meets it")
+                yield StoreProblem(f"{table} {readable(row[0])}", wrong, _ON_ACCESS)
 
 
 def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
-    """Stored objects that should have been deleted long ago."""
+    """Yield artifacts that should have been deleted more than LONG_MS ago."""
     now = now_ms()
     for row in _all_rows(conn, f"SELECT {TOMBSTONE_SQL} FROM tombstones NOT INDEXED WHERE at < {now - LONG_MS}"):
         if fault(row) is not None:
             continue
         late = codec.tombstone(row)
         days = (now - late.at) // DAY_MS
-        gone = f"job {late.job_id} was deleted" if late.job_seq > 0 else f"a late result of job {late.job_id} went"
-        what = f"{gone} {days} days ago, and its object not yet; {late.tries} tries have failed"
+        gone = (
+            f"job {late.job_id} was deleted" if late.job_seq > 0 else f"a late result of job {late.job_id} was deleted"
+        )
+        what = f"{gone} {days} days ago, but its artifact was not (failed attempts: {late.tries})"
         yield StoreProblem(f"artifact {readable(late.key)}", what, _SWEEP)
 
 
 def _quarantined(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     for id_, reason in _all_rows(conn, "SELECT id, reason FROM quarantined_jobs ORDER BY seq"):
-        mend = f"mend `row` in quarantined_jobs with sqlite3, then `jobd doctor --accept {readable(id_)}`"
+        mend = f"repair `row` in quarantined_jobs with sqlite3, then run `jobd doctor --accept {readable(id_)}`"
         yield StoreProblem(f"job {readable(id_)}", f"it is in quarantine: {readable(reason)}", mend)
     for place, what in _all_rows(conn, "SELECT place, what FROM bad_rows ORDER BY seq"):
-        mend = "it is kept for you to look at: delete it from bad_rows with sqlite3"
-        yield StoreProblem(f"{readable(place)} set aside", readable(what), mend)
+        mend = "inspect it, then delete it from bad_rows with sqlite3"
+        yield StoreProblem(f"{readable(place)} in quarantine", readable(what), mend)
 
 
 def _epoch_file(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     try:
         file = files.read_epoch(path)
     except StoreError as error:
-        yield StoreProblem("epoch file", str(error), "see there")
+        yield StoreProblem("epoch file", str(error), "see the error")
         return
     meta = _known_meta(conn)
     if meta is not None and not meta["marked"] and file.is_ahead_of(meta["epoch"]):
-        what = f"it has seen epoch {file.epoch}, the database {meta['epoch']}: the database is an older copy"
+        what = f"it has epoch {file.epoch} and the database {meta['epoch']}, so the database is an older copy"
         yield StoreProblem("epoch file", what, "nothing to do: the next start begins a new epoch and ends all grants")
     name = f"{path}.epoch"
     if os.path.exists(name) and os.stat(name).st_uid != (owner := os.stat(path).st_uid):
@@ -301,19 +305,19 @@ def _epoch_file(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 def _files(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     yield from _epoch_file(conn, path)
     if os.stat(path).st_mode & 0o077:
-        yield StoreProblem(path, "others may read it; it holds payloads and lock ids", f"chmod 600 {path}")
+        yield StoreProblem(path, "other users can read it; it contains payloads and lock ids", f"chmod 600 {path}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Taking rows as they are
+# Repairs
 
 
 def accept(path: str, ids: Sequence[str] | None) -> str:
     """Accept the edited rows of jobs, in place or in quarantine, and return a line about each.
 
     `ids` None means all jobs that are in quarantine or have a damaged row. The rows get new checksums, and validation
-    checks the jobs. All rows are one transaction. If a named row is not a valid job, this raises Refused and writes
-    nothing. With `ids` None such rows do not change, and a line names each.
+    checks the jobs. All rows are one transaction. If a named row is not a valid job, this raises RepairRefused and
+    writes nothing. With `ids` None such rows do not change, and a line names each.
     """
     return _changing(path, lambda db: db.commit(_accept, db, path, ids))
 
@@ -331,7 +335,7 @@ def damaged(db: Database, path: str) -> list[str]:
 
 
 def recount(path: str) -> str:
-    """Take the rows that are there as all there are: indexes, sums over jobs and counts of queues are made anew."""
+    """Accept the rows that are there: rebuild all indexes, the totals of jobs and the counts of queues."""
 
     def change(db: Database) -> str:
         db.commit(db.conn.execute, "REINDEX")
@@ -350,7 +354,7 @@ def _changing(path: str, change: Callable[[Database], str]) -> str:
 
 
 class Edited(msgspec.Struct, frozen=True):
-    """A row as an operator left it, as jobd would write it. `aside` is the quarantine's number for it, or None."""
+    """An edited row as jobd would write it. `quarantine_seq` is its seq in quarantined_jobs, None if it is in jobs."""
 
     quarantine_seq: int | None
     row: Row
@@ -359,11 +363,11 @@ class Edited(msgspec.Struct, frozen=True):
 
     @property
     def where(self) -> str:
-        return "its row" if self.quarantine_seq is None else "its row in quarantine"
+        return "the row" if self.quarantine_seq is None else "the row in quarantine"
 
 
 def edited(db: Database, id_: str) -> Edited:
-    """The edited row of job `id_`. Raises Refused where there is none, or where it makes no job."""
+    """Return the edited row of job `id_`. Raises RepairRefused if there is none or it is not a valid job."""
     run = db.conn.execute
     aside = run("SELECT seq, row, payload, request_hash FROM quarantined_jobs WHERE id = ?", (id_,)).fetchone()
     row, body, request_hash = _in_place(db, id_) if aside is None else (*_quarantined_row(id_, aside), aside[3])
@@ -401,7 +405,7 @@ def _accept_row(db: Database, id_: str) -> str:
     payload = codec.sealed((seq, taken.body, taken.request_hash))
     run(insert("payloads", ("job_seq", "body", "request_hash", "crc")), payload)
     run("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", (seq,))
-    return f"job {id_}: {taken.where} was accepted as it is; validation will check it"
+    return f"job {id_}: {taken.where} was accepted; validation will check it"
 
 
 def _in_place(db: Database, id_: str) -> tuple[Row, Any, Any]:
@@ -416,12 +420,12 @@ def _quarantined_row(id_: str, aside: Row) -> tuple[Row, Any]:
     try:
         row = codec.from_text(JOB_COLUMNS, aside[1])
     except codec.Unreadable as error:
-        raise RepairRefused(f"job {id_}: its row in quarantine: {error}") from error
+        raise RepairRefused(f"job {id_}: the row in quarantine: {error}") from error
     return row, b"null" if aside[2] is None else aside[2]
 
 
 def _normalized(db: Database, id_: str, row: Row) -> Row:
-    """The row as jobd would write it. Raises Refused where it makes no job."""
+    """Return the row as jobd would write it. Raises RepairRefused if it is not a valid job."""
     try:
         job = db.reader.job(row)
         taken = codec.job_row(job)
@@ -429,10 +433,10 @@ def _normalized(db: Database, id_: str, row: Row) -> Row:
     except (codec.Unreadable, AttributeError, TypeError, UnicodeEncodeError) as error:
         raise RepairRefused(f"job {id_}: the row is not a valid job: {error}") from error
     if not isinstance(job.id, str) or not is_job_id(job.id):
-        raise RepairRefused(f"{readable(job.id)!r} is no id of a job")
+        raise RepairRefused(f"{readable(job.id)!r} is not a valid job id")
     given = (db.numbers.epoch << TOKEN_COUNTER_BITS) + db.numbers.next_token
     if job.seq >= db.numbers.next_job or (job.grant is not None and job.grant.fencing_token >= given):
-        raise RepairRefused(f"job {job.id}: its seq or fencing_token is higher than any that was ever given")
+        raise RepairRefused(f"job {job.id}: its seq or fencing_token is higher than any that was assigned")
     return taken
 
 
@@ -441,12 +445,12 @@ def _json_text(id_: str, body: Any) -> bytes:
     try:
         msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, TypeError) as error:
-        raise RepairRefused(f"job {id_}: its payload is no JSON ({error}): mend it first") from error
+        raise RepairRefused(f"job {id_}: the payload is not JSON ({error}): repair it first") from error
     return bytes(text)
 
 
 def totals(conn: sqlite3.Connection) -> tuple[int, int, int, int]:
-    """Number and XOR of checksums of the live and of the finished jobs that are there. Reads every job."""
+    """Return count and XOR of the checksums of live jobs, then of finished jobs. Reads every job."""
     sums = {True: (0, 0), False: (0, 0)}
     for status, crc in _all_rows(conn, "SELECT status, crc FROM jobs NOT INDEXED"):
         count, xor = sums[status in LIVE]

@@ -1,6 +1,6 @@
-"""What a restore, or a repair of a store that nobody has open, would do: all that it would check and find, in words.
+"""Describe what a restore or an offline repair would check, find and change. Writes nothing.
 
-Writes nothing. What would be refused raises what the real one would raise.
+Raises the errors that the real call would raise.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from jobd.storage.codec import JOB_COLUMNS
 from jobd.storage.database import Database, now_ms, readable
 from jobd.storage.files import FileLock, StoreBusy, StoreError, StoreUnreadable
 
-SHOWN: Final = 10  # problems, of a file that would be put back
-# Of an edited row: what tells an operator whether it is the one that was meant. A lock id is a secret.
+SHOWN: Final = 10  # problems of a file to restore
+# Columns that identify an edited row for an operator. A lock id is a secret.
 _SHOWN_COLUMNS: Final = (
     "queue", "kind", "status", "priority", "progress", "attempt", "max_attempts", "stalls", "created_at", "run_at",
     "started_at", "finished_at", "error_message",
@@ -33,9 +33,9 @@ _SHOWN_COLUMNS: Final = (
 
 
 def restore(file: str, path: str) -> list[str]:
-    """What `backup.restore` would do with `file` at `path`: its checks, what would be replaced, what would be ended.
+    """Describe what `backup.restore` would do with `file` at `path`. Reads all of `file`.
 
-    Raises what that would raise: StoreBusy, StoreTooNew, StoreUnreadable, DiskFull, OSError. Reads all of `file`.
+    Raises StoreBusy, StoreTooNew, StoreUnreadable, DiskFull or OSError, as the restore would.
     """
     _check_writable(path)
     files.check_not_held(path)
@@ -50,17 +50,17 @@ def restore(file: str, path: str) -> list[str]:
         free = _check_space(path, size)
         migrations.check_meta(source, file)
         backup.check_whole(source, file)
-        lines = [f"would put {file} in place as {path}", *_checked(source, file, found[1], size, free)]
+        lines = [f"would restore {file} to {path}", *_checked(source, file, found[1], size, free)]
         own = migrations.epoch_of(source)
         lines += _ended(source)
     old, replaced = _replaced(path)
     epoch = new_epoch(max(own, used.epoch, old), now_ms())
-    lines.append(f"    epoch {epoch} or a later one would begin: its fencing tokens are above all earlier ones")
+    lines.append(f"    epoch {epoch} or later would begin; its fencing tokens are higher than all earlier ones")
     return [*lines, replaced]
 
 
 def _check_writable(path: str) -> None:
-    """OSError where the restore could not put a file there."""
+    """Raise OSError if the restore could not write its file."""
     where = os.path.dirname(path) or "."
     if not os.access(where, os.W_OK | os.X_OK):
         code = errno.EACCES if os.path.isdir(where) else errno.ENOENT
@@ -74,11 +74,11 @@ def _size(conn: sqlite3.Connection) -> int:
 
 
 def _check_space(path: str, need: int) -> int:
-    """What is free beside `path`, in bytes. Raises DiskFull where that is less than `need`."""
+    """Return the free bytes on the disk of `path`. Raises DiskFull if fewer than `need` are free."""
     disk = os.statvfs(os.path.dirname(path) or ".")
     free = disk.f_bavail * disk.f_frsize
     if free < need:
-        raise DiskFull(f"{path} needs {_mib(need)} beside it, {_mib(free)} are free")
+        raise DiskFull(f"{path} needs {_mib(need)} on its disk, but {_mib(free)} are free")
     return free
 
 
@@ -87,22 +87,22 @@ def _mib(size: int) -> str:
 
 
 def _checked(source: sqlite3.Connection, file: str, version: int, size: int, free: int) -> Iterator[str]:
-    yield f"    it is a database of jobd, whole: {_mib(size)}; {_mib(free)} are free"
+    yield f"    it is a jobd store and its structure is intact: {_mib(size)}; {_mib(free)} are free"
     try:
         files.check_not_held(file)
     except StoreBusy as error:
-        yield f"    BEWARE: {error}. What is read of it while it is written may be torn: take a backup instead"
+        yield f"    WARNING: {error}. A copy of a store in use can be inconsistent: make a backup instead"
     if version < migrations.VERSION:
-        yield f"    its schema version is {version}: the daemon would make it {migrations.VERSION} when it starts"
+        yield f"    its schema version is {version}: the daemon would migrate it to {migrations.VERSION} at its start"
         return
     problems = [problem for problem in doctor.problems(source, file) if problem.where != file]
     if not problems:
-        yield "    the checksums of all its rows are right"
+        yield "    the checksums of all rows are correct"
         return
-    yield f"    BEWARE: {len(problems)} problems; what is damaged would be set aside:"
+    yield f"    WARNING: {len(problems)} problems; damaged rows would be quarantined:"
     yield from (f"        {problem.where}: {problem.what}" for problem in problems[:SHOWN])
     if len(problems) > SHOWN:
-        yield f"        and more: jobd doctor --store {file}"
+        yield f"        and more: run jobd doctor --store {file}"
 
 
 def _ended(source: sqlite3.Connection) -> Iterator[str]:
@@ -111,26 +111,26 @@ def _ended(source: sqlite3.Connection) -> Iterator[str]:
     total = sum(counts.values())
     yield f"    it holds {total} {'job' if total == 1 else 'jobs'}{f': {each}' if each else ''}"
     held = counts.get("processing", 0)
-    yield f"    being worked on: {held}; their stall rule would end them, and their grants with them"
+    yield f"    processing: {held}; their grants would end by their stall rule"
 
 
 def _replaced(path: str) -> tuple[int, str]:
-    """The epoch of the database that is there (0: none, or it cannot be read), and what would become of that."""
+    """Return the epoch of the existing database (0 if none can be read), and what would happen to it."""
     if not os.path.exists(path):
-        return 0, "    there is no database now that would be replaced"
+        return 0, "    no database would be replaced"
     if files.has_sqlite_lock(path):
         raise StoreBusy(path, None)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    kept = f"would be kept beside it, as {path}.{stamp}"
+    kept = f"would be kept as {path}.{stamp}"
     try:
         startup.peek(path)
         startup.check_wal(path)
         with startup.translated_errors(path), startup.read_only(path) as old:
             startup.check_application_id(old, path)
             (count,) = old.execute("SELECT count(*) FROM jobs NOT INDEXED").fetchone()
-            return migrations.epoch_of(old), f"    the database that is there ({_mib(_size(old))}, {count} jobs) {kept}"
+            return migrations.epoch_of(old), f"    the existing database ({_mib(_size(old))}, {count} jobs) {kept}"
     except StoreError:
-        return 0, f"    what is there cannot be read, and {kept}"
+        return 0, f"    the existing file cannot be read, and {kept}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def _replaced(path: str) -> tuple[int, str]:
 
 
 def accept(path: str, ids: Sequence[str] | None) -> list[str]:
-    """What `doctor.accept` would write. Raises what that would raise."""
+    """Describe what `doctor.accept` would write. Raises the errors that it would raise."""
     with _opened_read_only(path) as db:
         if isinstance(db, str):
             return [db]
@@ -170,20 +170,20 @@ def _accepted(db: Database, id_: str) -> tuple[dict[str, Any], list[str]]:
         raise doctor.RepairRefused(f"job {id_}: another row has this id")
     values = ", ".join(f"{name} {readable(row[name])}" for name in _SHOWN_COLUMNS if row[name] not in (None, ""))
     return row, [
-        f"job {id_}: {taken.where} would be accepted as it is, with a new checksum; validation would check it",
+        f"job {id_}: {taken.where} would be accepted with a new checksum; validation would check it",
         f"    {values}; a payload of {len(taken.body)} bytes",
     ]
 
 
 def recount(path: str) -> list[str]:
-    """What `doctor.recount` would write. Raises what that would raise."""
+    """Describe what `doctor.recount` would write. Raises the errors that it would raise."""
     with _opened_read_only(path) as db:
         if isinstance(db, str):
             return [db]
         found = doctor.totals(db.conn)
         lines = ["all indexes would be rebuilt from the rows", *_counts(db, (found[0], found[2]))]
         if found != db.totals and found[::2] == db.totals[::2]:
-            lines.append("the rows are not those that had been written; they would be taken as all there are")
+            lines.append("the rows differ from those that had been written; they would be accepted")
         lines += [f"{each.where}: {each.what}" for each in doctor.queues(db.conn, path)]
         return lines
 
@@ -191,14 +191,14 @@ def recount(path: str) -> list[str]:
 def _counts(db: Database, counted: tuple[int, int]) -> list[str]:
     before = db.totals[0], db.totals[2]
     if counted == before:
-        return [f"the counts would stay: {counted[0]} live and {counted[1]} finished jobs"]
+        return [f"the counts would not change: {counted[0]} live and {counted[1]} finished jobs"]
     now = f"{counted[0]} live and {counted[1]} finished jobs"
-    return [f"the counts would be: {now} (had been written: {before[0]} and {before[1]})"]
+    return [f"the counts would be: {now} (written: {before[0]} and {before[1]})"]
 
 
 @contextlib.contextmanager
 def _opened_read_only(path: str) -> Iterator[Database | str]:
-    """The tables, to read with; or, of an older version, what would come before anything else."""
+    """Yield the database for reads; for an older schema version, what would have to happen first."""
     with contextlib.ExitStack() as stack:
         if os.path.exists(f"{path}.lock"):
             stack.enter_context(FileLock(path))
@@ -212,8 +212,8 @@ def _opened_read_only(path: str) -> Iterator[Database | str]:
         startup.check_application_id(conn, path)
         if found[1] < migrations.VERSION:
             yield (
-                f"{path} has schema version {found[1]}: it would be made {migrations.VERSION} first, after a copy "
-                "beside it. Start the daemon once, or --yes, then more can be told"
+                f"{path} has schema version {found[1]}: it would first be copied and migrated to "
+                f"{migrations.VERSION}. Start the daemon once or use --yes, then run this again for details"
             )
             return
         yield startup.read_meta(conn, path)

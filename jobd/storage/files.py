@@ -1,6 +1,6 @@
-"""What lies beside the database: lock file, epoch file, ballast; who has it, and how opening a store can be refused.
+"""Files next to the database (lock, epoch, reserve file), disk space, and the errors of opening a store.
 
-Knows nothing of what is in the database. Everything here blocks: call it off the event loop.
+All calls block: do not call them on the event loop.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from jobd.model.storage import RESERVE_BYTES, SPARE_BYTES, DiskFull, DiskSpace
 RESERVE_FILE_BYTES: Final = RESERVE_BYTES
 DISK_FULL_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 _LOCK_BYTES: Final = 16
-# SQLite locks the bytes from PENDING on in the database itself.
+# SQLite locks these bytes of the database, from its PENDING byte on.
 _SQLITE_LOCKS: Final = (0x40000000, 512)
 _FLOCK: Final = "hhqqi4x"
 _OLD_EPOCH: Final = (1 << 16) - 1
 
 
 class StoreError(Exception):
-    """A store that cannot be used as it is. `exit_code` is what a program ends with."""
+    """A store cannot be used. `exit_code` is the exit code of the program."""
 
     exit_code = 78
 
 
 class StoreBusy(StoreError):
-    """Another process holds the store; `pid` is None where it cannot be told."""
+    """Another process holds the store; `pid` is None if it is unknown."""
 
     exit_code = 75
 
@@ -49,30 +49,30 @@ class StoreBusy(StoreError):
 
 
 class StoreTooNew(StoreError):
-    """The store was written by a newer version; it has not been touched."""
+    """A newer version wrote the store. The store was not changed."""
 
 
 class StoreUnreadable(StoreError):
-    """The store, or what it says about itself, cannot be read; starting again does not help."""
+    """The store or its metadata cannot be read. A restart does not help."""
 
 
 class StoreFailed(StoreError):
-    """The disk failed while the store was being opened; starting again may help."""
+    """The disk failed while the store was opened. A restart may help."""
 
     exit_code = 74
 
 
 class StoreBroken(StoreError):
-    """An earlier write failed and what the disk holds is unknown: nothing goes through this connection any more."""
+    """An earlier write failed and the content of the disk is unknown. The connection accepts no more calls."""
 
     exit_code = 74
 
 
 class FileLock:
-    """The exclusive right to a store, held by an open `<path>.lock` and lost with the process. The file stays."""
+    """An exclusive lock on a store: an open, locked `<path>.lock`. It ends with the process; the file stays."""
 
     def __init__(self, path: str) -> None:
-        """Take the lock of the store at `path` or raise StoreBusy; nothing else of the store is touched."""
+        """Lock the store at `path` or raise StoreBusy. Touches no other file."""
         self._fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,7 +80,7 @@ class FileLock:
             pid = _lock_owner(self._fd)
             os.close(self._fd)
             raise StoreBusy(path, pid) from error
-        # Written over the old number in place: that needs no new block, so a full disk is no hindrance.
+        # Overwriting in place needs no new block, so it works on a full disk.
         with contextlib.suppress(OSError):
             os.pwrite(self._fd, str(os.getpid()).encode().ljust(_LOCK_BYTES - 1) + b"\n", 0)
 
@@ -97,7 +97,7 @@ class FileLock:
 
 
 def check_not_held(path: str) -> None:
-    """As FileLock, but nothing is written, and nothing kept from a daemon that starts a moment later."""
+    """Raise StoreBusy if a process holds the lock. Writes nothing and takes no lock."""
     try:
         lock = os.open(f"{path}.lock", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -111,13 +111,13 @@ def check_not_held(path: str) -> None:
 
 
 def _lock_owner(lock: int) -> int | None:
-    """The process that wrote its number into the open lock file."""
+    """Return the process id in the open lock file, or None."""
     pid = os.pread(lock, _LOCK_BYTES, 0).split()
     return int(pid[0]) if pid and pid[0].isdigit() else None
 
 
 def has_sqlite_lock(path: str) -> bool:
-    """Whether a program, of jobd or not, has the database at `path` open and works with it."""
+    """Return whether a program holds an SQLite lock on the database at `path`."""
     asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_SQLITE_LOCKS, 0)
     with open(path, "rb") as file:
         answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked)
@@ -126,7 +126,7 @@ def has_sqlite_lock(path: str) -> bool:
 
 @contextlib.contextmanager
 def raising_disk_full() -> Iterator[None]:
-    """Turn an OSError that says that there is no room into DiskFull."""
+    """Inside the context, translate an OSError for a full disk or quota into DiskFull."""
     try:
         yield
     except OSError as error:
@@ -136,7 +136,7 @@ def raising_disk_full() -> Iterator[None]:
 
 
 def has_room(directory: str) -> bool:
-    """Whether 64 KiB can be had in `directory`: what tells an exceeded quota from a broken disk."""
+    """Return whether 64 KiB can be allocated in `directory`, which tells a full disk or quota from a broken disk."""
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
             os.posix_fallocate(file.fileno(), 0, 64 << 10)
@@ -146,7 +146,7 @@ def has_room(directory: str) -> bool:
 
 
 def sync(path: str) -> None:
-    """Make the content of the file at `path`, and its name, durable."""
+    """Make the content and the name of the file at `path` durable."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -165,7 +165,7 @@ def sync_directory(path: str) -> None:
 
 
 def create_private(path: str) -> bool:
-    """Make an empty file that only its owner may read, durably; whether it was new."""
+    """Durably create an empty file with mode 0600. Return False if it already exists."""
     with raising_disk_full():
         try:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -177,7 +177,7 @@ def create_private(path: str) -> bool:
 
 
 def replace(path: str, content: bytes, like: str | None = None) -> None:
-    """Put `content` at `path` durably: after a crash there is the old file or the new one. Raises DiskFull.
+    """Durably replace the file at `path`; a crash leaves either the old or the new file. Raises DiskFull.
 
     The file has mode 0600, or the mode of the file `like`. If root writes it, it also gets the owner of `like`.
     """
@@ -319,7 +319,7 @@ def build_reserve(path: str) -> None:
 
 
 def drop_reserve(path: str) -> bool:
-    """Give the ballast up; whether there was any."""
+    """Delete the reserve file. Return whether there was one."""
     try:
         os.unlink(f"{path}.ballast")
     except FileNotFoundError:

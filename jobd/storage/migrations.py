@@ -1,6 +1,6 @@
-"""Schema versions: how a new database begins and how an older one becomes this version's.
+"""Create the schema, and migrate databases of older schema versions.
 
-A step runs inside the one transaction of its migration and commits nothing itself.
+All steps of a migration run in one transaction; a step does not commit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RESEALED_AT_ONCE: Final = 10_000  # rows
 
 
 def _add_late_results(conn: sqlite3.Connection) -> None:
-    """Late results are kept from now on."""
+    """Add late results."""
     conn.execute(
         "CREATE TABLE late_results (seq INTEGER PRIMARY KEY, job_seq INTEGER NOT NULL, at INTEGER NOT NULL, "
         "worker TEXT NOT NULL, fencing_token INTEGER NOT NULL, body_hash TEXT NOT NULL, expires_at INTEGER, "
@@ -32,7 +32,7 @@ def _add_late_results(conn: sqlite3.Connection) -> None:
 
 
 def _add_tombstones(conn: sqlite3.Connection) -> None:
-    """Stored objects of jobs that were deleted. Of those that were deleted before nothing is known any more."""
+    """Add tombstones of artifacts. Artifacts of jobs deleted earlier are unknown."""
     conn.execute(
         "CREATE TABLE tombstones (job_seq INTEGER PRIMARY KEY, job_id TEXT NOT NULL, key TEXT NOT NULL, "
         "at INTEGER NOT NULL, due_at INTEGER NOT NULL, tries INTEGER NOT NULL, crc INTEGER NOT NULL) STRICT"
@@ -43,7 +43,7 @@ def _add_tombstones(conn: sqlite3.Connection) -> None:
 
 
 def _add_audit(conn: sqlite3.Connection) -> None:
-    """What operators do is kept from now on; of what they did before, the journal says `admin`."""
+    """Add the audit log. For earlier actions the journal only has `admin`."""
     conn.execute(
         "CREATE TABLE audit (seq INTEGER PRIMARY KEY, at INTEGER NOT NULL, who TEXT NOT NULL, address TEXT NOT NULL, "
         "what TEXT NOT NULL, job_id TEXT, queue TEXT, reason TEXT, outcome TEXT NOT NULL, jobs INTEGER NOT NULL, "
@@ -53,7 +53,7 @@ def _add_audit(conn: sqlite3.Connection) -> None:
 
 
 def _add_webhooks(conn: sqlite3.Connection) -> None:
-    """Webhooks are told of what happens from now on."""
+    """Add webhooks and their outbox."""
     conn.execute(
         "CREATE TABLE webhooks (name TEXT PRIMARY KEY NOT NULL, position INTEGER NOT NULL, gone_to INTEGER NOT NULL, "
         "next_delivery INTEGER NOT NULL, alerts BLOB NOT NULL, updated_at INTEGER NOT NULL, crc INTEGER NOT NULL) "
@@ -69,12 +69,12 @@ def _add_webhooks(conn: sqlite3.Connection) -> None:
 
 
 def _add_index_of_failed(conn: sqlite3.Connection) -> None:
-    """Failed and cancelled jobs are found without a look at all others."""
+    """Add an index of failed and cancelled jobs."""
     conn.execute("CREATE INDEX jobs_failed ON jobs (status) WHERE status IN ('failed', 'cancelled')")
 
 
-def _say_finished_otherwise(conn: sqlite3.Connection) -> None:
-    """The index of what is deleted by age has a condition that costs less for each job that ends."""
+def _replace_index_of_expiry(conn: sqlite3.Connection) -> None:
+    """Give the index of jobs to delete by age a condition that SQLite evaluates faster."""
     conn.execute("DROP INDEX jobs_expiry")
     conn.execute(
         "CREATE INDEX jobs_expiry ON jobs (expires_at) "
@@ -83,11 +83,11 @@ def _say_finished_otherwise(conn: sqlite3.Connection) -> None:
 
 
 def _shorten_parts(conn: sqlite3.Connection) -> None:
-    """Parts of jobs come without names in events from now on; those that are there stay as they are (rows.py)."""
+    """Do nothing: new events store parts of jobs as arrays, and old events stay objects (see codec.py)."""
 
 
-# MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums
-# has to write them anew, and the XOR of the job checksums with them.
+# MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums has to
+# recompute them, and the XOR of the job checksums.
 MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     1: lambda conn: _note_what_is_gone(conn),
     2: _add_late_results,
@@ -95,14 +95,14 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     4: _add_audit,
     5: _add_webhooks,
     6: _add_index_of_failed,
-    7: _say_finished_otherwise,
+    7: _replace_index_of_expiry,
     8: _shorten_parts,
     9: lambda conn: _describe_pauses_and_count_releases(conn),
 }
 
 
 def statements(script: str) -> Iterator[str]:
-    """The statements of an SQL script, one by one (executescript would commit)."""
+    """Yield the statements of an SQL script, because `executescript` would commit."""
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
@@ -114,7 +114,7 @@ def statements(script: str) -> Iterator[str]:
 def meta_row(
     numbers: Numbers, totals: tuple[int, int, int, int], marked: int, gone_to: int, version: int
 ) -> tuple[int, ...]:
-    """The row of META_COLUMNS with its checksum."""
+    """Return the row of META_COLUMNS with its checksum."""
     return sealed(
         (
             version,
@@ -133,12 +133,12 @@ def meta_row(
 
 
 def create(conn: sqlite3.Connection) -> None:
-    """Lay out an empty database, in one transaction of its own."""
+    """Create the schema in an empty database, in one transaction."""
     script = files("jobd.storage").joinpath("schema.sql").read_text("utf-8")
     conn.execute("BEGIN IMMEDIATE")
     for statement in statements(script):
         conn.execute(statement)
-    row = meta_row(Numbers(epoch=0), (0, 0, 0, 0), 0, 0, VERSION)  # opening.py begins the first epoch
+    row = meta_row(Numbers(epoch=0), (0, 0, 0, 0), 0, 0, VERSION)  # startup.py begins the first epoch
     names = ", ".join((*META_COLUMNS, "crc"))
     conn.execute(f"INSERT INTO meta (id, {names}) VALUES (1{', ?' * len(row)})", row)
     conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -147,7 +147,7 @@ def create(conn: sqlite3.Connection) -> None:
 
 
 def migrate(conn: sqlite3.Connection, found: int) -> None:
-    """Bring a database of schema version `found` to VERSION: all steps in one transaction."""
+    """Migrate a database of schema version `found` to VERSION, in one transaction."""
     conn.execute("BEGIN IMMEDIATE")
     for version in range(found, VERSION):
         MIGRATIONS[version](conn)
@@ -156,13 +156,13 @@ def migrate(conn: sqlite3.Connection, found: int) -> None:
 
 
 def set_version(conn: sqlite3.Connection, version: int) -> None:
-    """Note the schema version in the header and in the meta row."""
+    """Write the schema version to the file header and the meta row."""
     change_meta(conn, schema_version=version)
     conn.execute(f"PRAGMA user_version = {version}")
 
 
 def read_meta(conn: sqlite3.Connection) -> dict[str, int] | None:
-    """The meta row of any schema version, column to value, the checksum last; None where there is none."""
+    """Return the meta row of any schema version, column to value, with the checksum last; None if it is missing."""
     cursor = conn.execute("SELECT * FROM meta WHERE id = 1")
     found = cursor.fetchone()
     names = [column[0] for column in cursor.description]
@@ -190,15 +190,15 @@ def epoch_of(conn: sqlite3.Connection) -> int:
 
 
 def check_meta(conn: sqlite3.Connection, path: str) -> None:
-    """Raise StoreUnreadable where what the store says about itself is not what was written."""
+    """Raise StoreUnreadable if the meta row is missing or damaged."""
     found = read_meta(conn)
     wrong = "it is missing" if found is None else fault(tuple(found.values()))
     if wrong is not None:
-        raise StoreUnreadable(f"{path}: the meta row cannot be trusted, {wrong}: put a backup back with `jobd restore`")
+        raise StoreUnreadable(f"{path}: the meta row is unusable ({wrong}): restore a backup with `jobd restore`")
 
 
 def change_meta(conn: sqlite3.Connection, **values: int) -> None:
-    """Set columns of the meta row, which was checked before, and its checksum."""
+    """Set columns of the meta row and update its checksum. The caller has verified the row."""
     found = read_meta(conn)
     assert found is not None
     row = {**found, **values}

@@ -1,6 +1,6 @@
-"""The outbox of the webhooks on the disk: cursors of endpoints, and their deliveries. Damaged rows met are set aside.
+"""Read and write the webhook outbox: cursors of endpoints and their deliveries. Damaged rows are quarantined.
 
-Decides nothing. Plain calls, made from the store's thread; each that writes is one transaction.
+All calls block; the storage thread makes them. Each write is one transaction.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ DELIVERY_COLUMNS: Final = Delivery.__struct_fields__
 CURSOR_SQL: Final = f"{', '.join(CURSOR_COLUMNS)}, crc"
 DELIVERY_SQL: Final = f"{', '.join(DELIVERY_COLUMNS)}, crc"
 
-KEEP_ENDED: Final[dict[DeliveryState, int]] = {"delivered": 1_000, "given_up": MAX_BACKLOG}  # of an endpoint
+KEEP_ENDED: Final[dict[DeliveryState, int]] = {"delivered": 1_000, "given_up": MAX_BACKLOG}  # per endpoint
 KEEP_ENDED_MS: Final[dict[DeliveryState, int]] = {"delivered": 7 * DAY_MS, "given_up": 30 * DAY_MS}
-FORGET_MS: Final = 30 * DAY_MS  # an endpoint that is not configured any more keeps its place so long
+FORGET_MS: Final = 30 * DAY_MS  # for the cursor of an endpoint that is no longer configured
 
 _PUT_CURSOR: Final = insert("webhooks", (*CURSOR_COLUMNS, "crc"), "REPLACE")
 _INSERT: Final = insert("deliveries", (*DELIVERY_COLUMNS, "crc"))
@@ -34,35 +34,35 @@ _UPDATE: Final = (
     f"UPDATE deliveries SET {', '.join(f'{column} = ?' for column in (*DELIVERY_COLUMNS[1:], 'crc'))} WHERE id = ?"
 )
 _BY_ID: Final = f"SELECT {DELIVERY_SQL} FROM deliveries NOT INDEXED WHERE id = ?"
-# By its number, read from the row itself: what an index says of a damaged row would look whole.
+# Finds ids only; rows are read by id, because a column from an index would hide damage in the row.
 _IDS: Final = "SELECT id FROM deliveries INDEXED BY deliveries_place WHERE endpoint = ? AND state = ?"
 
 
 def cursor_row(cursor: WebhookCursor) -> Row:
-    """The columns of a cursor in the order of CURSOR_COLUMNS, with the checksum."""
+    """Return the columns of a cursor in the order of CURSOR_COLUMNS, with the checksum."""
     *columns, alerts, updated_at = astuple(cursor)
     return sealed((*columns, msgspec.json.encode(alerts), updated_at))
 
 
 def cursor(row: Row) -> WebhookCursor:
-    """The cursor of a row whose checksum is right."""
+    """Return the cursor of an undamaged row."""
     name, position, gone_to, next_delivery, alerts, updated_at, _ = row
     told = msgspec.json.decode(alerts, type=dict[str, int])
     return WebhookCursor(name, position, gone_to, next_delivery, told, updated_at)
 
 
 def delivery_row(delivery: Delivery) -> Row:
-    """The columns of a delivery in the order of DELIVERY_COLUMNS, with the checksum."""
+    """Return the columns of a delivery in the order of DELIVERY_COLUMNS, with the checksum."""
     return sealed(astuple(delivery))
 
 
 def delivery(row: Row) -> Delivery:
-    """The delivery of a row whose checksum is right."""
+    """Return the delivery of an undamaged row."""
     return Delivery(*row[:-1])
 
 
 def open_outbox(db: Database, names: list[str], now: int) -> Outbox:
-    """What there is of the endpoints `names`. One that is new begins at the end of the journal."""
+    """Return cursors and waiting deliveries of the endpoints. A new one begins at the end of the journal."""
     db.check()
     last = db.numbers.next_event - 1
     known, some_damaged = _cursors(db)
@@ -82,7 +82,7 @@ def open_outbox(db: Database, names: list[str], now: int) -> Outbox:
         except DiskFull:
             if not known.keys() >= cursors.keys():
                 raise
-            # That they are still in use can wait; what they have to tell of a full disk cannot.
+            # Updating the cursors can wait, but alerts about the full disk have to be delivered.
             return Outbox(cursors, waiting, last, next_delivery)
     if old := [name for name, each in known.items() if name not in names and each.updated_at < now - FORGET_MS]:
         db.commit(_forget, db, old)
@@ -90,9 +90,10 @@ def open_outbox(db: Database, names: list[str], now: int) -> Outbox:
 
 
 def _begin(db: Database, name: str, last: int) -> tuple[int, int]:
-    """Where an endpoint goes on whose cursor may be the one that was damaged, and up to where it was told of gaps.
+    """Return `position` and `gone_to` for an endpoint whose cursor may have been damaged.
 
-    All events up to the last of its deliveries are in its outbox. Without any it goes on at the end, and is told that.
+    All events up to the last of its deliveries are in its outbox. Without a delivery, it continues at the end of the
+    journal and gets a message about the gap.
     """
     sql = "SELECT ifnull(max(seq), 0) FROM deliveries NOT INDEXED WHERE endpoint = ?"
     (reached,) = db.conn.execute(sql, (name,)).fetchone()
@@ -100,7 +101,7 @@ def _begin(db: Database, name: str, last: int) -> tuple[int, int]:
 
 
 def _cursors(db: Database) -> tuple[dict[str, WebhookCursor], bool]:
-    """The cursors by name, and whether some were damaged: then nobody knows for sure whose they were."""
+    """Return the cursors by name, and whether some were damaged; the name of a damaged cursor is unknown."""
     known: dict[str, WebhookCursor] = {}
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *columns in db.rows(f"SELECT rowid, {CURSOR_SQL} FROM webhooks NOT INDEXED"):
@@ -121,7 +122,7 @@ def _waiting(db: Database, name: str) -> list[Delivery]:
 
 
 def by_ids(db: Database, ids: list[int]) -> list[Delivery]:
-    """Deliveries by their numbers, in this order; one that is damaged is set aside and left out."""
+    """Return deliveries by id, in this order. Damaged ones are quarantined and left out."""
     db.check()
     found = db.rows_one_by_one(_BY_ID, ids, "deliveries")
     damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
@@ -130,7 +131,7 @@ def by_ids(db: Database, ids: list[int]) -> list[Delivery]:
 
 
 def add(db: Database, moved: WebhookCursor, new: list[Delivery]) -> None:
-    """Put deliveries into the outbox, and the cursor where they end: both or none."""
+    """Add deliveries to the outbox and move the cursor, in one transaction."""
     db.commit(_add, db, moved, new)
 
 
@@ -140,9 +141,9 @@ def _add(db: Database, moved: WebhookCursor, new: list[Delivery]) -> None:
 
 
 def settle(db: Database, settled: list[Delivery], now: int) -> bool:
-    """Note what came of deliveries of one endpoint; of those that have ended only the latest are kept.
+    """Store the results of deliveries of one endpoint, and delete the oldest of those that have ended.
 
-    Gives whether events were forgotten thereby that it has never taken; its cursor says so then, too.
+    Return whether that deleted events that the endpoint has never accepted. Its cursor then records a gap.
     """
     return db.commit(_settle, db, settled, now)
 
@@ -160,16 +161,16 @@ def _settle(db: Database, settled: list[Delivery], now: int) -> bool:
 
 
 def _trim(db: Database, name: str, state: DeliveryState) -> bool:
-    """All but the latest. An entry of the index says enough to forget a row by its place."""
+    """Delete all but the latest deliveries of this state. Return as `_drop`."""
     args = (name, state, KEEP_ENDED[state])
     edge = db.conn.execute(f"{_IDS} ORDER BY id DESC LIMIT 1 OFFSET ?", args).fetchone()
     return edge is not None and _drop(db, state, f"id IN ({_IDS} AND id <= ?)", (name, state, edge[0]))
 
 
 def _trim_by_age(db: Database, name: str, now: int) -> bool:
-    """Of either state the two oldest, if they are too old: they end one by one, so none such stays for long.
+    """Delete the two oldest deliveries of each state if they are too old. Return as `_drop`.
 
-    The age is read from the row.
+    Two are enough, because deliveries end one by one.
     """
     is_lost = False
     for state, keep_ms in KEEP_ENDED_MS.items():
@@ -180,14 +181,14 @@ def _trim_by_age(db: Database, name: str, now: int) -> bool:
 
 
 def _drop(db: Database, state: DeliveryState, where: str, args: tuple[Any, ...]) -> bool:
-    """Forget deliveries; whether one of them was given up that told of an event, or of a gap between events."""
+    """Delete deliveries. Return whether one of them failed permanently and was about an event or a gap."""
     sql = f"DELETE FROM deliveries WHERE {where} RETURNING seq > 0 OR type = ?"
     dropped = db.conn.execute(sql, (*args, EVENTS_GONE)).fetchall()
     return state == "given_up" and any(told for (told,) in dropped)
 
 
 def given_up(db: Database, endpoint: str) -> tuple[int, int]:
-    """How many deliveries of an endpoint were given up, and the number of the newest; 0 where there is none."""
+    """Return how many deliveries of an endpoint failed permanently, and the id of the newest (0 if none)."""
     db.check()
     sql = f"SELECT count(*), ifnull(max(id), 0) FROM ({_IDS})"
     count, newest = db.conn.execute(sql, (endpoint, "given_up")).fetchone()
@@ -195,7 +196,7 @@ def given_up(db: Database, endpoint: str) -> tuple[int, int]:
 
 
 def retry(db: Database, endpoint: str, id_: int, now: int) -> Delivery | None:
-    """Put a delivery back in line, as if it had never been tried; None where there is none of this number."""
+    """Requeue a delivery as if it had never been tried. Return None if there is none with this id."""
     found = [each for each in by_ids(db, [id_]) if each.endpoint == endpoint]
     if not found:
         return None
@@ -205,7 +206,7 @@ def retry(db: Database, endpoint: str, id_: int, now: int) -> Delivery | None:
 
 
 def retry_all(db: Database, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
-    """The same with the oldest `limit` that were given up, of those with numbers up to `upto`. Given without bodies."""
+    """Requeue the oldest `limit` permanently failed deliveries with ids up to `upto`. Return them without bodies."""
     db.check()
     sql = f"{_IDS} AND id <= ? ORDER BY id LIMIT ?"
     ids = [id_ for (id_,) in db.conn.execute(sql, (endpoint, "given_up", upto, limit))]
@@ -220,7 +221,7 @@ def retry_all(db: Database, endpoint: str, upto: int, limit: int, now: int) -> l
 
 
 def page(db: Database, endpoint: str, state: DeliveryState | None, before: int, limit: int) -> list[Delivery]:
-    """Up to `limit` deliveries of an endpoint below the number `before`, newest first."""
+    """Return up to `limit` deliveries of an endpoint with ids below `before`, newest first."""
     db.check()
     ids: list[int] = []
     for each in DELIVERY_STATES if state is None else (state,):
@@ -234,6 +235,6 @@ def _put_cursors(db: Database, cursors: list[WebhookCursor]) -> None:
 
 
 def _forget(db: Database, names: list[str]) -> None:
-    """Endpoints that were taken out of the configuration long ago."""
+    """Delete endpoints that were removed from the configuration long ago."""
     db.conn.executemany("DELETE FROM deliveries WHERE endpoint = ?", [(name,) for name in names])
     db.conn.executemany("DELETE FROM webhooks WHERE name = ?", [(name,) for name in names])

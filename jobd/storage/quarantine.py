@@ -1,6 +1,6 @@
-"""Damaged rows are moved aside, named, and out of every count; nothing is thrown away.
+"""Move damaged rows to quarantine, report them, and remove them from all counts. Nothing is deleted.
 
-Decides nothing about rows that are whole. Each function is one transaction of its own.
+Each row is moved in a transaction of its own.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ _WAS_LIVE: Final = f"SELECT 1 FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL} AN
 
 
 def quarantine_jobs(db: Database, damaged: list[tuple[Row, str]]) -> dict[str, str]:
-    """Quarantine job rows (columns and checksum) with what is wrong with each; gives their ids and the reasons.
+    """Quarantine job rows (columns and checksum), each with its error. Return ids and errors.
 
-    On a full disk, or in a damaged tree, they stay where they are, are named all the same, and are met again.
+    On a full disk or in a damaged tree, a row stays in its table. It is reported, and quarantined by a later read.
     """
     named: dict[str, str] = {}
     for row, reason in damaged:
         id_ = true_id(db, row)
         uncounted, is_moved = None, False
         try:
-            # Read before the transaction: after it has met a damaged page SQLite lets it write no more.
+            # Read before the transaction: SQLite allows no write in a transaction that has read a damaged page.
             payload = _payload_columns(db, row[0])
             uncounted, is_moved = db.commit(_quarantine_job, db, row, payload, id_, reason), True
         except DiskFull:
@@ -55,7 +55,7 @@ def quarantine_jobs(db: Database, damaged: list[tuple[Row, str]]) -> dict[str, s
 
 
 def true_id(db: Database, row: Row) -> str:
-    """The id that a damaged row was written with: what its columns, its journal and the index of ids agree on."""
+    """Return the id that a damaged row was written with, from its columns, its journal and the index of ids."""
     seq, read = row[0], readable(row[1])
     try:
         found = db.rows(f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
@@ -68,7 +68,7 @@ def true_id(db: Database, row: Row) -> str:
         if not is_corrupt(error):
             raise
         return read
-    return journaled if indexed in ([], [(seq,)]) else read  # an index that was rebuilt has the damaged one
+    return journaled if indexed in ([], [(seq,)]) else read  # a rebuilt index has the damaged id
 
 
 def _quarantine_job(db: Database, row: Row, payload: Row | None, id_: str, reason: str) -> tuple[str, str] | None:
@@ -81,7 +81,7 @@ def _quarantine_job(db: Database, row: Row, payload: Row | None, id_: str, reaso
 
 
 def _move_job(db: Database, row: Row, payload: Row | None, id_: str, reason: str) -> tuple[str, str] | None:
-    """The queue and status among whose finished jobs it was counted."""
+    """Move the row. Return the queue and the status whose count of finished jobs included it, or None."""
     run = db.conn.execute
     seq = row[0]
     shown = codec.as_text((*JOB_COLUMNS, "crc"), row)
@@ -90,9 +90,9 @@ def _move_job(db: Database, row: Row, payload: Row | None, id_: str, reason: str
     is_here = run("DELETE FROM jobs WHERE seq = ?", (seq,)).rowcount > 0
     uncounted = _uncount(db, row, was_live) if is_here else None
     if is_here and readable(row[1]) != id_:
-        db.reindex()  # the index lost the entry of whose id the damaged one was, or keeps one of this row
+        db.reindex()  # the index lost the entry of the job with this id, or still has one of this row
     run("DELETE FROM suspects WHERE job_seq = ?", (seq,))
-    if payload is not None:  # one that cannot be read stays where it is
+    if payload is not None:  # a payload that cannot be read stays in its table
         run("DELETE FROM payloads WHERE job_seq = ?", (seq,))
     db.write_meta()
     return uncounted
@@ -124,7 +124,7 @@ def _uncount(db: Database, row: Row, was_live: bool) -> tuple[str, str] | None:
 
 
 def quarantine_job(db: Database, job: Job, reason: str) -> None:
-    """Move the rows of `job` aside because of `reason`."""
+    """Quarantine the rows of `job` because of `reason`."""
     found = db.rows(BY_SEQ, (job.seq,))
     quarantine_jobs(db, [(found[0] if found else codec.sealed(codec.job_row(job)), reason)])
 
@@ -132,22 +132,22 @@ def quarantine_job(db: Database, job: Job, reason: str) -> None:
 def quarantine_rows(
     db: Database, table: str, columns: tuple[str, ...], damaged: list[tuple[int, Row, str]]
 ) -> set[int]:
-    """Move damaged rows (rowid, columns, what is wrong) of another table than jobs aside; name them in the faults.
+    """Quarantine damaged rows (rowid, columns, error) of a table other than jobs, and report each as a fault.
 
-    Gives the rowids of those that stay where they are.
+    Return the rowids of rows that could not be moved.
     """
     unmoved: set[int] = set()
     for rowid, row, reason in damaged:
         name = f"{table} {readable(row[0])}"
         try:
             db.commit(_quarantine_row, db, table, columns, rowid, row, reason)
-            db.faults.append(f"{name}: {reason}; the row was set aside")
+            db.faults.append(f"{name}: {reason}; the row was quarantined")
         except DiskFull:
             unmoved.add(rowid)
-            db.note_fault(f"{name}: {reason}; the row could not be set aside: the disk is full")
+            db.note_fault(f"{name}: {reason}; the row could not be quarantined: the disk is full")
         except StructureDamaged as error:
             unmoved.add(rowid)
-            db.note_fault(f"{name}: {reason}; the row could not be set aside: {error}")
+            db.note_fault(f"{name}: {reason}; the row could not be quarantined: {error}")
     return unmoved
 
 

@@ -1,6 +1,6 @@
-"""Looks at what is committed: jobs by id, pages, journals, late results, reports. Damaged rows met are set aside.
+"""Read committed data: jobs by id, pages of jobs, journals, late results, reports, the audit log.
 
-Changes nothing else. Plain calls, made from the store's thread.
+Damaged rows are quarantined when a query finds them. All calls block; the storage thread makes them.
 """
 
 from __future__ import annotations
@@ -65,30 +65,30 @@ _ALL: Final = -1  # SQLite: no limit
 _CREATED: Final = "SELECT created_at FROM jobs NOT INDEXED WHERE seq = ?"
 _METADATA: Final = JOB_COLUMNS.index("metadata")
 _LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
-SLICE_BYTES: Final = 256 << 10  # of a piece that is read between two batches: below 2 ms
-GRANT_SEARCH_EVENTS: Final = 1_000  # events of a job, in which a grant is looked for whose lock is long lost
+SLICE_BYTES: Final = 256 << 10  # of rows read between two batches, which takes less than 2 ms
+GRANT_SEARCH_EVENTS: Final = 1_000  # the latest events of a job that are searched for a lost grant
 _GRANTS: Final = (
     f"SELECT {EVENT_SQL} FROM (SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? "
     "ORDER BY seq DESC LIMIT ?) CROSS JOIN events NOT INDEXED ON seq = found WHERE type = 'granted'"
 )
-MOST_DAMAGED_SLICES: Final = 10  # slices of damaged tombstones, for those behind them
+MOST_DAMAGED_SLICES: Final = 10  # of tombstones that cannot be quarantined, before the search ends
 _REFERENCED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
 _DUE: Final = f"SELECT {TOMBSTONE_SQL} FROM tombstones WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
-TEXT_BYTES: Final = 2 << 20  # of payloads that are looked through in one go
+TEXT_BYTES: Final = 2 << 20  # of payloads searched per query
 _SIZE: Final = "ifnull((SELECT length(body) FROM payloads WHERE job_seq = jobs.seq), 0)"
 _HAS_TEXT: Final = (
     "(instr(lower(id), ?) OR instr(lower(error_message), ?) OR EXISTS (SELECT 1 FROM payloads "
     "WHERE job_seq = jobs.seq AND instr(lower(CAST(body AS TEXT)), ?)))"
 )
 _TABLE: Final = "NOT INDEXED WHERE true"
-# Where jobs of a status are looked for; completed ones are in no index.
+# The index that finds the jobs of a status. No index has completed jobs.
 _SCOPES: Final = {
     **dict.fromkeys(LIVE, f"INDEXED BY jobs_live WHERE {LIVE_SQL} AND status = ?"),
     **dict.fromkeys(("failed", "cancelled"), f"INDEXED BY jobs_failed WHERE {FAILED_SQL} AND status = ?"),
 }
 _CAPITALS: Final = {ord(capital): ord(capital) + 32 for capital in ascii_uppercase}
 _NO_PAYLOAD: Final = Payload(b"null", "")
-# Also jobs that were set aside: an operator may take them back as they are.
+# Also quarantined jobs, because an operator may accept them.
 _REFERENCED: Final = (
     "SELECT 1 FROM jobs INDEXED BY jobs_storage_key WHERE storage_key = ?1 "
     "UNION ALL SELECT 1 FROM quarantined_jobs WHERE json_valid(row) AND json_extract(row, '$.storage_key') = ?1"
@@ -96,7 +96,7 @@ _REFERENCED: Final = (
 
 
 def read_job(db: Database, row: Row) -> tuple[Job | None, str]:
-    """The job of a row, or None and what is wrong with it."""
+    """Return the job of a row, or None and the error."""
     wrong = fault(row)
     if wrong is None:
         try:
@@ -129,7 +129,7 @@ def load(db: Database, ids: list[str], payloads: list[int], digests: list[str]) 
         elif row_of := db.rows(BY_SEQ, (seq,)):
             damaged.append((row_of[0], wrong))
         elif (id_of := db.job_id_of(seq)) is not None:
-            loaded.bad[id_of] = db.quarantined.get(id_of, wrong)  # set aside since the caller knew of it
+            loaded.bad[id_of] = db.quarantined.get(id_of, wrong)  # quarantined after the caller saw it
     if damaged:
         loaded.bad.update(quarantine_jobs(db, damaged))
         loaded.jobs = {id_: job for id_, job in loaded.jobs.items() if id_ not in loaded.bad}
@@ -140,7 +140,7 @@ def load(db: Database, ids: list[str], payloads: list[int], digests: list[str]) 
 
 
 def _row_by_id(db: Database, id_: str) -> tuple[Row | None, str]:
-    """The row of a job, or None and why it cannot be had ("" where there is none)."""
+    """Return the row of a job, or None and the error ("" if there is no such job)."""
     try:
         found = db.rows(BY_ID, (id_,))
         if found and _belongs_to_another(found[0], id_):
@@ -149,21 +149,21 @@ def _row_by_id(db: Database, id_: str) -> tuple[Row | None, str]:
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        return None, _report_lost(db, id_, f"its row cannot be read: {error}")
+        return None, _report_lost(db, id_, f"the row cannot be read: {error}")
     if not found:
         return None, db.quarantined.get(id_, "")
     if _belongs_to_another(found[0], id_):
-        return None, _report_lost(db, id_, "its row cannot be found: the table is damaged")
+        return None, _report_lost(db, id_, "the row cannot be found: the table is damaged")
     return found[0], ""
 
 
 def _belongs_to_another(row: Row, id_: str) -> bool:
-    """Whether the index of ids led to the whole row of another job."""
+    """Return whether the index of ids led to the undamaged row of another job."""
     return bool(row[1] != id_) and fault(row) is None
 
 
 def _report_lost(db: Database, id_: str, reason: str) -> str:
-    """Name a job whose row cannot even be moved aside."""
+    """Report a job whose row cannot be read and so cannot be quarantined."""
     if db.quarantined.get(id_) != reason:
         db.quarantined[id_] = reason
         db.report_quarantined(Quarantined(id_, reason, is_moved=False))
@@ -172,14 +172,14 @@ def _report_lost(db: Database, id_: str, reason: str) -> str:
 
 
 def _stored_response(db: Database, digest: str) -> StoredResponse | None:
-    """A stored answer. One that is damaged is set aside: the call is judged anew, as after 24 hours."""
+    """Return a stored response; None if there is none or it is damaged, so that the request is decided again."""
     found = db.rows(f"SELECT rowid, {KEY_SQL}, answer FROM keys WHERE digest = ?", (digest,))
     if not found:
         return None
     rowid, *columns, answer = found[0]
     wrong = fault(tuple(columns))
     if wrong is None and (None if answer is None else zlib.crc32(answer)) != columns[5]:
-        wrong = "the checksum of its answer is wrong"
+        wrong = "the checksum of the stored response is wrong"
     if wrong is None:
         return codec.key(tuple(columns), answer)
     quarantine_rows(db, "keys", (*KEY_COLUMNS, "crc", "answer"), [(rowid, found[0][1:], wrong)])
@@ -191,7 +191,7 @@ def _stored_response(db: Database, digest: str) -> StoredResponse | None:
 
 
 def find(db: Database, query: JobQuery) -> JobRows:
-    """See Storage.find: newest first, or oldest first; at most `scan` rows looked at."""
+    """See Storage.find."""
     db.check()
     try:
         page = _page(db, query)
@@ -219,7 +219,7 @@ def _page(db: Database, query: JobQuery) -> JobRows:
     end = end if edge is None else edge[0]
     rows_sql = f"FROM jobs {scope} AND {beyond} AND {upto}"
     if scope == _TABLE:
-        sql = f"SELECT {JOB_SQL} {rows_sql}{filters} ORDER BY seq {way} LIMIT ?"  # takes half the time of the other
+        sql = f"SELECT {JOB_SQL} {rows_sql}{filters} ORDER BY seq {way} LIMIT ?"  # twice as fast as the join below
     else:
         sql = (
             f"SELECT {JOB_SQL} FROM (SELECT seq AS found {rows_sql} ORDER BY seq {way}) CROSS JOIN jobs NOT INDEXED "
@@ -242,7 +242,7 @@ def _page(db: Database, query: JobQuery) -> JobRows:
 
 
 def _page_one_by_one(db: Database, query: JobQuery) -> JobRows:
-    """The page of a damaged table: each seq is asked for, those that cannot be read are named and left out."""
+    """Return a page of a damaged table. Reads each seq; rows that cannot be read are reported and skipped."""
     _, _, filters, args = _conditions(query)
     sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq = ?{filters}"
     top = db.numbers.next_job
@@ -260,7 +260,7 @@ def _page_one_by_one(db: Database, query: JobQuery) -> JobRows:
 
 
 def _conditions(query: JobQuery) -> tuple[str, tuple[Any, ...], str, tuple[Any, ...]]:
-    """Which rows count as looked at (those of an index, where the query allows it), and which match."""
+    """Return SQL and arguments for the rows to scan (those of an index if possible) and for the rows that match."""
     scope = _TABLE
     scope_args: tuple[Any, ...] = ()
     if query.status in _SCOPES:
@@ -269,7 +269,7 @@ def _conditions(query: JobQuery) -> tuple[str, tuple[Any, ...], str, tuple[Any, 
         "status = ?": query.status,
         "queue = ?": query.queue,
         "kind = ?": query.kind,
-        "ifnull(worker, ended_worker) = ?": query.worker,  # of the latest grant: a job keeps the one before it, too
+        "ifnull(worker, ended_worker) = ?": query.worker,  # of the latest grant; a job also keeps the one before it
         "created_at >= ?": query.since,
         "created_at < ?": query.until,
         "finished_at >= ?": query.finished_since,
@@ -285,12 +285,12 @@ def _conditions(query: JobQuery) -> tuple[str, tuple[Any, ...], str, tuple[Any, 
 
 
 def _lower(text: str) -> str:
-    """As SQLite's lower(): of A to Z alone."""
+    """Lowercase A to Z only, as SQLite's lower() does."""
     return text.translate(_CAPITALS)
 
 
 def _text_edge(sized: Iterable[Row]) -> Row | None:
-    """The row up to which so much payload is looked through that it is enough for once; None: it is less."""
+    """Return the row at which the payloads exceed TEXT_BYTES; None if they do not."""
     total = 0
     for seq, size in sized:
         total += size
@@ -300,7 +300,7 @@ def _text_edge(sized: Iterable[Row]) -> Row | None:
 
 
 def _fill_page(db: Database, page: JobRows, matched: list[Row], query: JobQuery) -> int | None:
-    """Put the rows of a page in; gives the seq it ended with where rows are left for the next one."""
+    """Add rows to a page. Return the seq of its last row if there are rows for another page, else None."""
     damaged: list[tuple[Row, str]] = []
     size, last = 0, None
     for row in matched:
@@ -328,11 +328,11 @@ def _payload_of(db: Database, query: JobQuery, job: Job) -> tuple[Payload | None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Journals, ages, reports
+# Journals, late results, reports
 
 
 def timeline(db: Database, job_seq: int, limit: int | None = None) -> list[Event]:
-    """The journal of one job, or its latest events, oldest first; of signs of life the last of each grant."""
+    """Return the journal of a job or its latest `limit` events, oldest first, with the last heartbeat of each grant."""
     db.check()
     found = _timeline(db, job_seq, _ALL if limit is None else limit)
     events = [event for event in _events(db, found) if event.job_seq == job_seq]
@@ -346,7 +346,9 @@ def _timeline(db: Database, job_seq: int, limit: int) -> list[Row]:
     sql = f"SELECT {EVENT_SQL} FROM ({inner}) CROSS JOIN events NOT INDEXED ON seq = found ORDER BY found"
     try:
         found = db.rows(sql, (job_seq, limit))
-        if any(row[_JOB_SEQ] != job_seq and fault(row) is None for row in found):  # the index led to other jobs
+        if any(
+            row[_JOB_SEQ] != job_seq and fault(row) is None for row in found
+        ):  # the index led to events of other jobs
             db.rebuild_indexes()
             found = db.rows(sql, (job_seq, limit))
     except sqlite3.DatabaseError as error:
@@ -357,7 +359,7 @@ def _timeline(db: Database, job_seq: int, limit: int) -> list[Row]:
 
 
 def _timeline_of_a_damaged_table(db: Database, job_seq: int) -> list[Row]:
-    """The events that can be read; the others are named. Where it is the index that is damaged, all rows are read."""
+    """Return the readable events and report the others. If the index is damaged, read the whole table."""
     try:
         seqs = db.rows("SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq", (job_seq,))
     except sqlite3.DatabaseError as error:
@@ -369,9 +371,9 @@ def _timeline_of_a_damaged_table(db: Database, job_seq: int) -> list[Row]:
 
 
 def journal(db: Database, after: int, limit: int) -> JournalPage:
-    """Up to `limit` events of the whole store with a seq above `after`, oldest first; fewer where they are large.
+    """Return up to `limit` events of the store with a seq above `after`, oldest first; fewer if they are large.
 
-    A damaged one is as good as gone, also where it cannot be moved aside: nobody is led past it.
+    Damaged events count as missing, also those that cannot be quarantined, so that no reader silently skips them.
     """
     db.check()
     last = db.numbers.next_event - 1
@@ -391,7 +393,7 @@ def journal(db: Database, after: int, limit: int) -> JournalPage:
 
 
 def _events(db: Database, found: list[Row]) -> list[Event]:
-    """The events of rows; damaged ones are set aside."""
+    """Decode events and quarantine damaged rows."""
     damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
     if damaged:
         quarantine_rows(db, "events", (*EVENT_COLUMNS, "crc"), damaged)
@@ -401,7 +403,7 @@ def _events(db: Database, found: list[Row]) -> list[Event]:
 
 
 def late(db: Database, asked: list[LateResultQuery]) -> LateResultRows:
-    """See Storage.late. Many may ask of one job: it is looked at once."""
+    """See Storage.late. Reads each job once."""
     db.check()
     whole: dict[int, bool] = {}
     locks: dict[int, set[str]] = {}
@@ -419,7 +421,7 @@ def late(db: Database, asked: list[LateResultQuery]) -> LateResultRows:
 
 
 def _late_results(db: Database, job_seq: int, *, whole: bool) -> list[LateResult]:
-    """The oldest grant first. Damaged rows are set aside; nobody but an operator waits for what they held."""
+    """Return the late results of a job, the oldest grant first, and quarantine damaged rows."""
     try:
         sql = "SELECT seq FROM late_results INDEXED BY late_results_job WHERE job_seq = ? ORDER BY seq"
         seqs = [seq for (seq,) in db.rows(sql, (job_seq,))]
@@ -454,24 +456,24 @@ def count_late(db: Database, job_seqs: list[int]) -> dict[int, int]:
 
 
 def _latest_grants(db: Database, job_seq: int) -> list[Grant]:
-    """The grants of this job that the end of its journal tells of. Batches wait for this, so it has its limit."""
+    """Return the grants in the latest GRANT_SEARCH_EVENTS events of a job. Batches wait for this, hence the limit."""
     try:
         found = db.rows(_GRANTS, (job_seq, GRANT_SEARCH_EVENTS))
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        return []  # whoever asks for the timeline is told
+        return []  # `timeline` reports the error
     events = [event for event in _events(db, found) if event.job_seq == job_seq and event.changes is not None]
     return [event.changes.grant for event in events if event.changes and isinstance(event.changes.grant, Grant)]
 
 
 def expired(db: Database, now: int, limit: int, skip: int = 0) -> list[str]:
-    """Ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after so many to skip.
+    """Return ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after `skip` others.
 
-    Damaged ones that cannot be moved out of the way hide nothing that is behind them.
+    Skips damaged rows that cannot be quarantined.
     """
     db.check()
-    inner = (  # the index has all that are not live, also of a status that is none
+    inner = (  # the index also has jobs with an invalid status
         f"SELECT seq AS found, expires_at AS due FROM jobs INDEXED BY jobs_expiry "
         f"WHERE expires_at IS NOT NULL AND {NOT_LIVE_SQL} AND {FINISHED_SQL} AND expires_at <= ? "
         "ORDER BY expires_at LIMIT ? OFFSET ?"
@@ -479,7 +481,7 @@ def expired(db: Database, now: int, limit: int, skip: int = 0) -> list[str]:
     sql = f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
     while True:
         found, _ = db.rows_up_to(sql, (now, limit, skip), SLICE_BYTES)
-        # Of one that could not be moved the row may be whole, and its payload damaged.
+        # If a job could not be quarantined, its row may be undamaged and only the payload damaged.
         damaged = [(row, wrong) for row in found if (wrong := fault(row) or db.unmoved.get(row[0])) is not None]
         gone = {row[0] for row, _ in damaged}
         whole = [row[1] for row in found if row[0] not in gone]
@@ -491,7 +493,7 @@ def expired(db: Database, now: int, limit: int, skip: int = 0) -> list[str]:
 
 
 def reports(db: Database, limit: int) -> list[bytes]:
-    """Kept cleanup reports, newest first."""
+    """Return cleanup reports, newest first."""
     db.check()
     found = db.rows("SELECT seq, body, crc FROM reports ORDER BY seq DESC LIMIT ?", (limit,))
     damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
@@ -500,9 +502,9 @@ def reports(db: Database, limit: int) -> list[bytes]:
 
 
 def due_tombstones(db: Database, now: int, limit: int) -> DueTombstones:
-    """See Storage.due_tombstones. Whether a key is named is looked up here, next to what will be done about it.
+    """See Storage.due_tombstones.
 
-    Damaged ones that cannot be moved out of the way are passed by, a few hundred of them.
+    Skips damaged tombstones that cannot be quarantined, up to a few hundred.
     """
     db.check()
     met: set[int] = set()
@@ -522,12 +524,12 @@ def due_tombstones(db: Database, now: int, limit: int) -> DueTombstones:
 
 
 def is_referenced(db: Database, key: str) -> bool:
-    """Whether any job has `key` as its storage_key."""
+    """Return whether any job has `key` as its storage_key."""
     return db.conn.execute(_REFERENCED, (key,)).fetchone() is not None
 
 
 def read_audit(db: Database, query: AuditQuery) -> AuditRows:
-    """See Storage.audit: at most `scan` rows are looked at."""
+    """See Storage.audit."""
     db.check()
     try:
         return _audit_page(db, query)
@@ -567,7 +569,7 @@ def _audit_page(db: Database, query: AuditQuery) -> AuditRows:
 
 
 def _audit_conditions(query: AuditQuery) -> tuple[str, tuple[Any, ...]]:
-    """Which rows match, as SQL and its values."""
+    """Return SQL and arguments for the rows that match."""
     wanted = {"who = ?": query.who, "what = ?": query.what, "job_id = ?": query.job_id, "at >= ?": query.since}
     wanted = {condition: value for condition, value in wanted.items() if value is not None}
     return "".join(f" AND {condition}" for condition in wanted), tuple(wanted.values())

@@ -1,6 +1,6 @@
-"""A walk over all rows of the open store, slice by slice: every checksum. Damaged rows are set aside as they are met.
+"""Verify the checksums of all rows of the open store, in slices. Damaged rows are quarantined.
 
-Each call is one slice of at most SLICE_S, made from the store's thread between the batches.
+Each call checks one slice, takes about SLICE_S, and runs in the storage thread between batches.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from jobd.storage.queries import read_job
 from jobd.storage.writers import AUDIT_SQL
 
 SLICE_S: Final = 0.002
-MOST_ROWS: Final = 100  # read at once; they hold a few kilobytes each, or a payload alone
+MOST_ROWS: Final = 100  # per query
 MOST_BYTES: Final = 1 << 20
 
-# Columns with the checksum, last. Those with names are set aside; the others are named only: who needs them meets them.
+# The columns of each table, with the checksum last. Damaged rows are quarantined if the names are given, else reported:
+# the code that uses such a row quarantines it.
 _COLUMNS: Final[dict[str, tuple[str, tuple[str, ...] | None]]] = {
     "events": (EVENT_SQL, (*EVENT_COLUMNS, "crc")),
     "late_results": (LATE_SQL, (*LATE_COLUMNS, "crc")),
@@ -36,7 +37,10 @@ TABLES: Final = ("jobs", *_COLUMNS)
 
 
 class Slice(Struct):
-    """Rows of `table` up to `last` (a rowid; None: it was the end): how many, and which are damaged, with what."""
+    """The result of one slice: how many rows were checked, and the damaged ones with their errors.
+
+    `last` is the rowid of the last row; None at the end of the table.
+    """
 
     table: str
     checked: int = 0
@@ -45,7 +49,7 @@ class Slice(Struct):
 
 
 def check_slice(db: Database, table: str, after: int) -> Slice:
-    """The next rows of `table` behind the rowid `after`. A page that cannot be read ends the table, and is named."""
+    """Check the next rows of `table` after the rowid `after`. An unreadable page is reported and ends the table."""
     db.check()
     found = Slice(table)
     until_s = time.perf_counter() + SLICE_S
@@ -54,7 +58,7 @@ def check_slice(db: Database, table: str, after: int) -> Slice:
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        found.damaged.append((f"{table} after {max(found.last or 0, after)}", f"they cannot be read: {error}"))
+        found.damaged.append((f"{table} after {max(found.last or 0, after)}", f"rows cannot be read: {error}"))
         found.last = None
     return found
 
@@ -104,5 +108,5 @@ def _wrong_key(row: Row) -> str | None:
     *columns, answer = row
     wrong = fault(tuple(columns))
     if wrong is None and (None if answer is None else zlib.crc32(answer)) != columns[5]:
-        wrong = "the checksum of its answer is wrong"
+        wrong = "the checksum of the stored response is wrong"
     return wrong

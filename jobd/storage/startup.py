@@ -1,6 +1,6 @@
-"""How a store is opened: the one connection, the schema, the epoch, and everything that is alive, checked row by row.
+"""Open a store: connect, migrate the schema, settle the epoch, and read and verify everything that is alive.
 
-Touches nothing before the lock is held and the schema version is known. Plain calls, made from the store's thread.
+Changes nothing until the lock is held and the schema version is known. All calls block; the storage thread makes them.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
 from jobd.storage.queries import read_job
 
 MEMORY: Final = ":memory:"
-PAGE_CACHE_KIB: Final = 8 << 10  # enough for the rows at work; more is memory that no job uses
+PAGE_CACHE_KIB: Final = 8 << 10  # enough for the rows of running jobs
 _WAL_PAGES: Final = 1000  # measured: fewer checkpoint too often, more make single commits wait longer
-_LOG_BYTES: Final = 32 << 20  # what is left of a log that one large transaction made longer
+_LOG_BYTES: Final = 32 << 20  # the log shrinks to this after a large transaction
 _MAGIC: Final = b"SQLite format 3\0"
-# Live jobs are found by their index and read by their seq. Most are as they were created: a third of the columns says
-# all of these, and is read in half the time. Only the others are read in full, so many at once.
+# The index finds live jobs, which are then read by seq. Most have not changed since their creation: a third of the
+# columns describes them and is read in half the time. The others are read in full, _SLICE at a time.
 _AS_CREATED: Final = " AND ".join(
     f"{column} IS NULL" if value is None else f"{column} = {value!r}" for column, value in AS_CREATED.items()
 )
@@ -61,21 +61,20 @@ _IN_FULL: Final = (
 )
 _SLICE: Final = 10_000
 _EPOCH_SLACK_S: Final = 60  # starts within one second use epochs ahead of the clock
-# For each null sqlite3 looks for a way to adapt it, which takes longer than all else about it. None stays None. A look
-# into an empty dictionary gives it without a call of Python.
+# sqlite3 searches for an adapter for each None, which is slow. This adapter returns None without a Python call.
 _NO_ADAPTERS: Final[dict[None, None]] = {}
 sqlite3.register_adapter(type(None), _NO_ADAPTERS.get)
 
 
 def connect(path: str, synchronous: str) -> sqlite3.Connection:
-    """The connection of a store, exclusive, before anything is read from it. The lock file is held already."""
+    """Return an exclusive connection to the store at `path`. The caller holds the lock file."""
     if path != MEMORY and not files.create_private(path):
         check_version(path, peek(path))
         check_wal(path)
     conn = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False, cached_statements=256)
     try:
         with translated_errors(path):
-            # EXCLUSIVE before WAL: no other connection, and no shared memory file, ever.
+            # EXCLUSIVE before WAL prevents other connections and the shared memory file.
             conn.execute("PRAGMA locking_mode = EXCLUSIVE")
             if path != MEMORY:
                 journal_mode(conn, path, "wal")
@@ -96,15 +95,15 @@ def connect(path: str, synchronous: str) -> sqlite3.Connection:
 
 
 def journal_mode(conn: sqlite3.Connection, path: str, mode: str) -> None:
-    """Change the journal mode. What went wrong is told in the second step only, or by a mode that stays as it was."""
+    """Change the journal mode. Raises StoreFailed if SQLite keeps the old mode, which is how it reports errors."""
     (now,) = conn.execute(f"PRAGMA journal_mode = {mode}").fetchone()
     if now != mode:
-        raise StoreFailed(f"{path}: the disk failed: its journal mode stays {now}")
+        raise StoreFailed(f"{path}: the disk failed: the journal mode is still {now}")
 
 
 @contextlib.contextmanager
 def translated_errors(path: str) -> Iterator[None]:
-    """Turn SQLite's errors at the opening of `path` into those of a store."""
+    """Translate SQLite's errors while opening `path` into StoreError and DiskFull."""
     try:
         yield
     except sqlite3.Error as error:
@@ -116,18 +115,18 @@ def translated_errors(path: str) -> Iterator[None]:
         if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR, sqlite3.SQLITE_MISMATCH):
             raise StoreUnreadable(_unreadable(path, error)) from error
         if code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-            raise StoreFailed(f"{path}: {error}: the disk failed; see the log of the kernel") from error
+            raise StoreFailed(f"{path}: {error}: the disk failed; see the kernel log") from error
         raise
     except UnicodeDecodeError as error:  # a name in the schema
         raise StoreUnreadable(_unreadable(path, error)) from error
 
 
 def _unreadable(path: str, error: Exception) -> str:
-    return f"{path} cannot be read ({error}): see `jobd doctor`, or put a backup back with `jobd restore`"
+    return f"{path} cannot be read ({error}): run `jobd doctor`, or restore a backup with `jobd restore`"
 
 
 def peek(path: str) -> tuple[int, int]:
-    """Application id and schema version of the file at `path`, which is not written to; (0, 0) of an empty one."""
+    """Return application id and schema version of the file at `path`; (0, 0) if it is empty. Writes nothing."""
     with open(path, "rb") as file:
         header = file.read(100)
     if not header:
@@ -141,19 +140,19 @@ def peek(path: str) -> tuple[int, int]:
 
 
 def _peek_wal(path: str, in_file: tuple[int, int]) -> tuple[int, int]:
-    """The same where the write-ahead log may hold a newer header. A read-only connection leaves file and log alone."""
+    """Return the same if the write-ahead log may hold a newer header, through a read-only connection."""
     try:
         with read_only(path) as conn:
             (application,) = conn.execute("PRAGMA application_id").fetchone()
             (version,) = conn.execute("PRAGMA user_version").fetchone()
             return application, version
     except sqlite3.Error:
-        return in_file  # a full disk, for one: the header of the file has to do
+        return in_file  # the disk is full, for example
 
 
 @contextlib.contextmanager
 def read_only(path: str) -> Iterator[sqlite3.Connection]:
-    """A connection that writes nothing. Nobody else may write meanwhile: hold the lock, or own the file."""
+    """Yield a read-only connection. The caller ensures that nothing else writes, by the lock or by owning the file."""
     log = f"{path}-wal"
     shared = f"{path}-shm"
     with_log = os.path.exists(log) and os.path.getsize(log) > 0
@@ -169,19 +168,19 @@ def read_only(path: str) -> Iterator[sqlite3.Connection]:
 
 
 def check_version(path: str, found: tuple[int, int]) -> None:
-    """Raise for a file that is not ours or newer than this version."""
+    """Raise StoreUnreadable if the file is not a jobd store, StoreTooNew if its schema is newer than this version."""
     application, version = found
     if application not in (0, migrations.APPLICATION_ID):
         raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
     if version > migrations.VERSION:
         raise StoreTooNew(
-            f"{path} has schema version {version}, this jobd knows {migrations.VERSION}: "
-            "use the newer jobd, or a backup made by this one. The file was left as it is"
+            f"{path} has schema version {version}, but this jobd supports {migrations.VERSION}: "
+            "use the newer jobd, or a backup made by this version. The file was not changed"
         )
 
 
 def check_wal(path: str) -> None:
-    """Raise StoreUnreadable where SQLite would pass over commits in the write-ahead log of `path`."""
+    """Raise StoreUnreadable if SQLite would skip commits in the write-ahead log of `path`."""
     log = f"{path}-wal"
     if not wal.has_frames(log):
         return
@@ -190,20 +189,20 @@ def check_wal(path: str) -> None:
             conn.execute("PRAGMA user_version").fetchone()
             taken = wal.frames_taken(f"{path}-shm")
     except (sqlite3.Error, OSError):
-        return  # a full disk, for one
+        return  # the disk is full, for example
     if wal.is_damaged(log, taken):
         raise StoreUnreadable(
-            f"{log} is damaged after {taken} pages, and later commits cannot be read: put a backup back with "
-            f"`jobd restore`, or go on from before the damage with `jobd restore {path}`, which keeps the damaged files"
+            f"{log} is damaged after {taken} pages, and later commits cannot be read: restore a backup with `jobd "
+            f"restore`, or continue from before the damage with `jobd restore {path}`, which keeps the damaged files"
         )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# From a connection to what the daemon needs in memory
+# Read the store
 
 
 def start(conn: sqlite3.Connection, path: str) -> tuple[Database, OpenedStore]:
-    """Bring the schema up to date, settle the epoch, read and check everything that is alive."""
+    """Migrate the schema, settle the epoch, and read and verify everything that is alive."""
     with translated_errors(path):
         prepare_schema(conn, path)
         db = read_meta(conn, path)
@@ -220,7 +219,7 @@ def start(conn: sqlite3.Connection, path: str) -> tuple[Database, OpenedStore]:
 
 
 def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
-    """Lay out an empty file; migrate an older one, after a copy of it was put beside it."""
+    """Create the schema in an empty file; copy an older store and then migrate it."""
     (application,) = conn.execute("PRAGMA application_id").fetchone()
     (version,) = conn.execute("PRAGMA user_version").fetchone()
     check_version(path, (application, version))
@@ -235,11 +234,11 @@ def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
             _copy_before_migration(conn, path, version)
         migrations.migrate(conn, version)
     if lacking := missing_from_schema(conn):
-        raise StoreUnreadable(f"{path}: its schema lacks {', '.join(lacking)}: put a backup back with `jobd restore`")
+        raise StoreUnreadable(f"{path}: the schema lacks {', '.join(lacking)}: restore a backup with `jobd restore`")
 
 
 def missing_from_schema(conn: sqlite3.Connection) -> list[str]:
-    """Columns and indexes that a store of this version has, and this one has not. A damaged name is another name."""
+    """Return the tables, columns and indexes of this schema version that the store lacks or whose names are damaged."""
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as fresh:
         migrations.create(fresh)
         return sorted(_names_in_schema(fresh) - _names_in_schema(conn))
@@ -257,14 +256,14 @@ def _names_in_schema(conn: sqlite3.Connection) -> set[str]:
 
 
 def check_application_id(conn: sqlite3.Connection, path: str) -> None:
-    """Raise StoreUnreadable for a database of another program."""
+    """Raise StoreUnreadable if another program wrote the database."""
     (application,) = conn.execute("PRAGMA application_id").fetchone()
     if application != migrations.APPLICATION_ID:
         raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
 
 
 def _copy_before_migration(conn: sqlite3.Connection, path: str, version: int) -> None:
-    """The copy has its name once it is whole; what a crash leaves of one is removed as of other backups."""
+    """Copy the store. The copy gets its final name when it is complete; the next start removes an incomplete one."""
     part = f"{path}.backup-v{version}"
     try:
         Path(part).unlink(missing_ok=True)
@@ -281,7 +280,7 @@ def _copy_before_migration(conn: sqlite3.Connection, path: str, version: int) ->
 
 
 def read_meta(conn: sqlite3.Connection, path: str) -> Database:
-    """The tables with their numbers and sums. Raises StoreUnreadable."""
+    """Return the database with the numbers and totals of its meta row. Raises StoreUnreadable."""
     migrations.check_meta(conn, path)
     found = conn.execute(f"SELECT {', '.join(META_COLUMNS)} FROM meta WHERE id = 1").fetchone()
     _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, suspect, *sums, marked, gone_to = found
@@ -342,13 +341,13 @@ def epoch_warning(epoch: int, now: int) -> str | None:
 
 
 def _remove_leftovers(path: str) -> None:
-    """Temporary files of backups that a crash cut short."""
+    """Remove temporary files of backups that a crash interrupted."""
     for name in glob.glob(f"{glob.escape(path)}.backup-*"):
         Path(name).unlink(missing_ok=True)
 
 
 def probe(db: Database, path: str, spare_bytes: int) -> None:
-    """Write and read back with `spare_bytes` left free on the disk. Raises DiskFull."""
+    """Write a value and read it back, with `spare_bytes` left free on the disk. Raises DiskFull."""
     if path == MEMORY or not spare_bytes:
         db.probe()
         return
@@ -376,7 +375,7 @@ def _read_all(db: Database) -> OpenedStore:
     for id_, reason in db.rows("SELECT id, reason FROM quarantined_jobs"):
         db.quarantined[readable(id_)] = reason
     aside = db.rows("SELECT place, count(*) FROM bad_rows GROUP BY place")
-    db.faults += [f"{count} damaged rows of {place} are set aside: see `jobd doctor`" for place, count in aside]
+    db.faults += [f"damaged rows of {place} in quarantine: {count}; run `jobd doctor`" for place, count in aside]
     jobs, in_short = _live_jobs(db)
     opened = OpenedStore(
         numbers=db.numbers,
@@ -395,7 +394,7 @@ def _read_all(db: Database) -> OpenedStore:
 
 
 class _Live(Struct):
-    """The live jobs, the damaged rows among them, and the XOR of the checksums of all, as they were written."""
+    """The live jobs, their damaged rows, and the XOR of all their checksums as they were written."""
 
     jobs: list[Job] = []
     in_short: list[CompactJob] = []
@@ -403,12 +402,12 @@ class _Live(Struct):
     xor: int = 0
 
     def found(self) -> tuple[int, int]:
-        """Number and XOR of all rows."""
+        """Return the number and the XOR of all rows."""
         return len(self.jobs) + len(self.in_short) + len(self.damaged), self.xor
 
 
 def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
-    """All queued and processing jobs. Their number and the XOR of their checksums must be those that were kept."""
+    """Read all queued and processing jobs. Add a fault if their number or XOR differs from the stored totals."""
     for rebuilt in (False, True):
         kept = db.totals[:2]
         live = _scan(db)
@@ -423,11 +422,11 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
             except (DiskFull, StructureDamaged):
                 break
     db.faults.append(
-        f"{found[0]} live jobs were found where {kept[0]} had been written"
+        f"{found[0]} live jobs were found, but {kept[0]} had been written"
         if found[0] != kept[0]
-        else f"the {found[0]} live jobs are not those that had been written"
+        else f"the {found[0]} live jobs differ from those that had been written"
     )
-    # A damaged tree may give a row twice.
+    # A damaged tree may return a row twice.
     by_seq = {job.seq: job for job in live.jobs}
     in_short = {job.seq: job for job in live.in_short if job.seq not in by_seq}
     return list(by_seq.values()), list(in_short.values())
@@ -460,7 +459,7 @@ def _scan_once(db: Database) -> _Live:
 
 
 def _scan_new(db: Database, live: _Live) -> list[int]:
-    """Take the jobs that are as they were created; gives the seqs of all others, and of rows that are not right."""
+    """Add the jobs that have not changed since their creation. Return the seqs of all others, also of damaged rows."""
     others: list[int] = []
     xor = 0
     new = db.reader.new
@@ -486,7 +485,7 @@ def _queues(db: Database) -> dict[str, QueueRow]:
         if (wrong := fault(row)) is None:
             queues[row[0]] = codec.queue(row)
         else:
-            damaged.append((rowid, row, f"{wrong}: whether it was paused is not known, it is not now"))
+            damaged.append((rowid, row, f"{wrong}: it may have been paused, and is not paused now"))
     quarantine_rows(db, "queues", (*QUEUE_COLUMNS, "crc"), damaged)
     if damaged:
         for name, counts in recount_queues(db.conn).items():
@@ -495,7 +494,7 @@ def _queues(db: Database) -> dict[str, QueueRow]:
 
 
 def recount_queues(conn: sqlite3.Connection) -> dict[str, tuple[int, int, int]]:
-    """How many completed, failed and cancelled jobs each queue has, counted. Reads every job."""
+    """Count the completed, failed and cancelled jobs of each queue. Reads every job."""
     counts: dict[str, dict[str, int]] = {}
     sql = f"SELECT queue, status, count(*) FROM jobs NOT INDEXED WHERE {FINISHED_SQL} GROUP BY queue, status"
     for queue, status, count in conn.execute(sql):

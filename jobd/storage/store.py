@@ -1,7 +1,6 @@
-"""The disk of the actor on SQLite: one connection in a thread of its own, one hop to it for each batch.
+"""The store on SQLite: one connection with its own thread, and one hop to that thread per batch.
 
-Decides nothing. What goes over the connection is in tables.py, lookups.py and quarantine.py, its beginning in
-opening.py.
+`startup.py` opens the database. `database.py`, `queries.py` and `quarantine.py` run in the storage thread.
 """
 
 from __future__ import annotations
@@ -47,22 +46,22 @@ __all__ = ["MEMORY", "Store", "StoreBroken", "StoreBusy", "StoreError", "StoreTo
 T = TypeVar("T")
 Synchronous = Literal["FULL", "EXTRA"]
 _CHUNK: Final = 64
-YIELD_S: Final = 0.002  # a batch of a dozen commands is at its COMMIT after a fifth of that
+YIELD_S: Final = 0.002  # a batch of a dozen commands reaches COMMIT in a fifth of this
 
 
 class StoreConnection(aiosqlite.Connection):
-    """aiosqlite's connection with its thread, asked for whole pieces of work: it pays a hop for each call."""
+    """An aiosqlite connection that runs whole functions in its thread, because each call costs a thread hop."""
 
     async def run_in_thread(self, fn: Callable[..., T], *args: Any) -> T:
-        """Run `fn` in the connection's thread, after everything that was asked before."""
+        """Run `fn` in the connection's thread, after all earlier calls."""
         result: T = await self._execute(fn, *args)  # type: ignore[no-untyped-call]
         return result
 
     async def run_yielding_gil(self, until: threading.Event, fn: Callable[..., T], *args: Any) -> T:
-        """As `hop`; the event loop stands still until `fn` has set `until`, or for LEND_S.
+        """Run `fn` as `run_in_thread` does, but block the event loop until `fn` sets `until`, for at most YIELD_S.
 
-        Two threads that both want the interpreter get in each other's way: the transaction would crawl while the loop
-        has work, and the loop would have none left while the disk writes. So the thread has it alone at first.
+        Without this, both threads compete for the GIL and the transaction is slow to reach COMMIT. The event loop works
+        while the disk writes.
         """
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         until.clear()
@@ -71,19 +70,19 @@ class StoreConnection(aiosqlite.Connection):
         return await future
 
     async def close_and_join(self) -> None:
-        """Close, and wait for the end of the thread also where the connection never came to be."""
+        """Close the connection and wait for its thread, even if connecting failed."""
         await self.close()
         thread: Any = getattr(self, "_thread", self)  # before aiosqlite 0.22 the connection is the thread
         await asyncio.to_thread(thread.join)
 
     @property
     def raw(self) -> sqlite3.Connection:
-        """The connection itself, for work inside a hop (and for an online backup beside them)."""
+        """The sqlite3 connection, for code in the connection's thread and for online backups."""
         return self._conn
 
 
 class Store(Storage):
-    """The SQLite storage. Opened by `open`; close it with `close` on every path."""
+    """The SQLite storage. Create it with `open`; always `close` it."""
 
     def __init__(self, path: str, connection: StoreConnection, db: Database, lock: FileLock | None) -> None:
         self.path = path
@@ -95,7 +94,7 @@ class Store(Storage):
         self.on_tombstones: Callable[[int], None] = lambda count: None
         self._committing = threading.Event()
         db.before_commit = self._committing.set
-        self._reported = db.quarantined_count  # those of the start are told by what it found
+        self._reported = db.quarantined_count  # `OpenedStore` reports those found at the start
         self._reported_tombstones = 0
         self._closing = threading.Event()
         self._backup_lock = asyncio.Lock()
@@ -104,11 +103,10 @@ class Store(Storage):
     async def open(
         cls, path: str, *, synchronous: Synchronous = "FULL", on_locked: Callable[[], None] | None = None
     ) -> tuple[Store, OpenedStore]:
-        """Open the store at `path` (or MEMORY), made with mode 0600 where there is none.
+        """Open the store at `path` (or MEMORY). Creates it with mode 0600 if it does not exist.
 
-        `on_locked` is called when the lock is held and nothing has been touched yet: what it raises ends the opening.
-        Raises StoreBusy (before anything is touched), StoreTooNew, StoreUnreadable, DiskFull where there is no room
-        even to begin, or an OSError.
+        Calls `on_locked` when the lock is held and before anything else is touched; an error in it ends the opening.
+        Raises StoreBusy (before anything is touched), StoreTooNew, StoreUnreadable, DiskFull, or an OSError.
         """
         if synchronous not in ("FULL", "EXTRA"):
             raise ValueError("synchronous must be FULL or EXTRA: anything less loses acknowledged work")
@@ -131,7 +129,7 @@ class Store(Storage):
         return cls(path, connection, db, lock), opened
 
     async def close(self) -> None:
-        """End the connection and its thread and give the lock back. A backup that is under way is cut short."""
+        """Close the connection, end its thread and release the lock. Stops a running backup."""
         self._closing.set()
         async with self._backup_lock:
             try:
@@ -142,9 +140,9 @@ class Store(Storage):
 
     @contextlib.asynccontextmanager
     async def connection_for_backup(self) -> AsyncIterator[tuple[sqlite3.Connection, threading.Event]]:
-        """The connection for an online backup from another thread, and the event that tells it to stop.
+        """Yield the connection for an online backup from another thread, and the event that stops it.
 
-        One at a time; `close` sets the event and waits for the end.
+        One backup runs at a time. `close` sets the event and waits for the end of the context.
         """
         async with self._backup_lock:
             if self._closing.is_set():
@@ -158,7 +156,7 @@ class Store(Storage):
         await self.close()
 
     async def _run(self, fn: Callable[..., T], *args: Any) -> T:
-        """One function in the connection's thread; a failure that leaves the disk unknown is told, whoever called."""
+        """Run `fn` in the storage thread. Calls `on_broken` if it leaves the content of the disk unknown."""
         return await self._watch(self._connection.run_in_thread(fn, *args))
 
     async def _watch(self, hop: Awaitable[T]) -> T:
@@ -177,7 +175,7 @@ class Store(Storage):
                 self.on_tombstones(new)
 
     def take_faults(self) -> list[str]:
-        """Sentences about damage that was met since the start or the last call."""
+        """Return descriptions of the damage found since the last call."""
         faults, self._database.faults = self._database.faults, []
         return faults
 
@@ -207,7 +205,7 @@ class Store(Storage):
         return await self._run(queries.count_late, self._database, job_seqs)
 
     async def journal(self, after: int, limit: int) -> JournalPage:
-        """Up to `limit` events of the whole store with a seq above `after`, oldest first."""
+        """Return up to `limit` events of the store with a seq above `after`, oldest first."""
         return await self._run(queries.journal, self._database, after, limit)
 
     async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
@@ -217,7 +215,7 @@ class Store(Storage):
         return await self._run(queries.reports, self._database, limit)
 
     async def check_rows(self, table: str, after: int) -> scrub.Slice:
-        """The checksums of some rows of `table` behind the rowid `after`: some milliseconds' work."""
+        """Verify the checksums of the next rows of `table` after the rowid `after`. Takes some milliseconds."""
         return await self._run(scrub.check_slice, self._database, table, after)
 
     async def quarantine(self, job: Job, reason: str) -> None:
@@ -238,7 +236,7 @@ class Store(Storage):
     async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
         await self._run(self._database.settle_tombstones, gone, later)
 
-    # --------------------------------------------------------------------------------- the outbox of the webhooks
+    # -------------------------------------------------------------------------------------------- webhook outbox
 
     async def open_outbox(self, names: list[str], now: int) -> Outbox:
         return await self._run(outbox.open_outbox, self._database, names, now)
@@ -266,7 +264,7 @@ class Store(Storage):
     ) -> list[Delivery]:
         return await self._run(outbox.page, self._database, endpoint, state, before, limit)
 
-    # ------------------------------------------------------------------------------------------ small things
+    # ----------------------------------------------------------------------------------------- miscellaneous
 
     async def save_figures(self, body: bytes) -> None:
         await self._run(self._database.save_figures, body)

@@ -1,8 +1,7 @@
-"""SQLite's write-ahead log: whether commits stand in it that would be passed over, as bytes before them have changed.
+"""Detect damage in SQLite's write-ahead log that makes SQLite skip later commits.
 
-Reads only, and decides nothing. SQLite takes the log up to the first frame that is not as it was written and drops the
-rest without a word, as after a crash: but a crash leaves no more than the last transaction in parts, since each is
-synced before the next one begins.
+SQLite reads the log up to the first frame with a wrong checksum and silently drops the rest, as after a crash. But a
+crash damages only the last transaction, because each is synced before the next one begins.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from typing import BinaryIO, Final
 
 _HEADER: Final = struct.Struct(">8I")  # magic, version, page size, checkpoint, two salts, two checksums
 _FRAME: Final = struct.Struct(">6I")  # page, size of the database at a commit (else 0), two salts, two checksums
-_MAGIC: Final = 0x377F0682  # the last bit says in which order the checksums take bytes
-_TAKEN_AT: Final = 16  # in the shared memory file: how many frames SQLite takes
+_MAGIC: Final = 0x377F0682  # the last bit is the byte order of the checksums
+_TAKEN_AT: Final = 16  # offset in the shared memory file of the number of valid frames
 _SECTOR: Final = 512
 _DEFAULT_PAGE: Final = 4096
 
@@ -25,14 +24,14 @@ Sums = tuple[int, int]
 
 
 def frames_taken(shared: str) -> int:
-    """How many frames SQLite takes of the log, from the shared memory file of a connection that has read from it."""
+    """Return how many frames of the log SQLite uses, from the shared memory file of a connection that has read it."""
     with open(shared, "rb") as file:
         file.seek(_TAKEN_AT)
         return int.from_bytes(file.read(4), sys.byteorder)
 
 
 def is_damaged(log: str, taken: int) -> bool:
-    """Whether commits stand in `log` beyond the `taken` first frames that no crash can have left there."""
+    """Return whether `log` has commits after the first `taken` frames that a crash cannot explain."""
     commits, broken_commit = 0, False
     with open(log, "rb") as file:
         for frame in _frames_after(file, taken):
@@ -40,7 +39,7 @@ def is_damaged(log: str, taken: int) -> bool:
                 commits += 1
             elif frame.is_commit and frame.has_whole_head and not commits:
                 broken_commit = True
-            # The first commit may be that of the last transaction, in parts. The second was begun after its sync.
+            # The first commit may belong to a torn last transaction. A second one began after the first was synced.
             if commits + broken_commit >= 2:
                 return True
     return False
@@ -48,11 +47,11 @@ def is_damaged(log: str, taken: int) -> bool:
 
 @dataclass(frozen=True)
 class _Frame:
-    """A frame of the log's present round. It is whole where its checksum continues that of the one before."""
+    """A frame of the current generation of the log. It is whole if its checksum continues the one before."""
 
     is_whole: bool
     is_commit: bool
-    has_whole_head: bool  # a torn write cannot have put it together from two: it lies in one sector
+    has_whole_head: bool  # it lies in one sector, so it is not a mix of two writes
 
 
 def _frames_after(file: BinaryIO, taken: int) -> Iterator[_Frame]:
@@ -62,7 +61,7 @@ def _frames_after(file: BinaryIO, taken: int) -> Iterator[_Frame]:
     magic, _, page, _, *salts, first, second = _HEADER.unpack(header)
     if _checksum((0, 0), header[:24], big=bool(magic & 1)) == (first, second) and magic | 1 == _MAGIC | 1:
         big = bool(magic & 1)
-    else:  # the header itself is damaged: the frames know as much, and nothing can be taken
+    else:  # the header is damaged: SQLite uses no frame; the frames have the same salts
         salts, page, big = [], _DEFAULT_PAGE, False
     sums: Sums = (first, second)
     place = _HEADER.size + max(0, taken - 1) * (_FRAME.size + page)
@@ -89,5 +88,5 @@ def _checksum(sums: Sums, content: bytes, big: bool) -> Sums:
 
 
 def has_frames(log: str) -> bool:
-    """Whether there is a log with anything in it."""
+    """Return whether the log exists and has frames."""
     return os.path.exists(log) and os.path.getsize(log) > _HEADER.size

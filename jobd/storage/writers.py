@@ -1,6 +1,6 @@
-"""Jobs on their way to the disk: each row once for a batch, and of a row that is there only what has changed.
+"""Write jobs, late results and audit entries. `database.py` calls this inside a transaction.
 
-Begins and ends no transaction: tables.py calls this inside one. Reads nothing of what it has written.
+A batch writes each job row once, and of an existing row only the columns that changed.
 """
 
 from __future__ import annotations
@@ -345,5 +345,5 @@ class LateWriter:
             return codec.late(row, whole=True).result.storage_key
         shown = codec.as_text((*LATE_COLUMNS, "crc"), row)
         self._conn.execute(_QUARANTINE_ROW, ("late_results", f"{row[0]}: {wrong}", now, shown))
-        self._note(f"late_results {row[0]}: {wrong}; the row was set aside, and what it named is not deleted")
+        self._note(f"late_results {row[0]}: {wrong}; the row was quarantined, and its artifact is not deleted")
         return None

@@ -1028,7 +1028,7 @@ def test_backup_restore_and_doctor(
     assert copy.stat().st_mode & 0o777 == 0o600
     code, out, _ = _jobd(capsys, "restore", str(copy), "--store", str(restored), "--dry-run")
     assert code == 0
-    assert "the checksums of all its rows are right" in out
+    assert "the checksums of all rows are correct" in out
     assert not restored.exists()
     for wrong in ("/dev/null", __file__):
         assert _jobd(capsys, "restore", wrong, "--store", str(restored), "--dry-run")[0] == 78
@@ -1187,7 +1187,7 @@ def test_a_damaged_row_is_named_with_its_mend(
     before = copy.read_bytes()
     code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2", "--dry-run")
     assert code == 0
-    assert "job b2: its row would be accepted as it is" in out
+    assert "job b2: the row would be accepted" in out
     code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--recount", "--dry-run")
     assert code == 0
     assert "all indexes would be rebuilt" in out
@@ -1208,17 +1208,17 @@ def test_a_damaged_row_is_named_with_its_mend(
         patched.setattr("jobd.cli.daemon.store.confirm", no)
         code, out, err = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2")
         assert (code, out, asked) == (1, "", ["write that"])
-        assert "job b2: its row would be accepted as it is" in err
+        assert "job b2: the row would be accepted" in err
         assert copy.read_bytes() == before
     code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2", "--yes")
     assert code == 0
-    assert "job b2: its row was accepted as it is" in out
+    assert "job b2: the row was accepted" in out
     assert "Counted:" in _jobd(capsys, "doctor", "--store", str(copy), "--recount", "--yes")[1]
     for wrong in (["b2"], ["--all"], ["--accept"], ["--accept", "b2", "--all"]):
         assert _jobd(capsys, "doctor", "--store", str(copy), *wrong, "--dry-run")[0] == 2, wrong
     for several in (["--accept", "b2", "b3"], ["--accept", "b2", "--accept", "b3"]):
         code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), *several, "--dry-run")
-        assert (code, out.count("would be accepted as it is")) == (0, 2)
+        assert (code, out.count("would be accepted with a new checksum")) == (0, 2)
     assert _jobd(capsys, "doctor", "--store", str(copy), "--accept", "--all", "--yes")[:2] == (
         0,
         "no job is in quarantine, and no row is damaged\n",

@@ -500,7 +500,7 @@ class MemoryStorage(JobStorage):
             if reason is not None or (seq not in self.payloads and seq not in new):
                 job = after.get(seq) or self.jobs.get(seq)
                 name = job.id if job else self.aside.get(seq, f"seq {seq}")
-                bad[name] = reason or "its payload is missing"
+                bad[name] = reason or "the payload is missing"
         if bad:
             raise BadRows(bad)
 

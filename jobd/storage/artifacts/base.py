@@ -1,7 +1,6 @@
-"""Stored results: what a store of artifacts has to do, and whose an object is that lies under the key of a deleted job.
+"""The interface of artifact stores, and which objects of deleted jobs may be deleted.
 
-Touches none itself: directories are in artifact_files.py, buckets in artifact_s3.py. What is deleted when is the matter
-of sweeper.py.
+`filesystem.py` and `s3.py` implement it. `maintenance/artifact_sweeper.py` decides when to delete.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ Judge = Callable[[int], Verdict]  # of the time at which an object was last modi
 
 
 class Margins(Struct, frozen=True):
-    """Who stores an object names it within the hour: a younger one may be that of a job that is about to.
+    """Tolerances of the sweeper.
 
-    `skew_ms`: by how much the clock of a store may differ from ours; S3 itself allows no more.
+    An object younger than `young_ms` may belong to a job that has not named it yet. `skew_ms` is the largest expected
+    difference between the clocks of the artifact store and the daemon; S3 rejects requests beyond it.
     """
 
     young_ms: int = HOUR_MS
@@ -33,53 +33,53 @@ PIECE_BYTES: Final = 256 << 10  # read in one go
 
 
 class ArtifactStoreError(Exception):
-    """The store could not do it, now; the text is a sentence for the operator, and has no secret in it."""
+    """The artifact store failed. The message is for operators and contains no secret."""
 
 
 class Deletion(Struct, frozen=True):
-    """What came of a deletion. `missing`: nothing is there. `left`: it is not ours to delete, and `why`."""
+    """The result of a deletion. `missing`: there is no object. `left`: it must not be deleted, because of `why`."""
 
     what: Literal["deleted", "missing", "young", "left"]
     why: str = ""
-    modified_at: int = 0  # of a young one, Unix ms
+    modified_at: int = 0  # of a young object, Unix ms
 
 
 class ArtifactReader(Protocol):
-    """An object on its way out: `size` bytes, the same object to the end, whoever puts another in its place."""
+    """Reads one object of `size` bytes, even if another object replaces it meanwhile."""
 
     size: int
 
     async def more(self) -> bytes:
-        """The next piece, nothing at the end. Raises StoreFault, also where the object ends before its size."""
+        """Return the next piece, empty at the end. Raises ArtifactStoreError, also if the object is too short."""
 
     def close(self) -> None:
-        """No more of it is wanted. Does not wait."""
+        """Stop reading. Does not wait."""
 
 
 class ArtifactStore(Protocol):
-    """Where the objects are. A call that takes too long may be cancelled, and does no harm if it still takes effect."""
+    """A store of objects. A call may be cancelled; it does no harm if it still takes effect."""
 
-    place: str  # for people
+    place: str  # a directory or URL, for messages
 
     async def open(self, key: str) -> ArtifactReader | None:
-        """The object under `key`, to be read; None where nothing lies there. Raises StoreFault."""
+        """Open the object `key` for reading; None if there is none. Raises ArtifactStoreError."""
 
     async def delete(self, key: str, judge: Judge) -> Deletion:
-        """Delete the object under `key` if `judge` says so, and no other that comes there meanwhile.
+        """Delete the object `key` if `judge` agrees, but not an object that replaces it meanwhile.
 
-        When this returns the deletion outlives a power cut. Raises StoreFault.
+        The deletion is durable when this returns. Raises ArtifactStoreError.
         """
 
     async def probe(self) -> None:
-        """Write an object, read it back, delete it. Raises StoreFault."""
+        """Write an object, read it back, delete it. Raises ArtifactStoreError."""
 
     async def close(self) -> None: ...
 
 
 def judge(tombstone: Tombstone, margins: Margins, now: int, modified_at: int) -> Verdict:
-    """Whether an object that was last modified then goes with the deleted job.
+    """Decide whether to delete the object of a deleted job, by the time at which the object was last modified.
 
-    Written after the deletion, it is another's. Written lately, it may be that of a job which has not named it yet.
+    An object written after the deletion belongs to another job. A recent one may belong to a job that has not named it.
     """
     if modified_at > tombstone.at + margins.skew_ms:
         return "leave"

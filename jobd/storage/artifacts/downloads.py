@@ -11,15 +11,14 @@ import structlog
 from jobd.model.errors import api_error
 from jobd.storage.artifacts.base import ArtifactReader, ArtifactStore, ArtifactStoreError
 
-CALL_S: Final = 10.0  # for one piece from the store
+CALL_S: Final = 10.0  # for one piece from the artifact store
 CLOSING_S: Final = 1.0  # for the last pieces when the daemon stops
-
 
 log = structlog.get_logger("jobd.artifacts")
 
 
 class Downloads:
-    """Where downloads begin, at most `most` at a time. `store`: None where none is set up."""
+    """Starts downloads, at most `most` at a time. `store` is None if artifacts.url is not set."""
 
     def __init__(self, store: ArtifactStore | None, most: int) -> None:
         self._store = store
@@ -32,34 +31,34 @@ class Downloads:
         return self._store is not None
 
     async def begin(self, key: str, cut: Callable[[], None]) -> Download:
-        """The object under `key`. `cut` ends the connection of one who does not read. Raises Refused."""
+        """Start to download the object `key`. `cut` closes the connection of a slow client. Raises ApiException."""
         if self._store is None:
-            message = "No store of artifacts is set up here, so there is nothing to download: see artifacts.url."
+            message = "This daemon has no artifact store, so there is nothing to download: see artifacts.url."
             raise api_error("not_found", message)
         if self._is_closed:
-            raise api_error("shutting_down", "The daemon is stopping; ask again in a moment.")
+            raise api_error("shutting_down", "The daemon is stopping; try again in a moment.")
         if len(self._open) >= self._most:
-            message = f"{self._most} downloads are under way (limits.downloads); try again in a moment."
+            message = f"{self._most} downloads are in progress (limits.downloads); try again in a moment."
             raise api_error("overloaded", message)
-        download = Download(self._open, cut)  # its place is taken while it is looked for
+        download = Download(self._open, cut)  # counts while the object is opened
         try:
             async with asyncio.timeout(CALL_S):
                 reading = await self._store.open(key)
         except (ArtifactStoreError, TimeoutError) as fault:
             download.leave()
-            log.warning("artifact_not_read", key=key, error=str(fault) or f"no answer within {CALL_S:g} s")
-            raise api_error("storage_unavailable", "The store of artifacts cannot be read now; try again.") from fault
+            log.warning("artifact_not_read", key=key, error=str(fault) or f"no response within {CALL_S:g} s")
+            raise api_error("storage_unavailable", "The artifact store cannot be read now; try again.") from fault
         except BaseException:
             download.leave()
             raise
         if reading is None:
             download.leave()
-            raise api_error("not_found", f"Nothing lies in the store of artifacts under {key!r} (any more).")
+            raise api_error("not_found", f"The artifact store has no object {key!r} (any more).")
         download.take(reading)
         return download
 
     def close(self) -> None:
-        """No new ones. Those under way may end; whoever takes longer is cut off soon."""
+        """Reject new downloads, and cut the running ones after CLOSING_S."""
         self._is_closed = True
         if self._open:
             asyncio.get_running_loop().call_later(CLOSING_S, self._cut_all)
@@ -70,7 +69,7 @@ class Downloads:
 
 
 class Download:
-    """One that is under way, among the others of `places`."""
+    """A download in progress. It is in `places` until `leave`."""
 
     def __init__(self, places: set[Download], cut: Callable[[], None]) -> None:
         self.size = 0

@@ -1,6 +1,6 @@
-"""Artifacts in a directory: read and deleted by name, never followed out of it.
+"""Artifacts in a directory. Paths never lead out of it.
 
-Touches the file system in a thread of its own, one call after the other, so that a mount that hangs holds nobody up.
+One thread makes all file system calls, so that a hanging mount blocks nothing else.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from jobd.storage.artifacts.base import PIECE_BYTES, ArtifactStoreError, Deletio
 
 T = TypeVar("T")
 Undo = Callable[[Any], None]
-# Who waits (None: nobody), what is done, and what becomes of its result where nobody waits any more.
+# The future of the caller (or None), the work, and an undo for its result if the caller was cancelled.
 Calls = SimpleQueue[tuple[asyncio.Future[Any] | None, Callable[[], Any], Undo] | None]
 
-WAITING: Final = 100  # calls for which the thread has had no time yet
+WAITING: Final = 100  # calls in the queue of the thread
 
-# No symbolic link is followed on the way to an object: whoever may write into the directory could lead us out of it.
+# Symbolic links are not followed, because a user with write access to the directory could lead out of it.
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_OBJECT: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe there must not hold us up
+_OBJECT: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe must not block
 _PROBE: Final = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -39,14 +39,14 @@ def _nothing(_: object) -> None:
 
 
 class FileArtifactStore:
-    """The store of `file:///DIRECTORY`; a key is a path in it. In a directory of `own_places` no file is touched."""
+    """The artifact store of `file:///DIRECTORY`. Keys are paths in it. Files in `own_places` are never touched."""
 
     def __init__(self, directory: str, owner: str, own_places: Iterable[str] = ()) -> None:
         self.place = directory
         self._own_places = tuple(own_places)
         self._probe_name = f".jobd-probe-{owner}"
         self._calls: Calls = SimpleQueue()
-        # Not of a pool: the interpreter waits for those threads at its end, and one that hangs would never let it go.
+        # Not from a pool: the interpreter waits for pool threads when it exits, and this one may hang.
         self._thread = threading.Thread(target=_work, args=(self._calls,), name="artifacts", daemon=True)
 
     async def open(self, key: str) -> FileReader | None:
@@ -60,24 +60,24 @@ class FileArtifactStore:
         await self.ask(self._probe)
 
     async def close(self) -> None:
-        """Waits for nothing: the thread ends when it comes to it, or with the process."""
+        """Ask the thread to end. Does not wait."""
         self._calls.put(None)
 
     async def read(self, handle: int) -> bytes:
-        """The next piece of an open file."""
+        """Return the next piece of an open file."""
         return await self.ask(lambda: os.read(handle, PIECE_BYTES))
 
     def shut(self, handle: int) -> None:
-        """Close an open file after what is still being read of it."""
+        """Close an open file after pending reads."""
         self._calls.put((None, partial(os.close, handle), _nothing))
 
     async def ask(self, work: Callable[[], T], undo: Callable[[T], None] = _nothing) -> T:
-        """`work`, done in the thread. Raises what it raises, and StoreFault for an OSError or where too much waits.
+        """Run `work` in the thread. Raises its errors, and ArtifactStoreError for an OSError or a full queue.
 
-        Where nobody waits any more for what it gives, `undo` gets that.
+        If the caller was cancelled, `undo` gets the result.
         """
         if self._calls.qsize() >= WAITING:
-            raise ArtifactStoreError(f"{self.place} has not answered: {WAITING} calls wait for it already.")
+            raise ArtifactStoreError(f"{self.place} does not respond: {WAITING} calls are waiting.")
         if self._thread.ident is None:
             self._thread.start()
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -90,7 +90,7 @@ class FileArtifactStore:
     # -- in the thread ------------------------------------------------------------------------------------------------
 
     def _open(self, key: str) -> tuple[int, int] | None:
-        """An open file and its size; None where the key names none."""
+        """Open a file. Return its handle and size; None if there is no file `key`."""
         *folders, name = key.split("/")
         if _is_invalid_name(folders, name):
             return None
@@ -103,7 +103,7 @@ class FileArtifactStore:
             self._check_root()
             return None
         except OSError as error:
-            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO):  # no name, a link, a socket
+            if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO):  # not a valid name, a link, a socket
                 return None
             raise ArtifactStoreError(f"{self.place}/{key}: {error.strerror}") from error
         found = os.fstat(handle)
@@ -115,11 +115,11 @@ class FileArtifactStore:
     def _delete(self, key: str, judge: Judge) -> Deletion:
         *folders, name = key.split("/")
         if _is_invalid_name(folders, name):
-            return Deletion("left", "such a key names no file in the directory")
+            return Deletion("left", "the key is not a valid file name")
         try:
             with self._opened(folders) as folder:
                 if self._is_own(folder):
-                    return Deletion("left", "the daemon's own files lie there")
+                    return Deletion("left", "the directory has files of the daemon")
                 return _delete_in(folder, name, judge)
         except FileNotFoundError:
             self._check_root()
@@ -131,8 +131,8 @@ class FileArtifactStore:
 
     @contextlib.contextmanager
     def _opened(self, folders: list[str]) -> Iterator[int]:
-        """The directory that the folders lead to. Raises FileNotFoundError where there is none, or StoreFault."""
-        folder = os.open(self.place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # may be a link, by the operator
+        """Yield the handle of a directory in the store. Raises FileNotFoundError or ArtifactStoreError."""
+        folder = os.open(self.place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # the operator may use a link here
         try:
             for name in folders:
                 try:
@@ -141,9 +141,11 @@ class FileArtifactStore:
                     if error.errno not in (errno.ENOTDIR, errno.ELOOP):
                         raise
                     if not stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
-                        raise FileNotFoundError(name) from error  # a file: nothing lies under it
+                        raise FileNotFoundError(name) from error  # a file, not a directory
                     way = "/".join(folders)
-                    told = f"{self.place}/{way}: {name} is a symbolic link, which is not followed; mount it there"
+                    told = (
+                        f"{self.place}/{way}: {name} is a symbolic link, which jobd does not follow; use a bind mount"
+                    )
                     raise ArtifactStoreError(told) from error
                 os.close(folder)
                 folder = inner
@@ -152,7 +154,7 @@ class FileArtifactStore:
             os.close(folder)
 
     def _is_own(self, folder: int) -> bool:
-        """Whether the daemon's own files lie there: by a bind mount, say, which no name betrays."""
+        """Return whether the directory has files of the daemon, also through a bind mount."""
         place = os.fstat(folder)
         for path in self._own_places:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -161,9 +163,9 @@ class FileArtifactStore:
         return False
 
     def _check_root(self) -> None:
-        """A directory that is not there, or not mounted, is a fault: it does not mean that its objects are gone."""
+        """Raise ArtifactStoreError if the directory is missing or not mounted: its objects may still exist."""
         if not Path(self.place).is_dir():
-            raise ArtifactStoreError(f"{self.place} is no directory. Make it, or change artifacts.url.")
+            raise ArtifactStoreError(f"{self.place} is not a directory. Create it, or change artifacts.url.")
 
     def _probe(self) -> None:
         fault = directory_fault(self.place)
@@ -180,11 +182,11 @@ class FileArtifactStore:
                 os.close(probe)
                 os.unlink(self._probe_name, dir_fd=folder)
         if read != value:
-            raise ArtifactStoreError(f"{self.place}: a probe read back something else than it had written.")
+            raise ArtifactStoreError(f"{self.place}: a probe read back a value that differs from the one it wrote.")
 
 
 def _is_invalid_name(folders: list[str], name: str) -> bool:
-    """No API takes such keys; hands do."""
+    """Return whether the path is invalid. The API rejects such keys, but edited rows may have them."""
     return any(part in ("", ".", "..") or "\0" in part for part in (*folders, name))
 
 
@@ -194,7 +196,7 @@ def _close(opened: tuple[int, int] | None) -> None:
 
 
 class FileReader:
-    """An open file that is read as far as it was long when it was opened."""
+    """Reads an open file up to the size that it had when it was opened."""
 
     def __init__(self, store: FileArtifactStore, handle: int, size: int) -> None:
         self.size = size
@@ -216,7 +218,7 @@ class FileReader:
 
 
 def _work(asked: Calls) -> None:
-    """What the thread does: one call after the other, until there is None."""
+    """Run calls one after the other, until None. The target of the thread."""
     while (call := asked.get()) is not None:
         future, work, undo = call
         if future is not None and future.cancelled():
@@ -231,7 +233,7 @@ def _work(asked: Calls) -> None:
         if future.cancelled():
             undo(result)
         else:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the process is about to end
+            with contextlib.suppress(RuntimeError):  # the loop is closed because the process ends
                 future.get_loop().call_soon_threadsafe(_settle, asked, future, result, error, undo)
 
 
@@ -246,21 +248,21 @@ def _settle(asked: Calls, future: asyncio.Future[Any], result: Any, error: BaseE
 
 
 def _delete_in(folder: int, name: str, judge: Judge) -> Deletion:
-    """Delete a file that was looked at, and no other: one that takes its place meanwhile is put back.
+    """Delete a file that was judged, but no file that replaces it meanwhile.
 
-    `unlink` takes whatever has the name by then. So the name is moved aside first, which nobody else does, and what was
-    moved is looked at again. A crash in between leaves it aside, under a name that the next try knows.
+    `unlink` deletes any file that has the name by then. So this renames the file to a name that no other program uses,
+    and compares it again. A crash in between leaves the renamed file, which the next attempt finds.
     """
     aside = f".jobd-gone-{blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
     _recover(folder, name, aside, judge)
     found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if stat.S_ISDIR(found.st_mode):
         return Deletion("left", "it is a directory")
-    # The second is set by the system alone: a copy that keeps the old time of its source is new all the same.
+    # Only the system sets ctime: a copy that keeps the mtime of its source is still new.
     modified_at = max(found.st_mtime_ns, found.st_ctime_ns) // 1_000_000
     verdict = judge(modified_at)
     if verdict != "delete":
-        why = "it was written after the job had been deleted" if verdict == "leave" else ""
+        why = "it was written after the job was deleted" if verdict == "leave" else ""
         return Deletion("left" if verdict == "leave" else "young", why, modified_at)
     os.rename(name, aside, src_dir_fd=folder, dst_dir_fd=folder)
     if _identity(os.stat(aside, dir_fd=folder, follow_symlinks=False)) != _identity(found):
@@ -276,12 +278,12 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
 
 
 def _recover(folder: int, name: str, aside: str, judge: Judge) -> None:
-    """What a crash has left aside goes on its way: it was judged, but perhaps it was not what had been judged."""
+    """Judge a renamed file again that a crash has left, because it may not be the file that was judged."""
     try:
         found = os.stat(aside, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return
-    if judge(found.st_mtime_ns // 1_000_000) == "delete":  # moving it has changed its other time
+    if judge(found.st_mtime_ns // 1_000_000) == "delete":  # the rename has changed its ctime
         os.unlink(aside, dir_fd=folder)
     else:
         _put_back(folder, name, aside)
@@ -289,21 +291,21 @@ def _recover(folder: int, name: str, aside: str, judge: Judge) -> None:
 
 
 def _put_back(folder: int, name: str, aside: str) -> None:
-    with contextlib.suppress(FileExistsError):  # one that is newer still
+    with contextlib.suppress(FileExistsError):  # a newer file took the name
         os.link(aside, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
     os.unlink(aside, dir_fd=folder)
 
 
 def directory_fault(directory: str) -> str | None:
-    """Why artifacts cannot be kept in `directory`, or None. Touches the file system: call it off the event loop."""
+    """Return why `directory` cannot store artifacts, or None. Blocks: do not call it on the event loop."""
     try:
         if not Path(directory).is_dir():
-            return f"{directory} is no directory. Make it, or change artifacts.url."
+            return f"{directory} is not a directory. Create it, or change artifacts.url."
         if not os.access(directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-            return f"{directory} cannot be written to. Give the daemon's user the right to."
+            return f"{directory} is not writable. Give the daemon's user write permission."
         usage = os.statvfs(directory)
     except OSError as error:
-        return f"{directory} cannot be looked at ({error.strerror}). Give the daemon's user the right to."
+        return f"{directory} is not accessible ({error.strerror}). Give the daemon's user permission."
     if usage.f_bavail == 0 or (usage.f_files and usage.f_favail == 0):
         return f"{directory} is full. Free some space."
     return None

@@ -1,6 +1,6 @@
-"""Artifacts in a bucket of S3 or what speaks like it, by the extra `s3` (obstore): endpoint and keys from AWS_*.
+"""Artifacts in a bucket of S3 or a compatible store, with obstore (extra `s3`): endpoint and keys from AWS_*.
 
-Imported only where artifacts.url names a bucket. No key, token or signature is in a message.
+Imported only if artifacts.url names a bucket. Messages contain no key, token or signature.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from jobd.storage.artifacts.base import ArtifactStoreError, Deletion, Judge
 
 T = TypeVar("T")
 
-CALL_S: Final = 8.0  # for one request with all its tries
-PIECE_BYTES: Final = 1 << 20  # read by one request
+CALL_S: Final = 8.0  # per request, with its retries
+PIECE_BYTES: Final = 1 << 20  # per request
 _RETRIES: Final[Any] = {"max_retries": 2, "retry_timeout": timedelta(seconds=CALL_S)}
 _SIGNED_FOR: Final = timedelta(minutes=5)
 _CHANGED: Final = (409, 412)
 SHOWN: Final = 200
-MAX_NAME_BYTES: Final = 1024  # of an object, with the prefix
+MAX_NAME_BYTES: Final = 1024  # of an object key, with the prefix
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _CODE: Final = re.compile(r"<Code>(\w+)</Code>")
 
 
 class S3ArtifactStore:
-    """The store of `s3://BUCKET/PREFIX`; a key is what comes after the prefix."""
+    """The artifact store of `s3://BUCKET/PREFIX`. Keys are relative to the prefix."""
 
     def __init__(self, bucket: str, prefix: str, owner: str) -> None:
         self.place = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
         try:
             self._store = S3Store(bucket, prefix=prefix or None, retry_config=_RETRIES, client_options=_client())
-        except (BaseError, ValueError) as error:  # of what AWS_* says
+        except (BaseError, ValueError) as error:  # in AWS_*
             raise ArtifactStoreError(f"{self.place}: {_words(error)}") from error
         self._prefix = f"{prefix}/" if prefix else ""
         self._probe_name = f".jobd-probe-{owner}"
@@ -58,16 +58,16 @@ class S3ArtifactStore:
         return S3Reader(self, key, found["size"], found["e_tag"])
 
     async def read_range(self, key: str, e_tag: str | None, start: int, end: int) -> bytes:
-        """Bytes of the object if it is still the one of that tag. Raises StoreFault."""
+        """Read bytes of the object if it still has this tag. Raises ArtifactStoreError."""
         options: Any = {"range": (start, end)} | ({} if e_tag is None else {"if_match": e_tag})
         try:
             return await self._call(self._read(key, options))
         except FileNotFoundError as error:
-            raise ArtifactStoreError(f"{self.place}: an object went while it was read.") from error
+            raise ArtifactStoreError(f"{self.place}: an object was deleted while it was read.") from error
 
     async def delete(self, key: str, judge: Judge) -> Deletion:
         if not self._can_name(key):
-            return Deletion("left", "such a key names no object that can be asked for")
+            return Deletion("left", "the key is not a valid object name")
         while True:
             try:
                 found = await self._call(obstore.head_async(self._store, key))
@@ -77,14 +77,14 @@ class S3ArtifactStore:
             modified_at = round(found["last_modified"].timestamp() * 1000)
             verdict = judge(modified_at)
             if verdict == "leave":
-                return Deletion("left", "it was written after the job had been deleted", modified_at)
+                return Deletion("left", "it was written after the job was deleted", modified_at)
             if verdict == "wait":
                 return Deletion("young", "", modified_at)
             if await self._delete(key, found["e_tag"]):
                 return Deletion("deleted")
 
     def _can_name(self, key: str) -> bool:
-        """Whether there can be an object of that name, by S3's rules and those of the library."""
+        """Return whether S3 and obstore allow an object of this name."""
         is_long = len(self._prefix.encode()) + len(key.encode(errors="replace")) > MAX_NAME_BYTES
         return not is_long and not _CONTROL.search(key) and {"", ".", ".."}.isdisjoint(key.split("/"))
 
@@ -97,20 +97,20 @@ class S3ArtifactStore:
         except FileNotFoundError as error:
             raise ArtifactStoreError(f"{self.place}: {_words(error)}") from error
         if read != value:
-            raise ArtifactStoreError(f"{self.place}: a probe read back something else than it had written.")
+            raise ArtifactStoreError(f"{self.place}: a probe read back a value that differs from the one it wrote.")
 
     async def close(self) -> None:
         if self._http is not None:
             await self._http.close()
 
     async def _check_bucket(self, key: str) -> None:
-        """Where there is no bucket, that does not mean that its objects are gone. The answer to HEAD does not tell."""
+        """Raise ArtifactStoreError if the bucket does not exist, which the response to HEAD does not say."""
         try:
             await self._call(self._read(key))
         except FileNotFoundError as error:
             if "NoSuchBucket" in str(error):
                 raise ArtifactStoreError(
-                    f"{self.place}: there is no such bucket. Make it, or change artifacts.url."
+                    f"{self.place}: the bucket does not exist. Create it, or change artifacts.url."
                 ) from error
 
     async def _read(self, name: str, options: Any = None) -> bytes:
@@ -118,10 +118,10 @@ class S3ArtifactStore:
         return bytes(await found.bytes_async())
 
     async def _delete(self, key: str, e_tag: str | None) -> bool:
-        """Delete the object if it is still the one of that tag; whether it was.
+        """Delete the object if it still has this tag. Return whether it had.
 
-        obstore deletes without conditions, so it only signs this request. A store that knows no condition here deletes
-        all the same: there, and only there, an object that comes in between the two requests goes with the old one.
+        obstore cannot delete with a condition, so it only signs this request. A store that ignores the condition also
+        deletes an object that arrives between the two requests.
         """
         condition = {} if e_tag is None else {"If-Match": e_tag}
         url = await self._call(obstore.sign_async(self._store, "DELETE", key, _SIGNED_FOR))
@@ -156,7 +156,7 @@ class S3ArtifactStore:
 
 
 class S3Reader:
-    """An object that is read in ranges: a slow reader holds no connection to the bucket, and no request takes long."""
+    """Reads an object in ranges, so that a slow client holds no connection to the bucket."""
 
     def __init__(self, store: S3ArtifactStore, key: str, size: int, e_tag: str | None) -> None:
         self.size = size
@@ -180,15 +180,15 @@ class S3Reader:
 
 
 def _client() -> Any:
-    """How requests are sent. What is given here stands in the place of what obstore itself reads of the environment."""
+    """Return options for the HTTP client, which replace those that obstore reads from the environment."""
     allow_http = os.environ.get("AWS_ALLOW_HTTP", "").lower() in ("1", "true")
     times = {"timeout": timedelta(seconds=CALL_S), "connect_timeout": timedelta(seconds=3)}
     return {**times, "allow_http": allow_http}
 
 
 def _words(error: Exception) -> str:
-    """What a person needs of an error: no address with its signature, no whole document."""
-    line = str(error).partition("\n")[0] or f"no answer within {CALL_S:g} s"
+    """Shorten an error for a message: without a signed URL or a whole document."""
+    line = str(error).partition("\n")[0] or f"no response within {CALL_S:g} s"
     said = line.partition(" - ")[2] or line
     code = _CODE.search(said)
     said = said.partition(": <")[0] + (f" ({code[1]})" if code else "")

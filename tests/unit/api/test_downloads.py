@@ -95,7 +95,7 @@ async def test_what_is_not_there_is_refused_in_words(house: HttpHarness, place: 
     with capture_logs() as logs:
         heard = await house.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error) == (503, "storage_unavailable")
-    assert "is no directory" in str(logs[0])
+    assert "is not a directory" in str(logs[0])
     house.services.downloads = Downloads(None, MOST)
     heard = await house.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error, "artifacts.url" in heard.json["message"]) == (404, "not_found", True)

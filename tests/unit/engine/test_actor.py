@@ -1934,7 +1934,7 @@ async def test_bad_rows_of_jobs_that_nobody_knows_end_everything() -> None:
     """Nothing could be set aside, so deciding again would come to the same, for ever."""
     house = VirtualEngine()
     running = begin(house.actor.run())
-    house.disk.write_errors.append(BadRows({"seq 7": "its payload is missing"}))
+    house.disk.write_errors.append(BadRows({"seq 7": "the payload is missing"}))
     assert (await house.no(Create())).code == "outcome_unknown"
     await broken(house, running)
 
@@ -1944,7 +1944,7 @@ async def test_bad_rows_that_were_set_aside_already_are_no_harm() -> None:
     async with household() as house:
         await house.yes(Create(id="a"))
         house.disk.bad_jobs["a"] = "checksum"
-        house.disk.write_errors.append(BadRows({"a": "its payload is bad"}))
+        house.disk.write_errors.append(BadRows({"a": "the payload is damaged"}))
         # Taking the batch back reads the row, finds it bad and sets it aside.
         assert (await house.no(Start(id="a", worker="w"))).code == "job_quarantined"
 

@@ -281,14 +281,14 @@ async def test_damage_is_named_with_its_mend() -> None:
         disk.put(row(number + 1, f"job-{number}"))
         disk.bad_jobs[f"job-{number}"] = "its checksum is wrong"
     async with VirtualEngine(disk) as house:
-        later = [["keys k: the row was set aside"], ["keys k: the row was set aside"]]
+        later = [["keys k: the row was quarantined"], ["keys k: the row was quarantined"]]
         health = health_of(house, ["2 jobs have vanished"], lambda: later.pop() if later else [])
         for _ in range(3):
             view = await health.view()
             assert view.status == view.database.status == "degraded"
             assert view.database.message == (
                 "Jobs in quarantine: job-0, job-1, job-2, job-3, job-4 and 2 more. "
-                "Damage: 2 jobs have vanished; keys k: the row was set aside. Run: jobd doctor"
+                "Damage: 2 jobs have vanished; keys k: the row was quarantined. Run: jobd doctor"
             )
             await seconds(MAX_AGE_S)
 
@@ -450,7 +450,7 @@ async def test_the_artifact_store_is_measured(tmp_path: Path) -> None:
     async with VirtualEngine() as house:
         view = await health_of(house, artifacts=store).view()
         assert view.status == view.storage.status == "unhealthy"
-        assert view.storage.message == f"{place} is no directory. Make it, or change artifacts.url."
+        assert view.storage.message == f"{place} is not a directory. Create it, or change artifacts.url."
         place.mkdir()
         again = await health_of(house, artifacts=store).view()
         assert again.storage.status == "healthy"

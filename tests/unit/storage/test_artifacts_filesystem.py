@@ -120,7 +120,7 @@ async def test_no_file_goes_that_lies_with_the_daemons_own(tmp_path: Path, place
     (tmp_path / "by-name").symlink_to(place / "state")
     store = FileArtifactStore(str(place), "test", [str(tmp_path / "none"), str(tmp_path / "by-name")])
     outcome = await store.delete("state/jobd.db", yes)
-    assert outcome == Deletion("left", "the daemon's own files lie there")
+    assert outcome == Deletion("left", "the directory has files of the daemon")
     assert own.exists()
     assert await store.open("state/jobd.db") is None
     assert await store.delete("k", yes) == Deletion("deleted")
@@ -129,10 +129,10 @@ async def test_no_file_goes_that_lies_with_the_daemons_own(tmp_path: Path, place
 
 HANGS: Final = """
 import asyncio, sys
-from jobd.storage.artifacts.filesystem import FileStore
+from jobd.storage.artifacts.filesystem import FileArtifactStore
 
 async def main():
-    store = FileStore(sys.argv[1], "test")
+    store = FileArtifactStore(sys.argv[1], "test")
     try:
         async with asyncio.timeout(0.2):
             await store.ask(lambda: open(sys.argv[2]).read())
@@ -158,7 +158,7 @@ async def test_a_mount_that_hangs_makes_no_queue_without_an_end(store: FileArtif
     await asyncio.sleep(0.01)
     waiting = [asyncio.ensure_future(store.probe()) for _ in range(WAITING)]
     await asyncio.sleep(0)
-    with pytest.raises(ArtifactStoreError, match="has not answered: 100 calls wait for it already"):
+    with pytest.raises(ArtifactStoreError, match="does not respond: 100 calls are waiting"):
         await store.probe()
     waiting[0].cancel()
     goes_on.set()
@@ -179,7 +179,7 @@ async def test_a_symbolic_link_on_the_way_is_not_followed(
     (place / "deep").mkdir()
     (place / "deep/way").symlink_to("../../outside")
     for key in ("way/secret", "deep/way/secret"):
-        with pytest.raises(ArtifactStoreError, match="way is a symbolic link, which is not followed"):
+        with pytest.raises(ArtifactStoreError, match="way is a symbolic link, which jobd does not follow"):
             await store.delete(key, yes)
     assert outside.read_text() == "result"
 
@@ -257,7 +257,7 @@ async def test_what_comes_while_another_is_put_back_stays(
 
 KILLED = """
 import asyncio, os, signal, sys
-from jobd.storage.artifacts.filesystem import FileStore
+from jobd.storage.artifacts.filesystem import FileArtifactStore
 
 call, place, new = sys.argv[1:]
 real = getattr(os, call)
@@ -270,7 +270,7 @@ def die(*args, **named):
     os.kill(os.getpid(), signal.SIGKILL)
 
 setattr(os, call, die)
-asyncio.run(FileStore(place, "test").delete("folder/k", lambda modified_at: "delete"))
+asyncio.run(FileArtifactStore(place, "test").delete("folder/k", lambda modified_at: "delete"))
 """
 
 
@@ -334,7 +334,7 @@ async def test_a_deletion_outlives_a_power_cut(
 
 async def test_a_directory_that_is_not_there_is_a_fault_and_no_deletion(place: Path, store: FileArtifactStore) -> None:
     place.rmdir()
-    with pytest.raises(ArtifactStoreError, match="is no directory"):
+    with pytest.raises(ArtifactStoreError, match="is not a directory"):
         await store.delete("k", yes)
     place.write_text("a file")
     with pytest.raises(ArtifactStoreError, match="Not a directory"):
@@ -399,14 +399,14 @@ async def test_a_probe_that_reads_something_else_is_a_fault(
     place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "pread", lambda *_: b"something else")
-    with pytest.raises(ArtifactStoreError, match="something else"):
+    with pytest.raises(ArtifactStoreError, match="differs from the one"):
         await store.probe()
     assert list(place.iterdir()) == []
 
 
 async def test_a_probe_names_what_is_wrong_with_the_directory(place: Path, store: FileArtifactStore) -> None:
     place.rmdir()
-    with pytest.raises(ArtifactStoreError, match=r"is no directory. Make it, or change artifacts.url."):
+    with pytest.raises(ArtifactStoreError, match=r"is not a directory. Create it, or change artifacts.url."):
         await store.probe()
 
 
@@ -421,9 +421,9 @@ async def test_a_probe_is_no_way_out(tmp_path: Path, place: Path, store: FileArt
 def test_where_artifacts_can_be_kept(tmp_path: Path) -> None:
     assert directory_fault(str(tmp_path)) is None
     missing = tmp_path / "none"
-    assert directory_fault(str(missing)) == f"{missing} is no directory. Make it, or change artifacts.url."
+    assert directory_fault(str(missing)) == f"{missing} is not a directory. Create it, or change artifacts.url."
     missing.write_text("a file")
-    assert "is no directory" in (directory_fault(str(missing)) or "")
+    assert "is not a directory" in (directory_fault(str(missing)) or "")
 
 
 def test_a_directory_of_others_is_no_place_for_artifacts(tmp_path: Path) -> None:
@@ -434,9 +434,9 @@ def test_a_directory_of_others_is_no_place_for_artifacts(tmp_path: Path) -> None
     if os.geteuid() == 0:
         os.seteuid(nobody)
     try:
-        assert "cannot be written to" in (directory_fault("/") or "")
+        assert "is not writable" in (directory_fault("/") or "")
         if os.geteuid() == nobody:
-            assert "cannot be looked at (Permission denied)" in (directory_fault(str(inside)) or "")
+            assert "is not accessible (Permission denied)" in (directory_fault(str(inside)) or "")
     finally:
         if os.getuid() == 0:
             os.seteuid(0)
@@ -500,7 +500,7 @@ async def test_nobody_is_led_out_to_read(place: Path, store: FileArtifactStore, 
 
 async def test_a_directory_that_is_away_is_a_fault_of_reading_too(place: Path, store: FileArtifactStore) -> None:
     place.rmdir()
-    with pytest.raises(ArtifactStoreError, match="no directory"):
+    with pytest.raises(ArtifactStoreError, match="not a directory"):
         await store.open("k")
 
 

@@ -169,7 +169,7 @@ async def test_an_object_that_changes_while_it_is_read_is_a_fault(bucket: Bucket
 
 async def test_a_bucket_that_is_away_cannot_be_read(at: str) -> None:
     store = S3ArtifactStore("no-such-bucket", "", "test")
-    with pytest.raises(ArtifactStoreError, match="no such bucket"):
+    with pytest.raises(ArtifactStoreError, match="bucket does not exist"):
         await store.open("k")
     await store.close()
 
@@ -195,7 +195,7 @@ async def test_a_probe_leaves_nothing(bucket: Bucket, store: S3ArtifactStore) ->
 
 async def test_a_bucket_that_is_not_there_is_a_fault_and_no_deletion(at: str) -> None:
     store = S3ArtifactStore("test-nowhere", "", "test")
-    with pytest.raises(ArtifactStoreError, match="there is no such bucket"):
+    with pytest.raises(ArtifactStoreError, match="the bucket does not exist"):
         await store.delete("k", yes)
     with pytest.raises(ArtifactStoreError, match="404 Not Found"):
         await store.probe()
@@ -262,7 +262,7 @@ async def test_a_server_that_does_not_answer_is_a_fault_in_time(monkeypatch: pyt
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         monkeypatch.setattr(s3, "CALL_S", 0.1)
         store = told_of(monkeypatch, f"http://127.0.0.1:{server.getsockname()[1]}")
-        with pytest.raises(ArtifactStoreError, match=r"no answer within 0.1 s"):
+        with pytest.raises(ArtifactStoreError, match=r"no response within 0.1 s"):
             await store.probe()
         await store.close()
 

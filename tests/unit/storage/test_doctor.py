@@ -118,19 +118,19 @@ async def test_an_older_store_is_to_be_migrated_first(path: str, monkeypatch: py
     ("damage", "where", "what"),
     [
         ("UPDATE meta SET next_job = next_job + 1", "meta", "checksum"),
-        ("UPDATE payloads SET body = X'31' WHERE job_seq = {live}", "job {live_id}", "its payload is bad"),
-        ("DELETE FROM payloads WHERE job_seq = {live}", "job {live_id}", "its payload is missing"),
-        ("DELETE FROM jobs WHERE seq = {live}", "live jobs", "where"),
-        ("DELETE FROM jobs WHERE seq = {live}", "payload {live}", "no such job"),
+        ("UPDATE payloads SET body = X'31' WHERE job_seq = {live}", "job {live_id}", "the payload is damaged"),
+        ("DELETE FROM payloads WHERE job_seq = {live}", "job {live_id}", "the payload is missing"),
+        ("DELETE FROM jobs WHERE seq = {live}", "live jobs", "had been written"),
+        ("DELETE FROM jobs WHERE seq = {live}", "payload {live}", "its job does not exist"),
         ("DELETE FROM jobs WHERE seq = {live}", "job {live_id}", "it was not deleted"),
-        ("DELETE FROM jobs WHERE seq = {done}", "finished jobs", "where"),
-        ("DELETE FROM jobs WHERE seq = {done}", "queue {done_queue}", "where"),
+        ("DELETE FROM jobs WHERE seq = {done}", "finished jobs", "had been written"),
+        ("DELETE FROM jobs WHERE seq = {done}", "queue {done_queue}", "had been written"),
         ("UPDATE events SET by = 'me' WHERE seq = 3", "event 3", "checksum"),
         ("UPDATE keys SET at = 1 WHERE digest = 'd1'", "key d1", "checksum"),
-        ("UPDATE keys SET answer = X'31' WHERE digest = 'd1'", "key d1", "its answer"),
+        ("UPDATE keys SET answer = X'31' WHERE digest = 'd1'", "key d1", "stored response"),
         ("UPDATE queues SET failed = 99 WHERE name = 'video'", "queue video", "checksum"),
         ("UPDATE late_results SET worker = 'me'", "late result {late}", "checksum"),
-        ("DELETE FROM jobs WHERE seq = {live}", "late result {late}", "no such job"),
+        ("DELETE FROM jobs WHERE seq = {live}", "late result {late}", "its job does not exist"),
         ("UPDATE reports SET body = X'31'", "reports 1", "checksum"),
         ("UPDATE figures SET body = X'31'", "figures 1", "checksum"),
         ("UPDATE tombstones SET tries = 9", "tombstones 900", "checksum"),
@@ -211,7 +211,7 @@ async def test_a_tombstone_that_waits_for_long_is_named(path: str) -> None:
         await store.write(maker.batch([], tombstones=buried))
     (problem,) = check(path)
     assert problem.where == "artifact k/1"
-    assert problem.what == "job gone-1 was deleted 3 days ago, and its object not yet; 1 tries have failed"
+    assert problem.what == "job gone-1 was deleted 3 days ago, but its artifact was not (failed attempts: 1)"
     assert "artifacts.url" in problem.mend
     late = Tombstone(-12, "a", "late/1", times[1], times[1], tries=4)
     async with opened(path) as (store, _):
@@ -219,7 +219,9 @@ async def test_a_tombstone_that_waits_for_long_is_named(path: str) -> None:
         await store.write(maker.batch([], tombstones=[late]))
     (problem,) = check(path)
     assert problem.where == "artifact late/1"
-    assert problem.what == "a late result of job a went 3 days ago, and its object not yet; 4 tries have failed"
+    assert (
+        problem.what == "a late result of job a was deleted 3 days ago, but its artifact was not (failed attempts: 4)"
+    )
 
 
 async def test_many_problems_of_one_kind_are_counted(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +246,7 @@ async def test_rows_set_aside_and_files_beside_are_looked_at(path: str) -> None:
     write(f"{path}.epoch", b"rubbish")
     os.chmod(path, 0o644)
     problems = check(path)
-    assert places(problems) == [f"job {job.id}", "keys set aside", "epoch file", path]
+    assert places(problems) == [f"job {job.id}", "keys in quarantine", "epoch file", path]
     assert f"--accept {job.id}" in problems[0].mend
     assert "d1" in problems[1].what
 
@@ -263,7 +265,7 @@ async def test_an_epoch_file_that_does_not_fit_its_database_is_named(
 
     monkeypatch.setattr(os, "stat", of_another)
     older, foreign = check(path)
-    assert older.what == "it has seen epoch 4, the database 1: the database is an older copy"
+    assert older.what == "it has epoch 4 and the database 1, so the database is an older copy"
     assert foreign.what == f"it belongs to user {owner + 1}, the database to user {owner}"
     assert foreign.mend == f"chown --reference {path} {path}.epoch"
     monkeypatch.undo()
@@ -282,7 +284,7 @@ async def test_an_edited_row_is_taken_in_its_place(path: str) -> None:
     with edited(path) as conn:
         conn.execute("UPDATE jobs SET status = 'failed', lock_id = NULL, progress = 50 WHERE seq = ?", (job.seq,))
     assert places(check(path))[0] == f"job {job.id}"
-    assert "was accepted as it is" in accept(path, [job.id])
+    assert "was accepted" in accept(path, [job.id])
     assert check(path) == []
     async with opened(path) as (store, found):
         assert found.faults == []
@@ -347,7 +349,7 @@ async def test_a_job_with_a_bad_payload_comes_back_with_the_mended_one(path: str
         conn.execute("UPDATE payloads SET body = X'7b' WHERE job_seq = ?", (job.seq,))
     async with opened(path) as (store, _):
         assert list((await store.load([], [job.seq], [])).bad) == [job.id]
-    with pytest.raises(RepairRefused, match="its payload is no JSON"):
+    with pytest.raises(RepairRefused, match="the payload is not JSON"):
         accept(path, [job.id])
     with edited(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET payload = CAST('{}' AS BLOB)")
@@ -372,7 +374,7 @@ async def test_a_missing_payload_is_taken_as_null(path: str) -> None:
     ("edit", "message"),
     [
         ("UPDATE jobs SET worker = NULL WHERE seq = {seq}", "worker must not be null"),
-        ("UPDATE jobs SET id = 'no id' WHERE seq = {seq}", "no id of a job"),
+        ("UPDATE jobs SET id = 'no id' WHERE seq = {seq}", "not a valid job id"),
         ("UPDATE jobs SET fencing_token = 1 << 60 WHERE seq = {seq}", "higher than any"),
         ("DELETE FROM jobs WHERE seq = {seq}", "there is no job"),
     ],

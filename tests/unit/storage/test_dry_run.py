@@ -42,14 +42,14 @@ async def test_a_restore_is_told_with_what_it_ends_and_replaces(path: str, copy:
     held = sum(job.status == "processing" for job in maker.jobs.values())
     assert held
     for words in (
-        f"would put {copy} in place as {path}",
-        "it is a database of jobd, whole",
-        "the checksums of all its rows are right",
+        f"would restore {copy} to {path}",
+        "it is a jobd store and its structure is intact",
+        "the checksums of all rows are correct",
         f"it holds {len(maker.jobs)} jobs",
         f"{held} processing",
-        f"being worked on: {held}; their stall rule would end them",
-        "epoch 5 or a later one would begin",
-        f"would be kept beside it, as {path}.",
+        f"processing: {held}; their grants would end by their stall rule",
+        "epoch 5 or later would begin",
+        f"would be kept as {path}.",
     ):
         assert words in told
     backup.restore(copy, path)
@@ -59,7 +59,7 @@ async def test_a_restore_is_told_with_what_it_ends_and_replaces(path: str, copy:
 
 async def test_where_nothing_is_yet_nothing_is_made(path: str, copy: str) -> None:
     await make_store(copy)
-    assert "there is no database now" in dry_run.restore(copy, path)[-1]
+    assert "no database would be replaced" in dry_run.restore(copy, path)[-1]
     assert os.listdir(os.path.dirname(path)) == []
 
 
@@ -69,13 +69,13 @@ async def test_the_epoch_counts_that_only_the_old_store_knows(path: str, copy: s
     with edited(path) as conn:
         migrations.change_meta(conn, epoch=7)
     remove(f"{path}.epoch")
-    assert "epoch 8 or a later one would begin" in "\n".join(dry_run.restore(copy, path))
+    assert "epoch 8 or later would begin" in "\n".join(dry_run.restore(copy, path))
 
 
 async def test_what_cannot_be_read_would_be_kept_as_it_is(path: str, copy: str) -> None:
     await make_store(copy)
     write(path, b"rubbish" * 1_000)
-    assert "what is there cannot be read, and would be kept" in dry_run.restore(copy, path)[-1]
+    assert "the existing file cannot be read, and would be kept" in dry_run.restore(copy, path)[-1]
 
 
 async def test_a_damaged_row_is_named_and_hinders_nothing(path: str, copy: str) -> None:
@@ -83,7 +83,7 @@ async def test_a_damaged_row_is_named_and_hinders_nothing(path: str, copy: str) 
     with edited(copy) as conn:
         conn.execute("UPDATE jobs SET priority = priority + 1")
     told = dry_run.restore(copy, path)
-    assert any("BEWARE" in line and "problems" in line for line in told)
+    assert any("WARNING" in line and "problems" in line for line in told)
     named = [line for line in told if line.startswith("        job ")]
     assert len(named) == min(dry_run.SHOWN, len(maker.jobs))
     assert any(f"jobd doctor --store {copy}" in line for line in told)
@@ -97,13 +97,13 @@ async def test_an_older_file_would_be_migrated(path: str, copy: str, monkeypatch
     assert f"its schema version is {migrations.VERSION - 1}" in told
     for lines in (dry_run.recount(copy), dry_run.accept(copy, ["a"])):
         assert len(lines) == 1
-        assert f"would be made {migrations.VERSION} first" in lines[0]
+        assert f"would first be copied and migrated to {migrations.VERSION}" in lines[0]
 
 
 async def test_a_file_that_a_daemon_writes_is_named(path: str, copy: str) -> None:
     await make_store(copy)
     with files.FileLock(copy):
-        assert any("BEWARE" in line and str(os.getpid()) in line for line in dry_run.restore(copy, path))
+        assert any("WARNING" in line and str(os.getpid()) in line for line in dry_run.restore(copy, path))
 
 
 @pytest.mark.parametrize("what", ["missing", "rubbish", "foreign", "newer", "meta", "page", "epoch", "folder"])
@@ -166,10 +166,10 @@ async def test_what_accept_would_write_is_what_it_writes(path: str) -> None:
     assert {name: kept[0] for name, kept in state(path).items() if not name.endswith(".lock")} == {
         name: kept[0] for name, kept in before.items() if not name.endswith(".lock")
     }
-    assert f"job {job.id}: its row would be accepted as it is" in told
+    assert f"job {job.id}: the row would be accepted" in told
     assert "priority 77" in told
     assert job.grant.lock_id not in told
-    assert "the counts would stay" in told
+    assert "the counts would not change" in told
     doctor.accept(path, [job.id])
     assert doctor.check(path) == []
 
@@ -186,7 +186,7 @@ async def test_from_quarantine_a_job_counts_again(path: str, statuses: frozenset
     with edited(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (queue,))
     told = "\n".join(dry_run.accept(path, [job.id]))
-    assert "its row in quarantine would be accepted" in told
+    assert "the row in quarantine would be accepted" in told
     live = sum(each.status in LIVE for each in maker.jobs.values())
     assert f"the counts would be: {live} live and {len(maker.jobs) - live} finished jobs" in told
     doctor.accept(path, [job.id])
@@ -226,14 +226,14 @@ async def test_a_recount_is_told_with_what_differs(path: str) -> None:
     job = pick(maker, FINISHED)
     told = "\n".join(dry_run.recount(path))
     assert "all indexes would be rebuilt" in told
-    assert "the counts would stay" in told
+    assert "the counts would not change" in told
     with edited(path) as conn:
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
     told = "\n".join(dry_run.recount(path))
     assert "the counts would be: " in told
     assert f"queue {job.options.queue}: " in told
     doctor.recount(path)
-    assert "the counts would stay" in "\n".join(dry_run.recount(path))
+    assert "the counts would not change" in "\n".join(dry_run.recount(path))
 
 
 async def test_rows_that_are_others_are_told_where_the_counts_agree(path: str) -> None:
@@ -241,7 +241,7 @@ async def test_rows_that_are_others_are_told_where_the_counts_agree(path: str) -
     job = pick(maker, LIVE)
     with edited(path) as conn:
         conn.execute("UPDATE jobs SET crc = crc + 1 WHERE seq = ?", (job.seq,))
-    assert "the rows are not those that had been written" in "\n".join(dry_run.recount(path))
+    assert "the rows differ from those that had been written" in "\n".join(dry_run.recount(path))
 
 
 async def test_repairs_are_told_of_no_store_but_an_own_that_nobody_has(path: str) -> None:

@@ -268,7 +268,7 @@ async def test_a_bad_delivery_is_set_aside_and_named_and_holds_up_nobody(path: s
     async with opened(path) as (store, _):
         outbox = await store.open_outbox(["e"], NOW)
         assert outbox.waiting["e"] == bare(made(1), made(3))
-        assert store.take_faults() == ["deliveries 2: its checksum is wrong; the row was set aside"]
+        assert store.take_faults() == ["deliveries 2: its checksum is wrong; the row was quarantined"]
         assert await store.deliveries([1, 2, 3]) == [made(1), made(3)]
         assert store.take_faults() == []
 

@@ -210,7 +210,9 @@ async def test_a_damaged_row_for_which_there_is_no_room_is_moved_later_and_count
         await store.write(maker.batch([created, granted, maker.finish(made(granted))]))
         store.on_quarantined = told.append
         store._connection.raw.execute(f"UPDATE {damage} = 1")
-        reason = "its checksum is wrong" if damage.startswith("jobs") else "its payload is bad: its checksum is wrong"
+        reason = (
+            "its checksum is wrong" if damage.startswith("jobs") else "the payload is damaged: its checksum is wrong"
+        )
         with monkeypatch.context() as patch:
             patch.setattr(quarantine, "_move_job", no_room)
             for _ in range(2):
@@ -325,7 +327,7 @@ async def test_a_bad_payload_that_is_loaded_quarantines_its_job(path: str) -> No
     flip(path, "payloads", "body", "job_seq", job.seq)
     async with opened(path) as (store, _):
         loaded = await store.load([job.id], [job.seq], [])
-        assert loaded == LoadedRows(bad={job.id: "its payload is bad: its checksum is wrong"})
+        assert loaded == LoadedRows(bad={job.id: "the payload is damaged: its checksum is wrong"})
         assert job.seq not in [j.seq for j, _ in (await store.find(JobQuery(limit=200))).jobs]
 
 
@@ -339,10 +341,10 @@ async def test_a_bad_journal_row_is_set_aside_and_named(path: str) -> None:
         assert found.faults == []
         events = await store.timeline(job.seq)
         assert seq not in [event.seq for event in events]
-        assert store.take_faults() == [f"events {seq}: its checksum is wrong; the row was set aside"]
+        assert store.take_faults() == [f"events {seq}: its checksum is wrong; the row was quarantined"]
         assert store.take_faults() == []
     async with opened(path) as (_, found):
-        assert found.faults == ["1 damaged rows of events are set aside: see `jobd doctor`"]
+        assert found.faults == ["damaged rows of events in quarantine: 1; run `jobd doctor`"]
 
 
 async def test_bad_keys_are_set_aside_and_named(path: str) -> None:
@@ -355,9 +357,9 @@ async def test_bad_keys_are_set_aside_and_named(path: str) -> None:
         conn.execute("UPDATE keys SET answer = X'31' WHERE digest = 'd2'")
     async with opened(path) as (store, found):
         assert [key.digest for key in found.keys] == ["d0", "d2", "d3"]
-        assert found.faults[0] == "keys d1: its checksum is wrong; the row was set aside"
+        assert found.faults[0] == "keys d1: its checksum is wrong; the row was quarantined"
         assert list((await store.load([], [], ["d0", "d1", "d2", "d3"])).responses) == ["d0", "d3"]
-        assert "keys d2: the checksum of its answer is wrong; the row was set aside" in store.take_faults()
+        assert "keys d2: the checksum of the stored response is wrong; the row was quarantined" in store.take_faults()
 
 
 async def test_bad_queues_figures_and_reports_are_set_aside_and_counted_anew(path: str) -> None:
@@ -375,7 +377,7 @@ async def test_bad_queues_figures_and_reports_are_set_aside_and_counted_anew(pat
         open_again = replace(maker.queues["video"], paused=False, paused_at=None, paused_by=None)
         assert found.queues == {**maker.queues, "video": open_again}
         assert len(found.faults) == 2
-        assert any("queues video: its checksum is wrong: whether it was paused" in fault for fault in found.faults)
+        assert any("queues video: its checksum is wrong: it may have been paused" in fault for fault in found.faults)
         assert await store.reports(9) == [b"r2"]
 
 
@@ -389,7 +391,7 @@ async def test_a_bad_tombstone_is_set_aside_and_named_and_deletes_nothing(path: 
         assert found.tombstones == 2
         due = await store.due_tombstones(NOW, 9)
         assert due == DueTombstones([(buried[1], False)], damaged=1)
-        assert store.take_faults() == ["tombstones 901: its checksum is wrong; the row was set aside"]
+        assert store.take_faults() == ["tombstones 901: its checksum is wrong; the row was quarantined"]
         assert (await store.due_tombstones(NOW, 9)).damaged == 0
 
 
@@ -401,7 +403,7 @@ async def test_a_bad_row_of_the_audit_log_is_set_aside_and_named(path: str) -> N
     flip(path, "audit", "who", "seq", 2)
     async with opened(path) as (store, _):
         assert (await store.audit(AuditQuery())).found == [(3, deeds[2]), (1, deeds[0])]
-        assert store.take_faults() == ["audit 2: its checksum is wrong; the row was set aside"]
+        assert store.take_faults() == ["audit 2: its checksum is wrong; the row was quarantined"]
         assert len((await store.audit(AuditQuery())).found) == 2
         assert store.take_faults() == []
 
@@ -435,7 +437,7 @@ async def test_a_live_row_that_vanished_is_noticed_at_every_start(path: str) -> 
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
     for _ in range(2):
         async with opened(path) as (store, found):
-            assert f"{live - 1} live jobs were found where {live} had been written" in found.faults
+            assert f"{live - 1} live jobs were found, but {live} had been written" in found.faults
             await store.write(maker.batch([maker.create()]))
             live += 1
 
@@ -450,7 +452,7 @@ async def test_an_older_version_of_a_row_is_noticed(path: str) -> None:
     with edited(path) as conn:
         conn.execute(f"REPLACE INTO jobs VALUES ({', '.join('?' * len(old))})", old)
     async with opened(path) as (_, found):
-        assert "the 1 live jobs are not those that had been written" in found.faults
+        assert "the 1 live jobs differ from those that had been written" in found.faults
 
 
 async def test_a_damaged_index_of_live_jobs_is_rebuilt_at_start(path: str) -> None:
@@ -529,7 +531,7 @@ async def test_a_page_of_jobs_that_cannot_be_read_is_worked_around(path: str) ->
         assert found.faults == []
         assert list((await store.load(["job-100"], [], [])).bad) == ["job-100"]
         assert (await store.load(["job-1"], [], [])).jobs == {"job-1": maker.jobs[1]}
-        assert any("job job-100: its row cannot be read" in fault for fault in store.take_faults())
+        assert any("job job-100: the row cannot be read" in fault for fault in store.take_faults())
         seen: list[int] = []
         query = JobQuery(limit=200)
         while True:
@@ -571,7 +573,7 @@ async def test_a_page_of_payloads_that_cannot_be_read_quarantines_their_jobs(pat
             await store.write(maker.batch([], payloads=[300]))
         loaded = await store.load(["job-300", "job-1"], [300, 1], [])
         assert list(loaded.jobs) == ["job-1"]
-        assert "its payload cannot be read" in loaded.bad["job-300"]
+        assert "the payload cannot be read" in loaded.bad["job-300"]
         assert loaded.payloads[1].body == maker.payloads[1]
     async with opened(path) as (_, found):
         assert "job-300" in found.quarantined
@@ -742,11 +744,11 @@ async def test_a_late_result_that_is_not_as_written_is_set_aside_and_its_job_is_
         asked = [LateResultQuery(job.seq, with_results=True)]
         assert (await store.late(asked)).results[job.seq] == [changes[1].late]
         (fault,) = store.take_faults()
-        assert fault == f"late_results {changes[0].event.seq}: its checksum is wrong; the row was set aside"
+        assert fault == f"late_results {changes[0].event.seq}: its checksum is wrong; the row was quarantined"
         assert (await store.late(asked)).results[job.seq] == [changes[1].late]
         assert store.take_faults() == []
     async with opened(path) as (store, found):
-        assert found.faults == ["1 damaged rows of late_results are set aside: see `jobd doctor`"]
+        assert found.faults == ["damaged rows of late_results in quarantine: 1; run `jobd doctor`"]
         found.faults.clear()
         await assert_holds(store, found, maker)
 

@@ -129,7 +129,7 @@ async def test_rows_of_other_tables_are_named_and_set_aside_where_that_is_usual(
         assert again == set(there) - {"events", "late_results", "audit"}
         if "keys" in there:
             store._connection.raw.execute("UPDATE keys SET answer = X'00' WHERE rowid = (SELECT max(rowid) FROM keys)")
-            assert "the checksum of its answer is wrong" in (await walked(store))[1].values()
+            assert "the checksum of the stored response is wrong" in (await walked(store))[1].values()
 
 
 async def test_others_have_their_turn_while_it_walks(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ async def test_a_page_that_cannot_be_read_ends_its_table_alone(path: str) -> Non
     Path(path).write_bytes(content)
     async with opened(path) as (store, _):
         counts, damaged = await walked(store)
-        assert damaged["audit after 0"].startswith("they cannot be read")
+        assert damaged["audit after 0"].startswith("rows cannot be read")
         assert counts["jobs"] == rows_of_jobs(store)
 
 

@@ -311,7 +311,7 @@ async def test_a_name_in_the_schema_that_is_no_text_any_more_is_refused_at_the_s
     content = bytearray(read(path))
     content[content.index(b"job_seq", content.index(b"CREATE TABLE payloads")) + 1] ^= 0x80
     write(path, content)
-    with pytest.raises(StoreUnreadable, match=r"its schema lacks payloads\.job_seq.*jobd restore"):
+    with pytest.raises(StoreUnreadable, match=r"the schema lacks payloads\.job_seq.*jobd restore"):
         await Store.open(path)
 
 
@@ -330,5 +330,5 @@ async def test_a_schema_in_which_a_name_is_damaged_is_refused_at_the_start(
         pass
     with edited(path) as conn:
         conn.execute(change)
-    with pytest.raises(StoreUnreadable, match=f"its schema lacks {lacking}.*jobd restore"):
+    with pytest.raises(StoreUnreadable, match=f"the schema lacks {lacking}.*jobd restore"):
         await Store.open(path)

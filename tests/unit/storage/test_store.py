@@ -1122,7 +1122,7 @@ async def test_what_a_damaged_late_result_names_is_not_believed_when_it_goes(pat
         assert await numbered(store) == left_by(late[2])
         faults = [fault for fault in store.take_faults() if fault.startswith("late_results")]
         assert [fault.partition(":")[0] for fault in faults] == [f"late_results {kept(one).seq}" for one in late[:2]]
-        assert all("what it named is not deleted" in fault for fault in faults)
+        assert all("its artifact is not deleted" in fault for fault in faults)
         aside = store._connection.raw.execute("SELECT place, row FROM bad_rows").fetchall()
         assert [place for place, _ in aside] == ["late_results"] * 2
         assert "ff6b" in aside[1][1]
