@@ -1,7 +1,6 @@
-"""What can have happened: the facts that are journaled, streamed and shown, and how they fold into rows.
+"""Events: the facts that are journaled, streamed and shown, and how they fold into rows.
 
-An event carries the new values of every field it changed, so folding a job's events in order gives its row again.
-Nothing here decides anything: rules.py makes events, store.py keeps them.
+An event carries the new value of every field that it changed, so folding the events of a job in order gives its row.
 """
 
 from __future__ import annotations
@@ -44,12 +43,12 @@ EventType = Literal[
     "queue_resumed",
 ]
 
-# Signs of life come many to a grant: of each of these types the journal keeps the last KEEP_HEARTBEATS per grant.
+# A grant can have many of these events: the journal keeps the last KEEP_HEARTBEATS of each type per grant.
 HEARTBEATS: Final = frozenset({"progress", "extended"})
 KEEP_HEARTBEATS: Final = 100
 
 # A job that is granted and given back many times would fill the journal. Its first KEEP_FIRST_GRANTS and last
-# KEEP_GRANTS grants are kept. A grant between them that ended by one of GIVEN_BACK loses its ROUTINE events.
+# KEEP_GRANTS grants are kept. A grant between them that ended with one of GIVEN_BACK loses its ROUTINE events.
 GIVEN_BACK: Final = frozenset({"released", "undelivered"})
 ROUTINE: Final = frozenset({"granted", "lock_expired", "resumed", "late_call", *HEARTBEATS, *GIVEN_BACK})
 KEEP_FIRST_GRANTS: Final = 10
@@ -57,10 +56,10 @@ KEEP_GRANTS: Final = 100
 
 
 class Changes(Struct, frozen=True, gc=False, omit_defaults=True):
-    """The fields of a job that an event set, with their new values; UNSET where it left them alone.
+    """The fields of a job that an event set, with their new values. Unchanged fields are UNSET.
 
-    Its fields are those of Job (a test compares them). The first event of a job may leave out what every new job has
-    (the defaults of Job), and `seq` and `id`, which the event says itself.
+    The fields are those of Job (a test compares them). The first event of a job may leave out fields that have the
+    default of Job, and `seq` and `id`, which are fields of the event.
     """
 
     seq: int | UnsetType = UNSET
@@ -86,15 +85,15 @@ class Changes(Struct, frozen=True, gc=False, omit_defaults=True):
 
 
 _AS_NEW: Final = Job.__struct_defaults__
-_OWN: Final = len(Job.__struct_fields__) - len(_AS_NEW)  # fields that a new job does not have by itself
+_OWN: Final = len(Job.__struct_fields__) - len(_AS_NEW)  # fields without a default
 
 
 class Event(Struct, frozen=True, gc=False):
-    """One fact, in the order of `seq` over the whole store (unique, never used again; gaps are allowed).
+    """One fact. `seq` orders the events of the whole store: it is unique and never reused; gaps are allowed.
 
-    `at` is wall time in Unix ms. `by` names who: `worker:NAME`, `client`, `admin`, `recovery`, `cleanup`, `daemon`.
-    `job_seq` 0 and an empty `job_id` mean that the event concerns a queue, not a job.
-    `details` is public; `changes` holds the lock_id and is shown to nobody.
+    `at` is wall time in Unix ms. `by` is the author: `worker:NAME`, `client`, `admin`, `admin:NAME`, `recovery`,
+    `cleanup` or `daemon`. Events of a queue have `job_seq` 0 and an empty `job_id`. `details` is public. `changes` can
+    contain a lock_id and is never shown.
     """
 
     seq: int
@@ -103,8 +102,8 @@ class Event(Struct, frozen=True, gc=False):
     job_seq: int
     job_id: str
     queue: str
-    before: str | None  # status before, None where there was no job
-    after: str | None  # status after, None where the job is gone
+    before: str | None  # status before; None for a new job
+    after: str | None  # status after; None for a deleted job
     by: str
     reason: str | None = None
     details: dict[str, Any] | None = None
@@ -170,7 +169,7 @@ class StreamedEvent(EventView, frozen=True, rename={"from_": "from"}):
 
 
 class EventFilter(Struct, frozen=True):
-    """Which events somebody wants to hear of; an empty set of names leaves none out."""
+    """Selects events. An empty set matches everything."""
 
     queues: frozenset[str] = frozenset()
     job_ids: frozenset[str] = frozenset()
@@ -181,7 +180,7 @@ class EventFilter(Struct, frozen=True):
         return not (self.queues or self.job_ids or self.types)
 
     def matches(self, event: Event | StreamedEvent) -> bool:
-        """Whether `event` is one of them."""
+        """Return whether `event` is selected."""
         return (
             (not self.queues or event.queue in self.queues)
             and (not self.job_ids or event.job_id in self.job_ids)
@@ -190,11 +189,11 @@ class EventFilter(Struct, frozen=True):
 
 
 class Change(Struct, frozen=True, gc=False):
-    """One step of one job: its row before and after, and the event that says so.
+    """One change of one job: its row before and after, and the event.
 
-    `before` is None for a new job, `after` is None for a deleted one. Both are None for an event of a queue.
-    `payload` (JSON text) and `request_hash` come with a new job and are written once. Where the row stays as it was
-    both are the same value, as with a late result, which is written beside it, and with a late call.
+    `before` is None for a new job, `after` is None for a deleted one, and both are None for an event of a queue. If the
+    row does not change (late results, late calls), both are the same value. `payload` (JSON text) and `request_hash` of
+    a new job are written once.
     """
 
     before: Job | None
@@ -206,7 +205,7 @@ class Change(Struct, frozen=True, gc=False):
 
 
 def fold(job: Job | None, event: Event) -> Job | None:
-    """The row after `event`, given the row before it. Folding a job's whole journal from None gives its row."""
+    """Return the row after `event`, given the row before it. Folding the journal of a job from None gives its row."""
     if event.type == "deleted":
         return None
     if event.changes is None:
@@ -219,13 +218,13 @@ def fold(job: Job | None, event: Event) -> Job | None:
 
 
 def initial_changes(job: Job) -> Changes:
-    """What the first event of `job` sets: every field, in short where it is as any new job."""
+    """Return the changes of the first event of `job`: all fields, or only those without a default if it is as new."""
     values = astuple(job)  # the same fields, in the same order
     return Changes(UNSET, UNSET, *values[2:_OWN]) if values[_OWN:] == _AS_NEW else Changes(*values)
 
 
 def event_view(event: Event) -> EventView:
-    """What anybody may see of `event`: everything but its raw changes (they hold the lock_id)."""
+    """Return the public form of `event`: everything but its changes, which can contain a lock_id."""
     return EventView(
         seq=event.seq,
         at=event.at,
@@ -239,7 +238,7 @@ def event_view(event: Event) -> EventView:
 
 
 def streamed_event(event: Event) -> StreamedEvent:
-    """The same with its job and queue, for those who hear of many jobs."""
+    """Return the same with its job and queue, for streams."""
     return StreamedEvent(
         seq=event.seq,
         at=event.at,

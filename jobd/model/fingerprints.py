@@ -1,6 +1,6 @@
-"""Errors that are the same but for what differs from job to job: a short name for all of them.
+"""Fingerprints: short names for errors that differ only in details of the job.
 
-Pure, and stable: a name that somebody has noted finds the same errors in a later version.
+They are stable: a fingerprint matches the same errors in later versions.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Final
 
-MAX_NORMALIZED: Final = 1_000  # characters of a message with its marks; most of the rest is a traceback, which differs
-MAX_MESSAGE: Final = 4_096  # characters of a message that are marked
-DIGEST_BYTES: Final = 6  # of a fingerprint: twelve digits
+MAX_NORMALIZED: Final = 1_000  # characters of a normalized message; the rest is usually a traceback
+MAX_MESSAGE: Final = 4_096  # characters of a message that are normalized
+DIGEST_BYTES: Final = 6  # twelve hexadecimal digits
 
-# What differs from job to job, the longest first: each alternative begins where no word goes on.
+# The parts that differ from job to job, longest first. No alternative begins within a word.
 _DIFFERS: Final = re.compile(
     r"""
       (?P<uuid> (?<![0-9A-Za-z]) [0-9a-fA-F]{8} (?:-[0-9a-fA-F]{4}){3} -[0-9a-fA-F]{12} (?![0-9A-Za-z]) )
@@ -28,15 +28,15 @@ _DIFFERS: Final = re.compile(
 )
 
 
-_MARK: Final = re.compile("<[a-z]+>")
+_PLACEHOLDER: Final = re.compile("<[a-z]+>")
 
 
 def normalize(message: str, job_id: str = "") -> str:
-    """Replace each quoted text, URL, path, UUID, hexadecimal, number, and the job's own id by a mark."""
+    """Replace quoted texts, URLs, paths, UUIDs, hexadecimals, numbers and the id of the job by placeholders."""
     marked = _marked(message)
     own = _marked(job_id)
-    # An id that consists of marks only (a number, a UUID) is replaced already, as in the messages of other jobs.
-    if own in marked and any(each.isalpha() for each in _MARK.sub("", own)):
+    # An id that consists of placeholders only (a number, a UUID) is replaced already.
+    if own in marked and any(each.isalpha() for each in _PLACEHOLDER.sub("", own)):
         marked = re.sub(rf"(?<![\w<]){re.escape(own)}(?![\w>])", "<id>", marked)
     return marked[:MAX_NORMALIZED].strip()
 
@@ -48,7 +48,7 @@ def _marked(message: str) -> str:
 
 
 def fingerprint(message: str | None, code: str | None, job_id: str = "") -> str | None:
-    """The name of an error, the same for errors that differ only in what `normal` marks; None where there is none."""
+    """Return the fingerprint of an error: the same for errors that `normalize` makes equal. None without an error."""
     if message is None and code is None:
         return None
     said = f"{code or ''}\n{normalize(message or '', job_id)}"
@@ -56,6 +56,6 @@ def fingerprint(message: str | None, code: str | None, job_id: str = "") -> str 
 
 
 def fingerprint_of_bytes(message: bytes | None, code: bytes | None, job_id: bytes | None) -> str | None:
-    """The same for what a row has, which may be damaged."""
+    """Return the fingerprint for the columns of a row, which may be damaged."""
     said, named, own = (None if each is None else each.decode("utf-8", "replace") for each in (message, code, job_id))
     return fingerprint(said, named, own or "")

@@ -1,7 +1,4 @@
-"""The job record and its parts: what a job is, and the hard limits of its fields.
-
-Imports nothing of ours. How a job changes is in rules.py, where it is kept in store.py.
-"""
+"""The job record and its parts, and the bounds of their fields."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ STATUSES: Final[tuple[Status, ...]] = ("queued", "processing", "completed", "fai
 LIVE: Final = frozenset({"queued", "processing"})
 FINISHED: Final = frozenset({"completed", "failed", "cancelled"})
 
-# Every way a status may change. completed is final.
+# All changes of status. `completed` is final.
 TRANSITIONS: Final = frozenset(
     {
         ("queued", "processing"),
@@ -47,7 +44,7 @@ YEAR_MS: Final = 365 * DAY_MS
 EARLIEST_MS: Final = 100_000_000_000
 LATEST_MS: Final = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
 
-# `$` alone would let a line end through that comes last.
+# `$` alone would accept a trailing line feed.
 ID_PATTERN: Final = r"^[A-Za-z0-9_.:\-]{1,200}$(?!\n)"
 MAX_PRIORITY: Final = 1000  # priorities range from -MAX_PRIORITY; a smaller one runs first
 
@@ -129,17 +126,17 @@ _ID = re.compile(ID_PATTERN)
 
 
 def may_adopt(status: str) -> bool:
-    """Whether a late result of such a job may still become its own: at once, or once its holder has ended."""
+    """Return whether a late result of such a job can still be adopted, now or when its grant has ended."""
     return (status, "completed") in TRANSITIONS
 
 
 def is_job_id(text: str) -> bool:
-    """Whether `text` may be a job's id: 1-200 of A-Z a-z 0-9 . _ : -"""
+    """Return whether `text` is a valid job id: 1 to 200 of A-Z a-z 0-9 . _ : -"""
     return _ID.fullmatch(text) is not None
 
 
 def requeues_on_stall(job: Job) -> bool:
-    """Whether one more stall puts the job back into its queue, by its `on_stall`; else it fails."""
+    """Return whether the next stall puts the job back into its queue, by its `on_stall`. Otherwise it fails."""
     options = job.options
     if job.stalls >= options.max_stalls or options.on_stall == "fail":
         return False
@@ -168,7 +165,7 @@ def is_release_loop(job: Job) -> bool:
 
 
 def storage_key_error(key: str) -> str | None:
-    """Why `key` may not name a stored object, in words, or None. It is relative, without `..` or NUL."""
+    """Return why `key` is not a valid key of a stored object (relative, without `..` or NUL), or None."""
     if "\x00" in key:
         return "contains NUL"
     if key.startswith("/") or key.startswith("\\"):
@@ -184,7 +181,7 @@ def first_line(text: str) -> str:
 
 
 def headline(message: str, width: int) -> str:
-    """Shorten an error message for a list: the whole first line, and more up to `width`, but no traceback."""
+    """Shorten an error message for a list: the first line, and more up to `width`, but no traceback."""
     said = message.partition("\nTraceback (most recent call last):")[0]
     width = max(width, len(first_line(said)))
     return said if len(said) <= width else f"{said[:width]}…"
@@ -218,16 +215,15 @@ class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
     ] = True
 
 
-# The parts of a job stand in the journal as arrays, without the names of their fields, which took a third of its room.
-# So a new field goes to the end and has a default; none is taken out or moved, nor renamed while older events have
-# names. Backoff is an object there, too: clients send it. The first event of a job leaves out the defaults of Job, so
-# they stay what they are.
+# The journal stores the parts of a job as arrays, because field names would take a third of its size. So new fields are
+# appended and have a default, and fields are never removed or moved. Backoff is an object, as clients send it. The
+# first event of a job leaves out the defaults of Job, so these never change.
 
 
 class Options(Struct, frozen=True, gc=False, array_like=True):
-    """What the creator asked for. Jobs with equal options share one value in memory.
+    """The options of a job, as its creator set them. Jobs with equal options share one value in memory.
 
-    `stuck_after_ms` and `max_processing_ms` are None where the daemon's configuration decides.
+    `stuck_after_ms` and `max_processing_ms` are None if the daemon's configuration applies.
     """
 
     queue: str = "default"
@@ -242,9 +238,9 @@ class Options(Struct, frozen=True, gc=False, array_like=True):
 
 
 class Grant(Struct, frozen=True, gc=False, array_like=True):
-    """One act of handing a job to one worker: who, under which secret and which fencing token.
+    """A grant: the worker of a job, the secret of its lock and its fencing token.
 
-    The durations were settled when the grant was made; a later change of configuration does not touch them.
+    The durations are fixed when the grant is made; later changes of the configuration do not affect them.
     `max_processing_ms` 0 means no ceiling.
     """
 
@@ -258,11 +254,11 @@ class Grant(Struct, frozen=True, gc=False, array_like=True):
 
 
 class Lease(Struct, frozen=True, gc=False, array_like=True):
-    """The deadlines of a grant, in lease time (milliseconds of clock.py, not wall time).
+    """The deadlines of a grant, in lease time (engine/clock.py), in ms.
 
-    `expires`: the lock has expired at this time. `silent`: latest grant, progress or extend + stuck_after_ms.
-    `ceiling`: latest grant or progress + max_processing_ms, None without a ceiling.
-    `cleared`: recovery has noted the expiry; extend or progress of the holder sets it back.
+    `expires`: the lock expires. `silent`: latest grant, progress or extend + stuck_after_ms. `ceiling`: latest grant or
+    progress + max_processing_ms; None without a ceiling. `cleared`: recovery recorded the expiry; an extend or progress
+    of the holder resets it.
     """
 
     expires: int
@@ -271,7 +267,7 @@ class Lease(Struct, frozen=True, gc=False, array_like=True):
     cleared: bool = False
 
     def is_live(self, lease_ms: int) -> bool:
-        """At `expires` the lock has expired."""
+        """Return whether the lock is live. At `expires` it is not."""
         return not self.cleared and lease_ms < self.expires
 
     def is_past_ceiling(self, lease_ms: int) -> bool:
@@ -279,16 +275,16 @@ class Lease(Struct, frozen=True, gc=False, array_like=True):
 
     @property
     def stuck(self) -> int:
-        """From this lease time on the job counts as stuck."""
+        """The lease time from which the job counts as stuck."""
         silent = max(self.expires, self.silent)
         return silent if self.ceiling is None else min(silent, self.ceiling)
 
 
 class PreviousGrant(Struct, frozen=True, gc=False, array_like=True):
-    """The job's last ended grant: lets a repeated ending be answered and a late one be explained.
+    """The last ended grant of a job, to answer a repeated ending and to explain a late one.
 
-    `verb` and `body_hash` are set where the holder itself ended it (complete, fail, release).
-    `rule` says which rule ended it, `reason` why, both in the words of a `lock_lost` answer.
+    `verb` and `body_hash` are set if the holder ended it (complete, fail, release). `rule` is the rule that ended
+    it and `reason` the reason, both in the words of a `lock_lost` error.
     """
 
     lock_id: str
@@ -302,7 +298,7 @@ class PreviousGrant(Struct, frozen=True, gc=False, array_like=True):
 
 
 class Result(Struct, frozen=True, gc=False, array_like=True):
-    """What the worker left behind. `metadata` is any JSON, kept as it came."""
+    """The result of a job. `metadata` is any JSON, stored as sent."""
 
     download_url: str | None = None
     file_path: str | None = None
@@ -311,10 +307,10 @@ class Result(Struct, frozen=True, gc=False, array_like=True):
 
 
 class LateResult(Struct, frozen=True, gc=False):
-    """What a complete brought whose grant had ended: kept beside the job, at most one for each grant.
+    """The result of a complete whose grant had ended. Stored beside the job, at most one for each grant.
 
-    `seq` is that of the event that tells of it, `expires_at` the time of deletion that it asked for. Memory keeps none:
-    where only its name was wanted, `result` was left on the disk.
+    `seq` is that of its event, `expires_at` the deletion time that the worker requested. Late results are not kept in
+    memory: a read without results leaves `result` empty.
     """
 
     seq: int
@@ -327,19 +323,19 @@ class LateResult(Struct, frozen=True, gc=False):
 
 
 class Failure(Struct, frozen=True, gc=False, array_like=True):
-    """The last error. It stays until the job completes or is force-reset."""
+    """The last error of a job. It is kept until the job completes or is force-reset."""
 
     message: str | None
     code: str | None = None
 
 
 class Job(Struct, frozen=True, gc=False):
-    """A unit of work. The payload is kept apart (store.py): memory holds what decisions need.
+    """A job, without its payload: memory holds only the fields that decisions need.
 
-    `seq` is the order of creation, unique in a store and never used again. `expires_at` of a live job is the
-    creator's (it fails then), of a finished one the time of its deletion. Times named `*_at` are wall time, Unix ms.
-    `releases` counts the releases in a row without progress. A report above 0 % sets it to 0, and so does every other
-    end of a grant. A grant that was not delivered does not change it.
+    `seq` is the order of creation, unique in a store and never reused. A queued job fails at `expires_at`; a finished
+    one is deleted then. Times named `*_at` are wall time, Unix ms. `releases` counts the releases in a row without
+    progress. A progress report above 0 % resets it, and so does every other end of a grant. A grant that was not
+    delivered does not change it.
     """
 
     seq: int
@@ -365,9 +361,9 @@ class Job(Struct, frozen=True, gc=False):
 
 
 class CompactJob(Struct, frozen=True, gc=False):
-    """A queued job that was due when it was created, and to which nothing has happened since: all there is to know.
+    """A queued job that was due when it was created and has not changed since.
 
-    Of the jobs that wait nearly all are such. Memory keeps them in 48 bytes, where a Job takes 176 (state.LiveJobs).
+    Nearly all waiting jobs are such. In memory they take 48 bytes; a Job takes 176 (state.LiveJobs).
     """
 
     seq: int
@@ -376,18 +372,18 @@ class CompactJob(Struct, frozen=True, gc=False):
     created_at: int
 
     def expand(self) -> Job:
-        """The job itself."""
+        """Return the job."""
         return Job(self.seq, self.id, self.options, "queued", self.created_at, self.created_at, self.created_at)
 
 
 def compact(job: Job) -> CompactJob | None:
-    """`job` in short. None where it says more than that, or lacks a name that validation would miss."""
+    """Return the compact form of `job`; None if it has more fields set, or lacks an id or queue, which is invalid."""
     short = CompactJob(job.seq, job.id, job.options, job.created_at)
     return short if job.id and job.options.queue and short.expand() == job else None
 
 
 class Policy(Struct, frozen=True):
-    """What the configuration decides for the rules: defaults, retention, limits. Times in ms, sizes in bytes."""
+    """The settings of the rules: defaults, retention, limits. Times in ms, sizes in bytes."""
 
     lock_ttl_ms: int = 15 * MINUTE_MS
     max_processing_ms: int = 30 * MINUTE_MS
@@ -399,25 +395,25 @@ class Policy(Struct, frozen=True):
     keep_cancelled_ms: int = 7 * DAY_MS
     require_download_url: bool = False
     late_results: LatePolicy = "keep"
-    late_queues: dict[str, LatePolicy] = {}  # where it is otherwise
+    late_queues: dict[str, LatePolicy] = {}  # exceptions by queue
     late_bytes: int = 256 << 10  # of the metadata of a late result
-    late_calls: bool = True  # refused calls of ended grants are told in the journal
+    late_calls: bool = True  # the journal records rejected calls of ended grants
     live_jobs: int = 5_000_000
-    queues: int = 10_000  # that may have jobs
+    queues: int = 10_000  # maximum number of queues with jobs
     idempotency_keys: int = 200_000
-    artifacts: bool = False  # there is a store of them: what a deleted job named there is deleted, too
+    artifacts: bool = False  # with an artifact store, the objects of deleted jobs are deleted too
 
     @property
     def shortest_keep_ms(self) -> int:
-        """The shortest retention. A retention of 0 does not count: it deletes at once, whatever the clock says."""
+        """The shortest retention. A retention of 0 does not count: it deletes at once, whatever the clock."""
         kept = (self.keep_completed_ms, self.keep_failed_ms, self.keep_cancelled_ms)
         return min((keep_ms for keep_ms in kept if keep_ms), default=7 * DAY_MS)
 
     def late_policy(self, queue: str) -> LatePolicy:
-        """What becomes of the late results of this queue's jobs."""
+        """Return the policy for late results of the jobs of `queue`."""
         return self.late_queues.get(queue, self.late_results)
 
 
 def default_if_none(asked: int | None, default: int) -> int:
-    """What was asked for, where anything was; 0 is a value."""
+    """Return `asked`, or `default` if it is None. 0 is a value."""
     return default if asked is None else asked

@@ -1,7 +1,4 @@
-"""What goes to the disk in one transaction, what comes back, and how a disk may fail: values and one protocol.
-
-The actor speaks to a Disk, not to SQLite; store.py is the real one, tests have others.
-"""
+"""The storage interface: its protocol, the values that it takes and returns, and its errors."""
 
 from __future__ import annotations
 
@@ -18,11 +15,11 @@ from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 
 RESERVE_BYTES: Final = 16 << 20  # size of the reserve file
 SPARE_BYTES: Final = 1 << 20  # free space at which a full disk accepts writes again
-MAX_POSTPONE_MS: Final = 2 * HOUR_MS  # no tombstone waits longer: one that seems to was put off by another clock
+MAX_POSTPONE_MS: Final = 2 * HOUR_MS  # a tombstone that is postponed for longer was postponed by another clock
 
 
 class DiskFull(Exception):
-    """SQLITE_FULL or ENOSPC: the transaction was rolled back, the disk is as before and may be read."""
+    """The disk is full (SQLITE_FULL, ENOSPC). The transaction was rolled back; reads still work."""
 
 
 class DiskSpace(Struct, frozen=True):
@@ -34,7 +31,7 @@ class DiskSpace(Struct, frozen=True):
 
 
 class BadRows(Exception):
-    """Rows that the batch needed are damaged or set aside; nothing was written. `jobs`: id to what is wrong."""
+    """Rows that the batch needs are damaged or in quarantine; nothing was written. `jobs` maps ids to reasons."""
 
     def __init__(self, jobs: dict[str, str]) -> None:
         super().__init__(f"bad rows: {jobs}")
@@ -42,10 +39,10 @@ class BadRows(Exception):
 
 
 class Quarantined(Struct, frozen=True):
-    """A job whose damaged rows were set aside, and why.
+    """A job whose damaged rows were quarantined, and why.
 
-    `uncounted`: the queue and status among whose finished jobs it is not counted any more, where that could be read.
-    Without `is_moved` its rows are where they were (the disk is full, say), and counted there: they will be met again.
+    `uncounted` is the queue and status in whose count of finished jobs it no longer is, if they could be read. Without
+    `is_moved` the rows could not be moved (for example on a full disk): they are still counted and will be found again.
     """
 
     id: str
@@ -55,7 +52,7 @@ class Quarantined(Struct, frozen=True):
 
 
 class BackupError(Exception):
-    """No copy of the store could be made; the text is a sentence for the operator."""
+    """A backup could not be made. The text is a sentence for the operator."""
 
 
 class Numbers(Struct, frozen=True, gc=False):
@@ -98,15 +95,16 @@ class QueueRow(Struct, frozen=True, gc=False):
         return replace(self, completed=completed, failed=failed, cancelled=cancelled)
 
     def without(self, status: str) -> QueueRow:
-        """One finished job of this status less, where there is one."""
+        """Return this row with one finished job of `status` less, but not below 0."""
         return replace(self, **{status: max(getattr(self, status) - 1, 0)})
 
 
 class StoredResponse(Struct, frozen=True, gc=False):
-    """A stored idempotent answer. `digest` is the hash of listener, method, path and key; `body_hash` that of the body.
+    """The stored response of an Idempotency-Key.
 
-    Either `answer` is set (the encoded `data`, with its HTTP status), or `grants`: the (job id, lock id) of a start
-    or claim, replayed from the current state while one of them is current.
+    `digest` is the hash of listener, method, path and key, `body_hash` that of the body. Either `body` is set (the
+    encoded `data`, with its HTTP status), or `grants`: the (job id, lock id) of a start or claim, whose response is
+    built from the current state while one of them is current.
     """
 
     digest: str
@@ -118,25 +116,25 @@ class StoredResponse(Struct, frozen=True, gc=False):
 
 
 class Tombstone(Struct, frozen=True, gc=False):
-    """A stored object that lost its job, or the late result that named it: it is deleted, too, unless a job names it.
+    """A stored object whose job or late result was deleted. It is deleted too, unless another job names it.
 
-    Times are wall time, Unix ms. There is one at most for each deleted job and each late result that is gone, and those
-    were larger: they need no limit.
+    Times are wall time, Unix ms. Each deleted job or late result leaves at most one, which is smaller than it was, so
+    tombstones need no limit.
     """
 
-    job_seq: int  # its number: of what a late result named that one's seq, as a negative number
+    job_seq: int  # of a late result: its seq, negative
     job_id: str
     key: str  # the storage_key
-    at: int  # when the job was deleted, or the late result went
-    due_at: int  # when the object is looked at next
-    tries: int = 0  # that have failed
+    at: int  # when the job or late result was deleted
+    due_at: int  # when the deletion is tried next
+    tries: int = 0  # failed ones
 
 
 class AuditEntry(Struct, frozen=True, gc=False):
-    """What an operator did, or was refused: a row of the audit log. `at` is wall time, Unix ms.
+    """An audit entry: an action or a rejected request of an operator. `at` is wall time, Unix ms.
 
-    `job_id` and `queue` say of what, where it was one. `outcome` is "done" or the code of the refusal, `jobs` how many
-    jobs were changed. Rows of the same `part_of` become one row, which counts their jobs and has the last details.
+    `job_id` and `queue` are set if it was about one. `outcome` is "done" or an error code, `jobs` the number of changed
+    jobs. Entries with the same `part_of` become one entry, with the sum of their jobs and the last details.
     """
 
     at: int
@@ -152,23 +150,23 @@ class AuditEntry(Struct, frozen=True, gc=False):
     part_of: str | None = None
 
 
-# What an operator does that changes no job, queue or setting: into and out of the dashboard, and what leaves the house.
+# Operator actions that change no job, queue or setting: dashboard sessions and downloads.
 SIGN_INS: Final = frozenset({"sign-in", "sign-out"})
 AUDITED_READS: Final = frozenset({"export", "backup", "artifact"})
-AuditShare = Literal["changes", "refusals", "strangers", "comings", "looks"]
+AuditShare = Literal["changes", "rejected", "unknown callers", "sign-ins", "reads"]
 
 
 def audit_share(what: str, outcome: str) -> AuditShare:
-    """In which part of the audit log a row stands: none of them can push out what is in another."""
+    """Return the share of the audit log that an entry belongs to. Each share has its own maximum number of entries."""
     if what in SIGN_INS:
-        return "comings" if outcome == "done" else "strangers"
+        return "sign-ins" if outcome == "done" else "unknown callers"
     if outcome != "done":
-        return "refusals"
-    return "looks" if what in AUDITED_READS else "changes"
+        return "rejected"
+    return "reads" if what in AUDITED_READS else "changes"
 
 
 class AuditQuery(Struct, frozen=True):
-    """A page of the audit log, newest first: seq below `before`, at most `limit`, looking at `scan` rows at most."""
+    """A page of the audit log, newest first: seq below `before`, at most `limit` entries out of `scan` rows."""
 
     who: str | None = None
     what: str | None = None
@@ -180,17 +178,17 @@ class AuditQuery(Struct, frozen=True):
 
 
 class AuditRows(Struct):
-    """Rows with their numbers. `next_before` is the `before` of the next page, None at the end."""
+    """Audit entries with their numbers. `next_before` is the `before` of the next page, None at the end."""
 
     found: list[tuple[int, AuditEntry]]
     next_before: int | None = None
 
 
 class DueTombstones(Struct):
-    """Tombstones that are due, each with whether a job names its key; `damaged` more were set aside.
+    """Due tombstones, each with whether a job names its key.
 
-    `unmoved`: so many damaged ones could not be, and are where they were. `held`: numbers of those whose key a late
-    result names: it may be adopted, or go with its own job.
+    `held` has the numbers of those whose key is named by a late result, which can be adopted or deleted with its job.
+    `damaged` counts rows that were quarantined, `unmoved` damaged rows that could not be.
     """
 
     found: list[tuple[Tombstone, bool]]
@@ -200,7 +198,7 @@ class DueTombstones(Struct):
 
 
 def tombstones(changes: Iterable[Change]) -> list[Tombstone]:
-    """What the deletions among `changes` leave to be deleted of stored objects, but for what late results named."""
+    """Return the tombstones of the deletions among `changes`, without those of late results."""
     left = []
     for change in changes:
         job, event = change.before, change.event
@@ -210,24 +208,24 @@ def tombstones(changes: Iterable[Change]) -> list[Tombstone]:
 
 
 def distinct_tombstones(left: Iterable[Tombstone]) -> list[Tombstone]:
-    """Where a job named an object twice, as the job's own result and as a late one, the last of them is enough."""
+    """Drop duplicates: a job can name the same object in its result and in a late result."""
     return list({(each.job_id, each.key): each for each in left}.values())
 
 
 class Batch(Struct):
-    """One transaction. `queues` holds the rows of every queue whose pause or finished counts changed."""
+    """One transaction. `queues` has the rows of the queues whose pause or counts of finished jobs changed."""
 
     changes: list[Change]
     numbers: Numbers
     queues: dict[str, QueueRow] = {}
     keys: list[StoredResponse] = []
     forget_keys: list[str] = []
-    checked: list[int] = []  # job seqs whose rows were validated: no longer suspect
+    checked: list[int] = []  # job seqs whose rows were validated
     report: bytes | None = None
-    payloads: list[int] = []  # job seqs whose payload the answers show; read inside the transaction
-    unmark: bool = False  # every grant of a marked file has been ended: clear its mark
-    tombstones: list[Tombstone] = []  # of the jobs that it deletes
-    sweeps: bool = False  # stored objects are deleted: late results that go leave their tombstones, too
+    payloads: list[int] = []  # job seqs whose payload the responses need; read in the transaction
+    unmark: bool = False  # all grants of a restored backup were ended: remove its mark
+    tombstones: list[Tombstone] = []  # of the deleted jobs
+    sweeps: bool = False  # there is an artifact store: deleted late results leave tombstones too
     audit: list[AuditEntry] = []
 
 
@@ -237,9 +235,9 @@ class Payload(Struct, frozen=True, gc=False):
 
 
 class LoadedRows(Struct):
-    """What a look at the disk found. An id in neither `jobs` nor `bad` does not exist.
+    """The result of Storage.load. An id in neither `jobs` nor `bad` does not exist.
 
-    Rows with a wrong checksum are in `bad` (id to reason); the store has moved them to quarantine.
+    `bad` maps the ids of damaged jobs to reasons; their rows were moved to quarantine.
     """
 
     jobs: dict[str, Job] = {}
@@ -249,9 +247,9 @@ class LoadedRows(Struct):
 
 
 class LateResultQuery(Struct, frozen=True):
-    """What a decision has to know of the late results of a job: all of them, and whether `lock_id` was a grant of it.
+    """The late results that a decision needs: all of a job, and whether `lock_id` was a grant of it.
 
-    Without `whole` what they brought stays on the disk.
+    Without `with_results`, the results themselves are not read.
     """
 
     job_seq: int
@@ -260,18 +258,18 @@ class LateResultQuery(Struct, frozen=True):
 
 
 class LateResultRows(Struct):
-    """What was read of late results: those of a job, the oldest grant first, and grants of it by (job seq, lock id)."""
+    """Late results by job seq, oldest grant first, and former grants by (job seq, lock id)."""
 
     results: dict[int, list[LateResult]] = {}
     grants: dict[tuple[int, str], Grant] = {}
 
 
 class JobQuery(Struct, frozen=True):
-    """A page of jobs, newest first: seq below `before`, at most `limit`, looking at `scan` rows at most.
+    """A page of jobs, newest first: seq below `before`, at most `limit` jobs out of `scan` rows.
 
-    Where `after` is given: oldest first, seq above it. `worker` is that of the latest grant, current or ended. `since`
-    and `until` bound created_at, `finished_*` finished_at; `text` is looked for in id, payload and error message.
-    Without `payloads` the page is without them.
+    With `after`, the page is oldest first, with seq above it. `worker` is that of the latest grant, current or ended.
+    `since` and `until` bound created_at, `finished_*` bound finished_at. `text` is searched in id, payload and error
+    message. Without `payloads` the page has none.
     """
 
     status: str | None = None
@@ -282,7 +280,7 @@ class JobQuery(Struct, frozen=True):
     before: int | None = None
     after: int | None = None
     scan: int = 5_000
-    payload_bytes: int = 4 << 20  # a page ends early rather than carry more payload and metadata than this
+    payload_bytes: int = 4 << 20  # payload and metadata at which a page ends early
     since: int | None = None
     until: int | None = None
     finished_since: int | None = None
@@ -293,16 +291,16 @@ class JobQuery(Struct, frozen=True):
 
     @property
     def is_slow(self) -> bool:
-        """Whether each row that is looked at takes its time: such a page is read in slices."""
+        """Whether each row takes long to check. Such a page is read in slices."""
         return self.text is not None or self.error is not None
 
 
 class JobRows(Struct):
-    """`next_before` is the `before` of the next page (oldest first: its `after`), None at the end.
+    """A page of jobs with their payloads.
 
-    `looked_to_at`: when the last row that was looked at was created, where the page ended for having looked at enough.
-    `looked`: at so many rows at most. `last_event` is the highest number of an event that had been committed when the
-    page was read.
+    `next_before` is the `before` of the next page (oldest first: its `after`), None at the end. `scanned_until` is the
+    creation time of the last row read, if the page ended early. `scanned` is an upper bound of the rows read.
+    `last_event` is the highest seq of a committed event when the page was read.
     """
 
     jobs: list[tuple[Job, bytes]]
@@ -313,50 +311,50 @@ class JobRows(Struct):
 
 
 class JournalPage(Struct, frozen=True):
-    """A piece of the journal of the whole store, and what that journal is, all read at one moment.
+    """A part of the journal of the whole store, and its bounds at the time of the read.
 
-    `last` is the highest number of an event that was committed. Events up to `gone_to` may be gone: pruned, or damaged
-    and set aside, or undone by a backup that was put back. Above it two things are missing: older signs of life
-    (KEEP_HEARTBEATS), and grants that were given back, between the first and the last grants of a job (KEEP_GRANTS).
+    `last` is the highest seq of a committed event. Events up to `gone_to` may be missing: pruned, in quarantine, or
+    undone by a restored backup. Above it only two kinds are missing: older progress and extensions (KEEP_HEARTBEATS),
+    and grants that were given back, between the first and the last grants of a job (KEEP_GRANTS).
     """
 
     events: list[Event]
     last: int
     gone_to: int
-    more: bool = False  # it ends before `last`: by the number of its events, or by their size
+    more: bool = False  # it ends before `last`, because of the number or the size of its events
 
     @property
     def end(self) -> int:
-        """Up to where it tells everything that the journal still has. Where all its rows are damaged, they are gone."""
+        """The seq up to which the page has all events that the journal still has. Damaged rows count as missing."""
         if not self.more:
             return self.last
         return self.events[-1].seq if self.events else self.gone_to
 
 
 class OpenedStore(Struct):
-    """Everything the daemon needs in memory, as read and checked at start.
+    """The state that the daemon keeps in memory, as read and checked at start.
 
-    `quarantined` maps the ids of all quarantined jobs to what was wrong; `faults` are sentences for the log and health
-    (rows set aside, counts that do not match). `keys` come without their answers. `figures` is what save_figures kept.
+    `quarantined` maps the ids of all quarantined jobs to reasons. `faults` are sentences for the log and for health
+    (quarantined rows, wrong counts). `keys` have no bodies. `figures` is what save_figures stored.
     """
 
     numbers: Numbers
     jobs: list[Job] = []
-    compact_jobs: list[CompactJob] = []  # all other live jobs
+    compact_jobs: list[CompactJob] = []  # the other live jobs
     queues: dict[str, QueueRow] = {}
     keys: list[StoredResponse] = []
     quarantined: dict[str, str] = {}
-    suspects: dict[int, str] = {}  # job seq to id of rows to be validated
+    suspects: dict[int, str] = {}  # job seq to id, of rows to validate
     faults: list[str] = []
-    epoch_warning: str | None = None  # a wrong wall clock makes fencing tokens less safe
+    epoch_warning: str | None = None  # a wrong wall clock weakens fencing tokens
     figures: bytes | None = None
-    full: bool = False  # the disk was full already at start
+    full: bool = False  # the disk is full at start
     has_reserve: bool = True  # the reserve file exists
-    marked: bool = False  # a backup was put back: end every grant by its stall rule, then Batch.unmark
-    tombstones: int = 0  # how many wait
+    marked: bool = False  # a restored backup: end every grant by its stall rule, then Batch.unmark
+    tombstones: int = 0  # how many are waiting
 
     def live(self) -> list[Job]:
-        """All live jobs, whole."""
+        """Return all live jobs."""
         return [*(job.expand() for job in self.compact_jobs), *self.jobs]
 
 

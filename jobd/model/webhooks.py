@@ -1,7 +1,4 @@
-"""Webhooks as values: where they go, what they tell, and what is kept of each delivery.
-
-Nothing here sends, signs or decides.
-"""
+"""Webhooks: endpoints, event types, deliveries and cursors."""
 
 from __future__ import annotations
 
@@ -19,28 +16,28 @@ DELIVERY_STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
 FIRING: Final = "alert.firing"
 RESOLVED: Final = "alert.resolved"
 ALERTS: Final = (FIRING, RESOLVED)
-EVENTS_GONE: Final = "events.gone"  # goes to everybody who reads the journal: what he has missed cannot be told
-GAP_PENDING: Final = -1
-MAX_BACKLOG: Final = 10_000  # deliveries of one endpoint that may wait, and as many that were given up are kept
-TEST_TYPE: Final = "webhook.test"  # an operator asks for it
+EVENTS_GONE: Final = "events.gone"  # sent to webhooks that read the journal, if they missed events
+GAP_PENDING: Final = -1  # WebhookCursor.gone_to: a gap must be reported
+MAX_BACKLOG: Final = 10_000  # per webhook: waiting deliveries, and dead-lettered ones that are kept
+TEST_TYPE: Final = "webhook.test"  # sent on request of an operator
 
 
 def webhook_type(event_type: str) -> str:
-    """The type of an event as webhooks say it: `job.completed`, `queue.paused`."""
+    """Return the webhook type of an event: `job.completed`, `queue.paused`."""
     kind, _, rest = event_type.partition("_")
     return f"queue.{rest}" if kind == "queue" else f"job.{event_type}"
 
 
 _TYPES: Final = {each: webhook_type(each) for each in get_args(EventType)}
-TYPES: Final = (*_TYPES.values(), *ALERTS)  # all that an endpoint may ask for
-# Signs of life come many to a job, and the journal forgets most of them: who wants them names them.
+TYPES: Final = (*_TYPES.values(), *ALERTS)  # that a webhook can subscribe to
+# Without progress and extensions, which are many: patterns leave them out.
 _QUIET: Final = frozenset(TYPES) - {webhook_type(each) for each in HEARTBEATS}
 
 
 def types_matching(pattern: str) -> frozenset[str]:
-    """The types that `pattern` means: one by its name, `job.*`, `queue.*`, `alert.*`, or `*`; none where it is wrong.
+    """Return the types that `pattern` matches: a type, `job.*`, `queue.*`, `alert.*` or `*`. Empty if it is invalid.
 
-    A pattern leaves out the signs of life, `job.progress` and `job.extended`.
+    Patterns leave out `job.progress` and `job.extended`.
     """
     if pattern in TYPES:
         return frozenset({pattern})
@@ -52,7 +49,7 @@ def types_matching(pattern: str) -> frozenset[str]:
 
 
 class WebhookEndpoint(Struct, frozen=True):
-    """Somebody who is told. `events` are types; `queues` none means all; `secrets` are keys, the newest first."""
+    """A webhook. `events` are types. Empty `queues` means all. `secrets` are keys, newest first."""
 
     name: str
     url: str
@@ -60,25 +57,25 @@ class WebhookEndpoint(Struct, frozen=True):
     events: frozenset[str] = _QUIET
     queues: frozenset[str] = frozenset()
     allow_private: bool = False
-    timeout_ms: int = 10 * SECOND_MS  # for one try, from the look-up of the name to the end of the answer
+    timeout_ms: int = 10 * SECOND_MS  # for one try, from name resolution to the end of the response
     give_up_after_ms: int = 3 * DAY_MS
 
     def __repr__(self) -> str:
-        """Without its secrets, and its URL, which may hold one."""
+        """Leave out the secrets, and the URL, which can contain one."""
         return f"Endpoint({self.name})"
 
     def wants(self, event: Event) -> bool:
-        """Whether it is told of `event`."""
+        """Return whether `event` is sent to it."""
         return _TYPES[event.type] in self.events and (not self.queues or event.queue in self.queues)
 
     @property
     def subject(self) -> str:
-        """Of messages that are about the webhook itself."""
+        """The subject of messages about the webhook itself."""
         return f"webhooks/{self.name}"
 
     @property
     def reads_journal(self) -> bool:
-        """Whether it is told of more than alerts."""
+        """Whether it subscribes to more than alerts."""
         return not self.events <= set(ALERTS)
 
     @property
@@ -87,54 +84,54 @@ class WebhookEndpoint(Struct, frozen=True):
 
 
 class Delivery(Struct, frozen=True, gc=False):
-    """One message to one endpoint: a row of the outbox. Its fields are the columns. Times are wall time, Unix ms.
+    """One message to one webhook: a row of the outbox. Its fields are the columns. Times are wall time, Unix ms.
 
-    Of one `subject` a delivery waits for those before it. `body` is what is sent, byte for byte the same at each try.
+    A delivery waits for earlier ones of the same `subject`. Each try sends the same `body`, byte for byte.
     """
 
-    id: int  # unique in the store, rising, never used again
+    id: int  # unique in the store, rising, never reused
     endpoint: str
     state: DeliveryState
     subject: str
     type: str
-    event_id: str  # the same at each try, so that who gets a message twice may know it
-    seq: int  # of the event in the journal, 0 where it is none
-    at: int  # when it was put into the outbox
+    event_id: str  # the same at each try, so that receivers can detect duplicates
+    seq: int  # of the event in the journal; 0 if it is not an event
+    at: int  # when it was created
     due_at: int  # when it is tried next
     tries: int
-    ended_at: int | None  # when it was delivered, or given up
-    status: int | None  # HTTP status of the last answer
+    ended_at: int | None  # when it was delivered or dead-lettered
+    status: int | None  # HTTP status of the last response
     error: str | None  # what was wrong with the last try
     body: bytes
 
 
 class WebhookCursor(Struct, frozen=True, gc=False):
-    """How far an endpoint is. Every event up to `position` was put into its outbox, if it wanted it."""
+    """The position of a webhook in the journal: all its events up to `position` have deliveries."""
 
     name: str
     position: int
-    gone_to: int = 0  # it was told of all gaps up to this event; GAP_PENDING: it has to be told of one
-    next_delivery: int = 1  # deliveries above this have not been numbered yet, or at another endpoint
-    alerts: dict[str, int] = {}  # those of which it was told that they fire, and since when (Unix ms)
+    gone_to: int = 0  # gaps up to this event were reported; GAP_PENDING: one must be reported
+    next_delivery: int = 1  # higher numbers are unused or belong to other webhooks
+    alerts: dict[str, int] = {}  # alerts reported as firing, and since when (Unix ms)
     updated_at: int = 0
 
 
 class Outbox(Struct, frozen=True):
-    """What the store has of the endpoints: their cursors, and of each delivery that waits what its order needs.
+    """The stored state of the webhooks: their cursors and waiting deliveries.
 
-    `last`: the newest event of the journal. `next_delivery`: the next number to give.
+    `last` is the newest event of the journal, `next_delivery` the next delivery number.
     """
 
     cursors: dict[str, WebhookCursor]
-    waiting: dict[str, list[Delivery]]  # by endpoint, in order, without their bodies
+    waiting: dict[str, list[Delivery]]  # by webhook, in order, without bodies
     last: int
     next_delivery: int
 
 
 class DeliveryOutcome(Struct, frozen=True):
-    """What came of one try. `error` is a sentence, None where it was delivered."""
+    """The result of one try. `error` is a sentence; None if the message was delivered."""
 
     status: int | None
     error: str | None = None
-    retry_after_ms: int | None = None  # as the receiver has asked
-    gone: bool = False  # it says that nobody lives there any more
+    retry_after_ms: int | None = None  # as requested by the receiver
+    gone: bool = False  # the receiver no longer exists (410)

@@ -256,11 +256,11 @@ async def test_while_creates_are_refused_a_change_has_its_entry_and_a_look_has_n
     [
         ("cancel", "done", "changes"),
         ("import", "done", "changes"),
-        ("cancel", "lock_lost", "refusals"),
-        ("sign-in", "unauthorized", "strangers"),
-        ("export", "unauthorized", "refusals"),
-        *((what, "done", "looks") for what in sorted(AUDITED_READS)),
-        *((what, "done", "comings") for what in sorted(SIGN_INS)),
+        ("cancel", "lock_lost", "rejected"),
+        ("sign-in", "unauthorized", "unknown callers"),
+        ("export", "unauthorized", "rejected"),
+        *((what, "done", "reads") for what in sorted(AUDITED_READS)),
+        *((what, "done", "sign-ins") for what in sorted(SIGN_INS)),
     ],
 )
 def test_each_entry_has_its_share_of_the_log(what: str, outcome: str, share: str) -> None:
