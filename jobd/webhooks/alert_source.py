@@ -1,6 +1,7 @@
-"""What one webhook is to be told of alerts: held until its outbox has it, told without it while that cannot be written.
+"""Turn alert changes into messages for one webhook.
 
-An alert for which somebody has to get up, above all a full disk, cannot wait until the disk has room. Writes nothing.
+A message is kept here until the outbox holds it. While the outbox cannot be written, messages are delivered directly:
+an alert about a full disk must not wait until the disk has room.
 """
 
 from __future__ import annotations
@@ -19,92 +20,95 @@ from jobd.webhooks.context import DispatchContext
 from jobd.webhooks.message import Message, alert_message
 from jobd.webhooks.retry import retry_wait_ms
 
-MAX_PENDING: Final = 4  # changes of one alert that are held: the latest two times that it came and went
-MAX_TRIES: Final = 5  # of one change, without the outbox: a bit more than a minute
+MAX_PENDING: Final = 4  # kept changes of one alert: two times firing, two times resolved
+MAX_TRIES: Final = 5  # direct attempts for one change, over a bit more than a minute
 
 
 class PendingAlert(Struct, eq=False):
-    """A letter that the outbox has not. `due`: not tried before, in ms of a clock that never steps."""
+    """A message that the outbox has not. `due`: not tried before, in ms of a clock that never steps."""
 
     message: Message
     tries: int = 0
     due: int = 0
-    is_done: bool = False  # it was taken, or tried often enough: the rest is for the outbox
+    is_done: bool = False  # delivered directly, or out of direct attempts; the outbox still delivers it
 
 
 class AlertSource:
-    """`look` finds what is new. Either it is `written`, or `ring` tells it as well as can be.
+    """Collect alert changes with `poll`; then either mark them `written` or `deliver_directly`.
 
-    `told`: the alerts of which who has got all that is held knows that they fire, and since when (Unix ms).
+    `announced` maps the alerts that the receiver knows as firing, once it has all pending messages, to the time since
+    which they fire (Unix ms).
     """
 
-    def __init__(self, endpoint: WebhookEndpoint, told: dict[str, int], office: DispatchContext) -> None:
-        self.announced = told
+    def __init__(self, endpoint: WebhookEndpoint, announced: dict[str, int], context: DispatchContext) -> None:
+        self.announced = announced
         self._endpoint = endpoint
-        self._context = office
+        self._context = context
         self._pending: list[PendingAlert] = []
         self._in_flight: dict[str, asyncio.Task[None]] = {}  # by subject
 
     def poll(self) -> list[Message]:
-        """All that the outbox does not have yet, the oldest first: what is told twice is the same letter."""
+        """Return all messages that are not in the outbox, oldest first. Repeated calls return the same messages."""
         views = self._context.alerts() if self._endpoint.wants_alerts else None
-        knows, now = dict(self.announced), self._context.moment().now
+        announced, now = dict(self.announced), self._context.moment().now
         for view in views or ():
-            if view.firing == (view.name in knows):
+            if view.firing == (view.name in announced):
                 continue
             if view.firing:
-                knows[view.name] = now if view.since is None else view.since
+                announced[view.name] = now if view.since is None else view.since
             else:
-                view = replace(view, since=knows.pop(view.name))
-            letter = alert_message(view, now, self._context.source)
-            if letter.type in self._endpoint.events:
-                self._hold(letter)
-        if knows != self.announced:
-            self.announced = knows
-        return [held.message for held in self._pending]
+                view = replace(view, since=announced.pop(view.name))
+            message = alert_message(view, now, self._context.source)
+            if message.type in self._endpoint.events:
+                self._add(message)
+        if announced != self.announced:
+            self.announced = announced
+        return [pending.message for pending in self._pending]
 
     def written(self, count: int) -> None:
-        """The first `count` of what `look` gave are in the outbox."""
+        """Forget the first `count` messages of `poll`: they are in the outbox."""
         del self._pending[:count]
 
     def deliver_directly(self, post: Callable[[Message], Awaitable[DeliveryOutcome]]) -> None:
-        """Begin each try that is due of what cannot be written now: of one alert one at a time, and in order."""
+        """Start the due direct attempts: one at a time per alert, in order."""
         self.poll()
-        ms, newest = _now_ms(), {held.message.subject: held for held in self._pending}
+        ms, newest = _now_ms(), {pending.message.subject: pending for pending in self._pending}
         met: set[str] = set()
-        for held in self._pending:
-            subject = held.message.subject
-            is_past = held.tries > 0 and held is not newest[subject]  # what is new need not wait for its next try
-            if subject in self._in_flight or subject in met or held.is_done or is_past:
+        for pending in self._pending:
+            subject = pending.message.subject
+            is_past = pending.tries > 0 and pending is not newest[subject]  # a newer change does not wait for retries
+            if subject in self._in_flight or subject in met or pending.is_done or is_past:
                 continue
             met.add(subject)
-            if held.due <= ms:
+            if pending.due <= ms:
                 self._in_flight[subject] = asyncio.create_task(
-                    self._try(held, post), name=f"webhook {self._endpoint.name}"
+                    self._try(pending, post), name=f"webhook {self._endpoint.name}"
                 )
 
     def in_flight(self) -> list[asyncio.Task[None]]:
-        """The tries that are on their way."""
+        """Return the running attempts."""
         return list(self._in_flight.values())
 
-    async def _try(self, held: PendingAlert, post: Callable[[Message], Awaitable[DeliveryOutcome]]) -> None:
-        held.tries += 1
+    async def _try(self, pending: PendingAlert, post: Callable[[Message], Awaitable[DeliveryOutcome]]) -> None:
+        pending.tries += 1
         try:
-            outcome = await post(held.message)
+            outcome = await post(pending.message)
         finally:
-            del self._in_flight[held.message.subject]
-        held.is_done = outcome.error is None or held.tries >= MAX_TRIES
-        office = self._context
-        held.due = _now_ms() + retry_wait_ms(held.tries, office.chance(), office.retry_policy, outcome.retry_after_ms)
+            del self._in_flight[pending.message.subject]
+        pending.is_done = outcome.error is None or pending.tries >= MAX_TRIES
+        context = self._context
+        pending.due = _now_ms() + retry_wait_ms(
+            pending.tries, context.chance(), context.retry_policy, outcome.retry_after_ms
+        )
 
-    def _hold(self, letter: Message) -> None:
-        """Where an alert comes and goes all the while, its oldest coming and going are dropped."""
-        self._pending.append(PendingAlert(letter))
-        if Counter(held.message.subject for held in self._pending)[letter.subject] > MAX_PENDING:
-            for old in [held for held in self._pending if held.message.subject == letter.subject][:2]:
+    def _add(self, message: Message) -> None:
+        """Keep a message. If an alert flaps, drop its oldest firing and resolved pair."""
+        self._pending.append(PendingAlert(message))
+        if Counter(pending.message.subject for pending in self._pending)[message.subject] > MAX_PENDING:
+            for old in [pending for pending in self._pending if pending.message.subject == message.subject][:2]:
                 self._pending.remove(old)
 
 
 def _now_ms() -> int:
-    """By a clock that never steps."""
+    """Return monotonic milliseconds."""
     return int(asyncio.get_running_loop().time() * SECOND_MS)

@@ -1,7 +1,4 @@
-"""The `[[webhooks]]` of the configuration as endpoints. Secrets end here: nobody gets them back out of a setting.
-
-Reads the files that secret_file names, and nothing else.
-"""
+"""Read the `[[webhooks]]` of the configuration into endpoints. The settings that are shown contain no secret."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ BOUNDS: Final = {"timeout": (100, MINUTE_MS), "give_up_after": (MINUTE_MS, 30 * 
 
 
 class BadWebhook(Exception):
-    """What is wrong, in one line, without a secret."""
+    """An invalid webhook. The message is one line without a secret."""
 
 
 class WebhookSection(Struct, frozen=True, forbid_unknown_fields=True):
@@ -65,25 +62,25 @@ class WebhookSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class WebhookSetting(Struct, frozen=True):
-    """A webhook as it is in effect; `section` is without its secret, and what of its URL may be one."""
+    """A webhook in effect. `section` contains neither the secret nor the secret part of the URL."""
 
     section: WebhookSection
     endpoint: WebhookEndpoint
-    is_inline: bool  # its secret stands in the file itself
+    is_inline: bool  # the secret is in the configuration file itself
 
 
 def read(tables: Any, duration: Callable[[str], int]) -> tuple[WebhookSetting, ...]:
-    """The webhooks of `[[webhooks]]`. `duration` reads one in ms. Raises BadWebhook."""
+    """Read `[[webhooks]]`; `duration` parses a duration into ms. Raises BadWebhook."""
     if not isinstance(tables, list):
-        raise BadWebhook("webhooks is a list of tables: write [[webhooks]], in two brackets, before each of them")
+        raise BadWebhook("webhooks must be a list of tables: write [[webhooks]], in two brackets, before each of them")
     if len(tables) > MAX_WEBHOOKS:
-        raise BadWebhook(f"there are {len(tables)} [[webhooks]], {MAX_WEBHOOKS} at most can be served")
+        raise BadWebhook(f"there are {len(tables)} [[webhooks]]; the maximum is {MAX_WEBHOOKS}")
     settings: list[WebhookSetting] = []
     for number, table in enumerate(tables, 1):
         try:
             setting = _setting(table, duration)
             if any(setting.section.name == each.section.name for each in settings):
-                raise BadWebhook("name: another has it too, and its name says where a webhook goes on after a restart")
+                raise BadWebhook("name: already used by another webhook. The position in the journal is kept by name")
         except BadWebhook as bad:
             name = table.get("name") if isinstance(table, dict) else None
             named = f" ({name})" if isinstance(name, str) and is_job_id(name) else ""
@@ -100,17 +97,17 @@ def _setting(table: Any, duration: Callable[[str], int]) -> WebhookSetting:
         where = where.rstrip("`").partition("[")[0]
         raise BadWebhook(f"{where}: {message}" if where else message) from None
     if section.name in (".", ".."):
-        raise BadWebhook(f"name: {section.name!r} means another place in a path, and it is part of paths")
+        raise BadWebhook(f"name: {section.name!r} is not allowed: names are parts of URL paths")
     times = {key: _bounded(key, getattr(section, key), duration) for key in BOUNDS}
     _check_url(section)
     events: frozenset[str] = frozenset()
     for pattern in section.events:
         if not (found := types_matching(pattern)):
             known = ", ".join(("*", "job.*", "queue.*", "alert.*", *TYPES))
-            raise BadWebhook(f"events: {pattern!r} is no type of event. Known: {known}")
+            raise BadWebhook(f"events: {pattern!r} is not an event type. Known: {known}")
         events |= found
     if not events:
-        raise BadWebhook('events: name at least one type, such as "job.completed", or leave it out for all')
+        raise BadWebhook('events: name at least one type, such as "job.completed", or omit the key for all')
     if wrong := [name for name in section.queues if not is_job_id(name)]:
         raise BadWebhook(f"queues: {wrong[0]!r}: a queue has 1 to 200 characters of A-Z a-z 0-9 . _ : -")
     endpoint = WebhookEndpoint(
@@ -139,7 +136,7 @@ def _bounded(key: str, text: str, duration: Callable[[str], int]) -> int:
 
 
 def _check_url(section: WebhookSection) -> None:
-    """Whether something can be sent there, and may be. What the name of a host stands for is judged at each try."""
+    """Check that the URL is valid and allowed. Addresses of host names are checked at each attempt."""
     expected = "url: expected https://HOST/PATH"
     if not section.url.isascii() or not section.url.isprintable() or " " in section.url:
         raise BadWebhook(f"{expected} in ASCII, without spaces")
@@ -147,43 +144,43 @@ def _check_url(section: WebhookSection) -> None:
         parts = urlsplit(section.url)
         port = parts.port
     except ValueError:
-        raise BadWebhook(f"{expected}, with a port that there is") from None
+        raise BadWebhook(f"{expected}, with a valid port") from None
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0 or parts.fragment:
         raise BadWebhook(expected)
     if not _HOST.fullmatch(parts.hostname):
-        raise BadWebhook(f"{expected}: a name has letters, digits and . _ - alone")
+        raise BadWebhook(f"{expected}: a host name has letters, digits and . _ - only")
     if "@" in parts.netloc:
-        raise BadWebhook(f"{expected}, without user and password: receivers know us by the signature")
+        raise BadWebhook(f"{expected}, without user and password: receivers verify the signature instead")
     if section.allow_private:
         return
     if parts.scheme == "http":
         raise BadWebhook(
-            "url: http:// can be read on its way; use https://, or set allow_private where it stays inside"
+            "url: http:// is not encrypted. Use https://, or set allow_private for a receiver inside your network"
         )
     is_numeric = ":" in parts.hostname or parts.hostname.replace(".", "").isdigit()
     if is_numeric and (why := blocked_reason(parts.hostname)) is not None:
-        raise BadWebhook(f"url: {parts.hostname} is {why}; set allow_private if that is meant")
+        raise BadWebhook(f"url: {parts.hostname} is {why}; set allow_private if this is intended")
 
 
 def _keys(section: WebhookSection) -> tuple[bytes, ...]:
-    """The keys of its secrets, the newest first."""
+    """Return the keys of the secrets, newest first."""
     if bool(section.secret) == bool(section.secret_file):
-        raise BadWebhook(f"set secret or secret_file, one of them. Make a secret with: {MAKE_SECRET}")
+        raise BadWebhook(f"set either secret or secret_file. Create a secret with: {MAKE_SECRET}")
     where, secrets = "secret", [section.secret] if isinstance(section.secret, str) else section.secret
     if section.secret_file:
         where, secrets = f"secret_file: {section.secret_file}", _lines(section.secret_file)
     if not 1 <= len(secrets) <= MAX_SECRETS:
-        raise BadWebhook(f"{where}: expected one secret, or up to {MAX_SECRETS} while you change them, newest first")
+        raise BadWebhook(f"{where}: expected one secret, or up to {MAX_SECRETS} during a rotation, newest first")
     try:
         return tuple(decode_secret(secret) for secret in secrets)
     except BadSecret as bad:
-        raise BadWebhook(f"{where}: {bad}. Make one with: {MAKE_SECRET}") from None
+        raise BadWebhook(f"{where}: {bad}. Create one with: {MAKE_SECRET}") from None
 
 
 def _lines(path: str) -> list[str]:
     try:
         return [line.strip() for line in Path(path).read_text("ascii").splitlines() if line.strip()]
     except UnicodeDecodeError:
-        raise BadWebhook(f"secret_file: {path}: a secret is ASCII, one a line") from None
+        raise BadWebhook(f"secret_file: {path}: secrets must be ASCII, one per line") from None
     except OSError as error:
         raise BadWebhook(f"secret_file: {path}: cannot be read: {error.strerror}") from None

@@ -1,7 +1,4 @@
-"""What the couriers of all webhooks share: the disk and the clock as they see them, and the numbers of deliveries.
-
-Does nothing by itself.
-"""
+"""What the dispatchers of all webhooks share."""
 
 from __future__ import annotations
 
@@ -24,43 +21,43 @@ class Transport(Protocol):
 
 
 class DispatchContext(Struct):
-    """What all couriers share. `next_delivery` is the next number to give; one that was given is never given again."""
+    """Shared by all dispatchers. `next_delivery` is the next delivery number; a number is never reused."""
 
     disk: OutboxStorage
     moment: Callable[[], Moment]
-    source: str  # what CloudEvents call this daemon
-    may_write: Callable[[], bool]  # not while the disk is full: its last room is for the endings of jobs
-    alerts: Callable[[], Sequence[AlertView] | None]  # as they are; None where nobody has looked yet
+    source: str  # the CloudEvents source of this daemon
+    may_write: Callable[[], bool]  # False while the disk is full: the rest of the space is reserved for jobs that end
+    alerts: Callable[[], Sequence[AlertView] | None]  # None until alerts have been evaluated
     chance: Callable[[], float]  # 0 to 1
     retry_policy: RetryPolicy = RetryPolicy()
     next_delivery: int = 1
 
-    def new_delivery(self, letter: Message, endpoint: str, now: int) -> Delivery:
-        """The letter as a delivery that waits."""
+    def new_delivery(self, message: Message, endpoint: str, now: int) -> Delivery:
+        """Return the message as a waiting delivery with a new number."""
         id_, self.next_delivery = self.next_delivery, self.next_delivery + 1
         return Delivery(
             id=id_,
             endpoint=endpoint,
             state="waiting",
-            subject=letter.subject,
-            type=letter.type,
-            event_id=letter.event_id,
-            seq=letter.seq,
+            subject=message.subject,
+            type=message.type,
+            event_id=message.event_id,
+            seq=message.seq,
             at=now,
             due_at=now,
             tries=0,
             ended_at=None,
             status=None,
             error=None,
-            body=letter.body,
+            body=message.body,
         )
 
 
 class DeliveryStats(Struct):
-    """What was done since the process started, and how the last tries went. Times in Unix ms."""
+    """Counters since the process started, and the last results. Times in Unix ms."""
 
     delivered: int = 0
-    failed: int = 0  # tries
+    failed: int = 0  # attempts
     given_up: int = 0
     last_success_at: int | None = None
     last_error: str | None = None

@@ -1,6 +1,5 @@
-"""The line before an endpoint: what waits for it, which may go now, so that no message of a subject overtakes another.
-
-Holds numbers, not messages. Time is an argument, in ms of a clock that never steps.
+"""The waiting deliveries of one endpoint, in order: no message of a subject overtakes another.
+Holds numbers, not messages. Time is an argument, in monotonic ms.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from msgspec import Struct
 
 
 class QueuedDelivery(Struct, order=True):
-    """A delivery in line. `due`: not before; `tries` have failed."""
+    """A waiting delivery with `tries` failed attempts. `due` is the earliest next attempt."""
 
     id: int
     subject: str
@@ -22,35 +21,35 @@ class QueuedDelivery(Struct, order=True):
 
 
 class DeliveryQueue:
-    """Of each subject only the first in line may go. One that goes is in line until it is `gone` or `put_off`."""
+    """Only the first delivery of each subject may start. It stays in the queue until `remove` or `postpone`."""
 
     def __init__(self) -> None:
         self._subjects: dict[str, list[QueuedDelivery]] = {}
         self._subject_of: dict[int, str] = {}
-        self._in_flight: dict[str, int] = {}  # subject -> the id of the one that is on its way
-        self._expedited: set[int] = set()  # of those: who were hurried meanwhile
-        self._ready: list[int] = []  # heaps of firsts, whose entries go stale instead of being removed
+        self._in_flight: dict[str, int] = {}  # subject -> id of its running delivery
+        self._expedited: set[int] = set()  # running deliveries that were expedited meanwhile
+        self._ready: list[int] = []  # heaps of first deliveries; stale entries are skipped instead of removed
         self._later: list[tuple[int, int]] = []
         self._now = 0
 
     def __len__(self) -> int:
-        """How many wait, with those on their way."""
+        """Return the number of deliveries, running ones included."""
         return len(self._subject_of)
 
     def __contains__(self, id_: int) -> bool:
         return id_ in self._subject_of
 
     def has_subject(self, subject: str) -> bool:
-        """Whether one of `subject` waits, or is on its way."""
+        """Return whether a delivery of `subject` waits or is running."""
         return subject in self._subjects
 
     def ids(self) -> Iterator[int]:
-        """The numbers of all who wait and are not on their way, in order."""
+        """Return the numbers of all deliveries that are not running, in order."""
         going = set(self._in_flight.values())
         return (id_ for id_ in sorted(self._subject_of) if id_ not in going)
 
     def add(self, waiting: QueuedDelivery) -> None:
-        """To its place in line, which may be before others."""
+        """Insert in order of the number, possibly before others."""
         mates = self._subjects.setdefault(waiting.subject, [])
         insort(mates, waiting)
         self._subject_of[waiting.id] = waiting.subject
@@ -58,7 +57,7 @@ class DeliveryQueue:
             self._push(waiting)
 
     def take(self, now: int) -> QueuedDelivery | None:
-        """The longest in line of those who may go."""
+        """Start and return the oldest delivery that may start now."""
         self._promote_due(now)
         while self._ready:
             if (first := self._if_due(heapq.heappop(self._ready))) is not None:
@@ -66,7 +65,7 @@ class DeliveryQueue:
         return None
 
     def take_probe(self, now: int) -> QueuedDelivery | None:
-        """The one that has failed least often: a message that no endpoint takes shall not stand for all others."""
+        """Start the delivery with the fewest failures: a message that no endpoint accepts must not block others."""
         self._promote_due(now)
         firsts = [first for id_ in self._ready if (first := self._if_due(id_)) is not None]
         if not firsts:
@@ -74,7 +73,7 @@ class DeliveryQueue:
         return self._start(min(firsts, key=lambda each: (each.tries, each.id)))
 
     def remove(self, id_: int) -> None:
-        """It is not in line any more: delivered, or given up."""
+        """Remove a delivery that was delivered or dead-lettered."""
         subject = self._subject_of.pop(id_)
         mates = self._subjects[subject]
         del mates[self._index(mates, id_)]
@@ -87,7 +86,7 @@ class DeliveryQueue:
             self._push(mates[0])
 
     def postpone(self, id_: int, due: int) -> None:
-        """It has failed, and stays in line: until `due`, or not at all if it was hurried while it was on its way."""
+        """Return a failed delivery to the queue until `due`, or until now if it was expedited while it was running."""
         subject = self._subject_of[id_]
         mates = self._subjects[subject]
         waiting = mates[self._index(mates, id_)]
@@ -97,13 +96,13 @@ class DeliveryQueue:
         self._push(mates[0])
 
     def requeue(self, id_: int) -> None:
-        """It did not go after all."""
+        """Return a delivery that was not attempted."""
         self._expedited.discard(id_)
         del self._in_flight[self._subject_of[id_]]
         self._push(self._subjects[self._subject_of[id_]][0])
 
     def expedite(self, id_: int | None = None) -> None:
-        """Nobody has to wait for his time any more, or not this one: if it is on its way, not after it either."""
+        """Make one delivery, or all of them, due now. A running one is due at once if it fails."""
         if id_ is not None and self._in_flight.get(self._subject_of[id_]) == id_:
             self._expedited.add(id_)
         for mates in self._subjects.values():
@@ -114,7 +113,7 @@ class DeliveryQueue:
                         heapq.heappush(self._ready, waiting.id)
 
     def next_due(self) -> int | None:
-        """When the next may go, 0 where one may already; None where all are on their way, or nobody waits."""
+        """Return when the next delivery may start, 0 for now, or None if nothing waits."""
         while self._ready and self._if_due(self._ready[0]) is None:
             heapq.heappop(self._ready)
         if self._ready:
@@ -141,12 +140,12 @@ class DeliveryQueue:
         return first is not None and first.due == due
 
     def _if_due(self, id_: int) -> QueuedDelivery | None:
-        """The same, if it may go now: one that has failed since it was found to be ready may have an entry left."""
+        """Return the delivery if it may start now. Entries of deliveries that have failed since are stale."""
         first = self._first(id_)
         return first if first is not None and first.due <= self._now else None
 
     def _first(self, id_: int) -> QueuedDelivery | None:
-        """The one of this number, if it is the first of its subject and nobody of that is on his way."""
+        """Return the delivery if it is the first of its subject and none of that subject is running."""
         subject = self._subject_of.get(id_)
         if subject is None or subject in self._in_flight:
             return None

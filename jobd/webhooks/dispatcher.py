@@ -1,6 +1,5 @@
-"""One endpoint of a webhook: from its outbox to the receiver, in order of each subject, and what came of it is noted.
-
-It never raises, holds up nobody, and tells nobody but its own endpoint. A crash at any point sends again.
+"""Deliver the messages of one webhook from its outbox, in order per subject, and store the results.
+A failure affects this webhook only. After a crash, deliveries whose result was not stored are sent again.
 """
 
 from __future__ import annotations
@@ -24,81 +23,80 @@ from jobd.webhooks.message import Message, test_message
 from jobd.webhooks.retry import BreakerState, CircuitBreaker, is_exhausted, retry_wait_ms
 from jobd.webhooks.url_policy import redacted
 
-PARALLEL: Final = 8  # deliveries of one endpoint on their way at once
-GRACE_S: Final = 1.0  # for what is on its way when the daemon stops; after it, it is sent again at the next start
-DISK_FULL_RETRY_S: Final = 1.0  # until a full disk is asked again
-FAILURE_RETRY_S: Final = 5.0  # after a failure of our own
-MAX_RECENT: Final = 256  # messages that are sent from memory, as they have just been written
-SLICE: Final = 200  # deliveries given up, or sent again, in one transaction
-SLICE_PAUSE_S: Final = 0.01  # between those, so that workers get the disk in between
+PARALLEL: Final = 8  # concurrent deliveries of one endpoint
+GRACE_S: Final = 1.0  # for running deliveries when the daemon stops; later ones are sent again after the next start
+DISK_FULL_RETRY_S: Final = 1.0  # between two attempts to write the outbox
+FAILURE_RETRY_S: Final = 5.0  # after an internal error
+MAX_RECENT: Final = 256  # new deliveries kept in memory, so that they are not read back
+SLICE: Final = 200  # deliveries dead-lettered or redelivered in one transaction
+SLICE_PAUSE_S: Final = 0.01  # between slices, so that workers get the disk
 
 log = structlog.get_logger("jobd.webhooks")
 
 
 class Dispatcher:
-    """`run` until `stop`. `committed` is told of every commit; `wake` where alerts have changed."""
+    """`run` until `stop`. `committed` is called with every commit, `wake` when alerts change."""
 
     def __init__(
-        self, endpoint: WebhookEndpoint, outbox: Outbox, office: DispatchContext, tally: DeliveryStats
+        self, endpoint: WebhookEndpoint, outbox: Outbox, context: DispatchContext, stats: DeliveryStats
     ) -> None:
         self.endpoint = endpoint
-        self.stats = tally
+        self.stats = stats
         self.queue = DeliveryQueue()
-        self.breaker = CircuitBreaker(office.retry_policy)
-        self.reader = JournalReader(endpoint, outbox.cursors[endpoint.name], outbox.last, office, self._enqueue)
-        self._context = office
+        self.breaker = CircuitBreaker(context.retry_policy)
+        self.reader = JournalReader(endpoint, outbox.cursors[endpoint.name], outbox.last, context, self._enqueue)
+        self._context = context
         self._loop_time = asyncio.get_running_loop().time
         self._wake = asyncio.Event()
         self._stopping = False
         self._next_clearing_s = 0.0
         self._in_flight: dict[int, asyncio.Task[None]] = {}
-        self._sent_before_probe: set[int] = set()  # of those: who went before somebody asked for a try in a break
-        self._outcomes: list[tuple[Delivery, DeliveryOutcome]] = []  # that are not noted yet
+        self._sent_before_probe: set[int] = (
+            set()
+        )  # running deliveries that started before the probe; their failures say nothing about it
+        self._outcomes: list[tuple[Delivery, DeliveryOutcome]] = []  # not stored yet
         self._recent: dict[int, Delivery] = {}
         self._is_failing = False
-        now, ms = office.moment().now, self._now_ms()
+        now, ms = context.moment().now, self._now_ms()
         for each in outbox.waiting[endpoint.name]:
-            # By a clock that never steps; what was put off by another clock waits no longer than anything may.
-            left_ms = min(max(each.due_at - now, 0), office.retry_policy.retry_at_most_ms)
+            # `due_at` is wall time; a clock step must not delay a delivery for longer than the longest retry delay.
+            left_ms = min(max(each.due_at - now, 0), context.retry_policy.retry_at_most_ms)
             self.queue.add(QueuedDelivery(each.id, each.subject, ms + left_ms if left_ms else 0, each.tries))
 
-    # -- from outside -------------------------------------------------------------------------------------------------
+    # -- interface -----------------------------------------------------------------------------------------------------
 
-    async def run(self, poster: Transport) -> None:
-        """Until `stop`, which lets what is on its way arrive if it is quick. Survives whatever fails."""
+    async def run(self, transport: Transport) -> None:
+        """Run until `stop`, which waits briefly for running deliveries. Survives any error."""
         try:
             while not self._stopping:
-                await self._pause(await self._guarded_round(poster))
+                await self._pause(await self._guarded_round(transport))
         finally:
-            await self._shut_down(poster)
+            await self._shut_down(transport)
 
     def stop(self) -> None:
         self._stopping = True
         self._wake.set()
 
     def wake(self) -> None:
-        """Something is new."""
+        """Wake up because alerts changed."""
         self._wake.set()
 
     def committed(self, changes: Sequence[Change]) -> None:
-        """Changes are on the disk."""
+        """Take note of committed changes."""
         if self.reader.committed(changes):
             self._wake.set()
 
     async def test(self) -> Delivery:
-        """Put a message into the outbox that says it is a test, and end a break: who tests a receiver waits for what
-        it says. Raises DiskFull.
-        """
-        office = self._context
-        letter = test_message(self.endpoint.name, office.next_delivery, office.moment().now, office.source)
-        delivery = await self.reader.add(letter)
+        """Put a test message into the outbox and close the breaker, so that it is sent now. Raises DiskFull."""
+        context = self._context
+        message = test_message(self.endpoint.name, context.next_delivery, context.moment().now, context.source)
+        delivery = await self.reader.add(message)
         self._probe_now()
         return delivery
 
     async def redeliver(self, id_: int) -> Delivery | None:
-        """Send a delivery again, now, whatever became of it; None where there is none of this number.
-
-        One that waits does not wait for its time any more. Raises DiskFull.
+        """Send a delivery again now, whatever its state, or return None if there is none with this number.
+        A waiting delivery becomes due now. Raises DiskFull.
         """
         found: Delivery | None
         if id_ in self.queue:
@@ -113,7 +111,7 @@ class Dispatcher:
         return found
 
     async def redeliver_all(self, upto: int) -> int:
-        """Send again what was given up, up to the number `upto`, slice by slice; how many. Raises DiskFull."""
+        """Send dead-lettered deliveries up to number `upto` again, in slices. Return the count. Raises DiskFull."""
         count = 0
         while not self._stopping:
             now = self._context.moment().now
@@ -129,10 +127,10 @@ class Dispatcher:
         return count
 
     def _probe_now(self) -> None:
-        """Somebody thinks that it is worth a try: it is not given up for its age before that was made."""
+        """Let the breaker probe now. Old deliveries are not dead-lettered before the probe."""
         if self.breaker.until is not None:
             self.breaker.until = self._now_ms()
-            self._sent_before_probe = set(self._in_flight)  # their failures say nothing of that try
+            self._sent_before_probe = set(self._in_flight)
         self._next_clearing_s = max(self._next_clearing_s, self._loop_time() + MINUTE_MS / SECOND_MS)
         self._wake.set()
 
@@ -142,29 +140,29 @@ class Dispatcher:
 
     @property
     def failing_ms(self) -> int | None:
-        """Since the first of the failures after the last success; None where the last try was one."""
+        """Milliseconds since the first failure after the last success, or None if the last attempt succeeded."""
         return None if self.breaker.since is None else self._now_ms() - self.breaker.since
 
     @property
     def next_try_in_ms(self) -> int | None:
-        """Until the next try may be made; None where one may now, or nothing waits to be tried again."""
+        """Milliseconds until the next attempt, or None if one may start now or nothing waits."""
         now = self._now_ms()
         until = max(self.breaker.until or 0, self.queue.next_due() or 0)
         return until - now if until > now else None
 
-    # -- a round ------------------------------------------------------------------------------------------------------
+    # -- rounds --------------------------------------------------------------------------------------------------------
 
-    async def _guarded_round(self, poster: Transport) -> float | None:
-        """How long to wait for the next."""
+    async def _guarded_round(self, transport: Transport) -> float | None:
+        """Run a round. Return the seconds until the next one, or None to wait for `wake`."""
         try:
-            wait_s = await self._round(poster)
+            wait_s = await self._round(transport)
         except DiskFull:
-            self._deliver_alerts_directly(poster)
+            self._deliver_alerts_directly(transport)
             if not self._is_failing:
                 log.warning("webhook_waits", webhook=self.endpoint.name, reason="the disk of the store is full")
             wait_s, self._is_failing = DISK_FULL_RETRY_S, True
         except Exception as error:
-            # The disk of the store has failed, or we have: told in full the first time.
+            # A storage error or a bug of ours: log the traceback the first time only.
             name, said = self.endpoint.name, f"{type(error).__name__}: {error}"
             log.error("webhook_failed", webhook=name, error=said, exc_info=not self._is_failing)
             wait_s, self._is_failing = FAILURE_RETRY_S, True
@@ -172,7 +170,7 @@ class Dispatcher:
             self._is_failing = False
         return wait_s
 
-    async def _round(self, poster: Transport) -> float | None:
+    async def _round(self, transport: Transport) -> float | None:
         may_write = self._context.may_write()
         if may_write:
             await self._save_outcomes()
@@ -182,13 +180,13 @@ class Dispatcher:
             )
             await self.reader.save()
         else:
-            self._deliver_alerts_directly(poster)
-        if not self._outcomes:  # what cannot be noted is not sent either: it would be sent again and again
-            await self._start_deliveries(poster)
+            self._deliver_alerts_directly(transport)
+        if not self._outcomes:  # with results that cannot be stored, messages would be sent again and again
+            await self._start_deliveries(transport)
         return self._wait_s() if may_write else DISK_FULL_RETRY_S
 
     def _wait_s(self) -> float | None:
-        """Until time itself gives us something to do."""
+        """Return the seconds until the next timer, or None."""
         waits = self.reader.next_work_in_s(has_room=self._has_room)
         if self.breaker.since is not None:
             waits.append(self._next_clearing_s - self._loop_time())
@@ -196,7 +194,7 @@ class Dispatcher:
             until = self.breaker.until
             if until is None:
                 waits.append((due - self._now_ms()) / SECOND_MS)
-            elif not self._in_flight:  # else that one will tell
+            elif not self._in_flight:  # its result ends the wait
                 waits.append((max(due, until) - self._now_ms()) / SECOND_MS)
         return max(min(waits), 0.0) if waits else None
 
@@ -205,7 +203,7 @@ class Dispatcher:
         return len(self.queue) + PAGE <= MAX_BACKLOG
 
     async def _pause(self, seconds: float | None) -> None:
-        """Until something is new, or for so long."""
+        """Wait until woken, or for `seconds`."""
         timer = None
         if seconds is not None:
             timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
@@ -216,16 +214,16 @@ class Dispatcher:
             timer.cancel()
 
     def _enqueue(self, new: list[Delivery]) -> None:
-        """These are in the outbox now."""
+        """Queue deliveries that are in the outbox now."""
         for each in new:
             self.queue.add(QueuedDelivery(each.id, each.subject, 0))
             if len(self._recent) < MAX_RECENT:
                 self._recent[each.id] = each
 
-    # -- out of the outbox --------------------------------------------------------------------------------------------
+    # -- deliveries ----------------------------------------------------------------------------------------------------
 
-    async def _start_deliveries(self, poster: Transport) -> None:
-        """As many as may be on their way at once; where the endpoint is on trial, one."""
+    async def _start_deliveries(self, transport: Transport) -> None:
+        """Start as many deliveries as may run; one if the breaker is half-open."""
         taken: list[QueuedDelivery] = []
         ms = self._now_ms()
         state = self.breaker.state(ms)
@@ -238,16 +236,16 @@ class Dispatcher:
         if not taken:
             return
         try:
-            messages = await self._load([each.id for each in taken])
+            deliveries = await self._load([each.id for each in taken])
         except BaseException:
             for each in taken:
                 self.queue.requeue(each.id)
             raise
         for each in taken:
-            if (message := messages.get(each.id)) is None:
-                self.queue.remove(each.id)  # its row was damaged, and set aside
+            if (delivery := deliveries.get(each.id)) is None:
+                self.queue.remove(each.id)  # its row was damaged and is quarantined
             else:
-                going = asyncio.create_task(self._deliver(poster, message), name=f"webhook {self.endpoint.name}")
+                going = asyncio.create_task(self._deliver(transport, delivery), name=f"webhook {self.endpoint.name}")
                 self._in_flight[each.id] = going
 
     async def _load(self, ids: list[int]) -> dict[int, Delivery]:
@@ -256,42 +254,42 @@ class Dispatcher:
             found |= {each.id: each for each in await self._context.disk.deliveries(unknown)}
         return found
 
-    async def _deliver(self, poster: Transport, message: Delivery) -> None:
+    async def _deliver(self, transport: Transport, delivery: Delivery) -> None:
         try:
-            outcome = await self._try(poster, message)
+            outcome = await self._try(transport, delivery)
         finally:
-            del self._in_flight[message.id]
-        self._outcomes.append((message, outcome))
-        self._update_breaker(outcome, went_before=message.id in self._sent_before_probe)
-        self._sent_before_probe.discard(message.id)
+            del self._in_flight[delivery.id]
+        self._outcomes.append((delivery, outcome))
+        self._update_breaker(outcome, went_before=delivery.id in self._sent_before_probe)
+        self._sent_before_probe.discard(delivery.id)
         self._wake.set()
 
-    async def _try(self, poster: Transport, message: Delivery) -> DeliveryOutcome:
-        """Once. Where we fail ourselves, it has failed."""
+    async def _try(self, transport: Transport, delivery: Delivery) -> DeliveryOutcome:
+        """Attempt a delivery once. An internal error counts as a failure."""
         try:
-            return await poster.post(self.endpoint, message)
+            return await transport.post(self.endpoint, delivery)
         except Exception as bug:
             told = RuntimeError(redacted(self.endpoint.url, f"{type(bug).__name__}: {bug}"))
             log.error("webhook_bug", webhook=self.endpoint.name, exc_info=told.with_traceback(bug.__traceback__))
             return DeliveryOutcome(None, f"This is a bug in jobd: {type(bug).__name__}.")
 
-    def _deliver_alerts_directly(self, poster: Transport) -> None:
-        """The outbox cannot be written: what is new of alerts is told without it, and by it once there is room."""
+    def _deliver_alerts_directly(self, transport: Transport) -> None:
+        """Deliver alerts although the outbox cannot be written. The outbox delivers them as well once there is room."""
         name = self.endpoint.name
 
-        async def post(letter: Message) -> DeliveryOutcome:
-            # Its number is a passing one: in the outbox the same letter gets another.
-            message = self._context.new_delivery(letter, name, self._context.moment().now)
-            outcome = await self._try(poster, message)
+        async def post(message: Message) -> DeliveryOutcome:
+            # The number is temporary: the same message gets another one in the outbox.
+            delivery = self._context.new_delivery(message, name, self._context.moment().now)
+            outcome = await self._try(transport, delivery)
             self._update_breaker(outcome)
-            told = {"webhook": name, "type": letter.type, "subject": letter.subject}
+            told = {"webhook": name, "type": message.type, "subject": message.subject}
             log.info("webhook_told_without_outbox", **told, error=outcome.error)
             return outcome
 
         self.reader.alerts.deliver_directly(post)
 
     def _update_breaker(self, outcome: DeliveryOutcome, *, went_before: bool = False) -> None:
-        """What it means for the endpoint. A failure of one that went before a try was asked for begins no new break."""
+        """Update statistics and breaker. A failure of a delivery that started before a probe opens nothing."""
         name, now = self.endpoint.name, self._context.moment().now
         if outcome.error is None:
             self.stats.last_success_at = now
@@ -306,15 +304,15 @@ class Dispatcher:
             log.warning("webhook_paused", webhook=name, pause_ms=pause_ms, error=outcome.error)
 
     async def _save_outcomes(self) -> None:
-        """Note what came of those that are back."""
+        """Store the results of finished deliveries."""
         count = len(self._outcomes)
         if not count:
             return
         at, ms = self._context.moment(), self._now_ms()
         now = at.now
         settled, waits = [], []
-        for message, outcome in self._outcomes[:count]:
-            tried = replace(message, tries=message.tries + 1, status=outcome.status, error=outcome.error)
+        for delivery, outcome in self._outcomes[:count]:
+            tried = replace(delivery, tries=delivery.tries + 1, status=outcome.status, error=outcome.error)
             wait_ms = 0
             if outcome.error is None:
                 tried = replace(tried, state="delivered", ended_at=now)
@@ -347,7 +345,7 @@ class Dispatcher:
             log.info("webhook_not_delivered", **told, tries=tried.tries, error=tried.error)
 
     async def _give_up_old(self) -> None:
-        """Of an endpoint that has taken nothing for too long, what is too old is given up without being tried."""
+        """Dead-letter old deliveries of an endpoint that has failed for too long, without another attempt."""
         failing_ms = self.failing_ms
         if failing_ms is None or self._loop_time() < self._next_clearing_s:
             return
@@ -371,8 +369,8 @@ class Dispatcher:
         if len(old) == SLICE:
             self._next_clearing_s = 0.0
 
-    async def _shut_down(self, poster: Transport) -> None:
-        """What is back is noted, what is on its way gets a moment; all else is there at the next start."""
+    async def _shut_down(self, transport: Transport) -> None:
+        """Store results and wait briefly for running deliveries. Everything else is sent after the next start."""
         going = [*self._in_flight.values(), *self.reader.alerts.in_flight()]
         if going:
             await asyncio.wait(going, timeout=GRACE_S)
@@ -386,8 +384,8 @@ class Dispatcher:
                 await self.reader.save(at_once=True)
         except Exception as error:
             log.warning("webhook_not_noted", webhook=self.endpoint.name, error=f"{type(error).__name__}: {error}")
-        await poster.close()
+        await transport.close()
 
     def _now_ms(self) -> int:
-        """By a clock that never steps."""
+        """Return monotonic milliseconds."""
         return int(self._loop_time() * SECOND_MS)

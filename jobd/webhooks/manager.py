@@ -1,6 +1,5 @@
-"""All webhooks: a courier for each endpoint that is configured, while it is; and what operators see and ask of them.
-
-Where none is configured this is nothing but a name: it hears of no commit and has no connection.
+"""All webhooks: one dispatcher per configured endpoint, and the operations of operators.
+Without a webhook in the configuration it subscribes to nothing and opens no connection.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ log = structlog.get_logger("jobd.webhooks")
 
 
 class FailingEndpoint(Struct, frozen=True):
-    """The endpoint that has taken nothing for longest."""
+    """The endpoint that has been failing for the longest time."""
 
     name: str
     for_ms: int
@@ -34,7 +33,7 @@ class FailingEndpoint(Struct, frozen=True):
 
 
 class WebhookMetrics(Struct, frozen=True):
-    """Of one endpoint, for metrics."""
+    """The counters of one endpoint."""
 
     delivered: int
     failed: int
@@ -46,16 +45,16 @@ class WebhookMetrics(Struct, frozen=True):
 
 
 class WebhookManager:
-    """`run` until `stop`. `listen` is called with `committed` once there is an endpoint; `post` makes its sender."""
+    """`run` until `stop`. `listen` is called with `committed` once an endpoint exists; `post` makes its transport."""
 
     def __init__(
         self,
-        office: DispatchContext,
+        context: DispatchContext,
         *,
         listen: Callable[[Callable[[Sequence[Change]], None]], None],
         post: Callable[[WebhookEndpoint], Transport],
     ) -> None:
-        self._context = office
+        self._context = context
         self._subscribe = listen
         self._make_transport = post
         self._endpoints: dict[str, WebhookEndpoint] = {}
@@ -66,10 +65,10 @@ class WebhookManager:
         self._stopping = False
         self._wake = asyncio.Event()
 
-    # -- at work ------------------------------------------------------------------------------------------------------
+    # -- running -------------------------------------------------------------------------------------------------------
 
     def set_endpoints(self, endpoints: Iterable[WebhookEndpoint]) -> None:
-        """These and no others, from now on. One that has changed goes on where it was."""
+        """Replace the endpoints. A changed endpoint continues at its cursor."""
         self._endpoints = {each.name: each for each in endpoints}
         if self._endpoints and not self._is_subscribed:
             self._is_subscribed = True
@@ -77,7 +76,7 @@ class WebhookManager:
         self._wake.set()
 
     async def run(self) -> None:
-        """Survives whatever fails."""
+        """Run until `stop`. Survives any error."""
         while not self._stopping:
             wait_s = None
             try:
@@ -100,17 +99,17 @@ class WebhookManager:
         self._wake.set()
 
     def committed(self, changes: Sequence[Change]) -> None:
-        """Changes are on the disk. Called on the actor's turn: it takes a note and returns."""
-        for courier in self._dispatchers.values():
-            courier.committed(changes)
+        """Pass committed changes to the dispatchers. Called by the actor: must return quickly."""
+        for dispatcher in self._dispatchers.values():
+            dispatcher.committed(changes)
 
     def alerts_changed(self) -> None:
-        """One fires, or fires no more."""
-        for courier in self._dispatchers.values():
-            courier.wake()
+        """Wake the dispatchers because an alert fired or was resolved."""
+        for dispatcher in self._dispatchers.values():
+            dispatcher.wake()
 
     async def _reconcile(self) -> None:
-        """Those that are not wanted any more, or not as they were, end; then the new ones begin."""
+        """Stop dispatchers whose endpoint was removed or changed, then start new ones."""
         endpoints = self._endpoints
         await self._stop_dispatchers(
             [name for name, each in self._dispatchers.items() if endpoints.get(name) != each.endpoint]
@@ -118,15 +117,17 @@ class WebhookManager:
         new = [name for name in endpoints if name not in self._dispatchers]
         if not new:
             return
-        office = self._context
-        outbox = await office.disk.open_outbox(list(endpoints), office.moment().now)
-        office.next_delivery = max(office.next_delivery, outbox.next_delivery)
+        context = self._context
+        outbox = await context.disk.open_outbox(list(endpoints), context.moment().now)
+        context.next_delivery = max(context.next_delivery, outbox.next_delivery)
         for name in new:
             endpoint = endpoints[name]
-            courier = Dispatcher(endpoint, outbox, office, self._stats.setdefault(name, DeliveryStats()))
-            self._dispatchers[name] = courier
-            self._tasks[name] = asyncio.create_task(courier.run(self._make_transport(endpoint)), name=f"webhook {name}")
-            log.info("webhook_begins", webhook=name, waiting=len(courier.queue), position=courier.reader.position)
+            dispatcher = Dispatcher(endpoint, outbox, context, self._stats.setdefault(name, DeliveryStats()))
+            self._dispatchers[name] = dispatcher
+            self._tasks[name] = asyncio.create_task(
+                dispatcher.run(self._make_transport(endpoint)), name=f"webhook {name}"
+            )
+            log.info("webhook_begins", webhook=name, waiting=len(dispatcher.queue), position=dispatcher.reader.position)
 
     async def _stop_dispatchers(self, names: list[str]) -> None:
         for name in names:
@@ -135,79 +136,79 @@ class WebhookManager:
             await self._tasks.pop(name)
             del self._dispatchers[name]
 
-    # -- what is seen of them -----------------------------------------------------------------------------------------
+    # -- views and operations ------------------------------------------------------------------------------------------
 
     def views(self) -> list[WebhookView]:
-        """All that are configured, in the order of the configuration."""
+        """Return all configured webhooks in the order of the configuration."""
         return [self._view(endpoint) for endpoint in self._endpoints.values()]
 
     def _view(self, endpoint: WebhookEndpoint) -> WebhookView:
-        courier, tally = self._dispatchers.get(endpoint.name), self._stats.get(endpoint.name, DeliveryStats())
-        failing_ms = None if courier is None else courier.failing_ms
-        put_off_ms = None if courier is None else courier.next_try_in_ms
+        dispatcher, stats = self._dispatchers.get(endpoint.name), self._stats.get(endpoint.name, DeliveryStats())
+        failing_ms = None if dispatcher is None else dispatcher.failing_ms
+        put_off_ms = None if dispatcher is None else dispatcher.next_try_in_ms
         now = self._context.moment().now
         return WebhookView(
             name=endpoint.name,
             url=public_url(endpoint.url),
             events=sorted(endpoint.events),
             queues=sorted(endpoint.queues),
-            state="starting" if courier is None else courier.state,
+            state="starting" if dispatcher is None else dispatcher.state,
             failing_since=None if failing_ms is None else now - failing_ms,
             next_try_at=None if put_off_ms is None else now + put_off_ms,
-            position=0 if courier is None else courier.reader.position,
-            lag=0 if courier is None else courier.reader.lag,
-            waiting=0 if courier is None else len(courier.queue),
-            delivered=tally.delivered,
-            failed=tally.failed,
-            given_up=tally.given_up,
-            last_success_at=tally.last_success_at,
-            last_error=tally.last_error,
-            last_error_at=tally.last_error_at,
+            position=0 if dispatcher is None else dispatcher.reader.position,
+            lag=0 if dispatcher is None else dispatcher.reader.lag,
+            waiting=0 if dispatcher is None else len(dispatcher.queue),
+            delivered=stats.delivered,
+            failed=stats.failed,
+            given_up=stats.given_up,
+            last_success_at=stats.last_success_at,
+            last_error=stats.last_error,
+            last_error_at=stats.last_error_at,
         )
 
     def has(self, name: str) -> bool:
         return name in self._endpoints
 
     async def page(self, name: str, state: DeliveryState | None, before: int | None, limit: int) -> DeliveryPage:
-        """Deliveries of an endpoint, newest first."""
+        """Return deliveries of an endpoint, newest first."""
         below = NEWEST if before is None else before
         found = await self._context.disk.page_of_deliveries(name, state, below, limit + 1)
         shown = [delivery_view(each) for each in found[:limit]]
         return DeliveryPage(shown, str(shown[-1].id) if len(found) > limit else None)
 
     async def given_up(self, name: str) -> tuple[int, int]:
-        """How many deliveries of an endpoint were given up and are kept, and the number of the newest; 0 where none."""
+        """Return the number of dead-lettered deliveries that are kept, and the number of the newest, or 0."""
         return await self._context.disk.given_up(name)
 
     async def redeliver(self, name: str, id_: int) -> DeliveryView | None:
-        """Send a delivery again; None where there is none of this number. Raises DiskFull."""
-        found = await self._courier(name).redeliver(id_)
+        """Send a delivery again. Return None if there is none with this number. Raises DiskFull."""
+        found = await self._dispatcher(name).redeliver(id_)
         return None if found is None else delivery_view(found)
 
     async def redeliver_all(self, name: str, upto: int | None) -> int:
-        """Send again what was given up, up to the number `upto` (None: all); how many. Raises DiskFull."""
-        return await self._courier(name).redeliver_all(NEWEST if upto is None else upto)
+        """Send dead-lettered deliveries up to `upto` (None: all) again. Return their count. Raises DiskFull."""
+        return await self._dispatcher(name).redeliver_all(NEWEST if upto is None else upto)
 
     async def test(self, name: str) -> DeliveryView:
-        """Send a message that says it is a test. Raises DiskFull."""
-        return delivery_view(await self._courier(name).test())
+        """Send a test message. Raises DiskFull."""
+        return delivery_view(await self._dispatcher(name).test())
 
-    def _courier(self, name: str) -> Dispatcher:
-        if (courier := self._dispatchers.get(name)) is None or not self._context.may_write():
+    def _dispatcher(self, name: str) -> Dispatcher:
+        if (dispatcher := self._dispatchers.get(name)) is None or not self._context.may_write():
             raise DiskFull("the outbox cannot be written")
-        return courier
+        return dispatcher
 
     def worst(self) -> FailingEndpoint | None:
-        """The one that has been failing for longest, None where all tries go well."""
+        """Return the endpoint that has been failing for the longest time, or None."""
         failing = [
             FailingEndpoint(name, for_ms, self._stats[name].last_error or "")
-            for name, courier in self._dispatchers.items()
-            if (for_ms := courier.failing_ms) is not None
+            for name, dispatcher in self._dispatchers.items()
+            if (for_ms := dispatcher.failing_ms) is not None
         ]
         return max(failing, key=lambda each: each.for_ms, default=None)
 
     def journal_hold_ms(self) -> int:
-        """For how long the journal has to be kept, for those that have not read it to its end; 0 where all have."""
+        """Return how long the journal must be kept for endpoints that lag behind; 0 if none does."""
         behind = (
             endpoint.give_up_after_ms
             for name, endpoint in self._endpoints.items()
@@ -216,25 +217,25 @@ class WebhookManager:
         return max(behind, default=0)
 
     def metrics(self) -> dict[str, WebhookMetrics]:
-        """By name, in the order of the configuration."""
+        """Return the counters by name, in the order of the configuration."""
         found = {}
         for name in self._endpoints:
-            if (courier := self._dispatchers.get(name)) is not None:
-                tally, reader = courier.stats, courier.reader
+            if (dispatcher := self._dispatchers.get(name)) is not None:
+                stats, reader = dispatcher.stats, dispatcher.reader
                 found[name] = WebhookMetrics(
-                    tally.delivered,
-                    tally.failed,
-                    tally.given_up,
+                    stats.delivered,
+                    stats.failed,
+                    stats.given_up,
                     reader.gaps,
-                    len(courier.queue),
+                    len(dispatcher.queue),
                     reader.lag,
-                    courier.state != "closed",
+                    dispatcher.state != "closed",
                 )
         return found
 
 
 def delivery_view(delivery: Delivery) -> DeliveryView:
-    """As operators see it: without its body, which tells what the journal tells."""
+    """Return the view of a delivery: without its body, which repeats the journal."""
     return DeliveryView(
         id=delivery.id,
         state=delivery.state,

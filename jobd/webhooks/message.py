@@ -1,7 +1,4 @@
-"""What a webhook sends: an event as a CloudEvent, signed as Standard Webhooks say.
-
-Sends nothing. A body is made once and kept; a signature is made for each try.
-"""
+"""Webhook messages: CloudEvents, signed by the Standard Webhooks specification."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from jobd.model.webhooks import EVENTS_GONE, FIRING, RESOLVED, TEST_TYPE, webhoo
 
 CONTENT_TYPE: Final = "application/cloudevents+json; charset=utf-8"
 PREFIX: Final = "whsec_"
-LEAST_KEY: Final = 24  # bytes, both by the specification
+LEAST_KEY: Final = 24  # bytes; both limits are from the specification
 MOST_KEY: Final = 64
 EPOCH: Final = datetime(1970, 1, 1)
 
@@ -29,31 +26,31 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 class BadSecret(ValueError):
-    """A secret that is none; the text is a sentence, without it."""
+    """An invalid signing secret. The message is a sentence that does not contain it."""
 
 
 def decode_secret(secret: str) -> bytes:
-    """The key of `whsec_…`. Raises BadSecret."""
+    """Return the key of a secret `whsec_…`. Raises BadSecret."""
     if not secret.startswith(PREFIX):
-        raise BadSecret(f"a secret begins with {PREFIX}")
+        raise BadSecret(f"a secret starts with {PREFIX}")
     try:
         key = base64.b64decode(secret.removeprefix(PREFIX), validate=True)
     except (binascii.Error, ValueError):
-        raise BadSecret(f"what follows {PREFIX} has to be base64") from None
+        raise BadSecret(f"the part after {PREFIX} must be base64") from None
     if not LEAST_KEY <= len(key) <= MOST_KEY:
         raise BadSecret(f"a secret has {LEAST_KEY} to {MOST_KEY} bytes in base64, not {len(key)}")
     return key
 
 
 def signature(keys: Sequence[bytes], event_id: str, timestamp_s: int, body: bytes) -> str:
-    """The header `webhook-signature`: one signature for each key, so that keys can be rotated."""
+    """Return the header `webhook-signature`: one signature per key, so that keys can be rotated."""
     signed = b"%b.%d.%b" % (event_id.encode(), timestamp_s, body)
     digests = (hmac.digest(key, signed, hashlib.sha256) for key in keys)
     return " ".join(f"v1,{base64.b64encode(digest).decode()}" for digest in digests)
 
 
 def headers(keys: Sequence[bytes], event_id: str, timestamp_s: int, body: bytes) -> dict[str, str]:
-    """The headers of one try."""
+    """Return the headers of one attempt."""
     return {
         "Content-Type": CONTENT_TYPE,
         "webhook-id": event_id,
@@ -63,7 +60,7 @@ def headers(keys: Sequence[bytes], event_id: str, timestamp_s: int, body: bytes)
 
 
 class Message(msgspec.Struct, frozen=True):
-    """What a delivery says, before it has a number."""
+    """The content of a delivery that has no number yet."""
 
     subject: str
     type: str
@@ -73,7 +70,7 @@ class Message(msgspec.Struct, frozen=True):
 
 
 def event_message(event: Event, source: str) -> Message:
-    """An event of the journal. Its id is another even where a new store numbers its events from 1 again."""
+    """Return the message of a journal event. Its id contains the time: a new store numbers events from 1 again."""
     subject = f"jobs/{event.job_id}" if event.job_id else f"queues/{event.queue}"
     kind, event_id = webhook_type(event.type), f"evt_{event.at}_{event.seq}"
     more = {"sequence": str(event.seq)}
@@ -82,14 +79,14 @@ def event_message(event: Event, source: str) -> Message:
 
 
 def alert_message(alert: AlertView, at: int, source: str) -> Message:
-    """An alert that fires, or has been resolved. `alert.since` says in both cases when it began to."""
+    """Return the message of an alert that fires or is resolved. `alert.since` is the time since which it fired."""
     subject, kind = f"alerts/{alert.name}", FIRING if alert.firing else RESOLVED
     event_id = f"alert_{alert.name}_{alert.since}_{kind.partition('.')[2]}"
     return Message(subject, kind, event_id, _body(source, subject, kind, event_id, at, alert))
 
 
 def gap_message(name: str, after: int, upto: int, at: int, source: str) -> Message:
-    """Some events are no longer in the journal or the outbox, and were not told before. Another gap has another id."""
+    """Return a message about events that are no longer in the journal or the outbox and were not delivered."""
     subject, event_id = f"webhooks/{name}", f"gone_{after}_{upto}_{at}"
     message = (
         f"Of the events after {after} up to {upto} some were not told, and are kept no longer. Read the state anew."
@@ -99,7 +96,7 @@ def gap_message(name: str, after: int, upto: int, at: int, source: str) -> Messa
 
 
 def test_message(name: str, number: int, at: int, source: str) -> Message:
-    """An operator wants to see whether messages arrive."""
+    """Return a test message."""
     subject, event_id = f"webhooks/{name}", f"test_{at}_{number}"
     data = {"message": "This is a test. Nothing has happened."}
     return Message(subject, TEST_TYPE, event_id, _body(source, subject, TEST_TYPE, event_id, at, data))

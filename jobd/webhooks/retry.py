@@ -1,6 +1,5 @@
-"""When a delivery is tried again, when it is given up, and when an endpoint is on a break.
-
-Knows no clock and draws no lots: time is an argument, in ms of a clock that never steps, and so is chance (0 to 1).
+"""When a delivery is retried or dead-lettered, and the circuit breaker of an endpoint.
+Pure: time is an argument in monotonic ms, and so is chance (0 to 1).
 """
 
 from __future__ import annotations
@@ -12,19 +11,21 @@ from msgspec import Struct
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 
-RETRY_MS: Final = 5 * SECOND_MS  # after the first failure, then twice as long each time
+RETRY_MS: Final = 5 * SECOND_MS  # after the first failure; doubles each time
 RETRY_AT_MOST_MS: Final = HOUR_MS
-LEAST_TRIES: Final = 8  # before a delivery is given up: age alone may be a step of the clock, or a long sleep
+LEAST_TRIES: Final = (
+    8  # before a delivery is dead-lettered: age alone may come from a clock step or a suspended machine
+)
 
-OPENS_AFTER: Final = 5  # failures in a row
-PAUSE_MS: Final = 10 * SECOND_MS  # of the first break, then twice as long each time
+OPENS_AFTER: Final = 5  # consecutive failures
+PAUSE_MS: Final = 10 * SECOND_MS  # of the first open period; doubles each time
 PAUSE_AT_MOST_MS: Final = 5 * MINUTE_MS
 
 BreakerState = Literal["closed", "open", "half_open"]
 
 
 class RetryPolicy(Struct, frozen=True):
-    """How patient we are. Tests are less so."""
+    """Delays and limits of retries and of the circuit breaker."""
 
     retry_ms: int = RETRY_MS
     retry_at_most_ms: int = RETRY_AT_MOST_MS
@@ -35,13 +36,13 @@ class RetryPolicy(Struct, frozen=True):
 
 
 def retry_wait_ms(tries: int, chance: float, manners: RetryPolicy, asked_ms: int | None = None) -> int:
-    """How long to wait after `tries` failures: half of it fixed, half of it by chance; not less than was asked for."""
+    """Return the delay after `tries` failures: half fixed, half random, and at least `asked_ms`."""
     whole = min(manners.retry_ms << min(tries - 1, 20), manners.retry_at_most_ms)
     return max(_spread(whole, chance), min(asked_ms or 0, manners.retry_at_most_ms))
 
 
 def is_exhausted(delivery: Delivery, endpoint: WebhookEndpoint, now: int, manners: RetryPolicy) -> bool:
-    """Whether one more failure is the last, at wall time `now`. `delivery.tries` counts it."""
+    """Return whether a delivery is dead-lettered at wall time `now`. `delivery.tries` includes the latest failure."""
     return delivery.tries >= manners.least_tries and now - delivery.at >= endpoint.give_up_after_ms
 
 
@@ -50,15 +51,14 @@ def _spread(whole_ms: int, chance: float) -> int:
 
 
 class CircuitBreaker:
-    """Closed, all is tried. After some failures in a row it opens: nothing is, for a while; then one, on trial.
-
-    That one closes it, or opens it for longer. `since`: the moment of the first of the failures in a row.
+    """Closed: deliveries run. Open: none runs for a while. Half-open: one probe closes it or opens it for longer.
+    It opens after several consecutive failures; `since` is the time of the first of them.
     """
 
     def __init__(self, manners: RetryPolicy) -> None:
         self.failures = 0
         self.since: int | None = None
-        self.until: int | None = None  # it is open until then
+        self.until: int | None = None  # open until then
         self._breaks = 0
         self._manners = manners
 
@@ -68,18 +68,18 @@ class CircuitBreaker:
         return "open" if now < self.until else "half_open"
 
     def succeeded(self) -> bool:
-        """One was delivered; whether that ended a break."""
+        """Record a success. Return whether it closed the breaker."""
         was_open = self.until is not None
         self.failures, self.since, self.until, self._breaks = 0, None, None, 0
         return was_open
 
     def failed(self, outcome: DeliveryOutcome, now: int, chance: float) -> bool:
-        """One was not; whether a break begins thereby."""
+        """Record a failure. Return whether it opened the breaker."""
         self.failures += 1
         self.since = now if self.since is None else self.since
         state = self.state(now)
         if state == "open":
-            return False  # it was on its way when the break began
+            return False  # started before the breaker opened
         if state == "closed" and self.failures < self._manners.opens_after and not outcome.gone:
             return False
         self._breaks = 20 if outcome.gone else min(self._breaks + 1, 20)

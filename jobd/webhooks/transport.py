@@ -1,7 +1,5 @@
-"""One try of one delivery over HTTP: signed, within its time, to the address that it is meant for, and no further.
-
-Decides nothing about what comes next. Never raises for what a receiver does. Of a URL only the host is ever told: what
-errors say of themselves may hold all of it, and so may an answer.
+"""Attempt one delivery over HTTP: signed, with a timeout, to allowed addresses only.
+A receiver's behavior never raises. Errors name the host only: a URL may contain a secret, and so may a response.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks.message import headers
 from jobd.webhooks.url_policy import blocked_reason, redacted
 
-MAX_RESPONSE_BYTES: Final = 64 << 10  # of an answer; nobody needs more, and what is not read cannot be too much
-MAX_ERROR_LENGTH: Final = 200  # characters of an answer, or of an error, that are kept
-MAX_LOOKUPS: Final = 16  # of names at once, with those that hang
-DRAIN_S: Final = 1.0  # for the rest of an answer that says yes
-IDLE_S: Final = 30.0  # a connection is kept so long for the next delivery
+MAX_RESPONSE_BYTES: Final = 64 << 10  # of a response
+MAX_ERROR_LENGTH: Final = 200  # kept characters of a response or an error
+MAX_LOOKUPS: Final = 16  # concurrent name lookups, hanging ones included
+DRAIN_S: Final = 1.0  # for reading the rest of a successful response
+IDLE_S: Final = 30.0  # keep-alive of an idle connection
 
 BLOCKED: Final = "webhooks do not go there"
 
@@ -35,11 +33,11 @@ log = structlog.get_logger("jobd.webhooks")
 
 
 class AddressBlocked(OSError):
-    """The address that the name stands for is none that webhooks go to."""
+    """The address of the host is not allowed."""
 
 
 class Resolver(AbstractResolver):
-    """Names are looked up in threads that nobody waits for when the daemon ends: a name server may hang for minutes."""
+    """Look names up in daemon threads: a hanging name server must not delay the end of the process."""
 
     def __init__(self) -> None:
         self._looking = 0
@@ -47,11 +45,11 @@ class Resolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
     ) -> list[ResolveResult]:
-        """The addresses of `host`. Raises OSError."""
+        """Return the addresses of `host`. Raises OSError."""
         loop = asyncio.get_running_loop()
         found: asyncio.Future[list[Any]] = loop.create_future()
         if self._looking >= MAX_LOOKUPS:
-            raise OSError("too many names are being looked up, and none is found")
+            raise OSError("too many name lookups are already running")
 
         def tell(answer: list[Any] | OSError) -> None:
             self._looking -= 1
@@ -70,18 +68,18 @@ class Resolver(AbstractResolver):
             except OSError as error:
                 answer = error
             except UnicodeError:
-                answer = OSError("it is no name")
+                answer = OSError("it is not a valid host name")
             try:
                 loop.call_soon_threadsafe(tell, answer)
             except RuntimeError:
-                return  # the loop is gone, and so is who asked
+                return  # the loop is closed
 
         self._looking += 1
         threading.Thread(target=look, name="webhook-lookup", daemon=True).start()
         return [_resolved(host, *each) for each in await found]
 
     async def close(self) -> None:
-        """Nothing to close: threads end by themselves."""
+        """Do nothing: the threads end by themselves."""
 
 
 def _resolved(host: str, family: int, _: int, proto: int, __: str, address: Any) -> ResolveResult:
@@ -96,8 +94,9 @@ def _resolved(host: str, family: int, _: int, proto: int, __: str, address: Any)
 
 
 def _checked_socket(info: Any) -> socket.socket:
-    """The socket for a connection, if it goes where it may. This is the last word before `connect`: whatever the name
-    stood for before, or stands for later, this is the address that is used."""
+    """Return the socket for a connection to an allowed address.
+    This checks the address that is actually connected to, so a name that changes between lookups gains nothing.
+    """
     family, kind, proto, _, address = info
     if (why := blocked_reason(address[0])) is not None:
         raise AddressBlocked(f"{address[0]} is {why}: {BLOCKED}")
@@ -105,7 +104,7 @@ def _checked_socket(info: Any) -> socket.socket:
 
 
 class HttpTransport:
-    """Sends to one endpoint. `close` in the end."""
+    """Sends to one endpoint. Close it at the end."""
 
     def __init__(self, *, allow_private: bool, most: int, wall: Callable[[], int], tls: ssl.SSLContext | None = None):
         connector = aiohttp.TCPConnector(
@@ -129,7 +128,7 @@ class HttpTransport:
         await self._session.close()
 
     async def post(self, endpoint: WebhookEndpoint, delivery: Delivery) -> DeliveryOutcome:
-        """What came of sending it once."""
+        """Attempt a delivery once and return the result."""
         signed = headers(endpoint.secrets, delivery.event_id, self._wall() // SECOND_MS, delivery.body)
         nobody = aiohttp.ClientTimeout(total=None)
         try:
@@ -140,20 +139,20 @@ class HttpTransport:
                 ) as answer,
             ):
                 if 200 <= answer.status < 300:
-                    limit.reschedule(None)  # it was taken: whatever else is said, and how slowly, changes nothing
+                    limit.reschedule(None)  # it was accepted; the rest of the response changes nothing
                     await _drain(answer)
                     return DeliveryOutcome(answer.status)
                 wait_ms = _retry_after_ms(answer.headers.get("Retry-After", ""))
                 said = _http_error(answer.status, await _read_start(answer), endpoint)
                 return DeliveryOutcome(answer.status, said, wait_ms, gone=answer.status == 410)
         except TimeoutError:
-            return DeliveryOutcome(None, f"There was no answer within {endpoint.timeout_ms / SECOND_MS:g} s.")
+            return DeliveryOutcome(None, f"There was no response within {endpoint.timeout_ms / SECOND_MS:g} s.")
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return DeliveryOutcome(None, _one_line(_connection_error(error, endpoint)))
 
 
 async def _read_start(answer: aiohttp.ClientResponse) -> bytes:
-    """Up to ANSWER_BYTES of an answer. The connection of one that is longer is closed."""
+    """Return the first MAX_RESPONSE_BYTES of a response. Close the connection of a longer one."""
     read = bytearray()
     while len(read) <= MAX_RESPONSE_BYTES and (piece := await answer.content.readany()):
         read += piece
@@ -163,11 +162,11 @@ async def _read_start(answer: aiohttp.ClientResponse) -> bytes:
 
 
 async def _drain(answer: aiohttp.ClientResponse) -> None:
-    """A connection whose answer was read to its end can be used again; one that does not end soon is closed."""
+    """Read the response to its end, so that the connection can be reused; close it if that takes too long."""
     try:
         async with asyncio.timeout(DRAIN_S):
             await _read_start(answer)
-    except (aiohttp.ClientError, OSError):  # TimeoutError is one
+    except (aiohttp.ClientError, OSError):  # including TimeoutError
         answer.close()
 
 
@@ -176,32 +175,32 @@ def _http_error(status: int, answer: bytes, endpoint: WebhookEndpoint) -> str:
         return f"{status}: redirects are not followed. Set url to where it leads."
     said = _one_line(
         redacted(endpoint.url, answer.decode("utf-8", "replace"))
-    )  # before it is cut: half a secret is one, too
+    )  # before it is shortened: half a secret is a secret, too
     return f"{status}: {said}" if said else f"{status}"
 
 
 def _retry_after_ms(text: str) -> int | None:
-    """Seconds, as they are asked for; of a date nobody here makes use."""
+    """Return a Retry-After in seconds as ms. Dates are ignored."""
     return min(int(text) * SECOND_MS, HOUR_MS) if text.isascii() and text.isdigit() and len(text) < 10 else None
 
 
 def _connection_error(error: Exception, endpoint: WebhookEndpoint) -> str:
     match error:
         case aiohttp.ClientConnectorDNSError():
-            return f"The name {error.host} cannot be looked up: {error.os_error.strerror or error.os_error}."
+            return f"The host name {error.host} cannot be resolved: {error.os_error.strerror or error.os_error}."
         case aiohttp.ClientConnectorCertificateError():
-            return f"The certificate of {error.host} is not to be trusted: {error.certificate_error}."
+            return f"The certificate of {error.host} is not trusted: {error.certificate_error}."
         case aiohttp.ClientConnectorError():
             why = f"{error.host}:{error.port} cannot be reached: {error.os_error.strerror or error.os_error}."
-            return f"{why} If that is meant, set allow_private." if BLOCKED in why else why
+            return f"{why} If this is intended, set allow_private." if BLOCKED in why else why
         case aiohttp.ServerDisconnectedError():
-            return "The connection was closed before an answer came."
+            return "The connection was closed before a response arrived."
         case aiohttp.InvalidURL():
-            return f"url leads nowhere: {redacted(endpoint.url, error.description or 'it is none')}."
+            return f"The url is invalid: {redacted(endpoint.url, error.description or 'it cannot be parsed')}."
         case aiohttp.ClientResponseError():
-            return "What answers there speaks no HTTP that can be understood."
+            return "The receiver does not speak valid HTTP."
         case aiohttp.ClientPayloadError():
-            return "The answer broke off."
+            return "The response ended early."
         case OSError() if error.strerror:
             return f"The connection failed: {error.strerror}."
         case _:
@@ -209,6 +208,6 @@ def _connection_error(error: Exception, endpoint: WebhookEndpoint) -> str:
 
 
 def _one_line(text: str) -> str:
-    """In one line, and short: it is kept, logged and shown."""
+    """Return `text` as one short line: it is stored, logged and shown."""
     line = " ".join("".join(char if char.isprintable() else " " for char in text[: 4 * MAX_ERROR_LENGTH]).split())
     return line if len(line) <= MAX_ERROR_LENGTH else f"{line[: MAX_ERROR_LENGTH - 2]} …"

@@ -1,7 +1,4 @@
-"""Which addresses a webhook may connect to: none of this machine, of its network, or of who runs it.
-
-Looks nothing up.
-"""
+"""Allowed addresses of webhooks, and what may be shown of a webhook's URL."""
 
 from __future__ import annotations
 
@@ -11,31 +8,32 @@ from typing import Final
 from urllib.parse import SplitResult, unquote, unquote_plus, urlsplit
 
 _NAT64: Final = IPv6Network("64:ff9b::/96")
-_PUBLIC: Final = IPv6Network("2000::/3")  # the only one that addresses of hosts are given out of
+_PUBLIC: Final = IPv6Network("2000::/3")  # the only block from which addresses of hosts are allocated
 _UNIQUE_LOCAL: Final = IPv6Network("fc00::/7")
-_OF_THE_HOST: Final = frozenset({IPv4Address("168.63.129.16")})  # Azure's: public by its number, and no further than it
-# Blocks that the registries of special-purpose addresses (RFC 6890) keep for something else. Python knows some of them,
-# others in other versions; translators and relays make addresses of a network of ours out of several.
+_OF_THE_HOST: Final = frozenset(
+    {IPv4Address("168.63.129.16")}
+)  # Azure's platform: a public number that only the host itself can reach
+# Blocks that the registries of special-purpose addresses (RFC 6890) reserve. Python knows only some of them.
 _RESERVED: Final = (
-    IPv4Network("192.0.0.0/24"),  # protocols of the IETF
-    IPv4Network("192.31.196.0/24"),  # AS112, as 192.175.48.0/24: answered by whoever is nearest
+    IPv4Network("192.0.0.0/24"),  # IETF protocols
+    IPv4Network("192.31.196.0/24"),  # AS112, as 192.175.48.0/24: anycast
     IPv4Network("192.52.193.0/24"),  # AMT relays
     IPv4Network("192.88.99.0/24"),  # 6to4 relays
     IPv4Network("192.175.48.0/24"),
-    IPv6Network("2001::/23"),  # protocols of the IETF, Teredo among them
+    IPv6Network("2001::/23"),  # IETF protocols, including Teredo
     IPv6Network("2001:db8::/32"),  # examples
     IPv6Network("2620:4f:8000::/48"),  # AS112
-    IPv6Network("3ffe::/16"),  # what was the 6bone
+    IPv6Network("3ffe::/16"),  # the former 6bone
     IPv6Network("3fff::/20"),  # examples
 )
 
 
 def blocked_reason(address: str) -> str | None:
-    """Why nothing is sent to that numeric address, in a few words; None where something may be."""
+    """Return in a few words why a numeric address is blocked, or None if it is allowed."""
     try:
         parsed = ip_address(address)
     except ValueError:
-        return "no plain address"
+        return "not a valid address"
     return _judge(parsed)
 
 
@@ -47,7 +45,7 @@ def _judge(address: IPv4Address | IPv6Address) -> str | None:
             return "private"
     for said, is_so in (
         ("loopback", address.is_loopback),
-        ("link-local, where clouds keep their secrets", address.is_link_local),
+        ("link-local, the range of cloud metadata services", address.is_link_local),
         ("multicast", address.is_multicast),
         ("reserved", any(address in network for network in _RESERVED) or _is_not_given_out(address)),
         ("private", not address.is_global or address in _OF_THE_HOST),
@@ -62,8 +60,7 @@ def _is_not_given_out(address: IPv4Address | IPv6Address) -> bool:
 
 
 def _inner(address: IPv6Address) -> IPv4Address | None:
-    """The IPv4 address that it stands for, where that is as good as any: this machine's own stack, or a gateway, makes
-    the one of the other."""
+    """Return the IPv4 address that is embedded in an IPv6 address and reached through it, if any."""
     if address.ipv4_mapped is not None:
         return address.ipv4_mapped
     if address.sixtofour is not None:
@@ -71,26 +68,26 @@ def _inner(address: IPv6Address) -> IPv4Address | None:
     return IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else None
 
 
-ELLIPSIS: Final = "…"  # stands where a part of a URL would
+ELLIPSIS: Final = "…"  # replaces the parts of a URL that are not shown
 
 
-MIN_SECRET: Final = 4  # characters: what is shorter is none
+MIN_SECRET: Final = 4  # characters; shorter parts are not treated as secrets
 
 
 MIN_DISTINCT: Final = (
-    8  # characters: what is shorter may be in other words, as "hook" is in "webhook", and is no secret there
+    8  # characters; a shorter part is only redacted as a whole word ("hook" is not redacted in "webhook")
 )
 
 
 def public_url(url: str) -> str:
-    """Scheme and host, and a sign where there is more."""
+    """Return scheme and host, with an ellipsis if there is more."""
     parts = urlsplit(url)
     place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
     return f"{place}/{ELLIPSIS}" if _rest(parts).strip("/") else place
 
 
 def redacted(url: str, text: str) -> str:
-    """`text` without anything of `url` but its scheme and host, however it is written there."""
+    """Return `text` without any part of `url` except its scheme and host, in any encoding."""
     parts = urlsplit(url)
     rest, user = _rest(parts), parts.netloc.rpartition("@")[0]
     said = {rest, rest.partition("?")[0], user, *re.split(r"[/?&=;]", rest), *user.split(":")}
@@ -100,10 +97,10 @@ def redacted(url: str, text: str) -> str:
 
 
 def _rest(parts: SplitResult) -> str:
-    """All of a URL behind its host."""
+    """Return everything behind the host."""
     return parts.path + (f"?{parts.query}" if parts.query else "")
 
 
 def _pattern(secret: str) -> str:
-    """A pattern for where it is told."""
+    """Return a pattern that finds the secret."""
     return re.escape(secret) if len(secret) >= MIN_DISTINCT else rf"(?<!\w){re.escape(secret)}(?!\w)"

@@ -134,11 +134,11 @@ def test_a_secret_is_a_key_in_base64() -> None:
 @pytest.mark.parametrize(
     ("secret", "said"),
     [
-        ("", "begins with"),
-        (base64.b64encode(KEYS[0]).decode(), "begins with"),
+        ("", "starts with"),
+        (base64.b64encode(KEYS[0]).decode(), "starts with"),
         ("whsec_", "24 to 64 bytes"),
-        ("whsec_no base64!", "has to be base64"),
-        ("whsec_äöü", "has to be base64"),
+        ("whsec_no base64!", "must be base64"),
+        ("whsec_äöü", "must be base64"),
         (secret_of(b"x" * 23), "24 to 64 bytes in base64, not 23"),
         (secret_of(b"x" * 65), "not 65"),
     ],

@@ -169,7 +169,7 @@ async def test_an_answer_that_is_too_slow_is_none(sender: HttpTransport, receive
     receiver.answer = (lambda request: slow(500, request)) if begins else silent
     begun = time.monotonic()
     outcome = await sender.post(to(receiver.url, timeout_ms=300), DELIVERY)
-    assert outcome == DeliveryOutcome(None, "There was no answer within 0.3 s.")
+    assert outcome == DeliveryOutcome(None, "There was no response within 0.3 s.")
     assert time.monotonic() - begun < 3
 
 
@@ -196,17 +196,17 @@ HUSH = ("HUSH-path-1", "HUSH query 2", "HUSH%20query%202", "HUSH+query+2", "hush
 PLACE = "/HUSH-path-1/HUSH%2fpath?token=HUSH%20query%202&b=HUSH-path-1"
 NO, END = b"HTTP/1.1 500 No\r\n", b"\r\n\r\n"
 FAILURES: dict[str, tuple[bytes, int, str]] = {
-    "no http": (b"SSH-2.0-", 0, "speaks no HTTP"),
-    "no http, at length": (b"SSH-2.0-", 100_000, "speaks no HTTP"),
-    "bad status": (b"HTTP/1.1 2\x000 ", 0, "speaks no HTTP"),
-    "bad header": (NO + b"A: b\r\n ", 100_000, "speaks no HTTP"),
-    "bad chunk": (NO + b"Transfer-Encoding: chunked" + END, 0, "speaks no HTTP"),
-    "less than it said": (NO + b"Content-Length: 9999" + END, 0, "broke off"),
+    "no http": (b"SSH-2.0-", 0, "does not speak valid HTTP"),
+    "no http, at length": (b"SSH-2.0-", 100_000, "does not speak valid HTTP"),
+    "bad status": (b"HTTP/1.1 2\x000 ", 0, "does not speak valid HTTP"),
+    "bad header": (NO + b"A: b\r\n ", 100_000, "does not speak valid HTTP"),
+    "bad chunk": (NO + b"Transfer-Encoding: chunked" + END, 0, "does not speak valid HTTP"),
+    "less than it said": (NO + b"Content-Length: 9999" + END, 0, "ended early"),
     "a refusal": (b"HTTP/1.1 404 No" + END, 0, "404: Cannot POST …"),
     "too large": (b"HTTP/1.1 413 No" + END, 100_000, "413: Cannot POST … xxx"),
-    "bad redirect": (b"HTTP/1.1 302 No\r\nLocation: http://[", 0, "closed before an answer came"),
+    "bad redirect": (b"HTTP/1.1 302 No\r\nLocation: http://[", 0, "closed before a response arrived"),
     "worse redirect": (b"HTTP/1.1 308 No\r\nLocation: http://[/" + END, 0, "redirects are not followed"),
-    "long redirect": (b"HTTP/1.1 308 No\r\nLocation: ", 100_000, "speaks no HTTP"),
+    "long redirect": (b"HTTP/1.1 308 No\r\nLocation: ", 100_000, "does not speak valid HTTP"),
 }
 
 
@@ -336,7 +336,7 @@ async def test_cookies_are_not_kept(sender: HttpTransport, receiver: Receiver) -
 
 async def test_a_name_that_is_none_is_told(sender: HttpTransport) -> None:
     outcome = await sender.post(to("http://nobody.invalid/"), DELIVERY)
-    assert "The name nobody.invalid cannot be looked up" in (outcome.error or "")
+    assert "The host name nobody.invalid cannot be resolved" in (outcome.error or "")
 
 
 async def test_a_name_server_that_hangs_costs_one_try_and_is_asked_by_so_many(
@@ -354,9 +354,9 @@ async def test_a_name_server_that_hangs_costs_one_try_and_is_asked_by_so_many(
         begun = time.monotonic()
         for _ in range(2):
             outcome = await sender.post(to("http://hanging.test/", timeout_ms=100), DELIVERY)
-            assert outcome == DeliveryOutcome(None, "There was no answer within 0.1 s.")
+            assert outcome == DeliveryOutcome(None, "There was no response within 0.1 s.")
         outcome = await sender.post(to("http://hanging.test/", timeout_ms=100), DELIVERY)
-        assert "too many names" in (outcome.error or "")
+        assert "too many name lookups" in (outcome.error or "")
         assert time.monotonic() - begun < 5
     finally:
         gate.set()
@@ -365,7 +365,7 @@ async def test_a_name_server_that_hangs_costs_one_try_and_is_asked_by_so_many(
 async def test_names_are_looked_up() -> None:
     found = await Resolver().resolve("localhost", 80, socket.AF_INET)
     assert [(each["host"], each["port"], each["family"]) for each in found] == [("127.0.0.1", 80, socket.AF_INET)]
-    with pytest.raises(OSError, match="no name"):
+    with pytest.raises(OSError, match="not a valid host name"):
         await Resolver().resolve("a" * 70 + ".test", 80, socket.AF_INET)
 
 
