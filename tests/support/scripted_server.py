@@ -1,7 +1,4 @@
-"""A scripted peer for the clients' tests: a real HTTP server that answers, refuses, or drops as it is told.
-
-Decides nothing about jobs; what the daemon does is tested against the daemon.
-"""
+"""A real HTTP server for the tests of the clients. It responds, fails or drops connections by a script."""
 
 from __future__ import annotations
 
@@ -24,38 +21,40 @@ EarlyStep = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 def ok(data: Any, status: int = 200) -> Step:
-    """Answer with success."""
+    """Respond with success."""
     return lambda request: _json({"success": True, "data": data}, status)
 
 
 def early(step: Step) -> EarlyStep:
-    """Answer before the body was read."""
+    """Respond before the body is read."""
 
-    async def answer(request: web.BaseRequest) -> web.StreamResponse:
+    async def respond(request: web.BaseRequest) -> web.StreamResponse:
         response = step(request)
         assert response is not None
         return response
 
-    return answer
+    return respond
 
 
-def no(code: str, status: int, message: str = "No.", *, headers: dict[str, str] | None = None, **details: Any) -> Step:
-    """Refuse."""
+def rejected(
+    code: str, status: int, message: str = "No.", *, headers: dict[str, str] | None = None, **details: Any
+) -> Step:
+    """Respond with an error."""
     body = {"success": False, "error": code, "message": message, "details": details}
     return lambda request: _json(body, status, headers)
 
 
 def raw(body: bytes, status: int = 200, kind: str = "text/html") -> Step:
-    """Answer with bytes that are no jobd answer."""
+    """Respond with any bytes."""
     return lambda request: web.Response(body=body, status=status, content_type=kind)
 
 
 def drop(request: web.BaseRequest) -> None:
-    """Take the request and close the connection without a word."""
+    """Close the connection without a response."""
 
 
 class closing:
-    """Answer, and close the connection afterwards without having said so: an idle connection that went stale."""
+    """Respond, and close the connection afterwards without announcing it, so that the client keeps it as idle."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
@@ -68,8 +67,8 @@ def _json(body: Any, status: int, headers: dict[str, str] | None = None) -> web.
     return web.Response(body=msgspec.json.encode(body), status=status, content_type="application/json", headers=headers)
 
 
-class Asked(msgspec.Struct):
-    """One request as the peer got it. `connection` tells connections apart."""
+class ReceivedRequest(msgspec.Struct):
+    """A request that the server received. Each connection has a number."""
 
     method: str
     path: str
@@ -83,16 +82,16 @@ class Asked(msgspec.Struct):
 
 
 class ScriptedServer:
-    """Answers requests by its script, step by step; a route in `always` answers what the script does not."""
+    """Respond by `script`, step by step, and by `always` after its end."""
 
     def __init__(self, *script: Step, behind: str | None = None) -> None:
         self.script = list(script)
-        self.behind = behind  # the Unix socket of a daemon that answers what the script does not
-        self.loses: Callable[[Asked], bool] = lambda asked: False  # whose answers from there get lost
-        self.lost: list[Asked] = []
-        self.always: Callable[[Asked], Step] | None = None
-        self.early: list[EarlyStep] = []  # answers before the body was read
-        self.asked: list[Asked] = []
+        self.behind = behind  # the Unix socket of a daemon that responds after the end of the script
+        self.loses: Callable[[ReceivedRequest], bool] = lambda received: False  # drops this response of the daemon
+        self.lost: list[ReceivedRequest] = []
+        self.always: Callable[[ReceivedRequest], Step] | None = None
+        self.early: list[EarlyStep] = []  # responses before the body is read
+        self.received: list[ReceivedRequest] = []
         self.closed = threading.Event()  # a `closing` step has closed its connection
         self.hanging = asyncio.Event()
         self._connections: dict[Any, int] = {}
@@ -103,11 +102,11 @@ class ScriptedServer:
         if self.early:
             return await self.early.pop(0)(request)
         body = await request.read()
-        asked = Asked(request.method, request.path_qs, dict(request.headers), body, connection)
-        self.asked.append(asked)
+        received = ReceivedRequest(request.method, request.path_qs, dict(request.headers), body, connection)
+        self.received.append(received)
         if self.behind is not None and not self.script:
-            return await self._forward(request, asked)
-        step = self.script.pop(0) if self.script else self.always(asked) if self.always else no("not_found", 404)
+            return await self._forward(request, received)
+        step = self._next_step(received)
         if step == self.hang:
             await self.hanging.wait()
             return web.Response()
@@ -123,24 +122,30 @@ class ScriptedServer:
             self.closed.set()
         return response
 
-    async def _forward(self, request: web.BaseRequest, asked: Asked) -> web.StreamResponse:
+    def _next_step(self, received: ReceivedRequest) -> Step:
+        if self.script:
+            return self.script.pop(0)
+        return self.always(received) if self.always else rejected("not_found", 404)
+
+    async def _forward(self, request: web.BaseRequest, received: ReceivedRequest) -> web.StreamResponse:
+        url = f"http://jobd{received.path}"
         async with (
             aiohttp.ClientSession(connector=aiohttp.UnixConnector(self.behind or "")) as session,
-            session.request(asked.method, f"http://jobd{asked.path}", data=asked.body, headers=asked.headers) as answer,
+            session.request(received.method, url, data=received.body, headers=received.headers) as response,
         ):
-            content = await answer.read()
-        if self.loses(asked):
-            self.lost.append(asked)
+            content = await response.read()
+        if self.loses(received):
+            self.lost.append(received)
             assert request.transport is not None
             request.transport.abort()
-        return web.Response(body=content, status=answer.status, content_type="application/json")
+        return web.Response(body=content, status=response.status, content_type="application/json")
 
     def hang(self, request: web.BaseRequest) -> None:
-        """Take the request and never answer."""
+        """Never respond."""
 
     @staticmethod
     def cut(start: bytes, chunked: bool) -> EarlyStep:
-        """Send a part of a file, then break off."""
+        """Send a part of a file, then close the connection."""
 
         async def step(request: web.BaseRequest) -> web.StreamResponse:
             response = web.StreamResponse()
@@ -158,10 +163,10 @@ class ScriptedServer:
 
 
 @contextmanager
-def serving(peer: ScriptedServer, path: Path | None = None, tls: ssl.SSLContext | None = None) -> Iterator[str]:
-    """Serve `peer` from a thread: on the Unix socket `path`, or on a loopback port. Gives its endpoint."""
+def serving(server: ScriptedServer, path: Path | None = None, tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """Run `server` in a thread, on the Unix socket `path` or a loopback port. Yields its endpoint."""
     ready: queue.SimpleQueue[tuple[str, Callable[[], object]]] = queue.SimpleQueue()
-    thread = threading.Thread(target=lambda: asyncio.run(_serve(peer, path, tls, ready)))
+    thread = threading.Thread(target=lambda: asyncio.run(_serve(server, path, tls, ready)))
     thread.start()
     endpoint, stop = ready.get(timeout=10)
     try:
@@ -173,13 +178,13 @@ def serving(peer: ScriptedServer, path: Path | None = None, tls: ssl.SSLContext 
 
 
 async def _serve(
-    peer: ScriptedServer,
+    server: ScriptedServer,
     path: Path | None,
     tls: ssl.SSLContext | None,
     ready: queue.SimpleQueue[tuple[str, Callable[[], object]]],
 ) -> None:
     stop = asyncio.Event()
-    runner = web.ServerRunner(web.Server(peer.handle), shutdown_timeout=0.1)
+    runner = web.ServerRunner(web.Server(server.handle), shutdown_timeout=0.1)
     await runner.setup()
     if path is not None:
         await web.UnixSite(runner, str(path)).start()
@@ -189,20 +194,20 @@ async def _serve(
         endpoint = f"{'http' if tls is None else 'https'}://127.0.0.1:{runner.addresses[0][1]}"
     ready.put((endpoint, functools.partial(asyncio.get_running_loop().call_soon_threadsafe, stop.set)))
     await stop.wait()
-    peer.hanging.set()
+    server.hanging.set()
     await runner.cleanup()
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
-    for _ in range(5):  # connections are closed in the next turns of the loop
+    for _ in range(5):  # connections are closed in the next iterations of the loop
         await asyncio.sleep(0)
 
 
-async def until(is_so: Callable[[], bool | Awaitable[bool]]) -> None:
-    """Wait for something that nobody tells us about; the test's own timeout bounds it."""
+async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
+    """Wait until `condition` holds. The timeout of the test limits the wait."""
     while True:
-        answer = is_so()
-        if answer if isinstance(answer, bool) else await answer:
+        result = condition()
+        if result if isinstance(result, bool) else await result:
             return
         await asyncio.sleep(0.01)

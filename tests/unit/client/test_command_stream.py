@@ -88,7 +88,7 @@ def test_a_request_as_a_line(request_: ApiRequest[Any], line: dict[str, Any]) ->
     assert said == line
 
 
-def test_a_payload_of_several_lines_is_one_line() -> None:
+def test_a_payload_of_several_lines_becomes_one_line() -> None:
     text = command_line(worker_requests.create_job(msgspec.Raw(b'{\n"a":\r\n"b\\n"}')))
     assert text is not None
     assert text.count(b"\n") == 1
@@ -107,7 +107,7 @@ def test_a_payload_of_several_lines_is_one_line() -> None:
         worker_requests.workers(),
     ],
 )
-def test_what_a_stream_does_not_take(request_: ApiRequest[Any]) -> None:
+def test_calls_that_wait_or_list_are_not_lines(request_: ApiRequest[Any]) -> None:
     assert command_line(request_) is None
 
 
@@ -115,7 +115,7 @@ def test_what_a_stream_does_not_take(request_: ApiRequest[Any]) -> None:
 # Calls.
 
 
-async def test_every_call_gives_what_it_gives_over_http(town: Town, client: AsyncJobClient) -> None:
+async def test_every_call_returns_the_same_as_over_http(town: Town, client: AsyncJobClient) -> None:
     seen: list[list[type]] = []
     for jobs in (client, client.stream()):
         made = await jobs.create_job({"a": [1]}, id=f"a-{len(seen)}", max_attempts=5)
@@ -143,7 +143,7 @@ async def test_every_call_gives_what_it_gives_over_http(town: Town, client: Asyn
     assert seen[0] == seen[1]
 
 
-async def test_refusals_are_the_same_errors(client: AsyncJobClient) -> None:
+async def test_errors_are_the_same_as_over_http(client: AsyncJobClient) -> None:
     async with client.stream() as jobs:
         with pytest.raises(JobNotFound):
             await jobs.get_job("none")
@@ -160,7 +160,7 @@ async def test_refusals_are_the_same_errors(client: AsyncJobClient) -> None:
             await jobs.create_job("x" * 300_000)
 
 
-async def test_many_calls_at_a_time_share_one_stream(town: Town, client: AsyncJobClient) -> None:
+async def test_concurrent_calls_share_one_stream(town: Town, client: AsyncJobClient) -> None:
     async with client.stream() as jobs:
         made = await asyncio.gather(*(jobs.create_job(number, id=f"j-{number}") for number in range(1_000)))
         assert [job.id for job in made] == [f"j-{number}" for number in range(1_000)]
@@ -171,7 +171,7 @@ async def test_many_calls_at_a_time_share_one_stream(town: Town, client: AsyncJo
 
 
 @pytest.mark.parametrize(("concurrency", "streams"), [(7, 0), (8, 1)])
-async def test_a_worker_with_many_jobs_at_a_time_uses_a_stream(
+async def test_a_worker_with_high_concurrency_uses_a_stream(
     town: Town, client: AsyncJobClient, concurrency: int, streams: int
 ) -> None:
     await client.create_jobs([{"id": f"j-{number}"} for number in range(20)])
@@ -191,7 +191,7 @@ async def test_a_worker_with_many_jobs_at_a_time_uses_a_stream(
     assert streams_of(town) == 0
 
 
-async def test_a_wrong_token_is_told(tmp_path: Path) -> None:
+async def test_a_wrong_token_is_unauthorized(tmp_path: Path) -> None:
     gate = Authenticator("worker", tokens=[TOKEN], hosts=["localhost", "127.0.0.1"])
     async with town(tmp_path, gate=gate) as guarded:
         where = f"http://127.0.0.1:{guarded.house.port}"
@@ -206,7 +206,7 @@ async def test_a_wrong_token_is_told(tmp_path: Path) -> None:
 # What breaks.
 
 
-async def test_calls_go_on_over_another_stream(town: Town, client: AsyncJobClient) -> None:
+async def test_calls_are_retried_over_a_new_stream(town: Town, client: AsyncJobClient) -> None:
     async with client.stream() as jobs:
         await jobs.create_job(id="a")
         town.disk.gate.clear()
@@ -221,14 +221,14 @@ async def test_calls_go_on_over_another_stream(town: Town, client: AsyncJobClien
     assert sorted(job.id for job in town.disk.jobs.values()) == ["a", "b", "c"]
 
 
-async def test_a_daemon_that_is_not_there(tmp_path: Path) -> None:
+async def test_an_unreachable_daemon_is_an_error(tmp_path: Path) -> None:
     async with AsyncJobClient(f"unix:{tmp_path}/none", retry_for_s=0) as client, client.stream() as jobs:
         for _ in range(2):
             with pytest.raises(Unreachable):
                 await jobs.create_job()
 
 
-async def test_no_answer_in_time(town: Town) -> None:
+async def test_a_response_that_is_late_means_unreachable(town: Town) -> None:
     client = AsyncJobClient(f"unix:{town.house.path}", retry_for_s=0, timeout_s=0.2)
     async with client, client.stream() as jobs:
         await jobs.create_job(id="a")
@@ -239,7 +239,7 @@ async def test_no_answer_in_time(town: Town) -> None:
         assert (await jobs.create_job(id="b")).id == "b"
 
 
-async def test_grants_of_a_cancelled_call_go_back(town: Town, client: AsyncJobClient) -> None:
+async def test_grants_of_a_cancelled_call_are_released(town: Town, client: AsyncJobClient) -> None:
     async with client.stream() as jobs:
         for job_id in ("a", "b", "c"):
             await jobs.create_job(id=job_id)
@@ -266,7 +266,7 @@ async def test_grants_of_a_cancelled_call_go_back(town: Town, client: AsyncJobCl
             assert job.attempt == 0
 
 
-async def test_the_end_waits_for_what_was_sent(town: Town, client: AsyncJobClient) -> None:
+async def test_closing_waits_for_pending_responses(town: Town, client: AsyncJobClient) -> None:
     jobs = client.stream()
     await jobs.create_job(id="a")
     town.disk.gate.clear()

@@ -1,0 +1,38 @@
+"""Fixtures of the client tests: a daemon, its clients and a queue of the test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+
+from jobd.client import (
+    AsyncAdminClient,
+    AsyncJobClient,
+    uuid7,
+)
+from tests.support.daemon_process import TOKEN, Daemon
+
+
+@pytest.fixture(scope="session")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    with Daemon(tmp_path_factory.mktemp("d")) as running:
+        yield running
+
+
+@pytest.fixture
+async def client(daemon: Daemon) -> AsyncIterator[AsyncJobClient]:
+    async with AsyncJobClient(f"unix:{daemon.socket}") as client:
+        yield client
+
+
+@pytest.fixture
+async def admin(daemon: Daemon) -> AsyncIterator[AsyncAdminClient]:
+    async with AsyncAdminClient(f"unix:{daemon.admin_socket}", token=TOKEN) as client:
+        yield client
+
+
+@pytest.fixture
+def queue() -> str:
+    """A queue that no other test uses."""
+    return uuid7()

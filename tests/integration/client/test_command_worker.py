@@ -1,0 +1,470 @@
+"""CommandWorker against a real daemon: programs, drains, lost locks, timeouts and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from jobd.client import AsyncJobClient, CommandWorker, Unreachable
+from jobd.client.worker import drain, lease, runner
+from jobd.client.worker.claimer import ClaimOptions
+from jobd.client.worker.command_worker import describe
+from jobd.client.worker.drain import remaining_jobs
+from jobd.client.worker.process import has_members
+from tests import ROOT
+from tests.support.client_harness import (
+    CommandRun,
+    is_alive,
+    watchdogs_of,
+    when,
+)
+from tests.support.daemon_process import Daemon, die_with_us
+from tests.support.scripted_server import ScriptedServer, ok, serving, until
+
+
+@pytest.mark.parametrize(
+    ("code", "error_code", "message"),
+    [
+        (3, "exit:3", "The program ended with exit status 3."),
+        (-9, "signal:SIGKILL", "The program was ended by SIGKILL."),
+        (-15, "signal:SIGTERM", "The program was ended by SIGTERM."),
+        (-40, "signal:40", "The program was ended by 40."),
+    ],
+)
+def test_exit_statuses_are_described(code: int, error_code: str, message: str) -> None:
+    assert describe(code) == (error_code, message)
+
+
+async def test_exit_status_0_completes_the_job_with_its_result(
+    client: AsyncJobClient, queue: str, tmp_path: Path
+) -> None:
+    script = """
+    payload=$(cat)
+    echo "payload $payload"
+    echo "::progress 40 reading"
+    echo "::meta pages=12"
+    echo "::meta title=A text"
+    echo "::result file_path=/tmp/x.pdf"
+    echo "::progress many"
+    echo to-stderr >&2
+    """
+    job = await client.create_job(msgspec.Raw(b'{"a" : 1.0}'), queue=queue)
+    run = CommandRun(client, tmp_path, queue, script, once=True)
+    assert await run.run() == 0
+    done = await client.get_job(job.id)
+    assert (done.status, done.file_path) == ("completed", "/tmp/x.pdf")
+    assert done.metadata_value == {"pages": 12, "title": "A text"}
+    assert run.out == 'payload {"a" : 1.0}\n::progress many\n'
+    assert run.err == "to-stderr\n"
+    assert len(run.messages) == 1
+    assert "not a directive" in run.messages[0]
+
+
+async def test_progress_is_sent_to_the_daemon(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    script = f"echo '::progress 40 reading'; while [ ! -e {go} ]; do sleep 0.01; done"
+    job = await client.create_job(queue=queue)
+    running = asyncio.create_task(CommandRun(client, tmp_path, queue, script, once=True).run())
+    seen = await when(client, job.id, lambda job: job.progress == 40)
+    assert seen.progress_message == "reading"
+    go.touch()
+    assert await running == 0
+
+
+async def test_the_job_is_in_the_environment_of_the_program(
+    client: AsyncJobClient, queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JOBD_JOB_LEFTOVER", "of an outer run")
+    job = await client.create_job(queue=queue, kind="k", priority=-3, max_attempts=2)
+    run = CommandRun(client, tmp_path, queue, "env | grep ^JOBD_JOB_ | sort", once=True)
+    assert await run.run() == 0
+    found = dict(line.split("=", 1) for line in run.out.splitlines())
+    done = await client.get_job(job.id)
+    granted = (await client.timeline(job.id))[1]
+    assert found == {
+        "JOBD_JOB_ID": job.id,
+        "JOBD_JOB_QUEUE": queue,
+        "JOBD_JOB_KIND": "k",
+        "JOBD_JOB_PRIORITY": "-3",
+        "JOBD_JOB_ATTEMPT": "1",
+        "JOBD_JOB_MAX_ATTEMPTS": "2",
+        "JOBD_JOB_STALLS": "0",
+        "JOBD_JOB_MAX_STALLS": "3",
+        "JOBD_JOB_CREATED_AT": str(job.created_at),
+        "JOBD_JOB_RUN_AT": str(job.run_at),
+        "JOBD_JOB_STARTED_AT": str(done.started_at),
+        "JOBD_JOB_FENCING_TOKEN": str(granted.details["fencing_token"]),
+        "JOBD_JOB_WORKER": "run",
+    }
+
+
+@pytest.mark.parametrize(
+    ("script", "error_code", "message"),
+    [
+        ("echo one >&2; echo two >&2; exit 3", "exit:3", "exit status 3. Last lines of stderr:\none\ntwo"),
+        ("kill -KILL $$", "signal:SIGKILL", "The program was ended by SIGKILL."),
+        ("exit 127", "exit:127", "The program ended with exit status 127."),
+    ],
+)
+async def test_every_other_end_fails_the_job(
+    client: AsyncJobClient, queue: str, tmp_path: Path, script: str, error_code: str, message: str
+) -> None:
+    job = await client.create_job(queue=queue)
+    assert await CommandRun(client, tmp_path, queue, script, once=True).run() == 1
+    failed = await client.get_job(job.id)
+    assert (failed.status, failed.error_code) == ("failed", error_code)
+    assert (failed.error_message or "").endswith(message)
+
+
+async def test_the_last_progress_is_sent_before_the_failure(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    script = "for n in 1 2 3 4 5; do echo ::progress $n; done; exit 1"
+    job = await client.create_job(queue=queue)
+    await CommandRun(client, tmp_path, queue, script, once=True).run()
+    events = await client.timeline(job.id)
+    assert events[-2].type == "progress"
+    assert events[-2].details["progress"] == 5
+
+
+async def test_drain_executes_all_due_jobs_and_ends(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    jobs = await client.create_jobs({"queue": queue, "payload": n} for n in range(5))
+    later = await client.create_job(queue=queue, delay_ms=3_600_000)
+    run = CommandRun(client, tmp_path, queue, "cat", drain=True, concurrency=2)
+    assert await run.run() == 0
+    assert {(await client.get_job(job.id)).status for job in jobs} == {"completed"}
+    assert sorted(run.out.split()) == ["0", "1", "2", "3", "4"]
+    assert (await client.get_job(later.id)).status == "queued"
+    assert run.messages == ["drained; 1 job is left: 1 is not due yet."]
+
+
+async def test_drain_reports_the_remaining_jobs(
+    client: AsyncJobClient, daemon: Daemon, queue: str, tmp_path: Path
+) -> None:
+    """Only for its own queues and kinds."""
+    paused = f"{queue}-paused"
+    await client.create_jobs({"queue": queue, "kind": kind, "delay_ms": 3_600_000} for kind in ("a", "a", "b"))
+    await client.create_job(queue=paused, kind="c")
+    daemon.admin("POST", f"queues/{paused}/pause", {})
+    (message,) = await _messages_of_drain(client, tmp_path, queue, paused)
+    assert message.startswith(
+        f"drained; 4 jobs are left: 3 are not due yet, 1 is in queue {paused}, which is paused by "
+    )
+    expected = "drained; 2 jobs are left: 2 are not due yet."
+    assert await _messages_of_drain(client, tmp_path, queue, paused, kinds=["a", "z"]) == [expected]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drain, "_PAGE", 1)
+        assert await _messages_of_drain(client, tmp_path, queue, paused, kinds=["a", "z"]) == [expected]
+    assert await _messages_of_drain(client, tmp_path, queue, paused, kinds=["z"]) == []
+
+
+async def _messages_of_drain(client: AsyncJobClient, tmp_path: Path, *queues: str, **options: Any) -> list[str]:
+    messages: list[str] = []
+    worker = CommandWorker(client, ["true"], queues=queues, drain=True, log=messages.append, **options)
+    assert await worker.run(signals=False) == 0
+    return messages
+
+
+async def test_drain_executes_due_retries_and_reports_failures(
+    client: AsyncJobClient, queue: str, tmp_path: Path
+) -> None:
+    backoff = {"kind": "fixed", "base_ms": 0, "jitter": False}
+    job = await client.create_job(queue=queue, max_attempts=2, backoff=backoff)
+    run = CommandRun(client, tmp_path, queue, '[ "$JOBD_JOB_ATTEMPT" = 2 ]', drain=True)
+    assert await run.run() == 1
+    assert (await client.get_job(job.id)).status == "completed"
+
+
+async def test_drain_of_an_empty_queue_ends_at_once(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    run = CommandRun(client, tmp_path, queue, "false", drain=True)
+    assert await run.run() == 0
+    assert run.messages == []
+
+
+async def test_remaining_jobs_are_unknown_without_a_daemon(tmp_path: Path) -> None:
+    async with AsyncJobClient(f"unix:{tmp_path}/none", retry_for_s=0) as client:
+        assert await remaining_jobs(client, ClaimOptions(worker="w")) is None
+
+
+async def test_once_executes_one_job(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    first, second = await client.create_jobs([{"queue": queue}, {"queue": queue}])
+    assert await CommandRun(client, tmp_path, queue, "true", once=True).run() == 0
+    assert (await client.get_job(first.id)).status == "completed"
+    assert (await client.get_job(second.id)).status == "queued"
+
+
+async def test_only_the_given_kinds_are_claimed(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    other = await client.create_job(queue=queue, kind="other")
+    mine = await client.create_job(queue=queue, kind="mine")
+    assert await CommandRun(client, tmp_path, queue, "true", drain=True, kinds=["mine"]).run() == 0
+    assert (await client.get_job(mine.id)).status == "completed"
+    assert (await client.get_job(other.id)).status == "queued"
+
+
+async def test_cancelling_a_job_ends_its_process_group(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    script = "trap 'echo stopped; exit 0' TERM; sleep 1000 & echo ::progress 1; echo $$; while :; do sleep 0.01; done"
+    job = await client.create_job(queue=queue)
+    run = CommandRun(client, tmp_path, queue, script, once=True, lock_ttl_ms=1000)
+    running = asyncio.create_task(run.run())
+    await when(client, job.id, lambda job: job.progress == 1)
+    await client.cancel_job(job.id)
+    assert await running == 1
+    group, output = run.out.splitlines()
+    assert output == "stopped"
+    assert not has_members(int(group))
+    assert (await client.get_job(job.id)).status == "cancelled"
+    assert any("stopping its work" in text for text in run.messages)
+
+
+async def test_the_lock_is_extended_while_the_program_runs(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    job = await client.create_job(queue=queue)
+    script = f"while [ ! -e {go} ]; do sleep 0.01; done"
+    running = asyncio.create_task(CommandRun(client, tmp_path, queue, script, once=True, lock_ttl_ms=1000).run())
+
+    async def is_older_than_one_ttl() -> bool:
+        return [event.type for event in await client.timeline(job.id)].count("extended") >= 4
+
+    await until(is_older_than_one_ttl)
+    go.touch()
+    assert await running == 0
+    assert (await client.get_job(job.id)).attempt == 1
+
+
+async def test_stop_lets_the_running_program_end(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    first, second = await client.create_jobs([{"queue": queue}, {"queue": queue}])
+    run = CommandRun(client, tmp_path, queue, f"echo ::progress 1; while [ ! -e {go} ]; do sleep 0.01; done")
+    running = asyncio.create_task(run.run())
+    await when(client, first.id, lambda job: job.progress == 1)
+    run.worker.stop()
+    go.touch()
+    assert await running == 0
+    assert (await client.get_job(first.id)).status == "completed"
+    assert (await client.get_job(second.id)).attempt == 0
+
+
+@pytest.mark.parametrize("stops", [1, 2], ids=["grace over", "second signal"])
+async def test_after_the_grace_the_group_is_stopped_and_the_job_released(
+    client: AsyncJobClient, queue: str, tmp_path: Path, stops: int
+) -> None:
+    script = "trap '' TERM; echo ::progress 1; echo $$; while :; do sleep 0.01; done"
+    job = await client.create_job(queue=queue)
+    run = CommandRun(client, tmp_path, queue, script, grace_s=0.05 if stops == 1 else 10_000, kill_after_s=0.2)
+    running = asyncio.create_task(run.run())
+    await when(client, job.id, lambda job: job.progress == 1)
+    for _ in range(stops):
+        run.worker.stop()
+    assert await running == 0
+    assert not has_members(int(run.out))
+    back = await client.get_job(job.id)
+    assert (back.status, back.attempt) == ("queued", 0)
+    assert [event.type for event in await client.timeline(job.id)][-1] == "released"
+
+
+async def test_a_third_stop_kills_at_once(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    script = "trap '' TERM; echo ::progress 1; echo $$; while :; do sleep 0.01; done"
+    job = await client.create_job(queue=queue)
+    run = CommandRun(client, tmp_path, queue, script, grace_s=10_000, kill_after_s=10_000)
+    running = asyncio.create_task(run.run())
+    await when(client, job.id, lambda job: job.progress == 1)
+    for _ in range(3):
+        run.worker.stop()
+    assert await running == 0
+    assert not has_members(int(run.out))
+    assert (await client.get_job(job.id)).status == "queued"
+
+
+async def test_without_the_program_nothing_is_claimed(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    job = await client.create_job(queue=queue)
+    messages: list[str] = []
+    worker = CommandWorker(client, ["/nonexistent/program"], queues=[queue], log=messages.append, drain=True)
+    assert await worker.run(signals=False) == 1
+    assert "no such program" in messages[0]
+    assert (await client.timeline(job.id))[-1].type == "created"
+
+
+async def test_a_program_that_is_not_executable_has_its_own_message(tmp_path: Path) -> None:
+    program = tmp_path / "my script.sh"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o644)
+    messages: list[str] = []
+    for command in (str(program), str(tmp_path)):
+        worker = CommandWorker(f"unix:{tmp_path}/none", [command], log=messages.append, drain=True)
+        assert await worker.run(signals=False) == 1
+    assert f"it is not executable: chmod +x '{program}'. No job was claimed." in messages[0]
+    assert "it is a directory" in messages[1]
+
+
+async def test_a_job_is_released_if_its_program_cannot_be_started(
+    client: AsyncJobClient, queue: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "program"
+    program.write_text("#!/nonexistent/interpreter\n")
+    program.chmod(0o755)
+    job = await client.create_job(queue=queue)
+    messages: list[str] = []
+    worker = CommandWorker(client, [str(program)], queues=[queue], log=messages.append)
+    assert await worker.run(signals=False) == 1
+    assert "Its job was released" in messages[0]
+    back = await client.get_job(job.id)
+    assert (back.status, back.attempt) == ("queued", 0)
+
+
+async def test_drain_without_a_daemon_ends_after_its_timeout(
+    queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "RETRY_FOR_S", 0.1)
+    run = CommandRun(f"unix:{tmp_path}/none", tmp_path, queue, "true", drain=True)
+    with pytest.raises(Unreachable):
+        await run.run()
+
+
+def test_a_command_and_a_positive_concurrency_are_needed() -> None:
+    with pytest.raises(ValueError, match="a command is needed"):
+        CommandWorker("unix:/x", [])
+    with pytest.raises(ValueError, match="concurrency"):
+        CommandWorker("unix:/x", ["true"], concurrency=0)
+
+
+async def test_the_program_continues_while_the_daemon_is_unreachable(
+    queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "WAIT_S", 0.05)
+    go = tmp_path / "go"
+    with Daemon(tmp_path) as daemon:
+        async with AsyncJobClient(f"unix:{daemon.socket}") as client:
+            job = await client.create_job(queue=queue)
+            script = f"echo ::progress 1; while [ ! -e {go} ]; do sleep 0.01; done; echo ::meta done=true"
+            run = CommandRun(f"unix:{daemon.socket}", tmp_path, queue, script, once=True, lock_ttl_ms=1000)
+            running = asyncio.create_task(run.run())
+            await when(client, job.id, lambda job: job.progress == 1)
+            await asyncio.to_thread(daemon.kill)
+            await until(lambda: any("The work continues" in text for text in run.messages))
+            go.touch()
+            await until(lambda: any("cannot complete it yet" in text for text in run.messages))
+            await asyncio.to_thread(daemon.start)
+            assert await running == 0
+            done = await client.get_job(job.id)
+            assert (done.status, done.metadata_value, done.stalls) == ("completed", {"done": True}, 0)
+
+
+@pytest.mark.parametrize("what", ["claim", "progress", "complete"])
+async def test_lost_responses_cause_no_second_run(
+    daemon: Daemon, client: AsyncJobClient, queue: str, tmp_path: Path, what: str
+) -> None:
+    server = ScriptedServer(behind=daemon.socket)
+    server.loses = lambda received: (
+        received.path.endswith(f"/{what}") and received.body not in [lost.body for lost in server.lost]
+    )
+    job = await client.create_job(queue=queue)
+    with serving(server, tmp_path / "p") as endpoint:
+        run = CommandRun(endpoint, tmp_path, queue, "echo ::progress 5; echo ran", once=True)
+        assert await run.run() == 0
+    assert run.out == "ran\n"
+    assert server.lost
+    assert [event.type for event in await client.timeline(job.id)].count("completed") == 1
+
+
+async def test_a_result_that_the_daemon_rejects_fails_the_job(
+    client: AsyncJobClient, queue: str, tmp_path: Path
+) -> None:
+    job = await client.create_job(queue=queue)
+    script = 'big=$(head -c 60000 /dev/zero | tr "\\0" x); for n in $(seq 20); do echo "::meta k$n=$big"; done'
+    assert await CommandRun(client, tmp_path, queue, script, once=True).run() == 1
+    failed = await client.get_job(job.id)
+    assert (failed.status, failed.error_code) == ("failed", "complete:too_large")
+
+
+async def test_sigterm_to_jobctl_run_releases_the_job(client: AsyncJobClient, daemon: Daemon, queue: str) -> None:
+    job = await client.create_job(queue=queue)
+    script = "echo ::progress 1; echo $$; sleep 1000"
+    command = [sys.executable, "-m", "jobd.cli.ctl.main", "--socket", daemon.socket, "run", "--queue", queue]
+    command += ["--grace", "50ms", "--", "sh", "-c", script]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    start = functools.partial(
+        subprocess.Popen, command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=die_with_us
+    )
+    process = await asyncio.to_thread(start)
+    try:
+        await when(client, job.id, lambda job: job.progress == 1)
+        process.send_signal(signal.SIGTERM)
+        out, err = await asyncio.to_thread(process.communicate)
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.wait)
+    assert process.returncode == 0, err
+    assert not has_members(int(out))
+    back = await client.get_job(job.id)
+    assert (back.status, back.attempt) == ("queued", 0)
+
+
+async def test_a_program_is_stopped_after_its_timeout(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    script = "trap 'echo told >&2; exit 0' TERM; sleep 1000 & echo $$; while :; do sleep 0.01; done"
+    job = await client.create_job(queue=queue)
+    run = CommandRun(client, tmp_path, queue, script, once=True, timeout=0.5)
+    assert await run.run() == 1
+    failed = await client.get_job(job.id)
+    assert (failed.status, failed.error_code) == ("failed", "timeout")
+    assert failed.error_message is not None
+    first, *_, last = failed.error_message.splitlines()
+    assert (first, last) == ("The run took longer than its timeout of 0.5 s. Last lines of stderr:", "told")
+    assert not has_members(int(run.out))
+
+
+async def test_a_program_that_ignores_its_timeout_is_killed(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    script = "trap '' TERM; sleep 1000 & echo $$; while :; do sleep 0.01; done"
+    job = await client.create_job(queue=queue, max_attempts=2)
+    run = CommandRun(client, tmp_path, queue, script, once=True, timeout=0.3, kill_after_s=0.2)
+    assert await run.run() == 1
+    back = await client.get_job(job.id)
+    assert (back.status, back.error_code) == ("queued", "timeout")
+    assert not has_members(int(run.out))
+
+
+@pytest.mark.parametrize(("limit", "sent"), [({}, 0), ({"max_processing_ms": 5000}, 5000)])
+async def test_locks_have_no_ceiling_by_default(tmp_path: Path, limit: dict[str, Any], sent: int) -> None:
+    server = ScriptedServer()
+    server.always = lambda received: ok({"grants": []})
+    with serving(server, tmp_path / "p") as endpoint:
+        await CommandWorker(endpoint, ["true"], drain=True, **limit).run(signals=False)
+    assert server.received[0].json["max_processing_ms"] == sent
+    assert server.received[0].json["about"].keys() == {"instance", "host", "pid", "version", "concurrency"}
+
+
+@pytest.mark.parametrize("is_stubborn", [False, True], ids=["SIGTERM ends it", "it ignores SIGTERM"])
+async def test_killing_the_worker_ends_its_programs_and_their_children(
+    client: AsyncJobClient, daemon: Daemon, queue: str, tmp_path: Path, is_stubborn: bool
+) -> None:
+    trap = "trap '' TERM;" if is_stubborn else ""
+    script = f"{trap} sleep 1000 & echo ::meta child=$!; echo $$ $! > {tmp_path}/pids.new; "
+    script += f"mv {tmp_path}/pids.new {tmp_path}/pids; wait; while :; do sleep 0.01; done"
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = ["run", "--socket", daemon.socket, "--queue", queue, "--lock-ttl", "1s", "--", "sh", "-c", script]
+    command = [sys.executable, "-c", "from jobd.cli.ctl.main import main; main()", *run]
+    await client.create_job(queue=queue)
+    start = functools.partial(subprocess.Popen, command, env=environ, preexec_fn=die_with_us)
+    process = await asyncio.to_thread(start)
+    try:
+        await until((tmp_path / "pids").exists)
+        program, child = map(int, (tmp_path / "pids").read_text().split())
+        watchdogs = await asyncio.to_thread(watchdogs_of, process.pid)
+        assert len(watchdogs) == 1
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.wait)
+    await until(lambda: not has_members(program) and not is_alive(child))
+    await until(lambda: not is_alive(watchdogs[0]))
+
+
+async def test_no_watchdog_is_left_after_the_end(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
+    await client.create_job(queue=queue)
+    assert await CommandRun(client, tmp_path, queue, "true", once=True).run() == 0
+    assert watchdogs_of(os.getpid()) == []

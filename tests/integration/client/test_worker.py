@@ -1,0 +1,349 @@
+"""Worker against a real daemon: handlers and their results."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from jobd.client import (
+    AsyncJobClient,
+    Discard,
+    InvalidRequest,
+    Retry,
+    SyncTask,
+    Task,
+    Worker,
+)
+from jobd.client.worker import worker as client_worker
+from tests.support.client_harness import (
+    finished,
+    running_worker,
+    types,
+    when,
+)
+
+
+async def test_an_async_handler_completes_its_job_with_its_return_value(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], name="w-async")
+    tokens: list[int] = []
+
+    @worker.handler("add")
+    async def add(task: Task) -> dict[str, Any]:
+        await task.progress(50, "half way")
+        task.set_result(download_url="https://files/1", metadata={"from": "set"})
+        tokens.append(task.fencing_token)
+        return {"sum": sum(task.payload), "file_path": "/f"}
+
+    job = await client.create_job([1, 2, 3], queue=queue, kind="add")
+    async with running_worker(worker):
+        done = await finished(client, job.id)
+    assert (done.status, done.progress, done.download_url, done.file_path) == (
+        "completed",
+        100,
+        "https://files/1",
+        "/f",
+    )
+    assert done.metadata_value == {"from": "set", "sum": 6}
+    events = await client.timeline(job.id)
+    assert [event.type for event in events] == ["created", "granted", "progress", "completed"]
+    assert events[1].by == "worker:w-async"
+    assert tokens[0] == events[1].details["fencing_token"]
+
+
+async def test_a_plain_handler_runs_in_a_thread(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+    threads: list[threading.Thread] = []
+
+    @worker.handler()
+    def work(task: SyncTask) -> list[Any]:
+        threads.append(threading.current_thread())
+        task.progress(10)
+        task.raise_if_lost()
+        return [task.job.id, task.payload]
+
+    job = await client.create_job("p", queue=queue)
+    async with running_worker(worker):
+        done = await finished(client, job.id)
+    assert done.metadata_value == [job.id, "p"]
+    assert threads[0] is not threading.main_thread()
+    assert await types(client, job.id) == ["created", "granted", "progress", "completed"]
+
+
+async def test_callable_objects_can_be_handlers(client: AsyncJobClient, queue: str) -> None:
+    class Adder:
+        async def __call__(self, task: Task) -> int:
+            return int(task.payload) + 1
+
+    worker = Worker(client, queues=[queue])
+    worker.handler()(Adder())
+    job = await client.create_job(1, queue=queue)
+    async with running_worker(worker):
+        assert (await finished(client, job.id)).metadata_value == 2
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "plain"])
+async def test_the_decorator_works_without_parentheses(client: AsyncJobClient, queue: str, is_async: bool) -> None:
+    worker = Worker(client, queues=[queue])
+    if is_async:
+
+        @worker.handler
+        async def work(task: Task) -> str:
+            return "async"
+
+        assert asyncio.iscoroutinefunction(work), "the decorator returns the function itself"
+    else:
+
+        @worker.handler
+        def plain(task: SyncTask) -> str:
+            return "plain"
+
+        assert plain(None) == "plain"  # type: ignore[arg-type]
+
+    job = await client.create_job(queue=queue, kind="any")
+    async with running_worker(worker):
+        assert (await finished(client, job.id)).metadata_value == ("async" if is_async else "plain")
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "plain"])
+async def test_an_exception_fails_the_job_with_its_class_and_traceback(
+    client: AsyncJobClient, queue: str, is_async: bool
+) -> None:
+    worker = Worker(client, queues=[queue])
+
+    def burst() -> None:
+        raise ZeroDivisionError("no more numbers")
+
+    if is_async:
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            burst()
+    else:
+
+        @worker.handler()
+        def plain(task: SyncTask) -> None:
+            burst()
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        failed = await finished(client, job.id)
+    assert (failed.status, failed.error_code) == ("failed", "ZeroDivisionError")
+    assert failed.error_message is not None
+    first, heading, *frames = failed.error_message.splitlines()
+    assert (first, heading) == ("ZeroDivisionError: no more numbers", "Traceback (most recent call last):")
+    assert "in work" in frames[0] or "in plain" in frames[0]
+    assert "in burst" in failed.error_message
+    assert "jobd/client" not in failed.error_message
+
+
+async def test_a_failed_attempt_is_retried(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler()
+    async def work(task: Task) -> int:
+        if task.job.attempt < 3:
+            raise Retry("not yet", after_ms=0)
+        return task.job.attempt
+
+    job = await client.create_job(queue=queue, max_attempts=3)
+    async with running_worker(worker):
+        done = await finished(client, job.id)
+    assert (done.status, done.metadata_value) == ("completed", 3)
+    assert (await types(client, job.id)).count("retried") == 2
+
+
+async def test_retry_sets_the_delay(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        raise Retry(after_ms=3_600_000)
+
+    job = await client.create_job(queue=queue, max_attempts=2)
+    async with running_worker(worker):
+        waiting = await when(client, job.id, lambda job: job.error_code is not None)
+    assert (waiting.status, waiting.error_code) == ("queued", "Retry")
+    assert waiting.run_at - waiting.updated_at == 3_600_000
+
+
+async def test_discard_fails_without_retry(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler()
+    def work(task: SyncTask) -> None:
+        raise Discard("not needed")
+
+    job = await client.create_job(queue=queue, max_attempts=5)
+    async with running_worker(worker):
+        failed = await finished(client, job.id)
+    assert (failed.status, failed.error_message, failed.error_code) == ("failed", "not needed", "Discard")
+
+
+async def test_an_error_of_any_class_fails_its_job_not_the_worker(
+    client: AsyncJobClient, queue: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "jobd.client")
+
+    class NoText(Discard):
+        def __str__(self) -> str:
+            raise SystemExit
+
+    class NoNotes(Exception):
+        __notes__ = None  # type: ignore[assignment]
+
+    worker = Worker(client, queues=[queue])
+    errors: dict[str, Callable[[], BaseException]] = {
+        "NoText": NoText,
+        "NoNotes": lambda: NoNotes("with a text"),
+        "TypeError": lambda: Retry(after_ms=object()),  # type: ignore[arg-type]
+    }
+
+    @worker.handler
+    async def work(task: Task) -> None:
+        raise errors[task.job.kind]()
+
+    jobs = [await client.create_job(queue=queue, kind=kind) for kind in errors]
+    async with running_worker(worker):
+        failed = [await finished(client, job.id) for job in jobs]
+    assert [(job.error_code, (job.error_message or "").split("\n")[0]) for job in failed] == [
+        ("NoText", "<exception str() failed>"),
+        ("NoNotes", "NoNotes: with a text"),
+        ("TypeError", "TypeError: after_ms is a whole number of milliseconds, got object"),
+    ]
+
+
+async def test_a_message_that_json_cannot_express_is_escaped(
+    client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_worker.logger, "disabled", True)  # pytest-xdist cannot carry such a message either
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler
+    def work(task: SyncTask) -> None:
+        raise FileNotFoundError(os.fsdecode(b"/srv/\xff") + "\x00")
+
+    jobs = [await client.create_job(queue=queue) for _ in range(2)]
+    async with running_worker(worker):
+        for job in jobs:
+            failed = await finished(client, job.id)
+            assert (failed.error_message or "").startswith("FileNotFoundError: /srv/\\udcff\\x00\n")
+            assert failed.error_code == "FileNotFoundError"
+
+
+async def test_sys_exit_in_a_handler_fails_the_job_not_the_worker(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler("plain")
+    def plain(task: SyncTask) -> None:
+        sys.exit(3)
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        sys.exit(3)
+
+    jobs = [await client.create_job(queue=queue, kind=kind) for kind in ("plain", "other")]
+    async with running_worker(worker):
+        for job in jobs:
+            assert (await finished(client, job.id)).error_code == "SystemExit"
+
+
+async def test_a_result_that_json_cannot_express_fails_the_job(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler()
+    async def work(task: Task) -> Any:
+        return {"it": object()}
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        failed = await finished(client, job.id)
+    assert (failed.status, failed.error_code) == ("failed", "TypeError")
+
+
+async def test_a_result_that_the_daemon_rejects_fails_the_job(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+
+    @worker.handler()
+    async def work(task: Task) -> Any:
+        return {"storage_key": "../outside"}
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        failed = await finished(client, job.id)
+    assert (failed.status, failed.error_code) == ("failed", "complete:invalid_request")
+    assert "rejected its `complete`" in (failed.error_message or "")
+
+
+async def test_a_payload_that_python_cannot_hold_fails_only_its_job(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], concurrency=2)
+
+    @worker.handler()
+    async def work(task: Task) -> Any:
+        return task.payload
+
+    bad = await client.create_job(msgspec.Raw(b"[1e999]"), queue=queue)
+    good = await client.create_job(1, queue=queue)
+    async with running_worker(worker):
+        assert (await finished(client, bad.id)).error_code == "ValidationError"
+        assert (await finished(client, good.id)).metadata_value == 1
+
+
+async def test_progress_out_of_bounds_is_raised_in_the_handler(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+    caught: list[Exception] = []
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        try:
+            await task.progress(101)
+        except InvalidRequest as error:
+            caught.append(error)
+        await task.progress(5)
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        done = await finished(client, job.id)
+    assert (done.status, len(caught)) == ("completed", 1)
+
+
+async def test_only_jobs_with_a_handler_are_claimed(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], concurrency=3)
+
+    @worker.handler("a", "b")
+    async def work(task: Task) -> str:
+        return task.job.kind
+
+    jobs = [await client.create_job(queue=queue, kind=kind) for kind in ("c", "a", "b")]
+    async with running_worker(worker):
+        assert [(await finished(client, job.id)).metadata_value for job in jobs[1:]] == ["a", "b"]
+    assert (await client.get_job(jobs[0].id)).status == "queued"
+
+
+async def test_jobs_run_concurrently_up_to_the_limit(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=queue, concurrency=2)
+    running, most = 0, 0
+    together = asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        if running == 2:
+            together.set()
+        await together.wait()
+        running -= 1
+
+    jobs = await client.create_jobs({"queue": queue} for _ in range(6))
+    async with running_worker(worker):
+        for job in jobs:
+            assert (await finished(client, job.id)).status == "completed"
+    assert most == 2

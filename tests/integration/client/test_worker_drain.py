@@ -1,0 +1,202 @@
+"""Worker against a real daemon: stop, signals and cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from jobd.client import (
+    AsyncJobClient,
+    JobClient,
+    Stopped,
+    SyncTask,
+    Task,
+    Worker,
+)
+from tests import ROOT
+from tests.support.client_harness import (
+    running_worker,
+    types,
+    when,
+)
+from tests.support.daemon_process import Daemon, die_with_us
+
+
+async def test_stop_lets_a_running_handler_end_and_claims_no_more(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+    started, go = asyncio.Event(), asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        started.set()
+        await go.wait()
+
+    first, second = await client.create_jobs([{"queue": queue}, {"queue": queue}])
+    async with running_worker(worker) as serving:
+        await started.wait()
+        worker.stop()
+        go.set()
+        await serving
+    assert (await client.get_job(first.id)).status == "completed"
+    assert (await client.get_job(second.id)).attempt == 0
+
+
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "plain"])
+async def test_after_the_grace_a_handler_is_stopped_and_its_job_released(
+    client: AsyncJobClient, queue: str, is_async: bool
+) -> None:
+    worker = Worker(client, queues=[queue], grace_s=0.05)
+    started = threading.Event()
+    raised: list[BaseException] = []
+
+    if is_async:
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            started.set()
+            with contextlib.suppress(asyncio.CancelledError):  # it has not done its work all the same
+                await asyncio.Event().wait()
+
+    else:
+
+        @worker.handler()
+        def plain(task: SyncTask) -> None:
+            started.set()
+            try:
+                while True:
+                    task.progress(1)
+            except Stopped as error:
+                raised.append(error)
+                raise
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker) as serving:
+        await asyncio.to_thread(started.wait)
+        worker.stop()
+        await serving
+    back = await client.get_job(job.id)
+    assert (back.status, back.attempt, back.progress) == ("queued", 0, 0)
+    assert (await types(client, job.id))[-1] == "released"
+    assert len(raised) == (0 if is_async else 1)
+
+
+async def test_a_second_stop_ends_the_grace(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], grace_s=10_000)
+    started = asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker) as serving:
+        await started.wait()
+        worker.stop()
+        worker.stop()
+        await serving
+    assert (await client.get_job(job.id)).status == "queued"
+
+
+async def test_a_third_stop_does_not_wait_for_a_thread(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], grace_s=10_000)
+    started, go = threading.Event(), threading.Event()
+
+    @worker.handler()
+    def work(task: SyncTask) -> None:
+        started.set()
+        go.wait()
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker) as serving:
+        await asyncio.to_thread(started.wait)
+        for _ in range(3):
+            worker.stop()
+        await serving
+    assert (await client.get_job(job.id)).status == "processing"  # the thread may still be at it: its lock runs out
+    go.set()
+
+
+async def test_cancelling_serve_stops_handlers_and_releases_jobs(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+    started = asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    job = await client.create_job(queue=queue)
+    serving = asyncio.create_task(worker.serve())
+    await started.wait()
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    assert (await client.get_job(job.id)).status == "queued"
+
+
+SCRIPT = """
+import sys
+from jobd.client import Worker
+worker = Worker(sys.argv[1], queues=[sys.argv[2]])
+
+@worker.handler()
+def work(task):
+    task.progress(1)
+    sys.stdin.read()
+    return "done"
+
+worker.run()
+"""
+
+
+async def test_sigterm_drains_a_worker_process(client: AsyncJobClient, daemon: Daemon, queue: str) -> None:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT, f"unix:{daemon.socket}", queue]
+    job = await client.create_job(queue=queue)
+    start = functools.partial(subprocess.Popen, command, env=environ, stdin=subprocess.PIPE, preexec_fn=die_with_us)
+    process = await asyncio.to_thread(start)
+    try:
+        await when(client, job.id, lambda job: job.progress == 1)
+        process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(process.communicate)
+        assert process.returncode == 0
+    finally:
+        process.kill()
+        await asyncio.to_thread(process.wait)
+    assert (await client.get_job(job.id)).metadata_value == "done"
+
+
+async def test_a_signal_ends_claims_even_if_a_handler_blocks_the_loop(client: AsyncJobClient, queue: str) -> None:
+    """The handler itself sends the signal: the loop does not turn before it returns."""
+    worker = Worker(client, queues=[queue], concurrency=2)
+
+    @worker.handler("blocks")
+    async def blocks(task: Task) -> None:
+        with JobClient(client.endpoint) as blocking:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(100):
+                if not any(seen.waiting for seen in blocking.workers() if seen.worker == worker.name):
+                    break
+                time.sleep(0.02)
+            later.append(blocking.create_job(queue=queue, kind="later").id)
+            time.sleep(0.2)  # a claim would take it meanwhile
+
+    @worker.handler("later")
+    def begun(task: SyncTask) -> None:
+        raise AssertionError("claimed after the signal")
+
+    later: list[str] = []
+    job = await client.create_job(queue=queue, kind="blocks")
+    await worker.serve(signals=True)
+    assert (await client.get_job(job.id)).status == "completed"
+    assert {(await client.get_job(each)).status for each in later} == {"queued"}

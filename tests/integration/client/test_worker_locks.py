@@ -1,0 +1,437 @@
+"""Worker against a real daemon: locks that are extended and lost, timeouts, an unreachable daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import logging
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobd.client import (
+    AsyncAdminClient,
+    AsyncJobClient,
+    Discard,
+    JobClient,
+    LockLost,
+    Stopped,
+    SyncTask,
+    Task,
+    Worker,
+)
+from jobd.client.worker import lease
+from jobd.client.worker import worker as client_worker
+from jobd.client.worker.lease import LeaseKeeper
+from tests.support.client_harness import (
+    finished,
+    running_worker,
+    types,
+    when,
+)
+from tests.support.daemon_process import Daemon
+from tests.support.scripted_server import ReceivedRequest, ScriptedServer, serving, until
+
+
+async def test_the_lock_is_extended_while_the_handler_runs(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    go = asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        await go.wait()
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+
+        async def is_older_than_one_ttl() -> bool:
+            return (await types(client, job.id)).count("extended") >= 4
+
+        await until(is_older_than_one_ttl)
+        held = await client.get_job(job.id)
+        assert held.lock is not None
+        assert held.stalls == 0
+        go.set()
+        assert (await finished(client, job.id)).attempt == 1
+
+
+async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
+    client: AsyncJobClient,
+    queue: str,
+    daemon: Daemon,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A client in another thread reads the job, because this loop is blocked."""
+    monkeypatch.setattr(client_worker, "LAG_S", 0.2)
+    monkeypatch.setattr(client_worker, "MEASURE_S", 0.1)
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+
+    @worker.handler
+    async def work(task: Task) -> int:
+        with JobClient(f"unix:{daemon.socket}") as jobs:
+            while [event.type for event in jobs.timeline(task.job.id)].count("extended") < 4:  # longer than the TTL
+                time.sleep(0.05)
+        return task.job.attempt
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        done = await finished(client, job.id)
+        await until(lambda: "runs again" in caplog.text)
+    assert (done.status, done.metadata_value, done.stalls) == ("completed", 1, 0)
+    assert f"job {job.id}: the event loop of the handlers is blocked for 0." in caplog.text
+
+
+async def test_a_grant_received_while_the_loop_is_blocked_keeps_its_lock(
+    client: AsyncJobClient, queue: str, daemon: Daemon
+) -> None:
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000, concurrency=2)
+
+    @worker.handler("blocks")
+    async def block(task: Task) -> None:
+        with JobClient(f"unix:{daemon.socket}") as jobs:
+            other = jobs.create_job(queue=queue, kind="other")
+            while [event.type for event in jobs.timeline(other.id)].count("extended") < 4:
+                time.sleep(0.05)
+        task.set_result(metadata=other.id)
+
+    @worker.handler
+    async def work(task: Task) -> str:
+        return "later"
+
+    job = await client.create_job(queue=queue, kind="blocks")
+    async with running_worker(worker):
+        other = await finished(client, (await finished(client, job.id)).metadata_value)
+    assert (other.status, other.attempt, other.stalls) == ("completed", 1, 0)
+
+
+async def test_a_lock_lost_while_the_loop_is_blocked_cancels_the_handler(
+    client: AsyncJobClient, queue: str, daemon: Daemon, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    ended: list[BaseException] = []
+
+    @worker.handler
+    async def work(task: Task) -> None:
+        with JobClient(f"unix:{daemon.socket}") as jobs:
+            jobs.cancel_job(task.job.id)
+        while "stopping its work" not in caplog.text:
+            time.sleep(0.01)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as error:
+            ended.append(error)
+            task.raise_if_lost()
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        await until(lambda: bool(ended))
+    assert (await client.get_job(job.id)).status == "cancelled"
+
+
+async def test_a_bug_in_the_service_thread_is_raised_by_serve(
+    client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LeaseKeeper, "start", lambda self, *, at_once=False: 1 / 0)
+    worker = Worker(client, queues=[queue])
+    worker.handler(print)
+    await client.create_job(queue=queue)
+    with pytest.raises(ZeroDivisionError):
+        await worker.serve()
+
+
+async def test_a_handler_has_the_context_of_serve(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], concurrency=2)
+    variable = contextvars.ContextVar[str]("variable")
+
+    @worker.handler("async")
+    async def work(task: Task) -> str:
+        return variable.get()
+
+    @worker.handler
+    def plain(task: SyncTask) -> str:
+        return variable.get()
+
+    variable.set("of the caller")
+    async with running_worker(worker):
+        for kind in ("async", "plain"):
+            job = await client.create_job(queue=queue, kind=kind)
+            assert (await finished(client, job.id)).metadata_value == "of the caller"
+
+
+@pytest.mark.parametrize("is_own", [True, False], ids=["of the handler", "of the worker"])
+@pytest.mark.parametrize("is_async", [True, False], ids=["async", "plain"])
+async def test_a_handler_is_stopped_after_its_timeout(
+    client: AsyncJobClient, queue: str, is_async: bool, is_own: bool
+) -> None:
+    limit = timedelta(milliseconds=200)
+    worker = Worker(client, queues=[queue], timeout=1000 if is_own else limit)
+    seen: list[BaseException] = []
+
+    async def work(task: Task) -> str:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError as error:
+            seen.append(error)
+        return "too late"
+
+    def plain(task: SyncTask) -> str:
+        task.cancelled.wait()
+        try:
+            task.progress(5)
+        except Stopped as error:
+            seen.append(error)
+        return "too late"
+
+    worker.handler("k", timeout=limit if is_own else None)(work if is_async else plain)
+    later = {"kind": "fixed", "base_ms": 3_600_000}  # so that no second attempt begins meanwhile
+    job = await client.create_job(queue=queue, kind="k", max_attempts=2, backoff=later)
+    async with running_worker(worker):
+        waiting = await when(client, job.id, lambda job: job.error_code is not None)
+    assert (waiting.status, waiting.error_code, waiting.attempt) == ("queued", "timeout", 1)
+    assert waiting.error_message == "The run took longer than its timeout of 0.2 s."
+    assert len(seen) == 1
+
+
+async def test_a_thread_that_continues_after_its_timeout_counts_against_concurrency(
+    client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(client_worker, "STOP_S", 0.05)
+    worker = Worker(client, queues=[queue], timeout=0.1)
+    go = threading.Event()
+
+    @worker.handler("long")
+    def long(task: SyncTask) -> str:
+        go.wait()
+        return "too late"
+
+    @worker.handler
+    def short(task: SyncTask) -> None: ...
+
+    job = await client.create_job(queue=queue, kind="long")
+    after = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        failed = await finished(client, job.id)
+        await until(lambda: "its work does not stop" in caplog.text)
+        assert (await client.get_job(after.id)).status == "queued"
+        go.set()
+        await finished(client, after.id)
+    assert failed.error_code == "timeout"
+    assert failed.error_message == (
+        "The run took longer than its timeout of 0.1 s. The handler was told to stop, but it still runs."
+    )
+    assert (await client.get_job(job.id)).metadata_value is None
+
+
+async def test_a_handler_that_ends_before_its_timeout_completes_its_job(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], timeout=1000)
+    worker.handler(lambda task: "in time")
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        assert (await finished(client, job.id)).metadata_value == "in time"
+
+
+async def test_progress_after_the_end_of_a_run_is_an_error(
+    client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_worker, "STOP_S", 0.05)
+    worker = Worker(client, queues=[queue], timeout=0.1)
+    errors: list[Exception] = []
+    go = asyncio.Event()
+
+    async def report(task: Task) -> None:
+        try:
+            await task.progress(50)
+        except (LockLost, Stopped) as error:
+            errors.append(error)
+
+    tasks: list[Task] = []
+
+    @worker.handler
+    async def work(task: Task) -> None:
+        tasks.append(task)
+        with contextlib.suppress(asyncio.CancelledError):
+            await go.wait()
+        await go.wait()
+        await report(task)
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        await finished(client, job.id)
+        go.set()
+        await until(lambda: bool(errors))
+    await report(tasks[0])
+    assert [type(error) for error in errors] == [LockLost, Stopped]
+
+
+async def test_cancelling_a_job_cancels_its_async_handler(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    started, stopped = asyncio.Event(), asyncio.Event()
+    tasks: list[Task] = []
+
+    @worker.handler("long")
+    async def long(task: Task) -> None:
+        tasks.append(task)
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    @worker.handler()
+    async def short(task: Task) -> None:
+        pass
+
+    job = await client.create_job(queue=queue, kind="long")
+    after = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        await started.wait()
+        await client.cancel_job(job.id, "not needed")
+        await stopped.wait()
+        assert (await finished(client, after.id)).status == "completed"
+    assert tasks[0].cancelled.is_set()
+    with pytest.raises(LockLost) as caught:
+        tasks[0].raise_if_lost()
+    assert caught.value.cancel_requested
+    assert (await client.get_job(job.id)).status == "cancelled"
+
+
+async def test_a_plain_handler_that_lost_its_lock_reports_nothing(
+    client: AsyncJobClient, admin: AsyncAdminClient, queue: str
+) -> None:
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    started = threading.Event()
+    outcome: list[Any] = []
+
+    @worker.handler()
+    def work(task: SyncTask) -> str:
+        if started.is_set():
+            return "second"
+        started.set()
+        task.cancelled.wait()
+        try:
+            task.raise_if_lost()
+        except LockLost as error:
+            outcome.append(error)
+        return "first"
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        await asyncio.to_thread(started.wait)
+        await admin.force_reset(job.id)
+        done = await finished(client, job.id)
+    assert done.metadata_value == "second"
+    assert len(outcome) == 1
+
+
+async def test_progress_raises_lock_lost(client: AsyncJobClient, admin: AsyncAdminClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue])
+    started, go = asyncio.Event(), asyncio.Event()
+    caught: list[Exception] = []
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        started.set()
+        try:
+            await go.wait()
+            await task.progress(50)
+        except LockLost as error:
+            caught.append(error)
+            raise
+
+    job = await client.create_job(queue=queue)
+    async with running_worker(worker):
+        await started.wait()
+        await admin.force_fail(job.id, "by hand")
+        go.set()
+        await until(lambda: bool(caught))
+    assert (await client.get_job(job.id)).error_message == "by hand"
+
+
+async def test_a_handler_is_stopped_after_max_processing_ms(client: AsyncJobClient, queue: str) -> None:
+    worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+    stopped = asyncio.Event()
+
+    @worker.handler()
+    async def work(task: Task) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            stopped.set()
+
+    job = await client.create_job(queue=queue, max_processing_ms=100, on_stall="fail")
+    async with running_worker(worker):
+        await stopped.wait()
+    assert await types(client, job.id)
+
+
+async def test_work_continues_while_the_daemon_is_unreachable(
+    tmp_path: Path, queue: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "WAIT_S", 0.05)
+    caplog.set_level(logging.WARNING, "jobd.client")
+    started, go = asyncio.Event(), asyncio.Event()
+    with Daemon(tmp_path) as daemon:
+        async with AsyncJobClient(f"unix:{daemon.socket}") as client:
+            worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
+
+            @worker.handler()
+            async def work(task: Task) -> str:
+                started.set()
+                await go.wait()
+                await task.progress(50, "on my own")
+                await task.progress(60, "still on my own")
+                return "done without you"
+
+            job = await client.create_job(queue=queue)
+            async with running_worker(worker) as serving:
+                await started.wait()
+                await asyncio.to_thread(daemon.kill)
+                await until(lambda: "The work continues" in caplog.text)
+                go.set()
+                await until(lambda: "cannot complete it yet" in caplog.text)
+                assert not serving.done()
+                await asyncio.to_thread(daemon.start)
+                done = await finished(client, job.id)
+                assert (done.metadata_value, done.attempt, done.stalls) == ("done without you", 1, 0)
+                after = await client.create_job(queue=queue)
+                assert (await finished(client, after.id)).status == "completed"  # claims are made again
+
+
+@pytest.mark.parametrize("what", ["claim", "progress", "complete", "fail"])
+async def test_a_lost_response_causes_no_second_run(
+    daemon: Daemon, client: AsyncJobClient, queue: str, tmp_path: Path, what: str
+) -> None:
+    server = ScriptedServer(behind=daemon.socket)
+    server.loses = lambda received: received.path.endswith(f"/{what}") and not _seen(server, received)
+    runs: list[int] = []
+    with serving(server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint, queues=[queue])
+
+        @worker.handler()
+        async def work(task: Task) -> str:
+            runs.append(task.fencing_token)
+            await task.progress(50)
+            if what == "fail":
+                raise Discard("no")
+            return "once"
+
+        job = await client.create_job(queue=queue)
+        async with running_worker(worker):
+            done = await finished(client, job.id)
+            await until(lambda: any(received.path.endswith(("/complete", "/fail")) for received in server.received))
+    assert done.status == ("failed" if what == "fail" else "completed")
+    assert len(runs) == 1
+    assert len(server.lost) >= 1
+    events = await types(client, job.id)
+    assert events.count("completed") + events.count("failed") == 1
+
+
+def _seen(server: ScriptedServer, received: ReceivedRequest) -> bool:
+    """Whether the answer to the same request has been lost once already."""
+    return any(lost.path == received.path and lost.body == received.body for lost in server.lost)

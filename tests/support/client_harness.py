@@ -1,0 +1,193 @@
+"""Helpers of the client and worker tests: workers that run during a test, and a daemon that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+from jobd.client import (
+    AsyncJobClient,
+    CommandWorker,
+    JobInfo,
+    Worker,
+)
+from jobd.client.worker.process import Program
+from tests.support.scripted_server import (
+    ReceivedRequest,
+    ScriptedServer,
+    Step,
+    ok,
+    until,
+)
+
+JOB: dict[str, Any] = {
+    "id": "j1",
+    "queue": "default",
+    "kind": "",
+    "payload": {"a": 1},
+    "priority": 0,
+    "status": "queued",
+    "progress": 0,
+    "progress_message": None,
+    "attempt": 0,
+    "max_attempts": 1,
+    "backoff": {"kind": "exponential", "base_ms": 1000, "max_ms": 3600000, "jitter": True},
+    "stalls": 0,
+    "max_stalls": 3,
+    "on_stall": "auto",
+    "stuck_after_ms": 600000,
+    "max_processing_ms": 1800000,
+    "created_at": 1,
+    "updated_at": 1,
+    "run_at": 1,
+    "started_at": None,
+    "finished_at": None,
+    "expires_at": None,
+    "lock": None,
+    "download_url": None,
+    "file_path": None,
+    "storage_key": None,
+    "metadata": {"m": [1]},
+    "error_message": None,
+    "error_code": None,
+    "a_field_of_the_future": 1,
+}
+
+
+@contextlib.asynccontextmanager
+async def running_worker(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
+    """Run the worker during the block, then drain it."""
+    serving = asyncio.create_task(worker.serve())
+    try:
+        yield serving
+        worker.stop()
+        await serving
+    finally:
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+
+async def when(client: AsyncJobClient, job_id: str, condition: Callable[[JobInfo], bool]) -> JobInfo:
+    """Wait until the job meets the condition, and return it."""
+    seen: list[JobInfo] = []
+
+    async def check() -> bool:
+        seen.append(await client.get_job(job_id))
+        return condition(seen[-1])
+
+    await until(check)
+    return seen[-1]
+
+
+async def finished(client: AsyncJobClient, job_id: str) -> JobInfo:
+    """Wait until the job has ended, and return it."""
+    return await when(client, job_id, lambda job: job.finished_at is not None)
+
+
+async def types(client: AsyncJobClient, job_id: str) -> list[str]:
+    """Return the types of the job's events."""
+    return [event.type for event in await client.timeline(job_id)]
+
+
+TTL_MS = 30  # the daemon itself does not allow one this short
+GRANT = {
+    "job": JOB,
+    "lock_id": "secret",
+    "fencing_token": 1,
+    "lock_expires_at": 1,
+    "ttl_ms": TTL_MS,
+    "ceiling_at": None,
+}
+
+
+class ScriptedDaemon:
+    """A daemon that grants one job and responds to the calls on it by a script. It repeats the last response."""
+
+    def __init__(self, **responses: list[Step]) -> None:
+        self.server = ScriptedServer()
+        self.server.always = self._respond
+        self._responses = {"claim": [ok({"grants": [GRANT]}), ok({"grants": []})]} | responses
+        self._state = ok({"lock_expires_at": 1, "ttl_ms": TTL_MS, "ceiling_at": None})
+
+    def _respond(self, received: ReceivedRequest) -> Step:
+        verb = received.path.rsplit("/", 1)[-1]
+        responses = self._responses.get(verb, [self._state if verb in ("extend", "progress") else ok(JOB)])
+        return responses.pop(0) if len(responses) > 1 else responses[0]
+
+    def bodies(self, verb: str) -> list[Any]:
+        return [received.json for received in self.server.received if received.path.endswith(f"/{verb}")]
+
+    async def receive(self, verb: str, count: int = 1) -> None:
+        """Wait until it has received this call."""
+        await until(lambda: len(self.bodies(verb)) >= count)
+
+
+class ProgramRun:
+    """A program and its output."""
+
+    def __init__(self) -> None:
+        self.out = bytearray()
+        self.err = bytearray()
+        self.has_output = asyncio.Event()
+
+    async def start(self, *command: str, stdin: bytes = b"", kill_after_s: float = 10, **environ: str) -> Program:
+        async def on_out(piece: bytes) -> None:
+            self.out += piece
+            self.has_output.set()
+
+        async def on_err(piece: bytes) -> None:
+            self.err += piece
+
+        return await Program.start(command, {**os.environ, **environ}, stdin, on_out, on_err, kill_after_s=kill_after_s)
+
+
+class CommandRun:
+    """A CommandWorker whose output goes to files and whose messages are kept."""
+
+    def __init__(self, client: Any, directory: Path, queue: str, script: str, **options: Any) -> None:
+        self.messages: list[str] = []
+        self._out, self._err = directory / "out", directory / "err"
+        self._fds = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in (self._out, self._err)]
+        self.worker = CommandWorker(
+            client,
+            ["sh", "-c", script],
+            queues=[queue],
+            log=self.messages.append,
+            stdout_fd=self._fds[0],
+            stderr_fd=self._fds[1],
+            **{"name": "run", **options},
+        )
+
+    async def run(self) -> int:
+        try:
+            return await self.worker.run(signals=False)
+        finally:
+            for fd in self._fds:
+                os.close(fd)
+
+    @property
+    def out(self) -> str:
+        return self._out.read_text()
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+
+def watchdogs_of(pid: int) -> list[int]:
+    """Return the watchdog processes of this process."""
+    children = Path(f"/proc/{pid}/task").glob("*/children")
+    pids = [int(each) for path in children for each in path.read_text().split()]
+    return [each for each in pids if b"watchdog.py" in Path(f"/proc/{each}/cmdline").read_bytes()]
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether the process is running and not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,289 @@
+"""The blocking and the asyncio client over real connections to a scripted server."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import shutil
+import ssl
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobd.client import (
+    AdminClient,
+    AsyncJobClient,
+    JobClient,
+    JobNotFound,
+    RetryPolicy,
+    Unreachable,
+    worker_requests,
+)
+from jobd.client.protocol import (
+    ApiRequest,
+)
+from jobd.model.responses import LockState
+from tests.conftest import tool_missing
+from tests.support.client_harness import (
+    JOB,
+)
+from tests.support.scripted_server import ScriptedServer, closing, drop, ok, rejected, serving
+
+EMPTY_PAGE = ok({"jobs": [], "next_cursor": None})
+
+
+FAST = RetryPolicy(total_s=5, base_s=0.001, max_s=0.002, timeout_s=5)
+
+
+class EitherClient:
+    """One call, made with the blocking client or with the asyncio one: both must behave alike."""
+
+    def __init__(self, is_async: bool, endpoint: str) -> None:
+        self._is_async = is_async
+        self._endpoint = endpoint
+
+    def __call__(self, *requests: ApiRequest[Any], policy: RetryPolicy | None = FAST) -> Any:
+        if not self._is_async:
+            with JobClient(self._endpoint) as client:
+                return [client.send(request, policy) for request in requests][-1]
+        return asyncio.run(self._async(requests, policy))
+
+    async def _async(self, requests: tuple[ApiRequest[Any], ...], policy: RetryPolicy | None) -> Any:
+        async with AsyncJobClient(self._endpoint) as client:
+            return [await client.send(request, policy) for request in requests][-1]
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "asyncio"])
+def send(request: pytest.FixtureRequest, endpoint: str) -> EitherClient:
+    return EitherClient(request.param, endpoint)
+
+
+def test_the_name_of_the_operator_is_sent_as_ascii(server: ScriptedServer) -> None:
+    server.script = [ok({"alerts": []}), ok({"alerts": []})]
+    with serving(server) as url:
+        for name in ("eve@build-3", "zoë\r\nX: y"):
+            with AdminClient(url, token="t" * 24, operator=name) as client:
+                client.alerts()
+    assert [received.headers["X-Jobd-Operator"] for received in server.received] == ["eve@build-3", "zo???X: y"]
+
+
+def test_a_call_sends_its_fields_and_returns_a_typed_result(server: ScriptedServer, send: EitherClient) -> None:
+    server.script = [ok({"lock_expires_at": 5, "ttl_ms": 6, "ceiling_at": None, "cancel_requested": False})]
+    assert send(worker_requests.update_progress("j1", lock_id="secret", progress=42, message="half")) == LockState(
+        5, 6, None, False
+    )
+    (received,) = server.received
+    assert (received.method, received.path) == ("POST", "/v1/jobs/j1/progress")
+    assert received.json == {"lock_id": "secret", "progress": 42, "message": "half"}
+    assert received.headers["Content-Type"] == "application/json"
+    assert received.headers["Host"] == "localhost"
+    assert received.headers["Accept-Encoding"] == "identity"
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "write"),
+    [
+        ("fail_job", ("disk is full", "lock"), "fail_job(job_id, lock_id=..., error_message=...)"),
+        ("complete_job", ("https://x", "lock"), "complete_job(job_id, lock_id=...)"),
+        ("update_progress", (50, "half"), "update_progress(job_id, lock_id=..., progress=...)"),
+        ("extend_job_lock", ("lock", 5), "extend_job_lock(job_id, lock_id=...)"),
+        ("release_job", ("lock",), "release_job(job_id, lock_id=...)"),
+    ],
+)
+async def test_calls_with_a_lock_take_only_the_job_by_position(
+    server: ScriptedServer, endpoint: str, name: str, given: tuple[Any, ...], write: str
+) -> None:
+    with JobClient(endpoint) as client, pytest.raises(TypeError) as caught:
+        getattr(client, name)("j1", *given)
+    assert str(caught.value) == f"only job_id may be positional; write {write}"
+    async with AsyncJobClient(endpoint) as jobs:
+        with pytest.raises(TypeError, match="only job_id may be positional"):
+            await getattr(jobs, name)("j1", *given)
+    assert server.received == []
+    assert str(inspect.signature(getattr(JobClient, name))).startswith("(self, /, job_id: 'str', *, lock_id: 'str'")
+
+
+def test_a_call_is_retried_with_the_same_body_and_key(server: ScriptedServer, send: EitherClient) -> None:
+    server.script = [drop, drop, drop, ok({"grants": []})]
+    assert send(worker_requests.claim("w")) == []
+    assert len(server.received) == 4
+    assert len({(received.body, received.headers["Idempotency-Key"]) for received in server.received}) == 1
+
+
+@pytest.mark.parametrize("code", ["overloaded", "shutting_down", "outcome_unknown"])
+def test_a_temporary_error_is_retried(server: ScriptedServer, send: EitherClient, code: str) -> None:
+    server.script = [rejected(code, 503), rejected(code, 503), EMPTY_PAGE]
+    assert send(worker_requests.list_jobs(status="queued", limit=3)).jobs == []
+    assert [received.path for received in server.received] == ["/v1/jobs?status=queued&limit=3"] * 3
+
+
+def test_a_final_error_is_raised_at_once(server: ScriptedServer, send: EitherClient) -> None:
+    server.script = [rejected("job_not_found", 404), EMPTY_PAGE]
+    with pytest.raises(JobNotFound):
+        send(worker_requests.get_job("j1"))
+    assert len(server.received) == 1
+
+
+def test_an_idle_connection_is_reused(server: ScriptedServer, send: EitherClient) -> None:
+    server.script = [EMPTY_PAGE, EMPTY_PAGE, rejected("job_not_found", 404), EMPTY_PAGE]
+    send(worker_requests.list_jobs(), worker_requests.list_jobs())
+    assert {received.connection for received in server.received} == {0}
+
+
+def test_a_closed_idle_connection_is_replaced(server: ScriptedServer, endpoint: str) -> None:
+    server.script = [closing(EMPTY_PAGE), EMPTY_PAGE]
+    with JobClient(endpoint, retry_for_s=0) as client:
+        client.list_jobs()
+        assert server.closed.wait(5)
+        client.list_jobs()
+    assert [received.connection for received in server.received] == [0, 1]
+
+
+async def test_a_closed_idle_connection_is_replaced_on_asyncio(server: ScriptedServer, endpoint: str) -> None:
+    server.script = [closing(EMPTY_PAGE), EMPTY_PAGE]
+    async with AsyncJobClient(endpoint, retry_for_s=0) as client:
+        await client.list_jobs()
+        await asyncio.to_thread(server.closed.wait, 5)
+        await client.list_jobs()
+    assert [received.connection for received in server.received] == [0, 1]
+
+
+def test_an_unreachable_daemon_is_an_error_with_its_address(tmp_path: Path) -> None:
+    send = EitherClient(False, f"unix:{tmp_path}/none")
+    for both in (send, EitherClient(True, f"unix:{tmp_path}/none")):
+        with pytest.raises(Unreachable, match="none cannot be reached"):
+            both(worker_requests.queues(), policy=RetryPolicy(total_s=0))
+
+
+def test_a_missing_response_means_unreachable(server: ScriptedServer, send: EitherClient) -> None:
+    server.script = [server.hang]
+    with pytest.raises(Unreachable, match="no response in time"):
+        send(worker_requests.queues(), policy=RetryPolicy(total_s=0, timeout_s=0.2))
+
+
+def test_many_threads_share_a_client(server: ScriptedServer, endpoint: str) -> None:
+    server.always = lambda received: ok({**JOB, "id": received.path.split("/")[-1]})
+    wrong: list[str] = []
+    with JobClient(endpoint) as client:
+
+        def work(number: int) -> None:
+            for turn in range(20):
+                name = f"j{number}-{turn}"
+                if client.get_job(name).id != name:
+                    wrong.append(name)
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+    assert len(server.received) == 160
+    assert len({received.connection for received in server.received}) <= 8 * 2
+
+
+def test_a_closed_client_keeps_no_connection(server: ScriptedServer, endpoint: str) -> None:
+    server.script = [EMPTY_PAGE, EMPTY_PAGE]
+    client = JobClient(endpoint)
+    client.list_jobs()
+    client.close()
+    client.list_jobs()
+    assert client._idle == []
+
+
+def test_iterate_jobs_reads_all_pages(server: ScriptedServer, endpoint: str) -> None:
+    def pages() -> list[Any]:
+        return [
+            ok({"jobs": [{**JOB, "id": "c"}, {**JOB, "id": "b"}], "next_cursor": "7"}),
+            ok({"jobs": [], "next_cursor": "3"}),
+            ok({"jobs": [{**JOB, "id": "a"}], "next_cursor": None}),
+        ]
+
+    server.script = pages()
+    with JobClient(endpoint) as client:
+        assert [job.id for job in client.iterate_jobs(queue="q")] == ["c", "b", "a"]
+    assert [received.path for received in server.received] == [
+        "/v1/jobs?queue=q",
+        "/v1/jobs?queue=q&cursor=7",
+        "/v1/jobs?queue=q&cursor=3",
+    ]
+
+    async def walk() -> list[str]:
+        async with AsyncJobClient(endpoint) as client:
+            return [job.id async for job in client.iterate_jobs(queue="q")]
+
+    server.script = pages()
+    assert asyncio.run(walk()) == ["c", "b", "a"]
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_iterate_queues_reads_all_pages(server: ScriptedServer, endpoint: str, blocking: bool) -> None:
+    counts = dict.fromkeys(("queued", "processing", "completed", "failed", "cancelled"), 1)
+    names = [f"q-{number:03}" for number in range(201)]
+    views = [{"name": name, "paused": False, "oldest_due_at": None, **counts} for name in names]
+    server.script = [
+        ok({"queues": views[:200], "next_cursor": "q-199"}),
+        ok({"queues": views[200:], "next_cursor": None}),
+    ]
+
+    async def walk() -> list[str]:
+        async with AsyncJobClient(endpoint) as client:
+            return [queue.name async for queue in client.iterate_queues()]
+
+    if blocking:
+        with JobClient(endpoint) as client:
+            assert [queue.name for queue in client.iterate_queues()] == names
+    else:
+        assert asyncio.run(walk()) == names
+    assert [received.path for received in server.received] == ["/v1/queues", "/v1/queues?cursor=q-199"]
+
+
+def test_over_tcp_the_token_is_sent(server: ScriptedServer) -> None:
+    with serving(server) as url, JobClient(url, token="t" * 24) as client:
+        server.script = [EMPTY_PAGE]
+        client.list_jobs()
+        assert server.received[0].headers["Authorization"] == "Bearer " + "t" * 24
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1 and its key."""
+    if shutil.which("openssl") is None:
+        tool_missing("openssl", "openssl")
+    files = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-subj", "/CN=jobd", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "1"]
+    subprocess.run([*command, "-out", files[0], "-keyout", files[1]], check=True, capture_output=True)
+    return files
+
+
+def test_the_certificate_is_verified(server: ScriptedServer, certificate: tuple[Path, Path]) -> None:
+    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ours.load_cert_chain(*certificate)
+    trusting = ssl.create_default_context(cafile=certificate[0])
+    server.script = [EMPTY_PAGE, EMPTY_PAGE]
+
+    async def ask(url: str, tls: ssl.SSLContext | None) -> Any:
+        async with AsyncJobClient(url, token="t" * 24, tls=tls, retry_for_s=0) as client:
+            return await client.list_jobs()
+
+    with serving(server, tls=ours) as url:
+        assert url.startswith("https://")
+        with JobClient(url, token="t" * 24, tls=trusting, retry_for_s=0) as client:
+            assert client.list_jobs().jobs == []
+        assert asyncio.run(ask(url, trusting)).jobs == []
+        with JobClient(url, token="t" * 24, retry_for_s=0) as client, pytest.raises(Unreachable, match="certificate"):
+            client.list_jobs()
+        with pytest.raises(Unreachable, match="certificate"):
+            asyncio.run(ask(url, None))
+    assert len(server.received) == 2
+
+
+async def test_an_id_of_dots_is_escaped(server: ScriptedServer, endpoint: str) -> None:
+    server.script = [ok(JOB)]
+    async with AsyncJobClient(endpoint) as client:
+        await client.get_job("..")
+    assert server.received[0].path == "/v1/jobs/%2E%2E"

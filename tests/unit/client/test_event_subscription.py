@@ -1,0 +1,177 @@
+"""Subscriptions to events: parsing, resuming and reconnecting."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobd.client import (
+    AsyncJobClient,
+    BadAnswer,
+    EventsGone,
+    JobClient,
+    JobdError,
+    StreamedEvent,
+    Unauthorized,
+    Unreachable,
+)
+from jobd.client.event_subscription import EVENTS, subscribe
+from jobd.client.protocol import ApiResponse
+from tests.support.scripted_server import ScriptedServer, Step, drop, raw, rejected
+
+KIND = "text/event-stream"
+
+
+# How a client listens: what it heard before it ended, and with which error.
+Listen = Callable[..., tuple[list[int], JobdError | None]]
+
+
+def event(seq: int, job_id: str | None = "a") -> StreamedEvent:
+    return StreamedEvent(seq, 1, "created", None, "queued", "client", None, {"ü": "\u2028"}, job_id, "q")
+
+
+def sent(*seqs: int, start: int = 0) -> bytes:
+    blocks = [f"id: {seq}\nevent: created\ndata: {msgspec.json.encode(event(seq)).decode()}\n\n" for seq in seqs]
+    return f"retry: 2000\nid: {start}\n\n{''.join(blocks)}".encode()
+
+
+def stream(*seqs: int, start: int = 0, rest: bytes = b"") -> Step:
+    return raw(sent(*seqs, start=start) + rest, kind=KIND)
+
+
+def blocking(endpoint: str, **received: Any) -> tuple[list[int], JobdError | None]:
+    found: list[int] = []
+    try:
+        with JobClient(endpoint, retry_for_s=0) as client:
+            for heard in client.events(**received):
+                found.append(heard.seq)
+    except JobdError as error:
+        return found, error
+    return found, None
+
+
+def coroutines(endpoint: str, **received: Any) -> tuple[list[int], JobdError | None]:
+    async def run() -> tuple[list[int], JobdError | None]:
+        found: list[int] = []
+        try:
+            async with AsyncJobClient(endpoint, retry_for_s=0) as client:
+                async for heard in client.events(**received):
+                    found.append(heard.seq)
+        except JobdError as error:
+            return found, error
+        return found, None
+
+    return asyncio.run(run())
+
+
+both = pytest.mark.parametrize("listen", [blocking, coroutines])
+
+
+@given(st.lists(st.integers(0, 400), max_size=8), st.sampled_from([b"\n", b"\r\n"]))
+def test_a_stream_may_arrive_in_any_pieces(cuts: list[int], end: bytes) -> None:
+    text = (sent(3, 4, start=2) + b": still here\nid: 9\n\n").replace(b"\n", end)
+    listening = subscribe(EVENTS)
+    listening.request()
+    places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    found = [each for a, b in itertools.pairwise(places) for each in listening.read(text[a:b])]
+    assert found == [event(3), event(4)]
+    assert listening.position == 9
+
+
+def test_an_incomplete_event_is_requested_again() -> None:
+    listening = subscribe(EVENTS, after=1)
+    whole = sent(2, 3, start=1)
+    assert [each.seq for each in listening.read(whole[:-1])] == [2]
+    assert listening.position == 2
+    assert listening.request().path == "/v1/events?last_event_id=2"
+    assert [each.seq for each in listening.read(sent(3, start=2))] == [3]  # and nothing of the half one is left
+
+
+def test_the_request_has_the_filters_and_the_position() -> None:
+    received = subscribe(EVENTS, queue="q", job_id=["a", "b"], type=(), last=5, follow=False)
+    assert received.request().path == "/v1/events?last=5&follow=false&queue=q&job_id=a%2Cb"
+    received.read(sent(start=7))
+    assert received.request().path == "/v1/events?last_event_id=7&follow=false&queue=q&job_id=a%2Cb"
+    assert subscribe(EVENTS).request().path == "/v1/events"
+    assert subscribe(EVENTS, after=0, last=5).request().path == "/v1/events?last_event_id=0"
+
+
+def test_another_response_is_not_a_stream_of_events() -> None:
+    listening = subscribe(EVENTS)
+    listening.begin(ApiResponse(200, {"content-type": "text/event-stream; charset=utf-8"}, b""))
+    for reply in (ApiResponse(200, {"content-type": "text/html"}, b""), ApiResponse(302, {}, b"")):
+        with pytest.raises(BadAnswer, match="not a stream of events"):
+            listening.begin(reply)
+    with pytest.raises(BadAnswer, match="cannot be read"):
+        listening.read(b"data: {}\n\n")
+    with pytest.raises(BadAnswer, match="line without an end"):
+        listening.read(b"x" * (17 << 20))
+
+
+@both
+def test_a_broken_stream_is_resumed(server: ScriptedServer, endpoint: str, listen: Listen) -> None:
+    half = b"id: 4\nevent: created\ndata: {"
+    server.script = [
+        stream(1, 2, 3, rest=half),
+        drop,
+        rejected("overloaded", 503, headers={"Retry-After": "0"}),
+        stream(4, start=3),
+        stream(start=4, rest=b": still here\nid: 8\n\n"),
+        rejected("events_gone", 410, "Read the state anew.", last=9),
+    ]
+    lost: list[str] = []
+    found, error = listen(endpoint, queue="q", on_lost=lambda error: lost.append(error.code))
+    assert found == [1, 2, 3, 4]
+    assert isinstance(error, EventsGone)
+    positions = [None, 3, 3, 3, 4, 8]
+    assert [received.path for received in server.received] == [
+        "/v1/events?" + (f"last_event_id={at}&" if at is not None else "") + "queue=q" for at in positions
+    ]
+    # What is dropped without a word aiohttp asks for once more by itself.
+    assert [code for code in lost if code != "unreachable"] == ["overloaded"]
+    assert lost[0] == lost[-1] == "unreachable"
+
+
+@both
+def test_the_first_connection_is_retried_like_other_calls(
+    server: ScriptedServer, endpoint: str, listen: Listen
+) -> None:
+    server.script = [drop, drop]
+    found, error = listen(endpoint)
+    assert (found, type(error)) == ([], Unreachable)
+    server.script = [rejected("unauthorized", 401), rejected("unauthorized", 401)]
+    assert isinstance(listen(endpoint)[1], Unauthorized)
+
+
+@both
+def test_a_stream_without_follow_ends_at_its_end(server: ScriptedServer, endpoint: str, listen: Listen) -> None:
+    server.early = [ScriptedServer.cut(b"no head of ours", chunked=True)]
+    assert isinstance(listen(endpoint, last=3, follow=False)[1], BadAnswer)
+    server.script = [stream(2, 3, start=1)]
+    assert listen(endpoint, last=3, follow=False) == ([2, 3], None)
+    assert server.received[-1].path == "/v1/events?last=3&follow=false"
+
+
+@both
+def test_a_broken_stream_without_follow_is_resumed(server: ScriptedServer, endpoint: str, listen: Listen) -> None:
+    async def cut(request: Any) -> Any:
+        from aiohttp import web
+
+        response = web.StreamResponse(headers={"Content-Type": KIND})
+        response.enable_chunked_encoding()
+        await response.prepare(request)
+        await response.write(sent(1, 2))
+        request.transport.close()
+        return response
+
+    server.early = [cut]
+    server.script = [stream(3, start=2)]
+    assert listen(endpoint, after=0, follow=False) == ([1, 2, 3], None)
+    assert server.received[-1].path == "/v1/events?last_event_id=2&follow=false"

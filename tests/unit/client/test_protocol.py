@@ -1,0 +1,150 @@
+"""How responses are read, and when calls are retried."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from jobd.client import (
+    ERRORS,
+    BadAnswer,
+    JobdError,
+    Overloaded,
+    RetryPolicy,
+    Unreachable,
+    admin_requests,
+    worker_requests,
+)
+from jobd.client.protocol import (
+    RETRIED,
+    ApiResponse,
+    RetryState,
+    get,
+    json_lines,
+    read_result,
+)
+from jobd.model.errors import ERROR_STATUS
+
+
+def _reply(body: Any, status: int, **headers: str) -> ApiResponse:
+    text = body if isinstance(body, bytes) else msgspec.json.encode(body)
+    return ApiResponse(status, {name.replace("_", "-"): value for name, value in headers.items()}, text)
+
+
+READ = get("/x", dict[str, int])
+
+
+@pytest.mark.parametrize("code", sorted(ERROR_STATUS))
+def test_each_error_code_is_raised_as_its_exception(code: str) -> None:
+    reply = _reply({"success": False, "error": code, "message": "No.", "details": {"d": 1}}, ERROR_STATUS[code])
+    with pytest.raises(ERRORS[code]) as caught:
+        read_result(READ, reply)
+    error = caught.value
+    assert isinstance(error, JobdError)
+    assert (error.code, error.message, error.details, error.status) == (code, "No.", {"d": 1}, ERROR_STATUS[code])
+
+
+def test_an_unknown_code_is_raised_as_jobd_error() -> None:
+    with pytest.raises(JobdError) as caught:
+        read_result(READ, _reply({"success": False, "error": "new_code", "message": "?"}, 409))
+    assert (type(caught.value), caught.value.code, caught.value.details) == (JobdError, "new_code", {})
+
+
+@pytest.mark.parametrize("status", [502, 503, 504])
+def test_an_error_of_a_proxy_means_unreachable(status: int) -> None:
+    with pytest.raises(Unreachable):
+        read_result(READ, _reply(b"<html>bad gateway", status))
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"<html>", 200),
+        (b"", 200),
+        ({"success": True}, 200),
+        ({"success": True, "data": {"n": "text"}}, 200),
+        (b"\xff", 200),
+        (b"not json", 404),
+        ({"error": 5}, 400),
+        ({"success": False}, 400),
+        (b'{"success":true,"data":' + b"[" * 3000 + b"]" * 3000 + b"}", 200),
+    ],
+)
+def test_a_response_of_another_program_is_a_bad_answer(body: Any, status: int) -> None:
+    with pytest.raises(BadAnswer):
+        read_result(READ, _reply(body, status))
+
+
+def test_a_success_with_status_503_is_a_result() -> None:
+    assert read_result(READ, _reply({"success": True, "data": {"n": 1}}, 503)) == {"n": 1}
+
+
+@pytest.mark.parametrize(
+    ("headers", "details", "wait_ms"),
+    [
+        ({"retry_after": "2"}, {}, 2000),
+        ({}, {"retry_after_ms": 150}, 150),
+        ({"retry_after": "2"}, {"retry_after_ms": 150}, 150),
+        ({"retry_after": "Wed, 21 Oct 2015 07:28:00 GMT"}, {}, None),
+        ({"retry_after": "-1"}, {"retry_after_ms": -5}, None),
+        ({}, {}, None),
+    ],
+)
+def test_retry_after_comes_from_details_or_header(
+    headers: dict[str, str], details: dict[str, Any], wait_ms: int | None
+) -> None:
+    body = {"success": False, "error": "overloaded", "message": "Full.", "details": details}
+    with pytest.raises(Overloaded) as caught:
+        read_result(READ, _reply(body, 503, **headers))
+    assert caught.value.retry_after_ms == wait_ms
+
+
+def test_the_delay_doubles_up_to_its_limit_and_is_random_below_it() -> None:
+    tries = RetryState(RetryPolicy(total_s=None, base_s=1, max_s=5), READ, 0)
+    assert [tries.wait_s(Unreachable("x"), 0, chance) for chance in (1, 1, 1, 1, 0.5, 0)] == [1, 2, 4, 5, 2.5, 0]
+
+
+def test_retry_after_is_added_to_the_delay() -> None:
+    tries = RetryState(RetryPolicy(total_s=None, base_s=1), READ, 0)
+    assert tries.wait_s(Overloaded("x", retry_after_ms=2000), 0, 0.5) == 2.5
+
+
+def test_there_is_no_retry_after_the_deadline() -> None:
+    tries = RetryState(RetryPolicy(total_s=10, base_s=4, max_s=4), READ, 100)
+    assert tries.wait_s(Unreachable("x"), 105, 1) == 4
+    with pytest.raises(Unreachable):
+        tries.wait_s(Unreachable("x"), 106, 1)
+
+
+def test_no_retries_means_one_try() -> None:
+    with pytest.raises(Unreachable):
+        RetryState(RetryPolicy(total_s=0), READ, 0).wait_s(Unreachable("x"), 0, 0)
+
+
+@pytest.mark.parametrize("code", sorted(set(ERRORS) - RETRIED))
+def test_a_final_error_is_not_retried(code: str) -> None:
+    with pytest.raises(ERRORS[code]):
+        RetryState(RetryPolicy(total_s=None), READ, 0).wait_s(ERRORS[code]("No."), 0, 0)
+
+
+def test_a_call_that_is_not_repeatable_is_not_retried() -> None:
+    with pytest.raises(Unreachable):
+        RetryState(RetryPolicy(total_s=None), admin_requests.import_jobs(), 0).wait_s(Unreachable("x"), 0, 0)
+
+
+def test_the_timeout_includes_the_delay_of_the_daemon() -> None:
+    request = worker_requests.claim("w", wait_ms=60_000)
+    tries = RetryState(RetryPolicy(total_s=30, timeout_s=10), request, 0)
+    assert tries.timeout_s(0) == 70
+    tries.wait_s(Unreachable("x"), 20, 0)
+    assert tries.timeout_s(25) == 5
+    assert tries.timeout_s(31) == 0.1
+
+
+def test_lines_are_sent_in_chunks_of_bounded_size() -> None:
+    pieces = list(json_lines(iter([b"x" * 30_000] * 10)))
+    assert b"".join(pieces) == (b"x" * 30_000 + b"\n") * 10
+    assert all(len(piece) < 64 * 1024 + 30_001 for piece in pieces)
+    assert len(pieces) > 3

@@ -1,0 +1,82 @@
+"""Error messages of failed handlers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from jobd.client import (
+    Discard,
+    Retry,
+)
+from jobd.client.protocol import job_path
+from jobd.client.worker.worker import _failure_options, _message
+
+
+def raised(error: Callable[[], Any]) -> str:
+    """The description of what this raises."""
+    try:
+        error()
+    except BaseException as caught:
+        return _message(caught)
+    raise AssertionError("nothing was raised")
+
+
+def test_a_long_message_keeps_its_first_line_and_its_end() -> None:
+    def deep(left: int) -> None:
+        if left == 0:
+            raise ValueError("the first line " + "x" * 500 + "\nthe second line\n" + "y\n" * 2000)
+        [deep][left % 1](left - 1)
+
+    message = raised(lambda: deep(3))
+    assert len(message) == 4096
+    assert message.startswith("ValueError: the first line " + "x" * 500 + "\nthe second line\n")
+    assert "\n[...]\n" in message
+    assert "raise ValueError" in "".join(message.splitlines()[-2:])
+
+    def long() -> None:
+        raise ValueError("x" * 10_000)
+
+    assert raised(long) == "ValueError: " + "x" * (4096 - 13) + "…"
+    assert _message(Discard("")) == "Discard"
+    assert _failure_options(Retry(after_ms=5)) == {"error_code": "Retry", "retry_after_ms": 5}
+
+
+def test_the_message_has_the_chain_notes_and_group_of_an_error() -> None:
+    def chained() -> None:
+        try:
+            dict[str, int]()["a"]
+        except KeyError as missing:
+            error = LookupError("no customer\nof this name")
+            error.add_note("a note")
+            raise error from missing
+
+    told = raised(chained)
+    assert told.startswith("LookupError: no customer\nof this name\na note\nTraceback (most recent call last):\n")
+    assert "KeyError: 'a'\n\nThe above exception was the direct cause of the following exception:\n" in told
+    assert told.count("no customer") == 1
+
+    def grouped() -> None:
+        raise ExceptionGroup("two of three", [ValueError("one"), KeyError("two")])
+
+    told = raised(grouped)
+    assert told.startswith("ExceptionGroup: two of three (2 sub-exceptions)\n")
+    assert "| ValueError: one" in told
+    assert "| KeyError: 'two'" in told
+
+
+def test_an_error_without_frames_of_the_handler_is_one_line() -> None:
+    assert _message(asyncio.CancelledError()) == "CancelledError"
+    assert _message(TypeError("no result")) == "TypeError: no result"
+    assert "client" + "/protocol.py" not in raised(lambda: job_path("/v1/jobs", ""))
+
+
+def test_an_error_whose_str_raises_has_a_message() -> None:
+    class Broken(Exception):
+        def __str__(self) -> str:
+            raise ValueError("no text")
+
+    assert _message(Broken()) == "Broken: <exception str() failed>"
+    assert _message(OSError("no such file: \udcff\x00")) == "OSError: no such file: \\udcff\\x00"
+    assert _message(Retry("line one\nline two")) == "line one\nline two"

@@ -1,0 +1,205 @@
+"""Workers against a scripted daemon: errors that a healthy daemon does not return."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jobd
+from jobd.client import (
+    Retry,
+    Task,
+    Unauthorized,
+    Worker,
+)
+from jobd.client.worker import lease
+from tests.support.client_harness import (
+    GRANT,
+    JOB,
+    TTL_MS,
+    ScriptedDaemon,
+    running_worker,
+)
+from tests.support.scripted_server import ScriptedServer, drop, ok, rejected, serving, until
+
+
+@pytest.fixture(autouse=True)
+def fast_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WAIT_S", 2 * TTL_MS / 1000)
+
+
+async def test_locks_have_no_ceiling_by_default(tmp_path: Path) -> None:
+    limits: list[tuple[dict[str, Any], int]] = [({}, 0), ({"max_processing_ms": 5000}, 5000)]
+    for limit, sent in limits:
+        daemon = ScriptedDaemon()
+        with serving(daemon.server, tmp_path / "p") as endpoint:
+            worker = Worker(endpoint, **limit)
+            worker.handler(lambda task: None)
+            async with running_worker(worker):
+                await daemon.receive("complete")
+        assert daemon.bodies("claim")[0]["max_processing_ms"] == sent
+
+
+@pytest.mark.parametrize("code", ["overloaded", "shutting_down", "outcome_unknown", "storage_full", "unauthorized"])
+async def test_complete_is_retried_and_the_lock_extended_meanwhile(tmp_path: Path, code: str) -> None:
+    daemon = ScriptedDaemon(complete=[*[rejected(code, 503)] * 4, ok(JOB)])
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+
+        @worker.handler()
+        async def work(task: Task) -> str:
+            return "result"
+
+        async with running_worker(worker):
+            await daemon.receive("complete", 5)
+    assert daemon.bodies("complete") == [{"lock_id": "secret", "metadata": "result"}] * 5
+    assert daemon.bodies("extend")
+    assert daemon.bodies("fail") == daemon.bodies("release") == []
+
+
+async def test_a_job_fails_after_repeated_internal_errors_to_its_complete(tmp_path: Path) -> None:
+    daemon = ScriptedDaemon(complete=[rejected("internal_error", 500, "A bug.")])
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+        worker.handler()(lambda task: None)
+        async with running_worker(worker):
+            await daemon.receive("fail")
+    assert len(daemon.bodies("complete")) == 5
+    (fail,) = daemon.bodies("fail")
+    assert fail["error_code"] == "complete:internal_error"
+    assert "A bug." in fail["error_message"]
+
+
+async def test_a_rejected_failure_is_sent_again_without_its_options(tmp_path: Path) -> None:
+    daemon = ScriptedDaemon(fail=[rejected("invalid_request", 400, "`retry_after_ms` is too much."), ok(JOB)])
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            raise Retry(after_ms=10**15)
+
+        async with running_worker(worker):
+            await daemon.receive("fail", 2)
+    assert daemon.bodies("fail")[1]["error_code"] == "fail:invalid_request"
+    assert "retry_after_ms" not in daemon.bodies("fail")[1]
+
+
+@pytest.mark.parametrize("code", ["lock_lost", "invalid_transition", "job_not_found", "job_quarantined"])
+async def test_complete_after_the_end_of_the_grant_is_not_retried(
+    tmp_path: Path, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    daemon = ScriptedDaemon(complete=[rejected(code, 409, "Too late.")])
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+        worker.handler()(lambda task: None)
+        async with running_worker(worker):
+            await daemon.receive("claim", 2)
+    assert len(daemon.bodies("complete")) == 1
+    assert daemon.bodies("fail") == []
+    assert "Too late." in caplog.text
+
+
+async def test_only_an_error_about_the_lock_stops_the_work(tmp_path: Path) -> None:
+    daemon = ScriptedDaemon(
+        extend=[rejected("unauthorized", 401), rejected("internal_error", 500), rejected("lock_lost", 409)]
+    )
+    stopped = asyncio.Event()
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                stopped.set()
+
+        async with running_worker(worker):
+            await stopped.wait()
+    assert len(daemon.bodies("extend")) == 3
+    assert daemon.bodies("complete") == daemon.bodies("fail") == daemon.bodies("release") == []
+
+
+@pytest.mark.parametrize("code", ["storage_full", "internal_error", "overloaded"])
+async def test_claims_are_retried_after_temporary_errors(tmp_path: Path, code: str) -> None:
+    daemon = ScriptedDaemon(claim=[rejected(code, 500), ok({"grants": [GRANT]}), ok({"grants": []})])
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+        go = asyncio.Event()
+
+        @worker.handler()
+        async def work(task: Task) -> None:
+            await go.wait()
+
+        async with running_worker(worker):
+            await daemon.receive("extend")  # at once: the grant may be an old one
+            go.set()
+            await daemon.receive("complete")
+            await daemon.receive("claim", 3)
+    keys = [received.headers["Idempotency-Key"] for received in daemon.server.received if received.path == "/v1/claim"]
+    assert keys[0] == keys[1] != keys[2]
+
+
+async def test_a_third_stop_ends_the_retries_of_complete(tmp_path: Path) -> None:
+    daemon = ScriptedDaemon(complete=[drop], extend=[drop])
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+        worker.handler()(lambda task: None)
+        async with running_worker(worker) as serving_:
+            await daemon.receive("complete", 2)
+            for _ in range(3):
+                worker.stop()
+            await serving_
+
+
+async def test_an_invalid_token_ends_the_worker(tmp_path: Path) -> None:
+    server = ScriptedServer()
+    server.always = lambda received: rejected("unauthorized", 401) if received.path == "/v1/claim" else ok({})
+    with serving(server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint)
+        worker.handler()(print)
+        with pytest.raises(Unauthorized):
+            await worker.serve()
+
+
+async def test_a_worker_describes_itself(tmp_path: Path) -> None:
+    daemon = ScriptedDaemon()
+    with serving(daemon.server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint, concurrency=3)
+        worker.handler(lambda task: None)
+        async with running_worker(worker):
+            await daemon.receive("claim", 2)
+        before = len(daemon.bodies("claim"))
+        async with running_worker(worker):
+            await daemon.receive("claim", before + 1)
+    first, second, other = (daemon.bodies("claim")[each]["about"] for each in (0, 1, before))
+    assert first == second
+    assert first["instance"] != other["instance"], "of the same name, but another run"
+    assert {**first, "instance": None} == {
+        "instance": None,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "version": jobd.__version__,
+        "concurrency": 3,
+    }
+
+
+async def test_stop_ends_a_waiting_claim(tmp_path: Path) -> None:
+    server = ScriptedServer()
+    server.script = [server.hang]
+    with serving(server, tmp_path / "p") as endpoint:
+        worker = Worker(endpoint, grace_s=10_000)
+        worker.handler()(print)
+        async with running_worker(worker) as serving_:
+            await until(lambda: bool(server.received))
+            worker.stop()
+            await serving_
+    assert [received.path for received in server.received] == ["/v1/claim"]
+    assert server.received[0].json["stuck_after_ms"] == 0
+    assert server.received[0].json["lock_ttl_ms"] == 60_000

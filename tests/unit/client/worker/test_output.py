@@ -1,0 +1,206 @@
+"""The directives of a program, and the output that is passed on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+
+from jobd.client.worker.output import LINE_BYTES, BadDirective, Directives, OutputFilter, OutputWriter, Tail
+
+
+class ParsedOutput:
+    """A filter with everything that came out of it."""
+
+    def __init__(self, *, whole_lines: bool = False) -> None:
+        self.progress: list[tuple[float, str | None]] = []
+        self.warnings: list[str] = []
+        self.said = Directives(lambda progress, text: self.progress.append((progress, text)))
+        self.filter = OutputFilter(self.said, self.warnings.append, whole_lines=whole_lines)
+
+    def pieces(self, *pieces: bytes) -> list[bytes]:
+        return [self.filter.feed(piece) for piece in pieces] + [self.filter.end()]
+
+
+def test_directives_are_removed_and_the_rest_is_unchanged() -> None:
+    parsed = ParsedOutput()
+    text = b"hello\n::progress 42 half way\nbye\r\n\n  ::progress 1\n::progress\t5\nlast"
+    assert b"".join(parsed.pieces(text)) == b"hello\nbye\r\n\n  ::progress 1\n::progress\t5\nlast"
+    assert parsed.progress == [(42, "half way")]
+    assert parsed.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("line", "progress", "text"),
+    [
+        (b"::progress 0", 0, None),
+        (b"::progress 100", 100, None),
+        (b"::progress 12.5 probing", 12.5, "probing"),
+        (b"::progress 7   spaced  ", 7, "spaced"),
+        ("::progress 7 größer".encode(), 7, "größer"),
+    ],
+)
+def test_progress_has_a_number_and_may_have_a_text(line: bytes, progress: float, text: str | None) -> None:
+    parsed = ParsedOutput()
+    assert parsed.said.take(line)
+    assert parsed.progress == [(progress, text)]
+    assert type(parsed.progress[0][0]) is type(progress)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"::progress",
+        b"::progress ",
+        b"::progress many",
+        b"::progress 42%",
+        b"::progress -1",
+        b"::progress 100.1",
+        b"::progress nan",
+        b"::progress inf",
+        b"::progress 1 " + b"x" * 4097,
+        b"::progress 1 \xff",
+        b"::meta",
+        b"::meta key",
+        b"::meta =value",
+        b"::result",
+        b"::result download_url",
+        b"::result other=x",
+        b"::result file_path=",
+        b"::result file_path=a\x00b",
+        b"::result storage_key=../x",
+        b"::result storage_key=/x",
+        b"::result file_path=" + b"x" * 4097,
+    ],
+)
+def test_a_bad_directive_is_passed_on_with_one_warning(line: bytes) -> None:
+    parsed = ParsedOutput()
+    with pytest.raises(BadDirective):
+        parsed.said.take(line)
+    assert b"".join(parsed.pieces(line + b"\n", b"next\n")) == line + b"\nnext\n"
+    assert len(parsed.warnings) == 1
+    assert parsed.progress == []
+    assert parsed.said.result == {"metadata": None}
+
+
+def test_meta_is_json_if_it_parses_and_text_otherwise() -> None:
+    parsed = ParsedOutput()
+    for line in (b"::meta n=5", b'::meta o={"a":[1]}', b"::meta s=five", b"::meta e=", b"::meta n=6", b"::meta u=a=b"):
+        assert parsed.said.take(line)
+    assert parsed.said.result["metadata"] == {"n": 6, "o": {"a": [1]}, "s": "five", "e": "", "u": "a=b"}
+
+
+def test_the_last_result_of_each_name_counts() -> None:
+    parsed = ParsedOutput()
+    for line in (b"::result file_path=/a b", b"::result file_path=/c", b"::result download_url=https://x/?a=1"):
+        assert parsed.said.take(line)
+    assert parsed.said.result == {"file_path": "/c", "download_url": "https://x/?a=1", "metadata": None}
+
+
+def test_other_lines_with_colons_are_passed_on() -> None:
+    parsed = ParsedOutput()
+    assert b"".join(parsed.pieces(b"::group::build\n::progressive\n::\n")) == b"::group::build\n::progressive\n::\n"
+    assert parsed.warnings == []
+
+
+def test_a_prompt_without_a_line_end_is_passed_on_at_once() -> None:
+    assert ParsedOutput().pieces(b"password: ", b"ok\n") == [b"password: ", b"ok\n", b""]
+
+
+def test_the_start_of_a_directive_is_held_back() -> None:
+    assert ParsedOutput().pieces(b":", b":pro", b"gram\n") == [b"", b"", b"::program\n", b""]
+    assert ParsedOutput().pieces(b"::pro", b"x") == [b"", b"::prox", b""]
+    parsed = ParsedOutput()
+    assert parsed.pieces(b"::progress 5", b"0 te", b"xt\nrest\n") == [b"", b"", b"rest\n", b""]
+    assert parsed.progress == [(50, "text")]
+
+
+def test_a_directive_is_only_at_the_start_of_a_line() -> None:
+    parsed = ParsedOutput()
+    assert parsed.pieces(b"abc", b"::progress 5\n") == [b"abc", b"::progress 5\n", b""]
+    assert parsed.progress == []
+
+
+def test_a_directive_may_be_the_last_line_without_a_line_end() -> None:
+    parsed = ParsedOutput()
+    assert parsed.pieces(b"::progress 5") == [b"", b""]
+    assert parsed.progress == [(5, None)]
+
+
+def test_an_endless_line_is_passed_on_in_pieces() -> None:
+    parsed = ParsedOutput()
+    piece = b"x" * 1000
+    start = b"::progress 5 "
+    out = [parsed.filter.feed(start), *(parsed.filter.feed(piece) for _ in range(200))]
+    assert max(map(len, out)) <= LINE_BYTES + 2000
+    assert b"".join(out) + parsed.filter.feed(b"\n") + parsed.filter.end() == start + piece * 200 + b"\n"
+    assert parsed.progress == []
+
+
+def test_with_whole_lines_a_line_is_held_until_its_end() -> None:
+    assert ParsedOutput(whole_lines=True).pieces(b"ab", b"c\nd", b"e") == [b"", b"abc\n", b"", b"de"]
+
+
+def test_a_filter_without_directives_passes_everything_on() -> None:
+    passing = OutputFilter(None, pytest.fail)
+    assert passing.feed(b"::progress 5\n::me") + passing.end() == b"::progress 5\n::me"
+
+
+def test_the_tail_keeps_the_last_lines_and_is_bounded() -> None:
+    tail = Tail(lines=3, characters=20)
+    for piece in (b"one\ntw", b"o\nthree\n", b"four\nfi", b"ve"):
+        tail.feed(piece)
+    assert tail.text == "two\nthree\nfour\nfive"[-20:]
+    tail.feed(b"x" * 100_000)
+    assert tail.text == "x" * 20
+    assert len(tail._open) == 20
+
+
+def test_the_tail_of_invalid_utf8_is_text() -> None:
+    tail = Tail()
+    tail.feed(b"\xff\xfe bad\n")
+    assert tail.text == "\ufffd\ufffd bad"
+
+
+async def test_a_writer_writes_everything_in_order() -> None:
+    read, write = os.pipe()
+    sink = OutputWriter(write)
+    big = b"x" * 300_000
+    pending = [asyncio.ensure_future(sink.write(piece)) for piece in (b"a", big, b"b")]
+    got = await asyncio.to_thread(_read_exactly, read, len(big) + 2)
+    await asyncio.gather(*pending)
+    assert got == b"a" + big + b"b"
+    sink.close()
+    os.close(read)
+    os.close(write)
+
+
+async def test_a_writer_drops_output_to_a_closed_pipe() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    sink = OutputWriter(write)
+    await sink.write(b"lost")
+    await sink.write(b"lost too")
+    sink.close()
+    os.close(write)
+
+
+async def test_a_writer_with_a_slow_reader_does_not_block_the_loop() -> None:
+    read, write = os.pipe()
+    sink = OutputWriter(write)
+    pending = asyncio.ensure_future(sink.write(b"x" * 1_000_000))
+    await asyncio.sleep(0)  # the loop turns though the pipe is full
+    assert not pending.done()
+    assert len(await asyncio.to_thread(_read_exactly, read, 1_000_000)) == 1_000_000
+    await pending
+    sink.close()
+    os.close(read)
+    os.close(write)
+
+
+def _read_exactly(fd: int, count: int) -> bytes:
+    got = bytearray()
+    while len(got) < count:
+        got += os.read(fd, 65536)
+    return bytes(got)

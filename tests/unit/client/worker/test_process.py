@@ -1,0 +1,146 @@
+"""Programs and their process groups."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from jobd.client.worker import process
+from jobd.client.worker.process import Program, has_members
+from tests.support.client_harness import (
+    ProgramRun,
+)
+
+LINGER_S = 0.05
+
+
+@pytest.fixture(autouse=True)
+def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "LINGER_S", LINGER_S)
+
+
+async def test_a_program_gets_its_input_and_its_output_is_read() -> None:
+    run = ProgramRun()
+    program = await run.start("sh", "-c", 'cat; echo "$WORD" >&2; exit 3', stdin=b"in" * 100_000, WORD="err")
+    await program.done
+    assert (bytes(run.out), bytes(run.err), program.returncode) == (b"in" * 100_000, b"err\n", 3)
+
+
+async def test_a_program_may_leave_its_input_unread() -> None:
+    program = await ProgramRun().start("true", stdin=b"x" * 1_000_000)
+    await program.done
+    assert program.returncode == 0
+
+
+async def test_a_program_killed_by_a_signal_has_a_negative_returncode() -> None:
+    program = await ProgramRun().start("sh", "-c", "kill -KILL $$")
+    await program.done
+    assert program.returncode == -signal.SIGKILL
+
+
+async def test_a_missing_program_is_an_os_error() -> None:
+    with pytest.raises(FileNotFoundError):
+        await ProgramRun().start("/nonexistent/program")
+
+
+async def test_a_program_can_handle_sigterm() -> None:
+    run = ProgramRun()
+    program = await run.start("sh", "-c", "trap 'echo bye; exit 7' TERM; echo up; while :; do sleep 0.01; done")
+    await run.has_output.wait()
+    await program.stop(asyncio.Event())
+    assert program.done.done()
+    assert (bytes(run.out), program.returncode) == (b"up\nbye\n", 7)
+
+
+async def test_a_program_that_ignores_sigterm_is_killed_with_its_whole_group() -> None:
+    run = ProgramRun()
+    script = "trap '' TERM; sleep 1000 & echo $$; wait; sleep 1000"
+    program = await run.start("sh", "-c", script, kill_after_s=0.2)
+    await run.has_output.wait()
+    group = int(run.out)
+    assert has_members(group)
+    await program.stop(asyncio.Event())
+    assert program.done.done()
+    assert program.returncode == -signal.SIGKILL
+    assert not has_members(group)
+
+
+async def test_at_once_means_sigkill_without_delay() -> None:
+    run = ProgramRun()
+    program = await run.start("sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.01; done", kill_after_s=1000)
+    await run.has_output.wait()
+    at_once = asyncio.Event()
+    at_once.set()
+    await program.stop(at_once)
+    assert program.returncode == -signal.SIGKILL
+
+
+async def test_a_suspended_program_is_stopped() -> None:
+    run = ProgramRun()
+    program = await run.start("sh", "-c", "echo $$; kill -STOP $$", kill_after_s=1000)
+    await run.has_output.wait()
+    await program.stop(asyncio.Event())
+    assert program.returncode == -signal.SIGTERM
+
+
+async def test_children_that_outlive_their_program_are_stopped() -> None:
+    run = ProgramRun()
+    program = await run.start(
+        "sh", "-c", "echo $$; (trap 'echo child gone; exit' TERM; while :; do sleep 0.01; done) & exit 0"
+    )
+    await program.done
+    assert program.returncode == 0
+    assert not has_members(int(run.out.split()[0]))
+
+
+async def test_children_that_ignore_sigterm_are_killed() -> None:
+    run = ProgramRun()
+    program = await run.start("sh", "-c", "trap '' TERM; echo $$; sleep 1000 & exit 4", kill_after_s=0.2)
+    await program.done
+    assert program.returncode == 4
+    assert not has_members(int(run.out.split()[0]))
+
+
+async def test_a_child_in_another_group_with_open_output_does_not_delay_the_end(tmp_path: Path) -> None:
+    run = ProgramRun()
+    program = await run.start("sh", "-c", "setsid sleep 1000 & echo $!; exit 0")
+    await program.done
+    assert program.returncode == 0
+    os.kill(int(run.out), signal.SIGKILL)
+
+
+async def test_a_child_in_another_group_that_writes_forever_does_not_delay_the_end(tmp_path: Path) -> None:
+    run = ProgramRun()
+    ready = tmp_path / "ready"
+    script = f"setsid sh -c 'echo $$; : > {ready}; exec yes' & while [ ! -e {ready} ]; do sleep 0.01; done"
+    program = await run.start("sh", "-c", script)
+    await program.done
+    assert program.returncode == 0
+    child = int(run.out.split(b"\n", 1)[0])
+    await asyncio.to_thread(_until_gone, child)  # `yes` ends when nobody reads it any more
+
+
+def _until_gone(pid: int) -> None:
+    while Path(f"/proc/{pid}").exists():
+        os.sched_yield()
+
+
+async def test_a_slow_reader_gets_the_whole_output() -> None:
+    got = bytearray()
+    gate = asyncio.Event()
+
+    async def slow(piece: bytes) -> None:
+        await gate.wait()
+        got.extend(piece)
+
+    async def nothing(piece: bytes) -> None:
+        pass
+
+    program = await Program.start(["sh", "-c", "seq 20000"], os.environ, b"", slow, nothing, kill_after_s=10)
+    asyncio.get_running_loop().call_later(4 * LINGER_S, gate.set)
+    await program.done
+    assert got == b"".join(b"%d\n" % number for number in range(1, 20001))
