@@ -30,17 +30,17 @@ from tests.benchmarks.stage import Stage
 
 RATE: Final = 200  # samples a second
 TOP: Final = 25
-# The first that fits a module of ours is its step.
+# A frame belongs to the step of its package, or of its module if that is listed.
 STEPS: Final = {
-    "bytes to a request and back": "connection listener heads visits",
-    "route, let in, decode": "web doors routes bodies weighing command_stream stream_lines streams worker_api",
-    "mailbox and turns": "actor envelope deciding parked keys full_disk slow_disk history clock",
-    "write and commit": "store tables job_writer late_writer audit_writer rows migrations batch wal",
-    "encode answers": "replies views answers",
-    "log, events, figures": "facts feed log figures overlaps pace sparing watchers",
-    "decide": "rules steps draft book orders live_jobs events job reads validation commands late_rules time_rules",
+    "parse and send": "http/protocol http/server http/head_cache",
+    "route, authenticate, decode": "http api",
+    "mailbox and batches": "engine",
+    "write and commit": "storage model/storage",
+    "encode responses": "http/response core/views model/responses",
+    "log, events, figures": "monitoring logging engine/event_feed engine/change_watchers core/stats",
+    "decide": "core model",
 }
-STEP_OF: Final = {module: step for step, modules in STEPS.items() for module in modules.split()}
+STEP_OF: Final = {place: step for step, places in STEPS.items() for place in places.split()}
 LOOP: Final = "the event loop itself"
 _FRAME: Final = re.compile(r"^(?P<name>.+) \((?P<file>[^:()]+)(:\d+)?\)$")
 
@@ -94,8 +94,10 @@ def place_of(stack: str) -> tuple[str, str]:
     for name, file in frames(stack):
         path = Path(file)
         if "jobd" in path.parts[:-1] and "site-packages" not in path.parts:
-            step = STEP_OF.get(path.stem, "the rest")
-            return step, f"{path.stem}.{name}" + (f" > {inner}" if inner else "")
+            package = path.parts[path.parts.index("jobd") + 1 : -1]
+            place = "/".join([*package[:1], path.stem])
+            step = STEP_OF.get(place) or STEP_OF.get(place.partition("/")[0], "the rest")
+            return step, f"{place}.{name}" + (f" > {inner}" if inner else "")
         inner = f"{path.stem}.{name}"
     return LOOP, inner
 

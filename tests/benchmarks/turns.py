@@ -26,10 +26,10 @@ import atexit, json, os, sys
 from time import perf_counter as wall, thread_time as busy
 
 def around():
-    from jobd.deciding import Decider
-    from jobd.store import Connection
+    from jobd.engine.batch import Decider
+    from jobd.storage.store import StoreConnection
 
-    decide, lent_hop = Decider.decide, Connection.lent_hop
+    decide, yielding = Decider.decide, StoreConnection.run_yielding_gil
     turns, marks = [], []
 
     def mark():
@@ -56,12 +56,12 @@ def around():
     async def hop(self, until, fn, *args):
         mark()
         try:
-            return await lent_hop(self, Until(until), fn, *args)
+            return await yielding(self, Until(until), fn, *args)
         finally:
             mark()
 
     commands = [0]
-    Decider.decide, Connection.lent_hop = decided, hop
+    Decider.decide, StoreConnection.run_yielding_gil = decided, hop
     atexit.register(lambda: open(os.environ["TURNS_TOLD"], "w").write(json.dumps(turns)))
 
 if "serve" in sys.orig_argv:
