@@ -1,31 +1,30 @@
-"""Where the daemon is and which token opens it: options, environment, defaults; and the clients made from them.
-
-Opens no connection itself. What the daemon's own settings say is in own_daemon.py.
-"""
+"""Find the daemon and its token from options, environment and the daemon's own settings, and open clients."""
 
 from __future__ import annotations
 
 import getpass
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from jobd.cli import exit_codes, own_daemon
+from jobd.cli import exit_codes
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient, JobClient
     from jobd.client.endpoint import Endpoint
 
-# Long enough for a daemon that is being restarted, short enough for somebody who waits at a prompt.
-PATIENCE_S: Final = 3.0
+CONFIG_PATH: Final = "/etc/jobd/config.toml"
+DEFAULT_LISTEN: Final = "127.0.0.1:8770"
+RETRY_FOR_S: Final = 3.0  # enough for a daemon that restarts, and short for an operator at a prompt
+_LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # reaches a listener on all addresses
 
 
 class Places:
-    """The options as given, None where not. Kept in `ctx.obj`, so that they may stand before or after the verb."""
+    """The connection options; None if not given. Kept in `ctx.obj`, so that they may precede or follow the verb."""
 
     def __init__(self) -> None:
         self.socket: str | None = None
@@ -49,21 +48,21 @@ _URL = _option("--url", "URL", "Worker API over TCP, instead of the socket.  [en
 _ADMIN = _option("--admin-url", "URL", "Admin API: http://HOST:PORT or unix:PATH.  [env: JOBD_ADMIN_URL]")
 _WORKER_TOKEN_FILE: Final = "JOBD_WORKER_TOKEN_FILE"
 _ADMIN_TOKEN_FILE: Final = "ADMIN_TOKEN_FILE"
-_OPERATOR = _option("--operator", "NAME", "Who you are, for timelines and the audit log; USER@HOST by default.")
+_OPERATOR = _option("--operator", "NAME", "Your name in timelines and the audit log; USER@HOST by default.")
 
 
 def _token_option(variables: str) -> Callable[[Any], Any]:
-    text = f"File with the token, one a line; the first is used.  [env: {variables}]"
+    text = f"File with tokens, one per line; the first one is used.  [env: {variables}]"
     return _option("--token-file", "FILE", text)
 
 
 def worker_options(verb: Any) -> Any:
-    """The options of a verb that talks to the worker API."""
+    """Add the options of a verb that uses the worker API."""
     return _SOCKET(_URL(_token_option(_WORKER_TOKEN_FILE)(verb)))
 
 
 def admin_options(verb: Any) -> Any:
-    """The options of a verb that talks to the admin API."""
+    """Add the options of a verb that uses the admin API."""
     return _ADMIN(_token_option(_ADMIN_TOKEN_FILE)(_OPERATOR(verb)))
 
 
@@ -73,7 +72,7 @@ def all_options(verb: Any) -> Any:
 
 
 def read_token(path: str) -> str:
-    """The first token in the file `path`. Problem (78) where there is none."""
+    """Return the first token in the file `path`. Raises CliError (78) if there is none."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
@@ -85,28 +84,28 @@ def read_token(path: str) -> str:
 
 
 def worker_endpoint(places: Places) -> Endpoint:
-    """Where the worker API is: by option, else by the environment, else by the daemon's settings, else its default."""
+    """Return the address of the worker API from options, environment, the daemon's settings or its default."""
     from jobd.client.endpoint import worker_endpoint as find
 
     if places.url and places.socket:
-        raise click.UsageError("--socket and --url name two places: give one")
+        raise click.UsageError("--socket and --url contradict each other: give one of them")
     where = places.url or (os.path.abspath(places.socket.removeprefix("unix:")) if places.socket else None)
     if where is None and not (os.environ.get("JOBD_SOCKET") or os.environ.get("JOBD_URL")):
-        where = own_daemon.worker_socket()
+        where = worker_socket()
     return _found(lambda: find(where, worker_token(places)))
 
 
 def admin_endpoint(places: Places) -> Endpoint:
-    """Where the admin API is, with its token: found like the worker API."""
+    """Return the address of the admin API and its token, found like those of the worker API."""
     from jobd.client.endpoint import admin_endpoint as find
 
     token = admin_token(places)
-    where = places.admin_url or os.environ.get("JOBD_ADMIN_URL") or own_daemon.admin_url()
+    where = places.admin_url or os.environ.get("JOBD_ADMIN_URL") or admin_url()
     return _found(lambda: find(where, token, operator=places.operator or this_operator()))
 
 
 def this_operator() -> str:
-    """The user behind this command, also where they became root by sudo, and the machine: `eve@build-3`."""
+    """Return the user, the one behind sudo if it is used, and the machine: `eve@build-3`."""
     try:
         user = os.environ.get("SUDO_USER") or getpass.getuser()
     except (KeyError, OSError):  # a user id without a name
@@ -122,7 +121,7 @@ def _found(find: Callable[[], Endpoint]) -> Endpoint:
 
 
 def admin_token(places: Places) -> str:
-    """--token-file, else ADMIN_TOKEN, else ADMIN_TOKEN_FILE. Problem (5) where none of them is given."""
+    """Return the token of --token-file, ADMIN_TOKEN or ADMIN_TOKEN_FILE. Raises CliError (5) without any."""
     if places.token_file:
         return read_token(places.token_file)
     token = os.environ.get("ADMIN_TOKEN", "").strip()
@@ -135,9 +134,9 @@ def admin_token(places: Places) -> str:
 
 
 def has_admin_token() -> bool:
-    """Whether a verb that is at both doors has the key of the admin's: a token for it, and no other door was named.
+    """Return whether a verb of both APIs uses the admin API: it has a token for it, and no worker API was named.
 
-    What --token-file names beside a URL of the worker API is for that one, and goes nowhere else.
+    With a URL of the worker API, --token-file belongs to that API and is sent nowhere else.
     """
     places = current()
     if places.admin_url is None and (places.socket or places.url):
@@ -149,30 +148,76 @@ def has_admin_token() -> bool:
 
 
 def worker_token(places: Places) -> str | None:
-    """The token for the worker API over TCP: --token-file, else the file of JOBD_WORKER_TOKEN_FILE, else none.
+    """Return the token for the worker API over TCP from --token-file or JOBD_WORKER_TOKEN_FILE, or None.
 
-    Never ADMIN_TOKEN: that would hand it to a listener that is not the admin's.
+    ADMIN_TOKEN is never sent to the worker API.
     """
     path = places.token_file or os.environ.get(_WORKER_TOKEN_FILE)
     return read_token(path) if path else None
 
 
-def job_client(*, patience_s: float | None = None) -> JobClient:
-    """A client of the worker API for the verb that is running; it is closed at the verb's end."""
+def job_client(*, retry_for_s: float | None = None) -> JobClient:
+    """Return a client of the worker API, which is closed at the end of the verb."""
     from jobd.client import JobClient
 
-    patience_s = PATIENCE_S if patience_s is None else patience_s
-    return click.get_current_context().with_resource(JobClient(worker_endpoint(current()), retry_for_s=patience_s))
+    retry_for_s = RETRY_FOR_S if retry_for_s is None else retry_for_s
+    return click.get_current_context().with_resource(JobClient(worker_endpoint(current()), retry_for_s=retry_for_s))
 
 
 def admin_client(*, timeout_s: float = 30.0) -> AdminClient:
-    """A client of the admin API for the verb that is running; it is closed at the verb's end."""
+    """Return a client of the admin API, which is closed at the end of the verb."""
     from jobd.client import AdminClient
 
-    client = AdminClient(admin_endpoint(current()), retry_for_s=PATIENCE_S, timeout_s=timeout_s)
+    client = AdminClient(admin_endpoint(current()), retry_for_s=RETRY_FOR_S, timeout_s=timeout_s)
     return click.get_current_context().with_resource(client)
 
 
 def current() -> Places:
-    """The places of the running verb."""
+    """Return the options of the running verb."""
     return click.get_current_context().ensure_object(Places)
+
+
+# The daemon of this machine: its environment and configuration file. What cannot be read counts as not set, because the
+# daemon would not run with it.
+
+
+def worker_socket(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the absolute path of `worker.socket`, or None if it is not set."""
+    path = _setting("worker.socket", environ, _tables(environ))
+    return os.path.abspath(path) if path else None
+
+
+def admin_url(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return `admin.listen` as a URL (https if `admin.tls_cert` is set) or unix:PATH, or None if it is no address."""
+    tables = _tables(environ)
+    listen = _setting("admin.listen", environ, tables) or DEFAULT_LISTEN
+    if listen.startswith("unix:"):
+        return listen
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit():
+        return None
+    host = _LOOPBACK.get(host.strip("[]"), host.strip("[]"))
+    scheme = "https" if _setting("admin.tls_cert", environ, tables) else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _setting(key: str, environ: Mapping[str, str], tables: Mapping[str, Any]) -> str:
+    section, _, name = key.partition(".")
+    found = environ.get(f"JOBD_{section}_{name}".upper())
+    if found is None:
+        table = tables.get(section)
+        found = table.get(name) if isinstance(table, dict) else None
+    return found if isinstance(found, str) else ""
+
+
+def _tables(environ: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        text = Path(environ.get("JOBD_CONFIG") or CONFIG_PATH).read_text(encoding="utf-8")
+    except (OSError, ValueError):  # it is missing, unreadable or not text
+        return {}
+    import tomllib
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        return {}

@@ -1,36 +1,87 @@
-"""Which files a verb may write: never what a daemon or another program works with, nor what is no regular file.
-
-Only looks, and writes nothing itself: see safe_file.py.
-"""
+"""Write a file completely or not at all, and never over a file that a daemon or another program uses."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final, cast
 
 import click
 
 from jobd.cli import exit_codes
-from jobd.storage import files
-from jobd.storage.files import StoreBusy
+from jobd.storage.files import StoreBusy, check_not_held, has_sqlite_lock
 
-# Of a store whose daemon runs. Who replaces the lock file lets a second daemon in.
-_BESIDE: Final = ("-wal", "-shm", "-journal", ".lock", ".epoch", ".ballast")
+# The files of a store. With a new lock file a second daemon could start.
+_SUFFIXES: Final = ("-wal", "-shm", "-journal", ".lock", ".epoch", ".ballast")
 
 
-def check(file: Path, *, yes: bool) -> None:
-    """UsageError where `file` is no regular file, or exists without `yes`; Problem (75) where a store has it."""
-    resolved(file)
+class ProgressFile:
+    """A file that reports how many bytes were written."""
+
+    def __init__(self, file: BinaryIO, report: Callable[[int], None]) -> None:
+        self._file = file
+        self._report = report
+        self.count = 0
+
+    def write(self, piece: bytes) -> int:
+        self._file.write(piece)
+        self.count += len(piece)
+        self._report(self.count)
+        return len(piece)
+
+
+@contextmanager
+def whole_file(path: Path, report: Callable[[int], None]) -> Iterator[BinaryIO]:
+    """Yield a file that becomes `path` (mode 0600) at the end of the block, or is removed if the block raises.
+
+    Raises OSError, UsageError if `path` is not a regular file, and CliError (75) if it belongs to a store in use or
+    another program is writing it.
+    """
+    target = resolve_target(path)
+    part = target.with_name(target.name + ".part")
+    refuse_used(part)
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600), "wb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise exit_codes.Problem(f"Another program is writing {part}: wait for it", exit_codes.TRY_AGAIN) from None
+        try:
+            file.truncate(0)
+            yield cast(BinaryIO, ProgressFile(file, report))
+            file.flush()
+            os.fsync(file.fileno())
+            resolve_target(target)  # a daemon may have started there meanwhile
+            os.replace(part, target)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                part.unlink()
+            raise
+    _sync_directory(target.parent)
+
+
+def _sync_directory(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_target(file: Path, *, yes: bool) -> None:
+    """Raise UsageError if `file` is not a regular file, or exists without `yes`; CliError (75) if a store uses it."""
+    resolve_target(file)
     if file.exists() and not yes:
         raise click.UsageError(f"{file} exists: add --yes to overwrite it")
 
 
-def resolved(file: Path) -> Path:
-    """What `file` leads to, once it is known that it may be written. A symlink stays, and what it names is replaced."""
+def resolve_target(file: Path) -> Path:
+    """Return the path that `file` leads to if it may be written. A symlink stays, and its target is replaced."""
     if file.exists() and not file.is_file():
-        raise click.UsageError(f"{file} is no regular file: name a new one, or one to overwrite")
+        raise click.UsageError(f"{file} is not a regular file: name a new one, or one to overwrite")
     target = Path(os.path.realpath(file))
     for name in dict.fromkeys((target, Path(os.path.abspath(file)))):  # the store may be named by a symlink, too
         refuse_used(name)
@@ -38,31 +89,31 @@ def resolved(file: Path) -> Path:
 
 
 def refuse_used(path: Path) -> None:
-    """Problem (75) where a running daemon, or another program, works with `path` or with what it lies beside.
+    """Raise CliError (75) if a running daemon or another program uses `path` or the store that `path` belongs to.
 
-    A writer that puts another file in its place would go on in one that has no name any more, and all that it
-    acknowledges from then on would be lost.
+    Its process would continue to write the replaced file, which has no name any more, and lose everything that it
+    acknowledges from then on.
     """
     for store, words in _stores(path):
         try:
-            files.check_not_held(store)
+            check_not_held(store)
         except StoreBusy as error:
-            if error.pid is not None:  # else it is no daemon that has locked it, but perhaps who calls us
+            if error.pid is not None:  # without a pid the lock is not a daemon's, and may be our caller's
                 text = f"{path} {words} of a running daemon (process {error.pid}): name another file"
                 raise exit_codes.Problem(text, exit_codes.TRY_AGAIN) from None
-        if os.path.isfile(store) and files.has_sqlite_lock(store):
-            text = f"{path} {words} that a program is working with: name another file"
+        if os.path.isfile(store) and has_sqlite_lock(store):
+            text = f"{path} {words} that another program uses: name another file"
             raise exit_codes.Problem(text, exit_codes.TRY_AGAIN)
     for suffix in ("-wal", "-journal"):
         left = f"{path}{suffix}"
         if os.path.isfile(left) and os.path.getsize(left) > 0:
-            text = f"{left} is left of another database, and SQLite would read it into {path}"
+            text = f"{left} is left over from another database, and SQLite would read it into {path}"
             raise click.UsageError(f"{text}: remove it if nothing needs it, or name another file")
 
 
 def _stores(path: Path) -> Iterator[tuple[str, str]]:
-    """The stores that `path` may be of, and as what."""
+    """Yield the stores that `path` can belong to, with words for the relation."""
     yield str(path), "is the store"
-    for suffix in _BESIDE:
+    for suffix in _SUFFIXES:
         if path.name.endswith(suffix) and path.name != suffix:
             yield str(path).removesuffix(suffix), "belongs to the store"

@@ -1,4 +1,4 @@
-"""What may stand on the command line: durations, points in time, JSON. Talks to no daemon."""
+"""Parameters of the command line: durations, points in time, JSON; and the groups of verbs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from jobd.cli import terminal
 if TYPE_CHECKING:
     import msgspec
 
+SETTINGS: Final[dict[str, Any]] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _UNITS_MS: Final = {"ms": 1, "s": 1_000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _PART: Final = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _SAFE_MS: Final = 10**15
@@ -22,7 +23,7 @@ _TIME: Final = "2026-03-01T14:00 (UTC) or 2026-03-01T14:00+01:00"
 
 
 def duration_ms(text: str) -> int:
-    """`500ms`, `10s`, `1.5h`, `1h30m`, `7d`, or `0`, as milliseconds. ValueError otherwise."""
+    """Parse `500ms`, `10s`, `1.5h`, `1h30m`, `7d` or `0` into milliseconds. Raises ValueError."""
     if text == "0":
         return 0
     parts = _PART.findall(text)
@@ -35,7 +36,7 @@ def duration_ms(text: str) -> int:
 
 
 def moment_ms(text: str, now_ms: int) -> int:
-    """A point in time as Unix ms: ISO text (UTC unless it says an offset), Unix ms, or a duration from now."""
+    """Parse ISO text (UTC unless it has an offset), Unix ms or a duration from now into Unix ms. Raises ValueError."""
     if re.fullmatch(r"\d{11,15}", text):
         return int(text)
     try:
@@ -50,7 +51,7 @@ def moment_ms(text: str, now_ms: int) -> int:
 
 
 def past_ms(text: str, now_ms: int) -> int:
-    """A point in the past as Unix ms: as `moment_ms`, but a duration is one before now."""
+    """Parse a point in the past like `moment_ms`, but with a duration before now."""
     try:
         return now_ms - duration_ms(text)
     except ValueError:
@@ -65,22 +66,22 @@ if TYPE_CHECKING:
     _Number = click.ParamType[int]
     _Text = click.ParamType[str]
 else:
-    _Number = _Text = click.ParamType  # which has no parameter in older click
+    _Number = _Text = click.ParamType  # older click has no type parameter
 
 
 class _Name(_Text):
-    """An id, or the name of a queue, a worker or the like: never empty, for that is as if it had not been given."""
+    """An id or a name. Empty text is an error, because a filter by it would match everything."""
 
     name = "name"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if value == "":
-            self.fail("it is empty: is a variable not set? Leave the option out, or give it a value", param, ctx)
+            self.fail("it is empty. Is a shell variable unset? Leave the option out or give it a value", param, ctx)
         return str(value)
 
 
 class _Duration(_Number):
-    """A duration option; its value is milliseconds."""
+    """A duration, in milliseconds."""
 
     name = "duration"
 
@@ -92,7 +93,7 @@ class _Duration(_Number):
 
 
 class _Moment(_Number):
-    """A point in time; its value is Unix ms."""
+    """A point in time, in Unix ms."""
 
     name = "time"
 
@@ -104,7 +105,7 @@ class _Moment(_Number):
 
 
 class _Past(_Number):
-    """A point in the past; its value is Unix ms."""
+    """A point in the past, in Unix ms."""
 
     name = "time"
 
@@ -122,22 +123,64 @@ MOMENT: Final = _Moment()
 
 
 def json_text(text: str, what: str) -> msgspec.Raw:
-    """`text` as a JSON value that is sent as it stands. A usage error says how to quote where it is none."""
+    """Check that `text` is JSON and return it unchanged. Raises UsageError, which says how to quote."""
     import msgspec
 
     try:
         msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError, UnicodeEncodeError) as error:
         hint = "quote it for the shell, as in '{\"size\": 3}' or '\"some text\"', or give - and pipe it in"
-        raise click.UsageError(f"{what} is no valid JSON ({error}): {hint}") from None
+        raise click.UsageError(f"{what} is not valid JSON ({error}): {hint}") from None
     return msgspec.Raw(text.encode())
 
 
 def read_stdin(what: str) -> str:
-    """All of stdin as text."""
+    """Read stdin to its end. Raises UsageError if it is not UTF-8."""
     if sys.stdin.isatty():
         terminal.say(f"Reading {what} from the terminal; end it with Ctrl-D.")
     try:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise click.UsageError(f"{what} on stdin is not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
+class Sections(click.Group):
+    """A group whose help lists its verbs under titles, in the order in which they were added."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.titles: dict[str, str] = {}
+
+    def add_all(self, title: str, *verbs: click.Command) -> None:
+        for verb in verbs:
+            self.add_command(verb)
+            self.titles[str(verb.name)] = title
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Without a verb, print the help on stderr and exit with 2 (older click exits with 0)."""
+        if not args and not ctx.resilient_parsing:
+            click.echo(ctx.get_help(), err=True)
+            ctx.exit(2)
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] == "artefact" and "artifact" in self.commands:
+            ctx.fail("The verb is spelled artifact.")
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for title in dict.fromkeys(self.titles.values()):
+            rows = [
+                (name, self.commands[name].get_short_help_str(70)) for name in self.titles if self.titles[name] == title
+            ]
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+def json_option(verb: Any) -> Any:
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(verb)

@@ -12,7 +12,7 @@ import click
 from jobd import __version__
 from jobd.cli import exit_codes, terminal
 from jobd.cli.daemon.bench import machine, over_runs, show
-from jobd.cli.group import json_option
+from jobd.cli.params import json_option
 from jobd.cli.progress import busy
 from tests.benchmarks.scenarios import SCENARIOS, Scenario, Size, measured
 from tests.benchmarks.stage import BenchFailed

@@ -1118,7 +1118,7 @@ def test_nothing_is_written_over_a_store_that_its_daemon_knows_by_a_symlink(runn
             before = (folder / name).stat().st_ino
             done = _written(running, "backup", folder / name)
             assert done.returncode == 75
-            assert "that a program is working with: name another file" in done.stderr
+            assert "that another program uses: name another file" in done.stderr
             assert (folder / name).stat().st_ino == before
         assert _written(running, "backup", tmp_path / "jobd.db").returncode == 75
 
@@ -1134,7 +1134,7 @@ def test_what_is_no_regular_file_is_not_replaced(running: Running, tmp_path: Pat
         before = file.lstat()
         done = _written(running, verb, file)
         assert done.returncode == 2
-        assert f"{file} is no regular file: name a new one, or one to overwrite" in done.stderr
+        assert f"{file} is not a regular file: name a new one, or one to overwrite" in done.stderr
         assert (file.lstat().st_ino, file.lstat().st_mode) == (before.st_ino, before.st_mode)
 
 
@@ -1162,7 +1162,7 @@ def test_a_backup_does_not_come_beside_the_log_of_another_database(
     (tmp_path / f"killed.db{suffix}").write_bytes(b"log")
     done = _written(running, "backup", target)
     assert done.returncode == 2
-    assert f"killed.db{suffix} is left of another database" in done.stderr
+    assert f"killed.db{suffix} is left over from another database" in done.stderr
     assert (target.read_bytes() if target.exists() else None) == (b"old" if is_there else None)
 
 
@@ -1179,7 +1179,7 @@ def test_a_damaged_row_is_named_with_its_mend(
     code, out, _ = _jobd(capsys, "doctor", "--store", str(copy))
     assert code == 1
     assert "job b2: " in out
-    assert "mend: " in out
+    assert "fix: " in out
     code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--json")
     assert {"where", "what", "mend"} == set(json.loads(out)["problems"][0])
     for how in ("--yes", "--dry-run"):
@@ -1449,7 +1449,7 @@ async def test_the_doctor_names_everything_that_is_wrong(tmp_path: Path) -> None
     found = await _findings(tmp_path, prepare)
     assert set(found) == {"database", "cache", "storage", "clock", "job bad-1", "validation", "jobs"}
     assert found["database"].startswith("degraded: ")
-    assert found["jobs"] == "2 stuck now"
+    assert found["jobs"] == "2 stalled now"
 
 
 async def test_the_doctor_is_silent_about_what_is_well(tmp_path: Path) -> None:
@@ -1524,10 +1524,10 @@ async def test_the_doctor_names_webhooks_that_fail_and_what_they_were_not_told(t
         house.fakes.deliveries_page = answers.DeliveryPage([given_up], None)
 
     said = (await _findings(tmp_path, failing))["webhook q"]
-    assert "3 messages wait" in said
+    assert "3 wait" in said
     assert said.endswith("500: no")
     said = (await _findings(tmp_path, lambda house: lost(house, now)))["webhook q"]
-    assert "messages were given up" in said
+    assert "messages were dead-lettered" in said
     assert said.endswith("401")
     assert "webhook q" not in await _findings(tmp_path, lambda house: lost(house, now - 86_400_000))
 
@@ -1536,9 +1536,9 @@ MIB = 1 << 20
 PASSED = {
     "disk": ("jobd_disk_free_bytes {}", 256 * MIB - 1, 256 * MIB, "256.0 MiB are left"),
     "write-ahead log": ("jobd_wal_bytes {}", 256 * MIB + 1, 256 * MIB, "grown to 256.0 MiB"),
-    "event loop": ("jobd_loop_lag_seconds {}", 0.51, 0.5, "0.5 s late"),
+    "event loop": ("jobd_loop_lag_seconds {}", 0.51, 0.5, "blocked for 0.5 s"),
     "mailbox": ("jobd_mailbox_limit_commands 100.0\njobd_mailbox_commands {}", 51, 50, "51% full"),
-    "artifacts": ("jobd_artifact_sweep_behind_seconds {}", 901, 900, "15 m 1 s after"),
+    "artifacts": ("jobd_artifact_sweep_behind_seconds {}", 901, 900, "15 m 1 s behind"),
     "queue film": ('jobd_queue_oldest_due_seconds{{queue="film"}} {}', 3601, 3600, "1 h"),
 }
 
@@ -1557,7 +1557,7 @@ def test_the_doctor_names_some_of_many_queues_and_none_that_is_paused() -> None:
     lines.append('jobd_queue_paused{queue="q-12"} 1')
     found = list(checkup._figures("\n".join(lines) + "\n"))
     assert [each.where for each in found] == [*(f"queue q-{number}" for number in range(11, 1, -1)), "queues"]
-    assert "in 2 more" in found[-1].what
+    assert "of 2 more queues" in found[-1].what
 
 
 def test_the_thresholds_of_the_doctor_are_those_of_the_rules() -> None:

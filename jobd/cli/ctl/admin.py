@@ -13,8 +13,7 @@ from jobd.cli import exit_codes, terminal
 from jobd.cli.confirm import confirm, destructive, need_terminal, reason_option
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl import plans
-from jobd.cli.group import json_option
-from jobd.cli.params import MOMENT, NAME, PAST
+from jobd.cli.params import MOMENT, NAME, PAST, json_option
 from jobd.cli.progress import busy
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from jobd.cli.confirm import Deed, carry_out, destructive, dry_run_option, reaso
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl import plans
 from jobd.cli.ctl.plans import is_plan, where_option
-from jobd.cli.group import json_option
-from jobd.cli.params import MOMENT
+from jobd.cli.params import MOMENT, json_option
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient

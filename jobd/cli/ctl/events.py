@@ -13,8 +13,7 @@ import click
 
 from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.group import json_option
-from jobd.cli.params import DURATION, NAME
+from jobd.cli.params import DURATION, NAME, json_option
 
 if TYPE_CHECKING:
     from jobd.client import JobdError

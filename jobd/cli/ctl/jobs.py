@@ -14,8 +14,7 @@ from jobd.cli.confirm import Deed, carry_out, destructive, reason_option
 from jobd.cli.connection import admin_client, all_options, has_admin_token, job_client, worker_options
 from jobd.cli.ctl import plans
 from jobd.cli.ctl.plans import is_plan, where_option
-from jobd.cli.group import json_option
-from jobd.cli.params import NAME, PAST
+from jobd.cli.params import NAME, PAST, json_option
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient, JobClient

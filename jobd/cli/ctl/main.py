@@ -15,7 +15,7 @@ from jobd import __version__
 from jobd.cli import exit_codes
 from jobd.cli.connection import all_options
 from jobd.cli.ctl import admin, change, events, jobs, run, submit, transfer, webhooks
-from jobd.cli.group import SETTINGS, Sections
+from jobd.cli.params import SETTINGS, Sections
 
 
 @click.group(cls=Sections, context_settings=SETTINGS)

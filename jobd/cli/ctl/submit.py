@@ -9,10 +9,9 @@ import click
 
 from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import job_client, worker_options
-from jobd.cli.group import json_option
-from jobd.cli.params import DURATION, MOMENT, NAME, json_text, read_stdin
+from jobd.cli.params import DURATION, MOMENT, NAME, json_option, json_text, read_stdin
 
-_WAIT_PATIENCE_S: Final = 60.0  # who waits for a job sits out a restart of the daemon
+_WAIT_RETRY_FOR_S: Final = 60.0  # --wait survives a restart of the daemon
 
 
 @click.command()
@@ -76,7 +75,7 @@ def submit(
 def _wait_for(job_id: str, as_json: bool) -> int:
     from jobd.cli.progress import until_finished
 
-    job = until_finished(job_client(patience_s=_WAIT_PATIENCE_S), job_id)
+    job = until_finished(job_client(retry_for_s=_WAIT_RETRY_FOR_S), job_id)
     if as_json:
         terminal.emit_json(job)
     else:

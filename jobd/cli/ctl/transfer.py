@@ -15,8 +15,7 @@ import click
 from jobd.cli import exit_codes, terminal
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl.jobs import STATUSES
-from jobd.cli.group import json_option
-from jobd.cli.params import NAME
+from jobd.cli.params import NAME, json_option
 from jobd.cli.progress import Advance, bar
 
 if TYPE_CHECKING:
@@ -51,9 +50,9 @@ def export(file: Path, status: Status | None, queue: str | None, kind: str | Non
 
 
 def _may_write(file: Path, *, yes: bool) -> None:
-    from jobd.cli import files
+    from jobd.cli.files import check_target
 
-    files.check(file, yes=yes)
+    check_target(file, yes=yes)
 
 
 def _expected(client: AdminClient, status: Status | None, queue: str | None) -> int:
@@ -75,7 +74,7 @@ def _write(lines: Iterable[bytes], file: Path) -> int:
         count = _pour(lines, sys.stdout.buffer)
         sys.stdout.flush()
         return count
-    from jobd.cli.safe_file import whole_file
+    from jobd.cli.files import whole_file
 
     with whole_file(file, lambda size: None) as target:
         return _pour(lines, target)
@@ -173,7 +172,7 @@ def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> Non
         sys.stdout.flush()
         return
     _may_write(file, yes=yes)
-    from jobd.cli.safe_file import whole_file
+    from jobd.cli.files import whole_file
 
     with bar("artifact") as advance, whole_file(file, lambda done: advance(done, None)) as target:
         count = client.download_artifact(job_id, target, late_result=late_result)

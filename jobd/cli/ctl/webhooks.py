@@ -11,7 +11,7 @@ import click
 
 from jobd.cli import confirm, exit_codes, terminal
 from jobd.cli.connection import admin_client, admin_options
-from jobd.cli.group import json_option
+from jobd.cli.params import json_option
 
 if TYPE_CHECKING:
     from jobd.model.responses import DeliveryPage, DeliveryState

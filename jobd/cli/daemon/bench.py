@@ -16,7 +16,7 @@ import click
 
 from jobd import __version__
 from jobd.cli import exit_codes, terminal
-from jobd.cli.group import json_option
+from jobd.cli.params import json_option
 from jobd.cli.progress import busy
 
 SCENARIOS: Final = {

@@ -1,7 +1,4 @@
-"""What `jobd doctor --running` looks at: a running daemon, over its admin API. Every problem with its mend.
-
-Changes nothing. The check of a database that nobody has open is doctor.py's.
-"""
+"""The checks of `jobd doctor --running`: a running daemon, over its admin API. Read-only."""
 
 from __future__ import annotations
 
@@ -11,21 +8,19 @@ from typing import TYPE_CHECKING, Final
 from msgspec import Struct
 
 from jobd.cli import terminal
+from jobd.cli.progress import bar
 from jobd.model.job import DAY_MS
 
 if TYPE_CHECKING:
     from jobd.client import AdminClient
 
-# Passes run every 5 minutes unless the configuration says otherwise; three of them missing is no accident.
-OVERDUE_MS: Final = 15 * 60 * 1000
-
-
-MOST_NAMED: Final = 10  # of queues in which work waits
+OVERDUE_MS: Final = 15 * 60 * 1000  # three cleanup runs at the default interval
+MAX_QUEUES: Final = 10  # named one by one
 _MIB: Final = 1 << 20
 
 
 class Finding(Struct, frozen=True):
-    """A problem: where, what, and what to do about it."""
+    """A problem, its place, and its fix as `mend`."""
 
     where: str
     what: str
@@ -33,7 +28,7 @@ class Finding(Struct, frozen=True):
 
 
 def examine(client: AdminClient) -> list[Finding]:
-    """Everything that is wrong with the daemon. Raises JobdError where it cannot be asked."""
+    """Return every problem of the daemon. Raises JobdError if it does not respond."""
     return [
         *_health(client),
         *_clock(client),
@@ -46,10 +41,10 @@ def examine(client: AdminClient) -> list[Finding]:
     ]
 
 
-_PART_MENDS: Final = {
-    "database": "look at the daemon's log; free disk space if it is full, else stop jobd and run: jobd doctor",
-    "cache": "memory and disk differ: look at the log, then restart jobd, which reads everything anew",
-    "storage": "check the place that [artifacts] url names, its rights and its free space",
+_PART_FIXES: Final = {
+    "database": "read the daemon's log; free disk space if the disk is full, else stop jobd and run: jobd doctor",
+    "cache": "memory and disk differ: read the log, then restart jobd, which loads everything again",
+    "storage": "check the store that [artifacts] url names, its permissions and its free space",
 }
 
 
@@ -57,44 +52,43 @@ def _health(client: AdminClient) -> Iterator[Finding]:
     view = client.health()
     for name, part in (("database", view.database), ("cache", view.cache), ("storage", view.storage)):
         if part.status != "healthy":
-            yield Finding(name, f"{part.status}: {part.message}", _PART_MENDS[name])
+            yield Finding(name, f"{part.status}: {part.message}", _PART_FIXES[name])
 
 
 def _clock(client: AdminClient) -> Iterator[Finding]:
     clock = client.clock()
     if clock.suspect:
-        mend = "if this time is right: jobctl clock accept; if not, set the clock"
-        yield Finding("clock", f"{clock.message} The daemon's time is {terminal.instant(clock.now)}.", mend)
+        fix = "if this time is right: jobctl clock accept; if not, set the clock"
+        yield Finding("clock", f"{clock.message} The daemon's time is {terminal.instant(clock.now)}.", fix)
 
 
 def _quarantine(client: AdminClient) -> Iterator[Finding]:
     for job in client.quarantine():
-        mend = f"restore a backup, or stop jobd, correct the row and take it as it is: jobd doctor --accept {job.id}"
-        yield Finding(f"job {job.id}", f"in quarantine: {job.reason}", mend)
+        yield Finding(f"job {job.id}", f"in quarantine: {job.reason}", _accept(job.id))
 
 
 def _cleanup(client: AdminClient) -> Iterator[Finding]:
     state = client.cleanup_state()
     since_ms = state.time_since_last_cleanup
     if since_ms is not None and since_ms > OVERDUE_MS and not state.cleanup_running:
-        what = f"the last successful pass was {terminal.span(since_ms)} ago"
-        yield Finding("cleanup", what, "look at the log for the reason, then run: jobctl cleanup")
+        what = f"the last successful cleanup run was {terminal.span(since_ms)} ago"
+        yield Finding("cleanup", what, "read the reason in the log, then run: jobctl cleanup")
     report = state.last_report
     if report is None:
         return
     for error in report.errors:
-        yield Finding("cleanup", f"a step of the last pass failed: {error}", "mend its cause, then run: jobctl cleanup")
+        yield Finding("cleanup", f"a step of the last run failed: {error}", "fix its cause, then run: jobctl cleanup")
     left = report.validation_issues_found - report.validation_issues_fixed
     if left > 0:
-        mend = "the log names the jobs; look with jobctl validate ID, mend with jobctl transition or force-reset"
-        yield Finding("validation", f"the last pass found {left} issues without a safe fix", mend)
+        fix = "the log names the jobs; check with jobctl validate ID, fix with jobctl transition or force-reset"
+        yield Finding("validation", f"the last cleanup run found {left} issues without a safe fix", fix)
 
 
 def _jobs(client: AdminClient) -> Iterator[Finding]:
     stuck = client.stats().stuck_jobs
     if stuck:
-        mend = "recovery acts within seconds; if they stay: jobctl recover-stuck, and look at their workers"
-        yield Finding("jobs", f"{stuck} stuck now", mend)
+        fix = "recovery acts within seconds; if they remain: jobctl recover-stuck, and check their workers"
+        yield Finding("jobs", f"{stuck} stalled now", fix)
 
 
 def _webhooks(client: AdminClient) -> Iterator[Finding]:
@@ -102,30 +96,30 @@ def _webhooks(client: AdminClient) -> Iterator[Finding]:
     for webhook in client.webhooks():
         where = f"webhook {webhook.name}"
         if webhook.failing_since is not None:
-            what = f"takes nothing since {terminal.when(webhook.failing_since)}, {webhook.waiting} messages wait"
-            mend = f"mend its receiver, or its url, then: jobctl webhooks test {webhook.name}"
-            yield Finding(where, f"{what}: {webhook.last_error or 'not tried since the start'}", mend)
+            what = f"has accepted no message since {terminal.when(webhook.failing_since)}, {webhook.waiting} wait"
+            fix = f"fix its receiver or its url, then: jobctl webhooks test {webhook.name}"
+            yield Finding(where, f"{what}: {webhook.last_error or 'not tried since the start'}", fix)
         for lost in client.deliveries(webhook.name, state="given_up", limit=1).deliveries:
             if (lost.ended_at or lost.at) > since:
-                what = f"messages were given up, the latest {terminal.when(lost.ended_at)}: {lost.error or 'untried'}"
-                yield Finding(where, what, f"send them again: jobctl webhooks resend {webhook.name} --state given_up")
+                what = f"messages were dead-lettered, last {terminal.when(lost.ended_at)}: {lost.error or 'untried'}"
+                yield Finding(where, what, f"resend them: jobctl webhooks resend {webhook.name} --state given_up")
 
 
 class Threshold(Struct, frozen=True):
-    """A figure that is compared with a bound, as the `rule` of the same name for Prometheus does it, but at once.
+    """A metric that is a problem above `bound`, or below it if `is_least`.
 
-    It is a problem above `bound`, or below it where `is_least`. `said` puts it into words.
+    The shipped Prometheus rule `rule` uses the same bound, but waits before it fires.
     """
 
     rule: str
     metric: str
     bound: float
     where: str
-    said: Callable[[float], str]
-    mend: str
+    describe: Callable[[float], str]
+    fix: str
     is_least: bool = False
 
-    def is_passed(self, value: float) -> bool:
+    def is_exceeded(self, value: float) -> bool:
         return value < self.bound if self.is_least else value > self.bound
 
 
@@ -136,7 +130,7 @@ THRESHOLDS: Final = (
         256 * _MIB,
         "disk",
         lambda value: f"only {terminal.size(int(value))} are left on the disk of the store",
-        "free some, or shorten [retention]: when it is full new jobs are refused",
+        "free some, or shorten [retention]; when the disk is full, new jobs are rejected",
         is_least=True,
     ),
     Threshold(
@@ -145,15 +139,15 @@ THRESHOLDS: Final = (
         256 * _MIB,
         "write-ahead log",
         lambda value: f"it has grown to {terminal.size(int(value))}",
-        "is a backup under way? The log says when one began: journalctl -u jobd --grep backup_started",
+        "is a backup running? The log says when one started: journalctl -u jobd --grep backup_started",
     ),
     Threshold(
         "JobdLoopLag",
         "jobd_loop_lag_seconds",
         0.5,
         "event loop",
-        lambda value: f"it was {value:.1f} s late within the last 20 s",
-        "the machine is starved (CPU, memory, swap); SIGUSR1 writes the stacks to the log",
+        lambda value: f"it was blocked for {value:.1f} s within the last 20 s",
+        "the machine lacks CPU or memory, or swaps; SIGUSR1 writes the stacks to the log",
     ),
     Threshold(
         "JobdMailboxFilling",
@@ -161,17 +155,15 @@ THRESHOLDS: Final = (
         0.5,
         "mailbox",
         lambda value: f"it is {value:.0%} full",
-        "commands come faster than they are committed: look at the disk, and at who sends so much",
+        "commands arrive faster than they are committed: check the disk, and the clients that send so much",
     ),
     Threshold(
         "JobdArtifactsBehind",
         "jobd_artifact_sweep_behind_seconds",
         900,
         "artifacts",
-        lambda value: (
-            f"stored objects of deleted jobs are still there, {terminal.span(int(value * 1000))} after they could go"
-        ),
-        "look at the store of artifacts.url, and at what the log says: journalctl -u jobd --grep artifact",
+        lambda value: f"deletion of stored results is {terminal.span(int(value * 1000))} behind",
+        "check the store that artifacts.url names, and the log: journalctl -u jobd --grep artifact",
     ),
     Threshold(
         "JobdWorkWaitsLong",
@@ -179,13 +171,13 @@ THRESHOLDS: Final = (
         3600,
         "queue",
         lambda value: f"a job has been due for {terminal.span(int(value * 1000))}",
-        "does any worker ask for this queue, and for all its kinds? jobctl workers, jobctl why ID",
+        "does a worker claim this queue, and all its kinds? jobctl workers, jobctl why ID",
     ),
 )
 
 
 def _figures(text: str) -> Iterator[Finding]:
-    """The daemon's metrics against the thresholds of the shipped rules."""
+    """Compare the daemon's metrics with the thresholds of the shipped rules."""
     from prometheus_client.parser import text_string_to_metric_families
 
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
@@ -198,16 +190,16 @@ def _figures(text: str) -> Iterator[Finding]:
                 for each in samples
                 if each.name == threshold.metric and each.labels["queue"] not in paused
             }
-            passed = sorted((value, name) for name, value in waits.items() if threshold.is_passed(value))[::-1]
-            for value, name in passed[:MOST_NAMED]:
-                yield Finding(f"queue {name}", threshold.said(value), threshold.mend)
-            if len(passed) > MOST_NAMED:
-                yield Finding("queues", f"in {len(passed) - MOST_NAMED} more work waits as long", threshold.mend)
+            passed = sorted((value, name) for name, value in waits.items() if threshold.is_exceeded(value))[::-1]
+            for value, name in passed[:MAX_QUEUES]:
+                yield Finding(f"queue {name}", threshold.describe(value), threshold.fix)
+            if len(passed) > MAX_QUEUES:
+                yield Finding("queues", f"jobs of {len(passed) - MAX_QUEUES} more queues wait as long", threshold.fix)
         elif threshold.metric in alone:
             whole = alone["jobd_mailbox_limit_commands"] if threshold.rule == "JobdMailboxFilling" else 1
             figure = alone[threshold.metric] / whole
-            if threshold.is_passed(figure):
-                yield Finding(threshold.where, threshold.said(figure), threshold.mend)
+            if threshold.is_exceeded(figure):
+                yield Finding(threshold.where, threshold.describe(figure), threshold.fix)
 
 
 def _alerts(client: AdminClient) -> Iterator[Finding]:
@@ -216,3 +208,31 @@ def _alerts(client: AdminClient) -> Iterator[Finding]:
             since = terminal.when(alert.since)
             what = f"{alert.severity}, firing since {since}: {alert.value:g}, threshold {alert.threshold:g}"
             yield Finding(f"alert {alert.name}", what, alert.hint)
+
+
+def check_rows(client: AdminClient) -> list[Finding]:
+    """Return every damaged row, for `--rows`. Takes minutes for millions of rows."""
+    found: list[Finding] = []
+    done, table, cursor = 0, "", None
+    jobs = client.stats().total_jobs
+    with bar("rows", unit="rows") as advance:
+        while True:
+            seen = client.check_rows(cursor)
+            done = seen.checked + (done if seen.table == table else 0)
+            table = seen.table
+            advance(done, max(jobs, done) if table == "jobs" else None, f"checking {table}")
+            found += [Finding(each.where, each.what, _row_fix(each.where)) for each in seen.damaged]
+            cursor = seen.next_cursor
+            if cursor is None:
+                return found
+
+
+def _row_fix(where: str) -> str:
+    kind, _, name = where.partition(" ")
+    if kind == "job":
+        return _accept(name)
+    return "the row is not used; check the disk, then stop jobd and check the whole database: jobd doctor"
+
+
+def _accept(job_id: str) -> str:
+    return f"restore a backup, or stop jobd, correct the row and accept it: jobd doctor --accept {job_id}"

@@ -22,7 +22,7 @@ from jobd.cli.daemon import store
 from jobd.cli.daemon.bench import bench
 from jobd.cli.daemon.monitoring import monitoring
 from jobd.cli.daemon.settings import config_option, flag_options, read
-from jobd.cli.group import SETTINGS, Sections, json_option
+from jobd.cli.params import SETTINGS, Sections, json_option
 
 if TYPE_CHECKING:
     from jobd.config import LoadedConfig

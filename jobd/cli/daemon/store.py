@@ -1,4 +1,4 @@
-"""jobd's verbs on its files: backup (from the running daemon), restore and doctor (offline, or on the running one)."""
+"""The verbs of jobd for its files: backup, restore and doctor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jobd.cli import exit_codes, terminal
 from jobd.cli.confirm import confirm, need_terminal
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.daemon.settings import config_option, store_option, store_path
-from jobd.cli.group import json_option
+from jobd.cli.params import json_option
 
 if TYPE_CHECKING:
     from jobd.cli.daemon.checkup import Finding
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jobd.client import AdminClient
     from jobd.model.responses import BackupView
 
-SILENT_S: Final = 60.0  # that a backup may stand still; a slow disk is slow, a broken one says nothing
+SILENT_S: Final = 60.0  # a backup that makes no progress for longer has failed
 
 
 @click.command()
@@ -29,70 +29,67 @@ SILENT_S: Final = 60.0  # that a backup may stand still; a slow disk is slow, a 
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
 @admin_options
 def backup(file: Path, yes: bool) -> None:
-    """Copy the running daemon's database to FILE, while it works.
+    """Copy the database of the running daemon to FILE, online.
 
-    The copy is whole, checked and marked: whoever opens it takes a new epoch and ends the grants in it. The store of a
-    running daemon is never overwritten.
+    The copy is complete and checked. A daemon that opens it takes a new epoch and ends the grants in it. A database
+    that a daemon uses is never overwritten.
     """
-    from jobd.cli import files
+    from jobd.cli.files import check_target, whole_file
     from jobd.cli.progress import bar
-    from jobd.cli.safe_file import whole_file
 
-    files.check(file, yes=yes)
+    check_target(file, yes=yes)
     with bar("backup") as advance, whole_file(file, lambda done: None) as target:
         count = admin_client(timeout_s=SILENT_S).backup(target, on_progress=lambda seen: _show(seen, advance))
     terminal.emit(f"{file}: {terminal.size(count)}")
 
 
 def _show(seen: BackupView, advance: Advance) -> None:
-    """How far the daemon is. Nobody knows beforehand how long a check takes."""
     is_known = seen.state in ("copying", "sending")
+    # The duration of a check is not known.
     advance(seen.bytes_done if is_known else 0, seen.bytes_total if is_known else None, f"backup: {seen.state}")
 
 
 @click.command()
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@click.option("--dry-run", is_flag=True, help="Only check, and say what would be done.")
+@click.option("--dry-run", is_flag=True, help="Only check, and print what would be done.")
 @store_option
 @config_option
 def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str | None) -> None:
-    """Put a backup in place of the database; jobd must be stopped.
+    """Replace the database by a backup; jobd must be stopped.
 
-    The database that was there is kept beside it. Jobs that were being worked on when the backup was made are ended
-    by their stall rule, and no fencing token is given twice.
+    The old database is kept beside it. Jobs that were processing when the backup was made end by their stall rule. No
+    fencing token is issued twice.
     """
     path = store_path(store, config)
     if not file.exists():
-        raise exit_codes.Problem(
-            f"{file} does not exist: name a file that jobd backup has written", exit_codes.IO_ERROR
-        )
+        raise exit_codes.Problem(f"{file} does not exist: name a file that jobd backup wrote", exit_codes.IO_ERROR)
     from jobd.cli.progress import busy
     from jobd.model.storage import DiskFull
-    from jobd.storage import dry_run as rehearsal
+    from jobd.storage import dry_run as dry_runs
     from jobd.storage.backup import restore as put_back
 
     try:
         if dry_run:
             with busy(f"checking {file}"):
-                lines = rehearsal.restore(str(file), path)
+                lines = dry_runs.restore(str(file), path)
             for line in lines:
                 terminal.emit(line)
             return
         if Path(path).exists() and not yes:
-            confirm(f"put {file} in place of the database {path} (which is kept beside it)")
+            confirm(f"replace the database {path} by {file} (the old one is kept beside it)")
         with busy(f"checking and copying {file}"):
             aside = put_back(str(file), path)
     except DiskFull as error:
-        raise exit_codes.Problem(f"No room for it: {error}. Free some and try again", exit_codes.IO_ERROR) from None
+        raise exit_codes.Problem(f"The disk is full: {error}. Free some and try again", exit_codes.IO_ERROR) from None
     terminal.emit(path)
     if aside is not None:
-        terminal.say(f"The database that was there is kept as {aside}.")
+        terminal.say(f"The old database is kept as {aside}.")
 
 
 @click.command()
 @click.option("--running", is_flag=True, help="Check the running daemon over its admin API.")
-@click.option("--rows", is_flag=True, help="With --running: check also every row's checksum, as it works (minutes).")
+@click.option("--rows", is_flag=True, help="With --running: also check the checksum of every row (takes minutes).")
 @click.option(
     "--accept",
     metavar="ID",
@@ -101,12 +98,10 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
     flag_value="",
     help="Accept the edited rows of these jobs (--accept ID ...) as they are. Validation then checks the jobs.",
 )
-@click.option(
-    "--all", "everything", is_flag=True, help="With --accept: all jobs that are in quarantine or have a damaged row."
-)
-@click.option("--recount", is_flag=True, help="Take the rows that are there as all there are: counts are made anew.")
+@click.option("--all", "everything", is_flag=True, help="With --accept: all jobs in quarantine or with a damaged row.")
+@click.option("--recount", is_flag=True, help="Accept missing rows: count the rows again and store the new counts.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask (--accept, --recount).")
-@click.option("--dry-run", is_flag=True, help="Only say what would be written (--accept, --recount).")
+@click.option("--dry-run", is_flag=True, help="Only print what would be written (--accept, --recount).")
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @json_option
 @store_option
@@ -125,9 +120,9 @@ def doctor(
     store: str | None,
     config: str | None,
 ) -> int:
-    """Name every problem of a database, and its mend.
+    """Print every problem of a database, and its fix.
 
-    Reads all of a database that no daemon has open, or asks a running daemon. Exit 0 where nothing is wrong, else 1.
+    Reads all of a database that no daemon has open, or asks a running daemon. Exit 0 if nothing is wrong, else 1.
     """
     from jobd.cli.progress import busy
 
@@ -137,40 +132,39 @@ def doctor(
     if accept and bool(named) == everything:
         raise click.UsageError("--accept needs job ids or --all, not both")
     if running + bool(accept) + recount > 1 or (running and (store or config)):
-        raise click.UsageError("--running, --accept and --recount exclude each other; the first takes no database")
+        raise click.UsageError("--running, --accept and --recount exclude each other; --running takes no database")
     if (yes or dry_run) and not accept and not recount:
-        raise click.UsageError("--yes and --dry-run belong to --accept and --recount: nothing else writes")
+        raise click.UsageError("--yes and --dry-run need --accept or --recount: nothing else writes")
     if rows and not running:
-        raise click.UsageError("--rows belongs to --running: without it all rows are checked")
+        raise click.UsageError("--rows needs --running: without it, all rows are checked anyway")
     if running:
         return _diagnosis(_checkup(admin_client(), rows=rows), as_json)
     from jobd.storage import doctor as offline
-    from jobd.storage import dry_run as rehearsal
+    from jobd.storage import dry_run as dry_runs
     from jobd.storage.files import StoreBusy
 
     path = store_path(store, config)
     if recount:
-        return _repair(path, rehearsal.recount, offline.recount, yes=yes, dry_run=dry_run)
+        return _repair(path, dry_runs.recount, offline.recount, yes=yes, dry_run=dry_run)
     if accept:
         chosen = None if everything else named
-        look, write = partial(rehearsal.accept, ids=chosen), partial(offline.accept, ids=chosen)
+        look, write = partial(dry_runs.accept, ids=chosen), partial(offline.accept, ids=chosen)
         return _repair(path, look, write, yes=yes, dry_run=dry_run)
     try:
         with busy(f"checking {path}"):
             problems = offline.check(path)
     except StoreBusy as error:
         raise exit_codes.Problem(
-            f"{error}; or check it as it runs: jobd doctor --running", exit_codes.TRY_AGAIN
+            f"{error}; or check the running daemon: jobd doctor --running", exit_codes.TRY_AGAIN
         ) from None
     return _diagnosis(problems, as_json)
 
 
 def _checkup(client: AdminClient, *, rows: bool) -> list[Finding]:
-    from jobd.cli.daemon.checkup import examine
-    from jobd.cli.daemon.rows_running import walk
+    from jobd.cli.daemon.checkup import check_rows, examine
 
-    damaged = walk(client) if rows else []
-    found = examine(client)  # names all that is in quarantine by now
+    damaged = check_rows(client) if rows else []
+    found = examine(client)  # after the rows: it lists what they put into quarantine
     return found + [each for each in damaged if each.where not in {known.where for known in found}]
 
 
@@ -183,7 +177,7 @@ def _repair(
     if not yes:
         if not dry_run:
             need_terminal()
-        with busy(f"looking at {path}"):
+        with busy(f"checking {path}"):
             lines = look(path)
         for line in lines:
             terminal.emit(line) if dry_run else terminal.say(line)
@@ -195,12 +189,12 @@ def _repair(
 
 
 def _diagnosis(problems: Sequence[Any], as_json: bool) -> int:
-    """Print problems (`where`, `what`, `mend`); 0 where there are none."""
+    """Print problems (`where`, `what`, `mend`) and return the exit code: 0 without problems."""
     if as_json:
         terminal.emit_json({"problems": problems})
     elif not problems:
         terminal.emit("nothing is wrong")
     for problem in () if as_json else problems:
         terminal.emit(f"{problem.where}: {problem.what}")
-        terminal.emit(f"    mend: {problem.mend}")
+        terminal.emit(f"    fix: {problem.mend}")
     return exit_codes.FAILED if problems else exit_codes.DONE

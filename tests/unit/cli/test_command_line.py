@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobd import config
-from jobd.cli import confirm, connection, exit_codes, own_daemon, safe_file, tables_admin, terminal
+from jobd.cli import confirm, connection, exit_codes, files, tables_admin, terminal
 from jobd.cli.ctl import main
 from jobd.cli.params import duration_ms, moment_ms, past_ms
 from jobd.client.endpoint import default_socket
@@ -45,7 +45,7 @@ def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("JOBD_SOCKET", str(tmp_path / "nobody.sock"))
     monkeypatch.setenv("JOBD_ADMIN_URL", f"unix:{tmp_path}/nobody.sock")
-    monkeypatch.setattr(connection, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(connection, "RETRY_FOR_S", 0.0)
 
 
 def run(*argv: str) -> int:
@@ -363,7 +363,7 @@ def test_an_empty_name_is_a_variable_that_was_not_set(line: str, capsys: pytest.
     assert run(verb, option, "", *rest) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert f"Invalid value for '{option}': it is empty: is a variable not set?" in err
+    assert f"Invalid value for '{option}': it is empty. Is a shell variable unset?" in err
 
 
 @pytest.mark.parametrize("argv", [["jobs"], ["submit", "1"], ["why", "j"], ["job", "j"]])
@@ -415,7 +415,7 @@ def untold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in ("JOBD_SOCKET", "JOBD_ADMIN_URL"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
-    monkeypatch.setattr(own_daemon, "CONFIG_PATH", str(tmp_path / "config.toml"))
+    monkeypatch.setattr(connection, "CONFIG_PATH", str(tmp_path / "config.toml"))
     return tmp_path / "config.toml"
 
 
@@ -473,8 +473,8 @@ def test_a_configuration_that_cannot_be_read_is_passed_over(untold: Path, conten
 
 
 def test_the_daemon_is_looked_for_where_its_own_defaults_are() -> None:
-    assert own_daemon.CONFIG_PATH == config.DEFAULT_PATH
-    assert config.Config().admin.listen == own_daemon.DEFAULT_LISTEN
+    assert connection.CONFIG_PATH == config.DEFAULT_PATH
+    assert config.Config().admin.listen == connection.DEFAULT_LISTEN
 
 
 def test_options_may_stand_before_or_after_the_verb_and_the_nearer_wins(capsys: pytest.CaptureFixture[str]) -> None:
@@ -562,7 +562,7 @@ def test_a_deed_is_allowed_where_the_table_of_transitions_says_so() -> None:
 
 def test_a_file_is_written_whole_and_for_its_owner_alone(tmp_path: Path) -> None:
     told: list[int] = []
-    with safe_file.whole_file(tmp_path / "copy.db", told.append) as file:
+    with files.whole_file(tmp_path / "copy.db", told.append) as file:
         file.write(b"12345")
         file.write(b"678")
         assert not (tmp_path / "copy.db").exists()
@@ -582,15 +582,15 @@ def test_a_file_that_broke_off_leaves_the_old_one(tmp_path: Path) -> None:
 
 
 def _break_off(path: Path) -> None:
-    with safe_file.whole_file(path, lambda _: None) as file:
+    with files.whole_file(path, lambda _: None) as file:
         file.write(b"new")
         raise OSError("the stream broke")
 
 
 def test_two_programs_do_not_write_one_file(tmp_path: Path) -> None:
-    with safe_file.whole_file(tmp_path / "copy.db", lambda _: None) as file:
+    with files.whole_file(tmp_path / "copy.db", lambda _: None) as file:
         file.write(b"first")
-        with pytest.raises(exit_codes.Problem) as caught, safe_file.whole_file(tmp_path / "copy.db", lambda _: None):
+        with pytest.raises(exit_codes.Problem) as caught, files.whole_file(tmp_path / "copy.db", lambda _: None):
             pass
         assert caught.value.code == 75
     assert (tmp_path / "copy.db").read_bytes() == b"first"
@@ -606,7 +606,7 @@ def test_a_store_that_a_daemon_took_while_a_file_was_written_stays(tmp_path: Pat
 
 
 def _write_while_taken(path: Path) -> None:
-    with contextlib.ExitStack() as stack, safe_file.whole_file(path, lambda _: None) as file:
+    with contextlib.ExitStack() as stack, files.whole_file(path, lambda _: None) as file:
         file.write(b"new")
         stack.enter_context(FileLock(str(path)))
 
@@ -615,7 +615,7 @@ def test_a_file_on_the_way_is_no_store_and_no_symlink(tmp_path: Path) -> None:
     """The .part of one file may be something else's name."""
     (tmp_path / "theirs").write_bytes(b"theirs")
     (tmp_path / "copy.db.part").symlink_to(tmp_path / "theirs")
-    with pytest.raises(OSError, match="symbolic"), safe_file.whole_file(tmp_path / "copy.db", lambda _: None):
+    with pytest.raises(OSError, match="symbolic"), files.whole_file(tmp_path / "copy.db", lambda _: None):
         pass
     with FileLock(str(tmp_path / "store.part")), pytest.raises(exit_codes.Problem) as caught:
         _break_off(tmp_path / "store")
