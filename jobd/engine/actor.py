@@ -218,13 +218,13 @@ class Actor:
             return _stopping()
         room, bounds = share(command), self.bounds
         if self.waiting >= bounds.mailbox * room or self._bytes + size > bounds.inflight_bytes * room:
-            return ApiError("overloaded", "Too many commands wait already; try again after a second.")
+            return ApiError("overloaded", "Too many commands are waiting; try again in a second.")
         if isinstance(command, Claim) and command.wait_ms:
             if command.wait_ms > bounds.claim_wait_ms:
                 message = f"wait_ms may be {bounds.claim_wait_ms} at most (limits.claim_wait), not {command.wait_ms}."
                 return ApiError("invalid_request", message, {"field": "$.wait_ms"})
             if len(self.parked) >= bounds.parked_claims:
-                return ApiError("overloaded", "Too many claims wait for work already; ask again without wait_ms.")
+                return ApiError("overloaded", "Too many claims are waiting for work; try again without wait_ms.")
         return None
 
     def _own(self, command: AnyCommand) -> Envelope:
@@ -523,7 +523,9 @@ class Actor:
         self._stopping = True
         self._tell()
         log.critical("commit_failed", error=str(error), kind=type(error).__name__, commands=len(batch))
-        message = "It is not known whether this was done: the disk failed. Ask again, with the same id or key."
+        message = (
+            "The outcome is unknown because the disk failed. Repeat the request with the same id or Idempotency-Key."
+        )
         for asked in [*batch, *self._decider.served, *self.parked.take_all()]:
             asked.reply(ApiError("outcome_unknown", message, {"outcome": "unknown"}))
         for asked in self._mailbox:
@@ -536,4 +538,4 @@ class Actor:
 
 
 def _stopping() -> ApiError:
-    return ApiError("shutting_down", "The daemon is stopping; ask again in a moment.")
+    return ApiError("shutting_down", "The daemon is stopping; try again in a moment.")

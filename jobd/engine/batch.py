@@ -268,7 +268,7 @@ class Decider:
             decision = decide.decide(self.book, call, plan.at, policy)
         except Exception:
             log.exception("rule_failed", command=type(call.command).__name__, by=call.by)
-            message = "A rule failed on this command; nothing was changed. The log has the details."
+            message = "A rule failed for this command, and nothing was changed. See the log for details."
             return Decision(ApiError("internal_error", message))
         for change in decision.changes:
             if not change.event.job_seq:
@@ -359,9 +359,7 @@ class Decider:
             return self._current_grants(plan, asked, row.grants, policy)
         stored = row if row.body is not None else plan.known.answers.get(key.digest)
         if stored is None or stored.body is None:
-            message = (
-                "The stored answer of this Idempotency-Key is damaged. See what the first call did, use a new key."
-            )
+            message = "The stored response of this key is damaged. Check what the first request did and use a new key."
             return ApiError("internal_error", message)
         return Response(Raw(stored.body), status=stored.status, replayed=True)
 

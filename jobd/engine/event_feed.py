@@ -223,10 +223,12 @@ class EventFeed:
     def _check_page(self, after: int, page: JournalPage) -> None:
         if after > page.last:
             raise api_error(
-                "events_gone", f"There was no event {after} yet: it is of another store. {_ANEW}", last=page.last
+                "events_gone",
+                f"Event {after} does not exist yet; it may come from another store. {_ANEW}",
+                last=page.last,
             )
         if after < page.gone_to:
-            message = f"Of the events after {after} some are no longer in the journal. {_ANEW}"
+            message = f"Some events after {after} are no longer in the journal. {_ANEW}"
             raise api_error("events_gone", message, last=page.last)
 
     def join(self) -> int:
@@ -331,7 +333,7 @@ class Subscriber:
         if self._feed.is_closed and not self._is_whole:
             if self._follow:
                 return b""
-            raise api_error("shutting_down", "The daemon is stopping, and the journal was not read to its end.")
+            raise api_error("shutting_down", "The daemon is stopping, and some events were not sent.")
         self._silent_since_s = asyncio.get_running_loop().time()
         return await (self._from_backlog() if self._is_whole else self._from_journal())
 
@@ -402,7 +404,7 @@ class Subscriber:
         return b"id: %d\n\n" % self.position
 
 
-_ANEW: Final = "Read the state anew, then listen from now on (without Last-Event-ID)."
+_ANEW: Final = "Read the state again, then connect without Last-Event-ID."
 
 
 def _texts(frames: Sequence[EncodedEvent], position: int, wanted: EventFilter) -> bytes:

@@ -86,7 +86,7 @@ class History:
                     answer.data = await self._seen(look, policy)
         except Exception:
             log.exception("history_failed", command=type(asked.call.command).__name__)
-            asked.reply(ApiError("internal_error", "Reading the history failed. The log has the details."))
+            asked.reply(ApiError("internal_error", "Reading the history failed. See the log for details."))
             return
         asked.reply(answer)
 

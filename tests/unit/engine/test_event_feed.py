@@ -346,7 +346,7 @@ async def test_what_was_pruned_is_told_at_the_beginning_and_on_the_way() -> None
         with pytest.raises(ApiException) as no:
             await (listener.more() if position else stage.listen().begin(position))
         assert (no.value.error.code, no.value.error.details) == ("events_gone", {"last": 3 * PAGE})
-        assert "Read the state anew" in no.value.error.message
+        assert "Read the state again" in no.value.error.message
     assert numbers(await (await stage.begun(after=3 * PAGE - 1)).more()) == [3 * PAGE]
 
 
