@@ -1,14 +1,17 @@
-"""The real actor and cleaner on a disk in memory, in virtual time: for tests of what time does by itself.
+"""The real actor and maintainer on storage in memory, in virtual time.
 
-Hours pass in a moment, and nothing happens by chance: the clock moves only when nobody has anything left to do.
+Hours pass in a moment, and tests are deterministic: time moves only when all tasks wait.
 """
 
 from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
 from typing import Any, Final
+
+from msgspec import Raw
 
 from jobd.core.state import Book
 from jobd.engine.actor import Actor, Bounds
@@ -16,8 +19,16 @@ from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
 from jobd.maintenance.cleanup_pass import CleanupSchedule
 from jobd.maintenance.maintainer import Maintainer, read_figures
-from jobd.model.commands import AnyCommand, Create, Start
+from jobd.model.commands import (
+    AnyCommand,
+    Claim,
+    Complete,
+    Create,
+    IdempotencyKey,
+    Start,
+)
 from jobd.model.errors import ApiError
+from jobd.model.events import fold
 from jobd.model.job import HOUR_MS, Job, Options, Policy
 from jobd.model.responses import GrantView, Response
 from tests.support.memory_storage import MemoryStorage
@@ -27,7 +38,7 @@ QUIET: Final = CleanupSchedule(interval_ms=HOUR_MS, min_interval_ms=HOUR_MS, rec
 
 
 class VirtualTime(selectors.DefaultSelector):
-    """Where the loop would sleep, its time moves on instead. Never ask a thread for anything meanwhile."""
+    """Advances the time of the loop instead of sleeping. Tests must not wait for threads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +47,7 @@ class VirtualTime(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> Any:
         ready = super().select(0)
         if not ready:
-            assert timeout is not None, "everybody waits for something that will never happen"
+            assert timeout is not None, "all tasks wait for something that never happens"
             self.now_s += max(timeout, 0)
         return ready
 
@@ -62,7 +73,7 @@ def in_virtual_time(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[
 
 
 class VirtualEngine:
-    """`async with Household() as house`: the actor runs; the cleaner too after `keep`. Times in ms."""
+    """`async with VirtualEngine() as engine`: runs the actor, and the maintainer after `keep`. Times in ms."""
 
     def __init__(
         self,
@@ -118,7 +129,7 @@ class VirtualEngine:
         await self._tasks[0]
 
     def keep(self) -> asyncio.Task[None]:
-        """Let the cleaner run."""
+        """Run the maintainer."""
         task = asyncio.create_task(self.cleaner.run())
         self._tasks.append(task)
         return task
@@ -128,7 +139,7 @@ class VirtualEngine:
         return self.clock.moment().now
 
     async def yes(self, command: AnyCommand, **asked: Any) -> Any:
-        """The data of an answer that is a yes."""
+        """Return the data of a successful response."""
         answer = await self.actor.ask(command, **asked)
         assert isinstance(answer, Response), answer
         return answer.data
@@ -141,7 +152,7 @@ class VirtualEngine:
     async def held(
         self, job_id: str = "a", *, lock_ttl_ms: int = 60_000, stuck_after_ms: int = 0, **fields: Any
     ) -> str:
-        """A new job in the hands of worker w-1: its lock id."""
+        """Create a job that worker w-1 holds. Return the lock id."""
         await self.yes(Create(id=job_id, **fields))
         start = Start(id=job_id, worker="w-1", lock_ttl_ms=lock_ttl_ms, stuck_after_ms=stuck_after_ms)
         granted: GrantView = await self.yes(start)
@@ -149,7 +160,7 @@ class VirtualEngine:
 
 
 def row(seq: int, job_id: str = "", status: str = "queued", **fields: Any) -> Job:
-    """A row as hands may leave it."""
+    """Return a job row, valid or not."""
     times = {"created_at": WALL, "updated_at": WALL, "run_at": WALL}
     return Job(seq=seq, id=job_id or f"job-{seq}", options=Options(), status=status, **(times | fields))
 
@@ -160,9 +171,86 @@ async def seconds(count: float) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait until something has happened, as others act; an hour at most."""
+    """Wait for `condition`, for an hour at most."""
     for _ in range(3_600_000):
         if condition():
             return
         await asyncio.sleep(0.001)
     raise AssertionError("it never happened")
+
+
+def key(name: str, body: str = "body") -> IdempotencyKey:
+    return IdempotencyKey(name, body)
+
+
+def start_task(ask: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    return asyncio.create_task(ask)
+
+
+async def settle() -> None:
+    """Run all tasks that need no time to pass."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+async def waiting_claim(engine: VirtualEngine, worker: str, **fields: Any) -> asyncio.Task[Any]:
+    """Start a claim that waits for work."""
+    waiting = {"wait_ms": 30_000} | fields
+    name = waiting.pop("key", None)
+    task = start_task(engine.actor.ask(Claim(worker=worker, **waiting), key=name))
+    await settle()
+    assert not task.done()
+    return task
+
+
+def granted_ids(answer: Any) -> list[str]:
+    assert isinstance(answer, Response), answer
+    return [granted.job.id for granted in answer.data.grants]
+
+
+def assert_consistent(engine: VirtualEngine) -> None:
+    """Check that memory equals what a start would load, and that both equal the folded journal."""
+    opened = engine.disk.opened()
+    fresh = Book.opened(opened)
+    assert engine.book.jobs == fresh.jobs
+    counts = {name: count for name, count in engine.book.counts.items() if any(count.values())}
+    assert counts == {name: count for name, count in fresh.counts.items() if any(count.values())}
+    assert engine.book.totals == fresh.totals
+    assert engine.book.paused == fresh.paused
+    assert engine.book.suspects == engine.disk.suspects
+    for job in engine.book.finished.values():
+        assert engine.disk.job(job.id) == job
+    folded: dict[int, Job | None] = {}
+    for event in engine.disk.events:
+        if event.job_seq:
+            folded[event.job_seq] = fold(folded.get(event.job_seq), event)
+    for seq, row in folded.items():
+        if seq in engine.disk.jobs:
+            assert row == engine.disk.jobs[seq]
+
+
+@asynccontextmanager
+async def checked_engine(disk: MemoryStorage | None = None, **parts: Any) -> AsyncIterator[VirtualEngine]:
+    """Run an engine and check at the end that memory and disk agree."""
+    async with VirtualEngine(disk, **parts) as engine:
+        yield engine
+        await settle()
+        assert_consistent(engine)
+
+
+def ask_all(engine: VirtualEngine, commands: Iterable[AnyCommand], size: int = 0) -> list[asyncio.Task[Any]]:
+    return [start_task(engine.actor.ask(command, size=size)) for command in commands]
+
+
+async def finished_disk() -> MemoryStorage:
+    """Return a disk with one completed job, `done`."""
+    async with checked_engine() as engine:
+        await engine.yes(Create(id="done", payload=Raw(b'"p"')))
+        granted = await engine.yes(Start(id="done", worker="w"))
+        await engine.yes(Complete(id="done", lock_id=granted.lock_id, file_path="/f"))
+        return engine.disk
+
+
+def late_calls(engine: VirtualEngine) -> list[str]:
+    """Return the verbs of the late calls in the journal."""
+    return [(event.details or {})["verb"] for event in engine.disk.events if event.type == "late_call"]

@@ -36,8 +36,7 @@ from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Grant, Job, Lease, Option
 from jobd.model.responses import Response, TakeBackView, WorkerList, WorkerView
 from jobd.model.storage import DiskFull, Numbers, OpenedStore
 from tests.support.rule_harness import NOW, RuleHarness
-from tests.support.virtual_engine import VirtualEngine, in_virtual_time, seconds, until
-from tests.unit.engine.test_actor import household, parked
+from tests.support.virtual_engine import VirtualEngine, checked_engine, in_virtual_time, seconds, until, waiting_claim
 
 TTL = 15 * MINUTE_MS
 LARGEST = About(instance="~" * 200, host="~" * 253, pid=2**32 - 1, version="~" * 100, concurrency=100_000)
@@ -241,9 +240,9 @@ def test_a_claim_that_waits_counts_all_the_time(presence: WorkerPresence) -> Non
 
 @in_virtual_time
 async def test_a_long_poll_is_heard_as_long_as_it_waits_and_no_longer() -> None:
-    async with household() as house:
+    async with checked_engine() as house:
         for is_cut in (False, True):
-            waiting = await parked(house, "w", queues=["q"], wait_ms=60_000)
+            waiting = await waiting_claim(house, "w", queues=["q"], wait_ms=60_000)
             await seconds(50)
             assert await state_of(house) == ("idle", True, house.now)
             if is_cut:
@@ -259,8 +258,8 @@ async def test_a_long_poll_is_heard_as_long_as_it_waits_and_no_longer() -> None:
 
 @in_virtual_time
 async def test_a_waiting_claim_that_is_served_waits_no_more_and_one_that_is_taken_back_waits_on() -> None:
-    async with household() as house:
-        waiting = await parked(house, "w", wait_ms=60_000)
+    async with checked_engine() as house:
+        waiting = await waiting_claim(house, "w", wait_ms=60_000)
         house.disk.write_errors.append(DiskFull())
         assert (await house.no(Create(id="a"))).code == "storage_full"
         assert await state_of(house) == ("idle", True, house.now)
@@ -371,7 +370,7 @@ async def slices_of_two() -> AsyncIterator[None]:
 
 @in_virtual_time
 async def test_a_take_back_of_many_jobs_is_one_answer() -> None:
-    async with slices_of_two(), household() as house:
+    async with slices_of_two(), checked_engine() as house:
         for number in range(5):
             await house.held(f"job-{number}", stuck_after_ms=HOUR_MS)
         command, operator = TakeBack(name="w-1"), Operator("ana", "here", "part")
@@ -390,7 +389,7 @@ async def test_a_take_back_of_many_jobs_is_one_answer() -> None:
 @in_virtual_time
 async def test_a_take_back_that_is_cut_short_says_what_it_did() -> None:
     """Because the worker came back, or because the daemon stops."""
-    async with slices_of_two(), household() as house:
+    async with slices_of_two(), checked_engine() as house:
         locks = {}
         for number in range(6):
             locks[f"job-{number}"] = await house.held(f"job-{number}", stuck_after_ms=HOUR_MS)

@@ -1,0 +1,287 @@
+"""Commands with idempotency keys, through the actor."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from msgspec import UNSET, Raw
+
+from jobd.engine.idempotency import KEPT_MS
+from jobd.model.commands import (
+    AnyCommand,
+    Bulk,
+    Cancel,
+    Claim,
+    Complete,
+    Create,
+    Delete,
+    ForceFail,
+    ForceReset,
+    Pause,
+    Progress,
+    Release,
+    RunNow,
+    Start,
+    Update,
+)
+from jobd.model.responses import JobView, Response
+from jobd.model.storage import (
+    StoredResponse,
+)
+from tests.support.memory_storage import MemoryStorage
+from tests.support.virtual_engine import (
+    VirtualEngine,
+    assert_consistent,
+    checked_engine,
+    finished_disk,
+    granted_ids,
+    in_virtual_time,
+    key,
+    settle,
+    start_task,
+    waiting_claim,
+)
+
+
+@in_virtual_time
+async def test_a_repeated_key_gets_the_same_response() -> None:
+    async with checked_engine() as engine:
+        create = Create(payload=Raw(b"[1]"))
+        first = await engine.actor.ask(create, key=key("k"))
+        second = await engine.actor.ask(create, key=key("k"))
+        assert isinstance(first, Response)
+        assert isinstance(second, Response)
+        assert (first.replayed, second.replayed) == (False, True)
+        assert (first.status, second.status) == (201, 201)
+        assert first.data.id.encode() in bytes(second.data)
+        assert b'"payload":[1]' in bytes(second.data)
+        assert len(engine.disk.jobs) == 1
+        other = await engine.no(create, key=key("k", "another body"))
+        assert (other.code, other.status) == ("idempotency_key_reused", 422)
+        await asyncio.sleep(KEPT_MS / 1000)
+        again = await engine.actor.ask(create, key=key("k"))
+        assert isinstance(again, Response)
+        assert not again.replayed
+        assert len(engine.disk.jobs) == 2
+
+
+@in_virtual_time
+async def test_a_repeat_waits_for_the_first_request_in_flight() -> None:
+    engine = VirtualEngine()
+    create = Create(id="a", payload=Raw(b"[1]"))
+    tasks = [start_task(engine.actor.ask(create, key=key("k"))) for _ in range(3)]
+    tasks.append(start_task(engine.actor.ask(create, key=key("k", "other"))))
+    async with engine:
+        first, second, third, other = [await task for task in tasks]
+        assert (first.replayed, second.replayed, third.replayed) == (False, True, True)
+        assert bytes(second.data) == bytes(third.data)
+        assert other.code == "idempotency_key_reused"
+        engine.disk.gate.clear()
+        slow = start_task(engine.actor.ask(Create(), key=key("l")))
+        await engine.disk.at_gate.wait()
+        repeat = start_task(engine.actor.ask(Create(), key=key("l")))
+        await settle()
+        assert not repeat.done()
+        engine.disk.gate.set()
+        assert not (await slow).replayed
+        assert (await repeat).replayed
+        assert_consistent(engine)
+
+
+@in_virtual_time
+async def test_keys_outlive_a_restart() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(Create(id="a"), key=key("create"))
+        await engine.yes(Start(id="a", worker="w"), key=key("start"))
+        disk = engine.disk
+    async with checked_engine(disk) as engine:
+        again = await engine.actor.ask(Create(id="a"), key=key("create"))
+        assert isinstance(again, Response)
+        assert (again.replayed, again.status) == (True, 201)
+        again = await engine.actor.ask(Start(id="a", worker="w"), key=key("start"))
+        assert isinstance(again, Response)
+        assert again.replayed
+        assert again.data.job.lock.worker == "w"
+
+
+@in_virtual_time
+async def test_a_damaged_stored_response_is_an_error() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(Create(), key=key("k"))
+        engine.disk.keys.clear()
+        assert (await engine.no(Create(), key=key("k"))).code == "internal_error"
+        assert len(engine.disk.jobs) == 1
+
+
+@in_virtual_time
+async def test_a_key_whose_grants_have_ended_is_decided_again() -> None:
+    """A restored backup has such keys."""
+    disk = MemoryStorage()
+    disk.keys["k"] = StoredResponse("k", "body", 0, grants=[("a", "old")])
+    async with checked_engine(disk) as engine:
+        await engine.yes(Create(id="a"))
+        answer = await engine.actor.ask(Start(id="a", worker="w"), key=key("k"))
+        assert isinstance(answer, Response)
+        assert not answer.replayed
+        assert disk.keys["k"].grants == [("a", answer.data.lock_id)]
+
+
+@in_virtual_time
+async def test_a_response_that_changed_nothing_is_not_stored() -> None:
+    async with checked_engine() as engine:
+        assert (await engine.no(Cancel(id="a"), key=key("k"))).code == "job_not_found"
+        await engine.yes(Create(id="a"))
+        assert (await engine.yes(Cancel(id="a"), key=key("k"))).status == "cancelled"
+        again = await engine.actor.ask(Cancel(id="a"), key=key("k"))
+        assert isinstance(again, Response)
+        assert again.replayed
+        await engine.yes(Claim(worker="w"), key=key("empty"))
+        await engine.yes(Create(id="b"))
+        assert granted_ids(await engine.actor.ask(Claim(worker="w"), key=key("empty"))) == ["b"]
+
+
+@in_virtual_time
+async def test_an_empty_claim_is_not_stored_even_if_it_expired_jobs() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(Create(id="a", expires_at=engine.now + 1_000))
+        await asyncio.sleep(1)
+        assert granted_ids(await engine.actor.ask(Claim(worker="w"), key=key("k"))) == []
+        await engine.yes(Create(id="b"))
+        assert granted_ids(await engine.actor.ask(Claim(worker="w"), key=key("k"))) == ["b"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        Update(id="a", priority=3),
+        Cancel(id="a", reason="r"),
+        ForceFail(id="a"),
+        Delete(id="done"),
+        Pause(name="q"),
+        Bulk(jobs=[Create(id="x", payload=Raw(b"5")), Create(id="done", payload=Raw(b'"p"'))]),
+        RunNow(id="a"),
+    ],
+    ids=lambda command: type(command).__name__,
+)
+def test_a_stored_response_is_complete(command: AnyCommand) -> None:
+    async def test() -> None:
+        disk = await finished_disk()
+        async with checked_engine(disk) as engine:
+            await engine.yes(Create(id="a", payload=Raw(b"[9]"), delay_ms=5))
+            first = await engine.actor.ask(command, key=key("k"))
+            again = await engine.actor.ask(command, key=key("k"))
+            assert isinstance(first, Response)
+            assert isinstance(again, Response)
+            assert again.replayed
+            assert again.status == first.status
+            body = bytes(again.data)
+            if isinstance(first.data, JobView):
+                assert first.data.payload is not UNSET
+                assert bytes(first.data.payload) in body
+
+    in_virtual_time(test)()
+
+
+@in_virtual_time
+async def test_a_repeated_start_returns_its_current_grant() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(Create(id="a", payload=Raw(b"1")))
+        start = Start(id="a", worker="w")
+        first = await engine.actor.ask(start, key=key("k"))
+        assert isinstance(first, Response)
+        await engine.yes(Progress(id="a", lock_id=first.data.lock_id, progress=40))
+        again = await engine.actor.ask(start, key=key("k"))
+        assert isinstance(again, Response)
+        assert (again.replayed, again.data.lock_id) == (True, first.data.lock_id)
+        assert (again.data.job.progress, again.data.job.payload) == (40, Raw(b"1"))
+        await engine.yes(Release(id="a", lock_id=first.data.lock_id))
+        assert engine.disk.keys == {}
+        anew = await engine.actor.ask(start, key=key("k"))
+        assert isinstance(anew, Response)
+        assert not anew.replayed
+        assert anew.data.fencing_token == first.data.fencing_token + 1
+        await engine.yes(ForceReset(id="a"))
+        await engine.yes(Start(id="a", worker="other"))
+        refusal = await engine.no(start, key=key("k"))
+        assert (refusal.code, refusal.details["locked_by"]) == ("already_locked", "other")
+
+
+@in_virtual_time
+async def test_a_repeated_claim_returns_its_current_grants() -> None:
+    async with checked_engine() as engine:
+        for name in "abc":
+            await engine.yes(Create(id=name))
+        claim = Claim(worker="w", limit=2)
+        first = await engine.actor.ask(claim, key=key("k"))
+        assert granted_ids(first) == ["a", "b"]
+        assert isinstance(first, Response)
+        await engine.yes(Complete(id="a", lock_id=first.data.grants[0].lock_id))
+        assert granted_ids(await engine.actor.ask(claim, key=key("k"))) == ["b"]
+        await engine.yes(Complete(id="b", lock_id=first.data.grants[1].lock_id))
+        assert engine.disk.keys == {}
+        assert granted_ids(await engine.actor.ask(claim, key=key("k"))) == ["c"]
+
+
+@in_virtual_time
+async def test_a_repeated_waiting_claim_waits_once() -> None:
+    async with checked_engine() as engine:
+        first = await waiting_claim(engine, "w", key=key("k"))
+        repeat = await waiting_claim(engine, "w", key=key("k"))
+        other = await engine.no(Claim(worker="w", wait_ms=30_000), key=key("k", "other"))
+        assert other.code == "idempotency_key_reused"
+        assert len(engine.actor.parked) == 1
+        await engine.yes(Create(id="a"))
+        assert granted_ids(await first) == granted_ids(await repeat) == ["a"]
+        assert engine.book.totals["processing"] == 1
+        engine.actor.undelivered(await first)
+        await settle()
+        assert engine.book.totals["processing"] == 1  # the other connection has it
+        engine.actor.undelivered(await repeat)
+        await settle()
+        assert engine.book.totals["processing"] == 0
+        assert engine.disk.keys == {}
+
+
+@in_virtual_time
+async def test_a_waiting_claim_is_removed_when_all_its_callers_are_gone() -> None:
+    async with checked_engine() as engine:
+        first = await waiting_claim(engine, "w", key=key("k"))
+        repeat = await waiting_claim(engine, "w", key=key("k"))
+        first.cancel()
+        await settle()
+        assert len(engine.actor.parked) == 1
+        repeat.cancel()
+        await settle()
+        assert len(engine.actor.parked) == 0
+        await engine.yes(Create(id="a"))
+        assert engine.book.totals["queued"] == 1
+
+
+@in_virtual_time
+async def test_a_repeat_gets_the_grant_of_an_abandoned_request() -> None:
+    async with checked_engine() as engine:
+        first = await waiting_claim(engine, "w", key=key("k"))
+        repeat = await waiting_claim(engine, "w", key=key("k"))
+        first.cancel()
+        await engine.yes(Create(id="a"))
+        assert granted_ids(await repeat) == ["a"]
+        await settle()
+        assert engine.book.totals["processing"] == 1
+
+
+@in_virtual_time
+async def test_keyed_requests_are_rejected_at_the_limit_of_keys() -> None:
+    engine = VirtualEngine()
+    engine.actor._decider.keys.limit = 1
+    async with engine:
+        await engine.yes(Create(), key=key("k"))
+        refusal = await engine.no(Create(), key=key("l"))
+        assert (refusal.code, refusal.status) == ("overloaded", 503)
+        await engine.yes(Create())
+        await asyncio.sleep(600)
+        assert (await engine.no(RunNow(id="a", dry_run=True), key=key("m"))).code == "job_not_found"
+        await engine.yes(Create())
+        assert set(engine.disk.keys) == {"k"}, "a dry run stores no key"
+        await engine.yes(Create(), key=key("l"))
+        assert set(engine.disk.keys) == {"l"}

@@ -1,0 +1,324 @@
+"""Late results and late calls, through the actor."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from msgspec import Raw
+
+from jobd.engine.disk_full import Closed
+from jobd.model.commands import (
+    Adopt,
+    Cancel,
+    Complete,
+    Delete,
+    Extend,
+    ForceFail,
+    ForceReset,
+    Get,
+    GetVersion,
+    LateResults,
+    Progress,
+    Recover,
+    Release,
+    Start,
+    Tick,
+    Why,
+)
+from jobd.model.job import Policy
+from jobd.model.responses import ErrorView, Response
+from jobd.model.storage import (
+    DiskFull,
+    LateResultQuery,
+    LateResultRows,
+)
+from tests.support.memory_storage import MemoryStorage
+from tests.support.virtual_engine import (
+    VirtualEngine,
+    ask_all,
+    checked_engine,
+    in_virtual_time,
+    key,
+    late_calls,
+    settle,
+    start_task,
+)
+
+
+async def lose_lock(engine: VirtualEngine, job_id: str = "a", **fields: Any) -> str:
+    """Create a job whose worker has lost its lock. Return the lock id."""
+    lock_id = await engine.held(job_id, **fields)
+    await engine.yes(ForceFail(id=job_id), admin=True)
+    return lock_id
+
+
+def complete(lock_id: str, job_id: str = "a", **fields: Any) -> Complete:
+    return Complete(id=job_id, lock_id=lock_id, **({"file_path": "/out"} | fields))
+
+
+def stored_paths(engine: VirtualEngine, job_id: str = "a") -> list[str | None]:
+    """Return the file paths in the stored late results of a job."""
+    job = engine.disk.job(job_id)
+    assert job is not None
+    return [late.result.file_path for late in engine.disk.lates.get(job.seq, ())]
+
+
+@in_virtual_time
+async def test_a_late_result_is_stored_before_its_error_is_sent() -> None:
+    async with checked_engine() as engine:
+        lock_id = await lose_lock(engine)
+        engine.disk.gate.clear()
+        asking = start_task(engine.actor.ask(complete(lock_id)))
+        await engine.disk.at_gate.wait()
+        await settle()
+        assert not asking.done()
+        engine.disk.gate.set()
+        refusal = await asking
+        assert refusal.code == "lock_lost"
+        assert stored_paths(engine) == ["/out"]
+
+
+@in_virtual_time
+async def test_a_late_result_that_was_not_written_is_forgotten() -> None:
+    async with checked_engine() as engine:
+        lock_id = await lose_lock(engine)
+        version = (await engine.yes(GetVersion(id="a"))).version
+        engine.disk.write_errors.append(DiskFull("full"))
+        await engine.no(complete(lock_id))
+        assert stored_paths(engine) == []
+        assert (await engine.yes(GetVersion(id="a"))).version == version
+        engine.disk.free()
+
+
+@in_virtual_time
+async def test_late_results_survive_a_restart_and_are_read_on_demand() -> None:
+    disk = MemoryStorage()
+    async with checked_engine(disk) as engine:
+        lock_id = await lose_lock(engine, payload=Raw(b"[9]"))
+        await engine.no(complete(lock_id, metadata=Raw(b'{"n": 1}')))
+    async with checked_engine(disk) as engine:
+        assert engine.book.get("a") is None
+        (late,) = (await engine.yes(LateResults(id="a"), admin=True)).late_results
+        assert (late.worker, late.file_path, bytes(late.metadata)) == ("w-1", "/out", b'{"n": 1}')
+        assert "jobctl adopt a" in (await engine.yes(Why(id="a"))).do[0]
+        assert (await engine.yes(Why(id="a"))).because == "It was failed by a client."
+        again = await engine.no(complete(lock_id, metadata=Raw(b'{"n": 1}')))
+        assert again.details["late_result"] == late.seq
+        assert (await engine.no(Adopt(id="a", result=late.seq + 1))).code == "late_result_not_found"
+        adopted = await engine.yes(Adopt(id="a", result=late.seq), admin=True, key=key("k"))
+        assert (adopted.status, adopted.file_path, adopted.payload) == ("completed", "/out", Raw(b"[9]"))
+        repeated = await engine.actor.ask(Adopt(id="a", result=late.seq), admin=True, key=key("k"))
+        assert isinstance(repeated, Response)
+        assert repeated.replayed
+    async with checked_engine(disk) as engine:
+        assert (await engine.yes(Get(id="a"))).file_path == "/out"
+        assert (await engine.yes(Delete(id="a"), admin=True)).status == "completed"
+        assert disk.lates == {}
+
+
+@in_virtual_time
+async def test_the_current_policy_decides_whether_a_late_result_can_be_adopted() -> None:
+    async with checked_engine() as engine:
+        lock_id = await lose_lock(engine)
+        await engine.no(complete(lock_id))
+
+        async def refusal_now() -> Any:
+            (late,) = (await engine.yes(LateResults(id="a"), admin=True)).late_results
+            return late.refusal
+
+        assert await refusal_now() is None
+        engine.actor.policy = Policy(require_download_url=True)
+        refusal = await engine.no(Adopt(id="a"), admin=True)
+        assert await refusal_now() == ErrorView(refusal.code, refusal.message)
+        assert "cannot be adopted" in (await engine.yes(Why(id="a"))).do[0]
+        engine.actor.policy = Policy()
+        assert await refusal_now() is None
+        written = len(engine.disk.batches)
+        rehearsed = await engine.yes(Adopt(id="a", dry_run=True), admin=True, key=key("k"))
+        assert (rehearsed.status, rehearsed.file_path) == ("completed", "/out")
+        assert (len(engine.disk.batches), engine.disk.keys) == (written, {})
+        assert (await engine.yes(Get(id="a"))).status == "failed"
+
+
+@in_virtual_time
+async def test_why_shows_the_location_of_a_late_result_on_disk() -> None:
+    disk = MemoryStorage()
+    async with checked_engine(disk) as engine:
+        await engine.no(complete(await lose_lock(engine), download_url="u"))
+    async with checked_engine(disk, policy=Policy(require_download_url=True)) as engine:
+        assert (await engine.yes(Why(id="a"))).do[0].endswith("To take it: jobctl adopt a")
+
+
+@in_virtual_time
+async def test_repeated_late_completes_are_stored_once() -> None:
+    async with checked_engine() as engine:
+        lock_id = await lose_lock(engine)
+        for _ in range(3):
+            tasks = ask_all(engine, [complete(lock_id, metadata=Raw(b"%d" % number)) for number in range(40)])
+            answers = [await task for task in tasks]
+            assert {answer.code for answer in answers} == {"lock_lost"}
+        assert [event.type for event in engine.disk.events].count("late_result") == 1
+        assert stored_paths(engine) == ["/out"]
+        written = len(engine.disk.batches)
+        await engine.no(complete(lock_id))
+        await engine.no(complete("never-one"))
+        assert len(engine.disk.batches) == written
+
+
+@in_virtual_time
+async def test_a_lock_lost_in_the_same_batch_has_a_late_result() -> None:
+    async with checked_engine() as engine:
+        lock_id = await engine.held()
+        tasks = ask_all(engine, [ForceReset(id="a"), complete(lock_id), complete(lock_id), Adopt(id="a")])
+        reset, first, second, adopted = [await task for task in tasks]
+        assert isinstance(reset, Response)
+        assert first.details["late_result"] == second.details["late_result"]
+        assert isinstance(adopted, Response)
+        assert adopted.data.status == "completed"
+        assert [event.type for event in engine.disk.events][-3:] == ["force_reset", "late_result", "adopted"]
+
+
+@in_virtual_time
+async def test_an_old_grant_is_found_in_the_journal() -> None:
+    async with checked_engine() as engine:
+        old = await engine.held()
+        await engine.yes(ForceReset(id="a"), admin=True)
+        await engine.yes(Start(id="a", worker="w-2"))
+        await engine.yes(ForceReset(id="a"), admin=True)
+        assert "late_result" in (await engine.no(complete(old))).details
+        assert stored_paths(engine) == ["/out"]
+
+
+class RecordingStorage(MemoryStorage):
+    """Records the queries for late results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[LateResultQuery] = []
+
+    async def late(self, asked: list[LateResultQuery]) -> LateResultRows:
+        self.asked += asked
+        return await super().late(asked)
+
+
+@in_virtual_time
+async def test_a_lock_holder_needs_no_read_and_many_late_completes_need_one() -> None:
+    disk = RecordingStorage()
+    async with checked_engine(disk) as engine:
+        await engine.yes(complete(await engine.held()))
+        await engine.no(complete("none", "never created"))
+        assert disk.asked == []
+        lock_id = await lose_lock(engine, "b")
+        tasks = ask_all(engine, [Adopt(id="b"), *(complete(lock_id, "b") for _ in range(9)), Why(id="b")])
+        for task in tasks:
+            await task
+        assert disk.calls["late"] == 1
+        assert [(each.lock_id, each.with_results) for each in disk.asked] == [(None, False), (None, True)]
+
+
+@in_virtual_time
+async def test_a_full_disk_stores_no_late_result_and_still_reports_the_lost_lock() -> None:
+    """A worker without its lock gets that error at every step of a disk that fills up."""
+    async with checked_engine() as engine:
+        locks = {name: await lose_lock(engine, name) for name in ("a", "b", "c")}
+        engine.disk.write_errors.append(DiskFull("no room for a nicety"))
+        refusal = await engine.no(complete(locks["a"]))
+        assert (refusal.code, "late_result" in refusal.details) == ("lock_lost", False)
+        assert engine.actor.full_disk.closed == Closed.CREATES
+        engine.disk.fits = lambda batch: False
+        refusal = await engine.no(complete(locks["b"], "b"))
+        assert (refusal.code, "late_result" in refusal.details) == ("lock_lost", False)
+        assert (await engine.no(Cancel(id="a"))).code == "invalid_transition"
+        for _ in range(2):
+            await engine.actor.full_disk.close_further()
+        assert (await engine.no(Tick())).code == "storage_full"
+        assert (await engine.no(complete(locks["c"], "c"))).code == "lock_lost"
+        assert engine.disk.lates == {}
+        engine.disk.free()
+        await asyncio.sleep(2)
+        assert "late_result" in (await engine.no(complete(locks["c"], "c"))).details
+
+
+@in_virtual_time
+async def test_repeated_late_calls_are_written_once_without_a_read() -> None:
+    disk = RecordingStorage()
+    async with checked_engine(disk) as engine:
+        lock_id = await lose_lock(engine)
+        for _ in range(20):
+            assert (await engine.no(Progress(id="a", lock_id=lock_id, progress=1))).code == "lock_lost"
+        written = len(disk.batches)
+        assert late_calls(engine) == ["progress"]
+        await engine.no(Release(id="a", lock_id=lock_id))
+        for _ in range(20):
+            await engine.no(Release(id="a", lock_id=lock_id))
+            await engine.no(Extend(id="a", lock_id="never-one"))
+        assert late_calls(engine) == ["progress", "release"]
+        assert len(disk.batches) == written + 1
+        assert disk.asked == []
+    async with checked_engine(disk) as engine:  # memory is empty again
+        await engine.no(Progress(id="a", lock_id=lock_id, progress=1))
+        await engine.no(Progress(id="a", lock_id=lock_id, progress=1))
+        assert late_calls(engine) == ["progress", "release", "progress"]
+
+
+@in_virtual_time
+async def test_a_late_call_is_stored_before_its_error_is_sent() -> None:
+    async with checked_engine() as engine:
+        lock_id = await lose_lock(engine)
+        engine.disk.gate.clear()
+        asking = start_task(engine.actor.ask(Release(id="a", lock_id=lock_id)))
+        await engine.disk.at_gate.wait()
+        await settle()
+        assert not asking.done()
+        engine.disk.gate.set()
+        assert (await asking).code == "lock_lost"
+        assert late_calls(engine) == ["release"]
+
+
+@in_virtual_time
+async def test_late_calls_on_a_full_disk_are_journaled_when_there_is_space() -> None:
+    async with checked_engine() as engine:
+        lock_id = await lose_lock(engine)
+        engine.disk.write_errors.append(DiskFull("no room for a nicety"))
+        assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
+        assert engine.actor.full_disk.closed == Closed.CREATES
+        assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
+        assert late_calls(engine) == []
+        await asyncio.sleep(2)
+        assert (await engine.no(Release(id="a", lock_id=lock_id))).code == "lock_lost"
+        assert late_calls(engine) == ["release"]
+
+
+@in_virtual_time
+async def test_a_full_disk_also_rejects_lock_holders() -> None:
+    async with checked_engine() as engine:
+        lock_id = await engine.held()
+        for _ in range(3):
+            await engine.actor.full_disk.close_further()
+        engine.disk.fits = lambda batch: False
+        assert (await engine.no(complete(lock_id))).code == "storage_full"
+        engine.disk.free()
+        await asyncio.sleep(2)
+        assert (await engine.yes(complete(lock_id))).status == "completed"
+
+
+@in_virtual_time
+async def test_a_late_result_of_an_unclaimed_job_is_adopted_at_once() -> None:
+    async with checked_engine(policy=Policy(late_results="adopt_if_unclaimed")) as engine:
+        lock_id = await engine.held(lock_ttl_ms=1_000)
+        await asyncio.sleep(60)
+        await engine.yes(Recover(limit=1))
+        assert (await engine.yes(Get(id="a"))).status == "queued"
+        assert (await engine.yes(complete(lock_id))).status == "completed"
+        assert (await engine.yes(complete(lock_id))).repeated
+        assert engine.book.figures.late_adopted == 1
+        assert engine.book.figures.late_kept == 0
+
+
+@in_virtual_time
+async def test_late_results_are_counted() -> None:
+    async with checked_engine() as engine:
+        await engine.no(complete(await lose_lock(engine)))
+        await engine.yes(Adopt(id="a"), admin=True)
+        assert (engine.book.figures.late_kept, engine.book.figures.late_adopted) == (1, 1)

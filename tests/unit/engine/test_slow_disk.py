@@ -1,0 +1,204 @@
+"""The actor on a slow disk: full batches and early reads."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from jobd.engine.actor import DiskBroken
+from jobd.model.commands import (
+    AnyCommand,
+    Cancel,
+    Create,
+    ExtendAfterPause,
+    Get,
+    GetVersion,
+    ListJobs,
+    Ping,
+    Start,
+    Stats,
+    Why,
+)
+from jobd.model.responses import Response
+from jobd.model.storage import (
+    Batch,
+    JobQuery,
+    JobRows,
+)
+from tests.support.memory_storage import MemoryStorage
+from tests.support.virtual_engine import (
+    VirtualEngine,
+    checked_engine,
+    granted_ids,
+    in_virtual_time,
+    settle,
+    start_task,
+    waiting_claim,
+)
+
+COMMIT_S = 0.02
+
+
+class SlowStorage(MemoryStorage):
+    """Each commit takes 20 ms in the thread that also reads pages. `written`: the number of changes in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = asyncio.Lock()
+
+    async def write(self, batch: Batch) -> dict[int, bytes]:
+        async with self._thread:
+            await asyncio.sleep(COMMIT_S)
+            return await super().write(batch)
+
+    async def find(self, query: JobQuery) -> JobRows:
+        async with self._thread:
+            return await super().find(query)
+
+    @property
+    def written(self) -> list[int]:
+        return [len(batch.changes) for batch in self.batches]
+
+
+@pytest.mark.parametrize(("waiting", "written"), [(1, [3, 4]), (2, [3, 2, 3])])
+def test_few_waiting_commands_join_the_next_commit(waiting: int, written: list[int]) -> None:
+    """Clients that got a response send their next command at once; with them the commit holds more."""
+
+    @in_virtual_time
+    async def creating() -> None:
+        disk = SlowStorage()
+        async with checked_engine(disk) as engine:
+
+            async def create(times: int) -> None:
+                for _ in range(times):
+                    await engine.yes(Create())
+
+            first = [start_task(create(2)) for _ in range(3)]
+            await asyncio.sleep(COMMIT_S / 2)
+            await asyncio.gather(*first, *(start_task(create(1)) for _ in range(waiting)))
+            assert disk.written == written
+
+    creating()
+
+
+class BusyEngine:
+    """A commit is in progress; a cancel of job "a" waits behind it, and then the command under test."""
+
+    def __init__(self, engine: VirtualEngine) -> None:
+        self.engine = engine
+        self.began_s = 0.0
+        self.behind: asyncio.Task[Any]
+
+    async def begin(self) -> None:
+        await self.engine.actor.ask(Create(id="a"))
+        self.began_s = asyncio.get_running_loop().time()
+        start_task(self.engine.actor.ask(Create(id="b")))
+        await settle()
+        self.behind = start_task(self.engine.actor.ask(Cancel(id="a")))
+        await settle()
+
+    async def ask(self, command: AnyCommand) -> tuple[Any, int]:
+        """Return the response and the number of commits until it came."""
+        answer = await self.engine.actor.ask(command)
+        return answer, round((asyncio.get_running_loop().time() - self.began_s) / COMMIT_S)
+
+
+@pytest.mark.parametrize("look", [Get(id="a"), GetVersion(id="a"), ListJobs(), Stats(), Why(id="a"), Get(id="none")])
+def test_on_a_slow_disk_a_read_waits_for_one_commit(look: AnyCommand) -> None:
+    @in_virtual_time
+    async def test() -> None:
+        async with checked_engine(SlowStorage()) as engine:
+            busy = BusyEngine(engine)
+            await busy.begin()
+            answer, commits = await busy.ask(look)
+            assert commits == 1
+            assert not busy.behind.done()
+            if look == Get(id="a"):
+                assert answer.data.status == "queued"
+            if isinstance(look, Why):
+                assert answer.data.state == "queued"
+            assert (await busy.behind).data.status == "cancelled"
+
+    test()
+
+
+@in_virtual_time
+async def test_on_a_slow_disk_a_ping_waits_as_long_as_a_write() -> None:
+    async with checked_engine(SlowStorage()) as engine:
+        busy = BusyEngine(engine)
+        await busy.begin()
+        assert (await busy.ask(Ping()))[1] == 2, "health measures how long a command takes"
+
+
+@in_virtual_time
+async def test_on_a_fast_disk_a_batch_is_decided_in_order() -> None:
+    async with checked_engine() as engine:
+        await engine.actor.ask(Create(id="a"))
+        cancelling = start_task(engine.actor.ask(Cancel(id="a")))
+        looking = start_task(engine.actor.ask(Get(id="a")))
+        assert (await looking).data.status == "cancelled"
+        await cancelling
+
+
+@in_virtual_time
+async def test_an_ordered_read_stays_behind_earlier_commands() -> None:
+    async with checked_engine(SlowStorage()) as engine:
+        await engine.actor.ask(Create(id="a"))
+        told: list[asyncio.Future[Any]] = [asyncio.get_running_loop().create_future() for _ in range(2)]
+        engine.actor.send(Cancel(id="a"), told[0], in_line=True)
+        engine.actor.send(Get(id="a"), told[1], in_line=True)
+        assert (await told[1]).data.status == "cancelled"
+
+
+@in_virtual_time
+async def test_a_read_does_not_overtake_internal_commands() -> None:
+    async with checked_engine(SlowStorage()) as engine:
+        await engine.actor.ask(Create(id="a", stuck_after_ms=0))
+        await engine.actor.ask(Start(id="a", worker="w", lock_ttl_ms=1_000))
+        await asyncio.sleep(10)
+        engine.actor.owe(ExtendAfterPause(ids=["a"], grace_ms=30_000))
+        stats = await engine.actor.ask(Stats())
+        assert isinstance(stats, Response)
+        assert stats.data.stuck_jobs == 0
+
+
+@in_virtual_time
+async def test_a_read_does_not_wait_for_grants_to_waiting_claims() -> None:
+    async with checked_engine(SlowStorage()) as engine:
+        await engine.actor.ask(Create(id="late", queue="q", delay_ms=1_000))
+        claim = await waiting_claim(engine, "w", queues=["q"])
+        await asyncio.sleep(0.95)
+        busy = BusyEngine(engine)
+        await busy.begin()  # the job becomes due during this write
+        answer, commits = await busy.ask(Get(id="late"))
+        assert (answer.data.status, commits) == ("queued", 1)
+        assert granted_ids(await claim) == ["late"]
+
+
+@in_virtual_time
+async def test_a_read_is_answered_even_if_the_next_commit_fails() -> None:
+    disk = SlowStorage()
+    engine = VirtualEngine(disk)
+    running = asyncio.create_task(engine.actor.run())
+    await engine.actor.ask(Create(id="a"))
+    disk.write_errors.append(OSError("gone"))
+    cancelling = start_task(engine.actor.ask(Cancel(id="a")))
+    looking = start_task(engine.actor.ask(Get(id="a")))
+    assert (await looking).data.status == "queued"
+    assert (await cancelling).code == "outcome_unknown"
+    with pytest.raises(DiskBroken):
+        await running
+
+
+@in_virtual_time
+async def test_a_full_disk_after_an_early_read_is_handled_as_usual() -> None:
+    async with checked_engine(SlowStorage()) as engine:
+        await engine.actor.ask(Create(id="a"))
+        engine.disk.fill_nearly()
+        creating = start_task(engine.actor.ask(Create(id="b")))
+        looking = start_task(engine.actor.ask(Get(id="a")))
+        assert (await looking).data.status == "queued"
+        assert (await creating).code == "storage_full"
+        engine.disk.free()

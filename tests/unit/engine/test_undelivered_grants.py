@@ -1,0 +1,168 @@
+"""Grants that no caller received are released."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from jobd.model.commands import (
+    Claim,
+    Complete,
+    Create,
+    Get,
+    Start,
+)
+from jobd.model.events import Change
+from jobd.model.responses import Response
+from tests.support.memory_storage import MemoryStorage
+from tests.support.virtual_engine import (
+    VirtualEngine,
+    checked_engine,
+    in_virtual_time,
+    key,
+    settle,
+    start_task,
+)
+
+
+@in_virtual_time
+async def test_an_undelivered_grant_is_released() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(Create(id="a"))
+        answer = await engine.actor.ask(Start(id="a", worker="w"))
+        assert isinstance(answer, Response)
+        engine.actor.undelivered(answer)
+        await settle()
+        view = await engine.yes(Get(id="a"))
+        assert (view.status, view.attempt) == ("queued", 0)
+        assert [event.type for event in engine.disk.events] == ["created", "granted", "undelivered"]
+        again = await engine.actor.ask(Start(id="a", worker="w"))
+        engine.actor.undelivered(answer)  # an old answer ends no newer grant
+        await settle()
+        assert isinstance(again, Response)
+        assert engine.book.holds("a", again.data.lock_id)
+
+
+@in_virtual_time
+async def test_a_caller_that_leaves_before_the_batch_gets_no_grant() -> None:
+    engine = VirtualEngine()
+    await asyncio.sleep(0)
+    created = start_task(engine.actor.ask(Create(id="a")))
+    gone = start_task(engine.actor.ask(Start(id="a", worker="w")))
+    await settle()
+    gone.cancel()
+    await settle()
+    async with engine:
+        await created
+        await settle()
+        assert [event.type for event in engine.disk.events] == ["created"]
+
+
+@in_virtual_time
+async def test_the_grant_of_a_caller_that_leaves_during_the_commit_is_released() -> None:
+    for name in (None, key("k")):
+        async with checked_engine() as engine:
+            await engine.yes(Create(id="a"))
+            engine.disk.gate.clear()
+            gone = start_task(engine.actor.ask(Claim(worker="w"), key=name))
+            await engine.disk.at_gate.wait()
+            gone.cancel()
+            await settle()
+            engine.disk.gate.set()
+            await settle()
+            assert [event.type for event in engine.disk.events] == ["created", "granted", "undelivered"]
+            assert engine.disk.keys == {}
+
+
+@in_virtual_time
+async def test_the_grant_of_a_caller_that_leaves_after_the_commit_is_released() -> None:
+    """The response is set, but the waiting task is cancelled before it reads it."""
+    async with checked_engine() as engine:
+        await engine.yes(Create(id="a"))
+        gone = start_task(engine.actor.ask(Start(id="a", worker="w")))
+
+        def hang_up(changes: Sequence[Change]) -> None:
+            gone.cancel()
+
+        engine.actor.on_commit.append(hang_up)
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        engine.actor.on_commit.pop()
+        await settle()
+        assert engine.book.totals == {"queued": 1, "processing": 0, "completed": 0, "failed": 0, "cancelled": 0}
+
+
+@in_virtual_time
+async def test_a_keyed_grant_stays_while_one_connection_received_it() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(Create(id="a"))
+        start = Start(id="a", worker="w")
+        first = await engine.actor.ask(start, key=key("k"))
+        second = await engine.actor.ask(start, key=key("k"))
+        assert isinstance(first, Response)
+        assert isinstance(second, Response)
+        engine.actor.undelivered(first)
+        await settle()
+        assert engine.book.totals["processing"] == 1
+        engine.actor.undelivered(second)
+        await settle()
+        assert engine.book.totals["queued"] == 1
+        assert engine.disk.keys == {}
+        # The stored response was deleted in the same transaction as the grant.
+        assert engine.disk.batches[-1].forget_keys == ["k"]
+
+
+@in_virtual_time
+async def test_a_repeat_before_the_release_keeps_the_grant() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(Create(id="a"))
+        start = Start(id="a", worker="w")
+        first = await engine.actor.ask(start, key=key("k"))
+        repeat = start_task(engine.actor.ask(start, key=key("k")))
+        await asyncio.sleep(0)  # the release is in the mailbox
+        assert isinstance(first, Response)
+        engine.actor.undelivered(first)
+        again = await repeat
+        await settle()
+        assert again.replayed
+        assert engine.book.holds("a", again.data.lock_id)
+
+
+@in_virtual_time
+async def test_an_abandoned_repeat_does_not_release_the_grant() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(Create(id="a"))
+        start = Start(id="a", worker="w")
+        engine.disk.gate.clear()
+        first = start_task(engine.actor.ask(start, key=key("k")))
+        await engine.disk.at_gate.wait()
+        repeat = start_task(engine.actor.ask(start, key=key("k")))
+        await settle()
+        repeat.cancel()
+        await settle()
+        engine.disk.gate.set()
+        answer = await first
+        await settle()
+        assert engine.book.holds("a", answer.data.lock_id)
+        engine.actor.undelivered(answer)
+        await settle()
+        assert engine.book.totals["queued"] == 1
+
+
+@in_virtual_time
+async def test_a_grant_that_an_earlier_daemon_may_have_sent_is_not_released() -> None:
+    """Found by simulation, seed 22611: a power cut after delivery, then an abandoned repeat under the key."""
+    disk, start = MemoryStorage(), Start(id="a", worker="w")
+    async with VirtualEngine(disk) as engine:
+        await engine.yes(Create(id="a"))
+        first = await engine.yes(start, key=key("k"))
+    async with VirtualEngine(disk) as engine:
+        again = await engine.actor.ask(start, key=key("k"))
+        assert isinstance(again, Response)
+        assert again.replayed
+        engine.actor.undelivered(again)
+        await settle()
+        assert engine.book.holds("a", first.lock_id)
+        await engine.yes(Complete(id="a", lock_id=first.lock_id))

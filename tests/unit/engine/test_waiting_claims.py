@@ -1,0 +1,261 @@
+"""Claims that wait for work."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from jobd.core.worker_presence import WorkerPresence
+from jobd.engine.actor import CLOCK_LOOK_S, DiskBroken
+from jobd.engine.mailbox import Envelope
+from jobd.engine.waiting_claims import Parked
+from jobd.model.commands import (
+    Bulk,
+    Call,
+    Claim,
+    Create,
+    ForceReset,
+    Get,
+    Pause,
+    Ping,
+    Release,
+    Resume,
+    RunNow,
+)
+from jobd.model.errors import ApiError
+from jobd.model.job import DAY_MS
+from tests.support.virtual_engine import (
+    VirtualEngine,
+    ask_all,
+    assert_consistent,
+    checked_engine,
+    granted_ids,
+    in_virtual_time,
+    key,
+    settle,
+    start_task,
+    waiting_claim,
+)
+
+# -- the actor ---------------------------------------------------------------------------------------------------------
+
+
+@in_virtual_time
+async def test_waiting_claims_are_served_in_order_of_arrival() -> None:
+    async with checked_engine() as engine:
+        waiting = [await waiting_claim(engine, f"w-{number}", limit=limit) for number, limit in enumerate((1, 2, 1))]
+        await engine.yes(Bulk(jobs=[Create(id=name) for name in "abcde"]))
+        assert [granted_ids(await task) for task in waiting] == [["a"], ["b", "c"], ["d"]]
+        assert len(engine.actor.parked) == 0
+        assert engine.disk.batches[0].changes[0].event.type == "created"  # all in one transaction
+        assert len(engine.disk.batches) == 1
+
+
+@in_virtual_time
+async def test_the_order_of_arrival_holds_across_queues() -> None:
+    """A claim for several queues does not take a job that another claim has waited for longer."""
+    async with checked_engine() as engine:
+        first = await waiting_claim(engine, "first", queues=["q"])
+        second = await waiting_claim(engine, "second", queues=["default", "q"])
+        await engine.yes(Bulk(jobs=[Create(id="a"), Create(id="b", queue="q", priority=-1)]))
+        assert granted_ids(await first) == ["b"]
+        assert granted_ids(await second) == ["a"]
+
+
+@in_virtual_time
+async def test_a_waiting_claim_is_answered_when_the_disk_fails() -> None:
+    engine = VirtualEngine()
+    running = asyncio.create_task(engine.actor.run())
+    waiting = await waiting_claim(engine, "w")
+    engine.disk.write_errors.append(OSError("EIO"))
+    refusal = await engine.no(Create(id="a"))
+    assert refusal.code == "outcome_unknown"
+    answer = await waiting
+    assert isinstance(answer, ApiError)
+    assert answer.code == "outcome_unknown"
+    with pytest.raises(DiskBroken):
+        await running
+
+
+@in_virtual_time
+async def test_a_waiting_claim_is_served_before_a_new_one() -> None:
+    async with checked_engine() as engine:
+        waiting = await waiting_claim(engine, "first")
+        tasks = ask_all(engine, [Create(id="a"), Claim(worker="second")])
+        assert granted_ids(await waiting) == ["a"]
+        assert granted_ids(await tasks[1]) == []
+
+
+@in_virtual_time
+async def test_a_claim_waits_for_its_queues_and_kinds() -> None:
+    async with checked_engine() as engine:
+        one = await waiting_claim(engine, "one", queues=["q", "r", "q"], kinds=["k", "l", "k"])
+        any_kind = await waiting_claim(engine, "any", queues=["q"])
+        two = await waiting_claim(engine, "two", queues=["q"], kinds=["k"])
+        await engine.yes(Create(id="a", queue="elsewhere", kind="k"))
+        await engine.yes(Create(id="b", queue="r", kind="m"))
+        await settle()
+        assert len(engine.actor.parked) == 3
+        await engine.yes(Create(id="c", queue="q", kind="m"))
+        assert granted_ids(await any_kind) == ["c"]
+        await engine.yes(Create(id="d", queue="r", kind="l"))
+        assert granted_ids(await one) == ["d"]
+        await engine.yes(Create(id="e", queue="q", kind="k"))
+        assert granted_ids(await two) == ["e"]
+
+
+@in_virtual_time
+async def test_commands_that_make_a_job_due_serve_a_waiting_claim() -> None:
+    async with checked_engine() as engine:
+        lock_id = await engine.held("a", lock_ttl_ms=60_000)
+        waiting = await waiting_claim(engine, "w")
+        await engine.yes(Release(id="a", lock_id=lock_id))
+        assert granted_ids(await waiting) == ["a"]
+        waiting = await waiting_claim(engine, "w")
+        await engine.yes(ForceReset(id="a"))
+        assert granted_ids(await waiting) == ["a"]
+        await engine.yes(Pause(name="default"))
+        await engine.yes(Create(id="b"))
+        waiting = await waiting_claim(engine, "w")
+        await engine.yes(Resume(name="default"))
+        assert granted_ids(await waiting) == ["b"]
+        await engine.yes(Create(id="c", delay_ms=DAY_MS))
+        waiting = await waiting_claim(engine, "w")
+        await engine.yes(RunNow(id="c"))
+        assert granted_ids(await waiting) == ["c"]
+
+
+@in_virtual_time
+async def test_a_waiting_claim_gets_a_delayed_job_when_it_is_due() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(Create(id="a", delay_ms=2_500))
+        waiting = await waiting_claim(engine, "w")
+        begun = engine.now
+        assert granted_ids(await waiting) == ["a"]
+        assert engine.now == begun + 2_500
+
+
+@in_virtual_time
+async def test_a_step_of_the_clock_that_makes_a_job_eligible_wakes_a_waiting_claim() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(Create(id="a", delay_ms=DAY_MS // 2))
+        await engine.yes(Create(id="b", queue="q", expires_at=engine.now + DAY_MS // 4))
+        ahead = await waiting_claim(engine, "ahead")
+        begun = asyncio.get_running_loop().time()
+        engine.step_ms += DAY_MS // 2
+        assert granted_ids(await ahead) == ["a"]
+        back = await waiting_claim(engine, "back", queues=["q"])
+        engine.step_ms -= DAY_MS // 2
+        assert granted_ids(await back) == ["b"]
+        assert asyncio.get_running_loop().time() - begun == 2 * CLOCK_LOOK_S
+
+
+@in_virtual_time
+async def test_a_claim_is_answered_empty_when_its_wait_ends() -> None:
+    async with checked_engine() as engine:
+        short = await waiting_claim(engine, "short", wait_ms=1_000)
+        long = await waiting_claim(engine, "long", wait_ms=2_000)
+        begun = engine.now
+        answer = await short
+        assert (granted_ids(answer), engine.now - begun) == ([], 1_000)
+        assert len(engine.actor.parked) == 1
+        assert (granted_ids(await long), engine.now - begun) == ([], 2_000)
+        assert engine.disk.batches == []
+
+
+@in_virtual_time
+async def test_an_abandoned_claim_gets_no_job() -> None:
+    async with checked_engine() as engine:
+        gone, waiting = await waiting_claim(engine, "gone"), await waiting_claim(engine, "here")
+        gone.cancel()
+        await settle()
+        assert len(engine.actor.parked) == 1
+        await engine.yes(Create(id="a"))
+        assert granted_ids(await waiting) == ["a"]
+
+
+@in_virtual_time
+async def test_a_claim_skips_overdue_jobs_and_waits() -> None:
+    async with checked_engine() as engine:
+        await engine.yes(Create(id="a", expires_at=engine.now + 1_000))
+        await asyncio.sleep(1)
+        waiting = await waiting_claim(engine, "w")
+        assert (await engine.yes(Get(id="a"))).status == "queued"
+        await engine.yes(Create(id="b", expires_at=engine.now + 1_000, delay_ms=1_000))
+        await asyncio.sleep(1)
+        await settle()
+        assert (await engine.yes(Get(id="b"))).status == "queued"
+        await engine.yes(Create(id="c"))
+        assert granted_ids(await waiting) == ["c"]
+
+
+@in_virtual_time
+async def test_stop_parking_answers_waiting_claims_and_accepts_no_new_ones() -> None:
+    async with checked_engine() as engine:
+        waiting = [await waiting_claim(engine, "w"), await waiting_claim(engine, "w", key=key("k"))]
+        engine.actor.stop_parking()
+        assert [granted_ids(await task) for task in waiting] == [[], []]
+        assert granted_ids(await engine.actor.ask(Claim(worker="w", wait_ms=30_000))) == []
+        await engine.yes(Create())  # other commands continue
+
+
+@in_virtual_time
+async def test_stop_drains_the_mailbox() -> None:
+    engine = VirtualEngine()
+    running = start_task(engine.actor.run())
+    waiting = await waiting_claim(engine, "w")
+    engine.disk.gate.clear()
+    under_way = start_task(engine.actor.ask(Create(id="a", queue="q")))
+    await engine.disk.at_gate.wait()
+    in_mailbox = start_task(engine.actor.ask(Create(id="b", queue="q")))
+    await settle()
+    engine.actor.stop()
+    assert (await engine.actor.ask(Ping())).code == "shutting_down"  # type: ignore[union-attr]
+    engine.disk.gate.set()
+    await running
+    assert [(await task).status for task in (under_way, in_mailbox)] == [201, 201]
+    assert granted_ids(await waiting) == []
+    assert_consistent(engine)
+
+
+@in_virtual_time
+async def test_stop_wakes_an_idle_actor() -> None:
+    engine = VirtualEngine()
+    running = start_task(engine.actor.run())
+    await settle()
+    engine.actor.stop()
+    await running
+
+
+# -- WaitingClaims -----------------------------------------------------------------------------------------------------
+
+
+def test_the_claim_that_waits_longest_is_found() -> None:
+    async def test() -> None:
+        lot = Parked(WorkerPresence())
+        loop = asyncio.get_running_loop()
+
+        def claim(deadline: float, **fields: Any) -> Envelope:
+            asked = Envelope(Call(Claim(worker="w", **fields)), None, 0, loop.create_future())
+            asked.deadline = deadline
+            return asked
+
+        first, second, third = claim(5, kinds=["k"]), claim(3), claim(4, kinds=["k", "l"])
+        for asked in (first, second, third):
+            lot.add(asked)
+        assert (lot.first("default", "k"), lot.first("default", "l")) == (first, second)
+        assert lot.first("other", "k") is None
+        assert lot.next_deadline() == 3
+        assert lot.remove(first)
+        assert not lot.remove(first)
+        assert lot.first("default", "k") is second
+        lot.add(first)  # its batch was rejected: it has its old place again
+        assert lot.first("default", "k") is first
+        assert list(lot.take_late(4)) == [second, third]
+        assert (len(lot), lot.next_deadline()) == (1, 5)
+        assert lot.take_all() == [first]
+        assert lot.next_deadline() is None
+
+    in_virtual_time(test)()
