@@ -46,7 +46,7 @@ from jobd.client.errors import (
     WorkerNotFound,
     WorkerNotSilent,
 )
-from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, RetryPolicy, uuid7
+from jobd.client.protocol import GrantInfo, JobInfo, JobInfoPage, RetryOptions, uuid7
 from jobd.client.sync import JobClient
 from jobd.model.events import StreamedEvent
 from jobd.model.responses import ImportPreview, ImportResult, PreviewedLine, RejectedLine
@@ -117,7 +117,7 @@ __all__ = [
     "RejectedLine",
     "RequestTimeout",
     "Retry",
-    "RetryPolicy",
+    "RetryOptions",
     "ShuttingDown",
     "Stopped",
     "StorageFull",

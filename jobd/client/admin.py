@@ -17,8 +17,8 @@ from msgspec.structs import replace
 from jobd.client import admin_requests
 from jobd.client.apis import CHUNK_BYTES, AdminApi
 from jobd.client.errors import JobdError, Unreachable
-from jobd.client.protocol import ApiRequest, ApiResponse, RetryPolicy, json_lines, raise_error, read_result, uuid7
-from jobd.client.sync import CONNECTION_ERRORS, BlockingClient, HttpConnection, lower_headers
+from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, json_lines, raise_error, read_result, uuid7
+from jobd.client.sync import CONNECTION_ERRORS, BlockingClient, DaemonConnection, lower_headers
 from jobd.model.responses import BackupView, ImportPreview, ImportResult
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ POLL_S: Final = 0.5  # between two requests for the progress of a backup
 
 
 class AdminClient(AdminApi, BlockingClient):
-    """The admin API for blocking code. Times are Unix ms; each result says the units of its durations.
+    """The admin API for blocking code. Times are Unix ms; the units of durations are in each result.
 
     `endpoint` is `http://host:port`, `unix:/path`, or None for $JOBD_ADMIN_URL or http://127.0.0.1:8770. `token` is by
     default $ADMIN_TOKEN or the first line of $ADMIN_TOKEN_FILE. `operator` is your name in the audit log and in
@@ -47,14 +47,14 @@ class AdminClient(AdminApi, BlockingClient):
         return self._send_lines(admin_requests.preview_import(), jobs)
 
     def _send_lines(self, request: ApiRequest[T], jobs: Iterable[Mapping[str, Any] | bytes | str]) -> T:
-        with contextlib.closing(HttpConnection(self.endpoint, self._tls)) as connection:
+        with contextlib.closing(DaemonConnection(self.endpoint, self._tls)) as connection:
             return read_result(request, self._upload(connection, request, json_lines(iter(jobs))))
 
-    def _upload(self, connection: HttpConnection, request: ApiRequest[Any], chunks: Iterator[bytes]) -> ApiResponse:
+    def _upload(self, connection: DaemonConnection, request: ApiRequest[Any], chunks: Iterator[bytes]) -> ApiResponse:
         """Send a stream. A daemon that rejects it may respond and close the connection before the stream ends."""
         try:
             try:
-                response = self._response(connection, request, self._policy.timeout_s, chunks)
+                response = self._response(connection, request, self._retry.timeout_s, chunks)
             except (BrokenPipeError, ConnectionResetError):
                 if connection.sock is None:
                     raise
@@ -71,11 +71,11 @@ class AdminClient(AdminApi, BlockingClient):
         `timeout_s` limits the time without progress. Raises Unreachable if it stalls for longer or the stream is
         interrupted; then `file` is not a backup. An error of `file` is raised unchanged.
         """
-        stall = StallTimeout(uuid7(), on_progress, self._policy.timeout_s, time.monotonic())
-        with contextlib.closing(HttpConnection(self.endpoint, self._tls)) as connection:
+        stall = StallTimeout(uuid7(), on_progress, self._retry.timeout_s, time.monotonic())
+        with contextlib.closing(DaemonConnection(self.endpoint, self._tls)) as connection:
             return self._save(self._await_backup(connection, stall), file, stall)
 
-    def _await_backup(self, connection: HttpConnection, stall: StallTimeout) -> http.client.HTTPResponse:
+    def _await_backup(self, connection: DaemonConnection, stall: StallTimeout) -> http.client.HTTPResponse:
         """Wait for the head of the response, however long it takes, while the backup progresses.
 
         A thread waits, because a socket whose read has timed out cannot be read again.
@@ -90,13 +90,13 @@ class AdminClient(AdminApi, BlockingClient):
 
         thread = threading.Thread(target=wait, name="jobd-backup", daemon=True)
         try:
-            self._write(connection, admin_requests.backup(stall.id), self._policy.timeout_s)
+            self._write(connection, admin_requests.backup(stall.id), self._retry.timeout_s)
             connection.sock.settimeout(None)
             thread.start()
             while not wait_for([head], POLL_S).done:
                 self._poll(stall)
             response = head.result()
-            connection.sock.settimeout(self._policy.timeout_s)
+            connection.sock.settimeout(self._retry.timeout_s)
             return response
         except CONNECTION_ERRORS as error:
             raise self._unreachable(error) from error
@@ -107,7 +107,7 @@ class AdminClient(AdminApi, BlockingClient):
                 thread.join()
 
     def _poll(self, stall: StallTimeout) -> None:
-        once = RetryPolicy(total_s=0, timeout_s=min(stall.limit_s, self._policy.timeout_s))
+        once = RetryOptions(total_s=0, timeout_s=min(stall.limit_s, self._retry.timeout_s))
         with contextlib.suppress(JobdError):  # counts as no progress
             stall.update(self.send(admin_requests.backups(), once), time.monotonic())
         if stall.is_over(time.monotonic()):
@@ -121,9 +121,9 @@ class AdminClient(AdminApi, BlockingClient):
         the stream is interrupted; then `file` is incomplete. An error of `file` is raised unchanged.
         """
         request = admin_requests.download_artifact(job_id, late_result)
-        with contextlib.closing(HttpConnection(self.endpoint, self._tls)) as connection:
+        with contextlib.closing(DaemonConnection(self.endpoint, self._tls)) as connection:
             try:
-                response = self._response(connection, request, self._policy.timeout_s)
+                response = self._response(connection, request, self._retry.timeout_s)
             except CONNECTION_ERRORS as error:
                 raise self._unreachable(error) from error
             return self._save(response, file)

@@ -20,7 +20,7 @@ from jobd.client.command_stream import CommandStream, command_line
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, SILENCE_S, EventSubscription
 from jobd.client.methods import PageWalk
-from jobd.client.protocol import ApiRequest, ApiResponse, RetryPolicy, RetryState, read_result
+from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, RetryState, read_result
 from jobd.model.events import StreamedEvent
 
 T = TypeVar("T")
@@ -60,14 +60,14 @@ class AsyncClient(BaseClient):
     async def send(
         self,
         request: ApiRequest[T],
-        policy: RetryPolicy | None = None,
+        retry: RetryOptions | None = None,
         on_retry: Callable[[JobdError], None] | None = None,
     ) -> T:
         """Send `request`, with retries if that is safe, and return its result. Raises JobdError.
 
         `on_retry` is called with each error that leads to another try.
         """
-        state = RetryState(policy or self._policy, request, time.monotonic())
+        state = RetryState(retry or self._retry, request, time.monotonic())
         while True:
             try:
                 return read_result(request, await self._exchange(request, state.timeout_s(time.monotonic())))
@@ -91,7 +91,7 @@ class AsyncClient(BaseClient):
     async def listen(self, subscription: EventSubscription) -> AsyncIterator[StreamedEvent]:
         """Iterate over the events of a subscription. Reconnects if the connection is lost."""
         request = subscription.request()
-        state = RetryState(self._policy, request, time.monotonic())
+        state = RetryState(self._retry, request, time.monotonic())
         while True:
             try:
                 async with contextlib.aclosing(self._event_chunks(subscription, request)) as chunks:
@@ -187,7 +187,7 @@ class StreamClient(AsyncJobClient):
 
     def __init__(self, client: AsyncJobClient) -> None:
         super().__init__(client.endpoint, tls=client._tls)
-        self._policy = client._policy
+        self._retry = client._retry
 
     def _reset_connections(self) -> None:
         super()._reset_connections()

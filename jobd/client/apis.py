@@ -10,7 +10,7 @@ from jobd.client.endpoint import Endpoint, admin_endpoint, worker_endpoint
 from jobd.client.errors import Unreachable
 from jobd.client.event_subscription import ADMIN_EVENTS, EVENTS, subscribe
 from jobd.client.methods import EventMethod, Method, PagedMethod
-from jobd.client.protocol import RetryPolicy
+from jobd.client.protocol import RetryOptions
 
 CONNECT_S: Final = 5.0
 IDLE_S: Final = 60.0  # the daemon closes idle connections after 75 s
@@ -43,7 +43,7 @@ class BaseClient:
         tls: ssl.SSLContext | None = None,
     ) -> None:
         self.endpoint: Final = worker_endpoint(endpoint, token)
-        self._policy = RetryPolicy(total_s=retry_for_s, timeout_s=timeout_s)
+        self._retry = RetryOptions(total_s=retry_for_s, timeout_s=timeout_s)
         self._tls = (tls or ssl.create_default_context()) if self.endpoint.tls else None
         self._reset_connections()
 

@@ -8,7 +8,7 @@ from typing import Final
 import msgspec
 
 from jobd.client.errors import BadAnswer, JobdError
-from jobd.client.protocol import ApiRequest, ApiResponse, RetryPolicy, raise_error, with_query
+from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, raise_error, with_query
 from jobd.model.events import StreamedEvent
 
 EVENTS: Final = "/v1/events"
@@ -16,7 +16,7 @@ ADMIN_EVENTS: Final = "/admin/job-management/events"
 # The daemon sends something at least every 15 s: a stream that is silent for longer is dead.
 SILENCE_S: Final = 45.0
 # A stream that was lost is reconnected, however long that takes.
-RECONNECT: Final = RetryPolicy(total_s=None)
+RECONNECT: Final = RetryOptions(total_s=None)
 _CONTENT_TYPE: Final = "text/event-stream"
 _LINE_BYTES: Final = 16 << 20  # far above the longest event
 

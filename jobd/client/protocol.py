@@ -228,7 +228,7 @@ RETRIED: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outco
 
 
 @dataclass(frozen=True, slots=True)
-class RetryPolicy:
+class RetryOptions:
     """When a call is retried. `total_s` is the deadline over all tries (None: no deadline, 0: one try only).
 
     The delay before a retry is random between 0 and `base_s`, twice that, ... up to `max_s` (full jitter), plus the
@@ -246,24 +246,24 @@ class RetryPolicy:
 class RetryState:
     """The tries of one call. `now_s` is monotonic time, `chance` is random between 0 and 1."""
 
-    def __init__(self, policy: RetryPolicy, request: ApiRequest[Any], now_s: float) -> None:
-        self._policy = policy
+    def __init__(self, retry: RetryOptions, request: ApiRequest[Any], now_s: float) -> None:
+        self._retry = retry
         self._request = request
-        self._deadline_s = None if policy.total_s is None else now_s + policy.total_s
+        self._deadline_s = None if retry.total_s is None else now_s + retry.total_s
         self._count = 0
 
     def timeout_s(self, now_s: float) -> float:
         """Return the time for the next response. The deadline limits it, except for the first try."""
-        timeout_s = self._policy.timeout_s + self._request.wait_ms / 1000
+        timeout_s = self._retry.timeout_s + self._request.wait_ms / 1000
         if self._deadline_s is None or self._count == 0:
             return timeout_s
         return min(timeout_s, max(self._deadline_s - now_s, 0.1))
 
     def wait_s(self, error: JobdError, now_s: float, chance: float) -> float:
         """Return the delay before the next try. Raises `error` if there is none."""
-        if error.code not in self._policy.codes or not self._request.repeatable:
+        if error.code not in self._retry.codes or not self._request.repeatable:
             raise error
-        wait_s: float = chance * min(self._policy.max_s, self._policy.base_s * 2.0 ** min(self._count, 32))
+        wait_s: float = chance * min(self._retry.max_s, self._retry.base_s * 2.0 ** min(self._count, 32))
         if error.retry_after_ms is not None:
             wait_s += error.retry_after_ms / 1000
         if self._deadline_s is not None and now_s + wait_s >= self._deadline_s:

@@ -17,7 +17,7 @@ from jobd.client.endpoint import Endpoint
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, SILENCE_S, EventSubscription
 from jobd.client.methods import PageWalk
-from jobd.client.protocol import ApiRequest, ApiResponse, RetryPolicy, RetryState, read_result
+from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, RetryState, read_result
 from jobd.model.events import StreamedEvent
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ _IDLE_CONNECTIONS: Final = 8
 CONNECTION_ERRORS: Final = (OSError, http.client.HTTPException)
 
 
-class HttpConnection(http.client.HTTPConnection):
+class DaemonConnection(http.client.HTTPConnection):
     """A connection to `endpoint`: a Unix socket, TCP, or TLS."""
 
     def __init__(self, endpoint: Endpoint, tls: ssl.SSLContext | None) -> None:
@@ -73,7 +73,7 @@ class BlockingClient(BaseClient):
 
     def _reset_connections(self) -> None:
         self._guard = threading.Lock()
-        self._idle: list[HttpConnection] = []
+        self._idle: list[DaemonConnection] = []
         self._is_closed = False
 
     def __enter__(self) -> Self:
@@ -91,9 +91,9 @@ class BlockingClient(BaseClient):
         for connection in idle:
             connection.close()
 
-    def send(self, request: ApiRequest[T], policy: RetryPolicy | None = None) -> T:
+    def send(self, request: ApiRequest[T], retry: RetryOptions | None = None) -> T:
         """Send `request`, with retries if that is safe, and return its result. Raises JobdError."""
-        state = RetryState(policy or self._policy, request, time.monotonic())
+        state = RetryState(retry or self._retry, request, time.monotonic())
         while True:
             try:
                 return read_result(request, self._exchange(request, state.timeout_s(time.monotonic())))
@@ -112,7 +112,7 @@ class BlockingClient(BaseClient):
     def listen(self, subscription: EventSubscription) -> Generator[StreamedEvent, None, None]:
         """Iterate over the events of a subscription. Reconnects if the connection is lost."""
         request = subscription.request()
-        state = RetryState(self._policy, request, time.monotonic())
+        state = RetryState(self._retry, request, time.monotonic())
         while True:
             try:
                 for chunk in self._event_chunks(subscription, request):
@@ -130,7 +130,7 @@ class BlockingClient(BaseClient):
 
     def _event_chunks(self, subscription: EventSubscription, request: ApiRequest[Any]) -> Iterator[bytes]:
         """Yield what arrives over one connection."""
-        connection = HttpConnection(self.endpoint, self._tls)
+        connection = DaemonConnection(self.endpoint, self._tls)
         try:
             response = self._response(connection, request, SILENCE_S)
             body = response.read() if response.status >= 400 else b""
@@ -153,11 +153,11 @@ class BlockingClient(BaseClient):
             except CONNECTION_ERRORS as error:
                 raise self._unreachable(error) from error
         try:
-            return self._exchange_over(HttpConnection(self.endpoint, self._tls), request, timeout_s)
+            return self._exchange_over(DaemonConnection(self.endpoint, self._tls), request, timeout_s)
         except CONNECTION_ERRORS as error:
             raise self._unreachable(error) from error
 
-    def _exchange_over(self, connection: HttpConnection, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
+    def _exchange_over(self, connection: DaemonConnection, request: ApiRequest[Any], timeout_s: float) -> ApiResponse:
         try:
             head = self._response(connection, request, timeout_s)
             response = ApiResponse(head.status, lower_headers(head), head.read())
@@ -169,7 +169,7 @@ class BlockingClient(BaseClient):
 
     def _response(
         self,
-        connection: HttpConnection,
+        connection: DaemonConnection,
         request: ApiRequest[Any],
         timeout_s: float,
         body: Iterator[bytes] | None = None,
@@ -179,7 +179,7 @@ class BlockingClient(BaseClient):
 
     def _write(
         self,
-        connection: HttpConnection,
+        connection: DaemonConnection,
         request: ApiRequest[Any],
         timeout_s: float,
         body: Iterator[bytes] | None = None,
@@ -196,7 +196,7 @@ class BlockingClient(BaseClient):
         else:
             connection.request(request.method, path, body, headers, encode_chunked=True)
 
-    def _take_idle(self) -> HttpConnection | None:
+    def _take_idle(self) -> DaemonConnection | None:
         with self._guard:
             while self._idle:
                 connection = self._idle.pop()
@@ -205,7 +205,7 @@ class BlockingClient(BaseClient):
                 connection.close()
         return None
 
-    def _keep(self, connection: HttpConnection) -> None:
+    def _keep(self, connection: DaemonConnection) -> None:
         """Keep the connection for the next call, unless the daemon closes it."""
         connection.idle_since_s = time.monotonic()
         with self._guard:

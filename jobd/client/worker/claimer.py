@@ -14,7 +14,7 @@ from jobd import __version__
 from jobd.client import worker_requests
 from jobd.client.aio import AsyncJobClient
 from jobd.client.errors import JobdError
-from jobd.client.protocol import RETRIED, GrantInfo, RetryPolicy, uuid7
+from jobd.client.protocol import RETRIED, GrantInfo, RetryOptions, uuid7
 from jobd.client.worker.aio_utils import first_of
 from jobd.client.worker.service_thread import Log
 from jobd.model.commands import PRINTABLE, About
@@ -131,8 +131,8 @@ class Claimer:
             about=options.about,
         )
         self._is_resent = False
-        policy = RetryPolicy(total_s=self._retry_for_s, timeout_s=10.0, codes=RETRIED_CLAIM)
-        claim = asyncio.ensure_future(self._client.send(request, policy, self._on_retry))
+        retry = RetryOptions(total_s=self._retry_for_s, timeout_s=10.0, codes=RETRIED_CLAIM)
+        claim = asyncio.ensure_future(self._client.send(request, retry, self._on_retry))
         stopping = asyncio.ensure_future(self._stopping.wait())
         try:
             await first_of(claim, stopping)

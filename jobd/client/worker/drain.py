@@ -16,7 +16,7 @@ _PAGE: Final = 200
 
 
 async def remaining_jobs(client: AsyncJobClient, options: ClaimOptions) -> str | None:
-    """Describe how many jobs of `options` are still queued, and why. None if there are none or the daemon is away."""
+    """Describe how many jobs of `options` are still queued, and why. None if unknown or none."""
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             counts = {view: await _count(client, view, options) for view in await _queues(client, options)}

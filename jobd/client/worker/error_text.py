@@ -33,7 +33,7 @@ def fitted(first: str, rest: str) -> str:
     space = MESSAGE_CHARACTERS - len(first) - 1
     if len(rest) > space:
         kept = space - len(_CUT)
-        # The end of a traceback says more than its beginning.
+        # The end of a traceback is more useful than its beginning.
         rest = f"{rest[: kept // 3]}{_CUT}{rest[len(rest) - (kept - kept // 3) :]}" if kept > len(_CUT) else ""
     if len(first) > MESSAGE_CHARACTERS:
         first = f"{first[: MESSAGE_CHARACTERS - 1]}…"

@@ -26,7 +26,7 @@ from jobd.client.errors import (
     MaxProcessingTimeExceeded,
     TooLarge,
 )
-from jobd.client.protocol import RETRIED, ApiRequest, GrantInfo, JobInfo, RetryPolicy
+from jobd.client.protocol import RETRIED, ApiRequest, GrantInfo, JobInfo, RetryOptions
 from jobd.client.worker.aio_utils import within
 from jobd.client.worker.error_text import MESSAGE_CHARACTERS
 from jobd.client.worker.service_thread import Log
@@ -35,7 +35,7 @@ from jobd.model.responses import LockState
 # A call is retried at least every 5 s: one try takes at most 4 s, the delay after it 1 s.
 TRY_S: Final = 4.0
 WAIT_S: Final = 1.0
-ONE_TRY: Final = RetryPolicy(total_s=0, timeout_s=TRY_S)
+ONE_TRY: Final = RetryOptions(total_s=0, timeout_s=TRY_S)
 
 # After these errors the grant has ended.
 LOST: Final = (LockLost, MaxProcessingTimeExceeded, JobNotFound, JobQuarantined)

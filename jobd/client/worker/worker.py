@@ -222,7 +222,7 @@ class Worker:
         self._max_processing_ms = max_processing_ms
         self._timeout_s = seconds(timeout)
         self._grace_s = grace_s
-        self._handlers: dict[str | None, _Handler] = {}
+        self._handlers: dict[str | None, _RegisteredHandler] = {}
         self._stop: Callable[[], None] | None = None
 
     @overload
@@ -260,7 +260,7 @@ class Worker:
         for kind in kinds or (None,):
             if kind in self._handlers:
                 raise ValueError(f"{'every other kind' if kind is None else kind} already has a handler")
-        handler = _Handler(function, timeout_s or self._timeout_s)
+        handler = _RegisteredHandler(function, timeout_s or self._timeout_s)
         self._handlers.update(dict.fromkeys(kinds or (None,), handler))
         return function
 
@@ -326,7 +326,7 @@ class Worker:
         return (_AsyncExecution if _is_async(handler.function) else _ThreadExecution)(handler, keeper, loop)
 
 
-class _Handler(NamedTuple):
+class _RegisteredHandler(NamedTuple):
     function: Callable[[Any], Any]
     timeout_s: float | None
 
@@ -458,7 +458,7 @@ class _Failure(NamedTuple):
 class _AsyncExecution(_HandlerExecution):
     """An async handler."""
 
-    def __init__(self, handler: _Handler, keeper: LeaseKeeper, loop: _HandlerLoop) -> None:
+    def __init__(self, handler: _RegisteredHandler, keeper: LeaseKeeper, loop: _HandlerLoop) -> None:
         super().__init__(handler.timeout_s)
         self.task: Task = Task(keeper)
         self._loop = loop
@@ -491,7 +491,7 @@ class _AsyncExecution(_HandlerExecution):
 class _ThreadExecution(_HandlerExecution):
     """A plain handler in a daemon thread."""
 
-    def __init__(self, handler: _Handler, keeper: LeaseKeeper, loop: _HandlerLoop) -> None:
+    def __init__(self, handler: _RegisteredHandler, keeper: LeaseKeeper, loop: _HandlerLoop) -> None:
         super().__init__(handler.timeout_s)
         self.task: SyncTask = SyncTask(keeper)
         run = functools.partial(loop.context.run, self._run, handler.function)

@@ -34,5 +34,5 @@ async def admin(daemon: Daemon) -> AsyncIterator[AsyncAdminClient]:
 
 @pytest.fixture
 def queue() -> str:
-    """A queue that no other test uses."""
+    """Return the name of a queue that only this test uses."""
     return uuid7()

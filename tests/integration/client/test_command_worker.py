@@ -407,7 +407,7 @@ async def test_sigterm_to_jobctl_run_releases_the_job(client: AsyncJobClient, da
 
 
 async def test_a_program_is_stopped_after_its_timeout(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
-    script = "trap 'echo told >&2; exit 0' TERM; sleep 1000 & echo $$; while :; do sleep 0.01; done"
+    script = "trap 'echo stopped >&2; exit 0' TERM; sleep 1000 & echo $$; while :; do sleep 0.01; done"
     job = await client.create_job(queue=queue)
     run = CommandRun(client, tmp_path, queue, script, once=True, timeout=0.5)
     assert await run.run() == 1
@@ -415,7 +415,7 @@ async def test_a_program_is_stopped_after_its_timeout(client: AsyncJobClient, qu
     assert (failed.status, failed.error_code) == ("failed", "timeout")
     assert failed.error_message is not None
     first, *_, last = failed.error_message.splitlines()
-    assert (first, last) == ("The run took longer than its timeout of 0.5 s. Last lines of stderr:", "told")
+    assert (first, last) == ("The run took longer than its timeout of 0.5 s. Last lines of stderr:", "stopped")
     assert not has_members(int(run.out))
 
 

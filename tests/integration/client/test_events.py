@@ -16,7 +16,7 @@ from jobd.client import (
     aio,
     sync,
 )
-from jobd.client.protocol import RetryPolicy
+from jobd.client.protocol import RetryOptions
 from tests.support.daemon_process import TOKEN, Daemon
 
 
@@ -27,25 +27,25 @@ def create(daemon: Daemon, *ids: str) -> None:
 
 def test_every_client_gets_every_event_once_across_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (aio, sync):
-        monkeypatch.setattr(module, "RECONNECT", RetryPolicy(total_s=None, max_s=0.1))
+        monkeypatch.setattr(module, "RECONNECT", RetryOptions(total_s=None, max_s=0.1))
     with Daemon(tmp_path) as daemon:
         worker, admin = f"unix:{daemon.socket}", f"unix:{daemon.admin_socket}"
-        heard: dict[str, list[str | None]] = {name: [] for name in ("job", "admin", "aio", "aio admin")}
+        received: dict[str, list[str | None]] = {name: [] for name in ("job", "admin", "aio", "aio admin")}
         ready = threading.Barrier(5)
 
         def listen(name: str, client: JobClient | AdminClient) -> None:
             with client:
                 for each in client.events(last=1):
-                    heard[name].append(each.job_id)
+                    received[name].append(each.job_id)
                     if each.job_id == "begin":
                         ready.wait(30)
                     if each.job_id == "end":
                         return
 
-        async def hear(name: str, client: AsyncJobClient | AsyncAdminClient) -> None:
+        async def collect(name: str, client: AsyncJobClient | AsyncAdminClient) -> None:
             async with client:
                 async for each in client.events(last=1):
-                    heard[name].append(each.job_id)
+                    received[name].append(each.job_id)
                     if each.job_id == "begin":
                         await asyncio.to_thread(ready.wait, 30)
                     if each.job_id == "end":
@@ -55,8 +55,8 @@ def test_every_client_gets_every_event_once_across_restarts(tmp_path: Path, monk
         threads = [
             threading.Thread(target=listen, args=("job", JobClient(worker))),
             threading.Thread(target=listen, args=("admin", AdminClient(admin, token=TOKEN))),
-            threading.Thread(target=lambda: asyncio.run(hear("aio", AsyncJobClient(worker)))),
-            threading.Thread(target=lambda: asyncio.run(hear("aio admin", AsyncAdminClient(admin, token=TOKEN)))),
+            threading.Thread(target=lambda: asyncio.run(collect("aio", AsyncJobClient(worker)))),
+            threading.Thread(target=lambda: asyncio.run(collect("aio admin", AsyncAdminClient(admin, token=TOKEN)))),
         ]
         for thread in threads:
             thread.start()
@@ -72,4 +72,4 @@ def test_every_client_gets_every_event_once_across_restarts(tmp_path: Path, monk
             thread.join(50)
             assert not thread.is_alive()
     expected = ["begin", *(f"{letter}{n}" for letter in "abc" for n in range(10)), "end"]
-    assert heard == dict.fromkeys(heard, expected)
+    assert received == dict.fromkeys(received, expected)

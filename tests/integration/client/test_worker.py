@@ -223,7 +223,7 @@ async def test_an_error_of_any_class_fails_its_job_not_the_worker(
 async def test_a_message_that_json_cannot_express_is_escaped(
     client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_worker.logger, "disabled", True)  # pytest-xdist cannot carry such a message either
+    monkeypatch.setattr(client_worker.logger, "disabled", True)  # pytest-xdist cannot send such a message
     worker = Worker(client, queues=[queue])
 
     @worker.handler

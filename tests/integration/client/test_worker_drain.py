@@ -63,7 +63,7 @@ async def test_after_the_grace_a_handler_is_stopped_and_its_job_released(
         @worker.handler()
         async def work(task: Task) -> None:
             started.set()
-            with contextlib.suppress(asyncio.CancelledError):  # it has not done its work all the same
+            with contextlib.suppress(asyncio.CancelledError):  # its job is not completed either way
                 await asyncio.Event().wait()
 
     else:
@@ -122,7 +122,7 @@ async def test_a_third_stop_does_not_wait_for_a_thread(client: AsyncJobClient, q
         for _ in range(3):
             worker.stop()
         await serving
-    assert (await client.get_job(job.id)).status == "processing"  # the thread may still be at it: its lock runs out
+    assert (await client.get_job(job.id)).status == "processing"  # the thread may still run: the lock expires
     go.set()
 
 
@@ -177,7 +177,7 @@ async def test_sigterm_drains_a_worker_process(client: AsyncJobClient, daemon: D
 
 
 async def test_a_signal_ends_claims_even_if_a_handler_blocks_the_loop(client: AsyncJobClient, queue: str) -> None:
-    """The handler itself sends the signal: the loop does not turn before it returns."""
+    """The handler sends the signal, so the loop does not run before the handler returns."""
     worker = Worker(client, queues=[queue], concurrency=2)
 
     @worker.handler("blocks")
@@ -189,7 +189,7 @@ async def test_a_signal_ends_claims_even_if_a_handler_blocks_the_loop(client: As
                     break
                 time.sleep(0.02)
             later.append(blocking.create_job(queue=queue, kind="later").id)
-            time.sleep(0.2)  # a claim would take it meanwhile
+            time.sleep(0.2)  # long enough for a claim
 
     @worker.handler("later")
     def begun(task: SyncTask) -> None:

@@ -189,7 +189,7 @@ async def test_a_handler_is_stopped_after_its_timeout(
         return "too late"
 
     worker.handler("k", timeout=limit if is_own else None)(work if is_async else plain)
-    later = {"kind": "fixed", "base_ms": 3_600_000}  # so that no second attempt begins meanwhile
+    later = {"kind": "fixed", "base_ms": 3_600_000}  # prevents a second attempt
     job = await client.create_job(queue=queue, kind="k", max_attempts=2, backoff=later)
     async with running_worker(worker):
         waiting = await when(client, job.id, lambda job: job.error_code is not None)
@@ -400,7 +400,7 @@ async def test_work_continues_while_the_daemon_is_unreachable(
                 done = await finished(client, job.id)
                 assert (done.metadata_value, done.attempt, done.stalls) == ("done without you", 1, 0)
                 after = await client.create_job(queue=queue)
-                assert (await finished(client, after.id)).status == "completed"  # claims are made again
+                assert (await finished(client, after.id)).status == "completed"  # the worker claims again
 
 
 @pytest.mark.parametrize("what", ["claim", "progress", "complete", "fail"])
@@ -433,5 +433,5 @@ async def test_a_lost_response_causes_no_second_run(
 
 
 def _seen(server: ScriptedServer, received: ReceivedRequest) -> bool:
-    """Whether the answer to the same request has been lost once already."""
+    """Return whether a response to the same request was lost before."""
     return any(lost.path == received.path and lost.body == received.body for lost in server.lost)

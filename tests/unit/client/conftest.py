@@ -20,5 +20,5 @@ def server() -> ScriptedServer:
 
 @pytest.fixture
 def endpoint(server: ScriptedServer, tmp_path: Path) -> Iterator[str]:
-    with serving(server, tmp_path / "s") as where:
-        yield where
+    with serving(server, tmp_path / "s") as found:
+        yield found

@@ -30,8 +30,8 @@ def admin(endpoint: str) -> Iterator[AdminClient]:
 
 
 def test_an_import_is_a_stream_of_lines(server: ScriptedServer, admin: AdminClient) -> None:
-    refused = [{"line": 2, "id": None, "reason": "bad"}]
-    server.script = [ok({"imported": 3, "skipped": 1, "refusedCount": 1, "refused": refused})]
+    rejected_lines = [{"line": 2, "id": None, "reason": "bad"}]
+    server.script = [ok({"imported": 3, "skipped": 1, "refusedCount": 1, "refused": rejected_lines})]
     lines: list[Any] = [{"id": "a"}, b'{"id":"b"}\r\n', '{"id":"c"}']
     done = admin.import_jobs(iter(lines))
     assert (done.imported, done.skipped, done.refused_count, done.refused[0].reason) == (3, 1, 1, "bad")
@@ -80,12 +80,12 @@ def test_an_export_reads_all_pages_and_yields_lines(server: ScriptedServer, endp
         "/admin/job-management/export?queue=q&cursor=9",
     ]
 
-    async def walk() -> list[bytes]:
+    async def export() -> list[bytes]:
         async with AsyncAdminClient(endpoint, token="x") as client:
             return [line async for line in client.export_jobs(status="failed", kind="k")]
 
     server.script = pages()
-    assert asyncio.run(walk()) == lines
+    assert asyncio.run(export()) == lines
     assert server.received[3].path == "/admin/job-management/export?status=failed&kind=k"
 
 
@@ -107,12 +107,12 @@ def test_a_rejected_backup_writes_nothing(server: ScriptedServer, admin: AdminCl
 
 def test_an_artifact_is_written_to_the_file(server: ScriptedServer, admin: AdminClient) -> None:
     content = os.urandom(700_000)
-    refusals = [
+    errors = [
         rejected("late_result_not_found", 404),
         rejected("not_found", 404),
         rejected("storage_unavailable", 503),
     ]
-    server.script = [raw(content, kind="application/octet-stream"), *refusals]
+    server.script = [raw(content, kind="application/octet-stream"), *errors]
     file = io.BytesIO()
     assert admin.download_artifact("a.b:c", file) == len(content)
     assert file.getvalue() == content
@@ -197,7 +197,7 @@ def test_a_daemon_without_progress_of_backups_counts_as_stalled(
     server: ScriptedServer, endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = SlowBackup(server, monkeypatch, polls=1)
-    server.always = None  # 404: an older one
+    server.always = None  # 404, as from an older daemon
     try:
         with pytest.raises(Unreachable, match=r"has not moved for 0\.1 s"):
             slow.take(endpoint, timeout_s=0.1)

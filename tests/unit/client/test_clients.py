@@ -18,7 +18,7 @@ from jobd.client import (
     AsyncJobClient,
     JobClient,
     JobNotFound,
-    RetryPolicy,
+    RetryOptions,
     Unreachable,
     worker_requests,
 )
@@ -35,25 +35,25 @@ from tests.support.scripted_server import ScriptedServer, closing, drop, ok, rej
 EMPTY_PAGE = ok({"jobs": [], "next_cursor": None})
 
 
-FAST = RetryPolicy(total_s=5, base_s=0.001, max_s=0.002, timeout_s=5)
+FAST = RetryOptions(total_s=5, base_s=0.001, max_s=0.002, timeout_s=5)
 
 
 class EitherClient:
-    """One call, made with the blocking client or with the asyncio one: both must behave alike."""
+    """Send requests with the blocking or the asyncio client."""
 
     def __init__(self, is_async: bool, endpoint: str) -> None:
         self._is_async = is_async
         self._endpoint = endpoint
 
-    def __call__(self, *requests: ApiRequest[Any], policy: RetryPolicy | None = FAST) -> Any:
+    def __call__(self, *requests: ApiRequest[Any], retry: RetryOptions | None = FAST) -> Any:
         if not self._is_async:
             with JobClient(self._endpoint) as client:
-                return [client.send(request, policy) for request in requests][-1]
-        return asyncio.run(self._async(requests, policy))
+                return [client.send(request, retry) for request in requests][-1]
+        return asyncio.run(self._async(requests, retry))
 
-    async def _async(self, requests: tuple[ApiRequest[Any], ...], policy: RetryPolicy | None) -> Any:
+    async def _async(self, requests: tuple[ApiRequest[Any], ...], retry: RetryOptions | None) -> Any:
         async with AsyncJobClient(self._endpoint) as client:
-            return [await client.send(request, policy) for request in requests][-1]
+            return [await client.send(request, retry) for request in requests][-1]
 
 
 @pytest.fixture(params=[False, True], ids=["sync", "asyncio"])
@@ -155,13 +155,13 @@ def test_an_unreachable_daemon_is_an_error_with_its_address(tmp_path: Path) -> N
     send = EitherClient(False, f"unix:{tmp_path}/none")
     for both in (send, EitherClient(True, f"unix:{tmp_path}/none")):
         with pytest.raises(Unreachable, match="none cannot be reached"):
-            both(worker_requests.queues(), policy=RetryPolicy(total_s=0))
+            both(worker_requests.queues(), retry=RetryOptions(total_s=0))
 
 
 def test_a_missing_response_means_unreachable(server: ScriptedServer, send: EitherClient) -> None:
     server.script = [server.hang]
     with pytest.raises(Unreachable, match="no response in time"):
-        send(worker_requests.queues(), policy=RetryPolicy(total_s=0, timeout_s=0.2))
+        send(worker_requests.queues(), retry=RetryOptions(total_s=0, timeout_s=0.2))
 
 
 def test_many_threads_share_a_client(server: ScriptedServer, endpoint: str) -> None:
@@ -211,12 +211,12 @@ def test_iterate_jobs_reads_all_pages(server: ScriptedServer, endpoint: str) -> 
         "/v1/jobs?queue=q&cursor=3",
     ]
 
-    async def walk() -> list[str]:
+    async def collect() -> list[str]:
         async with AsyncJobClient(endpoint) as client:
             return [job.id async for job in client.iterate_jobs(queue="q")]
 
     server.script = pages()
-    assert asyncio.run(walk()) == ["c", "b", "a"]
+    assert asyncio.run(collect()) == ["c", "b", "a"]
 
 
 @pytest.mark.parametrize("blocking", [True, False])
@@ -229,7 +229,7 @@ def test_iterate_queues_reads_all_pages(server: ScriptedServer, endpoint: str, b
         ok({"queues": views[200:], "next_cursor": None}),
     ]
 
-    async def walk() -> list[str]:
+    async def collect() -> list[str]:
         async with AsyncJobClient(endpoint) as client:
             return [queue.name async for queue in client.iterate_queues()]
 
@@ -237,7 +237,7 @@ def test_iterate_queues_reads_all_pages(server: ScriptedServer, endpoint: str, b
         with JobClient(endpoint) as client:
             assert [queue.name for queue in client.iterate_queues()] == names
     else:
-        assert asyncio.run(walk()) == names
+        assert asyncio.run(collect()) == names
     assert [received.path for received in server.received] == ["/v1/queues", "/v1/queues?cursor=q-199"]
 
 
@@ -250,7 +250,7 @@ def test_over_tcp_the_token_is_sent(server: ScriptedServer) -> None:
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> tuple[Path, Path]:
-    """A certificate for 127.0.0.1 and its key."""
+    """Create a certificate for 127.0.0.1 and its key."""
     if shutil.which("openssl") is None:
         tool_missing("openssl", "openssl")
     files = tmp_path / "cert.pem", tmp_path / "key.pem"

@@ -82,10 +82,10 @@ def test_a_request_as_a_line(request_: ApiRequest[Any], line: dict[str, Any]) ->
     text = command_line(request_)
     assert text is not None
     assert text.endswith(b"\n")
-    said = msgspec.json.decode(text)
+    fields = msgspec.json.decode(text)
     if "idempotency_key" not in line:
-        said.pop("idempotency_key", None)  # one that the client made
-    assert said == line
+        fields.pop("idempotency_key", None)  # one that the client made
+    assert fields == line
 
 
 def test_a_payload_of_several_lines_becomes_one_line() -> None:
@@ -194,16 +194,16 @@ async def test_a_worker_with_high_concurrency_uses_a_stream(
 async def test_a_wrong_token_is_unauthorized(tmp_path: Path) -> None:
     gate = Authenticator("worker", tokens=[TOKEN], hosts=["localhost", "127.0.0.1"])
     async with town(tmp_path, gate=gate) as guarded:
-        where = f"http://127.0.0.1:{guarded.house.port}"
-        async with AsyncJobClient(where, token="x" * 30) as client, client.stream() as jobs:
+        url = f"http://127.0.0.1:{guarded.house.port}"
+        async with AsyncJobClient(url, token="x" * 30) as client, client.stream() as jobs:
             with pytest.raises(Unauthorized):
                 await jobs.create_job()
-        async with AsyncJobClient(where, token=TOKEN) as client, client.stream() as jobs:
+        async with AsyncJobClient(url, token=TOKEN) as client, client.stream() as jobs:
             assert (await jobs.create_job()).status == "queued"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What breaks.
+# Failures.
 
 
 async def test_calls_are_retried_over_a_new_stream(town: Town, client: AsyncJobClient) -> None:
@@ -246,7 +246,7 @@ async def test_grants_of_a_cancelled_call_are_released(town: Town, client: Async
         town.disk.gate.clear()
         first = asyncio.ensure_future(jobs.cancel_job("c"))
         await town.disk.at_gate.wait()
-        gone = [
+        cancelled = [
             asyncio.ensure_future(each)
             for each in (
                 jobs.claim("w"),
@@ -255,9 +255,9 @@ async def test_grants_of_a_cancelled_call_are_released(town: Town, client: Async
             )
         ]
         await until(lambda: town.actor.waiting == 3)
-        for each in gone:
+        for each in cancelled:
             each.cancel()
-        await asyncio.wait(gone)
+        await asyncio.wait(cancelled)
         town.disk.gate.set()
         await first
         for job_id in ("a", "b"):

@@ -29,7 +29,7 @@ from tests.support.scripted_server import ScriptedServer, Step, drop, raw, rejec
 KIND = "text/event-stream"
 
 
-# How a client listens: what it heard before it ended, and with which error.
+# Reads a stream with a client. Returns the numbers of the events, and the error that ended it.
 Listen = Callable[..., tuple[list[int], JobdError | None]]
 
 
@@ -46,24 +46,24 @@ def stream(*seqs: int, start: int = 0, rest: bytes = b"") -> Step:
     return raw(sent(*seqs, start=start) + rest, kind=KIND)
 
 
-def blocking(endpoint: str, **received: Any) -> tuple[list[int], JobdError | None]:
+def blocking(endpoint: str, **options: Any) -> tuple[list[int], JobdError | None]:
     found: list[int] = []
     try:
         with JobClient(endpoint, retry_for_s=0) as client:
-            for heard in client.events(**received):
-                found.append(heard.seq)
+            for event in client.events(**options):
+                found.append(event.seq)
     except JobdError as error:
         return found, error
     return found, None
 
 
-def coroutines(endpoint: str, **received: Any) -> tuple[list[int], JobdError | None]:
+def coroutines(endpoint: str, **options: Any) -> tuple[list[int], JobdError | None]:
     async def run() -> tuple[list[int], JobdError | None]:
         found: list[int] = []
         try:
             async with AsyncJobClient(endpoint, retry_for_s=0) as client:
-                async for heard in client.events(**received):
-                    found.append(heard.seq)
+                async for event in client.events(**options):
+                    found.append(event.seq)
         except JobdError as error:
             return found, error
         return found, None
@@ -77,21 +77,21 @@ both = pytest.mark.parametrize("listen", [blocking, coroutines])
 @given(st.lists(st.integers(0, 400), max_size=8), st.sampled_from([b"\n", b"\r\n"]))
 def test_a_stream_may_arrive_in_any_pieces(cuts: list[int], end: bytes) -> None:
     text = (sent(3, 4, start=2) + b": still here\nid: 9\n\n").replace(b"\n", end)
-    listening = subscribe(EVENTS)
-    listening.request()
+    subscription = subscribe(EVENTS)
+    subscription.request()
     places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
-    found = [each for a, b in itertools.pairwise(places) for each in listening.read(text[a:b])]
+    found = [each for a, b in itertools.pairwise(places) for each in subscription.read(text[a:b])]
     assert found == [event(3), event(4)]
-    assert listening.position == 9
+    assert subscription.position == 9
 
 
 def test_an_incomplete_event_is_requested_again() -> None:
-    listening = subscribe(EVENTS, after=1)
+    subscription = subscribe(EVENTS, after=1)
     whole = sent(2, 3, start=1)
-    assert [each.seq for each in listening.read(whole[:-1])] == [2]
-    assert listening.position == 2
-    assert listening.request().path == "/v1/events?last_event_id=2"
-    assert [each.seq for each in listening.read(sent(3, start=2))] == [3]  # and nothing of the half one is left
+    assert [each.seq for each in subscription.read(whole[:-1])] == [2]
+    assert subscription.position == 2
+    assert subscription.request().path == "/v1/events?last_event_id=2"
+    assert [each.seq for each in subscription.read(sent(3, start=2))] == [3]  # the incomplete event is discarded
 
 
 def test_the_request_has_the_filters_and_the_position() -> None:
@@ -104,15 +104,15 @@ def test_the_request_has_the_filters_and_the_position() -> None:
 
 
 def test_another_response_is_not_a_stream_of_events() -> None:
-    listening = subscribe(EVENTS)
-    listening.begin(ApiResponse(200, {"content-type": "text/event-stream; charset=utf-8"}, b""))
+    subscription = subscribe(EVENTS)
+    subscription.begin(ApiResponse(200, {"content-type": "text/event-stream; charset=utf-8"}, b""))
     for reply in (ApiResponse(200, {"content-type": "text/html"}, b""), ApiResponse(302, {}, b"")):
         with pytest.raises(BadAnswer, match="not a stream of events"):
-            listening.begin(reply)
+            subscription.begin(reply)
     with pytest.raises(BadAnswer, match="cannot be read"):
-        listening.read(b"data: {}\n\n")
+        subscription.read(b"data: {}\n\n")
     with pytest.raises(BadAnswer, match="line without an end"):
-        listening.read(b"x" * (17 << 20))
+        subscription.read(b"x" * (17 << 20))
 
 
 @both
@@ -134,7 +134,7 @@ def test_a_broken_stream_is_resumed(server: ScriptedServer, endpoint: str, liste
     assert [received.path for received in server.received] == [
         "/v1/events?" + (f"last_event_id={at}&" if at is not None else "") + "queue=q" for at in positions
     ]
-    # What is dropped without a word aiohttp asks for once more by itself.
+    # aiohttp repeats a dropped request once by itself.
     assert [code for code in lost if code != "unreachable"] == ["overloaded"]
     assert lost[0] == lost[-1] == "unreachable"
 

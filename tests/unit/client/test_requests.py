@@ -35,7 +35,7 @@ def _placeholders(method: str, path: str) -> tuple[str, str]:
 
 
 def _all_requests() -> list[ApiRequest[Any]]:
-    """One request of every call of both APIs."""
+    """Build a request of every call of both APIs."""
     given = {
         "job_id": "x",
         "queue": "q",
@@ -89,7 +89,7 @@ def test_calls_send_an_idempotency_key_if_their_routes_take_one() -> None:
         for request in _all_requests()
         if "Idempotency-Key" in request.headers
     }
-    assert sent == keyed - {("POST", "/v1/jobs")}  # the job's own id makes a create safe to repeat
+    assert sent == keyed - {("POST", "/v1/jobs")}  # a create is repeatable because of its job id
 
 
 def test_both_clients_have_every_call() -> None:
@@ -116,18 +116,20 @@ def test_methods_show_the_arguments_and_docstrings_of_their_calls() -> None:
 
 def test_create_makes_an_id() -> None:
     request = worker_requests.create_job({"n": 1}, queue="video", delay_ms=5)
-    said = msgspec.json.decode(request.body or b"")
-    assert said == {"id": said["id"], "payload": {"n": 1}, "queue": "video", "delay_ms": 5}
-    assert len(said["id"]) == 36
-    assert said["id"][14] == "7"
+    fields = msgspec.json.decode(request.body or b"")
+    assert fields == {"id": fields["id"], "payload": {"n": 1}, "queue": "video", "delay_ms": 5}
+    assert len(fields["id"]) == 36
+    assert fields["id"][14] == "7"
     assert request.repeatable
     assert msgspec.json.decode(worker_requests.create_job(id="mine").body or b"") == {"id": "mine"}
 
 
 def test_bulk_makes_an_id_for_each_job_without_one() -> None:
-    said = msgspec.json.decode(worker_requests.create_jobs([{"payload": 1}, {"id": "b", "payload": None}]).body or b"")
-    assert [set(job) for job in said["jobs"]] == [{"id", "payload"}, {"id", "payload"}]
-    assert said["jobs"][1]["id"] == "b"
+    fields = msgspec.json.decode(
+        worker_requests.create_jobs([{"payload": 1}, {"id": "b", "payload": None}]).body or b""
+    )
+    assert [set(job) for job in fields["jobs"]] == [{"id", "payload"}, {"id", "payload"}]
+    assert fields["jobs"][1]["id"] == "b"
 
 
 def test_uuid7_sorts_by_time_and_has_version_and_variant() -> None:

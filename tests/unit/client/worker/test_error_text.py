@@ -15,7 +15,7 @@ from jobd.client.worker.worker import _failure_options, _message
 
 
 def raised(error: Callable[[], Any]) -> str:
-    """The description of what this raises."""
+    """Return the message of the error that `error` raises."""
     try:
         error()
     except BaseException as caught:
@@ -52,18 +52,18 @@ def test_the_message_has_the_chain_notes_and_group_of_an_error() -> None:
             error.add_note("a note")
             raise error from missing
 
-    told = raised(chained)
-    assert told.startswith("LookupError: no customer\nof this name\na note\nTraceback (most recent call last):\n")
-    assert "KeyError: 'a'\n\nThe above exception was the direct cause of the following exception:\n" in told
-    assert told.count("no customer") == 1
+    message = raised(chained)
+    assert message.startswith("LookupError: no customer\nof this name\na note\nTraceback (most recent call last):\n")
+    assert "KeyError: 'a'\n\nThe above exception was the direct cause of the following exception:\n" in message
+    assert message.count("no customer") == 1
 
     def grouped() -> None:
         raise ExceptionGroup("two of three", [ValueError("one"), KeyError("two")])
 
-    told = raised(grouped)
-    assert told.startswith("ExceptionGroup: two of three (2 sub-exceptions)\n")
-    assert "| ValueError: one" in told
-    assert "| KeyError: 'two'" in told
+    message = raised(grouped)
+    assert message.startswith("ExceptionGroup: two of three (2 sub-exceptions)\n")
+    assert "| ValueError: one" in message
+    assert "| KeyError: 'two'" in message
 
 
 def test_an_error_without_frames_of_the_handler_is_one_line() -> None:

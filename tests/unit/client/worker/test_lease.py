@@ -138,7 +138,7 @@ async def test_claims_are_retried_after_temporary_errors(tmp_path: Path, code: s
             await go.wait()
 
         async with running_worker(worker):
-            await daemon.receive("extend")  # at once: the grant may be an old one
+            await daemon.receive("extend")  # at once, because the grant may be old
             go.set()
             await daemon.receive("complete")
             await daemon.receive("claim", 3)

@@ -11,13 +11,13 @@ from jobd.client.worker.output import LINE_BYTES, BadDirective, Directives, Outp
 
 
 class ParsedOutput:
-    """A filter with everything that came out of it."""
+    """A filter, and everything that it has found."""
 
     def __init__(self, *, whole_lines: bool = False) -> None:
         self.progress: list[tuple[float, str | None]] = []
         self.warnings: list[str] = []
-        self.said = Directives(lambda progress, text: self.progress.append((progress, text)))
-        self.filter = OutputFilter(self.said, self.warnings.append, whole_lines=whole_lines)
+        self.directives = Directives(lambda progress, text: self.progress.append((progress, text)))
+        self.filter = OutputFilter(self.directives, self.warnings.append, whole_lines=whole_lines)
 
     def pieces(self, *pieces: bytes) -> list[bytes]:
         return [self.filter.feed(piece) for piece in pieces] + [self.filter.end()]
@@ -43,7 +43,7 @@ def test_directives_are_removed_and_the_rest_is_unchanged() -> None:
 )
 def test_progress_has_a_number_and_may_have_a_text(line: bytes, progress: float, text: str | None) -> None:
     parsed = ParsedOutput()
-    assert parsed.said.take(line)
+    assert parsed.directives.take(line)
     assert parsed.progress == [(progress, text)]
     assert type(parsed.progress[0][0]) is type(progress)
 
@@ -77,25 +77,25 @@ def test_progress_has_a_number_and_may_have_a_text(line: bytes, progress: float,
 def test_a_bad_directive_is_passed_on_with_one_warning(line: bytes) -> None:
     parsed = ParsedOutput()
     with pytest.raises(BadDirective):
-        parsed.said.take(line)
+        parsed.directives.take(line)
     assert b"".join(parsed.pieces(line + b"\n", b"next\n")) == line + b"\nnext\n"
     assert len(parsed.warnings) == 1
     assert parsed.progress == []
-    assert parsed.said.result == {"metadata": None}
+    assert parsed.directives.result == {"metadata": None}
 
 
 def test_meta_is_json_if_it_parses_and_text_otherwise() -> None:
     parsed = ParsedOutput()
     for line in (b"::meta n=5", b'::meta o={"a":[1]}', b"::meta s=five", b"::meta e=", b"::meta n=6", b"::meta u=a=b"):
-        assert parsed.said.take(line)
-    assert parsed.said.result["metadata"] == {"n": 6, "o": {"a": [1]}, "s": "five", "e": "", "u": "a=b"}
+        assert parsed.directives.take(line)
+    assert parsed.directives.result["metadata"] == {"n": 6, "o": {"a": [1]}, "s": "five", "e": "", "u": "a=b"}
 
 
 def test_the_last_result_of_each_name_counts() -> None:
     parsed = ParsedOutput()
     for line in (b"::result file_path=/a b", b"::result file_path=/c", b"::result download_url=https://x/?a=1"):
-        assert parsed.said.take(line)
-    assert parsed.said.result == {"file_path": "/c", "download_url": "https://x/?a=1", "metadata": None}
+        assert parsed.directives.take(line)
+    assert parsed.directives.result == {"file_path": "/c", "download_url": "https://x/?a=1", "metadata": None}
 
 
 def test_other_lines_with_colons_are_passed_on() -> None:
@@ -190,7 +190,7 @@ async def test_a_writer_with_a_slow_reader_does_not_block_the_loop() -> None:
     read, write = os.pipe()
     sink = OutputWriter(write)
     pending = asyncio.ensure_future(sink.write(b"x" * 1_000_000))
-    await asyncio.sleep(0)  # the loop turns though the pipe is full
+    await asyncio.sleep(0)  # the loop runs although the pipe is full
     assert not pending.done()
     assert len(await asyncio.to_thread(_read_exactly, read, 1_000_000)) == 1_000_000
     await pending

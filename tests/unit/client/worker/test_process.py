@@ -121,7 +121,7 @@ async def test_a_child_in_another_group_that_writes_forever_does_not_delay_the_e
     await program.done
     assert program.returncode == 0
     child = int(run.out.split(b"\n", 1)[0])
-    await asyncio.to_thread(_until_gone, child)  # `yes` ends when nobody reads it any more
+    await asyncio.to_thread(_until_gone, child)  # `yes` gets SIGPIPE after its reader has gone
 
 
 def _until_gone(pid: int) -> None:
