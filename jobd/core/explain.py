@@ -43,15 +43,16 @@ def _late(job: Job, late: list[LateResult], policy: Policy) -> list[str]:
     first, status = "", job.status
     if job.status == "processing":
         first, status = f"jobctl force-fail {job.id}, then ", "failed"
-    is_there = f"A late result of worker {best.worker} is there"
+    is_there = f"Worker {best.worker} submitted a late result"
     if fit:
         number = "" if best is latest else f" --result {best.seq}"
-        return [f"{is_there}. To take it: {first}jobctl adopt {job.id}{number}"]
-    lacks = "it has no download_url, which [validation] require_download_url asks for"
+        return [f"{is_there}. To adopt it: {first}jobctl adopt {job.id}{number}"]
+    lacks = "it has no download_url, which [validation] require_download_url requires"
     by_hand = f"{first}jobctl transition {job.id} {status} completed --set download_url=URL"
-    by_hand += " (what else of it is to stay is set there, too)"
+    by_hand += " (also set the other fields that you want to keep)"
     return [
-        f"{is_there}, but it cannot be adopted: {lacks}. Look at it: jobctl late {job.id}. If it is whole: {by_hand}"
+        f"{is_there}, but it cannot be adopted: {lacks}. Inspect it: jobctl late {job.id}. "
+        f"If the work is complete: {by_hand}"
     ]
 
 
@@ -71,9 +72,9 @@ def _queued(job: Job, book: Book, at: Moment) -> WhyView:
     if is_overdue(job, at.now):
         return _overdue(job, book, at, back)
     if job.expires_at is not None:
-        expires = NextEvent("It fails as expired, if no worker has taken it by then.", job.expires_at, "expires_at")
+        expires = NextEvent("It fails as expired if no worker has taken it by then.", job.expires_at, "expires_at")
     if (pause := book.paused.get(queue)) is not None:
-        because = f"Queue {queue} is paused {pause.describe()}. No job of it is granted.{back}"
+        because = f"Queue {queue} is paused {pause.describe()}. None of its jobs is granted.{back}"
         return WhyView("queued", because, _pause_ends(pause, expires), "queue_paused", _resuming(queue, pause))
     if job.run_at > at.now:
         because = f"It is not due for another {in_words(job.run_at - at.now)}.{back}"
@@ -102,7 +103,7 @@ def _pause_ends(pause: QueuePause, expires: NextEvent | None) -> NextEvent | Non
 def _resuming(queue: str, pause: QueuePause) -> list[str]:
     """Suggest to resume the queue, and quote the reason for the pause."""
     by = "the operator who paused it" if pause.by is None else describe_author(pause.by)
-    reason = f" The pause says: {pause.reason}" if pause.reason else " The pause gives no reason; ask first."
+    reason = f" Reason of the pause: {pause.reason}" if pause.reason else " The pause has no reason; ask first."
     return [f"If {by} no longer needs the pause: jobctl resume {queue}.{reason}"]
 
 
@@ -111,21 +112,19 @@ def _overdue(job: Job, book: Book, at: Moment, back: str) -> WhyView:
     because = f"Its expires_at passed {in_words(at.now - job.expires_at)} ago, so no worker gets it any more.{back}"
     if at.suspect:
         because += " The wall clock is suspect, so recovery does not fail it."
-        do = ["Check the date of the daemon's machine. If it is right: jobctl clock accept"]
+        do = ["Check the clock of the daemon's machine. If it is correct: jobctl clock accept"]
         return WhyView("queued", because, None, "clock", do)
-    do = [f"If it is still wanted: jobctl force-reset {job.id}"]
-    soon = NextEvent("It fails as expired, with the next recovery or cleanup pass.", at.now, "expires_at")
+    do = [f"If it is still needed: jobctl force-reset {job.id}"]
+    soon = NextEvent("The next recovery or cleanup run fails it as expired.", at.now, "expires_at")
     if book.next_cleanup_at is not None:
-        soon = NextEvent(
-            "It fails as expired, with the next cleanup run.", max(book.next_cleanup_at, at.now), "expires_at"
-        )
+        soon = NextEvent("The next cleanup run fails it as expired.", max(book.next_cleanup_at, at.now), "expires_at")
     return WhyView("queued", because, soon, "expires_at", do)
 
 
 def _waiting(job: Job, book: Book, at: Moment, expires: NextEvent | None, back: str) -> WhyView:
     queue, kind = job.options.queue, job.options.kind
     first = next(book.due([queue], [kind]), None)
-    ahead = "It is the next of its kind." if first is not None and first.id == job.id else "Other jobs are before it."
+    ahead = "It is the next of its kind." if first is not None and first.id == job.id else "Other jobs come first."
     outlook = _outlook(job, book, at)
     because = f"It has been due for {in_words(at.now - job.run_at)}: {outlook.clause}. {ahead}{back}"
     return WhyView("queued", because, expires or outlook.next, outlook.blocked_by, outlook.do)
@@ -148,7 +147,7 @@ def _outlook(job: Job, book: Book, at: Moment) -> _Outlook:
     see, start = "List the workers: jobctl workers", f"Start a worker: jobctl run --queue {queue} -- CMD"
     if any(claims.waiting for claims in fitting):
         offered = NextEvent("A waiting worker gets it.", at.now, "claim")
-        return _Outlook("a worker waits for jobs like it", offered, None, [see])
+        return _Outlook("a worker waits for such jobs", offered, None, [see])
     workers = [(name, presence.workers[name]) for claims in fitting for name in claims.workers]
     idle = [each for each in workers if presence.state(each[1]) == "idle"]
     busy = [each for each in workers if each[1].jobs]
@@ -257,9 +256,9 @@ def _released(job: Job, when: str = "") -> str:
 def _processing(job: Job, book: Book, at: Moment) -> WhyView:
     grant, lease = job.grant, job.lease
     if grant is None or lease is None:
-        because = "The row says processing, but nobody holds the job. Such rows come from imports or from hands."
+        because = "The row says processing, but no worker holds the job. Such rows come from imports or manual edits."
         soon = NextEvent("The next cleanup run treats it as stalled.", _cleanup_at(book, at), "validation")
-        return WhyView("processing", because, soon, None, ["Run a pass now: jobctl cleanup"])
+        return WhyView("processing", because, soon, None, ["Start a cleanup run: jobctl cleanup"])
     since = in_words(at.now - grant.acquired_at)
     because = f"Worker {grant.worker} has held it for {since}, at {job.progress:g} %."
     if lease.is_live(at.lease):
@@ -293,9 +292,12 @@ def _cleanup_at(book: Book, at: Moment) -> int:
 def _next_of(grant: Grant, lease: Lease, book: Book, at: Moment) -> NextEvent:
     if at.lease >= lease.stuck:
         if book.next_cleanup_at is not None:
-            what = "The next cleanup run recovers it (recover_every is 0): on_stall queues it again or fails it."
+            what = "The next cleanup run (recover_every is 0) ends its grant: on_stall puts it back into its queue or "
+            what += "fails it."
             return NextEvent(what, _cleanup_at(book, at), "cleanup")
-        return NextEvent("Recovery acts on it: on_stall queues it again or fails it.", at.now, "recovery")
+        return NextEvent(
+            "Recovery ends its grant: on_stall puts it back into its queue or fails it.", at.now, "recovery"
+        )
     if lease.is_live(at.lease) and lease.expires < lease.stuck:
         what = f"The lock expires, unless worker {grant.worker} extends it or reports progress."
         return NextEvent(what, at.wall(lease.expires), "lock expiry")
@@ -303,7 +305,7 @@ def _next_of(grant: Grant, lease: Lease, book: Book, at: Moment) -> NextEvent:
     what = f"It counts as stuck and is recovered{by}, unless worker {grant.worker}"
     if lease.ceiling is not None and lease.stuck == lease.ceiling:  # which more time for the lock does not move
         return NextEvent(f"{what} reports progress or ends it.", at.wall(lease.stuck), "max_processing")
-    return NextEvent(f"{what} is heard of.", at.wall(lease.stuck), "stuck_after")
+    return NextEvent(f"{what} reports, extends or ends it.", at.wall(lease.stuck), "stuck_after")
 
 
 def _advice(job: Job, grant: Grant, lease: Lease, at: Moment) -> list[str]:
@@ -311,7 +313,7 @@ def _advice(job: Job, grant: Grant, lease: Lease, at: Moment) -> list[str]:
         [] if lease.is_live(at.lease) else [f"Take its expired jobs back now: jobctl take-back {quote(grant.worker)}"]
     )
     return [
-        f"Is the worker alive? Look at {grant.worker}.",
+        f"Check whether worker {grant.worker} is alive.",
         *take_back,
         f"If it is dead and you cannot wait: jobctl force-reset {job.id} (runs it again) or jobctl force-fail {job.id}",
     ]
@@ -326,10 +328,10 @@ def _finished(job: Job, at: Moment) -> WhyView:
         case "completed":
             return WhyView("completed", ending(job), deleted, None, [])
         case "failed":
-            do = [f"Mend the cause, then run it again: jobctl force-reset {job.id}"]
+            do = [f"Fix the cause, then run it again: jobctl force-reset {job.id}"]
             return WhyView("failed", ending(job), deleted, None, do)
         case "cancelled":
-            do = [f"If it is wanted after all: jobctl force-reset {job.id}"]
+            do = [f"If it is needed after all: jobctl force-reset {job.id}"]
             return WhyView("cancelled", ending(job), deleted, None, do)
         case _:
             do = ["Correct the row with the daemon stopped, then: jobd doctor --accept ID"]
@@ -346,7 +348,7 @@ def ending(job: Job, events: Sequence[Event] = ()) -> str:
 
 
 def _failed(job: Job, end: Event | None) -> str:
-    message = (job.error.message if job.error else None) or "without a message."
+    message = (job.error.message if job.error else None) or "no error message was recorded."
     if end is not None and end.type == "failed":
         return f"It failed at {describe_author(end.by)}: {message}"
     if end is None or end.type not in _BY_HAND:

@@ -23,16 +23,16 @@ ADOPTABLE: Final = frozenset({"queued", "failed", "cancelled"})
 
 _ASKING: Final = "[validation] require_download_url"
 _BY_HAND: Final = (
-    "jobctl transition ID STATUS completed --set download_url=URL (what else is to stay is set there, too)"
+    "jobctl transition ID STATUS completed --set download_url=URL (also set the other fields that you want to keep)"
 )
 
 Calls = Progress | Extend | Complete | Fail | Release
 _CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and in words
     Progress: ("progress", "reported progress"),
-    Extend: ("extend", "asked for more time"),
+    Extend: ("extend", "requested an extension"),
     Complete: ("complete", "completed the job"),
     Fail: ("fail", "failed the job"),
-    Release: ("release", "gave the job back"),
+    Release: ("release", "released the job"),
 }
 
 
@@ -94,8 +94,8 @@ def tell(draft: Draft, job: Job, command: Calls) -> None:
     verb, did = _CALLS[type(command)]
     if draft.book.was_told(job.seq, ended.fencing_token, verb):
         return
-    lost = f"after it had lost its lock ({ended.rule})"
-    reason = f"Worker {ended.worker} {did} {lost}; {_holder(job)}. The call was refused."
+    lost = f"after its lock was lost ({ended.rule})"
+    reason = f"Worker {ended.worker} {did} {lost}; {_holder(job)}. The call was rejected."
     details = {"verb": verb, "worker": ended.worker, "fencing_token": ended.fencing_token, **_said(command)}
     draft.note_call(job, ended.worker, reason, details)
 
@@ -109,8 +109,8 @@ def adopt(draft: Draft, command: Adopt) -> Response | ApiError:
         return transitions.refuse_transition(job, "completed", _advice(job))
     late = _chosen(draft.book.late.results.get(job.seq, []), command.result)
     if late is None:
-        which = "a late result" if command.result is None else f"the late result {command.result}"
-        message = f"Job {job.id} does not have {which}. See those that it has: jobctl late {job.id}"
+        which = "late result" if command.result is None else f"late result {command.result}"
+        message = f"Job {job.id} has no {which}. List its late results: jobctl late {job.id}"
         return ApiError("late_result_not_found", message, {"job_id": job.id})
     refusal = refuse_adoption(late, draft.policy)
     if refusal is not None:
@@ -126,8 +126,8 @@ def refuse_adoption(late: LateResult, policy: Policy) -> ApiError | None:
     refusal = transitions.refuse_without_url(policy, late.result.download_url)
     if refusal is None:
         return None
-    message = f"Late result {late.seq} cannot be adopted: it has no download_url, which {_ASKING} asks for."
-    return replace(refusal, message=f"{message} If its work is whole, give an address yourself: {_BY_HAND}")
+    message = f"Late result {late.seq} cannot be adopted: it has no download_url, which {_ASKING} requires."
+    return replace(refusal, message=f"{message} If the work is complete, set a URL yourself: {_BY_HAND}")
 
 
 def _granted(book: Book, job: Job, lock_id: str) -> tuple[str, int] | None:
@@ -159,7 +159,7 @@ def _taken(draft: Draft, job: Job, late: LateResult) -> Response:
     ended = replace(
         job.ended, at=late.at, rule="complete", reason="complete", verb="complete", body_hash=late.body_hash
     )
-    reason = f"Worker {late.worker} had lost its lock, but nobody had been given the job since: its result was taken."
+    reason = f"Worker {late.worker} had lost its lock, but no other worker got the job since: its result was accepted."
     details = {"worker": late.worker, "fencing_token": late.fencing_token}
     fields: dict[str, Any] = {"reason": reason, "details": details, "expires_at": late.expires_at}
     by = f"worker:{late.worker}"
@@ -191,17 +191,17 @@ def _kept(draft: Draft, job: Job, late: LateResult, refusal: ApiError) -> ApiErr
         return None
     if result.storage_key is not None and storage_key_error(result.storage_key) is not None:
         return None
-    reason = f"Worker {late.worker} completed the job after it had lost its lock; {_holder(job)}. Its result is kept."
+    reason = f"Worker {late.worker} completed the job after its lock was lost; {_holder(job)}. Its result is stored."
     details = {"worker": late.worker, "fencing_token": late.fencing_token}
     return _told(draft, job, draft.keep_late(job, late, reason, details), refusal)
 
 
 def _told(draft: Draft, job: Job, late: LateResult, refusal: ApiError) -> ApiError:
-    kept = f"Its result is kept as late result {late.seq}"
+    kept = f"Its result is stored as late result {late.seq}"
     if job.status == "completed":
         kept += "."
     elif transitions.refuse_without_url(draft.policy, late.result.download_url) is not None:
-        kept += f", but cannot be adopted: it has no download_url, which {_ASKING} asks for."
+        kept += f", but cannot be adopted: it has no download_url, which {_ASKING} requires."
     else:
         kept += f"; an operator can adopt it: jobctl adopt {job.id}"
     return replace(refusal, message=f"{refusal.message} {kept}", details=refusal.details | {"late_result": late.seq})
@@ -229,6 +229,6 @@ def _chosen(known: list[LateResult], seq: int | None) -> LateResult | None:
 
 def _advice(job: Job) -> str:
     if job.status == "completed":
-        return "completed is final: its late results can only be looked at."
-    holder = f"Worker {job.grant.worker} holds it" if job.grant is not None else "It is being worked on"
-    return f"{holder}: let it end, or take the job from it first (jobctl force-fail {job.id}), then adopt."
+        return "completed is final: its late results can be read, but not adopted."
+    holder = f"Worker {job.grant.worker} holds it. " if job.grant is not None else ""
+    return f"{holder}Wait until it ends, or end its grant first (jobctl force-fail {job.id}), then adopt."

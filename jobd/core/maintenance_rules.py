@@ -56,7 +56,7 @@ def take_back(draft: Draft, command: TakeBack) -> Response | ApiError:
     name, presence = command.name, draft.book.presence
     worker = presence.workers.get(name)
     if worker is None:
-        message = f"No worker {name} was seen since the start. List the workers: jobctl workers"
+        message = f"Worker {name} has not been seen since the start. List the workers: jobctl workers"
         return ApiError("worker_not_found", message, {"worker": name})
     if not worker.expired:
         state = presence.state(worker)
@@ -137,7 +137,7 @@ def end_grants(draft: Draft, command: EndGrants) -> Response:
     for job_id in dict.fromkeys(command.ids):
         job = draft.book.processing.get(job_id)
         if job is not None:
-            cause = "The store was put back from a backup, which ends every grant in it."
+            cause = "The store was restored from a backup, which ends every grant in it."
             transitions.stall(draft, job, cause, rule="restore", why="restored")
             done += 1
     return Response(MaintenanceResult(done))

@@ -50,7 +50,7 @@ def force_reset(draft: Draft, command: ForceReset) -> Response | ApiError:
         return job
     job = transitions.met(draft, job)
     if job.status in ("queued", "completed"):
-        what = "It waits already." if job.status == "queued" else "completed is final; create a new job instead."
+        what = "It is already waiting." if job.status == "queued" else "completed is final; create a new job instead."
         return transitions.refuse_transition(job, "queued", what)
     ended = transitions.ended_by(job, draft.at.now, "force-reset", "force_reset")
     fresh = {"attempt": 0, "stalls": 0, "error": None, "run_at": draft.at.now} | _wanted_again(draft, job)
@@ -70,7 +70,7 @@ def transition(draft: Draft, command: Transition) -> Response | ApiError:
         return job
     job = transitions.met(draft, job)
     if job.status != command.from_:
-        what = f"The transition asked for {command.from_}; look at the job again before you decide."
+        what = f"The transition expected {command.from_}. Check the job again before you decide."
         return transitions.refuse_transition(job, command.to, what)
     if command.to == "processing":
         return transitions.refuse_transition(
@@ -151,7 +151,7 @@ def update(draft: Draft, command: Update) -> Response | ApiError:
         return job
     job = transitions.met(draft, job)
     if job.status == "completed":
-        return transitions.refuse_transition(job, "completed", "completed is final: nothing of it can be changed.")
+        return transitions.refuse_transition(job, "completed", "completed is final: it cannot be changed.")
     fields = _rescheduled(draft, job, command.priority, command.run_at, command.max_attempts)
     if fields:
         asked = {"priority": command.priority, "run_at": command.run_at, "max_attempts": command.max_attempts}
@@ -213,7 +213,7 @@ def check_import(draft: Draft, command: ImportCheck) -> Response | ApiError:
     live = draft.book.totals["queued"] + len(draft.book.processing)
     room = max(draft.policy.live_jobs - live, 0)
     if command.id in draft.book.quarantined:
-        reason = "A job with this id is there; its row is damaged."
+        reason = "A job with this id exists, but its row is damaged."
         return Response(ImportCheckResult(command.id, "skip", None, reason, room))
     there = draft.book.get(command.id)
     if there is not None:

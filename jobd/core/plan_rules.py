@@ -48,7 +48,7 @@ def moved(draft: Draft, command: AnyCommand, expected: str) -> ApiError | None:
         return job
     if version(job, draft.book.latest_late(job.seq)) == expected:
         return None
-    message = f"The job has moved since you looked: it is {job.status} now. Nothing was done."
+    message = f"The job has changed since you read it: it is {job.status} now. Nothing was done."
     return ApiError("invalid_transition", message, {"job_id": job.id, "status": job.status})
 
 
@@ -102,14 +102,14 @@ _FROM: Final[dict[PlanAction, tuple[str, ...]]] = {
 }
 
 ONLY: Final[dict[PlanAction, str]] = {
-    "retry": "Only failed and cancelled jobs are tried again.",
+    "retry": "Only failed and cancelled jobs can be retried.",
     "force-reset": "Only processing, failed and cancelled jobs can be reset.",
     "cancel": "Only queued and processing jobs can be cancelled.",
     "force-fail": "Only queued and processing jobs can be failed.",
     "delete": "Only finished jobs can be deleted.",
-    "recover-stuck": "Only jobs that are stuck; expired locks of other jobs stay as they are.",
-    "cleanup": "Only jobs that are stuck, that nobody wants any more, or whose time is over; what a pass would mend is "
-    "not part of a plan.",
+    "recover-stuck": "Only stuck jobs; expired locks of other jobs do not change.",
+    "cleanup": "Only stuck jobs, queued jobs past their expires_at, and finished jobs past their retention; validation "
+    "fixes are not part of a plan.",
 }
 
 

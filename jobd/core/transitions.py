@@ -38,7 +38,7 @@ STALLED: Final = "stalled"
 EXPIRED: Final = "expired"
 TOLD_OF_ERROR: Final = 500  # characters of the last error that an expiry repeats
 CLOCK_SUSPECT: Final = (
-    "The wall clock is suspect, so nothing is deleted or failed by age. Check it. If it is right: jobctl clock accept"
+    "The wall clock is suspect, so nothing is deleted or failed by age. Check it. If it is correct: jobctl clock accept"
 )
 
 
@@ -46,13 +46,13 @@ def find(draft: Draft, job_id: str) -> Job | ApiError:
     """The job of this id, or why it cannot be had."""
     reason = draft.book.quarantined.get(job_id)
     if reason is not None:
-        message = f"Job {job_id} is in quarantine: {reason}. An operator mends it: jobd doctor names it and its mend."
+        message = f"Job {job_id} is in quarantine: {reason}. An operator can repair it: jobd doctor shows how."
         return ApiError("job_quarantined", message, {"job_id": job_id, "reason": reason})
     job = draft.book.get(job_id)
     if job is None:
         message = (
-            f"There is no job {job_id}: it was never created, or deleted after its time. "
-            "Look for it in the list of jobs (GET /v1/jobs, `jobctl jobs`)."
+            f"There is no job {job_id}: it was never created, or it was deleted. "
+            "Search the list of jobs: GET /v1/jobs or jobctl jobs."
         )
         return ApiError("job_not_found", message, {"job_id": job_id})
     return job
@@ -114,7 +114,7 @@ def refuse_result(draft: Draft, command: Complete) -> ApiError | None:
 def refuse_without_url(policy: Policy, download_url: str | None, field: str = "download_url") -> ApiError | None:
     """Why a job may not be completed with what has this address, or none."""
     if policy.require_download_url and not download_url:
-        return invalid(field, "download_url is missing; [validation] require_download_url asks for it.")
+        return invalid(field, "download_url is missing; [validation] require_download_url requires it.")
     return None
 
 
@@ -286,7 +286,7 @@ def stall(draft: Draft, job: Job, cause: str, *, rule: str = "recovery", why: st
         return requeue(draft, job, "stalled", ended, reason=cause, attempt=attempt, stalls=stalls, details=details)
     if stalls > options.max_stalls:
         times = "once" if stalls == 1 else f"{stalls} times"
-        advice = f"It stalled {times} (max_stalls {options.max_stalls}); look for what kills its workers."
+        advice = f"It stalled {times} (max_stalls {options.max_stalls}); find out what kills its workers."
     elif options.on_stall == "fail":
         advice = "Its on_stall is fail; force-reset the job to run it again."
     else:
@@ -300,7 +300,7 @@ def silence(draft: Draft, job: Job) -> str:
     """Why a stuck job counts as stuck, in a sentence for operators."""
     made, lease = job.grant, job.lease
     if made is None or lease is None:
-        return "The job was processing, but nobody held it."
+        return "The job was processing, but no worker held it."
     where = f"at {job.progress:g} % (attempt {job.attempt} of {job.options.max_attempts})"
     if lease.is_past_ceiling(draft.at.lease):
         limit = in_words(made.max_processing_ms)
@@ -311,8 +311,8 @@ def silence(draft: Draft, job: Job) -> str:
 
 def expire(draft: Draft, job: Job, by: str | None = None) -> Job:
     """Fail a queued job whose `expires_at` has passed: it is never granted. What its last attempt failed of is told."""
-    waited = "before a worker took the job" if job.ended is None else "while it waited to be tried again"
-    message = f"Its expires_at passed {waited}. Create it again if it is still wanted."
+    waited = "before a worker took the job" if job.ended is None else "while it waited for a retry"
+    message = f"Its expires_at passed {waited}. Create it again if it is still needed."
     if job.error is not None and job.error.message:
         message += f" Its last attempt failed: {job.error.message[:TOLD_OF_ERROR]}"
     error = Failure(message, EXPIRED)

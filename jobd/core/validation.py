@@ -84,7 +84,7 @@ def _identity(job: Job) -> list[Issue]:
         if not value:
             issues.append(Issue("critical", name, f"{name} is missing.", "Delete the job and create it again."))
     if job.status not in STATUSES:
-        message = f"Status '{job.status}' is none of {', '.join(STATUSES)}."
+        message = f"Status '{job.status}' is not one of {', '.join(STATUSES)}."
         issues.append(Issue("critical", "status", message, "Correct the row, then run: jobd doctor --accept ID"))
     return issues
 
@@ -133,13 +133,11 @@ def _ending(job: Job, policy: Policy) -> list[Issue]:
         return []
     result = job.result
     if policy.require_download_url and (result is None or not result.download_url):
-        message = "The job is completed without a download_url, which [validation] require_download_url asks for."
-        return [
-            Issue("error", "download_url", message, "Force-fail is not possible any more: delete it and run it anew.")
-        ]
+        message = "The job is completed without a download_url, which [validation] require_download_url requires."
+        return [Issue("error", "download_url", message, "Delete the job and create it again.")]
     if result is None or not (result.download_url or result.file_path or result.storage_key or result.metadata):
         message = "The job is completed without download_url, file_path, storage_key or metadata."
-        return [Issue("warning", "download_url", message, "Pass what the work produced to complete.")]
+        return [Issue("warning", "download_url", message, "Pass the result of the work to complete.")]
     return []
 
 
@@ -160,11 +158,18 @@ def _lock(job: Job, at: Moment) -> list[Issue]:
         message = f"The job is {job.status}, but has a lock."
         return [Issue("error", "lock", message, "A cleanup run removes the orphan lock.")]
     if job.grant is None or job.lease is None:
-        message = "The job is processing, but nobody holds it."
+        message = "The job is processing, but no worker holds it."
         return [Issue("critical", "lock", message, "A cleanup run treats it as stalled.")]
     if at.lease >= job.lease.stuck:
-        message = f"The job is stuck: no sign of life from worker {job.grant.worker} in time."
-        return [Issue("error", "lock", message, "Recovery puts it back or fails it, within cleanup.recover_every.")]
+        message = f"The job is stuck: worker {job.grant.worker} did not report in time."
+        return [
+            Issue(
+                "error",
+                "lock",
+                message,
+                "Recovery puts it back into its queue or fails it, within cleanup.recover_every.",
+            )
+        ]
     return []
 
 
@@ -180,5 +185,5 @@ def _expiry(job: Job, at: Moment) -> list[Issue]:
     message = f"The job expired at {job.expires_at} (Unix ms)."
     fix = "It fails with error_code expired." if job.status == "queued" else "The next cleanup run deletes it."
     if at.suspect:
-        fix = "None while the clock is suspect. Check the clock; if it is right: jobctl clock accept"
+        fix = "None while the clock is suspect. Check the clock; if it is correct: jobctl clock accept"
     return [Issue("warning", "expires_at", message, fix)]

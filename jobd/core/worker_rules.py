@@ -51,7 +51,7 @@ def bulk(draft: Draft, command: Bulk) -> Response | ApiError:
     ids = [asked.id for asked in command.jobs if asked.id is not None]
     if len(ids) != len(set(ids)):
         twice = next(job_id for job_id in ids if ids.count(job_id) > 1)
-        return transitions.invalid("jobs", f"The id {twice} is in the list twice; give each job its own.")
+        return transitions.invalid("jobs", f"The id {twice} is in the list twice; give each job its own id.")
     answer = Response(JobList([]), status=201)
     for index, asked in enumerate(command.jobs):
         made = _create(draft, asked)
@@ -102,7 +102,7 @@ def _existing(draft: Draft, job_id: str, request_hash: str) -> Job | ApiError | 
     job = draft.book.get(job_id)
     if job is None or draft.book.request_hashes.get(job_id) == request_hash:
         return job
-    message = f"Job {job_id} exists and was created by another request. Use another id, or none."
+    message = f"Job {job_id} exists and was created by another request. Use another id, or omit it."
     return ApiError("job_exists", message, {"job_id": job_id, "status": job.status})
 
 
@@ -155,7 +155,7 @@ def _refuse_start(draft: Draft, job: Job) -> ApiError | None:
         return ApiError("not_due", message, {"run_at": job.run_at, "retry_after_ms": wait_ms})
     queue = job.options.queue
     if (pause := draft.book.paused.get(queue)) is not None:
-        message = f"Queue {queue} is paused {pause.describe()}. An operator resumes it: jobctl resume {queue}"
+        message = f"Queue {queue} is paused {pause.describe()}. An operator can resume it: jobctl resume {queue}"
         details = msgspec.to_builtins(views.paused_view(queue, pause))
         return ApiError("queue_paused", message, details)
     return None
@@ -405,7 +405,7 @@ def _held(draft: Draft, command: Holders, verb: str) -> Job | Response | ApiErro
         return transitions.job_answer(draft, job, repeated=True)
     if verb == "release" and ended.verb in ("complete", "fail"):
         return transitions.job_answer(draft, job, repeated=True)
-    message = f"This grant of job {job.id} was ended by {ended.verb} already; {verb} changes nothing."
+    message = f"This grant of job {job.id} already ended by {ended.verb}; {verb} changes nothing."
     return ApiError("invalid_transition", message, {"status": job.status, "ended_by": ended.verb, "ended_at": ended.at})
 
 
@@ -421,9 +421,9 @@ def _lock_lost(job: Job, lock_id: str) -> ApiError:
         what = f"it ended by {ended.rule}"
     else:
         details |= {"reason": "not_current", "at": job.updated_at, "rule": "the latest grant wins"}
-        what = "a later grant was made, or it never was one of this job"
+        what = "there is a later grant, or it never was a lock of this job"
     now = f"worker {holder} holds the job now" if holder else f"the job is {job.status}"
-    return ApiError("lock_lost", f"This lock of job {job.id} is lost: {what}; {now}. Stop the work.", details)
+    return ApiError("lock_lost", f"This lock of job {job.id} is lost: {what}; {now}. Stop working on the job.", details)
 
 
 def _past_ceiling(draft: Draft, job: Job) -> ApiError:

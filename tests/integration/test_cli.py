@@ -423,7 +423,7 @@ def test_many_jobs_are_planned_shown_and_done(jobctl: Ctl) -> None:
     assert (result["applied"], result["changed"]) == (2, [])
     code, out, err = jobctl.run("retry", "pl0", "pl1", "none", "-y")
     assert (code, out) == (4, "retry: 1 job done\n")
-    assert err == ("2 jobs left alone: Only failed and cancelled jobs are tried again. There is no such job.\n")
+    assert err == ("2 jobs left alone: Only failed and cancelled jobs can be retried. There is no such job.\n")
     assert jobctl.run("retry", "none", "-y") == (
         4,
         "",
@@ -824,7 +824,7 @@ def test_where_a_download_url_is_required_a_dry_run_promises_nothing_that_is_ref
         assert (code, lacks in shown) == (4, True)
         assert "but it cannot be adopted" in jobctl.json("why", "du1")["do"][0]
         assert lacks in jobctl.ok("late", "du1").splitlines()[-1]
-        missing = "download_url is missing; [validation] require_download_url asks for it [invalid_request]\n"
+        missing = "download_url is missing; [validation] require_download_url requires it [invalid_request]\n"
         code, err = jobctl.no(*move, "--dry-run")
         assert (code, err) == (
             4,
@@ -859,8 +859,8 @@ def _came_late(running: Running, jobctl: Ctl, *ids: str) -> None:
             running.client.complete_job(job_id, lock_id=grant.lock_id, file_path=f"/srv/{job_id}")
 
 
-_GOES: Final = "1 late result that nobody has adopted: it goes with the job."
-_INSTEAD: Final = "1 late result that nobody has adopted: see whether it can be adopted instead."
+_GOES: Final = "1 late result that was not adopted. It is deleted with the job."
+_INSTEAD: Final = "1 late result that was not adopted. Check whether it can be adopted instead."
 
 
 def test_what_came_late_is_told_before_it_is_lost(

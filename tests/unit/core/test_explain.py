@@ -57,7 +57,7 @@ def test_waiting_for_a_worker(desk: RuleHarness) -> None:
     assert view.because == f"It has been due for 5 s: {since}. It is the next of its kind."
     assert at_and_rule(view) == (None, "claim")
     assert view.do == ["List the workers: jobctl workers", "Start a worker: jobctl run --queue q -- CMD"]
-    assert "Other jobs are before it." in why(desk, "b").because
+    assert "Other jobs come first." in why(desk, "b").because
 
 
 def clause(desk: RuleHarness, job_id: str = "a") -> str:
@@ -156,7 +156,7 @@ def test_a_worker_waits(desk: RuleHarness) -> None:
     desk.create(queue="q")
     claims(desk, "w-1", waits=True)
     view = why(desk)
-    assert (clause(desk), view.blocked_by) == ("a worker waits for jobs like it", None)
+    assert (clause(desk), view.blocked_by) == ("a worker waits for such jobs", None)
     assert at_and_rule(view) == (NOW, "claim")
 
 
@@ -188,7 +188,7 @@ def test_one_that_nobody_wants_any_more_waits_for_nothing_but_its_end(desk: Rule
     assert view.because == "Its expires_at passed 5 s ago, so no worker gets it any more."
     assert (at_and_rule(view), view.blocked_by) == ((NOW + 5_010, "expires_at"), "expires_at")
     assert view.state == "queued"
-    assert view.do == ["If it is still wanted: jobctl force-reset a"]
+    assert view.do == ["If it is still needed: jobctl force-reset a"]
 
 
 def test_a_suspect_clock_fails_no_job_by_age(desk: RuleHarness) -> None:
@@ -214,9 +214,9 @@ def test_paused(desk: RuleHarness) -> None:
     view = why(desk)
     assert (view.state, view.blocked_by, view.next) == ("queued", "queue_paused", None)
     paused = "Queue default is paused by operator ana at 2023-11-14 22:13 UTC, until resumed: no reason given."
-    assert view.because == f"{paused} No job of it is granted."
+    assert view.because == f"{paused} None of its jobs is granted."
     assert view.do == [
-        "If operator ana no longer needs the pause: jobctl resume default. The pause gives no reason; ask first."
+        "If operator ana no longer needs the pause: jobctl resume default. The pause has no reason; ask first."
     ]
     desk.create("b", expires_at=NOW + 9)
     assert at_and_rule(why(desk, "b")) == (NOW + 9, "expires_at")
@@ -229,7 +229,7 @@ def test_a_pause_that_ends_by_itself_is_what_happens_next(desk: RuleHarness) -> 
     view = why(desk)
     assert at_and_rule(view) == (NOW + HOUR_MS, "pause")
     assert "paused by an operator at 2023-11-14 22:13 UTC, until 2023-11-14 23:13 UTC: deploy." in view.because
-    assert view.do == ["If an operator no longer needs the pause: jobctl resume default. The pause says: deploy"]
+    assert view.do == ["If an operator no longer needs the pause: jobctl resume default. Reason of the pause: deploy"]
     assert at_and_rule(why(desk, "b")) == (NOW + MINUTE_MS, "expires_at")
 
 
@@ -248,7 +248,7 @@ def test_what_brought_it_back(desk: RuleHarness) -> None:
     desk.accept(Fail(id="a", lock_id=desk.start(), error_message="out of memory", retry_after_ms=0))
     assert why(desk).because.endswith("Its last attempt failed: out of memory")
     desk.accept(Import(id="b", error_code="E"))  # an error without a word
-    assert why(desk, "b").because.endswith("Other jobs are before it.")
+    assert why(desk, "b").because.endswith("Other jobs come first.")
 
 
 def test_in_the_hands_of_a_worker(desk: RuleHarness) -> None:
@@ -290,7 +290,7 @@ def test_the_next_cleanup_run_is_named_if_recovery_is_left_to_it(desk: RuleHarne
     view = why(desk)
     assert view.next is not None
     assert view.next.what == (
-        "The next cleanup run recovers it (recover_every is 0): on_stall queues it again or fails it."
+        "The next cleanup run (recover_every is 0) ends its grant: on_stall puts it back into its queue or fails it."
     )
     assert at_and_rule(view) == (NOW + 45 * MINUTE_MS, "cleanup")
     desk.advance(HOUR_MS)
@@ -381,8 +381,8 @@ def test_a_processing_row_that_nobody_holds(desk: RuleHarness) -> None:
     desk.row(replace(whole, grant=None, lease=None))
     view = why(desk)
     assert (view.state, view.blocked_by, at_and_rule(view)) == ("processing", None, (NOW, "validation"))
-    assert view.because.startswith("The row says processing, but nobody holds the job.")
-    assert view.do == ["Run a pass now: jobctl cleanup"]
+    assert view.because.startswith("The row says processing, but no worker holds the job.")
+    assert view.do == ["Start a cleanup run: jobctl cleanup"]
     for half in ({"grant": None}, {"lease": None}):
         desk.row(replace(whole, **half))
         assert why(desk) == view
@@ -398,13 +398,13 @@ def test_finished(desk: RuleHarness) -> None:
     desk.accept(Fail(id="b", lock_id=desk.held("b"), error_message="boom"))
     view = why(desk, "b")
     assert (view.state, view.because, view.blocked_by) == ("failed", "It failed: boom", None)
-    assert view.do == ["Mend the cause, then run it again: jobctl force-reset b"]
+    assert view.do == ["Fix the cause, then run it again: jobctl force-reset b"]
     assert at_and_rule(view) == (desk.now + 30 * DAY_MS, "retention")
     desk.create("c")
     desk.accept(Cancel(id="c"))
     view = why(desk, "c")
     assert (view.state, view.because, view.blocked_by) == ("cancelled", "It was cancelled.", None)
-    assert view.do == ["If it is wanted after all: jobctl force-reset c"]
+    assert view.do == ["If it is needed after all: jobctl force-reset c"]
     assert at_and_rule(view) == (desk.now + 7 * DAY_MS, "retention")
 
 
@@ -474,7 +474,7 @@ def test_only_of_finished_jobs_the_timeline_is_asked(desk: RuleHarness) -> None:
 
 def test_rows_from_elsewhere(desk: RuleHarness) -> None:
     desk.accept(Import(id="a", status="failed"))
-    assert why(desk).because == "It failed: without a message."
+    assert why(desk).because == "It failed: no error message was recorded."
     desk.row(replace(desk.job(), expires_at=None))
     assert why(desk).next is None
     desk.row(replace(desk.job(), status="paused"))

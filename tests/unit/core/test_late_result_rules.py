@@ -91,7 +91,7 @@ def test_what_a_late_complete_brings_is_kept(desk: RuleHarness) -> None:
     assert refusal.message.endswith(f"as late result {kept.seq}; an operator can adopt it: jobctl adopt a")
     assert (event.type, event.by, event.before, event.after) == ("late_result", "worker:w-1", "queued", "queued")
     assert event.reason == (
-        "Worker w-1 completed the job after it had lost its lock; the job is queued. Its result is kept."
+        "Worker w-1 completed the job after its lock was lost; the job is queued. Its result is stored."
     )
     token = desk.tokens[-1]
     assert event.details == {"worker": "w-1", "fencing_token": token}
@@ -151,7 +151,7 @@ def test_also_beside_a_completed_job(desk: RuleHarness) -> None:
     lock_id = desk.start(worker="w-2")
     desk.accept(completing(lock_id, file_path="/first"))
     refusal = late(desk, completing(old))
-    assert refusal.message.endswith(f"Its result is kept as late result {desk.last().seq}.")
+    assert refusal.message.endswith(f"Its result is stored as late result {desk.last().seq}.")
     assert advice(desk) == []
 
 
@@ -275,7 +275,7 @@ def test_left_alone_since_it_is_taken() -> None:
     assert (view.status, view.progress, view.file_path, view.expires_at) == ("completed", 100, "/out", desk.now + 7)
     assert (event.type, event.by, event.before, event.after) == ("adopted", "worker:w-1", "queued", "completed")
     assert event.details == {"worker": "w-1", "fencing_token": desk.tokens[-1]}
-    assert "nobody had been given the job since" in (event.reason or "")
+    assert "no other worker got the job since" in (event.reason or "")
     assert job.finished_at == desk.now
     assert desk.late() == []
     assert desk.accept(completing(lock_id, expires_at=desk.now + 7)).repeated is True
@@ -429,7 +429,7 @@ def test_what_may_not_complete_a_job_is_kept() -> None:
     assert [kept.result.file_path for kept in desk.late()] == ["/out"]
     assert refusal.message.endswith(
         f"as late result {desk.last().seq}, but cannot be adopted: it has no download_url, which [validation] "
-        "require_download_url asks for."
+        "require_download_url requires."
     )
     lock_id = desk.start()
     desk.advance(LONG)
@@ -475,7 +475,7 @@ def test_the_one_that_is_named_or_that_of_the_latest_grant(desk: RuleHarness, na
     late(desk, completing(old, file_path="/old"))
     older, newer = desk.late()
     refusal = desk.reject(Adopt(id="a", result=1), "late_result_not_found", admin=True)
-    assert refusal.message == "Job a does not have the late result 1. See those that it has: jobctl late a"
+    assert refusal.message == "Job a has no late result 1. List its late results: jobctl late a"
     result = {"the older": older.seq, "the newer": newer.seq, "none": None}[named]
     desk.accept(Adopt(id="a", result=result), admin=True)
     assert desk.job().result == Result(file_path="/old" if named == "the older" else "/new")
@@ -486,11 +486,11 @@ def test_where_somebody_holds_it_that_is_said(desk: RuleHarness) -> None:
     desk.start(worker="w-2")
     refusal = desk.reject(Adopt(id="a"), "invalid_transition", admin=True)
     assert refusal.message == (
-        "Job a is processing. Worker w-2 holds it: let it end, or take the job from it first "
+        "Job a is processing. Worker w-2 holds it. Wait until it ends, or end its grant first "
         "(jobctl force-fail a), then adopt."
     )
     desk.row(replace(desk.job(), grant=None, lease=None))
-    assert "It is being worked on" in desk.reject(Adopt(id="a"), "invalid_transition", admin=True).message
+    assert "processing. Wait until it ends" in desk.reject(Adopt(id="a"), "invalid_transition", admin=True).message
 
 
 def test_completed_is_final(desk: RuleHarness) -> None:
@@ -513,7 +513,7 @@ def test_there_has_to_be_one(desk: RuleHarness) -> None:
     desk.create()
     refusal = desk.reject(Adopt(id="a"), "late_result_not_found", admin=True)
     assert (refusal.status, refusal.details) == (404, {"job_id": "a"})
-    assert "does not have a late result" in refusal.message
+    assert "has no late result" in refusal.message
     desk.reject(Adopt(id="b"), "job_not_found", admin=True)
 
 
@@ -526,8 +526,9 @@ def test_what_every_completed_job_must_have_it_must_have() -> None:
         assert refusal.details == {"field": "$.download_url"}
         assert refusal.message == (
             f"Late result {desk.late()[0].seq} cannot be adopted: it has no download_url, which [validation] "
-            "require_download_url asks for. If its work is whole, give an address yourself: "
-            "jobctl transition ID STATUS completed --set download_url=URL (what else is to stay is set there, too)"
+            "require_download_url requires. If the work is complete, set a URL yourself: "
+            "jobctl transition ID STATUS completed --set download_url=URL (also set the other fields that you want to "
+            "keep)"
         )
     desk.policy = Policy()
     assert desk.accept(Adopt(id="a"), admin=True).status == "completed"
@@ -580,19 +581,19 @@ def test_they_are_listed_from_the_disk(desk: RuleHarness) -> None:
 
 def test_why_says_what_to_do_with_one(desk: RuleHarness) -> None:
     late(desk, completing(stalled(desk, worker="w-7")))
-    assert advice(desk)[0] == "A late result of worker w-7 is there. To take it: jobctl adopt a"
+    assert advice(desk)[0] == "Worker w-7 submitted a late result. To adopt it: jobctl adopt a"
     desk.start(worker="w-2")
-    assert advice(desk)[0].endswith("To take it: jobctl force-fail a, then jobctl adopt a")
+    assert advice(desk)[0].endswith("To adopt it: jobctl force-fail a, then jobctl adopt a")
 
 
 def test_why_promises_no_adoption_that_would_be_refused(desk: RuleHarness) -> None:
     late(desk, completing(stalled(desk, worker="w-7")))
     desk.policy = Policy(require_download_url=True)
     lacks = (
-        "A late result of worker w-7 is there, but it cannot be adopted: it has no download_url, which [validation] "
-        "require_download_url asks for. Look at it: jobctl late a. If it is whole: "
+        "Worker w-7 submitted a late result, but it cannot be adopted: it has no download_url, which [validation] "
+        "require_download_url requires. Inspect it: jobctl late a. If the work is complete: "
     )
-    too = " (what else of it is to stay is set there, too)"
+    too = " (also set the other fields that you want to keep)"
     assert advice(desk)[0] == f"{lacks}jobctl transition a queued completed --set download_url=URL{too}"
     lock_id = desk.start(worker="w-8")
     by_hand = f"jobctl force-fail a, then jobctl transition a failed completed --set download_url=URL{too}"
@@ -603,7 +604,7 @@ def test_why_promises_no_adoption_that_would_be_refused(desk: RuleHarness) -> No
     desk.accept(ForceFail(id="a"), admin=True)
     refused = late(desk, completing(lock_id, download_url="u"))
     assert refused.message.endswith("an operator can adopt it: jobctl adopt a")
-    assert advice(desk)[0] == "A late result of worker w-8 is there. To take it: jobctl adopt a"
+    assert advice(desk)[0] == "Worker w-8 submitted a late result. To adopt it: jobctl adopt a"
 
 
 def test_why_names_the_late_result_that_can_be_adopted_where_it_is_not_the_latest() -> None:
@@ -613,7 +614,7 @@ def test_why_names_the_late_result_that_can_be_adopted_where_it_is_not_the_lates
     late(desk, completing(locks[0], download_url="u"))
     late(desk, completing(locks[1]))
     named = f"jobctl adopt a --result {desk.late()[0].seq}"
-    assert advice(desk)[0] == f"A late result of worker w-7 is there. To take it: {named}"
+    assert advice(desk)[0] == f"Worker w-7 submitted a late result. To adopt it: {named}"
 
 
 def test_of_several_the_one_of_the_latest_grant_is_named_before_all_other_advice(desk: RuleHarness) -> None:
@@ -624,7 +625,7 @@ def test_of_several_the_one_of_the_latest_grant_is_named_before_all_other_advice
     queued = advice(desk)
     for lock_id in reversed(locks):
         late(desk, completing(lock_id))
-    assert advice(desk) == ["A late result of worker w-8 is there. To take it: jobctl adopt a", *queued]
+    assert advice(desk) == ["Worker w-8 submitted a late result. To adopt it: jobctl adopt a", *queued]
     desk.start(worker="w-8")
     assert advice(desk)[1:] == held
 
@@ -681,9 +682,9 @@ CALLS: dict[str, Any] = {
 }
 WORDS = {
     "progress": "reported progress",
-    "extend": "asked for more time",
+    "extend": "requested an extension",
     "fail": "failed the job",
-    "release": "gave the job back",
+    "release": "released the job",
     "complete": "completed the job",
 }
 
@@ -711,7 +712,7 @@ def test_the_first_refused_call_of_an_ended_grant_is_told_with_what_it_said(drop
     event = desk.last()
     assert (event.type, event.by, event.before, event.after) == ("late_call", "worker:w-1", "failed", "failed")
     assert event.reason == (
-        f"Worker w-1 {WORDS[verb]} after it had lost its lock (force-fail); the job is failed. The call was refused."
+        f"Worker w-1 {WORDS[verb]} after its lock was lost (force-fail); the job is failed. The call was rejected."
     )
     said = {"verb": verb, "worker": "w-1", "fencing_token": desk.tokens[-1], **CALLS[verb][2]}
     assert event.details == said
@@ -743,7 +744,7 @@ def test_each_grant_is_told_of_by_itself_and_a_holder_beside_it_is_named(desk: R
     late(desk, call("extend", first), kept=False, told=True)
     second = desk.start(worker="w-2")
     late(desk, call("progress", first), kept=False, told=True)
-    assert (desk.last().reason or "").endswith("(recovery); worker w-2 holds the job. The call was refused.")
+    assert (desk.last().reason or "").endswith("(recovery); worker w-2 holds the job. The call was rejected.")
     desk.accept(call("progress", second))
     desk.accept(ForceReset(id="a"), admin=True)
     late(desk, call("progress", second), kept=False, told=True)

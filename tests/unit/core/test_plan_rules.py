@@ -96,7 +96,7 @@ def test_to_time_signs_of_life_are_a_change() -> None:
 def test_of_late_results_a_cleanup_tells_those_that_it_deletes() -> None:
     stuck, old = PlannedJob("a", "processing", "queued", 1), PlannedJob("b", "failed", None, 2)
     assert plan_late_results_note("cleanup", [stuck]) is None
-    said = "It has 2 late results that nobody has adopted: they go with the job."
+    said = "It has 2 late results that were not adopted. They are deleted with the job."
     assert plan_late_results_note("cleanup", [stuck, old]) == said
     assert plan_late_results_note("retry", [stuck]) is not None
 
@@ -233,7 +233,7 @@ async def test_a_plan_of_time_says_what_a_pass_would_do_and_does_it_once() -> No
         assert moves(plan) == [("stuck", "processing", "queued"), ("late", "queued", "failed"), ("old", "failed", None)]
         assert (plan.filter, plan.more, plan.next_cursor, plan.skipped) == (None, False, None, [])
         assert plan.scope is not None
-        assert "what a pass would mend is not part of a plan" in plan.scope
+        assert "validation fixes are not part of a plan" in plan.scope
         assert (await house.yes(Get(id="stuck"))).status == "processing", "nothing is done yet"
         result = await applied(planner)
         assert (result.applied, result.changed, result.refused) == (3, [], [])

@@ -333,7 +333,7 @@ def test_a_dry_run_of_a_take_back_changes_nothing(desk: RuleHarness) -> None:
 
 def test_only_the_jobs_of_a_silent_worker_are_taken_back(desk: RuleHarness) -> None:
     unknown = desk.reject(TakeBack(name="nobody"), "worker_not_found", admin=True)
-    assert unknown.message == "No worker nobody was seen since the start. List the workers: jobctl workers"
+    assert unknown.message == "Worker nobody has not been seen since the start. List the workers: jobctl workers"
     desk.held("a", worker="w")
     said = desk.reject(TakeBack(name="w"), "worker_not_silent", admin=True)
     assert said.message == (

@@ -507,7 +507,7 @@ def test_a_job_that_nobody_took_says_so_and_nothing_of_an_error_without_words(de
     error = desk.job().error
     assert error is not None
     assert error.message == (
-        "Its expires_at passed before a worker took the job. Create it again if it is still wanted."
+        "Its expires_at passed before a worker took the job. Create it again if it is still needed."
     )
 
 
@@ -519,7 +519,7 @@ def test_a_job_that_expires_while_it_waits_for_another_try_says_what_the_last_on
     error = desk.job().error
     assert error is not None
     assert error.message is not None
-    assert error.message.startswith("Its expires_at passed while it waited to be tried again.")
+    assert error.message.startswith("Its expires_at passed while it waited for a retry.")
     assert error.message.endswith("Its last attempt failed: the disk exploded" + "!" * (500 - 17))
     assert error.code == "expired"
 
@@ -1264,7 +1264,7 @@ def test_another_ending_after_the_first_changes_nothing(desk: RuleHarness, verb:
         return
     refusal = desk.reject(others[second], "invalid_transition")
     assert refusal.details == {"status": desk.job().status, "ended_by": verb, "ended_at": NOW}
-    assert refusal.message == f"This grant of job a was ended by {verb} already; {second} changes nothing."
+    assert refusal.message == f"This grant of job a already ended by {verb}; {second} changes nothing."
 
 
 def test_the_next_ended_grant_takes_the_place_of_the_last(desk: RuleHarness) -> None:
@@ -1417,7 +1417,7 @@ def test_without_a_grant_or_its_lease_a_job_is_stuck_at_once(desk: RuleHarness, 
     assert transitions.is_stuck(desk.job(), desk.lease)
     desk.start(worker="w-2")
     stalled = desk.events[-2]
-    assert (stalled.type, stalled.reason) == ("stalled", "The job was processing, but nobody held it.")
+    assert (stalled.type, stalled.reason) == ("stalled", "The job was processing, but no worker held it.")
     assert stalled.details == {"worker": None if missing == "grant" else "w-1", "progress": 0, "stalls": 1}
 
 
@@ -1710,10 +1710,10 @@ def test_force_reset_starts_anew(desk: RuleHarness) -> None:
     ("status", "command", "to", "words"),
     [
         ("completed", ForceFail(id="a"), "failed", "Only a queued or processing job can be failed."),
-        ("queued", ForceReset(id="a"), "queued", "It waits already."),
+        ("queued", ForceReset(id="a"), "queued", "It is already waiting."),
         ("completed", ForceReset(id="a"), "queued", "completed is final; create a new job instead."),
         ("processing", RunNow(id="a"), "queued", "Only a queued job can be run now."),
-        ("completed", Update(id="a", priority=1), "completed", "completed is final: nothing of it can be changed."),
+        ("completed", Update(id="a", priority=1), "completed", "completed is final: it cannot be changed."),
         ("queued", Delete(id="a"), "deleted", "Only a finished job can be deleted: cancel it first."),
         ("failed", Cancel(id="a"), "cancelled", "Only a queued or processing job can be cancelled."),
     ],

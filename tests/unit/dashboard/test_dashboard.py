@@ -1158,7 +1158,7 @@ async def test_a_plan_of_what_time_would_do_is_shown_and_applied(town: Town, mon
     assert_safe(heard)
     page = text(heard)
     assert "Plan: clean up 1 job" in page
-    assert "what a pass would mend is not part of a plan" in page
+    assert "validation fixes are not part of a plan" in page
     assert "Found among" not in page
     assert "There are more" in page or "There may be more" in page
     assert "jobctl cleanup --dry-run" in page
@@ -1181,7 +1181,7 @@ async def test_selected_jobs_are_planned_shown_and_done_once(town: Town) -> None
     page = text(heard)
     assert "Plan: retry 2 jobs" in page
     assert re.search(r'<li>2 <span class="status failed">failed</span> .*<span class="status queued">', page)
-    assert "1 is left alone: Only failed and cancelled jobs are tried again." in page
+    assert "1 is left alone: Only failed and cancelled jobs can be retried." in page
     assert "&lt;again&gt;" in page
     assert re.findall(r'href="/jobs/([a-z]+)"', page) == ["a", "b", "waits"]
     assert await town.status("a") == "failed", "nothing is done yet"
@@ -1397,9 +1397,9 @@ async def test_what_comes_late_is_not_deleted_unseen(town: Town) -> None:
     heard = await browser.post("/jobs/held/do", **seen, reason="")
     assert heard.status == 409
     assert "has moved since you looked" in text(heard)
-    goes = "It has 1 late result that nobody has adopted: it goes with the job."
+    goes = "It has 1 late result that was not adopted. It is deleted with the job."
     assert goes in text(await browser.get("/jobs/held/confirm?verb=delete"))
-    instead = "It has 1 late result that nobody has adopted: see whether it can be adopted instead."
+    instead = "It has 1 late result that was not adopted. Check whether it can be adopted instead."
     assert instead in text(await browser.get("/jobs/held/confirm?verb=force-reset"))
     assert "late result" not in text(await browser.get("/jobs/held/confirm?verb=run-now"))
     assert (await browser.confirmed("held", "delete")).status == 303
@@ -1425,13 +1425,13 @@ async def test_a_plan_names_the_jobs_to_which_work_came_late(town: Town) -> None
     browser = await town.browser()
     await planned(browser, "/jobs?status=failed", action="delete", scope="all")
     page = text(await browser.get("/plans/plan-1"))
-    assert "1 of these jobs has 1 late result that nobody has adopted: it goes with the job." in page
+    assert "1 of these jobs has 1 late result that was not adopted. It is deleted with the job." in page
     section = page[page.index('aria-labelledby="h-late"') :].partition("</section>")[0]
     assert re.findall(r'href="/jobs/(\w+)"', section) == ["held"]
     await planned(browser, "/jobs?status=failed", "a", action="delete", scope="selected")
     assert "late result" not in text(await browser.get("/plans/plan-2"))
     await planned(browser, "/jobs?status=failed", "held", action="retry", scope="selected")
-    assert "see whether it can be adopted instead." in text(await browser.get("/plans/plan-3"))
+    assert "Check whether it can be adopted instead." in text(await browser.get("/plans/plan-3"))
 
 
 async def test_what_came_late_is_shown_and_adopted(town: Town) -> None:
@@ -1606,7 +1606,7 @@ async def test_a_job_is_run_now_and_a_finished_one_deleted(town: Town) -> None:
 
 async def refused_as_moved(browser: Browser, job_id: str, fields: dict[str, str]) -> None:
     heard = await browser.post(f"/jobs/{job_id}/do", **fields)
-    assert (heard.status, "The job has moved since you looked" in text(heard)) == (409, True)
+    assert (heard.status, "The job has changed since you read it" in text(heard)) == (409, True)
     assert_safe(heard)
 
 

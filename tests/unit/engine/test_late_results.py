@@ -147,7 +147,7 @@ async def test_why_shows_the_location_of_a_late_result_on_disk() -> None:
     async with checked_engine(disk) as engine:
         await engine.no(complete(await lose_lock(engine), download_url="u"))
     async with checked_engine(disk, policy=Policy(require_download_url=True)) as engine:
-        assert (await engine.yes(Why(id="a"))).do[0].endswith("To take it: jobctl adopt a")
+        assert (await engine.yes(Why(id="a"))).do[0].endswith("To adopt it: jobctl adopt a")
 
 
 @in_virtual_time

@@ -256,15 +256,19 @@ def test_a_change_that_was_taken_back_is_a_change() -> None:
     [
         ("delete", [0, 0], None),
         ("retry", [], None),
-        ("delete", [1], "It has 1 late result that nobody has adopted: it goes with the job."),
-        ("delete", [0, 2], "1 of these jobs has 2 late results that nobody has adopted: they go with the job."),
-        ("delete", [1, 1], "2 of these jobs have 2 late results that nobody has adopted: they go with the jobs."),
+        ("delete", [1], "It has 1 late result that was not adopted. It is deleted with the job."),
+        ("delete", [0, 2], "1 of these jobs has 2 late results that were not adopted. They are deleted with the job."),
+        (
+            "delete",
+            [1, 1],
+            "2 of these jobs have 2 late results that were not adopted. They are deleted with the jobs.",
+        ),
         (
             "force-fail",
             [1, 0],
-            "1 of these jobs has 1 late result that nobody has adopted: see whether it can be adopted instead.",
+            "1 of these jobs has 1 late result that was not adopted. Check whether it can be adopted instead.",
         ),
-        ("retry", [3], "It has 3 late results that nobody has adopted: see whether they can be adopted instead."),
+        ("retry", [3], "It has 3 late results that were not adopted. Check whether they can be adopted instead."),
     ],
 )
 def test_what_is_said_of_late_results(action: PlanAction, late: list[int], note: str | None) -> None:
@@ -291,7 +295,7 @@ async def test_a_plan_says_what_would_be_done_and_does_it() -> None:
             ("b", "failed", "queued"),
             ("a", "failed", "queued"),
         ]
-        assert (plan.filter, plan.scope) == (PlanFilter(), "Only failed and cancelled jobs are tried again.")
+        assert (plan.filter, plan.scope) == (PlanFilter(), "Only failed and cancelled jobs can be retried.")
         assert (plan.count, plan.skipped_count, plan.more, plan.next_cursor, plan.result) == (2, 0, False, None, None)
         assert plan.expires_at - plan.made_at == plans.KEPT_MS
         assert (await house.yes(Get(id="a"))).status == "failed"
@@ -618,7 +622,7 @@ async def test_jobs_that_the_action_does_nothing_to_are_not_looked_at() -> None:
         assert ([job.id for job in plan.jobs], plan.more) == (["needle"], False)
         plan = await made(planner, action="retry", filter=PlanFilter(status="queued"))
         assert (plan.count, plan.skipped_count, plan.more) == (0, 0, False)
-        assert plan.scope == "Only failed and cancelled jobs are tried again."
+        assert plan.scope == "Only failed and cancelled jobs can be retried."
 
 
 @pytest.mark.usefixtures("small")
