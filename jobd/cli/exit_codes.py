@@ -39,7 +39,7 @@ _BY_CODE: Final = {
     "too_many_jobs": TRY_AGAIN,
     "too_many_queues": TRY_AGAIN,
     "unreachable": UNREACHABLE,
-    "bad_answer": UNREACHABLE,
+    "bad_response": UNREACHABLE,
 }
 
 

@@ -11,7 +11,7 @@ from jobd.client.endpoint import Endpoint, admin_endpoint, default_socket, parse
 from jobd.client.errors import (
     ERRORS,
     AlreadyLocked,
-    BadAnswer,
+    BadResponse,
     EventsGone,
     ExpectationFailed,
     Forbidden,
@@ -54,18 +54,19 @@ from jobd.model.responses import ImportPreview, ImportResult, PreviewedLine, Rej
 if TYPE_CHECKING:
     from jobd.client.aio import AsyncAdminClient, AsyncJobClient
     from jobd.client.worker.command_worker import CommandWorker
-    from jobd.client.worker.worker import Discard, Retry, Stopped, SyncTask, Task, Worker
+    from jobd.client.worker.task import Discard, Retry, Stopped, SyncTask, Task
+    from jobd.client.worker.worker import Worker
 
 # Blocking programs do not need aiohttp, which takes 0.2 s to import.
 _LATER = {
     "AsyncAdminClient": "jobd.client.aio",
     "AsyncJobClient": "jobd.client.aio",
     "CommandWorker": "jobd.client.worker.command_worker",
-    "Discard": "jobd.client.worker.worker",
-    "Retry": "jobd.client.worker.worker",
-    "Stopped": "jobd.client.worker.worker",
-    "SyncTask": "jobd.client.worker.worker",
-    "Task": "jobd.client.worker.worker",
+    "Discard": "jobd.client.worker.task",
+    "Retry": "jobd.client.worker.task",
+    "Stopped": "jobd.client.worker.task",
+    "SyncTask": "jobd.client.worker.task",
+    "Task": "jobd.client.worker.task",
     "Worker": "jobd.client.worker.worker",
 }
 
@@ -82,7 +83,7 @@ __all__ = [
     "AlreadyLocked",
     "AsyncAdminClient",
     "AsyncJobClient",
-    "BadAnswer",
+    "BadResponse",
     "CommandWorker",
     "Discard",
     "Endpoint",

@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 from msgspec import Struct
 
-from jobd.client.errors import BadAnswer, JobdError, Unreachable
+from jobd.client.errors import BadResponse, JobdError, Unreachable
 from jobd.client.protocol import NDJSON_TYPE, ApiRequest, ApiResponse
 
 COMMANDS: Final = "/v1/commands"
@@ -181,7 +181,7 @@ class _StreamConnection:
         except (aiohttp.ClientError, OSError) as broken:
             error = Unreachable(f"The stream of commands broke: {str(broken) or type(broken).__name__}.")
         except (msgspec.DecodeError, IndexError) as strange:
-            error = BadAnswer(f"The stream of commands cannot be read ({strange}): is this the right port?")
+            error = BadResponse(f"The stream of commands cannot be read ({strange}): is this the right port?")
         finally:
             self.is_over = True
             for pending in self._pending:

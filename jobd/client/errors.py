@@ -265,10 +265,10 @@ class Unreachable(JobdError):
     code = "unreachable"
 
 
-class BadAnswer(JobdError):
+class BadResponse(JobdError):
     """The response is not one of jobd: it is from another program, or another version."""
 
-    code = "bad_answer"
+    code = "bad_response"
 
 
 def _text(value: object) -> str | None:

@@ -7,7 +7,7 @@ from typing import Final
 
 import msgspec
 
-from jobd.client.errors import BadAnswer, JobdError
+from jobd.client.errors import BadResponse, JobdError
 from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, raise_error, with_query
 from jobd.model.events import StreamedEvent
 
@@ -86,16 +86,16 @@ class EventSubscription:
             raise_error(response)
         content_type = response.headers.get("content-type", "")
         if response.status != 200 or not content_type.startswith(_CONTENT_TYPE):
-            raise BadAnswer(
+            raise BadResponse(
                 f"HTTP {response.status} with content type {content_type!r} is not a stream of events.",
                 status=response.status,
             )
 
     def read(self, chunk: bytes) -> list[StreamedEvent]:
-        """Return the events that end in `chunk`. Raises BadAnswer if it cannot be read."""
+        """Return the events that end in `chunk`. Raises BadResponse if it cannot be read."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         if len(self._rest) > _LINE_BYTES:
-            raise BadAnswer("The stream of events has a line without an end.")
+            raise BadResponse("The stream of events has a line without an end.")
         return [event for line in lines if (event := self._read_line(line.rstrip(b"\r"))) is not None]
 
     def _read_line(self, line: bytes) -> StreamedEvent | None:
@@ -115,7 +115,7 @@ class EventSubscription:
         try:
             return _decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BadAnswer(f"An event of the stream cannot be read ({error}).") from error
+            raise BadResponse(f"An event of the stream cannot be read ({error}).") from error
 
 
 def _joined(names: str | Iterable[str] | None) -> str | None:

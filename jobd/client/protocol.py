@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 from msgspec import UNSET, Struct
 
-from jobd.client.errors import ERRORS, BadAnswer, InvalidRequest, JobdError, Unreachable
+from jobd.client.errors import ERRORS, BadResponse, InvalidRequest, JobdError, Unreachable
 from jobd.model.responses import GrantView, JobView
 
 T = TypeVar("T")
@@ -171,13 +171,13 @@ def job_path(base: str, job_id: str, verb: str = "") -> str:
 
 
 def read_result(request: ApiRequest[T], response: ApiResponse) -> T:
-    """Return the typed result. Raises the JobdError in the response, or BadAnswer if the response is not of jobd."""
+    """Return the typed result. Raises the JobdError in the response, or BadResponse if the response is not of jobd."""
     if response.status >= 400:
         raise_error(response)
     try:
         return request.read(response.body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BadAnswer(
+        raise BadResponse(
             f"{request.method} {request.path}: the response cannot be read ({error}).", status=response.status
         ) from error
 
@@ -206,7 +206,7 @@ def _foreign_error(response: ApiResponse) -> JobdError:
     """Return the error for a response that is not the daemon's: of a proxy before it, or of another program."""
     if response.status in (502, 503, 504):
         return Unreachable(f"A proxy before the daemon responded with HTTP {response.status}.", status=response.status)
-    return BadAnswer(
+    return BadResponse(
         f"HTTP {response.status} without the daemon's error object: is this the right port?", status=response.status
     )
 

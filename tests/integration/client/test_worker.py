@@ -22,7 +22,7 @@ from jobd.client import (
     Task,
     Worker,
 )
-from jobd.client.worker import worker as client_worker
+from jobd.client.worker import handlers
 from tests.support.client_harness import (
     finished,
     running_worker,
@@ -223,7 +223,7 @@ async def test_an_error_of_any_class_fails_its_job_not_the_worker(
 async def test_a_message_that_json_cannot_express_is_escaped(
     client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_worker.logger, "disabled", True)  # pytest-xdist cannot send such a message
+    monkeypatch.setattr(handlers.logger, "disabled", True)  # pytest-xdist cannot send such a message
     worker = Worker(client, queues=[queue])
 
     @worker.handler

@@ -25,8 +25,7 @@ from jobd.client import (
     Task,
     Worker,
 )
-from jobd.client.worker import lease
-from jobd.client.worker import worker as client_worker
+from jobd.client.worker import handlers, lease
 from jobd.client.worker.lease import LeaseKeeper
 from tests.support.client_harness import (
     finished,
@@ -68,8 +67,8 @@ async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A client in another thread reads the job, because this loop is blocked."""
-    monkeypatch.setattr(client_worker, "LAG_S", 0.2)
-    monkeypatch.setattr(client_worker, "MEASURE_S", 0.1)
+    monkeypatch.setattr(handlers, "LAG_S", 0.2)
+    monkeypatch.setattr(handlers, "MEASURE_S", 0.1)
     worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
 
     @worker.handler
@@ -201,7 +200,7 @@ async def test_a_handler_is_stopped_after_its_timeout(
 async def test_a_thread_that_continues_after_its_timeout_counts_against_concurrency(
     client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(client_worker, "STOP_S", 0.05)
+    monkeypatch.setattr(handlers, "STOP_S", 0.05)
     worker = Worker(client, queues=[queue], timeout=0.1)
     go = threading.Event()
 
@@ -239,7 +238,7 @@ async def test_a_handler_that_ends_before_its_timeout_completes_its_job(client: 
 async def test_progress_after_the_end_of_a_run_is_an_error(
     client: AsyncJobClient, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_worker, "STOP_S", 0.05)
+    monkeypatch.setattr(handlers, "STOP_S", 0.05)
     worker = Worker(client, queues=[queue], timeout=0.1)
     errors: list[Exception] = []
     go = asyncio.Event()

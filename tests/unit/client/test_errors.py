@@ -16,7 +16,7 @@ from jobd.model.errors import ERROR_STATUS
 
 
 def test_every_error_code_has_an_exception_with_its_status() -> None:
-    ours = {code: kind.status for code, kind in ERRORS.items() if code not in ("unreachable", "bad_answer")}
+    ours = {code: kind.status for code, kind in ERRORS.items() if code not in ("unreachable", "bad_response")}
     assert ours == ERROR_STATUS
     assert {kind.__name__ for kind in ERRORS.values()} <= set(jobd.client.__all__)
 

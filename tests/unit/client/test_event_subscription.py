@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jobd.client import (
     AsyncJobClient,
-    BadAnswer,
+    BadResponse,
     EventsGone,
     JobClient,
     JobdError,
@@ -107,11 +107,11 @@ def test_another_response_is_not_a_stream_of_events() -> None:
     subscription = subscribe(EVENTS)
     subscription.begin(ApiResponse(200, {"content-type": "text/event-stream; charset=utf-8"}, b""))
     for reply in (ApiResponse(200, {"content-type": "text/html"}, b""), ApiResponse(302, {}, b"")):
-        with pytest.raises(BadAnswer, match="not a stream of events"):
+        with pytest.raises(BadResponse, match="not a stream of events"):
             subscription.begin(reply)
-    with pytest.raises(BadAnswer, match="cannot be read"):
+    with pytest.raises(BadResponse, match="cannot be read"):
         subscription.read(b"data: {}\n\n")
-    with pytest.raises(BadAnswer, match="line without an end"):
+    with pytest.raises(BadResponse, match="line without an end"):
         subscription.read(b"x" * (17 << 20))
 
 
@@ -153,7 +153,7 @@ def test_the_first_connection_is_retried_like_other_calls(
 @both
 def test_a_stream_without_follow_ends_at_its_end(server: ScriptedServer, endpoint: str, listen: Listen) -> None:
     server.early = [ScriptedServer.cut(b"no head of ours", chunked=True)]
-    assert isinstance(listen(endpoint, last=3, follow=False)[1], BadAnswer)
+    assert isinstance(listen(endpoint, last=3, follow=False)[1], BadResponse)
     server.script = [stream(2, 3, start=1)]
     assert listen(endpoint, last=3, follow=False) == ([2, 3], None)
     assert server.received[-1].path == "/v1/events?last=3&follow=false"

@@ -9,7 +9,7 @@ import pytest
 
 from jobd.client import (
     ERRORS,
-    BadAnswer,
+    BadResponse,
     JobdError,
     Overloaded,
     RetryOptions,
@@ -72,8 +72,8 @@ def test_an_error_of_a_proxy_means_unreachable(status: int) -> None:
         (b'{"success":true,"data":' + b"[" * 3000 + b"]" * 3000 + b"}", 200),
     ],
 )
-def test_a_response_of_another_program_is_a_bad_answer(body: Any, status: int) -> None:
-    with pytest.raises(BadAnswer):
+def test_a_response_of_another_program_is_a_bad_response(body: Any, status: int) -> None:
+    with pytest.raises(BadResponse):
         read_result(READ, _reply(body, status))
 
 

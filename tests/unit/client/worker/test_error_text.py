@@ -11,7 +11,7 @@ from jobd.client import (
     Retry,
 )
 from jobd.client.protocol import job_path
-from jobd.client.worker.worker import _failure_options, _message
+from jobd.client.worker.handlers import failure_message, failure_options
 
 
 def raised(error: Callable[[], Any]) -> str:
@@ -19,7 +19,7 @@ def raised(error: Callable[[], Any]) -> str:
     try:
         error()
     except BaseException as caught:
-        return _message(caught)
+        return failure_message(caught)
     raise AssertionError("nothing was raised")
 
 
@@ -39,8 +39,8 @@ def test_a_long_message_keeps_its_first_line_and_its_end() -> None:
         raise ValueError("x" * 10_000)
 
     assert raised(long) == "ValueError: " + "x" * (4096 - 13) + "…"
-    assert _message(Discard("")) == "Discard"
-    assert _failure_options(Retry(after_ms=5)) == {"error_code": "Retry", "retry_after_ms": 5}
+    assert failure_message(Discard("")) == "Discard"
+    assert failure_options(Retry(after_ms=5)) == {"error_code": "Retry", "retry_after_ms": 5}
 
 
 def test_the_message_has_the_chain_notes_and_group_of_an_error() -> None:
@@ -67,8 +67,8 @@ def test_the_message_has_the_chain_notes_and_group_of_an_error() -> None:
 
 
 def test_an_error_without_frames_of_the_handler_is_one_line() -> None:
-    assert _message(asyncio.CancelledError()) == "CancelledError"
-    assert _message(TypeError("no result")) == "TypeError: no result"
+    assert failure_message(asyncio.CancelledError()) == "CancelledError"
+    assert failure_message(TypeError("no result")) == "TypeError: no result"
     assert "client" + "/protocol.py" not in raised(lambda: job_path("/v1/jobs", ""))
 
 
@@ -77,6 +77,6 @@ def test_an_error_whose_str_raises_has_a_message() -> None:
         def __str__(self) -> str:
             raise ValueError("no text")
 
-    assert _message(Broken()) == "Broken: <exception str() failed>"
-    assert _message(OSError("no such file: \udcff\x00")) == "OSError: no such file: \\udcff\\x00"
-    assert _message(Retry("line one\nline two")) == "line one\nline two"
+    assert failure_message(Broken()) == "Broken: <exception str() failed>"
+    assert failure_message(OSError("no such file: \udcff\x00")) == "OSError: no such file: \\udcff\\x00"
+    assert failure_message(Retry("line one\nline two")) == "line one\nline two"

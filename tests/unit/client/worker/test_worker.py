@@ -16,7 +16,7 @@ from jobd.client import (
     Worker,
 )
 from jobd.client.worker.claimer import describe_process
-from jobd.client.worker.worker import _result
+from jobd.client.worker.handlers import merged_result
 
 
 def test_wrong_use_of_the_decorator_is_a_type_error() -> None:
@@ -62,12 +62,12 @@ def test_wrong_use_of_the_decorator_is_a_type_error() -> None:
     ],
 )
 def test_the_return_value_is_the_result(given: dict[str, Any], returned: Any, result: dict[str, Any]) -> None:
-    assert _result(given, returned) == result
+    assert merged_result(given, returned) == result
 
 
 def test_keys_cannot_be_added_to_metadata_that_is_not_a_dict() -> None:
     with pytest.raises(TypeError, match="needs a dict"):
-        _result({}, {"metadata": [1], "other": 2})
+        merged_result({}, {"metadata": [1], "other": 2})
 
 
 def test_a_worker_needs_one_handler_for_each_kind() -> None:

@@ -1,0 +1,239 @@
+"""Run handlers on the event loop of the caller or in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Coroutine
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from jobd.client.worker.aio_utils import first_of, within
+from jobd.client.worker.error_text import describe_error, fitted, safe_text
+from jobd.client.worker.lease import LeaseKeeper
+from jobd.client.worker.runner import STOP_S
+from jobd.client.worker.service_thread import Log, call_on
+from jobd.client.worker.task import BaseTask, Discard, Retry, SyncTask, Task
+
+RESULT_FIELDS: Final = frozenset({"download_url", "file_path", "storage_key", "metadata"})
+logger = logging.getLogger("jobd.client")
+LAG_S: Final = 5.0  # an event loop that is blocked for longer is logged
+MEASURE_S: Final = 1.0  # between two measurements of the lag
+
+
+class RegisteredHandler(NamedTuple):
+    function: Callable[[Any], Any]
+    timeout_s: float | None
+
+
+class HandlerLoop:
+    """The service thread's access to the event loop and context in which the worker was started."""
+
+    def __init__(self, log: Log) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._context = contextvars.copy_context()
+        self._log = log
+        self._jobs: dict[asyncio.Task[Any], str] = {}
+
+    @property
+    def context(self) -> contextvars.Context:
+        """A copy of the context, for one handler."""
+        return self._context.copy()
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Call `function` on the loop soon. Thread-safe."""
+        call_on(self._loop, function, context=self.context)
+
+    def begin(self, work: Coroutine[Any, Any, Any], job_id: str) -> asyncio.Task[Any]:
+        """Start a task for this job. Called on the loop."""
+        task = self._loop.create_task(work, name=f"job {job_id}")
+        self._jobs[task] = job_id
+        task.add_done_callback(self._jobs.pop)
+        return task
+
+    async def watch(self) -> None:
+        """Measure, in the service thread, how long the loop is blocked and how long this thread does not run."""
+        here = asyncio.get_running_loop()
+        while True:
+            called_s, ran = here.time(), asyncio.Event()
+            self.call(functools.partial(call_on, here, ran.set))
+            if not await within(LAG_S, ran) and self._jobs:
+                jobs = self._running()
+                self._log(
+                    f"{jobs}: the event loop of the handlers is blocked for {here.time() - called_s:.1f} s. Locks "
+                    "are extended, but other async handlers wait. Use asyncio.to_thread or a plain handler."
+                )
+                await ran.wait()
+                self._log(f"{jobs}: the event loop of the handlers runs again, after {here.time() - called_s:.1f} s.")
+            called_s = here.time()
+            await asyncio.sleep(MEASURE_S)
+            if (late_s := here.time() - called_s - MEASURE_S) >= LAG_S:
+                self._log(
+                    f"{self._running()}: no thread ran for {late_s:.1f} s, so no lock was extended. "
+                    "Does an extension hold the GIL?"
+                )
+
+    def _running(self) -> str:
+        """Name the job whose task is running now, or all jobs that may be."""
+        task = asyncio.current_task(self._loop)
+        jobs = [self._jobs[task]] if task in self._jobs else list(self._jobs.values())
+        return f"job {', '.join(jobs)}" if jobs else "no async job"
+
+
+class _HandlerExecution(ABC):
+    """The run of a handler for one job. Created and read in the service thread."""
+
+    task: BaseTask
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self.timeout_s: Final = timeout_s
+        self.done: Final[asyncio.Future[None]] = asyncio.get_running_loop().create_future()
+        self._returned: Any = None
+        self._raised: BaseException | None = None
+
+    def _ended(self, returned: Any, raised: BaseException | None) -> None:
+        """Record the end of the handler. Called in the handler's thread."""
+        call_on(self.done.get_loop(), self._end, returned, raised)
+
+    def _end(self, returned: Any, raised: BaseException | None) -> None:
+        self._returned, self._raised = returned, raised
+        if not self.done.done():
+            self.done.set_result(None)
+
+    async def stop(self, at_once: asyncio.Event) -> None:
+        """Tell the handler to stop, and wait up to STOP_S for its end."""
+        self.abort()
+        timeout = asyncio.ensure_future(within(STOP_S, at_once))
+        await first_of(self.done, timeout)
+        timeout.cancel()
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Tell the handler to stop."""
+
+    def describe_timeout(self) -> str:
+        return "" if self.done.done() else " The handler was told to stop, but it still runs."
+
+    async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
+        """Complete the job with the return value of the handler, or fail it with the exception."""
+        ending = await asyncio.to_thread(self._ending, keeper.id)  # runs code of the handler's objects, writes the log
+        if isinstance(ending, _Failure):
+            await keeper.fail(give_up, ending.message, **ending.options)
+            return False
+        return await keeper.complete(give_up, **ending)
+
+    def _ending(self, job_id: str) -> dict[str, Any] | _Failure:
+        error = self._raised
+        if error is None:
+            try:
+                result = merged_result(self.task.result, self._returned)
+                if result.get("metadata") is not None:
+                    result = {**result, "metadata": msgspec.Raw(msgspec.json.encode(result["metadata"]))}
+                msgspec.json.encode(result)
+            except (TypeError, ValueError, RecursionError) as not_json:
+                error = not_json
+            else:
+                return result
+        if isinstance(error, Retry | Discard):  # raised on purpose: no traceback
+            logger.info("job %s: %s: %s", job_id, type(error).__name__, safe_text(error))
+        else:
+            logger.warning("job %s failed", job_id, exc_info=error)
+        return _Failure(failure_message(error), failure_options(error))
+
+
+class _Failure(NamedTuple):
+    message: str
+    options: dict[str, Any]
+
+
+class AsyncExecution(_HandlerExecution):
+    """An async handler."""
+
+    def __init__(self, handler: RegisteredHandler, keeper: LeaseKeeper, loop: HandlerLoop) -> None:
+        super().__init__(handler.timeout_s)
+        self.task: Task = Task(keeper)
+        self._loop = loop
+        self._running: asyncio.Task[Any] | None = None
+        loop.call(functools.partial(self._begin, handler.function))
+
+    def _begin(self, function: Callable[[Task], Any]) -> None:
+        self._running = self._loop.begin(self._run(function), self.task.job.id)
+        self._running.add_done_callback(self._on_done)
+
+    async def _run(self, function: Callable[[Task], Any]) -> tuple[Any, BaseException | None]:
+        try:
+            return await function(self.task), None
+        except BaseException as error:  # SystemExit too: it ends the job, not the worker
+            return None, error
+
+    def _on_done(self, running: asyncio.Task[Any]) -> None:
+        self._ended(*((None, asyncio.CancelledError()) if running.cancelled() else running.result()))
+
+    def abort(self) -> None:
+        self._loop.call(self._cancel)
+
+    def _cancel(self) -> None:
+        self.task.cancelled.set()
+        assert self._running is not None, "it was begun by an earlier call"
+        # After calls that are already scheduled, so that the handler gets LockLost from `progress`, not a cancellation.
+        asyncio.get_running_loop().call_soon(self._running.cancel)
+
+
+class ThreadExecution(_HandlerExecution):
+    """A plain handler in a daemon thread."""
+
+    def __init__(self, handler: RegisteredHandler, keeper: LeaseKeeper, loop: HandlerLoop) -> None:
+        super().__init__(handler.timeout_s)
+        self.task: SyncTask = SyncTask(keeper)
+        run = functools.partial(loop.context.run, self._run, handler.function)
+        threading.Thread(target=run, name=f"job {keeper.id}", daemon=True).start()
+
+    def _run(self, function: Callable[[SyncTask], Any]) -> None:
+        returned, raised = None, None
+        try:
+            returned = function(self.task)
+        except BaseException as error:
+            raised = error
+        self._ended(returned, raised)
+
+    def abort(self) -> None:
+        self.task.cancelled.set()
+
+
+def merged_result(set_: dict[str, Any], returned: Any) -> dict[str, Any]:
+    """Merge what was set on the task with the return value of the handler, which takes precedence."""
+    if returned is None:
+        return set_
+    if not isinstance(returned, dict):
+        return {**set_, "metadata": returned}
+    result = {**set_, **{name: returned[name] for name in RESULT_FIELDS & returned.keys()}}
+    rest = {name: value for name, value in returned.items() if name not in RESULT_FIELDS}
+    if not rest:
+        return result
+    metadata = result.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise TypeError("a result with other keys than the result fields needs a dict as its metadata")
+    return {**result, "metadata": {**(metadata or {}), **rest}}
+
+
+def failure_message(error: BaseException) -> str:
+    """Return the `error_message`: of Retry and Discard their text, else the error with its traceback."""
+    if isinstance(error, Retry | Discard):
+        first, _, rest = (safe_text(error) or type(error).__name__).partition("\n")
+        return fitted(first, rest)
+    return describe_error(error)
+
+
+def failure_options(error: BaseException) -> dict[str, Any]:
+    """Return the other options of `fail`: the class of the error, and whether and when to retry."""
+    options: dict[str, Any] = {"error_code": type(error).__name__[:200]}
+    if isinstance(error, Retry):
+        options["retry_after_ms"] = error.after_ms
+    if isinstance(error, Discard):
+        options["retry"] = False
+    return options

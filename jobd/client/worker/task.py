@@ -1,0 +1,141 @@
+"""What a handler gets, and the exceptions that it can raise."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from concurrent.futures import Future
+from typing import Any, Final
+
+from jobd.client.protocol import JobInfo
+from jobd.client.worker.lease import LeaseKeeper
+
+
+class Retry(Exception):
+    """Raised by a handler to fail this attempt and retry after `after_ms` (by default the job's backoff).
+
+    Raises TypeError if `after_ms` is not a whole number.
+    """
+
+    def __init__(self, message: str = "The handler asked for a retry.", *, after_ms: int | None = None) -> None:
+        if not isinstance(after_ms, int | None):
+            raise TypeError(f"after_ms is a whole number of milliseconds, got {type(after_ms).__name__}")
+        super().__init__(message)
+        self.after_ms = after_ms
+
+
+class Discard(Exception):
+    """Raised by a handler to fail the job without further attempts."""
+
+    def __init__(self, message: str = "The handler discarded the job.") -> None:
+        super().__init__(message)
+
+
+class Stopped(Exception):
+    """Raised in a plain handler that has to return, because the worker stops or the timeout has passed."""
+
+
+class BaseTask:
+    """The job and its result, for both kinds of handler."""
+
+    def __init__(self, keeper: LeaseKeeper) -> None:
+        self._keeper = keeper
+        self._service = asyncio.get_running_loop()
+        self.job: Final[JobInfo] = keeper.grant.job
+        self.fencing_token: Final = keeper.grant.fencing_token
+        self.result: Final[dict[str, Any]] = {}
+
+    @functools.cached_property
+    def payload(self) -> Any:
+        """The payload as Python values. Raises msgspec.DecodeError for a value that Python cannot hold (1e999)."""
+        return self.job.payload_value
+
+    def set_result(
+        self,
+        *,
+        download_url: str | None = None,
+        file_path: str | None = None,
+        storage_key: str | None = None,
+        metadata: Any = None,
+    ) -> None:
+        """Set fields of the result with which the job completes. Fields that are not given stay unchanged."""
+        named = {
+            "download_url": download_url,
+            "file_path": file_path,
+            "storage_key": storage_key,
+            "metadata": metadata,
+        }
+        self.result.update({name: value for name, value in named.items() if value is not None})
+
+    def raise_if_lost(self) -> None:
+        """Raise LockLost (or MaxProcessingTimeExceeded) if the lock is lost."""
+        if self._keeper.lost.done():
+            raise self._keeper.lost.result()
+
+    def _report(self, progress: float, message: str | None) -> Future[None]:
+        """Report progress in the service thread."""
+        reported: Future[None] = Future()
+
+        def report() -> None:
+            self._keeper.report(progress, message).add_done_callback(functools.partial(_copy, reported))
+
+        try:
+            self._service.call_soon_threadsafe(report)
+        except RuntimeError:
+            raise Stopped("The worker has stopped.") from None
+        return reported
+
+
+def _copy(target: Future[None], source: asyncio.Future[None]) -> None:
+    if not target.set_running_or_notify_cancel():
+        return
+    if (error := source.exception()) is None:
+        target.set_result(None)
+    else:
+        target.set_exception(error)
+
+
+class Task(BaseTask):
+    """The job of an async handler.
+
+    `payload` is decoded; pass `fencing_token` to resources that check it. If the lock is lost or the job is cancelled,
+    the handler is cancelled (CancelledError), and `cancelled` is set.
+    """
+
+    def __init__(self, keeper: LeaseKeeper) -> None:
+        super().__init__(keeper)
+        self.cancelled: Final = asyncio.Event()
+
+    async def progress(self, progress: float, message: str | None = None) -> None:
+        """Report progress (0 to 100), which renews the lock. Returns at once while the daemon is unreachable.
+
+        Raises LockLost, MaxProcessingTimeExceeded, InvalidRequest.
+        """
+        await asyncio.wrap_future(self._report(progress, message))
+
+
+class SyncTask(BaseTask):
+    """The job of a plain handler, which has its own thread.
+
+    Like Task, but a thread cannot be cancelled: report progress, check `cancelled` (a threading.Event) or call
+    `raise_if_lost` often, and return soon if the lock is lost, the worker stops, or the timeout has passed.
+    """
+
+    def __init__(self, keeper: LeaseKeeper) -> None:
+        super().__init__(keeper)
+        self.cancelled: Final = threading.Event()
+
+    def progress(self, progress: float, message: str | None = None) -> None:
+        """Report progress (0 to 100), which renews the lock. Returns at once while the daemon is unreachable.
+
+        Raises LockLost, MaxProcessingTimeExceeded, InvalidRequest, and Stopped if the handler has to return.
+        """
+        self.raise_if_lost()
+        self._report(progress, message).result()
+
+    def raise_if_lost(self) -> None:
+        """Raise LockLost (or MaxProcessingTimeExceeded) if the lock is lost, Stopped if the handler has to return."""
+        super().raise_if_lost()
+        if self.cancelled.is_set():
+            raise Stopped("The handler has to return: the worker is stopping, or the timeout has passed.")
