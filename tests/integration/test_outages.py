@@ -45,7 +45,7 @@ def descriptor_of(name: str) -> int:
     raise AssertionError(f"{name} is not open")
 
 
-async def test_after_an_unknown_outcome_nothing_goes_through_any_more(path: str) -> None:
+async def test_after_an_unknown_outcome_every_call_fails(path: str) -> None:
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         first = maker.create("a")
@@ -82,7 +82,7 @@ async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: st
             await store.write(maker.batch([maker.grant(replace(full_job(99), status="queued"))]))
 
 
-async def test_a_log_that_has_no_room_is_a_full_disk_and_the_store_goes_on(path: str) -> None:
+async def test_a_write_ahead_log_without_space_is_a_full_disk_and_the_store_continues(path: str) -> None:
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         first = maker.create("a")
@@ -106,7 +106,7 @@ async def test_a_log_that_has_no_room_is_a_full_disk_and_the_store_goes_on(path:
         assert [job.id for job in found.live()] == ["a", "b"]
 
 
-async def test_an_exceeded_quota_is_told_from_a_broken_disk_by_trying(small_disk: Path) -> None:
+async def test_an_exceeded_quota_is_distinguished_from_a_broken_disk(small_disk: Path) -> None:
     path = str(small_disk / "jobd.db")
     maker = ChangeFactory()
     async with opened(path) as (store, _):
@@ -152,7 +152,7 @@ except BaseException:
 
 
 @pytest.mark.parametrize("error", ["EIO", "ENOSPC"])
-async def test_a_failed_fsync_is_an_unknown_outcome_whatever_it_says(path: str, error: str) -> None:
+async def test_a_failed_fsync_is_an_unknown_outcome_for_any_error(path: str, error: str) -> None:
     if shutil.which("strace") is None:
         pytest.skip("test of a failed fsync: there is no strace here")
     inject = ["-f", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", f"inject=fdatasync:error={error}:when=20+"]
@@ -200,7 +200,7 @@ async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path)
         assert not found.full
 
 
-async def test_a_start_on_a_full_disk_opens_and_says_so(small_disk: Path) -> None:
+async def test_a_store_opens_on_a_full_disk_and_reports_it(small_disk: Path) -> None:
     path = str(small_disk / "jobd.db")
     maker = ChangeFactory(4)
     async with opened(path) as (store, _):
@@ -224,7 +224,7 @@ async def test_a_start_on_a_full_disk_opens_and_says_so(small_disk: Path) -> Non
         assert not exists(f"{path}.ballast")
 
 
-async def test_a_full_disk_has_room_again_with_a_mebibyte_to_spare(small_disk: Path) -> None:
+async def test_a_full_disk_needs_a_mebibyte_of_spare_space(small_disk: Path) -> None:
     path = str(small_disk / "jobd.db")
     async with opened(path) as (store, found):
         assert (found.full, found.has_reserve) == (False, True)
@@ -246,7 +246,7 @@ async def test_a_full_disk_has_room_again_with_a_mebibyte_to_spare(small_disk: P
         assert (found.full, found.has_reserve, found.faults) == (False, False, [])
 
 
-async def test_a_damaged_row_on_a_full_disk_is_named_all_the_same(small_disk: Path) -> None:
+async def test_a_damaged_row_on_a_full_disk_is_reported(small_disk: Path) -> None:
     path = str(small_disk / "jobd.db")
     maker = await make_store(path)
     job = pick(maker, LIVE)
@@ -259,7 +259,7 @@ async def test_a_damaged_row_on_a_full_disk_is_named_all_the_same(small_disk: Pa
         assert list((await store.load([job.id], [], [])).bad) == [job.id]
 
 
-async def test_damaged_rows_that_cannot_be_set_aside_end_the_look(small_disk: Path) -> None:
+async def test_damaged_rows_that_cannot_be_moved_end_the_search(small_disk: Path) -> None:
     path, maker = str(small_disk / "jobd.db"), ChangeFactory()
     created = maker.create("a")
     granted = maker.grant(made(created))
@@ -274,7 +274,7 @@ async def test_damaged_rows_that_cannot_be_set_aside_end_the_look(small_disk: Pa
         assert await store.expired(expires, 9) == []
 
 
-async def test_a_new_store_on_a_full_disk_is_refused(small_disk: Path) -> None:
+async def test_creating_a_store_on_a_full_disk_fails(small_disk: Path) -> None:
     fill(small_disk)
     with pytest.raises(DiskFull):
         await Store.open(str(small_disk / "jobd.db"))
@@ -308,7 +308,7 @@ async def start_writer(path: str, seed: int) -> asyncio.subprocess.Process:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_what_a_killed_process_had_acknowledged_is_there(path: str, seed: int) -> None:
+async def test_batches_acknowledged_before_a_kill_are_durable(path: str, seed: int) -> None:
     writer = await start_writer(path, seed)
     assert writer.stdout is not None
     acknowledged = 0
@@ -326,7 +326,7 @@ async def test_what_a_killed_process_had_acknowledged_is_there(path: str, seed: 
         await assert_holds(store, found, maker)
 
 
-async def test_a_kill_between_write_and_fsync_leaves_whole_batches(path: str) -> None:
+async def test_a_kill_between_write_and_fsync_leaves_complete_batches(path: str) -> None:
     if shutil.which("strace") is None:
         pytest.skip("test of a kill at a system call: there is no strace here")
     here = str(ROOT)

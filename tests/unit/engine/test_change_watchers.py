@@ -38,7 +38,7 @@ def heard(*watchers: Watcher) -> list[bool]:
     return told
 
 
-async def test_each_hears_of_what_concerns_him(feed: EventFeed) -> None:
+async def test_each_watcher_is_notified_of_its_changes(feed: EventFeed) -> None:
     everything = feed.watch(queue=None, job_id=None, cut=nothing)
     queue = feed.watch(queue="video", job_id=None, cut=nothing)
     job = feed.watch(queue=None, job_id="a", cut=nothing)
@@ -55,7 +55,7 @@ async def test_each_hears_of_what_concerns_him(feed: EventFeed) -> None:
     assert heard(everything, queue, job) == [True, True, True], "every page tells of paused queues"
 
 
-async def test_who_leaves_hears_no_more_and_gives_his_place_back(feed: EventFeed) -> None:
+async def test_a_watcher_that_leaves_is_not_notified_and_frees_its_place(feed: EventFeed) -> None:
     places = [feed.watch(queue=None, job_id=None, cut=nothing), feed.watch(queue="q", job_id=None, cut=nothing)]
     places += [feed.watch(queue=None, job_id="a", cut=nothing) for _ in range(2)]
     assert feed.listeners == MOST
@@ -75,7 +75,7 @@ async def test_who_leaves_hears_no_more_and_gives_his_place_back(feed: EventFeed
     assert [watchers._all, watchers._of_all, watchers._of_queue, watchers._of_job] == [set(), set(), {}, {}]
 
 
-async def test_it_is_over_when_the_daemon_stops(feed: EventFeed, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_watchers_end_when_the_daemon_stops(feed: EventFeed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobd.engine.event_feed.CLOSING_S", 0.01)
     cut = asyncio.Event()
     watcher = feed.watch(queue=None, job_id="a", cut=cut.set)
@@ -88,7 +88,7 @@ async def test_it_is_over_when_the_daemon_stops(feed: EventFeed, monkeypatch: py
     assert no.value.error.code == "shutting_down"
 
 
-async def test_news_cost_listeners_nothing_and_are_kept_for_nobody(feed: EventFeed) -> None:
+async def test_watchers_keep_no_events_in_memory(feed: EventFeed) -> None:
     feed.watch(queue=None, job_id=None, cut=nothing)
     for _ in range(100):
         feed.publish([change("a")])

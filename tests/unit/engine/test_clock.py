@@ -70,7 +70,7 @@ def said(logs: list[MutableMapping[str, Any]]) -> list[tuple[str, str]]:
     return [(line["event"], line["log_level"]) for line in logs]
 
 
-def test_lease_time_starts_where_it_was_persisted_and_goes_on(sources: Sources) -> None:
+def test_lease_time_continues_from_its_persisted_value(sources: Sources) -> None:
     it = clock(sources, lease_ms=1_000)
     assert it.moment() == Moment(now=WALL, lease=1_000, offset=WALL - 1_000)
     sources.pass_ms(250)
@@ -126,7 +126,7 @@ def test_a_hold_stops_lease_time_and_only_that(sources: Sources) -> None:
     assert it.moment().lease == 15
 
 
-def test_a_stop_is_a_hold_that_nothing_ends(sources: Sources) -> None:
+def test_a_stop_is_a_permanent_hold(sources: Sources) -> None:
     it = clock(sources)
     sources.pass_ms(10)
     it.stop()
@@ -321,7 +321,7 @@ def test_the_third_way_out_is_a_kernel_that_is_synchronised_for_ten_minutes(sour
     assert it.suspect, "what was said of the clock before it stepped counts no more"
 
 
-def test_ten_minutes_begin_anew_after_a_break(sources: Sources) -> None:
+def test_the_ten_minutes_start_again_after_a_gap(sources: Sources) -> None:
     it = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     sources.synchronised = True
@@ -366,7 +366,7 @@ def test_a_system_without_adjtimex_is_not_synchronised(monkeypatch: pytest.Monke
     assert not is_synchronised()
 
 
-def test_the_real_kernel_can_be_asked() -> None:
+def test_the_real_kernel_reports_its_synchronisation() -> None:
     buffer = ctypes.create_string_buffer(512)
     state = ctypes.CDLL(None).adjtimex(buffer)
     unsynchronised = bool(int.from_bytes(buffer.raw[40:44], sys.byteorder) & 0x40)
@@ -374,7 +374,7 @@ def test_the_real_kernel_can_be_asked() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(-1_000, 5_000), st.integers(-(10**9), 10**9), st.sampled_from("hrn"))))
-def test_whatever_the_clocks_do_lease_time_is_monotonic_and_bounded(
+def test_lease_time_is_monotonic_and_bounded_for_any_clocks(
     steps: list[tuple[int, int, str]],
 ) -> None:
     sources = Sources()
@@ -394,7 +394,7 @@ def test_whatever_the_clocks_do_lease_time_is_monotonic_and_bounded(
         last = at.lease
 
 
-def test_the_real_clocks_are_those_of_the_system() -> None:
+def test_the_default_clocks_are_those_of_the_system() -> None:
     before = time.clock_gettime_ns(time.CLOCK_BOOTTIME) // 1_000_000
     it = Clock(lease_ms=42)
     assert it.moment().lease >= 42

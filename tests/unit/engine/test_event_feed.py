@@ -75,7 +75,7 @@ async def heard(listener: Subscriber, up_to: int) -> list[int]:
 
 
 @in_virtual_time
-async def test_an_event_as_it_is_sent() -> None:
+async def test_an_event_is_encoded_for_the_stream() -> None:
     stage = Stage()
     listener = stage.listen()
     assert await listener.begin(None) == b"retry: 2000\nid: 0\n\n"
@@ -101,7 +101,7 @@ async def test_an_event_of_a_queue_names_no_job() -> None:
 
 
 @in_virtual_time
-async def test_from_now_on_means_from_now_on() -> None:
+async def test_a_new_subscriber_gets_only_new_events() -> None:
     stage = Stage()
     await stage.commit(3)
     listener = stage.listen()
@@ -111,7 +111,7 @@ async def test_from_now_on_means_from_now_on() -> None:
 
 
 @in_virtual_time
-async def test_where_nobody_listens_nothing_is_kept() -> None:
+async def test_without_subscribers_nothing_is_kept() -> None:
     stage = Stage()
     await stage.commit(3)
     assert (stage.feed.last, stage.feed._news, len(stage.feed.rounds)) == (3, [], 0)
@@ -122,7 +122,7 @@ async def test_where_nobody_listens_nothing_is_kept() -> None:
 
 
 @in_virtual_time
-async def test_an_event_is_encoded_once_for_all() -> None:
+async def test_an_event_is_encoded_once_for_all_subscribers() -> None:
     stage = Stage()
     first, second = await stage.begun(), await stage.begun()
     await stage.commit(5)
@@ -130,7 +130,7 @@ async def test_an_event_is_encoded_once_for_all() -> None:
 
 
 @in_virtual_time
-async def test_what_comes_at_short_intervals_is_told_in_rounds() -> None:
+async def test_frequent_events_are_sent_in_batches() -> None:
     stage = Stage()
     listener = await stage.begun()
     await stage.commit()
@@ -142,7 +142,7 @@ async def test_what_comes_at_short_intervals_is_told_in_rounds() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_from_the_journal_over_to_live_without_gap_or_repeat(seed: int) -> None:
+def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int) -> None:
     """Commits, some told late, at every point of the way."""
 
     @in_virtual_time
@@ -170,7 +170,7 @@ def test_from_the_journal_over_to_live_without_gap_or_repeat(seed: int) -> None:
 
 
 @in_virtual_time
-async def test_numbers_that_were_never_used_are_no_gap() -> None:
+async def test_unused_numbers_are_not_a_gap() -> None:
     stage = Stage()
     await stage.commit(3)
     stage.maker.numbers = stage.disk.numbers = type(stage.disk.numbers)(next_job=4, next_event=1000)
@@ -181,7 +181,7 @@ async def test_numbers_that_were_never_used_are_no_gap() -> None:
 
 
 @in_virtual_time
-async def test_only_what_is_wanted_and_the_position_moves_on_all_the_same() -> None:
+async def test_unwanted_events_are_skipped_and_the_position_advances() -> None:
     stage = Stage()
     await stage.commit(PAGE + 10)
     name = stage.disk.events[4].job_id
@@ -195,7 +195,7 @@ async def test_only_what_is_wanted_and_the_position_moves_on_all_the_same() -> N
 
 
 @in_virtual_time
-async def test_filters_all_have_to_fit() -> None:
+async def test_all_filters_have_to_match() -> None:
     stage = Stage()
     queue = EventFilter(queues=frozenset({"video", "mail"}), types=frozenset({"queue_paused"}))
     listener = await stage.begun(queue)
@@ -204,7 +204,7 @@ async def test_filters_all_have_to_fit() -> None:
 
 
 @in_virtual_time
-async def test_silence_is_broken_now_and_then() -> None:
+async def test_an_idle_stream_gets_heartbeats() -> None:
     stage = Stage()
     listener = await stage.begun()
     loop = asyncio.get_running_loop()
@@ -215,7 +215,7 @@ async def test_silence_is_broken_now_and_then() -> None:
 
 
 @in_virtual_time
-async def test_who_wants_nothing_of_much_hears_a_sign_of_life_too() -> None:
+async def test_a_stream_that_skips_all_events_gets_heartbeats() -> None:
     stage = Stage()
     listener = await stage.begun(EventFilter(job_ids=frozenset({"another"})))
     loop = asyncio.get_running_loop()
@@ -228,7 +228,7 @@ async def test_who_wants_nothing_of_much_hears_a_sign_of_life_too() -> None:
 
 
 @in_virtual_time
-async def test_the_slow_one_is_cut_off_and_the_others_go_on() -> None:
+async def test_a_slow_subscriber_is_cut_and_the_others_continue() -> None:
     with pytest.MonkeyPatch.context() as patch, capture_logs() as logs:
         patch.setattr(event_feed, "BACKLOG_BYTES", 3_000)
         stage = Stage()
@@ -246,7 +246,7 @@ async def test_the_slow_one_is_cut_off_and_the_others_go_on() -> None:
 
 
 @in_virtual_time
-async def test_one_round_above_the_bound_cuts_nobody_off() -> None:
+async def test_one_large_batch_cuts_no_subscriber() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(event_feed, "BACKLOG_BYTES", 10)
         stage = Stage()
@@ -259,7 +259,7 @@ async def test_one_round_above_the_bound_cuts_nobody_off() -> None:
 
 
 @in_virtual_time
-async def test_a_piece_has_its_bound() -> None:
+async def test_pieces_have_a_limited_size() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(event_feed, "PIECE_BYTES", 10)
         stage = Stage()
@@ -271,7 +271,7 @@ async def test_a_piece_has_its_bound() -> None:
 
 
 @in_virtual_time
-async def test_the_places_have_an_end_and_are_given_back() -> None:
+async def test_the_number_of_streams_is_limited_and_places_are_freed() -> None:
     stage = Stage(most=2)
     first, second = await stage.begun(), await stage.begun(after=0)
     with pytest.raises(ApiException) as no:
@@ -290,7 +290,7 @@ async def test_the_places_have_an_end_and_are_given_back() -> None:
 
 
 @pytest.mark.parametrize("spread", [0, 37, 3 * PAGE])
-def test_many_who_resume_together_get_live_while_events_go_on(spread: int) -> None:
+def test_many_resuming_subscribers_catch_up_while_events_continue(spread: int) -> None:
     """Each page is read once for all of them; nobody has to be faster than what comes in for all together."""
 
     @in_virtual_time
@@ -320,7 +320,7 @@ def test_many_who_resume_together_get_live_while_events_go_on(spread: int) -> No
 
 
 @in_virtual_time
-async def test_without_follow_the_end_is_where_the_journal_was_at_the_beginning() -> None:
+async def test_without_follow_the_stream_ends_at_the_initial_end_of_the_journal() -> None:
     """It would never come to where many events come in while it is read."""
     stage = Stage()
     await stage.commit(2 * PAGE + 50)
@@ -334,7 +334,7 @@ async def test_without_follow_the_end_is_where_the_journal_was_at_the_beginning(
 
 
 @in_virtual_time
-async def test_what_was_pruned_is_told_at_the_beginning_and_on_the_way() -> None:
+async def test_pruned_events_are_an_error_at_the_start_and_later() -> None:
     stage = Stage()
     await stage.commit(3 * PAGE)
     listener = await stage.begun(after=0)
@@ -351,7 +351,7 @@ async def test_what_was_pruned_is_told_at_the_beginning_and_on_the_way() -> None
 
 
 @in_virtual_time
-async def test_a_position_that_was_never_reached_is_of_another_store() -> None:
+async def test_a_position_beyond_the_journal_is_an_error() -> None:
     stage = Stage()
     await stage.commit(3)
     with pytest.raises(ApiException) as no:
@@ -362,7 +362,7 @@ async def test_a_position_that_was_never_reached_is_of_another_store() -> None:
 
 
 @in_virtual_time
-async def test_what_is_on_the_disk_and_not_told_yet_is_no_other_store() -> None:
+async def test_a_position_that_is_committed_but_not_published_is_valid() -> None:
     stage = Stage()
     await stage.commit(3, tell=False)
     listener = await stage.begun(after=0)
@@ -375,7 +375,7 @@ async def test_what_is_on_the_disk_and_not_told_yet_is_no_other_store() -> None:
 
 
 @in_virtual_time
-async def test_so_many_events_back_as_the_journal_still_has() -> None:
+async def test_a_stream_can_begin_some_events_back() -> None:
     stage = Stage()
     await stage.commit(5)
     for gone_to, back, expected in ((0, 2, [4, 5]), (4, 2, [5]), (0, 100, [1, 2, 3, 4, 5])):
@@ -387,7 +387,7 @@ async def test_so_many_events_back_as_the_journal_still_has() -> None:
 
 
 @in_virtual_time
-async def test_without_following_it_ends_where_the_journal_does() -> None:
+async def test_without_follow_the_stream_ends_with_the_journal() -> None:
     stage = Stage()
     await stage.commit(PAGE + 1)
     listener = await stage.begun(after=0, follow=False)
@@ -400,7 +400,7 @@ async def test_without_following_it_ends_where_the_journal_does() -> None:
 
 
 @in_virtual_time
-async def test_when_the_daemon_stops_listeners_get_what_is_there() -> None:
+async def test_when_the_daemon_stops_subscribers_get_pending_events() -> None:
     stage = Stage()
     live, stuck = await stage.begun(), await stage.begun()
     replaying, reading = await stage.begun(after=0), await stage.begun(after=0, follow=False)
@@ -424,7 +424,7 @@ async def test_when_the_daemon_stops_listeners_get_what_is_there() -> None:
 
 
 @in_virtual_time
-async def test_when_the_daemon_stops_those_who_wait_end_at_once() -> None:
+async def test_when_the_daemon_stops_idle_streams_end_at_once() -> None:
     stage = Stage()
     listener = await stage.begun()
     more, before = asyncio.ensure_future(listener.more()), asyncio.get_running_loop().time()

@@ -19,7 +19,7 @@ def empty(limit: int = 100) -> Keys:
     return Keys([], limit)
 
 
-def test_an_answer_is_found_until_a_day_is_over() -> None:
+def test_a_response_is_found_for_a_day() -> None:
     keys = empty()
     keys.add(answer("a"))
     assert keys.find("a", NOW) == answer("a")
@@ -30,7 +30,7 @@ def test_an_answer_is_found_until_a_day_is_over() -> None:
     assert keys.changed() == ([], [])  # it never was on the disk
 
 
-def test_after_the_commit_the_answer_lies_on_the_disk_only() -> None:
+def test_after_the_commit_the_response_is_only_on_disk() -> None:
     keys = empty()
     keys.add(answer("a"))
     keys.add(grants("g", "l1"))
@@ -45,7 +45,7 @@ def test_after_the_commit_the_answer_lies_on_the_disk_only() -> None:
     assert not keys.is_stored("b", NOW)
 
 
-def test_an_old_answer_is_deleted_from_the_disk_too() -> None:
+def test_an_old_response_is_also_deleted_from_disk() -> None:
     keys = Keys([answer("a")], 100)
     assert keys.find("a", NOW + KEPT_MS) is None
     assert keys.changed() == ([], ["a"])
@@ -53,7 +53,7 @@ def test_an_old_answer_is_deleted_from_the_disk_too() -> None:
     assert keys.changed() == ([], [])
 
 
-def test_a_key_given_anew_replaces_its_old_row() -> None:
+def test_a_reused_key_replaces_its_old_row() -> None:
     keys = Keys([answer("a")], 100)
     later = NOW + KEPT_MS
     assert keys.find("a", later) is None
@@ -61,7 +61,7 @@ def test_a_key_given_anew_replaces_its_old_row() -> None:
     assert keys.changed() == ([answer("a", later)], [])
 
 
-def test_grants_keep_their_key_while_one_of_them_is_current() -> None:
+def test_a_key_is_kept_while_one_of_its_grants_is_current() -> None:
     keys = empty()
     keys.add(grants("g", "l1", "l2"))
     keys.commit()
@@ -76,7 +76,7 @@ def test_grants_keep_their_key_while_one_of_them_is_current() -> None:
     keys.ended("l2")  # again is no harm
 
 
-def test_a_grant_made_and_ended_in_one_batch_leaves_nothing() -> None:
+def test_a_grant_made_and_ended_in_one_batch_leaves_no_key() -> None:
     keys = empty()
     keys.add(grants("g", "l1"))
     keys.ended("l1")
@@ -93,14 +93,14 @@ def test_a_row_replaced_and_ended_in_one_batch_is_deleted() -> None:
     assert keys.changed() == ([], ["g"])
 
 
-def test_rows_of_the_disk_are_sorted_by_age() -> None:
+def test_loaded_rows_are_sorted_by_age() -> None:
     keys = Keys([answer("young", NOW + 1), answer("old", NOW)], 2)
     assert keys.has_room(NOW + SAFE_MS)
     assert keys.find("old", NOW) is None
     assert keys.find("young", NOW) is not None
 
 
-def test_at_the_cap_the_oldest_answer_goes_if_it_is_old_enough() -> None:
+def test_at_the_limit_the_oldest_response_is_dropped_if_old_enough() -> None:
     keys = Keys([answer("a"), answer("b", NOW + 1), grants("g", "l", at=NOW - KEPT_MS)], 3)
     assert not keys.has_room(NOW + SAFE_MS - 1)
     assert keys.has_room(NOW + SAFE_MS)
@@ -108,14 +108,14 @@ def test_at_the_cap_the_oldest_answer_goes_if_it_is_old_enough() -> None:
     assert keys.has_room(NOW)
 
 
-def test_grants_are_never_given_up() -> None:
+def test_keys_of_current_grants_are_never_dropped() -> None:
     keys = Keys([grants("g", "l")], 1)
     assert not keys.has_room(NOW + 10 * KEPT_MS)
     keys.ended("l")
     assert keys.has_room(NOW)
 
 
-def test_room_is_made_by_dropping_what_is_over_two_for_each_new_one() -> None:
+def test_two_excess_keys_are_dropped_for_each_new_one() -> None:
     keys = Keys([answer(name) for name in "abc"], 100)
     assert keys.has_room(NOW + KEPT_MS)
     assert keys.changed() == ([], ["a", "b"])
@@ -123,7 +123,7 @@ def test_room_is_made_by_dropping_what_is_over_two_for_each_new_one() -> None:
     assert len(keys) == 0
 
 
-def test_rollback_takes_everything_back() -> None:
+def test_rollback_undoes_all_changes() -> None:
     rows = [answer("a"), answer("b", NOW + 1), grants("g", "l1", "l2")]
     keys = Keys(rows, 3)
     assert keys.has_room(NOW + SAFE_MS)  # drops a
@@ -144,7 +144,7 @@ def test_rollback_takes_everything_back() -> None:
     assert keys.find("g", NOW) is None
 
 
-def test_rollback_revives_only_what_ended_since_the_commit() -> None:
+def test_rollback_restores_only_grants_ended_since_the_commit() -> None:
     """A grant that ended long ago must not keep its key alive after a refused batch."""
     keys = Keys([grants("g", "l1", "l2")], 100)
     keys.ended("l1")
@@ -166,7 +166,7 @@ def test_rollback_of_one_end_among_several_grants() -> None:
     assert keys.find("g", NOW) is None
 
 
-def test_rollback_of_a_replaced_row_revives_the_first() -> None:
+def test_rollback_of_a_replaced_row_restores_the_first() -> None:
     keys = Keys([grants("g", "l1")], 100)
     keys.ended("l1")
     keys.add(grants("g", "l2"))
@@ -179,7 +179,7 @@ def test_rollback_of_a_replaced_row_revives_the_first() -> None:
     assert keys.changed() == ([], ["g"])
 
 
-def test_a_refused_batch_gives_the_answers_back_in_the_order_of_their_age() -> None:
+def test_rollback_restores_responses_in_order_of_age() -> None:
     keys = Keys([answer("z", NOW), answer("y", NOW + 1), answer("x", NOW + 2)], 3)
     assert keys.has_room(NOW + SAFE_MS)  # drops z
     keys.rollback()
@@ -187,7 +187,7 @@ def test_a_refused_batch_gives_the_answers_back_in_the_order_of_their_age() -> N
     assert keys.changed() == ([], ["z"])
 
 
-def test_what_has_gone_leaves_nothing_in_memory() -> None:
+def test_dropped_keys_leave_nothing_in_memory() -> None:
     keys = Keys([answer("a"), grants("g", "l1", "l2")], 9)
     keys.add(grants("h", "l3"))
     for lock_id in ("l1", "l2", "l3"):
@@ -197,11 +197,11 @@ def test_what_has_gone_leaves_nothing_in_memory() -> None:
     assert [name for name, held in vars(keys).items() if held and name != "limit"] == []
 
 
-def test_how_long_keys_are_kept() -> None:
+def test_keys_are_kept_for_a_day() -> None:
     assert (KEPT_MS, SAFE_MS) == (24 * 3_600_000, 600_000)
 
 
-def test_commit_keeps_no_answer_in_memory_of_a_key_that_went_again() -> None:
+def test_commit_keeps_no_response_of_a_dropped_key() -> None:
     keys = empty(1)
     keys.add(answer("a"))
     assert keys.has_room(NOW + SAFE_MS)

@@ -59,7 +59,7 @@ def test_every_command_has_a_share_of_the_mailbox(kind: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", COMMANDS, ids=lambda kind: kind.__name__)
-def test_the_jobs_that_a_command_names_are_looked_up_before_it_is_decided(kind: Any) -> None:
+def test_the_jobs_that_a_command_names_are_loaded_first(kind: Any) -> None:
     """Those that end or credit grants name live jobs, which memory holds."""
     names = {field.name for field in fields(kind)}
     named = named_ids(_made(kind))
@@ -74,7 +74,7 @@ def test_the_jobs_that_a_command_names_are_looked_up_before_it_is_decided(kind: 
         assert named == (["a"] if "id" in names else [])
 
 
-def test_a_plan_that_may_delete_says_so() -> None:
+def test_a_plan_that_can_delete_names_its_jobs() -> None:
     """What shows one of its jobs later in the batch needs the payload before it is gone."""
     jobs = [ExpectedVersion("a", "1")]
     deleting = {action for action in get_args(PlanAction) if deleted_ids(ApplyEndings(action=action, jobs=jobs))}

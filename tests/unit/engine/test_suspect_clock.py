@@ -125,7 +125,7 @@ def test_no_command_fails_an_overdue_job_as_a_side_effect(command: Any) -> None:
     assert desk.job("waits").status == ("queued" if isinstance(command, (Validate, Get, ForceReset)) else "failed")
 
 
-def test_an_operator_may_end_and_delete_jobs_all_the_same() -> None:
+def test_an_operator_can_still_end_and_delete_jobs() -> None:
     desk = RuleHarness()
     desk.create("waits", expires_at=desk.now + DAY_MS)
     desk.now, desk.trusted = desk.now + STEP_MS, desk.now
@@ -277,7 +277,7 @@ async def test_a_job_that_ends_meanwhile_is_kept_for_its_whole_retention_either_
 
 
 @in_virtual_time
-async def test_times_that_a_caller_gives_are_not_refused_because_our_clock_is_wrong() -> None:
+async def test_times_given_by_a_caller_are_not_rejected() -> None:
     async with VirtualEngine() as house:
         right = house.now
         house.step_ms = STEP_MS
@@ -355,7 +355,7 @@ async def test_a_restart_29_days_ahead_deletes_nothing() -> None:
 
 
 @in_virtual_time
-async def test_a_short_retention_makes_no_clock_suspect_at_the_restart_of_an_idle_daemon() -> None:
+async def test_a_short_retention_does_not_make_the_clock_suspect_after_idle_time() -> None:
     disk, policy = MemoryStorage(), Policy(keep_cancelled_ms=MINUTE_MS)
     async with VirtualEngine(disk, policy=policy) as house:
         house.keep()
@@ -386,7 +386,7 @@ async def test_an_idle_daemon_notices_a_step_and_its_end_by_itself() -> None:
 
 
 @in_virtual_time
-async def test_on_a_full_disk_a_read_writes_nothing_and_the_suspicion_is_written_once_there_is_room() -> None:
+async def test_on_a_full_disk_the_suspicion_is_written_when_there_is_space() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
         house.keep()
@@ -402,7 +402,7 @@ async def test_on_a_full_disk_a_read_writes_nothing_and_the_suspicion_is_written
 
 
 @in_virtual_time
-async def test_a_read_is_answered_if_only_the_suspicion_does_not_fit_on_the_disk() -> None:
+async def test_a_read_is_answered_even_if_the_suspicion_cannot_be_written() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
         await house.yes(Create(id="a"))
@@ -420,7 +420,7 @@ def rooms_of(house: VirtualEngine) -> Services:
 
 
 @in_virtual_time
-async def test_an_accepted_clock_is_on_disk_before_the_answer() -> None:
+async def test_an_accepted_clock_is_on_disk_before_the_response() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
         rooms = rooms_of(house)
@@ -436,7 +436,7 @@ async def test_an_accepted_clock_is_on_disk_before_the_answer() -> None:
 
 
 @in_virtual_time
-async def test_a_clock_that_cannot_be_kept_as_accepted_is_not_accepted() -> None:
+async def test_a_clock_is_not_accepted_if_that_cannot_be_stored() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
         house.step_ms = STEP_MS
@@ -454,7 +454,7 @@ async def test_a_clock_that_cannot_be_kept_as_accepted_is_not_accepted() -> None
     assert refused.code == "shutting_down"
 
 
-def test_the_shortest_retention_is_of_those_that_keep_anything() -> None:
+def test_the_shortest_retention_ignores_zero() -> None:
     assert Policy().shortest_keep_ms == 7 * DAY_MS
     assert Policy(keep_failed_ms=HOUR_MS, keep_cancelled_ms=0).shortest_keep_ms == HOUR_MS
     assert Policy(keep_failed_ms=0, keep_cancelled_ms=0, keep_completed_ms=0).shortest_keep_ms == 7 * DAY_MS

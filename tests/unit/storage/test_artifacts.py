@@ -27,7 +27,7 @@ TOMBSTONE = Tombstone(1, "a", "k", DELETED, DELETED)
         (DELETED + DAY_MS, DELETED, "leave"),
     ],
 )
-def test_an_object_goes_with_its_job_unless_it_may_be_that_of_another(
+def test_an_object_is_deleted_with_its_job_unless_it_may_belong_to_another(
     modified_at: int, now: int, verdict: Verdict
 ) -> None:
     assert judge(TOMBSTONE, MARGINS, now, modified_at) == verdict

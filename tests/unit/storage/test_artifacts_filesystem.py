@@ -55,7 +55,7 @@ def left_aside(place: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("key", ["a", "2026/11/job-1.mp4", "ü ß\n*", "a\\b", ".hidden", "x" * 255])
-async def test_what_a_key_names_is_deleted_and_nothing_else(place: Path, store: FileArtifactStore, key: str) -> None:
+async def test_delete_removes_only_the_object_of_the_key(place: Path, store: FileArtifactStore, key: str) -> None:
     path, other = put(place, key), put(place, "other/one")
     assert await store.delete(key, yes) == Deletion("deleted")
     assert not path.exists()
@@ -66,7 +66,7 @@ async def test_what_a_key_names_is_deleted_and_nothing_else(place: Path, store: 
 
 
 @pytest.mark.parametrize("key", ["none", "no/such/way", "file/below", "x" * 300, "y" * 300 + "/z"])
-async def test_what_is_not_there_is_gone_already(place: Path, store: FileArtifactStore, key: str) -> None:
+async def test_a_missing_object_is_reported_as_missing(place: Path, store: FileArtifactStore, key: str) -> None:
     put(place, "file")
     assert await store.delete(key, yes) == Deletion("missing")
 
@@ -74,7 +74,7 @@ async def test_what_is_not_there_is_gone_already(place: Path, store: FileArtifac
 @pytest.mark.parametrize(
     "key", ["", ".", "a//b", "a/./b", "folder/", "../outside", "folder/../../outside", "..", "a\0b"]
 )
-async def test_a_key_that_names_no_file_is_left(place: Path, store: FileArtifactStore, key: str) -> None:
+async def test_an_invalid_key_deletes_nothing(place: Path, store: FileArtifactStore, key: str) -> None:
     outside = put(place.parent, "outside")
     put(place, "folder/inside")
     put(place, "a/b")
@@ -85,13 +85,13 @@ async def test_a_key_that_names_no_file_is_left(place: Path, store: FileArtifact
     assert outside.exists()
 
 
-async def test_a_directory_is_left(place: Path, store: FileArtifactStore) -> None:
+async def test_a_directory_is_not_deleted(place: Path, store: FileArtifactStore) -> None:
     put(place, "folder/inside")
     assert await store.delete("folder", yes) == Deletion("left", "it is a directory")
     assert (place / "folder/inside").exists()
 
 
-async def test_what_is_young_or_another_s_stays(place: Path, store: FileArtifactStore) -> None:
+async def test_young_objects_and_those_of_other_jobs_are_not_deleted(place: Path, store: FileArtifactStore) -> None:
     path = put(place, "k")
     asked: list[int] = []
 
@@ -106,7 +106,7 @@ async def test_what_is_young_or_another_s_stays(place: Path, store: FileArtifact
     assert path.read_text() == "result"
 
 
-async def test_a_copy_that_keeps_the_old_time_of_its_source_is_new(place: Path, store: FileArtifactStore) -> None:
+async def test_a_copy_that_keeps_an_old_mtime_is_young(place: Path, store: FileArtifactStore) -> None:
     path = put(place, "k")
     os.utime(path, (OLD_S, OLD_S))
     outcome = await store.delete("k", lambda modified_at: "wait" if modified_at > OLD_S * 1000 else "delete")
@@ -114,7 +114,7 @@ async def test_a_copy_that_keeps_the_old_time_of_its_source_is_new(place: Path, 
     assert path.exists()
 
 
-async def test_no_file_goes_that_lies_with_the_daemons_own(tmp_path: Path, place: Path) -> None:
+async def test_files_next_to_the_daemons_own_files_are_not_deleted(tmp_path: Path, place: Path) -> None:
     """Their directory may be mounted here under another name; this test gives it the name of a link."""
     own, other = put(place, "state/jobd.db"), put(place, "k")
     (tmp_path / "by-name").symlink_to(place / "state")
@@ -144,7 +144,7 @@ asyncio.run(main())
 """
 
 
-def test_a_mount_that_hangs_keeps_no_process(tmp_path: Path) -> None:
+def test_a_hanging_mount_does_not_keep_the_process_alive(tmp_path: Path) -> None:
     """A FIFO that nobody writes to stands for the mount: the interpreter waits for the threads of a pool at its end."""
     os.mkfifo(tmp_path / "fifo")
     command = [sys.executable, "-c", HANGS, str(tmp_path), str(tmp_path / "fifo")]
@@ -152,7 +152,7 @@ def test_a_mount_that_hangs_keeps_no_process(tmp_path: Path) -> None:
     assert (run.returncode, run.stdout, run.stderr) == (0, "timed out\n", "")
 
 
-async def test_a_mount_that_hangs_makes_no_queue_without_an_end(store: FileArtifactStore) -> None:
+async def test_a_hanging_mount_has_a_limited_queue(store: FileArtifactStore) -> None:
     goes_on = threading.Event()
     hung = asyncio.ensure_future(store.ask(goes_on.wait))
     await asyncio.sleep(0.01)
@@ -171,7 +171,7 @@ async def test_a_mount_that_hangs_makes_no_queue_without_an_end(store: FileArtif
 # -- symbolic links ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_symbolic_link_on_the_way_is_not_followed(
+async def test_a_symbolic_link_in_the_path_is_not_followed(
     tmp_path: Path, place: Path, store: FileArtifactStore
 ) -> None:
     outside = put(tmp_path, "outside/secret")
@@ -184,7 +184,7 @@ async def test_a_symbolic_link_on_the_way_is_not_followed(
     assert outside.read_text() == "result"
 
 
-async def test_of_an_object_that_is_a_symbolic_link_the_link_goes(
+async def test_deleting_a_symbolic_link_deletes_only_the_link(
     tmp_path: Path, place: Path, store: FileArtifactStore
 ) -> None:
     outside = put(tmp_path, "outside/secret")
@@ -194,7 +194,7 @@ async def test_of_an_object_that_is_a_symbolic_link_the_link_goes(
     assert outside.read_text() == "result"
 
 
-async def test_the_directory_itself_may_be_a_link(tmp_path: Path, place: Path) -> None:
+async def test_the_directory_itself_can_be_a_link(tmp_path: Path, place: Path) -> None:
     path = put(place, "k")
     (tmp_path / "by-name").symlink_to(place)
     assert await FileArtifactStore(str(tmp_path / "by-name"), "test").delete("k", yes) == Deletion("deleted")
@@ -226,7 +226,7 @@ def at(monkeypatch: pytest.MonkeyPatch, call: str, happens: Callable[[], object]
 
 
 @pytest.mark.parametrize("how", [replaced, lambda path, text: path.write_text(text)])
-async def test_what_comes_in_between_look_and_deletion_is_put_back(
+async def test_a_file_that_replaces_the_judged_one_is_put_back(
     place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch, how: Callable[[Path, str], None]
 ) -> None:
     path = put(place, "k")
@@ -243,7 +243,7 @@ async def test_what_comes_in_between_look_and_deletion_is_put_back(
     assert not left_aside(place)
 
 
-async def test_what_comes_while_another_is_put_back_stays(
+async def test_a_file_created_during_the_rollback_is_kept(
     place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = put(place, "k")
@@ -280,7 +280,7 @@ def killed(call: str, place: Path, new: str = "") -> None:
 
 
 @pytest.mark.parametrize("call", ["rename", "unlink", "fsync"])
-async def test_a_kill_in_the_midst_leaks_nothing(place: Path, store: FileArtifactStore, call: str) -> None:
+async def test_a_kill_during_a_deletion_leaks_nothing(place: Path, store: FileArtifactStore, call: str) -> None:
     path = put(place, "folder/k")
     os.utime(path, (OLD_S, OLD_S))
     killed(call, place)
@@ -289,7 +289,7 @@ async def test_a_kill_in_the_midst_leaks_nothing(place: Path, store: FileArtifac
     assert not left_aside(place)
 
 
-async def test_a_kill_in_the_midst_loses_no_object_of_another(
+async def test_a_kill_during_a_deletion_loses_no_other_object(
     tmp_path: Path, place: Path, store: FileArtifactStore
 ) -> None:
     path, new = put(place, "folder/k"), put(tmp_path, "new", "the result of another job")
@@ -300,7 +300,7 @@ async def test_a_kill_in_the_midst_loses_no_object_of_another(
     assert not left_aside(place)
 
 
-async def test_what_was_stored_again_meanwhile_stays_and_what_is_aside_goes(
+async def test_after_a_kill_a_new_object_is_kept_and_the_renamed_one_is_deleted(
     place: Path, store: FileArtifactStore
 ) -> None:
     path = put(place, "folder/k")
@@ -311,9 +311,7 @@ async def test_what_was_stored_again_meanwhile_stays_and_what_is_aside_goes(
     assert not left_aside(place)
 
 
-async def test_a_deletion_outlives_a_power_cut(
-    place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_deletion_is_durable(place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The directory is synced after the last change to it."""
     put(place, "folder/k")
     done: list[str] = []
@@ -332,7 +330,7 @@ async def test_a_deletion_outlives_a_power_cut(
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_directory_that_is_not_there_is_a_fault_and_no_deletion(place: Path, store: FileArtifactStore) -> None:
+async def test_a_missing_directory_is_an_error_and_not_a_deletion(place: Path, store: FileArtifactStore) -> None:
     place.rmdir()
     with pytest.raises(ArtifactStoreError, match="is not a directory"):
         await store.delete("k", yes)
@@ -341,7 +339,7 @@ async def test_a_directory_that_is_not_there_is_a_fault_and_no_deletion(place: P
         await store.delete("k", yes)
 
 
-async def test_what_the_system_refuses_is_told_with_its_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_error_of_the_system_names_the_path(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(place, "k")
 
     def refuse(*_: object, **__: object) -> None:
@@ -352,7 +350,7 @@ async def test_what_the_system_refuses_is_told_with_its_place(place: Path, monke
         await FileArtifactStore(str(place), "test").delete("k", yes)
 
 
-async def test_no_descriptor_is_left_open(tmp_path: Path, place: Path, store: FileArtifactStore) -> None:
+async def test_no_file_descriptor_leaks(tmp_path: Path, place: Path, store: FileArtifactStore) -> None:
     (place / "way").symlink_to(tmp_path)
     put(place, "a/b/c")
     before = _open_below(tmp_path)
@@ -364,7 +362,7 @@ async def test_no_descriptor_is_left_open(tmp_path: Path, place: Path, store: Fi
     assert _open_below(tmp_path) == before
 
 
-async def test_a_call_that_hangs_holds_nobody_up(
+async def test_a_hanging_call_does_not_block_the_event_loop(
     place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(place, "k")
@@ -395,7 +393,7 @@ async def test_a_probe_leaves_nothing(place: Path, store: FileArtifactStore) -> 
     assert list(place.iterdir()) == []
 
 
-async def test_a_probe_that_reads_something_else_is_a_fault(
+async def test_a_probe_that_reads_another_value_fails(
     place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "pread", lambda *_: b"something else")
@@ -404,13 +402,13 @@ async def test_a_probe_that_reads_something_else_is_a_fault(
     assert list(place.iterdir()) == []
 
 
-async def test_a_probe_names_what_is_wrong_with_the_directory(place: Path, store: FileArtifactStore) -> None:
+async def test_a_probe_reports_what_is_wrong_with_the_directory(place: Path, store: FileArtifactStore) -> None:
     place.rmdir()
     with pytest.raises(ArtifactStoreError, match=r"is not a directory. Create it, or change artifacts.url."):
         await store.probe()
 
 
-async def test_a_probe_is_no_way_out(tmp_path: Path, place: Path, store: FileArtifactStore) -> None:
+async def test_a_probe_does_not_follow_a_link(tmp_path: Path, place: Path, store: FileArtifactStore) -> None:
     outside = put(tmp_path, "outside")
     (place / ".jobd-probe-test").symlink_to(outside)
     with pytest.raises(ArtifactStoreError, match="Too many levels of symbolic links"):
@@ -418,7 +416,7 @@ async def test_a_probe_is_no_way_out(tmp_path: Path, place: Path, store: FileArt
     assert outside.read_text() == "result"
 
 
-def test_where_artifacts_can_be_kept(tmp_path: Path) -> None:
+def test_a_directory_can_store_artifacts_or_the_reason_is_reported(tmp_path: Path) -> None:
     assert directory_fault(str(tmp_path)) is None
     missing = tmp_path / "none"
     assert directory_fault(str(missing)) == f"{missing} is not a directory. Create it, or change artifacts.url."
@@ -426,7 +424,7 @@ def test_where_artifacts_can_be_kept(tmp_path: Path) -> None:
     assert "is not a directory" in (directory_fault(str(missing)) or "")
 
 
-def test_a_directory_of_others_is_no_place_for_artifacts(tmp_path: Path) -> None:
+def test_a_directory_of_another_user_cannot_store_artifacts(tmp_path: Path) -> None:
     inside = tmp_path / "inside"
     inside.mkdir()
     tmp_path.chmod(0o700)
@@ -443,7 +441,7 @@ def test_a_directory_of_others_is_no_place_for_artifacts(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("blocks", "files", "free", "full"), [(0, 9, 9, True), (9, 9, 0, True), (9, 0, 0, False)])
-def test_a_full_file_system_is_no_place_for_artifacts(
+def test_a_full_file_system_cannot_store_artifacts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, files: int, free: int, full: bool
 ) -> None:
     usage = SimpleNamespace(f_bavail=blocks, f_files=files, f_favail=free)
@@ -468,7 +466,7 @@ async def read(store: FileArtifactStore, key: str) -> bytes | None:
 
 
 @pytest.mark.parametrize("key", ["a", "2026/11/job-1.mp4", "ü ß\n*", "a\\b", ".hidden", "x" * 255])
-async def test_what_a_key_names_is_read(place: Path, store: FileArtifactStore, key: str) -> None:
+async def test_open_reads_the_object_of_the_key(place: Path, store: FileArtifactStore, key: str) -> None:
     path = put(place, key, "")
     assert await read(store, key) == b""
     path.write_bytes(content := os.urandom(2 * PIECE_BYTES + 1))
@@ -479,7 +477,7 @@ async def test_what_a_key_names_is_read(place: Path, store: FileArtifactStore, k
     "key",
     ["none", "no/such/way", "file/below", "folder", "folder/", "", ".", "a//b", "x" * 300, "link", "pipe", "sock"],
 )
-async def test_what_is_no_file_is_not_read(place: Path, store: FileArtifactStore, key: str, tmp_path: Path) -> None:
+async def test_only_regular_files_are_read(place: Path, store: FileArtifactStore, key: str, tmp_path: Path) -> None:
     put(place, "folder/inside")
     put(place, "file")
     (tmp_path / "secret").write_text("canary")
@@ -490,7 +488,7 @@ async def test_what_is_no_file_is_not_read(place: Path, store: FileArtifactStore
         assert await read(store, key) is None
 
 
-async def test_nobody_is_led_out_to_read(place: Path, store: FileArtifactStore, tmp_path: Path) -> None:
+async def test_a_read_never_leaves_the_directory(place: Path, store: FileArtifactStore, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "secret").write_text("canary")
     (place / "way").symlink_to(tmp_path / "elsewhere")
@@ -498,13 +496,13 @@ async def test_nobody_is_led_out_to_read(place: Path, store: FileArtifactStore, 
         await store.open("way/secret")
 
 
-async def test_a_directory_that_is_away_is_a_fault_of_reading_too(place: Path, store: FileArtifactStore) -> None:
+async def test_a_read_from_a_missing_directory_is_an_error(place: Path, store: FileArtifactStore) -> None:
     place.rmdir()
     with pytest.raises(ArtifactStoreError, match="not a directory"):
         await store.open("k")
 
 
-async def test_a_file_is_read_to_its_end_whatever_becomes_of_its_name(place: Path, store: FileArtifactStore) -> None:
+async def test_an_open_file_is_read_completely_even_if_it_is_replaced(place: Path, store: FileArtifactStore) -> None:
     path = put(place, "k", "the first")
     reading = await store.open("k")
     assert reading is not None
@@ -537,7 +535,7 @@ def _open_below(place: Path) -> int:
     return count
 
 
-async def test_files_are_closed_also_where_nobody_waits_any_more(place: Path, store: FileArtifactStore) -> None:
+async def test_files_are_closed_even_if_the_caller_was_cancelled(place: Path, store: FileArtifactStore) -> None:
     put(place, "k")
     reading = await store.open("k")
     assert reading is not None

@@ -90,7 +90,7 @@ def yes(_: int) -> Verdict:
 
 
 @pytest.mark.parametrize("key", ["k", "2026/11/job-1.mp4", "a b+c&d=é/ü%20?#", ".hidden"])
-async def test_what_a_key_names_is_deleted_and_nothing_else(bucket: Bucket, store: S3ArtifactStore, key: str) -> None:
+async def test_delete_removes_only_the_object_of_the_key(bucket: Bucket, store: S3ArtifactStore, key: str) -> None:
     others = [key, f"pre/fix/{key}2", f"pre/{key}"]
     bucket.put(f"pre/fix/{key}", *others)
     assert await store.delete(key, yes) == Deletion("deleted")
@@ -103,11 +103,11 @@ async def test_what_a_key_names_is_deleted_and_nothing_else(bucket: Bucket, stor
     "key",
     ["a~b", "a*b", "a{b}", "a|b", 'a"b', "a\\b", "a[b]^`<>", "%2F", " x ", "\ufeffx", "\x85", "x" * 1016],
 )
-async def test_an_odd_key_is_asked_for(bucket: Bucket, store: S3ArtifactStore, key: str) -> None:
+async def test_unusual_keys_are_encoded_correctly(bucket: Bucket, store: S3ArtifactStore, key: str) -> None:
     assert await store.delete(key, yes) == Deletion("missing")
 
 
-async def test_a_bucket_without_a_prefix(bucket: Bucket) -> None:
+async def test_a_bucket_needs_no_prefix(bucket: Bucket) -> None:
     bucket.put("a/k", "k")
     store = S3ArtifactStore(bucket.name, "", "test")
     assert store.place == f"s3://{bucket.name}"
@@ -116,7 +116,7 @@ async def test_a_bucket_without_a_prefix(bucket: Bucket) -> None:
     await store.close()
 
 
-async def test_what_is_young_or_another_s_stays(bucket: Bucket, store: S3ArtifactStore) -> None:
+async def test_young_objects_and_those_of_other_jobs_are_not_deleted(bucket: Bucket, store: S3ArtifactStore) -> None:
     bucket.put("pre/fix/k")
     modified_at = round(obstore.head(bucket.all, "pre/fix/k")["last_modified"].timestamp() * 1000)
     assert await store.delete("k", lambda _: "wait") == Deletion("young", "", modified_at)
@@ -127,14 +127,14 @@ async def test_what_is_young_or_another_s_stays(bucket: Bucket, store: S3Artifac
 @pytest.mark.parametrize(
     "key", ["", ".", "a//b", "a/./b", "a/", "..", "a/../b", "a\tb", "a\x01b", "a\nb", "a\x7f", "x" * 1017, "é" * 509]
 )
-async def test_a_key_that_cannot_be_asked_for_is_left(store: S3ArtifactStore, key: str) -> None:
+async def test_an_invalid_key_deletes_nothing(store: S3ArtifactStore, key: str) -> None:
     assert (await store.delete(key, yes)).what == "left"
     assert await store.open(key) is None
 
 
 @pytest.mark.parametrize("key", ["k", "a b+c&d=é/ü%20?#"])
 @pytest.mark.parametrize("pieces", [0, 0.5, 1, 2, 2.5])
-async def test_what_a_key_names_is_read_in_ranges(
+async def test_an_object_is_read_in_ranges(
     at: str, bucket: Bucket, store: S3ArtifactStore, key: str, pieces: float
 ) -> None:
     if at == "radosgw":
@@ -154,7 +154,7 @@ async def test_what_a_key_names_is_read_in_ranges(
     assert await store.open(f"{key}2") is None
 
 
-async def test_an_object_that_changes_while_it_is_read_is_a_fault(bucket: Bucket, store: S3ArtifactStore) -> None:
+async def test_an_object_that_changes_during_a_read_is_an_error(bucket: Bucket, store: S3ArtifactStore) -> None:
     obstore.put(bucket.all, "pre/fix/k", b"x" * (s3.PIECE_BYTES + 1))
     reading = await store.open("k")
     assert reading is not None
@@ -167,7 +167,7 @@ async def test_an_object_that_changes_while_it_is_read_is_a_fault(bucket: Bucket
         await reading.more()
 
 
-async def test_a_bucket_that_is_away_cannot_be_read(at: str) -> None:
+async def test_a_missing_bucket_cannot_be_read(at: str) -> None:
     store = S3ArtifactStore("no-such-bucket", "", "test")
     with pytest.raises(ArtifactStoreError, match="bucket does not exist"):
         await store.open("k")
@@ -175,7 +175,7 @@ async def test_a_bucket_that_is_away_cannot_be_read(at: str) -> None:
 
 
 @pytest.mark.parametrize("server", ["moto"], indirect=True)
-async def test_what_is_stored_between_look_and_deletion_stays(bucket: Bucket, store: S3ArtifactStore) -> None:
+async def test_an_object_that_replaces_the_judged_one_is_kept(bucket: Bucket, store: S3ArtifactStore) -> None:
     bucket.put("pre/fix/k")
     verdicts: list[Verdict] = ["delete", "leave"]
 
@@ -193,7 +193,7 @@ async def test_a_probe_leaves_nothing(bucket: Bucket, store: S3ArtifactStore) ->
     assert bucket.keys() == []
 
 
-async def test_a_bucket_that_is_not_there_is_a_fault_and_no_deletion(at: str) -> None:
+async def test_a_missing_bucket_is_an_error_and_not_a_deletion(at: str) -> None:
     store = S3ArtifactStore("test-nowhere", "", "test")
     with pytest.raises(ArtifactStoreError, match="the bucket does not exist"):
         await store.delete("k", yes)
@@ -203,7 +203,9 @@ async def test_a_bucket_that_is_not_there_is_a_fault_and_no_deletion(at: str) ->
 
 
 @pytest.mark.parametrize("server", ["radosgw"], indirect=True)  # moto takes any key
-async def test_keys_that_are_refused_are_told_and_not_shown(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rejected_credentials_are_reported_without_their_values(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bucket.put("k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
     store = S3ArtifactStore(bucket.name, "", "test")
@@ -218,7 +220,9 @@ async def test_keys_that_are_refused_are_told_and_not_shown(bucket: Bucket, monk
     assert bucket.keys() == ["k"]
 
 
-async def test_the_sweeper_empties_it(bucket: Bucket, store: S3ArtifactStore, tmp_path: Path) -> None:
+async def test_the_sweeper_deletes_objects_of_deleted_jobs(
+    bucket: Bucket, store: S3ArtifactStore, tmp_path: Path
+) -> None:
     maker = ChangeFactory()
     disk, _ = await Store.open(str(tmp_path / "jobd.db"))
     async with disk:
@@ -249,7 +253,7 @@ def told_of(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> S3ArtifactStore:
     return S3ArtifactStore("bucket", "", "test")
 
 
-async def test_a_server_that_is_away_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unreachable_server_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
     store = told_of(monkeypatch, f"http://127.0.0.1:{port}")
@@ -258,7 +262,7 @@ async def test_a_server_that_is_away_is_a_fault(monkeypatch: pytest.MonkeyPatch)
     await store.close()
 
 
-async def test_a_server_that_does_not_answer_is_a_fault_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_server_that_does_not_respond_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         monkeypatch.setattr(s3, "CALL_S", 0.1)
         store = told_of(monkeypatch, f"http://127.0.0.1:{server.getsockname()[1]}")
@@ -278,7 +282,7 @@ async def test_a_server_that_does_not_answer_is_a_fault_in_time(monkeypatch: pyt
         ([403], "HTTP 403"),
     ],
 )
-async def test_every_answer_to_a_deletion_is_understood(
+async def test_every_response_to_a_deletion_is_handled(
     monkeypatch: pytest.MonkeyPatch, statuses: list[int], outcome: str
 ) -> None:
     store = told_of(monkeypatch, "http://127.0.0.1:1")
@@ -307,7 +311,7 @@ async def test_every_answer_to_a_deletion_is_understood(
     await store.close()
 
 
-def test_what_the_environment_says_wrongly_is_told_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_environment_variables_are_reported_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "perhaps")
     with pytest.raises(ArtifactStoreError, match=r"s3://bucket: .*perhaps"):
         told_of(monkeypatch, "http://127.0.0.1:1")

@@ -40,7 +40,7 @@ async def seqs(store: Store, **query: object) -> list[int]:
     return [seq for seq, _ in (await store.audit(AuditQuery(**query))).found]  # type: ignore[arg-type]
 
 
-async def test_a_deed_is_written_with_its_batch_and_is_there_after_a_restart(path: str) -> None:
+async def test_an_entry_is_written_with_its_batch_and_survives_a_restart(path: str) -> None:
     maker = ChangeFactory()
     whole = deed(1, reason="a\nreason", queue="q", outcome="job_not_found", details={"from": None, "to": "failed"})
     async with opened(path) as (store, _):
@@ -51,7 +51,7 @@ async def test_a_deed_is_written_with_its_batch_and_is_there_after_a_restart(pat
         assert found.next_before is None
 
 
-async def test_a_batch_that_is_refused_leaves_no_deed(store: Store) -> None:
+async def test_a_failed_batch_leaves_no_entry(store: Store) -> None:
     maker = ChangeFactory()
     ghost = made(maker.create())
     with pytest.raises(BadRows):
@@ -59,7 +59,7 @@ async def test_a_batch_that_is_refused_leaves_no_deed(store: Store) -> None:
     assert (await store.audit(AuditQuery())).found == []
 
 
-async def test_parts_of_one_deed_become_one_row_that_counts_their_jobs(store: Store) -> None:
+async def test_parts_of_one_action_share_a_row_that_counts_their_jobs(store: Store) -> None:
     first = deed(0, job_id=None, part_of="p1", jobs=2, details={"n": 1})
     await write(store, first, deed(1), replace(first, at=NOW + 2, jobs=3, details={"n": 2}))
     await write(store, replace(first, at=NOW + 3, jobs=4), deed(4, part_of="p2"))
@@ -67,7 +67,7 @@ async def test_parts_of_one_deed_become_one_row_that_counts_their_jobs(store: St
     assert found == [(3, deed(4, part_of="p2")), (2, deed(1)), (1, replace(first, jobs=9))]
 
 
-async def test_what_a_transaction_took_back_is_written_anew(store: Store) -> None:
+async def test_an_entry_of_a_failed_transaction_is_written_again(store: Store) -> None:
     maker = ChangeFactory()
     ghost = made(maker.create())
     with pytest.raises(BadRows):
@@ -77,7 +77,7 @@ async def test_what_a_transaction_took_back_is_written_anew(store: Store) -> Non
     assert (await store.audit(AuditQuery())).found == [(2, deed(6, part_of="p")), (1, deed(5))]
 
 
-async def test_a_damaged_row_gets_no_more_parts(path: str) -> None:
+async def test_no_part_is_added_to_a_damaged_row(path: str) -> None:
     part = deed(part_of="p")
     async with opened(path) as (store, _):
         await write(store, part)
@@ -86,14 +86,14 @@ async def test_a_damaged_row_gets_no_more_parts(path: str) -> None:
         assert (await store.audit(AuditQuery())).found == [(2, part)]
 
 
-async def test_of_deeds_that_go_on_side_by_side_the_oldest_goes_on_in_a_new_row(store: Store) -> None:
+async def test_the_oldest_of_many_open_actions_continues_in_a_new_row(store: Store) -> None:
     many = writers.OPEN_DEEDS
     await write(store, *(deed(n, part_of=f"p{n}") for n in range(many + 1)))
     await write(store, deed(many, part_of=f"p{many}"), deed(1, part_of="p1"), deed(0, part_of="p0"))
     assert len(await seqs(store, limit=200)) == many + 2
 
 
-async def test_filters_and_pages_newest_first(store: Store) -> None:
+async def test_pages_are_filtered_and_newest_first(store: Store) -> None:
     whos, whats = ("eve", "bob"), ("cancel", "pause", "update")
     rows = [deed(n, who=whos[n % 2], what=whats[n % 3], job_id="a" if n % 5 == 0 else None) for n in range(30)]
     await write(store, *rows)
@@ -111,7 +111,7 @@ async def test_filters_and_pages_newest_first(store: Store) -> None:
 
 
 @pytest.mark.parametrize("scan", [1, 7, 29, 30, 31])
-async def test_a_page_looks_at_so_many_rows_and_the_pages_miss_none(store: Store, scan: int) -> None:
+async def test_pages_scan_a_limited_number_of_rows_and_miss_none(store: Store, scan: int) -> None:
     await write(store, *(deed(n, who="eve" if n in (3, 28) else "bob") for n in range(30)))
     found: list[int] = []
     pages, before = 0, None
@@ -123,7 +123,7 @@ async def test_a_page_looks_at_so_many_rows_and_the_pages_miss_none(store: Store
     assert pages == -(-30 // scan)
 
 
-async def test_old_rows_go_in_slices_and_the_newest_stays(store: Store) -> None:
+async def test_old_rows_are_deleted_in_slices_and_the_newest_is_kept(store: Store) -> None:
     await write(store, *(deed(n) for n in range(10)))
     assert await store.trim_audit(NOW + 4, 3) == 3
     assert await store.trim_audit(NOW + 4, 3) == 1
@@ -134,7 +134,7 @@ async def test_old_rows_go_in_slices_and_the_newest_stays(store: Store) -> None:
     assert await seqs(store) == [11, 10]
 
 
-async def test_rows_beyond_their_number_go_whatever_their_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rows_beyond_the_limit_are_deleted_at_any_age(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writers, "KEEP_AUDIT", 4)
     await write(store, *(deed(n) for n in range(10)))
     assert await store.trim_audit(0, 99) == 6
@@ -142,7 +142,7 @@ async def test_rows_beyond_their_number_go_whatever_their_time(store: Store, mon
 
 
 @pytest.mark.parametrize("look", [1, 7, 2_000])
-async def test_refusals_and_looks_push_out_their_like_alone(
+async def test_errors_and_reads_displace_only_their_own_kind(
     store: Store, monkeypatch: pytest.MonkeyPatch, look: int
 ) -> None:
     monkeypatch.setattr(writers, "KEEP_AUDIT", 6)
@@ -165,9 +165,7 @@ async def test_refusals_and_looks_push_out_their_like_alone(
     assert left == [41, 40, 39, 38, 37, 18, 16, 14, 12, 10, 8, 4]
 
 
-async def test_who_signs_in_and_out_pushes_out_no_export_and_no_refusal(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_sign_ins_displace_no_exports_and_no_errors(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writers, "KEEP_BESIDE", 2)
     rows = [deed(0, what="export"), deed(1, what="backup"), deed(2, outcome="lock_lost"), deed(3)]
     wrong = [deed(n, what="sign-in", outcome="unauthorized") for n in range(4, 8)]
@@ -176,7 +174,7 @@ async def test_who_signs_in_and_out_pushes_out_no_export_and_no_refusal(
     assert [seq - 1 for seq in await seqs(store)] == [11, 10, 7, 6, 3, 2, 1, 0]
 
 
-async def test_the_share_of_each_is_known_after_a_restart(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_kinds_of_rows_are_counted_after_a_restart(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writers, "KEEP_BESIDE", 2)
     async with opened(path) as (store, _):
         await write(store, *(deed(n, outcome="lock_lost") for n in range(5)), deed(5))
@@ -185,7 +183,7 @@ async def test_the_share_of_each_is_known_after_a_restart(path: str, monkeypatch
         assert await seqs(store) == [6, 5, 4]
 
 
-async def test_what_a_transaction_took_back_of_a_trim_goes_at_the_next(
+async def test_rows_of_a_rolled_back_trim_are_deleted_by_the_next(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writers, "KEEP_BESIDE", 1)
@@ -201,9 +199,7 @@ async def test_what_a_transaction_took_back_of_a_trim_goes_at_the_next(
     assert await seqs(store) == [5, 4]
 
 
-async def test_a_number_that_was_given_again_is_not_taken_for_what_it_was(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_reused_number_is_not_mistaken_for_its_old_row(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the newest row is damaged and set aside."""
     monkeypatch.setattr(writers, "KEEP_BESIDE", 0)
     await write(store, deed(0), deed(1, outcome="lock_lost"))
@@ -214,7 +210,7 @@ async def test_a_number_that_was_given_again_is_not_taken_for_what_it_was(
     assert await seqs(store) == [3, 2, 1]
 
 
-async def test_a_log_that_cannot_be_read_is_named(path: str) -> None:
+async def test_an_unreadable_log_is_reported(path: str) -> None:
     async with opened(path) as (store, _):
         await write(store, *(deed(n, reason="x" * 2_000) for n in range(40)))
     with edited(path) as conn:

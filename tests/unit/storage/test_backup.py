@@ -45,7 +45,7 @@ def names(path: str) -> set[str]:
     return {os.path.basename(name) for name in glob.glob(f"{path}*")}
 
 
-async def test_a_copy_is_whole_marked_and_in_one_file(path: str, copy: str) -> None:
+async def test_a_copy_is_complete_marked_and_one_file(path: str, copy: str) -> None:
     maker = await make_store(path)
     async with opened(path) as (store, _):
         await take(store, copy)
@@ -62,7 +62,7 @@ async def test_a_copy_is_whole_marked_and_in_one_file(path: str, copy: str) -> N
         await assert_holds(store, found, maker)
 
 
-async def test_a_copy_under_load_is_the_store_at_one_moment(path: str, copy: str) -> None:
+async def test_a_copy_under_load_is_consistent(path: str, copy: str) -> None:
     maker = ChangeFactory(8)
     seen: list[tuple[int, int]] = []
     async with opened(path) as (store, _):
@@ -113,7 +113,7 @@ async def test_a_store_in_memory_can_be_copied(copy: str) -> None:
         assert len(found.live()) == sum(job.status in LIVE for job in maker.jobs.values())
 
 
-async def test_closing_the_store_cuts_a_copy_short_and_leaves_nothing(path: str, copy: str) -> None:
+async def test_closing_the_store_stops_a_copy_and_leaves_no_file(path: str, copy: str) -> None:
     await make_store(path)
     store, _ = await Store.open(path)
     loop = asyncio.get_running_loop()
@@ -140,7 +140,7 @@ async def test_closing_the_store_cuts_a_copy_short_and_leaves_nothing(path: str,
     FileLock(path).release()
 
 
-async def test_one_who_goes_away_stops_the_copy(path: str) -> None:
+async def test_a_cancelled_request_stops_the_copy(path: str) -> None:
     maker = ChangeFactory(8)
     async with opened(path) as (store, _):
         for _ in range(10):
@@ -166,14 +166,14 @@ async def test_one_who_goes_away_stops_the_copy(path: str) -> None:
         await store.write(maker.batch([maker.create()]))
 
 
-async def test_leftovers_of_a_crash_are_removed_at_the_next_start(path: str) -> None:
+async def test_files_left_by_a_crash_are_removed_at_the_next_start(path: str) -> None:
     await make_store(path)
     write(f"{path}.backup-0123", b"half")
     async with opened(path):
         assert not exists(f"{path}.backup-0123")
 
 
-async def test_a_damaged_store_gives_no_copy(path: str, copy: str) -> None:
+async def test_a_damaged_store_cannot_be_copied(path: str, copy: str) -> None:
     await make_store(path)
     with edited(path) as conn:
         (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
@@ -190,7 +190,7 @@ async def test_a_damaged_store_gives_no_copy(path: str, copy: str) -> None:
 # Restore
 
 
-async def test_a_backup_is_put_back_and_the_old_store_kept(path: str, copy: str) -> None:
+async def test_a_restore_keeps_the_old_store(path: str, copy: str) -> None:
     maker = ChangeFactory(3)
     async with opened(path) as (store, _):
         await store.write(maker.any_batch(30))
@@ -211,7 +211,7 @@ async def test_a_backup_is_put_back_and_the_old_store_kept(path: str, copy: str)
         assert found.faults == []
 
 
-async def test_an_unmarked_file_is_marked_when_it_is_put_back(path: str, copy: str) -> None:
+async def test_a_restore_marks_an_unmarked_file(path: str, copy: str) -> None:
     await make_store(copy)
     assert restore(copy, path) is None
     assert os.stat(path).st_mode & 0o777 == 0o600
@@ -221,7 +221,7 @@ async def test_an_unmarked_file_is_marked_when_it_is_put_back(path: str, copy: s
         assert found.marked
 
 
-async def test_the_epoch_that_was_used_here_counts_also_without_its_file(path: str, copy: str) -> None:
+async def test_the_epoch_of_the_old_store_counts_without_its_epoch_file(path: str, copy: str) -> None:
     await make_store(copy)
     await make_store(path)
     with edited(path) as conn:
@@ -233,7 +233,7 @@ async def test_the_epoch_that_was_used_here_counts_also_without_its_file(path: s
         assert found.numbers.epoch == 8
 
 
-async def test_what_stands_in_the_log_of_the_old_store_goes_with_it(path: str, copy: str) -> None:
+async def test_the_write_ahead_log_of_the_old_store_is_kept_with_it(path: str, copy: str) -> None:
     await make_store(copy)
     maker = await make_store(path)
     async with opened(path) as (store, _):
@@ -249,7 +249,7 @@ async def test_what_stands_in_the_log_of_the_old_store_goes_with_it(path: str, c
         await assert_holds(store, found, maker)
 
 
-async def test_a_store_that_cannot_be_read_is_kept_as_it_is(path: str, copy: str) -> None:
+async def test_an_unreadable_store_is_kept_unchanged(path: str, copy: str) -> None:
     await make_store(copy)
     write(path, b"rubbish" * 1_000)
     write(f"{path}-wal", b"more rubbish")
@@ -261,14 +261,14 @@ async def test_a_store_that_cannot_be_read_is_kept_as_it_is(path: str, copy: str
         assert found.marked
 
 
-async def test_two_restores_in_one_second_keep_both(path: str, copy: str) -> None:
+async def test_two_restores_in_one_second_keep_both_stores(path: str, copy: str) -> None:
     await make_store(copy)
     asides = [restore(copy, path) for _ in range(4)]
     assert asides[0] is None
     assert len({aside for aside in asides if aside and exists(aside)}) == 3
 
 
-async def test_a_running_daemon_keeps_its_store(path: str, copy: str) -> None:
+async def test_a_restore_is_rejected_while_a_daemon_runs(path: str, copy: str) -> None:
     await make_store(copy)
     async with opened(path):
         before = read(path)
@@ -278,7 +278,7 @@ async def test_a_running_daemon_keeps_its_store(path: str, copy: str) -> None:
 
 
 @pytest.mark.parametrize("what", ["missing", "rubbish", "foreign", "newer", "meta", "page"])
-async def test_a_file_that_could_not_be_used_is_not_put_back(path: str, copy: str, what: str) -> None:
+async def test_an_unusable_file_is_not_restored(path: str, copy: str, what: str) -> None:
     await make_store(copy)
     await make_store(path, seed=12)
     spoil(copy, what)
@@ -288,7 +288,7 @@ async def test_a_file_that_could_not_be_used_is_not_put_back(path: str, copy: st
     assert {name: read(name) for name in glob.glob(f"{path}*")} == before
 
 
-async def test_a_store_that_another_program_holds_is_left_alone(path: str, copy: str) -> None:
+async def test_a_store_held_by_another_program_is_not_touched(path: str, copy: str) -> None:
     await make_store(copy)
     await make_store(path)
     with edited(path) as conn:
@@ -314,7 +314,7 @@ async def test_a_copy_never_fills_the_disk_of_the_store(small_disk: Path, copy: 
     assert not glob.glob(f"{path}.backup-*")
 
 
-def test_without_room_jobd_backup_says_so_and_ends_with_75(small_disk: Path, tmp_path: Path) -> None:
+def test_jobd_backup_exits_with_75_without_disk_space(small_disk: Path, tmp_path: Path) -> None:
     target = tmp_path / "copy.db"
     with Daemon(tmp_path, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
         command = [sys.executable, "-m", "jobd", "backup", str(target), "--admin-url", f"unix:{daemon.admin_socket}"]
@@ -328,7 +328,7 @@ def test_without_room_jobd_backup_says_so_and_ends_with_75(small_disk: Path, tmp
     assert not glob.glob(f"{small_disk}/jobd.db.backup-*")
 
 
-async def test_a_restore_without_room_leaves_the_store(small_disk: Path, copy: str) -> None:
+async def test_a_restore_without_disk_space_leaves_the_store(small_disk: Path, copy: str) -> None:
     path = str(small_disk / "jobd.db")
     await make_store(copy)
     maker = await make_store(path)
@@ -340,7 +340,7 @@ async def test_a_restore_without_room_leaves_the_store(small_disk: Path, copy: s
         await assert_holds(store, found, maker)
 
 
-def test_an_error_that_is_not_room_stays_what_it_is() -> None:
+def test_other_errors_are_not_reported_as_a_full_disk() -> None:
     with (
         contextlib.closing(sqlite3.connect(":memory:")) as conn,
         pytest.raises(sqlite3.OperationalError, match="syntax"),
@@ -349,7 +349,7 @@ def test_an_error_that_is_not_room_stays_what_it_is() -> None:
         conn.execute("no sql")
 
 
-def test_what_root_puts_back_belongs_to_the_stores_owner(tmp_path: Path) -> None:
+def test_files_restored_by_root_belong_to_the_owner_of_the_store(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root may give files away")
     store, copy = tmp_path / "store", tmp_path / "copy.db"

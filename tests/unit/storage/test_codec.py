@@ -65,7 +65,7 @@ def test_the_meta_row_holds_every_number() -> None:
 
 
 @pytest.mark.parametrize("part", ["", "grant", "lease", "ended", "result", "error"])
-def test_a_job_comes_back_from_its_columns_as_it_was(part: str) -> None:
+def test_a_job_is_the_same_after_encoding_and_decoding(part: str) -> None:
     job = replace(full_job(), **{part: None}) if part else full_job()
     row = codec.job_row(job)
     assert len(row) == len(codec.JOB_COLUMNS)
@@ -73,7 +73,7 @@ def test_a_job_comes_back_from_its_columns_as_it_was(part: str) -> None:
     assert all(type(value) in (int, float, str, bytes, type(None)) for value in row)
 
 
-def test_progress_has_one_form_on_the_disk_and_is_whole_where_it_can_be() -> None:
+def test_progress_has_one_form_on_disk_and_is_an_integer_if_possible() -> None:
     whole, real, negative = (codec.job_row(replace(full_job(), progress=p)) for p in (45, 45.0, -0.0))
     assert codec.checksum(whole) == codec.checksum(real)
     assert type(codec.JobReader().job((*whole, 0)).progress) is int
@@ -81,7 +81,7 @@ def test_progress_has_one_form_on_the_disk_and_is_whole_where_it_can_be() -> Non
     assert codec.JobReader().job((*codec.job_row(full_job()), 0)).progress == 12.5
 
 
-def test_what_says_nothing_comes_back_as_none() -> None:
+def test_empty_parts_are_decoded_as_none() -> None:
     job = replace(full_job(), result=Result(metadata=Raw(b"null")), error=Failure(None))
     back = codec.JobReader().job(codec.sealed(codec.job_row(job)))
     assert back.result is None
@@ -97,7 +97,7 @@ def new_row(job: Job) -> codec.Row:
 
 
 @pytest.mark.parametrize("fields", [{}, {"run_at": NOW + 5}, {"expires_at": NOW + 9}, {"id": ""}])
-def test_a_new_job_comes_back_from_a_third_of_its_columns(fields: dict[str, Any]) -> None:
+def test_a_new_job_is_decoded_from_a_third_of_its_columns(fields: dict[str, Any]) -> None:
     reader = codec.JobReader()
     for options in (*OPTIONS, OPTIONS[0]):
         job = replace(Job(3, "a", options, "queued", NOW, NOW, NOW), **fields)
@@ -109,7 +109,7 @@ def test_a_new_job_comes_back_from_a_third_of_its_columns(fields: dict[str, Any]
         assert whole.options is back.options
 
 
-def test_every_single_flipped_bit_of_a_new_job_is_told() -> None:
+def test_every_flipped_bit_of_a_new_job_is_detected() -> None:
     job = Job(3, "a", OPTIONS[1], "queued", NOW, NOW, NOW, expires_at=NOW + 9)
     row, reader = new_row(job), codec.JobReader()
     for place, value in enumerate(row[:-1]):
@@ -117,7 +117,7 @@ def test_every_single_flipped_bit_of_a_new_job_is_told() -> None:
             assert reader.new((*row[:place], other, *row[place + 1 :])) is None
 
 
-def test_what_jobs_have_in_common_exists_once() -> None:
+def test_equal_options_of_jobs_are_shared() -> None:
     reader = codec.JobReader()
     maker = ChangeFactory()
     made = [maker.create(options=OPTIONS[1]).after for _ in range(2)]
@@ -126,7 +126,7 @@ def test_what_jobs_have_in_common_exists_once() -> None:
     assert back[0].created_at is back[0].updated_at is back[0].run_at
 
 
-def test_a_reader_forgets_options_that_have_no_end() -> None:
+def test_the_cache_of_options_is_limited() -> None:
     reader = codec.JobReader()
     for priority in range(10_050):
         job = replace(full_job(), options=replace(OPTIONS[0], priority=priority, kind=f"k{priority}"))
@@ -135,14 +135,14 @@ def test_a_reader_forgets_options_that_have_no_end() -> None:
 
 
 @pytest.mark.parametrize("column", ["fencing_token", "lock_max_processing_ms", "silent_lease_ms", "ended_reason"])
-def test_half_a_part_is_unreadable_and_the_message_names_the_column(column: str) -> None:
+def test_an_incomplete_part_is_an_error_that_names_the_column(column: str) -> None:
     row = list(codec.job_row(full_job()))
     row[codec.JOB_COLUMNS.index(column)] = None
     with pytest.raises(codec.Unreadable, match=column):
         codec.JobReader().job((*row, 0))
 
 
-def test_every_single_flipped_bit_is_told() -> None:
+def test_every_flipped_bit_is_detected() -> None:
     row = codec.sealed(codec.job_row(full_job()))
     assert codec.fault(row) is None
     for place, value in enumerate(row):
@@ -171,7 +171,7 @@ def test_none_zero_and_empty_are_not_the_same_to_a_checksum() -> None:
     assert len({codec.checksum((form,)) for form in forms}) == len(forms)
 
 
-def test_an_event_comes_back_as_it_was() -> None:
+def test_an_event_is_the_same_after_encoding_and_decoding() -> None:
     job = full_job()
     event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", "why", {"a": [1, None]}, all_of(job))
     row = codec.sealed(codec.event_row(event))
@@ -180,7 +180,7 @@ def test_an_event_comes_back_as_it_was() -> None:
     assert fold(None, codec.event(row)) == job
 
 
-def test_parts_stand_in_the_journal_without_names_in_an_order_that_stays() -> None:
+def test_parts_are_stored_in_the_journal_as_arrays_in_a_fixed_order() -> None:
     """What was written once is read by it for ever."""
     job = full_job()
     event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", None, None, all_of(job))
@@ -197,7 +197,7 @@ def test_parts_stand_in_the_journal_without_names_in_an_order_that_stays() -> No
     }
 
 
-def test_changes_that_clear_a_field_are_not_those_that_leave_it_alone() -> None:
+def test_clearing_a_field_differs_from_not_changing_it() -> None:
     changes = Changes(grant=None, result=None, error=None, expires_at=None)
     event = Event(1, NOW, "force_reset", 7, "a", "q", None, None, "admin", None, None, changes)
     back = codec.event(codec.sealed(codec.event_row(event)))
@@ -207,14 +207,14 @@ def test_changes_that_clear_a_field_are_not_those_that_leave_it_alone() -> None:
 
 
 @pytest.mark.parametrize("metadata", [b'{"x":1}', b'"text"', b"[]", b"0", None])
-def test_metadata_of_any_json_goes_through_the_journal(metadata: bytes | None) -> None:
+def test_the_journal_keeps_any_json_metadata(metadata: bytes | None) -> None:
     result = Result(file_path="/f", metadata=None if metadata is None else Raw(metadata))
     event = Event(1, NOW, "completed", 7, "a", "q", None, None, "w", None, None, Changes(result=result))
     back = codec.event(codec.sealed(codec.event_row(event)))
     assert back.changes == Changes(result=result)
 
 
-def test_keys_and_queues_come_back_as_they_were() -> None:
+def test_keys_and_queues_are_the_same_after_encoding_and_decoding() -> None:
     answered = StoredResponse("d", "b", NOW, 201, b'{"x":1}')
     *columns, answer = codec.key_row(answered)
     assert codec.fault(tuple(columns)) is None
@@ -228,7 +228,7 @@ def test_keys_and_queues_come_back_as_they_were() -> None:
     assert codec.fault(codec.tombstone_row(buried)) is None
 
 
-def test_a_row_of_the_audit_log_comes_back_as_it_was() -> None:
+def test_an_audit_entry_is_the_same_after_encoding_and_decoding() -> None:
     short = AuditEntry(NOW, "admin", "unix uid=0", "pause", queue="video")
     whole = AuditEntry(NOW, "zoë", "::1", "plan retry", "a", "q", "why\n", "job_not_found", 7, {"from": None}, "p1")
     for each in (short, whole):
@@ -238,7 +238,7 @@ def test_a_row_of_the_audit_log_comes_back_as_it_was() -> None:
         assert codec.audited(row) == each
 
 
-def test_a_row_set_aside_can_be_read_and_edited_by_people() -> None:
+def test_a_quarantined_row_is_readable_and_editable() -> None:
     row = codec.sealed(codec.job_row(full_job()))
     columns = (*codec.JOB_COLUMNS, "crc")
     assert codec.from_text(columns, codec.as_text(columns, row)) == row
@@ -279,7 +279,7 @@ def journal_with(signs: int, seed: int) -> tuple[Job, list[Event]]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_forgotten_signs_of_life_leave_the_same_row(seed: int) -> None:
+def test_deleting_heartbeats_does_not_change_the_row(seed: int) -> None:
     job, events = journal_with(350, seed)
     gone, changed = codec.thin(events)
     new = {event.seq: event for event in changed}
@@ -297,7 +297,7 @@ def test_forgotten_signs_of_life_leave_the_same_row(seed: int) -> None:
     assert codec.thin(left) == ([], [])
 
 
-def test_few_signs_of_life_are_all_kept() -> None:
+def test_few_heartbeats_are_all_kept() -> None:
     _, events = journal_with(KEEP_HEARTBEATS, 1)
     assert codec.thin(events) == ([], [])
 
@@ -354,7 +354,7 @@ def without(events: list[Event], begin: int, end: int) -> list[Event]:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_compacted_journal_gives_the_same_row_after_each_event_that_is_left(seed: int) -> None:
+def test_a_compacted_journal_yields_the_same_row_after_each_remaining_event(seed: int) -> None:
     desk, events = loop_of_grants(seed)
     before = rows_after(events)
     dice = random.Random(seed)
@@ -370,7 +370,7 @@ def test_a_compacted_journal_gives_the_same_row_after_each_event_that_is_left(se
     assert len(left) < len(events) / 2
 
 
-def test_grants_that_were_given_back_keep_events_that_are_not_routine() -> None:
+def test_compacting_returned_grants_keeps_unusual_events() -> None:
     _, events = loop_of_grants(1)
     left = without(events, 0, len(events))
     kept, seqs = {event.type for event in left}, {event.seq for event in left}

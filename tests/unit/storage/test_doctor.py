@@ -61,7 +61,7 @@ async def busy_store(path: str) -> ChangeFactory:
     return maker
 
 
-async def test_a_whole_store_has_no_problem_and_is_not_touched(path: str) -> None:
+async def test_an_undamaged_store_has_no_problem_and_is_not_changed(path: str) -> None:
     await busy_store(path)
     before = {name: read(name) for name in glob.glob(f"{path}*")}
     assert check(path) == []
@@ -71,7 +71,7 @@ async def test_a_whole_store_has_no_problem_and_is_not_touched(path: str) -> Non
     assert not exists(f"{path}.lock")
 
 
-async def test_what_stands_in_the_log_counts_and_stays_there(path: str) -> None:
+async def test_the_write_ahead_log_is_checked_and_not_changed(path: str) -> None:
     maker = await make_store(path)
     async with opened(path) as (store, _):
         await store.write(maker.any_batch(30))
@@ -83,14 +83,14 @@ async def test_what_stands_in_the_log_counts_and_stays_there(path: str) -> None:
     assert not exists(f"{path}-shm")
 
 
-async def test_a_store_that_a_daemon_holds_is_not_looked_at(path: str) -> None:
+async def test_a_store_held_by_a_daemon_is_not_checked(path: str) -> None:
     async with opened(path):
         for call in (lambda: check(path), lambda: accept(path, ["a"]), lambda: recount(path)):
             with pytest.raises(StoreBusy, match=str(os.getpid())):
                 call()
 
 
-async def test_what_is_no_store_of_ours_is_refused(path: str) -> None:
+async def test_a_file_that_is_not_a_jobd_store_is_rejected(path: str) -> None:
     with pytest.raises(FileNotFoundError):
         check(path)
     with pytest.raises(StoreUnreadable, match="does not exist"):
@@ -107,7 +107,7 @@ async def test_what_is_no_store_of_ours_is_refused(path: str) -> None:
         check(path)
 
 
-async def test_an_older_store_is_to_be_migrated_first(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_older_store_has_to_be_migrated_first(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     await make_store(path)
     monkeypatch.setattr(migrations, "VERSION", migrations.VERSION + 1)
     (problem,) = check(path)
@@ -143,7 +143,7 @@ async def test_an_older_store_is_to_be_migrated_first(path: str, monkeypatch: py
         ("DROP INDEX jobs_expiry", "schema jobs_expiry", "missing"),
     ],
 )
-async def test_every_kind_of_damage_is_named_with_its_mend(path: str, damage: str, where: str, what: str) -> None:
+async def test_every_kind_of_damage_is_reported_with_a_fix(path: str, damage: str, where: str, what: str) -> None:
     maker = await busy_store(path)
     live, done = pick(maker, LIVE), pick(maker, FINISHED)
     late = maker.numbers.next_event - 1
@@ -157,7 +157,7 @@ async def test_every_kind_of_damage_is_named_with_its_mend(path: str, damage: st
 
 
 @pytest.mark.parametrize("column", ["queue", "id", "status", "crc", "fencing_token"])
-async def test_a_flipped_bit_of_a_job_is_named_by_its_id(path: str, column: str) -> None:
+async def test_a_flipped_bit_of_a_job_is_reported_with_its_id(path: str, column: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, frozenset({"processing"}))
     flip(path, "jobs", column, "seq", job.seq)
@@ -166,7 +166,7 @@ async def test_a_flipped_bit_of_a_job_is_named_by_its_id(path: str, column: str)
     assert "live jobs" not in places(problems) or column == "status"
 
 
-async def test_damage_to_an_index_is_named_and_mended_by_counting_anew(path: str) -> None:
+async def test_a_damaged_index_is_reported_and_repaired_by_a_recount(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, FINISHED)
     with edited(path) as conn:
@@ -184,7 +184,7 @@ async def test_damage_to_an_index_is_named_and_mended_by_counting_anew(path: str
     assert check(path) == []
 
 
-async def test_a_page_that_cannot_be_read_is_a_problem_and_stops_nothing(path: str) -> None:
+async def test_an_unreadable_page_is_reported_and_the_check_continues(path: str) -> None:
     await busy_store(path)
     with edited(path) as conn:
         (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'reports'").fetchone()
@@ -196,14 +196,14 @@ async def test_a_page_that_cannot_be_read_is_a_problem_and_stops_nothing(path: s
     assert any("jobd restore" in problem.mend for problem in problems)
 
 
-async def test_numbers_that_are_still_to_be_given_are_noticed(path: str) -> None:
+async def test_numbers_that_are_not_assigned_yet_are_reported(path: str) -> None:
     await busy_store(path)
     with edited(path) as conn:
         migrations.change_meta(conn, next_job=1, next_event=1)
     assert places(check(path)) == ["meta", "meta"]
 
 
-async def test_a_tombstone_that_waits_for_long_is_named(path: str) -> None:
+async def test_a_tombstone_that_waits_too_long_is_reported(path: str) -> None:
     maker = await make_store(path)
     times = [now_ms() - DAY_MS + 60_000, now_ms() - 3 * DAY_MS - 1]
     buried = [Tombstone(900 + n, f"gone-{n}", f"k/{n}", at, at, tries=n) for n, at in enumerate(times)]
@@ -235,7 +235,7 @@ async def test_many_problems_of_one_kind_are_counted(path: str, monkeypatch: pyt
     assert problems[-1].what == f"and {count - 3} more of this kind"
 
 
-async def test_rows_set_aside_and_files_beside_are_looked_at(path: str) -> None:
+async def test_quarantined_rows_and_other_files_are_checked(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
     flip(path, "jobs", "queue", "seq", job.seq)
@@ -251,9 +251,7 @@ async def test_rows_set_aside_and_files_beside_are_looked_at(path: str) -> None:
     assert "d1" in problems[1].what
 
 
-async def test_an_epoch_file_that_does_not_fit_its_database_is_named(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_epoch_file_of_a_newer_database_is_reported(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     await busy_store(path)
     files.write_epoch(path, 4)
     owner = os.stat(path).st_uid
@@ -278,7 +276,7 @@ async def test_an_epoch_file_that_does_not_fit_its_database_is_named(
 # Taking rows as they are
 
 
-async def test_an_edited_row_is_taken_in_its_place(path: str) -> None:
+async def test_an_edited_row_is_accepted_in_place(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, frozenset({"processing"}))
     with edited(path) as conn:
@@ -294,7 +292,7 @@ async def test_an_edited_row_is_taken_in_its_place(path: str) -> None:
         assert (await store.load([], [job.seq], [])).payloads[job.seq].body == maker.payloads[job.seq]
 
 
-async def test_a_row_comes_back_from_quarantine(path: str) -> None:
+async def test_a_row_is_accepted_from_quarantine(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
     flip(path, "jobs", "queue", "seq", job.seq)
@@ -311,7 +309,7 @@ async def test_a_row_comes_back_from_quarantine(path: str) -> None:
         await assert_holds(store, found, maker)
 
 
-async def test_all_damaged_rows_are_taken_at_once_but_for_those_that_make_no_job(path: str) -> None:
+async def test_all_damaged_rows_that_are_valid_jobs_are_accepted_at_once(path: str) -> None:
     maker = await busy_store(path)
     aside, in_place, hopeless = (
         pick(maker, frozenset({"queued"})),
@@ -337,12 +335,12 @@ async def test_all_damaged_rows_are_taken_at_once_but_for_those_that_make_no_job
     assert accept(path, [in_place.id, in_place.id]).count("was accepted") == 1
 
 
-async def test_nothing_is_taken_if_nothing_is_damaged(path: str) -> None:
+async def test_nothing_is_accepted_if_nothing_is_damaged(path: str) -> None:
     await busy_store(path)
     assert accept(path, None) == dry_run.accept(path, None)[0] == doctor.NOTHING_DAMAGED
 
 
-async def test_a_job_with_a_bad_payload_comes_back_with_the_mended_one(path: str) -> None:
+async def test_a_job_is_accepted_with_a_repaired_payload(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, FINISHED)
     with edited(path) as conn:
@@ -360,7 +358,7 @@ async def test_a_job_with_a_bad_payload_comes_back_with_the_mended_one(path: str
         assert found.queues == maker.queues
 
 
-async def test_a_missing_payload_is_taken_as_null(path: str) -> None:
+async def test_a_missing_payload_is_accepted_as_null(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
     with edited(path) as conn:
@@ -379,7 +377,7 @@ async def test_a_missing_payload_is_taken_as_null(path: str) -> None:
         ("DELETE FROM jobs WHERE seq = {seq}", "there is no job"),
     ],
 )
-async def test_a_row_that_makes_no_job_is_refused_and_nothing_changes(path: str, edit: str, message: str) -> None:
+async def test_a_row_that_is_not_a_valid_job_is_rejected_without_changes(path: str, edit: str, message: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, frozenset({"processing"}))
     with edited(path) as conn:
@@ -390,7 +388,7 @@ async def test_a_row_that_makes_no_job_is_refused_and_nothing_changes(path: str,
     assert check(path) == before
 
 
-async def test_an_id_that_was_given_again_is_refused(path: str) -> None:
+async def test_a_reused_id_is_rejected(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
     async with opened(path) as (store, _):
@@ -401,7 +399,7 @@ async def test_an_id_that_was_given_again_is_refused(path: str) -> None:
         accept(path, [job.id])
 
 
-async def test_a_row_in_quarantine_that_is_no_json_is_refused(path: str) -> None:
+async def test_a_quarantined_row_that_is_not_json_is_rejected(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
     async with opened(path) as (store, _):
@@ -413,7 +411,7 @@ async def test_a_row_in_quarantine_that_is_no_json_is_refused(path: str) -> None
             accept(path, [job.id])
 
 
-async def test_counting_anew_takes_what_is_there(path: str) -> None:
+async def test_a_recount_accepts_the_existing_rows(path: str) -> None:
     maker = await busy_store(path)
     live, done = pick(maker, LIVE), pick(maker, FINISHED)
     with edited(path) as conn:
@@ -435,7 +433,7 @@ async def test_counting_anew_takes_what_is_there(path: str) -> None:
         await assert_holds(store, found, maker)
 
 
-async def test_a_bad_row_is_not_hidden_by_counting_anew(path: str) -> None:
+async def test_a_recount_does_not_hide_a_damaged_row(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
     flip(path, "jobs", "run_at", "seq", job.seq)
@@ -443,7 +441,7 @@ async def test_a_bad_row_is_not_hidden_by_counting_anew(path: str) -> None:
     assert f"job {job.id}" in places(check(path))
 
 
-def test_the_check_of_a_new_store_finds_nothing(path: str) -> None:
+def test_a_new_store_has_no_problems(path: str) -> None:
     conn = sqlite3.connect(path, isolation_level=None)
     migrations.create(conn)
     conn.close()
@@ -451,7 +449,7 @@ def test_the_check_of_a_new_store_finds_nothing(path: str) -> None:
     assert check(path) == []
 
 
-async def test_a_column_of_the_meta_row_that_has_another_name_is_named(path: str) -> None:
+async def test_a_renamed_column_of_the_meta_row_is_reported(path: str) -> None:
     await make_store(path)
     with edited(path) as conn:
         conn.execute("ALTER TABLE meta RENAME COLUMN finished_xor TO finished_xos")

@@ -32,7 +32,7 @@ def state(*names: str) -> dict[str, tuple[bytes, int]]:
     return {name: (read(name), os.stat(name).st_mtime_ns) for path in names for name in glob.glob(f"{path}*")}
 
 
-async def test_a_restore_is_told_with_what_it_ends_and_replaces(path: str, copy: str) -> None:
+async def test_a_restore_shows_what_it_would_end_and_replace(path: str, copy: str) -> None:
     maker = await make_store(copy)
     await make_store(path, seed=12)
     files.write_epoch(path, 4)
@@ -57,13 +57,13 @@ async def test_a_restore_is_told_with_what_it_ends_and_replaces(path: str, copy:
         assert found.numbers.epoch == 5
 
 
-async def test_where_nothing_is_yet_nothing_is_made(path: str, copy: str) -> None:
+async def test_a_dry_run_creates_no_files(path: str, copy: str) -> None:
     await make_store(copy)
     assert "no database would be replaced" in dry_run.restore(copy, path)[-1]
     assert os.listdir(os.path.dirname(path)) == []
 
 
-async def test_the_epoch_counts_that_only_the_old_store_knows(path: str, copy: str) -> None:
+async def test_the_epoch_of_the_old_store_counts(path: str, copy: str) -> None:
     await make_store(copy)
     await make_store(path)
     with edited(path) as conn:
@@ -72,13 +72,13 @@ async def test_the_epoch_counts_that_only_the_old_store_knows(path: str, copy: s
     assert "epoch 8 or later would begin" in "\n".join(dry_run.restore(copy, path))
 
 
-async def test_what_cannot_be_read_would_be_kept_as_it_is(path: str, copy: str) -> None:
+async def test_an_unreadable_store_would_be_kept_unchanged(path: str, copy: str) -> None:
     await make_store(copy)
     write(path, b"rubbish" * 1_000)
     assert "the existing file cannot be read, and would be kept" in dry_run.restore(copy, path)[-1]
 
 
-async def test_a_damaged_row_is_named_and_hinders_nothing(path: str, copy: str) -> None:
+async def test_a_damaged_row_is_reported_and_the_dry_run_continues(path: str, copy: str) -> None:
     maker = await make_store(copy)
     with edited(copy) as conn:
         conn.execute("UPDATE jobs SET priority = priority + 1")
@@ -100,14 +100,14 @@ async def test_an_older_file_would_be_migrated(path: str, copy: str, monkeypatch
         assert f"would first be copied and migrated to {migrations.VERSION}" in lines[0]
 
 
-async def test_a_file_that_a_daemon_writes_is_named(path: str, copy: str) -> None:
+async def test_a_file_in_use_by_a_daemon_is_reported(path: str, copy: str) -> None:
     await make_store(copy)
     with files.FileLock(copy):
         assert any("WARNING" in line and str(os.getpid()) in line for line in dry_run.restore(copy, path))
 
 
 @pytest.mark.parametrize("what", ["missing", "rubbish", "foreign", "newer", "meta", "page", "epoch", "folder"])
-async def test_what_a_restore_refuses_is_refused_alike(path: str, copy: str, what: str) -> None:
+async def test_a_dry_run_raises_the_errors_of_the_restore(path: str, copy: str, what: str) -> None:
     await make_store(copy)
     await make_store(path, seed=12)
     if what == "epoch":
@@ -128,7 +128,7 @@ async def test_what_a_restore_refuses_is_refused_alike(path: str, copy: str, wha
     assert getattr(errors[0], "errno", None) == getattr(errors[1], "errno", None)
 
 
-async def test_who_holds_the_store_is_in_the_way(path: str, copy: str) -> None:
+async def test_a_store_in_use_is_rejected(path: str, copy: str) -> None:
     await make_store(copy)
     async with opened(path):
         before = read(path)
@@ -142,7 +142,7 @@ async def test_who_holds_the_store_is_in_the_way(path: str, copy: str) -> None:
     dry_run.restore(copy, path)
 
 
-async def test_room_is_looked_for(path: str, copy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_free_disk_space_is_checked(path: str, copy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     await make_store(copy)
     real = os.statvfs(path.rpartition("/")[0])
     short = os.statvfs_result((real.f_bsize, 4096, 10, 10, os.path.getsize(copy) // 4096 - 1, 1, 1, 1, 1, 255))
@@ -155,7 +155,7 @@ async def test_room_is_looked_for(path: str, copy: str, monkeypatch: pytest.Monk
 # Repairs
 
 
-async def test_what_accept_would_write_is_what_it_writes(path: str) -> None:
+async def test_accept_writes_what_its_dry_run_shows(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, frozenset({"processing"}))
     assert job.grant is not None
@@ -175,7 +175,7 @@ async def test_what_accept_would_write_is_what_it_writes(path: str) -> None:
 
 
 @pytest.mark.parametrize("statuses", [LIVE, FINISHED], ids=["live", "finished"])
-async def test_from_quarantine_a_job_counts_again(path: str, statuses: frozenset[str]) -> None:
+async def test_a_job_accepted_from_quarantine_is_counted(path: str, statuses: frozenset[str]) -> None:
     maker = await make_store(path)
     job = pick(maker, statuses)
     queue = job.options.queue
@@ -193,7 +193,7 @@ async def test_from_quarantine_a_job_counts_again(path: str, statuses: frozenset
     assert doctor.check(path) == []
 
 
-async def test_what_cannot_be_taken_is_refused_alike(path: str) -> None:
+async def test_a_dry_run_raises_the_errors_of_accept(path: str) -> None:
     maker = await make_store(path)
     one = pick(maker, frozenset({"processing"}))
     calls: list[Callable[[str, list[str]], Any]] = [dry_run.accept, doctor.accept]
@@ -207,7 +207,7 @@ async def test_what_cannot_be_taken_is_refused_alike(path: str) -> None:
             call(path, [one.id])
 
 
-async def test_a_second_row_of_an_id_is_refused(path: str) -> None:
+async def test_a_second_row_with_the_same_id_is_rejected(path: str) -> None:
     maker = await make_store(path)
     one, other = [job for job in maker.jobs.values() if job.status == "queued"][:2]
     with edited(path) as conn:
@@ -221,7 +221,7 @@ async def test_a_second_row_of_an_id_is_refused(path: str) -> None:
             call(path, [one.id])
 
 
-async def test_a_recount_is_told_with_what_differs(path: str) -> None:
+async def test_a_recount_shows_the_differences(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, FINISHED)
     told = "\n".join(dry_run.recount(path))
@@ -236,7 +236,7 @@ async def test_a_recount_is_told_with_what_differs(path: str) -> None:
     assert "the counts would not change" in "\n".join(dry_run.recount(path))
 
 
-async def test_rows_that_are_others_are_told_where_the_counts_agree(path: str) -> None:
+async def test_different_rows_are_reported_even_if_the_counts_agree(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
     with edited(path) as conn:
@@ -244,7 +244,7 @@ async def test_rows_that_are_others_are_told_where_the_counts_agree(path: str) -
     assert "the rows differ from those that had been written" in "\n".join(dry_run.recount(path))
 
 
-async def test_repairs_are_told_of_no_store_but_an_own_that_nobody_has(path: str) -> None:
+async def test_repairs_are_shown_only_for_a_jobd_store_that_is_not_in_use(path: str) -> None:
     for call in (dry_run.recount, lambda where: dry_run.accept(where, "a")):
         with pytest.raises(StoreUnreadable, match="does not exist"):
             call(path)

@@ -25,7 +25,7 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "jobd.db")
 
 
-def test_a_lock_is_exclusive_named_and_gone_with_its_process(path: str) -> None:
+def test_a_lock_is_exclusive_names_its_process_and_ends_with_it(path: str) -> None:
     code = (
         "import sys\nfrom jobd.storage.files import FileLock\n"
         "held = FileLock(sys.argv[1])\nprint(1, flush=True)\ninput()"
@@ -44,7 +44,7 @@ def test_a_lock_is_exclusive_named_and_gone_with_its_process(path: str) -> None:
     FileLock(path).release()
 
 
-def test_a_holder_that_could_not_write_its_number_is_another_process(path: str) -> None:
+def test_a_lock_without_a_process_id_is_held_by_an_unknown_process(path: str) -> None:
     with FileLock(path):
         Path(f"{path}.lock").write_bytes(b"")
         with pytest.raises(StoreBusy, match="another process") as caught:
@@ -52,7 +52,7 @@ def test_a_holder_that_could_not_write_its_number_is_another_process(path: str) 
     assert caught.value.pid is None
 
 
-def test_the_epoch_is_kept_and_read_back(path: str) -> None:
+def test_the_epoch_is_stored_and_read(path: str) -> None:
     assert files.read_epoch(path) == EpochFile()
     for epoch in (1, 2, 1 << 22):
         files.write_epoch(path, epoch)
@@ -60,7 +60,7 @@ def test_the_epoch_is_kept_and_read_back(path: str) -> None:
     assert not os.path.exists(f"{path}.epoch.new")
 
 
-def test_every_flipped_bit_of_the_epoch_file_is_told(path: str) -> None:
+def test_every_flipped_bit_of_the_epoch_file_is_detected(path: str) -> None:
     files.write_epoch(path, 12)
     whole = Path(f"{path}.epoch").read_bytes()
     for place in range(len(whole) - 1):
@@ -72,7 +72,7 @@ def test_every_flipped_bit_of_the_epoch_file_is_told(path: str) -> None:
                 assert files.read_epoch(path).epoch == 12  # of the space between them became another one
 
 
-def test_a_number_written_by_hand_is_taken(path: str) -> None:
+def test_a_number_written_by_an_operator_is_accepted(path: str) -> None:
     Path(f"{path}.epoch").write_text("17\n")
     assert files.read_epoch(path) == EpochFile(17, is_current=True)
     Path(f"{path}.epoch").write_text("")
@@ -80,7 +80,7 @@ def test_a_number_written_by_hand_is_taken(path: str) -> None:
         files.read_epoch(path)
 
 
-def test_an_epoch_file_of_an_older_version_stands_for_the_last_of_its_epochs(path: str) -> None:
+def test_an_epoch_of_an_older_version_counts_as_its_last_current_epoch(path: str) -> None:
     number = b"7"
     Path(f"{path}.epoch").write_bytes(b"%s %08x\n" % (number, zlib.crc32(number)))
     found = files.read_epoch(path)
@@ -99,7 +99,7 @@ def test_an_epoch_is_never_guessed(path: str, content: str) -> None:
         files.read_epoch(path)
 
 
-def test_an_epoch_file_that_cannot_be_read_is_named(path: str) -> None:
+def test_an_unreadable_epoch_file_is_reported(path: str) -> None:
     os.mkdir(f"{path}.epoch")
     with pytest.raises(StoreUnreadable, match=r"epoch cannot be read \(Is a directory\): make it a file of the owner"):
         files.read_epoch(path)
@@ -119,7 +119,7 @@ def test_the_epoch_file_has_the_mode_of_the_database(path: str, monkeypatch: pyt
     assert owners == [(os.stat(path).st_uid, os.stat(path).st_gid)]  # what root writes belongs to the owner
 
 
-def test_the_ballast_takes_up_its_room_and_gives_it_back(path: str) -> None:
+def test_the_reserve_file_occupies_and_frees_its_space(path: str) -> None:
     assert files.drop_reserve(path) is False
     files.build_reserve(path)
     files.build_reserve(path)
@@ -128,7 +128,7 @@ def test_the_ballast_takes_up_its_room_and_gives_it_back(path: str) -> None:
     assert not os.path.exists(f"{path}.ballast")
 
 
-def test_the_ballast_is_not_built_without_spare_room_beside_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reserve_file_is_not_built_without_spare_space(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     short = files.RESERVE_FILE_BYTES + SPARE_BYTES - 1
     monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, short, 1 << 40))
     with pytest.raises(DiskFull):
@@ -141,7 +141,7 @@ def test_the_ballast_is_not_built_without_spare_room_beside_it(path: str, monkey
     assert files.has_reserve(path)
 
 
-def test_spare_room_is_occupied_and_given_back(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spare_space_is_occupied_and_freed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(os, "posix_fallocate", lambda fd, start, size: asked.append(size))
     with files.occupied(path, SPARE_BYTES):
@@ -167,7 +167,7 @@ def test_the_space_of_the_disk_is_that_of_the_file_system(path: str) -> None:
     assert found.free_bytes == pytest.approx(disk.free, abs=1 << 28)
 
 
-def test_a_new_file_is_private_and_an_old_one_is_left_alone(path: str) -> None:
+def test_a_new_file_is_private_and_an_existing_one_is_not_changed(path: str) -> None:
     assert files.create_private(path) is True
     assert os.stat(path).st_mode & 0o777 == 0o600
     os.chmod(path, 0o640)
@@ -175,7 +175,7 @@ def test_a_new_file_is_private_and_an_old_one_is_left_alone(path: str) -> None:
     assert os.stat(path).st_mode & 0o777 == 0o640
 
 
-def test_only_no_room_is_a_full_disk() -> None:
+def test_only_errors_about_space_mean_a_full_disk() -> None:
     for number in (errno.ENOSPC, errno.EDQUOT):
         with pytest.raises(DiskFull), files.raising_disk_full():
             raise OSError(number, os.strerror(number))
@@ -183,6 +183,6 @@ def test_only_no_room_is_a_full_disk() -> None:
         raise PermissionError(errno.EACCES, "no")
 
 
-def test_there_is_room_here(tmp_path: Path) -> None:
+def test_free_space_is_detected(tmp_path: Path) -> None:
     assert files.has_room(str(tmp_path))
     assert files.has_room(str(tmp_path / "nowhere"))  # what is wrong there is not room

@@ -51,17 +51,17 @@ def next_version(monkeypatch: pytest.MonkeyPatch) -> int:
     return version
 
 
-def test_the_head_of_the_schema_names_no_version_that_grows_old() -> None:
+def test_the_head_of_the_schema_names_no_version() -> None:
     head, table, _ = Path(migrations.__file__).with_name("schema.sql").read_text("utf-8").partition("CREATE TABLE")
     assert table
     assert not re.search(r"version [0-9]", head)
 
 
-def test_there_is_a_step_for_every_older_version() -> None:
+def test_every_older_version_has_a_migration() -> None:
     assert sorted(migrations.MIGRATIONS) == list(range(1, migrations.VERSION))
 
 
-async def test_of_a_store_of_version_1_nobody_knows_what_was_pruned(path: str) -> None:
+async def test_version_1_does_not_record_which_events_were_pruned(path: str) -> None:
     maker = await make_store(path)
     as_of(1, path)
     async with opened(path) as (store, found):
@@ -77,7 +77,7 @@ async def test_of_a_store_of_version_1_nobody_knows_what_was_pruned(path: str) -
     assert os.path.getsize(copy) > 0
 
 
-async def test_a_damaged_meta_row_is_not_sealed_anew_by_a_migration(path: str) -> None:
+async def test_a_migration_does_not_fix_the_checksum_of_a_damaged_meta_row(path: str) -> None:
     await make_store(path)
     as_of(1, path)
     with edited(path) as conn:
@@ -141,7 +141,7 @@ def _name_parts(conn: sqlite3.Connection) -> None:
         conn.execute("UPDATE events SET changes = ?, crc = ? WHERE seq = ?", (*sealed[-2:], row[0]))
 
 
-async def test_an_older_store_is_copied_aside_and_migrated(path: str, request: pytest.FixtureRequest) -> None:
+async def test_an_older_store_is_copied_and_migrated(path: str, request: pytest.FixtureRequest) -> None:
     maker = await make_store(path)
     before = migrations.VERSION
     version = request.getfixturevalue("next_version")
@@ -163,7 +163,7 @@ async def test_an_older_store_is_copied_aside_and_migrated(path: str, request: p
     assert glob.glob(f"{path}.v{before}-*") == [copy]
 
 
-async def test_a_step_that_fails_leaves_the_store_as_it_was(
+async def test_a_failed_migration_leaves_the_store_unchanged(
     path: str, next_version: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as now:
@@ -222,7 +222,7 @@ def schema_of(path: str) -> dict[str, str]:
     return {name: "".join(re.sub(r"--.*", "", sql).split()) for name, sql in found}
 
 
-async def test_a_migration_leaves_damaged_rows_as_damaged_as_they_are(path: str) -> None:
+async def test_a_migration_does_not_hide_damaged_rows(path: str) -> None:
     maker = await make_store(path)
     as_of(9, path)
     live = next(job for job in maker.jobs.values() if job.status == "queued")
@@ -239,7 +239,7 @@ async def test_a_migration_leaves_damaged_rows_as_damaged_as_they_are(path: str)
     assert doctor.check(path) != []
 
 
-async def test_a_job_that_was_quarantined_before_a_migration_can_be_accepted_after_it(path: str) -> None:
+async def test_a_job_quarantined_before_a_migration_can_be_accepted_after_it(path: str) -> None:
     maker = await make_store(path)
     job = next(job for job in maker.jobs.values() if job.status == "queued")
     as_of(9, path)
@@ -256,7 +256,7 @@ async def test_a_job_that_was_quarantined_before_a_migration_can_be_accepted_aft
 
 
 @pytest.mark.parametrize("version", range(1, migrations.VERSION))
-async def test_a_store_of_every_older_version_becomes_one_of_this(path: str, tmp_path: Path, version: int) -> None:
+async def test_stores_of_all_older_versions_are_migrated(path: str, tmp_path: Path, version: int) -> None:
     maker = await make_store(path)
     as_of(version, path)
     async with opened(path) as (store, found):
@@ -283,7 +283,7 @@ def write_old_epoch(path: str, epoch: int) -> None:
 
 
 @pytest.mark.parametrize(("clock", "epoch"), [(218_000_000, 218_000_000), (5, (4 << 16) + 0)])
-async def test_an_older_store_takes_an_epoch_above_its_own_and_keeps_its_grants(
+async def test_a_migrated_store_begins_a_higher_epoch_and_keeps_its_grants(
     path: str, monkeypatch: pytest.MonkeyPatch, clock: int, epoch: int
 ) -> None:
     maker = await make_store(path)
@@ -303,7 +303,7 @@ async def test_an_older_store_takes_an_epoch_above_its_own_and_keeps_its_grants(
     assert doctor.check(path) == []
 
 
-async def test_the_next_token_of_an_older_store_is_the_same_number_after_its_migration(path: str) -> None:
+async def test_a_migration_does_not_change_the_next_token(path: str) -> None:
     await make_store(path)
     as_of(9, path)
     with edited(path) as conn:
@@ -320,7 +320,7 @@ async def test_the_next_token_of_an_older_store_is_the_same_number_after_its_mig
         assert migrations.epoch_of(conn) == 0
 
 
-async def test_an_older_copy_of_an_older_version_is_known_by_its_epoch_file(path: str) -> None:
+async def test_an_older_copy_of_an_older_version_is_detected_by_its_epoch_file(path: str) -> None:
     await make_store(path)
     as_of(9, path)
     with edited(path) as conn:
@@ -346,7 +346,7 @@ asyncio.run(Store.open(sys.argv[1]))
 """
 
 
-async def test_a_kill_in_the_midst_of_a_migration_leaves_the_store_as_it_was(path: str) -> None:
+async def test_a_kill_during_a_migration_leaves_the_store_unchanged(path: str) -> None:
     maker = await make_store(path)
     done = subprocess.run([sys.executable, "-c", MIGRATOR, path], check=False)  # noqa: ASYNC221
     assert done.returncode == -signal.SIGKILL
@@ -365,12 +365,12 @@ async def test_a_migrated_store_is_too_new_for_the_older_version(path: str, next
     assert read(path) == before
 
 
-def test_statements_are_told_apart_with_their_comments() -> None:
+def test_statements_are_split_with_their_comments() -> None:
     script = "-- a; comment\nCREATE TABLE a (\n  b INTEGER -- with; this\n) STRICT;\nCREATE TABLE c (d TEXT) STRICT;\n"
     assert len(list(migrations.statements(script))) == 2
 
 
-def test_every_table_is_strict_and_every_row_of_promise_has_a_checksum() -> None:
+def test_every_table_is_strict_and_durable_rows_have_a_checksum() -> None:
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as conn:
         migrations.create(conn)
         tables = conn.execute("SELECT name, strict FROM pragma_table_list WHERE schema = 'main'").fetchall()
@@ -381,7 +381,7 @@ def test_every_table_is_strict_and_every_row_of_promise_has_a_checksum() -> None
         assert conn.execute("PRAGMA application_id").fetchone() == (migrations.APPLICATION_ID,)
 
 
-def test_changing_the_meta_row_seals_it_again() -> None:
+def test_changing_the_meta_row_updates_its_checksum() -> None:
     with contextlib.closing(sqlite3.connect(":memory:", isolation_level=None)) as conn:
         migrations.create(conn)
         migrations.change_meta(conn, marked=1, epoch=9)

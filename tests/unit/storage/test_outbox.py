@@ -53,7 +53,7 @@ def bare(*deliveries: Delivery) -> list[Delivery]:
     return [replace(each, body=b"") for each in deliveries]
 
 
-def test_rows_come_back_as_they_were() -> None:
+def test_rows_are_the_same_after_encoding_and_decoding() -> None:
     told = WebhookCursor("zoë", 5, GAP_PENDING, 3, {"stuck_jobs": NOW}, NOW)
     assert webhook_tables.cursor(webhook_tables.cursor_row(told)) == told
     assert fault(webhook_tables.cursor_row(told)) is None
@@ -75,7 +75,7 @@ async def test_a_new_endpoint_begins_at_the_end_of_the_journal(path: str) -> Non
         assert (await store.open_outbox(["e"], NOW + 5)).cursors["e"] == WebhookCursor("e", last, last, 1, {}, NOW)
 
 
-async def test_what_was_planned_is_there_after_a_restart_and_numbers_go_on(path: str) -> None:
+async def test_added_deliveries_survive_a_restart_and_numbers_continue(path: str) -> None:
     async with opened(path) as (store, _):
         await store.open_outbox(["e", "f"], NOW)
         first, second, other = made(1), made(2, subject="jobs/b"), made(3, "f")
@@ -93,7 +93,7 @@ async def test_what_was_planned_is_there_after_a_restart_and_numbers_go_on(path:
         ]
 
 
-async def test_numbers_are_not_used_again_when_their_deliveries_are_forgotten(path: str) -> None:
+async def test_numbers_of_deleted_deliveries_are_not_reused(path: str) -> None:
     async with opened(path) as (store, _):
         await store.open_outbox(["e"], NOW)
         await planned(store, made(1), made(2))
@@ -101,7 +101,7 @@ async def test_numbers_are_not_used_again_when_their_deliveries_are_forgotten(pa
         assert (await store.open_outbox(["e"], NOW)).next_delivery == 3
 
 
-async def test_deliveries_and_the_cursor_are_written_together_or_not_at_all(path: str) -> None:
+async def test_deliveries_and_cursor_are_written_in_one_transaction(path: str) -> None:
     async with opened(path) as (store, _):
         await store.open_outbox(["e"], NOW)
         await planned(store, made(1), position=1)
@@ -117,7 +117,7 @@ async def test_deliveries_and_the_cursor_are_written_together_or_not_at_all(path
         assert len((await store.open_outbox(["e"], NOW)).waiting["e"]) == 98
 
 
-async def test_pages_are_of_one_endpoint_and_state_newest_first(path: str) -> None:
+async def test_pages_have_one_endpoint_and_state_newest_first(path: str) -> None:
     async with opened(path) as (store, _):
         states = ("waiting", "delivered", "given_up")
         everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3]) for id_ in range(1, 40)]
@@ -130,7 +130,7 @@ async def test_pages_are_of_one_endpoint_and_state_newest_first(path: str) -> No
         assert await store.page_of_deliveries("nobody", None, 1 << 60, 9) == []
 
 
-async def test_a_delivery_goes_back_into_line_as_if_it_were_new(path: str) -> None:
+async def test_a_retried_delivery_is_queued_as_if_it_were_new(path: str) -> None:
     async with opened(path) as (store, _):
         await planned(store, made(1, state="given_up", tries=9, ended_at=NOW, status=500, error="500"))
         renewed = await store.deliver_again("e", 1, NOW + 7)
@@ -140,7 +140,7 @@ async def test_a_delivery_goes_back_into_line_as_if_it_were_new(path: str) -> No
         assert await store.deliver_again("e", 2, NOW) is None
 
 
-async def test_what_was_given_up_goes_back_into_line_oldest_first_and_up_to_a_number(path: str) -> None:
+async def test_failed_deliveries_are_retried_oldest_first_up_to_an_id(path: str) -> None:
     async with opened(path) as (store, _):
         states = ("waiting", "delivered", "given_up")
         everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3], tries=9, ended_at=NOW) for id_ in range(1, 40)]
@@ -157,7 +157,7 @@ async def test_what_was_given_up_goes_back_into_line_oldest_first_and_up_to_a_nu
         assert len(await store.page_of_deliveries("f", "given_up", 1 << 60, 99)) > 1, "another's are not touched"
 
 
-async def test_of_what_has_ended_only_the_latest_is_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_the_latest_ended_deliveries_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 5, "given_up": 5})
     async with opened(path) as (store, _):
         await planned(store, *(made(id_) for id_ in range(1, 41)))
@@ -171,9 +171,7 @@ async def test_of_what_has_ended_only_the_latest_is_kept(path: str, monkeypatch:
         assert len(await store.page_of_deliveries("f", "delivered", 999, 99)) == 10
 
 
-async def test_what_was_given_up_and_is_kept_no_longer_leaves_a_gap_behind(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_deleting_a_failed_delivery_records_a_gap(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 2, "given_up": 3})
 
     async def is_gap(*settled: Delivery, now: int = NOW) -> bool:
@@ -196,7 +194,7 @@ async def test_what_was_given_up_and_is_kept_no_longer_leaves_a_gap_behind(
         assert await store.given_up("f") == (0, 0)
 
 
-async def test_alerts_and_tests_that_are_kept_no_longer_leave_no_gap_but_a_gap_does(
+async def test_deleting_alerts_and_tests_records_no_gap_but_deleting_a_gap_message_does(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 1, "given_up": 1})
@@ -209,7 +207,7 @@ async def test_alerts_and_tests_that_are_kept_no_longer_leave_no_gap_but_a_gap_d
         assert await store.settle_deliveries([replace(lost[0], id=11)], NOW) is False
 
 
-async def test_what_ended_long_ago_is_forgotten_by_its_age(path: str) -> None:
+async def test_old_ended_deliveries_are_deleted_by_age(path: str) -> None:
     async with opened(path) as (store, _):
         old = [made(id_, state="delivered", ended_at=NOW) for id_ in range(1, 7)]
         lost = [made(id_, state="given_up", ended_at=NOW) for id_ in range(7, 9)]
@@ -222,7 +220,7 @@ async def test_what_ended_long_ago_is_forgotten_by_its_age(path: str) -> None:
         assert len(await store.page_of_deliveries("e", "given_up", 99, 99)) == 2
 
 
-async def test_an_endpoint_that_was_taken_out_keeps_its_place_for_a_while(path: str) -> None:
+async def test_the_cursor_of_a_removed_endpoint_is_kept_for_a_while(path: str) -> None:
     async with opened(path) as (store, _):
         await store.open_outbox(["e", "f"], NOW)
         await planned(store, made(1), position=3)
@@ -235,7 +233,7 @@ async def test_an_endpoint_that_was_taken_out_keeps_its_place_for_a_while(path: 
         assert await store.deliveries([1]) == []
 
 
-async def test_on_a_full_disk_those_that_are_known_begin_all_the_same(small_disk: Path) -> None:
+async def test_known_endpoints_start_on_a_full_disk(small_disk: Path) -> None:
     maker = ChangeFactory()
     async with opened(str(small_disk / "jobd.db")) as (store, _):
         await store.open_outbox(["e"], NOW)
@@ -261,7 +259,7 @@ def fill(name: Path) -> None:
             file.write(b"x" * 4096)
 
 
-async def test_a_bad_delivery_is_set_aside_and_named_and_holds_up_nobody(path: str) -> None:
+async def test_a_damaged_delivery_is_quarantined_and_blocks_nothing(path: str) -> None:
     async with opened(path) as (store, _):
         await planned(store, made(1), made(2), made(3))
     flip(path, "deliveries", "body", "id", 2)
@@ -273,7 +271,7 @@ async def test_a_bad_delivery_is_set_aside_and_named_and_holds_up_nobody(path: s
         assert store.take_faults() == []
 
 
-async def test_a_bad_cursor_goes_on_where_its_deliveries_end(path: str) -> None:
+async def test_a_damaged_cursor_continues_after_its_last_delivery(path: str) -> None:
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(9)]))
@@ -291,7 +289,7 @@ async def test_a_bad_cursor_goes_on_where_its_deliveries_end(path: str) -> None:
         assert (await store.open_outbox(["h"], NOW)).cursors["h"].gone_to == 9
 
 
-async def test_what_nobody_asks_for_costs_nothing(path: str) -> None:
+async def test_an_unused_outbox_writes_nothing(path: str) -> None:
     async with opened(path) as (store, _):
         for table in ("webhooks", "deliveries"):
             assert store._connection.raw.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)

@@ -57,7 +57,7 @@ def path(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("bit", [0, 7])
 @pytest.mark.parametrize("column", ["queue", "lock_id", "status", "id", "run_at", "crc"])
-async def test_a_live_row_that_is_not_as_written_is_quarantined_at_start(path: str, column: str, bit: int) -> None:
+async def test_a_damaged_live_row_is_quarantined_at_the_start(path: str, column: str, bit: int) -> None:
     maker = await make_store(path)
     job = pick(maker, frozenset({"processing"}))
     flip(path, "jobs", column, "seq", job.seq, bit)
@@ -76,7 +76,7 @@ async def test_a_live_row_that_is_not_as_written_is_quarantined_at_start(path: s
         await assert_holds(store, found, maker)
 
 
-async def test_no_column_of_a_new_job_changes_unnoticed(path: str) -> None:
+async def test_damage_to_any_column_of_a_new_job_is_detected(path: str) -> None:
     """Not even to a value that says nothing: of such jobs only some columns are read."""
     maker = ChangeFactory()
     columns = [column for column in JOB_COLUMNS if column != "seq"]
@@ -95,7 +95,7 @@ async def test_no_column_of_a_new_job_changes_unnoticed(path: str) -> None:
 
 @pytest.mark.parametrize("column", ["queue", "id", "error_code", "ended_reason", "expires_at", "created_at", "crc"])
 @pytest.mark.parametrize("how", ["load", "find", "expired"])
-async def test_a_finished_row_that_is_not_as_written_is_quarantined_when_met(path: str, column: str, how: str) -> None:
+async def test_a_damaged_finished_row_is_quarantined_when_it_is_read(path: str, column: str, how: str) -> None:
     maker = await make_store(path)
     job = next(j for j in maker.jobs.values() if j.status == "failed" and j.ended is not None)
     flip(path, "jobs", column, "seq", job.seq)
@@ -124,7 +124,7 @@ async def test_a_finished_row_that_is_not_as_written_is_quarantined_when_met(pat
 @pytest.mark.parametrize(
     "damage", ["UPDATE payloads SET body = '1' WHERE job_seq = ?", "DELETE FROM payloads WHERE job_seq = ?"]
 )
-async def test_a_bad_payload_is_never_shown_and_quarantines_its_job(path: str, damage: str) -> None:
+async def test_a_damaged_payload_is_not_served_and_quarantines_its_job(path: str, damage: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
     with edited(path) as conn:
@@ -146,7 +146,7 @@ async def test_a_bad_payload_is_never_shown_and_quarantines_its_job(path: str, d
 
 
 @pytest.mark.parametrize("how", ["changed", "deleted"])
-async def test_a_batch_whose_row_was_set_aside_meanwhile_is_refused_as_a_whole(path: str, how: str) -> None:
+async def test_a_batch_with_a_row_quarantined_meanwhile_fails_completely(path: str, how: str) -> None:
     """A page of jobs may meet a damaged row after a batch about its job was decided."""
     maker = ChangeFactory()
     async with opened(path) as (store, _):
@@ -168,7 +168,7 @@ async def test_a_batch_whose_row_was_set_aside_meanwhile_is_refused_as_a_whole(p
         assert found.quarantined == {"a": "its checksum is wrong"}
 
 
-async def test_counts_decided_before_a_row_was_set_aside_are_written_without_it(path: str) -> None:
+async def test_counts_decided_before_a_quarantine_are_written_without_the_row(path: str) -> None:
     """Simulation, seed 1013: they were written as they were, and a power cut made them last."""
     maker, told = ChangeFactory(), [Quarantined("a", "its checksum is wrong", ("default", "completed"))]
     async with opened(path) as (store, _):
@@ -199,7 +199,7 @@ async def test_counts_decided_before_a_row_was_set_aside_are_written_without_it(
 @pytest.mark.parametrize(
     "damage", ["jobs SET created_at = created_at + 1 WHERE seq", "payloads SET body = x'00' WHERE job_seq"]
 )
-async def test_a_damaged_row_for_which_there_is_no_room_is_moved_later_and_counted_until_then(
+async def test_on_a_full_disk_a_damaged_row_is_moved_later_and_counted_until_then(
     path: str, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker = ChangeFactory()
@@ -226,7 +226,7 @@ async def test_a_damaged_row_for_which_there_is_no_room_is_moved_later_and_count
         assert store._database.unmoved == {}
 
 
-async def test_what_is_met_again_and_again_and_cannot_be_moved_takes_no_more_memory_each_time(
+async def test_repeatedly_found_damage_uses_no_more_memory_each_time(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker = ChangeFactory()
@@ -253,7 +253,7 @@ def no_room(*_: object) -> None:
     raise error
 
 
-async def test_damaged_rows_that_have_expired_do_not_hide_those_behind_them(path: str) -> None:
+async def test_damaged_expired_rows_do_not_hide_later_ones(path: str) -> None:
     """Simulation, seed 17782: a slice of damaged ones alone was taken for the end."""
     maker = ChangeFactory()
     async with opened(path) as (store, _):
@@ -269,7 +269,7 @@ async def test_damaged_rows_that_have_expired_do_not_hide_those_behind_them(path
         assert store._database.totals == recounted(store)
 
 
-async def test_damaged_rows_that_cannot_be_moved_do_not_hide_those_behind_them_either(
+async def test_damaged_rows_that_cannot_be_moved_do_not_hide_later_ones(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a full disk: what is deleted there makes room."""
@@ -287,7 +287,7 @@ async def test_damaged_rows_that_cannot_be_moved_do_not_hide_those_behind_them_e
 
 
 @pytest.mark.parametrize("status", ["queued", "completed"])
-async def test_an_id_that_became_that_of_another_job_is_set_aside_at_the_start(path: str, status: str) -> None:
+async def test_a_row_with_the_damaged_id_of_another_job_is_quarantined_at_the_start(path: str, status: str) -> None:
     """Indexes are rebuilt then, and there cannot be two of one id: the start ended there."""
     maker = ChangeFactory()
     async with opened(path) as (store, _):
@@ -306,7 +306,7 @@ async def test_an_id_that_became_that_of_another_job_is_set_aside_at_the_start(p
         assert (await store.load(["job-0"], [], [])).bad == {"job-0": "its checksum is wrong"}
 
 
-async def test_a_payload_that_went_with_its_row_names_the_job(path: str) -> None:
+async def test_a_payload_quarantined_with_its_row_is_reported_with_the_job(path: str) -> None:
     maker = ChangeFactory()
     created = maker.create("a")
     async with opened(path) as (store, _):
@@ -321,7 +321,7 @@ async def test_a_payload_that_went_with_its_row_names_the_job(path: str) -> None
         assert list(caught.value.jobs) == ["a"]
 
 
-async def test_a_bad_payload_that_is_loaded_quarantines_its_job(path: str) -> None:
+async def test_a_damaged_payload_that_is_loaded_quarantines_its_job(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, FINISHED)
     flip(path, "payloads", "body", "job_seq", job.seq)
@@ -331,7 +331,7 @@ async def test_a_bad_payload_that_is_loaded_quarantines_its_job(path: str) -> No
         assert job.seq not in [j.seq for j, _ in (await store.find(JobQuery(limit=200))).jobs]
 
 
-async def test_a_bad_journal_row_is_set_aside_and_named(path: str) -> None:
+async def test_a_damaged_event_is_quarantined_and_reported(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
     with edited(path) as conn:
@@ -347,7 +347,7 @@ async def test_a_bad_journal_row_is_set_aside_and_named(path: str) -> None:
         assert found.faults == ["damaged rows of events in quarantine: 1; run `jobd doctor`"]
 
 
-async def test_bad_keys_are_set_aside_and_named(path: str) -> None:
+async def test_damaged_keys_are_quarantined_and_reported(path: str) -> None:
     maker = ChangeFactory()
     keys = [StoredResponse(f"d{number}", "b", NOW + number, 200, b'{"n":1}') for number in range(4)]
     async with opened(path) as (store, _):
@@ -362,7 +362,7 @@ async def test_bad_keys_are_set_aside_and_named(path: str) -> None:
         assert "keys d2: the checksum of the stored response is wrong; the row was quarantined" in store.take_faults()
 
 
-async def test_bad_queues_figures_and_reports_are_set_aside_and_counted_anew(path: str) -> None:
+async def test_damaged_queues_stats_and_reports_are_quarantined_and_queues_recounted(path: str) -> None:
     maker = await make_store(path)
     async with opened(path) as (store, _):
         await store.save_figures(b"{}")
@@ -381,7 +381,7 @@ async def test_bad_queues_figures_and_reports_are_set_aside_and_counted_anew(pat
         assert await store.reports(9) == [b"r2"]
 
 
-async def test_a_bad_tombstone_is_set_aside_and_named_and_deletes_nothing(path: str) -> None:
+async def test_a_damaged_tombstone_is_quarantined_and_deletes_nothing(path: str) -> None:
     maker = await make_store(path)
     async with opened(path) as (store, _):
         buried = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW) for seq in (901, 902)]
@@ -395,7 +395,7 @@ async def test_a_bad_tombstone_is_set_aside_and_named_and_deletes_nothing(path: 
         assert (await store.due_tombstones(NOW, 9)).damaged == 0
 
 
-async def test_a_bad_row_of_the_audit_log_is_set_aside_and_named(path: str) -> None:
+async def test_a_damaged_audit_entry_is_quarantined_and_reported(path: str) -> None:
     maker = await make_store(path)
     async with opened(path) as (store, _):
         deeds = [AuditEntry(NOW + at, f"who-{at}", "unix", "pause", queue="q") for at in range(3)]
@@ -408,7 +408,7 @@ async def test_a_bad_row_of_the_audit_log_is_set_aside_and_named(path: str) -> N
         assert store.take_faults() == []
 
 
-async def test_bad_tombstones_that_cannot_be_moved_hide_none_behind_them(
+async def test_damaged_tombstones_that_cannot_be_moved_do_not_hide_later_ones(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker = ChangeFactory()
@@ -429,7 +429,7 @@ async def test_bad_tombstones_that_cannot_be_moved_hide_none_behind_them(
         assert (await store.due_tombstones(NOW + 99, 10)) == DueTombstones([(each, False) for each in buried[25:]])
 
 
-async def test_a_live_row_that_vanished_is_noticed_at_every_start(path: str) -> None:
+async def test_a_missing_live_row_is_reported_at_every_start(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
     live = sum(j.status in LIVE for j in maker.jobs.values())
@@ -442,7 +442,7 @@ async def test_a_live_row_that_vanished_is_noticed_at_every_start(path: str) -> 
             live += 1
 
 
-async def test_an_older_version_of_a_row_is_noticed(path: str) -> None:
+async def test_an_older_version_of_a_row_is_reported(path: str) -> None:
     maker = ChangeFactory()
     change = maker.create("a")
     async with opened(path) as (store, _):
@@ -455,7 +455,7 @@ async def test_an_older_version_of_a_row_is_noticed(path: str) -> None:
         assert "the 1 live jobs differ from those that had been written" in found.faults
 
 
-async def test_a_damaged_index_of_live_jobs_is_rebuilt_at_start(path: str) -> None:
+async def test_a_damaged_index_of_live_jobs_is_rebuilt_at_the_start(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
     with edited(path) as conn:  # an index entry that leads nowhere useful: the row is there, the index does not say so
@@ -524,7 +524,7 @@ async def make_long_store(path: str) -> ChangeFactory:
     return maker
 
 
-async def test_a_page_of_jobs_that_cannot_be_read_is_worked_around(path: str) -> None:
+async def test_an_unreadable_page_of_jobs_is_skipped(path: str) -> None:
     maker = await make_long_store(path)
     spoil_page(path, b"job-100completed")
     async with opened(path) as (store, found):
@@ -557,14 +557,14 @@ async def test_a_page_of_jobs_that_cannot_be_read_is_worked_around(path: str) ->
         await store.write(maker.batch([maker.create()]))
 
 
-async def test_a_page_of_live_jobs_that_cannot_be_read_stops_the_start(path: str) -> None:
+async def test_an_unreadable_page_of_live_jobs_stops_the_start(path: str) -> None:
     await make_long_store(path)
     spoil_page(path, b"job-300queued")
     with pytest.raises(StoreUnreadable, match="jobd restore"):
         await Store.open(path)
 
 
-async def test_a_page_of_payloads_that_cannot_be_read_quarantines_their_jobs(path: str) -> None:
+async def test_an_unreadable_page_of_payloads_quarantines_its_jobs(path: str) -> None:
     maker = await make_long_store(path)
     spoil_page(path, maker.payloads[300])
     async with opened(path) as (store, found):
@@ -580,7 +580,7 @@ async def test_a_page_of_payloads_that_cannot_be_read_quarantines_their_jobs(pat
         assert len(found.live()) == 49
 
 
-async def test_a_page_of_the_journal_that_cannot_be_read_is_left_out(path: str) -> None:
+async def test_an_unreadable_page_of_events_is_skipped_in_a_timeline(path: str) -> None:
     maker = await make_long_store(path)
     queue = maker.jobs[300].options.queue.encode()
     spoil_page(path, b"job-300" + queue)
@@ -591,7 +591,7 @@ async def test_a_page_of_the_journal_that_cannot_be_read_is_left_out(path: str) 
         assert fault.startswith("events 300 to 300: 1 cannot be read")
 
 
-async def test_a_page_of_the_journal_that_cannot_be_read_is_gone_for_those_who_follow(path: str) -> None:
+async def test_an_unreadable_page_of_events_is_missing_in_the_journal(path: str) -> None:
     maker = await make_long_store(path)
     spoil_page(path, b"job-300" + maker.jobs[300].options.queue.encode())
     async with opened(path) as (store, _):
@@ -602,7 +602,7 @@ async def test_a_page_of_the_journal_that_cannot_be_read_is_gone_for_those_who_f
         assert "the journal cannot be read after event 290" in store.take_faults()[-1]
 
 
-async def test_a_journal_whose_index_cannot_be_read_is_read_without_it(path: str) -> None:
+async def test_a_journal_with_an_unreadable_index_is_read_without_it(path: str) -> None:
     maker = await make_store(path)
     with edited(path) as conn:
         (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
@@ -619,7 +619,7 @@ async def test_a_journal_whose_index_cannot_be_read_is_read_without_it(path: str
         assert fault.startswith("the index of the journal cannot be read")
 
 
-async def test_late_results_whose_index_cannot_be_read_cost_no_plan(path: str) -> None:
+async def test_an_unreadable_index_of_late_results_stops_no_plan(path: str) -> None:
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create("a")]))
@@ -653,7 +653,7 @@ async def test_an_index_that_leads_to_events_of_another_job_is_rebuilt(path: str
         assert any("rebuilt" in fault for fault in store.take_faults())
 
 
-async def test_single_flipped_bits_all_over_the_file_never_give_a_wrong_answer(path: str) -> None:
+async def test_no_flipped_bit_in_the_file_causes_a_wrong_response(path: str) -> None:
     from jobd.storage import doctor
 
     maker = await make_store(path)
@@ -710,7 +710,7 @@ async def assert_never_wrong(store: Store, found: OpenedStore, maker: ChangeFact
     return bool(loaded.bad or some.bad or len(page.jobs) < len(maker.jobs) or store.take_faults())
 
 
-async def test_a_journal_that_cannot_be_thinned_does_not_stop_a_sign_of_life(path: str) -> None:
+async def test_a_journal_that_cannot_be_thinned_does_not_reject_a_heartbeat(path: str) -> None:
     maker = ChangeFactory(2)
     async with opened(path) as (store, _):
         change = maker.grant(made(maker.create()))
@@ -730,9 +730,7 @@ async def test_a_journal_that_cannot_be_thinned_does_not_stop_a_sign_of_life(pat
 
 
 @pytest.mark.parametrize("column", ["worker", "fencing_token", "metadata", "file_path", "at", "crc"])
-async def test_a_late_result_that_is_not_as_written_is_set_aside_and_its_job_is_unharmed(
-    path: str, column: str
-) -> None:
+async def test_a_damaged_late_result_is_quarantined_without_its_job(path: str, column: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
     async with opened(path) as (store, _):
@@ -753,7 +751,7 @@ async def test_a_late_result_that_is_not_as_written_is_set_aside_and_its_job_is_
         await assert_holds(store, found, maker)
 
 
-async def test_a_late_result_that_the_index_has_under_another_job_is_not_shown_there(path: str) -> None:
+async def test_a_late_result_indexed_under_another_job_is_not_shown_there(path: str) -> None:
     maker = await make_store(path)
     job, other = (job for job in list(maker.jobs.values())[:2])
     async with opened(path) as (store, _):
@@ -770,7 +768,7 @@ async def test_a_late_result_that_the_index_has_under_another_job_is_not_shown_t
 
 
 @pytest.mark.parametrize("table", ["late_results", "late_results_job", "events"])
-async def test_late_results_that_cannot_be_read_are_none(path: str, table: str) -> None:
+async def test_unreadable_late_results_are_left_out(path: str, table: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
     async with opened(path) as (store, _):

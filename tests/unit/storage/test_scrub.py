@@ -56,7 +56,7 @@ async def test_every_row_is_checked_once(path: str, monkeypatch: pytest.MonkeyPa
         assert await walked(store) == (Counter(there), {})
 
 
-async def test_a_walk_is_cut_into_calls(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_scrub_is_split_into_calls(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scrubber, "CALL_S", 0)
     monkeypatch.setattr(scrub, "MOST_ROWS", 5)
     await make_store(path)
@@ -76,7 +76,7 @@ async def test_a_walk_is_cut_into_calls(path: str, monkeypatch: pytest.MonkeyPat
         assert refused.code == "invalid_request"
 
 
-async def test_payloads_are_not_all_read_in_one_slice(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_slice_reads_a_limited_amount_of_payload(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scrub, "SLICE_S", 10)
     monkeypatch.setattr(scrub, "MOST_BYTES", 1)
     await make_store(path)
@@ -87,7 +87,7 @@ async def test_payloads_are_not_all_read_in_one_slice(path: str, monkeypatch: py
 
 
 @pytest.mark.parametrize("statuses", [LIVE, FINISHED], ids=["live", "finished"])
-async def test_a_damaged_job_goes_into_quarantine(path: str, statuses: frozenset[str]) -> None:
+async def test_a_damaged_job_is_quarantined(path: str, statuses: frozenset[str]) -> None:
     maker = await make_store(path)
     job = pick(maker, statuses)
     async with opened(path) as (store, _):
@@ -104,7 +104,7 @@ async def test_a_damaged_job_goes_into_quarantine(path: str, statuses: frozenset
 
 
 @pytest.mark.parametrize("how", ["UPDATE payloads SET body = X'7b'", "DELETE FROM payloads"])
-async def test_a_bad_payload_quarantines_its_job(path: str, how: str) -> None:
+async def test_a_damaged_payload_quarantines_its_job(path: str, how: str) -> None:
     maker = await make_store(path)
     job = pick(maker, FINISHED)
     async with opened(path) as (store, _):
@@ -114,7 +114,7 @@ async def test_a_bad_payload_quarantines_its_job(path: str, how: str) -> None:
         assert "payload" in damaged[f"job {job.id}"]
 
 
-async def test_rows_of_other_tables_are_named_and_set_aside_where_that_is_usual(path: str) -> None:
+async def test_damaged_rows_of_other_tables_are_reported_or_quarantined(path: str) -> None:
     await busy_store(path)
     async with opened(path) as (store, _):
         there = [table for table, count in rows_of(store).items() if count and table != "jobs"]
@@ -132,7 +132,7 @@ async def test_rows_of_other_tables_are_named_and_set_aside_where_that_is_usual(
             assert "the checksum of the stored response is wrong" in (await walked(store))[1].values()
 
 
-async def test_others_have_their_turn_while_it_walks(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_other_work_runs_between_slices(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scrub, "MOST_ROWS", 2)
     maker = await make_store(path)
     async with opened(path) as (store, _):
@@ -147,7 +147,7 @@ async def test_others_have_their_turn_while_it_walks(path: str, monkeypatch: pyt
     assert counts["jobs"] > 10
 
 
-async def test_a_page_that_cannot_be_read_ends_its_table_alone(path: str) -> None:
+async def test_an_unreadable_page_ends_only_its_table(path: str) -> None:
     await make_store(path)
     with edited(path) as conn:
         conn.execute("PRAGMA writable_schema = ON")

@@ -42,7 +42,7 @@ def untouched(path: str) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in beside if not p.name.endswith((".lock", ".ballast"))}
 
 
-async def test_a_second_store_is_refused_and_names_the_process(store: Store, path: str) -> None:
+async def test_opening_a_store_twice_fails_and_names_the_process(store: Store, path: str) -> None:
     before = untouched(path)
     code = "import asyncio, sys\nfrom jobd.storage.store import Store\nasyncio.run(Store.open(sys.argv[1]))"
     other = await asyncio.create_subprocess_exec(sys.executable, "-c", code, path, stderr=subprocess.PIPE)
@@ -56,7 +56,7 @@ async def test_a_second_store_is_refused_and_names_the_process(store: Store, pat
     assert before == untouched(path)
 
 
-async def test_the_lock_is_free_again_after_close_and_after_a_refusal(path: str) -> None:
+async def test_the_lock_is_released_after_close_and_after_an_error(path: str) -> None:
     async with opened(path):
         pass
     async with opened(path):
@@ -77,7 +77,7 @@ async def test_a_database_that_another_program_holds_is_busy(path: str) -> None:
 
 
 @pytest.mark.parametrize("in_log", [False, True])
-async def test_a_newer_store_is_refused_and_left_as_it_is(path: str, in_log: bool) -> None:
+async def test_a_newer_store_is_rejected_and_not_changed(path: str, in_log: bool) -> None:
     async with opened(path) as (store, _):
         await store.write(ChangeFactory().any_batch(3))
     conn = sqlite3.connect(path, isolation_level=None)
@@ -96,7 +96,7 @@ async def test_a_newer_store_is_refused_and_left_as_it_is(path: str, in_log: boo
     assert before == untouched(path)
 
 
-async def test_the_database_of_another_program_is_refused(path: str) -> None:
+async def test_the_database_of_another_program_is_rejected(path: str) -> None:
     with edited(path) as conn:
         conn.execute("CREATE TABLE mine (a)")
     before = read(path)
@@ -119,7 +119,7 @@ async def test_the_database_of_another_program_is_refused(path: str) -> None:
         "DROP TABLE meta",
     ],
 )
-async def test_meta_data_that_cannot_be_trusted_stop_the_start(path: str, damage: str) -> None:
+async def test_a_damaged_meta_row_stops_the_start(path: str, damage: str) -> None:
     async with opened(path):
         pass
     with edited(path) as conn:
@@ -129,7 +129,7 @@ async def test_meta_data_that_cannot_be_trusted_stop_the_start(path: str, damage
     assert caught.value.exit_code == 78
 
 
-async def test_a_place_that_does_not_exist_is_an_os_error(tmp_path: Path) -> None:
+async def test_a_missing_directory_is_an_os_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         await Store.open(str(tmp_path / "nowhere" / "jobd.db"))
 
@@ -154,7 +154,7 @@ async def test_no_thread_is_left_behind(path: str, tmp_path: Path) -> None:
 # Epochs
 
 
-async def test_a_marked_file_takes_a_new_epoch_until_its_grants_were_ended(path: str) -> None:
+async def test_a_marked_store_begins_a_new_epoch_until_its_grants_are_ended(path: str) -> None:
     maker = ChangeFactory()
     async with opened(path) as (store, found):
         assert (found.marked, found.numbers.epoch) == (False, 1)
@@ -175,7 +175,7 @@ async def test_a_marked_file_takes_a_new_epoch_until_its_grants_were_ended(path:
         assert (found.marked, found.numbers.epoch) == (False, 4)
 
 
-async def test_an_older_copy_without_a_mark_is_known_by_the_epoch_file(path: str) -> None:
+async def test_an_older_copy_without_a_mark_is_detected_by_the_epoch_file(path: str) -> None:
     async with opened(path):
         pass
     files.write_epoch(path, 5)
@@ -184,7 +184,7 @@ async def test_an_older_copy_without_a_mark_is_known_by_the_epoch_file(path: str
         await store.write(Batch([], found.numbers, unmark=True))
 
 
-async def test_a_store_without_its_epoch_file_takes_a_new_epoch_and_keeps_its_grants(path: str) -> None:
+async def test_a_store_without_its_epoch_file_begins_a_new_epoch_and_keeps_its_grants(path: str) -> None:
     async with opened(path) as (store, found):
         await store.write(Batch([], replace(found.numbers, next_token=9, next_event=5)))
     os.unlink(f"{path}.epoch")
@@ -201,7 +201,7 @@ def clock_says(monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
     monkeypatch.setattr(startup, "now_ms", lambda: 1_577_836_800_000 + seconds * 1000)
 
 
-async def test_two_machines_that_restore_one_backup_take_different_epochs(
+async def test_two_machines_that_restore_one_backup_begin_different_epochs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = str(tmp_path / "jobd.db")
@@ -234,7 +234,7 @@ async def test_two_machines_that_restore_one_backup_take_different_epochs(
         (SAFE_EPOCH + 1, 1_001, "the wall clock is past 2036"),
     ],
 )
-async def test_a_wrong_clock_at_a_restore_is_logged(
+async def test_a_wrong_clock_at_a_restore_is_reported(
     path: str, monkeypatch: pytest.MonkeyPatch, seconds: int, epoch: int, warning: str | None
 ) -> None:
     clock_says(monkeypatch, 1_000)
@@ -250,7 +250,7 @@ async def test_a_wrong_clock_at_a_restore_is_logged(
         assert epoch << TOKEN_COUNTER_BITS < 1 << 53
 
 
-async def test_a_number_by_hand_may_leave_no_safe_epoch_or_none_at_all(path: str) -> None:
+async def test_a_number_from_an_operator_can_leave_no_safe_epoch(path: str) -> None:
     async with opened(path):
         pass
     write(f"{path}.epoch", b"%d" % SAFE_EPOCH)
@@ -279,7 +279,7 @@ async def test_a_crash_between_database_and_epoch_file_ends_no_grant(
         assert (found.marked, found.numbers.epoch) == (False, 3)
 
 
-async def test_a_new_store_begins_above_the_epoch_file_of_one_that_was_deleted(path: str) -> None:
+async def test_a_new_store_begins_above_the_epoch_file_of_a_deleted_one(path: str) -> None:
     async with opened(path):
         pass
     os.unlink(path)
@@ -305,7 +305,7 @@ async def test_a_damaged_epoch_file_stops_the_start(path: str) -> None:
         await Store.open(path)
 
 
-async def test_a_name_in_the_schema_that_is_no_text_any_more_is_refused_at_the_start(path: str) -> None:
+async def test_a_schema_name_that_is_not_text_stops_the_start(path: str) -> None:
     async with opened(path):
         pass
     content = bytearray(read(path))
@@ -323,9 +323,7 @@ async def test_a_name_in_the_schema_that_is_no_text_any_more_is_refused_at_the_s
         ("DROP INDEX events_job", "events_job"),
     ],
 )
-async def test_a_schema_in_which_a_name_is_damaged_is_refused_at_the_start(
-    path: str, change: str, lacking: str
-) -> None:
+async def test_a_damaged_schema_name_stops_the_start(path: str, change: str, lacking: str) -> None:
     async with opened(path):
         pass
     with edited(path) as conn:

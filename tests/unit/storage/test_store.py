@@ -66,7 +66,7 @@ async def test_a_new_store_is_empty_private_and_durable(path: str) -> None:
         assert not exists(f"{path}-shm")
 
 
-async def test_extra_is_stricter_and_less_than_full_is_refused(path: str) -> None:
+async def test_synchronous_is_at_least_full(path: str) -> None:
     store, _ = await Store.open(path, synchronous="EXTRA")
     async with store:
         assert store._connection.raw.execute("PRAGMA synchronous").fetchone() == (3,)
@@ -74,7 +74,7 @@ async def test_extra_is_stricter_and_less_than_full_is_refused(path: str) -> Non
         await Store.open(path, synchronous="NORMAL")  # type: ignore[arg-type]
 
 
-async def test_a_batch_is_read_back_after_a_restart(path: str) -> None:
+async def test_a_batch_survives_a_restart(path: str) -> None:
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         first = maker.create("a")
@@ -93,7 +93,7 @@ async def test_a_batch_is_read_back_after_a_restart(path: str) -> None:
         assert loaded.payloads[2].request_hash == "hash-2"
 
 
-async def test_a_batch_is_one_transaction_with_all_that_it_brings(store: Store) -> None:
+async def test_a_batch_is_one_transaction(store: Store) -> None:
     """Jobs, events, answers that are kept under their keys, queues, a report, what operators did."""
     maker, said = ChangeFactory(), list[str]()
     old = StoredResponse("d0", "b0", NOW, 200, b"{}")
@@ -112,12 +112,12 @@ async def test_a_batch_is_one_transaction_with_all_that_it_brings(store: Store) 
         assert any(table in each for each in said[1:-1]), table
 
 
-async def test_a_batch_shows_the_payload_of_a_job_that_it_makes(store: Store) -> None:
+async def test_a_batch_returns_the_payload_of_a_job_that_it_creates(store: Store) -> None:
     maker = ChangeFactory()
     assert await store.write(maker.batch([maker.create()], payloads=[1])) == {1: maker.payloads[1]}
 
 
-async def test_a_batch_behind_other_work_of_the_thread_does_not_hold_the_loop(store: Store) -> None:
+async def test_a_batch_behind_other_work_does_not_block_the_event_loop(store: Store) -> None:
     maker, busy = ChangeFactory(), threading.Event()
     other = asyncio.create_task(store._connection.run_in_thread(busy.wait))
     writing = asyncio.create_task(store.write(maker.batch([maker.create()])))
@@ -135,7 +135,7 @@ async def test_an_empty_batch_keeps_the_numbers(path: str) -> None:
         assert found.numbers == numbers
 
 
-async def test_a_job_that_comes_and_goes_in_one_batch_leaves_its_journal(path: str) -> None:
+async def test_a_job_created_and_deleted_in_one_batch_leaves_its_journal(path: str) -> None:
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         first = maker.create("a", type_="imported")
@@ -150,7 +150,7 @@ async def test_a_job_that_comes_and_goes_in_one_batch_leaves_its_journal(path: s
         assert (await store.load(["a"], [1], [])).payloads == {}
 
 
-async def test_stored_answers_are_kept_replaced_and_forgotten(path: str) -> None:
+async def test_stored_responses_are_kept_replaced_and_deleted(path: str) -> None:
     answer, grant = (
         StoredResponse("d1", "b1", NOW, 201, b'{"x":1}'),
         StoredResponse("d2", "b2", NOW + 1, 200, None, [("a", "lock")]),
@@ -175,7 +175,7 @@ async def test_the_last_500_reports_are_kept(store: Store) -> None:
     assert await store.reports(2) == [b"502", b"501"]
 
 
-async def test_figures_outlive_a_restart(path: str) -> None:
+async def test_stats_survive_a_restart(path: str) -> None:
     async with opened(path) as (store, found):
         assert found.figures is None
         await store.save_figures(b"1")
@@ -184,7 +184,7 @@ async def test_figures_outlive_a_restart(path: str) -> None:
         assert found.figures == b"2"
 
 
-async def test_a_store_in_memory_works_alike() -> None:
+async def test_a_store_in_memory_behaves_the_same() -> None:
     maker = ChangeFactory(3)
     async with opened(MEMORY) as (store, found):
         assert found.live() == []
@@ -200,7 +200,7 @@ async def test_a_store_in_memory_works_alike() -> None:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1 << 32), sizes=st.lists(st.integers(0, 40), min_size=1, max_size=12))
-def test_whatever_is_written_rows_journal_sums_and_counts_agree(
+def test_rows_journal_totals_and_counts_agree_after_any_batches(
     tmp_path_factory: pytest.TempPathFactory, seed: int, sizes: list[int]
 ) -> None:
     async def run() -> None:
@@ -223,7 +223,7 @@ def test_whatever_is_written_rows_journal_sums_and_counts_agree(
 # The journal
 
 
-async def test_of_signs_of_life_the_last_of_each_grant_are_kept(path: str) -> None:
+async def test_the_last_heartbeats_of_each_grant_are_kept(path: str) -> None:
     maker = ChangeFactory(1)
     job = made(maker.create(options=OPTIONS[1]))
     async with opened(path) as (store, _):
@@ -250,7 +250,7 @@ async def test_of_signs_of_life_the_last_of_each_grant_are_kept(path: str) -> No
         assert maker.jobs[1].progress_message == "x"
 
 
-async def test_after_a_batch_one_journal_is_thinned_the_others_after_those_to_come(path: str) -> None:
+async def test_each_batch_thins_one_journal(path: str) -> None:
     """Everybody waits for it: sixteen workers that report alike would hold all up for sixteen times as long."""
     maker = ChangeFactory()
     async with opened(path) as (store, _):
@@ -274,7 +274,7 @@ async def test_after_a_batch_one_journal_is_thinned_the_others_after_those_to_co
         assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
 
 
-async def test_a_journal_that_waits_to_be_thinned_is_thinned_from_the_grant_that_crowded_it(path: str) -> None:
+async def test_a_pending_journal_is_thinned_from_its_recorded_grant(path: str) -> None:
     """The job may be in other hands when its turn comes."""
     maker = ChangeFactory()
     async with opened(path) as (store, _):
@@ -315,9 +315,7 @@ def folded(events: list[Event]) -> Job | None:
     return row
 
 
-async def test_the_first_and_last_of_the_grants_that_were_given_back_are_kept(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     maker, compact = ChangeFactory(), codec.compact
     read: list[int] = []
     tokens: list[int] = []
@@ -352,7 +350,7 @@ async def test_the_first_and_last_of_the_grants_that_were_given_back_are_kept(
         assert (page.gone_to, [event.seq for event in page.events]) == (0, [event.seq for event in events])
 
 
-async def test_a_long_journal_is_compacted_slice_by_slice(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No batch waits for more than one slice, even if a single grant is longer than that."""
     monkeypatch.setattr(database, "COMPACTED_AT_ONCE", 20)
     maker = ChangeFactory()
@@ -374,7 +372,7 @@ async def test_a_long_journal_is_compacted_slice_by_slice(path: str, monkeypatch
         assert folded(await store.timeline(1)) == job
 
 
-async def test_a_journal_is_compacted_behind_a_damaged_row(path: str) -> None:
+async def test_a_journal_is_compacted_after_a_damaged_row(path: str) -> None:
     maker = ChangeFactory()
     change = maker.create()
     job, changes = made(change), [change]
@@ -395,7 +393,7 @@ async def test_a_journal_is_compacted_behind_a_damaged_row(path: str) -> None:
         assert len(events) == len(seqs) - 1, "it was set aside"
 
 
-async def test_grants_that_were_given_back_are_counted_of_live_jobs_up_to_a_limit(
+async def test_returned_grants_are_counted_for_a_limited_number_of_jobs(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "GIVEN_BACK_KEPT", 2)
@@ -413,14 +411,14 @@ async def test_grants_that_were_given_back_are_counted_of_live_jobs_up_to_a_limi
         assert store._database._given_back == {2: (0, 2)}
 
 
-async def test_what_was_written_lately_is_at_hand(store: Store, path: str) -> None:
+async def test_recently_written_payloads_are_cached(store: Store, path: str) -> None:
     maker = ChangeFactory()
     await store.write(maker.batch([maker.create(), maker.create()]))
     assert store.cached_payloads([1, 2, 3]) == {seq: maker.payloads[seq] for seq in (1, 2)}
     assert store.cached_payloads([]) == {}
 
 
-async def test_of_a_long_story_the_latest_events_can_be_had(store: Store) -> None:
+async def test_a_timeline_can_be_limited_to_its_latest_events(store: Store) -> None:
     maker = ChangeFactory()
     change = maker.create()
     await store.write(maker.batch([change]))
@@ -435,7 +433,7 @@ async def test_of_a_long_story_the_latest_events_can_be_had(store: Store) -> Non
         assert await store.timeline(1, limit) == whole[-limit:]
 
 
-async def test_journals_of_deleted_jobs_go_when_they_are_old(store: Store) -> None:
+async def test_old_journals_of_deleted_jobs_are_pruned(store: Store) -> None:
     maker = ChangeFactory()
     first, second = maker.create(), maker.create()
     ended = maker.finish(made(first))
@@ -454,7 +452,7 @@ async def test_journals_of_deleted_jobs_go_when_they_are_old(store: Store) -> No
     assert store._connection.raw.execute("SELECT count(*) FROM deleted_jobs").fetchone() == (0,)
 
 
-async def test_the_journal_of_the_whole_store_goes_on_after_a_position(store: Store) -> None:
+async def test_the_journal_continues_after_a_position(store: Store) -> None:
     maker = ChangeFactory()
     await store.write(maker.batch([maker.create() for _ in range(5)]))
     page = await store.journal(2, 2)
@@ -462,7 +460,7 @@ async def test_the_journal_of_the_whole_store_goes_on_after_a_position(store: St
     assert await store.journal(5, 2) == JournalPage([], 5, 0)
 
 
-async def test_what_was_pruned_is_told_also_after_a_restart(path: str) -> None:
+async def test_pruned_events_are_reported_after_a_restart(path: str) -> None:
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         first, second = maker.create(), maker.create()
@@ -483,7 +481,7 @@ async def test_what_was_pruned_is_told_also_after_a_restart(path: str) -> None:
         assert (await store.journal(0, 100)).gone_to == last
 
 
-async def test_nobody_is_led_past_a_damaged_event(path: str) -> None:
+async def test_a_damaged_event_is_reported_as_missing(path: str) -> None:
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(5)]))
@@ -496,7 +494,7 @@ async def test_nobody_is_led_past_a_damaged_event(path: str) -> None:
         assert (await store.journal(3, 10)).gone_to == 3  # it was set aside, and that is remembered
 
 
-async def test_a_damaged_number_of_an_event_makes_no_more_of_the_journal_gone_than_there_was(path: str) -> None:
+async def test_a_damaged_event_number_marks_no_future_events_as_missing(path: str) -> None:
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(5)]))
@@ -555,7 +553,7 @@ async def all_pages(store: Store, query: JobQuery) -> tuple[list[Job], int]:
         {"queue": "nowhere"},
     ],
 )
-async def test_pages_give_every_match_once_in_either_order(
+async def test_pages_return_each_match_once_in_either_order(
     store: Store, scan: int, limit: int, wanted: dict[str, str]
 ) -> None:
     maker = await fill_for_pages(store)
@@ -579,7 +577,7 @@ def _matches(job: Job, wanted: dict[str, str]) -> bool:
 
 
 @pytest.mark.parametrize("status", ["queued", "processing", "failed", "cancelled"])
-async def test_a_job_that_did_not_complete_is_found_behind_all_younger_ones(store: Store, status: str) -> None:
+async def test_a_failed_job_is_found_behind_many_newer_ones(store: Store, status: str) -> None:
     maker = ChangeFactory()
     created = maker.create("old")
     old = made(created)
@@ -594,7 +592,7 @@ async def test_a_job_that_did_not_complete_is_found_behind_all_younger_ones(stor
     assert ([job.id for job, _ in page.jobs], page.next_before, page.scanned_until) == (["old"], None, None)
 
 
-async def test_a_page_says_how_far_it_has_looked_where_it_ends_for_that(store: Store) -> None:
+async def test_a_page_that_ends_early_reports_how_far_it_scanned(store: Store) -> None:
     maker = ChangeFactory()
     await store.write(maker.batch([said(maker, f"j{n}", created_at=NOW + n) for n in range(9)]))
     page = await store.find(JobQuery(kind="none", scan=4))
@@ -607,7 +605,7 @@ async def test_a_page_says_how_far_it_has_looked_where_it_ends_for_that(store: S
     assert (len(page.jobs), page.next_before, page.scanned_until) == (4, 6, NOW + 5)
 
 
-async def test_the_worker_of_a_job_is_that_of_its_latest_grant(store: Store) -> None:
+async def test_jobs_are_filtered_by_the_worker_of_their_latest_grant(store: Store) -> None:
     """Also where it has ended. Who had the job before has no part in it any more."""
     maker = ChangeFactory()
     created = maker.create("a")
@@ -622,7 +620,7 @@ async def test_the_worker_of_a_job_is_that_of_its_latest_grant(store: Store) -> 
         assert await ids(store, worker="w-now") == (["a"] if grant else [])
 
 
-async def test_a_page_carries_no_more_payload_than_asked(store: Store) -> None:
+async def test_a_page_has_a_limited_amount_of_payload(store: Store) -> None:
     maker = ChangeFactory()
     changes = [replace(maker.create(), payload=b'"%s"' % (b"y" * 998)) for _ in range(10)]
     await store.write(maker.batch(changes))
@@ -648,7 +646,7 @@ def with_metadata(maker: ChangeFactory, count: int, size: int) -> list[Change]:
     return changes
 
 
-async def test_a_page_carries_no_more_metadata_than_asked_and_reads_no_more(store: Store) -> None:
+async def test_a_page_reads_a_limited_amount_of_metadata(store: Store) -> None:
     maker = ChangeFactory()
     await store.write(maker.batch(with_metadata(maker, 10, 1_000)))
     for after, expected in ((None, [10, 9, 8, 7, 6, 5, 4, 3, 2, 1]), (0, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])):
@@ -667,7 +665,7 @@ async def test_a_page_carries_no_more_metadata_than_asked_and_reads_no_more(stor
     assert page.next_before is None
 
 
-async def test_pieces_of_the_journal_and_of_old_jobs_have_their_size(
+async def test_slices_of_events_and_of_expired_jobs_have_a_limited_size(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Batches wait for them: a hundred events of 256 KiB each would take half a second."""
@@ -690,7 +688,7 @@ async def test_pieces_of_the_journal_and_of_old_jobs_have_their_size(
     assert await store.expired(NOW, 100) == ["job-1"]
 
 
-async def test_expired_names_finished_jobs_only_oldest_first(store: Store) -> None:
+async def test_expired_returns_only_finished_jobs_oldest_first(store: Store) -> None:
     maker = ChangeFactory()
     first, second, third = (maker.create(expires_at=NOW - 5) for _ in range(3))
     await store.write(maker.batch([first, second, third]))
@@ -708,7 +706,7 @@ async def test_expired_names_finished_jobs_only_oldest_first(store: Store) -> No
     assert await store.expired(NOW + 1_000, 10) == ["job-2"]
 
 
-async def test_a_job_whose_status_is_none_does_not_expire(store: Store) -> None:
+async def test_a_job_with_an_invalid_status_does_not_expire(store: Store) -> None:
     """The index has it, as it is not live; no pass could delete it."""
     maker = ChangeFactory()
     jobs = [maker.create(expires_at=NOW - 5) for _ in range(3)]
@@ -732,7 +730,7 @@ async def late_results(store: Store, job: Job, *, whole: bool = True) -> list[La
     return (await store.late([LateResultQuery(job.seq, with_results=whole)])).results[job.seq]
 
 
-async def test_late_results_are_read_back_after_a_restart(path: str) -> None:
+async def test_late_results_survive_a_restart(path: str) -> None:
     maker = ChangeFactory()
     full = Result("https://x/y", "/a", "k/e/y", Raw(b'{"a": [1, null]}'))
     async with opened(path) as (store, _):
@@ -753,7 +751,7 @@ async def test_late_results_are_read_back_after_a_restart(path: str) -> None:
         assert (await store.late([LateResultQuery(2), LateResultQuery(99)])).results == {2: [], 99: []}
 
 
-async def test_those_of_the_latest_grants_are_kept(store: Store) -> None:
+async def test_late_results_of_the_latest_grants_are_kept(store: Store) -> None:
     maker = ChangeFactory()
     first, second = maker.create("a"), maker.create("b")
     await store.write(maker.batch([first, second]))
@@ -767,7 +765,7 @@ async def test_those_of_the_latest_grants_are_kept(store: Store) -> None:
     assert [late.fencing_token for late in await late_results(store, made(second))] == [4]
 
 
-async def test_they_are_counted_by_their_index(path: str) -> None:
+async def test_late_results_are_counted_by_their_index(path: str) -> None:
     maker = ChangeFactory()
     jobs = [maker.create(job_id) for job_id in "abc"]
     async with opened(path) as (store, _):
@@ -779,7 +777,7 @@ async def test_they_are_counted_by_their_index(path: str) -> None:
         assert await store.count_late([*seqs, 99]) == {seqs[0]: 2, seqs[2]: 1}
 
 
-async def test_they_go_with_their_job(store: Store) -> None:
+async def test_late_results_are_deleted_with_their_job(store: Store) -> None:
     maker = ChangeFactory()
     created, other = maker.create("a"), maker.create("b")
     cancelled = maker.finish(made(created), "cancelled")
@@ -790,7 +788,7 @@ async def test_they_go_with_their_job(store: Store) -> None:
     assert store._connection.raw.execute("SELECT fencing_token FROM late_results").fetchall() == [(2,)]
 
 
-async def test_an_older_grant_is_found_in_the_journal_of_its_own_job(store: Store) -> None:
+async def test_an_older_grant_is_found_only_in_the_journal_of_its_job(store: Store) -> None:
     maker = ChangeFactory()
     created = maker.create("a")
     granted = maker.grant(made(created))
@@ -806,7 +804,7 @@ async def test_an_older_grant_is_found_in_the_journal_of_its_own_job(store: Stor
     assert (await store.late(asked)).grants == {(seq, grant.lock_id): grant}
 
 
-async def test_a_grant_is_looked_for_at_the_end_of_a_journal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_grant_is_searched_at_the_end_of_a_journal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A job that was given back a hundred thousand times holds nobody up."""
     maker = ChangeFactory()
     changes = [maker.create("a")]
@@ -823,7 +821,7 @@ async def test_a_grant_is_looked_for_at_the_end_of_a_journal(store: Store, monke
     assert sorted(grant.fencing_token for grant in found.values()) == [grant.fencing_token for grant in grants[2:]]
 
 
-async def test_many_ask_of_one_job_and_some_for_all(store: Store) -> None:
+async def test_many_queries_for_one_job_read_it_once(store: Store) -> None:
     maker = ChangeFactory()
     created = maker.create("a")
     await store.write(maker.batch([created]))
@@ -856,7 +854,7 @@ async def ids(store: Store, **query: Any) -> list[str]:
     return [job.id for job, _ in (await store.find(JobQuery(**query))).jobs]
 
 
-async def test_a_text_is_found_in_id_payload_and_error_and_capitals_do_not_matter(store: Store) -> None:
+async def test_text_is_found_in_id_payload_and_error_ignoring_case(store: Store) -> None:
     maker = ChangeFactory()
     changes = [
         said(maker, "Cat-1"),
@@ -877,7 +875,7 @@ async def test_a_text_is_found_in_id_payload_and_error_and_capitals_do_not_matte
     assert await ids(store, text="cat", status="queued", limit=2) == ["c", "b"]
 
 
-async def test_jobs_are_found_by_the_time_of_their_creation(store: Store) -> None:
+async def test_jobs_are_found_by_creation_time(store: Store) -> None:
     maker = ChangeFactory()
     changes = [said(maker, f"j{n}", created_at=NOW + n) for n in range(5)]
     await store.write(maker.batch(changes))
@@ -886,7 +884,7 @@ async def test_jobs_are_found_by_the_time_of_their_creation(store: Store) -> Non
     assert await ids(store, since=NOW + 1, until=NOW + 3) == ["j2", "j1"]
 
 
-async def test_jobs_are_found_by_when_they_finished(store: Store) -> None:
+async def test_jobs_are_found_by_finish_time(store: Store) -> None:
     maker = ChangeFactory()
     finished = [said(maker, f"j{n}", status="failed", finished_at=NOW + 9 - n, expires_at=NOW * 2) for n in range(4)]
     await store.write(maker.batch([*finished, said(maker, "waits")]))
@@ -897,9 +895,7 @@ async def test_jobs_are_found_by_when_they_finished(store: Store) -> None:
     assert await ids(store, finished_since=0, status="queued") == []
 
 
-async def test_a_search_for_text_ends_early_where_payloads_are_large(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_text_search_ends_early_if_payloads_are_large(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queries, "TEXT_BYTES", 1_000)
     maker = ChangeFactory()
     big = b'"' + b"x" * 400 + b'needle"'
@@ -914,7 +910,7 @@ async def test_a_search_for_text_ends_early_where_payloads_are_large(
     assert pages == 3
 
 
-async def test_jobs_that_failed_alike_are_found(store: Store) -> None:
+async def test_jobs_with_the_same_error_are_found(store: Store) -> None:
     maker = ChangeFactory()
     alike = [said(maker, f"j{n}", error=f"took {n} s", status="failed") for n in range(3)]
     other = [said(maker, "k", error="lost", status="failed"), said(maker, "l", error="took 4 s"), said(maker, "m")]
@@ -926,7 +922,7 @@ async def test_jobs_that_failed_alike_are_found(store: Store) -> None:
     assert page.last_event == maker.numbers.next_event - 1
 
 
-async def test_a_page_may_do_without_payloads(store: Store) -> None:
+async def test_a_page_can_omit_payloads(store: Store) -> None:
     maker = ChangeFactory()
     await store.write(maker.batch([said(maker, "a", payload=b'"p"')]))
     assert [body for _, body in (await store.find(JobQuery(payloads=False))).jobs] == [b"null"]
@@ -943,7 +939,7 @@ async def due(store: Store, now: int = NOW, limit: int = 99) -> list[int]:
     return [tombstone.job_seq for tombstone, _ in (await store.due_tombstones(now, limit)).found]
 
 
-async def test_a_tombstone_comes_with_its_batch_and_waits_for_its_time(path: str) -> None:
+async def test_a_tombstone_is_written_with_its_batch_and_due_later(path: str) -> None:
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([], tombstones=[buried(1, due_at=NOW + 2), buried(2, due_at=NOW + 1), buried(3)]))
@@ -956,7 +952,7 @@ async def test_a_tombstone_comes_with_its_batch_and_waits_for_its_time(path: str
         assert (await store.due_tombstones(NOW, 1)).found == [(buried(3), False)]
 
 
-async def test_a_batch_that_is_refused_leaves_no_tombstone(path: str) -> None:
+async def test_a_failed_batch_leaves_no_tombstone(path: str) -> None:
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         ghost = maker.create("ghost")
@@ -965,7 +961,7 @@ async def test_a_batch_that_is_refused_leaves_no_tombstone(path: str) -> None:
         assert await due(store) == []
 
 
-async def test_tombstones_are_forgotten_and_put_off(store: Store) -> None:
+async def test_tombstones_are_deleted_and_postponed(store: Store) -> None:
     await store.write(ChangeFactory().batch([], tombstones=[buried(seq) for seq in (1, 2, 3)]))
     late = replace(buried(3), due_at=NOW + 5, tries=1)
     await store.settle_tombstones([1, 99], [late])
@@ -975,14 +971,14 @@ async def test_tombstones_are_forgotten_and_put_off(store: Store) -> None:
     assert await store.due_tombstones(NOW + 5, 9) == DueTombstones([])
 
 
-async def test_a_tombstone_that_was_put_off_by_another_clock_is_due(store: Store) -> None:
+async def test_a_tombstone_postponed_by_a_wrong_clock_is_due(store: Store) -> None:
     await store.write(ChangeFactory().batch([], tombstones=[buried(1, due_at=NOW + MAX_POSTPONE_MS + 1)]))
     assert await due(store, NOW + 1) == []
     assert await due(store, NOW) == [1]
 
 
 @pytest.mark.parametrize("status", ["queued", "failed", "completed"])
-async def test_a_key_is_named_while_any_job_has_it(store: Store, status: str) -> None:
+async def test_a_key_is_referenced_while_any_job_has_it(store: Store, status: str) -> None:
     maker = ChangeFactory()
     change = maker.create("holder", status=status, result=Result(storage_key="k/ü'\n"))
     await store.write(maker.batch([change], tombstones=[buried(90, "k/ü'\n"), buried(91, "k/"), buried(92, "K/ü'\n")]))
@@ -991,7 +987,7 @@ async def test_a_key_is_named_while_any_job_has_it(store: Store, status: str) ->
     assert [named for _, named in (await store.due_tombstones(NOW, 9)).found] == [True, False, False]
 
 
-async def test_a_late_result_that_names_a_key_holds_it_until_its_job_goes(store: Store) -> None:
+async def test_a_late_result_keeps_its_artifact_until_its_job_is_deleted(store: Store) -> None:
     maker = ChangeFactory()
     job = made(maker.create("a", status="cancelled"))
     batch = maker.batch([], tombstones=[buried(90)])
@@ -1021,7 +1017,7 @@ async def numbered(store: Store, now: int = NOW) -> list[Tombstone]:
     return sorted(found, key=lambda each: each.job_seq)
 
 
-async def test_what_late_results_named_is_to_be_deleted_when_they_go_with_their_job(path: str) -> None:
+async def test_artifacts_of_late_results_are_deleted_with_their_job(path: str) -> None:
     maker = ChangeFactory()
     told: list[int] = []
     async with opened(path) as (store, _):
@@ -1044,7 +1040,7 @@ async def test_what_late_results_named_is_to_be_deleted_when_they_go_with_their_
         assert (await store.due_tombstones(maker.now, 9)).held == set()
 
 
-async def test_a_late_result_that_makes_room_for_later_ones_leaves_its_object_to_be_deleted(store: Store) -> None:
+async def test_the_artifact_of_a_displaced_late_result_is_deleted(store: Store) -> None:
     maker = ChangeFactory()
     created = maker.create("a")
     late = [came_late(maker, made(created), token, f"late/{token}") for token in (5, 3, 9, 1, 8)]
@@ -1056,7 +1052,7 @@ async def test_a_late_result_that_makes_room_for_later_ones_leaves_its_object_to
     assert [each.fencing_token for each in await late_results(store, made(created))] == [3, 5, 7, 8, 9]
 
 
-async def test_one_that_comes_in_the_batch_in_which_its_job_goes_leaves_its_object_too(store: Store) -> None:
+async def test_a_late_result_in_the_batch_that_deletes_its_job_leaves_a_tombstone(store: Store) -> None:
     maker = ChangeFactory()
     created = maker.create("a", status="failed")
     await store.write(maker.batch([created]))
@@ -1065,7 +1061,7 @@ async def test_one_that_comes_in_the_batch_in_which_its_job_goes_leaves_its_obje
     assert await numbered(store) == left_by(late)
 
 
-async def test_a_key_that_another_late_result_names_is_held_though_one_is_gone(store: Store) -> None:
+async def test_a_key_referenced_by_another_late_result_is_kept(store: Store) -> None:
     maker = ChangeFactory()
     created = [maker.create(name, status="failed") for name in "ab"]
     late = [came_late(maker, made(change), token, "shared") for token, change in enumerate(created)]
@@ -1082,7 +1078,7 @@ async def test_a_key_that_another_late_result_names_is_held_though_one_is_gone(s
     assert await numbered(store) == left_by(late[1])
 
 
-async def test_where_nobody_deletes_objects_late_results_leave_nothing(store: Store) -> None:
+async def test_without_sweeping_late_results_leave_no_tombstones(store: Store) -> None:
     maker = ChangeFactory()
     created = maker.create("a", status="failed")
     late = [came_late(maker, made(created), token, f"late/{token}") for token in range(MAX_LATE_RESULTS + 1)]
@@ -1092,7 +1088,7 @@ async def test_where_nobody_deletes_objects_late_results_leave_nothing(store: St
     assert store._connection.raw.execute("SELECT count(*) FROM late_results").fetchone() == (0,)
 
 
-async def test_a_deletion_that_is_refused_leaves_late_results_and_no_tombstone(path: str) -> None:
+async def test_a_failed_deletion_keeps_late_results_and_leaves_no_tombstone(path: str) -> None:
     maker = ChangeFactory()
     told: list[int] = []
     async with opened(path) as (store, _):
@@ -1108,7 +1104,7 @@ async def test_a_deletion_that_is_refused_leaves_late_results_and_no_tombstone(p
         assert (await numbered(store), told) == (left_by(late), [1])
 
 
-async def test_what_a_damaged_late_result_names_is_not_believed_when_it_goes(path: str) -> None:
+async def test_the_key_of_a_damaged_late_result_is_not_deleted(path: str) -> None:
     maker = ChangeFactory()
     created = maker.create("a", status="failed")
     late = [came_late(maker, made(created), token, f"late/{token}") for token in (1, 2, 3)]
@@ -1128,7 +1124,7 @@ async def test_what_a_damaged_late_result_names_is_not_believed_when_it_goes(pat
         assert "ff6b" in aside[1][1]
 
 
-async def test_a_job_that_names_its_key_no_more_holds_nothing(store: Store) -> None:
+async def test_a_job_without_its_key_keeps_no_artifact(store: Store) -> None:
     maker = ChangeFactory()
     job = made(maker.create("holder", status="failed", result=Result(storage_key="k")))
     first = maker.batch([], tombstones=[buried(90)])
@@ -1145,7 +1141,7 @@ async def test_a_job_that_names_its_key_no_more_holds_nothing(store: Store) -> N
 # A full counter of fencing tokens
 
 
-async def test_the_epoch_after_a_full_counter_is_kept_before_its_first_token_is(
+async def test_the_epoch_after_a_full_counter_is_stored_before_its_first_token(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_epoch, has_room = files.write_epoch, [False, False, True]
@@ -1175,9 +1171,7 @@ async def test_the_epoch_after_a_full_counter_is_kept_before_its_first_token_is(
         await assert_holds(store, found, maker)
 
 
-async def test_a_crash_as_a_full_counter_takes_the_next_epoch_ends_no_grant(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_crash_between_two_epochs_ends_no_grant(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         await store.write(maker.batch([maker.create("a"), maker.grant(maker.jobs[1])]))

@@ -56,13 +56,13 @@ async def ids(path: str) -> list[str]:
         return [job.id for job in found.live()]
 
 
-async def test_a_log_as_it_was_written_is_taken(path: str, killed: ChangeFactory) -> None:
+async def test_an_undamaged_log_is_accepted(path: str, killed: ChangeFactory) -> None:
     assert doctor.check(path) == []
     assert len(await ids(path)) == 12
 
 
 @pytest.mark.parametrize("place", ["header", "salt of the header", "a page", "a frame", "the commit before the last"])
-async def test_commits_beyond_a_changed_byte_are_not_passed_over(path: str, killed: ChangeFactory, place: str) -> None:
+async def test_commits_after_a_changed_byte_are_detected(path: str, killed: ChangeFactory, place: str) -> None:
     where = {
         "header": 9,
         "salt of the header": 17,
@@ -80,13 +80,13 @@ async def test_commits_beyond_a_changed_byte_are_not_passed_over(path: str, kill
     assert (read(path), read(f"{path}-wal")) == before
 
 
-async def test_the_last_transaction_may_be_there_in_parts(path: str, killed: ChangeFactory) -> None:
+async def test_an_incomplete_last_transaction_is_accepted(path: str, killed: ChangeFactory) -> None:
     begins, ends = commits(path)[-2] + FRAME, commits(path)[-1]
     change(path, begins + 24 + 3, ends + 24 + 900)
     assert len(await ids(path)) == 11
 
 
-async def test_a_torn_head_that_looks_like_a_commit_is_what_a_crash_may_leave(path: str, killed: ChangeFactory) -> None:
+async def test_a_torn_frame_header_that_looks_like_a_commit_is_accepted(path: str, killed: ChangeFactory) -> None:
     """Its first half may be of an older round of the log, where a sector ends in the middle of it."""
     torn = next(place for place in range(HEADER, 99 * FRAME, FRAME) if place // 512 != (place + 15) // 512)
     ends = next(place for place in commits(path) if place > torn)
@@ -97,7 +97,7 @@ async def test_a_torn_head_that_looks_like_a_commit_is_what_a_crash_may_leave(pa
     assert len(await ids(path)) < before < 12
 
 
-async def test_frames_of_an_older_round_are_no_commits(path: str, killed: ChangeFactory, tmp_path: Path) -> None:
+async def test_frames_of_an_older_generation_are_ignored(path: str, killed: ChangeFactory, tmp_path: Path) -> None:
     maker = killed
     async with opened(path) as (store, _):
         store._connection.raw.execute("PRAGMA wal_checkpoint(RESTART)")
@@ -115,7 +115,7 @@ async def test_a_log_too_short_for_a_header_has_no_frames(path: str, killed: Cha
     assert not wal.is_damaged(f"{path}-wal", 0)
 
 
-async def test_a_restore_from_itself_goes_on_from_before_the_damage(path: str, killed: ChangeFactory) -> None:
+async def test_a_restore_of_the_store_to_itself_continues_before_the_damage(path: str, killed: ChangeFactory) -> None:
     change(path, commits(path)[-5] + FRAME + 24)
     damaged = read(f"{path}-wal")
     aside = restore(path, path)

@@ -41,9 +41,7 @@ def row_of(tables: Database, seq: int) -> tuple[object, ...]:
     return row
 
 
-def test_the_checksum_of_a_job_that_was_written_lately_is_known(
-    tables: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_checksum_of_a_recently_written_job_is_cached(tables: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where memory has kept it in short, and makes another object of it."""
     maker = ChangeFactory()
     first = maker.create()
@@ -59,7 +57,7 @@ def test_the_checksum_of_a_job_that_was_written_lately_is_known(
     assert tables.totals == (0, 0, 1, checksum(job_row(maker.jobs[1])))
 
 
-def test_an_update_names_only_what_has_changed(tables: Database) -> None:
+def test_an_update_sets_only_changed_columns(tables: Database) -> None:
     maker = ChangeFactory()
     first = maker.create()
     (said,) = statements(tables, maker, first)
@@ -80,7 +78,7 @@ def test_an_update_names_only_what_has_changed(tables: Database) -> None:
 
 
 @pytest.mark.parametrize("order", [(None, "m"), ("m", None)])
-def test_a_part_that_goes_and_one_that_comes_are_written_apart(tables: Database, order: tuple[str | None, ...]) -> None:
+def test_removed_and_added_parts_are_both_written(tables: Database, order: tuple[str | None, ...]) -> None:
     """The same parts have changed: of the one job to nothing, of the other to a value."""
     maker = ChangeFactory()
     created = [maker.create(progress_message="n" if message is None else None) for message in order]
@@ -92,7 +90,7 @@ def test_a_part_that_goes_and_one_that_comes_are_written_apart(tables: Database,
         assert row_of(tables, change.event.job_seq) == (*row, checksum(row))
 
 
-def test_a_row_that_is_not_there_is_not_made_by_an_update(tables: Database) -> None:
+def test_an_update_does_not_create_a_missing_row(tables: Database) -> None:
     maker = ChangeFactory()
     grant = maker.grant(made(maker.create()))
     with pytest.raises(sqlite3.IntegrityError):
@@ -100,7 +98,7 @@ def test_a_row_that_is_not_there_is_not_made_by_an_update(tables: Database) -> N
     assert tables.is_broken
 
 
-def test_a_batch_that_was_taken_back_leaves_nothing_at_hand(tables: Database) -> None:
+def test_a_rolled_back_batch_leaves_no_cached_payload(tables: Database) -> None:
     maker = ChangeFactory()
     tables.write(maker.batch([maker.create()]), 0)
     back = maker.kept()
@@ -113,7 +111,7 @@ def test_a_batch_that_was_taken_back_leaves_nothing_at_hand(tables: Database) ->
     assert tables.totals == (0, 0, 1, checksum(job_row(job)))
 
 
-def test_what_is_written_a_second_time_counts_once(tables: Database) -> None:
+def test_a_payload_written_twice_counts_once(tables: Database) -> None:
     """A transaction that meets a damaged index is rolled back and run again."""
     maker = ChangeFactory()
     changes = [maker.create() for _ in range(3)]
@@ -126,7 +124,7 @@ def test_what_is_written_a_second_time_counts_once(tables: Database) -> None:
 
 
 @pytest.mark.parametrize("limit", ["KEEP_CHECKSUMS", "_SHAPES", "KEEP_PAYLOAD_BYTES"])
-def test_what_is_kept_at_hand_has_a_limit(tables: Database, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+def test_the_payload_cache_is_limited(tables: Database, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setattr(writers, limit, 1)
     maker = ChangeFactory(3)
     for _ in range(20):
