@@ -12,7 +12,21 @@ from typing import Any, Final
 from jobd.core import decide, late_result_rules, transitions
 from jobd.core.changeset import Decision
 from jobd.core.state import Book
-from jobd.model.commands import AnyCommand, Call, Claim, Complete, Create, Moment, Progress, Start
+from jobd.model.commands import (
+    AnyCommand,
+    Call,
+    Claim,
+    Complete,
+    Create,
+    Extend,
+    ExtendLock,
+    Fail,
+    Moment,
+    Progress,
+    Release,
+    ReleaseLock,
+    Start,
+)
 from jobd.model.errors import ApiError
 from jobd.model.events import Change, Event, fold
 from jobd.model.job import LIVE, MAX_LATE_RESULTS, STATUSES, Grant, Job, LateResult, Policy, is_release_loop
@@ -112,6 +126,10 @@ class RuleHarness:
         assert all(change.event.type in ("late_result", "late_call") for change in decision.changes)
         return decision.answer
 
+    def accept_admin(self, command: AnyCommand) -> Any:
+        """Accept a command of an operator."""
+        return self.accept(command, admin=True, by="admin")
+
     # -- short words --------------------------------------------------------------------------------------------------
 
     def job(self, job_id: str = "a") -> Job:
@@ -208,6 +226,19 @@ class RuleHarness:
             return
         assert not self.tokens or grant.fencing_token > self.tokens[-1], "a token does not rise"
         self.tokens.append(grant.fencing_token)
+
+
+def holder_commands(lock_id: str) -> list[Any]:
+    """Every command of a holder of job `a`, with this lock."""
+    return [
+        Progress(id="a", lock_id=lock_id, progress=1),
+        Extend(id="a", lock_id=lock_id),
+        Complete(id="a", lock_id=lock_id),
+        Fail(id="a", lock_id=lock_id, error_message="e"),
+        Release(id="a", lock_id=lock_id),
+        ExtendLock(id="a", lock_id=lock_id),
+        ReleaseLock(id="a", lock_id=lock_id),
+    ]
 
 
 def picture(book: Book) -> dict[str, Any]:

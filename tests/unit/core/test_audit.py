@@ -59,10 +59,10 @@ def kept(house: VirtualEngine) -> list[AuditEntry]:
     return list(house.disk.audited.values())
 
 
-def entry(desk: RuleHarness, command: AnyCommand, operator: Operator | None = EVE) -> AuditEntry | None:
+def entry(rules: RuleHarness, command: AnyCommand, operator: Operator | None = EVE) -> AuditEntry | None:
     by = "client" if operator is None else operator.by
-    decision = desk.decide(command, by=by, admin=True)
-    return audit.entry(Call(command, by, b"", True, operator), decision, desk.now)
+    decision = rules.decide(command, by=by, admin=True)
+    return audit.entry(Call(command, by, b"", True, operator), decision, rules.now)
 
 
 def test_every_command_of_operators_is_audited() -> None:
@@ -83,87 +83,87 @@ def test_the_audit_name_of_a_command_is_that_of_its_call() -> None:
 
 
 def test_what_nobody_asked_for_as_an_operator_and_what_only_reads_is_not_kept() -> None:
-    desk = RuleHarness()
-    desk.create("a")
-    assert entry(desk, Get(id="a")) is None
-    assert entry(desk, Create(id="b")) is None
-    assert entry(desk, Cancel(id="a"), operator=None) is None
+    rules = RuleHarness()
+    rules.create("a")
+    assert entry(rules, Get(id="a")) is None
+    assert entry(rules, Create(id="b")) is None
+    assert entry(rules, Cancel(id="a"), operator=None) is None
 
 
 def test_a_dry_run_is_no_deed() -> None:
-    desk = RuleHarness()
-    desk.create("a")
+    rules = RuleHarness()
+    rules.create("a")
     for job_id in ("a", "b"):
         for asked in (RunNow(id=job_id), Update(id=job_id), Transition(id=job_id, from_="queued", to="failed")):
-            assert entry(desk, replace(asked, dry_run=True)) is None
-            assert entry(desk, asked) is not None
+            assert entry(rules, replace(asked, dry_run=True)) is None
+            assert entry(rules, asked) is not None
 
 
 def test_a_deed_says_who_from_where_what_why_and_what_came_of_it() -> None:
-    desk = RuleHarness()
-    desk.create("a", queue="video")
-    found = entry(desk, ForceFail(id="a", reason="broken"))
-    details = {"from": "queued", "to": "failed", "event": desk.last().seq}
-    expected = AuditEntry(desk.now, "eve", "10.0.0.7", "force-fail", "a", "video", "broken", "done", 1, details)
+    rules = RuleHarness()
+    rules.create("a", queue="video")
+    found = entry(rules, ForceFail(id="a", reason="broken"))
+    details = {"from": "queued", "to": "failed", "event": rules.last().seq}
+    expected = AuditEntry(rules.now, "eve", "10.0.0.7", "force-fail", "a", "video", "broken", "done", 1, details)
     assert found == expected
-    nameless = entry(desk, ForceReset(id="a"), Operator("", "::1"))
+    nameless = entry(rules, ForceReset(id="a"), Operator("", "::1"))
     assert nameless is not None
     assert (nameless.who, nameless.address, nameless.reason) == ("admin", "::1", None)
 
 
 def test_what_an_update_set_is_in_its_details() -> None:
-    desk = RuleHarness()
-    desk.create("a")
-    found = entry(desk, Update(id="a", priority=-3, reason="urgent"))
+    rules = RuleHarness()
+    rules.create("a")
+    found = entry(rules, Update(id="a", priority=-3, reason="urgent"))
     assert found is not None
     assert found.reason == "urgent"
-    assert found.details == {"priority": -3, "from": "queued", "to": "queued", "event": desk.last().seq}
+    assert found.details == {"priority": -3, "from": "queued", "to": "queued", "event": rules.last().seq}
 
 
 def test_a_deed_that_changed_nothing_is_one_all_the_same() -> None:
-    desk = RuleHarness()
-    desk.create("a")
+    rules = RuleHarness()
+    rules.create("a")
     for command, queue in ((RunNow(id="a"), None), (Pause(name="q"), "q"), (Pause(name="q"), "q")):
-        found = entry(desk, command)
+        found = entry(rules, command)
         assert found is not None
         assert (found.outcome, found.jobs, found.queue) == ("done", 0, queue)
 
 
 def test_a_refused_deed_has_the_code_as_its_outcome() -> None:
-    desk = RuleHarness()
-    desk.create("a")
-    missing = entry(desk, Cancel(id="nobody", reason="why"))
-    assert missing == AuditEntry(desk.now, "eve", "10.0.0.7", "cancel", "nobody", None, "why", "job_not_found")
-    refused = entry(desk, Delete(id="a"))
+    rules = RuleHarness()
+    rules.create("a")
+    missing = entry(rules, Cancel(id="nobody", reason="why"))
+    assert missing == AuditEntry(rules.now, "eve", "10.0.0.7", "cancel", "nobody", None, "why", "job_not_found")
+    refused = entry(rules, Delete(id="a"))
     assert refused is not None
     assert (refused.outcome, refused.jobs, refused.details) == ("invalid_transition", 0, None)
 
 
 def test_a_deed_of_many_commands_counts_its_jobs_and_names_none() -> None:
-    desk = RuleHarness()
+    rules = RuleHarness()
     operator = replace(EVE, part_of="p1")
-    line = entry(desk, Import(id="a", status="failed", error_message="x"), operator)
-    assert line == AuditEntry(desk.now, "eve", "10.0.0.7", "import", jobs=1, part_of="p1")
-    assert entry(desk, Import(id="a", status="failed"), operator) is None  # skipped
-    none = entry(desk, Recover(limit=9), operator)
-    assert none == AuditEntry(desk.now, "eve", "10.0.0.7", "recover-stuck", part_of="p1")
+    line = entry(rules, Import(id="a", status="failed", error_message="x"), operator)
+    assert line == AuditEntry(rules.now, "eve", "10.0.0.7", "import", jobs=1, part_of="p1")
+    assert entry(rules, Import(id="a", status="failed"), operator) is None  # skipped
+    none = entry(rules, Recover(limit=9), operator)
+    assert none == AuditEntry(rules.now, "eve", "10.0.0.7", "recover-stuck", part_of="p1")
 
 
 def test_a_plan_counts_the_jobs_that_it_was_done_to() -> None:
-    desk = RuleHarness()
-    desk.create("a")
-    known = ExpectedVersion("a", version(desk.job("a")))
+    rules = RuleHarness()
+    rules.create("a")
+    known = ExpectedVersion("a", version(rules.job("a")))
     command = ApplyEndings(action="cancel", jobs=[known, ExpectedVersion("b", "x")], reason="why")
-    found = entry(desk, command, replace(EVE, part_of="p1"))
-    assert found == AuditEntry(desk.now, "eve", "10.0.0.7", "plan-cancel", reason="why", jobs=1, part_of="p1")
+    found = entry(rules, command, replace(EVE, part_of="p1"))
+    assert found == AuditEntry(rules.now, "eve", "10.0.0.7", "plan-cancel", reason="why", jobs=1, part_of="p1")
 
 
 def test_a_plan_of_one_job_names_it() -> None:
-    desk = RuleHarness()
-    desk.create("a")
-    command = ApplyEndings(action="cancel", jobs=[ExpectedVersion("a", version(desk.job("a")))])
-    found = entry(desk, command, replace(EVE, part_of="p1"))
-    assert found == AuditEntry(desk.now, "eve", "10.0.0.7", "plan-cancel", "a", jobs=1, part_of="p1")
+    rules = RuleHarness()
+    rules.create("a")
+    command = ApplyEndings(action="cancel", jobs=[ExpectedVersion("a", version(rules.job("a")))])
+    found = entry(rules, command, replace(EVE, part_of="p1"))
+    assert found == AuditEntry(rules.now, "eve", "10.0.0.7", "plan-cancel", "a", jobs=1, part_of="p1")
 
 
 def test_a_note_is_kept_as_it_is() -> None:

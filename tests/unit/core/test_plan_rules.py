@@ -61,23 +61,23 @@ NO_MORE = "It is no longer due for deletion or expiry."
     ],
 )
 def test_where_a_stuck_job_goes_is_told_as_it_is_done(options: Any, progress: int, *, again: bool) -> None:
-    desk = RuleHarness()
-    lock_id = desk.held(**options)
+    rules = RuleHarness()
+    lock_id = rules.held(**options)
     if progress:
-        desk.progress(lock_id, progress)
-    desk.advance(HOUR_MS)
-    job = desk.job()
+        rules.progress(lock_id, progress)
+    rules.advance(HOUR_MS)
+    job = rules.job()
     assert requeues_on_stall(job) == again
     assert plan_rules.to("recover-stuck", job) == plan_rules.to("cleanup", job) == ("queued" if again else "failed")
-    desk.accept(Recover(limit=1))
-    assert desk.job().status == ("queued" if again else "failed")
+    rules.accept(Recover(limit=1))
+    assert rules.job().status == ("queued" if again else "failed")
 
 
 def test_where_other_jobs_go_and_what_may_be_done_on_a_full_disk() -> None:
-    desk = RuleHarness()
-    assert plan_rules.to("cleanup", desk.create()) == "failed"
-    assert plan_rules.to("cleanup", desk.completed("b")) is None
-    assert plan_rules.to("retry", desk.job()) == "queued"
+    rules = RuleHarness()
+    assert plan_rules.to("cleanup", rules.create()) == "failed"
+    assert plan_rules.to("cleanup", rules.completed("b")) is None
+    assert plan_rules.to("retry", rules.job()) == "queued"
     endings = {action for action in get_args(PlanAction) if plan_rules.is_ending(action)}
     assert endings == {"cancel", "force-fail", "delete", "recover-stuck", "cleanup"}
 
@@ -102,22 +102,22 @@ def test_of_late_results_a_cleanup_tells_those_that_it_deletes() -> None:
 
 
 def test_a_rule_for_one_job_answers_what_it_did_or_why_it_did_nothing() -> None:
-    desk = RuleHarness()
-    desk.create("a")
+    rules = RuleHarness()
+    rules.create("a")
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
-        draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.moment, desk.policy)
+        draft = Draft(rules.book, Call(Recover(limit=1), "daemon", b"s" * 16), rules.moment, rules.policy)
         refusal = rule(draft, JobCommand(id="a"))
         assert refusal == ApiError("invalid_transition", NO_MORE, {"job_id": "a", "status": "queued"})
-    desk.start("a")
-    desk.advance(HOUR_MS)
-    desk.create("b", expires_at=desk.now + 5)
-    desk.advance(10)
+    rules.start("a")
+    rules.advance(HOUR_MS)
+    rules.create("b", expires_at=rules.now + 5)
+    rules.advance(10)
     for rule, job_id in (
         (maintenance_rules.recover_one, "a"),
         (maintenance_rules.clean_one, "a"),
         (maintenance_rules.clean_one, "b"),
     ):
-        draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.moment, desk.policy)
+        draft = Draft(rules.book, Call(Recover(limit=1), "daemon", b"s" * 16), rules.moment, rules.policy)
         assert rule(draft, JobCommand(id=job_id)) == Response(MaintenanceResult(1))
         assert len(draft.changes) == 1
 
@@ -125,78 +125,78 @@ def test_a_rule_for_one_job_answers_what_it_did_or_why_it_did_nothing() -> None:
 # -- the rule ---------------------------------------------------------------------------------------------------------
 
 
-def known(desk: RuleHarness, action: PlanAction, *ids: str) -> list[ExpectedVersion]:
-    jobs = [desk.job(job_id) for job_id in ids]
-    return [ExpectedVersion(job.id, version(job, desk.book.latest_late(job.seq), action)) for job in jobs]
+def known(rules: RuleHarness, action: PlanAction, *ids: str) -> list[ExpectedVersion]:
+    jobs = [rules.job(job_id) for job_id in ids]
+    return [ExpectedVersion(job.id, version(job, rules.book.latest_late(job.seq), action)) for job in jobs]
 
 
-def apply(desk: RuleHarness, action: PlanAction, jobs: list[ExpectedVersion]) -> PlanSlice:
+def apply(rules: RuleHarness, action: PlanAction, jobs: list[ExpectedVersion]) -> PlanSlice:
     command = ApplyEndings(action=action, jobs=jobs, reason="the operator's")
-    done: PlanSlice = desk.accept(command, admin=True, by="admin:eve")
+    done: PlanSlice = rules.accept(command, admin=True, by="admin:eve")
     return done
 
 
-def due(desk: RuleHarness) -> list[str]:
+def due(rules: RuleHarness) -> list[str]:
     """A stuck job, one that nobody wants any more, one whose time is over; and one of each that is none."""
-    desk.create("late", expires_at=desk.now + MINUTE_MS)
-    desk.create("waits", expires_at=desk.now + 2 * HOUR_MS)
+    rules.create("late", expires_at=rules.now + MINUTE_MS)
+    rules.create("waits", expires_at=rules.now + 2 * HOUR_MS)
     for job_id, after in (("old", MINUTE_MS), ("kept", 2 * HOUR_MS)):
-        desk.accept(Complete(id=job_id, lock_id=desk.held(job_id), expires_at=desk.now + after))
-    desk.held("stuck")
-    desk.advance(HOUR_MS)
-    desk.held("held")
+        rules.accept(Complete(id=job_id, lock_id=rules.held(job_id), expires_at=rules.now + after))
+    rules.held("stuck")
+    rules.advance(HOUR_MS)
+    rules.held("held")
     return ["stuck", "late", "old", "waits", "kept", "held"]
 
 
 @pytest.mark.parametrize("action", sorted(MAINTENANCE_ACTIONS))
 def test_what_is_due_is_done_and_the_rest_refused(action: PlanAction) -> None:
-    desk = RuleHarness()
-    ids = due(desk)
-    done = apply(desk, action, known(desk, action, *ids))
+    rules = RuleHarness()
+    ids = due(rules)
+    done = apply(rules, action, known(rules, action, *ids))
     some = ids[:1] if action == "recover-stuck" else ids[:3]
     assert (done.applied, done.changed) == (len(some), [])
     assert [(each.id, each.why) for each in done.refused] == [(each, NO_MORE) for each in ids[len(some) :]]
-    assert desk.job("stuck").status == "queued"
-    assert ("old" in desk.rows) == (action == "recover-stuck")
-    assert desk.job("late").status == ("queued" if action == "recover-stuck" else "failed")
-    told = {event.job_id: event for event in desk.events[-len(some) :]}
+    assert rules.job("stuck").status == "queued"
+    assert ("old" in rules.rows) == (action == "recover-stuck")
+    assert rules.job("late").status == ("queued" if action == "recover-stuck" else "failed")
+    told = {event.job_id: event for event in rules.events[-len(some) :]}
     assert [told[each].type for each in some] == ["stalled", "expired", "deleted"][: len(some)]
     assert all(event.by == "admin:eve" for event in told.values())
     assert "Worker w-1 reported no progress" in (told["stuck"].reason or ""), "its own cause, not the operator's"
-    again = apply(desk, action, known(desk, action, "stuck"))
+    again = apply(rules, action, known(rules, action, "stuck"))
     assert (again.applied, len(again.refused)) == (0, 1)
 
 
 @pytest.mark.parametrize("how", ["extend", "progress", "complete", "recover", "delete"])
 @pytest.mark.parametrize("action", sorted(MAINTENANCE_ACTIONS))
 def test_who_came_back_to_life_is_left_alone(action: PlanAction, how: str) -> None:
-    desk = RuleHarness()
-    lock_id = desk.held(max_attempts=2)
-    desk.advance(20 * MINUTE_MS)  # silent, but not past its ceiling
-    seen = known(desk, action, "a")
+    rules = RuleHarness()
+    lock_id = rules.held(max_attempts=2)
+    rules.advance(20 * MINUTE_MS)  # silent, but not past its ceiling
+    seen = known(rules, action, "a")
     if how == "extend":
-        desk.accept(Extend(id="a", lock_id=lock_id, additional_ms=1))
-        desk.advance(HOUR_MS)  # stuck again, at another time
+        rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=1))
+        rules.advance(HOUR_MS)  # stuck again, at another time
     elif how == "progress":
-        desk.progress(lock_id, 40)
-        desk.advance(HOUR_MS)
+        rules.progress(lock_id, 40)
+        rules.advance(HOUR_MS)
     elif how == "complete":
-        desk.accept(Complete(id="a", lock_id=lock_id))
+        rules.accept(Complete(id="a", lock_id=lock_id))
     elif how == "recover":
-        desk.accept(Recover(limit=1))
+        rules.accept(Recover(limit=1))
     else:
-        desk.accept(Complete(id="a", lock_id=lock_id))
-        desk.accept(Delete(id="a"))
-    before, count = desk.rows.get("a"), len(desk.events)
-    done = apply(desk, action, seen)
+        rules.accept(Complete(id="a", lock_id=lock_id))
+        rules.accept(Delete(id="a"))
+    before, count = rules.rows.get("a"), len(rules.events)
+    done = apply(rules, action, seen)
     assert (done.applied, done.refused, [each.id for each in done.changed]) == (0, [], ["a"])
-    assert (desk.rows.get("a"), len(desk.events)) == (before, count)
+    assert (rules.rows.get("a"), len(rules.events)) == (before, count)
 
 
 def test_the_rules_of_time_refuse_a_job_that_is_not_there() -> None:
     """They look for themselves, as the rule of any other action does."""
-    desk = RuleHarness()
-    draft = Draft(desk.book, Call(Recover(limit=1), "daemon", b"s" * 16), desk.moment, desk.policy)
+    rules = RuleHarness()
+    draft = Draft(rules.book, Call(Recover(limit=1), "daemon", b"s" * 16), rules.moment, rules.policy)
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
         gone = rule(draft, JobCommand(id="gone"))
         assert isinstance(gone, ApiError)
@@ -442,10 +442,10 @@ async def test_a_long_plan_of_time_goes_in_slices() -> None:
 
 def test_a_version_that_was_only_looked_at_does_not_serve_time() -> None:
     """GetVersion gives that of operators' actions; a plan of time has its own."""
-    desk = RuleHarness()
-    desk.held()
-    desk.advance(HOUR_MS)
-    seen = desk.accept(GetVersion(id="a")).version
-    assert apply(desk, "cleanup", [ExpectedVersion("a", seen)]).applied == 0
-    job: Job = desk.job()
+    rules = RuleHarness()
+    rules.held()
+    rules.advance(HOUR_MS)
+    seen = rules.accept(GetVersion(id="a")).version
+    assert apply(rules, "cleanup", [ExpectedVersion("a", seen)]).applied == 0
+    job: Job = rules.job()
     assert job.status == "processing"

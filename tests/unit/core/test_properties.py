@@ -1,6 +1,6 @@
 """Any sequence of commands over the real rules and the real book: what must hold after every single step.
 
-The desk compares rows with folded events, every order and counter with a recount, and tokens with those before.
+The harness compares rows with folded events, every order and counter with a recount, and tokens with those before.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ long_sequences = st.lists(steps_of_a_run, min_size=100, max_size=150)
 
 
 class Run(RuleHarness):
-    """A desk that knows, for each command, what it may have done."""
+    """A harness that knows what each command may change."""
 
     def __init__(self) -> None:
         super().__init__(POLICY)
@@ -441,14 +441,14 @@ hand_made = st.builds(
 @given(hand_made, st.lists(st.tuples(commands, waits), min_size=1, max_size=6))
 def test_rules_take_any_row_that_hands_may_leave(job: Job, sequence: list[tuple[AnyCommand, int]]) -> None:
     """`decide` is total: whatever is in the book, there is an answer or a refusal, and the book can go on."""
-    desk = RuleHarness(POLICY)
-    book = desk.book
+    rules = RuleHarness(POLICY)
+    book = rules.book
     book.swap(None, job)
     for command, ms in sequence:
-        desk.now += ms
-        desk.lease += ms
-        book.advance(desk.now, desk.lease)
-        decision = decide.decide(book, Call(_aimed(command), "client", SEED), desk.moment, POLICY)
+        rules.now += ms
+        rules.lease += ms
+        book.advance(rules.now, rules.lease)
+        decision = decide.decide(book, Call(_aimed(command), "client", SEED), rules.moment, POLICY)
         assert isinstance(decision.answer, (Response, ApiError))
         for change in decision.changes:
             book.put(change)
@@ -462,15 +462,15 @@ def _aimed(command: AnyCommand) -> AnyCommand:
 @settings(max_examples=100, deadline=None)
 @given(hand_made)
 def test_a_pass_leaves_no_row_that_it_could_mend(job: Job) -> None:
-    desk = RuleHarness(POLICY)
-    desk.book.swap(None, job)
-    desk.book.suspects[job.seq] = job.id
+    rules = RuleHarness(POLICY)
+    rules.book.swap(None, job)
+    rules.book.suspects[job.seq] = job.id
 
     def mend() -> Any:
-        desk.book.advance(desk.now, desk.lease)
-        decision = decide.decide(desk.book, Call(RepairJobs(ids=["a"]), "cleanup", SEED), desk.moment, POLICY)
+        rules.book.advance(rules.now, rules.lease)
+        decision = decide.decide(rules.book, Call(RepairJobs(ids=["a"]), "cleanup", SEED), rules.moment, POLICY)
         for change in decision.changes:
-            desk.book.put(change)
+            rules.book.put(change)
         assert isinstance(decision.answer, Response)
         return decision.answer.data
 

@@ -44,11 +44,6 @@ from tests.support.rule_harness import NOW, RuleHarness, compare, picture
 TTL = 15 * MINUTE_MS
 
 
-@pytest.fixture
-def desk() -> RuleHarness:
-    return RuleHarness()
-
-
 def queued(seq: int, **fields: Any) -> Job:
     return replace(Job(seq, f"job-{seq}", Options(), "queued", NOW, NOW, NOW), **fields)
 
@@ -120,15 +115,15 @@ def compare_nothing_left(book: Book) -> None:
     assert {status: count for status, count in book.totals.items() if count} == {"failed": 2}
 
 
-def test_only_new_jobs_are_kept_in_short(desk: RuleHarness) -> None:
-    desk.create("a")
-    desk.create("b", delay_ms=5)
-    lock_id = desk.held("c")
-    assert desk.book.jobs.touched() == {"b", "c"}
-    desk.accept(Release(id="c", lock_id=lock_id))
-    desk.accept(Update(id="a", priority=1))
-    assert desk.book.jobs.touched() == {"a", "b", "c"}
-    assert desk.claim(limit=9) == ["c", "a"]
+def test_only_new_jobs_are_kept_in_short(rules: RuleHarness) -> None:
+    rules.create("a")
+    rules.create("b", delay_ms=5)
+    lock_id = rules.held("c")
+    assert rules.book.jobs.touched() == {"b", "c"}
+    rules.accept(Release(id="c", lock_id=lock_id))
+    rules.accept(Update(id="a", priority=1))
+    assert rules.book.jobs.touched() == {"a", "b", "c"}
+    assert rules.claim(limit=9) == ["c", "a"]
 
 
 def test_numbers_are_burnt_as_they_are_used() -> None:
@@ -157,11 +152,11 @@ def test_a_grant_of_an_earlier_epoch_does_not_use_up_the_counter() -> None:
         assert (book.epoch, book.next_token) == numbers
 
 
-def test_the_request_that_made_a_job_is_known_for_the_rest_of_the_batch(desk: RuleHarness) -> None:
-    desk.create("a")
-    assert set(desk.book.request_hashes) == {"a"}
-    desk.accept(Import(id="b"))
-    assert desk.book.request_hashes.get("b", "") == ""
+def test_the_request_that_made_a_job_is_known_for_the_rest_of_the_batch(rules: RuleHarness) -> None:
+    rules.create("a")
+    assert set(rules.book.request_hashes) == {"a"}
+    rules.accept(Import(id="b"))
+    assert rules.book.request_hashes.get("b", "") == ""
 
 
 def test_equal_options_are_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,15 +170,15 @@ def test_equal_options_are_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
     assert book.shared(Options(queue="a")) is not first
 
 
-def test_finished_jobs_pass_through(desk: RuleHarness) -> None:
+def test_finished_jobs_pass_through(rules: RuleHarness) -> None:
     for number in range(FINISHED_KEPT + 2):
-        desk.book.loaded(replace(queued(number + 1), status="cancelled"))
-    desk.book.loaded(replace(queued(1), status="cancelled"))  # named again: the last to go
-    desk.book.trim_finished()
-    assert len(desk.book.finished) == FINISHED_KEPT
-    assert desk.book.get("job-1") is not None
-    assert desk.book.get("job-2") is None
-    assert desk.book.total() == 0  # those of the disk are counted by the store
+        rules.book.loaded(replace(queued(number + 1), status="cancelled"))
+    rules.book.loaded(replace(queued(1), status="cancelled"))  # named again: the last to go
+    rules.book.trim_finished()
+    assert len(rules.book.finished) == FINISHED_KEPT
+    assert rules.book.get("job-1") is not None
+    assert rules.book.get("job-2") is None
+    assert rules.book.total() == 0  # those of the disk are counted by the store
 
 
 def test_finished_jobs_at_hand_have_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,43 +211,43 @@ def test_finished_jobs_at_hand_have_room_for_megabytes() -> None:
     assert list(book.finished) == ["job-1", "job-2"]
 
 
-def test_a_deleted_job_is_gone_from_everything(desk: RuleHarness) -> None:
-    desk.completed()
-    desk.accept(Delete(id="a"))
-    assert (desk.book.get("a"), desk.book.total(), desk.book.finished) == (None, 0, {})
+def test_a_deleted_job_is_gone_from_everything(rules: RuleHarness) -> None:
+    rules.completed()
+    rules.accept(Delete(id="a"))
+    assert (rules.book.get("a"), rules.book.total(), rules.book.finished) == (None, 0, {})
 
 
 @pytest.mark.parametrize("status", ["queued", "processing", "completed"])
-def test_a_quarantined_job_leaves_every_order(desk: RuleHarness, status: str) -> None:
-    desk.create()
+def test_a_quarantined_job_leaves_every_order(rules: RuleHarness, status: str) -> None:
+    rules.create()
     if status != "queued":
-        lock_id = desk.start()
+        lock_id = rules.start()
         if status == "completed":
-            desk.row(replace(desk.job(), status="completed", grant=None, lease=None))
+            rules.row(replace(rules.job(), status="completed", grant=None, lease=None))
         assert lock_id
-    desk.book.suspects[1] = "a"
-    desk.book.quarantine("a", "bad")
-    del desk.rows["a"]
-    assert desk.book.quarantined == {"a": "bad"}
-    assert desk.book.suspects == {}
-    desk.advance(HOUR_MS)
-    compare(desk.book, {}, desk.moment)
-    desk.book.quarantine("never", "bad")
+    rules.book.suspects[1] = "a"
+    rules.book.quarantine("a", "bad")
+    del rules.rows["a"]
+    assert rules.book.quarantined == {"a": "bad"}
+    assert rules.book.suspects == {}
+    rules.advance(HOUR_MS)
+    compare(rules.book, {}, rules.moment)
+    rules.book.quarantine("never", "bad")
 
 
-def test_a_live_job_whose_damaged_row_cannot_be_moved_leaves_every_order_too(desk: RuleHarness) -> None:
-    desk.create("a")
-    desk.book.quarantine("a", "bad", is_moved=False)
-    assert desk.book.unmoved == {"a": None}
-    del desk.rows["a"]
-    compare(desk.book, {}, desk.moment)
-    desk.book.quarantine("unknown", "bad", is_moved=False)
-    assert desk.book.unmoved == {"a": None, "unknown": None}
+def test_a_live_job_whose_damaged_row_cannot_be_moved_leaves_every_order_too(rules: RuleHarness) -> None:
+    rules.create("a")
+    rules.book.quarantine("a", "bad", is_moved=False)
+    assert rules.book.unmoved == {"a": None}
+    del rules.rows["a"]
+    compare(rules.book, {}, rules.moment)
+    rules.book.quarantine("unknown", "bad", is_moved=False)
+    assert rules.book.unmoved == {"a": None, "unknown": None}
 
 
-def test_a_finished_job_whose_row_is_not_moved_is_counted_as_it_was_before_a_batch(desk: RuleHarness) -> None:
-    book = desk.book
-    desk.completed("a")
+def test_a_finished_job_whose_row_is_not_moved_is_counted_as_it_was_before_a_batch(rules: RuleHarness) -> None:
+    book = rules.book
+    rules.completed("a")
     book.quarantine("a", "bad", is_moved=False)
     assert (book.get("a"), book.unmoved, book.totals["completed"]) == (None, {"a": ("default", "completed")}, 1)
     book.recount_unmoved("a", replace(queued(1, status="failed"), options=Options(queue="q")))
@@ -279,84 +274,84 @@ def test_who_holds_what() -> None:
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
-def test_delayed_jobs_become_due_and_somebody_is_told(desk: RuleHarness) -> None:
+def test_delayed_jobs_become_due_and_somebody_is_told(rules: RuleHarness) -> None:
     told: list[tuple[str, str]] = []
-    desk.book.on_due = lambda queue, kind: told.append((queue, kind))
-    desk.create("a", delay_ms=5, kind="k")
-    desk.create("b", delay_ms=5, kind="k")
-    desk.create("c", queue="q")
+    rules.book.on_due = lambda queue, kind: told.append((queue, kind))
+    rules.create("a", delay_ms=5, kind="k")
+    rules.create("b", delay_ms=5, kind="k")
+    rules.create("c", queue="q")
     assert told == [("q", "")]
-    desk.advance(4)
+    rules.advance(4)
     assert len(told) == 1
-    desk.advance(1)
+    rules.advance(1)
     assert told[1:] == [("default", "k")]
-    assert desk.claim(limit=9) == ["a", "b"]
+    assert rules.claim(limit=9) == ["a", "b"]
 
 
-def test_a_delayed_job_that_is_gone_does_not_become_due(desk: RuleHarness) -> None:
-    desk.create("a", delay_ms=5)
-    desk.accept(Cancel(id="a"))
-    desk.create("b", delay_ms=5)
-    desk.accept(Update(id="b", run_at=NOW + 9))
-    desk.advance(5)
-    assert desk.claim() == []
-    desk.advance(4)
-    assert desk.claim() == ["b"]
+def test_a_delayed_job_that_is_gone_does_not_become_due(rules: RuleHarness) -> None:
+    rules.create("a", delay_ms=5)
+    rules.accept(Cancel(id="a"))
+    rules.create("b", delay_ms=5)
+    rules.accept(Update(id="b", run_at=NOW + 9))
+    rules.advance(5)
+    assert rules.claim() == []
+    rules.advance(4)
+    assert rules.claim() == ["b"]
 
 
-def test_an_id_that_is_used_again_does_not_inherit_the_times_of_the_first(desk: RuleHarness) -> None:
-    desk.create("a", delay_ms=5, expires_at=NOW + 7)
-    desk.accept(Cancel(id="a"))
-    desk.accept(Delete(id="a"))
-    desk.create("a", delay_ms=5, expires_at=NOW + 7)
-    desk.advance(7)
-    assert list(desk.book.overdue()) == ["a"]
-    desk.accept(Cancel(id="a"))
-    desk.accept(Delete(id="a"))
-    desk.held("a")
-    desk.advance(TTL)
-    desk.accept(Recover(limit=1))
-    assert desk.claim() == ["a"]
+def test_an_id_that_is_used_again_does_not_inherit_the_times_of_the_first(rules: RuleHarness) -> None:
+    rules.create("a", delay_ms=5, expires_at=NOW + 7)
+    rules.accept(Cancel(id="a"))
+    rules.accept(Delete(id="a"))
+    rules.create("a", delay_ms=5, expires_at=NOW + 7)
+    rules.advance(7)
+    assert list(rules.book.overdue()) == ["a"]
+    rules.accept(Cancel(id="a"))
+    rules.accept(Delete(id="a"))
+    rules.held("a")
+    rules.advance(TTL)
+    rules.accept(Recover(limit=1))
+    assert rules.claim() == ["a"]
 
 
-def test_the_job_that_is_due_longest_of_all_queues(desk: RuleHarness) -> None:
-    assert desk.book.oldest_due() is None
-    desk.create("gone", queue="b")
-    desk.create("z", queue="a")
-    desk.create("y", queue="b")
-    desk.accept(Cancel(id="gone"))
+def test_the_job_that_is_due_longest_of_all_queues(rules: RuleHarness) -> None:
+    assert rules.book.oldest_due() is None
+    rules.create("gone", queue="b")
+    rules.create("z", queue="a")
+    rules.create("y", queue="b")
+    rules.accept(Cancel(id="gone"))
 
     def oldest() -> tuple[str, str]:
-        found = desk.book.oldest_due()
+        found = rules.book.oldest_due()
         assert found is not None
         return found[0], found[1][3]
 
     assert oldest() == ("a", "z"), "of the same moment the first"
-    desk.accept(Update(id="y", run_at=NOW - 1))
+    rules.accept(Update(id="y", run_at=NOW - 1))
     assert oldest() == ("b", "y")
-    desk.accept(Update(id="y", run_at=NOW + 1))
-    desk.accept(Update(id="z", priority=5))  # what was its place is empty
+    rules.accept(Update(id="y", run_at=NOW + 1))
+    rules.accept(Update(id="z", priority=5))  # what was its place is empty
     assert oldest() == ("a", "z")
 
 
-def test_the_wall_clock_steps_back(desk: RuleHarness) -> None:
-    desk.create("a", expires_at=NOW + 10)
-    desk.create("b", delay_ms=10)
-    desk.create("c", delay_ms=10)
-    desk.advance(10)
-    assert desk.claim() == ["b"]
-    assert list(desk.book.overdue()) == ["a"], "a claim leaves it to recovery"
-    desk.create("d", expires_at=NOW + 20)
-    desk.advance(10)
-    assert (list(desk.book.overdue()), desk.book.next_run_at()) == (["a", "d"], None)
-    desk.now = NOW + 9
-    compare(desk.book, desk.rows, desk.moment)
-    assert (list(desk.book.overdue()), desk.book.next_run_at(), desk.book.next_expiry()) == ([], NOW + 10, NOW + 10)
-    desk.now = NOW + 20
-    compare(desk.book, desk.rows, desk.moment)
-    assert list(desk.book.overdue()) == ["a", "d"]
-    desk.now = NOW + 9
-    assert desk.claim(limit=9) == ["a"]
+def test_the_wall_clock_steps_back(rules: RuleHarness) -> None:
+    rules.create("a", expires_at=NOW + 10)
+    rules.create("b", delay_ms=10)
+    rules.create("c", delay_ms=10)
+    rules.advance(10)
+    assert rules.claim() == ["b"]
+    assert list(rules.book.overdue()) == ["a"], "a claim leaves it to recovery"
+    rules.create("d", expires_at=NOW + 20)
+    rules.advance(10)
+    assert (list(rules.book.overdue()), rules.book.next_run_at()) == (["a", "d"], None)
+    rules.now = NOW + 9
+    compare(rules.book, rules.rows, rules.moment)
+    assert (list(rules.book.overdue()), rules.book.next_run_at(), rules.book.next_expiry()) == ([], NOW + 10, NOW + 10)
+    rules.now = NOW + 20
+    compare(rules.book, rules.rows, rules.moment)
+    assert list(rules.book.overdue()) == ["a", "d"]
+    rules.now = NOW + 9
+    assert rules.claim(limit=9) == ["a"]
 
 
 def test_a_step_back_of_the_clock_reads_only_lanes_in_which_a_job_became_due_since(
@@ -388,89 +383,89 @@ def test_a_step_back_of_the_clock_reads_only_lanes_in_which_a_job_became_due_sin
     assert book.next_run_at() == NOW + 976
 
 
-def test_overdue_jobs_that_a_clock_step_makes_due_again_wake_waiting_claims(desk: RuleHarness) -> None:
-    desk.create("a", expires_at=NOW + 10, kind="k")
-    desk.advance(10)
+def test_overdue_jobs_that_a_clock_step_makes_due_again_wake_waiting_claims(rules: RuleHarness) -> None:
+    rules.create("a", expires_at=NOW + 10, kind="k")
+    rules.advance(10)
     told: list[tuple[str, str]] = []
-    desk.book.on_due = lambda queue, kind: told.append((queue, kind))
-    desk.advance(1)
-    assert (told, desk.claim()) == ([], [])
-    desk.advance(-2)
+    rules.book.on_due = lambda queue, kind: told.append((queue, kind))
+    rules.advance(1)
+    assert (told, rules.claim()) == ([], [])
+    rules.advance(-2)
     assert told == [("default", "k")]
-    assert desk.claim() == ["a"]
+    assert rules.claim() == ["a"]
 
 
-def test_time_that_goes_on_costs_no_look_at_every_job(desk: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_that_goes_on_costs_no_look_at_every_job(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Book, "_rewind", None)
     for now in (NOW, NOW, NOW + 1):
-        desk.book.advance(now, 0)
+        rules.book.advance(now, 0)
 
 
-def test_a_job_that_moves_among_those_that_are_due_is_found_once_and_in_its_new_place(desk: RuleHarness) -> None:
+def test_a_job_that_moves_among_those_that_are_due_is_found_once_and_in_its_new_place(rules: RuleHarness) -> None:
     for name in "abc":
-        desk.create(name)
+        rules.create(name)
 
     def order() -> list[str]:
-        return [job.id for job in desk.book.due(["default"], None)]
+        return [job.id for job in rules.book.due(["default"], None)]
 
-    desk.accept(Update(id="c", run_at=NOW - 1))
+    rules.accept(Update(id="c", run_at=NOW - 1))
     assert order() == ["c", "a", "b"]
-    desk.accept(Update(id="c", run_at=NOW))
+    rules.accept(Update(id="c", run_at=NOW))
     assert order() == ["a", "b", "c"]
-    desk.accept(Update(id="b", priority=-1))
+    rules.accept(Update(id="b", priority=-1))
     assert order() == ["b", "a", "c"]
     for _ in range(2):
-        desk.accept(Update(id="b", priority=0))
+        rules.accept(Update(id="b", priority=0))
         assert order() == ["a", "b", "c"]
-        desk.accept(Update(id="b", priority=-1))
+        rules.accept(Update(id="b", priority=-1))
         assert order() == ["b", "a", "c"]
 
 
-def test_a_job_of_the_same_id_and_time_as_one_that_is_gone_is_found_once(desk: RuleHarness) -> None:
+def test_a_job_of_the_same_id_and_time_as_one_that_is_gone_is_found_once(rules: RuleHarness) -> None:
     for name in ("first", "again"):
-        desk.create(name)
-        desk.accept(Update(id=name, priority=1))
-    desk.accept(Cancel(id="again"))
-    desk.accept(Delete(id="again"))
-    desk.create("again", priority=1)
-    assert [job.id for job in desk.book.due(["default"], None)] == ["first", "again"]
+        rules.create(name)
+        rules.accept(Update(id=name, priority=1))
+    rules.accept(Cancel(id="again"))
+    rules.accept(Delete(id="again"))
+    rules.create("again", priority=1)
+    assert [job.id for job in rules.book.due(["default"], None)] == ["first", "again"]
 
 
-def test_who_is_taken_leaves_the_next_of_its_lane_in_sight(desk: RuleHarness) -> None:
+def test_who_is_taken_leaves_the_next_of_its_lane_in_sight(rules: RuleHarness) -> None:
     for name, kind in (("a", "x"), ("b", "x"), ("c", "y")):
-        desk.create(name, kind=kind)
-    desk.start("a")
-    assert [job.id for job in desk.book.due(["default"], None)] == ["b", "c"]
+        rules.create(name, kind=kind)
+    rules.start("a")
+    assert [job.id for job in rules.book.due(["default"], None)] == ["b", "c"]
 
 
-def test_resuming_tells_of_every_kind_that_is_due(desk: RuleHarness) -> None:
-    desk.create("a", kind="x")
-    desk.create("b", kind="y")
-    desk.accept(Pause(name="default"))
-    desk.accept(Pause(name="empty"))
+def test_resuming_tells_of_every_kind_that_is_due(rules: RuleHarness) -> None:
+    rules.create("a", kind="x")
+    rules.create("b", kind="y")
+    rules.accept(Pause(name="default"))
+    rules.accept(Pause(name="empty"))
     told: list[tuple[str, str]] = []
-    desk.book.on_due = lambda queue, kind: told.append((queue, kind))
-    desk.accept(Resume(name="empty"))
+    rules.book.on_due = lambda queue, kind: told.append((queue, kind))
+    rules.accept(Resume(name="empty"))
     assert told == []
-    desk.accept(Resume(name="default"))
+    rules.accept(Resume(name="default"))
     assert sorted(told) == [("default", "x"), ("default", "y")]
 
 
-def test_a_moved_deadline_is_looked_at_when_the_old_one_comes_up(desk: RuleHarness) -> None:
-    lock_id = desk.held()
-    first = desk.book.next_deadline()
-    desk.advance(5 * MINUTE_MS)
-    desk.progress(lock_id)
-    assert desk.book.next_deadline() == first  # early is no harm
-    desk.advance(10 * MINUTE_MS)
-    assert desk.book.next_deadline() == desk.lease + 5 * MINUTE_MS
-    assert desk.book.live_locks() == 1
-    desk.advance(5 * MINUTE_MS)
-    assert (desk.book.next_deadline(), list(desk.book.stuck)) == (None, ["a"])
+def test_a_moved_deadline_is_looked_at_when_the_old_one_comes_up(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    first = rules.book.next_deadline()
+    rules.advance(5 * MINUTE_MS)
+    rules.progress(lock_id)
+    assert rules.book.next_deadline() == first  # early is no harm
+    rules.advance(10 * MINUTE_MS)
+    assert rules.book.next_deadline() == rules.lease + 5 * MINUTE_MS
+    assert rules.book.live_locks() == 1
+    rules.advance(5 * MINUTE_MS)
+    assert (rules.book.next_deadline(), list(rules.book.stuck)) == (None, ["a"])
 
 
-def test_heaps_do_not_grow_while_jobs_come_and_go(desk: RuleHarness) -> None:
-    book = desk.book
+def test_heaps_do_not_grow_while_jobs_come_and_go(rules: RuleHarness) -> None:
+    book = rules.book
     for number in range(1, 500):
         job = queued(number, run_at=NOW + number, expires_at=NOW + 1_000)
         book.swap(None, job)
@@ -480,7 +475,7 @@ def test_heaps_do_not_grow_while_jobs_come_and_go(desk: RuleHarness) -> None:
     for heap in (book._wakes, book._deadlines):
         assert len(heap.entries) <= SLACK + 2
     assert not book._expiries
-    compare(book, {}, desk.moment)
+    compare(book, {}, rules.moment)
 
 
 # -- workers ----------------------------------------------------------------------------------------------------------
@@ -541,17 +536,17 @@ def test_a_deadline_that_goes_back_is_seen_at_once(before: Lease, for_a_while: L
     assert book.live_locks() == 0
 
 
-def test_a_cleared_lock_that_is_revived_is_live_again(desk: RuleHarness) -> None:
+def test_a_cleared_lock_that_is_revived_is_live_again(rules: RuleHarness) -> None:
     """Also where the job would have been stuck before the new lock ends."""
-    lock_id = desk.held(stuck_after_ms=20 * MINUTE_MS)
-    desk.advance(TTL)
-    desk.accept(Recover(limit=1))
-    assert list(desk.book.cleared_locks) == ["a"]
-    desk.progress(lock_id)
-    assert (list(desk.book.cleared_locks), desk.book.live_locks()) == ([], 1)
+    lock_id = rules.held(stuck_after_ms=20 * MINUTE_MS)
+    rules.advance(TTL)
+    rules.accept(Recover(limit=1))
+    assert list(rules.book.cleared_locks) == ["a"]
+    rules.progress(lock_id)
+    assert (list(rules.book.cleared_locks), rules.book.live_locks()) == ([], 1)
 
 
-def test_a_row_that_loses_its_lease_is_in_nobodys_hands(desk: RuleHarness) -> None:
+def test_a_row_that_loses_its_lease_is_in_nobodys_hands(rules: RuleHarness) -> None:
     book, job = Book(), held(1, "w-1")
     book.swap(None, job)
     book.advance(NOW, 500)
@@ -576,72 +571,72 @@ def test_what_runs_is_summed_up_from_when_it_began() -> None:
 # -- all at once ------------------------------------------------------------------------------------------------------
 
 
-def test_rows_of_hands_do_not_break_the_counts(desk: RuleHarness) -> None:
-    desk.row(queued(1, status="odd"))
-    desk.row(queued(2, status="processing"))
-    desk.row(replace(held(3, "w"), lease=None))
-    compare(desk.book, desk.rows, desk.moment)
-    assert (desk.book.live_locks(), desk.book.total()) == (0, 2)
-    for job_id in list(desk.rows):
-        desk.book.swap(desk.rows.pop(job_id), None)
-    compare(desk.book, {}, desk.moment)
+def test_rows_of_hands_do_not_break_the_counts(rules: RuleHarness) -> None:
+    rules.row(queued(1, status="odd"))
+    rules.row(queued(2, status="processing"))
+    rules.row(replace(held(3, "w"), lease=None))
+    compare(rules.book, rules.rows, rules.moment)
+    assert (rules.book.live_locks(), rules.book.total()) == (0, 2)
+    for job_id in list(rules.rows):
+        rules.book.swap(rules.rows.pop(job_id), None)
+    compare(rules.book, {}, rules.moment)
 
 
 @pytest.mark.parametrize("status", ["odd", "complete", ""])
-def test_a_status_that_is_none_breaks_nothing_when_its_job_is_taken_up(desk: RuleHarness, status: str) -> None:
-    job = desk.rows["job-1"] = queued(1, status=status, progress=101)
-    desk.book.loaded(job)  # as it comes from the disk: no start has counted it
-    desk.accept(RepairJobs(ids=[job.id]))
-    assert (desk.job(job.id).status, desk.job(job.id).progress) == (status, 100)
-    compare(desk.book, desk.rows, desk.moment)
-    desk.accept(ForceReset(id=job.id))
-    assert desk.job(job.id).status == "queued"
-    compare(desk.book, desk.rows, desk.moment)
+def test_a_status_that_is_none_breaks_nothing_when_its_job_is_taken_up(rules: RuleHarness, status: str) -> None:
+    job = rules.rows["job-1"] = queued(1, status=status, progress=101)
+    rules.book.loaded(job)  # as it comes from the disk: no start has counted it
+    rules.accept(RepairJobs(ids=[job.id]))
+    assert (rules.job(job.id).status, rules.job(job.id).progress) == (status, 100)
+    compare(rules.book, rules.rows, rules.moment)
+    rules.accept(ForceReset(id=job.id))
+    assert rules.job(job.id).status == "queued"
+    compare(rules.book, rules.rows, rules.moment)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_any_rows_in_any_order_match_a_recount(desk: RuleHarness, seed: int) -> None:
+def test_any_rows_in_any_order_match_a_recount(rules: RuleHarness, seed: int) -> None:
     """Rows come, change and go without rules, as after a refused batch or a start."""
     dice = random.Random(seed)
     for seq in range(300):
-        known = list(desk.rows)
+        known = list(rules.rows)
         if known and dice.random() < 0.5:
             job_id = dice.choice(known)
-            desk.book.swap(desk.rows.pop(job_id), None)
+            rules.book.swap(rules.rows.pop(job_id), None)
         else:
             shift = dice.randint(-20, 20)
             options = Options(queue=dice.choice("qr"), kind=dice.choice("kl"), priority=dice.randint(-1, 1))
             job = replace(
-                dice.choice([queued(seq + 1), held(seq + 1, dice.choice("vw"), expires=desk.lease + shift)]),
+                dice.choice([queued(seq + 1), held(seq + 1, dice.choice("vw"), expires=rules.lease + shift)]),
                 options=options,
-                run_at=desk.now + shift,
-                expires_at=dice.choice([None, desk.now + dice.randint(-5, 20)]),
+                run_at=rules.now + shift,
+                expires_at=dice.choice([None, rules.now + dice.randint(-5, 20)]),
             )
-            desk.row(job)
+            rules.row(job)
         if dice.random() < 0.3:
-            desk.now += dice.randint(-15, 20)
-            desk.lease += dice.randint(0, 10)
-        compare(desk.book, desk.rows, desk.moment)
+            rules.now += dice.randint(-15, 20)
+            rules.lease += dice.randint(0, 10)
+        compare(rules.book, rules.rows, rules.moment)
 
 
-def test_creation_order_decides_among_equals(desk: RuleHarness) -> None:
+def test_creation_order_decides_among_equals(rules: RuleHarness) -> None:
     for name in "cab":
-        desk.accept(Create(id=name))
-    assert desk.claim(limit=3) == ["c", "a", "b"]
+        rules.accept(Create(id=name))
+    assert rules.claim(limit=3) == ["c", "a", "b"]
 
 
-def test_the_oldest_due_job_of_a_kind(desk: RuleHarness) -> None:
-    assert desk.book.queued_kinds("film") == []
-    assert desk.book.oldest_of_kind("film", "encode", desk.now) == (0, None)
-    desk.create("low", queue="film", kind="encode", priority=-1)
-    desk.advance(10)
-    desk.create("high", queue="film", kind="encode", priority=1)
-    desk.create("later", queue="film", kind="mail", delay_ms=1_000)
-    assert desk.book.queued_kinds("film") == ["encode", "mail"]
-    lanes, entry = desk.book.oldest_of_kind("film", "encode", desk.now)
+def test_the_oldest_due_job_of_a_kind(rules: RuleHarness) -> None:
+    assert rules.book.queued_kinds("film") == []
+    assert rules.book.oldest_of_kind("film", "encode", rules.now) == (0, None)
+    rules.create("low", queue="film", kind="encode", priority=-1)
+    rules.advance(10)
+    rules.create("high", queue="film", kind="encode", priority=1)
+    rules.create("later", queue="film", kind="mail", delay_ms=1_000)
+    assert rules.book.queued_kinds("film") == ["encode", "mail"]
+    lanes, entry = rules.book.oldest_of_kind("film", "encode", rules.now)
     assert (lanes, entry and entry[3]) == (2, "low")
-    assert desk.book.oldest_of_kind("film", "mail", desk.now) == (1, None)
-    assert desk.book.oldest_of_kind("film", "none", desk.now) == (0, None)
+    assert rules.book.oldest_of_kind("film", "mail", rules.now) == (1, None)
+    assert rules.book.oldest_of_kind("film", "none", rules.now) == (0, None)
 
 
 SHORT = CompactJob(1, "a", Options(), 1_000)

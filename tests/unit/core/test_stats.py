@@ -26,8 +26,8 @@ from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, Job, Options
 from tests.support.rule_harness import NOW, RuleHarness
 
 
-class CountingDesk(RuleHarness):
-    """A desk whose figures see every committed change, as the actor's do."""
+class CountingHarness(RuleHarness):
+    """A harness whose statistics see every committed change, like the actor's."""
 
     def decide(
         self, command: AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
@@ -39,36 +39,36 @@ class CountingDesk(RuleHarness):
 
 
 @pytest.fixture
-def desk() -> CountingDesk:
-    return CountingDesk()
+def rules() -> CountingHarness:
+    return CountingHarness()
 
 
-def work(desk: RuleHarness, job_id: str, ms: int) -> None:
-    lock_id = desk.held(job_id)
-    desk.advance(ms)
-    desk.accept(Complete(id=job_id, lock_id=lock_id))
+def work(rules: RuleHarness, job_id: str, ms: int) -> None:
+    lock_id = rules.held(job_id)
+    rules.advance(ms)
+    rules.accept(Complete(id=job_id, lock_id=lock_id))
 
 
-def test_completions_of_the_last_hour(desk: RuleHarness) -> None:
-    figures = desk.book.figures
-    work(desk, "a", 2_000)
-    work(desk, "b", 4_000)
-    assert figures.completed_last_hour(desk.now) == (2, 6_000)
+def test_completions_of_the_last_hour(rules: RuleHarness) -> None:
+    figures = rules.book.figures
+    work(rules, "a", 2_000)
+    work(rules, "b", 4_000)
+    assert figures.completed_last_hour(rules.now) == (2, 6_000)
     assert figures.processing["default"].total == 6
-    desk.advance(59 * MINUTE_MS)
-    work(desk, "c", 0)
-    assert figures.completed_last_hour(desk.now) == (3, 6_000)
-    assert figures.completed_last_hour(desk.now + MINUTE_MS)[0] == 1
-    assert figures.completed_last_hour(desk.now + HOUR_MS) == (0, 0)
+    rules.advance(59 * MINUTE_MS)
+    work(rules, "c", 0)
+    assert figures.completed_last_hour(rules.now) == (3, 6_000)
+    assert figures.completed_last_hour(rules.now + MINUTE_MS)[0] == 1
+    assert figures.completed_last_hour(rules.now + HOUR_MS) == (0, 0)
 
 
-def test_late_results_are_counted_one_by_one(desk: RuleHarness) -> None:
+def test_late_results_are_counted_one_by_one(rules: RuleHarness) -> None:
     for job_id in ("a", "b"):
-        lock_id = desk.held(job_id)
-        desk.accept(ForceReset(id=job_id))
-        desk.reject(Complete(id=job_id, lock_id=lock_id, file_path="/late"), "lock_lost")
-        desk.accept(Adopt(id=job_id))
-    assert (desk.book.figures.late_kept, desk.book.figures.late_adopted) == (2, 2)
+        lock_id = rules.held(job_id)
+        rules.accept(ForceReset(id=job_id))
+        rules.reject(Complete(id=job_id, lock_id=lock_id, file_path="/late"), "lock_lost")
+        rules.accept(Adopt(id=job_id))
+    assert (rules.book.figures.late_kept, rules.book.figures.late_adopted) == (2, 2)
 
 
 def test_old_minutes_and_hours_are_dropped() -> None:
@@ -97,39 +97,39 @@ def test_what_a_clock_had_put_ahead_that_was_set_back_does_not_count() -> None:
     assert (list(figures.completions), list(figures.recoveries)) == ([NOW // MINUTE_MS], [NOW // HOUR_MS])
 
 
-def test_recoveries_of_the_last_day(desk: RuleHarness) -> None:
-    lock_id = desk.held("a")
-    desk.progress(lock_id, 10)
-    desk.held("b")
-    desk.held("c")
-    desk.advance(HOUR_MS)
-    desk.accept(Recover(limit=9))
-    figures = desk.book.figures
-    assert figures.recovered_last_day(desk.now) == 3
-    assert figures.recovered_last_day(desk.now + DAY_MS) == 0
+def test_recoveries_of_the_last_day(rules: RuleHarness) -> None:
+    lock_id = rules.held("a")
+    rules.progress(lock_id, 10)
+    rules.held("b")
+    rules.held("c")
+    rules.advance(HOUR_MS)
+    rules.accept(Recover(limit=9))
+    figures = rules.book.figures
+    assert figures.recovered_last_day(rules.now) == 3
+    assert figures.recovered_last_day(rules.now + DAY_MS) == 0
     assert (figures.stalls, figures.reset, figures.failed, figures.since_report.recovered) == (3, 2, 1, 3)
 
 
-def test_what_was_done_since_the_last_report(desk: RuleHarness) -> None:
-    desk.held("a", stuck_after_ms=HOUR_MS, max_processing_ms=0)
-    desk.held("d", stuck_after_ms=HOUR_MS, max_processing_ms=0)
-    desk.advance(15 * MINUTE_MS)
-    desk.accept(Recover(limit=9))
-    desk.completed("b", expires_at=desk.now + 1)
-    desk.completed("c")
-    desk.advance(1)
-    desk.accept(DeleteExpired(ids=["b"]), by="cleanup")
-    desk.accept(Delete(id="c"), by="admin")  # an operator's deletion is not the pass's work
-    since = desk.book.figures.since_report
+def test_what_was_done_since_the_last_report(rules: RuleHarness) -> None:
+    rules.held("a", stuck_after_ms=HOUR_MS, max_processing_ms=0)
+    rules.held("d", stuck_after_ms=HOUR_MS, max_processing_ms=0)
+    rules.advance(15 * MINUTE_MS)
+    rules.accept(Recover(limit=9))
+    rules.completed("b", expires_at=rules.now + 1)
+    rules.completed("c")
+    rules.advance(1)
+    rules.accept(DeleteExpired(ids=["b"]), by="cleanup")
+    rules.accept(Delete(id="c"), by="admin")  # an operator's deletion is not the pass's work
+    since = rules.book.figures.since_report
     assert (since.locks_cleared, since.deleted, since.recovered, since.fixed) == (2, 1, 0, 0)
 
 
-def test_other_endings_are_not_counted(desk: RuleHarness) -> None:
-    desk.accept(Fail(id="a", lock_id=desk.held("a"), error_message="e"))
-    desk.create("b")
-    desk.accept(Cancel(id="b"))
-    figures = desk.book.figures
-    assert figures.completed_last_hour(desk.now) == (0, 0)
+def test_other_endings_are_not_counted(rules: RuleHarness) -> None:
+    rules.accept(Fail(id="a", lock_id=rules.held("a"), error_message="e"))
+    rules.create("b")
+    rules.accept(Cancel(id="b"))
+    figures = rules.book.figures
+    assert figures.completed_last_hour(rules.now) == (0, 0)
     assert figures.grants == {"default": 1}
     assert figures.processing == {}
 
@@ -172,38 +172,38 @@ def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     }
 
 
-def test_completions_are_told_by_kind_and_grants_that_were_taken_away(desk: CountingDesk) -> None:
-    figures = desk.book.figures
-    lock_id = desk.held("a", kind="thumbnail")
-    desk.advance(2_000)
-    desk.accept(Complete(id="a", lock_id=lock_id))
-    desk.held("b", kind="film")
-    desk.accept(EndGrants(ids=["b"], last=True))
+def test_completions_are_told_by_kind_and_grants_that_were_taken_away(rules: CountingHarness) -> None:
+    figures = rules.book.figures
+    lock_id = rules.held("a", kind="thumbnail")
+    rules.advance(2_000)
+    rules.accept(Complete(id="a", lock_id=lock_id))
+    rules.held("b", kind="film")
+    rules.accept(EndGrants(ids=["b"], last=True))
     assert figures.overlaps.total == 0
-    desk.start("b")
+    rules.start("b")
     assert figures.overlaps.total == 1
-    assert [(pace.kind, pace.completed) for pace in figures.paces.view(desk.now)] == [("thumbnail", 1)]
+    assert [(pace.kind, pace.completed) for pace in figures.paces.view(rules.now)] == [("thumbnail", 1)]
 
 
-def test_all_that_is_kept_is_read_again_and_older_figures_lack_some_of_it(desk: CountingDesk) -> None:
-    lock_id = desk.held("a", kind="thumbnail")
-    desk.accept(Complete(id="a", lock_id=lock_id))
-    desk.held("b")
-    desk.accept(ForceReset(id="b"))
-    desk.start("b")
-    desk.held("c")
-    desk.accept(Cancel(id="c"))
-    body = msgspec.json.encode(desk.book.figures)
-    assert msgspec.json.decode(body, type=Figures) == desk.book.figures
+def test_all_that_is_kept_is_read_again_and_older_figures_lack_some_of_it(rules: CountingHarness) -> None:
+    lock_id = rules.held("a", kind="thumbnail")
+    rules.accept(Complete(id="a", lock_id=lock_id))
+    rules.held("b")
+    rules.accept(ForceReset(id="b"))
+    rules.start("b")
+    rules.held("c")
+    rules.accept(Cancel(id="c"))
+    body = msgspec.json.encode(rules.book.figures)
+    assert msgspec.json.decode(body, type=Figures) == rules.book.figures
     older = msgspec.json.decode(body)
     del older["paces"], older["overlaps"]
     assert msgspec.json.decode(msgspec.json.encode(older), type=Figures).stalls == 0
 
 
-def test_every_event_is_counted_by_its_type(desk: RuleHarness) -> None:
-    work(desk, "a", 1_000)
-    work(desk, "b", 1_000)
-    assert desk.book.figures.events == {"created": 2, "granted": 2, "completed": 2}
+def test_every_event_is_counted_by_its_type(rules: RuleHarness) -> None:
+    work(rules, "a", 1_000)
+    work(rules, "b", 1_000)
+    assert rules.book.figures.events == {"created": 2, "granted": 2, "completed": 2}
 
 
 def test_attempts_of_very_many_queues_are_bounded() -> None:
@@ -223,10 +223,10 @@ def test_attempts_of_very_many_queues_are_bounded() -> None:
     assert attempts.by_queue == {}, "a clock that was set back"
 
 
-def test_an_operator_who_fails_a_waiting_job_ends_no_attempt(desk: CountingDesk) -> None:
-    desk.create("a")
+def test_an_operator_who_fails_a_waiting_job_ends_no_attempt(rules: CountingHarness) -> None:
+    rules.create("a")
     attempts = Attempts()
-    attempts.note(desk.decide(ForceFail(id="a")).changes)
+    attempts.note(rules.decide(ForceFail(id="a")).changes)
     assert attempts.by_queue == {}
 
 

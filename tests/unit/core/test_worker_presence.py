@@ -43,7 +43,7 @@ LARGEST = About(instance="~" * 200, host="~" * 253, pid=2**32 - 1, version="~" *
 
 
 @pytest.fixture
-def desk() -> RuleHarness:
+def rules() -> RuleHarness:
     made = RuleHarness()
     made.advance(0)
     return made
@@ -70,13 +70,13 @@ def held(seq: int, worker: str, expires: int = 500) -> Job:
     return replace(job, grant=grant, lease=Lease(expires, expires, None))
 
 
-def listed(desk: RuleHarness, **asked: Any) -> list[tuple[str, str]]:
-    page: WorkerList = desk.accept(Workers(**asked))
+def listed(rules: RuleHarness, **asked: Any) -> list[tuple[str, str]]:
+    page: WorkerList = rules.accept(Workers(**asked))
     return [(each.worker, each.state) for each in page.workers]
 
 
-def one(desk: RuleHarness) -> WorkerView:
-    page: WorkerList = desk.accept(Workers())
+def one(rules: RuleHarness) -> WorkerView:
+    page: WorkerList = rules.accept(Workers())
     (worker,) = page.workers
     return worker
 
@@ -84,83 +84,83 @@ def one(desk: RuleHarness) -> WorkerView:
 # -- states -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_is_busy_idle_silent_and_gone(desk: RuleHarness) -> None:
-    lock_id = desk.held(worker="w-1", stuck_after_ms=HOUR_MS, max_processing_ms=0)
-    assert listed(desk) == [("w-1", "busy")]
-    desk.advance(TTL - 1)
-    assert listed(desk) == [("w-1", "busy")]
-    desk.advance(1)
-    assert listed(desk) == [("w-1", "silent")]
-    desk.accept(Recover(limit=1))
-    assert (one(desk).state, one(desk).expired, one(desk).held) == ("silent", 1, 1), (
+def test_a_worker_is_busy_idle_silent_and_gone(rules: RuleHarness) -> None:
+    lock_id = rules.held(worker="w-1", stuck_after_ms=HOUR_MS, max_processing_ms=0)
+    assert listed(rules) == [("w-1", "busy")]
+    rules.advance(TTL - 1)
+    assert listed(rules) == [("w-1", "busy")]
+    rules.advance(1)
+    assert listed(rules) == [("w-1", "silent")]
+    rules.accept(Recover(limit=1))
+    assert (one(rules).state, one(rules).expired, one(rules).held) == ("silent", 1, 1), (
         "the lock is cleared, not the grant"
     )
-    desk.accept(Extend(id="a", lock_id=lock_id))
-    assert (one(desk).state, one(desk).expired) == ("busy", 0)
-    desk.advance(HOUR_MS)
-    assert (one(desk).state, one(desk).expired) == ("silent", 1)
-    desk.accept(Complete(id="a", lock_id=lock_id))
-    assert (one(desk).state, one(desk).expired, one(desk).held) == ("idle", 0, 0)
-    desk.advance(GONE_AFTER_MS - 1)
-    assert listed(desk) == [("w-1", "idle")]
-    desk.advance(1)
-    assert listed(desk) == []
-    assert listed(desk, state="gone") == [("w-1", "gone")]
-    assert desk.accept(Workers()).by_state["gone"] == 1
+    rules.accept(Extend(id="a", lock_id=lock_id))
+    assert (one(rules).state, one(rules).expired) == ("busy", 0)
+    rules.advance(HOUR_MS)
+    assert (one(rules).state, one(rules).expired) == ("silent", 1)
+    rules.accept(Complete(id="a", lock_id=lock_id))
+    assert (one(rules).state, one(rules).expired, one(rules).held) == ("idle", 0, 0)
+    rules.advance(GONE_AFTER_MS - 1)
+    assert listed(rules) == [("w-1", "idle")]
+    rules.advance(1)
+    assert listed(rules) == []
+    assert listed(rules, state="gone") == [("w-1", "gone")]
+    assert rules.accept(Workers()).by_state["gone"] == 1
 
 
-def test_one_expired_lock_makes_a_worker_silent_and_a_recovered_job_no_more(desk: RuleHarness) -> None:
-    desk.held("a", worker="w", stuck_after_ms=0)
-    desk.advance(1_000)
-    desk.held("b", worker="w")
-    desk.advance(TTL - 1_000)
-    assert (one(desk).state, one(desk).held, one(desk).expired) == ("silent", 2, 1)
-    desk.accept(Recover(limit=9))
-    assert (one(desk).state, one(desk).jobs, one(desk).expired) == ("busy", ["b"], 0)
+def test_one_expired_lock_makes_a_worker_silent_and_a_recovered_job_no_more(rules: RuleHarness) -> None:
+    rules.held("a", worker="w", stuck_after_ms=0)
+    rules.advance(1_000)
+    rules.held("b", worker="w")
+    rules.advance(TTL - 1_000)
+    assert (one(rules).state, one(rules).held, one(rules).expired) == ("silent", 2, 1)
+    rules.accept(Recover(limit=9))
+    assert (one(rules).state, one(rules).jobs, one(rules).expired) == ("busy", ["b"], 0)
 
 
-def test_the_gone_are_forgotten_after_a_day(desk: RuleHarness) -> None:
-    desk.accept(Release(id="a", lock_id=desk.held(worker="w-1")))
-    desk.advance(DAY_MS - 1)
-    assert listed(desk, state="gone") == [("w-1", "gone")]
-    desk.advance(1)
-    assert (listed(desk, state="gone"), desk.accept(Workers()).by_state["gone"]) == ([], 0)
-    assert list(desk.book.presence.workers) == ["w-1"]
-    desk.start(worker="w-2")
-    assert list(desk.book.presence.workers) == ["w-2"]
+def test_the_gone_are_forgotten_after_a_day(rules: RuleHarness) -> None:
+    rules.accept(Release(id="a", lock_id=rules.held(worker="w-1")))
+    rules.advance(DAY_MS - 1)
+    assert listed(rules, state="gone") == [("w-1", "gone")]
+    rules.advance(1)
+    assert (listed(rules, state="gone"), rules.accept(Workers()).by_state["gone"]) == ([], 0)
+    assert list(rules.book.presence.workers) == ["w-1"]
+    rules.start(worker="w-2")
+    assert list(rules.book.presence.workers) == ["w-2"]
 
 
-def test_a_step_of_the_wall_clock_makes_no_worker_gone_and_keeps_none(desk: RuleHarness) -> None:
-    desk.book.presence.asks(claim("before"))
-    desk.now += 40 * DAY_MS
-    desk.book.advance(desk.now, desk.lease)
-    assert listed(desk) == [("before", "idle")]
-    desk.book.presence.asks(claim("meanwhile"))
-    desk.now -= 40 * DAY_MS
-    desk.book.advance(desk.now, desk.lease)
-    assert [each.last_seen_at for each in desk.accept(Workers()).workers] == [NOW, NOW], "none was heard in the future"
-    desk.advance(GONE_AFTER_MS)
-    assert listed(desk) == []
-    assert desk.book.presence.unclaimed_ms("default", "", desk.lease) == GONE_AFTER_MS
+def test_a_step_of_the_wall_clock_makes_no_worker_gone_and_keeps_none(rules: RuleHarness) -> None:
+    rules.book.presence.asks(claim("before"))
+    rules.now += 40 * DAY_MS
+    rules.book.advance(rules.now, rules.lease)
+    assert listed(rules) == [("before", "idle")]
+    rules.book.presence.asks(claim("meanwhile"))
+    rules.now -= 40 * DAY_MS
+    rules.book.advance(rules.now, rules.lease)
+    assert [each.last_seen_at for each in rules.accept(Workers()).workers] == [NOW, NOW], "none was heard in the future"
+    rules.advance(GONE_AFTER_MS)
+    assert listed(rules) == []
+    assert rules.book.presence.unclaimed_ms("default", "", rules.lease) == GONE_AFTER_MS
 
 
-def test_a_worker_is_known_by_its_jobs_and_when_it_was_heard(desk: RuleHarness) -> None:
-    lock_id = desk.held(worker="w-1")
-    desk.advance(7)
-    desk.progress(lock_id)
-    seen = desk.book.presence.workers["w-1"]
+def test_a_worker_is_known_by_its_jobs_and_when_it_was_heard(rules: RuleHarness) -> None:
+    lock_id = rules.held(worker="w-1")
+    rules.advance(7)
+    rules.progress(lock_id)
+    seen = rules.book.presence.workers["w-1"]
     assert (list(seen.jobs), seen.last_seen_at) == (["a"], NOW + 7)
-    desk.now -= 5
-    desk.accept(Release(id="a", lock_id=lock_id))
+    rules.now -= 5
+    rules.accept(Release(id="a", lock_id=lock_id))
     assert (list(seen.jobs), seen.last_seen_at) == ([], NOW + 2)
 
 
 def test_after_a_start_workers_were_heard_when_their_jobs_last_changed() -> None:
     jobs = [replace(held(seq, f"w-{seq}"), updated_at=NOW + at) for seq, at in ((1, -50), (2, -10), (3, -90))]
     book = Book.opened(OpenedStore(Numbers(wall_ms=NOW, lease_ms=400), jobs))
-    desk = RuleHarness()
-    desk.book, desk.now, desk.lease = book, NOW + HOUR_MS, 450  # an hour later, of which the locks know nothing
-    page = workers(book, desk.moment, Workers())
+    rules = RuleHarness()
+    rules.book, rules.now, rules.lease = book, NOW + HOUR_MS, 450  # an hour later, of which the locks know nothing
+    page = workers(book, rules.moment, Workers())
     assert [(each.worker, each.jobs, each.last_seen_at) for each in page.workers] == [
         ("w-2", ["job-2"], NOW - 10),
         ("w-1", ["job-1"], NOW - 50),
@@ -168,9 +168,9 @@ def test_after_a_start_workers_were_heard_when_their_jobs_last_changed() -> None
     ]
     assert [(each.queues, each.kinds, each.about) for each in page.workers] == [(None, None, None)] * 3
     assert page.since == NOW + HOUR_MS
-    book.advance(desk.now, desk.lease)
-    book.advance(desk.now + 5, desk.lease + 5)
-    assert workers(book, desk.moment, Workers()).since == NOW + HOUR_MS
+    book.advance(rules.now, rules.lease)
+    book.advance(rules.now + 5, rules.lease + 5)
+    assert workers(book, rules.moment, Workers()).since == NOW + HOUR_MS
     assert book.presence.workers["w-3"].heard == 400 - 90
 
 
@@ -281,81 +281,81 @@ async def state_of(house: VirtualEngine) -> tuple[str, bool, int]:
 # -- take-back --------------------------------------------------------------------------------------------------------
 
 
-def silent(desk: RuleHarness, count: int) -> list[str]:
+def silent(rules: RuleHarness, count: int) -> list[str]:
     """A worker whose first `count` jobs have an expired lock and whose last one has a live lock."""
-    locks = [desk.held(f"job-{n}", worker="w", stuck_after_ms=HOUR_MS, max_processing_ms=0) for n in range(count)]
-    desk.advance(TTL)
-    return [*locks, desk.held("live", worker="w")]
+    locks = [rules.held(f"job-{n}", worker="w", stuck_after_ms=HOUR_MS, max_processing_ms=0) for n in range(count)]
+    rules.advance(TTL)
+    return [*locks, rules.held("live", worker="w")]
 
 
-def test_the_expired_jobs_of_a_silent_worker_are_taken_back(desk: RuleHarness) -> None:
-    locks = silent(desk, 3)
-    desk.accept(Extend(id="job-2", lock_id=locks[2]))
-    desk.progress(locks[1], job_id="job-1")
-    desk.advance(TTL - 1)
-    desk.accept(Extend(id="job-2", lock_id=locks[2]))
-    desk.accept(Extend(id="live", lock_id=locks[3]))
-    desk.advance(1)
-    done = desk.accept(TakeBack(name="w"), admin=True, by="admin:ana")
+def test_the_expired_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) -> None:
+    locks = silent(rules, 3)
+    rules.accept(Extend(id="job-2", lock_id=locks[2]))
+    rules.progress(locks[1], job_id="job-1")
+    rules.advance(TTL - 1)
+    rules.accept(Extend(id="job-2", lock_id=locks[2]))
+    rules.accept(Extend(id="live", lock_id=locks[3]))
+    rules.advance(1)
+    done = rules.accept(TakeBack(name="w"), admin=True, by="admin:ana")
     assert (done.worker, done.recovered_jobs, done.reset_jobs, done.failed_jobs, done.more) == ("w", 2, 1, 1, False)
     assert [(each.job_id, each.action) for each in done.details] == [("job-0", "reset"), ("job-1", "failed")]
     assert done.details[0].reason == (
         "No update from worker w for 30 min at 0 % (attempt 1 of 1). The lock had expired. "
         "An operator took the job back."
     )
-    first, second = desk.job("job-0"), desk.job("job-1")
+    first, second = rules.job("job-0"), rules.job("job-1")
     assert (first.status, first.stalls, first.attempt, first.grant) == ("queued", 1, 0, None)
     assert second.error is not None
     assert (second.status, second.stalls, second.error.code) == ("failed", 1, "stalled")
-    assert [desk.job(job_id).status for job_id in ("job-2", "live")] == ["processing", "processing"]
-    assert (desk.last().type, desk.last().by) == ("stalled", "admin:ana")
-    lost = desk.reject(Complete(id="job-0", lock_id=locks[0]), "lock_lost")
+    assert [rules.job(job_id).status for job_id in ("job-2", "live")] == ["processing", "processing"]
+    assert (rules.last().type, rules.last().by) == ("stalled", "admin:ana")
+    lost = rules.reject(Complete(id="job-0", lock_id=locks[0]), "lock_lost")
     assert (lost.details["reason"], lost.details["rule"]) == ("taken_back", "take-back")
-    assert one(desk).state == "busy"
+    assert one(rules).state == "busy"
 
 
-def test_a_take_back_goes_in_slices(desk: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_take_back_goes_in_slices(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maintenance_rules, "TAKEN_BACK", 2)
-    silent(desk, 5)
-    desk.accept(Recover(limit=9))
-    done = [desk.accept(TakeBack(name="w"), admin=True) for _ in range(3)]
+    silent(rules, 5)
+    rules.accept(Recover(limit=9))
+    done = [rules.accept(TakeBack(name="w"), admin=True) for _ in range(3)]
     assert [(len(each.details), each.more) for each in done] == [(2, True), (2, True), (1, False)]
 
 
-def test_a_dry_run_of_a_take_back_changes_nothing(desk: RuleHarness) -> None:
-    silent(desk, 2)
-    events = len(desk.events)
-    done = desk.accept(TakeBack(name="w", dry_run=True), admin=True)
+def test_a_dry_run_of_a_take_back_changes_nothing(rules: RuleHarness) -> None:
+    silent(rules, 2)
+    events = len(rules.events)
+    done = rules.accept(TakeBack(name="w", dry_run=True), admin=True)
     assert [each.job_id for each in done.details] == ["job-0", "job-1"]
-    assert len(desk.events) == events
-    assert one(desk).state == "silent"
+    assert len(rules.events) == events
+    assert one(rules).state == "silent"
 
 
-def test_only_the_jobs_of_a_silent_worker_are_taken_back(desk: RuleHarness) -> None:
-    unknown = desk.reject(TakeBack(name="nobody"), "worker_not_found", admin=True)
+def test_only_the_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) -> None:
+    unknown = rules.reject(TakeBack(name="nobody"), "worker_not_found", admin=True)
     assert unknown.message == "Worker nobody has not been seen since the start. List the workers: jobctl workers"
-    desk.held("a", worker="w")
-    said = desk.reject(TakeBack(name="w"), "worker_not_silent", admin=True)
+    rules.held("a", worker="w")
+    said = rules.reject(TakeBack(name="w"), "worker_not_silent", admin=True)
     assert said.message == (
         "Worker w is busy, not silent: the lock of its job is live. To end a live grant: jobctl force-reset ID"
     )
-    desk.held("b", worker="w")
-    said = desk.reject(TakeBack(name="w", dry_run=True), "worker_not_silent", admin=True)
+    rules.held("b", worker="w")
+    said = rules.reject(TakeBack(name="w", dry_run=True), "worker_not_silent", admin=True)
     assert "the locks of its 2 jobs are live" in said.message
-    other = desk.held("d", worker="v")
-    desk.accept(Complete(id="d", lock_id=other))
-    said = desk.reject(TakeBack(name="v"), "worker_not_silent", admin=True)
+    other = rules.held("d", worker="v")
+    rules.accept(Complete(id="d", lock_id=other))
+    said = rules.reject(TakeBack(name="v"), "worker_not_silent", admin=True)
     assert (said.details, "it holds no job" in said.message) == ({"worker": "v", "state": "idle"}, True)
 
 
-def test_a_take_back_is_in_the_audit_log(desk: RuleHarness) -> None:
-    silent(desk, 2)
+def test_a_take_back_is_in_the_audit_log(rules: RuleHarness) -> None:
+    silent(rules, 2)
     command = TakeBack(name="w", reason="w-7 lost its power")
-    decision = desk.decide(command, admin=True)
+    decision = rules.decide(command, admin=True)
     row = audit.entry(Call(command, operator=Operator("ana", "127.0.0.1")), decision, NOW)
     assert row is not None
     assert (row.what, row.details, row.jobs, row.reason) == ("take-back", {"worker": "w"}, 2, "w-7 lost its power")
-    again = desk.decide(command, admin=True)
+    again = rules.decide(command, admin=True)
     row = audit.entry(Call(command, operator=Operator("ana", "127.0.0.1")), again, NOW)
     assert row is not None
     assert (row.outcome, row.jobs) == ("worker_not_silent", 0)
@@ -413,15 +413,15 @@ async def test_a_take_back_that_is_cut_short_says_what_it_did() -> None:
 # -- the description of a worker --------------------------------------------------------------------------------------
 
 
-def test_the_description_of_a_worker_is_shown(desk: RuleHarness) -> None:
+def test_the_description_of_a_worker_is_shown(rules: RuleHarness) -> None:
     about = About(instance="i-1", host="box", pid=42, version="1.0", concurrency=4)
-    desk.book.presence.asks(claim(about=about))
-    assert one(desk).about == about
-    desk.book.presence.asks(claim())
-    assert one(desk).about == about, "what it does not say again stays"
+    rules.book.presence.asks(claim(about=about))
+    assert one(rules).about == about
+    rules.book.presence.asks(claim())
+    assert one(rules).about == about, "what it does not say again stays"
     newer = About(host="other")
-    desk.book.presence.asks(Start(id="a", worker="w-1", about=newer))
-    assert one(desk).about == newer
+    rules.book.presence.asks(Start(id="a", worker="w-1", about=newer))
+    assert one(rules).about == newer
 
 
 def test_the_description_of_a_worker_is_at_most_a_kilobyte() -> None:
@@ -574,14 +574,14 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
             assert unclaimed == 0 if is_waiting else unclaimed <= presence.lease - (latest or 0)
 
 
-def test_a_page_of_workers_costs_by_the_page(desk: RuleHarness) -> None:
-    draft = Draft(desk.book, Call(Workers()), desk.moment, Policy())
+def test_a_page_of_workers_costs_by_the_page(rules: RuleHarness) -> None:
+    draft = Draft(rules.book, Call(Workers()), rules.moment, Policy())
     for number in range(500):
-        desk.book.presence.asks(claim(f"w-{number:03}"))
+        rules.book.presence.asks(claim(f"w-{number:03}"))
     page = workers(draft.book, draft.at, Workers())
     assert (len(page.workers), page.next_cursor, page.by_state["idle"]) == (200, f"{NOW} w-199", 500)
-    desk.advance(GONE_AFTER_MS)
-    folded = workers(draft.book, desk.moment, Workers())
+    rules.advance(GONE_AFTER_MS)
+    folded = workers(draft.book, rules.moment, Workers())
     assert (folded.workers, folded.next_cursor, folded.by_state["gone"]) == ([], None, 500)
-    last = workers(draft.book, desk.moment, Workers(state="gone", cursor=f"{NOW} w-399"))
+    last = workers(draft.book, rules.moment, Workers(state="gone", cursor=f"{NOW} w-399"))
     assert (len(last.workers), last.next_cursor, last.by_state["gone"]) == (100, None, 500)

@@ -87,24 +87,24 @@ def test_what_is_shown_holds_no_raw_change() -> None:
 
 
 def test_a_whole_life_folds_into_the_row_and_names_no_secret() -> None:
-    desk = RuleHarness()
-    first = desk.held(max_attempts=2)
-    desk.progress(first, 30)
-    desk.accept(Extend(id="a", lock_id=first, additional_ms=5))
-    desk.accept(Fail(id="a", lock_id=first, error_message="e", retry_after_ms=0))
-    second = desk.start()
-    desk.accept(Complete(id="a", lock_id=second, metadata=Raw(b"[1]")))
-    desk.accept(Pause(name="q"))
+    rules = RuleHarness()
+    first = rules.held(max_attempts=2)
+    rules.progress(first, 30)
+    rules.accept(Extend(id="a", lock_id=first, additional_ms=5))
+    rules.accept(Fail(id="a", lock_id=first, error_message="e", retry_after_ms=0))
+    second = rules.start()
+    rules.accept(Complete(id="a", lock_id=second, metadata=Raw(b"[1]")))
+    rules.accept(Pause(name="q"))
     row: Job | None = None
-    for happened in desk.events:
+    for happened in rules.events:
         if happened.job_seq:
             row = fold(row, happened)
         shown = msgspec.json.encode(event_view(happened)).decode()
         assert first not in shown
         assert second not in shown
-    assert row == desk.job()
-    desk.accept(Delete(id="a"))
-    assert fold(row, desk.last()) is None
+    assert row == rules.job()
+    rules.accept(Delete(id="a"))
+    assert fold(row, rules.last()) is None
 
 
 @pytest.mark.parametrize("sign", sorted(HEARTBEATS))

@@ -1,0 +1,302 @@
+"""Only the latest grant of a job counts, and the journal records what was done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import Raw
+from msgspec.structs import replace
+
+from jobd.core import worker_rules
+from jobd.model.commands import (
+    AnyCommand,
+    Cancel,
+    Complete,
+    Create,
+    Delete,
+    EndGrants,
+    Extend,
+    ExtendLock,
+    Fail,
+    ForceFail,
+    ForceReset,
+    Pause,
+    Progress,
+    Release,
+    ReleaseLock,
+    Resume,
+    RunNow,
+    Start,
+    Transition,
+    Undelivered,
+    Update,
+)
+from jobd.model.errors import ApiError
+from jobd.model.job import (
+    MINUTE_MS,
+    STATUSES,
+    TOKEN_COUNTER_BITS,
+)
+from tests.support.rule_harness import NOW, RuleHarness, holder_commands
+
+TTL = 15 * MINUTE_MS
+
+
+# -- what the journal says --------------------------------------------------------------------------------------------
+
+LOCKED_UNTIL = {"lock_expires_at": NOW + TTL}
+UNSENT = "The connection closed before the grant was sent."
+
+# What is done with a job that worker w-1 holds in its first of two attempts, by whom, and what the journal says of it.
+WRITTEN: list[tuple[Any, str, tuple[Any, ...]]] = [
+    (
+        Progress(id="a", lock_id="L", progress=1),
+        "client",
+        ("progress", "processing", "worker:w-1", None, {"progress": 1}),
+    ),
+    (Extend(id="a", lock_id="L"), "client", ("extended", "processing", "worker:w-1", None, LOCKED_UNTIL)),
+    (ExtendLock(id="a", lock_id="L"), "admin", ("extended", "processing", "admin", None, LOCKED_UNTIL)),
+    (Complete(id="a", lock_id="L"), "client", ("completed", "completed", "worker:w-1", None, None)),
+    (
+        Fail(id="a", lock_id="L", error_message="e", retry_after_ms=5),
+        "client",
+        ("retried", "queued", "worker:w-1", "e", {"attempt": 1, "run_at": NOW + 5}),
+    ),
+    (
+        Fail(id="a", lock_id="L", error_message="e", retry=False),
+        "client",
+        ("failed", "failed", "worker:w-1", "e", None),
+    ),
+    (Release(id="a", lock_id="L"), "client", ("released", "queued", "worker:w-1", None, None)),
+    (ReleaseLock(id="a", lock_id="L"), "admin", ("released", "queued", "admin", None, None)),
+    (Undelivered(id="a", lock_id="L"), "daemon", ("undelivered", "queued", "daemon", UNSENT, None)),
+    (Cancel(id="a", reason="r"), "client", ("cancelled", "cancelled", "client", "r", None)),
+    (ForceFail(id="a", reason="r"), "admin", ("force_failed", "failed", "admin", "r", None)),
+    (ForceReset(id="a", reason="r"), "admin", ("force_reset", "queued", "admin", "r", None)),
+    (
+        Transition(id="a", from_="processing", to="queued", reason="r"),
+        "admin",
+        ("transitioned", "queued", "admin", "r", None),
+    ),
+    (
+        Transition(id="a", from_="processing", to="failed", reason="r"),
+        "admin",
+        ("transitioned", "failed", "admin", "r", None),
+    ),
+    (
+        Transition(id="a", from_="processing", to="completed", reason="r"),
+        "admin",
+        ("transitioned", "completed", "admin", "r", None),
+    ),
+    (
+        Update(id="a", priority=3, run_at=9),
+        "admin",
+        ("updated", "processing", "admin", None, {"priority": 3, "run_at": 9}),
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "by", "written"), WRITTEN, ids=lambda part: type(part).__name__)
+def test_the_journal_says_what_was_done_by_whom_and_why(
+    rules: RuleHarness, command: Any, by: str, written: Any
+) -> None:
+    lock_id = rules.held(max_attempts=2)
+    if hasattr(command, "lock_id"):
+        command = replace(command, lock_id=lock_id)
+    event = rules.decide(command, admin=by == "admin", by=by).changes[-1].event
+    assert (event.type, event.after, event.by, event.reason, event.details) == written
+    assert (event.at, event.job_seq, event.job_id, event.queue, event.before) == (NOW, 1, "a", "default", "processing")
+
+
+def test_the_journal_says_how_a_job_began_waited_and_went(rules: RuleHarness) -> None:
+    rules.accept(Create(id="a", queue="q", delay_ms=5), by="client")
+    rules.accept(RunNow(id="a"), by="admin")
+    rules.accept(Start(id="a", worker="w-1", lock_ttl_ms=3_000))
+    rules.accept(Cancel(id="a"))
+    rules.accept(Delete(id="a"), by="admin")
+    rules.accept(Pause(name="q"), by="admin")
+    rules.accept(Resume(name="q"), by="admin")
+    granted = {"worker": "w-1", "fencing_token": 1 << TOKEN_COUNTER_BITS | 1, "attempt": 1, "ttl_ms": 3_000}
+    told = [(e.type, e.before, e.after, e.by, e.reason, e.details, e.queue) for e in rules.events]
+    assert told == [
+        ("created", None, "queued", "client", None, None, "q"),
+        ("updated", "queued", "queued", "admin", "run now", {"run_at": NOW}, "q"),
+        ("granted", "queued", "processing", "worker:w-1", None, granted, "q"),
+        ("cancelled", "processing", "cancelled", "client", None, None, "q"),
+        ("deleted", "cancelled", None, "admin", None, None, "q"),
+        ("queue_paused", None, None, "admin", None, {"since": NOW, "until": None}, "q"),
+        ("queue_resumed", None, None, "admin", None, None, "q"),
+    ]
+
+
+# -- who may speak ----------------------------------------------------------------------------------------------------
+
+
+def test_an_older_grant_is_refused(rules: RuleHarness) -> None:
+    old = rules.held()
+    rules.advance(TTL)
+    rules.start(worker="w-2")
+    for command in holder_commands(old):
+        refusal = rules.reject(command, "lock_lost")
+        kept = {"late_result": rules.late()[0].seq} if isinstance(command, Complete) else {}
+        assert refusal.details == kept | {
+            "status": "processing",
+            "held_by": "w-2",
+            "reason": "stalled",
+            "at": rules.now,
+            "rule": "recovery",
+        }
+    for command in holder_commands("never-one"):
+        refusal = rules.reject(command, "lock_lost")
+        assert refusal.details == {
+            "status": "processing",
+            "held_by": "w-2",
+            "reason": "not_current",
+            "at": rules.job().updated_at,
+            "rule": "the latest grant wins",
+        }
+        assert "worker w-2 holds the job now" in refusal.message
+
+
+def test_a_queued_job_has_no_holder(rules: RuleHarness) -> None:
+    rules.create()
+    for command in holder_commands("x"):
+        refusal = rules.reject(command, "lock_lost")
+        assert refusal.details["held_by"] is None
+        assert "the job is queued" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("end", "reason", "rule"),
+    [
+        (ForceFail(id="a"), "force_failed", "force-fail"),
+        (ForceReset(id="a"), "force_reset", "force-reset"),
+        (Transition(id="a", from_="processing", to="queued"), "transitioned", "transition"),
+        (Cancel(id="a"), "cancelled", "cancel"),
+        (EndGrants(ids=["a"], last=True), "restored", "restore"),
+    ],
+)
+def test_a_grant_that_others_ended_is_lost(rules: RuleHarness, end: Any, reason: str, rule: str) -> None:
+    lock_id = rules.held()
+    rules.accept(end, admin=True, by="admin")
+    for command in holder_commands(lock_id):
+        details = rules.reject(command, "lock_lost").details
+        assert (details["reason"], details["rule"], details["at"]) == (reason, rule, NOW)
+
+
+ENDINGS: dict[str, Any] = {
+    "complete": Complete(id="a", lock_id="L", download_url="u"),
+    "fail": Fail(id="a", lock_id="L", error_message="e"),
+    "release": Release(id="a", lock_id="L"),
+}
+
+
+@pytest.mark.parametrize("verb", ENDINGS)
+def test_a_repeated_ending_is_answered_with_the_job_as_it_is(rules: RuleHarness, verb: str) -> None:
+    lock_id = rules.held(max_attempts=2)
+    ending = replace(ENDINGS[verb], lock_id=lock_id)
+    assert rules.accept(ending).repeated is msgspec.UNSET
+    decision = rules.decide(ending)
+    assert not isinstance(decision.answer, ApiError)
+    assert decision.answer.data.repeated is True
+    assert not decision.changes
+    if verb == "release":  # and still so while somebody else holds the job
+        rules.start(worker="w-2")
+        again = rules.accept(ending)
+        assert (again.repeated, again.lock.worker) == (True, "w-2")
+
+
+@pytest.mark.parametrize("verb", ENDINGS)
+@pytest.mark.parametrize("second", [*ENDINGS, "progress", "extend"])
+def test_another_ending_after_the_first_changes_nothing(rules: RuleHarness, verb: str, second: str) -> None:
+    lock_id = rules.held(max_attempts=2)
+    rules.accept(replace(ENDINGS[verb], lock_id=lock_id))
+    others: dict[str, Any] = {
+        "complete": Complete(id="a", lock_id=lock_id, download_url="another"),
+        "fail": Fail(id="a", lock_id=lock_id, error_message="another"),
+        "release": Release(id="a", lock_id=lock_id, delay_ms=1),
+        "progress": Progress(id="a", lock_id=lock_id, progress=1),
+        "extend": Extend(id="a", lock_id=lock_id),
+    }
+    if second == "release" and verb != "release":  # a `finally` block
+        assert rules.accept(others[second]).repeated is True
+        assert rules.job().status == ("completed" if verb == "complete" else "queued")
+        return
+    refusal = rules.reject(others[second], "invalid_transition")
+    assert refusal.details == {"status": rules.job().status, "ended_by": verb, "ended_at": NOW}
+    assert refusal.message == f"This grant of job a already ended by {verb}; {second} changes nothing."
+
+
+def test_the_next_ended_grant_takes_the_place_of_the_last(rules: RuleHarness) -> None:
+    first = rules.held()
+    rules.accept(Release(id="a", lock_id=first))
+    rules.accept(Release(id="a", lock_id=rules.start()))
+    assert rules.reject(Release(id="a", lock_id=first), "lock_lost").details["reason"] == "not_current"
+
+
+def test_completed_is_final(rules: RuleHarness) -> None:
+    rules.completed()
+    refused: list[AnyCommand] = [
+        ForceFail(id="a"),
+        ForceReset(id="a"),
+        Cancel(id="a"),
+        Update(id="a", priority=1),
+        RunNow(id="a"),
+        Start(id="a", worker="w"),
+        *(Transition(id="a", from_="completed", to=to) for to in STATUSES),
+    ]
+    for command in refused:
+        rules.reject(command, "invalid_transition")
+
+
+@pytest.mark.parametrize("missing", [{"lease": None}, {"grant": None}, {"grant": None, "lease": None}])
+def test_a_processing_row_without_all_of_its_lock_is_held_by_nobody(
+    rules: RuleHarness, missing: dict[str, Any]
+) -> None:
+    lock_id = rules.held()
+    rules.row(replace(rules.job(), **missing))
+    for command in holder_commands(lock_id):
+        rules.reject(command, "lock_lost")
+    if "grant" in missing:
+        rules.reject(Undelivered(id="a", lock_id=lock_id), "lock_lost")
+
+
+def test_a_lock_on_a_job_that_nobody_processes_lets_nobody_speak(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    rules.book.suspects[1] = "a"
+    rules.row(replace(rules.job(), status="queued"))
+    for command in [*holder_commands(lock_id), Undelivered(id="a", lock_id=lock_id)]:
+        rules.reject(command, "lock_lost")
+
+
+def test_a_request_is_told_from_others_by_a_hash_of_all_that_it_says() -> None:
+    hashes = {worker_rules.digest(Create(**fields)) for fields in ({}, {"id": "a"}, {"id": "b"}, {"priority": 1})}
+    assert len(hashes) == 4
+    assert worker_rules.digest(Create(id="a")) == worker_rules.digest(Create(id="a", queue="default"))
+    assert {len(each) for each in hashes} == {32}  # as in the store
+
+
+@pytest.mark.parametrize(
+    ("command", "digest"),
+    [
+        (Create(id="a"), "7fedd51c171dd1953fa559844c9cad15"),
+        (Create(id="a", queue="q", payload=Raw(b'{"x":1}'), priority=3), "13e33596d43e6150cd1d851531f63b35"),
+        (Complete(id="a", lock_id="l"), "93fb111300f6de1128947d984fb8ba84"),
+        (Fail(id="a", lock_id="l", error_message="m"), "62cd7eef3b63902a413d5942929126e9"),
+        (Release(id="a", lock_id="l"), "5d6df6a6a3d543f07a07dc2ef429c2a2"),
+    ],
+)
+def test_a_request_that_is_repeated_after_an_upgrade_has_the_hash_that_is_stored(command: Any, digest: str) -> None:
+    """The hashes are on the disk: a new field that a request does not give must not change them."""
+    assert worker_rules.digest(command) == digest
+
+
+def test_undelivered_puts_the_job_back(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    view = rules.accept(Undelivered(id="a", lock_id=lock_id), by="daemon")
+    assert (view.status, view.attempt, view.run_at) == ("queued", 0, NOW)
+    assert rules.last().type == "undelivered"
+    assert rules.reject(Undelivered(id="a", lock_id=lock_id), "lock_lost").details["reason"] == "undelivered"
+    assert rules.reject(Complete(id="a", lock_id=lock_id), "lock_lost").details["rule"] == "undelivered"

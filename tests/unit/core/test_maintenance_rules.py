@@ -1,0 +1,432 @@
+"""The rules of time: stalls, recovery, expiry, deletion by age, repairs, and steps of the wall clock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec import Raw
+from msgspec.structs import replace
+
+from jobd.core import decide, transitions
+from jobd.model.commands import (
+    AnyCommand,
+    Call,
+    Complete,
+    DeleteExpired,
+    EndGrants,
+    Expire,
+    Extend,
+    ExtendAfterPause,
+    Fail,
+    Moment,
+    Recover,
+    Release,
+    RepairJobs,
+    RunNow,
+    Start,
+    Validate,
+)
+from jobd.model.errors import ApiError
+from jobd.model.job import (
+    DAY_MS,
+    HOUR_MS,
+    MINUTE_MS,
+    Failure,
+    Job,
+    Lease,
+    Options,
+)
+from jobd.model.responses import (
+    MaintenanceResult,
+    Recovered,
+    Response,
+)
+from tests.support.rule_harness import NOW, SEED, RuleHarness
+
+TTL = 15 * MINUTE_MS
+STUCK = 10 * MINUTE_MS
+
+
+def no_ceiling(**fields: Any) -> dict[str, Any]:
+    return {"max_processing_ms": 0} | fields
+
+
+# -- time: stalls, expiry, deletion, mending --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("on_stall", "max_attempts", "progress", "status", "attempt"),
+    [
+        ("auto", 1, 0, "queued", 0),
+        ("auto", 2, 0, "queued", 0),
+        ("auto", 1, 45, "failed", 1),
+        ("auto", 2, 45, "queued", 1),
+        ("requeue", 1, 45, "queued", 1),
+        ("requeue", 1, 0, "queued", 0),
+        ("fail", 2, 0, "failed", 0),
+        ("fail", 2, 45, "failed", 1),
+    ],
+)
+def test_how_a_stall_ends(
+    rules: RuleHarness, on_stall: Any, max_attempts: int, progress: float, status: str, attempt: int
+) -> None:
+    lock_id = rules.held(on_stall=on_stall, max_attempts=max_attempts)
+    if progress:
+        rules.progress(lock_id, progress)
+    rules.advance(TTL - 1)
+    assert rules.accept(Recover(limit=9)) == Recovered([], 0, False)
+    rules.advance(1)
+    recovered = rules.accept(Recover(limit=9), by="recovery")
+    job = rules.job()
+    assert (job.status, job.attempt, job.stalls) == (status, attempt, 1)
+    assert recovered.details[0].action == ("reset" if status == "queued" else "failed")
+    assert recovered.details[0].job_id == "a"
+    assert recovered.details[0].reason.startswith("No update from worker w-1 for 15 min at ")
+    assert rules.last().by == "recovery"
+    if status == "failed":
+        assert job.error is not None
+        assert job.error.code == "stalled"
+        assert job.error.message == recovered.details[0].reason
+
+
+def test_the_words_of_a_stall() -> None:
+    rules = RuleHarness(lease=DAY_MS)
+    rules.create()
+    lock_id = rules.start(worker="w-7", lock_ttl_ms=1_000)
+    rules.progress(lock_id, 45)
+    rules.advance(12 * MINUTE_MS)
+    rules.accept(Recover(limit=1))
+    assert rules.job().error == Failure(
+        "No update from worker w-7 for 12 min at 45 % (attempt 1 of 1). The lock had expired. The work may be half "
+        "done; check it, then force-reset the job to run it again.",
+        "stalled",
+    )
+    assert (rules.last().by, rules.last().reason) == ("client", rules.job().error.message)  # type: ignore[union-attr]
+    assert rules.last().details == {"worker": "w-7", "progress": 45, "stalls": 1}
+
+
+def test_a_stall_that_goes_back_says_why_too(rules: RuleHarness) -> None:
+    rules.held(max_attempts=2)
+    rules.advance(TTL)
+    rules.accept(Recover(limit=1))
+    assert rules.last().reason == "No update from worker w-1 for 15 min at 0 % (attempt 1 of 2). The lock had expired."
+    assert rules.last().details == {"worker": "w-1", "progress": 0, "stalls": 1}
+
+
+def test_a_stall_that_has_to_fail_says_so(rules: RuleHarness) -> None:
+    rules.held(on_stall="fail")
+    rules.advance(TTL)
+    rules.accept(Recover(limit=1))
+    error = rules.job().error
+    assert error is not None
+    assert error.message is not None
+    assert error.message.endswith("Its on_stall is fail; force-reset the job to run it again.")
+
+
+@pytest.mark.parametrize("missing", ["lease", "grant"])
+def test_without_a_grant_or_its_lease_a_job_is_stuck_at_once(rules: RuleHarness, missing: str) -> None:
+    rules.held()
+    rules.row(replace(rules.job(), **{missing: None}))
+    assert transitions.is_stuck(rules.job(), rules.lease)
+    rules.start(worker="w-2")
+    stalled = rules.events[-2]
+    assert (stalled.type, stalled.reason) == ("stalled", "The job was processing, but no worker held it.")
+    assert stalled.details == {"worker": None if missing == "grant" else "w-1", "progress": 0, "stalls": 1}
+
+
+def test_a_poison_job_cannot_loop_for_ever(rules: RuleHarness) -> None:
+    rules.create(on_stall="requeue")
+    for stalls in range(1, 4):
+        rules.start()
+        rules.advance(TTL)
+        rules.accept(Recover(limit=1))
+        assert (rules.job().status, rules.job().stalls) == ("queued", stalls)
+    rules.start()
+    rules.advance(TTL)
+    rules.accept(Recover(limit=1))
+    error = rules.job().error
+    assert rules.job().status == "failed"
+    assert error is not None
+    assert "It stalled 4 times (max_stalls 3);" in (error.message or "")
+
+
+@pytest.mark.parametrize(
+    ("on_stall", "max_stalls", "said"),
+    [
+        ("fail", 1, "Its on_stall is fail"),  # the last that it may have is not one too many
+        ("requeue", 0, "It stalled once (max_stalls 0);"),
+    ],
+)
+def test_why_a_first_stall_fails_a_job(rules: RuleHarness, on_stall: Any, max_stalls: int, said: str) -> None:
+    rules.create(on_stall=on_stall, max_stalls=max_stalls)
+    rules.start()
+    rules.advance(TTL)
+    rules.accept(Recover(limit=1))
+    error = rules.job().error
+    assert error is not None
+    assert said in (error.message or "")
+
+
+def test_past_the_ceiling_a_job_is_stuck_at_once_and_says_so(rules: RuleHarness) -> None:
+    lock_id = rules.held(max_processing_ms=60_000, stuck_after_ms=HOUR_MS)
+    rules.accept(Extend(id="a", lock_id=lock_id))
+    rules.advance(60_000)
+    assert (
+        rules.accept(Recover(limit=1))
+        .details[0]
+        .reason.startswith("Worker w-1 reported no progress for 60 s (max_processing_ms)")
+    )
+
+
+def test_stuck_after_0_means_an_expired_lock_is_death(rules: RuleHarness) -> None:
+    rules.create()
+    rules.start(lock_ttl_ms=60_000, stuck_after_ms=0)
+    rules.advance(59_999)
+    assert not rules.book.stuck
+    rules.advance(1)
+    assert [found.action for found in rules.accept(Recover(limit=1)).details] == ["reset"]
+
+
+def test_recovery_works_in_slices(rules: RuleHarness) -> None:
+    for name in "abcd":
+        rules.held(name, worker=f"w-{name}")
+    for name in "uvwxyz":
+        rules.held(name, stuck_after_ms=HOUR_MS, **no_ceiling())
+    rules.advance(TTL)
+    found = rules.accept(Recover(limit=2))
+    assert (len(found.details), found.locks_cleared, found.more) == (2, 2, True)
+    assert [(each.job_id, each.action) for each in found.details] == [("a", "reset"), ("b", "reset")]
+    for each in found.details:
+        assert each.reason.startswith(f"No update from worker w-{each.job_id} for 15 min")
+    assert (rules.last().type, rules.last().details) == ("lock_expired", {"worker": "w-1"})
+    found = rules.accept(Recover(limit=2))
+    assert (len(found.details), found.locks_cleared, found.more) == (2, 2, True)  # of locks, not of jobs
+    found = rules.accept(Recover(limit=2))
+    assert (len(found.details), found.locks_cleared, found.more) == (0, 2, False)
+    assert rules.accept(Recover(limit=2)) == Recovered([], 0, False)
+    assert rules.book.live_locks() == 0
+    rules.start("a")
+    rules.advance(TTL)
+    assert rules.accept(Recover(limit=1)).more is False  # one was allowed, one there was
+
+
+def test_time_is_judged_when_a_command_is_applied(rules: RuleHarness) -> None:
+    """The book was advanced further than the moment of the command: nothing that is not so yet is acted upon."""
+    rules.held("a")
+    rules.held("b", stuck_after_ms=HOUR_MS, **no_ceiling())
+    rules.create("d", queue="other", expires_at=NOW + 5)
+    rules.book.advance(NOW + 5, rules.lease + TTL)
+    before = Moment(NOW + 4, rules.lease + TTL - 1, NOW - rules.lease)
+    nothings: list[tuple[AnyCommand, Any]] = [
+        (Recover(limit=9), Recovered([], 0, False)),
+        (Expire(limit=9), MaintenanceResult(0)),
+    ]
+    for command, nothing in nothings:
+        decision = decide.decide(rules.book, Call(command, seed=SEED), before, rules.policy)
+        assert not isinstance(decision.answer, ApiError)
+        assert decision.answer.data == nothing
+        assert not decision.changes
+
+
+def test_a_lock_is_not_cleared_any_more_where_its_job_has_become_stuck(rules: RuleHarness) -> None:
+    rules.held(stuck_after_ms=HOUR_MS, **no_ceiling())
+    rules.advance(TTL)
+    later = Moment(rules.now + HOUR_MS, rules.lease + HOUR_MS, NOW - rules.lease)
+    decision = decide.decide(rules.book, Call(Recover(limit=9), seed=SEED), later, rules.policy)
+    assert decision.answer == Response(Recovered([], 0, False))
+
+
+def test_a_live_lock_is_never_stuck(rules: RuleHarness) -> None:
+    lock_id = rules.held(stuck_after_ms=0)
+    rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=20 * MINUTE_MS))
+    rules.advance(20 * MINUTE_MS - 1)
+    assert rules.accept(Recover(limit=1)).details == []
+
+
+def test_the_daemons_absence_is_credited(rules: RuleHarness) -> None:
+    rules.create("live", max_processing_ms=1_000)
+    rules.start("live")
+    rules.create("dead", **no_ceiling())
+    rules.start("dead", lock_ttl_ms=1_000, stuck_after_ms=900)
+    rules.held("calm")
+    rules.create("queued")
+    rules.advance(999)
+    rules.row(replace(rules.job("dead"), lease=Lease(rules.lease, rules.lease + 1, None)))
+    assert (
+        rules.accept(ExtendAfterPause(ids=["live", "live", "dead", "calm", "queued", "gone"], grace_ms=30_000)).done
+        == 2
+    )
+    until = rules.lease + 30_000
+    assert rules.job("live").lease == Lease(until, rules.lease - 999 + STUCK, until)
+    assert rules.job("dead").lease == Lease(rules.lease, until, None)  # an expired lock does not come back to life
+    assert rules.types("live")[-1] == "resumed"
+    assert rules.last().details == {"grace_ms": 30_000}
+    assert rules.types("calm")[-1] == "granted"
+    grant = rules.job("live").grant
+    assert grant is not None
+    rules.progress(grant.lock_id, 1, "live")
+    assert rules.job("live").lease.ceiling == until  # type: ignore[union-attr]  # no report takes it back
+    rules.row(replace(rules.job("calm"), lease=None))
+    assert rules.accept(ExtendAfterPause(ids=["calm"], grace_ms=30_000)).done == 0
+
+
+def test_a_lock_that_was_live_at_the_start_is_credited_however_long_the_disk_takes(rules: RuleHarness) -> None:
+    rules.held("a")
+    rules.row(replace(rules.job("a"), lease=Lease(rules.lease + 5, rules.lease, None)))
+    started = rules.lease
+    rules.advance(2_000)
+    assert rules.accept(ExtendAfterPause(ids=["a"], grace_ms=30_000, since=started)).done == 1
+    assert rules.job("a").lease == Lease(rules.lease + 30_000, rules.lease + 30_000, None)
+    assert rules.book.live_locks() == 1
+
+
+def test_a_restored_backup_ends_its_grants(rules: RuleHarness) -> None:
+    lock_id = rules.held("a")
+    rules.progress(lock_id, 10)
+    rules.create("b")
+    rules.held("d")
+    assert rules.accept(EndGrants(ids=["a", "b", "c", "a", "d"], last=True)).done == 2
+    assert rules.job("a").status == "failed"
+    assert rules.job("b").status == "queued"
+
+
+def test_queued_jobs_expire(rules: RuleHarness) -> None:
+    for number in range(3):
+        rules.create(f"{number}", expires_at=NOW + 10)
+    rules.create("later", expires_at=NOW + 11)
+    rules.advance(9)
+    assert rules.accept(Expire(limit=2)).done == 0
+    rules.advance(1)
+    worked = rules.accept(Expire(limit=2), by="cleanup")
+    assert (worked.done, worked.more) == (2, True)
+    worked = rules.accept(Expire(limit=1))
+    assert (worked.done, worked.more) == (1, False)
+    assert rules.last().type == "expired"
+    assert rules.job("later").status == "queued"
+
+
+def test_the_creators_expiry_survives_a_release(rules: RuleHarness) -> None:
+    rules.create(expires_at=NOW + 10)
+    lock_id = rules.start()
+    rules.advance(10)
+    assert rules.accept(Expire(limit=9)).done == 0  # a running job does not expire
+    rules.accept(Release(id="a", lock_id=lock_id))
+    assert rules.accept(Expire(limit=9)).done == 1
+
+
+def test_deletion_by_age_is_judged_when_it_is_applied(rules: RuleHarness) -> None:
+    rules.completed("old", storage_key="k/1", expires_at=NOW + 10)
+    rules.completed("plain", expires_at=NOW + 10, file_path="/f")
+    rules.completed("young", expires_at=NOW + 11)
+    rules.create("queued", expires_at=NOW + 10)
+    rules.advance(10)
+    ids = ["old", "plain", "young", "queued", "gone", "old"]
+    worked = rules.accept(DeleteExpired(ids=ids), by="cleanup")
+    assert worked.done == 2
+    assert set(rules.rows) == {"young", "queued"}
+    assert rules.last().type == "deleted"
+    rules.row(replace(rules.job("young"), expires_at=None))
+    assert rules.accept(DeleteExpired(ids=["young"])).done == 0
+
+
+def test_mending_applies_the_safe_fixes(rules: RuleHarness) -> None:
+    bad = rules.completed("bad")
+    rules.row(replace(bad, progress=40, finished_at=NOW - 5))
+    rules.row(Job(90, "dead", replace(bad.options), "processing", NOW, NOW, NOW, progress=5, attempt=1))
+    rules.row(Job(91, "odd", replace(bad.options), "paused", NOW, NOW, NOW))
+    rules.create("good")
+    worked = rules.accept(RepairJobs(ids=["bad", "dead", "odd", "good", "gone", "bad"]), by="cleanup")
+    assert (worked.done, worked.found) == (3, 4)
+    assert {job_id for job_id, _ in worked.issues} == {"bad", "dead", "odd"}
+    assert sorted(rules.checked) == [1, 2, 90], "what has no fix is looked at again by the next pass"
+    assert (rules.job("bad").progress, rules.job("bad").finished_at) == (100, NOW)
+    assert rules.types("bad")[-1] == "fixed"
+    assert (rules.job("dead").status, rules.types("dead")) == ("failed", ["stalled"])
+    assert rules.job("odd").status == "paused"
+    assert rules.accept(RepairJobs(ids=["bad", "good"])).found == 0
+    assert rules.accept(RepairJobs(ids=["odd"])).found == 1
+    assert 91 not in rules.checked
+
+
+def test_mending_counts_what_is_left_as_not_fixed(rules: RuleHarness) -> None:
+    rules.row(Job(91, "odd", Options(), "paused", NOW, NOW, NOW, progress=101))
+    worked = rules.accept(RepairJobs(ids=["odd"]), by="cleanup")
+    assert (worked.found, worked.done) == (2, 1)
+    event = rules.last()
+    assert (event.type, event.by, event.reason, event.details) == (
+        "fixed", "cleanup", "validation", {"fields": ["progress"]},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", [None, "grant", "lease"])
+def test_mending_stalls_a_job_that_lacks_a_part_of_its_lock_and_no_other(
+    rules: RuleHarness, missing: str | None
+) -> None:
+    rules.held()
+    rules.row(replace(rules.job(), progress=101, **({missing: None} if missing else {})))
+    rules.accept(RepairJobs(ids=["a"]))
+    assert rules.types() == ["created", "granted", "fixed", *(["stalled"] if missing else [])]
+
+
+def test_mending_counts_what_it_fixed_and_stalls_in_one_go(rules: RuleHarness) -> None:
+    rules.held()
+    rules.row(replace(rules.job(), grant=None, lease=None, progress=-3))
+    worked = rules.accept(RepairJobs(ids=["a"]))
+    assert (worked.done, worked.found) == (2, 2)
+    assert rules.types() == ["created", "granted", "fixed", "stalled"]
+    assert rules.job().status == "queued"
+
+
+def test_a_processing_row_without_a_grant_is_recovered_by_start(rules: RuleHarness) -> None:
+    rules.held()
+    rules.row(replace(rules.job(), grant=None, lease=None))
+    rules.start(worker="w-2")
+    assert rules.types() == ["created", "granted", "stalled", "granted"]
+
+
+# -- the wall clock ---------------------------------------------------------------------------------------------------
+
+
+def test_a_step_back_of_the_wall_clock_leaves_locks_alone_and_rows_valid(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    rules.now -= HOUR_MS
+    rules.lease += 5
+    state = rules.progress(lock_id, 50)
+    assert state.lock_expires_at == rules.now + TTL
+    rules.accept(Complete(id="a", lock_id=lock_id, metadata=Raw(b"1")))
+    assert rules.accept(Validate(id="a")).issues == []
+    rules.create("b")
+    rules.now -= HOUR_MS
+    assert rules.claim() == []  # not due by the clock on the wall
+    rules.accept(RunNow(id="b"))
+    lock_id = rules.start("b")
+    assert rules.accept(Validate(id="b")).issues == []
+    rules.accept(Fail(id="b", lock_id=lock_id, error_message="e"))
+    assert rules.accept(Validate(id="b")).issues == []
+
+
+def test_a_step_of_the_wall_clock_frees_and_prolongs_no_lock(rules: RuleHarness) -> None:
+    rules.held()
+    rules.now += DAY_MS
+    rules.reject(Start(id="a", worker="w"), "already_locked")
+    rules.now -= DAY_MS
+    rules.lease += TTL
+    rules.start(worker="w")
+
+
+@pytest.mark.parametrize(
+    ("ms", "words"),
+    [
+        (-5, "0 ms"),
+        (999, "999 ms"),
+        (1_000, "1 s"),
+        (119_999, "119 s"),
+        (120_000, "2 min"),
+        (2 * HOUR_MS - 1, "119 min"),
+        (2 * HOUR_MS, "2 h"),
+        (2 * HOUR_MS + 5 * MINUTE_MS, "2 h 5 min"),
+    ],
+)
+def test_durations_in_words(ms: int, words: str) -> None:
+    assert transitions.in_words(ms) == words

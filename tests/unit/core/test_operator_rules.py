@@ -1,0 +1,478 @@
+"""The rules of operators: force-fail, force-reset, transition, update, delete, pause, import."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import pytest
+from msgspec import Raw
+from msgspec.structs import replace
+
+from jobd.model.commands import (
+    Cancel,
+    Claim,
+    Complete,
+    Delete,
+    EndPauses,
+    Expire,
+    ExtendLock,
+    Fail,
+    ForceFail,
+    ForceReset,
+    Import,
+    ImportCheck,
+    Pause,
+    Queues,
+    Recover,
+    ReleaseLock,
+    RepairJobs,
+    Resume,
+    RunNow,
+    Start,
+    Transition,
+    Update,
+    Updates,
+)
+from jobd.model.errors import ApiError
+from jobd.model.job import (
+    DAY_MS,
+    FINISHED,
+    MINUTE_MS,
+    STATUSES,
+    TRANSITIONS,
+    Failure,
+    Grant,
+    Lease,
+    Policy,
+    Result,
+)
+from jobd.model.responses import (
+    Imported,
+    MaintenanceResult,
+    PausedView,
+    Response,
+)
+from tests.support.rule_harness import NOW, RuleHarness, holder_commands
+
+TTL = 15 * MINUTE_MS
+STUCK = 10 * MINUTE_MS
+CEILING = 30 * MINUTE_MS
+ALLOWED: Final = {
+    "queued": ["cancelled", "completed", "failed"],
+    "processing": ["cancelled", "completed", "failed", "queued"],
+    "completed": [],
+    "failed": ["completed", "queued"],
+    "cancelled": ["completed", "queued"],
+}
+
+
+# -- operators --------------------------------------------------------------------------------------------------------
+
+
+def test_force_fail(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    forced = rules.accept_admin(ForceFail(id="a", reason="broken input"))
+    assert (forced.job_id, forced.previous_status, forced.status) == ("a", "processing", "failed")
+    assert (forced.reason, forced.timestamp) == ("broken input", NOW)
+    assert rules.job().error == Failure("broken input", "force_failed")
+    rules.reject(Complete(id="a", lock_id=lock_id), "lock_lost")
+    rules.create("b")
+    assert rules.accept_admin(ForceFail(id="b")).reason == "Failed by an operator."
+    rules.reject(ForceFail(id="b"), "invalid_transition")
+
+
+def test_force_reset_starts_anew(rules: RuleHarness) -> None:
+    lock_id = rules.held(delay_ms=0, max_attempts=2)
+    rules.progress(lock_id, 45)
+    rules.accept(Fail(id="a", lock_id=lock_id, error_message="e", retry=False))
+    rules.row(replace(rules.job(), stalls=2))
+    rules.advance(9)
+    forced = rules.accept_admin(ForceReset(id="a", reason="again"))
+    job = rules.job()
+    assert (forced.previous_status, forced.status, forced.reason) == ("failed", "queued", "again")
+    assert (job.progress, job.attempt, job.stalls, job.error, job.run_at) == (0, 0, 0, None, rules.now)
+    assert (job.expires_at, job.finished_at, job.started_at) == (None, None, None)
+    lock_id = rules.start()
+    rules.accept_admin(ForceReset(id="a"))
+    rules.reject(Complete(id="a", lock_id=lock_id), "lock_lost")
+    rules.reject(ForceReset(id="a"), "invalid_transition")
+
+
+@pytest.mark.parametrize(
+    ("status", "command", "to", "words"),
+    [
+        ("completed", ForceFail(id="a"), "failed", "Only a queued or processing job can be failed."),
+        ("queued", ForceReset(id="a"), "queued", "It is already waiting."),
+        ("completed", ForceReset(id="a"), "queued", "completed is final; create a new job instead."),
+        ("processing", RunNow(id="a"), "queued", "Only a queued job can be run now."),
+        ("completed", Update(id="a", priority=1), "completed", "completed is final: it cannot be changed."),
+        ("queued", Delete(id="a"), "deleted", "Only a finished job can be deleted: cancel it first."),
+        ("failed", Cancel(id="a"), "cancelled", "Only a queued or processing job can be cancelled."),
+    ],
+)
+def test_what_an_operator_is_refused_and_why(
+    rules: RuleHarness, status: str, command: Any, to: str, words: str
+) -> None:
+    at_status(rules, status)
+    refusal = rules.reject(command, "invalid_transition")
+    assert refusal.details == {"status": status, "to": to, "allowed": ALLOWED[status]}
+    assert refusal.message == f"Job a is {status}. {words}"
+
+
+def at_status(rules: RuleHarness, status: str) -> None:
+    rules.create()
+    match status:
+        case "processing":
+            rules.start()
+        case "completed":
+            rules.accept(Complete(id="a", lock_id=rules.start()))
+        case "failed":
+            rules.accept(Fail(id="a", lock_id=rules.start(), error_message="e"))
+        case "cancelled":
+            rules.accept(Cancel(id="a"))
+
+
+@pytest.mark.parametrize("to", STATUSES)
+@pytest.mark.parametrize("from_", STATUSES)
+def test_transition_takes_any_pair_of_the_table_but_into_processing(rules: RuleHarness, from_: Any, to: Any) -> None:
+    at_status(rules, from_)
+    command = Transition(id="a", from_=from_, to=to, reason="r")
+    if (from_, to) not in TRANSITIONS or to == "processing":
+        details = rules.reject(command, "invalid_transition", admin=True).details
+        assert details == {"status": from_, "to": to, "allowed": ALLOWED[from_]}
+        return
+    forced = rules.accept_admin(command)
+    assert (forced.previous_status, forced.status) == (from_, to)
+    job = rules.job()
+    assert job.status == to
+    assert (job.finished_at is not None) == (to in FINISHED)
+    assert (job.expires_at is not None) == (to in FINISHED)
+    assert job.grant is None
+    if to == "failed":
+        assert job.error == Failure("r", "transitioned")
+    if to == "completed":
+        assert (job.progress, job.error) == (100, None)
+    if to == "queued":
+        assert job.attempt == 0
+
+
+def test_transition_compares_before_it_sets(rules: RuleHarness) -> None:
+    rules.create()
+    refusal = rules.reject(Transition(id="a", from_="processing", to="failed"), "invalid_transition", admin=True)
+    assert refusal.details == {"status": "queued", "to": "failed", "allowed": ALLOWED["queued"]}
+
+
+def test_a_transition_may_bring_updates(rules: RuleHarness) -> None:
+    rules.create()
+    updates = Updates(
+        error_message="late", priority=5, run_at=NOW + 7, max_attempts=4, download_url="u", metadata=Raw(b"[1]")
+    )
+    rules.accept_admin(Transition(id="a", from_="queued", to="failed", updates=updates))
+    job = rules.job()
+    assert job.error == Failure("late", "transitioned")
+    assert (job.options.priority, job.options.max_attempts, job.run_at) == (5, 4, NOW + 7)
+    assert job.result == Result("u", metadata=Raw(b"[1]"))
+    rules.accept_admin(Transition(id="a", from_="failed", to="queued", updates=Updates(run_at=NOW)))
+    assert (rules.job().run_at, rules.job().error) == (NOW, Failure("late", "transitioned"))
+
+
+def test_of_a_result_a_transition_sets_what_it_names_and_keeps_the_rest(rules: RuleHarness) -> None:
+    rules.create()
+    rules.row(replace(rules.job(), result=Result(None, "/f", "k", Raw(b"[1]"))))
+    rules.accept_admin(Transition(id="a", from_="queued", to="failed", updates=Updates(download_url="u")))
+    assert rules.job().result == Result("u", "/f", "k", Raw(b"[1]"))
+    rules.accept_admin(
+        Transition(id="a", from_="failed", to="queued", updates=Updates(metadata=Raw(b"null"), priority=2))
+    )
+    assert rules.job().result == Result("u", "/f", "k")
+    rules.accept_admin(Transition(id="a", from_="queued", to="completed", updates=Updates(file_path="/g")))
+    assert rules.job().result == Result("u", "/g", "k")
+
+
+def test_a_late_result_is_adopted(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    rules.progress(lock_id, 45)
+    rules.advance(TTL)
+    rules.accept(Recover(limit=1))
+    adopted = Transition(id="a", from_="failed", to="completed", updates=Updates(storage_key="k", priority=3))
+    assert rules.accept_admin(adopted).status == "completed"
+    assert rules.job().result == Result(storage_key="k")
+    assert rules.job().options.priority == 3
+    rules.create("b")
+    rules.row(replace(rules.job("b"), result=Result("kept")))
+    rules.accept_admin(Transition(id="b", from_="queued", to="completed"))
+    assert rules.job("b").result == Result("kept")
+
+
+def test_a_transition_to_completed_needs_a_download_url_where_one_is_required() -> None:
+    rules = RuleHarness(Policy(require_download_url=True))
+    rules.create()
+    refused = Transition(id="a", from_="queued", to="completed", updates=Updates(file_path="/f"))
+    assert rules.reject(refused, "invalid_request", admin=True).details == {"field": "$.updates.download_url"}
+    rules.row(replace(rules.job(), result=Result("kept")))
+    rehearsed = rules.accept_admin(Transition(id="a", from_="queued", to="completed", dry_run=True))
+    assert (rehearsed.previous_status, rehearsed.status, rules.job().status) == ("queued", "completed", "queued")
+    rules.accept_admin(Transition(id="a", from_="queued", to="failed"))
+    rules.accept_admin(Transition(id="a", from_="failed", to="completed"))
+    assert rules.job().result == Result("kept")
+    rules.create("b")
+    rules.accept_admin(Transition(id="b", from_="queued", to="completed", updates=Updates(download_url="u")))
+
+
+def test_a_dry_run_changes_nothing(rules: RuleHarness) -> None:
+    rules.create(delay_ms=1_000)
+    deeds: list[Any] = [
+        RunNow(id="a", reason="r"),
+        Update(id="a", priority=7, run_at=NOW + 5, max_attempts=3),
+        Transition(id="a", from_="queued", to="completed", reason="r"),
+    ]
+    for asked in deeds:
+        before = rules.job()
+        rehearsed = rules.decide(replace(asked, dry_run=True), admin=True)
+        assert (rehearsed.changes, rules.job()) == ([], before)
+        assert isinstance(rehearsed.answer, Response)
+        assert rehearsed.answer.data == rules.accept_admin(asked)
+        assert rules.job() != before
+    for asked in deeds:
+        refusal = rules.reject(replace(asked, dry_run=True), "invalid_transition", admin=True)
+        assert refusal == rules.reject(asked, "invalid_transition", admin=True)
+
+
+def test_a_transition_to_failed_needs_no_words(rules: RuleHarness) -> None:
+    rules.create()
+    rules.accept_admin(Transition(id="a", from_="queued", to="failed"))
+    assert rules.job().error == Failure("Failed by an operator.", "transitioned")
+
+
+def test_extend_lock(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    state = rules.accept_admin(ExtendLock(id="a", lock_id=lock_id, additional_ms=20 * MINUTE_MS))
+    assert (state.job_id, state.status, state.extended) == ("a", "processing", True)
+    assert state.lock_expires_at == state.lock.expires_at == NOW + 20 * MINUTE_MS
+    assert (state.ceiling_at, state.lock.lock_id, state.timestamp) == (NOW + CEILING, lock_id, NOW)
+    assert rules.last().by == "admin"
+    assert rules.accept_admin(ExtendLock(id="a", lock_id=lock_id)).extended is False
+
+
+def test_release_lock_revokes_the_grant(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    rules.progress(lock_id, 10)
+    state = rules.accept_admin(ReleaseLock(id="a", lock_id=lock_id))
+    assert (state.status, state.lock, state.lock_expires_at, state.extended) == ("queued", None, None, False)
+    assert (rules.job().attempt, rules.last().by) == (0, "admin")
+    # An operator ended the grant, so its holder has to stop: lock_lost, never "you ended it yourself".
+    for command in holder_commands(lock_id):
+        details = rules.reject(command, "lock_lost").details
+        assert (details["reason"], details["rule"]) == ("released", "release-lock")
+
+
+def test_release_lock_after_the_holders_own_end(rules: RuleHarness) -> None:
+    lock_id = rules.completed().ended.lock_id  # type: ignore[union-attr]
+    state = rules.accept_admin(ReleaseLock(id="a", lock_id=lock_id))
+    assert (state.status, state.lock) == ("completed", None)
+
+
+def test_run_now(rules: RuleHarness) -> None:
+    rules.create(delay_ms=DAY_MS)
+    assert rules.accept_admin(RunNow(id="a")).run_at == NOW
+    assert not rules.decide(RunNow(id="a")).changes
+    assert rules.claim() == ["a"]
+    rules.reject(RunNow(id="a"), "invalid_transition")
+
+
+def test_update(rules: RuleHarness) -> None:
+    rules.create("a")
+    rules.create("b")
+    view = rules.accept_admin(Update(id="b", priority=-1, run_at=NOW - 5, max_attempts=9, reason="urgent"))
+    assert rules.last().reason == "urgent"
+    assert (view.priority, view.run_at, view.max_attempts) == (-1, NOW - 5, 9)
+    assert rules.last().details == {"priority": -1, "run_at": NOW - 5, "max_attempts": 9}
+    assert rules.claim(limit=2) == ["b", "a"]
+    assert not rules.decide(Update(id="a")).changes
+    assert not rules.decide(Update(id="a", priority=0)).changes
+    rules.accept(Cancel(id="a"))
+    assert rules.accept_admin(Update(id="a", priority=3)).priority == 3
+
+
+def test_delete_takes_finished_jobs_only(rules: RuleHarness) -> None:
+    rules.completed()
+    rules.create("b")
+    assert rules.accept_admin(Delete(id="a")).status == "completed"
+    assert "a" not in rules.rows
+    rules.reject(Delete(id="a"), "job_not_found")
+    rules.reject(Delete(id="b"), "invalid_transition")
+    assert rules.create("a").seq == 3
+
+
+def test_pause_and_resume_are_steps_of_the_queue(rules: RuleHarness) -> None:
+    assert rules.accept_admin(Pause(name="q")).paused is True
+    assert (rules.last().type, rules.last().job_seq, rules.last().queue) == ("queue_paused", 0, "q")
+    assert not rules.decide(Pause(name="q")).changes
+    assert rules.accept_admin(Resume(name="q")).paused is False
+    assert not rules.decide(Resume(name="q")).changes
+
+
+def test_a_pause_shows_its_operator_start_reason_and_end(rules: RuleHarness) -> None:
+    view = rules.accept(Pause(name="q", reason="deploy", until=NOW + 9), by="admin:ana")
+    said = PausedView("q", True, NOW, "admin:ana", "deploy", NOW + 9)
+    assert view == said
+    rules.advance(1)
+    assert rules.accept(Pause(name="q"), by="admin:bob") == said, "a plain pause changes nothing"
+    assert not rules.decide(Pause(name="q", reason="deploy", until=NOW + 9), by="admin:bob").changes
+    replaced = rules.accept(Pause(name="q", reason="disk"), by="admin:bob")
+    assert replaced == PausedView("q", True, NOW, "admin:bob", "disk", None), "the time of the first one stays"
+    [listed] = rules.accept(Queues()).queues
+    assert listed.pause == replaced.pause == rules.book.queue_row("q").pause
+    assert rules.accept(Resume(name="q")) == PausedView("q", False)
+
+
+def test_a_pause_cannot_end_in_the_past(rules: RuleHarness) -> None:
+    refusal = rules.reject(Pause(name="q", until=NOW), "invalid_request")
+    assert (refusal.details, "Unix milliseconds" in refusal.message) == ({"field": "$.until"}, True)
+    assert rules.book.paused == {}
+
+
+def test_a_pause_that_is_over_ends(rules: RuleHarness) -> None:
+    rules.create()
+    rules.accept(Pause(name="default", until=NOW + 10), by="admin")
+    rules.accept(Pause(name="other"), by="admin")
+    rules.advance(9)
+    assert rules.accept(EndPauses()).done == 0
+    rules.advance(1)
+    assert rules.accept(EndPauses(), by="daemon").done == 1
+    last = rules.last()
+    assert (last.type, last.queue, last.by, last.reason) == (
+        "queue_resumed", "default", "daemon", "The pause ended at its set time.",
+    )  # fmt: skip
+    assert list(rules.book.paused) == ["other"]
+    rules.start()
+
+
+# -- import -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_import_keeps_what_it_is_given(rules: RuleHarness) -> None:
+    asked = Import(
+        id="a",
+        queue="q",
+        kind="k",
+        status="failed",
+        progress=33.0,
+        progress_message="m",
+        attempt=2,
+        max_attempts=3,
+        stalls=1,
+        created_at=NOW - 9,
+        updated_at=NOW - 1,
+        run_at=NOW - 8,
+        started_at=NOW - 7,
+        finished_at=NOW - 2,
+        expires_at=NOW + 9,
+        download_url="u",
+        file_path="f",
+        storage_key="s",
+        metadata=Raw(b"1"),
+        error_message="e",
+        error_code="E",
+    )
+    decision = rules.decide(asked, by="admin")
+    assert not isinstance(decision.answer, ApiError)
+    assert (decision.answer.status, decision.answer.data) == (201, Imported("a", skipped=False))
+    job = rules.job()
+    assert (job.status, job.progress, job.progress_message, job.attempt, job.stalls) == ("failed", 33, "m", 2, 1)
+    assert (job.created_at, job.updated_at, job.run_at) == (NOW - 9, NOW - 1, NOW - 8)
+    assert (job.started_at, job.finished_at, job.expires_at) == (NOW - 7, NOW - 2, NOW + 9)
+    assert (job.result, job.error) == (Result("u", "f", "s", Raw(b"1")), Failure("e", "E"))
+    assert rules.book.suspects == {1: "a"}
+    assert rules.accept(asked) == Imported("a", skipped=True)
+
+
+def test_missing_times_of_an_import_become_now(rules: RuleHarness) -> None:
+    rules.accept(Import(id="a", status="completed"))
+    job = rules.job()
+    assert (job.created_at, job.updated_at, job.run_at, job.finished_at) == (NOW, NOW, NOW, NOW)
+    assert (job.progress, job.expires_at, job.error) == (100, NOW + 7 * DAY_MS, None)
+    rules.accept(Import(id="b", error_code="E"))
+    job = rules.job("b")
+    assert job.error == Failure(None, "E")
+    assert (job.progress, job.started_at, job.finished_at, job.expires_at) == (0, None, None, None)
+
+
+def test_a_claim_leaves_overdue_jobs_to_recovery(rules: RuleHarness) -> None:
+    for number in range(5):
+        rules.create(f"late-{number}", expires_at=NOW + 1)
+    rules.create("good")
+    rules.advance(1)
+    decision = rules.decide(Claim(worker="w"))
+    assert [change.event.job_id for change in decision.changes] == ["good"]
+    assert rules.accept(Expire(limit=3)) == MaintenanceResult(3, more=True)
+    assert rules.accept(Expire(limit=3)) == MaintenanceResult(2)
+
+
+def test_an_import_without_a_creation_was_created_before_all_that_is_given(rules: RuleHarness) -> None:
+    rules.accept(Import(id="a", status="completed", started_at=NOW - 5_000, finished_at=NOW - 1_000))
+    job = rules.job("a")
+    assert (job.created_at, job.finished_at, job.updated_at) == (NOW - 5_000, NOW - 1_000, NOW - 1_000)
+    assert rules.accept(RepairJobs(ids=["a"])).found == 0
+
+
+@pytest.mark.parametrize(("progress", "status"), [(0, "queued"), (45, "failed")])
+def test_what_an_import_would_do_is_told_and_not_done(rules: RuleHarness, progress: float, status: str) -> None:
+    asked = ImportCheck(id="a", status="processing", progress=progress, worker="there", started_at=NOW - 5)
+    before = rules.book.next_job, rules.book.next_token, rules.book.next_event
+    decision = rules.decide(asked, by="admin")
+    assert isinstance(decision.answer, Response)
+    told = decision.answer.data
+    assert (told.job_id, told.what, told.status) == ("a", "create", status)
+    assert "was processing when it was imported" in told.reason
+    assert told.room == rules.policy.live_jobs
+    assert decision.changes == []
+    assert (rules.book.next_job, rules.book.next_token, rules.book.next_event) == before
+    rules.create("a")
+    told = rules.accept(asked)
+    assert (told.what, told.status, told.reason) == ("skip", "queued", "A job with this id exists: it is queued.")
+    rules.book.quarantined["b"] = "its checksum is wrong"
+    told = rules.accept(ImportCheck(id="b"))
+    assert (told.what, told.status) == ("skip", None)
+    assert "damaged" in told.reason
+
+
+@pytest.mark.parametrize(("bound", "room"), [(9, 5), (4, 0), (3, 0)])
+def test_a_look_at_an_import_says_how_many_more_live_jobs_there_may_be(
+    rules: RuleHarness, bound: int, room: int
+) -> None:
+    for name in "abc":
+        rules.create(name)
+    rules.held("d")
+    rules.policy = Policy(live_jobs=bound)
+    assert rules.accept(ImportCheck(id="e", status="completed")).room == room
+
+
+@pytest.mark.parametrize(("progress", "status"), [(0, "queued"), (45, "failed")])
+def test_an_imported_grant_ends_by_its_stall_rule(rules: RuleHarness, progress: float, status: str) -> None:
+    rules.accept(Import(id="a", status="processing", progress=progress, worker="there", started_at=NOW - 5))
+    job = rules.job()
+    assert (job.status, job.stalls, job.grant) == (status, 1, None)
+    assert job.attempt == (0 if progress == 0 else 1)
+    assert rules.types() == ["imported", "stalled"]
+    assert job.ended is not None
+    assert job.ended.worker == "there"
+    assert rules.create("b")
+    assert rules.accept(Start(id="b", worker="w")).fencing_token & 0xFF == 2
+
+
+@pytest.mark.parametrize(
+    ("started_at", "updated_at", "began"),
+    [(NOW - 5, NOW - 3, NOW - 5), (None, NOW - 3, NOW - 3), (NOW + 5, NOW + 5, NOW)],
+)
+def test_an_imported_grant_is_made_up_as_far_as_it_can_be_known(
+    rules: RuleHarness, started_at: int | None, updated_at: int, began: int
+) -> None:
+    rules.accept(Import(id="a", status="processing", started_at=started_at, updated_at=updated_at))
+    changes = rules.events[0].changes
+    assert changes is not None
+    assert isinstance(changes.grant, Grant)
+    assert changes.started_at == began
+    assert changes.lease == Lease(rules.lease, rules.lease, None)
+    assert (changes.grant.worker, changes.grant.acquired_at) == ("unknown", started_at or updated_at)
+    assert (changes.grant.ttl_ms, changes.grant.stuck_after_ms, changes.grant.max_processing_ms) == (TTL, STUCK, 0)

@@ -1,0 +1,492 @@
+"""The rules for the holder of a job: progress, extend, complete, fail, release, cancel."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import msgspec
+import pytest
+from msgspec import Raw
+from msgspec.structs import replace
+
+from jobd.core import worker_rules
+from jobd.core.state import Book
+from jobd.model.commands import (
+    Cancel,
+    Complete,
+    EndGrants,
+    Extend,
+    Fail,
+    ForceFail,
+    ForceReset,
+    Get,
+    Import,
+    Progress,
+    Recover,
+    Release,
+    ReleaseLock,
+    Transition,
+    Undelivered,
+    Update,
+)
+from jobd.model.job import (
+    DAY_MS,
+    HOUR_MS,
+    LOOP_FROM,
+    MINUTE_MS,
+    Backoff,
+    Failure,
+    Lease,
+    Policy,
+    release_delay_ms,
+)
+from jobd.model.responses import (
+    JobView,
+)
+from jobd.model.storage import OpenedStore
+from tests.support.rule_harness import NOW, RuleHarness
+
+TTL = 15 * MINUTE_MS
+STUCK = 10 * MINUTE_MS
+CEILING = 30 * MINUTE_MS
+
+
+def no_ceiling(**fields: Any) -> dict[str, Any]:
+    return {"max_processing_ms": 0} | fields
+
+
+# -- progress and extend ----------------------------------------------------------------------------------------------
+
+
+def test_progress_renews_lock_silence_and_ceiling(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    rules.advance(MINUTE_MS)
+    state = rules.accept(Progress(id="a", lock_id=lock_id, progress=12.5, message="half"))
+    assert (state.lock_expires_at, state.ttl_ms, state.ceiling_at) == (rules.now + TTL, TTL, rules.now + CEILING)
+    assert state.cancel_requested is False
+    assert state.extended is msgspec.UNSET
+    job = rules.job()
+    assert (job.progress, job.progress_message, job.updated_at) == (12.5, "half", rules.now)
+    assert job.lease == Lease(rules.lease + TTL, rules.lease + STUCK, rules.lease + CEILING)
+    assert rules.last().details == {"progress": 12.5, "message": "half"}
+    rules.progress(lock_id, 42.0)
+    assert repr(rules.job().progress) == "42"
+    assert rules.job().progress_message is None
+
+
+def test_progress_gives_a_ceiling_to_a_row_that_lacks_it(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    rules.row(replace(rules.job(), lease=Lease(rules.lease + 5, rules.lease + 5, None)))
+    assert rules.progress(lock_id).ceiling_at == NOW + CEILING
+
+
+def test_progress_never_shortens_a_lock(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=20 * MINUTE_MS))
+    assert rules.progress(lock_id).lock_expires_at == NOW + 20 * MINUTE_MS
+
+
+def test_extend_means_at_least_this_long_from_now(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    assert rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=1)).extended is False
+    assert rules.job().updated_at == rules.now
+    state = rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=TTL + 1))
+    assert (state.extended, state.lock_expires_at) == (True, NOW + TTL + 1)
+    rules.advance(2)
+    assert rules.accept(Extend(id="a", lock_id=lock_id)).lock_expires_at == rules.now + TTL
+    assert rules.job().lease == Lease(rules.lease + TTL, rules.lease + STUCK, rules.lease - 2 + CEILING)
+
+
+def test_an_extension_is_cut_to_the_ceiling_which_only_progress_moves(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    state = rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
+    assert state.lock_expires_at == state.ceiling_at == NOW + CEILING
+    assert rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS)).extended is False
+    rules.advance(CEILING - 1)
+    rules.progress(lock_id)
+    state = rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
+    assert state.lock_expires_at == state.ceiling_at == rules.now + CEILING
+
+
+def test_at_the_ceiling_only_endings_are_taken(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
+    rules.advance(CEILING)
+    assert "a" in rules.book.stuck
+    for command in (Extend(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=1)):
+        refusal = rules.reject(command, "max_processing_time_exceeded")
+        assert refusal.details == {"max_processing_ms": CEILING, "ceiling_at": rules.now}
+        assert "max_processing" in refusal.message
+    rules.accept(Complete(id="a", lock_id=lock_id))
+
+
+def test_an_expired_lock_still_belongs_to_its_holder(rules: RuleHarness) -> None:
+    lock_id = rules.held(stuck_after_ms=HOUR_MS, **no_ceiling())
+    rules.advance(TTL)
+    assert rules.job().lease is not None
+    assert not rules.job().lease.is_live(rules.lease)  # type: ignore[union-attr]
+    rules.accept(Recover(limit=9))
+    assert rules.types()[-1] == "lock_expired"
+    assert rules.accept(Get(id="a")).lock is None
+    rules.accept(Extend(id="a", lock_id=lock_id))
+    assert rules.accept(Get(id="a")).lock.expires_at == rules.now + TTL
+    rules.advance(TTL)
+    rules.accept(Recover(limit=9))
+    rules.progress(lock_id)
+    assert rules.book.live_locks() == 1
+
+
+# -- endings ----------------------------------------------------------------------------------------------------------
+
+
+def test_complete(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    rules.advance(7)
+    metadata = Raw(b'{"frames":3}')
+    done = Complete(
+        id="a", lock_id=lock_id, download_url="https://x/y", file_path="/f", storage_key="k/1", metadata=metadata
+    )
+    view = rules.accept(done)
+    assert (view.status, view.progress, view.download_url, view.file_path) == ("completed", 100, "https://x/y", "/f")
+    assert (view.storage_key, view.metadata, view.lock, view.error_message) == ("k/1", metadata, None, None)
+    assert (view.finished_at, view.expires_at) == (rules.now, rules.now + 7 * DAY_MS)
+    assert rules.last().by == "worker:w-1"
+
+
+def test_complete_clears_the_error_and_takes_null_as_nothing(rules: RuleHarness) -> None:
+    lock_id = rules.held(max_attempts=2)
+    rules.accept(Fail(id="a", lock_id=lock_id, error_message="once", retry_after_ms=0))
+    assert rules.job().error == Failure("once")
+    rules.accept(Complete(id="a", lock_id=rules.start(), metadata=Raw(b"null")))
+    assert rules.job().error is None
+    assert rules.job().result is None
+
+
+def test_complete_may_say_when_it_is_deleted(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    bad = Complete(id="a", lock_id=lock_id, expires_at=NOW)
+    assert rules.reject(bad, "invalid_request").details == {"field": "$.expires_at"}
+    assert rules.accept(Complete(id="a", lock_id=lock_id, expires_at=NOW + 1)).expires_at == NOW + 1
+
+
+@pytest.mark.parametrize("key", ["/etc/x", "\\x", "a/../b", "..", "a\\..\\b", "a\x00b"])
+def test_a_storage_key_is_relative(rules: RuleHarness, key: str) -> None:
+    lock_id = rules.held()
+    refusal = rules.reject(Complete(id="a", lock_id=lock_id, storage_key=key), "invalid_request")
+    assert refusal.details == {"field": "$.storage_key"}
+
+
+def test_a_download_url_may_be_required() -> None:
+    rules = RuleHarness(Policy(require_download_url=True))
+    lock_id = rules.held()
+    refusal = rules.reject(Complete(id="a", lock_id=lock_id, file_path="/f"), "invalid_request")
+    assert (refusal.status, refusal.details) == (400, {"field": "$.download_url"})
+    rules.accept(Complete(id="a", lock_id=lock_id, download_url="u"))
+
+
+def test_fail_without_attempts_left(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    rules.progress(lock_id, 30)
+    view = rules.accept(Fail(id="a", lock_id=lock_id, error_message="boom", error_code="E"))
+    assert (view.status, view.error_message, view.error_code, view.progress) == ("failed", "boom", "E", 30)
+    assert (view.attempt, view.expires_at) == (1, NOW + 30 * DAY_MS)
+
+
+def test_fail_with_attempts_left_goes_back_later(rules: RuleHarness) -> None:
+    lock_id = rules.held(max_attempts=3, backoff=Backoff("exponential", 1_000, 1_500, False))
+    rules.progress(lock_id, 30)
+    view = rules.accept(Fail(id="a", lock_id=lock_id, error_message="boom"))
+    assert (view.status, view.run_at, view.attempt, view.progress) == ("queued", NOW + 1_000, 1, 0)
+    assert (view.started_at, view.finished_at, view.error_message) == (None, None, "boom")
+    rules.advance(1_000)
+    lock_id = rules.start()
+    assert rules.accept(Fail(id="a", lock_id=lock_id, error_message="boom")).run_at == rules.now + 1_500
+    rules.advance(1_500)
+    lock_id = rules.start()
+    assert rules.job().attempt == 3
+    assert rules.accept(Fail(id="a", lock_id=lock_id, error_message="boom")).status == "failed"
+
+
+def test_the_worker_may_say_when_or_never(rules: RuleHarness) -> None:
+    lock_id = rules.held(max_attempts=3)
+    assert rules.accept(Fail(id="a", lock_id=lock_id, error_message="e", retry_after_ms=5)).run_at == NOW + 5
+    rules.advance(5)
+    assert rules.accept(Fail(id="a", lock_id=rules.start(), error_message="e", retry=False)).status == "failed"
+
+
+@pytest.mark.parametrize(
+    ("backoff", "attempt", "fraction", "expected"),
+    [
+        (Backoff("fixed", 10, 100, False), 1, 0.5, 10),
+        (Backoff("fixed", 10, 100, False), 9, 0.5, 10),
+        (Backoff("fixed", 500, 100, False), 1, 0.5, 100),
+        (Backoff("exponential", 10, 1_000, False), 1, 0.5, 10),
+        (Backoff("exponential", 10, 1_000, False), 2, 0.5, 20),
+        (Backoff("exponential", 10, 1_000, False), 7, 0.5, 640),
+        (Backoff("exponential", 10, 1_000, False), 8, 0.5, 1_000),
+        (Backoff("exponential", 10, 1_000, False), 1_000, 0.5, 1_000),
+        (Backoff("exponential", 10, 1_000, False), 0, 0.5, 10),  # a row made by hand
+        (Backoff("exponential", 10, 1_000, True), 2, 0.5, 10),
+        (Backoff("exponential", 10, 1_000, True), 2, 0.0, 0),
+        (Backoff("exponential", 0, 0, True), 2, 0.9, 0),
+    ],
+)
+def test_backoff(backoff: Backoff, attempt: int, fraction: float, expected: int) -> None:
+    assert worker_rules.backoff_ms(backoff, attempt, fraction) == expected
+
+
+def test_jitter_comes_from_the_seed() -> None:
+    """The same command on the same book at the same time gives the same outcome."""
+    waits = set()
+    for _ in range(2):
+        rules = RuleHarness()
+        lock_id = rules.held(max_attempts=2, backoff=Backoff("fixed", DAY_MS, DAY_MS, True))
+        waits.add(rules.accept(Fail(id="a", lock_id=lock_id, error_message="e")).run_at - NOW)
+    assert len(waits) == 1
+    assert 0 <= waits.pop() <= DAY_MS
+
+
+def test_release_gives_the_place_and_the_attempt_back(rules: RuleHarness) -> None:
+    rules.create("a")
+    rules.create("b")
+    rules.advance(5)
+    lock_id = rules.start("a")
+    rules.progress(lock_id, 50)
+    view = rules.accept(Release(id="a", lock_id=lock_id))
+    assert (view.status, view.run_at, view.attempt, view.progress) == ("queued", NOW, 0, 0)
+    assert rules.claim() == ["a"]
+
+
+def test_only_the_attempt_of_the_current_grant_is_given_back(rules: RuleHarness) -> None:
+    lock_id = rules.held(max_attempts=3)
+    rules.accept(Fail(id="a", lock_id=lock_id, error_message="e", retry_after_ms=0))
+    assert rules.accept(Release(id="a", lock_id=rules.start())).attempt == 1
+
+
+def test_what_was_reported_goes_with_its_grant(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    rules.accept(Progress(id="a", lock_id=lock_id, progress=50, message="half"))
+    view = rules.accept(Release(id="a", lock_id=lock_id))
+    assert (view.progress, view.progress_message) == (0, None)
+    rules.accept(Import(id="b", progress=50, progress_message="half"))
+    rules.start("b")
+    assert (rules.job("b").progress, rules.job("b").progress_message) == (0, None)
+
+
+def test_the_last_ended_grant_is_known_until_another_ends(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    rules.accept(Release(id="a", lock_id=lock_id))
+    rules.accept(Cancel(id="a"))
+    assert rules.accept(Release(id="a", lock_id=lock_id)).repeated is True
+
+
+def test_an_event_names_only_what_changes(rules: RuleHarness) -> None:
+    rules.create()
+    rules.accept(Cancel(id="a"))
+    changes = rules.last().changes
+    assert changes is not None
+    named = {name for name in changes.__struct_fields__ if getattr(changes, name) is not msgspec.UNSET}
+    assert named == {"status", "finished_at", "expires_at", "updated_at"}
+
+
+@pytest.mark.parametrize("left", [{"lease": None}, {"grant": None}])
+def test_half_a_lock_goes_with_the_job_that_it_is_on(rules: RuleHarness, left: dict[str, Any]) -> None:
+    rules.held()
+    rules.row(replace(rules.job(), **left))
+    rules.accept(Cancel(id="a"))
+    assert (rules.job().grant, rules.job().lease) == (None, None)
+
+
+def test_a_job_ends_after_it_began_whatever_the_wall_clock_says(rules: RuleHarness) -> None:
+    rules.create()
+    rules.advance(10)
+    lock_id = rules.start()
+    rules.now -= 5
+    assert rules.accept(Complete(id="a", lock_id=lock_id)).finished_at == NOW + 10
+
+
+@pytest.mark.parametrize("end", ["recovery", "undelivered"])
+def test_what_ends_a_grant_without_the_holder_keeps_the_place(rules: RuleHarness, end: str) -> None:
+    rules.create("a")
+    rules.create("b")
+    rules.advance(5)
+    lock_id = rules.start("a")
+    rules.advance(TTL)
+    rules.accept(Recover(limit=1) if end == "recovery" else Undelivered(id="a", lock_id=lock_id))
+    assert (rules.job("a").status, rules.job("a").run_at) == ("queued", NOW)
+    assert rules.claim() == ["a"]
+
+
+def test_release_may_ask_for_a_delay(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    assert rules.accept(Release(id="a", lock_id=lock_id, delay_ms=9)).run_at == NOW + 9
+    rules.advance(9)
+    rules.advance(1)
+    assert rules.accept(Release(id="a", lock_id=rules.start(), delay_ms=0)).run_at == NOW + 10
+
+
+DELAYS: Final = [0, 0, 0, 0, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 60_000, 60_000, 60_000]
+
+
+def released(rules: RuleHarness, times: int, job_id: str = "a", **fields: Any) -> JobView:
+    """The job after so many more rounds of start and release."""
+    view: JobView
+    for _ in range(times):
+        rules.advance(max(rules.job(job_id).run_at - rules.now, 0))
+        view = rules.accept(Release(id=job_id, lock_id=rules.start(job_id), **fields))
+    return view
+
+
+def test_from_the_fifth_release_in_a_row_without_progress_on_the_job_waits_longer_each_time(rules: RuleHarness) -> None:
+    rules.create()
+    rules.advance(10)
+    for number, delay_ms in enumerate(DELAYS, 1):
+        view = released(rules, 1)
+        assert (view.status, view.attempt) == ("queued", 0)
+        assert view.run_at == (rules.now + delay_ms if delay_ms else NOW), number
+        assert rules.job().releases == number
+    assert release_delay_ms(1_000_000) == MINUTE_MS
+
+
+def test_the_event_of_a_delayed_release_says_why_the_job_waits(rules: RuleHarness) -> None:
+    rules.create()
+    released(rules, 4)
+    assert rules.events[-1].details is None
+    released(rules, 1)
+    assert rules.events[-1].details == {"releases": 5, "delay_ms": 1_000}
+
+
+@pytest.mark.parametrize("delay_ms", [0, 1, 999, 5_000])
+def test_a_release_with_a_delay_of_its_own_keeps_it(rules: RuleHarness, delay_ms: int) -> None:
+    rules.create()
+    released(rules, 7, delay_ms=delay_ms)
+    assert (rules.job().run_at, rules.job().releases) == (rules.now + delay_ms, 7)
+    released(rules, 1)
+    assert rules.job().run_at == rules.now + 8_000, "the next one without a delay counts those before"
+
+
+def test_a_repeated_release_is_answered_and_counts_once(rules: RuleHarness) -> None:
+    rules.create()
+    released(rules, 4)
+    lock_id = rules.start()
+    first = rules.accept(Release(id="a", lock_id=lock_id))
+    again = rules.accept(Release(id="a", lock_id=lock_id))
+    assert (again.repeated, again.run_at, rules.job().releases) == (True, first.run_at, 5)
+
+
+def test_an_operators_release_counts_as_the_holders(rules: RuleHarness) -> None:
+    rules.create()
+    released(rules, 4)
+    rules.accept_admin(ReleaseLock(id="a", lock_id=rules.start()))
+    assert (rules.job().releases, rules.job().run_at) == (5, rules.now + 1_000)
+
+
+@pytest.mark.parametrize(
+    ("between", "count"),
+    [
+        (lambda lock: [Progress(id="a", lock_id=lock, progress=0.1)], 0),
+        (lambda lock: [Progress(id="a", lock_id=lock, progress=0, message="getting ready")], 6),
+        (lambda lock: [Extend(id="a", lock_id=lock)], 6),
+        (lambda lock: [Undelivered(id="a", lock_id=lock)], 6),
+        (lambda lock: [Fail(id="a", lock_id=lock, error_message="e", retry_after_ms=0)], 0),
+        (lambda lock: [Fail(id="a", lock_id=lock, error_message="e", retry=False)], 0),
+        (lambda lock: [Complete(id="a", lock_id=lock)], 0),
+        (lambda lock: [Cancel(id="a")], 0),
+        (lambda lock: [ForceFail(id="a")], 0),
+        (lambda lock: [ForceReset(id="a")], 0),
+        (lambda lock: [Transition(id="a", from_="processing", to="queued")], 0),
+        (lambda lock: [EndGrants(ids=["a"], last=True)], 0),
+        (lambda lock: [Undelivered(id="a", lock_id=lock), Update(id="a", priority=1)], 6),
+        (lambda lock: [Undelivered(id="a", lock_id=lock), Cancel(id="a"), ForceReset(id="a")], 0),
+    ],
+    ids=[
+        "progress",
+        "a report of 0 %",
+        "extend",
+        "undelivered",
+        "fail and retry",
+        "fail",
+        "complete",
+        "cancel",
+        "force-fail",
+        "force-reset",
+        "transition",
+        "end of grants",
+        "update",
+        "reset of a cancelled job",
+    ],
+)
+def test_the_events_that_end_a_row_of_releases(rules: RuleHarness, between: Any, count: int) -> None:
+    rules.create(max_attempts=9)
+    released(rules, 6)
+    rules.advance(2_000)
+    for command in between(rules.start()):
+        rules.accept_admin(command)
+    assert rules.job().releases == count
+
+
+def test_a_stall_ends_a_row_of_releases(rules: RuleHarness) -> None:
+    rules.create()
+    released(rules, 6)
+    rules.advance(2_000)
+    rules.start(lock_ttl_ms=1_000, stuck_after_ms=0)
+    rules.advance(1_000)
+    rules.accept(Recover(limit=1))
+    assert (rules.job().status, rules.job().releases) == ("queued", 0)
+    assert rules.job().run_at <= rules.now, "recovery keeps the place"
+
+
+def test_jobs_that_are_released_in_a_loop_are_known(rules: RuleHarness) -> None:
+    """The book names them without looking at the others, through grants, restarts and whatever ends the loop."""
+    for job_id in "abc":
+        rules.create(job_id)
+    loops = rules.book.release_loops
+    released(rules, LOOP_FROM - 1, "a", delay_ms=999)
+    assert loops == {}
+    released(rules, 1, "a", delay_ms=999)
+    assert loops == {"a": 20}
+    rules.advance(999)
+    lock_id = rules.start("a")
+    assert loops == {"a": 20}, "also while a worker holds it"
+    rules.accept(Undelivered(id="a", lock_id=lock_id))
+    assert loops == {}, "the delay before it is not known any more"
+    released(rules, 1, "a", delay_ms=0)
+    assert loops == {"a": 21}
+    released(rules, LOOP_FROM + 5, "b")
+    assert loops == {"a": 21}, "this one waits a minute each time"
+    rules.accept_admin(ReleaseLock(id="a", lock_id=rules.start("a")))
+    assert loops == {}, "so does this one now"
+    released(rules, 1, "a", delay_ms=0)
+    released(rules, 1, "a", delay_ms=1_000)
+    assert loops == {}
+    released(rules, LOOP_FROM, "c", delay_ms=0)
+    assert loops == {"c": 20}
+    opened = OpenedStore(rules.book.numbers(rules.lease, rules.now, False), [rules.job(job_id) for job_id in "abc"])
+    assert Book.opened(opened).release_loops == {"c": 20}
+    rules.accept(Progress(id="c", lock_id=rules.start("c"), progress=1))
+    assert loops == {}
+
+
+@pytest.mark.parametrize(
+    "command", [Cancel(id="a"), ForceFail(id="a"), Transition(id="a", from_="queued", to="completed")], ids=str
+)
+def test_a_finished_job_is_in_no_loop(rules: RuleHarness, command: Any) -> None:
+    rules.create()
+    released(rules, LOOP_FROM, delay_ms=0)
+    assert rules.book.release_loops
+    rules.accept_admin(command)
+    assert rules.book.release_loops == {}
+
+
+def test_cancel_ends_a_grant_at_once(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    view = rules.accept(Cancel(id="a", reason="not wanted"))
+    assert (view.status, view.expires_at, view.lock) == ("cancelled", NOW + 7 * DAY_MS, None)
+    assert rules.last().reason == "not wanted"
+    refusal = rules.reject(Progress(id="a", lock_id=lock_id, progress=1), "lock_lost")
+    assert refusal.details["reason"] == "cancelled"
+    assert refusal.details["cancel_requested"] is True
+    rules.create("b")
+    assert rules.accept(Cancel(id="b")).status == "cancelled"
+    for name in "ab":
+        assert rules.reject(Cancel(id=name), "invalid_transition").details["to"] == "cancelled"

@@ -1,0 +1,253 @@
+"""Reads: one job, lists, queues, workers, locks, stats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec.structs import replace
+
+from jobd.core import views
+from jobd.model.commands import (
+    Bulk,
+    Cancel,
+    Claim,
+    Create,
+    Delete,
+    Export,
+    ExtendLock,
+    Get,
+    GetVersion,
+    ListJobs,
+    Locks,
+    Pause,
+    Ping,
+    Queues,
+    ReleaseLock,
+    Report,
+    Resume,
+    RunNow,
+    Start,
+    Stats,
+    Tick,
+    Timeline,
+    Validate,
+    Why,
+    Workers,
+)
+from jobd.model.errors import ApiError
+from jobd.model.job import (
+    MINUTE_MS,
+    STATUSES,
+)
+from jobd.model.responses import (
+    EmptyResponse,
+    HistoryRead,
+    OldestDue,
+    QueueList,
+)
+from tests.support.rule_harness import NOW, RuleHarness
+
+TTL = 15 * MINUTE_MS
+CEILING = 30 * MINUTE_MS
+
+
+# -- reads and the daemon's own ---------------------------------------------------------------------------------------
+
+
+def test_reads_change_nothing(rules: RuleHarness) -> None:
+    lock_id = rules.held()
+    for command in (Get(id="a"), GetVersion(id="a"), Timeline(id="a"), Why(id="a"), Validate(id="a"), ListJobs(),
+                    Queues(), Workers(), Stats(), Locks(), Export(), Ping(), Tick()):  # fmt: skip
+        decision = rules.decide(command)
+        assert not isinstance(decision.answer, ApiError)
+        assert not decision.changes
+        assert lock_id not in str(decision.answer)
+
+
+def test_what_an_operator_does_says_why(rules: RuleHarness) -> None:
+    lock_id = rules.held("a")
+    rules.create("b", delay_ms=1_000)
+    rules.accept(ExtendLock(id="a", lock_id=lock_id, reason="r1"), admin=True)
+    rules.accept(ReleaseLock(id="a", lock_id=lock_id, reason="r2"), admin=True)
+    rules.accept(RunNow(id="b", reason="r3"), admin=True)
+    rules.accept(Cancel(id="b"), admin=True)
+    rules.accept(Delete(id="b", reason="r4"), admin=True)
+    rules.accept(Pause(name="q", reason="r5"), admin=True)
+    rules.accept(Resume(name="q", reason="r6"), admin=True)
+    said = [event.reason for event in rules.events if event.reason is not None]
+    assert said == ["r1", "r2", "r3", "r4", "r5", "r6"]
+
+
+def test_what_lies_on_the_disk_is_looked_at_later(rules: RuleHarness) -> None:
+    rules.create()
+    answer = rules.ask(Timeline(id="a"))
+    assert not isinstance(answer, ApiError)
+    assert answer.read == HistoryRead(timeline=1)
+    answer = rules.ask(Timeline(id="a", limit=7))
+    assert not isinstance(answer, ApiError)
+    assert answer.read == HistoryRead(timeline=1, events=7)
+    asked = ListJobs(status="failed")
+    answer = rules.ask(asked)
+    assert not isinstance(answer, ApiError)
+    assert answer.read == HistoryRead(page=asked)
+    moving = Export(status="failed")
+    answer = rules.ask(moving)
+    assert not isinstance(answer, ApiError)
+    assert answer.read == HistoryRead(export=moving)
+
+
+def test_validate_shows_the_job_to_admins(rules: RuleHarness) -> None:
+    rules.create()
+    assert rules.accept(Validate(id="a")).is_valid
+    shown = rules.ask(Validate(id="a"), admin=True)
+    assert not isinstance(shown, ApiError)
+    assert (shown.data.job_id, shown.data.job.id, shown.data.validation.is_valid) == ("a", "a", True)
+    assert shown.unread_payloads == [(1, shown.data.job)]
+
+
+def test_the_lists_of_operators(rules: RuleHarness) -> None:
+    lock_id = rules.held("a", queue="q")
+    rules.create("b", queue="q")
+    rules.completed("c")
+    rules.accept(Pause(name="empty"))
+    rules.advance(1_500)
+    names = [(queue.name, queue.paused, queue.queued, queue.processing, queue.completed, queue.oldest_due_at)
+             for queue in rules.accept(Queues()).queues]  # fmt: skip
+    assert names == [
+        ("default", False, 0, 0, 1, None),
+        ("empty", True, 0, 0, 0, None),
+        ("q", False, 1, 1, 0, NOW),
+    ]
+    assert [(worker.worker, worker.jobs, worker.held) for worker in rules.accept(Workers()).workers] == [
+        ("w-1", ["a"], 1)
+    ]
+    (lock,) = rules.accept(Locks(), admin=True).locks
+    assert (lock.id, lock.worker, lock.lock_id, lock.live) == ("a", "w-1", lock_id, True)
+    assert (lock.expires_at, lock.ceiling_at, lock.stuck_at) == (NOW + TTL, NOW + CEILING, NOW + TTL)
+    stats = rules.accept(Stats())
+    assert (stats.total_jobs, stats.by_status["processing"], stats.by_status["completed"]) == (3, 1, 1)
+    assert (stats.stuck_jobs, stats.locked_jobs, stats.average_processing_time) == (0, 1, 1.5)
+    assert (stats.oldest_processing_job.id, stats.oldest_processing_job.age) == ("a", 1.5)
+    assert views.oldest_due(rules.book) == OldestDue("b", "q", NOW)
+
+
+def test_the_job_that_has_been_due_longest_is_found_over_all_queues(rules: RuleHarness) -> None:
+    rules.create("later", queue="a", delay_ms=5_000, priority=-1)
+    rules.create("b-1", queue="b")
+    rules.create("c-1", queue="c")
+    assert views.oldest_due(rules.book) == OldestDue("b-1", "b", NOW), "of the same moment the first"
+    rules.advance(5_000)
+    rules.held("b-1", queue="b")
+    rules.accept(Pause(name="c"))
+    assert views.oldest_due(rules.book) == OldestDue("c-1", "c", NOW), "it waits, though its queue is paused"
+    rules.accept(Start(id="later", worker="w"))
+    rules.accept(Cancel(id="c-1"))
+    assert views.oldest_due(rules.book) is None
+
+
+def test_queues_are_given_page_by_page_in_the_order_of_their_names(rules: RuleHarness) -> None:
+    for name in "dbeca":
+        rules.create(f"job-{name}", queue=name)
+    for name in "bdz":
+        rules.accept(Pause(name=name))
+    asked = {None: "abcdez", True: "bdz", False: "ace"}
+    for paused, names in asked.items():
+        assert "".join(queue.name for queue in rules.accept(Queues(paused=paused)).queues) == names
+        for limit in (1, 2, 3, 6):
+            seen, cursor = [], None
+            while True:
+                page = rules.accept(Queues(paused=paused, limit=limit, cursor=cursor))
+                seen.append("".join(queue.name for queue in page.queues))
+                cursor = page.next_cursor
+                if cursor is None:
+                    break
+            assert seen == [names[at : at + limit] for at in range(0, len(names), limit)]
+    assert [queue.name for queue in rules.accept(Queues(cursor="d")).queues] == ["e", "z"]
+    assert rules.accept(Queues(cursor="z", limit=1)) == QueueList([])
+
+
+def test_the_busiest_queues_come_first_where_they_are_asked_for(rules: RuleHarness) -> None:
+    for name, waiting, done in (("a", 0, 9), ("b", 1, 0), ("c", 3, 0), ("d", 2, 0), ("e", 1, 0)):
+        for number in range(waiting):
+            rules.create(f"{name}-{number}", queue=name)
+        for number in range(done):
+            rules.create(f"{name}-done-{number}", queue=name)
+            rules.accept(Cancel(id=f"{name}-done-{number}"))
+    rules.accept(Pause(name="A"))
+    rules.accept(Start(id="d-0", worker="w"))
+
+    def found(**asked: Any) -> tuple[str, str | None]:
+        page = rules.accept(Queues(busiest=True, **asked))
+        return " ".join(queue.name for queue in page.queues), page.next_cursor
+
+    assert found() == ("c d b e A a", None), "nobody waits in either of the last"
+    assert found(limit=2) == ("c d", None)
+    assert found(limit=6) == ("c d b e A a", None)
+    assert found(limit=3, cursor="b") == ("c d e", None)
+    assert found(paused=False, limit=4) == ("c d b e", None)
+
+
+def test_workers_are_given_page_by_page_the_latest_first(rules: RuleHarness) -> None:
+    for number in range(6):
+        rules.advance(number % 2)  # some spoke at the same moment
+        rules.held(f"job-{number}", worker=f"w {number}")
+    everybody = [worker.worker for worker in rules.accept(Workers()).workers]
+    assert everybody == ["w 5", "w 3", "w 4", "w 1", "w 2", "w 0"]
+    for limit in (1, 2, 4, 6):
+        seen, cursor = [], None
+        while True:
+            page = rules.accept(Workers(limit=limit, cursor=cursor))
+            seen.append([worker.worker for worker in page.workers])
+            cursor = page.next_cursor
+            if cursor is None:
+                break
+        assert seen == [everybody[at : at + limit] for at in range(0, 6, limit)]
+
+
+def test_of_a_worker_with_many_jobs_the_first_are_named_and_all_are_counted(rules: RuleHarness) -> None:
+    rules.accept(Bulk(jobs=[Create(id=f"job-{number:03}") for number in range(130)]))
+    rules.accept(Claim(worker="w", limit=100))
+    rules.accept(Claim(worker="w", limit=30))
+    [worker] = rules.accept(Workers()).workers
+    assert worker.jobs == [f"job-{number:03}" for number in range(100)]
+    assert worker.held == 130
+
+
+def test_locks_are_given_page_by_page_the_oldest_first(rules: RuleHarness) -> None:
+    for number in range(5):
+        rules.held(f"job-{number}")
+    seen, cursor = [], None
+    while True:
+        page = rules.accept(Locks(limit=2, cursor=cursor))
+        seen.append([lock.id for lock in page.locks])
+        cursor = page.next_cursor
+        if cursor is None:
+            break
+    assert seen == [["job-0", "job-1"], ["job-2", "job-3"], ["job-4"]]
+    last = rules.accept(Locks(limit=5))
+    assert (len(last.locks), last.next_cursor) == (5, None)
+    assert rules.accept(Locks(cursor=str(last.locks[2].fencing_token))).locks == last.locks[3:]
+    assert rules.accept(Locks(limit=3)).next_cursor == str(last.locks[2].fencing_token)
+    assert rules.accept(Locks(limit=1, cursor=str(last.locks[4].fencing_token))).locks == []
+
+
+def test_stats_of_nothing(rules: RuleHarness) -> None:
+    stats = rules.accept(Stats())
+    assert (stats.total_jobs, stats.average_processing_time, stats.oldest_processing_job) == (0, 0.0, None)
+    assert stats.by_status == dict.fromkeys(STATUSES, 0)
+
+
+def test_rows_without_a_start_do_not_spoil_the_average(rules: RuleHarness) -> None:
+    rules.create()
+    rules.advance(2_000)
+    rules.row(replace(rules.job(), status="processing"))
+    stats = rules.accept(Stats())
+    assert (stats.average_processing_time, stats.oldest_processing_job.age) == (2.0, 2.0)
+    assert (stats.locked_jobs, stats.stuck_jobs) == (0, 0)
+    assert rules.accept(Locks()).locks == []
+
+
+def test_a_report_is_kept_and_time_may_tick(rules: RuleHarness) -> None:
+    assert rules.accept(Report(body=b"{}")) == EmptyResponse()
+    assert rules.reports == [b"{}"]
+    assert rules.accept(Tick()) == rules.accept(Ping()) == EmptyResponse()
