@@ -1,1 +1,1 @@
-"""The operators' room: pages on the admin port, for people with a browser."""
+"""Serve the operator dashboard: HTML pages on the admin listener."""

@@ -1,7 +1,4 @@
-"""Static files: read once at the start, given out from memory under names that change with their content.
-
-Looks at no request: a name that is not one of the files that were there at the start is nothing.
-"""
+"""Serve static files from memory, under URLs that change with their content."""
 
 from __future__ import annotations
 
@@ -32,25 +29,25 @@ class StaticFile(Struct, frozen=True):
 
 
 class Assets:
-    """The files of `static/`, by name. Reads the disk: make it off the loop."""
+    """Hold the files of `static/` by name. Reads the disk: construct it off the event loop."""
 
-    def __init__(self, place: Path = STATIC) -> None:
-        self._files = {path.name: _read(path) for path in sorted(place.iterdir()) if path.suffix in CONTENT_TYPES}
+    def __init__(self, directory: Path = STATIC) -> None:
+        self._files = {path.name: _read(path) for path in sorted(directory.iterdir()) if path.suffix in CONTENT_TYPES}
 
     def url(self, name: str) -> str:
-        """Where a page finds the file `name`: another address for other content, so it may be kept for ever."""
+        """Return the URL of a file. It changes with the content, so browsers may cache the file forever."""
         return f"/static/{name}?v={self._files[name].version}"
 
-    def text(self, name: str, version: str) -> RawBody | None:
-        """The file as it leaves, None where there is none of that name."""
-        found = self._files.get(name)
-        if found is None:
+    def body(self, name: str, version: str) -> RawBody | None:
+        """Return the file as a response body, None if there is no such file."""
+        file = self._files.get(name)
+        if file is None:
             return None
-        keep = IMMUTABLE if version == found.version else REVALIDATE
-        more = {"Cache-Control": keep, "Cross-Origin-Resource-Policy": "same-origin"}
-        return RawBody(found.content_type, found.content, more)
+        caching = IMMUTABLE if version == file.version else REVALIDATE
+        headers = {"Cache-Control": caching, "Cross-Origin-Resource-Policy": "same-origin"}
+        return RawBody(file.content_type, file.content, headers)
 
 
 def _read(path: Path) -> StaticFile:
-    body = path.read_bytes()
-    return StaticFile(CONTENT_TYPES[path.suffix], body, sha256(body).hexdigest()[:16])
+    content = path.read_bytes()
+    return StaticFile(CONTENT_TYPES[path.suffix], content, sha256(content).hexdigest()[:16])

@@ -1,7 +1,4 @@
-"""Who looks at a page: a browser with a session, or a program with a token; and what they may do.
-
-Knows no page. Whether a token is valid is the gate's to say.
-"""
+"""Identify the viewer of a page, which is a browser with a session or a program with a token, and its permissions."""
 
 from __future__ import annotations
 
@@ -26,13 +23,13 @@ CSRF_HEADER: Final = "X-CSRF-Token"
 
 
 class Form(Command, frozen=True, kw_only=True):
-    """A form of a page, with the secret of its session."""
+    """A form of a page, with the CSRF token of its session."""
 
     csrf: str = ""
 
 
 class ReasonForm(Form, frozen=True, kw_only=True):
-    """The same for what is done with a reason, or with none."""
+    """A form with an optional reason."""
 
     reason: Text = ""
 
@@ -42,10 +39,10 @@ class ReasonForm(Form, frozen=True, kw_only=True):
 
 
 class Viewer(Struct):
-    """Who asks for a page. `session` is None for a program, which sends its token with every request."""
+    """The sender of a request for a page. `session` is None for a program, which sends its token each time."""
 
     app: App[Services]
-    visit: RequestContext
+    context: RequestContext
     access: Permission
     session: Session | None = None
 
@@ -55,7 +52,7 @@ class Viewer(Struct):
 
     @property
     def name(self) -> str:
-        """That the operator gave at the sign-in, "" where there is none."""
+        """The name that the operator gave when signing in, or ""."""
         return "" if self.session is None else self.session.name
 
     @property
@@ -68,95 +65,99 @@ class Viewer(Struct):
         return self.app.services.clock.moment().now
 
     async def ask(self, command: Any, *, expected: str | None = None) -> Response | ApiError:
-        """One command to the actor, as an operator asks it; `expected`: the version of its job that they saw."""
-        visit = self.visit
+        """Send one command to the actor. `expected` is the version of the job that the operator saw."""
+        context = self.context
         return await self.app.actor.ask(
             command,
-            by=visit.by,
+            by=context.by,
             admin=self.may_change,
-            size=visit.size,
-            operator=visit.operator,
+            size=context.size,
+            operator=context.operator,
             expected=expected,
         )
 
     async def record_audit(self, what: str, details: dict[str, Any] | None = None, reason: str | None = None) -> None:
-        """Keep in the audit log what is no command on jobs."""
-        await audit_action(self.app, self.visit.operator, what, details, reason)
+        """Record in the audit log an action that is not a job command."""
+        await audit_action(self.app, self.context.operator, what, details, reason)
 
     def flash(self, message: str) -> None:
-        """Say something on the page that comes next."""
+        """Show a message on the next page."""
         if self.session is not None:
             self.session.flash = message
 
     def check_form(self, csrf: str) -> None:
-        """403 where a form of a session does not carry its secret: some other page has sent it.
+        """Raise 403 if a form lacks the CSRF token of the session: another site may have sent it.
 
-        A program's token does not come by itself, as a cookie does, so it needs none.
+        Programs need none: browsers attach cookies on their own, but never an Authorization header.
         """
-        given = self.visit.head.headers.get(CSRF_HEADER) or csrf
+        given = self.context.head.headers.get(CSRF_HEADER) or csrf
         if self.session is not None and not self.session.has_csrf(given):
-            raise api_error("forbidden", "This form is not of your session. Open its page again, then send it.")
+            raise api_error(
+                "forbidden", "This form does not belong to your session. Open its page again, then submit it."
+            )
 
 
-def find_viewer(site: App[Services], visit: RequestContext, sessions: Sessions) -> Viewer | None:
-    """Who asks; None where nobody has signed in. 401 where a token is sent that is not valid."""
+def find_viewer(app: App[Services], context: RequestContext, sessions: Sessions) -> Viewer | None:
+    """Return the viewer, None if nobody is signed in. Raise 401 if the request carries an invalid token."""
     viewer = None
-    if AUTHORIZATION in visit.head.headers:
-        viewer = Viewer(site, visit, site.authenticator.authenticate(visit.head.headers))
-    elif (session := sessions.find(session_cookie(visit))) is not None:
-        viewer = Viewer(site, visit, session.access, session)
+    if AUTHORIZATION in context.head.headers:
+        viewer = Viewer(app, context, app.authenticator.authenticate(context.head.headers))
+    elif (session := sessions.find(session_cookie(context))) is not None:
+        viewer = Viewer(app, context, session.access, session)
     if viewer is not None:
-        visit.admin = viewer.may_change
-        visit.by = "reader"
+        context.admin = viewer.may_change
+        context.by = "reader"
         if viewer.may_change:
-            visit.operator = operator_of(visit, viewer.name)
-            visit.by = visit.operator.by
+            context.operator = operator_of(context, viewer.name)
+            context.by = context.operator.by
     return viewer
 
 
-def redirect_with_flash(viewer: Viewer, place: str, message: str = "") -> Response:
-    """Done: on to a page, which says so. A reload of it does nothing again."""
+def redirect_with_flash(viewer: Viewer, url: str, message: str = "") -> Response:
+    """Redirect after a form is processed, so that reloading the page does not submit it again."""
     if message:
         viewer.flash(message)
-    return Response(redirect(place), status=303)
+    return Response(redirect(url), status=303)
 
 
-def is_live_update(visit: RequestContext) -> bool:
-    """Whether htmx asks for the living part of a page."""
-    return visit.head.headers.get("HX-Request") == "true"
+def is_live_update(context: RequestContext) -> bool:
+    """Return whether htmx requests the live region of a page."""
+    return context.head.headers.get("HX-Request") == "true"
 
 
-def request_target(visit: RequestContext) -> str:
-    """The address that was asked for."""
-    return f"{visit.path}?{visit.query}" if visit.query else visit.path
+def request_target(context: RequestContext) -> str:
+    """Return the path and query of the request."""
+    return f"{context.path}?{context.query}" if context.query else context.path
 
 
-def session_cookie(visit: RequestContext) -> str:
-    """The secret of the session, "" where there is none."""
-    wanted = session_cookie_name(visit)
-    for part in ";".join(visit.head.headers.getall("Cookie", ())).split(";"):
+def session_cookie(context: RequestContext) -> str:
+    """Return the session's secret id from the cookie, or ""."""
+    wanted = session_cookie_name(context)
+    for part in ";".join(context.head.headers.getall("Cookie", ())).split(";"):
         name, _, value = part.strip().partition("=")
         if name == wanted:
             return value
     return ""
 
 
-def session_cookie_name(visit: RequestContext) -> str:
-    """Browsers share cookies between the ports of a machine: two daemons there must not end each other's sessions."""
-    address = visit.connection.sockname
+def session_cookie_name(context: RequestContext) -> str:
+    """Name the cookie after the port: browsers share cookies between all ports of a host."""
+    address = context.connection.sockname
     return f"jobd_{address[1]}" if isinstance(address, tuple) else "jobd"
 
 
-def set_cookie(visit: RequestContext, value: str, max_age_s: float) -> str:
-    """The header's value that keeps the session's secret in the browser, or with an age of 0 takes it away."""
-    secure = "; Secure" if is_secure(visit) else ""
-    return f"{session_cookie_name(visit)}={value}; Path=/; HttpOnly; SameSite=Strict; Max-Age={max_age_s:.0f}{secure}"
+def set_cookie(context: RequestContext, value: str, max_age_s: float) -> str:
+    """Return the Set-Cookie value that stores the session's secret id, or deletes it if `max_age_s` is 0."""
+    secure = "; Secure" if is_secure(context) else ""
+    return f"{session_cookie_name(context)}={value}; Path=/; HttpOnly; SameSite=Strict; Max-Age={max_age_s:.0f}{secure}"
 
 
-def is_secure(visit: RequestContext) -> bool:
-    """Whether the browser came by TLS, to us or to a proxy before us. Of a proxy only a form tells: by its Origin, at
-    which the gate has looked. What else a proxy may say (X-Forwarded-Proto) anybody may.
+def is_secure(context: RequestContext) -> bool:
+    """Return whether the browser used TLS, to this daemon or to a proxy in front of it.
+
+    TLS at a proxy shows only in the Origin of a form, which the authenticator has checked. X-Forwarded-Proto is not
+    trusted: any client can send it.
     """
-    transport = visit.connection.transport
+    transport = context.connection.transport
     by_tls = transport is not None and transport.get_extra_info("sslcontext") is not None
-    return by_tls or visit.head.headers.get("Origin", "").startswith("https://")
+    return by_tls or context.head.headers.get("Origin", "").startswith("https://")

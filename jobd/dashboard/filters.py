@@ -1,7 +1,4 @@
-"""Which jobs a page is about: the filters as a form sends them, as the address keeps them, as the actor is asked.
-
-A form sends fields that are empty, too: they filter nothing. Asks nobody.
-"""
+"""Convert the job filters between form fields, URLs and search commands. Empty fields do not filter."""
 
 from __future__ import annotations
 
@@ -26,10 +23,10 @@ _UNITS: Final = {"s": SECOND_MS, "m": MINUTE_MS, "min": MINUTE_MS, "h": HOUR_MS,
 
 
 class JobFilter(Command, frozen=True, kw_only=True):
-    """`since` and `until` are of the creation, `finished_*` of the end: 2026-11-26 10:00 in UTC, or how long ago it
-    was, as in 2h.
+    """Filters of a job list. Times are UTC (2026-11-26 10:00) or relative to now (2h).
 
-    `error` is the fingerprint of a group of failures; None where the form has no such field.
+    `since` and `until` filter by creation, `finished_*` by the end of the job. `error` is the fingerprint of a failure
+    group, None if the form has no such field.
     """
 
     status: str = ""
@@ -45,57 +42,57 @@ class JobFilter(Command, frozen=True, kw_only=True):
 
 
 class JobsPageQuery(JobFilter, frozen=True, kw_only=True):
-    """`id`: to go on to one job instead."""
+    """The query of the list of jobs. `id` redirects to that job."""
 
     id: str = ""
     cursor: str = ""
 
 
-def active_filters(wanted: JobFilter) -> dict[str, str]:
-    """The filters that say something."""
-    return {name: value for name in FILTERS if (value := (getattr(wanted, name) or "").strip())}
+def active_filters(filters: JobFilter) -> dict[str, str]:
+    """Return the filters that are not empty."""
+    return {name: value for name in FILTERS if (value := (getattr(filters, name) or "").strip())}
 
 
-def filtered_url(place: str, wanted: JobFilter, **more: str) -> str:
-    """`place` with the filters, and with what else is not empty."""
-    query = urlencode({**active_filters(wanted), **{name: value for name, value in more.items() if value}})
-    return f"{place}?{query}" if query else place
+def filtered_url(path: str, filters: JobFilter, **fields: str) -> str:
+    """Return `path` with the active filters and the other non-empty fields as its query."""
+    query = urlencode({**active_filters(filters), **{name: value for name, value in fields.items() if value}})
+    return f"{path}?{query}" if query else path
 
 
-def search_fields(wanted: JobFilter, now: int) -> dict[str, Any]:
-    """The filters as the fields of a search. Raises Refused where a time is none."""
-    fields: dict[str, Any] = active_filters(wanted)
+def search_fields(filters: JobFilter, now: int) -> dict[str, Any]:
+    """Return the filters as the fields of a search. Raise ApiException if a time is invalid."""
+    fields: dict[str, Any] = active_filters(filters)
     for name in TIME_FILTERS:
         if name in fields:
             fields[name] = parse_time_field(name, fields[name], now)
     return fields
 
 
-def search_command(wanted: JobsPageQuery, now: int, limit: int) -> SearchJobs:
-    """What the actor is asked. Raises Refused where a filter is out of its bounds."""
-    fields = {**search_fields(wanted, now), "limit": limit, **({"cursor": wanted.cursor} if wanted.cursor else {})}
+def search_command(query: JobsPageQuery, now: int, limit: int) -> SearchJobs:
+    """Return the search for a page of jobs. Raise ApiException if a filter is out of its bounds."""
+    fields = {**search_fields(query, now), "limit": limit, **({"cursor": query.cursor} if query.cursor else {})}
     try:
         return msgspec.convert(fields, SearchJobs)
-    except msgspec.ValidationError as fault:
-        raise validation_error(str(fault), SearchJobs) from None
+    except msgspec.ValidationError as error:
+        raise validation_error(str(error), SearchJobs) from None
 
 
 def parse_time_field(name: str, text: str, now: int) -> int:
-    """The time that the field `name` says, Unix ms. Raises Refused where it is none."""
+    """Parse the time in the field `name` to Unix ms. Raise ApiException if it is invalid."""
     at = parse_time(text, now)
     if at is None:
         raise invalid_request_error(
-            f"$.{name}", "must be a time as in 2026-11-26 10:00 (UTC), or how long ago it was, as in 2h."
+            f"$.{name}", "must be a time such as 2026-11-26 10:00 (UTC), or a time ago such as 2h."
         )
     return at
 
 
 def parse_time(text: str, now: int) -> int | None:
-    """A time as people write it, Unix ms; None where it is none."""
-    if ago := _RELATIVE.fullmatch(text):
-        return max(now - int(ago[1]) * _UNITS[ago[2]], 0)
+    """Parse an absolute or relative time to Unix ms. Return None if it is invalid."""
+    if relative := _RELATIVE.fullmatch(text):
+        return max(now - int(relative[1]) * _UNITS[relative[2]], 0)
     try:
-        at = datetime.datetime.fromisoformat(text.removesuffix(" UTC"))  # as pages and jobctl write it
+        at = datetime.datetime.fromisoformat(text.removesuffix(" UTC"))  # as pages and jobctl print it
     except ValueError:
         return None
     if at.tzinfo is None:
@@ -103,10 +100,10 @@ def parse_time(text: str, now: int) -> int | None:
     return max(round(at.timestamp() * SECOND_MS), 0)
 
 
-def job_redirect(wanted: JobsPageQuery) -> str | None:
-    """Where to go on, if a job is asked for by its id."""
-    return job_url(wanted.id) if is_job_id(wanted.id) else None
+def job_redirect(query: JobsPageQuery) -> str | None:
+    """Return the URL of the job whose id was entered, None if there is none."""
+    return job_url(query.id) if is_job_id(query.id) else None
 
 
-def jobs_subscription(wanted: JobFilter) -> Subscription:
-    return Subscription(queue=wanted.queue) if is_job_id(wanted.queue) else Subscription()
+def jobs_subscription(filters: JobFilter) -> Subscription:
+    return Subscription(queue=filters.queue) if is_job_id(filters.queue) else Subscription()

@@ -1,7 +1,4 @@
-"""What an operator may do to one job, as data: from which states to which, and the command that does it.
-
-Decides nothing: whether it can be done is the actor's to say.
-"""
+"""The actions of operators on one job, as data: allowed statuses, resulting status, and command."""
 
 from __future__ import annotations
 
@@ -19,8 +16,7 @@ Verb = Literal["run-now", "extend", "release", "force-reset", "force-fail", "can
 
 
 class ActionTarget(Struct, frozen=True):
-    """What a action is done to, and how. `reason`: None where none was given; `lock_id`: the lock's secret, or "";
-    `result`: the number of a late result, None where it is about none."""
+    """The job and arguments of an action. `lock_id` is the secret of the lock, `result` the number of a late result."""
 
     id: str
     reason: str | None = None
@@ -29,10 +25,10 @@ class ActionTarget(Struct, frozen=True):
 
 
 class JobAction(Struct, frozen=True):
-    """`to` is the status afterwards, None where it stays; `shell` is the same for a terminal, "" where there is none.
+    """An action on one job.
 
-    `wants_result`: it is about one of the job's late results, and its button is beside that. `call`: method and path of
-    the same in the admin API; where that has no `{id}` the body names the job.
+    `to` is the status afterwards, None if it does not change. `cli_command` is the equivalent of jobctl, if any.
+    `api_call` is the method and path in the admin API; without `{id}` in the path, the body names the job.
     """
 
     verb: Verb
@@ -52,7 +48,7 @@ _ALL: Final = (
     JobAction(
         "run-now",
         "Run now",
-        "It becomes due at once. Its place among jobs of the same priority is that of now.",
+        "The job becomes due now. Among jobs of the same priority it is ordered by this time.",
         frozenset({"queued"}),
         None,
         lambda on: RunNow(id=on.id, reason=on.reason),
@@ -62,7 +58,7 @@ _ALL: Final = (
     JobAction(
         "extend",
         "Extend lock",
-        "The lock lives for its whole time again, from now on. The worker keeps the job and notices nothing.",
+        "The lock lasts for its full TTL again, from now on. The worker keeps the job and is not notified.",
         frozenset({"processing"}),
         None,
         lambda on: ExtendLock(id=on.id, lock_id=on.lock_id, reason=on.reason),
@@ -72,7 +68,7 @@ _ALL: Final = (
     JobAction(
         "release",
         "Release",
-        "The job goes back to its queue and keeps its place; the attempt does not count. The worker has lost it.",
+        "The job returns to its queue and keeps its position; the attempt does not count. The worker loses the lock.",
         frozenset({"processing"}),
         "queued",
         lambda on: ReleaseLock(id=on.id, lock_id=on.lock_id, reason=on.reason),
@@ -82,8 +78,8 @@ _ALL: Final = (
     JobAction(
         "force-reset",
         "Reset",
-        "The job waits again as if it were new: no attempts, no stalls, no error, due now. A worker that holds it has "
-        "lost it, and may have done half of the work.",
+        "The job is queued again as if it were new: no attempts, no stalls, no error, due now. A worker that holds it "
+        "loses the lock, and may have done part of the work.",
         frozenset({"processing", "failed", "cancelled"}),
         "queued",
         lambda on: ForceReset(id=on.id, reason=on.reason),
@@ -94,7 +90,7 @@ _ALL: Final = (
     JobAction(
         "force-fail",
         "Fail",
-        "The job ends as failed, with your reason as its error. A worker that holds it has lost it.",
+        "The job fails, with your reason as its error. A worker that holds it loses the lock.",
         frozenset({"queued", "processing"}),
         "failed",
         lambda on: ForceFail(id=on.id, reason=on.reason),
@@ -105,7 +101,7 @@ _ALL: Final = (
     JobAction(
         "cancel",
         "Cancel",
-        "The job ends as cancelled. A worker that holds it is told to stop with its next call.",
+        "The job is cancelled. A worker that holds it learns this from its next call.",
         frozenset({"queued", "processing"}),
         "cancelled",
         lambda on: Cancel(id=on.id, reason=on.reason),
@@ -116,7 +112,7 @@ _ALL: Final = (
     JobAction(
         "delete",
         "Delete",
-        "The job and its history are gone for good.",
+        "The job and its history are deleted permanently.",
         frozenset({"completed", "failed", "cancelled"}),
         "gone",
         lambda on: Delete(id=on.id, reason=on.reason),
@@ -127,7 +123,8 @@ _ALL: Final = (
     JobAction(
         "adopt",
         "Adopt",
-        "The job is completed with what this worker brought after it had lost its lock. Nothing of the job runs again.",
+        "The job is completed with the result that this worker submitted after its lock expired. It will not "
+        "run again.",
         frozenset({"queued", "failed", "cancelled"}),
         "completed",
         lambda on: Adopt(id=on.id, result=on.result, reason=on.reason),
@@ -140,12 +137,12 @@ JOB_ACTIONS: Final[dict[str, JobAction]] = {action.verb: action for action in _A
 
 
 def visible_lock_id(job: JobView) -> str:
-    """The secret of the job's lock, "" where there is none or it is not shown."""
+    """Return the secret of the job's lock, "" if there is none or it is hidden."""
     return "" if job.lock is None or job.lock.lock_id is UNSET else job.lock.lock_id
 
 
 def available_actions(job: JobView, now: int) -> list[JobAction]:
-    """What can be done to `job` as it is."""
+    """Return the actions that the job's status allows, except those on late results."""
     return [action for action in _ALL if not action.needs_late_result and is_allowed(action, job, now)]
 
 
@@ -155,16 +152,16 @@ def is_allowed(action: JobAction, job: JobView, now: int) -> bool:
     return job.status in action.allowed_from and (not action.needs_lock or visible_lock_id(job) != "")
 
 
-def curl_command(action: JobAction, on: ActionTarget, base: str) -> str:
-    """The action as a call of curl; the lock's secret is left to who has it."""
+def curl_command(action: JobAction, target: ActionTarget, base_url: str) -> str:
+    """Return the action as a curl command, with a placeholder for the secret of the lock."""
     method, _, path = action.api_call.partition(" ")
-    body: dict[str, object] = {} if "{id}" in path else {"jobId": on.id}
+    body: dict[str, object] = {} if "{id}" in path else {"jobId": target.id}
     if action.needs_lock:
         body["lockId"] = "LOCK_ID"
-    if action.needs_late_result and on.result is not None:
-        body["result"] = on.result
-    body["reason"] = "WHY"
-    sent = f" -H 'Content-Type: application/json' -d '{msgspec.json.encode(body).decode()}'"
-    place = f"{base}/admin/job-management/{path.replace('{id}', on.id)}"
-    call = curl_prefix(on.id if "{id}" in path else "")
-    return f'{call} -X {method} -H "Authorization: Bearer $ADMIN_TOKEN"{sent} {place}'
+    if action.needs_late_result and target.result is not None:
+        body["result"] = target.result
+    body["reason"] = "REASON"
+    content = f" -H 'Content-Type: application/json' -d '{msgspec.json.encode(body).decode()}'"
+    url = f"{base_url}/admin/job-management/{path.replace('{id}', target.id)}"
+    curl = curl_prefix(target.id if "{id}" in path else "")
+    return f'{curl} -X {method} -H "Authorization: Bearer $ADMIN_TOKEN"{content} {url}'

@@ -1,6 +1,6 @@
-"""A stream that tells an open page when there is news for it: that, and never what it is; the page then asks itself.
+"""Stream to open pages when something has changed. The page then requests its own update.
 
-So nobody gets anything by it that he would not get without. It ends with the session that opened it.
+Events carry no data, so the stream discloses nothing. It ends with the session that opened it.
 """
 
 from __future__ import annotations
@@ -29,51 +29,54 @@ from jobd.model.errors import ApiException, api_error
 from jobd.model.job import JobId, QueueName
 from jobd.model.responses import Response
 
-# Between two pieces of news, however much happens: a page costs the daemon some ms.
+# Minimum time between two events: rendering a page costs the daemon some milliseconds.
 MIN_INTERVAL_S: Final = 1.0
-MIN_LIST_INTERVAL_S: Final = 2.0  # where the page is about more than one job
-SESSION_CHECK_S: Final = 5.0  # after this time at most an ended session ends its stream
+MIN_LIST_INTERVAL_S: Final = 2.0  # if the page shows more than one job
+SESSION_CHECK_S: Final = 5.0  # a stream outlives its session by at most this
 
 log = structlog.get_logger("jobd.dashboard")
 
 
 class Subscription(Command, frozen=True, kw_only=True):
-    """News of a job, of a queue, or of everything."""
+    """Subscribe to changes of one job, of one queue, or of everything."""
 
     job_id: JobId | None = None
     queue: QueueName | None = None
 
 
-def live_url(live: Subscription) -> str:
-    """The address at which a page hears of it."""
-    given = {name: value for name, value in msgspec.structs.asdict(live).items() if value is not None}
-    return f"/live?{urlencode(given)}" if given else "/live"
+def live_url(subscription: Subscription) -> str:
+    """Return the URL of the event stream."""
+    fields = {name: value for name, value in msgspec.structs.asdict(subscription).items() if value is not None}
+    return f"/live?{urlencode(fields)}" if fields else "/live"
 
 
 async def live_stream(
-    site: App[Services], visit: RequestContext, asked: Subscription, viewer: Callable[[], Viewer | None]
+    app: App[Services],
+    context: RequestContext,
+    subscription: Subscription,
+    current_viewer: Callable[[], Viewer | None],
 ) -> web.StreamResponse | Response:
-    """The stream. `viewer` says who asks, as of now."""
-    if not _is_signed_in(viewer):
-        raise api_error("unauthorized", "Nobody is signed in here.")
-    if visit.method == hdrs.METH_HEAD:
+    """Stream events until the page closes or `current_viewer` is no longer signed in."""
+    if not _is_signed_in(current_viewer):
+        raise api_error("unauthorized", "Sign in first.")
+    if context.method == hdrs.METH_HEAD:
         return Response(RawBody(EVENT_STREAM, b"", HEADERS))
-    transport, request = visit.connection.transport, visit.request
+    transport, request = context.connection.transport, context.request
     if transport is None or request is None:
         raise ConnectionResetError("the client is gone")
-    watcher = site.services.feed.watch(queue=asked.queue, job_id=asked.job_id, cut=transport.abort)
+    watcher = app.services.feed.watch(queue=subscription.queue, job_id=subscription.job_id, cut=transport.abort)
     try:
         response = web.StreamResponse(
             headers={"Content-Type": EVENT_STREAM, "Server": "jobd", **SAFE_HEADERS, **HEADERS}
         )
         await response.prepare(request)
         probe_for_hangup(request, response)
-        floor_s = MIN_LIST_INTERVAL_S if asked.job_id is None else MIN_INTERVAL_S
+        interval_s = MIN_LIST_INTERVAL_S if subscription.job_id is None else MIN_INTERVAL_S
         try:
-            await _send_events(response, watcher, viewer, floor_s)
+            await _send_events(response, watcher, current_viewer, interval_s)
             await response.write_eof()
         except Exception as error:
-            if not (isinstance(error, ConnectionError) and visit.is_disconnected):  # then the page is closed
+            if not (isinstance(error, ConnectionError) and context.is_disconnected):  # else the page was closed
                 log.info("live_cut_off", error=type(error).__name__)
             transport.abort()
             raise ConnectionResetError("live stream cut off") from None
@@ -83,38 +86,41 @@ async def live_stream(
 
 
 async def _send_events(
-    response: web.StreamResponse, watcher: Watcher, viewer: Callable[[], Viewer | None], floor_s: float
+    response: web.StreamResponse,
+    watcher: Watcher,
+    current_viewer: Callable[[], Viewer | None],
+    interval_s: float,
 ) -> None:
     clock = asyncio.get_running_loop().time
     await write(response, b"retry: %d\nevent: live\ndata:\n\n" % RETRY_MS)
-    spoke_s = clock()
+    last_sent_s = clock()
     while not watcher.over.is_set():
-        has_news = await _wait(watcher.news, SESSION_CHECK_S)
-        if not _is_signed_in(viewer):
+        has_changed = await _wait(watcher.news, SESSION_CHECK_S)
+        if not _is_signed_in(current_viewer):
             await write(response, b"event: end\ndata:\n\n")
             return
-        if has_news and not watcher.over.is_set():
+        if has_changed and not watcher.over.is_set():
             watcher.news.clear()
             await write(response, b"event: change\ndata:\n\n")
-            spoke_s = clock()
-            await _wait(watcher.over, floor_s)
-        elif clock() - spoke_s >= HEARTBEAT_S:
-            await write(response, b": still here\n\n")
-            spoke_s = clock()
+            last_sent_s = clock()
+            await _wait(watcher.over, interval_s)
+        elif clock() - last_sent_s >= HEARTBEAT_S:
+            await write(response, b": keep-alive\n\n")
+            last_sent_s = clock()
 
 
-async def _wait(happened: asyncio.Event, at_most_s: float) -> bool:
-    """Whether it has, after this time at most."""
+async def _wait(event: asyncio.Event, timeout_s: float) -> bool:
+    """Wait for an event. Return whether it happened in time."""
     try:
-        async with asyncio.timeout(at_most_s):
-            return await happened.wait()
+        async with asyncio.timeout(timeout_s):
+            return await event.wait()
     except TimeoutError:
         return False
 
 
-def _is_signed_in(viewer: Callable[[], Viewer | None]) -> bool:
-    """Whether who asked is still somebody. This is a look at the page, so the session does not end by idleness."""
+def _is_signed_in(current_viewer: Callable[[], Viewer | None]) -> bool:
+    """Return whether the viewer is still signed in. This counts as use, so an open page keeps its session alive."""
     try:
-        return viewer() is not None
-    except ApiException:  # a token that is valid no more
+        return current_viewer() is not None
+    except ApiException:  # the token was revoked
         return False

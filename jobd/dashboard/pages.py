@@ -1,6 +1,6 @@
-"""What each page shows: the commands that it asks, and their answers as the templates take them.
+"""Load the data of each page: send queries to the actor, and arrange the responses for the templates.
 
-Changes nothing. Every list has a bound, and says what is beyond it.
+Every list is bounded, and its page shows what is beyond the bound.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError, ApiException, api_error
 from jobd.model.job import STATUSES, QueueName, may_adopt
-from jobd.model.responses import AuditPage as AuditEntries
 from jobd.model.responses import (
+    AuditPage,
     JobPage,
     JobView,
     LateResultList,
@@ -71,15 +71,15 @@ from jobd.monitoring.timeseries import Timeseries
 PageData = dict[str, Any]
 
 PER_PAGE: Final = 50
-MAX_QUARANTINED: Final = 200  # of damaged jobs
+MAX_QUARANTINED: Final = 200
 MAX_QUEUES: Final = 100
-MAX_WORKERS: Final = 50  # of workers and of locks
+MAX_WORKERS: Final = 50  # and locks
 MAX_EVENTS: Final = 200
 MAX_REPORTS: Final = 50
-MAX_GROUPS: Final = 100  # of failures
-MAX_SCANNED: Final = 50_000  # jobs: a page that looks at more, for those that match, does so once
-INDEXED_STATUSES: Final = ("queued", "processing", "failed", "cancelled")  # statuses that have an index
-BULK_ACTIONS: Final = {  # on many jobs
+MAX_GROUPS: Final = 100  # failure groups
+MAX_SCANNED: Final = 50_000  # jobs; a list whose search scans more does not update itself
+INDEXED_STATUSES: Final = ("queued", "processing", "failed", "cancelled")
+BULK_ACTIONS: Final = {
     "retry": "Retry",
     "force-reset": "Reset",
     "cancel": "Cancel",
@@ -93,15 +93,15 @@ AUDITED_ACTIONS: Final = (
     "resend-delivery", "resend-given-up", "test-webhook", "plan-retry", "plan-force-reset", "plan-cancel",
     "plan-force-fail", "plan-delete", "plan-recover-stuck", "plan-cleanup",
 )  # fmt: skip
-PAUSED_QUEUES: Final = Queues(paused=True, limit=20)  # asked by every page, so it costs by the paused queues alone
+PAUSED_QUEUES: Final = Queues(paused=True, limit=20)  # sent by every page; its cost depends on paused queues only
 PAUSE_CHOICES: Final = (("15 minutes", "900000"), ("1 hour", "3600000"), ("4 hours", "14400000"), ("1 day", "86400000"))
-MAX_SILENT_NAMES: Final = 3  # silent workers that the overview names
-MAX_QUEUE_NAMES: Final = 200  # of queues that a filter offers
+MAX_SILENT_NAMES: Final = 3  # silent workers named in the overview
+MAX_QUEUE_NAMES: Final = 200  # queues suggested in a filter
 _HOST: Final = re.compile(r"[A-Za-z0-9.:\[\]-]{1,200}")
 
 
 class AuditPageQuery(Command, frozen=True, kw_only=True):
-    """A form sends fields that are empty, too: they filter nothing."""
+    """Filters of the audit log. Empty fields do not filter."""
 
     who: str = ""
     what: str = ""
@@ -111,13 +111,13 @@ class AuditPageQuery(Command, frozen=True, kw_only=True):
 
 
 class QueuesPageQuery(Command, frozen=True, kw_only=True):
-    """`cursor`: the queue behind which the page begins."""
+    """`cursor` is the name of the queue before the page."""
 
     cursor: QueueName | None = None
 
 
 class WorkersPageQuery(Command, frozen=True, kw_only=True):
-    """Cursors of the page: `cursor` of the locks, `seen` of the workers. `state` selects workers; else all not gone."""
+    """`cursor` is that of the locks, `seen` that of the workers. Without `state`, all workers that are not gone."""
 
     cursor: Cursor | None = None
     seen: WorkerCursor | None = None
@@ -129,24 +129,24 @@ class JobPageQuery(JobCommand, frozen=True, kw_only=True):
 
 
 class ConfirmPageQuery(JobCommand, frozen=True, kw_only=True):
-    """`result`: which late result, for a action that is about one."""
+    """`result` is the number of the late result, for an action on one."""
 
     verb: Verb
     result: Annotated[int, Meta(ge=1)] | None = None
 
 
 async def query(viewer: Viewer, *commands: Command) -> list[Any]:
-    """The data of the answers; Refused where one of them is a no."""
-    return [answer.data for answer in await query_responses(viewer, *commands)]
+    """Send commands, and return the data of their responses. Raise ApiException if one fails."""
+    return [response.data for response in await query_responses(viewer, *commands)]
 
 
 async def query_responses(viewer: Viewer, *commands: Command) -> list[Response]:
-    """The answers; Refused where one of them is a no."""
-    found = await asyncio.gather(*(viewer.ask(command) for command in commands))
-    for answer in found:
-        if isinstance(answer, ApiError):
-            raise ApiException(answer)
-    return [answer for answer in found if isinstance(answer, Response)]
+    """Send commands, and return their responses. Raise ApiException if one fails."""
+    results = await asyncio.gather(*(viewer.ask(command) for command in commands))
+    for result in results:
+        if isinstance(result, ApiError):
+            raise ApiException(result)
+    return [result for result in results if isinstance(result, Response)]
 
 
 async def overview(viewer: Viewer, recorder: Timeseries) -> PageData:
@@ -166,13 +166,13 @@ async def overview(viewer: Viewer, recorder: Timeseries) -> PageData:
         "vitals": await services.metrics.vitals(),
         "disk": await services.disk_space(),
         "clock": services.clock_view(),
-        "damaged": len(services.quarantine()),
+        "quarantined": len(services.quarantine()),
         **banners(viewer, paused),
     }
 
 
 def banners(viewer: Viewer, paused: QueueList) -> PageData:
-    """What every page says at its top: paused queues (the answer to PAUSED), and alerts."""
+    """Return the data of the banners on every page: paused queues (the response to PAUSED_QUEUES) and alerts."""
     return {
         "paused": paused.queues,
         "more_paused": paused.next_cursor is not None,
@@ -180,47 +180,46 @@ def banners(viewer: Viewer, paused: QueueList) -> PageData:
     }
 
 
-async def jobs(viewer: Viewer, wanted: JobsPageQuery) -> PageData:
-    shown: PageData = {"wanted": wanted, "statuses": STATUSES, "page": JobPage([], None), "error": "", "next": ""}
-    shown |= {
-        "filters": active_filters(wanted),
+async def jobs(viewer: Viewer, request: JobsPageQuery) -> PageData:
+    data: PageData = {"form": request, "statuses": STATUSES, "page": JobPage([], None), "error": "", "next": ""}
+    data |= {
+        "filters": active_filters(request),
         "actions": BULK_ACTIONS if viewer.may_change else {},
         "first": "",
         "by_status": [],
     }
-    shown["queues"] = [] if is_live_update(viewer.visit) else viewer.app.services.queue_names(MAX_QUEUE_NAMES)
+    data["queues"] = [] if is_live_update(viewer.context) else viewer.app.services.queue_names(MAX_QUEUE_NAMES)
     try:
-        command = search_command(wanted, viewer.now, PER_PAGE)
-    except ApiException as no:
+        command = search_command(request, viewer.now, PER_PAGE)
+    except ApiException as exception:
         (paused,) = await query(viewer, PAUSED_QUEUES)
-        refusal = no.error
-        fault = {"error": refusal.message, "status": refusal.status, "interval_s": 0}
-        return {**shown, **fault, **banners(viewer, paused)}
-    found, paused = await query_responses(viewer, command, PAUSED_QUEUES)
-    page: JobPage = found.data
-    more = filtered_url("/jobs", wanted, cursor=page.next_cursor) if page.next_cursor else ""
-    first = filtered_url("/jobs", wanted) if wanted.cursor else ""
-    looks_slowly = bool(wanted.q or wanted.error)
-    if page.looked_to_at and not wanted.status and not looks_slowly:
-        shown["by_status"] = [
-            (status, filtered_url("/jobs", replace(wanted, status=status))) for status in INDEXED_STATUSES
+        error = {"error": exception.error.message, "status": exception.error.status, "interval_s": 0}
+        return {**data, **error, **banners(viewer, paused)}
+    response, paused = await query_responses(viewer, command, PAUSED_QUEUES)
+    page: JobPage = response.data
+    next_url = filtered_url("/jobs", request, cursor=page.next_cursor) if page.next_cursor else ""
+    first = filtered_url("/jobs", request) if request.cursor else ""
+    is_slow = bool(request.q or request.error)
+    if page.looked_to_at and not request.status and not is_slow:
+        data["by_status"] = [
+            (status, filtered_url("/jobs", replace(request, status=status))) for status in INDEXED_STATUSES
         ]
-    looks_on = bool(more) and not page.jobs  # by itself, into the part of the page that would be renewed
-    if wanted.cursor or looks_slowly or looks_on or found.scanned > MAX_SCANNED:
-        shown["interval_s"] = 0  # what is older stays where it is, and looking costs
-    shown |= {"page": page, "next": more, "first": first}
-    return {**shown, **banners(viewer, paused.data)}
+    continues = bool(next_url) and not page.jobs  # the page loads the next one into its live region
+    if request.cursor or is_slow or continues or response.scanned > MAX_SCANNED:
+        data["interval_s"] = 0  # older pages do not change, and scans are expensive
+    data |= {"page": page, "next": next_url, "first": first}
+    return {**data, **banners(viewer, paused.data)}
 
 
-async def open_job(viewer: Viewer, wanted: JobPageQuery) -> PageData:
-    """The job's page. One that is open says so when the job is gone, in place of what could be done to it."""
+async def open_job(viewer: Viewer, request: JobPageQuery) -> PageData:
+    """Show a job. An open page shows a note when the job has been deleted meanwhile."""
     try:
-        return await job(viewer, wanted.id)
-    except ApiException as no:
-        if no.error.code != "job_not_found" or not is_live_update(viewer.visit):
+        return await job(viewer, request.id)
+    except ApiException as exception:
+        if exception.error.code != "job_not_found" or not is_live_update(viewer.context):
             raise
     [paused] = await query(viewer, PAUSED_QUEUES)
-    return {"part": "job_deleted.live.html", "job_id": wanted.id, **banners(viewer, paused)}
+    return {"part": "job_deleted.live.html", "job_id": request.id, **banners(viewer, paused)}
 
 
 async def job(viewer: Viewer, job_id: str) -> PageData:
@@ -242,11 +241,11 @@ async def job(viewer: Viewer, job_id: str) -> PageData:
         "payload": pretty_json(Raw(b"null") if view.payload is UNSET else view.payload),
         "metadata": None if view.metadata is None else pretty_json(view.metadata),
         "events": events[::-1][:MAX_EVENTS],
-        "are_older": len(events) > MAX_EVENTS,
+        "has_older_events": len(events) > MAX_EVENTS,
         "why": why,
-        "late": late.late_results[::-1],
+        "late_results": late.late_results[::-1],
         "can_adopt": viewer.may_change and is_allowed(JOB_ACTIONS["adopt"], view, viewer.now),
-        "has_store": viewer.app.services.downloads.has_store,
+        "has_artifacts": viewer.app.services.downloads.has_store,
         "actions": available_actions(view, viewer.now) if viewer.may_change else [],
         "base_url": base_url(viewer),
         "no_link_reason": partial(no_link_reason, own=own_hosts(viewer)),
@@ -255,20 +254,21 @@ async def job(viewer: Viewer, job_id: str) -> PageData:
 
 
 def base_url(viewer: Viewer) -> str:
-    """The address of this daemon as the browser knows it, fit for a command line. A look tells no Origin: whether a
-    proxy before us speaks TLS is known from the sign-in.
+    """Return the URL of this daemon as the browser sees it, for use in a command line.
+
+    A GET has no Origin header, so the session remembers from the sign-in whether a proxy uses TLS.
     """
-    host = viewer.visit.head.headers.get("Host", "")
-    tls = is_secure(viewer.visit) or (viewer.session is not None and viewer.session.by_tls)
+    host = viewer.context.head.headers.get("Host", "")
+    tls = is_secure(viewer.context) or (viewer.session is not None and viewer.session.by_tls)
     return f"http{'s' if tls else ''}://{host if _HOST.fullmatch(host) else 'localhost'}"
 
 
-async def confirm(viewer: Viewer, wanted: ConfirmPageQuery) -> PageData:
-    found: VersionedJob
-    found, paused = await query(viewer, GetVersion(id=wanted.id), PAUSED_QUEUES)
-    view = found.job
-    action: JobAction = JOB_ACTIONS[wanted.verb]
-    late = await _late_result(viewer, wanted.id, wanted.result) if action.needs_late_result else None
+async def confirm(viewer: Viewer, request: ConfirmPageQuery) -> PageData:
+    versioned: VersionedJob
+    versioned, paused = await query(viewer, GetVersion(id=request.id), PAUSED_QUEUES)
+    view = versioned.job
+    action = JOB_ACTIONS[request.verb]
+    late = await _late_result(viewer, request.id, request.result) if action.needs_late_result else None
     return {
         "job": view,
         "late": late,
@@ -276,52 +276,50 @@ async def confirm(viewer: Viewer, wanted: ConfirmPageQuery) -> PageData:
         "deletes_artifacts": action.verb == "delete" and viewer.app.services.downloads.has_store,
         "no_link_reason": partial(no_link_reason, own=own_hosts(viewer)),
         "curl": curl_command(
-            action, ActionTarget(wanted.id, result=None if late is None else late.seq), base_url(viewer)
+            action, ActionTarget(request.id, result=None if late is None else late.seq), base_url(viewer)
         ),
         "base_url": base_url(viewer),
         "action": action,
         "is_allowed": is_allowed(action, view, viewer.now),
-        "version": found.version,
+        "job_version": versioned.version,
         **banners(viewer, paused),
     }
 
 
 async def _late_note(viewer: Viewer, action: JobAction, job: JobView) -> str | None:
-    """What is to be known of the job's late results before `action`; None: nothing."""
+    """Return a warning about the job's late results before `action`, None if there is none."""
     if not (action.verb in BULK_ACTIONS and is_allowed(action, job, viewer.now)):
         return None
     count = len(await _late_results(viewer, job.id))
     if may_adopt(job.status):
         return late_results_note(action.verb, [count])
-    return f"Work that came late goes with it: {count} of it." if count else None
+    return f"Late results are deleted with it: {count}." if count else None
 
 
 async def _late_result(viewer: Viewer, job_id: str, seq: int | None) -> LateResultView:
-    """The one that is asked for, or the latest. Refused where there is none."""
+    """Return the late result with this number, or the latest. Raise 404 if there is none."""
     for late in reversed(await _late_results(viewer, job_id)):
         if seq in (None, late.seq):
             return late
-    raise api_error("late_result_not_found", f"Job {job_id} has no such late result (any more).")
+    raise api_error("late_result_not_found", f"Job {job_id} has no such late result, or no longer has it.")
 
 
 def own_hosts(viewer: Viewer) -> set[str]:
-    """The names of the host that the browser has come to, or may come to."""
-    return {host_name(viewer.visit.head.headers.get("Host", "")), *(viewer.app.authenticator.hosts or ())} - {""}
+    """Return the host names under which browsers reach this daemon."""
+    return {host_name(viewer.context.head.headers.get("Host", "")), *(viewer.app.authenticator.hosts or ())} - {""}
 
 
-async def external_url(viewer: Viewer, wanted: ArtifactRequest) -> str:
-    """The `download_url` of a job or of its late result. Refused where there is none that one may be led to."""
-    if wanted.late_result is None:
+async def external_url(viewer: Viewer, request: ArtifactRequest) -> str:
+    """Return the `download_url` of a job or of its late result. Raise 404 if there is none that may be a link."""
+    if request.late_result is None:
         view: JobView
-        [view] = await query(viewer, Get(id=wanted.id))
+        [view] = await query(viewer, Get(id=request.id))
         url = view.download_url
     else:
-        late = await _late_result(viewer, wanted.id, wanted.late_result)
+        late = await _late_result(viewer, request.id, request.late_result)
         url = late.download_url
     if url is None or no_link_reason(url, own_hosts(viewer)) is not None:
-        raise api_error(
-            "not_found", "There is no address here that leads elsewhere. See what stands on the job's page."
-        )
+        raise api_error("not_found", "This job has no external link. See its page for the result.")
     return url
 
 
@@ -333,49 +331,51 @@ async def _late_results(viewer: Viewer, job_id: str) -> list[LateResultView]:
 
 async def failures(viewer: Viewer) -> PageData:
     [paused] = await query(viewer, PAUSED_QUEUES)
-    return {"found": viewer.app.services.failures.view(MAX_GROUPS), **banners(viewer, paused)}
+    return {"failures": viewer.app.services.failures.view(MAX_GROUPS), **banners(viewer, paused)}
 
 
-async def queues(viewer: Viewer, recorder: Timeseries, wanted: QueuesPageQuery) -> PageData:
-    """In the order of their names, which stays: a row that moves away under a finger is another queue's."""
+async def queues(viewer: Viewer, recorder: Timeseries, request: QueuesPageQuery) -> PageData:
+    """Show queues by name, so that rows do not move while somebody is about to press a button."""
     found: QueueList
-    found, paused = await query(viewer, Queues(limit=MAX_QUEUES, cursor=wanted.cursor), PAUSED_QUEUES)
+    found, paused = await query(viewer, Queues(limit=MAX_QUEUES, cursor=request.cursor), PAUSED_QUEUES)
     return {
-        "rows": found.queues,
+        "queues": found.queues,
         "rates": {queue.name: recorder.queue(queue.name, viewer.now) for queue in found.queues},
         "since": recorder.started,
         "next": f"/queues?{urlencode({'cursor': found.next_cursor})}" if found.next_cursor else "",
-        "is_first": wanted.cursor is None,
-        "cursor": wanted.cursor,
+        "is_first": request.cursor is None,
+        "cursor": request.cursor,
         "pause_choices": PAUSE_CHOICES,
         **banners(viewer, paused),
     }
 
 
-async def workers(viewer: Viewer, wanted: WorkersPageQuery) -> PageData:
-    """Two lists, each of which is walked by itself."""
-    in_state = {"state": wanted.state} if wanted.state else {}
+async def workers(viewer: Viewer, request: WorkersPageQuery) -> PageData:
+    """Show two lists, workers and locks, each with its own cursor."""
+    state_filter = {"state": request.state} if request.state else {}
     found: WorkerList
-    held: LockList
+    locks: LockList
     stats: StatsView
-    found, held, stats, paused = await query(
+    found, locks, stats, paused = await query(
         viewer,
-        Workers(limit=MAX_WORKERS, cursor=wanted.seen, state=wanted.state),
-        Locks(limit=MAX_WORKERS, cursor=wanted.cursor),
+        Workers(limit=MAX_WORKERS, cursor=request.seen, state=request.state),
+        Locks(limit=MAX_WORKERS, cursor=request.cursor),
         Stats(),
         PAUSED_QUEUES,
     )
     return {
         "workers": found.workers,
         "by_state": found.by_state,
-        "state": wanted.state,
-        "remembered_since": found.since,
-        "next_workers": f"/workers?{urlencode(in_state | {'seen': found.next_cursor})}" if found.next_cursor else "",
-        "are_first": wanted.seen is None,
-        "locks": held.locks,
-        "held": stats.by_status["processing"],
-        "next": f"/workers?cursor={held.next_cursor}#h-locks" if held.next_cursor else "",
-        "is_first": wanted.cursor is None,
+        "state": request.state,
+        "since": found.since,
+        "next_workers": f"/workers?{urlencode(state_filter | {'seen': found.next_cursor})}"
+        if found.next_cursor
+        else "",
+        "is_first_workers": request.seen is None,
+        "locks": locks.locks,
+        "processing": stats.by_status["processing"],
+        "next_locks": f"/workers?cursor={locks.next_cursor}#h-locks" if locks.next_cursor else "",
+        "is_first_locks": request.cursor is None,
         **banners(viewer, paused),
     }
 
@@ -393,45 +393,51 @@ async def cleanup(viewer: Viewer) -> PageData:
 async def alerts(viewer: Viewer) -> PageData:
     services = viewer.app.services
     [paused] = await query(viewer, PAUSED_QUEUES)
-    damaged = services.quarantine()
+    quarantined = services.quarantine()
     return {
         "alerts": sorted(services.alerts.evaluate(), key=lambda alert: not alert.firing),
         "health": await services.health.view(),
         "clock": services.clock_view(),
-        "damaged": damaged[:MAX_QUARANTINED],
-        "more_damaged": max(len(damaged) - MAX_QUARANTINED, 0),
+        "quarantined": quarantined[:MAX_QUARANTINED],
+        "more_quarantined": max(len(quarantined) - MAX_QUARANTINED, 0),
         **banners(viewer, paused),
     }
 
 
-async def audit(viewer: Viewer, wanted: AuditPageQuery) -> PageData:
+async def audit(viewer: Viewer, request: AuditPageQuery) -> PageData:
     filters = {
         name: value.strip()
-        for name, value in msgspec.structs.asdict(wanted).items()
+        for name, value in msgspec.structs.asdict(request).items()
         if value.strip() and name != "cursor"
     }
-    shown: PageData = {
-        "wanted": wanted,
+    data: PageData = {
+        "form": request,
         "known_actions": AUDITED_ACTIONS,
         "entries": [],
         "error": "",
         "next": "",
         "first": "",
     }
-    asks: PageData = {**filters, "limit": PER_PAGE, **({"cursor": wanted.cursor} if wanted.cursor else {})}
+    fields: PageData = {**filters, "limit": PER_PAGE, **({"cursor": request.cursor} if request.cursor else {})}
     [paused] = await query(viewer, PAUSED_QUEUES)
     try:
-        if wanted.since.strip():
-            asks["since"] = parse_time_field("since", wanted.since.strip(), viewer.now)
-        command = msgspec.convert(asks, AuditLog)
-    except (ApiException, msgspec.ValidationError) as fault:
-        no = fault.error if isinstance(fault, ApiException) else validation_error(str(fault), AuditLog).error
-        return {**shown, "error": no.message, "status": no.status, "interval_s": 0, **banners(viewer, paused)}
-    page: AuditEntries
+        if request.since.strip():
+            fields["since"] = parse_time_field("since", request.since.strip(), viewer.now)
+        command = msgspec.convert(fields, AuditLog)
+    except (ApiException, msgspec.ValidationError) as exception:
+        known = exception if isinstance(exception, ApiException) else validation_error(str(exception), AuditLog)
+        return {
+            **data,
+            "error": known.error.message,
+            "status": known.error.status,
+            "interval_s": 0,
+            **banners(viewer, paused),
+        }
+    page: AuditPage
     [page] = await query(viewer, command)
-    shown["entries"] = page.entries
+    data["entries"] = page.entries
     if page.next_cursor:
-        shown["next"] = f"/audit?{urlencode({**filters, 'cursor': page.next_cursor})}"
-    if wanted.cursor:
-        shown |= {"interval_s": 0, "first": f"/audit?{urlencode(filters)}" if filters else "/audit"}
-    return {**shown, **banners(viewer, paused)}
+        data["next"] = f"/audit?{urlencode({**filters, 'cursor': page.next_cursor})}"
+    if request.cursor:
+        data |= {"interval_s": 0, "first": f"/audit?{urlencode(filters)}" if filters else "/audit"}
+    return {**data, **banners(viewer, paused)}

@@ -1,7 +1,4 @@
-"""What is done to many jobs: planned from the page of jobs, shown, applied. Plans themselves are kept by the daemon.
-
-Does nothing to a job: it asks for a plan, and for its being applied.
-"""
+"""Plan an action on many jobs, show the plan, and apply it. The daemon holds the plans."""
 
 from __future__ import annotations
 
@@ -31,23 +28,23 @@ from jobd.model.responses import PlanView, Response, plan_late_results_note
 
 MAX_LISTED: Final = 200
 DESCRIPTIONS: Final[dict[str, str]] = {
-    "retry": "Failed and cancelled jobs wait again as if they were new: no attempts, no stalls, no error, due now.",
-    "force-reset": "Failed, cancelled and processing jobs wait again as if they were new. Who holds one has lost it, "
-    "and may have done half of the work.",
-    "cancel": "Queued and processing jobs end as cancelled. Who holds one is told to stop with the next call.",
-    "force-fail": "Queued and processing jobs end as failed, with the reason as error. Who holds one has lost it.",
-    "delete": "Finished jobs and their history are gone for good.",
-    "recover-stuck": "Jobs whose workers went silent lose their grants: each goes back to its queue, or fails, as its "
-    "own rule for that says.",
-    "cleanup": "What a cleanup pass would do, but for what it mends: stuck jobs are recovered, queued ones that nobody "
-    "wants any more fail, finished ones whose time is over and their history are gone for good.",
+    "retry": "Failed and cancelled jobs are queued again as if they were new: no attempts, no stalls, no error, due "
+    "now.",
+    "force-reset": "Failed, cancelled and processing jobs are queued again as if they were new. A worker that holds "
+    "one loses the lock, and may have done part of the work.",
+    "cancel": "Queued and processing jobs are cancelled. A worker that holds one learns this from its next call.",
+    "force-fail": "Queued and processing jobs fail, with the reason as error. A worker that holds one loses the lock.",
+    "delete": "Finished jobs and their history are deleted permanently.",
+    "recover-stuck": "Stalled jobs are taken from their workers: each is requeued or fails, depending on its on_stall.",
+    "cleanup": "As in a cleanup run, without repairs: stalled jobs are recovered, expired queued jobs fail, and "
+    "finished jobs past their retention are deleted with their history.",
 }
 LABELS: Final = BULK_ACTIONS | {"recover-stuck": "Recover", "cleanup": "Clean up"}
 DESTRUCTIVE: Final = frozenset({"force-reset", "cancel", "force-fail", "delete", "cleanup"})
 
 
 class PlanForm(JobFilter, frozen=True, kw_only=True):
-    """`scope`: the jobs of `ids`, or all that the filters find."""
+    """`scope`: the jobs in `ids`, or all that match the filters."""
 
     action: PlanAction
     scope: Literal["selected", "all"]
@@ -65,34 +62,37 @@ class NextPlanForm(PlanCommand, frozen=True, kw_only=True):
 
 
 async def create_plan(viewer: Viewer, form: PlanForm) -> Response | ApiError:
-    """A plan, and on to its page. Nothing is done yet."""
-    found = await viewer.app.services.make_plan(_plan_command(viewer, form))
-    return found if isinstance(found, ApiError) else redirect_with_flash(viewer, f"/plans/{found.plan_id}")
+    """Make a plan and redirect to its page. No job changes yet."""
+    return await _make_plan(viewer, _plan_command(viewer, form))
 
 
 async def create_next_plan(viewer: Viewer, form: NextPlanForm) -> Response | ApiError:
-    """A plan of what comes after this one, and on to its page."""
+    """Make a plan of the jobs that follow those of another plan, and redirect to its page."""
     plan = viewer.app.services.planner.find(form.plan_id)
     if isinstance(plan, ApiError):
         return plan
     if plan.next_cursor is None:
-        raise api_error("invalid_request", "Nothing comes after this plan: it has all that its filter found.")
-    wanted = MakePlan(
+        raise api_error("invalid_request", "No jobs follow this plan: it contains all that its filter found.")
+    command = MakePlan(
         action=plan.action,
         filter=plan.filter,
         cursor=plan.next_cursor,
         reason=plan.reason,
     )
-    found = await viewer.app.services.make_plan(wanted)
-    return found if isinstance(found, ApiError) else redirect_with_flash(viewer, f"/plans/{found.plan_id}")
+    return await _make_plan(viewer, command)
+
+
+async def _make_plan(viewer: Viewer, command: MakePlan) -> Response | ApiError:
+    plan = await viewer.app.services.make_plan(command)
+    return plan if isinstance(plan, ApiError) else redirect_with_flash(viewer, f"/plans/{plan.plan_id}")
 
 
 def _filters(plan: PlanView) -> dict[str, str]:
-    """What the plan's jobs were found by, as the page of jobs takes it."""
-    given = {} if plan.filter is None else msgspec.structs.asdict(plan.filter)
+    """Return the filters of a plan as fields of the list of jobs."""
+    fields = {} if plan.filter is None else msgspec.structs.asdict(plan.filter)
     return {
         name: iso_time(value) if isinstance(value, int) else str(value)
-        for name, value in given.items()
+        for name, value in fields.items()
         if value is not None
     }
 
@@ -100,25 +100,26 @@ def _filters(plan: PlanView) -> dict[str, str]:
 def _plan_command(viewer: Viewer, form: PlanForm) -> MakePlan:
     reason = form.reason.strip() or None
     if form.scope == "all":
-        if form.error is not None and not form.error.strip():  # else it would be all jobs, for those of one group
-            raise api_error("invalid_request", "This group has no name to find its jobs by.", field="$.error")
+        if form.error is not None and not form.error.strip():  # an empty filter would match all jobs
+            raise api_error(
+                "invalid_request", "This failure group has no fingerprint to find its jobs by.", field="$.error"
+            )
         try:
             return MakePlan(
                 action=form.action, filter=msgspec.convert(search_fields(form, viewer.now), PlanFilter), reason=reason
             )
-        except msgspec.ValidationError as fault:
-            raise validation_error(str(fault), PlanFilter) from None
+        except msgspec.ValidationError as error:
+            raise validation_error(str(error), PlanFilter) from None
     if not form.ids:
-        raise api_error("invalid_request", "No job is selected: tick some, or choose all that match.", field="$.ids")
+        raise api_error("invalid_request", "No job is selected. Select some, or choose all that match.", field="$.ids")
     return MakePlan(action=form.action, ids=form.ids, reason=reason)
 
 
-async def plan(viewer: Viewer, wanted: PlanCommand) -> PageData:
-    """The page of a plan: what it would do, or what became of it."""
-    found = viewer.app.services.planner.find(wanted.plan_id)
-    if isinstance(found, ApiError):
-        raise ApiException(found)
-    plan: PlanView = found
+async def plan_page(viewer: Viewer, shown: PlanCommand) -> PageData:
+    """Show what a plan would do, or what it did."""
+    plan = viewer.app.services.planner.find(shown.plan_id)
+    if isinstance(plan, ApiError):
+        raise ApiException(plan)
     [paused] = await query(viewer, PAUSED_QUEUES)
     result = plan.result
     filters = _filters(plan)
@@ -137,7 +138,7 @@ async def plan(viewer: Viewer, wanted: PlanCommand) -> PageData:
         "late": [job for job in plan.jobs if job.late_results][:MAX_LISTED],
         "transitions": Counter((job.from_, job.to) for job in plan.jobs).most_common(),
         "jobs": plan.jobs[:MAX_LISTED],
-        "of_time": plan.action in MAINTENANCE_ACTIONS,
+        "is_maintenance": plan.action in MAINTENANCE_ACTIONS,
         "skipped": plan.skipped[:MAX_LISTED],
         "skip_reasons": Counter(job.why for job in plan.skipped).most_common(20),
         "not_applied": [] if result is None else [*result.changed, *result.refused][:MAX_LISTED],
@@ -148,12 +149,12 @@ async def plan(viewer: Viewer, wanted: PlanCommand) -> PageData:
 
 
 async def apply_plan(viewer: Viewer, form: ApplyPlanForm) -> Response | ApiError:
-    """Do what the plan says, and on to its page, which tells what became of it."""
-    operator = viewer.visit.operator
-    assert operator is not None  # who may change something is one
-    done = await viewer.app.services.planner.apply(form.plan_id, operator)
-    if isinstance(done, ApiError):
-        return done
-    jobs = f"{done.applied} {'job' if done.applied == 1 else 'jobs'}"
-    said = "It had been applied before; nothing was done this time." if done.repeated else f"It was done to {jobs}."
-    return redirect_with_flash(viewer, f"/plans/{form.plan_id}", said)
+    """Apply a plan, and redirect to its page, which shows the result."""
+    operator = viewer.context.operator
+    assert operator is not None  # set for every viewer that may change something
+    result = await viewer.app.services.planner.apply(form.plan_id, operator)
+    if isinstance(result, ApiError):
+        return result
+    applied = f"Applied to {result.applied} {'job' if result.applied == 1 else 'jobs'}."
+    message = "This plan was applied before. Nothing has changed." if result.repeated else applied
+    return redirect_with_flash(viewer, f"/plans/{form.plan_id}", message)

@@ -1,7 +1,6 @@
-"""Pages as bytes: the templates, the words for times and sizes, and the headers of every page.
+"""Render the templates, format times and sizes, and set the headers of every page.
 
-Asks for nothing: what is shown is given. All text is escaped, and characters that nobody can see are made visible, but
-in fields that are sent back.
+All text is escaped. Invisible characters are made visible, except in form fields that are submitted again.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from jobd.http.response import RawBody
 from jobd.model.job import DAY_MS, EARLIEST_MS, HOUR_MS, LATEST_MS, MINUTE_MS, SECOND_MS, headline
 
 TEMPLATES: Final = Path(__file__).parent / "templates"
-PRECOMPILED: Final = ("base.html", "error.html")  # a refusal takes no detour
-WARM_PAUSE_S = 1.0  # between two templates that are compiled: each takes some milliseconds, up to 25
+PRECOMPILED: Final = ("base.html", "error.html")  # rendering an error does not wait for a thread
+WARM_PAUSE_S = 1.0  # between two templates; compiling one takes up to 25 ms
 HTML: Final = "text/html; charset=utf-8"
 CONTENT_SECURITY_POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
-# `same-origin`, not `no-referrer`: with that a browser sends `Origin: null` with our own forms.
+# `same-origin` and not `no-referrer`, with which browsers send `Origin: null` for the forms of these pages.
 HEADERS: Final = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "Referrer-Policy": "same-origin",
@@ -41,7 +40,7 @@ HEADERS: Final = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-# The pages on which one sees, or does, what these commands show or do.
+# The pages that show the same as these commands.
 _PAGES: Final = {
     "workers": "/workers",
     "locks": "/workers#h-locks",
@@ -53,8 +52,8 @@ MAX_JSON: Final = 20_000  # characters of a payload
 MAX_SHORT_JSON: Final = 300
 _EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
-# Control characters as their pictures, and what turns the direction of text around as its name.
-_PICTURES: Final = {
+# Replacements for control characters and for characters that change the direction of text.
+_VISIBLE: Final = {
     **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"},
     0x7F: "\u2421",
     **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
@@ -63,7 +62,10 @@ _PICTURES: Final = {
 
 
 class Renderer:
-    """Makes pages, off the loop but for those of AT_HAND. Templates are compiled when they are wanted, or by `warm`."""
+    """Render pages. Templates are compiled on first use, or by `warm`; those in PRECOMPILED at once.
+
+    Reads templates from disk: use it off the event loop, except for those in PRECOMPILED.
+    """
 
     def __init__(self, assets: Assets) -> None:
         self._environment = Environment(
@@ -97,56 +99,56 @@ class Renderer:
             self._environment.get_template(name)
 
     async def warm(self) -> None:
-        """Compile all templates, which a start need not wait for. Who wants one before has it compiled then.
+        """Compile all templates in the background after the start.
 
-        Off the loop, but they want the interpreter as it does: in one go they would hold up whoever asks meanwhile.
+        Compiling holds the GIL, so pauses keep it from delaying requests.
         """
         for name in await asyncio.to_thread(self._environment.list_templates):
             await asyncio.to_thread(self._environment.get_template, name)
             await asyncio.sleep(WARM_PAUSE_S)
 
-    def page(self, template: str, **shown: Any) -> RawBody:
-        """A page, or a part of one, with the headers of both."""
-        body = self._environment.get_template(template).render(**shown).encode("utf-8", "replace")
+    def page(self, template: str, **data: Any) -> RawBody:
+        """Render a page or its live region."""
+        body = self._environment.get_template(template).render(**data).encode("utf-8", "replace")
         return RawBody(HTML, body, HEADERS)
 
 
-def redirect(place: str, **more: str) -> RawBody:
-    """Nothing but the place where to go on; `place` is an address of ours."""
-    return RawBody(HTML, b"", {**HEADERS, "Location": place, **{name.replace("_", "-"): more[name] for name in more}})
+def redirect(url: str, **headers: str) -> RawBody:
+    """Return the empty body and the headers of a redirect. `url` must be one of this daemon."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    return RawBody(HTML, b"", {**HEADERS, "Location": url, **named})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Words.
+# -- filters ---------------------------------------------------------------------------------------------------------
 
 
 def visible(value: Any) -> Any:
-    """`value` for a page: text of others may hold characters that move the cursor or turn the line around."""
+    """Make control characters visible: text from outside could move the cursor or reverse the line."""
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
-    return value.translate(_PICTURES)
+    return value.translate(_VISIBLE)
 
 
 def raw(value: object) -> Markup:
-    """`value` for a field that is sent back: there it has to be what it was, also where nobody can see all of it."""
+    """Escape `value` for a form field without making invisible characters visible: it is submitted again."""
     return escape(value)
 
 
 def link_commands(text: str) -> Markup:
-    """`text`, where a `jobctl` command that has a page of its own here is a link to that."""
-    shown, at = Markup(), 0
+    """Escape `text`, and link the `jobctl` commands in it that have a page."""
+    linked, at = Markup(), 0
     for found in _COMMAND.finditer(text):
         verb, job_id = found["verb"] or "", found["id"]
-        if job_id == "ID":  # any
+        if job_id == "ID":  # a placeholder
             continue
-        place = _PAGES[verb] if job_id is None else job_url(job_id)
-        link = Markup('<a href="{}">{}</a>').format(place, found[0])
-        shown, at = shown + escape(visible(text[at : found.start()])) + link, found.end()
-    return shown + escape(visible(text[at:]))
+        url = _PAGES[verb] if job_id is None else job_url(job_id)
+        link = Markup('<a href="{}">{}</a>').format(url, found[0])
+        linked, at = linked + escape(visible(text[at : found.start()])) + link, found.end()
+    return linked + escape(visible(text[at:]))
 
 
 def duration(ms: float) -> str:
-    """How long, with the two greatest units: 350 ms, 12 s, 3 min 5 s, 2 h 10 min, 4 d 3 h."""
+    """Format a duration with its two greatest units: 350 ms, 12 s, 3 min 5 s, 2 h 10 min, 4 d 3 h."""
     ms = abs(int(ms))
     if ms < SECOND_MS:
         return f"{ms} ms"
@@ -162,12 +164,12 @@ def duration(ms: float) -> str:
 
 
 def utc_time(at: int) -> str:
-    """When, for people: 2026-01-31 12:00:00 UTC."""
+    """Format a time for people: 2026-01-31 12:00:00 UTC."""
     return _utc(at).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def audit_detail(value: object) -> str:
-    """A detail of the audit log in words: of a filter each part by its name, points in time (Unix ms) for people."""
+    """Format a detail of an audit entry: the parts of a filter by name, and times for people."""
     if not isinstance(value, dict):
         return str(value)
     parts = []
@@ -186,7 +188,7 @@ def _utc(at: int) -> datetime.datetime:
 
 
 def byte_size(count: int) -> str:
-    """Bytes in the unit that gives a short number."""
+    """Format a number of bytes."""
     number = float(count)
     for unit in ("B", "KiB", "MiB"):
         if number < 1024:
@@ -196,24 +198,24 @@ def byte_size(count: int) -> str:
 
 
 def short_number(number: float) -> str:
-    """A number of which only the greatest digits matter: 0, 0.25, 3.1, 120."""
+    """Format a number with two significant digits, or as an integer from 10 up: 0, 0.25, 3.1, 120."""
     return thousands(round(number)) if number >= 10 else f"{number:.2g}"
 
 
 def thousands(number: float) -> str:
-    """A number with narrow spaces: 12 345."""
+    """Format a number with narrow spaces between thousands: 12 345."""
     return f"{number:,}".replace(",", "\u202f")
 
 
 def short_json(raw: Any) -> str:
-    """The beginning of JSON text, in one line."""
+    """Return the beginning of JSON text in one line."""
     text = " ".join(bytes(raw).decode("utf-8", "replace").split())
     return text if len(text) <= MAX_SHORT_JSON else f"{text[:MAX_SHORT_JSON]} …"
 
 
 def pretty_json(raw: Any) -> tuple[str, int]:
-    """JSON text with line breaks, and how many characters of it were left out."""
+    """Return indented JSON text, and the number of characters that were cut off."""
     text = bytes(raw).decode("utf-8", "replace")
-    with contextlib.suppress(msgspec.DecodeError, RecursionError):  # nested too deeply: it is shown as it came
+    with contextlib.suppress(msgspec.DecodeError, RecursionError):  # nested too deeply to be indented
         text = msgspec.json.format(text)
     return text[:MAX_JSON], max(len(text) - MAX_JSON, 0)

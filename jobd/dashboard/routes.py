@@ -1,7 +1,4 @@
-"""The table of pages: what each kind of them has in common, forms that belong to a session, refusals for people.
-
-No page's content, and no rule about jobs. To the actor it is one more sender of commands.
-"""
+"""Define the routes of the dashboard, and what pages, forms and error pages have in common."""
 
 from __future__ import annotations
 
@@ -34,6 +31,7 @@ from jobd.dashboard.context import (
 from jobd.dashboard.filters import JobsPageQuery, job_redirect, jobs_subscription
 from jobd.dashboard.job_actions import JOB_ACTIONS, ActionTarget, Verb, visible_lock_id
 from jobd.dashboard.live_updates import Subscription, live_stream, live_url
+from jobd.dashboard.pages import PageData
 from jobd.dashboard.rendering import HTML, Renderer, redirect
 from jobd.dashboard.sessions import Sessions
 from jobd.dashboard.sign_in import SignInForm, SignInPages, SignInQuery, redirect_to_sign_in
@@ -49,10 +47,9 @@ from jobd.model.job import Text as Words
 from jobd.model.responses import JobView, Response
 from jobd.monitoring.timeseries import Timeseries
 
-WITHOUT_FLASH: Final = ("live.html", "docs.html")  # what was done is told by the page that comes next, which is neither
+WITHOUT_FLASH: Final = ("live.html", "docs.html")  # the flash message is for the next full page
 
-Shown = dict[str, Any]
-LoadPage = Callable[[Viewer, Any], Awaitable[Shown]]
+LoadPage = Callable[[Viewer, Any], Awaitable[PageData]]
 HandleForm = Callable[[Viewer, Any], Awaitable[Response | ApiError]]
 
 
@@ -70,7 +67,7 @@ class JobActionForm(JobCommand, frozen=True, kw_only=True):
 
 
 class Dashboard:
-    """The room behind one gate. Reads static files: make it off the loop, and `warm` it later."""
+    """The pages of the admin listener. Reads static files: construct it off the event loop, and `warm` it later."""
 
     def __init__(
         self, gate: Authenticator, recorder: Timeseries, *, clock_s: Callable[[], float] = time.monotonic
@@ -82,11 +79,11 @@ class Dashboard:
         self._sign_in_pages = SignInPages(self.sessions, self._render, clock_s)
 
     async def warm(self) -> None:
-        """Compile the templates, before somebody waits for them."""
+        """Compile the templates before they are needed."""
         await self._renderer.warm()
 
     def routes(self) -> tuple[Route, ...]:
-        """Every page, as data."""
+        """Return the routes of all pages, forms and files."""
         recorder = self._recorder
         return (
             self._public_route("GET", "/sign-in", SignInQuery, self._sign_in_pages.page),
@@ -115,13 +112,13 @@ class Dashboard:
                 "Jobs",
                 pages.jobs,
                 interval_s=5,
-                leads=job_redirect,
+                redirect_to=job_redirect,
                 subscription=jobs_subscription,
             ),
             *self._job_routes("/jobs/{id}"),
-            *self._job_routes("/job"),  # with the id in the query, for those that a path cannot name (places.py)
+            *self._job_routes("/job"),  # for ids that a path cannot hold
             self._form_route("/plans", plans.PlanForm, plans.create_plan),
-            self._page_route("/plans/{plan_id}", PlanCommand, "plan", "Plan", plans.plan, interval_s=0),
+            self._page_route("/plans/{plan_id}", PlanCommand, "plan", "Plan", plans.plan_page, interval_s=0),
             self._form_route("/plans/{plan_id}/apply", plans.ApplyPlanForm, plans.apply_plan),
             self._form_route("/plans/{plan_id}/next", plans.NextPlanForm, plans.create_next_plan),
             self._page_route("/failures", NoFields, "failures", "Failures", lambda viewer, _: pages.failures(viewer)),
@@ -130,13 +127,12 @@ class Dashboard:
                 pages.QueuesPageQuery,
                 "queues",
                 "Queues",
-                lambda viewer, asked: pages.queues(viewer, recorder, asked),
+                lambda viewer, query: pages.queues(viewer, recorder, query),
             ),
             self._form_route("/queues/pause", maintenance.QueueForm, maintenance.pause_queue),
             self._form_route("/queues/resume", maintenance.QueueForm, maintenance.resume_queue),
-            self._form_route(
-                "/queues/{name}/pause", maintenance.QueueForm, maintenance.pause_queue
-            ),  # as programs ask for it
+            # For programs.
+            self._form_route("/queues/{name}/pause", maintenance.QueueForm, maintenance.pause_queue),
             self._form_route("/queues/{name}/resume", maintenance.QueueForm, maintenance.resume_queue),
             self._page_route("/workers", pages.WorkersPageQuery, "workers", "Workers", pages.workers),
             self._page_route(
@@ -175,10 +171,10 @@ class Dashboard:
             ),
             self._form_route("/webhooks/{name}/test", webhooks.TestWebhookForm, webhooks.send_test),
             self._page_route(
-                "/webhooks/{name}/again",
+                "/webhooks/{name}/retry-failed",
                 webhooks.RetryFailedQuery,
                 "webhook_retry",
-                "Send again",
+                "Retry failed deliveries",
                 webhooks.confirm_retry_failed,
                 interval_s=0,
                 changes=True,
@@ -192,38 +188,38 @@ class Dashboard:
             self._form_route("/clock/accept", ReasonForm, maintenance.accept_clock),
         )
 
-    def _job_routes(self, place: str) -> tuple[Route, ...]:
-        """The pages of one job."""
+    def _job_routes(self, path: str) -> tuple[Route, ...]:
+        """Return the routes of one job under `path`."""
         return (
             self._page_route(
-                place,
+                path,
                 pages.JobPageQuery,
                 "job",
                 "Job",
                 pages.open_job,
-                subscription=lambda asked: Subscription(job_id=asked.id),
+                subscription=lambda query: Subscription(job_id=query.id),
             ),
             self._page_route(
-                f"{place}/confirm", pages.ConfirmPageQuery, "confirm", "Confirm", pages.confirm, changes=True
+                f"{path}/confirm", pages.ConfirmPageQuery, "confirm", "Confirm", pages.confirm, changes=True
             ),
-            self._form_route(f"{place}/do", JobActionForm, self._run_action),
-            self._public_route("GET", f"{place}/artifact", ArtifactRequest, self._artifact),
-            self._public_route("GET", f"{place}/elsewhere", ArtifactRequest, self._external_link),
+            self._form_route(f"{path}/do", JobActionForm, self._run_action),
+            self._public_route("GET", f"{path}/artifact", ArtifactRequest, self._artifact),
+            self._public_route("GET", f"{path}/external-link", ArtifactRequest, self._external_link),
         )
 
     # -- kinds of routes ----------------------------------------------------------------------------------------------
 
-    def _public_route(self, method: str, path: str, asks: type[Command], via: Any) -> Route:
-        """Something that wants no session."""
-        reads: Any = "json" if method == "GET" else "form"
+    def _public_route(self, method: str, path: str, request: type[Command], handler: Any) -> Route:
+        """Return a route that checks no session."""
+        body: Any = "json" if method == "GET" else "form"
         return Route(
             method=method,
             path=path,
-            request=asks,
+            request=request,
             response=bytes,
             auth="anyone",
-            handler=via,
-            body=reads,
+            handler=handler,
+            body=body,
             content_type=HTML,
             render_error=self.error_page,
         )
@@ -231,63 +227,65 @@ class Dashboard:
     def _page_route(
         self,
         path: str,
-        asks: type[Command],
+        request: type[Command],
         name: str,
         title: str,
-        look: LoadPage,
+        load: LoadPage,
         *,
         interval_s: int = 2,
         changes: bool = False,
-        leads: Callable[[Any], str | None] = lambda asked: None,
-        subscription: Callable[[Any], Subscription] = lambda asked: Subscription(),
+        redirect_to: Callable[[Any], str | None] = lambda query: None,
+        subscription: Callable[[Any], Subscription] = lambda query: Subscription(),
     ) -> Route:
-        """A page for who has signed in. It renews its living part where there is `news`, or every `interval_s` seconds
-        where it hears none. `leads` sends on elsewhere.
+        """Return the route of a page for signed-in viewers.
 
-        `changes`: it leads to a change, so it is not for who may only look.
+        Its live region updates on the events of `subscription`, or every `interval_s` seconds without them (0: never).
+        `changes`: the page leads to a change, so read-only viewers get 403. `redirect_to` may return another URL.
         """
 
-        async def via(site: App[Services], visit: RequestContext, asked: Any) -> Response:
-            viewer = find_viewer(site, visit, self.sessions)
+        async def handle(app: App[Services], context: RequestContext, query: Any) -> Response:
+            viewer = find_viewer(app, context, self.sessions)
             if viewer is None:
-                return redirect_to_sign_in(visit)
+                return redirect_to_sign_in(context)
             if changes and not viewer.may_change:
                 raise api_error(
-                    "forbidden", "This session may only look. To change something sign in with the admin token."
+                    "forbidden", "This session is read-only. To make changes, sign in with the admin token."
                 )
-            if (place := leads(asked)) is not None:
-                return Response(redirect(place), status=303)
-            shown = await look(viewer, asked)
-            status = shown.pop("status", 200)
-            about = {
+            if (url := redirect_to(query)) is not None:
+                return Response(redirect(url), status=303)
+            data = await load(viewer, query)
+            status = data.pop("status", 200)
+            page = {
                 "name": name,
                 "title": title,
                 "interval_s": interval_s,
-                "events_url": live_url(subscription(asked)),
+                "events_url": live_url(subscription(query)),
+                "part": f"{name}.live.html",
             }
-            about["part"] = f"{name}.live.html"
-            template = "live.html" if is_live_update(visit) else f"{name}.html"
-            return Response(await self._render(template, viewer, **{**about, **shown}), status=status)
+            template = "live.html" if is_live_update(context) else f"{name}.html"
+            return Response(await self._render(template, viewer, **{**page, **data}), status=status)
 
-        return self._public_route("GET", path, asks, via)
+        return self._public_route("GET", path, request, handle)
 
-    def _form_route(self, path: str, asks: type[Command], act: HandleForm, *, for_readers: bool = False) -> Route:
-        """A form of a page: whoever sends it has a session and its secret, and may change things."""
+    def _form_route(self, path: str, form: type[Command], submit: HandleForm, *, for_readers: bool = False) -> Route:
+        """Return the route of a form. It needs a session with its CSRF token, or a token, with full access."""
 
-        async def via(site: App[Services], visit: RequestContext, asked: Any) -> Response | ApiError:
-            viewer = find_viewer(site, visit, self.sessions)
+        async def handle(app: App[Services], context: RequestContext, query: Any) -> Response | ApiError:
+            viewer = find_viewer(app, context, self.sessions)
             if viewer is None:
-                raise api_error("unauthorized", "Nobody is signed in here, or no more. Sign in, then do it again.")
-            viewer.check_form(asked.csrf)
+                raise api_error(
+                    "unauthorized", "You are not signed in, or your session has ended. Sign in and try again."
+                )
+            viewer.check_form(query.csrf)
             if not for_readers and not viewer.may_change:
                 check_read_only(route)
-            return await act(viewer, asked)
+            return await submit(viewer, query)
 
-        route = self._public_route("POST", path, asks, via)
+        route = self._public_route("POST", path, form, handle)
         return route
 
-    async def _render(self, template: str, viewer: Viewer | None, **shown: Any) -> RawBody:
-        """A page, made in a thread: a long list takes some ms, in which the loop has others to serve."""
+    async def _render(self, template: str, viewer: Viewer | None, **data: Any) -> RawBody:
+        """Render a page in a thread: a long list takes some milliseconds."""
         session = None if viewer is None else viewer.session
         return await asyncio.to_thread(
             self._renderer.page,
@@ -295,98 +293,103 @@ class Dashboard:
             viewer=viewer,
             flash="" if session is None or template in WITHOUT_FLASH else session.take_flash(),
             **{
-                "page_url": "" if viewer is None else request_target(viewer.visit),
+                "page_url": "" if viewer is None else request_target(viewer.context),
                 "now": viewer.now if viewer else 0,
-                **shown,
+                **data,
             },
         )
 
-    def is_signed_in(self, visit: RequestContext) -> bool:
-        """Whether somebody has signed in there. Where a token is sent, it is the token that is judged."""
-        return AUTHORIZATION not in visit.head.headers and self.sessions.find(session_cookie(visit)) is not None
+    def is_signed_in(self, context: RequestContext) -> bool:
+        """Return whether the request has a valid session. A token in the request takes precedence over it."""
+        return AUTHORIZATION not in context.head.headers and self.sessions.find(session_cookie(context)) is not None
 
-    def error_page(self, visit: RequestContext, refusal: ApiError) -> RawBody:
-        """A refusal as a page: what is wrong, and a way on."""
-        title = "Not found" if refusal.status == 404 else "Not done"
+    def error_page(self, context: RequestContext, error: ApiError) -> RawBody:
+        """Render an API error as a page."""
+        title = "Not found" if error.status == 404 else "Error"
         return self._renderer.page(
-            "error.html", viewer=None, flash="", refusal=refusal, page_url="", now=0, title=title, name="error"
+            "error.html", viewer=None, flash="", api_error=error, page_url="", now=0, title=title, name="error"
         )
 
     # -- files --------------------------------------------------------------------------------------------------------
 
-    async def _static(self, site: App[Services], visit: RequestContext, asked: StaticFileQuery) -> Response | ApiError:
-        text = self._assets.text(asked.name, asked.v)
-        return ApiError("not_found", "There is no such file.") if text is None else Response(text)
+    async def _static(self, app: App[Services], context: RequestContext, query: StaticFileQuery) -> Response | ApiError:
+        body = self._assets.body(query.name, query.v)
+        return ApiError("not_found", "There is no such file.") if body is None else Response(body)
 
-    async def _docs(self, document: str, site: App[Services], visit: RequestContext, asked: NoFields) -> Response:
-        """It shows what GET `document` gives to everybody, so it wants no session either, and no token."""
-        viewer = None if AUTHORIZATION in visit.head.headers else find_viewer(site, visit, self.sessions)
+    async def _docs(self, document: str, app: App[Services], context: RequestContext, query: NoFields) -> Response:
+        """Show the API reference. GET `document` is public, so this page needs no session either."""
+        viewer = None if AUTHORIZATION in context.head.headers else find_viewer(app, context, self.sessions)
         return Response(await self._render("docs.html", viewer, title="API", name="docs", document=document))
 
-    async def _live(self, site: App[Services], visit: RequestContext, asked: Subscription) -> Response | StreamResponse:
-        return await live_stream(site, visit, asked, lambda: find_viewer(site, visit, self.sessions))
+    async def _live(
+        self, app: App[Services], context: RequestContext, query: Subscription
+    ) -> Response | StreamResponse:
+        return await live_stream(app, context, query, lambda: find_viewer(app, context, self.sessions))
 
-    async def _chart(self, site: App[Services], visit: RequestContext, asked: NoFields) -> Response:
-        viewer = find_viewer(site, visit, self.sessions)
+    async def _chart(self, app: App[Services], context: RequestContext, query: NoFields) -> Response:
+        viewer = find_viewer(app, context, self.sessions)
         if viewer is None:
-            raise api_error("unauthorized", "Nobody is signed in here.")
+            raise api_error("unauthorized", "Sign in first.")
         return Response(self._recorder.chart(viewer.now))
 
     async def _artifact(
-        self, site: App[Services], visit: RequestContext, asked: ArtifactRequest
+        self, app: App[Services], context: RequestContext, query: ArtifactRequest
     ) -> Response | ApiError | StreamResponse:
-        """The job's stored result: the API's call, for who has signed in."""
-        viewer = find_viewer(site, visit, self.sessions)
+        """Send the stored result of a job, as the API does."""
+        viewer = find_viewer(app, context, self.sessions)
         if viewer is None:
-            return redirect_to_sign_in(visit)
-        return await send_artifact(site, visit, asked, viewer.name)
+            return redirect_to_sign_in(context)
+        return await send_artifact(app, context, query, viewer.name)
 
-    async def _external_link(self, site: App[Services], visit: RequestContext, asked: ArtifactRequest) -> Response:
-        """The way out to where a worker says that its result is."""
-        viewer = find_viewer(site, visit, self.sessions)
+    async def _external_link(self, app: App[Services], context: RequestContext, query: ArtifactRequest) -> Response:
+        """Show a page with a link to the download URL that a worker reported."""
+        viewer = find_viewer(app, context, self.sessions)
         if viewer is None:
-            return redirect_to_sign_in(visit)
-        url = await pages.external_url(viewer, asked)
-        text = await self._render(
-            "external_link.html", viewer, job_id=asked.id, url=url, style=urls.EXTERNAL_LINK_STYLE
+            return redirect_to_sign_in(context)
+        url = await pages.external_url(viewer, query)
+        body = await self._render(
+            "external_link.html", viewer, job_id=query.id, url=url, style=urls.EXTERNAL_LINK_STYLE
         )
-        more = {
+        headers = {
             "Content-Security-Policy": urls.EXTERNAL_LINK_POLICY,
             "Referrer-Policy": "no-referrer",
             "X-Frame-Options": "DENY",
         }
-        return Response(replace(text, headers=more))
+        return Response(replace(body, headers=headers))
 
     # -- actions -------------------------------------------------------------------------------------------------------
 
-    async def _run_action(self, viewer: Viewer, asked: JobActionForm) -> Response | ApiError:
-        """What was confirmed, if the job is still what the operator has seen."""
-        action, job_id = JOB_ACTIONS[asked.verb], asked.id
-        looked = await viewer.ask(Get(id=job_id))
-        if isinstance(looked, ApiError):
-            return looked
-        job: JobView = looked.data
-        chosen = ActionTarget(job_id, asked.reason.strip() or None, visible_lock_id(job), asked.result)
-        # Judged in the command itself: between this look and the action others get their turn, too.
-        done = await viewer.ask(action.make_command(chosen), expected=asked.seen)
-        if isinstance(done, ApiError):
-            return await self._job_page_with_error(viewer, job_id, done)
+    async def _run_action(self, viewer: Viewer, form: JobActionForm) -> Response | ApiError:
+        """Run a confirmed action, if the job is still as the operator saw it."""
+        action, job_id = JOB_ACTIONS[form.verb], form.id
+        current = await viewer.ask(Get(id=job_id))
+        if isinstance(current, ApiError):
+            return current
+        job: JobView = current.data
+        target = ActionTarget(job_id, form.reason.strip() or None, visible_lock_id(job), form.result)
+        # The actor checks the version when it applies the command: the job may change before that.
+        result = await viewer.ask(action.make_command(target), expected=form.seen)
+        if isinstance(result, ApiError):
+            return await self._job_page_with_error(viewer, job_id, result)
         if action.verb == "delete":
             return redirect_with_flash(viewer, "/jobs", f"Job {job_id} was deleted.")
         return redirect_with_flash(
             viewer, job_url(job_id), f"{action.label}: done. {job.status} \u2192 {action.to or job.status}"
         )
 
-    async def _job_page_with_error(self, viewer: Viewer, job_id: str, refusal: ApiError) -> Response | ApiError:
-        """The job's page with what the actor said no to."""
-        viewer.app.error_counts[refusal.code] += 1
+    async def _job_page_with_error(self, viewer: Viewer, job_id: str, error: ApiError) -> Response | ApiError:
+        """Show the job's page with the error of an action."""
+        viewer.app.error_counts[error.code] += 1
         try:
-            shown = await pages.job(viewer, job_id)
-        except ApiException as no:  # it is gone
-            return no.error
-        about = {"name": "job", "title": "Job", "interval_s": 2, "part": "job.live.html"}
-        about["page_url"] = job_url(job_id)
-        about["events_url"] = live_url(Subscription(job_id=job_id))
-        return Response(
-            await self._render("job.html", viewer, **shown, **about, refusal=refusal), status=refusal.status
-        )
+            data = await pages.job(viewer, job_id)
+        except ApiException as exception:  # the job was deleted
+            return exception.error
+        page = {
+            "name": "job",
+            "title": "Job",
+            "interval_s": 2,
+            "part": "job.live.html",
+            "page_url": job_url(job_id),
+            "events_url": live_url(Subscription(job_id=job_id)),
+        }
+        return Response(await self._render("job.html", viewer, **data, **page, api_error=error), status=error.status)

@@ -1,6 +1,6 @@
-"""Who is signed in: sessions in memory, each opened by a token, and a brake on those who guess.
+"""Keep browser sessions in memory, throttle failed sign-ins, and group sign-ins for the audit log.
 
-Knows no page. A session holds no token but its digest, and ends when that token is valid no more.
+A session stores the digest of its token and ends when the token is revoked.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from msgspec import Struct
 
 from jobd.http.auth import Permission, token_digest
 
-MAX_SESSIONS: Final = 200  # of each access; beyond it, the one of them that was used longest ago ends
+MAX_SESSIONS: Final = 200  # for each permission; above it, the least recently used session ends
 IDLE_S: Final = 3_600.0
 MAX_AGE_S: Final = 12 * 3_600.0
-FREE_FAILURES: Final = 10  # sign-ins of one address that may fail before the answers are held back
+FREE_FAILURES: Final = 10  # failed sign-ins of one address before its responses are delayed
 FAILURE_WINDOW_S: Final = 60.0
-FAILURE_DELAY_S: Final = 1.0  # for so long then
-MAX_AUDITED_FAILURES: Final = 60  # entries of the audit log about wrong tokens, of all addresses within WRONG_WITHIN_S
+FAILURE_DELAY_S: Final = 1.0
+MAX_AUDITED_FAILURES: Final = 60  # audit entries about failed sign-ins, of all addresses in FAILURE_WINDOW_S
 MAX_ADDRESSES: Final = 1_024
-SIGN_IN_WINDOW_S: Final = 60.0  # comings of one address with one access within it are one entry of the audit log
-MAX_NAMES: Final = 10  # names in such an entry
+SIGN_IN_WINDOW_S: Final = 60.0  # sign-ins of one address and permission within it share one audit entry
+MAX_NAMES: Final = 10  # operator names in such an entry
 
 
 class Session(Struct):
-    """One browser that is signed in. `token` is the digest of what opened it; times are of the clock that was given.
+    """A signed-in browser. `token` is the digest of the token that opened the session.
 
-    `by_tls`: it signed in by TLS, to us or to a proxy before us.
+    `by_tls`: the browser signed in over TLS, to this daemon or to a proxy in front of it.
     """
 
     access: Permission
@@ -41,7 +41,7 @@ class Session(Struct):
     created_s: float
     last_used_s: float
     flash: str = ""  # shown once, on the next page
-    name: str = ""  # that the operator gave
+    name: str = ""  # given by the operator
     by_tls: bool = False
 
     def has_csrf(self, given: str) -> bool:
@@ -53,18 +53,16 @@ class Session(Struct):
 
 
 class Sessions:
-    """Sessions by the digest of their secret id. `access_of` says what a token allows now."""
+    """Hold sessions by the digest of their secret id. `access_of` returns the current permission of a token."""
 
     def __init__(self, access_of: Callable[[bytes], Permission | None], clock_s: Callable[[], float]) -> None:
         self._access_of = access_of
         self._clock_s = clock_s
-        # A pool for each access: whoever has a token to look ends no session of those who may do things.
-        self._pools: dict[Permission, dict[bytes, Session]] = {
-            each: {} for each in get_args(Permission)
-        }  # latest used last
+        # One pool for each permission: a holder of a read-only token cannot push out operators' sessions.
+        self._pools: dict[Permission, dict[bytes, Session]] = {each: {} for each in get_args(Permission)}  # LRU order
 
     def sign_in(self, token: str, name: str = "", *, by_tls: bool = False) -> tuple[str, Session] | None:
-        """A new session with its secret id, None where the token is not valid. `name` is the operator's."""
+        """Open a session and return it with its secret id. Return None if the token is invalid."""
         digest = token_digest(token)
         access = self._access_of(digest)
         if access is None:
@@ -78,9 +76,9 @@ class Sessions:
         return secret, session
 
     def find(self, secret: str) -> Session | None:
-        """The session with this id, if it has not ended."""
+        """Return the session with this secret id, None if there is none or it has ended."""
         key, now_s = _key(secret), self._clock_s()
-        session = self._take(key)
+        session = self._remove(key)
         if session is None or now_s - session.last_used_s >= IDLE_S or now_s - session.created_s >= MAX_AGE_S:
             return None
         access = self._access_of(session.token)
@@ -91,9 +89,9 @@ class Sessions:
         return session
 
     def sign_out(self, secret: str) -> None:
-        self._take(_key(secret))
+        self._remove(_key(secret))
 
-    def _take(self, key: bytes) -> Session | None:
+    def _remove(self, key: bytes) -> Session | None:
         return next((pool.pop(key) for pool in self._pools.values() if key in pool), None)
 
     def __len__(self) -> int:
@@ -101,81 +99,81 @@ class Sessions:
 
 
 class FailedSignIn(Struct, frozen=True):
-    """A wrong token: the how many-th of its address within its minute, how long the answer is held back, and whether
-    it is worth an entry in the audit log. `spell` names that minute."""
+    """A failed sign-in: its number within the window of its address, and whether the audit log records it.
 
-    times: int
+    `window` identifies the window.
+    """
+
+    count: int
     delay_s: float
     is_audited: bool
     window: str
 
 
 class _FailureWindow(Struct):
-    """The wrong tokens of an address within a minute. `born_s` is when the first came."""
-
     start_s: float
-    times: int = 0
+    count: int = 0
 
 
 class LoginThrottle:
-    """Who has sent MOST_WRONG wrong tokens within WRONG_WITHIN_S hears so the later. That is all that it does: it is
-    asked when a token was found to be wrong, so nobody with a right one is kept out, whatever others send from there.
+    """Delay the responses to failed sign-ins of an address after FREE_FAILURES within FAILURE_WINDOW_S.
+
+    A valid token is never delayed, whatever else its address has sent.
     """
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
         self._clock_s = clock_s
-        self._windows: dict[str, _FailureWindow] = {}  # address -> the latest, the one that began last comes last
+        self._windows: dict[str, _FailureWindow] = {}  # by address, in the order of their start
         self._audited: deque[float] = deque(maxlen=MAX_AUDITED_FAILURES)
 
     def record_failure(self, address: str) -> FailedSignIn:
-        """One more. Told are the first, then ever fewer of them, and MOST_TOLD of all addresses within the time."""
+        """Count a failure. The first of a window are audited, then every power of two."""
         now_s = self._clock_s()
-        spell = self._windows.get(address)
-        if spell is None or now_s - spell.start_s >= FAILURE_WINDOW_S:
+        window = self._windows.get(address)
+        if window is None or now_s - window.start_s >= FAILURE_WINDOW_S:
             self._windows.pop(address, None)
-            self._windows[address] = spell = _FailureWindow(now_s)
+            self._windows[address] = window = _FailureWindow(now_s)
             while len(self._windows) > MAX_ADDRESSES:
                 del self._windows[next(iter(self._windows))]
-        spell.times += 1
-        is_told = spell.times <= FREE_FAILURES or spell.times.bit_count() == 1
-        if is_told and len(self._audited) == MAX_AUDITED_FAILURES and now_s - self._audited[0] < FAILURE_WINDOW_S:
-            is_told = False
-        if is_told:
+        window.count += 1
+        is_audited = window.count <= FREE_FAILURES or window.count.bit_count() == 1
+        if is_audited and len(self._audited) == MAX_AUDITED_FAILURES and now_s - self._audited[0] < FAILURE_WINDOW_S:
+            is_audited = False
+        if is_audited:
             self._audited.append(now_s)
-        wait_s = FAILURE_DELAY_S if spell.times > FREE_FAILURES else 0.0
-        return FailedSignIn(spell.times, wait_s, is_told, f"{address} {spell.start_s:.3f}")
+        delay_s = FAILURE_DELAY_S if window.count > FREE_FAILURES else 0.0
+        return FailedSignIn(window.count, delay_s, is_audited, f"{address} {window.start_s:.3f}")
 
 
 class SignInWindow(Struct):
-    """Sign-ins, or sign-outs, of one address with one access within TOGETHER_S. `spell` names them."""
+    """Sign-ins, or sign-outs, of one address and permission within SIGN_IN_WINDOW_S. `window` identifies them."""
 
     start_s: float
     window: str
-    times: int = 0
-    names: list[str] = msgspec.field(default_factory=list)  # that were given, the first MOST_NAMED of them
+    count: int = 0
+    names: list[str] = msgspec.field(default_factory=list)  # the first MAX_NAMES that were given
 
 
 class SignInLog:
-    """Who comes and goes, as the audit log has it: one entry for all that do the same at the same time, so that a
-    script that signs in again and again does not fill it."""
+    """Group sign-ins and sign-outs for the audit log, so that a script that repeats them does not flood it."""
 
     def __init__(self, clock_s: Callable[[], float]) -> None:
         self._clock_s = clock_s
-        self._windows: dict[str, SignInWindow] = {}  # the one that began last comes last
+        self._windows: dict[str, SignInWindow] = {}  # in the order of their start
 
     def record(self, what: str, access: Permission, address: str, name: str) -> SignInWindow:
-        """One more of them, with those before it."""
+        """Count one more, and return its window."""
         now_s, key = self._clock_s(), f"{what} {access} {address}"
-        coming = self._windows.get(key)
-        if coming is None or now_s - coming.start_s >= SIGN_IN_WINDOW_S:
+        window = self._windows.get(key)
+        if window is None or now_s - window.start_s >= SIGN_IN_WINDOW_S:
             self._windows.pop(key, None)
-            self._windows[key] = coming = SignInWindow(now_s, f"{key} {now_s:.3f}")
+            self._windows[key] = window = SignInWindow(now_s, f"{key} {now_s:.3f}")
             while len(self._windows) > MAX_ADDRESSES:
                 del self._windows[next(iter(self._windows))]
-        coming.times += 1
-        if name not in coming.names and len(coming.names) < MAX_NAMES:
-            coming.names.append(name)
-        return coming
+        window.count += 1
+        if name not in window.names and len(window.names) < MAX_NAMES:
+            window.names.append(name)
+        return window
 
 
 def _key(secret: str) -> bytes:

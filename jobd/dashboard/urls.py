@@ -1,10 +1,4 @@
-"""Build the URLs of jobs, and decide which URLs from workers may be links.
-
-Browsers resolve `.` and `..` in a path, also when they are written as %2E. A job with such an id has a URL with the id
-in the query.
-
-Host names are not resolved: browsers keep cookies by name.
-"""
+"""Build the URLs of jobs, and decide which URLs reported by workers may be links."""
 
 from __future__ import annotations
 
@@ -17,39 +11,56 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 from urllib.parse import quote, urlencode
 
-DOT_SEGMENTS: Final = frozenset({".", ".."})  # ids that a path cannot hold
+# Job ids that a path cannot hold: browsers resolve `.` and `..`, also if they are written as %2E.
+DOT_SEGMENTS: Final = frozenset({".", ".."})
 
-# Hosts are taken in plain spelling only: what a browser makes of others (user@host, %31, full-width digits) is its own.
-_WEB: Final = re.compile(
+# Hosts are accepted in plain spelling only. Browsers interpret others in their own way (user@host, %31, full-width
+# digits).
+_URL: Final = re.compile(
     r"https?://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?([/?#][^\x00-\x1f\x7f]*)?", re.IGNORECASE
 )
 _NUMBER: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")
-OWN_HOST: Final = "this dashboard's own host: a browser would send the cookie of your session to any port of it"
+OWN_HOST: Final = "it points to the host of this dashboard, and browsers send your session cookie to every port of it"
 LOCAL_HOST: Final = (
-    "your own machine: what listens there is not what the worker saw, and it may be sent your session's cookie"
+    "it points to your own machine, not to the worker's, and a service there could receive your session cookie"
 )
-ODD_HOST: Final = "its host is spelled in an odd way"
+ODD_HOST: Final = "its host has an unusual spelling"
 
 EXTERNAL_LINK_STYLE: Final = (
     "body { font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 3rem auto; padding: 0 1rem; "
     "overflow-wrap: anywhere; }"
 )
-# A page of no origin: browsers take it for another site, and send no SameSite=Strict cookie along, neither to where its
-# link leads nor to where that leads on. From a page of ours a redirect back to this host, on any port, brought it.
+# The sandbox gives the page an opaque origin, so browsers treat its link as coming from another site. They send no
+# SameSite=Strict cookie to the target, nor to wherever the target redirects. From an ordinary page, a redirect back to
+# any port of this host would receive the cookie.
 EXTERNAL_LINK_POLICY: Final = (
     "sandbox allow-downloads; default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     f"style-src 'sha256-{base64.b64encode(sha256(EXTERNAL_LINK_STYLE.encode()).digest()).decode()}'"
 )
 
 
-def no_link_reason(url: str, own: Iterable[str]) -> str | None:
-    """Why `url` is shown as text alone: a few words, "" where it is no web address at all. None where it may be a link.
+def job_url(job_id: str, part: str = "", **query: object) -> str:
+    """Return the URL of the job's page, or of one `part` of it."""
+    tail = f"/{part}" if part else ""
+    if job_id in DOT_SEGMENTS:
+        return f"/job{tail}?{urlencode({'id': job_id, **query})}"
+    suffix = f"?{urlencode(query)}" if query else ""
+    return f"/jobs/{quote(job_id, safe='')}{tail}{suffix}"
 
-    `own` are the names of the host that the browser came to.
+
+def curl_prefix(job_id: str) -> str:
+    """Return the curl command with the options that keep the URL of the job's API call as it is."""
+    return "curl -sS --path-as-is" if job_id in DOT_SEGMENTS else "curl -sS"
+
+
+def no_link_reason(url: str, own: Iterable[str]) -> str | None:
+    """Return why `url` must be shown as plain text: "" if it is not a web URL, None if it may be a link.
+
+    `own` holds the host names of this daemon. Names are not resolved: browsers keep cookies by name.
     """
     if not url.lower().startswith(("http://", "https://")):
         return ""
-    found = _WEB.fullmatch(url)
+    found = _URL.fullmatch(url)
     host = None if found is None else _host(found["host"])
     if host is None:
         return ODD_HOST
@@ -59,7 +70,7 @@ def no_link_reason(url: str, own: Iterable[str]) -> str | None:
 
 
 def _host(name: str) -> str | IPv4Address | IPv6Address | None:
-    """A host as browsers see it: 2130706433, 0x7f.1 and 127.0.0.1 are the same. None where it is none."""
+    """Parse a host as browsers do: 2130706433, 0x7f.1 and 127.0.0.1 are equal. Return None if it is invalid."""
     name = name.lower().removesuffix(".")
     if name.startswith("[") or ":" in name:
         try:
@@ -79,17 +90,3 @@ def _is_local(host: str | IPv4Address | IPv6Address) -> bool:
     if isinstance(host, str):
         return host == "localhost" or host.endswith(".localhost")
     return host.is_loopback or host.is_unspecified
-
-
-def job_url(job_id: str, part: str = "", **query: object) -> str:
-    """The address of the job's page, or of `part` of it."""
-    tail = f"/{part}" if part else ""
-    if job_id in DOT_SEGMENTS:
-        return f"/job{tail}?{urlencode({'id': job_id, **query})}"
-    more = f"?{urlencode(query)}" if query else ""
-    return f"/jobs/{quote(job_id, safe='')}{tail}{more}"
-
-
-def curl_prefix(job_id: str) -> str:
-    """curl with what it needs in order to leave the address of a job's call as it is."""
-    return "curl -sS --path-as-is" if job_id in DOT_SEGMENTS else "curl -sS"

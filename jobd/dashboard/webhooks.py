@@ -1,7 +1,4 @@
-"""The pages of webhooks: how each is going, what it was sent, and a message again.
-
-Sends nothing itself: it asks the room of the webhooks.
-"""
+"""Show webhooks and their deliveries, send tests, and resend messages."""
 
 from __future__ import annotations
 
@@ -14,16 +11,16 @@ from jobd.dashboard.context import ReasonForm, Viewer, redirect_with_flash
 from jobd.dashboard.pages import PAUSED_QUEUES, PER_PAGE, PageData, banners, query
 from jobd.model.commands import Command
 from jobd.model.errors import ApiError, ApiException, api_error
-from jobd.model.responses import DeliveryPage, DeliveryState, Response, WebhookView
+from jobd.model.responses import DeliveryState, Response, WebhookView
 from jobd.model.webhooks import MAX_BACKLOG, WebhookName
 
 STATES: Final[tuple[DeliveryState, ...]] = get_args(DeliveryState)
-StateFilter = Literal["", "waiting", "delivered", "given_up"]  # a form sends the choice of all of them, too
+StateFilter = Literal["", "waiting", "delivered", "given_up"]  # "" selects all states
 Number = Annotated[int, Meta(ge=1, le=10**18)]
 
 
 class WebhookPageQuery(Command, frozen=True, kw_only=True):
-    """`state` filters its deliveries ("": all of them), `cursor` is where their page begins."""
+    """`state` filters the deliveries, `cursor` is where the page begins."""
 
     name: WebhookName
     state: StateFilter = ""
@@ -31,7 +28,7 @@ class WebhookPageQuery(Command, frozen=True, kw_only=True):
 
 
 class TestWebhookForm(ReasonForm, frozen=True, kw_only=True):
-    """`state`: the filter of the page from which it is asked for."""
+    """`state` is the filter of the page with the form."""
 
     name: WebhookName
     state: StateFilter = ""
@@ -42,14 +39,14 @@ class RetryFailedQuery(Command, frozen=True, kw_only=True):
 
 
 class RetryFailedForm(ReasonForm, frozen=True, kw_only=True):
-    """`upto`: the newest of those that were counted; what was given up since is not meant."""
+    """`upto` is the newest of the counted deliveries; later failures are left out."""
 
     name: WebhookName
     upto: Number
 
 
 class ResendForm(ReasonForm, frozen=True, kw_only=True):
-    """`id` of the delivery, and the address of the page from which it is asked for."""
+    """`id` is that of the delivery, `state` the filter of the page with the form."""
 
     name: WebhookName
     id: Number
@@ -61,79 +58,77 @@ async def webhook_list(viewer: Viewer, _: Any) -> PageData:
     return {"webhooks": viewer.app.services.webhooks.views(), **banners(viewer, paused)}
 
 
-async def webhook_detail(viewer: Viewer, wanted: WebhookPageQuery) -> PageData:
-    """One webhook, and a page of what it was sent, the newest first."""
-    webhook = _find(viewer, wanted.name)
-    page = await viewer.app.services.deliveries(wanted.name, wanted.state or None, wanted.cursor, PER_PAGE)
+async def webhook_detail(viewer: Viewer, selection: WebhookPageQuery) -> PageData:
+    """Show one webhook and a page of its deliveries, newest first."""
+    webhook = _find(viewer, selection.name)
+    page = await viewer.app.services.deliveries(selection.name, selection.state or None, selection.cursor, PER_PAGE)
     if isinstance(page, ApiError):
         raise ApiException(page)
-    found: DeliveryPage = page
     [paused] = await query(viewer, PAUSED_QUEUES)
-    shown: PageData = {
+    data: PageData = {
         "webhook": webhook,
         "states": STATES,
-        "state": wanted.state,
-        "deliveries": found.deliveries,
-        "next": _page_url(wanted, found.next_cursor) if found.next_cursor else "",
-        "first": _page_url(wanted) if wanted.cursor else "",
+        "state": selection.state,
+        "deliveries": page.deliveries,
+        "next": _page_url(selection, page.next_cursor) if page.next_cursor else "",
+        "first": _page_url(selection) if selection.cursor else "",
     }
-    if wanted.cursor:  # what is older stays where it is
-        shown["interval_s"] = 0
-    return {**shown, **banners(viewer, paused)}
+    if selection.cursor:  # older pages do not change
+        data["interval_s"] = 0
+    return {**data, **banners(viewer, paused)}
 
 
 async def send_test(viewer: Viewer, form: TestWebhookForm) -> Response | ApiError:
-    """A message that says that it is a test."""
+    """Send a test message."""
     sent = await viewer.app.services.test_webhook(form.name)
     if isinstance(sent, ApiError):
         return sent
     await viewer.record_audit("test-webhook", {"webhook": form.name}, form.reason_or_none)
-    place = _page_url(WebhookPageQuery(name=form.name, state=form.state))
-    return redirect_with_flash(viewer, place, f"A test is on its way: message {sent.id}.")
+    url = _page_url(WebhookPageQuery(name=form.name, state=form.state))
+    return redirect_with_flash(viewer, url, f"Sending test message {sent.id}.")
 
 
 async def resend(viewer: Viewer, form: ResendForm) -> Response | ApiError:
-    """The same message, now: once more, whatever became of it, or at last where it waits."""
+    """Send a message again, or now if it is waiting for its retry."""
     sent = await viewer.app.services.deliver_again(form.name, form.id)
     if isinstance(sent, ApiError):
         return sent
     await viewer.record_audit("resend-delivery", {"webhook": form.name, "delivery": form.id}, form.reason_or_none)
-    return redirect_with_flash(
-        viewer, _page_url(WebhookPageQuery(name=form.name, state=form.state)), f"Message {sent.id} is on its way."
-    )
+    url = _page_url(WebhookPageQuery(name=form.name, state=form.state))
+    return redirect_with_flash(viewer, url, f"Sending message {sent.id}.")
 
 
-async def confirm_retry_failed(viewer: Viewer, wanted: RetryFailedQuery) -> PageData:
-    """How many were given up, before all of them are sent again."""
-    webhook = _find(viewer, wanted.name)
-    count, newest = await viewer.app.services.webhooks.given_up(wanted.name)
+async def confirm_retry_failed(viewer: Viewer, confirmation: RetryFailedQuery) -> PageData:
+    """Count the dead-lettered deliveries before they are sent again."""
+    webhook = _find(viewer, confirmation.name)
+    count, newest = await viewer.app.services.webhooks.given_up(confirmation.name)
     [paused] = await query(viewer, PAUSED_QUEUES)
-    return {"webhook": webhook, "count": count, "newest": newest, "most": MAX_BACKLOG, **banners(viewer, paused)}
+    return {"webhook": webhook, "count": count, "newest": newest, "max_kept": MAX_BACKLOG, **banners(viewer, paused)}
 
 
 async def retry_failed(viewer: Viewer, form: RetryFailedForm) -> Response | ApiError:
-    """All that was given up, once more."""
+    """Send all dead-lettered deliveries again."""
     sent = await viewer.app.services.deliver_all_again(form.name, form.upto)
     if isinstance(sent, ApiError):
         return sent
     await viewer.record_audit("resend-given-up", {"webhook": form.name, "resent": sent.resent}, form.reason_or_none)
-    many = "1 message that was" if sent.resent == 1 else f"{sent.resent} messages that were"
-    return redirect_with_flash(viewer, _webhook_url(form.name), f"{many} given up: sent again.")
+    messages = "1 dead-lettered message" if sent.resent == 1 else f"{sent.resent} dead-lettered messages"
+    return redirect_with_flash(viewer, _webhook_url(form.name), f"Sending {messages} again.")
 
 
 def _find(viewer: Viewer, name: str) -> WebhookView:
     for webhook in viewer.app.services.webhooks.views():
         if webhook.name == name:
             return webhook
-    raise api_error("not_found", f"There is no webhook {name} in the configuration. Those that are: /webhooks")
+    raise api_error("not_found", f"There is no webhook {name} in the configuration. See /webhooks for the list.")
 
 
 def _webhook_url(name: str) -> str:
     return f"/webhooks/{quote(name, safe='')}"
 
 
-def _page_url(wanted: WebhookPageQuery, cursor: str | None = None) -> str:
-    """The page of the same webhook and filter, from `cursor` on."""
-    fields = {"state": wanted.state, "cursor": cursor}
+def _page_url(selection: WebhookPageQuery, cursor: str | None = None) -> str:
+    """Return the URL of the page that begins at `cursor`, with the same webhook and filter."""
+    fields = {"state": selection.state, "cursor": cursor}
     query = urlencode({name: value for name, value in fields.items() if value})
-    return f"{_webhook_url(wanted.name)}?{query}" if query else _webhook_url(wanted.name)
+    return f"{_webhook_url(selection.name)}?{query}" if query else _webhook_url(selection.name)

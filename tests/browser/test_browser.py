@@ -1,6 +1,6 @@
-"""The operators' room in a real browser, against a real daemon: what people do there, and what the browser objects to.
+"""The dashboard in a real browser against a real daemon.
 
-Only `expect` on locators: the pages' policy forbids eval, with which Playwright would look into them otherwise.
+Tests use `expect` on locators only: the pages' policy forbids eval, which Playwright needs otherwise.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PATHS = [
 ]
 ELSEWHERE = "--host-resolver-rules=MAP elsewhere.test 127.0.0.1"
 PATHS += ["/alerts", "/cleanup", "/cleanup/confirm?what=run", "/audit", "/failures", "/clock"]
-PATHS += ["/webhooks", "/webhooks/billing", "/webhooks/billing/again", "/docs/worker", "/docs"]
+PATHS += ["/webhooks", "/webhooks/billing", "/webhooks/billing/retry-failed", "/docs/worker", "/docs"]
 
 
 # A browser takes two cores for itself: where others work beside it, it takes its time.
@@ -187,7 +187,7 @@ def test_a_held_job_is_reset_with_a_reason(page: Page, daemon: Scene, complaints
     lock = daemon.do("jobs/hung/start", worker="w-1")["lock_id"]
     sign_in(page, daemon, path="/jobs/hung")
     page.get_by_role("link", name="Reset").click()
-    expect(page.locator(".move")).to_contain_text("processing → queued")
+    expect(page.locator(".transition")).to_contain_text("processing → queued")
     page.get_by_label("Reason").fill("w-1 hangs, host is gone")
     page.get_by_role("button", name="Reset").click()
     expect(page).to_have_url(f"{daemon.url}/jobs/hung")
@@ -220,20 +220,20 @@ def test_many_jobs_are_tried_again_by_a_plan(page: Page, daemon: Scene, complain
     page.get_by_label("Reason").fill("storage is back")
     page.get_by_role("button", name="Make a plan").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Plan: retry 2 jobs")
-    expect(page.locator(".moves")).to_contain_text("2 failed → queued")
+    expect(page.locator(".transitions")).to_contain_text("2 failed → queued")
     daemon.operator("DELETE", "jobs/video-013")
     page.get_by_role("button", name="Retry 2 jobs").click()
-    expect(page.get_by_role("status").first).to_contain_text("It was done to 1 job.")
-    changed = page.get_by_role("region", name="Left alone, as they had changed").locator("tbody tr")
+    expect(page.get_by_role("status").first).to_contain_text("Applied to 1 job.")
+    changed = page.get_by_role("region", name="Skipped, because they had changed").locator("tbody tr")
     expect(changed).to_have_count(1)
     expect(changed).to_contain_text("video-013")
     page.goto(f"{daemon.url}/jobs/video-003")
     expect(page.get_by_role("heading", level=1)).to_contain_text("queued")
     page.goto(f"{daemon.url}/jobs?queue=mail&status=queued")
-    page.get_by_role("combobox", name="Do", exact=True).select_option("cancel")
-    page.get_by_role("combobox", name="To", exact=True).select_option("all")
+    page.get_by_role("combobox", name="Action", exact=True).select_option("cancel")
+    page.get_by_role("combobox", name="Jobs", exact=True).select_option("all")
     page.get_by_role("button", name="Make a plan").click()
-    expect(page.locator(".moves")).to_contain_text("queued → cancelled")
+    expect(page.locator(".transitions")).to_contain_text("queued → cancelled")
     assert complaints == []
 
 
@@ -245,8 +245,8 @@ def test_what_is_selected_stays_where_it_is_until_nothing_is(page: Page, daemon:
     toggle, oldest = page.locator("#live-toggle"), page.get_by_role("checkbox", name="Select old-00")
     expect(toggle).to_have_text("Live")
     oldest.check()
-    expect(toggle).to_have_text("Held")
-    expect(page.locator("#selection")).to_contain_text("1 selected; meanwhile the list stays as it is.")
+    expect(toggle).to_have_text("Paused")
+    expect(page.locator("#selection")).to_contain_text("1 selected. The list does not update meanwhile.")
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     news = page.context.new_page()  # which hears of the same
@@ -258,7 +258,7 @@ def test_what_is_selected_stays_where_it_is_until_nothing_is(page: Page, daemon:
     expect(page.locator("tbody tr").first).to_contain_text("old-49")
     toggle.click()
     toggle.click()  # stopped, and no more: that is no way to lose it either
-    expect(toggle).to_have_text("Held")
+    expect(toggle).to_have_text("Paused")
     page.clock.run_for(60_000)
     expect(oldest).to_be_checked()
     assert [url for url in asked if "/live" not in url] == []
@@ -312,7 +312,7 @@ def test_what_came_late_is_adopted(page: Page, daemon: Scene, complaints: list[s
     results = page.get_by_role("region", name="Late results")
     expect(results).to_contain_text("/srv/out/late.mp4")
     results.get_by_role("link", name="Adopt the result of w-slow").click()
-    expect(page.locator(".move")).to_contain_text("failed → completed")
+    expect(page.locator(".transition")).to_contain_text("failed → completed")
     page.get_by_label("Reason").fill("the file is whole")
     page.get_by_role("button", name="Adopt").click()
     expect(page).to_have_url(f"{daemon.url}/jobs/late")
@@ -360,7 +360,7 @@ def test_the_session_stays_here_wherever_a_worker_leads(page: Page, daemon: Scen
         server.shutdown()
     asked = [each for each in _Listener.heard if "favicon" not in each[0]]
     assert asked == [("/there", None), ("/out.mp4", None)]
-    page.goto(f"{daemon.url}/jobs/bent/elsewhere")
+    page.goto(f"{daemon.url}/jobs/bent/external-link")
     page.get_by_role("link", name="Back to the job").click()  # from a page of no origin: no cookie, so by the sign-in
     expect(page.get_by_role("heading", level=1)).to_contain_text("bent")
     assert complaints == []
@@ -370,11 +370,11 @@ def test_a_paused_queue_is_overlooked_by_nobody(page: Page, daemon: Scene, compl
     make_busy(daemon)
     daemon.operator("POST", "queues/imports/resume")
     sign_in(page, daemon, path="/queues")
-    page.get_by_label("Reason for Pause or Resume").fill("the disk is swapped")
-    page.get_by_label("Reason for Pause or Resume").press("Enter")  # it presses no queue's button
+    page.get_by_label("Reason").fill("the disk is swapped")
+    page.get_by_label("Reason").press("Enter")  # it presses no queue's button
     daemon.do("jobs", id="one-more", queue="a")
     expect(page.get_by_role("row", name="Pause queue a")).to_be_visible()  # the page has renewed itself
-    expect(page.get_by_label("Reason for Pause or Resume")).to_have_value("the disk is swapped\n")
+    expect(page.get_by_label("Reason")).to_have_value("the disk is swapped\n")
     page.get_by_role("button", name="Pause queue video").click()
     expect(page.get_by_role("status").first).to_contain_text("Queue video is paused")
     page.goto(f"{daemon.url}/audit?what=pause")
@@ -398,11 +398,11 @@ def test_what_is_called_like_a_direction_is_opened_confirmed_and_paused(
 ) -> None:
     daemon.do("jobs", id=name, queue=name)
     sign_in(page, daemon, path="/queues")
-    page.get_by_label("Reason for Pause or Resume").fill("a trial")
+    page.get_by_label("Reason").fill("a trial")
     page.get_by_role("button", name=f"Pause queue {name}", exact=True).click()
     expect(page.get_by_role("status").first).to_contain_text(f"Queue {name} is paused.")
     page.get_by_role("button", name=f"Resume queue {name}", exact=True).click()
-    expect(page.get_by_role("status").first).to_contain_text(f"Queue {name} hands out")
+    expect(page.get_by_role("status").first).to_contain_text(f"Queue {name} is resumed.")
     page.goto(f"{daemon.url}/jobs")
     page.locator("td.first").get_by_role("link", name=name, exact=True).click()
     expect(page).to_have_url(f"{daemon.url}/job?id={name}")
@@ -425,13 +425,13 @@ def test_what_is_called_like_a_direction_is_opened_confirmed_and_paused(
 def test_a_cleanup_pass_is_shown_before_it_is_run(page: Page, daemon: Scene, complaints: list[str]) -> None:
     make_busy(daemon)
     sign_in(page, daemon, path="/cleanup")
-    page.get_by_role("link", name="Run a pass").click()
-    expect(page.get_by_role("heading", name="What would be done")).to_be_visible()
+    page.get_by_role("link", name="Run cleanup").click()
+    expect(page.get_by_role("heading", name="Preview")).to_be_visible()
     page.get_by_label("Reason").fill("before the move")
-    page.get_by_role("button", name="Run a cleanup pass").click()
-    expect(page.get_by_role("status").first).to_contain_text("The pass took")
-    page.get_by_role("link", name="Recover stuck jobs").click()
-    page.get_by_role("link", name="Leave it").click()
+    page.get_by_role("button", name="Run cleanup").click()
+    expect(page.get_by_role("status").first).to_contain_text("Cleanup took")
+    page.get_by_role("link", name="Recover stalled jobs").click()
+    page.get_by_role("link", name="Cancel").click()
     expect(page).to_have_url(f"{daemon.url}/cleanup")
     page.goto(f"{daemon.url}/audit?what=cleanup")
     expect(page.locator("table tbody tr").first).to_contain_text("before the move")
@@ -444,7 +444,7 @@ def test_who_may_only_look_has_no_buttons(page: Page, daemon: Scene, complaints:
     sign_in(page, daemon, READER)
     expect(page.get_by_text("read-only")).to_be_visible()
     for path in [
-        each for each in PATHS if "confirm" not in each and "again" not in each and not each.startswith("/docs")
+        each for each in PATHS if "confirm" not in each and "retry-failed" not in each and not each.startswith("/docs")
     ]:
         page.goto(daemon.url + path)
         buttons = page.get_by_role("button")
@@ -453,7 +453,7 @@ def test_who_may_only_look_has_no_buttons(page: Page, daemon: Scene, complaints:
         expect(page.locator("a[href*=confirm]")).to_have_count(0)
     assert complaints == []
     page.goto(f"{daemon.url}/jobs/video-004/confirm?verb=cancel")
-    expect(page.get_by_role("alert")).to_contain_text("may only look")
+    expect(page.get_by_role("alert")).to_contain_text("read-only")
 
 
 @TROUBLED
@@ -497,7 +497,7 @@ def test_the_keyboard_gets_everywhere_and_keeps_its_place(page: Page, daemon: Sc
     sign_in(page, daemon, path="/queues")
     page.goto(f"{daemon.url}/queues")
     page.keyboard.press("Tab")
-    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    expect(page.get_by_role("link", name="Skip to content")).to_be_focused()
     page.keyboard.press("Enter")
     button = page.get_by_role("button", name="Pause queue mail")
     button.focus()
@@ -519,9 +519,9 @@ def test_a_page_that_has_found_nothing_looks_on_by_itself(page: Page, tmp_path: 
         sign_in(page, daemon, path="/jobs")
         page.goto(f"{daemon.url}/jobs?queue=rare")
         expect(page.get_by_role("link", name="rare", exact=True).first).to_be_visible()
-        expect(page.get_by_text("further back")).to_have_count(0)
+        expect(page.get_by_text("continues")).to_have_count(0)
         page.goto(f"{daemon.url}/jobs?kind=none")
-        expect(page.get_by_text("No older job matches.")).to_be_visible()
+        expect(page.get_by_text("No older jobs match.")).to_be_visible()
         page.get_by_role("link", name="Newest").click()
         expect(page).to_have_url(f"{daemon.url}/jobs?kind=none")
         assert complaints == []
@@ -582,10 +582,10 @@ def test_a_job_that_is_deleted_while_its_page_is_open_offers_nothing_more(
     other.get_by_role("button", name="Delete").click()
     expect(other).to_have_url(f"{daemon.url}/jobs")
     page.bring_to_front()
-    expect(page.get_by_text("The job was deleted while this page was open")).to_be_visible()
-    expect(page.locator(".deeds")).to_have_count(0)
+    expect(page.get_by_text("This job was deleted while the page was open")).to_be_visible()
+    expect(page.locator(".actions")).to_have_count(0)
     expect(page.locator("#offline")).to_be_hidden()
-    page.get_by_role("link", name="Who deleted it").click()
+    page.get_by_role("link", name="Audit log").click()
     expect(page.locator("tbody tr")).to_have_count(1)
     assert complaints == []
 
@@ -671,7 +671,7 @@ def test_a_daemon_that_does_not_answer_is_told(page: Page, daemon: Scene) -> Non
     sign_in(page, daemon)
     expect(page.locator("#offline")).to_be_hidden()
     assert daemon.stop() == 0
-    expect(page.locator("#offline")).to_contain_text("The daemon does not answer")
+    expect(page.locator("#offline")).to_contain_text("The daemon does not respond")
     daemon.start()
     expect(page).to_have_url(re.compile("/sign-in"))  # sessions are in memory
 

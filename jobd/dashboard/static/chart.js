@@ -1,15 +1,15 @@
-// The charts of the last hour and the last day: /chart.json drawn by uPlot, in the colours of the page.
+// Draws /chart.json with uPlot in the colours of the page: the last hour and the last day.
 "use strict";
 
 (() => {
   const charts = document.getElementById("charts");
   if (!charts) return;
-  const places = [...charts.querySelectorAll("[data-chart]")].map((place) => ({ place, chart: null, data: null }));
+  const panels = [...charts.querySelectorAll("[data-chart]")].map((element) => ({ element, chart: null, data: null }));
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const thousands = (number) => String(number).replace(/\B(?=(\d{3})+$)/g, "\u202f"); // as the pages write them
-  // A line needs two values: one that has no neighbours, as the first after a start, is a point.
-  const alone = (chart, at) => {
+  const thousands = (number) => String(number).replace(/\B(?=(\d{3})+$)/g, "\u202f"); // as on the pages
+  // A value without neighbours, such as the first after a start, makes no line, so it is drawn as a point.
+  const isolated = (chart, at) => {
     const values = chart.data[at];
     const has = (index) => values[index] !== null && values[index] !== undefined;
     return [...values.keys()].filter((index) => has(index) && !has(index - 1) && !has(index + 1));
@@ -19,28 +19,28 @@
     stroke: colour(name),
     width: 1.5,
     dash,
-    points: { show: false, filter: alone, size: 7, fill: colour(name) },
+    points: { show: false, filter: isolated, size: 7, fill: colour(name) },
     value: (_, value) => (value === null ? "–" : thousands(value)),
   });
-  // As wide as its longest number; uPlot asks again once it has drawn, which changes nothing.
-  const width = (chart, words, at, round) => {
+  // Fit the axis to its longest number. uPlot calls this again after drawing, with no effect.
+  const width = (chart, labels, at, round) => {
     const axis = chart.axes[at];
     if (round > 1) return axis._size;
     chart.ctx.font = axis.font[0];
-    const longest = Math.max(0, ...(words ?? []).map((word) => chart.ctx.measureText(word).width));
+    const longest = Math.max(0, ...(labels ?? []).map((label) => chart.ctx.measureText(label).width));
     return Math.ceil(axis.ticks.size + axis.gap + longest / devicePixelRatio) + 4;
   };
-  const STEPS = [0, 1, 2, 3, 4, 5, 6, 7].flatMap((power) => [1, 2, 5].map((each) => each * 10 ** power)); // jobs are whole
-  // As in the tables, which say when something was in the time of all servers.
+  const STEPS = [0, 1, 2, 3, 4, 5, 6, 7].flatMap((power) => [1, 2, 5].map((each) => each * 10 ** power)); // whole numbers of jobs
+  // UTC, as in the tables.
   const clock = (at) => new Date(at * 1000).toISOString().slice(11, 19);
-  const size = (place) => ({ width: Math.max(place.clientWidth, 240), height: 180 });
+  const size = (element) => ({ width: Math.max(element.clientWidth, 240), height: 180 });
 
-  const draw = (one) => {
-    if (!one.data) return;
-    if (one.chart) one.chart.destroy();
+  const draw = (panel) => {
+    if (!panel.data) return;
+    if (panel.chart) panel.chart.destroy();
     const axis = { stroke: colour("--dim"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1 } };
     const options = {
-      ...size(one.place),
+      ...size(panel.element),
       series: [
         { label: "At", value: (_, at) => (at === null ? "–" : `${clock(at)} UTC`) },
         line("created", "--created", [6, 4]),
@@ -51,36 +51,36 @@
       scales: { y: { range: (_, low, high) => [0, Math.max(high * 1.1, 4)] } },
       cursor: { drag: { x: false, y: false } },
     };
-    one.chart = new uPlot(options, one.data, one.place);
+    panel.chart = new uPlot(options, panel.data, panel.element);
   };
 
-  const renew = async () => {
+  const update = async () => {
     if (document.hidden) return;
     const toggle = document.getElementById("live-toggle");
-    if (places[0].data && toggle && toggle.getAttribute("aria-pressed") === "false") return;
+    if (panels[0].data && toggle && toggle.getAttribute("aria-pressed") === "false") return;
     let found;
     try {
-      const answer = await fetch(charts.dataset.url);
-      if (!answer.ok) return;
-      found = (await answer.json()).data;
+      const response = await fetch(charts.dataset.url);
+      if (!response.ok) return;
+      found = (await response.json()).data;
     } catch {
-      return; // the banner says that the daemon does not answer
+      return; // the offline banner is shown
     }
-    // What was before the start is not known, which is not the same as nothing.
+    // Values from before the start are unknown, not zero.
     const known = (lines, values) => values.map((value, at) => (lines.at[at + 1] * 1000 <= found.since ? null : value));
-    for (const one of places) {
-      const lines = found[one.place.dataset.chart];
-      one.data = [lines.at, known(lines, lines.created), known(lines, lines.completed), known(lines, lines.failed)];
-      if (one.chart) one.chart.setData(one.data);
-      else draw(one);
+    for (const panel of panels) {
+      const lines = found[panel.element.dataset.chart];
+      panel.data = [lines.at, known(lines, lines.created), known(lines, lines.completed), known(lines, lines.failed)];
+      if (panel.chart) panel.chart.setData(panel.data);
+      else draw(panel);
     }
   };
 
   const watch = new ResizeObserver((entries) => {
-    for (const one of places) if (one.chart && entries.some((entry) => entry.target === one.place)) one.chart.setSize(size(one.place));
+    for (const panel of panels) if (panel.chart && entries.some((entry) => entry.target === panel.element)) panel.chart.setSize(size(panel.element));
   });
-  for (const one of places) watch.observe(one.place);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => places.forEach(draw));
-  renew();
-  setInterval(renew, 5000);
+  for (const panel of panels) watch.observe(panel.element);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => panels.forEach(draw));
+  update();
+  setInterval(update, 5000);
 })();

@@ -1,23 +1,23 @@
-// Shows the document that the page names. A token that is typed in here stays in this page: it is kept nowhere.
+// Shows the OpenAPI document that the page names. A token that is entered here is not stored.
 "use strict";
 
-// swagger-ui has a dark page of its own, by a class; here it follows the system, as all pages do.
+// swagger-ui is dark with a class. Set it by the preference of the system, as on all pages.
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const follow = () => document.documentElement.classList.toggle("dark-mode", dark.matches);
 dark.addEventListener("change", follow);
 follow();
 
-// Its headings leave out the second level.
-const place = document.getElementById("swagger-ui");
-const level = () => {
-  for (const heading of place.querySelectorAll("h3, h4, h5")) heading.setAttribute("aria-level", String(heading.tagName[1] - 1));
+// Its headings skip the second level.
+const container = document.getElementById("swagger-ui");
+const fixLevels = () => {
+  for (const heading of container.querySelectorAll("h3, h4, h5")) heading.setAttribute("aria-level", String(heading.tagName[1] - 1));
 };
-new MutationObserver(level).observe(place, { childList: true, subtree: true });
+new MutationObserver(fixLevels).observe(container, { childList: true, subtree: true });
 
-const shown = place.dataset.document;
+const documentUrl = container.dataset.document;
 
 SwaggerUIBundle({
-  url: shown,
+  url: documentUrl,
   dom_id: "#swagger-ui",
   deepLinking: true,
   persistAuthorization: false,
@@ -25,5 +25,5 @@ SwaggerUIBundle({
   defaultModelsExpandDepth: 0,
   validatorUrl: null,
   syntaxHighlight: { activated: false },
-  ...(shown === "/openapi.json" ? {} : { supportedSubmitMethods: [] }), // at another door
+  ...(documentUrl === "/openapi.json" ? {} : { supportedSubmitMethods: [] }), // the worker socket, which browsers cannot reach
 });

@@ -1,6 +1,6 @@
-// When a page renews its living part: where the stream of news says so; without it, every few seconds; no more once the
-// part that came says that it is to stay (data-final), unless somebody asks; and not while jobs are ticked in it, which
-// would slide off the page or away under the pointer. No eval, no style.
+// Updates the live region of a page: on events of the stream, else every few seconds. Updates end when the region contains
+// data-final, unless the user asks for one. They pause while jobs are selected, so that no row moves away. No eval, no
+// inline styles.
 "use strict";
 
 (() => {
@@ -9,101 +9,101 @@
   if (!region || !toggle) return;
 
   const POLL_MS = Number(region.dataset.intervalS) * 1000;
-  const QUIET_MS = Math.max(POLL_MS, 10000); // with the stream, too: words like "3 min ago" grow old
-  const AGAIN_MS = 30000; // after a stream was refused
-  const WORDS = {
-    live: ["Live", "The page renews itself when something happens. Press to stop it."],
-    reconnecting: ["Reconnecting", "The stream of news broke off; the page asks every few seconds until it is back. Press to stop it."],
-    polling: ["Polling", "The page asks every few seconds. Press to stop it."],
-    held: ["Held", "The page stays as it is while jobs are selected, so that none of them gets lost. It renews itself again when none is. Press to stop it."],
-    stopped: ["Stopped", "The page stays as it is. Press to renew it again."],
+  const QUIET_MS = Math.max(POLL_MS, 10000); // with the stream: texts such as "3 min ago" need updates too
+  const RECONNECT_MS = 30000; // after the daemon has rejected the stream
+  const LABELS = {
+    live: ["Live", "This page updates when something changes. Press to stop."],
+    reconnecting: ["Reconnecting", "The event stream was interrupted. Until it is back, this page updates every few seconds. Press to stop."],
+    polling: ["Polling", "This page updates every few seconds. Press to stop."],
+    paused: ["Paused", "This page does not update while jobs are selected. Press to stop."],
+    stopped: ["Stopped", "This page does not update. Press to resume."],
   };
   let state = "polling";
   let source = null;
-  let again = 0;
-  let renewedAt = Date.now();
+  let reconnectTimer = 0;
+  let updatedAt = Date.now();
 
-  const isHeld = () => region.querySelector("input[name=ids]:checked") !== null;
+  const hasSelection = () => region.querySelector("input[name=ids]:checked") !== null;
   const show = () => {
-    const shown = state !== "stopped" && isHeld() ? "held" : state;
+    const shown = state !== "stopped" && hasSelection() ? "paused" : state;
     toggle.dataset.state = shown;
-    [toggle.textContent, toggle.title] = WORDS[shown];
+    [toggle.textContent, toggle.title] = LABELS[shown];
     toggle.setAttribute("aria-pressed", String(shown !== "stopped"));
   };
-  const become = (next) => {
+  const setState = (next) => {
     state = next;
     show();
   };
-  const renew = (isAsked = false) => {
-    if (document.hidden || state === "stopped" || isHeld()) return;
-    if (!isAsked && region.querySelector("[data-final]")) {
-      become("stopped");
+  const update = (isRequested = false) => {
+    if (document.hidden || state === "stopped" || hasSelection()) return;
+    if (!isRequested && region.querySelector("[data-final]")) {
+      setState("stopped");
       close();
       return;
     }
-    renewedAt = Date.now();
-    htmx.trigger(region, "refresh"); // while one is under way, one more waits, and no more than one
+    updatedAt = Date.now();
+    htmx.trigger(region, "refresh"); // during a request, htmx queues one more
   };
 
   const close = () => {
-    clearTimeout(again);
+    clearTimeout(reconnectTimer);
     if (source) source.close();
     source = null;
   };
-  // A browser opens six connections to a daemon and no more: pages that nobody looks at hold none.
+  // Browsers open up to six connections to a host, so hidden pages hold none.
   const open = () => {
     close();
     if (document.hidden || state === "stopped") return;
     source = new EventSource(region.dataset.eventsUrl);
     source.addEventListener("live", () => {
-      become("live");
-      renew(); // of what happened before the stream was there
+      setState("live");
+      update(); // for changes from before the stream was open
     });
-    source.addEventListener("change", () => renew());
+    source.addEventListener("change", () => update());
     source.addEventListener("end", () => {
       close();
-      become("polling");
-      renew();
+      setState("polling");
+      update();
     });
     source.addEventListener("error", () => {
       if (source.readyState !== EventSource.CLOSED) {
-        become("reconnecting");
+        setState("reconnecting");
         return;
       }
       close();
-      become("polling");
-      again = setTimeout(open, AGAIN_MS);
+      setState("polling");
+      reconnectTimer = setTimeout(open, RECONNECT_MS);
     });
   };
 
   toggle.hidden = false;
   toggle.addEventListener("click", () => {
-    become(state === "stopped" ? "polling" : "stopped");
+    setState(state === "stopped" ? "polling" : "stopped");
     open();
-    renew(true);
+    update(true);
   });
-  let wasHeld = false;
-  const look = () => {
+  let hadSelection = false;
+  const checkSelection = () => {
     show();
-    if (wasHeld && !isHeld()) renew(); // of all that happened meanwhile
-    wasHeld = isHeld();
+    if (hadSelection && !hasSelection()) update(); // for changes during the selection
+    hadSelection = hasSelection();
   };
-  document.addEventListener("change", look);
-  addEventListener("pageshow", look); // a browser that goes back may tick again what was ticked
-  // What was asked for before the first tick comes too late.
+  document.addEventListener("change", checkSelection);
+  addEventListener("pageshow", checkSelection); // on going back, a browser may restore the selection
+  // Discard updates that were requested before the first selection.
   region.addEventListener("htmx:beforeSwap", (event) => {
-    if (isHeld()) event.detail.shouldSwap = false;
+    if (hasSelection()) event.detail.shouldSwap = false;
   });
   document.addEventListener("visibilitychange", () => {
-    if (state !== "stopped") become("polling");
+    if (state !== "stopped") setState("polling");
     open();
-    renew();
+    update();
   });
   addEventListener("pagehide", close);
   addEventListener("pageshow", (event) => event.persisted && open());
   setInterval(() => {
-    if (Date.now() - renewedAt >= (state === "live" ? QUIET_MS : POLL_MS)) renew();
+    if (Date.now() - updatedAt >= (state === "live" ? QUIET_MS : POLL_MS)) update();
   }, 500);
-  become("polling");
+  setState("polling");
   open();
 })();

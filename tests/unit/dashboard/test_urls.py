@@ -1,14 +1,26 @@
-"""Which addresses that workers leave may be links: a table of spellings that browsers take for this machine."""
+"""Links to download URLs that workers report."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
+import json
+import re
+
 import pytest
 
+from jobd.dashboard.assets import STATIC as STATIC
 from jobd.dashboard.urls import LOCAL_HOST, ODD_HOST, OWN_HOST, no_link_reason
+from tests.support.dashboard_harness import (
+    Browser,
+    DashboardHarness,
+    text,
+)
 
 
 @pytest.mark.parametrize(
-    ("url", "why"),
+    ("url", "reason"),
     [
         ("https://files.test/out.mp4?a=1&b=%20#c", None),
         ("HTTP://files.test:8080", None),
@@ -72,5 +84,69 @@ from jobd.dashboard.urls import LOCAL_HOST, ODD_HOST, OWN_HOST, no_link_reason
         ("http://files.test:123456/", ODD_HOST),
     ],
 )
-def test_an_address_is_a_link_where_it_leads_elsewhere(url: str, why: str | None) -> None:
-    assert no_link_reason(url, ["jobs.test", "192.168.1.5", "2001:db8::5"]) == why
+def test_a_url_is_a_link_if_it_is_external(url: str, reason: str | None) -> None:
+    assert no_link_reason(url, ["jobs.test", "192.168.1.5", "2001:db8::5"]) == reason
+
+
+DOWNLOAD_URLS = [
+    ("https://e.test/a?b=1&c=2", True),
+    ("http://e.test/", True),
+    ("javascript:alert(1)", False),
+    ("http://127.0.0.1:18899/out.mp4", False),
+    ("http://127.1/", False),
+]
+
+
+@pytest.mark.parametrize(("url", "linked"), DOWNLOAD_URLS)
+async def test_a_download_url_is_linked_if_it_is_external(harness: DashboardHarness, url: str, linked: bool) -> None:
+    """It leads over a page of no origin, which itself leads to nothing but that."""
+    lock = await harness.start_job()
+    await harness.call("jobs/held/complete", lock_id=lock, download_url=url)
+    browser = await harness.browser()
+    page = text(await browser.get("/jobs/held"))
+    assert ('<a href="/jobs/held/external-link" rel="noreferrer noopener">' in page) == linked
+    assert html.escape(url) in page
+    assert ("Not a link: " in page) == url.startswith("http://127")
+    response = await browser.get("/jobs/held/external-link")
+    assert response.status == (200 if linked else 404)
+    if linked:
+        assert f'<a href="{html.escape(url)}" rel="noreferrer noopener">' in text(response)
+        policy = response.headers["content-security-policy"]
+        assert policy.startswith("sandbox allow-downloads; default-src 'none';")
+        assert "cross-origin-opener-policy" not in response.headers  # with it browsers show no page of a sandbox
+        style = re.search("<style>(.*)</style>", text(response))
+        assert style
+        digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+        assert f"style-src 'sha256-{digest}'" in policy
+    assert (await Browser(harness.admin).get("/jobs/held/external-link")).headers["location"].startswith("/sign-in")
+    assert (await browser.get("/jobs/nobody/external-link")).status == 404
+
+
+@pytest.mark.parametrize(("url", "linked"), DOWNLOAD_URLS)
+async def test_the_download_url_of_a_late_result_is_linked_if_it_is_external(
+    harness: DashboardHarness, url: str, linked: bool
+) -> None:
+    lock = await harness.start_job()
+    await harness.restart_job("held")
+    response = await harness.worker.request(
+        "POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "download_url": url})
+    )
+    assert response.status == 409
+    browser = await harness.browser()
+    page = text(await browser.get("/jobs/held"))
+    assert html.escape(url) in page
+    link = re.search(r'<a href="(/jobs/held/external-link\?late_result=\d+)"', page)
+    assert (link is not None) == linked
+    if link is not None:
+        assert html.escape(url) in text(await browser.get(link[1]))
+    assert (await browser.get("/jobs/held/external-link?late_result=99")).status == 404
+    assert (await browser.get("/jobs/held/external-link")).status == 404  # it has no result of its own
+
+
+async def test_a_download_url_on_any_host_name_of_the_daemon_is_not_linked(harness: DashboardHarness) -> None:
+    lock = await harness.start_job()
+    await harness.call("jobs/held/complete", lock_id=lock, download_url="https://Jobs.test.:9999/a")
+    browser = await harness.browser()
+    harness.admin.app.authenticator.hosts = frozenset({"jobs.test", "other.test"})
+    for host in ("jobs.test:8770", "other.test"):
+        assert "the host of this dashboard" in text(await browser.get("/jobs/held", Host=host))

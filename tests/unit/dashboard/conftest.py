@@ -1,0 +1,84 @@
+"""Fixtures for the tests of the dashboard."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jobd.api import admin as admin_api
+from jobd.api import worker as worker_api
+from jobd.core.state import Book
+from jobd.dashboard.assets import STATIC as STATIC
+from jobd.dashboard.routes import Dashboard
+from jobd.engine.actor import Actor
+from jobd.engine.clock import Clock, boot_clock_ms, wall_clock_ms
+from jobd.engine.idempotency import Keys
+from jobd.http.auth import Authenticator, own_names
+from jobd.maintenance.cleanup_pass import CleanupSchedule, MaintenanceContext
+from jobd.maintenance.maintainer import Maintainer
+from jobd.maintenance.plans import Planner
+from jobd.model.job import Policy
+from jobd.monitoring.failure_groups import FailureGroups
+from jobd.monitoring.timeseries import Timeseries
+from tests.support.dashboard_harness import (
+    READ_ONLY_TOKEN,
+    DashboardHarness,
+)
+from tests.support.http_harness import (
+    TOKEN,
+    FakeClock,
+    HttpHarness,
+)
+from tests.support.memory_storage import MemoryStorage
+
+
+@pytest.fixture
+async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[DashboardHarness]:
+    disk = MemoryStorage()
+    made: list[DashboardHarness] = []
+
+    def ahead_ms() -> int:
+        return made[0].ahead_ms if made else 0
+
+    clock = Clock(wall=lambda: wall_clock_ms() + ahead_ms(), boot=lambda: boot_clock_ms() + ahead_ms())
+    actor = Actor(disk, Book.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
+    recorder = Timeseries(clock.moment().now)
+    actor.on_commit.append(recorder.record)
+    planner, known = Planner(actor, clock), FailureGroups(disk, 1)
+    actor.on_commit.append(known.committed)
+    await known.run()
+    running = asyncio.create_task(actor.run())
+    gate = Authenticator("admin", tokens=[TOKEN], read_only_tokens=[READ_ONLY_TOKEN], hosts=own_names("127.0.0.1"))
+    dashboard = await asyncio.to_thread(Dashboard, gate, recorder, clock_s=lambda: made[0].now_s)
+    async with contextlib.AsyncExitStack() as stack:
+        worker = await stack.enter_async_context(HttpHarness(worker_api.ROUTES, tmp_path, actor=actor))
+        routes = (*admin_api.ROUTES, *dashboard.routes(), worker_api.DOCUMENT)
+        admin = await stack.enter_async_context(
+            HttpHarness(routes, tmp_path, gate=gate, admin=True, actor=actor, pages=dashboard)
+        )
+        actor.on_commit.append(admin.services.feed.publish)
+        numbers = itertools.count(1)
+        numbered: Any = SimpleNamespace(
+            make=lambda asked, _: planner.make(asked, f"plan-{next(numbers)}"), find=planner.find, apply=planner.apply
+        )
+        admin.services.planner = numbered
+        admin.services.failures = known
+        fake_clock: Any = FakeClock(admin.fakes, lambda: clock.moment().now)
+        admin.services.clock = fake_clock
+        actor.book.quarantined["bad-1"] = "checksum"
+        context: Any = SimpleNamespace(_context=MaintenanceContext(actor, clock, CleanupSchedule()))
+        monkeypatch.setattr(admin.services.maintainer, "take_back", partial(Maintainer.take_back, context))
+        made.append(DashboardHarness(worker, admin, dashboard, disk))
+        yield made[0]
+        actor.stop_parking()
+    actor.stop()
+    await running

@@ -1,0 +1,169 @@
+"""Filters of the list of jobs."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from functools import partial
+from urllib.parse import quote
+
+import pytest
+
+from jobd.api.services import Services
+from jobd.core.state import Book
+from jobd.dashboard import filters, pages
+from jobd.dashboard.assets import STATIC as STATIC
+from jobd.engine import history
+from jobd.model.storage import JobQuery
+from tests.support.dashboard_harness import (
+    AUTH,
+    DashboardHarness,
+    assert_safe,
+    submit_plan,
+    text,
+)
+
+
+async def test_filters_are_in_the_url_of_every_page(harness: DashboardHarness) -> None:
+    jobs = [{"id": f"job-{number:03}", "queue": ("a", "b")[number % 2]} for number in range(120)]
+    await harness.call("jobs/bulk", jobs=jobs)
+    browser = await harness.browser()
+    seen: list[str] = []
+    target = "/jobs?status=queued&queue=a&kind=&worker="
+    while target:
+        page = text(await browser.get(target))
+        seen += re.findall(r'href="/jobs/(job-\d+)"', page)
+        older = re.search(r'rel="next" href="([^"]+)"', page)
+        target = html.unescape(older[1]) if older else ""
+        assert not older or "queue=a" in target
+    assert seen == [f"job-{number:03}" for number in range(118, -1, -2)]
+    response = await browser.get("/jobs?id=job-007")
+    assert (response.status, response.headers["location"]) == (303, "/jobs/job-007")
+    response = await browser.get("/jobs?queue=a%20b")
+    assert response.status == 400
+    assert 'value="a b"' in text(response)
+
+
+async def test_a_filter_with_invisible_characters_is_submitted_unchanged(harness: DashboardHarness) -> None:
+    """Marks of direction are ordinary in Hebrew and Arabic names."""
+    kind = "\u05d0\u200f<\u061c\u202e\u2066"
+    await harness.call("jobs", id="right-to-left", kind=kind)
+    browser = await harness.browser()
+    page = text(await browser.get(f"/jobs?kind={quote(kind)}"))
+    fields = [html.unescape(value) for value in re.findall(r'name="kind" value="([^"]*)"', page)]
+    assert fields == [kind, kind]  # of the filter, and of the form that does something to all that match
+    assert kind not in page.replace(f'value="{html.escape(kind)}"', "")
+    response = await submit_plan(browser, f"/jobs?kind={quote(kind)}", action="cancel", scope="all")
+    assert "Plan: cancel 1 job" in text(await browser.get(response.headers["location"]))
+    page = text(await browser.get(f"/audit?who={quote(kind)}"))
+    assert [html.unescape(value) for value in re.findall(r'name="who" value="([^"]*)"', page)] == [kind]
+
+
+async def test_jobs_are_found_by_worker_time_and_text(harness: DashboardHarness) -> None:
+    await harness.start_job()
+    await harness.call("jobs", id="invoice-7", queue="mail", payload={"to": "Eve"})
+    browser = await harness.browser()
+
+    async def found(query: str) -> list[str]:
+        response = await browser.get(f"/jobs?{query}")
+        assert response.status == 200, text(response)
+        return re.findall(r'id="job-([^"]+)"', text(response))
+
+    assert await found("worker=w-1") == ["held"]
+    assert await found("q=eve") == ["invoice-7"]
+    assert await found("q=INVOICE&queue=mail") == ["invoice-7"]
+    assert await found("q=nothing") == []
+    assert await found("since=2h") == ["invoice-7", "held"]
+    assert await found("until=2h&since=") == []
+    assert await found("since=2020-01-01&until=2020-01-01+10:00") == []
+    assert await found("until=2100-01-01T00:00Z") == ["invoice-7", "held"]
+    body = json.dumps({"jobId": "held", "reason": "no"})
+    assert (await harness.admin.request("POST", "/admin/job-management/force-fail", body, headers=AUTH)).status == 200
+    assert await found("finished_since=2h") == ["held"]
+    assert await found("finished_since=2h&finished_until=1h") == []
+    assert await found("worker=w-1&status=failed") == ["held"]
+    page = text(await browser.get("/jobs?since=2h&q=%22x%22"))
+    assert 'name="since" value="2h"' in page
+    assert 'name="q" value="&#34;x&#34;"' in page
+    assert "data-interval-s" not in page, "a text is looked for once"
+    for query, field in (("since=yesterday", "$.since"), ("until=9999", "$.until"), ("q=" + "x" * 201, "$.q")):
+        response = await browser.get(f"/jobs?{query}")
+        assert (response.status, field in text(response)) == (400, True)
+        assert_safe(response)
+
+
+async def test_a_page_says_how_far_it_has_searched(harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    await harness.call("jobs", id="rare", queue="b")
+    await harness.call("jobs/bulk", jobs=[{"id": f"often-{number}", "queue": "a"} for number in range(20)])
+    browser = await harness.browser()
+    monkeypatch.setattr(history, "JobQuery", partial(JobQuery, scan=3))
+    page = text(await browser.get("/jobs?queue=b"))
+    assert 'id="job-rare"' in page, "it has looked on"
+    assert "continues" not in page
+    assert "data-interval-s" in page
+    monkeypatch.setattr(pages, "MAX_SCANNED", 10)
+    assert "data-interval-s" not in text(await browser.get("/jobs?queue=b")), "it does not look so far again and again"
+    monkeypatch.setattr(history, "MOST_LOOKED", 6)
+    page = text(await browser.get("/jobs?queue=b&worker=w%261"))
+    assert "No matches in jobs created since <time" in page
+    assert '<a href="/jobs?status=failed&amp;queue=b&amp;worker=w%261">failed</a>' in page
+    page = text(await browser.get("/jobs?queue=b&status=completed"))
+    assert "continues" in page
+    assert "To search faster" not in page
+    monkeypatch.setattr(pages, "MAX_SCANNED", 50_000)
+    assert "data-interval-s" not in text(await browser.get("/jobs?queue=b")), (
+        "what looks on is not begun anew meanwhile"
+    )
+    renewed = text(await browser.get("/jobs?queue=b", HX_Request="true"))
+    assert "data-final" in renewed, "nor where it had rows when the page was opened"
+    for query in ("error=0123456789ab", "q=nothing"):
+        page = text(await browser.get(f"/jobs?{query}"))
+        assert "data-interval-s" not in page
+        assert "To search faster" not in page, "a text or an error is compared row by row in any status"
+    target, found = "/jobs?queue=b", []
+    while target:
+        page = text(await browser.get(target))
+        found += re.findall(r'id="job-([^"]+)"', page)
+        older = re.search(r'rel="next" href="([^"]+)"', page)
+        target = html.unescape(older[1]) if older else ""
+    assert found == ["rare"]
+    assert "No older jobs match" in text(await browser.get("/jobs?queue=b&cursor=1"))
+    monkeypatch.setattr(history, "MOST_LOOKED", 100)
+    assert "No jobs match" in text(await browser.get("/jobs?kind=none&status=failed"))
+
+
+@pytest.mark.parametrize(
+    ("text_", "at"),
+    [
+        ("90s", 910_000),
+        ("10 min", 400_000),
+        ("1h", 0),
+        ("1970-01-01 00:10", 600_000),
+        ("1970-01-01T02:10+02:00", 600_000),
+        ("1970-01-02", 86_400_000),
+        ("1969-01-01", 0),
+        ("", None),
+        ("1 fortnight", None),
+        ("-5m", None),
+        ("12:00", None),
+    ],
+)
+def test_absolute_and_relative_times_are_parsed(text_: str, at: int | None) -> None:
+    assert filters.parse_time(text_, 1_000_000) == at
+
+
+async def test_the_list_of_jobs_suggests_queues_without_scanning_them(
+    harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await harness.call("jobs/bulk", jobs=[{"id": f"job-{number}", "queue": f"q-{number}"} for number in range(5)])
+    looked: list[str] = []
+    monkeypatch.setattr(Book, "oldest_due_at", lambda book, queue: looked.append(queue))
+    monkeypatch.setattr(pages, "MAX_QUEUE_NAMES", 3)
+    browser = await harness.browser()
+    names = "".join(f'<option value="q-{number}"></option>' for number in range(3))
+    for target in ("/jobs", "/jobs?since=nonsense"):
+        assert f'<datalist id="queue-names">{names}</datalist>' in text(await browser.get(target))
+    monkeypatch.delattr(Services, "queue_names")
+    assert "job-4" in text(await browser.get("/jobs", HX_Request="true")), "what is renewed names no queues"
+    assert looked == []

@@ -1,0 +1,339 @@
+"""Actions on one job, and late results."""
+
+from __future__ import annotations
+
+import asyncio
+import html
+import json
+import re
+import shlex
+from typing import Any
+
+import pytest
+
+from jobd.api import admin as admin_api
+from jobd.dashboard.assets import STATIC as STATIC
+from jobd.dashboard.job_actions import JOB_ACTIONS
+from jobd.model.commands import ForceFail
+from jobd.model.job import Policy
+from jobd.storage.artifacts.downloads import Downloads
+from jobd.storage.artifacts.filesystem import FileArtifactStore
+from tests.support.dashboard_harness import (
+    AUTH,
+    NASTY,
+    READ_ONLY_TOKEN,
+    Browser,
+    DashboardHarness,
+    assert_safe,
+    fail_jobs,
+    text,
+)
+
+
+@pytest.mark.parametrize(
+    ("verb", "before", "after"),
+    [
+        ("force-fail", "processing", "failed"),
+        ("force-reset", "processing", "queued"),
+        ("cancel", "processing", "cancelled"),
+        ("extend", "processing", "processing"),
+        ("release", "processing", "queued"),
+    ],
+)
+async def test_an_action_shows_its_transition_and_is_applied_when_confirmed(
+    harness: DashboardHarness, verb: str, before: str, after: str
+) -> None:
+    await harness.start_job()
+    browser = await harness.browser()
+    page = text(await browser.get(f"/jobs/held/confirm?verb={verb}"))
+    assert re.findall(r'class="status (\w+)"', page) == [before, after]
+    assert await harness.status("held") == before
+    response = await browser.confirm("held", verb, "because of <tests>")
+    assert (response.status, response.headers["location"]) == (303, "/jobs/held")
+    assert await harness.status("held") == after
+    page = text(await browser.get("/jobs/held"))
+    assert f"{JOB_ACTIONS[verb].label}: done. {before} → {after}" in page
+    assert "because of &lt;tests&gt;" in page
+    assert "done." not in text(await browser.get("/jobs/held")), "it is said once"
+
+
+async def test_a_late_result_is_not_deleted_unseen(harness: DashboardHarness) -> None:
+    lock = await harness.start_job()
+    response = await harness.admin.request(
+        "POST", "/admin/job-management/force-fail", json.dumps({"jobId": "held"}), headers=AUTH
+    )
+    assert response.status == 200
+    browser = await harness.browser()
+    seen = await browser.confirm_fields("held", "delete")
+    assert "late result" not in text(await browser.get("/jobs/held/confirm?verb=delete"))
+    body = json.dumps({"lock_id": lock, "file_path": "/late"})
+    assert (await harness.worker.request("POST", "/v1/jobs/held/complete", body)).error == "lock_lost"
+    response = await browser.post("/jobs/held/do", **seen, reason="")
+    assert response.status == 409
+    assert "has changed since you read it" in text(response)
+    goes = "It has 1 late result that was not adopted. It is deleted with the job."
+    assert goes in text(await browser.get("/jobs/held/confirm?verb=delete"))
+    instead = "It has 1 late result that was not adopted. Check whether it can be adopted instead."
+    assert instead in text(await browser.get("/jobs/held/confirm?verb=force-reset"))
+    assert "late result" not in text(await browser.get("/jobs/held/confirm?verb=run-now"))
+    assert (await browser.confirm("held", "delete")).status == 303
+    assert (await harness.worker.request("GET", "/v1/jobs/held")).error == "job_not_found"
+
+
+async def test_deleting_a_completed_job_mentions_its_late_results(harness: DashboardHarness) -> None:
+    lock = await harness.start_job()
+    again = await harness.restart_job("held")
+    for each in (lock, again):
+        await harness.worker.request("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": each, "file_path": "/x"}))
+    assert await harness.status("held") == "completed"
+    page = text(await (await harness.browser()).get("/jobs/held/confirm?verb=delete"))
+    assert "Late results are deleted with it: 1." in page
+    assert "adopted" not in page
+
+
+async def test_a_late_result_is_shown_and_adopted(harness: DashboardHarness) -> None:
+    locks = [await harness.start_job()]
+    for _ in range(2):
+        locks.append(await harness.restart_job("held"))
+    late = []
+    for number, lock in enumerate(locks[:2]):
+        result = {"file_path": f"/late/{number}", **({"storage_key": "late/1"} if number else {})}
+        body = json.dumps({"lock_id": lock, "metadata": {"n": NASTY}, **result})
+        response = await harness.worker.request("POST", "/v1/jobs/held/complete", body)
+        assert response.error == "lock_lost"
+        late.append(response.json["details"]["late_result"])
+    body = json.dumps({"lock_id": locks[1], "error_message": "disk on fire"})
+    assert (await harness.worker.request("POST", "/v1/jobs/held/fail", body)).error == "lock_lost"
+    browser, reader = await harness.browser(), await harness.browser(READ_ONLY_TOKEN)
+    page = text(await browser.get("/jobs/held"))
+    assert "late_call" in page
+    assert "disk on fire" in page
+    assert re.findall(r'id="late-(\d+)"', page) == [str(late[1]), str(late[0])], "newest grant first"
+    assert "A worker holds the job" in page
+    assert "verb=adopt" not in page
+    assert "not possible for a job that is" in text(await browser.get("/jobs/held/confirm?verb=adopt"))
+    await harness.call("jobs/held/cancel")
+    page = text(await browser.get("/jobs/held"))
+    assert re.findall(r"verb=adopt&amp;result=(\d+)", page) == [str(late[1]), str(late[0])]
+    assert "/late/1" in page
+    assert "<script>alert" not in page
+    assert "late-" in text(await reader.get("/jobs/held"))
+    assert "verb=adopt" not in text(await reader.get("/jobs/held"))
+    assert "/artifact" not in text(await browser.get("/jobs/held")), "there is no store to take it from"
+    harness.admin.services.downloads = Downloads(FileArtifactStore("/nonexistent", "test"), 2)
+    for each in (browser, reader):  # to be looked at before it is adopted; the other names none
+        page = text(await each.get("/jobs/held"))
+        assert re.findall(r'href="(/jobs/held/artifact[^"]*)"', page) == [f"/jobs/held/artifact?late_result={late[1]}"]
+    page = text(await browser.get(f"/jobs/held/confirm?verb=adopt&result={late[0]}"))
+    assert re.findall(r'class="status (\w+)"', page) == ["cancelled", "completed"]
+    assert "/late/0" in page
+    assert "/late/1" not in page
+    assert f"jobctl adopt held --result {late[0]}" in page
+    assert (await browser.get("/jobs/held/confirm?verb=adopt&result=1")).status == 404
+    response = await browser.confirm("held", "adopt", "it is whole", f"&result={late[0]}")
+    assert (response.status, response.headers["location"]) == (303, "/jobs/held")
+    page = text(await browser.get("/jobs/held"))
+    assert "Adopt: done. cancelled → completed" in page
+    assert "it is whole" in page
+    assert "late results cannot be adopted" in page
+    job = (await harness.worker.request("GET", "/v1/jobs/held")).data
+    assert (job["status"], job["file_path"]) == ("completed", "/late/0")
+
+
+async def test_a_late_result_that_cannot_be_adopted_is_not_offered(harness: DashboardHarness) -> None:
+    locks = [await harness.start_job(), await harness.restart_job("held")]
+    late = []
+    for lock, result in zip(locks, ({"download_url": "https://x.test/1"}, {"file_path": "/late"}), strict=True):
+        if lock == locks[-1]:
+            await harness.restart_job("held")
+        response = await harness.worker.request(
+            "POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, **result})
+        )
+        late.append(response.json["details"]["late_result"])
+    actor: Any = harness.admin.app.actor
+    actor.policy = Policy(require_download_url=True)
+    browser = await harness.browser()
+    lacks = f"Late result {late[1]} cannot be adopted: it has no download_url"
+    page = text(await browser.get("/jobs/held"))
+    assert page.count("cannot be adopted") == page.count(lacks) == 1
+    assert "or fail the job first, then adopt." in page
+    await harness.call("jobs/held/cancel")
+    page = text(await browser.get("/jobs/held"))
+    assert re.findall(r"verb=adopt&amp;result=(\d+)", page) == [str(late[0])]
+    assert lacks in page
+    confirm = text(await browser.get(f"/jobs/held/confirm?verb=adopt&result={late[1]}"))
+    assert (lacks in confirm, 'action="/job/do"' in confirm) == (True, False)
+    actor.policy = Policy()
+    assert lacks not in text(await browser.get("/jobs/held"))
+    seen = await browser.confirm_fields("held", "adopt", f"&result={late[1]}")
+    actor.policy = Policy(require_download_url=True)
+    response = await browser.post("/jobs/held/do", **seen)
+    assert (response.status, lacks in text(response)) == (400, True)
+    assert (await browser.confirm("held", "adopt", more=f"&result={late[0]}")).status == 303
+    assert lacks not in text(await browser.get("/jobs/held")), "of a completed job none is"
+
+
+async def test_a_late_result_of_a_changed_job_is_not_adopted(harness: DashboardHarness) -> None:
+    lock = await harness.start_job()
+    await harness.restart_job("held")
+    await harness.worker.request("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "file_path": "/late"}))
+    await harness.call("jobs/held/cancel")
+    browser = await harness.browser()
+    before = await browser.confirm_fields("held", "adopt")
+    await browser.confirm("held", "force-reset")
+    response = await browser.post("/jobs/held/do", **before)
+    assert (response.status, "has changed since you read it" in text(response)) == (409, True)
+    now = await browser.confirm_fields("held", "adopt")
+    response = await browser.post("/jobs/held/do", **{**now, "result": "77"})
+    assert (response.status, "late_result_not_found" in text(response)) == (404, True)
+    assert await harness.status("held") == "queued"
+
+
+def test_each_action_is_a_call_of_the_admin_api() -> None:
+    calls = {(route.method, route.path) for route in admin_api.ROUTES}
+    for action in JOB_ACTIONS.values():
+        method, _, path = action.api_call.partition(" ")
+        assert (method, f"/admin/job-management/{path}") in calls
+
+
+@pytest.mark.parametrize("verb", sorted(JOB_ACTIONS))
+async def test_the_curl_command_of_an_action_does_the_same(harness: DashboardHarness, verb: str) -> None:
+    """What the page shows for copying is a call as it is, but for what its reader has to put in."""
+    lock = await harness.start_job()
+    if verb in ("run-now", "adopt", "delete"):
+        await harness.restart_job("held")
+        body = json.dumps({"lock_id": lock, "metadata": 1})
+        await harness.worker.request("POST", "/v1/jobs/held/complete", body)
+        await harness.call("jobs/held/cancel")
+    if verb == "run-now":
+        await harness.admin.request("POST", "/admin/job-management/force-reset", '{"jobId": "held"}', AUTH)
+        later = json.dumps({"run_at": 4_000_000_000_000})
+        await harness.admin.request("POST", "/admin/job-management/jobs/held/update", later, AUTH)
+    browser = await harness.browser()
+    page = text(await browser.get(f"/jobs/held/confirm?verb={verb}"))
+    words = shlex.split(html.unescape(re.findall(r'<code id="curl">(.*?)</code>', page)[0]))
+    assert words[:3] == ["curl", "-sS", "-X"]
+    assert lock not in page
+    sent = words[words.index("-d") + 1].replace("LOCK_ID", lock) if "-d" in words else None
+    target = words[-1].removeprefix("http://localhost")
+    response = await harness.admin.request(words[3], target, sent, AUTH)
+    assert response.status == 200, response.json
+    timeline = await harness.admin.request("GET", "/admin/job-management/jobs/held/timeline", headers=AUTH)
+    if verb == "delete":
+        assert timeline.status == 404
+    else:
+        assert timeline.data["events"][-1]["by"] == "admin"
+
+
+@pytest.mark.parametrize("verb", ["extend", "release"])
+async def test_the_curl_command_of_a_lock_action_says_where_to_get_the_lock_id(
+    harness: DashboardHarness, verb: str
+) -> None:
+    lock = await harness.start_job()
+    page = text(await (await harness.browser()).get(f"/jobs/held/confirm?verb={verb}"))
+    told = re.findall(r"Replace <code>LOCK_ID</code> with .*<code>(curl .*?)</code>", page)[0]
+    response = await harness.admin.request("GET", html.unescape(told).rpartition("http://localhost")[2], headers=AUTH)
+    assert response.data["lock"]["lock_id"] == lock
+
+
+async def test_a_job_is_run_now_and_a_finished_one_is_deleted(harness: DashboardHarness) -> None:
+    await harness.call("jobs", id="late", delay_ms=3_600_000)
+    browser = await harness.browser()
+    assert (await browser.confirm("late", "run-now")).status == 303
+    assert "verb=run-now" not in text(await browser.get("/jobs/late"))
+    assert (await browser.confirm("late", "cancel")).status == 303
+    response = await browser.confirm("late", "delete")
+    assert (response.status, response.headers["location"]) == (303, "/jobs")
+    assert "Job late was deleted" in text(await browser.get("/jobs"))
+    assert (await browser.get("/jobs/late")).status == 404
+
+
+async def assert_job_changed(browser: Browser, job_id: str, fields: dict[str, str]) -> None:
+    response = await browser.post(f"/jobs/{job_id}/do", **fields)
+    assert (response.status, "The job has changed since you read it" in text(response)) == (409, True)
+    assert_safe(response)
+
+
+@pytest.mark.parametrize("verb", ["force-fail", "cancel", "force-reset", "extend", "release"])
+async def test_an_action_fails_if_another_worker_holds_the_job(harness: DashboardHarness, verb: str) -> None:
+    await harness.start_job()
+    browser = await harness.browser()
+    fields = await browser.confirm_fields("held", verb)
+    lock = await harness.restart_job("held")
+    await assert_job_changed(browser, "held", fields)
+    assert await harness.status("held") == "processing"
+    done = await harness.worker.request("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "metadata": 1}))
+    assert done.status == 200, "it was neither ended nor taken away"
+
+
+@pytest.mark.parametrize("verb", ["delete", "force-reset"])
+async def test_an_action_fails_if_the_job_has_returned_to_its_status(harness: DashboardHarness, verb: str) -> None:
+    await fail_jobs(harness, "a")
+    browser = await harness.browser()
+    fields = await browser.confirm_fields("a", verb)
+    lock = await harness.restart_job("a")
+    await harness.call("jobs/a/fail", lock_id=lock, error_message="SECOND, another story")
+    await assert_job_changed(browser, "a", fields)
+    page = text(await browser.get("/jobs/a"))
+    assert "SECOND, another story" in page
+    assert (await browser.confirm("a", verb)).status == 303, "it can be done once it was looked at"
+
+
+async def test_an_action_fails_if_a_change_was_reverted(harness: DashboardHarness) -> None:
+    await harness.call("jobs", id="a", delay_ms=3_600_000)
+    browser = await harness.browser()
+    fields = await browser.confirm_fields("a", "cancel")
+    for priority in (5, 0):
+        await asyncio.sleep(0.002)
+        body = json.dumps({"priority": priority})
+        await harness.admin.request("POST", "/admin/job-management/jobs/a/update", body, AUTH)
+    await assert_job_changed(browser, "a", fields)
+
+
+async def test_an_action_fails_if_the_job_is_granted_before_the_command(
+    harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody takes the job when all that the form asks first has been answered."""
+    await harness.call("jobs", id="a")
+    browser = await harness.browser()
+    fields = await browser.confirm_fields("a", "force-fail")
+    actor, ask = harness.admin.actor, harness.admin.actor.ask
+
+    async def slow(command: Any, **asked: Any) -> Any:
+        if isinstance(command, ForceFail):
+            monkeypatch.setattr(actor, "ask", ask)
+            await harness.call("jobs/a/start", worker="w-1")
+        return await ask(command, **asked)
+
+    monkeypatch.setattr(actor, "ask", slow)
+    await assert_job_changed(browser, "a", fields)
+    assert await harness.status("a") == "processing"
+    response = await harness.admin.request("GET", "/admin/job-management/audit", headers=AUTH)
+    latest = response.data["entries"][0]
+    assert (latest["what"], latest["outcome"]) == ("force-fail", "invalid_transition")
+
+
+async def test_progress_does_not_prevent_an_action(harness: DashboardHarness) -> None:
+    lock = await harness.start_job()
+    browser = await harness.browser()
+    fields = await browser.confirm_fields("held", "force-fail")
+    await harness.call("jobs/held/progress", lock_id=lock, progress=50)
+    assert (await browser.post("/jobs/held/do", **fields)).status == 303
+    assert await harness.status("held") == "failed"
+
+
+async def test_an_action_that_the_status_does_not_allow_is_rejected(harness: DashboardHarness) -> None:
+    await harness.start_job()
+    browser = await harness.browser()
+    csrf = await browser.csrf()
+    await harness.call("jobs/held/cancel")
+    seen = (await browser.confirm_fields("held", "delete"))["seen"]
+    for verb in ("extend", "release", "force-fail"):
+        response = await browser.post("/jobs/held/do", csrf=csrf, verb=verb, seen=seen)
+        assert response.status in (400, 409), "no lock to name"
+        assert "Failed.</strong>" in text(response)
+        assert "has moved" not in text(response)
+    response = await browser.post("/jobs/nobody/do", csrf=csrf, verb="force-fail", seen=seen)
+    assert response.status == 404
+    page = text(await browser.get("/jobs/held/confirm?verb=force-fail"))
+    assert "not possible for a job that is" in page

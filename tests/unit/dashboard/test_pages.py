@@ -1,0 +1,374 @@
+"""The content of the pages."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec import Raw
+
+from jobd.dashboard import rendering
+from jobd.dashboard.assets import STATIC as STATIC
+from jobd.model.responses import AlertView, OldestDue
+from jobd.monitoring.timeseries import SLOTS, STEPS
+from jobd.storage.artifacts.downloads import Downloads
+from jobd.storage.artifacts.filesystem import FileArtifactStore
+from tests.support.dashboard_harness import (
+    AUTH,
+    PAGES,
+    READ_ONLY_TOKEN,
+    Browser,
+    DashboardHarness,
+    assert_safe,
+    audit_entries,
+    submit_plan,
+    text,
+)
+from tests.support.http_harness import (
+    TOKEN,
+)
+
+
+async def test_the_overview_shows_the_disk_space(harness: DashboardHarness) -> None:
+    browser = await harness.browser()
+    page = text(await browser.get("/"))
+    assert "3.0 GiB free of 8.0 GiB" in page
+    assert "/var/lib/jobd/jobd.db" in page
+
+
+async def test_the_audit_log_shows_actions_operators_and_reasons(harness: DashboardHarness) -> None:
+    await harness.start_job()
+    eve = Browser(harness.admin)
+    await eve.post("/sign-in", token=TOKEN, name=" Eve  <i>\x1b ")
+    assert "No" not in text(await eve.get("/audit")).partition("<tbody")[2]
+    await eve.confirm("held", "force-fail", "wrong <b>input</b>")
+    await eve.post("/queues/video/pause", csrf=await eve.csrf())
+    nobody = await harness.browser()
+    await nobody.post("/jobs/held/do", csrf=await nobody.csrf(), verb="force-fail", seen="failed")
+    reader = await harness.browser(READ_ONLY_TOKEN)
+    for browser in (eve, reader):
+        page = text(await browser.get("/audit"))
+        rows = re.findall(r'<tr id="audit-\d+">(.*?)</tr>', page, re.DOTALL)
+        assert len(rows) == 6
+        by_reader, refused, by_nobody, paused, failed, by_eve = rows
+        assert "Eve &lt;i&gt;" in by_eve
+        assert (">reader<" in by_reader, "</span> read</span>" in by_reader, ">admin<" in by_nobody) == (
+            True,
+            True,
+            True,
+        )
+        assert all("sign-in" in row for row in (by_reader, by_nobody, by_eve))
+        assert "invalid_transition" in refused
+        assert ">admin<" in refused
+        assert "Eve &lt;i&gt;" in paused
+        assert '<a href="/jobs?queue=video">' in paused
+        assert "processing → failed" in failed
+        assert "wrong &lt;b&gt;input&lt;/b&gt;" in failed
+        assert "127.0.0.1" in failed
+    assert "admin:Eve &lt;i&gt;" in text(await eve.get("/jobs/held"))
+    assert re.search(r"Eve &lt;i&gt;</span>", text(await eve.get("/queues"))), "it is said who is signed in"
+    for query, count in (("who=admin", 2), ("what=pause", 1), ("job_id=held&who=", 2), ("since=1h", 6), ("who=x", 0)):
+        page = text(await eve.get(f"/audit?{query}"))
+        assert page.count('id="audit-') == count, query
+    assert (await eve.get("/audit?job_id=a%20b")).status == 400
+    assert "must be a time" in text(await eve.get("/audit?since=then"))
+
+
+async def test_the_audit_log_has_pages(harness: DashboardHarness) -> None:
+    browser = await harness.browser()
+    csrf = await browser.csrf()
+    for number in range(60):
+        await browser.post(f"/queues/q-{number}/pause", csrf=csrf)
+    target, seen = "/audit?what=pause", []
+    while target:
+        page = text(await browser.get(target))
+        seen += re.findall(r'href="/jobs\?queue=q-(\d+)">q-', page.partition("<tbody")[2])
+        older = re.search(r'rel="next" href="([^"]+)"', page)
+        target = html.unescape(older[1]) if older else ""
+        assert not older or "what=pause" in target
+    assert seen == [str(number) for number in range(59, -1, -1)]
+
+
+async def test_the_page_of_a_job_shows_its_state_and_actions(harness: DashboardHarness) -> None:
+    lock = await harness.start_job()
+    await harness.call("jobs/held/progress", lock_id=lock, progress=40, message="half of it")
+    browser = await harness.browser()
+    page = text(await browser.get("/jobs/held"))
+    for words in (
+        "Worker w-1 has held it",
+        "half of it",
+        'value="40"',
+        "data-until=",
+        "worker:w-1",
+        "queued → processing",
+        "&#34;a&#34;: 1",
+        "http://localhost/admin/job-management/jobs/held",
+        "Copy as curl",
+    ):
+        assert words in page, words
+    assert lock not in page, "the dashboard itself needs it, nobody else"
+    assert re.findall(r"verb=([a-z-]+)", page) == ["extend", "release", "force-reset", "force-fail", "cancel"]
+    await harness.call("jobs/held/complete", lock_id=lock, download_url="https://files.example/a", metadata={"n": [1]})
+    page = text(await browser.get("/jobs/held"))
+    assert re.findall(r"verb=([a-z-]+)", page) == ["delete"]
+    assert '<a href="/jobs/held/external-link" rel="noreferrer noopener">https://files.example/a</a>' in page
+
+
+async def test_a_long_timeline_shows_the_latest_events(harness: DashboardHarness) -> None:
+    await harness.call("jobs", id="long", queue="q", max_attempts=100)
+    browser = await harness.browser()
+    for number in range(99):
+        lock = (await harness.call("jobs/long/start", worker="w"))["lock_id"]
+        await harness.call("jobs/long/fail", lock_id=lock, error_message=f"error {number}", retry_after_ms=0)
+    page = text(await browser.get("/jobs/long"))
+    assert "Earlier events are not shown" not in page, "199 of them"
+    assert "created" in page.partition('<h2 id="h-timeline')[2]
+    await harness.call("jobs/long/start", worker="w")
+    lock = (await harness.admin.request("GET", "/admin/job-management/jobs/long", headers=AUTH)).data["lock"]["lock_id"]
+    await harness.call("jobs/long/fail", lock_id=lock, error_message="the last", retry=False)
+    page = text(await browser.get("/jobs/long"))
+    assert "Earlier events are not shown" in page
+    assert "the last" in page
+
+
+async def test_a_large_payload_is_cut_and_a_deep_one_is_not_indented(harness: DashboardHarness) -> None:
+    await harness.call("jobs", id="large", payload="x" * 100_000)
+    page = text(await (await harness.browser()).get("/jobs/large"))
+    assert "x" * 1_000 in page
+    assert len(page) < rendering.MAX_JSON + 20_000
+    assert "more characters" in page
+    assert rendering.pretty_json(Raw(b'{"a":1}')) == ('{\n  "a": 1\n}', 0)
+    deep = b"[" * 5_000 + b"]" * 5_000
+    assert rendering.pretty_json(Raw(deep))[0].startswith("[")
+
+
+async def test_a_stored_result_can_be_downloaded(harness: DashboardHarness, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    harness.admin.services.downloads = Downloads(FileArtifactStore(str(tmp_path / "results"), "test"), 2)
+    lock = await harness.start_job()
+    browser, reader = await harness.browser(), await harness.browser(READ_ONLY_TOKEN)
+    assert "/jobs/held/artifact" not in text(await browser.get("/jobs/held"))
+    response = await browser.get("/jobs/held/artifact")
+    assert (response.status, "no storage_key" in text(response)) == (404, True)
+    assert_safe(response)
+    await harness.call("jobs/held/complete", lock_id=lock, storage_key="a/page.html")
+    assert 'href="/jobs/held/artifact"' in text(await browser.get("/jobs/held"))
+    with_store = text(await browser.get("/jobs/held/confirm?verb=delete"))
+    assert "Its stored results are deleted too" in with_store
+    assert "jobctl delete held" in with_store
+    await submit_plan(browser, "/jobs?status=completed", "held", action="delete", scope="selected")
+    assert "Their stored results are deleted too" in text(await browser.get("/plans/plan-1"))
+    store, harness.admin.services.downloads = harness.admin.services.downloads, Downloads(None, 2)
+    for page in ("/jobs/held/confirm?verb=delete", "/plans/plan-1"):
+        assert "stored results" not in text(await browser.get(page))
+    assert "/artifact" not in text(await browser.get("/jobs/held"))
+    harness.admin.services.downloads = store
+    assert "any more" in text(await browser.get("/jobs/held/artifact"))
+    (tmp_path / "results" / "a").mkdir()
+    (tmp_path / "results" / "a" / "page.html").write_text("<script>alert(1)</script>")
+    for who in (browser, reader):
+        response = await who.get("/jobs/held/artifact")
+        assert (response.status, response.body) == (200, b"<script>alert(1)</script>")
+        assert response.headers["content-type"] == "application/octet-stream"
+        assert response.headers["content-disposition"].startswith('attachment; filename="page.html"')
+        assert response.headers["x-content-type-options"] == "nosniff"
+    line = await harness.admin.connect()
+    for _ in range(2):
+        headers = {"Cookie": browser.cookie}
+        response = await line.request("HEAD", "/jobs/held/artifact", headers=headers)
+        assert (response.status, response.headers["content-length"]) == (200, "25")
+    taken = [each for each in await audit_entries(harness) if each[1] == "artifact"]
+    assert [each[0] for each in taken] == ["admin", "reader"], "who asks for the head takes nothing along"
+    anonymous = await Browser(harness.admin).get("/jobs/held/artifact")
+    assert (anonymous.status, anonymous.headers["location"]) == (303, "/sign-in?next=%2Fjobs%2Fheld%2Fartifact")
+    assert (await browser.get("/jobs/nobody/artifact")).status == 404
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"stuck_after_ms": 0},
+            ["as soon as its lock expires", "requeued at progress 0 or with attempts left"],
+        ),
+        ({"on_stall": "requeue", "stuck_after_ms": 90_000}, ["after 1 min 30 s without progress", "requeued <span"]),
+        ({"on_stall": "fail", "max_stalls": 7}, ["fails above 7", "fails <span"]),
+    ],
+)
+async def test_the_rules_for_stalls_are_described(
+    harness: DashboardHarness, fields: dict[str, Any], said: list[str]
+) -> None:
+    await harness.call("jobs", id="a", **fields)
+    page = text(await (await harness.browser()).get("/jobs/a"))
+    assert [words for words in said if words not in page] == []
+
+
+async def test_the_page_of_a_deleted_job_offers_no_actions(harness: DashboardHarness) -> None:
+    browser = await harness.browser()
+    await harness.call("jobs", id="a")
+    await harness.call("jobs/a/cancel")
+    assert "/jobs/a/confirm?verb=" in text(await browser.get("/jobs/a", HX_Request="true"))
+    await browser.confirm("a", "delete")
+    response = await browser.get("/jobs/a", HX_Request="true")
+    assert response.status == 200
+    assert_safe(response)
+    page = text(response)
+    assert "This job was deleted while the page was open" in page
+    assert ("confirm" in page, "<form" in page, "/audit?what=delete&amp;job_id=a" in page) == (False, False, True)
+    assert (await browser.get("/jobs/a")).status == 404, "who comes anew finds none"
+    assert (await browser.get("/jobs/%20", HX_Request="true")).status == 400
+
+
+@pytest.mark.parametrize(
+    ("hint", "shown"),
+    [
+        ("Look: jobctl workers, jobctl timeline ID", 'Look: <a href="/workers">jobctl workers</a>, jobctl timeline ID'),
+        ("at the oldest: jobctl stats", 'at the oldest: <a href="/">jobctl stats</a>'),
+        ("jobctl webhooks. The", '<a href="/webhooks">jobctl webhooks</a>. The'),
+        ("who: jobctl timeline a:b-1", 'who: <a href="/jobs/a%3Ab-1">jobctl timeline a:b-1</a>'),
+        ("<b> jobctl locks \x1b", '&lt;b&gt; <a href="/workers#h-locks">jobctl locks</a> \u241b'),
+        ("jobctl validate ID, jobctl statsx", "jobctl validate ID, jobctl statsx"),
+    ],
+)
+async def test_a_command_in_a_hint_links_to_its_page(harness: DashboardHarness, hint: str, shown: str) -> None:
+    alert = AlertView("stuck_jobs", True, 1_700_000_000_000, 7, 5, hint)
+    harness.admin.fakes.alerts = [alert]
+    browser = await harness.browser()
+    for page in ("/", "/alerts"):
+        assert shown in text(await browser.get(page))
+
+
+async def test_actions_on_the_dashboard_are_audited(harness: DashboardHarness) -> None:
+    browser = await harness.browser()
+    await harness.call("jobs", id="a")
+    assert (await browser.confirm("a", "force-fail", "broken")).status == 303
+    csrf = await browser.csrf()
+    await browser.post("/queues/q/pause", csrf=csrf, reason="we move")
+    await browser.post("/cleanup/run", csrf=csrf, reason="now")
+    await browser.post("/clock/accept", csrf=csrf, reason=" NTP is right ")
+    await browser.confirm("a", "delete", "not wanted")
+    [session] = harness.dashboard.sessions._pools["full"].values()
+    session.name = "eve"
+    await browser.post("/queues/q/resume", {"X-Jobd-Operator": "mallory"}, csrf=csrf)
+    program = {"Authorization": f"Bearer {TOKEN}", "X-Jobd-Operator": "script"}
+    await Browser(harness.admin).post("/queues/q/pause", program)
+    response = await harness.admin.request("GET", "/admin/job-management/audit", headers=AUTH)
+    found = [
+        (each["who"], each["what"], each["job_id"] or each["queue"], each["reason"])
+        for each in response.data["entries"]
+    ]
+    assert found == [
+        ("script", "pause", "q", None),
+        ("eve", "resume", "q", None),
+        ("admin", "delete", "a", "not wanted"),
+        ("admin", "accept-clock", None, "NTP is right"),
+        ("admin", "cleanup", None, "now"),
+        ("admin", "pause", "q", "we move"),
+        ("admin", "force-fail", "a", "broken"),
+        ("admin", "sign-in", None, None),
+    ]
+    assert {each["address"] for each in response.data["entries"]} == {"127.0.0.1"}
+
+
+async def test_firing_alerts_are_shown_with_their_hints(harness: DashboardHarness) -> None:
+    browser = await harness.browser()
+    firing = AlertView("stuck_jobs", True, 1_700_000_000_000, 7, 5, "look at <the> workers")
+    harness.admin.fakes.alerts = [firing]
+    page = text(await browser.get("/"))
+    assert "1 alert is firing:" in page
+    assert "look at &lt;the&gt; workers" in page
+    for target in PAGES:
+        for headers in ({}, {"HX_Request": "true"}):
+            assert ("1 alert is firing:" in text(await browser.get(target, **headers))) == (target != "/alerts")
+
+
+async def test_the_charts_show_an_hour_and_a_day(harness: DashboardHarness) -> None:
+    browser = await harness.browser()
+    await harness.start_job()
+    page = text(await browser.get("/"))
+    assert re.search(r'<span class="number">1</span> created in the last minute', page)
+    assert re.search(r"counted since <time[^>]*>\d+ m?s ago</time>", page)
+    chart = (await browser.get("/chart.json")).json["data"]
+    for name, steps, step_s in (("hour", STEPS, 10), ("day", SLOTS, 600)):
+        lines = chart[name]
+        assert {len(line) for line in lines.values()} == {steps}
+        assert lines["at"] == list(range(lines["at"][0], lines["at"][0] + steps * step_s, step_s))
+    assert 0 < time.time() * 1000 - chart["since"] < 600_000
+
+
+async def test_a_queue_shows_its_throughput_and_failures(harness: DashboardHarness) -> None:
+    browser = await harness.browser()
+    for number in range(4):
+        lock = await harness.start_job(f"job-{number}")
+        verb, body = ("fail", {"error_message": "e"}) if number == 0 else ("complete", {"metadata": 1})
+        await harness.call(f"jobs/job-{number}/{verb}", lock_id=lock, **body)
+    page = text(await browser.get("/queues"))
+    assert re.search(r'data-label="Completed per minute" class="figure">3<', page)
+    assert re.search(r'data-label="Failed attempts" class="figure">1 <span class="error">25.0&nbsp;%<', page)
+    assert "time since the start" in page
+    assert re.search(r"25.0 %</span> of attempts", text(await browser.get("/")))
+
+
+async def rows_by_page(browser: Browser, target: str, row: str) -> list[list[str]]:
+    """What the rows of all pages are about."""
+    seen = []
+    while target:
+        page = text(await browser.get(target))
+        seen.append(re.findall(rf'id="{row}-([^"]+)"', page))
+        found = re.search(r'rel="next" href="([^"#]+)"', page)
+        target = html.unescape(found[1]) if found else ""
+    return seen
+
+
+async def test_queues_and_workers_have_pages(harness: DashboardHarness) -> None:
+    names = [f"q-{number:03}" for number in range(230)]
+    await harness.call("jobs/bulk", jobs=[{"id": f"job-{name}", "queue": name} for name in names])
+    for number in range(120):
+        await harness.call(f"jobs/job-q-{number:03}/start", worker=f"w-{number:03}")
+    await harness.call("claim", worker="all", queues=names[120:220], limit=100)
+    browser = await harness.browser()
+    pages = await rows_by_page(browser, "/queues", "queue")
+    assert pages == [names[:100], names[100:200], names[200:]]
+    assert 'href="/queues">First' in text(await browser.get("/queues?cursor=q-100"))
+    assert "No more queues" in text(await browser.get("/queues?cursor=z"))
+    csrf = await browser.csrf()
+    for name in names[205:]:
+        assert (await browser.post(f"/queues/{name}/pause", csrf=csrf)).status == 303
+    page = text(await browser.get("/"))
+    assert "20+ queues paused:" in page
+    assert "and 12 or more." in page
+    pages = await rows_by_page(browser, "/workers", "worker")
+    assert [len(page) for page in pages] == [50, 50, 21]
+    assert sorted(itertools.chain(*pages)) == ["all", *(f"w-{number:03}" for number in range(120))]
+    page = text(await browser.get("/workers"))
+    assert re.search(r'id="worker-all">.*?class="figure">100<.*?and 97 more', page, re.DOTALL)
+    assert "No more workers" in text(await browser.get("/workers?seen=1%20w"))
+    assert (await browser.get("/workers?seen=w")).status == 400
+
+
+async def test_the_overview_links_to_the_oldest_due_job(harness: DashboardHarness) -> None:
+    browser = await harness.browser()
+    assert "<dd>none</dd>" in text(await browser.get("/"))
+    harness.admin.fakes.oldest_due = OldestDue("first", "a", 1_700_000_000_000)
+    assert '<a href="/jobs/first">first</a>, due' in text(await browser.get("/"))
+
+
+async def test_locks_have_pages(harness: DashboardHarness) -> None:
+    await harness.call("jobs/bulk", jobs=[{"id": f"job-{number:03}"} for number in range(250)])
+    for _ in range(3):
+        await harness.call("claim", worker="w", limit=100)
+    browser = await harness.browser()
+    target, seen = "/workers", []
+    while target:
+        page = text(await browser.get(target))
+        assert "of 250</span>" in page
+        seen += re.findall(r'id="lock-(job-\d+)"', page)
+        found = re.search(r'rel="next" href="([^"]+)"', page)
+        target = html.unescape(found[1]).partition("#")[0] if found else ""
+    assert seen == [f"job-{number:03}" for number in range(250)]
+    assert (await browser.get("/workers?cursor=x")).status == 400

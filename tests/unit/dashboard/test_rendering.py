@@ -1,0 +1,118 @@
+"""Rendering: safe pages, escaped text, compiled templates, and formatted values."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import quote
+
+import pytest
+from jinja2 import FileSystemLoader
+
+from jobd.dashboard import rendering
+from jobd.dashboard.assets import STATIC as STATIC
+from tests.support.dashboard_harness import (
+    NASTY,
+    PAGES,
+    Browser,
+    DashboardHarness,
+    assert_safe,
+    text,
+)
+
+
+async def test_warming_compiles_all_templates(harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then no page has to wait for one."""
+    monkeypatch.setattr("jobd.dashboard.rendering.WARM_PAUSE_S", 0)
+    await harness.dashboard.warm()
+    monkeypatch.setattr(FileSystemLoader, "get_source", None)
+    browser = await harness.browser()
+    for page in ("/", "/jobs", "/queues", "/docs", "/alerts"):
+        assert "<main" in text(await browser.get(page))
+
+
+@pytest.mark.parametrize("target", PAGES)
+async def test_every_page_renders_without_and_with_jobs(harness: DashboardHarness, target: str) -> None:
+    browser = await harness.browser()
+    response = await browser.get(target)
+    assert response.status == 200
+    assert_safe(response)
+    await harness.start_job()
+    await harness.call("jobs", id="late", queue="mail", delay_ms=60_000)
+    await harness.call("jobs/late/cancel", reason="r")
+    for headers in ({}, {"HX_Request": "true"}):
+        response = await browser.get(target, **headers)
+        assert response.status == 200
+        assert_safe(response)
+        assert ("<html" in text(response)) == (not headers)
+
+
+async def test_pages_without_a_session_and_error_pages_have_the_same_headers(harness: DashboardHarness) -> None:
+    browser = await harness.browser()
+    targets = ("/sign-in", "/docs/worker", "/jobs", "/static/none.js")
+    response = [await Browser(harness.admin).get(target) for target in targets]
+    response += [await browser.get("/jobs/nobody"), await browser.get("/jobs?status=x"), await browser.get("/jobs?x=1")]
+    response += [await browser.get("/jobs/held/confirm?verb=x"), await browser.post("/sign-in", token="x")]
+    assert [each.status for each in response] == [200, 200, 303, 404, 404, 400, 400, 400, 401]
+    for each in response:
+        assert_safe(each)
+    assert "No job has" in text(response[4]) or "job_not_found" in text(response[4])
+
+
+async def test_text_from_outside_is_never_rendered_as_markup(harness: DashboardHarness) -> None:
+    await harness.call("jobs", id="nasty", queue="q", kind="<b>k</b>", payload={NASTY: [NASTY]}, max_attempts=2)
+    lock = (await harness.call("jobs/nasty/start", worker="<i>w</i>\u202e'"))["lock_id"]
+    await harness.call("jobs/nasty/progress", lock_id=lock, progress=3, message=NASTY)
+    browser = await harness.browser()
+    seen = [await browser.get(each) for each in (*PAGES, "/jobs/nasty", "/jobs/nasty/confirm?verb=cancel")]
+    await harness.call("jobs/nasty/fail", lock_id=lock, error_message=NASTY, error_code="<u>", retry=False)
+    seen += [await browser.get(each) for each in ("/jobs", "/jobs/nasty")]
+    seen.append(await browser.get(f"/jobs?kind={quote('<b>k</b>')}&worker={quote(NASTY.replace(chr(27), ''))}"))
+    seen.append(await browser.get(f"/jobs?id={quote(NASTY)}"))
+    seen.append(await browser.get(f"/jobs?status={quote(NASTY)}"))
+    seen.append(await browser.get(f"/sign-in?next={quote(NASTY)}"))
+    seen.append(await browser.confirm("nasty", "force-reset", NASTY))
+    seen.append(await browser.get("/jobs/nasty"))
+    for response in seen:
+        page = text(response)
+        for markup in ("<script>alert", "<b>", "<i>w", "<u>"):
+            assert markup not in page, page[page.find(markup) - 200 :][:400]
+        shown = re.sub(r'(<input [^>]*)value="[^"]*"', r"\1", page)  # a field holds what it sends back
+        assert not {"\x1b", "\u202e"} & set(shown)
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;\u241b[31m\\u202e&amp;&#34;" in text(seen[-1])
+
+
+def test_audit_details_are_formatted() -> None:
+    found = {"queue": "mail", "since": 1_700_000_000_000, "until": 10**15, "limit": 3}
+    assert rendering.audit_detail(found) == f"queue mail, since 2023-11-14 22:13:20 UTC, until {10**15}, limit 3"
+    assert (rendering.audit_detail(7), rendering.audit_detail("a"), rendering.audit_detail(True)) == ("7", "a", "True")
+
+
+@pytest.mark.parametrize(
+    ("ms", "words"),
+    [
+        (0, "0 ms"),
+        (999, "999 ms"),
+        (-1_000, "1 s"),
+        (59_999, "59 s"),
+        (60_000, "1 min"),
+        (185_000, "3 min 5 s"),
+        (7_800_000, "2 h 10 min"),
+        (86_400_000, "1 d"),
+        (4 * 86_400_000 + 3 * 3_600_000, "4 d 3 h"),
+    ],
+)
+def test_durations_are_formatted(ms: int, words: str) -> None:
+    assert rendering.duration(ms) == words
+
+
+def test_sizes_numbers_and_times_are_formatted() -> None:
+    assert [rendering.byte_size(n) for n in (0, 1023, 1024, 5 << 20, 3 << 30)] == [
+        "0 B",
+        "1023 B",
+        "1.0 KiB",
+        "5.0 MiB",
+        "3.0 GiB",
+    ]
+    assert rendering.thousands(1234567) == "1\u202f234\u202f567"
+    assert rendering.iso_time(1_700_000_000_123) == "2023-11-14T22:13:20.123Z"
+    assert rendering.utc_time(1_700_000_000_123) == "2023-11-14 22:13:20 UTC"
