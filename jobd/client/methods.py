@@ -11,7 +11,8 @@ import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
+from types import FunctionType, MethodType
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from jobd.client.event_subscription import EventSubscription
 from jobd.client.protocol import ApiRequest
@@ -38,25 +39,25 @@ Page = TypeVar("Page", bound=_Page)
 
 
 class _Method:
-    """Base of the descriptors: makes a function of `build` and of the client's own method `run`."""
+    """Base of the descriptors. The method of a client calls its `run` with what `build` returns."""
 
     def __init__(self, build: Callable[..., Any], run: str, doc: str | None = None) -> None:
         self._build = build
         self._run = run
         self._doc = doc or build.__doc__
         self._name = ""
-        self._functions: dict[bool, Any] = {}  # by whether they are coroutine functions
+        self._functions: dict[type, FunctionType] = {}  # by class of the client
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
     def _get(self, client: object, owner: type) -> Any:
-        is_coroutine = inspect.iscoroutinefunction(getattr(owner, self._run))
-        if is_coroutine not in self._functions:
-            self._functions[is_coroutine] = self._function(is_coroutine)
-        return self._functions[is_coroutine].__get__(client, owner)
+        function = self._functions.get(owner)
+        if function is None:
+            function = self._functions[owner] = self._function(owner)
+        return function if client is None else MethodType(function, client)
 
-    def _function(self, is_coroutine: bool) -> Any:
+    def _function(self, owner: type) -> FunctionType:
         build, run = self._build, self._run
 
         def method(self: Any, /, *args: Any, **kwargs: Any) -> Any:
@@ -65,14 +66,14 @@ class _Method:
         async def coroutine(self: Any, /, *args: Any, **kwargs: Any) -> Any:
             return await getattr(self, run)(build(*args, **kwargs))
 
-        function: Any = coroutine if is_coroutine else method
+        function: Any = coroutine if inspect.iscoroutinefunction(getattr(owner, run)) else method
         function.__name__, function.__qualname__, function.__doc__ = self._name, self._name, self._doc
         signature = inspect.signature(build)  # for help() and editors
         client = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
         function.__signature__ = signature.replace(
             parameters=[client, *signature.parameters.values()], return_annotation=inspect.Signature.empty
         )
-        return function
+        return cast(FunctionType, function)
 
 
 class Method(_Method, Generic[P, T]):
@@ -93,7 +94,7 @@ class Method(_Method, Generic[P, T]):
 
 @dataclass(frozen=True, slots=True)
 class PageWalk(Generic[T]):
-    """All pages of a list. `request` gets the page behind a cursor, None for the first one."""
+    """All pages of a list. `request` returns the request for the page behind a cursor, None for the first page."""
 
     request: Callable[[str | None], ApiRequest[Any]]
     items: Callable[[Any], Iterable[T]]

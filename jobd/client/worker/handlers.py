@@ -42,7 +42,7 @@ class HandlerLoop:
 
     @property
     def context(self) -> contextvars.Context:
-        """A copy of the context, for one handler."""
+        """Return a copy of the context for one handler."""
         return self._context.copy()
 
     def call(self, function: Callable[[], object]) -> None:

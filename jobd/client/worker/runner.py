@@ -99,7 +99,7 @@ class WorkerRunner:
         self.fault: str | None = None  # why no execution can begin
 
     def stop(self) -> None:
-        """Do the same as SIGTERM. Further calls hurry; see the class."""
+        """Do the same as SIGTERM. Further calls shorten the waits; see the class."""
         if self._grace_is_over.is_set():
             self._give_up.set()
         elif self._stopping.is_set():
