@@ -8,6 +8,7 @@ import itertools
 import random
 import secrets
 import socket
+import sys
 import threading
 import time
 from base64 import b64encode
@@ -159,6 +160,7 @@ def show(stop: threading.Event) -> int:
             ):
                 sandbox.start_worker(name, queue)
             terminal.emit(f"{server.url}{server.link.secret}")
+            sys.stdout.flush()  # a pipe would hold the link back until the end
             terminal.say(
                 "Open this link in a browser on this machine. It works once, for 10 minutes. Ctrl-C ends the demo."
             )
