@@ -20,7 +20,7 @@ from jobd.model.storage import SPARE_BYTES, DiskFull, JobQuery, Numbers
 from jobd.storage.store import Store, StoreBroken, StoreBusy
 from tests import ROOT
 from tests.support.factories import ChangeFactory, full_job
-from tests.support.store_help import assert_holds, exists, flip, made, make_store, opened, pick, remove, seqs
+from tests.support.store_files import assert_holds, exists, flip, made, make_store, opened, pick, remove, seqs
 
 
 @pytest.fixture

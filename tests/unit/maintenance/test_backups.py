@@ -23,7 +23,7 @@ from jobd.storage import backup
 from jobd.storage.backup import BackupStopped
 from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
-from tests.support.store_help import edited, opened, write
+from tests.support.store_files import edited, opened, write
 
 PAGE = 4096
 

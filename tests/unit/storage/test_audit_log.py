@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
@@ -12,20 +10,9 @@ from msgspec.structs import replace
 from jobd.model.storage import AuditEntry, AuditQuery, BadRows
 from jobd.storage import writers
 from jobd.storage.store import Store
-from tests.support import store_help
+from tests.support import store_files
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_help import edited, made, opened, read
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "jobd.db")
-
-
-@pytest.fixture
-async def store(path: str) -> AsyncIterator[Store]:
-    async with opened(path) as (store, _):
-        yield store
+from tests.support.store_files import edited, made, opened, read
 
 
 def deed(number: int = 0, **fields: object) -> AuditEntry:
@@ -218,7 +205,7 @@ async def test_an_unreadable_log_is_reported(path: str) -> None:
         (size,) = conn.execute("PRAGMA page_size").fetchone()
     content = bytearray(read(path))
     content[(page - 1) * size : (page - 1) * size + 64] = b"\xff" * 64
-    store_help.write(path, content)
+    store_files.write(path, content)
     async with opened(path) as (store, _):
         assert (await store.audit(AuditQuery())).found == []
         assert any("the audit log cannot be read" in fault for fault in store.take_faults())

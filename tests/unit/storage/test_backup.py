@@ -23,12 +23,7 @@ from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.storage.store import MEMORY, Store, StoreBroken
 from tests.support.daemon_process import Daemon
 from tests.support.factories import ChangeFactory
-from tests.support.store_help import assert_holds, edited, exists, make_store, opened, read, remove, spoil, write
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "jobd.db")
+from tests.support.store_files import assert_holds, edited, exists, make_store, opened, read, remove, spoil, write
 
 
 @pytest.fixture

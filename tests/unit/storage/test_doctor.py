@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import os
 import sqlite3
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,7 +19,7 @@ from jobd.storage.database import now_ms
 from jobd.storage.doctor import RepairRefused, StoreProblem, accept, check, recount
 from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_help import (
+from tests.support.store_files import (
     assert_holds,
     edited,
     exists,
@@ -33,11 +32,6 @@ from tests.support.store_help import (
     remove,
     write,
 )
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "jobd.db")
 
 
 def places(problems: list[StoreProblem]) -> list[str]:

@@ -14,7 +14,7 @@ from jobd.model.job import FINISHED, LIVE
 from jobd.model.storage import DiskFull
 from jobd.storage import backup, doctor, dry_run, files, migrations
 from jobd.storage.files import StoreBusy, StoreTooNew, StoreUnreadable
-from tests.support.store_help import edited, exists, make_store, opened, pick, read, remove, spoil, write
+from tests.support.store_files import edited, exists, make_store, opened, pick, read, remove, spoil, write
 
 
 @pytest.fixture

@@ -20,11 +20,6 @@ from jobd.storage import files
 from jobd.storage.files import EpochFile, FileLock, StoreBusy, StoreUnreadable
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "jobd.db")
-
-
 def test_a_lock_is_exclusive_names_its_process_and_ends_with_it(path: str) -> None:
     code = (
         "import sys\nfrom jobd.storage.files import FileLock\n"

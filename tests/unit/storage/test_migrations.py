@@ -23,12 +23,7 @@ from jobd.storage.files import EpochFile
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests import ROOT
 from tests.support.factories import ChangeFactory
-from tests.support.store_help import assert_holds, edited, make_store, opened, read, write
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "jobd.db")
+from tests.support.store_files import assert_holds, edited, make_store, opened, read, write
 
 
 def add_table(conn: sqlite3.Connection) -> None:

@@ -16,12 +16,7 @@ from jobd.storage import outbox as webhook_tables
 from jobd.storage.codec import fault
 from jobd.storage.store import Store
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_help import edited, flip, make_store, opened
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "jobd.db")
+from tests.support.store_files import edited, flip, make_store, opened
 
 
 def made(id_: int, endpoint: str = "e", **fields: Any) -> Delivery:

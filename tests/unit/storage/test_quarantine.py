@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import sqlite3
-from pathlib import Path
 
 import pytest
 from msgspec import Raw
@@ -32,7 +31,7 @@ from jobd.storage import quarantine
 from jobd.storage.codec import JOB_COLUMNS
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_help import (
+from tests.support.store_files import (
     assert_holds,
     edited,
     flip,
@@ -48,11 +47,6 @@ from tests.support.store_help import (
     without_indexes,
     write,
 )
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "jobd.db")
 
 
 @pytest.mark.parametrize("bit", [0, 7])

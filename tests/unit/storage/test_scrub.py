@@ -16,13 +16,8 @@ from jobd.model.responses import CheckedRows
 from jobd.storage import scrub
 from jobd.storage.scrub import TABLES
 from jobd.storage.store import Store
-from tests.support.store_help import edited, make_store, opened, pick
+from tests.support.store_files import edited, make_store, opened, pick
 from tests.unit.storage.test_doctor import busy_store
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "jobd.db")
 
 
 async def walked(store: Store) -> tuple[Counter[str], dict[str, str]]:

@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -21,19 +20,7 @@ from jobd.storage.backup import restore
 from jobd.storage.files import EpochFile
 from jobd.storage.store import MEMORY, Store, StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import ChangeFactory
-from tests.support.store_help import edited, opened, read, write
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "jobd.db")
-
-
-@pytest.fixture
-async def store(path: str) -> AsyncIterator[Store]:
-    store, _ = await Store.open(path)
-    async with store:
-        yield store
+from tests.support.store_files import edited, opened, read, write
 
 
 def untouched(path: str) -> dict[str, bytes]:

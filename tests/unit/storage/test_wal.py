@@ -12,15 +12,10 @@ from jobd.storage import doctor, wal
 from jobd.storage.backup import restore
 from jobd.storage.files import StoreUnreadable
 from tests.support.factories import ChangeFactory
-from tests.support.store_help import opened, read, write
+from tests.support.store_files import opened, read, write
 
 HEADER = 32
 FRAME = 24 + 4096
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> str:
-    return str(tmp_path / "jobd.db")
 
 
 @pytest.fixture

@@ -16,121 +16,121 @@ from jobd.storage.codec import checksum, job_row
 from jobd.storage.database import BY_SEQ, Database
 from jobd.storage.startup import connect, start
 from tests.support.factories import ChangeFactory
-from tests.support.store_help import made
+from tests.support.store_files import made
 
 
 @pytest.fixture
-def tables(tmp_path: Path) -> Iterator[Database]:
+def db(tmp_path: Path) -> Iterator[Database]:
     path = str(tmp_path / "jobd.db")
     conn = connect(path, "FULL")
     yield start(conn, path)[0]
     conn.close()
 
 
-def statements(tables: Database, maker: ChangeFactory, *changes: Change) -> list[str]:
+def statements(db: Database, maker: ChangeFactory, *changes: Change) -> list[str]:
     """What is said to the table of jobs while `changes` are written."""
     said: list[str] = []
-    tables.conn.set_trace_callback(said.append)
-    tables.write(maker.batch(list(changes)), 0)
-    tables.conn.set_trace_callback(None)
+    db.conn.set_trace_callback(said.append)
+    db.write(maker.batch(list(changes)), 0)
+    db.conn.set_trace_callback(None)
     return [sql for sql in said if sql.startswith(("UPDATE jobs", "INSERT INTO jobs"))]
 
 
-def row_of(tables: Database, seq: int) -> tuple[object, ...]:
-    (row,) = tables.rows(BY_SEQ, (seq,))
+def row_of(db: Database, seq: int) -> tuple[object, ...]:
+    (row,) = db.rows(BY_SEQ, (seq,))
     return row
 
 
-def test_the_checksum_of_a_recently_written_job_is_cached(tables: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_checksum_of_a_recently_written_job_is_cached(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where memory has kept it in short, and makes another object of it."""
     maker = ChangeFactory()
     first = maker.create()
-    tables.write(maker.batch([first]), 0)
+    db.write(maker.batch([first]), 0)
     short = compact(made(first))
     assert short is not None
     grant = maker.grant(short.expand())
     assert grant.before is not first.after
     with monkeypatch.context() as now:
         now.delattr(codec, "checksum")
-        tables.write(maker.batch([grant]), 0)
-        tables.write(maker.batch([maker.finish(made(grant))]), 0)
-    assert tables.totals == (0, 0, 1, checksum(job_row(maker.jobs[1])))
+        db.write(maker.batch([grant]), 0)
+        db.write(maker.batch([maker.finish(made(grant))]), 0)
+    assert db.totals == (0, 0, 1, checksum(job_row(maker.jobs[1])))
 
 
-def test_an_update_sets_only_changed_columns(tables: Database) -> None:
+def test_an_update_sets_only_changed_columns(db: Database) -> None:
     maker = ChangeFactory()
     first = maker.create()
-    (said,) = statements(tables, maker, first)
+    (said,) = statements(db, maker, first)
     assert "id" in said
     assert "lock_id" not in said
     assert "error_code" not in said
-    (said,) = statements(tables, maker, maker.grant(made(first)))
+    (said,) = statements(db, maker, maker.grant(made(first)))
     assert "lock_id" in said
     assert "status" in said
     assert "queue" not in said
     assert "created_at" not in said
     assert "NULL" not in said
-    (said,) = statements(tables, maker, maker.finish(maker.jobs[1]))
+    (said,) = statements(db, maker, maker.finish(maker.jobs[1]))
     assert "lock_id = NULL" in said
     assert "ended_lock_id" in said
     job = maker.jobs[1]
-    assert row_of(tables, 1) == (*job_row(job), checksum(job_row(job)))
+    assert row_of(db, 1) == (*job_row(job), checksum(job_row(job)))
 
 
 @pytest.mark.parametrize("order", [(None, "m"), ("m", None)])
-def test_removed_and_added_parts_are_both_written(tables: Database, order: tuple[str | None, ...]) -> None:
+def test_removed_and_added_parts_are_both_written(db: Database, order: tuple[str | None, ...]) -> None:
     """The same parts have changed: of the one job to nothing, of the other to a value."""
     maker = ChangeFactory()
     created = [maker.create(progress_message="n" if message is None else None) for message in order]
-    tables.write(maker.batch(created), 0)
+    db.write(maker.batch(created), 0)
     for change, message in zip(created, order, strict=True):
         after = maker.update(made(change), progress_message=message)
-        tables.write(maker.batch([after]), 0)
+        db.write(maker.batch([after]), 0)
         row = job_row(made(after))
-        assert row_of(tables, change.event.job_seq) == (*row, checksum(row))
+        assert row_of(db, change.event.job_seq) == (*row, checksum(row))
 
 
-def test_an_update_does_not_create_a_missing_row(tables: Database) -> None:
+def test_an_update_does_not_create_a_missing_row(db: Database) -> None:
     maker = ChangeFactory()
     grant = maker.grant(made(maker.create()))
     with pytest.raises(sqlite3.IntegrityError):
-        tables.write(maker.batch([grant]), 0)
-    assert tables.is_broken
+        db.write(maker.batch([grant]), 0)
+    assert db.is_broken
 
 
-def test_a_rolled_back_batch_leaves_no_cached_payload(tables: Database) -> None:
+def test_a_rolled_back_batch_leaves_no_cached_payload(db: Database) -> None:
     maker = ChangeFactory()
-    tables.write(maker.batch([maker.create()]), 0)
+    db.write(maker.batch([maker.create()]), 0)
     back = maker.kept()
     with pytest.raises(BadRows):
-        tables.write(maker.batch([maker.grant(maker.jobs[1])], payloads=[99]), 0)
+        db.write(maker.batch([maker.grant(maker.jobs[1])], payloads=[99]), 0)
     back()
-    tables.write(maker.batch([maker.finish(maker.jobs[1], "cancelled")]), 0)
+    db.write(maker.batch([maker.finish(maker.jobs[1], "cancelled")]), 0)
     job = maker.jobs[1]
-    assert row_of(tables, 1) == (*job_row(job), checksum(job_row(job)))
-    assert tables.totals == (0, 0, 1, checksum(job_row(job)))
+    assert row_of(db, 1) == (*job_row(job), checksum(job_row(job)))
+    assert db.totals == (0, 0, 1, checksum(job_row(job)))
 
 
-def test_a_payload_written_twice_counts_once(tables: Database) -> None:
+def test_a_payload_written_twice_counts_once(db: Database) -> None:
     """A transaction that meets a damaged index is rolled back and run again."""
     maker = ChangeFactory()
     changes = [maker.create() for _ in range(3)]
     for end in ("ROLLBACK", "COMMIT"):
-        tables.conn.execute("BEGIN")
-        tables._jobs.write(changes, (0, 0, 0, 0))
-        tables.conn.execute(end)
-    kept = tables._jobs
+        db.conn.execute("BEGIN")
+        db._jobs.write(changes, (0, 0, 0, 0))
+        db.conn.execute(end)
+    kept = db._jobs
     assert kept._payload_bytes == sum(map(len, kept._payloads.values())) > 0
 
 
 @pytest.mark.parametrize("limit", ["KEEP_CHECKSUMS", "_SHAPES", "KEEP_PAYLOAD_BYTES"])
-def test_the_payload_cache_is_limited(tables: Database, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
+def test_the_payload_cache_is_limited(db: Database, monkeypatch: pytest.MonkeyPatch, limit: str) -> None:
     monkeypatch.setattr(writers, limit, 1)
     maker = ChangeFactory(3)
     for _ in range(20):
         batch = maker.any_batch(15)
-        assert tables.write(batch, 0) == {seq: maker.payloads[seq] for seq in batch.payloads}
-    kept = tables._jobs
+        assert db.write(batch, 0) == {seq: maker.payloads[seq] for seq in batch.payloads}
+    kept = db._jobs
     held: dict[str, Sized] = {
         "KEEP_CHECKSUMS": kept._checksums,
         "_SHAPES": kept._statements,
@@ -138,5 +138,5 @@ def test_the_payload_cache_is_limited(tables: Database, monkeypatch: pytest.Monk
     }
     assert len(held[limit]) <= 1
     for seq, job in maker.jobs.items():
-        assert row_of(tables, seq) == (*job_row(job), checksum(job_row(job)))
-    tables.write(maker.batch([], payloads=list(maker.payloads)), 0)
+        assert row_of(db, seq) == (*job_row(job), checksum(job_row(job)))
+    db.write(maker.batch([], payloads=list(maker.payloads)), 0)

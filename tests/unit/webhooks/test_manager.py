@@ -25,7 +25,7 @@ from jobd.storage.store import Store
 from jobd.webhooks import alert_source, dispatcher, journal_reader
 from jobd.webhooks.manager import WebhookManager
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_help import edited, made
+from tests.support.store_files import edited, made
 from tests.support.webhook_help import HASTY, KEY, NO, YES, Clock, Posts, at_work, endpoint, until
 
 FINISHED = frozenset({"job.completed", "job.failed"})

@@ -1,4 +1,4 @@
-"""What tests of the store have in common: opening it, damaging its file, and comparing it with what was written."""
+"""Helpers for stores on disk: open them, damage their files, and compare them with what was written."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from jobd.model.events import Change, fold
-from jobd.model.job import FINISHED, LIVE, Job
-from jobd.model.storage import OpenedStore
+from jobd.model.job import FINISHED, LIVE, Job, LateResult
+from jobd.model.storage import LateResultQuery, OpenedStore
 from jobd.storage import migrations
 from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
@@ -44,7 +44,7 @@ async def opened(path: str) -> AsyncIterator[tuple[Store, OpenedStore]]:
 
 @contextlib.contextmanager
 def edited(path: str) -> Iterator[sqlite3.Connection]:
-    """The closed file in the hands of an operator."""
+    """Yield a connection to the closed store, as an operator would edit it."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as conn:
         yield conn
 
@@ -54,12 +54,21 @@ def made(change: Change) -> Job:
     return change.after
 
 
+def late_of(change: Change) -> LateResult:
+    assert change.late is not None
+    return change.late
+
+
+async def late_results(store: Store, job: Job, *, whole: bool = True) -> list[LateResult]:
+    return (await store.late([LateResultQuery(job.seq, with_results=whole)])).results[job.seq]
+
+
 def seqs(jobs: list[Job]) -> list[int]:
     return sorted(job.seq for job in jobs)
 
 
 async def assert_holds(store: Store, found: OpenedStore, maker: ChangeFactory) -> None:
-    """The store, just opened, holds what `maker` made: rows, payloads, journals, counts."""
+    """Check that a store that was just opened has the rows, payloads, journals and counts of `maker`."""
     live = {seq: job for seq, job in maker.jobs.items() if job.status in LIVE}
     assert found.faults == []
     assert {job.seq: job for job in found.live()} == live
@@ -101,7 +110,7 @@ def pick(maker: ChangeFactory, statuses: frozenset[str]) -> Job:
 
 
 def lose(maker: ChangeFactory, job: Job) -> None:
-    """What is in quarantine counts no more."""
+    """Remove a quarantined job from `maker`."""
     del maker.jobs[job.seq], maker.payloads[job.seq]
     maker.suspects.discard(job.seq)
     if job.status in FINISHED:
@@ -111,7 +120,7 @@ def lose(maker: ChangeFactory, job: Job) -> None:
 
 @contextlib.contextmanager
 def without_indexes(path: str) -> Iterator[sqlite3.Connection]:
-    """The closed file with its indexes hidden: what is changed changes as on a bad disk, in the row alone."""
+    """Yield a connection with hidden indexes, so that a change damages only the row, as a bad disk would."""
     hidden = "type = 'index' AND sql IS NOT NULL"
     with edited(path) as conn:
         conn.execute("PRAGMA writable_schema = ON")
@@ -124,7 +133,7 @@ def without_indexes(path: str) -> Iterator[sqlite3.Connection]:
 
 
 def flip(path: str, table: str, column: str, key: str, seq: int, bit: int = 0) -> None:
-    """Flip one bit of one column, in its first byte where it is text or bytes."""
+    """Flip one bit of a column, in its first byte if it is text or bytes."""
     with without_indexes(path) as conn:
         conn.text_factory = bytes
         (value,) = conn.execute(f"SELECT {column} FROM {table} WHERE {key} = ?", (seq,)).fetchone()
@@ -140,7 +149,7 @@ def flip(path: str, table: str, column: str, key: str, seq: int, bit: int = 0) -
 
 
 def spoil(path: str, what: str) -> None:
-    """Make a backup into one that must not be put back: missing, rubbish, foreign, newer, with a bad sum or page."""
+    """Damage a backup so that it cannot be restored: missing, rubbish, foreign, newer, or a damaged row or page."""
     if what == "missing":
         remove(path)
     elif what == "rubbish":

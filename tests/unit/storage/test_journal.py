@@ -1,0 +1,293 @@
+"""The journal of jobs: thinning, compaction, pruning and reads."""
+
+from __future__ import annotations
+
+import pytest
+
+from jobd.model.events import KEEP_FIRST_GRANTS, KEEP_GRANTS, KEEP_HEARTBEATS, Change, Event, fold
+from jobd.model.job import Grant, Job
+from jobd.model.storage import (
+    Batch,
+    JournalPage,
+)
+from jobd.storage import codec, database
+from jobd.storage.store import Store
+from tests.support.factories import NOW, OPTIONS, ChangeFactory
+from tests.support.store_files import edited, made, opened
+
+
+async def test_the_last_heartbeats_of_each_grant_are_kept(path: str) -> None:
+    maker = ChangeFactory(1)
+    job = made(maker.create(options=OPTIONS[1]))
+    async with opened(path) as (store, _):
+        await store.write(
+            Batch([Change(None, job, Event(1, NOW, "created", 1, job.id, "video", None, "queued", "c"))], maker.numbers)
+        )
+        change = maker.grant(job)
+        await store.write(maker.batch([change]))
+        for number in range(450):
+            change = (
+                maker.extend(made(change))
+                if number % 3
+                else maker.progress(made(change), None, "x" if number == 6 else None)
+            )
+            await store.write(maker.batch([change]))
+        (rows_kept,) = store._connection.raw.execute("SELECT count(*) FROM events").fetchone()
+        assert rows_kept <= 2 + 3 * KEEP_HEARTBEATS
+        types = [event.type for event in await store.timeline(1)]
+        assert types.count("progress") == types.count("extended") == KEEP_HEARTBEATS
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.extend(made(change))]))  # a grant of before the start: thinned at once
+        (rows_kept,) = store._connection.raw.execute("SELECT count(*) FROM events").fetchone()
+        assert rows_kept == 2 + 2 * KEEP_HEARTBEATS
+        assert maker.jobs[1].progress_message == "x"
+
+
+async def test_each_batch_thins_one_journal(path: str) -> None:
+    """Everybody waits for it: sixteen workers that report alike would hold all up for sixteen times as long."""
+    maker = ChangeFactory()
+    async with opened(path) as (store, _):
+        created = [maker.create(), maker.create()]
+        await store.write(maker.batch(created))
+        held = [maker.grant(made(change)) for change in created]
+        await store.write(maker.batch(held))
+
+        def signs() -> list[int]:
+            sql = "SELECT count(*) FROM events WHERE type = 'progress' GROUP BY job_seq ORDER BY job_seq"
+            return [count for (count,) in store._connection.raw.execute(sql)]
+
+        for _ in range(KEEP_HEARTBEATS + 1):
+            held = [maker.progress(made(change)) for change in held]
+            await store.write(maker.batch(held))
+        assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS + 1]
+        await store.write(maker.batch([maker.finish(made(held[1])), maker.create()]))
+        assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
+        assert list(store._database._signs) == [1], "whose grant has ended is not watched any more"
+        await store.write(maker.batch([maker.create()]))
+        assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
+
+
+async def test_a_pending_journal_is_thinned_from_its_recorded_grant(path: str) -> None:
+    """The job may be in other hands when its turn comes."""
+    maker = ChangeFactory()
+    async with opened(path) as (store, _):
+        created = [maker.create(), maker.create()]
+        held = [maker.grant(made(change)) for change in created]
+        await store.write(maker.batch([*created, *held]))
+        for _ in range(KEEP_HEARTBEATS + 1):
+            held = [maker.progress(made(change)) for change in held]
+            await store.write(maker.batch(held))
+        back = maker.requeue(made(held[1]))
+        await store.write(maker.batch([back, maker.grant(made(back))]))
+        sql = "SELECT count(*) FROM events WHERE type = 'progress' AND job_seq = 2"
+        assert store._connection.raw.execute(sql).fetchone() == (KEEP_HEARTBEATS,)
+
+
+def round_of(maker: ChangeFactory, job: Job, signs: int = 0) -> tuple[Job, list[Change]]:
+    """A grant that is given back."""
+    changes = [maker.grant(job)]
+    for _ in range(signs):
+        changes.append(maker.extend(made(changes[-1])))
+    changes.append(maker.requeue(made(changes[-1])))
+    return made(changes[-1]), changes
+
+
+def tokens_of(events: list[Event]) -> list[int]:
+    grants = (event.changes.grant for event in events if event.type == "granted" and event.changes is not None)
+    return [grant.fencing_token for grant in grants if isinstance(grant, Grant)]
+
+
+def folded(events: list[Event]) -> Job | None:
+    row = None
+    for event in events:
+        row = fold(row, event)
+    return row
+
+
+async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    maker, compact = ChangeFactory(), codec.compact
+    read: list[int] = []
+    tokens: list[int] = []
+
+    def counting(events: list[Event]) -> tuple[list[int], list[Event]]:
+        read.append(len(events))
+        return compact(events)
+
+    monkeypatch.setattr(codec, "compact", counting)
+    change = maker.create()
+    job, count = made(change), 0
+    most = 1 + 2 * (KEEP_FIRST_GRANTS + 2 * KEEP_GRANTS)
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([change]))
+        for _ in range(5 * KEEP_GRANTS):
+            job, changes = round_of(maker, job)
+            tokens += tokens_of([each.event for each in changes])
+            await store.write(maker.batch(changes))
+            (count,) = store._connection.raw.execute("SELECT count(*) FROM events").fetchone()
+            assert count <= most
+        assert count == 1 + 2 * (KEEP_FIRST_GRANTS + KEEP_GRANTS)
+        assert read == [2 * (KEEP_GRANTS - KEEP_FIRST_GRANTS) + 1, *[2 * KEEP_GRANTS + 1] * 3]
+    async with opened(path) as (store, _):  # it knows nothing of them any more
+        for _ in range(KEEP_GRANTS):
+            job, changes = round_of(maker, job)
+            tokens += tokens_of([each.event for each in changes])
+            await store.write(maker.batch(changes))
+        events = await store.timeline(1)
+        assert tokens_of(events) == [*tokens[:KEEP_FIRST_GRANTS], *tokens[-KEEP_GRANTS:]]
+        assert folded(events) == job
+        page = await store.journal(0, 10_000)
+        assert (page.gone_to, [event.seq for event in page.events]) == (0, [event.seq for event in events])
+
+
+async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No batch waits for more than one slice, even if a single grant is longer than that."""
+    monkeypatch.setattr(database, "COMPACTED_AT_ONCE", 20)
+    maker = ChangeFactory()
+    change = maker.create()
+    job, changes = made(change), [change]
+    for number in range(2 * KEEP_GRANTS):
+        job, more = round_of(maker, job, signs=40 if number == 50 else 0)
+        changes += more
+    kept = 1 + 2 * (KEEP_FIRST_GRANTS + KEEP_GRANTS)
+    async with opened(path) as (store, _):
+        await store.write(maker.batch(changes))
+        counts = []
+        while store._database._to_shorten:
+            counts.append(store._connection.raw.execute("SELECT count(*) FROM events").fetchone()[0])
+            await store.write(maker.batch([maker.create()]))
+        assert counts[0] == len(changes) - 18, "two slices would be more: the grant at its end stays"
+        (count,) = store._connection.raw.execute("SELECT count(*) FROM events WHERE job_seq = 1").fetchone()
+        assert count == kept + 42, "what is longer than a slice stays whole"
+        assert folded(await store.timeline(1)) == job
+
+
+async def test_a_journal_is_compacted_after_a_damaged_row(path: str) -> None:
+    maker = ChangeFactory()
+    change = maker.create()
+    job, changes = made(change), [change]
+    for _ in range(2 * KEEP_GRANTS):
+        job, more = round_of(maker, job)
+        changes += more
+    damaged = 1 + 2 * 45 + 1  # the event of a grant
+    async with opened(path) as (store, _):
+        await store.write(maker.batch(changes[: 2 * damaged]))
+        store._connection.raw.execute("UPDATE events SET reason = 'x' WHERE seq = ?", (damaged,))
+        await store.write(maker.batch(changes[2 * damaged :]))
+        seqs = [
+            seq for (seq,) in store._connection.raw.execute("SELECT seq FROM events WHERE job_seq = 1 ORDER BY seq")
+        ]
+        assert seqs == [*range(1, damaged + 2), *range(len(changes) - 2 * KEEP_GRANTS + 1, len(changes) + 1)]
+        events = await store.timeline(1)
+        assert folded(events) == job
+        assert len(events) == len(seqs) - 1, "it was set aside"
+
+
+async def test_returned_grants_are_counted_for_a_limited_number_of_jobs(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "GIVEN_BACK_KEPT", 2)
+    maker = ChangeFactory()
+    created = [maker.create() for _ in range(3)]
+    async with opened(path) as (store, _):
+        await store.write(maker.batch(created))
+        jobs = []
+        for change in [*created, created[1]]:
+            job, changes = round_of(maker, maker.jobs[made(change).seq])
+            jobs.append(job)
+            await store.write(maker.batch(changes))
+        assert store._database._given_back == {3: (0, 1), 2: (0, 2)}
+        await store.write(maker.batch([maker.finish(jobs[2], "failed")]))
+        assert store._database._given_back == {2: (0, 2)}
+
+
+async def test_recently_written_payloads_are_cached(store: Store, path: str) -> None:
+    maker = ChangeFactory()
+    await store.write(maker.batch([maker.create(), maker.create()]))
+    assert store.cached_payloads([1, 2, 3]) == {seq: maker.payloads[seq] for seq in (1, 2)}
+    assert store.cached_payloads([]) == {}
+
+
+async def test_a_timeline_can_be_limited_to_its_latest_events(store: Store) -> None:
+    maker = ChangeFactory()
+    change = maker.create()
+    await store.write(maker.batch([change]))
+    for _ in range(5):
+        change = maker.grant(made(change))
+        await store.write(maker.batch([change, maker.create()]))
+        change = maker.requeue(made(change))
+        await store.write(maker.batch([change]))
+    whole = await store.timeline(1)
+    assert len(whole) == 11
+    for limit in (1, 2, 10, 11, 50):
+        assert await store.timeline(1, limit) == whole[-limit:]
+
+
+async def test_old_journals_of_deleted_jobs_are_pruned(store: Store) -> None:
+    maker = ChangeFactory()
+    first, second = maker.create(), maker.create()
+    ended = maker.finish(made(first))
+    await store.write(maker.batch([first, second, ended, maker.queue_event("video", True)]))
+    maker.now += 1_000
+    await store.write(maker.batch([maker.delete(made(ended))]))
+    assert await store.prune(NOW, 100) == 0
+    assert await store.prune(NOW + 1, 100) == 1  # of the queue
+    assert await store.prune(NOW + 1_000, 100) == 0  # at that very time it is not yet past
+    assert await store.prune(NOW + 1_001, 2) == 2
+    assert [event.type for event in await store.timeline(1)] == ["deleted"]
+    assert await store.prune(NOW + 1_001, 2) == 1
+    assert await store.timeline(1) == []
+    assert await store.prune(NOW + 1_001, 2) == 0
+    assert len(await store.timeline(2)) == 1
+    assert store._connection.raw.execute("SELECT count(*) FROM deleted_jobs").fetchone() == (0,)
+
+
+async def test_the_journal_continues_after_a_position(store: Store) -> None:
+    maker = ChangeFactory()
+    await store.write(maker.batch([maker.create() for _ in range(5)]))
+    page = await store.journal(2, 2)
+    assert ([event.seq for event in page.events], page.last, page.gone_to) == ([3, 4], 5, 0)
+    assert await store.journal(5, 2) == JournalPage([], 5, 0)
+
+
+async def test_pruned_events_are_reported_after_a_restart(path: str) -> None:
+    maker = ChangeFactory()
+    async with opened(path) as (store, _):
+        first, second = maker.create(), maker.create()
+        ended = maker.finish(made(maker.grant(made(first))))
+        await store.write(maker.batch([first, second, ended, maker.queue_event("video", True)]))
+        maker.now += 1_000
+        await store.write(maker.batch([maker.delete(made(ended))]))
+        last = maker.numbers.next_event - 1
+        assert (await store.journal(0, 100)).gone_to == 0
+        assert await store.prune(NOW + 1, 100) == 1
+        of_the_queue = (await store.journal(0, 100)).gone_to
+        assert of_the_queue == last - 1
+        await store.prune(NOW + 1_001, 100)
+        page = await store.journal(0, 100)
+        assert (page.last, page.gone_to) == (last, last)
+        assert [event.job_seq for event in page.events] == [2]  # older, and whole
+    async with opened(path) as (store, _):
+        assert (await store.journal(0, 100)).gone_to == last
+
+
+async def test_a_damaged_event_is_reported_as_missing(path: str) -> None:
+    maker = ChangeFactory()
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create() for _ in range(5)]))
+    with edited(path) as conn:
+        conn.execute("UPDATE events SET at = at + 1 WHERE seq = 3")
+    async with opened(path) as (store, _):
+        page = await store.journal(0, 4)
+        assert ([event.seq for event in page.events], page.gone_to) == ([1, 2, 4], 3)
+    async with opened(path) as (store, _):
+        assert (await store.journal(3, 10)).gone_to == 3  # it was set aside, and that is remembered
+
+
+async def test_a_damaged_event_number_marks_no_future_events_as_missing(path: str) -> None:
+    maker = ChangeFactory()
+    async with opened(path) as (store, _):
+        await store.write(maker.batch([maker.create() for _ in range(5)]))
+    with edited(path) as conn:
+        conn.execute(f"UPDATE events SET seq = {1 << 60} WHERE seq = 3")
+    async with opened(path) as (store, _):
+        assert (await store.journal(0, 10)).gone_to == 5

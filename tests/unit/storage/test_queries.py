@@ -1,0 +1,426 @@
+"""Queries: pages of jobs, filters and late results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from msgspec import Raw
+from msgspec.structs import replace
+
+from jobd.model.events import Change
+from jobd.model.fingerprints import fingerprint
+from jobd.model.job import MAX_LATE_RESULTS, Failure, Grant, Job, Lease, PreviousGrant, Result
+from jobd.model.storage import (
+    JobQuery,
+    LateResultQuery,
+)
+from jobd.storage import queries
+from jobd.storage.store import Store
+from tests.support.factories import NOW, OPTIONS, ChangeFactory, all_of
+from tests.support.store_files import assert_holds, late_of, late_results, made, opened
+
+
+async def fill_for_pages(store: Store) -> ChangeFactory:
+    maker = ChangeFactory(5)
+    changes = [maker.create(options=OPTIONS[number % 2]) for number in range(60)]
+    await store.write(maker.batch(changes))
+    jobs = list(maker.jobs.values())
+    await store.write(maker.batch([maker.grant(job) for job in jobs if job.seq % 3 == 0]))
+    done = [job for job in maker.jobs.values() if job.seq % 4 == 0]
+    ends = ("completed", "failed", "completed", "cancelled")
+    await store.write(maker.batch([maker.finish(job, ends[job.seq // 4 % 4]) for job in done]))
+    return maker
+
+
+async def all_pages(store: Store, query: JobQuery) -> tuple[list[Job], int]:
+    found: list[Job] = []
+    pages = 0
+    while True:
+        page = await store.find(query)
+        found += [job for job, _ in page.jobs]
+        pages += 1
+        if page.next_before is None:
+            return found, pages
+        beyond = {"before" if query.after is None else "after": page.next_before}
+        query = replace(query, **beyond)
+
+
+@pytest.mark.parametrize("scan", [1, 7, 5_000])
+@pytest.mark.parametrize("limit", [1, 10, 200])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {},
+        {"status": "queued"},
+        {"status": "processing"},
+        {"status": "completed"},
+        {"queue": "video"},
+        {"kind": "convert", "status": "processing"},
+        {"worker": "w-1"},
+        {"worker": "w-1", "queue": "default"},
+        {"worker": "w-1", "status": "completed"},
+        {"worker": "w-1", "status": "failed"},
+        {"status": "failed"},
+        {"status": "cancelled", "queue": "default"},
+        {"queue": "nowhere"},
+    ],
+)
+async def test_pages_return_each_match_once_in_either_order(
+    store: Store, scan: int, limit: int, wanted: dict[str, str]
+) -> None:
+    maker = await fill_for_pages(store)
+    matches = [job for job in maker.jobs.values() if _matches(job, wanted)]
+    found, pages = await all_pages(store, JobQuery(limit=limit, scan=scan, **wanted))  # type: ignore[arg-type]
+    assert found == sorted(matches, key=lambda job: -job.seq)
+    upwards, pages_upwards = await all_pages(store, JobQuery(limit=limit, scan=scan, after=0, **wanted))  # type: ignore[arg-type]
+    assert upwards == found[::-1]
+    if scan > 60:
+        assert pages == pages_upwards == max(1, -(-len(matches) // limit))
+
+
+def _matches(job: Job, wanted: dict[str, str]) -> bool:
+    has = {
+        "status": job.status,
+        "queue": job.options.queue,
+        "kind": job.options.kind,
+        "worker": job.grant.worker if job.grant else job.ended.worker if job.ended else None,
+    }
+    return all(has[name] == value for name, value in wanted.items())
+
+
+@pytest.mark.parametrize("status", ["queued", "processing", "failed", "cancelled"])
+async def test_a_failed_job_is_found_behind_many_newer_ones(store: Store, status: str) -> None:
+    maker = ChangeFactory()
+    created = maker.create("old")
+    old = made(created)
+    await store.write(maker.batch([created]))
+    if status == "processing":
+        await store.write(maker.batch([maker.grant(old)]))
+    elif status != "queued":
+        await store.write(maker.batch([maker.finish(old, status)]))
+    await store.write(maker.batch([maker.create() for _ in range(50)]))
+    await store.write(maker.batch([maker.finish(job) for job in list(maker.jobs.values()) if job.id != "old"]))
+    page = await store.find(JobQuery(status=status, scan=5))
+    assert ([job.id for job, _ in page.jobs], page.next_before, page.scanned_until) == (["old"], None, None)
+
+
+async def test_a_page_that_ends_early_reports_how_far_it_scanned(store: Store) -> None:
+    maker = ChangeFactory()
+    await store.write(maker.batch([said(maker, f"j{n}", created_at=NOW + n) for n in range(9)]))
+    page = await store.find(JobQuery(kind="none", scan=4))
+    assert (page.jobs, page.next_before, page.scanned_until, page.scanned) == ([], 6, NOW + 5, 4)
+    page = await store.find(JobQuery(kind="none", scan=4, before=5))
+    assert (page.next_before, page.scanned_until) == (None, None), "that was the last one"
+    page = await store.find(JobQuery(scan=4, limit=2))
+    assert (len(page.jobs), page.next_before, page.scanned_until) == (2, 8, None), "it is full"
+    page = await store.find(JobQuery(scan=4))
+    assert (len(page.jobs), page.next_before, page.scanned_until) == (4, 6, NOW + 5)
+
+
+async def test_jobs_are_filtered_by_the_worker_of_their_latest_grant(store: Store) -> None:
+    """Also where it has ended. Who had the job before has no part in it any more."""
+    maker = ChangeFactory()
+    created = maker.create("a")
+    await store.write(maker.batch([created]))
+    first = PreviousGrant("old", 1, "w-before", NOW, "holder", "failed", "fail", "h")
+    for status, grant in (("queued", None), ("processing", Grant("l", 2, "w-now", NOW, 1_000, 0, 0))):
+        after = replace(made(created), status=status, grant=grant, ended=first, lease=grant and Lease(1, 1, 1))
+        await store.write(maker.batch([maker._step(maker.jobs[1], after, "granted")]))
+        expected = ["a"] if grant is None else []
+        assert await ids(store, worker="w-before") == expected
+        assert await ids(store, worker="w-before", status=status) == expected
+        assert await ids(store, worker="w-now") == (["a"] if grant else [])
+
+
+async def test_a_page_has_a_limited_amount_of_payload(store: Store) -> None:
+    maker = ChangeFactory()
+    changes = [replace(maker.create(), payload=b'"%s"' % (b"y" * 998)) for _ in range(10)]
+    await store.write(maker.batch(changes))
+    page = await store.find(JobQuery(payload_bytes=3_000))
+    assert [job.seq for job, _ in page.jobs] == [10, 9, 8]
+    assert page.next_before == 8
+    page = await store.find(JobQuery(payload_bytes=10, before=2))  # one that is larger than that is a page of its own
+    assert [(job.seq, len(body)) for job, body in page.jobs] == [(1, 1_000)]
+    assert page.next_before is None
+    page = await store.find(JobQuery(payload_bytes=3_000, after=0))
+    assert [job.seq for job, _ in page.jobs] == [1, 2, 3]
+    assert page.next_before == 3
+
+
+def with_metadata(maker: ChangeFactory, count: int, size: int) -> list[Change]:
+    """So many jobs, created and completed with so much metadata."""
+    changes = []
+    for _ in range(count):
+        created = maker.create(options=OPTIONS[0])
+        result = Result(metadata=Raw(b'"%s"' % (b"y" * (size - 2))))
+        done = replace(made(created), status="completed", progress=100, finished_at=NOW, expires_at=NOW, result=result)
+        changes += [created, maker._step(made(created), done, "completed")]
+    return changes
+
+
+async def test_a_page_reads_a_limited_amount_of_metadata(store: Store) -> None:
+    maker = ChangeFactory()
+    await store.write(maker.batch(with_metadata(maker, 10, 1_000)))
+    for after, expected in ((None, [10, 9, 8, 7, 6, 5, 4, 3, 2, 1]), (0, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])):
+        seqs, sizes, query = [], [], JobQuery(payload_bytes=3_500, after=after)
+        while True:
+            page = await store.find(query)
+            seqs += [job.seq for job, _ in page.jobs]
+            sizes.append(len(page.jobs))
+            if page.next_before is None:
+                break
+            query = replace(query, **{"before" if after is None else "after": page.next_before})
+        assert seqs == expected
+        assert sizes == [3, 3, 3, 1]
+    page = await store.find(JobQuery(payload_bytes=10, before=2))
+    assert [job.seq for job, _ in page.jobs] == [1]
+    assert page.next_before is None
+
+
+async def test_slices_of_events_and_of_expired_jobs_have_a_limited_size(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches wait for them: a hundred events of 256 KiB each would take half a second."""
+    monkeypatch.setattr(queries, "SLICE_BYTES", 3_000)
+    maker = ChangeFactory()
+    await store.write(maker.batch(with_metadata(maker, 10, 1_000)))
+    seqs: list[int] = []
+    while True:
+        page = await store.journal(seqs[-1] if seqs else 0, 100)
+        seqs += [event.seq for event in page.events]
+        assert page.last == 20
+        if not page.more:
+            break
+        assert 2 <= len(page.events) <= 7
+    assert seqs == list(range(1, 21))
+    assert (await store.journal(0, 2)).more
+    assert await store.expired(NOW, 100) == ["job-1", "job-2", "job-3"]
+    monkeypatch.setattr(queries, "SLICE_BYTES", 1)
+    assert [event.seq for event in (await store.journal(1, 100)).events] == [2]  # one at least
+    assert await store.expired(NOW, 100) == ["job-1"]
+
+
+async def test_expired_returns_only_finished_jobs_oldest_first(store: Store) -> None:
+    maker = ChangeFactory()
+    first, second, third = (maker.create(expires_at=NOW - 5) for _ in range(3))
+    await store.write(maker.batch([first, second, third]))
+    late = maker.finish(made(second))
+    maker.now -= 500
+    soon = maker.finish(made(first))
+    await store.write(maker.batch([late, soon]))
+    assert await store.expired(NOW + 499, 10) == []
+    assert await store.expired(NOW + 500, 10) == ["job-1"]
+    assert await store.expired(NOW + 1_000, 10) == ["job-1", "job-2"]
+    assert await store.expired(NOW + 1_000, 1) == ["job-1"]
+    assert await store.expired(NOW + 1_000, 1, 1) == ["job-2"]
+    assert await store.expired(NOW + 1_000, 10, 2) == []
+    await store.write(maker.batch([maker.requeue(made(soon))]))
+    assert await store.expired(NOW + 1_000, 10) == ["job-2"]
+
+
+async def test_a_job_with_an_invalid_status_does_not_expire(store: Store) -> None:
+    """The index has it, as it is not live; no pass could delete it."""
+    maker = ChangeFactory()
+    jobs = [maker.create(expires_at=NOW - 5) for _ in range(3)]
+    await store.write(maker.batch(jobs))
+    ends = [maker.finish(made(job)) for job in jobs]
+    ends[0] = replace(ends[0], after=replace(made(ends[0]), status="complete"))
+    await store.write(maker.batch(ends))
+    assert await store.expired(NOW + 1_000, 10) == ["job-2", "job-3"]
+    assert await store.expired(NOW + 1_000, 1, 1) == ["job-3"]
+
+
+async def test_late_results_survive_a_restart(path: str) -> None:
+    maker = ChangeFactory()
+    full = Result("https://x/y", "/a", "k/e/y", Raw(b'{"a": [1, null]}'))
+    async with opened(path) as (store, _):
+        created = maker.create("a")
+        await store.write(maker.batch([created, maker.create("b")]))
+        job = made(created)
+        changes = [maker.late(job, 9, full), maker.late(job, 7, Result())]
+        await store.write(maker.batch(changes))
+        assert await store.timeline(job.seq) == [created.event, changes[0].event, changes[1].event]
+    async with opened(path) as (store, found):
+        await assert_holds(store, found, maker)
+        assert await late_results(store, job) == [late_of(changes[1]), late_of(changes[0])], "the oldest grant first"
+        names = await late_results(store, job, whole=False)
+        addresses = [Result(), Result("https://x/y")]
+        assert names == [
+            replace(late_of(change), result=each) for change, each in zip(reversed(changes), addresses, strict=True)
+        ]
+        assert (await store.late([LateResultQuery(2), LateResultQuery(99)])).results == {2: [], 99: []}
+
+
+async def test_late_results_of_the_latest_grants_are_kept(store: Store) -> None:
+    maker = ChangeFactory()
+    first, second = maker.create("a"), maker.create("b")
+    await store.write(maker.batch([first, second]))
+    tokens = [5, 3, 9, 1, 8, 2, 7]
+    changes = [maker.late(made(first), token) for token in tokens]
+    await store.write(maker.batch([*changes[:3], maker.late(made(second), 4)]))
+    for change in changes[3:]:
+        await store.write(maker.batch([change]))
+    left = [late.fencing_token for late in await late_results(store, made(first))]
+    assert left == sorted(tokens)[-MAX_LATE_RESULTS:]
+    assert [late.fencing_token for late in await late_results(store, made(second))] == [4]
+
+
+async def test_late_results_are_counted_by_their_index(path: str) -> None:
+    maker = ChangeFactory()
+    jobs = [maker.create(job_id) for job_id in "abc"]
+    async with opened(path) as (store, _):
+        await store.write(maker.batch(jobs))
+        await store.write(maker.batch([maker.late(made(jobs[0]), token) for token in (1, 2)]))
+        await store.write(maker.batch([maker.late(made(jobs[2]), 3)]))
+        seqs = [made(each).seq for each in jobs]
+        assert await store.count_late([]) == {}
+        assert await store.count_late([*seqs, 99]) == {seqs[0]: 2, seqs[2]: 1}
+
+
+async def test_late_results_are_deleted_with_their_job(store: Store) -> None:
+    maker = ChangeFactory()
+    created, other = maker.create("a"), maker.create("b")
+    cancelled = maker.finish(made(created), "cancelled")
+    await store.write(maker.batch([created, other, cancelled]))
+    await store.write(maker.batch([maker.late(made(cancelled), 1), maker.late(made(other), 2)]))
+    # One that comes in the very batch in which its job goes leaves nothing either.
+    await store.write(maker.batch([maker.late(made(cancelled), 3), maker.delete(made(cancelled))]))
+    assert store._connection.raw.execute("SELECT fencing_token FROM late_results").fetchall() == [(2,)]
+
+
+async def test_an_older_grant_is_found_only_in_the_journal_of_its_job(store: Store) -> None:
+    maker = ChangeFactory()
+    created = maker.create("a")
+    granted = maker.grant(made(created))
+    back = maker.requeue(made(granted))
+    other = maker.create("b")
+    again = maker.grant(made(other))
+    await store.write(maker.batch([created, granted, back, other, again]))
+    grant, foreign = made(granted).grant, made(again).grant
+    assert grant is not None
+    assert foreign is not None
+    seq = made(created).seq
+    asked = [LateResultQuery(seq, lock_id) for lock_id in (grant.lock_id, foreign.lock_id, grant.lock_id[:-1], "never")]
+    assert (await store.late(asked)).grants == {(seq, grant.lock_id): grant}
+
+
+async def test_a_grant_is_searched_at_the_end_of_a_journal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was given back a hundred thousand times holds nobody up."""
+    maker = ChangeFactory()
+    changes = [maker.create("a")]
+    for _ in range(4):
+        changes.append(maker.grant(made(changes[-1])))
+        changes.append(maker.requeue(made(changes[-1])))
+    await store.write(maker.batch(changes))
+    seq = made(changes[0]).seq
+    grants = [grant for change in changes if (grant := made(change).grant) is not None]
+    asked = [LateResultQuery(seq, grant.lock_id) for grant in grants]
+    assert list((await store.late(asked)).grants.values()) != []
+    monkeypatch.setattr(queries, "GRANT_SEARCH_EVENTS", 4)
+    found = (await store.late(asked)).grants
+    assert sorted(grant.fencing_token for grant in found.values()) == [grant.fencing_token for grant in grants[2:]]
+
+
+async def test_many_queries_for_one_job_read_it_once(store: Store) -> None:
+    maker = ChangeFactory()
+    created = maker.create("a")
+    await store.write(maker.batch([created]))
+    change = maker.late(made(created), 1)
+    await store.write(maker.batch([change]))
+    seq = made(created).seq
+    for asked in (
+        [LateResultQuery(seq), LateResultQuery(seq, with_results=True)],
+        [LateResultQuery(seq, with_results=True), LateResultQuery(seq, "x")],
+    ):
+        assert (await store.late(asked)).results == {seq: [change.late]}
+
+
+def said(
+    maker: ChangeFactory, job_id: str, *, payload: bytes = b"null", error: str | None = None, **fields: Any
+) -> Change:
+    change = maker.create(job_id, **fields)
+    assert change.after is not None
+    after = replace(change.after, error=None if error is None else Failure(error, None))
+    maker.payloads[after.seq] = payload
+    maker.jobs[after.seq] = after
+    event = replace(change.event, changes=all_of(after))
+    return replace(change, after=after, payload=payload, event=event)
+
+
+async def ids(store: Store, **query: Any) -> list[str]:
+    return [job.id for job, _ in (await store.find(JobQuery(**query))).jobs]
+
+
+async def test_text_is_found_in_id_payload_and_error_ignoring_case(store: Store) -> None:
+    maker = ChangeFactory()
+    changes = [
+        said(maker, "Cat-1"),
+        said(maker, "b", payload=b'{"pet": "big CAT"}'),
+        said(maker, "c", error="no cAt here"),
+        said(maker, "d", payload='"katze Ü"'.encode(), error="nothing"),
+        said(maker, "e", payload=b'"100%_sure"'),
+    ]
+    await store.write(maker.batch(changes))
+    assert await ids(store, text="cat") == ["c", "b", "Cat-1"]
+    assert await ids(store, text="CAT-1") == ["Cat-1"]
+    assert await ids(store, text="Ü") == ["d"]
+    assert await ids(store, text="ü") == []
+    assert await ids(store, text="%_") == ["e"]
+    assert await ids(store, text="_at") == []
+    assert await ids(store, text='pet": "big') == ["b"]
+    assert await ids(store, text="cat", status="failed") == []
+    assert await ids(store, text="cat", status="queued", limit=2) == ["c", "b"]
+
+
+async def test_jobs_are_found_by_creation_time(store: Store) -> None:
+    maker = ChangeFactory()
+    changes = [said(maker, f"j{n}", created_at=NOW + n) for n in range(5)]
+    await store.write(maker.batch(changes))
+    assert await ids(store, since=NOW + 2) == ["j4", "j3", "j2"]
+    assert await ids(store, until=NOW + 2) == ["j1", "j0"]
+    assert await ids(store, since=NOW + 1, until=NOW + 3) == ["j2", "j1"]
+
+
+async def test_jobs_are_found_by_finish_time(store: Store) -> None:
+    maker = ChangeFactory()
+    finished = [said(maker, f"j{n}", status="failed", finished_at=NOW + 9 - n, expires_at=NOW * 2) for n in range(4)]
+    await store.write(maker.batch([*finished, said(maker, "waits")]))
+    assert await ids(store, finished_since=NOW + 8) == ["j1", "j0"]
+    assert await ids(store, finished_until=NOW + 8) == ["j3", "j2"]
+    assert await ids(store, finished_since=NOW + 7, finished_until=NOW + 9, status="failed") == ["j2", "j1"]
+    assert await ids(store, finished_until=NOW * 2) == ["j3", "j2", "j1", "j0"], "what waits has not finished"
+    assert await ids(store, finished_since=0, status="queued") == []
+
+
+async def test_a_text_search_ends_early_if_payloads_are_large(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queries, "TEXT_BYTES", 1_000)
+    maker = ChangeFactory()
+    big = b'"' + b"x" * 400 + b'needle"'
+    await store.write(maker.batch([said(maker, f"j{n}", payload=big) for n in range(9)]))
+    found: list[str] = []
+    pages, before = 0, None
+    while pages == 0 or before is not None:
+        page = await store.find(JobQuery(text="NEEDLE", before=before))
+        found += [job.id for job, _ in page.jobs]
+        pages, before = pages + 1, page.next_before
+    assert found == [f"j{n}" for n in range(8, -1, -1)]
+    assert pages == 3
+
+
+async def test_jobs_with_the_same_error_are_found(store: Store) -> None:
+    maker = ChangeFactory()
+    alike = [said(maker, f"j{n}", error=f"took {n} s", status="failed") for n in range(3)]
+    other = [said(maker, "k", error="lost", status="failed"), said(maker, "l", error="took 4 s"), said(maker, "m")]
+    await store.write(maker.batch([*alike, *other]))
+    name = fingerprint("took 9 s", None)
+    assert await ids(store, error=name, status="failed") == ["j2", "j1", "j0"]
+    assert await ids(store, error=name) == ["l", "j2", "j1", "j0"]
+    page = await store.find(JobQuery(error=name))
+    assert page.last_event == maker.numbers.next_event - 1
+
+
+async def test_a_page_can_omit_payloads(store: Store) -> None:
+    maker = ChangeFactory()
+    await store.write(maker.batch([said(maker, "a", payload=b'"p"')]))
+    assert [body for _, body in (await store.find(JobQuery(payloads=False))).jobs] == [b"null"]
