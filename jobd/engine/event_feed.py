@@ -18,7 +18,7 @@ from msgspec import Struct
 from jobd.engine.change_watchers import Watcher, Watchers
 from jobd.model.errors import api_error
 from jobd.model.events import Change, Event, EventFilter, StreamedEvent, streamed_event
-from jobd.model.storage import JournalPage, JournalReader
+from jobd.model.storage import JournalPage, JournalStorage
 
 RETRY_MS: Final = 2_000  # how long a client should wait before it connects again
 HEARTBEAT_S: Final = 15.0  # the longest silence: proxies and clients notice a dead peer
@@ -114,7 +114,7 @@ class EventFeed:
     `most` is the limit of listeners; `dropped` counts those that were cut off because they read too slowly.
     """
 
-    def __init__(self, journal: JournalReader, last: int, most: int) -> None:
+    def __init__(self, journal: JournalStorage, last: int, most: int) -> None:
         self.last = last
         self.dropped = 0
         self.is_closed = False

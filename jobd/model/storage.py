@@ -358,14 +358,14 @@ class OpenedStore(Struct):
         return [*(job.expand() for job in self.compact_jobs), *self.jobs]
 
 
-class JournalReader(Protocol):
+class JournalStorage(Protocol):
     """The journal of the whole store, as readers of events see it."""
 
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Read up to `limit` committed events with a seq above `after`, oldest first."""
 
 
-class JobStorage(JournalReader, Protocol):
+class JobStorage(JournalStorage, Protocol):
     """The storage behind the actor.
 
     Every method but `cached_payloads` is one thread hop. Results are from committed state. Damaged rows are quarantined
@@ -447,7 +447,7 @@ class JobStorage(JournalReader, Protocol):
         """Rebuild the reserve file. Raises DiskFull if it and SPARE_BYTES do not fit on the disk."""
 
 
-class OutboxStorage(JournalReader, Protocol):
+class OutboxStorage(JournalStorage, Protocol):
     """The storage behind webhooks. Every method is one thread hop, and raises DiskFull if nothing was written."""
 
     async def open_outbox(self, names: list[str], now: int) -> Outbox:

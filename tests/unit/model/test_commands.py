@@ -1,4 +1,4 @@
-"""What may be asked: every bound of every field on both of its sides, and what is meant where nothing is said."""
+"""Commands: both sides of every bound of every field, and the defaults."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ HELD = {"id": "a", "lock_id": "l"}
 START = {"id": "a", "worker": "w"}
 MOVED = {"jobId": "a", "from": "queued", "to": "failed"}
 
-# Command, what else it needs, field, what is just taken, what is just not.
+# Command, its required fields, a field, its outermost valid values, and invalid ones just beyond.
 BOUNDS: list[tuple[Any, dict[str, Any], str, list[Any], list[Any]]] = [
     (Create, {}, "id", ["a", LONG, "A-z_0.9:"], ["", "x" * 201, "a b", "a/b", "a\n", "é"]),
     (Create, {}, "queue", ["a", LONG], ["", "x" * 201, "a b", "a\n"]),
@@ -161,7 +161,7 @@ def test_bounds(kind: Any, needed: dict[str, Any], field: str, taken: list[Any],
             msgspec.convert(needed | {field: value}, kind)
 
 
-def test_what_is_meant_where_nothing_is_said() -> None:
+def test_the_defaults_of_commands() -> None:
     create = msgspec.json.decode(b"{}", type=Create)
     told: dict[str, Any] = {
         "queue": "default",
@@ -191,14 +191,14 @@ def test_what_is_meant_where_nothing_is_said() -> None:
     assert (call.by, call.seed, call.admin) == ("client", b"", False)
 
 
-def test_the_names_that_existing_dashboards_send() -> None:
+def test_commands_accept_the_names_that_existing_dashboards_send() -> None:
     told = {"jobId": "a", "lockId": "l", "additionalTime": 5}
     assert msgspec.convert(told, ExtendLock) == ExtendLock(id="a", lock_id="l", additional_ms=5)
     assert msgspec.convert({"jobId": "a", "lockId": "l"}, ReleaseLock) == ReleaseLock(id="a", lock_id="l")
     assert msgspec.convert(MOVED, Transition) == Transition(id="a", from_="queued", to="failed")
 
 
-def test_what_is_done_is_noted_as_done() -> None:
+def test_a_recorded_action_is_done_by_default() -> None:
     assert RecordAction(what="w").outcome == "done"
     assert (commands.MAX_PLANNING_S, commands.MAX_EVENTS, commands.MAX_PLAN) == (10.0, 1_000, 10_000)
 
@@ -208,7 +208,7 @@ def test_an_operator_without_a_name_is_called_admin() -> None:
     assert [(who.who, who.by) for who in (eve, nobody)] == [("eve", "admin:eve"), ("admin", "admin")]
 
 
-def test_times_in_both_clocks() -> None:
+def test_a_moment_converts_lease_time_to_wall_time() -> None:
     at = Moment(now=1_000, lease=300, offset=700)
     assert (at.believed, at.wall(301)) == (1_000, 1_001)
     assert Moment(1_000, 300, 700, trusted=900).believed == 900

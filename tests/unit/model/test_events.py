@@ -1,4 +1,4 @@
-"""Events: that they carry what happened, fold into rows, and show no secret."""
+"""Events carry every change, fold into rows and show no secret."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_changes_have_the_fields_of_a_job() -> None:
     assert all(getattr(Changes(), name) is UNSET for name in Changes.__struct_fields__)
 
 
-def test_fold_sets_only_what_the_event_names() -> None:
+def test_fold_sets_only_the_fields_that_the_event_changes() -> None:
     changed = fold(JOB, event(Changes(status="processing", grant=GRANT, lease=Lease(1, 2, None))))
     assert changed == msgspec.structs.replace(JOB, status="processing", grant=GRANT, lease=Lease(1, 2, None))
     assert fold(changed, event(Changes(grant=None, lease=None, status="queued"))) == JOB
@@ -51,7 +51,7 @@ def test_fold_begins_with_a_row_and_ends_with_none() -> None:
     assert fold(JOB, event(None, "deleted")) is None
 
 
-def test_the_first_event_of_a_job_says_in_short_what_every_new_job_has() -> None:
+def test_the_first_event_of_a_job_leaves_out_the_defaults() -> None:
     said = initial_changes(JOB)
     assert said == Changes(options=Options(), status="queued", created_at=NOW, updated_at=NOW, run_at=NOW)
     for name in Job.__struct_fields__[Job.__struct_fields__.index("progress") :]:
@@ -59,7 +59,7 @@ def test_the_first_event_of_a_job_says_in_short_what_every_new_job_has() -> None
         assert initial_changes(other) == Changes(**{field: getattr(other, field) for field in Job.__struct_fields__})
 
 
-def test_an_event_survives_its_way_to_the_disk_and_back() -> None:
+def test_an_event_is_unchanged_after_encoding_and_decoding() -> None:
     changes = Changes(
         status="completed",
         progress=100,
@@ -76,7 +76,7 @@ def test_an_event_survives_its_way_to_the_disk_and_back() -> None:
     assert again.changes.grant is UNSET
 
 
-def test_what_is_shown_holds_no_raw_change() -> None:
+def test_the_view_of_an_event_has_no_changes() -> None:
     shown = event_view(event(Changes(grant=GRANT)))
     assert "secret" not in msgspec.json.encode(shown).decode()
     assert msgspec.to_builtins(shown) == {
@@ -86,7 +86,7 @@ def test_what_is_shown_holds_no_raw_change() -> None:
     assert event_view(msgspec.structs.replace(event(None), details={"a": 1})).details == {"a": 1}
 
 
-def test_a_whole_life_folds_into_the_row_and_names_no_secret() -> None:
+def test_the_events_of_a_job_fold_into_its_row_and_show_no_secret() -> None:
     rules = RuleHarness()
     first = rules.held(max_attempts=2)
     rules.progress(first, 30)
@@ -108,11 +108,11 @@ def test_a_whole_life_folds_into_the_row_and_names_no_secret() -> None:
 
 
 @pytest.mark.parametrize("sign", sorted(HEARTBEATS))
-def test_signs_of_life_are_types_of_events(sign: str) -> None:
+def test_heartbeats_are_event_types(sign: str) -> None:
     assert sign in get_args(EventType)
 
 
-def test_what_is_streamed_is_what_is_shown_with_job_and_queue() -> None:
+def test_a_streamed_event_is_its_view_with_job_and_queue() -> None:
     happened = event(Changes(grant=GRANT))
     told = msgspec.json.decode(msgspec.json.encode(streamed_event(happened)))
     assert told == {**msgspec.json.decode(msgspec.json.encode(event_view(happened))), "job_id": "a", "queue": "q"}
@@ -134,6 +134,6 @@ def test_what_is_streamed_is_what_is_shown_with_job_and_queue() -> None:
         (EventFilter(frozenset({"q"}), frozenset({"a"}), frozenset({"created"})), False),
     ],
 )
-def test_filters_all_have_to_fit(wanted: EventFilter, is_one: bool) -> None:
+def test_an_event_must_match_all_filters(wanted: EventFilter, is_one: bool) -> None:
     assert wanted.matches(event(None)) == wanted.matches(streamed_event(event(None))) == is_one
     assert wanted.matches_everything == (wanted == EventFilter())

@@ -1,4 +1,4 @@
-"""Errors that are the same but for what differs from job to job have one name, and that name stays."""
+"""Errors that differ only in details of the job have the same fingerprint, in every version."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from jobd.model.fingerprints import MAX_NORMALIZED, fingerprint, fingerprint_of_
         ("", ""),
     ],
 )
-def test_what_differs_is_marked_and_the_rest_stays(message: str, marked: str) -> None:
+def test_details_are_replaced_by_placeholders(message: str, marked: str) -> None:
     assert normalize(message) == marked
 
 
-def test_the_names_of_errors_stay_from_version_to_version() -> None:
-    """Somebody may have written them down. Where this fails the names have changed: that is a break, to be told."""
+def test_fingerprints_do_not_change_between_versions() -> None:
+    """People note fingerprints. If this fails, they have changed, which is a breaking change."""
     assert fingerprint("exit 3 after 12 s", "exit:3") == "ed978b8234f6"
     assert fingerprint("open /srv/a: no such file", None) == "45d321dbe617"
     assert fingerprint(None, "stalled") == "659fd8535150"
 
 
-def test_alike_is_what_has_the_same_code_and_words() -> None:
+def test_errors_with_the_same_code_and_words_have_the_same_fingerprint() -> None:
     assert fingerprint("took 12 s", "E") == fingerprint("took  40 s", "E")
     assert fingerprint("took 12 s", "E") != fingerprint("took 12 s", None)
     assert fingerprint("took 12 s", "E") != fingerprint("lost 12 s", "E")
@@ -68,11 +68,11 @@ def test_alike_is_what_has_the_same_code_and_words() -> None:
         ('"order-abc" is gone', "order-abc", "<text> is gone"),
     ],
 )
-def test_the_id_of_the_job_is_marked_too(message: str, job_id: str, marked: str) -> None:
+def test_the_id_of_the_job_is_replaced_too(message: str, job_id: str, marked: str) -> None:
     assert normalize(message, job_id) == marked
 
 
-def test_jobs_with_the_same_error_have_one_name_whatever_their_ids_are() -> None:
+def test_the_fingerprint_does_not_depend_on_the_id_of_the_job() -> None:
     trace = "\nTraceback (most recent call last):\n" + '  File "/srv/app.py", line 12, in work\n    call()\n' * 30
     names = {
         fingerprint(f"LookupError: no customer for {job_id}, try {n}{trace}", "LookupError", job_id)
@@ -83,25 +83,25 @@ def test_jobs_with_the_same_error_have_one_name_whatever_their_ids_are() -> None
 
 
 def test_only_the_beginning_of_a_message_counts() -> None:
-    """How long it is, is a part of the names: with another bound a long message would have another."""
+    """The bound is a part of the fingerprints: with another one, long messages would get other fingerprints."""
     assert MAX_NORMALIZED == 1_000
     begin = "x" * 999
     assert fingerprint(begin + "aa", None) == fingerprint(begin + "ab", None)
     assert fingerprint(begin + "aa", None) != fingerprint(begin + "ba", None)
 
 
-def test_half_a_character_is_as_good_as_any() -> None:
+def test_a_lone_surrogate_is_accepted() -> None:
     assert fingerprint("\ud83d", None) not in (None, fingerprint("", None), fingerprint("?", None))
 
 
-def test_what_a_row_has_may_be_damaged() -> None:
+def test_a_damaged_row_has_a_fingerprint() -> None:
     assert fingerprint_of_bytes(b"took 12 s", None, None) == fingerprint("took 12 s", None)
     assert fingerprint_of_bytes(b"\xff\xfe", b"\x80", b"\x80") is not None
     assert fingerprint_of_bytes(None, None, b"j1") is None
 
 
 @given(st.text(), st.none() | st.text())
-def test_every_message_has_a_name_and_marking_twice_changes_nothing_more(message: str, code: str | None) -> None:
+def test_every_message_has_a_fingerprint_and_normalizing_is_idempotent(message: str, code: str | None) -> None:
     name = fingerprint(message, code)
     assert name is not None
     assert len(name) == 12
@@ -123,7 +123,7 @@ def test_every_message_has_a_name_and_marking_twice_changes_nothing_more(message
         "a:" * 5_000,
     ],
 )
-def test_no_message_takes_long(nasty: str) -> None:
+def test_no_message_takes_long_to_normalize(nasty: str) -> None:
     begin = time.perf_counter()
     normalize(nasty)
     assert time.perf_counter() - begin < 0.5

@@ -1,4 +1,4 @@
-"""The nouns: which ids and storage keys may be, and how a lease is judged at its boundaries."""
+"""Jobs: valid ids and storage keys, the boundaries of leases, the compact form, epochs."""
 
 from __future__ import annotations
 
@@ -44,26 +44,26 @@ NEW = Job(3, "a", Options(queue="q", kind="k"), "queued", 1_000, 1_000, 1_000)
 
 
 @pytest.mark.parametrize("text", ["a", "A-z_0.9:", "x" * 200])
-def test_ids(text: str) -> None:
+def test_valid_ids(text: str) -> None:
     assert is_job_id(text)
 
 
 @pytest.mark.parametrize("text", ["", "x" * 201, "a b", "a/b", "é", "a\n", "\na", "a\x00"])
-def test_no_ids(text: str) -> None:
+def test_invalid_ids(text: str) -> None:
     assert not is_job_id(text)
 
 
 @pytest.mark.parametrize("key", ["a", "a/b.c", "a..b", "...", "a/.../b"])
-def test_storage_keys(key: str) -> None:
+def test_valid_storage_keys(key: str) -> None:
     assert storage_key_error(key) is None
 
 
 @pytest.mark.parametrize("key", ["/a", "\\a", "..", "a/..", "../a", "a\\..\\b", "a\x00"])
-def test_storage_keys_with_a_fault(key: str) -> None:
+def test_invalid_storage_keys(key: str) -> None:
     assert storage_key_error(key)
 
 
-def test_every_way_that_a_status_may_change() -> None:
+def test_the_allowed_changes_of_status() -> None:
     ways = {
         "queued": "processing failed cancelled completed",
         "processing": "queued completed failed cancelled",
@@ -74,7 +74,7 @@ def test_every_way_that_a_status_may_change() -> None:
     assert {(before, after) for before, afters in ways.items() for after in afters.split()} == TRANSITIONS
 
 
-def test_what_applies_where_nothing_is_configured() -> None:
+def test_the_default_policy() -> None:
     minute_ms, day_ms = 60_000, 86_400_000
     policy = Policy()
     assert (policy.lock_ttl_ms, policy.max_processing_ms) == (15 * minute_ms, 30 * minute_ms)
@@ -111,17 +111,17 @@ def test_a_lock_has_expired_at_its_time() -> None:
         (Lease(10, 20, 25), 20),
     ],
 )
-def test_when_a_job_counts_as_stuck(lease: Lease, stuck: int) -> None:
+def test_a_job_counts_as_stuck_at_its_first_deadline(lease: Lease, stuck: int) -> None:
     assert lease.stuck == stuck
 
 
-def test_at_its_ceiling_a_lease_is_past_it() -> None:
+def test_a_lease_is_past_its_ceiling_at_the_ceiling() -> None:
     lease = Lease(10, 20, 15)
     assert (lease.is_past_ceiling(14), lease.is_past_ceiling(15)) == (False, True)
     assert not Lease(10, 20, None).is_past_ceiling(10**15)
 
 
-def test_a_new_job_in_short_is_the_whole_job() -> None:
+def test_the_compact_form_of_a_new_job_expands_to_the_job() -> None:
     short = compact(NEW)
     assert short is not None
     assert short.expand() == NEW
@@ -152,12 +152,12 @@ def test_a_new_job_in_short_is_the_whole_job() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_a_job_that_says_more_is_never_kept_in_short(change: dict[str, Any]) -> None:
+def test_a_job_with_other_fields_has_no_compact_form(change: dict[str, Any]) -> None:
     assert compact(replace(NEW, **change)) is None
 
 
-def test_every_field_of_a_job_was_thought_of() -> None:
-    """A new field has to be among those that are tried above, or be one that says nothing."""
+def test_every_field_of_a_job_is_covered_above() -> None:
+    """A new field must be among those tested above, or be one that needs no test."""
     assert len(fields(Job)) == 20
 
 
@@ -183,7 +183,7 @@ SECONDS: Final = st.integers(-(1 << 31), 1 << 40)
 
 
 @given(st.integers(0, SAFE_EPOCH), SECONDS)
-def test_an_epoch_is_above_all_that_were_seen(seen: int, seconds: int) -> None:
+def test_a_new_epoch_is_above_all_known_ones(seen: int, seconds: int) -> None:
     epoch = new_epoch(seen, EPOCH_0_MS + seconds * SECOND_MS)
     assert epoch > seen
     assert epoch == seconds if seen < seconds <= SAFE_EPOCH else epoch == seen + 1
@@ -193,7 +193,7 @@ def test_an_epoch_is_above_all_that_were_seen(seen: int, seconds: int) -> None:
 
 @given(st.lists(st.integers(1, SAFE_EPOCH), min_size=2, unique=True), st.integers(0, 1 << 39))
 def test_copies_of_one_store_take_different_epochs_in_different_seconds(seconds: list[int], seen: int) -> None:
-    """Only if the clock is behind the epoch in the file they may take the same."""
+    """Only if the clock is behind the epoch in the file, they may be the same."""
     ahead = [each for each in seconds if each > seen]
     assert len({new_epoch(seen, EPOCH_0_MS + each * SECOND_MS) for each in ahead}) == len(ahead)
 

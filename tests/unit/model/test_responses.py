@@ -1,4 +1,4 @@
-"""What is answered: the words that programs compare, and what an answer says where nothing was said."""
+"""Responses: the literals that programs compare, and the defaults."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from msgspec.structs import FieldInfo, fields
 
 from jobd.model import responses
 
-# Where they stand -> the words, which are part of the contract.
+# Type or field -> its literals, which are part of the contract.
 WORDS: dict[str, str] = {
     "DeliveryState": "waiting delivered given_up",
     "BackupState": "waiting copying checking sending sent failed",
@@ -22,7 +22,7 @@ WORDS: dict[str, str] = {
 
 
 @pytest.mark.parametrize("place", WORDS)
-def test_words_that_programs_compare(place: str) -> None:
+def test_literals_that_programs_compare(place: str) -> None:
     name, _, field = place.partition(".")
     found: Any = getattr(responses, name)
     if field:
@@ -30,8 +30,8 @@ def test_words_that_programs_compare(place: str) -> None:
     assert get_args(found) == tuple(WORDS[place].split())
 
 
-def test_where_nothing_is_said_nothing_has_happened() -> None:
-    """No count above zero, no flag, 200."""
+def test_the_defaults_of_responses_say_that_nothing_happened() -> None:
+    """No count above zero, no flag, status 200."""
     told: dict[str, Any] = {}
     for name, kind in vars(responses).items():
         if isinstance(kind, type) and kind.__module__ == responses.__name__ and hasattr(kind, "__struct_fields__"):

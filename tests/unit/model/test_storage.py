@@ -1,4 +1,4 @@
-"""What goes to the disk and what comes back from it: the small things that the shapes themselves know."""
+"""The values of the storage interface: their defaults and methods."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ SHORT = CompactJob(1, "a", Options(), 1_000)
 WHOLE = Job(2, "b", Options(), "processing", 1_000, 1_000, 1_000)
 
 
-def test_what_a_start_finds_is_every_live_job_in_either_form() -> None:
+def test_an_opened_store_has_all_live_jobs_in_either_form() -> None:
     found = OpenedStore(Numbers(), jobs=[WHOLE], compact_jobs=[SHORT])
     assert found.live() == [SHORT.expand(), WHOLE]
     assert OpenedStore(Numbers()).live() == []
 
 
-def test_a_file_is_full_or_marked_only_where_that_is_said_and_keeps_its_mark_until_a_batch_ends_it() -> None:
+def test_a_store_is_neither_full_nor_marked_by_default_and_a_batch_keeps_the_mark() -> None:
     found = OpenedStore(Numbers())
     assert (found.full, found.marked, Batch([], Numbers()).unmark) == (False, False, False)
 
 
-def test_nothing_is_damaged_or_left_over_unless_that_is_said() -> None:
+def test_nothing_is_damaged_by_default() -> None:
     assert (OpenedStore(Numbers()).tombstones, DueTombstones([]).damaged, DueTombstones([]).unmoved) == (0, 0, 0)
     assert (JobRows([], None).scanned, JobRows([], None).last_event) == (0, 0)
     assert not Batch([], Numbers()).sweeps
@@ -49,12 +49,12 @@ def test_nothing_is_damaged_or_left_over_unless_that_is_said() -> None:
     assert not JournalPage([], 0, 0).more
 
 
-def test_a_deed_is_done_and_changed_no_job_unless_that_is_said() -> None:
+def test_an_audit_entry_is_done_and_changed_no_job_by_default() -> None:
     deed = AuditEntry(1, "eve", "unix", "pause")
     assert (deed.outcome, deed.jobs) == ("done", 0)
 
 
-def test_each_share_of_the_audit_log_has_rows_that_belong_there() -> None:
+def test_each_audit_entry_belongs_to_a_share() -> None:
     deeds = [
         ("pause", "done"),
         ("pause", "invalid"),
@@ -65,23 +65,23 @@ def test_each_share_of_the_audit_log_has_rows_that_belong_there() -> None:
     assert tuple(audit_share(what, outcome) for what, outcome in deeds) == get_args(AuditShare)
 
 
-def test_a_tombstone_is_put_off_for_two_hours_at_most() -> None:
+def test_a_tombstone_is_postponed_for_two_hours_at_most() -> None:
     assert MAX_POSTPONE_MS == 2 * 60 * 60 * 1_000
 
 
-def test_a_page_has_payloads_and_is_slow_only_where_a_text_is_looked_for() -> None:
+def test_a_query_has_payloads_and_is_slow_only_with_a_text_or_error() -> None:
     assert JobQuery().payloads
     assert [JobQuery().is_slow, JobQuery(text="").is_slow, JobQuery(text="t").is_slow] == [False, True, True]
     assert JobQuery(error="0123456789ab").is_slow, "or an error"
 
 
-def test_a_queue_without_finished_jobs_stays_at_none() -> None:
+def test_the_count_of_finished_jobs_does_not_fall_below_zero() -> None:
     assert QueueRow(failed=2).without("failed") == QueueRow(failed=1)
     assert QueueRow(True, 9, paused_at=1).with_counts(1, 2, 3) == QueueRow(True, 1, 2, 3, paused_at=1)
     assert QueueRow(failed=1).without("failed").without("failed") == QueueRow()
 
 
-def test_only_the_deletion_of_a_job_that_names_an_object_leaves_a_tombstone() -> None:
+def test_only_the_deletion_of_a_job_with_a_stored_object_leaves_a_tombstone() -> None:
     maker = ChangeFactory()
     named = maker.create("named", status="completed", result=Result(storage_key="k/1"))
     others = [
@@ -97,7 +97,7 @@ def test_only_the_deletion_of_a_job_that_names_an_object_leaves_a_tombstone() ->
     assert tombstones([replace(again, after=None)])[0].key == ""
 
 
-def test_a_page_of_the_journal_ends_where_it_tells_all_that_there_still_is() -> None:
+def test_the_end_of_a_journal_page() -> None:
     maker = ChangeFactory()
     events = [maker.create(name).event for name in ("a", "b")]
     whole, early, damaged = (

@@ -1,4 +1,4 @@
-"""Webhooks as values and letters: what an endpoint asks for, and envelope and signature as others read them."""
+"""Webhooks: subscriptions, and messages and signatures as other libraries read them."""
 
 from __future__ import annotations
 
@@ -55,17 +55,17 @@ def secret_of(key: bytes) -> str:
     return f"whsec_{base64.b64encode(key).decode()}"
 
 
-# -- what is asked for ------------------------------------------------------------------------------------------------
+# -- subscriptions ------------------------------------------------------------------------------------------------
 
 
-def test_every_event_has_a_type_and_all_are_told_apart() -> None:
+def test_every_event_type_has_its_own_webhook_type() -> None:
     assert {webhook_type(each) for each in get_args(EventType)} | set(ALERTS) == set(TYPES)
     assert len(TYPES) == len(get_args(EventType)) + len(ALERTS)
     assert webhook_type("late_result") == "job.late_result"
     assert webhook_type("queue_paused") == "queue.paused"
 
 
-def test_patterns_leave_out_the_signs_of_life_which_have_to_be_named() -> None:
+def test_patterns_leave_out_progress_and_extensions() -> None:
     signs = {webhook_type(each) for each in HEARTBEATS}
     assert types_matching("*") == set(TYPES) - signs
     assert types_matching("job.*") | types_matching("queue.*") | types_matching("alert.*") == types_matching("*")
@@ -75,7 +75,7 @@ def test_patterns_leave_out_the_signs_of_life_which_have_to_be_named() -> None:
         assert types_matching(wrong) == frozenset(), wrong
 
 
-def test_an_endpoint_wants_what_its_types_and_queues_say() -> None:
+def test_a_webhook_gets_the_events_of_its_types_and_queues() -> None:
     everything = WebhookEndpoint("e", "https://x", KEYS)
     assert everything.wants(EVENT)
     assert not everything.wants(replace(EVENT, type="progress"))
@@ -96,29 +96,29 @@ def test_an_endpoint_wants_what_its_types_and_queues_say() -> None:
 
 
 @pytest.mark.parametrize("name", ["a", "A-1_b.c:d", "x" * 100])
-def test_a_name_is_one_word(name: str) -> None:
+def test_the_name_of_a_webhook_has_no_spaces(name: str) -> None:
     assert msgspec.convert(name, WebhookName) == name
     for wrong in ("", "a b", "a/b", "x" * 101, f"{name}\n"):
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(wrong, WebhookName)
 
 
-def test_types_that_receivers_know() -> None:
+def test_the_types_that_receivers_know() -> None:
     assert (ALERTS, EVENTS_GONE, TEST_TYPE) == (("alert.firing", "alert.resolved"), "events.gone", "webhook.test")
     assert GAP_PENDING < 0, "no number of an event"
 
 
-def test_no_secret_and_no_url_is_shown_with_an_endpoint() -> None:
+def test_the_repr_of_a_webhook_has_no_secret_and_no_url() -> None:
     shown = repr(WebhookEndpoint("e", "https://x/token", KEYS))
     assert shown == str(WebhookEndpoint("e", "https://x/token", KEYS)) == "Endpoint(e)"
 
 
-def test_what_an_endpoint_is_where_nothing_else_is_said() -> None:
+def test_the_defaults_of_a_webhook() -> None:
     told = WebhookEndpoint("e", "https://x", KEYS)
     assert (told.allow_private, told.timeout_ms, told.give_up_after_ms) == (False, 10_000, 3 * DAY_MS)
 
 
-def test_a_cursor_begins_with_nothing_told() -> None:
+def test_the_defaults_of_a_cursor() -> None:
     assert WebhookCursor("e", 4) == WebhookCursor("e", 4, 0, 1, {}, 0)
     assert Delivery.__struct_fields__[0] == "id"
 
@@ -143,13 +143,13 @@ def test_a_secret_is_a_key_in_base64() -> None:
         (secret_of(b"x" * 65), "not 65"),
     ],
 )
-def test_what_is_no_secret_is_named_without_being_shown(secret: str, said: str) -> None:
+def test_an_invalid_secret_is_described_without_showing_it(secret: str, said: str) -> None:
     with pytest.raises(BadSecret, match=said) as caught:
         decode_secret(secret)
     assert secret.removeprefix("whsec_") not in str(caught.value) or len(secret) < 7
 
 
-def test_a_foreign_verifier_takes_our_signature_by_either_key_and_no_other() -> None:
+def test_the_reference_library_accepts_the_signature_of_each_key_and_no_other() -> None:
     now_s = int(datetime.now(UTC).timestamp())
     letter = event_message(EVENT, "/jobd/host")
     sent = headers(KEYS, letter.event_id, now_s, letter.body)
@@ -165,23 +165,23 @@ def test_a_foreign_verifier_takes_our_signature_by_either_key_and_no_other() -> 
         Webhook(secret_of(KEYS[0])).verify(letter.body, {**sent, "webhook-timestamp": str(now_s + 1)})
 
 
-def test_the_signature_is_the_one_that_the_specification_shows() -> None:
-    """https://github.com/standard-webhooks: the example that all libraries test themselves by."""
+def test_the_signature_matches_the_example_of_the_specification() -> None:
+    """The example of https://github.com/standard-webhooks, which all libraries test."""
     key = decode_secret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
     said = signature([key], "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
     assert said == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
 
-# -- envelopes --------------------------------------------------------------------------------------------------------
+# -- messages --------------------------------------------------------------------------------------------------------
 
 
 def read_by_others(body: bytes) -> dict[str, object]:
-    """The attributes of a CloudEvent, and its data, as the SDK of CloudEvents reads them."""
+    """Return the attributes and the data of a CloudEvent, as its SDK reads them."""
     event = from_http_event(HTTPMessage({"content-type": headers((), "", 0, b"")["Content-Type"]}, body))
     return {**event.get_attributes(), "data": event.get_data()}
 
 
-def test_an_event_is_a_cloud_event_that_others_read() -> None:
+def test_the_cloudevents_sdk_reads_an_event() -> None:
     letter = event_message(EVENT, "/jobd/host")
     read = read_by_others(letter.body)
     assert (read["specversion"], read["datacontenttype"]) == ("1.0", "application/json")
@@ -209,20 +209,20 @@ def test_an_event_is_a_cloud_event_that_others_read() -> None:
     )
 
 
-def test_a_letter_never_holds_the_secret_of_a_lock() -> None:
+def test_a_message_never_contains_a_lock_id() -> None:
     job = full_job()
     assert job.grant is not None
     letter = event_message(replace(EVENT, type="granted", changes=all_of(job)), "/jobd/host")
     assert job.grant.lock_id.encode() not in letter.body
 
 
-def test_an_event_of_a_queue_has_the_queue_for_its_subject() -> None:
+def test_the_subject_of_a_queue_event_is_the_queue() -> None:
     event = replace(EVENT, type="queue_paused", job_id="", job_seq=0, before=None, after=None)
     read = read_by_others(event_message(event, "/jobd/host").body)
     assert (read["subject"], read["type"]) == ("queues/video", "queue.paused")
 
 
-def test_an_alert_that_fires_and_its_end_have_one_subject_and_two_ids() -> None:
+def test_the_messages_of_an_alert_share_the_subject_but_not_the_id() -> None:
     alert = AlertView("stuck_jobs", True, NOW - 5, 7, 5, "Look.")
     firing, resolved = alert_message(alert, NOW, "/j"), alert_message(replace(alert, firing=False), NOW + 9, "/j")
     assert firing.subject == resolved.subject == "alerts/stuck_jobs"
@@ -240,7 +240,7 @@ def test_an_alert_that_fires_and_its_end_have_one_subject_and_two_ids() -> None:
 
 
 def assert_says_what_it_is(letter: Message, source: str) -> None:
-    """What stands on the letter stands in it."""
+    """Check that the fields of the message match its body."""
     read = read_by_others(letter.body)
     assert (read["source"], read["subject"], read["type"], read["id"]) == (
         source,
