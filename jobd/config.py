@@ -510,9 +510,19 @@ def to_toml(value: object) -> str:
 
 
 def changes(old: Config, new: Config) -> tuple[list[str], list[str]]:
-    """The keys that differ: those that a running daemon takes over, and those that need a restart."""
+    """Return the keys that differ: those that a running daemon can apply, and those that need a restart."""
     differing = [key for key in KEYS if _get(old, key) != _get(new, key)]
     return [key for key in differing if key in RELOADABLE], [key for key in differing if key not in RELOADABLE]
+
+
+def reloaded(old: Config, new: Config) -> tuple[Config, list[str], list[str]]:
+    """Return `old` with the reloadable settings of `new`, the keys that changed, and those that need a restart."""
+    changed, need_restart = changes(old, new)
+    for key in changed:
+        section, name = key.split(".")
+        table = msgspec.structs.replace(getattr(old, section), **{name: _get(new, key)})
+        old = msgspec.structs.replace(old, **{section: table})
+    return old, changed, need_restart
 
 
 def _get(config: Config, key: str) -> object:

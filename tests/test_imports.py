@@ -36,7 +36,7 @@ ARROWS: Final[dict[str, set[str]]] = {
     "cli.files": {"storage"},  # refuses to overwrite the files of a running daemon
     "cli.daemon": {"model", "client", "cli", "storage", "config", "daemon"},
 }
-TOP: Final = ["__init__", "__main__", "config", "credentials", "daemon", "logging", "systemd"]
+TOP: Final = ["__init__", "__main__", "config", "credentials", "daemon", "logging", "resources", "systemd"]
 PURE: Final = ("model", "core")
 PURE_IMPORTS: Final = {
     "__future__", "base64", "bisect", "collections", "dataclasses", "datetime", "enum", "functools", "hashlib", "heapq",

@@ -510,4 +510,4 @@ def test_a_store_that_cannot_be_there_is_a_matter_of_configuration(tmp_path: Pat
     run = Daemon(tmp_path, JOBD_STORE_PATH=str(tmp_path / place)).spawn()
     _, log = run.communicate(timeout=30)
     assert run.returncode == 78, log
-    assert "store.path has to name a file in a directory" in log.decode()
+    assert "store.path must name a file in a directory" in log.decode()

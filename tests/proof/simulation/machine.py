@@ -15,7 +15,7 @@ from typing import Any, Final
 import msgspec
 
 from jobd.core.state import Book
-from jobd.daemon import GRACE_MS, STOP_S, _current_keys
+from jobd.daemon import GRACE_MS, STOP_S, current_responses
 from jobd.engine.actor import Actor, DiskBroken
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
@@ -309,7 +309,7 @@ class Daemon:
         self.actor = Actor(
             machine.disk,
             self.book,
-            Keys(_current_keys(opened.keys, self.book), machine.plan.keys),
+            Keys(current_responses(opened.keys, self.book), machine.plan.keys),
             self.clock,
             machine.next_policy,
             random=machine.dice.randbytes,

@@ -1,0 +1,188 @@
+"""Open what a daemon needs from its machine: the store, the artifact store and the listeners.
+
+Failures raise CannotStart with the exit code: 74 for an I/O error, 75 if an address is in use, 78 for a configuration
+that cannot work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+from collections.abc import Callable
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+import structlog
+
+from jobd import config
+from jobd.api.services import Services
+from jobd.config import Config, ConfigError, LoadedConfig
+from jobd.http.app import App
+from jobd.http.auth import own_names
+from jobd.http.server import HttpListener, is_in_use
+from jobd.model.storage import DiskFull, OpenedStore
+from jobd.storage.artifacts.base import ArtifactStore, ArtifactStoreError
+from jobd.storage.artifacts.filesystem import FileArtifactStore
+from jobd.storage.files import StoreError
+from jobd.storage.store import Store, Synchronous
+
+EXIT_IO: Final = 74
+EXIT_BUSY: Final = 75
+EXIT_CONFIG: Final = 78
+
+ARTIFACT_CHECK_S: Final = 2.0  # for the artifact directory to respond
+
+log = structlog.get_logger("jobd.daemon")
+
+PassedSockets = dict[str, list[socket.socket]]  # from systemd, by listener
+
+
+class CannotStart(Exception):
+    """The daemon cannot start. `code` is its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class RandomPool:
+    """Read the system's randomness in large pieces, because each read releases the GIL to the storage thread."""
+
+    def __init__(self) -> None:
+        self._drawn = b""
+        self._used = 0
+
+    def __call__(self, size: int) -> bytes:
+        """Return `size` bytes (about 16) that were never returned before."""
+        start, self._used = self._used, self._used + size
+        if self._used > len(self._drawn):
+            self._drawn, start, self._used = os.urandom(8192), 0, size
+        return self._drawn[start : self._used]
+
+
+async def open_store(settings: Config, on_locked: Callable[[], None]) -> tuple[Store, OpenedStore]:
+    """Open the store and log what is wrong with it. `on_locked` runs before anything is written."""
+    path = settings.store.path
+    synchronous: Synchronous = "EXTRA" if settings.store.synchronous == "extra" else "FULL"
+    try:
+        if path != ":memory:":
+            Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        store, opened = await Store.open(path, synchronous=synchronous, on_locked=on_locked)
+    except StoreError as error:
+        raise CannotStart(str(error), error.exit_code) from None
+    except DiskFull as error:
+        raise CannotStart(f"{path}: {error}", EXIT_IO) from None
+    except OSError as error:
+        raise _cannot_open(path, error) from None
+    for fault in opened.faults:
+        log.error("store_fault", message=fault)
+    if opened.full and (space := await store.space()) is not None:
+        log.error("disk_full", refused="creates", reserve=opened.has_reserve, **msgspec.structs.asdict(space))
+    elif not opened.has_reserve:
+        log.warning("reserve_file_missing", message="on a full disk, running jobs may not be able to end")
+    if opened.epoch_warning is not None:
+        log.warning("fencing_epoch", message=opened.epoch_warning)
+    return store, opened
+
+
+def _cannot_open(path: str, error: OSError) -> CannotStart:
+    if error.errno in (errno.EACCES, errno.EPERM):
+        hint = f"user {os.geteuid()} may not write there. Give it the directory or choose another store.path"
+        return CannotStart(f"{path}: {error.strerror}: {hint}", EXIT_CONFIG)
+    if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+        return CannotStart(f"{path}: {error.strerror}: store.path must name a file in a directory", EXIT_CONFIG)
+    return CannotStart(f"{path}: {error}", EXIT_IO)
+
+
+async def open_artifacts(loaded: LoadedConfig) -> ArtifactStore | None:
+    """Open the store that artifacts.url names. None if it is empty."""
+    settings = loaded.config
+    if not settings.artifacts.url:
+        return None
+    url = urlsplit(settings.artifacts.url)
+    owner = blake2b(f"{socket.gethostname()} {settings.store.path}".encode(), digest_size=6).hexdigest()
+    if url.scheme == "file":
+        store = FileArtifactStore(unquote(url.path), owner, loaded.own_directories)
+        check = partial(config.check_artifact_directory, settings.artifacts.url, loaded.own_directories)
+        try:
+            async with asyncio.timeout(ARTIFACT_CHECK_S):
+                await store.ask(check)
+        except ConfigError as error:
+            raise CannotStart(str(error), EXIT_CONFIG) from None
+        except TimeoutError:  # health reports it, and the store checks again before use
+            log.warning("artifacts_wait", place=store.place, reason=f"no answer within {ARTIFACT_CHECK_S:g} s")
+        return store
+    from jobd.storage.artifacts.s3 import S3ArtifactStore
+
+    try:
+        return S3ArtifactStore(url.netloc, unquote(url.path).strip("/"), owner)
+    except ArtifactStoreError as error:
+        raise CannotStart(f"artifacts.url: {error}", EXIT_CONFIG) from None
+
+
+def addresses(settings: Config) -> dict[str, str]:
+    """Return the configured address of each listener, by name."""
+    found = {"worker": f"unix:{settings.worker.socket}", "admin": settings.admin.listen}
+    return found | ({"worker-tcp": settings.worker.listen} if settings.worker.listen else {})
+
+
+def check_addresses_free(settings: Config, passed: PassedSockets) -> None:
+    """Raise CannotStart if another process listens on an address that systemd did not pass."""
+    for name, address in addresses(settings).items():
+        if name not in passed and is_in_use(config.parse_listen(address, name)):
+            raise _cannot_listen(name, address, OSError(errno.EADDRINUSE, "another process listens there"))
+
+
+async def open_listener(name: str, app: App[Services], settings: Config, passed: PassedSockets) -> HttpListener:
+    """Open the listener `name` for `app`: on the sockets that systemd passed, else on its configured address."""
+    listener, address = HttpListener(app), addresses(settings)[name]
+    section = settings.admin if name == "admin" else settings.worker
+    tls = None if name == "worker" else _tls_context(section.tls_cert, section.tls_key)
+    try:
+        if passed.get(name):
+            for opened in passed[name]:
+                await listener.open_socket(opened, tls=tls)
+            return listener
+        place = config.parse_listen(address, name)
+        if isinstance(place, str):
+            await asyncio.to_thread(os.makedirs, os.path.dirname(place) or ".", 0o755, exist_ok=True)
+            await listener.open_unix(place, int(settings.worker.socket_mode, 8))
+        else:
+            await listener.open_tcp(*place, tls=tls)
+    except OSError as error:
+        raise _cannot_listen(name, address, error) from None
+    log.info("listening", door=name, at=address)
+    return listener
+
+
+def _cannot_listen(name: str, address: str, error: OSError) -> CannotStart:
+    code = EXIT_BUSY if error.errno == errno.EADDRINUSE else EXIT_CONFIG
+    return CannotStart(f"[{name}] cannot listen on {address}: {error}", code)
+
+
+def _tls_context(cert: str, key: str) -> ssl.SSLContext | None:
+    if not cert:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    try:
+        context.load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as error:
+        raise CannotStart(f"tls_cert {cert}, tls_key {key}: {error}", EXIT_CONFIG) from None
+    return context
+
+
+def admin_hosts(settings: Config, passed: list[socket.socket] | None) -> frozenset[str] | None:
+    """Return the host names that the admin listener accepts. None on a Unix socket, which browsers cannot reach."""
+    if passed:
+        names = [opened.getsockname() for opened in passed if opened.family != socket.AF_UNIX]
+        return frozenset().union(*(own_names(name[0], settings.admin.hosts) for name in names)) if names else None
+    if settings.admin.listen.startswith("unix:"):
+        return None
+    return own_names(settings.admin.listen, settings.admin.hosts)
