@@ -21,9 +21,9 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 import structlog
 
-from jobd import config
 from jobd.api.services import Services
-from jobd.config import Config, ConfigError, LoadedConfig
+from jobd.config import Config, ConfigError, LoadedConfig, parse_listen
+from jobd.config_loader import check_artifact_directory
 from jobd.http.app import App
 from jobd.http.auth import own_names
 from jobd.http.server import HttpListener, is_in_use
@@ -110,7 +110,7 @@ async def open_artifacts(loaded: LoadedConfig) -> ArtifactStore | None:
     owner = blake2b(f"{socket.gethostname()} {settings.store.path}".encode(), digest_size=6).hexdigest()
     if url.scheme == "file":
         store = FileArtifactStore(unquote(url.path), owner, loaded.own_directories)
-        check = partial(config.check_artifact_directory, settings.artifacts.url, loaded.own_directories)
+        check = partial(check_artifact_directory, settings.artifacts.url, loaded.own_directories)
         try:
             async with asyncio.timeout(ARTIFACT_CHECK_S):
                 await store.ask(check)
@@ -136,7 +136,7 @@ def addresses(settings: Config) -> dict[str, str]:
 def check_addresses_free(settings: Config, passed: PassedSockets) -> None:
     """Raise CannotStart if another process listens on an address that systemd did not pass."""
     for name, address in addresses(settings).items():
-        if name not in passed and is_in_use(config.parse_listen(address, name)):
+        if name not in passed and is_in_use(parse_listen(address, name)):
             raise _cannot_listen(name, address, OSError(errno.EADDRINUSE, "another process listens there"))
 
 
@@ -150,7 +150,7 @@ async def open_listener(name: str, app: App[Services], settings: Config, passed:
             for opened in passed[name]:
                 await listener.open_socket(opened, tls=tls)
             return listener
-        place = config.parse_listen(address, name)
+        place = parse_listen(address, name)
         if isinstance(place, str):
             await asyncio.to_thread(os.makedirs, os.path.dirname(place) or ".", 0o755, exist_ok=True)
             await listener.open_unix(place, int(settings.worker.socket_mode, 8))

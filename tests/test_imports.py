@@ -34,9 +34,11 @@ ARROWS: Final[dict[str, set[str]]] = {
     "client": {"model"},
     "cli": {"model", "client"},
     "cli.files": {"storage"},  # refuses to overwrite the files of a running daemon
-    "cli.daemon": {"model", "client", "cli", "storage", "config", "daemon"},
+    "cli.daemon": {"model", "client", "cli", "storage", "config", "config_loader", "daemon"},
 }
-TOP: Final = ["__init__", "__main__", "config", "credentials", "daemon", "logging", "resources", "systemd"]
+TOP: Final = [
+    "__init__", "__main__", "config", "config_loader", "credentials", "daemon", "logging", "resources", "systemd",
+]  # fmt: skip
 PURE: Final = ("model", "core")
 PURE_IMPORTS: Final = {
     "__future__", "base64", "bisect", "collections", "dataclasses", "datetime", "enum", "functools", "hashlib", "heapq",

@@ -51,7 +51,7 @@ def serve(config: str | None, flags: dict[str, str]) -> int:
     loaded = read(config, flags)
     gc.disable()  # until all is there: nothing of what a start makes is garbage
     _leave_out_rich()
-    from jobd.config import load
+    from jobd.config_loader import load
     from jobd.daemon import serve as run
 
     return run(loaded, lambda: load(flags, os.environ, config))
@@ -78,7 +78,8 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
     Every value is shown with where it comes from, no secret is. Exit 78 where `jobd serve` would not start with it and
     with the same flags.
     """
-    from jobd.config import ConfigError, check_artifact_directory, effective
+    from jobd.config import ConfigError, effective
+    from jobd.config_loader import check_artifact_directory
 
     loaded = read(config, flags)
     try:

@@ -61,7 +61,8 @@ def store_option(verb: Any) -> Any:
 
 def read(config: str | None, flags: Mapping[str, str] | None = None, *, need_token: bool = True) -> LoadedConfig:
     """The effective configuration. Problem (78) with file, key and what is expected where it is wrong."""
-    from jobd.config import ConfigError, load
+    from jobd.config import ConfigError
+    from jobd.config_loader import load
 
     try:
         return load(flags or {}, os.environ, config, need_token=need_token)

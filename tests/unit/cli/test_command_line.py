@@ -23,7 +23,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobd import config
+from jobd import config, config_loader
 from jobd.cli import confirm, connection, exit_codes, files, tables_admin, terminal
 from jobd.cli.ctl import main
 from jobd.cli.params import duration_ms, moment_ms, past_ms
@@ -473,7 +473,7 @@ def test_a_configuration_that_cannot_be_read_is_passed_over(untold: Path, conten
 
 
 def test_the_daemon_is_looked_for_where_its_own_defaults_are() -> None:
-    assert connection.CONFIG_PATH == config.DEFAULT_PATH
+    assert connection.CONFIG_PATH == config_loader.DEFAULT_PATH
     assert config.Config().admin.listen == connection.DEFAULT_LISTEN
 
 

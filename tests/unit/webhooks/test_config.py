@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from msgspec.structs import asdict
 
-from jobd.config import ConfigError, LoadedConfig, effective, load
+from jobd.config import ConfigError, LoadedConfig, effective
+from jobd.config_loader import load
 from jobd.model.job import DAY_MS, HOUR_MS
 from jobd.model.webhooks import TYPES, WebhookEndpoint, types_matching
 from jobd.webhooks.config import MAX_WEBHOOKS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from multidict import CIMultiDict
 
-from jobd.config import is_host
+from jobd.config_loader import is_host
 from jobd.http.auth import Authenticator, host_name, own_names
 
 
