@@ -1,8 +1,7 @@
-"""Deletes the stored objects of deleted jobs: a tombstone at a time, in small slices, again and again until it is done.
+"""Delete the artifacts of deleted jobs, tombstone by tombstone, until all are gone.
 
-Nothing is lost by a crash: the tombstone came with the deletion of the job (or of the late result) that named the
-object, and goes once the object is gone. What is not there any more is done. It decides nothing about jobs, and never
-raises.
+A crash loses nothing: a tombstone is written with the deletion of the job (or late result) that named the artifact,
+and is removed after the artifact is gone. An artifact that does not exist counts as deleted.
 """
 
 from __future__ import annotations
@@ -23,30 +22,30 @@ from jobd.storage.artifacts.base import MARGINS, ArtifactStore, ArtifactStoreErr
 log = structlog.get_logger("jobd.artifacts")
 
 SLICE: Final = 20
-PAUSE_S: Final = 0.01  # between slices, so that workers get the disk in between
-POLL_S: Final = 3.0  # while tombstones wait that are not due
-CALL_S: Final = 10.0  # for one object
-RETRY_MS: Final = 2 * SECOND_MS  # after the first failure, then twice as long each time
+PAUSE_S: Final = 0.01  # between slices, so that workers get the disk
+POLL_S: Final = 3.0  # while tombstones wait that are not due yet
+CALL_S: Final = 10.0  # for one artifact
+RETRY_MS: Final = 2 * SECOND_MS  # after the first failure; doubles each time
 RETRY_AT_MOST_MS: Final = 10 * MINUTE_MS
 DEGRADED_AFTER_S: Final = 300.0
 MAX_FAILING: Final = 1_000  # whose first failure is remembered
-# They stand beside the numbers of tombstones: those that cannot be read, and the store of jobs itself.
+# Keys of `_failing` beside tombstone numbers: unreadable tombstones, and the database.
 DAMAGED: Final = "damaged"
 STORE: Final = "store"
 
 
 class SweepStats(Struct):
-    """Tombstones that wait, and what was done since the process started, for metrics."""
+    """Waiting tombstones, and counters since the process started."""
 
     waiting: int = 0
     deleted: int = 0
     left: int = 0
     failures: int = 0
-    behind_ms: int = 0  # since the first of those that are due could have been deleted
+    behind_ms: int = 0  # since the oldest due tombstone became due
 
 
 class SweepResult(Struct, frozen=True):
-    """What came of one tombstone. `failed` is a sentence."""
+    """The result of one tombstone. `error` is a sentence."""
 
     tombstone: Tombstone
     outcome: Deletion | None
@@ -54,7 +53,7 @@ class SweepResult(Struct, frozen=True):
 
 
 class ArtifactSweeper:
-    """`run` sweeps until `stop`. `expect` is told of new tombstones, and wakes it."""
+    """`run` sweeps until `stop`. `expect` announces new tombstones and wakes it."""
 
     def __init__(
         self, disk: JobStorage, store: ArtifactStore, clock: Clock, sweeps: SweepStats, margins: Margins = MARGINS
@@ -66,11 +65,11 @@ class ArtifactSweeper:
         self._margins = margins
         self._wake = asyncio.Event()
         self._stopping = False
-        # Number of a tombstone -> loop time of its first failure, the last words.
+        # Tombstone number -> loop time of its first failure, latest error.
         self._failing: dict[int | str, tuple[float, str]] = {}
 
     async def run(self) -> None:
-        """Until `stop`, which waits for the slice under way. Survives whatever fails."""
+        """Sweep until `stop`, which waits for the current slice. Survives any error."""
         while not self._stopping:
             pause_s = POLL_S
             try:
@@ -89,12 +88,12 @@ class ArtifactSweeper:
         self._wake.set()
 
     def expect(self, count: int) -> None:
-        """So many new tombstones are on the disk."""
+        """Count new tombstones that are on the disk."""
         self.sweeps.waiting += count
         self._wake.set()
 
     def degraded_reason(self) -> str | None:
-        """What an operator should know, or None where objects are deleted in time."""
+        """Return why artifacts are not deleted in time, as a sentence, or None."""
         if not self._failing:
             return None
         since, why = min(self._failing.values())
@@ -105,13 +104,13 @@ class ArtifactSweeper:
         kept = f"{len(self._failing)} objects of deleted jobs" if is_counted else "Objects of deleted jobs"
         return f"{kept} could not be deleted, the first for {silent_s:.0f} s: {why}"
 
-    # -- a slice ------------------------------------------------------------------------------------------------------
+    # -- slices --------------------------------------------------------------------------------------------------------
 
     async def _slice(self) -> bool:
-        """Look at what is due; whether there may be more that can be done at once."""
+        """Process the due tombstones. Return whether more can be processed at once."""
         at = self._clock.moment()
         if at.suspect:
-            return False  # as nothing is deleted by age then
+            return False  # nothing is deleted by age either
         now = at.now
         due = await self._disk.due_tombstones(now, SLICE)
         self.sweeps.waiting -= due.damaged
@@ -136,12 +135,12 @@ class ArtifactSweeper:
         return len(ends) == SLICE and not all(end.error for end in ends)
 
     async def _try(self, tombstone: Tombstone, named: bool, now: int) -> SweepResult:
-        """A key that a job names is left alone; the store hears of it all the same, and mends what a crash left."""
+        """Delete one artifact unless a job names its key. The store is asked anyway, and cleans up after a crash."""
         whose = _leave if named else partial(judge, tombstone, self._margins, now)
         try:
             async with asyncio.timeout(CALL_S):
                 outcome = await self._store.delete(tombstone.key, whose)
-            if named and outcome.what == "left" and outcome.modified_at:  # else the store itself says why
+            if named and outcome.what == "left" and outcome.modified_at:  # otherwise the store gives the reason
                 outcome = replace(outcome, why="another job names its key")
             return SweepResult(tombstone, outcome)
         except TimeoutError:
@@ -153,7 +152,7 @@ class ArtifactSweeper:
             return SweepResult(tombstone, None, f"{self._store.place}: {type(error).__name__}: {error}")
 
     def _postpone(self, end: SweepResult, now: int) -> Tombstone:
-        """The tombstone with the time of its next try; one of a young object when that will be old enough."""
+        """Return the tombstone with its next due time. An artifact that is too young is due when it is old enough."""
         tombstone, outcome = end.tombstone, end.outcome
         if outcome is not None:
             return replace(
@@ -179,14 +178,14 @@ class ArtifactSweeper:
             log.info("artifact_left", **told, why=outcome.why)
 
     def _record_unmoved(self, count: int) -> None:
-        """Damaged tombstones that are still where they were: of what they are, nobody knows."""
+        """Record damaged tombstones that could not be moved to the quarantine."""
         if count:
-            self._record_failure(DAMAGED, f"{count} damaged tombstones cannot be set aside; run: jobd doctor")
+            self._record_failure(DAMAGED, f"{count} damaged tombstones cannot be quarantined; run: jobd doctor")
         else:
             self._failing.pop(DAMAGED, None)
 
     def _record_bug(self, error: Exception) -> None:
-        """The disk of the store has failed, or we have: told in full the first time."""
+        """Record a storage error or a bug of ours. Log the traceback the first time only."""
         self.sweeps.failures += 1
         log.warning(
             "artifact_sweep_failed", error=f"{type(error).__name__}: {error}", exc_info=STORE not in self._failing
@@ -199,7 +198,7 @@ class ArtifactSweeper:
             self._failing[what] = since, why
 
     async def _pause(self, seconds: float) -> None:
-        """Until something is new, or for so long where something waits."""
+        """Wait until woken, or for `seconds` while there is work."""
         timer = None
         if self.sweeps.waiting > 0 or self._failing or seconds < POLL_S:
             timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
@@ -211,7 +210,7 @@ class ArtifactSweeper:
 
 
 def _is_held(due: DueTombstones, tombstone: Tombstone, named: bool) -> bool:
-    """A late result names the key, and no job: the object waits for what becomes of that."""
+    """Return whether only a late result names the key: the artifact waits for the end of that result."""
     return not named and tombstone.job_seq in due.held
 
 

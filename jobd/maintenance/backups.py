@@ -1,6 +1,6 @@
-"""Online backups under way: how far each is, for those who wait for it, and the pieces of the copy on its way out.
+"""Online backups: their progress, and reading the finished copy in pieces.
 
-Does not copy: backup.py does. What it tells is of this process, and gone with it.
+The state is in memory and lost when the process ends.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from jobd.model.storage import BackupError, DiskFull
 from jobd.storage import backup
 from jobd.storage.store import Store
 
-MAX_ACTIVE: Final = 8  # one is copied, the others wait or are sent
-MAX_FINISHED: Final = 20  # that have ended
+MAX_ACTIVE: Final = 8  # one is copied; the others wait or are sent
+MAX_FINISHED: Final = 20  # kept in the list
 PIECE_BYTES: Final = 256 << 10
-CALL_S: Final = 30.0  # that a disk may take for a piece
+CALL_S: Final = 30.0  # for reading one piece
 
 log = structlog.get_logger("jobd.daemon")
 
 
 class Backups:
-    """The backups of a store, one after the other. `now` gives Unix ms."""
+    """The backups of a store, made one after the other. `now` returns Unix ms."""
 
     def __init__(self, store: Store, now: Callable[[], int]) -> None:
         self._store = store
         self._now = now
         self._active: list[Backup] = []
         self._finished: deque[BackupView] = deque(maxlen=MAX_FINISHED)
-        self.progressed_s = 0.0  # when any of them moved last, by the monotonic clock
+        self.progressed_s = 0.0  # monotonic time of the latest progress of any backup
 
     def views(self) -> list[BackupView]:
-        """Those under way and the last that have ended, newest first."""
+        """Return the active backups and the latest finished ones, newest first."""
         return [*(copy.view() for copy in reversed(self._active)), *reversed(self._finished)]
 
     async def begin(self, id_: str) -> Backup | ApiError:
-        """A copy that is whole, marked and checked, ready to be sent; it takes as long as it takes.
+        """Make a complete, marked and checked copy. This may take minutes.
 
-        Raises DiskFull, NoBackup. Whoever gets a copy has to `leave` it.
+        The caller must `close` it. Raises DiskFull, BackupError.
         """
         if len(self._active) >= MAX_ACTIVE:
             return ApiError("overloaded", f"{MAX_ACTIVE} backups are under way. Wait for one of them.")
@@ -53,12 +53,12 @@ class Backups:
         try:
             await copy.fill(self._store)
         except BaseException as error:
-            copy.close(str(error) if isinstance(error, DiskFull | BackupError) else "it was given up")
+            copy.close(str(error) if isinstance(error, DiskFull | BackupError) else "it was cancelled")
             raise
         return copy
 
     def finish(self, copy: Backup) -> None:
-        """It has ended."""
+        """Move a backup to the finished ones."""
         if copy in self._active:
             self._active.remove(copy)
             self._finished.append(copy.view())
@@ -68,7 +68,7 @@ class Backups:
 
 
 class Backup:
-    """One backup: `size` bytes by `more`, nothing at the end; `leave` at last."""
+    """One backup: `read` returns its `size` bytes in pieces, then nothing. Close it at the end."""
 
     def __init__(self, copies: Backups, id_: str, started_at: int) -> None:
         self.size = 0
@@ -84,7 +84,7 @@ class Backup:
         self._progressed_s = time.monotonic()
 
     def view(self) -> BackupView:
-        # One that waits moves with the one that it waits for.
+        # A waiting backup progresses with the one that is being copied.
         moved_s = (
             max(self._progressed_s, self._backups.progressed_s) if self._state == "waiting" else self._progressed_s
         )
@@ -108,7 +108,7 @@ class Backup:
         self._state, self._done, self._total = "sending", 0, self.size
 
     def _on_progress(self, step: backup.Step, done: int, total: int) -> None:
-        """From the thread of the copy. Views may mix two steps; the next one is right."""
+        """Record progress; called in the thread of the copy. A view may mix two steps for a moment."""
         self._state = step
         if total:
             self._done, self._total = done, total
@@ -123,7 +123,7 @@ class Backup:
         return piece
 
     def close(self, why: str | None = None) -> None:
-        """It was sent to its end; or not, and `why`."""
+        """Finish: sent to its end, or failed because of `why`."""
         if self._ended_at is not None:
             return
         self._state = "sent" if why is None else "failed"
@@ -131,7 +131,7 @@ class Backup:
         self._ended_at = self._backups.now()
         self._backups.finish(self)
         if self._file is not None:
-            # Nobody else has it open: the system takes its room back now, which takes a while for a large one.
+            # The file has no name. Closing frees its space, which takes a while for a large one.
             asyncio.get_running_loop().run_in_executor(None, _close, self._file)
 
 

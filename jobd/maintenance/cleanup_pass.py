@@ -1,6 +1,6 @@
-"""One cleanup pass: recovery, expiry, deletion by age, validation, journal, audit log, and what was done as a report.
+"""One cleanup run: recovery, expiry, deletion by age, validation, journal and audit log, with a report.
 
-Every change is a command that the rules judge when it is applied; a pass goes in slices and gives way between them.
+Every change is a command that the rules judge when they apply it. The run works in slices and yields between them.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from jobd.model.responses import CleanupReport, Issue, MaintenanceResult, Recove
 
 log = structlog.get_logger("jobd.cleanup")
 
-PAUSE_S: Final = 0.002  # after each slice, so that workers get the loop and the disk in between
+PAUSE_S: Final = 0.002  # after each slice, so that workers get the loop and the disk
 SCAN: Final = 500  # jobs validated in one go: below a millisecond
-MAX_ISSUES_LOGGED: Final = 20  # of one pass; the rest is in the report's count
+MAX_ISSUES_LOGGED: Final = 20  # of one run; the report counts all
 
 
 class CleanupSchedule(Struct, frozen=True):
-    """When passes and recovery run, and in what slices. `recover_every_ms` 0 leaves recovery to the passes."""
+    """When cleanup runs and recovery run. If `recover_every_ms` is 0, only cleanup runs recover."""
 
     interval_ms: int = 5 * MINUTE_MS
     min_interval_ms: int = 2 * MINUTE_MS
     recover_every_ms: int = 10 * SECOND_MS
-    batch: int = 200  # jobs of one command
-    journal_ms: int = DAY_MS  # how long the journal of a deleted job is kept
-    audit_ms: int = 90 * DAY_MS  # how long it is kept what operators did
+    batch: int = 200  # jobs per command
+    journal_ms: int = DAY_MS  # retention of the journal of a deleted job
+    audit_ms: int = 90 * DAY_MS  # retention of the audit log
 
 
 class MaintenanceTotals(Struct):
-    """What was done since the process started, for metrics."""
+    """Counters since the process started."""
 
     passes: int = 0
     found: Counter[str] = field(default_factory=Counter)  # kind -> jobs
@@ -49,30 +49,30 @@ class MaintenanceTotals(Struct):
 
 
 class CommandRejected(Exception):
-    """The actor refused one of our commands."""
+    """The actor rejected a command."""
 
-    def __init__(self, refusal: ApiError) -> None:
-        super().__init__(refusal.message)
-        self.error = refusal
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
 
 class Unfinished(Exception):
-    """A step could not do all of its work; the message says why."""
+    """A step could not finish its work. The message says why."""
 
 
 class MaintenanceContext:
-    """How time acts: commands of our own, in slices, until it is told to stop."""
+    """Sends maintenance commands in slices until `stopping` is set."""
 
     def __init__(self, actor: Actor, clock: Clock, schedule: CleanupSchedule) -> None:
         self.actor = actor
         self.clock = clock
         self.schedule = schedule
-        self.hold_journal_ms: Callable[[], int] = lambda: 0  # so long somebody still needs it
+        self.hold_journal_ms: Callable[[], int] = lambda: 0  # how long readers need the journal
         self.totals = MaintenanceTotals()
         self.stopping = False
 
     async def ask(self, command: AnyCommand, by: str, operator: Operator | None = None) -> Any:
-        """The data of the answer. Raises Refused."""
+        """Return the data of the response. Raises CommandRejected."""
         answer = await self.actor.ask(command, by=by, operator=operator)
         if isinstance(answer, ApiError):
             raise CommandRejected(answer)
@@ -81,12 +81,12 @@ class MaintenanceContext:
     async def yield_to_workers(self) -> None:
         await asyncio.sleep(PAUSE_S)
         if self.stopping:
-            raise Unfinished("the daemon is stopping; the rest is for the next pass.")
+            raise Unfinished("the daemon is stopping; the next cleanup run does the rest.")
 
     async def recover(
         self, by: str, details: list[Recovery], operator: Operator | None = None, reason: str | None = None
     ) -> None:
-        """All stuck jobs and expired locks, slice by slice; what was done goes into `details`."""
+        """Recover all stuck jobs and expired locks, slice by slice. Append the results to `details`."""
         while True:
             done: Recovered = await self.ask(Recover(limit=self.schedule.batch, reason=reason), by, operator)
             details += done.details
@@ -97,7 +97,7 @@ class MaintenanceContext:
             await self.yield_to_workers()
 
     async def take_back(self, command: TakeBack, by: str, operator: Operator | None) -> TakeBackView:
-        """End the expired grants of a silent worker, slice by slice. Raises Refused if the first slice is refused."""
+        """End the expired grants of a silent worker in slices. Raises CommandRejected if the first one is rejected."""
         done: TakeBackView = await self.ask(command, by, operator)
         details, more = list(done.details), done.more
         while more and not command.dry_run:
@@ -113,7 +113,7 @@ class MaintenanceContext:
         return TakeBackView(command.name, len(details), reset, len(details) - reset, details, more, done.timestamp)
 
     async def expire(self, by: str) -> None:
-        """All queued jobs that their creators no longer want, slice by slice."""
+        """Fail all queued jobs that are past their `expires_at`, slice by slice."""
         more = True
         while more:
             worked: MaintenanceResult = await self.ask(Expire(limit=self.schedule.batch), by)
@@ -123,16 +123,16 @@ class MaintenanceContext:
 
 
 class CleanupRun:
-    """A pass under way. `run` gives its report; a step that fails is named there and stops no other."""
+    """A cleanup run. `run` returns its report. A step that fails is named there and does not stop the others."""
 
-    def __init__(self, hands: MaintenanceContext, *, forced: bool) -> None:
+    def __init__(self, context: MaintenanceContext, *, forced: bool) -> None:
         self.errors: list[str] = []
-        self._context = hands
+        self._context = context
         self._forced = forced
-        self._book = hands.actor.book
-        self._disk = hands.actor.disk
-        self._clock = hands.clock
-        self._batch = hands.schedule.batch
+        self._book = context.actor.book
+        self._disk = context.actor.disk
+        self._clock = context.clock
+        self._batch = context.schedule.batch
         self._found = 0
         self._fixed = 0
         self._logged = 0
@@ -151,16 +151,16 @@ class CleanupRun:
         return self._report()
 
     async def step(self, name: str, step: Callable[[], Awaitable[None]]) -> None:
-        """One step; where it fails the pass goes on and its report says so."""
+        """Run one step. If it fails, the report says so and the run continues."""
         if self._context.stopping:
             if "pass" not in {error.partition(":")[0] for error in self.errors}:
-                self.errors.append("pass: it was ended early because the daemon is stopping.")
+                self.errors.append("pass: the run ended early because the daemon is stopping.")
             return
         try:
             await step()
-        except (CommandRejected, Unfinished) as refused:
-            log.warning("cleanup_step_failed", step=name, error=str(refused))
-            self.errors.append(f"{name}: {refused}")
+        except (CommandRejected, Unfinished) as rejected:
+            log.warning("cleanup_step_failed", step=name, error=str(rejected))
+            self.errors.append(f"{name}: {rejected}")
         except Exception as error:
             log.exception("cleanup_step_failed", step=name)
             self.errors.append(f"{name}: {type(error).__name__}: {error}")
@@ -172,7 +172,7 @@ class CleanupRun:
         await self._context.expire("cleanup")
 
     async def _deletion_step(self) -> None:
-        """Delete finished jobs past their retention, unless the wall clock is suspect. For artifacts see sweeper.py."""
+        """Delete finished jobs past their retention, unless the wall clock is suspect. Artifacts are deleted later."""
         while not (at := self._clock.moment()).suspect:
             ids = await self._disk.expired(at.now, self._batch)
             if not ids:
@@ -184,12 +184,12 @@ class CleanupRun:
             await self._context.yield_to_workers()
 
     async def _validation_step(self) -> None:
-        """Rows that hands or imports brought, and all that are alive; only what looks wrong costs a command."""
+        """Validate imported and hand-edited rows, and all live jobs. Only jobs with issues cost a command."""
         suspects = list(dict.fromkeys(self._book.suspects.values()))
         for ids in _slices(suspects, self._batch):
             await self._repair(ids)
         looked_at = set(suspects)
-        # Compact jobs hold nothing that could be wrong (job.compact); there may be millions of them.
+        # Compact jobs cannot have issues, and there may be millions of them.
         for ids in _slices(list(self._book.jobs.touched()), SCAN):
             wrong = [job_id for job_id in ids if job_id not in looked_at and self._has_issues(job_id)]
             for some in _slices(wrong, self._batch):
@@ -219,7 +219,7 @@ class CleanupRun:
             log.warning("validation_issue", job_id=job_id, **told)
 
     async def _journal_step(self) -> None:
-        """The journal of jobs that were deleted long enough ago."""
+        """Delete the journal of jobs that were deleted long ago."""
         limit = self._batch
         while not (at := self._clock.moment()).suspect:
             keep_ms = max(self._context.schedule.journal_ms, self._context.hold_journal_ms())

@@ -1,7 +1,6 @@
-"""Time as one more sender of commands: when to recover, to keep lease time, to make a pass (passes.py).
+"""Maintenance as a sender of commands: recovery, ticks, and cleanup runs.
 
-Decides nothing about a job: it only looks for work, and the rules judge each command when it is applied. Once running
-it is stopped by a message, never cancelled.
+It only looks for work; the rules judge each command when they apply it. It is stopped by a message, never cancelled.
 """
 
 from __future__ import annotations
@@ -30,29 +29,29 @@ log = structlog.get_logger("jobd.cleanup")
 T = TypeVar("T")
 
 TICK_S: Final = 10.0
-MAX_RESTORED: Final = 100  # reports of earlier runs in which a start looks for the last successful pass
-LATE_AFTER: Final = 3  # periods without a pass that succeeded, before health complains
+MAX_RESTORED: Final = 100  # reports of earlier runs that a start reads to find the latest success
+LATE_AFTER: Final = 3  # intervals without a successful run before health is degraded
 
 
 class Maintainer:
-    """Two loops beside each other, so that a long pass delays no recovery: `run` is both, until `stop`."""
+    """Runs two loops until `stop`, so that a long cleanup run does not delay recovery."""
 
     def __init__(self, actor: Actor, clock: Clock, schedule: CleanupSchedule | None = None) -> None:
         self._context = MaintenanceContext(actor, clock, schedule or CleanupSchedule())
         self.last_report: CleanupReport | None = None
         self.totals = self._context.totals
-        self.is_running = False  # a pass is under way
+        self.is_running = False  # a cleanup run is active
         self._actor = actor
         self._book = actor.book
         self._disk = actor.disk
         self._clock = clock
         self._cleanup_wake = asyncio.Event()
         self._recovery_wake = asyncio.Event()
-        self._waiter: asyncio.Future[CleanupReport] | None = None  # the answer to who waits for the next, or this, pass
+        self._waiter: asyncio.Future[CleanupReport] | None = None  # for callers that wait for the current or next run
         self._forced = False
         self.last_success: CleanupReport | None = None
-        self._failed_runs = 0  # since then
-        self._last_failure: CleanupReport | None = None  # since then
+        self._failed_runs = 0  # since the latest success
+        self._last_failure: CleanupReport | None = None  # since the latest success
         self._last_begin = self._started = asyncio.get_running_loop().time()  # loop times, in seconds
         self._last_end: float | None = None
         self._last_success: float | None = None
@@ -64,17 +63,17 @@ class Maintainer:
         return self._context.schedule
 
     def hold_journal(self, for_ms: Callable[[], int]) -> None:
-        """Keep the journal of what is gone for so long at least, as long as somebody has not read it."""
+        """Keep the journal of deleted jobs for at least this long, for readers that lag behind."""
         self._context.hold_journal_ms = for_ms
 
     def save_extra(self, kept: Callable[[], bytes]) -> None:
-        """Keep this JSON with the figures, for `read_beside`."""
+        """Save this JSON with the statistics, for `read_extra`."""
         self._extra = kept
 
-    # -- for others ---------------------------------------------------------------------------------------------------
+    # -- interface -----------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Until `stop`. Survives any exception of a step; the counters are saved at the end."""
+        """Run until `stop`. Survives any error of a step. Saves the statistics at the end."""
         await self._restore()
         try:
             await asyncio.gather(self._run_recovery(), self._run_cleanups())
@@ -82,20 +81,20 @@ class Maintainer:
             self._resolve_waiter(self._report_of_no_run())
 
     def stop(self) -> None:
-        """End after the slice that is under way. Call it while the actor still takes commands."""
+        """End after the current slice. Call this while the actor still takes commands."""
         self._context.stopping = True
         self._cleanup_wake.set()
         self._recovery_wake.set()
 
     def set_schedule(self, schedule: CleanupSchedule) -> None:
-        """A new configuration, in force at once."""
+        """Apply a new configuration at once."""
         self._context.schedule = schedule
         self._announce_next_run()
         self._cleanup_wake.set()
         self._recovery_wake.set()
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport:
-        """The report of the pass under way, or of a new one. Unforced within `min_interval_ms`: the last report."""
+        """Return the report of the current or a new run; unforced within `min_interval_ms`, the latest report."""
         if self._waiter is None:
             if self._context.stopping:
                 return self._report_of_no_run()
@@ -110,13 +109,13 @@ class Maintainer:
     async def recover_stuck(
         self, operator: Operator | None = None, reason: str | None = None
     ) -> RecoverStuckView | ApiError:
-        """Recover every stuck job now, for an operator. A refusal where nothing could be done."""
+        """Recover every stuck job now, for an operator. Returns an error if nothing could be done."""
         details: list[Recovery] = []
         try:
             await self._context.recover("admin" if operator is None else operator.by, details, operator, reason)
-        except CommandRejected as refused:
+        except CommandRejected as rejected:
             if not details:
-                return refused.error
+                return rejected.error
         except Unfinished:
             log.info("recovery_unfinished", recovered=len(details))
         reset = sum(recovery.action == "reset" for recovery in details)
@@ -132,17 +131,17 @@ class Maintainer:
         """End the expired grants of a silent worker, for an operator."""
         try:
             return await self._context.take_back(command, "admin" if operator is None else operator.by, operator)
-        except CommandRejected as refused:
-            return refused.error
+        except CommandRejected as rejected:
+            return rejected.error
 
     async def preview(self, look_s: float = SCAN_S) -> PreviewView | ApiError:
-        """What recovery and a pass would do now; `look_s` is for jobs that are wrong, which are seldom."""
+        """Return what recovery and a cleanup run would do now. `look_s` limits the scan for issues, in seconds."""
         try:
             return await preview(self._context, look_s)
-        except CommandRejected as refused:
-            return refused.error
+        except CommandRejected as rejected:
+            return rejected.error
         except Unfinished as unfinished:
-            return ApiError("shutting_down", f"Not all was looked at: {unfinished}")
+            return ApiError("shutting_down", f"The preview is incomplete: {unfinished}")
 
     def state(self) -> CleanupState:
         return CleanupState(
@@ -150,22 +149,22 @@ class Maintainer:
         )
 
     async def reports(self, limit: int) -> list[CleanupReport]:
-        """Kept reports, newest first; one that cannot be read is left out and logged."""
+        """Return the stored reports, newest first. Unreadable reports are omitted and logged."""
         found = [_read(body, CleanupReport) for body in await self._disk.reports(limit)]
         return [report for report in found if report is not None]
 
     def degraded_reason(self) -> str | None:
-        """What an operator should know of cleanup, or None where passes succeed in time."""
+        """Return why cleanup is degraded, as a sentence, or None."""
         schedule = self.schedule
         period_s = max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
         silent_s = asyncio.get_running_loop().time() - (self._last_success or self._started)
         if silent_s <= LATE_AFTER * period_s:
             return None
         errors = self.last_report.errors if self.last_report else []
-        why = f" The last one said: {' '.join(errors)}" if errors else ""
-        return f"No cleanup pass has succeeded for {silent_s:.0f} s (cleanup.interval {period_s:.0f} s).{why}"
+        why = f" Errors of the latest run: {' '.join(errors)}" if errors else ""
+        return f"No cleanup run has succeeded for {silent_s:.0f} s (cleanup.interval {period_s:.0f} s).{why}"
 
-    # -- time: recovery and ticks -------------------------------------------------------------------------------------
+    # -- recovery and ticks --------------------------------------------------------------------------------------------
 
     async def _run_recovery(self) -> None:
         loop_time = asyncio.get_running_loop().time
@@ -189,7 +188,7 @@ class Maintainer:
             await self._context.expire("recovery")
 
     def _has_expired(self) -> bool:
-        """Whether a lock has expired or a job become stuck: a look at three heads, whatever the number of jobs."""
+        """Return whether a lock has expired or a job is stuck. The cost does not depend on the number of jobs."""
         if self._book.stuck or self._book.expired_locks:
             return True
         deadline = self._book.next_deadline()
@@ -211,9 +210,11 @@ class Maintainer:
         # unless the shortest retention is about as short as the interval between them.
         is_short = self._clock.keep_ms < 4 * self.schedule.interval_ms
         if self._book.processing or is_short or self._clock.moment().suspect or self._book.clock_suspect:
-            await self._actor.ask(Tick(), by="daemon")  # a refusal is no harm: on a full disk lease time stands still
+            await self._actor.ask(
+                Tick(), by="daemon"
+            )  # a rejection is harmless: on a full disk lease time stands still
 
-    # -- passes -------------------------------------------------------------------------------------------------------
+    # -- cleanup runs --------------------------------------------------------------------------------------------------
 
     async def _run_cleanups(self) -> None:
         loop_time = asyncio.get_running_loop().time
@@ -225,7 +226,7 @@ class Maintainer:
         await self._guarded("figures", self._save_figures)
 
     def _next_run(self) -> float:
-        """The loop time at which the next pass begins by itself: the first one at once."""
+        """Return the loop time of the next scheduled run. The first one starts at once."""
         if self._last_end is None:
             return self._last_begin
         schedule = self.schedule
@@ -233,7 +234,7 @@ class Maintainer:
         return max(period_end, self._last_end + schedule.min_interval_ms / SECOND_MS)
 
     def _announce_next_run(self) -> None:
-        """Tell the book when the next cleanup run begins, if only cleanup runs recover jobs."""
+        """Set the time of the next cleanup run in the state, if only cleanup runs recover jobs."""
         wait_s = self._next_run() - asyncio.get_running_loop().time()
         is_left = self.schedule.recover_every_ms == 0
         self._book.next_cleanup_at = self._clock.moment().now + round(wait_s * SECOND_MS) if is_left else None
@@ -264,7 +265,7 @@ class Maintainer:
         return report
 
     def _record(self, report: CleanupReport) -> None:
-        """Take the report of one more pass: a successful one ends the count of failed ones."""
+        """Record the report of a run. A successful run resets the count of failed ones."""
         self.last_report = report
         if report.errors:
             self._failed_runs += 1
@@ -272,10 +273,10 @@ class Maintainer:
         else:
             self.last_success, self._failed_runs, self._last_failure = report, 0, None
 
-    # -- reports ------------------------------------------------------------------------------------------------------
+    # -- reports -------------------------------------------------------------------------------------------------------
 
     async def _save_report(self, report: CleanupReport) -> None:
-        """Store it; what it counted is then taken off, not what was done while it was written."""
+        """Store the report, then subtract what it counted from the current counters."""
         await self._context.ask(Report(body=msgspec.json.encode(report)), "cleanup")
         since = self._book.figures.since_report
         since.recovered -= report.stuck_jobs_recovered
@@ -296,8 +297,8 @@ class Maintainer:
         for report in reversed(found):
             self._record(report)
 
-    def _report_of_no_run(self, error: str = "pass: none was made, the daemon is stopping.") -> CleanupReport:
-        """The answer to who waits for a pass that cannot be made."""
+    def _report_of_no_run(self, error: str = "pass: not run, because the daemon is stopping.") -> CleanupReport:
+        """Return the report for callers that wait for a run that cannot happen."""
         return CleanupReport(self._clock.moment().now, 0, 0, 0, 0, 0, 0, [error], self._forced)
 
     def _resolve_waiter(self, report: CleanupReport) -> None:
@@ -305,14 +306,14 @@ class Maintainer:
         if asked is not None:
             asked.set_result(report)
 
-    # -- small things -------------------------------------------------------------------------------------------------
+    # -- helpers -------------------------------------------------------------------------------------------------------
 
     def _since_success_ms(self) -> int | None:
-        """Since the end of the last successful pass."""
+        """Return the milliseconds since the latest successful run."""
         return self._since_ms(self._last_success, self.last_success)
 
     def _since_ms(self, ended: float | None, report: CleanupReport | None) -> int | None:
-        """Since the end of a pass; of one before the start by its report, in wall time."""
+        """Return the milliseconds since the end of a run; for an earlier process, by the wall time of its report."""
         if ended is not None:
             return round((asyncio.get_running_loop().time() - ended) * SECOND_MS)
         if report is not None:
@@ -324,33 +325,33 @@ class Maintainer:
         return since_ms is None or since_ms >= self.schedule.min_interval_ms
 
     async def _guarded(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
-        """Time goes on whatever happens."""
+        """Run `work` and log any error."""
         try:
             await work()
-        except (CommandRejected, Unfinished) as refused:
-            log.warning("cleanup_refused", what=what, error=str(refused))
+        except (CommandRejected, Unfinished) as rejected:
+            log.warning("cleanup_refused", what=what, error=str(rejected))
         except Exception:
             log.exception("cleanup_failed", what=what)
 
 
 class SavedStats(Figures):
-    """The figures as they are saved: with what others keep beside them."""
+    """The statistics as they are saved, with data of other parts."""
 
     beside: Raw = Raw(b"null")
 
 
 def read_extra(body: bytes | None) -> bytes:
-    """The JSON that was saved beside the figures; null where there is none."""
+    """Return the JSON that was saved with the statistics, or null."""
     kept = None if body is None else _read(body, SavedStats)
     return b"null" if kept is None else bytes(kept.beside)
 
 
 def read_figures(body: bytes | None) -> Figures:
-    """The figures that the last run saved; fresh ones where there are none, or they cannot be read (logged)."""
+    """Return the saved statistics, or new ones if there are none or they cannot be read (logged)."""
     figures = None if body is None else _read(body, Figures)
     if figures is None:
         return Figures()
-    places = len(PROCESSING_BUCKETS_S) + 1  # those of an older version may have had other bounds
+    places = len(PROCESSING_BUCKETS_S) + 1  # older versions may have had other buckets
     figures.processing = {queue: found for queue, found in figures.processing.items() if len(found.counts) == places}
     return figures
 
@@ -364,7 +365,7 @@ def _read(body: bytes, kind: type[T]) -> T | None:
 
 
 async def _pause(wake: asyncio.Event, seconds: float) -> None:
-    """Until `wake` is set, or `seconds` have passed."""
+    """Wait until `wake` is set, or for `seconds`."""
     timer = asyncio.get_running_loop().call_later(max(seconds, 0), wake.set)
     await wake.wait()
     timer.cancel()

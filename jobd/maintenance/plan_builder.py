@@ -1,7 +1,4 @@
-"""One plan while it is made: its jobs are looked for slice by slice, in turn with other plans, and not for ever.
-
-Decides nothing about a job: what a plan takes and what it leaves alone is said by plan_rules.py. Keeps no plan.
-"""
+"""Build one plan: find its jobs slice by slice, in turn with other plans, and within a time limit."""
 
 from __future__ import annotations
 
@@ -29,15 +26,15 @@ from jobd.model.job import FINISHED, Job, may_adopt
 from jobd.model.responses import PlannedJob, SkippedJob
 from jobd.model.storage import JobQuery
 
-MAX_SKIPPED: Final = 1_000  # that a plan shows
+MAX_SKIPPED: Final = 1_000  # listed in a plan
 PAGE: Final = 50  # jobs read in one go,
-SCAN: Final = 500  # of rows that are looked at; where each takes its time
+SCAN: Final = 500  # out of this many scanned rows;
 SLOW_SCAN: Final = 250
-PAUSE_S: Final = 0.002  # after each look, so that workers get the loop and the disk in between
+PAUSE_S: Final = 0.002  # after each page, so that workers get the loop and the disk
 
 
 class PlanBuilder:
-    """The jobs of a plan. `more`: it ended before its end; the next one goes on at `next_cursor`, if there is one."""
+    """Collects the jobs of a plan. `more`: the plan is incomplete; the next one may continue at `next_cursor`."""
 
     def __init__(self, asked: MakePlan, actor: Actor, clock: Clock, turn: asyncio.Semaphore) -> None:
         self.jobs: list[PlannedJob] = []
@@ -51,7 +48,7 @@ class PlanBuilder:
         self._clock = clock
         self._disk = actor.disk
         self._book = actor.book
-        self._lock = turn  # of plans that are being made: each has one look at a time
+        self._lock = turn  # shared with other plans: each reads one page at a time
         self._taken: set[str] = set()
 
     @property
@@ -59,15 +56,15 @@ class PlanBuilder:
         return self._is_cut or self.next_cursor is not None
 
     async def run(self) -> ApiError | None:
-        """Look for the jobs, or say what is wrong with what is asked."""
+        """Find the jobs, or return what is wrong with the request."""
         asked = self._asked
         if asked.action in MAINTENANCE_ACTIONS:
             return await self._by_time()
         if (asked.filter is None) == (asked.ids is None):
-            return _invalid("filter", "Give `filter` or `ids`, one of them.")
+            return _invalid("filter", "Set either `filter` or `ids`.")
         if asked.ids is not None:
             if asked.cursor is not None:
-                return _invalid("cursor", "A `cursor` goes with the `filter` of the plan before.")
+                return _invalid("cursor", "A `cursor` requires the `filter` of the plan before.")
             await self._named(list(dict.fromkeys(asked.ids)))
             return None
         assert asked.filter is not None
@@ -84,18 +81,18 @@ class PlanBuilder:
                 job = loaded.jobs.get(job_id)
                 if job is None:
                     wrong = loaded.bad.get(job_id) or self._book.quarantined.get(job_id)
-                    self._skip(job_id, None, f"It is in quarantine: {wrong}" if wrong else "There is no such job.")
+                    self._skip(job_id, None, f"It is quarantined: {wrong}" if wrong else "There is no such job.")
                 elif (why := plan_rules.why_not(self._asked.action, job)) is not None:
                     self._skip(job_id, job.status, why)
             await asyncio.sleep(PAUSE_S)
 
     async def _by_time(self) -> ApiError | None:
-        """The jobs that are due by time, in the order in which a pass comes to them."""
+        """Find the jobs that are due by time, in the order in which a cleanup run processes them."""
         for name in ("filter", "ids", "cursor"):
             if getattr(self._asked, name) is not None:
-                message = f"{self._asked.action} takes no `{name}`: the daemon itself says which jobs."
+                message = f"{self._asked.action} takes no `{name}`: the daemon chooses the jobs."
                 return _invalid(name, message)
-        turn = await self._actor.ask(Preview(limit=0), by="daemon")  # the book knows what is due as of its last turn
+        turn = await self._actor.ask(Preview(limit=0), by="daemon")  # brings the deadlines in the state up to now
         if isinstance(turn, ApiError):
             return turn
         until_s = asyncio.get_running_loop().time() + MAX_PLANNING_S
@@ -107,7 +104,7 @@ class PlanBuilder:
         return None
 
     async def _live_jobs(self, due: Iterable[str], is_due: Callable[[Job], bool], until_s: float) -> None:
-        """Jobs in memory that are due; who is not any more when its turn has come is left out."""
+        """Yield due jobs in memory. A job that is no longer due when its turn comes is omitted."""
         room = MAX_PLAN - len(self.jobs)
         ids = list(islice(due, room + 1))
         self._is_cut |= len(ids) > room
@@ -122,7 +119,7 @@ class PlanBuilder:
             await asyncio.sleep(PAUSE_S)
 
     async def _expired_jobs(self, now: int, until_s: float) -> None:
-        """Finished jobs whose time is over, the oldest first."""
+        """Find finished jobs past their retention, oldest first."""
         looked = 0
         while True:
             async with self._lock:
@@ -154,7 +151,7 @@ class PlanBuilder:
                 room = MAX_PLAN - len(self.jobs)
                 async with self._lock:
                     page = await self._disk.find(as_query(wanted, status, before))
-                    # a job that moved on meanwhile is found in its next status, too
+                    # a job that changed meanwhile is found in its next status, too
                     new = [job for job, _ in page.jobs if job.id not in self._taken]
                     await self._take(new[:room])
                 if len(new) > room:
@@ -169,7 +166,7 @@ class PlanBuilder:
         return None
 
     async def _take(self, jobs: list[Job]) -> None:
-        """Put these into the plan. Their versions come first: a late result that is not counted has changed its job."""
+        """Add jobs to the plan. Read their versions before their late results: a later one changes the version."""
         self._taken.update(job.id for job in jobs)
         action, latest_late = self._asked.action, self._book.latest_late
         self.expected += [
@@ -186,7 +183,7 @@ class PlanBuilder:
 
 
 def as_query(wanted: PlanFilter, status: str, before: int | None) -> JobQuery:
-    """One look for jobs of a filter that have this status."""
+    """Return the query for jobs of a filter that have this status."""
     filters = asdict(wanted)
     filters["text"] = filters.pop("q")
     is_slow = wanted.q is not None or wanted.error is not None

@@ -1,7 +1,4 @@
-"""Plans of operators: made by looks at what is on the disk, kept in memory for a while, applied slice by slice, once.
-
-Decides nothing about a job: what a plan would do is said by plan_rules.py, what it does by the rules, as they do it.
-"""
+"""Plans of operators: built from reads, kept in memory for a while, and applied once, slice by slice."""
 
 from __future__ import annotations
 
@@ -23,20 +20,20 @@ from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 from jobd.model.responses import ChangedJob, PlanResult, PlanSlice, PlanView
 
 MAX_PLANS: Final = 20
-MAX_JOBS: Final = 100_000  # of all plans that are kept
+MAX_JOBS: Final = 100_000  # of all kept plans
 KEPT_MS: Final = 15 * MINUTE_MS
-APPLIED_KEPT_MS: Final = 12 * HOUR_MS  # what a plan came to: for who reads it after a night
-MAX_APPLIED: Final = 100  # of those, which have MOST_JOBS of their own: new plans push no result out
-MAX_NAMED: Final = 100  # jobs that were left undone, in the audit log,
-MAX_NAMED_SIZE: Final = 4_000  # and characters of their ids
-SLICE: Final = 50  # jobs of one command
-MAX_BUILDERS: Final = 4  # plans being made, look by look in turn
+APPLIED_KEPT_MS: Final = 12 * HOUR_MS  # results stay readable overnight
+MAX_APPLIED: Final = 100  # applied plans, with MAX_JOBS of their own: new plans displace no result
+MAX_NAMED: Final = 100  # jobs listed in the audit log that were not changed,
+MAX_NAMED_SIZE: Final = 4_000  # and the total length of their ids
+SLICE: Final = 50  # jobs per command
+MAX_BUILDERS: Final = 4  # plans that are built at the same time, page by page in turn
 
 log = structlog.get_logger("jobd.plans")
 
 
 class Plan(Struct):
-    """A plan and how far it has been applied: `at` jobs of it."""
+    """A plan and its progress: `at` jobs of it are applied."""
 
     view: PlanView
     expected: list[ExpectedVersion]
@@ -51,12 +48,12 @@ class Plan(Struct):
 
 
 class Planner:
-    """Makes, keeps and applies plans. `close` waits for the slice under way."""
+    """Builds, keeps and applies plans. `close` waits for the current slice."""
 
     def __init__(self, actor: Actor, clock: Clock) -> None:
         self._actor = actor
         self._clock = clock
-        self._plans: dict[str, Plan] = {}  # by id, the oldest first
+        self._plans: dict[str, Plan] = {}  # by id, oldest first
         self._lock = asyncio.Semaphore(1)
         self._builders = 0
         self._stopping = False
@@ -66,20 +63,20 @@ class Planner:
         tasks = [plan.task for plan in self._plans.values() if plan.task is not None]
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    # -- making -------------------------------------------------------------------------------------------------------
+    # -- building ------------------------------------------------------------------------------------------------------
 
     async def make(self, asked: MakePlan, plan_id: str) -> PlanView | ApiError:
-        """A plan of what `asked.action` would do now, to be found again as `plan_id`."""
+        """Build a plan of what `asked.action` would do now, and keep it as `plan_id`."""
         if self._builders >= MAX_BUILDERS:
-            return ApiError("overloaded", "Other plans are being made; try again after a second.")
+            return ApiError("overloaded", "Other plans are being built. Try again after a second.")
         search = PlanBuilder(asked, self._actor, self._clock, self._lock)
         self._builders += 1
         try:
-            refusal = await search.run()
+            error = await search.run()
         finally:
             self._builders -= 1
-        if refusal is not None:
-            return refusal
+        if error is not None:
+            return error
         now = self._clock.moment().now
         view = PlanView(
             plan_id=plan_id,
@@ -102,14 +99,14 @@ class Planner:
         return view
 
     def _keep(self, plan: Plan) -> None:
-        """Plans that have nothing go first, then the oldest, but none that is being applied."""
+        """Keep a plan. Empty plans are dropped first, then the oldest, but none that is being applied."""
         self._forget_old()
         self._plans[plan.view.plan_id] = plan
         waiting = [each for each in self._plans.values() if each.view.result is None]
         self._make_room(sorted(waiting, key=lambda each: each.view.count > 0), MAX_PLANS, plan)
 
     def _make_room(self, plans: list[Plan], most: int, latest: Plan) -> None:
-        """Of `plans`, which are in the order in which they go, keep `most` with MOST_JOBS jobs, and `latest`."""
+        """Drop the first of `plans` until `most` with MAX_JOBS jobs are left. `latest` is never dropped."""
         left, jobs = len(plans), sum(plan.view.count for plan in plans)
         for plan in plans:
             if left <= most and jobs <= MAX_JOBS:
@@ -124,7 +121,7 @@ class Planner:
             if now_s >= plan.until_s and not plan.is_under_way:
                 del self._plans[plan_id]
 
-    # -- looking and applying -----------------------------------------------------------------------------------------
+    # -- reading and applying ------------------------------------------------------------------------------------------
 
     def find(self, plan_id: str) -> PlanView | ApiError:
         self._forget_old()
@@ -132,18 +129,18 @@ class Planner:
         if plan is None:
             minutes = KEPT_MS // MINUTE_MS
             message = (
-                f"There is no plan {plan_id}: it is kept for {minutes} min, at most {MAX_PLANS} of them, what it "
-                f"came to for {APPLIED_KEPT_MS // HOUR_MS} h, and neither over a restart. Make it anew; what was done "
-                "already is left out. What became of plans that were applied is in the audit log, too."
+                f"There is no plan {plan_id}. Plans are kept for {minutes} min, at most {MAX_PLANS} of them, and their "
+                f"results for {APPLIED_KEPT_MS // HOUR_MS} h, but not over a restart. Build the plan again: jobs that "
+                "were changed already are left out. The audit log shows the results of applied plans, too."
             )
             return ApiError("plan_not_found", message, {"plan_id": plan_id})
         return plan.view
 
     async def apply(self, plan_id: str, operator: Operator) -> PlanResult | ApiError:
-        """Do what the plan says, to every job that is still what it saw. Once: whoever asks again gets the same answer.
+        """Apply a plan to every job that did not change since. Repeated calls return the first result.
 
-        It goes on where who asked does not wait any more. Where it has to stop half-way (a full disk) the refusal says
-        so, and the next call goes on with the rest.
+        The plan continues if the caller disconnects. If it stops early (a full disk), the error says so, and the next
+        call continues with the rest.
         """
         found = self.find(plan_id)
         if isinstance(found, ApiError):
@@ -160,14 +157,13 @@ class Planner:
         operator = replace(operator, part_of=view.plan_id)
         while plan.at < view.count:
             some = plan.expected[plan.at : plan.at + SLICE]
-            refusal = await self._apply_slice(plan, some, operator)
-            if refusal is not None:
+            error = await self._apply_slice(plan, some, operator)
+            if error is not None:
                 await self._audit(plan, operator)
                 left = {"applied": plan.done.applied, "left": view.count - plan.at}
-                message = (
-                    f"{refusal.message} {left['applied']} jobs were done, {left['left']} are left: apply it again."
-                )
-                return ApiError(refusal.code, message, refusal.details | left)
+                done = f"{left['applied']} jobs were changed, {left['left']} are left"
+                message = f"{error.message} {done}. Apply the plan again."
+                return ApiError(error.code, message, error.details | left)
             plan.at += len(some)
             await asyncio.sleep(PAUSE_S)
         at = self._clock.moment().now
@@ -177,15 +173,15 @@ class Planner:
         return result
 
     def _keep_result(self, plan: Plan, result: PlanResult) -> None:
-        """It was applied: from now on it is kept for what it came to."""
+        """Keep an applied plan for its result."""
         plan.view = replace(plan.view, result=result, expires_at=result.applied_at + APPLIED_KEPT_MS)
         plan.until_s = asyncio.get_running_loop().time() + APPLIED_KEPT_MS / SECOND_MS
         plan.expected = []
-        self._plans[plan.view.plan_id] = self._plans.pop(plan.view.plan_id, plan)  # the latest comes last
+        self._plans[plan.view.plan_id] = self._plans.pop(plan.view.plan_id, plan)  # newest last
         self._make_room([each for each in self._plans.values() if each.view.result is not None], MAX_APPLIED, plan)
 
     async def _apply_slice(self, plan: Plan, some: list[ExpectedVersion], operator: Operator) -> ApiError | None:
-        """One command; why it was not taken, if it was not."""
+        """Apply one slice. Return the error if the command was rejected."""
         if self._stopping:
             return ApiError("shutting_down", "The daemon is stopping.")
         view = plan.view
@@ -202,7 +198,7 @@ class Planner:
         return None
 
     async def _audit(self, plan: Plan, operator: Operator) -> None:
-        """The audit log has one row of a plan, which says what the plan was and what became of it."""
+        """Write one audit entry with the plan and its results."""
         view, done = plan.view, plan.done
         details: dict[str, Any] = {
             "plan_id": view.plan_id,
@@ -220,7 +216,7 @@ class Planner:
 
 
 def _named(jobs: list[ChangedJob]) -> list[str]:
-    """The ids of the first of them: MOST_NAMED, in NAMED_SIZE characters."""
+    """Return the first ids: at most MAX_NAMED, and at most MAX_NAMED_SIZE characters."""
     sizes = itertools.accumulate(len(job.id) for job in jobs[:MAX_NAMED])
     return [job.id for job, size in zip(jobs, sizes, strict=False) if size <= MAX_NAMED_SIZE]
 

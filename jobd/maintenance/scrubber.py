@@ -1,7 +1,4 @@
-"""The walk over all rows of the running daemon's store, for who asks for it: some slices for each call, with rests.
-
-Reads no row itself: row_check.py does.
-"""
+"""Check the rows of the running daemon's store: some slices per call, with pauses."""
 
 from __future__ import annotations
 
@@ -13,21 +10,21 @@ from jobd.model.responses import CheckedRows, DamagedRow
 from jobd.storage.scrub import TABLES
 from jobd.storage.store import Store
 
-CALL_S: Final = 0.25  # that one call walks on, rests included
+CALL_S: Final = 0.25  # of one call, pauses included
 
 
 class Scrubber:
-    """One at a time: another call waits for its turn."""
+    """Scans one slice at a time; calls wait for each other."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._lock = asyncio.Lock()
 
     async def scan(self, cursor: str | None) -> CheckedRows | ApiError:
-        """Walk on from `cursor` (`TABLE:ROWID`; None: from the beginning)."""
+        """Continue the scan at `cursor` (`TABLE:ROWID`; None: from the beginning)."""
         table, _, after_text = (cursor or f"{TABLES[0]}:0").partition(":")
         if table not in TABLES:
-            return ApiError("invalid_request", "`cursor` must be the `next_cursor` of the call before.")
+            return ApiError("invalid_request", "`cursor` must be the `next_cursor` of the previous call.")
         after, checked, damaged = int(after_text), 0, []
         loop = asyncio.get_running_loop()
         async with self._lock:
@@ -43,5 +40,5 @@ class Scrubber:
                 after = seen.last
                 if loop.time() >= until_s:
                     return CheckedRows(table, checked, damaged, f"{table}:{after}")
-                # The store's thread and the interpreter are for others at least as long as they were for this.
+                # Others get the storage thread and the GIL for at least as long as this slice took.
                 await asyncio.sleep(loop.time() - began_s)

@@ -1,6 +1,6 @@
-"""Notices that the daemon was away while it ran: its process stopped, its machine suspended or starved.
+"""Detect that the daemon was paused: its process was stopped, or the machine was suspended or starved.
 
-Says so before the next command is decided, and how long it was. What follows from that is decided elsewhere.
+The pause is reported before the next command is decided.
 """
 
 from __future__ import annotations
@@ -12,15 +12,13 @@ from typing import Final
 from jobd.engine.clock import boot_clock_ms
 
 BEAT_S: Final = 1.0
-PAUSED_AFTER_MS: Final = (
-    3_000  # a loop that has not turned for so long was away; a slow disk does not keep it from turning
-)
+PAUSED_AFTER_MS: Final = 3_000  # an event loop that did not run for this long was paused; a slow disk does not stop it
 
 
 class SuspendDetector:
-    """`run` beats until `stop`; `look` is called before commands are decided. Whichever comes first calls `was_away`.
+    """Report pauses to `on_pause`, in ms since the daemon was last seen running.
 
-    `was_away` is given the milliseconds since it was last known to be there.
+    `run` checks periodically until `stop`; `check` is called before commands are decided.
     """
 
     def __init__(self, was_away: Callable[[int], None], *, boot: Callable[[], int] = boot_clock_ms) -> None:

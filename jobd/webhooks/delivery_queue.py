@@ -1,4 +1,5 @@
 """The waiting deliveries of one endpoint, in order: no message of a subject overtakes another.
+
 Holds numbers, not messages. Time is an argument, in monotonic ms.
 """
 

@@ -1,4 +1,5 @@
 """Deliver the messages of one webhook from its outbox, in order per subject, and store the results.
+
 A failure affects this webhook only. After a crash, deliveries whose result was not stored are sent again.
 """
 
@@ -96,6 +97,7 @@ class Dispatcher:
 
     async def redeliver(self, id_: int) -> Delivery | None:
         """Send a delivery again now, whatever its state, or return None if there is none with this number.
+
         A waiting delivery becomes due now. Raises DiskFull.
         """
         found: Delivery | None

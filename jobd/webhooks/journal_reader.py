@@ -1,4 +1,5 @@
 """Read the journal for one endpoint and put messages into its outbox.
+
 The journal is the queue. An event is committed before it is read here, and the cursor moves in the transaction that
 inserts its delivery, so a crash skips no event.
 """
@@ -30,6 +31,7 @@ log = structlog.get_logger("jobd.webhooks")
 
 class JournalReader:
     """`read` puts new messages into the outbox and passes them to `enqueue`. `committed` is called with every commit.
+
     `position`: every event up to it was read. `newest`: the number of the newest event.
     """
 
@@ -59,6 +61,7 @@ class JournalReader:
 
     def committed(self, changes: Sequence[Change]) -> bool:
         """Take note of committed changes. Return whether there is new work.
+
         A reader at the end of the journal skips unwanted events without reading the disk.
         """
         is_up_to_date = not self.has_news and not self._is_reading
@@ -94,6 +97,7 @@ class JournalReader:
 
     async def read(self, *, has_room: bool, tells_gaps: bool) -> None:
         """Put alerts, and a page of the journal if there is room, into the outbox. Raises DiskFull and skips nothing.
+
         `tells_gaps` is False while the outbox still holds a gap message.
         """
         now, source, name = self._context.moment().now, self._context.source, self._endpoint.name

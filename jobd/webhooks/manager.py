@@ -1,4 +1,5 @@
 """All webhooks: one dispatcher per configured endpoint, and the operations of operators.
+
 Without a webhook in the configuration it subscribes to nothing and opens no connection.
 """
 

@@ -1,4 +1,5 @@
 """When a delivery is retried or dead-lettered, and the circuit breaker of an endpoint.
+
 Pure: time is an argument in monotonic ms, and so is chance (0 to 1).
 """
 
@@ -52,6 +53,7 @@ def _spread(whole_ms: int, chance: float) -> int:
 
 class CircuitBreaker:
     """Closed: deliveries run. Open: none runs for a while. Half-open: one probe closes it or opens it for longer.
+
     It opens after several consecutive failures; `since` is the time of the first of them.
     """
 

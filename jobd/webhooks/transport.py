@@ -1,4 +1,5 @@
 """Attempt one delivery over HTTP: signed, with a timeout, to allowed addresses only.
+
 A receiver's behavior never raises. Errors name the host only: a URL may contain a secret, and so may a response.
 """
 
@@ -95,6 +96,7 @@ def _resolved(host: str, family: int, _: int, proto: int, __: str, address: Any)
 
 def _checked_socket(info: Any) -> socket.socket:
     """Return the socket for a connection to an allowed address.
+
     This checks the address that is actually connected to, so a name that changes between lookups gains nothing.
     """
     family, kind, proto, _, address = info
