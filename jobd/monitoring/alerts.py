@@ -1,6 +1,6 @@
-"""Conditions that an operator is told of: when they hold, since when, and what to do.
+"""Alerts: whether each condition holds, since when, and what to do about it.
 
-Reads figures and the last measured health; changes nothing. Firing and resolving are logged here, once each.
+Evaluating an alert changes nothing but its own state. Firing and resolving are logged once each.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ SEVERITIES: Final[dict[str, AlertSeverity]] = {
 }
 NAMES: Final = tuple(SEVERITIES)
 EVALUATE_EVERY_S: Final = 5.0
-MEASURE_EVERY_S: Final = 10.0  # health costs a write and an fsync; an alert has to fire 45 s after a part has failed
-HOLD_MS: Final = 30 * SECOND_MS  # a condition holds for so long before its alert fires
-CLEAR_MS: Final = 60 * SECOND_MS  # a condition is false for so long before its alert resolves
-LANES_IN_ONE_GO: Final = 500  # about a millisecond
-SLICES_OF_ONE_LOOK: Final = 50  # 10,000 queues of one kind fit
-NOTICEABLE_MS: Final = 100  # what takes less than that longer is no slower: twice of nothing is nothing
-CALM: Final = 0.9  # a ratio that sits at its threshold fires once: it resolves below this part of it
+MEASURE_EVERY_S: Final = 10.0  # health costs a write and an fsync; an alert must fire within 45 s after a part fails
+HOLD_MS: Final = 30 * SECOND_MS  # a condition must hold for this long before its alert fires
+CLEAR_MS: Final = 60 * SECOND_MS  # a condition must be false for this long before its alert resolves
+LANES_IN_ONE_GO: Final = 500  # queue and kind pairs scanned at a time: about a millisecond
+SLICES_OF_ONE_LOOK: Final = 50  # enough for 10,000 queues of one kind
+NOTICEABLE_MS: Final = 100  # a smaller difference never counts as slower: twice almost nothing is still almost nothing
+CALM: Final = 0.9  # a ratio resolves below this part of its threshold, so that one at the threshold does not flap
 
 
 class Thresholds(Struct, frozen=True):
@@ -66,7 +66,7 @@ class Thresholds(Struct, frozen=True):
     webhook_failing_ms: int = 5 * MINUTE_MS
     queue_without_workers_ms: int = 2 * MINUTE_MS
     queue_waits_ms: int = 5 * MINUTE_MS
-    failure_rate: float = 0.5  # of the attempts of a queue; fires at it, too
+    failure_rate: float = 0.5  # of the attempts of a queue; also fires at the threshold
     failure_rate_attempts: int = 20
     disk_free_percent: float = 10.0
     disk_free_bytes: int = 1 << 30
@@ -86,7 +86,7 @@ class CleanupReports(Protocol):
 
 
 class FailingWebhook(Protocol):
-    """A webhook that takes nothing."""
+    """A webhook whose deliveries fail."""
 
     @property
     def name(self) -> str: ...
@@ -97,11 +97,11 @@ class FailingWebhook(Protocol):
 
 
 class Condition(Struct, frozen=True):
-    """One alert as it is now. `value` and `threshold` are numbers of jobs or issues, seconds, times, 1 for not healthy.
+    """The current state of one condition.
 
-    `hint` says what to look at where it fires, `quiet` what is so where it does not (None: the hint holds then, too).
-    Once it fires it does so until `value` is no longer above `calm`, where that is given, and below the threshold.
-    `inclusive`: it holds at the threshold, too.
+    `value` and `threshold` are jobs, issues, seconds, a ratio, or 1 for unhealthy. `hint` says what to do when it
+    fires. `quiet` describes the state when it does not (None: `hint` applies then, too). A firing alert resolves when
+    `value` is at or below `calm`, if set, and below the threshold. `inclusive`: it holds at the threshold, too.
     """
 
     name: str
@@ -114,7 +114,7 @@ class Condition(Struct, frozen=True):
 
 
 class WaitingJob(Struct):
-    """The job that waits longest, of one round over the queues."""
+    """The longest waiting job of one scan over the queues."""
 
     for_ms: int = 0
     queue: str = ""
@@ -123,15 +123,15 @@ class WaitingJob(Struct):
 
 
 class QueueScan(Struct):
-    """One walk over the queues and kinds of queued jobs. It may take several looks."""
+    """One scan over the queues and kinds of queued jobs. It may take several calls."""
 
     left: Iterator[tuple[str, str]]
-    unclaimed: WaitingJob = field(default_factory=WaitingJob)  # no worker has claimed the queue and kind either
+    unclaimed: WaitingJob = field(default_factory=WaitingJob)  # no worker has claimed the queue and kind for as long
     oldest: WaitingJob = field(default_factory=WaitingJob)  # in a queue that is not paused
 
 
 class Alerts:
-    """`evaluate` is cheap and may be called at any time; `run` calls `look` every few seconds, until `stop`.
+    """`evaluate` is cheap and may be called at any time; `run` calls `check` every few seconds until `stop`.
 
     An alert fires after its condition has held for `hold_ms`, and resolves after it has been false for `clear_ms`.
     """
@@ -148,27 +148,29 @@ class Alerts:
         clear_ms: int = CLEAR_MS,
     ) -> None:
         self.thresholds = thresholds or Thresholds()
-        self.paces: list[KindPace] = []  # as of the last look
-        self.on_change: list[Callable[[], None]] = []  # called when one fires, or fires no more
-        self.failing_webhook: Callable[[], FailingWebhook | None] = lambda: None  # that which fails for longest
-        self.attempts = Attempts()  # told of every commit
+        self.paces: list[KindPace] = []  # as of the latest check
+        self.on_change: list[Callable[[], None]] = []  # called when an alert fires or resolves
+        self.failing_webhook: Callable[[], FailingWebhook | None] = lambda: (
+            None
+        )  # the one that fails for the longest time
+        self.attempts = Attempts()  # updated with every commit
         self._book = book
         self._clock = clock
         self._hold_ms = hold_ms
         self._clear_ms = clear_ms
         self._health = health
         self._cleanup = cleanup
-        self._since: dict[str, int] = {}  # of those that fire: wall time, Unix ms
-        self._turned: dict[str, int] = {}  # lease time since which the condition of an alert differs from its state
-        self._first: int | None = None  # lease time of the first look with measured health
+        self._since: dict[str, int] = {}  # firing alert -> wall time, Unix ms
+        self._turned: dict[str, int] = {}  # alert -> lease time since which its condition differs from its state
+        self._first: int | None = None  # lease time of the first check with measured health
         self._space: DiskSpace | None = None
-        self._scan: QueueScan | None = None  # under way
-        self._waiting = QueueScan(iter(()))  # the last whole one
-        self._views: list[AlertView] = []  # as of the last look
+        self._scan: QueueScan | None = None  # the current one
+        self._waiting = QueueScan(iter(()))  # the latest complete one
+        self._views: list[AlertView] = []  # as of the latest check
         self._stop = asyncio.Event()
 
     def evaluate(self) -> list[AlertView]:
-        """All alerts, in the order of NAMES."""
+        """Return all alerts, in the order of NAMES."""
         at, before = self._clock.moment(), set(self._since)
         self._views = [self._evaluate(condition, at) for condition in self._conditions(at)]
         if before != set(self._since):
@@ -176,15 +178,15 @@ class Alerts:
         return self._views
 
     def known(self) -> list[AlertView] | None:
-        """As of the last look. None until health was measured and a condition could have held for long enough.
+        """Return the alerts of the latest check, or None until a condition could have held for long enough.
 
-        So a restart does not resolve an alert whose condition goes on.
+        This keeps a restart from resolving an alert whose condition persists.
         """
         is_known = self._first is not None and self._clock.moment().lease - self._first >= self._hold_ms
         return self._views if is_known else None
 
     async def check(self) -> list[AlertView]:
-        """Read the free space of the disk, walk the queues in slices, and evaluate."""
+        """Read the free space of the disk, scan the queues in slices, and evaluate."""
         self._space = await self._health.space()
         for _ in range(SLICES_OF_ONE_LOOK):
             if self._scan_queues():
@@ -193,9 +195,9 @@ class Alerts:
         return self.evaluate()
 
     def _scan_queues(self) -> bool:
-        """Walk on over the queues, for about a millisecond. True at the end of the round.
+        """Continue the scan for about a millisecond. Return whether it is complete.
 
-        A suspect jump of the wall clock makes no job wait longer.
+        A suspect jump of the wall clock does not make jobs wait longer.
         """
         book, at = self._book, self._clock.moment()
         if self._scan is None:
@@ -224,7 +226,7 @@ class Alerts:
             tell()
 
     async def run(self) -> None:
-        """Look at the figures every few seconds, and at health now and then. Survives whatever fails."""
+        """Check every few seconds, and measure health now and then. Survives any error."""
         loop_time = asyncio.get_running_loop().time
         next_measurement = loop_time()
         while not self._stop.is_set():
@@ -247,7 +249,7 @@ class Alerts:
         self._stop.set()
 
     def _evaluate(self, condition: Condition, at: Moment) -> AlertView:
-        """Firing or not; a change of that is logged."""
+        """Update an alert from its condition. Log a change."""
         name, limit = condition.name, condition.threshold
         if name in self._since and condition.calm is not None:
             limit = condition.calm
@@ -289,63 +291,63 @@ class Alerts:
         return Condition("stuck_jobs", stuck + recovered, self.thresholds.stuck_jobs, hint, quiet)
 
     def _processing(self) -> Condition:
-        hint = "More work runs at once than is usual here. Compare with your workers: jobctl workers, jobctl locks"
+        hint = "More jobs run at once than usual. Compare with your workers: jobctl workers, jobctl locks"
         value, threshold = self._book.totals["processing"], self.thresholds.processing_jobs
-        quiet = f"Jobs in processing: {value}, no more than is usual here."
+        quiet = f"Jobs in processing: {value}, no more than usual."
         return Condition("processing_jobs", value, threshold, hint, quiet)
 
     def _average(self, at: Moment) -> Condition:
         value = average_processing_s(self._book, self._book.figures, at)
         threshold = self.thresholds.average_processing_ms / SECOND_MS
-        hint = "Jobs take longer than is usual here (seconds on average, last hour). Look at the oldest: jobctl stats"
-        quiet = "No job took any time in the last hour."
+        hint = "Jobs take longer than usual (seconds on average, last hour). Look at the oldest: jobctl stats"
+        quiet = "No job completed in the last hour."
         if value:
-            quiet = f"Jobs take no longer than is usual here: {value:g} s on average (last hour)."
+            quiet = f"Jobs take no longer than usual: {value:g} s on average (last hour)."
         return Condition("average_processing", value, threshold, hint, quiet)
 
     def _pass_issues(self) -> Condition:
         report = self._cleanup.last_report
-        value, quiet = 0, "No cleanup pass has ended yet."
+        value, quiet = 0, "No cleanup run has finished yet."
         where = "The log names them; see one with: jobctl validate ID"
         if report is not None:
-            value, quiet = report.validation_issues_found, "The last cleanup pass found no bad rows."
+            value, quiet = report.validation_issues_found, "The latest cleanup run found no invalid rows."
         if value:
-            quiet = f"The last cleanup pass found few bad rows (issues: {value}). {where}"
-        hint = f"The last cleanup pass found many bad rows. {where}"
+            quiet = f"The latest cleanup run found few invalid rows (issues: {value}). {where}"
+        hint = f"The latest cleanup run found many invalid rows. {where}"
         return Condition("pass_issues", value, self.thresholds.pass_issues, hint, quiet)
 
     def _granted_twice(self, at: Moment) -> Condition:
         overlaps = self._book.figures.overlaps
-        value, hint = overlaps.last_hour(at.now), "No job was given away while its worker before had time left."
+        value, hint = overlaps.last_hour(at.now), "No job was granted again while its previous worker had time left."
         if value and (last := overlaps.last) is not None:
             (token, next_token), (worker, next_worker) = last.tokens, last.workers
             hint = (
-                f"Two workers may have worked on one job at once ({value} in the last hour). The last one: "
-                f"{last.job_id} was taken from {worker} (token {token}) while its time ran on, and given to "
-                f"{next_worker} (token {next_token}). Compare the tokens where its results lie; "
-                f"who did it: jobctl timeline {last.job_id}"
+                f"Two workers may have worked on one job at once ({value} in the last hour). The latest: "
+                f"{last.job_id} was taken from {worker} (token {token}) before its lock expired, and granted to "
+                f"{next_worker} (token {next_token}). Compare the tokens where its results are stored. "
+                f"See the operator's action: jobctl timeline {last.job_id}"
             )
         return Condition("granted_twice", value, self.thresholds.granted_twice, hint)
 
     def _slower(self, at: Moment) -> Condition:
-        """The kind that is furthest from its usual."""
+        """The kind that differs most from its usual duration."""
         self.paces = self._book.figures.paces.view(at.now)
         threshold = self.thresholds.slower_than_usual
         slower = [found for pace in self.paces if (found := _times(pace)) is not None]
-        value, quiet, hint = 0.0, "No kind of job is known to take longer than usual.", ""
+        value, quiet, hint = 0.0, "No kind of job takes longer than usual.", ""
         if slower:
             value, pace, last_s, usual_s = max(slower, key=lambda found: found[0])
             kind = f"kind {pace.kind}" if pace.kind else "no kind"
             quiet = (
-                f"Jobs of {kind} take {last_s:g} s (95 of 100, last hour, {pace.completed} jobs); "
+                f"Jobs of {kind} take {last_s:g} s (95th percentile, last hour, {pace.completed} jobs); "
                 f"usual is {usual_s:g} s."
             )
-            look = "Look at what they wait for: the machine, the disk, a service; then at the oldest: jobctl stats"
+            look = "Check what they wait for: the machine, the disk, a service; then the oldest jobs: jobctl stats"
             hint = f"{quiet} {look}"
         return Condition("slower_than_usual", value, threshold, hint, quiet, calm=threshold * CALM)
 
     def _unhealthy(self) -> Iterator[Condition]:
-        """By the last measured health; while there is none, nothing is known to be wrong."""
+        """The parts of the latest measured health. A part that was never measured is not unhealthy."""
         view = self._health.last
         parts: dict[str, DatabaseHealth | PartHealth | None] = {
             "database": None if view is None else view.database,
@@ -354,23 +356,23 @@ class Alerts:
         }
         for name, part in parts.items():
             wrong = part is not None and part.status != "healthy"
-            yield Condition(name, int(wrong), 0, "It was not measured yet." if part is None else part.message)
+            yield Condition(name, int(wrong), 0, "Not measured yet." if part is None else part.message)
 
     def _webhook(self) -> Condition:
-        """Seconds that the one has been failing that fails for longest."""
+        """Seconds for which the worst webhook has been failing."""
         threshold, worst = self.thresholds.webhook_failing_ms / SECOND_MS, self.failing_webhook()
         if worst is None:
             return Condition("webhook_failing", 0, threshold, "No webhook fails.")
-        value, tried = worst.for_ms // SECOND_MS, f"The last try: {worst.error}"
+        value, tried = worst.for_ms // SECOND_MS, f"The latest attempt: {worst.error}"
         hint = (
-            f"Webhook {worst.name} takes nothing. What it should be told is kept and tried again; "
-            f"look with: jobctl webhooks. {tried}"
+            f"Webhook {worst.name} accepts no deliveries. Its messages are kept and retried. "
+            f"See: jobctl webhooks. {tried}"
         )
-        quiet = f"Webhook {worst.name} has taken nothing for {value} s; it is tried again. {tried}"
+        quiet = f"Webhook {worst.name} has accepted nothing for {value} s; deliveries are retried. {tried}"
         return Condition("webhook_failing", value, threshold, hint, quiet)
 
     def _without_workers(self) -> Condition:
-        """Seconds for which a due job waits and no worker claims its queue and kind."""
+        """Seconds for which a due job has been waiting and no worker has claimed its queue and kind."""
         waits, threshold = self._waiting.unclaimed, self.thresholds.queue_without_workers_ms / SECOND_MS
         value, quiet, hint = waits.for_ms // SECOND_MS, "A worker claims each queue and kind that has due jobs.", ""
         if value:
@@ -384,13 +386,13 @@ class Alerts:
         return Condition("queue_without_workers", value, threshold, hint, quiet)
 
     def _waits(self) -> Condition:
-        """Seconds for which the oldest due job waits."""
+        """Seconds for which the oldest due job has been waiting."""
         waits, threshold = self._waiting.oldest, self.thresholds.queue_waits_ms / SECOND_MS
         value, quiet, hint = waits.for_ms // SECOND_MS, "No due job waits.", ""
         if value:
             quiet = f"The oldest due job, {waits.job_id} of {_lane(waits)}, has waited for {value} s."
             look = f"See why it waits: jobctl why {waits.job_id}, jobctl queues"
-            hint = f"{quiet} Add workers, or find out who creates so many jobs. {look}"
+            hint = f"{quiet} Add workers, or find out what creates so many jobs. {look}"
         return Condition("queue_waits", value, threshold, hint, quiet)
 
     def _failure_rate(self, at: Moment) -> Condition:
@@ -406,11 +408,11 @@ class Alerts:
         return Condition("failure_rate", round(share, 4), threshold, hint, quiet, inclusive=True)
 
     def _disk(self) -> Condition:
-        """How many percent of the disk are used; the threshold is that of the limit that comes first."""
+        """Percent of the disk that is used. The threshold is that of the limit that is reached first."""
         space, limits = self._space, self.thresholds
         percent = 100 - limits.disk_free_percent
         if space is None or not space.total_bytes:
-            return Condition("disk_nearly_full", 0, percent, "The space of the disk is unknown.")
+            return Condition("disk_nearly_full", 0, percent, "The free space of the disk is unknown.")
         threshold = max(min(percent, 100 - 100 * limits.disk_free_bytes / space.total_bytes), 0)
         used = 100 - 100 * space.free_bytes / space.total_bytes
         quiet = f"{space.free_bytes} of {space.total_bytes} bytes are free on the disk of {space.path}."
@@ -426,8 +428,8 @@ class Alerts:
             job_id, releases = next(iter(loops.items()))
             quiet = f"Job {job_id} was released {releases} times in a row without progress."
             hint = (
-                f"{quiet} Its workers cannot do it. See which release it, and why: jobctl timeline {job_id}; "
-                f"to end the loop: jobctl cancel {job_id}"
+                f"{quiet} Its workers cannot process it. See which ones release it, and why: jobctl timeline {job_id}. "
+                f"To end the loop: jobctl cancel {job_id}"
             )
         return Condition("release_loop", len(loops), threshold, hint, quiet)
 
@@ -437,7 +439,7 @@ def _lane(waits: WaitingJob) -> str:
 
 
 def _times(pace: KindPace) -> tuple[float, KindPace, float, float] | None:
-    """How many times the usual the last hour was, and both in seconds; None where nobody can say, or feel it."""
+    """Return how much slower the last hour was, as a factor, with both durations in seconds, or None."""
     if pace.last_hour_ms is None or pace.usual_ms is None or pace.last_hour_ms - pace.usual_ms < NOTICEABLE_MS:
         return None
     times = round(pace.last_hour_ms / max(pace.usual_ms, 1), 2)

@@ -1,7 +1,4 @@
-"""One log line for each committed fact: ordinary changes at debug, recoveries and operators' actions at info.
-
-Called after the commit; rules never log. No secret is in a fact's public part.
-"""
+"""One log line per committed event: most at debug, recoveries and operator actions at info. It contains no secret."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ AT_INFO: Final = frozenset(
 
 
 def write_lines(changes: Sequence[Change]) -> None:
-    """Log committed changes, in their order."""
+    """Log committed changes in their order."""
     debugs = logging.getLogger("jobd").isEnabledFor(logging.DEBUG)
     for change in changes:
         event = change.event

@@ -1,8 +1,6 @@
-"""Failed jobs, and those that wait to be tried again, grouped by the fingerprint of their error: counted as they come
-and go.
+"""Count failed jobs, and jobs that wait for a retry, by the fingerprint of their error.
 
-Kept in memory, from committed changes; what was there before the start is looked at once, in small slices. Nothing is
-looked for when somebody asks.
+The counts are in memory and follow committed changes. Jobs from before the start are read once, in small slices.
 """
 
 from __future__ import annotations
@@ -22,28 +20,28 @@ from jobd.model.job import Job, first_line
 from jobd.model.responses import FailureGroup, FailuresView
 from jobd.model.storage import JobQuery, JobStorage
 
-MAX_GROUPS: Final = 1_000  # beyond it errors that nobody has seen yet are counted together
-MAX_FORMER: Final = 1_000  # groups that are empty now, of which it is known since when there were such errors
-MAX_NAMES: Final = 20  # queues and kinds of a group
-MAX_IDS: Final = 20  # of the latest jobs of a group;
-SHOWN_IDS: Final = 5  # so many are shown
+MAX_GROUPS: Final = 1_000  # errors beyond this are counted together
+MAX_FORMER: Final = 1_000  # empty groups whose first occurrence is remembered
+MAX_NAMES: Final = 20  # queues and kinds per group
+MAX_IDS: Final = 20  # latest jobs per group,
+SHOWN_IDS: Final = 5  # of which this many are shown
 SHOWN_NAMES: Final = 10
-SHOWN_TEXT: Final = 500  # characters of a message; its first line is never cut
-SCAN: Final = 500  # rows of history in one go
-LIMIT: Final = 50  # failed jobs of these
-PAUSE_S: Final = 0.005  # between two looks
-RETRY_S: Final = 5.0  # after a look that failed
+SHOWN_TEXT: Final = 500  # characters of a message; its first line is never shortened
+SCAN: Final = 500  # rows of history read at a time,
+LIMIT: Final = 50  # up to this many failed jobs
+PAUSE_S: Final = 0.005  # between two reads
+RETRY_S: Final = 5.0  # after a failed read
 
 log = structlog.get_logger("jobd.failures")
 
 
-What = Literal["failed", "retrying"]  # queued with the error of its last attempt
+What = Literal["failed", "retrying"]  # "retrying": queued with the error of its latest attempt
 
 
 class GroupState(Struct):
-    """Jobs with the same error. `ids` are the latest of them, with the time of their failure."""
+    """Jobs with the same error. `ids` maps the latest of them to the time of their failure."""
 
-    first_at: int  # also of those that were in it before it was empty for a while
+    first_at: int  # also counts jobs from before the group was empty
     message: str = ""
     code: str | None = None
     failed: int = 0
@@ -72,7 +70,7 @@ class GroupState(Struct):
             del self.ids[min(self.ids, key=self.ids.__getitem__)]
 
     def leave(self, job: Job, what: What) -> bool:
-        """False where none of its jobs is there in this way: it was counted elsewhere."""
+        """Remove a job. Return False if none of its jobs is counted this way."""
         if (self.failed if what == "failed" else self.retrying) == 0:
             return False
         self._add(what, -1)
@@ -92,26 +90,25 @@ class GroupState(Struct):
 
 
 class FailureGroups:
-    """`committed` is told of every commit; `run` looks at what was there at the start: the failed jobs below `top`, and
-    `live` jobs."""
+    """`committed` follows commits. `run` reads what existed at the start: failed jobs below `top`, and `live` jobs."""
 
     def __init__(self, disk: JobStorage, top: int, live: Iterable[Job] = ()) -> None:
         self._disk = disk
         self._groups: dict[str, GroupState] = {}
-        self._gone: dict[str, int] = {}  # since when there were such errors, of groups that are empty now
-        self._other: dict[What, int] = {"failed": 0, "retrying": 0}  # jobs whose error has no group of its own
-        # Live jobs as they were at the start: not counted yet, as nothing has happened to them since.
+        self._gone: dict[str, int] = {}  # first occurrences of groups that are empty now
+        self._other: dict[What, int] = {"failed": 0, "retrying": 0}  # jobs whose error has no group
+        # Live jobs as of the start. They are not counted until read, or changed.
         self._unseen = {job.id: job for job in live if job.error is not None and job.status == "queued"}
         self._top = top
-        # Of each slice that was looked at, from the top down: below which seq it ends (negated: bisect wants them
-        # rising), and the last event that it knows of. What the jobs of a slice did before is counted already.
+        # For each slice read, in descending order: the seq at which it ends (negated, so that bisect finds it), and
+        # the last event that it includes. Earlier events of its jobs are counted already.
         self._ends: list[int] = []
         self._known: list[int] = []
-        self._below = top  # jobs below it are still to be looked at
+        self._below = top  # jobs below it are not read yet
         self._wake = asyncio.Event()
         self._stopping = False
 
-    # -- what happens -------------------------------------------------------------------------------------------------
+    # -- changes -------------------------------------------------------------------------------------------------------
 
     def committed(self, changes: Sequence[Change]) -> None:
         for change in changes:
@@ -119,12 +116,12 @@ class FailureGroups:
             if (before is None or (before.error is None and before.status != "failed")) and (
                 after is None or (after.error is None and after.status != "failed")
             ):
-                continue  # as nearly every change: no call is spent on it
+                continue  # nearly every change: avoid the calls below
             was, now = _what(before), _what(after)
             if was == "retrying" and self._unseen.pop(change.event.job_id, None) is not None:
                 was = None
             if "failed" in (was, now) and change.event.seq <= self._known_of(change.event.job_seq):
-                # As a failed job it is counted by the look at what was there, or was.
+                # The read of the history counts it as a failed job.
                 was, now = None if was == "failed" else was, None if now == "failed" else now
             self._count(change, was, now)
 
@@ -136,11 +133,11 @@ class FailureGroups:
             self._leave(before, was)
         if after is not None and now is not None:
             self._enter(after, now, after.finished_at or change.event.at)
-        if before is not None and was is not None:  # not before it has entered: it may be the same group
+        if before is not None and was is not None:  # after `_enter`: it may be the same group
             self._forget_if_empty(_name(before))
 
     def _known_of(self, job_seq: int) -> float:
-        """The last event that is counted of this job already; all of them, where it is still to be looked at."""
+        """Return the last event of the job that is counted already; infinity if the job is not read yet."""
         if job_seq >= self._top:
             return 0
         if job_seq < self._below:
@@ -170,8 +167,7 @@ class FailureGroups:
             del self._gone[next(iter(self._gone))]
 
     def _group(self, job: Job, at: int) -> GroupState | None:
-        """None where all groups are taken, or where the job has no error (an import may bring some): by no name they
-        could be found, so nothing could be done to just those."""
+        """Return the group of a job, or None if all groups are taken or the job has no error."""
         name = _name(job)
         if name is None:
             return None
@@ -179,15 +175,15 @@ class FailureGroups:
             self._groups[name] = GroupState(self._gone.pop(name, at))
         return self._groups.get(name)
 
-    # -- what was there -----------------------------------------------------------------------------------------------
+    # -- history -------------------------------------------------------------------------------------------------------
 
     @property
     def is_whole(self) -> bool:
-        """Whether all jobs have been looked at."""
+        """Whether all jobs are counted."""
         return self._below <= 0 and not self._unseen
 
     async def run(self) -> None:
-        """Until `stop`, or until all jobs have been looked at."""
+        """Run until `stop`, or until all jobs are counted."""
         while not (self._stopping or self.is_whole):
             pause_s = PAUSE_S
             try:
@@ -209,7 +205,7 @@ class FailureGroups:
             return
         query = JobQuery(status="failed", limit=LIMIT, before=self._below, scan=SCAN, payloads=False)
         page = await self._disk.find(query)
-        # From here on nothing else happens before the end.
+        # No await below: nothing else changes before the slice is recorded.
         for job, _ in page.jobs:
             self._enter(job, "failed", job.finished_at or job.updated_at)
         self._below = page.next_before or 0
@@ -222,10 +218,10 @@ class FailureGroups:
         timer.cancel()
         self._wake.clear()
 
-    # -- what somebody asks -------------------------------------------------------------------------------------------
+    # -- view ----------------------------------------------------------------------------------------------------------
 
     def view(self, limit: int) -> FailuresView:
-        """The `limit` largest groups."""
+        """Return the `limit` largest groups."""
         largest = sorted(self._groups.items(), key=lambda each: (-each[1].count, -each[1].last_at, each[0]))
         shown = [_shown(name, group) for name, group in largest[:limit]]
         failed = sum(group.failed for group in self._groups.values()) + self._other["failed"]
@@ -241,7 +237,7 @@ class FailureGroups:
 
 
 def _what(job: Job | None) -> What | None:
-    """As what a job counts, if it does."""
+    """Return how a job counts, or None."""
     if job is None or (job.error is None and job.status != "failed"):
         return None
     return "failed" if job.status == "failed" else "retrying" if job.status == "queued" else None

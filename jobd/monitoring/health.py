@@ -1,6 +1,6 @@
-"""Measured health: the disk by a write and a read back, memory by a round trip and a recount, artifacts, cleanup.
+"""Measured health: the disk by a write and a read, memory by a round trip and a recount, artifacts, cleanup.
 
-Changes no job and never raises: what cannot be measured is said to be so.
+It changes no job and never raises. A part that cannot be measured is unhealthy.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ log = structlog.get_logger("jobd.health")
 
 MAX_AGE_S: Final = 5.0
 SPACE_MAX_AGE_S: Final = 1.0
-TIMEOUT_S: Final = 2.0  # for one part; what takes longer is unhealthy, and is not asked a second time meanwhile
+TIMEOUT_S: Final = 2.0  # for one part; a slower one is unhealthy, and not measured again before it responds
 STORAGE_TIMEOUT_S: Final = 5.0  # a bucket may be far away
-SAMPLE: Final = 50  # jobs that are compared with the disk
-SAMPLED_FROM: Final = 10_000  # the oldest live jobs; a sample begins somewhere among them, the next one further on
+SAMPLE: Final = 50  # jobs compared with the disk
+SAMPLED_FROM: Final = 10_000  # the oldest live jobs; each sample continues where the previous one ended
 COMPARISONS: Final = 3
 MAX_FAULTS: Final = 100
-MAX_NAMED: Final = 5  # jobs or faults that a message names
+MAX_NAMED: Final = 5  # jobs or faults named in a message
 _WORST: Final[tuple[HealthStatus, ...]] = ("healthy", "degraded", "unhealthy")
 _REFUSED: Final = {
     Closed.NOTHING: "no write fits",
-    Closed.CREATES: "new jobs are refused",
-    Closed.ALL_BUT_ENDINGS: "only endings and deletions are taken",
-    Closed.ALL_WRITES: "every change is refused",
+    Closed.CREATES: "new jobs are rejected",
+    Closed.ALL_BUT_ENDINGS: "only writes that end or delete jobs are accepted",
+    Closed.ALL_WRITES: "every change is rejected",
 }
 
 
@@ -61,10 +61,10 @@ class SweepStatus(Protocol):
 
 
 class Health:
-    """`view` measures, or gives what was measured within the last 5 s; `last` is that or an older one.
+    """`view` returns health at most 5 s old; `last` is the latest result.
 
-    `faults` are sentences about damage that the start found, `take_faults` gives (once) those met since.
-    `artifacts` and `sweeper` are None where no artifact store is configured.
+    `faults` are sentences about damage found by the start; `take_faults` returns damage found since, once.
+    `artifacts` and `sweeper` are None if no artifact store is configured.
     """
 
     def __init__(
@@ -86,15 +86,15 @@ class Health:
         self._sweeper = sweeper
         self._faults: deque[str] = deque(faults, MAX_FAULTS)
         self._take_faults = take_faults
-        self._known = self._known_now()  # as of the last measurement
-        self._measured_at = 0.0  # loop time at the beginning of the measurement
-        self._space_at: float | None = None  # loop time at which the space of the disk was read
+        self._known = self._known_now()  # as of the latest measurement
+        self._measured_at = 0.0  # loop time at the start of the measurement
+        self._space_at: float | None = None  # loop time at which the free space was read
         self._measuring: asyncio.Task[HealthView] | None = None
-        self._open: dict[str, asyncio.Task[Any]] = {}  # what was asked and has not been answered yet
+        self._open: dict[str, asyncio.Task[Any]] = {}  # requests without a response yet
         self._next_sample = 0
 
     async def view(self) -> HealthView:
-        """The health of the daemon, at most 5 s old. Callers that come during a measurement share it."""
+        """Return the health of the daemon, at most 5 s old. Concurrent callers share a measurement."""
         loop_time = asyncio.get_running_loop().time()
         is_fresh = loop_time - self._measured_at < MAX_AGE_S and self._known == self._known_now()
         if self.last is not None and self._measuring is None and is_fresh:
@@ -119,15 +119,15 @@ class Health:
         return full_disk.closed, full_disk.has_reserve, self._clock.moment().suspect
 
     def _as_of_now(self, last: HealthView) -> HealthView:
-        """What was measured; whether a pass runs costs nothing to know, so it is never old."""
+        """Return the latest result with the current state of cleanup."""
         state, cleanup = self._cleanup.state(), last.cleanup_status
         now = replace(cleanup, running=state.cleanup_running, time_since_last_cleanup=state.time_since_last_cleanup)
         return replace(last, cleanup_status=now)
 
     async def close(self) -> None:
-        """Wait for what was asked of the disk and the mailbox and has not been answered. Call it before they end.
+        """Wait for pending requests to the disk and the mailbox. Call this before they end.
 
-        Artifacts are not waited for: their place may be a mount that never answers.
+        Artifacts are not waited for: they may be on a mount that hangs.
         """
         if (storage := self._open.get("storage")) is not None:
             storage.cancel()
@@ -158,10 +158,10 @@ class Health:
             return await measure()
         except Exception as error:
             log.exception("health_check_failed", part=part)
-            return PartHealth("unhealthy", f"It could not be measured: {type(error).__name__}: {error}")
+            return PartHealth("unhealthy", f"It cannot be measured: {type(error).__name__}: {error}")
 
     async def _in_time(self, what: str, ask: Callable[[], Awaitable[Any]], patience_s: float = TIMEOUT_S) -> Any:
-        """The answer, or TimeoutError after that time; nothing is cancelled, a late answer is waited for next time."""
+        """Return the response, or raise TimeoutError. The request is not cancelled; the next call waits for it."""
         task = self._open.get(what)
         if task is None:
             task = self._open[what] = asyncio.create_task(_awaited(ask))
@@ -170,10 +170,10 @@ class Health:
             raise TimeoutError
         self._open.pop(what, None)
         if task.cancelled():
-            raise TimeoutError  # by `close`
+            raise TimeoutError  # cancelled by `close`
         return task.result()
 
-    # -- the database -------------------------------------------------------------------------------------------------
+    # -- the database ------------------------------------------------------------------------------------------------
 
     async def _database(self) -> PartHealth:
         loop_time = asyncio.get_running_loop().time
@@ -183,9 +183,9 @@ class Health:
         except DiskFull:
             return await self._full_disk()
         except TimeoutError:
-            return PartHealth("unhealthy", f"The disk has not answered a write for {TIMEOUT_S:g} s. Is it overloaded?")
+            return PartHealth("unhealthy", f"The disk has not completed a write for {TIMEOUT_S:g} s. Is it overloaded?")
         except Exception as error:
-            return PartHealth("unhealthy", f"A write and a read back failed ({error}). See the log; run: jobd doctor")
+            return PartHealth("unhealthy", f"A write and a read failed ({error}). See the log and run: jobd doctor")
         took_ms = (loop_time() - began) * 1000
         if self._actor.full_disk.closed:
             return await self._full_disk()
@@ -195,7 +195,7 @@ class Health:
             wrong.append(_without_reserve(space))
         if wrong:
             return PartHealth("degraded", " ".join(wrong))
-        return PartHealth("healthy", f"A write and a read back took {took_ms:.1f} ms.")
+        return PartHealth("healthy", f"A write and a read took {took_ms:.1f} ms.")
 
     async def _full_disk(self) -> PartHealth:
         """Describe a full disk: new jobs are rejected, or the next one will be."""
@@ -205,7 +205,7 @@ class Health:
         return PartHealth("unhealthy", f"{told} Free some space; jobd tries again every second.")
 
     def _damage(self) -> str | None:
-        """What is known to be damaged, and how it is mended."""
+        """Describe known damage and how to repair it, or return None."""
         for fault in self._take_faults():
             log.error("store_fault", fault=fault)
             if fault not in self._faults:
@@ -213,12 +213,12 @@ class Health:
         said = []
         if quarantined := self._actor.book.quarantined:
             names = _some(list(islice(quarantined, MAX_NAMED)), len(quarantined))
-            said.append(f"Jobs in quarantine: {names}.")
+            said.append(f"Quarantined jobs: {names}.")
         if self._faults:
             said.append(f"Damage: {_some(list(islice(self._faults, MAX_NAMED)), len(self._faults), '; ')}.")
         return f"{' '.join(said)} Run: jobd doctor" if said else None
 
-    # -- memory -------------------------------------------------------------------------------------------------------
+    # -- memory ------------------------------------------------------------------------------------------------------
 
     async def _cache(self) -> PartHealth:
         loop_time = asyncio.get_running_loop().time
@@ -226,45 +226,44 @@ class Health:
         try:
             answer = await self._in_time("ping", self._ping)
         except TimeoutError:
-            waiting = f"{self._actor.waiting} commands wait"
-            return PartHealth("unhealthy", f"The mailbox has not answered for {TIMEOUT_S:g} s; {waiting}.")
+            waiting = f"{self._actor.waiting} commands are waiting"
+            return PartHealth("unhealthy", f"The mailbox has not responded for {TIMEOUT_S:g} s; {waiting}.")
         if isinstance(answer, ApiError):
             status: HealthStatus = "degraded" if answer.code == "overloaded" else "unhealthy"
             return PartHealth(status, answer.message)
         took_ms = (loop_time() - began) * 1000
         wrong = self._miscount()
         if wrong is not None:
-            return PartHealth("unhealthy", f"{wrong} Restart the daemon: it counts anew.")
+            return PartHealth("unhealthy", f"{wrong} Restart the daemon to count again.")
         try:
             differing, compared = await self._in_time("sample", self._recount)
         except TimeoutError:
-            return PartHealth("degraded", f"The disk has not answered a read for {TIMEOUT_S:g} s.")
+            return PartHealth("degraded", f"The disk has not completed a read for {TIMEOUT_S:g} s.")
         if differing:
             message = f"Memory and disk differ for {', '.join(differing)}."
-            return PartHealth("unhealthy", f"{message} Restart the daemon: in doubt the disk is right.")
-        return PartHealth("healthy", f"A round trip took {took_ms:.1f} ms; {compared} jobs are as on the disk.")
+            return PartHealth("unhealthy", f"{message} Restart the daemon: it loads the state from the disk.")
+        return PartHealth("healthy", f"A round trip took {took_ms:.1f} ms; {compared} jobs match the disk.")
 
     async def _ping(self) -> object:
         return await self._actor.ask(Ping(), by="daemon")
 
     def _miscount(self) -> str | None:
-        """Which counters do not agree with each other and with what they count."""
+        """Return the first counters that disagree with each other or with the jobs, as a sentence, or None."""
         book = self._actor.book
         for status in STATUSES:
             total, by_queue = book.totals[status], sum(counts.get(status, 0) for counts in book.counts.values())
             if total != by_queue:
-                return f"There are {total} {status} jobs by one counter and {by_queue} by another."
+                return f"One counter says {total} {status} jobs, another {by_queue}."
         for status, held in (("processing", len(book.processing)), ("queued", len(book.jobs) - len(book.processing))):
             if book.totals[status] != held:
                 return f"{held} jobs are {status}, but the counter says {book.totals[status]}."
         return None
 
     async def _recount(self) -> tuple[list[str], int]:
-        """Ids of a sample of live jobs whose rows differ from the disk's, and how many were compared.
+        """Compare a sample of live jobs with the disk. Return the ids of different ones and the number compared.
 
-        While a batch is written memory may be ahead of the disk, and after a refused one for a moment too. So a job
-        counts as differing only if it does so each time, unchanged in memory, with a whole round trip
-        through the mailbox in between.
+        Memory is ahead of the disk while a batch is written, and for a moment after a rejected one. A job is different
+        only if it differs each time, unchanged in memory, with a round trip through the mailbox in between.
         """
         sample = self._sample()
         compared = len(sample)
@@ -273,11 +272,11 @@ class Health:
             if not sample:
                 return [], compared
             if isinstance(await self._ping(), ApiError):
-                return [], 0  # too busy, or stopping: the next measurement says more
+                return [], 0  # overloaded or stopping: the next measurement will tell
         return sorted(sample)[:MAX_NAMED], compared
 
     def _sample(self) -> dict[str, Job]:
-        """Processing jobs and queued ones, from further on each time."""
+        """Return processing and queued jobs; each sample continues where the previous one ended."""
         book = self._actor.book
         begin = self._next_sample if self._next_sample < min(len(book.jobs), SAMPLED_FROM) else 0
         self._next_sample = begin + SAMPLE
@@ -286,7 +285,7 @@ class Health:
         return {job.id: job for job in islice(chain(held, window), SAMPLE)}
 
     async def _differing(self, sample: dict[str, Job]) -> dict[str, Job]:
-        """Those of `sample` that are still the same in memory and are not so on the disk."""
+        """Return jobs of `sample` that are unchanged in memory and differ on the disk."""
         book = self._actor.book
         loaded = await self._actor.disk.load(list(sample), [], [])
         return {
@@ -295,7 +294,7 @@ class Health:
             if book.jobs.find(job_id) == job and loaded.jobs.get(job_id) != job
         }
 
-    # -- artifacts and cleanup ----------------------------------------------------------------------------------------
+    # -- artifacts and cleanup ---------------------------------------------------------------------------------------
 
     async def _storage(self) -> PartHealth:
         if self._artifacts is None:
@@ -305,25 +304,25 @@ class Health:
         try:
             await self._in_time("storage", self._artifacts.probe, STORAGE_TIMEOUT_S)
         except TimeoutError:
-            return PartHealth("unhealthy", f"{place} has not answered for {STORAGE_TIMEOUT_S:g} s.")
+            return PartHealth("unhealthy", f"{place} has not responded for {STORAGE_TIMEOUT_S:g} s.")
         except ArtifactStoreError as fault:
             return PartHealth("unhealthy", str(fault))
         if self._sweeper is not None and (complaint := self._sweeper.degraded_reason()) is not None:
             return PartHealth("degraded", complaint)
         took_ms = (loop_time() - began) * 1000
-        return PartHealth("healthy", f"{place}: a write, a read back and a deletion took {took_ms:.1f} ms.")
+        return PartHealth("healthy", f"{place}: a write, a read and a deletion took {took_ms:.1f} ms.")
 
     def _tried_cleanup(self) -> tuple[CleanupHealth, HealthStatus]:
         try:
             return self._cleanup_health()
         except Exception as error:
             log.exception("health_check_failed", part="cleanup")
-            return CleanupHealth(False, None, f"It could not be measured: {type(error).__name__}: {error}"), "unhealthy"
+            return CleanupHealth(False, None, f"It cannot be measured: {type(error).__name__}: {error}"), "unhealthy"
 
     def _cleanup_health(self) -> tuple[CleanupHealth, HealthStatus]:
         state = self._cleanup.state()
         said = [told for told in (self._cleanup.degraded_reason(), self._clock.doubt()) if told is not None]
-        message = " ".join(said) or "Passes run in time."
+        message = " ".join(said) or "Cleanup runs in time."
         view = CleanupHealth(state.cleanup_running, state.time_since_last_cleanup, message)
         return view, "degraded" if said else "healthy"
 

@@ -1,7 +1,4 @@
-"""Figures as Prometheus text: plain numbers are copied on the event loop, the text is made of them in a thread.
-
-Counts nothing itself but the lag of the loop; all other numbers are kept by those who know them.
-"""
+"""Metrics as Prometheus text. Values are copied on the event loop and formatted in a thread."""
 
 from __future__ import annotations
 
@@ -40,34 +37,34 @@ from jobd.model.responses import ProcessStats
 from jobd.model.storage import DiskSpace
 from jobd.monitoring.alerts import Alerts
 
-QUEUES_SHOWN: Final = 200  # those that were seen first; the rest is summed up under OTHER_QUEUES
-LANES_SEEN: Final = 2_000  # to know since when the oldest due job of a queue waits, each of its lanes is looked at
+QUEUES_SHOWN: Final = 200  # the first ones; the others are summed under OTHER_QUEUES
+LANES_SEEN: Final = 2_000  # kinds and priorities scanned to find the oldest due job of a queue
 LAG_EVERY_S: Final = 1.0
-COMMITS_KEPT: Final = 300  # as many seconds back the commits of `vitals` go
-LAGS_KEPT: Final = 20  # the worst of them is shown, so that a scrape every 15 s misses none
+COMMITS_KEPT: Final = 300  # seconds of commits that `vitals` covers
+LAGS_KEPT: Final = 20  # the worst is exported, so that a scrape every 15 s misses none
 FOUND_KINDS: Final = ("stuck", "expired_locks", "expired", "deleted", "issues")
-ISSUE_TYPES: Final = ("error", "critical")  # warnings are not counted by passes
+ISSUE_TYPES: Final = ("error", "critical")  # cleanup runs do not count warnings
 
-Counts = tuple[list[int], float]  # of a histogram: by bucket, and the sum
+Counts = tuple[list[int], float]  # histogram: counts by bucket, and the sum
 
 
 class Snapshot(Struct, frozen=True):
-    """Every number of one moment, shared with nobody."""
+    """All values at one moment. Nothing else refers to them."""
 
     jobs: dict[str, int]  # status -> jobs
     queues: list[tuple[str, dict[str, int]]]
-    paused: dict[str, bool]  # queue -> whether it is
+    paused: dict[str, bool]  # queue -> paused
     oldest_due_s: dict[str, float]  # queue -> seconds
     stuck: int
     locked: int
     grants: dict[str, int]  # queue -> grants
-    refusals: dict[str, int]  # code -> answers
+    refusals: dict[str, int]  # code -> responses
     stalls: int
     recovered: dict[str, int]  # action -> jobs
     late: dict[str, int]  # action -> late results
     passes: int
     found: dict[str, int]  # kind -> jobs
-    last_pass_at: int | None  # of the last successful pass, Unix ms
+    last_pass_at: int | None  # latest successful run, Unix ms
     failed_passes: int  # since then
     issues: dict[str, int]  # type -> issues
     processing: dict[str, Counts]  # queue -> seconds
@@ -120,9 +117,9 @@ class ListenerCounts(Protocol):
 
 
 class Metrics:
-    """`render` gives the text; `run` measures the lag of the loop until `stop`.
+    """`render` returns the text; `run` measures the lag of the event loop until `stop`.
 
-    `doors` may be opened later: the list is read anew each time. A store in memory has no files, and no sizes.
+    `doors` may grow later: the list is read each time. A store in memory has no files and no sizes.
     """
 
     def __init__(
@@ -151,11 +148,11 @@ class Metrics:
         self._stop = asyncio.Event()
 
     async def render(self) -> bytes:
-        """Prometheus text, format 0.0.4."""
+        """Return the metrics in Prometheus text format 0.0.4."""
         return await asyncio.to_thread(text, self.snapshot(), self._store_path)
 
     async def vitals(self) -> ProcessStats:
-        """How the process is, for people."""
+        """Return the state of the process for operators."""
         path = self._store_path
         database, wal = await asyncio.to_thread(lambda: (_size(path), _size(f"{path}-wal")))
         return ProcessStats(
@@ -170,12 +167,12 @@ class Metrics:
         )
 
     def commit_p99_s(self) -> float | None:
-        """So long took 99 of 100 commits of the last minutes at most; None where there was none."""
+        """Return the 99th percentile of commit times of the last minutes, or None."""
         before, now = self._commits[0], self._actor.commit_seconds.counts
         return quantile(0.99, [count - then for count, then in zip(now, before, strict=True)], COMMIT_BUCKETS_S)
 
     def snapshot(self) -> Snapshot:
-        """Copies only, nothing is formatted: it takes the loop for well under a millisecond, or 2 ms with 100 kinds."""
+        """Copy all values. Takes the loop well under a millisecond, or 2 ms with 100 kinds."""
         actor, book, cleaner = self._actor, self._actor.book, self._cleaner
         figures, report = book.figures, cleaner.last_success
         alerts = {alert.name: alert.firing for alert in self._alerts.evaluate()}
@@ -218,7 +215,7 @@ class Metrics:
         )
 
     async def run(self) -> None:
-        """How much later than asked for the loop comes back to us, once a second."""
+        """Measure the lag of the event loop once a second."""
         while not self._stop.is_set():
             began = time.perf_counter()
             with contextlib.suppress(TimeoutError):
@@ -231,8 +228,8 @@ class Metrics:
 
 
 def text(now: Snapshot, store_path: str) -> bytes:
-    """The exposition of `now` and of the sizes of the store's files. Reads the file system: call it off the loop."""
-    registry = CollectorRegistry(auto_describe=False)  # our own: nothing of the process comes in by itself
+    """Format `now` and the sizes of the store's files. Reads the file system: call this off the loop."""
+    registry = CollectorRegistry(auto_describe=False)  # our own registry: no process metrics
     registry.register(_Collected([*_jobs(now), *_cleanup(now), *_webhooks(now), *_machine(now), *_files(store_path)]))
     return generate_latest(registry)
 
@@ -254,29 +251,29 @@ def _jobs(now: Snapshot) -> Iterator[Metric]:
     queues = ((name, status, counts.get(status, 0)) for name, counts in now.queues for status in STATUSES)
     yield _gauges("queue_jobs", "Jobs by queue and status.", ["queue", "status"], queues)
     paused = ((name, int(is_paused)) for name, is_paused in now.paused.items())
-    yield _gauges("queue_paused", "1 while an operator keeps the queue from being worked on.", ["queue"], paused)
-    help_ = "For how long the oldest job that is due has waited, by queue."
+    yield _gauges("queue_paused", "1 while the queue is paused.", ["queue"], paused)
+    help_ = "How long the oldest due job has been waiting, by queue."
     yield _gauges("queue_oldest_due_seconds", help_, ["queue"], now.oldest_due_s.items())
-    yield _gauge("stuck_jobs", "Jobs whose worker went silent for too long.", now.stuck)
+    yield _gauge("stuck_jobs", "Jobs whose worker has stalled.", now.stuck)
     yield _gauge("locked_jobs", "Jobs with a live lock.", now.locked)
-    yield _counters("grants", "Jobs handed to workers, by queue.", ["queue"], now.grants.items())
+    yield _counters("grants", "Jobs granted to workers, by queue.", ["queue"], now.grants.items())
     events = ((kind, now.events.get(kind, 0)) for kind in get_args(EventType))
-    yield _counters("events", "Committed events, by type: what timelines and streams show.", ["type"], events)
+    yield _counters("events", "Committed events, by type.", ["type"], events)
     refusals = ((code, now.refusals.get(code, 0)) for code in ERROR_STATUS)
-    yield _counters("refusals", "Requests refused, by code; already_locked is lock contention.", ["code"], refusals)
-    yield _counter("stalls", "Grants that ended because the worker went silent.", now.stalls)
+    yield _counters("refusals", "Error responses, by code; already_locked is lock contention.", ["code"], refusals)
+    yield _counter("stalls", "Grants that ended because the worker stalled.", now.stalls)
     yield _counters("recovered", "Stuck jobs recovered: reset to queued, or failed.", ["action"], now.recovered.items())
-    yield _counters("late_results", "Results of workers that had lost their lock.", ["action"], now.late.items())
+    yield _counters("late_results", "Results submitted after the lock expired.", ["action"], now.late.items())
     help_ = "Time from grant to completion, by queue."
     seconds = HistogramMetricFamily("jobd_processing_seconds", help_, labels=["queue"])
     for queue, counts in now.processing.items():
         seconds.add_metric([queue], _buckets(counts[0], PROCESSING_BUCKETS_S), counts[1])
     yield seconds
-    help_ = "Within so much time 95 of 100 jobs of the kind were completed, in the last hour and usually."
+    help_ = "95th percentile of processing times by kind, in the last hour and usually."
     yield _gauges("processing_p95_seconds", help_, ["kind", "window"], _paces(now))
-    help_ = "Jobs granted again while the worker before had time left and had not said that it stopped."
+    help_ = "Jobs granted again while the previous worker had time left and had not reported that it stopped."
     yield _counter("granted_twice", help_, now.granted_twice)
-    help_ = "Jobs whose damaged rows were set aside."
+    help_ = "Quarantined jobs."
     yield _gauge("quarantined_jobs", help_, now.quarantined)
 
 
@@ -288,23 +285,23 @@ def _paces(now: Snapshot) -> Iterator[tuple[str, str, float]]:
 
 
 def _cleanup(now: Snapshot) -> Iterator[Metric]:
-    yield _counter("cleanup_passes", "Cleanup passes since the start.", now.passes)
+    yield _counter("cleanup_passes", "Cleanup runs since the start.", now.passes)
     found = ((kind, now.found.get(kind, 0)) for kind in FOUND_KINDS)
-    yield _counters("cleanup_found", "What recovery and passes found and acted on since the start.", ["kind"], found)
+    yield _counters("cleanup_found", "Jobs that recovery and cleanup runs acted on since the start.", ["kind"], found)
     last = [] if now.last_pass_at is None else [(now.last_pass_at / SECOND_MS,)]
     yield _gauges(
         "cleanup_last_timestamp_seconds", "When the last successful cleanup pass ended (Unix time).", [], last
     )
-    help_ = "Cleanup passes with errors since the last successful one."
+    help_ = "Cleanup runs with errors since the last successful one."
     yield _gauge("cleanup_failed_passes", help_, now.failed_passes)
     issues = ((kind, now.issues.get(kind, 0)) for kind in ISSUE_TYPES)
-    yield _counters("validation_issues", "Issues that passes found since the start, by type.", ["type"], issues)
-    help_ = "Stored objects of deleted jobs and late results that are to be deleted."
+    yield _counters("validation_issues", "Issues that cleanup runs found since the start, by type.", ["type"], issues)
+    help_ = "Artifacts of deleted jobs and late results that wait for deletion."
     yield _gauge("artifact_tombstones", help_, now.sweeps.waiting)
-    help_ = "For how long the first of them could have been deleted."
+    help_ = "How long the first of them has been due."
     yield _gauge("artifact_sweep_behind_seconds", help_, now.sweeps.behind_ms / SECOND_MS)
     swept = {"deleted": now.sweeps.deleted, "left": now.sweeps.left, "failed": now.sweeps.failures}
-    help_ = "Stored objects of deleted jobs since the start: deleted, left as another's, failed tries."
+    help_ = "Artifacts of deleted jobs since the start: deleted, kept because another job uses it, failed attempts."
     yield _counters("artifacts_swept", help_, ["outcome"], swept.items())
     firing = ((name, int(is_firing)) for name, is_firing in now.alerts.items())
     yield _gauges("alert_firing", "1 while the alert fires.", ["alert"], firing)
@@ -312,7 +309,7 @@ def _cleanup(now: Snapshot) -> Iterator[Metric]:
 
 def _webhooks(now: Snapshot) -> Iterator[Metric]:
     help_ = (
-        "Messages to webhooks since the start: delivered, failed tries, given up; gap: events that could not be told."
+        "Webhook messages since the start: delivered, failed attempts, dead-lettered, and gaps (events not delivered)."
     )
     family = CounterMetricFamily("jobd_webhook_deliveries", help_, labels=["endpoint", "outcome"])
     for name, each in now.webhooks.items():
@@ -321,39 +318,39 @@ def _webhooks(now: Snapshot) -> Iterator[Metric]:
             family.add_metric([name, outcome], count)
     yield family
     waiting = ((name, each.waiting) for name, each in now.webhooks.items())
-    yield _gauges("webhook_waiting_deliveries", "Messages that wait to be delivered.", ["endpoint"], waiting)
+    yield _gauges("webhook_waiting_deliveries", "Messages that wait for delivery.", ["endpoint"], waiting)
     lags = ((name, each.lag) for name, each in now.webhooks.items())
-    yield _gauges("webhook_lag_events", "Events that the webhook was not told of yet.", ["endpoint"], lags)
+    yield _gauges("webhook_lag_events", "Journal events not read for the webhook yet.", ["endpoint"], lags)
     paused = ((name, int(each.paused)) for name, each in now.webhooks.items())
-    help_ = "1 during a break: nothing, or one message on trial, is sent, as too many have failed."
+    help_ = "1 while the circuit breaker of the webhook is open or half-open."
     yield _gauges("webhook_paused", help_, ["endpoint"], paused)
 
 
 def _machine(now: Snapshot) -> Iterator[Metric]:
     for name, help_, counts, bounds in (
         ("commit_seconds", "Time of one commit with its fsync.", now.commit_seconds, COMMIT_BUCKETS_S),
-        ("batch_commands", "Commands of one commit.", now.batch_commands, BATCH_BUCKETS),
+        ("batch_commands", "Commands per commit.", now.batch_commands, BATCH_BUCKETS),
     ):
         family = HistogramMetricFamily(f"jobd_{name}", help_)
         family.add_metric([], _buckets(counts[0], bounds), counts[1])
         yield family
-    yield _gauge("mailbox_commands", "Commands that wait to be decided.", now.mailbox)
-    yield _gauge("mailbox_limit_commands", "So many commands may wait (limits.mailbox).", now.mailbox_limit)
+    yield _gauge("mailbox_commands", "Commands that wait in the mailbox.", now.mailbox)
+    yield _gauge("mailbox_limit_commands", "Maximum number of waiting commands (limits.mailbox).", now.mailbox_limit)
     yield _gauge("parked_claims", "Claims that wait for work.", now.parked)
-    yield _gauge("event_streams", "Open streams of events.", now.listeners)
-    yield _counter("event_streams_dropped", "Streams of events cut off because they were read too slowly.", now.dropped)
+    yield _gauge("event_streams", "Open event streams.", now.listeners)
+    yield _counter("event_streams_dropped", "Event streams closed because the client read too slowly.", now.dropped)
     yield _gauge("loop_lag_seconds", "The worst lag of the event loop in the last 20 s.", now.lag_s)
-    help_ = "What a full disk closes: 0 nothing, 1 creates, 2 all but endings and deletions, 3 every change."
+    help_ = "Writes rejected because the disk is full: 0 none, 1 creates, 2 all but endings and deletions, 3 all."
     yield _gauge("disk_full", help_, now.disk_full)
     disks = [] if now.disk is None else [now.disk]
-    help_ = "Free space of the disk of the store, for jobd."
+    help_ = "Free space of the store's disk that jobd can use."
     yield _gauges("disk_free_bytes", help_, [], [(disk.free_bytes,) for disk in disks])
     yield _gauges("disk_total_bytes", "Size of the disk of the store.", [], [(disk.total_bytes,) for disk in disks])
     yield _gauge(
         "clock_suspect", "1 while the wall clock is suspect and nothing is deleted or failed by age.", now.clock_suspect
     )
     build = [(__version__, platform.python_version(), 1)]
-    yield _gauges("build_info", "Which jobd this is.", ["version", "python"], build)
+    yield _gauges("build_info", "Version of jobd and of Python.", ["version", "python"], build)
 
 
 def _files(store_path: str) -> Iterator[Metric]:
@@ -362,7 +359,7 @@ def _files(store_path: str) -> Iterator[Metric]:
 
 
 def oldest_due_s(book: Book, now: int) -> dict[str, float]:
-    """For each queue that is shown by its name, 0 where nothing is due. Queues of very many lanes are passed over."""
+    """Return the wait of the oldest due job for each named queue, or 0. Queues with very many kinds are skipped."""
     found, left = {}, LANES_SEEN
     for queue in islice(book.counts, QUEUES_SHOWN):
         left -= (lanes := book.due_lanes(queue))
@@ -384,7 +381,7 @@ def capped(book: Book) -> list[tuple[str, dict[str, int]]]:
 
 
 def quantile(part: float, counts: Sequence[int], bounds: Sequence[float]) -> float | None:
-    """The bound of the bucket in which the `part` of all lies; infinity above all bounds, None where there are none."""
+    """Return the bound of the bucket that contains the quantile; infinity above all bounds, None if empty."""
     wanted = part * sum(counts)
     if not wanted:
         return None
@@ -396,7 +393,7 @@ def _copy(histogram: Histogram) -> Counts:
 
 
 def _buckets(counts: list[int], bounds: Sequence[float]) -> list[tuple[str, float]]:
-    """Upper bound and how many were at or below it, as Prometheus wants them."""
+    """Return upper bounds with cumulative counts."""
     names = [*map(floatToGoString, bounds), "+Inf"]
     return list(zip(names, accumulate(counts), strict=True))
 
@@ -404,7 +401,7 @@ def _buckets(counts: list[int], bounds: Sequence[float]) -> list[tuple[str, floa
 def _size(path: str) -> int:
     try:
         return os.stat(path).st_size
-    except FileNotFoundError:  # no log yet, or a store in memory
+    except FileNotFoundError:  # no write-ahead log yet, or a store in memory
         return 0
 
 
@@ -413,12 +410,12 @@ def _gauge(name: str, help_: str, value: float) -> Metric:
 
 
 def _counter(name: str, help_: str, value: float) -> Metric:
-    """Shown as `jobd_<name>_total`."""
+    """Exported as `jobd_<name>_total`."""
     return CounterMetricFamily(f"jobd_{name}", help_, value=value)
 
 
 def _gauges(name: str, help_: str, labels: list[str], rows: Iterable[tuple[str | float, ...]]) -> Metric:
-    """A row is its label values and the number."""
+    """Each row is the label values and the value."""
     family = GaugeMetricFamily(f"jobd_{name}", help_, labels=labels)
     for *values, number in rows:
         family.add_metric([str(value) for value in values], float(number))

@@ -1,7 +1,6 @@
-"""What happened in the last hour and the last day, for charts and for each queue.
+"""Counts of the last hour and the last day, for charts, and of each queue.
 
-Counts committed changes and nothing else; no promise depends on it. The charts outlive a restart as they were saved
-last, what is said of queues does not.
+Charts are saved and survive a restart; the counts of queues do not.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from msgspec import Struct
 from jobd.model.events import Change
 from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 
-# Which of the three lines an event counts for. An attempt that failed is a failure, whether or not it is tried again;
-# a job that fails without one (it expired, or an operator failed it as it waited) is none.
+# The series that an event counts for. Every failed attempt counts as a failure, whether or not it is retried. A job
+# that fails without an attempt (it expired, or an operator failed it while it waited) does not.
 LINES: Final = {
     "created": 0,
     "imported": 0,
@@ -33,12 +32,12 @@ STEPS: Final = 360  # an hour
 SLOT_MS: Final = 10 * MINUTE_MS
 SLOTS: Final = 144  # a day
 MINUTES: Final = 60
-MAX_QUEUES: Final = 1_000  # of the others nothing is said
+MAX_QUEUES: Final = 1_000  # further queues have no counts
 _NOTHING: Final = (0, 0, 0)
 
 
 class ChartSeries(Struct, frozen=True):
-    """`at` are the beginnings of the steps in Unix seconds, the others how often it happened in each."""
+    """`at` are the starts of the steps in Unix seconds, the others the counts in each."""
 
     at: list[int]
     created: list[int]
@@ -47,7 +46,7 @@ class ChartSeries(Struct, frozen=True):
 
 
 class Chart(Struct, frozen=True):
-    """The last hour in steps of 10 s, the last day in steps of 10 min. `since`: nothing was counted before, Unix ms."""
+    """The last hour in steps of 10 s, the last day in steps of 10 min. `since`: the start of counting, Unix ms."""
 
     hour: ChartSeries
     day: ChartSeries
@@ -55,7 +54,7 @@ class Chart(Struct, frozen=True):
 
 
 class Rates(Struct, frozen=True):
-    """How often it happened in the last minute, in the last hour and in the last day (or since the start)."""
+    """Counts in the last minute, hour and day (or since the start)."""
 
     created: tuple[int, int, int]
     completed: tuple[int, int, int]
@@ -63,7 +62,7 @@ class Rates(Struct, frozen=True):
 
 
 class QueueRate(Struct, frozen=True):
-    """What happened in a queue in the last hour (or since the start). `per_minute`: completed, on the average."""
+    """Counts of a queue in the last hour (or since the start). `per_minute`: completed jobs, on average."""
 
     created: int
     completed: int
@@ -72,13 +71,13 @@ class QueueRate(Struct, frozen=True):
 
     @property
     def failed_share(self) -> float | None:
-        """Of the attempts that ended, in percent; None where none did."""
+        """Failed attempts in percent, or None without attempts."""
         ended = self.completed + self.failed
         return 100 * self.failed / ended if ended else None
 
 
 class SavedTimeseries(Struct, frozen=True):
-    """What is saved: how often, by line, in each step of the hour and of the day. Times in Unix ms."""
+    """The saved form: counts by series in each step of the hour and of the day. Times in Unix ms."""
 
     since: int
     hour: dict[int, list[int]]
@@ -86,14 +85,14 @@ class SavedTimeseries(Struct, frozen=True):
 
 
 class StepCounts:
-    """How often it happened in each of the last `most` steps of `step_ms`, of which `known` are some."""
+    """Counts in each of the last `most` steps of `step_ms`, starting with `known`."""
 
     __slots__ = ("_counts", "_most", "_step_ms")
 
     def __init__(self, step_ms: int, most: int, known: dict[int, list[int]] | None = None) -> None:
         self._step_ms = step_ms
         self._most = most
-        self._counts = known or {}  # number of the step since 1970 -> how often, by line
+        self._counts = known or {}  # number of the step since 1970 -> counts by series
 
     def __len__(self) -> int:
         return len(self._counts)
@@ -103,11 +102,11 @@ class StepCounts:
         return self._counts
 
     def counts(self, at: int) -> list[int]:
-        """Those of the step of that time, by line, to be counted up."""
+        """Return the counts of the step of this time, to be incremented."""
         step = at // self._step_ms
         counts = self._counts.get(step)
         if counts is None:
-            # What lies ahead is of a clock that was set back: it would push out the present, and come up as news later.
+            # Steps ahead come from a clock that was set back. They would displace the present and show up later.
             for ahead in [each for each in self._counts if each > step + 1]:
                 del self._counts[ahead]
             counts = self._counts[step] = [*_NOTHING]
@@ -116,7 +115,7 @@ class StepCounts:
         return counts
 
     def lines(self, now: int) -> ChartSeries:
-        """The last `most` steps, the running one left out."""
+        """Return the last `most` complete steps."""
         first = now // self._step_ms - self._most
         steps = range(first, first + self._most)
         counts = [self._counts.get(step, _NOTHING) for step in steps]
@@ -124,14 +123,14 @@ class StepCounts:
         return ChartSeries([step * self._step_ms // SECOND_MS for step in steps], *columns)
 
     def sums(self, now: int, back: int) -> list[int]:
-        """Up to now, over the last `back` steps and the running one."""
+        """Return the sums over the last `back` steps and the current one."""
         last = now // self._step_ms
         chosen = [count for step, count in self._counts.items() if last - back < step <= last]
         return [sum(count[line] for count in chosen) for line in range(3)]
 
 
 class Timeseries:
-    """`since`: when it began to count, `started`: when this process did, Unix ms."""
+    """`since`: the start of counting; `started`: the start of this process, Unix ms."""
 
     def __init__(self, started: int, kept: SavedTimeseries | None = None) -> None:
         kept = kept or SavedTimeseries(started, {}, {})
@@ -139,11 +138,11 @@ class Timeseries:
         self.started = started
         self._hour = StepCounts(STEP_MS, STEPS, kept.hour)
         self._day = StepCounts(SLOT_MS, SLOTS, kept.day)
-        self._queues: dict[str, StepCounts] = {}  # the one that was heard of latest comes last
+        self._queues: dict[str, StepCounts] = {}  # most recently used last
 
     @classmethod
     def opened(cls, body: bytes, now: int) -> Timeseries:
-        """From what `kept` gave to the run before. Begins anew where that is no use, or of another version."""
+        """Restore from what `saved` returned. Start empty if it is unusable or of another version."""
         try:
             kept = msgspec.json.decode(body, type=SavedTimeseries)
         except msgspec.MsgspecError:
@@ -152,11 +151,11 @@ class Timeseries:
         return cls(now, kept if kept.since <= now and all(len(row) == len(_NOTHING) for row in rows) else None)
 
     def saved(self) -> bytes:
-        """What the next run goes on from, as JSON."""
+        """Return the state for the next start, as JSON."""
         return msgspec.json.encode(SavedTimeseries(self.since, self._hour.known, self._day.known))
 
     def record(self, changes: Sequence[Change]) -> None:
-        """Count what was committed. The changes of one batch are of the same moment, or almost."""
+        """Count committed changes. The changes of one batch have nearly the same time."""
         at = -1
         hour: list[int] = []
         day: list[int] = []
@@ -198,7 +197,7 @@ class Timeseries:
         return Rates(*zip(minute, hour, day, strict=True))
 
     def queue(self, name: str, now: int) -> QueueRate | None:
-        """None where nothing has been heard of it."""
+        """Return the counts of a queue, or None if there are none."""
         tally = self._queues.get(name)
         if tally is None:
             return None

@@ -345,10 +345,10 @@ def complete_some(daemon: Daemon, count: int) -> None:
         daemon.post(f"/v1/jobs/{grant['job']['id']}/complete", done)
 
 
-def test_every_module_has_its_line() -> None:
-    modules = {str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
-    documented = [ticked(name)[0] for name, _ in rows(ROOT / "docs/architecture.md", "module", "role")]
-    assert sorted(documented) == sorted(modules)
+def test_every_package_is_documented() -> None:
+    packages = {f"{path.name}/" for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
+    documented = {ticked(name)[0] for name, _ in rows(ROOT / "docs/architecture.md", "package", "role") if "`" in name}
+    assert documented == packages
 
 
 def test_every_exit_code_is_documented() -> None:
