@@ -118,12 +118,12 @@ def test_the_verb_prints_the_shipped_file(what: str, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == (SHIPPED / FILES[what]).read_text("utf-8")
 
 
-def test_another_file_is_there_none(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_file_is_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["monitoring", "everything"]) == 2
     assert "rules" in capsys.readouterr().err
 
 
-def test_they_are_part_of_the_package() -> None:
+def test_the_files_are_part_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     assert set(project["tool"]["setuptools"]["package-data"]["jobd.monitoring"]) == set(FILES.values())
     assert {path.name for path in SHIPPED.iterdir() if path.suffix not in (".py", "")} == set(FILES.values())
@@ -133,7 +133,7 @@ def test_they_are_part_of_the_package() -> None:
 # The rules.
 
 
-def test_every_rule_is_whole_and_has_a_name_of_its_own() -> None:
+def test_every_rule_is_complete_and_has_a_unique_name() -> None:
     names = [rule.alert for rule in rules()]
     assert len(set(names)) == len(names)
     for rule in rules():
@@ -144,26 +144,26 @@ def test_every_rule_is_whole_and_has_a_name_of_its_own() -> None:
         assert all(text.endswith(".") for text in rule.annotations.values()), rule.alert
 
 
-def test_every_rule_has_a_sentence_why_its_threshold_is_what_it_is() -> None:
+def test_every_rule_explains_its_threshold() -> None:
     lines = RULES.read_text("utf-8").splitlines()
     for number, line in enumerate(lines):
         if "- alert:" in line:
             assert re.match(r" +# .+\.$", lines[number - 1]), line
 
 
-def test_every_alert_of_jobd_has_its_rule() -> None:
+def test_every_alert_of_jobd_has_a_rule() -> None:
     meant = [re.findall(r'jobd_alert_firing\{alert="(\w+)"\} == 1', rule.expr) for rule in groups()[0].rules]
     assert meant == [[name] for name in alerts.NAMES]
 
 
-def test_rules_name_what_a_daemon_shows(scraped: dict[str, list[dict[str, str]]]) -> None:
+def test_rules_use_metrics_that_a_daemon_exports(scraped: dict[str, list[dict[str, str]]]) -> None:
     for rule in rules():
         looked_at = check(rule.expr, scraped, rule.alert)
         said = {label for text in rule.annotations.values() for label in re.findall(r"\$labels\.(\w+)", text)}
         assert said <= looked_at | TARGET, rule.alert
 
 
-def test_commands_that_the_rules_advise_exist() -> None:
+def test_commands_in_the_rules_exist() -> None:
     programs: dict[str, click.Group] = {"jobd": jobd_program, "jobctl": jobctl_program}
     advised = 0
     for text in (rule.annotations["description"] for rule in rules()):
@@ -280,7 +280,7 @@ def promtool(*arguments: str) -> str:
     return done.stdout
 
 
-def test_prometheus_takes_the_rules() -> None:
+def test_prometheus_accepts_the_rules() -> None:
     assert f"{len(rules())} rules found" in promtool("check", "rules", "--lint=all", "--lint-fatal", str(RULES))
 
 
@@ -302,7 +302,7 @@ def test_every_rule_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
 # The dashboard.
 
 
-def test_every_panel_has_its_place_its_name_and_a_sentence() -> None:
+def test_every_panel_has_a_place_a_title_and_a_description() -> None:
     ids = [panel["id"] for panel in board()["panels"]]
     assert len(set(ids)) == len(ids)
     places: set[tuple[int, int]] = set()
@@ -320,7 +320,7 @@ def test_every_panel_has_its_place_its_name_and_a_sentence() -> None:
         assert refs == sorted(set(refs)), panel["title"]
 
 
-def test_it_belongs_to_no_installation() -> None:
+def test_the_dashboard_is_not_tied_to_an_installation() -> None:
     """The data source is chosen on the page: no id of somebody's Grafana is in it."""
     variables = {each["name"]: each for each in board()["templating"]["list"]}
     assert list(variables) == ["datasource", "instance", "queue"]
@@ -332,7 +332,7 @@ def test_it_belongs_to_no_installation() -> None:
     assert used == set(variables)
 
 
-def test_the_dashboard_names_what_a_daemon_shows(scraped: dict[str, list[dict[str, str]]]) -> None:
+def test_the_dashboard_uses_metrics_that_a_daemon_exports(scraped: dict[str, list[dict[str, str]]]) -> None:
     for title, expr, legend in targets():
         looked_at = check(expr, scraped, title)
         assert set(re.findall(r"\{\{(\w+)\}\}", legend)) <= looked_at | TARGET, title
@@ -342,13 +342,13 @@ def test_the_dashboard_names_what_a_daemon_shows(scraped: dict[str, list[dict[st
         assert asked[2] in check(asked[1], scraped, variable["name"]) | TARGET
 
 
-def test_every_metric_has_a_curve(scraped: dict[str, list[dict[str, str]]]) -> None:
+def test_every_metric_has_a_panel(scraped: dict[str, list[dict[str, str]]]) -> None:
     shown = " ".join(expr for _, expr, _ in targets())
     families = {re.sub("_(bucket|count|sum|created)$", "", name) for name in scraped}
     assert {name for name in families if name not in shown} == set()
 
 
-def test_prometheus_understands_the_dashboard(tmp_path: Path) -> None:
+def test_prometheus_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None:
     """Its expressions as recording rules, the page's variables put in."""
     recorded = [
         {"record": f"panel:{number}", "expr": expr.replace("$__rate_interval", "5m")}
@@ -385,7 +385,7 @@ def check(expr: str, scraped: dict[str, list[dict[str, str]]], where: str) -> se
     return labels
 
 
-def test_what_is_not_there_is_noticed(scraped: dict[str, list[dict[str, str]]]) -> None:
+def test_missing_metrics_are_detected(scraped: dict[str, list[dict[str, str]]]) -> None:
     for wrong in (
         "jobd_nothing",
         'jobd_jobs{queue="a"}',

@@ -89,7 +89,7 @@ def soon(condition: Any, seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def test_a_life_is_told_in_order_signed_and_is_what_the_handbook_s_example_takes(
+def test_a_lifecycle_is_delivered_in_order_and_the_documented_receiver_accepts_it(
     tmp_path: Path, receiver: Receiver
 ) -> None:
     with Daemon(tmp_path, config(receiver)) as daemon:
@@ -111,7 +111,7 @@ def test_a_life_is_told_in_order_signed_and_is_what_the_handbook_s_example_takes
     assert b"lock_id" not in b"".join(each.body for each in heard)
 
 
-def test_a_daemon_without_webhooks_opens_none(tmp_path: Path) -> None:
+def test_a_daemon_without_webhooks_opens_no_connection(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         work(daemon, "a")
         assert daemon.admin("GET", "webhooks").data == {"webhooks": []}
@@ -121,7 +121,7 @@ def test_a_daemon_without_webhooks_opens_none(tmp_path: Path) -> None:
         assert daemon.stop() == 0
 
 
-def test_kill_9_between_delivery_and_its_note_delivers_again(tmp_path: Path, receiver: Receiver) -> None:
+def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, receiver: Receiver) -> None:
     """The receiver kills the daemon before it answers: the daemon cannot know that the message was taken."""
     with Daemon(tmp_path, config(receiver)) as daemon:
 
@@ -150,7 +150,7 @@ def test_kill_9_between_delivery_and_its_note_delivers_again(tmp_path: Path, rec
         assert daemon.stop() == 0
 
 
-def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order_of_each_job(tmp_path: Path, receiver: Receiver) -> None:
+def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, receiver: Receiver) -> None:
     chance, names = random.Random(7), []
 
     async def moody(_: web.Request) -> web.StreamResponse:
@@ -176,7 +176,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order_of_each_job(tmp_
         assert of(heard, name) == LIFE
 
 
-def test_what_waits_goes_on_after_a_restart(tmp_path: Path, receiver: Receiver) -> None:
+def test_waiting_deliveries_continue_after_a_restart(tmp_path: Path, receiver: Receiver) -> None:
     receiver.answer = saying(503)
     with Daemon(tmp_path, config(receiver)) as daemon:
         work(daemon, "a")
@@ -188,7 +188,7 @@ def test_what_waits_goes_on_after_a_restart(tmp_path: Path, receiver: Receiver) 
         assert daemon.stop() == 0
 
 
-def test_the_stop_does_not_wait_for_a_receiver_that_hangs(tmp_path: Path, receiver: Receiver) -> None:
+def test_stop_does_not_wait_for_a_hanging_receiver(tmp_path: Path, receiver: Receiver) -> None:
     async def hanging(_: web.Request) -> web.StreamResponse:
         await asyncio.sleep(30)
         return web.Response(status=204)
@@ -207,7 +207,7 @@ def test_the_stop_does_not_wait_for_a_receiver_that_hangs(tmp_path: Path, receiv
         assert daemon.stop() == 0
 
 
-def test_operators_see_send_again_and_test(tmp_path: Path, receiver: Receiver) -> None:
+def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Receiver) -> None:
     receiver.answer = saying(500, "not today")
     with Daemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
         work(daemon, "a")
@@ -262,7 +262,7 @@ def test_operators_see_send_again_and_test(tmp_path: Path, receiver: Receiver) -
         assert daemon.stop() == 0
 
 
-def test_all_that_was_given_up_is_listed_page_by_page_and_sent_again(tmp_path: Path, receiver: Receiver) -> None:
+def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receiver: Receiver) -> None:
     """After an outage of days, here by the store of a daemon that is stopped."""
     receiver.answer = saying(500, "not today")
     with Daemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
@@ -342,7 +342,7 @@ def test_no_secret_is_in_any_output(tmp_path: Path, receiver: Receiver) -> None:
     assert "/elsewhere" not in {heard.path for heard in receiver.heard}
 
 
-def test_a_reload_takes_webhooks_over(tmp_path: Path, receiver: Receiver) -> None:
+def test_a_reload_applies_new_webhooks(tmp_path: Path, receiver: Receiver) -> None:
     with Daemon(tmp_path) as daemon:
         work(daemon, "before")
         daemon.config.write_text(config(receiver))
@@ -363,7 +363,7 @@ def test_a_reload_takes_webhooks_over(tmp_path: Path, receiver: Receiver) -> Non
         assert daemon.stop() == 0
 
 
-def test_alerts_are_told(tmp_path: Path, receiver: Receiver) -> None:
+def test_alerts_are_delivered(tmp_path: Path, receiver: Receiver) -> None:
     settings = config(
         receiver,
         'events = ["alert.*"]',
@@ -381,7 +381,7 @@ def test_alerts_are_told(tmp_path: Path, receiver: Receiver) -> None:
         assert daemon.stop() == 0
 
 
-def test_a_webhook_that_fails_for_long_is_an_alert(tmp_path: Path, receiver: Receiver) -> None:
+def test_a_webhook_that_fails_for_long_fires_an_alert(tmp_path: Path, receiver: Receiver) -> None:
     receiver.answer = saying(500, "not today")
     with Daemon.not_started(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
         daemon.module = "tests.support.prompt_alerts"
@@ -398,7 +398,7 @@ def test_a_webhook_that_fails_for_long_is_an_alert(tmp_path: Path, receiver: Rec
         assert daemon.stop() == 0
 
 
-def test_nothing_goes_inside_unless_it_is_meant(tmp_path: Path, receiver: Receiver) -> None:
+def test_private_addresses_are_blocked_unless_allowed(tmp_path: Path, receiver: Receiver) -> None:
     """The name is judged at each try by the address behind it, and `localhost` is one of ours."""
     outside = config(receiver).replace("allow_private = true\n", "").replace("http://127.0.0.1", "https://localhost")
     with Daemon(tmp_path, outside) as daemon:
@@ -409,7 +409,7 @@ def test_nothing_goes_inside_unless_it_is_meant(tmp_path: Path, receiver: Receiv
         assert daemon.stop() == 0
 
 
-def test_the_alert_of_a_full_disk_is_told_while_it_is_full(
+def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
     tmp_path: Path, small_disk: Path, receiver: Receiver
 ) -> None:
     def heard_of(type_: str) -> list[bytes]:

@@ -68,7 +68,7 @@ async def sweeping(disk: MemoryStorage | None = None, store: MemoryArtifacts | N
 
 
 @in_virtual_time
-async def test_the_object_of_a_deleted_job_is_deleted() -> None:
+async def test_the_artifact_of_a_deleted_job_is_deleted() -> None:
     async with sweeping() as at:
         await at.done("a", "k/a")
         await at.done("b", "k/b")
@@ -80,7 +80,7 @@ async def test_the_object_of_a_deleted_job_is_deleted() -> None:
 
 
 @in_virtual_time
-async def test_by_age_as_by_hand() -> None:
+async def test_the_artifact_of_an_expired_job_is_deleted() -> None:
     async with sweeping() as at:
         for number in range(3 * SLICE + 1):
             await at.done(f"job-{number}", f"k/{number}")
@@ -94,7 +94,7 @@ async def test_by_age_as_by_hand() -> None:
 
 
 @in_virtual_time
-async def test_a_job_without_a_key_leaves_nothing_to_do() -> None:
+async def test_a_job_without_a_storage_key_leaves_no_tombstone() -> None:
     async with sweeping() as at:
         lock_id = await at.house.held("a")
         await at.house.yes(Complete(id="a", lock_id=lock_id, file_path="/f"))
@@ -105,7 +105,7 @@ async def test_a_job_without_a_key_leaves_nothing_to_do() -> None:
 
 
 @in_virtual_time
-async def test_an_idle_sweeper_costs_nothing() -> None:
+async def test_an_idle_sweeper_does_no_work() -> None:
     async with sweeping() as at:
         await seconds(1)
         calls = dict(at.house.disk.calls)
@@ -124,7 +124,7 @@ class Crowded(MemoryStorage):
 
 
 @in_virtual_time
-async def test_damaged_tombstones_that_cannot_be_set_aside_wait_and_are_complained_of() -> None:
+async def test_damaged_tombstones_that_cannot_be_quarantined_degrade_health() -> None:
     disk = Crowded()
     async with sweeping(disk) as at:
         at.sweeps.waiting = 2
@@ -143,7 +143,7 @@ async def test_damaged_tombstones_that_cannot_be_set_aside_wait_and_are_complain
 
 
 @in_virtual_time
-async def test_a_key_that_another_job_names_stays_until_its_last_job_goes() -> None:
+async def test_an_artifact_stays_until_the_last_job_that_names_it_is_deleted() -> None:
     async with sweeping() as at:
         await at.done("a", "shared")
         await at.done("b", "shared")
@@ -159,7 +159,7 @@ async def test_a_key_that_another_job_names_stays_until_its_last_job_goes() -> N
 
 
 @in_virtual_time
-async def test_a_key_that_a_job_in_quarantine_names_stays() -> None:
+async def test_an_artifact_named_by_a_quarantined_job_stays() -> None:
     disk = MemoryStorage()
     disk.put(row(1, "b", "completed", result=Result(storage_key="shared"), finished_at=WALL, progress=100))
     async with sweeping(disk) as at:
@@ -171,7 +171,7 @@ async def test_a_key_that_a_job_in_quarantine_names_stays() -> None:
 
 
 @in_virtual_time
-async def test_a_key_that_a_late_result_names_waits_until_that_is_gone() -> None:
+async def test_an_artifact_named_by_a_late_result_waits_for_its_end() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
         at.house.disk.lates[77] = (LateResult(1, at.house.now, "w", 1, "hash", result=Result(storage_key="k")),)
@@ -198,7 +198,7 @@ async def late(at: Swept, job_id: str, key: str) -> str:
 
 
 @in_virtual_time
-async def test_the_object_of_a_late_result_goes_with_its_job() -> None:
+async def test_the_artifact_of_a_late_result_is_deleted_with_its_job() -> None:
     async with sweeping() as at:
         await late(at, "a", "late/1")
         await seconds(3 * 3600)
@@ -212,7 +212,7 @@ async def test_the_object_of_a_late_result_goes_with_its_job() -> None:
 
 
 @in_virtual_time
-async def test_objects_of_late_results_that_make_room_go_while_their_job_lives() -> None:
+async def test_artifacts_of_displaced_late_results_are_deleted() -> None:
     async with sweeping() as at:
         for number in range(MAX_LATE_RESULTS + 2):
             await late(at, "a", f"late/{number}")
@@ -223,7 +223,7 @@ async def test_objects_of_late_results_that_make_room_go_while_their_job_lives()
 
 
 @in_virtual_time
-async def test_the_object_of_an_adopted_late_result_goes_with_its_job_and_is_looked_at_once() -> None:
+async def test_the_artifact_of_an_adopted_late_result_is_deleted_with_its_job() -> None:
     async with sweeping() as at:
         await late(at, "a", "late/1")
         await at.house.yes(Adopt(id="a"), by="admin", admin=True)
@@ -236,7 +236,7 @@ async def test_the_object_of_an_adopted_late_result_goes_with_its_job_and_is_loo
 
 
 @in_virtual_time
-async def test_a_key_of_its_own_for_each_grant_leaves_nothing() -> None:
+async def test_a_storage_key_per_grant_leaks_nothing() -> None:
     """As docs/workers.md advises: the second grant completes with its own object, the first comes late with its own."""
     async with sweeping() as at:
         await late(at, "a", "out-1")
@@ -251,7 +251,7 @@ async def test_a_key_of_its_own_for_each_grant_leaves_nothing() -> None:
 
 
 @in_virtual_time
-async def test_a_young_object_of_a_late_result_waits_and_one_that_a_job_names_stays() -> None:
+async def test_a_young_artifact_of_a_late_result_waits_and_a_named_one_stays() -> None:
     async with sweeping() as at:
         await late(at, "a", "shared")
         await late(at, "b", "young")
@@ -268,7 +268,7 @@ async def test_a_young_object_of_a_late_result_waits_and_one_that_a_job_names_st
 
 
 @in_virtual_time
-async def test_an_object_of_a_late_result_that_cannot_be_deleted_is_counted_among_those_complained_of() -> None:
+async def test_an_undeletable_artifact_of_a_late_result_degrades_health() -> None:
     async with sweeping() as at:
         await late(at, "a", "late/1")
         at.store.broken = ArtifactStoreError("away")
@@ -281,7 +281,7 @@ async def test_an_object_of_a_late_result_that_cannot_be_deleted_is_counted_amon
 
 
 @in_virtual_time
-async def test_a_young_object_is_kept_until_a_job_has_had_time_to_name_it() -> None:
+async def test_a_young_artifact_is_kept_until_a_job_could_name_it() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
         lock_id = await at.house.held("b")
@@ -297,7 +297,7 @@ async def test_a_young_object_is_kept_until_a_job_has_had_time_to_name_it() -> N
 
 
 @in_virtual_time
-async def test_a_young_object_that_nobody_names_goes_when_it_is_old_enough() -> None:
+async def test_an_unnamed_artifact_is_deleted_when_it_is_old_enough() -> None:
     async with sweeping() as at:
         await at.done("a", "k", old=False)
         uploaded_at = at.house.now
@@ -311,7 +311,7 @@ async def test_a_young_object_that_nobody_names_goes_when_it_is_old_enough() -> 
 
 
 @in_virtual_time
-async def test_what_was_written_after_the_deletion_is_another_s() -> None:
+async def test_an_artifact_written_after_the_deletion_stays() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
         at.store.broken = ArtifactStoreError("down")
@@ -327,7 +327,7 @@ async def test_what_was_written_after_the_deletion_is_another_s() -> None:
 
 
 @in_virtual_time
-async def test_what_is_stored_between_look_and_deletion_stays() -> None:
+async def test_an_artifact_replaced_before_its_deletion_stays() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
         at.store.gate.clear()
@@ -341,7 +341,7 @@ async def test_what_is_stored_between_look_and_deletion_stays() -> None:
 
 
 @in_virtual_time
-async def test_what_is_not_there_is_done() -> None:
+async def test_a_missing_artifact_counts_as_deleted() -> None:
     async with sweeping() as at:
         await at.done("a", "k", upload=False, old=False)
         await at.delete("a")
@@ -350,7 +350,7 @@ async def test_what_is_not_there_is_done() -> None:
 
 
 @in_virtual_time
-async def test_failures_are_tried_again_ever_more_rarely_and_delay_nobody_else() -> None:
+async def test_failures_are_retried_with_backoff_and_delay_no_other_artifact() -> None:
     async with sweeping() as at:
         await at.done("a", "bad")
         await at.done("b", "good")
@@ -376,7 +376,7 @@ async def test_failures_are_tried_again_ever_more_rarely_and_delay_nobody_else()
         (ValueError("a bug"), "memory: ValueError: a bug"),
     ],
 )
-def test_a_store_that_fails_for_long_is_complained_of(error: Exception, said: str) -> None:
+def test_a_store_that_fails_for_long_degrades_health(error: Exception, said: str) -> None:
     @in_virtual_time
     async def run() -> None:
         async with sweeping() as at:
@@ -400,7 +400,7 @@ def test_a_store_that_fails_for_long_is_complained_of(error: Exception, said: st
 
 
 @in_virtual_time
-async def test_a_store_that_does_not_answer_fails_in_time() -> None:
+async def test_a_store_that_hangs_times_out() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
         at.store.gate.clear()
@@ -412,7 +412,7 @@ async def test_a_store_that_does_not_answer_fails_in_time() -> None:
 
 
 @in_virtual_time
-async def test_it_says_how_far_behind_it_is() -> None:
+async def test_the_delay_of_the_oldest_tombstone_is_reported() -> None:
     disk = MemoryStorage()
     async with sweeping(disk) as at:
         for number in range(3 * SLICE):
@@ -434,7 +434,7 @@ async def test_it_says_how_far_behind_it_is() -> None:
 
 
 @in_virtual_time
-async def test_a_full_disk_of_the_store_is_waited_for() -> None:
+async def test_the_sweeper_waits_while_the_disk_is_full() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
         at.house.disk.errors["settle_tombstones"] = DiskFull("full")
@@ -448,7 +448,7 @@ async def test_a_full_disk_of_the_store_is_waited_for() -> None:
 
 
 @in_virtual_time
-async def test_a_disk_that_fails_is_survived_and_complained_of() -> None:
+async def test_the_sweeper_survives_a_failing_disk_and_degrades_health() -> None:
     async with sweeping() as at:
         at.house.disk.errors["due_tombstones"] = OSError("broken")
         await at.done("a", "k")
@@ -461,7 +461,7 @@ async def test_a_disk_that_fails_is_survived_and_complained_of() -> None:
 
 
 @in_virtual_time
-async def test_nothing_goes_while_the_clock_is_in_doubt() -> None:
+async def test_nothing_is_deleted_while_the_clock_is_suspect() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
         at.house.step_ms = 2 * DAY_MS
@@ -473,7 +473,7 @@ async def test_nothing_goes_while_the_clock_is_in_doubt() -> None:
 
 
 @in_virtual_time
-async def test_a_clock_that_stepped_back_puts_nothing_off_for_ever() -> None:
+async def test_a_clock_step_back_postpones_nothing_for_ever() -> None:
     async with sweeping() as at:
         at.house.step_ms = 40 * DAY_MS
         at.house.clock.accept()
@@ -489,7 +489,7 @@ async def test_a_clock_that_stepped_back_puts_nothing_off_for_ever() -> None:
 
 
 @in_virtual_time
-async def test_a_restart_goes_on_where_it_was() -> None:
+async def test_a_restart_continues_the_deletions() -> None:
     disk, store = MemoryStorage(), MemoryArtifacts(lambda: 0)
     async with sweeping(disk, store) as at:
         await at.done("a", "k")
@@ -508,7 +508,7 @@ async def test_a_restart_goes_on_where_it_was() -> None:
 
 
 @in_virtual_time
-async def test_how_many_failures_are_remembered_has_a_limit() -> None:
+async def test_the_number_of_remembered_failures_is_limited() -> None:
     async with sweeping() as at:
         for number in range(MAX_FAILING + 50):
             await at.done(f"job-{number}", f"k/{number}")
@@ -525,7 +525,7 @@ async def test_how_many_failures_are_remembered_has_a_limit() -> None:
 
 
 @in_virtual_time
-async def test_without_a_store_of_artifacts_a_deletion_leaves_no_tombstone() -> None:
+async def test_without_an_artifact_store_deletions_leave_no_tombstone() -> None:
     async with VirtualEngine() as house:
         lock_id = await house.held("a")
         await house.yes(Complete(id="a", lock_id=lock_id, storage_key="k"))
@@ -533,7 +533,7 @@ async def test_without_a_store_of_artifacts_a_deletion_leaves_no_tombstone() -> 
         assert not house.disk.tombstones
 
 
-def test_a_young_object_waits_less_than_a_tombstone_may() -> None:
+def test_a_young_artifact_waits_for_less_than_the_maximum() -> None:
     """Or the second look would take its time for that of another clock."""
     assert YOUNG_MS + SKEW_MS < MAX_POSTPONE_MS
     assert RETRY_AT_MOST_MS < MAX_POSTPONE_MS

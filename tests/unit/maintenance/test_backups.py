@@ -71,7 +71,7 @@ class Watched:
         self.is_closed.set()
 
 
-async def test_the_loop_does_not_wait_until_the_system_has_taken_back_the_room_of_a_copy(store: Store) -> None:
+async def test_closing_a_large_copy_does_not_block_the_loop(store: Store) -> None:
     """Its file has no name: who closes it deletes it, which takes a tenth of a second for a hundred megabytes."""
     copy = await Backups(store, lambda: 1_000).begin("a")
     assert isinstance(copy, Backup)
@@ -84,7 +84,7 @@ async def test_the_loop_does_not_wait_until_the_system_has_taken_back_the_room_o
     file.close()
 
 
-async def test_it_tells_how_far_it_is_from_the_first_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_progress_is_reported_from_the_first_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = Backups(store, lambda: 1_000)
     slow = Slow(monkeypatch)
     asking = asyncio.create_task(kept.begin("mine"))
@@ -118,7 +118,7 @@ async def test_it_tells_how_far_it_is_from_the_first_step(store: Store, monkeypa
     assert (view.message, view.quiet_ms) == (None, 0)
 
 
-async def test_a_check_tells_that_it_goes_on_and_can_be_stopped(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_check_reports_progress_and_can_be_cancelled(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backup, "_CHECK_STEPS", 100)
     told: list[str] = []
     with await backup.make_copy(store, lambda step, done, total: told.append(step)):
@@ -141,14 +141,14 @@ async def test_a_check_tells_that_it_goes_on_and_can_be_stopped(store: Store, mo
     await closing
 
 
-async def test_a_check_that_fails_for_another_reason_says_it(tmp_path: Path) -> None:
+async def test_a_failing_check_reports_its_reason(tmp_path: Path) -> None:
     path = str(tmp_path / "jobd.db")
     write(path, b"")
     with edited(path) as conn, pytest.raises(sqlite3.OperationalError), backup._reporting(conn, None):
         conn.execute("SELECT * FROM nothing")
 
 
-async def test_one_after_the_other_and_no_more_than_so_many(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_backups_run_one_after_the_other_and_are_limited(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backups, "MAX_ACTIVE", 2)
     kept = Backups(store, lambda: 1)
     slow = Slow(monkeypatch)
@@ -177,7 +177,7 @@ async def test_one_after_the_other_and_no_more_than_so_many(store: Store, monkey
     assert kept.views()[0].message == "it was not read to its end"
 
 
-async def test_why_there_is_none_is_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_reason_of_a_failed_backup_is_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise DiskFull("a backup needs 48 MiB free")
 

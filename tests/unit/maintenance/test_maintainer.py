@@ -93,7 +93,7 @@ async def test_an_expired_lock_is_cleared_and_the_grant_kept_until_its_stuck_tim
 
 
 @in_virtual_time
-async def test_recovery_goes_on_in_slices_until_nothing_is_stuck() -> None:
+async def test_recovery_runs_in_slices_until_nothing_is_stuck() -> None:
     async with VirtualEngine(schedule=replace(RECOVERING, batch=2)) as house:
         for number in range(7):
             await house.held(f"job-{number}", stuck_after_ms=HOUR_MS if number == 6 else 0)
@@ -104,7 +104,7 @@ async def test_recovery_goes_on_in_slices_until_nothing_is_stuck() -> None:
 
 
 @in_virtual_time
-async def test_an_idle_daemon_spends_nothing_on_recovery() -> None:
+async def test_an_idle_daemon_sends_no_recovery_commands() -> None:
     async with VirtualEngine(schedule=RECOVERING) as house:
         for number in range(50):
             await house.yes(Create(id=f"job-{number}"))
@@ -129,7 +129,7 @@ async def test_a_lock_that_is_kept_alive_costs_no_write() -> None:
 
 
 @in_virtual_time
-async def test_recover_every_0_leaves_recovery_to_the_passes() -> None:
+async def test_recover_every_0_leaves_recovery_to_cleanup_runs() -> None:
     async with VirtualEngine(schedule=PASSES) as house:
         house.keep()
         await seconds(1)
@@ -143,7 +143,7 @@ async def test_recover_every_0_leaves_recovery_to_the_passes() -> None:
 
 
 @in_virtual_time
-async def test_the_book_knows_the_next_cleanup_run_if_only_cleanup_runs_recover_jobs() -> None:
+async def test_the_next_cleanup_run_is_known_if_only_cleanup_runs_recover_jobs() -> None:
     async with VirtualEngine(schedule=replace(RECOVERING, recover_every_ms=0)) as house:
         assert house.book.next_cleanup_at == house.now, "the first one comes with the start"
         house.keep()
@@ -194,7 +194,7 @@ async def test_a_pause_ends_by_itself_also_without_recovery() -> None:
 
 
 @in_virtual_time
-async def test_recovery_and_ticks_survive_refusals() -> None:
+async def test_recovery_and_ticks_survive_rejections() -> None:
     async with VirtualEngine(schedule=RECOVERING) as house:
         house.keep()
         await house.held("a")
@@ -209,7 +209,7 @@ async def test_recovery_and_ticks_survive_refusals() -> None:
 
 
 @in_virtual_time
-async def test_a_long_pass_delays_no_recovery() -> None:
+async def test_a_long_cleanup_run_delays_no_recovery() -> None:
     release = asyncio.Event()
 
     class Slow(MemoryStorage):
@@ -231,7 +231,7 @@ async def test_a_long_pass_delays_no_recovery() -> None:
 
 
 @in_virtual_time
-async def test_a_pass_at_the_start_and_then_every_interval() -> None:
+async def test_cleanup_runs_at_the_start_and_then_every_interval() -> None:
     async with VirtualEngine(schedule=PASSES) as house:
         assert house.cleaner.state().time_since_last_cleanup is None
         house.keep()
@@ -248,7 +248,7 @@ async def test_a_pass_at_the_start_and_then_every_interval() -> None:
 
 
 @in_virtual_time
-async def test_a_forced_pass_runs_at_once_an_unforced_one_not_within_two_minutes() -> None:
+async def test_a_forced_run_starts_at_once_an_unforced_one_not_within_two_minutes() -> None:
     async with VirtualEngine(schedule=PASSES) as house:
         house.keep()
         await seconds(10)
@@ -263,7 +263,7 @@ async def test_a_forced_pass_runs_at_once_an_unforced_one_not_within_two_minutes
 
 
 @in_virtual_time
-async def test_the_schedule_keeps_its_distance_from_a_forced_pass() -> None:
+async def test_the_schedule_keeps_its_distance_from_a_forced_run() -> None:
     async with VirtualEngine(
         schedule=CleanupSchedule(interval_ms=10_000, min_interval_ms=60_000, recover_every_ms=0)
     ) as house:
@@ -277,7 +277,7 @@ async def test_the_schedule_keeps_its_distance_from_a_forced_pass() -> None:
 
 
 @in_virtual_time
-async def test_a_request_during_a_pass_waits_for_it_and_gets_its_report() -> None:
+async def test_a_request_during_a_run_gets_its_report() -> None:
     async with VirtualEngine() as house:
         house.disk.gate.clear()
         house.keep()
@@ -293,7 +293,7 @@ async def test_a_request_during_a_pass_waits_for_it_and_gets_its_report() -> Non
 
 
 @in_virtual_time
-async def test_requests_before_the_pass_begins_share_it() -> None:
+async def test_requests_before_a_run_starts_share_it() -> None:
     async with VirtualEngine() as house:
         asked = [asyncio.create_task(house.cleaner.run_cleanup(forced=forced)) for forced in (False, True)]
         await seconds(0)
@@ -305,7 +305,7 @@ async def test_requests_before_the_pass_begins_share_it() -> None:
 
 
 @in_virtual_time
-async def test_who_asked_may_go_away_without_ending_the_pass() -> None:
+async def test_a_cancelled_request_does_not_end_the_run() -> None:
     async with VirtualEngine() as house:
         house.keep()
         await seconds(1)
@@ -320,7 +320,7 @@ async def test_who_asked_may_go_away_without_ending_the_pass() -> None:
 
 
 @in_virtual_time
-async def test_a_new_schedule_is_in_force_at_once() -> None:
+async def test_a_new_schedule_applies_at_once() -> None:
     async with VirtualEngine() as house:
         house.keep()
         await seconds(30)
@@ -336,7 +336,7 @@ async def test_a_new_schedule_is_in_force_at_once() -> None:
 
 
 @in_virtual_time
-async def test_queued_jobs_past_their_time_fail_with_the_next_recovery() -> None:
+async def test_overdue_queued_jobs_fail_with_the_next_recovery() -> None:
     """Nobody can take them any more: an operator would look at them for as long as it is to the next pass."""
     async with VirtualEngine(schedule=RECOVERING) as house:
         house.keep()
@@ -350,7 +350,7 @@ async def test_queued_jobs_past_their_time_fail_with_the_next_recovery() -> None
         assert house.cleaner.totals.found == Counter(expired=1)
 
 
-async def test_queued_jobs_past_their_time_fail() -> None:
+async def test_overdue_queued_jobs_fail() -> None:
     async with VirtualEngine(schedule=replace(PASSES, batch=2)) as house:
         for number in range(5):
             await house.yes(Create(id=f"old-{number}", expires_at=house.now + 1000))
@@ -368,7 +368,7 @@ async def test_queued_jobs_past_their_time_fail() -> None:
 
 
 @in_virtual_time
-async def test_finished_jobs_are_deleted_at_their_time() -> None:
+async def test_finished_jobs_are_deleted_after_their_retention() -> None:
     async with VirtualEngine(schedule=replace(PASSES, batch=2)) as house:
         for number in range(5):
             await finished(house, f"old-{number}", storage_key=f"k-{number}", expires_at=house.now + 1000)
@@ -385,7 +385,7 @@ async def test_finished_jobs_are_deleted_at_their_time() -> None:
 
 
 @in_virtual_time
-async def test_what_an_operator_deletes_is_not_counted_as_deleted_by_age() -> None:
+async def test_deletions_by_operators_do_not_count_as_deletions_by_age() -> None:
     async with VirtualEngine() as house:
         await finished(house, "a")
         await house.yes(Delete(id="a"), by="admin", admin=True)
@@ -395,7 +395,7 @@ async def test_what_an_operator_deletes_is_not_counted_as_deleted_by_age() -> No
 
 
 @in_virtual_time
-async def test_nothing_is_deleted_by_age_while_the_clock_is_in_doubt() -> None:
+async def test_nothing_is_deleted_by_age_while_the_clock_is_suspect() -> None:
     async with VirtualEngine(schedule=PASSES) as house:
         await finished(house, "a", expires_at=house.now + 1000)
         await finished(house, "gone", expires_at=house.now + 1000)
@@ -413,7 +413,7 @@ async def test_nothing_is_deleted_by_age_while_the_clock_is_in_doubt() -> None:
 
 
 @in_virtual_time
-async def test_the_journal_of_a_deleted_job_lives_a_day_longer() -> None:
+async def test_the_journal_of_a_deleted_job_is_kept_for_another_day() -> None:
     async with VirtualEngine(schedule=replace(PASSES, batch=1, interval_ms=HOUR_MS)) as house:
         await finished(house, "a", expires_at=house.now + 1000)
         house.keep()
@@ -431,7 +431,7 @@ class Stubborn(MemoryStorage):
 
 
 @in_virtual_time
-async def test_expired_rows_that_cannot_be_deleted_end_the_step_with_a_sentence() -> None:
+async def test_undeletable_expired_rows_end_the_step_with_an_error() -> None:
     async with VirtualEngine(Stubborn()) as house:
         house.keep()
         await until(lambda: house.cleaner.totals.passes == 1)
@@ -439,7 +439,7 @@ async def test_expired_rows_that_cannot_be_deleted_end_the_step_with_a_sentence(
 
 
 @in_virtual_time
-async def test_a_damaged_row_that_has_expired_is_told_to_memory_and_the_pass_goes_on() -> None:
+async def test_a_damaged_expired_row_is_quarantined_and_the_run_continues() -> None:
     disk = MemoryStorage()
     for seq, name in enumerate(("a", "b"), 1):
         disk.put(row(seq, name, "completed", progress=100, finished_at=WALL, expires_at=WALL))
@@ -455,7 +455,7 @@ async def test_a_damaged_row_that_has_expired_is_told_to_memory_and_the_pass_goe
 
 
 @in_virtual_time
-async def test_a_pass_mends_what_hands_and_imports_left_alive_and_finished() -> None:
+async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
     disk = MemoryStorage()
     disk.put(row(1, "over", progress=120))
     disk.put(row(2, "silent", "failed", finished_at=WALL))
@@ -486,7 +486,7 @@ async def test_a_pass_mends_what_hands_and_imports_left_alive_and_finished() -> 
 
 
 @in_virtual_time
-async def test_what_has_no_safe_fix_is_reported_by_every_pass_and_left() -> None:
+async def test_issues_without_a_safe_fix_are_reported_by_every_run() -> None:
     policy = Policy(require_download_url=True)
     disk = MemoryStorage()
     disk.put(row(1, "bare", "completed", progress=100, finished_at=WALL))
@@ -502,7 +502,7 @@ async def test_what_has_no_safe_fix_is_reported_by_every_pass_and_left() -> None
 
 
 @in_virtual_time
-async def test_sound_jobs_cost_a_pass_no_command() -> None:
+async def test_valid_jobs_cost_no_command() -> None:
     async with VirtualEngine() as house:
         for number in range(1200):
             await house.yes(Create(id=f"job-{number}"))
@@ -513,7 +513,7 @@ async def test_sound_jobs_cost_a_pass_no_command() -> None:
 
 
 @in_virtual_time
-async def test_workers_are_served_between_the_slices_of_a_pass() -> None:
+async def test_workers_are_served_between_slices() -> None:
     async with VirtualEngine(schedule=replace(PASSES, batch=10)) as house:
         for number in range(200):
             await finished(house, f"old-{number}", expires_at=house.now + 1000)
@@ -535,7 +535,7 @@ def deed(at: int) -> AuditEntry:
 
 
 @in_virtual_time
-async def test_old_rows_of_the_audit_log_go_and_the_newest_stays() -> None:
+async def test_old_audit_entries_are_deleted_and_the_newest_stays() -> None:
     disk = MemoryStorage()
     schedule = CleanupSchedule(audit_ms=10 * SECOND_MS, batch=2)
     async with VirtualEngine(disk, schedule=schedule) as house:
@@ -551,7 +551,7 @@ async def test_old_rows_of_the_audit_log_go_and_the_newest_stays() -> None:
 
 
 @in_virtual_time
-async def test_while_the_clock_is_in_doubt_no_row_of_the_audit_log_is_old() -> None:
+async def test_no_audit_entry_is_old_while_the_clock_is_suspect() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
         disk.audited = {1: deed(1), 2: deed(house.now)}
@@ -576,7 +576,7 @@ async def test_while_the_clock_is_in_doubt_no_row_of_the_audit_log_is_old() -> N
         ("save_figures", "figures: OSError: broken"),
     ],
 )
-def test_a_step_that_fails_is_named_and_the_others_go_on(method: str, error: str) -> None:
+def test_a_failed_step_is_reported_and_the_others_run(method: str, error: str) -> None:
     @in_virtual_time
     async def test() -> None:
         disk = MemoryStorage()
@@ -597,7 +597,7 @@ def test_a_step_that_fails_is_named_and_the_others_go_on(method: str, error: str
 
 
 @in_virtual_time
-async def test_what_a_full_disk_refuses_is_named_and_counted_by_the_next_report() -> None:
+async def test_writes_rejected_by_a_full_disk_are_reported_and_counted_next_time() -> None:
     disk = MemoryStorage()
     disk.put(row(1, "over", progress=120))
     async with VirtualEngine(disk) as house:
@@ -619,7 +619,7 @@ async def test_what_a_full_disk_refuses_is_named_and_counted_by_the_next_report(
 
 
 @in_virtual_time
-async def test_what_happens_while_a_report_is_written_is_in_the_next_one() -> None:
+async def test_changes_during_the_write_of_a_report_are_in_the_next_one() -> None:
     async with VirtualEngine() as house:
         house.keep()
         await seconds(1)
@@ -634,7 +634,7 @@ async def test_what_happens_while_a_report_is_written_is_in_the_next_one() -> No
 
 
 @in_virtual_time
-async def test_a_bug_in_the_pass_itself_does_not_end_cleanup() -> None:
+async def test_a_bug_in_a_run_does_not_end_cleanup() -> None:
     async with VirtualEngine(schedule=PASSES) as house:
         await house.yes(Create(id="a"))
         totals, house.cleaner.totals = house.cleaner.totals, None  # type: ignore[assignment]
@@ -646,7 +646,7 @@ async def test_a_bug_in_the_pass_itself_does_not_end_cleanup() -> None:
 
 
 @in_virtual_time
-async def test_health_complains_after_three_periods_without_success() -> None:
+async def test_health_is_degraded_after_three_intervals_without_success() -> None:
     async with VirtualEngine(schedule=PASSES) as house:
         house.keep()
         await seconds(1)
@@ -668,7 +668,7 @@ async def test_health_complains_after_three_periods_without_success() -> None:
 
 
 @in_virtual_time
-async def test_the_last_report_and_the_figures_outlive_a_restart() -> None:
+async def test_the_last_report_and_the_statistics_survive_a_restart() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
         house.keep()
@@ -691,7 +691,7 @@ async def test_the_last_report_and_the_figures_outlive_a_restart() -> None:
 
 
 @in_virtual_time
-async def test_counts_since_the_last_report_outlive_a_restart() -> None:
+async def test_counts_since_the_last_report_survive_a_restart() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
         house.keep()
@@ -704,7 +704,7 @@ async def test_counts_since_the_last_report_outlive_a_restart() -> None:
 
 
 @in_virtual_time
-async def test_reports_that_cannot_be_read_are_left_out() -> None:
+async def test_unreadable_reports_are_omitted() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
         house.keep()
@@ -716,7 +716,7 @@ async def test_reports_that_cannot_be_read_are_left_out() -> None:
 
 
 @in_virtual_time
-async def test_cleanup_begins_even_where_no_report_can_be_read() -> None:
+async def test_cleanup_starts_even_if_no_report_can_be_read() -> None:
     async with VirtualEngine() as house:
         house.disk.errors["reports"] = OSError("broken")
         house.keep()
@@ -724,7 +724,7 @@ async def test_cleanup_begins_even_where_no_report_can_be_read() -> None:
 
 
 @in_virtual_time
-async def test_what_others_keep_is_saved_beside_the_figures() -> None:
+async def test_extra_data_is_saved_with_the_statistics() -> None:
     async with VirtualEngine() as house:
         house.book.figures.stalls = 3
         house.cleaner.save_extra(lambda: b'{"hour":[1]}')
@@ -736,11 +736,11 @@ async def test_what_others_keep_is_saved_beside_the_figures() -> None:
     assert read_extra(without) == read_extra(None) == read_extra(b"{") == b"null"
 
 
-def test_figures_that_cannot_be_read_begin_anew() -> None:
+def test_unreadable_statistics_start_empty() -> None:
     assert read_figures(None) == read_figures(b"{") == read_figures(b'{"stalls": "many"}') == Figures()
 
 
-def test_figures_with_histograms_of_other_bounds_lose_only_those() -> None:
+def test_histograms_with_other_buckets_are_dropped() -> None:
     figures = Figures(stalls=3, completions={5: (1, 2)})
     figures.processing = {"old": Histogram([1, 2]), "new": Histogram.empty((0.1,) * 11)}
     read = read_figures(msgspec.json.encode(figures))
@@ -751,7 +751,7 @@ def test_figures_with_histograms_of_other_bounds_lose_only_those() -> None:
 
 
 @in_virtual_time
-async def test_recover_stuck_tells_what_it_did_to_each_job() -> None:
+async def test_recover_stuck_returns_the_action_for_each_job() -> None:
     async with VirtualEngine(schedule=replace(PASSES, batch=1)) as house:
         await house.held("a")
         lock_id = await house.held("b", on_stall="fail")
@@ -771,7 +771,7 @@ async def test_recover_stuck_tells_what_it_did_to_each_job() -> None:
 
 
 @in_virtual_time
-async def test_recover_stuck_passes_a_refusal_on() -> None:
+async def test_recover_stuck_returns_errors() -> None:
     async with VirtualEngine() as house:
         house.actor.stop()
         refusal = await house.cleaner.recover_stuck()
@@ -783,7 +783,7 @@ async def test_recover_stuck_passes_a_refusal_on() -> None:
 
 
 @in_virtual_time
-async def test_stop_ends_a_pass_between_two_slices_and_answers_who_waits() -> None:
+async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters() -> None:
     async with VirtualEngine(schedule=replace(PASSES, batch=1)) as house:
         for number in range(20):
             await finished(house, f"old-{number}", expires_at=house.now + 1000)
@@ -806,7 +806,7 @@ async def test_stop_ends_a_pass_between_two_slices_and_answers_who_waits() -> No
 
 
 @in_virtual_time
-async def test_stop_answers_a_request_whose_pass_never_began() -> None:
+async def test_stop_resolves_a_request_whose_run_never_started() -> None:
     async with VirtualEngine() as house:
         asked = asyncio.create_task(house.cleaner.run_cleanup(forced=True))
         await seconds(0)
@@ -816,7 +816,7 @@ async def test_stop_answers_a_request_whose_pass_never_began() -> None:
 
 
 @in_virtual_time
-async def test_the_end_is_quiet_where_the_figures_cannot_be_saved() -> None:
+async def test_a_failed_save_of_statistics_does_not_raise_at_the_end() -> None:
     async with VirtualEngine() as house:
         running = house.keep()
         await seconds(1)
@@ -826,7 +826,7 @@ async def test_the_end_is_quiet_where_the_figures_cannot_be_saved() -> None:
 
 
 @in_virtual_time
-async def test_operators_see_the_same_book() -> None:
+async def test_operators_see_the_same_state() -> None:
     """Cleanup has no rights of its own: what an operator did first stays done."""
     async with VirtualEngine() as house:
         await house.held("a")
@@ -840,7 +840,7 @@ async def test_operators_see_the_same_book() -> None:
 
 
 @in_virtual_time
-async def test_failed_passes_do_not_reset_the_time_since_the_last_one_that_succeeded() -> None:
+async def test_failed_runs_do_not_reset_the_time_since_the_last_success() -> None:
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
         house.keep()

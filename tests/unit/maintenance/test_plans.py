@@ -59,7 +59,7 @@ from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time, r
         ("delete", {"completed", "failed", "cancelled"}),
     ],
 )
-def test_an_action_is_planned_where_its_rule_lets_it_be_done(action: PlanAction, allowed: set[str]) -> None:
+def test_an_action_is_planned_if_its_rule_allows_it(action: PlanAction, allowed: set[str]) -> None:
     desk = RuleHarness()
     desk.create("queued")
     desk.held("processing")
@@ -89,13 +89,13 @@ def test_an_action_is_planned_where_its_rule_lets_it_be_done(action: PlanAction,
         ("force-fail", None, "0" * 12, []),
     ],
 )
-def test_an_error_is_looked_for_in_failed_jobs_unless_a_status_is_asked_for(
+def test_an_error_filter_selects_failed_jobs_unless_a_status_is_given(
     action: PlanAction, status: Any, error: str | None, found: list[str]
 ) -> None:
     assert plan_rules.statuses(action, PlanFilter(status=status, error=error)) == found
 
 
-def test_a_version_is_short_enough_for_forms_and_long_enough_to_be_another_each_time() -> None:
+def test_a_version_is_short_and_unique() -> None:
     assert len(version(full_job())) == 16
 
 
@@ -111,11 +111,11 @@ def test_a_version_is_short_enough_for_forms_and_long_enough_to_be_another_each_
         *((name, None) for name in ("ended", "result", "error")),
     ],
 )
-def test_every_part_of_a_job_makes_it_another_version(field: str, value: Any) -> None:
+def test_every_field_of_a_job_changes_its_version(field: str, value: Any) -> None:
     assert version(replace(full_job(), **{field: value})) != version(full_job())
 
 
-def test_signs_of_life_are_no_change_and_everything_else_is() -> None:
+def test_heartbeats_do_not_change_the_version() -> None:
     desk = RuleHarness()
     desk.create("a", max_attempts=3)
     seen = [version(desk.job())]
@@ -145,7 +145,7 @@ def test_signs_of_life_are_no_change_and_everything_else_is() -> None:
     assert changed() or desk.now == desk.job().finished_at
 
 
-def test_a_job_read_from_a_row_is_the_same_job() -> None:
+def test_a_job_read_from_its_row_has_the_same_version() -> None:
     job = full_job()
     again = codec.JobReader().job(codec.sealed(codec.job_row(job)))
     assert version(again) == version(job)
@@ -154,7 +154,7 @@ def test_a_job_read_from_a_row_is_the_same_job() -> None:
     assert version(other) != version(job)
 
 
-def test_what_has_changed_is_left_alone_and_what_a_rule_refuses_costs_no_other() -> None:
+def test_changed_jobs_are_skipped_and_rejected_ones_affect_no_other() -> None:
     desk = RuleHarness()
     for job_id in ("a", "b", "c"):
         desk.create(job_id)
@@ -174,7 +174,7 @@ def test_what_has_changed_is_left_alone_and_what_a_rule_refuses_costs_no_other()
 
 
 @pytest.mark.parametrize("action", sorted(set(get_args(PlanAction)) - MAINTENANCE_ACTIONS))
-def test_the_reason_of_a_plan_is_that_of_what_it_does(action: PlanAction) -> None:
+def test_the_reason_of_a_plan_is_the_reason_of_its_changes(action: PlanAction) -> None:
     desk = RuleHarness()
     desk.create("a")
     if action in ("retry", "delete"):
@@ -187,7 +187,7 @@ def test_the_reason_of_a_plan_is_that_of_what_it_does(action: PlanAction) -> Non
 
 
 @pytest.mark.parametrize("detour", [False, True])
-def test_a_command_that_expects_a_version_is_done_to_that_one_alone(*, detour: bool) -> None:
+def test_a_command_with_an_expected_version_applies_to_that_version_only(*, detour: bool) -> None:
     desk = RuleHarness()
     desk.create("a")
     desk.accept(ForceFail(id="a"))
@@ -211,7 +211,7 @@ def test_a_command_that_expects_a_version_is_done_to_that_one_alone(*, detour: b
 
 
 @pytest.mark.parametrize("how", ["expected", "plan"])
-def test_a_late_result_that_came_meanwhile_is_not_deleted_unseen(how: str) -> None:
+def test_a_late_result_that_arrives_meanwhile_changes_the_version(how: str) -> None:
     desk = RuleHarness()
     lock_id = desk.held()
     desk.accept(ForceFail(id="a"))
@@ -227,7 +227,7 @@ def test_a_late_result_that_came_meanwhile_is_not_deleted_unseen(how: str) -> No
         seen = desk.accept(GetVersion(id="a")).version if left_alone else ""
 
 
-def test_of_late_results_the_latest_is_remembered_for_so_many_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_latest_late_result_is_remembered_for_a_limited_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "LATE_RESULTS_KEPT", 2)
     desk = RuleHarness()
     seqs: dict[str, int | None] = {}
@@ -241,7 +241,7 @@ def test_of_late_results_the_latest_is_remembered_for_so_many_jobs(monkeypatch: 
     assert known == seqs | {"b": None}
 
 
-def test_a_change_that_was_taken_back_is_a_change() -> None:
+def test_a_reverted_change_is_still_a_change() -> None:
     desk = RuleHarness()
     desk.create("a", delay_ms=1_000)
     seen = version(desk.job())
@@ -271,7 +271,7 @@ def test_a_change_that_was_taken_back_is_a_change() -> None:
         ("retry", [3], "It has 3 late results that were not adopted. Check whether they can be adopted instead."),
     ],
 )
-def test_what_is_said_of_late_results(action: PlanAction, late: list[int], note: str | None) -> None:
+def test_the_sentence_about_late_results(action: PlanAction, late: list[int], note: str | None) -> None:
     assert late_results_note(action, late) == note
 
 
@@ -285,7 +285,7 @@ async def failed(house: VirtualEngine, *ids: str, **fields: Any) -> None:
 
 
 @in_virtual_time
-async def test_a_plan_says_what_would_be_done_and_does_it() -> None:
+async def test_a_plan_lists_its_changes_and_applies_them() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b")
@@ -320,7 +320,7 @@ async def came_late(house: VirtualEngine, job_id: str, times: int = 1) -> None:
 
 
 @in_virtual_time
-async def test_a_plan_tells_what_came_late_also_before_a_restart() -> None:
+async def test_a_plan_counts_late_results_also_from_before_a_restart() -> None:
     async with VirtualEngine() as house:
         await came_late(house, "a", times=2)
         await came_late(house, "b")
@@ -338,7 +338,7 @@ async def test_a_plan_tells_what_came_late_also_before_a_restart() -> None:
 
 
 @in_virtual_time
-async def test_what_comes_late_while_a_plan_is_made_is_told_or_changes_its_job() -> None:
+async def test_a_late_result_during_planning_is_counted_or_changes_its_job() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await house.yes(Create(id="a"))
@@ -357,7 +357,7 @@ async def test_what_comes_late_while_a_plan_is_made_is_told_or_changes_its_job()
 
 
 @in_virtual_time
-async def test_a_plan_of_named_jobs_tells_of_those_that_are_not_there() -> None:
+async def test_a_plan_of_named_jobs_reports_missing_ones() -> None:
     disk = MemoryStorage()
     disk.put(row(1, "bad"))
     disk.bad_jobs = {"bad": "its checksum is wrong"}
@@ -374,7 +374,7 @@ async def test_a_plan_of_named_jobs_tells_of_those_that_are_not_there() -> None:
 
 
 @in_virtual_time
-async def test_what_changes_meanwhile_is_left_alone_and_told() -> None:
+async def test_jobs_that_change_meanwhile_are_skipped_and_reported() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b", "c")
@@ -404,7 +404,7 @@ async def test_a_plan_is_applied_once() -> None:
 
 
 @in_virtual_time
-async def test_who_does_not_wait_any_more_takes_nothing_back() -> None:
+async def test_a_disconnected_caller_does_not_stop_a_plan() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(plans.SLICE + 1)))
@@ -418,7 +418,7 @@ async def test_who_does_not_wait_any_more_takes_nothing_back() -> None:
 
 
 @in_virtual_time
-async def test_a_plan_goes_in_slices_and_is_one_entry_of_the_audit_log() -> None:
+async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(2 * plans.SLICE + 1)), queue="q")
@@ -440,7 +440,7 @@ async def test_a_plan_goes_in_slices_and_is_one_entry_of_the_audit_log() -> None
 
 
 @in_virtual_time
-async def test_on_a_full_disk_a_plan_stops_and_goes_on_with_the_rest() -> None:
+async def test_on_a_full_disk_a_plan_stops_and_later_continues() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(plans.SLICE + 5)))
@@ -475,7 +475,7 @@ async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too() -> None:
 
 
 @in_virtual_time
-async def test_a_plan_is_kept_for_its_time() -> None:
+async def test_a_plan_is_kept_for_a_limited_time() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await made(planner, action="retry", filter=PlanFilter())
@@ -488,7 +488,7 @@ async def test_a_plan_is_kept_for_its_time() -> None:
 
 
 @in_virtual_time
-async def test_what_a_plan_came_to_can_be_read_for_hours_from_when_it_was_applied() -> None:
+async def test_the_result_of_a_plan_can_be_read_for_hours() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b")
@@ -508,7 +508,7 @@ async def test_what_a_plan_came_to_can_be_read_for_hours_from_when_it_was_applie
 
 
 @in_virtual_time
-async def test_new_plans_push_no_result_out_and_results_no_plan() -> None:
+async def test_new_plans_displace_no_results_and_results_no_plans() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(plans, "MAX_PLANS", 2)
         monkeypatch.setattr(plans, "MAX_APPLIED", 3)
@@ -533,7 +533,7 @@ async def test_new_plans_push_no_result_out_and_results_no_plan() -> None:
 
 
 @in_virtual_time
-async def test_the_audit_log_names_so_many_of_those_that_were_left_undone() -> None:
+async def test_the_audit_log_names_a_limited_number_of_unchanged_jobs() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         async with VirtualEngine() as house:
             planner = Planner(house.actor, house.clock)
@@ -551,7 +551,7 @@ async def test_the_audit_log_names_so_many_of_those_that_were_left_undone() -> N
 
 
 @in_virtual_time
-async def test_so_many_plans_are_kept_the_latest_ones() -> None:
+async def test_only_the_latest_plans_are_kept() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         for n in range(plans.MAX_PLANS + 2):
@@ -582,7 +582,7 @@ async def walked(planner: Planner, **asked: Any) -> list[list[str]]:
 
 @pytest.mark.usefixtures("small")
 @in_virtual_time
-async def test_a_plan_has_so_many_jobs_and_the_next_one_goes_on_after_them() -> None:
+async def test_a_plan_has_a_maximum_size_and_the_next_one_continues() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b", "c")
@@ -600,7 +600,7 @@ async def test_a_plan_has_so_many_jobs_and_the_next_one_goes_on_after_them() -> 
 
 @pytest.mark.usefixtures("small")
 @in_virtual_time
-async def test_a_plan_of_named_jobs_shows_so_many_that_it_leaves_alone() -> None:
+async def test_a_plan_of_named_jobs_lists_a_limited_number_of_skipped_ones() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         plan = await made(planner, action="retry", ids=["a", "b", "c", "d", "e"])
@@ -610,7 +610,7 @@ async def test_a_plan_of_named_jobs_shows_so_many_that_it_leaves_alone() -> None
 
 @pytest.mark.usefixtures("small")
 @in_virtual_time
-async def test_jobs_that_the_action_does_nothing_to_are_not_looked_at() -> None:
+async def test_jobs_that_the_action_does_not_apply_to_are_not_read() -> None:
     """Hundreds of younger jobs that wait are in nobody's way."""
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
@@ -627,7 +627,7 @@ async def test_jobs_that_the_action_does_nothing_to_are_not_looked_at() -> None:
 
 @pytest.mark.usefixtures("small")
 @in_virtual_time
-async def test_a_plan_finds_a_text_wherever_it_is() -> None:
+async def test_a_plan_finds_a_text_in_every_searched_field() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "needle", *(f"j{n}" for n in range(20)))
@@ -643,7 +643,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("impatient")
 @in_virtual_time
-async def test_a_plan_that_would_look_for_too_long_ends_and_the_next_one_goes_on() -> None:
+async def test_a_plan_that_takes_too_long_ends_and_the_next_one_continues() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a", "b", "c", "d")
@@ -653,7 +653,7 @@ async def test_a_plan_that_would_look_for_too_long_ends_and_the_next_one_goes_on
 
 
 @in_virtual_time
-async def test_a_plan_goes_on_only_from_one_that_was_made_of_the_same() -> None:
+async def test_a_cursor_only_continues_a_plan_of_the_same_request() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         for asked in (
@@ -668,7 +668,7 @@ async def test_a_plan_goes_on_only_from_one_that_was_made_of_the_same() -> None:
 
 
 @in_virtual_time
-async def test_a_job_that_moves_on_while_the_plan_is_made_is_in_it_once() -> None:
+async def test_a_job_that_changes_status_during_planning_is_listed_once() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await house.yes(Create(id="a"))
@@ -694,7 +694,7 @@ async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
 
 
 @in_virtual_time
-async def test_plans_that_have_nothing_push_no_other_out() -> None:
+async def test_empty_plans_displace_no_others() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "a")
@@ -707,7 +707,7 @@ async def test_plans_that_have_nothing_push_no_other_out() -> None:
 
 
 @in_virtual_time
-async def test_too_many_plans_at_once_are_refused_and_filter_or_ids_are_needed() -> None:
+async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         for asked in (MakePlan(action="retry"), MakePlan(action="retry", filter=PlanFilter(), ids=["a"])):
@@ -720,7 +720,7 @@ async def test_too_many_plans_at_once_are_refused_and_filter_or_ids_are_needed()
 
 
 @in_virtual_time
-async def test_a_daemon_that_stops_ends_a_plan_after_its_slice() -> None:
+async def test_a_stopping_daemon_ends_a_plan_after_its_slice() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, *(f"j{n}" for n in range(3 * plans.SLICE)))
@@ -736,7 +736,7 @@ async def test_a_daemon_that_stops_ends_a_plan_after_its_slice() -> None:
 # -- what time would do -----------------------------------------------------------------------------------------------
 
 
-def test_a_preview_changes_nothing_and_says_what_recovery_would_do() -> None:
+def test_a_preview_lists_what_recovery_would_do_and_changes_nothing() -> None:
     desk = RuleHarness()
     lock_id = desk.held("stuck", max_attempts=1)
     desk.progress(lock_id, 40, "stuck")
@@ -754,7 +754,7 @@ def test_a_preview_changes_nothing_and_says_what_recovery_would_do() -> None:
     assert desk.accept(Preview(limit=1)).more
 
 
-def test_a_preview_says_where_more_have_expired_than_it_names() -> None:
+def test_a_preview_reports_that_it_is_incomplete() -> None:
     desk = RuleHarness()
     for name in ("a", "b"):
         desk.create(name, expires_at=desk.now + 10)
@@ -765,7 +765,7 @@ def test_a_preview_says_where_more_have_expired_than_it_names() -> None:
 
 
 @in_virtual_time
-async def test_a_preview_of_a_pass_is_what_the_pass_does() -> None:
+async def test_a_preview_of_a_cleanup_run_matches_the_run() -> None:
     disk = MemoryStorage()
     disk.put(row(1, "over", progress=120))
     async with VirtualEngine(disk) as house:
@@ -788,7 +788,7 @@ async def test_a_preview_of_a_pass_is_what_the_pass_does() -> None:
 
 
 @in_virtual_time
-async def test_a_look_for_what_is_wrong_has_an_end() -> None:
+async def test_the_scan_for_issues_is_limited() -> None:
     disk = MemoryStorage()
     for number in range(1, 31):
         disk.put(row(number, f"over-{number}", progress=120))
@@ -812,7 +812,7 @@ async def test_a_look_for_what_is_wrong_has_an_end() -> None:
 
 
 @in_virtual_time
-async def test_a_preview_names_old_jobs_also_where_few_are_read_at_a_time() -> None:
+async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> None:
     """Those with large results."""
     disk = MemoryStorage()
 
@@ -841,7 +841,7 @@ async def test_a_preview_names_old_jobs_also_where_few_are_read_at_a_time() -> N
 
 
 @in_virtual_time
-async def test_a_preview_while_the_clock_is_in_doubt_deletes_nothing_and_may_be_refused() -> None:
+async def test_a_preview_while_the_clock_is_suspect_deletes_nothing() -> None:
     async with VirtualEngine() as house:
         await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
         await asyncio.sleep(60)

@@ -18,7 +18,7 @@ class Boot:
         return self.now_ms
 
 
-def test_a_long_gap_is_told_once_and_a_short_one_is_none() -> None:
+def test_a_long_pause_is_reported_once_and_a_short_one_is_not() -> None:
     boot, told = Boot(), list[int]()
     here = SuspendDetector(told.append, boot=boot)
     for gap_ms in (0, PAUSED_AFTER_MS, 1, PAUSED_AFTER_MS + 1, 0, 40_000):
@@ -27,7 +27,7 @@ def test_a_long_gap_is_told_once_and_a_short_one_is_none() -> None:
     assert told == [PAUSED_AFTER_MS + 1, 40_000]
 
 
-async def test_an_idle_daemon_is_not_away(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_daemon_is_not_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suspend_detector, "BEAT_S", 0)
     told, looks, enough = list[int](), 0, asyncio.Event()
 

@@ -43,7 +43,7 @@ def firing(alerts: Alerts) -> list[str]:
 
 
 @in_virtual_time
-async def test_a_quiet_daemon_fires_nothing_and_names_every_alert() -> None:
+async def test_an_idle_daemon_lists_every_alert_and_fires_none() -> None:
     async with VirtualEngine() as house:
         shown = alerts_of(house).evaluate()
         assert [alert.name for alert in shown] == list(NAMES)
@@ -53,7 +53,7 @@ async def test_a_quiet_daemon_fires_nothing_and_names_every_alert() -> None:
 
 
 @in_virtual_time
-async def test_what_an_alert_says_while_it_is_quiet_is_so() -> None:
+async def test_the_hints_of_quiet_alerts_are_true() -> None:
     """Each fires, or not, by its threshold alone: the same figures, and two sentences."""
     failing = Failing()
     async with VirtualEngine() as house:
@@ -152,7 +152,7 @@ async def test_average_processing_is_in_seconds() -> None:
 
 
 @in_virtual_time
-async def test_a_pass_that_found_many_issues_fires_until_one_finds_few() -> None:
+async def test_pass_issues_fires_until_a_run_finds_few_issues() -> None:
     disk = MemoryStorage()
     for number in range(11):
         disk.put(row(number + 1, progress=120))
@@ -167,7 +167,7 @@ async def test_a_pass_that_found_many_issues_fires_until_one_finds_few() -> None
 
 
 @in_virtual_time
-async def test_a_job_given_away_under_its_worker_fires_for_an_hour_and_says_which() -> None:
+async def test_a_double_grant_fires_for_an_hour_and_names_the_job() -> None:
     async with VirtualEngine() as house:
         alerts = alerts_of(house)
         lock_id = await house.held("cat-1")
@@ -200,7 +200,7 @@ def work(house: VirtualEngine, kind: str, ms: int, count: int = SAMPLES_NEEDED) 
 
 
 @in_virtual_time
-async def test_the_kind_that_is_furthest_from_its_usual_fires_once_and_flaps_not() -> None:
+async def test_the_slowest_kind_fires_once_and_does_not_flap() -> None:
     async with VirtualEngine() as house:
         alerts = alerts_of(house)
         for _ in range(HOURS_NEEDED):
@@ -229,7 +229,7 @@ async def test_the_kind_that_is_furthest_from_its_usual_fires_once_and_flaps_not
 
 
 @in_virtual_time
-async def test_of_little_work_nothing_is_said() -> None:
+async def test_too_few_jobs_fire_nothing() -> None:
     async with VirtualEngine() as house:
         alerts = alerts_of(house)
         work(house, "new", 9_000)
@@ -242,7 +242,7 @@ async def test_of_little_work_nothing_is_said() -> None:
 
 
 @in_virtual_time
-async def test_jobs_that_complete_are_what_the_pace_is_made_of() -> None:
+async def test_only_completed_jobs_count_for_durations() -> None:
     async with VirtualEngine() as house:
         alerts = alerts_of(house)
         for hour in range(HOURS_NEEDED + 1):
@@ -269,7 +269,7 @@ class Away:
 
 
 @in_virtual_time
-async def test_what_is_not_healthy_fires_with_its_message() -> None:
+async def test_an_unhealthy_part_fires_with_its_message() -> None:
     async with VirtualEngine() as house:
         health = Health(house.actor, house.clock, house.cleaner, artifacts=Away())
         alerts = Alerts(house.book, house.clock, health, house.cleaner, hold_ms=0, clear_ms=0)
@@ -307,7 +307,7 @@ async def test_firing_and_resolving_are_logged_once_each() -> None:
 
 
 @in_virtual_time
-async def test_new_thresholds_are_in_force_at_once() -> None:
+async def test_new_thresholds_apply_at_once() -> None:
     async with VirtualEngine() as house:
         alerts = alerts_of(house)
         await house.held("a")
@@ -317,7 +317,7 @@ async def test_new_thresholds_are_in_force_at_once() -> None:
 
 
 @in_virtual_time
-async def test_alerts_are_noticed_without_anybody_asking() -> None:
+async def test_alerts_are_evaluated_without_requests() -> None:
     async with VirtualEngine() as house:
         alerts = alerts_of(house)
         running = asyncio.create_task(alerts.run())
@@ -335,7 +335,7 @@ async def test_alerts_are_noticed_without_anybody_asking() -> None:
 
 
 @in_virtual_time
-async def test_a_bug_does_not_end_the_watch() -> None:
+async def test_a_bug_does_not_end_the_evaluation() -> None:
     async with VirtualEngine() as house:
         alerts = alerts_of(house)
         figures, house.book.figures = house.book.figures, None  # type: ignore[assignment]
@@ -359,7 +359,7 @@ class Failing:
 
 
 @in_virtual_time
-async def test_a_webhook_that_takes_nothing_for_long_is_told_with_its_last_error() -> None:
+async def test_webhook_failing_fires_with_the_last_error() -> None:
     async with VirtualEngine() as house:
         alerts = alerts_of(house)
         failing = Failing()
@@ -376,7 +376,7 @@ async def test_a_webhook_that_takes_nothing_for_long_is_told_with_its_last_error
 
 
 @in_virtual_time
-async def test_who_listens_is_told_of_changes_and_only_of_what_somebody_has_looked_at() -> None:
+async def test_listeners_are_notified_of_changes_only() -> None:
     async with VirtualEngine() as house:
         alerts, told, failing = alerts_of(house), [], Failing()
         alerts.on_change.append(lambda: told.append(alerts.known()))
@@ -453,7 +453,7 @@ async def test_a_value_that_flickers_fires_nothing_and_resolves_nothing() -> Non
 
 
 @in_virtual_time
-async def test_a_restart_resolves_nothing_before_a_condition_could_hold() -> None:
+async def test_a_restart_resolves_nothing_too_early() -> None:
     async with VirtualEngine() as house:
         alerts = slow_alerts_of(house, Thresholds(processing_jobs=0))
         told: list[list[str] | None] = []
@@ -486,7 +486,7 @@ async def watched(house: VirtualEngine, alerts: Alerts, number: int) -> list[str
 
 
 @in_virtual_time
-async def test_due_jobs_without_a_worker_after_attempts_that_all_failed() -> None:
+async def test_an_incident_of_failing_attempts_and_missing_workers_fires_its_alerts() -> None:
     """520 due jobs for 18 minutes, no worker, and every attempt before had failed: nothing was reported."""
     async with VirtualEngine() as house:
         alerts = slow_alerts_of(house)
@@ -545,7 +545,7 @@ async def test_a_suspect_jump_of_the_clock_makes_no_job_wait() -> None:
 
 
 @in_virtual_time
-async def test_very_many_kinds_are_walked_in_slices_and_none_is_left_out() -> None:
+async def test_many_kinds_are_scanned_in_slices_and_none_is_omitted() -> None:
     async with VirtualEngine() as house:
         alerts = alerts_of(house)
         kinds = SLICES_OF_ONE_LOOK * LANES_IN_ONE_GO // 2 + 10
@@ -560,7 +560,7 @@ async def test_very_many_kinds_are_walked_in_slices_and_none_is_left_out() -> No
 
 
 @in_virtual_time
-async def test_half_of_the_attempts_of_one_queue_at_least() -> None:
+async def test_failure_rate_fires_at_half_of_the_attempts_of_a_queue() -> None:
     async with VirtualEngine() as house:
         alerts = alerts_of(house)
         house.actor.on_commit.append(alerts.attempts.note)
@@ -587,7 +587,7 @@ async def test_half_of_the_attempts_of_one_queue_at_least() -> None:
         (1 << 20, 1 << 29, True),
     ],
 )
-def test_a_disk_below_a_tenth_or_one_gibibyte(free: int, total: int, fires: bool) -> None:
+def test_disk_nearly_full_fires_below_a_tenth_or_one_gibibyte(free: int, total: int, fires: bool) -> None:
     async def look() -> None:
         async with VirtualEngine() as house:
             house.disk.disk_space = DiskSpace("/srv/jobd.db", free, total)
@@ -611,7 +611,7 @@ async def test_a_store_in_memory_has_no_disk_to_fill() -> None:
 
 
 @in_virtual_time
-async def test_a_job_that_is_released_again_and_again() -> None:
+async def test_release_loop_fires_for_a_job_that_is_released_repeatedly() -> None:
     async with VirtualEngine() as house:
         alerts = alerts_of(house)
         house.book.release_loops["cat-9"] = 20

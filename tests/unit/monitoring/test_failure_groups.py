@@ -72,7 +72,7 @@ async def fail(house: VirtualEngine, job_id: str, reason: str, **fields: Any) ->
 
 
 @in_virtual_time
-async def test_a_group_says_what_its_jobs_have_in_common() -> None:
+async def test_a_group_shows_what_its_jobs_have_in_common() -> None:
     async with VirtualEngine() as house:
         known = watching(house)
         await known.run()
@@ -102,7 +102,7 @@ async def test_a_group_says_what_its_jobs_have_in_common() -> None:
 
 
 @in_virtual_time
-async def test_jobs_that_go_are_counted_no_more() -> None:
+async def test_removed_jobs_are_no_longer_counted() -> None:
     async with VirtualEngine() as house:
         known = watching(house)
         for job_id in ("a", "b", "c", "d"):
@@ -125,7 +125,7 @@ async def test_jobs_that_go_are_counted_no_more() -> None:
 
 
 @in_virtual_time
-async def test_jobs_that_wait_to_be_tried_again_are_counted_beside_those_that_failed() -> None:
+async def test_jobs_that_wait_for_a_retry_are_counted_separately() -> None:
     async with VirtualEngine() as house:
         await house.yes(Create(id="early", max_attempts=3, queue="mail"))
         await try_once(house, "early", "took 7 s")
@@ -157,7 +157,7 @@ async def test_jobs_that_wait_to_be_tried_again_are_counted_beside_those_that_fa
 
 
 @in_virtual_time
-async def test_since_when_there_is_an_error_is_known_though_its_group_was_empty() -> None:
+async def test_the_first_occurrence_survives_an_empty_group() -> None:
     async with VirtualEngine() as house:
         known = watching(house)
         await known.run()
@@ -180,7 +180,7 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("seed", range(12))
-def test_history_is_counted_while_its_jobs_go_and_others_fail(seed: int) -> None:
+def test_history_is_counted_correctly_while_jobs_change(seed: int) -> None:
     """Whatever is committed between two looks, or is told after the look that has seen it already."""
 
     @in_virtual_time
@@ -222,7 +222,7 @@ def test_history_is_counted_while_its_jobs_go_and_others_fail(seed: int) -> None
 
 
 @in_virtual_time
-async def test_a_look_that_fails_is_made_again() -> None:
+async def test_a_failed_read_is_repeated() -> None:
     async with VirtualEngine() as house:
         await fail(house, "a", "x")
         known = watching(house)
@@ -238,7 +238,7 @@ async def test_a_look_that_fails_is_made_again() -> None:
 
 
 @in_virtual_time
-async def test_a_stop_ends_the_looking() -> None:
+async def test_stop_ends_the_reading() -> None:
     async with VirtualEngine() as house:
         await fail(house, "a", "x")
         known = watching(house)
@@ -259,7 +259,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("few")
 @in_virtual_time
-async def test_the_first_line_of_a_group_is_whole() -> None:
+async def test_the_first_line_of_a_group_is_not_shortened() -> None:
     async with VirtualEngine() as house:
         known = watching(house)
         await fail(house, "a", "alphabet\nand more")
@@ -283,7 +283,7 @@ async def test_a_group_does_not_depend_on_the_ids_of_its_jobs() -> None:
 
 @pytest.mark.usefixtures("few")
 @in_virtual_time
-async def test_everything_that_is_kept_has_its_limit() -> None:
+async def test_everything_kept_is_limited() -> None:
     async with VirtualEngine() as house:
         known = watching(house)
         for n, reason in enumerate(("alpha", "beta", "gamma", "gamma", "alpha", "alpha", "alpha")):
@@ -320,7 +320,7 @@ async def test_everything_that_is_kept_has_its_limit() -> None:
 
 
 @in_virtual_time
-async def test_the_jobs_of_a_group_are_found_and_they_are_failed_ones() -> None:
+async def test_a_search_finds_the_failed_jobs_of_a_group() -> None:
     async with VirtualEngine() as house:
         await fail(house, "a", "took 12 s")
         await fail(house, "b", "took 40 s")

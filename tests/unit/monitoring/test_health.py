@@ -99,7 +99,7 @@ async def test_a_daemon_at_work_is_healthy() -> None:
 
 
 @in_virtual_time
-async def test_health_is_measured_anew_after_five_seconds() -> None:
+async def test_health_is_measured_again_after_five_seconds() -> None:
     async with VirtualEngine() as house:
         health = health_of(house)
         first = await health.view()
@@ -182,7 +182,7 @@ async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
 
 
 @in_virtual_time
-async def test_the_space_of_the_disk_is_a_second_old_at_most() -> None:
+async def test_the_free_space_is_at_most_a_second_old() -> None:
     async with VirtualEngine() as house:
         health = health_of(house)
         house.disk.disk_space = first = DiskSpace("/disk/jobd.db", 2, 3)
@@ -200,7 +200,7 @@ async def test_the_space_of_the_disk_is_a_second_old_at_most() -> None:
 
 
 @in_virtual_time
-async def test_a_disk_that_does_not_answer_leaves_the_last_figures() -> None:
+async def test_a_hanging_disk_leaves_the_last_free_space() -> None:
     disk = SlowDisk()
     async with VirtualEngine(disk) as house:
         health = health_of(house)
@@ -226,7 +226,7 @@ async def test_a_disk_that_does_not_answer_leaves_the_last_figures() -> None:
         (Closed.ALL_WRITES, "every change is refused"),
     ],
 )
-def test_what_a_full_disk_closes_is_told(closed: Closed, said: str) -> None:
+def test_the_message_names_the_writes_that_a_full_disk_rejects(closed: Closed, said: str) -> None:
     @in_virtual_time
     async def test() -> None:
         async with VirtualEngine() as house:
@@ -242,7 +242,7 @@ def test_what_a_full_disk_closes_is_told(closed: Closed, said: str) -> None:
 
 
 @in_virtual_time
-async def test_a_disk_that_does_not_answer_is_unhealthy_and_not_asked_again() -> None:
+async def test_a_hanging_disk_is_unhealthy_and_not_asked_again() -> None:
     disk = SlowDisk()
     async with VirtualEngine(disk) as house:
         health = health_of(house)
@@ -261,7 +261,7 @@ async def test_a_disk_that_does_not_answer_is_unhealthy_and_not_asked_again() ->
 
 
 @in_virtual_time
-async def test_close_waits_for_what_was_asked() -> None:
+async def test_close_waits_for_pending_requests() -> None:
     disk = SlowDisk()
     async with VirtualEngine(disk) as house:
         health = health_of(house)
@@ -275,7 +275,7 @@ async def test_close_waits_for_what_was_asked() -> None:
 
 
 @in_virtual_time
-async def test_damage_is_named_with_its_mend() -> None:
+async def test_damage_is_named_with_its_repair() -> None:
     disk = MemoryStorage()
     for number in range(7):
         disk.put(row(number + 1, f"job-{number}"))
@@ -294,7 +294,7 @@ async def test_damage_is_named_with_its_mend() -> None:
 
 
 @in_virtual_time
-async def test_faults_are_kept_in_bounds() -> None:
+async def test_the_number_of_kept_faults_is_limited() -> None:
     async with VirtualEngine() as house:
         health = health_of(house, (f"fault {number}" for number in range(10 * MAX_FAULTS)))
         assert f"and {MAX_FAULTS - 5} more" in (await health.view()).database.message
@@ -304,7 +304,7 @@ async def test_faults_are_kept_in_bounds() -> None:
 
 
 @in_virtual_time
-async def test_a_mailbox_that_does_not_answer_is_unhealthy() -> None:
+async def test_a_hanging_mailbox_is_unhealthy() -> None:
     async with VirtualEngine() as house:
         health = health_of(house)
         house.disk.gate.clear()
@@ -330,7 +330,7 @@ async def test_a_full_mailbox_is_degraded_a_stopped_one_unhealthy() -> None:
 
 
 @pytest.mark.parametrize(("status", "name"), [("queued", "a"), ("processing", "b"), ("completed", "c")])
-def test_counters_that_do_not_agree_are_unhealthy(status: str, name: str) -> None:
+def test_counters_that_disagree_are_unhealthy(status: str, name: str) -> None:
     @in_virtual_time
     async def test() -> None:
         async with VirtualEngine() as house:
@@ -363,7 +363,7 @@ async def test_memory_that_differs_from_the_disk_is_unhealthy() -> None:
 
 
 @in_virtual_time
-async def test_a_row_that_is_missing_on_the_disk_is_noticed() -> None:
+async def test_a_row_missing_on_the_disk_is_detected() -> None:
     async with VirtualEngine() as house:
         await house.yes(Create(id="a"))
         house.disk._replace(1, None)
@@ -371,7 +371,7 @@ async def test_a_row_that_is_missing_on_the_disk_is_noticed() -> None:
 
 
 @in_virtual_time
-async def test_a_look_that_was_too_early_is_taken_again() -> None:
+async def test_a_comparison_during_a_write_is_repeated() -> None:
     disk = StaleOnce()
     async with VirtualEngine(disk) as house:
         await house.held("a")
@@ -381,7 +381,7 @@ async def test_a_look_that_was_too_early_is_taken_again() -> None:
 
 
 @in_virtual_time
-async def test_work_under_way_never_looks_like_damage() -> None:
+async def test_concurrent_work_never_looks_like_damage() -> None:
     """Commits, refused commits and refusals, all the while that health is measured."""
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
@@ -407,7 +407,7 @@ async def test_work_under_way_never_looks_like_damage() -> None:
 
 
 @in_virtual_time
-async def test_a_bad_row_met_by_the_recount_goes_to_quarantine() -> None:
+async def test_a_bad_row_found_by_the_recount_is_quarantined() -> None:
     async with VirtualEngine() as house:
         health = health_of(house)
         await house.yes(Create(id="a"))
@@ -419,7 +419,7 @@ async def test_a_bad_row_met_by_the_recount_goes_to_quarantine() -> None:
 
 
 @in_virtual_time
-async def test_samples_move_on_over_the_oldest_jobs() -> None:
+async def test_samples_advance_over_the_oldest_jobs() -> None:
     async with VirtualEngine() as house:
         for number in range(3 * SAMPLE):
             await house.yes(Create(id=f"job-{number}"))
@@ -468,7 +468,7 @@ class Sulking:
 
 
 @in_virtual_time
-async def test_an_artifact_store_that_does_not_answer_is_unhealthy_in_time() -> None:
+async def test_a_hanging_artifact_store_is_unhealthy_in_time() -> None:
     async with VirtualEngine() as house:
         health = health_of(house, artifacts=Sulking())
         view = await health.view()
@@ -477,7 +477,7 @@ async def test_an_artifact_store_that_does_not_answer_is_unhealthy_in_time() -> 
 
 
 @in_virtual_time
-async def test_close_does_not_wait_for_an_artifact_store_that_does_not_answer() -> None:
+async def test_close_does_not_wait_for_a_hanging_artifact_store() -> None:
     for waited_s in (0.1, 60):  # while it is measured, and long after
         async with VirtualEngine() as house:
             health = health_of(house, artifacts=Sulking())
@@ -493,7 +493,7 @@ class Complaining:
         return "2 objects of deleted jobs could not be deleted."
 
 
-async def test_objects_that_stay_degrade_the_store(tmp_path: Path) -> None:
+async def test_undeletable_artifacts_degrade_the_store(tmp_path: Path) -> None:
     store = FileArtifactStore(str(tmp_path), "test")
     async with VirtualEngine() as house:
         view = await health_of(house, artifacts=store, sweeper=Complaining()).view()
@@ -503,7 +503,7 @@ async def test_objects_that_stay_degrade_the_store(tmp_path: Path) -> None:
 
 
 @in_virtual_time
-async def test_a_clock_in_doubt_is_degraded_until_it_is_accepted() -> None:
+async def test_a_suspect_clock_is_degraded_until_it_is_accepted() -> None:
     async with VirtualEngine() as house:
         health = health_of(house)
         assert (await health.view()).status == "healthy"

@@ -170,7 +170,7 @@ async def real(path: Path) -> AsyncIterator[Real]:
         await running[0]
 
 
-async def test_the_names_are_those_that_dashboards_ask_for(tmp_path: Path) -> None:
+async def test_metric_names_match_the_dashboards(tmp_path: Path) -> None:
     async with real(tmp_path / "jobd.db") as daemon:
         await daemon.cleaner.run_cleanup(forced=True)
         body = await daemon.metrics.render()
@@ -181,7 +181,7 @@ async def test_the_names_are_those_that_dashboards_ask_for(tmp_path: Path) -> No
     assert all(len(line.split(maxsplit=3)[3]) > 10 for line in helped)
 
 
-async def test_a_life_of_jobs_on_a_real_store_is_counted(tmp_path: Path) -> None:
+async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> None:
     """Also that recovery, deletion, validation, the journal and reports work on SQLite as in memory."""
     async with real(tmp_path / "jobd.db") as daemon:
         now = time.time_ns() // 1_000_000
@@ -298,7 +298,7 @@ async def test_locks_stuck_jobs_and_waiting_claims() -> None:
 
 
 @in_virtual_time
-async def test_how_long_the_oldest_due_job_of_each_queue_waits_and_whether_it_may() -> None:
+async def test_the_wait_of_the_oldest_due_job_of_each_queue() -> None:
     async with VirtualEngine() as house:
         await house.yes(Create(id="a", queue="film", priority=9))
         await seconds(40)
@@ -314,7 +314,7 @@ async def test_how_long_the_oldest_due_job_of_each_queue_waits_and_whether_it_ma
 
 
 @in_virtual_time
-async def test_queues_of_very_many_lanes_are_passed_over_and_the_others_are_not() -> None:
+async def test_only_queues_with_very_many_kinds_are_skipped() -> None:
     async with VirtualEngine() as house:
         for number in range(LANES_SEEN):
             await house.yes(Create(id=f"a-{number}", queue="many", kind=str(number)))
@@ -325,7 +325,7 @@ async def test_queues_of_very_many_lanes_are_passed_over_and_the_others_are_not(
 
 
 @in_virtual_time
-async def test_paces_overlaps_quarantine_and_the_clock() -> None:
+async def test_durations_double_grants_quarantine_and_the_clock() -> None:
     async with VirtualEngine(policy=Policy(keep_failed_ms=4 * SECOND_MS)) as house:
         body = shown(house)
         assert value(body, "jobd_granted_twice_total") == value(body, "jobd_quarantined_jobs") == 0
@@ -349,7 +349,7 @@ async def test_paces_overlaps_quarantine_and_the_clock() -> None:
 
 
 @in_virtual_time
-async def test_refusals_of_all_doors_are_summed_and_every_code_is_there() -> None:
+async def test_errors_of_all_listeners_are_summed_and_every_code_is_listed() -> None:
     async with VirtualEngine() as house:
         body = shown(house, Door(already_locked=2, not_found=1), Door(already_locked=3))
         assert value(body, "jobd_refusals_total", code="already_locked") == 5
@@ -358,7 +358,7 @@ async def test_refusals_of_all_doors_are_summed_and_every_code_is_there() -> Non
 
 
 @in_virtual_time
-async def test_how_far_a_full_disk_has_closed_the_daemon() -> None:
+async def test_the_write_limit_of_a_full_disk() -> None:
     async with VirtualEngine() as house:
         assert value(shown(house), "jobd_disk_full") == 0
         for closed in Closed:
@@ -385,7 +385,7 @@ async def test_validation_issues_by_type_and_alerts() -> None:
 
 
 @in_virtual_time
-async def test_queue_labels_have_a_limit_and_the_rest_is_summed() -> None:
+async def test_queue_labels_are_limited_and_the_rest_is_summed() -> None:
     async with VirtualEngine() as house:
         for number in range(QUEUES_SHOWN + 30):
             await house.yes(Create(id=f"a-{number}", queue=f"q-{number}"))
@@ -429,7 +429,7 @@ async def test_histograms_are_cumulative() -> None:
 
 
 @in_virtual_time
-async def test_a_snapshot_shares_nothing_with_the_book() -> None:
+async def test_a_snapshot_shares_nothing_with_the_state() -> None:
     """What the thread reads must not move under its feet."""
     async with VirtualEngine() as house:
         await house.held("a")

@@ -42,7 +42,7 @@ def block(
     return f'[[webhooks]]\nname = "{name}"\nurl = "{url}"\n{secret}\n{more}\n'
 
 
-def test_what_is_left_out_has_its_default(read: Read) -> None:
+def test_omitted_keys_have_defaults(read: Read) -> None:
     (found,) = read(block()).webhooks
     assert asdict(found.endpoint) == asdict(
         WebhookEndpoint("billing", "https://e.test/hook", (OLD,), types_matching("*"))
@@ -52,7 +52,7 @@ def test_what_is_left_out_has_its_default(read: Read) -> None:
     assert read("").webhooks == ()
 
 
-def test_everything_can_be_said(read: Read) -> None:
+def test_every_key_can_be_set(read: Read) -> None:
     more = (
         'events = ["job.completed", "alert.*"]\nqueues = ["mail"]\nallow_private = true\n'
         'timeout = "500ms"\ngive_up_after = "1h"'
@@ -72,7 +72,7 @@ def test_everything_can_be_said(read: Read) -> None:
     assert second.endpoint.name == "b"
 
 
-def test_secrets_may_be_in_a_file_of_their_own(read: Read, tmp_path: Path) -> None:
+def test_secrets_can_be_in_a_separate_file(read: Read, tmp_path: Path) -> None:
     (tmp_path / "secrets").write_text(f"{NEWER}\n\n{SECRET}\n")
     (found,) = read(block(secret=f'secret_file = "{tmp_path}/secrets"')).webhooks
     assert found.endpoint.secrets == (NEW, OLD)
@@ -90,7 +90,7 @@ def test_no_secret_is_shown(read: Read) -> None:
     assert "# secrets: 2" in text
 
 
-def test_a_file_with_secrets_that_everybody_may_read_is_warned_of(read: Read, tmp_path: Path) -> None:
+def test_a_world_readable_secret_file_causes_a_warning(read: Read, tmp_path: Path) -> None:
     assert read(block()).warnings == ()
     os.chmod(tmp_path / "config.toml", 0o644)
     (warning,) = load({}, ENVIRON, str(tmp_path / "config.toml")).warnings
@@ -143,7 +143,7 @@ def test_a_file_with_secrets_that_everybody_may_read_is_warned_of(read: Read, tm
         (block(url="https://10.1.2.3/"), "10.1.2.3 is private"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line_with_file_and_number(
+def test_errors_are_one_line_with_the_file_and_the_number_of_the_webhook(
     read: Read, tmp_path: Path, text: str, said: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -160,17 +160,17 @@ def test_what_is_wrong_is_said_in_one_line_with_file_and_number(
     "host",
     ["e.test", "E_1.test:80", "localhost", "127.1", "10.0.0.1:8", "[::1]:8", "[fe80::1%eth0]", "[::ffff:1.1.1.1]"],
 )
-def test_hosts_of_every_form_are_taken(read: Read, host: str) -> None:
+def test_every_form_of_host_is_accepted(read: Read, host: str) -> None:
     (found,) = read(block(url=f"https://{host}/x", more="allow_private = true")).webhooks
     assert found.section.url == f"https://{host}/…"
 
 
-def test_a_private_address_may_be_meant(read: Read) -> None:
+def test_allow_private_allows_private_addresses(read: Read) -> None:
     (found,) = read(block(url="http://127.0.0.1/", more="allow_private = true")).webhooks
     assert found.endpoint.allow_private
 
 
-def test_a_secret_that_is_no_text_is_refused(read: Read, tmp_path: Path) -> None:
+def test_a_secret_that_is_not_ascii_is_rejected(read: Read, tmp_path: Path) -> None:
     (tmp_path / "secrets").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="secrets must be ASCII"):
         read(block(secret=f'secret_file = "{tmp_path}/secrets"'))

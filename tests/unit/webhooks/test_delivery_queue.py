@@ -23,7 +23,7 @@ def taken(made: DeliveryQueue, now: int = 0) -> list[int]:
     return found
 
 
-def test_of_each_subject_only_the_first_goes_and_others_go_on() -> None:
+def test_only_the_first_delivery_of_each_subject_starts() -> None:
     made = line((1, "a", 0), (2, "a", 0), (3, "b", 0), (4, "a", 0))
     assert taken(made) == [1, 3]
     assert len(made) == 4
@@ -44,7 +44,7 @@ def test_of_each_subject_only_the_first_goes_and_others_go_on() -> None:
     assert vars(made) == vars(DeliveryQueue()) | {"_now": 50}, "who is gone leaves nothing"
 
 
-def test_it_says_when_the_next_may_go() -> None:
+def test_next_due_is_the_time_of_the_next_delivery() -> None:
     made = line((1, "a", 30), (2, "b", 20))
     assert made.next_due() == 20
     assert taken(made, 10) == []
@@ -59,7 +59,7 @@ def test_it_says_when_the_next_may_go() -> None:
     assert made.next_due() == 40
 
 
-def test_one_that_comes_back_goes_first_of_its_subject() -> None:
+def test_a_retried_delivery_stays_the_first_of_its_subject() -> None:
     made = line((5, "a", 0), (6, "a", 0))
     made.add(QueuedDelivery(2, "a", 0))
     assert taken(made) == [2]
@@ -71,7 +71,7 @@ def test_one_that_comes_back_goes_first_of_its_subject() -> None:
     assert taken(made) == [1]
 
 
-def test_a_trial_is_made_with_the_one_that_failed_least_often() -> None:
+def test_a_probe_takes_the_delivery_with_the_fewest_failures() -> None:
     made = DeliveryQueue()
     assert made.take_probe(9) is None
     made.add(QueuedDelivery(1, "a", 0, 7))
@@ -84,7 +84,7 @@ def test_a_trial_is_made_with_the_one_that_failed_least_often() -> None:
     assert taken(made, 9) == [1, 3]
 
 
-def test_an_entry_of_before_makes_nobody_go_early() -> None:
+def test_a_stale_entry_starts_no_delivery_early() -> None:
     made = line((2, "a", 0), (1, "a", 0))
     assert made.take(0) == QueuedDelivery(1, "a", 0)
     made.remove(1)  # 2 has an entry from when it came, and one more
@@ -104,7 +104,7 @@ def test_each_failure_is_counted() -> None:
         made.postpone(1, tries + 1)
 
 
-def test_in_a_hurry_nobody_waits_for_his_time() -> None:
+def test_expedite_makes_all_deliveries_due() -> None:
     made = line((1, "a", 90), (2, "b", 80), (3, "b", 70))
     made.expedite(2)
     assert taken(made, 5) == [2]
@@ -114,7 +114,7 @@ def test_in_a_hurry_nobody_waits_for_his_time() -> None:
     assert taken(made, 5) == [3]
 
 
-def test_one_that_is_hurried_on_its_way_goes_again_at_once_if_it_fails() -> None:
+def test_a_delivery_expedited_while_running_is_due_at_once_after_a_failure() -> None:
     made = line((1, "a", 0), (2, "b", 0), (3, "c", 0))
     assert taken(made) == [1, 2, 3]
     made.expedite(1)
@@ -135,7 +135,7 @@ def test_one_that_is_hurried_on_its_way_goes_again_at_once_if_it_fails() -> None
     assert taken(made, 10) == []
 
 
-def test_one_that_is_hurried_before_it_goes_waits_its_time_after_it() -> None:
+def test_a_delivery_expedited_before_it_starts_waits_after_a_failure() -> None:
     made = line((1, "a", 50))
     made.expedite(1)
     assert taken(made) == [1]
@@ -143,7 +143,7 @@ def test_one_that_is_hurried_before_it_goes_waits_its_time_after_it() -> None:
     assert (taken(made), made.next_due()) == ([], 60)
 
 
-def test_one_that_is_hurried_behind_another_goes_at_once_after_it() -> None:
+def test_a_delivery_expedited_behind_another_starts_right_after_it() -> None:
     made = line((1, "a", 0), (2, "a", 50))
     assert taken(made) == [1]
     made.expedite(2)
@@ -157,7 +157,7 @@ def test_one_that_is_hurried_behind_another_goes_at_once_after_it() -> None:
     assert taken(made) == [2]
 
 
-def test_in_a_hurry_those_on_their_way_wait_for_their_time_after_it() -> None:
+def test_expediting_all_does_not_expedite_running_deliveries() -> None:
     made = line((1, "a", 0))
     assert taken(made) == [1]
     made.expedite()
@@ -165,7 +165,7 @@ def test_in_a_hurry_those_on_their_way_wait_for_their_time_after_it() -> None:
     assert (taken(made), made.next_due()) == ([], 10)
 
 
-def test_one_that_was_ready_twice_does_not_go_before_its_time() -> None:
+def test_a_delivery_with_two_ready_entries_does_not_start_early() -> None:
     made = line((1, "a", 10), (2, "b", 10))
     assert taken(made, 10) == [1, 2]
     made.requeue(1)
@@ -187,7 +187,7 @@ def test_one_that_was_ready_twice_does_not_go_before_its_time() -> None:
         max_size=60,
     )
 )
-def test_it_does_what_a_plain_list_would(steps: list[tuple[str, int]]) -> None:
+def test_the_queue_behaves_like_a_plain_list(steps: list[tuple[str, int]]) -> None:
     made, model, now, next_id = DeliveryQueue(), Model(), 0, 100
     for step, number in steps:
         now += number
@@ -254,7 +254,7 @@ class Model:
         return [each for subject, each in found.items() if subject not in busy]
 
 
-def test_whether_one_of_a_subject_waits_or_is_on_its_way() -> None:
+def test_has_subject_covers_waiting_and_running_deliveries() -> None:
     made = line((1, "a", 0), (2, "b", 0))
     assert taken(made) == [1, 2]
     assert (made.has_subject("a"), made.has_subject("b"), made.has_subject("c")) == (True, True, False)
@@ -262,7 +262,7 @@ def test_whether_one_of_a_subject_waits_or_is_on_its_way() -> None:
     assert (made.has_subject("a"), made.has_subject("b")) == (False, True)
 
 
-def test_who_is_given_up_in_line_makes_no_way_for_another_while_one_of_them_is_on_its_way() -> None:
+def test_removing_a_waiting_delivery_starts_nothing_while_another_of_its_subject_runs() -> None:
     made = line((1, "a", 0), (2, "a", 0), (3, "a", 0))
     assert taken(made) == [1]
     made.remove(2)

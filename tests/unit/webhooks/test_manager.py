@@ -72,7 +72,7 @@ def a_life(maker: ChangeFactory, job_id: str) -> list[Change]:
 # -- from the journal to the receiver ----------------------------------------------------------------------------------
 
 
-async def test_what_happens_is_told_in_order_once(path: Path) -> None:
+async def test_events_are_delivered_in_order_and_once(path: Path) -> None:
     async with at_work(path) as at:
         await at.commit(*a_life(at.maker, "a"))
         await at.commit(at.maker.queue_event("video", True))
@@ -93,7 +93,7 @@ async def test_what_happens_is_told_in_order_once(path: Path) -> None:
     assert len(at.posts.tried) == 4
 
 
-async def test_every_endpoint_gets_what_it_asked_for(path: Path) -> None:
+async def test_every_endpoint_gets_the_events_it_asked_for(path: Path) -> None:
     ends = endpoint("ends", events=FINISHED)
     mail = endpoint("mail", queues=frozenset({"mail"}))
     signs = endpoint("signs", events=frozenset({"job.progress"}))
@@ -108,7 +108,7 @@ async def test_every_endpoint_gets_what_it_asked_for(path: Path) -> None:
         assert {each.type for each in at.posts.taken if each.endpoint == "ends"} <= FINISHED
 
 
-async def test_what_nobody_wants_is_passed_by_without_a_look_at_the_disk(path: Path) -> None:
+async def test_unwanted_events_are_skipped_without_reading_the_disk(path: Path) -> None:
     only_ends = endpoint(events=frozenset({"job.failed"}))
     async with at_work(path, only_ends, wrap=Watched) as at:
         disk: Any = at.office.disk
@@ -120,7 +120,7 @@ async def test_what_nobody_wants_is_passed_by_without_a_look_at_the_disk(path: P
         assert (disk.calls["journal"], disk.calls["plan_deliveries"]) == (1, 0)
 
 
-async def test_a_place_that_only_passed_by_is_kept_in_the_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cursor_that_only_skipped_events_is_saved(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only_ends = endpoint(events=frozenset({"job.failed"}))
     async with at_work(path, only_ends) as at:
         await at.commit(at.maker.create())
@@ -135,7 +135,7 @@ async def test_a_place_that_only_passed_by_is_kept_in_the_end(path: Path, monkey
         await until(lambda: at.store._connection.raw.execute(sql).fetchone() == (2,))
 
 
-async def test_an_idle_webhook_costs_nothing(path: Path) -> None:
+async def test_an_idle_webhook_does_no_work(path: Path) -> None:
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
         await at.commit(*a_life(at.maker, "a"))
@@ -146,7 +146,7 @@ async def test_an_idle_webhook_costs_nothing(path: Path) -> None:
         assert disk.calls == calls
 
 
-async def test_where_none_is_configured_nobody_listens(path: Path) -> None:
+async def test_without_webhooks_nothing_subscribes(path: Path) -> None:
     async with at_work(path) as at:
         nobody = WebhookManager(at.office, listen=lambda _: pytest.fail("it listens"), post=at.posts)
         nobody.set_endpoints([])
@@ -154,7 +154,7 @@ async def test_where_none_is_configured_nobody_listens(path: Path) -> None:
         assert (nobody.worst(), nobody.journal_hold_ms(), nobody.metrics()) == (None, 0, {})
 
 
-async def test_so_many_are_on_their_way_and_no_more(path: Path) -> None:
+async def test_concurrent_deliveries_are_limited(path: Path) -> None:
     async with at_work(path) as at:
         at.posts.gate.clear()
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(50)))
@@ -174,9 +174,7 @@ async def test_a_long_journal_is_read_page_by_page(path: Path) -> None:
         assert len({each.event_id for each in at.posts.taken}) == 450
 
 
-async def test_pages_that_end_early_as_their_events_are_large_are_read_on(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_pages_cut_short_by_large_events_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queries, "SLICE_BYTES", 2_000)
     async with at_work(path) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
@@ -185,7 +183,7 @@ async def test_pages_that_end_early_as_their_events_are_large_are_read_on(
         assert at.webhooks.views()[0].lag == 0
 
 
-async def test_a_page_of_damaged_events_is_told_as_gone_and_passed_by(
+async def test_a_page_of_damaged_events_is_reported_as_a_gap_and_skipped(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queries, "SLICE_BYTES", 1)  # a page is one event
@@ -205,7 +203,7 @@ async def test_a_page_of_damaged_events_is_told_as_gone_and_passed_by(
 # -- order, failures, breaks -------------------------------------------------------------------------------------------
 
 
-async def test_a_message_that_fails_holds_up_its_job_alone(path: Path) -> None:
+async def test_a_failing_message_blocks_only_its_own_job(path: Path) -> None:
     bad = {"jobs/a": 3}
 
     def answer(delivery: Delivery) -> DeliveryOutcome:
@@ -227,7 +225,7 @@ async def test_a_message_that_fails_holds_up_its_job_alone(path: Path) -> None:
         assert sorted(each.tries for each in page.deliveries) == [1] * 8 + [4]
 
 
-async def test_failures_in_a_row_make_a_break_and_one_trial_ends_it(path: Path) -> None:
+async def test_consecutive_failures_open_the_breaker_and_a_probe_closes_it(path: Path) -> None:
     down = True
     async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
@@ -250,7 +248,7 @@ async def test_failures_in_a_row_make_a_break_and_one_trial_ends_it(path: Path) 
         assert at.webhooks.worst() is None
 
 
-async def test_a_view_says_when_the_next_try_may_be_made(path: Path) -> None:
+async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
     slow = replace(HASTY, retry_ms=100_000, retry_at_most_ms=100_000, pause_ms=600_000, pause_at_most_ms=600_000)
     clock = Clock()
     async with at_work(path, posts=Posts(lambda _: NO), clock=clock) as at:
@@ -273,7 +271,7 @@ async def test_a_view_says_when_the_next_try_may_be_made(path: Path) -> None:
         assert 250_000 < (left_ms() or 0) <= 600_000
 
 
-async def test_a_message_that_no_endpoint_takes_does_not_keep_the_break_for_all(path: Path) -> None:
+async def test_a_message_that_always_fails_does_not_keep_the_breaker_open(path: Path) -> None:
     async with at_work(path, posts=Posts(lambda each: NO if each.subject == "jobs/bad" else YES)) as at:
         at.office.retry_policy = replace(HASTY, retry_ms=1, retry_at_most_ms=1)  # it is due at every trial
         await at.commit(at.maker.create("bad"))
@@ -282,7 +280,7 @@ async def test_a_message_that_no_endpoint_takes_does_not_keep_the_break_for_all(
         await until(lambda: ("jobs/good", "job.created") in at.posts.subjects())
 
 
-async def test_what_is_too_old_and_was_tried_often_is_given_up_and_the_next_goes_on(path: Path) -> None:
+async def test_an_old_message_is_dead_lettered_after_enough_attempts_and_the_next_one_starts(path: Path) -> None:
     clock = Clock()
 
     def answer(delivery: Delivery) -> DeliveryOutcome:
@@ -300,7 +298,7 @@ async def test_what_is_too_old_and_was_tried_often_is_given_up_and_the_next_goes
         assert (lost.type, lost.status, lost.error) == ("job.created", 500, NO.error)
 
 
-async def test_a_step_of_the_clock_alone_gives_nothing_up(path: Path) -> None:
+async def test_a_clock_step_alone_dead_letters_nothing(path: Path) -> None:
     clock, down = Clock(), True
     async with at_work(path, endpoint(), posts=Posts(lambda _: NO if down else YES), clock=clock) as at:
         await at.commit(at.maker.create("a"))
@@ -310,7 +308,7 @@ async def test_a_step_of_the_clock_alone_gives_nothing_up(path: Path) -> None:
         await until(lambda: at.webhooks.views()[0].delivered == 1)
 
 
-async def test_of_an_endpoint_that_is_gone_for_good_what_is_too_old_is_given_up_untried(
+async def test_old_messages_of_an_endpoint_that_keeps_failing_are_dead_lettered_without_an_attempt(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "SLICE", 10)
@@ -325,14 +323,16 @@ async def test_of_an_endpoint_that_is_gone_for_good_what_is_too_old_is_given_up_
         assert min(each.tries for each in page.deliveries) == 0
 
 
-async def test_who_lives_nowhere_any_more_is_left_alone_at_once(path: Path) -> None:
+async def test_410_gone_opens_the_breaker_at_once(path: Path) -> None:
     async with at_work(path, posts=Posts(lambda _: DeliveryOutcome(410, "410", gone=True))) as at:
         await at.commit(at.maker.create("a"))
         await until(lambda: at.webhooks.views()[0].state == "open")
         assert at.webhooks.views()[0].failed == 1
 
 
-async def test_a_bug_in_the_sender_is_a_failed_try_and_says_nothing_of_the_url(path: Path, logged: list[Any]) -> None:
+async def test_a_bug_in_the_transport_is_a_failed_attempt_and_does_not_show_the_url(
+    path: Path, logged: list[Any]
+) -> None:
     bugs = [ValueError("https://e.test/hook?token=hush is odd")]
 
     def answer(_: Delivery) -> DeliveryOutcome:
@@ -353,7 +353,7 @@ async def test_a_bug_in_the_sender_is_a_failed_try_and_says_nothing_of_the_url(p
 # -- restarts, crashes, full disks -------------------------------------------------------------------------------------
 
 
-async def test_what_waits_is_sent_after_a_restart_byte_for_byte_the_same(path: Path) -> None:
+async def test_waiting_messages_are_sent_unchanged_after_a_restart(path: Path) -> None:
     async with at_work(path, posts=Posts(lambda _: NO)) as at:
         await at.commit(*a_life(at.maker, "a"))
         await until(lambda: bool(at.posts.tried))
@@ -365,7 +365,7 @@ async def test_what_waits_is_sent_after_a_restart_byte_for_byte_the_same(path: P
         assert (again.event_id, again.body, again.id) == (first.event_id, first.body, first.id)
 
 
-async def test_what_happened_while_nobody_was_there_is_told_at_the_next_start(path: Path) -> None:
+async def test_events_from_before_a_restart_are_delivered_after_it(path: Path) -> None:
     async with at_work(path) as at:
         pass
     store, _ = await Store.open(str(path))
@@ -375,7 +375,7 @@ async def test_what_happened_while_nobody_was_there_is_told_at_the_next_start(pa
         await until(lambda: then.posts.types() == ["job.created", "job.granted", "job.completed"])
 
 
-async def test_a_new_endpoint_is_not_told_what_was_before(path: Path) -> None:
+async def test_a_new_endpoint_gets_no_earlier_events(path: Path) -> None:
     async with at_work(path) as at:
         await at.commit(*a_life(at.maker, "a"))
         await until(lambda: len(at.posts.taken) == 3)
@@ -384,7 +384,7 @@ async def test_a_new_endpoint_is_not_told_what_was_before(path: Path) -> None:
         await until(lambda: then.posts.subjects() == [("jobs/b", "job.created")])
 
 
-async def test_what_was_delivered_and_not_noted_is_delivered_again(path: Path) -> None:
+async def test_a_delivery_whose_result_was_not_stored_is_repeated(path: Path) -> None:
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
         disk.faults["settle_deliveries"] = RuntimeError("crash")
@@ -397,7 +397,7 @@ async def test_what_was_delivered_and_not_noted_is_delivered_again(path: Path) -
         assert then.posts.taken[0] == at.posts.taken[0]
 
 
-async def test_while_the_disk_is_full_nothing_is_sent_that_cannot_be_noted_and_nothing_is_lost(
+async def test_on_a_full_disk_nothing_is_sent_without_the_outbox_and_nothing_is_lost(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
@@ -416,7 +416,7 @@ async def test_while_the_disk_is_full_nothing_is_sent_that_cannot_be_noted_and_n
         assert len(at.posts.taken) == 33  # none of them twice
 
 
-async def test_the_last_room_of_a_full_disk_is_not_for_webhooks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_webhooks_do_not_use_the_reserve_of_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
@@ -433,7 +433,7 @@ async def test_the_last_room_of_a_full_disk_is_not_for_webhooks(path: Path, monk
         await until(lambda: at.webhooks.views()[0].delivered == 3)
 
 
-async def test_what_cannot_be_noted_on_a_full_disk_is_not_sent(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_delivery_starts_while_results_cannot_be_stored(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with at_work(path) as at:
         at.posts.gate.clear()
@@ -448,7 +448,9 @@ async def test_what_cannot_be_noted_on_a_full_disk_is_not_sent(path: Path, monke
         assert len(at.posts.tried) == 40
 
 
-async def test_a_full_disk_at_the_start_is_waited_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_dispatcher_waits_for_a_disk_that_is_full_at_the_start(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("jobd.webhooks.manager.DISK_FULL_RETRY_S", 0.02)
     async with at_work(path, wrap=Watched) as at:
         disk: Any = at.office.disk
@@ -467,7 +469,7 @@ async def test_a_full_disk_at_the_start_is_waited_for(path: Path, monkeypatch: p
         await until(lambda: len(at.posts.taken) == 2)
 
 
-async def test_a_damaged_message_is_left_out_and_the_next_goes_on(path: Path) -> None:
+async def test_a_damaged_message_is_skipped(path: Path) -> None:
     async with at_work(path, posts=Posts(lambda _: NO)) as at:
         await at.commit(*a_life(at.maker, "a"))
         await until(lambda: at.webhooks.views()[0].waiting == 3)
@@ -479,7 +481,7 @@ async def test_a_damaged_message_is_left_out_and_the_next_goes_on(path: Path) ->
         await until(lambda: "job.completed" in then.posts.types())
 
 
-async def test_the_stop_does_not_wait_for_who_hangs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stop_does_not_wait_for_a_hanging_receiver(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "GRACE_S", 0.1)
     async with at_work(path) as at:
         at.posts.gate.clear()
@@ -491,7 +493,7 @@ async def test_the_stop_does_not_wait_for_who_hangs(path: Path, monkeypatch: pyt
         await until(lambda: len(then.posts.taken) == 20)
 
 
-async def test_the_stop_notes_what_arrives_within_its_grace(path: Path) -> None:
+async def test_stop_stores_results_that_arrive_in_time(path: Path) -> None:
     async with at_work(path) as at:
         at.posts.gate.clear()
         await at.commit(at.maker.create("a"))
@@ -504,7 +506,7 @@ async def test_the_stop_notes_what_arrives_within_its_grace(path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-async def test_whatever_fails_and_whoever_crashes_every_event_arrives_in_the_order_of_its_job(
+async def test_every_event_arrives_in_order_despite_failures_and_crashes(
     path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At least once, and none before the one that came before it in the same job."""
@@ -551,7 +553,7 @@ async def test_whatever_fails_and_whoever_crashes_every_event_arrives_in_the_ord
 # -- bounds and gaps ---------------------------------------------------------------------------------------------------
 
 
-async def test_what_does_not_fit_into_the_outbox_waits_in_the_journal(
+async def test_events_wait_in_the_journal_while_the_outbox_is_at_its_limit(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "MAX_BACKLOG", 150)
@@ -567,7 +569,7 @@ async def test_what_does_not_fit_into_the_outbox_waits_in_the_journal(
         await until(lambda: len(at.posts.taken) == 400)
 
 
-async def test_who_is_behind_keeps_the_journal_for_a_while(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_lagging_endpoint_holds_the_journal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "MAX_BACKLOG", 150)
     monkeypatch.setattr(journal_reader, "LAGGING_AFTER_S", 0.1)
     async with at_work(path, endpoint(give_up_after_ms=5 * DAY_MS), posts=Posts(lambda _: NO)) as at:
@@ -577,7 +579,7 @@ async def test_who_is_behind_keeps_the_journal_for_a_while(path: Path, monkeypat
         await until(lambda: at.webhooks.journal_hold_ms() == 5 * DAY_MS)
 
 
-async def test_who_was_away_for_longer_than_the_journal_is_told_of_the_gap(path: Path) -> None:
+async def test_an_endpoint_behind_the_journal_gets_a_gap_message(path: Path) -> None:
     async with at_work(path) as at:
         await at.commit(at.maker.create("a"))
         await until(lambda: len(at.posts.taken) == 1)
@@ -598,7 +600,7 @@ async def test_who_was_away_for_longer_than_the_journal_is_told_of_the_gap(path:
         await until(lambda: later.posts.types() == ["job.created"])
 
 
-async def test_a_lost_place_is_told_too(path: Path) -> None:
+async def test_a_lost_cursor_causes_a_gap_message(path: Path) -> None:
     async with at_work(path) as at:
         await at.commit(at.maker.create("a"))
         await until(lambda: at.webhooks.views()[0].delivered == 1)
@@ -609,9 +611,7 @@ async def test_a_lost_place_is_told_too(path: Path) -> None:
         await until(lambda: then.posts.types() == ["events.gone"])
 
 
-async def test_a_receiver_is_told_that_what_was_given_up_is_kept_no_longer(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_dropped_dead_letters_cause_a_gap_message(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "given_up": 5})
     posts = Posts(lambda _: NO)
     async with at_work(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
@@ -634,7 +634,7 @@ async def test_a_receiver_is_told_that_what_was_given_up_is_kept_no_longer(
         await until(lambda: later.posts.types() == ["job.created"])
 
 
-async def test_a_gap_that_waits_is_not_put_behind_itself(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_waiting_gap_message_is_not_repeated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "given_up": 1})
     slow = replace(NO, retry_after_ms=60_000)
     posts = Posts(lambda each: slow if each.type == "events.gone" else NO)
@@ -651,7 +651,7 @@ async def test_a_gap_that_waits_is_not_put_behind_itself(path: Path, monkeypatch
 # -- alerts ------------------------------------------------------------------------------------------------------------
 
 
-async def test_alerts_are_told_when_they_fire_and_when_they_end(path: Path) -> None:
+async def test_alerts_are_delivered_when_they_fire_and_when_they_resolve(path: Path) -> None:
     async with at_work(path, endpoint(events=frozenset({"alert.firing", "alert.resolved"}))) as at:
         at.fire("stuck_jobs", NOW + 7)
         await until(lambda: at.posts.types() == ["alert.firing"])
@@ -668,7 +668,7 @@ async def test_alerts_are_told_when_they_fire_and_when_they_end(path: Path) -> N
         assert at.webhooks.views()[0].lag == 0
 
 
-async def test_alerts_are_told_at_least_once_over_a_restart(path: Path) -> None:
+async def test_alerts_are_delivered_at_least_once_over_a_restart(path: Path) -> None:
     async with at_work(path, posts=Posts(lambda _: NO)) as at:
         at.fire("stuck_jobs")
         at.fire("database")
@@ -687,7 +687,7 @@ async def test_alerts_are_told_at_least_once_over_a_restart(path: Path) -> None:
         ]
 
 
-async def test_who_asks_only_for_ends_of_alerts_gets_those(path: Path) -> None:
+async def test_an_endpoint_can_ask_for_resolved_alerts_only(path: Path) -> None:
     async with at_work(path, endpoint(events=frozenset({"alert.resolved"}))) as at:
         at.fire("database")
         await asyncio.sleep(0.1)
@@ -695,7 +695,7 @@ async def test_who_asks_only_for_ends_of_alerts_gets_those(path: Path) -> None:
         await until(lambda: at.posts.types() == ["alert.resolved"])
 
 
-async def test_an_alert_is_told_at_once_while_the_disk_is_full_and_by_the_outbox_once_there_is_room(
+async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_the_outbox(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
@@ -725,7 +725,7 @@ async def test_an_alert_is_told_at_once_while_the_disk_is_full_and_by_the_outbox
         assert then.posts.tried == []
 
 
-async def test_an_alert_whose_writing_meets_the_full_disk_is_told_at_once_too(
+async def test_an_alert_whose_write_fills_the_disk_is_delivered_directly(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
@@ -741,7 +741,7 @@ async def test_an_alert_whose_writing_meets_the_full_disk_is_told_at_once_too(
         assert (first.event_id, first.body) == (second.event_id, second.body)
 
 
-async def test_a_receiver_that_fails_while_the_disk_is_full_gets_a_few_tries_of_each_change_in_their_order(
+async def test_on_a_full_disk_each_change_gets_a_few_direct_attempts_in_order(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.01)
@@ -766,7 +766,7 @@ async def test_a_receiver_that_fails_while_the_disk_is_full_gets_a_few_tries_of_
         await until(lambda: at.webhooks.views()[0].delivered == 3)
 
 
-async def test_of_an_alert_that_comes_and_goes_all_the_while_the_latest_is_held(
+async def test_only_the_latest_changes_of_a_flapping_alert_are_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.01)
@@ -787,7 +787,9 @@ async def test_of_an_alert_that_comes_and_goes_all_the_while_the_latest_is_held(
         assert list(dict.fromkeys(told)) == [f"{NOW + 7}_firing", f"{NOW + 7}_resolved", f"{NOW + 8}_firing"]
 
 
-async def test_the_stop_on_a_full_disk_does_not_wait_for_who_hangs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_stop_on_a_full_disk_does_not_wait_for_a_hanging_receiver(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dispatcher, "GRACE_S", 0.05)
     async with at_work(path) as at:
         at.may_write = False
@@ -803,7 +805,7 @@ async def test_the_stop_on_a_full_disk_does_not_wait_for_who_hangs(path: Path, m
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_delivery_can_be_sent_again_whatever_became_of_it(path: Path) -> None:
+async def test_a_delivery_in_any_state_can_be_sent_again(path: Path) -> None:
     async with at_work(path) as at:
         await at.commit(at.maker.create("a"))
         await until(lambda: at.webhooks.views()[0].delivered == 1)
@@ -825,7 +827,7 @@ async def _more_patient(at: Any) -> None:
     await until(lambda: at.webhooks.views()[0].state == "closed")
 
 
-async def test_one_that_waits_is_sent_at_once_even_in_a_break(path: Path) -> None:
+async def test_a_waiting_delivery_can_be_sent_at_once_while_the_breaker_is_open(path: Path) -> None:
     slow = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000, pause_ms=600_000, pause_at_most_ms=600_000)
     down = True
     async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
@@ -841,7 +843,7 @@ async def test_one_that_waits_is_sent_at_once_even_in_a_break(path: Path) -> Non
         await until(lambda: len(at.posts.taken) == 6)
 
 
-async def test_a_test_ends_a_break(path: Path) -> None:
+async def test_a_test_message_probes_an_open_breaker(path: Path) -> None:
     """Whoever tests a receiver that was mended is not told five minutes later."""
     down = True
     async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
@@ -856,7 +858,7 @@ async def test_a_test_ends_a_break(path: Path) -> None:
         assert at.webhooks.views()[0].state == "closed"
 
 
-async def test_one_on_its_way_is_sent_again_at_once_if_it_fails(path: Path) -> None:
+async def test_a_running_delivery_that_is_redelivered_is_retried_at_once(path: Path) -> None:
     """It was asked for while the first try had not come back: that one's failure puts it off no more."""
     down = True
     async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
@@ -870,7 +872,7 @@ async def test_one_on_its_way_is_sent_again_at_once_if_it_fails(path: Path) -> N
         await until(lambda: len(at.posts.tried) == 2)
 
 
-async def test_those_that_went_before_a_try_was_asked_for_begin_no_new_break(path: Path) -> None:
+async def test_failures_from_before_a_probe_do_not_open_the_breaker(path: Path) -> None:
     """Five of eight have failed; while three hang, somebody says that the receiver is back."""
     slow = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000, pause_ms=600_000, pause_at_most_ms=600_000)
     down, hanging = True, asyncio.Event()
@@ -895,7 +897,7 @@ async def test_those_that_went_before_a_try_was_asked_for_begin_no_new_break(pat
         await until(lambda: len(posts.taken) == 8)
 
 
-async def test_all_that_was_given_up_is_sent_again_in_its_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_dead_letters_are_sent_again_in_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each gets a try before it is given up for its age again."""
     monkeypatch.setattr(dispatcher, "SLICE", 10)
     monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
@@ -930,7 +932,7 @@ async def test_a_test_message_is_a_delivery_like_others(path: Path) -> None:
         await until(lambda: at.posts.types() == ["webhook.test"])
 
 
-async def test_pages_of_deliveries_go_on_where_the_last_ended(path: Path) -> None:
+async def test_pages_of_deliveries_continue_where_the_previous_one_ended(path: Path) -> None:
     async with at_work(path) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(25)))
         await until(lambda: at.webhooks.views()[0].delivered == 25)
@@ -945,7 +947,7 @@ async def test_pages_of_deliveries_go_on_where_the_last_ended(path: Path) -> Non
         assert ids == list(range(25, 0, -1))
 
 
-async def test_a_new_configuration_is_taken_over_at_work(path: Path) -> None:
+async def test_a_new_configuration_is_applied_while_running(path: Path) -> None:
     async with at_work(path, endpoint("stays"), endpoint("goes"), endpoint("changes")) as at:
         at.webhooks.set_endpoints([endpoint("stays"), endpoint("changes", events=FINISHED), endpoint("comes")])
         await until(lambda: sorted(at.webhooks.metrics()) == ["changes", "comes", "stays"])

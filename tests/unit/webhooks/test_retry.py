@@ -41,7 +41,9 @@ NO = DeliveryOutcome(500, "500")
         (1, 0.0, 10 * DAY_MS, RETRY_AT_MOST_MS),
     ],
 )
-def test_waits_double_and_spread_and_have_an_end(tries: int, chance: float, asked_ms: int | None, wait_ms: int) -> None:
+def test_delays_double_are_jittered_and_have_a_maximum(
+    tries: int, chance: float, asked_ms: int | None, wait_ms: int
+) -> None:
     assert retry_wait_ms(tries, chance, MANNERS, asked_ms) == wait_ms
 
 
@@ -53,7 +55,7 @@ def test_waits_double_and_spread_and_have_an_end(tries: int, chance: float, aske
         (LEAST_TRIES * 9, ENDPOINT.give_up_after_ms - 1, False),
     ],
 )
-def test_it_takes_both_age_and_tries_to_give_up(tries: int, age_ms: int, given_up: bool) -> None:
+def test_a_dead_letter_needs_both_age_and_attempts(tries: int, age_ms: int, given_up: bool) -> None:
     for at in (0, NOW):
         assert is_exhausted(replace(DELIVERY, tries=tries, at=at), ENDPOINT, at + age_ms, MANNERS) is given_up
 
@@ -66,7 +68,7 @@ def opened(at: int = 1_000, breaker: CircuitBreaker | None = None) -> CircuitBre
     return breaker
 
 
-def test_failures_in_a_row_open_it_and_a_success_between_them_does_not() -> None:
+def test_consecutive_failures_open_the_breaker() -> None:
     breaker = CircuitBreaker(MANNERS)
     for _ in range(OPENS_AFTER - 1):
         assert not breaker.failed(NO, 5, 1.0)
@@ -77,7 +79,7 @@ def test_failures_in_a_row_open_it_and_a_success_between_them_does_not() -> None
     assert opened().until == 1_000 + PAUSE_MS
 
 
-def test_it_lets_one_through_after_its_pause_which_closes_it() -> None:
+def test_a_successful_probe_closes_the_breaker() -> None:
     breaker = opened()
     assert breaker.state(1_000 + PAUSE_MS - 1) == "open"
     assert breaker.state(1_000 + PAUSE_MS) == "half_open"
@@ -86,7 +88,7 @@ def test_it_lets_one_through_after_its_pause_which_closes_it() -> None:
     assert not breaker.succeeded()
 
 
-def test_a_trial_that_fails_makes_the_pause_longer_up_to_its_most() -> None:
+def test_a_failed_probe_lengthens_the_pause_up_to_its_maximum() -> None:
     breaker, now = opened(), 1_000
     assert breaker.until is not None
     pauses = []
@@ -101,20 +103,20 @@ def test_a_trial_that_fails_makes_the_pause_longer_up_to_its_most() -> None:
     assert opened(now, breaker).until == now + PAUSE_MS, "it begins with the short one again"
 
 
-def test_those_that_were_on_their_way_make_no_pause_longer() -> None:
+def test_deliveries_that_were_running_do_not_lengthen_the_pause() -> None:
     breaker = opened()
     assert not breaker.failed(NO, 1_500, 1.0)
     assert breaker.until == 1_000 + PAUSE_MS
     assert breaker.failures == OPENS_AFTER + 1
 
 
-def test_chance_spreads_the_end_of_a_pause() -> None:
+def test_pauses_are_jittered() -> None:
     breaker = CircuitBreaker(RetryPolicy(opens_after=1))
     assert breaker.failed(NO, 0, 0.0)
     assert breaker.until == PAUSE_MS // 2
 
 
-def test_who_asks_for_a_longer_pause_gets_it_within_bounds() -> None:
+def test_retry_after_lengthens_the_pause_within_bounds() -> None:
     breaker = CircuitBreaker(RetryPolicy(opens_after=1))
     assert breaker.failed(replace(NO, retry_after_ms=60_000), 0, 0.0)
     assert breaker.until == 60_000
@@ -123,7 +125,7 @@ def test_who_asks_for_a_longer_pause_gets_it_within_bounds() -> None:
     assert breaker.until == PAUSE_AT_MOST_MS
 
 
-def test_where_nobody_lives_any_more_the_first_failure_is_enough() -> None:
+def test_410_gone_opens_the_breaker_after_one_failure() -> None:
     breaker = CircuitBreaker(MANNERS)
     assert breaker.failed(DeliveryOutcome(410, "410", gone=True), 0, 1.0)
     assert breaker.until == PAUSE_AT_MOST_MS

@@ -53,7 +53,7 @@ def to(url: str, **fields: Any) -> WebhookEndpoint:
     return WebhookEndpoint("e", url, (KEY,), **fields)
 
 
-async def test_a_message_arrives_as_it_is_signed_and_others_verify_it(
+async def test_a_signed_message_is_verified_by_another_implementation(
     sender: HttpTransport, receiver: Receiver
 ) -> None:
     assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(204)
@@ -67,7 +67,7 @@ async def test_a_message_arrives_as_it_is_signed_and_others_verify_it(
     assert Webhook(secret).verify(heard.body, headers) == {"a": "ü"}
 
 
-async def test_a_connection_is_used_again(sender: HttpTransport, receiver: Receiver) -> None:
+async def test_a_connection_is_reused(sender: HttpTransport, receiver: Receiver) -> None:
     ports = set()
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -82,7 +82,7 @@ async def test_a_connection_is_used_again(sender: HttpTransport, receiver: Recei
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
-async def test_every_2xx_is_taken(sender: HttpTransport, receiver: Receiver, status: int) -> None:
+async def test_every_2xx_is_a_success(sender: HttpTransport, receiver: Receiver, status: int) -> None:
     receiver.answer = saying(status)
     assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(status)
 
@@ -96,7 +96,7 @@ async def test_no_redirect_is_followed(sender: HttpTransport, receiver: Receiver
     assert [heard.path for heard in receiver.heard] == ["/hook"]
 
 
-async def test_a_refusal_is_told_in_one_short_line(sender: HttpTransport, receiver: Receiver) -> None:
+async def test_an_error_response_is_shown_in_one_short_line(sender: HttpTransport, receiver: Receiver) -> None:
     receiver.answer = saying(500, "böse\n\x1b[31mrot " + "x" * 5_000)
     outcome = await sender.post(to(receiver.url), DELIVERY)
     assert outcome.error is not None
@@ -111,14 +111,14 @@ async def test_a_refusal_is_told_in_one_short_line(sender: HttpTransport, receiv
     ("header", "wait_ms"),
     [("7", 7_000), ("99999", 3_600_000), ("", None), ("soon", None), ("-1", None), ("9" * 40, None), ("²", None)],
 )
-async def test_who_asks_for_a_pause_is_heard(
+async def test_retry_after_is_respected(
     sender: HttpTransport, receiver: Receiver, header: str, wait_ms: int | None
 ) -> None:
     receiver.answer = saying(503, **{"Retry-After": header})
     assert (await sender.post(to(receiver.url), DELIVERY)).retry_after_ms == wait_ms
 
 
-async def test_gone_is_gone(sender: HttpTransport, receiver: Receiver) -> None:
+async def test_410_is_reported_as_gone(sender: HttpTransport, receiver: Receiver) -> None:
     receiver.answer = saying(410)
     assert (await sender.post(to(receiver.url), DELIVERY)).gone
 
@@ -132,7 +132,7 @@ async def endless(status: int, request: web.Request) -> web.StreamResponse:
 
 
 @pytest.mark.parametrize("status", [200, 500])
-async def test_of_an_answer_without_end_a_beginning_is_read(
+async def test_only_the_start_of_an_endless_response_is_read(
     sender: HttpTransport, receiver: Receiver, status: int
 ) -> None:
     receiver.answer = lambda request: endless(status, request)
@@ -152,7 +152,7 @@ async def slow(status: int, request: web.Request) -> web.StreamResponse:
     return response
 
 
-async def test_a_yes_counts_however_slowly_it_goes_on(
+async def test_a_2xx_with_a_slow_body_is_a_success(
     sender: HttpTransport, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transport, "DRAIN_S", 0.1)
@@ -161,7 +161,7 @@ async def test_a_yes_counts_however_slowly_it_goes_on(
 
 
 @pytest.mark.parametrize("begins", [True, False])
-async def test_an_answer_that_is_too_slow_is_none(sender: HttpTransport, receiver: Receiver, begins: bool) -> None:
+async def test_a_slow_response_times_out(sender: HttpTransport, receiver: Receiver, begins: bool) -> None:
     async def silent(_: web.Request) -> web.StreamResponse:
         await asyncio.sleep(20)
         raise AssertionError
@@ -174,7 +174,7 @@ async def test_an_answer_that_is_too_slow_is_none(sender: HttpTransport, receive
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200\x00 OK\r\n" + b"x" * 100_000, b"SSH-2.0-x\r\n"])
-async def test_who_hangs_up_or_speaks_no_http_has_not_taken_it(sender: HttpTransport, answer: bytes) -> None:
+async def test_a_closed_connection_or_invalid_http_is_a_failure(sender: HttpTransport, answer: bytes) -> None:
     with rude(lambda _: answer) as port:
         outcome = await sender.post(to(f"http://127.0.0.1:{port}/"), DELIVERY)
     assert outcome.status is None
@@ -183,7 +183,7 @@ async def test_who_hangs_up_or_speaks_no_http_has_not_taken_it(sender: HttpTrans
     assert len(outcome.error) < 250
 
 
-async def test_nobody_there_is_told_with_its_place(sender: HttpTransport) -> None:
+async def test_a_refused_connection_names_host_and_port(sender: HttpTransport) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     outcome = await sender.post(to(f"http://127.0.0.1:{port}/?token=hush"), DELIVERY)
@@ -211,7 +211,7 @@ FAILURES: dict[str, tuple[bytes, int, str]] = {
 
 
 @pytest.mark.parametrize("why", FAILURES)
-async def test_of_the_url_only_the_place_is_told_whatever_is_answered(sender: HttpTransport, why: str) -> None:
+async def test_errors_show_only_the_host_of_the_url(sender: HttpTransport, why: str) -> None:
     head, more, said = FAILURES[why]
     with rude(echoing(head, more)) as port:
         outcome = await sender.post(to(f"http://127.0.0.1:{port}{PLACE}", timeout_ms=5_000), DELIVERY)
@@ -221,7 +221,7 @@ async def test_of_the_url_only_the_place_is_told_whatever_is_answered(sender: Ht
     assert len(outcome.error) < 250
 
 
-async def test_nor_is_more_told_where_nobody_answers(sender: HttpTransport) -> None:
+async def test_a_refused_connection_shows_only_the_host_of_the_url(sender: HttpTransport) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     outcome = await sender.post(to(f"http://127.0.0.1:{port}{PLACE}"), DELIVERY)
@@ -230,13 +230,13 @@ async def test_nor_is_more_told_where_nobody_answers(sender: HttpTransport) -> N
 
 
 @pytest.mark.parametrize("host", ["127.1", "300.300.300.300", "x\\y", "nobody.invalid", "a..b", "[::1%25]"])
-async def test_nor_is_it_of_one_that_leads_nowhere(sender: HttpTransport, host: str) -> None:
+async def test_an_invalid_url_shows_only_its_host(sender: HttpTransport, host: str) -> None:
     outcome = await sender.post(to(f"http://{host}{PLACE}", timeout_ms=5_000), DELIVERY)
     assert outcome.error is not None
     assert [secret for secret in HUSH if secret.lower() in outcome.error.lower()] == []
 
 
-async def test_nor_where_the_certificate_is_wrong(
+async def test_a_wrong_certificate_shows_only_the_host_of_the_url(
     sender: HttpTransport, careful: HttpTransport, tmp_path: Path
 ) -> None:
     with rude(lambda _: b"", (await tls_pair(tmp_path))[0]) as port:
@@ -254,7 +254,7 @@ async def test_nor_where_the_certificate_is_wrong(
         assert "HUSH" not in outcome.error
 
 
-async def test_a_certificate_that_nobody_vouches_for_is_refused(sender: HttpTransport, tmp_path: Path) -> None:
+async def test_an_untrusted_certificate_is_rejected(sender: HttpTransport, tmp_path: Path) -> None:
     with rude(lambda _: b"HTTP/1.1 200 OK\r\n\r\n", (await tls_pair(tmp_path))[0]) as port:
         outcome = await sender.post(to(f"https://localhost:{port}/"), DELIVERY)
     assert outcome.error is not None
@@ -262,7 +262,7 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused(sender: HttpTran
     assert outcome.status is None
 
 
-async def test_over_tls_that_is_trusted_it_arrives(tmp_path: Path) -> None:
+async def test_a_trusted_certificate_is_accepted(tmp_path: Path) -> None:
     ours, theirs = await tls_pair(tmp_path)
     heard = []
 
@@ -290,14 +290,14 @@ async def test_over_tls_that_is_trusted_it_arrives(tmp_path: Path) -> None:
     "host",
     ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "127.1", "2130706433", "0x7f.1", "0.0.0.0", "10.0.0.1"],
 )
-async def test_nothing_goes_inside(careful: HttpTransport, receiver: Receiver, host: str) -> None:
+async def test_private_addresses_are_blocked(careful: HttpTransport, receiver: Receiver, host: str) -> None:
     outcome = await careful.post(to(f"http://{host}:{receiver.port}/hook", timeout_ms=2_000), DELIVERY)
     assert outcome.error is not None
     assert "webhooks do not go there" in outcome.error or "canonical" in outcome.error
     assert receiver.heard == []
 
 
-async def test_it_is_the_address_that_counts_whatever_the_name_stood_for_before(
+async def test_the_connected_address_is_checked_not_an_earlier_lookup(
     careful: HttpTransport, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """DNS that says another address each time: there is no look before the one that is connected to."""
@@ -316,7 +316,7 @@ async def test_it_is_the_address_that_counts_whatever_the_name_stood_for_before(
     assert receiver.heard == []
 
 
-async def test_no_proxy_of_the_environment_is_asked(
+async def test_proxies_of_the_environment_are_ignored(
     sender: HttpTransport, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9/")
@@ -324,7 +324,7 @@ async def test_no_proxy_of_the_environment_is_asked(
     assert (await sender.post(to(receiver.url), DELIVERY)).error is None
 
 
-async def test_cookies_are_not_kept(sender: HttpTransport, receiver: Receiver) -> None:
+async def test_cookies_are_not_stored(sender: HttpTransport, receiver: Receiver) -> None:
     receiver.answer = saying(200, **{"Set-Cookie": "session=1; Path=/"})
     for _ in range(2):
         await sender.post(to(receiver.url), DELIVERY)
@@ -334,12 +334,12 @@ async def test_cookies_are_not_kept(sender: HttpTransport, receiver: Receiver) -
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_name_that_is_none_is_told(sender: HttpTransport) -> None:
+async def test_an_unknown_host_name_is_reported(sender: HttpTransport) -> None:
     outcome = await sender.post(to("http://nobody.invalid/"), DELIVERY)
     assert "The host name nobody.invalid cannot be resolved" in (outcome.error or "")
 
 
-async def test_a_name_server_that_hangs_costs_one_try_and_is_asked_by_so_many(
+async def test_a_hanging_name_server_costs_one_attempt_and_limited_lookups(
     sender: HttpTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
@@ -362,14 +362,14 @@ async def test_a_name_server_that_hangs_costs_one_try_and_is_asked_by_so_many(
         gate.set()
 
 
-async def test_names_are_looked_up() -> None:
+async def test_host_names_are_resolved() -> None:
     found = await Resolver().resolve("localhost", 80, socket.AF_INET)
     assert [(each["host"], each["port"], each["family"]) for each in found] == [("127.0.0.1", 80, socket.AF_INET)]
     with pytest.raises(OSError, match="not a valid host name"):
         await Resolver().resolve("a" * 70 + ".test", 80, socket.AF_INET)
 
 
-async def test_settings_that_change_are_used_at_the_next_try(sender: HttpTransport, receiver: Receiver) -> None:
+async def test_changed_settings_apply_to_the_next_attempt(sender: HttpTransport, receiver: Receiver) -> None:
     await sender.post(to(receiver.url), DELIVERY)
     await sender.post(replace(to(receiver.url), secrets=(b"n" * 24, KEY)), DELIVERY)
     assert [len(heard.headers["webhook-signature"].split()) for heard in receiver.heard] == [1, 2]

@@ -79,7 +79,7 @@ from jobd.webhooks.url_policy import blocked_reason
         ("", "not a valid address"),
     ],
 )
-def test_no_address_of_ours_is_let_through(address: str, said: str) -> None:
+def test_addresses_of_this_machine_and_network_are_blocked(address: str, said: str) -> None:
     why = blocked_reason(address)
     assert why is not None
     assert why.partition(",")[0] == said
@@ -96,7 +96,7 @@ SPECIAL = """
 
 
 @pytest.mark.parametrize("block", SPECIAL.split())
-def test_no_block_of_the_registries_is_let_through(block: str) -> None:
+def test_reserved_blocks_are_blocked(block: str) -> None:
     """Its edges, those beside them, and its middle: whatever this Python knows of it."""
     network = ip_network(block)
     last = network.num_addresses - 1
@@ -131,5 +131,5 @@ def passes(address: object) -> bool:
         "2002:101:101::1",
     ],
 )
-def test_public_addresses_are(address: str) -> None:
+def test_public_addresses_are_allowed(address: str) -> None:
     assert blocked_reason(address) is None

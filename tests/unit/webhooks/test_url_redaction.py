@@ -21,7 +21,7 @@ from jobd.webhooks.url_policy import redacted
         ("http://[::1]:80/hush", "http://[::1]:80/…"),
     ],
 )
-def test_of_a_url_the_host_is_shown(url: str, shown: str) -> None:
+def test_only_the_host_of_a_url_is_shown(url: str, shown: str) -> None:
     assert url_policy.public_url(url) == shown
 
 
@@ -46,14 +46,14 @@ URL = "https://me:hushhush@h.test:81/Hush-123/v1/a%2fb%20c/api?token=h+ush&k=l=m
         ("", ""),
     ],
 )
-def test_what_is_said_of_a_url_is_left_out(said: str, told: str) -> None:
+def test_parts_of_the_url_are_redacted(said: str, told: str) -> None:
     assert redacted(URL, said) == told
 
 
-def test_of_two_secrets_the_longer_is_left_out_as_a_whole() -> None:
+def test_the_longer_of_two_secrets_is_redacted_as_a_whole() -> None:
     assert redacted("https://h.test/abcdefgh/ABCDEFGHIJ", "abcdefghij, ABCDEFGH") == "…, …"
 
 
-def test_a_url_without_a_path_has_nothing_to_leave_out() -> None:
+def test_a_url_without_a_path_has_nothing_to_redact() -> None:
     assert redacted("https://x.test/", "All / is said, … too.") == "All / is said, … too."
     assert redacted("https://x.test/hook", "hook, webhook, hooks") == "…, webhook, hooks"
