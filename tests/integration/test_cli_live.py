@@ -235,7 +235,7 @@ def test_figures_are_whole_where_names_are_long(width: int, columns: int) -> Non
     queues = [QueueView(name, False, 12_345, 67_890, 24_680, 13_579, 11_111, None) for name in ("q", f"{long}-high")]
     queues.append(replace(queues[0], name=f"{long}-low"))
     workers = [Hands("worker-" + "y" * 60 + "-7", "busy", 1, None, None, 54_321, [Held("z" * 200, 1.0)])]
-    alerts = [AlertView("processing_jobs", True, 1, 1_234.0, 1_000.0, "More work runs at once than is usual here.")]
+    alerts = [AlertView("processing_jobs", True, 1, 1_234.0, 1_000.0, "More jobs run at once than usual.")]
     rates = {"created": 1234.5, "granted": 1000.1, "completed": 999.9, "failed": 0.5, "retried": 12.3, "stalled": 0.0}
     frame = replace(a_frame(workers=workers, alerts=alerts, per_second=rates), queues=queues)
     lines = drawn(frame, width=width, height=40)

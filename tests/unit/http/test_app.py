@@ -422,7 +422,7 @@ async def test_a_refusal_has_the_status_of_its_code(house: HttpHarness) -> None:
 
 
 async def test_overload_says_when_to_come_again(house: HttpHarness) -> None:
-    house.actor.respond = lambda _: ApiError("overloaded", "Too many commands wait.")
+    house.actor.respond = lambda _: ApiError("overloaded", "Too many commands are waiting.")
     heard = await house.request("POST", "/v1/jobs", "{}")
     assert (heard.status, heard.headers["retry-after"]) == (503, "1")
 

@@ -136,7 +136,7 @@ async def test_damaged_tombstones_that_cannot_be_quarantined_degrade_health() ->
         complaint = at.sweeper.degraded_reason()
         assert complaint is not None
         assert "Objects of deleted jobs could not be deleted" in complaint
-        assert "2 damaged tombstones cannot be set aside; run: jobd doctor" in complaint
+        assert "2 damaged tombstones cannot be quarantined; run: jobd doctor" in complaint
         disk.crowd = 0
         await seconds(POLL_S)
         assert at.sweeper.degraded_reason() is None

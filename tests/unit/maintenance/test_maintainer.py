@@ -657,7 +657,7 @@ async def test_health_is_degraded_after_three_intervals_without_success() -> Non
         await seconds(2)
         complaint = house.cleaner.degraded_reason()
         assert complaint is not None
-        assert complaint.startswith("No cleanup pass has succeeded for 90")
+        assert complaint.startswith("No cleanup run has succeeded for 90")
         assert "journal: OSError: broken" in complaint
         house.disk.errors.clear()
         await house.cleaner.run_cleanup(forced=True)

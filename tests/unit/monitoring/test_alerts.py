@@ -59,11 +59,11 @@ async def test_the_hints_of_quiet_alerts_are_true() -> None:
     async with VirtualEngine() as house:
         alerts = alerts_of(house)
         alerts.failing_webhook = lambda: failing
-        assert one(alerts, "pass_issues").hint == "No cleanup pass has ended yet."
-        assert one(alerts, "average_processing").hint == "No job took any time in the last hour."
+        assert one(alerts, "pass_issues").hint == "No cleanup run has finished yet."
+        assert one(alerts, "average_processing").hint == "No job completed in the last hour."
         house.keep()
         await house.cleaner.run_cleanup(forced=True)
-        assert one(alerts, "pass_issues").hint == "The last cleanup pass found no bad rows."
+        assert one(alerts, "pass_issues").hint == "The latest cleanup run found no invalid rows."
         for _ in range(HOURS_NEEDED):
             work(house, "film", 1000)
             await seconds(3600)
@@ -93,7 +93,7 @@ async def test_the_hints_of_quiet_alerts_are_true() -> None:
         for name in ("stuck_jobs", "processing_jobs", "average_processing", "slower_than_usual"):
             assert "Look" not in quiet[name].hint
             assert "More work" not in quiet[name].hint
-        assert quiet["average_processing"].hint.startswith("Jobs take no longer than is usual here: 2 s")
+        assert quiet["average_processing"].hint.startswith("Jobs take no longer than usual: 2 s")
         assert "few bad rows" in quiet["pass_issues"].hint
         assert quiet["webhook_failing"].hint.startswith("Webhook billing has taken nothing for 300 s;")
 
@@ -218,7 +218,7 @@ async def test_the_slowest_kind_fires_once_and_does_not_flap() -> None:
             work(house, "film", 3071, 2)
             found = one(alerts, "slower_than_usual")
             assert (found.firing, found.value) == (True, 3.0)
-            assert "Jobs of kind film take 3.071 s (95 of 100, last hour, 22 jobs); usual is 1.023 s." in found.hint
+            assert "Jobs of kind film take 3.071 s (95th percentile, last hour, 22 jobs); usual is 1.023 s." in found.hint
             alerts.thresholds = Thresholds(slower_than_usual=3.1)
             assert firing(alerts) == ["slower_than_usual"], "just below the threshold it goes on"
             alerts.thresholds = Thresholds(slower_than_usual=3.4)
@@ -273,7 +273,7 @@ async def test_an_unhealthy_part_fires_with_its_message() -> None:
     async with VirtualEngine() as house:
         health = Health(house.actor, house.clock, house.cleaner, artifacts=Away())
         alerts = Alerts(house.book, house.clock, health, house.cleaner, hold_ms=0, clear_ms=0)
-        assert one(alerts, "database").hint == one(alerts, "storage").hint == "It was not measured yet."
+        assert one(alerts, "database").hint == one(alerts, "storage").hint == "Not measured yet."
         house.disk.errors["probe"] = OSError("broken")
         await house.yes(Create(id="a"))
         house.disk.jobs[1] = replace(house.disk.jobs[1], progress=7)
@@ -422,7 +422,7 @@ async def test_an_alert_fires_after_30_s_and_resolves_after_60_s() -> None:
         await house.yes(Complete(id="a", lock_id=lock_id))
         shown = one(alerts, "processing_jobs")
         assert (shown.firing, shown.value) == (True, 0)
-        assert shown.hint == "Jobs in processing: 0, no more than is usual here.", "it says what is so now"
+        assert shown.hint == "Jobs in processing: 0, no more than usual.", "it says what is so now"
         await seconds(59)
         assert firing(alerts) == ["processing_jobs"]
         await seconds(1)
@@ -607,7 +607,7 @@ async def test_a_store_in_memory_has_no_disk_to_fill() -> None:
         house.disk.disk_space = None
         alerts = alerts_of(house)
         await alerts.check()
-        assert one(alerts, "disk_nearly_full").hint == "The space of the disk is unknown."
+        assert one(alerts, "disk_nearly_full").hint == "The free space of the disk is unknown."
 
 
 @in_virtual_time

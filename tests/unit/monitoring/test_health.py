@@ -89,10 +89,10 @@ async def test_a_daemon_at_work_is_healthy() -> None:
         statuses = (view.status, view.database.status, view.cache.status, view.storage.status)
         assert statuses == ("healthy",) * 4
         assert view.database.total_jobs == 2
-        assert view.database.message.startswith("A write and a read back took ")
-        assert view.cache.message.endswith(" 2 jobs are as on the disk.")
+        assert view.database.message.startswith("A write and a read took ")
+        assert view.cache.message.endswith(" 2 jobs match the disk.")
         assert view.storage.message == "not configured"
-        assert view.cleanup_status.message == "Passes run in time."
+        assert view.cleanup_status.message == "Cleanup runs in time."
         assert not view.cleanup_status.running
         assert view.cleanup_status.time_since_last_cleanup == house.cleaner.state().time_since_last_cleanup
         assert view.timestamp == house.now
@@ -221,9 +221,9 @@ async def test_a_hanging_disk_leaves_the_last_free_space() -> None:
 @pytest.mark.parametrize(
     ("closed", "said"),
     [
-        (Closed.CREATES, "new jobs are refused"),
-        (Closed.ALL_BUT_ENDINGS, "only endings and deletions are taken"),
-        (Closed.ALL_WRITES, "every change is refused"),
+        (Closed.CREATES, "new jobs are rejected"),
+        (Closed.ALL_BUT_ENDINGS, "only writes that end or delete jobs are accepted"),
+        (Closed.ALL_WRITES, "every change is rejected"),
     ],
 )
 def test_the_message_names_the_writes_that_a_full_disk_rejects(closed: Closed, said: str) -> None:
@@ -287,7 +287,7 @@ async def test_damage_is_named_with_its_repair() -> None:
             view = await health.view()
             assert view.status == view.database.status == "degraded"
             assert view.database.message == (
-                "Jobs in quarantine: job-0, job-1, job-2, job-3, job-4 and 2 more. "
+                "Quarantined jobs: job-0, job-1, job-2, job-3, job-4 and 2 more. "
                 "Damage: 2 jobs have vanished; keys k: the row was quarantined. Run: jobd doctor"
             )
             await seconds(MAX_AGE_S)
@@ -312,7 +312,7 @@ async def test_a_hanging_mailbox_is_unhealthy() -> None:
         await house.disk.at_gate.wait()
         view = await health.view()
         assert view.status == view.cache.status == "unhealthy"
-        assert "1 commands wait" in view.cache.message
+        assert "1 commands are waiting" in view.cache.message
         house.disk.gate.set()
         await asked
         await seconds(MAX_AGE_S)
@@ -340,7 +340,7 @@ def test_counters_that_disagree_are_unhealthy(status: str, name: str) -> None:
             house.book.totals[status] += 1
             one = (await measured(house)).cache
             assert one.status == "unhealthy"
-            assert f"{status} jobs by one counter" in one.message
+            assert f"{status} jobs, another" in one.message
             house.book.counts["default"][status] += 1
             both = (await measured(house)).cache
             if status == "completed":  # finished jobs are not in memory: nothing to compare with
@@ -415,7 +415,7 @@ async def test_a_bad_row_found_by_the_recount_is_quarantined() -> None:
         assert (await health.view()).cache.status == "healthy"
         assert (await house.no(Get(id="a"))).code == "job_quarantined"
         await seconds(MAX_AGE_S)
-        assert "quarantine: a." in (await health.view()).database.message
+        assert "Quarantined jobs: a." in (await health.view()).database.message
 
 
 @in_virtual_time
@@ -454,7 +454,7 @@ async def test_the_artifact_store_is_measured(tmp_path: Path) -> None:
         place.mkdir()
         again = await health_of(house, artifacts=store).view()
         assert again.storage.status == "healthy"
-        assert again.storage.message.startswith(f"{place}: a write, a read back and a deletion took ")
+        assert again.storage.message.startswith(f"{place}: a write, a read and a deletion took ")
     await store.close()
 
 
@@ -473,7 +473,7 @@ async def test_a_hanging_artifact_store_is_unhealthy_in_time() -> None:
         health = health_of(house, artifacts=Sulking())
         view = await health.view()
         assert view.storage.status == "unhealthy"
-        assert view.storage.message == f"s3://far has not answered for {STORAGE_TIMEOUT_S:g} s."
+        assert view.storage.message == f"s3://far has not responded for {STORAGE_TIMEOUT_S:g} s."
 
 
 @in_virtual_time
@@ -523,7 +523,7 @@ async def test_late_cleanup_is_degraded() -> None:
         await seconds(3 * 3600 + 1)
         view = await health.view()
         assert view.status == "degraded"
-        assert view.cleanup_status.message.startswith("No cleanup pass has succeeded for 10801 s")
+        assert view.cleanup_status.message.startswith("No cleanup run has succeeded for 10801 s")
         assert view.cleanup_status.time_since_last_cleanup is None
 
 
