@@ -218,7 +218,9 @@ async def test_the_slowest_kind_fires_once_and_does_not_flap() -> None:
             work(house, "film", 3071, 2)
             found = one(alerts, "slower_than_usual")
             assert (found.firing, found.value) == (True, 3.0)
-            assert "Jobs of kind film take 3.071 s (95th percentile, last hour, 22 jobs); usual is 1.023 s." in found.hint
+            assert (
+                "Jobs of kind film take 3.071 s (95th percentile, last hour, 22 jobs); usual is 1.023 s." in found.hint
+            )
             alerts.thresholds = Thresholds(slower_than_usual=3.1)
             assert firing(alerts) == ["slower_than_usual"], "just below the threshold it goes on"
             alerts.thresholds = Thresholds(slower_than_usual=3.4)
