@@ -1,4 +1,4 @@
-"""A full disk, a broken disk, a killed process: what was acknowledged is there."""
+"""A full disk, a broken disk, a killed process: acknowledged data is durable."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def path(tmp_path: Path) -> str:
 
 
 def fill(place: Path) -> Path:
-    """Take up all room of the disk."""
+    """Fill the disk."""
     name = place / "filler"
     with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
         while True:
@@ -53,7 +53,7 @@ async def test_after_an_unknown_outcome_every_call_fails(path: str) -> None:
         log = os.open("/dev/null", os.O_RDONLY)
         number = descriptor_of(f"{path}-wal")
         kept = os.dup(number)
-        os.dup2(log, number)  # the log cannot be written any more, for a reason that is not room
+        os.dup2(log, number)  # the log can no longer be written, for a reason other than space
         with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
             await store.write(maker.batch([maker.create("b")]))
         os.dup2(kept, number)
@@ -114,7 +114,7 @@ async def test_an_exceeded_quota_is_distinguished_from_a_broken_disk(small_disk:
         fill(small_disk)
         number = descriptor_of(f"{path}-wal")
         kept, closed = os.dup(number), os.open("/dev/null", os.O_RDONLY)
-        os.dup2(closed, number)  # SQLite says no more than that the write failed, as it does for a quota
+        os.dup2(closed, number)  # SQLite only reports a failed write, as for a quota
         os.close(closed)
         with pytest.raises(DiskFull):
             await store.probe()
@@ -147,7 +147,7 @@ try:
     asyncio.run(main())
 except BaseException:
     traceback.print_exc()
-    os._exit(1)  # the store's thread would keep the process, and its readers, for ever
+    os._exit(1)  # the storage thread would keep the process alive
 """
 
 

@@ -1,4 +1,4 @@
-"""Run jobd with an artifact directory that never answers. SIGUSR2 breaks the disk of the store.
+"""Run jobd with an artifact directory that never responds. SIGUSR2 breaks the disk of the store.
 
 `python -m tests.support.hanging_mount …`
 """

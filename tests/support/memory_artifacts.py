@@ -1,4 +1,4 @@
-"""A store of artifacts in memory that fails when a test asks for it: for the sweeper's tests and the simulation."""
+"""An artifact store in memory that fails on demand, for tests of the sweeper and the simulation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from jobd.storage.artifacts.base import ArtifactReader, ArtifactStoreError, Dele
 
 
 class MemoryArtifacts:
-    """Objects by key, with the wall time of their upload. `faults` names keys that cannot be deleted, and why.
+    """Objects by key, with the wall time of their upload. `faults`: keys that cannot be deleted, with the error.
 
-    `gate`: cleared, deletions wait for it once they have looked; `broken` is raised by every call.
+    `gate`: while cleared, deletions wait for it after their check. `broken`: every call raises this.
     """
 
     place = "memory"
@@ -47,7 +47,7 @@ class MemoryArtifacts:
                 return Deletion("left" if verdict == "leave" else "young", "it is another's", modified_at)
             await self.pause()
             await self.gate.wait()
-            if self.objects.get(key) == modified_at:  # as by an ETag
+            if self.objects.get(key) == modified_at:  # as with an ETag
                 del self.objects[key]
                 self.deleted(key)
                 return Deletion("deleted")
@@ -56,7 +56,7 @@ class MemoryArtifacts:
         await asyncio.sleep(0)
 
     def deleted(self, key: str) -> None:
-        """An object has gone."""
+        """Delete an object."""
 
     async def probe(self) -> None:
         if self.broken is not None:

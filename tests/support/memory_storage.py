@@ -1,6 +1,6 @@
-"""A whole Disk in memory that fails when a test asks for it: for tests of the actor and of what sends it commands.
+"""Storage in memory that fails on demand, for tests of the actor and its callers.
 
-It shows only what was committed, and is strict: a batch that does not continue the committed rows is a failed test.
+It serves only committed data. A batch that does not continue the committed rows fails the test.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ KEPT_REPORTS: Final = 500
 
 
 class MemoryStorage(JobStorage):
-    """Committed rows in dicts. Every method gives way to the loop once, as the real disk does for its thread.
+    """Committed rows in dicts. Every method yields to the event loop once, as the real storage does.
 
-    What may go wrong, and how a test asks for it:
-    - `write_errors`: the next writes raise these, in order, with nothing written (None: that write succeeds).
-    - `lost_answers`: so many next writes commit and raise OSError all the same, as a failed fsync may.
-    - `has_spare`: false, a batch may fit, and nothing is to spare beside it. `disk_space`: what `space` gives.
-    - `fits`: a batch for which it is false raises DiskFull; `fill` and `fill_nearly` set it, `free` clears it.
+    Failures on demand:
+    - `write_errors`: the next writes raise these in order and write nothing (None: that write succeeds).
+    - `lost_answers`: this many next writes commit and still raise OSError, as a failed fsync can.
+    - `has_spare`: if false, a batch may fit, but there is no spare space. `disk_space`: the result of `space`.
+    - `fits`: batches for which it returns false raise DiskFull. `fill` and `fill_nearly` set it, `free` clears it.
     - `bad_jobs` (id to reason), `bad_payloads` (job seq to reason): rows whose checksum is wrong.
-    - `can_move`: where it is false for a damaged job its rows stay where they are, as on a full disk.
-    - `errors`: method name to what that method raises, as long as it is there.
-    - `gate`: cleared, writes wait for it (a slow disk); `at_gate` is set while one does.
+    - `can_move`: if it returns false for a damaged job, its rows cannot be quarantined, as on a full disk.
+    - `errors`: method name to the error that it raises.
+    - `gate`: while cleared, writes wait for it (a slow disk); `at_gate` is set while one waits.
     """
 
     def __init__(self, numbers: Numbers | None = None) -> None:
@@ -77,13 +77,13 @@ class MemoryStorage(JobStorage):
         self.kept_reports: deque[bytes] = deque(maxlen=KEPT_REPORTS)
         self.figures: bytes | None = None
         self.tombstones: dict[int, Tombstone] = {}  # job seq -> row
-        self.audited: dict[int, AuditEntry] = {}  # seq -> row of the audit log, as written: parts are not joined
+        self.audited: dict[int, AuditEntry] = {}  # seq -> audit entry as written; parts are not merged
         self.marked = False
         self.gone_to = 0
         self.has_ballast = True
         self.disk_space: DiskSpace | None = DiskSpace("/disk/jobd.db", 8 << 30, 16 << 30)
         self.has_spare = True
-        self.batches: list[Batch] = []  # those that were committed
+        self.batches: list[Batch] = []  # committed ones
         self.calls: dict[str, int] = {}
         self.write_errors: deque[Exception | None] = deque()
         self.lost_answers = 0
@@ -95,9 +95,9 @@ class MemoryStorage(JobStorage):
         self.gate.set()
         self.at_gate = asyncio.Event()
         self.can_move: Callable[[Job], bool] = lambda job: True
-        self.unmoved: dict[str, str] = {}  # as `quarantined`: those met since the start whose rows are still there
-        self.aside: dict[int, str] = {}  # seq -> id of the jobs set aside
-        self.rotten: dict[int, Job] = {}  # seq -> what they were
+        self.unmoved: dict[str, str] = {}  # as `quarantined`: jobs found since the start whose rows are still in place
+        self.aside: dict[int, str] = {}  # seq -> id of quarantined jobs
+        self.rotten: dict[int, Job] = {}  # seq -> the quarantined job
         self.on_quarantined: Callable[[Quarantined], None] = lambda aside: None
         self.on_tombstones: Callable[[int], None] = lambda count: None
         self._all_aside: list[Quarantined] = []  # in order
@@ -107,11 +107,11 @@ class MemoryStorage(JobStorage):
     # -- what a test does to it ---------------------------------------------------------------------------------------
 
     def fill(self) -> None:
-        """Nothing fits any more; once the ballast is given up everything fits, as 16 MiB are a lot for a test."""
+        """Nothing fits until the reserve file is released; then everything fits, as 16 MiB are plenty for a test."""
         self.fits = lambda batch: not self.has_ballast
 
     def fill_nearly(self) -> None:
-        """New jobs do not fit, everything else does."""
+        """Only new jobs do not fit."""
         self.fits = lambda batch: all(change.payload is None for change in batch.changes)
 
     def free(self) -> None:
@@ -119,7 +119,7 @@ class MemoryStorage(JobStorage):
         self.has_spare = True
 
     def put(self, job: Job, payload: bytes = b"null", request_hash: str = "") -> None:
-        """A row that hands or an import have left: it is there, and suspect."""
+        """Add an edited or imported row, which is not validated yet."""
         self.jobs[job.seq] = job
         self._ids[job.id] = job.seq
         self.payloads[job.seq] = Payload(payload, request_hash)
@@ -130,12 +130,12 @@ class MemoryStorage(JobStorage):
         self.numbers = replace(numbers, next_job=max(numbers.next_job, job.seq + 1))
 
     def job(self, job_id: str) -> Job | None:
-        """The committed row."""
+        """Return the committed row."""
         seq = self._ids.get(job_id)
         return None if seq is None else self.jobs[seq]
 
     def opened(self) -> OpenedStore:
-        """What a start finds."""
+        """Return what a start would read."""
         self.on_quarantined = lambda aside: None
         self.on_tombstones = lambda count: None
         self.unmoved.clear()
@@ -266,7 +266,7 @@ class MemoryStorage(JobStorage):
         return {seq: len(self.lates[seq]) for seq in job_seqs if self.lates.get(seq)}
 
     async def journal(self, after: int, limit: int) -> JournalPage:
-        """Up to `limit` events with a seq above `after`, oldest first."""
+        """Return up to `limit` events with a seq above `after`, oldest first."""
         await self._enter("journal")
         found = [event for event in self.events if event.seq > after][:limit]
         return JournalPage(found, self.numbers.next_event - 1, self.gone_to, len(found) == limit)
@@ -336,7 +336,7 @@ class MemoryStorage(JobStorage):
         return DueTombstones([(each, self.is_named(each.key)) for each in due[:limit]], held=held)
 
     def is_named(self, key: str) -> bool:
-        """Whether a job has it as its storage_key, also one that was set aside."""
+        """Return whether a job has it as its storage_key, also a quarantined one."""
         jobs = [*self.jobs.values(), *self.rotten.values()]
         return any(job.result is not None and job.result.storage_key == key for job in jobs)
 
@@ -396,7 +396,7 @@ class MemoryStorage(JobStorage):
             loaded.jobs[job_id] = job
 
     def _commit(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
-        """All of `batch` or, where it raises, nothing of it. Its counts know of the first `told_aside` set aside."""
+        """Apply all of `batch`, or nothing if it raises. Its counts consider the first `told_aside` quarantined jobs."""
         self._check_numbers(batch)
         after = self._after(batch.changes)
         new = {
@@ -434,7 +434,7 @@ class MemoryStorage(JobStorage):
         return shown
 
     def _let_go(self, batch: Batch) -> list[Tombstone]:
-        """Keep the late results of `batch`, and let those go that are too many or whose job goes: what they named."""
+        """Store late results. Delete excess ones and those of deleted jobs, and return tombstones of their artifacts."""
         left = []
         for change in batch.changes:
             event = change.event
@@ -450,14 +450,14 @@ class MemoryStorage(JobStorage):
         return left
 
     def _check_numbers(self, batch: Batch) -> None:
-        """High-water marks and lease time never go back."""
+        """Check that high-water marks and lease time never go back."""
         for name in ("epoch", "next_job", "next_event", "lease_ms"):
             assert getattr(batch.numbers, name) >= getattr(self.numbers, name), f"{name} went back"
         if batch.numbers.epoch == self.numbers.epoch:
             assert batch.numbers.next_token >= self.numbers.next_token, "next_token went back"
 
     def _after(self, changes: list[Change]) -> dict[int, Job | None]:
-        """The rows that `changes` leave behind, by seq; each change has to go on from the one before."""
+        """Return the rows after `changes` by seq. Check that each change continues from the one before."""
         after: dict[int, Job | None] = {}
         ids: dict[str, int | None] = {}
         last = self.events[-1].seq if self.events else 0
@@ -469,7 +469,7 @@ class MemoryStorage(JobStorage):
                 continue
             on_disk = after[event.job_seq] if event.job_seq in after else self.jobs.get(event.job_seq)
             if on_disk is None and before is not None and before.id in self.quarantined:
-                raise BadRows({before.id: self.quarantined[before.id]})  # set aside since the batch was decided
+                raise BadRows({before.id: self.quarantined[before.id]})  # quarantined since the batch was decided
             assert on_disk == before, f"job {event.job_id} is not on the disk as the batch has it"
             if before is None:
                 taken = ids[event.job_id] if event.job_id in ids else self._ids.get(event.job_id)
@@ -538,7 +538,7 @@ class MemoryStorage(JobStorage):
         self._all_aside.append(Quarantined(job.id, reason, (job.options.queue, job.status) if is_counted else None))
 
     async def _tell_aside(self) -> None:
-        """As from another thread: in a moment. Whoever dies meanwhile is not told."""
+        """Call it a moment later, as from another thread."""
         if self._told_aside < len(self._all_aside):
             await self._pause()
         while self._told_aside < len(self._all_aside):

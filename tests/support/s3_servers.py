@@ -1,6 +1,6 @@
-"""Real S3 servers on loopback for tests: Debian's radosgw on a file of its own, and moto for what that lacks.
+"""Real S3 servers on loopback: Debian's radosgw on its own file, and moto for conditional deletions.
 
-Each is a process that belongs to the test run, with one user whose keys stand here.
+Each is a process of the test run, with one user whose keys are below.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support.daemon_process import die_with_us
 
 KEY: Final = "key-of-tests"
 SECRET: Final = "secret-of-tests-0123456789abcdef"
-END_S: Final = 20  # a radosgw-admin that is at its end takes 0.05 s; one of 25 on a busy machine never gets there
+END_S: Final = 20  # radosgw-admin takes 0.05 s to exit; 1 of 25 runs on a busy machine hangs
 
 
 def free_port() -> int:
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def radosgw(place: Path) -> Iterator[str]:
-    """Debian's object gateway on its dbstore, which is an SQLite file: the endpoint."""
+    """Run Debian's object gateway on its dbstore, an SQLite file. Yield the endpoint."""
     for program in ("radosgw", "radosgw-admin"):
         if shutil.which(program) is None:
             tool_missing(program, "radosgw")
@@ -57,7 +57,7 @@ def radosgw(place: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def moto(place: Path) -> Iterator[str]:
-    """The endpoint of moto, which knows conditional deletions."""
+    """Run moto, which supports conditional deletions. Yield the endpoint."""
     port = free_port()
     with _running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], place, port):
         yield f"http://127.0.0.1:{port}"
@@ -78,7 +78,7 @@ def _running(command: list[str], place: Path, port: int) -> Iterator[None]:
 
 
 def _create_user(command: list[str]) -> None:
-    """Run it to its end, or to the user it prints: at its end it may wait for ever for a thread of its own."""
+    """Run radosgw-admin until it exits or prints the user, because it may hang at exit."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=die_with_us)
     try:
         said, complained = process.communicate(timeout=END_S)
@@ -89,7 +89,7 @@ def _create_user(command: list[str]) -> None:
 
 
 def _gone(process: subprocess.Popen[bytes]) -> None:
-    """Wait for one that was told to end, and end it where it hangs."""
+    """Wait for a process that was asked to end, and kill it if it hangs."""
     try:
         process.wait(END_S)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Who hears that something has happened: of what concerns him, and to its end. Its stream is in test_dashboard.py."""
+"""Notifications of changes for dashboard pages. Their stream is tested in test_dashboard.py."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def test_each_watcher_is_notified_of_its_changes(feed: EventFeed) -> None:
     feed.publish([change("a", "video")])
     assert heard(everything, queue, job) == [True, True, True]
     feed.publish([change("", "other", "queue_paused")])
-    assert heard(everything, queue, job) == [True, True, True], "every page tells of paused queues"
+    assert heard(everything, queue, job) == [True, True, True], "every page shows paused queues"
 
 
 async def test_a_watcher_that_leaves_is_not_notified_and_frees_its_place(feed: EventFeed) -> None:

@@ -23,13 +23,13 @@ WEEK_MS = 7 * DAY_MS
 
 
 class Sources:
-    """Clocks that stand still until told."""
+    """Clocks that move only when a test moves them."""
 
     def __init__(self) -> None:
         self.wall_ms = WALL
         self.boot_ms = 5_000
         self.synchronised = False
-        self.looks = 0  # at the kernel's synchronisation
+        self.looks = 0  # of the kernel's synchronisation
 
     def is_synchronised(self) -> bool:
         self.looks += 1
@@ -66,7 +66,7 @@ def clock(
 
 
 def said(logs: list[MutableMapping[str, Any]]) -> list[tuple[str, str]]:
-    """Event and level of the lines about trust, each of which has to come once."""
+    """Return event and level of the log lines about trust."""
     return [(line["event"], line["log_level"]) for line in logs]
 
 
@@ -106,7 +106,9 @@ def test_lease_time_never_goes_back(sources: Sources) -> None:
     sources.boot_ms -= 40
     assert it.moment().lease == 150
     sources.boot_ms += 45
-    assert it.moment().lease == 195  # it counts on from where the clock is: nothing waits until that has caught up
+    assert (
+        it.moment().lease == 195
+    )  # it continues from the current reading without waiting until the clock has caught up
 
 
 def test_a_hold_stops_lease_time_and_only_that(sources: Sources) -> None:
@@ -147,7 +149,7 @@ def test_while_running_a_day_or_half_the_shortest_retention_ahead_is_suspect(
     sources: Sources, keep_ms: int, bound_ms: int
 ) -> None:
     it = clock(sources, keep_ms=keep_ms)
-    sources.pass_ms(10 * DAY_MS)  # boot time goes on too
+    sources.pass_ms(10 * DAY_MS)  # boot time also continues
     assert not it.suspect
     sources.wall_ms += bound_ms
     assert not it.moment().suspect
@@ -170,7 +172,7 @@ def test_the_first_moment_after_a_step_is_suspect_and_expects_boot_time_to_conti
 
 def test_small_steps_ahead_add_up_and_suspend_is_none(sources: Sources) -> None:
     it = clock(sources)
-    sources.pass_ms(30 * DAY_MS)  # a suspend: boot time counts it
+    sources.pass_ms(30 * DAY_MS)  # a suspend, which boot time includes
     assert not it.suspect
     for _ in range(2):
         sources.wall_ms += 12 * HOUR_MS
@@ -195,7 +197,7 @@ def test_a_step_back_is_trusted_and_later_steps_are_measured_from_it(sources: So
     [
         (0, WEEK_MS, False),  # a new store
         (WALL, WEEK_MS, False),
-        (WALL + 100 * DAY_MS, WEEK_MS, False),  # the clock went back: nothing is old by that
+        (WALL + 100 * DAY_MS, WEEK_MS, False),  # the clock went back, which makes nothing old
         (WALL - WEEK_MS // 2, WEEK_MS, False),
         (WALL - WEEK_MS // 2 - 1, WEEK_MS, True),
         (WALL - 29 * DAY_MS, WEEK_MS, True),
@@ -295,7 +297,7 @@ def test_a_clock_that_is_set_right_while_the_daemon_is_down_is_trusted_at_the_st
 
 
 def after(sources: Sources, it: Clock, ms: int, *, step_ms: int = 10 * SECOND_MS) -> bool:
-    """Whether the clock is suspect after that time, in which it is asked every `step_ms`."""
+    """Return whether the clock is suspect after that time, with a read every `step_ms`."""
     for _ in range(ms // step_ms):
         sources.pass_ms(step_ms)
         it.moment()
@@ -316,9 +318,9 @@ def test_the_third_way_out_is_a_kernel_that_is_synchronised_for_ten_minutes(sour
     assert it.moment().believed == sources.wall_ms
     looks = sources.looks
     assert not after(sources, it, HOUR_MS)
-    assert sources.looks == looks, "a clock that is trusted needs no look"
+    assert sources.looks == looks, "a trusted clock needs no read"
     sources.wall_ms += 2 * DAY_MS
-    assert it.suspect, "what was said of the clock before it stepped counts no more"
+    assert it.suspect, "reads before the step no longer count"
 
 
 def test_the_ten_minutes_start_again_after_a_gap(sources: Sources) -> None:
@@ -333,7 +335,7 @@ def test_the_ten_minutes_start_again_after_a_gap(sources: Sources) -> None:
     sources.pass_ms(MINUTE_MS + 1)  # no read in this time, so synchronisation is unknown
     assert it.suspect
     assert after(sources, it, 10 * MINUTE_MS - 10 * SECOND_MS)
-    sources.wall_ms += HOUR_MS  # the kernel has not confirmed this time for long
+    sources.wall_ms += HOUR_MS  # the kernel has not confirmed this time long enough
     assert it.suspect
     assert after(sources, it, 10 * MINUTE_MS - 10 * SECOND_MS)
     assert not after(sources, it, 10 * SECOND_MS)
@@ -353,7 +355,7 @@ def test_synchronisation_is_read_from_the_kernels_status(
     monkeypatch: pytest.MonkeyPatch, state: int, status: int, synchronised: bool
 ) -> None:
     def adjtimex(timex: Any) -> int:
-        assert timex._obj.modes == 0, "nothing may be set"
+        assert timex._obj.modes == 0, "it must set nothing"
         timex._obj.status = status
         return state
 

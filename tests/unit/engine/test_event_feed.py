@@ -1,4 +1,4 @@
-"""What listeners hear: every event once and in order, from the journal over to live, and nobody waits for the slow."""
+"""Event streams: each event once and in order, from the journal to live; slow subscribers delay nothing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALL = EventFilter()
 
 
 class Stage:
-    """A journal, what feeds it, and listeners. A commit may be told to the feed later, as the actor does it."""
+    """A journal with commits and subscribers. Commits may be published later, as the actor does."""
 
     def __init__(self, most: int = 10) -> None:
         self.disk = MemoryStorage()
@@ -57,7 +57,7 @@ class Stage:
 
 
 def told(piece: bytes) -> list[dict[str, Any]]:
-    """The events in what was sent."""
+    """Return the events in the sent bytes."""
     blocks = [block.split("\n") for block in piece.decode().split("\n\n")]
     return [json.loads(line.removeprefix("data: ")) for block in blocks for line in block if line.startswith("data: ")]
 
@@ -67,7 +67,7 @@ def numbers(piece: bytes) -> list[int]:
 
 
 async def heard(listener: Subscriber, up_to: int) -> list[int]:
-    """All that a listener hears until he has come so far."""
+    """Return all that a subscriber receives up to this position."""
     found: list[int] = []
     while listener.position < up_to:
         found += numbers(await listener.more())
@@ -117,7 +117,7 @@ async def test_without_subscribers_nothing_is_kept() -> None:
     assert (stage.feed.last, stage.feed._news, len(stage.feed.rounds)) == (3, [], 0)
     replaying = stage.listen()
     await replaying.begin(0)
-    await stage.commit(3)  # he reads it from the journal
+    await stage.commit(3)  # it comes from the journal
     assert (stage.feed.last, stage.feed._news) == (6, [])
 
 
@@ -143,7 +143,7 @@ async def test_frequent_events_are_sent_in_batches() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int) -> None:
-    """Commits, some told late, at every point of the way."""
+    """Commits, some published late, at every point of the switch."""
 
     @in_virtual_time
     async def run() -> None:
@@ -241,7 +241,7 @@ async def test_a_slow_subscriber_is_cut_and_the_others_continue() -> None:
     assert [(entry["event"], entry["position"]) for entry in logs] == [("event_stream_dropped", 0)]
     assert await slow.more() == b""
     slow.leave()
-    again = await stage.begun(after=slow.position)  # he comes again, and nothing is lost
+    again = await stage.begun(after=slow.position)  # it connects again and loses nothing
     assert await heard(again, 30) == list(range(1, 31))
 
 
@@ -291,7 +291,7 @@ async def test_the_number_of_streams_is_limited_and_places_are_freed() -> None:
 
 @pytest.mark.parametrize("spread", [0, 37, 3 * PAGE])
 def test_many_resuming_subscribers_catch_up_while_events_continue(spread: int) -> None:
-    """Each page is read once for all of them; nobody has to be faster than what comes in for all together."""
+    """Each page is read once for all of them, so each can be slower than all new events."""
 
     @in_virtual_time
     async def run() -> None:
@@ -306,7 +306,7 @@ def test_many_resuming_subscribers_catch_up_while_events_continue(spread: int) -
                 found[listener] += numbers(await listener.more())
 
         listeners = [asyncio.create_task(listen(number * spread // 40)) for number in range(40)]
-        while stage.feed.last < 3_000:  # 3 000 in a second
+        while stage.feed.last < 3_000:  # 3,000 per second
             await stage.commit(15)
             await seconds(0.005)
         await asyncio.gather(*listeners)
@@ -321,7 +321,7 @@ def test_many_resuming_subscribers_catch_up_while_events_continue(spread: int) -
 
 @in_virtual_time
 async def test_without_follow_the_stream_ends_at_the_initial_end_of_the_journal() -> None:
-    """It would never come to where many events come in while it is read."""
+    """It would never end if many events arrive meanwhile."""
     stage = Stage()
     await stage.commit(2 * PAGE + 50)
     listener = await stage.begun(after=0, follow=False)
@@ -340,7 +340,7 @@ async def test_pruned_events_are_an_error_at_the_start_and_later() -> None:
     listener = await stage.begun(after=0)
     assert len(numbers(await listener.more())) == PAGE
     stage.disk.gone_to = PAGE
-    assert len(numbers(await listener.more())) == PAGE  # what he has not read yet is whole
+    assert len(numbers(await listener.more())) == PAGE  # the part that it has not read yet is complete
     stage.disk.gone_to = 3 * PAGE - 1
     for position in (listener.position, 0, 3 * PAGE - 2):
         with pytest.raises(ApiException) as no:
@@ -411,7 +411,7 @@ async def test_when_the_daemon_stops_subscribers_get_pending_events() -> None:
     live.leave()
     assert await replaying.more() == b""
     replaying.leave()
-    with pytest.raises(ApiException) as no:  # its end would be taken for that of the journal
+    with pytest.raises(ApiException) as no:  # its end would be mistaken for the end of the journal
         await reading.more()
     assert no.value.error.code == "shutting_down"
     reading.leave()

@@ -1,4 +1,4 @@
-"""Idempotency keys: what is kept and for how long, what a full store gives up, and what a refused batch takes back."""
+"""Idempotency keys: retention, the limit, and rollbacks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_response_is_found_for_a_day() -> None:
     assert keys.find("a", NOW + KEPT_MS - 1) is not None
     assert keys.find("a", NOW + KEPT_MS) is None
     assert len(keys) == 0
-    assert keys.changed() == ([], [])  # it never was on the disk
+    assert keys.changed() == ([], [])  # it was never on disk
 
 
 def test_after_the_commit_the_response_is_only_on_disk() -> None:
@@ -73,7 +73,7 @@ def test_a_key_is_kept_while_one_of_its_grants_is_current() -> None:
     keys.ended("l2")
     assert keys.find("g", NOW) is None
     assert keys.changed() == ([], ["g"])
-    keys.ended("l2")  # again is no harm
+    keys.ended("l2")  # repeating it does no harm
 
 
 def test_a_grant_made_and_ended_in_one_batch_leaves_no_key() -> None:
@@ -145,7 +145,7 @@ def test_rollback_undoes_all_changes() -> None:
 
 
 def test_rollback_restores_only_grants_ended_since_the_commit() -> None:
-    """A grant that ended long ago must not keep its key alive after a refused batch."""
+    """A grant that ended long ago must not keep its key alive after a rollback."""
     keys = Keys([grants("g", "l1", "l2")], 100)
     keys.ended("l1")
     keys.commit()

@@ -1,4 +1,4 @@
-"""Every command has its place: a share of the mailbox, the jobs that it names, its standing on a full disk."""
+"""Per command: its share of the mailbox, the jobs that it names, and whether a full disk accepts it."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ def test_the_jobs_that_a_command_names_are_loaded_first(kind: Any) -> None:
 
 
 def test_a_plan_that_can_delete_names_its_jobs() -> None:
-    """What shows one of its jobs later in the batch needs the payload before it is gone."""
+    """A later command of the batch that shows one of its jobs needs the payload before the deletion."""
     jobs = [ExpectedVersion("a", "1")]
     deleting = {action for action in get_args(PlanAction) if deleted_ids(ApplyEndings(action=action, jobs=jobs))}
     assert deleting == {"delete", "cleanup"}
 
 
 def _made(kind: Any) -> Any:
-    """A command of this kind, made without looking at its values."""
+    """Return a command of this type with unvalidated values."""
     given: dict[str, Any] = {field.name: None for field in fields(kind) if field.required}
     if "id" in kind.__struct_fields__:
         given["id"] = "a"

@@ -1,6 +1,6 @@
 """While the clock is suspect, no path deletes or fails anything by age, and the suspicion is durable.
 
-The wall clock is a fake one: each test moves it and looks at what the very next command makes of it.
+The wall clock is fake: each test moves it and checks the effect of the next command.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ async def done(house: VirtualEngine, job_id: str = "done", **fields: Any) -> Non
 
 
 async def waiting(house: VirtualEngine, job_id: str = "waits") -> None:
-    """A queued job that is not wanted after 20 days."""
+    """A queued job that expires after 20 days."""
     await house.yes(Create(id=job_id, expires_at=house.now + 20 * DAY_MS))
 
 
@@ -414,7 +414,7 @@ async def test_a_read_is_answered_even_if_the_suspicion_cannot_be_written() -> N
 
 
 def rooms_of(house: VirtualEngine) -> Services:
-    """The part of them that an accepted clock needs."""
+    """The services that an accepted clock needs."""
     parts: Any = dict.fromkeys(Services.__struct_fields__)
     return Services(**{**parts, "actor": house.actor, "clock": house.clock, "is_alive": lambda: True})
 

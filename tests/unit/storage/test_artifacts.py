@@ -1,4 +1,4 @@
-"""Whose an object is: by when it was written, and by nothing else."""
+"""Which objects of deleted jobs may be deleted, by the time at which they were written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOMBSTONE = Tombstone(1, "a", "k", DELETED, DELETED)
         (DELETED, DELETED, "wait"),
         (DELETED, DELETED + YOUNG_MS - 1, "wait"),
         (DELETED, DELETED + YOUNG_MS, "delete"),
-        (DELETED + SKEW_MS, DELETED + DAY_MS, "delete"),  # the clock of the store is ahead
+        (DELETED + SKEW_MS, DELETED + DAY_MS, "delete"),  # the clock of the artifact store is ahead
         (DELETED + SKEW_MS + 1, DELETED + DAY_MS, "leave"),
         (DELETED + DAY_MS, DELETED, "leave"),
     ],

@@ -1,4 +1,4 @@
-"""Artifacts in a real directory: what goes, what stays, and that nobody is led out of it."""
+"""Artifacts in a real directory: deletions, reads, and paths that must not lead out of it."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ async def test_a_copy_that_keeps_an_old_mtime_is_young(place: Path, store: FileA
 
 
 async def test_files_next_to_the_daemons_own_files_are_not_deleted(tmp_path: Path, place: Path) -> None:
-    """Their directory may be mounted here under another name; this test gives it the name of a link."""
+    """The directory may be reachable under another name, such as a bind mount; the test uses a link."""
     own, other = put(place, "state/jobd.db"), put(place, "k")
     (tmp_path / "by-name").symlink_to(place / "state")
     store = FileArtifactStore(str(place), "test", [str(tmp_path / "none"), str(tmp_path / "by-name")])
@@ -145,7 +145,7 @@ asyncio.run(main())
 
 
 def test_a_hanging_mount_does_not_keep_the_process_alive(tmp_path: Path) -> None:
-    """A FIFO that nobody writes to stands for the mount: the interpreter waits for the threads of a pool at its end."""
+    """A FIFO without a writer stands for the mount. The interpreter would wait for the threads of a pool at exit."""
     os.mkfifo(tmp_path / "fifo")
     command = [sys.executable, "-c", HANGS, str(tmp_path), str(tmp_path / "fifo")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
@@ -205,14 +205,14 @@ async def test_the_directory_itself_can_be_a_link(tmp_path: Path, place: Path) -
 
 
 def replaced(path: Path, text: str) -> None:
-    """As a worker stores it: beside, then in one step in its place."""
+    """Store an object as a worker does: write another file, then rename it."""
     beside = path.with_name("beside")
     beside.write_text(text)
     os.replace(beside, path)
 
 
 def at(monkeypatch: pytest.MonkeyPatch, call: str, happens: Callable[[], object], *, times: int = 1) -> None:
-    """Just before the first calls of this function of `os`, something happens."""
+    """Call a function right before the first calls of a function of `os`."""
     real = getattr(os, call)
     left = [times]
 
@@ -312,7 +312,7 @@ async def test_after_a_kill_a_new_object_is_kept_and_the_renamed_one_is_deleted(
 
 
 async def test_a_deletion_is_durable(place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The directory is synced after the last change to it."""
+    """The directory is synced after its last change."""
     put(place, "folder/k")
     done: list[str] = []
     for call in ("unlink", "fsync"):
@@ -380,7 +380,7 @@ async def test_a_hanging_call_does_not_block_the_event_loop(
     with pytest.raises(asyncio.CancelledError):
         await task
     go_on.set()
-    assert await store.delete("k", yes) == Deletion("missing")  # it was done in the end
+    assert await store.delete("k", yes) == Deletion("missing")  # it took effect in the end
     await store.close()
 
 
@@ -526,10 +526,10 @@ async def test_an_open_file_is_read_completely_even_if_it_is_replaced(place: Pat
 
 
 def _open_below(place: Path) -> int:
-    """How many files of ours are open there. Other tests of this process may open and close theirs meanwhile."""
+    """Count the open files in the directory."""
     count = 0
     for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the listing's own
+        with contextlib.suppress(FileNotFoundError):  # closed by the listing itself
             name = Path(os.readlink(f"/proc/self/fd/{number}"))
             count += place in name.parents
     return count

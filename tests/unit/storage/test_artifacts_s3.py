@@ -1,4 +1,4 @@
-"""Artifacts in a bucket, on real servers: what goes, what stays, and what is told where it cannot be done."""
+"""Artifacts in a bucket, on real servers: deletions, reads and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.virtual_engine import until
 
 SERVERS = {"radosgw": radosgw, "moto": moto}
 
-pytestmark = pytest.mark.timeout(180)  # a server that starts on a busy machine
+pytestmark = pytest.mark.timeout(180)  # for the start of a server on a busy machine
 
 
 class Bucket(NamedTuple):
@@ -47,14 +47,14 @@ class Bucket(NamedTuple):
 
 @pytest.fixture(scope="module", params=sorted(SERVERS))
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """The name of a server, and its endpoint."""
+    """Return the name of a server and its endpoint."""
     with SERVERS[request.param](tmp_path_factory.mktemp(request.param)) as endpoint:
         yield request.param, endpoint
 
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch, server: tuple[str, str]) -> str:
-    """As the daemon's environment says where the bucket is."""
+    """Set the environment variables of the daemon, and return the endpoint."""
     said = {
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -69,7 +69,7 @@ def at(monkeypatch: pytest.MonkeyPatch, server: tuple[str, str]) -> str:
 
 @pytest.fixture
 async def bucket(at: str, request: pytest.FixtureRequest) -> Bucket:
-    """A new one for each test."""
+    """Create a bucket for each test."""
     name = f"test-{abs(hash(request.node.nodeid)):x}"
     store = S3Store(name)
     url = await obstore.sign_async(store, "PUT", "", timedelta(seconds=60))
@@ -138,7 +138,7 @@ async def test_an_object_is_read_in_ranges(
     at: str, bucket: Bucket, store: S3ArtifactStore, key: str, pieces: float
 ) -> None:
     if at == "radosgw":
-        pieces = min(pieces, 1)  # on dbstore it gives every range from the beginning of the object
+        pieces = min(pieces, 1)  # on dbstore it returns every range from the beginning of the object
     size = round(pieces * s3.PIECE_BYTES)
     content = os.urandom(size)
     obstore.put(bucket.all, f"pre/fix/{key}", content)
@@ -202,7 +202,7 @@ async def test_a_missing_bucket_is_an_error_and_not_a_deletion(at: str) -> None:
     await store.close()
 
 
-@pytest.mark.parametrize("server", ["radosgw"], indirect=True)  # moto takes any key
+@pytest.mark.parametrize("server", ["radosgw"], indirect=True)  # moto accepts any key
 async def test_rejected_credentials_are_reported_without_their_values(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,9 +275,9 @@ async def test_a_server_that_does_not_respond_is_an_error_in_time(monkeypatch: p
     ("statuses", "outcome"),
     [
         ([204], "deleted"),
-        ([404], "deleted"),  # somebody else was quicker
-        ([501, 204], "deleted"),  # it knows no condition, and says so
-        ([412, 409, 200], "deleted"),  # it changed in between, twice
+        ([404], "deleted"),  # another request deleted it
+        ([501, 204], "deleted"),  # the server rejects conditions
+        ([412, 409, 200], "deleted"),  # it changed twice in between
         ([500], "HTTP 500"),
         ([403], "HTTP 403"),
     ],

@@ -1,4 +1,4 @@
-"""The audit log on the disk: written with the batch or not at all, parts of one deed in one row, pages, trimmed."""
+"""The audit log on disk: atomic with its batch, one row per action, pages and trimming."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ async def test_an_entry_of_a_failed_transaction_is_written_again(store: Store) -
     ghost = made(maker.create())
     with pytest.raises(BadRows):
         await store.write(maker.batch([], audit=[deed(part_of="p")], payloads=[ghost.seq]))
-    await write(store, deed(5))  # has the number now
+    await write(store, deed(5))  # has the number of the deleted row
     await write(store, deed(6, part_of="p"))
     assert (await store.audit(AuditQuery())).found == [(2, deed(6, part_of="p")), (1, deed(5))]
 
@@ -187,10 +187,10 @@ async def test_rows_of_a_rolled_back_trim_are_deleted_by_the_next(
 
 
 async def test_a_reused_number_is_not_mistaken_for_its_old_row(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the newest row is damaged and set aside."""
+    """This happens if the newest row is damaged and quarantined."""
     monkeypatch.setattr(writers, "KEEP_BESIDE", 0)
     await write(store, deed(0), deed(1, outcome="lock_lost"))
-    assert await store.trim_audit(0, 99) == 0, "the newest stays"
+    assert await store.trim_audit(0, 99) == 0, "the newest is kept"
     store._connection.raw.execute("DELETE FROM audit WHERE seq = 2")
     await write(store, deed(2), deed(3))
     assert await store.trim_audit(0, 99) == 0

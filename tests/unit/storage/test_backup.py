@@ -1,4 +1,4 @@
-"""Backup and restore: a copy taken under load is whole, marked, and opens with a new epoch."""
+"""Backup and restore: a copy under load is complete and marked, and opens with a new epoch."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def test_a_copy_is_complete_marked_and_one_file(path: str, copy: str) -> N
     async with opened(path) as (store, _):
         await take(store, copy)
         assert names(path) == {"jobd.db" + suffix for suffix in ("", "-wal", ".lock", ".epoch", ".ballast")}
-    assert read(copy)[18:20] == b"\x01\x01"  # no write-ahead log belongs to it
+    assert read(copy)[18:20] == b"\x01\x01"  # it has no write-ahead log
     with edited(copy) as conn:
         assert conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert conn.execute("SELECT marked FROM meta").fetchone() == (1,)
@@ -61,7 +61,7 @@ async def test_a_copy_under_load_is_consistent(path: str, copy: str) -> None:
     maker = ChangeFactory(8)
     seen: list[tuple[int, int]] = []
     async with opened(path) as (store, _):
-        for _ in range(20):  # some megabytes, so that the copy takes many steps
+        for _ in range(20):  # some megabytes, for many steps of the copy
             changes = [replace(maker.create(), payload=b'"%s"' % (b"z" * 3_000)) for _ in range(50)]
             await store.write(maker.batch(changes))
         first = maker.numbers.next_event
@@ -84,7 +84,7 @@ async def test_a_copy_under_load_is_consistent(path: str, copy: str) -> None:
         assert len(found.live()) == count["queued"] + count["processing"]
         (events,) = store._connection.raw.execute("SELECT max(seq) FROM events").fetchone()
         assert first <= events + 1 <= last
-        # What others saw of the store after the copy was made is not numbered again.
+        # Event numbers used after the copy was made are not reused.
         page = await store.journal(events, 10)
         assert (found.numbers.next_event, page.last, page.gone_to) == (2 << 24, (2 << 24) - 1, (2 << 24) - 1)
 
@@ -117,7 +117,7 @@ async def test_closing_the_store_stops_a_copy_and_leaves_no_file(path: str, copy
 
     def progress(step: str, done: int, total: int) -> None:
         loop.call_soon_threadsafe(begun.set)
-        while not store._closing.is_set():  # the copy goes on only when the store is closing
+        while not store._closing.is_set():  # the copy continues only when the store is closing
             pass
 
     async def collect() -> None:
@@ -126,7 +126,7 @@ async def test_closing_the_store_stops_a_copy_and_leaves_no_file(path: str, copy
     task = asyncio.create_task(collect())
     await begun.wait()
     closing.append(asyncio.create_task(store.close()))
-    with contextlib.suppress(BackupStopped):  # a copy of one step was whole by then
+    with contextlib.suppress(BackupStopped):  # a copy of one step is complete by then
         await task
     await closing[0]
     assert not glob.glob(f"{path}.backup-*")
@@ -201,7 +201,7 @@ async def test_a_restore_keeps_the_old_store(path: str, copy: str) -> None:
         assert (found.marked, found.numbers.epoch, found.numbers.next_event) == (True, 2, 2 << 24)
         assert {job.seq for job in found.live()} == {seq for seq, job in jobs.items() if job.status in LIVE}
         await store.write(Batch([], found.numbers, unmark=True))
-    async with opened(aside) as (_, found):  # nothing of the old one is lost; it has no epoch file
+    async with opened(aside) as (_, found):  # the old store is complete; it has no epoch file
         assert found.numbers == replace(maker.numbers, epoch=2, next_token=1)
         assert found.faults == []
 
@@ -234,7 +234,7 @@ async def test_the_write_ahead_log_of_the_old_store_is_kept_with_it(path: str, c
     async with opened(path) as (store, _):
         await store.write(maker.any_batch(5))
         left = {suffix: read(path + suffix) for suffix in ("", "-wal")}
-    for suffix, content in left.items():  # as a kill leaves it
+    for suffix, content in left.items():  # as after a kill
         write(path + suffix, content)
     aside = restore(copy, path)
     assert not exists(f"{path}-wal")
@@ -318,7 +318,7 @@ def test_jobd_backup_exits_with_75_without_disk_space(small_disk: Path, tmp_path
         assert f"MiB free in {small_disk}, but only" in done.stderr
         assert "[storage_full]" in done.stderr
         assert done.stderr.count("\n") == 1
-        assert daemon.post("/v1/jobs", {"id": "a"}).status == 201  # nothing of the store's own room was taken
+        assert daemon.post("/v1/jobs", {"id": "a"}).status == 201  # the copy took no space of the store
     assert not target.exists()
     assert not glob.glob(f"{small_disk}/jobd.db.backup-*")
 
@@ -355,7 +355,7 @@ def test_files_restored_by_root_belong_to_the_owner_of_the_store(tmp_path: Path)
         os.chown(entry, 12345, 12346)
     restore(str(copy), str(store / "jobd.db"))
     (store / "jobd.db").unlink()
-    restore(str(copy), str(store / "jobd.db"))  # nothing is there: the directory says whose it is
+    restore(str(copy), str(store / "jobd.db"))  # without a store, the owner of the directory counts
     owners = {entry.name: (entry.stat().st_uid, entry.stat().st_gid) for entry in store.iterdir()}
     assert set(owners.values()) == {(12345, 12346)}, owners
 

@@ -1,4 +1,4 @@
-"""Rows and values: nothing is lost on the way to columns and back, and a checksum tells every flipped bit."""
+"""Rows and values: encoding loses nothing, and checksums detect every flipped bit."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_empty_parts_are_decoded_as_none() -> None:
 
 
 def new_row(job: Job) -> codec.Row:
-    """What a start reads of `job` first."""
+    """Return the columns that a start reads first."""
     row = dict(zip(codec.JOB_COLUMNS, codec.job_row(job), strict=True))
     assert (codec.AS_CREATED | {"updated_at": job.created_at}).items() <= row.items()
     return (*(row[column] for column in codec.NEW_COLUMNS), codec.checksum(codec.job_row(job)), 1)
@@ -149,12 +149,12 @@ def test_every_flipped_bit_is_detected() -> None:
         for other in _flipped(value):
             changed = (*row[:place], other, *row[place + 1 :])
             assert codec.fault(changed) is not None, codec.JOB_COLUMNS[place]
-            # The checksum that it was written with can be told, whichever column was hit.
+            # The original checksum can be recovered, whichever column was damaged.
             assert codec.first_checksum(changed) == row[-1]
 
 
 def _flipped(value: Any) -> list[Any]:
-    """`value` with single bits flipped, as SQLite would give it back."""
+    """Yield `value` with single flipped bits, as SQLite would return it."""
     if isinstance(value, int):
         return [value ^ (1 << bit) for bit in (0, 7, 31)]
     if isinstance(value, float):
@@ -181,7 +181,7 @@ def test_an_event_is_the_same_after_encoding_and_decoding() -> None:
 
 
 def test_parts_are_stored_in_the_journal_as_arrays_in_a_fixed_order() -> None:
-    """What was written once is read by it for ever."""
+    """Rows written by this version must stay readable."""
     job = full_job()
     event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", None, None, all_of(job))
     said = msgspec.json.decode(codec.event_row(event)[-1])
@@ -288,7 +288,7 @@ def test_deleting_heartbeats_does_not_change_the_row(seed: int) -> None:
     for event in left:
         row = fold(row, event)
     assert row == job
-    assert job.progress_message == "step 1"  # set by an event that was forgotten
+    assert job.progress_message == "step 1"  # set by a deleted event
     for begin, end in ((0, 1), (1, 2)):
         grants = [place for place, event in enumerate(left) if event.type == "granted"] + [len(left)]
         part = left[grants[begin] : grants[end]]
@@ -307,7 +307,7 @@ def test_few_heartbeats_are_all_kept() -> None:
 
 
 def loop_of_grants(seed: int) -> tuple[RuleHarness, list[Event]]:
-    """A job that was granted 80 times, and given back most of the time."""
+    """A job that was granted 80 times and released most of the time."""
     desk, dice = RuleHarness(), random.Random(seed)
     desk.create(max_attempts=1_000, max_stalls=1_000, on_stall="requeue")
     for _ in range(80):
@@ -339,7 +339,7 @@ def loop_of_grants(seed: int) -> tuple[RuleHarness, list[Event]]:
 
 
 def rows_after(events: list[Event]) -> dict[int, Job | None]:
-    """The row after each event."""
+    """Return the row after each event."""
     row, found = None, {}
     for event in events:
         row = found[event.seq] = fold(row, event)
@@ -347,7 +347,7 @@ def rows_after(events: list[Event]) -> dict[int, Job | None]:
 
 
 def without(events: list[Event], begin: int, end: int) -> list[Event]:
-    """`events` with the part from `begin` to `end` compacted."""
+    """Return `events` with those from `begin` to `end` compacted."""
     gone, changed = codec.compact(events[begin:end])
     new, lost = {event.seq: event for event in changed}, set(gone)
     return [new.get(event.seq, event) for event in events if event.seq not in lost]
@@ -359,7 +359,7 @@ def test_a_compacted_journal_yields_the_same_row_after_each_remaining_event(seed
     before = rows_after(events)
     dice = random.Random(seed)
     left = events
-    for _ in range(4):  # parts that meet, overlap, and begin and end anywhere
+    for _ in range(4):  # ranges that touch, overlap, and begin and end anywhere
         begin, end = sorted(dice.sample(range(len(left) + 1), 2))
         left = without(left, begin, end)
         after = rows_after(left)

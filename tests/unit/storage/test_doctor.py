@@ -1,4 +1,4 @@
-"""The doctor: a whole store has no problem, every kind of damage is named with its mend, edited rows can be taken."""
+"""The doctor: no problem in an undamaged store, a fix for every kind of damage, and edited rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def places(problems: list[StoreProblem]) -> list[str]:
 
 
 async def busy_store(path: str) -> ChangeFactory:
-    """A store with something in every table."""
+    """A store with rows in every table."""
     maker = await make_store(path)
     async with opened(path) as (store, _):
         keys = [StoredResponse("d1", "b", NOW, 200, b"{}"), StoredResponse("d2", "b", NOW, 200, None, [("a", "l")])]
@@ -263,11 +263,11 @@ async def test_an_epoch_file_of_a_newer_database_is_reported(path: str, monkeypa
     monkeypatch.undo()
     with edited(path) as conn:
         migrations.change_meta(conn, marked=1)
-    assert check(path) == []  # a backup that was put back: its next start takes an epoch
+    assert check(path) == []  # a restored backup: its next start begins an epoch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Taking rows as they are
+# Accepting rows
 
 
 async def test_an_edited_row_is_accepted_in_place(path: str) -> None:

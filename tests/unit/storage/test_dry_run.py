@@ -1,4 +1,4 @@
-"""What a restore or a repair would do: told as it would be, with the refusals of the real one, and nothing written."""
+"""What a restore or a repair would do: a description, with the errors of the real call, and no writes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ async def test_a_restore_shows_what_it_would_end_and_replace(path: str, copy: st
     ):
         assert words in told
     backup.restore(copy, path)
-    async with opened(path) as (_, found):  # it was the truth
+    async with opened(path) as (_, found):  # as described
         assert found.numbers.epoch == 5
 
 

@@ -1,4 +1,4 @@
-"""What lies beside the database: the lock names its holder, the epoch is never guessed, the ballast is really there."""
+"""Files next to the database: the lock, the epoch file and the reserve file."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_every_flipped_bit_of_the_epoch_file_is_detected(path: str) -> None:
             content[place] ^= 1 << bit
             Path(f"{path}.epoch").write_bytes(content)
             with contextlib.suppress(StoreUnreadable):
-                assert files.read_epoch(path).epoch == 12  # of the space between them became another one
+                assert files.read_epoch(path).epoch == 12  # the space between them was damaged
 
 
 def test_a_number_written_by_an_operator_is_accepted(path: str) -> None:
@@ -111,7 +111,7 @@ def test_the_epoch_file_has_the_mode_of_the_database(path: str, monkeypatch: pyt
         monkeypatch.setattr(os, "geteuid", lambda user=user: user)
         files.write_epoch(path, 2)
         assert stat.S_IMODE(os.stat(f"{path}.epoch").st_mode) == 0o640
-    assert owners == [(os.stat(path).st_uid, os.stat(path).st_gid)]  # what root writes belongs to the owner
+    assert owners == [(os.stat(path).st_uid, os.stat(path).st_gid)]  # files written by root belong to the owner
 
 
 def test_the_reserve_file_occupies_and_frees_its_space(path: str) -> None:
@@ -132,7 +132,7 @@ def test_the_reserve_file_is_not_built_without_spare_space(path: str, monkeypatc
     monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, short + 1, 1 << 40))
     files.build_reserve(path)
     monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, 0, 1 << 40))
-    files.build_reserve(path)  # it is there
+    files.build_reserve(path)  # it is complete
     assert files.has_reserve(path)
 
 
@@ -142,7 +142,7 @@ def test_spare_space_is_occupied_and_freed(path: str, monkeypatch: pytest.Monkey
     with files.occupied(path, SPARE_BYTES):
         pass
     monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, 0, 4 << 20))
-    with files.occupied(path, SPARE_BYTES):  # of a small disk a part of it
+    with files.occupied(path, SPARE_BYTES):  # a part of it on a small disk
         pass
     assert asked == [SPARE_BYTES, (4 << 20) // 16]
     monkeypatch.undo()
@@ -154,7 +154,7 @@ def test_spare_space_is_occupied_and_freed(path: str, monkeypatch: pytest.Monkey
 
 
 def test_the_space_of_the_disk_is_that_of_the_file_system(path: str) -> None:
-    assert files.space(path) is None  # there is no such file
+    assert files.space(path) is None  # the file does not exist
     Path(path).touch()
     found, disk = files.space(path), shutil.disk_usage(path)
     assert found is not None
@@ -180,4 +180,4 @@ def test_only_errors_about_space_mean_a_full_disk() -> None:
 
 def test_free_space_is_detected(tmp_path: Path) -> None:
     assert files.has_room(str(tmp_path))
-    assert files.has_room(str(tmp_path / "nowhere"))  # what is wrong there is not room
+    assert files.has_room(str(tmp_path / "nowhere"))  # the error is not about space

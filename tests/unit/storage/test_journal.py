@@ -37,14 +37,14 @@ async def test_the_last_heartbeats_of_each_grant_are_kept(path: str) -> None:
         types = [event.type for event in await store.timeline(1)]
         assert types.count("progress") == types.count("extended") == KEEP_HEARTBEATS
     async with opened(path) as (store, _):
-        await store.write(maker.batch([maker.extend(made(change))]))  # a grant of before the start: thinned at once
+        await store.write(maker.batch([maker.extend(made(change))]))  # a grant from before the start: thinned at once
         (rows_kept,) = store._connection.raw.execute("SELECT count(*) FROM events").fetchone()
         assert rows_kept == 2 + 2 * KEEP_HEARTBEATS
         assert maker.jobs[1].progress_message == "x"
 
 
 async def test_each_batch_thins_one_journal(path: str) -> None:
-    """Everybody waits for it: sixteen workers that report alike would hold all up for sixteen times as long."""
+    """All commands wait for it, so sixteen workers that report together would delay them sixteen times as long."""
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         created = [maker.create(), maker.create()]
@@ -62,13 +62,13 @@ async def test_each_batch_thins_one_journal(path: str) -> None:
         assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS + 1]
         await store.write(maker.batch([maker.finish(made(held[1])), maker.create()]))
         assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
-        assert list(store._database._signs) == [1], "whose grant has ended is not watched any more"
+        assert list(store._database._signs) == [1], "a job whose grant has ended is no longer watched"
         await store.write(maker.batch([maker.create()]))
         assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
 
 
 async def test_a_pending_journal_is_thinned_from_its_recorded_grant(path: str) -> None:
-    """The job may be in other hands when its turn comes."""
+    """The job may have another grant when its turn comes."""
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         created = [maker.create(), maker.create()]
@@ -84,7 +84,7 @@ async def test_a_pending_journal_is_thinned_from_its_recorded_grant(path: str) -
 
 
 def round_of(maker: ChangeFactory, job: Job, signs: int = 0) -> tuple[Job, list[Change]]:
-    """A grant that is given back."""
+    """A grant that is released."""
     changes = [maker.grant(job)]
     for _ in range(signs):
         changes.append(maker.extend(made(changes[-1])))
@@ -127,7 +127,7 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
             assert count <= most
         assert count == 1 + 2 * (KEEP_FIRST_GRANTS + KEEP_GRANTS)
         assert read == [2 * (KEEP_GRANTS - KEEP_FIRST_GRANTS) + 1, *[2 * KEEP_GRANTS + 1] * 3]
-    async with opened(path) as (store, _):  # it knows nothing of them any more
+    async with opened(path) as (store, _):  # the counts are not persisted
         for _ in range(KEEP_GRANTS):
             job, changes = round_of(maker, job)
             tokens += tokens_of([each.event for each in changes])
@@ -140,7 +140,7 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
 
 
 async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No batch waits for more than one slice, even if a single grant is longer than that."""
+    """No batch waits for more than one slice, even if a grant has more events than that."""
     monkeypatch.setattr(database, "COMPACTED_AT_ONCE", 20)
     maker = ChangeFactory()
     change = maker.create()
@@ -155,9 +155,9 @@ async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pyt
         while store._database._to_shorten:
             counts.append(store._connection.raw.execute("SELECT count(*) FROM events").fetchone()[0])
             await store.write(maker.batch([maker.create()]))
-        assert counts[0] == len(changes) - 18, "two slices would be more: the grant at its end stays"
+        assert counts[0] == len(changes) - 18, "two slices would remove more: the grant at the end of a slice stays"
         (count,) = store._connection.raw.execute("SELECT count(*) FROM events WHERE job_seq = 1").fetchone()
-        assert count == kept + 42, "what is longer than a slice stays whole"
+        assert count == kept + 42, "a grant longer than a slice is kept"
         assert folded(await store.timeline(1)) == job
 
 
@@ -179,7 +179,7 @@ async def test_a_journal_is_compacted_after_a_damaged_row(path: str) -> None:
         assert seqs == [*range(1, damaged + 2), *range(len(changes) - 2 * KEEP_GRANTS + 1, len(changes) + 1)]
         events = await store.timeline(1)
         assert folded(events) == job
-        assert len(events) == len(seqs) - 1, "it was set aside"
+        assert len(events) == len(seqs) - 1, "it was quarantined"
 
 
 async def test_returned_grants_are_counted_for_a_limited_number_of_jobs(
@@ -231,7 +231,7 @@ async def test_old_journals_of_deleted_jobs_are_pruned(store: Store) -> None:
     await store.write(maker.batch([maker.delete(made(ended))]))
     assert await store.prune(NOW, 100) == 0
     assert await store.prune(NOW + 1, 100) == 1  # of the queue
-    assert await store.prune(NOW + 1_000, 100) == 0  # at that very time it is not yet past
+    assert await store.prune(NOW + 1_000, 100) == 0  # at exactly that time it is kept
     assert await store.prune(NOW + 1_001, 2) == 2
     assert [event.type for event in await store.timeline(1)] == ["deleted"]
     assert await store.prune(NOW + 1_001, 2) == 1
@@ -265,7 +265,7 @@ async def test_pruned_events_are_reported_after_a_restart(path: str) -> None:
         await store.prune(NOW + 1_001, 100)
         page = await store.journal(0, 100)
         assert (page.last, page.gone_to) == (last, last)
-        assert [event.job_seq for event in page.events] == [2]  # older, and whole
+        assert [event.job_seq for event in page.events] == [2]  # older and undamaged
     async with opened(path) as (store, _):
         assert (await store.journal(0, 100)).gone_to == last
 
@@ -280,7 +280,7 @@ async def test_a_damaged_event_is_reported_as_missing(path: str) -> None:
         page = await store.journal(0, 4)
         assert ([event.seq for event in page.events], page.gone_to) == ([1, 2, 4], 3)
     async with opened(path) as (store, _):
-        assert (await store.journal(3, 10)).gone_to == 3  # it was set aside, and that is remembered
+        assert (await store.journal(3, 10)).gone_to == 3  # it was quarantined, which is recorded
 
 
 async def test_a_damaged_event_number_marks_no_future_events_as_missing(path: str) -> None:

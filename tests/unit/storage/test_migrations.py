@@ -1,4 +1,4 @@
-"""Schema versions: an older store is copied aside and migrated in one transaction, or left as it was."""
+"""Schema versions: an older store is copied and migrated in one transaction, or not changed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def fail(conn: sqlite3.Connection) -> None:
 
 @pytest.fixture
 def next_version(monkeypatch: pytest.MonkeyPatch) -> int:
-    """As if this were a later version of jobd with two steps to it."""
+    """Simulate a later version of jobd with two more migrations."""
     version = migrations.VERSION + 2
     steps = {migrations.VERSION: add_table, migrations.VERSION + 1: lambda conn: None}
     monkeypatch.setattr(migrations, "VERSION", version)
@@ -82,7 +82,7 @@ async def test_a_migration_does_not_fix_the_checksum_of_a_damaged_meta_row(path:
 
 
 def _make_version_9(conn: sqlite3.Connection) -> None:
-    """Take the columns away that version 10 added."""
+    """Remove the columns that version 10 added."""
     for table, columns in {
         "queues": ("paused_at", "paused_by", "pause_reason", "paused_until"),
         "jobs": ("releases",),
@@ -98,7 +98,7 @@ def _make_version_9(conn: sqlite3.Connection) -> None:
 
 
 def _make_version_1(conn: sqlite3.Connection) -> None:
-    """Lay the meta row out as version 1 had it."""
+    """Change the meta table to that of version 1."""
     found = migrations.read_meta(conn)
     assert found is not None
     row = {name: value for name, value in found.items() if name not in ("events_gone_to", "crc")}
@@ -112,7 +112,7 @@ def _make_version_1(conn: sqlite3.Connection) -> None:
     conn.execute("PRAGMA user_version = 1")
 
 
-# The parts of a job as objects in events: all versions had them so until 8.
+# Parts of a job as objects in events, as in all versions up to 8.
 NAMES = {
     "options": "queue kind priority max_attempts backoff max_stalls on_stall stuck_after_ms max_processing_ms",
     "grant": "lock_id fencing_token worker acquired_at ttl_ms stuck_after_ms max_processing_ms",
@@ -124,7 +124,7 @@ NAMES = {
 
 
 def _name_parts(conn: sqlite3.Connection) -> None:
-    """Write the parts of jobs in all events as objects."""
+    """Store the parts of jobs in all events as objects."""
     found = conn.execute("SELECT * FROM events WHERE changes IS NOT NULL").fetchall()
     assert found
     for *row, changes, _ in found:
@@ -180,13 +180,11 @@ SCHEMAS = ROOT / "tests/data/schemas"
 
 
 def as_of(version: int, path: str) -> None:
-    """Make a store of this version of the one at `path`: its rows, as far as there was a table for them."""
+    """Convert the store at `path` to an older version, with the rows that it had tables for."""
     was, now = f"{path}.was", migrations.VERSION
     with edited(path) as conn:
         for table in ("late_results", "tombstones", "audit", "webhooks", "deliveries"):
-            assert conn.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), (
-                "no older version could have had it"
-            )
+            assert conn.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), "older versions cannot have this"
         numbers = migrations.read_meta(conn)
         assert numbers is not None
         next_token = (numbers["epoch"] << TOKEN_COUNTER_BITS) + numbers["next_token"]
@@ -211,7 +209,7 @@ def as_of(version: int, path: str) -> None:
 
 
 def schema_of(path: str) -> dict[str, str]:
-    """Every table and index by name, as they were made, without comments and spaces."""
+    """Return the SQL of every table and index by name, without comments and spaces."""
     with edited(path) as conn:
         found = conn.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL").fetchall()
     return {name: "".join(re.sub(r"--.*", "", sql).split()) for name, sql in found}
@@ -273,7 +271,7 @@ async def test_stores_of_all_older_versions_are_migrated(path: str, tmp_path: Pa
 
 
 def write_old_epoch(path: str, epoch: int) -> None:
-    """As schema version 9 and older write it."""
+    """The format of schema version 9 and older."""
     write(f"{path}.epoch", b"%d %08x\n" % (epoch, zlib.crc32(b"%d" % epoch)))
 
 
@@ -310,7 +308,7 @@ async def test_a_migration_does_not_change_the_next_token(path: str) -> None:
         assert (found["epoch"], found["next_token"]) == ((3 << 16) + 9, 7)
         assert migrations.epoch_of(conn) == (3 << 16) + 9
         conn.execute("UPDATE meta SET epoch = epoch + 1")
-        assert migrations.epoch_of(conn) == 0  # a row that is damaged says nothing
+        assert migrations.epoch_of(conn) == 0  # a damaged row has no epoch
         conn.execute("DELETE FROM meta")
         assert migrations.epoch_of(conn) == 0
 

@@ -1,4 +1,4 @@
-"""The outbox on the disk: what is written is there, together or not at all; damage is named; nothing grows for ever."""
+"""The outbox on disk: atomic writes, damage, and limits."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ async def test_failed_deliveries_are_retried_oldest_first_up_to_an_id(path: str)
         assert await store.deliver_all_again("e", lost[-2], 99, NOW) == []
         left = await store.page_of_deliveries("e", "given_up", 1 << 60, 99)
         assert [each.id for each in left] == lost[-1:]
-        assert len(await store.page_of_deliveries("f", "given_up", 1 << 60, 99)) > 1, "another's are not touched"
+        assert len(await store.page_of_deliveries("f", "given_up", 1 << 60, 99)) > 1, (
+            "those of other endpoints are not changed"
+        )
 
 
 async def test_only_the_latest_ended_deliveries_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +164,9 @@ async def test_only_the_latest_ended_deliveries_are_kept(path: str, monkeypatch:
         await store.settle_deliveries([made(id_, state="given_up", ended_at=NOW) for id_ in range(21, 31)], NOW)
         assert [each.id for each in await store.page_of_deliveries("e", "delivered", 999, 99)] == [20, 19, 18, 17, 16]
         assert [each.id for each in await store.page_of_deliveries("e", "given_up", 999, 99)] == [30, 29, 28, 27, 26]
-        assert len(await store.page_of_deliveries("e", "waiting", 999, 99)) == 10  # those are nobody's to forget
+        assert (
+            len(await store.page_of_deliveries("e", "waiting", 999, 99)) == 10
+        )  # waiting deliveries are never deleted
         assert len(await store.page_of_deliveries("f", "delivered", 999, 99)) == 10
 
 
@@ -173,7 +177,7 @@ async def test_deleting_a_failed_delivery_records_a_gap(path: str, monkeypatch: 
         told = await store.settle_deliveries(list(settled), now)
         (gone_to,) = store._connection.raw.execute("SELECT gone_to FROM webhooks WHERE name = 'e'").fetchone()
         assert told == (gone_to == GAP_PENDING)
-        await planned(store)  # as if it were told
+        await planned(store)  # as if it were delivered
         return told
 
     async with opened(path) as (store, _):
@@ -197,7 +201,7 @@ async def test_deleting_alerts_and_tests_records_no_gap_but_deleting_a_gap_messa
         types = ["alert.firing", "webhook.test", "events.gone", "job.failed"]
         lost = [made(id_, seq=0, type=type_, state="given_up", ended_at=NOW) for id_, type_ in enumerate(types, 1)]
         await planned(store, *lost)
-        assert [await store.settle_deliveries([each], NOW) for each in lost[:1]] == [True], "a gap was among them"
+        assert [await store.settle_deliveries([each], NOW) for each in lost[:1]] == [True], "one of them was a gap"
         await planned(store, *(replace(each, id=each.id + 10) for each in lost[:2]))
         assert await store.settle_deliveries([replace(lost[0], id=11)], NOW) is False
 
@@ -248,7 +252,7 @@ async def test_known_endpoints_start_on_a_full_disk(small_disk: Path) -> None:
 
 
 def fill(name: Path) -> None:
-    """Take up all room of its disk."""
+    """Fill the disk."""
     with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
         while True:
             file.write(b"x" * 4096)
@@ -277,7 +281,7 @@ async def test_a_damaged_cursor_continues_after_its_last_delivery(path: str) -> 
     async with opened(path) as (store, _):
         outbox = await store.open_outbox(["e", "f", "g"], NOW)
         assert (outbox.cursors["e"].position, outbox.cursors["e"].gone_to) == (6, 6)
-        for name in "fg":  # nobody knows whose the other was: both are told
+        for name in "fg":  # the owner of the damaged cursor is unknown, so both get a message
             assert (outbox.cursors[name].position, outbox.cursors[name].gone_to) == (9, GAP_PENDING)
         assert len(store.take_faults()) == 2
     async with opened(path) as (store, _):

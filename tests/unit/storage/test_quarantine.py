@@ -1,4 +1,4 @@
-"""Damage: a row that is not as it was written is named and set aside, never served."""
+"""Damage: a row with a wrong checksum is reported and quarantined, and never served."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ async def test_a_damaged_live_row_is_quarantined_at_the_start(path: str, column:
 
 
 async def test_damage_to_any_column_of_a_new_job_is_detected(path: str) -> None:
-    """Not even to a value that says nothing: of such jobs only some columns are read."""
+    """Also damage to an empty value: only some columns of such jobs are read."""
     maker = ChangeFactory()
     columns = [column for column in JOB_COLUMNS if column != "seq"]
     async with opened(path) as (store, _):
@@ -109,7 +109,7 @@ async def test_a_damaged_finished_row_is_quarantined_when_it_is_read(path: str, 
         assert told == [Quarantined(job.id, "its checksum is wrong", counted)]
         assert store._database.totals == recounted(store)
     if column == "queue":
-        return  # which queue had counted it is not known any more: the doctor counts anew
+        return  # its queue is unknown: the doctor recounts
     lose(maker, job)
     async with opened(path) as (store, found):
         await assert_holds(store, found, maker)
@@ -129,7 +129,7 @@ async def test_a_damaged_payload_is_not_served_and_quarantines_its_job(path: str
         with pytest.raises(BadRows) as caught:
             await store.write(maker.batch([other], payloads=[job.seq]))
         assert list(caught.value.jobs) == [job.id]
-        assert (await store.load([made(other).id], [], [])).jobs == {}  # nothing of the batch was written
+        assert (await store.load([made(other).id], [], [])).jobs == {}  # the batch was not written
         await store.quarantine(job, caught.value.jobs[job.id])
         assert list((await store.load([job.id], [], [])).bad) == [job.id]
         await store.write(maker.batch([other]))
@@ -141,7 +141,7 @@ async def test_a_damaged_payload_is_not_served_and_quarantines_its_job(path: str
 
 @pytest.mark.parametrize("how", ["changed", "deleted"])
 async def test_a_batch_with_a_row_quarantined_meanwhile_fails_completely(path: str, how: str) -> None:
-    """A page of jobs may meet a damaged row after a batch about its job was decided."""
+    """A page of jobs may find a damaged row after a batch about its job was decided."""
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         created, other = maker.create("a"), maker.create("b")
@@ -163,7 +163,7 @@ async def test_a_batch_with_a_row_quarantined_meanwhile_fails_completely(path: s
 
 
 async def test_counts_decided_before_a_quarantine_are_written_without_the_row(path: str) -> None:
-    """Simulation, seed 1013: they were written as they were, and a power cut made them last."""
+    """Found by simulation, seed 1013: the old counts were written, and a power cut kept them."""
     maker, told = ChangeFactory(), [Quarantined("a", "its checksum is wrong", ("default", "completed"))]
     async with opened(path) as (store, _):
         changes = [maker.create(name, options=Options("default")) for name in "abc"]
@@ -175,7 +175,7 @@ async def test_counts_decided_before_a_quarantine_are_written_without_the_row(pa
         store.on_quarantined = heard.append
         count = QueueRow(completed=3)
         looking = asyncio.ensure_future(store.find(JobQuery()))
-        await asyncio.sleep(0)  # it is on its way
+        await asyncio.sleep(0)  # it is being written
         batch = maker.batch([finished[2]])
         assert (batch.queues, heard) == ({"default": count}, [])
         await store.write(batch)
@@ -183,7 +183,7 @@ async def test_counts_decided_before_a_quarantine_are_written_without_the_row(pa
         assert heard == told
     async with opened(path) as (store, found):
         assert found.queues == {"default": count.without("completed")}
-        # What memory was told of it has left out itself.
+        # Memory has already subtracted those that were reported to it.
         maker.queues["default"] = QueueRow(paused=True, completed=2)
         await store.write(maker.batch([maker.create("d", options=Options("default"))]))
     async with opened(path) as (_, found):
@@ -214,7 +214,7 @@ async def test_on_a_full_disk_a_damaged_row_is_moved_later_and_counted_until_the
             assert await store.expired(maker.now * 2, 10) == []
         assert told == [Quarantined("a", reason, is_moved=False)]
         assert store._database.totals == recounted(store)
-        assert await store.expired(maker.now * 2, 10) == []  # it is moved, and hides nothing
+        assert await store.expired(maker.now * 2, 10) == []  # it was moved and hides nothing
         assert told[1:] == [Quarantined("a", reason, ("default", "completed"))]
         assert store._database.totals == recounted(store)
         assert store._database.unmoved == {}
@@ -248,7 +248,7 @@ def no_room(*_: object) -> None:
 
 
 async def test_damaged_expired_rows_do_not_hide_later_ones(path: str) -> None:
-    """Simulation, seed 17782: a slice of damaged ones alone was taken for the end."""
+    """Found by simulation, seed 17782: a slice with only damaged rows was mistaken for the end."""
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         for name in "abc":
@@ -266,7 +266,7 @@ async def test_damaged_expired_rows_do_not_hide_later_ones(path: str) -> None:
 async def test_damaged_rows_that_cannot_be_moved_do_not_hide_later_ones(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a full disk: what is deleted there makes room."""
+    """On a full disk, deletions free space."""
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         for name in "abcd":
@@ -282,7 +282,7 @@ async def test_damaged_rows_that_cannot_be_moved_do_not_hide_later_ones(
 
 @pytest.mark.parametrize("status", ["queued", "completed"])
 async def test_a_row_with_the_damaged_id_of_another_job_is_quarantined_at_the_start(path: str, status: str) -> None:
-    """Indexes are rebuilt then, and there cannot be two of one id: the start ended there."""
+    """The start rebuilds the index, and two rows with one id made it fail."""
     maker = ChangeFactory()
     async with opened(path) as (store, _):
         first, second = maker.create("job-0"), maker.create("job-1")
@@ -305,7 +305,7 @@ async def test_a_payload_quarantined_with_its_row_is_reported_with_the_job(path:
     created = maker.create("a")
     async with opened(path) as (store, _):
         await store.write(maker.batch([created]))
-    async with opened(path) as (store, _):  # that has not the payload at hand
+    async with opened(path) as (store, _):  # so that the payload is not cached
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = 1")
         assert "a" not in {job.id for job, _ in (await store.find(JobQuery())).jobs}
         assert await store.load([], [1], []) == LoadedRows(bad={"a": "its checksum is wrong"})
@@ -416,7 +416,7 @@ async def test_damaged_tombstones_that_cannot_be_moved_do_not_hide_later_ones(
                 assert await store.due_tombstones(NOW + 99, 10) == DueTombstones(
                     [(each, False) for each in buried[25:]], unmoved=25
                 )
-                assert (await store.due_tombstones(NOW + 99, 2)).unmoved == 20  # it looks behind some, not all
+                assert (await store.due_tombstones(NOW + 99, 2)).unmoved == 20  # it skips some of them, not all
         assert (await store.due_tombstones(NOW + 99, 10)) == DueTombstones(
             [(each, False) for each in buried[25:]], damaged=25
         )
@@ -452,7 +452,7 @@ async def test_an_older_version_of_a_row_is_reported(path: str) -> None:
 async def test_a_damaged_index_of_live_jobs_is_rebuilt_at_the_start(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
-    with edited(path) as conn:  # an index entry that leads nowhere useful: the row is there, the index does not say so
+    with edited(path) as conn:  # the row exists, but the index does not have it
         conn.execute("PRAGMA writable_schema = ON")
         (sql,) = conn.execute("SELECT sql FROM sqlite_schema WHERE name = 'jobs_live'").fetchone()
         less = sql.replace("WHERE", f"WHERE seq <> {job.seq} AND")
@@ -470,7 +470,7 @@ async def test_a_damaged_index_of_live_jobs_is_rebuilt_at_the_start(path: str) -
 async def test_an_index_that_leads_to_another_job_is_rebuilt(path: str) -> None:
     maker = await make_store(path)
     one, two = [job for job in maker.jobs.values() if job.status in FINISHED and 10 <= job.seq < 100][:2]
-    with edited(path) as conn:  # swap what the index of ids leads to
+    with edited(path) as conn:  # swap two entries of the index of ids
         conn.execute("PRAGMA writable_schema = ON")
         sql = "SELECT rootpage, sql FROM sqlite_schema WHERE name = 'jobs_id'"
         root, _ = conn.execute(sql).fetchone()
@@ -482,7 +482,7 @@ async def test_an_index_that_leads_to_another_job_is_rebuilt(path: str) -> None:
 
 
 def swap_index_entries(path: str, root: int, one: Job, two: Job) -> None:
-    """Make the index say `one`'s id where `two`'s was and the other way round, by editing equally long ids."""
+    """Swap the ids `one` and `two` in the index. Both have the same length."""
     assert len(one.id) == len(two.id)
     content = bytearray(read(path))
     begin, end = (root - 1) * 4096, root * 4096
@@ -490,7 +490,7 @@ def swap_index_entries(path: str, root: int, one: Job, two: Job) -> None:
     first, second = page.find(one.id.encode()), page.find(two.id.encode())
     assert first > 0
     assert second > 0
-    # The keys stay in order; the row numbers behind them change places.
+    # The keys stay in order; their row numbers are swapped.
     a, b = first + len(one.id), second + len(two.id)
     page[a], page[b] = page[b], page[a]
     content[begin:end] = page
@@ -498,7 +498,7 @@ def swap_index_entries(path: str, root: int, one: Job, two: Job) -> None:
 
 
 def spoil_page(path: str, mark: bytes) -> None:
-    """Make the page that holds `mark` unreadable: its type is none that there is."""
+    """Make the page with `mark` unreadable by an invalid page type."""
     content = bytearray(read(path))
     place = content.find(mark)
     assert place > 0
@@ -507,14 +507,14 @@ def spoil_page(path: str, mark: bytes) -> None:
 
 
 async def make_long_store(path: str) -> ChangeFactory:
-    """A store whose first jobs, on pages of their own, are finished, and whose last are live."""
+    """A store with finished jobs first, on pages of their own, and then live jobs."""
     maker = ChangeFactory(2)
     async with opened(path) as (store, _):
         changes = [maker.create() for _ in range(300)]
         await store.write(maker.batch(changes))
         await store.write(maker.batch([maker.finish(job) for job in list(maker.jobs.values())[:250]]))
     with edited(path) as conn:
-        conn.execute("VACUUM")  # nothing of old rows is left between the new ones
+        conn.execute("VACUUM")  # no remains of old rows between the new ones
     return maker
 
 
@@ -590,7 +590,7 @@ async def test_an_unreadable_page_of_events_is_missing_in_the_journal(path: str)
     spoil_page(path, b"job-300" + maker.jobs[300].options.queue.encode())
     async with opened(path) as (store, _):
         first = await store.journal(0, 5)
-        assert (len(first.events), first.gone_to) == (5, 0)  # another page of it
+        assert (len(first.events), first.gone_to) == (5, 0)  # another page of the index
         hidden = await store.journal(290, 100)
         assert hidden == JournalPage([], hidden.last, hidden.last)
         assert "the journal cannot be read after event 290" in store.take_faults()[-1]
@@ -637,7 +637,7 @@ async def test_an_index_that_leads_to_events_of_another_job_is_rebuilt(path: str
         (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
     content = bytearray(read(path))
     page = bytes(content[(root - 1) * 4096 : root * 4096])
-    entry = page.find(b"\x03\x01\x01\x02\x02")  # two small numbers: job 2, event 2
+    entry = page.find(b"\x03\x01\x01\x02\x02")  # the entry for job 2, event 2
     assert entry > 0
     content[(root - 1) * 4096 + entry + 3] = 1  # as if event 2 were one of job 1
     write(path, content)
@@ -673,7 +673,7 @@ async def test_no_flipped_bit_in_the_file_causes_a_wrong_response(path: str) -> 
 
 
 def _examined(path: str) -> bool:
-    """Whether the doctor names anything."""
+    """Return whether the doctor reports a problem."""
     from jobd.storage import doctor
 
     try:
@@ -683,7 +683,7 @@ def _examined(path: str) -> bool:
 
 
 async def assert_never_wrong(store: Store, found: OpenedStore, maker: ChangeFactory, excused: bool) -> bool:
-    """All that is served is as it was written; what is missing is named, here or by the doctor. Whether it was here."""
+    """Check that all served data is correct and that missing data is reported. Return whether the store reported it."""
     for job in found.live():
         assert maker.jobs[job.seq] == job
     loaded = await store.load([job.id for job in maker.jobs.values()], [], [])
@@ -719,7 +719,7 @@ async def test_a_journal_that_cannot_be_thinned_does_not_reject_a_heartbeat(path
     async with opened(path) as (store, found):
         assert [job.id for job in found.live()] == [first.id]
         change = maker.extend(made(change))
-        await store.write(maker.batch([change]))  # the first since the start: its journal is looked at
+        await store.write(maker.batch([change]))  # the first since the start, so its journal is read
         assert (await store.load([first.id], [], [])).jobs == {first.id: made(change)}
 
 
@@ -752,7 +752,7 @@ async def test_a_late_result_indexed_under_another_job_is_not_shown_there(path: 
         change = maker.late(job, 1)
         await store.write(maker.batch([change]))
     assert change.late is not None
-    with edited(path) as conn:  # the row is whole, and the index was made of another
+    with edited(path) as conn:  # the row is undamaged, but the index has another job
         conn.execute("UPDATE late_results SET job_seq = ?", (other.seq,))
     with without_indexes(path) as conn:
         conn.execute("UPDATE late_results SET job_seq = ?", (job.seq,))

@@ -113,13 +113,13 @@ async def test_a_page_that_ends_early_reports_how_far_it_scanned(store: Store) -
     page = await store.find(JobQuery(kind="none", scan=4, before=5))
     assert (page.next_before, page.scanned_until) == (None, None), "that was the last one"
     page = await store.find(JobQuery(scan=4, limit=2))
-    assert (len(page.jobs), page.next_before, page.scanned_until) == (2, 8, None), "it is full"
+    assert (len(page.jobs), page.next_before, page.scanned_until) == (2, 8, None), "the page is full"
     page = await store.find(JobQuery(scan=4))
     assert (len(page.jobs), page.next_before, page.scanned_until) == (4, 6, NOW + 5)
 
 
 async def test_jobs_are_filtered_by_the_worker_of_their_latest_grant(store: Store) -> None:
-    """Also where it has ended. Who had the job before has no part in it any more."""
+    """Also if it has ended. Workers of earlier grants do not count."""
     maker = ChangeFactory()
     created = maker.create("a")
     await store.write(maker.batch([created]))
@@ -140,7 +140,7 @@ async def test_a_page_has_a_limited_amount_of_payload(store: Store) -> None:
     page = await store.find(JobQuery(payload_bytes=3_000))
     assert [job.seq for job, _ in page.jobs] == [10, 9, 8]
     assert page.next_before == 8
-    page = await store.find(JobQuery(payload_bytes=10, before=2))  # one that is larger than that is a page of its own
+    page = await store.find(JobQuery(payload_bytes=10, before=2))  # a larger job is a page of its own
     assert [(job.seq, len(body)) for job, body in page.jobs] == [(1, 1_000)]
     assert page.next_before is None
     page = await store.find(JobQuery(payload_bytes=3_000, after=0))
@@ -149,7 +149,7 @@ async def test_a_page_has_a_limited_amount_of_payload(store: Store) -> None:
 
 
 def with_metadata(maker: ChangeFactory, count: int, size: int) -> list[Change]:
-    """So many jobs, created and completed with so much metadata."""
+    """Create and complete `count` jobs with metadata of this size."""
     changes = []
     for _ in range(count):
         created = maker.create(options=OPTIONS[0])
@@ -181,7 +181,7 @@ async def test_a_page_reads_a_limited_amount_of_metadata(store: Store) -> None:
 async def test_slices_of_events_and_of_expired_jobs_have_a_limited_size(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batches wait for them: a hundred events of 256 KiB each would take half a second."""
+    """Batches wait for them, and a hundred events of 256 KiB each would take half a second."""
     monkeypatch.setattr(queries, "SLICE_BYTES", 3_000)
     maker = ChangeFactory()
     await store.write(maker.batch(with_metadata(maker, 10, 1_000)))
@@ -197,7 +197,7 @@ async def test_slices_of_events_and_of_expired_jobs_have_a_limited_size(
     assert (await store.journal(0, 2)).more
     assert await store.expired(NOW, 100) == ["job-1", "job-2", "job-3"]
     monkeypatch.setattr(queries, "SLICE_BYTES", 1)
-    assert [event.seq for event in (await store.journal(1, 100)).events] == [2]  # one at least
+    assert [event.seq for event in (await store.journal(1, 100)).events] == [2]  # at least one
     assert await store.expired(NOW, 100) == ["job-1"]
 
 
@@ -220,7 +220,7 @@ async def test_expired_returns_only_finished_jobs_oldest_first(store: Store) -> 
 
 
 async def test_a_job_with_an_invalid_status_does_not_expire(store: Store) -> None:
-    """The index has it, as it is not live; no pass could delete it."""
+    """The index has it because it is not live, but no cleanup run could delete it."""
     maker = ChangeFactory()
     jobs = [maker.create(expires_at=NOW - 5) for _ in range(3)]
     await store.write(maker.batch(jobs))
@@ -284,7 +284,7 @@ async def test_late_results_are_deleted_with_their_job(store: Store) -> None:
     cancelled = maker.finish(made(created), "cancelled")
     await store.write(maker.batch([created, other, cancelled]))
     await store.write(maker.batch([maker.late(made(cancelled), 1), maker.late(made(other), 2)]))
-    # One that comes in the very batch in which its job goes leaves nothing either.
+    # A late result in the batch that deletes its job is deleted too.
     await store.write(maker.batch([maker.late(made(cancelled), 3), maker.delete(made(cancelled))]))
     assert store._connection.raw.execute("SELECT fencing_token FROM late_results").fetchall() == [(2,)]
 
@@ -306,7 +306,7 @@ async def test_an_older_grant_is_found_only_in_the_journal_of_its_job(store: Sto
 
 
 async def test_a_grant_is_searched_at_the_end_of_a_journal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A job that was given back a hundred thousand times holds nobody up."""
+    """A job with a hundred thousand returned grants delays no batch."""
     maker = ChangeFactory()
     changes = [maker.create("a")]
     for _ in range(4):
@@ -389,7 +389,7 @@ async def test_jobs_are_found_by_finish_time(store: Store) -> None:
     assert await ids(store, finished_since=NOW + 8) == ["j1", "j0"]
     assert await ids(store, finished_until=NOW + 8) == ["j3", "j2"]
     assert await ids(store, finished_since=NOW + 7, finished_until=NOW + 9, status="failed") == ["j2", "j1"]
-    assert await ids(store, finished_until=NOW * 2) == ["j3", "j2", "j1", "j0"], "what waits has not finished"
+    assert await ids(store, finished_until=NOW * 2) == ["j3", "j2", "j1", "j0"], "queued jobs have not finished"
     assert await ids(store, finished_since=0, status="queued") == []
 
 

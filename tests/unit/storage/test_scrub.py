@@ -1,4 +1,4 @@
-"""The walk over all rows of an open store: every checksum, in slices that nobody notices, damaged rows set aside."""
+"""The scrub of an open store: all checksums, in short slices, with damaged rows quarantined."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.storage.test_doctor import busy_store
 
 
 async def walked(store: Store) -> tuple[Counter[str], dict[str, str]]:
-    """How many rows of each table were checked, and what is wrong with which."""
+    """Return how many rows of each table were checked, and the damaged ones with their errors."""
     walk, cursor = Scrubber(store), None
     counts: Counter[str] = Counter()
     damaged: dict[str, str] = {}
@@ -133,7 +133,7 @@ async def test_other_work_runs_between_slices(path: str, monkeypatch: pytest.Mon
     async with opened(path) as (store, _):
         task = asyncio.create_task(walked(store))
         batches = 0
-        while not task.done() and batches < 200:  # it walks so slowly here that the journal might outgrow it
+        while not task.done() and batches < 200:  # the scrub is so slow here that the journal might grow faster
             await store.write(maker.any_batch(1))
             batches += 1
         counts, damaged = await task
@@ -149,7 +149,7 @@ async def test_an_unreadable_page_ends_only_its_table(path: str) -> None:
         (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'audit'").fetchone()
         conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     content = bytearray(Path(path).read_bytes())
-    content[(root - 1) * 4096] = 0xFF  # no kind of page
+    content[(root - 1) * 4096] = 0xFF  # an invalid page type
     Path(path).write_bytes(content)
     async with opened(path) as (store, _):
         counts, damaged = await walked(store)

@@ -1,4 +1,4 @@
-"""Opening a store: who may, which epoch begins, what cannot be used is refused and left as it is."""
+"""Opening a store: locks, epochs, and unusable files, which are rejected and not changed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.store_files import edited, opened, read, write
 
 
 def untouched(path: str) -> dict[str, bytes]:
-    """Every file of the store but its lock, by name."""
+    """Return the content of every file of the store except its lock, by name."""
     beside = Path(path).parent.iterdir()
     return {p.name: p.read_bytes() for p in beside if not p.name.endswith((".lock", ".ballast"))}
 
@@ -69,7 +69,7 @@ async def test_a_newer_store_is_rejected_and_not_changed(path: str, in_log: bool
         await store.write(ChangeFactory().any_batch(3))
     conn = sqlite3.connect(path, isolation_level=None)
     conn.execute(f"PRAGMA user_version = {migrations.VERSION + 1}")
-    if in_log:  # as after a crash of the newer one: the version stands in the log only
+    if in_log:  # as after a crash of the newer version: only the log has the schema version
         copies = {suffix: read(path + suffix) for suffix in ("", "-wal")}
         conn.close()
         for suffix, content in copies.items():
@@ -133,7 +133,7 @@ async def test_no_thread_is_left_behind(path: str, tmp_path: Path) -> None:
     new = [each for each in threading.enumerate() if each not in before]
     ours = [each for each in new if not each.name.startswith(("asyncio", "uvloop"))]
     for thread in ours:
-        await asyncio.to_thread(thread.join, 5)  # it has been told to end, and may be at its last instruction
+        await asyncio.to_thread(thread.join, 5)  # it was asked to end and may be about to
     assert [each.name for each in ours if each.is_alive()] == []
 
 
@@ -152,7 +152,7 @@ async def test_a_marked_store_begins_a_new_epoch_until_its_grants_are_ended(path
         assert (found.marked, found.numbers.epoch, found.numbers.next_token) == (True, 2, 1)
         assert found.numbers.next_job == 2
         assert files.read_epoch(path).epoch == 2
-    async with opened(path) as (store, found):  # a crash before the grants were ended: again, with another epoch
+    async with opened(path) as (store, found):  # a crash before the grants were ended: another epoch begins
         assert (found.marked, found.numbers.epoch) == (True, 3)
         await store.write(Batch([], replace(found.numbers, next_token=7)))
     async with opened(path) as (store, found):
@@ -175,7 +175,7 @@ async def test_a_store_without_its_epoch_file_begins_a_new_epoch_and_keeps_its_g
     async with opened(path) as (store, found):
         await store.write(Batch([], replace(found.numbers, next_token=9, next_event=5)))
     os.unlink(f"{path}.epoch")
-    async with opened(path) as (_, found):  # it may be a copy beside the store that it was taken from
+    async with opened(path) as (_, found):  # it may be a copy next to its original
         assert (found.marked, found.numbers.epoch, found.numbers.next_token) == (False, 2, 1)
         assert found.numbers.next_event == 5
     assert files.read_epoch(path) == EpochFile(2, is_current=True)
@@ -184,7 +184,7 @@ async def test_a_store_without_its_epoch_file_begins_a_new_epoch_and_keeps_its_g
 
 
 def clock_says(monkeypatch: pytest.MonkeyPatch, seconds: int) -> None:
-    """Seconds since 2020."""
+    """Return the seconds since 2020."""
     monkeypatch.setattr(startup, "now_ms", lambda: 1_577_836_800_000 + seconds * 1000)
 
 
@@ -203,7 +203,7 @@ async def test_two_machines_that_restore_one_backup_begin_different_epochs(
         async with opened(path) as (store, found):
             assert (found.marked, found.numbers.epoch) == (True, second)
             await store.write(Batch([], replace(found.numbers, next_token=1 << TOKEN_COUNTER_BITS), unmark=True))
-        async with opened(path) as (_, found):  # a plain start goes on
+        async with opened(path) as (_, found):  # a normal start continues
             first, last = second << TOKEN_COUNTER_BITS, found.numbers.epoch << TOKEN_COUNTER_BITS
             given[machine] = range(first + 1, last + found.numbers.next_token)
     a, b, c = given.values()

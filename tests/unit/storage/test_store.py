@@ -70,7 +70,7 @@ async def test_a_batch_survives_a_restart(path: str) -> None:
 
 
 async def test_a_batch_is_one_transaction(store: Store) -> None:
-    """Jobs, events, answers that are kept under their keys, queues, a report, what operators did."""
+    """Jobs, events, stored responses, queues, a report and audit entries."""
     maker, said = ChangeFactory(), list[str]()
     old = StoredResponse("d0", "b0", NOW, 200, b"{}")
     await store.write(maker.batch([maker.create("old")], keys=[old]))
@@ -98,7 +98,7 @@ async def test_a_batch_behind_other_work_does_not_block_the_event_loop(store: St
     other = asyncio.create_task(store._connection.run_in_thread(busy.wait))
     writing = asyncio.create_task(store.write(maker.batch([maker.create()])))
     await asyncio.sleep(0)
-    busy.set()  # nobody would, if the loop waited for the thread
+    busy.set()  # impossible if the loop waited for the thread
     assert await other is True
     assert await writing == {}
 

@@ -95,7 +95,7 @@ def came_late(maker: ChangeFactory, job: Job, token: int, key: str | None) -> Ch
 
 
 def left_by(*changes: Change, at: int = NOW) -> list[Tombstone]:
-    """What late results leave when they go, in the order of their numbers."""
+    """Return the tombstones that deleted late results leave, in the order of their numbers."""
     lates = [(change.event.job_id, late_of(change)) for change in reversed(changes)]
     return [Tombstone(-late.seq, job_id, late.result.storage_key or "", at, at) for job_id, late in lates]
 
@@ -120,7 +120,7 @@ async def test_artifacts_of_late_results_are_deleted_with_their_job(path: str) -
         maker.now += 7
         own = Tombstone(job.seq, job.id, "own", maker.now, maker.now)
         await store.write(maker.batch([maker.delete(job)], tombstones=[own], sweeps=True))
-        assert told == [3], "what the job named itself is looked at once"
+        assert told == [3], "the key of the job itself has one tombstone"
         assert [each.fencing_token for each in await late_results(store, other)] == [5]
     async with opened(path) as (store, found):
         assert found.tombstones == 3

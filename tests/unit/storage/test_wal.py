@@ -1,4 +1,4 @@
-"""A write-ahead log with a changed byte: what a crash cannot have left is noticed, what it can is taken as ever."""
+"""A write-ahead log with a changed byte: damage is detected, and the effects of a crash are accepted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FRAME = 24 + 4096
 
 @pytest.fixture
 async def killed(path: str, tmp_path: Path) -> ChangeFactory:
-    """A store of twelve jobs, each a commit, as a kill leaves it."""
+    """A store with twelve jobs, each written by its own commit, as after a kill."""
     maker = ChangeFactory()
     other = str(tmp_path / "running.db")
     async with opened(other) as (store, _):
@@ -32,7 +32,7 @@ async def killed(path: str, tmp_path: Path) -> ChangeFactory:
 
 
 def commits(path: str) -> list[int]:
-    """Where the last frames of the transactions begin."""
+    """Return the offsets of the last frames of all transactions."""
     log = read(f"{path}-wal")
     places = range(HEADER, len(log), FRAME)
     return [place for place in places if struct.unpack_from(">I", log, place + 4) != (0,)]
@@ -82,7 +82,7 @@ async def test_an_incomplete_last_transaction_is_accepted(path: str, killed: Cha
 
 
 async def test_a_torn_frame_header_that_looks_like_a_commit_is_accepted(path: str, killed: ChangeFactory) -> None:
-    """Its first half may be of an older round of the log, where a sector ends in the middle of it."""
+    """If a sector ends inside it, its first half may be from an older generation of the log."""
     torn = next(place for place in range(HEADER, 99 * FRAME, FRAME) if place // 512 != (place + 15) // 512)
     ends = next(place for place in commits(path) if place > torn)
     log = bytearray(read(f"{path}-wal")[: ends + FRAME])  # its transaction is the last one

@@ -1,4 +1,4 @@
-"""Rows of jobs on their way to the disk: what a statement names, and what is kept at hand."""
+"""Writes of job rows: the columns of each statement, and the cached payloads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def db(tmp_path: Path) -> Iterator[Database]:
 
 
 def statements(db: Database, maker: ChangeFactory, *changes: Change) -> list[str]:
-    """What is said to the table of jobs while `changes` are written."""
+    """Return the statements on the table of jobs for `changes`."""
     said: list[str] = []
     db.conn.set_trace_callback(said.append)
     db.write(maker.batch(list(changes)), 0)
@@ -42,7 +42,7 @@ def row_of(db: Database, seq: int) -> tuple[object, ...]:
 
 
 def test_the_checksum_of_a_recently_written_job_is_cached(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where memory has kept it in short, and makes another object of it."""
+    """Also if memory kept the job in compact form and expands it to another object."""
     maker = ChangeFactory()
     first = maker.create()
     db.write(maker.batch([first]), 0)
@@ -79,7 +79,7 @@ def test_an_update_sets_only_changed_columns(db: Database) -> None:
 
 @pytest.mark.parametrize("order", [(None, "m"), ("m", None)])
 def test_removed_and_added_parts_are_both_written(db: Database, order: tuple[str | None, ...]) -> None:
-    """The same parts have changed: of the one job to nothing, of the other to a value."""
+    """The same parts change: to nothing in one job, to a value in the other."""
     maker = ChangeFactory()
     created = [maker.create(progress_message="n" if message is None else None) for message in order]
     db.write(maker.batch(created), 0)
@@ -112,7 +112,7 @@ def test_a_rolled_back_batch_leaves_no_cached_payload(db: Database) -> None:
 
 
 def test_a_payload_written_twice_counts_once(db: Database) -> None:
-    """A transaction that meets a damaged index is rolled back and run again."""
+    """A transaction that finds a damaged index is rolled back and run again."""
     maker = ChangeFactory()
     changes = [maker.create() for _ in range(3)]
     for end in ("ROLLBACK", "COMMIT"):
