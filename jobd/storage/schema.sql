@@ -1,29 +1,29 @@
--- The tables of a store as migrations.py has them at its VERSION: what every row holds.
--- No rule of a job is written here: which values make sense is judged by validation.py, so that a bad row can be read.
+-- The tables of a store at the current VERSION of migrations.py.
+-- There are no rules about jobs here, so that invalid rows stay readable: core/validation.py checks values.
 --
--- `crc` is the CRC-32 of all other columns of its row (rows.py). Times named *_at are Unix milliseconds,
--- those named *_lease_ms are lease time (clock.py). Editing a row by hand: stop the daemon, then `jobd doctor --accept ID`.
+-- `crc` is the CRC-32 of all other columns of its row (codec.py). Times named *_at are Unix milliseconds, those named
+-- *_lease_ms are lease time (engine/clock.py). To edit a row: stop the daemon, then run `jobd doctor --accept ID`.
 
 CREATE TABLE meta (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     schema_version INTEGER NOT NULL,
     epoch INTEGER NOT NULL,            -- the upper part of fencing tokens; 0: no epoch yet
-    next_token INTEGER NOT NULL,       -- the counter (24 bits) of the next fencing token; next_*: the next number
+    next_token INTEGER NOT NULL,       -- the counter (24 bits) of the next fencing token; next_*: the next number to assign
     next_job INTEGER NOT NULL,
     next_event INTEGER NOT NULL,
     lease_ms INTEGER NOT NULL,
     wall_ms INTEGER NOT NULL,
     clock_suspect INTEGER NOT NULL,    -- 1: the wall clock has jumped ahead; wall_ms is the expected time
-    live_count INTEGER NOT NULL,       -- jobs that are queued or processing, and the XOR of their crc
+    live_count INTEGER NOT NULL,       -- queued and processing jobs, and the XOR of their crc
     live_xor INTEGER NOT NULL,
     finished_count INTEGER NOT NULL,   -- all others
     finished_xor INTEGER NOT NULL,
-    marked INTEGER NOT NULL,           -- 1: a backup; who opens it takes a new epoch and ends all grants in it
-    events_gone_to INTEGER NOT NULL,   -- events up to this one may be gone; above it the journal is whole
+    marked INTEGER NOT NULL,           -- 1: a backup; the daemon that opens it begins a new epoch and ends its grants
+    events_gone_to INTEGER NOT NULL,   -- events up to this one may be missing; above it the journal is complete
     crc INTEGER NOT NULL
 ) STRICT;
 
--- status and expires_at stand first: an update that leaves them alone touches no index.
+-- status and expires_at come first: an update of other columns touches no index.
 CREATE TABLE jobs (
     seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL,
@@ -80,11 +80,11 @@ CREATE TABLE jobs (
 ) STRICT;
 CREATE UNIQUE INDEX jobs_id ON jobs (id);
 CREATE INDEX jobs_live ON jobs (status) WHERE status IN ('queued', 'processing');
--- What an operator looks for at night. A job that completes costs nothing here.
+-- For searches by operators. Completed jobs are not in it.
 CREATE INDEX jobs_failed ON jobs (status) WHERE status IN ('failed', 'cancelled');
--- NOT IN these two, and not IN the three others: for a list of three SQLite makes a table of its own, row by row.
+-- NOT IN these two, because SQLite builds a temporary table for each row for a list of three.
 CREATE INDEX jobs_expiry ON jobs (expires_at) WHERE expires_at IS NOT NULL AND status NOT IN ('queued', 'processing');
--- Whether any job names a stored object. A job that names none costs nothing here.
+-- For jobs that name an artifact. Other jobs are not in it.
 CREATE INDEX jobs_storage_key ON jobs (storage_key) WHERE storage_key IS NOT NULL;
 
 CREATE TABLE payloads (
@@ -94,7 +94,7 @@ CREATE TABLE payloads (
     crc INTEGER NOT NULL
 ) STRICT;
 
--- What completes brought whose grants had ended: of each grant one, of each job a few. seq is that of its event.
+-- Results submitted after their grant had ended: one per grant, a few per job. seq is that of the event.
 CREATE TABLE late_results (
     seq INTEGER PRIMARY KEY,
     job_seq INTEGER NOT NULL,
@@ -123,13 +123,13 @@ CREATE TABLE events (
     after TEXT,
     by TEXT NOT NULL,
     reason TEXT,
-    details BLOB,                      -- JSON text, both
-    changes BLOB,                      -- parts of a job are arrays there (job.py); in events of older versions objects
+    details BLOB,                      -- both JSON text
+    changes BLOB,                      -- parts of a job are arrays (model/job.py), in events of older versions objects
     crc INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX events_job ON events (job_seq);
 
--- crc covers answer_crc in the place of answer, so that the keys can be checked without reading the answers.
+-- crc covers answer_crc instead of answer, so that keys can be verified without reading the stored responses.
 CREATE TABLE keys (
     digest TEXT PRIMARY KEY NOT NULL,
     body_hash TEXT NOT NULL,
@@ -166,10 +166,10 @@ CREATE TABLE figures (
     crc INTEGER NOT NULL
 ) STRICT;
 
--- Jobs whose rows were imported or edited: validation has not seen them yet.
+-- Jobs with imported or edited rows that are not validated yet.
 CREATE TABLE suspects (job_seq INTEGER PRIMARY KEY) STRICT;
 
--- Jobs that are gone and whose journal is still kept.
+-- Deleted jobs whose journal is still kept.
 CREATE TABLE deleted_jobs (
     job_seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL,
@@ -177,68 +177,68 @@ CREATE TABLE deleted_jobs (
 ) STRICT;
 CREATE INDEX deleted_jobs_at ON deleted_jobs (at);
 
--- Stored objects of jobs and late results that are gone: to be deleted, unless another job names their key.
+-- Artifacts of deleted jobs and late results: to be deleted unless another job names the key.
 CREATE TABLE tombstones (
-    job_seq INTEGER PRIMARY KEY,       -- of what a late result named its own seq, as a negative number
+    job_seq INTEGER PRIMARY KEY,       -- for a late result its own seq, negative
     job_id TEXT NOT NULL,
     key TEXT NOT NULL,                 -- the storage_key
-    at INTEGER NOT NULL,               -- when the job was deleted, or the late result went
-    due_at INTEGER NOT NULL,           -- when the object is looked at next
-    tries INTEGER NOT NULL,            -- that have failed
+    at INTEGER NOT NULL,               -- when the job or the late result was deleted
+    due_at INTEGER NOT NULL,           -- when the next attempt is due
+    tries INTEGER NOT NULL,            -- failed attempts
     crc INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX tombstones_due ON tombstones (due_at);
 
--- What operators did, and what they were refused: kept for a time, and of it so many rows.
+-- The audit log: actions of operators and their errors, limited by age and number.
 CREATE TABLE audit (
     seq INTEGER PRIMARY KEY,
     at INTEGER NOT NULL,
-    who TEXT NOT NULL,                 -- the name that the operator gave, else admin
+    who TEXT NOT NULL,                 -- the name given by the operator, else admin
     address TEXT NOT NULL,             -- where the request came from
     what TEXT NOT NULL,
     job_id TEXT,
     queue TEXT,
     reason TEXT,
-    outcome TEXT NOT NULL,             -- done, or the code of the refusal
-    jobs INTEGER NOT NULL,             -- how many it changed
+    outcome TEXT NOT NULL,             -- done, or the error code
+    jobs INTEGER NOT NULL,             -- number of changed jobs
     details BLOB,                      -- JSON text
-    part_of TEXT,                      -- what came in many commands is one row: the import, the plan
+    part_of TEXT,                      -- the import or plan whose commands share this row
     crc INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX audit_job ON audit (job_id) WHERE job_id IS NOT NULL;
 
--- How far each webhook is in the journal: what it wanted of all events up to `position` is among the deliveries.
+-- The position of each webhook in the journal: deliveries exist for all wanted events up to `position`.
 CREATE TABLE webhooks (
     name TEXT PRIMARY KEY NOT NULL,
     position INTEGER NOT NULL,
-    gone_to INTEGER NOT NULL,          -- it was told of all gaps up to this event
-    next_delivery INTEGER NOT NULL,    -- the highest of all rows is the next number to give
-    alerts BLOB NOT NULL,              -- JSON text: those of which it knows that they fire, and since when
+    gone_to INTEGER NOT NULL,          -- it got messages about all gaps up to this event
+    next_delivery INTEGER NOT NULL,    -- the highest of all rows is the next delivery id
+    alerts BLOB NOT NULL,              -- JSON text: firing alerts that were sent to it, and since when they fire
     updated_at INTEGER NOT NULL,
     crc INTEGER NOT NULL
 ) STRICT;
 
--- Messages that wait to be delivered to a webhook, and the latest of those that were delivered or given up.
+-- Messages waiting for delivery to a webhook, and the latest ones that were delivered or failed permanently.
 CREATE TABLE deliveries (
     id INTEGER PRIMARY KEY,
     endpoint TEXT NOT NULL,            -- the name of the webhook
     state TEXT NOT NULL,
-    subject TEXT NOT NULL,             -- of one subject each waits for those before it
+    subject TEXT NOT NULL,             -- messages of one subject are delivered in order
     type TEXT NOT NULL,
     event_id TEXT NOT NULL,
-    seq INTEGER NOT NULL,              -- of the event in the journal; 0: it is none
+    seq INTEGER NOT NULL,              -- of the event in the journal; 0: not an event
     at INTEGER NOT NULL,
     due_at INTEGER NOT NULL,
     tries INTEGER NOT NULL,
     ended_at INTEGER,
-    status INTEGER,                    -- HTTP status of the last answer
+    status INTEGER,                    -- HTTP status of the last response
     error TEXT,
-    body BLOB NOT NULL,                -- JSON text, as it is sent
+    body BLOB NOT NULL,                -- JSON text as sent
     crc INTEGER NOT NULL
 ) STRICT;
 CREATE INDEX deliveries_place ON deliveries (endpoint, state, id);
 
--- Jobs set aside: `row` is the job's row as JSON (column to value, bytes as {"hex": ...}).
+-- Damaged jobs: `row` is the row as JSON (column to value, bytes as {"hex": ...}).
 CREATE TABLE quarantined_jobs (
     seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL,
@@ -249,7 +249,7 @@ CREATE TABLE quarantined_jobs (
     request_hash TEXT
 ) STRICT;
 
--- Rows of other tables that were set aside.
+-- Damaged rows of other tables.
 CREATE TABLE bad_rows (
     seq INTEGER PRIMARY KEY,
     place TEXT NOT NULL,

@@ -396,7 +396,7 @@ class MemoryStorage(JobStorage):
             loaded.jobs[job_id] = job
 
     def _commit(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
-        """Apply all of `batch`, or nothing if it raises. Its counts consider the first `told_aside` quarantined jobs."""
+        """Apply all of `batch`, or nothing if it raises. It considers the first `told_aside` quarantined jobs."""
         self._check_numbers(batch)
         after = self._after(batch.changes)
         new = {
@@ -434,7 +434,7 @@ class MemoryStorage(JobStorage):
         return shown
 
     def _let_go(self, batch: Batch) -> list[Tombstone]:
-        """Store late results. Delete excess ones and those of deleted jobs, and return tombstones of their artifacts."""
+        """Store late results; delete excess ones and those of deleted jobs, and return their tombstones."""
         left = []
         for change in batch.changes:
             event = change.event
