@@ -1,7 +1,4 @@
-"""What of an operator's command is kept in the audit log: who, from where, what, on which job, and what came of it.
-
-Pure. Only commands that came by an operator's door have an operator; what only reads is no deed.
-"""
+"""The audit entry of an operator's command."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from jobd.model.storage import AuditEntry
 
 
 def entry(call: Call, decision: Decision, at: int) -> AuditEntry | None:
-    """The row of what `call` came to; None where it is no operator's deed. `at` is wall time."""
+    """Return the audit entry of `call`; None if it needs none. `at` is wall time."""
     if call.operator is None or is_dry_run(call.command):
         return None
     command = call.command
@@ -37,7 +34,7 @@ def entry(call: Call, decision: Decision, at: int) -> AuditEntry | None:
         return _row(call.operator, at, command.what, reason=command.reason, **told)
     what = f"plan-{command.action}" if isinstance(command, ApplyPlan) else command.audit_name
     if what is None or (isinstance(command, Import) and not decision.changes):
-        return None  # it reads; or it is a line of an import that was skipped or refused, of which the report tells
+        return None  # a read, or a line of an import that was skipped or rejected, which is in the report
     changes, queue = decision.changes, command.name if isinstance(command, Pause | Resume) else None
     is_one = isinstance(command, JobCommand)
     return _row(
@@ -61,7 +58,7 @@ def _details(command: AnyCommand, decision: Decision) -> dict[str, Any] | None:
 
 
 def _job_of(command: AnyCommand) -> str | None:
-    """The one job that the deed is about: a plan may have one, too."""
+    """Return the job that the command is about; also that of a plan with one job."""
     if isinstance(command, ApplyPlan):
         return command.jobs[0].id if len(command.jobs) == 1 else None
     return command.id if isinstance(command, JobCommand) else None
@@ -72,7 +69,7 @@ def _row(operator: Operator, at: int, what: str, **more: Any) -> AuditEntry:
 
 
 def _told(changes: list[Change]) -> dict[str, Any] | None:
-    """From where to where, the event that says so, and what else it says in public."""
+    """Return the details of a change: both statuses, the number of the event, and its public details."""
     if not changes:
         return None
     first, last = changes[0].event, changes[-1].event

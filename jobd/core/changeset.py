@@ -1,6 +1,6 @@
-"""What a decision is made of: rules write their steps into a draft, which numbers them and keeps rows and events equal.
+"""The changes of a decision: rules add them to a draft, which numbers them and keeps rows and events consistent.
 
-Pure. A draft reads the book and never changes it; `Book.put` takes the finished steps in.
+A draft reads the book and never changes it; `Book.put` applies the finished changes.
 """
 
 from __future__ import annotations
@@ -20,10 +20,7 @@ from jobd.model.responses import Response
 
 
 class Decision(Struct):
-    """What a command comes to.
-
-    A refusal changes rows only where time itself had to act first (a stuck job). What comes too late leaves notes.
-    """
+    """The result of a command. An error can have changes too: a stuck job recovered first, a late call recorded."""
 
     answer: Response | ApiError
     changes: list[Change] = []
@@ -32,7 +29,7 @@ class Decision(Struct):
 
 
 class Draft:
-    """The steps of one decision so far, and the numbers that they use."""
+    """The changes of one decision so far, and the numbers that they use."""
 
     __slots__ = (
         "_epoch", "_next_event", "_next_job", "_next_token", "at", "book", "call", "changes", "checked", "policy",
@@ -60,8 +57,8 @@ class Draft:
         details: dict[str, Any] | None = None,
         **fields: Any,
     ) -> Job:
-        """Set `fields` of `job` (and `updated_at`), with the event that says so; gives the new row."""
-        # Where the wall clock stepped back, a job's times stay in order all the same.
+        """Set `fields` of `job` and `updated_at`, with their event; return the new row."""
+        # The times of a job stay in order even if the wall clock stepped back.
         started_at, finished_at = fields.get("started_at", job.started_at), fields.get("finished_at", job.finished_at)
         fields["updated_at"] = max(self.at.now, job.created_at, started_at or 0, finished_at or 0)
         after = replace(job, **fields)
@@ -70,20 +67,20 @@ class Draft:
         return after
 
     def create(self, job: Job, event_type: EventType, payload: bytes, request_hash: str) -> Job:
-        """A new job, and its first event."""
+        """Add a new job with its first event."""
         event = self._event(job, None, job.status, event_type, None, None, None, initial_changes(job))
         self.changes.append(Change(None, job, event, payload, request_hash))
         return job
 
     def keep_late(self, job: Job, late: LateResult, reason: str, details: dict[str, Any]) -> LateResult:
-        """Keep a late result beside `job`, whose row stays as it is; gives it with the number of its event."""
+        """Store a late result beside the unchanged row of `job`; return it with the number of its event."""
         event = self._note(job, "late_result", late.worker, reason, details)
         late = replace(late, seq=event.seq)
         self.changes.append(Change(job, job, event, late=late))
         return late
 
     def note_call(self, job: Job, worker: str, reason: str, details: dict[str, Any]) -> None:
-        """Tell of a call that was refused. The row of `job` stays as it is."""
+        """Record a rejected call. The row of `job` does not change."""
         self.changes.append(Change(job, job, self._note(job, "late_call", worker, reason, details)))
 
     def delete(self, job: Job, reason: str | None = None) -> None:
@@ -93,13 +90,13 @@ class Draft:
     def queue(
         self, name: str, event_type: EventType, reason: str | None = None, details: dict[str, Any] | None = None
     ) -> None:
-        """A step of a queue, not of a job."""
+        """Add an event of a queue."""
         by = self.call.by
         event = Event(self._event_number(), self.at.now, event_type, 0, "", name, None, None, by, reason, details)
         self.changes.append(Change(None, None, event))
 
     def job_number(self) -> int:
-        """The seq of a new job: the order of creation, never used again."""
+        """Return the seq of a new job, in the order of creation, never reused."""
         number, self._next_job = self._next_job, self._next_job + 1
         return number
 
@@ -111,18 +108,18 @@ class Draft:
         return (self._epoch << TOKEN_COUNTER_BITS) | counter
 
     def secret(self, number: int) -> str:
-        """A lock id that nobody can guess: from the call's own randomness, so that a replay gives it again."""
+        """Return an unguessable lock id from the seed of the call. A replay returns the same."""
         return blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=16).hexdigest()
 
     def job_id(self, number: int) -> str:
-        """A UUIDv7 (RFC 9562): 48 bits of Unix milliseconds, then bits from the call's own randomness."""
+        """Return a UUIDv7 (RFC 9562): 48 bits of Unix milliseconds, then bits from the seed of the call."""
         tail = blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=10, person=b"job id").hexdigest()
         at = f"{self.at.now & (2**48 - 1):012x}"
         variant = "89ab"[int(tail[4], 16) & 0b11]  # 0b10 and two bits more
         return f"{at[:8]}-{at[8:]}-7{tail[1:4]}-{variant}{tail[5:8]}-{tail[8:]}"  # 7 is the version
 
     def fraction(self, number: int) -> float:
-        """A number in [0, 1) from the call's own randomness."""
+        """Return a number in [0, 1) from the seed of the call."""
         digest = blake2b(number.to_bytes(8, "big"), key=self.call.seed, digest_size=8, person=b"jitter").digest()
         return int.from_bytes(digest, "big") / 2**64
 

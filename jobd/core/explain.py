@@ -1,6 +1,6 @@
-"""Why a job is where it is and what happens next, in words for a tired operator.
+"""Explain why a job is in its state and what happens next, in plain words for operators.
 
-Pure reading. Every job that is not finished has a next thing that will happen to it, at a known time, by a named rule.
+For every job that is not finished, something happens next, at a known time, by a named rule.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jobd.model.responses import NextEvent, WhyView
 
 MOST_NAMED: Final = 3  # workers or kinds that a sentence lists
 
-# What ends a job by somebody's hand. Of the others (stalled, expired) the message says all.
+# Events by which a worker or operator ends a job. For the others (stalled, expired) the message is enough.
 _BY_HAND: Final = frozenset({"completed", "adopted", "cancelled", "force_failed", "transitioned", "imported"})
 
 
@@ -34,7 +34,7 @@ def explain(job: Job, book: Book, at: Moment, policy: Policy) -> WhyView:
 
 
 def _late(job: Job, late: list[LateResult], policy: Policy) -> list[str]:
-    """What may be done with the late results of a job: of those that can be adopted the latest is named."""
+    """Suggest what to do with the late results of a job. Names the latest one that can be adopted."""
     if job.status == "completed":
         return []
     latest = max(late, key=lambda each: each.fencing_token)
@@ -237,7 +237,7 @@ def _utc(time_ms: int, now_ms: int) -> str:
 
 
 def _returned(job: Job) -> str:
-    """What brought the job back to its queue, if something did."""
+    """Return sentences about how the job came back to its queue, if it did."""
     back = _released(job)
     if job.error is not None and job.error.message:
         return f"{back} Its last attempt failed: {job.error.message}"
@@ -303,7 +303,7 @@ def _next_of(grant: Grant, lease: Lease, book: Book, at: Moment) -> NextEvent:
         return NextEvent(what, at.wall(lease.expires), "lock expiry")
     by = "" if book.next_cleanup_at is None else " by the next cleanup run after that"
     what = f"It counts as stuck and is recovered{by}, unless worker {grant.worker}"
-    if lease.ceiling is not None and lease.stuck == lease.ceiling:  # which more time for the lock does not move
+    if lease.ceiling is not None and lease.stuck == lease.ceiling:  # an extension does not move it
         return NextEvent(f"{what} reports progress or ends it.", at.wall(lease.stuck), "max_processing")
     return NextEvent(f"{what} reports, extends or ends it.", at.wall(lease.stuck), "stuck_after")
 
@@ -339,7 +339,7 @@ def _finished(job: Job, at: Moment) -> WhyView:
 
 
 def ending(job: Job, events: Sequence[Event] = ()) -> str:
-    """How a finished job ended; by whom, and why they said, as far as its latest events tell."""
+    """Explain how a finished job ended, by whom and why, as far as its latest events say."""
     end = next((event for event in reversed(events) if event.after == job.status != event.before), None)
     if job.status == "failed":
         return _failed(job, end)
@@ -358,7 +358,7 @@ def _failed(job: Job, end: Event | None) -> str:
 
 
 def _by_hand(end: Event) -> str:
-    """`cancelled by operator ana: no longer needed`."""
+    """Return for example `cancelled by operator ana: no longer needed`."""
     how = f"imported as {end.after}" if end.type == "imported" else str(end.after)
     if end.type == "adopted":
         how += f" with a late result of worker {(end.details or {}).get('worker')}"

@@ -1,7 +1,7 @@
-"""Rules of what comes too late: calls whose grant has ended are noted in the journal, the result of a complete is kept.
+"""The rules for calls whose grant has ended: the journal records them, and the result of a complete is stored.
 
-Pure. What was kept is on the disk: the actor reads what `asks` names before a batch is decided, and the book has it as
-long as that batch. A late result never changes who holds the job.
+Late results are on disk. Before a batch is decided, the actor reads those that `asks` returns, and the book has them
+during the batch. A late result never changes the holder of a job.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BY_HAND: Final = (
 )
 
 Calls = Progress | Extend | Complete | Fail | Release
-_CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and in words
+_CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and the verb in a sentence
     Progress: ("progress", "reported progress"),
     Extend: ("extend", "requested an extension"),
     Complete: ("complete", "completed the job"),
@@ -37,7 +37,7 @@ _CALLS: Final[dict[type, tuple[str, str]]] = {  # the verb, and in words
 
 
 def asks(book: Book, command: AnyCommand, policy: Policy) -> LateResultQuery | None:
-    """What of late results has to be read before `command` is decided."""
+    """Return the late results to read before `command` is decided."""
     if not isinstance(command, (Complete, Why, Adopt)):
         return None
     if isinstance(command, Complete) and not is_late(book, command):
@@ -49,22 +49,22 @@ def asks(book: Book, command: AnyCommand, policy: Policy) -> LateResultQuery | N
         return LateResultQuery(job.seq, with_results=isinstance(command, Adopt))
     last = job.ended if job.ended is not None and job.ended.lock_id == command.lock_id else None
     if policy.late_policy(job.options.queue) == "drop" or (last is not None and last.verb):
-        return None  # it will be forgotten, or repeats what its holder has said
+        return None  # it is dropped, or it repeats the ending of its holder
     return LateResultQuery(job.seq, command.lock_id if last is None else None)
 
 
 def is_late(book: Book, command: Complete) -> bool:
-    """Whether `command` does not come from who holds the job."""
+    """Return whether `command` does not come from the holder of the job."""
     return not book.holds(command.id, command.lock_id)
 
 
 def complete(draft: Draft, command: Complete, refusal: ApiError, body_hash: str) -> Response | ApiError:
-    """A complete that is refused with `lock_lost`: forgotten, kept, or taken all the same, as its queue has it.
+    """Decide a complete that gets `lock_lost`: drop, store or accept its result, by the policy of the queue.
 
-    Only what was a grant of this job leaves anything, and of each grant the first that it said counts.
+    Only a former grant of this job leaves anything, and of each grant only the first complete counts.
     """
     job = draft.book.get(command.id)
-    assert job is not None  # its lock was looked at
+    assert job is not None  # its lock was checked
     granted = _granted(draft.book, job, command.lock_id)
     policy = draft.policy.late_policy(job.options.queue)
     if granted is None:
@@ -84,9 +84,10 @@ def complete(draft: Draft, command: Complete, refusal: ApiError, body_hash: str)
 
 
 def tell(draft: Draft, job: Job, command: Calls) -> None:
-    """Of the calls of a grant that are refused with `lock_lost` the first with each verb is told in the journal.
+    """Record the first rejected call of each verb of an ended grant in the journal.
 
-    Only of the last grant that ended, which memory has: no guess leaves anything, and no call costs a look at the disk.
+    Only calls of the last ended grant, which is in memory, are recorded: unknown locks leave nothing, and no call needs
+    a read from disk.
     """
     ended = job.ended
     if ended is None or ended.lock_id != command.lock_id or not draft.policy.late_calls:
@@ -101,7 +102,7 @@ def tell(draft: Draft, job: Job, command: Calls) -> None:
 
 
 def adopt(draft: Draft, command: Adopt) -> Response | ApiError:
-    """A late result becomes the job's own, which is completed by it."""
+    """Complete the job with one of its late results."""
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
@@ -122,7 +123,7 @@ def adopt(draft: Draft, command: Adopt) -> Response | ApiError:
 
 
 def refuse_adoption(late: LateResult, policy: Policy) -> ApiError | None:
-    """Why this late result may complete no job as the daemon is set now, whatever the job's status."""
+    """Return an error if the configuration forbids this late result, whatever the status of the job."""
     refusal = transitions.refuse_without_url(policy, late.result.download_url)
     if refusal is None:
         return None
@@ -131,7 +132,7 @@ def refuse_adoption(late: LateResult, policy: Policy) -> ApiError | None:
 
 
 def _granted(book: Book, job: Job, lock_id: str) -> tuple[str, int] | None:
-    """Worker and token of the ended grant of `job` that had this lock id; None where there was none."""
+    """Return worker and token of the ended grant of `job` with this lock id; None if there was none."""
     if job.ended is not None and job.ended.lock_id == lock_id:
         return job.ended.worker, job.ended.fencing_token
     older = book.late.grants.get((job.seq, lock_id))
@@ -139,9 +140,9 @@ def _granted(book: Book, job: Job, lock_id: str) -> tuple[str, int] | None:
 
 
 def _is_unclaimed(draft: Draft, job: Job, lock_id: str) -> bool:
-    """Whether nothing has happened to the job since recovery ended this grant.
+    """Return whether nothing has happened to the job since recovery ended this grant.
 
-    Nobody was given it, and no operator has touched it: a step of theirs had set `updated_at`, a reset `stalls`.
+    A later grant or operator action would have changed `updated_at`, a reset also `stalls`.
     """
     ended = job.ended
     if ended is None or ended.lock_id != lock_id or ended.rule != "recovery":
@@ -154,8 +155,8 @@ def _is_unclaimed(draft: Draft, job: Job, lock_id: str) -> bool:
 
 
 def _taken(draft: Draft, job: Job, late: LateResult) -> Response:
-    """As if the holder had still been there: a repeat is answered in the same way."""
-    assert job.ended is not None  # that of this grant
+    """Accept the result as if the grant had not ended. A repeated complete gets the same response."""
+    assert job.ended is not None  # of this grant
     ended = replace(
         job.ended, at=late.at, rule="complete", reason="complete", verb="complete", body_hash=late.body_hash
     )
@@ -174,10 +175,10 @@ def _not_kept(draft: Draft, job: Job, command: Complete, refusal: ApiError) -> A
 
 
 def _kept(draft: Draft, job: Job, late: LateResult, refusal: ApiError) -> ApiError | None:
-    """Keep it, if it is the first of its grant, not too large, and no later grants have left as many as are kept.
+    """Store the result if it is the first of its grant, not too large, and among those of the latest grants.
 
-    A grant whose late result has made room for later ones keeps none again, so a loop of calls adds nothing. None
-    where it is not kept.
+    A grant whose late result was replaced by later ones stores none again, so repeated calls add nothing. Returns None
+    if the result is not stored.
     """
     known = draft.book.late.results.get(job.seq, [])
     same = next((each for each in known if each.fencing_token == late.fencing_token), None)
@@ -212,7 +213,7 @@ def _holder(job: Job) -> str:
 
 
 def _said(command: Calls) -> dict[str, Any]:
-    """What a refused call would have said."""
+    """Return the content of a rejected call, for the event."""
     said: dict[str, Any] = {}
     if isinstance(command, Progress):
         said = {"progress": transitions.whole(command.progress), "message": command.message}

@@ -1,6 +1,6 @@
-"""Rules of time: recovery, expiry, deletion by age, validation passes, the daemon's own absence.
+"""The rules for maintenance: recovery, expiry, deletion by age, repairs, pauses of the daemon.
 
-Pure. Whether they apply is judged here, when the command is applied, not when somebody looked.
+Whether a job is affected is judged when the command is applied, not when the job was found.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def recover_one(draft: Draft, command: JobCommand) -> Response | ApiError:
 
 
 def clean_one(draft: Draft, command: JobCommand) -> Response | ApiError:
-    """What a pass does to this job at this moment, but for what it mends: recover it, fail it, or delete it."""
+    """Do what a cleanup run would do to this job now, without repairs: recover, fail or delete it."""
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
@@ -116,7 +116,7 @@ def _not_due(job: Job, at: Moment) -> ApiError:
 
 
 def preview(draft: Draft, command: Preview) -> Response:
-    """What `recover` and `expire` would do now, found out by doing it to a draft that nobody writes."""
+    """Return what `recover` and `expire` would do now, by running them in a draft that is not written."""
     recovered = recover(draft, Recover(limit=command.limit)).data
     overdue, more_overdue = _overdue(draft, command.limit)
     expired = [job.id for job in overdue if transitions.may_expire(job, draft.at)]
@@ -126,13 +126,13 @@ def preview(draft: Draft, command: Preview) -> Response:
 
 
 def _clear_lock(draft: Draft, job: Job, lease: Lease) -> None:
-    """The lock has expired; the grant stays, and its holder may revive it until the job counts as stuck."""
+    """Record that the lock has expired. The holder can revive it until the job counts as stuck."""
     details = {"worker": job.grant.worker if job.grant else None}
     draft.step(job, "lock_expired", details=details, lease=replace(lease, cleared=True))
 
 
 def end_grants(draft: Draft, command: EndGrants) -> Response:
-    """End grants that were made before the store was put back from a backup."""
+    """End grants that were made before the store was restored from a backup."""
     done = 0
     for job_id in dict.fromkeys(command.ids):
         job = draft.book.processing.get(job_id)
@@ -144,7 +144,7 @@ def end_grants(draft: Draft, command: EndGrants) -> Response:
 
 
 def credit_absence(draft: Draft, command: ExtendAfterPause) -> Response:
-    """After a start nothing of a processing job ends within `grace_ms`: its worker needs time to find the daemon."""
+    """Postpone deadlines of processing jobs to at least `grace_ms` from now: after a start, workers must reconnect."""
     until = draft.at.lease + command.grace_ms
     since = draft.at.lease if command.since is None else command.since
     done = 0
@@ -160,14 +160,14 @@ def credit_absence(draft: Draft, command: ExtendAfterPause) -> Response:
 
 
 def _credited(lease: Lease, since: int, until: int) -> Lease:
-    """No lock that was live at `since`, no ceiling and no stuck time ends before `until`."""
+    """Return the lease with no deadline before `until`. A lock that had expired at `since` stays expired."""
     expires = max(lease.expires, until) if lease.is_live(since) else lease.expires
     ceiling = None if lease.ceiling is None else max(lease.ceiling, until)
     return replace(lease, expires=expires, silent=max(lease.silent, until), ceiling=ceiling)
 
 
 def expire(draft: Draft, command: Expire) -> Response:
-    """Fail queued jobs that their creators no longer want."""
+    """Fail queued jobs past their `expires_at`."""
     overdue, more = _overdue(draft, command.limit)
     late = [job for job in overdue if transitions.may_expire(job, draft.at)]
     for job in late:
@@ -211,7 +211,7 @@ def end_pauses(draft: Draft) -> Response:
 
 
 def mend(draft: Draft, command: RepairJobs) -> Response:
-    """Validate the named jobs and apply the safe fixes; what has none is reported, and looked at again each time."""
+    """Validate the named jobs and apply the safe fixes. Other issues are reported in every run."""
     found: list[tuple[str, Issue]] = []
     fixed = 0
     for job_id in dict.fromkeys(command.ids):
@@ -230,7 +230,7 @@ def mend(draft: Draft, command: RepairJobs) -> Response:
 
 
 def _mend(draft: Draft, job: Job) -> Job:
-    """Apply the safe fixes to one job, if there are any; its row after that."""
+    """Apply the safe fixes to one job and return its row."""
     fixes = safe_fixes(job)
     if fixes:
         job = draft.step(job, "fixed", reason="validation", details={"fields": sorted(fixes)}, **fixes)

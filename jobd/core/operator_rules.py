@@ -1,6 +1,6 @@
-"""Rules of operators: force-fail, force-reset, transition, update, run-now, delete, pause, import.
+"""The rules for commands of operators: force-fail, force-reset, transition, update, run-now, delete, pause, import.
 
-Pure. A live grant that an operator ends is revoked: its holder's next call is told so.
+If an operator ends a live grant, the next call of its holder gets lock_lost.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ def force_reset(draft: Draft, command: ForceReset) -> Response | ApiError:
 
 
 def _wanted_again(draft: Draft, job: Job) -> dict[str, Any]:
-    """Who puts a job back whose `expires_at` has passed wants it all the same: it would fail again at once."""
+    """Clear an `expires_at` that has passed, because the job would fail again at once."""
     return {"expires_at": None} if job.expires_at is not None and job.expires_at <= draft.at.now else {}
 
 
 def transition(draft: Draft, command: Transition) -> Response | ApiError:
-    """Compare-and-set: only a job that is still `from_` moves."""
+    """Compare and set: change the status only if it still is `from_`."""
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
@@ -92,7 +92,7 @@ def _moved(draft: Draft, job: Job, command: Transition, fields: dict[str, Any]) 
     reason = command.reason
     ended = transitions.ended_by(job, draft.at.now, "transition", "transitioned")
     if command.to == "queued":
-        # Back by an operator's hand: the last attempt does not count.
+        # The last attempt does not count.
         fields |= _wanted_again(draft, job)
         return transitions.requeue(
             draft, job, "transitioned", ended, reason=reason, attempt=transitions.given_back(job), **fields
@@ -106,7 +106,7 @@ def _moved(draft: Draft, job: Job, command: Transition, fields: dict[str, Any]) 
 
 
 def _updated(draft: Draft, job: Job, updates: Updates) -> dict[str, Any]:
-    """The fields of the job that `updates` set."""
+    """Return the fields of the job that `updates` set."""
     fields: dict[str, Any] = _rescheduled(draft, job, updates.priority, updates.run_at, updates.max_attempts)
     if updates.error_message is not None:
         fields["error"] = Failure(updates.error_message, "transitioned")
@@ -195,7 +195,7 @@ def resume(draft: Draft, command: Resume) -> Response:
 
 
 def import_job(draft: Draft, command: Import) -> Response | ApiError:
-    """A job from elsewhere, as it was. An id that exists is skipped, so that an import can be repeated."""
+    """Import a job as it was. An id that exists is skipped, so that an import can be repeated."""
     if draft.book.get(command.id) is not None or command.id in draft.book.quarantined:
         return Response(Imported(command.id, skipped=True))
     if command.status in LIVE and draft.book.totals["queued"] + len(draft.book.processing) >= draft.policy.live_jobs:
@@ -209,7 +209,7 @@ def import_job(draft: Draft, command: Import) -> Response | ApiError:
 
 
 def check_import(draft: Draft, command: ImportCheck) -> Response | ApiError:
-    """What `import_job` would do, by doing it in a draft of its own, which is thrown away."""
+    """Return what `import_job` would do, by running it in a separate draft that is discarded."""
     live = draft.book.totals["queued"] + len(draft.book.processing)
     room = max(draft.policy.live_jobs - live, 0)
     if command.id in draft.book.quarantined:
@@ -238,7 +238,7 @@ def _imported(draft: Draft, command: Import) -> Job:
     if expires is None and command.status in FINISHED:
         expires = now + transitions.keep_ms(
             draft.policy, command.status
-        )  # counted from the move, so that nothing vanishes
+        )  # from now on, so that no imported job is deleted at once
     job = Job(
         seq=draft.job_number(),
         id=command.id,
@@ -275,7 +275,7 @@ def _imported_error(command: Import) -> Failure | None:
 
 
 def _held_elsewhere(draft: Draft, job: Job, worker: str) -> Job:
-    """The grant that the job had where it came from, as far as it can be known: its stall rule needs one to end."""
+    """Add the grant that the job had where it came from, as far as it is known. The stall rule needs a grant to end."""
     now, lease, policy = draft.at.now, draft.at.lease, draft.policy
     token = draft.token()
     started = job.started_at or job.updated_at
@@ -285,7 +285,7 @@ def _held_elsewhere(draft: Draft, job: Job, worker: str) -> Job:
 
 
 def lock_answer(draft: Draft, job: Job, state: LockState | None) -> Response:
-    """The lock after extend-lock or release-lock, in the names that existing dashboards expect."""
+    """Return the lock after extend-lock or release-lock, in the names that existing dashboards expect."""
     return Response(
         AdminLockView(
             job_id=job.id,

@@ -1,6 +1,6 @@
-"""A plan, applied: each job only if it is still what the plan saw, judged at the moment when it is done.
+"""The rules for plans: which jobs an action changes, and applying it to those that have not changed since.
 
-Pure. What is done to a job is the rule of the action; a job that has changed, or that the rule refuses, costs no other.
+Each job is decided by the rule of the action. A job that has changed, or that the rule rejects, does not affect others.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def apply(draft: Draft, command: ApplyPlan, rules: Rules) -> Response:
 
 
 def moved(draft: Draft, command: AnyCommand, expected: str) -> ApiError | None:
-    """Why `command` is not done: its job is not the one any more that who asks has seen."""
+    """Return an error if the job of `command` is no longer in the version that the caller expects."""
     assert isinstance(command, JobCommand)
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
@@ -78,13 +78,12 @@ def _asked(command: ApplyPlan, job_id: str) -> JobCommand:
         case "delete":
             return Delete(id=job_id, reason=command.reason)
         case "recover-stuck" | "cleanup":
-            return JobCommand(id=job_id)  # its event says why in the words of time; the audit log has the operator's
+            return JobCommand(id=job_id)  # recovery has its own reason; the audit log has that of the operator
         case _:
             assert_never(command.action)
 
 
-# Where an action of an operator leads to, None where the job is gone; from where it may be done, and which jobs are
-# looked at.
+# The status that an action leads to (None: deleted), the statuses it applies to, and a sentence about them.
 TO: Final[dict[PlanAction, str | None]] = {
     "retry": "queued",
     "force-reset": "queued",
@@ -114,7 +113,7 @@ ONLY: Final[dict[PlanAction, str]] = {
 
 
 def to(action: PlanAction, job: Job) -> str | None:
-    """The status that `action` leads to from here, None where the job is gone."""
+    """Return the status of the job after `action`; None if it is deleted."""
     if action not in MAINTENANCE_ACTIONS:
         return TO[action]
     if job.status == "processing":
@@ -123,19 +122,19 @@ def to(action: PlanAction, job: Job) -> str | None:
 
 
 def is_ending(action: PlanAction) -> bool:
-    """Whether it may be done on a full disk, too: it ends jobs or deletes them. So does time, which recovers them."""
+    """Return whether the action ends or deletes jobs, so that it is allowed on a full disk."""
     return TO.get(action) != "queued"
 
 
 def why_not(action: PlanAction, job: Job) -> str | None:
-    """Why `action` leaves this job alone; None where it does not."""
+    """Return why `action` skips this job; None if it does not."""
     return None if job.status in _FROM[action] else ONLY[action]
 
 
 def statuses(action: PlanAction, wanted: PlanFilter) -> list[str]:
-    """Where `action` looks for the jobs of a filter, one after the other: it does nothing to any other job.
+    """Return the statuses in which `action` searches the jobs of a filter, in this order.
 
-    An error is looked for in failed jobs, as in the list of jobs, unless a status is asked for.
+    With an error in the filter it searches failed jobs, like the job list, unless the filter has a status.
     """
     status = wanted.status
     if wanted.error is not None:
@@ -144,11 +143,11 @@ def statuses(action: PlanAction, wanted: PlanFilter) -> list[str]:
 
 
 def version(job: Job, late: int | None = None, action: PlanAction | None = None) -> str:
-    """What the job is, but for the signs of life of its worker: the same text means that nothing else has happened.
+    """Return the version of the job: it changes with everything but progress reports and extensions.
 
-    To an action of OF_TIME they are what counts: who is stuck has given none, and how far the job is decides where it
-    goes. Without a grant a job has no signs of life, so that its `updated_at` tells of detours, too. `late` is the late
-    result that came last (Book.latest_late): its row does not tell of it, and who deletes the job deletes it as well.
+    For MAINTENANCE_ACTIONS it changes with those too, because they decide whether the job is stuck and what happens to
+    it. `updated_at` of a job without a grant is included, to detect changes that were undone. `late` is the latest late
+    result (Book.latest_late), which is deleted with the job.
     """
     seen: tuple[object, ...] = (
         job.seq,

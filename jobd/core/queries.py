@@ -1,6 +1,6 @@
-"""Commands that only read: one job, its timeline, why it is where it is, lists, queues, workers, stats.
+"""The rules for commands that only read.
 
-Pure, and without changes: what history holds is fetched by the actor after the commit (`Answer.look`).
+The actor reads history (timelines, late results, pages) from the storage after the commit, see Response.read.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The steps that a job can take: grant, back to the queue, finish, stall, expire. Rules choose them, nobody else.
+"""The transitions of a job: grant, requeue, finish, stall, expire.
 
-Pure. Each step writes one event into the draft and gives the new row; guards are the rules' part.
+Each transition adds one event to the draft and returns the new row. The rules check whether it is allowed.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from jobd.model.responses import Response
 
 STALLED: Final = "stalled"
 EXPIRED: Final = "expired"
-TOLD_OF_ERROR: Final = 500  # characters of the last error that an expiry repeats
+TOLD_OF_ERROR: Final = 500  # characters of the last error that the message of an expiry repeats
 CLOCK_SUSPECT: Final = (
     "The wall clock is suspect, so nothing is deleted or failed by age. Check it. If it is correct: jobctl clock accept"
 )
 
 
 def find(draft: Draft, job_id: str) -> Job | ApiError:
-    """The job of this id, or why it cannot be had."""
+    """Return the job, or an error if it does not exist or is in quarantine."""
     reason = draft.book.quarantined.get(job_id)
     if reason is not None:
         message = f"Job {job_id} is in quarantine: {reason}. An operator can repair it: jobd doctor shows how."
@@ -59,14 +59,14 @@ def find(draft: Draft, job_id: str) -> Job | ApiError:
 
 
 def refuse_transition(job: Job, to: str, what: str) -> ApiError:
-    """Not a pair of the table: `what` says what may be done instead, `allowed` where an operator may move the job."""
+    """Return an invalid_transition. `what` says what to do instead; `allowed` are the statuses an operator may set."""
     allowed = sorted(status for source, status in TRANSITIONS if source == job.status and status != "processing")
     details = {"status": job.status, "to": to, "allowed": allowed}
     return ApiError("invalid_transition", f"Job {job.id} is {job.status}. {what}", details)
 
 
 def job_answer(draft: Draft, job: Job, *, repeated: bool | UnsetType = UNSET) -> Response:
-    """The job as it is now; the actor reads its payload before the answer leaves."""
+    """Return the current view of the job. The actor adds the payload before the response is sent."""
     view = views.job_view(job, draft.at, draft.policy, admin=draft.call.admin)
     view.repeated = repeated
     return Response(view, unread_payloads=[(job.seq, view)])
@@ -105,21 +105,21 @@ def refuse_expiry(draft: Draft, expires_at: int | None) -> ApiError | None:
 
 
 def refuse_result(draft: Draft, command: Complete) -> ApiError | None:
-    """Why what `command` brings may not complete a job."""
+    """Return an error if the result of `command` may not complete a job."""
     if command.storage_key is not None and (fault := storage_key_error(command.storage_key)) is not None:
         return invalid("storage_key", f"storage_key {fault}.")
     return refuse_expiry(draft, command.expires_at) or refuse_without_url(draft.policy, command.download_url)
 
 
 def refuse_without_url(policy: Policy, download_url: str | None, field: str = "download_url") -> ApiError | None:
-    """Why a job may not be completed with what has this address, or none."""
+    """Return an error if a job may not be completed with this download_url, or without one."""
     if policy.require_download_url and not download_url:
         return invalid(field, "download_url is missing; [validation] require_download_url requires it.")
     return None
 
 
 def asked_options(draft: Draft, asked: Create | Import) -> Options:
-    """What the creator asked for; max_stalls and on_stall are settled here, so that the job shows what applies."""
+    """Return the options of a new job. max_stalls and on_stall get their defaults here, so that the job shows them."""
     policy = draft.policy
     options = Options(
         queue=asked.queue,
@@ -136,7 +136,7 @@ def asked_options(draft: Draft, asked: Create | Import) -> Options:
 
 
 def whole(progress: float) -> int | float:
-    """42.0 is shown as 42."""
+    """Return 42 for 42.0."""
     return int(progress) if progress == int(progress) else progress
 
 
@@ -179,10 +179,10 @@ def grant(draft: Draft, job: Job, asked: Start | Claim) -> Job:
 
 
 def keep_alive(made: Grant, lease: Lease, now: int, additional_ms: int, *, progressed: bool) -> Lease:
-    """The lease after a sign of life at lease time `now`: at least `additional_ms` from now, never shorter.
+    """Return the lease after a report at lease time `now`: at least `additional_ms` from now, never shorter.
 
-    Only progress moves the ceiling; an extension is cut to it. No deadline goes back: after a start each may be later
-    than the grant itself would have it, and who reports must not lose that.
+    Only progress moves the ceiling; an extension is cut to it. No deadline moves back: after a start of the daemon, a
+    deadline can be later than the grant alone would allow, and a report must not lose that.
     """
     ceiling = lease.ceiling
     if progressed and made.max_processing_ms:
@@ -201,12 +201,12 @@ def requeue(
     by: str | None = None,
     **fields: Any,
 ) -> Job:
-    """Back to `queued`. `run_at` stays, and with it the job's place, unless `fields` set it; the last error stays."""
+    """Put the job back into its queue. It keeps its last error and, unless `fields` set run_at, its place."""
     fields = {"progress": 0, "progress_message": None, "started_at": None, "finished_at": None, "releases": 0} | fields
     if fields["releases"] == job.releases:
         del fields["releases"]
     if job.status != "processing":
-        fields.setdefault("expires_at", None)  # it was the time of deletion of a finished job
+        fields.setdefault("expires_at", None)  # the deletion time of a finished job
     _end_grant(fields, job, ended)
     return draft.step(job, event_type, by=by, reason=reason, status="queued", **fields)
 
@@ -222,12 +222,12 @@ def finish(
     by: str | None = None,
     **fields: Any,
 ) -> Job:
-    """To a finished status. It is deleted after the retention of that status, unless `fields` say when."""
+    """Move the job to a finished status. It is deleted after its retention, or at `expires_at` in `fields`."""
     now = draft.at.now
     if fields.get("expires_at") is None:
         fields["expires_at"] = now + keep_ms(draft.policy, status)
     fields["status"] = status
-    fields["finished_at"] = max(now, job.created_at, job.started_at or 0)  # also where the wall clock stepped back
+    fields["finished_at"] = max(now, job.created_at, job.started_at or 0)  # even if the wall clock stepped back
     if job.releases:
         fields["releases"] = 0
     _end_grant(fields, job, ended)
@@ -237,20 +237,20 @@ def finish(
 def complete(
     draft: Draft, job: Job, event_type: EventType, ended: PreviousGrant | None, result: Result, **fields: Any
 ) -> Job:
-    """To `completed`, which is final: progress 100, no error."""
+    """Complete the job: progress 100, no error. Final."""
     fields["progress"], fields["result"], fields["error"] = MAX_PERCENT, kept_result(result), None
     return finish(draft, job, event_type, "completed", ended, **fields)
 
 
 def keep_ms(policy: Policy, status: str) -> int:
-    """How long a finished job of this status is kept."""
+    """Return the retention of a finished status."""
     if status == "completed":
         return policy.keep_completed_ms
     return policy.keep_failed_ms if status == "failed" else policy.keep_cancelled_ms
 
 
 def kept_result(result: Result) -> Result | None:
-    """None where nothing was given; null is nothing. The bytes are copied out of the request that they came in."""
+    """Return the result to store, None if it is empty. Copies the metadata out of the request; null counts as none."""
     if result.metadata is not None:
         body = bytes(result.metadata)
         result = replace(result, metadata=None if body == b"null" else Raw(body))
@@ -260,7 +260,7 @@ def kept_result(result: Result) -> Result | None:
 def ended_by(
     job: Job, now: int, rule: str, reason: str, verb: str | None = None, body_hash: str | None = None
 ) -> PreviousGrant | None:
-    """The record of the current grant's end; the one before stays where the job has no grant."""
+    """Return the record of the end of the current grant; the existing one if the job has no grant."""
     if job.grant is None:
         return job.ended
     return PreviousGrant(
@@ -269,14 +269,14 @@ def ended_by(
 
 
 def given_back(job: Job) -> int:
-    """The attempt count where the current grant does not use one up."""
+    """Return the attempts of the job without the current one."""
     return max(job.attempt - 1, 0)
 
 
 def stall(draft: Draft, job: Job, cause: str, *, rule: str = "recovery", why: str = STALLED) -> Job:
-    """End the grant of a job whose worker went silent, as its `on_stall` says. `cause` is a sentence.
+    """End the grant of a stalled job by its `on_stall`. `cause` is a sentence.
 
-    `rule` and `why` are what the holder is told, should it come back.
+    `rule` and `why` explain the lost lock to the holder if it returns.
     """
     options, stalls = job.options, job.stalls + 1
     attempt = given_back(job) if job.progress == 0 else job.attempt
@@ -297,7 +297,7 @@ def stall(draft: Draft, job: Job, cause: str, *, rule: str = "recovery", why: st
 
 
 def silence(draft: Draft, job: Job) -> str:
-    """Why a stuck job counts as stuck, in a sentence for operators."""
+    """Return a sentence for operators that says why the job counts as stuck."""
     made, lease = job.grant, job.lease
     if made is None or lease is None:
         return "The job was processing, but no worker held it."
@@ -310,7 +310,7 @@ def silence(draft: Draft, job: Job) -> str:
 
 
 def expire(draft: Draft, job: Job, by: str | None = None) -> Job:
-    """Fail a queued job whose `expires_at` has passed: it is never granted. What its last attempt failed of is told."""
+    """Fail a queued job whose `expires_at` has passed. The message repeats the error of its last attempt."""
     waited = "before a worker took the job" if job.ended is None else "while it waited for a retry"
     message = f"Its expires_at passed {waited}. Create it again if it is still needed."
     if job.error is not None and job.error.message:
@@ -320,7 +320,7 @@ def expire(draft: Draft, job: Job, by: str | None = None) -> Job:
 
 
 def met(draft: Draft, job: Job) -> Job:
-    """`job` as a command meets it: time acts first on a queued job whose `expires_at` has passed, whoever comes by."""
+    """Return the job, failed first if it is queued and past its `expires_at`. Every command on it does this."""
     return expire(draft, job, by="daemon") if may_expire(job, draft.at) else job
 
 
@@ -330,17 +330,17 @@ def may_expire(job: Job, at: Moment) -> bool:
 
 
 def is_overdue(job: Job, now: int) -> bool:
-    """A queued job that its creator no longer wants."""
+    """Return whether the job is queued and past its `expires_at`."""
     return job.status == "queued" and job.expires_at is not None and job.expires_at <= now
 
 
 def is_stuck(job: Job, lease_ms: int) -> bool:
-    """Processing, silent for too long, judged at lease time `lease_ms`. Without a grant it is stuck at once."""
+    """Return whether the job is processing and stuck at lease time `lease_ms`. Without a grant it always is."""
     return job.status == "processing" and (job.lease is None or job.grant is None or lease_ms >= job.lease.stuck)
 
 
 def in_words(ms: int) -> str:
-    """A duration for people: `45 s`, `12 min`, `3 h 5 min`."""
+    """Format a duration for people: `45 s`, `12 min`, `3 h 5 min`."""
     if ms < SECOND_MS:
         return f"{max(ms, 0)} ms"
     seconds = ms // SECOND_MS

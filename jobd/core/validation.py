@@ -1,6 +1,6 @@
-"""What is wrong with a job, how bad it is, and what fixes it.
+"""Validate the record of a job: what is wrong, how serious it is, and what fixes it.
 
-Pure. Bad rows come from imports and hands; the rules themselves never make one.
+Invalid rows come from imports and manual edits; the rules never make one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NO_MESSAGE: Final = "No error message was recorded."
 
 
 def validate(job: Job, at: Moment, policy: Policy) -> Validation:
-    """Everything that is wrong with `job` now. `can_proceed` is false where an issue is critical."""
+    """Return everything that is wrong with `job` now. `can_proceed` is false if an issue is critical."""
     issues = [
         *_identity(job),
         *_priority(job),
@@ -32,14 +32,14 @@ def validate(job: Job, at: Moment, policy: Policy) -> Validation:
 
 
 def counts(issue: Issue) -> bool:
-    """Whether a cleanup run counts `issue`: warnings are shown, not counted."""
+    """Return whether cleanup runs count `issue`. Warnings are only shown."""
     return issue.type != "warning"
 
 
 def safe_fixes(job: Job) -> dict[str, Any]:
-    """The fields that a pass may set without an operator, with their right values. Empty: nothing to fix.
+    """Return the fields that a cleanup run may fix on its own, with their valid values.
 
-    A processing job without a grant has no field to fix: it is treated as stalled (rules.py).
+    A processing job without a grant has no field to fix: it is treated as stalled.
     """
     fixes: dict[str, Any] = {}
     if (progress := _right_progress(job)) != job.progress:
@@ -63,7 +63,7 @@ def _right_progress(job: Job) -> float:
 
 
 def _ordered_times(job: Job) -> dict[str, Any]:
-    """Times in order: created, started, finished; a finished job has a finish time. Later ones move, never back."""
+    """Return times that must move forward, so that created, started, finished and updated are in order."""
     fixes: dict[str, Any] = {}
     started = job.started_at
     if started is not None and started < job.created_at:
@@ -142,7 +142,7 @@ def _ending(job: Job, policy: Policy) -> list[Issue]:
 
 
 def _storage_key(job: Job) -> list[Issue]:
-    """No API takes a wrong one. Its object is not deleted with the job."""
+    """Report an invalid key, which no API accepts. Its object is not deleted with the job."""
     key = None if job.result is None else job.result.storage_key
     fault = None if key is None else storage_key_error(key)
     if fault is None:

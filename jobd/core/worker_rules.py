@@ -1,8 +1,6 @@
-"""The state machine: `decide`, and one function per command of creators and holders (operators in their place, too).
+"""The rules for commands of creators and workers, and for operators who act in place of a worker.
 
-Pure: no IO, clock, randomness, logging. A rule checks its guards in the documented order, then takes its steps
-(steps.py). Operators' rules are in operator_rules.py, those of time in time_rules.py, what comes too late is judged in
-late_rules.py, plain reading is in reads.py.
+A rule checks its guards in the documented order, then makes its transitions.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ def create(draft: Draft, command: Create) -> Response | ApiError:
 
 
 def bulk(draft: Draft, command: Bulk) -> Response | ApiError:
-    """All or nothing, in the order given. Jobs that the same request made before are answered as they are."""
+    """Create all jobs or none, in the order given. Jobs that the same request created before are returned."""
     ids = [asked.id for asked in command.jobs if asked.id is not None]
     if len(ids) != len(set(ids)):
         twice = next(job_id for job_id in ids if ids.count(job_id) > 1)
@@ -70,8 +68,8 @@ def bulk(draft: Draft, command: Bulk) -> Response | ApiError:
 
 
 def _create(draft: Draft, command: Create) -> tuple[Job, JobView, bool] | ApiError:
-    """The new job, or the one that the same request made before, its view, and whether it is new."""
-    # A job whose id is ours cannot be asked for again: who names its id asks for something else.
+    """Return the new job or the one that the same request created before, its view, and whether it is new."""
+    # A request without an id cannot be repeated, so it needs no hash.
     request_hash = "" if command.id is None else digest(command)
     if command.id is not None and (existing := _existing(draft, command.id, request_hash)) is not None:
         if isinstance(existing, ApiError):
@@ -123,7 +121,7 @@ def _refuse_more(draft: Draft) -> ApiError | None:
 
 
 def start(draft: Draft, command: Start) -> Response | ApiError:
-    """Grant the named job: queued, due, its queue not paused. Time acts first: a stuck job is recovered before."""
+    """Grant the named job: queued, due, and its queue not paused. A stuck job is recovered first."""
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
@@ -146,7 +144,7 @@ def _refuse_start(draft: Draft, job: Job) -> ApiError | None:
     if job.status != "queued":
         why = f" ({job.error.message})" if job.error and job.error.message else ""
         return transitions.refuse_transition(job, "processing", f"Only a queued job can be started{why}.")
-    if transitions.is_overdue(job, at.now):  # not failed yet, because the clock is suspect
+    if transitions.is_overdue(job, at.now):  # it has not failed, because the clock is suspect
         what = f"It is not granted, because its expires_at has passed. {transitions.CLOCK_SUSPECT}"
         return transitions.refuse_transition(job, "processing", what)
     if job.run_at > at.now:
@@ -163,7 +161,7 @@ def _refuse_start(draft: Draft, job: Job) -> ApiError | None:
 
 def _already_locked(draft: Draft, job: Job) -> ApiError:
     at = draft.at
-    assert job.grant is not None and job.lease is not None  # without them it would have been stuck
+    assert job.grant is not None and job.lease is not None  # otherwise the job is stuck
     free_at = job.lease.expires if job.lease.is_live(at.lease) else job.lease.stuck
     wait_ms = free_at - at.lease
     details = {
@@ -193,7 +191,7 @@ def _granted(draft: Draft, jobs: list[Job]) -> Response:
 
 
 def undelivered(draft: Draft, command: Undelivered) -> Response | ApiError:
-    """The grant never reached its worker: the job goes back to its place, and the attempt is given back."""
+    """Put a job back whose grant was not delivered. It keeps its place, and the attempt does not count."""
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
@@ -209,7 +207,7 @@ def undelivered(draft: Draft, command: Undelivered) -> Response | ApiError:
 
 
 def progress(draft: Draft, command: Progress) -> Response | ApiError:
-    """A report, and a sign of life: the lock is renewed and the ceiling moves."""
+    """Record progress, renew the lock and move the ceiling."""
     job = _held(draft, command, "progress")
     if not isinstance(job, Job):
         return job
@@ -240,7 +238,7 @@ def extend(draft: Draft, command: Extend) -> Response | ApiError:
 
 
 def extend_lock(draft: Draft, command: ExtendLock) -> Response | ApiError:
-    """As the holder's extend, by an operator."""
+    """Extend the lock in place of its holder."""
     answer = _extend(draft, command, command.additional_ms, command.reason)
     if isinstance(answer, ApiError):
         return answer
@@ -250,7 +248,7 @@ def extend_lock(draft: Draft, command: ExtendLock) -> Response | ApiError:
 def _extend(
     draft: Draft, command: Extend | ExtendLock, additional_ms: int | None, reason: str | None = None
 ) -> Response | ApiError:
-    """At least `additional_ms` from now, never shorter than before, cut to the ceiling."""
+    """Extend the lock to at least `additional_ms` from now, never shortening it, up to the ceiling."""
     job = _held(draft, command, "extend")
     if not isinstance(job, Job):
         return job
@@ -268,7 +266,7 @@ def _extend(
 
 
 def complete(draft: Draft, command: Complete) -> Response | ApiError:
-    """The work is done. From a grant that has ended it comes late: then it may still be of use."""
+    """Complete the job. The result of an ended grant is late: it may still be stored or adopted."""
     job = _held(draft, command, "complete")
     if isinstance(job, ApiError) and job.code == "lock_lost":
         return late_result_rules.complete(draft, command, job, digest(command))
@@ -285,7 +283,7 @@ def complete(draft: Draft, command: Complete) -> Response | ApiError:
 
 
 def fail(draft: Draft, command: Fail) -> Response | ApiError:
-    """With attempts left, back to the queue after a delay; otherwise failed."""
+    """Put the job back into its queue after a delay if attempts are left; otherwise fail it."""
     job = _held(draft, command, "fail")
     if not isinstance(job, Job):
         return job
@@ -307,9 +305,9 @@ def fail(draft: Draft, command: Fail) -> Response | ApiError:
 
 
 def backoff_ms(backoff: Backoff, attempt: int, fraction: float) -> int:
-    """The wait after failed attempt number `attempt` (1 is the first). `fraction` in [0, 1) is the jitter's die.
+    """Return the wait after failed attempt number `attempt` (from 1). `fraction` in [0, 1) is the random jitter.
 
-    Full jitter: anything from 0 to the full wait, so that jobs that failed together do not come back together.
+    Full jitter: from 0 to the full wait, so that jobs that failed together do not return together.
     """
     full = backoff.base_ms
     if backoff.kind == "exponential":
@@ -323,7 +321,7 @@ def release(draft: Draft, command: Release) -> Response | ApiError:
 
 
 def release_lock(draft: Draft, command: ReleaseLock) -> Response | ApiError:
-    """As the holder's release, by an operator."""
+    """Release the job in place of its holder."""
     answer = _release(draft, command, None)
     if isinstance(answer, ApiError):
         return answer
@@ -333,7 +331,7 @@ def release_lock(draft: Draft, command: ReleaseLock) -> Response | ApiError:
 
 
 def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None) -> Response | ApiError:
-    """Put the job back in its place in the queue, and give the attempt back.
+    """Put the job back into its place in the queue. The attempt does not count.
 
     The job is due later if the holder asks for a delay, or after DELAYED_FROM releases in a row without progress.
     """
@@ -341,7 +339,7 @@ def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None)
     if not isinstance(job, Job):
         return job
     if isinstance(command, ReleaseLock):
-        # The holder did not end it: its next call is told that the lock is lost.
+        # The holder did not end it: its next call gets lock_lost.
         ended, by, reason = transitions.ended_by(job, draft.at.now, "release-lock", "released"), None, command.reason
     else:
         ended, reason = _ended_by_holder(draft, job, command, "release"), None
@@ -360,7 +358,7 @@ def _release(draft: Draft, command: Release | ReleaseLock, delay_ms: int | None)
 
 
 def cancel(draft: Draft, command: Cancel) -> Response | ApiError:
-    """At once, also from under a holder: its next call is told so."""
+    """Cancel the job at once. The next call of a holder gets lock_lost."""
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
@@ -383,18 +381,18 @@ _PLANNED: Final[plan_rules.Rules] = {
 }
 
 
-# -- who may speak ----------------------------------------------------------------------------------------------------
+# -- the holder of a job ----------------------------------------------------------------------------------------------
 
 Holders = Progress | Extend | Complete | Fail | Release | ExtendLock | ReleaseLock
 
 
 def _held(draft: Draft, command: Holders, verb: str) -> Job | Response | ApiError:
-    """The job, if `command` names its latest grant; else the answer to a repeated ending, or the refusal."""
+    """Return the job if `command` names its latest grant; else the response to a repeated ending, or an error."""
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
     if job.status == "processing" and job.grant is not None and job.grant.lock_id == command.lock_id:
-        # A job without a lease is a bad row until a pass has mended it; nobody holds it.
+        # A row without a lease is invalid until a cleanup run repairs it; the job has no holder.
         return job if job.lease is not None else _lock_lost(job, command.lock_id)
     ended = job.ended
     if ended is None or ended.lock_id != command.lock_id or ended.verb is None:
@@ -410,7 +408,7 @@ def _held(draft: Draft, command: Holders, verb: str) -> Job | Response | ApiErro
 
 
 def _lock_lost(job: Job, lock_id: str) -> ApiError:
-    """What happened to an old grant, so that its worker can log it and stop."""
+    """Return a lock_lost that says what happened to the grant, so that its worker can log it and stop."""
     holder = job.grant.worker if job.grant else None
     details: dict[str, Any] = {"status": job.status, "held_by": holder}
     ended = job.ended
@@ -440,7 +438,7 @@ def _past_ceiling(draft: Draft, job: Job) -> ApiError:
 
 def _ended_by_holder(draft: Draft, job: Job, command: Holders, verb: str) -> PreviousGrant:
     ended = transitions.ended_by(job, draft.at.now, verb, verb, verb, digest(command))
-    assert ended is not None  # only a held job comes here
+    assert ended is not None  # the job is held
     return ended
 
 
@@ -451,5 +449,5 @@ def _latest(draft: Draft) -> Job:
 
 
 def digest(command: AnyCommand) -> str:
-    """A hash of what was asked, the same for the same request however it was spelled."""
+    """Return a hash of a command, the same for equal commands however their JSON was written."""
     return blake2b(msgspec.json.encode(command), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""Jobs, changes and batches made by hand, as the rules would make them; and what a store must hold after them."""
+"""Jobs, changes and batches as the rules would make them, and the content that a store must have after them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONS: Final = (
 
 
 def full_job(seq: int = 7) -> Job:
-    """A job with every part and every field set, unlike its defaults."""
+    """Return a job with every field set to a value other than its default."""
     return Job(
         seq=seq,
         id=f"job-{seq}",
@@ -63,18 +63,18 @@ def full_job(seq: int = 7) -> Job:
 
 
 def all_of(job: Job) -> Changes:
-    """Changes that set every field of `job`."""
+    """Return changes that set every field of `job`."""
     return Changes(**{name: getattr(job, name) for name in Job.__struct_fields__})
 
 
 def between(before: Job, after: Job) -> Changes:
-    """Only the fields that differ: the least that an event may carry."""
+    """Return changes with only the fields that differ, the minimum for an event."""
     names = (name for name in Job.__struct_fields__ if getattr(before, name) != getattr(after, name))
     return Changes(**{name: getattr(after, name) for name in names})
 
 
 class ChangeFactory:
-    """Makes changes that continue one another, and keeps what they add up to."""
+    """Makes successive changes, and keeps the resulting rows."""
 
     def __init__(self, seed: int = 0, numbers: Numbers | None = None) -> None:
         self.random = random.Random(seed)

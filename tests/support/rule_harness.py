@@ -1,7 +1,4 @@
-"""A book, a time and the real rules, for tests: every command is decided, put and compared with a naive recount.
-
-No disk and no event loop: what the actor adds is tested in test_actor.py.
-"""
+"""The real rules over state in memory: each command is decided, applied and compared with a naive recount."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ from jobd.model.storage import LateResultRows
 NOW: Final = 1_700_000_000_000
 SEED: Final = b"0123456789abcdef"
 
-# What of a book is compared as it is; its heaps are compared by what they give.
+# Attributes of a Book that are compared as they are. Heaps are compared by their results.
 PLAIN: Final = [
     "epoch",
     "next_token",
@@ -63,7 +60,7 @@ PLAIN: Final = [
 
 
 class RuleHarness:
-    """`rows` are the jobs as folding the events gives them; they have to be those of the book at every step."""
+    """Decides commands. `rows` are the jobs as folded from the events; they must equal those of the book."""
 
     def __init__(self, policy: Policy | None = None, *, now: int = NOW, lease: int = 1_000) -> None:
         self.policy = policy or Policy()
@@ -84,7 +81,7 @@ class RuleHarness:
         return Moment(self.now, self.lease, self.now - self.lease, self.trusted)
 
     def advance(self, ms: int) -> None:
-        """Time passes, on both clocks."""
+        """Advance both clocks."""
         self.now += ms
         self.lease += ms
         self.book.advance(self.now, self.lease)
@@ -92,7 +89,7 @@ class RuleHarness:
     def decide(
         self, command: AnyCommand, *, admin: bool = False, by: str = "client", expected: str | None = None
     ) -> Decision:
-        """Decide, see that the book was only read, take the steps in and compare everything with a recount."""
+        """Decide, check that the book was only read, apply the changes and compare everything with a recount."""
         self.book.advance(self.now, self.lease)
         self.book.request_hashes = dict(self.requests)  # as the actor reads them from the disk
         self.book.late = self._known_late(command)
@@ -113,13 +110,13 @@ class RuleHarness:
         return self.decide(command, admin=admin, by=by).answer
 
     def accept(self, command: AnyCommand, *, admin: bool = False, by: str = "client") -> Any:
-        """The data of an answer that is a yes."""
+        """Decide a command that must succeed; return the data of the response."""
         answer = self.ask(command, admin=admin, by=by)
         assert isinstance(answer, Response), answer
         return answer.data
 
     def reject(self, command: AnyCommand, code: str, *, admin: bool = False, by: str = "client") -> ApiError:
-        """A refusal with this code that changed no job: what comes late may leave a note, a complete its result."""
+        """Decide a command that must return the error `code` and change no job; late calls may be recorded."""
         decision = self.decide(command, admin=admin, by=by)
         assert isinstance(decision.answer, ApiError), decision.answer
         assert decision.answer.code == code, decision.answer
@@ -130,7 +127,7 @@ class RuleHarness:
         """Accept a command of an operator."""
         return self.accept(command, admin=True, by="admin")
 
-    # -- short words --------------------------------------------------------------------------------------------------
+    # -- shortcuts --------------------------------------------------------------------------------------------------
 
     def job(self, job_id: str = "a") -> Job:
         return self.rows[job_id]
@@ -140,17 +137,17 @@ class RuleHarness:
         return self.job(job_id)
 
     def start(self, job_id: str = "a", *, worker: str = "w-1", **fields: Any) -> str:
-        """The lock id of a new grant."""
+        """Start a job; return the lock id."""
         granted: GrantView = self.accept(Start(id=job_id, worker=worker, **fields))
         return granted.lock_id
 
     def held(self, job_id: str = "a", *, worker: str = "w-1", **fields: Any) -> str:
-        """A new job in the hands of a worker: its lock id."""
+        """Create and start a job; return the lock id."""
         self.create(job_id, **fields)
         return self.start(job_id, worker=worker)
 
     def claim(self, **fields: Any) -> list[str]:
-        """Ids of the jobs that a claim gets."""
+        """Claim jobs; return their ids."""
         return [granted.job.id for granted in self.accept(Claim(worker="w-1", **fields)).grants]
 
     def progress(self, lock_id: str, progress: float = 50, job_id: str = "a") -> Any:
@@ -161,27 +158,27 @@ class RuleHarness:
         return self.job(job_id)
 
     def types(self, job_id: str = "a") -> list[str]:
-        """The job's timeline, by event type."""
+        """Return the event types of the timeline of a job."""
         return [event.type for event in self.events if event.job_id == job_id]
 
     def last(self) -> Event:
         return self.events[-1]
 
     def row(self, job: Job) -> Job:
-        """A row that hands have left behind: in the book without any rule."""
+        """Put a row into the book without any rule, like a manual edit."""
         self.book.swap(self.rows.get(job.id), None)
         self.book.swap(None, job)
         self.rows[job.id] = job
         return job
 
     def late(self, job_id: str = "a") -> list[LateResult]:
-        """The late results of a job, the oldest grant first."""
+        """Return the late results of a job, oldest grant first."""
         return self.lates.get(self.job(job_id).seq, [])
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- internals -------------------------------------------------------------------------------------------------------
 
     def _known_late(self, command: AnyCommand) -> LateResultRows:
-        """As the actor reads them from the disk."""
+        """Return the late results that the actor would read from the storage."""
         asked = late_result_rules.asks(self.book, command, self.policy)
         if asked is None:
             return LateResultRows()
@@ -203,9 +200,9 @@ class RuleHarness:
             assert event.seq > self.events[-1].seq
         self.events.append(event)
         if event.job_seq:
-            assert self.rows.get(event.job_id) == change.before, "a step does not go on from the one before"
+            assert self.rows.get(event.job_id) == change.before, "a change does not continue from the previous row"
             folded = fold(change.before, event)
-            assert folded == change.after, "the event does not say what happened"
+            assert folded == change.after, "the event does not match the change"
             assert change.before is None or event.before == change.before.status
             assert event.after == (None if folded is None else folded.status)
             if folded is None:
@@ -224,7 +221,7 @@ class RuleHarness:
         grant = change.after.grant if change.after is not None else None
         if grant is None or (change.before is not None and change.before.grant == grant):
             return
-        assert not self.tokens or grant.fencing_token > self.tokens[-1], "a token does not rise"
+        assert not self.tokens or grant.fencing_token > self.tokens[-1], "a token is not greater than the previous one"
         self.tokens.append(grant.fencing_token)
 
 
@@ -242,7 +239,7 @@ def holder_commands(lock_id: str) -> list[Any]:
 
 
 def picture(book: Book) -> dict[str, Any]:
-    """Everything of a book that a decision must leave alone (caches and stale entries of heaps aside)."""
+    """Return everything in a book that a decision must not change, without caches and stale heap entries."""
     shown = {name: copy.deepcopy(getattr(book, name)) for name in PLAIN}
     shown["overdue"] = list(book.overdue())
     shown["order"] = [job.id for job in book.due(list(book.counts), None)]
@@ -253,7 +250,7 @@ def picture(book: Book) -> dict[str, Any]:
 def due_order(
     rows: Iterable[Job], now: int, queues: Iterable[str], kinds: Iterable[str] | None, paused: Iterable[str]
 ) -> list[str]:
-    """The order of claims by a plain sort."""
+    """Return the order of claims, by a plain sort."""
     allowed, wanted = set(queues) - set(paused), None if kinds is None else set(kinds)
     due = [
         job
@@ -268,7 +265,10 @@ def due_order(
 
 
 def compare(book: Book, rows: dict[str, Job], at: Moment, *, finished_at_hand: bool = True) -> None:
-    """Every order and counter of the book against a recount over all rows. A start has no finished jobs at hand."""
+    """Compare every order and counter of the book with a recount over all rows.
+
+    Without `finished_at_hand`, as after a start, the book need not know finished jobs.
+    """
     book.advance(at.now, at.lease)
     _compare_counts(book, rows)
     _compare_orders(book, rows, at)
@@ -277,12 +277,12 @@ def compare(book: Book, rows: dict[str, Job], at: Moment, *, finished_at_hand: b
         assert book.get(job.id) == job or (not finished_at_hand and job.id not in {*book.jobs, *book.finished})
         if job.status == "processing":
             continue
-        assert job.grant is None or job.seq in book.suspects, "a lock on a job that nobody processes"
+        assert job.grant is None or job.seq in book.suspects, "a lock on a job that is not processing"
 
 
 def _compare_counts(book: Book, rows: dict[str, Job]) -> None:
     counts: dict[str, dict[str, int]] = {name: dict.fromkeys(STATUSES, 0) for name in book.counts}
-    known = [job for job in rows.values() if job.status in STATUSES]  # others are counted nowhere
+    known = [job for job in rows.values() if job.status in STATUSES]  # others are not counted
     for job in known:
         counts[job.options.queue][job.status] += 1
     assert book.counts == counts
