@@ -1,6 +1,6 @@
-"""The same job granted twice within the life of one lock: two workers may have been at work on it at the same time.
+"""Detect double grants: a job granted twice within the life of one lock, so that two workers may have worked on it.
 
-Pure. It is told of committed changes (figures.py) and decides nothing; to forget costs no more than a warning.
+Counted from commits, for a warning only.
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from msgspec import Struct, field
 from jobd.model.events import Change, Event
 from jobd.model.job import MINUTE_MS, Grant, Lease
 
-TAKEN_KEPT: Final = 1_000  # grants that are watched; the oldest is forgotten first
-
-
+TAKEN_KEPT: Final = 1_000  # grants to watch; the oldest are forgotten
 TAKE_BACK: Final = "take-back"  # the rule that ended such a grant
 
 
 class Taken(Struct, frozen=True):
-    """A grant that was ended without a word from its worker. Its lock would have lived until this lease time."""
+    """A grant that ended without its worker. `until` is the lease time until which its lock would have been live."""
 
     until: int
     fencing_token: int
@@ -27,7 +25,7 @@ class Taken(Struct, frozen=True):
 
 
 class Overlap(Struct, frozen=True):
-    """A job that was granted while the time of the grant before had not run out. Tokens and workers: then, and now."""
+    """A job that was granted while the lock of its previous grant would have been live. Previous and new grant."""
 
     job_id: str
     tokens: tuple[int, int]
@@ -35,10 +33,11 @@ class Overlap(Struct, frozen=True):
 
 
 class Overlaps(Struct):
-    """A usual stall is not an overlap: the lock has expired before the next grant.
+    """Double grants, and the grants that could become one.
 
-    A ceiling counts, because its worker may have reported a moment ago, and so does a restored backup. What an operator
-    ends does not count, nor a grant whose worker has received `lock_lost`.
+    After an ordinary stall there is none, because the lock expires before the next grant. A grant that ended at its
+    ceiling or by a restored backup counts: its worker may still be at work. A grant that an operator ended does not,
+    nor one whose worker has received `lock_lost`.
     """
 
     taken: dict[int, Taken] = field(default_factory=dict)  # job seq -> its last grant
@@ -47,9 +46,9 @@ class Overlaps(Struct):
     last: Overlap | None = None
 
     def ended(self, change: Change) -> None:
-        """A job has stalled, or an operator has taken it back."""
+        """Record that a job stalled or was taken back."""
         before, after = change.before, change.after
-        assert before is not None and after is not None  # a stall keeps its job
+        assert before is not None and after is not None  # a stall does not delete the job
         if before.grant is None or before.lease is None:
             return
         if after.ended is not None and after.ended.rule == TAKE_BACK:
@@ -60,13 +59,13 @@ class Overlaps(Struct):
             del self.taken[next(iter(self.taken))]
 
     def refused(self, event: Event) -> None:
-        """A worker has received `lock_lost` for the grant that it no longer has."""
+        """Record that a worker received `lock_lost` for its ended grant."""
         taken = self.taken.get(event.job_seq)
         if taken is not None and (event.details or {}).get("fencing_token") == taken.fencing_token:
             del self.taken[event.job_seq]
 
     def granted(self, change: Change) -> None:
-        """A job was handed to a worker. Of most jobs nothing is known here."""
+        """Record a grant. Most jobs have no watched grant."""
         taken = self.taken.pop(change.event.job_seq, None)
         if taken is None:
             return
@@ -82,7 +81,7 @@ class Overlaps(Struct):
         self.last = Overlap(after.id, (taken.fencing_token, made.fencing_token), (taken.worker, made.worker))
 
     def last_hour(self, now: int) -> int:
-        """How many in the last 60 minutes, by wall time. After a step back of it what lies ahead does not count."""
+        """Return the number in the last 60 minutes of wall time."""
         return sum(self._hour_before(now).values())
 
     def _hour_before(self, now: int) -> dict[int, int]:
@@ -91,9 +90,9 @@ class Overlaps(Struct):
 
 
 def lock_end(made: Grant, lease: Lease) -> int:
-    """The lease time until which the worker had been promised the job, whatever ceiling has cut the lock short.
+    """Return the lease time until which the lock would have been live without its ceiling.
 
-    A lock at its ceiling says nothing about silence; then it is one TTL from the last sign of life.
+    For a lock that was cut to its ceiling, that is one TTL after the last report.
     """
     if lease.ceiling is None or lease.expires < lease.ceiling:
         return lease.expires

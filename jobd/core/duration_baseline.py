@@ -1,7 +1,6 @@
-"""How long jobs of each kind take: the 95th percentile of the last hour, and what is usual for the kind.
+"""The duration baseline of each kind of job: the 95th percentile of the last hour, and its usual value.
 
-Pure. It is told of completions (figures.py) and decides nothing. Memory is bounded: so many kinds, so many hours of
-each, and counts by duration in buckets that grow with it.
+Memory is bounded: a number of kinds, a number of hours of each, and counts in buckets of exponential size.
 """
 
 from __future__ import annotations
@@ -13,20 +12,19 @@ from msgspec import Struct, field
 
 from jobd.model.job import HOUR_MS, MINUTE_MS
 
-KINDS_KEPT: Final = 100  # those that completed jobs last
+KINDS_KEPT: Final = 100  # those with the latest completions
 SLOT_MS: Final = 10 * MINUTE_MS
 SLOTS: Final = HOUR_MS // SLOT_MS
-SAMPLES_NEEDED: Final = 20  # completions, before an hour is judged
-HOURS_NEEDED: Final = 3  # judged hours, before anything is usual
-# The usual is the middle of the hours, not one percentile over all of them: an hour of slow jobs would soon be a
-# twentieth of a day's, and with that usual. Hours in which the kind had too few jobs are passed over, so that work
-# of the night is compared with the nights before.
+SAMPLES_NEEDED: Final = 20  # completions of an hour that counts
+HOURS_NEEDED: Final = 3  # hours that count, before there is a usual value
+# The usual value is the median of the hours, not a percentile over all of them, which an hour of slow jobs would soon
+# move. Hours with too few jobs do not count, so that nightly work is compared with previous nights.
 HOURS_KEPT: Final = 48
-STEP_BITS: Final = 3  # eight buckets for each doubling: a duration is known to an eighth
+STEP_BITS: Final = 3  # eight buckets for each doubling: durations have an error of one eighth
 
 
 class KindPace(Struct, frozen=True):
-    """One kind: completions of the last hour, and 95th percentiles in ms; None where too little is known."""
+    """One kind: completions of the last hour, and 95th percentiles in ms; None if there are too few jobs."""
 
     kind: str
     completed: int
@@ -35,9 +33,9 @@ class KindPace(Struct, frozen=True):
 
 
 class Pace(Struct):
-    """Completions of one kind by wall time: `slots` of ten minutes, and what each hour before came to."""
+    """Completions of one kind by wall time: `slots` of ten minutes, and the percentile of each earlier hour."""
 
-    last: int = 0  # when the last one was
+    last: int = 0  # time of the last one
     hour: int = 0  # the clock hour of the latest slot
     slots: dict[int, dict[int, int]] = field(default_factory=dict)  # slot -> bucket -> completions
     hours: list[int] = field(default_factory=list)  # 95th percentiles in ms, the oldest first
@@ -50,7 +48,7 @@ class Pace(Struct):
         counts[place] = counts.get(place, 0) + 1
 
     def last_hour(self, now: int) -> dict[int, int]:
-        """Completions by bucket, of this slot and the five before: 50 to 60 minutes."""
+        """Return the completions by bucket, of this slot and the five before it: 50 to 60 minutes."""
         slot = now // SLOT_MS
         return _sum(counts for key, counts in self.slots.items() if slot - SLOTS < key <= slot)
 
@@ -60,7 +58,7 @@ class Pace(Struct):
         return sorted(self.hours)[len(self.hours) // 2]
 
     def _begin(self, slot: int) -> None:
-        """A slot, and perhaps an hour, is over: keep what the hour came to, if that says anything."""
+        """End a slot. If an hour has ended too, keep its percentile if it counts."""
         if slot // SLOTS != self.hour:
             self._close_hour()
             self.hour = slot // SLOTS
@@ -74,16 +72,16 @@ class Pace(Struct):
 
 
 class Paces(Struct):
-    """The kinds that completed jobs last, in that order.
+    """The kinds with the latest completions, in that order.
 
-    Where there are enough, one that is new takes the place of the first, if that has been silent for a slot; else it is
-    passed over. So many kinds in turn do not push each other out before anything is known of any.
+    If there are KINDS_KEPT, a new kind replaces the first one, if that had no completion for a slot; otherwise it is
+    ignored. So many alternating kinds do not displace each other before any of them has a baseline.
     """
 
     kinds: dict[str, Pace] = field(default_factory=dict)
 
     def add(self, kind: str, at: int, ms: int) -> None:
-        """One job of `kind` completed at wall time `at`, `ms` after its grant."""
+        """Add a job of `kind` that completed at wall time `at`, `ms` after its grant."""
         pace = self.kinds.pop(kind, None)
         if pace is None:
             if len(self.kinds) >= KINDS_KEPT:
@@ -96,31 +94,31 @@ class Paces(Struct):
         pace.add(at, ms)
 
     def view(self, now: int) -> list[KindPace]:
-        """Every kind that completed jobs in the last hour."""
+        """Return every kind with completions in the last hour."""
         counted = ((kind, pace, pace.last_hour(now)) for kind, pace in self.kinds.items())
         return [_seen(kind, pace, counts) for kind, pace, counts in counted if counts]
 
 
 def bucket(ms: int) -> int:
-    """Where a duration is counted: exact below 16 ms, then eight places for each doubling."""
+    """Return the bucket of a duration: exact below 16 ms, then eight for each doubling."""
     shift = ms.bit_length() - STEP_BITS - 1
     return ms if shift <= 0 else (shift << STEP_BITS) + (ms >> shift)
 
 
 def top(place: int) -> int:
-    """The longest duration that is counted at `place`, in ms."""
+    """Return the longest duration of the bucket `place`, in ms."""
     shift = max((place >> STEP_BITS) - 1, 0)
     return ((place - (shift << STEP_BITS) + 1) << shift) - 1
 
 
 def percentile_95(counts: dict[int, int]) -> int:
-    """So many ms or less took 95 of 100; of less than 20 it is the longest."""
+    """Return the 95th percentile in ms. Of fewer than 20 durations it is the longest."""
     needed = (95 * sum(counts.values()) + 99) // 100
     for place in sorted(counts):
         needed -= counts[place]
         if needed <= 0:
             return top(place)
-    return 0  # of nothing
+    return 0  # empty
 
 
 def _seen(kind: str, pace: Pace, counts: dict[int, int]) -> KindPace:

@@ -1,7 +1,4 @@
-"""Orders in which jobs are found: sorted blocks for queues, heaps with stale entries for times.
-
-Pure structures. The time is an argument.
-"""
+"""The orders of queued jobs: sorted blocks for queues, heaps with stale entries for times."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ DueEntry = tuple[int, int, int, str, int]
 TimeEntry = tuple[int, int, str]  # time, job seq, job id
 LaneName = tuple[str, str, int]  # queue, kind, priority
 
-SLACK = 64  # stale entries that a heap may always hold; beyond, at most as many as it has valid ones
+SLACK = 64  # stale entries that a heap may always have; beyond, at most as many as valid ones
 BLOCK: Final = 512  # entries
 NEVER: Final = 1 << 63  # the expires_at of a job that has none
 _LONG_AGO: Final = -1
-_GONE_AT_ONCE: Final = 4096  # jobs that have left the front of a line, at most, before their places are dropped
+_GONE_AT_ONCE: Final = 4096  # removed jobs at the front of a Fifo at which they are dropped
 
 _run_at: Callable[[DueEntry], int] = itemgetter(1)
 _created_at: Callable[[CompactJob], int] = attrgetter("created_at")
@@ -44,7 +41,7 @@ def entry_of(job: Job) -> DueEntry:
 
 
 def short_entry(job: CompactJob) -> DueEntry:
-    """The place of an untouched job: due since its creation."""
+    """Return the position of a compact job, which is due since its creation."""
     return (job.options.priority, job.created_at, job.seq, job.id, NEVER)
 
 
@@ -63,7 +60,7 @@ class LazyHeap(Generic[Entry]):
         heapq.heappush(self.entries, entry)
 
     def first(self, valid: Callable[[Entry], bool]) -> Entry | None:
-        """The smallest valid entry; stale ones above it are dropped."""
+        """Return the smallest valid entry. Drops the stale ones before it."""
         entries = self.entries
         while entries:
             if valid(entries[0]):
@@ -72,7 +69,7 @@ class LazyHeap(Generic[Entry]):
         return None
 
     def ordered(self, valid: Callable[[Entry], bool]) -> Iterator[Entry]:
-        """Valid entries in order, each once, cost by the number taken. The heap must not change meanwhile."""
+        """Iterate over valid entries in order, each once. The heap must not change meanwhile."""
         last = self.first(valid)
         if last is None:
             return
@@ -85,19 +82,19 @@ class LazyHeap(Generic[Entry]):
             for child in (2 * place + 1, 2 * place + 2):
                 if child < len(entries):
                     heapq.heappush(frontier, (entries[child], child))
-            # A job that went and came back has equal entries, next to each other: give it once.
+            # A job that left and came back has equal entries, next to each other.
             if entry != last and valid(entry):
                 last = entry
                 yield entry
 
     def pop_until(self, time: int) -> Iterator[Entry]:
-        """Take out every entry whose first part is at or before `time`, valid or not."""
+        """Remove and return every entry whose first part is at or before `time`, valid or not."""
         entries = self.entries
         while entries and entries[0][0] <= time:  # type: ignore[operator]  # the first part of every entry is an int
             yield heapq.heappop(entries)
 
     def trim(self, live: int, valid: Callable[[Entry], bool]) -> None:
-        """Drop the stale entries where they outnumber the `live` ones; amortised, a constant cost per removal."""
+        """Drop stale entries if they outnumber the `live` ones. The amortized cost per removal is constant."""
         if len(self.entries) > 2 * live + SLACK:
             self.entries = sorted({entry for entry in self.entries if valid(entry)})
 
@@ -234,11 +231,10 @@ def _latest(block: list[DueEntry]) -> int:
 
 
 class Fifo:
-    """Jobs to which nothing has happened, in order of creation: 8 bytes for each, where an entry takes 100.
+    """Compact jobs in order of creation, with 8 bytes each; an entry takes 100.
 
-    A job joins at the end, and only if it belongs there. Jobs that are gone stay until they come to the front or `trim`
-    finds too many of them. The jobs in line begin at `_first`; the places before it are dropped together. It is a list,
-    because a deque is slow to reach a job in its middle.
+    Jobs are appended in order. Removed jobs stay until they reach the front or `trim` finds too many of them. The jobs
+    begin at `_first`; the places before it are dropped together. It is a list, because a deque has slow random access.
     """
 
     __slots__ = ("_first", "_jobs")
@@ -254,7 +250,7 @@ class Fifo:
         return self._from(self._first)
 
     def takes(self, job: CompactJob) -> bool:
-        """Whether `job` comes after all that are in line."""
+        """Return whether `job` belongs after all others."""
         if not self:
             return True
         last = self._jobs[-1]
@@ -267,7 +263,7 @@ class Fifo:
         self._jobs.extend(jobs)
 
     def first(self, waits: Callable[[CompactJob], bool]) -> CompactJob | None:
-        """The first that still waits; those before it are dropped."""
+        """Return the first job that is still waiting. Drops those before it."""
         jobs, first = self._jobs, self._first
         while first < len(jobs):
             if waits(jobs[first]):
@@ -280,7 +276,7 @@ class Fifo:
         return jobs[first] if first < len(jobs) else None
 
     def ends_by(self, now: int) -> bool:
-        """Return whether all jobs in line were created at or before `now`."""
+        """Return whether all jobs were created at or before `now`."""
         return not self or self._jobs[-1].created_at <= now
 
     def next_created_at(self, now: int, waits: Callable[[CompactJob], bool]) -> int | None:
@@ -291,7 +287,7 @@ class Fifo:
         return next((job.created_at for job in ahead if waits(job)), None)
 
     def trim(self, live: int, waits: Callable[[CompactJob], bool]) -> None:
-        """Drop those that are gone where they outnumber the `live` ones."""
+        """Drop removed jobs if they outnumber the `live` ones."""
         if len(self) > 2 * live + SLACK:
             self._jobs, self._first = list(filter(waits, self)), 0
 
@@ -300,9 +296,9 @@ class Fifo:
 
 
 class Lane:
-    """The queued jobs of one queue, kind and priority: new ones in line, all others sorted. `live` counts them.
+    """The queued jobs of one queue, kind and priority: compact ones in a Fifo, others sorted. `live` counts them.
 
-    Jobs that are not due yet come behind those that are: both orders go by `run_at`. `wakes_at` is the time at which
+    Both are ordered by `run_at`, so jobs that are not due yet come last. `wakes_at` is the time at which
     the next of them becomes due, or earlier. `due_at` is when a job of the lane last became due.
     """
 
@@ -343,8 +339,8 @@ class QueuedJobs:
     """The queued jobs of one queue, in exact order over all kinds or over some of them.
 
     There is one lane for each kind and priority. `heads` orders the lanes with due jobs by their first job, so that the
-    cost of a claim does not grow with their number. It is empty if there is only one lane. `waits` tells which
-    untouched jobs still wait.
+    cost of a claim does not grow with their number. It is empty if there is only one lane. `waits` says which
+    compact jobs are still waiting.
     """
 
     __slots__ = ("_count", "_name", "_waits", "heads", "lanes")
@@ -357,7 +353,7 @@ class QueuedJobs:
         self._waits = waits
 
     def add(self, kind: str, entry: DueEntry, now: int) -> Lane:
-        """Add a job of this kind, untouched or not."""
+        """Add a job of this kind, compact or not."""
         lane = self._lane(kind, entry[0], now)
         lane.live += 1
         lane.others.add(entry)
@@ -366,7 +362,7 @@ class QueuedJobs:
         return lane
 
     def join(self, job: CompactJob, now: int) -> Lane:
-        """Add an untouched job."""
+        """Add a compact job."""
         kind = job.options.kind
         lane = self._lane(kind, job.options.priority, now)
         if not lane.line.takes(job):
@@ -387,7 +383,7 @@ class QueuedJobs:
         return lane
 
     def remove(self, kind: str, entry: DueEntry, now: int) -> Lane | None:
-        """Remove a job. A job in line has been marked as no longer waiting. Return its lane if that is now empty."""
+        """Remove a job; a compact one no longer waits. Return its lane if that is now empty."""
         lane = self.lanes[kind][entry[0]]
         lane.live -= 1
         lane.others.remove(entry)
@@ -417,7 +413,7 @@ class QueuedJobs:
                 heapq.heappush(frontier, (next_entry, following))
 
     def in_line(self, kinds: Iterable[str] | None, now: int) -> Iterator[CompactJob] | None:
-        """Return the due jobs in order if all of them are in one line; None if orders have to be merged."""
+        """Return the due jobs in order if all are in one Fifo; None if orders must be merged."""
         only = self._only_lane() if kinds is None else None
         if only is None or only.others or not only.line.ends_by(now):
             return None
@@ -437,7 +433,7 @@ class QueuedJobs:
             self.heads.trim(self._count, self._is_head)
 
     def _only_lane(self) -> Lane | None:
-        """The lane of a queue that has but one: its order is the order of the queue."""
+        """Return the lane of a queue with only one, whose order is that of the queue."""
         if self._count != 1:
             return None
         (lanes,) = self.lanes.values()
@@ -463,7 +459,7 @@ class QueuedJobs:
             self.heads.entries.clear()
 
     def _begin_heads(self, now: int) -> None:
-        """A second lane comes: from now on there is something to order."""
+        """Offer all lanes, because a second one is about to be added."""
         for lanes in self.lanes.values():
             for lane in lanes.values():
                 self.offer(lane, now)

@@ -1,6 +1,6 @@
-"""Figures that no promise depends on: what happened lately, counted from committed changes.
+"""Statistics of recent changes, counted from commits.
 
-Pure. They are kept across a restart as of the last save (store.py); to lose them costs nothing but history.
+They survive a restart as of their last save. No promise depends on them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class SinceReport(Struct):
 
 
 class Figures(Struct):
-    """Counters and short histories, by wall time. After a step back of it what lies ahead does not count."""
+    """Counters and short histories by wall time. After a backward step of the clock, later entries do not count."""
 
     completions: dict[int, tuple[int, int]] = field(default_factory=dict)  # minute -> jobs, ms of processing
     recoveries: dict[int, int] = field(default_factory=dict)  # hour -> jobs
@@ -98,18 +98,18 @@ class Figures(Struct):
                 pass
 
     def completed_last_hour(self, now: int) -> tuple[int, int]:
-        """Jobs completed in the last 60 minutes, and the milliseconds that they were processing."""
+        """Return the number of jobs completed in the last 60 minutes, and their processing time in ms."""
         this = now // MINUTE_MS
         recent = [value for minute, value in self.completions.items() if this - 60 < minute <= this]
         return sum(count for count, _ in recent), sum(total_ms for _, total_ms in recent)
 
     def recovered_last_day(self, now: int) -> int:
-        """Jobs recovered in the last 24 hours."""
+        """Return the number of jobs recovered in the last 24 hours."""
         this = now // HOUR_MS
         return sum(count for hour, count in self.recoveries.items() if this - 24 < hour <= this)
 
     def recovered_lately(self, now: int) -> int:
-        """Jobs recovered in the last 10 minutes, by whatever command."""
+        """Return the number of jobs recovered in the last 10 minutes, by any command."""
         this = now // STEP_MS
         return sum(count for step, count in self.recovered.items() if this - LATELY < step <= this)
 
@@ -152,7 +152,7 @@ def _label(queue: str, known: dict[str, int] | dict[str, Histogram]) -> str:
     return queue if queue in known or len(known) < HISTOGRAM_QUEUES else OTHER_QUEUES
 
 
-# Ends of attempts. An attempt that failed counts whether or not it is tried again.
+# Events that end an attempt. A failed attempt counts whether or not there is a retry.
 _SUCCESSES: Final = frozenset({"completed", "adopted"})
 _FAILURES: Final = frozenset({"failed", "retried", "stalled", "force_failed"})
 
@@ -160,7 +160,7 @@ _FAILURES: Final = frozenset({"failed", "retried", "stalled", "force_failed"})
 class Attempts:
     """The attempts of each queue that ended in the last 10 minutes. In memory only.
 
-    A step of 10 s has a table of its own; the sums are kept beside them, so a look costs by the queues alone.
+    Each step of 10 s has its own table. Sums are kept beside them, so the cost of a read grows only with the queues.
     """
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ class Attempts:
                 self._add(event.queue, event.at, int(failed))
 
     def forget(self, now: int) -> None:
-        """Drop the steps that are not of the last 10 minutes. After a backward step of the clock, later ones go too."""
+        """Drop the steps before the last 10 minutes, and later ones after a backward step of the clock."""
         this = now // STEP_MS
         for step in [step for step in self._steps if not this - LATELY < step <= this]:
             for queue, (ended, failed) in self._steps.pop(step).items():

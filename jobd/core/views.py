@@ -1,7 +1,4 @@
-"""What is shown of jobs, grants, queues, workers and the whole: the book's figures in the shapes of the wire.
-
-Pure reading: nothing here changes a job or decides about one.
-"""
+"""Views of jobs, grants, queues and workers, as responses show them."""
 
 from __future__ import annotations
 
@@ -46,7 +43,7 @@ NO_ERROR = Failure(None)
 
 
 def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
-    """The lock of `job`: null once it is cleared, or where the job is not processing."""
+    """Return the lock of `job`; None if its expiry was recorded or the job is not processing."""
     if job.grant is None or job.lease is None or job.lease.cleared:
         return None
     grant = job.grant
@@ -60,9 +57,9 @@ def lock_view(job: Job, at: Moment, *, admin: bool = False) -> LockView | None:
 
 
 def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, payload: Raw | UnsetType = UNSET) -> JobView:
-    """The whole job. Durations that the creator left to the daemon are shown as they apply now."""
+    """Return the view of `job`. Durations that the creator did not set are shown as they apply now."""
     options, grant, result, error = job.options, job.grant, job.result or NO_RESULT, job.error or NO_ERROR
-    # By position: a claim of a hundred jobs makes a hundred of these, and names cost six times as much.
+    # By position: a claim makes up to a hundred of these, and keyword arguments take six times as long.
     return JobView(
         job.id,
         options.queue,
@@ -98,7 +95,7 @@ def job_view(job: Job, at: Moment, policy: Policy, *, admin: bool = False, paylo
 
 
 def moved(job: Job, payload: Raw) -> Import:
-    """The job as an import takes it. A bad row is shown as it is: the import refuses it, or a pass there mends it."""
+    """Return the job in the form that an import takes, even if it is invalid: the import rejects or repairs it."""
     options, result, error = job.options, job.result or NO_RESULT, job.error or NO_ERROR
     return Import(
         id=job.id,
@@ -134,7 +131,7 @@ def moved(job: Job, payload: Raw) -> Import:
 
 
 def late_view(late: LateResult, refusal: ApiError | None = None) -> LateResultView:
-    """`refusal` is that of its adoption, None where nothing of the result is against it."""
+    """Return the view of a late result. `refusal` is the error that its adoption would return."""
     result = late.result
     return LateResultView(
         late.seq,
@@ -159,7 +156,7 @@ def lock_state(grant: Grant, lease: Lease, at: Moment, extended: bool | UnsetTyp
 
 
 def grant_view(job: Job, at: Moment, view: JobView) -> GrantView:
-    """The current grant of `job`, for its holder."""
+    """Return the current grant of `job`, for its holder."""
     assert job.grant is not None and job.lease is not None
     grant, lease = job.grant, job.lease
     return GrantView(
@@ -256,7 +253,7 @@ def _worker(presence: WorkerPresence, name: str, seen: WorkerSeen) -> WorkerView
 
 
 def locks(book: Book, at: Moment, command: Locks, *, admin: bool) -> LockList:
-    """Current grants, the oldest first: those behind the cursor, which is a token, as many as are asked for."""
+    """Return current grants after the cursor (a fencing token), oldest first."""
     after = int(command.cursor or 0)
     held = ((job, job.grant, job.lease) for job in book.processing.values() if job.grant and job.lease)
     asked = (each for each in held if each[1].fencing_token > after) if after else held
@@ -298,13 +295,13 @@ def stats(book: Book, figures: Figures, at: Moment) -> StatsView:
 
 
 def oldest_due(book: Book) -> OldestDue | None:
-    """The job that has been due longest of all."""
+    """Return the job that has been due longest."""
     found = book.oldest_due()
     return None if found is None else OldestDue(found[1][3], found[0], found[1][1])
 
 
 def average_processing_s(book: Book, figures: Figures, at: Moment) -> float:
-    """Seconds, over the completions of the last hour and the jobs that are processing now."""
+    """Return the average in seconds, over the completions of the last hour and the processing jobs."""
     count, total_ms = figures.completed_last_hour(at.now)
     running = len(book.processing)
     total_ms += running * at.now - book.started_sum

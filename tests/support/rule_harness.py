@@ -175,7 +175,7 @@ class RuleHarness:
         """Return the late results of a job, oldest grant first."""
         return self.lates.get(self.job(job_id).seq, [])
 
-    # -- internals -------------------------------------------------------------------------------------------------------
+    # -- internals ----------------------------------------------------------------------------------------------------
 
     def _known_late(self, command: AnyCommand) -> LateResultRows:
         """Return the late results that the actor would read from the storage."""
