@@ -19,6 +19,7 @@ from typing import BinaryIO, Final, Literal
 
 from jobd.model.storage import BackupError, DiskFull
 from jobd.storage import files, migrations, startup
+from jobd.storage.database import result_code
 from jobd.storage.files import FileLock, StoreError, StoreUnreadable
 from jobd.storage.store import MEMORY, Store
 
@@ -45,7 +46,7 @@ class BadCopy(StoreUnreadable, BackupError):
     """The copy did not pass its check, so the store is damaged too."""
 
 
-async def make_copy(store: Store, told: Progress | None = None) -> BinaryIO:
+async def make_copy(store: Store, progress: Progress | None = None) -> BinaryIO:
     """Return a marked and checked copy of the store at some moment during the call, as an open unlinked file.
 
     Copies in a thread, which a cancellation stops and waits for. Raises DiskFull before it copies anything if the disk
@@ -57,8 +58,8 @@ async def make_copy(store: Store, told: Progress | None = None) -> BinaryIO:
         def step(what: Step, done: int, total: int) -> None:
             if closing.is_set() or gone.is_set():
                 raise BackupStopped("the backup was interrupted")
-            if told is not None:
-                told(what, done, total)
+            if progress is not None:
+                progress(what, done, total)
 
         thread = asyncio.ensure_future(asyncio.to_thread(_copy_and_open, conn, store.path, step))
         try:
@@ -133,7 +134,7 @@ def _raising_disk_full() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        if (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF == sqlite3.SQLITE_FULL:
+        if result_code(error) & 0xFF == sqlite3.SQLITE_FULL:
             raise DiskFull(str(error)) from error
         raise
 
@@ -201,15 +202,15 @@ def restore(file: str, path: str) -> str | None:
         Path(new).unlink(missing_ok=True)
         try:
             _check_and_copy(file, new)
-            epoch, aside = _keep_old(path)
+            epoch, kept = _keep_old(path)
             if epoch > used.epoch:
                 files.write_epoch(path, epoch)
-            _give_to_owner(path, aside)
+            _give_to_owner(path, kept)
             os.replace(new, path)
             files.sync_directory(path)
         finally:
             Path(new).unlink(missing_ok=True)
-    return aside
+    return kept
 
 
 def _check_and_copy(file: str, new: str) -> None:
@@ -221,11 +222,11 @@ def _check_and_copy(file: str, new: str) -> None:
         copy_marked(source, new)
 
 
-def _give_to_owner(path: str, aside: str | None) -> None:
+def _give_to_owner(path: str, kept: str | None) -> None:
     """As root, give the written files the owner of the store, because the daemon runs as that user."""
     if os.geteuid() != 0:
         return
-    model = os.stat(aside or Path(path).resolve().parent)
+    model = os.stat(kept or Path(path).resolve().parent)
     for name in (f"{path}.restoring", f"{path}.lock", f"{path}.epoch"):
         if os.path.exists(name):
             os.chown(name, model.st_uid, model.st_gid)
@@ -240,17 +241,17 @@ def _keep_old(path: str) -> tuple[int, str | None]:
         return 0, None
     epoch = _checkpoint_old(path)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    aside = f"{path}.{stamp}"
+    kept = f"{path}.{stamp}"
     number = 1
-    while os.path.exists(aside):
+    while os.path.exists(kept):
         number += 1
-        aside = f"{path}.{stamp}-{number}"
-    os.link(path, aside)
+        kept = f"{path}.{stamp}-{number}"
+    os.link(path, kept)
     for suffix in ("-wal", "-shm"):
         if os.path.exists(path + suffix):
-            os.rename(path + suffix, aside + suffix)
+            os.rename(path + suffix, kept + suffix)
     files.sync_directory(path)
-    return epoch, aside
+    return epoch, kept
 
 
 def _checkpoint_old(path: str) -> int:
@@ -272,6 +273,6 @@ def _checkpoint_old(path: str) -> int:
                 return 0
             return migrations.epoch_of(old)
     except sqlite3.Error as error:
-        if (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF == sqlite3.SQLITE_BUSY:
+        if result_code(error) & 0xFF == sqlite3.SQLITE_BUSY:
             raise files.StoreBusy(path, None) from error
         return 0  # an unreadable database may be the reason for the restore

@@ -399,24 +399,24 @@ class Database:
         if len(self._given_back) > GIVEN_BACK_KEPT:
             del self._given_back[next(iter(self._given_back))]
 
-    def note_quarantined(self, job_seq: int, aside: Quarantined) -> None:
+    def note_quarantined(self, job_seq: int, quarantined: Quarantined) -> None:
         """Report that damaged rows of this job were found. A job that still cannot be moved is reported once."""
-        if aside.is_moved:
+        if quarantined.is_moved:
             self.unmoved.pop(job_seq, None)
-        elif self.unmoved.get(job_seq) == aside.reason:
+        elif self.unmoved.get(job_seq) == quarantined.reason:
             return
         else:
-            self.unmoved[job_seq] = aside.reason
-        self.report_quarantined(aside)
+            self.unmoved[job_seq] = quarantined.reason
+        self.report_quarantined(quarantined)
 
     def note_fault(self, fault: str) -> None:
         """Add `fault` once, because the same damage is found repeatedly until the disk has space."""
         if fault not in self.faults:
             self.faults.append(fault)
 
-    def report_quarantined(self, aside: Quarantined) -> None:
-        """Queue `aside` for `Storage.on_quarantined`."""
-        self.recently_quarantined[self.quarantined_count] = aside
+    def report_quarantined(self, quarantined: Quarantined) -> None:
+        """Queue `quarantined` for `Storage.on_quarantined`."""
+        self.recently_quarantined[self.quarantined_count] = quarantined
         self.quarantined_count += 1  # last, because the event loop reads it from another thread
 
     def _thin(self, job_seq: int, begin: int) -> None:
@@ -468,10 +468,10 @@ class Database:
         merged = [sealed(codec.event_row(event)) for event in changed]
         self.conn.executemany(_UPDATE_EVENT, [(*row[-2:], row[0]) for row in merged])
 
-    def _write_queues(self, queues: dict[str, QueueRow], untold: list[Quarantined]) -> None:
+    def _write_queues(self, queues: dict[str, QueueRow], unreported: list[Quarantined]) -> None:
         """Write the rows of `queues`, minus the jobs quarantined since the batch was decided."""
         put = dict(queues)
-        for name, status in (aside.uncounted for aside in untold if aside.uncounted is not None):
+        for name, status in (each.uncounted for each in unreported if each.uncounted is not None):
             if name in put:
                 put[name] = put[name].without(status)
         self.conn.executemany(PUT_QUEUE, [codec.queue_row(name, queue) for name, queue in put.items()])

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sqlite3
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
@@ -34,7 +33,7 @@ from jobd.storage.database import (
 from jobd.storage.files import FileLock, StoreError
 from jobd.storage.outbox import CURSOR_SQL, DELIVERY_SQL
 from jobd.storage.quarantine import true_id
-from jobd.storage.queries import read_job
+from jobd.storage.queries import key_fault, read_job
 from jobd.storage.writers import AUDIT_SQL, insert
 
 NAMED: Final = 100  # problems listed of one kind; the rest is counted
@@ -221,12 +220,9 @@ def _journal(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 
 
 def _keys(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
-    for *columns, answer in _all_rows(conn, f"SELECT {KEY_SQL}, answer FROM keys NOT INDEXED"):
-        wrong = fault(tuple(columns))
-        if wrong is None and (None if answer is None else zlib.crc32(answer)) != columns[5]:
-            wrong = "the checksum of the stored response is wrong"
-        if wrong is not None:
-            yield StoreProblem(f"key {readable(columns[0])}", wrong, _ON_ACCESS)
+    for row in _all_rows(conn, f"SELECT {KEY_SQL}, answer FROM keys NOT INDEXED"):
+        if (wrong := key_fault(row)) is not None:
+            yield StoreProblem(f"key {readable(row[0])}", wrong, _ON_ACCESS)
 
 
 def queues(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
@@ -324,14 +320,14 @@ def accept(path: str, ids: Sequence[str] | None) -> str:
 
 def damaged(db: Database, path: str) -> list[str]:
     """Return the ids of jobs that are in quarantine or have damaged rows. Reads every job."""
-    aside = [readable(id_) for (id_,) in _all_rows(db.conn, "SELECT id FROM quarantined_jobs ORDER BY seq")]
+    quarantined = [readable(id_) for (id_,) in _all_rows(db.conn, "SELECT id FROM quarantined_jobs ORDER BY seq")]
     named = (
         problem.where.removeprefix("job ")
         for part in (_jobs, _payloads)
         for problem in part(db.conn, path)
         if problem.mend.startswith(_ACCEPT.partition("{")[0])
     )
-    return list(dict.fromkeys([*aside, *named]))
+    return list(dict.fromkeys([*quarantined, *named]))
 
 
 def recount(path: str) -> str:
@@ -369,10 +365,10 @@ class Edited(msgspec.Struct, frozen=True):
 def edited(db: Database, id_: str) -> Edited:
     """Return the edited row of job `id_`. Raises RepairRefused if there is none or it is not a valid job."""
     run = db.conn.execute
-    aside = run("SELECT seq, row, payload, request_hash FROM quarantined_jobs WHERE id = ?", (id_,)).fetchone()
-    row, body, request_hash = _in_place(db, id_) if aside is None else (*_quarantined_row(id_, aside), aside[3])
+    found = run("SELECT seq, row, payload, request_hash FROM quarantined_jobs WHERE id = ?", (id_,)).fetchone()
+    row, body, request_hash = _in_place(db, id_) if found is None else (*_quarantined_row(id_, found), found[3])
     row = _normalized(db, id_, row)
-    return Edited(None if aside is None else aside[0], row, _json_text(id_, body), request_hash or "")
+    return Edited(None if found is None else found[0], row, _json_text(id_, body), request_hash or "")
 
 
 def _accept(db: Database, path: str, ids: Sequence[str] | None) -> str:
@@ -416,12 +412,12 @@ def _in_place(db: Database, id_: str) -> tuple[Row, Any, Any]:
     return (found[0][:-1], *(payload[0] if payload else (b"null", "")))
 
 
-def _quarantined_row(id_: str, aside: Row) -> tuple[Row, Any]:
+def _quarantined_row(id_: str, found: Row) -> tuple[Row, Any]:
     try:
-        row = codec.from_text(JOB_COLUMNS, aside[1])
+        row = codec.from_text(JOB_COLUMNS, found[1])
     except codec.Unreadable as error:
         raise RepairRefused(f"job {id_}: the row in quarantine: {error}") from error
-    return row, b"null" if aside[2] is None else aside[2]
+    return row, b"null" if found[2] is None else found[2]
 
 
 def _normalized(db: Database, id_: str, row: Row) -> Row:

@@ -146,13 +146,13 @@ def accept(path: str, ids: Sequence[str] | None) -> list[str]:
         lines: list[str] = []
         for id_ in doctor.damaged(db, path) if ids is None else dict.fromkeys(ids):
             try:
-                row, told = _accepted(db, id_)
+                row, described = _accepted(db, id_)
             except doctor.RepairRefused as refused:
                 if ids is not None:
                     raise
                 lines.append(f"{refused}. The row would not change")
                 continue
-            lines += told
+            lines += described
             is_new = not db.rows("SELECT 1 FROM jobs NOT INDEXED WHERE seq = ?", (row["seq"],))
             live, finished = (
                 live + (is_new and row["status"] in LIVE),

@@ -118,10 +118,10 @@ def _lock_owner(lock: int) -> int | None:
 
 def has_sqlite_lock(path: str) -> bool:
     """Return whether a program holds an SQLite lock on the database at `path`."""
-    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_SQLITE_LOCKS, 0)
+    lock = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_SQLITE_LOCKS, 0)
     with open(path, "rb") as file:
-        answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, asked)
-    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+        found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, lock)
+    return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
 
 
 @contextlib.contextmanager

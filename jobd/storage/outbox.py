@@ -47,8 +47,8 @@ def cursor_row(cursor: WebhookCursor) -> Row:
 def cursor(row: Row) -> WebhookCursor:
     """Return the cursor of an undamaged row."""
     name, position, gone_to, next_delivery, alerts, updated_at, _ = row
-    told = msgspec.json.decode(alerts, type=dict[str, int])
-    return WebhookCursor(name, position, gone_to, next_delivery, told, updated_at)
+    firing = msgspec.json.decode(alerts, type=dict[str, int])
+    return WebhookCursor(name, position, gone_to, next_delivery, firing, updated_at)
 
 
 def delivery_row(delivery: Delivery) -> Row:
@@ -184,7 +184,7 @@ def _drop(db: Database, state: DeliveryState, where: str, args: tuple[Any, ...])
     """Delete deliveries. Return whether one of them failed permanently and was about an event or a gap."""
     sql = f"DELETE FROM deliveries WHERE {where} RETURNING seq > 0 OR type = ?"
     dropped = db.conn.execute(sql, (*args, EVENTS_GONE)).fetchall()
-    return state == "given_up" and any(told for (told,) in dropped)
+    return state == "given_up" and any(matters for (matters,) in dropped)
 
 
 def given_up(db: Database, endpoint: str) -> tuple[int, int]:

@@ -152,9 +152,9 @@ def quarantine_rows(
 
 
 def _quarantine_row(db: Database, table: str, columns: tuple[str, ...], rowid: int, row: Row, reason: str) -> None:
-    aside = insert("bad_rows", ("place", "what", "at", "row"))
+    sql = insert("bad_rows", ("place", "what", "at", "row"))
     what = f"{readable(row[0])}: {reason}"
-    db.conn.execute(aside, (table, what, now_ms(), codec.as_text(columns, row)))
+    db.conn.execute(sql, (table, what, now_ms(), codec.as_text(columns, row)))
     if table == "events":
         db.note_gone(rowid)
         db.write_meta()

@@ -62,6 +62,7 @@ _NO_LIMIT: Final = 1 << 62
 _EVENT: Final = f"SELECT {EVENT_SQL} FROM events NOT INDEXED WHERE seq = ?"
 _JOB_SEQ: Final = EVENT_COLUMNS.index("job_seq")
 _ALL: Final = -1  # SQLite: no limit
+_RESPONSE_CRC: Final = KEY_COLUMNS.index("answer_crc")
 _CREATED: Final = "SELECT created_at FROM jobs NOT INDEXED WHERE seq = ?"
 _METADATA: Final = JOB_COLUMNS.index("metadata")
 _LATE: Final = f"SELECT {LATE_SQL} FROM late_results NOT INDEXED WHERE seq = ?"
@@ -176,13 +177,20 @@ def _stored_response(db: Database, digest: str) -> StoredResponse | None:
     found = db.rows(f"SELECT rowid, {KEY_SQL}, answer FROM keys WHERE digest = ?", (digest,))
     if not found:
         return None
-    rowid, *columns, answer = found[0]
-    wrong = fault(tuple(columns))
-    if wrong is None and (None if answer is None else zlib.crc32(answer)) != columns[5]:
-        wrong = "the checksum of the stored response is wrong"
-    if wrong is None:
-        return codec.key(tuple(columns), answer)
-    quarantine_rows(db, "keys", (*KEY_COLUMNS, "crc", "answer"), [(rowid, found[0][1:], wrong)])
+    rowid, *row = found[0]
+    if (wrong := key_fault(tuple(row))) is None:
+        return codec.key(tuple(row[:-1]), row[-1])
+    quarantine_rows(db, "keys", (*KEY_COLUMNS, "crc", "answer"), [(rowid, tuple(row), wrong)])
+    return None
+
+
+def key_fault(row: Row) -> str | None:
+    """Return the error of a row of keys (KEY_SQL and the stored response), or None."""
+    *columns, body = row
+    if (wrong := fault(tuple(columns))) is not None:
+        return wrong
+    if columns[_RESPONSE_CRC] != (None if body is None else zlib.crc32(body)):
+        return "the checksum of the stored response is wrong"
     return None
 
 
@@ -397,17 +405,17 @@ def _events(db: Database, found: list[Row]) -> list[Event]:
     damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
     if damaged:
         quarantine_rows(db, "events", (*EVENT_COLUMNS, "crc"), damaged)
-        aside = {seq for seq, _, _ in damaged}
-        found = [row for row in found if row[0] not in aside]
+        bad = {seq for seq, _, _ in damaged}
+        found = [row for row in found if row[0] not in bad]
     return [codec.event(row) for row in found]
 
 
-def late(db: Database, asked: list[LateResultQuery]) -> LateResultRows:
+def late(db: Database, wanted: list[LateResultQuery]) -> LateResultRows:
     """See Storage.late. Reads each job once."""
     db.check()
     whole: dict[int, bool] = {}
     locks: dict[int, set[str]] = {}
-    for each in asked:
+    for each in wanted:
         whole[each.job_seq] = each.with_results or whole.get(each.job_seq, False)
         if each.lock_id is not None:
             locks.setdefault(each.job_seq, set()).add(each.lock_id)

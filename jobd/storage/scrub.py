@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sqlite3
 import time
-import zlib
 from typing import Final
 
 from msgspec import Struct
@@ -16,7 +15,7 @@ from jobd.storage.codec import AUDIT_COLUMNS, EVENT_COLUMNS, LATE_COLUMNS, Row, 
 from jobd.storage.database import EVENT_SQL, JOB_SQL, KEY_SQL, LATE_SQL, TOMBSTONE_SQL, Database, is_corrupt, readable
 from jobd.storage.outbox import DELIVERY_SQL
 from jobd.storage.quarantine import quarantine_jobs, quarantine_rows
-from jobd.storage.queries import read_job
+from jobd.storage.queries import key_fault, read_job
 from jobd.storage.writers import AUDIT_SQL
 
 SLICE_S: Final = 0.002
@@ -90,7 +89,7 @@ def _others(db: Database, found: Slice, after: int, until_s: float) -> None:
     read, is_cut = db.rows_up_to(sql, (after, MOST_ROWS), MOST_BYTES)
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *values in read:
-        wrong = _wrong_key(tuple(values)) if found.table == "keys" else fault(tuple(values))
+        wrong = key_fault(tuple(values)) if found.table == "keys" else fault(tuple(values))
         if wrong is not None:
             damaged.append((rowid, tuple(values), wrong))
         found.checked += 1
@@ -102,11 +101,3 @@ def _others(db: Database, found: Slice, after: int, until_s: float) -> None:
     if names is not None:
         quarantine_rows(db, found.table, names, damaged)
     found.damaged += [(f"{found.table} {readable(row[0])}", wrong) for _, row, wrong in damaged]
-
-
-def _wrong_key(row: Row) -> str | None:
-    *columns, answer = row
-    wrong = fault(tuple(columns))
-    if wrong is None and (None if answer is None else zlib.crc32(answer)) != columns[5]:
-        wrong = "the checksum of the stored response is wrong"
-    return wrong

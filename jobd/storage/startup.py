@@ -374,8 +374,8 @@ def _has_reserve(path: str) -> bool:
 def _read_all(db: Database) -> OpenedStore:
     for id_, reason in db.rows("SELECT id, reason FROM quarantined_jobs"):
         db.quarantined[readable(id_)] = reason
-    aside = db.rows("SELECT place, count(*) FROM bad_rows GROUP BY place")
-    db.faults += [f"damaged rows of {place} in quarantine: {count}; run `jobd doctor`" for place, count in aside]
+    bad_rows = db.rows("SELECT place, count(*) FROM bad_rows GROUP BY place")
+    db.faults += [f"damaged rows of {place} in quarantine: {count}; run `jobd doctor`" for place, count in bad_rows]
     jobs, in_short = _live_jobs(db)
     opened = OpenedStore(
         numbers=db.numbers,

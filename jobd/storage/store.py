@@ -90,7 +90,7 @@ class Store(Storage):
         self._database = db
         self._lock = lock
         self.on_broken: Callable[[Exception], None] = lambda error: None
-        self.on_quarantined: Callable[[Quarantined], None] = lambda aside: None
+        self.on_quarantined: Callable[[Quarantined], None] = lambda quarantined: None
         self.on_tombstones: Callable[[int], None] = lambda count: None
         self._committing = threading.Event()
         db.before_commit = self._committing.set
@@ -198,8 +198,8 @@ class Store(Storage):
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
         return await self._run(queries.timeline, self._database, job_seq, limit)
 
-    async def late(self, asked: list[LateResultQuery]) -> LateResultRows:
-        return await self._run(queries.late, self._database, asked)
+    async def late(self, wanted: list[LateResultQuery]) -> LateResultRows:
+        return await self._run(queries.late, self._database, wanted)
 
     async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
         return await self._run(queries.count_late, self._database, job_seqs)

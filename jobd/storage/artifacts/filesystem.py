@@ -143,10 +143,10 @@ class FileArtifactStore:
                     if not stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
                         raise FileNotFoundError(name) from error  # a file, not a directory
                     way = "/".join(folders)
-                    told = (
+                    message = (
                         f"{self.place}/{way}: {name} is a symbolic link, which jobd does not follow; use a bind mount"
                     )
-                    raise ArtifactStoreError(told) from error
+                    raise ArtifactStoreError(message) from error
                 os.close(folder)
                 folder = inner
             yield folder
@@ -217,9 +217,9 @@ class FileReader:
         self._store.shut(self._handle)
 
 
-def _work(asked: Calls) -> None:
+def _work(calls: Calls) -> None:
     """Run calls one after the other, until None. The target of the thread."""
-    while (call := asked.get()) is not None:
+    while (call := calls.get()) is not None:
         future, work, undo = call
         if future is not None and future.cancelled():
             continue
@@ -234,13 +234,13 @@ def _work(asked: Calls) -> None:
             undo(result)
         else:
             with contextlib.suppress(RuntimeError):  # the loop is closed because the process ends
-                future.get_loop().call_soon_threadsafe(_settle, asked, future, result, error, undo)
+                future.get_loop().call_soon_threadsafe(_settle, calls, future, result, error, undo)
 
 
-def _settle(asked: Calls, future: asyncio.Future[Any], result: Any, error: BaseException | None, undo: Undo) -> None:
+def _settle(calls: Calls, future: asyncio.Future[Any], result: Any, error: BaseException | None, undo: Undo) -> None:
     if future.cancelled():
         if error is None:
-            asked.put((None, partial(undo, result), _nothing))
+            calls.put((None, partial(undo, result), _nothing))
     elif error is None:
         future.set_result(result)
     else:
@@ -253,8 +253,8 @@ def _delete_in(folder: int, name: str, judge: Judge) -> Deletion:
     `unlink` deletes any file that has the name by then. So this renames the file to a name that no other program uses,
     and compares it again. A crash in between leaves the renamed file, which the next attempt finds.
     """
-    aside = f".jobd-gone-{blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
-    _recover(folder, name, aside, judge)
+    renamed = f".jobd-gone-{blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
+    _recover(folder, name, renamed, judge)
     found = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if stat.S_ISDIR(found.st_mode):
         return Deletion("left", "it is a directory")
@@ -264,11 +264,11 @@ def _delete_in(folder: int, name: str, judge: Judge) -> Deletion:
     if verdict != "delete":
         why = "it was written after the job was deleted" if verdict == "leave" else ""
         return Deletion("left" if verdict == "leave" else "young", why, modified_at)
-    os.rename(name, aside, src_dir_fd=folder, dst_dir_fd=folder)
-    if _identity(os.stat(aside, dir_fd=folder, follow_symlinks=False)) != _identity(found):
-        _put_back(folder, name, aside)
+    os.rename(name, renamed, src_dir_fd=folder, dst_dir_fd=folder)
+    if _identity(os.stat(renamed, dir_fd=folder, follow_symlinks=False)) != _identity(found):
+        _put_back(folder, name, renamed)
         return _delete_in(folder, name, judge)
-    os.unlink(aside, dir_fd=folder)
+    os.unlink(renamed, dir_fd=folder)
     os.fsync(folder)
     return Deletion("deleted")
 
@@ -277,23 +277,23 @@ def _identity(found: os.stat_result) -> tuple[int, ...]:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _recover(folder: int, name: str, aside: str, judge: Judge) -> None:
+def _recover(folder: int, name: str, renamed: str, judge: Judge) -> None:
     """Judge a renamed file again that a crash has left, because it may not be the file that was judged."""
     try:
-        found = os.stat(aside, dir_fd=folder, follow_symlinks=False)
+        found = os.stat(renamed, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return
     if judge(found.st_mtime_ns // 1_000_000) == "delete":  # the rename has changed its ctime
-        os.unlink(aside, dir_fd=folder)
+        os.unlink(renamed, dir_fd=folder)
     else:
-        _put_back(folder, name, aside)
+        _put_back(folder, name, renamed)
     os.fsync(folder)
 
 
-def _put_back(folder: int, name: str, aside: str) -> None:
+def _put_back(folder: int, name: str, renamed: str) -> None:
     with contextlib.suppress(FileExistsError):  # a newer file took the name
-        os.link(aside, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
-    os.unlink(aside, dir_fd=folder)
+        os.link(renamed, name, src_dir_fd=folder, dst_dir_fd=folder, follow_symlinks=False)
+    os.unlink(renamed, dir_fd=folder)
 
 
 def directory_fault(directory: str) -> str | None:

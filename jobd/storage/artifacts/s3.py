@@ -140,8 +140,8 @@ class S3ArtifactStore:
         if self._http is None:
             self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CALL_S), trust_env=True)
         try:
-            async with self._http.delete(URL(url, encoded=True), headers=headers, allow_redirects=False) as answer:
-                return answer.status
+            async with self._http.delete(URL(url, encoded=True), headers=headers, allow_redirects=False) as response:
+                return response.status
         except (aiohttp.ClientError, TimeoutError) as error:
             raise ArtifactStoreError(f"{self.place} cannot be reached: {type(error).__name__}") from error
 

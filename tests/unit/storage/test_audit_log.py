@@ -15,7 +15,7 @@ from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import edited, made, opened, read
 
 
-def deed(number: int = 0, **fields: object) -> AuditEntry:
+def entry(number: int = 0, **fields: object) -> AuditEntry:
     return replace(AuditEntry(NOW + number, "eve", "127.0.0.1", "cancel", f"job-{number}", jobs=1), **fields)
 
 
@@ -29,12 +29,12 @@ async def seqs(store: Store, **query: object) -> list[int]:
 
 async def test_an_entry_is_written_with_its_batch_and_survives_a_restart(path: str) -> None:
     maker = ChangeFactory()
-    whole = deed(1, reason="a\nreason", queue="q", outcome="job_not_found", details={"from": None, "to": "failed"})
+    whole = entry(1, reason="a\nreason", queue="q", outcome="job_not_found", details={"from": None, "to": "failed"})
     async with opened(path) as (store, _):
-        await store.write(maker.batch([maker.create()], audit=[deed(), whole]))
+        await store.write(maker.batch([maker.create()], audit=[entry(), whole]))
     async with opened(path) as (store, _):
         found = await store.audit(AuditQuery())
-        assert found.found == [(2, whole), (1, deed())]
+        assert found.found == [(2, whole), (1, entry())]
         assert found.next_before is None
 
 
@@ -42,30 +42,30 @@ async def test_a_failed_batch_leaves_no_entry(store: Store) -> None:
     maker = ChangeFactory()
     ghost = made(maker.create())
     with pytest.raises(BadRows):
-        await store.write(maker.batch([], audit=[deed()], payloads=[ghost.seq]))
+        await store.write(maker.batch([], audit=[entry()], payloads=[ghost.seq]))
     assert (await store.audit(AuditQuery())).found == []
 
 
 async def test_parts_of_one_action_share_a_row_that_counts_their_jobs(store: Store) -> None:
-    first = deed(0, job_id=None, part_of="p1", jobs=2, details={"n": 1})
-    await write(store, first, deed(1), replace(first, at=NOW + 2, jobs=3, details={"n": 2}))
-    await write(store, replace(first, at=NOW + 3, jobs=4), deed(4, part_of="p2"))
+    first = entry(0, job_id=None, part_of="p1", jobs=2, details={"n": 1})
+    await write(store, first, entry(1), replace(first, at=NOW + 2, jobs=3, details={"n": 2}))
+    await write(store, replace(first, at=NOW + 3, jobs=4), entry(4, part_of="p2"))
     found = (await store.audit(AuditQuery())).found
-    assert found == [(3, deed(4, part_of="p2")), (2, deed(1)), (1, replace(first, jobs=9))]
+    assert found == [(3, entry(4, part_of="p2")), (2, entry(1)), (1, replace(first, jobs=9))]
 
 
 async def test_an_entry_of_a_failed_transaction_is_written_again(store: Store) -> None:
     maker = ChangeFactory()
     ghost = made(maker.create())
     with pytest.raises(BadRows):
-        await store.write(maker.batch([], audit=[deed(part_of="p")], payloads=[ghost.seq]))
-    await write(store, deed(5))  # has the number of the deleted row
-    await write(store, deed(6, part_of="p"))
-    assert (await store.audit(AuditQuery())).found == [(2, deed(6, part_of="p")), (1, deed(5))]
+        await store.write(maker.batch([], audit=[entry(part_of="p")], payloads=[ghost.seq]))
+    await write(store, entry(5))  # has the number of the deleted row
+    await write(store, entry(6, part_of="p"))
+    assert (await store.audit(AuditQuery())).found == [(2, entry(6, part_of="p")), (1, entry(5))]
 
 
 async def test_no_part_is_added_to_a_damaged_row(path: str) -> None:
-    part = deed(part_of="p")
+    part = entry(part_of="p")
     async with opened(path) as (store, _):
         await write(store, part)
         store._connection.raw.execute("UPDATE audit SET jobs = 77")
@@ -75,14 +75,14 @@ async def test_no_part_is_added_to_a_damaged_row(path: str) -> None:
 
 async def test_the_oldest_of_many_open_actions_continues_in_a_new_row(store: Store) -> None:
     many = writers.OPEN_DEEDS
-    await write(store, *(deed(n, part_of=f"p{n}") for n in range(many + 1)))
-    await write(store, deed(many, part_of=f"p{many}"), deed(1, part_of="p1"), deed(0, part_of="p0"))
+    await write(store, *(entry(n, part_of=f"p{n}") for n in range(many + 1)))
+    await write(store, entry(many, part_of=f"p{many}"), entry(1, part_of="p1"), entry(0, part_of="p0"))
     assert len(await seqs(store, limit=200)) == many + 2
 
 
 async def test_pages_are_filtered_and_newest_first(store: Store) -> None:
     whos, whats = ("eve", "bob"), ("cancel", "pause", "update")
-    rows = [deed(n, who=whos[n % 2], what=whats[n % 3], job_id="a" if n % 5 == 0 else None) for n in range(30)]
+    rows = [entry(n, who=whos[n % 2], what=whats[n % 3], job_id="a" if n % 5 == 0 else None) for n in range(30)]
     await write(store, *rows)
     assert await seqs(store) == list(range(30, 0, -1))
     assert await seqs(store, who="bob") == [n + 1 for n in range(29, -1, -1) if n % 2 == 1]
@@ -99,7 +99,7 @@ async def test_pages_are_filtered_and_newest_first(store: Store) -> None:
 
 @pytest.mark.parametrize("scan", [1, 7, 29, 30, 31])
 async def test_pages_scan_a_limited_number_of_rows_and_miss_none(store: Store, scan: int) -> None:
-    await write(store, *(deed(n, who="eve" if n in (3, 28) else "bob") for n in range(30)))
+    await write(store, *(entry(n, who="eve" if n in (3, 28) else "bob") for n in range(30)))
     found: list[int] = []
     pages, before = 0, None
     while pages == 0 or before is not None:
@@ -111,19 +111,19 @@ async def test_pages_scan_a_limited_number_of_rows_and_miss_none(store: Store, s
 
 
 async def test_old_rows_are_deleted_in_slices_and_the_newest_is_kept(store: Store) -> None:
-    await write(store, *(deed(n) for n in range(10)))
+    await write(store, *(entry(n) for n in range(10)))
     assert await store.trim_audit(NOW + 4, 3) == 3
     assert await store.trim_audit(NOW + 4, 3) == 1
     assert await store.trim_audit(NOW + 4, 3) == 0
     assert await seqs(store) == [10, 9, 8, 7, 6, 5]
     assert await store.trim_audit(NOW + 99, 99) == 5
-    await write(store, deed(11))
+    await write(store, entry(11))
     assert await seqs(store) == [11, 10]
 
 
 async def test_rows_beyond_the_limit_are_deleted_at_any_age(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writers, "KEEP_AUDIT", 4)
-    await write(store, *(deed(n) for n in range(10)))
+    await write(store, *(entry(n) for n in range(10)))
     assert await store.trim_audit(0, 99) == 6
     assert await seqs(store) == [10, 9, 8, 7]
 
@@ -136,7 +136,7 @@ async def test_errors_and_reads_displace_only_their_own_kind(
     monkeypatch.setattr(writers, "KEEP_BESIDE", 3)
     monkeypatch.setattr(writers, "LOOK", look)
     kinds = [{}, {"outcome": "job_not_found"}, {"what": "export"}, {"outcome": "invalid_transition"}]
-    await write(store, *(deed(n, **kinds[n % 4]) for n in range(20)))
+    await write(store, *(entry(n, **kinds[n % 4]) for n in range(20)))
     calls = 0
     while await store.trim_audit(0, 4) == 4:
         calls += 1
@@ -145,7 +145,7 @@ async def test_errors_and_reads_displace_only_their_own_kind(
     assert [n for n in left if n % 4 == 0] == [16, 12, 8, 4, 0]
     assert [n for n in left if n % 2 == 1] == [19, 17, 15]
     assert [n for n in left if n % 4 == 2] == [18, 14, 10]
-    await write(store, *(deed(n, outcome="lock_lost") for n in range(20, 40)), deed(40), deed(41))
+    await write(store, *(entry(n, outcome="lock_lost") for n in range(20, 40)), entry(40), entry(41))
     while await store.trim_audit(0, 4) == 4:
         calls += 1
     left = [seq - 1 for seq in await seqs(store)]
@@ -154,9 +154,9 @@ async def test_errors_and_reads_displace_only_their_own_kind(
 
 async def test_sign_ins_displace_no_exports_and_no_errors(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writers, "KEEP_BESIDE", 2)
-    rows = [deed(0, what="export"), deed(1, what="backup"), deed(2, outcome="lock_lost"), deed(3)]
-    wrong = [deed(n, what="sign-in", outcome="unauthorized") for n in range(4, 8)]
-    await write(store, *rows, *wrong, *(deed(n, what=("sign-in", "sign-out")[n % 2]) for n in range(8, 12)))
+    rows = [entry(0, what="export"), entry(1, what="backup"), entry(2, outcome="lock_lost"), entry(3)]
+    wrong = [entry(n, what="sign-in", outcome="unauthorized") for n in range(4, 8)]
+    await write(store, *rows, *wrong, *(entry(n, what=("sign-in", "sign-out")[n % 2]) for n in range(8, 12)))
     assert await store.trim_audit(0, 99) == 4
     assert [seq - 1 for seq in await seqs(store)] == [11, 10, 7, 6, 3, 2, 1, 0]
 
@@ -164,7 +164,7 @@ async def test_sign_ins_displace_no_exports_and_no_errors(store: Store, monkeypa
 async def test_the_kinds_of_rows_are_counted_after_a_restart(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writers, "KEEP_BESIDE", 2)
     async with opened(path) as (store, _):
-        await write(store, *(deed(n, outcome="lock_lost") for n in range(5)), deed(5))
+        await write(store, *(entry(n, outcome="lock_lost") for n in range(5)), entry(5))
     async with opened(path) as (store, _):
         assert await store.trim_audit(0, 99) == 3
         assert await seqs(store) == [6, 5, 4]
@@ -174,7 +174,7 @@ async def test_rows_of_a_rolled_back_trim_are_deleted_by_the_next(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writers, "KEEP_BESIDE", 1)
-    await write(store, *(deed(n, outcome="lock_lost") for n in range(4)), deed(4))
+    await write(store, *(entry(n, outcome="lock_lost") for n in range(4)), entry(4))
     tables = store._database
     kept, tables.before_commit = tables.before_commit, lambda: tables.conn.execute("nonsense")
     with pytest.raises(sqlite3.OperationalError):
@@ -189,17 +189,17 @@ async def test_rows_of_a_rolled_back_trim_are_deleted_by_the_next(
 async def test_a_reused_number_is_not_mistaken_for_its_old_row(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """This happens if the newest row is damaged and quarantined."""
     monkeypatch.setattr(writers, "KEEP_BESIDE", 0)
-    await write(store, deed(0), deed(1, outcome="lock_lost"))
+    await write(store, entry(0), entry(1, outcome="lock_lost"))
     assert await store.trim_audit(0, 99) == 0, "the newest is kept"
     store._connection.raw.execute("DELETE FROM audit WHERE seq = 2")
-    await write(store, deed(2), deed(3))
+    await write(store, entry(2), entry(3))
     assert await store.trim_audit(0, 99) == 0
     assert await seqs(store) == [3, 2, 1]
 
 
 async def test_an_unreadable_log_is_reported(path: str) -> None:
     async with opened(path) as (store, _):
-        await write(store, *(deed(n, reason="x" * 2_000) for n in range(40)))
+        await write(store, *(entry(n, reason="x" * 2_000) for n in range(40)))
     with edited(path) as conn:
         (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'audit'").fetchone()
         (size,) = conn.execute("PRAGMA page_size").fetchone()
