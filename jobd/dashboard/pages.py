@@ -117,7 +117,7 @@ class QueuesPageQuery(Command, frozen=True, kw_only=True):
 
 
 class WorkersPageQuery(Command, frozen=True, kw_only=True):
-    """`cursor` is that of the locks, `seen` that of the workers. Without `state`, all workers that are not gone."""
+    """`cursor` is that of the locks, `seen` that of the workers. Without `state`, workers that are not gone."""
 
     cursor: Cursor | None = None
     seen: WorkerCursor | None = None

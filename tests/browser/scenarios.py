@@ -1,7 +1,4 @@
-"""Daemons for people to look at: with nothing to do, busy, in trouble; and the browser that looks at them.
-
-For the tests of the dashboard in a browser, for its screenshots (`make screenshots`) and its bench.
-"""
+"""Daemons in several states for browser tests, screenshots and benchmarks of the dashboard."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from tests.proof.faults.fuzz import free_port
 from tests.support.daemon_process import TOKEN, Daemon
 
 CHROMIUM: Final = "/usr/bin/chromium"
-# Without a sandbox, as CI is root; and without what calls home at each start.
+# CI runs as root, where the sandbox does not work. The other flags stop traffic at the start.
 FLAGS: Final = (
     "--no-sandbox",
     "--disable-gpu",
@@ -34,9 +31,9 @@ FLAGS: Final = (
     "--disable-component-update",
     "--disable-sync",
 )
-READER: Final = "reader-token-0123456789abcdef"
+READ_ONLY_TOKEN: Final = "reader-token-0123456789abcdef"
 _SECRET: Final = "whsec_" + b64encode(bytes(32)).decode()
-# One whose receiver is not there.
+# A webhook without a receiver.
 WEBHOOK: Final = f"""\
 [[webhooks]]
 name = "billing"
@@ -58,23 +55,23 @@ url = "file:///nonexistent/artifacts"
 
 
 class Scene(Daemon):
-    """A daemon with its admin port on TCP, as a browser needs it, and a token that may only look."""
+    """A daemon with an admin listener on TCP and a read-only token."""
 
     def __init__(self, directory: Path, config: str = "") -> None:
         readers = directory / "readers"
-        readers.write_text(READER)
+        readers.write_text(READ_ONLY_TOKEN)
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         places = {"JOBD_ADMIN_LISTEN": f"127.0.0.1:{self.port}", "ADMIN_READONLY_TOKEN_FILE": str(readers)}
         super().__init__(directory, config, **places)
-        self.module = "tests.support.prompt_alerts"  # a scene shows alerts at once
+        self.module = "tests.support.prompt_alerts"  # alerts fire at once
 
     def do(self, path: str, **body: Any) -> Any:
-        """The data of a POST to the worker API."""
+        """Send a POST to the worker API and return its data."""
         return self.post(f"/v1/{path}", body).data
 
     def operator(self, method: str, path: str, body: Any = None) -> int:
-        """The status of a call of the admin API."""
+        """Send a request to the admin API and return its status."""
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
         with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)) as connection:
             text = None if body is None else json.dumps(body)
@@ -82,8 +79,8 @@ class Scene(Daemon):
             return connection.getresponse().status
 
 
-def give_past(directory: Path) -> None:
-    """A store whose daemon was at work all day: the charts have something to show. Before the scene starts."""
+def save_history(directory: Path) -> None:
+    """Save a day of counts for the charts. Call it before the scene starts."""
     chance, now = random.Random(7), time.time_ns() // 1_000_000
 
     def counted(at_ms: int, span_ms: int) -> list[int]:
@@ -108,7 +105,7 @@ def give_past(directory: Path) -> None:
 
 
 def make_busy(daemon: Scene) -> None:
-    """A day at work: several queues, workers at their jobs, results, failures, one queue paused."""
+    """Fill several queues: running jobs, results, failures, and one paused queue."""
     kinds = {"video": "transcode", "mail": "newsletter", "reports": "monthly", "imports": "csv"}
     for queue, kind in kinds.items():
         payload = {"file": f"/srv/in/{queue}/2026-01.dat", "options": {"quality": "high", "parts": [1, 2, 3]}}
@@ -137,14 +134,14 @@ def make_busy(daemon: Scene) -> None:
 
 
 def make_trouble(daemon: Scene) -> None:
-    """Busy, with thresholds that are exceeded, and text that wants to be markup."""
+    """Fill queues, exceed alert thresholds, and add text that looks like markup."""
     make_busy(daemon)
     nasty = "<script>alert(1)</script>\u202e\u0007 & a very long word " + "x" * 120
     daemon.do("jobs", id="nasty", queue="video", kind="<b>bold</b>", payload={"html": nasty})
     lock = daemon.do("jobs/nasty/start", worker="<img src=x onerror=alert(1)>")["lock_id"]
     daemon.do("jobs/nasty/progress", lock_id=lock, progress=33, message=nasty)
     daemon.do("jobs", id="twice", queue="video", kind="transcode")
-    for worker in ("video-worker-1", "video-worker-2"):  # the second while the time of the first runs on
+    for worker in ("video-worker-1", "video-worker-2"):  # the second while the first still has time
         daemon.operator("POST", "force-reset", {"jobId": "twice", "reason": "it looked dead"})
         daemon.do("jobs/twice/start", worker=worker)
     daemon.do("jobs", id="short", queue="brief", kind="transcode")

@@ -1,6 +1,6 @@
-"""Pictures of every page into build/screenshots (`make screenshots`): light and dark, wide and narrow, by scene.
+"""Take screenshots of every page in every scene: light and dark, wide and narrow (`make screenshots`).
 
-`ARGS=--readme` takes those of the README instead, into docs/images.
+`ARGS=--readme` takes those of the README into docs/images instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests import ROOT
 from tests.benchmarks.pages import fill
-from tests.browser.scenarios import CHROMIUM, FLAGS, TROUBLE, Scene, give_past, make_busy, make_trouble
+from tests.browser.scenarios import CHROMIUM, FLAGS, TROUBLE, Scene, make_busy, make_trouble, save_history
 from tests.support.daemon_process import TOKEN
 
 PAGES: Final = {
@@ -34,20 +34,20 @@ PAGES: Final = {
     "clock": "/clock",
     "webhooks": "/webhooks",
     "webhook": "/webhooks/billing",
-    "webhook-again": "/webhooks/billing/again",
-    "plan": "/jobs?status=failed",  # where it is made
+    "webhook-retry": "/webhooks/billing/retry-failed",
+    "plan": "/jobs?status=failed",  # the page with the form
     "audit": "/audit",
     "docs": "/docs",
     "docs-worker": "/docs/worker",
 }
-# What is not to be seen in each scene.
+# Pages that exist in some scenes only.
 ONLY_IN: Final = {
     "job": {"busy", "trouble"},
     "confirm": {"busy", "trouble"},
     "webhook": {"trouble"},
     "take-back": {"trouble"},
     "silent": {"trouble"},
-    "webhook-again": {"trouble"},
+    "webhook-retry": {"trouble"},
     "plan": {"busy", "trouble", "crowd"},
 }
 SCENES: Final[dict[str, Callable[[Scene], None]]] = {
@@ -93,7 +93,7 @@ def sign_in(page: Page, daemon: Scene) -> None:
 
 def shoot_for_readme() -> None:
     with tempfile.TemporaryDirectory() as directory:
-        give_past(Path(directory))
+        save_history(Path(directory))
         with Scene(Path(directory)) as daemon, sync_playwright() as playwright:
             make_busy(daemon)
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
@@ -107,7 +107,7 @@ def shoot_for_readme() -> None:
 
 
 def make_plan(page: Page) -> None:
-    """From the list of jobs to what would be done to some of them."""
+    """Select three jobs and make a plan."""
     boxes = page.locator("input[name=ids]")
     for number in range(3):
         boxes.nth(number).check()
@@ -117,10 +117,12 @@ def make_plan(page: Page) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("pages", nargs="*", choices=[[], *PAGES], help="only these")
-    options.add_argument("--scene", choices=[*SCENES], help="only this one")
+    options.add_argument("pages", nargs="*", choices=[[], *PAGES], help="take these pages only")
+    options.add_argument("--scene", choices=[*SCENES], help="take this scene only")
     options.add_argument("--to", type=Path, default=Path("build/screenshots"))
-    options.add_argument("--readme", action="store_true", help="only the pictures of the README, into docs/images")
+    options.add_argument(
+        "--readme", action="store_true", help="take the screenshots of the README only, into docs/images"
+    )
     chosen = options.parse_args()
     if chosen.readme:
         shoot_for_readme()

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, Route, expect, sync_playwright
 
-from tests.browser.scenarios import CHROMIUM, FLAGS, READER, TROUBLE, Scene, make_busy, make_trouble
+from tests.browser.scenarios import CHROMIUM, FLAGS, READ_ONLY_TOKEN, TROUBLE, Scene, make_busy, make_trouble
 from tests.conftest import tool_missing
 from tests.support.daemon_process import TOKEN
 
@@ -38,14 +38,14 @@ PATHS += ["/alerts", "/cleanup", "/cleanup/confirm?what=run", "/audit", "/failur
 PATHS += ["/webhooks", "/webhooks/billing", "/webhooks/billing/retry-failed", "/docs/worker", "/docs"]
 
 
-# A browser takes two cores for itself: where others work beside it, it takes its time.
+# A browser needs two cores. On a busy machine it is slow.
 pytestmark = pytest.mark.timeout(300)
 expect.set_options(timeout=30_000)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Of this module alone: while Playwright runs, its event loop is that of the thread, and no other test gets one."""
+    """For this module only: while Playwright runs, it owns the event loop of the thread."""
     if not Path(CHROMIUM).exists():
         tool_missing("chromium", "chromium")
     with sync_playwright() as playwright:
@@ -64,7 +64,7 @@ def page(context: BrowserContext) -> Page:
     return context.new_page()
 
 
-# A webhook whose receiver is not there, and low thresholds of the alerts.
+# A webhook without a receiver, and low alert thresholds.
 TROUBLED = pytest.mark.parametrize("daemon", [TROUBLE], ids=["troubled"], indirect=True)
 
 
@@ -75,17 +75,17 @@ def daemon(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
 
 
 @pytest.fixture
-def complaints(page: Page) -> list[str]:
-    """What the browser has to say: breaches of the policy, errors of scripts, files that are missing."""
-    said: list[str] = []
+def console_errors(page: Page) -> list[str]:
+    """Collect console messages: policy violations, script errors, missing files."""
+    messages: list[str] = []
 
     def note(message: ConsoleMessage) -> None:
         if message.type in ("error", "warning"):
-            said.append(f"{message.text} ({page.url})")
+            messages.append(f"{message.text} ({page.url})")
 
     page.on("console", note)
-    page.on("pageerror", lambda error: said.append(f"{error} ({page.url})"))
-    return said
+    page.on("pageerror", lambda error: messages.append(f"{error} ({page.url})"))
+    return messages
 
 
 def sign_in(page: Page, daemon: Scene, token: str = TOKEN, path: str = "/") -> None:
@@ -95,20 +95,20 @@ def sign_in(page: Page, daemon: Scene, token: str = TOKEN, path: str = "/") -> N
     expect(page).to_have_url(daemon.url + path)
 
 
-def held(daemon: Scene, job_id: str) -> str:
-    """A job in the hands of a worker; its lock's secret."""
+def start_job(daemon: Scene, job_id: str) -> str:
+    """Create and start a job. Return its lock id."""
     daemon.do("jobs", id=job_id, queue="video")
     return str(daemon.do(f"jobs/{job_id}/start", worker="w-1")["lock_id"])
 
 
 def visit(page: Page, daemon: Scene, path: str) -> None:
-    """Go there and wait until its scripts have done what they do at once."""
+    """Open a page and wait until its scripts have run."""
     page.goto(daemon.url + path)
     drawn = {"/": ".chart canvas", "/docs": ".opblock", "/docs/worker": ".opblock"}.get(path, "main")
     expect(page.locator(drawn).first).to_be_visible()
 
 
-def test_a_job_is_watched_from_queued_to_completed(page: Page, daemon: Scene, complaints: list[str]) -> None:
+def test_a_job_is_watched_from_queued_to_completed(page: Page, daemon: Scene, console_errors: list[str]) -> None:
     daemon.do("jobs", id="watched", queue="video", payload={"file": "a.mov"})
     sign_in(page, daemon, path="/jobs/watched")
     heading = page.get_by_role("heading", level=1)
@@ -125,13 +125,13 @@ def test_a_job_is_watched_from_queued_to_completed(page: Page, daemon: Scene, co
     daemon.do("jobs/watched/complete", lock_id=lock, file_path="/srv/out/a.mp4")
     expect(heading).to_contain_text("completed")
     expect(page.get_by_text("/srv/out/a.mp4")).to_be_visible()
-    assert complaints == []
+    assert console_errors == []
 
 
-def test_a_page_is_live_without_asking_again(page: Page, daemon: Scene, complaints: list[str]) -> None:
-    """The page's clock stands still, so none of its timers asks for anything."""
+def test_a_page_updates_on_events_without_polling(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+    """The page's clock is stopped, so its timers never fire."""
     page.clock.install()
-    lock = held(daemon, "watched")
+    lock = start_job(daemon, "watched")
     sign_in(page, daemon, path="/jobs/watched")
     expect(page.get_by_role("button", name="Live")).to_be_visible()
     page.clock.pause_at(datetime.now(UTC) + timedelta(minutes=1))
@@ -144,12 +144,12 @@ def test_a_page_is_live_without_asking_again(page: Page, daemon: Scene, complain
     page.clock.pause_at(datetime.now(UTC) + timedelta(minutes=2))
     daemon.do("jobs", id="another")
     expect(page.locator("a.count.queued")).to_contain_text("1")
-    assert complaints == []
+    assert console_errors == []
 
 
-def test_a_page_that_gets_no_stream_asks_every_few_seconds(page: Page, tmp_path: Path) -> None:
+def test_a_page_without_a_stream_polls(page: Page, tmp_path: Path) -> None:
     with Scene(tmp_path, "[limits]\nevent_streams = 1\n") as daemon:
-        lock = held(daemon, "watched")
+        lock = start_job(daemon, "watched")
         sign_in(page, daemon, path="/jobs/watched")
         expect(page.get_by_role("button", name="Live")).to_be_visible()
         second = page.context.new_page()
@@ -159,7 +159,7 @@ def test_a_page_that_gets_no_stream_asks_every_few_seconds(page: Page, tmp_path:
         expect(second.get_by_role("heading", level=1)).to_contain_text("completed")
 
 
-def test_jobs_are_filtered_and_the_address_says_how(page: Page, daemon: Scene, complaints: list[str]) -> None:
+def test_filters_are_in_the_url(page: Page, daemon: Scene, console_errors: list[str]) -> None:
     make_busy(daemon)
     sign_in(page, daemon, path="/jobs")
     page.get_by_role("combobox", name="Status").select_option("failed")
@@ -179,10 +179,10 @@ def test_jobs_are_filtered_and_the_address_says_how(page: Page, daemon: Scene, c
     page.get_by_role("textbox", name="Id").fill("mail-001")
     page.get_by_role("button", name="Open").click()
     expect(page).to_have_url(f"{daemon.url}/jobs/mail-001")
-    assert complaints == []
+    assert console_errors == []
 
 
-def test_a_held_job_is_reset_with_a_reason(page: Page, daemon: Scene, complaints: list[str]) -> None:
+def test_a_processing_job_is_reset_with_a_reason(page: Page, daemon: Scene, console_errors: list[str]) -> None:
     daemon.do("jobs", id="hung", queue="video")
     lock = daemon.do("jobs/hung/start", worker="w-1")["lock_id"]
     sign_in(page, daemon, path="/jobs/hung")
@@ -197,10 +197,10 @@ def test_a_held_job_is_reset_with_a_reason(page: Page, daemon: Scene, complaints
     expect(event).to_contain_text("w-1 hangs, host is gone")
     reply = daemon.post("/v1/jobs/hung/progress", {"lock_id": lock, "progress": 1})
     assert (reply.status, reply.error) == (409, "lock_lost")
-    assert complaints == []
+    assert console_errors == []
 
 
-def test_a_deed_upon_a_job_that_has_moved_is_refused_on_its_page(page: Page, daemon: Scene) -> None:
+def test_an_action_on_a_changed_job_fails_on_its_page(page: Page, daemon: Scene) -> None:
     daemon.do("jobs", id="moved")
     sign_in(page, daemon, path="/jobs/moved")
     page.get_by_role("link", name="Fail", exact=True).click()
@@ -211,7 +211,7 @@ def test_a_deed_upon_a_job_that_has_moved_is_refused_on_its_page(page: Page, dae
     expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
 
 
-def test_many_jobs_are_tried_again_by_a_plan(page: Page, daemon: Scene, complaints: list[str]) -> None:
+def test_a_plan_retries_many_jobs(page: Page, daemon: Scene, console_errors: list[str]) -> None:
     make_busy(daemon)
     sign_in(page, daemon, path="/jobs?status=failed")
     page.get_by_role("checkbox", name="Select video-003").check()
@@ -234,11 +234,11 @@ def test_many_jobs_are_tried_again_by_a_plan(page: Page, daemon: Scene, complain
     page.get_by_role("combobox", name="Jobs", exact=True).select_option("all")
     page.get_by_role("button", name="Make a plan").click()
     expect(page.locator(".transitions")).to_contain_text("queued → cancelled")
-    assert complaints == []
+    assert console_errors == []
 
 
-def test_what_is_selected_stays_where_it_is_until_nothing_is(page: Page, daemon: Scene, complaints: list[str]) -> None:
-    """The page's clock runs fast, so that all of its timers have had their turn."""
+def test_the_list_does_not_update_during_a_selection(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+    """The page's clock runs fast, so that all of its timers fire."""
     page.clock.install()
     daemon.do("jobs/bulk", jobs=[{"id": f"old-{number:02}", "queue": "video"} for number in range(50)])
     sign_in(page, daemon, path="/jobs")
@@ -249,27 +249,27 @@ def test_what_is_selected_stays_where_it_is_until_nothing_is(page: Page, daemon:
     expect(page.locator("#selection")).to_contain_text("1 selected. The list does not update meanwhile.")
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
-    news = page.context.new_page()  # which hears of the same
-    news.goto(f"{daemon.url}/jobs")
-    expect(news.locator("#live-toggle")).to_have_text("Live")
+    other = page.context.new_page()  # with the same subscription
+    other.goto(f"{daemon.url}/jobs")
+    expect(other.locator("#live-toggle")).to_have_text("Live")
     daemon.do("jobs/bulk", jobs=[{"id": f"new-{number:02}", "queue": "video"} for number in range(60)])
-    expect(news.locator("#job-new-59")).to_be_visible()
+    expect(other.locator("#job-new-59")).to_be_visible()
     page.clock.run_for(60_000)
     expect(page.locator("tbody tr").first).to_contain_text("old-49")
     toggle.click()
-    toggle.click()  # stopped, and no more: that is no way to lose it either
+    toggle.click()  # stopping and resuming keeps the selection too
     expect(toggle).to_have_text("Paused")
     page.clock.run_for(60_000)
     expect(oldest).to_be_checked()
     assert [url for url in asked if "/live" not in url] == []
-    oldest.click()  # not uncheck, which looks again: the row may have slid off by then
+    oldest.click()  # not uncheck, which checks again: the row may be gone by then
     expect(page.locator("tbody tr").first).to_contain_text("new-59")
     expect(toggle).to_have_text(re.compile("Live|Polling"))
-    assert complaints == []
+    assert console_errors == []
 
 
-def test_what_comes_after_the_first_tick_moves_nothing(page: Page, daemon: Scene) -> None:
-    """A renewal that was on its way already."""
+def test_a_late_update_does_not_change_the_selection(page: Page, daemon: Scene) -> None:
+    """The update was requested before the first selection."""
     daemon.do("jobs/bulk", jobs=[{"id": f"old-{number:02}", "queue": "video"} for number in range(50)])
     sign_in(page, daemon, path="/jobs")
     expect(page.locator("#live-toggle")).to_have_text("Live")
@@ -281,15 +281,15 @@ def test_what_comes_after_the_first_tick_moves_nothing(page: Page, daemon: Scene
     expect(page.locator("#live")).to_have_class(re.compile("htmx-request"))
     waiting.pop().continue_()
     page.unroute("**/jobs")
-    expect(page.locator("#live")).not_to_have_class(re.compile("htmx-request"))  # what came has been dealt with
+    expect(page.locator("#live")).not_to_have_class(re.compile("htmx-request"))  # the response was handled
     expect(page.get_by_role("checkbox", name="Select old-00")).to_be_checked()
     expect(page.locator("#job-new")).to_have_count(0)
     page.get_by_role("checkbox", name="Select old-00").click()
     expect(page.locator("#job-new")).to_be_visible()
 
 
-def test_who_comes_back_to_the_list_finds_no_other_job_selected(page: Page, daemon: Scene) -> None:
-    """A browser that goes back ticks by the order of the boxes, and by then others are in these places."""
+def test_going_back_to_the_list_selects_no_other_job(page: Page, daemon: Scene) -> None:
+    """On going back, browsers restore checkboxes by position, where other jobs may be."""
     for name in ("a", "b", "c"):
         daemon.do("jobs", id=name, queue="video")
     sign_in(page, daemon, path="/jobs")
@@ -303,7 +303,7 @@ def test_who_comes_back_to_the_list_finds_no_other_job_selected(page: Page, daem
     expect(page.locator("input:checked")).to_have_count(0)
 
 
-def test_what_came_late_is_adopted(page: Page, daemon: Scene, complaints: list[str]) -> None:
+def test_a_late_result_is_adopted(page: Page, daemon: Scene, console_errors: list[str]) -> None:
     daemon.do("jobs", id="late", queue="video")
     lock = daemon.do("jobs/late/start", worker="w-slow")["lock_id"]
     daemon.operator("POST", "force-fail", {"jobId": "late", "reason": "w-slow is silent"})
@@ -319,19 +319,19 @@ def test_what_came_late_is_adopted(page: Page, daemon: Scene, complaints: list[s
     expect(page.get_by_role("heading", level=1)).to_contain_text("completed")
     event = page.locator("table.timeline tr", has_text="adopted")
     expect(event).to_contain_text("the file is whole")
-    assert complaints == []
+    assert console_errors == []
 
 
-class _Listener(BaseHTTPRequestHandler):
-    """A worker's own server: keeps which cookies it is sent. `/there` leads on to `onward`."""
+class _WorkerServer(BaseHTTPRequestHandler):
+    """A server of a worker that records cookies. `/there` redirects to `target`."""
 
-    heard: ClassVar[list[tuple[str, str | None]]] = []
-    onward = ""
+    requests: ClassVar[list[tuple[str, str | None]]] = []
+    target = ""
 
     def do_GET(self) -> None:
-        self.heard.append((self.path, self.headers.get("Cookie")))
+        self.requests.append((self.path, self.headers.get("Cookie")))
         self.send_response(302 if self.path == "/there" else 200)
-        self.send_header("Location", self.onward)
+        self.send_header("Location", self.target)
         self.send_header("Content-Type", "text/plain")
         self.end_headers()
         self.wfile.write(b"here I am")
@@ -340,45 +340,47 @@ class _Listener(BaseHTTPRequestHandler):
         pass
 
 
-def test_the_session_stays_here_wherever_a_worker_leads(page: Page, daemon: Scene, complaints: list[str]) -> None:
-    """Cookies know no ports: what listens on another port of this host gets it from a link of ours, and also from one
-    to elsewhere that leads on to there."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Listener) as server:
+def test_external_links_do_not_leak_the_session_cookie(page: Page, daemon: Scene, console_errors: list[str]) -> None:
+    """Browsers send cookies to all ports of a host. A link to another port of this host would leak the cookie, and so
+    would a link to another host that redirects there."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _WorkerServer) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         port = server.server_port
-        _Listener.heard.clear()
-        _Listener.onward = f"http://127.0.0.1:{port}/out.mp4"
-        for name, url in (("trap", _Listener.onward), ("bent", f"http://elsewhere.test:{port}/there")):
-            daemon.do(f"jobs/{name}/complete", lock_id=held(daemon, name), download_url=url)
+        _WorkerServer.requests.clear()
+        _WorkerServer.target = f"http://127.0.0.1:{port}/out.mp4"
+        for name, url in (("trap", _WorkerServer.target), ("bent", f"http://elsewhere.test:{port}/there")):
+            daemon.do(f"jobs/{name}/complete", lock_id=start_job(daemon, name), download_url=url)
         sign_in(page, daemon, path="/jobs/trap")
-        expect(page.get_by_text(_Listener.onward)).to_be_visible()
+        expect(page.get_by_text(_WorkerServer.target)).to_be_visible()
         expect(page.locator(f'a[href*=":{port}"], a[href*="elsewhere"]')).to_have_count(0)
         page.goto(f"{daemon.url}/jobs/bent")
         page.get_by_role("link", name="elsewhere.test").click()
         page.get_by_role("link", name="elsewhere.test").click()
         expect(page.get_by_text("here I am")).to_be_visible()
         server.shutdown()
-    asked = [each for each in _Listener.heard if "favicon" not in each[0]]
+    asked = [each for each in _WorkerServer.requests if "favicon" not in each[0]]
     assert asked == [("/there", None), ("/out.mp4", None)]
     page.goto(f"{daemon.url}/jobs/bent/external-link")
-    page.get_by_role("link", name="Back to the job").click()  # from a page of no origin: no cookie, so by the sign-in
+    page.get_by_role(
+        "link", name="Back to the job"
+    ).click()  # the sandboxed page sends no cookie, so this passes the sign-in page
     expect(page.get_by_role("heading", level=1)).to_contain_text("bent")
-    assert complaints == []
+    assert console_errors == []
 
 
-def test_a_paused_queue_is_overlooked_by_nobody(page: Page, daemon: Scene, complaints: list[str]) -> None:
+def test_a_paused_queue_is_shown_everywhere(page: Page, daemon: Scene, console_errors: list[str]) -> None:
     make_busy(daemon)
     daemon.operator("POST", "queues/imports/resume")
     sign_in(page, daemon, path="/queues")
     page.get_by_label("Reason").fill("the disk is swapped")
-    page.get_by_label("Reason").press("Enter")  # it presses no queue's button
+    page.get_by_label("Reason").press("Enter")  # submits nothing
     daemon.do("jobs", id="one-more", queue="a")
-    expect(page.get_by_role("row", name="Pause queue a")).to_be_visible()  # the page has renewed itself
+    expect(page.get_by_role("row", name="Pause queue a")).to_be_visible()  # the page has updated
     expect(page.get_by_label("Reason")).to_have_value("the disk is swapped\n")
     page.get_by_role("button", name="Pause queue video").click()
     expect(page.get_by_role("status").first).to_contain_text("Queue video is paused")
     page.goto(f"{daemon.url}/audit?what=pause")
-    expect(page.locator("table tbody tr")).to_have_count(2)  # the other is of the scene
+    expect(page.locator("table tbody tr")).to_have_count(2)  # one is from the scenario
     expect(page.locator("table tbody tr").first).to_contain_text("the disk is swapped")
     for path in ("/", "/jobs", "/workers", "/alerts", "/cleanup", "/jobs/mail-001"):
         page.goto(daemon.url + path)
@@ -389,12 +391,12 @@ def test_a_paused_queue_is_overlooked_by_nobody(page: Page, daemon: Scene, compl
     page.get_by_role("button", name="Resume queue video").click()
     page.get_by_role("button", name="Resume queue mail").click()
     expect(page.locator(".banner.paused")).to_have_count(0)
-    assert complaints == []
+    assert console_errors == []
 
 
 @pytest.mark.parametrize("name", [".", ".."])
-def test_what_is_called_like_a_direction_is_opened_confirmed_and_paused(
-    page: Page, daemon: Scene, complaints: list[str], name: str
+def test_a_job_and_queue_named_like_a_dot_segment_work(
+    page: Page, daemon: Scene, console_errors: list[str], name: str
 ) -> None:
     daemon.do("jobs", id=name, queue=name)
     sign_in(page, daemon, path="/queues")
@@ -413,16 +415,18 @@ def test_what_is_called_like_a_direction_is_opened_confirmed_and_paused(
     page.get_by_role("button", name="Cancel").click()
     expect(page.get_by_role("status").first).to_contain_text("Cancel: done. queued → cancelled")
     expect(page).to_have_url(f"{daemon.url}/job?id={name}")
-    answer = json.loads(subprocess.run(shlex.split(call), capture_output=True, check=True, timeout=60).stdout)
-    assert "invalid_transition" in json.dumps(answer), answer  # the call has found it, and it is cancelled already
+    response = json.loads(subprocess.run(shlex.split(call), capture_output=True, check=True, timeout=60).stdout)
+    assert "invalid_transition" in json.dumps(response), (
+        response
+    )  # the command reached the job, which is cancelled already
     page.goto(f"{daemon.url}/jobs")
     page.get_by_role("textbox", name="Id").fill(name)
     page.get_by_role("button", name="Open").click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("cancelled")
-    assert complaints == []
+    assert console_errors == []
 
 
-def test_a_cleanup_pass_is_shown_before_it_is_run(page: Page, daemon: Scene, complaints: list[str]) -> None:
+def test_a_cleanup_run_is_previewed(page: Page, daemon: Scene, console_errors: list[str]) -> None:
     make_busy(daemon)
     sign_in(page, daemon, path="/cleanup")
     page.get_by_role("link", name="Run cleanup").click()
@@ -435,13 +439,13 @@ def test_a_cleanup_pass_is_shown_before_it_is_run(page: Page, daemon: Scene, com
     expect(page).to_have_url(f"{daemon.url}/cleanup")
     page.goto(f"{daemon.url}/audit?what=cleanup")
     expect(page.locator("table tbody tr").first).to_contain_text("before the move")
-    assert complaints == []
+    assert console_errors == []
 
 
 @TROUBLED
-def test_who_may_only_look_has_no_buttons(page: Page, daemon: Scene, complaints: list[str]) -> None:
+def test_a_read_only_session_has_no_buttons(page: Page, daemon: Scene, console_errors: list[str]) -> None:
     make_trouble(daemon)
-    sign_in(page, daemon, READER)
+    sign_in(page, daemon, READ_ONLY_TOKEN)
     expect(page.get_by_text("read-only")).to_be_visible()
     for path in [
         each for each in PATHS if "confirm" not in each and "retry-failed" not in each and not each.startswith("/docs")
@@ -451,13 +455,13 @@ def test_who_may_only_look_has_no_buttons(page: Page, daemon: Scene, complaints:
         expect(page.get_by_role("button", name="Sign out")).to_be_visible()
         expect(buttons).to_have_text([re.compile("Live|Polling|Sign out|Copy as curl|Filter|Open")] * buttons.count())
         expect(page.locator("a[href*=confirm]")).to_have_count(0)
-    assert complaints == []
+    assert console_errors == []
     page.goto(f"{daemon.url}/jobs/video-004/confirm?verb=cancel")
     expect(page.get_by_role("alert")).to_contain_text("read-only")
 
 
 @TROUBLED
-def test_no_page_breaks_its_policy(page: Page, daemon: Scene, complaints: list[str]) -> None:
+def test_no_page_violates_its_policy(page: Page, daemon: Scene, console_errors: list[str]) -> None:
     make_trouble(daemon)
     sign_in(page, daemon)
     for path in PATHS:
@@ -468,7 +472,7 @@ def test_no_page_breaks_its_policy(page: Page, daemon: Scene, complaints: list[s
     expect(page.get_by_role("heading", name="Available authorizations")).to_be_visible()
     page.goto(daemon.url)
     expect(page.locator(".chart canvas")).to_have_count(2)
-    assert complaints == []
+    assert console_errors == []
 
 
 @TROUBLED
@@ -488,11 +492,11 @@ def test_every_page_fits_a_phone(daemon: Scene, context: BrowserContext, scheme:
     page.get_by_role("checkbox", name="Select video-003").check()
     page.get_by_role("button", name="Make a plan").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("Plan: retry 1 job")
-    expect(page.locator("#live-toggle")).to_be_hidden()  # there is nothing that would renew itself
+    expect(page.locator("#live-toggle")).to_be_hidden()  # a plan does not update
     assert inspector.send("Page.getLayoutMetrics")["cssContentSize"]["width"] <= 390
 
 
-def test_the_keyboard_gets_everywhere_and_keeps_its_place(page: Page, daemon: Scene) -> None:
+def test_the_keyboard_focus_survives_updates(page: Page, daemon: Scene) -> None:
     make_busy(daemon)
     sign_in(page, daemon, path="/queues")
     page.goto(f"{daemon.url}/queues")
@@ -510,7 +514,7 @@ def test_the_keyboard_gets_everywhere_and_keeps_its_place(page: Page, daemon: Sc
     expect(page.get_by_role("status").first).to_contain_text("Queue mail is paused")
 
 
-def test_a_page_that_has_found_nothing_looks_on_by_itself(page: Page, tmp_path: Path, complaints: list[str]) -> None:
+def test_a_page_without_matches_continues_its_search(page: Page, tmp_path: Path, console_errors: list[str]) -> None:
     scene = Scene(tmp_path)
     scene.module = "tests.support.short_pages"
     with scene as daemon:
@@ -524,11 +528,13 @@ def test_a_page_that_has_found_nothing_looks_on_by_itself(page: Page, tmp_path: 
         expect(page.get_by_text("No older jobs match.")).to_be_visible()
         page.get_by_role("link", name="Newest").click()
         expect(page).to_have_url(f"{daemon.url}/jobs?kind=none")
-        assert complaints == []
+        assert console_errors == []
 
 
-def test_what_a_page_finds_by_looking_on_is_left_there(page: Page, tmp_path: Path, complaints: list[str]) -> None:
-    """Whatever happens meanwhile: a renewal would begin with the newest jobs again, where nothing matches."""
+def test_the_result_of_a_continued_search_does_not_update(
+    page: Page, tmp_path: Path, console_errors: list[str]
+) -> None:
+    """An update would begin with the newest jobs again, where nothing matches."""
     scene = Scene(tmp_path)
     scene.module = "tests.support.short_pages"
     with scene as daemon:
@@ -556,10 +562,10 @@ def test_what_a_page_finds_by_looking_on_is_left_there(page: Page, tmp_path: Pat
         page.get_by_role("link", name="rare", exact=True).first.click()
         expect(row).to_be_visible()
         expect(toggle).to_be_hidden()
-        assert complaints == []
+        assert console_errors == []
 
 
-def test_renewal_can_be_stopped(page: Page, daemon: Scene) -> None:
+def test_updates_can_be_stopped(page: Page, daemon: Scene) -> None:
     daemon.do("jobs", id="a")
     sign_in(page, daemon, path="/jobs/a")
     page.get_by_role("button", name="Live").click()
@@ -570,9 +576,7 @@ def test_renewal_can_be_stopped(page: Page, daemon: Scene) -> None:
     expect(page.get_by_role("heading", level=1)).to_contain_text("cancelled")
 
 
-def test_a_job_that_is_deleted_while_its_page_is_open_offers_nothing_more(
-    page: Page, daemon: Scene, complaints: list[str]
-) -> None:
+def test_an_open_page_of_a_deleted_job_offers_no_actions(page: Page, daemon: Scene, console_errors: list[str]) -> None:
     daemon.do("jobs", id="old")
     daemon.do("jobs/old/cancel", reason="r")
     sign_in(page, daemon, path="/jobs/old")
@@ -587,10 +591,10 @@ def test_a_job_that_is_deleted_while_its_page_is_open_offers_nothing_more(
     expect(page.locator("#offline")).to_be_hidden()
     page.get_by_role("link", name="Audit log").click()
     expect(page.locator("tbody tr")).to_have_count(1)
-    assert complaints == []
+    assert console_errors == []
 
 
-def test_the_apis_are_dark_in_the_dark_and_follow_what_is_asked_for(page: Page, daemon: Scene) -> None:
+def test_the_api_reference_follows_the_colour_scheme(page: Page, daemon: Scene) -> None:
     page.emulate_media(color_scheme="dark")
     visit(page, daemon, "/docs")
     frame = page.locator("#swagger-ui")
@@ -600,8 +604,8 @@ def test_the_apis_are_dark_in_the_dark_and_follow_what_is_asked_for(page: Page, 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_apis_can_be_read_by_who_sees_badly(browser: Browser, daemon: Scene, scheme: Any) -> None:
-    """Their colours are another's: they are measured as they are shown, past the policy that forbids to look so."""
+def test_the_api_reference_has_enough_contrast(browser: Browser, daemon: Scene, scheme: Any) -> None:
+    """Measure the colours of swagger-ui as rendered, with the policy bypassed."""
     context = browser.new_context(bypass_csp=True, color_scheme=scheme)
     page = context.new_page()
     visit(page, daemon, "/docs")
@@ -614,11 +618,11 @@ def test_the_apis_can_be_read_by_who_sees_badly(browser: Browser, daemon: Scene,
     expect(page.locator("h1")).to_have_count(1)
     expect(page.locator("h3[aria-level='2']").first).to_be_visible()
     expect(page.locator("h4", has_text="Schemas")).to_have_attribute("aria-level", "3")
-    look = (Path(__file__).parent / "contrast.js").read_text()
-    assert page.evaluate(look) == []
+    measure = (Path(__file__).parent / "contrast.js").read_text()
+    assert page.evaluate(measure) == []
     page.get_by_role("button", name="Authorize").first.click()
     expect(page.get_by_role("heading", name="Available authorizations")).to_be_visible()
-    assert page.evaluate(look) == []
+    assert page.evaluate(measure) == []
     context.close()
 
 
@@ -626,12 +630,12 @@ DRAWN = """\
 window.drawn = [];
 const write = CanvasRenderingContext2D.prototype.fillText;
 CanvasRenderingContext2D.prototype.fillText = function (text, x, ...rest) {
-  const right = this.getTransform().e + x; // the numbers beside the chart end there
+  const right = this.getTransform().e + x; // where the axis labels end
   if (this.textAlign === "right") window.drawn.push([text, right - this.measureText(text).width]);
   return write.call(this, text, x, ...rest);
 };
 """
-# How many points of the second chart have a colour of its lines.
+# Count the pixels of the second chart that have the colour of a line.
 COLOURED = """() => {
   const canvas = document.querySelectorAll(".chart canvas")[1];
   const dots = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
@@ -643,15 +647,13 @@ COLOURED = """() => {
 
 
 @pytest.mark.parametrize("jobs", [1, 3_000, 30_000, 6_000_000])
-def test_the_charts_say_whole_numbers_and_show_what_has_no_neighbours(
-    browser: Browser, daemon: Scene, jobs: int
-) -> None:
+def test_the_charts_have_whole_numbers_and_show_isolated_values(browser: Browser, daemon: Scene, jobs: int) -> None:
     context = browser.new_context(bypass_csp=True, color_scheme="light")
     context.add_init_script(DRAWN)
     page = context.new_page()
     at = [600 * number for number in range(3)]
     lines = {"at": at, "created": [0, 0, jobs], "completed": [0, 0, 0], "failed": [0, 0, 0]}
-    chart = {"data": {"hour": lines, "day": lines, "since": 1_200_000}}  # only the last step is known
+    chart = {"data": {"hour": lines, "day": lines, "since": 1_200_000}}  # only the last step has values
     page.route("**/chart.json", lambda route: route.fulfill(json=chart))
     sign_in(page, daemon)
     expect(page.locator(".chart canvas")).to_have_count(2)
@@ -667,7 +669,7 @@ def test_the_charts_say_whole_numbers_and_show_what_has_no_neighbours(
     context.close()
 
 
-def test_a_daemon_that_does_not_answer_is_told(page: Page, daemon: Scene) -> None:
+def test_a_daemon_that_does_not_respond_is_shown(page: Page, daemon: Scene) -> None:
     sign_in(page, daemon)
     expect(page.locator("#offline")).to_be_hidden()
     assert daemon.stop() == 0
@@ -677,7 +679,7 @@ def test_a_daemon_that_does_not_answer_is_told(page: Page, daemon: Scene) -> Non
 
 
 def test_a_session_ends_with_its_token(page: Page, daemon: Scene) -> None:
-    sign_in(page, daemon, READER)
+    sign_in(page, daemon, READ_ONLY_TOKEN)
     (daemon.directory / "readers").write_text("another-reader-token-0123456789")
     assert daemon.process is not None
     daemon.process.send_signal(signal.SIGHUP)

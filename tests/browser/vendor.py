@@ -1,7 +1,6 @@
-"""Brings the browser's libraries into jobd/dashboard/static from npm packages (`make vendor`), with their licences.
+"""Copy browser libraries and their licences from npm packages into jobd/dashboard/static (`make vendor`).
 
-Which ones, and in which versions, is said here; `vendored.json` beside the files says what lies there and its digests.
-npm knows where its packages come from; no address is kept.
+PACKAGES pins the versions. `vendored.json` records the files and their digests.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from typing import Any, Final
 from tests import ROOT
 
 STATIC: Final = ROOT / "jobd" / "dashboard" / "static"
-NOTE: Final = STATIC / "vendored.json"
+MANIFEST: Final = STATIC / "vendored.json"
 
-# Of each package: its version, its licence as its own manifest names it, and which files become which of ours.
+# Name of a package: version, licence as in its manifest, and its files with their names here.
 PACKAGES: Final[dict[str, tuple[str, str, dict[str, str]]]] = {
     "htmx.org": ("2.0.11", "0BSD", {"dist/htmx.min.js": "htmx.js", "LICENSE": "htmx.LICENSE.txt"}),
     "idiomorph": (
@@ -51,19 +50,23 @@ PACKAGES: Final[dict[str, tuple[str, str, dict[str, str]]]] = {
 
 
 def main() -> None:
-    note = {}
+    manifest = {}
     for name, (version, licence, files) in PACKAGES.items():
-        with tempfile.TemporaryDirectory() as place:
-            note[name] = {"version": version, "licence": licence, "files": _bring(name, version, files, Path(place))}
+        with tempfile.TemporaryDirectory() as directory:
+            manifest[name] = {
+                "version": version,
+                "licence": licence,
+                "files": _copy(name, version, files, Path(directory)),
+            }
         print(f"{name} {version}")
-    NOTE.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    MANIFEST.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _bring(name: str, version: str, files: dict[str, str], place: Path) -> dict[str, Any]:
-    """The files of one package, written beside the others; their digests."""
+def _copy(name: str, version: str, files: dict[str, str], directory: Path) -> dict[str, Any]:
+    """Copy the files of one package, and return their digests."""
     command = ["npm", "pack", "--silent", "--ignore-scripts", f"{name}@{version}"]
-    subprocess.run(command, cwd=place, check=True, stdout=subprocess.DEVNULL)
-    [package] = place.glob("*.tgz")
+    subprocess.run(command, cwd=directory, check=True, stdout=subprocess.DEVNULL)
+    [package] = directory.glob("*.tgz")
     digests = {}
     with tarfile.open(package) as opened:
         for theirs, ours in files.items():

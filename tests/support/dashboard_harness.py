@@ -9,25 +9,14 @@ from typing import Any
 from urllib.parse import urlencode
 
 from jobd.dashboard import rendering
-from jobd.dashboard.assets import STATIC as STATIC
 from jobd.dashboard.routes import Dashboard
 from jobd.http.auth import FORM
-from tests.support.http_harness import (
-    TOKEN,
-    HttpHarness,
-    ReceivedResponse,
-)
+from tests.support.http_harness import TOKEN, HttpHarness, ReceivedResponse
 from tests.support.memory_storage import MemoryStorage
 
 READ_ONLY_TOKEN = "reader-token-0123456789abcdef"
-
-
 AUTH = {"Authorization": f"Bearer {TOKEN}"}
-
-
 NASTY = "<script>alert('x')</script>\x1b[31m\u202e&\""
-
-
 PAGES = [
     "/",
     "/jobs",
@@ -44,7 +33,7 @@ PAGES = [
 
 
 class Browser:
-    """Keeps its cookie and finds the secret of its forms, as a browser does."""
+    """Keep the session cookie, and read the CSRF token from pages."""
 
     def __init__(self, server: HttpHarness) -> None:
         self.server = server
@@ -75,14 +64,14 @@ class Browser:
         return found[1]
 
     async def confirm_fields(self, job_id: str, verb: str, more: str = "") -> dict[str, str]:
-        """What the page that confirms a action will send."""
+        """Return the fields of the form that confirms an action."""
         page = text(await self.get(f"/jobs/{job_id}/confirm?verb={verb}{more}"))
         fields = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', page.partition("<main")[2]))
         assert fields["verb"] == verb
         return fields
 
     async def confirm(self, job_id: str, verb: str, reason: str = "", more: str = "") -> ReceivedResponse:
-        """What comes of a action that is confirmed on its page."""
+        """Confirm an action on its page."""
         return await self.post(f"/jobs/{job_id}/do", **await self.confirm_fields(job_id, verb, more), reason=reason)
 
 
@@ -91,9 +80,9 @@ def text(response: ReceivedResponse) -> str:
 
 
 class DashboardHarness:
-    """An actor behind a worker door and the admin door with its pages. `now_s` is the clock of the sessions.
+    """An actor behind a worker listener and an admin listener with the dashboard.
 
-    `ahead_ms` is by how much the daemon's clocks are ahead.
+    `now_s` is the clock of the sessions. `ahead_ms` shifts the clocks of the daemon.
     """
 
     def __init__(self, worker: HttpHarness, admin: HttpHarness, dashboard: Dashboard, disk: MemoryStorage) -> None:
@@ -116,12 +105,12 @@ class DashboardHarness:
         return await Browser(self.admin).sign_in(token)
 
     async def start_job(self, job_id: str = "held") -> str:
-        """A job in the context of a worker; its lock's secret."""
+        """Create and start a job. Return its lock id."""
         await self.call("jobs", id=job_id, queue="video", kind="k", payload={"a": 1})
         return str((await self.call(f"jobs/{job_id}/start", worker="w-1"))["lock_id"])
 
     async def restart_job(self, job_id: str) -> str:
-        """The job is taken from its worker and given to another; the secret of the new lock."""
+        """Reset the job and start it with another worker. Return the new lock id."""
         response = await self.admin.request(
             "POST", "/admin/job-management/force-reset", json.dumps({"jobId": job_id}), headers=AUTH
         )
@@ -130,7 +119,7 @@ class DashboardHarness:
 
 
 async def audit_entries(harness: DashboardHarness) -> list[tuple[Any, ...]]:
-    """Of the audit log, the oldest first: who, what, what came of it, and what it is told of."""
+    """Return the operator, action, outcome and target of all audit entries, oldest first."""
     audit = await harness.admin.request("GET", "/admin/job-management/audit", headers=AUTH)
     entries = audit.data["entries"][::-1]
     return [(each["who"], each["what"], each["outcome"], each["job_id"] or each["details"]) for each in entries]
@@ -143,8 +132,8 @@ def assert_safe(response: ReceivedResponse) -> None:
     assert response.headers["x-content-type-options"] == "nosniff"
     assert response.headers["cache-control"] == "no-store"
     page = text(response)
-    assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son[a-z]+=|javascript:", page), "nothing inline"
-    assert not re.search(r'(?:src|href)="(?:https?:)?//', page), "nothing from elsewhere"
+    assert not re.search(r"<script(?![^>]* src=)|<style|\sstyle=|\son[a-z]+=|javascript:", page), "inline code"
+    assert not re.search(r'(?:src|href)="(?:https?:)?//', page), "external resources"
 
 
 async def fail_jobs(harness: DashboardHarness, *job_ids: str) -> None:
@@ -154,12 +143,12 @@ async def fail_jobs(harness: DashboardHarness, *job_ids: str) -> None:
 
 
 async def submit_plan(browser: Browser, page: str, *ids: str, **fields: str) -> ReceivedResponse:
-    """What comes of the form of many jobs on a page of jobs, with these jobs ticked."""
+    """Submit the form for bulk actions with these jobs selected."""
     shown = text(await browser.get(page))
     form = shown[shown.index('<form id="bulk"') :].partition("</form>")[0]
     hidden = dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', form))
-    ticked = re.findall(r'name="ids" value="([^"]+)" form="bulk"', shown)
-    assert set(ids) <= set(ticked)
+    selectable = re.findall(r'name="ids" value="([^"]+)" form="bulk"', shown)
+    assert set(ids) <= set(selectable)
     given = {name: html.unescape(value) for name, value in hidden.items()}
     pairs = [*given.items(), *(("ids", each) for each in ids), *fields.items()]
     return await browser.server.request("POST", "/plans", urlencode(pairs), browser._headers({"Content-Type": FORM}))

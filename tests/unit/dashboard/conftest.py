@@ -17,7 +17,6 @@ import pytest
 from jobd.api import admin as admin_api
 from jobd.api import worker as worker_api
 from jobd.core.state import Book
-from jobd.dashboard.assets import STATIC as STATIC
 from jobd.dashboard.routes import Dashboard
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, boot_clock_ms, wall_clock_ms
@@ -29,15 +28,8 @@ from jobd.maintenance.plans import Planner
 from jobd.model.job import Policy
 from jobd.monitoring.failure_groups import FailureGroups
 from jobd.monitoring.timeseries import Timeseries
-from tests.support.dashboard_harness import (
-    READ_ONLY_TOKEN,
-    DashboardHarness,
-)
-from tests.support.http_harness import (
-    TOKEN,
-    FakeClock,
-    HttpHarness,
-)
+from tests.support.dashboard_harness import READ_ONLY_TOKEN, DashboardHarness
+from tests.support.http_harness import TOKEN, FakeClock, HttpHarness
 from tests.support.memory_storage import MemoryStorage
 
 
@@ -53,25 +45,29 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     actor = Actor(disk, Book.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
     recorder = Timeseries(clock.moment().now)
     actor.on_commit.append(recorder.record)
-    planner, known = Planner(actor, clock), FailureGroups(disk, 1)
-    actor.on_commit.append(known.committed)
-    await known.run()
+    planner, failure_groups = Planner(actor, clock), FailureGroups(disk, 1)
+    actor.on_commit.append(failure_groups.committed)
+    await failure_groups.run()
     running = asyncio.create_task(actor.run())
-    gate = Authenticator("admin", tokens=[TOKEN], read_only_tokens=[READ_ONLY_TOKEN], hosts=own_names("127.0.0.1"))
-    dashboard = await asyncio.to_thread(Dashboard, gate, recorder, clock_s=lambda: made[0].now_s)
+    authenticator = Authenticator(
+        "admin", tokens=[TOKEN], read_only_tokens=[READ_ONLY_TOKEN], hosts=own_names("127.0.0.1")
+    )
+    dashboard = await asyncio.to_thread(Dashboard, authenticator, recorder, clock_s=lambda: made[0].now_s)
     async with contextlib.AsyncExitStack() as stack:
         worker = await stack.enter_async_context(HttpHarness(worker_api.ROUTES, tmp_path, actor=actor))
         routes = (*admin_api.ROUTES, *dashboard.routes(), worker_api.DOCUMENT)
         admin = await stack.enter_async_context(
-            HttpHarness(routes, tmp_path, gate=gate, admin=True, actor=actor, pages=dashboard)
+            HttpHarness(routes, tmp_path, gate=authenticator, admin=True, actor=actor, pages=dashboard)
         )
         actor.on_commit.append(admin.services.feed.publish)
         numbers = itertools.count(1)
-        numbered: Any = SimpleNamespace(
-            make=lambda asked, _: planner.make(asked, f"plan-{next(numbers)}"), find=planner.find, apply=planner.apply
+        numbering_planner: Any = SimpleNamespace(
+            make=lambda command, _: planner.make(command, f"plan-{next(numbers)}"),
+            find=planner.find,
+            apply=planner.apply,
         )
-        admin.services.planner = numbered
-        admin.services.failures = known
+        admin.services.planner = numbering_planner
+        admin.services.failures = failure_groups
         fake_clock: Any = FakeClock(admin.fakes, lambda: clock.moment().now)
         admin.services.clock = fake_clock
         actor.book.quarantined["bad-1"] = "checksum"

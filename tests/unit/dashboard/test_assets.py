@@ -11,13 +11,10 @@ from fnmatch import fnmatch
 import pytest
 
 from jobd.dashboard import rendering
-from jobd.dashboard.assets import STATIC as STATIC
+from jobd.dashboard.assets import STATIC
 from tests import ROOT
 from tests.browser import vendor
-from tests.support.dashboard_harness import (
-    DashboardHarness,
-    text,
-)
+from tests.support.dashboard_harness import DashboardHarness, text
 
 
 async def test_static_files_have_their_type_and_are_cached(harness: DashboardHarness) -> None:
@@ -46,13 +43,13 @@ async def test_other_files_are_not_served(harness: DashboardHarness, name: str) 
 
 
 def test_vendored_libraries_match_their_digests() -> None:
-    note = json.loads(vendor.NOTE.read_text())
-    assert set(note) == set(vendor.PACKAGES)
+    manifest = json.loads(vendor.MANIFEST.read_text())
+    assert set(manifest) == set(vendor.PACKAGES)
     for name, (version, licence, files) in vendor.PACKAGES.items():
-        assert (note[name]["version"], note[name]["licence"]) == (version, licence)
-        assert set(note[name]["files"]) == set(files.values())
+        assert (manifest[name]["version"], manifest[name]["licence"]) == (version, licence)
+        assert set(manifest[name]["files"]) == set(files.values())
         assert any("LICENSE" in file for file in files.values())
-        for file, digest in note[name]["files"].items():
+        for file, digest in manifest[name]["files"].items():
             assert hashlib.sha256((STATIC / file).read_bytes()).hexdigest() == digest, file
 
 
@@ -65,14 +62,8 @@ def test_every_file_of_the_dashboard_is_packaged() -> None:
 
 
 PAIRS = [("ink", "paper"), ("ink", "card"), ("dim", "paper"), ("dim", "card"), ("link", "paper"), ("link", "card")]
-
-
 PAIRS += [("accent-ink", "accent"), ("failed", "card"), ("card", "failed"), ("pause", "pause-on")]
-
-
 PAIRS += [(front, "pause-row") for front in ("ink", "dim", "link", "failed")]
-
-
 PAIRS += [(status, f"{status}-on") for status in ("queued", "processing", "completed", "failed", "cancelled")]
 
 

@@ -7,19 +7,9 @@ from urllib.parse import urlencode
 
 import pytest
 
-from jobd.dashboard.assets import STATIC as STATIC
 from jobd.http.auth import FORM
-from tests.support.dashboard_harness import (
-    AUTH,
-    PAGES,
-    READ_ONLY_TOKEN,
-    Browser,
-    DashboardHarness,
-    text,
-)
-from tests.support.http_harness import (
-    TOKEN,
-)
+from tests.support.dashboard_harness import AUTH, PAGES, READ_ONLY_TOKEN, Browser, DashboardHarness, text
+from tests.support.http_harness import TOKEN
 
 
 @pytest.mark.parametrize("csrf", [None, "", "wrong", "é"])
@@ -89,7 +79,7 @@ async def test_a_program_with_a_token_can_use_the_pages(harness: DashboardHarnes
 
 
 async def test_a_session_gives_no_access_to_the_api(harness: DashboardHarness) -> None:
-    """A cookie comes with every request, whoever made the browser send it; the API wants the token each time."""
+    """Browsers attach cookies to any request, so the API accepts tokens only."""
     browser = await harness.browser()
     assert (await browser.get("/admin/job-management/stats")).status == 401
 
@@ -177,7 +167,7 @@ async def test_a_read_only_session_can_change_nothing(
 async def test_a_form_needs_its_csrf_token_from_htmx_too(
     harness: DashboardHarness, target: str, fields: dict[str, str]
 ) -> None:
-    """Any page can make a browser send `HX-Request`, so it stands for nothing."""
+    """Any site can make a browser send `HX-Request`, so the header proves nothing."""
     await harness.start_job()
     browser = await harness.browser()
     if target == "/jobs/held/do":
@@ -188,7 +178,7 @@ async def test_a_form_needs_its_csrf_token_from_htmx_too(
             assert (response.status, "does not belong to your session" in text(response)) == (403, True), headers
     assert await harness.status("held") == "processing"
     assert (harness.admin.fakes.forced, harness.admin.fakes.accepted, harness.admin.fakes.resent) == ([], False, [])
-    assert (await browser.get("/")).status == 200, "it is still signed in"
+    assert (await browser.get("/")).status == 200, "the session goes on"
     response = await browser.post(target, {"HX-Request": "true"}, **{**fields, "csrf": await browser.csrf()})
     assert response.status == 303
 

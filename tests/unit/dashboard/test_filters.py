@@ -13,16 +13,9 @@ import pytest
 from jobd.api.services import Services
 from jobd.core.state import Book
 from jobd.dashboard import filters, pages
-from jobd.dashboard.assets import STATIC as STATIC
 from jobd.engine import history
 from jobd.model.storage import JobQuery
-from tests.support.dashboard_harness import (
-    AUTH,
-    DashboardHarness,
-    assert_safe,
-    submit_plan,
-    text,
-)
+from tests.support.dashboard_harness import AUTH, DashboardHarness, assert_safe, submit_plan, text
 
 
 async def test_filters_are_in_the_url_of_every_page(harness: DashboardHarness) -> None:
@@ -46,13 +39,13 @@ async def test_filters_are_in_the_url_of_every_page(harness: DashboardHarness) -
 
 
 async def test_a_filter_with_invisible_characters_is_submitted_unchanged(harness: DashboardHarness) -> None:
-    """Marks of direction are ordinary in Hebrew and Arabic names."""
+    """Direction marks are ordinary in Hebrew and Arabic names."""
     kind = "\u05d0\u200f<\u061c\u202e\u2066"
     await harness.call("jobs", id="right-to-left", kind=kind)
     browser = await harness.browser()
     page = text(await browser.get(f"/jobs?kind={quote(kind)}"))
     fields = [html.unescape(value) for value in re.findall(r'name="kind" value="([^"]*)"', page)]
-    assert fields == [kind, kind]  # of the filter, and of the form that does something to all that match
+    assert fields == [kind, kind]  # in the filter and in the form for bulk actions
     assert kind not in page.replace(f'value="{html.escape(kind)}"', "")
     response = await submit_plan(browser, f"/jobs?kind={quote(kind)}", action="cancel", scope="all")
     assert "Plan: cancel 1 job" in text(await browser.get(response.headers["location"]))
@@ -86,7 +79,7 @@ async def test_jobs_are_found_by_worker_time_and_text(harness: DashboardHarness)
     page = text(await browser.get("/jobs?since=2h&q=%22x%22"))
     assert 'name="since" value="2h"' in page
     assert 'name="q" value="&#34;x&#34;"' in page
-    assert "data-interval-s" not in page, "a text is looked for once"
+    assert "data-interval-s" not in page, "text searches do not update"
     for query, field in (("since=yesterday", "$.since"), ("until=9999", "$.until"), ("q=" + "x" * 201, "$.q")):
         response = await browser.get(f"/jobs?{query}")
         assert (response.status, field in text(response)) == (400, True)
@@ -99,11 +92,11 @@ async def test_a_page_says_how_far_it_has_searched(harness: DashboardHarness, mo
     browser = await harness.browser()
     monkeypatch.setattr(history, "JobQuery", partial(JobQuery, scan=3))
     page = text(await browser.get("/jobs?queue=b"))
-    assert 'id="job-rare"' in page, "it has looked on"
+    assert 'id="job-rare"' in page, "the search continued"
     assert "continues" not in page
     assert "data-interval-s" in page
     monkeypatch.setattr(pages, "MAX_SCANNED", 10)
-    assert "data-interval-s" not in text(await browser.get("/jobs?queue=b")), "it does not look so far again and again"
+    assert "data-interval-s" not in text(await browser.get("/jobs?queue=b")), "expensive searches do not update"
     monkeypatch.setattr(history, "MOST_LOOKED", 6)
     page = text(await browser.get("/jobs?queue=b&worker=w%261"))
     assert "No matches in jobs created since <time" in page
@@ -112,15 +105,13 @@ async def test_a_page_says_how_far_it_has_searched(harness: DashboardHarness, mo
     assert "continues" in page
     assert "To search faster" not in page
     monkeypatch.setattr(pages, "MAX_SCANNED", 50_000)
-    assert "data-interval-s" not in text(await browser.get("/jobs?queue=b")), (
-        "what looks on is not begun anew meanwhile"
-    )
+    assert "data-interval-s" not in text(await browser.get("/jobs?queue=b")), "a continued search does not update"
     renewed = text(await browser.get("/jobs?queue=b", HX_Request="true"))
-    assert "data-final" in renewed, "nor where it had rows when the page was opened"
+    assert "data-final" in renewed, "nor if it had rows before"
     for query in ("error=0123456789ab", "q=nothing"):
         page = text(await browser.get(f"/jobs?{query}"))
         assert "data-interval-s" not in page
-        assert "To search faster" not in page, "a text or an error is compared row by row in any status"
+        assert "To search faster" not in page, "text and errors have no index"
     target, found = "/jobs?queue=b", []
     while target:
         page = text(await browser.get(target))
@@ -157,13 +148,13 @@ async def test_the_list_of_jobs_suggests_queues_without_scanning_them(
     harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await harness.call("jobs/bulk", jobs=[{"id": f"job-{number}", "queue": f"q-{number}"} for number in range(5)])
-    looked: list[str] = []
-    monkeypatch.setattr(Book, "oldest_due_at", lambda book, queue: looked.append(queue))
+    scanned: list[str] = []
+    monkeypatch.setattr(Book, "oldest_due_at", lambda book, queue: scanned.append(queue))
     monkeypatch.setattr(pages, "MAX_QUEUE_NAMES", 3)
     browser = await harness.browser()
     names = "".join(f'<option value="q-{number}"></option>' for number in range(3))
     for target in ("/jobs", "/jobs?since=nonsense"):
         assert f'<datalist id="queue-names">{names}</datalist>' in text(await browser.get(target))
     monkeypatch.delattr(Services, "queue_names")
-    assert "job-4" in text(await browser.get("/jobs", HX_Request="true")), "what is renewed names no queues"
-    assert looked == []
+    assert "job-4" in text(await browser.get("/jobs", HX_Request="true")), "updates have no suggestions"
+    assert scanned == []

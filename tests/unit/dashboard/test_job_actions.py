@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from jobd.api import admin as admin_api
-from jobd.dashboard.assets import STATIC as STATIC
 from jobd.dashboard.job_actions import JOB_ACTIONS
 from jobd.model.commands import ForceFail
 from jobd.model.job import Policy
@@ -54,7 +53,7 @@ async def test_an_action_shows_its_transition_and_is_applied_when_confirmed(
     page = text(await browser.get("/jobs/held"))
     assert f"{JOB_ACTIONS[verb].label}: done. {before} → {after}" in page
     assert "because of &lt;tests&gt;" in page
-    assert "done." not in text(await browser.get("/jobs/held")), "it is said once"
+    assert "done." not in text(await browser.get("/jobs/held")), "the flash message is shown once"
 
 
 async def test_a_late_result_is_not_deleted_unseen(harness: DashboardHarness) -> None:
@@ -119,9 +118,9 @@ async def test_a_late_result_is_shown_and_adopted(harness: DashboardHarness) -> 
     assert "<script>alert" not in page
     assert "late-" in text(await reader.get("/jobs/held"))
     assert "verb=adopt" not in text(await reader.get("/jobs/held"))
-    assert "/artifact" not in text(await browser.get("/jobs/held")), "there is no store to take it from"
+    assert "/artifact" not in text(await browser.get("/jobs/held")), "there is no artifact store"
     harness.admin.services.downloads = Downloads(FileArtifactStore("/nonexistent", "test"), 2)
-    for each in (browser, reader):  # to be looked at before it is adopted; the other names none
+    for each in (browser, reader):  # the other late result has no storage key
         page = text(await each.get("/jobs/held"))
         assert re.findall(r'href="(/jobs/held/artifact[^"]*)"', page) == [f"/jobs/held/artifact?late_result={late[1]}"]
     page = text(await browser.get(f"/jobs/held/confirm?verb=adopt&result={late[0]}"))
@@ -170,7 +169,7 @@ async def test_a_late_result_that_cannot_be_adopted_is_not_offered(harness: Dash
     response = await browser.post("/jobs/held/do", **seen)
     assert (response.status, lacks in text(response)) == (400, True)
     assert (await browser.confirm("held", "adopt", more=f"&result={late[0]}")).status == 303
-    assert lacks not in text(await browser.get("/jobs/held")), "of a completed job none is"
+    assert lacks not in text(await browser.get("/jobs/held")), "the job is completed"
 
 
 async def test_a_late_result_of_a_changed_job_is_not_adopted(harness: DashboardHarness) -> None:
@@ -198,7 +197,7 @@ def test_each_action_is_a_call_of_the_admin_api() -> None:
 
 @pytest.mark.parametrize("verb", sorted(JOB_ACTIONS))
 async def test_the_curl_command_of_an_action_does_the_same(harness: DashboardHarness, verb: str) -> None:
-    """What the page shows for copying is a call as it is, but for what its reader has to put in."""
+    """Run the shown command as it is, with LOCK_ID replaced."""
     lock = await harness.start_job()
     if verb in ("run-now", "adopt", "delete"):
         await harness.restart_job("held")
@@ -231,8 +230,10 @@ async def test_the_curl_command_of_a_lock_action_says_where_to_get_the_lock_id(
 ) -> None:
     lock = await harness.start_job()
     page = text(await (await harness.browser()).get(f"/jobs/held/confirm?verb={verb}"))
-    told = re.findall(r"Replace <code>LOCK_ID</code> with .*<code>(curl .*?)</code>", page)[0]
-    response = await harness.admin.request("GET", html.unescape(told).rpartition("http://localhost")[2], headers=AUTH)
+    command = re.findall(r"Replace <code>LOCK_ID</code> with .*<code>(curl .*?)</code>", page)[0]
+    response = await harness.admin.request(
+        "GET", html.unescape(command).rpartition("http://localhost")[2], headers=AUTH
+    )
     assert response.data["lock"]["lock_id"] == lock
 
 
@@ -263,7 +264,7 @@ async def test_an_action_fails_if_another_worker_holds_the_job(harness: Dashboar
     await assert_job_changed(browser, "held", fields)
     assert await harness.status("held") == "processing"
     done = await harness.worker.request("POST", "/v1/jobs/held/complete", json.dumps({"lock_id": lock, "metadata": 1}))
-    assert done.status == 200, "it was neither ended nor taken away"
+    assert done.status == 200, "the worker still holds the job"
 
 
 @pytest.mark.parametrize("verb", ["delete", "force-reset"])
@@ -276,7 +277,7 @@ async def test_an_action_fails_if_the_job_has_returned_to_its_status(harness: Da
     await assert_job_changed(browser, "a", fields)
     page = text(await browser.get("/jobs/a"))
     assert "SECOND, another story" in page
-    assert (await browser.confirm("a", verb)).status == 303, "it can be done once it was looked at"
+    assert (await browser.confirm("a", verb)).status == 303, "a new confirmation works"
 
 
 async def test_an_action_fails_if_a_change_was_reverted(harness: DashboardHarness) -> None:
@@ -293,7 +294,7 @@ async def test_an_action_fails_if_a_change_was_reverted(harness: DashboardHarnes
 async def test_an_action_fails_if_the_job_is_granted_before_the_command(
     harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody takes the job when all that the form asks first has been answered."""
+    """A worker starts the job after the form has read it."""
     await harness.call("jobs", id="a")
     browser = await harness.browser()
     fields = await browser.confirm_fields("a", "force-fail")
@@ -330,9 +331,9 @@ async def test_an_action_that_the_status_does_not_allow_is_rejected(harness: Das
     seen = (await browser.confirm_fields("held", "delete"))["seen"]
     for verb in ("extend", "release", "force-fail"):
         response = await browser.post("/jobs/held/do", csrf=csrf, verb=verb, seen=seen)
-        assert response.status in (400, 409), "no lock to name"
+        assert response.status in (400, 409), "the job has no lock"
         assert "Failed.</strong>" in text(response)
-        assert "has moved" not in text(response)
+        assert "has changed since" not in text(response)
     response = await browser.post("/jobs/nobody/do", csrf=csrf, verb="force-fail", seen=seen)
     assert response.status == 404
     page = text(await browser.get("/jobs/held/confirm?verb=force-fail"))

@@ -8,18 +8,8 @@ import re
 import pytest
 
 from jobd.dashboard import live_updates, sessions
-from jobd.dashboard.assets import STATIC as STATIC
-from tests.support.dashboard_harness import (
-    AUTH,
-    READ_ONLY_TOKEN,
-    Browser,
-    DashboardHarness,
-    text,
-)
-from tests.support.http_harness import (
-    RawConnection,
-    request_bytes,
-)
+from tests.support.dashboard_harness import AUTH, READ_ONLY_TOKEN, Browser, DashboardHarness, text
+from tests.support.http_harness import RawConnection, request_bytes
 
 
 async def test_an_update_without_a_session_redirects_to_the_sign_in(harness: DashboardHarness) -> None:
@@ -29,14 +19,14 @@ async def test_an_update_without_a_session_redirects_to_the_sign_in(harness: Das
 
 
 class EventStream:
-    """An open page's stream of news."""
+    """The event stream of an open page."""
 
     def __init__(self, line: RawConnection) -> None:
         self.line = line
         self.headers = ""
 
     async def events(self) -> str:
-        """The next piece of the stream, nothing at its end."""
+        """Return the next chunk, "" at the end."""
         size = int(await self.line.reader.readuntil(b"\r\n"), 16)
         piece = await self.line.reader.readexactly(size + 2)
         return piece[:-2].decode()
@@ -134,7 +124,7 @@ async def test_an_event_stream_needs_capacity_and_a_session(harness: DashboardHa
         assert await each.events() == ""
     assert (await browser.get("/live")).error == "shutting_down"
     response = await harness.admin.request("GET", "/live", headers=AUTH)
-    assert response.error == "shutting_down", "a program may listen, too"
+    assert response.error == "shutting_down", "programs can subscribe too"
     line = await harness.admin.connect()
     response = await line.request("HEAD", "/live", headers={"Cookie": browser.cookie})
     assert (response.status, response.headers["content-type"]) == (200, "text/event-stream")

@@ -6,17 +6,10 @@ import re
 
 import pytest
 
-from jobd.dashboard.assets import STATIC as STATIC
 from jobd.model.errors import ApiError
 from jobd.model.job import Policy
 from jobd.model.responses import PreviewView, Recovery
-from tests.support.dashboard_harness import (
-    PAGES,
-    READ_ONLY_TOKEN,
-    DashboardHarness,
-    assert_safe,
-    text,
-)
+from tests.support.dashboard_harness import PAGES, READ_ONLY_TOKEN, DashboardHarness, assert_safe, text
 
 
 async def test_a_paused_queue_is_shown_on_every_page(harness: DashboardHarness) -> None:
@@ -101,8 +94,8 @@ async def test_the_jobs_of_a_silent_worker_are_taken_back(harness: DashboardHarn
     assert 'action="/workers/take-back"' in page
     assert "No update from worker w &lt;7&gt;" in page
     assert "jobctl take-back &#39;w &lt;7&gt;&#39;" in page
-    assert await harness.status("held") == "processing", "nothing is done yet"
-    assert (await browser.post("/workers/take-back", name="w <7>")).status == 403, "without the token of the form"
+    assert await harness.status("held") == "processing", "nothing has changed yet"
+    assert (await browser.post("/workers/take-back", name="w <7>")).status == 403, "no CSRF token"
     csrf = await browser.csrf()
     response = await browser.post("/workers/take-back", name="w <7>", reason="dead", csrf=csrf)
     assert (response.status, response.headers["location"]) == (303, "/workers")
@@ -118,7 +111,7 @@ async def test_the_jobs_of_a_silent_worker_are_taken_back(harness: DashboardHarn
 async def test_cleanup_and_recovery_are_previewed(harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     browser, reader, fakes = await harness.browser(), await harness.browser(READ_ONLY_TOKEN), harness.admin.fakes
     page = text(await browser.get("/cleanup"))
-    assert 'method="post" action="/cleanup' not in page, "no click does it unseen"
+    assert 'method="post" action="/cleanup' not in page, "every action is confirmed"
     assert re.findall(r'href="(/cleanup/confirm[^"]*)"', page) == [
         "/cleanup/confirm?what=run",
         "/cleanup/confirm?what=recover",
@@ -133,7 +126,7 @@ async def test_cleanup_and_recovery_are_previewed(harness: DashboardHarness, mon
     assert re.findall(r'href="/jobs/(\w)"', page) == ["a", "b"]
     assert "stalled" in page
     assert 'action="/cleanup/run"' in page
-    assert fakes.forced == [], "nothing is done yet"
+    assert fakes.forced == [], "nothing has changed yet"
     page = text(await browser.get("/cleanup/confirm?what=recover"))
     assert re.findall(r'href="/jobs/(\w)"', page) == ["a"]
     assert 'action="/cleanup/recover"' in page

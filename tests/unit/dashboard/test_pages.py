@@ -13,7 +13,6 @@ import pytest
 from msgspec import Raw
 
 from jobd.dashboard import rendering
-from jobd.dashboard.assets import STATIC as STATIC
 from jobd.model.responses import AlertView, OldestDue
 from jobd.monitoring.timeseries import SLOTS, STEPS
 from jobd.storage.artifacts.downloads import Downloads
@@ -29,9 +28,7 @@ from tests.support.dashboard_harness import (
     submit_plan,
     text,
 )
-from tests.support.http_harness import (
-    TOKEN,
-)
+from tests.support.http_harness import TOKEN
 
 
 async def test_the_overview_shows_the_disk_space(harness: DashboardHarness) -> None:
@@ -48,21 +45,21 @@ async def test_the_audit_log_shows_actions_operators_and_reasons(harness: Dashbo
     assert "No" not in text(await eve.get("/audit")).partition("<tbody")[2]
     await eve.confirm("held", "force-fail", "wrong <b>input</b>")
     await eve.post("/queues/video/pause", csrf=await eve.csrf())
-    nobody = await harness.browser()
-    await nobody.post("/jobs/held/do", csrf=await nobody.csrf(), verb="force-fail", seen="failed")
+    unnamed = await harness.browser()
+    await unnamed.post("/jobs/held/do", csrf=await unnamed.csrf(), verb="force-fail", seen="failed")
     reader = await harness.browser(READ_ONLY_TOKEN)
     for browser in (eve, reader):
         page = text(await browser.get("/audit"))
         rows = re.findall(r'<tr id="audit-\d+">(.*?)</tr>', page, re.DOTALL)
         assert len(rows) == 6
-        by_reader, refused, by_nobody, paused, failed, by_eve = rows
+        by_reader, refused, by_unnamed, paused, failed, by_eve = rows
         assert "Eve &lt;i&gt;" in by_eve
-        assert (">reader<" in by_reader, "</span> read</span>" in by_reader, ">admin<" in by_nobody) == (
+        assert (">reader<" in by_reader, "</span> read</span>" in by_reader, ">admin<" in by_unnamed) == (
             True,
             True,
             True,
         )
-        assert all("sign-in" in row for row in (by_reader, by_nobody, by_eve))
+        assert all("sign-in" in row for row in (by_reader, by_unnamed, by_eve))
         assert "invalid_transition" in refused
         assert ">admin<" in refused
         assert "Eve &lt;i&gt;" in paused
@@ -71,7 +68,7 @@ async def test_the_audit_log_shows_actions_operators_and_reasons(harness: Dashbo
         assert "wrong &lt;b&gt;input&lt;/b&gt;" in failed
         assert "127.0.0.1" in failed
     assert "admin:Eve &lt;i&gt;" in text(await eve.get("/jobs/held"))
-    assert re.search(r"Eve &lt;i&gt;</span>", text(await eve.get("/queues"))), "it is said who is signed in"
+    assert re.search(r"Eve &lt;i&gt;</span>", text(await eve.get("/queues"))), "the viewer's name is shown"
     for query, count in (("who=admin", 2), ("what=pause", 1), ("job_id=held&who=", 2), ("since=1h", 6), ("who=x", 0)):
         page = text(await eve.get(f"/audit?{query}"))
         assert page.count('id="audit-') == count, query
@@ -111,7 +108,7 @@ async def test_the_page_of_a_job_shows_its_state_and_actions(harness: DashboardH
         "Copy as curl",
     ):
         assert words in page, words
-    assert lock not in page, "the dashboard itself needs it, nobody else"
+    assert lock not in page, "the lock id is secret"
     assert re.findall(r"verb=([a-z-]+)", page) == ["extend", "release", "force-reset", "force-fail", "cancel"]
     await harness.call("jobs/held/complete", lock_id=lock, download_url="https://files.example/a", metadata={"n": [1]})
     page = text(await browser.get("/jobs/held"))
@@ -183,7 +180,7 @@ async def test_a_stored_result_can_be_downloaded(harness: DashboardHarness, tmp_
         response = await line.request("HEAD", "/jobs/held/artifact", headers=headers)
         assert (response.status, response.headers["content-length"]) == (200, "25")
     taken = [each for each in await audit_entries(harness) if each[1] == "artifact"]
-    assert [each[0] for each in taken] == ["admin", "reader"], "who asks for the head takes nothing along"
+    assert [each[0] for each in taken] == ["admin", "reader"], "HEAD is not a download"
     anonymous = await Browser(harness.admin).get("/jobs/held/artifact")
     assert (anonymous.status, anonymous.headers["location"]) == (303, "/sign-in?next=%2Fjobs%2Fheld%2Fartifact")
     assert (await browser.get("/jobs/nobody/artifact")).status == 404
@@ -220,7 +217,7 @@ async def test_the_page_of_a_deleted_job_offers_no_actions(harness: DashboardHar
     page = text(response)
     assert "This job was deleted while the page was open" in page
     assert ("confirm" in page, "<form" in page, "/audit?what=delete&amp;job_id=a" in page) == (False, False, True)
-    assert (await browser.get("/jobs/a")).status == 404, "who comes anew finds none"
+    assert (await browser.get("/jobs/a")).status == 404, "a new visit is 404"
     assert (await browser.get("/jobs/%20", HX_Request="true")).status == 400
 
 
@@ -308,14 +305,14 @@ async def test_a_queue_shows_its_throughput_and_failures(harness: DashboardHarne
         verb, body = ("fail", {"error_message": "e"}) if number == 0 else ("complete", {"metadata": 1})
         await harness.call(f"jobs/job-{number}/{verb}", lock_id=lock, **body)
     page = text(await browser.get("/queues"))
-    assert re.search(r'data-label="Completed per minute" class="figure">3<', page)
+    assert re.search(r'data-label="Completed/min" class="figure">3<', page)
     assert re.search(r'data-label="Failed attempts" class="figure">1 <span class="error">25.0&nbsp;%<', page)
     assert "time since the start" in page
     assert re.search(r"25.0 %</span> of attempts", text(await browser.get("/")))
 
 
 async def rows_by_page(browser: Browser, target: str, row: str) -> list[list[str]]:
-    """What the rows of all pages are about."""
+    """Return the ids of the rows, page by page."""
     seen = []
     while target:
         page = text(await browser.get(target))

@@ -11,7 +11,6 @@ import time
 import pytest
 
 from jobd.dashboard import plans
-from jobd.dashboard.assets import STATIC as STATIC
 from jobd.maintenance import plan_builder
 from jobd.model.job import LATEST_MS
 from tests.support.dashboard_harness import (
@@ -34,7 +33,7 @@ async def test_a_plan_with_the_latest_possible_time_can_be_shown(harness: Dashbo
     response = await browser.get("/plans/plan-1")
     assert response.status == 200
     assert "Plan: retry 1 job" in text(response)
-    assert "until=9999-12-31T23%3A59%3A59.999Z" in text(response), "the way back finds the same jobs"
+    assert "until=9999-12-31T23%3A59%3A59.999Z" in text(response), "the link back has the same filter"
     assert (await browser.get("/jobs?until=9999-12-31T23%3A59%3A59.999Z")).status == 200
 
 
@@ -83,7 +82,7 @@ async def test_a_plan_of_selected_jobs_is_shown_and_applied_once(harness: Dashbo
     assert "Skipped: 1. Only failed and cancelled jobs can be retried." in page
     assert "&lt;again&gt;" in page
     assert re.findall(r'href="/jobs/([a-z]+)"', page) == ["a", "b", "waits"]
-    assert await harness.status("a") == "failed", "nothing is done yet"
+    assert await harness.status("a") == "failed", "nothing has changed yet"
     response = await browser.post("/plans/plan-1/apply", csrf=await browser.csrf())
     assert (response.status, response.headers["location"]) == (303, "/plans/plan-1")
     page = text(await browser.get("/plans/plan-1"))
@@ -116,8 +115,8 @@ async def test_a_plan_of_all_matches_skips_and_lists_changed_jobs(harness: Dashb
     assert await harness.status("job-07") == "queued"
     assert await harness.status("other") == "queued"
     page = text(await browser.get("/audit?what=plan-delete"))
-    told = page[page.index("left_undone") :]
-    assert re.findall(r'<a class="id" href="/jobs/([a-z0-9-]+)">', told)[:2] == ["job-08", "job-07"]
+    left_undone = page[page.index("left_undone") :]
+    assert re.findall(r'<a class="id" href="/jobs/([a-z0-9-]+)">', left_undone)[:2] == ["job-08", "job-07"]
 
 
 async def test_a_full_plan_links_to_the_next_one(harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +219,7 @@ async def test_failure_groups_include_jobs_that_wait_for_a_retry(harness: Dashbo
     waits = f"/jobs?error={fingerprint}&amp;status=queued"
     assert f'<a href="{waits}">1</a>' in shown
     assert f'<a class="error" href="{waits}">no route to 10.0.0.7</a>' in shown
-    assert "Retry all" not in shown, "that is for those that failed"
+    assert "Retry all" not in shown, "only failed jobs can be retried"
     assert "jobctl run-now ID" in page
     assert "run-now" not in text(await reader.get("/failures"))
     assert 'id="job-again"' in text(await browser.get(html.unescape(waits)))
@@ -251,7 +250,7 @@ async def test_failed_jobs_without_an_error_are_in_no_group(harness: DashboardHa
     for error in ("", " "):
         response = await browser.post("/plans", csrf=await browser.csrf(), action="retry", scope="all", error=error)
         assert (response.status, "no fingerprint to find its jobs by" in text(response)) == (400, True)
-    assert (await browser.get("/jobs?error=&status=failed")).status == 200, "a form sends fields that are empty"
+    assert (await browser.get("/jobs?error=&status=failed")).status == 200, "forms send empty fields"
 
 
 async def test_a_plan_needs_jobs_a_valid_filter_and_full_access(harness: DashboardHarness) -> None:

@@ -9,19 +9,10 @@ import pytest
 from jinja2 import FileSystemLoader
 
 from jobd.dashboard import rendering
-from jobd.dashboard.assets import STATIC as STATIC
-from tests.support.dashboard_harness import (
-    NASTY,
-    PAGES,
-    Browser,
-    DashboardHarness,
-    assert_safe,
-    text,
-)
+from tests.support.dashboard_harness import NASTY, PAGES, Browser, DashboardHarness, assert_safe, text
 
 
 async def test_warming_compiles_all_templates(harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then no page has to wait for one."""
     monkeypatch.setattr("jobd.dashboard.rendering.WARM_PAUSE_S", 0)
     await harness.dashboard.warm()
     monkeypatch.setattr(FileSystemLoader, "get_source", None)
@@ -76,7 +67,7 @@ async def test_text_from_outside_is_never_rendered_as_markup(harness: DashboardH
         page = text(response)
         for markup in ("<script>alert", "<b>", "<i>w", "<u>"):
             assert markup not in page, page[page.find(markup) - 200 :][:400]
-        shown = re.sub(r'(<input [^>]*)value="[^"]*"', r"\1", page)  # a field holds what it sends back
+        shown = re.sub(r'(<input [^>]*)value="[^"]*"', r"\1", page)  # fields keep raw values
         assert not {"\x1b", "\u202e"} & set(shown)
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;\u241b[31m\\u202e&amp;&#34;" in text(seen[-1])
 

@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import re
 
-from jobd.dashboard.assets import STATIC as STATIC
-from tests.support.dashboard_harness import (
-    AUTH,
-    Browser,
-    DashboardHarness,
-    assert_safe,
-    text,
-)
+from tests.support.dashboard_harness import AUTH, Browser, DashboardHarness, assert_safe, text
 
 
 async def test_the_api_reference_shows_the_signed_in_viewer(harness: DashboardHarness) -> None:
@@ -20,10 +13,10 @@ async def test_the_api_reference_shows_the_signed_in_viewer(harness: DashboardHa
     assert 'action="/sign-out"' in page
     assert 'action="/sign-out"' not in text(await Browser(harness.admin).get("/docs"))
     response = await harness.admin.request("GET", "/docs", headers={"Authorization": "Bearer wrong"})
-    assert response.status == 200, "no token is wanted"
+    assert response.status == 200, "the page is public"
     await browser.post("/queues/pause", csrf=await browser.csrf(), name="q")
     assert 'role="status"' not in text(await browser.get("/docs")).partition("<main")[2]
-    assert 'class="banner good" role="status"' in text(await browser.get("/queues")), "what was done is told here"
+    assert 'class="banner good" role="status"' in text(await browser.get("/queues")), "the flash message is shown here"
 
 
 async def test_a_browser_gets_errors_as_pages(harness: DashboardHarness) -> None:
@@ -37,12 +30,12 @@ async def test_a_browser_gets_errors_as_pages(harness: DashboardHarness) -> None
     response = await browser.get("/sign-out", **accept)
     assert (response.status, response.headers["allow"]) == (405, "POST")
     assert "<h1>Error</h1>" in text(response)
-    assert (await browser.get("/jobz")).error == "not_found", "a program"
+    assert (await browser.get("/jobz")).error == "not_found", "programs get JSON"
     response = await Browser(harness.admin).get("/jobz", **accept)
     assert (response.status, 'href="/sign-in"' in text(response)) == (401, True)
     assert_safe(response)
     response = await browser.get("/jobz", **accept, Authorization="Bearer wrong")
-    assert (response.status, "allow" in response.headers) == (401, False), "the token is what is judged"
+    assert (response.status, "allow" in response.headers) == (401, False), "the token takes precedence"
     response = await harness.admin.request("GET", "/jobz", headers={**accept, **AUTH, "Host": "elsewhere.example"})
     assert (response.status, "<h1>Error</h1>" in text(response)) == (403, True)
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from jobd.dashboard import sessions
-from jobd.dashboard.assets import STATIC as STATIC
 from jobd.http.auth import Permission
-from tests.support.http_harness import (
-    TOKEN,
-)
+from tests.support.http_harness import TOKEN
 
 
 def test_failed_sign_ins_are_audited_ever_more_rarely() -> None:
@@ -20,8 +17,8 @@ def test_failed_sign_ins_are_audited_ever_more_rarely() -> None:
     again = throttle.record_failure("10.0.0.1")
     assert (again.count, again.delay_s, again.is_audited) == (1, 0.0, True)
     assert again.window != found[0].window == found[39].window
-    told = sum(throttle.record_failure(f"10.0.1.{number}").is_audited for number in range(200))
-    assert told == sessions.MAX_AUDITED_FAILURES - 1
+    audited = sum(throttle.record_failure(f"10.0.1.{number}").is_audited for number in range(200))
+    assert audited == sessions.MAX_AUDITED_FAILURES - 1
     now_s += sessions.FAILURE_WINDOW_S
     assert throttle.record_failure("10.0.1.7").is_audited
 

@@ -12,26 +12,12 @@ from urllib.parse import quote, urlencode
 import pytest
 
 from jobd.dashboard import sessions, sign_in
-from jobd.dashboard.assets import STATIC as STATIC
 from jobd.http.auth import FORM
 from jobd.model.storage import AuditQuery
 from jobd.storage.artifacts.downloads import Downloads
 from jobd.storage.artifacts.filesystem import FileArtifactStore
-from tests.support.dashboard_harness import (
-    AUTH,
-    READ_ONLY_TOKEN,
-    Browser,
-    DashboardHarness,
-    audit_entries,
-    text,
-)
-from tests.support.http_harness import (
-    TOKEN,
-    RawConnection,
-    request_bytes,
-    tls_pair,
-    wrong_tokens,
-)
+from tests.support.dashboard_harness import AUTH, READ_ONLY_TOKEN, Browser, DashboardHarness, audit_entries, text
+from tests.support.http_harness import TOKEN, RawConnection, request_bytes, tls_pair, wrong_tokens
 
 
 async def test_an_anonymous_browser_is_redirected_to_the_sign_in_and_back(harness: DashboardHarness) -> None:
@@ -60,7 +46,7 @@ async def test_a_sign_in_redirects_to_no_other_host(harness: DashboardHarness, u
 
 
 async def test_a_sign_in_redirects_back_to_any_url_that_a_browser_sends(harness: DashboardHarness) -> None:
-    """Forms leave `*` as it is, and what is typed keeps far more than that."""
+    """Forms do not escape `*`, and typed URLs keep more characters."""
     url = "/jobs?q=a*b&kind=!$'(),;@|^`{}[]~:/?%20&status=failed"
     anonymous = Browser(harness.admin)
     response = await anonymous.get(url)
@@ -75,7 +61,7 @@ async def test_a_sign_in_redirects_back_to_any_url_that_a_browser_sends(harness:
 async def test_the_session_cookie_is_out_of_reach_of_scripts_and_other_sites(harness: DashboardHarness) -> None:
     response = await Browser(harness.admin).post("/sign-in", token=f" {TOKEN}\n")
     name, value = response.headers["set-cookie"].split("; ")[0].split("=")
-    assert name == f"jobd_{harness.admin.port}", "daemons on other ports of a machine have cookies of their own"
+    assert name == f"jobd_{harness.admin.port}", "cookies are shared between ports"
     assert len(value) >= 40
     assert set(response.headers["set-cookie"].split("; ")[1:]) == {
         "Path=/",
@@ -91,17 +77,17 @@ async def test_the_session_cookie_is_out_of_reach_of_scripts_and_other_sites(har
 
 
 async def test_curl_commands_use_https_behind_a_tls_proxy(harness: DashboardHarness) -> None:
-    """A look of a browser tells no Origin, and X-Forwarded-Proto may be anybody's."""
+    """A GET has no Origin header, and any client can send X-Forwarded-Proto."""
     await harness.call("jobs", id="a")
     plain = await harness.browser()
-    looked = text(await plain.get("/jobs/a", Host="localhost", X_Forwarded_Proto="https"))
-    assert "http://localhost/admin/job-management/jobs/a" in looked
+    page = text(await plain.get("/jobs/a", Host="localhost", X_Forwarded_Proto="https"))
+    assert "http://localhost/admin/job-management/jobs/a" in page
     behind = Browser(harness.admin)
     await behind.post("/sign-in", {"Origin": "https://localhost", "Host": "localhost"}, token=TOKEN)
     for url in ("/jobs/a", "/jobs/a/confirm?verb=cancel"):
-        looked = text(await behind.get(url, Host="localhost"))
-        assert "https://localhost/admin/job-management/jobs/a" in looked
-        assert "http://localhost" not in looked
+        page = text(await behind.get(url, Host="localhost"))
+        assert "https://localhost/admin/job-management/jobs/a" in page
+        assert "http://localhost" not in page
 
 
 async def test_the_cookie_is_secure_over_tls(harness: DashboardHarness, tmp_path: Path) -> None:
@@ -126,14 +112,14 @@ async def test_wrong_tokens_are_rejected_and_delayed_and_a_valid_one_is_accepted
         assert "This token is not valid" in text(response)
         assert "wrong-token" not in text(response)
         is_held_back = number >= sessions.FREE_FAILURES
-        assert (time.monotonic() - begun > 0.25) == is_held_back, "the answer is what has to wait"
+        assert (time.monotonic() - begun > 0.25) == is_held_back, "only the response is delayed"
     monkeypatch.setattr(sessions, "FAILURE_DELAY_S", 600.0)
     held = asyncio.create_task(browser.post("/sign-in", token="wrong-token-0123456789abcdef"))
     await asyncio.sleep(0.1)
     await Browser(harness.admin).sign_in()
     assert not held.done()
     held.cancel()
-    assert (await harness.admin.request("GET", "/jobs", headers=AUTH)).status == 200, "programs are not held up"
+    assert (await harness.admin.request("GET", "/jobs", headers=AUTH)).status == 200, "programs are not delayed"
     assert harness.admin.app.error_counts["unauthorized"] == sessions.FREE_FAILURES + 3
     page = text(await (await harness.browser()).get("/audit?what=sign-in"))
     assert '<span class="badge bad">unauthorized</span> <span class="dim">10 times</span>' in page
@@ -143,7 +129,7 @@ async def test_wrong_tokens_are_rejected_and_delayed_and_a_valid_one_is_accepted
 
 
 async def test_no_wrong_token_signs_in(harness: DashboardHarness) -> None:
-    """5,000 of them below the form, and some by it. Time goes on, so that no response is held back."""
+    """Try 5,000 tokens directly and 500 with the form. The clock advances, so that no response is delayed."""
     assert [each for each in wrong_tokens(TOKEN) if harness.dashboard.sessions.sign_in(each) is not None] == []
     line = await harness.admin.connect()
     wrong = wrong_tokens(TOKEN, 500) + wrong_tokens(READ_ONLY_TOKEN, 0)
@@ -177,7 +163,6 @@ async def test_the_number_of_delayed_responses_is_limited(
 
 
 async def test_sign_ins_sign_outs_and_downloads_are_audited(harness: DashboardHarness, tmp_path: Path) -> None:
-    """A reader's, too."""
     (tmp_path / "stored").mkdir()
     (tmp_path / "stored" / "result").write_bytes(b"r")
     harness.admin.services.downloads = Downloads(FileArtifactStore(str(tmp_path / "stored"), "test"), 2)
@@ -225,7 +210,7 @@ async def test_sessions_end_by_age_and_idleness(harness: DashboardHarness) -> No
     for _ in range(12):
         harness.now_s += sessions.MAX_AGE_S / 12 - 1
         assert (await busy.get("/")).status == 200
-    assert (await idle.get("/")).status == 303, "an hour without a page"
+    assert (await idle.get("/")).status == 303, "one hour without a request"
     harness.now_s += 12
     assert (await busy.get("/")).status == 303, "twelve hours"
     assert len(harness.dashboard.sessions) == 0
@@ -239,7 +224,7 @@ async def test_a_session_ends_with_its_token(harness: DashboardHarness) -> None:
     assert (await browser.get("/")).status == 303
     assert (await reader.get("/")).status == 200
     harness.admin.app.authenticator.replace_tokens([READ_ONLY_TOKEN])
-    assert (await reader.get("/")).status == 303, "what a session may do never grows"
+    assert (await reader.get("/")).status == 303, "a session never gains access"
 
 
 async def test_signing_out_ends_the_session(harness: DashboardHarness) -> None:
@@ -259,7 +244,7 @@ async def test_a_second_sign_in_ends_the_first_session(harness: DashboardHarness
 
 
 async def test_the_sign_in_page_redirects_if_there_is_a_session(harness: DashboardHarness) -> None:
-    """A link from elsewhere brings no cookie along; the page asks again from here, with it."""
+    """A link on another site brings no cookie, so the page requests itself again with the cookie."""
     browser = await harness.browser()
     response = await browser.get("/sign-in?next=%2Fqueues")
     assert (response.status, response.headers["location"]) == (303, "/queues")
@@ -270,7 +255,7 @@ async def test_read_only_sign_ins_end_no_full_session(harness: DashboardHarness)
     for _ in range(sessions.MAX_SESSIONS):
         assert harness.dashboard.sessions.sign_in(READ_ONLY_TOKEN)
     assert (await browser.get("/")).status == 200
-    assert (await first.get("/")).status == 303, "pushed out by its like"
+    assert (await first.get("/")).status == 303, "pushed out by read-only sessions"
     assert len(harness.dashboard.sessions) == sessions.MAX_SESSIONS + 1
 
 

@@ -10,13 +10,8 @@ import re
 
 import pytest
 
-from jobd.dashboard.assets import STATIC as STATIC
 from jobd.dashboard.urls import LOCAL_HOST, ODD_HOST, OWN_HOST, no_link_reason
-from tests.support.dashboard_harness import (
-    Browser,
-    DashboardHarness,
-    text,
-)
+from tests.support.dashboard_harness import Browser, DashboardHarness, text
 
 
 @pytest.mark.parametrize(
@@ -99,7 +94,7 @@ DOWNLOAD_URLS = [
 
 @pytest.mark.parametrize(("url", "linked"), DOWNLOAD_URLS)
 async def test_a_download_url_is_linked_if_it_is_external(harness: DashboardHarness, url: str, linked: bool) -> None:
-    """It leads over a page of no origin, which itself leads to nothing but that."""
+    """The link leads to a sandboxed page, whose only other link is the URL."""
     lock = await harness.start_job()
     await harness.call("jobs/held/complete", lock_id=lock, download_url=url)
     browser = await harness.browser()
@@ -113,7 +108,7 @@ async def test_a_download_url_is_linked_if_it_is_external(harness: DashboardHarn
         assert f'<a href="{html.escape(url)}" rel="noreferrer noopener">' in text(response)
         policy = response.headers["content-security-policy"]
         assert policy.startswith("sandbox allow-downloads; default-src 'none';")
-        assert "cross-origin-opener-policy" not in response.headers  # with it browsers show no page of a sandbox
+        assert "cross-origin-opener-policy" not in response.headers  # browsers refuse it in a sandbox
         style = re.search("<style>(.*)</style>", text(response))
         assert style
         digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
@@ -140,7 +135,7 @@ async def test_the_download_url_of_a_late_result_is_linked_if_it_is_external(
     if link is not None:
         assert html.escape(url) in text(await browser.get(link[1]))
     assert (await browser.get("/jobs/held/external-link?late_result=99")).status == 404
-    assert (await browser.get("/jobs/held/external-link")).status == 404  # it has no result of its own
+    assert (await browser.get("/jobs/held/external-link")).status == 404  # the job itself has no result
 
 
 async def test_a_download_url_on_any_host_name_of_the_daemon_is_not_linked(harness: DashboardHarness) -> None:

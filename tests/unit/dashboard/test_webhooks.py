@@ -7,20 +7,10 @@ import time
 
 from msgspec.structs import replace
 
-from jobd.dashboard.assets import STATIC as STATIC
 from jobd.model.responses import DeliveryPage
 from jobd.model.webhooks import MAX_BACKLOG
-from tests.support.dashboard_harness import (
-    AUTH,
-    READ_ONLY_TOKEN,
-    DashboardHarness,
-    audit_entries,
-    text,
-)
-from tests.support.http_harness import (
-    DELIVERY,
-    WEBHOOK,
-)
+from tests.support.dashboard_harness import AUTH, READ_ONLY_TOKEN, DashboardHarness, audit_entries, text
+from tests.support.http_harness import DELIVERY, WEBHOOK
 
 
 async def test_webhooks_are_shown_with_their_state(harness: DashboardHarness) -> None:
@@ -63,7 +53,7 @@ async def test_deliveries_are_filtered_paged_and_resent(harness: DashboardHarnes
     assert 'href="/webhooks/q?state=given_up&amp;cursor=7"' in page
     assert 'href="/webhooks/q?state=given_up">Newest' in page
     assert 'href="/jobs/a">a</a>' in page
-    assert "data-interval-s" not in page, "what is older stays where it is"
+    assert "data-interval-s" not in page, "older pages do not update"
     assert "data-interval-s" in text(await browser.get("/webhooks/q"))
     response = await browser.get("/webhooks/q?state=lost")
     assert (response.status, "state" in text(response)) == (400, True)
@@ -72,9 +62,9 @@ async def test_deliveries_are_filtered_paged_and_resent(harness: DashboardHarnes
     assert (response.status, response.headers["location"]) == (303, "/webhooks/q?state=given_up")
     page = text(await browser.get("/webhooks/q"))
     assert "Sending message 7." in page
-    assert 'aria-label="Send message 7 now">Send now</button>' in page, "it waits"
+    assert 'aria-label="Send message 7 now">Send now</button>' in page, "it is waiting"
     assert '<button form="send-form" formaction="/webhooks/q/resend" name="id" value="7"' in page
-    assert '<form id="send-form"' in page.partition("data-interval-s")[0], "what renews itself takes no words away"
+    assert '<form id="send-form"' in page.partition("data-interval-s")[0], "the form is outside the live region"
     response = await browser.post("/webhooks/q/test", csrf=csrf, reason=" does it hear us? ")
     assert response.headers["location"] == "/webhooks/q"
     assert "Sending test message 7." in text(await browser.get("/webhooks/q"))
@@ -146,7 +136,7 @@ async def test_a_delivery_shows_its_outcome(harness: DashboardHarness) -> None:
             assert each in rows[number], (number, each)
     fakes.hooks = [replace(WEBHOOK, state="open", failing_since=1, next_try_at=3_000_000_000_000)]
     page = text(await browser.get("/webhooks/q"))
-    assert page.count(">after the pause") == 1, "one is due before its end, the other later"
+    assert page.count(">after the pause") == 1, "one is due before the pause ends, the other after"
     assert page.count(">next attempt <time") == 1
     found.clear()
     assert "No messages yet" in text(await browser.get("/webhooks/q"))

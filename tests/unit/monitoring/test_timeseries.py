@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobd.dashboard.assets import STATIC as STATIC
 from jobd.model.events import Change, Event
 from jobd.monitoring.timeseries import MAX_QUEUES, SLOT_MS, SLOTS, STEP_MS, STEPS, QueueRate, Timeseries
 
@@ -21,13 +20,13 @@ def test_counts_are_kept_for_an_hour_and_a_day() -> None:
     recorder.record([change("completed", NOW - 30 * 60_000)])
     kinds = ("created", "imported", "completed", "failed", "retried", "stalled", "expired", "force_failed", "progress")
     recorder.record([change(kind, NOW - STEP_MS) for kind in kinds])
-    recorder.record([change("force_failed", NOW - STEP_MS, before="queued")])  # no attempt
+    recorder.record([change("force_failed", NOW - STEP_MS, before="queued")])  # not an attempt
     recorder.record([change("adopted", NOW)])
     chart = recorder.chart(NOW)
     assert chart.since == NOW - 86_400_000
     assert (chart.hour.created[-1], chart.hour.completed[-1], chart.hour.failed[-1]) == (2, 1, 4)
     assert (chart.day.created[-1], chart.day.completed[-4:], chart.day.failed[-1]) == (2, [0, 1, 0, 1], 4)
-    assert sum(chart.hour.completed) == 2, "the running step is left out"
+    assert sum(chart.hour.completed) == 2, "the current step is excluded"
     rates = recorder.rates(NOW)
     assert (rates.created, rates.completed, rates.failed) == ((2, 2, 2), (2, 3, 3), (4, 4, 4))
     recorder.record([change("created", NOW + step * STEP_MS) for step in range(1, 2 * STEPS)])
@@ -39,7 +38,7 @@ def test_counts_are_kept_for_an_hour_and_a_day() -> None:
 
 
 def test_counting_continues_after_the_clock_was_set_back() -> None:
-    """An hour of work two hours ahead fills every step; what lies there is not the past of anybody."""
+    """Counts of two hours in the future are dropped."""
     ahead = NOW + 2 * 3_600_000
     recorder = Timeseries(NOW - 60_000)
     recorder.record([change("completed", ahead + step * STEP_MS) for step in range(STEPS + 1)])
@@ -50,7 +49,7 @@ def test_counting_continues_after_the_clock_was_set_back() -> None:
         found = later.queue("q", NOW)
         assert found is not None
         assert found.completed == 100
-        assert sum(later.chart(ahead + SLOT_MS).hour.completed) == 0, "nor does it come up once that time is there"
+        assert sum(later.chart(ahead + SLOT_MS).hour.completed) == 0, "they do not reappear later"
 
 
 def test_counts_are_restored_after_a_restart() -> None:
@@ -61,7 +60,7 @@ def test_counts_are_restored_after_a_restart() -> None:
     assert (again.since, again.started) == (NOW - 3_600_000, NOW)
     again.record([change("completed", NOW - STEP_MS)])
     assert again.rates(NOW).completed == (2, 2, 2)
-    assert again.queue("q", NOW) == QueueRate(0, 1, 0, 1.0), "of queues nothing is kept: counted since the start"
+    assert again.queue("q", NOW) == QueueRate(0, 1, 0, 1.0), "queues are counted since the start"
     ahead = Timeseries(NOW + 1).saved()
     odd = b'{"since":1,"hour":{"1":[1,2]},"day":{}}'
     for useless in (b"null", b"{", ahead, odd):
@@ -84,4 +83,4 @@ def test_the_last_hour_of_each_queue_is_counted() -> None:
     assert later is not None
     assert (later.completed, later.failed, later.per_minute) == (0, 0, 0.0)
     recorder.record([change("created", NOW, f"queue-{number}") for number in range(MAX_QUEUES)])
-    assert recorder.queue("q", NOW) is None, "so many queues are known, and those of late"
+    assert recorder.queue("q", NOW) is None, "the least recent queue is forgotten"
