@@ -149,7 +149,7 @@ async def query_responses(viewer: Viewer, *commands: Command) -> list[Response]:
     return [result for result in results if isinstance(result, Response)]
 
 
-async def overview(viewer: Viewer, recorder: Timeseries) -> PageData:
+async def overview(viewer: Viewer, timeseries: Timeseries) -> PageData:
     stats: StatsView
     workers: WorkerList
     stats, workers, paused = await query(
@@ -160,8 +160,8 @@ async def overview(viewer: Viewer, recorder: Timeseries) -> PageData:
         "stats": stats,
         "by_state": workers.by_state,
         "silent": workers.workers,
-        "rates": recorder.rates(now),
-        "since": recorder.since,
+        "rates": timeseries.rates(now),
+        "since": timeseries.since,
         "cleanup": services.maintainer.state(),
         "vitals": await services.metrics.vitals(),
         "disk": await services.disk_space(),
@@ -334,14 +334,14 @@ async def failures(viewer: Viewer) -> PageData:
     return {"failures": viewer.app.services.failures.view(MAX_GROUPS), **banners(viewer, paused)}
 
 
-async def queues(viewer: Viewer, recorder: Timeseries, request: QueuesPageQuery) -> PageData:
+async def queues(viewer: Viewer, timeseries: Timeseries, request: QueuesPageQuery) -> PageData:
     """Show queues by name, so that rows do not move while somebody is about to press a button."""
     found: QueueList
     found, paused = await query(viewer, Queues(limit=MAX_QUEUES, cursor=request.cursor), PAUSED_QUEUES)
     return {
         "queues": found.queues,
-        "rates": {queue.name: recorder.queue(queue.name, viewer.now) for queue in found.queues},
-        "since": recorder.started,
+        "rates": {queue.name: timeseries.queue(queue.name, viewer.now) for queue in found.queues},
+        "since": timeseries.started,
         "next": f"/queues?{urlencode({'cursor': found.next_cursor})}" if found.next_cursor else "",
         "is_first": request.cursor is None,
         "cursor": request.cursor,

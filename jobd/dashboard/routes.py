@@ -70,12 +70,12 @@ class Dashboard:
     """The pages of the admin listener. Reads static files: construct it off the event loop, and `warm` it later."""
 
     def __init__(
-        self, gate: Authenticator, recorder: Timeseries, *, clock_s: Callable[[], float] = time.monotonic
+        self, gate: Authenticator, timeseries: Timeseries, *, clock_s: Callable[[], float] = time.monotonic
     ) -> None:
         self.sessions = Sessions(gate.permission_of, clock_s)
         self._assets = Assets()
         self._renderer = Renderer(self._assets)
-        self._recorder = recorder
+        self._timeseries = timeseries
         self._sign_in_pages = SignInPages(self.sessions, self._render, clock_s)
 
     async def warm(self) -> None:
@@ -84,7 +84,7 @@ class Dashboard:
 
     def routes(self) -> tuple[Route, ...]:
         """Return the routes of all pages, forms and files."""
-        recorder = self._recorder
+        timeseries = self._timeseries
         return (
             self._public_route("GET", "/sign-in", SignInQuery, self._sign_in_pages.page),
             self._public_route("POST", "/sign-in", SignInForm, self._sign_in_pages.sign_in),
@@ -92,7 +92,9 @@ class Dashboard:
             self._public_route("GET", "/docs", NoFields, partial(self._docs, "/openapi.json")),
             self._public_route("GET", "/docs/worker", NoFields, partial(self._docs, "/docs/worker.json")),
             self._form_route("/sign-out", Form, self._sign_in_pages.sign_out, for_readers=True),
-            self._page_route("/", NoFields, "overview", "Overview", lambda viewer, _: pages.overview(viewer, recorder)),
+            self._page_route(
+                "/", NoFields, "overview", "Overview", lambda viewer, _: pages.overview(viewer, timeseries)
+            ),
             Route(
                 method="GET",
                 path="/live",
@@ -127,7 +129,7 @@ class Dashboard:
                 pages.QueuesPageQuery,
                 "queues",
                 "Queues",
-                lambda viewer, query: pages.queues(viewer, recorder, query),
+                lambda viewer, query: pages.queues(viewer, timeseries, query),
             ),
             self._form_route("/queues/pause", maintenance.QueueForm, maintenance.pause_queue),
             self._form_route("/queues/resume", maintenance.QueueForm, maintenance.resume_queue),
@@ -330,7 +332,7 @@ class Dashboard:
         viewer = find_viewer(app, context, self.sessions)
         if viewer is None:
             raise api_error("unauthorized", "Sign in first.")
-        return Response(self._recorder.chart(viewer.now))
+        return Response(self._timeseries.chart(viewer.now))
 
     async def _artifact(
         self, app: App[Services], context: RequestContext, query: ArtifactRequest

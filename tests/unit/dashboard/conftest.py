@@ -43,8 +43,8 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 
     clock = Clock(wall=lambda: wall_clock_ms() + ahead_ms(), boot=lambda: boot_clock_ms() + ahead_ms())
     actor = Actor(disk, Book.opened(disk.opened()), Keys([], 100), clock, Policy(), random=os.urandom)
-    recorder = Timeseries(clock.moment().now)
-    actor.on_commit.append(recorder.record)
+    timeseries = Timeseries(clock.moment().now)
+    actor.on_commit.append(timeseries.record)
     planner, failure_groups = Planner(actor, clock), FailureGroups(disk, 1)
     actor.on_commit.append(failure_groups.committed)
     await failure_groups.run()
@@ -52,7 +52,7 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     authenticator = Authenticator(
         "admin", tokens=[TOKEN], read_only_tokens=[READ_ONLY_TOKEN], hosts=own_names("127.0.0.1")
     )
-    dashboard = await asyncio.to_thread(Dashboard, authenticator, recorder, clock_s=lambda: made[0].now_s)
+    dashboard = await asyncio.to_thread(Dashboard, authenticator, timeseries, clock_s=lambda: made[0].now_s)
     async with contextlib.AsyncExitStack() as stack:
         worker = await stack.enter_async_context(HttpHarness(worker_api.ROUTES, tmp_path, actor=actor))
         routes = (*admin_api.ROUTES, *dashboard.routes(), worker_api.DOCUMENT)
