@@ -59,7 +59,7 @@ async def send_artifact(
     transport, request = ctx.connection.transport, ctx.request
     if transport is None or request is None:
         raise ConnectionResetError("the client is gone")
-    download = await app.services.downloads.begin(key, transport.abort)
+    download = await app.services.downloads.start(key, transport.abort)
     try:
         if ctx.method != hdrs.METH_HEAD:
             await audit_read(app, ctx, "artifact", name=name, job_id=asked.id)
@@ -69,7 +69,7 @@ async def send_artifact(
         await _pass_on(response, download, ctx)
         return response
     finally:
-        download.leave()
+        download.close()
 
 
 async def _key(app: App[Services], ctx: RequestContext, asked: ArtifactRequest) -> str | ApiError:

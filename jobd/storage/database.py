@@ -238,7 +238,7 @@ class Database:
         if code & 0xFF == sqlite3.SQLITE_FULL:
             return True
         # SQLite reports an exceeded quota (EDQUOT) as a failed write, so try to allocate space.
-        return code == sqlite3.SQLITE_IOERR_WRITE and not files.has_room(self._directory)
+        return code == sqlite3.SQLITE_IOERR_WRITE and not files.has_space(self._directory)
 
     def rebuild_indexes(self) -> None:
         """Rebuild all indexes from the rows. Takes seconds for a million rows."""
@@ -556,10 +556,10 @@ class Database:
 
     def _prune_events(self, chosen: str, *args: int) -> int:
         gone = self.conn.execute(f"DELETE FROM events WHERE seq IN ({chosen}) RETURNING seq", args).fetchall()
-        self.note_gone(max((seq for (seq,) in gone), default=0))
+        self.note_missing(max((seq for (seq,) in gone), default=0))
         return len(gone)
 
-    def note_gone(self, seq: int) -> None:
+    def note_missing(self, seq: int) -> None:
         """Note that the event `seq` is missing. A damaged number can be anything, so limit it."""
         self.gone_to = max(self.gone_to, min(seq, self.numbers.next_event - 1))
 

@@ -36,9 +36,9 @@ from jobd.storage.quarantine import true_id
 from jobd.storage.queries import key_fault, read_job
 from jobd.storage.writers import AUDIT_SQL, insert
 
-NAMED: Final = 100  # problems listed of one kind; the rest is counted
+MAX_LISTED: Final = 100  # problems listed of one kind; the rest is counted
 NOTHING_DAMAGED: Final = "no job is in quarantine, and no row is damaged"
-LONG_MS: Final = DAY_MS  # for a tombstone; an artifact store may be unavailable for a while
+OVERDUE_MS: Final = DAY_MS  # for a tombstone; an artifact store may be unavailable for a while
 
 _ACCEPT: Final = "repair the row with sqlite3, then run `jobd doctor --accept {}`"
 _RECOUNT: Final = "compare with a backup; `jobd doctor --recount` accepts the rows that are there"
@@ -103,7 +103,7 @@ def _limited(problems: Iterator[StoreProblem]) -> list[StoreProblem]:
     more = 0
     try:
         for problem in problems:
-            if len(named) < NAMED:
+            if len(named) < MAX_LISTED:
                 named.append(problem)
             else:
                 more += 1
@@ -137,7 +137,7 @@ def _known_meta(conn: sqlite3.Connection) -> dict[str, int] | None:
 
 
 def _file(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
-    for (line,) in conn.execute(f"PRAGMA integrity_check({NAMED + 1})"):
+    for (line,) in conn.execute(f"PRAGMA integrity_check({MAX_LISTED + 1})"):
         if line != "ok":
             yield StoreProblem("file", line, _REBUILD if "index" in line else _RESTORE)
     for name in startup.missing_from_schema(conn):
@@ -261,7 +261,7 @@ def _small_tables(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]
 def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     """Yield artifacts that should have been deleted more than LONG_MS ago."""
     now = now_ms()
-    for row in _all_rows(conn, f"SELECT {TOMBSTONE_SQL} FROM tombstones NOT INDEXED WHERE at < {now - LONG_MS}"):
+    for row in _all_rows(conn, f"SELECT {TOMBSTONE_SQL} FROM tombstones NOT INDEXED WHERE at < {now - OVERDUE_MS}"):
         if fault(row) is not None:
             continue
         late = codec.tombstone(row)
@@ -315,7 +315,7 @@ def accept(path: str, ids: Sequence[str] | None) -> str:
     checks the jobs. All rows are one transaction. If a named row is not a valid job, this raises RepairRefused and
     writes nothing. With `ids` None such rows do not change, and a line names each.
     """
-    return _changing(path, lambda db: db.commit(_accept, db, path, ids))
+    return _repair(path, lambda db: db.commit(_accept, db, path, ids))
 
 
 def damaged(db: Database, path: str) -> list[str]:
@@ -337,10 +337,10 @@ def recount(path: str) -> str:
         db.commit(db.conn.execute, "REINDEX")
         return db.commit(_recount, db)
 
-    return _changing(path, change)
+    return _repair(path, change)
 
 
-def _changing(path: str, change: Callable[[Database], str]) -> str:
+def _repair(path: str, change: Callable[[Database], str]) -> str:
     with FileLock(path):
         if not os.path.exists(path):
             raise files.StoreUnreadable(f"{path} does not exist")

@@ -20,7 +20,7 @@ from jobd.storage.codec import JOB_COLUMNS
 from jobd.storage.database import Database, now_ms, readable
 from jobd.storage.files import FileLock, StoreBusy, StoreError, StoreUnreadable
 
-SHOWN: Final = 10  # problems of a file to restore
+MAX_SHOWN: Final = 10  # problems of a file to restore
 # Columns that identify an edited row for an operator. A lock id is a secret.
 _SHOWN_COLUMNS: Final = (
     "queue", "kind", "status", "priority", "progress", "attempt", "max_attempts", "stalls", "created_at", "run_at",
@@ -100,8 +100,8 @@ def _checked(source: sqlite3.Connection, file: str, version: int, size: int, fre
         yield "    the checksums of all rows are correct"
         return
     yield f"    WARNING: {len(problems)} problems; damaged rows would be quarantined:"
-    yield from (f"        {problem.where}: {problem.what}" for problem in problems[:SHOWN])
-    if len(problems) > SHOWN:
+    yield from (f"        {problem.where}: {problem.what}" for problem in problems[:MAX_SHOWN])
+    if len(problems) > MAX_SHOWN:
         yield f"        and more: run jobd doctor --store {file}"
 
 

@@ -135,7 +135,7 @@ def raising_disk_full() -> Iterator[None]:
         raise
 
 
-def has_room(directory: str) -> bool:
+def has_space(directory: str) -> bool:
     """Return whether 64 KiB can be allocated in `directory`, which tells a full disk or quota from a broken disk."""
     try:
         with tempfile.TemporaryFile(dir=directory) as file:

@@ -82,7 +82,7 @@ def _replace_index_of_expiry(conn: sqlite3.Connection) -> None:
     )
 
 
-def _shorten_parts(conn: sqlite3.Connection) -> None:
+def _keep_old_events(conn: sqlite3.Connection) -> None:
     """Do nothing: new events store parts of jobs as arrays, and old events stay objects (see codec.py)."""
 
 
@@ -96,7 +96,7 @@ MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
     5: _add_webhooks,
     6: _add_index_of_failed,
     7: _replace_index_of_expiry,
-    8: _shorten_parts,
+    8: _keep_old_events,
     9: lambda conn: _describe_pauses_and_count_releases(conn),
 }
 

@@ -156,7 +156,7 @@ def _quarantine_row(db: Database, table: str, columns: tuple[str, ...], rowid: i
     what = f"{readable(row[0])}: {reason}"
     db.conn.execute(sql, (table, what, now_ms(), codec.as_text(columns, row)))
     if table == "events":
-        db.note_gone(rowid)
+        db.note_missing(rowid)
         db.write_meta()
     try:
         db.conn.execute(f"DELETE FROM {table} WHERE rowid = ?", (rowid,))

@@ -72,7 +72,7 @@ _GRANTS: Final = (
     f"SELECT {EVENT_SQL} FROM (SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? "
     "ORDER BY seq DESC LIMIT ?) CROSS JOIN events NOT INDEXED ON seq = found WHERE type = 'granted'"
 )
-MOST_DAMAGED_SLICES: Final = 10  # of tombstones that cannot be quarantined, before the search ends
+MAX_DAMAGED_SLICES: Final = 10  # of tombstones that cannot be quarantined, before the search ends
 _REFERENCED_LATE: Final = "SELECT 1 FROM late_results INDEXED BY late_results_storage_key WHERE storage_key = ?"
 _DUE: Final = f"SELECT {TOMBSTONE_SQL} FROM tombstones WHERE due_at {{}} ? ORDER BY due_at LIMIT ?"
 TEXT_BYTES: Final = 2 << 20  # of payloads searched per query
@@ -396,7 +396,7 @@ def journal(db: Database, after: int, limit: int) -> JournalPage:
     events = _events(db, found)
     if len(events) < len(found):
         whole = {event.seq for event in events}
-        db.note_gone(max(row[0] for row in found if row[0] not in whole))
+        db.note_missing(max(row[0] for row in found if row[0] not in whole))
     return JournalPage(events, last, db.gone_to, is_cut or len(found) == limit)
 
 
@@ -517,7 +517,7 @@ def due_tombstones(db: Database, now: int, limit: int) -> DueTombstones:
     db.check()
     met: set[int] = set()
     unmoved: set[int] = set()
-    for _ in range(MOST_DAMAGED_SLICES):
+    for _ in range(MAX_DAMAGED_SLICES):
         most = limit + len(unmoved)
         found = db.rows(_DUE.format("<="), (now, most)) or db.rows(_DUE.format(">"), (now + MAX_POSTPONE_MS, most))
         new = [(row[0], row, wrong) for row in found if row[0] not in met and (wrong := fault(row)) is not None]

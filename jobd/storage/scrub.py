@@ -19,8 +19,8 @@ from jobd.storage.queries import key_fault, read_job
 from jobd.storage.writers import AUDIT_SQL
 
 SLICE_S: Final = 0.002
-MOST_ROWS: Final = 100  # per query
-MOST_BYTES: Final = 1 << 20
+MAX_ROWS: Final = 100  # per query
+MAX_BYTES: Final = 1 << 20
 
 # The columns of each table, with the checksum last. Damaged rows are quarantined if the names are given, else reported:
 # the code that uses such a row quarantines it.
@@ -53,7 +53,7 @@ def check_slice(db: Database, table: str, after: int) -> Slice:
     found = Slice(table)
     until_s = time.perf_counter() + SLICE_S
     try:
-        (_jobs if table == "jobs" else _others)(db, found, after, until_s)
+        (_jobs if table == "jobs" else _rows)(db, found, after, until_s)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
@@ -64,7 +64,7 @@ def check_slice(db: Database, table: str, after: int) -> Slice:
 
 def _jobs(db: Database, found: Slice, after: int, until_s: float) -> None:
     sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq > ? ORDER BY seq LIMIT ?"
-    read, is_cut = db.rows_up_to(sql, (after, MOST_ROWS), MOST_BYTES)
+    read, is_cut = db.rows_up_to(sql, (after, MAX_ROWS), MAX_BYTES)
     damaged: list[tuple[Row, str]] = []
     size = 0
     for row in read:
@@ -76,17 +76,17 @@ def _jobs(db: Database, found: Slice, after: int, until_s: float) -> None:
             damaged.append((row, wrong))
         found.checked += 1
         found.last = row[0]
-        if size > MOST_BYTES or time.perf_counter() > until_s:
+        if size > MAX_BYTES or time.perf_counter() > until_s:
             break
     else:
-        found.last = read[-1][0] if is_cut or len(read) == MOST_ROWS else None
+        found.last = read[-1][0] if is_cut or len(read) == MAX_ROWS else None
     found.damaged += [(f"job {id_}", wrong) for id_, wrong in quarantine_jobs(db, damaged).items()]
 
 
-def _others(db: Database, found: Slice, after: int, until_s: float) -> None:
+def _rows(db: Database, found: Slice, after: int, until_s: float) -> None:
     columns, names = _COLUMNS[found.table]
     sql = f"SELECT rowid, {columns} FROM {found.table} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?"
-    read, is_cut = db.rows_up_to(sql, (after, MOST_ROWS), MOST_BYTES)
+    read, is_cut = db.rows_up_to(sql, (after, MAX_ROWS), MAX_BYTES)
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *values in read:
         wrong = key_fault(tuple(values)) if found.table == "keys" else fault(tuple(values))
@@ -97,7 +97,7 @@ def _others(db: Database, found: Slice, after: int, until_s: float) -> None:
         if time.perf_counter() > until_s:
             break
     else:
-        found.last = read[-1][0] if is_cut or len(read) == MOST_ROWS else None
+        found.last = read[-1][0] if is_cut or len(read) == MAX_ROWS else None
     if names is not None:
         quarantine_rows(db, found.table, names, damaged)
     found.damaged += [(f"{found.table} {readable(row[0])}", wrong) for _, row, wrong in damaged]

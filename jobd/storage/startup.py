@@ -187,7 +187,7 @@ def check_wal(path: str) -> None:
     try:
         with read_only(path) as conn:
             conn.execute("PRAGMA user_version").fetchone()
-            taken = wal.frames_taken(f"{path}-shm")
+            taken = wal.frames_used(f"{path}-shm")
     except (sqlite3.Error, OSError):
         return  # the disk is full, for example
     if wal.is_damaged(log, taken):
@@ -397,13 +397,13 @@ class _Live(Struct):
     """The live jobs, their damaged rows, and the XOR of all their checksums as they were written."""
 
     jobs: list[Job] = []
-    in_short: list[CompactJob] = []
+    compact: list[CompactJob] = []
     damaged: list[tuple[Row, str]] = []
     xor: int = 0
 
     def found(self) -> tuple[int, int]:
         """Return the number and the XOR of all rows."""
-        return len(self.jobs) + len(self.in_short) + len(self.damaged), self.xor
+        return len(self.jobs) + len(self.compact) + len(self.damaged), self.xor
 
 
 def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
@@ -415,7 +415,7 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
         db.faults += [f"job {id_} was quarantined: {reason}" for id_, reason in named.items()]
         found = live.found()
         if found == kept:
-            return live.jobs, live.in_short
+            return live.jobs, live.compact
         if not rebuilt:
             try:
                 db.rebuild_indexes()
@@ -428,7 +428,7 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
     )
     # A damaged tree may return a row twice.
     by_seq = {job.seq: job for job in live.jobs}
-    in_short = {job.seq: job for job in live.in_short if job.seq not in by_seq}
+    in_short = {job.seq: job for job in live.compact if job.seq not in by_seq}
     return list(by_seq.values()), list(in_short.values())
 
 
@@ -470,7 +470,7 @@ def _scan_new(db: Database, live: _Live) -> list[int]:
             continue
         xor ^= row[-2]
         if isinstance(job, CompactJob):
-            live.in_short.append(job)
+            live.compact.append(job)
         else:
             live.jobs.append(job)
     live.xor ^= xor

@@ -23,7 +23,7 @@ _DEFAULT_PAGE: Final = 4096
 Sums = tuple[int, int]
 
 
-def frames_taken(shared: str) -> int:
+def frames_used(shared: str) -> int:
     """Return how many frames of the log SQLite uses, from the shared memory file of a connection that has read it."""
     with open(shared, "rb") as file:
         file.seek(_TAKEN_AT)

@@ -20,7 +20,7 @@ from jobd.model.storage import SPARE_BYTES, DiskFull, JobQuery, Numbers
 from jobd.storage.store import Store, StoreBroken, StoreBusy
 from tests import ROOT
 from tests.support.factories import ChangeFactory, full_job
-from tests.support.store_files import assert_holds, exists, flip, made, make_store, opened, pick, remove, seqs
+from tests.support.store_files import assert_holds, exists, flip, job_of, make_store, open_store, pick, remove, seqs
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def descriptor_of(name: str) -> int:
 
 async def test_after_an_unknown_outcome_every_call_fails(path: str) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         first = maker.create("a")
         await store.write(maker.batch([first]))
         log = os.open("/dev/null", os.O_RDONLY)
@@ -63,20 +63,20 @@ async def test_after_an_unknown_outcome_every_call_fails(path: str) -> None:
             with pytest.raises(StoreBroken) as caught:
                 await call
         assert caught.value.exit_code == 74
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert [job.id for job in found.live()] == ["a"]
 
 
 async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: str) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         first = maker.create("a")
         await store.write(maker.batch([first]))
         with pytest.raises(sqlite3.IntegrityError):
             await store.write(maker.batch([maker.create("a")]))
         with pytest.raises(StoreBroken):
             await store.timeline(1)
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert [job.seq for job in found.live()] == [1]
         with pytest.raises(sqlite3.IntegrityError, match="no row on the disk"):
             await store.write(maker.batch([maker.grant(replace(full_job(99), status="queued"))]))
@@ -84,7 +84,7 @@ async def test_a_batch_that_does_not_continue_the_rows_breaks_the_store(path: st
 
 async def test_a_write_ahead_log_without_space_is_a_full_disk_and_the_store_continues(path: str) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         first = maker.create("a")
         await store.write(maker.batch([first]))
         before = store._database.totals
@@ -93,15 +93,15 @@ async def test_a_write_ahead_log_without_space_is_a_full_disk_and_the_store_cont
         os.dup2(full, number)
         os.close(full)
         with pytest.raises(DiskFull):
-            await store.write(maker.batch([maker.grant(made(first))]))
+            await store.write(maker.batch([maker.grant(job_of(first))]))
         with pytest.raises(DiskFull):
             await store.probe()
         assert store._database.totals == before
         os.dup2(kept, number)
         os.close(kept)
-        assert (await store.load(["a"], [], [])).jobs == {"a": made(first)}
+        assert (await store.load(["a"], [], [])).jobs == {"a": job_of(first)}
         await store.write(maker.batch([maker.create("b")]))
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert found.faults == []
         assert [job.id for job in found.live()] == ["a", "b"]
 
@@ -109,7 +109,7 @@ async def test_a_write_ahead_log_without_space_is_a_full_disk_and_the_store_cont
 async def test_an_exceeded_quota_is_distinguished_from_a_broken_disk(small_disk: Path) -> None:
     path = str(small_disk / "jobd.db")
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create("a")]))
         fill(small_disk)
         number = descriptor_of(f"{path}-wal")
@@ -195,7 +195,7 @@ async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path)
         filler.unlink()
         await store.build_reserve()
         await store.write(maker.batch([]))
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
         assert not found.full
 
@@ -203,11 +203,11 @@ async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path)
 async def test_a_store_opens_on_a_full_disk_and_reports_it(small_disk: Path) -> None:
     path = str(small_disk / "jobd.db")
     maker = ChangeFactory(4)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         for _ in range(10):
             await store.write(maker.any_batch(20))
     filler = fill(small_disk)
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert (found.full, found.has_reserve) == (True, True)
         found.full = False
         await assert_holds(store, found, maker)
@@ -219,14 +219,14 @@ async def test_a_store_opens_on_a_full_disk_and_reports_it(small_disk: Path) -> 
         await store.build_reserve()
     os.unlink(f"{path}.ballast")
     fill(small_disk)
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert (found.full, found.has_reserve) == (True, False)
         assert not exists(f"{path}.ballast")
 
 
 async def test_a_full_disk_needs_a_mebibyte_of_spare_space(small_disk: Path) -> None:
     path = str(small_disk / "jobd.db")
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert (found.full, found.has_reserve) == (False, True)
         await store.drop_reserve()
         filler = fill(small_disk)
@@ -242,7 +242,7 @@ async def test_a_full_disk_needs_a_mebibyte_of_spare_space(small_disk: Path) -> 
         assert space is not None
         assert SPARE_BYTES < space.free_bytes < 2 * SPARE_BYTES
         assert (space.path, space.total_bytes) == (path, 20 << 20)
-    async with opened(path) as (store, found):  # nothing is rejected for a missing reserve file
+    async with open_store(path) as (store, found):  # nothing is rejected for a missing reserve file
         assert (found.full, found.has_reserve, found.faults) == (False, False, [])
 
 
@@ -252,7 +252,7 @@ async def test_a_damaged_row_on_a_full_disk_is_reported(small_disk: Path) -> Non
     job = pick(maker, LIVE)
     flip(path, "jobs", "queue", "seq", job.seq)
     fill(small_disk)
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.full
         assert list(found.quarantined) == [job.id]
         assert job.seq not in seqs(found.live())
@@ -262,14 +262,14 @@ async def test_a_damaged_row_on_a_full_disk_is_reported(small_disk: Path) -> Non
 async def test_damaged_rows_that_cannot_be_moved_end_the_search(small_disk: Path) -> None:
     path, maker = str(small_disk / "jobd.db"), ChangeFactory()
     created = maker.create("a")
-    granted = maker.grant(made(created))
-    finished = maker.finish(made(granted))
-    async with opened(path) as (store, _):
+    granted = maker.grant(job_of(created))
+    finished = maker.finish(job_of(granted))
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([created, granted, finished]))
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1")
         store._connection.raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         fill(small_disk)
-        expires = made(finished).expires_at
+        expires = job_of(finished).expires_at
         assert expires is not None
         assert await store.expired(expires, 9) == []
 
@@ -318,7 +318,7 @@ async def test_batches_acknowledged_before_a_kill_are_durable(path: str, seed: i
     while line := await writer.stdout.readline():
         acknowledged = int(line) if line.endswith(b"\n") else acknowledged
     assert await writer.wait() == -signal.SIGKILL
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.numbers.next_event >= acknowledged
         maker = ChangeFactory(seed, Numbers(epoch=found.numbers.epoch))
         while maker.numbers.next_event < found.numbers.next_event:
@@ -349,7 +349,7 @@ async def test_a_kill_between_write_and_fsync_leaves_complete_batches(path: str)
         while line := await writer.stdout.readline():
             acknowledged = int(line) if line.endswith(b"\n") else acknowledged
         await writer.wait()
-        async with opened(path) as (store, found):
+        async with open_store(path) as (store, found):
             assert found.numbers.next_event >= acknowledged
             maker = ChangeFactory(5, Numbers(epoch=found.numbers.epoch))
             while maker.numbers.next_event < found.numbers.next_event:

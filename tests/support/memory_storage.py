@@ -54,7 +54,7 @@ class MemoryStorage(JobStorage):
 
     Failures on demand:
     - `write_errors`: the next writes raise these in order and write nothing (None: that write succeeds).
-    - `lost_answers`: this many next writes commit and still raise OSError, as a failed fsync can.
+    - `lost_commits`: this many next writes commit and still raise OSError, as a failed fsync can.
     - `has_spare`: if false, a batch may fit, but there is no spare space. `disk_space`: the result of `space`.
     - `fits`: batches for which it returns false raise DiskFull. `fill` and `fill_nearly` set it, `free` clears it.
     - `bad_jobs` (id to reason), `bad_payloads` (job seq to reason): rows whose checksum is wrong.
@@ -68,7 +68,7 @@ class MemoryStorage(JobStorage):
         self.jobs: dict[int, Job] = {}  # seq -> row
         self.payloads: dict[int, Payload] = {}
         self.events: list[Event] = []
-        self.lates: dict[int, tuple[LateResult, ...]] = {}  # job seq -> its late results, the oldest grant first
+        self.late_results: dict[int, tuple[LateResult, ...]] = {}  # job seq -> its late results, the oldest grant first
         self.queues: dict[str, QueueRow] = {}
         self.keys: dict[str, StoredResponse] = {}
         self.suspects: dict[int, str] = {}
@@ -80,13 +80,13 @@ class MemoryStorage(JobStorage):
         self.audited: dict[int, AuditEntry] = {}  # seq -> audit entry as written; parts are not merged
         self.marked = False
         self.gone_to = 0
-        self.has_ballast = True
+        self.has_reserve = True
         self.disk_space: DiskSpace | None = DiskSpace("/disk/jobd.db", 8 << 30, 16 << 30)
         self.has_spare = True
         self.batches: list[Batch] = []  # committed ones
         self.calls: dict[str, int] = {}
         self.write_errors: deque[Exception | None] = deque()
-        self.lost_answers = 0
+        self.lost_commits = 0
         self.fits: Callable[[Batch], bool] = lambda batch: True
         self.bad_jobs: dict[str, str] = {}
         self.bad_payloads: dict[int, str] = {}
@@ -96,19 +96,19 @@ class MemoryStorage(JobStorage):
         self.at_gate = asyncio.Event()
         self.can_move: Callable[[Job], bool] = lambda job: True
         self.unmoved: dict[str, str] = {}  # as `quarantined`: jobs found since the start whose rows are still in place
-        self.aside: dict[int, str] = {}  # seq -> id of quarantined jobs
-        self.rotten: dict[int, Job] = {}  # seq -> the quarantined job
+        self.quarantined_ids: dict[int, str] = {}  # seq -> id of quarantined jobs
+        self.damaged_tombstones: dict[int, Job] = {}  # seq -> the quarantined job
         self.on_quarantined: Callable[[Quarantined], None] = lambda aside: None
         self.on_tombstones: Callable[[int], None] = lambda count: None
-        self._all_aside: list[Quarantined] = []  # in order
-        self._told_aside = 0  # of these
+        self._all_quarantined: list[Quarantined] = []  # in order
+        self._reported = 0  # of these
         self._ids: dict[str, int] = {}  # id -> seq
 
     # -- what a test does to it ---------------------------------------------------------------------------------------
 
     def fill(self) -> None:
         """Nothing fits until the reserve file is released; then everything fits, as 16 MiB are plenty for a test."""
-        self.fits = lambda batch: not self.has_ballast
+        self.fits = lambda batch: not self.has_reserve
 
     def fill_nearly(self) -> None:
         """Only new jobs do not fit."""
@@ -141,8 +141,8 @@ class MemoryStorage(JobStorage):
         self.unmoved.clear()
         bad = {job_id: reason for job_id, reason in self.bad_jobs.items() if job_id in self._ids}
         for job_id, reason in bad.items():
-            self._set_aside(self.jobs[self._ids[job_id]], reason)
-        self._told_aside = len(self._all_aside)
+            self._quarantine(self.jobs[self._ids[job_id]], reason)
+        self._reported = len(self._all_quarantined)
         whole = [job for _, job in sorted(self.jobs.items()) if job.id not in self.unmoved]
         live = [(compact(job), job) for job in whole if job.status in LIVE]
         return OpenedStore(
@@ -156,7 +156,7 @@ class MemoryStorage(JobStorage):
             faults=[],
             figures=self.figures,
             full=not self.fits(Batch([], self.numbers)),
-            has_reserve=self.has_ballast,
+            has_reserve=self.has_reserve,
             marked=self.marked,
             tombstones=len(self.tombstones),
         )
@@ -174,17 +174,17 @@ class MemoryStorage(JobStorage):
         for seq in payloads:
             if (reason := self._bad_payload(seq)) is not None:
                 loaded.bad[self.jobs[seq].id] = reason
-                self._set_aside(self.jobs[seq], reason)
+                self._quarantine(self.jobs[seq], reason)
             elif seq in self.payloads:
                 loaded.payloads[seq] = self.payloads[seq]
-            elif seq in self.aside:
-                loaded.bad[self.aside[seq]] = self.quarantined[self.aside[seq]]
+            elif seq in self.quarantined_ids:
+                loaded.bad[self.quarantined_ids[seq]] = self.quarantined[self.quarantined_ids[seq]]
         loaded.responses = {digest: self.keys[digest] for digest in digests if digest in self.keys}
-        await self._tell_aside()
+        await self._report_quarantined()
         return loaded
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        told = self._told_aside
+        told = self._reported
         await self._enter("write")
         if not self.gate.is_set():
             self.at_gate.set()
@@ -195,8 +195,8 @@ class MemoryStorage(JobStorage):
         if not self.fits(batch):
             raise DiskFull("the disk of this test is full")
         shown = self._commit(batch, told)
-        if self.lost_answers:
-            self.lost_answers -= 1
+        if self.lost_commits:
+            self.lost_commits -= 1
             raise OSError("fsync failed; the batch may be there or not")
         return shown
 
@@ -218,7 +218,7 @@ class MemoryStorage(JobStorage):
                 page.next_before = seq
                 continue
             if (reason := self._bad_row(job)) is not None:
-                self._set_aside(job, reason)
+                self._quarantine(job, reason)
                 continue
             body = self.payloads[seq].body
             if page.jobs and size + len(body) > query.payload_bytes:
@@ -232,7 +232,7 @@ class MemoryStorage(JobStorage):
         if page.next_before is not None and looked == query.scan and len(page.jobs) < query.limit:
             page.scanned_until = self.jobs[page.next_before].created_at
         page.last_event = self.numbers.next_event - 1
-        await self._tell_aside()
+        await self._report_quarantined()
         return page
 
     def _has(self, job: Job, text: str | None) -> bool:
@@ -247,11 +247,11 @@ class MemoryStorage(JobStorage):
         new = {event.seq: event for event in changed}
         return [new.get(event.seq, event) for event in events if event.seq not in gone]
 
-    async def late(self, asked: list[LateResultQuery]) -> LateResultRows:
+    async def late(self, wanted: list[LateResultQuery]) -> LateResultRows:
         await self._enter("late")
         known = LateResultRows()
-        for each in asked:
-            kept = self.lates.get(each.job_seq, ())
+        for each in wanted:
+            kept = self.late_results.get(each.job_seq, ())
             known.results[each.job_seq] = [
                 late if each.with_results else replace(late, result=Result(late.result.download_url)) for late in kept
             ]
@@ -263,7 +263,7 @@ class MemoryStorage(JobStorage):
 
     async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
         await self._enter("count_late")
-        return {seq: len(self.lates[seq]) for seq in job_seqs if self.lates.get(seq)}
+        return {seq: len(self.late_results[seq]) for seq in job_seqs if self.late_results.get(seq)}
 
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Return up to `limit` events with a seq above `after`, oldest first."""
@@ -277,10 +277,10 @@ class MemoryStorage(JobStorage):
         whole: list[str] = []
         for job in sorted(old, key=_expires):
             if (reason := self.bad_jobs.get(job.id) or self.unmoved.get(job.id)) is not None:
-                self._set_aside(job, reason)
+                self._quarantine(job, reason)
             elif len(whole) < skip + limit:
                 whole.append(job.id)
-        await self._tell_aside()
+        await self._report_quarantined()
         return whole[skip:]
 
     async def reports(self, limit: int) -> list[bytes]:
@@ -289,8 +289,8 @@ class MemoryStorage(JobStorage):
 
     async def quarantine(self, job: Job, reason: str) -> None:
         await self._enter("quarantine")
-        self._set_aside(self.jobs.get(job.seq, job), reason)
-        await self._tell_aside()
+        self._quarantine(self.jobs.get(job.seq, job), reason)
+        await self._report_quarantined()
 
     async def prune(self, before: int, limit: int) -> int:
         await self._enter("prune")
@@ -331,13 +331,13 @@ class MemoryStorage(JobStorage):
         waiting = self.tombstones.values()
         due = [each for each in waiting if each.due_at <= now or each.due_at > now + MAX_POSTPONE_MS]
         due.sort(key=lambda each: each.due_at)
-        late = {result.result.storage_key for kept in self.lates.values() for result in kept}
+        late = {result.result.storage_key for kept in self.late_results.values() for result in kept}
         held = {each.job_seq for each in due[:limit] if each.key in late}
-        return DueTombstones([(each, self.is_named(each.key)) for each in due[:limit]], held=held)
+        return DueTombstones([(each, self.is_referenced(each.key)) for each in due[:limit]], held=held)
 
-    def is_named(self, key: str) -> bool:
+    def is_referenced(self, key: str) -> bool:
         """Return whether a job has it as its storage_key, also a quarantined one."""
-        jobs = [*self.jobs.values(), *self.rotten.values()]
+        jobs = [*self.jobs.values(), *self.damaged_tombstones.values()]
         return any(job.result is not None and job.result.storage_key == key for job in jobs)
 
     async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
@@ -363,14 +363,14 @@ class MemoryStorage(JobStorage):
 
     async def drop_reserve(self) -> bool:
         await self._enter("drop_reserve")
-        had, self.has_ballast = self.has_ballast, False
+        had, self.has_reserve = self.has_reserve, False
         return had
 
     async def build_reserve(self) -> None:
         await self._enter("build_reserve")
-        self.has_ballast = True
+        self.has_reserve = True
         if not self.fits(Batch([], self.numbers)):
-            self.has_ballast = False
+            self.has_reserve = False
             raise DiskFull("there is no room for the ballast")
 
     # -- inside -------------------------------------------------------------------------------------------------------
@@ -391,12 +391,12 @@ class MemoryStorage(JobStorage):
                 loaded.bad[job_id] = self.quarantined[job_id]
         elif job_id in self.bad_jobs:
             loaded.bad[job_id] = self.bad_jobs[job_id]
-            self._set_aside(job, self.bad_jobs[job_id])
+            self._quarantine(job, self.bad_jobs[job_id])
         else:
             loaded.jobs[job_id] = job
 
-    def _commit(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
-        """Apply all of `batch`, or nothing if it raises. It considers the first `told_aside` quarantined jobs."""
+    def _commit(self, batch: Batch, reported: int) -> dict[int, bytes]:
+        """Apply all of `batch`, or nothing if it raises. It considers the first `reported` quarantined jobs."""
         self._check_numbers(batch)
         after = self._after(batch.changes)
         new = {
@@ -406,13 +406,13 @@ class MemoryStorage(JobStorage):
         shown = {seq: (new.get(seq) or self.payloads[seq]).body for seq in batch.payloads}
         self.numbers = batch.numbers
         self.payloads |= new
-        left = distinct_tombstones([*self._let_go(batch), *batch.tombstones])
+        left = distinct_tombstones([*self._write_late_results(batch), *batch.tombstones])
         for seq, job in after.items():
             self._replace(seq, job)
         for change in batch.changes:
             self._note(change)
         self.queues |= batch.queues
-        for aside in self._all_aside[told_aside:]:
+        for aside in self._all_quarantined[reported:]:
             if aside.uncounted is not None and aside.uncounted[0] in batch.queues:
                 self._count(*aside.uncounted, -1)
         for digest in batch.forget_keys:
@@ -433,17 +433,17 @@ class MemoryStorage(JobStorage):
         self.batches.append(batch)
         return shown
 
-    def _let_go(self, batch: Batch) -> list[Tombstone]:
+    def _write_late_results(self, batch: Batch) -> list[Tombstone]:
         """Store late results; delete excess ones and those of deleted jobs, and return their tombstones."""
         left = []
         for change in batch.changes:
             event = change.event
-            kept = [*self.lates.get(event.job_seq, ()), *([change.late] if change.late is not None else [])]
+            kept = [*self.late_results.get(event.job_seq, ()), *([change.late] if change.late is not None else [])]
             if not kept:
                 continue
             kept.sort(key=lambda late: late.fencing_token)
             going = kept[:-MAX_LATE_RESULTS] if change.after is not None else kept
-            self.lates[event.job_seq] = tuple(kept[len(going) :])
+            self.late_results[event.job_seq] = tuple(kept[len(going) :])
             for late in going:
                 if batch.sweeps and (key := late.result.storage_key) is not None:
                     left.append(Tombstone(-late.seq, event.job_id, key, event.at, event.at))
@@ -488,7 +488,7 @@ class MemoryStorage(JobStorage):
                 self.unmoved.pop(old.id, None)
             self.payloads.pop(seq, None)
             self.suspects.pop(seq, None)
-            self.lates.pop(seq, None)
+            self.late_results.pop(seq, None)
             return
         self.jobs[seq] = job
         self._ids[job.id] = seq
@@ -499,7 +499,7 @@ class MemoryStorage(JobStorage):
             reason = self._bad_payload(seq)
             if reason is not None or (seq not in self.payloads and seq not in new):
                 job = after.get(seq) or self.jobs.get(seq)
-                name = job.id if job else self.aside.get(seq, f"seq {seq}")
+                name = job.id if job else self.quarantined_ids.get(seq, f"seq {seq}")
                 bad[name] = reason or "the payload is missing"
         if bad:
             raise BadRows(bad)
@@ -518,10 +518,10 @@ class MemoryStorage(JobStorage):
     def _bad_row(self, job: Job) -> str | None:
         return self.bad_jobs.get(job.id) or self._bad_payload(job.seq)
 
-    def _set_aside(self, job: Job, reason: str) -> None:
+    def _quarantine(self, job: Job, reason: str) -> None:
         if job.seq in self.jobs and not self.can_move(job):
             self.unmoved[job.id] = reason
-            self._all_aside.append(Quarantined(job.id, reason, is_moved=False))
+            self._all_quarantined.append(Quarantined(job.id, reason, is_moved=False))
             return
         self.unmoved.pop(job.id, None)
         self.quarantined[job.id] = reason
@@ -531,19 +531,21 @@ class MemoryStorage(JobStorage):
             del self._ids[job.id]
             self.payloads.pop(job.seq, None)
             self.suspects.pop(job.seq, None)
-            self.aside[job.seq] = job.id
-            self.rotten[job.seq] = job
+            self.quarantined_ids[job.seq] = job.id
+            self.damaged_tombstones[job.seq] = job
         if is_counted:
             self._count(job.options.queue, job.status, -1)
-        self._all_aside.append(Quarantined(job.id, reason, (job.options.queue, job.status) if is_counted else None))
+        self._all_quarantined.append(
+            Quarantined(job.id, reason, (job.options.queue, job.status) if is_counted else None)
+        )
 
-    async def _tell_aside(self) -> None:
+    async def _report_quarantined(self) -> None:
         """Call it a moment later, as from another thread."""
-        if self._told_aside < len(self._all_aside):
+        if self._reported < len(self._all_quarantined):
             await self._pause()
-        while self._told_aside < len(self._all_aside):
-            self._told_aside += 1
-            self.on_quarantined(self._all_aside[self._told_aside - 1])
+        while self._reported < len(self._all_quarantined):
+            self._reported += 1
+            self.on_quarantined(self._all_quarantined[self._reported - 1])
 
     def _count(self, name: str, status: str, step: int) -> None:
         queue = self.queues.get(name, QueueRow())

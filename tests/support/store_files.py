@@ -18,11 +18,11 @@ from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
 
 
-def read(path: str) -> bytes:
+def read_file(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-def write(path: str, content: bytes | bytearray) -> None:
+def write_file(path: str, content: bytes | bytearray) -> None:
     Path(path).write_bytes(content)
 
 
@@ -36,20 +36,20 @@ def remove(*paths: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def opened(path: str) -> AsyncIterator[tuple[Store, OpenedStore]]:
+async def open_store(path: str) -> AsyncIterator[tuple[Store, OpenedStore]]:
     store, found = await Store.open(path)
     async with store:
         yield store, found
 
 
 @contextlib.contextmanager
-def edited(path: str) -> Iterator[sqlite3.Connection]:
+def edit_store(path: str) -> Iterator[sqlite3.Connection]:
     """Yield a connection to the closed store, as an operator would edit it."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as conn:
         yield conn
 
 
-def made(change: Change) -> Job:
+def job_of(change: Change) -> Job:
     assert change.after is not None
     return change.after
 
@@ -99,7 +99,7 @@ def recounted(store: Store) -> tuple[int, int, int, int]:
 
 async def make_store(path: str, seed: int = 11) -> ChangeFactory:
     maker = ChangeFactory(seed)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         for _ in range(20):
             await store.write(maker.any_batch(15))
     return maker
@@ -109,7 +109,7 @@ def pick(maker: ChangeFactory, statuses: frozenset[str]) -> Job:
     return next(job for job in maker.jobs.values() if job.status in statuses)
 
 
-def lose(maker: ChangeFactory, job: Job) -> None:
+def remove_quarantined(maker: ChangeFactory, job: Job) -> None:
     """Remove a quarantined job from `maker`."""
     del maker.jobs[job.seq], maker.payloads[job.seq]
     maker.suspects.discard(job.seq)
@@ -122,11 +122,11 @@ def lose(maker: ChangeFactory, job: Job) -> None:
 def without_indexes(path: str) -> Iterator[sqlite3.Connection]:
     """Yield a connection with hidden indexes, so that a change damages only the row, as a bad disk would."""
     hidden = "type = 'index' AND sql IS NOT NULL"
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("PRAGMA writable_schema = ON")
         indexes = conn.execute(f"SELECT * FROM sqlite_schema WHERE {hidden}").fetchall()
         conn.execute(f"DELETE FROM sqlite_schema WHERE {hidden}")
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         yield conn
         conn.execute("PRAGMA writable_schema = ON")
         conn.executemany("INSERT INTO sqlite_schema VALUES (?, ?, ?, ?, ?)", indexes)
@@ -148,21 +148,21 @@ def flip(path: str, table: str, column: str, key: str, seq: int, bit: int = 0) -
         conn.execute(f"UPDATE {table} SET {column} = {place} WHERE {key} = ?", (value, seq))
 
 
-def spoil(path: str, what: str) -> None:
+def damage_backup(path: str, what: str) -> None:
     """Damage a backup so that it cannot be restored: missing, rubbish, foreign, newer, or a damaged row or page."""
     if what == "missing":
         remove(path)
     elif what == "rubbish":
-        write(path, b"rubbish" * 1_000)
+        write_file(path, b"rubbish" * 1_000)
     elif what == "page":
-        content = bytearray(read(path))
+        content = bytearray(read_file(path))
         content[-4096 + 3] ^= 0x10
-        write(path, content)
+        write_file(path, content)
     else:
         statements = {
             "foreign": "PRAGMA application_id = 5",
             "newer": f"PRAGMA user_version = {migrations.VERSION + 1}",
             "meta": "UPDATE meta SET next_job = 1",
         }
-        with edited(path) as conn:
+        with edit_store(path) as conn:
             conn.execute(statements[what])

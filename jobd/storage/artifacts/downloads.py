@@ -30,7 +30,7 @@ class Downloads:
     def has_store(self) -> bool:
         return self._store is not None
 
-    async def begin(self, key: str, cut: Callable[[], None]) -> Download:
+    async def start(self, key: str, cut: Callable[[], None]) -> Download:
         """Start to download the object `key`. `cut` closes the connection of a slow client. Raises ApiException."""
         if self._store is None:
             message = "This daemon has no artifact store, so there is nothing to download: see artifacts.url."
@@ -45,16 +45,16 @@ class Downloads:
             async with asyncio.timeout(CALL_S):
                 reading = await self._store.open(key)
         except (ArtifactStoreError, TimeoutError) as fault:
-            download.leave()
+            download.close()
             log.warning("artifact_not_read", key=key, error=str(fault) or f"no response within {CALL_S:g} s")
             raise api_error("storage_unavailable", "The artifact store cannot be read now; try again.") from fault
         except BaseException:
-            download.leave()
+            download.close()
             raise
         if reading is None:
-            download.leave()
+            download.close()
             raise api_error("not_found", f"The artifact store has no object {key!r} (any more).")
-        download.take(reading)
+        download.attach(reading)
         return download
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class Download:
         self._reading: ArtifactReader | None = None
         places.add(self)
 
-    def take(self, reading: ArtifactReader) -> None:
+    def attach(self, reading: ArtifactReader) -> None:
         self._reading = reading
         self.size = reading.size
 
@@ -87,7 +87,7 @@ class Download:
         async with asyncio.timeout(CALL_S):
             return await self._reading.more()
 
-    def leave(self) -> None:
+    def close(self) -> None:
         self._places.discard(self)
         if self._reading is not None:
             self._reading.close()

@@ -26,7 +26,7 @@ Undo = Callable[[Any], None]
 # The future of the caller (or None), the work, and an undo for its result if the caller was cancelled.
 Calls = SimpleQueue[tuple[asyncio.Future[Any] | None, Callable[[], Any], Undo] | None]
 
-WAITING: Final = 100  # calls in the queue of the thread
+MAX_QUEUED: Final = 100  # calls in the queue of the thread
 
 # Symbolic links are not followed, because a user with write access to the directory could lead out of it.
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -76,8 +76,8 @@ class FileArtifactStore:
 
         If the caller was cancelled, `undo` gets the result.
         """
-        if self._calls.qsize() >= WAITING:
-            raise ArtifactStoreError(f"{self.place} does not respond: {WAITING} calls are waiting.")
+        if self._calls.qsize() >= MAX_QUEUED:
+            raise ArtifactStoreError(f"{self.place} does not respond: {MAX_QUEUED} calls are waiting.")
         if self._thread.ident is None:
             self._thread.start()
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()

@@ -28,7 +28,7 @@ PIECE_BYTES: Final = 1 << 20  # per request
 _RETRIES: Final[Any] = {"max_retries": 2, "retry_timeout": timedelta(seconds=CALL_S)}
 _SIGNED_FOR: Final = timedelta(minutes=5)
 _CHANGED: Final = (409, 412)
-SHOWN: Final = 200
+MAX_MESSAGE_CHARS: Final = 200
 MAX_NAME_BYTES: Final = 1024  # of an object key, with the prefix
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 _CODE: Final = re.compile(r"<Code>(\w+)</Code>")
@@ -42,7 +42,7 @@ class S3ArtifactStore:
         try:
             self._store = S3Store(bucket, prefix=prefix or None, retry_config=_RETRIES, client_options=_client())
         except (BaseError, ValueError) as error:  # in AWS_*
-            raise ArtifactStoreError(f"{self.place}: {_words(error)}") from error
+            raise ArtifactStoreError(f"{self.place}: {_short_message(error)}") from error
         self._prefix = f"{prefix}/" if prefix else ""
         self._probe_name = f".jobd-probe-{owner}"
         self._http: aiohttp.ClientSession | None = None
@@ -95,7 +95,7 @@ class S3ArtifactStore:
             read = await self._call(self._read(self._probe_name))
             await self._call(obstore.delete_async(self._store, self._probe_name))
         except FileNotFoundError as error:
-            raise ArtifactStoreError(f"{self.place}: {_words(error)}") from error
+            raise ArtifactStoreError(f"{self.place}: {_short_message(error)}") from error
         if read != value:
             raise ArtifactStoreError(f"{self.place}: a probe read back a value that differs from the one it wrote.")
 
@@ -152,7 +152,7 @@ class S3ArtifactStore:
         except FileNotFoundError:
             raise
         except (BaseError, OSError, TimeoutError) as error:
-            raise ArtifactStoreError(f"{self.place}: {_words(error)}") from error
+            raise ArtifactStoreError(f"{self.place}: {_short_message(error)}") from error
 
 
 class S3Reader:
@@ -186,10 +186,10 @@ def _client() -> Any:
     return {**times, "allow_http": allow_http}
 
 
-def _words(error: Exception) -> str:
+def _short_message(error: Exception) -> str:
     """Shorten an error for a message: without a signed URL or a whole document."""
     line = str(error).partition("\n")[0] or f"no response within {CALL_S:g} s"
     said = line.partition(" - ")[2] or line
     code = _CODE.search(said)
     said = said.partition(": <")[0] + (f" ({code[1]})" if code else "")
-    return said if len(said) <= SHOWN else f"{said[:SHOWN]} …"
+    return said if len(said) <= MAX_MESSAGE_CHARS else f"{said[:MAX_MESSAGE_CHARS]} …"

@@ -148,7 +148,7 @@ class SimArtifacts(MemoryArtifacts):
         return upload.late_seq is not None and not self._is_kept(upload)
 
     def _is_kept(self, upload: Upload) -> bool:
-        kept = self._machine.disk.lates.get(upload.job_seq or 0, ())
+        kept = self._machine.disk.late_results.get(upload.job_seq or 0, ())
         return any(late.seq == upload.late_seq for late in kept)
 
     def _is_in_time(self, upload: Upload) -> bool:
@@ -176,7 +176,7 @@ class SimArtifacts(MemoryArtifacts):
         return [each for each in self._machine.disk.tombstones.values() if each.key not in held]
 
     def _held(self) -> set[str | None]:
-        return {late.result.storage_key for kept in self._machine.disk.lates.values() for late in kept}
+        return {late.result.storage_key for kept in self._machine.disk.late_results.values() for late in kept}
 
     def leaked(self) -> list[str]:
         """Objects of deleted jobs, and of late results that are gone, that no job names."""
@@ -186,6 +186,6 @@ class SimArtifacts(MemoryArtifacts):
             for key, upload in self.uploads.items()
             if (upload.job_seq in deleted or self._made_room(upload))
             and not upload.is_lost
-            and not disk.is_named(key)
+            and not disk.is_referenced(key)
             and key not in held
         ]

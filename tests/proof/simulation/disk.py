@@ -72,7 +72,7 @@ class SimDisk(MemoryStorage):
     def _fits(self, batch: Batch) -> bool:
         if self.full == 1:
             return all(change.payload is None for change in batch.changes)
-        return self.full == 0 or (self.full == 2 and not self.has_ballast)
+        return self.full == 0 or (self.full == 2 and not self.has_reserve)
 
     def _can_move(self, job: Job) -> bool:
         """Moving a damaged row aside takes room, and whole pages around it."""
@@ -126,13 +126,13 @@ class SimDisk(MemoryStorage):
         self.is_broken = False
         opened = super().opened()
         opened.full = self.full >= 2
-        self.has_ballast = opened.has_reserve = not opened.full
+        self.has_reserve = opened.has_reserve = not opened.full
         return opened
 
     # -- model.storage.Storage
 
     async def write(self, batch: Batch) -> dict[int, bytes]:
-        told = self._told_aside
+        told = self._reported
         await self._enter("write")
         await self._reach("entered")
         fault, self.write_fault = self.write_fault, None

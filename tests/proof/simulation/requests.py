@@ -216,7 +216,7 @@ class Requests:
         return ApplyEndings(action=action, jobs=[ExpectedVersion(each, seen(job)) for each, job in known])
 
     def _late(self, job: Job) -> int | None:
-        return max((late.seq for late in self.disk.lates.get(job.seq, ())), default=None)
+        return max((late.seq for late in self.disk.late_results.get(job.seq, ())), default=None)
 
     def _version(self, job: Job) -> str:
         """As who has just looked knows it; a daemon that has started since knows of no late result."""
@@ -225,7 +225,7 @@ class Requests:
 
     def adoption(self, job_id: str) -> Adopt:
         """Of a job that has a late result, mostly."""
-        kept = {self.disk.jobs[seq].id: lates for seq, lates in self.disk.lates.items() if seq in self.disk.jobs}
+        kept = {self.disk.jobs[seq].id: lates for seq, lates in self.disk.late_results.items() if seq in self.disk.jobs}
         if kept and self.chance(0.8):
             job_id = self.dice.choice(list(kept))
         seqs = [late.seq for late in kept.get(job_id, ())]

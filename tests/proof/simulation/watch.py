@@ -111,10 +111,10 @@ class Watch(Promises):
         disk = self.machine.disk
         for seq, (kind, job_seq, job_id) in self.acknowledged.items():
             if kind == "late_result" and job_seq in disk.jobs:
-                kept = disk.lates.get(job_seq, ())
+                kept = disk.late_results.get(job_seq, ())
                 is_there = len(kept) == MAX_LATE_RESULTS or seq in [late.seq for late in kept]
                 self.must(is_there, "S6", f"late result {seq} was acknowledged and is lost", job_id)
-        for job_seq, kept in disk.lates.items():
+        for job_seq, kept in disk.late_results.items():
             tokens = [late.fencing_token for late in kept]
             one_each = len(tokens) <= MAX_LATE_RESULTS and tokens == sorted(set(tokens))
             self.must(one_each, "S6", f"job {job_seq} has late results of grants {tokens}")

@@ -211,13 +211,13 @@ async def test_downloads_end_when_the_daemon_stops(place: Path, monkeypatch: pyt
     (place / "k").write_text("result")
     opened = Downloads(FileArtifactStore(str(place), "test"), MOST)
     cut = asyncio.Event()
-    download = await opened.begin("k", cut.set)
+    download = await opened.start("k", cut.set)
     opened.close()
     await cut.wait()
     with pytest.raises(ApiException) as no:
-        await opened.begin("k", cut.set)
+        await opened.start("k", cut.set)
     assert no.value.error.code == "shutting_down"
-    download.leave()
+    download.close()
 
 
 @pytest.mark.parametrize(

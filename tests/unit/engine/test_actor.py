@@ -395,7 +395,7 @@ async def test_an_unknown_outcome_is_reported_and_ends_the_actor() -> None:
     engine = VirtualEngine()
     running = start_task(engine.actor.run())
     waiting = await waiting_claim(engine, "w", queues=["other"])
-    engine.disk.lost_answers = 1
+    engine.disk.lost_commits = 1
     engine.disk.gate.clear()
     tasks = ask_all(engine, [Create(id="a"), Get(id="a")])
     await engine.disk.at_gate.wait()
@@ -612,9 +612,9 @@ class CountingStorage(MemoryStorage):
         super().__init__()
         self.asked: list[int] = []
 
-    async def late(self, asked: list[LateResultQuery]) -> LateResultRows:
-        self.asked.append(len(asked))
-        return await super().late(asked)
+    async def late(self, wanted: list[LateResultQuery]) -> LateResultRows:
+        self.asked.append(len(wanted))
+        return await super().late(wanted)
 
 
 @in_virtual_time

@@ -112,18 +112,18 @@ async def test_then_the_reserve_file_is_released_and_only_endings_are_accepted()
         answers = [await task for task in tasks]
         assert [answer.status for answer in answers] == [200, 507, 507, 507, 507, 200, 507]
         assert closed_level(engine) == "ALL_BUT_ENDINGS"
-        assert not engine.disk.has_ballast
+        assert not engine.disk.has_reserve
         assert engine.clock.held
         engine.disk.has_spare = False
         lease = engine.clock.moment().lease
         await asyncio.sleep(3.5)
         assert engine.clock.moment().lease == lease  # no heartbeat is accepted, so no lock ages
         assert closed_level(engine) == "ALL_BUT_ENDINGS"
-        assert not engine.disk.has_ballast
+        assert not engine.disk.has_reserve
         engine.disk.free()
         await asyncio.sleep(1)
         assert closed_level(engine) == "NOTHING"
-        assert engine.disk.has_ballast
+        assert engine.disk.has_reserve
         assert not engine.clock.held
         await engine.yes(Progress(id="b", lock_id=signing, progress=5))
 
@@ -167,7 +167,7 @@ def test_writes_are_accepted_without_space_for_the_reserve_file(error: Exception
             engine.disk.free()
             del engine.disk.errors["build_reserve"]
             await asyncio.sleep(1.1)
-            assert engine.disk.has_ballast
+            assert engine.disk.has_reserve
             assert engine.actor.full_disk.has_reserve
             tries = engine.disk.calls["build_reserve"]
             await asyncio.sleep(5)
@@ -261,7 +261,7 @@ async def test_the_error_contains_path_and_free_bytes() -> None:
         engine.disk.disk_space = DiskSpace("/disk/jobd.db", 512, 20 << 20)
         await asyncio.sleep(1.1)
         assert "(512 bytes free at" in (await engine.no(Create())).message
-        engine.disk.has_ballast = False  # deleted by hand
+        engine.disk.has_reserve = False  # deleted by hand
         message = (await engine.no(Complete(id="a", lock_id=lock_id))).message
         assert "the reserve file is missing, so endings may not fit either" in message
         engine.disk.disk_space = None
@@ -576,7 +576,7 @@ async def test_an_undelivered_grant_is_released_when_there_is_space() -> None:
 async def test_a_store_without_space_for_its_reserve_file_opens() -> None:
     async with checked_engine() as engine:
         engine.disk.errors["build_reserve"] = DiskFull("too small")
-        engine.disk.has_ballast = False
+        engine.disk.has_reserve = False
         engine.disk.fits = lambda batch: False
         await engine.no(Tick())
         assert closed_level(engine) == "ALL_BUT_ENDINGS"

@@ -61,7 +61,7 @@ def stored_paths(engine: VirtualEngine, job_id: str = "a") -> list[str | None]:
     """Return the file paths in the stored late results of a job."""
     job = engine.disk.job(job_id)
     assert job is not None
-    return [late.result.file_path for late in engine.disk.lates.get(job.seq, ())]
+    return [late.result.file_path for late in engine.disk.late_results.get(job.seq, ())]
 
 
 @in_virtual_time
@@ -114,7 +114,7 @@ async def test_late_results_survive_a_restart_and_are_read_on_demand() -> None:
     async with checked_engine(disk) as engine:
         assert (await engine.yes(Get(id="a"))).file_path == "/out"
         assert (await engine.yes(Delete(id="a"), admin=True)).status == "completed"
-        assert disk.lates == {}
+        assert disk.late_results == {}
 
 
 @in_virtual_time
@@ -197,9 +197,9 @@ class RecordingStorage(MemoryStorage):
         super().__init__()
         self.asked: list[LateResultQuery] = []
 
-    async def late(self, asked: list[LateResultQuery]) -> LateResultRows:
-        self.asked += asked
-        return await super().late(asked)
+    async def late(self, wanted: list[LateResultQuery]) -> LateResultRows:
+        self.asked += wanted
+        return await super().late(wanted)
 
 
 @in_virtual_time
@@ -234,7 +234,7 @@ async def test_a_full_disk_stores_no_late_result_and_still_reports_the_lost_lock
             await engine.actor.full_disk.close_further()
         assert (await engine.no(Tick())).code == "storage_full"
         assert (await engine.no(complete(locks["c"], "c"))).code == "lock_lost"
-        assert engine.disk.lates == {}
+        assert engine.disk.late_results == {}
         engine.disk.free()
         await asyncio.sleep(2)
         assert "late_result" in (await engine.no(complete(locks["c"], "c"))).details

@@ -174,13 +174,13 @@ async def test_an_artifact_named_by_a_quarantined_job_stays() -> None:
 async def test_an_artifact_named_by_a_late_result_waits_for_its_end() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
-        at.house.disk.lates[77] = (LateResult(1, at.house.now, "w", 1, "hash", result=Result(storage_key="k")),)
+        at.house.disk.late_results[77] = (LateResult(1, at.house.now, "w", 1, "hash", result=Result(storage_key="k")),)
         await at.delete("a")
         await seconds(3 * 3600)
         assert "k" in at.store.objects
         assert len(at.house.disk.tombstones) == 1
         assert at.sweeper.degraded_reason() is None
-        at.house.disk.lates.clear()
+        at.house.disk.late_results.clear()
         await seconds(3700)
         assert not at.store.objects
         assert not at.house.disk.tombstones

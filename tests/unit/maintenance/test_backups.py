@@ -23,7 +23,7 @@ from jobd.storage import backup
 from jobd.storage.backup import BackupStopped
 from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import edited, opened, write
+from tests.support.store_files import edit_store, open_store, write_file
 
 PAGE = 4096
 
@@ -31,7 +31,7 @@ PAGE = 4096
 @pytest.fixture
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
     maker = ChangeFactory(8)
-    async with opened(str(tmp_path / "jobd.db")) as (made, _):
+    async with open_store(str(tmp_path / "jobd.db")) as (made, _):
         for _ in range(10):  # a few megabytes: many steps
             await made.write(
                 maker.batch([replace(maker.create(), payload=b'"%s"' % (b"z" * 3_000)) for _ in range(50)])
@@ -143,8 +143,8 @@ async def test_the_check_reports_progress_and_can_be_cancelled(store: Store, mon
 
 async def test_a_failing_check_reports_its_reason(tmp_path: Path) -> None:
     path = str(tmp_path / "jobd.db")
-    write(path, b"")
-    with edited(path) as conn, pytest.raises(sqlite3.OperationalError), backup._reporting(conn, None):
+    write_file(path, b"")
+    with edit_store(path) as conn, pytest.raises(sqlite3.OperationalError), backup._reporting(conn, None):
         conn.execute("SELECT * FROM nothing")
 
 

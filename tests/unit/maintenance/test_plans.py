@@ -446,7 +446,7 @@ async def test_on_a_full_disk_a_plan_stops_and_later_continues() -> None:
         await failed(house, *(f"j{n}" for n in range(plans.SLICE + 5)))
         await made(planner, action="retry", filter=PlanFilter())
         house.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
-        house.disk.has_ballast = False
+        house.disk.has_reserve = False
         house.disk.fits = lambda batch: len(house.disk.batches) < 2 * (plans.SLICE + 5) + 1
         refusal = await planner.apply("p", EVE)
         assert isinstance(refusal, ApiError)

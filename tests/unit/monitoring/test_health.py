@@ -160,7 +160,7 @@ async def test_a_full_disk_is_unhealthy_and_says_what_to_do() -> None:
 @in_virtual_time
 async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
     disk = MemoryStorage()
-    disk.has_ballast = False
+    disk.has_reserve = False
     disk.errors["build_reserve"] = DiskFull("no room for 16 MiB")
     disk.disk_space = DiskSpace("/disk/jobd.db", 2 << 20, 20 << 20)
     async with VirtualEngine(disk) as house:

@@ -19,7 +19,7 @@ from typing import Final
 import pytest
 
 from jobd.storage.artifacts.base import PIECE_BYTES, ArtifactStoreError, Deletion, Verdict
-from jobd.storage.artifacts.filesystem import WAITING, FileArtifactStore, directory_fault
+from jobd.storage.artifacts.filesystem import MAX_QUEUED, FileArtifactStore, directory_fault
 
 OLD_S = 1_600_000_000
 
@@ -156,7 +156,7 @@ async def test_a_hanging_mount_has_a_limited_queue(store: FileArtifactStore) -> 
     goes_on = threading.Event()
     hung = asyncio.ensure_future(store.ask(goes_on.wait))
     await asyncio.sleep(0.01)
-    waiting = [asyncio.ensure_future(store.probe()) for _ in range(WAITING)]
+    waiting = [asyncio.ensure_future(store.probe()) for _ in range(MAX_QUEUED)]
     await asyncio.sleep(0)
     with pytest.raises(ArtifactStoreError, match="does not respond: 100 calls are waiting"):
         await store.probe()

@@ -12,7 +12,7 @@ from jobd.storage import writers
 from jobd.storage.store import Store
 from tests.support import store_files
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_files import edited, made, opened, read
+from tests.support.store_files import edit_store, job_of, open_store, read_file
 
 
 def entry(number: int = 0, **fields: object) -> AuditEntry:
@@ -30,9 +30,9 @@ async def seqs(store: Store, **query: object) -> list[int]:
 async def test_an_entry_is_written_with_its_batch_and_survives_a_restart(path: str) -> None:
     maker = ChangeFactory()
     whole = entry(1, reason="a\nreason", queue="q", outcome="job_not_found", details={"from": None, "to": "failed"})
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create()], audit=[entry(), whole]))
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         found = await store.audit(AuditQuery())
         assert found.found == [(2, whole), (1, entry())]
         assert found.next_before is None
@@ -40,7 +40,7 @@ async def test_an_entry_is_written_with_its_batch_and_survives_a_restart(path: s
 
 async def test_a_failed_batch_leaves_no_entry(store: Store) -> None:
     maker = ChangeFactory()
-    ghost = made(maker.create())
+    ghost = job_of(maker.create())
     with pytest.raises(BadRows):
         await store.write(maker.batch([], audit=[entry()], payloads=[ghost.seq]))
     assert (await store.audit(AuditQuery())).found == []
@@ -56,7 +56,7 @@ async def test_parts_of_one_action_share_a_row_that_counts_their_jobs(store: Sto
 
 async def test_an_entry_of_a_failed_transaction_is_written_again(store: Store) -> None:
     maker = ChangeFactory()
-    ghost = made(maker.create())
+    ghost = job_of(maker.create())
     with pytest.raises(BadRows):
         await store.write(maker.batch([], audit=[entry(part_of="p")], payloads=[ghost.seq]))
     await write(store, entry(5))  # has the number of the deleted row
@@ -66,7 +66,7 @@ async def test_an_entry_of_a_failed_transaction_is_written_again(store: Store) -
 
 async def test_no_part_is_added_to_a_damaged_row(path: str) -> None:
     part = entry(part_of="p")
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await write(store, part)
         store._connection.raw.execute("UPDATE audit SET jobs = 77")
         await write(store, part)
@@ -163,9 +163,9 @@ async def test_sign_ins_displace_no_exports_and_no_errors(store: Store, monkeypa
 
 async def test_the_kinds_of_rows_are_counted_after_a_restart(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writers, "KEEP_BESIDE", 2)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await write(store, *(entry(n, outcome="lock_lost") for n in range(5)), entry(5))
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         assert await store.trim_audit(0, 99) == 3
         assert await seqs(store) == [6, 5, 4]
 
@@ -198,15 +198,15 @@ async def test_a_reused_number_is_not_mistaken_for_its_old_row(store: Store, mon
 
 
 async def test_an_unreadable_log_is_reported(path: str) -> None:
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await write(store, *(entry(n, reason="x" * 2_000) for n in range(40)))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'audit'").fetchone()
         (size,) = conn.execute("PRAGMA page_size").fetchone()
-    content = bytearray(read(path))
+    content = bytearray(read_file(path))
     content[(page - 1) * size : (page - 1) * size + 64] = b"\xff" * 64
-    store_files.write(path, content)
-    async with opened(path) as (store, _):
+    store_files.write_file(path, content)
+    async with open_store(path) as (store, _):
         assert (await store.audit(AuditQuery())).found == []
         assert any("the audit log cannot be read" in fault for fault in store.take_faults())
         assert await store.trim_audit(0, 99) == 0

@@ -23,7 +23,17 @@ from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.storage.store import MEMORY, Store, StoreBroken
 from tests.support.daemon_process import Daemon
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import assert_holds, edited, exists, make_store, opened, read, remove, spoil, write
+from tests.support.store_files import (
+    assert_holds,
+    damage_backup,
+    edit_store,
+    exists,
+    make_store,
+    open_store,
+    read_file,
+    remove,
+    write_file,
+)
 
 
 @pytest.fixture
@@ -33,7 +43,7 @@ def copy(tmp_path: Path) -> str:
 
 async def take(store: Store, target: str) -> None:
     with await make_copy(store) as file:
-        write(target, file.read())
+        write_file(target, file.read())
 
 
 def names(path: str) -> set[str]:
@@ -42,16 +52,16 @@ def names(path: str) -> set[str]:
 
 async def test_a_copy_is_complete_marked_and_one_file(path: str, copy: str) -> None:
     maker = await make_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await take(store, copy)
         assert names(path) == {"jobd.db" + suffix for suffix in ("", "-wal", ".lock", ".epoch", ".ballast")}
-    assert read(copy)[18:20] == b"\x01\x01"  # it has no write-ahead log
-    with edited(copy) as conn:
+    assert read_file(copy)[18:20] == b"\x01\x01"  # it has no write-ahead log
+    with edit_store(copy) as conn:
         assert conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert conn.execute("SELECT marked FROM meta").fetchone() == (1,)
-    async with opened(path) as (store, found):  # the store itself is not marked
+    async with open_store(path) as (store, found):  # the store itself is not marked
         assert not found.marked
-    async with opened(copy) as (store, found):
+    async with open_store(copy) as (store, found):
         assert (found.marked, found.numbers.epoch) == (True, 2)
         maker.numbers = replace(maker.numbers, epoch=2, next_token=1, next_event=2 << 24)
         await assert_holds(store, found, maker)
@@ -60,7 +70,7 @@ async def test_a_copy_is_complete_marked_and_one_file(path: str, copy: str) -> N
 async def test_a_copy_under_load_is_consistent(path: str, copy: str) -> None:
     maker = ChangeFactory(8)
     seen: list[tuple[int, int]] = []
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         for _ in range(20):  # some megabytes, for many steps of the copy
             changes = [replace(maker.create(), payload=b'"%s"' % (b"z" * 3_000)) for _ in range(50)]
             await store.write(maker.batch(changes))
@@ -76,7 +86,7 @@ async def test_a_copy_under_load_is_consistent(path: str, copy: str) -> None:
     assert batches > 10
     assert len(seen) > 5
     assert seen[-1][0] == seen[-1][1]
-    async with opened(copy) as (store, found):
+    async with open_store(copy) as (store, found):
         assert found.faults == []
         count = {status: 0 for status in (*LIVE, *FINISHED)}
         for (status,) in store._connection.raw.execute("SELECT status FROM jobs"):
@@ -95,15 +105,15 @@ async def take_with(store: Store, target: str, seen: list[tuple[int, int]]) -> N
             seen.append((done, total))
 
     with await make_copy(store, told) as file:
-        write(target, file.read())
+        write_file(target, file.read())
 
 
 async def test_a_store_in_memory_can_be_copied(copy: str) -> None:
     maker = ChangeFactory(2)
-    async with opened(MEMORY) as (store, _):
+    async with open_store(MEMORY) as (store, _):
         await store.write(maker.any_batch(30))
         await take(store, copy)
-    async with opened(copy) as (_, found):
+    async with open_store(copy) as (_, found):
         assert found.marked
         assert len(found.live()) == sum(job.status in LIVE for job in maker.jobs.values())
 
@@ -137,7 +147,7 @@ async def test_closing_the_store_stops_a_copy_and_leaves_no_file(path: str, copy
 
 async def test_a_cancelled_request_stops_the_copy(path: str) -> None:
     maker = ChangeFactory(8)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         for _ in range(10):
             changes = [replace(maker.create(), payload=b'"%s"' % (b"z" * 3_000)) for _ in range(50)]
             await store.write(maker.batch(changes))
@@ -163,19 +173,19 @@ async def test_a_cancelled_request_stops_the_copy(path: str) -> None:
 
 async def test_files_left_by_a_crash_are_removed_at_the_next_start(path: str) -> None:
     await make_store(path)
-    write(f"{path}.backup-0123", b"half")
-    async with opened(path):
+    write_file(f"{path}.backup-0123", b"half")
+    async with open_store(path):
         assert not exists(f"{path}.backup-0123")
 
 
 async def test_a_damaged_store_cannot_be_copied(path: str, copy: str) -> None:
     await make_store(path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
-    content = bytearray(read(path))
+    content = bytearray(read_file(path))
     content[(page - 1) * 4096 + 3] ^= 0x10  # the number of entries on a page of an index
-    write(path, content)
-    async with opened(path) as (store, _):
+    write_file(path, content)
+    async with open_store(path) as (store, _):
         with pytest.raises(StoreUnreadable, match="does not pass its check"):
             await take(store, copy)
     assert not exists(copy)
@@ -187,7 +197,7 @@ async def test_a_damaged_store_cannot_be_copied(path: str, copy: str) -> None:
 
 async def test_a_restore_keeps_the_old_store(path: str, copy: str) -> None:
     maker = ChangeFactory(3)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.any_batch(30))
         await take(store, copy)
         jobs = dict(maker.jobs)
@@ -197,11 +207,11 @@ async def test_a_restore_keeps_the_old_store(path: str, copy: str) -> None:
     aside = restore(copy, path)
     assert aside is not None
     assert os.path.dirname(aside) == os.path.dirname(path)
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert (found.marked, found.numbers.epoch, found.numbers.next_event) == (True, 2, 2 << 24)
         assert {job.seq for job in found.live()} == {seq for seq, job in jobs.items() if job.status in LIVE}
         await store.write(Batch([], found.numbers, unmark=True))
-    async with opened(aside) as (_, found):  # the old store is complete; it has no epoch file
+    async with open_store(aside) as (_, found):  # the old store is complete; it has no epoch file
         assert found.numbers == replace(maker.numbers, epoch=2, next_token=1)
         assert found.faults == []
 
@@ -210,49 +220,49 @@ async def test_a_restore_marks_an_unmarked_file(path: str, copy: str) -> None:
     await make_store(copy)
     assert restore(copy, path) is None
     assert os.stat(path).st_mode & 0o777 == 0o600
-    with edited(copy) as conn:
+    with edit_store(copy) as conn:
         assert conn.execute("SELECT marked FROM meta").fetchone() == (0,)
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert found.marked
 
 
 async def test_the_epoch_of_the_old_store_counts_without_its_epoch_file(path: str, copy: str) -> None:
     await make_store(copy)
     await make_store(path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         migrations.change_meta(conn, epoch=7)
     remove(f"{path}.epoch")
     restore(copy, path)
     assert files.read_epoch(path).epoch == 7
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert found.numbers.epoch == 8
 
 
 async def test_the_write_ahead_log_of_the_old_store_is_kept_with_it(path: str, copy: str) -> None:
     await make_store(copy)
     maker = await make_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.any_batch(5))
-        left = {suffix: read(path + suffix) for suffix in ("", "-wal")}
+        left = {suffix: read_file(path + suffix) for suffix in ("", "-wal")}
     for suffix, content in left.items():  # as after a kill
-        write(path + suffix, content)
+        write_file(path + suffix, content)
     aside = restore(copy, path)
     assert not exists(f"{path}-wal")
     assert aside is not None
-    async with opened(aside) as (store, found):
+    async with open_store(aside) as (store, found):
         maker.numbers = replace(maker.numbers, epoch=2, next_token=1)
         await assert_holds(store, found, maker)
 
 
 async def test_an_unreadable_store_is_kept_unchanged(path: str, copy: str) -> None:
     await make_store(copy)
-    write(path, b"rubbish" * 1_000)
-    write(f"{path}-wal", b"more rubbish")
+    write_file(path, b"rubbish" * 1_000)
+    write_file(f"{path}-wal", b"more rubbish")
     aside = restore(copy, path)
     assert aside is not None
-    assert read(aside) == b"rubbish" * 1_000
-    assert read(f"{aside}-wal") == b"more rubbish"
-    async with opened(path) as (_, found):
+    assert read_file(aside) == b"rubbish" * 1_000
+    assert read_file(f"{aside}-wal") == b"more rubbish"
+    async with open_store(path) as (_, found):
         assert found.marked
 
 
@@ -265,32 +275,32 @@ async def test_two_restores_in_one_second_keep_both_stores(path: str, copy: str)
 
 async def test_a_restore_is_rejected_while_a_daemon_runs(path: str, copy: str) -> None:
     await make_store(copy)
-    async with opened(path):
-        before = read(path)
+    async with open_store(path):
+        before = read_file(path)
         with pytest.raises(StoreBusy, match=str(os.getpid())):
             restore(copy, path)
-        assert read(path) == before
+        assert read_file(path) == before
 
 
 @pytest.mark.parametrize("what", ["missing", "rubbish", "foreign", "newer", "meta", "page"])
 async def test_an_unusable_file_is_not_restored(path: str, copy: str, what: str) -> None:
     await make_store(copy)
     await make_store(path, seed=12)
-    spoil(copy, what)
-    before = {name: read(name) for name in glob.glob(f"{path}*")}
+    damage_backup(copy, what)
+    before = {name: read_file(name) for name in glob.glob(f"{path}*")}
     with pytest.raises(StoreTooNew if what == "newer" else StoreUnreadable):
         restore(copy, path)
-    assert {name: read(name) for name in glob.glob(f"{path}*")} == before
+    assert {name: read_file(name) for name in glob.glob(f"{path}*")} == before
 
 
 async def test_a_store_held_by_another_program_is_not_touched(path: str, copy: str) -> None:
     await make_store(copy)
     await make_store(path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreBusy):
             restore(copy, path)
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert not found.marked
 
 
@@ -302,7 +312,7 @@ def fill(place: Path) -> None:
 async def test_a_copy_never_fills_the_disk_of_the_store(small_disk: Path, copy: str) -> None:
     path = str(small_disk / "jobd.db")
     maker = await make_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         with pytest.raises(DiskFull, match=f"MiB free in {small_disk}, but only"):
             await take(store, copy)
         await store.write(maker.any_batch(5))
@@ -331,7 +341,7 @@ async def test_a_restore_without_disk_space_leaves_the_store(small_disk: Path, c
     with pytest.raises(DiskFull):
         restore(copy, path)
     remove(str(small_disk / "filler"))
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
 
 

@@ -21,16 +21,16 @@ from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import (
     assert_holds,
-    edited,
+    edit_store,
     exists,
     flip,
-    lose,
     make_store,
-    opened,
+    open_store,
     pick,
-    read,
+    read_file,
     remove,
-    write,
+    remove_quarantined,
+    write_file,
 )
 
 
@@ -41,7 +41,7 @@ def places(problems: list[StoreProblem]) -> list[str]:
 async def busy_store(path: str) -> ChangeFactory:
     """A store with rows in every table."""
     maker = await make_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         keys = [StoredResponse("d1", "b", NOW, 200, b"{}"), StoredResponse("d2", "b", NOW, 200, None, [("a", "l")])]
         await store.write(maker.batch([maker.queue_event("video", True)], keys=keys, report=b"{}"))
         young = Tombstone(900, "gone", "k/1", now_ms(), now_ms())
@@ -57,9 +57,9 @@ async def busy_store(path: str) -> ChangeFactory:
 
 async def test_an_undamaged_store_has_no_problem_and_is_not_changed(path: str) -> None:
     await busy_store(path)
-    before = {name: read(name) for name in glob.glob(f"{path}*")}
+    before = {name: read_file(name) for name in glob.glob(f"{path}*")}
     assert check(path) == []
-    assert {name: read(name) for name in glob.glob(f"{path}*")} == before
+    assert {name: read_file(name) for name in glob.glob(f"{path}*")} == before
     remove(f"{path}.lock")  # a copy that no daemon ever opened
     assert check(path) == []
     assert not exists(f"{path}.lock")
@@ -67,18 +67,18 @@ async def test_an_undamaged_store_has_no_problem_and_is_not_changed(path: str) -
 
 async def test_the_write_ahead_log_is_checked_and_not_changed(path: str) -> None:
     maker = await make_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.any_batch(30))
-        left = {suffix: read(path + suffix) for suffix in ("", "-wal")}
+        left = {suffix: read_file(path + suffix) for suffix in ("", "-wal")}
     for suffix, content in left.items():
-        write(path + suffix, content)
+        write_file(path + suffix, content)
     assert check(path) == []
-    assert {suffix: read(path + suffix) for suffix in ("", "-wal")} == left
+    assert {suffix: read_file(path + suffix) for suffix in ("", "-wal")} == left
     assert not exists(f"{path}-shm")
 
 
 async def test_a_store_held_by_a_daemon_is_not_checked(path: str) -> None:
-    async with opened(path):
+    async with open_store(path):
         for call in (lambda: check(path), lambda: accept(path, ["a"]), lambda: recount(path)):
             with pytest.raises(StoreBusy, match=str(os.getpid())):
                 call()
@@ -90,12 +90,12 @@ async def test_a_file_that_is_not_a_jobd_store_is_rejected(path: str) -> None:
     with pytest.raises(StoreUnreadable, match="does not exist"):
         accept(path, ["a"])
     assert not exists(path)
-    write(path, b"rubbish" * 100)
+    write_file(path, b"rubbish" * 100)
     with pytest.raises(StoreUnreadable, match="not a database"):
         check(path)
     remove(path)
     await make_store(path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute(f"PRAGMA user_version = {migrations.VERSION + 1}")
     with pytest.raises(StoreTooNew):
         check(path)
@@ -142,7 +142,7 @@ async def test_every_kind_of_damage_is_reported_with_a_fix(path: str, damage: st
     live, done = pick(maker, LIVE), pick(maker, FINISHED)
     late = maker.numbers.next_event - 1
     words = {"late": late, "live": live.seq, "live_id": live.id, "done": done.seq, "done_queue": done.options.queue}
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute(damage.format(**words))
     found = [problem for problem in check(path) if problem.where == where.format(**words)]
     assert found
@@ -163,12 +163,12 @@ async def test_a_flipped_bit_of_a_job_is_reported_with_its_id(path: str, column:
 async def test_a_damaged_index_is_reported_and_repaired_by_a_recount(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, FINISHED)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("PRAGMA writable_schema = ON")
         (sql,) = conn.execute("SELECT sql FROM sqlite_schema WHERE name = 'jobs_expiry'").fetchone()
         less = sql.replace("WHERE", f"WHERE seq <> {job.seq} AND")
         conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_expiry'", (less,))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("REINDEX")
         conn.execute("PRAGMA writable_schema = ON")
         conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_expiry'", (sql,))
@@ -180,11 +180,11 @@ async def test_a_damaged_index_is_reported_and_repaired_by_a_recount(path: str) 
 
 async def test_an_unreadable_page_is_reported_and_the_check_continues(path: str) -> None:
     await busy_store(path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'reports'").fetchone()
-    content = bytearray(read(path))
+    content = bytearray(read_file(path))
     content[(page - 1) * 4096] = 0x77
-    write(path, content)
+    write_file(path, content)
     problems = check(path)
     assert "file" in places(problems)
     assert any("jobd restore" in problem.mend for problem in problems)
@@ -192,7 +192,7 @@ async def test_an_unreadable_page_is_reported_and_the_check_continues(path: str)
 
 async def test_numbers_that_are_not_assigned_yet_are_reported(path: str) -> None:
     await busy_store(path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         migrations.change_meta(conn, next_job=1, next_event=1)
     assert places(check(path)) == ["meta", "meta"]
 
@@ -201,14 +201,14 @@ async def test_a_tombstone_that_waits_too_long_is_reported(path: str) -> None:
     maker = await make_store(path)
     times = [now_ms() - DAY_MS + 60_000, now_ms() - 3 * DAY_MS - 1]
     buried = [Tombstone(900 + n, f"gone-{n}", f"k/{n}", at, at, tries=n) for n, at in enumerate(times)]
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([], tombstones=buried))
     (problem,) = check(path)
     assert problem.where == "artifact k/1"
     assert problem.what == "job gone-1 was deleted 3 days ago, but its artifact was not (failed attempts: 1)"
     assert "artifacts.url" in problem.mend
     late = Tombstone(-12, "a", "late/1", times[1], times[1], tries=4)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.settle_tombstones([901], [])
         await store.write(maker.batch([], tombstones=[late]))
     (problem,) = check(path)
@@ -219,9 +219,9 @@ async def test_a_tombstone_that_waits_too_long_is_reported(path: str) -> None:
 
 
 async def test_many_problems_of_one_kind_are_counted(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "NAMED", 3)
+    monkeypatch.setattr(doctor, "MAX_LISTED", 3)
     await busy_store(path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE events SET by = 'me'")
         (count,) = conn.execute("SELECT count(*) FROM events").fetchone()
     problems = check(path)
@@ -233,11 +233,11 @@ async def test_quarantined_rows_and_other_files_are_checked(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
     flip(path, "jobs", "queue", "seq", job.seq)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE keys SET at = 1 WHERE digest = 'd1'")
-    async with opened(path):
+    async with open_store(path):
         pass
-    write(f"{path}.epoch", b"rubbish")
+    write_file(f"{path}.epoch", b"rubbish")
     os.chmod(path, 0o644)
     problems = check(path)
     assert places(problems) == [f"job {job.id}", "keys in quarantine", "epoch file", path]
@@ -261,7 +261,7 @@ async def test_an_epoch_file_of_a_newer_database_is_reported(path: str, monkeypa
     assert foreign.what == f"it belongs to user {owner + 1}, the database to user {owner}"
     assert foreign.mend == f"chown --reference {path} {path}.epoch"
     monkeypatch.undo()
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         migrations.change_meta(conn, marked=1)
     assert check(path) == []  # a restored backup: its next start begins an epoch
 
@@ -273,12 +273,12 @@ async def test_an_epoch_file_of_a_newer_database_is_reported(path: str, monkeypa
 async def test_an_edited_row_is_accepted_in_place(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, frozenset({"processing"}))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE jobs SET status = 'failed', lock_id = NULL, progress = 50 WHERE seq = ?", (job.seq,))
     assert places(check(path))[0] == f"job {job.id}"
     assert "was accepted" in accept(path, [job.id])
     assert check(path) == []
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.faults == []
         assert found.suspects[job.seq] == job.id
         back = (await store.load([job.id], [job.seq], [])).jobs[job.id]
@@ -290,14 +290,14 @@ async def test_a_row_is_accepted_from_quarantine(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
     flip(path, "jobs", "queue", "seq", job.seq)
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert list(found.quarantined) == [job.id]
     queue = job.options.queue
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (queue,))
     accept(path, [job.id])
     assert check(path) == []
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert (found.faults, found.quarantined) == ([], {})
         maker.suspects.add(job.seq)
         await assert_holds(store, found, maker)
@@ -310,9 +310,9 @@ async def test_all_damaged_rows_that_are_valid_jobs_are_accepted_at_once(path: s
         *[job for job in maker.jobs.values() if job.status in FINISHED][:2],
     )
     flip(path, "jobs", "queue", "seq", aside.seq)
-    async with opened(path):
+    async with open_store(path):
         pass
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (aside.options.queue,))
         conn.execute("UPDATE jobs SET attempt = attempt + 1 WHERE seq = ?", (in_place.seq,))
         conn.execute("UPDATE jobs SET ended_lock_id = 'l', ended_worker = NULL WHERE seq = ?", (hopeless.seq,))
@@ -337,17 +337,17 @@ async def test_nothing_is_accepted_if_nothing_is_damaged(path: str) -> None:
 async def test_a_job_is_accepted_with_a_repaired_payload(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, FINISHED)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE payloads SET body = X'7b' WHERE job_seq = ?", (job.seq,))
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         assert list((await store.load([], [job.seq], [])).bad) == [job.id]
     with pytest.raises(RepairRefused, match="the payload is not JSON"):
         accept(path, [job.id])
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET payload = CAST('{}' AS BLOB)")
     accept(path, [job.id])
     assert check(path) == []
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert (await store.load([], [job.seq], [])).payloads[job.seq].body == b"{}"
         assert found.queues == maker.queues
 
@@ -355,10 +355,10 @@ async def test_a_job_is_accepted_with_a_repaired_payload(path: str) -> None:
 async def test_a_missing_payload_is_accepted_as_null(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("DELETE FROM payloads WHERE job_seq = ?", (job.seq,))
     accept(path, [job.id])
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         assert (await store.load([], [job.seq], [])).payloads[job.seq].body == b"null"
 
 
@@ -374,7 +374,7 @@ async def test_a_missing_payload_is_accepted_as_null(path: str) -> None:
 async def test_a_row_that_is_not_a_valid_job_is_rejected_without_changes(path: str, edit: str, message: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, frozenset({"processing"}))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute(edit.format(seq=job.seq))
     before = check(path)
     with pytest.raises(RepairRefused, match=message):
@@ -385,9 +385,9 @@ async def test_a_row_that_is_not_a_valid_job_is_rejected_without_changes(path: s
 async def test_a_reused_id_is_rejected(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.quarantine(job, "for a test")
-        lose(maker, job)
+        remove_quarantined(maker, job)
         await store.write(maker.batch([maker.create(job.id)]))
     with pytest.raises(RepairRefused, match="UNIQUE"):
         accept(path, [job.id])
@@ -396,10 +396,10 @@ async def test_a_reused_id_is_rejected(path: str) -> None:
 async def test_a_quarantined_row_that_is_not_json_is_rejected(path: str) -> None:
     maker = await busy_store(path)
     job = pick(maker, LIVE)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.quarantine(job, "for a test")
     for row in ("{", "[]", msgspec.json.encode({"seq": 1}).decode()):
-        with edited(path) as conn:
+        with edit_store(path) as conn:
             conn.execute("UPDATE quarantined_jobs SET row = ?", (row,))
         with pytest.raises(RepairRefused):
             accept(path, [job.id])
@@ -408,7 +408,7 @@ async def test_a_quarantined_row_that_is_not_json_is_rejected(path: str) -> None
 async def test_a_recount_accepts_the_existing_rows(path: str) -> None:
     maker = await busy_store(path)
     live, done = pick(maker, LIVE), pick(maker, FINISHED)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         for table, column in (
             ("jobs", "seq"),
             ("payloads", "job_seq"),
@@ -420,10 +420,10 @@ async def test_a_recount_accepts_the_existing_rows(path: str) -> None:
     assert {"live jobs", "finished jobs"} <= set(places(check(path)))
     assert "Counted:" in recount(path)
     assert check(path) == []
-    lose(maker, live)
-    lose(maker, done)
+    remove_quarantined(maker, live)
+    remove_quarantined(maker, done)
     maker.queues["video"] = replace(maker.queues["video"], paused=False, paused_at=None, paused_by=None)
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
 
 
@@ -445,7 +445,7 @@ def test_a_new_store_has_no_problems(path: str) -> None:
 
 async def test_a_renamed_column_of_the_meta_row_is_reported(path: str) -> None:
     await make_store(path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("ALTER TABLE meta RENAME COLUMN finished_xor TO finished_xos")
     (problem,) = [problem for problem in doctor.check(path) if problem.where == "meta"]
     assert "finished_xos" in problem.what

@@ -14,7 +14,17 @@ from jobd.model.job import FINISHED, LIVE
 from jobd.model.storage import DiskFull
 from jobd.storage import backup, doctor, dry_run, files, migrations
 from jobd.storage.files import StoreBusy, StoreTooNew, StoreUnreadable
-from tests.support.store_files import edited, exists, make_store, opened, pick, read, remove, spoil, write
+from tests.support.store_files import (
+    damage_backup,
+    edit_store,
+    exists,
+    make_store,
+    open_store,
+    pick,
+    read_file,
+    remove,
+    write_file,
+)
 
 
 @pytest.fixture
@@ -29,7 +39,7 @@ def copy(tmp_path: Path) -> str:
 
 
 def state(*names: str) -> dict[str, tuple[bytes, int]]:
-    return {name: (read(name), os.stat(name).st_mtime_ns) for path in names for name in glob.glob(f"{path}*")}
+    return {name: (read_file(name), os.stat(name).st_mtime_ns) for path in names for name in glob.glob(f"{path}*")}
 
 
 async def test_a_restore_shows_what_it_would_end_and_replace(path: str, copy: str) -> None:
@@ -53,7 +63,7 @@ async def test_a_restore_shows_what_it_would_end_and_replace(path: str, copy: st
     ):
         assert words in told
     backup.restore(copy, path)
-    async with opened(path) as (_, found):  # as described
+    async with open_store(path) as (_, found):  # as described
         assert found.numbers.epoch == 5
 
 
@@ -66,7 +76,7 @@ async def test_a_dry_run_creates_no_files(path: str, copy: str) -> None:
 async def test_the_epoch_of_the_old_store_counts(path: str, copy: str) -> None:
     await make_store(copy)
     await make_store(path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         migrations.change_meta(conn, epoch=7)
     remove(f"{path}.epoch")
     assert "epoch 8 or later would begin" in "\n".join(dry_run.restore(copy, path))
@@ -74,18 +84,18 @@ async def test_the_epoch_of_the_old_store_counts(path: str, copy: str) -> None:
 
 async def test_an_unreadable_store_would_be_kept_unchanged(path: str, copy: str) -> None:
     await make_store(copy)
-    write(path, b"rubbish" * 1_000)
+    write_file(path, b"rubbish" * 1_000)
     assert "the existing file cannot be read, and would be kept" in dry_run.restore(copy, path)[-1]
 
 
 async def test_a_damaged_row_is_reported_and_the_dry_run_continues(path: str, copy: str) -> None:
     maker = await make_store(copy)
-    with edited(copy) as conn:
+    with edit_store(copy) as conn:
         conn.execute("UPDATE jobs SET priority = priority + 1")
     told = dry_run.restore(copy, path)
     assert any("WARNING" in line and "problems" in line for line in told)
     named = [line for line in told if line.startswith("        job ")]
-    assert len(named) == min(dry_run.SHOWN, len(maker.jobs))
+    assert len(named) == min(dry_run.MAX_SHOWN, len(maker.jobs))
     assert any(f"jobd doctor --store {copy}" in line for line in told)
     backup.restore(copy, path)
 
@@ -111,11 +121,11 @@ async def test_a_dry_run_raises_the_errors_of_the_restore(path: str, copy: str, 
     await make_store(copy)
     await make_store(path, seed=12)
     if what == "epoch":
-        write(f"{path}.epoch", b"rubbish")
+        write_file(f"{path}.epoch", b"rubbish")
     elif what == "folder":
         path = f"{path}-nowhere/jobd.db"
     else:
-        spoil(copy, what)
+        damage_backup(copy, what)
     before = state(path, copy)
     errors: list[Exception] = []
     for call in (dry_run.restore, backup.restore):
@@ -130,12 +140,12 @@ async def test_a_dry_run_raises_the_errors_of_the_restore(path: str, copy: str, 
 
 async def test_a_store_in_use_is_rejected(path: str, copy: str) -> None:
     await make_store(copy)
-    async with opened(path):
-        before = read(path)
+    async with open_store(path):
+        before = read_file(path)
         with pytest.raises(StoreBusy, match=str(os.getpid())):
             dry_run.restore(copy, path)
-        assert read(path) == before
-    with edited(path) as conn:
+        assert read_file(path) == before
+    with edit_store(path) as conn:
         conn.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreBusy):
             dry_run.restore(copy, path)
@@ -159,7 +169,7 @@ async def test_accept_writes_what_its_dry_run_shows(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, frozenset({"processing"}))
     assert job.grant is not None
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE jobs SET priority = 77 WHERE seq = ?", (job.seq,))
     before = state(path)
     told = "\n".join(dry_run.accept(path, [job.id]))
@@ -179,11 +189,11 @@ async def test_a_job_accepted_from_quarantine_is_counted(path: str, statuses: fr
     maker = await make_store(path)
     job = pick(maker, statuses)
     queue = job.options.queue
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE jobs SET queue = 'other' WHERE seq = ?", (job.seq,))
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.load([job.id], [], [])
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (queue,))
     told = "\n".join(dry_run.accept(path, [job.id]))
     assert "the row in quarantine would be accepted" in told
@@ -200,7 +210,7 @@ async def test_a_dry_run_raises_the_errors_of_accept(path: str) -> None:
     for call in calls:
         with pytest.raises(doctor.RepairRefused, match="there is no job nobody"):
             call(path, ["nobody"])
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE jobs SET worker = NULL WHERE seq = ?", (one.seq,))
     for call in calls:
         with pytest.raises(doctor.RepairRefused, match="is not a valid job"):
@@ -210,11 +220,11 @@ async def test_a_dry_run_raises_the_errors_of_accept(path: str) -> None:
 async def test_a_second_row_with_the_same_id_is_rejected(path: str) -> None:
     maker = await make_store(path)
     one, other = [job for job in maker.jobs.values() if job.status == "queued"][:2]
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE jobs SET queue = 'other' WHERE seq = ?", (one.seq,))
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.load([one.id], [], [])
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.id', ?)", (other.id,))
     for call in (dry_run.accept, doctor.accept):
         with pytest.raises(doctor.RepairRefused):
@@ -227,7 +237,7 @@ async def test_a_recount_shows_the_differences(path: str) -> None:
     told = "\n".join(dry_run.recount(path))
     assert "all indexes would be rebuilt" in told
     assert "the counts would not change" in told
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
     told = "\n".join(dry_run.recount(path))
     assert "the counts would be: " in told
@@ -239,7 +249,7 @@ async def test_a_recount_shows_the_differences(path: str) -> None:
 async def test_different_rows_are_reported_even_if_the_counts_agree(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE jobs SET crc = crc + 1 WHERE seq = ?", (job.seq,))
     assert "the rows differ from those that had been written" in "\n".join(dry_run.recount(path))
 
@@ -249,6 +259,6 @@ async def test_repairs_are_shown_only_for_a_jobd_store_that_is_not_in_use(path: 
         with pytest.raises(StoreUnreadable, match="does not exist"):
             call(path)
     assert not exists(path)
-    async with opened(path):
+    async with open_store(path):
         with pytest.raises(StoreBusy):
             dry_run.recount(path)

@@ -179,5 +179,5 @@ def test_only_errors_about_space_mean_a_full_disk() -> None:
 
 
 def test_free_space_is_detected(tmp_path: Path) -> None:
-    assert files.has_room(str(tmp_path))
-    assert files.has_room(str(tmp_path / "nowhere"))  # the error is not about space
+    assert files.has_space(str(tmp_path))
+    assert files.has_space(str(tmp_path / "nowhere"))  # the error is not about space

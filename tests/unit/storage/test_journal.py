@@ -13,13 +13,13 @@ from jobd.model.storage import (
 from jobd.storage import codec, database
 from jobd.storage.store import Store
 from tests.support.factories import NOW, OPTIONS, ChangeFactory
-from tests.support.store_files import edited, made, opened
+from tests.support.store_files import edit_store, job_of, open_store
 
 
 async def test_the_last_heartbeats_of_each_grant_are_kept(path: str) -> None:
     maker = ChangeFactory(1)
-    job = made(maker.create(options=OPTIONS[1]))
-    async with opened(path) as (store, _):
+    job = job_of(maker.create(options=OPTIONS[1]))
+    async with open_store(path) as (store, _):
         await store.write(
             Batch([Change(None, job, Event(1, NOW, "created", 1, job.id, "video", None, "queued", "c"))], maker.numbers)
         )
@@ -27,17 +27,17 @@ async def test_the_last_heartbeats_of_each_grant_are_kept(path: str) -> None:
         await store.write(maker.batch([change]))
         for number in range(450):
             change = (
-                maker.extend(made(change))
+                maker.extend(job_of(change))
                 if number % 3
-                else maker.progress(made(change), None, "x" if number == 6 else None)
+                else maker.progress(job_of(change), None, "x" if number == 6 else None)
             )
             await store.write(maker.batch([change]))
         (rows_kept,) = store._connection.raw.execute("SELECT count(*) FROM events").fetchone()
         assert rows_kept <= 2 + 3 * KEEP_HEARTBEATS
         types = [event.type for event in await store.timeline(1)]
         assert types.count("progress") == types.count("extended") == KEEP_HEARTBEATS
-    async with opened(path) as (store, _):
-        await store.write(maker.batch([maker.extend(made(change))]))  # a grant from before the start: thinned at once
+    async with open_store(path) as (store, _):
+        await store.write(maker.batch([maker.extend(job_of(change))]))  # a grant from before the start: thinned at once
         (rows_kept,) = store._connection.raw.execute("SELECT count(*) FROM events").fetchone()
         assert rows_kept == 2 + 2 * KEEP_HEARTBEATS
         assert maker.jobs[1].progress_message == "x"
@@ -46,10 +46,10 @@ async def test_the_last_heartbeats_of_each_grant_are_kept(path: str) -> None:
 async def test_each_batch_thins_one_journal(path: str) -> None:
     """All commands wait for it, so sixteen workers that report together would delay them sixteen times as long."""
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         created = [maker.create(), maker.create()]
         await store.write(maker.batch(created))
-        held = [maker.grant(made(change)) for change in created]
+        held = [maker.grant(job_of(change)) for change in created]
         await store.write(maker.batch(held))
 
         def signs() -> list[int]:
@@ -57,10 +57,10 @@ async def test_each_batch_thins_one_journal(path: str) -> None:
             return [count for (count,) in store._connection.raw.execute(sql)]
 
         for _ in range(KEEP_HEARTBEATS + 1):
-            held = [maker.progress(made(change)) for change in held]
+            held = [maker.progress(job_of(change)) for change in held]
             await store.write(maker.batch(held))
         assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS + 1]
-        await store.write(maker.batch([maker.finish(made(held[1])), maker.create()]))
+        await store.write(maker.batch([maker.finish(job_of(held[1])), maker.create()]))
         assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
         assert list(store._database._signs) == [1], "a job whose grant has ended is no longer watched"
         await store.write(maker.batch([maker.create()]))
@@ -70,15 +70,15 @@ async def test_each_batch_thins_one_journal(path: str) -> None:
 async def test_a_pending_journal_is_thinned_from_its_recorded_grant(path: str) -> None:
     """The job may have another grant when its turn comes."""
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         created = [maker.create(), maker.create()]
-        held = [maker.grant(made(change)) for change in created]
+        held = [maker.grant(job_of(change)) for change in created]
         await store.write(maker.batch([*created, *held]))
         for _ in range(KEEP_HEARTBEATS + 1):
-            held = [maker.progress(made(change)) for change in held]
+            held = [maker.progress(job_of(change)) for change in held]
             await store.write(maker.batch(held))
-        back = maker.requeue(made(held[1]))
-        await store.write(maker.batch([back, maker.grant(made(back))]))
+        back = maker.requeue(job_of(held[1]))
+        await store.write(maker.batch([back, maker.grant(job_of(back))]))
         sql = "SELECT count(*) FROM events WHERE type = 'progress' AND job_seq = 2"
         assert store._connection.raw.execute(sql).fetchone() == (KEEP_HEARTBEATS,)
 
@@ -87,9 +87,9 @@ def round_of(maker: ChangeFactory, job: Job, signs: int = 0) -> tuple[Job, list[
     """A grant that is released."""
     changes = [maker.grant(job)]
     for _ in range(signs):
-        changes.append(maker.extend(made(changes[-1])))
-    changes.append(maker.requeue(made(changes[-1])))
-    return made(changes[-1]), changes
+        changes.append(maker.extend(job_of(changes[-1])))
+    changes.append(maker.requeue(job_of(changes[-1])))
+    return job_of(changes[-1]), changes
 
 
 def tokens_of(events: list[Event]) -> list[int]:
@@ -115,9 +115,9 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
 
     monkeypatch.setattr(codec, "compact", counting)
     change = maker.create()
-    job, count = made(change), 0
+    job, count = job_of(change), 0
     most = 1 + 2 * (KEEP_FIRST_GRANTS + 2 * KEEP_GRANTS)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([change]))
         for _ in range(5 * KEEP_GRANTS):
             job, changes = round_of(maker, job)
@@ -127,7 +127,7 @@ async def test_the_first_and_last_returned_grants_are_kept(path: str, monkeypatc
             assert count <= most
         assert count == 1 + 2 * (KEEP_FIRST_GRANTS + KEEP_GRANTS)
         assert read == [2 * (KEEP_GRANTS - KEEP_FIRST_GRANTS) + 1, *[2 * KEEP_GRANTS + 1] * 3]
-    async with opened(path) as (store, _):  # the counts are not persisted
+    async with open_store(path) as (store, _):  # the counts are not persisted
         for _ in range(KEEP_GRANTS):
             job, changes = round_of(maker, job)
             tokens += tokens_of([each.event for each in changes])
@@ -144,12 +144,12 @@ async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pyt
     monkeypatch.setattr(database, "COMPACTED_AT_ONCE", 20)
     maker = ChangeFactory()
     change = maker.create()
-    job, changes = made(change), [change]
+    job, changes = job_of(change), [change]
     for number in range(2 * KEEP_GRANTS):
         job, more = round_of(maker, job, signs=40 if number == 50 else 0)
         changes += more
     kept = 1 + 2 * (KEEP_FIRST_GRANTS + KEEP_GRANTS)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch(changes))
         counts = []
         while store._database._to_shorten:
@@ -164,12 +164,12 @@ async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pyt
 async def test_a_journal_is_compacted_after_a_damaged_row(path: str) -> None:
     maker = ChangeFactory()
     change = maker.create()
-    job, changes = made(change), [change]
+    job, changes = job_of(change), [change]
     for _ in range(2 * KEEP_GRANTS):
         job, more = round_of(maker, job)
         changes += more
     damaged = 1 + 2 * 45 + 1  # the event of a grant
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch(changes[: 2 * damaged]))
         store._connection.raw.execute("UPDATE events SET reason = 'x' WHERE seq = ?", (damaged,))
         await store.write(maker.batch(changes[2 * damaged :]))
@@ -188,11 +188,11 @@ async def test_returned_grants_are_counted_for_a_limited_number_of_jobs(
     monkeypatch.setattr(database, "GIVEN_BACK_KEPT", 2)
     maker = ChangeFactory()
     created = [maker.create() for _ in range(3)]
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch(created))
         jobs = []
         for change in [*created, created[1]]:
-            job, changes = round_of(maker, maker.jobs[made(change).seq])
+            job, changes = round_of(maker, maker.jobs[job_of(change).seq])
             jobs.append(job)
             await store.write(maker.batch(changes))
         assert store._database._given_back == {3: (0, 1), 2: (0, 2)}
@@ -212,9 +212,9 @@ async def test_a_timeline_can_be_limited_to_its_latest_events(store: Store) -> N
     change = maker.create()
     await store.write(maker.batch([change]))
     for _ in range(5):
-        change = maker.grant(made(change))
+        change = maker.grant(job_of(change))
         await store.write(maker.batch([change, maker.create()]))
-        change = maker.requeue(made(change))
+        change = maker.requeue(job_of(change))
         await store.write(maker.batch([change]))
     whole = await store.timeline(1)
     assert len(whole) == 11
@@ -225,10 +225,10 @@ async def test_a_timeline_can_be_limited_to_its_latest_events(store: Store) -> N
 async def test_old_journals_of_deleted_jobs_are_pruned(store: Store) -> None:
     maker = ChangeFactory()
     first, second = maker.create(), maker.create()
-    ended = maker.finish(made(first))
+    ended = maker.finish(job_of(first))
     await store.write(maker.batch([first, second, ended, maker.queue_event("video", True)]))
     maker.now += 1_000
-    await store.write(maker.batch([maker.delete(made(ended))]))
+    await store.write(maker.batch([maker.delete(job_of(ended))]))
     assert await store.prune(NOW, 100) == 0
     assert await store.prune(NOW + 1, 100) == 1  # of the queue
     assert await store.prune(NOW + 1_000, 100) == 0  # at exactly that time it is kept
@@ -251,12 +251,12 @@ async def test_the_journal_continues_after_a_position(store: Store) -> None:
 
 async def test_pruned_events_are_reported_after_a_restart(path: str) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         first, second = maker.create(), maker.create()
-        ended = maker.finish(made(maker.grant(made(first))))
+        ended = maker.finish(job_of(maker.grant(job_of(first))))
         await store.write(maker.batch([first, second, ended, maker.queue_event("video", True)]))
         maker.now += 1_000
-        await store.write(maker.batch([maker.delete(made(ended))]))
+        await store.write(maker.batch([maker.delete(job_of(ended))]))
         last = maker.numbers.next_event - 1
         assert (await store.journal(0, 100)).gone_to == 0
         assert await store.prune(NOW + 1, 100) == 1
@@ -266,28 +266,28 @@ async def test_pruned_events_are_reported_after_a_restart(path: str) -> None:
         page = await store.journal(0, 100)
         assert (page.last, page.gone_to) == (last, last)
         assert [event.job_seq for event in page.events] == [2]  # older and undamaged
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         assert (await store.journal(0, 100)).gone_to == last
 
 
 async def test_a_damaged_event_is_reported_as_missing(path: str) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(5)]))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE events SET at = at + 1 WHERE seq = 3")
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         page = await store.journal(0, 4)
         assert ([event.seq for event in page.events], page.gone_to) == ([1, 2, 4], 3)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         assert (await store.journal(3, 10)).gone_to == 3  # it was quarantined, which is recorded
 
 
 async def test_a_damaged_event_number_marks_no_future_events_as_missing(path: str) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(5)]))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute(f"UPDATE events SET seq = {1 << 60} WHERE seq = 3")
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         assert (await store.journal(0, 10)).gone_to == 5

@@ -23,7 +23,7 @@ from jobd.storage.files import EpochFile
 from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests import ROOT
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import assert_holds, edited, make_store, opened, read, write
+from tests.support.store_files import assert_holds, edit_store, make_store, open_store, read_file, write_file
 
 
 def add_table(conn: sqlite3.Connection) -> None:
@@ -59,12 +59,12 @@ def test_every_older_version_has_a_migration() -> None:
 async def test_version_1_does_not_record_which_events_were_pruned(path: str) -> None:
     maker = await make_store(path)
     as_of(1, path)
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
         last = maker.numbers.next_event - 1
         page = await store.journal(last, 10)
         assert (page.last, page.gone_to) == (last, last)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         assert conn.execute("SELECT schema_version, events_gone_to FROM meta").fetchone() == (migrations.VERSION, last)
         names = [name for (name,) in conn.execute("SELECT name FROM pragma_table_info('meta')")]
         assert names == ["id", *codec.META_COLUMNS, "crc"]
@@ -75,7 +75,7 @@ async def test_version_1_does_not_record_which_events_were_pruned(path: str) -> 
 async def test_a_migration_does_not_fix_the_checksum_of_a_damaged_meta_row(path: str) -> None:
     await make_store(path)
     as_of(1, path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE meta SET next_token = next_token + 1")
     with pytest.raises(StoreUnreadable, match="meta row"):
         await Store.open(path)
@@ -140,20 +140,20 @@ async def test_an_older_store_is_copied_and_migrated(path: str, request: pytest.
     maker = await make_store(path)
     before = migrations.VERSION
     version = request.getfixturevalue("next_version")
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         assert conn.execute("PRAGMA user_version").fetchone() == (version,)
         assert conn.execute("SELECT schema_version FROM meta").fetchone() == (version,)
         assert conn.execute("SELECT count(*) FROM notes").fetchone() == (len(maker.jobs),)
         migrations.check_meta(conn, path)
     (copy,) = glob.glob(f"{path}.v{before}-*")
     assert os.stat(copy).st_mode & 0o777 == 0o600
-    with edited(copy) as conn:
+    with edit_store(copy) as conn:
         assert conn.execute("PRAGMA user_version").fetchone() == (before,)
         assert conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert conn.execute("SELECT count(*) FROM jobs").fetchone() == (len(maker.jobs),)
-    async with opened(path) as (store, found):  # once
+    async with open_store(path) as (store, found):  # once
         await assert_holds(store, found, maker)
     assert glob.glob(f"{path}.v{before}-*") == [copy]
 
@@ -168,11 +168,11 @@ async def test_a_failed_migration_leaves_the_store_unchanged(
         now.setitem(migrations.MIGRATIONS, next_version - 1, fail)
         with pytest.raises(sqlite3.OperationalError, match="second step"):
             await Store.open(path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         assert conn.execute("PRAGMA user_version").fetchone() == (next_version - 2,)
         assert conn.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'notes'").fetchone() == (0,)
         assert conn.execute("SELECT count(*) FROM events").fetchone() != (0,)
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
 
 
@@ -182,7 +182,7 @@ SCHEMAS = ROOT / "tests/data/schemas"
 def as_of(version: int, path: str) -> None:
     """Convert the store at `path` to an older version, with the rows that it had tables for."""
     was, now = f"{path}.was", migrations.VERSION
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         for table in ("late_results", "tombstones", "audit", "webhooks", "deliveries"):
             assert conn.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,), "older versions cannot have this"
         numbers = migrations.read_meta(conn)
@@ -194,7 +194,7 @@ def as_of(version: int, path: str) -> None:
             _make_version_1(conn)
         if version < 9:
             _name_parts(conn)
-    with edited(was) as old:
+    with edit_store(was) as old:
         for statement in migrations.statements((SCHEMAS / f"v{version}.sql").read_text("utf-8")):
             old.execute(statement)
         old.execute("ATTACH ? AS now", (path,))
@@ -210,7 +210,7 @@ def as_of(version: int, path: str) -> None:
 
 def schema_of(path: str) -> dict[str, str]:
     """Return the SQL of every table and index by name, without comments and spaces."""
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         found = conn.execute("SELECT name, sql FROM sqlite_schema WHERE sql IS NOT NULL").fetchall()
     return {name: "".join(re.sub(r"--.*", "", sql).split()) for name, sql in found}
 
@@ -220,11 +220,11 @@ async def test_a_migration_does_not_hide_damaged_rows(path: str) -> None:
     as_of(9, path)
     live = next(job for job in maker.jobs.values() if job.status == "queued")
     finished, unreadable = [job for job in maker.jobs.values() if job.status in FINISHED][:2]
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE jobs SET crc = (crc | 4) - (crc & 4) WHERE seq = ?", (live.seq,))
         conn.execute("UPDATE jobs SET attempt = attempt + 1 WHERE seq = ?", (finished.seq,))
         conn.execute("UPDATE jobs SET kind = CAST(x'ff61' AS TEXT) WHERE seq = ?", (unreadable.seq,))
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert list(found.quarantined) == [live.id]
         assert found.faults == [f"job {live.id} was quarantined: its checksum is wrong"]
         bad = (await store.load([finished.id, unreadable.id], [], [])).bad
@@ -236,14 +236,14 @@ async def test_a_job_quarantined_before_a_migration_can_be_accepted_after_it(pat
     maker = await make_store(path)
     job = next(job for job in maker.jobs.values() if job.status == "queued")
     as_of(9, path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         row = dict(zip(codec.JOB_COLUMNS[:-1], codec.job_row(job), strict=False))
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
         conn.execute(
             "INSERT INTO quarantined_jobs VALUES (?, ?, 'damaged', 1, ?, CAST('null' AS BLOB), '')",
             (job.seq, job.id, json.dumps(row)),
         )
-    async with opened(path):
+    async with open_store(path):
         pass
     assert "was accepted" in doctor.accept(path, [job.id])
 
@@ -252,12 +252,12 @@ async def test_a_job_quarantined_before_a_migration_can_be_accepted_after_it(pat
 async def test_stores_of_all_older_versions_are_migrated(path: str, tmp_path: Path, version: int) -> None:
     maker = await make_store(path)
     as_of(version, path)
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
         await store.write(maker.any_batch(5))
         job = next(iter(maker.jobs.values()))
         await store.write(maker.batch([maker.late(job, 1)], audit=[AuditEntry(maker.now, "eve", "::1", "cancel")]))
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
         assert [row.who for _, row in (await store.audit(AuditQuery())).found] == ["eve"]
         assert len((await store.late([LateResultQuery(job.seq)])).results[job.seq]) == 1
@@ -265,14 +265,14 @@ async def test_stores_of_all_older_versions_are_migrated(path: str, tmp_path: Pa
         assert (outbox.cursors["e"].position, outbox.next_delivery) == (maker.numbers.next_event - 1, 1)
     assert doctor.check(path) == []
     fresh = str(tmp_path / "fresh.db")
-    async with opened(fresh):
+    async with open_store(fresh):
         pass
     assert schema_of(path) == schema_of(fresh)
 
 
 def write_old_epoch(path: str, epoch: int) -> None:
     """The format of schema version 9 and older."""
-    write(f"{path}.epoch", b"%d %08x\n" % (epoch, zlib.crc32(b"%d" % epoch)))
+    write_file(f"{path}.epoch", b"%d %08x\n" % (epoch, zlib.crc32(b"%d" % epoch)))
 
 
 @pytest.mark.parametrize(("clock", "epoch"), [(218_000_000, 218_000_000), (5, (4 << 16) + 0)])
@@ -282,11 +282,11 @@ async def test_a_migrated_store_begins_a_higher_epoch_and_keeps_its_grants(
     maker = await make_store(path)
     as_of(9, path)
     counter = (9 << TOKEN_COUNTER_BITS) + 7
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         migrations.change_meta(conn, epoch=3, next_token=counter)
     write_old_epoch(path, 3)
     monkeypatch.setattr(startup, "now_ms", lambda: 1_577_836_800_000 + clock * 1000)
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert not found.marked
         assert (found.numbers.epoch, found.numbers.next_token) == (epoch, 1)
         assert found.numbers.epoch << TOKEN_COUNTER_BITS > (3 << 40) | counter
@@ -299,7 +299,7 @@ async def test_a_migrated_store_begins_a_higher_epoch_and_keeps_its_grants(
 async def test_a_migration_does_not_change_the_next_token(path: str) -> None:
     await make_store(path)
     as_of(9, path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         migrations.change_meta(conn, epoch=3, next_token=(9 << TOKEN_COUNTER_BITS) + 7)
         assert migrations.epoch_of(conn) == (3 << 16) + 9
         migrations.migrate(conn, 9)
@@ -316,10 +316,10 @@ async def test_a_migration_does_not_change_the_next_token(path: str) -> None:
 async def test_an_older_copy_of_an_older_version_is_detected_by_its_epoch_file(path: str) -> None:
     await make_store(path)
     as_of(9, path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         migrations.change_meta(conn, epoch=3, next_token=9)
     write_old_epoch(path, 4)
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert (found.marked, found.numbers.epoch) == (True, 5 << 16)  # above every token of the old epoch 4
 
 
@@ -343,19 +343,19 @@ async def test_a_kill_during_a_migration_leaves_the_store_unchanged(path: str) -
     maker = await make_store(path)
     done = subprocess.run([sys.executable, "-c", MIGRATOR, path], check=False)  # noqa: ASYNC221
     assert done.returncode == -signal.SIGKILL
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
 
 
 async def test_a_migrated_store_is_too_new_for_the_older_version(path: str, next_version: int) -> None:
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(ChangeFactory().any_batch(3))
-    before = read(path)
+    before = read_file(path)
     with pytest.MonkeyPatch.context() as now:
         now.setattr(migrations, "VERSION", next_version - 2)
         with pytest.raises(StoreTooNew, match=f"schema version {next_version}"):
             await Store.open(path)
-    assert read(path) == before
+    assert read_file(path) == before
 
 
 def test_statements_are_split_with_their_comments() -> None:

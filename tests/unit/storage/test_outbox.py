@@ -16,7 +16,7 @@ from jobd.storage import outbox as webhook_tables
 from jobd.storage.codec import fault
 from jobd.storage.store import Store
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_files import edited, flip, make_store, opened
+from tests.support.store_files import edit_store, flip, make_store, open_store
 
 
 def made(id_: int, endpoint: str = "e", **fields: Any) -> Delivery:
@@ -60,24 +60,24 @@ def test_rows_are_the_same_after_encoding_and_decoding() -> None:
 
 async def test_a_new_endpoint_begins_at_the_end_of_the_journal(path: str) -> None:
     maker = await make_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         last = maker.numbers.next_event - 1
         outbox = await store.open_outbox(["e", "f"], NOW)
         assert outbox.cursors == {name: WebhookCursor(name, last, last, 1, {}, NOW) for name in "ef"}
         assert (outbox.waiting, outbox.last, outbox.next_delivery) == ({"e": [], "f": []}, last, 1)
         await store.write(maker.any_batch(5))
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         assert (await store.open_outbox(["e"], NOW + 5)).cursors["e"] == WebhookCursor("e", last, last, 1, {}, NOW)
 
 
 async def test_added_deliveries_survive_a_restart_and_numbers_continue(path: str) -> None:
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.open_outbox(["e", "f"], NOW)
         first, second, other = made(1), made(2, subject="jobs/b"), made(3, "f")
         await planned(store, first, second, position=7)
         await planned(store, other, name="f")
         await store.settle_deliveries([replace(first, state="delivered", ended_at=NOW + 1, status=204)], NOW + 1)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         outbox = await store.open_outbox(["e", "f"], NOW)
         assert outbox.waiting == {"e": bare(second), "f": bare(other)}
         assert outbox.cursors["e"].position == 7
@@ -89,7 +89,7 @@ async def test_added_deliveries_survive_a_restart_and_numbers_continue(path: str
 
 
 async def test_numbers_of_deleted_deliveries_are_not_reused(path: str) -> None:
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.open_outbox(["e"], NOW)
         await planned(store, made(1), made(2))
         store._connection.raw.execute("DELETE FROM deliveries")
@@ -97,7 +97,7 @@ async def test_numbers_of_deleted_deliveries_are_not_reused(path: str) -> None:
 
 
 async def test_deliveries_and_cursor_are_written_in_one_transaction(path: str) -> None:
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.open_outbox(["e"], NOW)
         await planned(store, made(1), position=1)
         big = [made(id_, body=b"x" * 4000) for id_ in range(2, 99)]
@@ -113,7 +113,7 @@ async def test_deliveries_and_cursor_are_written_in_one_transaction(path: str) -
 
 
 async def test_pages_have_one_endpoint_and_state_newest_first(path: str) -> None:
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         states = ("waiting", "delivered", "given_up")
         everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3]) for id_ in range(1, 40)]
         await planned(store, *everything)
@@ -126,7 +126,7 @@ async def test_pages_have_one_endpoint_and_state_newest_first(path: str) -> None
 
 
 async def test_a_retried_delivery_is_queued_as_if_it_were_new(path: str) -> None:
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await planned(store, made(1, state="given_up", tries=9, ended_at=NOW, status=500, error="500"))
         renewed = await store.deliver_again("e", 1, NOW + 7)
         assert renewed == made(1, due_at=NOW + 7, status=500, error="500")
@@ -136,7 +136,7 @@ async def test_a_retried_delivery_is_queued_as_if_it_were_new(path: str) -> None
 
 
 async def test_failed_deliveries_are_retried_oldest_first_up_to_an_id(path: str) -> None:
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         states = ("waiting", "delivered", "given_up")
         everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3], tries=9, ended_at=NOW) for id_ in range(1, 40)]
         await planned(store, *everything)
@@ -156,7 +156,7 @@ async def test_failed_deliveries_are_retried_oldest_first_up_to_an_id(path: str)
 
 async def test_only_the_latest_ended_deliveries_are_kept(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 5, "given_up": 5})
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await planned(store, *(made(id_) for id_ in range(1, 41)))
         await planned(store, *(made(id_, "f", state="delivered", ended_at=NOW) for id_ in range(41, 51)), name="f")
         for id_ in range(1, 21):
@@ -180,7 +180,7 @@ async def test_deleting_a_failed_delivery_records_a_gap(path: str, monkeypatch: 
         await planned(store)  # as if it were delivered
         return told
 
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await planned(store, *(made(id_) for id_ in range(1, 21)))
         assert not await is_gap(*(made(id_, state="delivered", ended_at=NOW) for id_ in range(1, 9)))
         assert not await is_gap(*(made(id_, state="given_up", ended_at=NOW) for id_ in range(9, 12)))
@@ -197,7 +197,7 @@ async def test_deleting_alerts_and_tests_records_no_gap_but_deleting_a_gap_messa
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 1, "given_up": 1})
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         types = ["alert.firing", "webhook.test", "events.gone", "job.failed"]
         lost = [made(id_, seq=0, type=type_, state="given_up", ended_at=NOW) for id_, type_ in enumerate(types, 1)]
         await planned(store, *lost)
@@ -207,7 +207,7 @@ async def test_deleting_alerts_and_tests_records_no_gap_but_deleting_a_gap_messa
 
 
 async def test_old_ended_deliveries_are_deleted_by_age(path: str) -> None:
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         old = [made(id_, state="delivered", ended_at=NOW) for id_ in range(1, 7)]
         lost = [made(id_, state="given_up", ended_at=NOW) for id_ in range(7, 9)]
         await planned(store, *old, *lost, *(made(id_) for id_ in range(10, 14)))
@@ -220,7 +220,7 @@ async def test_old_ended_deliveries_are_deleted_by_age(path: str) -> None:
 
 
 async def test_the_cursor_of_a_removed_endpoint_is_kept_for_a_while(path: str) -> None:
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.open_outbox(["e", "f"], NOW)
         await planned(store, made(1), position=3)
         await store.open_outbox(["f"], NOW + 29 * DAY_MS)
@@ -234,7 +234,7 @@ async def test_the_cursor_of_a_removed_endpoint_is_kept_for_a_while(path: str) -
 
 async def test_known_endpoints_start_on_a_full_disk(small_disk: Path) -> None:
     maker = ChangeFactory()
-    async with opened(str(small_disk / "jobd.db")) as (store, _):
+    async with open_store(str(small_disk / "jobd.db")) as (store, _):
         await store.open_outbox(["e"], NOW)
         await planned(store, made(1), position=3)
         filler = small_disk / "filler"
@@ -259,10 +259,10 @@ def fill(name: Path) -> None:
 
 
 async def test_a_damaged_delivery_is_quarantined_and_blocks_nothing(path: str) -> None:
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await planned(store, made(1), made(2), made(3))
     flip(path, "deliveries", "body", "id", 2)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         outbox = await store.open_outbox(["e"], NOW)
         assert outbox.waiting["e"] == bare(made(1), made(3))
         assert store.take_faults() == ["deliveries 2: its checksum is wrong; the row was quarantined"]
@@ -272,23 +272,23 @@ async def test_a_damaged_delivery_is_quarantined_and_blocks_nothing(path: str) -
 
 async def test_a_damaged_cursor_continues_after_its_last_delivery(path: str) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(9)]))
         await store.open_outbox(["e", "f"], NOW)
         await planned(store, made(1, seq=4), made(2, seq=6), position=8)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE webhooks SET position = position + 1")
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         outbox = await store.open_outbox(["e", "f", "g"], NOW)
         assert (outbox.cursors["e"].position, outbox.cursors["e"].gone_to) == (6, 6)
         for name in "fg":  # the owner of the damaged cursor is unknown, so both get a message
             assert (outbox.cursors[name].position, outbox.cursors[name].gone_to) == (9, GAP_PENDING)
         assert len(store.take_faults()) == 2
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         assert (await store.open_outbox(["h"], NOW)).cursors["h"].gone_to == 9
 
 
 async def test_an_unused_outbox_writes_nothing(path: str) -> None:
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         for table in ("webhooks", "deliveries"):
             assert store._connection.raw.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)

@@ -33,19 +33,19 @@ from jobd.storage.store import Store, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import (
     assert_holds,
-    edited,
+    edit_store,
     flip,
-    lose,
-    made,
+    job_of,
     make_store,
-    opened,
+    open_store,
     pick,
-    read,
+    read_file,
     recounted,
     remove,
+    remove_quarantined,
     seqs,
     without_indexes,
-    write,
+    write_file,
 )
 
 
@@ -56,7 +56,7 @@ async def test_a_damaged_live_row_is_quarantined_at_the_start(path: str, column:
     job = pick(maker, frozenset({"processing"}))
     flip(path, "jobs", column, "seq", job.seq, bit)
     reason = "its text is not readable" if bit == 7 and column not in ("run_at", "crc") else "its checksum is wrong"
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.quarantined == {job.id: reason}
         assert any(f"job {job.id} was quarantined" in fault for fault in found.faults)
         assert job.seq not in seqs(found.live())
@@ -64,8 +64,8 @@ async def test_a_damaged_live_row_is_quarantined_at_the_start(path: str, column:
         assert store._database.totals == recounted(store)
         aside = store._connection.raw.execute("SELECT id, payload FROM quarantined_jobs").fetchall()
         assert aside == [(job.id, maker.payloads[job.seq])]
-    lose(maker, job)
-    async with opened(path) as (store, found):
+    remove_quarantined(maker, job)
+    async with open_store(path) as (store, found):
         assert found.quarantined == {job.id: reason}
         await assert_holds(store, found, maker)
 
@@ -74,7 +74,7 @@ async def test_damage_to_any_column_of_a_new_job_is_detected(path: str) -> None:
     """Also damage to an empty value: only some columns of such jobs are read."""
     maker = ChangeFactory()
     columns = [column for column in JOB_COLUMNS if column != "seq"]
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in [*columns, "one that stays whole"]]))
     with without_indexes(path) as conn:
         types = {name: type_ for _, name, type_, *_ in conn.execute("PRAGMA table_info(jobs)")}
@@ -82,7 +82,7 @@ async def test_damage_to_any_column_of_a_new_job_is_detected(path: str) -> None:
             nothing = {"INTEGER": "0", "TEXT": "''", "BLOB": "x''"}.get(types[column], "0.0")
             other = {"INTEGER": f"{column} + 1", "REAL": "0.5", "TEXT": f"{column} || 'x'"}.get(types[column], "x''")
             conn.execute(f"UPDATE jobs SET {column} = iif({column} IS NULL, {nothing}, {other}) WHERE seq = {seq}")
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert len(found.quarantined) == len(columns)
         assert found.live() == [maker.jobs[len(columns) + 1]]
 
@@ -94,7 +94,7 @@ async def test_a_damaged_finished_row_is_quarantined_when_it_is_read(path: str, 
     job = next(j for j in maker.jobs.values() if j.status == "failed" and j.ended is not None)
     flip(path, "jobs", column, "seq", job.seq)
     told: list[Quarantined] = []
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.quarantined == {}
         store.on_quarantined = told.append
         if how == "load":
@@ -110,8 +110,8 @@ async def test_a_damaged_finished_row_is_quarantined_when_it_is_read(path: str, 
         assert store._database.totals == recounted(store)
     if column == "queue":
         return  # its queue is unknown: the doctor recounts
-    lose(maker, job)
-    async with opened(path) as (store, found):
+    remove_quarantined(maker, job)
+    async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
 
 
@@ -121,20 +121,20 @@ async def test_a_damaged_finished_row_is_quarantined_when_it_is_read(path: str, 
 async def test_a_damaged_payload_is_not_served_and_quarantines_its_job(path: str, damage: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute(damage.replace("'1'", "X'31'"), (job.seq,))
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.faults == []
         other = maker.create()
         with pytest.raises(BadRows) as caught:
             await store.write(maker.batch([other], payloads=[job.seq]))
         assert list(caught.value.jobs) == [job.id]
-        assert (await store.load([made(other).id], [], [])).jobs == {}  # the batch was not written
+        assert (await store.load([job_of(other).id], [], [])).jobs == {}  # the batch was not written
         await store.quarantine(job, caught.value.jobs[job.id])
         assert list((await store.load([job.id], [], [])).bad) == [job.id]
         await store.write(maker.batch([other]))
-    lose(maker, job)
-    async with opened(path) as (store, found):
+    remove_quarantined(maker, job)
+    async with open_store(path) as (store, found):
         assert list(found.quarantined) == [job.id]
         await assert_holds(store, found, maker)
 
@@ -143,21 +143,23 @@ async def test_a_damaged_payload_is_not_served_and_quarantines_its_job(path: str
 async def test_a_batch_with_a_row_quarantined_meanwhile_fails_completely(path: str, how: str) -> None:
     """A page of jobs may find a damaged row after a batch about its job was decided."""
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         created, other = maker.create("a"), maker.create("b")
-        granted = maker.grant(made(created))
-        finished = maker.finish(made(granted))
+        granted = maker.grant(job_of(created))
+        finished = maker.finish(job_of(granted))
         await store.write(maker.batch([created, other, granted, *([finished] if how == "deleted" else [])]))
-        late = maker.delete(made(finished)) if how == "deleted" else maker.progress(made(granted), 5)
-        store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = ?", (made(created).seq,))
+        late = maker.delete(job_of(finished)) if how == "deleted" else maker.progress(job_of(granted), 5)
+        store._connection.raw.execute(
+            "UPDATE jobs SET created_at = created_at + 1 WHERE seq = ?", (job_of(created).seq,)
+        )
         assert "a" not in {job.id for job, _ in (await store.find(JobQuery())).jobs}
         with pytest.raises(BadRows) as caught:
-            await store.write(maker.batch([late, maker.grant(made(other))]))
+            await store.write(maker.batch([late, maker.grant(job_of(other))]))
         assert caught.value.jobs == {"a": "its checksum is wrong"}
         assert store._database.totals == recounted(store)
-        assert (await store.load(["b"], [], [])).jobs["b"] == made(other)
+        assert (await store.load(["b"], [], [])).jobs["b"] == job_of(other)
         await store.write(maker.batch([maker.create("c")]))
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert sorted(job.id for job in found.live()) == ["b", "c"]
         assert found.quarantined == {"a": "its checksum is wrong"}
 
@@ -165,10 +167,10 @@ async def test_a_batch_with_a_row_quarantined_meanwhile_fails_completely(path: s
 async def test_counts_decided_before_a_quarantine_are_written_without_the_row(path: str) -> None:
     """Found by simulation, seed 1013: the old counts were written, and a power cut kept them."""
     maker, told = ChangeFactory(), [Quarantined("a", "its checksum is wrong", ("default", "completed"))]
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         changes = [maker.create(name, options=Options("default")) for name in "abc"]
-        granted = [maker.grant(made(change)) for change in changes]
-        finished = [maker.finish(made(change)) for change in granted]
+        granted = [maker.grant(job_of(change)) for change in changes]
+        finished = [maker.finish(job_of(change)) for change in granted]
         await store.write(maker.batch([*changes, *granted, *finished[:2]]))
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id = 'a'")
         heard: list[Quarantined] = []
@@ -181,12 +183,12 @@ async def test_counts_decided_before_a_quarantine_are_written_without_the_row(pa
         await store.write(batch)
         await looking
         assert heard == told
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.queues == {"default": count.without("completed")}
         # Memory has already subtracted those that were reported to it.
         maker.queues["default"] = QueueRow(paused=True, completed=2)
         await store.write(maker.batch([maker.create("d", options=Options("default"))]))
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert found.queues == {"default": QueueRow(completed=2, paused=True)}
 
 
@@ -198,10 +200,10 @@ async def test_on_a_full_disk_a_damaged_row_is_moved_later_and_counted_until_the
 ) -> None:
     maker = ChangeFactory()
     told: list[Quarantined] = []
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         created = maker.create("a", options=Options("default"))
-        granted = maker.grant(made(created))
-        await store.write(maker.batch([created, granted, maker.finish(made(granted))]))
+        granted = maker.grant(job_of(created))
+        await store.write(maker.batch([created, granted, maker.finish(job_of(granted))]))
         store.on_quarantined = told.append
         store._connection.raw.execute(f"UPDATE {damage} = 1")
         reason = (
@@ -224,7 +226,7 @@ async def test_repeatedly_found_damage_uses_no_more_memory_each_time(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create() for _ in range(10)]))
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq <= 5")
         with monkeypatch.context() as patch:
@@ -250,13 +252,13 @@ def no_room(*_: object) -> None:
 async def test_damaged_expired_rows_do_not_hide_later_ones(path: str) -> None:
     """Found by simulation, seed 17782: a slice with only damaged rows was mistaken for the end."""
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         for name in "abc":
             created = maker.create(name)
-            granted = maker.grant(made(created))
-            finished = maker.finish(made(granted))
+            granted = maker.grant(job_of(created))
+            finished = maker.finish(job_of(granted))
             await store.write(maker.batch([created, granted, finished]))
-        expires = made(finished).expires_at
+        expires = job_of(finished).expires_at
         assert expires is not None
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
         assert await store.expired(expires, 1) == ["c"]
@@ -268,11 +270,11 @@ async def test_damaged_rows_that_cannot_be_moved_do_not_hide_later_ones(
 ) -> None:
     """On a full disk, deletions free space."""
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         for name in "abcd":
             created = maker.create(name)
-            granted = maker.grant(made(created))
-            await store.write(maker.batch([created, granted, maker.finish(made(granted))]))
+            granted = maker.grant(job_of(created))
+            await store.write(maker.batch([created, granted, maker.finish(job_of(granted))]))
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
         monkeypatch.setattr(quarantine, "_move_job", no_room)
         assert await store.expired(maker.now * 2, 1) == ["c"]
@@ -284,28 +286,28 @@ async def test_damaged_rows_that_cannot_be_moved_do_not_hide_later_ones(
 async def test_a_row_with_the_damaged_id_of_another_job_is_quarantined_at_the_start(path: str, status: str) -> None:
     """The start rebuilds the index, and two rows with one id made it fail."""
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         first, second = maker.create("job-0"), maker.create("job-1")
         await store.write(maker.batch([first, second]))
         if status == "completed":
-            granted = maker.grant(made(first))
-            await store.write(maker.batch([granted, maker.finish(made(granted))]))
+            granted = maker.grant(job_of(first))
+            await store.write(maker.batch([granted, maker.finish(job_of(granted))]))
     with without_indexes(path) as conn:
         conn.execute("UPDATE jobs SET id = 'job-1' WHERE id = 'job-0'")
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         if status == "queued":
             assert found.quarantined == {"job-0": "its checksum is wrong"}
             assert [job.id for job in found.live()] == ["job-1"]
-        assert (await store.load(["job-1"], [], [])).jobs["job-1"] == made(second)
+        assert (await store.load(["job-1"], [], [])).jobs["job-1"] == job_of(second)
         assert (await store.load(["job-0"], [], [])).bad == {"job-0": "its checksum is wrong"}
 
 
 async def test_a_payload_quarantined_with_its_row_is_reported_with_the_job(path: str) -> None:
     maker = ChangeFactory()
     created = maker.create("a")
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([created]))
-    async with opened(path) as (store, _):  # so that the payload is not cached
+    async with open_store(path) as (store, _):  # so that the payload is not cached
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = 1")
         assert "a" not in {job.id for job, _ in (await store.find(JobQuery())).jobs}
         assert await store.load([], [1], []) == LoadedRows(bad={"a": "its checksum is wrong"})
@@ -319,7 +321,7 @@ async def test_a_damaged_payload_that_is_loaded_quarantines_its_job(path: str) -
     maker = await make_store(path)
     job = pick(maker, FINISHED)
     flip(path, "payloads", "body", "job_seq", job.seq)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         loaded = await store.load([job.id], [job.seq], [])
         assert loaded == LoadedRows(bad={job.id: "the payload is damaged: its checksum is wrong"})
         assert job.seq not in [j.seq for j, _ in (await store.find(JobQuery(limit=200))).jobs]
@@ -328,28 +330,28 @@ async def test_a_damaged_payload_that_is_loaded_quarantines_its_job(path: str) -
 async def test_a_damaged_event_is_quarantined_and_reported(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         (seq,) = conn.execute("SELECT max(seq) FROM events WHERE job_seq = ?", (job.seq,)).fetchone()
     flip(path, "events", "changes", "seq", seq)
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.faults == []
         events = await store.timeline(job.seq)
         assert seq not in [event.seq for event in events]
         assert store.take_faults() == [f"events {seq}: its checksum is wrong; the row was quarantined"]
         assert store.take_faults() == []
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert found.faults == ["damaged rows of events in quarantine: 1; run `jobd doctor`"]
 
 
 async def test_damaged_keys_are_quarantined_and_reported(path: str) -> None:
     maker = ChangeFactory()
     keys = [StoredResponse(f"d{number}", "b", NOW + number, 200, b'{"n":1}') for number in range(4)]
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([], keys=keys))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE keys SET status = 201 WHERE digest = 'd1'")
         conn.execute("UPDATE keys SET answer = X'31' WHERE digest = 'd2'")
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert [key.digest for key in found.keys] == ["d0", "d2", "d3"]
         assert found.faults[0] == "keys d1: its checksum is wrong; the row was quarantined"
         assert list((await store.load([], [], ["d0", "d1", "d2", "d3"])).responses) == ["d0", "d3"]
@@ -358,15 +360,15 @@ async def test_damaged_keys_are_quarantined_and_reported(path: str) -> None:
 
 async def test_damaged_queues_stats_and_reports_are_quarantined_and_queues_recounted(path: str) -> None:
     maker = await make_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.save_figures(b"{}")
         await store.write(maker.batch([maker.queue_event("video", True)], report=b"r1"))
         await store.write(maker.batch([], report=b"r2"))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("UPDATE queues SET paused = 0 WHERE name = 'video'")
         conn.execute("UPDATE figures SET body = X'31'")
         conn.execute("UPDATE reports SET body = X'31' WHERE seq = 1")
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.figures is None
         open_again = replace(maker.queues["video"], paused=False, paused_at=None, paused_by=None)
         assert found.queues == {**maker.queues, "video": open_again}
@@ -377,11 +379,11 @@ async def test_damaged_queues_stats_and_reports_are_quarantined_and_queues_recou
 
 async def test_a_damaged_tombstone_is_quarantined_and_deletes_nothing(path: str) -> None:
     maker = await make_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         buried = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW) for seq in (901, 902)]
         await store.write(maker.batch([], tombstones=buried))
     flip(path, "tombstones", "key", "job_seq", 901)
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.tombstones == 2
         due = await store.due_tombstones(NOW, 9)
         assert due == DueTombstones([(buried[1], False)], damaged=1)
@@ -391,11 +393,11 @@ async def test_a_damaged_tombstone_is_quarantined_and_deletes_nothing(path: str)
 
 async def test_a_damaged_audit_entry_is_quarantined_and_reported(path: str) -> None:
     maker = await make_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         deeds = [AuditEntry(NOW + at, f"who-{at}", "unix", "pause", queue="q") for at in range(3)]
         await store.write(maker.batch([], audit=deeds))
     flip(path, "audit", "who", "seq", 2)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         assert (await store.audit(AuditQuery())).found == [(3, deeds[2]), (1, deeds[0])]
         assert store.take_faults() == ["audit 2: its checksum is wrong; the row was quarantined"]
         assert len((await store.audit(AuditQuery())).found) == 2
@@ -406,7 +408,7 @@ async def test_damaged_tombstones_that_cannot_be_moved_do_not_hide_later_ones(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         buried = [Tombstone(seq, f"gone-{seq}", f"k/{seq}", NOW, NOW + seq) for seq in range(1, 30)]
         await store.write(maker.batch([], tombstones=buried))
         store._connection.raw.execute("UPDATE tombstones SET tries = 7 WHERE job_seq <= 25")
@@ -427,10 +429,10 @@ async def test_a_missing_live_row_is_reported_at_every_start(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
     live = sum(j.status in LIVE for j in maker.jobs.values())
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
     for _ in range(2):
-        async with opened(path) as (store, found):
+        async with open_store(path) as (store, found):
             assert f"{live - 1} live jobs were found, but {live} had been written" in found.faults
             await store.write(maker.batch([maker.create()]))
             live += 1
@@ -439,29 +441,29 @@ async def test_a_missing_live_row_is_reported_at_every_start(path: str) -> None:
 async def test_an_older_version_of_a_row_is_reported(path: str) -> None:
     maker = ChangeFactory()
     change = maker.create("a")
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([change]))
         old = store._connection.raw.execute("SELECT * FROM jobs").fetchone()
-        await store.write(maker.batch([maker.grant(made(change))]))
-    with edited(path) as conn:
+        await store.write(maker.batch([maker.grant(job_of(change))]))
+    with edit_store(path) as conn:
         conn.execute(f"REPLACE INTO jobs VALUES ({', '.join('?' * len(old))})", old)
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert "the 1 live jobs differ from those that had been written" in found.faults
 
 
 async def test_a_damaged_index_of_live_jobs_is_rebuilt_at_the_start(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
-    with edited(path) as conn:  # the row exists, but the index does not have it
+    with edit_store(path) as conn:  # the row exists, but the index does not have it
         conn.execute("PRAGMA writable_schema = ON")
         (sql,) = conn.execute("SELECT sql FROM sqlite_schema WHERE name = 'jobs_live'").fetchone()
         less = sql.replace("WHERE", f"WHERE seq <> {job.seq} AND")
         conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_live'", (less,))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("REINDEX")
         conn.execute("PRAGMA writable_schema = ON")
         conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_live'", (sql,))
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.faults == ["an index did not match its rows: all indexes were rebuilt; run `jobd doctor`"]
         found.faults.clear()
         await assert_holds(store, found, maker)
@@ -470,12 +472,12 @@ async def test_a_damaged_index_of_live_jobs_is_rebuilt_at_the_start(path: str) -
 async def test_an_index_that_leads_to_another_job_is_rebuilt(path: str) -> None:
     maker = await make_store(path)
     one, two = [job for job in maker.jobs.values() if job.status in FINISHED and 10 <= job.seq < 100][:2]
-    with edited(path) as conn:  # swap two entries of the index of ids
+    with edit_store(path) as conn:  # swap two entries of the index of ids
         conn.execute("PRAGMA writable_schema = ON")
         sql = "SELECT rootpage, sql FROM sqlite_schema WHERE name = 'jobs_id'"
         root, _ = conn.execute(sql).fetchone()
     swap_index_entries(path, root, one, two)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         loaded = await store.load([one.id, two.id], [], [])
         assert loaded.jobs == {one.id: one, two.id: two}
         assert any("rebuilt" in fault for fault in store.take_faults())
@@ -484,7 +486,7 @@ async def test_an_index_that_leads_to_another_job_is_rebuilt(path: str) -> None:
 def swap_index_entries(path: str, root: int, one: Job, two: Job) -> None:
     """Swap the ids `one` and `two` in the index. Both have the same length."""
     assert len(one.id) == len(two.id)
-    content = bytearray(read(path))
+    content = bytearray(read_file(path))
     begin, end = (root - 1) * 4096, root * 4096
     page = content[begin:end]
     first, second = page.find(one.id.encode()), page.find(two.id.encode())
@@ -494,26 +496,26 @@ def swap_index_entries(path: str, root: int, one: Job, two: Job) -> None:
     a, b = first + len(one.id), second + len(two.id)
     page[a], page[b] = page[b], page[a]
     content[begin:end] = page
-    write(path, content)
+    write_file(path, content)
 
 
 def spoil_page(path: str, mark: bytes) -> None:
     """Make the page with `mark` unreadable by an invalid page type."""
-    content = bytearray(read(path))
+    content = bytearray(read_file(path))
     place = content.find(mark)
     assert place > 0
     content[place // 4096 * 4096] = 0x77
-    write(path, content)
+    write_file(path, content)
 
 
 async def make_long_store(path: str) -> ChangeFactory:
     """A store with finished jobs first, on pages of their own, and then live jobs."""
     maker = ChangeFactory(2)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         changes = [maker.create() for _ in range(300)]
         await store.write(maker.batch(changes))
         await store.write(maker.batch([maker.finish(job) for job in list(maker.jobs.values())[:250]]))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("VACUUM")  # no remains of old rows between the new ones
     return maker
 
@@ -521,7 +523,7 @@ async def make_long_store(path: str) -> ChangeFactory:
 async def test_an_unreadable_page_of_jobs_is_skipped(path: str) -> None:
     maker = await make_long_store(path)
     spoil_page(path, b"job-100completed")
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.faults == []
         assert list((await store.load(["job-100"], [], [])).bad) == ["job-100"]
         assert (await store.load(["job-1"], [], [])).jobs == {"job-1": maker.jobs[1]}
@@ -561,7 +563,7 @@ async def test_an_unreadable_page_of_live_jobs_stops_the_start(path: str) -> Non
 async def test_an_unreadable_page_of_payloads_quarantines_its_jobs(path: str) -> None:
     maker = await make_long_store(path)
     spoil_page(path, maker.payloads[300])
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert len(found.live()) == 50
         with pytest.raises(BadRows):
             await store.write(maker.batch([], payloads=[300]))
@@ -569,7 +571,7 @@ async def test_an_unreadable_page_of_payloads_quarantines_its_jobs(path: str) ->
         assert list(loaded.jobs) == ["job-1"]
         assert "the payload cannot be read" in loaded.bad["job-300"]
         assert loaded.payloads[1].body == maker.payloads[1]
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert "job-300" in found.quarantined
         assert len(found.live()) == 49
 
@@ -578,7 +580,7 @@ async def test_an_unreadable_page_of_events_is_skipped_in_a_timeline(path: str) 
     maker = await make_long_store(path)
     queue = maker.jobs[300].options.queue.encode()
     spoil_page(path, b"job-300" + queue)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         assert await store.timeline(300) == []
         assert [event.type for event in await store.timeline(200)] == ["created", "completed"]
         (fault,) = store.take_faults()
@@ -588,7 +590,7 @@ async def test_an_unreadable_page_of_events_is_skipped_in_a_timeline(path: str) 
 async def test_an_unreadable_page_of_events_is_missing_in_the_journal(path: str) -> None:
     maker = await make_long_store(path)
     spoil_page(path, b"job-300" + maker.jobs[300].options.queue.encode())
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         first = await store.journal(0, 5)
         assert (len(first.events), first.gone_to) == (5, 0)  # another page of the index
         hidden = await store.journal(290, 100)
@@ -598,13 +600,13 @@ async def test_an_unreadable_page_of_events_is_missing_in_the_journal(path: str)
 
 async def test_a_journal_with_an_unreadable_index_is_read_without_it(path: str) -> None:
     maker = await make_store(path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
-    content = bytearray(read(path))
+    content = bytearray(read_file(path))
     content[(root - 1) * 4096] = 0x77
-    write(path, content)
+    write_file(path, content)
     job = pick(maker, LIVE)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         row = None
         for event in await store.timeline(job.seq):
             row = fold(row, event)
@@ -615,14 +617,14 @@ async def test_a_journal_with_an_unreadable_index_is_read_without_it(path: str) 
 
 async def test_an_unreadable_index_of_late_results_stops_no_plan(path: str) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create("a")]))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'late_results_job'").fetchone()
-    content = bytearray(read(path))
+    content = bytearray(read_file(path))
     content[(root - 1) * 4096] = 0x77
-    write(path, content)
-    async with opened(path) as (store, _):
+    write_file(path, content)
+    async with open_store(path) as (store, _):
         assert await store.count_late([1]) == {}
         (fault,) = store.take_faults()
         assert fault.startswith("the late results cannot be counted")
@@ -630,18 +632,18 @@ async def test_an_unreadable_index_of_late_results_stops_no_plan(path: str) -> N
 
 async def test_an_index_that_leads_to_events_of_another_job_is_rebuilt(path: str) -> None:
     maker = ChangeFactory(2)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         changes = [maker.create(f"job-{number}") for number in range(3)]
         await store.write(maker.batch(changes))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_job'").fetchone()
-    content = bytearray(read(path))
+    content = bytearray(read_file(path))
     page = bytes(content[(root - 1) * 4096 : root * 4096])
     entry = page.find(b"\x03\x01\x01\x02\x02")  # the entry for job 2, event 2
     assert entry > 0
     content[(root - 1) * 4096 + entry + 3] = 1  # as if event 2 were one of job 1
-    write(path, content)
-    async with opened(path) as (store, _):
+    write_file(path, content)
+    async with open_store(path) as (store, _):
         assert [event.job_id for event in await store.timeline(1)] == ["job-0"]
         assert [event.job_id for event in await store.timeline(2)] == ["job-1"]
         assert any("rebuilt" in fault for fault in store.take_faults())
@@ -651,24 +653,24 @@ async def test_no_flipped_bit_in_the_file_causes_a_wrong_response(path: str) -> 
     from jobd.storage import doctor
 
     maker = await make_store(path)
-    whole = read(path)
+    whole = read_file(path)
     pick_bit = random.Random(1)
     seen: dict[str, int] = {"refused": 0, "noticed": 0, "nothing": 0}
     for _ in range(150):
         content = bytearray(whole)
         place = pick_bit.randrange(len(content))
         content[place] ^= 1 << pick_bit.randrange(8)
-        write(path, content)
+        write_file(path, content)
         problems = _examined(path)
         try:
-            async with opened(path) as (store, found):
+            async with open_store(path) as (store, found):
                 noticed = bool(found.faults or found.quarantined)
                 noticed |= await assert_never_wrong(store, found, maker, noticed or problems)
                 seen["noticed" if noticed else "nothing"] += 1
         except (StoreUnreadable, StoreTooNew, sqlite3.DatabaseError):
             seen["refused"] += 1
         remove(f"{path}-wal", f"{path}-shm")
-    assert doctor.NAMED > 0
+    assert doctor.MAX_LISTED > 0
     assert min(seen.values()) > 0, seen
 
 
@@ -706,32 +708,32 @@ async def assert_never_wrong(store: Store, found: OpenedStore, maker: ChangeFact
 
 async def test_a_journal_that_cannot_be_thinned_does_not_reject_a_heartbeat(path: str) -> None:
     maker = ChangeFactory(2)
-    async with opened(path) as (store, _):
-        change = maker.grant(made(maker.create()))
+    async with open_store(path) as (store, _):
+        change = maker.grant(job_of(maker.create()))
         first = maker.jobs[1]
         await store.write(maker.batch([replace(change, before=None, payload=b"1", request_hash="h")]))
         for _ in range(50):
-            change = maker.extend(made(change))
+            change = maker.extend(job_of(change))
             await store.write(maker.batch([change]))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("VACUUM")
     spoil_page(path, b"extended")
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert [job.id for job in found.live()] == [first.id]
-        change = maker.extend(made(change))
+        change = maker.extend(job_of(change))
         await store.write(maker.batch([change]))  # the first since the start, so its journal is read
-        assert (await store.load([first.id], [], [])).jobs == {first.id: made(change)}
+        assert (await store.load([first.id], [], [])).jobs == {first.id: job_of(change)}
 
 
 @pytest.mark.parametrize("column", ["worker", "fencing_token", "metadata", "file_path", "at", "crc"])
 async def test_a_damaged_late_result_is_quarantined_without_its_job(path: str, column: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         changes = [maker.late(job, token, Result(file_path="/x", metadata=Raw(b"[1]"))) for token in (1, 2)]
         await store.write(maker.batch(changes))
     flip(path, "late_results", column, "seq", changes[0].event.seq)
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.faults == []
         asked = [LateResultQuery(job.seq, with_results=True)]
         assert (await store.late(asked)).results[job.seq] == [changes[1].late]
@@ -739,7 +741,7 @@ async def test_a_damaged_late_result_is_quarantined_without_its_job(path: str, c
         assert fault == f"late_results {changes[0].event.seq}: its checksum is wrong; the row was quarantined"
         assert (await store.late(asked)).results[job.seq] == [changes[1].late]
         assert store.take_faults() == []
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.faults == ["damaged rows of late_results in quarantine: 1; run `jobd doctor`"]
         found.faults.clear()
         await assert_holds(store, found, maker)
@@ -748,15 +750,15 @@ async def test_a_damaged_late_result_is_quarantined_without_its_job(path: str, c
 async def test_a_late_result_indexed_under_another_job_is_not_shown_there(path: str) -> None:
     maker = await make_store(path)
     job, other = (job for job in list(maker.jobs.values())[:2])
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         change = maker.late(job, 1)
         await store.write(maker.batch([change]))
     assert change.late is not None
-    with edited(path) as conn:  # the row is undamaged, but the index has another job
+    with edit_store(path) as conn:  # the row is undamaged, but the index has another job
         conn.execute("UPDATE late_results SET job_seq = ?", (other.seq,))
     with without_indexes(path) as conn:
         conn.execute("UPDATE late_results SET job_seq = ?", (job.seq,))
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         assert (await store.late([LateResultQuery(other.seq)])).results[other.seq] == []
         assert store.take_faults() == []
 
@@ -765,15 +767,15 @@ async def test_a_late_result_indexed_under_another_job_is_not_shown_there(path: 
 async def test_unreadable_late_results_are_left_out(path: str, table: str) -> None:
     maker = await make_store(path)
     job = pick(maker, LIVE)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.late(job, 1)]))
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         (page,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = ?", (table,)).fetchone()
         (size,) = conn.execute("PRAGMA page_size").fetchone()
-    content = bytearray(read(path))
+    content = bytearray(read_file(path))
     content[(page - 1) * size : page * size] = bytes(size)
-    write(path, content)
-    async with opened(path) as (store, _):
+    write_file(path, content)
+    async with open_store(path) as (store, _):
         known = await store.late([LateResultQuery(job.seq, "lock")])
         assert known.grants == {}
         assert len(known.results[job.seq]) == (table == "events")

@@ -18,7 +18,7 @@ from jobd.model.storage import (
 from jobd.storage import queries
 from jobd.storage.store import Store
 from tests.support.factories import NOW, OPTIONS, ChangeFactory, all_of
-from tests.support.store_files import assert_holds, late_of, late_results, made, opened
+from tests.support.store_files import assert_holds, job_of, late_of, late_results, open_store
 
 
 async def fill_for_pages(store: Store) -> ChangeFactory:
@@ -93,7 +93,7 @@ def _matches(job: Job, wanted: dict[str, str]) -> bool:
 async def test_a_failed_job_is_found_behind_many_newer_ones(store: Store, status: str) -> None:
     maker = ChangeFactory()
     created = maker.create("old")
-    old = made(created)
+    old = job_of(created)
     await store.write(maker.batch([created]))
     if status == "processing":
         await store.write(maker.batch([maker.grant(old)]))
@@ -125,7 +125,7 @@ async def test_jobs_are_filtered_by_the_worker_of_their_latest_grant(store: Stor
     await store.write(maker.batch([created]))
     first = PreviousGrant("old", 1, "w-before", NOW, "holder", "failed", "fail", "h")
     for status, grant in (("queued", None), ("processing", Grant("l", 2, "w-now", NOW, 1_000, 0, 0))):
-        after = replace(made(created), status=status, grant=grant, ended=first, lease=grant and Lease(1, 1, 1))
+        after = replace(job_of(created), status=status, grant=grant, ended=first, lease=grant and Lease(1, 1, 1))
         await store.write(maker.batch([maker._step(maker.jobs[1], after, "granted")]))
         expected = ["a"] if grant is None else []
         assert await ids(store, worker="w-before") == expected
@@ -154,8 +154,10 @@ def with_metadata(maker: ChangeFactory, count: int, size: int) -> list[Change]:
     for _ in range(count):
         created = maker.create(options=OPTIONS[0])
         result = Result(metadata=Raw(b'"%s"' % (b"y" * (size - 2))))
-        done = replace(made(created), status="completed", progress=100, finished_at=NOW, expires_at=NOW, result=result)
-        changes += [created, maker._step(made(created), done, "completed")]
+        done = replace(
+            job_of(created), status="completed", progress=100, finished_at=NOW, expires_at=NOW, result=result
+        )
+        changes += [created, maker._step(job_of(created), done, "completed")]
     return changes
 
 
@@ -205,9 +207,9 @@ async def test_expired_returns_only_finished_jobs_oldest_first(store: Store) -> 
     maker = ChangeFactory()
     first, second, third = (maker.create(expires_at=NOW - 5) for _ in range(3))
     await store.write(maker.batch([first, second, third]))
-    late = maker.finish(made(second))
+    late = maker.finish(job_of(second))
     maker.now -= 500
-    soon = maker.finish(made(first))
+    soon = maker.finish(job_of(first))
     await store.write(maker.batch([late, soon]))
     assert await store.expired(NOW + 499, 10) == []
     assert await store.expired(NOW + 500, 10) == ["job-1"]
@@ -215,7 +217,7 @@ async def test_expired_returns_only_finished_jobs_oldest_first(store: Store) -> 
     assert await store.expired(NOW + 1_000, 1) == ["job-1"]
     assert await store.expired(NOW + 1_000, 1, 1) == ["job-2"]
     assert await store.expired(NOW + 1_000, 10, 2) == []
-    await store.write(maker.batch([maker.requeue(made(soon))]))
+    await store.write(maker.batch([maker.requeue(job_of(soon))]))
     assert await store.expired(NOW + 1_000, 10) == ["job-2"]
 
 
@@ -224,8 +226,8 @@ async def test_a_job_with_an_invalid_status_does_not_expire(store: Store) -> Non
     maker = ChangeFactory()
     jobs = [maker.create(expires_at=NOW - 5) for _ in range(3)]
     await store.write(maker.batch(jobs))
-    ends = [maker.finish(made(job)) for job in jobs]
-    ends[0] = replace(ends[0], after=replace(made(ends[0]), status="complete"))
+    ends = [maker.finish(job_of(job)) for job in jobs]
+    ends[0] = replace(ends[0], after=replace(job_of(ends[0]), status="complete"))
     await store.write(maker.batch(ends))
     assert await store.expired(NOW + 1_000, 10) == ["job-2", "job-3"]
     assert await store.expired(NOW + 1_000, 1, 1) == ["job-3"]
@@ -234,14 +236,14 @@ async def test_a_job_with_an_invalid_status_does_not_expire(store: Store) -> Non
 async def test_late_results_survive_a_restart(path: str) -> None:
     maker = ChangeFactory()
     full = Result("https://x/y", "/a", "k/e/y", Raw(b'{"a": [1, null]}'))
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         created = maker.create("a")
         await store.write(maker.batch([created, maker.create("b")]))
-        job = made(created)
+        job = job_of(created)
         changes = [maker.late(job, 9, full), maker.late(job, 7, Result())]
         await store.write(maker.batch(changes))
         assert await store.timeline(job.seq) == [created.event, changes[0].event, changes[1].event]
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
         assert await late_results(store, job) == [late_of(changes[1]), late_of(changes[0])], "the oldest grant first"
         names = await late_results(store, job, whole=False)
@@ -257,23 +259,23 @@ async def test_late_results_of_the_latest_grants_are_kept(store: Store) -> None:
     first, second = maker.create("a"), maker.create("b")
     await store.write(maker.batch([first, second]))
     tokens = [5, 3, 9, 1, 8, 2, 7]
-    changes = [maker.late(made(first), token) for token in tokens]
-    await store.write(maker.batch([*changes[:3], maker.late(made(second), 4)]))
+    changes = [maker.late(job_of(first), token) for token in tokens]
+    await store.write(maker.batch([*changes[:3], maker.late(job_of(second), 4)]))
     for change in changes[3:]:
         await store.write(maker.batch([change]))
-    left = [late.fencing_token for late in await late_results(store, made(first))]
+    left = [late.fencing_token for late in await late_results(store, job_of(first))]
     assert left == sorted(tokens)[-MAX_LATE_RESULTS:]
-    assert [late.fencing_token for late in await late_results(store, made(second))] == [4]
+    assert [late.fencing_token for late in await late_results(store, job_of(second))] == [4]
 
 
 async def test_late_results_are_counted_by_their_index(path: str) -> None:
     maker = ChangeFactory()
     jobs = [maker.create(job_id) for job_id in "abc"]
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch(jobs))
-        await store.write(maker.batch([maker.late(made(jobs[0]), token) for token in (1, 2)]))
-        await store.write(maker.batch([maker.late(made(jobs[2]), 3)]))
-        seqs = [made(each).seq for each in jobs]
+        await store.write(maker.batch([maker.late(job_of(jobs[0]), token) for token in (1, 2)]))
+        await store.write(maker.batch([maker.late(job_of(jobs[2]), 3)]))
+        seqs = [job_of(each).seq for each in jobs]
         assert await store.count_late([]) == {}
         assert await store.count_late([*seqs, 99]) == {seqs[0]: 2, seqs[2]: 1}
 
@@ -281,26 +283,26 @@ async def test_late_results_are_counted_by_their_index(path: str) -> None:
 async def test_late_results_are_deleted_with_their_job(store: Store) -> None:
     maker = ChangeFactory()
     created, other = maker.create("a"), maker.create("b")
-    cancelled = maker.finish(made(created), "cancelled")
+    cancelled = maker.finish(job_of(created), "cancelled")
     await store.write(maker.batch([created, other, cancelled]))
-    await store.write(maker.batch([maker.late(made(cancelled), 1), maker.late(made(other), 2)]))
+    await store.write(maker.batch([maker.late(job_of(cancelled), 1), maker.late(job_of(other), 2)]))
     # A late result in the batch that deletes its job is deleted too.
-    await store.write(maker.batch([maker.late(made(cancelled), 3), maker.delete(made(cancelled))]))
+    await store.write(maker.batch([maker.late(job_of(cancelled), 3), maker.delete(job_of(cancelled))]))
     assert store._connection.raw.execute("SELECT fencing_token FROM late_results").fetchall() == [(2,)]
 
 
 async def test_an_older_grant_is_found_only_in_the_journal_of_its_job(store: Store) -> None:
     maker = ChangeFactory()
     created = maker.create("a")
-    granted = maker.grant(made(created))
-    back = maker.requeue(made(granted))
+    granted = maker.grant(job_of(created))
+    back = maker.requeue(job_of(granted))
     other = maker.create("b")
-    again = maker.grant(made(other))
+    again = maker.grant(job_of(other))
     await store.write(maker.batch([created, granted, back, other, again]))
-    grant, foreign = made(granted).grant, made(again).grant
+    grant, foreign = job_of(granted).grant, job_of(again).grant
     assert grant is not None
     assert foreign is not None
-    seq = made(created).seq
+    seq = job_of(created).seq
     asked = [LateResultQuery(seq, lock_id) for lock_id in (grant.lock_id, foreign.lock_id, grant.lock_id[:-1], "never")]
     assert (await store.late(asked)).grants == {(seq, grant.lock_id): grant}
 
@@ -310,11 +312,11 @@ async def test_a_grant_is_searched_at_the_end_of_a_journal(store: Store, monkeyp
     maker = ChangeFactory()
     changes = [maker.create("a")]
     for _ in range(4):
-        changes.append(maker.grant(made(changes[-1])))
-        changes.append(maker.requeue(made(changes[-1])))
+        changes.append(maker.grant(job_of(changes[-1])))
+        changes.append(maker.requeue(job_of(changes[-1])))
     await store.write(maker.batch(changes))
-    seq = made(changes[0]).seq
-    grants = [grant for change in changes if (grant := made(change).grant) is not None]
+    seq = job_of(changes[0]).seq
+    grants = [grant for change in changes if (grant := job_of(change).grant) is not None]
     asked = [LateResultQuery(seq, grant.lock_id) for grant in grants]
     assert list((await store.late(asked)).grants.values()) != []
     monkeypatch.setattr(queries, "GRANT_SEARCH_EVENTS", 4)
@@ -326,9 +328,9 @@ async def test_many_queries_for_one_job_read_it_once(store: Store) -> None:
     maker = ChangeFactory()
     created = maker.create("a")
     await store.write(maker.batch([created]))
-    change = maker.late(made(created), 1)
+    change = maker.late(job_of(created), 1)
     await store.write(maker.batch([change]))
-    seq = made(created).seq
+    seq = job_of(created).seq
     for asked in (
         [LateResultQuery(seq), LateResultQuery(seq, with_results=True)],
         [LateResultQuery(seq, with_results=True), LateResultQuery(seq, "x")],

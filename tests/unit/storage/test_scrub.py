@@ -16,7 +16,7 @@ from jobd.model.responses import CheckedRows
 from jobd.storage import scrub
 from jobd.storage.scrub import TABLES
 from jobd.storage.store import Store
-from tests.support.store_files import edited, make_store, opened, pick
+from tests.support.store_files import edit_store, make_store, open_store, pick
 from tests.unit.storage.test_doctor import busy_store
 
 
@@ -44,18 +44,18 @@ def rows_of(store: Store) -> dict[str, int]:
 async def test_every_row_is_checked_once(path: str, monkeypatch: pytest.MonkeyPatch, slice_s: float) -> None:
     monkeypatch.setattr(scrub, "SLICE_S", slice_s)
     await busy_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         there = rows_of(store)
         assert there["jobs"] > 10
-        assert there["events"] > scrub.MOST_ROWS
+        assert there["events"] > scrub.MAX_ROWS
         assert await walked(store) == (Counter(there), {})
 
 
 async def test_a_scrub_is_split_into_calls(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scrubber, "CALL_S", 0)
-    monkeypatch.setattr(scrub, "MOST_ROWS", 5)
+    monkeypatch.setattr(scrub, "MAX_ROWS", 5)
     await make_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         walk = Scrubber(store)
         first = await walk.scan(None)
         assert isinstance(first, CheckedRows)
@@ -73,9 +73,9 @@ async def test_a_scrub_is_split_into_calls(path: str, monkeypatch: pytest.Monkey
 
 async def test_one_slice_reads_a_limited_amount_of_payload(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scrub, "SLICE_S", 10)
-    monkeypatch.setattr(scrub, "MOST_BYTES", 1)
+    monkeypatch.setattr(scrub, "MAX_BYTES", 1)
     await make_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         seen = await store.check_rows("jobs", 0)
         assert seen.checked == 1
         assert (await walked(store))[0] == Counter(rows_of(store))
@@ -85,7 +85,7 @@ async def test_one_slice_reads_a_limited_amount_of_payload(path: str, monkeypatc
 async def test_a_damaged_job_is_quarantined(path: str, statuses: frozenset[str]) -> None:
     maker = await make_store(path)
     job = pick(maker, statuses)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         store._connection.raw.execute("UPDATE jobs SET priority = priority + 1 WHERE seq = ?", (job.seq,))
         told: list[str] = []
         store.on_quarantined = lambda aside: told.append(aside.id)
@@ -94,7 +94,7 @@ async def test_a_damaged_job_is_quarantined(path: str, statuses: frozenset[str])
         assert "checksum" in damaged[f"job {job.id}"]
         assert told == [job.id]
         assert (await walked(store))[1] == {}
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         assert conn.execute("SELECT id FROM quarantined_jobs").fetchall() == [(job.id,)]
 
 
@@ -102,7 +102,7 @@ async def test_a_damaged_job_is_quarantined(path: str, statuses: frozenset[str])
 async def test_a_damaged_payload_quarantines_its_job(path: str, how: str) -> None:
     maker = await make_store(path)
     job = pick(maker, FINISHED)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         store._connection.raw.execute(f"{how} WHERE job_seq = ?", (job.seq,))
         _, damaged = await walked(store)
         assert list(damaged) == [f"job {job.id}"]
@@ -111,7 +111,7 @@ async def test_a_damaged_payload_quarantines_its_job(path: str, how: str) -> Non
 
 async def test_damaged_rows_of_other_tables_are_reported_or_quarantined(path: str) -> None:
     await busy_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         there = [table for table, count in rows_of(store).items() if count and table != "jobs"]
         assert {"events", "keys"} <= set(there)
         for table in there:
@@ -128,9 +128,9 @@ async def test_damaged_rows_of_other_tables_are_reported_or_quarantined(path: st
 
 
 async def test_other_work_runs_between_slices(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scrub, "MOST_ROWS", 2)
+    monkeypatch.setattr(scrub, "MAX_ROWS", 2)
     maker = await make_store(path)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         task = asyncio.create_task(walked(store))
         batches = 0
         while not task.done() and batches < 200:  # the scrub is so slow here that the journal might grow faster
@@ -144,14 +144,14 @@ async def test_other_work_runs_between_slices(path: str, monkeypatch: pytest.Mon
 
 async def test_an_unreadable_page_ends_only_its_table(path: str) -> None:
     await make_store(path)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute("PRAGMA writable_schema = ON")
         (root,) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'audit'").fetchone()
         conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     content = bytearray(Path(path).read_bytes())
     content[(root - 1) * 4096] = 0xFF  # an invalid page type
     Path(path).write_bytes(content)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         counts, damaged = await walked(store)
         assert damaged["audit after 0"].startswith("rows cannot be read")
         assert counts["jobs"] == rows_of_jobs(store)

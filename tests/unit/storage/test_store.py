@@ -27,11 +27,11 @@ from jobd.model.storage import (
 from jobd.storage import files
 from jobd.storage.store import MEMORY, Store
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_files import assert_holds, exists, made, opened, recounted
+from tests.support.store_files import assert_holds, exists, job_of, open_store, recounted
 
 
 async def test_a_new_store_is_empty_private_and_durable(path: str) -> None:
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found == OpenedStore(Numbers())
         for name in (path, f"{path}.lock", f"{path}.epoch", f"{path}.ballast"):
             assert stat.S_IMODE(os.stat(name).st_mode) == 0o600, name
@@ -52,16 +52,16 @@ async def test_synchronous_is_at_least_full(path: str) -> None:
 
 async def test_a_batch_survives_a_restart(path: str) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         first = maker.create("a")
         second = maker.create("b", type_="imported")
         await store.write(maker.batch([first, second]))
-        grant = maker.grant(made(first))
-        report = maker.progress(made(grant), 45.0, "half")
-        ended = maker.finish(made(second), "failed")
+        grant = maker.grant(job_of(first))
+        report = maker.progress(job_of(grant), 45.0, "half")
+        ended = maker.finish(job_of(second), "failed")
         shown = await store.write(maker.batch([grant, report, ended], payloads=[1, 2], report=b'{"r":1}'))
         assert shown == maker.payloads
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
         assert await store.reports(5) == [b'{"r":1}']
         loaded = await store.load(["b", "nobody"], [2, 99], ["nothing"])
@@ -75,7 +75,7 @@ async def test_a_batch_is_one_transaction(store: Store) -> None:
     old = StoredResponse("d0", "b0", NOW, 200, b"{}")
     await store.write(maker.batch([maker.create("old")], keys=[old]))
     first, second = maker.create("a"), maker.create("b")
-    changes = [first, second, maker.grant(made(first)), maker.finish(made(second), "cancelled")]
+    changes = [first, second, maker.grant(job_of(first)), maker.finish(job_of(second), "cancelled")]
     keys = [StoredResponse("d1", "b1", NOW, 201, b'{"x":1}')]
     store._connection.raw.set_trace_callback(said.append)
     await store.write(maker.batch(changes, keys=keys, forget_keys=["d0"], report=b"{}", checked=[1]))
@@ -105,21 +105,21 @@ async def test_a_batch_behind_other_work_does_not_block_the_event_loop(store: St
 
 async def test_an_empty_batch_keeps_the_numbers(path: str) -> None:
     numbers = Numbers(1, 2, 3, 4, 5, 6)
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         assert await store.write(Batch([], numbers)) == {}
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert found.numbers == numbers
 
 
 async def test_a_job_created_and_deleted_in_one_batch_leaves_its_journal(path: str) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         first = maker.create("a", type_="imported")
-        ended = maker.finish(made(first), "cancelled")
-        gone = maker.delete(made(ended))
+        ended = maker.finish(job_of(first), "cancelled")
+        gone = maker.delete(job_of(ended))
         again = maker.create("a")
         await store.write(maker.batch([first, ended, gone, again]))
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
         assert [job.seq for job in found.live()] == [2]
         assert [event.type for event in await store.timeline(1)] == ["imported", "cancelled", "deleted"]
@@ -132,9 +132,9 @@ async def test_stored_responses_are_kept_replaced_and_deleted(path: str) -> None
         StoredResponse("d2", "b2", NOW + 1, 200, None, [("a", "lock")]),
     )
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([], keys=[answer, grant]))
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.keys == [replace(answer, body=None), grant]
         assert (await store.load([], [], ["d1", "d2"])).responses == {"d1": answer, "d2": grant}
         newer = replace(answer, body=b"[]", at=NOW + 2)
@@ -152,17 +152,17 @@ async def test_the_last_500_reports_are_kept(store: Store) -> None:
 
 
 async def test_stats_survive_a_restart(path: str) -> None:
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.figures is None
         await store.save_figures(b"1")
         await store.save_figures(b"2")
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert found.figures == b"2"
 
 
 async def test_a_store_in_memory_behaves_the_same() -> None:
     maker = ChangeFactory(3)
-    async with opened(MEMORY) as (store, found):
+    async with open_store(MEMORY) as (store, found):
         assert found.live() == []
         for _ in range(30):
             await store.write(maker.any_batch(10))
@@ -183,12 +183,12 @@ def test_rows_journal_totals_and_counts_agree_after_any_batches(
         path = str(tmp_path_factory.mktemp("any") / "jobd.db")
         maker = ChangeFactory(seed)
         for part in (sizes[: len(sizes) // 2], sizes[len(sizes) // 2 :]):
-            async with opened(path) as (store, _):
+            async with open_store(path) as (store, _):
                 for size in part:
                     batch = maker.any_batch(size)
                     shown = await store.write(batch)
                     assert shown == {seq: maker.payloads[seq] for seq in batch.payloads}
-            async with opened(path) as (store, found):
+            async with open_store(path) as (store, found):
                 await assert_holds(store, found, maker)
                 assert store._database.totals == recounted(store)
 
@@ -208,7 +208,7 @@ async def test_the_epoch_after_a_full_counter_is_stored_before_its_first_token(
     maker = ChangeFactory(numbers=Numbers(epoch=1, next_token=COUNTER_MASK))
     monkeypatch.setattr(files, "write_epoch", write_if_there_is_room)
     has_room.insert(0, True)  # for the epoch of the new store
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create("a"), maker.create("b"), maker.grant(maker.jobs[1])]))
         maker.numbers = replace(maker.numbers, epoch=9, next_token=1)
         batch = maker.batch([maker.grant(maker.jobs[2])])
@@ -220,14 +220,14 @@ async def test_the_epoch_after_a_full_counter_is_stored_before_its_first_token(
         await store.write(batch)
         assert files.read_epoch(path).epoch == 9
     assert has_room == []
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert not found.marked
         await assert_holds(store, found, maker)
 
 
 async def test_a_crash_between_two_epochs_ends_no_grant(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create("a"), maker.grant(maker.jobs[1])]))
         kept = maker.numbers
 
@@ -237,7 +237,7 @@ async def test_a_crash_between_two_epochs_ends_no_grant(path: str, monkeypatch: 
         monkeypatch.setattr(store._database, "store_epoch", crash)
         with pytest.raises(OSError, match="the disk fails"):
             await store.write(Batch([], replace(kept, epoch=9, next_token=4, lease_ms=77)))
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert (found.marked, found.numbers) == (False, replace(kept, epoch=9, next_token=1))
         assert found.live() == [maker.jobs[1]]
     assert files.read_epoch(path).epoch == 9

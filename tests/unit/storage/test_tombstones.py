@@ -16,7 +16,7 @@ from jobd.model.storage import (
 )
 from jobd.storage.store import Store
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_files import edited, flip, late_of, late_results, made, opened
+from tests.support.store_files import edit_store, flip, job_of, late_of, late_results, open_store
 
 
 def buried(seq: int, key: str = "k", due_at: int = NOW) -> Tombstone:
@@ -29,23 +29,23 @@ async def due(store: Store, now: int = NOW, limit: int = 99) -> list[int]:
 
 async def test_a_tombstone_is_written_with_its_batch_and_due_later(path: str) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([], tombstones=[buried(1, due_at=NOW + 2), buried(2, due_at=NOW + 1), buried(3)]))
         assert await due(store, NOW - 1) == []
         assert await due(store, NOW) == [3]
         assert await due(store, NOW + 2) == [3, 2, 1]
         assert await due(store, NOW + 2, limit=2) == [3, 2]
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.tombstones == 3
         assert (await store.due_tombstones(NOW, 1)).found == [(buried(3), False)]
 
 
 async def test_a_failed_batch_leaves_no_tombstone(path: str) -> None:
     maker = ChangeFactory()
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         ghost = maker.create("ghost")
         with pytest.raises(BadRows):
-            await store.write(maker.batch([], tombstones=[buried(1)], payloads=[made(ghost).seq]))
+            await store.write(maker.batch([], tombstones=[buried(1)], payloads=[job_of(ghost).seq]))
         assert await due(store) == []
 
 
@@ -71,22 +71,22 @@ async def test_a_key_is_referenced_while_any_job_has_it(store: Store, status: st
     change = maker.create("holder", status=status, result=Result(storage_key="k/ü'\n"))
     await store.write(maker.batch([change], tombstones=[buried(90, "k/ü'\n"), buried(91, "k/"), buried(92, "K/ü'\n")]))
     assert [named for _, named in (await store.due_tombstones(NOW, 9)).found] == [True, False, False]
-    await store.quarantine(made(change), "by hand")
+    await store.quarantine(job_of(change), "by hand")
     assert [named for _, named in (await store.due_tombstones(NOW, 9)).found] == [True, False, False]
 
 
 async def test_a_late_result_keeps_its_artifact_until_its_job_is_deleted(store: Store) -> None:
     maker = ChangeFactory()
-    job = made(maker.create("a", status="cancelled"))
+    job = job_of(maker.create("a", status="cancelled"))
     batch = maker.batch([], tombstones=[buried(90)])
     maker.jobs.clear()
     maker.payloads.clear()
     created = maker.create("b", status="cancelled")
-    late = maker.late(made(created), 3, Result(storage_key="k"))
-    assert job.seq != made(created).seq
+    late = maker.late(job_of(created), 3, Result(storage_key="k"))
+    assert job.seq != job_of(created).seq
     await store.write(maker.batch([created, late], tombstones=batch.tombstones))
     assert await store.due_tombstones(NOW, 9) == DueTombstones([(buried(90), False)], held={90})
-    await store.write(maker.batch([maker.delete(made(created))]))
+    await store.write(maker.batch([maker.delete(job_of(created))]))
     assert await store.due_tombstones(NOW, 9) == DueTombstones([(buried(90), False)])
 
 
@@ -108,11 +108,11 @@ async def numbered(store: Store, now: int = NOW) -> list[Tombstone]:
 async def test_artifacts_of_late_results_are_deleted_with_their_job(path: str) -> None:
     maker = ChangeFactory()
     told: list[int] = []
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         store.on_tombstones = told.append
         made_a = maker.create("a", status="failed", result=Result(storage_key="own"))
         made_b = maker.create("b", status="failed")
-        job, other = made(made_a), made(made_b)
+        job, other = job_of(made_a), job_of(made_b)
         keys = {1: "late/1", 2: None, 3: "own", 4: "late/4"}
         late = [came_late(maker, job, token, key) for token, key in keys.items()]
         await store.write(maker.batch([made_a, made_b, *late, came_late(maker, other, 5, "late/5")], sweeps=True))
@@ -122,7 +122,7 @@ async def test_artifacts_of_late_results_are_deleted_with_their_job(path: str) -
         await store.write(maker.batch([maker.delete(job)], tombstones=[own], sweeps=True))
         assert told == [3], "the key of the job itself has one tombstone"
         assert [each.fencing_token for each in await late_results(store, other)] == [5]
-    async with opened(path) as (store, found):
+    async with open_store(path) as (store, found):
         assert found.tombstones == 3
         assert await numbered(store, maker.now) == [*left_by(late[0], late[3], at=maker.now), own]
         assert (await store.due_tombstones(maker.now, 9)).held == set()
@@ -131,34 +131,34 @@ async def test_artifacts_of_late_results_are_deleted_with_their_job(path: str) -
 async def test_the_artifact_of_a_displaced_late_result_is_deleted(store: Store) -> None:
     maker = ChangeFactory()
     created = maker.create("a")
-    late = [came_late(maker, made(created), token, f"late/{token}") for token in (5, 3, 9, 1, 8)]
+    late = [came_late(maker, job_of(created), token, f"late/{token}") for token in (5, 3, 9, 1, 8)]
     await store.write(maker.batch([created, *late], sweeps=True))
     assert await numbered(store) == []
-    late += [came_late(maker, made(created), token, f"late/{token}") for token in (7, 2)]
+    late += [came_late(maker, job_of(created), token, f"late/{token}") for token in (7, 2)]
     await store.write(maker.batch(late[5:], sweeps=True))
     assert await numbered(store) == left_by(late[3], late[6])
-    assert [each.fencing_token for each in await late_results(store, made(created))] == [3, 5, 7, 8, 9]
+    assert [each.fencing_token for each in await late_results(store, job_of(created))] == [3, 5, 7, 8, 9]
 
 
 async def test_a_late_result_in_the_batch_that_deletes_its_job_leaves_a_tombstone(store: Store) -> None:
     maker = ChangeFactory()
     created = maker.create("a", status="failed")
     await store.write(maker.batch([created]))
-    late = came_late(maker, made(created), 3, "late/3")
-    await store.write(maker.batch([late, maker.delete(made(created))], sweeps=True))
+    late = came_late(maker, job_of(created), 3, "late/3")
+    await store.write(maker.batch([late, maker.delete(job_of(created))], sweeps=True))
     assert await numbered(store) == left_by(late)
 
 
 async def test_a_key_referenced_by_another_late_result_is_kept(store: Store) -> None:
     maker = ChangeFactory()
     created = [maker.create(name, status="failed") for name in "ab"]
-    late = [came_late(maker, made(change), token, "shared") for token, change in enumerate(created)]
+    late = [came_late(maker, job_of(change), token, "shared") for token, change in enumerate(created)]
     await store.write(maker.batch([*created, *late]))
-    await store.write(maker.batch([maker.delete(made(created[0]))], sweeps=True))
+    await store.write(maker.batch([maker.delete(job_of(created[0]))], sweeps=True))
     (gone,) = left_by(late[0])
     assert await store.due_tombstones(NOW, 9) == DueTombstones([(gone, False)], held={gone.job_seq})
     await store.settle_tombstones([], [replace(gone, due_at=NOW + 1)])
-    await store.write(maker.batch([maker.delete(made(created[1]))], sweeps=True))
+    await store.write(maker.batch([maker.delete(job_of(created[1]))], sweeps=True))
     assert await store.due_tombstones(NOW + 1, 9) == DueTombstones(
         [(left_by(late[1])[0], False), (replace(gone, due_at=NOW + 1), False)]
     )
@@ -169,9 +169,9 @@ async def test_a_key_referenced_by_another_late_result_is_kept(store: Store) -> 
 async def test_without_sweeping_late_results_leave_no_tombstones(store: Store) -> None:
     maker = ChangeFactory()
     created = maker.create("a", status="failed")
-    late = [came_late(maker, made(created), token, f"late/{token}") for token in range(MAX_LATE_RESULTS + 1)]
+    late = [came_late(maker, job_of(created), token, f"late/{token}") for token in range(MAX_LATE_RESULTS + 1)]
     await store.write(maker.batch([created, *late]))
-    await store.write(maker.batch([maker.delete(made(created))]))
+    await store.write(maker.batch([maker.delete(job_of(created))]))
     assert await numbered(store) == []
     assert store._connection.raw.execute("SELECT count(*) FROM late_results").fetchone() == (0,)
 
@@ -179,15 +179,15 @@ async def test_without_sweeping_late_results_leave_no_tombstones(store: Store) -
 async def test_a_failed_deletion_keeps_late_results_and_leaves_no_tombstone(path: str) -> None:
     maker = ChangeFactory()
     told: list[int] = []
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         store.on_tombstones = told.append
         created, ghost = maker.create("a", status="failed"), maker.create("ghost")
-        await store.write(maker.batch([created, late := came_late(maker, made(created), 1, "late/1")], sweeps=True))
-        deleted = maker.delete(made(created))
+        await store.write(maker.batch([created, late := came_late(maker, job_of(created), 1, "late/1")], sweeps=True))
+        deleted = maker.delete(job_of(created))
         with pytest.raises(BadRows):
-            await store.write(maker.batch([deleted], sweeps=True, payloads=[made(ghost).seq]))
+            await store.write(maker.batch([deleted], sweeps=True, payloads=[job_of(ghost).seq]))
         assert (await numbered(store), told) == ([], [])
-        assert await late_results(store, made(created)) == [late_of(late)]
+        assert await late_results(store, job_of(created)) == [late_of(late)]
         await store.write(maker.batch([deleted], sweeps=True))
         assert (await numbered(store), told) == (left_by(late), [1])
 
@@ -195,16 +195,16 @@ async def test_a_failed_deletion_keeps_late_results_and_leaves_no_tombstone(path
 async def test_the_key_of_a_damaged_late_result_is_not_deleted(path: str) -> None:
     maker = ChangeFactory()
     created = maker.create("a", status="failed")
-    late = [came_late(maker, made(created), token, f"late/{token}") for token in (1, 2, 3)]
-    async with opened(path) as (store, _):
+    late = [came_late(maker, job_of(created), token, f"late/{token}") for token in (1, 2, 3)]
+    async with open_store(path) as (store, _):
         await store.write(maker.batch([created, *late]))
     flip(path, "late_results", "storage_key", "seq", late_of(late[0]).seq)
-    with edited(path) as conn:
+    with edit_store(path) as conn:
         conn.execute(
             "UPDATE late_results SET storage_key = CAST(X'ff6b' AS TEXT) WHERE seq = ?", (late_of(late[1]).seq,)
         )
-    async with opened(path) as (store, _):
-        await store.write(maker.batch([maker.delete(made(created))], sweeps=True))
+    async with open_store(path) as (store, _):
+        await store.write(maker.batch([maker.delete(job_of(created))], sweeps=True))
         assert await numbered(store) == left_by(late[2])
         faults = [fault for fault in store.take_faults() if fault.startswith("late_results")]
         assert [fault.partition(":")[0] for fault in faults] == [f"late_results {late_of(one).seq}" for one in late[:2]]
@@ -216,7 +216,7 @@ async def test_the_key_of_a_damaged_late_result_is_not_deleted(path: str) -> Non
 
 async def test_a_job_without_its_key_keeps_no_artifact(store: Store) -> None:
     maker = ChangeFactory()
-    job = made(maker.create("holder", status="failed", result=Result(storage_key="k")))
+    job = job_of(maker.create("holder", status="failed", result=Result(storage_key="k")))
     first = maker.batch([], tombstones=[buried(90)])
     await store.write(maker.batch([maker.create("x", status="failed", result=Result(storage_key="k"))]))
     await store.write(first)

@@ -12,7 +12,7 @@ from jobd.storage import doctor, wal
 from jobd.storage.backup import restore
 from jobd.storage.files import StoreUnreadable
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import opened, read, write
+from tests.support.store_files import open_store, read_file, write_file
 
 HEADER = 32
 FRAME = 24 + 4096
@@ -23,7 +23,7 @@ async def killed(path: str, tmp_path: Path) -> ChangeFactory:
     """A store with twelve jobs, each written by its own commit, as after a kill."""
     maker = ChangeFactory()
     other = str(tmp_path / "running.db")
-    async with opened(other) as (store, _):
+    async with open_store(other) as (store, _):
         for number in range(12):
             await store.write(maker.batch([maker.create(f"job-{number}")]))
         for suffix in ("", "-wal", ".epoch"):
@@ -33,20 +33,20 @@ async def killed(path: str, tmp_path: Path) -> ChangeFactory:
 
 def commits(path: str) -> list[int]:
     """Return the offsets of the last frames of all transactions."""
-    log = read(f"{path}-wal")
+    log = read_file(f"{path}-wal")
     places = range(HEADER, len(log), FRAME)
     return [place for place in places if struct.unpack_from(">I", log, place + 4) != (0,)]
 
 
 def change(path: str, *places: int) -> None:
-    log = bytearray(read(f"{path}-wal"))
+    log = bytearray(read_file(f"{path}-wal"))
     for place in places:
         log[place] ^= 4
-    write(f"{path}-wal", log)
+    write_file(f"{path}-wal", log)
 
 
 async def ids(path: str) -> list[str]:
-    async with opened(path) as (_, found):
+    async with open_store(path) as (_, found):
         assert found.faults == []
         return [job.id for job in found.live()]
 
@@ -66,13 +66,13 @@ async def test_commits_after_a_changed_byte_are_detected(path: str, killed: Chan
         "the commit before the last": commits(path)[-2] + 24 + 1000,
     }
     change(path, where[place])
-    before = read(path), read(f"{path}-wal")
+    before = read_file(path), read_file(f"{path}-wal")
     for _ in range(2):
         with pytest.raises(StoreUnreadable, match=r"jobd.db-wal is damaged after \d+ pages"):
             await ids(path)
         with pytest.raises(StoreUnreadable, match="jobd restore"):
             doctor.check(path)
-    assert (read(path), read(f"{path}-wal")) == before
+    assert (read_file(path), read_file(f"{path}-wal")) == before
 
 
 async def test_an_incomplete_last_transaction_is_accepted(path: str, killed: ChangeFactory) -> None:
@@ -85,38 +85,38 @@ async def test_a_torn_frame_header_that_looks_like_a_commit_is_accepted(path: st
     """If a sector ends inside it, its first half may be from an older generation of the log."""
     torn = next(place for place in range(HEADER, 99 * FRAME, FRAME) if place // 512 != (place + 15) // 512)
     ends = next(place for place in commits(path) if place > torn)
-    log = bytearray(read(f"{path}-wal")[: ends + FRAME])  # its transaction is the last one
+    log = bytearray(read_file(f"{path}-wal")[: ends + FRAME])  # its transaction is the last one
     log[torn + 4 : torn + 8] = b"\0\0\0\7"
-    write(f"{path}-wal", log)
+    write_file(f"{path}-wal", log)
     before = sum(place < torn for place in commits(path))
     assert len(await ids(path)) < before < 12
 
 
 async def test_frames_of_an_older_generation_are_ignored(path: str, killed: ChangeFactory, tmp_path: Path) -> None:
     maker = killed
-    async with opened(path) as (store, _):
+    async with open_store(path) as (store, _):
         store._connection.raw.execute("PRAGMA wal_checkpoint(RESTART)")
         await store.write(maker.batch([maker.create("later")]))
-        kept = [(suffix, read(f"{path}{suffix}")) for suffix in ("", "-wal")]
+        kept = [(suffix, read_file(f"{path}{suffix}")) for suffix in ("", "-wal")]
     for suffix, content in kept:
-        write(f"{path}{suffix}", content)
+        write_file(f"{path}{suffix}", content)
     assert len(commits(path)) > 5
     assert len(await ids(path)) == 13
 
 
 async def test_a_log_too_short_for_a_header_has_no_frames(path: str, killed: ChangeFactory) -> None:
-    write(f"{path}-wal", read(f"{path}-wal")[:20])
+    write_file(f"{path}-wal", read_file(f"{path}-wal")[:20])
     assert not wal.has_frames(f"{path}-wal")
     assert not wal.is_damaged(f"{path}-wal", 0)
 
 
 async def test_a_restore_of_the_store_to_itself_continues_before_the_damage(path: str, killed: ChangeFactory) -> None:
     change(path, commits(path)[-5] + FRAME + 24)
-    damaged = read(f"{path}-wal")
+    damaged = read_file(f"{path}-wal")
     aside = restore(path, path)
     assert aside is not None
-    assert read(f"{aside}-wal") == damaged
-    async with opened(path) as (_, found):
+    assert read_file(f"{aside}-wal") == damaged
+    async with open_store(path) as (_, found):
         assert [job.id for job in found.live()] == [f"job-{number}" for number in range(8)]
         assert found.marked
         assert found.numbers.epoch == 2

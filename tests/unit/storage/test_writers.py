@@ -16,7 +16,7 @@ from jobd.storage.codec import checksum, job_row
 from jobd.storage.database import BY_SEQ, Database
 from jobd.storage.startup import connect, start
 from tests.support.factories import ChangeFactory
-from tests.support.store_files import made
+from tests.support.store_files import job_of
 
 
 @pytest.fixture
@@ -46,14 +46,14 @@ def test_the_checksum_of_a_recently_written_job_is_cached(db: Database, monkeypa
     maker = ChangeFactory()
     first = maker.create()
     db.write(maker.batch([first]), 0)
-    short = compact(made(first))
+    short = compact(job_of(first))
     assert short is not None
     grant = maker.grant(short.expand())
     assert grant.before is not first.after
     with monkeypatch.context() as now:
         now.delattr(codec, "checksum")
         db.write(maker.batch([grant]), 0)
-        db.write(maker.batch([maker.finish(made(grant))]), 0)
+        db.write(maker.batch([maker.finish(job_of(grant))]), 0)
     assert db.totals == (0, 0, 1, checksum(job_row(maker.jobs[1])))
 
 
@@ -64,7 +64,7 @@ def test_an_update_sets_only_changed_columns(db: Database) -> None:
     assert "id" in said
     assert "lock_id" not in said
     assert "error_code" not in said
-    (said,) = statements(db, maker, maker.grant(made(first)))
+    (said,) = statements(db, maker, maker.grant(job_of(first)))
     assert "lock_id" in said
     assert "status" in said
     assert "queue" not in said
@@ -84,15 +84,15 @@ def test_removed_and_added_parts_are_both_written(db: Database, order: tuple[str
     created = [maker.create(progress_message="n" if message is None else None) for message in order]
     db.write(maker.batch(created), 0)
     for change, message in zip(created, order, strict=True):
-        after = maker.update(made(change), progress_message=message)
+        after = maker.update(job_of(change), progress_message=message)
         db.write(maker.batch([after]), 0)
-        row = job_row(made(after))
+        row = job_row(job_of(after))
         assert row_of(db, change.event.job_seq) == (*row, checksum(row))
 
 
 def test_an_update_does_not_create_a_missing_row(db: Database) -> None:
     maker = ChangeFactory()
-    grant = maker.grant(made(maker.create()))
+    grant = maker.grant(job_of(maker.create()))
     with pytest.raises(sqlite3.IntegrityError):
         db.write(maker.batch([grant]), 0)
     assert db.is_broken

@@ -25,7 +25,7 @@ from jobd.storage.store import Store
 from jobd.webhooks import alert_source, dispatcher, journal_reader
 from jobd.webhooks.manager import WebhookManager
 from tests.support.factories import NOW, ChangeFactory
-from tests.support.store_files import edited, made
+from tests.support.store_files import edit_store, job_of
 from tests.support.webhook_help import HASTY, KEY, NO, YES, Clock, Posts, at_work, endpoint, until
 
 FINISHED = frozenset({"job.completed", "job.failed"})
@@ -64,9 +64,9 @@ class Watched:
 def a_life(maker: ChangeFactory, job_id: str) -> list[Change]:
     """Four events of one job."""
     created = maker.create(job_id)
-    granted = maker.grant(made(created))
-    progress = maker.progress(made(granted))
-    return [created, granted, progress, maker.finish(made(progress))]
+    granted = maker.grant(job_of(created))
+    progress = maker.progress(job_of(granted))
+    return [created, granted, progress, maker.finish(job_of(progress))]
 
 
 # -- from the journal to the receiver ----------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ async def test_every_endpoint_gets_the_events_it_asked_for(path: Path) -> None:
     async with at_work(path, ends, mail, signs) as at:
         lives = [a_life(at.maker, f"job-{number}") for number in range(12)]
         await at.commit(*(change for life in lives for change in life))
-        of_mail = sum(made(life[0]).options.queue == "mail" for life in lives)
+        of_mail = sum(job_of(life[0]).options.queue == "mail" for life in lives)
         assert 0 < of_mail < 12
         await until(lambda: len(at.posts.taken) == 12 + 3 * of_mail + 12)
         by_name = Counter(each.endpoint for each in at.posts.taken)
@@ -125,7 +125,7 @@ async def test_a_cursor_that_only_skipped_events_is_saved(path: Path, monkeypatc
     async with at_work(path, only_ends) as at:
         await at.commit(at.maker.create())
         await until(lambda: at.webhooks.views()[0].lag == 0)
-    with edited(str(path)) as conn:
+    with edit_store(str(path)) as conn:
         assert conn.execute("SELECT position FROM webhooks").fetchone() == (1,)
     monkeypatch.setattr(journal_reader, "SAVE_S", 0.05)
     async with at_work(path, only_ends, maker=at.maker) as at:
@@ -520,7 +520,7 @@ async def test_every_event_arrives_in_order_despite_failures_and_crashes(
         name = chance.choice([name for name, was in jobs.items() if len(was) < 3])
         was = jobs[name]
         change = maker.create(name) if not was else maker.grant(was[-1]) if len(was) == 1 else maker.finish(was[-1])
-        was.append(made(change))
+        was.append(job_of(change))
         return change
 
     for _ in range(60):
@@ -604,7 +604,7 @@ async def test_a_lost_cursor_causes_a_gap_message(path: Path) -> None:
     async with at_work(path) as at:
         await at.commit(at.maker.create("a"))
         await until(lambda: at.webhooks.views()[0].delivered == 1)
-    with edited(str(path)) as conn:
+    with edit_store(str(path)) as conn:
         conn.execute("DELETE FROM deliveries")
         conn.execute("UPDATE webhooks SET position = 0")
     async with at_work(path, maker=at.maker) as then:
