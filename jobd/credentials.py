@@ -1,7 +1,4 @@
-"""The tokens that open the doors: where they are named, and what one has to be. No message holds a token.
-
-Reads the files that hold them, and nothing else.
-"""
+"""Read the tokens of the listeners, and check them. No error message contains a token."""
 
 from __future__ import annotations
 
@@ -15,11 +12,11 @@ MAKE_TOKEN: Final = "python3 -c 'import secrets; print(secrets.token_urlsafe(32)
 
 
 class InvalidToken(Exception):
-    """Which token is none, and why, in one line."""
+    """A token is invalid. The message is one line: source and reason."""
 
 
 def admin_tokens(file: str, environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Those that open everything; none where nobody has set any. `file`: [admin] token_file. Raises BadToken."""
+    """Return the admin tokens, () if none is configured. `file` is [admin] token_file. Raises InvalidToken."""
     if environ.get("ADMIN_TOKEN"):
         return (check_token(environ["ADMIN_TOKEN"], "ADMIN_TOKEN"),)
     if environ.get("ADMIN_TOKEN_FILE"):
@@ -31,7 +28,10 @@ def admin_tokens(file: str, environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def read_only_tokens(file: str, environ: Mapping[str, str], admin_tokens: tuple[str, ...]) -> tuple[str, ...]:
-    """Tokens for who may look at everything and change nothing; none where nobody has set any. Raises BadToken."""
+    """Return the read-only tokens, () if none is configured. `file` is [admin] readonly_token_file.
+
+    Raises InvalidToken, also if one of them is an admin token.
+    """
     credential = _credential(environ, "admin_readonly_token")
     if environ.get("ADMIN_READONLY_TOKEN_FILE"):
         path, where = environ["ADMIN_READONLY_TOKEN_FILE"], "ADMIN_READONLY_TOKEN_FILE"
@@ -43,32 +43,30 @@ def read_only_tokens(file: str, environ: Mapping[str, str], admin_tokens: tuple[
         return ()
     tokens = read_tokens(path, where)
     if set(tokens) & set(admin_tokens):
-        raise InvalidToken(
-            f"{where}: {path}: the admin token is in it too, and would open everything. Make another one"
-        )
+        raise InvalidToken(f"{where}: {path}: it contains the admin token, which allows everything. Make another token")
     return tokens
 
 
 def read_tokens(path: str, where: str) -> tuple[str, ...]:
-    """One token a line; two may be valid at once, so that they can be rotated. Raises BadToken."""
+    """Read one token per line. Two may be valid at the same time, for rotation. Raises InvalidToken."""
     try:
         lines = Path(path).read_text("ascii").splitlines()
     except UnicodeDecodeError:
-        raise InvalidToken(f"{where}: {path}: a token is printable ASCII") from None
+        raise InvalidToken(f"{where}: {path}: a token must be printable ASCII") from None
     except OSError as error:
         raise InvalidToken(f"{where}: {path}: cannot be read: {error.strerror}") from None
     tokens = tuple(check_token(line.strip(), f"{where}: {path}") for line in lines if line.strip())
     if not 1 <= len(tokens) <= 2:
-        raise InvalidToken(f"{where}: {path}: expected one token, or two while you rotate them, one a line")
+        raise InvalidToken(f"{where}: {path}: expected one token, or two during a rotation, one per line")
     return tokens
 
 
 def check_token(token: str, where: str) -> str:
-    """A token is at least 24 printable ASCII characters. It is never part of a message. Raises BadToken."""
+    """Check that a token has at least 24 printable ASCII characters and return it. Raises InvalidToken."""
     if len(token) < MIN_TOKEN:
         raise InvalidToken(f"{where}: the token is shorter than {MIN_TOKEN} characters. Make one with: {MAKE_TOKEN}")
     if not re.fullmatch(r"[!-~]+", token):
-        raise InvalidToken(f"{where}: a token is printable ASCII without spaces. Make one with: {MAKE_TOKEN}")
+        raise InvalidToken(f"{where}: a token must be printable ASCII without spaces. Make one with: {MAKE_TOKEN}")
     return token
 
 

@@ -1,6 +1,7 @@
-"""Logging, set up once: one line an event on stderr, whatever the values hold; lines of the standard library too.
+"""Log to stderr: one line per event, without secrets and control characters.
 
-It decides nothing about what is worth a line, and lets no secret and no control character through.
+Lines of the standard library's loggers are included. A thread writes the lines, so that a reader of stderr that stops
+reading costs lines but never blocks the daemon.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from msgspec import Struct, structs
 Fields: TypeAlias = MutableMapping[str, Any]
 
 REDACTED: Final = "[redacted]"
-DEEPEST: Final = 6  # what is nested deeper is cut: a value may contain itself
-FRAMES: Final = 6  # innermost frames of an error, where a traceback has no place
-MOST_CHARS: Final = 1 << 20  # what may wait while nobody reads; what comes on top of it is dropped and counted
+DEEPEST: Final = 6  # deeper values are cut; a value may contain itself
+FRAMES: Final = 6  # innermost frames of an error that are logged in one line
+MOST_CHARS: Final = 1 << 20  # that may wait while stderr is not read; more is dropped and counted
 
 
-PIECE_CHARS: Final = 64 << 10  # lines go out by the piece: for each write the thread must get its turn from the loop
+PIECE_CHARS: Final = 64 << 10  # lines are written in pieces, because each write needs the GIL
 
 
-LAST_S: Final = 2.0  # how long the end of the process waits for a reader
-LAST_WORDS_S: Final = 1.0  # how long a critical line waits to be written: the process may end right after it
+LAST_S: Final = 2.0  # for the remaining lines when the process ends
+LAST_WORDS_S: Final = 1.0  # for a critical line to be written, because the process may end right after it
 
 _SECRET: Final = frozenset({"lock_id", "lockid", "token", "authorization", "admin_token", "worker_token"})
 _BEARER: Final = re.compile(r"(bearer\s+)\S+", re.IGNORECASE)
-# C0, DEL and C1, line ends of Unicode, the marks that turn text round, and halves of surrogate pairs.
+# C0, DEL and C1, Unicode line ends, bidirectional control characters, and surrogates.
 _CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _PLAIN: Final = re.compile(r"[^\s\"=\\]+")
 _NO_KEY: Final = re.compile(r"[^\w.-]")
@@ -46,9 +47,9 @@ _COLOURS: Final = {"debug": "2", "info": "32", "warning": "33", "error": "31", "
 
 
 def configure(level: str, format: str) -> None:
-    """Send every event of `level` and above to stderr as `console`, `json` or `logfmt`.
+    """Log every event of `level` and above as `console`, `json` or `logfmt`.
 
-    `auto` is console on a terminal, else logfmt. Raises ValueError for another name. May be called again.
+    `auto` is console on a terminal, else logfmt. Raises ValueError for other names. May be called again.
     """
     terminal = sys.stderr is not None and sys.stderr.isatty()  # None: the process was started without one
     chosen = ("console" if terminal else "logfmt") if format == "auto" else format
@@ -69,7 +70,7 @@ def configure(level: str, format: str) -> None:
             render[chosen],
         ],
         logger_factory=_StderrLogger,
-        cache_logger_on_first_use=False,  # or set_level would not reach the loggers that have spoken
+        cache_logger_on_first_use=False,  # else set_level would not affect loggers that are already in use
     )
     logging.captureWarnings(True)
     logging.getLogger().handlers[:] = [_StdlibHandler()]
@@ -77,9 +78,9 @@ def configure(level: str, format: str) -> None:
 
 
 def set_level(level: str) -> None:
-    """Drop what is below `level` (debug, info, warning, error, critical) from now on. Raises ValueError.
+    """Drop events below `level` (debug, info, warning, error, critical). Raises ValueError.
 
-    Of other packages warnings at least: below, they write whole calls with payloads and lock ids.
+    Other packages log warnings and above only: their debug lines contain payloads and lock ids.
     """
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
@@ -93,16 +94,16 @@ def set_level(level: str) -> None:
 
 
 def flush(patience_s: float = LAST_WORDS_S) -> bool:
-    """Wait until every line is written; false where stderr does not take them within `patience_s`."""
+    """Wait until every line is written. False if that takes longer than `patience_s`."""
     return _writer.flush(patience_s)
 
 
 def _log_dropped(dropped: int) -> None:
-    structlog.get_logger("jobd.log").error("log_lines_dropped", count=dropped, why="nobody read stderr")
+    structlog.get_logger("jobd.log").error("log_lines_dropped", count=dropped, why="stderr was not read")
 
 
 class _StderrLogger:
-    """Where lines leave. Nobody who logs waits for stderr, except with the last words."""
+    """A structlog logger that never waits for stderr, except after a critical line."""
 
     def __init__(self, name: str = "") -> None:
         self.name = name
@@ -118,7 +119,7 @@ class _StderrLogger:
 
 
 class _StdlibHandler(logging.Handler):
-    """Lines of the standard library's loggers (aiohttp, asyncio, warnings), sent the same way."""
+    """Pass on lines of the standard library's loggers (aiohttp, asyncio, warnings)."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -150,7 +151,7 @@ def _whole_error(_: Any, __: str, event: Fields) -> Fields:
 
 
 def _short_error(_: Any, __: str, event: Fields) -> Fields:
-    """`exception` and `at`, innermost frame first: a traceback is no reading on one line of logfmt."""
+    """Log an error as `exception` and `at`, innermost frame first, because logfmt has no room for a traceback."""
     if (error := _error(event)) is not None:
         event["exception"] = "".join(traceback.format_exception_only(error)).rstrip()
         frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
@@ -167,7 +168,7 @@ def _secret(key: object) -> bool:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Only what JSON knows, with secrets hidden at every depth."""
+    """Convert `value` to JSON types, with secrets redacted at every depth."""
     if value is None or isinstance(value, bool | int | float):
         return value
     if depth > DEEPEST:
@@ -182,7 +183,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def _value(value: Any) -> str:
-    """A word as it is, nothing for None, anything else as a JSON string."""
+    """Format a value: a plain word as it is, nothing for None, anything else as JSON."""
     if value is None:
         return ""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
@@ -211,7 +212,7 @@ def _json(_: Any, __: str, event: Fields) -> str:
 
 
 class _ConsoleRenderer:
-    """For eyes: time, level, event, then the rest as in logfmt."""
+    """For terminals: time, level, event, then the fields as in logfmt."""
 
     def __init__(self, colours: bool) -> None:
         self._colours = colours
@@ -226,13 +227,13 @@ class _ConsoleRenderer:
 
 
 class LogWriter:
-    """Where lines end, in the order in which they came.
+    """Write lines to stderr in a thread, in their order.
 
-    `confess` is called with the number of lines that were dropped, once there is room again; it puts a line.
+    `on_dropped` is called with the number of dropped lines once there is room again. It writes a line about them.
     """
 
-    def __init__(self, confess: Callable[[int], object]) -> None:
-        self._confess = confess
+    def __init__(self, on_dropped: Callable[[int], object]) -> None:
+        self._on_dropped = on_dropped
         self._change = threading.Condition()
         self._lines: deque[str] = deque()
         self._chars = 0
@@ -241,7 +242,7 @@ class LogWriter:
         self._thread: threading.Thread | None = None
 
     def write(self, line: str) -> None:
-        """Have `line` written soon, or drop it where nobody has read for long."""
+        """Queue `line`, or drop it if too much waits."""
         with self._change:
             if self._lines and self._chars + len(line) > MOST_CHARS:
                 self._dropped += 1
@@ -249,14 +250,14 @@ class LogWriter:
             self._lines.append(line)
             self._chars += len(line)
             if self._thread is None:
-                # A daemon thread: a write that nobody ever reads must not keep the process from ending.
+                # A daemon thread, so that a blocked write does not keep the process from ending.
                 self._thread = threading.Thread(target=self._run, name="log", daemon=True)
                 self._thread.start()
                 atexit.register(self.flush, LAST_S)
             self._change.notify_all()
 
     def flush(self, patience_s: float) -> bool:
-        """Wait until all that was put is written; false where that took more than `patience_s`."""
+        """Wait until every line is written. False if that takes longer than `patience_s`."""
         with self._change:
             return self._change.wait_for(lambda: not (self._lines or self._dropped or self._is_writing), patience_s)
 
@@ -270,13 +271,13 @@ class LogWriter:
                 self._is_writing = True
                 dropped, self._dropped = self._dropped, 0
                 if dropped:
-                    self._confess(dropped)  # the first of the lines to come: what was dropped came before them
+                    self._on_dropped(dropped)  # before the lines that follow the dropped ones
             for piece in _pieces(lines):
                 _write(piece)
 
 
 def _pieces(lines: deque[str]) -> Iterator[str]:
-    """Whole lines in pieces of about PIECE_CHARS."""
+    """Join lines to pieces of about PIECE_CHARS."""
     piece: list[str] = []
     chars = 0
     for line in lines:
@@ -289,18 +290,15 @@ def _pieces(lines: deque[str]) -> Iterator[str]:
 
 
 def _write(text: str) -> None:
-    """Text to stderr, past Python's buffers: at the end of the process nobody may wait for their locks.
-
-    Whatever has become of stderr, the daemon goes on.
-    """
-    if sys.stderr is None:  # closed when the process was started
+    """Write to stderr without Python's buffers, whose locks could block the end of the process. Ignores errors."""
+    if sys.stderr is None:  # the process was started without stderr
         return
     with contextlib.suppress(OSError, ValueError):
         stream: Any = getattr(sys.stderr.buffer, "raw", sys.stderr.buffer)
         rest = memoryview(text.encode(errors="backslashreplace"))
         while rest:
             written = stream.write(rest)
-            if written is None:  # somebody who has the same terminal has made it non-blocking
+            if written is None:  # another process made the terminal non-blocking
                 select.select((), (stream,), ())
             rest = rest[written or 0 :]
 

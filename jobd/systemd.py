@@ -1,6 +1,6 @@
-"""What systemd and the daemon tell each other: readiness, the watchdog, sockets that are already open.
+"""Talk to systemd: readiness, watchdog, socket activation.
 
-Where systemd did not start us every function does nothing, and says so by what it gives. It keeps no time of its own.
+If systemd did not start the process, the functions do nothing and return False, None or {}.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ FIRST_FD: Final = 3  # SD_LISTEN_FDS_START
 
 
 def ready() -> bool:
-    """The start is over, or a reload is."""
+    """Report that the start or a reload is complete."""
     return _send("READY=1")
 
 
 def reloading() -> bool:
-    """A reload begins, which `ready` ends. The moment tells it from earlier ones that are still being announced."""
+    """Report that a reload begins, until `ready`. The timestamp distinguishes it from earlier reloads."""
     return _send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
 
@@ -28,19 +28,19 @@ def stopping() -> bool:
 
 
 def alive() -> bool:
-    """A sign of life for the watchdog, due at least every half of `watchdog_s`."""
+    """Report to the watchdog. Call it at least every `watchdog_s() / 2` seconds."""
     return _send("WATCHDOG=1")
 
 
 def status(text: str) -> bool:
-    """One line for `systemctl status`."""
+    """Set the line that `systemctl status` shows."""
     return _send("STATUS=" + " ".join(text.split()))
 
 
 def watchdog_s() -> float | None:
-    """How many seconds systemd waits for a sign of life; None where it does not.
+    """Return the watchdog timeout in seconds, None without a watchdog.
 
-    Takes the variables out of the environment. Raises ValueError where they are no numbers.
+    Removes the variables from the environment. Raises ValueError if they are not numbers.
     """
     wait_us, pid = os.environ.pop("WATCHDOG_USEC", ""), os.environ.pop("WATCHDOG_PID", "")
     if not wait_us or int(wait_us) <= 0 or (pid and int(pid) != os.getpid()):
@@ -49,10 +49,10 @@ def watchdog_s() -> float | None:
 
 
 def sockets() -> dict[str, list[socket.socket]]:
-    """The sockets that systemd opened for this process, by FileDescriptorName=; those without one are `unknown`.
+    """Return the sockets that systemd passed, by FileDescriptorName=; those without a name are `unknown`.
 
-    They are the caller's to close. Takes the variables out of the environment, for a child would think them its own.
-    Raises ValueError where they are no numbers, OSError where a descriptor is no socket.
+    The caller closes them. Removes the variables from the environment, so that child processes do not use them.
+    Raises ValueError if they are not numbers, OSError if a descriptor is not a socket.
     """
     pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
@@ -69,9 +69,9 @@ def sockets() -> dict[str, list[socket.socket]]:
 
 
 def _send(*lines: str) -> bool:
-    """Whether it was sent to $NOTIFY_SOCKET: a path, or an abstract name after an @.
+    """Send to $NOTIFY_SOCKET, a path or an abstract name after an @. Return whether that succeeded.
 
-    A manager that does not take it (it restarts, its queue is full) is no reason to stop: it counts as not sent.
+    Errors are ignored, because the manager may be restarting or its queue may be full.
     """
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):

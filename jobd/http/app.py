@@ -1,7 +1,7 @@
-"""Between HTTP and commands: find the route, let in or refuse, decode, ask, encode.
+"""Turn HTTP requests into commands for the actor, and its responses into HTTP responses.
 
-Decides nothing about jobs. The walk of a request: `Web.send` (bytes to command), the actor, `Web.reply`; or all of
-that in `Web.handle`, for a request that has to be waited for.
+The fast path is `App.send` (bytes to command), the actor, then `App.respond`. The slow path, `App.handle`, does all of
+that in a task of its own, for a request that waits for its body or gets a streamed response.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from jobd.model.commands import Command, IdempotencyKey, Operator
 from jobd.model.errors import ApiError, ApiException, api_error, too_large_error
 from jobd.model.responses import Response
 
-INTERNAL_ERROR: Final = ApiError("internal_error", "This is a bug in jobd. Its log names the place; please report it.")
+INTERNAL_ERROR: Final = ApiError(
+    "internal_error", "This is a bug in jobd. The log shows where it happened. Please report it."
+)
 
 IDEMPOTENCY_KEY: Final = istr("Idempotency-Key")
 ACCEPTED_EXPECT: Final = frozenset({"", "100-continue"})  # values of the Expect header that are accepted
-MAX_LINES_PER_SECOND: Final = 20  # of each kind: enough to see what happens, whatever a client does
+MAX_LINES_PER_SECOND: Final = 20  # of each kind
 BODY_TYPES: Final = {"json": JSON, "lines": LINES, "form": FORM}
 
 log = structlog.get_logger("jobd.web")
@@ -45,7 +47,7 @@ S = TypeVar("S")  # the services behind an API
 
 
 class LogRateLimiter:
-    """Counts lines by their kind. `now` gives a time in seconds that does not run backwards."""
+    """Limit the log lines of each kind to some per second. `now` is a monotonic time in seconds."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
@@ -54,7 +56,7 @@ class LogRateLimiter:
         self._suppressed: Counter[str] = Counter()
 
     def suppressed(self, kind: str) -> int | None:
-        """None where this line is to be left out; else how many were, since the last one of its kind was written."""
+        """Return how many lines were suppressed since the last one of this kind. None: suppress this one too."""
         second = int(self._now())
         if second != self._second:
             self._second = second
@@ -67,7 +69,7 @@ class LogRateLimiter:
 
 
 class ActorClient(Protocol):
-    """The actor as the doors see it: the only way to job state."""
+    """The part of the actor that handlers use."""
 
     async def ask(
         self,
@@ -80,7 +82,10 @@ class ActorClient(Protocol):
         operator: Operator | None = None,
         expected: str | None = None,
     ) -> Response | ApiError:
-        """`size` is what the command holds in memory while it waits, in bytes; `expected` the version of its job."""
+        """Send a command and wait for the response.
+
+        `size` is the memory that the waiting command holds, in bytes. `expected` is the version of its job.
+        """
 
     def send(
         self,
@@ -94,42 +99,39 @@ class ActorClient(Protocol):
         operator: Operator | None = None,
         in_line: bool = False,
     ) -> Envelope | ApiError:
-        """As `ask`, for those who do not wait for the answer but are called with it.
-
-        `in_line`: it has to be decided behind what its sender has sent before.
-        """
+        """Send a command whose response `waiter` receives. `in_line`: decide it after its sender's earlier ones."""
 
     def abandon(self, asked: Envelope) -> None:
-        """Nobody waits any more for what was sent."""
+        """Drop a command whose client is gone, if it has not been decided."""
 
     def undelivered(self, answer: Response) -> None:
-        """The reply could not be delivered: its grants are released."""
+        """Release the grants of a response that could not be delivered."""
 
 
 class BrowserPages(Protocol):
-    """The pages beside an API: `knows` says whether the visit comes from a browser that is signed in."""
+    """The HTML pages of an app."""
 
     def is_signed_in(self, ctx: RequestContext) -> bool: ...
     def error_page(self, ctx: RequestContext, refusal: ApiError) -> RawBody: ...
 
 
 async def run_command(app: App[Any], ctx: RequestContext, command: Any) -> Response | ApiError:
-    """The way of almost every route: one command to the actor."""
+    """Send the command of a request to the actor. The handler of almost every route."""
     return await app.actor.ask(command, by=ctx.by, admin=ctx.admin, key=ctx.key, size=ctx.size, operator=ctx.operator)
 
 
 class AdmittedRequest(Struct, frozen=True):
-    """A request that may come in: its way, and what its path gives."""
+    """An authorized request: its route, and the value in its path."""
 
     resolved: ResolvedRoute
     path_value: str | None
 
 
 class App(Generic[S]):
-    """One API behind one door. `refusals` counts every refusal sent, by code.
+    """The application behind one listener.
 
-    `closing`: the daemon is going down; answers say `Connection: close`. `ends` are called when that begins: streams
-    that would go on end then. `pages` are those beside the API, for browsers.
+    `error_counts` counts the errors sent, by code. While `closing`, responses say `Connection: close`; `on_close` are
+    the callbacks that end open streams then. `pages` are the HTML pages of the app, if it has any.
     """
 
     def __init__(
@@ -157,16 +159,16 @@ class App(Generic[S]):
         self._router = Router(routes, self.limits)
         self._log_limiter = LogRateLimiter()
 
-    # -- the short way: a whole request, answered without a task of its own -------------------------------------------
+    # -- fast path: a complete request, handled without a task of its own ---------------------------------------------
 
     def match(self, ctx: RequestContext) -> RouteMatch:
-        """What the request's path is."""
+        """Find the route of a request."""
         return self._router.match(ctx.method, ctx.path)
 
     def send(self, ctx: RequestContext, found: RouteMatch, body: bytes, waiter: Waiter) -> Envelope | HttpResponse:
-        """The request on its way to the actor, whose answer `waiter` gets; or the reply, where it comes no further.
+        """Send the request's command to the actor, whose response `waiter` receives. Return the response on an error.
 
-        Between `send` and `landed` the request counts as one that is being handled.
+        Until `request_finished`, the request counts as pending.
         """
         self._pending += 1
         ctx.by = "admin" if self.admin else "client"
@@ -188,7 +190,7 @@ class App(Generic[S]):
         return self.error_response(ctx, asked) if isinstance(asked, ApiError) else asked
 
     def respond(self, ctx: RequestContext, answer: Response | ApiError) -> HttpResponse:
-        """The actor's answer as it leaves."""
+        """Encode the actor's response."""
         if isinstance(answer, Response):
             try:
                 return self._ok_response(ctx, answer)
@@ -199,22 +201,22 @@ class App(Generic[S]):
         return self.error_response(ctx, answer)
 
     def prepare(self, ctx: RequestContext, answer: Response) -> HttpResponse | None:
-        """What `reply` will make of `answer`, made before its commit. None where that is not known yet."""
+        """Encode `answer` before its commit. None if that is not possible yet."""
         try:
             return None if self.closing else self._ok_response(ctx, answer)
         except Exception:
-            return None  # `reply` meets the same bug, and tells of it
+            return None  # `respond` fails in the same way, and logs it
 
     def request_finished(self) -> None:
-        """A request has its answer, or will have none."""
+        """Count a request as no longer pending."""
         self._pending -= 1
         if self.closing and not self._pending:
             self._idle.set()
 
-    # -- the long way: aiohttp's ---------------------------------------------------------------------------------------
+    # -- slow path: called by aiohttp ----------------------------------------------------------------------------------
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        """The answer to a request; a bug on the way is a 500 and one log line."""
+        """Handle a request. A bug gives a 500 and one log line."""
         assert isinstance(request, HttpRequest)
         self._pending += 1
         try:
@@ -224,13 +226,13 @@ class App(Generic[S]):
         return PreparedResponse(answer, request) if isinstance(answer, HttpResponse) else answer
 
     def close(self) -> None:
-        """The daemon is going down: what goes on by itself ends."""
+        """End the open streams, because the daemon stops."""
         self.closing = True
         for end in tuple(self.on_close):
             end()
 
     async def wait_idle(self) -> None:
-        """Waits until no request is being handled. Only for a door that is closing."""
+        """Wait until no request is pending. Call it after `close`."""
         if self._pending:
             await self._idle.wait()
 
@@ -256,32 +258,37 @@ class App(Generic[S]):
         body = await self._read_body(ctx) if ctx.head.has_body else b""
         return await via(self, ctx, self._decode(ctx, entry, body))
 
-    # -- steps of both -------------------------------------------------------------------------------------------------
+    # -- both paths ----------------------------------------------------------------------------------------------------
 
     def _ok_response(self, ctx: RequestContext, answer: Response) -> HttpResponse:
         lost = partial(self.actor.undelivered, answer) if answer.grants else None
         return ok_response(ctx, answer.data, answer.status, replayed=answer.replayed, close=self.closing, on_lost=lost)
 
     def _admit(self, ctx: RequestContext, found: RouteMatch) -> AdmittedRequest:
-        """All that is judged before the body: who asks, and for what."""
+        """Check everything that does not need the body."""
         way = self._resolve(ctx, found)
         if ctx.head.expects not in ACCEPTED_EXPECT:
-            raise api_error("expectation_failed", "The header `Expect` may only be `100-continue`. Leave it out.")
+            raise api_error(
+                "expectation_failed",
+                "The only value of the `Expect` header that is supported is `100-continue`. Leave it out.",
+            )
         shape, value = way.decoder, None
         if shape.path_field is not None:
             value = path_value(shape, found.path_value or "")
             ctx.job_id = value if shape.path_field == "id" else None
         if ctx.method == hdrs.METH_GET:
             if ctx.head.has_body:
-                raise api_error("invalid_request", "A GET takes no body.", field="$")
+                raise api_error("invalid_request", "A GET request must not have a body.", field="$")
         elif ctx.query:
-            raise api_error("invalid_request", "This call takes no query. Put the fields into the body.", field="$")
-        elif not (ctx.head.is_json and way.route.body == "json"):  # as nearly all
+            raise api_error(
+                "invalid_request", "This call takes no query parameters. Put the fields into the body.", field="$"
+            )
+        elif not (ctx.head.is_json and way.route.body == "json"):
             _check_body_type(ctx.head, way.route.body)
         return AdmittedRequest(way, value)
 
     def _decode(self, ctx: RequestContext, entry: AdmittedRequest, body: bytes) -> Command:
-        """What the request asks for, and what that says of itself: who asks, about which job."""
+        """Decode the command, and note the caller and the job that it names."""
         way = entry.resolved
         if ctx.method == hdrs.METH_GET:
             return way.decoder.from_query(ctx.query, entry.path_value)
@@ -300,9 +307,9 @@ class App(Generic[S]):
         return command  # type: ignore[no-any-return]
 
     def _resolve(self, ctx: RequestContext, found: RouteMatch) -> ResolvedRoute:
-        """The way of a request that may come in. The token is judged first, then Host and Origin, then the path."""
+        """Authenticate a request, then check Host and Origin, then the path. Raises ApiException."""
         if ctx.head.version[0] != 1:
-            raise api_error("invalid_request", "Only HTTP/1.1 and HTTP/1.0 are spoken here.", field="$")
+            raise api_error("invalid_request", "Only HTTP/1.1 and HTTP/1.0 are supported.", field="$")
         way = found.resolved
         if way is not None:
             ctx.route = way.route
@@ -322,8 +329,8 @@ class App(Generic[S]):
             return way
         if not found.allowed:
             message = (
-                "There is no such path here. Workers' calls are under /v1/ on the worker socket, operators' under "
-                "/admin/job-management/ on the admin port. GET /openapi.json lists those of this door."
+                "There is no such path. The worker API is under /v1/ on the worker socket, the admin API under "
+                "/admin/job-management/ on the admin port. GET /openapi.json lists the paths of this listener."
             )
             if ctx.path.endswith("/artefact"):
                 message = f"This path is spelled artifact: {ctx.path.removesuffix('/artefact')}/artifact"
@@ -332,32 +339,32 @@ class App(Generic[S]):
         raise api_error("method_not_allowed", f"This path takes {', '.join(sorted(found.allowed))}.")
 
     def _requires_token(self, ctx: RequestContext, way: ResolvedRoute | None) -> bool:
-        """Whether whoever asks has to show one. A browser that is signed in has none, and may hear of paths."""
+        """Return whether the request needs a token. A signed-in browser gets a 404 without one."""
         if way is not None:
             return way.route.auth != "anyone"
         return self._pages is None or not self._pages.is_signed_in(ctx)
 
     def _error_page(self, ctx: RequestContext, refusal: ApiError) -> RawBody | None:
-        """The refusal as a page, where a page was asked for, or a browser asks for what is not there."""
+        """Render the error as a page, for a route of a page or a browser that requests an unknown path."""
         if ctx.route is not None:
             return None if ctx.route.render_error is None else ctx.route.render_error(ctx, refusal)
         is_browser = "text/html" in ctx.head.headers.get(hdrs.ACCEPT, "")
         return self._pages.error_page(ctx, refusal) if is_browser and self._pages is not None else None
 
     async def _read_body(self, ctx: RequestContext) -> bytes:
-        """The whole body, within its size and its time."""
+        """Read the whole body, within its size and time limits."""
         assert ctx.request is not None
         payload = ctx.request.content
         try:
             body = payload.read_nowait() if payload.is_eof() else await self._read_slow_body(ctx, payload)
         except web.RequestPayloadError:
-            raise api_error("invalid_request", "The body is broken: its chunks or its length are wrong.") from None
+            raise api_error("invalid_request", "The body is malformed: its chunks or its length are wrong.") from None
         if ctx.request.is_truncated:
             raise api_error("invalid_request", "The body ended too early. Send the whole request again.")
         return body
 
     async def _read_slow_body(self, ctx: RequestContext, payload: StreamReader) -> bytes:
-        """A body that has not arrived yet, up to one piece over its limit."""
+        """Read a body that has not arrived yet, up to one chunk over its limit."""
         if int(ctx.head.headers.get(hdrs.CONTENT_LENGTH, 0)) > self.limits.body:
             raise self._body_too_large()
         send_continue(ctx)
@@ -377,21 +384,20 @@ class App(Generic[S]):
     def _read_idempotency_key(self, ctx: RequestContext, route: Route, body: bytes) -> None:
         if IDEMPOTENCY_KEY in ctx.head.headers:
             keys = ctx.head.headers.getall(IDEMPOTENCY_KEY)
-            if len(keys) > 1:  # a repeat that carries one of them would not be known
+            if len(keys) > 1:  # a repetition with only one of them would not be recognized
                 message = "Idempotency-Key was sent more than once. Send one."
                 raise api_error("invalid_request", message, field="Idempotency-Key")
             ctx.key = self.authenticator.idempotency_key(keys[0], route.method, unquote(ctx.path), body)
 
     def error_response(self, ctx: RequestContext, refusal: ApiError, *, close: bool = False) -> HttpResponse:
-        """The reply to a refused request."""
+        """Record an error and return its response."""
         self.record_error(ctx.route, ctx.method, refusal, by=ctx.by, job_id=ctx.job_id)
         close = close or self.closing or refusal.code == "too_large"
         return error_response(ctx, refusal, allow=ctx.allow, close=close, page=self._error_page(ctx, refusal))
 
     def record_error(self, route: Route | None, method: str, refusal: ApiError, *, by: str, job_id: str | None) -> None:
-        """A refusal is counted, and logged in one line without a secret."""
+        """Count an error and log it in one line without secrets. The log is rate-limited by code."""
         self.error_counts[refusal.code] += 1
-        # Any client can be refused as often as it likes: that must not fill the log.
         if (left_out := self._log_limiter.suppressed(refusal.code)) is None:
             return
         path = None if route is None else route.path
@@ -399,7 +405,7 @@ class App(Generic[S]):
         log.info("refused", method=method, path=path, code=refusal.code, by=by, job_id=job_id, **more)
 
     def log_internal_error(self, ctx: RequestContext, bug: Exception) -> ApiError:
-        """A bug costs one visit. Its text may hold a secret, so the log names only its type and place."""
+        """Log a bug by its type and place, because its text may contain a secret."""
         route = ctx.route
         at = traceback.extract_tb(bug.__traceback__)[-1]
         log.error(
@@ -413,11 +419,11 @@ class App(Generic[S]):
 
 
 def check_read_only(route: Route) -> None:
-    """403 where who may only look would change something, or see secrets."""
+    """Raise a 403 error if a read-only token may not use `route`."""
     if route.changes:
-        raise api_error("forbidden", "This token may only look. To change something use the admin token.")
+        raise api_error("forbidden", "This token is read-only. Use the admin token to make changes.")
     if route.secret:
-        raise api_error("forbidden", "What this gives holds the secrets of locks: it wants the admin token.")
+        raise api_error("forbidden", "The response contains lock ids. Use the admin token to read it.")
 
 
 def _check_body_type(head: RequestHead, reads: str) -> None:
@@ -426,15 +432,11 @@ def _check_body_type(head: RequestHead, reads: str) -> None:
 
 
 def send_continue(ctx: RequestContext) -> None:
-    """Tell a client that waits for leave to send its body (`Expect: 100-continue`) to go on."""
+    """Send `100 Continue` to a client that waits for it before it sends its body."""
     transport = ctx.connection.transport
     if ctx.head.expects and transport is not None:
         transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Liveness and readiness: the same at every door, without a token.
-
-
 class NoFields(Command, frozen=True, kw_only=True):
-    """A call that takes no fields."""
+    """A request without fields."""

@@ -1,7 +1,4 @@
-"""One request on its way: what it asks for, and what the actor and the log line of a refusal need to know of it.
-
-Reads no body and judges nothing.
-"""
+"""The parsed head of a request and the context that handlers share."""
 
 from __future__ import annotations
 
@@ -27,18 +24,18 @@ from jobd.http.routing import Route
 from jobd.model.commands import IdempotencyKey, Operator
 
 _CREDENTIALS: Final = struct.Struct("3i")  # pid, uid, gid
-# A target in absolute form. One that names a user, or another scheme, is as little a path as it ever was.
+# A request target in absolute form. One with a user or another scheme is rejected as an unknown path.
 _URI: Final = re.compile(r"https?://([^/?#@]+)([/?].*)?", re.IGNORECASE)
 
 
 class RequestHead(Struct, frozen=True):
-    """What a request says of itself beside its first line."""
+    """The headers of a request and what they say about its body and connection."""
 
     headers: MultiMapping[str]
     version: HttpVersion
     keep_alive: bool
     has_body: bool
-    is_json: bool  # the body, at first sight
+    is_json: bool  # by a quick check of the headers
     expects: str  # the header Expect, in lower case
 
     @classmethod
@@ -50,7 +47,7 @@ class RequestHead(Struct, frozen=True):
 
 
 class RequestContext:
-    """A request, as everybody here sees it. `request` is aiohttp's own object, where it was made."""
+    """A request as handlers see it. `request` is aiohttp's object; None on the fast path."""
 
     __slots__ = (
         "admin", "allow", "by", "connection", "head", "job_id", "key", "method", "operator", "path", "query", "request",
@@ -66,13 +63,13 @@ class RequestContext:
         request: HttpRequest | None = None,
     ) -> None:
         self.method = method
-        self.path, _, self.query = target.partition("?")  # as they came
+        self.path, _, self.query = target.partition("?")  # not decoded
         self.head = head
         self.connection = connection
         self.request = request
         self.by = "client"
-        self.admin = False  # whether the answer may hold secrets
-        self.operator: Operator | None = None  # who of the operators asks for a change
+        self.admin = False  # whether the response may contain lock ids
+        self.operator: Operator | None = None  # of a change
         self.route: Route | None = None
         self.allow: frozenset[str] = frozenset()
         self.key: IdempotencyKey | None = None
@@ -87,7 +84,7 @@ class RequestContext:
         connection: RequestHandler,
         request: HttpRequest | None = None,
     ) -> RequestContext:
-        """A request as the parser has read it. Clients that speak through a proxy send the whole URI as its target."""
+        """Make the context of a parsed request. Clients behind a proxy send a whole URI as its target."""
         target, head = message.path, RequestHead.of(message, payload)
         if not target.startswith("/"):
             target, head = _without_authority(target, head)
@@ -95,13 +92,13 @@ class RequestContext:
 
     @property
     def is_disconnected(self) -> bool:
-        """Whether the connection is gone, or going."""
+        """Whether the connection is closed or closing."""
         transport = self.connection.transport
         return transport is None or transport.is_closing()
 
 
 def _without_authority(target: str, head: RequestHead) -> tuple[str, RequestHead]:
-    """The path and query of a URI, whose host stands for that of the header Host from here on (RFC 9112, 3.2.2)."""
+    """Return the path and query of a URI. Its host replaces the Host header (RFC 9112, 3.2.2)."""
     uri = _URI.fullmatch(target)
     if uri is None:
         return target, head
@@ -112,7 +109,7 @@ def _without_authority(target: str, head: RequestHead) -> tuple[str, RequestHead
 
 
 def client_address(ctx: RequestContext) -> str:
-    """Where the connection comes from: an address, or the user at the other end of a Unix socket."""
+    """Return the IP address of the client, or its user id on a Unix socket."""
     transport = ctx.connection.transport
     if transport is None:
         return "gone"
@@ -125,12 +122,12 @@ def client_address(ctx: RequestContext) -> str:
 
 
 def operator_of(ctx: RequestContext, name: str = "") -> Operator:
-    """Who asks for a change: by `name`, where it is known, else by the one that the request gives."""
+    """Return the operator that requests a change. `name` takes precedence over the header."""
     return Operator(name or operator_name(ctx.head.headers.get(OPERATOR_HEADER, "")), client_address(ctx))
 
 
 def reading_operator(ctx: RequestContext, name: str = "") -> Operator:
-    """Who looks at what is worth an entry in the audit log; who has no name and may only look is `reader`."""
+    """Return the operator that reads audited data. A read-only token without a name is `reader`."""
     if ctx.operator is not None:
         return ctx.operator
     name = name or operator_name(ctx.head.headers.get(OPERATOR_HEADER, ""))
@@ -138,7 +135,7 @@ def reading_operator(ctx: RequestContext, name: str = "") -> Operator:
 
 
 def as_one_entry(operator: Operator | None) -> Operator | None:
-    """`operator` for a deed of many commands, which is one row of the audit log."""
+    """Return `operator` for an action of many commands that are one audit entry."""
     return None if operator is None else replace(operator, part_of=secrets.token_hex(8))
 
 
@@ -146,7 +143,7 @@ class HttpRequest(web.BaseRequest):
     """aiohttp's request, for a request that waits for its body or gets a streamed response.
 
     `is_truncated`: the client stopped sending before the end of the body. `probe` holds the next bytes of the response
-    that are certain. `ahead` bytes of the response have been sent as a probe (see `Connection.eof_received`), and
+    if they are known. `ahead` bytes of the response have been sent as a probe (see `HttpConnection.eof_received`), and
     `probed` waits for their receipt.
     """
 

@@ -1,7 +1,4 @@
-"""How answers leave: one prepared piece of bytes for each, and the words that every answer carries.
-
-Decides nothing and knows no route.
-"""
+"""Encode responses, each as one piece of bytes."""
 
 from __future__ import annotations
 
@@ -22,12 +19,12 @@ from jobd.http.request import HttpRequest, RequestContext
 from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
-WRITE_TIMEOUT_S: Final = 75.0  # how long an answer may wait for a client that does not read it
+WRITE_TIMEOUT_S: Final = 75.0  # for a client to read a response
 RETRY_AFTER_S: Final = 1
 
-HTTP_VERSION: Final = b"HTTP/1.1 "  # how every response begins
+HTTP_VERSION: Final = b"HTTP/1.1 "  # every response begins with it
 
-# What every answer says of itself: it may hold secrets, and it is of the type that it says.
+# Headers of every response: it may contain secrets, and browsers must not guess its type.
 SAFE_HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -35,7 +32,7 @@ _BLANKS: Final = bytes.maketrans(b"\r\n", b"  ")
 
 
 class RawBody(Struct, frozen=True):
-    """An answer's data that is no JSON and goes out as it is. `more`: headers beside the usual, or in their place."""
+    """A body that is not JSON. `headers` are added to the usual ones, or replace them."""
 
     content_type: str
     body: bytes
@@ -43,7 +40,7 @@ class RawBody(Struct, frozen=True):
 
 
 class _SuccessBody(Struct, frozen=True, gc=False):
-    """What every answer that is JSON is, which is no refusal. One that was encoded piece by piece would be copied."""
+    """The envelope of a successful JSON response."""
 
     success: Literal[True]
     data: Any
@@ -59,13 +56,13 @@ class ErrorBody(Struct, frozen=True):
 
 
 class LineError(ErrorBody, frozen=True, kw_only=True):
-    """The error object in a stream of answers."""
+    """The error object in a stream of responses."""
 
     status: int
 
 
 class _Date:
-    """The Date header, made once a second."""
+    """The Date header, formatted once a second."""
 
     def __init__(self) -> None:
         self._second = 0
@@ -93,10 +90,10 @@ _REPLAYED: Final = b"Idempotent-Replayed: true\r\n"
 
 
 class HttpResponse:
-    """A whole answer in one piece of bytes. aiohttp's own Response spends more time on headers than all the rest.
+    """A complete response as bytes. It is much faster than aiohttp's Response.
 
-    `lost` is called where the connection is gone before the first byte was written. `close` ends the connection once
-    the rest of the request has been read and dropped, `hang_up` at once.
+    `on_lost` is called if the connection is gone before the first byte is written. `close` ends the connection after
+    the rest of the request has been read and dropped, `close_at_once` without reading it.
     """
 
     __slots__ = ("close", "close_at_once", "data", "on_lost")
@@ -122,10 +119,10 @@ class HttpResponse:
         return b"Connection: close\r\n" if self.close else b"Connection: keep-alive\r\n"
 
     def write(self, transport: asyncio.Transport | None, ahead: int = 0) -> bool:
-        """Write it. Return whether that succeeded; if not, `lost` has been called. `ahead` bytes have been sent."""
+        """Write the response. If that fails, call `on_lost` and return False. `ahead` bytes have been sent already."""
         if transport is not None and not transport.is_closing():
             transport.write(self.data[ahead:] if ahead else self.data)
-            if not transport.is_closing():  # the client may be gone, and we learn it by writing to it
+            if not transport.is_closing():  # a write shows whether the client has disconnected
                 return True
         if self.on_lost is not None:
             self.on_lost()
@@ -133,7 +130,7 @@ class HttpResponse:
 
 
 class PreparedResponse(web.StreamResponse):
-    """A reply as aiohttp takes it from a handler."""
+    """An HttpResponse as aiohttp accepts it from a handler."""
 
     def __init__(self, reply: HttpResponse, request: HttpRequest) -> None:
         self._reply = reply
@@ -153,7 +150,7 @@ class PreparedResponse(web.StreamResponse):
                 self._reply.on_lost()
                 raise
         if not self._reply.write(transport, request.ahead):
-            raise ConnectionResetError("the client is gone")
+            raise ConnectionResetError("the client has disconnected")
         assert transport is not None
         if self._request.protocol.writing_paused:
             await self._drain(transport)
@@ -161,7 +158,7 @@ class PreparedResponse(web.StreamResponse):
             transport.close()
 
     async def _drain(self, transport: asyncio.Transport) -> None:
-        """Wait for a slow reader, but not for ever."""
+        """Wait for a slow client, at most WRITE_TIMEOUT_S."""
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await self._request.writer.drain()
@@ -170,7 +167,7 @@ class PreparedResponse(web.StreamResponse):
 
 
 def abort_later(transport: asyncio.Transport) -> asyncio.TimerHandle:
-    """Ends the connection of a slow reader, unless the timer is cancelled in time."""
+    """Abort the connection of a slow client, unless the timer is cancelled in time."""
     return asyncio.get_running_loop().call_later(WRITE_TIMEOUT_S, transport.abort)
 
 
@@ -183,7 +180,7 @@ def ok_response(
     close: bool = False,
     on_lost: Callable[[], None] | None = None,
 ) -> HttpResponse:
-    """The answer `{"success": true, "data": …}`, or the text as it is. It was answered, whatever it says: 503 too."""
+    """Build the response `{"success": true, "data": …}`, or one with a raw body. `status` may be any, also 503."""
     if type(data) is RawBody:
         return HttpResponse(ctx, _head(status, data.content_type, **data.headers), data.body, close=close)
     body = _encode(_SuccessBody(True, data))
@@ -192,13 +189,13 @@ def ok_response(
 
 
 def response_line(answer: Response) -> bytes:
-    """An answer in a stream of answers: the usual object with its status, in one line."""
+    """Build one line of a stream of responses: the usual object with its status."""
     more = b',"replayed":true' if answer.replayed else b""
     return b'{"success":true,"data":%b,"status":%d%b}\n' % (_in_one_line(_encode(answer.data)), answer.status, more)
 
 
 def error_line(refusal: ApiError) -> bytes:
-    """A refusal in a stream of answers."""
+    """Build one line of a stream of responses from an error."""
     details = refusal.details
     if refusal.code == "overloaded":
         details = {"retry_after_ms": RETRY_AFTER_S * 1000, **details}
@@ -207,7 +204,7 @@ def error_line(refusal: ApiError) -> bytes:
 
 
 def _in_one_line(body: bytes) -> bytes:
-    """Payloads and metadata are as their makers wrote them. In JSON a line break stands between values only."""
+    """Replace line breaks, which payloads and metadata may contain between values."""
     return body.translate(_BLANKS) if b"\n" in body or b"\r" in body else body
 
 
@@ -219,7 +216,7 @@ def error_response(
     close: bool = False,
     page: RawBody | None = None,
 ) -> HttpResponse:
-    """The error object, or what is `shown` in its place, with the headers that its status asks for."""
+    """Build the response to an error: the error object or `page`, with the headers that its status requires."""
     more: dict[str, str] = {}
     if allow:
         more["Allow"] = ", ".join(sorted(allow))

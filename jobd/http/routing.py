@@ -1,7 +1,4 @@
-"""Routes as data, and how a path finds its route.
-
-Handles no request: that is web.py. The tables themselves are worker_api.py and admin_api.py.
-"""
+"""Define routes as data, and match a path to its route."""
 
 from __future__ import annotations
 
@@ -19,21 +16,21 @@ from jobd.model.errors import ApiError
 from jobd.model.responses import Response
 
 Auth = Literal["anyone", "worker", "admin"]
-# How a call is answered that is not one command to the actor: given the Web, the Visit and what was decoded.
+# Handles a request that is not one command for the actor. Arguments: App, RequestContext, decoded request.
 Handler = Callable[[Any, Any, Any], Awaitable[Response | ApiError | StreamResponse]]
-# How a refusal is told where people read it: given the Visit and the Refusal, the data of an answer.
+# Renders an error as a page. Arguments: RequestContext, ApiError.
 ErrorRenderer = Callable[[Any, ApiError], Any]
 
 
 class Route(Struct, frozen=True, kw_only=True):
-    """One call of an API, as data: the OpenAPI document is made from it.
+    """One call of an API. The OpenAPI document is generated from it.
 
-    `path` may have one part in braces, named like the field of `asks` that it gives. `asks` is what a body (or a
-    query, for GET) decodes to; where `reads` is "lines" it is one line of the stream. `gives` is the type of `data`
-    in the answer, `bytes` where the answer is not JSON but of the type `sends`. `status` is that of the usual success,
-    `key` says whether an Idempotency-Key counts. `secret`: the answer holds secrets, so who may only look does not get
-    it; `noted`: the audit log has who took it. Without `via` the command goes to the actor, without `shows` a refusal
-    is the error object.
+    `path` may have one part in braces, named like the field of `request` that it sets. `request` is the type of the
+    body, of the query of a GET, or of one line if `body` is "lines". `response` is the type of `data` in the response,
+    or `bytes` if the response is not JSON but of `content_type`. `status` is that of a success. `key`: an
+    Idempotency-Key is accepted. `secret`: read-only tokens are rejected, because the response contains secrets.
+    `audited`: reads are recorded in the audit log. Without `handler` the command goes to the actor; without
+    `render_error` errors are sent as JSON.
 
     For the OpenAPI document: `summary` (default: the docstring of the request), `errors` besides those of the request,
     and `other_statuses` of a success with their meaning.
@@ -58,26 +55,26 @@ class Route(Struct, frozen=True, kw_only=True):
 
     @property
     def changes(self) -> bool:
-        """Whether the call may change something."""
+        """Whether the call may change state."""
         return self.method != "GET"
 
     @property
     def path_field(self) -> str | None:
-        """The name of the part of the path in braces."""
+        """The name of the path part in braces, None without one."""
         return self.path[self.path.index("{") + 1 : self.path.index("}")] if "{" in self.path else None
 
 
 class ResolvedRoute(Struct, frozen=True):
-    """A route with the reader of its command, and with what that command says of itself."""
+    """A route with the decoder of its requests."""
 
     route: Route
     decoder: RequestDecoder
-    names_worker: bool  # it comes from a worker, and says from which
+    names_worker: bool  # the command names the worker that sends it
     names_job: bool
 
 
 class RouteMatch(Struct, frozen=True):
-    """What a path is: its way for a method, what it gives for its part in braces (decoded), the methods it takes."""
+    """The result of a match: the route, the decoded path part in braces, and the allowed methods."""
 
     resolved: ResolvedRoute | None
     path_value: str | None = None
@@ -85,13 +82,13 @@ class RouteMatch(Struct, frozen=True):
 
 
 class Router:
-    """Looks routes up: exact paths first, then those with a part in braces."""
+    """Match paths to routes: exact paths first, then those with a part in braces."""
 
     def __init__(self, routes: Iterable[Route], limits: Limits) -> None:
         exact: dict[str, dict[str, ResolvedRoute]] = {}
         self._patterns: dict[
             str, dict[str, dict[str, ResolvedRoute]]
-        ] = {}  # what is before the braces, what is after them
+        ] = {}  # by the text before the braces, then by the text after them
         for route in routes:
             prefix, brace, rest = route.path.partition("{")
             methods = (
@@ -102,13 +99,13 @@ class Router:
             assert route.method not in methods, f"two routes for {route.method} {route.path}"
             methods[route.method] = _resolved(route, limits)
             if route.method == "GET" and route.auth == "anyone":
-                methods["HEAD"] = methods["GET"]  # balancers probe with it
+                methods["HEAD"] = methods["GET"]  # load balancers probe with HEAD
         self._exact = {
             path: {method: RouteMatch(way) for method, way in methods.items()} for path, methods in exact.items()
         }
 
     def match(self, method: str, path: str) -> RouteMatch:
-        """What `path` is. The methods that it takes are told only where `method` is none of them."""
+        """Match a request. `allowed` is only set if the path does not support `method`."""
         exact = self._exact.get(path, {})
         if (found := exact.get(method)) is not None:
             return found

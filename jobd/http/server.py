@@ -1,7 +1,4 @@
-"""Sockets: open them, close them so that no request in flight is lost.
-
-Knows nothing of routes or jobs: every request goes to one `Web`.
-"""
+"""Open listening sockets, and close them without losing requests in flight."""
 
 from __future__ import annotations
 
@@ -26,14 +23,14 @@ from jobd.http.head_cache import Heads
 from jobd.http.protocol import HttpConnection, begin
 
 BACKLOG: Final = 1024
-LINGER_S: Final = 5.0  # how long the rest of a refused body is read, so that the client gets to see the answer
-CANCEL_GRACE_S: Final = 0.1  # after the deadline of a stop, for cancelled handlers to end
+LINGER_S: Final = 5.0  # to read the rest of a rejected body, so that the client receives the response
+CANCEL_GRACE_S: Final = 0.1  # for cancelled handlers to end after the deadline of a stop
 
 log = structlog.get_logger("jobd.web")
 
 
 class _Server(web.Server):
-    """Makes a Connection where aiohttp would make its own."""
+    """Use HttpConnection in place of aiohttp's protocol."""
 
     def __init__(self, app: App[Any], **options: Any) -> None:
         super().__init__(app.handle, request_factory=begin, handler_cancellation=True)
@@ -46,7 +43,7 @@ class _Server(web.Server):
 
 
 class HttpListener:
-    """The sockets of one `Web`. Make it inside the event loop."""
+    """The listening sockets of one app. Create it inside the event loop."""
 
     def __init__(self, app: App[Any]) -> None:
         self.app = app
@@ -61,26 +58,26 @@ class HttpListener:
         self._paths: list[str] = []
 
     async def open_tcp(self, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> list[tuple[str, int]]:
-        """Listen on `host` and `port` (0: any free one). Gives the addresses. Raises OSError."""
+        """Listen on `host` and `port` (0: any free one). Return the addresses. Raises OSError."""
         loop = asyncio.get_running_loop()
         server = await loop.create_server(self._server, host, port, ssl=tls, backlog=BACKLOG)
         self._sockets.append(server)
         return [opened.getsockname()[:2] for opened in server.sockets]
 
     async def open_unix(self, path: str, mode: int) -> None:
-        """Listen on the Unix socket `path` with the permissions `mode`. A socket left behind is replaced.
+        """Listen on the Unix socket `path` with the permissions `mode`. Replaces a stale socket.
 
-        Raises OSError: the directory is missing, the path is over 107 bytes, names something that is no socket, or one
-        at which another process listens (EADDRINUSE).
+        Raises OSError if the directory is missing, the path is longer than 107 bytes, it is not a socket, or another
+        process listens on it (EADDRINUSE).
         """
         await self.open_socket(await asyncio.to_thread(_bind, path, mode))
         self._paths.append(path)
 
     async def open_socket(self, opened: socket.socket, *, tls: ssl.SSLContext | None = None) -> None:
-        """Listen on a bound socket, as systemd hands it over."""
+        """Listen on a bound socket, such as one from systemd."""
         loop = asyncio.get_running_loop()
         if opened.family == socket.AF_UNIX:
-            # From Python 3.13 on a loop unlinks the socket when it closes; what is systemd's has to stay.
+            # Since Python 3.13 a loop unlinks the socket when it closes, but systemd's sockets must stay.
             keep: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
             server = await loop.create_unix_server(self._server, sock=opened, ssl=tls, backlog=BACKLOG, **keep)
         else:
@@ -89,26 +86,26 @@ class HttpListener:
 
     @property
     def connections(self) -> int:
-        """How many connections are open."""
+        """The number of open connections."""
         return len(self._server.connections)
 
     async def stop(self, deadline_s: float) -> None:
-        """Take no more requests, close idle connections, wait for the answers of those in flight, then close.
+        """Take no more requests, close idle connections, wait for the responses to pending requests, then close.
 
-        After `deadline_s` seconds the rest is cut off. Parked claims are in flight: the actor has to answer them.
+        Aborts the rest after `deadline_s` seconds. Waiting claims are pending: the actor must end them.
         """
         self.app.close()
-        # Names go while we still listen: a moment later they could be those of another daemon's sockets.
+        # Unlink while still listening: later, the paths could be those of another daemon's sockets.
         await asyncio.to_thread(_unlink, self._paths)
         for server in self._sockets:
             server.close()
         self._close_idle()
-        for _ in range(3):  # a request that has just been read gets as far as its handler
+        for _ in range(3):  # let requests that have just been read reach their handlers
             await asyncio.sleep(0)
         try:
             async with asyncio.timeout(deadline_s):
                 await self.app.wait_idle()
-                self._close_idle()  # those whose slow readers had an answer from before the stop
+                self._close_idle()  # connections whose slow clients were still reading an earlier response
                 await self._server.shutdown(None)
         except TimeoutError:
             log.warning("requests_cut_off", door=self.app.authenticator.name, connections=self.connections)
@@ -121,9 +118,9 @@ class HttpListener:
 
 
 def is_in_use(place: str | tuple[str, int]) -> bool:
-    """Whether a process listens at `place`: the path of a Unix socket, or a host with its port. It blocks.
+    """Return whether a process listens on a Unix socket path, or a host and port. Blocks.
 
-    Whatever else may be wrong with the place is said when it is opened.
+    Other errors are left to the code that opens the listener.
     """
     try:
         _connect_or_bind(place)
@@ -133,7 +130,7 @@ def is_in_use(place: str | tuple[str, int]) -> bool:
 
 
 def _connect_or_bind(place: str | tuple[str, int]) -> None:
-    """Connect to a Unix socket; bind to an address, and leave it."""
+    """Connect to a Unix socket, or bind to an address. Raises OSError."""
     if isinstance(place, str):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
@@ -148,12 +145,12 @@ def _connect_or_bind(place: str | tuple[str, int]) -> None:
 
 
 def _bind(path: str, mode: int) -> socket.socket:
-    """A listening Unix socket that has its permissions before anybody can connect, put in place in one step.
+    """Create a listening Unix socket that has its permissions before a client can connect, in one atomic step.
 
-    Of several processes that want the same place at the same moment, one gets it.
+    If several processes bind the same path at the same time, one of them succeeds.
     """
     if os.path.lexists(path) and not stat.S_ISSOCK(os.lstat(path).st_mode):
-        raise OSError(f"{path} exists and is no socket: move it away or choose another path")
+        raise OSError(f"{path} exists and is not a socket: move it away or choose another path")
     draft = f"{path}.{os.getpid()}"
     opened = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -174,7 +171,7 @@ def _bind(path: str, mode: int) -> socket.socket:
 
 @contextlib.contextmanager
 def _directory_lock(directory: str) -> Iterator[None]:
-    """Nobody else is here at the same time: between a look at a socket and its replacement nobody may come in."""
+    """Lock `directory`, so that no other process replaces a socket between its check and its rename."""
     opened = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX)

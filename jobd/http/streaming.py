@@ -1,7 +1,4 @@
-"""What does not fit into one message: an import comes in line by line, a backup goes out piece by piece.
-
-Decides nothing about jobs: each line is one command to the actor.
-"""
+"""Read request bodies line by line, and write response bodies piece by piece."""
 
 from __future__ import annotations
 
@@ -19,10 +16,10 @@ log = structlog.get_logger("jobd.web")
 
 
 class LineStream:
-    """The lines of a stream without their ends; None in place of one that is over `limits.body` bytes.
+    """The lines of a body without their line feeds; None in place of a line over `limits.body` bytes.
 
-    `rests`: between two lines there may be any time. Raises Refused where a line does not arrive within its deadline
-    (408), the framing of the stream is broken (400), or the stream ended too early (400, after its lines).
+    `idle_allowed`: any time may pass between two lines. Raises ApiException if a line does not arrive within its
+    deadline (408), the framing is malformed (400), or the body ends too early (400, after its complete lines).
     """
 
     def __init__(self, request: HttpRequest, limits: Limits, *, idle_allowed: bool = False) -> None:
@@ -58,7 +55,7 @@ class LineStream:
         return self._is_last or b"\n" in self._buffer
 
     async def _fill(self) -> None:
-        """Until a whole line has come, or the rest."""
+        """Read until a whole line has arrived, or the end."""
         try:
             if self._rests and not self._buffer:
                 await self._take_piece()
@@ -72,7 +69,7 @@ class LineStream:
             message = f"No whole line arrived within {self._limits.body_deadline_s:g} s."
             raise api_error("request_timeout", message) from None
         except web.RequestPayloadError:
-            raise api_error("invalid_request", "The stream is broken: its chunks or its length are wrong.") from None
+            raise api_error("invalid_request", "The stream is malformed: its chunks or its length are wrong.") from None
 
     async def _take_piece(self) -> None:
         piece = await self._content.readany()
@@ -81,17 +78,17 @@ class LineStream:
 
 
 def probe_for_hangup(request: HttpRequest, response: web.StreamResponse) -> None:
-    """Let the connection send a comment when the client of these events stops sending: a closed client resets it."""
+    """Let the connection send a comment when the client half-closes it, which a closed client answers with a reset."""
     request.probe = b"3\r\n:\n\n\r\n" if response.chunked else b":\n\n"
 
 
 async def write(response: web.StreamResponse, piece: bytes) -> None:
-    """Send `piece`; a client that does not read is waited for, but not for ever."""
+    """Send `piece`. Raises TimeoutError if the client does not read."""
     async with asyncio.timeout(WRITE_TIMEOUT_S):
         await response.write(piece)
 
 
 async def finish(response: web.StreamResponse) -> None:
-    """Send the end; the client may have to read much before that is out."""
+    """Send the end of the body. Raises TimeoutError if the client does not read."""
     async with asyncio.timeout(WRITE_TIMEOUT_S):
         await response.write_eof()

@@ -289,7 +289,7 @@ def test_where_the_token_comes_from_that_may_only_look(write: Write, tmp_path: P
 def test_a_token_that_may_only_look_is_not_the_admin_token(write: Write) -> None:
     path = write(TOKEN, "readers")
     message = refusal(ADMIN_TOKEN=TOKEN, ADMIN_READONLY_TOKEN_FILE=path)
-    assert "admin token is in it too" in message
+    assert "it contains the admin token" in message
     assert TOKEN not in message
 
 

@@ -244,7 +244,7 @@ def is_beside_its_schema(refusal: errors.ApiError, body: Any) -> bool:
         ({"updates": {"storage_key": "/a"}}, "$.updates.storage_key", (storage_key_error("/a") or "") + ".", True),
         ({"storage_key": "fine"}, "$.storage_key", "expected a string.", False),
         ({"storage_key": 5}, "$.storage_key", "expected a string, got a number.", False),
-        ({"storage_key": "../up"}, "$.x", "is not a field of this request. Known here: lock_id, storage_key.", False),
+        ({"storage_key": "../up"}, "$.x", "is not a field of this request. Known fields: lock_id, storage_key.", False),
         ({"jobs": [{"priority": 5.0}]}, "$.jobs[0].priority", "expected an integer, got a number.", True),
         ({"jobs": [{"priority": 5.5}]}, "$.jobs[0].priority", "expected an integer, got a number.", False),
         ({"jobs": [{"priority": 5}]}, "$.jobs[0].priority", "expected an integer, got a number.", False),

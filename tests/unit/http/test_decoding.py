@@ -477,7 +477,7 @@ def test_any_name_that_a_worker_may_have_can_stand_in_the_path(value: str) -> No
 def test_no_other_name_of_a_worker_can_stand_in_the_path(value: str) -> None:
     with pytest.raises(ApiException) as caught:
         path_value(RequestDecoder(TakeBack, "name", LIMITS), value)
-    assert caught.value.error.message == "`$.name`: the path must give text without control characters here."
+    assert caught.value.error.message == "`$.name`: the path must contain text without control characters here."
 
 
 @pytest.mark.parametrize("value", ["null", "NULL", "Null"])

@@ -351,7 +351,7 @@ async def test_a_socket_left_behind_is_replaced(tmp_path: Path) -> None:
 
 async def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "door.sock").write_text("precious")
-    with pytest.raises(OSError, match="is no socket"):
+    with pytest.raises(OSError, match="is not a socket"):
         async with HttpHarness(ROUTES, tmp_path):
             pass
     assert (tmp_path / "door.sock").read_text() == "precious"
