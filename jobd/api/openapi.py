@@ -92,19 +92,19 @@ def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) ->
 
 def document(title: str, routes: Iterable[Route]) -> Json:
     """Return the OpenAPI document of `routes`, as plain values."""
-    made = Schemas()
+    schemas = Schemas()
     table = tuple(routes)
     used = {tag_of(route) for route in table}
     paths: dict[str, Json] = {}
     for route in table:
-        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, made)
+        paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schemas)
     return {
         "openapi": "3.1.0",
         "info": {"title": title, "version": __version__, "description": ABOUT, "license": {"name": "MIT"}},
         "servers": [{"url": "/"}],
         "tags": [{"name": name, "description": text} for name, (_, text) in TAGS.items() if name in used],
         "paths": paths,
-        "components": made.components | {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "components": schemas.components | {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
     }
 
 
@@ -127,21 +127,21 @@ def _texts(route: Route) -> Json:
     return {**found, "description": "\n\n".join(" ".join(each.split()) for each in more)} if more else found
 
 
-def _operation(route: Route, made: Schemas) -> Json:
-    words = re.findall(r"\w+", route.path.removeprefix(ADMIN_PREFIX))
+def _operation(route: Route, schemas: Schemas) -> Json:
+    parts = re.findall(r"\w+", route.path.removeprefix(ADMIN_PREFIX))
     found: Json = {
         "tags": [tag_of(route)],
-        "operationId": "_".join([route.method.lower(), *words]),
+        "operationId": "_".join([route.method.lower(), *parts]),
         **_texts(route),
         "parameters": _parameters(route),
-        "responses": _responses(route, made),
+        "responses": _responses(route, schemas),
     }
     found["security"] = {"anyone": [{}], "worker": [{}, {"token": []}], "admin": [{"token": []}]}[route.auth]
     if route.body == "lines":
-        found["requestBody"] = _lines(route, made)
+        found["requestBody"] = _lines(route, schemas)
     elif route.method != "GET":
-        body = made.asked(route.request, route.path_field)
-        needed = bool(made.shown(body).get("required"))
+        body = schemas.of_request(route.request, route.path_field)
+        needed = bool(schemas.resolve(body).get("required"))
         found["requestBody"] = {"required": needed, "content": {JSON: {"schema": body}}}
     return found
 
@@ -167,18 +167,18 @@ def _parameters(route: Route) -> list[Json]:
         found.append({**known, "schema": {"type": "string", "pattern": "^[0-9]{0,19}$"}})  # empty: none
     if route.method == "GET":
         asked = Schemas()
-        shown = asked.shown(asked.asked(route.request, route.path_field))
+        shown = asked.resolve(asked.of_request(route.request, route.path_field))
         for name, schema in shown["properties"].items():
             needed = name in shown.get("required", ())
             found.append({"name": name, "in": "query", "required": needed, "schema": not_null(schema)})
     return found
 
 
-def _lines(route: Route, made: Schemas) -> Json:
-    words = f"JSON lines; each is one `{route.request.__name__}`, in one line."
-    kinds = [made.asked(part) for part in LINE_TYPES.values()] if route.request is StreamedCommand else []
-    line = {"oneOf": kinds} if kinds else made.asked(route.request)
-    schema = {"type": "string", "contentMediaType": LINES, "description": words, "x-line": line}
+def _lines(route: Route, schemas: Schemas) -> Json:
+    text = f"JSON lines; each is one `{route.request.__name__}`, in one line."
+    kinds = [schemas.of_request(part) for part in LINE_TYPES.values()] if route.request is StreamedCommand else []
+    line = {"oneOf": kinds} if kinds else schemas.of_request(route.request)
+    schema = {"type": "string", "contentMediaType": LINES, "description": text, "x-line": line}
     return {"required": True, "content": {LINES: {"schema": schema}}}
 
 
@@ -186,52 +186,57 @@ def _lines(route: Route, made: Schemas) -> Json:
 # Responses.
 
 
-def _responses(route: Route, made: Schemas) -> Json:
+def _responses(route: Route, schemas: Schemas) -> Json:
     found: dict[int, Json] = {}
-    for status, words in {route.status: "Done.", **route.other_statuses}.items():
-        found[status] = {"description": words, "content": {route.content_type: {"schema": _success(route, made)}}}
+    for status, text in {route.status: "Done.", **route.other_statuses}.items():
+        found[status] = {"description": text, "content": {route.content_type: {"schema": _success(route, schemas)}}}
         if route.key:
             found[status]["headers"] = {"Idempotent-Replayed": _header("Idempotent-Replayed", {"const": "true"})}
     by_status: dict[int, list[str]] = {}
     for code in error_codes(route):
         by_status.setdefault(ERROR_CODES[code].status, []).append(code)
     for status, codes in by_status.items():
-        no = _error(codes, made)
-        found[status] = _either(found[status], no) if status in found else made.shared("responses", ".".join(codes), no)
+        no = _error(codes, schemas)
+        found[status] = (
+            _either(found[status], no) if status in found else schemas.share("responses", ".".join(codes), no)
+        )
     return {str(status): found[status] for status in sorted(found)}
 
 
-def _success(route: Route, made: Schemas) -> Json:
+def _success(route: Route, schemas: Schemas) -> Json:
     if route.response is bytes:
         return {"type": "object" if route.content_type == JSON else "string"}
     if route.content_type == EVENT_STREAM:
         name = route.response.__name__
-        words = f"Server-Sent Events: `id` is `seq`, `event` is `type`, `data` is one `{name}` in one line."
+        description = f"Server-Sent Events: `id` is `seq`, `event` is `type`, `data` is one `{name}` in one line."
         text = {"type": "string"}
-        data = {**text, "contentMediaType": JSON, "contentSchema": made.answered(route.response)}
+        data = {**text, "contentMediaType": JSON, "contentSchema": schemas.of_response(route.response)}
         fields = {"id": text, "event": text, "data": data, "retry": {"type": "integer"}}
-        return {"type": "object", "description": words, "properties": fields}  # of one event, as readers give it
+        return {"type": "object", "description": description, "properties": fields}  # of one event, as clients parse it
     if route.content_type == LINES:
-        words = f"JSON lines; each is one `{route.response.__name__}`, in the order of the request lines."
+        text = f"JSON lines; each is one `{route.response.__name__}`, in the order of the request lines."
         return {
             "type": "string",
             "contentMediaType": LINES,
-            "description": words,
-            "x-line": made.answered(route.response),
+            "description": text,
+            "x-line": schemas.of_response(route.response),
         }
     return {
         "type": "object",
-        "properties": {"success": {"const": True}, "data": made.answered(route.response)},
+        "properties": {"success": {"const": True}, "data": schemas.of_response(route.response)},
         "required": ["success", "data"],
         "additionalProperties": False,
     }
 
 
-def _error(codes: list[str], made: Schemas) -> Json:
+def _error(codes: list[str], schemas: Schemas) -> Json:
     """Return the error response of `codes`, which share a status."""
-    words = "; ".join(f"`{code}`: {ERROR_CODES[code].description}" for code in codes) + "."
+    text = "; ".join(f"`{code}`: {ERROR_CODES[code].description}" for code in codes) + "."
     narrow = {"properties": {"success": {"const": False}, "error": {"enum": codes}}}
-    found: Json = {"description": words, "content": {JSON: {"schema": {"allOf": [made.answered(ErrorBody), narrow]}}}}
+    found: Json = {
+        "description": text,
+        "content": {JSON: {"schema": {"allOf": [schemas.of_response(ErrorBody), narrow]}}},
+    }
     if "overloaded" in codes:
         found["headers"] = {"Retry-After": _header("Retry-After", {"type": "integer", "minimum": 1})}
     if "unauthorized" in codes:
@@ -242,8 +247,8 @@ def _error(codes: list[str], made: Schemas) -> Json:
 def _either(yes: Json, no: Json) -> Json:
     """Return one response for a success and an error of the same status."""
     schemas = [each["content"][JSON]["schema"] for each in (yes, no)]
-    words = f"{yes['description']} Or {no['description']}"
-    return {**yes, **no, "description": words, "content": {JSON: {"schema": {"oneOf": schemas}}}}
+    text = f"{yes['description']} Or {no['description']}"
+    return {**yes, **no, "description": text, "content": {JSON: {"schema": {"oneOf": schemas}}}}
 
 
 def _header(name: str, schema: Json) -> Json:

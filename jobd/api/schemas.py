@@ -19,43 +19,43 @@ REFS: Final = "#/components"
 
 
 class Schemas:
-    """Gathers what the calls of one document share. `components` are its components by section and name."""
+    """Collects the schemas of one document. `components` are its components by section and name."""
 
     def __init__(self) -> None:
         self.components: dict[str, dict[str, Any]] = {"schemas": {}}
         self._twins: dict[tuple[type[Struct], str | None], type[Struct]] = {}
 
-    def asked(self, command: type[Struct], given: str | None = None) -> dict[str, Any]:
-        """What a body or a query may have. `given` is the field that the path gives instead."""
-        return self._made(self._twin(command, given))
+    def of_request(self, command: type[Struct], path_field: str | None = None) -> dict[str, Any]:
+        """Return the schema of a body or query, without the field that the path gives."""
+        return self._add(self._twin(command, path_field))
 
-    def answered(self, shape: type[Struct]) -> dict[str, Any]:
-        """What an answer has: whatever is not left unset is always there, defaults too."""
-        return self._made(self._twin(shape, None))
+    def of_response(self, response: type[Struct]) -> dict[str, Any]:
+        """Return the schema of a response. Fields that cannot be unset are required, even those with a default."""
+        return self._add(self._twin(response, None))
 
-    def shown(self, reference: dict[str, Any]) -> dict[str, Any]:
-        """The schema behind a reference."""
+    def resolve(self, reference: dict[str, Any]) -> dict[str, Any]:
+        """Return the schema behind a reference."""
         shown: dict[str, Any] = self.components["schemas"][reference["$ref"].rpartition("/")[2]]
         return shown
 
-    def shared(self, section: str, name: str, value: dict[str, Any]) -> dict[str, Any]:
-        """A reference to `value`, which is kept once under this name."""
+    def share(self, section: str, name: str, value: dict[str, Any]) -> dict[str, Any]:
+        """Add `value` as a component, once, and return a reference to it."""
         known = self.components.setdefault(section, {}).setdefault(name, value)
         assert known == value, f"two {section} are called {name}"
         return {"$ref": f"{REFS}/{section}/{name}"}
 
-    def _made(self, twin: type[Struct]) -> dict[str, Any]:
+    def _add(self, twin: type[Struct]) -> dict[str, Any]:
         [reference], components = msgspec.json.schema_components([twin], ref_template=f"{REFS}/schemas/{{name}}")
         for name, schema in components.items():
-            self.shared("schemas", name, schema)
+            self.share("schemas", name, schema)
         return reference
 
-    def _twin(self, struct: type[Struct], given: str | None) -> type[Struct]:
-        if (struct, given) not in self._twins:
+    def _twin(self, struct: type[Struct], path_field: str | None) -> type[Struct]:
+        if (struct, path_field) not in self._twins:
             fields = [
-                (info.name, self._described(info), self._default(struct, info))
+                (info.name, self._field_type(info), self._field_default(struct, info))
                 for info in msgspec.structs.fields(struct)
-                if info.name != given
+                if info.name != path_field
             ]
             config = struct.__struct_config__
             twin = msgspec.defstruct(
@@ -67,18 +67,18 @@ class Schemas:
                 module=struct.__module__,
                 namespace={"__doc__": struct.__dict__.get("__doc__")},
             )
-            self._twins[struct, given] = twin
-        return self._twins[struct, given]
+            self._twins[struct, path_field] = twin
+        return self._twins[struct, path_field]
 
-    def _described(self, info: FieldInfo) -> Any:
-        """The type of a field, with its words, and with twins in the place of what it is made of."""
+    def _field_type(self, info: FieldInfo) -> Any:
+        """Return the type of a field with its description, and with every struct in it replaced by its twin."""
         more: dict[str, Any] = {"description": description_of(info.type)}
-        if type(info.default) is Raw:  # msgspec cannot write this default down by itself
+        if type(info.default) is Raw:  # msgspec cannot encode this default
             more["default"] = msgspec.json.decode(info.default)
-        return Annotated[self._translated(info.type), Meta(extra_json_schema=more)]
+        return Annotated[self._translate(info.type), Meta(extra_json_schema=more)]
 
-    def _default(self, struct: type[Struct], info: FieldInfo) -> Any:
-        if not struct.__struct_config__.forbid_unknown_fields:  # an answer
+    def _field_default(self, struct: type[Struct], info: FieldInfo) -> Any:
+        if not struct.__struct_config__.forbid_unknown_fields:  # a response
             return msgspec.field(default=UNSET if info.default is UNSET else NODEFAULT)
         if type(info.default) is Raw:
             default = info.default
@@ -87,16 +87,16 @@ class Schemas:
             return msgspec.field(default_factory=info.default_factory)
         return msgspec.field(default=info.default)
 
-    def _translated(self, annotation: Any) -> Any:
-        """`annotation` with every struct in it replaced by its twin."""
+    def _translate(self, annotation: Any) -> Any:
+        """Return `annotation` with every struct in it replaced by its twin."""
         if isinstance(annotation, type) and issubclass(annotation, Struct):
             return self._twin(annotation, None)
         origin, parts = get_origin(annotation), get_args(annotation)
         if origin is Annotated:
-            return Annotated[(self._translated(parts[0]), *map(_without_description, parts[1:]))]
+            return Annotated[(self._translate(parts[0]), *map(_without_description, parts[1:]))]
         if origin in (Union, types.UnionType):
-            return reduce(or_, (self._translated(part) for part in parts))
-        return list[self._translated(parts[0])] if origin is list else annotation  # type: ignore[misc]
+            return reduce(or_, (self._translate(part) for part in parts))
+        return list[self._translate(parts[0])] if origin is list else annotation  # type: ignore[misc]
 
 
 def description_of(annotation: Any) -> str:
@@ -119,7 +119,7 @@ def _without_description(part: Any) -> Any:
 
 
 def not_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a parameter: what may be null in JSON is left out of a query."""
+    """Return the schema of a query parameter, which cannot be null."""
     choices = [choice for choice in schema.get("anyOf", [schema]) if choice != {"type": "null"}]
     rest = {name: value for name, value in schema.items() if name != "anyOf" and (name, value) != ("default", None)}
     return {**choices[0], **rest} if len(choices) == 1 else rest
