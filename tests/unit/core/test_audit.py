@@ -82,7 +82,7 @@ def test_the_audit_name_of_a_command_is_that_of_its_call() -> None:
     assert names | {Recover: "recover-stuck"} == AUDIT_NAMES  # its call continues until nothing is stuck
 
 
-def test_what_nobody_asked_for_as_an_operator_and_what_only_reads_is_not_kept() -> None:
+def test_commands_without_an_operator_and_reads_have_no_entry() -> None:
     rules = RuleHarness()
     rules.create("a")
     assert entry(rules, Get(id="a")) is None
@@ -90,7 +90,7 @@ def test_what_nobody_asked_for_as_an_operator_and_what_only_reads_is_not_kept() 
     assert entry(rules, Cancel(id="a"), operator=None) is None
 
 
-def test_a_dry_run_is_no_deed() -> None:
+def test_a_dry_run_has_no_entry() -> None:
     rules = RuleHarness()
     rules.create("a")
     for job_id in ("a", "b"):
@@ -99,7 +99,7 @@ def test_a_dry_run_is_no_deed() -> None:
             assert entry(rules, asked) is not None
 
 
-def test_a_deed_says_who_from_where_what_why_and_what_came_of_it() -> None:
+def test_an_entry_has_operator_address_action_reason_and_outcome() -> None:
     rules = RuleHarness()
     rules.create("a", queue="video")
     found = entry(rules, ForceFail(id="a", reason="broken"))
@@ -111,7 +111,7 @@ def test_a_deed_says_who_from_where_what_why_and_what_came_of_it() -> None:
     assert (nameless.who, nameless.address, nameless.reason) == ("admin", "::1", None)
 
 
-def test_what_an_update_set_is_in_its_details() -> None:
+def test_the_details_of_an_update_have_the_new_values() -> None:
     rules = RuleHarness()
     rules.create("a")
     found = entry(rules, Update(id="a", priority=-3, reason="urgent"))
@@ -120,7 +120,7 @@ def test_what_an_update_set_is_in_its_details() -> None:
     assert found.details == {"priority": -3, "from": "queued", "to": "queued", "event": rules.last().seq}
 
 
-def test_a_deed_that_changed_nothing_is_one_all_the_same() -> None:
+def test_an_action_that_changed_nothing_has_an_entry() -> None:
     rules = RuleHarness()
     rules.create("a")
     for command, queue in ((RunNow(id="a"), None), (Pause(name="q"), "q"), (Pause(name="q"), "q")):
@@ -129,7 +129,7 @@ def test_a_deed_that_changed_nothing_is_one_all_the_same() -> None:
         assert (found.outcome, found.jobs, found.queue) == ("done", 0, queue)
 
 
-def test_a_refused_deed_has_the_code_as_its_outcome() -> None:
+def test_the_outcome_of_a_rejected_action_is_its_error_code() -> None:
     rules = RuleHarness()
     rules.create("a")
     missing = entry(rules, Cancel(id="nobody", reason="why"))
@@ -139,7 +139,7 @@ def test_a_refused_deed_has_the_code_as_its_outcome() -> None:
     assert (refused.outcome, refused.jobs, refused.details) == ("invalid_transition", 0, None)
 
 
-def test_a_deed_of_many_commands_counts_its_jobs_and_names_none() -> None:
+def test_an_action_of_many_commands_counts_its_jobs_and_names_none() -> None:
     rules = RuleHarness()
     operator = replace(EVE, part_of="p1")
     line = entry(rules, Import(id="a", status="failed", error_message="x"), operator)
@@ -149,7 +149,7 @@ def test_a_deed_of_many_commands_counts_its_jobs_and_names_none() -> None:
     assert none == AuditEntry(rules.now, "eve", "10.0.0.7", "recover-stuck", part_of="p1")
 
 
-def test_a_plan_counts_the_jobs_that_it_was_done_to() -> None:
+def test_a_plan_counts_the_jobs_that_it_changed() -> None:
     rules = RuleHarness()
     rules.create("a")
     known = ExpectedVersion("a", version(rules.job("a")))
@@ -166,7 +166,7 @@ def test_a_plan_of_one_job_names_it() -> None:
     assert found == AuditEntry(rules.now, "eve", "10.0.0.7", "plan-cancel", "a", jobs=1, part_of="p1")
 
 
-def test_a_note_is_kept_as_it_is() -> None:
+def test_a_recorded_action_is_stored_unchanged() -> None:
     call = Call(RecordAction(what="backup", details={"n": 1}, reason="why"), operator=EVE)
     found = audit.entry(call, Decision(Response(EmptyResponse())), 5)
     assert found == AuditEntry(5, "eve", "10.0.0.7", "backup", reason="why", details={"n": 1})
@@ -176,7 +176,7 @@ def test_a_note_is_kept_as_it_is() -> None:
 
 
 @in_virtual_time
-async def test_a_deed_is_in_the_transaction_of_its_change() -> None:
+async def test_an_entry_is_in_the_transaction_of_its_change() -> None:
     async with VirtualEngine() as house:
         await house.yes(Create(id="a"))
         await house.yes(ForceFail(id="a"), by=EVE.by, admin=True, operator=EVE)
@@ -187,7 +187,7 @@ async def test_a_deed_is_in_the_transaction_of_its_change() -> None:
 
 
 @in_virtual_time
-async def test_a_refused_deed_is_kept_and_a_refused_worker_is_not() -> None:
+async def test_a_rejected_action_has_an_entry_but_a_rejected_worker_has_none() -> None:
     async with VirtualEngine() as house:
         await house.no(Cancel(id="a"), operator=EVE)
         await house.no(Cancel(id="a"))
@@ -195,7 +195,7 @@ async def test_a_refused_deed_is_kept_and_a_refused_worker_is_not() -> None:
 
 
 @in_virtual_time
-async def test_a_repeated_key_is_one_deed() -> None:
+async def test_a_repeated_idempotency_key_is_one_entry() -> None:
     async with VirtualEngine() as house:
         await house.yes(Create(id="a"))
         for _ in range(2):
@@ -204,7 +204,7 @@ async def test_a_repeated_key_is_one_deed() -> None:
 
 
 @in_virtual_time
-async def test_a_change_that_was_not_written_left_no_entry() -> None:
+async def test_a_change_that_was_not_written_leaves_no_entry() -> None:
     async with VirtualEngine() as house:
         await house.yes(Create(id="a"))
         house.disk.fits = lambda batch: not batch.audit
@@ -216,7 +216,7 @@ async def test_a_change_that_was_not_written_left_no_entry() -> None:
 
 
 @in_virtual_time
-async def test_on_a_full_disk_endings_have_their_entry_and_refusals_none() -> None:
+async def test_on_a_full_disk_endings_have_entries_and_errors_have_none() -> None:
     async with VirtualEngine() as house:
         await house.yes(Create(id="a"))
         house.disk.fill()
@@ -232,7 +232,7 @@ async def test_on_a_full_disk_endings_have_their_entry_and_refusals_none() -> No
 
 
 @in_virtual_time
-async def test_while_creates_are_refused_a_change_has_its_entry_and_a_look_has_none() -> None:
+async def test_while_creates_are_rejected_changes_have_entries_and_reads_have_none() -> None:
     async with VirtualEngine() as house:
         house.actor.full_disk.closed = Closed.CREATES
         house.actor.full_disk.next_probe += 999
@@ -263,12 +263,12 @@ async def test_while_creates_are_refused_a_change_has_its_entry_and_a_look_has_n
         *((what, "done", "sign-ins") for what in sorted(SIGN_INS)),
     ],
 )
-def test_each_entry_has_its_share_of_the_log(what: str, outcome: str, share: str) -> None:
+def test_every_action_belongs_to_a_share_of_the_log(what: str, outcome: str, share: str) -> None:
     assert audit_share(what, outcome) == share
 
 
 @in_virtual_time
-async def test_recovery_by_an_operator_is_kept_and_that_by_time_is_not() -> None:
+async def test_recovery_has_an_entry_only_if_an_operator_requested_it() -> None:
     async with VirtualEngine() as house:
         await house.held("a", lock_ttl_ms=SECOND_MS)
         await asyncio.sleep(60)

@@ -36,7 +36,7 @@ def test_numbers_go_up_by_one() -> None:
     assert (drafted.changes[-1].event.job_seq, drafted.changes[-1].event.job_id) == (0, "")
 
 
-def test_a_full_counter_takes_the_epoch_of_the_time_that_is_believed() -> None:
+def test_a_full_counter_begins_an_epoch_of_the_trusted_time() -> None:
     for trusted, believed in ((None, NOW), (NOW - DAY_MS, NOW - DAY_MS)):
         book = Book(Numbers(epoch=3, next_token=COUNTER_MASK))
         drafted = Draft(book, Call(Ping(), "client", SEED), Moment(NOW, 0, NOW, trusted), Policy())
@@ -51,7 +51,7 @@ def test_a_full_counter_takes_the_epoch_of_the_time_that_is_believed() -> None:
         assert (book.epoch, book.next_token) == (3, COUNTER_MASK)  # a draft only reads the book
 
 
-def test_a_row_was_updated_after_all_else_that_it_says() -> None:
+def test_updated_at_is_the_latest_time_of_a_row() -> None:
     """Also where the wall clock stepped back, and where a mended row has times ahead of it."""
     drafted = draft()
     assert drafted.step(replace(JOB, created_at=NOW - 9), "updated").updated_at == NOW
@@ -89,12 +89,12 @@ def test_a_job_id_is_a_uuid_of_its_time_and_otherwise_random() -> None:
     assert UUID(draft().job_id(2**64 - 1)).version == 7
 
 
-def test_a_job_id_stays_one_however_late_it_is() -> None:
+def test_a_job_id_is_valid_at_any_time() -> None:
     for now, shown in ((2**48 - 1, 2**48 - 1), (2**48 + 5, 5)):
         assert UUID(draft(at=replace(AT, now=now)).job_id(1)).int >> 80 == shown
 
 
-def test_the_die_is_fair_and_thrown_by_the_seed() -> None:
+def test_the_random_fraction_is_uniform_and_depends_on_the_seed() -> None:
     thrown = [draft().fraction(number) for number in MANY]
     assert 0 <= min(thrown) < 0.05
     assert 0.95 < max(thrown) < 1

@@ -71,7 +71,7 @@ ENDED_BY_AN_OPERATOR: dict[str, Deed] = {
 
 
 @pytest.mark.parametrize("deed", TAKEN_AWAY.values(), ids=TAKEN_AWAY)
-def test_granted_again_while_the_time_of_the_worker_before_ran_on(rules: CountingHarness, deed: Deed) -> None:
+def test_a_grant_within_the_life_of_the_previous_lock_is_a_double_grant(rules: CountingHarness, deed: Deed) -> None:
     lock = held(rules)
     rules.advance(MINUTE_MS - 1)
     for command in deed(lock):
@@ -84,7 +84,7 @@ def test_granted_again_while_the_time_of_the_worker_before_ran_on(rules: Countin
 
 
 @pytest.mark.parametrize("deed", ENDED_BY_AN_OPERATOR.values(), ids=ENDED_BY_AN_OPERATOR)
-def test_a_grant_that_an_operator_ended_is_no_overlap(rules: CountingHarness, deed: Deed) -> None:
+def test_a_grant_that_an_operator_ended_is_no_double_grant(rules: CountingHarness, deed: Deed) -> None:
     lock = held(rules)
     for command in deed(lock):
         rules.accept(command, admin=True)
@@ -92,7 +92,7 @@ def test_a_grant_that_an_operator_ended_is_no_overlap(rules: CountingHarness, de
     assert (overlaps(rules).total, overlaps(rules).taken) == (0, {})
 
 
-def test_jobs_that_an_operator_takes_back_are_no_overlap(rules: CountingHarness) -> None:
+def test_jobs_that_an_operator_takes_back_are_no_double_grants(rules: CountingHarness) -> None:
     """At its ceiling a grant ends before its worker has been silent for the time of its lock."""
     lock = held(rules, max_processing_ms=90_000)
     rules.advance(50_000)
@@ -112,7 +112,7 @@ CALLS: dict[str, Callable[[str], AnyCommand]] = {
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_a_worker_that_received_lock_lost_is_no_second_one(
+def test_a_worker_that_received_lock_lost_does_not_count(
     rules: CountingHarness, call: Callable[[str], AnyCommand]
 ) -> None:
     lock = held(rules)
@@ -122,7 +122,7 @@ def test_a_worker_that_received_lock_lost_is_no_second_one(
     assert (overlaps(rules).total, overlaps(rules).taken) == (0, {})
 
 
-def test_lock_lost_for_an_older_grant_says_nothing_of_the_latest(rules: CountingHarness) -> None:
+def test_lock_lost_for_an_older_grant_does_not_affect_the_latest(rules: CountingHarness) -> None:
     lock = held(rules)
     rules.accept(restored())
     taken = overlaps(rules).taken[rules.job().seq]
@@ -135,7 +135,7 @@ def test_lock_lost_for_an_older_grant_says_nothing_of_the_latest(rules: Counting
 
 
 @pytest.mark.parametrize("deed", TAKEN_AWAY.values(), ids=TAKEN_AWAY)
-def test_once_its_time_has_run_out_nothing_overlaps(rules: CountingHarness, deed: Deed) -> None:
+def test_after_the_life_of_the_lock_there_is_no_double_grant(rules: CountingHarness, deed: Deed) -> None:
     lock = held(rules)
     rules.advance(1_000)
     for command in deed(lock):
@@ -154,7 +154,7 @@ ENDED_BY_THE_HOLDER: dict[str, Deed] = {
 
 
 @pytest.mark.parametrize("deed", ENDED_BY_THE_HOLDER.values(), ids=ENDED_BY_THE_HOLDER)
-def test_a_worker_that_stopped_or_never_began_is_no_second_one(rules: CountingHarness, deed: Deed) -> None:
+def test_a_worker_that_released_or_never_received_the_job_does_not_count(rules: CountingHarness, deed: Deed) -> None:
     lock = held(rules, max_attempts=2)
     for command in deed(lock):
         rules.accept(command)
@@ -163,7 +163,7 @@ def test_a_worker_that_stopped_or_never_began_is_no_second_one(rules: CountingHa
     assert overlaps(rules).total == 0
 
 
-def test_a_stall_is_silence_for_longer_than_the_lock(rules: CountingHarness) -> None:
+def test_an_ordinary_stall_is_no_double_grant(rules: CountingHarness) -> None:
     held(rules)
     rules.advance(MINUTE_MS)
     rules.accept(Recover(limit=9))
@@ -172,7 +172,7 @@ def test_a_stall_is_silence_for_longer_than_the_lock(rules: CountingHarness) -> 
     assert overlaps(rules).total == 0
 
 
-def test_a_stall_at_the_ceiling_is_not(rules: CountingHarness) -> None:
+def test_a_stall_at_the_ceiling_is_a_double_grant(rules: CountingHarness) -> None:
     """The worker extended its lock until then: most likely it is at work."""
     lock = held(rules, max_processing_ms=90_000)
     rules.advance(50_000)
@@ -185,7 +185,7 @@ def test_a_stall_at_the_ceiling_is_not(rules: CountingHarness) -> None:
     assert overlaps(rules).total == 1
 
 
-def test_silence_before_the_ceiling_is_a_stall_like_any_other(rules: CountingHarness) -> None:
+def test_a_silent_worker_at_the_ceiling_is_no_double_grant(rules: CountingHarness) -> None:
     held(rules, max_processing_ms=30_000)  # the lock is cut to it
     rules.advance(MINUTE_MS)
     rules.accept(Recover(limit=9))
@@ -193,7 +193,7 @@ def test_silence_before_the_ceiling_is_a_stall_like_any_other(rules: CountingHar
     assert overlaps(rules).total == 0
 
 
-def test_an_extended_lock_counts_from_there(rules: CountingHarness) -> None:
+def test_an_extension_prolongs_the_life_of_the_lock(rules: CountingHarness) -> None:
     lock = held(rules)
     rules.advance(50_000)
     rules.accept(Extend(id="a", lock_id=lock))
@@ -203,7 +203,7 @@ def test_an_extended_lock_counts_from_there(rules: CountingHarness) -> None:
     assert overlaps(rules).total == 1
 
 
-def test_a_short_extension_counts_as_it_was_asked_for(rules: CountingHarness) -> None:
+def test_a_short_extension_counts_as_requested(rules: CountingHarness) -> None:
     lock = held(rules)
     rules.advance(50_000)
     rules.accept(Extend(id="a", lock_id=lock, additional_ms=20_000))
@@ -213,7 +213,7 @@ def test_a_short_extension_counts_as_it_was_asked_for(rules: CountingHarness) ->
     assert overlaps(rules).total == 0
 
 
-def test_time_that_was_credited_counts(rules: CountingHarness) -> None:
+def test_postponed_deadlines_count(rules: CountingHarness) -> None:
     held(rules)
     rules.accept(ExtendAfterPause(ids=["a"], grace_ms=HOUR_MS))
     rules.accept(restored("a"))
@@ -222,13 +222,13 @@ def test_time_that_was_credited_counts(rules: CountingHarness) -> None:
     assert overlaps(rules).total == 1
 
 
-def test_an_imported_job_has_no_holder_here(rules: CountingHarness) -> None:
+def test_an_imported_job_has_no_known_worker(rules: CountingHarness) -> None:
     rules.accept(Import(id="a", status="processing", max_attempts=2), admin=True)
     rules.start(worker="w-2")
     assert overlaps(rules).total == 0
 
 
-def test_the_last_grant_is_the_one_that_is_watched(rules: CountingHarness) -> None:
+def test_only_the_last_grant_of_a_job_is_watched(rules: CountingHarness) -> None:
     held(rules)
     rules.accept(restored("a"))
     lock = rules.start(worker="w-2", **TTL)
@@ -241,13 +241,13 @@ def test_the_last_grant_is_the_one_that_is_watched(rules: CountingHarness) -> No
     assert overlaps(rules).taken == {}
 
 
-def test_a_queued_job_that_is_cancelled_had_no_holder(rules: CountingHarness) -> None:
+def test_a_cancelled_queued_job_had_no_worker(rules: CountingHarness) -> None:
     rules.create()
     rules.accept(Cancel(id="a"))
     assert overlaps(rules).taken == {}
 
 
-def test_the_hour_passes(rules: CountingHarness) -> None:
+def test_a_double_grant_is_counted_for_an_hour(rules: CountingHarness) -> None:
     held(rules)
     rules.accept(restored("a"))
     rules.start()
@@ -263,7 +263,7 @@ def granted_twice(rules: CountingHarness, job_id: str = "a") -> None:
         rules.accept(restored(job_id))
 
 
-def test_a_later_one_does_not_make_the_hour_shorter(rules: CountingHarness) -> None:
+def test_a_later_double_grant_does_not_shorten_the_hour(rules: CountingHarness) -> None:
     rules.create()
     granted_twice(rules)
     rules.advance(59 * MINUTE_MS)
@@ -273,7 +273,7 @@ def test_a_later_one_does_not_make_the_hour_shorter(rules: CountingHarness) -> N
     assert overlaps(rules).last_hour(rules.now) == 1
 
 
-def test_after_a_step_back_of_the_wall_clock_nothing_counts_that_is_still_to_come(rules: CountingHarness) -> None:
+def test_after_a_backward_step_of_the_clock_later_entries_do_not_count(rules: CountingHarness) -> None:
     """A year that a machine was ahead would otherwise be a year of an alert."""
     rules.create()
     granted_twice(rules)
@@ -298,7 +298,7 @@ def test_memory_is_bounded(rules: CountingHarness, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("half", [{"grant": None}, {"lease": None}], ids=str)
-def test_a_row_without_a_holder_is_passed_over(rules: CountingHarness, half: dict[str, None]) -> None:
+def test_a_row_without_a_grant_is_ignored(rules: CountingHarness, half: dict[str, None]) -> None:
     """Rows that hands have left behind have a grant without a lease, or the other way round."""
     held(rules)
     rules.row(replace(rules.job(), **half))
@@ -306,7 +306,7 @@ def test_a_row_without_a_holder_is_passed_over(rules: CountingHarness, half: dic
     assert overlaps(rules).taken == {}
 
 
-def test_a_job_that_was_given_out_unwatched_is_not_counted(rules: CountingHarness) -> None:
+def test_a_grant_of_an_unwatched_job_is_not_counted(rules: CountingHarness) -> None:
     """The grant before may be one that was forgotten."""
     held(rules, "a")
     held(rules, "b")
@@ -331,5 +331,5 @@ MADE = Grant("l", 1, "w", acquired_at=0, ttl_ms=60, stuck_after_ms=10, max_proce
         (Lease(expires=100, silent=20, ceiling=90), 100),  # a ceiling never shortens what was promised
     ],
 )
-def test_the_end_of_what_a_worker_was_promised(lease: Lease, until: int) -> None:
+def test_the_end_of_a_lock_without_its_ceiling(lease: Lease, until: int) -> None:
     assert lock_end(MADE, lease) == until

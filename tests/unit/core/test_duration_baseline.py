@@ -38,13 +38,13 @@ def one(paces: Paces, now: int) -> KindPace:
 
 
 @given(st.integers(0, 100 * YEAR_MS))
-def test_a_duration_is_known_to_an_eighth(ms: int) -> None:
+def test_a_bucket_has_an_error_of_at_most_an_eighth(ms: int) -> None:
     assert ms <= top(bucket(ms)) <= ms + ms // 8
     assert bucket(top(bucket(ms))) == bucket(ms)
     assert bucket(top(bucket(ms)) + 1) == bucket(ms) + 1
 
 
-def test_places_are_few() -> None:
+def test_there_are_few_buckets() -> None:
     assert [bucket(ms) for ms in range(17)] == [*range(16), 16]
     assert bucket(100 * YEAR_MS) < 320
 
@@ -69,13 +69,13 @@ def test_percentile(counts: dict[int, int], ms: int) -> None:
 
 
 @given(st.lists(st.integers(0, 15), min_size=1))
-def test_percentile_is_the_least_that_95_of_100_reach(values: list[int]) -> None:
+def test_the_percentile_is_the_smallest_value_that_covers_95_of_100(values: list[int]) -> None:
     counts = {value: values.count(value) for value in values}
     least = min(ms for ms in range(16) if 100 * sum(value <= ms for value in values) >= 95 * len(values))
     assert percentile_95(counts) == least
 
 
-def test_the_last_hour_has_enough_jobs_or_says_nothing() -> None:
+def test_an_hour_with_too_few_jobs_has_no_percentile() -> None:
     paces = Paces()
     work(paces, HOUR, 10, count=SAMPLES_NEEDED - 1)
     assert one(paces, HOUR) == KindPace("film", SAMPLES_NEEDED - 1, None, None)
@@ -83,7 +83,7 @@ def test_the_last_hour_has_enough_jobs_or_says_nothing() -> None:
     assert one(paces, HOUR) == KindPace("film", SAMPLES_NEEDED, 10, None)
 
 
-def test_the_last_hour_goes_by_in_slots() -> None:
+def test_the_last_hour_advances_in_slots() -> None:
     paces = Paces()
     work(paces, HOUR, 10)
     work(paces, HOUR + SLOT_MS, 14)
@@ -94,7 +94,7 @@ def test_the_last_hour_goes_by_in_slots() -> None:
     assert one(paces, HOUR + 3 * DAY_MS).last_hour_ms == 9
 
 
-def test_the_usual_is_the_middle_of_the_hours_before() -> None:
+def test_the_usual_value_is_the_median_of_the_previous_hours() -> None:
     paces = Paces()
     for hour, ms in enumerate([10, 12, 14]):
         assert one(paces, HOUR + (hour - 1) * HOUR_MS).usual_ms is None if hour else True
@@ -105,7 +105,7 @@ def test_the_usual_is_the_middle_of_the_hours_before() -> None:
     assert len(paces.kinds["film"].hours) == HOURS_NEEDED
 
 
-def test_an_hour_of_many_slots_is_one() -> None:
+def test_an_hour_with_many_slots_counts_once() -> None:
     paces = Paces()
     for slot in range(SLOTS):
         work(paces, HOUR + slot * SLOT_MS, 10 if slot else 15, count=10)
@@ -113,7 +113,7 @@ def test_an_hour_of_many_slots_is_one() -> None:
     assert paces.kinds["film"].hours == [15]
 
 
-def test_an_hour_comes_to_what_was_done_in_it_however_little_before() -> None:
+def test_an_hour_counts_by_its_own_jobs() -> None:
     paces = Paces()
     work(paces, HOUR - SLOT_MS, 15)
     work(paces, HOUR, 10)
@@ -121,7 +121,7 @@ def test_an_hour_comes_to_what_was_done_in_it_however_little_before() -> None:
     assert paces.kinds["film"].hours == [15, 10]
 
 
-def test_hours_of_few_jobs_are_passed_over() -> None:
+def test_hours_with_few_jobs_do_not_count() -> None:
     paces = Paces()
     work(paces, HOUR, 10, count=SAMPLES_NEEDED - 1)
     work(paces, HOUR + HOUR_MS, 12, count=SAMPLES_NEEDED)
@@ -129,7 +129,7 @@ def test_hours_of_few_jobs_are_passed_over() -> None:
     assert paces.kinds["film"].hours == [12]
 
 
-def test_work_of_the_night_is_compared_with_the_nights_before() -> None:
+def test_nightly_work_is_compared_with_previous_nights() -> None:
     paces = Paces()
     for night in range(4):
         work(paces, HOUR + night * DAY_MS, 10)
@@ -137,7 +137,7 @@ def test_work_of_the_night_is_compared_with_the_nights_before() -> None:
     assert one(paces, HOUR + 4 * DAY_MS) == KindPace("film", SAMPLES_NEEDED, 15, 10)
 
 
-def test_a_few_slow_hours_do_not_become_usual_a_day_of_them_does() -> None:
+def test_a_few_slow_hours_do_not_change_the_usual_value_but_a_day_does() -> None:
     paces, hour = Paces(), HOUR
     for _ in range(HOURS_KEPT + 9):
         work(paces, hour, 10)
@@ -149,7 +149,7 @@ def test_a_few_slow_hours_do_not_become_usual_a_day_of_them_does() -> None:
     assert len(paces.kinds["film"].hours) == HOURS_KEPT
 
 
-def test_slots_are_bounded_also_where_the_wall_clock_goes_back() -> None:
+def test_slots_are_bounded_even_if_the_clock_steps_back() -> None:
     paces = Paces()
     for minute in [*range(0, 600, 5), *range(300, 0, -5)]:
         paces.add("film", HOUR + minute * MINUTE_MS, 10)
@@ -158,7 +158,7 @@ def test_slots_are_bounded_also_where_the_wall_clock_goes_back() -> None:
     assert one(paces, HOUR).completed == 1, "what lies ahead of the clock is not of the last hour"
 
 
-def test_kinds_are_bounded_and_those_at_work_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_are_bounded_and_active_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert KINDS_KEPT == 100
     monkeypatch.setattr(duration_baseline, "KINDS_KEPT", 2)
     paces = Paces()
@@ -169,7 +169,7 @@ def test_kinds_are_bounded_and_those_at_work_stay(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("silent_ms", "kept"), [(SLOT_MS - 1, "film"), (SLOT_MS, "mail")])
-def test_a_kind_makes_room_once_it_has_been_silent_for_a_slot(
+def test_a_kind_is_replaced_after_a_slot_without_completions(
     monkeypatch: pytest.MonkeyPatch, silent_ms: int, kept: str
 ) -> None:
     monkeypatch.setattr(duration_baseline, "KINDS_KEPT", 1)
@@ -179,7 +179,7 @@ def test_a_kind_makes_room_once_it_has_been_silent_for_a_slot(
     assert list(paces.kinds) == [kept]
 
 
-def test_many_kinds_in_turn_do_not_push_each_other_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_alternating_kinds_do_not_displace_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than are kept, each at work again and again: what is usual is learned of those that were first."""
     monkeypatch.setattr(duration_baseline, "KINDS_KEPT", 4)
     paces = Paces()
@@ -197,7 +197,7 @@ def test_many_kinds_in_turn_do_not_push_each_other_out(monkeypatch: pytest.Monke
     assert "of before a step back of the clock" in paces.kinds
 
 
-def test_paces_are_kept_as_json() -> None:
+def test_baselines_are_stored_as_json() -> None:
     paces = Paces()
     for hour in range(5):
         work(paces, HOUR + hour * HOUR_MS, 100 + hour)

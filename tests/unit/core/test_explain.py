@@ -71,7 +71,7 @@ def test_a_start_long_ago_has_its_date(rules: RuleHarness) -> None:
     assert clause(rules) == "no worker has claimed queue `q` since the start at 2023-11-14 22:13 UTC"
 
 
-def test_since_when_claims_are_remembered_if_some_were_forgotten(rules: RuleHarness) -> None:
+def test_the_time_since_which_claims_are_remembered_is_shown_if_some_were_forgotten(rules: RuleHarness) -> None:
     rules.create(queue="q")
     rules.book.presence._names_kept = 0
     claims(rules, "w-1", queue="r")
@@ -135,7 +135,7 @@ def test_a_busy_worker_that_is_silent_is_named(rules: RuleHarness) -> None:
     assert view.do[1] == "Take the jobs of w 1 back: jobctl take-back 'w 1'"
 
 
-def test_no_worker_waits_but_one_claimed_lately(rules: RuleHarness) -> None:
+def test_no_worker_waits_but_one_claimed_recently(rules: RuleHarness) -> None:
     rules.create(queue="q")
     claims(rules, "worker-1")
     rules.advance(40_000)
@@ -168,13 +168,13 @@ def test_the_workers_of_the_queue_are_gone_or_claim_another(rules: RuleHarness) 
     assert clause(rules) == "no worker claims this queue any more; the last claim was 12 min ago"
 
 
-def test_an_expiry_comes_before_the_claim_that_may_never_come(rules: RuleHarness) -> None:
+def test_an_expiry_is_the_next_event_before_a_claim_at_an_unknown_time(rules: RuleHarness) -> None:
     rules.create(expires_at=NOW + 7)
     assert at_and_rule(why(rules)) == (NOW + 7, "expires_at")
 
 
 @pytest.mark.parametrize("paused", [False, True])
-def test_one_that_nobody_wants_any_more_waits_for_nothing_but_its_end(rules: RuleHarness, paused: bool) -> None:
+def test_an_overdue_job_only_waits_to_fail(rules: RuleHarness, paused: bool) -> None:
     rules.create("a", queue="q", expires_at=NOW + 10)
     if paused:
         rules.accept(Pause(name="q"), admin=True)
@@ -217,7 +217,7 @@ def test_paused(rules: RuleHarness) -> None:
     assert at_and_rule(why(rules, "b")) == (NOW + 9, "expires_at")
 
 
-def test_a_pause_that_ends_by_itself_is_what_happens_next(rules: RuleHarness) -> None:
+def test_the_end_of_a_pause_is_the_next_event(rules: RuleHarness) -> None:
     rules.create()
     rules.create("b", expires_at=NOW + MINUTE_MS)
     rules.accept(Pause(name="default", reason="deploy", until=NOW + HOUR_MS), by="admin")
@@ -236,7 +236,7 @@ def test_a_pause_of_an_older_store_says_that_its_origin_is_unknown(rules: RuleHa
     assert view.do[0].startswith("If the operator who paused it no longer needs the pause:")
 
 
-def test_what_brought_it_back(rules: RuleHarness) -> None:
+def test_the_previous_attempt_is_explained(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=2)
     rules.accept(Release(id="a", lock_id=lock_id))
     assert why(rules).because.endswith("Its last grant, to worker w-1, ended by release.")
@@ -246,7 +246,7 @@ def test_what_brought_it_back(rules: RuleHarness) -> None:
     assert why(rules, "b").because.endswith("Other jobs come first.")
 
 
-def test_in_the_hands_of_a_worker(rules: RuleHarness) -> None:
+def test_a_processing_job_names_its_worker(rules: RuleHarness) -> None:
     lock_id = rules.held(worker="w-7")
     rules.progress(lock_id, 45)
     rules.advance(MINUTE_MS)
@@ -303,7 +303,7 @@ def test_the_worker_of_an_expired_lock_is_silent(rules: RuleHarness) -> None:
         rules.accept(Recover(limit=1))
 
 
-def test_past_the_ceiling_nobody_is_told_to_report(rules: RuleHarness) -> None:
+def test_past_the_ceiling_no_report_is_suggested(rules: RuleHarness) -> None:
     rules.held(max_processing_ms=TTL)
     rules.advance(TTL)
     because = why(rules).because
@@ -322,7 +322,7 @@ def test_the_ceiling_is_named(rules: RuleHarness) -> None:
     )
 
 
-def test_the_ceiling_that_holds_is_that_of_the_grant(rules: RuleHarness) -> None:
+def test_the_ceiling_of_the_grant_is_shown(rules: RuleHarness) -> None:
     rules.create("a")
     lock_id = rules.start("a", max_processing_ms=0)
     assert why(rules).because.endswith(" This grant has no ceiling (max_processing_ms 0).")
@@ -334,7 +334,7 @@ def test_the_ceiling_that_holds_is_that_of_the_grant(rules: RuleHarness) -> None
     assert "ceiling" not in why(rules).because
 
 
-def test_a_job_that_is_released_again_and_again(rules: RuleHarness) -> None:
+def test_repeated_releases_are_explained(rules: RuleHarness) -> None:
     rules.create()
 
     def release(**fields: Any) -> str:
@@ -363,14 +363,14 @@ def test_a_job_that_is_released_again_and_again(rules: RuleHarness) -> None:
     assert "released" not in why(rules).because
 
 
-def test_a_row_of_releases_does_not_hide_an_expiry(rules: RuleHarness) -> None:
+def test_repeated_releases_do_not_hide_an_expiry(rules: RuleHarness) -> None:
     rules.create(expires_at=NOW + 500)
     for _ in range(5):
         rules.accept(Release(id="a", lock_id=rules.start()))
     assert at_and_rule(why(rules)) == (NOW + 500, "expires_at")
 
 
-def test_a_processing_row_that_nobody_holds(rules: RuleHarness) -> None:
+def test_a_processing_row_without_a_holder(rules: RuleHarness) -> None:
     rules.held()
     whole = rules.job()
     rules.row(replace(whole, grant=None, lease=None))
@@ -423,7 +423,9 @@ def test_finished(rules: RuleHarness) -> None:
         (Import(id="b", status="completed"), "admin", "It was imported as completed by an operator; that is final."),
     ],
 )  # fmt: skip
-def test_by_whom_it_was_ended_and_why(rules: RuleHarness, command: Any, by: str, said: str) -> None:
+def test_the_operator_who_ended_a_job_is_named_with_the_reason(
+    rules: RuleHarness, command: Any, by: str, said: str
+) -> None:
     rules.create()
     rules.accept(command, by=by)
     answer = rules.ask(Why(id=command.id))
@@ -432,14 +434,14 @@ def test_by_whom_it_was_ended_and_why(rules: RuleHarness, command: Any, by: str,
     assert ending(rules.job(command.id), rules.events) == said
 
 
-def test_by_which_worker_it_was_ended(rules: RuleHarness) -> None:
+def test_the_worker_that_ended_a_job_is_named(rules: RuleHarness) -> None:
     rules.completed()
     assert ending(rules.job(), rules.events) == "It was completed by worker w-1; that is final."
     rules.accept(Fail(id="b", lock_id=rules.held("b"), error_message="boom"), by="worker:w-1")
     assert ending(rules.job("b"), rules.events) == "It failed at worker w-1: boom"
 
 
-def test_what_comes_after_the_end_ended_nothing(rules: RuleHarness) -> None:
+def test_events_after_the_end_are_ignored(rules: RuleHarness) -> None:
     """A late result, and who adopted it."""
     lock_id = rules.held()
     rules.accept(Cancel(id="a", reason="stop"), by="admin:ana")
@@ -452,7 +454,7 @@ def test_what_comes_after_the_end_ended_nothing(rules: RuleHarness) -> None:
     assert ending(rules.job(), rules.events) == adopted
 
 
-def test_of_a_stall_the_message_says_all(rules: RuleHarness) -> None:
+def test_the_message_of_a_stall_is_enough(rules: RuleHarness) -> None:
     rules.held(on_stall="fail", stuck_after_ms=0)
     rules.advance(HOUR_MS)
     rules.accept(Recover(limit=9), by="recovery")
@@ -460,14 +462,14 @@ def test_of_a_stall_the_message_says_all(rules: RuleHarness) -> None:
     assert why(rules).because.startswith("It failed: Worker w-1 reported no progress for 30 min")
 
 
-def test_only_of_finished_jobs_the_timeline_is_asked(rules: RuleHarness) -> None:
+def test_the_timeline_is_read_only_for_finished_jobs(rules: RuleHarness) -> None:
     rules.create()
     answer = rules.ask(Why(id="a"))
     assert isinstance(answer, Response)
     assert answer.read is None
 
 
-def test_rows_from_elsewhere(rules: RuleHarness) -> None:
+def test_imported_and_invalid_rows_are_explained(rules: RuleHarness) -> None:
     rules.accept(Import(id="a", status="failed"))
     assert why(rules).because == "It failed: no error message was recorded."
     rules.row(replace(rules.job(), expires_at=None))
@@ -478,7 +480,7 @@ def test_rows_from_elsewhere(rules: RuleHarness) -> None:
     assert "doctor --accept" in view.do[0]
 
 
-def test_every_unfinished_job_has_a_next_thing(rules: RuleHarness) -> None:
+def test_every_unfinished_job_has_a_next_event(rules: RuleHarness) -> None:
     """Nothing is stuck for ever: at a known time, by a named rule; an operator's pause is the one exception."""
     rules.create("waiting")
     rules.create("delayed", delay_ms=5)

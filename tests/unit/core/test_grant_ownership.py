@@ -99,9 +99,7 @@ WRITTEN: list[tuple[Any, str, tuple[Any, ...]]] = [
 
 
 @pytest.mark.parametrize(("command", "by", "written"), WRITTEN, ids=lambda part: type(part).__name__)
-def test_the_journal_says_what_was_done_by_whom_and_why(
-    rules: RuleHarness, command: Any, by: str, written: Any
-) -> None:
+def test_events_have_author_reason_and_details(rules: RuleHarness, command: Any, by: str, written: Any) -> None:
     lock_id = rules.held(max_attempts=2)
     if hasattr(command, "lock_id"):
         command = replace(command, lock_id=lock_id)
@@ -110,7 +108,7 @@ def test_the_journal_says_what_was_done_by_whom_and_why(
     assert (event.at, event.job_seq, event.job_id, event.queue, event.before) == (NOW, 1, "a", "default", "processing")
 
 
-def test_the_journal_says_how_a_job_began_waited_and_went(rules: RuleHarness) -> None:
+def test_the_events_of_creation_wait_and_deletion(rules: RuleHarness) -> None:
     rules.accept(Create(id="a", queue="q", delay_ms=5), by="client")
     rules.accept(RunNow(id="a"), by="admin")
     rules.accept(Start(id="a", worker="w-1", lock_ttl_ms=3_000))
@@ -134,7 +132,7 @@ def test_the_journal_says_how_a_job_began_waited_and_went(rules: RuleHarness) ->
 # -- who may speak ----------------------------------------------------------------------------------------------------
 
 
-def test_an_older_grant_is_refused(rules: RuleHarness) -> None:
+def test_an_older_grant_is_rejected(rules: RuleHarness) -> None:
     old = rules.held()
     rules.advance(TTL)
     rules.start(worker="w-2")
@@ -178,7 +176,7 @@ def test_a_queued_job_has_no_holder(rules: RuleHarness) -> None:
         (EndGrants(ids=["a"], last=True), "restored", "restore"),
     ],
 )
-def test_a_grant_that_others_ended_is_lost(rules: RuleHarness, end: Any, reason: str, rule: str) -> None:
+def test_a_grant_ended_by_others_is_lost(rules: RuleHarness, end: Any, reason: str, rule: str) -> None:
     lock_id = rules.held()
     rules.accept(end, admin=True, by="admin")
     for command in holder_commands(lock_id):
@@ -194,7 +192,7 @@ ENDINGS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("verb", ENDINGS)
-def test_a_repeated_ending_is_answered_with_the_job_as_it_is(rules: RuleHarness, verb: str) -> None:
+def test_a_repeated_ending_returns_the_current_job(rules: RuleHarness, verb: str) -> None:
     lock_id = rules.held(max_attempts=2)
     ending = replace(ENDINGS[verb], lock_id=lock_id)
     assert rules.accept(ending).repeated is msgspec.UNSET
@@ -229,7 +227,7 @@ def test_another_ending_after_the_first_changes_nothing(rules: RuleHarness, verb
     assert refusal.message == f"This grant of job a already ended by {verb}; {second} changes nothing."
 
 
-def test_the_next_ended_grant_takes_the_place_of_the_last(rules: RuleHarness) -> None:
+def test_the_next_ended_grant_replaces_the_previous_one(rules: RuleHarness) -> None:
     first = rules.held()
     rules.accept(Release(id="a", lock_id=first))
     rules.accept(Release(id="a", lock_id=rules.start()))
@@ -252,9 +250,7 @@ def test_completed_is_final(rules: RuleHarness) -> None:
 
 
 @pytest.mark.parametrize("missing", [{"lease": None}, {"grant": None}, {"grant": None, "lease": None}])
-def test_a_processing_row_without_all_of_its_lock_is_held_by_nobody(
-    rules: RuleHarness, missing: dict[str, Any]
-) -> None:
+def test_a_processing_row_without_a_complete_lock_has_no_holder(rules: RuleHarness, missing: dict[str, Any]) -> None:
     lock_id = rules.held()
     rules.row(replace(rules.job(), **missing))
     for command in holder_commands(lock_id):
@@ -263,7 +259,7 @@ def test_a_processing_row_without_all_of_its_lock_is_held_by_nobody(
         rules.reject(Undelivered(id="a", lock_id=lock_id), "lock_lost")
 
 
-def test_a_lock_on_a_job_that_nobody_processes_lets_nobody_speak(rules: RuleHarness) -> None:
+def test_a_lock_on_a_job_that_is_not_processing_is_not_accepted(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.book.suspects[1] = "a"
     rules.row(replace(rules.job(), status="queued"))
@@ -271,7 +267,7 @@ def test_a_lock_on_a_job_that_nobody_processes_lets_nobody_speak(rules: RuleHarn
         rules.reject(command, "lock_lost")
 
 
-def test_a_request_is_told_from_others_by_a_hash_of_all_that_it_says() -> None:
+def test_requests_are_distinguished_by_a_hash_of_all_fields() -> None:
     hashes = {worker_rules.digest(Create(**fields)) for fields in ({}, {"id": "a"}, {"id": "b"}, {"priority": 1})}
     assert len(hashes) == 4
     assert worker_rules.digest(Create(id="a")) == worker_rules.digest(Create(id="a", queue="default"))
@@ -288,7 +284,7 @@ def test_a_request_is_told_from_others_by_a_hash_of_all_that_it_says() -> None:
         (Release(id="a", lock_id="l"), "5d6df6a6a3d543f07a07dc2ef429c2a2"),
     ],
 )
-def test_a_request_that_is_repeated_after_an_upgrade_has_the_hash_that_is_stored(command: Any, digest: str) -> None:
+def test_the_hash_of_a_request_does_not_change_with_an_upgrade(command: Any, digest: str) -> None:
     """The hashes are on the disk: a new field that a request does not give must not change them."""
     assert worker_rules.digest(command) == digest
 

@@ -75,7 +75,7 @@ def advice(rules: RuleHarness) -> list[str]:
 # -- kept -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_late_complete_brings_is_kept(rules: RuleHarness) -> None:
+def test_the_result_of_a_late_complete_is_stored(rules: RuleHarness) -> None:
     lock_id = stalled(rules)
     asked = completing(
         lock_id, download_url="u", storage_key="k/1", metadata=Raw(b'{"a":1}'), expires_at=rules.now + DAY_MS
@@ -94,14 +94,14 @@ def test_what_a_late_complete_brings_is_kept(rules: RuleHarness) -> None:
     assert kept.result == Result("u", "/out", "k/1", Raw(b'{"a":1}'))
 
 
-def test_a_repeat_adds_nothing_and_is_told_the_same(rules: RuleHarness) -> None:
+def test_a_repeat_adds_nothing_and_gets_the_same_error(rules: RuleHarness) -> None:
     lock_id = stalled(rules)
     first = late(rules, completing(lock_id))
     assert late(rules, completing(lock_id), kept=False) == first
     assert len(rules.late()) == 1
 
 
-def test_of_each_grant_the_first_word_counts(rules: RuleHarness) -> None:
+def test_only_the_first_late_complete_of_a_grant_counts(rules: RuleHarness) -> None:
     lock_id = stalled(rules)
     late(rules, completing(lock_id))
     refusal = late(rules, completing(lock_id, file_path="/other"), kept=False, told=True)
@@ -110,7 +110,7 @@ def test_of_each_grant_the_first_word_counts(rules: RuleHarness) -> None:
     assert [kept.result.file_path for kept in rules.late()] == ["/out"]
 
 
-def test_a_lock_that_was_no_grant_of_this_job_leaves_nothing(rules: RuleHarness) -> None:
+def test_an_unknown_lock_leaves_nothing(rules: RuleHarness) -> None:
     stalled(rules)
     others = rules.held("b")
     for lock_id in ("never-one", others):
@@ -120,7 +120,7 @@ def test_a_lock_that_was_no_grant_of_this_job_leaves_nothing(rules: RuleHarness)
     assert rules.last().type == "created"
 
 
-def test_an_older_grant_is_known_by_the_journal(rules: RuleHarness) -> None:
+def test_an_older_grant_is_found_in_the_journal(rules: RuleHarness) -> None:
     old = stalled(rules, worker="w-old")
     rules.start(worker="w-new")
     latest = rules.job().grant
@@ -134,14 +134,14 @@ def test_an_older_grant_is_known_by_the_journal(rules: RuleHarness) -> None:
     assert [kept.worker for kept in rules.late()] == ["w-old", "w-new"]
 
 
-def test_while_another_holds_the_job_that_is_said(rules: RuleHarness) -> None:
+def test_the_error_names_the_current_holder(rules: RuleHarness) -> None:
     old = stalled(rules)
     rules.start(worker="w-2")
     late(rules, completing(old))
     assert "worker w-2 holds the job" in (rules.last().reason or "")
 
 
-def test_also_beside_a_completed_job(rules: RuleHarness) -> None:
+def test_a_completed_job_can_get_late_results(rules: RuleHarness) -> None:
     old = stalled(rules)
     lock_id = rules.start(worker="w-2")
     rules.accept(completing(lock_id, file_path="/first"))
@@ -150,7 +150,7 @@ def test_also_beside_a_completed_job(rules: RuleHarness) -> None:
     assert advice(rules) == []
 
 
-def test_of_a_job_only_the_latest_grants_are_kept_and_none_comes_back(rules: RuleHarness) -> None:
+def test_only_the_results_of_the_latest_grants_are_stored_and_replaced_ones_do_not_return(rules: RuleHarness) -> None:
     locks = [stalled(rules, max_stalls=20)]
     for _ in range(MAX_LATE_RESULTS):
         locks.append(rules.start())
@@ -163,7 +163,7 @@ def test_of_a_job_only_the_latest_grants_are_kept_and_none_comes_back(rules: Rul
     assert [kept.fencing_token for kept in rules.late()] == rules.tokens[1:]
 
 
-def test_one_between_those_that_are_kept_takes_the_place_of_the_oldest(rules: RuleHarness) -> None:
+def test_a_result_between_stored_ones_replaces_the_oldest(rules: RuleHarness) -> None:
     locks = [stalled(rules, max_stalls=20)]
     for _ in range(MAX_LATE_RESULTS):
         locks.append(rules.start())
@@ -175,7 +175,7 @@ def test_one_between_those_that_are_kept_takes_the_place_of_the_oldest(rules: Ru
     assert [kept.fencing_token for kept in rules.late()] == rules.tokens[1:]
 
 
-def test_a_grant_before_all_that_are_kept_is_kept_while_there_is_room(rules: RuleHarness) -> None:
+def test_a_result_of_an_older_grant_is_stored_while_there_is_space(rules: RuleHarness) -> None:
     locks = [stalled(rules)]
     locks.append(rules.start())
     rules.advance(LONG)
@@ -186,7 +186,7 @@ def test_a_grant_before_all_that_are_kept_is_kept_while_there_is_room(rules: Rul
 
 
 @pytest.mark.parametrize(("size", "kept"), [(100, True), (101, False)])
-def test_metadata_has_its_limit(size: int, kept: bool) -> None:
+def test_late_metadata_is_limited(size: int, kept: bool) -> None:
     rules = RuleHarness(Policy(late_bytes=100))
     lock_id = stalled(rules)
     metadata = Raw(b'"' + b"x" * (size - 2) + b'"')
@@ -194,25 +194,25 @@ def test_metadata_has_its_limit(size: int, kept: bool) -> None:
     assert ("late_result" in refusal.details) == kept
 
 
-def test_a_key_that_may_name_nothing_is_not_kept(rules: RuleHarness) -> None:
+def test_a_result_with_an_invalid_storage_key_is_not_stored(rules: RuleHarness) -> None:
     lock_id = stalled(rules)
     late(rules, completing(lock_id, storage_key="../up"), kept=False, told=True)
 
 
-def test_an_empty_result_says_that_the_work_is_done(rules: RuleHarness) -> None:
+def test_an_empty_late_result_is_stored(rules: RuleHarness) -> None:
     lock_id = stalled(rules)
     late(rules, Complete(id="a", lock_id=lock_id, metadata=Raw(b"null")))
     assert rules.late()[0].result == Result()
     assert rules.accept(Adopt(id="a"), admin=True).status == "completed"
 
 
-def test_a_row_in_nobodys_hands_leaves_nothing(rules: RuleHarness) -> None:
+def test_a_row_without_a_grant_leaves_nothing(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.row(replace(rules.job(), lease=None))
     late(rules, completing(lock_id), kept=False)
 
 
-def test_a_lock_that_ends_in_the_batch_of_its_complete_leaves_its_result(rules: RuleHarness) -> None:
+def test_a_lock_that_ends_in_the_same_batch_leaves_its_result(rules: RuleHarness) -> None:
     """Before the batch it was not late: nobody looked what the disk has of the job."""
     lock_id = rules.held()
     rules.accept(ForceReset(id="a"), admin=True)
@@ -232,25 +232,25 @@ def test_a_lock_that_ends_in_the_batch_of_its_complete_leaves_its_result(rules: 
         ("keep", {"other": "drop"}, True),
     ],
 )
-def test_a_queue_may_have_its_own_policy(policy: LatePolicy, queues: dict[str, LatePolicy], kept: bool) -> None:
+def test_a_queue_can_have_its_own_policy(policy: LatePolicy, queues: dict[str, LatePolicy], kept: bool) -> None:
     rules = RuleHarness(Policy(late_results=policy, late_queues=queues))
     late(rules, completing(stalled(rules)), kept=kept, told=not kept)
 
 
-def test_a_release_of_an_operator_leaves_the_worker_its_word(rules: RuleHarness) -> None:
+def test_a_worker_can_complete_after_an_operator_released_its_lock(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.accept(ReleaseLock(id="a", lock_id=lock_id), admin=True)
     late(rules, completing(lock_id))
 
 
-def test_what_a_holder_has_ended_itself_is_no_late_result(rules: RuleHarness) -> None:
+def test_a_grant_ended_by_its_holder_has_no_late_result(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=2)
     rules.accept(Fail(id="a", lock_id=lock_id, error_message="e"))
     rules.reject(completing(lock_id), "invalid_transition")
     assert rules.late() == []
 
 
-def test_a_deleted_job_takes_them_along(rules: RuleHarness) -> None:
+def test_late_results_are_deleted_with_the_job(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.accept(ForceFail(id="a"), admin=True)
     late(rules, completing(lock_id))
@@ -262,7 +262,7 @@ def test_a_deleted_job_takes_them_along(rules: RuleHarness) -> None:
 # -- taken at once ----------------------------------------------------------------------------------------------------
 
 
-def test_left_alone_since_it_is_taken() -> None:
+def test_the_result_for_an_unclaimed_job_is_adopted() -> None:
     rules = taking()
     lock_id = stalled(rules)
     view: JobView = rules.accept(completing(lock_id, expires_at=rules.now + 7))
@@ -277,7 +277,7 @@ def test_left_alone_since_it_is_taken() -> None:
     rules.reject(completing(lock_id, file_path="/other"), "invalid_transition")
 
 
-def test_what_it_leaves_is_what_a_complete_in_time_leaves() -> None:
+def test_an_adopted_result_is_like_a_complete_in_time() -> None:
     """So that whatever is called next with that lock hears the same."""
     in_time, rules = taking(), taking()
     asked = completing(in_time.held())
@@ -293,7 +293,7 @@ def test_what_it_leaves_is_what_a_complete_in_time_leaves() -> None:
     assert told.details == {"status": "completed", "ended_by": "complete", "ended_at": rules.now}
 
 
-def test_also_where_the_stall_has_failed_it() -> None:
+def test_a_job_that_failed_by_the_stall_is_adopted_too() -> None:
     rules = taking()
     lock_id = rules.held(on_stall="fail")
     rules.advance(LONG)
@@ -342,7 +342,7 @@ TOUCHES = [
 
 
 @pytest.mark.parametrize("touch", TOUCHES, ids=lambda touch: touch.__name__)
-def test_a_job_that_was_not_left_alone_keeps_it_for_an_operator(touch: Any) -> None:
+def test_the_result_for_a_changed_job_is_stored(touch: Any) -> None:
     rules = taking()
     lock_id = stalled(rules)
     touch(rules)
@@ -350,7 +350,7 @@ def test_a_job_that_was_not_left_alone_keeps_it_for_an_operator(touch: Any) -> N
 
 
 @pytest.mark.parametrize("touch", [touched_given, touched_cancelled], ids=lambda touch: touch.__name__)
-def test_nor_is_one_taken_that_has_failed_by_a_stall_before(touch: Any) -> None:
+def test_the_result_for_a_job_that_failed_by_an_earlier_stall_is_stored(touch: Any) -> None:
     """Its last error stays and looks like that of a job that nobody has touched since."""
     rules = taking()
     rules.held(on_stall="fail")
@@ -365,7 +365,7 @@ def test_nor_is_one_taken_that_has_failed_by_a_stall_before(touch: Any) -> None:
     late(rules, completing(lock_id))
 
 
-def test_a_row_that_has_lost_its_error_or_its_last_grant_is_left_to_an_operator() -> None:
+def test_the_result_for_a_row_without_error_or_last_grant_is_stored() -> None:
     """Hands leave such rows, and a worker must not be told that jobd is broken."""
     rules = taking()
     lock_id = rules.held(on_stall="fail")
@@ -378,7 +378,7 @@ def test_a_row_that_has_lost_its_error_or_its_last_grant_is_left_to_an_operator(
     late(rules, completing(lock_id))
 
 
-def test_a_reset_within_the_same_millisecond_is_noticed() -> None:
+def test_a_reset_within_the_same_millisecond_is_detected() -> None:
     rules = taking()
     lock_id = rules.held(on_stall="fail")
     rules.advance(LONG)
@@ -387,7 +387,7 @@ def test_a_reset_within_the_same_millisecond_is_noticed() -> None:
     late(rules, completing(lock_id))
 
 
-def test_an_older_grant_is_not_taken() -> None:
+def test_the_result_of_an_older_grant_is_stored() -> None:
     rules = taking()
     old = stalled(rules)
     rules.start(worker="w-2")
@@ -396,21 +396,21 @@ def test_an_older_grant_is_not_taken() -> None:
     late(rules, completing(old))
 
 
-def test_a_job_that_nobody_wants_any_more_is_not_taken() -> None:
+def test_the_result_for_an_overdue_job_is_stored() -> None:
     rules = taking()
     lock_id = stalled(rules, expires_at=NOW + LONG + 5)
     rules.advance(5)
     late(rules, completing(lock_id))
 
 
-def test_a_grant_that_an_operator_ended_is_not_taken() -> None:
+def test_the_result_of_a_grant_that_an_operator_ended_is_stored() -> None:
     rules = taking()
     lock_id = rules.held()
     rules.accept(ForceReset(id="a"), admin=True)
     late(rules, completing(lock_id))
 
 
-def test_nor_where_the_job_has_stalled_before() -> None:
+def test_the_result_for_a_job_that_stalled_before_is_stored() -> None:
     rules = taking()
     stalled(rules)
     lock_id = rules.start(worker="w-2")
@@ -418,7 +418,7 @@ def test_nor_where_the_job_has_stalled_before() -> None:
     late(rules, completing(lock_id))
 
 
-def test_what_may_not_complete_a_job_is_kept() -> None:
+def test_a_result_that_may_not_complete_the_job_is_stored() -> None:
     rules = taking(require_download_url=True)
     refusal = late(rules, completing(stalled(rules)))
     assert [kept.result.file_path for kept in rules.late()] == ["/out"]
@@ -435,7 +435,7 @@ def test_what_may_not_complete_a_job_is_kept() -> None:
 # -- adopted ----------------------------------------------------------------------------------------------------------
 
 
-def test_an_operator_adopts_it(rules: RuleHarness) -> None:
+def test_an_operator_adopts_a_late_result(rules: RuleHarness) -> None:
     asked = completing(stalled(rules), metadata=Raw(b"[1]"))
     late(rules, asked)
     (result,) = rules.late()
@@ -449,7 +449,7 @@ def test_an_operator_adopts_it(rules: RuleHarness) -> None:
 
 
 @pytest.mark.parametrize("status", ["queued", "failed", "cancelled"])
-def test_from_every_status_that_may_lead_there(rules: RuleHarness, status: str) -> None:
+def test_adoption_from_every_allowed_status(rules: RuleHarness, status: str) -> None:
     late(rules, completing(stalled(rules)))
     if status == "failed":
         rules.accept(ForceFail(id="a"), admin=True)
@@ -461,7 +461,7 @@ def test_from_every_status_that_may_lead_there(rules: RuleHarness, status: str) 
 
 
 @pytest.mark.parametrize("named", ["the older", "the newer", "none"])
-def test_the_one_that_is_named_or_that_of_the_latest_grant(rules: RuleHarness, named: str) -> None:
+def test_the_named_result_or_that_of_the_latest_grant_is_adopted(rules: RuleHarness, named: str) -> None:
     old = stalled(rules)
     new = rules.start(worker="w-2")
     rules.advance(LONG)
@@ -476,7 +476,7 @@ def test_the_one_that_is_named_or_that_of_the_latest_grant(rules: RuleHarness, n
     assert rules.job().result == Result(file_path="/old" if named == "the older" else "/new")
 
 
-def test_where_somebody_holds_it_that_is_said(rules: RuleHarness) -> None:
+def test_a_processing_job_cannot_adopt_and_the_error_names_its_holder(rules: RuleHarness) -> None:
     late(rules, completing(stalled(rules)))
     rules.start(worker="w-2")
     refusal = rules.reject(Adopt(id="a"), "invalid_transition", admin=True)
@@ -495,7 +495,7 @@ def test_completed_is_final(rules: RuleHarness) -> None:
     assert refusal.details == {"status": "completed", "to": "completed", "allowed": []}
 
 
-def test_a_job_that_is_created_in_the_same_batch_has_none(rules: RuleHarness) -> None:
+def test_a_job_created_in_the_same_batch_has_no_late_results(rules: RuleHarness) -> None:
     """Before the batch it was not there: nobody looked what the disk has of it."""
     rules.create()
     rules.book.late = LateResultRows()
@@ -504,7 +504,7 @@ def test_a_job_that_is_created_in_the_same_batch_has_none(rules: RuleHarness) ->
     assert refusal.code == "late_result_not_found"
 
 
-def test_there_has_to_be_one(rules: RuleHarness) -> None:
+def test_adoption_needs_a_late_result(rules: RuleHarness) -> None:
     rules.create()
     refusal = rules.reject(Adopt(id="a"), "late_result_not_found", admin=True)
     assert (refusal.status, refusal.details) == (404, {"job_id": "a"})
@@ -512,7 +512,7 @@ def test_there_has_to_be_one(rules: RuleHarness) -> None:
     rules.reject(Adopt(id="b"), "job_not_found", admin=True)
 
 
-def test_what_every_completed_job_must_have_it_must_have() -> None:
+def test_adoption_checks_the_required_download_url() -> None:
     rules = RuleHarness()
     late(rules, completing(stalled(rules)))
     rules.policy = Policy(require_download_url=True)
@@ -529,7 +529,7 @@ def test_what_every_completed_job_must_have_it_must_have() -> None:
     assert rules.accept(Adopt(id="a"), admin=True).status == "completed"
 
 
-def test_of_several_one_that_may_complete_the_job_is_adopted() -> None:
+def test_a_late_result_that_may_complete_the_job_can_be_chosen() -> None:
     rules = RuleHarness(Policy(require_download_url=True))
     locks = [stalled(rules), rules.start()]
     rules.accept(ForceReset(id="a"), admin=True)
@@ -541,7 +541,7 @@ def test_of_several_one_that_may_complete_the_job_is_adopted() -> None:
     assert rules.accept(Adopt(id="a", result=good.seq), admin=True).download_url == "u"
 
 
-def test_a_dry_run_is_answered_as_if_it_were_done_and_nothing_is(rules: RuleHarness) -> None:
+def test_a_dry_run_of_an_adoption_changes_nothing(rules: RuleHarness) -> None:
     rules.reject(Adopt(id="a", dry_run=True), "job_not_found", admin=True)
     late(rules, completing(stalled(rules)))
     before = rules.job()
@@ -553,9 +553,7 @@ def test_a_dry_run_is_answered_as_if_it_were_done_and_nothing_is(rules: RuleHarn
 
 
 @pytest.mark.parametrize(("ahead", "used"), [(1, True), (0, False), (-1, False)])
-def test_the_time_of_deletion_that_was_asked_for_counts_if_it_is_ahead(
-    rules: RuleHarness, ahead: int, used: bool
-) -> None:
+def test_the_requested_deletion_time_counts_if_it_is_in_the_future(rules: RuleHarness, ahead: int, used: bool) -> None:
     asked = completing(stalled(rules), expires_at=rules.now + 10)
     late(rules, asked)
     rules.advance(10 - ahead)
@@ -566,7 +564,7 @@ def test_the_time_of_deletion_that_was_asked_for_counts_if_it_is_ahead(
 # -- looked at --------------------------------------------------------------------------------------------------------
 
 
-def test_they_are_listed_from_the_disk(rules: RuleHarness) -> None:
+def test_late_results_are_read_from_the_storage(rules: RuleHarness) -> None:
     rules.create()
     answer = rules.ask(LateResults(id="a"), admin=True)
     assert isinstance(answer, Response)
@@ -574,14 +572,14 @@ def test_they_are_listed_from_the_disk(rules: RuleHarness) -> None:
     assert answer.data == LateResultList([])
 
 
-def test_why_says_what_to_do_with_one(rules: RuleHarness) -> None:
+def test_why_suggests_to_adopt_a_late_result(rules: RuleHarness) -> None:
     late(rules, completing(stalled(rules, worker="w-7")))
     assert advice(rules)[0] == "Worker w-7 submitted a late result. To adopt it: jobctl adopt a"
     rules.start(worker="w-2")
     assert advice(rules)[0].endswith("To adopt it: jobctl force-fail a, then jobctl adopt a")
 
 
-def test_why_promises_no_adoption_that_would_be_refused(rules: RuleHarness) -> None:
+def test_why_does_not_suggest_an_adoption_that_would_be_rejected(rules: RuleHarness) -> None:
     late(rules, completing(stalled(rules, worker="w-7")))
     rules.policy = Policy(require_download_url=True)
     lacks = (
@@ -602,7 +600,7 @@ def test_why_promises_no_adoption_that_would_be_refused(rules: RuleHarness) -> N
     assert advice(rules)[0] == "Worker w-8 submitted a late result. To adopt it: jobctl adopt a"
 
 
-def test_why_names_the_late_result_that_can_be_adopted_where_it_is_not_the_latest() -> None:
+def test_why_names_the_late_result_that_can_be_adopted_even_if_it_is_not_the_latest() -> None:
     rules = RuleHarness(Policy(require_download_url=True))
     locks = [stalled(rules, worker="w-7"), rules.start(worker="w-8")]
     rules.accept(ForceReset(id="a"), admin=True)
@@ -612,7 +610,7 @@ def test_why_names_the_late_result_that_can_be_adopted_where_it_is_not_the_lates
     assert advice(rules)[0] == f"Worker w-7 submitted a late result. To adopt it: {named}"
 
 
-def test_of_several_the_one_of_the_latest_grant_is_named_before_all_other_advice(rules: RuleHarness) -> None:
+def test_why_first_names_the_late_result_of_the_latest_grant(rules: RuleHarness) -> None:
     locks = [stalled(rules, worker="w-7"), rules.start(worker="w-8")]
     held = advice(rules)
     rules.advance(LONG)
@@ -625,7 +623,7 @@ def test_of_several_the_one_of_the_latest_grant_is_named_before_all_other_advice
     assert advice(rules)[1:] == held
 
 
-def test_what_has_to_be_read_before_a_decision(rules: RuleHarness) -> None:
+def test_the_late_results_to_read_before_a_decision(rules: RuleHarness) -> None:
     def asks(command: Any) -> Any:
         return late_result_rules.asks(rules.book, command, rules.policy)
 
@@ -651,7 +649,7 @@ def test_what_has_to_be_read_before_a_decision(rules: RuleHarness) -> None:
     assert asks(Complete(id="c", lock_id=other)) is None, "it repeats what its holder said"
 
 
-def test_a_draft_numbers_what_it_keeps(rules: RuleHarness) -> None:
+def test_a_draft_numbers_late_results(rules: RuleHarness) -> None:
     """Two notes of one decision would have two numbers."""
     late(rules, completing(stalled(rules)))
     draft = Draft(rules.book, Call(Get(id="a")), rules.moment, rules.policy)
@@ -696,7 +694,9 @@ def dropping() -> RuleHarness:
 
 
 @pytest.mark.parametrize("verb", CALLS)
-def test_the_first_refused_call_of_an_ended_grant_is_told_with_what_it_said(dropping: RuleHarness, verb: str) -> None:
+def test_the_first_rejected_call_of_an_ended_grant_is_recorded_with_its_content(
+    dropping: RuleHarness, verb: str
+) -> None:
     rules = dropping
     lock_id = rules.held()
     rules.accept(ForceFail(id="a"), admin=True)
@@ -714,7 +714,7 @@ def test_the_first_refused_call_of_an_ended_grant_is_told_with_what_it_said(drop
     assert event.changes is None
 
 
-def test_what_a_refused_call_has_not_said_is_not_told(dropping: RuleHarness) -> None:
+def test_absent_fields_of_a_rejected_call_are_not_recorded(dropping: RuleHarness) -> None:
     lock_id = dropping.held()
     dropping.accept(ForceFail(id="a"), admin=True)
     late(dropping, call("progress", lock_id, message=None), kept=False, told=True)
@@ -722,7 +722,7 @@ def test_what_a_refused_call_has_not_said_is_not_told(dropping: RuleHarness) -> 
     assert dropping.last().details == told
 
 
-def test_of_each_verb_one_is_told_however_often_it_is_said(dropping: RuleHarness) -> None:
+def test_one_rejected_call_of_each_verb_is_recorded(dropping: RuleHarness) -> None:
     rules = dropping
     lock_id = stalled(rules)
     for number in range(3):
@@ -734,7 +734,7 @@ def test_of_each_verb_one_is_told_however_often_it_is_said(dropping: RuleHarness
     assert [event.type for event in rules.events].count("late_call") == len(CALLS)
 
 
-def test_each_grant_is_told_of_by_itself_and_a_holder_beside_it_is_named(rules: RuleHarness) -> None:
+def test_rejected_calls_are_recorded_per_grant_and_name_the_holder(rules: RuleHarness) -> None:
     first = stalled(rules)
     late(rules, call("extend", first), kept=False, told=True)
     second = rules.start(worker="w-2")
@@ -747,7 +747,7 @@ def test_each_grant_is_told_of_by_itself_and_a_holder_beside_it_is_named(rules: 
     late(rules, call("extend", first), kept=False)  # memory does not know it any more
 
 
-def test_nobody_who_never_held_the_job_writes_into_its_journal(rules: RuleHarness) -> None:
+def test_calls_with_unknown_locks_are_not_recorded(rules: RuleHarness) -> None:
     stalled(rules)
     others = rules.held("b")
     rules.accept(ForceFail(id="b"), admin=True)
@@ -759,7 +759,7 @@ def test_nobody_who_never_held_the_job_writes_into_its_journal(rules: RuleHarnes
     assert rules.last().type == "created"
 
 
-def test_what_a_holder_has_ended_itself_is_told_already(rules: RuleHarness) -> None:
+def test_calls_of_a_grant_that_its_holder_ended_are_not_recorded(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.accept(call("fail", lock_id))
     before = len(rules.events)
@@ -770,7 +770,7 @@ def test_what_a_holder_has_ended_itself_is_told_already(rules: RuleHarness) -> N
     assert len(rules.events) == before
 
 
-def test_what_operators_ask_with_an_old_lock_is_no_call_of_its_worker(rules: RuleHarness) -> None:
+def test_calls_of_operators_with_an_old_lock_are_not_recorded(rules: RuleHarness) -> None:
     lock_id = stalled(rules)
     before = len(rules.events)
     rules.reject(ExtendLock(id="a", lock_id=lock_id), "lock_lost", admin=True)
@@ -779,14 +779,14 @@ def test_what_operators_ask_with_an_old_lock_is_no_call_of_its_worker(rules: Rul
     assert len(rules.events) == before
 
 
-def test_a_complete_that_is_kept_or_taken_is_told_as_that(rules: RuleHarness) -> None:
+def test_a_stored_or_adopted_complete_is_not_recorded_as_a_late_call(rules: RuleHarness) -> None:
     late(rules, completing(stalled(rules)))
     rules = taking()
     rules.accept(completing(stalled(rules)))
     assert [event.type for event in rules.events][-1] == "adopted"
 
 
-def test_word_of_a_late_call_keeps_no_result_from_being_taken() -> None:
+def test_a_recorded_late_call_does_not_prevent_an_adoption() -> None:
     """The job was left alone: what its worker said meanwhile changed nothing."""
     rules = taking()
     lock_id = stalled(rules)
@@ -794,7 +794,7 @@ def test_word_of_a_late_call_keeps_no_result_from_being_taken() -> None:
     assert rules.accept(completing(lock_id)).status == "completed"
 
 
-def test_how_many_told_calls_are_remembered_has_a_limit(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_remembered_calls_is_bounded(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "LATE_CALLS_KEPT", 2)
     lock_id = stalled(rules)
     for verb in ("progress", "extend", "release"):

@@ -90,7 +90,7 @@ def test_how_a_stall_ends(
         assert job.error.message == recovered.details[0].reason
 
 
-def test_the_words_of_a_stall() -> None:
+def test_the_message_of_a_stall() -> None:
     rules = RuleHarness(lease=DAY_MS)
     rules.create()
     lock_id = rules.start(worker="w-7", lock_ttl_ms=1_000)
@@ -106,7 +106,7 @@ def test_the_words_of_a_stall() -> None:
     assert rules.last().details == {"worker": "w-7", "progress": 45, "stalls": 1}
 
 
-def test_a_stall_that_goes_back_says_why_too(rules: RuleHarness) -> None:
+def test_a_stall_that_requeues_the_job_has_a_reason(rules: RuleHarness) -> None:
     rules.held(max_attempts=2)
     rules.advance(TTL)
     rules.accept(Recover(limit=1))
@@ -114,7 +114,7 @@ def test_a_stall_that_goes_back_says_why_too(rules: RuleHarness) -> None:
     assert rules.last().details == {"worker": "w-1", "progress": 0, "stalls": 1}
 
 
-def test_a_stall_that_has_to_fail_says_so(rules: RuleHarness) -> None:
+def test_a_stall_with_on_stall_fail_says_so(rules: RuleHarness) -> None:
     rules.held(on_stall="fail")
     rules.advance(TTL)
     rules.accept(Recover(limit=1))
@@ -135,7 +135,7 @@ def test_without_a_grant_or_its_lease_a_job_is_stuck_at_once(rules: RuleHarness,
     assert stalled.details == {"worker": None if missing == "grant" else "w-1", "progress": 0, "stalls": 1}
 
 
-def test_a_poison_job_cannot_loop_for_ever(rules: RuleHarness) -> None:
+def test_a_poison_job_fails_in_the_end(rules: RuleHarness) -> None:
     rules.create(on_stall="requeue")
     for stalls in range(1, 4):
         rules.start()
@@ -168,7 +168,7 @@ def test_why_a_first_stall_fails_a_job(rules: RuleHarness, on_stall: Any, max_st
     assert said in (error.message or "")
 
 
-def test_past_the_ceiling_a_job_is_stuck_at_once_and_says_so(rules: RuleHarness) -> None:
+def test_past_the_ceiling_a_job_is_stuck_at_once(rules: RuleHarness) -> None:
     lock_id = rules.held(max_processing_ms=60_000, stuck_after_ms=HOUR_MS)
     rules.accept(Extend(id="a", lock_id=lock_id))
     rules.advance(60_000)
@@ -179,7 +179,7 @@ def test_past_the_ceiling_a_job_is_stuck_at_once_and_says_so(rules: RuleHarness)
     )
 
 
-def test_stuck_after_0_means_an_expired_lock_is_death(rules: RuleHarness) -> None:
+def test_with_stuck_after_0_a_job_is_stuck_when_its_lock_expires(rules: RuleHarness) -> None:
     rules.create()
     rules.start(lock_ttl_ms=60_000, stuck_after_ms=0)
     rules.advance(59_999)
@@ -229,7 +229,7 @@ def test_time_is_judged_when_a_command_is_applied(rules: RuleHarness) -> None:
         assert not decision.changes
 
 
-def test_a_lock_is_not_cleared_any_more_where_its_job_has_become_stuck(rules: RuleHarness) -> None:
+def test_the_lock_of_a_stuck_job_is_not_cleared(rules: RuleHarness) -> None:
     rules.held(stuck_after_ms=HOUR_MS, **no_ceiling())
     rules.advance(TTL)
     later = Moment(rules.now + HOUR_MS, rules.lease + HOUR_MS, NOW - rules.lease)
@@ -244,7 +244,7 @@ def test_a_live_lock_is_never_stuck(rules: RuleHarness) -> None:
     assert rules.accept(Recover(limit=1)).details == []
 
 
-def test_the_daemons_absence_is_credited(rules: RuleHarness) -> None:
+def test_deadlines_are_postponed_after_a_pause_of_the_daemon(rules: RuleHarness) -> None:
     rules.create("live", max_processing_ms=1_000)
     rules.start("live")
     rules.create("dead", **no_ceiling())
@@ -271,7 +271,7 @@ def test_the_daemons_absence_is_credited(rules: RuleHarness) -> None:
     assert rules.accept(ExtendAfterPause(ids=["calm"], grace_ms=30_000)).done == 0
 
 
-def test_a_lock_that_was_live_at_the_start_is_credited_however_long_the_disk_takes(rules: RuleHarness) -> None:
+def test_a_lock_that_was_live_at_the_start_is_extended_even_on_a_slow_disk(rules: RuleHarness) -> None:
     rules.held("a")
     rules.row(replace(rules.job("a"), lease=Lease(rules.lease + 5, rules.lease, None)))
     started = rules.lease
@@ -306,7 +306,7 @@ def test_queued_jobs_expire(rules: RuleHarness) -> None:
     assert rules.job("later").status == "queued"
 
 
-def test_the_creators_expiry_survives_a_release(rules: RuleHarness) -> None:
+def test_expires_at_survives_a_release(rules: RuleHarness) -> None:
     rules.create(expires_at=NOW + 10)
     lock_id = rules.start()
     rules.advance(10)
@@ -330,7 +330,7 @@ def test_deletion_by_age_is_judged_when_it_is_applied(rules: RuleHarness) -> Non
     assert rules.accept(DeleteExpired(ids=["young"])).done == 0
 
 
-def test_mending_applies_the_safe_fixes(rules: RuleHarness) -> None:
+def test_repair_applies_the_safe_fixes(rules: RuleHarness) -> None:
     bad = rules.completed("bad")
     rules.row(replace(bad, progress=40, finished_at=NOW - 5))
     rules.row(Job(90, "dead", replace(bad.options), "processing", NOW, NOW, NOW, progress=5, attempt=1))
@@ -349,7 +349,7 @@ def test_mending_applies_the_safe_fixes(rules: RuleHarness) -> None:
     assert 91 not in rules.checked
 
 
-def test_mending_counts_what_is_left_as_not_fixed(rules: RuleHarness) -> None:
+def test_repair_does_not_count_remaining_issues_as_fixed(rules: RuleHarness) -> None:
     rules.row(Job(91, "odd", Options(), "paused", NOW, NOW, NOW, progress=101))
     worked = rules.accept(RepairJobs(ids=["odd"]), by="cleanup")
     assert (worked.found, worked.done) == (2, 1)
@@ -360,16 +360,14 @@ def test_mending_counts_what_is_left_as_not_fixed(rules: RuleHarness) -> None:
 
 
 @pytest.mark.parametrize("missing", [None, "grant", "lease"])
-def test_mending_stalls_a_job_that_lacks_a_part_of_its_lock_and_no_other(
-    rules: RuleHarness, missing: str | None
-) -> None:
+def test_repair_stalls_only_jobs_with_an_incomplete_lock(rules: RuleHarness, missing: str | None) -> None:
     rules.held()
     rules.row(replace(rules.job(), progress=101, **({missing: None} if missing else {})))
     rules.accept(RepairJobs(ids=["a"]))
     assert rules.types() == ["created", "granted", "fixed", *(["stalled"] if missing else [])]
 
 
-def test_mending_counts_what_it_fixed_and_stalls_in_one_go(rules: RuleHarness) -> None:
+def test_repair_fixes_and_stalls_in_one_command(rules: RuleHarness) -> None:
     rules.held()
     rules.row(replace(rules.job(), grant=None, lease=None, progress=-3))
     worked = rules.accept(RepairJobs(ids=["a"]))
@@ -388,7 +386,7 @@ def test_a_processing_row_without_a_grant_is_recovered_by_start(rules: RuleHarne
 # -- the wall clock ---------------------------------------------------------------------------------------------------
 
 
-def test_a_step_back_of_the_wall_clock_leaves_locks_alone_and_rows_valid(rules: RuleHarness) -> None:
+def test_a_backward_step_of_the_clock_does_not_change_locks_and_keeps_rows_valid(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.now -= HOUR_MS
     rules.lease += 5
@@ -406,7 +404,7 @@ def test_a_step_back_of_the_wall_clock_leaves_locks_alone_and_rows_valid(rules: 
     assert rules.accept(Validate(id="b")).issues == []
 
 
-def test_a_step_of_the_wall_clock_frees_and_prolongs_no_lock(rules: RuleHarness) -> None:
+def test_a_step_of_the_clock_neither_expires_nor_extends_locks(rules: RuleHarness) -> None:
     rules.held()
     rules.now += DAY_MS
     rules.reject(Start(id="a", worker="w"), "already_locked")
@@ -428,5 +426,5 @@ def test_a_step_of_the_wall_clock_frees_and_prolongs_no_lock(rules: RuleHarness)
         (2 * HOUR_MS + 5 * MINUTE_MS, "2 h 5 min"),
     ],
 )
-def test_durations_in_words(ms: int, words: str) -> None:
+def test_durations_are_formatted_for_people(ms: int, words: str) -> None:
     assert transitions.in_words(ms) == words

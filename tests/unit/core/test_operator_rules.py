@@ -81,7 +81,7 @@ def test_force_fail(rules: RuleHarness) -> None:
     rules.reject(ForceFail(id="b"), "invalid_transition")
 
 
-def test_force_reset_starts_anew(rules: RuleHarness) -> None:
+def test_force_reset_makes_the_job_as_new(rules: RuleHarness) -> None:
     lock_id = rules.held(delay_ms=0, max_attempts=2)
     rules.progress(lock_id, 45)
     rules.accept(Fail(id="a", lock_id=lock_id, error_message="e", retry=False))
@@ -110,7 +110,7 @@ def test_force_reset_starts_anew(rules: RuleHarness) -> None:
         ("failed", Cancel(id="a"), "cancelled", "Only a queued or processing job can be cancelled."),
     ],
 )
-def test_what_an_operator_is_refused_and_why(
+def test_rejected_actions_of_operators_say_why(
     rules: RuleHarness, status: str, command: Any, to: str, words: str
 ) -> None:
     at_status(rules, status)
@@ -134,7 +134,7 @@ def at_status(rules: RuleHarness, status: str) -> None:
 
 @pytest.mark.parametrize("to", STATUSES)
 @pytest.mark.parametrize("from_", STATUSES)
-def test_transition_takes_any_pair_of_the_table_but_into_processing(rules: RuleHarness, from_: Any, to: Any) -> None:
+def test_transition_allows_every_listed_change_except_into_processing(rules: RuleHarness, from_: Any, to: Any) -> None:
     at_status(rules, from_)
     command = Transition(id="a", from_=from_, to=to, reason="r")
     if (from_, to) not in TRANSITIONS or to == "processing":
@@ -162,7 +162,7 @@ def test_transition_compares_before_it_sets(rules: RuleHarness) -> None:
     assert refusal.details == {"status": "queued", "to": "failed", "allowed": ALLOWED["queued"]}
 
 
-def test_a_transition_may_bring_updates(rules: RuleHarness) -> None:
+def test_a_transition_can_have_updates(rules: RuleHarness) -> None:
     rules.create()
     updates = Updates(
         error_message="late", priority=5, run_at=NOW + 7, max_attempts=4, download_url="u", metadata=Raw(b"[1]")
@@ -176,7 +176,7 @@ def test_a_transition_may_bring_updates(rules: RuleHarness) -> None:
     assert (rules.job().run_at, rules.job().error) == (NOW, Failure("late", "transitioned"))
 
 
-def test_of_a_result_a_transition_sets_what_it_names_and_keeps_the_rest(rules: RuleHarness) -> None:
+def test_a_transition_sets_only_the_given_parts_of_the_result(rules: RuleHarness) -> None:
     rules.create()
     rules.row(replace(rules.job(), result=Result(None, "/f", "k", Raw(b"[1]"))))
     rules.accept_admin(Transition(id="a", from_="queued", to="failed", updates=Updates(download_url="u")))
@@ -204,7 +204,7 @@ def test_a_late_result_is_adopted(rules: RuleHarness) -> None:
     assert rules.job("b").result == Result("kept")
 
 
-def test_a_transition_to_completed_needs_a_download_url_where_one_is_required() -> None:
+def test_a_transition_to_completed_needs_a_required_download_url() -> None:
     rules = RuleHarness(Policy(require_download_url=True))
     rules.create()
     refused = Transition(id="a", from_="queued", to="completed", updates=Updates(file_path="/f"))
@@ -238,7 +238,7 @@ def test_a_dry_run_changes_nothing(rules: RuleHarness) -> None:
         assert refusal == rules.reject(asked, "invalid_transition", admin=True)
 
 
-def test_a_transition_to_failed_needs_no_words(rules: RuleHarness) -> None:
+def test_a_transition_to_failed_needs_no_message(rules: RuleHarness) -> None:
     rules.create()
     rules.accept_admin(Transition(id="a", from_="queued", to="failed"))
     assert rules.job().error == Failure("Failed by an operator.", "transitioned")
@@ -304,7 +304,7 @@ def test_delete_takes_finished_jobs_only(rules: RuleHarness) -> None:
     assert rules.create("a").seq == 3
 
 
-def test_pause_and_resume_are_steps_of_the_queue(rules: RuleHarness) -> None:
+def test_pause_and_resume_are_events_of_the_queue(rules: RuleHarness) -> None:
     assert rules.accept_admin(Pause(name="q")).paused is True
     assert (rules.last().type, rules.last().job_seq, rules.last().queue) == ("queue_paused", 0, "q")
     assert not rules.decide(Pause(name="q")).changes
@@ -351,7 +351,7 @@ def test_a_pause_that_is_over_ends(rules: RuleHarness) -> None:
 # -- import -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_import_keeps_what_it_is_given(rules: RuleHarness) -> None:
+def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
     asked = Import(
         id="a",
         queue="q",
@@ -409,7 +409,7 @@ def test_a_claim_leaves_overdue_jobs_to_recovery(rules: RuleHarness) -> None:
     assert rules.accept(Expire(limit=3)) == MaintenanceResult(2)
 
 
-def test_an_import_without_a_creation_was_created_before_all_that_is_given(rules: RuleHarness) -> None:
+def test_an_import_without_created_at_gets_the_earliest_given_time(rules: RuleHarness) -> None:
     rules.accept(Import(id="a", status="completed", started_at=NOW - 5_000, finished_at=NOW - 1_000))
     job = rules.job("a")
     assert (job.created_at, job.finished_at, job.updated_at) == (NOW - 5_000, NOW - 1_000, NOW - 1_000)
@@ -417,7 +417,7 @@ def test_an_import_without_a_creation_was_created_before_all_that_is_given(rules
 
 
 @pytest.mark.parametrize(("progress", "status"), [(0, "queued"), (45, "failed")])
-def test_what_an_import_would_do_is_told_and_not_done(rules: RuleHarness, progress: float, status: str) -> None:
+def test_an_import_check_shows_the_result_and_changes_nothing(rules: RuleHarness, progress: float, status: str) -> None:
     asked = ImportCheck(id="a", status="processing", progress=progress, worker="there", started_at=NOW - 5)
     before = rules.book.next_job, rules.book.next_token, rules.book.next_event
     decision = rules.decide(asked, by="admin")
@@ -438,9 +438,7 @@ def test_what_an_import_would_do_is_told_and_not_done(rules: RuleHarness, progre
 
 
 @pytest.mark.parametrize(("bound", "room"), [(9, 5), (4, 0), (3, 0)])
-def test_a_look_at_an_import_says_how_many_more_live_jobs_there_may_be(
-    rules: RuleHarness, bound: int, room: int
-) -> None:
+def test_an_import_check_shows_how_many_more_live_jobs_are_allowed(rules: RuleHarness, bound: int, room: int) -> None:
     for name in "abc":
         rules.create(name)
     rules.held("d")
@@ -465,7 +463,7 @@ def test_an_imported_grant_ends_by_its_stall_rule(rules: RuleHarness, progress: 
     ("started_at", "updated_at", "began"),
     [(NOW - 5, NOW - 3, NOW - 5), (None, NOW - 3, NOW - 3), (NOW + 5, NOW + 5, NOW)],
 )
-def test_an_imported_grant_is_made_up_as_far_as_it_can_be_known(
+def test_an_imported_processing_job_gets_a_grant_from_its_fields(
     rules: RuleHarness, started_at: int | None, updated_at: int, began: int
 ) -> None:
     rules.accept(Import(id="a", status="processing", started_at=started_at, updated_at=updated_at))

@@ -60,7 +60,7 @@ NO_MORE = "It is no longer due for deletion or expiry."
         ({"on_stall": "requeue", "max_stalls": 0}, 0, False),
     ],
 )
-def test_where_a_stuck_job_goes_is_told_as_it_is_done(options: Any, progress: int, *, again: bool) -> None:
+def test_the_planned_status_of_a_stuck_job_matches_the_recovery(options: Any, progress: int, *, again: bool) -> None:
     rules = RuleHarness()
     lock_id = rules.held(**options)
     if progress:
@@ -73,7 +73,7 @@ def test_where_a_stuck_job_goes_is_told_as_it_is_done(options: Any, progress: in
     assert rules.job().status == ("queued" if again else "failed")
 
 
-def test_where_other_jobs_go_and_what_may_be_done_on_a_full_disk() -> None:
+def test_the_planned_statuses_and_the_actions_allowed_on_a_full_disk() -> None:
     rules = RuleHarness()
     assert plan_rules.to("cleanup", rules.create()) == "failed"
     assert plan_rules.to("cleanup", rules.completed("b")) is None
@@ -82,7 +82,7 @@ def test_where_other_jobs_go_and_what_may_be_done_on_a_full_disk() -> None:
     assert endings == {"cancel", "force-fail", "delete", "recover-stuck", "cleanup"}
 
 
-def test_to_time_signs_of_life_are_a_change() -> None:
+def test_for_maintenance_actions_reports_change_the_version() -> None:
     job = full_job()
     assert job.lease is not None
     alive = replace(job, lease=replace(job.lease, silent=job.lease.silent + 1))
@@ -93,7 +93,7 @@ def test_to_time_signs_of_life_are_a_change() -> None:
     assert version(job, None, "delete") == version(job)
 
 
-def test_of_late_results_a_cleanup_tells_those_that_it_deletes() -> None:
+def test_a_cleanup_plan_notes_only_late_results_that_it_deletes() -> None:
     stuck, old = PlannedJob("a", "processing", "queued", 1), PlannedJob("b", "failed", None, 2)
     assert plan_late_results_note("cleanup", [stuck]) is None
     said = "It has 2 late results that were not adopted. They are deleted with the job."
@@ -101,7 +101,7 @@ def test_of_late_results_a_cleanup_tells_those_that_it_deletes() -> None:
     assert plan_late_results_note("retry", [stuck]) is not None
 
 
-def test_a_rule_for_one_job_answers_what_it_did_or_why_it_did_nothing() -> None:
+def test_maintenance_of_one_job_returns_the_result_or_an_error() -> None:
     rules = RuleHarness()
     rules.create("a")
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
@@ -149,7 +149,7 @@ def due(rules: RuleHarness) -> list[str]:
 
 
 @pytest.mark.parametrize("action", sorted(MAINTENANCE_ACTIONS))
-def test_what_is_due_is_done_and_the_rest_refused(action: PlanAction) -> None:
+def test_a_plan_changes_due_jobs_and_rejects_others(action: PlanAction) -> None:
     rules = RuleHarness()
     ids = due(rules)
     done = apply(rules, action, known(rules, action, *ids))
@@ -169,7 +169,7 @@ def test_what_is_due_is_done_and_the_rest_refused(action: PlanAction) -> None:
 
 @pytest.mark.parametrize("how", ["extend", "progress", "complete", "recover", "delete"])
 @pytest.mark.parametrize("action", sorted(MAINTENANCE_ACTIONS))
-def test_who_came_back_to_life_is_left_alone(action: PlanAction, how: str) -> None:
+def test_a_plan_skips_revived_jobs(action: PlanAction, how: str) -> None:
     rules = RuleHarness()
     lock_id = rules.held(max_attempts=2)
     rules.advance(20 * MINUTE_MS)  # silent, but not past its ceiling
@@ -193,7 +193,7 @@ def test_who_came_back_to_life_is_left_alone(action: PlanAction, how: str) -> No
     assert (rules.rows.get("a"), len(rules.events)) == (before, count)
 
 
-def test_the_rules_of_time_refuse_a_job_that_is_not_there() -> None:
+def test_maintenance_of_an_unknown_job_is_rejected() -> None:
     """They look for themselves, as the rule of any other action does."""
     rules = RuleHarness()
     draft = Draft(rules.book, Call(Recover(limit=1), "daemon", b"s" * 16), rules.moment, rules.policy)
@@ -223,7 +223,7 @@ def moves(plan: PlanView) -> list[tuple[str, str, str | None]]:
 
 
 @in_virtual_time
-async def test_a_plan_of_time_says_what_a_pass_would_do_and_does_it_once() -> None:
+async def test_a_maintenance_plan_shows_what_a_cleanup_run_would_do_and_does_it_once() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await ripe(house)
@@ -248,7 +248,7 @@ async def test_a_plan_of_time_says_what_a_pass_would_do_and_does_it_once() -> No
 
 
 @pytest.mark.parametrize(("action", "count"), [("recover-stuck", 1), ("cleanup", 3)])
-def test_what_has_revived_since_is_told(action: PlanAction, count: int) -> None:
+def test_jobs_that_revived_since_the_plan_are_listed(action: PlanAction, count: int) -> None:
     @in_virtual_time
     async def play() -> None:
         async with VirtualEngine() as house:
@@ -265,7 +265,7 @@ def test_what_has_revived_since_is_told(action: PlanAction, count: int) -> None:
 
 
 @in_virtual_time
-async def test_the_daemon_itself_says_which_jobs() -> None:
+async def test_maintenance_plans_take_no_selection() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         for action in get_args(PlanAction):
@@ -282,7 +282,7 @@ async def test_the_daemon_itself_says_which_jobs() -> None:
 
 
 @in_virtual_time
-async def test_while_the_clock_is_in_doubt_nothing_is_planned_to_be_deleted() -> None:
+async def test_while_the_clock_is_suspect_no_deletion_is_planned() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await ripe(house)
@@ -291,7 +291,7 @@ async def test_while_the_clock_is_in_doubt_nothing_is_planned_to_be_deleted() ->
 
 
 @in_virtual_time
-async def test_on_a_full_disk_time_makes_room() -> None:
+async def test_on_a_full_disk_maintenance_plans_are_allowed() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await ripe(house)
@@ -332,7 +332,7 @@ async def crowd(house: VirtualEngine, stuck: int, late: int, old: int) -> None:
         ((2, 1, 1), ["s0", "s1", "l0"], True),
     ],
 )
-def test_a_plan_takes_so_many_and_the_rest_is_planned_once_it_was_applied(
+def test_a_plan_is_limited_and_the_rest_is_planned_later(
     there: tuple[int, int, int], found: list[str], *, more: bool
 ) -> None:
     @in_virtual_time
@@ -350,7 +350,7 @@ def test_a_plan_takes_so_many_and_the_rest_is_planned_once_it_was_applied(
 
 @pytest.mark.parametrize(("there", "found"), [((3, 0, 0), 0), ((0, 0, 3), 2)])
 @pytest.mark.usefixtures("small")
-def test_a_plan_that_would_look_for_too_long_ends(
+def test_a_plan_ends_at_its_time_limit(
     monkeypatch: pytest.MonkeyPatch, there: tuple[int, int, int], found: int
 ) -> None:
     monkeypatch.setattr(plan_builder, "MAX_PLANNING_S", 0)
@@ -366,7 +366,7 @@ def test_a_plan_that_would_look_for_too_long_ends(
 
 
 @pytest.mark.usefixtures("small")
-def test_who_revives_while_the_plan_is_made_is_not_in_it() -> None:
+def test_a_job_that_revives_during_planning_is_not_in_the_plan() -> None:
     @in_virtual_time
     async def play() -> None:
         async with VirtualEngine() as house:
@@ -381,7 +381,7 @@ def test_who_revives_while_the_plan_is_made_is_not_in_it() -> None:
 
 
 @in_virtual_time
-async def test_who_is_not_finished_any_more_when_it_is_read_is_not_in_it() -> None:
+async def test_a_job_that_is_no_longer_finished_is_not_in_the_plan() -> None:
     async with VirtualEngine() as house:
         await crowd(house, 0, 0, 2)
         expired = house.disk.expired
@@ -398,7 +398,7 @@ async def test_who_is_not_finished_any_more_when_it_is_read_is_not_in_it() -> No
 
 
 @in_virtual_time
-async def test_who_is_named_again_is_in_it_once() -> None:
+async def test_a_job_found_twice_is_in_the_plan_once() -> None:
     """A damaged row that cannot be moved out of the way counts in the order, and is not named."""
     async with VirtualEngine() as house:
         await crowd(house, 0, 0, 3)
@@ -413,7 +413,7 @@ async def test_who_is_named_again_is_in_it_once() -> None:
 
 
 @in_virtual_time
-async def test_late_results_of_what_is_deleted_are_counted_and_change_the_job() -> None:
+async def test_late_results_of_deleted_jobs_are_counted_and_change_the_version() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         locks = {}
@@ -432,7 +432,7 @@ async def test_late_results_of_what_is_deleted_are_counted_and_change_the_job() 
 
 
 @in_virtual_time
-async def test_a_long_plan_of_time_goes_in_slices() -> None:
+async def test_a_long_maintenance_plan_is_applied_in_slices() -> None:
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await crowd(house, 0, 0, plans.SLICE + 5)
@@ -440,7 +440,7 @@ async def test_a_long_plan_of_time_goes_in_slices() -> None:
         assert (await applied(planner)).applied == plans.SLICE + 5
 
 
-def test_a_version_that_was_only_looked_at_does_not_serve_time() -> None:
+def test_the_version_of_a_read_job_is_not_valid_for_maintenance_actions() -> None:
     """GetVersion gives that of operators' actions; a plan of time has its own."""
     rules = RuleHarness()
     rules.held()

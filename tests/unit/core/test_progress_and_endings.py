@@ -108,7 +108,7 @@ def test_an_extension_is_cut_to_the_ceiling_which_only_progress_moves(rules: Rul
     assert state.lock_expires_at == state.ceiling_at == rules.now + CEILING
 
 
-def test_at_the_ceiling_only_endings_are_taken(rules: RuleHarness) -> None:
+def test_at_the_ceiling_only_endings_are_accepted(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.accept(Extend(id="a", lock_id=lock_id, additional_ms=DAY_MS))
     rules.advance(CEILING)
@@ -153,7 +153,7 @@ def test_complete(rules: RuleHarness) -> None:
     assert rules.last().by == "worker:w-1"
 
 
-def test_complete_clears_the_error_and_takes_null_as_nothing(rules: RuleHarness) -> None:
+def test_complete_clears_the_error_and_treats_null_as_absent(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=2)
     rules.accept(Fail(id="a", lock_id=lock_id, error_message="once", retry_after_ms=0))
     assert rules.job().error == Failure("once")
@@ -162,7 +162,7 @@ def test_complete_clears_the_error_and_takes_null_as_nothing(rules: RuleHarness)
     assert rules.job().result is None
 
 
-def test_complete_may_say_when_it_is_deleted(rules: RuleHarness) -> None:
+def test_complete_can_set_the_deletion_time(rules: RuleHarness) -> None:
     lock_id = rules.held()
     bad = Complete(id="a", lock_id=lock_id, expires_at=NOW)
     assert rules.reject(bad, "invalid_request").details == {"field": "$.expires_at"}
@@ -176,7 +176,7 @@ def test_a_storage_key_is_relative(rules: RuleHarness, key: str) -> None:
     assert refusal.details == {"field": "$.storage_key"}
 
 
-def test_a_download_url_may_be_required() -> None:
+def test_a_download_url_can_be_required() -> None:
     rules = RuleHarness(Policy(require_download_url=True))
     lock_id = rules.held()
     refusal = rules.reject(Complete(id="a", lock_id=lock_id, file_path="/f"), "invalid_request")
@@ -192,7 +192,7 @@ def test_fail_without_attempts_left(rules: RuleHarness) -> None:
     assert (view.attempt, view.expires_at) == (1, NOW + 30 * DAY_MS)
 
 
-def test_fail_with_attempts_left_goes_back_later(rules: RuleHarness) -> None:
+def test_fail_with_attempts_left_requeues_the_job_with_a_delay(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=3, backoff=Backoff("exponential", 1_000, 1_500, False))
     rules.progress(lock_id, 30)
     view = rules.accept(Fail(id="a", lock_id=lock_id, error_message="boom"))
@@ -207,7 +207,7 @@ def test_fail_with_attempts_left_goes_back_later(rules: RuleHarness) -> None:
     assert rules.accept(Fail(id="a", lock_id=lock_id, error_message="boom")).status == "failed"
 
 
-def test_the_worker_may_say_when_or_never(rules: RuleHarness) -> None:
+def test_the_worker_can_set_the_retry_delay_or_prevent_the_retry(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=3)
     assert rules.accept(Fail(id="a", lock_id=lock_id, error_message="e", retry_after_ms=5)).run_at == NOW + 5
     rules.advance(5)
@@ -246,7 +246,7 @@ def test_jitter_comes_from_the_seed() -> None:
     assert 0 <= waits.pop() <= DAY_MS
 
 
-def test_release_gives_the_place_and_the_attempt_back(rules: RuleHarness) -> None:
+def test_release_restores_place_and_attempt(rules: RuleHarness) -> None:
     rules.create("a")
     rules.create("b")
     rules.advance(5)
@@ -257,13 +257,13 @@ def test_release_gives_the_place_and_the_attempt_back(rules: RuleHarness) -> Non
     assert rules.claim() == ["a"]
 
 
-def test_only_the_attempt_of_the_current_grant_is_given_back(rules: RuleHarness) -> None:
+def test_only_the_attempt_of_the_current_grant_is_refunded(rules: RuleHarness) -> None:
     lock_id = rules.held(max_attempts=3)
     rules.accept(Fail(id="a", lock_id=lock_id, error_message="e", retry_after_ms=0))
     assert rules.accept(Release(id="a", lock_id=rules.start())).attempt == 1
 
 
-def test_what_was_reported_goes_with_its_grant(rules: RuleHarness) -> None:
+def test_progress_is_cleared_with_its_grant(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.accept(Progress(id="a", lock_id=lock_id, progress=50, message="half"))
     view = rules.accept(Release(id="a", lock_id=lock_id))
@@ -273,14 +273,14 @@ def test_what_was_reported_goes_with_its_grant(rules: RuleHarness) -> None:
     assert (rules.job("b").progress, rules.job("b").progress_message) == (0, None)
 
 
-def test_the_last_ended_grant_is_known_until_another_ends(rules: RuleHarness) -> None:
+def test_the_last_ended_grant_is_kept_until_another_ends(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.accept(Release(id="a", lock_id=lock_id))
     rules.accept(Cancel(id="a"))
     assert rules.accept(Release(id="a", lock_id=lock_id)).repeated is True
 
 
-def test_an_event_names_only_what_changes(rules: RuleHarness) -> None:
+def test_an_event_has_only_changed_fields(rules: RuleHarness) -> None:
     rules.create()
     rules.accept(Cancel(id="a"))
     changes = rules.last().changes
@@ -290,14 +290,14 @@ def test_an_event_names_only_what_changes(rules: RuleHarness) -> None:
 
 
 @pytest.mark.parametrize("left", [{"lease": None}, {"grant": None}])
-def test_half_a_lock_goes_with_the_job_that_it_is_on(rules: RuleHarness, left: dict[str, Any]) -> None:
+def test_an_incomplete_lock_is_removed_with_the_job(rules: RuleHarness, left: dict[str, Any]) -> None:
     rules.held()
     rules.row(replace(rules.job(), **left))
     rules.accept(Cancel(id="a"))
     assert (rules.job().grant, rules.job().lease) == (None, None)
 
 
-def test_a_job_ends_after_it_began_whatever_the_wall_clock_says(rules: RuleHarness) -> None:
+def test_a_job_finishes_after_its_start_whatever_the_clock(rules: RuleHarness) -> None:
     rules.create()
     rules.advance(10)
     lock_id = rules.start()
@@ -306,7 +306,7 @@ def test_a_job_ends_after_it_began_whatever_the_wall_clock_says(rules: RuleHarne
 
 
 @pytest.mark.parametrize("end", ["recovery", "undelivered"])
-def test_what_ends_a_grant_without_the_holder_keeps_the_place(rules: RuleHarness, end: str) -> None:
+def test_ending_a_grant_without_its_holder_keeps_the_place(rules: RuleHarness, end: str) -> None:
     rules.create("a")
     rules.create("b")
     rules.advance(5)
@@ -317,7 +317,7 @@ def test_what_ends_a_grant_without_the_holder_keeps_the_place(rules: RuleHarness
     assert rules.claim() == ["a"]
 
 
-def test_release_may_ask_for_a_delay(rules: RuleHarness) -> None:
+def test_release_can_have_a_delay(rules: RuleHarness) -> None:
     lock_id = rules.held()
     assert rules.accept(Release(id="a", lock_id=lock_id, delay_ms=9)).run_at == NOW + 9
     rules.advance(9)
@@ -337,7 +337,7 @@ def released(rules: RuleHarness, times: int, job_id: str = "a", **fields: Any) -
     return view
 
 
-def test_from_the_fifth_release_in_a_row_without_progress_on_the_job_waits_longer_each_time(rules: RuleHarness) -> None:
+def test_from_the_fifth_release_in_a_row_the_delay_doubles(rules: RuleHarness) -> None:
     rules.create()
     rules.advance(10)
     for number, delay_ms in enumerate(DELAYS, 1):
@@ -348,7 +348,7 @@ def test_from_the_fifth_release_in_a_row_without_progress_on_the_job_waits_longe
     assert release_delay_ms(1_000_000) == MINUTE_MS
 
 
-def test_the_event_of_a_delayed_release_says_why_the_job_waits(rules: RuleHarness) -> None:
+def test_the_event_of_a_delayed_release_has_count_and_delay(rules: RuleHarness) -> None:
     rules.create()
     released(rules, 4)
     assert rules.events[-1].details is None
@@ -357,7 +357,7 @@ def test_the_event_of_a_delayed_release_says_why_the_job_waits(rules: RuleHarnes
 
 
 @pytest.mark.parametrize("delay_ms", [0, 1, 999, 5_000])
-def test_a_release_with_a_delay_of_its_own_keeps_it(rules: RuleHarness, delay_ms: int) -> None:
+def test_an_explicit_release_delay_is_kept(rules: RuleHarness, delay_ms: int) -> None:
     rules.create()
     released(rules, 7, delay_ms=delay_ms)
     assert (rules.job().run_at, rules.job().releases) == (rules.now + delay_ms, 7)
@@ -365,7 +365,7 @@ def test_a_release_with_a_delay_of_its_own_keeps_it(rules: RuleHarness, delay_ms
     assert rules.job().run_at == rules.now + 8_000, "the next one without a delay counts those before"
 
 
-def test_a_repeated_release_is_answered_and_counts_once(rules: RuleHarness) -> None:
+def test_a_repeated_release_counts_once(rules: RuleHarness) -> None:
     rules.create()
     released(rules, 4)
     lock_id = rules.start()
@@ -374,7 +374,7 @@ def test_a_repeated_release_is_answered_and_counts_once(rules: RuleHarness) -> N
     assert (again.repeated, again.run_at, rules.job().releases) == (True, first.run_at, 5)
 
 
-def test_an_operators_release_counts_as_the_holders(rules: RuleHarness) -> None:
+def test_a_release_by_an_operator_counts_too(rules: RuleHarness) -> None:
     rules.create()
     released(rules, 4)
     rules.accept_admin(ReleaseLock(id="a", lock_id=rules.start()))
@@ -416,7 +416,7 @@ def test_an_operators_release_counts_as_the_holders(rules: RuleHarness) -> None:
         "reset of a cancelled job",
     ],
 )
-def test_the_events_that_end_a_row_of_releases(rules: RuleHarness, between: Any, count: int) -> None:
+def test_events_that_reset_the_count_of_releases(rules: RuleHarness, between: Any, count: int) -> None:
     rules.create(max_attempts=9)
     released(rules, 6)
     rules.advance(2_000)
@@ -425,7 +425,7 @@ def test_the_events_that_end_a_row_of_releases(rules: RuleHarness, between: Any,
     assert rules.job().releases == count
 
 
-def test_a_stall_ends_a_row_of_releases(rules: RuleHarness) -> None:
+def test_a_stall_resets_the_count_of_releases(rules: RuleHarness) -> None:
     rules.create()
     released(rules, 6)
     rules.advance(2_000)
@@ -436,7 +436,7 @@ def test_a_stall_ends_a_row_of_releases(rules: RuleHarness) -> None:
     assert rules.job().run_at <= rules.now, "recovery keeps the place"
 
 
-def test_jobs_that_are_released_in_a_loop_are_known(rules: RuleHarness) -> None:
+def test_release_loops_are_detected(rules: RuleHarness) -> None:
     """The book names them without looking at the others, through grants, restarts and whatever ends the loop."""
     for job_id in "abc":
         rules.create(job_id)
@@ -470,7 +470,7 @@ def test_jobs_that_are_released_in_a_loop_are_known(rules: RuleHarness) -> None:
 @pytest.mark.parametrize(
     "command", [Cancel(id="a"), ForceFail(id="a"), Transition(id="a", from_="queued", to="completed")], ids=str
 )
-def test_a_finished_job_is_in_no_loop(rules: RuleHarness, command: Any) -> None:
+def test_a_finished_job_is_in_no_release_loop(rules: RuleHarness, command: Any) -> None:
     rules.create()
     released(rules, LOOP_FROM, delay_ms=0)
     assert rules.book.release_loops

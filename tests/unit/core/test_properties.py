@@ -397,7 +397,7 @@ def test_the_same_commands_at_the_same_times_give_the_same_events(sequence: list
 
 @settings(max_examples=40, deadline=None)
 @given(sequences, st.integers(0, 10_000))
-def test_nothing_stays_for_ever_once_time_passes(sequence: list[tuple[Any, bool]], away: int) -> None:
+def test_every_job_ends_once_time_passes(sequence: list[tuple[Any, bool]], away: int) -> None:
     """When everybody has gone, recovery alone ends every grant, and no job is left in nobody's hands."""
     run = Run()
     for command, admin in sequence:
@@ -439,7 +439,7 @@ hand_made = st.builds(
 
 @settings(max_examples=400, deadline=None)
 @given(hand_made, st.lists(st.tuples(commands, waits), min_size=1, max_size=6))
-def test_rules_take_any_row_that_hands_may_leave(job: Job, sequence: list[tuple[AnyCommand, int]]) -> None:
+def test_rules_accept_any_manually_edited_row(job: Job, sequence: list[tuple[AnyCommand, int]]) -> None:
     """`decide` is total: whatever is in the book, there is an answer or a refusal, and the book can go on."""
     rules = RuleHarness(POLICY)
     book = rules.book
@@ -461,7 +461,7 @@ def _aimed(command: AnyCommand) -> AnyCommand:
 
 @settings(max_examples=100, deadline=None)
 @given(hand_made)
-def test_a_pass_leaves_no_row_that_it_could_mend(job: Job) -> None:
+def test_a_cleanup_run_leaves_no_row_that_it_could_repair(job: Job) -> None:
     rules = RuleHarness(POLICY)
     rules.book.swap(None, job)
     rules.book.suspects[job.seq] = job.id

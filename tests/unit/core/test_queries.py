@@ -64,7 +64,7 @@ def test_reads_change_nothing(rules: RuleHarness) -> None:
         assert lock_id not in str(decision.answer)
 
 
-def test_what_an_operator_does_says_why(rules: RuleHarness) -> None:
+def test_events_of_operators_have_their_reason(rules: RuleHarness) -> None:
     lock_id = rules.held("a")
     rules.create("b", delay_ms=1_000)
     rules.accept(ExtendLock(id="a", lock_id=lock_id, reason="r1"), admin=True)
@@ -78,7 +78,7 @@ def test_what_an_operator_does_says_why(rules: RuleHarness) -> None:
     assert said == ["r1", "r2", "r3", "r4", "r5", "r6"]
 
 
-def test_what_lies_on_the_disk_is_looked_at_later(rules: RuleHarness) -> None:
+def test_history_is_read_after_the_decision(rules: RuleHarness) -> None:
     rules.create()
     answer = rules.ask(Timeline(id="a"))
     assert not isinstance(answer, ApiError)
@@ -145,7 +145,7 @@ def test_the_job_that_has_been_due_longest_is_found_over_all_queues(rules: RuleH
     assert views.oldest_due(rules.book) is None
 
 
-def test_queues_are_given_page_by_page_in_the_order_of_their_names(rules: RuleHarness) -> None:
+def test_queues_are_listed_in_pages_by_name(rules: RuleHarness) -> None:
     for name in "dbeca":
         rules.create(f"job-{name}", queue=name)
     for name in "bdz":
@@ -166,7 +166,7 @@ def test_queues_are_given_page_by_page_in_the_order_of_their_names(rules: RuleHa
     assert rules.accept(Queues(cursor="z", limit=1)) == QueueList([])
 
 
-def test_the_busiest_queues_come_first_where_they_are_asked_for(rules: RuleHarness) -> None:
+def test_the_busiest_queues_are_listed_first_on_request(rules: RuleHarness) -> None:
     for name, waiting, done in (("a", 0, 9), ("b", 1, 0), ("c", 3, 0), ("d", 2, 0), ("e", 1, 0)):
         for number in range(waiting):
             rules.create(f"{name}-{number}", queue=name)
@@ -187,7 +187,7 @@ def test_the_busiest_queues_come_first_where_they_are_asked_for(rules: RuleHarne
     assert found(paused=False, limit=4) == ("c d b e", None)
 
 
-def test_workers_are_given_page_by_page_the_latest_first(rules: RuleHarness) -> None:
+def test_workers_are_listed_in_pages_latest_first(rules: RuleHarness) -> None:
     for number in range(6):
         rules.advance(number % 2)  # some spoke at the same moment
         rules.held(f"job-{number}", worker=f"w {number}")
@@ -204,7 +204,7 @@ def test_workers_are_given_page_by_page_the_latest_first(rules: RuleHarness) -> 
         assert seen == [everybody[at : at + limit] for at in range(0, 6, limit)]
 
 
-def test_of_a_worker_with_many_jobs_the_first_are_named_and_all_are_counted(rules: RuleHarness) -> None:
+def test_a_worker_with_many_jobs_lists_the_first_and_counts_all(rules: RuleHarness) -> None:
     rules.accept(Bulk(jobs=[Create(id=f"job-{number:03}") for number in range(130)]))
     rules.accept(Claim(worker="w", limit=100))
     rules.accept(Claim(worker="w", limit=30))
@@ -213,7 +213,7 @@ def test_of_a_worker_with_many_jobs_the_first_are_named_and_all_are_counted(rule
     assert worker.held == 130
 
 
-def test_locks_are_given_page_by_page_the_oldest_first(rules: RuleHarness) -> None:
+def test_locks_are_listed_in_pages_oldest_first(rules: RuleHarness) -> None:
     for number in range(5):
         rules.held(f"job-{number}")
     seen, cursor = [], None
@@ -231,13 +231,13 @@ def test_locks_are_given_page_by_page_the_oldest_first(rules: RuleHarness) -> No
     assert rules.accept(Locks(limit=1, cursor=str(last.locks[4].fencing_token))).locks == []
 
 
-def test_stats_of_nothing(rules: RuleHarness) -> None:
+def test_stats_of_an_empty_store(rules: RuleHarness) -> None:
     stats = rules.accept(Stats())
     assert (stats.total_jobs, stats.average_processing_time, stats.oldest_processing_job) == (0, 0.0, None)
     assert stats.by_status == dict.fromkeys(STATUSES, 0)
 
 
-def test_rows_without_a_start_do_not_spoil_the_average(rules: RuleHarness) -> None:
+def test_rows_without_started_at_do_not_affect_the_average(rules: RuleHarness) -> None:
     rules.create()
     rules.advance(2_000)
     rules.row(replace(rules.job(), status="processing"))
@@ -247,7 +247,7 @@ def test_rows_without_a_start_do_not_spoil_the_average(rules: RuleHarness) -> No
     assert rules.accept(Locks()).locks == []
 
 
-def test_a_report_is_kept_and_time_may_tick(rules: RuleHarness) -> None:
+def test_reports_and_ticks_are_accepted(rules: RuleHarness) -> None:
     assert rules.accept(Report(body=b"{}")) == EmptyResponse()
     assert rules.reports == [b"{}"]
     assert rules.accept(Tick()) == rules.accept(Ping()) == EmptyResponse()

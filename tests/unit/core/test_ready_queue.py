@@ -43,14 +43,14 @@ def valid(_: Timed) -> bool:
     return True
 
 
-def test_an_empty_heap_has_nothing(heap: LazyHeap[Timed]) -> None:
+def test_an_empty_heap_has_no_entries(heap: LazyHeap[Timed]) -> None:
     assert heap.first(valid) is None
     assert list(heap.ordered(valid)) == []
     assert list(heap.pop_until(10)) == []
     heap.trim(0, valid)
 
 
-def test_first_drops_what_is_stale_above_it(heap: LazyHeap[Timed]) -> None:
+def test_first_drops_stale_entries_before_it(heap: LazyHeap[Timed]) -> None:
     for time in (3, 1, 2):
         heap.push(entry(time))
     assert heap.first(lambda found: found[0] != 1) == entry(2)
@@ -59,7 +59,7 @@ def test_first_drops_what_is_stale_above_it(heap: LazyHeap[Timed]) -> None:
     assert heap.entries == []
 
 
-def test_ordered_gives_valid_entries_once_and_takes_nothing_out(heap: LazyHeap[Timed]) -> None:
+def test_ordered_returns_valid_entries_once_and_removes_none(heap: LazyHeap[Timed]) -> None:
     numbers = list(range(50)) + list(range(0, 50, 3))  # every third twice: it went and came back
     random.Random(1).shuffle(numbers)
     for time in numbers:
@@ -70,7 +70,7 @@ def test_ordered_gives_valid_entries_once_and_takes_nothing_out(heap: LazyHeap[T
     assert list(heap.ordered(lambda found: found[0] % 2 == 1)) == odd
 
 
-def test_pop_until_takes_out_what_is_due_by_then(heap: LazyHeap[Timed]) -> None:
+def test_pop_until_removes_due_entries(heap: LazyHeap[Timed]) -> None:
     for time in (5, 4, 6):
         heap.push(entry(time))
     assert list(heap.pop_until(3)) == []
@@ -78,7 +78,7 @@ def test_pop_until_takes_out_what_is_due_by_then(heap: LazyHeap[Timed]) -> None:
     assert heap.entries == [entry(6)]
 
 
-def test_trim_waits_until_the_stale_outnumber_the_live(heap: LazyHeap[Timed]) -> None:
+def test_trim_acts_only_if_stale_entries_outnumber_live_ones(heap: LazyHeap[Timed]) -> None:
     for time in range(SLACK + 2):
         heap.push(entry(time))
     heap.trim(1, lambda found: found[0] == 7)
@@ -92,7 +92,7 @@ def untouched(kind: str, priority: int, created_at: int, seq: int) -> CompactJob
     return CompactJob(seq, f"{seq}", Options(kind=kind, priority=priority), created_at)
 
 
-def test_a_line_too_waits_with_its_trim_until_the_stale_outnumber_the_live() -> None:
+def test_a_fifo_is_trimmed_only_if_removed_jobs_outnumber_live_ones() -> None:
     line = Fifo()
     jobs = [untouched("", 0, number, number) for number in range(2 * 2 + SLACK + 1)]
     line.extend(jobs[1:])
@@ -107,7 +107,7 @@ def _is_from(seq: int, job: CompactJob) -> bool:
     return job.seq >= seq
 
 
-def test_a_line_drops_the_places_of_jobs_that_have_left_its_front() -> None:
+def test_a_fifo_drops_the_places_of_removed_jobs_at_its_front() -> None:
     jobs = [untouched("", 0, number, number) for number in range(3 * _GONE_AT_ONCE)]
     line = Fifo()
     line.extend(jobs)
@@ -119,7 +119,7 @@ def test_a_line_drops_the_places_of_jobs_that_have_left_its_front() -> None:
     assert line.takes(jobs[0])
 
 
-def test_the_next_job_of_a_line_is_found_without_passing_those_before_it() -> None:
+def test_the_next_job_of_a_fifo_is_found_without_scanning() -> None:
     line = Fifo()
     line.extend([untouched("", 0, number, number) for number in range(100_000)])
     looked_at: list[int] = []
@@ -163,7 +163,7 @@ def test_sorted_entries_match_a_list() -> None:
     assert not found.remove(entry(1))
 
 
-def test_a_full_block_is_split_and_one_that_only_grows_at_its_end_is_left_full() -> None:
+def test_a_full_block_is_split_unless_entries_are_appended() -> None:
     growing: Sorted[Timed] = Sorted()
     for time in range(2 * BLOCK):
         growing.add(entry(2 * time))
@@ -241,7 +241,7 @@ def test_due_jobs_come_in_exact_order_over_kinds_and_priorities() -> None:
     assert [found[2] for found in model.due.eligible(None, model.now)] == [3, 2, 5, 1, 4]
 
 
-def test_a_lane_goes_with_its_last_job() -> None:
+def test_a_lane_is_removed_with_its_last_job() -> None:
     model = Model()
     first, second, third = model.add("a", 0, 1, 1), model.add("a", 5, 1, 2), model.add("b", 0, 1, 3)
     model.remove(first)
@@ -253,7 +253,7 @@ def test_a_lane_goes_with_its_last_job() -> None:
     model.check()
 
 
-def test_a_job_that_comes_back_is_given_once() -> None:
+def test_a_job_that_returns_is_listed_once() -> None:
     model = Model()
     kept = model.add("a", 0, 1, 1)
     item = model.add("a", 0, 2, 2)
@@ -291,7 +291,7 @@ def test_any_sequence_of_adds_and_removes_matches_a_sort(seed: int) -> None:
     model.check()
 
 
-def test_a_job_that_comes_back_in_another_way_is_given_once() -> None:
+def test_a_job_that_returns_in_another_form_is_listed_once() -> None:
     model = Model()
     item = model.add("a", 0, 1, 1)
     model.remove(item)
@@ -301,7 +301,7 @@ def test_a_job_that_comes_back_in_another_way_is_given_once() -> None:
     model.check()
 
 
-def test_a_new_job_is_the_first_where_all_before_it_are_gone() -> None:
+def test_a_new_job_is_the_first_if_all_others_are_removed() -> None:
     model = Model()
     gone = model.join("a", 0, 5, 1)
     model.add("a", 0, 9, 2)
@@ -311,7 +311,7 @@ def test_a_new_job_is_the_first_where_all_before_it_are_gone() -> None:
     model.check()
 
 
-def test_a_job_joins_the_line_only_at_its_end() -> None:
+def test_a_job_joins_the_fifo_only_at_its_end() -> None:
     model = Model()
     for found in [(0, 5, 2), (0, 4, 3), (0, 5, 1), (0, 5, 4)]:
         model.join("a", *found)
@@ -321,7 +321,7 @@ def test_a_job_joins_the_line_only_at_its_end() -> None:
     assert len(list(lane.others)) == 2
 
 
-def test_the_first_jobs_of_a_lane_come_all_at_once_in_any_order() -> None:
+def test_the_first_jobs_of_a_lane_can_be_added_at_once_in_any_order() -> None:
     model = Model()
     jobs = [untouched("a", 3, created_at, seq) for created_at, seq in [(5, 2), (4, 3), (5, 1), (5, 4)]]
     for job in jobs:
@@ -333,7 +333,7 @@ def test_the_first_jobs_of_a_lane_come_all_at_once_in_any_order() -> None:
     model.check()
 
 
-def test_lines_stay_small_while_jobs_come_and_go() -> None:
+def test_fifos_stay_small_while_jobs_come_and_go() -> None:
     model = Model()
     model.join("a", 0, 0, 0)
     for seq in range(1, 2_000):
@@ -355,7 +355,7 @@ def test_heaps_stay_small_while_jobs_come_and_go() -> None:
     model.check()
 
 
-def test_the_heads_of_a_lane_stay_few_while_jobs_only_come_or_only_go() -> None:
+def test_a_lane_has_few_heads_while_jobs_are_only_added_or_only_removed() -> None:
     model = Model()
     model.add("b", 0, 0, 9_999)
     items = [model.add("a", 0, 2_000 - seq, seq) for seq in range(1_000)]  # each comes before all others
@@ -367,7 +367,7 @@ def test_the_heads_of_a_lane_stay_few_while_jobs_only_come_or_only_go() -> None:
 
 
 @pytest.mark.parametrize("enter", [Model.add, Model.join])
-def test_one_lane_alone_has_no_heads_until_a_second_one_comes(enter: Callable[..., tuple[str, DueEntry]]) -> None:
+def test_a_single_lane_has_no_heads(enter: Callable[..., tuple[str, DueEntry]]) -> None:
     model = Model()
     first, second = enter(model, "a", 0, 1, 1), enter(model, "a", 0, 2, 2)
     assert not model.due.heads.entries
@@ -425,7 +425,7 @@ class Now(int):
         return int(self) < other
 
 
-def test_overdue_jobs_are_skipped_in_blocks_and_come_back_with_the_clock() -> None:
+def test_overdue_jobs_are_skipped_in_blocks_and_return_after_a_backward_step() -> None:
     places, jobs = LaneEntries(), 40 * BLOCK
     for seq in range(jobs):
         places.add((0, 1, seq, f"{seq}", 10 + seq % 2))

@@ -62,7 +62,7 @@ def test_an_empty_book() -> None:
     assert book.numbers(7, 9, False) == Numbers(lease_ms=7, wall_ms=9)
 
 
-def test_a_start_finds_live_jobs_and_the_counts_of_finished_ones() -> None:
+def test_a_start_loads_live_jobs_and_the_counts_of_finished_ones() -> None:
     numbers = Numbers(3, 11, 12, 13, 400, NOW, True)
     jobs = [queued(1), queued(2, run_at=NOW + 1), held(3, "w-1"), held(4, "w-2", expires=400)]
     queues = {"default": QueueRow(completed=5, failed=2), "idle": QueueRow(paused=True, cancelled=1)}
@@ -80,7 +80,7 @@ def test_a_start_finds_live_jobs_and_the_counts_of_finished_ones() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_jobs_in_short_enter_all_at_once_as_one_by_one(seed: int) -> None:
+def test_compact_jobs_can_be_added_at_once_or_one_by_one(seed: int) -> None:
     dice = random.Random(seed)
     shared = [
         Options(queue=queue, kind=kind, priority=priority) for queue in "qr" for kind in "kl" for priority in (0, 1)
@@ -115,7 +115,7 @@ def compare_nothing_left(book: Book) -> None:
     assert {status: count for status, count in book.totals.items() if count} == {"failed": 2}
 
 
-def test_only_new_jobs_are_kept_in_short(rules: RuleHarness) -> None:
+def test_only_new_jobs_are_compact(rules: RuleHarness) -> None:
     rules.create("a")
     rules.create("b", delay_ms=5)
     lock_id = rules.held("c")
@@ -126,7 +126,7 @@ def test_only_new_jobs_are_kept_in_short(rules: RuleHarness) -> None:
     assert rules.claim(limit=9) == ["c", "a"]
 
 
-def test_numbers_are_burnt_as_they_are_used() -> None:
+def test_used_numbers_are_never_reused() -> None:
     book = Book(Numbers(epoch=3))
     job = replace(held(7, "w"), grant=Grant("l", (3 << TOKEN_COUNTER_BITS) | 40, "w", NOW, 1, 1, 0))
     book.put(Change(None, job, Event(9, NOW, "imported", 7, job.id, "default", None, "processing", "admin")))
@@ -152,14 +152,14 @@ def test_a_grant_of_an_earlier_epoch_does_not_use_up_the_counter() -> None:
         assert (book.epoch, book.next_token) == numbers
 
 
-def test_the_request_that_made_a_job_is_known_for_the_rest_of_the_batch(rules: RuleHarness) -> None:
+def test_the_request_hash_of_a_new_job_is_known_in_its_batch(rules: RuleHarness) -> None:
     rules.create("a")
     assert set(rules.book.request_hashes) == {"a"}
     rules.accept(Import(id="b"))
     assert rules.book.request_hashes.get("b", "") == ""
 
 
-def test_equal_options_are_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_options_share_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "OPTIONS_KEPT", 2)
     book = Book()
     first = book.shared(Options(queue="a"))
@@ -170,7 +170,7 @@ def test_equal_options_are_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
     assert book.shared(Options(queue="a")) is not first
 
 
-def test_finished_jobs_pass_through(rules: RuleHarness) -> None:
+def test_finished_jobs_are_kept_for_a_while(rules: RuleHarness) -> None:
     for number in range(FINISHED_KEPT + 2):
         rules.book.loaded(replace(queued(number + 1), status="cancelled"))
     rules.book.loaded(replace(queued(1), status="cancelled"))  # named again: the last to go
@@ -181,7 +181,7 @@ def test_finished_jobs_pass_through(rules: RuleHarness) -> None:
     assert rules.book.total() == 0  # those of the disk are counted by the store
 
 
-def test_finished_jobs_at_hand_have_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_finished_jobs_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "FINISHED_BYTES", 3_000)
     book = Book()
     for seq in range(1, 6):
@@ -202,7 +202,7 @@ def test_finished_jobs_at_hand_have_their_size(monkeypatch: pytest.MonkeyPatch) 
     assert (list(book.finished), book._finished_bytes) == ([], 0)
 
 
-def test_finished_jobs_at_hand_have_room_for_megabytes() -> None:
+def test_finished_jobs_in_memory_are_bounded_in_bytes() -> None:
     book = Book()
     for seq in (1, 2):
         result = Result(metadata=Raw(b'"%s"' % (b"y" * (4 << 20))))
@@ -211,7 +211,7 @@ def test_finished_jobs_at_hand_have_room_for_megabytes() -> None:
     assert list(book.finished) == ["job-1", "job-2"]
 
 
-def test_a_deleted_job_is_gone_from_everything(rules: RuleHarness) -> None:
+def test_a_deleted_job_leaves_every_order(rules: RuleHarness) -> None:
     rules.completed()
     rules.accept(Delete(id="a"))
     assert (rules.book.get("a"), rules.book.total(), rules.book.finished) == (None, 0, {})
@@ -260,7 +260,7 @@ def test_a_finished_job_whose_row_is_not_moved_is_counted_as_it_was_before_a_bat
         assert (book.totals["failed"], book.totals["queued"], book.unmoved) == (0, 0, {"a": None})
 
 
-def test_who_holds_what() -> None:
+def test_the_holder_of_a_job() -> None:
     book = Book()
     assert not book.holds("a", "l")
     job = held(1, "w")
@@ -274,7 +274,7 @@ def test_who_holds_what() -> None:
 # -- time -------------------------------------------------------------------------------------------------------------
 
 
-def test_delayed_jobs_become_due_and_somebody_is_told(rules: RuleHarness) -> None:
+def test_delayed_jobs_become_due_and_are_announced(rules: RuleHarness) -> None:
     told: list[tuple[str, str]] = []
     rules.book.on_due = lambda queue, kind: told.append((queue, kind))
     rules.create("a", delay_ms=5, kind="k")
@@ -288,7 +288,7 @@ def test_delayed_jobs_become_due_and_somebody_is_told(rules: RuleHarness) -> Non
     assert rules.claim(limit=9) == ["a", "b"]
 
 
-def test_a_delayed_job_that_is_gone_does_not_become_due(rules: RuleHarness) -> None:
+def test_a_removed_delayed_job_does_not_become_due(rules: RuleHarness) -> None:
     rules.create("a", delay_ms=5)
     rules.accept(Cancel(id="a"))
     rules.create("b", delay_ms=5)
@@ -299,7 +299,7 @@ def test_a_delayed_job_that_is_gone_does_not_become_due(rules: RuleHarness) -> N
     assert rules.claim() == ["b"]
 
 
-def test_an_id_that_is_used_again_does_not_inherit_the_times_of_the_first(rules: RuleHarness) -> None:
+def test_a_reused_id_does_not_inherit_deadlines(rules: RuleHarness) -> None:
     rules.create("a", delay_ms=5, expires_at=NOW + 7)
     rules.accept(Cancel(id="a"))
     rules.accept(Delete(id="a"))
@@ -314,7 +314,7 @@ def test_an_id_that_is_used_again_does_not_inherit_the_times_of_the_first(rules:
     assert rules.claim() == ["a"]
 
 
-def test_the_job_that_is_due_longest_of_all_queues(rules: RuleHarness) -> None:
+def test_the_job_that_has_been_due_longest_over_all_queues(rules: RuleHarness) -> None:
     assert rules.book.oldest_due() is None
     rules.create("gone", queue="b")
     rules.create("z", queue="a")
@@ -334,7 +334,7 @@ def test_the_job_that_is_due_longest_of_all_queues(rules: RuleHarness) -> None:
     assert oldest() == ("a", "z")
 
 
-def test_the_wall_clock_steps_back(rules: RuleHarness) -> None:
+def test_a_backward_step_of_the_clock_delays_due_jobs(rules: RuleHarness) -> None:
     rules.create("a", expires_at=NOW + 10)
     rules.create("b", delay_ms=10)
     rules.create("c", delay_ms=10)
@@ -354,7 +354,7 @@ def test_the_wall_clock_steps_back(rules: RuleHarness) -> None:
     assert rules.claim(limit=9) == ["a"]
 
 
-def test_a_step_back_of_the_clock_reads_only_lanes_in_which_a_job_became_due_since(
+def test_a_backward_step_reads_only_lanes_with_newly_due_jobs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     book, looked = Book(), list[Lane]()
@@ -395,13 +395,13 @@ def test_overdue_jobs_that_a_clock_step_makes_due_again_wake_waiting_claims(rule
     assert rules.claim() == ["a"]
 
 
-def test_time_that_goes_on_costs_no_look_at_every_job(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advancing_time_does_not_read_every_job(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Book, "_rewind", None)
     for now in (NOW, NOW, NOW + 1):
         rules.book.advance(now, 0)
 
 
-def test_a_job_that_moves_among_those_that_are_due_is_found_once_and_in_its_new_place(rules: RuleHarness) -> None:
+def test_a_moved_due_job_is_found_once_in_its_new_place(rules: RuleHarness) -> None:
     for name in "abc":
         rules.create(name)
 
@@ -421,7 +421,7 @@ def test_a_job_that_moves_among_those_that_are_due_is_found_once_and_in_its_new_
         assert order() == ["b", "a", "c"]
 
 
-def test_a_job_of_the_same_id_and_time_as_one_that_is_gone_is_found_once(rules: RuleHarness) -> None:
+def test_a_job_with_id_and_time_of_a_removed_one_is_found_once(rules: RuleHarness) -> None:
     for name in ("first", "again"):
         rules.create(name)
         rules.accept(Update(id=name, priority=1))
@@ -431,14 +431,14 @@ def test_a_job_of_the_same_id_and_time_as_one_that_is_gone_is_found_once(rules: 
     assert [job.id for job in rules.book.due(["default"], None)] == ["first", "again"]
 
 
-def test_who_is_taken_leaves_the_next_of_its_lane_in_sight(rules: RuleHarness) -> None:
+def test_after_a_grant_the_next_job_of_the_lane_is_found(rules: RuleHarness) -> None:
     for name, kind in (("a", "x"), ("b", "x"), ("c", "y")):
         rules.create(name, kind=kind)
     rules.start("a")
     assert [job.id for job in rules.book.due(["default"], None)] == ["b", "c"]
 
 
-def test_resuming_tells_of_every_kind_that_is_due(rules: RuleHarness) -> None:
+def test_resuming_announces_every_due_kind(rules: RuleHarness) -> None:
     rules.create("a", kind="x")
     rules.create("b", kind="y")
     rules.accept(Pause(name="default"))
@@ -451,7 +451,7 @@ def test_resuming_tells_of_every_kind_that_is_due(rules: RuleHarness) -> None:
     assert sorted(told) == [("default", "x"), ("default", "y")]
 
 
-def test_a_moved_deadline_is_looked_at_when_the_old_one_comes_up(rules: RuleHarness) -> None:
+def test_a_moved_deadline_is_checked_when_the_old_one_passes(rules: RuleHarness) -> None:
     lock_id = rules.held()
     first = rules.book.next_deadline()
     rules.advance(5 * MINUTE_MS)
@@ -488,7 +488,7 @@ def test_a_start_knows_which_grant_is_the_oldest() -> None:
     assert list(book.processing) == ["job-1", "job-2", "a job that was granted last"]
 
 
-def test_a_grant_that_is_taken_back_leaves_the_job_to_its_former_holder() -> None:
+def test_rolling_back_a_grant_restores_the_former_holder() -> None:
     book = Book()
     former, new = held(1, "w-1"), replace(held(2, "w-2"), seq=1, id="job-1")
     book.swap(None, former)
@@ -500,7 +500,7 @@ def test_a_grant_that_is_taken_back_leaves_the_job_to_its_former_holder() -> Non
     assert (book.live_locks(), book.next_deadline()) == (1, 500)
 
 
-def test_an_extension_that_is_taken_back_leaves_the_former_deadline() -> None:
+def test_rolling_back_an_extension_restores_the_former_deadline() -> None:
     book = Book()
     job = held(1, "w-1", expires=500)
     assert job.lease is not None
@@ -524,7 +524,7 @@ def test_an_extension_that_is_taken_back_leaves_the_former_deadline() -> None:
         (Lease(9_000, 100, 550), Lease(9_000, 100, 9_500), "stuck"),  # made by hand: a lock beyond its ceiling
     ],
 )
-def test_a_deadline_that_goes_back_is_seen_at_once(before: Lease, for_a_while: Lease, sorted_into: str) -> None:
+def test_a_deadline_that_moves_back_takes_effect_at_once(before: Lease, for_a_while: Lease, sorted_into: str) -> None:
     book = Book()
     job = held(1, "w-1")
     stays, moved = replace(job, lease=before), replace(job, lease=for_a_while)
@@ -546,7 +546,7 @@ def test_a_cleared_lock_that_is_revived_is_live_again(rules: RuleHarness) -> Non
     assert (list(rules.book.cleared_locks), rules.book.live_locks()) == ([], 1)
 
 
-def test_a_row_that_loses_its_lease_is_in_nobodys_hands(rules: RuleHarness) -> None:
+def test_a_row_without_a_lease_has_no_holder(rules: RuleHarness) -> None:
     book, job = Book(), held(1, "w-1")
     book.swap(None, job)
     book.advance(NOW, 500)
@@ -555,7 +555,7 @@ def test_a_row_that_loses_its_lease_is_in_nobodys_hands(rules: RuleHarness) -> N
     assert (list(book.stuck), list(book.unheld)) == ([], ["job-1"])
 
 
-def test_what_runs_is_summed_up_from_when_it_began() -> None:
+def test_the_start_times_of_processing_jobs_are_summed() -> None:
     book = Book()
     job = replace(held(1, "w-1"), created_at=NOW - 9)
     book.swap(None, job)
@@ -571,7 +571,7 @@ def test_what_runs_is_summed_up_from_when_it_began() -> None:
 # -- all at once ------------------------------------------------------------------------------------------------------
 
 
-def test_rows_of_hands_do_not_break_the_counts(rules: RuleHarness) -> None:
+def test_manually_edited_rows_do_not_break_the_counts(rules: RuleHarness) -> None:
     rules.row(queued(1, status="odd"))
     rules.row(queued(2, status="processing"))
     rules.row(replace(held(3, "w"), lease=None))
@@ -583,7 +583,7 @@ def test_rows_of_hands_do_not_break_the_counts(rules: RuleHarness) -> None:
 
 
 @pytest.mark.parametrize("status", ["odd", "complete", ""])
-def test_a_status_that_is_none_breaks_nothing_when_its_job_is_taken_up(rules: RuleHarness, status: str) -> None:
+def test_an_unknown_status_breaks_nothing(rules: RuleHarness, status: str) -> None:
     job = rules.rows["job-1"] = queued(1, status=status, progress=101)
     rules.book.loaded(job)  # as it comes from the disk: no start has counted it
     rules.accept(RepairJobs(ids=[job.id]))
@@ -651,7 +651,7 @@ def jobs() -> LiveJobs:
     return jobs
 
 
-def test_it_is_a_mapping_of_whole_jobs(jobs: LiveJobs) -> None:
+def test_live_jobs_are_a_mapping_of_expanded_jobs(jobs: LiveJobs) -> None:
     assert jobs == {"a": SHORT.expand(), "b": WHOLE}
     assert (len(jobs), list(jobs), "a" in jobs, "b" in jobs, "c" in jobs) == (2, ["a", "b"], True, True, False)
     assert (jobs.find("a"), jobs.find("b"), jobs.find("c")) == (SHORT.expand(), WHOLE, None)
@@ -660,7 +660,7 @@ def test_it_is_a_mapping_of_whole_jobs(jobs: LiveJobs) -> None:
     assert jobs.touched() == {"b"}
 
 
-def test_a_job_to_which_something_happens_is_kept_whole(jobs: LiveJobs) -> None:
+def test_a_changed_job_is_no_longer_compact(jobs: LiveJobs) -> None:
     assert jobs.waits(SHORT)
     assert not jobs.waits(replace(SHORT))  # the same job, come in another time
     jobs.keep(replace(SHORT.expand(), attempt=1))
@@ -668,13 +668,13 @@ def test_a_job_to_which_something_happens_is_kept_whole(jobs: LiveJobs) -> None:
     assert (len(jobs), jobs["a"].attempt, set(jobs.touched())) == (2, 1, {"a", "b"})
 
 
-def test_a_job_that_comes_in_again_is_kept_in_one_form(jobs: LiveJobs) -> None:
+def test_a_job_that_is_added_again_is_stored_in_one_form(jobs: LiveJobs) -> None:
     again = CompactJob(3, "b", Options(), 2_000)
     jobs.keep_short(again)
     assert (jobs["b"], jobs.waits(again), len(jobs), set(jobs.touched())) == (again.expand(), True, 2, set())
 
 
-def test_a_job_is_forgotten_in_either_form(jobs: LiveJobs) -> None:
+def test_a_job_is_removed_in_either_form(jobs: LiveJobs) -> None:
     for job_id in ("a", "b", "c"):
         jobs.drop(job_id)
     assert (len(jobs), jobs.waits(SHORT)) == (0, False)

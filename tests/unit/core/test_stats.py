@@ -84,7 +84,7 @@ def test_old_minutes_and_hours_are_dropped() -> None:
     assert (figures.stalls, figures.reset, figures.failed) == (100, 70, 30)
 
 
-def test_what_a_clock_had_put_ahead_that_was_set_back_does_not_count() -> None:
+def test_entries_after_a_backward_step_of_the_clock_do_not_count() -> None:
     """Nor does it stay: a year that a machine was ahead is no year of an alert."""
     figures, ahead = Figures(), NOW + 365 * DAY_MS
     for number in range(61):
@@ -110,7 +110,7 @@ def test_recoveries_of_the_last_day(rules: RuleHarness) -> None:
     assert (figures.stalls, figures.reset, figures.failed, figures.since_report.recovered) == (3, 2, 1, 3)
 
 
-def test_what_was_done_since_the_last_report(rules: RuleHarness) -> None:
+def test_the_counts_since_the_last_report(rules: RuleHarness) -> None:
     rules.held("a", stuck_after_ms=HOUR_MS, max_processing_ms=0)
     rules.held("d", stuck_after_ms=HOUR_MS, max_processing_ms=0)
     rules.advance(15 * MINUTE_MS)
@@ -134,7 +134,7 @@ def test_other_endings_are_not_counted(rules: RuleHarness) -> None:
     assert figures.processing == {}
 
 
-def test_a_completion_without_a_start_or_before_it_is_no_negative_time() -> None:
+def test_a_completion_without_or_before_a_start_has_no_negative_time() -> None:
     figures = Figures()
     job = Job(1, "a", Options(), "processing", NOW, NOW, NOW)
     done = Event(1, NOW, "completed", 1, "a", "q", "processing", "completed", "worker:w")
@@ -145,11 +145,11 @@ def test_a_completion_without_a_start_or_before_it_is_no_negative_time() -> None
     assert figures.processing["q"].total == 0
 
 
-def test_the_bounds_are_those_under_which_counts_are_stored_and_dashboards_know_them() -> None:
+def test_the_bounds_of_histograms_do_not_change() -> None:
     assert PROCESSING_BUCKETS_S == (0.1, 0.5, 1, 5, 15, 60, 300, 900, 1_800, 3_600, 14_400)
 
 
-def test_a_histogram_counts_up_to_and_with_each_bound() -> None:
+def test_a_histogram_bucket_includes_its_bound() -> None:
     histogram = Histogram.empty(PROCESSING_BUCKETS_S)
     for value in (0.1, 0.11, 14_400, 14_401):
         histogram.add(value, PROCESSING_BUCKETS_S)
@@ -172,7 +172,7 @@ def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     }
 
 
-def test_completions_are_told_by_kind_and_grants_that_were_taken_away(rules: CountingHarness) -> None:
+def test_completions_feed_the_baseline_and_stalls_the_double_grants(rules: CountingHarness) -> None:
     figures = rules.book.figures
     lock_id = rules.held("a", kind="thumbnail")
     rules.advance(2_000)
@@ -185,7 +185,7 @@ def test_completions_are_told_by_kind_and_grants_that_were_taken_away(rules: Cou
     assert [(pace.kind, pace.completed) for pace in figures.paces.view(rules.now)] == [("thumbnail", 1)]
 
 
-def test_all_that_is_kept_is_read_again_and_older_figures_lack_some_of_it(rules: CountingHarness) -> None:
+def test_stored_statistics_are_read_again_even_if_older_ones_lack_fields(rules: CountingHarness) -> None:
     lock_id = rules.held("a", kind="thumbnail")
     rules.accept(Complete(id="a", lock_id=lock_id))
     rules.held("b")
@@ -223,7 +223,7 @@ def test_attempts_of_very_many_queues_are_bounded() -> None:
     assert attempts.by_queue == {}, "a clock that was set back"
 
 
-def test_an_operator_who_fails_a_waiting_job_ends_no_attempt(rules: CountingHarness) -> None:
+def test_force_failing_a_queued_job_ends_no_attempt(rules: CountingHarness) -> None:
     rules.create("a")
     attempts = Attempts()
     attempts.note(rules.decide(ForceFail(id="a")).changes)

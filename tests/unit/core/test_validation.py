@@ -36,7 +36,7 @@ def row(status: str = "queued", **fields: Any) -> Job:
 
 
 @pytest.mark.parametrize("status", STATUSES)
-def test_good_rows(status: str) -> None:
+def test_valid_rows(status: str) -> None:
     found = validate(row(status), AT, Policy(require_download_url=True))
     assert (found.is_valid, found.issues, found.can_proceed) == (True, [], True)
     assert safe_fixes(row(status)) == {}
@@ -91,7 +91,7 @@ FIXES = (
 
 
 @pytest.mark.parametrize(("job", "kind", "field", "fixes"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
-def test_bad_rows(job: Job, kind: str, field: str, fixes: dict[str, Any]) -> None:
+def test_invalid_rows(job: Job, kind: str, field: str, fixes: dict[str, Any]) -> None:
     found = validate(job, AT, Policy())
     assert [(issue.type, issue.field) for issue in found.issues] == [(kind, field)]
     assert found.issues[0].fix.startswith(FIXES)
@@ -103,7 +103,7 @@ def test_bad_rows(job: Job, kind: str, field: str, fixes: dict[str, Any]) -> Non
     assert counts(found.issues[0]) == (kind != "warning")
 
 
-def test_boundaries_that_are_good() -> None:
+def test_valid_boundaries() -> None:
     good = [
         row(progress=0),
         row("processing", progress=100),
@@ -123,7 +123,7 @@ def test_boundaries_that_are_good() -> None:
         assert validate(job, AT, Policy()).issues == []
 
 
-def test_a_download_url_may_be_required() -> None:
+def test_a_download_url_can_be_required() -> None:
     policy = Policy(require_download_url=True)
     for result in (None, Result(file_path="/f")):
         found = validate(row("completed", result=result), AT, policy)
@@ -133,7 +133,7 @@ def test_a_download_url_may_be_required() -> None:
         assert not found.is_valid
 
 
-def test_times_are_put_in_order_and_never_back() -> None:
+def test_times_are_ordered_and_never_move_back() -> None:
     job = row("completed", created_at=NOW + 10, started_at=NOW + 5, finished_at=NOW + 7, updated_at=NOW)
     assert safe_fixes(job) == {"started_at": NOW + 10, "finished_at": NOW + 10, "updated_at": NOW + 10}
     job = row("failed", finished_at=None, updated_at=NOW + 3)
@@ -148,7 +148,7 @@ def test_times_are_put_in_order_and_never_back() -> None:
     ("status", "fix"),
     [("queued", "It fails with error_code expired."), ("failed", "The next cleanup run deletes it.")],
 )
-def test_what_has_expired_says_what_becomes_of_it(status: str, fix: str) -> None:
+def test_an_expired_job_is_reported_with_its_fix(status: str, fix: str) -> None:
     assert [issue.fix for issue in validate(row(status, expires_at=NOW), AT, Policy()).issues] == [fix]
 
 

@@ -43,7 +43,7 @@ JOB = Job(
 )
 
 
-def test_every_field_of_a_job_is_shown_in_its_place() -> None:
+def test_the_view_of_a_job_has_every_field() -> None:
     shown = asdict(views.job_view(JOB, AT, Policy(), payload=Raw(b"[]")))
     shown["lock"] = asdict(shown["lock"])
     assert shown == {
@@ -59,7 +59,7 @@ def test_every_field_of_a_job_is_shown_in_its_place() -> None:
     }  # fmt: skip
 
 
-def test_every_field_of_a_job_is_moved_in_its_place() -> None:
+def test_the_exported_job_has_every_field() -> None:
     assert views.moved(JOB, Raw(b"[]")) == Import(
         id="a", queue="q", kind="k", payload=Raw(b"[]"), priority=3, status="processing", progress=24,
         progress_message="m", attempt=25, max_attempts=4, backoff=Backoff("fixed", 1, 2, False), stalls=26,
@@ -86,7 +86,7 @@ def test_durations_are_shown_as_they_apply(grant: Grant | None, options: Options
     assert (view.stuck_after_ms, view.max_processing_ms) == shown
 
 
-def test_only_an_operator_is_shown_the_secret() -> None:
+def test_only_operators_see_the_lock_id() -> None:
     lock = views.lock_view(JOB, AT)
     assert lock is not None
     assert lock.lock_id is UNSET
@@ -98,7 +98,7 @@ def test_only_an_operator_is_shown_the_secret() -> None:
 
 
 @pytest.mark.parametrize("change", [{"grant": None}, {"lease": None}, {"lease": replace(LEASE, cleared=True)}])
-def test_half_a_lock_and_a_cleared_one_are_none(change: dict[str, Any]) -> None:
+def test_incomplete_and_cleared_locks_are_not_shown(change: dict[str, Any]) -> None:
     assert views.lock_view(replace(JOB, **change), AT) is None
 
 
@@ -116,7 +116,7 @@ def book(*jobs: Job) -> Book:
     return filled
 
 
-def test_a_grant_that_lacks_a_part_is_no_lock() -> None:
+def test_an_incomplete_grant_is_no_lock() -> None:
     rows = [
         replace(JOB, seq=seq, id=f"{seq}", **half) for seq, half in enumerate(({"grant": None}, {"lease": None}, {}))
     ]
@@ -133,7 +133,7 @@ def test_lock_ids_are_for_admins(admin: bool) -> None:
     assert public_lock(None) is None
 
 
-def test_every_field_of_a_late_result_is_shown_in_its_place() -> None:
+def test_the_view_of_a_late_result_has_every_field() -> None:
     late = LateResult(31, NOW - 32, "w-2", 33, "hash", NOW + 34, Result("url", "file", "key", Raw(b"1")))
     assert asdict(views.late_view(late)) == {
         "seq": 31, "at": NOW - 32, "worker": "w-2", "fencing_token": 33, "download_url": "url", "file_path": "file",
@@ -163,7 +163,7 @@ def figures(*completed_ms: int) -> Figures:
         (running(NOW + 5_000), figures(1_000), 0.0),  # the wall clock has stepped back
     ],
 )
-def test_the_average_is_over_what_was_completed_lately_and_what_runs(
+def test_the_average_covers_recent_completions_and_processing_jobs(
     filled: Book, counted: Figures, average: float
 ) -> None:
     assert views.average_processing_s(filled, counted, AT) == average

@@ -109,7 +109,7 @@ def test_a_worker_is_busy_idle_silent_and_gone(rules: RuleHarness) -> None:
     assert rules.accept(Workers()).by_state["gone"] == 1
 
 
-def test_one_expired_lock_makes_a_worker_silent_and_a_recovered_job_no_more(rules: RuleHarness) -> None:
+def test_a_worker_is_silent_while_it_holds_an_expired_lock(rules: RuleHarness) -> None:
     rules.held("a", worker="w", stuck_after_ms=0)
     rules.advance(1_000)
     rules.held("b", worker="w")
@@ -119,7 +119,7 @@ def test_one_expired_lock_makes_a_worker_silent_and_a_recovered_job_no_more(rule
     assert (one(rules).state, one(rules).jobs, one(rules).expired) == ("busy", ["b"], 0)
 
 
-def test_the_gone_are_forgotten_after_a_day(rules: RuleHarness) -> None:
+def test_workers_are_forgotten_after_a_day(rules: RuleHarness) -> None:
     rules.accept(Release(id="a", lock_id=rules.held(worker="w-1")))
     rules.advance(DAY_MS - 1)
     assert listed(rules, state="gone") == [("w-1", "gone")]
@@ -130,7 +130,7 @@ def test_the_gone_are_forgotten_after_a_day(rules: RuleHarness) -> None:
     assert list(rules.book.presence.workers) == ["w-2"]
 
 
-def test_a_step_of_the_wall_clock_makes_no_worker_gone_and_keeps_none(rules: RuleHarness) -> None:
+def test_a_step_of_the_clock_does_not_change_the_state_of_workers(rules: RuleHarness) -> None:
     rules.book.presence.asks(claim("before"))
     rules.now += 40 * DAY_MS
     rules.book.advance(rules.now, rules.lease)
@@ -144,7 +144,7 @@ def test_a_step_of_the_wall_clock_makes_no_worker_gone_and_keeps_none(rules: Rul
     assert rules.book.presence.unclaimed_ms("default", "", rules.lease) == GONE_AFTER_MS
 
 
-def test_a_worker_is_known_by_its_jobs_and_when_it_was_heard(rules: RuleHarness) -> None:
+def test_a_worker_is_known_by_its_jobs_and_last_request(rules: RuleHarness) -> None:
     lock_id = rules.held(worker="w-1")
     rules.advance(7)
     rules.progress(lock_id)
@@ -155,7 +155,7 @@ def test_a_worker_is_known_by_its_jobs_and_when_it_was_heard(rules: RuleHarness)
     assert (list(seen.jobs), seen.last_seen_at) == ([], NOW + 2)
 
 
-def test_after_a_start_workers_were_heard_when_their_jobs_last_changed() -> None:
+def test_after_a_start_workers_were_last_seen_when_their_jobs_changed() -> None:
     jobs = [replace(held(seq, f"w-{seq}"), updated_at=NOW + at) for seq, at in ((1, -50), (2, -10), (3, -90))]
     book = Book.opened(OpenedStore(Numbers(wall_ms=NOW, lease_ms=400), jobs))
     rules = RuleHarness()
@@ -187,7 +187,7 @@ def test_a_worker_is_shown_with_its_latest_claim(presence: WorkerPresence) -> No
     assert (first.queues, first.kinds, first.workers) == (["q"], ["k", "l"], {})
 
 
-def test_a_start_is_no_claim(presence: WorkerPresence) -> None:
+def test_a_start_does_not_set_the_latest_claim(presence: WorkerPresence) -> None:
     presence.asks(Start(id="a", worker="w-1"))
     assert presence.workers["w-1"].claims is None
     assert presence.last_claim("default", "") is None
@@ -205,7 +205,7 @@ def test_equal_sets_are_stored_once(presence: WorkerPresence) -> None:
     assert len(list(presence.claim_sets("q"))) == 2, "no kinds: all of them"
 
 
-def test_when_a_queue_and_kind_was_last_claimed(presence: WorkerPresence) -> None:
+def test_the_time_of_the_latest_claim_of_a_queue_and_kind(presence: WorkerPresence) -> None:
     presence.asks(claim("resize", "q", "resize"))
     passes(presence, 100)
     presence.asks(claim("both", "q r", "resize crop"))
@@ -223,7 +223,7 @@ def test_when_a_queue_and_kind_was_last_claimed(presence: WorkerPresence) -> Non
     assert presence.unclaimed_ms("q", "resize", 900) == 0
 
 
-def test_a_claim_that_waits_counts_all_the_time(presence: WorkerPresence) -> None:
+def test_a_waiting_claim_counts_all_the_time(presence: WorkerPresence) -> None:
     claims = presence.waits(claim(queues="q", kinds="k", wait_ms=60_000))
     passes(presence, HOUR_MS)
     worker = presence.workers["w-1"]
@@ -239,7 +239,7 @@ def test_a_claim_that_waits_counts_all_the_time(presence: WorkerPresence) -> Non
 
 
 @in_virtual_time
-async def test_a_long_poll_is_heard_as_long_as_it_waits_and_no_longer() -> None:
+async def test_a_worker_is_seen_as_long_as_its_claim_waits() -> None:
     async with checked_engine() as house:
         for is_cut in (False, True):
             waiting = await waiting_claim(house, "w", queues=["q"], wait_ms=60_000)
@@ -257,7 +257,7 @@ async def test_a_long_poll_is_heard_as_long_as_it_waits_and_no_longer() -> None:
 
 
 @in_virtual_time
-async def test_a_waiting_claim_that_is_served_waits_no_more_and_one_that_is_taken_back_waits_on() -> None:
+async def test_a_served_claim_stops_waiting_and_a_rolled_back_one_continues() -> None:
     async with checked_engine() as house:
         waiting = await waiting_claim(house, "w", wait_ms=60_000)
         house.disk.write_errors.append(DiskFull())
@@ -314,7 +314,7 @@ def test_the_expired_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) 
     assert one(rules).state == "busy"
 
 
-def test_a_take_back_goes_in_slices(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_take_back_is_applied_in_slices(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maintenance_rules, "TAKEN_BACK", 2)
     silent(rules, 5)
     rules.accept(Recover(limit=9))
@@ -369,7 +369,7 @@ async def slices_of_two() -> AsyncIterator[None]:
 
 
 @in_virtual_time
-async def test_a_take_back_of_many_jobs_is_one_answer() -> None:
+async def test_a_take_back_of_many_jobs_has_one_response() -> None:
     async with slices_of_two(), checked_engine() as house:
         for number in range(5):
             await house.held(f"job-{number}", stuck_after_ms=HOUR_MS)
@@ -387,7 +387,7 @@ async def test_a_take_back_of_many_jobs_is_one_answer() -> None:
 
 
 @in_virtual_time
-async def test_a_take_back_that_is_cut_short_says_what_it_did() -> None:
+async def test_an_interrupted_take_back_reports_its_progress() -> None:
     """Because the worker came back, or because the daemon stops."""
     async with slices_of_two(), checked_engine() as house:
         locks = {}
@@ -434,7 +434,7 @@ def test_the_description_of_a_worker_is_at_most_a_kilobyte() -> None:
 # -- bounds -----------------------------------------------------------------------------------------------------------
 
 
-def test_resting_workers_are_forgotten_the_one_heard_longest_ago_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_workers_are_forgotten_least_recently_seen_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 2)
     book = Book()
     book.presence.saw("resting", NOW)
@@ -445,7 +445,7 @@ def test_resting_workers_are_forgotten_the_one_heard_longest_ago_first(monkeypat
     assert list(book.presence.workers) == ["new", "busy"], "the busy one was passed over once"
 
 
-def test_a_worker_that_was_heard_last_is_forgotten_last(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_most_recently_seen_worker_is_forgotten_last(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 2)
     book = Book()
     for worker in ("first", "second", "first", "third"):
@@ -464,7 +464,7 @@ def test_a_worker_with_a_job_or_a_waiting_claim_is_never_forgotten(monkeypatch: 
     assert holders == {"waiting": []} | {f"w-{number}": [f"job-{number}"] for number in range(1, 5)}
 
 
-def test_many_busy_workers_do_not_make_each_new_one_expensive(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_busy_workers_do_not_slow_down_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new worker inspects a few. Over several new workers those at rest are found."""
     monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 100)
     book = Book()
@@ -477,7 +477,7 @@ def test_many_busy_workers_do_not_make_each_new_one_expensive(monkeypatch: pytes
     assert resting[-1] == "resting-19"
 
 
-def test_a_job_whose_worker_was_never_known_may_go() -> None:
+def test_a_job_of_an_unknown_worker_can_be_removed() -> None:
     """A bad row: a grant without a lease."""
     book = Book()
     row = replace(held(1, "w"), lease=None)
@@ -505,7 +505,7 @@ def test_claim_sets_are_bounded_and_forgetting_one_moves_since(
     assert list(presence.claim_sets("waiting")) == [waiting]
 
 
-def test_sets_of_waiting_claims_are_not_counted_again_with_each_new_one(
+def test_waiting_claim_sets_are_not_recounted_for_each_new_one(
     presence: WorkerPresence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sets of waiting claims are never forgotten. The limit grows with them, or each new set would sort all of them."""
@@ -574,7 +574,7 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
             assert unclaimed == 0 if is_waiting else unclaimed <= presence.lease - (latest or 0)
 
 
-def test_a_page_of_workers_costs_by_the_page(rules: RuleHarness) -> None:
+def test_the_cost_of_a_page_of_workers_depends_on_its_size(rules: RuleHarness) -> None:
     draft = Draft(rules.book, Call(Workers()), rules.moment, Policy())
     for number in range(500):
         rules.book.presence.asks(claim(f"w-{number:03}"))

@@ -97,7 +97,7 @@ def test_a_created_job_has_the_defaults(rules: RuleHarness) -> None:
     assert rules.types() == ["created"]
 
 
-def test_what_the_creator_asks_for_is_kept(rules: RuleHarness) -> None:
+def test_the_options_of_the_creator_are_stored(rules: RuleHarness) -> None:
     asked = Create(
         id="a",
         queue="video",
@@ -124,7 +124,7 @@ def test_max_stalls_and_on_stall_come_from_the_policy() -> None:
     assert (options.max_stalls, options.on_stall) == (9, "requeue")
 
 
-def test_an_id_is_made_where_none_is_given(rules: RuleHarness) -> None:
+def test_a_job_without_an_id_gets_one(rules: RuleHarness) -> None:
     first, second = rules.accept(Create()).id, rules.accept(Create()).id
     assert first != second
     made = UUID(first)
@@ -139,12 +139,12 @@ def test_a_delay_moves_run_at(rules: RuleHarness) -> None:
     assert refusal.details == {"field": "$.run_at"}
 
 
-def test_expires_at_has_to_be_in_the_future(rules: RuleHarness) -> None:
+def test_expires_at_must_be_in_the_future(rules: RuleHarness) -> None:
     assert rules.reject(Create(expires_at=NOW), "invalid_request").details == {"field": "$.expires_at"}
     assert rules.create(expires_at=NOW + 1).expires_at == NOW + 1
 
 
-def test_the_same_request_again_gives_the_job_as_it_is(rules: RuleHarness) -> None:
+def test_a_repeated_request_returns_the_current_job(rules: RuleHarness) -> None:
     rules.held("a", payload=Raw(b"1"))
     decision = rules.decide(Create(id="a", payload=Raw(b"1")))
     assert not isinstance(decision.answer, ApiError)
@@ -155,7 +155,7 @@ def test_the_same_request_again_gives_the_job_as_it_is(rules: RuleHarness) -> No
     assert refusal.details == {"job_id": "a", "status": "processing"}
 
 
-def test_a_quarantined_id_is_refused_by_every_command_that_names_it(rules: RuleHarness) -> None:
+def test_every_command_rejects_a_quarantined_id(rules: RuleHarness) -> None:
     rules.create()
     rules.book.quarantine("a", "bad checksum")
     del rules.rows["a"]
@@ -181,7 +181,7 @@ def test_the_number_of_queues_with_jobs_is_bounded() -> None:
     rules.create("d", queue="r")
 
 
-def test_a_bulk_create_counts_the_queues_that_it_would_make() -> None:
+def test_a_bulk_create_counts_its_new_queues() -> None:
     rules = RuleHarness(Policy(queues=2))
     rules.create("a", queue="p")
     refusal = rules.reject(Bulk(jobs=[Create(queue="q"), Create(queue="q"), Create(queue="r")]), "too_many_queues")
@@ -190,7 +190,7 @@ def test_a_bulk_create_counts_the_queues_that_it_would_make() -> None:
     assert rules.book.total() == 4
 
 
-def test_a_store_with_more_queues_than_the_limit_takes_jobs_of_those_that_it_has() -> None:
+def test_above_a_lowered_limit_existing_queues_accept_jobs() -> None:
     rules = RuleHarness(Policy(queues=9))
     for name in "pqr":
         rules.create(name, queue=name)
@@ -243,7 +243,7 @@ def test_the_number_of_live_jobs_is_bounded() -> None:
     rules.create("d")
 
 
-def test_bulk_creates_in_order_all_or_nothing(rules: RuleHarness) -> None:
+def test_a_bulk_creates_all_jobs_in_order_or_none(rules: RuleHarness) -> None:
     answer = rules.ask(Bulk(jobs=[Create(id="a"), Create(), Create(id="c")]))
     assert isinstance(answer, Response)
     assert answer.status == 201
@@ -258,7 +258,7 @@ def test_bulk_creates_in_order_all_or_nothing(rules: RuleHarness) -> None:
     assert refusal.message.startswith("The id e is in the list twice")
 
 
-def test_a_repeated_bulk_shows_what_it_made(rules: RuleHarness) -> None:
+def test_a_repeated_bulk_returns_its_jobs(rules: RuleHarness) -> None:
     bulk = Bulk(jobs=[Create(id="a"), Create(id="b")])
     rules.accept(bulk)
     decision = rules.decide(Bulk(jobs=[Create(id="c"), Create(id="b")]))
@@ -273,7 +273,7 @@ def test_a_bulk_counts_its_own_jobs_towards_the_limit() -> None:
     assert rules.reject(Bulk(jobs=[Create(), Create(), Create()]), "too_many_jobs").details == {"limit": 2, "index": 2}
 
 
-def test_a_refused_bulk_names_the_field_by_its_path(rules: RuleHarness) -> None:
+def test_the_error_of_a_bulk_names_the_path_of_the_field(rules: RuleHarness) -> None:
     refusal = rules.reject(Bulk(jobs=[Create(), Create(expires_at=NOW)]), "invalid_request")
     assert refusal.details == {"field": "$.jobs[1].expires_at", "index": 1}
     assert len(rules.accept(Bulk(jobs=[Create(), Create()])).jobs) == 2
@@ -282,7 +282,7 @@ def test_a_refused_bulk_names_the_field_by_its_path(rules: RuleHarness) -> None:
 # -- start ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_grant_sets_all_that_it_has_to(rules: RuleHarness) -> None:
+def test_a_grant_sets_every_field(rules: RuleHarness) -> None:
     rules.create()
     rules.advance(5)
     granted = rules.accept(Start(id="a", worker="w-1"))
@@ -305,7 +305,7 @@ def test_an_admin_sees_the_lock_id(rules: RuleHarness) -> None:
     assert rules.accept(Get(id="a")).lock.lock_id is msgspec.UNSET
 
 
-def test_an_admin_sees_it_in_every_answer_with_the_job(rules: RuleHarness) -> None:
+def test_an_admin_sees_the_lock_id_in_every_response_with_the_job(rules: RuleHarness) -> None:
     lock_id = rules.accept(Bulk(jobs=[Create(id="a")])) and rules.start()
     assert rules.accept(Create(id="a"), admin=True).lock.lock_id == lock_id
     assert rules.accept(Bulk(jobs=[Create(id="a")]), admin=True).jobs[0].lock.lock_id == lock_id
@@ -314,7 +314,7 @@ def test_an_admin_sees_it_in_every_answer_with_the_job(rules: RuleHarness) -> No
     assert granted.job.lock.lock_id == granted.lock_id
 
 
-def test_a_grant_takes_its_own_times_before_those_of_job_and_policy(rules: RuleHarness) -> None:
+def test_times_of_a_grant_take_precedence_over_job_and_policy(rules: RuleHarness) -> None:
     rules.create(stuck_after_ms=7, max_processing_ms=2_000)
     rules.start(lock_ttl_ms=1_000, stuck_after_ms=0)
     grant, lease = rules.job().grant, rules.job().lease
@@ -354,7 +354,7 @@ def test_a_lock_is_cut_to_its_ceiling(rules: RuleHarness) -> None:
         (0, 3_000, 0),
     ],
 )
-def test_the_ceiling_is_that_of_the_creator_else_of_the_grant_else_of_the_configuration(
+def test_the_ceiling_of_the_job_takes_precedence_over_grant_and_configuration(
     rules: RuleHarness, by: str, creator: int | None, asked: int | None, holds: int
 ) -> None:
     rules.create(max_processing_ms=creator)
@@ -373,7 +373,7 @@ def test_the_ceiling_is_that_of_the_creator_else_of_the_grant_else_of_the_config
     )
 
 
-def test_without_a_ceiling_a_lock_lives_as_long_as_it_is_extended(rules: RuleHarness) -> None:
+def test_without_a_ceiling_a_lock_can_be_extended_without_limit(rules: RuleHarness) -> None:
     rules.create()
     lock_id = rules.start(lock_ttl_ms=MINUTE_MS, stuck_after_ms=0, max_processing_ms=0)
     for _ in range(3 * 60):
@@ -384,12 +384,12 @@ def test_without_a_ceiling_a_lock_lives_as_long_as_it_is_extended(rules: RuleHar
     assert rules.job().status == "queued", "it counts as stuck only when nothing is heard"
 
 
-def test_without_a_ceiling_there_is_none(rules: RuleHarness) -> None:
+def test_a_ceiling_of_0_means_none(rules: RuleHarness) -> None:
     rules.create(**no_ceiling())
     assert rules.accept(Start(id="a", worker="w")).ceiling_at is None
 
 
-def test_start_judges_due_before_paused(rules: RuleHarness) -> None:
+def test_start_checks_the_due_time_before_the_pause(rules: RuleHarness) -> None:
     rules.create(delay_ms=10)
     rules.accept(Pause(name="default"))
     assert rules.reject(Start(id="a", worker="w"), "not_due").details == {"run_at": NOW + 10, "retry_after_ms": 10}
@@ -444,7 +444,7 @@ def test_a_stuck_job_that_fails_by_recovery_is_not_started(rules: RuleHarness) -
     assert rules.job().status == "failed"
 
 
-def test_an_overdue_job_fails_by_the_command_that_meets_it(rules: RuleHarness) -> None:
+def test_an_overdue_job_fails_with_the_next_command_on_it(rules: RuleHarness) -> None:
     rules.create("a", expires_at=NOW + 10)
     rules.create("b", expires_at=NOW + 10, priority=-1)
     rules.create("c")
@@ -460,7 +460,7 @@ def test_an_overdue_job_fails_by_the_command_that_meets_it(rules: RuleHarness) -
     assert rules.job("b").status == "queued"
 
 
-def test_a_job_that_nobody_took_says_so_and_nothing_of_an_error_without_words(rules: RuleHarness) -> None:
+def test_the_message_of_an_expired_job_without_an_attempt(rules: RuleHarness) -> None:
     rules.create(expires_at=NOW + 10)
     rules.row(replace(rules.job(), error=Failure(None, "odd")))
     rules.advance(10)
@@ -472,7 +472,7 @@ def test_a_job_that_nobody_took_says_so_and_nothing_of_an_error_without_words(ru
     )
 
 
-def test_a_job_that_expires_while_it_waits_for_another_try_says_what_the_last_one_failed_of(rules: RuleHarness) -> None:
+def test_the_message_of_an_expired_retry_has_the_last_error(rules: RuleHarness) -> None:
     lock_id = rules.held(expires_at=NOW + 10, max_attempts=3)
     rules.advance(10)
     rules.accept(Fail(id="a", lock_id=lock_id, error_message="the disk exploded" + "!" * 600))
@@ -485,7 +485,7 @@ def test_a_job_that_expires_while_it_waits_for_another_try_says_what_the_last_on
     assert error.code == "expired"
 
 
-def test_operators_meet_an_overdue_job_as_one_that_has_failed(rules: RuleHarness) -> None:
+def test_operators_see_an_overdue_job_as_failed(rules: RuleHarness) -> None:
     for job_id in "abcd":
         rules.create(job_id, expires_at=NOW + 10)
     rules.advance(10)
@@ -499,7 +499,7 @@ def test_operators_meet_an_overdue_job_as_one_that_has_failed(rules: RuleHarness
     assert (rules.job("d").status, rules.job("d").expires_at, rules.job("d").error) == ("queued", None, None)
 
 
-def test_time_ends_an_overdue_job_whoever_comes_by(rules: RuleHarness) -> None:
+def test_any_command_ends_an_overdue_job(rules: RuleHarness) -> None:
     for job_id in "ab":
         rules.create(job_id, expires_at=NOW + 10)
     rules.advance(10)
@@ -508,7 +508,7 @@ def test_time_ends_an_overdue_job_whoever_comes_by(rules: RuleHarness) -> None:
     assert not rules.decide(Claim(worker="w"), by="worker:w").changes
 
 
-def test_who_resets_a_job_at_work_past_its_expiry_wants_it_all_the_same(rules: RuleHarness) -> None:
+def test_resetting_a_processing_job_past_its_expiry_clears_the_expiry(rules: RuleHarness) -> None:
     rules.held("a", expires_at=NOW + 10)
     rules.held("b", expires_at=NOW + 11)
     rules.advance(10)
@@ -530,7 +530,7 @@ def test_a_finished_job_is_not_started(rules: RuleHarness, status: Any) -> None:
     assert refusal.message == f"Job a is {status}. Only a queued job can be started{why}."
 
 
-def test_a_job_that_failed_without_words_is_not_started_either(rules: RuleHarness) -> None:
+def test_a_job_that_failed_without_a_message_is_not_started(rules: RuleHarness) -> None:
     rules.accept(Import(id="a", status="failed", error_code="E"))
     assert rules.reject(Start(id="a", worker="w"), "invalid_transition").message.endswith("can be started.")
 
@@ -553,7 +553,7 @@ def test_an_unknown_job_is_not_found(rules: RuleHarness) -> None:
 # -- claim ------------------------------------------------------------------------------------------------------------
 
 
-def test_claims_take_by_priority_then_run_at_then_creation(rules: RuleHarness) -> None:
+def test_claims_are_ordered_by_priority_run_at_and_creation(rules: RuleHarness) -> None:
     rules.create("late", delay_ms=2)
     rules.create("second")
     rules.create("third")
@@ -577,7 +577,7 @@ def test_claims_merge_queues_and_filter_kinds(rules: RuleHarness) -> None:
     assert rules.claim(queues=["y", "x"], limit=9) == ["a"]
 
 
-def test_claims_leave_paused_queues_alone(rules: RuleHarness) -> None:
+def test_claims_skip_paused_queues(rules: RuleHarness) -> None:
     rules.create("a")
     rules.create("b", queue="y")
     rules.accept(Pause(name="default"))
