@@ -214,11 +214,11 @@ def _success(route: Route, schemas: Schemas) -> Json:
         fields = {"id": text, "event": text, "data": data, "retry": {"type": "integer"}}
         return {"type": "object", "description": description, "properties": fields}  # of one event, as clients parse it
     if route.content_type == LINES:
-        text = f"JSON lines; each is one `{route.response.__name__}`, in the order of the request lines."
+        description = f"JSON lines; each is one `{route.response.__name__}`, in the order of the request lines."
         return {
             "type": "string",
             "contentMediaType": LINES,
-            "description": text,
+            "description": description,
             "x-line": schemas.of_response(route.response),
         }
     return {
