@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Deed:
+class Confirmation:
     """`words` says what is done ("force-fail"), `to` is the status that it leads to, None where the job is deleted, ""
     where its status stays.
 
@@ -29,17 +29,17 @@ class Deed:
     a dry run, which is refused like the deed; without it, and for who may only look, the statuses are what is judged.
     """
 
-    words: str
-    look: Callable[[str], JobView]
+    action: str
+    get_job: Callable[[str], JobView]
     to: str | None
-    do: Callable[[str], Any]
-    done: Callable[[Any], str]
-    only_from: tuple[str, ...] = ()
+    run: Callable[[str], Any]
+    describe: Callable[[Any], str]
+    allowed_from: tuple[str, ...] = ()
     details: Callable[[JobView], str] = lambda job: ""
-    rehearse: Callable[[str], object] | None = None
+    dry_run: Callable[[str], object] | None = None
 
 
-def destructive(verb: Any) -> Any:
+def destructive_options(verb: Any) -> Any:
     """--yes, --dry-run and --json for a verb that destroys something."""
     verb = click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON, one a job.")(verb)
     verb = dry_run_option(verb)
@@ -55,13 +55,13 @@ def reason_option(kept: str) -> Callable[[Any], Any]:
     return click.option("--reason", metavar="TEXT", help=f"Why, for those who come after you. {kept}")
 
 
-def carry_out(deed: Deed, ids: Sequence[str], *, yes: bool, dry_run: bool, as_json: bool) -> int:
+def run_action(deed: Confirmation, ids: Sequence[str], *, yes: bool, dry_run: bool, as_json: bool) -> int:
     """Do `deed` to each of `ids`, going on after a refusal; the exit code is that of the first refusal."""
     if dry_run:
-        return _each(ids, lambda job_id: _would(deed, job_id, terminal.emit, as_json))
+        return _each(ids, lambda job_id: _show_dry_run(deed, job_id, terminal.emit, as_json))
     if not yes:
         _ask(deed, ids)
-    return _each(ids, lambda job_id: _do(deed, job_id, as_json))
+    return _each(ids, lambda job_id: _run(deed, job_id, as_json))
 
 
 def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
@@ -72,7 +72,7 @@ def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
         try:
             code = act(job_id)
         except JobdError as error:
-            code = exit_codes.of_refusal(error.code)
+            code = exit_codes.exit_code_of(error.code)
             if len(ids) == 1 or code in (exit_codes.UNREACHABLE, exit_codes.UNAUTHORISED, exit_codes.TRY_AGAIN):
                 raise  # the others would fare alike
             terminal.say(f"{job_id}: {error.message} [{error.code}]")
@@ -80,45 +80,45 @@ def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
     return worst
 
 
-def _do(deed: Deed, job_id: str, as_json: bool) -> int:
-    answer = deed.do(job_id)
+def _run(deed: Confirmation, job_id: str, as_json: bool) -> int:
+    answer = deed.run(job_id)
     if as_json:
         terminal.emit_json(answer)
     else:
-        terminal.emit(f"{job_id}: {deed.done(answer)}")
+        terminal.emit(f"{job_id}: {deed.describe(answer)}")
     return exit_codes.DONE
 
 
-def _would(deed: Deed, job_id: str, tell: Callable[[str], None], as_json: bool = False) -> int:
-    job = deed.look(job_id)
-    answer = _rehearsed(deed, job_id)
+def _show_dry_run(deed: Confirmation, job_id: str, tell: Callable[[str], None], as_json: bool = False) -> int:
+    job = deed.get_job(job_id)
+    answer = _dry_run(deed, job_id)
     no = _error(answer)
-    may_only_look = no is not None and exit_codes.of_refusal(no.code) == exit_codes.UNAUTHORISED
+    may_only_look = no is not None and exit_codes.exit_code_of(no.code) == exit_codes.UNAUTHORISED
     if no is not None and not may_only_look:
-        terminal.say(f"{job_id}: {deed.words} would be refused: {no.message} [{no.code}]")
-        return exit_codes.of_refusal(no.code)
+        terminal.say(f"{job_id}: {deed.action} would be refused: {no.message} [{no.code}]")
+        return exit_codes.exit_code_of(no.code)
     if not _allowed(job.status, deed):
-        terminal.say(f"{job_id}: {deed.words} would be refused: it is {state(job)}")
-        return exit_codes.REFUSED
+        terminal.say(f"{job_id}: {deed.action} would be refused: it is {state(job)}")
+        return exit_codes.REJECTED
     if as_json and answer is not None and no is None:
         terminal.emit_json(answer)
     else:
-        tell(f"{job_id}: would {deed.words}{deed.details(job)}: it is {state(job)}")
+        tell(f"{job_id}: would {deed.action}{deed.details(job)}: it is {state(job)}")
     if may_only_look:
         terminal.say("Judged by its status alone: only who may do it can ask the daemon, and this token may only look.")
     return exit_codes.DONE
 
 
-def _rehearsed(deed: Deed, job_id: str) -> object | JobdError | None:
+def _dry_run(deed: Confirmation, job_id: str) -> object | JobdError | None:
     """What the daemon would answer, or refuse the deed with, or the question; None where it is not asked."""
     from jobd.client.errors import JobdError
 
-    if deed.rehearse is None:
+    if deed.dry_run is None:
         return None
     try:
-        return deed.rehearse(job_id)
+        return deed.dry_run(job_id)
     except JobdError as error:
-        if exit_codes.of_refusal(error.code) not in (exit_codes.REFUSED, exit_codes.UNAUTHORISED):
+        if exit_codes.exit_code_of(error.code) not in (exit_codes.REJECTED, exit_codes.UNAUTHORISED):
             raise  # no word about the job
         return error
 
@@ -129,26 +129,26 @@ def _error(answer: object) -> JobdError | None:
     return answer if isinstance(answer, JobdError) else None
 
 
-def _allowed(status: str, deed: Deed) -> bool:
+def _allowed(status: str, deed: Confirmation) -> bool:
     from jobd.model.job import FINISHED, TRANSITIONS
 
-    if (deed.only_from and status not in deed.only_from) or deed.to == "processing":  # which only a grant makes
+    if (deed.allowed_from and status not in deed.allowed_from) or deed.to == "processing":  # which only a grant makes
         return False
     if deed.to == "":
         return True
     return status in FINISHED if deed.to is None else (status, deed.to) in TRANSITIONS
 
 
-def _ask(deed: Deed, ids: Sequence[str]) -> None:
+def _ask(deed: Confirmation, ids: Sequence[str]) -> None:
     need_terminal()
     if len(ids) == 1:
-        job = deed.look(ids[0])
-        if deed.rehearse is not None:
-            deed.rehearse(ids[0])  # nobody is asked about what would be refused
-        ask_about(deed, job)
+        job = deed.get_job(ids[0])
+        if deed.dry_run is not None:
+            deed.dry_run(ids[0])  # nobody is asked about what would be refused
+        confirm_job(deed, job)
     else:
-        _each(ids, lambda job_id: _would(deed, job_id, terminal.say))
-        confirm(f"{deed.words} {len(ids)} jobs")
+        _each(ids, lambda job_id: _show_dry_run(deed, job_id, terminal.say))
+        confirm(f"{deed.action} {len(ids)} jobs")
 
 
 def need_terminal() -> None:
@@ -161,13 +161,13 @@ def confirm(what: str) -> None:
     """Ask whether to do `what`. Problem (1) where the answer is no."""
     need_terminal()
     if not click.confirm(terminal.clean(f"{what}?"), default=False, err=True):
-        raise exit_codes.Problem("nothing was done")
+        raise exit_codes.CliError("nothing was done")
 
 
-def ask_about(deed: Deed, job: JobView) -> None:
+def confirm_job(deed: Confirmation, job: JobView) -> None:
     """Ask whether to do `deed` to the job, which is shown as it is. Problem (1) where the answer is no."""
     details = deed.details(job)
-    confirm(f"{deed.words}{f'{details}:' if details else ''} job {job.id}, which is {state(job)}")
+    confirm(f"{deed.action}{f'{details}:' if details else ''} job {job.id}, which is {state(job)}")
 
 
 def state(job: JobView) -> str:

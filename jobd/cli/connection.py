@@ -23,7 +23,7 @@ RETRY_FOR_S: Final = 3.0  # enough for a daemon that restarts, and short for an 
 _LOOPBACK: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # reaches a listener on all addresses
 
 
-class Places:
+class ConnectionOptions:
     """The connection options; None if not given. Kept in `ctx.obj`, so that they may precede or follow the verb."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Places:
 
 def _keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     if value is not None and param.name is not None:
-        setattr(ctx.ensure_object(Places), param.name, value)
+        setattr(ctx.ensure_object(ConnectionOptions), param.name, value)
 
 
 def _option(flag: str, metavar: str, text: str) -> Callable[[Any], Any]:
@@ -77,13 +77,13 @@ def read_token(path: str) -> str:
         lines = Path(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not text"
-        raise exit_codes.Problem(f"Cannot read the token file {path}: {why}", exit_codes.CONFIG) from None
+        raise exit_codes.CliError(f"Cannot read the token file {path}: {why}", exit_codes.CONFIG) from None
     if not lines:
-        raise exit_codes.Problem(f"The token file {path} is empty: write a token into it", exit_codes.CONFIG)
+        raise exit_codes.CliError(f"The token file {path} is empty: write a token into it", exit_codes.CONFIG)
     return lines[0]
 
 
-def worker_endpoint(places: Places) -> Endpoint:
+def worker_endpoint(places: ConnectionOptions) -> Endpoint:
     """Return the address of the worker API from options, environment, the daemon's settings or its default."""
     from jobd.client.endpoint import worker_endpoint as find
 
@@ -95,7 +95,7 @@ def worker_endpoint(places: Places) -> Endpoint:
     return _found(lambda: find(where, worker_token(places)))
 
 
-def admin_endpoint(places: Places) -> Endpoint:
+def admin_endpoint(places: ConnectionOptions) -> Endpoint:
     """Return the address of the admin API and its token, found like those of the worker API."""
     from jobd.client.endpoint import admin_endpoint as find
 
@@ -120,7 +120,7 @@ def _found(find: Callable[[], Endpoint]) -> Endpoint:
         raise click.UsageError(str(error)) from None
 
 
-def admin_token(places: Places) -> str:
+def admin_token(places: ConnectionOptions) -> str:
     """Return the token of --token-file, ADMIN_TOKEN or ADMIN_TOKEN_FILE. Raises CliError (5) without any."""
     if places.token_file:
         return read_token(places.token_file)
@@ -130,7 +130,7 @@ def admin_token(places: Places) -> str:
     if path := os.environ.get(_ADMIN_TOKEN_FILE):
         return read_token(path)
     text = "No admin token: set ADMIN_TOKEN or ADMIN_TOKEN_FILE to the daemon's, or give --token-file FILE"
-    raise exit_codes.Problem(text, exit_codes.UNAUTHORISED)
+    raise exit_codes.CliError(text, exit_codes.UNAUTHORISED)
 
 
 def has_admin_token() -> bool:
@@ -147,7 +147,7 @@ def has_admin_token() -> bool:
     return bool(os.environ.get("ADMIN_TOKEN", "").strip() or os.environ.get(_ADMIN_TOKEN_FILE))
 
 
-def worker_token(places: Places) -> str | None:
+def worker_token(places: ConnectionOptions) -> str | None:
     """Return the token for the worker API over TCP from --token-file or JOBD_WORKER_TOKEN_FILE, or None.
 
     ADMIN_TOKEN is never sent to the worker API.
@@ -172,9 +172,9 @@ def admin_client(*, timeout_s: float = 30.0) -> AdminClient:
     return click.get_current_context().with_resource(client)
 
 
-def current() -> Places:
+def current() -> ConnectionOptions:
     """Return the options of the running verb."""
-    return click.get_current_context().ensure_object(Places)
+    return click.get_current_context().ensure_object(ConnectionOptions)
 
 
 # The daemon of this machine: its environment and configuration file. What cannot be read counts as not set, because the

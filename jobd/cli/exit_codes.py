@@ -18,7 +18,7 @@ DONE: Final = 0
 FAILED: Final = 1
 USAGE: Final = 2
 UNREACHABLE: Final = 3
-REFUSED: Final = 4
+REJECTED: Final = 4
 UNAUTHORISED: Final = 5
 IO_ERROR: Final = 74
 TRY_AGAIN: Final = 75
@@ -43,7 +43,7 @@ _BY_CODE: Final = {
 }
 
 
-class Problem(Exception):
+class CliError(Exception):
     """Something that ends the program: one line that says what to do, and the exit code."""
 
     def __init__(self, message: str, code: int = FAILED) -> None:
@@ -51,9 +51,9 @@ class Problem(Exception):
         self.code = code
 
 
-def of_refusal(code: str) -> int:
+def exit_code_of(code: str) -> int:
     """The exit code for a refusal code of the daemon."""
-    return _BY_CODE.get(code, REFUSED)
+    return _BY_CODE.get(code, REJECTED)
 
 
 def run(program: click.Command, name: str, argv: Sequence[str] | None = None) -> int:
@@ -66,10 +66,10 @@ def run(program: click.Command, name: str, argv: Sequence[str] | None = None) ->
         sys.stdout.flush()
         return code if isinstance(code, int) else DONE
     except BaseException as error:
-        return _explained(error, name)
+        return _report(error, name)
 
 
-def _explained(error: BaseException, name: str) -> int:
+def _report(error: BaseException, name: str) -> int:
     """Say on stderr what `error` means and give its exit code. What is no error of use is raised again: a bug."""
     from jobd.client.errors import JobdError
 
@@ -86,12 +86,12 @@ def _explained(error: BaseException, name: str) -> int:
         case click.Abort() | KeyboardInterrupt():
             terminal.say(f"{name}: interrupted")
             return INTERRUPTED
-        case Problem():
+        case CliError():
             terminal.say(f"{name}: {error}")
             return error.code
         case JobdError():
             terminal.say(f"{name}: {_sentence(error.message)}{_ADVICE.get(error.code, '')} [{error.code}]")
-            return of_refusal(error.code)
+            return exit_code_of(error.code)
         case BrokenPipeError():
             # Whoever read us has seen enough (`| head`). Nothing may be flushed into the closed pipe at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -48,7 +48,7 @@ def whole_file(path: Path, report: Callable[[int], None]) -> Iterator[BinaryIO]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise exit_codes.Problem(f"Another program is writing {part}: wait for it", exit_codes.TRY_AGAIN) from None
+            raise exit_codes.CliError(f"Another program is writing {part}: wait for it", exit_codes.TRY_AGAIN) from None
         try:
             file.truncate(0)
             yield cast(BinaryIO, ProgressFile(file, report))
@@ -100,10 +100,10 @@ def refuse_used(path: Path) -> None:
         except StoreBusy as error:
             if error.pid is not None:  # without a pid the lock is not a daemon's, and may be our caller's
                 text = f"{path} {words} of a running daemon (process {error.pid}): name another file"
-                raise exit_codes.Problem(text, exit_codes.TRY_AGAIN) from None
+                raise exit_codes.CliError(text, exit_codes.TRY_AGAIN) from None
         if os.path.isfile(store) and has_sqlite_lock(store):
             text = f"{path} {words} that another program uses: name another file"
-            raise exit_codes.Problem(text, exit_codes.TRY_AGAIN)
+            raise exit_codes.CliError(text, exit_codes.TRY_AGAIN)
     for suffix in ("-wal", "-journal"):
         left = f"{path}{suffix}"
         if os.path.isfile(left) and os.path.getsize(left) > 0:

@@ -144,7 +144,7 @@ def read_stdin(what: str) -> str:
         raise click.UsageError(f"{what} on stdin is not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-class Sections(click.Group):
+class VerbGroup(click.Group):
     """A group whose help lists its verbs under titles, in the order in which they were added."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:

@@ -108,7 +108,7 @@ def _few(names: Iterable[str]) -> str:
     return " ".join([*shown[:MOST_NAMED], *more])
 
 
-def taken_back(view: TakeBackView, tell: Callable[[str], None], *, would: bool) -> None:
+def take_back(view: TakeBackView, tell: Callable[[str], None], *, would: bool) -> None:
     """Show the effect of a take-back on each job: done, or planned with `would`."""
     done = {"reset": "back in its queue", "failed": "failed"}
     foreseen = {"reset": "would go back to its queue", "failed": "would fail"}
@@ -245,7 +245,7 @@ def failures(view: FailuresView) -> None:
         terminal.say("Jobs from before the start are still being counted.")
 
 
-def foreseen(view: PreviewView) -> None:
+def planned_recoveries(view: PreviewView) -> None:
     """What recovery would do."""
     terminal.emit(f"{len(view.recover)} would be recovered")
     if view.recover:
@@ -256,7 +256,7 @@ def foreseen(view: PreviewView) -> None:
 
 def preview(view: PreviewView) -> None:
     """What a cleanup pass would do."""
-    foreseen(view)
+    planned_recoveries(view)
     terminal.pairs(
         [
             ("expired locks to clear", view.expired_locks),
@@ -265,12 +265,12 @@ def preview(view: PreviewView) -> None:
             ("jobs with issues", _named(view.mended_jobs)),
             *([("", "not all jobs were looked at for issues: there are too many")] if view.more_mended else []),
             *([("", "there are more: these are the first of each kind")] if view.more else []),
-            *([("kept while the clock is suspect", held(view))] if view.held_jobs else []),
+            *([("kept while the clock is suspect", held_count(view))] if view.held_jobs else []),
         ]
     )
 
 
-def held(view: PreviewView) -> str:
+def held_count(view: PreviewView) -> str:
     """What deletion by age would take if the clock were taken as right."""
     return ("more than " if view.more_held else "") + _named(view.held_jobs)
 

@@ -87,7 +87,7 @@ def _figures(scenario: Scenario, size: Size, runs: int, place: Path | None) -> d
             try:
                 found.append(measured(scenario, size, place))
             except BenchFailed as why:
-                raise exit_codes.Problem(f"{scenario.name}: {why}") from None
+                raise exit_codes.CliError(f"{scenario.name}: {why}") from None
     return {"runs": runs, **over_runs(found)}
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from jobd.cli.daemon.bench_load import Figures, HttpConnection, clock, percentiles
+from jobd.cli.daemon.bench_load import Figures, LoadConnection, clock, percentiles
 from tests.benchmarks.work import BASE, Asked, turn
 
 PROBE_EVERY_S: Final = 0.002
@@ -32,7 +32,7 @@ async def lag(asked: Asked) -> Figures:
 
     One is due every PROBE_EVERY_S and counts from then, however long those before it took.
     """
-    wire, times = await HttpConnection.open(asked.socket), list[float]()
+    wire, times = await LoadConnection.open(asked.socket), list[float]()
     async with others(WORKS[asked.beside](asked)):
         began, number = clock(), 0
         while (due := began + number * PROBE_EVERY_S) - began < asked.seconds:
@@ -45,7 +45,7 @@ async def lag(asked: Asked) -> Figures:
 
 async def clean(asked: Asked) -> None:
     """A cleanup pass every second."""
-    wire = await HttpConnection.open(asked.admin, asked.token)
+    wire = await LoadConnection.open(asked.admin, asked.token)
     while True:
         await wire.post(f"{BASE}/cleanup", b"{}")
         await asyncio.sleep(1)
@@ -56,26 +56,26 @@ async def _nothing(_: Asked) -> None: ...
 
 async def _delete(asked: Asked) -> None:
     """A pass that finds much to delete. It has to take until the last probe is done, or more of it is measured."""
-    wire = await HttpConnection.open(asked.admin, asked.token)
+    wire = await LoadConnection.open(asked.admin, asked.token)
     await wire.post(f"{BASE}/cleanup", b"{}")
 
 
 async def _scrape(asked: Asked) -> None:
-    wire = await HttpConnection.open(asked.admin, asked.token)
+    wire = await LoadConnection.open(asked.admin, asked.token)
     while True:
         await wire.get("/metrics")
 
 
 async def _back_up(asked: Asked) -> None:
     """One backup after the other. They are dropped as they come: to hold one would hold up the probes."""
-    wire = await HttpConnection.open(asked.admin, asked.token)
+    wire = await LoadConnection.open(asked.admin, asked.token)
     while True:
         await wire.drop(f"{BASE}/backup")
 
 
 async def _history(asked: Asked) -> None:
     """All jobs there are, page by page."""
-    wire, cursor = await HttpConnection.open(asked.admin, asked.token), ""
+    wire, cursor = await LoadConnection.open(asked.admin, asked.token), ""
     while True:
         page = await wire.get(f"{BASE}/jobs?limit=200&status=completed{cursor}")
         cursor = f"&cursor={page['next_cursor']}" if page["next_cursor"] else ""

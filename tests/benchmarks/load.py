@@ -19,7 +19,7 @@ from jobd.cli.daemon.bench_load import (
     CREATE,
     PAYLOAD,
     Figures,
-    HttpConnection,
+    LoadConnection,
     clock,
     encode,
     percentiles,
@@ -42,7 +42,7 @@ async def batch(asked: Asked) -> Figures:
     size = 100
     bulk = encode({"jobs": [{"payload": PAYLOAD}] * size})
 
-    def work(number: int, wire: HttpConnection) -> Callable[[], Awaitable[int]]:
+    def work(number: int, wire: LoadConnection) -> Callable[[], Awaitable[int]]:
         claim = encode({"worker": f"w-{number}", "limit": size})
 
         async def once() -> int:
@@ -115,7 +115,7 @@ async def contention(asked: Asked) -> Figures:
 async def progress(asked: Asked) -> Figures:
     """Every connection holds a job and reports its progress."""
 
-    async def holder(number: int, wire: HttpConnection) -> Callable[[], Awaitable[int]]:
+    async def holder(number: int, wire: LoadConnection) -> Callable[[], Awaitable[int]]:
         job_id = (await wire.post("/v1/jobs", CREATE))["id"]
         lock_id = (await wire.post(f"/v1/jobs/{job_id}/start", worker(number)))["lock_id"]
         body = encode({"lock_id": lock_id, "progress": 50})
@@ -138,7 +138,7 @@ async def mixed(asked: Asked) -> Figures:
 
 
 async def _poll(asked: Asked) -> None:
-    wire = await HttpConnection.open(asked.admin, asked.token)
+    wire = await LoadConnection.open(asked.admin, asked.token)
     while True:
         for path in (f"{BASE}/stats", f"{BASE}/queues", f"{BASE}/alerts", "/metrics"):
             await wire.get(path)
@@ -146,7 +146,7 @@ async def _poll(asked: Asked) -> None:
 
 
 async def _read(asked: Asked) -> None:
-    wire = await HttpConnection.open(asked.socket)
+    wire = await LoadConnection.open(asked.socket)
     while True:
         page = await wire.get("/v1/jobs?limit=50")
         for job in page["jobs"][:10]:
@@ -156,7 +156,7 @@ async def _read(asked: Asked) -> None:
 
 async def latency(asked: Asked) -> Figures:
     """One connection, one lifecycle after the other."""
-    wire, times = await HttpConnection.open(asked.socket), list[float]()
+    wire, times = await LoadConnection.open(asked.socket), list[float]()
     began = clock()
     while (started := clock()) - began < asked.seconds:
         await run_one(wire, worker(1))
@@ -166,7 +166,7 @@ async def latency(asked: Asked) -> Figures:
 
 async def rate(asked: Asked) -> Figures:
     """Lifecycles begun at a fixed rate, however long the others take: times count from when each should have begun."""
-    free = asyncio.Queue[HttpConnection]()
+    free = asyncio.Queue[LoadConnection]()
     for wire in await connections_of(asked):
         free.put_nowait(wire)
     began, times, running = clock(), list[float](), set[asyncio.Task[None]]()
@@ -195,7 +195,7 @@ async def lifecycle(asked: Asked) -> Figures:
 
 async def fill(asked: Asked) -> Figures:
     """So many queued jobs."""
-    wire, began = await HttpConnection.open(asked.socket), clock()
+    wire, began = await LoadConnection.open(asked.socket), clock()
     for made in range(0, asked.count, BULK):
         await wire.post("/v1/jobs/bulk", encode({"jobs": [{"payload": PAYLOAD}] * min(BULK, asked.count - made)}))
     return {"created_per_s": asked.count / (clock() - began)}
@@ -203,7 +203,7 @@ async def fill(asked: Asked) -> Figures:
 
 async def finish(asked: Asked) -> Figures:
     """So many finished jobs, moved in. `expired`: the next cleanup pass deletes them."""
-    wire, began = await HttpConnection.open(asked.admin, asked.token), clock()
+    wire, began = await LoadConnection.open(asked.admin, asked.token), clock()
     run = secrets.token_hex(4)  # those of another load have other ids
     for made in range(0, asked.count, BULK):
         job = {"status": "completed", "progress": 100, "metadata": 1, "payload": PAYLOAD}

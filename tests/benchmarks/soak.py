@@ -7,7 +7,7 @@ import statistics
 import time
 from typing import Any, Final
 
-from jobd.cli.daemon.bench_load import Figures, HttpConnection, lifecycle
+from jobd.cli.daemon.bench_load import Figures, LoadConnection, lifecycle
 from tests.benchmarks import beside
 from tests.benchmarks.work import Asked
 
@@ -37,7 +37,7 @@ def _deleted_soon() -> dict[str, Any]:
 
 
 async def _weigh(asked: Asked, sizes: list[tuple[float, float]]) -> None:
-    wire = await HttpConnection.open(asked.admin, asked.token)
+    wire = await LoadConnection.open(asked.admin, asked.token)
     while True:
         told = (await wire.get("/metrics")).decode().splitlines()
         values = dict(line.rsplit(" ", 1) for line in told if line.startswith("jobd_") and "{" not in line)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from jobd.cli.daemon.bench_load import HttpConnection, clock
+from jobd.cli.daemon.bench_load import LoadConnection, clock
 from tests.benchmarks import beside, load, stage, work
 from tests.benchmarks.__main__ import LARGE, _drawn, benchmarks
 from tests.benchmarks.scenarios import SCENARIOS, Scenario, Size, measured
@@ -52,7 +52,7 @@ def _times(found: dict[str, Any]) -> Any:
 
 async def stats_of(staged: Stage) -> Any:
     """The daemon's own count of its jobs."""
-    wire = await HttpConnection.open(staged._socket("admin"), staged._token)
+    wire = await LoadConnection.open(staged._socket("admin"), staged._token)
     found = await wire.get("/admin/job-management/stats")
     wire.close()
     return found

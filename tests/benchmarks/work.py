@@ -7,7 +7,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from jobd.cli.daemon.bench_load import HttpConnection, clock, open_connections
+from jobd.cli.daemon.bench_load import LoadConnection, clock, open_connections
 
 BASE: Final = "/admin/job-management"
 
@@ -27,7 +27,7 @@ class Asked(Struct):
     expired: bool = False
 
 
-async def connections_of(asked: Asked) -> list[HttpConnection]:
+async def connections_of(asked: Asked) -> list[LoadConnection]:
     return await open_connections(asked.socket, asked.connections)
 
 

@@ -683,7 +683,7 @@ def test_who_may_only_look_is_named_no_plan_of_time(
 
 def test_a_plan_of_time_that_does_not_take_all_says_so(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
     view = msgspec.convert(jobctl.json("retry", "--where", "queue=none", "--dry-run"), answers.PlanView)
-    ctl_plan.name_of_time(replace(view, action="recover-stuck", more=True))
+    ctl_plan.show_apply_command(replace(view, action="recover-stuck", more=True))
     assert "once it is applied, --dry-run names the next one" in capsys.readouterr().err
 
 
@@ -1201,7 +1201,7 @@ def test_a_damaged_row_is_named_with_its_mend(
 
     def no(what: str) -> None:
         asked.append(what)
-        raise exits.Problem("nothing was done")
+        raise exits.CliError("nothing was done")
 
     with monkeypatch.context() as patched:
         patched.setattr("jobd.cli.daemon.store.need_terminal", lambda: None)

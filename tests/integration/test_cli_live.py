@@ -25,7 +25,7 @@ from jobd.cli import tables
 from jobd.cli import terminal as show
 from jobd.cli.ctl import events as ctl_live
 from jobd.cli.ctl import main as ctl
-from jobd.cli.ctl.top import WINDOW_S, Frame, Hands, Held, Samples, picture, rows_of
+from jobd.cli.ctl.top import WINDOW_S, HeldJob, Sampler, TopFrame, WorkerRow, picture, rows_of
 from jobd.client import AdminClient
 from jobd.model import commands
 from jobd.model.events import StreamedEvent
@@ -166,7 +166,7 @@ def test_with_f_it_goes_on_over_a_restart_until_ctrl_c(daemon: Daemon) -> None:
 
 def test_rates_are_those_of_a_window() -> None:
     now = [100.0]
-    samples = Samples(lambda: now[0])
+    samples = Sampler(lambda: now[0])
 
     def rates(granted: int) -> tuple[float, float]:
         per_second, over_s = samples.rates(f'x 1\njobd_events_total{{type="granted"}} {granted}.0\n')
@@ -184,23 +184,25 @@ def test_rates_are_those_of_a_window() -> None:
     assert rates(10) == (0.0, 20.0)  # it was killed, and counts on from earlier
 
 
-def drawn(frame: Frame, *, width: int, height: int, note: str = "") -> list[str]:
+def drawn(frame: TopFrame, *, width: int, height: int, note: str = "") -> list[str]:
     out = Console(file=io.StringIO(), width=width, force_terminal=False)
     with out.capture() as held:
         out.print(picture(frame, note, height, width))
     return [line.rstrip() for line in held.get().splitlines()]
 
 
-def a_frame(queues: int = 3, **fields: Any) -> Frame:
+def a_frame(queues: int = 3, **fields: Any) -> TopFrame:
     made: dict[str, Any] = {
         "stats": STATS,
         "per_second": {"created": 1.5, "granted": 0.0},
         "over_s": 10.0,
         "queues": [QueueView(f"queue-{n}", n == 0, n, 1, 0, 0, 0, None) for n in range(queues)],
-        "workers": [Hands("w\x1b[2J", "busy", 1, "mail (kinds: \x1b)", None, 2, [Held("a", 42.5), Held("b", 0)])],
+        "workers": [
+            WorkerRow("w\x1b[2J", "busy", 1, "mail (kinds: \x1b)", None, 2, [HeldJob("a", 42.5), HeldJob("b", 0)])
+        ],
         "alerts": [],
     }
-    return Frame(**{**made, **fields})
+    return TopFrame(**{**made, **fields})
 
 
 def test_a_frame_tells_what_matters() -> None:
@@ -217,9 +219,10 @@ def test_a_frame_tells_what_matters() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(40, 10), (60, 20), (80, 24), (200, 60)])
 def test_a_frame_fits_its_terminal(width: int, height: int) -> None:
-    held = [Held("x" * 200, 1.0)]
+    held = [HeldJob("x" * 200, 1.0)]
     workers = [
-        Hands(f"worker-with-a-long-name-{n}", "silent", 1, "q" * 200, "host " + "h" * 200, 1, held) for n in range(100)
+        WorkerRow(f"worker-with-a-long-name-{n}", "silent", 1, "q" * 200, "host " + "h" * 200, 1, held)
+        for n in range(100)
     ]
     alerts = [AlertView(f"alert_{n}", True, 1, 7.0, 5.0, "a hint that is long " * 10) for n in range(2)]
     lines = drawn(a_frame(100, workers=workers, alerts=alerts), width=width, height=height)
@@ -234,7 +237,7 @@ def test_figures_are_whole_where_names_are_long(width: int, columns: int) -> Non
     long = "a-queue-with-quite-a-long-name-" + "x" * 20
     queues = [QueueView(name, False, 12_345, 67_890, 24_680, 13_579, 11_111, None) for name in ("q", f"{long}-high")]
     queues.append(replace(queues[0], name=f"{long}-low"))
-    workers = [Hands("worker-" + "y" * 60 + "-7", "busy", 1, None, None, 54_321, [Held("z" * 200, 1.0)])]
+    workers = [WorkerRow("worker-" + "y" * 60 + "-7", "busy", 1, None, None, 54_321, [HeldJob("z" * 200, 1.0)])]
     alerts = [AlertView("processing_jobs", True, 1, 1_234.0, 1_000.0, "More jobs run at once than usual.")]
     rates = {"created": 1234.5, "granted": 1000.1, "completed": 999.9, "failed": 0.5, "retried": 12.3, "stalled": 0.0}
     frame = replace(a_frame(workers=workers, alerts=alerts, per_second=rates), queues=queues)
@@ -284,11 +287,11 @@ def test_a_table_asks_for_no_more_queues_than_it_shows(daemon: Daemon) -> None:
         daemon.post("/v1/jobs/bulk", {"jobs": [{"queue": f"busy-{number}"}] * (number + 1)})
     with AdminClient(f"unix:{daemon.admin_socket}", token=TOKEN) as client:
         counted = Counted(client)
-        frame = Samples().take(cast("AdminClient", counted), 4)
+        frame = Sampler().take(cast("AdminClient", counted), 4)
         assert counted.asked == [{"limit": 5, "busiest": True}]
         assert [queue.name for queue in frame.queues] == ["busy-8", "busy-7", "busy-6", "busy-5"]
         assert "and more" in drawn(frame, width=80, height=rows_of_height(4))
-        whole = Samples().take(client)
+        whole = Sampler().take(client)
         assert (len(whole.queues), whole.more_queues) == (9, False)
         assert whole.queues[:4] == frame.queues
         assert "and more" not in drawn(whole, width=80, height=rows_of_height(4))
@@ -319,8 +322,8 @@ def test_one_frame_for_people_and_for_programs(daemon: Daemon, jobctl: Any) -> N
     assert rows["w-1"][-3:] == ["a", "42", "%"]
     assert re.search(r"  disk \S+ \S+ free of \S+ \S+ \(/.*/jobd\.db\)$", out, re.MULTILINE)
     code, out, _ = jobctl("top", "--json", "--interval", "100ms")
-    frame = msgspec.json.decode(out, type=Frame)
-    assert (code, frame.stats.total_jobs, frame.workers[0].jobs) == (0, 2, [Held("a", 42)])
+    frame = msgspec.json.decode(out, type=TopFrame)
+    assert (code, frame.stats.total_jobs, frame.workers[0].jobs) == (0, 2, [HeldJob("a", 42)])
     assert len(out.splitlines()) == 1
 
 

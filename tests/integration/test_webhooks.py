@@ -252,11 +252,11 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
         assert f"{number} would be sent" in jobctl("webhooks", "resend", "billing", number, "--dry-run").stdout
         for refused in (("test", "nobody"), ("resend", "nobody", number), ("resend", "billing", "99999")):
             for dry in ((), ("--dry-run",)):
-                assert jobctl("webhooks", *refused, *dry).returncode == exit_codes.REFUSED, (refused, dry)
+                assert jobctl("webhooks", *refused, *dry).returncode == exit_codes.REJECTED, (refused, dry)
         assert jobctl("webhooks", "resend", "billing").returncode == 2
         assert jobctl("webhooks", "resend", "billing", "--state", "waiting").returncode == 2
         assert jobctl("webhooks", "test").returncode == 2
-        assert jobctl("webhooks", "deliveries", "nobody").returncode == exit_codes.REFUSED
+        assert jobctl("webhooks", "deliveries", "nobody").returncode == exit_codes.REJECTED
         metrics = daemon.admin("GET", "/metrics").body.decode()
         assert 'jobd_webhook_deliveries_total{endpoint="billing",outcome="delivered"}' in metrics
         assert daemon.stop() == 0

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobd.cli import exit_codes, terminal
-from jobd.cli.confirm import confirm, destructive, need_terminal, reason_option
+from jobd.cli.confirm import confirm, destructive_options, need_terminal, reason_option
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl import plans
 from jobd.cli.params import MOMENT, NAME, PAST, json_option
@@ -62,9 +62,9 @@ def cleanup(last: bool, dry_run: bool, reason: str | None, as_json: bool) -> int
 
     client = admin_client()
     if dry_run:
-        plan, seen = plans.of_time(client, "cleanup", reason), client.preview()
-        terminal.emit_json(_foretold(seen, plan)) if as_json else tables_admin.preview(seen)
-        plans.name_of_time(plan)
+        plan, seen = plans.maintenance_plan(client, "cleanup", reason), client.preview()
+        terminal.emit_json(_with_plan_id(seen, plan)) if as_json else tables_admin.preview(seen)
+        plans.show_apply_command(plan)
         return exit_codes.DONE
     if last:
         state = client.cleanup_state()
@@ -90,18 +90,18 @@ def recover_stuck(dry_run: bool, reason: str | None, as_json: bool) -> None:
 
     if dry_run:
         client = admin_client()
-        plan, seen = plans.of_time(client, "recover-stuck", reason), client.preview()
-        told = _foretold(seen, plan)
+        plan, seen = plans.maintenance_plan(client, "recover-stuck", reason), client.preview()
+        told = _with_plan_id(seen, plan)
         some = {name: told[name] for name in ("recover", "more", "plan_id")}
-        terminal.emit_json(some) if as_json else tables_admin.foreseen(seen)
-        plans.name_of_time(plan)
+        terminal.emit_json(some) if as_json else tables_admin.planned_recoveries(seen)
+        plans.show_apply_command(plan)
         return
     with busy("recovery"):
         view = admin_client().detect_and_recover_stuck_jobs(reason)
     terminal.emit_json(view) if as_json else tables_admin.recovered(view)
 
 
-def _foretold(seen: PreviewView, plan: PlanView | None) -> dict[str, Any]:
+def _with_plan_id(seen: PreviewView, plan: PlanView | None) -> dict[str, Any]:
     """What a preview says, with the plan by which it can be done, or null."""
     import msgspec
 
@@ -176,7 +176,7 @@ def workers(state: WorkerState | None, as_json: bool) -> None:
 
 @click.command("take-back")
 @click.argument("worker", type=NAME)
-@destructive
+@destructive_options
 @_REASON
 @admin_options
 def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json: bool) -> None:
@@ -190,10 +190,10 @@ def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json
     if not yes and not dry_run:
         need_terminal()
         seen = client.take_back(worker, dry_run=True)
-        tables_admin.taken_back(seen, terminal.say, would=True)
+        tables_admin.take_back(seen, terminal.say, would=True)
         confirm(f"take these jobs back from worker {worker}")
     view = client.take_back(worker, reason, dry_run=dry_run)
-    terminal.emit_json(view) if as_json else tables_admin.taken_back(view, terminal.emit, would=dry_run)
+    terminal.emit_json(view) if as_json else tables_admin.take_back(view, terminal.emit, would=dry_run)
 
 
 @click.command()
@@ -288,7 +288,7 @@ def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_jso
         if dry_run and as_json:
             terminal.emit_json({"heldJobs": seen.held_jobs, "moreHeld": seen.more_held})
             return
-        told = f"{tables_admin.held(seen)} finished jobs would be deleted by age; the daemon's time is "
+        told = f"{tables_admin.held_count(seen)} finished jobs would be deleted by age; the daemon's time is "
         told += f"{terminal.instant(view.now)}" if view.suspect else f"{terminal.instant(view.now)}, and is not suspect"
         if dry_run:
             terminal.emit(told)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobd.cli import terminal
-from jobd.cli.confirm import Deed, carry_out, destructive, dry_run_option, reason_option
+from jobd.cli.confirm import Confirmation, destructive_options, dry_run_option, reason_option, run_action
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.ctl import plans
 from jobd.cli.ctl.plans import is_plan, where_option
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1)
 _REASON: Final = reason_option("Kept with the job.")
-_UNFINAL: Final = ("queued", "processing", "failed", "cancelled")
-_UPDATED: Final = ("priority", "run_at", "max_attempts")  # in the order in which they are told
+_UPDATABLE: Final = ("queued", "processing", "failed", "cancelled")
+_UPDATE_FIELDS: Final = ("priority", "run_at", "max_attempts")  # in the order in which they are told
 _STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 
 
@@ -32,7 +32,7 @@ _STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "c
 @_IDS
 @where_option
 @_REASON
-@destructive
+@destructive_options
 @admin_options
 def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """End jobs as failed, also while they are worked on.
@@ -40,17 +40,19 @@ def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None,
     The reason becomes their error message.
     """
     if is_plan(ids, where):
-        return plans.carry_out("force-fail", ids, where, reason, **how)
+        return plans.run_plans("force-fail", ids, where, reason, **how)
     client = admin_client()
-    deed = Deed("force-fail", client.get_job, "failed", lambda job_id: client.force_fail(job_id, reason), _forced)
-    return plans.carry_out_one(client, "force-fail", deed, ids[0], reason, _forced_by_plan, **how)
+    deed = Confirmation(
+        "force-fail", client.get_job, "failed", lambda job_id: client.force_fail(job_id, reason), _describe_transition
+    )
+    return plans.run_for_one(client, "force-fail", deed, ids[0], reason, _transition_of_plan, **how)
 
 
 @click.command("force-reset")
 @_IDS
 @where_option
 @_REASON
-@destructive
+@destructive_options
 @admin_options
 def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Put jobs back into their queue as new, also while they are worked on.
@@ -61,13 +63,15 @@ def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None
     Example: jobctl force-reset --where status=processing --where worker=w-7
     """
     if is_plan(ids, where):
-        return plans.carry_out("force-reset", ids, where, reason, **how)
+        return plans.run_plans("force-reset", ids, where, reason, **how)
     client = admin_client()
-    deed = Deed("force-reset", client.get_job, "queued", lambda job_id: client.force_reset(job_id, reason), _forced)
-    return plans.carry_out_one(client, "force-reset", deed, ids[0], reason, _forced_by_plan, **how)
+    deed = Confirmation(
+        "force-reset", client.get_job, "queued", lambda job_id: client.force_reset(job_id, reason), _describe_transition
+    )
+    return plans.run_for_one(client, "force-reset", deed, ids[0], reason, _transition_of_plan, **how)
 
 
-def _forced_by_plan(job: JobView, plan: PlanView, result: PlanResult) -> TransitionView:
+def _transition_of_plan(job: JobView, plan: PlanView, result: PlanResult) -> TransitionView:
     """What the call without a plan would have answered."""
     from jobd.model.commands import NO_REASON
     from jobd.model.responses import TransitionView
@@ -77,7 +81,7 @@ def _forced_by_plan(job: JobView, plan: PlanView, result: PlanResult) -> Transit
     return TransitionView(did.id, did.from_, str(did.to), reason, result.applied_at)
 
 
-def _forced(answer: Any) -> str:
+def _describe_transition(answer: Any) -> str:
     return f"{answer.previous_status} → {answer.status}"
 
 
@@ -89,7 +93,7 @@ def _forced(answer: Any) -> str:
     "--set", "updates", metavar="NAME=VALUE", multiple=True, help="A field to set too; VALUE is JSON or text."
 )
 @_REASON
-@destructive
+@destructive_options
 @admin_options
 def transition(
     job_id: str, from_status: Status, to_status: Status, updates: tuple[str, ...], reason: str | None, **how: bool
@@ -113,8 +117,10 @@ def transition(
 
     words, froms = f"transition {from_status} → {to_status}", (from_status,)
     rehearse = partial(do, dry_run=True)
-    deed = Deed(words, client.get_job, to_status, do, _forced, froms, lambda job: settings, rehearse)
-    return carry_out(deed, (job_id,), **how)
+    deed = Confirmation(
+        words, client.get_job, to_status, do, _describe_transition, froms, lambda job: settings, rehearse
+    )
+    return run_action(deed, (job_id,), **how)
 
 
 def _settings(fields: dict[str, Any]) -> str:
@@ -151,12 +157,12 @@ def _update(text: str) -> tuple[str, Any]:
 @_IDS
 @where_option
 @reason_option("Kept in the audit log.")
-@destructive
+@destructive_options
 @admin_options
 def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Delete finished jobs with their history, and with what the store of artifacts has of them."""
     if is_plan(ids, where):
-        return plans.carry_out("delete", ids, where, reason, **how)
+        return plans.run_plans("delete", ids, where, reason, **how)
     client = admin_client()
 
     def do(one: str) -> Any:
@@ -165,15 +171,15 @@ def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
     def goes_too(job: JobView) -> str:
         return f" with what is stored as {job.storage_key} (artifacts.url)" if job.storage_key else ""
 
-    deed = Deed("delete", client.get_job, None, do, lambda job: "deleted", details=goes_too)
-    return plans.carry_out_one(client, "delete", deed, ids[0], reason, lambda job, plan, result: job, **how)
+    deed = Confirmation("delete", client.get_job, None, do, lambda job: "deleted", details=goes_too)
+    return plans.run_for_one(client, "delete", deed, ids[0], reason, lambda job, plan, result: job, **how)
 
 
 @click.command()
 @click.argument("job_id", metavar="ID")
 @click.option("--result", type=click.IntRange(min=1), metavar="N", help="Which one: see jobctl late.")
 @_REASON
-@destructive
+@destructive_options
 @admin_options
 def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> int:
     """Complete a job with a late result.
@@ -193,7 +199,7 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
 
             raise LateResultNotFound(f"Job {one} has no such late result. See those that it has: jobctl late {one}")
         latest = max(fit, key=lambda late: late.fencing_token)
-        chosen, details = latest.seq, f" {_brought(latest)}"  # a later one has not been seen
+        chosen, details = latest.seq, f" {_describe_late_result(latest)}"  # a later one has not been seen
         refusal = latest.refusal
         return client.get_job(one)
 
@@ -211,11 +217,11 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
             raise JobdError(refusal.message, code=refusal.error) from None
 
     froms = ("queued", "failed", "cancelled")
-    deed = Deed("adopt", look, "completed", do, lambda job: job.status, froms, lambda job: details, rehearse)
-    return carry_out(deed, (job_id,), **how)
+    deed = Confirmation("adopt", look, "completed", do, lambda job: job.status, froms, lambda job: details, rehearse)
+    return run_action(deed, (job_id,), **how)
 
 
-def _brought(late: LateResultView) -> str:
+def _describe_late_result(late: LateResultView) -> str:
     """A late result in a line: its number, whose it is, what it holds."""
     from jobd.cli.tables import json_text
 
@@ -253,9 +259,9 @@ def update(job_id: str, reason: str | None, dry_run: bool, as_json: bool, **fiel
     if all(value is None for value in fields.values()):
         raise click.UsageError("nothing to change: give --priority, --run-at or --max-attempts")
     client = admin_client()
-    asked = {name: fields[name] for name in _UPDATED if fields[name] is not None}
+    asked = {name: fields[name] for name in _UPDATE_FIELDS if fields[name] is not None}
     do = partial(client.update_job, reason=reason, **asked)
-    return _change("update", job_id, client, do, _UNFINAL, lambda job: asked, dry_run=dry_run, as_json=as_json)
+    return _change("update", job_id, client, do, _UPDATABLE, lambda job: asked, dry_run=dry_run, as_json=as_json)
 
 
 def _change(
@@ -286,8 +292,8 @@ def _change(
         would_be = do(one, dry_run=True)
         return would_be
 
-    deed = Deed(words, client.get_job, "", do, _fields, froms, details, rehearse)
-    return carry_out(deed, (job_id,), yes=True, dry_run=dry_run, as_json=as_json)
+    deed = Confirmation(words, client.get_job, "", do, _fields, froms, details, rehearse)
+    return run_action(deed, (job_id,), yes=True, dry_run=dry_run, as_json=as_json)
 
 
 def _differences(job: JobView, after: dict[str, int]) -> str:

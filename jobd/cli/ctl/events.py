@@ -95,7 +95,7 @@ def top(interval: int, once: bool, as_json: bool) -> int:
     if not (once or as_json or sys.stdout.isatty()):
         raise click.UsageError("top draws on a terminal: give --once for one frame, or --json")
     client = admin_client()
-    samples = view.Samples()
+    samples = view.Sampler()
     if once or as_json:
         samples.rates(client.metrics())
         view.pause(interval / 1000)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobd.cli import exit_codes, terminal
-from jobd.cli.confirm import Deed, carry_out, destructive, reason_option
+from jobd.cli.confirm import Confirmation, destructive_options, reason_option, run_action
 from jobd.cli.connection import admin_client, all_options, has_admin_token, job_client, worker_options
 from jobd.cli.ctl import plans
 from jobd.cli.ctl.plans import is_plan, where_option
@@ -130,7 +130,7 @@ def validate(job_id: str, as_json: bool) -> int:
 @click.argument("ids", metavar="[ID...]", nargs=-1)
 @where_option
 @reason_option("Kept with the job, and told to its holder.")
-@destructive
+@destructive_options
 @all_options
 def cancel(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Cancel jobs that are not finished.
@@ -144,22 +144,22 @@ def cancel(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
     """
     is_many = is_plan(ids, where)
     if not (where or has_admin_token()):
-        return carry_out(_cancel(job_client(), reason), ids, **how)
+        return run_action(_cancel(job_client(), reason), ids, **how)
     if is_many:
-        return plans.carry_out("cancel", ids, where, reason, **how)
+        return plans.run_plans("cancel", ids, where, reason, **how)
     client = admin_client()
 
     def after(job: JobView, plan: PlanView, result: PlanResult) -> JobInfo:
         return client.get_job(job.id)
 
-    return plans.carry_out_one(client, "cancel", _cancel(client, reason), ids[0], reason, after, **how)
+    return plans.run_for_one(client, "cancel", _cancel(client, reason), ids[0], reason, after, **how)
 
 
-def _cancel(client: JobClient | AdminClient, reason: str | None) -> Deed:
-    return Deed(
+def _cancel(client: JobClient | AdminClient, reason: str | None) -> Confirmation:
+    return Confirmation(
         "cancel",
-        look=client.get_job,
+        get_job=client.get_job,
         to="cancelled",
-        do=lambda job_id: client.cancel_job(job_id, reason),
-        done=lambda job: str(job.status),
+        run=lambda job_id: client.cancel_job(job_id, reason),
+        describe=lambda job: str(job.status),
     )

@@ -15,10 +15,10 @@ from jobd import __version__
 from jobd.cli import exit_codes
 from jobd.cli.connection import all_options
 from jobd.cli.ctl import admin, change, events, jobs, run, submit, transfer, webhooks
-from jobd.cli.params import SETTINGS, Sections
+from jobd.cli.params import SETTINGS, VerbGroup
 
 
-@click.group(cls=Sections, context_settings=SETTINGS)
+@click.group(cls=VerbGroup, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="jobctl")
 @all_options
 def jobctl() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from jobd.cli import confirm, exit_codes, terminal
-from jobd.cli.confirm import Deed, destructive, reason_option
+from jobd.cli.confirm import Confirmation, destructive_options, reason_option
 from jobd.cli.connection import admin_client, admin_options
 from jobd.cli.params import past_ms
 from jobd.cli.progress import busy
@@ -68,7 +68,7 @@ def _filter(where: Sequence[str]) -> dict[str, Any]:
     return found
 
 
-def carry_out(
+def run_plans(
     action: PlanAction,
     ids: Sequence[str],
     where: Sequence[str],
@@ -88,12 +88,12 @@ def carry_out(
     client = admin_client(timeout_s=60.0)
     code, cursor, is_first = exit_codes.DONE, None, True
     while is_first or cursor is not None:
-        plans, cursor = _made(client, action, cursor, {"reason": reason, **wanted})
+        plans, cursor = _make_plans(client, action, cursor, {"reason": reason, **wanted})
         is_left = bool(ids) and any(plan.skipped_count for plan in plans)
         count = sum(plan.count for plan in plans)
         if dry_run:
             _show_all(plans, cursor, as_json=as_json)
-            return exit_codes.REFUSED if is_left else exit_codes.DONE
+            return exit_codes.REJECTED if is_left else exit_codes.DONE
         if not yes:
             _show_plans(plans, is_more=cursor is not None)
             if count:
@@ -105,15 +105,15 @@ def carry_out(
             terminal.say(f"No job can be done: {left}" if left else "No job fits.")
             is_left = bool(ids)
             if as_json and is_first:
-                terminal.emit_json(_nothing(plans[0]))
-        code, is_first = exit_codes.REFUSED if is_left else code, False
+                terminal.emit_json(_empty_result(plans[0]))
+        code, is_first = exit_codes.REJECTED if is_left else code, False
     return code
 
 
-def carry_out_one(
+def run_for_one(
     client: AdminClient,
     action: PlanAction,
-    deed: Deed,
+    deed: Confirmation,
     job_id: str,
     reason: str | None,
     answer: Callable[[JobView, PlanView, PlanResult], Any],
@@ -127,31 +127,31 @@ def carry_out_one(
     With --yes nobody has seen anything: the daemon is asked at once. `answer` makes of a plan what it would have said.
     """
     if yes and not dry_run:
-        return confirm.carry_out(deed, (job_id,), yes=True, dry_run=False, as_json=as_json)
+        return confirm.run_action(deed, (job_id,), yes=True, dry_run=False, as_json=as_json)
     if dry_run:
         plan = _plan_of(client, action, job_id, reason)
-        code = confirm.carry_out(deed, (job_id,), yes=yes, dry_run=True, as_json=as_json)
+        code = confirm.run_action(deed, (job_id,), yes=yes, dry_run=True, as_json=as_json)
         if code == exit_codes.DONE:
-            _tell_late(client, action, job_id, plan, terminal.emit)
+            _show_late_of_one(client, action, job_id, plan, terminal.emit)
             if plan is not None and plan.count:
                 _name_plans([plan])
         return code
     confirm.need_terminal()
     plan = client.make_plan(action, ids=[job_id], reason=reason)  # first: what happens after it is no more what it saw
-    job = deed.look(job_id)
+    job = deed.get_job(job_id)
     if not plan.count:
-        raise exit_codes.Problem(_refused(deed, plan), exit_codes.REFUSED)
-    _tell_late(client, action, job_id, plan, terminal.say)
-    confirm.ask_about(deed, job)
-    result = _applied(client, plan)
+        raise exit_codes.CliError(_rejection(deed, plan), exit_codes.REJECTED)
+    _show_late_of_one(client, action, job_id, plan, terminal.say)
+    confirm.confirm_job(deed, job)
+    result = _apply_one(client, plan)
     if not result.applied:
-        _show_left([result])
-        return exit_codes.REFUSED
+        _show_not_done([result])
+        return exit_codes.REJECTED
     done = answer(job, plan, result)
     if as_json:
         terminal.emit_json(done)
     else:
-        terminal.emit(f"{job_id}: {deed.done(done)}")
+        terminal.emit(f"{job_id}: {deed.describe(done)}")
     return exit_codes.DONE
 
 
@@ -165,7 +165,7 @@ def _plan_of(client: AdminClient, action: PlanAction, job_id: str, reason: str |
         return None
 
 
-def _tell_late(
+def _show_late_of_one(
     client: AdminClient, action: PlanAction, job_id: str, plan: PlanView | None, tell: Callable[[str], None]
 ) -> None:
     """Say what came late to the job and waits to be adopted: as its plan found it, or as it is for who has no plan."""
@@ -180,13 +180,13 @@ def _tell_late(
         tell(f"{note} See: jobctl late {job_id}")
 
 
-def _refused(deed: Deed, plan: PlanView) -> str:
+def _rejection(deed: Confirmation, plan: PlanView) -> str:
     left = plan.skipped[0]
     is_ = f"it is {left.status}. " if left.status else ""
-    return f"{left.id}: {deed.words} is refused: {is_}{left.why}"
+    return f"{left.id}: {deed.action} is refused: {is_}{left.why}"
 
 
-def _made(
+def _make_plans(
     client: AdminClient, action: PlanAction, cursor: str | None, wanted: dict[str, Any]
 ) -> tuple[list[PlanView], str | None]:
     """Some plans, one at least, and where the next one would begin (None: these are all)."""
@@ -201,7 +201,7 @@ def _made(
             return plans, cursor
 
 
-def _nothing(plan: PlanView) -> PlanResult:
+def _empty_result(plan: PlanView) -> PlanResult:
     """The result of a plan without jobs, which need not be applied: programs read one whatever there was to do."""
     from jobd.model.responses import PlanResult
 
@@ -214,7 +214,7 @@ def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool) -> 
     for plan in plans:
         if not plan.count:
             continue
-        results.append(_applied(client, plan))
+        results.append(_apply_one(client, plan))
         if as_json:
             terminal.emit_json(results[-1])
     if not as_json:
@@ -222,7 +222,7 @@ def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool) -> 
     return not any(result.changed or result.refused for result in results)
 
 
-def _applied(client: AdminClient, plan: PlanView) -> PlanResult:
+def _apply_one(client: AdminClient, plan: PlanView) -> PlanResult:
     from jobd.client.errors import JobdError
 
     try:
@@ -252,7 +252,7 @@ def _name_plans(plans: Sequence[PlanView], but: str = "") -> None:
         terminal.say(f"To do exactly this{but}, until {terminal.instant(plans[0].expires_at)}: jobctl apply {names}")
 
 
-def of_time(client: AdminClient, action: PlanAction, reason: str | None) -> PlanView | None:
+def maintenance_plan(client: AdminClient, action: PlanAction, reason: str | None) -> PlanView | None:
     """A plan of what time would do now; None where it would do nothing, or for who may look, but not plan."""
     from jobd.client.errors import Forbidden
 
@@ -263,7 +263,7 @@ def of_time(client: AdminClient, action: PlanAction, reason: str | None) -> Plan
     return plan if plan.count else None
 
 
-def name_of_time(plan: PlanView | None) -> None:
+def show_apply_command(plan: PlanView | None) -> None:
     """How what time would do can be done exactly so, and what of it is not in the plan."""
     if plan is None:
         return
@@ -312,24 +312,24 @@ def _skipped(plan: PlanView) -> str:
 def _show_results(plans: Sequence[PlanView], results: Sequence[PlanResult]) -> None:
     before = " before, nothing now" if all(result.repeated for result in results) else ""
     terminal.emit(f"{plans[0].action}: {_jobs(sum(result.applied for result in results))} done{before}")
-    _show_left(results)
+    _show_not_done(results)
     for plan in plans:
         if plan.skipped_count:
             terminal.say(_skipped(plan))
 
 
-def _show_left(results: Sequence[PlanResult]) -> None:
+def _show_not_done(results: Sequence[PlanResult]) -> None:
     """Jobs of plans to which nothing was done, and why."""
     changed = [job for result in results for job in result.changed]
     refused = [job for result in results for job in result.refused]
     for title, left in (("changed meanwhile", changed), ("refused", refused)):
         for job in left[:_SHOWN]:
-            terminal.say(f"{job.id}: {title}: {_moved(job)}")
+            terminal.say(f"{job.id}: {title}: {_change_of(job)}")
         if len(left) > _SHOWN:
             terminal.say(f"… and {len(left) - _SHOWN} more {title} (--json shows all)")
 
 
-def _moved(job: ChangedJob) -> str:
+def _change_of(job: ChangedJob) -> str:
     return f"{job.from_} → {job.now or 'gone'}. {job.why}"
 
 
@@ -341,7 +341,7 @@ def _jobs(count: int) -> str:
 @click.argument("ids", metavar="[ID...]", nargs=-1)
 @where_option
 @reason_option("Kept with the jobs.")
-@destructive
+@destructive_options
 @admin_options
 def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Put failed and cancelled jobs back into their queue as new.
@@ -352,12 +352,12 @@ def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **ho
     Example: jobctl retry --where queue=video --where status=failed --where since=1d
     """
     is_plan(ids, where)
-    return carry_out("retry", ids, where, reason, **how)
+    return run_plans("retry", ids, where, reason, **how)
 
 
 @click.command("apply")
 @click.argument("plan_ids", metavar="PLAN_ID...", nargs=-1, required=True)
-@destructive
+@destructive_options
 @admin_options
 def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json: bool) -> int:
     """Apply plans that were looked at before.
@@ -390,6 +390,6 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
         confirm.confirm(" and ".join(f"{_WORDS.get(plan.action, plan.action)} {_jobs(plan.count)}" for plan in new))
     for plan in plans if as_json else ():
         if not plan.count:
-            terminal.emit_json(_nothing(plan))
+            terminal.emit_json(_empty_result(plan))
     is_whole = all([_apply(client, [plan], as_json=as_json) for plan in plans if plan.count])
-    return exit_codes.DONE if is_whole else exit_codes.REFUSED
+    return exit_codes.DONE if is_whole else exit_codes.REJECTED

@@ -28,24 +28,24 @@ if TYPE_CHECKING:
 
 WINDOW_S: Final = 10.0  # rates are those of so long
 RATES: Final = ("created", "granted", "completed", "failed", "retried", "stalled")
-MOST: Final = 200  # workers and locks that one look asks for
+MAX_WORKERS: Final = 200  # workers and locks that one look asks for
 NARROW: Final = 72  # columns below which workers are shown without when they were last seen
 WIDE: Final = 140  # columns of a terminal that has room for the claims and descriptions of workers
 MIDDLE: Final = 32  # columns of a worker's claim, and of its description
 NAME: Final = 20  # columns that a name gets before a table leaves some of its own out
 HEAD: Final = 3  # lines above the tables that rows_of counts on
-AWAY: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outcome_unknown"})
+RETRYABLE: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outcome_unknown"})
 _COUNT: Final = re.compile(r'^jobd_events_total\{type="(\w+)"\} (\S+)$', re.MULTILINE)
 
 
-class Held(Struct, frozen=True):
+class HeldJob(Struct, frozen=True):
     """A job in the hands of a worker."""
 
     id: str
     progress: float
 
 
-class Hands(Struct, frozen=True):
+class WorkerRow(Struct, frozen=True):
     """A worker and what it holds, the one that has got furthest first."""
 
     worker: str
@@ -54,36 +54,36 @@ class Hands(Struct, frozen=True):
     claims: str | None
     about: str | None
     held: int
-    jobs: list[Held]  # of the locks that were looked at
+    jobs: list[HeldJob]  # of the locks that were looked at
 
 
-class Frame(Struct, frozen=True):
+class TopFrame(Struct, frozen=True):
     """One look. `per_second` is by type of event, over `over_s` seconds; times are Unix ms."""
 
     stats: StatsView
     per_second: dict[str, float]
     over_s: float
     queues: list[QueueView]
-    workers: list[Hands]
+    workers: list[WorkerRow]
     alerts: list[AlertView]  # those that fire
     more_queues: bool = False  # there are more than were asked for
     gone: int = 0  # workers that are not shown
 
 
-class Samples:
+class Sampler:
     """Looks at the daemon, and the counts of the last ones that rates are made of."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._counts: deque[tuple[float, dict[str, float]]] = deque()
 
-    def take(self, client: AdminClient, most_queues: int | None = None) -> Frame:
+    def take(self, client: AdminClient, most_queues: int | None = None) -> TopFrame:
         """One more look, at so many queues, the busiest, or at all: each costs the daemon something."""
         stats, queues, seen, locks = (
             client.stats(),
             client.queues(limit=MAX_PAGE if most_queues is None else min(most_queues + 1, MAX_PAGE), busiest=True),
-            client.worker_page(limit=MOST),
-            client.locks(limit=MOST),
+            client.worker_page(limit=MAX_WORKERS),
+            client.locks(limit=MAX_WORKERS),
         )
         alerts = [alert for alert in client.alerts() if alert.firing]
         per_second, over_s = self.rates(client.metrics())
@@ -91,7 +91,7 @@ class Samples:
         for lock in locks:
             by_worker.setdefault(lock.worker, []).append(lock)
         workers = [
-            Hands(
+            WorkerRow(
                 each.worker,
                 each.state,
                 each.last_seen_at,
@@ -103,7 +103,7 @@ class Samples:
             for each in sorted(seen.workers, key=lambda each: (-each.held, each.worker))
         ]
         more = most_queues is not None and len(queues) > most_queues
-        return Frame(stats, per_second, over_s, queues[:most_queues], workers, alerts, more, seen.by_state["gone"])
+        return TopFrame(stats, per_second, over_s, queues[:most_queues], workers, alerts, more, seen.by_state["gone"])
 
     def rates(self, metrics: str) -> tuple[dict[str, float], float]:
         """Events per second since the oldest look of the window; none at the first look."""
@@ -121,33 +121,33 @@ class Samples:
         return {name: round(count / over_s, 1) for name, count in gained.items()}, round(over_s, 1)
 
 
-def _held(locks: Sequence[LockedJob]) -> list[Held]:
-    return [Held(lock.id, lock.progress) for lock in sorted(locks, key=lambda lock: (-lock.progress, lock.id))]
+def _held(locks: Sequence[LockedJob]) -> list[HeldJob]:
+    return [HeldJob(lock.id, lock.progress) for lock in sorted(locks, key=lambda lock: (-lock.progress, lock.id))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # On a terminal
 
 
-def watch(client: AdminClient, samples: Samples, interval_s: float) -> None:
+def watch(client: AdminClient, samples: Sampler, interval_s: float) -> None:
     """Look again and again, until somebody presses q. A daemon that is away is waited for."""
     out = terminal.console()
-    frame, note = samples.take(client, min(rows_of(out.height), MOST - 1)), ""
+    frame, note = samples.take(client, min(rows_of(out.height), MAX_WORKERS - 1)), ""
     with _screen(out) as draw, _keys() as is_wanted:
         while True:
             draw(frame, note)
             if not is_wanted(interval_s):
                 return
             try:
-                frame, note = samples.take(client, min(rows_of(out.height), MOST - 1)), ""
+                frame, note = samples.take(client, min(rows_of(out.height), MAX_WORKERS - 1)), ""
             except JobdError as error:
-                if error.code not in AWAY:
+                if error.code not in RETRYABLE:
                     raise
                 note = f"What is shown is older, trying again. {error.message}"
 
 
 @contextmanager
-def _screen(out: Console) -> Iterator[Callable[[Frame, str], None]]:
+def _screen(out: Console) -> Iterator[Callable[[TopFrame, str], None]]:
     """What draws a frame in the place of the last; one below the other where escape sequences are not wanted."""
     if not terminal.may_draw(sys.stdout):
         yield lambda frame, note: out.print(picture(frame, note, out.height, out.width), "")
@@ -192,7 +192,7 @@ def pause(wait_s: float) -> bool:
     return True
 
 
-def draw_once(frame: Frame) -> None:
+def draw_once(frame: TopFrame) -> None:
     """One frame on stdout, with every queue and worker."""
     out = terminal.console()
     everything = 20 + len(frame.queues) + len(frame.workers) + len(frame.alerts)
@@ -208,7 +208,7 @@ def rows_of(height: int) -> int:
     return max((height - 12) // 2, 2)
 
 
-def picture(frame: Frame, note: str, height: int, width: int) -> RenderableType:
+def picture(frame: TopFrame, note: str, height: int, width: int) -> RenderableType:
     """A frame for so many lines and columns."""
     from rich.console import Group
 
@@ -218,7 +218,7 @@ def picture(frame: Frame, note: str, height: int, width: int) -> RenderableType:
     return Group(*head, *alerts, _line(""), *_queues(frame, rows, width), _line(""), *_workers(frame, rows, width))
 
 
-def _head(frame: Frame, note: str, width: int) -> list[Text]:
+def _head(frame: TopFrame, note: str, width: int) -> list[Text]:
     stats = frame.stats
     rates = [f"{name} {rate:g}" for name, rate in frame.per_second.items()]
     groups = [
@@ -256,7 +256,7 @@ def _alerts(alerts: Sequence[AlertView], width: int) -> list[Text]:
     return _table(["", "", ""], rows, len(rows), width, style="red")
 
 
-def _queues(frame: Frame, rows: int, width: int) -> list[Text]:
+def _queues(frame: TopFrame, rows: int, width: int) -> list[Text]:
     columns = ["QUEUE", "STATE", ">QUEUED", ">IN FLIGHT", "OLDEST DUE", ">FAILED", ">COMPLETED", ">CANCELLED"]
     is_described = width >= NARROW and any(queue.paused for queue in frame.queues)
     if is_described:
@@ -278,7 +278,7 @@ def _queues(frame: Frame, rows: int, width: int) -> list[Text]:
     return _table(columns, body, rows, width, spare=4, is_part=frame.more_queues)
 
 
-def _workers(frame: Frame, rows: int, width: int) -> list[Text]:
+def _workers(frame: TopFrame, rows: int, width: int) -> list[Text]:
     seen = ["LAST SEEN"] if width >= NARROW else []
     claims = ["CLAIMS", "ABOUT"] if width >= WIDE else []
     body = []

@@ -142,7 +142,7 @@ def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
             yield line
             advance(done, total)
     except OSError as error:
-        raise exit_codes.Problem(f"Cannot read {name}: {error.strerror or error}", exit_codes.IO_ERROR) from error
+        raise exit_codes.CliError(f"Cannot read {name}: {error.strerror or error}", exit_codes.IO_ERROR) from error
 
 
 @click.command()

@@ -121,7 +121,7 @@ def _would_send(name: str, delivery: int | None, *, as_json: bool) -> None:
     """Whether the daemon has such a webhook, and such a delivery; where not it ends as the real one would."""
     found = _walk(name, None, 1 if delivery is None else None, None).deliveries
     if delivery is not None and all(each.id != delivery for each in found):
-        raise exit_codes.Problem(f"Webhook {name} has no delivery {delivery}, or has it no more.", exit_codes.REFUSED)
+        raise exit_codes.CliError(f"Webhook {name} has no delivery {delivery}, or has it no more.", exit_codes.REJECTED)
     if as_json:
         terminal.emit_json({"would": 1})
     else:

@@ -79,7 +79,7 @@ def _measure(name: str, seconds: float, connections: int, directory: Path | None
             [sys.executable, "-m", "jobd.cli.daemon.bench_load", *words], capture_output=True, text=True, check=False
         )
         if load.returncode != 0:
-            raise exit_codes.Problem(f"{name}: the load failed: {(load.stderr.splitlines() or ['no output'])[-1]}")
+            raise exit_codes.CliError(f"{name}: the load failed: {(load.stderr.splitlines() or ['no output'])[-1]}")
     figures: dict[str, Any] = json.decode(load.stdout)
     return figures
 

@@ -70,7 +70,7 @@ class SerialConnection(asyncio.Protocol):
             self._response.set_result(response)
 
 
-class HttpConnection(SerialConnection):
+class LoadConnection(SerialConnection):
     """One keep-alive HTTP connection over a Unix socket. Raises RequestFailed if a response is an error."""
 
     def __init__(self, token: str | None = None) -> None:
@@ -135,15 +135,15 @@ class HttpConnection(SerialConnection):
         raise RequestFailed(f"{response['error']}: {response['message']}")
 
 
-async def open_connections(socket: str, count: int) -> list[HttpConnection]:
-    return [await HttpConnection.open(socket) for _ in range(count)]
+async def open_connections(socket: str, count: int) -> list[LoadConnection]:
+    return [await LoadConnection.open(socket) for _ in range(count)]
 
 
 def worker(number: int) -> bytes:
     return encode({"worker": f"w-{number}"})
 
 
-async def run_one(connection: HttpConnection, worker: bytes, **ending: Any) -> None:
+async def run_one(connection: LoadConnection, worker: bytes, **ending: Any) -> None:
     """Create, claim and complete a job. The claimed job may be that of another connection."""
     await connection.post("/v1/jobs", CREATE)
     grant = (await connection.post("/v1/claim", worker))["grants"][0]
@@ -171,7 +171,7 @@ async def lifecycle(
 ) -> Figures:
     """Create, claim and complete jobs with one request each. `ending` returns additional fields of a complete."""
 
-    def work(number: int, connection: HttpConnection) -> Callable[[], Awaitable[int]]:
+    def work(number: int, connection: LoadConnection) -> Callable[[], Awaitable[int]]:
         async def once() -> int:
             await run_one(connection, worker(number), **ending())
             return 1
@@ -185,7 +185,7 @@ async def lifecycle(
 
 async def claim(socket: str, seconds: float, connections: int = 1) -> Figures:
     """Claim a job on one connection and release it at once. Creates a job if none is due."""
-    connection, times = await HttpConnection.open(socket), list[float]()
+    connection, times = await LoadConnection.open(socket), list[float]()
     began = clock()
     while clock() - began < seconds:
         started = clock()

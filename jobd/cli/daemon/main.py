@@ -22,13 +22,13 @@ from jobd.cli.daemon import store
 from jobd.cli.daemon.bench import bench
 from jobd.cli.daemon.monitoring import monitoring
 from jobd.cli.daemon.settings import config_option, flag_options, read
-from jobd.cli.params import SETTINGS, Sections, json_option
+from jobd.cli.params import SETTINGS, VerbGroup, json_option
 
 if TYPE_CHECKING:
     from jobd.config import LoadedConfig
 
 
-@click.group(cls=Sections, context_settings=SETTINGS)
+@click.group(cls=VerbGroup, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="jobd")
 def jobd() -> None:
     """The daemon that owns all job state, and what works on its files.
@@ -85,7 +85,7 @@ def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> No
     try:
         check_artifact_directory(loaded.config.artifacts.url, loaded.own_directories)
     except ConfigError as error:
-        raise exit_codes.Problem(str(error), exit_codes.CONFIG) from None
+        raise exit_codes.CliError(str(error), exit_codes.CONFIG) from None
     if as_json:
         terminal.emit_json({"path": loaded.path, "values": _values(loaded), "webhooks": _webhooks(loaded)})
     else:

@@ -67,7 +67,7 @@ def read(config: str | None, flags: Mapping[str, str] | None = None, *, need_tok
     try:
         return load(flags or {}, os.environ, config, need_token=need_token)
     except ConfigError as error:
-        raise exit_codes.Problem(str(error), exit_codes.CONFIG) from None
+        raise exit_codes.CliError(str(error), exit_codes.CONFIG) from None
 
 
 def store_path(store: str | None, config: str | None) -> str:
@@ -76,7 +76,7 @@ def store_path(store: str | None, config: str | None) -> str:
         return store
     path = read(config, need_token=False).config.store.path
     if path == ":memory:":
-        raise exit_codes.Problem(
+        raise exit_codes.CliError(
             "The store of this configuration is in memory: name a database with --store", exit_codes.CONFIG
         )
     return path

@@ -63,7 +63,7 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
     """
     path = store_path(store, config)
     if not file.exists():
-        raise exit_codes.Problem(f"{file} does not exist: name a file that jobd backup wrote", exit_codes.IO_ERROR)
+        raise exit_codes.CliError(f"{file} does not exist: name a file that jobd backup wrote", exit_codes.IO_ERROR)
     from jobd.cli.progress import busy
     from jobd.model.storage import DiskFull
     from jobd.storage import dry_run as dry_runs
@@ -81,7 +81,7 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
         with busy(f"checking and copying {file}"):
             aside = put_back(str(file), path)
     except DiskFull as error:
-        raise exit_codes.Problem(f"The disk is full: {error}. Free some and try again", exit_codes.IO_ERROR) from None
+        raise exit_codes.CliError(f"The disk is full: {error}. Free some and try again", exit_codes.IO_ERROR) from None
     terminal.emit(path)
     if aside is not None:
         terminal.say(f"The old database is kept as {aside}.")
@@ -154,7 +154,7 @@ def doctor(
         with busy(f"checking {path}"):
             problems = offline.check(path)
     except StoreBusy as error:
-        raise exit_codes.Problem(
+        raise exit_codes.CliError(
             f"{error}; or check the running daemon: jobd doctor --running", exit_codes.TRY_AGAIN
         ) from None
     return _diagnosis(problems, as_json)

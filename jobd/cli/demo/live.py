@@ -78,7 +78,7 @@ class Link:
         return self._sign_in() if valid else None
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _LinkHandler(BaseHTTPRequestHandler):
     """GET of the link signs the browser in. POST receives webhooks."""
 
     server: _LocalServer
@@ -115,7 +115,7 @@ class _LocalServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, admin_port: int, token: str) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), _LinkHandler)
         self.dashboard = f"http://127.0.0.1:{admin_port}/"
         self.url = f"http://127.0.0.1:{self.server_port}/"
         self.link = Link(lambda: _sign_in(admin_port, token))
@@ -139,7 +139,7 @@ def _sign_in(admin_port: int, token: str) -> str:
         response = connection.getresponse()
         cookie = response.getheader("Set-Cookie")
     if response.status != 303 or cookie is None:
-        raise exit_codes.Problem(f"The dashboard did not sign the demo in: it responded with {response.status}.")
+        raise exit_codes.CliError(f"The dashboard did not sign the demo in: it responded with {response.status}.")
     return cookie
 
 

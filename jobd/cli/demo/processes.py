@@ -110,7 +110,7 @@ class Sandbox:
                 if self.daemon.poll() is not None or time.monotonic() > until_s:
                     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
                     reason = lines[-1] if lines else error.message
-                    raise exit_codes.Problem(f"The daemon did not start: {reason}") from None
+                    raise exit_codes.CliError(f"The daemon did not start: {reason}") from None
             time.sleep(0.05)
 
     def start_worker(self, name: str, *queues: str, lock_ttl_ms: int = 60_000) -> int:

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from jobd.cli.daemon.bench import over_runs
-from jobd.cli.daemon.bench_load import HttpConnection, percentiles
+from jobd.cli.daemon.bench_load import LoadConnection, percentiles
 from jobd.cli.daemon.main import jobd
 
 
@@ -50,7 +50,7 @@ async def test_a_connection_reads_responses_in_any_pieces_and_notices_its_end(tm
         writer.close()
 
     async with await asyncio.start_unix_server(serve, tmp_path / "socket"):
-        connection = await HttpConnection.open(str(tmp_path / "socket"))
+        connection = await LoadConnection.open(str(tmp_path / "socket"))
         assert await connection.get("/a") == [1, 2, 3]
         await connection.drop("/b")
         assert await connection.get("/c") == [1, 2, 3]

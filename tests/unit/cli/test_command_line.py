@@ -305,10 +305,10 @@ def test_every_refusal_of_the_daemon_has_its_exit_code() -> None:
     again = {"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs", "request_timeout"}
     again |= {"storage_unavailable", "too_many_queues"}
     special = {"unauthorized": 5, "forbidden": 5, "internal_error": 1, **dict.fromkeys(again, 75)}
-    assert {code: exit_codes.of_refusal(code) for code in ERROR_STATUS} == {
+    assert {code: exit_codes.exit_code_of(code) for code in ERROR_STATUS} == {
         code: special.get(code, 4) for code in ERROR_STATUS
     }
-    assert exit_codes.of_refusal("unreachable") == 3
+    assert exit_codes.exit_code_of("unreachable") == 3
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_no_option_takes_a_token_as_its_value() -> None:
 
 def test_the_admin_token_never_goes_to_the_worker_api(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
-    assert connection.worker_token(connection.Places()) is None
+    assert connection.worker_token(connection.ConnectionOptions()) is None
 
 
 def test_the_token_file_may_hold_several_and_the_first_is_used(tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def untold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def found(**given: str) -> tuple[str, str]:
     """Where the worker API and the admin API are found."""
-    told = connection.Places()
+    told = connection.ConnectionOptions()
     for name, value in given.items():
         setattr(told, name, value)
     return str(connection.worker_endpoint(told)), str(connection.admin_endpoint(told))
@@ -546,8 +546,8 @@ def test_without_a_verb_the_help_is_shown_and_the_code_is_2(capsys: pytest.Captu
 
 
 def test_a_deed_is_allowed_where_the_table_of_transitions_says_so() -> None:
-    def deed(to: str | None, only_from: tuple[str, ...] = ()) -> confirm.Deed:
-        return confirm.Deed("x", lambda _: None, to, lambda _: None, lambda _: "", only_from)  # type: ignore[arg-type, return-value]
+    def deed(to: str | None, only_from: tuple[str, ...] = ()) -> confirm.Confirmation:
+        return confirm.Confirmation("x", lambda _: None, to, lambda _: None, lambda _: "", only_from)  # type: ignore[arg-type, return-value]
 
     assert confirm._allowed("processing", deed("failed"))
     assert not confirm._allowed("completed", deed("queued"))
@@ -590,7 +590,7 @@ def _break_off(path: Path) -> None:
 def test_two_programs_do_not_write_one_file(tmp_path: Path) -> None:
     with files.whole_file(tmp_path / "copy.db", lambda _: None) as file:
         file.write(b"first")
-        with pytest.raises(exit_codes.Problem) as caught, files.whole_file(tmp_path / "copy.db", lambda _: None):
+        with pytest.raises(exit_codes.CliError) as caught, files.whole_file(tmp_path / "copy.db", lambda _: None):
             pass
         assert caught.value.code == 75
     assert (tmp_path / "copy.db").read_bytes() == b"first"
@@ -598,7 +598,7 @@ def test_two_programs_do_not_write_one_file(tmp_path: Path) -> None:
 
 def test_a_store_that_a_daemon_took_while_a_file_was_written_stays(tmp_path: Path) -> None:
     (tmp_path / "copy.db").write_bytes(b"old")
-    with pytest.raises(exit_codes.Problem) as caught:
+    with pytest.raises(exit_codes.CliError) as caught:
         _write_while_taken(tmp_path / "copy.db")
     assert caught.value.code == 75
     assert (tmp_path / "copy.db").read_bytes() == b"old"
@@ -617,7 +617,7 @@ def test_a_file_on_the_way_is_no_store_and_no_symlink(tmp_path: Path) -> None:
     (tmp_path / "copy.db.part").symlink_to(tmp_path / "theirs")
     with pytest.raises(OSError, match="symbolic"), files.whole_file(tmp_path / "copy.db", lambda _: None):
         pass
-    with FileLock(str(tmp_path / "store.part")), pytest.raises(exit_codes.Problem) as caught:
+    with FileLock(str(tmp_path / "store.part")), pytest.raises(exit_codes.CliError) as caught:
         _break_off(tmp_path / "store")
     assert caught.value.code == 75
     assert (tmp_path / "theirs").read_bytes() == b"theirs"
