@@ -1,7 +1,4 @@
-"""Doing something to jobs that cannot be taken back: look first (--dry-run), ask (or --yes), then do it to each.
-
-Knows no verb; the daemon judges, this only asks and reports.
-"""
+"""Irreversible actions on jobs: --dry-run, a question unless --yes, then the action on each job."""
 
 from __future__ import annotations
 
@@ -21,12 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Confirmation:
-    """`words` says what is done ("force-fail"), `to` is the status that it leads to, None where the job is deleted, ""
-    where its status stays.
+    """An action that needs a confirmation, such as force-fail.
 
-    `only_from` are the statuses from which it may be done, where they are fewer than lead to `to`; `details` says of
-    the job that was looked at what there is to know beside it before it is done. `rehearse` asks the daemon for it as
-    a dry run, which is refused like the deed; without it, and for who may only look, the statuses are what is judged.
+    `to` is the resulting status, None if the job is deleted, "" if its status does not change. `allowed_from` lists the
+    statuses that allow the action if not all transitions to `to` do. `details` adds what the operator needs to know of
+    the job. `dry_run` asks the daemon; without it, and with a read-only token, the job's status decides.
     """
 
     action: str
@@ -40,28 +36,28 @@ class Confirmation:
 
 
 def destructive_options(verb: Any) -> Any:
-    """--yes, --dry-run and --json for a verb that destroys something."""
-    verb = click.option("--json", "as_json", is_flag=True, help="Print the answers as JSON, one a job.")(verb)
+    """Add --yes, --dry-run and --json to a verb that needs a confirmation."""
+    verb = click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per job.")(verb)
     verb = dry_run_option(verb)
     return click.option("-y", "--yes", is_flag=True, help="Do not ask.")(verb)
 
 
 def dry_run_option(verb: Any) -> Any:
-    return click.option("--dry-run", is_flag=True, help="Only say what would be done.")(verb)
+    return click.option("--dry-run", is_flag=True, help="Only print what would be done.")(verb)
 
 
 def reason_option(kept: str) -> Callable[[Any], Any]:
-    """--reason, with what becomes of it."""
-    return click.option("--reason", metavar="TEXT", help=f"Why, for those who come after you. {kept}")
+    """Add --reason. `kept` says where it is stored."""
+    return click.option("--reason", metavar="TEXT", help=f"Why you do this. {kept}")
 
 
-def run_action(deed: Confirmation, ids: Sequence[str], *, yes: bool, dry_run: bool, as_json: bool) -> int:
-    """Do `deed` to each of `ids`, going on after a refusal; the exit code is that of the first refusal."""
+def run_action(confirmation: Confirmation, ids: Sequence[str], *, yes: bool, dry_run: bool, as_json: bool) -> int:
+    """Apply the action to each job, continue after errors, and return the exit code of the first error."""
     if dry_run:
-        return _each(ids, lambda job_id: _show_dry_run(deed, job_id, terminal.emit, as_json))
+        return _each(ids, lambda job_id: _show_dry_run(confirmation, job_id, terminal.emit, as_json))
     if not yes:
-        _ask(deed, ids)
-    return _each(ids, lambda job_id: _run(deed, job_id, as_json))
+        _ask(confirmation, ids)
+    return _each(ids, lambda job_id: _run(confirmation, job_id, as_json))
 
 
 def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
@@ -74,104 +70,110 @@ def _each(ids: Sequence[str], act: Callable[[str], int]) -> int:
         except JobdError as error:
             code = exit_codes.exit_code_of(error.code)
             if len(ids) == 1 or code in (exit_codes.UNREACHABLE, exit_codes.UNAUTHORISED, exit_codes.TRY_AGAIN):
-                raise  # the others would fare alike
+                raise  # the others would fail, too
             terminal.say(f"{job_id}: {error.message} [{error.code}]")
         worst = worst or code
     return worst
 
 
-def _run(deed: Confirmation, job_id: str, as_json: bool) -> int:
-    answer = deed.run(job_id)
+def _run(confirmation: Confirmation, job_id: str, as_json: bool) -> int:
+    response = confirmation.run(job_id)
     if as_json:
-        terminal.emit_json(answer)
+        terminal.emit_json(response)
     else:
-        terminal.emit(f"{job_id}: {deed.describe(answer)}")
+        terminal.emit(f"{job_id}: {confirmation.describe(response)}")
     return exit_codes.DONE
 
 
-def _show_dry_run(deed: Confirmation, job_id: str, tell: Callable[[str], None], as_json: bool = False) -> int:
-    job = deed.get_job(job_id)
-    answer = _dry_run(deed, job_id)
-    no = _error(answer)
-    may_only_look = no is not None and exit_codes.exit_code_of(no.code) == exit_codes.UNAUTHORISED
-    if no is not None and not may_only_look:
-        terminal.say(f"{job_id}: {deed.action} would be refused: {no.message} [{no.code}]")
-        return exit_codes.exit_code_of(no.code)
-    if not _allowed(job.status, deed):
-        terminal.say(f"{job_id}: {deed.action} would be refused: it is {state(job)}")
+def _show_dry_run(confirmation: Confirmation, job_id: str, tell: Callable[[str], None], as_json: bool = False) -> int:
+    job = confirmation.get_job(job_id)
+    response = _dry_run(confirmation, job_id)
+    error = _error(response)
+    is_read_only = error is not None and exit_codes.exit_code_of(error.code) == exit_codes.UNAUTHORISED
+    if error is not None and not is_read_only:
+        terminal.say(f"{job_id}: {confirmation.action} would be rejected: {error.message} [{error.code}]")
+        return exit_codes.exit_code_of(error.code)
+    if not _allowed(job.status, confirmation):
+        terminal.say(f"{job_id}: {confirmation.action} would be rejected: it is {state(job)}")
         return exit_codes.REJECTED
-    if as_json and answer is not None and no is None:
-        terminal.emit_json(answer)
+    if as_json and response is not None and error is None:
+        terminal.emit_json(response)
     else:
-        tell(f"{job_id}: would {deed.action}{deed.details(job)}: it is {state(job)}")
-    if may_only_look:
-        terminal.say("Judged by its status alone: only who may do it can ask the daemon, and this token may only look.")
+        tell(f"{job_id}: would {confirmation.action}{confirmation.details(job)}: it is {state(job)}")
+    if is_read_only:
+        terminal.say(
+            "This token is read-only, so only the status was checked. A dry run on the daemon needs the admin token."
+        )
     return exit_codes.DONE
 
 
-def _dry_run(deed: Confirmation, job_id: str) -> object | JobdError | None:
-    """What the daemon would answer, or refuse the deed with, or the question; None where it is not asked."""
+def _dry_run(confirmation: Confirmation, job_id: str) -> object | JobdError | None:
+    """Return the response or the error of a dry run; None without one."""
     from jobd.client.errors import JobdError
 
-    if deed.dry_run is None:
+    if confirmation.dry_run is None:
         return None
     try:
-        return deed.dry_run(job_id)
+        return confirmation.dry_run(job_id)
     except JobdError as error:
         if exit_codes.exit_code_of(error.code) not in (exit_codes.REJECTED, exit_codes.UNAUTHORISED):
-            raise  # no word about the job
+            raise  # it says nothing about the job
         return error
 
 
-def _error(answer: object) -> JobdError | None:
+def _error(response: object) -> JobdError | None:
     from jobd.client.errors import JobdError
 
-    return answer if isinstance(answer, JobdError) else None
+    return response if isinstance(response, JobdError) else None
 
 
-def _allowed(status: str, deed: Confirmation) -> bool:
+def _allowed(status: str, confirmation: Confirmation) -> bool:
     from jobd.model.job import FINISHED, TRANSITIONS
 
-    if (deed.allowed_from and status not in deed.allowed_from) or deed.to == "processing":  # which only a grant makes
+    if confirmation.allowed_from and status not in confirmation.allowed_from:
         return False
-    if deed.to == "":
+    if confirmation.to == "processing":  # only a grant leads there
+        return False
+    if confirmation.to == "":
         return True
-    return status in FINISHED if deed.to is None else (status, deed.to) in TRANSITIONS
+    return status in FINISHED if confirmation.to is None else (status, confirmation.to) in TRANSITIONS
 
 
-def _ask(deed: Confirmation, ids: Sequence[str]) -> None:
+def _ask(confirmation: Confirmation, ids: Sequence[str]) -> None:
     need_terminal()
     if len(ids) == 1:
-        job = deed.get_job(ids[0])
-        if deed.dry_run is not None:
-            deed.dry_run(ids[0])  # nobody is asked about what would be refused
-        confirm_job(deed, job)
+        job = confirmation.get_job(ids[0])
+        if confirmation.dry_run is not None:
+            confirmation.dry_run(ids[0])  # fails here if it would fail later
+        confirm_job(confirmation, job)
     else:
-        _each(ids, lambda job_id: _show_dry_run(deed, job_id, terminal.say))
-        confirm(f"{deed.action} {len(ids)} jobs")
+        _each(ids, lambda job_id: _show_dry_run(confirmation, job_id, terminal.say))
+        confirm(f"{confirmation.action} {len(ids)} jobs")
 
 
 def need_terminal() -> None:
-    """Usage error where nobody can be asked."""
+    """Raise UsageError without a terminal to ask on."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        raise click.UsageError("this asks first, and here is no terminal: add --yes to do it, --dry-run to look first")
+        raise click.UsageError(
+            "this asks first, but there is no terminal: add --yes to do it, --dry-run to see the effect"
+        )
 
 
 def confirm(what: str) -> None:
-    """Ask whether to do `what`. Problem (1) where the answer is no."""
+    """Ask whether to do `what`. Raises CliError (1) if the response is no."""
     need_terminal()
     if not click.confirm(terminal.clean(f"{what}?"), default=False, err=True):
         raise exit_codes.CliError("nothing was done")
 
 
-def confirm_job(deed: Confirmation, job: JobView) -> None:
-    """Ask whether to do `deed` to the job, which is shown as it is. Problem (1) where the answer is no."""
-    details = deed.details(job)
-    confirm(f"{deed.action}{f'{details}:' if details else ''} job {job.id}, which is {state(job)}")
+def confirm_job(confirmation: Confirmation, job: JobView) -> None:
+    """Show the job and ask whether to apply the action. Raises CliError (1) if the response is no."""
+    details = confirmation.details(job)
+    confirm(f"{confirmation.action}{f'{details}:' if details else ''} job {job.id}, which is {state(job)}")
 
 
 def state(job: JobView) -> str:
-    """A job's status in a few words: `processing at 45 %, held by w-7`."""
+    """Describe a job's status: `processing at 45 %, held by w-7`."""
     if job.status != "processing":
         return job.status
     if job.lock:

@@ -1,6 +1,6 @@
-"""Exit codes, and the one place where an error becomes a line on stderr and a code.
+"""Exit codes, and the translation of errors into a line on stderr and an exit code.
 
-Knows the error classes of the client, no verb. A verb raises Problem or lets the client's error pass.
+A verb raises CliError or lets the client's error pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TRY_AGAIN: Final = 75
 CONFIG: Final = 78
 INTERRUPTED: Final = 130
 
-# Refusal codes that are no plain "not found or refused".
+# Error codes with another exit code than "not found or rejected".
 _BY_CODE: Final = {
     "unauthorized": UNAUTHORISED,
     "forbidden": UNAUTHORISED,
@@ -44,7 +44,7 @@ _BY_CODE: Final = {
 
 
 class CliError(Exception):
-    """Something that ends the program: one line that says what to do, and the exit code."""
+    """An error with a one-line message, which says what to do, and an exit code."""
 
     def __init__(self, message: str, code: int = FAILED) -> None:
         super().__init__(message)
@@ -52,15 +52,15 @@ class CliError(Exception):
 
 
 def exit_code_of(code: str) -> int:
-    """The exit code for a refusal code of the daemon."""
+    """Return the exit code for an error code of the daemon."""
     return _BY_CODE.get(code, REJECTED)
 
 
 def run(program: click.Command, name: str, argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (sys.argv's by default) and give the exit code; errors become one line on stderr."""
+    """Run the command line `argv` (sys.argv by default) and return the exit code. Errors become one line on stderr."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no reason to fail
+            stream.reconfigure(errors="backslashreplace")  # a character that the terminal cannot show is no error
     try:
         code = program.main(args=list(argv) if argv is not None else None, prog_name=name, standalone_mode=False)
         sys.stdout.flush()
@@ -70,11 +70,11 @@ def run(program: click.Command, name: str, argv: Sequence[str] | None = None) ->
 
 
 def _report(error: BaseException, name: str) -> int:
-    """Say on stderr what `error` means and give its exit code. What is no error of use is raised again: a bug."""
+    """Print `error` on stderr and return its exit code. An unexpected exception is a bug and is raised again."""
     from jobd.client.errors import JobdError
 
     if isinstance(error, SystemExit) and type(sys.stdout).__name__.endswith("PacifyFlushWrapper"):
-        error = BrokenPipeError()  # which click makes an exit with 1, and leaves this in its place
+        error = BrokenPipeError()  # click turned it into exit 1, and replaced the stream
     match error:
         case click.UsageError():
             path = error.ctx.command_path if error.ctx else name
@@ -93,13 +93,13 @@ def _report(error: BaseException, name: str) -> int:
             terminal.say(f"{name}: {_sentence(error.message)}{_ADVICE.get(error.code, '')} [{error.code}]")
             return exit_code_of(error.code)
         case BrokenPipeError():
-            # Whoever read us has seen enough (`| head`). Nothing may be flushed into the closed pipe at exit.
+            # The reader closed the pipe (`| head`). Nothing must be flushed into it at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return DONE
         case OSError():
             terminal.say(f"{name}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
             return IO_ERROR
-        case Exception() if isinstance(code := getattr(error, "exit_code", None), int):  # errors of the store know it
+        case Exception() if isinstance(code := getattr(error, "exit_code", None), int):  # errors of the store
             terminal.say(f"{name}: {_sentence(str(error))}")
             return code
         case _:
@@ -107,7 +107,7 @@ def _report(error: BaseException, name: str) -> int:
 
 
 _ADVICE: Final = {
-    "unreachable": ". Is jobd running there? Say where with --socket, --url or --admin-url",
+    "unreachable": ". Is jobd running there? Give its address with --socket, --url or --admin-url",
     "unauthorized": (
         ". Admin API: set ADMIN_TOKEN or ADMIN_TOKEN_FILE; "
         "worker API: give --token-file FILE or set JOBD_WORKER_TOKEN_FILE"

@@ -1,4 +1,4 @@
-"""Waiting with something to see: a job's end, a long call, a stream. The display is on stderr, on a terminal alone."""
+"""Progress displays on stderr, if it is a terminal: for a job, a long call, a stream."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _LONGEST_S: Final = 2.0
 
 
 class Advance(Protocol):
-    """Shows `done` of `total`, None where that is not known; and that it is now `what`."""
+    """Show `done` of `total` (None: unknown), and replace the description by `what`."""
 
     def __call__(self, done: int, total: int | None, what: str | None = None) -> None: ...
 
 
 def until_finished(client: JobClient, job_id: str) -> JobInfo:
-    """Look at the job, at growing intervals up to 2 s, until it is finished."""
+    """Poll the job, at growing intervals up to 2 s, until it is finished, and return it."""
     pause = _FIRST_S
     with bar(job_id, unit="%") as advance:
         while True:
@@ -40,7 +40,7 @@ def until_finished(client: JobClient, job_id: str) -> JobInfo:
 
 @contextmanager
 def busy(what: str) -> Iterator[None]:
-    """A spinner while a call takes its time."""
+    """Show a spinner meanwhile."""
     if not terminal.may_draw(sys.stderr):
         yield
         return
@@ -50,7 +50,7 @@ def busy(what: str) -> Iterator[None]:
 
 @contextmanager
 def bar(what: str, *, unit: str = "bytes") -> Iterator[Advance]:
-    """A progress bar; what it gives is called with how much is done. Bytes are shown with their rate."""
+    """Show a progress bar and yield the function that advances it. Bytes are shown with their rate."""
     if not terminal.may_draw(sys.stderr):
         yield lambda done, total, what=None: None
         return
@@ -66,7 +66,7 @@ def bar(what: str, *, unit: str = "bytes") -> Iterator[Advance]:
 
         def advance(done: int, total: int | None, what: str | None = None) -> None:
             if total is None:
-                progress.tasks[0].total = None  # update() takes None for "as it was"
+                progress.tasks[0].total = None  # update() ignores None
             name = None if what is None else terminal.clip(what, 60)
             progress.update(task, completed=done, total=total, description=name)
 

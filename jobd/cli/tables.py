@@ -1,7 +1,4 @@
-"""What answers about jobs look like for people. One function an answer, data on stdout.
-
-Asks nobody and decides nothing; the words for times and spans are those of show.py.
-"""
+"""Tables about jobs: one function per response, on stdout."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ _LONG = 4_000
 
 
 def jobs(page: Sequence[JobView]) -> None:
-    """A page of jobs, one a line."""
+    """Print a page of jobs, one per line."""
     terminal.table(
         ["ID", "QUEUE", "KIND", "STATUS", ">%", "ATTEMPT", "WORKER", "UPDATED", "NOTE"],
         [
@@ -48,14 +45,14 @@ def holder(job: JobView) -> str | None:
 
 
 def note(job: JobView) -> str:
-    """The one thing to know beside the status: the error of a failed job, else the last progress message."""
+    """Return the error of a failed job, else its last progress message."""
     if job.status == "failed" or (job.error_message and not job.progress_message):
         return terminal.clean(headline(job.error_message or "", 60))
     return terminal.clip(job.progress_message or "", 60)
 
 
 def job(view: JobView) -> None:
-    """Everything about one job; what is empty is left out."""
+    """Print all fields of a job that are not empty."""
     lock = view.lock
     fields: list[tuple[str, object]] = [
         ("id", view.id),
@@ -75,8 +72,8 @@ def job(view: JobView) -> None:
         ("expires", terminal.when(view.expires_at) if view.expires_at else None),
         ("held by", f"{lock.worker} (fencing token {lock.fencing_token})" if lock else holder(view)),
         ("lock expires", terminal.when(lock.expires_at) if lock else None),
-        ("stuck after", terminal.span(view.stuck_after_ms)),
-        ("ceiling", terminal.span(view.max_processing_ms) if view.max_processing_ms else "none"),
+        ("stalled after", terminal.span(view.stuck_after_ms)),
+        ("progress timeout", terminal.span(view.max_processing_ms) if view.max_processing_ms else "none"),
         ("error", view.error_message),
         ("error code", view.error_code),
         ("download", view.download_url),
@@ -89,7 +86,7 @@ def job(view: JobView) -> None:
 
 
 def json_text(raw: Any) -> str | None:
-    """JSON text of a job as one line; None where there is none. Very long text is cut."""
+    """Return JSON text as one line, cut if it is very long; None if there is none."""
     if not isinstance(raw, msgspec.Raw) or bytes(raw) == b"null":
         return None
     text = bytes(raw).decode("utf-8", "replace")
@@ -97,7 +94,7 @@ def json_text(raw: Any) -> str | None:
 
 
 def timeline(events: Sequence[EventView]) -> None:
-    """A job's events, oldest first, with the time since the first."""
+    """Print a job's events, oldest first, with the time since the first."""
     first = events[0].at if events else 0
     terminal.table(
         ["TIME", ">AFTER", "EVENT", "STATUS", "BY", "REASON"],
@@ -117,7 +114,7 @@ def timeline(events: Sequence[EventView]) -> None:
 
 
 def event_line(event: StreamedEvent) -> str:
-    """One event of many jobs, in a line."""
+    """Return an event as one line."""
     about = f"{event.job_id} ({event.queue})" if event.job_id is not None else f"queue {event.queue}"
     parts = [terminal.instant(event.at), str(event.seq), event.type, about, _step(event), event.by, event.reason]
     return "  ".join(part for part in [*parts, _details(event.details)] if part)
@@ -141,7 +138,7 @@ def _detail(name: str, value: object) -> str:
 
 
 def why(view: WhyView) -> None:
-    """State, reason, what happens next, what to do: a few sentences."""
+    """Print the state, its reason, what happens next and what to do."""
     terminal.emit(f"{view.state}: {view.because}")
     if view.next is not None:
         at = "" if view.next.at is None else f": {terminal.when(view.next.at)}"
@@ -154,7 +151,7 @@ def why(view: WhyView) -> None:
 
 def validation(view: Validation) -> None:
     if view.is_valid and not view.issues:
-        terminal.emit("valid: nothing found")
+        terminal.emit("valid: no issues")
         return
     rows = [(issue.type, issue.field, issue.message, issue.fix) for issue in view.issues]
-    terminal.table(["TYPE", "FIELD", "WHAT IS WRONG", "FIX"], rows)
+    terminal.table(["TYPE", "FIELD", "ISSUE", "FIX"], rows)

@@ -1,7 +1,4 @@
-"""What answers about the daemon look like for operators. One function an answer, data on stdout.
-
-Asks nobody and decides nothing; the words for times and spans are those of show.py.
-"""
+"""Tables about the daemon: one function per response, on stdout."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ from jobd.model.responses import (
     WorkerView,
 )
 
-MOST_NAMED: Final = 4  # queues or kinds of a worker
+MAX_NAMES: Final = 4  # queues or kinds of a worker
 
 
 def queues(views: Sequence[QueueView]) -> None:
@@ -104,18 +101,18 @@ def about(said: About | None) -> str | None:
 
 def _few(names: Iterable[str]) -> str:
     shown = list(names)
-    more = [f"and {len(shown) - MOST_NAMED} more"] if len(shown) > MOST_NAMED else []
-    return " ".join([*shown[:MOST_NAMED], *more])
+    more = [f"and {len(shown) - MAX_NAMES} more"] if len(shown) > MAX_NAMES else []
+    return " ".join([*shown[:MAX_NAMES], *more])
 
 
 def take_back(view: TakeBackView, tell: Callable[[str], None], *, would: bool) -> None:
     """Show the effect of a take-back on each job: done, or planned with `would`."""
-    done = {"reset": "back in its queue", "failed": "failed"}
-    foreseen = {"reset": "would go back to its queue", "failed": "would fail"}
+    done = {"reset": "requeued", "failed": "failed"}
+    planned = {"reset": "would be requeued", "failed": "would fail"}
     for each in view.details:
-        tell(f"{each.job_id}: {(foreseen if would else done)[each.action]}: {each.reason}")
+        tell(f"{each.job_id}: {(planned if would else done)[each.action]}: {each.reason}")
     jobs = "1 job" if view.recovered_jobs == 1 else f"{view.recovered_jobs} jobs"
-    how = f"{view.reset_jobs} to the queue, {view.failed_jobs} failed{'; there are more' if view.more else ''}"
+    how = f"{view.reset_jobs} requeued, {view.failed_jobs} failed{'; there are more' if view.more else ''}"
     tell(f"{'would take' if would else 'took'} back {jobs} of {view.worker}: {how}")
 
 
@@ -129,7 +126,7 @@ def stats(view: StatsView) -> None:
     fields: list[tuple[str, object]] = [("jobs", view.total_jobs)]
     fields += [(f"  {status}", count) for status, count in view.by_status.items()]
     fields += [
-        ("stuck now", view.stuck_jobs),
+        ("stalled now", view.stuck_jobs),
         ("recovered in 24 h", view.stuck_jobs_recovered),
         ("locked", view.locked_jobs),
         ("average processing", terminal.span(view.average_processing_time * 1000)),
@@ -145,7 +142,7 @@ def stats(view: StatsView) -> None:
 
 
 def _cleanup(running: bool, since_ms: int | None) -> str:
-    last = "no pass has succeeded yet" if since_ms is None else f"last successful pass {terminal.span(since_ms)} ago"
+    last = "no run has succeeded yet" if since_ms is None else f"last successful run {terminal.span(since_ms)} ago"
     return f"{last}, one is running now" if running else last
 
 
@@ -172,7 +169,7 @@ def report(view: CleanupReport) -> None:
     terminal.pairs(
         [
             ("at", terminal.when(view.timestamp)),
-            ("stuck jobs recovered", view.stuck_jobs_recovered),
+            ("stalled jobs recovered", view.stuck_jobs_recovered),
             ("expired locks cleared", view.expired_locks_cleared),
             ("expired jobs deleted", view.expired_jobs_deleted),
             ("issues found", view.validation_issues_found),
@@ -186,9 +183,7 @@ def report(view: CleanupReport) -> None:
 def cleanup_state(view: CleanupState) -> None:
     terminal.emit(_cleanup(view.cleanup_running, view.time_since_last_cleanup))
     if view.last_failure is not None:
-        passes = (
-            "1 pass has" if view.failed_since_last_success == 1 else f"{view.failed_since_last_success} passes have"
-        )
+        passes = "1 run has" if view.failed_since_last_success == 1 else f"{view.failed_since_last_success} runs have"
         terminal.emit(f"{passes} failed since; the last one {terminal.age(view.last_failure.timestamp)}")
     if view.last_report is not None:
         report(view.last_report)
@@ -210,11 +205,11 @@ def reports(views: Sequence[CleanupReport]) -> None:
         )
         for view in views
     ]
-    terminal.table(columns, rows, empty="No cleanup pass has run yet.")
+    terminal.table(columns, rows, empty="Cleanup has not run yet.")
 
 
 def recovered(view: RecoverStuckView) -> None:
-    terminal.emit(f"{view.recovered_jobs} recovered: {view.reset_jobs} back in their queue, {view.failed_jobs} failed")
+    terminal.emit(f"{view.recovered_jobs} recovered: {view.reset_jobs} requeued, {view.failed_jobs} failed")
     if view.details:
         terminal.table(["JOB", "ACTION", "REASON"], [(item.job_id, item.action, item.reason) for item in view.details])
 
@@ -233,20 +228,18 @@ def failures(view: FailuresView) -> None:
         )
         for group in view.groups
     ]
-    columns = [">FAILED", ">AGAIN", "ERROR", "CODE", "LAST", "KINDS", "QUEUES", "MESSAGE OF THE LATEST"]
+    columns = [">FAILED", ">RETRYING", "ERROR", "CODE", "LAST", "KINDS", "QUEUES", "LATEST MESSAGE"]
     terminal.table(columns, rows, empty="No job has failed.")
     if view.other:
-        terminal.say(f"{view.other} of {view.total} failed jobs are in none of these groups.")
+        terminal.say(f"{view.other} of {view.total} failed jobs are in other groups.")
     if view.other_retrying:
-        terminal.say(
-            f"{view.other_retrying} of {view.retrying} that wait to be tried again are in none of these groups."
-        )
+        terminal.say(f"{view.other_retrying} of {view.retrying} jobs that wait for a retry are in other groups.")
     if not view.whole:
-        terminal.say("Jobs from before the start are still being counted.")
+        terminal.say("Jobs from before the start of the daemon are still being counted.")
 
 
 def planned_recoveries(view: PreviewView) -> None:
-    """What recovery would do."""
+    """Print what recovery would do."""
     terminal.emit(f"{len(view.recover)} would be recovered")
     if view.recover:
         terminal.table(
@@ -255,7 +248,7 @@ def planned_recoveries(view: PreviewView) -> None:
 
 
 def preview(view: PreviewView) -> None:
-    """What a cleanup pass would do."""
+    """Print what cleanup would do."""
     planned_recoveries(view)
     terminal.pairs(
         [
@@ -263,15 +256,15 @@ def preview(view: PreviewView) -> None:
             ("queued jobs to expire", _named(view.expired_jobs)),
             ("finished jobs to delete", _named(view.deleted_jobs)),
             ("jobs with issues", _named(view.mended_jobs)),
-            *([("", "not all jobs were looked at for issues: there are too many")] if view.more_mended else []),
-            *([("", "there are more: these are the first of each kind")] if view.more else []),
+            *([("", "not all jobs were checked for issues: there are too many")] if view.more_mended else []),
+            *([("", "there are more: this counts the first of each kind")] if view.more else []),
             *([("kept while the clock is suspect", held_count(view))] if view.held_jobs else []),
         ]
     )
 
 
 def held_count(view: PreviewView) -> str:
-    """What deletion by age would take if the clock were taken as right."""
+    """Return how many jobs would be deleted by age if the clock were accepted, with some ids."""
     return ("more than " if view.more_held else "") + _named(view.held_jobs)
 
 
@@ -294,7 +287,7 @@ def locks(views: Sequence[LockedJob]) -> None:
         )
         for lock in views
     ]
-    columns = ["JOB", "WORKER", "LOCK", "EXPIRES", "STUCK", "CEILING", ">%", ">TOKEN"]
+    columns = ["JOB", "WORKER", "LOCK", "EXPIRES", "STALLS", "PROGRESS TIMEOUT", ">%", ">TOKEN"]
     terminal.table(columns, rows, empty="No locks.")
 
 
@@ -330,12 +323,12 @@ def audit(views: Sequence[AuditView]) -> None:
         )
         for entry in views
     ]
-    columns = ["TIME", "WHO", "FROM", "DID", "TO", "OUTCOME", "REASON"]
-    terminal.table(columns, rows, empty="No operator has done anything that fits.")
+    columns = ["TIME", "WHO", "FROM", "ACTION", "TARGET", "OUTCOME", "REASON"]
+    terminal.table(columns, rows, empty="No matching entries.")
 
 
 def _done_to(entry: AuditView) -> str | None:
-    """The job, the queue or the webhook, else how many jobs."""
+    """Return the job, queue or webhook, else the number of jobs."""
     if entry.job_id or entry.queue:
         return entry.job_id or f"queue {entry.queue}"
     if webhook := entry.details.get("webhook"):
@@ -349,7 +342,7 @@ def _outcome(entry: AuditView) -> str:
     if times := entry.details.get("times"):
         return f"{entry.outcome}, {times} times"
     if undone := (entry.details.get("changed_meanwhile") or 0) + (entry.details.get("refused") or 0):
-        return f"{entry.outcome}, {undone} left undone"
+        return f"{entry.outcome}, {undone} not done"
     if entry.outcome != "done" or before is None:
         return entry.outcome
     return f"{before} → {after}" if after else f"{before} → deleted"
@@ -373,7 +366,7 @@ def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:
 
 
 def _state(view: WebhookView) -> str:
-    """In the words of the dashboard."""
+    """Use the words of the dashboard."""
     if view.state == "closed":
         return "failing" if view.failing_since is not None else "in order"
     return {"starting": "starting", "open": "on a break", "half_open": "one message is tried"}[view.state]
@@ -395,7 +388,7 @@ def webhooks(views: Sequence[WebhookView]) -> None:
         )
         for view in views
     ]
-    columns = ["WEBHOOK", "URL", "STATE", "NEXT TRY", ">WAITING", ">LAG", ">DELIVERED", ">GIVEN UP"]
+    columns = ["WEBHOOK", "URL", "STATE", "NEXT TRY", ">WAITING", ">LAG", ">DELIVERED", ">DEAD-LETTERED"]
     columns += ["LAST SUCCESS", "LAST ERROR"]
     terminal.table(columns, rows, empty="No webhook is configured.")
 
@@ -406,7 +399,7 @@ def deliveries(page: DeliveryPage) -> None:
             each.id,
             each.type,
             each.subject,
-            each.state.replace("_", " "),
+            "dead-lettered" if each.state == "given_up" else each.state,
             each.tries,
             terminal.instant(each.at),
             terminal.age(each.due_at) if each.due_at is not None else terminal.age(each.ended_at or each.at),
@@ -414,10 +407,10 @@ def deliveries(page: DeliveryPage) -> None:
         )
         for each in page.deliveries
     ]
-    columns = [">DELIVERY", "TYPE", "SUBJECT", "STATE", ">TRIES", "SINCE", "DUE OR ENDED", "LAST ANSWER"]
+    columns = [">DELIVERY", "TYPE", "SUBJECT", "STATE", ">TRIES", "SINCE", "DUE OR ENDED", "LAST RESPONSE"]
     terminal.table(columns, rows, empty="No deliveries.")
     if page.next_cursor is not None:
-        terminal.say(f"There are more: --cursor {page.next_cursor} goes on, --all shows all.")
+        terminal.say(f"There are more: --cursor {page.next_cursor} continues, --all lists all.")
 
 
 def clock(view: ClockView) -> None:

@@ -1,6 +1,6 @@
-"""How things look on a terminal and in a pipe: times, spans, sizes, tables, JSON, one-line messages.
+"""Output on a terminal and in a pipe: times, durations, sizes, tables, JSON, one-line messages.
 
-Knows no verb and asks nobody. Everything that came from outside is escaped here, so that a job cannot draw on a screen.
+Escapes all text from outside, so that a job cannot send control characters to a terminal.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _DANGEROUS: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
 _SHORT: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
-UNBOUNDED: Final = 1_000_000  # columns: a pipe has no width
+UNBOUNDED: Final = 1_000_000  # columns of a pipe
 GAP: Final = "  "  # between the columns of a table
-ALIGNED: Final = 40  # a longer cell of a table in a pipe reaches out of its column
-_SHORT_WORDS: Final = 12  # such as a status or an age
-_READABLE: Final = 14  # columns that names need, folded
-_STRIP: Final = 6  # with fewer they are no names any more
+ALIGNED: Final = 40  # a longer cell of a table in a pipe overflows its column
+_SHORT_WORDS: Final = 12  # columns of a status or an age
+_READABLE: Final = 14  # columns that a folded name needs
+_STRIP: Final = 6  # columns below which a folded name is unreadable
 _STYLES: Final = {
     "queued": "cyan",
     "processing": "yellow",
@@ -53,7 +53,7 @@ _STYLES: Final = {
 
 
 def clean(text: str) -> str:
-    """`text` with control characters written out (`\\x1b`, `\\n`, `\\u202e`): safe on a terminal, always one line."""
+    """Escape control characters (`\\x1b`, `\\n`, `\\u202e`), so that `text` is one line and safe on a terminal."""
     return _DANGEROUS.sub(_spell, text)
 
 
@@ -64,13 +64,13 @@ def _spell(match: re.Match[str]) -> str:
 
 
 def clip(text: str, width: int = 100) -> str:
-    """`text` cleaned, and cut with an ellipsis where it is longer than `width` characters."""
+    """Escape `text`, and cut it with an ellipsis if it is longer than `width` characters."""
     text = clean(text)
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def span(ms: int | float) -> str:
-    """A duration in two units at most: `850 ms`, `12 s`, `3 m 20 s`, `2 h 5 m`, `4 d`."""
+    """Format a duration in at most two units: `850 ms`, `12 s`, `3 m 20 s`, `2 h 5 m`, `4 d`."""
     if ms < 0:
         return "-" + span(-ms)
     if ms < SECOND_MS:
@@ -104,15 +104,14 @@ def _rough(ms: int) -> str:
 
 
 def when(at_ms: int | None, now_ms: int | None = None) -> str:
-    """A Unix time in ms with its age: `2026-03-01 14:05:09 UTC (12 m ago)`; `-` for None."""
+    """Format a Unix time in ms with its age: `2026-03-01 14:05:09 UTC (12 m ago)`; `-` for None."""
     if at_ms is None:
         return "-"
     return f"{instant(at_ms)} ({age(at_ms, now_ms)})"
 
 
 def instant(at_ms: int) -> str:
-    """A Unix time in ms as in the dashboard, `2026-03-01 14:05:09 UTC`: operators in several time zones speak of the
-    same time, whatever the zone of the host. The bare number where the calendar does not reach."""
+    """Format a Unix time in ms as the dashboard does, in UTC: `2026-03-01 14:05:09 UTC`."""
     try:
         return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     except (OverflowError, ValueError, OSError):
@@ -125,7 +124,7 @@ def disk_space(disk: DiskView) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes for people: `512 B`, `1.5 MiB`."""
+    """Format bytes: `512 B`, `1.5 MiB`."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if value < 1024:
@@ -135,7 +134,7 @@ def size(count: int) -> str:
 
 
 def cell(value: object) -> str:
-    """One value as a table shows it: `-` for nothing, yes or no, numbers without a trailing `.0`."""
+    """Format a value for a table: `-` for None, yes or no, numbers without a trailing `.0`."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):
@@ -146,13 +145,13 @@ def cell(value: object) -> str:
 
 
 def as_json(value: Any) -> str:
-    """`value` (a typed answer or plain data) as JSON text: indented for a terminal, one line in a pipe."""
+    """Return `value` as JSON text: indented on a terminal, one line in a pipe."""
     import msgspec
 
     raw = msgspec.json.encode(value)
     if sys.stdout.isatty():
         raw = msgspec.json.format(raw, indent=2)
-    # Outside of strings JSON has only spaces and line ends, so what is escaped here is inside a string.
+    # Outside of strings JSON has only spaces and line ends, so this escapes inside strings only.
     return _DANGEROUS.sub(lambda m: m.group() if m.group() == "\n" else f"\\u{ord(m.group()):04x}", raw.decode())
 
 
@@ -161,7 +160,7 @@ def emit_json(value: Any) -> None:
 
 
 def emit_json_line(value: Any) -> None:
-    """`value` as one line of JSON, on a terminal too."""
+    """Print `value` as one line of JSON, on a terminal too."""
     import msgspec
 
     text = msgspec.json.encode(value).decode()
@@ -169,35 +168,35 @@ def emit_json_line(value: Any) -> None:
 
 
 def emit(line: str) -> None:
-    """One line of data on stdout."""
+    """Print one line of data on stdout."""
     sys.stdout.write(clean(line) + "\n")
 
 
 def say(line: str) -> None:
-    """One line of message on stderr."""
+    """Print a one-line message on stderr."""
     sys.stderr.write(clean(line) + "\n")
 
 
 def may_draw(stream: IO[str]) -> bool:
-    """Whether `stream` is a terminal that may be sent escape sequences: NO_COLOR forbids them all, bars too."""
+    """Return whether `stream` accepts escape sequences: it is a terminal, and NO_COLOR is not set."""
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console that leaves text alone; a pipe is not wrapped."""
+    """Return a rich console that does not change text, and does not wrap in a pipe."""
     from rich.console import Console
 
     file = sys.stderr if stderr else sys.stdout
     width = None if file.isatty() else UNBOUNDED
-    # Of NO_COLOR rich takes colours only: bold and the like it would still send to a terminal.
+    # With NO_COLOR, rich omits colours only and would still send bold text.
     force = False if os.environ.get("NO_COLOR") else None
     return Console(file=file, width=width, force_terminal=force, highlight=False, markup=False, emoji=False)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: str = "none") -> None:
-    """Print aligned columns on stdout, those named `>X`, figures, to the right. Without rows, say `empty` on stderr.
+    """Print aligned columns on stdout, figures (named `>X`) to the right. Without rows, print `empty` on stderr.
 
-    Of what a terminal has no room for words are folded, never figures; a pipe gets a line for each row.
+    On a narrow terminal words are folded, figures never. A pipe gets one line per row.
     """
     body = [[cell(value) for value in row] for row in rows]
     if not body:
@@ -228,14 +227,14 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: st
 
 
 def widths(lines: Sequence[Sequence[str]], most: int) -> list[int]:
-    """What each column takes, but for cells longer than `most`: one name of 200 letters shall not push all others."""
+    """Return the width of each column, ignoring cells longer than `most`, so that one long name moves only its row."""
     from rich.cells import cell_len
 
     return [max((n for n in map(cell_len, column) if n <= most), default=0) for column in zip(*lines, strict=True)]
 
 
 def filled(line: Sequence[str], to: Sequence[int], right: Sequence[bool]) -> list[str]:
-    """The cells of a line, each with blanks up to its width in `to`; what is longer moves what follows."""
+    """Pad the cells of a line to the widths in `to`. A longer cell moves the cells after it."""
     from rich.cells import cell_len
 
     blanks = [" " * (width - cell_len(text)) for text, width in zip(line, to, strict=True)]
@@ -243,9 +242,9 @@ def filled(line: Sequence[str], to: Sequence[int], right: Sequence[bool]) -> lis
 
 
 def _unfolded(columns: Sequence[str], lines: Sequence[Sequence[str]], room: int) -> list[bool] | None:
-    """Which columns stay whole on so much room: figures, and short words while all others get enough for that.
+    """Return for each column whether it is not folded: figures, and short words if the others have enough room.
 
-    None where the others would be strips of a few letters even so: then each row takes a block of lines.
+    Returns None if the others would be unreadable even so. Then each row becomes a block of lines.
     """
     natural = widths(lines, UNBOUNDED)
     room -= len(GAP) * (len(columns) - 1)
@@ -274,7 +273,7 @@ def pairs(fields: Iterable[tuple[str, object]]) -> None:
 
 
 def style_of(text: str) -> str:
-    """How a word of a table is coloured."""
+    """Return the style of a word in a table."""
     return _STYLES.get(text, "")
 
 
@@ -283,7 +282,7 @@ def _print(grid: Table) -> None:
 
 
 def print_plain(out: Console, picture: RenderableType) -> None:
-    """Print on stdout. A pipe gets no blanks at the ends of lines."""
+    """Print on stdout, in a pipe without blanks at the ends of lines."""
     if out.is_terminal:
         out.print(picture)
         return

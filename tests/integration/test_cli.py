@@ -207,21 +207,21 @@ def test_submit_reads_the_payload_from_stdin(running: Running) -> None:
     assert running.done("jobd.cli.ctl.main", "submit", "-", input="not json").returncode == 2
 
 
-def test_the_same_job_again_is_the_same_and_another_is_refused(jobctl: Ctl) -> None:
+def test_submitting_a_job_twice_returns_it_and_another_with_its_id_is_rejected(jobctl: Ctl) -> None:
     assert jobctl.ok("submit", "--id", "s3", "1") == jobctl.ok("submit", "--id", "s3", "1") == "s3\n"
     code, err = jobctl.no("submit", "--id", "s3", "2")
     assert code == 4
     assert "job_exists" in err
 
 
-def test_what_the_daemon_refuses_is_4_and_names_the_field(jobctl: Ctl) -> None:
+def test_an_error_of_the_daemon_exits_with_4_and_names_the_field(jobctl: Ctl) -> None:
     code, err = jobctl.no("submit", "--priority", "5000")
     assert code == 4
     assert "priority" in err
     assert jobctl.no("job", "never-was")[0] == 4
 
 
-def test_jobs_are_paged_and_the_cursor_goes_on(jobctl: Ctl) -> None:
+def test_jobs_are_paged_and_the_cursor_continues(jobctl: Ctl) -> None:
     for number in range(7):
         jobctl.ok("submit", "--queue", "s4", "--id", f"s4-{number}")
     first = jobctl.json("jobs", "--queue", "s4", "--limit", "3")
@@ -236,7 +236,7 @@ def test_jobs_are_paged_and_the_cursor_goes_on(jobctl: Ctl) -> None:
     assert first["next_cursor"] in err
 
 
-def test_one_job_its_reasons_and_its_history(jobctl: Ctl) -> None:
+def test_a_job_its_explanation_and_its_timeline_are_shown(jobctl: Ctl) -> None:
     jobctl.ok("submit", "--id", "s5", "--delay", "1h", '{"x": 1}')
     assert set(jobctl.json("job", "s5")) == JOB_FIELDS
     assert re.search(
@@ -250,7 +250,7 @@ def test_one_job_its_reasons_and_its_history(jobctl: Ctl) -> None:
     assert set(jobctl.json("validate", "s5")) == {"isValid", "issues", "canProceed"}
 
 
-def test_what_a_job_says_cannot_reach_the_terminal(jobctl: Ctl, running: Running) -> None:
+def test_control_characters_of_a_job_are_escaped(jobctl: Ctl, running: Running) -> None:
     evil = "\x1b]0;owned\x07 \x9b31m line\nbreak \u202eback"
     jobctl.ok("submit", "--id", "s6", "--queue", "s6", json.dumps({"evil": evil}, ensure_ascii=False))
     grant = running.client.claim("evil-worker", queues=["s6"])[0]
@@ -262,7 +262,7 @@ def test_what_a_job_says_cannot_reach_the_terminal(jobctl: Ctl, running: Running
     assert jobctl.json("job", "s6")["error_message"] == evil
 
 
-def test_a_pipe_that_breaks_within_a_command_is_no_error_either() -> None:
+def test_a_broken_pipe_inside_a_command_is_no_error() -> None:
     words = (
         "import click, errno, sys; from jobd.cli import exit_codes\n"
         "@click.command()\n"
@@ -273,7 +273,7 @@ def test_a_pipe_that_breaks_within_a_command_is_no_error_either() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(running: Running) -> None:
+def test_a_closed_pipe_is_no_error(running: Running) -> None:
     for number in range(300):
         running.client.create_job("x" * 400, queue="s7", id=f"s7-{number}")
     with running.start(
@@ -306,7 +306,7 @@ def test_a_dry_run_changes_nothing_and_yes_does_it(
     assert jobctl.no("cancel", job_id, "--dry-run")[0] == 4
 
 
-def test_of_many_jobs_the_refused_are_named_and_the_others_done(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_some_jobs_are_named_and_the_others_are_done(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADMIN_TOKEN")  # the worker API knows no plans
     jobctl.ok("submit", "--id", "c2")
     jobctl.ok("submit", "--id", "c3")
@@ -316,7 +316,7 @@ def test_of_many_jobs_the_refused_are_named_and_the_others_done(jobctl: Ctl, mon
     assert err.startswith("no-such-job: ")
 
 
-def test_an_operator_who_cancels_is_named_and_others_go_by_the_worker_api(
+def test_cancel_with_an_admin_token_is_audited_and_without_one_uses_the_worker_api(
     jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     socket_ = running.places["JOBD_SOCKET"]
@@ -335,7 +335,7 @@ def test_an_operator_who_cancels_is_named_and_others_go_by_the_worker_api(
     assert [kept[0][0][name] for name in ("who", "what", "reason")] == ["eve@desk", "cancel", "not wanted"]
 
 
-def test_several_jobs_that_an_operator_cancels_are_a_plan(jobctl: Ctl, running: Running) -> None:
+def test_cancelling_several_jobs_makes_a_plan(jobctl: Ctl, running: Running) -> None:
     running.client.create_jobs([{"id": f"cp{n}", "queue": "cp"} for n in range(3)])
     code, out, err = jobctl.run("cancel", "cp0", "cp1", "--dry-run", "--reason", "too many")
     named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
@@ -355,7 +355,7 @@ def test_several_jobs_that_an_operator_cancels_are_a_plan(jobctl: Ctl, running: 
     ]
 
 
-def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Running) -> None:
+def test_an_operator_changes_a_job_from_status_to_status(jobctl: Ctl, running: Running) -> None:
     jobctl.ok("submit", "--id", "c4", "--queue", "c4", "--delay", "1h")
     assert set(jobctl.json("run-now", "c4")) == JOB_FIELDS
     grant = running.client.claim("w", queues=["c4"])[0]
@@ -372,8 +372,8 @@ def test_an_operator_drives_a_job_through_its_states(jobctl: Ctl, running: Runni
     assert jobctl.no("transition", "c4", "failed", "completed", "-y")[0] == 4
     said = 'c4: would transition queued → completed and set file_path "/srv/out", metadata {"a":[1]}: it is queued\n'
     assert jobctl.ok("transition", "c4", "queued", "completed", "--dry-run", *set_) == said
-    refused = "c4: transition queued → processing would be refused: Job c4 is queued. Only a grant"
-    assert refused in jobctl.no("transition", "c4", "queued", "processing", "--dry-run")[1]
+    rejected = "c4: transition queued → processing would be rejected: Job c4 is queued. Only a grant"
+    assert rejected in jobctl.no("transition", "c4", "queued", "processing", "--dry-run")[1]
     for wrong, why in (("foo=1", "foo"), ("priority=99999", "priority"), ("storage_key=/etc", "must be relative")):
         for how in ("--dry-run", "-y"):
             code, err = jobctl.no("transition", "c4", "queued", "completed", how, "--set", wrong)
@@ -403,7 +403,7 @@ def test_jobs_are_found_by_text_and_by_time(jobctl: Ctl) -> None:
     assert jobctl.json("retry", *where, "--where", "finished_until=1h", "--dry-run")["jobs"] == []
 
 
-def test_many_jobs_are_planned_shown_and_done(jobctl: Ctl) -> None:
+def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Ctl) -> None:
     for n in range(3):
         jobctl.ok("submit", "--id", f"pl{n}", "--queue", "pl")
     jobctl.ok("submit", "--id", "pl-other", "--queue", "pl-other")
@@ -423,11 +423,11 @@ def test_many_jobs_are_planned_shown_and_done(jobctl: Ctl) -> None:
     assert (result["applied"], result["changed"]) == (2, [])
     code, out, err = jobctl.run("retry", "pl0", "pl1", "none", "-y")
     assert (code, out) == (4, "retry: 1 job done\n")
-    assert err == ("2 jobs left alone: Only failed and cancelled jobs can be retried. There is no such job.\n")
+    assert err == ("2 jobs skipped: Only failed and cancelled jobs can be retried. There is no such job.\n")
     assert jobctl.run("retry", "none", "-y") == (
         4,
         "",
-        "No job can be done: 1 job left alone: There is no such job.\n",
+        "No job can be changed: 1 job skipped: There is no such job.\n",
     )
     assert jobctl.run("retry", "--where", "queue=nothing", "-y") == (0, "", "No job fits.\n")
     assert jobctl.ok("cancel", *where, "-y") == "cancel: 3 jobs done\n"
@@ -436,7 +436,7 @@ def test_many_jobs_are_planned_shown_and_done(jobctl: Ctl) -> None:
     assert what == ["plan-delete", "plan-cancel", "plan-retry", "plan-retry", "plan-force-fail"]
 
 
-def test_a_plan_that_was_looked_at_is_what_is_done(jobctl: Ctl, running: Running) -> None:
+def test_apply_does_what_the_plan_showed(jobctl: Ctl, running: Running) -> None:
     for n in range(3):
         jobctl.ok("submit", "--id", f"ap{n}", "--queue", "ap")
     code, out, err = jobctl.run("cancel", "--where", "queue=ap", "--dry-run")
@@ -456,13 +456,13 @@ def test_a_plan_that_was_looked_at_is_what_is_done(jobctl: Ctl, running: Running
     assert (code, again["applied"], again["repeated"], "was applied" in err) == (4, 2, True, True)
     assert jobctl.json("apply", named[1], "--dry-run")["result"]["applied"] == 2
     assert jobctl.run("apply", named[1], "--dry-run")[:2] == (0, "")
-    assert jobctl.run("apply", named[1], "--yes")[:2] == (4, "cancel: 2 jobs done before, nothing now\n")
+    assert jobctl.run("apply", named[1], "--yes")[:2] == (4, "cancel: 2 jobs done before, none now\n")
     code, err = jobctl.no("apply", "none", "-y")
-    assert (code, "Make it anew" in err) == (4, True)
+    assert (code, "There is no plan none" in err) == (4, True)
     assert jobctl.no("apply", named[1])[0] == 2
 
 
-def test_more_jobs_than_one_plan_has_are_done_in_one_go(
+def test_more_jobs_than_one_plan_holds_are_done_at_once(
     jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for n in range(0, 10_002, 834):
@@ -473,12 +473,12 @@ def test_more_jobs_than_one_plan_has_are_done_in_one_go(
     monkeypatch.setattr(ctl_plan, "_AT_ONCE", 1)
     _, out, err = jobctl.run("delete", "--where", "queue=big", "--dry-run")
     assert "10000 jobs" in out.splitlines()[0]
-    assert "which come after these" in out.splitlines()[0]
+    assert "and more after these" in out.splitlines()[0]
     assert "There are more" in err
     assert jobctl.ok("delete", "--where", "queue=big", "-y") == "delete: 10000 jobs done\ndelete: 2 jobs done\n"
 
 
-def test_named_jobs_are_planned_too_where_they_are_several(jobctl: Ctl, running: Running) -> None:
+def test_several_named_jobs_make_a_plan(jobctl: Ctl, running: Running) -> None:
     for n in range(4):
         jobctl.ok("submit", "--id", f"nj{n}", "--queue", "nj")
     running.client.start_processing("nj3", "w")
@@ -488,7 +488,7 @@ def test_named_jobs_are_planned_too_where_they_are_several(jobctl: Ctl, running:
     assert jobctl.ok("force-fail", "nj0", "nj1", "-y", "--reason", "wrong") == "force-fail: 2 jobs done\n"
     code, out, err = jobctl.run("force-reset", "nj0", "nj2", "nj3", "-y", "--reason", "hung")
     assert (code, out) == (4, "force-reset: 2 jobs done\n")
-    assert err == "1 job left alone: Only processing, failed and cancelled jobs can be reset.\n"
+    assert err == "1 job skipped: Only processing, failed and cancelled jobs can be reset.\n"
     assert jobctl.run("delete", "nj1", "none", "-y")[:2] == (4, "delete: 1 job done\n")
     running.client.start_processing("nj3", "w-hung")
     assert jobctl.ok("force-reset", "--where", "worker=w-hung", "-y") == "force-reset: 1 job done\n"
@@ -497,7 +497,7 @@ def test_named_jobs_are_planned_too_where_they_are_several(jobctl: Ctl, running:
     assert what == ["plan-force-reset", "plan-delete", "plan-force-reset", "plan-force-fail"]
 
 
-def test_whatever_an_operator_does_may_have_a_reason(jobctl: Ctl) -> None:
+def test_every_action_takes_a_reason(jobctl: Ctl) -> None:
     jobctl.ok("submit", "--id", "re1", "--delay", "1h")
     jobctl.ok("run-now", "re1", "--reason", "why 1")
     assert jobctl.json("timeline", "re1")["events"][-1]["reason"] == "why 1"
@@ -526,23 +526,23 @@ def test_whatever_an_operator_does_may_have_a_reason(jobctl: Ctl) -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["retry", "-y"], "one of them"),
+        (["retry", "-y"], "one of the two"),
         (["apply", "-y"], "PLAN_ID"),
         (["force-reset", "a", "b"], "--dry-run"),
-        (["cancel", "a", "--where", "queue=q", "-y"], "one of them"),
+        (["cancel", "a", "--where", "queue=q", "-y"], "one of the two"),
         (["retry", "--where", "colour=red", "-y"], "NAME one of status"),
         (["retry", "--where", "queue=a", "--where", "queue=b", "-y"], "given twice"),
         (["retry", "--where", "since=once", "-y"], "how long ago"),
         (["delete", "--where", "queue=q"], "--dry-run"),
     ],
 )
-def test_what_is_no_plan_is_usage(argv: list[str], said: str, jobctl: Ctl) -> None:
+def test_an_invalid_selection_is_a_usage_error(argv: list[str], said: str, jobctl: Ctl) -> None:
     code, err = jobctl.no(*argv)
     assert code == 2
     assert said in err
 
 
-def test_jobs_that_wait_to_be_tried_again_are_in_the_group_and_can_be_run_now(running: Running, jobctl: Ctl) -> None:
+def test_jobs_that_wait_for_a_retry_are_grouped_and_can_be_run_now(running: Running, jobctl: Ctl) -> None:
     for n in range(2):
         jobctl.ok("submit", "--id", f"ag{n}", "--queue", "ag", "--max-attempts", "3")
         grant = running.client.start_processing(f"ag{n}", "w")
@@ -561,7 +561,7 @@ def test_jobs_that_wait_to_be_tried_again_are_in_the_group_and_can_be_run_now(ru
     assert name not in jobctl.ok("failures", "--json")
 
 
-def test_jobs_that_failed_alike_are_one_group(jobctl: Ctl) -> None:
+def test_jobs_with_the_same_error_form_one_group(jobctl: Ctl) -> None:
     for n in range(3):
         jobctl.ok("submit", "--id", f"fa{n}", "--queue", "fa")
         jobctl.ok("force-fail", f"fa{n}", "-y", "--reason", f"no picture after {n} s")
@@ -570,7 +570,7 @@ def test_jobs_that_failed_alike_are_one_group(jobctl: Ctl) -> None:
     assert (found[0]["count"], found[0]["queues"], found[0]["error_code"]) == (3, ["fa"], "force_failed")
     name = found[0]["fingerprint"]
     assert found[0]["retrying"] == 0
-    assert "AGAIN" in jobctl.ok("failures")
+    assert "RETRYING" in jobctl.ok("failures")
     assert name in jobctl.ok("failures")
     assert jobctl.ok("jobs", "-q", "--error", name) == "fa2\nfa1\nfa0\n"
     assert jobctl.ok("retry", "--where", f"error={name}", "-y") == "retry: 3 jobs done\n"
@@ -578,7 +578,7 @@ def test_jobs_that_failed_alike_are_one_group(jobctl: Ctl) -> None:
     assert jobctl.no("jobs", "--error", "nonsense")[0] == 4
 
 
-def test_housekeeping_says_beforehand_what_it_would_do(jobctl: Ctl) -> None:
+def test_a_dry_run_of_maintenance_shows_its_effect(jobctl: Ctl) -> None:
     assert set(jobctl.json("cleanup", "--dry-run")) == _fields(answers.PreviewView) | {"plan_id"}
     assert "finished jobs to delete" in jobctl.ok("cleanup", "--dry-run")
     assert jobctl.json("recover-stuck", "--dry-run") == {"recover": [], "more": False, "plan_id": None}
@@ -598,7 +598,7 @@ def _stuck(running: Running, *ids: str, worker: str = "w-silent") -> list[str]:
 _NEVER: Final = '[cleanup]\nrecover_every = "0s"\n'
 
 
-def test_what_recovery_would_do_can_be_done_exactly_so(running: Running, jobctl: Ctl) -> None:
+def test_the_plan_of_a_recovery_can_be_applied(running: Running, jobctl: Ctl) -> None:
     with running.configured(_NEVER):
         _, lock_id = _stuck(running, "time-1", "time-2")
         code, out, err = jobctl.run("recover-stuck", "--dry-run", "--reason", "they are dead")
@@ -619,7 +619,7 @@ def test_what_recovery_would_do_can_be_done_exactly_so(running: Running, jobctl:
         jobctl.ok("cancel", "time-1", "time-2", "-y")
 
 
-def test_the_jobs_of_a_silent_worker_can_be_taken_back(running: Running, jobctl: Ctl) -> None:
+def test_take_back_ends_the_grants_of_a_silent_worker(running: Running, jobctl: Ctl) -> None:
     with running.configured(_NEVER):
         _stuck(running, "back-3", worker="w ä/silent")
         assert "took back 1 job of w ä/silent" in jobctl.ok("take-back", "w ä/silent", "--yes")
@@ -628,13 +628,13 @@ def test_the_jobs_of_a_silent_worker_can_be_taken_back(running: Running, jobctl:
         assert "w-silent (silent)" in jobctl.ok("locks")
         assert "Take its expired jobs back now: jobctl take-back w-silent" in jobctl.ok("why", "back-1")
         code, _, err = jobctl.run("take-back", "w-silent")
-        assert (code, "--dry-run to look first" in err) == (2, True)
+        assert (code, "--dry-run to see the effect" in err) == (2, True)
         seen = jobctl.ok("take-back", "w-silent", "--dry-run")
-        assert "back-1: would go back to its queue: No update from worker w-silent" in seen
-        assert "would take back 2 jobs of w-silent: 2 to the queue, 0 failed" in seen
+        assert "back-1: would be requeued: No update from worker w-silent" in seen
+        assert "would take back 2 jobs of w-silent: 2 requeued, 0 failed" in seen
         assert running.client.get_job("back-1").status == "processing"
         done = jobctl.ok("take-back", "w-silent", "--yes", "--reason", "lost its power")
-        assert "took back 2 jobs of w-silent: 2 to the queue, 0 failed" in done
+        assert "took back 2 jobs of w-silent: 2 requeued, 0 failed" in done
         assert [running.client.get_job(each).status for each in ("back-1", "back-2")] == ["queued", "queued"]
         code, _, err = jobctl.run("take-back", "w-silent", "-y")
         assert (code, "[worker_not_silent]" in err) == (4, True)
@@ -645,7 +645,7 @@ def test_the_jobs_of_a_silent_worker_can_be_taken_back(running: Running, jobctl:
     jobctl.ok("cancel", "back-1", "back-2", "back-3", "-y")
 
 
-def test_what_a_pass_would_do_can_be_done_exactly_so_but_for_what_it_mends(running: Running, jobctl: Ctl) -> None:
+def test_the_plan_of_a_cleanup_run_can_be_applied_except_for_its_fixes(running: Running, jobctl: Ctl) -> None:
     with running.configured(_NEVER):
         soon = round(time.time() * 1000) + 500
         running.client.create_job(id="time-late", queue="time-late", expires_at=soon)
@@ -654,12 +654,12 @@ def test_what_a_pass_would_do_can_be_done_exactly_so_but_for_what_it_mends(runni
         _stuck(running, "time-3")
         code, _, err = jobctl.run("cleanup", "--dry-run")
         assert code == 0
-        assert re.fullmatch(r"To do exactly this, but for what would be mended, until .*: jobctl apply .*\n", err), err
+        assert re.fullmatch(r"To do exactly this, except for the fixes, until .*: jobctl apply .*\n", err), err
         plan_id = jobctl.json("cleanup", "--dry-run")["plan_id"]
         _, shown, asked = _on_a_terminal(running, b"n\n", "apply", plan_id)
         for line in ("time-3 +processing → queued", "time-late +queued → failed", f"{old} +completed → deleted"):
             assert re.search(line, shown), shown
-        assert "Their history goes with them" in shown
+        assert "Their history and their stored results are deleted" in shown
         assert "clean up 3 jobs?" in asked
         assert jobctl.ok("apply", plan_id, "-y") == "cleanup: 3 jobs done\n"
         assert jobctl.no("job", old)[0] == 4
@@ -667,7 +667,7 @@ def test_what_a_pass_would_do_can_be_done_exactly_so_but_for_what_it_mends(runni
     jobctl.ok("cancel", "time-3", "-y")
 
 
-def test_who_may_only_look_is_named_no_plan_of_time(
+def test_a_read_only_token_gets_no_plan_of_maintenance(
     running: Running, jobctl: Ctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running.configured(_NEVER):
@@ -681,13 +681,13 @@ def test_who_may_only_look_is_named_no_plan_of_time(
     jobctl.ok("cancel", "time-4", "-y")
 
 
-def test_a_plan_of_time_that_does_not_take_all_says_so(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_maintenance_plan_that_is_not_complete_says_so(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
     view = msgspec.convert(jobctl.json("retry", "--where", "queue=none", "--dry-run"), answers.PlanView)
     ctl_plan.show_apply_command(replace(view, action="recover-stuck", more=True))
-    assert "once it is applied, --dry-run names the next one" in capsys.readouterr().err
+    assert "after applying it, --dry-run names the next one" in capsys.readouterr().err
 
 
-def test_what_an_operator_did_is_in_the_audit_log(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_actions_are_in_the_audit_log(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
     jobctl.ok("submit", "--id", "au1")
     jobctl.ok("force-fail", "au1", "-y", "--reason", "wrong input", "--operator", "eve@desk")
     monkeypatch.setenv("SUDO_USER", "bob")
@@ -707,7 +707,7 @@ def test_what_an_operator_did_is_in_the_audit_log(jobctl: Ctl, monkeypatch: pyte
     event = jobctl.json("timeline", "au1")["events"][-1]
     assert (event["by"], event["seq"]) == ("admin:eve@desk", found[1]["details"]["event"])
     lines = jobctl.ok("audit", "--who", "eve@desk", "--since", "1h", "--limit", "1").splitlines()
-    assert lines[0].split() == ["TIME", "WHO", "FROM", "DID", "TO", "OUTCOME", "REASON"]
+    assert lines[0].split() == ["TIME", "WHO", "FROM", "ACTION", "TARGET", "OUTCOME", "REASON"]
     assert "queued → failed" in lines[1]
     queued = jobctl.json("audit", "--who", f"bob@{host}", "--what", "pause")["entries"]
     assert [(each["queue"], each["job_id"]) for each in queued] == [("au-q", None)]
@@ -718,7 +718,7 @@ def test_what_an_operator_did_is_in_the_audit_log(jobctl: Ctl, monkeypatch: pyte
     assert len(jobctl.json("audit", "--limit", "2")["entries"]) == 2
 
 
-def test_an_import_is_one_entry_of_the_audit_log(jobctl: Ctl, tmp_path: Path) -> None:
+def test_an_import_is_one_audit_entry(jobctl: Ctl, tmp_path: Path) -> None:
     lines = tmp_path / "jobs"
     lines.write_text("".join(f'{{"id":"aui-{n}","status":"cancelled"}}\n' for n in range(30)) + "{}\n")
     jobctl.run("import", str(lines))
@@ -756,11 +756,11 @@ def test_a_stored_result_is_downloaded(jobctl: Ctl, running: Running, tmp_path: 
         check=True,
     )
     assert (done.stdout, done.stderr) == (content, b"")
-    assert "would delete with what is stored as c7/report.pdf" in jobctl.ok("delete", "c7", "--dry-run")
+    assert "would delete with its stored result c7/report.pdf" in jobctl.ok("delete", "c7", "--dry-run")
     (running.folder / "artifacts" / "c7" / "report.pdf").unlink()
 
 
-def test_what_came_late_is_downloaded_before_it_is_adopted(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
+def test_a_late_result_can_be_downloaded_before_it_is_adopted(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
     jobctl.ok("submit", "--id", "c8", "--queue", "c8")
     grant = running.client.claim("w-late", queues=["c8"])[0]
     jobctl.ok("force-reset", "c8", "-y")
@@ -776,7 +776,7 @@ def test_what_came_late_is_downloaded_before_it_is_adopted(jobctl: Ctl, running:
     assert target.read_bytes() == b"late"
 
 
-def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> None:
+def test_an_operator_adopts_a_late_result(jobctl: Ctl, running: Running) -> None:
     jobctl.ok("submit", "--id", "c6", "--queue", "c6")
     assert jobctl.run("late", "c6") == (0, "", "No late results.\n")
     assert jobctl.no("adopt", "c6", "--dry-run")[0] == 4
@@ -795,7 +795,7 @@ def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> Non
     again = running.client.claim("w", queues=["c6"])[0]
     code, _, err = jobctl.run("adopt", "c6", "--dry-run")
     assert code == 4
-    assert "c6: adopt would be refused: Job c6 is processing. Worker w holds it" in err
+    assert "c6: adopt would be rejected: Job c6 is processing. Worker w holds it" in err
     assert "[invalid_transition]" in err
     assert "force-fail c6" in jobctl.no("adopt", "c6", "-y")[1]
     running.client.release_job("c6", lock_id=again.lock_id)
@@ -807,7 +807,7 @@ def test_an_operator_adopts_what_came_late(jobctl: Ctl, running: Running) -> Non
     assert "it is whole" in jobctl.ok("timeline", "c6")
 
 
-def test_where_a_download_url_is_required_a_dry_run_promises_nothing_that_is_refused(
+def test_a_dry_run_respects_a_required_download_url(
     jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _came_late(running, jobctl, "du1")
@@ -817,9 +817,9 @@ def test_where_a_download_url_is_required_a_dry_run_promises_nothing_that_is_ref
     with running.configured("[validation]\nrequire_download_url = true\n"):
         lacks = f"Late result {late['seq']} cannot be adopted: it has no download_url"
         code, out, err = jobctl.run("adopt", "du1", "--dry-run")
-        assert (code, out, err.startswith(f"du1: adopt would be refused: {lacks}")) == (4, "", True)
+        assert (code, out, err.startswith(f"du1: adopt would be rejected: {lacks}")) == (4, "", True)
         assert err.endswith("[invalid_request]\n")
-        assert jobctl.no("adopt", "du1", "-y") == (4, err.replace("du1: adopt would be refused", "jobctl"))
+        assert jobctl.no("adopt", "du1", "-y") == (4, err.replace("du1: adopt would be rejected", "jobctl"))
         code, shown = _asked_nothing(running, "adopt", "du1")
         assert (code, lacks in shown) == (4, True)
         assert "but it cannot be adopted" in jobctl.json("why", "du1")["do"][0]
@@ -828,7 +828,7 @@ def test_where_a_download_url_is_required_a_dry_run_promises_nothing_that_is_ref
         code, err = jobctl.no(*move, "--dry-run")
         assert (code, err) == (
             4,
-            f"du1: transition failed → completed would be refused: {missing}".replace(" it [", " it. ["),
+            f"du1: transition failed → completed would be rejected: {missing}".replace(" it [", " it. ["),
         )
         assert jobctl.no(*move, "-y") == (4, f"jobctl: {missing}")
         assert "would transition" in jobctl.ok(*move, "--set", "download_url=https://x.test/1", "--dry-run")
@@ -838,7 +838,7 @@ def test_where_a_download_url_is_required_a_dry_run_promises_nothing_that_is_ref
         code, out, err = jobctl.run(*move, "--dry-run")
         assert (code, "would transition" in out) == (0, True)
         assert err == (
-            "Judged by its status alone: only who may do it can ask the daemon, and this token may only look.\n"
+            "This token is read-only, so only the status was checked. A dry run on the daemon needs the admin token.\n"
         )
         assert jobctl.no("adopt", "du1", "-y")[0] == 5
     assert "would adopt" in jobctl.ok("adopt", "du1", "--dry-run")
@@ -863,7 +863,7 @@ _GOES: Final = "1 late result that was not adopted. It is deleted with the job."
 _INSTEAD: Final = "1 late result that was not adopted. Check whether it can be adopted instead."
 
 
-def test_what_came_late_is_told_before_it_is_lost(
+def test_late_results_are_mentioned_before_they_are_deleted(
     jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _came_late(running, jobctl, "lt1")
@@ -906,22 +906,22 @@ def test_a_queue_is_paused_and_resumed(jobctl: Ctl) -> None:
     assert jobctl.ok("resume", "c5") == "c5 is open\n"
 
 
-def test_resume_says_that_nobody_knows_the_queue(jobctl: Ctl) -> None:
+def test_resume_of_an_unknown_queue_says_so(jobctl: Ctl) -> None:
     """Its name may be mistyped."""
     code, out, err = jobctl.run("resume", "c-typo")
     assert (code, out) == (0, "c-typo is open\n")
-    assert "no queue c-typo has jobs yet, and none was paused" in err
+    assert "Queue c-typo has no jobs and was not paused" in err
     for prepare in (["pause", "c-typo"], ["submit", "--queue", "c-typo"]):
         jobctl.ok(*prepare)
         assert jobctl.run("resume", "c-typo") == (0, "c-typo is open\n", "")
 
 
-def test_an_old_job_table_moves_in(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
+def test_an_old_job_table_can_be_imported(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
     (tmp_path / "old.csv").write_text("id,status,progress\ni1,running,40\ni2,done,100\ni3,pending,0\n")
     example = [sys.executable, str(ROOT / "docs/examples/import_old_jobs.py"), str(tmp_path / "old.csv")]
     lines = subprocess.run(example, capture_output=True, text=True, check=True).stdout
     (tmp_path / "jobs.jsonl").write_text(lines)
-    assert jobctl.ok("import", str(tmp_path / "jobs.jsonl")) == "3 imported, 0 skipped, 0 refused\n"
+    assert jobctl.ok("import", str(tmp_path / "jobs.jsonl")) == "3 imported, 0 skipped, 0 rejected\n"
     assert [running.client.get_job(name).status for name in ("i1", "i2", "i3")] == ["failed", "completed", "queued"]
     (tmp_path / "jobs.jsonl").write_text(lines + '{"id": "not valid"}\nno json\n')
     code, out, _ = jobctl.run("import", str(tmp_path / "jobs.jsonl"), "--json")
@@ -998,13 +998,13 @@ def test_a_disk_that_rejects_new_jobs_is_unhealthy_and_exit_1(
         "audit",
     ],
 )
-def test_every_list_has_a_table_for_people(verb: str, jobctl: Ctl) -> None:
+def test_every_list_is_printed_as_a_table(verb: str, jobctl: Ctl) -> None:
     code, out, err = jobctl.run(verb)
     assert code == 0, err
     assert out or err
 
 
-def test_a_wrong_token_is_5_and_is_not_repeated(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_token_exits_with_5_and_is_not_printed(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", "wrong-wrong-wrong-wrong-wrong")
     code, err = jobctl.no("stats")
     assert code == 5
@@ -1058,7 +1058,7 @@ def test_backup_restore_and_doctor(
         (["cancel", "no-such-job", "nor-this-one"], 4),
     ],
 )
-def test_a_program_reads_a_result_where_there_was_nothing_to_do(jobctl: Ctl, argv: list[str], code: int) -> None:
+def test_json_prints_a_result_even_if_there_was_nothing_to_do(jobctl: Ctl, argv: list[str], code: int) -> None:
     ended, out, err = jobctl.run(*argv, "--yes", "--json")
     assert ended == code
     assert err.startswith("No job")
@@ -1083,7 +1083,7 @@ def _written(running: Running, verb: str, file: Path) -> subprocess.CompletedPro
 
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".lock", ".epoch", ".ballast"])
 @pytest.mark.parametrize("verb", list(_OUT))
-def test_nothing_is_written_over_the_store_of_a_running_daemon(
+def test_the_store_of_a_running_daemon_is_not_overwritten(
     jobctl: Ctl, running: Running, verb: str, suffix: str
 ) -> None:
     file = running.store.with_name(running.store.name + suffix)
@@ -1097,7 +1097,7 @@ def test_nothing_is_written_over_the_store_of_a_running_daemon(
     assert running.process.poll() is None
 
 
-def test_nothing_is_written_over_a_store_by_way_of_another_name(running: Running, tmp_path: Path) -> None:
+def test_a_store_is_not_overwritten_through_another_name(running: Running, tmp_path: Path) -> None:
     (tmp_path / "link.db").symlink_to(running.store)
     (tmp_path / "folder").symlink_to(running.folder)
     for file in (tmp_path / "link.db", tmp_path / "folder" / running.store.name):
@@ -1108,7 +1108,7 @@ def test_nothing_is_written_over_a_store_by_way_of_another_name(running: Running
         assert running.store.stat().st_ino == before
 
 
-def test_nothing_is_written_over_a_store_that_its_daemon_knows_by_a_symlink(running: Running, tmp_path: Path) -> None:
+def test_a_store_that_its_daemon_opened_by_a_symlink_is_not_overwritten(running: Running, tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (tmp_path / "jobd.db").symlink_to(folder / "real.db")
@@ -1124,7 +1124,7 @@ def test_nothing_is_written_over_a_store_that_its_daemon_knows_by_a_symlink(runn
 
 
 @pytest.mark.parametrize("verb", list(_OUT))
-def test_what_is_no_regular_file_is_not_replaced(running: Running, tmp_path: Path, verb: str) -> None:
+def test_only_a_regular_file_is_replaced(running: Running, tmp_path: Path, verb: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(str(tmp_path / "socket"))
@@ -1138,7 +1138,7 @@ def test_what_is_no_regular_file_is_not_replaced(running: Running, tmp_path: Pat
         assert (file.lstat().st_ino, file.lstat().st_mode) == (before.st_ino, before.st_mode)
 
 
-def test_a_backup_goes_where_a_symlink_leads(running: Running, tmp_path: Path) -> None:
+def test_a_backup_follows_a_symlink(running: Running, tmp_path: Path) -> None:
     """Also to what is not there yet."""
     link, target = tmp_path / "latest.db", tmp_path / "disk" / "today.db"
     target.parent.mkdir()
@@ -1152,7 +1152,7 @@ def test_a_backup_goes_where_a_symlink_leads(running: Running, tmp_path: Path) -
 
 @pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.parametrize("suffix", ["-wal", "-journal"])
-def test_a_backup_does_not_come_beside_the_log_of_another_database(
+def test_a_backup_is_not_written_beside_the_log_of_another_database(
     running: Running, tmp_path: Path, suffix: str, is_there: bool
 ) -> None:
     """SQLite would read it into the copy."""
@@ -1166,7 +1166,7 @@ def test_a_backup_does_not_come_beside_the_log_of_another_database(
     assert (target.read_bytes() if target.exists() else None) == (b"old" if is_there else None)
 
 
-def test_a_damaged_row_is_named_with_its_mend(
+def test_a_damaged_row_is_named_with_its_fix(
     jobctl: Ctl, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobctl.ok("submit", "--id", "b2")
@@ -1194,7 +1194,7 @@ def test_a_damaged_row_is_named_with_its_mend(
     for verb in (["--accept", "b2"], ["--recount"]):  # nobody can be asked here
         code, out, err = _jobd(capsys, "doctor", "--store", str(copy), *verb)
         assert (code, out) == (2, "")
-        assert "add --yes to do it, --dry-run to look first" in err
+        assert "add --yes to do it, --dry-run to see the effect" in err
     assert _jobd(capsys, "doctor", "--store", str(copy), "--dry-run")[0] == 2
     assert copy.read_bytes() == before
     asked: list[str] = []
@@ -1225,7 +1225,7 @@ def test_a_damaged_row_is_named_with_its_mend(
     )
 
 
-def test_the_doctor_looks_at_the_running_daemon(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_checks_the_running_daemon(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
     jobctl.ok("cleanup")
     code, out, err = _jobd(capsys, "doctor", "--running", "--json")
     problems = json.loads(out)["problems"]
@@ -1252,7 +1252,7 @@ async def test_damaged_rows_of_a_running_daemon_are_named_once(
     assert "jobd doctor --accept bad-2" in found[1]["mend"]
 
 
-def test_a_second_daemon_on_the_same_store_is_75(running: Running) -> None:
+def test_a_second_daemon_on_a_store_exits_with_75(running: Running) -> None:
     second = running.done("jobd", *running.argv[:3], "--socket", f"{running.folder}/other.sock")
     assert second.returncode == 75
     assert str(running.process.pid) in second.stderr + second.stdout
@@ -1285,7 +1285,7 @@ def test_check_config_shows_each_value_with_its_source(
         (["check-config", "--listen", "127.0.0.1:0"], "token_file"),
     ],
 )
-def test_a_bad_configuration_is_78_in_one_line(
+def test_an_invalid_configuration_exits_with_78_and_one_line(
     argv: list[str], said: str, jobctl: Ctl, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = _jobd(capsys, *argv)
@@ -1304,7 +1304,7 @@ def test_check_config_takes_the_flags_of_serve(jobctl: Ctl, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("verb", ["serve", "check-config"])
-def test_set_without_a_value_is_usage(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_set_without_a_value_is_a_usage_error(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert _jobd(capsys, verb, "--set", "locks.ttl")[0] == 2
 
 
@@ -1312,7 +1312,7 @@ def test_set_without_a_value_is_usage(verb: str, capsys: pytest.CaptureFixture[s
 # run, --wait and the example workers
 
 
-def test_run_works_off_a_queue_and_its_exit_code_says_how(running: Running) -> None:
+def test_run_drains_a_queue_and_its_exit_code_reports_failures(running: Running) -> None:
     for number in (1, 2, 0):
         running.client.create_job(number, queue="r1", id=f"r1-{number}")
     script = 'read n; echo "::result file_path=/srv/$n"; echo "::meta n=$n"; test "$n" != 0'
@@ -1334,7 +1334,7 @@ def test_run_works_off_a_queue_and_its_exit_code_says_how(running: Running) -> N
     assert done.stderr == "jobctl run: drained; 1 job is left: 1 is not due yet.\n"
 
 
-def test_a_run_over_its_timeout_fails_with_timeout(running: Running) -> None:
+def test_a_run_that_exceeds_its_timeout_fails_with_timeout(running: Running) -> None:
     running.client.create_job(queue="r-timeout", id="r-timeout")
     limits = ("--timeout", "200ms", "--max-processing", "1h")
     done = running.done("jobd.cli.ctl.main", "run", "--queue", "r-timeout", *limits, "--once", "sleep", "1000")
@@ -1371,7 +1371,7 @@ def test_submit_waits_for_the_end(command: str, code: int, running: Running) -> 
     assert json.loads(out)["status"] == ("completed" if code == 0 else "failed")
 
 
-def test_who_stops_waiting_leaves_the_job_alone(running: Running) -> None:
+def test_interrupting_a_wait_does_not_change_the_job(running: Running) -> None:
     waiting = running.start(
         "jobd.cli.ctl.main",
         "submit",
@@ -1442,7 +1442,7 @@ async def _findings(place: Path, prepare: Callable[[HttpHarness], None]) -> dict
     return {finding.where: finding.what for finding in found}
 
 
-async def test_the_doctor_names_everything_that_is_wrong(tmp_path: Path) -> None:
+async def test_the_doctor_names_every_problem(tmp_path: Path) -> None:
     def prepare(house: HttpHarness) -> None:
         house.fakes.status = "degraded"
 
@@ -1452,7 +1452,7 @@ async def test_the_doctor_names_everything_that_is_wrong(tmp_path: Path) -> None
     assert found["jobs"] == "2 stalled now"
 
 
-async def test_the_doctor_is_silent_about_what_is_well(tmp_path: Path) -> None:
+async def test_the_doctor_finds_nothing_in_a_healthy_daemon(tmp_path: Path) -> None:
     def prepare(house: HttpHarness) -> None:
         house.fakes.accepted = True
 
@@ -1468,13 +1468,13 @@ async def _clock(place: Path, held: list[str], *argv: str) -> tuple[int, bool]:
         return code, house.fakes.accepted
 
 
-async def test_a_clock_is_accepted_by_who_was_told_what_that_deletes(
+async def test_clock_accept_lists_the_jobs_to_delete_and_asks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", "canary-token-0123456789")
     held = ["old-1", "old-2"]
     assert await _clock(tmp_path, held, "accept") == (2, False)
-    assert "add --yes to do it, --dry-run to look first" in capsys.readouterr().err
+    assert "add --yes to do it, --dry-run to see the effect" in capsys.readouterr().err
     assert await _clock(tmp_path, held, "accept", "--dry-run") == (0, False)
     assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().out
     assert await _clock(tmp_path, held, "accept", "--dry-run", "--json") == (0, False)
@@ -1485,11 +1485,11 @@ async def test_a_clock_is_accepted_by_who_was_told_what_that_deletes(
     monkeypatch.setattr("jobd.cli.ctl.admin.need_terminal", lambda: None)
     monkeypatch.setattr("jobd.cli.ctl.admin.confirm", asked.append)
     assert await _clock(tmp_path, held, "accept") == (0, True)
-    assert asked == ["take the clock as right"]
+    assert asked == ["accept the clock"]
     assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().err
 
 
-def test_webhooks_are_listed_with_how_they_are_going(capsys: pytest.CaptureFixture[str]) -> None:
+def test_webhooks_are_listed_with_their_state(capsys: pytest.CaptureFixture[str]) -> None:
     soon = round(time.time() * 1000) + 5 * 60_000 + 12_000
     states = [
         replace(WEBHOOK, name=name, state=state, failing_since=since, next_try_at=next_)
@@ -1513,7 +1513,7 @@ def test_webhooks_are_listed_with_how_they_are_going(capsys: pytest.CaptureFixtu
     }
 
 
-async def test_the_doctor_names_webhooks_that_fail_and_what_they_were_not_told(tmp_path: Path) -> None:
+async def test_the_doctor_names_failing_webhooks_and_dead_lettered_messages(tmp_path: Path) -> None:
     now = 1_700_000_000_000
 
     def failing(house: HttpHarness) -> None:
@@ -1600,7 +1600,7 @@ def _on_a_terminal(
         os.close(ours)
 
 
-def test_a_person_is_asked_and_the_answer_counts(running: Running) -> None:
+def test_a_question_is_asked_and_answered(running: Running) -> None:
     running.client.create_job(id="t1", queue="t1")
     code, out, shown = _on_a_terminal(running, b"n\n", "cancel", "t1")
     assert (code, out) == (1, "")
@@ -1619,7 +1619,7 @@ def test_a_person_is_asked_and_the_answer_counts(running: Running) -> None:
         ("cancel", "queued", "cancelled"),
     ],
 )
-def test_what_a_person_confirms_is_done_to_the_job_that_they_saw(
+def test_a_confirmed_action_applies_to_the_job_as_shown(
     verb: str, before: str, said: str, running: Running, jobctl: Ctl
 ) -> None:
     job_id = f"seen-{verb}"
@@ -1646,7 +1646,7 @@ def test_what_a_person_confirms_is_done_to_the_job_that_they_saw(
     assert (kept["what"], kept["job_id"], kept["changed"]) == (f"plan-{verb}", job_id, 1)
 
 
-def test_what_a_person_confirms_is_told_to_programs_as_ever(running: Running, jobctl: Ctl) -> None:
+def test_json_is_the_same_after_a_question(running: Running, jobctl: Ctl) -> None:
     ids = ("told-1", "told-2")
     for job_id in ids:
         running.client.create_job(id=job_id, queue="told")
@@ -1657,7 +1657,7 @@ def test_what_a_person_confirms_is_told_to_programs_as_ever(running: Running, jo
         assert (asked.pop("jobId"), unasked.pop("jobId")) == ids
         assert asked == unasked
     code, shown = _asked_nothing(running, "delete", ids[0])
-    assert (code, f"{ids[0]}: delete is refused: it is queued. Only finished" in shown) == (4, True)
+    assert (code, f"{ids[0]}: delete is rejected: it is queued. Only finished" in shown) == (4, True)
     asked = json.loads(_on_a_terminal(running, b"y\n", "cancel", ids[0], "--json")[1])
     seen = jobctl.json("job", ids[0])
     assert (asked, asked["status"]) == (seen, "cancelled")
@@ -1666,7 +1666,7 @@ def test_what_a_person_confirms_is_told_to_programs_as_ever(running: Running, jo
     assert (code, "[job_not_found]" in shown) == (4, True)
 
 
-def test_what_a_dry_run_of_one_job_has_shown_can_be_done_to_exactly_that(running: Running, jobctl: Ctl) -> None:
+def test_the_plan_of_a_dry_run_of_one_job_can_be_applied(running: Running, jobctl: Ctl) -> None:
     running.client.create_job(id="dry-1", queue="dry")
     code, out, err = jobctl.run("force-fail", "dry-1", "--dry-run")
     assert (code, out) == (0, "dry-1: would force-fail: it is queued\n")
@@ -1679,7 +1679,7 @@ def test_what_a_dry_run_of_one_job_has_shown_can_be_done_to_exactly_that(running
 
 
 @pytest.mark.parametrize("token", [TOKEN, READER_TOKEN], ids=["admin", "reader"])
-def test_a_dry_run_says_what_would_change_from_what_to_what(
+def test_a_dry_run_shows_old_and_new_values(
     token: str, jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = f"dry-{'r' if token == READER_TOKEN else 'a'}"
@@ -1706,18 +1706,14 @@ def test_a_dry_run_says_what_would_change_from_what_to_what(
     assert jobctl.no("run-now", "never-was", "--dry-run")[0] == 4
 
 
-def test_a_dry_run_goes_by_the_clock_of_the_daemon(
-    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_uses_the_clock_of_the_daemon(jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     jobctl.ok("submit", "--id", "dry-4", "--delay", "2h")
     fast = time.time() + 10 * 3600
     monkeypatch.setattr(ctl_change, "time", SimpleNamespace(time=lambda: fast))
     assert "would run-now (due" in jobctl.ok("run-now", "dry-4", "--dry-run")
 
 
-def test_a_dry_run_is_refused_as_the_deed_would_be(
-    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dry_run_fails_like_the_action(jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     jobctl.ok("submit", "--id", "dry-3", "--queue", "dry-3")
     grant = running.client.claim("w", queues=["dry-3"])[0]
     assert "would update (priority 0 → 1): it is processing" in jobctl.ok(
@@ -1726,27 +1722,27 @@ def test_a_dry_run_is_refused_as_the_deed_would_be(
     running.client.complete_job("dry-3", lock_id=grant.lock_id, file_path="/f")
     for argv in (["run-now", "dry-3"], ["update", "dry-3", "--priority", "1"]):
         code, err = jobctl.no(*argv)
-        refused = f"dry-3: {argv[0]} would be refused: "
-        assert jobctl.no(*argv, "--dry-run") == (code, err.replace("jobctl: ", refused).replace(" [", ". ["))
+        rejected = f"dry-3: {argv[0]} would be rejected: "
+        assert jobctl.no(*argv, "--dry-run") == (code, err.replace("jobctl: ", rejected).replace(" [", ". ["))
         assert (code, err.endswith("[invalid_transition]\n")) == (4, True)
     wrong = ["update", "dry-3", "--priority", "9999", "--dry-run"]
     assert (jobctl.no(*wrong)[0], "[invalid_request]" in jobctl.no(*wrong)[1]) == (4, True)
     assert jobctl.no("update", "dry-3", "--dry-run")[0] == 2
     monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
     for argv in (["run-now", "dry-3"], ["update", "dry-3", "--priority", "1"]):
-        refused = f"dry-3: {argv[0]} would be refused: it is completed\n"
-        assert jobctl.no(*argv, "--dry-run") == (4, refused)
+        rejected = f"dry-3: {argv[0]} would be rejected: it is completed\n"
+        assert jobctl.no(*argv, "--dry-run") == (4, rejected)
         assert jobctl.no(*argv)[0] == 5
 
 
-def test_who_may_only_look_has_a_dry_run_too(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_token_allows_a_dry_run(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
     jobctl.ok("submit", "--id", "dry-2")
     monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
     assert jobctl.run("force-fail", "dry-2", "--dry-run") == (0, "dry-2: would force-fail: it is queued\n", "")
     assert jobctl.no("force-fail", "dry-2", "-y")[0] == 5
 
 
-def test_what_is_adopted_is_what_was_there_when_a_person_was_asked(running: Running, jobctl: Ctl) -> None:
+def test_the_adopted_result_is_the_one_that_was_shown(running: Running, jobctl: Ctl) -> None:
     running.client.create_job(id="late-1", queue="late-1")
 
     def bring(path: str) -> None:
@@ -1777,7 +1773,7 @@ def _asked_nothing(running: Running, *argv: str) -> tuple[int, str]:
         os.close(ours)
 
 
-def test_of_several_jobs_a_person_sees_what_would_be_done(running: Running) -> None:
+def test_the_effect_on_several_jobs_is_shown_before_the_question(running: Running) -> None:
     running.client.create_job(id="t3", queue="t3")
     running.client.create_job(id="t4", queue="t3")
     running.client.cancel_job("t4")
@@ -1785,7 +1781,7 @@ def test_of_several_jobs_a_person_sees_what_would_be_done(running: Running) -> N
     code, out, shown = _on_a_terminal(running, b"y\n", "cancel", "t3", "t4", *over_there)
     assert (code, out) == (4, "t3: cancelled\n")
     assert "t3: would cancel: it is queued" in shown
-    assert "t4: cancel would be refused: it is cancelled" in shown
+    assert "t4: cancel would be rejected: it is cancelled" in shown
     code, out, shown = _on_a_terminal(running, b"n\n", "delete", "t3", "t4")
     assert (code, "cancelled → deleted" in out) == (1, True)
     assert "delete 2 jobs?" in shown
@@ -1820,7 +1816,7 @@ def _drawn(running: Running, module: str, *argv: str, no_color: str) -> str:
         ("jobd", ("check-config",)),
     ],
 )
-def test_with_no_color_a_terminal_is_sent_no_escape_sequence(
+def test_no_color_prevents_every_escape_sequence(
     running: Running, tmp_path: Path, module: str, argv: tuple[str, ...]
 ) -> None:
     if "t2" in argv and not [job for job in running.client.list_jobs(queue="t2").jobs if job.id == "t2"]:
@@ -1853,7 +1849,7 @@ def test_jobctl_and_backup_find_a_daemon_by_its_own_settings(tmp_path: Path) -> 
             assert done.returncode == 0, done.stderr
 
 
-def test_a_daemon_does_without_what_only_colours_tracebacks() -> None:
+def test_a_daemon_starts_without_rich() -> None:
     program = """
 import sys
 from jobd.cli.daemon import main

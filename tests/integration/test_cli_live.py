@@ -96,7 +96,7 @@ def test_an_event_is_a_line() -> None:
     assert tables.event_line(paused).split("  ")[1:] == ["8", "queue_paused", "queue q", "admin", "why"]
 
 
-def test_without_f_it_shows_what_has_happened_and_ends(daemon: Daemon, jobctl: Any) -> None:
+def test_without_follow_past_events_are_printed(daemon: Daemon, jobctl: Any) -> None:
     some_work(daemon)
     code, out, err = jobctl("events")
     lines = [line.split("  ") for line in out.splitlines()]
@@ -108,7 +108,7 @@ def test_without_f_it_shows_what_has_happened_and_ends(daemon: Daemon, jobctl: A
     assert "\x1b" not in out
 
 
-def test_what_to_show_can_be_chosen(daemon: Daemon, jobctl: Any) -> None:
+def test_events_can_be_filtered(daemon: Daemon, jobctl: Any) -> None:
     some_work(daemon)
 
     def seqs(*argv: str) -> list[int]:
@@ -127,7 +127,7 @@ def test_what_to_show_can_be_chosen(daemon: Daemon, jobctl: Any) -> None:
     assert "\x1b" not in out
 
 
-def test_what_cannot_be_shown_is_said(daemon: Daemon, jobctl: Any) -> None:
+def test_impossible_options_are_explained(daemon: Daemon, jobctl: Any) -> None:
     some_work(daemon)
     code, out, err = jobctl("events", "--after", "7")
     assert (code, out) == (4, "")
@@ -139,7 +139,7 @@ def test_what_cannot_be_shown_is_said(daemon: Daemon, jobctl: Any) -> None:
     assert jobctl("events")[0] == 3
 
 
-def test_with_f_it_goes_on_over_a_restart_until_ctrl_c(daemon: Daemon) -> None:
+def test_follow_survives_a_restart_until_ctrl_c(daemon: Daemon) -> None:
     command = [sys.executable, "-m", "jobd.cli.ctl.main", "events", "-f", "--after", "0", "--json"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with (
@@ -152,7 +152,7 @@ def test_with_f_it_goes_on_over_a_restart_until_ctrl_c(daemon: Daemon) -> None:
         some_work(daemon)
         assert [json.loads(process.stdout.readline())["seq"] for _ in range(6)] == [1, 2, 3, 4, 5, 6]
         daemon.kill()
-        assert "Connecting again, behind event 6." in process.stderr.readline()
+        assert "Reconnecting after event 6." in process.stderr.readline()
         daemon.start()
         daemon.post("/v1/jobs", {"id": "c"})
         assert json.loads(process.stdout.readline())["job_id"] == "c"
@@ -164,7 +164,7 @@ def test_with_f_it_goes_on_over_a_restart_until_ctrl_c(daemon: Daemon) -> None:
 # -- top
 
 
-def test_rates_are_those_of_a_window() -> None:
+def test_rates_cover_a_window() -> None:
     now = [100.0]
     samples = Sampler(lambda: now[0])
 
@@ -205,11 +205,11 @@ def a_frame(queues: int = 3, **fields: Any) -> TopFrame:
     return TopFrame(**{**made, **fields})
 
 
-def test_a_frame_tells_what_matters() -> None:
+def test_a_frame_shows_jobs_queues_and_workers() -> None:
     alert = AlertView("stuck_jobs", True, 1, 7.0, 5.0, "look at the workers")
     text = "\n".join(drawn(a_frame(alerts=[alert]), width=100, height=40, note="The daemon is away."))
     for part in (
-        "queued 1  processing 1  completed 0  failed 1  cancelled 0", "stuck 0  locked 1  average 1.5 s",
+        "queued 1  processing 1  completed 0  failed 1  cancelled 0", "stalled 0  locked 1  average 1.5 s",
         "per second (over 10 s): created 1.5  granted 0", "The daemon is away.", "WARNING stuck_jobs", "7 / 5",
         "look at the workers", "paused", "CANCELLED", "a 42.5 %  b 0 %", "w\\x1b[2J",
     ):  # fmt: skip
@@ -233,7 +233,7 @@ def test_a_frame_fits_its_terminal(width: int, height: int) -> None:
 
 
 @pytest.mark.parametrize(("width", "columns"), [(40, 2), (60, 2), (80, 4), (200, 5)])
-def test_figures_are_whole_where_names_are_long(width: int, columns: int) -> None:
+def test_figures_are_not_cut_beside_long_names(width: int, columns: int) -> None:
     long = "a-queue-with-quite-a-long-name-" + "x" * 20
     queues = [QueueView(name, False, 12_345, 67_890, 24_680, 13_579, 11_111, None) for name in ("q", f"{long}-high")]
     queues.append(replace(queues[0], name=f"{long}-low"))
@@ -258,7 +258,7 @@ def test_figures_are_whole_where_names_are_long(width: int, columns: int) -> Non
     assert "WARNING processing_jobs " in text or width <= 60
 
 
-def test_a_frame_in_a_pipe_is_whole_and_one_long_name_moves_its_own_line_alone() -> None:
+def test_a_frame_in_a_pipe_is_complete_and_a_long_name_moves_only_its_line() -> None:
     queues = [QueueView(name, False, 1, 2, 3, 4, 5, None) for name in ("q" * 200, "short")]
     lines = drawn(replace(a_frame(), queues=queues), width=show.UNBOUNDED, height=100)
     (long,) = [line for line in lines if line.startswith("qq")]
@@ -282,7 +282,7 @@ class Counted:
         return self._client.queues(**asked)
 
 
-def test_a_table_asks_for_no_more_queues_than_it_shows(daemon: Daemon) -> None:
+def test_only_the_queues_that_fit_are_requested(daemon: Daemon) -> None:
     for number in range(9):
         daemon.post("/v1/jobs/bulk", {"jobs": [{"queue": f"busy-{number}"}] * (number + 1)})
     with AdminClient(f"unix:{daemon.admin_socket}", token=TOKEN) as client:
@@ -310,7 +310,7 @@ def test_an_empty_daemon_has_a_frame(daemon: Daemon, jobctl: Any) -> None:
     assert "QUEUE" in out
 
 
-def test_one_frame_for_people_and_for_programs(daemon: Daemon, jobctl: Any) -> None:
+def test_once_prints_a_table_and_json(daemon: Daemon, jobctl: Any) -> None:
     some_work(daemon)
     daemon.admin("POST", "queues/mail/pause", {})
     code, out, err = jobctl("top", "--once", "--interval", "100ms")
@@ -327,7 +327,7 @@ def test_one_frame_for_people_and_for_programs(daemon: Daemon, jobctl: Any) -> N
     assert len(out.splitlines()) == 1
 
 
-def test_without_a_terminal_it_says_what_to_give(jobctl: Any) -> None:
+def test_without_a_terminal_top_names_its_options(jobctl: Any) -> None:
     code, out, err = jobctl("top")
     assert (code, out) == (2, "")
     assert "--once" in err
@@ -381,7 +381,7 @@ class Terminal:
         return self.process.wait()
 
 
-def test_q_ends_it_and_the_screen_is_given_back(daemon: Daemon) -> None:
+def test_q_ends_top_and_restores_the_screen(daemon: Daemon) -> None:
     with Terminal(daemon) as terminal:
         terminal.until(b"queued 0")
         daemon.post("/v1/jobs", {"id": "a", "queue": "video"})
@@ -393,11 +393,11 @@ def test_q_ends_it_and_the_screen_is_given_back(daemon: Daemon) -> None:
         assert terminal.said.index(b"\x1b[?1049h") < terminal.said.rindex(b"\x1b[?1049l")
 
 
-def test_it_waits_for_a_daemon_that_is_away_and_ctrl_c_ends_it(daemon: Daemon) -> None:
+def test_top_waits_for_an_unreachable_daemon_and_ctrl_c_ends_it(daemon: Daemon) -> None:
     with Terminal(daemon) as terminal:
         terminal.until(b"queued 0")
         daemon.kill()
-        terminal.until(b"trying again")
+        terminal.until(b"retrying")
         daemon.start()
         daemon.post("/v1/jobs", {"id": "a"})
         terminal.until(b"queued 1")
@@ -406,7 +406,7 @@ def test_it_waits_for_a_daemon_that_is_away_and_ctrl_c_ends_it(daemon: Daemon) -
         assert b"\x1b[?1049l" in terminal.said
 
 
-def test_where_nothing_may_be_drawn_frames_come_one_below_the_other(daemon: Daemon) -> None:
+def test_without_escape_sequences_frames_are_appended(daemon: Daemon) -> None:
     with Terminal(daemon, NO_COLOR="1") as terminal:
         terminal.until(b"queued 0")
         terminal.until(b"queued 0")

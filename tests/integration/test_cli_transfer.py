@@ -90,7 +90,7 @@ def ids(lines: list[bytes]) -> list[str]:
     return [json.loads(line)["id"] for line in lines]
 
 
-def test_there_and_back_every_job_is_the_same(here: Running, there: Running, tmp_path: Path) -> None:
+def test_export_and_import_preserve_every_job(here: Running, there: Running, tmp_path: Path) -> None:
     file = tmp_path / "jobs.ndjson"
     assert here.done("jobd.cli.ctl.main", "export", str(file)).returncode == 0
     assert file.stat().st_mode & 0o777 == 0o600
@@ -102,11 +102,11 @@ def test_there_and_back_every_job_is_the_same(here: Running, there: Running, tmp
     looked = there.done("jobd.cli.ctl.main", "import", "--dry-run", str(file))
     assert looked.returncode == 0
     assert len(looked.stdout.splitlines()) == len(lines)
-    assert looked.stderr == f"{len(lines)} would be imported, 0 skipped, 0 refused\n"
+    assert looked.stderr == f"{len(lines)} would be imported, 0 skipped, 0 rejected\n"
     assert "(many-7): would be created as queued" in looked.stdout
     assert there.client.list_jobs().jobs == []  # nothing was written
     moved = there.done("jobd.cli.ctl.main", "import", str(file))
-    assert moved.stdout == f"{len(lines)} imported, 0 skipped, 0 refused\n"
+    assert moved.stdout == f"{len(lines)} imported, 0 skipped, 0 rejected\n"
     again = exported(there)
     assert ids(again) == ids(lines), "the order of creation is the order of the queue"
     ended = {"half": "queued", "begun": "queued"}  # attempts are left, or nothing was done yet
@@ -127,14 +127,14 @@ def test_there_and_back_every_job_is_the_same(here: Running, there: Running, tmp
     assert there.done("jobd.cli.ctl.main", "import", str(file)).stdout.startswith(f"0 imported, {len(lines)} skipped")
 
 
-def test_what_the_creator_left_to_the_daemon_is_left_to_the_next(here: Running) -> None:
+def test_defaults_of_the_daemon_are_not_exported(here: Running) -> None:
     lines = {json.loads(line)["id"]: json.loads(line) for line in exported(here)}
     assert (lines["gone"]["stuck_after_ms"], lines["gone"]["max_processing_ms"]) == (None, None)
     assert (lines["whole"]["stuck_after_ms"], lines["whole"]["max_processing_ms"]) == (5_000, 0)
     assert "lock" not in json.dumps(lines["begun"])
 
 
-def test_some_of_them(here: Running) -> None:
+def test_an_export_can_be_filtered(here: Running) -> None:
     assert ids(exported(here, "--status", "cancelled")) == ["gone"]
     assert ids(exported(here, "--queue", "films", "--status", "processing")) == ["half", "begun"]
     assert ids(exported(here, "--kind", "film")) == ["whole", "done", "wrong", "again", "gone", "half", "begun"]
@@ -142,7 +142,7 @@ def test_some_of_them(here: Running) -> None:
     assert exported(here, "--queue", "nowhere") == []
 
 
-def test_on_a_terminal_one_sees_how_far_it_is(here: Running) -> None:
+def test_a_terminal_shows_progress(here: Running) -> None:
     main_end, terminal = pty.openpty()
     process = here.start("jobd.cli.ctl.main", "export", stdout=subprocess.DEVNULL, stderr=terminal)
     os.close(terminal)
@@ -170,7 +170,7 @@ def test_a_file_that_cannot_be_written_says_so(
     assert "No such file" in capsys.readouterr().err
 
 
-def test_pages_go_on_where_the_last_one_ended(here: Running) -> None:
+def test_export_reads_page_after_page(here: Running) -> None:
     with AdminClient(here.places["JOBD_ADMIN_URL"], token=TOKEN) as admin:
         cursor: str | None = None
         found: list[Any] = []
@@ -183,7 +183,7 @@ def test_pages_go_on_where_the_last_one_ended(here: Running) -> None:
         assert found == list(admin.export_jobs()) == exported(here)
 
 
-def test_an_import_that_is_only_looked_at_says_why(there: Running, tmp_path: Path) -> None:
+def test_a_dry_run_of_an_import_gives_reasons(there: Running, tmp_path: Path) -> None:
     there.client.create_job(id="old")
     file = tmp_path / "jobs.ndjson"
     file.write_text('{"id":"a"}\n{"id":"old"}\n{"id":"a"}\n{"id":"b","priority":7000}\n', encoding="utf-8")
@@ -195,7 +195,7 @@ def test_an_import_that_is_only_looked_at_says_why(there: Running, tmp_path: Pat
         "line 2 (old): would be skipped: A job with this id exists: it is queued.",
         "line 3 (a): would be skipped: Line 1 has the same id.",
     ]
-    assert said[3].startswith("line 4 (b): would be refused: ")
+    assert said[3].startswith("line 4 (b): would be rejected: ")
     assert "priority" in said[3]
     told = there.done("jobd.cli.ctl.main", "import", str(file), "--dry-run", "--json")
     assert json.loads(told.stdout)["wouldRefuse"] == 1

@@ -1,7 +1,4 @@
-"""jobctl's verbs for operators, over the admin API: looking and housekeeping. What changes jobs is in ctl_change.py.
-
-Hold no logic of jobs: read the command line, ask the client, show the answer.
-"""
+"""The verbs of operators that do not change single jobs: state, maintenance, queues, the audit log."""
 
 from __future__ import annotations
 
@@ -21,14 +18,14 @@ if TYPE_CHECKING:
     from jobd.model.commands import WorkerState
     from jobd.model.responses import AuditView, PlanView, PreviewView, WorkerView
 
-_REASON: Final = reason_option("Kept in the audit log.")
+_REASON: Final = reason_option("Stored in the audit log.")
 
 
 @click.command()
 @json_option
 @admin_options
 def stats(as_json: bool) -> None:
-    """Show how many jobs there are, and how long they take."""
+    """Show the number of jobs by status, and how long they take."""
     from jobd.cli import tables_admin
 
     view = admin_client().stats()
@@ -39,7 +36,7 @@ def stats(as_json: bool) -> None:
 @json_option
 @admin_options
 def health(as_json: bool) -> int:
-    """Show how the daemon is; exit 1 if it is unhealthy."""
+    """Show the health of the daemon; exit 1 if it is unhealthy."""
     from jobd.cli import tables_admin
 
     view = admin_client().health()
@@ -48,16 +45,13 @@ def health(as_json: bool) -> int:
 
 
 @click.command()
-@click.option("--last", is_flag=True, help="Run none: show the last pass.")
-@click.option("--dry-run", is_flag=True, help="Run none: show what one would do.")
+@click.option("--last", is_flag=True, help="Show the report of the last cleanup run instead.")
+@click.option("--dry-run", is_flag=True, help="Only print what a cleanup run would do.")
 @_REASON
 @json_option
 @admin_options
 def cleanup(last: bool, dry_run: bool, reason: str | None, as_json: bool) -> int:
-    """Run a cleanup pass now and show its report.
-
-    Exit 1 where a step of it failed.
-    """
+    """Run cleanup now and show its report; exit 1 if a step failed."""
     from jobd.cli import tables_admin
 
     client = admin_client()
@@ -70,29 +64,26 @@ def cleanup(last: bool, dry_run: bool, reason: str | None, as_json: bool) -> int
         state = client.cleanup_state()
         terminal.emit_json(state) if as_json else tables_admin.cleanup_state(state)
         return exit_codes.DONE
-    with busy("cleanup pass"):
+    with busy("cleanup"):
         report = client.force_cleanup(reason)
     terminal.emit_json(report) if as_json else tables_admin.report(report)
     return exit_codes.FAILED if report.errors else exit_codes.DONE
 
 
 @click.command("recover-stuck")
-@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be done.")
 @_REASON
 @json_option
 @admin_options
 def recover_stuck(dry_run: bool, reason: str | None, as_json: bool) -> None:
-    """Recover the jobs that are stuck now.
-
-    Jobs with a live lock are left alone.
-    """
+    """Recover stalled jobs now. Jobs with a live lock do not change."""
     from jobd.cli import tables_admin
 
     if dry_run:
         client = admin_client()
         plan, seen = plans.maintenance_plan(client, "recover-stuck", reason), client.preview()
-        told = _with_plan_id(seen, plan)
-        some = {name: told[name] for name in ("recover", "more", "plan_id")}
+        shown = _with_plan_id(seen, plan)
+        some = {name: shown[name] for name in ("recover", "more", "plan_id")}
         terminal.emit_json(some) if as_json else tables_admin.planned_recoveries(seen)
         plans.show_apply_command(plan)
         return
@@ -102,7 +93,7 @@ def recover_stuck(dry_run: bool, reason: str | None, as_json: bool) -> None:
 
 
 def _with_plan_id(seen: PreviewView, plan: PlanView | None) -> dict[str, Any]:
-    """What a preview says, with the plan by which it can be done, or null."""
+    """Return a preview with the id of the plan that can be applied, or null."""
     import msgspec
 
     return {**msgspec.to_builtins(seen), "plan_id": plan.plan_id if plan else None}
@@ -113,7 +104,7 @@ def _with_plan_id(seen: PreviewView, plan: PlanView | None) -> dict[str, Any]:
 @json_option
 @admin_options
 def late(job_id: str, as_json: bool) -> None:
-    """List a job's late results: what workers brought that had lost its lock."""
+    """List the results of a job that were submitted after the lock expired."""
     from jobd.cli import tables_admin
 
     found = admin_client().late_results(job_id)
@@ -124,7 +115,7 @@ def late(job_id: str, as_json: bool) -> None:
 @json_option
 @admin_options
 def locks(as_json: bool) -> None:
-    """List the current grants: who holds what, until when."""
+    """List the current grants: job, worker and expiry."""
     from jobd.cli import tables_admin
 
     found = admin_client().locks()
@@ -151,7 +142,7 @@ def queues(as_json: bool) -> None:
 @json_option
 @admin_options
 def workers(state: WorkerState | None, as_json: bool) -> None:
-    """List the workers with their state, latest claim, and held jobs.
+    """List the workers with their state, latest claim and jobs.
 
     \b
     busy    holds a job
@@ -180,9 +171,10 @@ def workers(state: WorkerState | None, as_json: bool) -> None:
 @_REASON
 @admin_options
 def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json: bool) -> None:
-    """End the expired grants of a silent WORKER now, by the stall rule of each job.
+    """End the expired grants of a silent worker.
 
-    A job at progress 0 or with attempts left goes back to its queue. Any other job fails. Live locks do not change.
+    The stall rule of each job decides: by default, a job at progress 0 or with attempts left is requeued, and any other
+    job fails. Live locks do not change.
     """
     from jobd.cli import tables_admin
 
@@ -208,22 +200,22 @@ def take_back(worker: str, yes: bool, dry_run: bool, reason: str | None, as_json
 @json_option
 @admin_options
 def pause(queue: str, reason: str | None, until: int | None, as_json: bool) -> None:
-    """Grant no job of QUEUE until it is resumed.
+    """Grant no jobs of QUEUE until it is resumed.
 
-    Running jobs go on. A queue may be paused before it has jobs.
+    Running jobs continue. A queue can be paused before it has jobs.
     """
     client = admin_client()
     has_jobs = bool(client.list_jobs(queue=queue, limit=1).jobs)
     view = client.pause_queue(queue, reason, until=until)
     if not has_jobs:
         terminal.say(
-            f"no queue {view.queue} has jobs yet: if its name is not meant so, undo it by: jobctl resume {view.queue}"
+            f"Queue {view.queue} has no jobs yet. If the name is wrong, undo the pause: jobctl resume {view.queue}"
         )
     terminal.emit_json(view) if as_json else terminal.emit(f"{view.queue} is paused {view.pause.describe()}")
 
 
 def _is_known(client: AdminClient, queue: str) -> bool:
-    """Also where that cannot be learned: a hint is no reason not to resume."""
+    """Return whether the queue exists. True if that cannot be determined: it is only for a hint."""
     from jobd.client import JobdError
 
     try:
@@ -243,14 +235,12 @@ def resume(queue: str, reason: str | None, as_json: bool) -> None:
     is_known = _is_known(client, queue)
     view = client.resume_queue(queue, reason)
     if not is_known:
-        terminal.say(
-            f"no queue {view.queue} has jobs yet, and none was paused: jobctl queues lists those that there are"
-        )
+        terminal.say(f"Queue {view.queue} has no jobs and was not paused. List the queues: jobctl queues")
     terminal.emit_json(view) if as_json else terminal.emit(f"{view.queue} is open")
 
 
 @click.command()
-@click.option("--firing", is_flag=True, help="Only those that fire; exit 1 where there is one.")
+@click.option("--firing", is_flag=True, help="List only firing alerts; exit 1 if there is one.")
 @json_option
 @admin_options
 def alerts(firing: bool, as_json: bool) -> int:
@@ -264,21 +254,21 @@ def alerts(firing: bool, as_json: bool) -> int:
 
 @click.command()
 @click.argument("what", required=False, type=click.Choice(["accept"]))
-@click.option("-y", "--yes", is_flag=True, help="Accept it without asking.")
-@click.option("--dry-run", is_flag=True, help="Only say what accepting it would delete.")
+@click.option("-y", "--yes", is_flag=True, help="Accept the clock without asking.")
+@click.option("--dry-run", is_flag=True, help="Only print what accepting the clock would delete.")
 @_REASON
 @json_option
 @admin_options
 def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_json: bool) -> None:
     """Show the daemon's clock, or accept it after a jump.
 
-    While the clock is suspect, nothing is deleted or failed by age. If the clock is right, run `clock accept`. It lists
-    what would then be deleted, and asks first.
+    While the clock is suspect, no job is deleted or failed by age. If the clock is right, run `clock accept`. It lists
+    the jobs that would then be deleted, and asks first.
     """
     from jobd.cli import tables_admin
 
     if (yes or dry_run) and what is None:
-        raise click.UsageError("--yes and --dry-run belong to: clock accept")
+        raise click.UsageError("--yes and --dry-run need: clock accept")
     client = admin_client()
     view = client.clock()
     if what == "accept" and (dry_run or (view.suspect and not yes)):
@@ -288,24 +278,24 @@ def clock(what: str | None, reason: str | None, yes: bool, dry_run: bool, as_jso
         if dry_run and as_json:
             terminal.emit_json({"heldJobs": seen.held_jobs, "moreHeld": seen.more_held})
             return
-        told = f"{tables_admin.held_count(seen)} finished jobs would be deleted by age; the daemon's time is "
-        told += f"{terminal.instant(view.now)}" if view.suspect else f"{terminal.instant(view.now)}, and is not suspect"
+        text = f"{tables_admin.held_count(seen)} finished jobs would be deleted by age; the daemon's time is "
+        text += f"{terminal.instant(view.now)}" if view.suspect else f"{terminal.instant(view.now)}, and is not suspect"
         if dry_run:
-            terminal.emit(told)
+            terminal.emit(text)
             return
-        terminal.say(told)
-        confirm("take the clock as right")
+        terminal.say(text)
+        confirm("accept the clock")
     if what == "accept":
         view = client.accept_clock(reason)
     terminal.emit_json(view) if as_json else tables_admin.clock(view)
 
 
 @click.command()
-@click.option("--limit", type=click.IntRange(1, 500), default=20, show_default=True, help="How many at most.")
+@click.option("--limit", type=click.IntRange(1, 500), default=20, show_default=True, help="Maximum number of reports.")
 @json_option
 @admin_options
 def reports(limit: int, as_json: bool) -> None:
-    """List the reports of cleanup passes, newest first."""
+    """List the reports of cleanup runs, newest first."""
     from jobd.cli import tables_admin
 
     found = admin_client().reports()[:limit]
@@ -313,17 +303,18 @@ def reports(limit: int, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--limit", type=click.IntRange(1, 200), default=20, show_default=True, help="How many groups at most.")
+@click.option("--limit", type=click.IntRange(1, 200), default=20, show_default=True, help="Maximum number of groups.")
 @json_option
 @admin_options
 def failures(limit: int, as_json: bool) -> None:
-    """Group the failed jobs, and those that wait to be tried again (AGAIN), by their error, the largest groups first.
+    """Group failed jobs by error, largest groups first.
 
-    Numbers, names in quotes, paths and the like make no difference.
+    RETRYING counts jobs that wait for another attempt. Errors that differ only in numbers, quoted names, paths and the
+    like form one group.
 
     \b
-    Then: jobctl jobs --error ERROR, jobctl retry --where error=ERROR
-    Of those that wait: jobctl jobs --error ERROR --status queued, jobctl run-now ID
+    Next: jobctl jobs --error ERROR, jobctl retry --where error=ERROR
+    For waiting jobs: jobctl jobs --error ERROR --status queued, jobctl run-now ID
     """
     from jobd.cli import tables_admin
 
@@ -332,21 +323,22 @@ def failures(limit: int, as_json: bool) -> None:
 
 
 @click.command()
-@click.option("--who", type=NAME, metavar="NAME", help="Only what this operator did.")
-@click.option("--what", type=NAME, metavar="DEED", help="Only this deed, as in force-fail.")
-@click.option("--job", "job_id", type=NAME, metavar="ID", help="Only what was done to this job.")
-@click.option("--since", type=PAST, metavar="TIME", help="Only from this time (UTC) on, or this long ago, as in 2h.")
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most.")
+@click.option("--who", type=NAME, metavar="NAME", help="Only actions of this operator.")
+@click.option("--action", type=NAME, metavar="ACTION", help="Only this action, such as force-fail.")
+@click.option("--what", type=NAME, hidden=True)
+@click.option("--job", "job_id", type=NAME, metavar="ID", help="Only actions on this job.")
+@click.option("--since", type=PAST, metavar="TIME", help="Only since this time (UTC); 2h: 2 hours ago.")
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Maximum number of entries.")
 @json_option
 @admin_options
-def audit(limit: int, as_json: bool, **match: Any) -> None:
-    """List what operators did and were refused, newest first."""
+def audit(limit: int, action: str | None, what: str | None, as_json: bool, **match: Any) -> None:
+    """List the actions of operators, also rejected ones, newest first."""
     from jobd.cli import tables_admin
 
     client, cursor = admin_client(), None
     found: list[AuditView] = []
     while True:
-        page = client.audit(limit=min(limit - len(found), 200), cursor=cursor, **match)
+        page = client.audit(limit=min(limit - len(found), 200), cursor=cursor, what=action or what, **match)
         found += page.entries
         cursor = page.next_cursor
         if cursor is None or len(found) >= limit:

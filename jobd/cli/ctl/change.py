@@ -1,4 +1,4 @@
-"""jobctl's verbs with which an operator changes jobs over the admin API: forced ends, resets, transitions."""
+"""The verbs of operators that change jobs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from jobd.model.responses import ErrorView, JobView, LateResultView, PlanResult, PlanView, TransitionView
 
 _IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1)
-_REASON: Final = reason_option("Kept with the job.")
+_REASON: Final = reason_option("Stored with the job.")
 _UPDATABLE: Final = ("queued", "processing", "failed", "cancelled")
-_UPDATE_FIELDS: Final = ("priority", "run_at", "max_attempts")  # in the order in which they are told
+_UPDATE_FIELDS: Final = ("priority", "run_at", "max_attempts")  # in the order in which they are shown
 _STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 
 
@@ -35,17 +35,17 @@ _STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "c
 @destructive_options
 @admin_options
 def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
-    """End jobs as failed, also while they are worked on.
+    """Fail jobs, even while a worker holds them.
 
-    The reason becomes their error message.
+    The reason becomes the error message.
     """
     if is_plan(ids, where):
         return plans.run_plans("force-fail", ids, where, reason, **how)
     client = admin_client()
-    deed = Confirmation(
+    confirmation = Confirmation(
         "force-fail", client.get_job, "failed", lambda job_id: client.force_fail(job_id, reason), _describe_transition
     )
-    return plans.run_for_one(client, "force-fail", deed, ids[0], reason, _transition_of_plan, **how)
+    return plans.run_for_one(client, "force-fail", confirmation, ids[0], reason, _transition_of_plan, **how)
 
 
 @click.command("force-reset")
@@ -55,9 +55,10 @@ def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None,
 @destructive_options
 @admin_options
 def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
-    """Put jobs back into their queue as new, also while they are worked on.
+    """Requeue jobs as new, even while a worker holds them.
 
-    They are due now; a worker that holds one loses it. `jobctl retry` is the same for failed and cancelled jobs alone.
+    They are due now. A worker that holds one loses its lock. `jobctl retry` does the same for failed and cancelled jobs
+    only.
 
     \b
     Example: jobctl force-reset --where status=processing --where worker=w-7
@@ -65,14 +66,14 @@ def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None
     if is_plan(ids, where):
         return plans.run_plans("force-reset", ids, where, reason, **how)
     client = admin_client()
-    deed = Confirmation(
+    confirmation = Confirmation(
         "force-reset", client.get_job, "queued", lambda job_id: client.force_reset(job_id, reason), _describe_transition
     )
-    return plans.run_for_one(client, "force-reset", deed, ids[0], reason, _transition_of_plan, **how)
+    return plans.run_for_one(client, "force-reset", confirmation, ids[0], reason, _transition_of_plan, **how)
 
 
 def _transition_of_plan(job: JobView, plan: PlanView, result: PlanResult) -> TransitionView:
-    """What the call without a plan would have answered."""
+    """Return what the response without a plan would have been."""
     from jobd.model.commands import NO_REASON
     from jobd.model.responses import TransitionView
 
@@ -89,9 +90,7 @@ def _describe_transition(answer: Any) -> str:
 @click.argument("job_id", metavar="ID")
 @click.argument("from_status", metavar="FROM", type=_STATUS)
 @click.argument("to_status", metavar="TO", type=_STATUS)
-@click.option(
-    "--set", "updates", metavar="NAME=VALUE", multiple=True, help="A field to set too; VALUE is JSON or text."
-)
+@click.option("--set", "updates", metavar="NAME=VALUE", multiple=True, help="Also set a field; VALUE is JSON or text.")
 @_REASON
 @destructive_options
 @admin_options
@@ -100,7 +99,7 @@ def transition(
 ) -> int:
     """Change a job's status from FROM to TO.
 
-    Refused where it is not FROM any more.
+    Fails if the status is not FROM any more.
 
     \b
     Fields for --set: error_message, priority, run_at, max_attempts, download_url, file_path,
@@ -116,15 +115,15 @@ def transition(
         )
 
     words, froms = f"transition {from_status} → {to_status}", (from_status,)
-    rehearse = partial(do, dry_run=True)
-    deed = Confirmation(
-        words, client.get_job, to_status, do, _describe_transition, froms, lambda job: settings, rehearse
+    dry = partial(do, dry_run=True)
+    confirmation = Confirmation(
+        words, client.get_job, to_status, do, _describe_transition, froms, lambda job: settings, dry
     )
-    return run_action(deed, (job_id,), **how)
+    return run_action(confirmation, (job_id,), **how)
 
 
 def _settings(fields: dict[str, Any]) -> str:
-    """What would be set, in words. UsageError where the daemon would refuse it."""
+    """Describe the fields to set. Raises UsageError if the daemon would reject them."""
     import msgspec
 
     from jobd.model.commands import Updates
@@ -141,12 +140,12 @@ def _settings(fields: dict[str, Any]) -> str:
 
 
 def _update(text: str) -> tuple[str, Any]:
-    """`name=value`: the value as JSON where it is JSON, else as the text that it is."""
+    """Parse `name=value`, the value as JSON if it is JSON and else as text."""
     import msgspec
 
     name, sign, value = text.partition("=")
     if not sign or not name:
-        raise click.UsageError(f"--set {text!r}: it has to be NAME=VALUE")
+        raise click.UsageError(f"--set {text!r}: it must be NAME=VALUE")
     try:
         return name, msgspec.json.decode(value)
     except msgspec.DecodeError:
@@ -156,11 +155,11 @@ def _update(text: str) -> tuple[str, Any]:
 @click.command()
 @_IDS
 @where_option
-@reason_option("Kept in the audit log.")
+@reason_option("Stored in the audit log.")
 @destructive_options
 @admin_options
 def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
-    """Delete finished jobs with their history, and with what the store of artifacts has of them."""
+    """Delete finished jobs with their history and their stored results."""
     if is_plan(ids, where):
         return plans.run_plans("delete", ids, where, reason, **how)
     client = admin_client()
@@ -169,23 +168,25 @@ def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
         return client.delete_job(one, reason)
 
     def goes_too(job: JobView) -> str:
-        return f" with what is stored as {job.storage_key} (artifacts.url)" if job.storage_key else ""
+        return f" with its stored result {job.storage_key} (artifacts.url)" if job.storage_key else ""
 
-    deed = Confirmation("delete", client.get_job, None, do, lambda job: "deleted", details=goes_too)
-    return plans.run_for_one(client, "delete", deed, ids[0], reason, lambda job, plan, result: job, **how)
+    confirmation = Confirmation("delete", client.get_job, None, do, lambda job: "deleted", details=goes_too)
+    return plans.run_for_one(client, "delete", confirmation, ids[0], reason, lambda job, plan, result: job, **how)
 
 
 @click.command()
 @click.argument("job_id", metavar="ID")
-@click.option("--result", type=click.IntRange(min=1), metavar="N", help="Which one: see jobctl late.")
+@click.option(
+    "--result", type=click.IntRange(min=1), metavar="N", help="Number of the late result (see jobctl late).  [latest]"
+)
 @_REASON
 @destructive_options
 @admin_options
 def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> int:
     """Complete a job with a late result.
 
-    It is what a worker brought that had lost its lock: that of the latest grant, unless --result names another.
-    The job has to be queued, failed or cancelled.
+    A late result was submitted after the lock expired. Uses that of the latest grant unless --result names another.
+    The job must be queued, failed or cancelled.
     """
     client = admin_client()
     chosen, details = result, ""
@@ -197,16 +198,16 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
         if not fit:
             from jobd.client.errors import LateResultNotFound
 
-            raise LateResultNotFound(f"Job {one} has no such late result. See those that it has: jobctl late {one}")
+            raise LateResultNotFound(f"Job {one} has no such late result. List its late results: jobctl late {one}")
         latest = max(fit, key=lambda late: late.fencing_token)
-        chosen, details = latest.seq, f" {_describe_late_result(latest)}"  # a later one has not been seen
+        chosen, details = latest.seq, f" {_describe_late_result(latest)}"  # not one that arrives later
         refusal = latest.refusal
         return client.get_job(one)
 
     def do(one: str) -> Any:
         return client.adopt(one, chosen, reason=reason)
 
-    def rehearse(one: str) -> Any:
+    def dry(one: str) -> Any:
         from jobd.client.errors import Forbidden, JobdError
 
         try:
@@ -217,18 +218,18 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
             raise JobdError(refusal.message, code=refusal.error) from None
 
     froms = ("queued", "failed", "cancelled")
-    deed = Confirmation("adopt", look, "completed", do, lambda job: job.status, froms, lambda job: details, rehearse)
-    return run_action(deed, (job_id,), **how)
+    confirmation = Confirmation("adopt", look, "completed", do, lambda job: job.status, froms, lambda job: details, dry)
+    return run_action(confirmation, (job_id,), **how)
 
 
 def _describe_late_result(late: LateResultView) -> str:
-    """A late result in a line: its number, whose it is, what it holds."""
+    """Describe a late result in a line: its number, worker and fields."""
     from jobd.cli.tables import json_text
 
     held = {name: getattr(late, name) for name in ("download_url", "file_path", "storage_key")}
     held["metadata"] = json_text(late.metadata)
     parts = [f"{name} {terminal.clip(value)}" for name, value in held.items() if value is not None]
-    return f"late result {late.seq} of {late.worker} ({', '.join(parts) or 'which says nothing but that it is done'})"
+    return f"late result {late.seq} of {late.worker} ({', '.join(parts) or 'without any field'})"
 
 
 @click.command("run-now")
@@ -247,15 +248,15 @@ def run_now(job_id: str, reason: str | None, **how: bool) -> int:
 
 @click.command()
 @click.argument("job_id", metavar="ID")
-@click.option("--priority", type=int, metavar="N", help="-1000 to 1000, smaller runs first.")
-@click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC), or this long from now.")
-@click.option("--max-attempts", type=int, metavar="N", help="How often it may be tried.")
+@click.option("--priority", type=int, metavar="N", help="-1000 to 1000; smaller numbers run first.")
+@click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC), or a duration from now.")
+@click.option("--max-attempts", type=int, metavar="N", help="Maximum number of attempts.")
 @_REASON
 @dry_run_option
 @json_option
 @admin_options
 def update(job_id: str, reason: str | None, dry_run: bool, as_json: bool, **fields: Any) -> int:
-    """Change priority, due time or attempts of a job."""
+    """Change the priority, due time or attempts of a job."""
     if all(value is None for value in fields.values()):
         raise click.UsageError("nothing to change: give --priority, --run-at or --max-attempts")
     client = admin_client()
@@ -275,9 +276,9 @@ def _change(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Set fields of a job, whose status stays. A dry run says from what to what.
+    """Set fields of a job without changing its status. A dry run shows old and new values.
 
-    `asked` is what is set of a job, as far as that can be told without the daemon: for who may only look.
+    `asked` returns the new values as far as they are known without the daemon, for read-only tokens.
     """
     would_be: JobView | None = None
 
@@ -287,25 +288,25 @@ def _change(
             after = {name: getattr(would_be, name) for name in after}
         return f" ({_differences(job, after)})"
 
-    def rehearse(one: str) -> JobView:
+    def dry(one: str) -> JobView:
         nonlocal would_be
         would_be = do(one, dry_run=True)
         return would_be
 
-    deed = Confirmation(words, client.get_job, "", do, _fields, froms, details, rehearse)
-    return run_action(deed, (job_id,), yes=True, dry_run=dry_run, as_json=as_json)
+    confirmation = Confirmation(words, client.get_job, "", do, _fields, froms, details, dry)
+    return run_action(confirmation, (job_id,), yes=True, dry_run=dry_run, as_json=as_json)
 
 
 def _differences(job: JobView, after: dict[str, int]) -> str:
-    """`priority 0 → 5, due … → …`: where `after` is not what the job has."""
-    told = []
+    """Describe what `after` changes: `priority 0 → 5, due … → …`."""
+    shown = []
     for name, value in after.items():
         before = getattr(job, name)
         if name == "run_at" and before != value:
-            told.append(f"due {terminal.when(before)} → {terminal.when(value)}")
+            shown.append(f"due {terminal.when(before)} → {terminal.when(value)}")
         elif before != value:
-            told.append(f"{name} {before} → {value}")
-    return ", ".join(told) or "which changes nothing"
+            shown.append(f"{name} {before} → {value}")
+    return ", ".join(shown) or "which changes nothing"
 
 
 def _fields(job: JobView) -> str:

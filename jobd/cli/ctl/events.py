@@ -1,7 +1,4 @@
-"""jobctl's verbs that go on: events as they happen, and a live table. Over the admin API.
-
-Hold no logic of jobs: read the command line, ask the client, show the answer.
-"""
+"""`jobctl events` and `jobctl top`, over the admin API."""
 
 from __future__ import annotations
 
@@ -19,20 +16,25 @@ if TYPE_CHECKING:
     from jobd.client import JobdError
 
 SHOWN: Final = 100
-MAX_SHOWN: Final = 10_000  # as the daemon allows, both
+MAX_SHOWN: Final = 10_000  # both are limits of the daemon
 MAX_NAMES: Final = 100
 MIN_INTERVAL_MS: Final = 100
 
 
 @click.command()
-@click.option("-f", "--follow", is_flag=True, help="Go on with events as they happen, until Ctrl-C.")
-@click.option("--queue", type=NAME, metavar="Q", multiple=True, help="Only of this queue; may be repeated.")
-@click.option("--job", type=NAME, metavar="ID", multiple=True, help="Only of this job; may be repeated.")
+@click.option("-f", "--follow", is_flag=True, help="Follow new events until Ctrl-C.")
+@click.option("--queue", type=NAME, metavar="Q", multiple=True, help="Only events of this queue; may be repeated.")
+@click.option("--job", type=NAME, metavar="ID", multiple=True, help="Only events of this job; may be repeated.")
 @click.option(
-    "--type", "type_", type=NAME, metavar="T", multiple=True, help="Only of this type (completed, …); may be repeated."
+    "--type",
+    "type_",
+    type=NAME,
+    metavar="T",
+    multiple=True,
+    help="Only events of this type (completed, …); may be repeated.",
 )
-@click.option("--after", metavar="SEQ", type=click.IntRange(0), help="Begin behind the event of this number.")
-@click.option("--last", metavar="N", type=click.IntRange(1, MAX_SHOWN), help="Begin N events ago.")
+@click.option("--after", metavar="SEQ", type=click.IntRange(0), help="Start after the event with this number.")
+@click.option("--last", metavar="N", type=click.IntRange(1, MAX_SHOWN), help="Start N events ago.")
 @json_option
 @admin_options
 def events(
@@ -44,30 +46,30 @@ def events(
     last: int | None,
     as_json: bool,
 ) -> None:
-    """Show what has happened, one event a line; with -f as it happens.
+    """Print events, one per line.
 
-    Without -f: of the last 100 events (--last), or of those behind --after, the ones that match, up to now.
-    With -f: from now on. A lost connection is made again, and nothing in between is missed.
+    Prints the matching ones of the last 100 events, or of those that --last or --after select. With -f, follows new
+    events. A lost connection is opened again, and no event is missed.
     """
     from jobd.cli import tables
 
     if after is not None and last is not None:
-        raise click.UsageError("--after and --last say two beginnings: give one")
+        raise click.UsageError("--after and --last exclude each other: give one of them")
     if after is None and last is None and not follow:
         last = SHOWN
     position = [after]
 
     def lost(error: JobdError) -> None:
-        terminal.say(f"jobctl: {error.message} Connecting again{_from(position[0])}.")
+        terminal.say(f"jobctl: {error.message} Reconnecting{_from(position[0])}.")
 
     for names in (queue, job, type_):
         if len(names) > MAX_NAMES:
-            raise click.UsageError(f"an option may be given {MAX_NAMES} times at most")
-    heard = admin_client().events(
+            raise click.UsageError(f"an option can be given at most {MAX_NAMES} times")
+    stream = admin_client().events(
         queue=queue, job_id=job, type=type_, after=after, last=last, follow=follow, on_lost=lost
     )
-    with closing(heard):
-        for event in heard:
+    with closing(stream):
+        for event in stream:
             position[0] = event.seq
             terminal.emit_json_line(event) if as_json else terminal.emit(tables.event_line(event))
             if follow:
@@ -75,25 +77,25 @@ def events(
 
 
 def _from(position: int | None) -> str:
-    return "" if position is None else f", behind event {position}"
+    return "" if position is None else f" after event {position}"
 
 
 @click.command()
-@click.option("--interval", type=DURATION, default="2s", show_default=True, help="Time between two looks.")
-@click.option("--once", is_flag=True, help="Show one frame and end; needs no terminal.")
+@click.option("--interval", type=DURATION, default="2s", show_default=True, help="Time between two updates.")
+@click.option("--once", is_flag=True, help="Print the table once and exit; needs no terminal.")
 @json_option
 @admin_options
 def top(interval: int, once: bool, as_json: bool) -> int:
-    """Watch the daemon: jobs, throughput, queues, workers, alerts.
+    """Watch jobs, throughput, queues, workers and alerts.
 
-    Ends with q or Ctrl-C. Rates are those of the last 10 s, with --once and --json of one interval.
+    Press q or Ctrl-C to exit. Rates cover the last 10 s; with --once and --json one interval.
     """
     from jobd.cli.ctl import top as view
 
     if interval < MIN_INTERVAL_MS:
-        raise click.UsageError(f"--interval must be {MIN_INTERVAL_MS}ms at least")
+        raise click.UsageError(f"--interval must be at least {MIN_INTERVAL_MS}ms")
     if not (once or as_json or sys.stdout.isatty()):
-        raise click.UsageError("top draws on a terminal: give --once for one frame, or --json")
+        raise click.UsageError("top needs a terminal: give --once or --json")
     client = admin_client()
     samples = view.Sampler()
     if once or as_json:

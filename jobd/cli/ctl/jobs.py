@@ -1,7 +1,4 @@
-"""jobctl's verbs that look at jobs over the worker API, and cancel, which is at both doors.
-
-Hold no logic of jobs: read the command line, ask the client, show the answer.
-"""
+"""The verbs that read jobs over the worker API, and `cancel`, which uses either API."""
 
 from __future__ import annotations
 
@@ -23,30 +20,32 @@ if TYPE_CHECKING:
 
 STATUSES: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 _PAGE: Final = 200
-_OF_OPERATORS: Final = frozenset({"since", "until", "finished_since", "finished_until", "q", "error"})
+_ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished_until", "q", "error"})
 
 
 @click.command()
 @click.option("--status", type=STATUSES, help="Only jobs with this status.")
 @click.option("--queue", type=NAME, metavar="NAME", help="Only jobs of this queue.")
 @click.option("--kind", metavar="KIND", help="Only jobs of this kind.")
-@click.option("--worker", type=NAME, metavar="NAME", help="Only jobs that this worker holds, or had last.")
-@click.option("--since", type=PAST, metavar="TIME", help="Only jobs created from then (UTC) on; 2h: 2 hours ago. *")
-@click.option("--until", type=PAST, metavar="TIME", help="Only jobs created before. *")
-@click.option("--finished-since", type=PAST, metavar="TIME", help="Only jobs that ended from then on. *")
-@click.option("--finished-until", type=PAST, metavar="TIME", help="Only jobs that ended before. *")
+@click.option("--worker", type=NAME, metavar="NAME", help="Only jobs that this worker holds or held last.")
+@click.option(
+    "--since", type=PAST, metavar="TIME", help="Only jobs created at or after this time (UTC); 2h: 2 hours ago. *"
+)
+@click.option("--until", type=PAST, metavar="TIME", help="Only jobs created before this time. *")
+@click.option("--finished-since", type=PAST, metavar="TIME", help="Only jobs finished at or after this time. *")
+@click.option("--finished-until", type=PAST, metavar="TIME", help="Only jobs finished before this time. *")
 @click.option("--text", "q", metavar="TEXT", help="Only jobs with this text in id, payload or error message. *")
-@click.option("--error", metavar="NAME", help="Only jobs that failed alike: see jobctl failures. *")
-@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="How many at most.")
-@click.option("--all", "everything", is_flag=True, help="All of them.")
-@click.option("--cursor", metavar="CURSOR", help="Go on where a page ended.")
-@click.option("-q", "--quiet", is_flag=True, help="Only the ids, one a line: for xargs.")
+@click.option("--error", metavar="NAME", help="Only jobs that failed with this error of jobctl failures. *")
+@click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Maximum number of jobs.")
+@click.option("--all", "everything", is_flag=True, help="List all jobs.")
+@click.option("--cursor", metavar="CURSOR", help="Continue after the page that printed this cursor.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only ids, one per line.")
 @json_option
 @all_options
 def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json: bool, **match: Any) -> None:
     """List jobs, newest first.
 
-    With an option that is marked * the admin port is asked instead of the worker socket.
+    Options marked * use the admin API instead of the worker API.
     """
     found, following = _pages(None if everything else limit, cursor, match)
     if as_json:
@@ -60,13 +59,13 @@ def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json:
 
         tables.jobs(found)
     if following is not None:
-        terminal.say(f"There are more: --cursor {following} goes on, --all shows all.")
+        terminal.say(f"There are more: --cursor {following} continues, --all lists all.")
 
 
 def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tuple[list[JobInfo], str | None]:
-    """Up to `limit` jobs (None: all) over as many pages as it takes, and the cursor of what follows."""
+    """Return up to `limit` jobs (None: all) and the cursor of the next page."""
     asked = {name: value for name, value in match.items() if value is not None}
-    client = admin_client() if _OF_OPERATORS & asked.keys() else job_client()
+    client = admin_client() if _ADMIN_FILTERS & asked.keys() else job_client()
     found: list[JobInfo] = []
     while True:
         left = _PAGE if limit is None else min(_PAGE, limit - len(found))
@@ -94,7 +93,7 @@ def job(job_id: str, as_json: bool) -> None:
 @json_option
 @worker_options
 def why(job_id: str, as_json: bool) -> None:
-    """Say why a job is where it is, and what happens next."""
+    """Explain a job's status and what happens next."""
     from jobd.cli import tables
 
     view = job_client().why(job_id)
@@ -106,7 +105,7 @@ def why(job_id: str, as_json: bool) -> None:
 @json_option
 @worker_options
 def timeline(job_id: str, as_json: bool) -> None:
-    """Show what happened to a job, oldest first."""
+    """List the events of a job, oldest first."""
     from jobd.cli import tables
 
     events = job_client().timeline(job_id)
@@ -118,7 +117,7 @@ def timeline(job_id: str, as_json: bool) -> None:
 @json_option
 @worker_options
 def validate(job_id: str, as_json: bool) -> int:
-    """Check a job's record: exit 0 if it is valid, 1 if not."""
+    """Check a job's record; exit 0 if it is valid, else 1."""
     from jobd.cli import tables
 
     found = job_client().validate_job_state(job_id)
@@ -129,15 +128,15 @@ def validate(job_id: str, as_json: bool) -> int:
 @click.command()
 @click.argument("ids", metavar="[ID...]", nargs=-1)
 @where_option
-@reason_option("Kept with the job, and told to its holder.")
+@reason_option("Stored with the job and sent to its worker.")
 @destructive_options
 @all_options
 def cancel(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Cancel jobs that are not finished.
 
-    A worker that holds one is told to stop. With an admin token the admin port is asked: what would be done is
-    planned and shown first, and the audit log has it, with your name. Without one, or where --socket or
-    --url is given, named jobs are cancelled over the worker API one by one, and the audit log has nothing of it.
+    A worker that holds a job is told to stop. With an admin token, jobctl uses the admin API: it shows a plan first,
+    and the audit log records the cancellation with your name. Without one, or with --socket or --url, it cancels the
+    named jobs one by one over the worker API, without an audit entry.
 
     \b
     Example: jobctl cancel --where queue=video --where status=queued

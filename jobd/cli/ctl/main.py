@@ -1,8 +1,4 @@
-"""jobctl: the program. Its verbs are in ctl_submit.py, ctl_run.py, ctl_jobs.py (worker API), and for operators in
-ctl_admin.py, ctl_webhooks.py, ctl_live.py, ctl_move.py, ctl_change.py, ctl_plan.py (admin API).
-
-Imports only what the command line itself needs, so that --help is quick.
-"""
+"""The program jobctl. Imports only what the command line needs, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -22,16 +18,16 @@ from jobd.cli.params import SETTINGS, VerbGroup
 @click.version_option(__version__, prog_name="jobctl")
 @all_options
 def jobctl() -> None:
-    """Talk to a running jobd: submit, run and look at jobs, and operate the daemon.
+    """Submit, run and inspect jobs, and operate a running jobd.
 
     \b
-    Exit codes: 0 done, 1 failed, 2 usage, 3 daemon not reachable, 4 not found or refused,
-    5 not authorised, 74 I/O error, 75 try again, 78 configuration, 130 interrupted (Ctrl-C).
+    Exit codes: 0 done, 1 failed, 2 usage, 3 daemon unreachable, 4 not found or rejected,
+    5 unauthorized, 74 I/O error, 75 try again, 78 configuration, 130 interrupted (Ctrl-C).
     """
 
 
 jobctl.add_all(
-    "Jobs (worker socket)",
+    "Jobs (worker API)",
     submit.submit,
     run.run,
     jobs.jobs,
@@ -42,7 +38,7 @@ jobctl.add_all(
     jobs.cancel,
 )
 jobctl.add_all(
-    "Operators (admin port)",
+    "Operators (admin API)",
     *admin.VERBS,
     webhooks.webhooks,
     *events.VERBS,
@@ -52,7 +48,7 @@ jobctl.add_all(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run jobctl; gives the exit code."""
+    """Run jobctl and return the exit code."""
     return exit_codes.run(jobctl, "jobctl", argv)
 
 

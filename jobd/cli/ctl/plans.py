@@ -1,7 +1,4 @@
-"""Doing something to many jobs: plans are made and shown, then applied; jobctl retry, and jobctl apply.
-
-Knows nothing of jobs: the daemon makes the plan and says what would be done, and what was.
-"""
+"""Actions on many jobs: make plans, show them, ask, apply them; `jobctl retry` and `jobctl apply`."""
 
 from __future__ import annotations
 
@@ -24,38 +21,38 @@ if TYPE_CHECKING:
 
 _TIMES: Final = ("since", "until", "finished_since", "finished_until")
 _NAMES: Final = ("status", "queue", "kind", "worker", *_TIMES, "text", "error")
-_GOES_TOO: Final = "Their history goes with them, and what the store of artifacts, if there is one, has of them."
+_DELETED_TOO: Final = "Their history and their stored results are deleted, too."
 _WORDS: Final = {"recover-stuck": "recover", "cleanup": "clean up"}
 _SHOWN: Final = 20  # jobs of a plan; --json shows all
-_AT_ONCE: Final = 5  # plans that are shown and asked about as one; the daemon keeps 20, of 100 000 jobs
+_AT_ONCE: Final = 5  # plans that one question covers; the daemon keeps 20 plans, of 100 000 jobs in all
 
 
 def where_option(verb: Any) -> Any:
-    """--where NAME=VALUE, as often as it takes."""
+    """Add --where NAME=VALUE, which can be repeated."""
     text = (
-        "Instead of IDs: all jobs that fit. NAME is status, queue, kind, worker, text, error (see "
-        "jobctl failures), since or until (of the creation), finished_since or finished_until (a time in UTC, or 2h: 2 "
-        "hours ago); several have to fit together."
+        "Instead of IDs: all jobs that match. NAME is status, queue, kind, worker, text, error (see jobctl failures), "
+        "since or until (of the creation), finished_since or finished_until. Times are in UTC, or 2h: 2 hours ago. "
+        "Several filters apply together."
     )
     return click.option("--where", "where", metavar="NAME=VALUE", multiple=True, help=text)(verb)
 
 
 def is_plan(ids: Sequence[str], where: Sequence[str]) -> bool:
-    """Whether it takes a plan: for --where, or more than one ID. Usage error unless there are either IDs or --where."""
+    """Return whether to make a plan: for --where or several IDs. Raises UsageError for neither or both."""
     if bool(ids) == bool(where):
-        raise click.UsageError("name jobs by their IDs, or say which with --where NAME=VALUE: one of them")
+        raise click.UsageError("name jobs by their IDs or select them with --where NAME=VALUE: one of the two")
     return bool(where) or len(ids) > 1
 
 
 def _filter(where: Sequence[str]) -> dict[str, Any]:
-    """The filters of --where."""
+    """Parse the filters of --where."""
     found: dict[str, Any] = {}
     for text in where:
         name, sign, value = text.partition("=")
         if not sign or name not in _NAMES:
-            raise click.UsageError(f"--where {text!r}: it has to be NAME=VALUE, NAME one of {', '.join(_NAMES)}")
+            raise click.UsageError(f"--where {text!r}: it must be NAME=VALUE, NAME one of {', '.join(_NAMES)}")
         if name in found:
-            raise click.UsageError(f"--where {name} is given twice: a job has to fit all of them")
+            raise click.UsageError(f"--where {name} is given twice: a job must match all filters")
         found[name] = value
     for name in _TIMES:
         if name in found:
@@ -78,9 +75,9 @@ def run_plans(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Make plans, show them, ask, apply them: so many at once, until the whole filter is done.
+    """Make plans, show them, ask and apply them, until all matching jobs are done.
 
-    Exit 4 where something of it could not be done.
+    Returns exit code 4 if some jobs were not done.
     """
     wanted: dict[str, Any] = _filter(where) if where else {"ids": list(ids)}
     if not (yes or dry_run):
@@ -102,7 +99,7 @@ def run_plans(
             is_left = not _apply(client, plans, as_json=as_json) or is_left
         elif is_first or any(plan.skipped_count for plan in plans):
             left = " ".join(_skipped(plan) for plan in plans if plan.skipped_count)
-            terminal.say(f"No job can be done: {left}" if left else "No job fits.")
+            terminal.say(f"No job can be changed: {left}" if left else "No job matches.")
             is_left = bool(ids)
             if as_json and is_first:
                 terminal.emit_json(_empty_result(plans[0]))
@@ -113,7 +110,7 @@ def run_plans(
 def run_for_one(
     client: AdminClient,
     action: PlanAction,
-    deed: Confirmation,
+    confirmation: Confirmation,
     job_id: str,
     reason: str | None,
     answer: Callable[[JobView, PlanView, PlanResult], Any],
@@ -122,27 +119,27 @@ def run_for_one(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Do `deed` to one job. Who looks at it first has a plan of what they see: it is done to that, or not at all.
+    """Apply an action to one job. What a dry run or a question showed is done exactly so, or not at all.
 
-    With --yes nobody has seen anything: the daemon is asked at once. `answer` makes of a plan what it would have said.
+    With --yes, no plan is made. `answer` builds the response that the call without a plan would have had.
     """
     if yes and not dry_run:
-        return confirm.run_action(deed, (job_id,), yes=True, dry_run=False, as_json=as_json)
+        return confirm.run_action(confirmation, (job_id,), yes=True, dry_run=False, as_json=as_json)
     if dry_run:
         plan = _plan_of(client, action, job_id, reason)
-        code = confirm.run_action(deed, (job_id,), yes=yes, dry_run=True, as_json=as_json)
+        code = confirm.run_action(confirmation, (job_id,), yes=yes, dry_run=True, as_json=as_json)
         if code == exit_codes.DONE:
             _show_late_of_one(client, action, job_id, plan, terminal.emit)
             if plan is not None and plan.count:
                 _name_plans([plan])
         return code
     confirm.need_terminal()
-    plan = client.make_plan(action, ids=[job_id], reason=reason)  # first: what happens after it is no more what it saw
-    job = deed.get_job(job_id)
+    plan = client.make_plan(action, ids=[job_id], reason=reason)  # first: later changes then reject the plan
+    job = confirmation.get_job(job_id)
     if not plan.count:
-        raise exit_codes.CliError(_rejection(deed, plan), exit_codes.REJECTED)
+        raise exit_codes.CliError(_rejection(confirmation, plan), exit_codes.REJECTED)
     _show_late_of_one(client, action, job_id, plan, terminal.say)
-    confirm.confirm_job(deed, job)
+    confirm.confirm_job(confirmation, job)
     result = _apply_one(client, plan)
     if not result.applied:
         _show_not_done([result])
@@ -151,12 +148,12 @@ def run_for_one(
     if as_json:
         terminal.emit_json(done)
     else:
-        terminal.emit(f"{job_id}: {deed.describe(done)}")
+        terminal.emit(f"{job_id}: {confirmation.describe(done)}")
     return exit_codes.DONE
 
 
 def _plan_of(client: AdminClient, action: PlanAction, job_id: str, reason: str | None) -> PlanView | None:
-    """A plan of one job; None for who may look, but not plan."""
+    """Return a plan of one job; None with a read-only token."""
     from jobd.client.errors import Forbidden
 
     try:
@@ -168,7 +165,7 @@ def _plan_of(client: AdminClient, action: PlanAction, job_id: str, reason: str |
 def _show_late_of_one(
     client: AdminClient, action: PlanAction, job_id: str, plan: PlanView | None, tell: Callable[[str], None]
 ) -> None:
-    """Say what came late to the job and waits to be adopted: as its plan found it, or as it is for who has no plan."""
+    """Mention late results that can be adopted, from the plan or, without one, from the job."""
     from jobd.model.job import may_adopt
     from jobd.model.responses import late_results_note
 
@@ -180,16 +177,16 @@ def _show_late_of_one(
         tell(f"{note} See: jobctl late {job_id}")
 
 
-def _rejection(deed: Confirmation, plan: PlanView) -> str:
+def _rejection(confirmation: Confirmation, plan: PlanView) -> str:
     left = plan.skipped[0]
     is_ = f"it is {left.status}. " if left.status else ""
-    return f"{left.id}: {deed.action} is refused: {is_}{left.why}"
+    return f"{left.id}: {confirmation.action} is rejected: {is_}{left.why}"
 
 
 def _make_plans(
     client: AdminClient, action: PlanAction, cursor: str | None, wanted: dict[str, Any]
 ) -> tuple[list[PlanView], str | None]:
-    """Some plans, one at least, and where the next one would begin (None: these are all)."""
+    """Return at least one plan, and the cursor of the next one (None: there are no more)."""
     plans: list[PlanView] = []
     while True:
         with busy(f"plan: {_jobs(sum(plan.count for plan in plans))} so far"):
@@ -202,14 +199,14 @@ def _make_plans(
 
 
 def _empty_result(plan: PlanView) -> PlanResult:
-    """The result of a plan without jobs, which need not be applied: programs read one whatever there was to do."""
+    """Return the result of a plan without jobs, which is not applied, so that --json always prints a result."""
     from jobd.model.responses import PlanResult
 
     return PlanResult(plan.plan_id, plan.action, applied=0, changed=[], refused=[], applied_at=plan.made_at)
 
 
 def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool) -> bool:
-    """Do what the plans say; whether that was everything."""
+    """Apply the plans and return whether all their jobs were done."""
     results = []
     for plan in plans:
         if not plan.count:
@@ -229,12 +226,12 @@ def _apply_one(client: AdminClient, plan: PlanView) -> PlanResult:
         with busy(f"{plan.action}: {_jobs(plan.count)}"):
             return client.apply_plan(plan.plan_id)
     except JobdError:
-        terminal.say(f"To go on with this plan: jobctl apply {plan.plan_id}")
+        terminal.say(f"To continue this plan: jobctl apply {plan.plan_id}")
         raise
 
 
 def _show_all(plans: Sequence[PlanView], cursor: str | None, *, as_json: bool) -> None:
-    """Plans that are not applied now, and how they can be."""
+    """Show plans of a dry run, and the command that applies them."""
     if as_json:
         for plan in plans:
             terminal.emit_json(plan)
@@ -246,14 +243,14 @@ def _show_all(plans: Sequence[PlanView], cursor: str | None, *, as_json: bool) -
 
 
 def _name_plans(plans: Sequence[PlanView], but: str = "") -> None:
-    """How these plans can be applied later."""
+    """Show the command that applies the plans."""
     if plans:
         names = " ".join(plan.plan_id for plan in plans)
         terminal.say(f"To do exactly this{but}, until {terminal.instant(plans[0].expires_at)}: jobctl apply {names}")
 
 
 def maintenance_plan(client: AdminClient, action: PlanAction, reason: str | None) -> PlanView | None:
-    """A plan of what time would do now; None where it would do nothing, or for who may look, but not plan."""
+    """Return a plan of recovery or cleanup; None if it would do nothing or the token is read-only."""
     from jobd.client.errors import Forbidden
 
     try:
@@ -264,18 +261,18 @@ def maintenance_plan(client: AdminClient, action: PlanAction, reason: str | None
 
 
 def show_apply_command(plan: PlanView | None) -> None:
-    """How what time would do can be done exactly so, and what of it is not in the plan."""
+    """Show the command that applies the plan, and what the plan does not cover."""
     if plan is None:
         return
-    _name_plans([plan], ", but for what would be mended" if plan.action == "cleanup" else "")
+    _name_plans([plan], ", except for the fixes" if plan.action == "cleanup" else "")
     if plan.more:
-        terminal.say("There are more than one plan takes: once it is applied, --dry-run names the next one.")
+        terminal.say("There are more than one plan can hold: after applying it, --dry-run names the next one.")
 
 
 def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
     jobs = [job for plan in plans for job in plan.jobs]
     names = f"plan {plans[0].plan_id}" if len(plans) == 1 else f"{len(plans)} plans"
-    more = ", and there are more, which come after these" if is_more else ""
+    more = ", and more after these" if is_more else ""
     terminal.emit(f"{plans[0].action}: {_jobs(len(jobs))} ({names}){more}")
     rows = [(job.id, f"{job.from_} → {job.to or 'deleted'}") for job in jobs[:_SHOWN]]
     if rows:
@@ -283,7 +280,7 @@ def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
     if len(jobs) > _SHOWN:
         terminal.emit(f"… and {len(jobs) - _SHOWN} more (--json shows all)")
     if any(job.to is None for job in jobs):
-        terminal.emit(_GOES_TOO)
+        terminal.emit(_DELETED_TOO)
     _show_late(plans[0].action, [job for plan in plans if plan.result is None for job in plan.jobs])
     for plan in plans:
         if plan.skipped_count:
@@ -293,7 +290,7 @@ def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
 
 
 def _show_late(action: PlanAction, jobs: Sequence[PlannedJob]) -> None:
-    """Which of the jobs have work that came late and waits to be adopted, also of those that are not shown."""
+    """List the jobs with late results that can be adopted, also if the table omits them."""
     from jobd.model.responses import plan_late_results_note
 
     if (note := plan_late_results_note(action, jobs)) is None:
@@ -304,13 +301,13 @@ def _show_late(action: PlanAction, jobs: Sequence[PlannedJob]) -> None:
 
 
 def _skipped(plan: PlanView) -> str:
-    """How many are left alone, and the reasons."""
+    """Describe how many jobs are skipped, and why."""
     reasons = dict.fromkeys(f"{job.why}" for job in plan.skipped)
-    return f"{_jobs(plan.skipped_count)} left alone: {' '.join(list(reasons)[:3])}"
+    return f"{_jobs(plan.skipped_count)} skipped: {' '.join(list(reasons)[:3])}"
 
 
 def _show_results(plans: Sequence[PlanView], results: Sequence[PlanResult]) -> None:
-    before = " before, nothing now" if all(result.repeated for result in results) else ""
+    before = " before, none now" if all(result.repeated for result in results) else ""
     terminal.emit(f"{plans[0].action}: {_jobs(sum(result.applied for result in results))} done{before}")
     _show_not_done(results)
     for plan in plans:
@@ -319,10 +316,10 @@ def _show_results(plans: Sequence[PlanView], results: Sequence[PlanResult]) -> N
 
 
 def _show_not_done(results: Sequence[PlanResult]) -> None:
-    """Jobs of plans to which nothing was done, and why."""
+    """List the jobs that were not changed, and why."""
     changed = [job for result in results for job in result.changed]
     refused = [job for result in results for job in result.refused]
-    for title, left in (("changed meanwhile", changed), ("refused", refused)):
+    for title, left in (("changed meanwhile", changed), ("rejected", refused)):
         for job in left[:_SHOWN]:
             terminal.say(f"{job.id}: {title}: {_change_of(job)}")
         if len(left) > _SHOWN:
@@ -340,13 +337,13 @@ def _jobs(count: int) -> str:
 @click.command()
 @click.argument("ids", metavar="[ID...]", nargs=-1)
 @where_option
-@reason_option("Kept with the jobs.")
+@reason_option("Stored with the jobs.")
 @destructive_options
 @admin_options
 def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
-    """Put failed and cancelled jobs back into their queue as new.
+    """Requeue failed and cancelled jobs as new.
 
-    What would be done is shown first. A job that changes meanwhile is left alone.
+    Shows the plan first. A job that changes meanwhile is skipped.
 
     \b
     Example: jobctl retry --where queue=video --where status=failed --where since=1d
@@ -360,11 +357,11 @@ def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **ho
 @destructive_options
 @admin_options
 def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json: bool) -> int:
-    """Apply plans that were looked at before.
+    """Apply plans that were shown before.
 
-    Exactly what they show is done. --dry-run of retry, cancel, force-fail, force-reset, delete, recover-stuck and
-    cleanup (with an admin token) names its plans; in the dashboard they are in the address of their page. They are kept
-    for 15 minutes. A job that has changed since is left alone.
+    Does exactly what they show. --dry-run of retry, cancel, force-fail, force-reset, delete, recover-stuck and cleanup
+    prints the ids of its plans (with an admin token). In the dashboard, the address of a plan's page has its id. Plans
+    are kept for 15 minutes. A job that has changed since is skipped.
 
     \b
     Example: jobctl delete --where status=completed --dry-run; jobctl apply 3fa29c01d2e4b587
@@ -376,7 +373,9 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
     new = [plan for plan in plans if plan.result is None]
     for plan in plans:
         if plan.result is not None:
-            terminal.say(f"Plan {plan.plan_id} was applied {terminal.when(plan.result.applied_at)}; it is done once.")
+            terminal.say(
+                f"Plan {plan.plan_id} was applied {terminal.when(plan.result.applied_at)}; a plan is applied once."
+            )
         elif not as_json and not yes:
             _show_plans([plan], is_more=plan.more)
             if plan.reason:

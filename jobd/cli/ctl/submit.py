@@ -1,4 +1,4 @@
-"""jobctl submit: the command line of a new job, and waiting for its end."""
+"""`jobctl submit`: create a job, and wait for its end."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ _WAIT_RETRY_FOR_S: Final = 60.0  # --wait survives a restart of the daemon
 
 @click.command()
 @click.argument("payload", required=False)
-@click.option("--queue", type=NAME, metavar="NAME", help="Queue of the job (default: default).")
-@click.option("--kind", metavar="KIND", help="What sort of work it is.")
-@click.option("--id", "job_id", type=NAME, metavar="ID", help="The job's id; submitting the same job twice makes one.")
-@click.option("--priority", type=int, metavar="N", help="-1000 to 1000, smaller runs first.")
+@click.option("--queue", type=NAME, metavar="NAME", help="Queue of the job.  [default: default]")
+@click.option("--kind", metavar="KIND", help="Kind of work; workers can claim by kind.")
+@click.option(
+    "--id", "job_id", type=NAME, metavar="ID", help="Id of the job; submitting the same job twice creates one."
+)
+@click.option("--priority", type=int, metavar="N", help="-1000 to 1000; smaller numbers run first.")
 @click.option("--delay", "delay_ms", type=DURATION, metavar="10s", help="Due this long from now.")
 @click.option("--run-at", type=MOMENT, metavar="TIME", help="Due at this time (UTC).")
 @click.option(
@@ -27,19 +29,33 @@ _WAIT_RETRY_FOR_S: Final = 60.0  # --wait survives a restart of the daemon
     "expires_at",
     type=MOMENT,
     metavar="TIME",
-    help="Fail it if it still waits then, or again (UTC).",
+    help="Fail the job if it is queued at this time (UTC).",
 )
-@click.option("--max-attempts", type=int, metavar="N", help="How often it may be tried (default: 1).")
-@click.option("--max-stalls", type=int, metavar="N", help="How often its worker may go silent.")
-@click.option("--on-stall", type=click.Choice(["auto", "requeue", "fail"]), help="What happens when it goes silent.")
-@click.option("--stuck-after", "stuck_after_ms", type=DURATION, metavar="10m", help="Silence that counts as stuck.")
-@click.option("--max-processing", "max_processing_ms", type=DURATION, metavar="30m", help="Ceiling of a lock; 0: none.")
-@click.option("--backoff", type=click.Choice(["exponential", "fixed"]), help="How the wait between attempts grows.")
-@click.option("--backoff-base", type=DURATION, metavar="1s", help="The first wait between attempts.")
-@click.option("--backoff-max", type=DURATION, metavar="1h", help="The longest wait between attempts.")
-@click.option("--no-jitter", is_flag=True, help="Wait exactly so long between attempts, not at random up to it.")
-@click.option("--idempotency-key", type=NAME, metavar="KEY", help="The same key and job again changes nothing.")
-@click.option("--wait", is_flag=True, help="Wait until it is finished; exit 0 if it completed, 1 otherwise.")
+@click.option("--max-attempts", type=int, metavar="N", help="Maximum number of attempts.  [default: 1]")
+@click.option("--max-stalls", type=int, metavar="N", help="Maximum number of stalls.")
+@click.option("--on-stall", type=click.Choice(["auto", "requeue", "fail"]), help="What happens when the job stalls.")
+@click.option(
+    "--stuck-after",
+    "stuck_after_ms",
+    type=DURATION,
+    metavar="10m",
+    help="Time without a report after which the job is stalled.",
+)
+@click.option(
+    "--max-processing",
+    "max_processing_ms",
+    type=DURATION,
+    metavar="30m",
+    help="Longest time without progress; 0: no limit.",
+)
+@click.option("--backoff", type=click.Choice(["exponential", "fixed"]), help="How the delay between attempts grows.")
+@click.option("--backoff-base", type=DURATION, metavar="1s", help="First delay between attempts.")
+@click.option("--backoff-max", type=DURATION, metavar="1h", help="Longest delay between attempts.")
+@click.option("--no-jitter", is_flag=True, help="Use exactly these delays, not random ones up to them.")
+@click.option(
+    "--idempotency-key", type=NAME, metavar="KEY", help="Repeating the command with the same key creates no second job."
+)
+@click.option("--wait", is_flag=True, help="Wait for the end of the job; exit 0 if it completed, else 1.")
 @json_option
 @worker_options
 def submit(

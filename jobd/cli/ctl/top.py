@@ -1,7 +1,4 @@
-"""The live table of `jobctl top`: what one look at the daemon gives, and how it is drawn.
-
-Asks the client and changes nothing. Everything from outside is escaped as in show.py.
-"""
+"""The live table of `jobctl top`: sample the daemon and draw a frame."""
 
 from __future__ import annotations
 
@@ -26,27 +23,27 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-WINDOW_S: Final = 10.0  # rates are those of so long
+WINDOW_S: Final = 10.0  # rates cover this time
 RATES: Final = ("created", "granted", "completed", "failed", "retried", "stalled")
-MAX_WORKERS: Final = 200  # workers and locks that one look asks for
-NARROW: Final = 72  # columns below which workers are shown without when they were last seen
-WIDE: Final = 140  # columns of a terminal that has room for the claims and descriptions of workers
-MIDDLE: Final = 32  # columns of a worker's claim, and of its description
-NAME: Final = 20  # columns that a name gets before a table leaves some of its own out
+MAX_WORKERS: Final = 200  # workers and locks of one sample
+NARROW: Final = 72  # columns below which LAST SEEN is omitted
+WIDE: Final = 140  # columns from which CLAIMS and ABOUT are shown
+MIDDLE: Final = 32  # columns of a worker's claims, and of its description
+NAME: Final = 20  # columns of a name before a table omits columns
 HEAD: Final = 3  # lines above the tables that rows_of counts on
 RETRYABLE: Final = frozenset({"unreachable", "overloaded", "shutting_down", "outcome_unknown"})
 _COUNT: Final = re.compile(r'^jobd_events_total\{type="(\w+)"\} (\S+)$', re.MULTILINE)
 
 
 class HeldJob(Struct, frozen=True):
-    """A job in the hands of a worker."""
+    """A job that a worker holds."""
 
     id: str
     progress: float
 
 
 class WorkerRow(Struct, frozen=True):
-    """A worker and what it holds, the one that has got furthest first."""
+    """A worker and the jobs that it holds, by progress."""
 
     worker: str
     state: str
@@ -54,31 +51,31 @@ class WorkerRow(Struct, frozen=True):
     claims: str | None
     about: str | None
     held: int
-    jobs: list[HeldJob]  # of the locks that were looked at
+    jobs: list[HeldJob]  # among the sampled locks
 
 
 class TopFrame(Struct, frozen=True):
-    """One look. `per_second` is by type of event, over `over_s` seconds; times are Unix ms."""
+    """One sample. `per_second` is by event type, over `over_s` seconds. Times are in Unix ms."""
 
     stats: StatsView
     per_second: dict[str, float]
     over_s: float
     queues: list[QueueView]
     workers: list[WorkerRow]
-    alerts: list[AlertView]  # those that fire
-    more_queues: bool = False  # there are more than were asked for
-    gone: int = 0  # workers that are not shown
+    alerts: list[AlertView]  # firing ones
+    more_queues: bool = False  # not all queues were sampled
+    gone: int = 0  # workers that are not listed
 
 
 class Sampler:
-    """Looks at the daemon, and the counts of the last ones that rates are made of."""
+    """Sample the daemon and keep the latest counts for rates."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._counts: deque[tuple[float, dict[str, float]]] = deque()
 
     def take(self, client: AdminClient, most_queues: int | None = None) -> TopFrame:
-        """One more look, at so many queues, the busiest, or at all: each costs the daemon something."""
+        """Return a sample with the busiest queues, at most `most_queues` (None: all)."""
         stats, queues, seen, locks = (
             client.stats(),
             client.queues(limit=MAX_PAGE if most_queues is None else min(most_queues + 1, MAX_PAGE), busiest=True),
@@ -106,7 +103,7 @@ class Sampler:
         return TopFrame(stats, per_second, over_s, queues[:most_queues], workers, alerts, more, seen.by_state["gone"])
 
     def rates(self, metrics: str) -> tuple[dict[str, float], float]:
-        """Events per second since the oldest look of the window; none at the first look."""
+        """Return events per second since the oldest sample of the window, and the time since then."""
         now = self._clock()
         counts = {name: float(number) for name, number in _COUNT.findall(metrics)}
         while len(self._counts) > 1 and now - self._counts[1][0] >= WINDOW_S:
@@ -116,7 +113,7 @@ class Sampler:
         over_s = now - since
         if over_s <= 0:
             return dict.fromkeys(RATES, 0.0), 0.0
-        # A daemon that was killed may count on from a little earlier.
+        # After a crash the daemon can resume from slightly older counts.
         gained = {name: max(counts.get(name, 0) - before.get(name, 0), 0) for name in RATES}
         return {name: round(count / over_s, 1) for name, count in gained.items()}, round(over_s, 1)
 
@@ -130,25 +127,25 @@ def _held(locks: Sequence[LockedJob]) -> list[HeldJob]:
 
 
 def watch(client: AdminClient, samples: Sampler, interval_s: float) -> None:
-    """Look again and again, until somebody presses q. A daemon that is away is waited for."""
+    """Draw samples until q is pressed. Waits for a daemon that is unreachable."""
     out = terminal.console()
     frame, note = samples.take(client, min(rows_of(out.height), MAX_WORKERS - 1)), ""
-    with _screen(out) as draw, _keys() as is_wanted:
+    with _screen(out) as draw, _keys() as wait:
         while True:
             draw(frame, note)
-            if not is_wanted(interval_s):
+            if not wait(interval_s):
                 return
             try:
                 frame, note = samples.take(client, min(rows_of(out.height), MAX_WORKERS - 1)), ""
             except JobdError as error:
                 if error.code not in RETRYABLE:
                     raise
-                note = f"What is shown is older, trying again. {error.message}"
+                note = f"This is an earlier state; retrying. {error.message}"
 
 
 @contextmanager
 def _screen(out: Console) -> Iterator[Callable[[TopFrame, str], None]]:
-    """What draws a frame in the place of the last; one below the other where escape sequences are not wanted."""
+    """Yield the function that replaces the frame on screen, or appends it if escape sequences are not allowed."""
     if not terminal.may_draw(sys.stdout):
         yield lambda frame, note: out.print(picture(frame, note, out.height, out.width), "")
         return
@@ -160,7 +157,7 @@ def _screen(out: Console) -> Iterator[Callable[[TopFrame, str], None]]:
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
-    """What waits so many seconds and says whether to go on: not where q was pressed meanwhile."""
+    """Yield the function that waits and returns whether to continue: false if q was pressed."""
     if not sys.stdin.isatty():
         yield pause
         return
@@ -181,35 +178,35 @@ def _until_pressed(wait_s: float) -> bool:
         ready, _, _ = select.select([sys.stdin], [], [], left_s)
         if ready:
             pressed = os.read(sys.stdin.fileno(), 64)
-            if not pressed or b"q" in pressed.lower():  # or the terminal is gone
+            if not pressed or b"q" in pressed.lower():  # nothing: the terminal is gone
                 return False
     return True
 
 
 def pause(wait_s: float) -> bool:
-    """Wait; nobody can say that it is enough."""
+    """Wait and return true: there are no keys to press."""
     time.sleep(wait_s)
     return True
 
 
 def draw_once(frame: TopFrame) -> None:
-    """One frame on stdout, with every queue and worker."""
+    """Print a frame with every queue and worker."""
     out = terminal.console()
     everything = 20 + len(frame.queues) + len(frame.workers) + len(frame.alerts)
     terminal.print_plain(out, picture(frame, "", 2 * everything, out.width))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A frame as it looks
+# Drawing
 
 
 def rows_of(height: int) -> int:
-    """So many queues, and as many workers, have room on so many lines."""
+    """Return how many queues, and how many workers, fit into `height` lines."""
     return max((height - 12) // 2, 2)
 
 
 def picture(frame: TopFrame, note: str, height: int, width: int) -> RenderableType:
-    """A frame for so many lines and columns."""
+    """Return a frame for `height` lines and `width` columns."""
     from rich.console import Group
 
     head = _head(frame, note, width)
@@ -225,7 +222,7 @@ def _head(frame: TopFrame, note: str, width: int) -> list[Text]:
         [f"{status} {count}" for status, count in stats.by_status.items()],
         [
             terminal.instant(stats.timestamp),
-            f"stuck {stats.stuck_jobs}",
+            f"stalled {stats.stuck_jobs}",
             f"locked {stats.locked_jobs}",
             f"average {terminal.span(stats.average_processing_time * 1000)}",
             *([] if stats.disk is None else [f"disk {terminal.disk_space(stats.disk)}"]),
@@ -237,7 +234,7 @@ def _head(frame: TopFrame, note: str, width: int) -> list[Text]:
 
 
 def _packed(parts: Sequence[str], width: int) -> list[str]:
-    """The parts on as many lines as they take: a figure that is cut is another figure."""
+    """Join the parts into lines of at most `width`, without cutting a part."""
     lines = [parts[0]]
     for part in parts[1:]:
         longer = f"{lines[-1]}{terminal.GAP}{part}"
@@ -257,7 +254,7 @@ def _alerts(alerts: Sequence[AlertView], width: int) -> list[Text]:
 
 
 def _queues(frame: TopFrame, rows: int, width: int) -> list[Text]:
-    columns = ["QUEUE", "STATE", ">QUEUED", ">IN FLIGHT", "OLDEST DUE", ">FAILED", ">COMPLETED", ">CANCELLED"]
+    columns = ["QUEUE", "STATE", ">QUEUED", ">PROCESSING", "OLDEST DUE", ">FAILED", ">COMPLETED", ">CANCELLED"]
     is_described = width >= NARROW and any(queue.paused for queue in frame.queues)
     if is_described:
         columns.append("PAUSED")
@@ -301,17 +298,17 @@ def _table(
     spare: int = 0,
     is_part: bool = False,
 ) -> list[Text]:
-    """At most so many rows, each in one line; so many of the last columns as are `spare` go first where it is narrow.
+    """Draw at most `most` rows, one line each. On a narrow terminal up to `spare` of the last columns are omitted.
 
-    A figure is never cut: a name loses its middle, and the last column its end where it holds words (nothing is spare).
-    `is_part`: these rows are not all.
+    Figures are never cut. A name loses its middle, and without spare columns the last column loses its end. `is_part`:
+    there are more rows than given.
     """
     from rich.text import Text
 
     lines = [[name.removeprefix(">") for name in columns]]
     lines += [[terminal.cell(value) for value in row] for row in rows[:most]]
     lines = _fitted(lines, width, spare)
-    # As in all tables in a pipe: one long name pushes its own line alone.
+    # As in all tables in a pipe, one long name moves only its own line.
     to = terminal.widths(lines, terminal.ALIGNED if width >= terminal.UNBOUNDED else width)
     right = [name.startswith(">") for name in columns]
     drawn = []
@@ -331,7 +328,7 @@ def _table(
 
 
 def _fitted(lines: list[list[str]], width: int, spare: int) -> list[list[str]]:
-    """The cells of all lines, as much of them as has room beside each other."""
+    """Omit columns and cut cells so that all lines fit."""
     has_words = not spare
     while True:
         name, *rest = terminal.widths(lines, terminal.UNBOUNDED)
@@ -352,7 +349,7 @@ def _start(text: str, width: int) -> str:
 
 
 def _ends(text: str, width: int) -> str:
-    """Both ends of a name that is too long: of many names either is the same in all."""
+    """Cut the middle of a name that is too long: many names differ only at one end."""
     from rich.cells import cell_len, set_cell_size
 
     if cell_len(text) <= width:

@@ -1,7 +1,4 @@
-"""jobctl's verbs that move jobs from one store to another, as JSON lines (export, import), and results out (artifact).
-
-Hold no logic of jobs: what comes is passed on as it is.
-"""
+"""`jobctl export`, `import` and `artifact`: data that moves in and out over the admin API."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
     from jobd.model.job import Status
     from jobd.model.responses import ImportPreview
 
-_PIECE_S: Final = 120.0  # for one piece of a stream, or one page, on a slow disk
+_PIECE_S: Final = 120.0  # one piece of a stream, or one page, on a slow disk
 
 
 @click.command()
@@ -34,17 +31,17 @@ _PIECE_S: Final = 120.0  # for one piece of a stream, or one page, on a slow dis
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
 @admin_options
 def export(file: Path, status: Status | None, queue: str | None, kind: str | None, yes: bool) -> None:
-    """Write jobs to FILE (default: stdout), one JSON a line.
+    """Write jobs to FILE (default: stdout), one JSON object per line.
 
-    Oldest first, with payloads; nothing is changed. `jobctl import` takes them, here or elsewhere. Jobs that are
-    processing are ended there by their stall rule; history, locks and pauses of queues stay behind.
+    Writes the oldest jobs first, with payloads, and changes nothing. `jobctl import` reads the file, also into another
+    daemon. Jobs that are processing end there by their stall rule. History, locks and queue pauses are not exported.
     """
     if str(file) != "-":
         _may_write(file, yes=yes)
     client = admin_client(timeout_s=_PIECE_S)
     total = None if kind is not None else _expected(client, status, queue)
     with bar("export", unit="jobs") as advance:
-        lines = _told(client.export_jobs(status=status, queue=queue, kind=kind), advance, total)
+        lines = _counted(client.export_jobs(status=status, queue=queue, kind=kind), advance, total)
         count = _write(lines, file)
     terminal.say(f"{count} {'job' if count == 1 else 'jobs'} exported")
 
@@ -56,31 +53,31 @@ def _may_write(file: Path, *, yes: bool) -> None:
 
 
 def _expected(client: AdminClient, status: Status | None, queue: str | None) -> int:
-    """How many jobs there are now, for the progress display."""
+    """Count the jobs, for the progress display."""
     counted = ("queued", "processing", "completed", "failed", "cancelled") if status is None else (status,)
     named = [each for each in client.iterate_queues() if queue in (None, each.name)]
     return sum(getattr(each, name) for each in named for name in counted)
 
 
-def _told(lines: Iterable[bytes], advance: Advance, total: int | None) -> Iterator[bytes]:
+def _counted(lines: Iterable[bytes], advance: Advance, total: int | None) -> Iterator[bytes]:
     for done, line in enumerate(lines, 1):
         yield line
         advance(done, None if total is None else max(total, done))
 
 
 def _write(lines: Iterable[bytes], file: Path) -> int:
-    """How many lines there were. A file is there whole or not at all."""
+    """Write the lines to stdout, or to a file completely or not at all, and return their number."""
     if str(file) == "-":
-        count = _pour(lines, sys.stdout.buffer)
+        count = _write_lines(lines, sys.stdout.buffer)
         sys.stdout.flush()
         return count
     from jobd.cli.files import whole_file
 
     with whole_file(file, lambda size: None) as target:
-        return _pour(lines, target)
+        return _write_lines(lines, target)
 
 
-def _pour(lines: Iterable[bytes], target: BinaryIO) -> int:
+def _write_lines(lines: Iterable[bytes], target: BinaryIO) -> int:
     count = 0
     for line in lines:
         target.write(line + b"\n")
@@ -90,16 +87,14 @@ def _pour(lines: Iterable[bytes], target: BinaryIO) -> int:
 
 @click.command("import")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-@click.option("--dry-run", is_flag=True, help="Only say what would become of each line.")
+@click.option("--dry-run", is_flag=True, help="Only print what would happen to each line.")
 @json_option
 @admin_options
 def import_(file: str, dry_run: bool, as_json: bool) -> int:
-    """Move jobs in from FILE (- for stdin), one JSON a line.
+    """Import jobs from FILE (- for stdin), one JSON object per line.
 
-    They may have any status and their own times.
-
-    An id that exists is skipped, so an import may be run again. Exit 1 where a line was refused.
-    With --dry-run nothing is written, and the exit code is what it would be.
+    Jobs can have any status and their own times. A job whose id exists is skipped, so an import can be repeated. Exit 1
+    if a line was rejected. With --dry-run, nothing is written and the exit code is that of the import.
     """
     client = admin_client(timeout_s=_PIECE_S)
     if dry_run:
@@ -112,13 +107,13 @@ def import_(file: str, dry_run: bool, as_json: bool) -> int:
     if as_json:
         terminal.emit_json(result)
     else:
-        terminal.emit(f"{result.imported} imported, {result.skipped} skipped, {result.refused_count} refused")
+        terminal.emit(f"{result.imported} imported, {result.skipped} skipped, {result.refused_count} rejected")
         for line in result.refused:
             terminal.say(f"line {line.line}{f' ({line.id})' if line.id else ''}: {line.reason}")
     return exit_codes.FAILED if result.refused_count else exit_codes.DONE
 
 
-_WOULD: Final = {"create": "would be created", "skip": "would be skipped", "refuse": "would be refused"}
+_WOULD: Final = {"create": "would be created", "skip": "would be skipped", "refuse": "would be rejected"}
 
 
 def _preview(seen: ImportPreview) -> None:
@@ -130,7 +125,7 @@ def _preview(seen: ImportPreview) -> None:
         terminal.say(f"Only the first {len(seen.lines)} lines are shown.")
     if seen.stops_at is not None:
         terminal.say(f"The import would stop at line {seen.stops_at}: {seen.stop_reason}")
-    terminal.say(f"{seen.would_import} would be imported, {seen.would_skip} skipped, {seen.would_refuse} refused")
+    terminal.say(f"{seen.would_import} would be imported, {seen.would_skip} skipped, {seen.would_refuse} rejected")
 
 
 def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
@@ -154,20 +149,23 @@ def _read(lines: IO[bytes], name: str, advance: Advance) -> Iterator[bytes]:
     metavar="FILE",
     default="-",
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
-    help="Where to write it (default: stdout).",
+    help="File to write.  [default: stdout]",
 )
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
-@click.option("--late-result", type=int, metavar="N", help="What a late result names (see jobctl late), not the job.")
+@click.option("--late-result", type=int, metavar="N", help="Download late result N (see jobctl late) instead.")
 @admin_options
 def artifact(job_id: str, file: Path, yes: bool, late_result: int | None) -> None:
-    """Download a job's stored result: what its storage_key names.
+    """Download the stored result of a job.
 
-    FILE is there whole or not at all. On stdout it is not to be trusted unless the exit code is 0.
+    That is the object that its storage_key names. FILE is written completely or not at all. Do not use output on stdout
+    unless the exit code is 0.
     """
     client = admin_client(timeout_s=_PIECE_S)
     if str(file) == "-":
         if sys.stdout.isatty():
-            raise click.UsageError("a result may hold anything: name a file (-o FILE), or redirect the output")
+            raise click.UsageError(
+                "a result can contain control characters: name a file (-o FILE) or redirect the output"
+            )
         client.download_artifact(job_id, sys.stdout.buffer, late_result=late_result)
         sys.stdout.flush()
         return

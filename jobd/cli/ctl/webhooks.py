@@ -1,7 +1,4 @@
-"""jobctl's verb for webhooks: who is told of what happens, what waits for them, and sending again.
-
-Holds no logic: reads the command line, asks the client, shows the answer.
-"""
+"""`jobctl webhooks`: their state, their deliveries, and resending."""
 
 from __future__ import annotations
 
@@ -25,12 +22,14 @@ _PAGE: Final = 200
 @click.argument("name", required=False)
 @click.argument("delivery", required=False, type=click.IntRange(1))
 @click.option("--state", type=click.Choice(STATES), help="Only deliveries in this state.")
-@click.option("--limit", type=click.IntRange(1, 200), default=50, show_default=True, help="How many at most.")
-@click.option("--cursor", metavar="CURSOR", help="Go on where the page before ended.")
-@click.option("--all", "everything", is_flag=True, help="All deliveries, however many there are.")
-@click.option("-y", "--yes", is_flag=True, help="Do not ask before all are sent again.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be sent.")
-@confirm.reason_option("Kept in the audit log, of what is sent.")
+@click.option(
+    "--limit", type=click.IntRange(1, 200), default=50, show_default=True, help="Maximum number of deliveries."
+)
+@click.option("--cursor", metavar="CURSOR", help="Continue after the page that printed this cursor.")
+@click.option("--all", "everything", is_flag=True, help="List all deliveries.")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be sent.")
+@confirm.reason_option("Stored in the audit log if something is sent.")
 @json_option
 @admin_options
 def webhooks(
@@ -46,11 +45,13 @@ def webhooks(
     reason: str | None,
     as_json: bool,
 ) -> None:
-    """List the webhooks and how they are going.
+    """List the webhooks and their state.
 
-    `webhooks deliveries NAME` lists what waits for one and what became of the latest, `webhooks resend NAME DELIVERY`
-    sends one again, `webhooks resend NAME --state given_up` all that were given up and are kept, after a question, and
-    `webhooks test NAME` sends a message that says it is a test.
+    \b
+    webhooks deliveries NAME                list waiting and recent deliveries
+    webhooks resend NAME DELIVERY           resend one delivery
+    webhooks resend NAME --state given_up   resend all dead-lettered deliveries
+    webhooks test NAME                      send a test message
     """
     from jobd.cli import tables_admin
 
@@ -61,7 +62,7 @@ def webhooks(
     if name is None:
         raise click.UsageError(f"Which webhook? jobctl webhooks {what} NAME; jobctl webhooks lists them.")
     if what == "deliveries":
-        page = _walk(name, state, None if everything else limit, cursor)
+        page = _deliveries_of(name, state, None if everything else limit, cursor)
         terminal.emit_json(page) if as_json else tables_admin.deliveries(page)
     elif what == "resend" and delivery is None:
         if state != "given_up":
@@ -72,8 +73,8 @@ def webhooks(
         _send(name, delivery if what == "resend" else None, reason, dry_run=dry_run, as_json=as_json)
 
 
-def _walk(name: str, state: DeliveryState | None, limit: int | None, cursor: str | None) -> DeliveryPage:
-    """Up to `limit` deliveries (None: all) over as many pages as it takes."""
+def _deliveries_of(name: str, state: DeliveryState | None, limit: int | None, cursor: str | None) -> DeliveryPage:
+    """Return up to `limit` deliveries (None: all)."""
     from jobd.model.responses import DeliveryPage
 
     client, found = admin_client(), DeliveryPage([], cursor)
@@ -87,25 +88,25 @@ def _walk(name: str, state: DeliveryState | None, limit: int | None, cursor: str
 
 
 def _resend_all(name: str, reason: str | None, *, yes: bool, dry_run: bool, as_json: bool) -> None:
-    """Count them, ask, and send those that were counted."""
+    """Count the dead-lettered deliveries, ask, and resend those that were counted."""
     if not (yes or dry_run):
         confirm.need_terminal()
-    found = _walk(name, "given_up", None, None).deliveries
+    found = _deliveries_of(name, "given_up", None, None).deliveries
     if dry_run or not found:
-        said = f"{_deliveries(len(found))} would be sent again" if found else f"No delivery of {name} was given up."
+        said = f"{_deliveries(len(found))} would be resent" if found else f"No delivery of {name} is dead-lettered."
         terminal.emit_json({"resent": 0, "would": len(found)}) if as_json else terminal.emit(said)
         return
     if not yes:
-        confirm.confirm(f"send {_deliveries(len(found))} again")
+        confirm.confirm(f"resend {_deliveries(len(found))}")
     count = admin_client(timeout_s=60.0).deliver_all_again(name, found[0].id, reason)
     if as_json:
         terminal.emit_json({"resent": count, "would": len(found)})
     else:
-        terminal.emit(f"{_deliveries(count)} on the way: jobctl webhooks deliveries {name}")
+        terminal.emit(f"{_deliveries(count)} queued: jobctl webhooks deliveries {name}")
 
 
 def _send(name: str, delivery: int | None, reason: str | None, *, dry_run: bool, as_json: bool) -> None:
-    """One delivery again, or a test."""
+    """Resend one delivery, or send a test."""
     if dry_run:
         _would_send(name, delivery, as_json=as_json)
         return
@@ -114,20 +115,18 @@ def _send(name: str, delivery: int | None, reason: str | None, *, dry_run: bool,
     if as_json:
         terminal.emit_json(sent)
     else:
-        terminal.emit(f"Delivery {sent.id} ({sent.type}) is on its way: jobctl webhooks deliveries {name}")
+        terminal.emit(f"Delivery {sent.id} ({sent.type}) is queued: jobctl webhooks deliveries {name}")
 
 
 def _would_send(name: str, delivery: int | None, *, as_json: bool) -> None:
-    """Whether the daemon has such a webhook, and such a delivery; where not it ends as the real one would."""
-    found = _walk(name, None, 1 if delivery is None else None, None).deliveries
+    """Check that the webhook and the delivery exist. Fails like the real command if not."""
+    found = _deliveries_of(name, None, 1 if delivery is None else None, None).deliveries
     if delivery is not None and all(each.id != delivery for each in found):
-        raise exit_codes.CliError(f"Webhook {name} has no delivery {delivery}, or has it no more.", exit_codes.REJECTED)
+        raise exit_codes.CliError(f"Webhook {name} has no delivery {delivery}, or not any more.", exit_codes.REJECTED)
     if as_json:
         terminal.emit_json({"would": 1})
     else:
-        terminal.emit(
-            f"A test would be sent to {name}" if delivery is None else f"Delivery {delivery} would be sent again"
-        )
+        terminal.emit(f"A test would be sent to {name}" if delivery is None else f"Delivery {delivery} would be resent")
 
 
 def _deliveries(count: int) -> str:

@@ -1,7 +1,4 @@
-"""jobd: the daemon's program. Its verbs on files are in daemon_files.py, the demo in demo.py.
-
-Imports only what the command line itself needs; `serve` brings in the daemon.
-"""
+"""The program jobd. Imports only what the command line needs; `serve` imports the daemon."""
 
 from __future__ import annotations
 
@@ -31,11 +28,11 @@ if TYPE_CHECKING:
 @click.group(cls=VerbGroup, context_settings=SETTINGS)
 @click.version_option(__version__, prog_name="jobd")
 def jobd() -> None:
-    """The daemon that owns all job state, and what works on its files.
+    """Run the daemon that owns all job state, and maintain its files.
 
     \b
-    Exit codes: 0 done, 1 failed, 2 usage, 3 daemon not reachable, 4 not found or refused,
-    5 not authorised, 74 I/O error, 75 try again, 78 configuration, 130 interrupted (Ctrl-C).
+    Exit codes: 0 done, 1 failed, 2 usage, 3 daemon unreachable, 4 not found or rejected,
+    5 unauthorized, 74 I/O error, 75 try again, 78 configuration, 130 interrupted (Ctrl-C).
     """
 
 
@@ -45,11 +42,11 @@ def jobd() -> None:
 def serve(config: str | None, flags: dict[str, str]) -> int:
     """Run the daemon in the foreground until SIGTERM.
 
-    Flags go over the environment (JOBD_SECTION_KEY), which goes over the configuration file. SIGTERM and SIGINT
-    drain, SIGHUP reloads the configuration, SIGUSR1 writes what is going on to the log.
+    Flags override environment variables (JOBD_SECTION_KEY), which override the configuration file. SIGTERM and SIGINT
+    drain, SIGHUP reloads the configuration, SIGUSR1 writes all stacks to the log.
     """
     loaded = read(config, flags)
-    gc.disable()  # until all is there: nothing of what a start makes is garbage
+    gc.disable()  # until the start is complete: it creates no garbage
     _leave_out_rich()
     from jobd.config_loader import load
     from jobd.daemon import serve as run
@@ -58,7 +55,7 @@ def serve(config: str | None, flags: dict[str, str]) -> int:
 
 
 def _leave_out_rich() -> None:
-    """structlog looks for rich, to colour tracebacks as our log never does: that would be a tenth of a start."""
+    """Import structlog without rich, which only colours tracebacks and takes a tenth of the start."""
     modules: dict[str, Any] = sys.modules
     if "rich" not in modules:
         modules["rich"] = None
@@ -73,10 +70,9 @@ def _leave_out_rich() -> None:
 @flag_options
 @json_option
 def check_config(config: str | None, flags: dict[str, str], as_json: bool) -> None:
-    """Check the configuration and show what is in effect.
+    """Check the configuration and print the effective values.
 
-    Every value is shown with where it comes from, no secret is. Exit 78 where `jobd serve` would not start with it and
-    with the same flags.
+    Prints each value with its source, and no secrets. Exit 78 if `jobd serve` would not start with the same flags.
     """
     from jobd.config import ConfigError, effective
     from jobd.config_loader import check_artifact_directory
@@ -125,7 +121,7 @@ def demo(ui: bool, keep: Path | None, seed: int) -> int:
 
 
 def _webhooks(loaded: LoadedConfig) -> list[dict[str, object]]:
-    """The webhooks without their secrets; how many they have is told."""
+    """Return the webhooks with the number of their secrets instead of the secrets."""
     from msgspec.structs import asdict
 
     return [
@@ -136,7 +132,7 @@ def _webhooks(loaded: LoadedConfig) -> list[dict[str, object]]:
 
 
 def _values(loaded: LoadedConfig) -> dict[str, dict[str, object]]:
-    """Every key with its value, a duration as the file would say it, and where the value comes from."""
+    """Return each key with its value and source. Durations are as in the file."""
     from jobd.config import Duration, show_duration
 
     found: dict[str, dict[str, object]] = {}
@@ -147,12 +143,12 @@ def _values(loaded: LoadedConfig) -> dict[str, dict[str, object]]:
     return found
 
 
-jobd.add_all("The daemon", serve, check_config, demo, bench, monitoring)
-jobd.add_all("Its files", store.backup, store.restore, store.doctor)
+jobd.add_all("Daemon", serve, check_config, demo, bench, monitoring)
+jobd.add_all("Files", store.backup, store.restore, store.doctor)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run jobd; gives the exit code."""
+    """Run jobd and return the exit code."""
     return exit_codes.run(jobd, "jobd", argv)
 
 

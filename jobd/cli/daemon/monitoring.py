@@ -1,7 +1,4 @@
-"""`jobd monitoring`: what Prometheus and Grafana want to know of jobd, out of the installed package.
-
-Prints files as they are; asks no daemon.
-"""
+"""`jobd monitoring`: print the files for Prometheus and Grafana."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configuration as jobd's verbs get it: --config, flags over it, and the file of the database."""
+"""Options of the configuration: --config, flags that override it, and the path of the database."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def config_option(verb: Any) -> Any:
 
 
 _FLAGS: Final = {
-    "store": ("store.path", "PATH", "The database."),
-    "socket": ("worker.socket", "PATH", "Socket for workers."),
-    "listen": ("worker.listen", "HOST:PORT", "TCP address for workers, too."),
-    "admin-listen": ("admin.listen", "ADDRESS", "HOST:PORT or unix:PATH for operators."),
+    "store": ("store.path", "PATH", "Path of the database."),
+    "socket": ("worker.socket", "PATH", "Unix socket of the worker API."),
+    "listen": ("worker.listen", "HOST:PORT", "TCP address of the worker API."),
+    "admin-listen": ("admin.listen", "ADDRESS", "HOST:PORT or unix:PATH of the admin API."),
     "log-level": ("log.level", "LEVEL", "debug, info, warning or error."),
 }
 
 
 def flag_options(verb: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags that go over file and environment. `verb` gets them as `flags`, by key."""
+    """Add the flags that override file and environment. `verb` gets them as `flags`, by key."""
 
     @functools.wraps(verb)
     def with_flags(*args: Any, others: tuple[str, ...], **given: Any) -> Any:
@@ -41,7 +41,7 @@ def flag_options(verb: Callable[..., Any]) -> Callable[..., Any]:
                 flags[key] = value
         return verb(*args, flags=flags, **given)
 
-    text = "Any other key, as in locks.ttl=5m."
+    text = "Set any other key, such as locks.ttl=5m."
     found = click.option("--set", "others", metavar="KEY=VALUE", multiple=True, help=text)(with_flags)
     for name, (key, metavar, says) in reversed(_FLAGS.items()):
         found = click.option(f"--{name}", metavar=metavar, help=f"{says}  [{key}]")(found)
@@ -51,16 +51,16 @@ def flag_options(verb: Callable[..., Any]) -> Callable[..., Any]:
 def _pair(text: str) -> tuple[str, str]:
     key, sign, value = text.partition("=")
     if not sign:
-        raise click.UsageError(f"--set {text!r}: it has to be KEY=VALUE, as in locks.ttl=5m")
+        raise click.UsageError(f"--set {text!r}: it must be KEY=VALUE, such as locks.ttl=5m")
     return key, value
 
 
 def store_option(verb: Any) -> Any:
-    return click.option("--store", metavar="PATH", help="The database, instead of that of the configuration.")(verb)
+    return click.option("--store", metavar="PATH", help="Path of the database, instead of the configured one.")(verb)
 
 
 def read(config: str | None, flags: Mapping[str, str] | None = None, *, need_token: bool = True) -> LoadedConfig:
-    """The effective configuration. Problem (78) with file, key and what is expected where it is wrong."""
+    """Return the effective configuration. Raises CliError (78) if it is invalid."""
     from jobd.config import ConfigError
     from jobd.config_loader import load
 
@@ -71,12 +71,10 @@ def read(config: str | None, flags: Mapping[str, str] | None = None, *, need_tok
 
 
 def store_path(store: str | None, config: str | None) -> str:
-    """The path of the database: --store, else that of the configuration. Problem (78) where there is none."""
+    """Return the path of --store or of the configuration. Raises CliError (78) if the store is in memory."""
     if store is not None:
         return store
     path = read(config, need_token=False).config.store.path
     if path == ":memory:":
-        raise exit_codes.CliError(
-            "The store of this configuration is in memory: name a database with --store", exit_codes.CONFIG
-        )
+        raise exit_codes.CliError("The configured store is in memory: name a database with --store", exit_codes.CONFIG)
     return path

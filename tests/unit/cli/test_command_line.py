@@ -64,10 +64,10 @@ def run(*argv: str) -> int:
         ({"from": "failed", "to": None}, "failed → deleted"),
         ({"times": 3}, "done, 3 times"),
         ({"planned": 9, "changed_meanwhile": 0, "refused": 0}, "done"),
-        ({"planned": 9, "changed_meanwhile": 2, "refused": 1, "left_undone": ["a", "b", "c"]}, "done, 3 left undone"),
+        ({"planned": 9, "changed_meanwhile": 2, "refused": 1, "left_undone": ["a", "b", "c"]}, "done, 3 not done"),
     ],
 )
-def test_the_audit_log_says_what_a_deed_came_to(
+def test_the_audit_log_shows_the_outcome_of_an_action(
     capsys: pytest.CaptureFixture[str], details: dict[str, Any], said: str
 ) -> None:
     tables_admin.audit([AuditView(1, NOW, "eve", "127.0.0.1", "x", None, None, None, "done", 0, details)])
@@ -86,7 +86,7 @@ def test_the_audit_log_says_what_a_deed_came_to(
         ("\ud800", "\\ud800"),
     ],
 )
-def test_clean_writes_control_characters_out(text: str, shown: str) -> None:
+def test_clean_escapes_control_characters(text: str, shown: str) -> None:
     assert terminal.clean(text) == shown
     assert terminal.clean(shown) == shown
 
@@ -99,7 +99,7 @@ def test_clean_text_is_one_printable_line(text: str) -> None:
 
 
 @given(st.recursive(st.text() | st.integers(-(2**53), 2**53) | st.none(), lambda inner: st.lists(inner, max_size=3)))
-def test_json_holds_the_same_value_and_no_control_character(value: Any) -> None:
+def test_json_has_the_same_value_without_control_characters(value: Any) -> None:
     if _has_surrogate(value):
         return
     text = terminal.as_json(value)
@@ -152,7 +152,7 @@ def zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     time.tzset()
 
 
-def test_a_time_is_that_of_the_dashboard_and_has_its_age(zone: str) -> None:
+def test_a_time_is_shown_as_in_the_dashboard_with_its_age(zone: str) -> None:
     assert terminal.instant(1_772_366_400_000) == "2026-03-01 12:00:00 UTC" == rendering.utc_time(1_772_366_400_000)
     assert terminal.when(1_772_366_400_000, 1_772_367_120_000) == "2026-03-01 12:00:00 UTC (12 m ago)"
     assert terminal.when(None) == "-"
@@ -175,7 +175,7 @@ def test_a_table_in_a_pipe_is_not_wrapped_or_cut_and_its_cells_are_escaped(capsy
     assert lines[2].split() == [long, "22"]
 
 
-def test_in_a_pipe_one_long_cell_pushes_its_own_line_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_a_pipe_a_long_cell_moves_only_its_own_line(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.table(
         ["ID", "STATUS", ">N"], [("x" * 200, "queued", 1), ("short", "failed", 22), ("other", "queued", 333)]
     )
@@ -209,7 +209,7 @@ def test_on_a_terminal_words_are_folded_and_figures_are_not(monkeypatch: pytest.
     assert sum("processing" in line for line in lines) == 1
 
 
-def test_a_table_that_would_be_strips_is_a_block_for_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_without_room_becomes_a_block_per_row(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = ["ID", "QUEUE", "KIND", ">TRIES", ">TOKEN"]
     rows: list[tuple[object, ...]] = [(f"{name}" * 9, "videos-of-all", "transcoding", 3, 10**12) for name in "ab"]
     lines = drawn(monkeypatch, 30, columns, rows)
@@ -241,7 +241,7 @@ def test_durations(text: str, ms: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "10", "s", "10 s", "-1s", "1w", "10sx", "x10s", "99999999999d"])
-def test_what_is_no_duration(text: str) -> None:
+def test_invalid_durations(text: str) -> None:
     with pytest.raises(ValueError, match="duration"):
         duration_ms(text)
 
@@ -282,7 +282,7 @@ def test_an_operator_is_the_user_behind_the_command(monkeypatch: pytest.MonkeyPa
         ("2h", NOW - 7_200_000),
     ],
 )
-def test_a_time_means_the_same_to_jobctl_and_to_the_dashboard(text: str, at: int, zone: str) -> None:
+def test_jobctl_and_the_dashboard_parse_times_alike(text: str, at: int, zone: str) -> None:
     assert (past_ms(text, NOW), filters.parse_time(text, NOW)) == (at, at)
 
 
@@ -301,7 +301,7 @@ def test_points_in_time() -> None:
 # Exit codes and messages
 
 
-def test_every_refusal_of_the_daemon_has_its_exit_code() -> None:
+def test_every_error_code_has_an_exit_code() -> None:
     again = {"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs", "request_timeout"}
     again |= {"storage_unavailable", "too_many_queues"}
     special = {"unauthorized": 5, "forbidden": 5, "internal_error": 1, **dict.fromkeys(again, 75)}
@@ -327,7 +327,9 @@ def test_every_refusal_of_the_daemon_has_its_exit_code() -> None:
         (["run", "--timeout", "0", "true"], "--timeout must be above 0"),
     ],
 )
-def test_usage_errors_are_2_and_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_usage_error_exits_with_2_and_one_line(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(*argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -356,7 +358,7 @@ def test_usage_errors_are_2_and_one_line(argv: list[str], said: str, capsys: pyt
         "run --name",
     ],
 )
-def test_an_empty_name_is_a_variable_that_was_not_set(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_name_is_a_usage_error(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A job would get another id than was meant, a worker another name, and a list would have everything."""
     verb, option = line.split()
     rest = ["true"] if verb == "run" else []
@@ -367,7 +369,7 @@ def test_an_empty_name_is_a_variable_that_was_not_set(line: str, capsys: pytest.
 
 
 @pytest.mark.parametrize("argv", [["jobs"], ["submit", "1"], ["why", "j"], ["job", "j"]])
-def test_no_daemon_at_the_socket_is_3(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_worker_api_exits_with_3(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*argv) == 3
     out, err = capsys.readouterr()
     assert out == ""
@@ -376,18 +378,20 @@ def test_no_daemon_at_the_socket_is_3(argv: list[str], capsys: pytest.CaptureFix
     assert "--socket" in err
 
 
-def test_no_daemon_at_the_admin_port_is_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_admin_api_exits_with_3(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
     assert run("stats") == 3
     assert "canary" not in "".join(capsys.readouterr())
 
 
-def test_without_a_token_an_operator_is_told_where_it_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_token_names_its_sources(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("stats") == 5
     assert "ADMIN_TOKEN_FILE" in capsys.readouterr().err
 
 
-def test_a_token_file_that_cannot_be_used_is_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unusable_token_file_exits_with_78(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("stats", "--token-file", str(tmp_path / "none")) == 78
     (tmp_path / "empty").write_text("\n")
     assert run("stats", "--token-file", str(tmp_path / "empty")) == 78
@@ -404,7 +408,7 @@ def test_the_admin_token_never_goes_to_the_worker_api(monkeypatch: pytest.Monkey
     assert connection.worker_token(connection.ConnectionOptions()) is None
 
 
-def test_the_token_file_may_hold_several_and_the_first_is_used(tmp_path: Path) -> None:
+def test_the_first_of_several_tokens_is_used(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("first-first-first-first\nsecond-second-second-s\n")
     assert connection.read_token(str(tmp_path / "token")) == "first-first-first-first"
 
@@ -427,7 +431,9 @@ def found(**given: str) -> tuple[str, str]:
     return str(connection.worker_endpoint(told)), str(connection.admin_endpoint(told))
 
 
-def test_the_nearer_word_on_where_the_daemon_is_wins(untold: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_override_variables_and_variables_the_configuration(
+    untold: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     defaults = (f"unix:{default_socket()}", "http://127.0.0.1:8770")
     assert found() == defaults
     untold.write_text('[worker]\nsocket = "/file/w"\n[admin]\nlisten = "unix:/file/a"\n')
@@ -461,23 +467,23 @@ def test_the_nearer_word_on_where_the_daemon_is_wins(untold: Path, monkeypatch: 
         ('listen = "\\ud800"', "http://127.0.0.1:8770"),
     ],
 )
-def test_the_admin_api_is_where_the_configuration_says(untold: Path, settings: str, url: str) -> None:
+def test_the_admin_api_is_found_by_the_configuration(untold: Path, settings: str, url: str) -> None:
     untold.write_text(f"[admin]\n{settings}\n")
     assert found()[1] == url
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"admin = 1\nworker = []\n", None])
-def test_a_configuration_that_cannot_be_read_is_passed_over(untold: Path, content: bytes | None) -> None:
+def test_an_unreadable_configuration_is_ignored(untold: Path, content: bytes | None) -> None:
     untold.write_bytes(content) if content is not None else untold.mkdir()
     assert found() == (f"unix:{default_socket()}", "http://127.0.0.1:8770")
 
 
-def test_the_daemon_is_looked_for_where_its_own_defaults_are() -> None:
+def test_the_daemon_is_found_at_its_defaults() -> None:
     assert connection.CONFIG_PATH == config_loader.DEFAULT_PATH
     assert config.Config().admin.listen == connection.DEFAULT_LISTEN
 
 
-def test_options_may_stand_before_or_after_the_verb_and_the_nearer_wins(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_may_precede_or_follow_the_verb_and_the_last_one_wins(capsys: pytest.CaptureFixture[str]) -> None:
     run("--socket", "/before.sock", "jobs")
     run("jobs", "--socket", "/after.sock")
     run("--socket", "/before.sock", "jobs", "--socket", "/nearer.sock")
@@ -500,7 +506,7 @@ def test_options_may_stand_before_or_after_the_verb_and_the_nearer_wins(capsys: 
         ["transition", "j", "queued", "failed"],
     ],
 )
-def test_what_destroys_is_not_done_unasked(
+def test_a_destructive_verb_asks_first(
     argv: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
@@ -538,14 +544,14 @@ def test_help_names_the_variable_behind_the_token_file(
     assert variables in " ".join(capsys.readouterr().out.split())
 
 
-def test_without_a_verb_the_help_is_shown_and_the_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_verb_the_help_is_printed_and_the_exit_code_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert run() == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "submit" in err
 
 
-def test_a_deed_is_allowed_where_the_table_of_transitions_says_so() -> None:
+def test_the_table_of_transitions_decides_what_is_allowed() -> None:
     def deed(to: str | None, only_from: tuple[str, ...] = ()) -> confirm.Confirmation:
         return confirm.Confirmation("x", lambda _: None, to, lambda _: None, lambda _: "", only_from)  # type: ignore[arg-type, return-value]
 
@@ -560,7 +566,7 @@ def test_a_deed_is_allowed_where_the_table_of_transitions_says_so() -> None:
 # Files
 
 
-def test_a_file_is_written_whole_and_for_its_owner_alone(tmp_path: Path) -> None:
+def test_a_file_is_written_completely_and_only_for_its_owner(tmp_path: Path) -> None:
     told: list[int] = []
     with files.whole_file(tmp_path / "copy.db", told.append) as file:
         file.write(b"12345")
@@ -572,7 +578,7 @@ def test_a_file_is_written_whole_and_for_its_owner_alone(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["copy.db"]
 
 
-def test_a_file_that_broke_off_leaves_the_old_one(tmp_path: Path) -> None:
+def test_an_incomplete_file_leaves_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "copy.db").write_bytes(b"old")
     (tmp_path / "copy.db.part").write_bytes(b"left over from a crash, longer than what comes now")
     with pytest.raises(OSError, match="broke"):
@@ -596,7 +602,7 @@ def test_two_programs_do_not_write_one_file(tmp_path: Path) -> None:
     assert (tmp_path / "copy.db").read_bytes() == b"first"
 
 
-def test_a_store_that_a_daemon_took_while_a_file_was_written_stays(tmp_path: Path) -> None:
+def test_a_store_that_a_daemon_opened_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "copy.db").write_bytes(b"old")
     with pytest.raises(exit_codes.CliError) as caught:
         _write_while_taken(tmp_path / "copy.db")
@@ -611,7 +617,7 @@ def _write_while_taken(path: Path) -> None:
         stack.enter_context(FileLock(str(path)))
 
 
-def test_a_file_on_the_way_is_no_store_and_no_symlink(tmp_path: Path) -> None:
+def test_the_partial_file_is_not_a_store_or_a_symlink(tmp_path: Path) -> None:
     """The .part of one file may be something else's name."""
     (tmp_path / "theirs").write_bytes(b"theirs")
     (tmp_path / "copy.db.part").symlink_to(tmp_path / "theirs")
@@ -692,7 +698,7 @@ def test_several_columns_go_into_the_payload(
 
 
 @pytest.mark.parametrize("name", ["nope", "kind.x", "payload.", "nope.x"])
-def test_a_name_that_is_no_field_and_no_key_of_one_is_refused(old_jobs: ModuleType, tmp_path: Path, name: str) -> None:
+def test_an_unknown_field_is_rejected(old_jobs: ModuleType, tmp_path: Path, name: str) -> None:
     (tmp_path / "old.csv").write_text("id,what\n7,mail\n")
     with pytest.raises(SystemExit, match=f"jobd has no field {name}; it has id, .*, payload.KEY$"):
         old_jobs.main([str(tmp_path / "old.csv"), "--map", f"{name}=what"])
@@ -707,7 +713,7 @@ def test_a_whole_payload_comes_before_its_keys_however_they_are_given(
     assert json.loads(capsys.readouterr().out)["payload"] == {"x": 1, "file": "cat.mov"}
 
 
-def test_a_mapped_column_that_is_not_there_is_refused_with_those_that_are(
+def test_a_missing_column_is_rejected_with_a_list_of_columns(
     old_jobs: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "old.csv").write_text("id,what\n7,mail\n")
@@ -719,7 +725,7 @@ def test_a_mapped_column_that_is_not_there_is_refused_with_those_that_are(
     assert capsys.readouterr().out == ""
 
 
-def test_columns_that_nothing_takes_are_named_once(
+def test_unused_columns_are_named_once(
     old_jobs: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "old.csv").write_text("id,r2Key,lockId,colour,tries\na,out/a.zip,l1,red,3.0\nb,,l2,blue,2.5\nc,,,,,\n")
@@ -733,7 +739,7 @@ def test_columns_that_nothing_takes_are_named_once(
     ]
 
 
-def test_bytes_are_text_or_base64_or_cost_their_row(
+def test_bytes_become_text_or_base64_or_skip_their_row(
     old_jobs: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with sqlite3.connect(tmp_path / "old.db") as db:
@@ -756,7 +762,7 @@ def test_bytes_are_text_or_base64_or_cost_their_row(
     ]
 
 
-def test_a_closed_pipe_ends_the_example_in_silence(tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_the_example_silently(tmp_path: Path) -> None:
     (tmp_path / "old.csv").write_text("id\n" + "".join(f"job-{number}\n" for number in range(20_000)))
     example = [sys.executable, str(ROOT / "docs/examples/import_old_jobs.py"), str(tmp_path / "old.csv")]
     with subprocess.Popen(example, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as reader:
@@ -768,7 +774,7 @@ def test_a_closed_pipe_ends_the_example_in_silence(tmp_path: Path) -> None:
         assert reader.wait(30) == -signal.SIGPIPE
 
 
-def test_a_source_that_cannot_be_read_is_named(old_jobs: ModuleType, tmp_path: Path) -> None:
+def test_an_unreadable_source_is_named(old_jobs: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "old.csv").write_bytes(b"id\n\xff\n")
     for source, what in (("old.csv", "utf-8"), ("none.db", "unable to open"), ("none.csv", "No such file")):
         with pytest.raises(SystemExit, match=f"cannot read .*{source}: .*{what}"):
@@ -781,7 +787,7 @@ def test_the_example_only_names_fields_that_an_import_has(old_jobs: ModuleType) 
     assert set(old_jobs.COLUMNS) <= set(Import.__struct_encode_fields__)
 
 
-def test_the_old_spelling_of_the_verb_artifact_is_refused_by_a_message_with_the_new_one() -> None:
+def test_the_old_spelling_artefact_names_the_new_one() -> None:
     result = CliRunner().invoke(main.jobctl, ["artefact", "a"])
     assert result.exit_code == 2
     assert "spelled artifact" in result.stderr
