@@ -324,9 +324,9 @@ async def external_url(viewer: Viewer, request: ArtifactRequest) -> str:
 
 
 async def _late_results(viewer: Viewer, job_id: str) -> list[LateResultView]:
-    found: LateResultList
-    [found] = await query(viewer, LateResults(id=job_id))
-    return found.late_results
+    late: LateResultList
+    [late] = await query(viewer, LateResults(id=job_id))
+    return late.late_results
 
 
 async def failures(viewer: Viewer) -> PageData:
@@ -335,14 +335,14 @@ async def failures(viewer: Viewer) -> PageData:
 
 
 async def queues(viewer: Viewer, timeseries: Timeseries, request: QueuesPageQuery) -> PageData:
-    """Show queues by name, so that rows do not move while somebody is about to press a button."""
-    found: QueueList
-    found, paused = await query(viewer, Queues(limit=MAX_QUEUES, cursor=request.cursor), PAUSED_QUEUES)
+    """Show queues by name, so that rows do not move while an operator is about to press a button."""
+    listed: QueueList
+    listed, paused = await query(viewer, Queues(limit=MAX_QUEUES, cursor=request.cursor), PAUSED_QUEUES)
     return {
-        "queues": found.queues,
-        "rates": {queue.name: timeseries.queue(queue.name, viewer.now) for queue in found.queues},
+        "queues": listed.queues,
+        "rates": {queue.name: timeseries.queue(queue.name, viewer.now) for queue in listed.queues},
         "since": timeseries.started,
-        "next": f"/queues?{urlencode({'cursor': found.next_cursor})}" if found.next_cursor else "",
+        "next": f"/queues?{urlencode({'cursor': listed.next_cursor})}" if listed.next_cursor else "",
         "is_first": request.cursor is None,
         "cursor": request.cursor,
         "pause_choices": PAUSE_CHOICES,
@@ -353,10 +353,10 @@ async def queues(viewer: Viewer, timeseries: Timeseries, request: QueuesPageQuer
 async def workers(viewer: Viewer, request: WorkersPageQuery) -> PageData:
     """Show two lists, workers and locks, each with its own cursor."""
     state_filter = {"state": request.state} if request.state else {}
-    found: WorkerList
+    workers: WorkerList
     locks: LockList
     stats: StatsView
-    found, locks, stats, paused = await query(
+    workers, locks, stats, paused = await query(
         viewer,
         Workers(limit=MAX_WORKERS, cursor=request.seen, state=request.state),
         Locks(limit=MAX_WORKERS, cursor=request.cursor),
@@ -364,12 +364,12 @@ async def workers(viewer: Viewer, request: WorkersPageQuery) -> PageData:
         PAUSED_QUEUES,
     )
     return {
-        "workers": found.workers,
-        "by_state": found.by_state,
+        "workers": workers.workers,
+        "by_state": workers.by_state,
         "state": request.state,
-        "since": found.since,
-        "next_workers": f"/workers?{urlencode(state_filter | {'seen': found.next_cursor})}"
-        if found.next_cursor
+        "since": workers.since,
+        "next_workers": f"/workers?{urlencode(state_filter | {'seen': workers.next_cursor})}"
+        if workers.next_cursor
         else "",
         "is_first_workers": request.seen is None,
         "locks": locks.locks,

@@ -70,9 +70,9 @@ class Dashboard:
     """The pages of the admin listener. Reads static files: construct it off the event loop, and `warm` it later."""
 
     def __init__(
-        self, gate: Authenticator, timeseries: Timeseries, *, clock_s: Callable[[], float] = time.monotonic
+        self, authenticator: Authenticator, timeseries: Timeseries, *, clock_s: Callable[[], float] = time.monotonic
     ) -> None:
-        self.sessions = Sessions(gate.permission_of, clock_s)
+        self.sessions = Sessions(authenticator.permission_of, clock_s)
         self._assets = Assets()
         self._renderer = Renderer(self._assets)
         self._timeseries = timeseries
@@ -91,7 +91,7 @@ class Dashboard:
             self._public_route("GET", "/static/{name}", StaticFileQuery, self._static),
             self._public_route("GET", "/docs", NoFields, partial(self._docs, "/openapi.json")),
             self._public_route("GET", "/docs/worker", NoFields, partial(self._docs, "/docs/worker.json")),
-            self._form_route("/sign-out", Form, self._sign_in_pages.sign_out, for_readers=True),
+            self._form_route("/sign-out", Form, self._sign_in_pages.sign_out, for_read_only=True),
             self._page_route(
                 "/", NoFields, "overview", "Overview", lambda viewer, _: pages.overview(viewer, timeseries)
             ),
@@ -269,7 +269,7 @@ class Dashboard:
 
         return self._public_route("GET", path, request, handle)
 
-    def _form_route(self, path: str, form: type[Command], submit: HandleForm, *, for_readers: bool = False) -> Route:
+    def _form_route(self, path: str, form: type[Command], submit: HandleForm, *, for_read_only: bool = False) -> Route:
         """Return the route of a form. It needs a session with its CSRF token, or a token, with full access."""
 
         async def handle(app: App[Services], context: RequestContext, query: Any) -> Response | ApiError:
@@ -279,7 +279,7 @@ class Dashboard:
                     "unauthorized", "You are not signed in, or your session has ended. Sign in and try again."
                 )
             viewer.check_form(query.csrf)
-            if not for_readers and not viewer.may_change:
+            if not for_read_only and not viewer.may_change:
                 check_read_only(route)
             return await submit(viewer, query)
 

@@ -67,8 +67,7 @@ class SignInPages:
     async def sign_in(self, app: App[Services], context: RequestContext, form: SignInForm) -> Response:
         """Open a session. There is no CSRF token before it.
 
-        All that another site could achieve is to sign somebody in with a token that it knows; and the authenticator
-        has checked Origin.
+        Another site could only sign an operator in with a token that it knows. The authenticator has checked Origin.
         """
         address, name = client_address(context), operator_name(form.name)
         opened = self._sessions.sign_in(form.token.strip(), name, by_tls=is_secure(context))

@@ -58,18 +58,18 @@
     if (document.hidden) return;
     const toggle = document.getElementById("live-toggle");
     if (panels[0].data && toggle && toggle.getAttribute("aria-pressed") === "false") return;
-    let found;
+    let chartData;
     try {
       const response = await fetch(charts.dataset.url);
       if (!response.ok) return;
-      found = (await response.json()).data;
+      chartData = (await response.json()).data;
     } catch {
       return; // the offline banner is shown
     }
     // Values from before the start are unknown, not zero.
-    const known = (lines, values) => values.map((value, at) => (lines.at[at + 1] * 1000 <= found.since ? null : value));
+    const known = (lines, values) => values.map((value, at) => (lines.at[at + 1] * 1000 <= chartData.since ? null : value));
     for (const panel of panels) {
-      const lines = found[panel.element.dataset.chart];
+      const lines = chartData[panel.element.dataset.chart];
       panel.data = [lines.at, known(lines, lines.created), known(lines, lines.completed), known(lines, lines.failed)];
       if (panel.chart) panel.chart.setData(panel.data);
       else draw(panel);

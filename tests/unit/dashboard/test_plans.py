@@ -264,7 +264,7 @@ async def test_a_plan_needs_jobs_a_valid_filter_and_full_access(harness: Dashboa
         assert_safe(response)
     assert (await browser.post("/plans", csrf="x", action="retry", scope="all")).status == 403
     response = await browser.get("/plans/none")
-    assert (response.status, "Make it anew" in text(response)) == (404, True)
+    assert (response.status, "plan_not_found" in text(response)) == (404, True)
     await submit_plan(browser, "/jobs", "a", action="retry", scope="selected")
     assert (await browser.post("/plans/plan-1/apply", csrf="x")).status == 403
     page = text(await reader.get("/jobs"))
