@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check --no-input
 PARALLEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test check coverage faults planted format demo bench bench-peers vendor screenshots linearizability simulation world proof pins clean
+.PHONY: help venv test check coverage faults planted mutation format demo bench bench-peers vendor screenshots linearizability simulation world proof pins clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,8 +59,15 @@ world: $(READY)  ## check every state that one job and three workers can reach
 linearizability: $(READY)  ## check histories of concurrent clients under faults for linearizability (ARGS: --seed K)
 	$(BIN)/python -m tests.proof.linearizability --histories 500 $(ARGS)
 
-planted: $(READY)  ## plant known bugs into copies and report which tests find them (ARGS: NAME ..., --promises)
+planted: $(READY)  ## plant known bugs, one at a time, and report which tests find them (ARGS: NAME ...)
 	$(BIN)/python -m tests.proof.planted --jobs $(PARALLEL) $(ARGS)
+
+MUTATION := build/mutation
+mutation: $(READY)  ## mutate jobd/core, list mutants that no test detects in build/survivors.txt: hours (ARGS="'jobd.core.views*'")
+	$(PIP) install --target $(MUTATION) --upgrade --no-deps mutmut==3.8.1 libcst==1.9.0 setproctitle==1.3.8
+	PYTHONPATH=$(MUTATION) $(BIN)/python -m mutmut run --max-children $(PARALLEL) $(ARGS)
+	PYTHONPATH=$(MUTATION) $(BIN)/python -m mutmut results | grep -v ': not checked$$' > build/survivors.txt || true
+	@echo "$$(wc -l < build/survivors.txt) survivors in build/survivors.txt; PYTHONPATH=$(MUTATION) $(BIN)/python -m mutmut show NAME"
 
 proof: $(READY)  ## run all of these, as root: hours (ARGS="PART ... --write": a selection, written into docs/reliability.md)
 	$(BIN)/python -m tests.proof.run $(ARGS)
@@ -96,4 +103,4 @@ pins:  ## regenerate .ci/constraints.txt from pyproject.toml (needs uv)
 		--custom-compile-command 'make pins' --output-file .ci/constraints.txt
 
 clean:  ## remove everything that the other targets created
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build mutants dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

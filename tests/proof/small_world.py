@@ -1,8 +1,8 @@
-"""Explore every state that one job, three workers and an operator can reach, breadth first, over the real rules.
+"""Explore breadth-first, with the real rules, every state that one job, three workers and an operator can reach.
 
-`python -m tests.proof.small_world` walks all the worlds and prints how many states each has. There is no model: a state
-is a book, a step is `rules.decide`. Two states are one where no rule can tell them apart: times count from now, tokens
-by their order, and what lies in the past lies there alike.
+`python -m tests.proof.small_world` explores all worlds and prints the number of states of each. There is no model: a
+step is the real `decide`. Two states are equal if no rule can tell them apart: times are relative to now, tokens count
+by their order, and all past times are equal.
 """
 
 from __future__ import annotations
@@ -84,15 +84,15 @@ TICK_MS: Final = 1_000
 ID: Final = "a"
 WORKERS: Final = ("w-1", "w-2", "w-3")
 SEED: Final = b"0123456789abcdef"
-SOON: Final = 12  # ticks, in which recovery alone has to end every grant
+SOON: Final = 12  # ticks within which recovery alone must end every grant
 
 
-# Every job has one, of a grant before those that are played.
+# Every job has one, of a grant before those of the world.
 LATE: Final = LateResult(1, NOW, "w-old", 1, "of old", None, Result(file_path="/late"))
 
 
 class World(Struct, frozen=True):
-    """What is the same in all states of a world: the daemon's policy and the one job's options, in ticks."""
+    """What all states of a world share: the daemon's policy and the job's options, in ticks."""
 
     name: str
     ttl: int = 2
@@ -136,7 +136,7 @@ WORLDS: Final = (
 
 
 class State(Struct, frozen=True):
-    """One state: the job's row, whether its queue is paused, and the lock that each worker remembers."""
+    """One state: the job's row, whether its queue is paused, and the lock that each worker knows."""
 
     job: Job | None
     paused: bool
@@ -161,8 +161,8 @@ class State(Struct, frozen=True):
         return book
 
     def key(self, world: World) -> tuple[Any, ...]:
-        """What the rules can tell of this state. Which worker remembers a lock is all one, and older ones are never
-        good for anything again. The shortest way to a state has fewer releases than delay a job: they are left out."""
+        """What the rules can distinguish in this state. Which worker knows a lock does not matter, and older locks
+        are never valid again. The shortest path to a state has fewer releases than delay a job: they are left out."""
         job, off, furthest = self.job, self.off, world.furthest
         if job is None:
             return (None, self.paused, off)
@@ -191,11 +191,11 @@ class State(Struct, frozen=True):
 
     @property
     def off(self) -> int:
-        """Ticks by which the wall clock has been moved."""
+        """Ticks by which the wall clock was moved."""
         return (self.now - NOW - (self.lease - LEASE)) // TICK_MS
 
     def _wall(self, time_ms: int | None, furthest: int) -> int | None:
-        """What has passed has passed, unless the wall clock may still step back before it."""
+        """Clamp a past time, unless the wall clock may still step back before it."""
         return None if time_ms is None else max(-(self.off + furthest) * TICK_MS, time_ms - self.now)
 
     def _lease(self, lease: Lease | None) -> tuple[Any, ...] | None:
@@ -210,7 +210,7 @@ def _grant(grant: Grant | None) -> tuple[Any, ...] | None:
 
 
 def _ended(ended: PreviousGrant | None) -> tuple[Any, ...] | None:
-    """The hash holds the lock id: all that matters is which of the two ways to fail it was."""
+    """Reduce the hash, which includes the lock id, to which of the two ways to fail it was."""
     if ended is None:
         return None
     return (ended.rule, ended.reason, ended.verb, ended.body_hash == worker_rules.digest(_failing(ended.lock_id, True)))
@@ -221,7 +221,7 @@ def _failing(lock_id: str, retry: bool) -> Fail:
 
 
 class Step(Struct, frozen=True):
-    """A command, who gives it (a worker by number, or nobody), and whether its answer reaches them."""
+    """A command, the worker that sends it (by number, or none), and whether its response arrives."""
 
     command: AnyCommand
     worker: int | None = None
@@ -230,7 +230,7 @@ class Step(Struct, frozen=True):
 
 
 class Walk(Promises):
-    """All states of one world. `states` maps each, as the rules see it, to how it was first reached."""
+    """All states of one world. `states` maps the key of each to the step by which it was first reached."""
 
     def __init__(self, world: World) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class Walk(Promises):
         self.decisions = 0
 
     def run(self, limit: int | None = None) -> int:
-        """Walk until there is nothing new, or `limit` states; gives their number."""
+        """Explore until no state is new, or `limit` states are known; return their number."""
         first = State(None, False, (None,) * len(WORKERS), 1, NOW, LEASE)
         self.states[self._key(first)] = (None, "the beginning")
         ahead = deque([first])
@@ -257,7 +257,7 @@ class Walk(Promises):
         return len(self.states)
 
     def path(self, key: tuple[Any, ...]) -> list[Step | str]:
-        """How a state was reached."""
+        """Return the steps that lead to a state."""
         steps: list[Step | str] = []
         at: tuple[Any, ...] | None = key
         while at is not None:
@@ -281,7 +281,7 @@ class Walk(Promises):
                 yield step, after
 
     def _steps(self, state: State) -> Iterator[Step]:
-        """Everything that anybody may ask now."""
+        """Return all commands that can be sent now."""
         yield from self._of_everybody()
         for worker, name in enumerate(WORKERS):
             yield from (Step(Start(id=ID, worker=name), worker), Step(Claim(worker=name), worker))
@@ -337,7 +337,7 @@ class Walk(Promises):
         yield Release(id=ID, lock_id=lock_id)
 
     def _decided(self, state: State, step: Step) -> State | None:
-        """The state after the real decision; None where nothing changed."""
+        """Return the state after the real decision; None if nothing changed."""
         command = step.command
         if isinstance(command, Create) and self.world.expires is not None:
             command = replace(command, expires_at=state.now + self.world.expires * TICK_MS)
@@ -365,7 +365,7 @@ class Walk(Promises):
         return replace(state, job=book.get(ID), paused=paused, locks=tuple(locks), next_token=book.next_token)
 
     def _begin(self, state: State) -> None:
-        """Each state is judged by itself: time and tokens go on from there."""
+        """Check each state by itself: time and tokens continue from it."""
         self._last_lease = state.lease
         self._last_token = (1 << TOKEN_COUNTER_BITS | state.next_token) - 1
 
@@ -378,7 +378,7 @@ class Walk(Promises):
     # -- every state --------------------------------------------------------------------------------------------------
 
     def _look(self, state: State) -> None:
-        """What must hold in a state by itself."""
+        """Check what must hold in every state."""
         job = state.job
         book = state.book()
         rows = {} if job is None else {job.id: job}
@@ -407,7 +407,7 @@ class Walk(Promises):
         return decision.answer.data
 
     def _check_left_alone(self, state: State) -> None:
-        """If everybody has gone, recovery alone ends the grant soon."""
+        """Check that recovery alone soon ends the grant."""
         for _ in range(SOON):
             state = replace(state, now=state.now + TICK_MS, lease=state.lease + TICK_MS)
             after = self._decided(state, Step(Recover(limit=1)))
@@ -430,7 +430,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"{len(walk.states):>8,} states {walk.decisions:>10,} decisions {took_s:>6.1f} s  {world.name}", flush=True
         )
-    print(f"{total:>8,} states: every promise holds in each")
+    print(f"{total:>8,} states: every invariant holds in each")
     return 0
 
 

@@ -12,10 +12,10 @@ from tests.proof.faults.frame import checks
 from tests.support.daemon_process import die_with_us
 
 
-@pytest.mark.timeout(240)  # seconds where nobody else is at work; a machine may be busy
+@pytest.mark.timeout(240)  # seconds on an idle machine
 @pytest.mark.parametrize("name", checks())
-def test_the_promise_is_kept_under(name: str) -> None:
-    # In a process of its own: what it mounts is gone with it.
+def test_the_promise_is_kept_under_a_fault(name: str) -> None:
+    # In its own process, so that its mounts end with it.
     run = subprocess.run(
         [sys.executable, "-m", "tests.proof.faults", name, "--few", "--json"],
         capture_output=True,

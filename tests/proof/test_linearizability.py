@@ -1,4 +1,4 @@
-"""The checker of histories: tiny ones with known verdicts, a search without any cleverness beside it, a real daemon.
+"""The checker: small histories with known verdicts, comparison with a brute-force search, and a real daemon.
 
 The long run is `make linearizability`.
 """
@@ -27,7 +27,7 @@ SHORT: Final = World(Terms(max_attempts=2, max_processing_ms=10))
 def op(
     verb: str, call: int, end: int | None, code: str = "", body: dict[str, Any] | None = None, **seen: Any
 ) -> Operation:
-    """A call from `call` to `end` (ms); without an end its answer was lost."""
+    """A call from `call` to `end` (ms); without an end its response was lost."""
     said = Said(code, seen) if code else None
     end_ns = None if end is None else end * MS
     return Operation(1, verb, "a", body or {"worker": "v"}, call * MS, end_ns, said)
@@ -160,7 +160,7 @@ BAD: Final[dict[str, list[Operation]]] = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_what_some_order_explains_is_taken(name: str) -> None:
+def test_a_history_that_some_order_explains_is_accepted(name: str) -> None:
     verdict = judge(GOOD[name], ENDLESS)
     assert verdict.is_explained
     answered = [each for each in GOOD[name] if each.said is not None]
@@ -170,7 +170,7 @@ def test_what_some_order_explains_is_taken(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_no_order_explains_is_refused(name: str) -> None:
+def test_a_history_that_no_order_explains_is_rejected(name: str) -> None:
     assert not judge(BAD[name], ENDLESS).is_explained
 
 
@@ -186,8 +186,8 @@ def test_a_short_lock_ends_by_itself_but_not_before_its_time() -> None:
     assert not judge([*stalled, got(22, 23, stalls=0)], SHORT).is_explained
 
 
-def test_an_absence_does_not_age_a_lock() -> None:
-    """It was alive when the daemon died: after the start it has 30 s."""
+def test_an_outage_does_not_age_a_lock() -> None:
+    """The lock was live when the daemon died: after the start it has 30 s."""
     away = World(SHORT.terms, (Outage(5 * MS, 50 * MS),))
     before = [created(), granted(2, 3, "L1")]
     assert not judge([*before, granted(60, 61, "L2", 2)], away).is_explained
@@ -198,7 +198,7 @@ def test_an_absence_does_not_age_a_lock() -> None:
     assert judge([*before, granted(60, 61, "L2", 2)], late).is_explained
 
 
-def test_a_daemon_that_died_does_nothing_any_more() -> None:
+def test_a_dead_daemon_has_no_effect() -> None:
     lost = held("complete", 4, None, "L1")
     history = History({"a": Terms()}, [created(), granted(2, 3, "L1"), lost], [Outage(10 * MS, 12 * MS)])
     history.operations += [got(20, 21, status="processing"), got(30, 31, status="completed")]
@@ -207,19 +207,19 @@ def test_a_daemon_that_died_does_nothing_any_more() -> None:
     assert judge(history.of("a"), ENDLESS).is_explained
 
 
-def test_a_stored_answer_tells_what_became_of_the_first_call() -> None:
+def test_a_stored_response_shows_the_outcome_of_the_first_call() -> None:
     lost = replace(LOST_START, key="k")
     again = replace(granted(5, 6, "L1", worker="lost"), key="k", replayed=True)
     done = held("complete", 7, 8, "L1", "done")
     told = History({"a": Terms()}, [created(), lost, again, done])
     assert judge(told.of("a"), ENDLESS).is_explained
-    # A replay of a grant that has ended by then is none.
+    # A grant that has ended is not replayed.
     stale = History(
         {"a": Terms()}, [created(), replace(granted(2, 3, "L1"), key="k"), held("release", 4, 5, "L1", "done")]
     )
     stale.operations.append(replace(granted(6, 7, "L1"), key="k", replayed=True))
     assert not judge(stale.of("a"), ENDLESS).is_explained
-    # A stored answer that nobody was given before, with no lost call that could have been.
+    # A stored response that was never sent before, without a lost call that could have caused it.
     invented = History({"a": Terms()}, [replace(created(), key="k", replayed=True)])
     assert not judge(invented.of("a"), ENDLESS).is_explained
     other = History({"a": Terms()}, [replace(created(), key="k"), replace(op("create", 2, 3, "job_exists"), key="k")])
@@ -227,7 +227,7 @@ def test_a_stored_answer_tells_what_became_of_the_first_call() -> None:
     assert not judge(other.of("a"), ENDLESS).is_explained
 
 
-def test_a_key_is_not_judged_anew() -> None:
+def test_a_call_with_a_used_key_is_not_decided_again() -> None:
     def is_explained(*operations: Operation) -> bool:
         keyed = [replace(each, key="k") if each.verb in ("start", "cancel") else each for each in operations]
         return judge(History({"a": Terms()}, keyed).of("a"), ENDLESS).is_explained
@@ -237,7 +237,7 @@ def test_a_key_is_not_judged_anew() -> None:
     assert is_explained(created(), own, held("release", 4, 5, "L1", "done"), granted(6, 7, "L2", 2))
     assert not is_explained(created(), op("cancel", 2, 3, "done"), op("cancel", 4, 5, "invalid_transition"))
     lost, refused = op("cancel", 2, None), op("cancel", 4, 5, "invalid_transition")
-    assert not is_explained(created(), lost, refused)  # it had not happened by then: the key would have told
+    assert not is_explained(created(), lost, refused)  # it had not taken effect by then, or the key would have answered
     assert is_explained(created(0, 9), lost, op("cancel", 4, 5, "job_not_found"), got(20, 21, status="cancelled"))
     assert not is_explained(
         created(), lost, op("cancel", 4, 5, "done"), op("force-reset", 6, 7, "done"), got(8, 9, status="cancelled")
@@ -245,17 +245,17 @@ def test_a_key_is_not_judged_anew() -> None:
 
 
 def test_overlapping_operations_are_counted() -> None:
-    """The first two overlap, the third touches nobody, and another job is no neighbour."""
+    """The first two overlap, the third does not, and calls on another job do not count."""
     calls = [got(0, 5), got(4, 8), got(9, 10), replace(got(9, 10), job="b"), replace(got(0, 1), job="b")]
     assert overlapping(calls) == 2
     assert overlapping([got(0, 9), got(1, 2), got(3, 4)]) == 3
 
 
-def test_a_broken_history_is_told() -> None:
+def test_a_broken_history_is_described() -> None:
     operations = BAD["an old lock is taken"]
     told = "\n".join(story(operations, ENDLESS, judge(operations, ENDLESS)))
-    assert "4 of them have an order" in told
-    assert 'c1 complete {"lock_id": "L1"' in told.split("after which none of these fits:")[1]
+    assert "the longest order that fits has 4 of them" in told
+    assert 'c1 complete {"lock_id": "L1"' in told.split("none of these fits after it:")[1]
 
 
 # -- the search against one without memo or short cuts ----------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_a_broken_history_is_told() -> None:
 def plainly(
     left: frozenset[int], operations: Sequence[Operation], state: State, world: World, drifted: int = 0
 ) -> bool:
-    """Every order, tried one after the other."""
+    """Try every order."""
     began = max((each.call_ns for index, each in enumerate(operations) if index not in left), default=0)
     ends = [operations[index].return_ns or NEVER for index in left if operations[index].said]
     if not ends:
@@ -280,7 +280,7 @@ def plainly(
 
 
 def drawn(dice: Random) -> tuple[list[Operation], World]:
-    """A few concurrent calls, answered as one order has it; every other time two answers are then swapped."""
+    """Draw a few concurrent calls with the responses of one order; in every second history two of them are swapped."""
     world = World(Terms(dice.randint(1, 2), dice.choice([0, 8]), dice.choice(["auto", "requeue", "fail"])))
     state, calls, locks = State(), [], 0
     for point in range(dice.randint(4, 8)):
@@ -305,7 +305,7 @@ def drawn(dice: Random) -> tuple[list[Operation], World]:
         after = step(state, asked, world)
         assert after is not None
         state = after
-        if dice.random() < 0.25:  # its answer is lost, with the daemon or without
+        if dice.random() < 0.25:  # its response is lost, with or without the daemon
             latest_ns = dice.choice([None, call_ns + dice.randint(0, 12) * MS])
             asked = replace(asked, said=None, return_ns=None, latest_ns=latest_ns)
         calls.append(asked)
@@ -319,7 +319,7 @@ def drawn(dice: Random) -> tuple[list[Operation], World]:
     return calls, world
 
 
-def test_the_search_finds_what_trying_every_order_finds() -> None:
+def test_the_search_agrees_with_brute_force() -> None:
     verdicts = {True: 0, False: 0}
     for seed in range(4_000):
         calls, world = drawn(Random(seed))
@@ -342,16 +342,16 @@ def test_histories_of_a_real_daemon_are_explained_and_mutants_are_not(capsys: py
     assert figures.unknown > 50
 
 
-def test_histories_that_prove_little_are_told() -> None:
+def test_histories_that_prove_too_little_are_reported() -> None:
     figures = program.Figures(histories=20, operations=100, overlapping=20, clients=Counter({3: 20}))
-    assert [sentence.split()[0] for sentence in figures.shortcomings()] == ["Only", "There", "No"]
+    assert [sentence.split()[0] for sentence in figures.shortcomings()] == ["Only", "A", "No"]
 
 
-def test_the_program_says_what_it_saw_and_whether_it_is_good(
+def test_the_program_prints_its_results_and_fails_on_an_unexplained_history(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert program.main(["--histories", "2"]) == 0
     assert "mutants rejected: granted_twice" in capsys.readouterr().out
-    monkeypatch.setitem(RULES, "cancel", RULES["get"])  # a model that knows no cancelling
+    monkeypatch.setitem(RULES, "cancel", RULES["get"])  # a model without cancel
     assert program.main(["--histories", "20"]) == 1
     assert "No order explains history" in capsys.readouterr().out

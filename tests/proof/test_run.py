@@ -1,4 +1,4 @@
-"""What the proofs print is kept by version and put into the document: between its marks, and nowhere else."""
+"""The output of the proofs is kept by commit and written into the document, only between its marks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_each_part_has_its_place_in_the_document() -> None:
         assert name in proof.SHOWN
 
 
-def test_what_the_simulation_counted_becomes_a_table_by_kind() -> None:
+def test_the_counts_of_the_simulation_become_a_table_by_kind() -> None:
     counted = "command Create   1,200\nevent created  9\nfault kill   3\nmishap hang up 1\nrefusal lock_lost 2\n"
     shown = proof.SHOWN["simulation"](f"{counted}never happened: nothing\n2 seeds: every promise held\n")
     assert "| fault | kill 3 |" in shown
@@ -47,7 +47,7 @@ def test_what_the_simulation_counted_becomes_a_table_by_kind() -> None:
     assert shown.startswith("```text\n2 seeds: every promise held\nnever happened: nothing\n```\n")
 
 
-def test_what_the_faults_counted_becomes_a_table() -> None:
+def test_the_counts_of_the_faults_become_a_table() -> None:
     outcome = {
         "name": "kill",
         "promise": "nothing is lost",
@@ -86,7 +86,7 @@ def test_single_faults_replace_their_rows_if_they_passed(
 
 
 @pytest.mark.parametrize("is_here", [True, False])
-def test_a_fault_says_its_commit_command_interpreter_and_tools(
+def test_a_fault_reports_its_commit_command_interpreter_and_tools(
     is_here: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check = Check(
@@ -124,7 +124,7 @@ def test_every_figure_in_the_document_has_commit_command_and_interpreter() -> No
         assert needs == (", ".join(tools) or "nothing"), fault
 
 
-def test_the_table_of_what_is_skipped_names_every_program_that_tests_ask_for() -> None:
+def test_the_table_of_skipped_checks_names_every_program_that_tests_need() -> None:
     skips = {row[0]: row[1] for row in rows(proof.DOCUMENT, "missing", "skipped")}
     asked = {
         name
@@ -140,7 +140,7 @@ def test_the_table_of_what_is_skipped_names_every_program_that_tests_ask_for() -
         assert bool(named) == (not by_strace), check.name
 
 
-def test_a_part_that_was_run_is_kept_and_one_that_failed_is_not(
+def test_the_output_of_a_part_is_kept_unless_it_failed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(proof, "PARTS", {"world": ["calendar", "2026", "11"], "planted": ["calendar", "no year"]})

@@ -1,7 +1,4 @@
-"""A few hundred seeds of the simulation, and the simulation itself: same seed, same journal; nothing left unplayed.
-
-The long run is `python -m tests.proof.simulation --seeds 20000 --jobs 2`.
-"""
+"""Some seeds of the simulation, and tests of the simulation itself. The long run: `make simulation`."""
 
 from __future__ import annotations
 
@@ -30,15 +27,15 @@ from tests.proof.simulation.run import Outcome, explain, simulate
 
 CHUNKS: Final = 6
 SEEDS: Final = 30  # of each chunk
-ENOUGH: Final = 400  # seeds, in which everything has to happen
+ENOUGH: Final = 400  # seeds within which everything must happen
 STEPS: Final = 300
 
-# All of it is computing: on a busy machine it takes many times as long, and nothing else would be wrong then.
+# CPU-bound, so it takes many times as long on a busy machine.
 pytestmark = pytest.mark.timeout(300)
 
 
 def held(outcome: Outcome) -> str:
-    """Empty, or what to do to see what happened."""
+    """Return an empty string, or what broke with the command that repeats it."""
     if outcome.broken is None:
         return ""
     return f"{outcome.broken[:2]}: python -m tests.proof.simulation --seed {outcome.seed} --seeds 1 --steps {STEPS}"
@@ -50,8 +47,8 @@ def test_every_promise_holds(chunk: int) -> None:
         assert not held(simulate(seed, STEPS))
 
 
-def test_every_rule_refusal_and_fault_is_met() -> None:
-    """Nothing is left unplayed; and once everything was met there is no need to go on."""
+def test_every_event_error_and_fault_occurs() -> None:
+    """Stops as soon as everything has happened."""
     fired: Counter[str] = Counter()
     for seed in range(CHUNKS * SEEDS, CHUNKS * SEEDS + ENOUGH):
         outcome = simulate(seed, STEPS)
@@ -62,15 +59,15 @@ def test_every_rule_refusal_and_fault_is_met() -> None:
     assert never(fired) == []
 
 
-def test_the_same_seed_gives_the_same_journal() -> None:
+def test_the_same_seed_gives_the_same_trace() -> None:
     first, second = simulate(7, 400, tell=True), simulate(7, 400)
     assert first.digest == second.digest
     assert (first.steps, first.fired) == (second.steps, second.fired)
     assert simulate(8, 400).digest != first.digest
 
 
-def test_the_journal_does_not_depend_on_hash_order() -> None:
-    """Byte for byte, in processes whose sets and dicts of strings are laid out differently."""
+def test_the_trace_does_not_depend_on_hash_order() -> None:
+    """The trace is equal byte for byte in processes with different hash seeds."""
     code = (
         "from tests.proof.simulation.run import simulate; print([simulate(seed, 200).digest for seed in range(20, 40)])"
     )
@@ -89,8 +86,8 @@ def test_the_journal_does_not_depend_on_hash_order() -> None:
     assert len(told) == 1
 
 
-def test_a_bug_is_found_and_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """An actor that answers although nothing was written."""
+def test_a_bug_is_found_and_described(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """An actor that responds although nothing was written."""
 
     async def write(self: Actor, plan: DecidedBatch) -> dict[int, bytes]:
         self._decider.committed(plan)
@@ -102,21 +99,21 @@ def test_a_bug_is_found_and_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "0 seeds held, 2 failed" in told
     assert (told.count("Seed 0: "), told.count("Seed 1: "), told.count("Seed 2: ")) == (1, 1, 0)
     assert "S6 broke" in told
-    assert "With nothing but the faults [] and the mishaps []" in told
+    assert "With only the faults [] and the client mishaps []" in told
     assert "is not on the disk" in told
 
 
-def test_what_was_stored_by_a_clock_that_went_back_has_its_time_too() -> None:
-    """Seed 7307: stored and deleted 45 days ahead, it waited for that time, and the closing act ended before it."""
+def test_an_object_stored_by_a_clock_that_went_back_is_deleted_in_time() -> None:
+    """Seed 7307: stored and deleted 45 days ahead, an object waited for that time, and the final phase ended before."""
     matters = {"kill", "reboot", "long wall step", "boot step back", "artifacts flaky", "artifacts slow"}
     assert simulate(7307, STEPS, without=frozenset(FAULTS) - matters).broken is None
 
 
-def test_what_matters_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all that goes wrong in a seed only that is left without which the promise holds."""
+def test_the_faults_that_matter_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the faults without which the invariant holds are left."""
 
     async def take_back(self: Actor, plan: DecidedBatch) -> None:
-        self._decider.keys.rollback()  # and the jobs stay as the refused batch had them
+        self._decider.keys.rollback()  # the jobs stay as the rejected batch had them
 
     monkeypatch.setattr(Actor, "_take_back", take_back)
     found = next(outcome for seed in range(50) if (outcome := simulate(seed, 300)).broken is not None)
@@ -129,8 +126,8 @@ def test_what_matters_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(draw(found.seed, frozenset(least.without)).faults) & {"full disk", "rot"}
 
 
-def test_a_caller_who_is_gone_is_told_nothing() -> None:
-    """Seed 5789: somebody stopped asking at the moment of an answer, and the door stumbled over it."""
+def test_a_caller_that_left_gets_nothing() -> None:
+    """Seed 5789: a caller left at the moment of its response, and the handler failed on that."""
     told: list[str] = []
     loop = SimLoop(Random("gone"))
 
@@ -156,7 +153,7 @@ def test_a_caller_who_is_gone_is_told_nothing() -> None:
     assert told == []
 
 
-def test_the_program_counts_what_happened(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_counts_events(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(["--seeds", "12", "--steps", "60", "--jobs", "2"]) == 0
     told = capsys.readouterr().out
     assert "12 seeds" in told

@@ -1,7 +1,4 @@
-"""One of the small worlds, walked through whole, and the beginning of each other one.
-
-All of them: `python -m tests.proof.small_world`.
-"""
+"""Explore one small world completely, and the beginning of the others. All of them: `make world`."""
 
 from __future__ import annotations
 
@@ -41,9 +38,9 @@ from tests.proof.small_world import WORLDS, Walk, World, main
 
 BEGINNING = 1_500  # states
 
-pytestmark = pytest.mark.timeout(300)  # all of it is computing
+pytestmark = pytest.mark.timeout(300)  # CPU-bound
 
-# What one job can come to in a world of one attempt, where a lock that has expired is death.
+# The events of a world of one attempt, in which an expired lock is fatal.
 EVENTS = {
     "created", "imported", "granted", "progress", "extended", "completed", "failed", "released", "undelivered",
     "cancelled", "stalled", "late_result", "late_call", "adopted", "force_failed", "force_reset", "transitioned",
@@ -55,7 +52,7 @@ REFUSALS = {
 }  # fmt: skip
 
 
-# These look at many jobs, at history, or keep the clock: to one job they do nothing. An absence has a world of its own.
+# These read many jobs or history, or persist the clock: they do nothing to one job. Downtime has a world of its own.
 NOT_PLAYED = {
     EndPauses,
     ListJobs,
@@ -80,8 +77,8 @@ NOT_PLAYED = {
 }
 
 
-def test_every_state_of_a_world() -> None:
-    """There is an end to them, and nothing that can happen to a job is left out."""
+def test_every_state_of_a_world_is_explored() -> None:
+    """The states are finite, and every event that can happen to a job happens."""
     walk = Walk(World("one tick", on_stall="fail", ttl=1, stuck_after=0, ceiling=1, max_stalls=0))
     assert walk.run() > 3_000
     assert walk.decisions > 50 * len(walk.states)
@@ -90,11 +87,11 @@ def test_every_state_of_a_world() -> None:
 
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
-def test_the_beginning_of_every_world(world: World) -> None:
+def test_the_first_states_of_every_world_are_explored(world: World) -> None:
     assert Walk(world).run(BEGINNING) >= BEGINNING
 
 
-def test_a_state_tells_how_it_was_reached() -> None:
+def test_a_state_has_the_path_that_reaches_it() -> None:
     walk = Walk(WORLDS[0])
     walk.run(200)
     path = walk.path(list(walk.states)[-1])
@@ -103,7 +100,7 @@ def test_a_state_tells_how_it_was_reached() -> None:
 
 
 def test_a_rule_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lock that lives on at its very end, an ending that is taken from anybody, a grant that keeps its attempt."""
+    """A lock that is live at its expiry, an ending from any worker, a grant that does not count as an attempt."""
 
     def late(job: Job, lease_ms: int) -> bool:
         return job.status == "processing" and (job.lease is None or job.grant is None or lease_ms > job.lease.stuck)
@@ -129,8 +126,8 @@ def test_a_rule_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             Walk(WORLDS[3]).run(BEGINNING)
 
 
-def test_the_program_counts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_program_prints_the_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--limit", "100"]) == 0
     told = capsys.readouterr().out
     assert all(world.name in told for world in WORLDS)
-    assert "every promise holds" in told
+    assert "every invariant holds" in told

@@ -1,6 +1,6 @@
 """Run faults: `python -m tests.proof.faults NAME ... [--rounds N]` runs some, `--report` runs all.
 
-Exit code 0 where every promise was kept, 1 otherwise; with CI set a check that could not be run counts as broken.
+Exit code 0 if every check passed, 1 otherwise. With CI set, a skipped check counts as failed.
 """
 
 from __future__ import annotations

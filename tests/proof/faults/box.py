@@ -1,6 +1,6 @@
-"""A machine of its own: a real systemd as PID 1 in namespaces, with jobd installed as systemd/README.md says.
+"""A nested machine: a real systemd as PID 1 in namespaces, with jobd installed as systemd/README.md describes.
 
-What is written in it, is written to memory, and everything in it ends with the process that made it. Judges nothing.
+All writes go to memory, and everything in it ends with the process that made it.
 `python -m tests.proof.faults.box DIRECTORY CONSOLE tcp|unix-only` is its first process, which becomes systemd.
 """
 
@@ -29,7 +29,7 @@ from tests.support.daemon_process import TOKEN, Doors, OverUnix, die_with_us
 
 SYSTEMD: Final = Path("/usr/lib/systemd/systemd")
 SPACES: Final = ("--mount", "--pid", "--net", "--ipc", "--cgroup")
-UP_S: Final = 60  # for whatever is waited for
+UP_S: Final = 60  # for any wait
 PATIENCE_S: Final = 5
 SERVICE: Final = "jobd.service"
 UNITS: Final = (SERVICE, "jobd-worker.socket", "jobd-admin.socket")
@@ -40,7 +40,7 @@ _LIBC: Final = ctypes.CDLL(None, use_errno=True)
 _RB_HALT_SYSTEM: Final = 0xCDEF0123
 _CLONE_NEWNET: Final = 0x40000000
 
-# Paths and what a nested machine cannot do, nothing else.
+# Paths, and settings that a nested machine does not support.
 DROP_IN: Final = f"""
 [Service]
 PrivateUsers=no
@@ -50,7 +50,7 @@ StandardError=append:{LOG}
 
 
 def _can_nest() -> bool:
-    """Root with namespaces and a writable cgroup tree."""
+    """Return whether this process is root, with namespaces and a writable cgroup tree."""
     if os.geteuid() != 0 or shutil.which("unshare") is None or not os.access(_own_cgroup(), os.W_OK):
         return False
     return subprocess.run(["unshare", *SPACES, "--fork", "true"], capture_output=True, check=False).returncode == 0
@@ -65,7 +65,7 @@ NEEDS: Final = (
 
 
 def _own_cgroup() -> Path:
-    """Our place in the tree of cgroup2, wherever that is mounted."""
+    """Return the directory of our cgroup, wherever cgroup2 is mounted."""
     lines = [line.split() for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()]
     root = next((Path(line[1]) for line in lines if line[2] == "cgroup2"), Path("/nowhere"))
     own = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -78,7 +78,7 @@ class Box(Doors):
     def __init__(self, directory: Path, *, unix_only: bool = False) -> None:
         self.directory = directory
         self._variant = "unix-only" if unix_only else "tcp"
-        self.pid = 0  # of its systemd, as seen from here
+        self.pid = 0  # of its systemd, as seen from outside
         self._cgroup = _own_cgroup() / f"jobd-box-{os.getpid()}"
         self._said: list[bytes] = []
 
@@ -119,7 +119,7 @@ class Box(Doors):
     def __exit__(self, *_: object) -> None:
         if self.pid:
             with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)  # and with it all in its namespace
+                os.kill(self.pid, signal.SIGKILL)  # ends all processes of its namespace
         else:
             self._process.kill()
         self._process.wait()
@@ -132,7 +132,7 @@ class Box(Doors):
 
     def _remove_cgroups(self) -> bool:
         for place, _, _ in os.walk(self._cgroup, topdown=False):
-            with suppress(OSError):  # its last process is still going
+            with suppress(OSError):  # its last process has not ended yet
                 os.rmdir(place)
         return not self._cgroup.exists()
 
@@ -145,25 +145,25 @@ class Box(Doors):
 
     @property
     def console(self) -> str:
-        """What systemd has said."""
+        """The output of systemd."""
         return b"".join(self._said).decode(errors="replace")
 
     @property
     def story(self) -> str:
-        """The end of what both have said."""
+        """The end of the outputs of systemd and jobd."""
         return f"{self.console[-3000:]}\n{self.log[-3000:]}"
 
     @property
     def log(self) -> str:
-        """What the daemon has said, over all its lives."""
+        """The output of the daemon, over all its runs."""
         path = self.path(LOG)
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def worker(self) -> OverUnix:
-        return OverUnix(self.socket, timeout=2 * UP_S)  # its first answer may have to wait for a start
+        return OverUnix(self.socket, timeout=2 * UP_S)  # the first response may wait for a start
 
     def path(self, inside: str) -> Path:
-        """A file in the box, as it can be read and written from here."""
+        """The path of a file in the box, as seen from outside."""
         return Path(f"/proc/{self.pid}/root{inside}")
 
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
@@ -178,7 +178,7 @@ class Box(Doors):
                 try:
                     out, err = process.communicate(timeout=PATIENCE_S)
                 except subprocess.TimeoutExpired:
-                    # nsenter stops itself where its child was stopped, and can miss that it goes on.
+                    # nsenter stops itself if its child was stopped, and can miss that the child continues.
                     process.send_signal(signal.SIGCONT)
                 else:
                     return subprocess.CompletedProcess(command, process.returncode, out, err)
@@ -186,36 +186,36 @@ class Box(Doors):
         raise AssertionError(f"{command} does not end\n{self.story}")
 
     def ask(self, *command: str) -> str:
-        """What a command says."""
+        """Return the output of a command."""
         return self.run(*command).stdout.strip()
 
     def do(self, *command: str) -> str:
-        """Run a command that has to succeed."""
+        """Run a command that must succeed."""
         done = self.run(*command)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}\n{self.story}"
         return done.stdout.strip()
 
     def show(self, unit: str, name: str) -> str:
-        """A property of a unit."""
+        """Return a property of a unit."""
         return self.ask("systemctl", "show", "--value", f"--property={name}", unit)
 
     def until_ready(self, not_pid: str = "0") -> str:
-        """Until the daemon runs, under another pid than `not_pid`, and is ready; gives its pid in the box."""
+        """Wait until the daemon is ready, with a pid other than `not_pid`; return its pid in the box."""
         self._until("a daemon", lambda: self.show(SERVICE, "MainPID") not in ("0", not_pid))
         self._until("readiness", lambda: self.show(SERVICE, "ActiveState") == "active")
         return self.show(SERVICE, "MainPID")
 
     def drop_in(self, text: str) -> None:
-        """Give the daemon's unit other settings, from its next start on."""
+        """Change settings of the daemon's unit, from its next start on."""
         self.path(f"/etc/systemd/system/{SERVICE}.d/more.conf").write_text(text, encoding="utf-8")
         self.do("systemctl", "daemon-reload")
 
     def admin_port(self) -> http.client.HTTPConnection:
-        """A connection to the admin port, which only its own network has."""
+        """Connect to the admin port, which only the network of the box reaches."""
         connection = http.client.HTTPConnection("127.0.0.1", 8770, timeout=60)
         made: list[socket.socket] = []
 
-        def connect() -> None:  # in a thread of its own: this moves the thread into the box
+        def connect() -> None:  # in its own thread, because this moves the thread into the box
             with open(f"/proc/{self.pid}/ns/net", encoding="utf-8") as space:
                 if _LIBC.setns(space.fileno(), _CLONE_NEWNET) == 0:
                     with suppress(OSError):
@@ -247,7 +247,7 @@ def _bind(source: Path | str, place: Path) -> None:
 
 
 def _build(directory: Path, console: str) -> Path:
-    """The file system: the host's, with everything that is written kept in memory."""
+    """Build the file system: the host's, with all writes in memory."""
     _mount("tmpfs", directory)
     for name in ("upper", "work", "root"):
         (directory / name).mkdir()
@@ -270,14 +270,14 @@ def _build(directory: Path, console: str) -> Path:
 
 
 def _install(root: Path, variant: str) -> None:
-    """jobd where its unit looks for it, and nothing else that could be started."""
+    """Install jobd where its unit expects it, and disable all other units."""
     packages = root / f"opt/jobd/lib/{PYTHON}/site-packages"
     packages.mkdir(parents=True)
     _bind(ROOT / "jobd", packages / "jobd")
     _bind(sysconfig.get_path("purelib"), root / "opt/packages")
     (packages / "packages.pth").write_text("/opt/packages\n")
     home = Path(sys.base_prefix)
-    if home != Path("/usr"):  # it may lie under a home directory, which the unit hides
+    if home != Path("/usr"):  # it may be in a home directory, which the unit hides
         _bind(home, root / "opt/python")
         home = Path("/opt/python")
     (root / "opt/jobd/bin").mkdir()
@@ -308,7 +308,7 @@ def _install(root: Path, variant: str) -> None:
 
 
 def _end_with(lifeline: int) -> None:
-    """A process that halts this machine when the process that made it is gone."""
+    """Start a process that halts this machine when its creator is gone."""
     if os.fork() == 0:
         os.setsid()
         while os.read(lifeline, 1):
@@ -318,14 +318,16 @@ def _end_with(lifeline: int) -> None:
 
 
 def main(directory: Path, console: str, variant: str) -> None:
-    os.environ["PATH"] += ":/usr/sbin:/sbin"  # pivot_root, also for who has no such directory on the path
+    os.environ["PATH"] += ":/usr/sbin:/sbin"  # pivot_root may be missing from the path
     root = _build(directory, console)
     _install(root, variant)
     _end_with(os.dup(0))
     os.chdir(root)
     subprocess.run(["pivot_root", ".", "mnt"], check=True)
     subprocess.run(["umount", "--lazy", "/mnt"], check=True)
-    subprocess.run(["mount", "--make-rshared", "/"], check=True)  # as on every machine: units get credentials by that
+    subprocess.run(
+        ["mount", "--make-rshared", "/"], check=True
+    )  # as on every machine: systemd passes credentials to units by it
     with open("/dev/null", "r+b") as null:
         for number in range(3):
             os.dup2(null.fileno(), number)

@@ -1,6 +1,6 @@
-"""A crowd at a daemon's socket, as a process of its own: `python -m tests.proof.faults.crowd KIND SOCKET COUNT`.
+"""Many connections to a daemon's socket from one process: `python -m tests.proof.faults.crowd KIND SOCKET COUNT`.
 
-Prints one line of JSON once it is there, stays until its stdin closes, and then prints what it met.
+Prints a line of JSON when all are connected, stays until its stdin closes, and then prints the results.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Met = Counter[str]
 
 
 def room() -> int:
-    """How many connections this process, and those it starts, may hold: once its limit is as high as it may be."""
+    """Raise the limit of descriptors and return how many connections this process and its children may hold."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # root may raise it
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(most, WANTED), max(most, WANTED)))
@@ -41,16 +41,18 @@ async def _open(path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         line.setblocking(False)
         try:
-            line.connect(path)  # at once or not at all; asyncio would take a full backlog for one that comes later
+            line.connect(
+                path
+            )  # succeeds at once or not at all; asyncio would treat a full backlog as a pending connection
         except BlockingIOError:
             line.close()
-            await asyncio.sleep(0.01)  # others of the crowd come in first
+            await asyncio.sleep(0.01)  # let others connect first
         else:
             return await asyncio.open_unix_connection(sock=line, limit=1_024)
 
 
 async def idle(path: str, met: Met, is_there: asyncio.Event) -> None:
-    """Connect and say nothing."""
+    """Connect and send nothing."""
     reader, _ = await _open(path)
     is_there.set()
     await reader.read()
@@ -58,7 +60,7 @@ async def idle(path: str, met: Met, is_there: asyncio.Event) -> None:
 
 
 async def slow(path: str, met: Met, is_there: asyncio.Event) -> None:
-    """Ask for a long list, and read a little of it now and then."""
+    """Request a long list and read it slowly."""
     reader, writer = await _open(path)
     writer.write(LIST)
     assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
@@ -70,7 +72,7 @@ async def slow(path: str, met: Met, is_there: asyncio.Event) -> None:
 
 
 async def half(path: str, met: Met, is_there: asyncio.Event) -> None:
-    """Send a part of a body, wait for the refusal, come again."""
+    """Send a part of a body, wait for the error, repeat."""
     while True:
         reader, writer = await _open(path)
         writer.write(HALF)

@@ -1,6 +1,7 @@
-"""Crowds beside honest clients: idle connections, slow readers, half-sent bodies, a full mailbox, no descriptors left.
+"""Many abusive clients beside a normal one: idle connections, slow readers, half-sent bodies, a full mailbox, no
+descriptors left.
 
-The crowds themselves are processes of their own (crowd.py); here it is measured what honest clients notice of them.
+The abusive clients run in other processes (crowd.py). These checks measure the delay of a normal client.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tests.proof.faults.crowd import room
 from tests.proof.faults.frame import Check, Counts, Tool, Trial, program
 from tests.support.daemon_process import Daemon, call, die_with_us
 
-SLOWER: Final = 2.0  # an honest client's p99 beside a crowd, at most, by its own without
+SLOWER: Final = 2.0  # the highest p99 with the others, relative to the one without
 LIFECYCLES: Final = 150
 FLOODERS: Final = 24
 DESCRIPTORS: Final = 200
@@ -34,7 +35,7 @@ MANY_FILES = Tool(f"room for {IDLE} connections", "none: raise the limit of open
 
 @contextmanager
 def crowd(kind: str, daemon: Daemon, count: int) -> Iterator[dict[str, int]]:
-    """A crowd while the block runs. Gives how many they are, and after the block what they met."""
+    """Keep many connections open while the block runs. Yield their number and, after the block, their results."""
     command = [sys.executable, "-m", "tests.proof.faults.crowd", kind, daemon.socket, str(count)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_us
@@ -55,13 +56,13 @@ def crowd(kind: str, daemon: Daemon, count: int) -> Iterator[dict[str, int]]:
 
 
 def descriptors(daemon: Daemon) -> int:
-    """How many files and sockets the daemon has open."""
+    """Return the number of files and sockets that the daemon has open."""
     assert daemon.process is not None
     return len(os.listdir(f"/proc/{daemon.process.pid}/fd"))
 
 
 def wait_until(daemon: Daemon, least: float, most: float) -> None:
-    """Until the daemon has let the crowd in, or go: so many descriptors are open then."""
+    """Wait until the daemon has this number of descriptors open."""
     deadline_s = time.monotonic() + 60
     while not least <= descriptors(daemon) <= most:
         assert time.monotonic() < deadline_s, f"{descriptors(daemon)} descriptors, not {least:.0f} to {most:.0f}"
@@ -69,7 +70,7 @@ def wait_until(daemon: Daemon, least: float, most: float) -> None:
 
 
 def p99_ms(daemon: Daemon, lifecycles: int) -> float:
-    """Of the calls of whole lifecycles, one after the other on one connection."""
+    """Return the p99 of the calls of whole lifecycles on one connection."""
     took_s: list[float] = []
     with closing(daemon.worker()) as connection:
 
@@ -88,7 +89,7 @@ def p99_ms(daemon: Daemon, lifecycles: int) -> float:
 
 
 def beside(kind: str, count: int, trial: Trial, prepare: Any = None) -> Counts:
-    """An honest client's p99 with and without a crowd, in turns."""
+    """Measure a normal client's p99 with and without the others, alternating."""
     alone: list[float] = []
     together: list[float] = []
     met: Counter[str] = Counter()
@@ -147,7 +148,7 @@ def _flood(daemon: Daemon, stop: threading.Event, answers: Counter[str], lock: t
 
 
 def mailbox_flood(trial: Trial) -> Counts:
-    """A small mailbox and many who create: work that is running reports all the same, and operators act."""
+    """Fill a small mailbox with creates: running work still reports, and operators act."""
     answers: Counter[str] = Counter()
     lock, stop = threading.Lock(), threading.Event()
     reports = 0
@@ -159,7 +160,7 @@ def mailbox_flood(trial: Trial) -> Counts:
             thread.start()
             threads.callback(thread.join)
         threads.callback(stop.set)
-        while answers["503"] < 100:  # from here on they meet a full mailbox
+        while answers["503"] < 100:  # from here on the mailbox is full
             assert daemon.post("/v1/jobs/held/extend", held).status == 200
         for _ in range(trial.rounds):
             for number in range(10):
@@ -186,7 +187,7 @@ def mailbox_flood(trial: Trial) -> Counts:
 
 
 def no_descriptors(trial: Trial) -> Counts:
-    """More connections than the daemon may have files: it lives, its store is well, and later ones are answered."""
+    """Open more connections than the daemon has descriptors: it survives, and later connections are served."""
     refused = 0
     daemon = Daemon(trial.directory)
     prlimit = shutil.which("prlimit")
@@ -200,7 +201,7 @@ def no_descriptors(trial: Trial) -> Counts:
                 lines = [socket.socket(socket.AF_UNIX) for _ in range(2 * DESCRIPTORS)]
                 for line in lines:
                     line.connect(daemon.socket)
-                assert call(early, "POST", f"/v1/jobs/{job_id}/update", {}).status == 404  # who was there is answered
+                assert call(early, "POST", f"/v1/jobs/{job_id}/update", {}).status == 404  # open connections are served
                 assert call(early, "POST", "/v1/jobs", {"payload": 2}).status == 201
                 for line in lines:
                     line.close()

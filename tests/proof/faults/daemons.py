@@ -1,4 +1,4 @@
-"""Two daemons that want the same thing, and a daemon that is told to stop while requests are in flight."""
+"""Two daemons that compete for one store, socket or port, and a daemon that stops while requests are in flight."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from tests.support.daemon_process import Daemon, Doors, Reply, call, die_with_us
 BUSY: Final = 75
 RIVALS: Final = 4  # daemons that start at the same moment
 PARKED: Final = 8
-STOPPED_S: Final = 10.0  # what a stop may take when every request in flight can be answered
+STOPPED_S: Final = 10.0  # the longest stop if every request in flight can be answered
 
 
 @contextmanager
 def stopped(daemon: Daemon) -> Iterator[None]:
-    """A daemon that does not move, by SIGSTOP: what is changed meanwhile was changed by somebody else."""
+    """Stop a daemon with SIGSTOP, so that any change meanwhile was made by another process."""
     assert daemon.process is not None
     os.kill(daemon.process.pid, signal.SIGSTOP)
     try:
@@ -44,7 +44,7 @@ def stopped(daemon: Daemon) -> Iterator[None]:
 
 
 def ended(daemon: Daemon) -> tuple[int, str]:
-    """Start a daemon that is to be refused; its exit code and what it said."""
+    """Start a daemon that must fail; return its exit code and output."""
     process = daemon.spawn()
     try:
         _, log = process.communicate(timeout=60)
@@ -55,7 +55,7 @@ def ended(daemon: Daemon) -> tuple[int, str]:
 
 
 def looks(directory: Path) -> dict[str, tuple[Any, ...]]:
-    """Everything in a directory, down to bytes and times."""
+    """Return everything in a directory, with contents and times."""
     return {
         path.name: (seen.st_ino, seen.st_mode, seen.st_size, seen.st_mtime_ns, path.is_file() and path.read_bytes())
         for path in directory.iterdir()
@@ -77,7 +77,7 @@ def two_daemons(trial: Trial) -> Counts:
                     assert code == BUSY, f"the same {want}: exit {code}\n{log}"
                     assert culprit in log, f"the same {want}: {log}"
                     after = [looks(first.directory), looks(second.directory)]
-                after[1].pop(f"{second.store.name}.lock", None)  # a place for locks, nothing of the store
+                after[1].pop(f"{second.store.name}.lock", None)  # a file for locks, not part of the store
                 before[1].pop(f"{second.store.name}.lock", None)
                 assert after == before, f"the same {want}: something was touched"
                 refused[f"rejected for the same {want}"] += 1
@@ -95,7 +95,7 @@ def _made(trial: Trial, name: str) -> Path:
 
 
 def _rivals(directory: Path, first: Daemon) -> Iterator[tuple[str, Daemon, str]]:
-    """What is wanted twice, who wants it, and what it has to say. The rival's own store holds a job at work."""
+    """Yield each contested resource, the second daemon and its expected message. Its own store has a processing job."""
     assert first.process is not None
     holder = f"process {first.process.pid}"
     yield "store and sockets", Daemon(directory, JOBD_STORE_PATH=str(first.store), **_sockets(first)), holder
@@ -116,7 +116,7 @@ def _sockets(daemon: Daemon) -> dict[str, str]:
 
 
 def rivals(trial: Trial) -> Counts:
-    """Started at the same moment: one gets what all want, the others are refused; it keeps it to its end."""
+    """Start daemons at the same moment: one gets the resource and keeps it, the others fail."""
     refused = 0
     for number in range(trial.rounds):
         directory = _made(trial, f"race-{number}")
@@ -147,7 +147,7 @@ def rivals(trial: Trial) -> Counts:
 
 
 class Claimers:
-    """Who waits for jobs and holds what it gets, and who creates them: claims are answered all the time."""
+    """Workers that wait for jobs and hold them, and clients that create jobs, so that claims are answered steadily."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
@@ -180,7 +180,7 @@ class Claimers:
                 self.created.update(ids)
 
     def check(self, store: Contents) -> int:
-        """Who holds a job knows of it, and what was created is there; gives the number of grants."""
+        """Check that every grant was received and every created job exists; return the number of grants."""
         assert self.created <= store.jobs.keys()
         mine = {token: job_id for token, job_id in store.tokens.items() if job_id.startswith("claimed-")}
         for token in mine.keys() - self.tokens:
@@ -192,7 +192,7 @@ class Claimers:
 
 
 class Half:
-    """A create whose body has been sent by half."""
+    """A create with half of its body sent."""
 
     def __init__(self, daemon: Daemon, job_id: str) -> None:
         self.job_id = job_id
@@ -224,7 +224,7 @@ def _wait_for(daemon: Daemon, metric: str) -> None:
 
 @contextmanager
 def slow_disk(daemon: Daemon, delay_ms: int) -> Iterator[None]:
-    """Every fdatasync takes so much longer, from now on until the daemon ends."""
+    """Delay every fdatasync until the daemon ends."""
     assert daemon.process is not None
     inject = ["-e", "trace=fdatasync", "-e", f"inject=fdatasync:delay_enter={1000 * delay_ms}"]
     command = ["strace", "-f", "-q", "-o", "/dev/null", "-p", str(daemon.process.pid), *inject]
@@ -239,7 +239,7 @@ def slow_disk(daemon: Daemon, delay_ms: int) -> Iterator[None]:
 
 
 def _refused_at_the_door(daemon: Daemon) -> None:
-    """Until nobody comes in any more."""
+    """Wait until new connections are rejected."""
     deadline_s = time.monotonic() + 30
     while True:
         assert time.monotonic() < deadline_s, "the door is still open"
@@ -248,7 +248,7 @@ def _refused_at_the_door(daemon: Daemon) -> None:
                 late.connect()
         except (FileNotFoundError, ConnectionRefusedError):
             return
-        except BlockingIOError:  # nobody was let in for a while
+        except BlockingIOError:  # no connection was accepted for a while
             pass
         time.sleep(0.005)
 
@@ -305,7 +305,7 @@ def told_to_stop(trial: Trial) -> Counts:
 
 
 def nothing_untold(ledger: Ledger, store: Contents) -> None:
-    """After an orderly end nothing was done that was not answered: a request is taken in and answered, or neither."""
+    """Check that a graceful stop left no change without a response."""
     for told in ledger.jobs.values():
         done = asked_for(store.events.get(told.job_id, []))
         assert re.fullmatch(told_pattern(told.events), told_pattern(done)), (

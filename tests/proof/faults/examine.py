@@ -1,6 +1,6 @@
-"""What a store that nobody has open holds: the offline doctor finds nothing, the journal folds to the rows.
+"""Check a closed store: the offline doctor finds nothing, and the journal folds to the rows.
 
-Reads only, row by row, with the reader of the daemon; judges by itself.
+Reads row by row with the daemon's codec, but checks independently.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jobd.storage.database import EVENT_SQL, JOB_SQL
 
 @dataclass
 class Contents:
-    """All rows, by job id; `tokens` of all grants in the journal, in the order in which they were made."""
+    """All rows by job id, and the `tokens` of all grants in the journal, in order."""
 
     jobs: dict[str, Job] = field(default_factory=dict)
     payloads: dict[str, Any] = field(default_factory=dict)
@@ -28,14 +28,14 @@ class Contents:
 
 
 def examined(path: str | Path) -> Contents:
-    """The contents of a store in which nothing is wrong; AssertionError where something is."""
+    """Return the contents of a store. Raise AssertionError if anything is wrong."""
     problems = doctor.check(str(path))
     assert not problems, f"the doctor finds: {[f'{one.where}: {one.what}' for one in problems[:5]]}"
     return contents(path)
 
 
 def contents(path: str | Path) -> Contents:
-    """Everything, read and compared: each journal folds to its row, tokens rise, only who is processed has a lock."""
+    """Read and compare everything: each journal folds to its row, tokens increase, only processing jobs have locks."""
     found = Contents()
     reader = codec.JobReader()
     with startup.read_only(str(path)) as conn:

@@ -1,6 +1,6 @@
-"""Single bits of a closed store are flipped, all over its files: nothing that is served is other than it was written.
+"""Flip single bits of a closed store, all over its files: nothing wrong is ever served.
 
-What has to be noticed by whom is not judged by the place of the bit, only by what is missing or wrong.
+The expected result does not depend on the position of the bit, only on what is missing or wrong.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from tests.support.daemon_process import Daemon, call
 
 PAGE: Final = 4096
 KINDS: Final = {2: "index branches", 5: "table branches", 10: "index leaves", 13: "table leaves"}
-BY_DAEMON: Final = 100  # of so many flips one is given to a daemon, all to the store
+BY_DAEMON: Final = 100  # one of this many flips is tested with a daemon, all with the store
 REFUSED: Final = (74, 78)
 
 
 class Original:
-    """A store as the daemon left it: its files, and everything that is in it."""
+    """A store as the daemon left it: its files and contents."""
 
     def __init__(self, trial: Trial, *, killed: bool) -> None:
         home = trial.directory / "original"
@@ -57,7 +57,7 @@ class Original:
         }
 
     def put(self, place: Path, suffix: str, at: int, bit: int) -> Path:
-        """The store at `place` with one bit flipped."""
+        """Write the store to `place` with one bit flipped."""
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         for each, content in self.files.items():
@@ -71,7 +71,7 @@ class Original:
 
 
 def _odd_jobs(daemon: Daemon) -> None:
-    """Rows of all the other kinds: long payloads, a result, a deleted job, a paused queue, a report, keys."""
+    """Write rows of all other kinds: long payloads, a result, a deleted job, a paused queue, a report, keys."""
     for number in range(4):
         job = {"id": f"odd-{number}", "queue": f"queue-{number}", "payload": "y" * (5000 * number), "priority": number}
         assert daemon.post("/v1/jobs", job, Idempotency_Key=f"key-{number}").status == 201
@@ -91,7 +91,7 @@ def _odd_jobs(daemon: Daemon) -> None:
 
 
 async def _serves(path: Path, holds: Contents) -> tuple[str, bool, set[str]]:
-    """Whether the store is refused, notices something, or nothing; whether anything is missing, and of which jobs."""
+    """Open the store. Return whether it was rejected, reported damage or neither, and what is missing of which jobs."""
     try:
         store, opened = await Store.open(str(path))
     except StoreError as error:
@@ -115,7 +115,7 @@ async def _payloads(store: Store, holds: Contents, ids: set[str]) -> bool:
     loaded = await store.load([], list(seqs), [])
     for seq, payload in loaded.payloads.items():
         assert msgspec.json.decode(payload.body) == holds.payloads[seqs[seq]], f"{seqs[seq]} has another payload"
-    return False  # a payload that is not served is in `bad`, which is checked with the jobs
+    return False  # a payload that is not served is in `bad`, which the check of the jobs covers
 
 
 async def _pages(store: Store, holds: Contents) -> bool:
@@ -151,7 +151,7 @@ def _doctor_names(path: Path) -> bool:
 
 
 def _looked_at(path: Path, holds: Contents) -> tuple[str, bool]:
-    """What became of a flip, in a word, and whether anything was missing. AssertionError where an answer was wrong."""
+    """Return the result of a flip in a word, and whether anything was missing. Fails if a response was wrong."""
     named = _doctor_names(path)
     verdict, lost, missing = asyncio.run(_serves(path, holds))
     assert not lost or verdict == "detected" or named, f"missing, and nobody says so: {missing or 'events'}"
@@ -165,7 +165,7 @@ def _looked_at(path: Path, holds: Contents) -> tuple[str, bool]:
 
 
 def _served_by_a_daemon(path: Path, original: Original, answers: dict[str, Any]) -> None:
-    """Each job's answer is the one of before, or says that it cannot be given."""
+    """Check that each response equals the one before, or is an error about damage."""
     with Daemon.not_started(path.parent) as daemon:
         daemon.launch()
         if not daemon.gets_ready():
@@ -187,7 +187,7 @@ def _served_by_a_daemon(path: Path, original: Original, answers: dict[str, Any])
 
 
 def _same(job: dict[str, Any]) -> dict[str, Any]:
-    """What a restart does not change: locks get the time that they had left."""
+    """Return what a restart does not change: locks keep the time that they had left."""
     return {name: value for name, value in job.items() if name not in ("lock", "updated_at")}
 
 
@@ -203,7 +203,7 @@ def _answers(trial: Trial, original: Original) -> dict[str, Any]:
 
 
 def flips(trial: Trial, *, killed: bool) -> Counts:
-    """`trial.rounds` bits, evenly spread over the file: the database, or the write-ahead log that a kill has left."""
+    """Flip `trial.rounds` bits, evenly spread over the database, or over the write-ahead log that a kill left."""
     original = Original(trial, killed=killed)
     suffix = "-wal" if killed else ""
     content = original.files[suffix]
@@ -242,15 +242,15 @@ def _kind(content: bytes, at: int) -> str:
 
 
 class Last:
-    """The last transaction of a log, which after a crash may be there in parts, so that damage to it is not noticed."""
+    """The last transaction of a log, which may be incomplete after a crash, so that damage to it is not detectable."""
 
     FRAME: Final = 24 + PAGE
 
     def __init__(self, log: bytes) -> None:
         places = range(32, len(log) - self.FRAME + 1, self.FRAME)
-        ours = [place for place in places if log[place + 8 : place + 16] == log[16:24]]  # of the log's present round
+        ours = [place for place in places if log[place + 8 : place + 16] == log[16:24]]  # of the log's current round
         commits = [place for place in ours if any(log[place + 4 : place + 8])]
-        # The head of the commit before counts, too: damaged, it may be what a torn write has left.
+        # The header of the commit before counts too: damage to it may be a torn write.
         self._head_before = commits[-2] if len(commits) > 1 else 0
         self._begins = commits[-2] + self.FRAME if len(commits) > 1 else 32
         self._ends = ours[-1] + self.FRAME

@@ -1,7 +1,4 @@
-"""What a check of a fault is: its promise, the tools it needs, how it is run, and what came of it.
-
-Makes no fault itself and knows no check but by the list of modules.
-"""
+"""The checks of faults: their promises, required tools, runs and outcomes."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from typing import Final, Literal
 
 from tests import ROOT
 
-# Each has a tuple of its checks, CHECKS.
+# Each has a tuple CHECKS.
 MODULES: Final = (
     "kills",
     "sweeps",
@@ -45,7 +42,7 @@ Verdict = Literal["passed", "FAILED", "skipped"]
 
 @dataclass(frozen=True)
 class Tool:
-    """What a check needs of the machine. `package` is Debian's."""
+    """A requirement of a check. `package` is the Debian package."""
 
     name: str
     package: str
@@ -53,15 +50,15 @@ class Tool:
 
 
 def program(name: str, package: str | None = None) -> Tool:
-    """A program on the path."""
+    """Require a program on the path."""
     return Tool(name, package or name, lambda: shutil.which(name) is not None)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of a check: a directory of its own, how many rounds, and whether its deadlines count.
+    """One run of a check: its own directory, the number of rounds, and whether deadlines apply.
 
-    Deadlines do not count where a test suite shares the machine (`timed` is False); all else does.
+    Deadlines do not apply in a test suite that shares the machine (`timed` is False).
     """
 
     directory: Path
@@ -73,8 +70,8 @@ class Trial:
 class Check:
     """A fault and what is promised under it.
 
-    `run` gives counts of what was done and seen. It raises AssertionError, with a story, where the promise is broken.
-    `rounds` is how often the fault is made for the report, `few` how often in the test suite (some seconds).
+    `run` returns counts of what was done and seen. It raises AssertionError, with details, if the promise is broken.
+    `rounds` is the number of faults in the report, `few` the number in the test suite (a few seconds).
     """
 
     name: str
@@ -87,9 +84,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a check; `story` says what broke, or which tools are missing.
+    """The outcome of a check; `story` says what broke, or which tools are missing.
 
-    `command` makes the same check again. `commit` is that of the code, with `-dirty` if it has been changed since.
+    `command` repeats the check. `commit` is that of the code, with `-dirty` if it was changed since.
     `needs` names the tools without which the check is skipped.
     """
 
@@ -106,19 +103,19 @@ class Outcome:
 
 
 def checks() -> dict[str, Check]:
-    """All checks, by name, in the order of MODULES."""
+    """Return all checks by name, in the order of MODULES."""
     modules = [import_module(f"tests.proof.faults.{name}") for name in MODULES]
     return {check.name: check for module in modules for check in module.CHECKS}
 
 
 def commit() -> str:
-    """The commit of the code, and whether something has been changed since."""
+    """Return the commit of the code, with `-dirty` if files have changed since."""
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def play(check: Check, rounds: int, *, timed: bool) -> Outcome:
-    """Run one check. Whatever it raises is its failure; if a tool is missing, the check is skipped."""
+    """Run one check. Any exception is its failure. If a tool is missing, the check is skipped."""
     command = f"python -m tests.proof.faults {check.name}"
     command += f" --rounds {rounds}" if rounds != check.rounds else ""
     command += "" if timed else " --few"

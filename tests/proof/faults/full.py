@@ -1,6 +1,6 @@
-"""A disk that fills up and frees up again below a daemon that stays where it is.
+"""A disk that fills up and gets space again while the daemon runs.
 
-How far the daemon closes, and in which order, is the contract of full_disk.py.
+engine/disk_full.py documents what the daemon rejects at which step.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from tests.proof.faults.load import work_alone
 from tests.proof.faults.mounts import MOUNTS, tmpfs
 from tests.support.daemon_process import Daemon, Reply
 
-ROOM_BYTES: Final = 16 << 20  # the log may take 4 MiB before it begins anew, and the jobs come on top
+ROOM_BYTES: Final = 16 << 20  # the log may use 4 MiB before it is reused, and the jobs need more
 HELD: Final = 12
 FULL: Final = b"event=disk_full"
 
 
 def fill(place: Path) -> Path:
-    """Take up all room of the disk."""
+    """Use up all space of the disk."""
     name = place / "filler"
     with contextlib.suppress(OSError), open(name, "wb", buffering=0) as file:
         while True:
@@ -32,7 +32,7 @@ def fill(place: Path) -> Path:
 
 
 class Caller:
-    """Calls whose answers are noted in the ledger."""
+    """A client that notes its responses in the ledger."""
 
     def __init__(self, daemon: Daemon, ledger: Ledger) -> None:
         self._daemon = daemon
@@ -53,7 +53,7 @@ class Caller:
         return told, self.ask("created", told, "", {"id": job_id, "payload": {"n": job_id}})
 
     def hold(self, job_id: str) -> tuple[Told, str]:
-        """A job and the lock of its grant."""
+        """Create and start a job; return it with its lock."""
         told, reply = self.create(job_id)
         assert reply.status == 201, reply.body
         reply = self.ask("granted", told, "start", {"worker": "w"})
@@ -80,13 +80,13 @@ def full_disk(trial: Trial) -> Counts:
 
 
 def _fills_up(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> int:
-    """Full, and room again; how many jobs came to their end in between."""
+    """Fill the disk, then free it; return how many jobs ended in between."""
     assert daemon.process is not None
     caller = Caller(daemon, ledger)
     held = [caller.hold(f"{name}-held-{number}") for number in range(HELD)]
     filler = fill(place)
     created, extended = 0, 0
-    # A log that was longer once takes some more without needing room.
+    # A log that was longer before takes more writes without new space.
     while (reply := caller.create(f"{name}-new-{created}")[1]).status == 201:
         created += 1
     assert (reply.status, reply.error) == (507, "storage_full"), reply.body
@@ -101,7 +101,7 @@ def _fills_up(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> int:
     for told, lock in held:
         reply = caller.ask("completed", told, "complete", {"lock_id": lock})
         assert reply.status == 200, f"the ballast is for endings: {reply.body}"
-    daemon.until_said(b"event=disk_has_room")  # the room of the reserve file
+    daemon.until_said(b"event=disk_has_room")  # the space of the reserve file
     assert not Path(f"{place}/jobd.db.ballast").exists()
     assert caller.create(f"{name}-before")[1].status == 201
     filler.unlink()
@@ -115,10 +115,10 @@ def _fills_up(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> int:
 
 
 def tiny_disk(trial: Trial) -> Counts:
-    """No room for a ballast from the start: nothing acknowledged is lost, and nothing needs a restart."""
+    """Start without space for the reserve file: nothing acknowledged is lost, and no restart is needed."""
     checked = refused = 0
     for number in range(trial.rounds):
-        # Each on a disk of its own: after some rounds the write-ahead log alone would fill one of this size.
+        # Each on its own disk: after some rounds the write-ahead log alone would fill one of this size.
         ledger = Ledger()
         with tmpfs(trial.directory / f"disk-{number}", 1 << 20) as place:
             store = place / "jobd.db"

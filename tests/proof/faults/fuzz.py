@@ -1,6 +1,6 @@
-"""Requests made from the OpenAPI documents, right and wrong ones, for every call of both APIs.
+"""Valid and invalid requests generated from the OpenAPI documents, for every call of both APIs.
 
-What the documents say is the measure: nothing about single calls is known here but how to name jobs that exist.
+Responses are checked against the documents. Nothing here depends on single calls, except how to name existing jobs.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from jobd.model.job import STATUSES
 from tests.proof.faults.frame import Check, Counts, Trial
 from tests.support.daemon_process import TOKEN, Daemon
 
-# Rules that no schema can tell: a well-formed request may be refused with these words, and with no others.
+# Rules that no schema expresses: a well-formed request may get these messages, and no others.
 FAIR: Final = (
-    "got a number.",  # 5.0 is an integer to JSON Schema
+    "got a number.",  # in JSON Schema 5.0 is an integer
     "run_at or delay_ms",
     "is not in the future",
     "in the list twice",
@@ -50,7 +50,7 @@ FAIR: Final = (
 )
 STATES: Final = {"held": "processing", "waiting": "queued", "finished": "cancelled"}  # and the status of each
 _P: Final = "/admin/job-management"
-# Calls about what this daemon has not, or what nobody can guess: they are asked, and may be refused each time.
+# Calls about things that this daemon does not have or that cannot be guessed: they may fail each time.
 NOT_THERE: Final = frozenset(
     {
         f"GET {_P}/jobs/{{id}}/artifact",
@@ -63,7 +63,7 @@ NOT_THERE: Final = frozenset(
         f"POST {_P}/workers/{{name}}/take-back",  # no worker is silent
     }
 )
-UNASKED: Final[list[CheckFunction]] = [positive_data_acceptance]  # FAIR says it more exactly
+UNASKED: Final[list[CheckFunction]] = [positive_data_acceptance]  # FAIR is more exact
 
 
 @schemathesis.serializer(LINES)
@@ -72,7 +72,7 @@ def _lines(_: schemathesis.SerializationContext, value: Any) -> bytes:
 
 
 def strict(title: str, table: Iterable[Route]) -> dict[str, Any]:
-    """A document as a TCP listener serves it: it asks for the token, and answers hold no field beside those told."""
+    """Return the document of a TCP listener: it requires the token, and responses have no undocumented fields."""
     said: dict[str, Any] = json.loads(json.dumps(document(title, table)))
     for schema in said["components"]["schemas"].values():
         schema.setdefault("additionalProperties", False)
@@ -83,7 +83,7 @@ def strict(title: str, table: Iterable[Route]) -> dict[str, Any]:
 
 
 class Known:
-    """Jobs that exist, in many states, so that not every request is about nothing."""
+    """Existing jobs in many states, so that requests do not all fail with job_not_found."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
@@ -91,7 +91,7 @@ class Known:
         self.locks: dict[str, str] = {}
 
     def fresh(self, state: str) -> str:
-        """A job that waits, that was just granted, or that is cancelled and has a late result."""
+        """Make a job that is queued, was just granted, or is cancelled and has a late result."""
         self._count += 1
         job_id = f"known-{self._count}"
         self._daemon.post("/v1/jobs", {"id": job_id, "payload": {"n": self._count}})
@@ -103,7 +103,7 @@ class Known:
         return job_id
 
     def put_into(self, case: Case[Any], job_id: str, status: str) -> None:
-        """Let `case` be about this job, where it names one, and its status."""
+        """Put this job and its status into `case`, if it names a job."""
         if isinstance(case.path_parameters, dict) and "id" in case.path_parameters:
             case.path_parameters["id"] = job_id
         if isinstance(case.query, dict) and "jobId" in case.query:
@@ -119,7 +119,7 @@ class Known:
 
 
 class Fuzz:
-    """One API of a daemon, asked by its document."""
+    """One API of a daemon, with its document."""
 
     def __init__(self, title: str, table: Iterable[Route], port: int, known: Known) -> None:
         self._schema = schemathesis.openapi.from_dict(strict(title, table))
@@ -133,7 +133,7 @@ class Fuzz:
         self.nothing_to_get_wrong: set[str] = set()
 
     def run(self, examples: int) -> None:
-        """Ask `examples` right requests and as many wrong ones for each call."""
+        """Send `examples` valid requests and as many invalid ones for each call."""
         for result in self._schema.get_all_operations():
             operation = result.ok() if isinstance(result, Ok) else None
             assert operation is not None, result
@@ -143,7 +143,7 @@ class Fuzz:
         self._session.close()
 
     def _call(self, operation: APIOperation[Any, Any, Any, Any], mode: GenerationMode, examples: int) -> None:
-        states = itertools.cycle([*STATES, "unknown"])  # each comes as often as the others, in a short run too
+        states = itertools.cycle([*STATES, "unknown"])  # all equally often, also in a short run
 
         @seed(20_240_601)
         @settings(
@@ -175,8 +175,8 @@ class Fuzz:
         self.statuses[str(response.status_code)] += 1
         if response.status_code < 300:
             self.succeeded.add(case.operation.label)
-        # A stream is taken whatever its lines are: the answer names those that are refused.
-        # Nothing is sent of a parameter that is an empty list: what was wrong may have been that alone.
+        # A stream is accepted whatever its lines are: its response has the errors.
+        # A parameter that is an empty list is not sent, so the request may be valid.
         sent = parse_qs(urlsplit(str(response.request.url)).query, keep_blank_values=True)
         is_lost = isinstance(case.query, dict) and bool(case.query.keys() - sent.keys())
         unasked = [*UNASKED, negative_data_rejection] if is_lost or case.media_type == LINES else UNASKED
@@ -187,7 +187,7 @@ class Fuzz:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody has now."""
+    """Return a free port."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port: int = found.getsockname()[1]

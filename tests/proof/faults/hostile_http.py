@@ -1,6 +1,7 @@
-"""Giant, malformed, compressed and smuggled requests on every door: 4xx or a closed connection, and nobody else waits.
+"""Giant, malformed, compressed and smuggled requests to every listener: 4xx or a closed connection, without delay for
+other clients.
 
-The requests are in hostile_bytes.py; how much later honest clients are answered meanwhile is measured here.
+The requests are in tests/support/malformed_requests.py.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ LAG_MS: Final = 20.0
 ANSWERED_S: Final = 20.0  # bodies have 10 s to arrive
 BOMB: Final = gzip.compress(bytes(64 << 20))  # 64 KB that would be 64 MiB
 
-FRAMED: Final = ("length", "coding", "chunk size")  # cases that leave it open where the request ends
+FRAMED: Final = ("length", "coding", "chunk size")  # cases in which the end of the request is ambiguous
 
 Door = Callable[[], socket.socket]
 
 
 class Probe:
-    """An honest client that asks again and again; `worst` is its longest wait while a block runs."""
+    """A normal client that sends requests continuously; `worst` is its longest wait while a block runs."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
@@ -64,7 +65,7 @@ class Probe:
 
     @contextmanager
     def worst(self) -> Iterator[list[float]]:
-        """Gives the longest wait in ms, once the block and the question under way at its end are over."""
+        """Yield a list that receives the longest wait in ms, after the block and the request pending at its end."""
         waits: list[float] = []
         self._settle(1)
         with self._turn:
@@ -82,17 +83,17 @@ class Probe:
 
 
 def answer_to(door: Door, request: bytes) -> int:
-    """The status of the answer, 0 where the connection was closed instead. Neither in time is a broken promise."""
+    """Return the status of the response, or 0 if the connection was closed. Neither in time is a failure."""
     heard = head_of(door, request)
     return int(heard.split(b" ", 2)[1]) if heard.startswith(b"HTTP/1.1 ") else 0
 
 
 def head_of(door: Door, request: bytes) -> bytes:
-    """How the answer begins, at least up to the end of its head; empty where the connection was closed instead."""
+    """Return the start of the response, at least its head; empty if the connection was closed."""
     with door() as line:
         line.settimeout(ANSWERED_S)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            line.sendall(request)  # refused before its end: what was answered is there all the same
+            line.sendall(request)  # rejected before its end: the response was sent all the same
         heard = b""
         with contextlib.suppress(ConnectionResetError):
             while b"\r\n\r\n" not in heard and (piece := line.recv(65_536)):
@@ -101,7 +102,7 @@ def head_of(door: Door, request: bytes) -> bytes:
 
 
 def with_token(request: bytes) -> bytes:
-    """The same request of somebody who has the token."""
+    """Return the same request with the token."""
     first, end, rest = request.partition(b"\r\n")
     return first + end + f"Authorization: Bearer {TOKEN}\r\n".encode() + rest if b" HTTP/1" in first else request
 
@@ -130,7 +131,7 @@ def _doors(daemon: Daemon, port: int) -> dict[str, Door]:
 
 @contextmanager
 def opened(directory: Path) -> Iterator[tuple[Daemon, dict[str, Door]]]:
-    """A daemon with three doors: a worker's two, and that of operators."""
+    """Run a daemon with three listeners: two for workers, one for operators."""
     token, port = directory / "worker-token", free_port()
     token.write_text(TOKEN)
     environ = {"JOBD_WORKER_LISTEN": f"127.0.0.1:{port}", "JOBD_WORKER_TOKEN_FILE": str(token)}
@@ -145,7 +146,7 @@ def opened(directory: Path) -> Iterator[tuple[Daemon, dict[str, Door]]]:
 def hostile_requests(trial: Trial) -> Counts:
     statuses: Counter[int] = Counter()
     lags: dict[str, list[float]] = {}
-    sys.setswitchinterval(0.0005)  # the honest client here does not wait for the hostile one
+    sys.setswitchinterval(0.0005)  # the normal client does not wait for this one
     with opened(trial.directory) as (daemon, doors), Probe(daemon) as probe:
         for _ in range(trial.rounds):
             for door_name, door in doors.items():
@@ -156,7 +157,7 @@ def hostile_requests(trial: Trial) -> Counts:
                         assert status == 0 or 400 <= status < 500, f"{name} on the {door_name}: {status}"
                         statuses[status] += 1
                         lags.setdefault(f"{name} on the {door_name}, {len(sent)} bytes", []).extend(waits)
-    # What a request costs it costs each time; what this machine does besides it does not.
+    # The cost of a request occurs each time; interference by other processes does not.
     worst, slowest = max((statistics.median(waits), name) for name, waits in lags.items())
     assert worst <= LAG_MS or not trial.timed, f"{slowest} keeps honest clients waiting for {worst:.1f} ms"
     told = {f"responses {status}" if status else "closed": count for status, count in sorted(statuses.items())}
@@ -164,7 +165,7 @@ def hostile_requests(trial: Trial) -> Counts:
 
 
 def smuggled(trial: Trial) -> Counts:
-    """Many requests in one piece, some not what they seem: as many answers, in order, and nothing of it is done."""
+    """Send many requests in one piece, some of them malformed: responses come in order, and nothing is done."""
     asked = ended = 0
     with opened(trial.directory) as (daemon, doors):
         for number in range(trial.rounds):
@@ -183,7 +184,7 @@ def smuggled(trial: Trial) -> Counts:
                 hidden = f"smuggled-{number}-{name.replace(' ', '-').replace(',', '')}"
                 head = head_of(doors["worker socket"], carrier + post("/v1/jobs", f'{{"id":"{hidden}"}}'.encode()))
                 is_over = not head or b"\r\nConnection: close\r\n" in head
-                # Where the framing was sound, it was a request of its own after a refused one.
+                # With sound framing it was a separate request after a rejected one.
                 assert is_over or not any(word in name for word in FRAMED), f"{name}: {head!r}"
                 assert not is_over or daemon.get(f"/v1/jobs/{hidden}").status == 404, f"smuggled behind {name}"
                 ended += is_over

@@ -16,7 +16,7 @@ LIVE_JOBS: Final = 100_000
 
 
 def _ready_again(daemon: Daemon, trial: Trial) -> float:
-    """Seconds until it is ready after a kill."""
+    """Return the seconds from a start after a kill until the daemon is ready."""
     began_s = time.monotonic()
     daemon.start()
     took_s = time.monotonic() - began_s

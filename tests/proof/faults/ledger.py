@@ -1,6 +1,6 @@
-"""What clients were told: every acknowledgement, what is still open, and whether a store or a daemon agrees with it.
+"""A ledger of responses: every acknowledgement and every open request, compared with a store or a daemon.
 
-Asks nothing of its own accord but what `settle` repeats. How the load is made is in load.py.
+load.py makes the load.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from jobd.model.events import Event
 from tests.proof.faults.examine import Contents
 from tests.support.daemon_process import Doors
 
-# What the daemon does by itself may stand between the things that clients asked for.
+# Events of the daemon itself may occur between those of clients.
 OWN_DOING: Final = frozenset({"daemon", "recovery", "cleanup"})
 _SETTLED: Final = frozenset({200, 201})
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, as it can be sent again: `event` is what the journal says where it was taken."""
+    """A request that can be repeated: `event` is the journal entry if it was accepted."""
 
     event: str
     path: str
@@ -40,12 +40,12 @@ class Asked:
 
 @dataclass
 class Told:
-    """One job, as its client knows it. `open` was asked and not answered; `events` are patterns for its journal."""
+    """One job as its client knows it. `open` is the unanswered request; `events` are patterns for its journal."""
 
     job_id: str
     payload: Any
     events: list[str] = field(default_factory=list)
-    answered_s: list[float] = field(default_factory=list)  # time.monotonic() of the answer to each
+    answered_s: list[float] = field(default_factory=list)  # time.monotonic() of each response
     open: Asked | None = None
 
     def note(self, event: str) -> None:
@@ -54,32 +54,32 @@ class Told:
         self.answered_s.append(time.monotonic())
 
     def maybe(self, event: str) -> None:
-        """That may have happened too, before what is still open."""
+        """Note an event that may also have happened before the open request."""
         self.events.append(f"({event};)?")
         self.answered_s.append(time.monotonic())
 
     def pattern(self, until_s: float) -> str:
-        """What the journal may say where all that was answered before `until_s` must be in it."""
+        """Return the pattern of a journal that has everything answered before `until_s`."""
         sure = bisect.bisect_left(self.answered_s, until_s)
         maybe = [*self.events[sure:], *([] if self.open is None else [self.open.event])]
         return told_pattern(self.events[:sure]) + _one_after_the_other(maybe)
 
 
 class Ledger:
-    """All jobs of all clients. Every method may be called from any thread."""
+    """All jobs of all clients. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.jobs: dict[str, Told] = {}
         self.tokens: dict[int, str] = {}
-        self.granted_s: dict[int, float] = {}  # when we heard of each
+        self.granted_s: dict[int, float] = {}  # when each was received
         self.codes: Counter[str] = Counter()
         self.acknowledged = 0
         self._enough = 0
         self._got_enough = threading.Event()
 
     def until(self, more: int, timeout_s: float = 60.0) -> bool:
-        """Wait for so many more acknowledgements; whether they came."""
+        """Wait for this many more acknowledgements; return whether they came."""
         with self._lock:
             self._enough = self.acknowledged + more
             self._got_enough.clear()
@@ -90,7 +90,7 @@ class Ledger:
             return self.jobs.setdefault(job_id, Told(job_id, payload))
 
     def yes(self, told: Told, asked: Asked, data: Any) -> None:
-        """An answer of success came."""
+        """Note a successful response."""
         with self._lock:
             told.note(asked.event)
             self._count(1)
@@ -98,7 +98,7 @@ class Ledger:
                 self._note_token(told, data["fencing_token"])
 
     def no(self, told: Told, asked: Asked, code: str) -> None:
-        """A definite refusal came: nothing was changed."""
+        """Note a definite error: nothing was changed."""
         with self._lock:
             told.open = None
             self.codes[code] += 1
@@ -116,14 +116,14 @@ class Ledger:
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
     def settle(self, daemon: Doors) -> int:
-        """Repeat what was not answered, under the same key: each is taken now or was taken then. Gives their number."""
+        """Repeat unanswered requests with their keys, so that each has happened. Return their number."""
         settled = 0
         for told in [told for told in self.jobs.values() if told.open is not None]:
             asked = told.open
             assert asked is not None
             reply = daemon.post(asked.path, asked.body, **asked.headers)
             assert reply.status in _SETTLED, f"{told.job_id}: {asked} was repeated and refused: {reply.body}"
-            if asked.event in ("progress", "extended"):  # these happen again
+            if asked.event in ("progress", "extended"):  # these happen again if repeated
                 told.note(f"({asked.event};)?{asked.event}")
             else:
                 self.yes(told, asked, reply.data)
@@ -131,9 +131,9 @@ class Ledger:
         return settled
 
     def check(self, store: Contents, *, until_s: float = math.inf) -> int:
-        """Every acknowledgement is in the store, each once, and nothing that was refused; how many were checked.
+        """Check that the store has every acknowledgement once and nothing rejected; return how many were checked.
 
-        What was answered at `until_s` (time.monotonic()) or later may be in the store or not.
+        Changes answered at `until_s` (time.monotonic()) or later may be missing.
         """
         checked = 0
         for told in self.jobs.values():
@@ -149,7 +149,7 @@ class Ledger:
         return checked
 
     def adopt(self, store: Contents, since_s: float) -> int:
-        """Of what was answered at `since_s` or later, keep what the store has; gives how many answers are forgotten."""
+        """Forget responses from `since_s` on that the store does not have; return how many."""
         forgotten = 0
         for told in self.jobs.values():
             late = len(told.events) - bisect.bisect_left(told.answered_s, since_s)
@@ -165,12 +165,12 @@ class Ledger:
 
 
 def told_pattern(events: Iterable[str]) -> str:
-    """A pattern for all of them; what ends with ? is one already."""
+    """Return a pattern for these events. An item that ends with ? is a pattern already."""
     return "".join(event if event.endswith("?") else f"{event};" for event in events)
 
 
 def _one_after_the_other(events: list[str]) -> str:
-    """A pattern for any number of them, from the first on."""
+    """Return a pattern for any number of them, from the first on."""
     pattern = ""
     for event in reversed(events):
         pattern = f"({told_pattern([event])}{pattern})?"
@@ -178,5 +178,5 @@ def _one_after_the_other(events: list[str]) -> str:
 
 
 def asked_for(events: Iterable[Event]) -> list[str]:
-    """What others than the daemon itself have caused; word of a refused call is no change."""
+    """Return the events that clients caused, without notes of rejected calls."""
     return [event.type for event in events if event.by not in OWN_DOING and event.type != "late_call"]

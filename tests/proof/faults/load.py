@@ -1,7 +1,4 @@
-"""Clients at work: lifecycles of every kind from several threads, every answer noted in a ledger.
-
-What is right is not judged here, but for answers that may never come.
-"""
+"""Load: lifecycles of every kind from several threads, with every response noted in a ledger."""
 
 from __future__ import annotations
 
@@ -21,15 +18,15 @@ ENDINGS: Final = ("completed", "failed", "retried", "released", "cancelled", "he
 
 
 class Cut(Exception):
-    """No answer came, or one that says that the outcome is unknown: this client stops here."""
+    """No response, or `outcome_unknown`: the client stops."""
 
 
 class Refused(Exception):
-    """A definite no."""
+    """A definite error."""
 
 
 class Client:
-    """One connection and the jobs of its own. `job_id` names begin with `name`, which is used once in a store."""
+    """One connection and its jobs. Job ids begin with `name`, which is unique in a store."""
 
     def __init__(self, ledger: Ledger, name: str, stop: threading.Event) -> None:
         self._ledger = ledger
@@ -38,7 +35,7 @@ class Client:
         self._random = random.Random(name)
 
     def work(self, connect: Callable[[], http.client.HTTPConnection], lifecycles: int = 100_000) -> None:
-        """Until told to stop, or cut off."""
+        """Run until stopped or disconnected."""
         with closing(connect()) as connection:
             for number in range(lifecycles):
                 if self._stop.is_set():
@@ -96,7 +93,7 @@ class Client:
 
 @contextmanager
 def load(daemon: Doors, ledger: Ledger, name: str, clients: int = CLIENTS) -> Iterator[list[Future[None]]]:
-    """Clients at work while the block runs; they are done when it ends. `name` is used once for a store."""
+    """Run clients while the block runs. `name` is unique in a store."""
     stop = threading.Event()
     with ThreadPoolExecutor(clients) as pool:
         each = [Client(ledger, f"{name}-{number}", stop) for number in range(clients)]
@@ -106,9 +103,9 @@ def load(daemon: Doors, ledger: Ledger, name: str, clients: int = CLIENTS) -> It
         finally:
             stop.set()
     for one in done:
-        one.result()  # what a client found wrong
+        one.result()  # errors that clients found
 
 
 def work_alone(daemon: Doors, ledger: Ledger, name: str, lifecycles: int) -> None:
-    """One client and so many lifecycles, or until it is cut off: the same for the same `name`."""
+    """Run one client for this many lifecycles, or until its connection breaks. The same `name` gives the same calls."""
     Client(ledger, name, threading.Event()).work(daemon.worker, lifecycles)

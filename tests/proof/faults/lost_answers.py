@@ -1,4 +1,4 @@
-"""Answers that never arrive: a proxy loses them, and the daemon is killed between its commit and its reply."""
+"""Lost responses: a proxy drops them, and the daemon is killed between its commit and its response."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tests.support.daemon_process import Daemon, Reply, call, die_with_us
 
 CALLS: Final = itertools.count(1)
 LIFECYCLES: Final = 40
-AGAIN: Final = frozenset({"progress", "extended"})  # they have no key, and happen again
+AGAIN: Final = frozenset({"progress", "extended"})  # without a key, these happen again
 
 
 class Stubborn(Client):
-    """Asks through a proxy, again and again until it is answered, and compares that with the answers that were lost."""
+    """A client behind a proxy that repeats each request until a response comes, and compares it with the lost ones."""
 
     def __init__(self, ledger: Ledger, name: str, stop: threading.Event, proxy: Proxy) -> None:
         super().__init__(ledger, name, stop)
@@ -40,7 +40,7 @@ class Stubborn(Client):
         self.compared = 0
 
     def _ask(self, connection: http.client.HTTPConnection, told: Told, asked: Asked) -> Any:
-        if asked.event == "created":  # with a key too; without one its id would do
+        if asked.event == "created":  # with a key too; its id would be enough
             asked = Asked(asked.event, asked.path, asked.body, f"create-{told.job_id}")
         told.open = asked
         first: tuple[int, Any] | None = None
@@ -64,7 +64,7 @@ class Stubborn(Client):
         raise AssertionError(f"no answer in 50 tries: {asked}")
 
     def _note_lost(self, told: Told, asked: Asked, lost: tuple[int, Any] | None) -> None:
-        """What may stand in the journal once more: a report that was repeated, a grant that was taken back."""
+        """Note events that may occur once more: a repeated report, a released grant."""
         if lost is not None:
             assert lost[0] in (200, 201), f"{asked} was refused: {lost}"
         if asked.event in AGAIN and lost is not None:
@@ -112,7 +112,7 @@ def lost_answers(trial: Trial) -> Counts:
 
 
 def _taken_back(ledger: Ledger, store: Contents) -> int:
-    """Grants that nobody received; each ended as undelivered, at once."""
+    """Return the grants that were not received; each must have ended as undelivered at once."""
     taken_back = 0
     for events in store.events.values():
         for event, after in itertools.pairwise([*events, None]):
@@ -131,7 +131,7 @@ def _taken_back(ledger: Ledger, store: Contents) -> int:
 
 
 def lost_grants(trial: Trial) -> Counts:
-    """Claims hang up while they are being decided, written and answered; who comes next gets it all, in order."""
+    """Disconnect claims while they are decided, written and answered; the next claim gets all jobs in order."""
     counts = Counter[str]()
     with Daemon(trial.directory) as daemon, slow_disk(daemon, 20):
         for number in range(trial.rounds):
@@ -160,15 +160,15 @@ def _hang_up(daemon: Daemon, queue: str, key: str | None, after_s: float) -> Non
     fields = {"Content-Type": "application/json"} | ({} if key is None else {"Idempotency-Key": key})
     with closing(daemon.worker()) as line:
         line.request("POST", "/v1/claim", body, fields)
-        time.sleep(after_s)  # that is the fault: so long somebody waits
+        time.sleep(after_s)  # the fault: the caller waits this long
         if select.select([line.sock], [], [], 0)[0]:
-            # It slept longer than it was told to, and was answered: that grant is no lost one.
+            # It waited longer than intended and got its response, so that grant is not lost.
             for grant in json.loads(line.getresponse().read())["data"]["grants"]:
                 _give_back(daemon, grant)
 
 
 def _claim_all(daemon: Daemon, queue: str, count: int) -> dict[str, Any]:
-    """All grants of a queue, by job, in the order in which they came; they are given back until all come together."""
+    """Claim until all jobs of a queue come together; return all grants by job, in order."""
     deadline_s = time.monotonic() + 30
     while True:
         assert time.monotonic() < deadline_s, f"of {count} jobs some are still held by nobody"
@@ -188,7 +188,7 @@ def _give_back(daemon: Daemon, grant: dict[str, Any]) -> None:
 
 
 def killed_before_reply(trial: Trial) -> Counts:
-    """The daemon dies at the moment at which its Nth answer would leave: what it says was done, and nobody knows."""
+    """Kill the daemon when its Nth response would be sent: its change is committed and its caller does not know."""
     ledger = Ledger()
     unheard = 0
     with Daemon(trial.directory) as daemon:
@@ -227,7 +227,7 @@ def _was_done(told: Told, store: Contents) -> bool:
 
 
 def _killed_at_write(daemon: Daemon, number: int) -> None:
-    """Kill the daemon when its loop's thread, which sends the answers, makes its Nth write from now on."""
+    """Kill the daemon at the Nth write of its event loop's thread, which sends the responses."""
     assert daemon.process is not None
     inject = ["-e", "trace=write", "-e", f"inject=write:signal=SIGKILL:when={number}"]
     command = ["strace", "-q", "-o", "/dev/null", "-p", str(daemon.process.pid), *inject]

@@ -1,6 +1,6 @@
-"""A migration that is cut short at any of its writes, and a store that comes from a newer version.
+"""A migration that is interrupted at any of its writes, and a store of a newer version.
 
-The steps are those of next_version.py; that each version has its step is tested elsewhere.
+next_version.py has the migration.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ EXIT_CONFIG: Final = 78
 
 
 def _old_store(trial: Trial, ledger: Ledger) -> Path:
-    """The directory of a store of this version, which was stopped as it should be."""
+    """Make the directory of a store of this version, after a graceful stop."""
     home = trial.directory / "old"
     home.mkdir()
     with Daemon(home) as daemon:
@@ -71,7 +71,7 @@ def cut_short(trial: Trial) -> Counts:
 
 
 def _places(home: Path) -> list[Place]:
-    """All writes and syncs of a start that migrates and of the stop after it, with what may go wrong there."""
+    """Return all writes and syncs of a start that migrates and of the stop after it, with the possible faults."""
     with Daemon.not_started(home) as daemon:
         daemon.module = NEXT
         strace = Strace(daemon, (*SYNCS, *WRITES))
@@ -98,7 +98,7 @@ def _fails(home: Path, place: Place) -> str:
 
 
 def _left(path: Path, ledger: Ledger) -> str:
-    """What is there afterwards: the old store as it was, or the new one with a copy of the old one beside it."""
+    """Check that the store is either the unchanged old one, or the new one with a copy of the old one."""
     version = startup.peek(str(path))[1]
     ledger.check(contents(path))
     copies = [Path(name) for name in glob.glob(f"{path}.v{OLD}-*")]
@@ -113,7 +113,7 @@ def _left(path: Path, ledger: Ledger) -> str:
 
 
 def _goes_on(home: Path, ledger: Ledger) -> None:
-    """The next start migrates what is left to migrate, and leaves no parts of copies."""
+    """Check that the next start finishes the migration and leaves no partial copies."""
     with Daemon.not_started(home) as daemon:
         daemon.module = NEXT
         daemon.start()
@@ -127,7 +127,7 @@ def _goes_on(home: Path, ledger: Ledger) -> None:
 
 
 def newer(trial: Trial) -> Counts:
-    """A store of a newer version, closed or with the whole migration in its log, is refused and left as it is."""
+    """Check that a store of a newer version, also with the migration only in its log, is rejected and unchanged."""
     ledger = Ledger()
     old = _old_store(trial, ledger)
     compared = 0
@@ -153,7 +153,7 @@ def newer(trial: Trial) -> Counts:
 
 
 def _fingerprints(home: Path) -> dict[str, str]:
-    """Of everything in the directory but the lock file, which names its holder, and sockets."""
+    """Hash all files of the directory except sockets and the lock file, which names its holder."""
     files = [file for file in home.iterdir() if file.is_file() and file.suffix != ".lock"]
     return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 

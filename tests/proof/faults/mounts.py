@@ -1,7 +1,4 @@
-"""Small disks of our own: mounted where only this process and its children see them, gone when it ends.
-
-Needs root, as the checks say that use it.
-"""
+"""Small disks, mounted in a mount namespace of this process and gone when it ends. Requires root."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ _NO_LOG_FLUSH: Final = 2
 
 @functools.cache
 def _alone() -> None:
-    """From now on this process sees mounts of its own."""
+    """Give this process its own mount namespace."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS) != 0:
         raise OSError(ctypes.get_errno(), "unshare")
@@ -40,7 +37,7 @@ def _run(*command: str) -> None:
 
 @contextmanager
 def tmpfs(place: Path, size: int) -> Iterator[Path]:
-    """A disk in memory with `size` bytes."""
+    """Mount a disk in memory with `size` bytes."""
     _alone()
     place.mkdir()
     _run("mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "jobd-fault", str(place))
@@ -51,7 +48,7 @@ def tmpfs(place: Path, size: int) -> Iterator[Path]:
 
 
 class LoopDisk:
-    """An ext4 file system in a file, mounted at `place`; ended by `unmount` on every path."""
+    """An ext4 file system in a file, mounted at `place` until `unmount`."""
 
     def __init__(self, place: Path, size: int) -> None:
         _alone()
@@ -70,7 +67,7 @@ class LoopDisk:
             _run("umount", str(self.place))
 
     def cut_power(self) -> None:
-        """From now on nothing gets to the disk any more, and what was not synced never does."""
+        """Drop all writes from now on, including those that are not synced yet."""
         place = os.open(self.place, os.O_RDONLY | os.O_DIRECTORY)
         try:
             fcntl.ioctl(place, _FS_IOC_SHUTDOWN, _NO_LOG_FLUSH.to_bytes(4, "little"))
@@ -80,7 +77,7 @@ class LoopDisk:
 
 @contextmanager
 def loop_disk(place: Path, size: int) -> Iterator[LoopDisk]:
-    """Mounted at `place`, whoever cuts its power."""
+    """Mount a LoopDisk at `place` while the block runs."""
     disk = LoopDisk(place, size)
     disk.mount()
     try:

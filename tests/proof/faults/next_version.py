@@ -1,7 +1,4 @@
-"""`python -m tests.proof.faults.next_version serve …` is a jobd two schema versions ahead, with real work in its steps.
-
-Knows nothing of what may go wrong on the way.
-"""
+"""`python -m tests.proof.faults.next_version serve …` is a jobd two schema versions ahead, with real migrations."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ def _add_notes(conn: sqlite3.Connection) -> None:
 
 
 def _rewrite(conn: sqlite3.Connection) -> None:
-    """Everything is written anew, under an index that there was not."""
+    """Rewrite all rows, with a new index."""
     conn.execute("CREATE INDEX notes_text ON notes (text)")
     conn.execute("UPDATE events SET reason = reason || ''")
     conn.execute("UPDATE payloads SET request_hash = request_hash || ''")

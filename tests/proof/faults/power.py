@@ -1,6 +1,6 @@
-"""The power is cut under load: the file system below the store takes no more writes and forgets what was not synced.
+"""A power cut under load: the file system of the store drops all writes that were not synced.
 
-Whether a disk keeps what it said it had written is not tried here.
+Disks that lose synced writes are not covered.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def cut_power(trial: Trial) -> Counts:
                 daemon.kill()
                 disk.unmount()
                 disk.mount()
-                # Who is answered after the cut is no client any more: without power nobody would hear it. ext4 lets a
-                # sync that was under way come to a good end although its blocks are lost.
+                # Responses after the cut do not count: without power they would not be sent. ext4 lets a pending
+                # sync succeed although its blocks are lost.
                 found = examined(store)
                 ledger.check(found, until_s=cut_s)
                 forgotten += ledger.adopt(found, cut_s)

@@ -1,6 +1,6 @@
-"""A proxy between clients and a daemon that loses answers, requests and connections, as each request's X-Fault asks.
+"""A proxy between clients and a daemon that loses responses, requests and connections, as each X-Fault header asks.
 
-Keeps the answers that it lost, so that they can be compared with those to the repeats. Judges nothing.
+It keeps the lost responses for comparison with those of the repeats.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, Final
 from tests.support.daemon_process import OverUnix
 
 FAULTS: Final = (
-    "response lost",  # the daemon has answered, the client hears nothing
-    "response cut",  # the client hears half of it
-    "client gone",  # the request is in, and nobody waits for the answer
+    "response lost",  # the daemon responds, the client receives nothing
+    "response cut",  # the client receives half of the response
+    "client gone",  # the request is sent, and its connection closed
     "request lost",
     "request cut",
 )
@@ -34,7 +34,7 @@ class Proxy:
         self._behind = behind
         self._door = socket.socket(socket.AF_UNIX)
         self._threads: list[threading.Thread] = []
-        self.lost: dict[str, tuple[int, Any]] = {}  # status and body of lost answers, by the X-Call of their requests
+        self.lost: dict[str, tuple[int, Any]] = {}  # status and body of lost responses, by the X-Call of their requests
 
     def __enter__(self) -> Proxy:
         self._door.bind(self._path)
@@ -54,7 +54,7 @@ class Proxy:
         return OverUnix(self._path)
 
     def _let_in(self) -> None:
-        with suppress(OSError):  # the door is shut
+        with suppress(OSError):  # no listener
             while True:
                 line, _ = self._door.accept()
                 thread = threading.Thread(target=self._carry, args=(line,))
@@ -62,7 +62,7 @@ class Proxy:
                 thread.start()
 
     def _carry(self, line: socket.socket) -> None:
-        """Requests of one connection, one after the other, until one of them meets its fault."""
+        """Forward the requests of one connection until one has a fault."""
         with closing(line), closing(socket.socket(socket.AF_UNIX)) as behind, suppress(OSError, EOFError):
             behind.connect(self._behind)
             asking, answering = line.makefile("rb"), behind.makefile("rb")
@@ -88,7 +88,7 @@ class Proxy:
 
 
 def _message(stream: Any) -> tuple[bytes, bytes, dict[str, str]]:
-    """Head, body and fields of an HTTP message with a Content-Length; EOFError where there is none any more."""
+    """Read head, body and fields of an HTTP message with a Content-Length. Raise EOFError at the end."""
     lines: list[bytes] = []
     while not lines or lines[-1] != b"\r\n":
         lines.append(stream.readline())

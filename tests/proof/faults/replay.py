@@ -1,6 +1,6 @@
-"""Every write of a daemon under load is logged; what a crash could have left at any moment is put together and opened.
+"""Log every write of a daemon under load, then build and open the states that a crash could have left at any moment.
 
-More is tried than one disk does: each unsynced write, and each sector of it, gets there or not, in any order.
+The states include more than real disks produce: any subset of the unsynced writes and of their sectors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.support.daemon_process import Daemon
 COMPILER: Final = program("cc", "gcc")
 HEADERS: Final = Tool("C headers", "libc6-dev", lambda: Path("/usr/include/stdio.h").exists())
 SOURCE: Final = Path(__file__).with_name("writes.c")
-BY_DAEMON: Final = 100  # of so many states one is given to a daemon, all to the store
+BY_DAEMON: Final = 100  # one of this many states is tested with a daemon, all with the store
 
 
 def replay(trial: Trial) -> Counts:
@@ -56,7 +56,7 @@ def replay(trial: Trial) -> Counts:
 
 
 def _logged(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[Record]:
-    """A store from its beginning: load, kill -9, load, a stop with its checkpoint, load and a stop."""
+    """Log a store from its creation: load, kill -9, load, a stop with its checkpoint, load and a stop."""
     library, log = trial.directory / "writes.so", trial.directory / "writes.log"
     subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl"], check=True)
     home = trial.directory / "logged"
@@ -80,7 +80,7 @@ def _logged(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[Record]
 
 @dataclass(frozen=True)
 class State:
-    """What a crash has left, at `path`, and how it came to be."""
+    """What a crash left, at `path`, and how it was built."""
 
     path: Path
     story: str
@@ -93,7 +93,7 @@ class State:
             Path(f"{self.path}{suffix}").chmod(0o600)
 
     def check(self, ledger: Ledger, until_s: float, *, with_daemon: bool) -> int:
-        """Nothing is wrong with it, and everything acknowledged before `until_s` is in it."""
+        """Check the store: it has everything acknowledged before `until_s`."""
         path = str(self.path)
         if self.path.exists() and startup.peek(path) != (0, 0):
             problems = doctor.check(path)
@@ -108,7 +108,7 @@ class State:
 
 
 async def _opened(path: str) -> int:
-    """The next token that the store would give."""
+    """Open the store; return the next token that it would issue."""
     store, opened = await Store.open(path)
     async with store:
         assert opened.faults == [], opened.faults

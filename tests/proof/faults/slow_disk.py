@@ -1,6 +1,6 @@
-"""Every sync takes half a second: the loop answers as ever, the mailbox stays bounded, who does not fit in is told so.
+"""Every sync takes half a second: health checks stay fast, the mailbox stays bounded, and excess requests get 503.
 
-The slow disk is made with strace; the crowd is one thread with many sockets, so that it does not slow itself down.
+strace delays the syncs. One thread with many sockets makes the load, so that it does not slow itself down.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from tests.proof.faults.strace import STRACE, SYNCS, Strace
 from tests.support.daemon_process import Daemon, Reply, call
 
 SYNC_US: Final = 500_000
-FIRST_SLOW_SYNC: Final = 12  # the start makes about so many
+FIRST_SLOW_SYNC: Final = 12  # about as many as the start makes
 MAILBOX: Final = 100
 CREATES: Final = 400
 HELD: Final = 10
-ANSWERS_MS: Final = 100.0  # of 20 looks 19, as others may have the processor; none waits for a sync
+ANSWERS_MS: Final = 100.0  # 19 of 20 polls, because of other processes; none waits for a sync
 
 
 class Asking:
-    """A request that is on its way, on a connection of its own."""
+    """A pending request on its own connection."""
 
     def __init__(self, daemon: Daemon, path: str, body: dict[str, Any]) -> None:
         self.path = path
@@ -43,7 +43,7 @@ class Asking:
         self.line.sendall(head.encode() + b"\r\n\r\n" + text)
 
     def hear(self) -> Reply:
-        """The answer, which has begun to come."""
+        """Read the response, which has started to arrive."""
         response = http.client.HTTPResponse(self.line)
         response.begin()
         self.reply = Reply(response)
@@ -66,7 +66,7 @@ def slow_disk(trial: Trial) -> Counts:
             asking = [
                 Asking(daemon, "/v1/jobs", {"id": f"round-{number}-{each}", "queue": "new"}) for each in range(CREATES)
             ]
-            for grant in grants:  # they come last, and have the full mailbox to get by
+            for grant in grants:  # they come last, with a full mailbox
                 path = f"/v1/jobs/{grant['job']['id']}/progress"
                 asking.append(Asking(daemon, path, {"lock_id": grant["lock_id"], "progress": number % 100}))
             most_waiting = max(most_waiting, _hear_out(daemon, asking, looks))
@@ -107,7 +107,7 @@ def _judged(asked: Asking, reply: Reply) -> str:
 
 
 def _hear_out(daemon: Daemon, asking: list[Asking], looks: list[float]) -> int:
-    """Read all answers as they come and look at the daemon in between; the most commands that waited."""
+    """Read all responses and poll the daemon in between; return the highest number of waiting commands."""
     waiting = 0
     with selectors.DefaultSelector() as selector, closing(daemon.worker()) as connection:
         for one in asking:

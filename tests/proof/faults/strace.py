@@ -1,7 +1,4 @@
-"""strace around a daemon: what goes wrong at which of its system calls, and what it saw.
-
-Says nothing of what should come of it.
-"""
+"""Run a daemon under strace: inject errors into its system calls, and read the calls that were made."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ _LINE: Final = re.compile(r"^(?P<thread>\d+) +(?P<at>[\d.]+) (?P<call>\w+)\(\d+<
 
 @dataclass(frozen=True)
 class Seen:
-    """One call: when, by which thread, on which file (without its directory), and whether we broke it."""
+    """One call: its time, thread, file (without directory), and whether it was injected."""
 
     at_s: float
     thread: int
@@ -33,16 +30,16 @@ class Seen:
 
 
 class Strace:
-    """Starts `daemon` under strace from now on: `calls` are seen, and `inject` is done to one of them.
+    """Start `daemon` under strace from now on: `calls` are traced, and `inject` is applied to one of them.
 
-    `when` counts the calls of each thread by themselves. With `only` nothing but calls on that file counts.
+    `when` counts the calls of each thread separately. With `only`, only calls on that file count.
     """
 
     def __init__(self, daemon: Daemon, calls: tuple[str, ...], inject: str = "", only: Path | None = None) -> None:
         self._daemon = daemon
         self._log = daemon.directory / "strace"
         self._log.unlink(missing_ok=True)
-        # -D: strace stands aside, so that the process that we start, signal and wait for is the daemon itself.
+        # -D: strace is a separate process, so that the process that we start, signal and wait for is the daemon.
         daemon.prefix = ["strace", "-D", "-f", "-y", "-ttt", "-s", "0", "-o", str(self._log)]
         if "signal=" not in inject:
             daemon.prefix.append("--seccomp-bpf")  # all other calls at full speed, but no signal is injected
@@ -53,7 +50,7 @@ class Strace:
             daemon.prefix += ["-P", str(only)]
 
     def seen(self) -> list[Seen]:
-        """All calls of the daemon, which has ended."""
+        """Return all calls of the daemon, which has ended."""
         process = self._daemon.process
         assert process is not None
         end = re.compile(rf"^{process.pid} .*\+\+\+ (exited|killed)", re.MULTILINE)
@@ -67,6 +64,6 @@ class Strace:
 def _seen(line: str) -> Seen | None:
     if (match := _LINE.match(line)) is None:
         return None
-    injected = "(INJECTED)" in line or line.endswith(" = ?")  # a call that a kill was injected to never ends
+    injected = "(INJECTED)" in line or line.endswith(" = ?")  # a call with an injected kill never ends
     file = match["file"].rpartition("/")[2]
     return Seen(float(match["at"]), int(match["thread"]), match["call"], file, injected)

@@ -1,7 +1,7 @@
-"""Something goes wrong at the first, the second, … the last sync and write of the disk's thread, under strace.
+"""Inject a fault into the first, second, … last sync and write of the storage thread, with strace.
 
-Each place and fault is a round with a store of its own: it happens at the start, at work, at a checkpoint or at the
-end, as it falls. Which system calls SQLite makes is not known here, they are counted.
+Each position and fault is a round with its own store. The position may be in the start, a commit, a checkpoint or the
+stop. The system calls of SQLite are counted, not assumed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Seen, Strace
 from tests.support.daemon_process import READY, Daemon
 
 ERRORS: Final = ("EIO", "ENOSPC", "EROFS")
-EVERY: Final = 1_000_000  # rounds: as many as there are places
+EVERY: Final = 1_000_000  # rounds: one for each position
 LIFECYCLES: Final = 3
 PAYLOAD: Final = "x" * 200_000  # 50 pages each: 1000 pages make a checkpoint
 LARGE_JOBS: Final = 26
@@ -35,7 +35,7 @@ EXIT_IO: Final = 74
 
 @dataclass(frozen=True)
 class Place:
-    """The `number`th call of its name, counted from one; with `on` everything from there fails."""
+    """The `number`th call of its name, counted from one; with `on`, all later ones fail too."""
 
     call: str
     number: int
@@ -50,7 +50,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a daemon came to its end. `calls` are those from the one that failed on, that one included."""
+    """How a daemon ended. `calls` start with the one that failed."""
 
     daemon: Daemon
     ready: bool
@@ -62,13 +62,13 @@ class Ending:
         return f"exit code {self.code} after {self.calls[:1]}:\n{self.daemon.log.decode()}"
 
     def no_commit_was_hit(self) -> bool:
-        """Whether what failed is no part of a commit, as it seems from outside."""
+        """Whether the failed call was not part of a commit, as far as its trace shows."""
         hit = self.calls[0]
         if hit.file == self.daemon.directory.name:
-            # SQLite passes over this where it makes a file, so the daemon has to do it once more.
+            # SQLite ignores this error when it creates a file, so the daemon syncs once more.
             return any(seen.file == hit.file and seen.call == "fsync" and not seen.injected for seen in self.calls)
-        # At a checkpoint: what had to be moved is in the log still, and moved by the next one.
-        # The number in the lock file is there to be shown, the lock holds without it.
+        # At a checkpoint: the pages are still in the log, and the next checkpoint writes them.
+        # The pid in the lock file is informative; the lock holds without it.
         return hit.file in ("jobd.db", "jobd.db.lock") or hit.at_s >= self.asked_to_stop_s
 
 
@@ -80,7 +80,7 @@ def lifecycles(daemon: Daemon, ledger: Ledger, name: str) -> None:
 
 
 def large_jobs(daemon: Daemon, ledger: Ledger, name: str) -> None:
-    """Enough for a checkpoint while the daemon is at work, and for the next one where it fails."""
+    """Create enough for a checkpoint while the daemon runs, and for another one if that fails."""
     work_alone(daemon, ledger, f"{name}-before", 1)
     for number in range(LARGE_JOBS):
         if not _create(daemon, ledger, f"{name}-large-{number}"):
@@ -89,7 +89,7 @@ def large_jobs(daemon: Daemon, ledger: Ledger, name: str) -> None:
 
 
 def _create(daemon: Daemon, ledger: Ledger, job_id: str) -> bool:
-    """A large job; False where no answer came that says what became of it."""
+    """Create a large job; return False if its outcome is unknown."""
     told = ledger.begin(job_id, PAYLOAD)
     told.open = asked = Asked("created", "/v1/jobs", {"id": job_id, "payload": PAYLOAD})
     try:
@@ -110,7 +110,7 @@ def _create(daemon: Daemon, ledger: Ledger, job_id: str) -> bool:
 def sweep(
     trial: Trial, *, calls: tuple[str, ...], errors: tuple[str | None, ...], work: Work, at_checkpoints: bool = False
 ) -> Counts:
-    """Choose `trial.rounds` of all places where something can go wrong; every one of them where they are fewer."""
+    """Test `trial.rounds` of all positions, or all if they are fewer."""
     made = _made(trial, calls, work, at_checkpoints)
     pool = [
         Place(call, number, error, on)
@@ -134,19 +134,19 @@ def sweep(
 
 
 def _made(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoints: bool) -> dict[str, int]:
-    """How many calls of each name there are. In the test suite it is not worth a run to know: so many there are."""
+    """Return the number of calls of each name; a fixed estimate in the test suite."""
     if not trial.timed:
         return {"fdatasync": 8, "pwrite64": 100}
     return Counter(seen.call for seen in _measured(trial, calls, work, at_checkpoints))
 
 
 def _only(directory: Path, at_checkpoints: bool) -> Path | None:
-    """The database itself is written at checkpoints; everything else goes to its log first."""
+    """Return the file to restrict to: checkpoints write the database, everything else the log."""
     return directory / "jobd.db" if at_checkpoints else None
 
 
 def _measured(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoints: bool) -> list[Seen]:
-    """The calls of a run in which nothing goes wrong, of the thread that makes most of them."""
+    """Return the calls of a run without faults, of the thread that makes most of them."""
     directory = trial.directory / "measured"
     directory.mkdir()
     with Daemon.not_started(directory) as daemon:
@@ -191,13 +191,13 @@ def _round(directory: Path, place: Place, work: Work, at_checkpoints: bool, coun
 
 
 def _stopped(daemon: Daemon) -> int:
-    """The exit code of a daemon that is asked to stop, if it has not ended already."""
+    """Stop the daemon, if it has not ended already, and return its exit code."""
     assert daemon.process is not None
     return code if (code := daemon.process.poll()) is not None else daemon.stop(signal.SIGTERM)
 
 
 def _has_room_again(daemon: Daemon, ledger: Ledger) -> None:
-    """The disk was full for one call: creates are taken again without a restart."""
+    """Check that creates are accepted again without a restart after one call with a full disk."""
     if b"event=disk_full" in daemon.log:
         daemon.until_said(b"event=disk_has_room")
         refused = ledger.codes.total()
@@ -206,7 +206,7 @@ def _has_room_again(daemon: Daemon, ledger: Ledger) -> None:
 
 
 def _judged(place: Place, ending: Ending) -> str:
-    """What came of it, in a word; AssertionError where it is not what was promised."""
+    """Return the result in a word. Raise AssertionError if a promise is broken."""
     log, code, story = ending.daemon.log, ending.code, ending.story()
     no_room = place.error == "ENOSPC" and place.call in WRITES
     assert b"Traceback" not in log, story

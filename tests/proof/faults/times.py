@@ -1,6 +1,6 @@
-"""Time itself: the wall clock steps by hours, in the running daemon and while it is down, and the daemon is suspended.
+"""Clock faults: the wall clock steps, while the daemon runs and while it is down, and the daemon is suspended.
 
-The daemon's wall clock is libfaketime's, which reads its offset from a file; no other clock of it is touched.
+libfaketime changes only the daemon's wall clock. It reads its offset from a file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.support.daemon_process import Daemon
 RECOVER_EVERY_MS: Final = 1_000
 SHORT_TTL_MS: Final = 1_000
 LONG_TTL_MS: Final = 60_000
-GRACE_MS: Final = 30_000  # after an absence nothing ends sooner
+GRACE_MS: Final = 30_000  # after downtime no lock ends sooner
 DAY_S: Final = 86_400
 STEPS_S: Final = (-3 * DAY_S, -3_600, -90, 90, 3_600, 3 * DAY_S)
 CLAIM_WAIT_MS: Final = 60_000
@@ -40,7 +40,7 @@ FAKETIME: Final = Tool("libfaketime", "faketime", lambda: _library() is not None
 
 
 class Stepped(Daemon):
-    """A daemon whose wall clock is moved by `step`."""
+    """A daemon whose wall clock `step` moves."""
 
     def __init__(self, directory: Path) -> None:
         self._file = directory / "offset"
@@ -53,11 +53,11 @@ class Stepped(Daemon):
             FAKETIME_TIMESTAMP_FILE=str(self._file),
             FAKETIME_DONT_FAKE_MONOTONIC="1",
             FAKETIME_NO_CACHE="1",
-            NO_FAKE_STAT="1",  # or Python finds its compiled modules out of date, at every start
+            NO_FAKE_STAT="1",  # otherwise Python finds its compiled modules outdated at every start
         )
 
     def step(self, seconds: float) -> None:
-        """Its wall clock jumps, from the next look at it on."""
+        """Step the wall clock, from its next read on."""
         self._offset_s += seconds
         new = self._file.with_suffix(".new")
         new.write_text(f"{self._offset_s:+}\n", encoding="utf-8")
@@ -71,12 +71,12 @@ class Stepped(Daemon):
         return job_id
 
     def grant(self, job_id: str, ttl_ms: int) -> dict[str, str]:
-        """Start it as a worker that extends by itself does; gives what its holder says."""
+        """Start a job as a worker with automatic extension; return the fields that its holder sends."""
         body = {"worker": "w", "lock_ttl_ms": ttl_ms, "stuck_after_ms": 0}
         return {"lock_id": self.post(f"/v1/jobs/{job_id}/start", body).data["lock_id"]}
 
     def left_ms(self, job_id: str) -> int:
-        """What a live lock has left, by the daemon's own wall clock."""
+        """Return the time that a live lock has left, by the daemon's wall clock."""
         lock = self.get(f"/v1/jobs/{job_id}").data["lock"]
         assert lock is not None, f"{job_id} has lost its lock"
         left: int = lock["expires_at"] - self.now_ms()
@@ -105,7 +105,7 @@ def clock_steps(trial: Trial) -> Counts:
 
 
 def _for_six_seconds(daemon: Stepped) -> None:
-    """The clock is 40 days ahead, a cleanup run is forced, and the clock is right again: nothing is lost."""
+    """Check that a forced cleanup run during six seconds with the clock 40 days ahead deletes nothing."""
     ids = [daemon.made(f"done-{number}") for number in range(3)]
     for job_id in ids:
         daemon.post(f"/v1/jobs/{job_id}/complete", {**daemon.grant(job_id, LONG_TTL_MS), "metadata": 1})
@@ -119,12 +119,12 @@ def _for_six_seconds(daemon: Stepped) -> None:
 
 
 def _step(daemon: Stepped, name: str, step_s: float, trial: Trial, counts: Counter[str]) -> None:
-    """One step of the clock, with jobs held, delayed and expiring; all of them are ended afterwards."""
+    """Step the clock once, with held, delayed and expiring jobs, and end them all afterwards."""
     step_ms = int(step_s * 1000)
     held = daemon.made(f"held-{name}")
     holder = daemon.grant(held, LONG_TTL_MS)
     now = daemon.now_ms()
-    between = now + (step_ms // 2 if step_ms > 0 else 300_000)  # comes to pass with a step forward
+    between = now + (step_ms // 2 if step_ms > 0 else 300_000)  # passes with a step forward
     beyond = now + abs(step_ms) + 600_000
     for job_id, run_at in ((f"delayed-{name}", between), (f"later-{name}", beyond)):
         daemon.made(job_id, queue=f"delayed-{name}", run_at=run_at)
@@ -166,7 +166,7 @@ def _still_held(daemon: Stepped, job_id: str, holder: dict[str, str]) -> None:
 
 
 def _held_back(daemon: Stepped, overdue: str) -> None:
-    """After a step of more than a day nothing fails by age until an operator accepts the clock."""
+    """Check that nothing fails by age after a step of more than a day until an operator accepts the clock."""
     assert daemon.admin("GET", "clock").data["suspect"]
     assert daemon.admin("GET", "health").data["status"] == "degraded"
     daemon.admin("POST", "cleanup", {})
@@ -177,11 +177,11 @@ def _held_back(daemon: Stepped, overdue: str) -> None:
 
 
 def _judged_by_the_wall(daemon: Stepped, name: str, granted: list[str], forward: bool) -> None:
-    """What was to run, or to expire, at a time of the wall clock, does so by the clock as it is now."""
+    """Check that run_at and expires_at follow the wall clock as it is now."""
     assert granted == ([f"delayed-{name}"] if forward else []), granted
     later = daemon.post(f"/v1/jobs/later-{name}/start", {"worker": "w"})
     assert (later.status, later.error) == (409, "not_due"), later.body
-    # Where the clock went back, what was to run at once waits too: it was to run at a time that is now to come.
+    # After a step back, a job that was due at once waits too: its run_at is in the future again.
     assert daemon.claim(f"expiring-{name}") == ([f"lasting-{name}"] if forward else [])
     # The claim passes an overdue job, and the next recovery fails it.
     overdue = f"expiring-{name}"
@@ -191,7 +191,7 @@ def _judged_by_the_wall(daemon: Stepped, name: str, granted: list[str], forward:
 
 
 def _times_in_order(store: Contents) -> int:
-    """Lease time never goes back in the journal, and a job's own times stay in order; gives the number of events."""
+    """Check that lease time never goes back in the journal and that times are in order; return the number of events."""
     rows: dict[str, Job | None] = {}
     lease_ms = 0
     for event in sorted(itertools.chain(*store.events.values()), key=lambda event: event.seq):
@@ -200,7 +200,7 @@ def _times_in_order(store: Contents) -> int:
             continue
         times = [time for time in (job.created_at, job.started_at, job.finished_at, job.updated_at) if time is not None]
         assert times == sorted(times), f"{event.job_id} at {event.type}: {times}"
-        if event.type == "granted":  # signs of life keep a later deadline, so they do not tell the time
+        if event.type == "granted":  # reports keep a later deadline, so they do not show the time
             assert isinstance(job.lease, Lease)
             assert isinstance(job.grant, Grant)
             at = job.lease.silent - job.grant.stuck_after_ms
@@ -213,7 +213,7 @@ def _times_in_order(store: Contents) -> int:
 
 
 def steps_while_down(trial: Trial) -> Counts:
-    """A restart, and the clock is another one: locks keep what they had left, and nothing is deleted on its word."""
+    """Step the clock during a restart: locks keep the time that they had left, and nothing is deleted."""
     counts: Counter[str] = Counter()
     daemon = Stepped(trial.directory)
     with daemon:
@@ -239,7 +239,7 @@ def steps_while_down(trial: Trial) -> Counts:
 
 
 def _leap(daemon: Stepped, *, again: bool) -> None:
-    """A start 40 days ahead: what would be old enough stays until an operator says that the clock is right."""
+    """Start with the clock 40 days ahead: old jobs stay until an operator accepts the clock."""
     daemon.stop()
     daemon.step(40 * DAY_S)
     daemon.start()
@@ -250,7 +250,7 @@ def _leap(daemon: Stepped, *, again: bool) -> None:
     assert "jobctl clock accept" in health["cleanupStatus"]["message"], health
     if again:
         daemon.stop()
-        daemon.start()  # the leap is not taken for granted with the next start
+        daemon.start()  # the next start does not trust the step
         assert daemon.admin("POST", "cleanup", {}).data["expiredJobsDeleted"] == 0
     assert daemon.admin("POST", "clock/accept", {}).status == 200
     assert daemon.admin("POST", "cleanup", {}).data["expiredJobsDeleted"] >= 1
@@ -261,7 +261,7 @@ def _leap(daemon: Stepped, *, again: bool) -> None:
 
 
 def suspended(trial: Trial) -> Counts:
-    """The daemon is stopped for longer than locks live. Whoever asked meanwhile keeps its job; who is dead loses it."""
+    """Suspend the daemon for longer than locks live. Live workers keep their jobs, dead ones lose them."""
     counts: Counter[str] = Counter()
     with Daemon(trial.directory, f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\n") as daemon:
         with RealWorker(daemon, "q", 2_000) as worker:
@@ -273,7 +273,7 @@ def suspended(trial: Trial) -> Counts:
                 body = {"worker": "dead", "lock_ttl_ms": 2_000, "stuck_after_ms": 0}
                 assert daemon.post(f"/v1/jobs/{dead}/start", body).status == 200
                 with stopped(daemon):
-                    time.sleep(4)  # that is the fault: twice as long as a lock lives
+                    time.sleep(4)  # the fault: twice as long as a lock lives
                 other = daemon.post(f"/v1/jobs/{dead}/start", {"worker": "other"})
                 assert other.error == "already_locked", other.body
                 assert other.body["details"]["retry_after_ms"] <= GRACE_MS
@@ -293,7 +293,7 @@ def _ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
 
 
 def _left(daemon: Daemon, job_id: str, status: str) -> dict[str, Any]:
-    """The job once it has left this status."""
+    """Wait until the job has left this status; return it."""
     deadline_s = time.monotonic() + 60
     while (job := daemon.get(f"/v1/jobs/{job_id}").data)["status"] == status:
         assert time.monotonic() < deadline_s, job

@@ -1,6 +1,7 @@
-"""The units under a real systemd: activation, readiness, reload, watchdog, crashes, stops, a wrong configuration.
+"""The units of systemd/ under a real systemd: activation, readiness, reload, watchdog, crashes, stops, a wrong
+configuration.
 
-How the machine is made is in box.py. The units are those of systemd/; what systemd says of them unasked is counted too.
+box.py makes the machine. Warnings of systemd about the units count too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MOST_EXPOSED: Final = {"tcp": 13, "unix-only": 6}  # tenths
 
 
 class Knockers:
-    """Clients that come again and again, each on a new connection, and what they met, while the block runs."""
+    """Clients that connect continuously while the block runs, each on a new connection, and their results."""
 
     def __init__(self, box: Box) -> None:
         self._box = box
@@ -65,11 +66,11 @@ class Knockers:
 
     @property
     def found_no_door(self) -> int:
-        """How often the socket was not there, or nobody listened on it."""
+        """How often the socket was missing or had no listener."""
         return self.met["FileNotFoundError"] + self.met["ConnectionRefusedError"]
 
     def come_again(self, count: int) -> None:
-        """Until so many more have come, whatever they met."""
+        """Wait until this many more have connected, with any result."""
         least, deadline_s = self.met.total() + count, time.monotonic() + 60
         while self.met.total() < least:
             assert time.monotonic() < deadline_s, f"clients wait for ever: {self.met}"
@@ -77,7 +78,7 @@ class Knockers:
 
 
 def _examined(box: Box, copy: Path) -> Contents:
-    """The store of a daemon that is down, from a copy: SQLite finds no file in another mount namespace."""
+    """Check a copy of the store of a stopped daemon: SQLite cannot open files in another mount namespace."""
     shutil.copytree(box.path(STATE), copy)
     return examined(copy / "jobd.db")
 
@@ -121,7 +122,7 @@ def started(trial: Trial) -> Counts:
 
 
 def _restarts(box: Box, clients: Knockers) -> None:
-    """Ready when systemctl comes back, and no client has met a closed door meanwhile."""
+    """Check that the daemon is ready when systemctl returns, and that clients could always connect."""
     for _ in range(2):
         clients.come_again(5)
         box.do("systemctl", "restart", SERVICE)
@@ -133,7 +134,7 @@ def _restarts(box: Box, clients: Knockers) -> None:
 
 
 def _stays_down(box: Box, clients: Knockers) -> None:
-    """Stopped with its sockets it is not started by a client, and comes with its sockets when it is started."""
+    """Check that after a stop with its sockets clients do not start it, and that a start brings the sockets back."""
     box.do("systemctl", "stop", *UNITS)
     clients.come_again(20)
     assert _down(box), f"it came up by itself\n{box.console[-2000:]}"
@@ -153,7 +154,7 @@ def _stats(box: Box, unix_only: bool) -> dict[str, Any]:
 
 
 def _reloads(box: Box) -> list[str]:
-    """What is changed is in force when systemctl comes back; what is wrong is left, and the daemon goes on."""
+    """Check that a reload is in force when systemctl returns, and that an invalid one changes nothing."""
     box.path(CONFIG).write_text("[locks]\nttl = '5m'\n", encoding="utf-8")
     box.do("systemctl", "reload", SERVICE)
     assert _ttl_ms(box, "b") == 300_000
@@ -169,7 +170,7 @@ def _reloads(box: Box) -> list[str]:
 
 
 def deaths(trial: Trial) -> Counts:
-    """kill -9 again and again, then a daemon that hangs; clients are there all the time and find an open door."""
+    """Kill the daemon repeatedly, then hang it; clients can always connect."""
     slowest_s, hung_s = 0.0, 0.0
     with Box(trial.directory) as box:
         box.drop_in(f"[Service]\nWatchdogSec={WATCHDOG_S}s\n")
@@ -211,7 +212,7 @@ def _seconds_away(box: Box, signal_name: str) -> float:
 
 
 def stopped(trial: Trial) -> Counts:
-    """systemctl stop with work in flight: as SIGTERM, and a success in systemd's eyes too."""
+    """Run systemctl stop with requests in flight: as SIGTERM, and systemd reports success."""
     ledger = Ledger()
     with Box(trial.directory) as box:
         for number in range(trial.rounds):
@@ -232,7 +233,7 @@ def stopped(trial: Trial) -> Counts:
 
 
 def misconfigured(trial: Trial) -> Counts:
-    """Exit 78 is not tried again, by waiting clients now and then; once it is mended they have it started."""
+    """Exit 78 is retried only for connecting clients; they start the daemon once the configuration is fixed."""
     by_clients = 0
     with Box(trial.directory) as box:
         for _ in range(trial.rounds):
@@ -250,14 +251,14 @@ def misconfigured(trial: Trial) -> Counts:
 
 
 def _knocked_at(box: Box) -> int:
-    """Starts that clients bring about meanwhile: one in two seconds, and the door stays open."""
+    """Count the starts that clients cause: one in two seconds, and the socket stays open."""
     before, began_s = box.log.count("locks.ttl"), time.monotonic()
     with Knockers(box):
         while (took_s := time.monotonic() - began_s) < 12:
             time.sleep(0.1)
         starts = box.log.count("locks.ttl") - before
         assert box.show(SOCKETS[0], "ActiveState") != "failed"
-        box.path(CONFIG).write_text("", encoding="utf-8")  # mended: the next client has it started
+        box.path(CONFIG).write_text("", encoding="utf-8")  # fixed: the next client starts it
     assert 1 <= starts <= took_s / 2 + 1, f"{starts} starts in {took_s:.0f} s"
     return starts
 
@@ -286,7 +287,7 @@ def judged(trial: Trial) -> Counts:
 
 
 def _units(directory: Path, variant: str) -> Path:
-    """The units, for a jobd that is here."""
+    """Return the units, changed to run this jobd."""
     directory.mkdir()
     for unit in UNITS:
         text = (ROOT / "systemd" / unit).read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
-"""What a disk may hold after a crash: what was synced, and of the rest none, all, some, or some sectors of it.
+"""What a disk may hold after a crash: everything synced, and none, all or some of the rest, down to sectors.
 
-Reads the records that writes.c makes, and knows nothing of what the bytes mean.
+Reads the records that writes.c makes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Record:
 
 
 def records(log: Path) -> Iterator[Record]:
-    """All records, in the order in which the calls returned."""
+    """Return all records in the order in which the calls returned."""
     text = memoryview(log.read_bytes())
     place = 0
     while place < len(text):
@@ -58,7 +58,7 @@ def records(log: Path) -> Iterator[Record]:
 
 @dataclass
 class _File:
-    """`synced` is on the disk for certain; `later` is what came after the last sync, in order."""
+    """`synced` is certainly on disk; `later` came after the last sync, in order."""
 
     synced: bytearray = field(default_factory=bytearray)
     later: list[Record] = field(default_factory=list)
@@ -99,14 +99,12 @@ def _sectors(record: Record) -> Iterator[Record]:
 
 
 class Disk:
-    """The files of one store as far as its records have been taken."""
+    """The files of one store after a prefix of its records."""
 
     def __init__(self) -> None:
         self._named: dict[int, _File] = {}  # as the process sees it
-        self._kept: dict[int, _File] = {}  # as it is on the disk for certain
-        self._renamings: list[
-            tuple[int, _File | None]
-        ] = []  # since the directory was synced: a file got a name or lost it
+        self._kept: dict[int, _File] = {}  # as it certainly is on disk
+        self._renamings: list[tuple[int, _File | None]] = []  # name changes since the directory was synced
 
     def take(self, record: Record) -> None:
         file = self._named.get(record.file)
@@ -129,7 +127,7 @@ class Disk:
         return bool(self._renamings) or any(file.later for file in self._named.values())
 
     def after_a_crash(self, manner: Manner, seed: str) -> dict[str, bytes]:
-        """Suffix to content. Names come and go in order; what is written does not."""
+        """Return the contents by suffix. Name changes apply in order; writes do not."""
         chance = random.Random(seed)
         here = dict(self._kept)
         kept = {"dropped": 0, "kept": len(self._renamings)}.get(manner, chance.randint(0, len(self._renamings)))

@@ -1,6 +1,6 @@
-"""A real worker in a process of its own: `python -m tests.proof.faults.worker SOCKET QUEUE LOCK_TTL_MS`.
+"""A real worker in its own process: `python -m tests.proof.faults.worker SOCKET QUEUE LOCK_TTL_MS`.
 
-Prints a line of JSON when it begins a job, and one when the job ended or was lost; a line on stdin ends the job.
+Prints a line of JSON when it starts a job, and when the job ended or was lost. A line on stdin ends the job.
 """
 
 from __future__ import annotations

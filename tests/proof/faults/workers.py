@@ -1,7 +1,4 @@
-"""Workers that die, and workers that sleep past their lock and come back: real processes, killed and stopped.
-
-What such a worker does while it lives is in worker.py.
-"""
+"""Workers that die, and workers that sleep past their lock: real processes (worker.py), killed and stopped."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ SAID_S: Final = 60.0
 
 
 class RealWorker:
-    """A worker's process, and what it has said."""
+    """A worker's process and its output."""
 
     def __init__(self, daemon: Daemon, queue: str, lock_ttl_ms: int = LOCK_TTL_MS) -> None:
         command = [sys.executable, "-m", "tests.proof.faults.worker", daemon.socket, queue, str(lock_ttl_ms)]
@@ -62,11 +59,11 @@ class RealWorker:
 
     @property
     def complaints(self) -> str:
-        """What it said on stderr; complete once it has ended."""
+        """Its stderr; complete after its end."""
         return "".join(self._complaints)
 
     def said(self) -> dict[str, Any]:
-        """The next line of its stdout."""
+        """Return the next line of its stdout."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         assert line, f"the worker has ended: {self.complaints}"
@@ -80,7 +77,7 @@ class RealWorker:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """It does not move meanwhile."""
+        """Stop the process while the block runs."""
         os.kill(self.process.pid, signal.SIGSTOP)
         try:
             os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
@@ -90,7 +87,7 @@ class RealWorker:
 
 
 def _until_expired(daemon: Daemon, job_id: str) -> None:
-    """Until its lock has run out, by the daemon's own word."""
+    """Wait until the daemon shows the lock as expired."""
     deadline_s = time.monotonic() + SAID_S
     while True:
         job = daemon.get(f"/v1/jobs/{job_id}").data
@@ -111,7 +108,7 @@ def _until_ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
 
 
 def sleeping_worker(trial: Trial) -> Counts:
-    """Recovery acts when it is asked to: so there is a time after the lock has expired and before that."""
+    """Recovery runs on request, so that there is time between the expiry of a lock and its recovery."""
     counts = {"endings accepted after the lock expired": 0, "endings rejected": 0, "running jobs stopped": 0}
     with Daemon(trial.directory, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
         with RealWorker(daemon, "q") as worker:
@@ -129,7 +126,7 @@ def sleeping_worker(trial: Trial) -> Counts:
 
 
 def _taken(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
-    """Nobody else can have the job: its holder may end it."""
+    """Check that no other worker gets the job and its holder can end it."""
     with worker.stopped():
         _until_expired(daemon, begun["job"])
         worker.end_its_job()
@@ -138,7 +135,7 @@ def _taken(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
 
 
 def _recovered(daemon: Daemon, begun: dict[str, Any]) -> dict[str, Any]:
-    """Recovery acts, and somebody else gets the job; gives the new grant."""
+    """Recover the job and grant it to another worker; return the new grant."""
     recovered = daemon.admin("POST", "recover-stuck", {}).data
     assert [(one["jobId"], one["action"]) for one in recovered["details"]] == [(begun["job"], "reset")]
     grant: dict[str, Any] = daemon.post(f"/v1/jobs/{begun['job']}/start", {"worker": "the next"}).data
@@ -147,19 +144,19 @@ def _recovered(daemon: Daemon, begun: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refused(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
-    """Its work has ended while it slept; when it says so, the job is another's, and stays as it is."""
+    """Check that a worker whose work ended while it slept cannot complete the job of another."""
     with worker.stopped():
         _until_expired(daemon, begun["job"])
         grant = _recovered(daemon, begun)
         before = daemon.get(f"/v1/jobs/{begun['job']}").data
         worker.end_its_job()
-    assert worker.said()["said"] in ("done", "lost")  # it may notice before it comes to say so
+    assert worker.said()["said"] in ("done", "lost")  # it may notice before it completes
     _next_job(daemon, worker)
     _still_the_next_ones(daemon, before, grant)
 
 
 def _stopped(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
-    """Its work goes on when it comes back: it is told, stops the work, and goes on with another job."""
+    """Check that a worker that wakes up gets lock_lost, stops the work and claims another job."""
     with worker.stopped():
         _until_expired(daemon, begun["job"])
         grant = _recovered(daemon, begun)
@@ -170,7 +167,7 @@ def _stopped(daemon: Daemon, worker: RealWorker, begun: dict[str, Any]) -> None:
 
 
 def _next_job(daemon: Daemon, worker: RealWorker) -> None:
-    """It claims again: so it has been told, and has let go."""
+    """Check that the worker claims again, so it has given up the lost job."""
     job_id = daemon.post("/v1/jobs", {"queue": "q"}).data["id"]
     begun = worker.said()
     assert (begun["said"], begun["job"]) == ("begun", job_id)
@@ -182,7 +179,7 @@ def _next_job(daemon: Daemon, worker: RealWorker) -> None:
 def _still_the_next_ones(daemon: Daemon, before: dict[str, Any], grant: dict[str, Any]) -> None:
     path = f"/v1/jobs/{before['id']}"
     assert daemon.get(path).data == before, "the one that came back has changed the job"
-    # What it said and brought too late is told and kept beside the job, and is no change of it.
+    # Its late calls and result are stored beside the job and do not change it.
     told = daemon.get(f"{path}/timeline").data["events"]
     events = [event for event in told if event["type"] not in ("late_result", "late_call")]
     assert events[-1]["type"] == "granted", events[-1]
@@ -195,7 +192,7 @@ def _still_the_next_ones(daemon: Daemon, before: dict[str, Any], grant: dict[str
 
 
 def dead_worker(trial: Trial) -> Counts:
-    """Workers are killed at different moments; others wait for their jobs, and get them on time, not before."""
+    """Kill workers at different moments; others wait for their jobs and get them in time, not before."""
     late_ms: list[int] = []
     at_once = WORKERS if trial.timed else WORKERS // 2
     with Daemon(trial.directory, f"[cleanup]\nrecover_every = '{RECOVER_EVERY_MS}ms'\n") as daemon:
@@ -223,7 +220,7 @@ def dead_worker(trial: Trial) -> Counts:
 
 
 def _wait_for_job(daemon: Daemon, queue: str) -> int:
-    """The wall time at which the job was offered again."""
+    """Return the wall time at which the job was granted again."""
     with closing(daemon.worker()) as connection:
         wait = {"worker": "the next", "queues": [queue], "wait_ms": 30_000}
         grants = call(connection, "POST", "/v1/claim", wait).data["grants"]
@@ -232,7 +229,7 @@ def _wait_for_job(daemon: Daemon, queue: str) -> int:
 
 
 def _on_time(daemon: Daemon, job_id: str, offered_at: int, trial: Trial) -> int:
-    """How many ms after the end of its lock the job was offered again."""
+    """Return the ms between the expiry of the lock and the next grant."""
     events = daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]
     seen = [event["type"] for event in events]
     assert seen.count("stalled") == 1, seen

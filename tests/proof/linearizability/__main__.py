@@ -2,8 +2,8 @@
 
 `python -m tests.proof.linearizability --histories N [--seed K]`
 
-Of each job's history mutants are made that no order can explain, and those have to be refused. Exit code 0 where every
-history was explained and every mutant refused, 1 otherwise, with the history in question.
+Each history is also mutated so that no order explains it; the checker must reject every mutant. Exit code 0 if every
+history was explained and every mutant rejected; otherwise 1, with the history in question.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from tests.proof.linearizability.tell import line, story
 
 WANTED_SHARE = 0.30
 WANTED_CLIENTS = 4
-ENOUGH = 20  # histories in which every kind of mutant has to come up
+ENOUGH = 20  # histories within which every kind of mutant must occur
 
 
 class Figures(Struct):
-    """What the histories came to. `broken` is the story of the first that nothing explains, or that should not be."""
+    """The results. `broken` describes the first unexplained history or accepted mutant."""
 
     histories: int = 0
     jobs: int = 0
     operations: int = 0
     overlapping: int = 0
-    least_share: float = 1.0  # of one history
+    least_share: float = 1.0  # the lowest of one history
     unknown: int = 0
     clients: Counter[int] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
@@ -46,22 +46,22 @@ class Figures(Struct):
 
     @property
     def share(self) -> float:
-        """Of all operations those that overlap in time with another one on the same job."""
+        """The share of operations that overlap in time with another one on the same job."""
         return self.overlapping / max(self.operations, 1)
 
     def shortcomings(self) -> list[str]:
-        """Why it proves less than it should that nothing is broken."""
+        """Return why the run proves too little."""
         found = []
         if self.share < WANTED_SHARE:
             found.append(f"Only {self.share:.1%} of the operations overlap: the clients did not contend.")
         if min(self.clients, default=0) < WANTED_CLIENTS:
-            found.append(f"There was a history of fewer than {WANTED_CLIENTS} clients.")
+            found.append(f"A history had fewer than {WANTED_CLIENTS} clients.")
         if self.histories >= ENOUGH and (never := [kind for kind in KINDS if not self.refused[kind]]):
-            found.append(f"No mutant of these kinds came up: {', '.join(never)}.")
+            found.append(f"No mutant of these kinds occurred: {', '.join(never)}.")
         return found
 
     def add(self, gathered: Gathered) -> None:
-        """Judge one history, and the mutants of it."""
+        """Check one history and its mutants."""
         history = gathered.history
         self.histories += 1
         self.operations += len(history.operations)
@@ -91,13 +91,13 @@ class Figures(Struct):
             if verdict.is_explained:
                 first_ns = min(each.call_ns for each in mutant)
                 order = [line(each, first_ns) for each in verdict.order]
-                self.broken = [f"The mutant {kind} of history {gathered.number}, job {job}, was taken:", *order]
+                self.broken = [f"The mutant {kind} of history {gathered.number}, job {job}, was accepted:", *order]
                 return
             self.refused[kind] += 1
 
 
 def lines(figures: Figures, took_s: float) -> Iterator[str]:
-    """The figures, for people."""
+    """Format the results."""
     clients = f"{min(figures.clients)} to {max(figures.clients)} clients"
     yield f"{figures.histories} histories of {clients}, {figures.jobs} jobs"
     overlap = f"{figures.share:.1%} of them overlapping (at least {figures.least_share:.1%} in each history)"
@@ -109,7 +109,7 @@ def lines(figures: Figures, took_s: float) -> Iterator[str]:
 
 
 def run(histories: int, seed: int) -> Figures:
-    """As many histories, until one is broken."""
+    """Check this many histories, or stop at the first broken one."""
     figures = Figures()
     with a_daemon() as daemon:
         for number in range(histories):
@@ -122,7 +122,7 @@ def run(histories: int, seed: int) -> Figures:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.proof.linearizability", description=__doc__)
     parser.add_argument("--histories", type=int, default=500)
-    parser.add_argument("--seed", type=int, default=0, help="for what the clients ask; their race is the machine's")
+    parser.add_argument("--seed", type=int, default=0, help="for what the clients send; their timing is not seeded")
     given = parser.parse_args(arguments)
     began_s = time.perf_counter()
     figures = run(given.histories, given.seed)

@@ -1,6 +1,6 @@
-"""A client that contends with others: what it asks next, under which lock, and whether it waits for the answer.
+"""A client that contends with others: its next call, the lock that it uses, and whether it waits for the response.
 
-Judges nothing; everything that it draws comes from its own dice.
+All random choices come from its own generator.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CROWD: Final = {
     "progress": 7, "extend": 2, "complete": 3, "fail": 5, "release": 5,
     "cancel": 1, "force-reset": 4, "force-fail": 1, "transition": 2, "delete": 2,
 }  # fmt: skip
-# Nobody but time takes a job from a worker that went silent.
+# Only recovery ends the grant of a silent worker.
 ALONE: Final = {
     "create": 5, "start": 6, "claim": 9, "get": 3, "progress": 4, "extend": 3, "complete": 1, "fail": 1, "release": 1,
     "delete": 2,
@@ -34,7 +34,7 @@ ALONE: Final = {
 
 
 class Scene:
-    """What the clients of one history share: the daemon, the jobs, the locks that somebody has been told."""
+    """What the clients of one history share: the daemon, the jobs, and the locks in responses so far."""
 
     def __init__(self, daemon: Daemon, history: History, *, lossy: bool, alone: bool) -> None:
         self.daemon = daemon
@@ -56,7 +56,7 @@ class Scene:
             assert self._heard.wait_for(lambda: self._calls >= count, READY_S), "the clients are stuck"
 
     def note(self, operations: list[Operation]) -> None:
-        """One call that was made, on one job or on several."""
+        """Record one call, on one job or on several."""
         with self._heard:
             self._calls += 1
             self._heard.notify_all()
@@ -71,7 +71,7 @@ class Scene:
 
 
 class Client:
-    """`play` makes so many calls, one after the other."""
+    """A client. `play` makes a number of calls, one after the other."""
 
     def __init__(self, scene: Scene, number: int, dice: Random) -> None:
         self._scene = scene
@@ -89,14 +89,14 @@ class Client:
             self._line.close()
 
     def look(self, job: str) -> None:
-        """See what has become of `job`, once all is quiet."""
+        """Read `job` at the end, when no other call is pending."""
         self._ask("get", job, {}, fate="answered")
         self._line.close()
 
     def _call(self) -> None:
         dice = self._dice
         if self._endings and dice.random() < 0.08:
-            verb, job, body = dice.choice(self._endings)  # said twice, by whoever said it
+            verb, job, body = dice.choice(self._endings)  # repeated, by any client
         else:
             job = dice.choice(list(self._scene.history.terms))
             verb = dice.choices(list(self._scene.weights), list(self._scene.weights.values()))[0]
@@ -105,7 +105,7 @@ class Client:
             self._endings.append((verb, job, body))
         key = f"{job}-{self._number}-{self._asked}" if verb in KEYED and dice.random() < 0.6 else None
         is_lost = not self._ask(verb, job, body, key=key, fate=self._fate(verb))
-        # Who has lost an answer asks again, mostly; some ask again although they were told.
+        # A client usually repeats a call whose response was lost, and sometimes an answered one.
         for _ in range(3):
             if dice.random() >= (0.75 if is_lost else 0.04) or verb == "claim-all":
                 return
@@ -136,7 +136,7 @@ class Client:
 
     @property
     def _mark(self) -> str:
-        """No two calls say the same, unless one is meant to repeat the other."""
+        """Return a value that makes each call unique, unless it repeats another."""
         return f"c{self._number}-{self._asked}"
 
     def _creation(self, job: str) -> dict[str, Any]:
@@ -170,7 +170,7 @@ class Client:
         return {**self._forced(job), "from": begin, "to": self._dice.choice(MOVES[begin])}
 
     def _held(self, verb: str, job: str) -> dict[str, Any]:
-        """Under the latest lock that anybody was told, mostly: the others' locks and old ones are tried too."""
+        """Return a call with the latest known lock, or sometimes with another client's or an older one."""
         locks = self._scene.locks[job] or ["never-granted"]
         lock = locks[-1] if self._dice.random() < 0.7 else self._dice.choice(locks)
         body: dict[str, Any] = {"lock_id": lock}
@@ -181,13 +181,13 @@ class Client:
         elif verb == "fail":
             body |= {"error_message": self._mark, "retry": self._dice.random() < 0.7, "retry_after_ms": 0}
         elif verb == "release":
-            body["delay_ms"] = 0  # without it, the fifth in a row without progress would delay the job
+            body["delay_ms"] = 0  # without it, the fifth release in a row without progress would delay the job
         return body
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
     def _ask(self, verb: str, job: str, body: dict[str, Any], *, fate: Fate, key: str | None = None) -> bool:
-        """Whether there was an answer."""
+        """Return whether a response came."""
         request = _request(verb, job, body, key)
         if fate == "cut":
             with suppress(Away):
@@ -205,7 +205,7 @@ class Client:
         return exchange.reply is not None
 
     def _exchange(self, request: Request, fate: Fate) -> Exchange:
-        """Asked again until something may have been done; a daemon that is away comes back."""
+        """Repeat a call until it may have had an effect. The daemon comes back after an outage."""
         for _ in range(TRIES):
             try:
                 return self._line.ask(request, fate)

@@ -1,6 +1,6 @@
-"""Histories from a real daemon: clients that contend for few jobs over real connections, while it is killed under them.
+"""Record histories of a real daemon: clients contend for a few jobs over real connections while it is killed.
 
-Everything that can be drawn is drawn from the seed; who comes first is left to the machine.
+All random choices come from the seed. Timing does not.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from tests.proof.linearizability.history import History, Outage, Terms
 from tests.proof.linearizability.talk import boot_ns
 from tests.support.daemon_process import Daemon
 
-# Recovery looks often; every change is on the disk before its answer, as always.
+# Recovery runs often. Responses are sent after the commit, as always.
 CONFIG: Final = """
 [cleanup]
 recover_every = "5ms"
 """
 CALLS: Final = 32  # of each client
-KILLS_EVERY: Final = 6  # of so many histories one loses its daemon
+KILLS_EVERY: Final = 6  # one of this many histories loses its daemon
 
 
 class Gathered(Struct):
-    """A history and the faults that it went through."""
+    """A history and its faults."""
 
     number: int
     history: History
@@ -41,13 +41,13 @@ class Gathered(Struct):
 
 @contextmanager
 def a_daemon() -> Iterator[Daemon]:
-    """One daemon for many histories, in a directory that goes with it."""
+    """Run one daemon for many histories, in a temporary directory."""
     with tempfile.TemporaryDirectory(prefix="jobd-histories-") as place, Daemon(Path(place), CONFIG) as daemon:
         yield daemon
 
 
 def gather(daemon: Daemon, seed: int, number: int) -> Gathered:
-    """History `number` of `seed`: new jobs on a daemon that is ready, and will be."""
+    """Record history `number` of `seed`: new jobs on a daemon that is ready before and after."""
     dice = Random(f"{seed}-{number}")
     kills = number % KILLS_EVERY == KILLS_EVERY - 1
     alone = dice.random() < (0.6 if kills else 0.3)
@@ -68,16 +68,16 @@ def gather(daemon: Daemon, seed: int, number: int) -> Gathered:
 
 
 def _terms(dice: Random, alone: bool, kills: bool) -> Terms:
-    """Most locks outlive the history; of some jobs they end within it, of all where only time ends them.
+    """Draw the terms of the jobs. Most locks outlive the history; some expire within it.
 
-    Where the daemon dies they are longer, so that some still live then: its absence must not age them.
+    If the daemon is killed, locks are longer, so that some are live then: downtime must not age them.
     """
     patience_ms = dice.randint(4, 15) + 40 * kills if alone or dice.random() < 0.2 else 0
     return Terms(dice.randint(1, 3), patience_ms, dice.choice(["auto", "requeue", "fail"]))
 
 
 def _restart(scene: Scene, how: signal.Signals) -> None:
-    """End the daemon under its clients, and start it again."""
+    """Kill or stop the daemon while clients are active, and start it again."""
     scene.up.clear()
     if how == signal.SIGKILL:
         scene.daemon.kill()

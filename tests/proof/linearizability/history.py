@@ -1,7 +1,4 @@
-"""What clients did and saw: one record for each call on a job, with the times between which it took effect.
-
-Knows no daemon and judges nothing.
-"""
+"""What clients did and saw: one record for each call on a job, with the times between which it took effect."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ GRANTING: Final = ("start", "claim")
 
 
 class Said(Struct, frozen=True):
-    """An answer: `code` says which, `seen` what it showed of the job."""
+    """A response: its `code`, and in `seen` what it showed of the job."""
 
     code: str
     seen: dict[str, Any] = {}
@@ -25,8 +22,8 @@ class Said(Struct, frozen=True):
 class Operation(Struct, frozen=True):
     """One call on one job. Times are nanoseconds since boot.
 
-    `said` is None where the outcome is unknown: it may have happened at any time from the call until `latest_ns` (None:
-    at any later time), or not at all. `key` is its Idempotency-Key; `replayed` says that the answer was a stored one.
+    `said` is None if the outcome is unknown: the call may have taken effect at any time until `latest_ns` (None: at any
+    later time), or not at all. `key` is its Idempotency-Key; `replayed` says that the response was a stored one.
     """
 
     client: int
@@ -42,18 +39,18 @@ class Operation(Struct, frozen=True):
 
     @property
     def lock(self) -> str:
-        """The lock that a call of a holder names, or that an answer granted."""
+        """The lock that a holder's call names, or that a response granted."""
         granted = self.said.seen.get("lock") if self.said else None
         return str(self.body.get("lock_id", granted))
 
     @property
     def asked(self) -> str:
-        """What was asked, without the lock: two calls of one verb that ask the same are repeats."""
+        """The call without its lock: two calls of one verb with equal content are repeats."""
         return json.dumps({name: self.body[name] for name in sorted(self.body) if name != "lock_id"})
 
 
 class Terms(Struct, frozen=True):
-    """What the creators of a job ask for. `max_processing_ms` 0: its locks outlive the history."""
+    """The options with which a job is created. `max_processing_ms` 0: its locks outlive the history."""
 
     max_attempts: int = 1
     max_processing_ms: int = 0
@@ -61,21 +58,21 @@ class Terms(Struct, frozen=True):
 
 
 class Outage(Struct, frozen=True):
-    """The daemon was gone for certain from `down_ns` until `up_ns`, when it was started again."""
+    """An outage: the daemon was certainly down from `down_ns` until it was started again at `up_ns`."""
 
     down_ns: int
     up_ns: int
 
 
 class History(Struct):
-    """All that happened to a few jobs."""
+    """All calls on a few jobs."""
 
     terms: dict[str, Terms]
     operations: list[Operation] = field(default_factory=list)
     outages: list[Outage] = field(default_factory=list)
 
     def of(self, job: str) -> list[Operation]:
-        """What happened to `job`, in order of the calls, one operation for each effect."""
+        """The operations on `job` in the order of the calls, one for each effect."""
         mine = [self._bounded(operation) for operation in self.operations if operation.job == job]
         by_key: dict[str, list[Operation]] = {}
         for operation in mine:
@@ -88,7 +85,7 @@ class History(Struct):
         return sorted(settled, key=lambda each: each.call_ns)
 
     def _bounded(self, operation: Operation) -> Operation:
-        """A daemon that died does nothing any more."""
+        """Bound lost calls by the death of their daemon."""
         if operation.said is not None:
             return operation
         ends = (outage.down_ns for outage in self.outages if outage.down_ns > operation.call_ns)
@@ -96,11 +93,11 @@ class History(Struct):
 
 
 def _settled(tries: list[Operation]) -> Iterator[Operation]:
-    """Calls with one key. A stored answer tells what became of the first call whose own answer was lost."""
+    """Settle calls with one key: a stored response tells the outcome of a first call whose own response was lost."""
     known = [each for each in tries if each.said and not each.replayed]
     replays = sorted((each for each in tries if each.replayed), key=lambda each: each.return_ns or 0)
     unknown = [each for each in tries if each.said is None]
-    # Which of the lost calls it was nobody can tell: each counts as made with the first, and on its way with the last.
+    # Any of the lost calls may have had the effect: each counts from the first call until the end of the last.
     ends = [each.latest_ns for each in unknown]
     latest_ns = None if None in ends else max((end for end in ends if end is not None), default=None)
     unknown = [replace(each, call_ns=unknown[0].call_ns, latest_ns=latest_ns) for each in unknown]
@@ -114,14 +111,14 @@ def _settled(tries: list[Operation]) -> Iterator[Operation]:
         yield replace(replay, verb="replay", said=replay.said if told else Said("answered_by_nobody"))
     if not any(each.verb in GRANTING for each in tries):
         if any(map(_is_stored, known)):
-            unknown = []  # the key tells of the one call that did something; no other did, or will
+            unknown = []  # the key names the one call that had an effect; no other had or will have one
         known = [_judged_anew(each, known) for each in known]
     yield from known
     yield from unknown
 
 
 def _judged_anew(operation: Operation, known: list[Operation]) -> Operation:
-    """Where an answer was stored and told before this call, it is to be told again: nothing explains another."""
+    """Return whether the response differs from one that was stored and sent before the call, which nothing explains."""
     told = (each.return_ns for each in known if _is_stored(each) and each is not operation)
     if any(end is not None and end < operation.call_ns for end in told):
         return replace(operation, said=Said("a stored answer, judged anew"))
@@ -139,7 +136,7 @@ def _is_same(first: Operation, replay: Operation) -> bool:
 
 
 def _effect(replay: Operation) -> Said:
-    """What the first call did, as its repeat tells: of a grant it shows the job as it is by then."""
+    """Return the effect of the first call as its repeat shows it. A repeated grant shows the job as it is then."""
     assert replay.said is not None
     if replay.verb not in GRANTING:
         return replay.said
@@ -147,7 +144,7 @@ def _effect(replay: Operation) -> Said:
 
 
 def overlapping(operations: Iterable[Operation]) -> int:
-    """How many of these calls overlap in time with another one on the same job; a lost one by its call."""
+    """Count the calls that overlap in time with another one on the same job. A lost call counts by its start."""
     by_job: dict[str, list[tuple[int, int]]] = {}
     for each in operations:
         by_job.setdefault(each.job, []).append((each.call_ns, each.return_ns or each.call_ns))

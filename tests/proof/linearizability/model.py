@@ -1,6 +1,6 @@
-"""What one job promises to whoever asks: its sequential specification, in the words of the contract.
+"""The sequential specification of one job, from the documented contract.
 
-Written apart from jobd's rules and without a line of theirs, or both would be wrong together.
+It shares no code with jobd's rules, so that an error in them is not repeated here.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from tests.proof.linearizability.history import GRANTING, Operation, Outage, Ter
 NEVER: Final = 1 << 80
 MS: Final = 1_000_000
 ROUNDING: Final = 2 * MS  # the daemon counts whole milliseconds
-GRACE: Final = 30_000 * MS  # after a start no lock of a processing job ends within this
+GRACE: Final = 30_000 * MS  # after a start, no lock of a processing job ends within this time
 STALLED: Final = "(stalled)"
 FINISHED: Final = ("completed", "failed", "cancelled")
-MOVES: Final = {  # what a transition may do
+MOVES: Final = {  # allowed transitions
     "queued": ("completed", "failed", "cancelled"),
     "processing": ("queued", "completed", "failed", "cancelled"),
     "failed": ("queued", "completed"),
@@ -25,7 +25,7 @@ MOVES: Final = {  # what a transition may do
 
 
 class Ended(NamedTuple):
-    """The last grant that ended: by its holder (`verb` and what it said), or by something else, for a reason."""
+    """The last grant that ended: by its holder (`verb` and content), or otherwise (a reason)."""
 
     lock: str | None
     verb: str | None
@@ -34,8 +34,8 @@ class Ended(NamedTuple):
 
 
 class State(NamedTuple):
-    """A job. `lock` is "?…" where the answer to the grant was lost, and nobody knows it; `key` is that
-    under which it was granted.
+    """A job. `lock` is "?…" if the response of the grant was lost, so that no client knows it; `key` is the key of
+    the grant.
 
     `safe_until` is the time (ns) before which its lock cannot have ended by itself. `last_token` outlives the job.
     """
@@ -57,7 +57,7 @@ class State(NamedTuple):
 
 
 class Expected(NamedTuple):
-    """The answer that a state gives, and the state after it. What `seen` does not name is not compared."""
+    """The response in a state, and the next state. Fields that `seen` does not name are not compared."""
 
     code: str
     seen: dict[str, Any]
@@ -65,14 +65,14 @@ class Expected(NamedTuple):
 
 
 class World(NamedTuple):
-    """What does not change: the job's terms, and when the daemon was away."""
+    """The constants of a history: the job's terms and the outages."""
 
     terms: Terms
     outages: tuple[Outage, ...] = ()
 
 
 def step(state: State, operation: Operation, world: World) -> State | None:
-    """The state after `operation`, None where `state` does not give the answer that it got. A lost answer fits."""
+    """Return the state after `operation`, or None if `state` does not explain its response. A lost one always fits."""
     expected = RULES[operation.verb](state, operation, world)
     said = operation.said
     if said is None:
@@ -86,7 +86,7 @@ def step(state: State, operation: Operation, world: World) -> State | None:
 
 
 def may_change(operation: Operation) -> bool:
-    """Whether there is a state that this call, with this answer, changes."""
+    """Return whether this call, with this response, changes any state."""
     if operation.said is None:
         return True
     if operation.verb in ("get", "extend", "replay"):
@@ -95,14 +95,14 @@ def may_change(operation: Operation) -> bool:
 
 
 def comes_after(lost: Operation, other: Operation) -> bool:
-    """A lost call that does something does it after `other`, which was judged under its key: else that had told."""
+    """Return whether a lost call can only take effect after `other`, which found no stored response of their key."""
     if lost.said is not None or lost.key is None or lost.verb in GRANTING:
-        return False  # of a grant the key tells while it is current; `_is_repeat` sees to that
+        return False  # the key answers for a grant while it is current; see `_is_repeat`
     return lost.key == other.key and other.said is not None and other.verb != "replay"
 
 
 def drifts(state: State, operation_must_end_ns: int, world: World) -> Iterator[State]:
-    """What may happen to a job by itself before the next call, which ends at the latest at `operation_must_end_ns`."""
+    """Return the states that time alone may lead to before the next call, which ends by `operation_must_end_ns`."""
     if state.status != "processing" or state.lock is None:
         return
     if state.lock.startswith("?"):
@@ -112,7 +112,7 @@ def drifts(state: State, operation_must_end_ns: int, world: World) -> Iterator[S
 
 
 def _has_cleared(name: str, value: object, state: State, operation: Operation) -> bool:
-    """A lock that has expired is not shown; the grant stays until the job is recovered."""
+    """Return the state with an expired lock, which is not shown. The grant stays until recovery."""
     cleared = name in ("worker", "token") and value is None and state.status == "processing"
     return cleared and (operation.return_ns or NEVER) >= state.safe_until
 
@@ -132,7 +132,7 @@ def _shown(state: State) -> dict[str, Any]:
         "token": state.token,
     }
     if state.token is None and state.lock is not None:
-        del shown["token"]  # it was in the answer that was lost
+        del shown["token"]  # it was in the lost response
     return shown
 
 
@@ -161,7 +161,7 @@ def _queued(state: State, reason: str, **fields: Any) -> State:
 
 
 def _stalled(state: State, terms: Terms) -> State:
-    """The worker went silent: an attempt without progress does not count."""
+    """Return the state after a stall: an attempt without progress does not count."""
     attempt = state.attempt if state.progress else max(state.attempt - 1, 0)
     counted = state._replace(stalls=state.stalls + 1)
     again = not state.progress or state.attempt < terms.max_attempts
@@ -171,7 +171,7 @@ def _stalled(state: State, terms: Terms) -> State:
 
 
 def _safe_until(operation: Operation, world: World) -> int:
-    """A lock that `operation` renewed lives at least until then: its ceiling, and not while the daemon is away."""
+    """Return the time until which a lock renewed by `operation` certainly lives."""
     if not world.terms.max_processing_ms:
         return NEVER
     until = operation.call_ns + world.terms.max_processing_ms * MS - ROUNDING
@@ -226,7 +226,7 @@ def _claim(state: State, operation: Operation, world: World) -> Expected:
 
 
 def _is_repeat(state: State, operation: Operation) -> bool:
-    """The current grant was made under this key: whoever uses it again is told of that (`_replay`)."""
+    """Return whether the current grant was made with this key, so that a repeat gets its response (`_replay`)."""
     return operation.key is not None and operation.key == state.key
 
 
@@ -250,10 +250,10 @@ def _granted(state: State, operation: Operation, world: World) -> Expected:
 
 
 def _replay(state: State, operation: Operation, world: World) -> Expected:
-    """The stored answer of a call that is repeated under its key: of a grant only while that is current."""
+    """Return the stored response of a repeated call; that of a grant only while the grant is current."""
     assert operation.said is not None
     if "lock" not in operation.said.seen:
-        # It shows the job as it was, and that answer is judged where it was given.
+        # It shows the job as it was, and that response is checked where it was first given.
         return _no(state, "no such answer" if operation.said.code == "answered_by_nobody" else operation.said.code)
     if state.lock != operation.lock:
         return _no(state, "no current grant")
@@ -264,7 +264,7 @@ def _replay(state: State, operation: Operation, world: World) -> Expected:
 
 
 def _refused(state: State, operation: Operation) -> Expected | None:
-    """None where `operation` names the latest grant; else the answer, which changes nothing."""
+    """Return None if `operation` names the latest grant, else its error."""
     if state.status == "absent":
         return _gone(state)
     if state.status == "processing" and state.lock == operation.lock:
@@ -289,7 +289,7 @@ def _sign_of_life(state: State, operation: Operation, world: World) -> Expected:
         return _no(state, "max_processing_time_exceeded" if is_past else "a lock that is alive")
     if operation.verb == "extend":
         return Expected("alive", {}, state)
-    safe_until = max(state.safe_until, _safe_until(operation, world))  # no deadline ever goes back
+    safe_until = max(state.safe_until, _safe_until(operation, world))  # no deadline ever moves back
     return Expected("alive", {}, state._replace(progress=operation.body["progress"], safe_until=safe_until))
 
 

@@ -1,6 +1,6 @@
-"""Histories that nothing explains, made of good ones: each kind breaks one promise, whatever else was going on.
+"""Mutate good histories into ones that no order explains. Each kind breaks one guarantee.
 
-A checker that takes one of these sees nothing. Each says why no order can explain it.
+A checker that accepts a mutant is blind to that error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ STRANGER: Final = 99
 
 
 def _accepted(operation: Operation) -> bool:
-    """The daemon took it from the holder, for the first time."""
+    """Return whether the daemon accepted the call from the holder, not as a repeat."""
     return operation.verb in HOLDERS and _code(operation) in ("alive", "done")
 
 
@@ -38,7 +38,7 @@ def _seen(operation: Operation) -> dict[str, Any]:
 
 
 def _before(first: Operation, then: Operation) -> bool:
-    """With room for a call between them."""
+    """Return whether another call fits between the two."""
     return first.return_ns is not None and first.return_ns + 3 < then.call_ns
 
 
@@ -52,7 +52,7 @@ def _swap(history: History, old: Operation, **fields: Any) -> History:
 
 
 def _uses(history: History) -> Iterator[tuple[Operation, Operation]]:
-    """A grant, and a call that was accepted under it, made after the grant was told."""
+    """Return pairs of a grant and a call accepted with its lock, made after the response of the grant."""
     for grant in filter(_granted, history):
         for use in filter(_accepted, history):
             if use.lock == grant.lock and _before(grant, use):
@@ -60,7 +60,7 @@ def _uses(history: History) -> Iterator[tuple[Operation, Operation]]:
 
 
 def _no_deletion(history: History, after: Operation, until_ns: int) -> bool:
-    """Whether no deletion can have come between `after` and `until_ns`."""
+    """Return whether no deletion can have happened between `after` and `until_ns`."""
     return all(
         each.call_ns > until_ns or (each.return_ns is not None and each.return_ns < after.call_ns)
         for each in history
@@ -68,17 +68,17 @@ def _no_deletion(history: History, after: Operation, until_ns: int) -> bool:
     )
 
 
-# -- one promise each: every way in which this history can be made to break it ----------------------------------------
+# -- one guarantee each: all ways in which this history can be changed to break it ----------------------------------------
 
 
 def granted_twice(history: History, world: World) -> Iterator[History]:
-    """Somebody else gets the job while a holder has it, whose next call is taken: its lock cannot come back."""
+    """The job is granted again while a holder has it whose next call is accepted."""
     for grant, _ in _uses(history):
         yield _insert(history, "start", grant.return_ns or 0, Said("granted", {"lock": "mutant"}), worker="mutant")
 
 
 def old_lock_accepted(history: History, world: World) -> Iterator[History]:
-    """A call under a lock after which another was granted, and told, before that call was made."""
+    """A call is accepted with a lock after a later grant was already answered."""
     for first, second in permutations(filter(_granted, history), 2):
         if not _before(first, second):
             continue
@@ -89,7 +89,7 @@ def old_lock_accepted(history: History, world: World) -> Iterator[History]:
 
 
 def completion_lost(history: History, world: World) -> Iterator[History]:
-    """Completed is final, and nobody deleted the job, yet afterwards it is seen in the queue."""
+    """A completed job that was not deleted is seen in the queue."""
     for done in history:
         end_ns = done.return_ns or 0
         if done.verb == "complete" and _accepted(done) and _no_deletion(history, done, end_ns + 2):
@@ -97,7 +97,7 @@ def completion_lost(history: History, world: World) -> Iterator[History]:
 
 
 def completion_by_nobody(history: History, world: World) -> Iterator[History]:
-    """Without the one call that left this result, its result is seen."""
+    """A result is seen without the call that stored it."""
     for done in history:
         if done.verb != "complete" or not _accepted(done):
             continue
@@ -107,7 +107,7 @@ def completion_by_nobody(history: History, world: World) -> Iterator[History]:
 
 
 def before_its_grant(history: History, world: World) -> Iterator[History]:
-    """A call is taken before the lock that it names was granted."""
+    """A call is accepted before its lock was granted."""
     for grant, use in _uses(history):
         yield _swap(history, use, call_ns=grant.call_ns - 2, return_ns=grant.call_ns - 1)
 
@@ -122,20 +122,20 @@ def token_goes_back(history: History, world: World) -> Iterator[History]:
 
 
 def grant_by_nobody(history: History, world: World) -> Iterator[History]:
-    """A lock is accepted that no call was given."""
+    """A lock is accepted that no response contained."""
     for grant, _ in _uses(history):
         yield [each for each in history if each is not grant]
 
 
 def recovered_too_early(history: History, world: World) -> Iterator[History]:
-    """A holder is told that it went silent, though its lock outlives the history."""
+    """A holder gets the error of a stall although its lock outlives the history."""
     if not world.terms.max_processing_ms:
         for _, use in _uses(history):
             yield _swap(history, use, said=Said("lock_lost", {"reason": "stalled"}))
 
 
 def ended_twice(history: History, world: World) -> Iterator[History]:
-    """Two calls end one grant, and neither is told that the other did."""
+    """Two calls end one grant, and neither gets the response of a repeat."""
     ends = {each.lock for each in history if _accepted(each) and each.verb in ("complete", "fail", "release")}
     for again in history:
         if _code(again) == "repeated" and again.lock in ends:
@@ -143,7 +143,7 @@ def ended_twice(history: History, world: World) -> Iterator[History]:
 
 
 def created_twice(history: History, world: World) -> Iterator[History]:
-    """Two calls are told that they made the job, and nobody deleted it between them."""
+    """Two calls create the job, without a deletion between them."""
     made = [each for each in history if _code(each) == "created"]
     for again in history:
         for first in made:
@@ -160,13 +160,13 @@ def attempts_miscounted(history: History, world: World) -> Iterator[History]:
 
 
 def two_holders_seen(history: History, world: World) -> Iterator[History]:
-    """While a holder has the job, from its grant to a call that is taken, another worker is seen to hold it."""
+    """Another worker is seen as the holder between a grant and a call that is accepted with its lock."""
     for grant, _ in _uses(history):
         yield _insert(history, "get", grant.return_ns or 0, Said("done", {"worker": "mutant"}))
 
 
 def stale_answer(history: History, world: World) -> Iterator[History]:
-    """A look, made before the job was first created, is answered with what it showed later."""
+    """A read before the job was created returns what a later one showed."""
     first_ns = min((each.call_ns for each in history if each.verb == "create"), default=0)
     for look in history:
         if look.verb == "get" and _code(look) == "done":
@@ -194,7 +194,7 @@ KINDS: Final[dict[str, Callable[[History, World], Iterator[History]]]] = {
 
 
 def mutants(history: History, world: World, dice: Random) -> Iterator[tuple[str, History]]:
-    """One mutant of each kind that this history of one job can be made into."""
+    """Yield one mutant of each kind that this history allows."""
     for name, kind in KINDS.items():
         if found := list(kind(history, world)) if history else []:
             yield name, dice.choice(found)

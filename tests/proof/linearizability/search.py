@@ -1,7 +1,7 @@
-"""Wing and Gong's search for an order that explains what was seen of one job, with a memo of what was tried.
+"""Wing and Gong's search, with memoization, for an order that explains the history of one job.
 
-An order explains a history where it keeps real time (a call that ended before another began comes first) and the model
-gives each answer. A call without an answer may take its place anywhere after it was made, or nowhere.
+An order explains a history if it respects real time (a call that ended before another began comes first) and the model
+gives each response. A call without a response may take effect at any time after it was made, or never.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from msgspec import Struct, field
 from tests.proof.linearizability.history import Operation
 from tests.proof.linearizability.model import NEVER, State, World, comes_after, drifts, may_change, step
 
-MOST_STEPS: Final = 2_000_000  # beyond this a history is neither good nor bad, and that is an error
+MOST_STEPS: Final = 2_000_000  # above this limit the result is unknown, which is an error
 
 
 class TooHard(Exception):
-    """The search was given up."""
+    """The search exceeded its limit."""
 
 
 class Verdict(Struct):
-    """`order` explains the history where `is_explained`; else it is the longest that fits, and leads to `state`."""
+    """`order` explains the history if `is_explained`. Otherwise it is the longest that fits, and leads to `state`."""
 
     is_explained: bool
     order: list[Operation]
@@ -31,7 +31,7 @@ class Verdict(Struct):
 
 
 def judge(operations: Sequence[Operation], world: World, first: State | None = None) -> Verdict:
-    """Whether some order explains these operations on one job, which begins in `first` (absent)."""
+    """Return whether some order explains these operations on one job, which starts in state `first` (absent)."""
     search = _Search(sorted(operations, key=lambda each: each.call_ns), world)
     is_explained = search.explore(0, first or State())
     order = [search.operations[index] for index in search.best]
@@ -39,7 +39,7 @@ def judge(operations: Sequence[Operation], world: World, first: State | None = N
 
 
 class _Search(Struct):
-    """Sets of operations are bits of an integer: bit n is operation n."""
+    """The search. Sets of operations are integers: bit n is operation n."""
 
     operations: list[Operation]
     world: World
@@ -48,14 +48,14 @@ class _Search(Struct):
     best: list[int] = field(default_factory=list)
     best_state: State = State()
     tried: set[tuple[int, State]] = field(default_factory=set)
-    needs: list[int] = field(default_factory=list)  # of each operation what has to come before it, by its key
+    needs: list[int] = field(default_factory=list)  # operations that must come before each, by its key
 
     def __post_init__(self) -> None:
         bits = [(1 << index, each) for index, each in enumerate(self.operations)]
         self.needs = [sum(bit for bit, other in bits if comes_after(each, other)) for each in self.operations]
 
     def explore(self, done: int, state: State) -> bool:
-        """Whether what is not `done` has an order from `state` on."""
+        """Return whether the operations not in `done` have an order that starts in `state`."""
         length = len(self.path)
         done = self._take_what_changes_nothing(done, state)
         if self._explores(done, state):
@@ -68,14 +68,14 @@ class _Search(Struct):
             self.best, self.best_state = list(self.path), state
         ends_ns = self._next_end_ns(done)
         if ends_ns == NEVER:
-            return True  # only lost calls are left, and those need not have happened
+            return True  # only lost calls are left, which need not have taken effect
         if (done, state) in self.tried:
             return False
         self.tried.add((done, state))
         for index in self._next(done, ends_ns):
             after = self._step(state, index)
             if after is None or (after == state and self.operations[index].said is None):
-                continue  # where a lost call changes nothing it does not matter
+                continue  # a lost call that changes nothing does not matter
             self.path.append(index)
             if self.explore(done | 1 << index, after):
                 return True
@@ -83,9 +83,9 @@ class _Search(Struct):
         return any(self.explore(done, drifted) for drifted in drifts(state, ends_ns, self.world))
 
     def _take_what_changes_nothing(self, done: int, state: State) -> int:
-        """An answer that never changes anything and fits here need not be tried later: no order is lost by that.
+        """Take operations first that fit here and change nothing. No order is lost by that.
 
-        Unless a lost call would come too late by it: one that had to happen before the daemon died.
+        The exception is a lost call that had to take effect before the daemon died.
         """
         found = True
         while found:
@@ -105,12 +105,12 @@ class _Search(Struct):
         return step(state, self.operations[index], self.world)
 
     def _next_end_ns(self, done: int) -> int:
-        """The end of the answered call that ends first of all that are left: whatever comes next began before."""
+        """Return the earliest end of the answered calls that are left. The next operation began before it."""
         left = (each.return_ns for index, each in enumerate(self.operations) if each.said and not done >> index & 1)
         return min((end for end in left if end is not None), default=NEVER)
 
     def _next(self, done: int, ends_ns: int) -> Iterator[int]:
-        """What may come next: begun before anything left has ended, and a lost one not after its daemon died."""
+        """Return the candidates: begun before any remaining one ended, and lost ones before their daemon died."""
         began_ns = self._began_ns(done)
         for index, each in enumerate(self.operations):
             if each.call_ns > ends_ns:
@@ -121,11 +121,11 @@ class _Search(Struct):
                 yield index
 
     def _began_ns(self, done: int) -> int:
-        """The latest call of all that are done: whatever comes next comes after it."""
+        """Return the latest start of the operations that are done. The next one takes effect after it."""
         return self.operations[done.bit_length() - 1].call_ns if done else 0  # they are in order of their calls
 
     def _until_ns(self, done: int) -> int:
-        """The first end of a lost call that may still happen."""
+        """Return the earliest deadline of the lost calls that are left."""
         began_ns = self._began_ns(done)
         left = (each.latest_ns for index, each in enumerate(self.operations) if not done >> index & 1)
         return min((end for end in left if end is not None and end >= began_ns), default=NEVER)

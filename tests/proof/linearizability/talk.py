@@ -1,6 +1,6 @@
-"""One client's connections to the daemon: a call with its times, answered, or lost in one of several ways.
+"""A client's connections to the daemon: a call with its times, answered or lost in one of several ways.
 
-Decides nothing about jobs; what an answer shows of a job is put into the few words that the model compares.
+Responses are reduced to what the model compares.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ NOTHING_DONE: Final = frozenset({"shutting_down", "overloaded"})
 
 
 def boot_ns() -> int:
-    """The daemon's locks run on this clock."""
+    """Return the boot time, on which the daemon's locks run."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
 class Away(Exception):
-    """The daemon cannot be reached, or says that it did nothing."""
+    """The daemon is not reachable, or its error says that nothing was done."""
 
 
 class Request(Struct, frozen=True):
@@ -40,7 +40,7 @@ class Request(Struct, frozen=True):
 
 
 class Exchange(Struct, frozen=True):
-    """What became of one request: `reply` is None where its answer was lost."""
+    """The outcome of one request: `reply` is None if its response was lost."""
 
     call_ns: int
     return_ns: int
@@ -48,7 +48,7 @@ class Exchange(Struct, frozen=True):
 
 
 class Line:
-    """A connection to each door, opened when needed. `other` gives the socket's path, worker's or admin's."""
+    """A connection to each listener, opened when needed. `socket_path` gives the path of the worker or admin socket."""
 
     def __init__(self, socket_path: Callable[[bool], str]) -> None:
         self._socket_path = socket_path
@@ -60,7 +60,7 @@ class Line:
         self._open.clear()
 
     def ask(self, request: Request, fate: Fate) -> Exchange:
-        """Raises Away where nothing was done for certain."""
+        """Send a request. Raise Away if it certainly had no effect."""
         connection = self._connected(request.admin)
         call_ns = boot_ns()
         try:
@@ -93,7 +93,7 @@ class Line:
         if body is not None:
             headers["Content-Type"] = "application/json"
         if fate == "cut":
-            # The daemon never sees the end of it. What it did all the same would be an effect that nobody caused.
+            # The daemon never sees the end of this request, so it must have no effect.
             headers["Content-Length"] = str(len(body or b"") + 1)
         connection.request(request.method, request.path, body, headers)
         if fate == "unread":
@@ -107,7 +107,7 @@ _CODES: Final = {"get": "done", "progress": "alive", "extend": "alive", "start":
 
 
 def said(verb: str, reply: Reply) -> Said:
-    """The answer to a call on one job (of claims see `claimed`)."""
+    """Return the response to a call on one job (for claims see `claimed`)."""
     if not reply.body["success"]:
         return _refusal(reply)
     data = reply.data
@@ -126,7 +126,7 @@ def granted(grant: dict[str, Any]) -> Said:
 
 
 def claimed(job: str, reply: Reply) -> Said:
-    """The answer to a claim, as far as it concerns `job`."""
+    """Return the part of a response to a claim that concerns `job`."""
     if not reply.body["success"]:
         return _refusal(reply)
     mine = [grant for grant in reply.data["grants"] if grant["job"]["id"] == job]
@@ -134,7 +134,7 @@ def claimed(job: str, reply: Reply) -> Said:
 
 
 def shown(view: dict[str, Any]) -> dict[str, Any]:
-    """What a view shows of the job."""
+    """Return what a job view shows."""
     lock = view["lock"] or {}
     return {
         "status": view["status"],
@@ -149,7 +149,7 @@ def shown(view: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refusal(reply: Reply) -> Said:
-    """A refusal with what its details tell of the job."""
+    """Return an error with what its details show of the job."""
     details = reply.body["details"]
     seen = {name: details[name] for name in ("status", "reason") if name in details}
     for name in ("locked_by", "held_by"):

@@ -1,4 +1,4 @@
-"""A history that nothing explains, for people: how far an order leads, the state there, and what does not follow."""
+"""Describe an unexplained history: the longest order that fits, its final state, and the calls that do not fit."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from tests.proof.linearizability.model import MS, World
 from tests.proof.linearizability.search import Verdict
 
 SHOWN: Final = 12
-SECRET: Final = 8  # of a lock's letters so many tell one from another
+SECRET: Final = 8  # characters that tell locks apart
 
 
 def story(operations: Sequence[Operation], world: World, verdict: Verdict) -> Iterator[str]:
-    """The whole history in order of the calls, then the end of the longest order that fits."""
+    """Yield the history in the order of the calls, then the end of the longest order that fits."""
     start_ns = operations[0].call_ns
     yield f"terms: {world.terms}"
     for outage in world.outages:
         down_ms, up_ms = (outage.down_ns - start_ns) / MS, (outage.up_ns - start_ns) / MS
-        yield f"the daemon was away from {down_ms:.3f} to {up_ms:.3f} ms"
-    yield "every call, with the ms of call and answer:"
+        yield f"the daemon was down from {down_ms:.3f} to {up_ms:.3f} ms"
+    yield "all calls, with the ms of call and response:"
     yield from (f"  {line(each, start_ns)}" for each in operations)
-    yield f"{len(verdict.order)} of them have an order, which ends with:"
+    yield f"the longest order that fits has {len(verdict.order)} of them and ends with:"
     yield from (f"  {line(each, start_ns)}" for each in verdict.order[-SHOWN:])
     state = {name: value for name, value in verdict.state._asdict().items() if name != "safe_until"}
-    yield f"and leads to {short(json.dumps(state))}"
-    yield "after which none of these fits:"
+    yield f"it leads to {short(json.dumps(state))}"
+    yield "none of these fits after it:"
     left = [each for each in operations if each not in verdict.order]
     yield from (f"  {line(each, start_ns)}" for each in left[:SHOWN])
 
@@ -41,7 +41,7 @@ def line(operation: Operation, start_ns: int) -> str:
 
 
 def short(text: str) -> str:
-    """Locks by their first letters."""
+    """Shorten locks."""
     return " ".join(
         f'"{word.strip(chr(34))[:SECRET]}…"' + word[word.rindex('"') + 1 :] if len(word) > 30 and '"' in word else word
         for word in text.split(" ")

@@ -1,4 +1,5 @@
-"""Planted bugs: real ones, put into a copy of the sources one at a time, to see that the tests find each of them.
+"""Planted bugs: known bugs that no mutation operator can express, one at a time, and the tests that must find them.
 
-`python -m tests.proof.planted` plants them all. Nothing here touches the sources themselves.
+`python -m tests.proof.planted` runs them all. Each bug replaces one function of jobd in the test process, so the
+sources never change. `bugs` holds the bugs, `registry` applies one, `plugin` does so in a pytest process.
 """

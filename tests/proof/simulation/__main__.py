@@ -2,7 +2,7 @@
 
 `python -m tests.proof.simulation --seeds N [--seed K] [--steps M] [--jobs J] [--failing F]`
 
-It ends with the first, or the F-th, that fails. Exit code 0 where every promise held in every seed, 1 otherwise.
+Stops at the first (or the F-th) failing seed. Exit code 0 if every invariant held in every seed, 1 otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.proof.simulation.expected import never
 from tests.proof.simulation.plan import draw
 from tests.proof.simulation.run import Outcome, explain, simulate
 
-ENOUGH: Final = 1_000  # seeds in which everything has to happen
+ENOUGH: Final = 1_000  # seeds within which everything must happen
 CHUNK: Final = 10
 TOLD_EVERY_S: Final = 5.0
 
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     count_up(fired)
     missing = never(fired) if seeds >= ENOUGH else []
     print(f"{seeds} seeds of {fewest:,} steps at least, {steps:,} steps in {took_s:.1f} s, ", end="")
-    print(f"{steps / took_s:,.0f} steps/s: every promise held" + (", but not everything was played" if missing else ""))
+    print(f"{steps / took_s:,.0f} steps/s: every invariant held" + (", but not everything happened" if missing else ""))
     return int(bool(missing) or fewest < given.steps)
 
 
@@ -80,24 +80,24 @@ def _outcomes(first: int, count: int, steps: int, jobs: int) -> Iterator[Outcome
 
 
 def tell(outcome: Outcome, steps: int) -> None:
-    """The failing seed, with as little around it as can be, and the last that happened to its job."""
+    """Print a failing seed with a minimal set of faults, and the last events of its job."""
     assert outcome.broken is not None
     print(f"{outcome.broken[0]} broke: {outcome.broken[1]}")
-    print("Looking for what matters in it ...", flush=True)
+    print("Reducing the faults ...", flush=True)
     least = explain(outcome.seed, steps, outcome.broken)
     plan = draw(outcome.seed, frozenset(least.without))
     assert least.broken is not None
     rule, what, job_id = least.broken
-    print(f"With nothing but the faults {list(plan.faults)} and the mishaps {list(plan.mishaps)}:")
+    print(f"With only the faults {list(plan.faults)} and the client mishaps {list(plan.mishaps)}:")
     print(f"after {least.steps} steps {rule} broke: {what}" + (f" (job {job_id})" if job_id else ""))
     for line in least.story:
         print(f"  {line}")
     without = f", without=frozenset({least.without})" if least.without else ""
-    print(f"Again: simulate({outcome.seed}, {steps}{without}) in tests/proof/simulation/run.py")
+    print(f"Repeat: simulate({outcome.seed}, {steps}{without}) in tests/proof/simulation/run.py")
 
 
 def count_up(fired: Counter[str]) -> None:
-    """How often each thing happened, and what never did."""
+    """Print how often each thing happened, and what never did."""
     width = max(map(len, fired), default=0)
     for name, count in sorted(fired.items()):
         print(f"{name:{width}} {count:>10,}")

@@ -21,22 +21,22 @@ from tests.support.memory_artifacts import MemoryArtifacts
 if TYPE_CHECKING:
     from tests.proof.simulation.machine import Machine
 
-MARGIN_S: Final = 120.0  # what was sent before a clock stepped has taken effect after it
+MARGIN_S: Final = 120.0  # a request sent before a clock step may take effect after it
 
 
 class Upload(Struct):
-    """The object under a key: who stored it, and whose it became. `lost` ones are nobody's business any more."""
+    """The object under a key: which grant stored it and which job owns it. `lost` objects are no longer checked."""
 
     lock_id: str
     at_s: float  # loop time
     modified_at: int
-    job_seq: int | None = None  # of the job that was completed with it, or has it among its late results
+    job_seq: int | None = None  # seq of the job completed with it, or with a late result that names it
     late_seq: int | None = None  # of that late result
     is_lost: bool = False
 
 
 class SimArtifacts(MemoryArtifacts):
-    """`fault` of the store: away (it fails), flaky (every other time), slow."""
+    """A simulated artifact store. `fault`: away (every call fails), flaky (every second one), slow."""
 
     def __init__(self, machine: Machine, dice: Random) -> None:
         super().__init__(machine.wall)
@@ -50,7 +50,7 @@ class SimArtifacts(MemoryArtifacts):
     # -- workers ------------------------------------------------------------------------------------------------------
 
     def store(self, key: str | None, lock_id: str) -> None:
-        """A worker stores its result before it says that it is done."""
+        """Store the result of a worker, before it completes its job."""
         if key is not None and storage_key_error(key) is None:
             self.upload(key)
             self.uploads[key] = Upload(lock_id, self._machine.loop.now_s, self.objects[key])
@@ -84,7 +84,7 @@ class SimArtifacts(MemoryArtifacts):
             self._judge_deletion(key)
         try:
             tell(None)
-        except asyncio.InvalidStateError:  # nobody waits any more
+        except asyncio.InvalidStateError:  # the caller no longer waits
             self._machine.fired["artifact deleted unheard"] += 1
 
     async def pause(self) -> None:
@@ -104,7 +104,7 @@ class SimArtifacts(MemoryArtifacts):
         self.uploads.pop(key, None)
 
     def committed(self, change: Change) -> None:
-        """What a change means for the objects."""
+        """Apply a committed change to the expected owners of objects."""
         before, after = change.before, change.after
         if after is not None and after.grant is not None:
             self._locks[after.grant.fencing_token] = after.grant.lock_id
@@ -132,7 +132,7 @@ class SimArtifacts(MemoryArtifacts):
         return [its] if its is not None and its.job_seq in self._machine.watch.deleted else []
 
     def _came_late(self, change: Change, late: LateResult) -> None:
-        """The object of a late result is the job's as long as that is kept; perhaps another made room for it."""
+        """Give the object of a late result to its job while the late result is kept. It may have displaced another."""
         upload = self.uploads.get(late.result.storage_key or "")
         if upload is not None and upload.lock_id == self._locks.get(late.fencing_token):
             upload.job_seq, upload.late_seq = change.event.job_seq, late.seq
@@ -140,7 +140,7 @@ class SimArtifacts(MemoryArtifacts):
         self._let_go(change, gone)
 
     def _let_go(self, change: Change, uploads: list[Upload]) -> None:
-        for its in uploads:  # where the clock stepped back it looks like another's
+        for its in uploads:  # after a step back of the clock it looks like another job's
             too_new = its.modified_at > change.event.at + self._machine.plan.margins.skew_ms
             its.is_lost = its.is_lost or too_new
 
@@ -152,7 +152,7 @@ class SimArtifacts(MemoryArtifacts):
         return any(late.seq == upload.late_seq for late in kept)
 
     def _is_in_time(self, upload: Upload) -> bool:
-        """Named before it was old, and no clock has stepped meanwhile or just before."""
+        """Return whether the object was named before it was old, with no clock step meanwhile or just before."""
         machine = self._machine
         age_s = machine.loop.now_s - upload.at_s
         return (
@@ -160,7 +160,7 @@ class SimArtifacts(MemoryArtifacts):
         )
 
     def put_back(self) -> None:
-        """The disk of the daemon is an older one: rows may name what has gone, and nobody knows of what came since."""
+        """Handle a restored older disk: its rows may name deleted objects and do not name later ones."""
         disk = self._machine.disk
         self.relied_on.clear()
         for key, upload in self.uploads.items():
@@ -171,7 +171,7 @@ class SimArtifacts(MemoryArtifacts):
                 upload.is_lost = True
 
     def waiting(self) -> list[Tombstone]:
-        """Tombstones, but for those that wait for a late result of a job in quarantine."""
+        """Return the tombstones, except those that wait for a late result of a quarantined job."""
         held = self._held()
         return [each for each in self._machine.disk.tombstones.values() if each.key not in held]
 
@@ -179,7 +179,7 @@ class SimArtifacts(MemoryArtifacts):
         return {late.result.storage_key for kept in self._machine.disk.late_results.values() for late in kept}
 
     def leaked(self) -> list[str]:
-        """Objects of deleted jobs, and of late results that are gone, that no job names."""
+        """Return objects of deleted jobs and deleted late results that no job names."""
         disk, deleted, held = self._machine.disk, self._machine.watch.deleted, self._held()
         return [
             key

@@ -1,6 +1,6 @@
-"""What comes from outside, at times that nobody chose: crashes, disks, clocks, operators' configuration.
+"""Inject the faults of a scenario at random times: crashes, disk and clock faults, configuration changes.
 
-Only the faults of the plan happen. Each one is counted by name.
+Each fault is counted by name.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Chaos:
                 await self._strike(self.dice.choice(plan.faults))
 
     async def _strike(self, name: str) -> None:
-        """One fault, and whatever time it takes."""
+        """Inject one fault and wait until it is over."""
         machine, disk, dice = self.machine, self.machine.disk, self.dice
         match name:
             case "kill" | "power cut":
@@ -100,7 +100,7 @@ class Chaos:
                 self._backup()
 
     def _die(self, name: str) -> None:
-        """At once, or at a stage of the next write."""
+        """Crash at once, or at a stage of the next write."""
         machine = self.machine
         downtime_s = self.dice.choice((0.0, 0.3, 20.0))
 
@@ -150,7 +150,7 @@ class Chaos:
         machine.disk.slowness_s = 0.0
 
     async def _full(self) -> None:
-        """Full, fuller, and free again."""
+        """Fill the disk in steps, then free it."""
         machine, dice = self.machine, self.dice
         for _ in range(dice.randint(1, 2)):
             machine.disk.full = dice.randint(1, 3)
@@ -172,12 +172,12 @@ class Chaos:
         machine.disk.failing = frozenset()
 
     async def _upkeep(self) -> None:
-        """What cleanup and the lists of history do beside the batches fails, one thing or several."""
+        """Fail one or more of the calls that cleanup and queries make outside batches."""
         methods = frozenset(self.dice.sample(UPKEEP, self.dice.randint(1, len(UPKEEP))))
         await self._failing(methods, self.dice.choice((8, 8, 8, 200)))
 
     async def _leap(self) -> None:
-        """Set the wall clock far ahead for a while, and then right. Nothing ages by it unless it is accepted."""
+        """Set the wall clock far ahead for a while, then correct it. Nothing may age by it unless it is accepted."""
         machine = self.machine
         machine.leap(LEAP_MS)
         machine.fault("leap")

@@ -1,7 +1,7 @@
-"""The last act: faults stop, and what was promised for then has to come (L1 to L5).
+"""The final phase: faults stop, and the liveness invariants L1 to L5 must hold.
 
-Everybody is answered, the daemon is up again at once, the stuck are recovered in time, every due job is granted, and
-old jobs are deleted until nothing is left.
+Every command is answered, the daemon is ready at once, stalled jobs are recovered in time, every due job is granted,
+and old jobs are deleted until none is left.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.proof.simulation.machine import Daemon, Machine
 from tests.proof.simulation.promises import is_overdue
 
 READY_S: Final = 2.0
-ALL_TIME_S: Final = 3 * 3_600.0  # longer than any lock, ceiling or delay of a plan
+ALL_TIME_S: Final = 3 * 3_600.0  # longer than any lock, ceiling or delay of a scenario
 WHO: Final = "last"
 
 
@@ -38,19 +38,19 @@ class Closing:
         self.watch.whole()
 
     async def _quiet(self, people: list[asyncio.Task[Any]]) -> None:
-        """L1: nobody waits for ever, whatever happened before."""
+        """L1: every command is answered."""
         machine = self.machine
         machine.closing = True
         machine.disk.heal()
         limit_s = ALL_TIME_S
         _, waiting = await asyncio.wait(people, timeout=limit_s) if people else (None, None)
-        machine.disk.heal()  # of a fault that was still under way
+        machine.disk.heal()  # of a fault that is not over yet
         machine.artifacts.fault = None
         if waiting:
             self.watch.fail("L1", f"{len(waiting)} callers have no answer after {limit_s:.0f} s")
 
     async def _up(self) -> Daemon | None:
-        """L4: up within two seconds of its start, with no hand repair."""
+        """L4: the daemon is ready within two seconds of its start, without manual repair."""
         machine = self.machine
         for _ in range(4):
             daemon = machine.daemon
@@ -69,9 +69,9 @@ class Closing:
         return daemon
 
     async def _nothing_stuck(self, daemon: Daemon) -> None:
-        """L2: all holders are gone, so recovery ends every grant, in time (watch.py looks at each)."""
+        """L2: all holders are gone, so recovery ends every grant in time (monitor.py checks each)."""
         book = daemon.book
-        others = asyncio.create_task(self._keep_asking())  # who moves the book on, so that cleanup is not the first
+        others = asyncio.create_task(self._keep_asking())  # advances the state before cleanup does
         until = self.machine.loop.now_s + ALL_TIME_S
         while book.processing and self.machine.loop.now_s < until and not self.watch.first:
             now = daemon.clock.moment().lease
@@ -113,7 +113,7 @@ class Closing:
         await self._yes(Complete(id=job_id, lock_id=lock_id, download_url="https://x/y"))
 
     async def _clean(self, daemon: Daemon) -> None:
-        """L5: the cleaner has survived everything; forced, it deletes all that is old enough."""
+        """L5: cleanup has survived every fault. A forced run deletes everything that is old enough."""
         machine = self.machine
         if daemon.cleaning.done():
             self.watch.fail("L5", "the cleaner has ended")
@@ -133,7 +133,7 @@ class Closing:
         await self._swept()
 
     async def _look_at_all(self) -> None:
-        """Page by page: damaged rows for which there was no room in quarantine are met again, and moved."""
+        """Read all pages, so that damaged rows that did not fit into quarantine are found again and moved."""
         cursor = None
         while (answer := await self._yes(ListJobs(limit=MAX_PAGE, cursor=cursor))) is not None:
             cursor = answer.data.next_cursor
@@ -143,7 +143,7 @@ class Closing:
             self.watch.fail("L5", f"damaged rows are not in quarantine: {list(self.machine.disk.unmoved)}")
 
     async def _swept(self) -> None:
-        """No object of a deleted job is left, and nothing waits to be deleted."""
+        """Check that no object of a deleted job is left and no tombstone waits."""
         machine = self.machine
         if not machine.plan.policy.artifacts:
             return
@@ -158,7 +158,7 @@ class Closing:
             self.watch.fail("S13", f"objects of deleted jobs are left: {leaked}")
 
     async def _all_time_passes(self, daemon: Daemon) -> None:
-        """Until every job is past its time, and then until every journal is, and what was stored at another time."""
+        """Advance time until every job is past its retention, then every journal and every stored object."""
         machine, disk = self.machine, self.machine.disk
         times = [job.expires_at or 0 for job in disk.jobs.values()]
         machine.move_clocks(wall_ms=max([*times, machine.wall()]) + DAY_MS - machine.wall())
@@ -189,5 +189,5 @@ class Closing:
         return answer if isinstance(answer, Response) else None
 
     def _may_refuse(self, answer: ApiError) -> bool:
-        """A row that was damaged before is found out now; a job may expire, or be past a very short ceiling."""
+        """Return whether an error is allowed: a damaged row is found now, or a job expires or passes its ceiling."""
         return answer.code in ("job_quarantined", "invalid_transition", "job_not_found")

@@ -25,7 +25,7 @@ STATE: Final = (
     "numbers", "jobs", "payloads", "events", "lates", "queues", "keys", "suspects", "quarantined", "deleted",
     "kept_reports", "figures", "bad_jobs", "bad_payloads", "aside", "rotten", "tombstones", "audited", "_ids",
 )  # fmt: skip
-COMMITS: Final = frozenset({"prune", "save_figures", "settle_tombstones", "trim_audit"})  # beside the batches
+COMMITS: Final = frozenset({"prune", "save_figures", "settle_tombstones", "trim_audit"})  # calls outside batches
 
 Snapshot = dict[str, Any]
 
@@ -38,7 +38,7 @@ class Injected(OSError):
 
 
 class SimDisk(MemoryStorage):
-    """`dice` decides delays and failures. `full`: 0 has room, 1 no new jobs, 2 until the ballast goes, 3 nothing fits.
+    """`dice` draws delays and failures. `full`: 0 no, 1 for new jobs, 2 until the reserve is released, 3 for all.
 
     `failing` names methods that raise with a chance of one half. `write_fault` of the next write: `refused` and
     `unknown` raise with nothing written, `lost_answer` raises although it was. `committed` is told of each batch.
@@ -48,7 +48,7 @@ class SimDisk(MemoryStorage):
         super().__init__()
         self.full = 0
         self.slowness_s = 0.0
-        self.slowed = 0  # calls that were met by slowness and go on, also when it is over
+        self.slowed = 0  # calls that a slow phase has delayed, also after it is over
         self.failing: frozenset[str] = frozenset()
         self.write_fault: str | None = None
         self.armed: tuple[str, Callable[[], None]] | None = None  # a crash at that stage of the next write
@@ -75,7 +75,7 @@ class SimDisk(MemoryStorage):
         return self.full == 0 or (self.full == 2 and not self.has_reserve)
 
     def _can_move(self, job: Job) -> bool:
-        """Moving a damaged row aside takes room, and whole pages around it."""
+        """Return whether a damaged row can be quarantined. That needs space, and intact pages around it."""
         tries = self._stay.get(job.seq, 0)
         self._stay[job.seq] = max(tries - 1, 0)
         self._fired["damaged row not moved"] += self.full > 0 or tries > 0
@@ -84,12 +84,12 @@ class SimDisk(MemoryStorage):
     # -- what happens to it -------------------------------------------------------------------------------------------
 
     def heal(self) -> None:
-        """No more faults."""
+        """Stop all faults."""
         self.full, self.slowness_s, self.failing, self.write_fault, self.armed = 0, 0.0, frozenset(), None, None
         self._stay.clear()
 
     def crash(self, *, power_cut: bool) -> None:
-        """Nobody uses it any more; what was written and not flushed is kept or lost as a whole."""
+        """Crash: what was written and not flushed is kept or lost as a whole."""
         written, self._written = self._written, None
         if written is None:
             return
@@ -100,18 +100,18 @@ class SimDisk(MemoryStorage):
                 self._keep(*written)
 
     def snapshot(self) -> Snapshot:
-        """A copy, as a backup takes it."""
+        """Return a copy, as a backup makes it."""
         return {name: copy.copy(getattr(self, name)) for name in STATE}
 
     def put_back(self, snapshot: Snapshot) -> None:
-        """An older copy in its place, marked as one. Numbers of the epoch file stay."""
+        """Replace the content with an older copy, marked as a backup. The epoch file stays."""
         self.epoch_file = max(self.epoch_file, self.numbers.epoch)
         for name, value in snapshot.items():
             setattr(self, name, copy.copy(value))
         self.marked = True
 
     def opened(self) -> OpenedStore:
-        """What a start finds; where a copy was put back a new epoch begins."""
+        """Return what a start reads. After a restore, begin a new epoch."""
         if self.marked or self.epoch_file > self.numbers.epoch:
             wall, old = self.wall(), self.numbers
             seen = max(self.epoch_file, old.epoch)
@@ -120,7 +120,7 @@ class SimDisk(MemoryStorage):
                 self._fired["restored on another machine"] += 1
             epoch = new_epoch(seen, wall)
             self.epoch_file, self.marked = epoch, True
-            # As opening.py does: what those have seen who come from before is not numbered again.
+            # As startup.py does: numbers that earlier clients have seen are not reused.
             next_event = max(old.next_event, epoch << TOKEN_COUNTER_BITS)
             self.numbers = replace(old, epoch=epoch, next_token=1, next_event=next_event)
         self.is_broken = False
@@ -159,13 +159,13 @@ class SimDisk(MemoryStorage):
         return await super().prune(before, limit)
 
     async def _reach(self, stage: str) -> None:
-        """Where a crash waits for this stage it happens now, and nothing after it."""
+        """Crash now if a crash is due at this stage."""
         if self.armed is not None and self.armed[0] == stage:
             _, strike = self.armed
             self.armed = None
             self._fired[f"crash: write {stage}"] += 1
             strike()
-            await asyncio.sleep(0)  # whoever was writing is gone
+            await asyncio.sleep(0)  # the writer is gone
 
     def _keep(self, batch: Batch, told_aside: int) -> dict[int, bytes]:
         try:
@@ -190,7 +190,7 @@ class SimDisk(MemoryStorage):
             raise self._break(name) if name in COMMITS else Injected(name)
 
     def _break(self, what: str) -> Injected:
-        """A commit has failed: what the disk holds is unknown, and nothing is done with it any more."""
+        """Reject every later call: a commit has failed, so the content is unknown."""
         error = Injected(what)
         self.is_broken = True
         self.on_broken(error)
@@ -211,7 +211,7 @@ class SimDisk(MemoryStorage):
     # -- damage -------------------------------------------------------------------------------------------------------
 
     def rot(self, seq: int, *, payload: bool, stays: int) -> None:
-        """A bit flips in the row or in the payload of a job, which is met so many times before it can be moved."""
+        """Flip a bit in the row or payload of a job. It can be quarantined only after it was found this many times."""
         self._stay[seq] = stays
         if payload:
             self.bad_payloads[seq] = "the checksum of its payload is wrong"

@@ -1,6 +1,6 @@
-"""Everything that has to happen in some seed: each rule, refusal and fault, by the name under which it is counted.
+"""All events, commands, errors and faults that must happen in some seed, by the name under which they are counted.
 
-What never happens is not tested, however many seeds pass.
+Code that never runs is not tested, however many seeds pass.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jobd.model.events import EventType
 from tests.proof.simulation.chaos import UPKEEP
 from tests.proof.simulation.plan import FAULTS, MISHAPS
 
-# These are the doors' words, not the core's.
+# Errors of the HTTP layer, not of the core.
 OF_THE_DOORS: Final = frozenset(
     {
         "unauthorized",
@@ -30,7 +30,7 @@ OF_THE_DOORS: Final = frozenset(
         "expectation_failed",
     }
 )
-# Counted by what they do, in more than one way.
+# Counted under more than one name.
 IN_PARTS: Final = {
     "full disk": ("full disk 1", "full disk 2", "full disk 3"),
     "write error": (),
@@ -99,5 +99,5 @@ def names() -> list[str]:
 
 
 def never(fired: Mapping[str, int]) -> list[str]:
-    """What should have happened and did not."""
+    """Return what should have happened and did not."""
     return [name for name in names() if not fired.get(name)]

@@ -1,6 +1,6 @@
-"""What happened, line by line: a running checksum always, the lines themselves where somebody wants the story.
+"""The trace of a run: a running checksum, and the lines themselves if requested.
 
-The same seed gives the same lines, byte for byte: nothing in them may depend on chance, real time or hash order.
+The same seed gives the same lines, byte for byte. They never depend on real time, hash order or other randomness.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Journal:
         self._encode = msgspec.json.Encoder().encode
 
     def note(self, at_s: float, what: str, *facts: Any) -> None:
-        """One line: loop time in seconds, what it is, and values that can be written as JSON."""
+        """Add a line: loop time in seconds, its kind, and values that JSON can encode."""
         line = self._encode((round(at_s, 6), what, facts))
         self._sum.update(line)
         self._sum.update(b"\n")
@@ -32,7 +32,7 @@ class Journal:
         return self._sum.hexdigest()
 
     def story(self, job_id: str | None, length: int = 40) -> list[str]:
-        """The last lines that concern a job, with the faults between them; of all where no job is named."""
+        """Return the last lines about a job (or about all) with the faults between them."""
         lines = self.lines
         if job_id:
             concerned = re.compile(rf'"{re.escape(job_id)}"|,"(fault|machine|broken)"')

@@ -1,6 +1,6 @@
-"""An event loop whose time moves only when nobody has anything left to do, and whose order is drawn by a die.
+"""An event loop in virtual time: time advances only when no callback is ready, and the order of callbacks is random.
 
-It waits for nothing real: no sockets, no threads, no signals.
+It uses no sockets, threads or signals.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Callable
 from random import Random
 from typing import Any, Final
 
-BUSY: Final = 50_000  # turns of the loop without any time passing
+BUSY: Final = 50_000  # iterations without time passing
 
 
 class _NoWait(selectors.DefaultSelector):
-    """Nothing ever arrives from outside."""
+    """A selector that never reports an event."""
 
     def select(self, timeout: float | None = None) -> Any:
         return []
 
 
 class SimLoop(asyncio.SelectorEventLoop):
-    """`now_s` is its time. Callbacks that are ready together run in any order; a freeze lets timers pile up."""
+    """`now_s` is the loop's time. Callbacks that are ready together run in random order."""
 
     def __init__(self, dice: Random) -> None:
         self.now_s = 1_000.0
-        self._turns = 0  # since time moved last
+        self._turns = 0  # since time advanced last
         self.on_error: Callable[[str], None] = lambda message: None
         self._dice = dice
         super().__init__(_NoWait())
@@ -37,7 +37,7 @@ class SimLoop(asyncio.SelectorEventLoop):
         return self.now_s
 
     def freeze(self, seconds: float) -> None:
-        """The process is stopped for a while and goes on: everything that was due meanwhile is due at once."""
+        """Stop the process for a while. Timers that were due meanwhile all fire at its end."""
         self.now_s += seconds
 
     def _failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -45,8 +45,8 @@ class SimLoop(asyncio.SelectorEventLoop):
         self.on_error(f"{context.get('message')}: {about!r}")
 
     def _run_once(self) -> None:
-        """As the loop of asyncio, but that time jumps to the next timer and the order is drawn."""
-        loop: Any = self  # these are its own parts, which have no public name
+        """As asyncio's, except that time jumps to the next timer and the order is random."""
+        loop: Any = self  # internals without a public name
         timers: list[Any] = loop._scheduled
         while timers and timers[0]._cancelled:
             self._take(timers)

@@ -1,6 +1,6 @@
-"""A simulated machine: one disk, two clocks, and at most one daemon at a time, which a supervisor starts again.
+"""A simulated machine: one disk, two clocks, and at most one daemon, which a supervisor restarts.
 
-A daemon is put together as the real one is (daemon.py), less the sockets. It can be killed at any await.
+The daemon is wired as the real one (daemon.py) without the sockets. It can be killed at any await.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.proof.simulation.plan import Plan
 from tests.proof.simulation.watch import Watch
 
 WALL: Final = 1_700_000_000_000
-SLICE: Final = 2  # of 500 in the real one, so that a start has several slices here too
+SLICE: Final = 2  # 500 in the real one; fewer here, so that a start has several slices
 
 Backup = tuple[Snapshot, dict[int, tuple[str, int, str]]]
 
@@ -43,7 +43,7 @@ _owner: contextvars.ContextVar[list[asyncio.Task[Any]] | None] = contextvars.Con
 
 
 def own_tasks(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], **given: Any) -> asyncio.Task[Any]:
-    """A task factory: a daemon's tasks are known to it, also those that its parts make, so that it can be killed."""
+    """Make a task factory that records all tasks of a daemon, so that the daemon can be killed."""
     context = given.get("context")
     owner = _owner.get() if context is None else context.get(_owner)
     task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **given)
@@ -53,7 +53,7 @@ def own_tasks(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], *
 
 
 class Line:
-    """A connection that waits for one answer; None is told where it breaks."""
+    """A connection that waits for one response; it receives None if it breaks."""
 
     __slots__ = ("reply", "who")
 
@@ -67,7 +67,7 @@ class Line:
 
 
 class Machine:
-    """`note` writes into the journal; `finished` is set where a promise broke or enough steps were made."""
+    """`note` writes to the trace; `finished` is set when an invariant broke or enough steps were made."""
 
     def __init__(self, seed: int, plan: Plan, loop: SimLoop, journal: Journal) -> None:
         self.seed = seed
@@ -92,7 +92,7 @@ class Machine:
         self.backups: list[Backup] = []
         self.boot_shift_ms = 0.0
         self.clocks_moved_s = 0.0  # loop time of the latest step of a clock
-        self.leap_ms = 0  # by how much the wall clock is wrong and not accepted
+        self.leap_ms = 0  # error of the wall clock that was not accepted
         self.synchronised = Random(f"{seed}: kernel").random() < 0.3
         self.downtime_s = 0.5
         self.off = False
@@ -109,13 +109,13 @@ class Machine:
         return int(self.loop.now_s * 1000 + self.boot_shift_ms)
 
     def move_clocks(self, *, wall_ms: float = 0, boot_ms: float = 0) -> None:
-        """Either clock steps against the loop's time."""
+        """Step either clock against the loop's time."""
         self.wall_shift_ms += wall_ms
         self.boot_shift_ms += boot_ms
         self.clocks_moved_s = self.loop.now_s
 
     def leap(self, ms: int) -> None:
-        """A step ahead that is undone later. After a longer step back the store may have seen that time: no leap."""
+        """Step the wall clock ahead, to be undone later. Skipped if the store may have seen that time before."""
         self.move_clocks(wall_ms=ms)
         self.leap_ms = ms if ms > 0 and self.disk.numbers.wall_ms < self.wall() - ms + DAY_MS else 0
 
@@ -138,7 +138,7 @@ class Machine:
     # -- the supervisor -----------------------------------------------------------------------------------------------
 
     async def keep_running(self) -> None:
-        """As systemd: whatever ended the daemon, it is started again."""
+        """Restart the daemon whenever it ends, as systemd does."""
         while not self.off:
             daemon = self.daemon = Daemon(self)
             self.note("machine", "start", self.disk.numbers)
@@ -150,18 +150,18 @@ class Machine:
             await asyncio.sleep(self.downtime_s)
 
     def crash(self, *, power_cut: bool) -> None:
-        """The daemon is gone between two awaits."""
+        """End the daemon between two awaits."""
         daemon, self.daemon = self.daemon, None
         if daemon is not None:
             daemon.kill()
         self.disk.crash(power_cut=power_cut)
 
     def back_up(self) -> Backup:
-        """A copy of the disk, with what had been acknowledged by then."""
+        """Copy the disk, with what is acknowledged by now."""
         return self.disk.snapshot(), dict(self.watch.acknowledged)
 
     def put_back(self, backup: Backup) -> None:
-        """No daemon runs: the disk is as it was at an earlier time."""
+        """Restore an earlier copy of the disk while no daemon runs."""
         snapshot, acknowledged = backup
         self.disk.put_back(snapshot)
         self.artifacts.put_back()
@@ -180,14 +180,14 @@ class Machine:
         hang_up_s: float | None = None,
         unread: bool = False,
     ) -> Response | ApiError | None:
-        """Send a command and wait; None where no answer came. `hang_up_s`: the caller closes the connection then.
+        """Send a command and return its response; None if none came. `hang_up_s`: the caller disconnects then.
 
-        `unread`: the answer goes out and is lost on the way.
+        `unread`: the response is sent and lost on the way.
         """
         daemon = self.daemon
         if daemon is None or not daemon.is_open:
             return None
-        command = msgspec.structs.replace(command)  # a request of its own, also where it is a repeated one
+        command = msgspec.structs.replace(command)  # a new request, even if it repeats another
         line = Line(who, self.loop)
         daemon.lines[line] = None
         self.note("asks", who, type(command).__name__, command, key and key.digest)
@@ -207,13 +207,13 @@ class Machine:
     async def _handle(
         self, daemon: Daemon, line: Line, command: AnyCommand, by: str, admin: bool, key: IdempotencyKey | None
     ) -> None:
-        """What a door does with a request: ask, then answer, or say that the answer could not be delivered."""
+        """Handle a request as the HTTP layer does: ask, then respond or report that the response was not delivered."""
         size = 100 if self.plan.bounds.inflight_bytes < 1000 else 0
         with self.watch.under_way(command):
             operator = Operator("", "simulated") if admin else None
             answer = await daemon.actor.ask(command, by=by, admin=admin, key=key, size=size, operator=operator)
             self.watch.answered(command, key, answer)
-        if line.reply.done():  # the connection is closed, or the caller is gone
+        if line.reply.done():  # the connection is closed or the caller has left
             if isinstance(answer, Response) and answer.grants:
                 self.fired["grant undelivered"] += 1
                 daemon.actor.undelivered(answer)
@@ -237,10 +237,10 @@ class Machine:
         elif roll < 0.6:
             self.loop.call_soon(handler.cancel)
         else:
-            self.loop.call_later(roll / 100, handler.cancel)  # a writer sees it before the handler is told
+            self.loop.call_later(roll / 100, handler.cancel)  # a writer sees it before the handler does
 
     def _go_with_answer(self, line: Line, handler: asyncio.Task[None]) -> None:
-        """The answer is there, and the handler has perhaps not read it yet: now the connection breaks."""
+        """Break the connection when the response is ready and the handler may not have read it yet."""
         if not line.reply.done():
             self.fired["mishap client disconnects at the response"] += 1
             line.close()
@@ -248,7 +248,7 @@ class Machine:
 
 
 class Daemon:
-    """One run of the daemon, from its start to its end. `is_open`: the doors take requests."""
+    """One run of the daemon. `is_open`: it accepts requests."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
@@ -273,7 +273,7 @@ class Daemon:
         return self.machine.loop.create_task(coro, context=self._context)
 
     def kill(self) -> None:
-        """Nothing of it runs any more, nobody is answered, nothing is put in order."""
+        """End all tasks at once, without responses or cleanup."""
         self.is_open = False
         self._drop_lines()
         for task in self._tasks:
@@ -373,7 +373,7 @@ class Daemon:
             self.actor.owe(EndGrants(ids=ids, last=index + 1 >= len(slices)))
 
     async def _answer_the_rest(self) -> None:
-        """Requests in flight are answered before the rest is taken down: L1."""
+        """L1: answer requests in flight before stopping the rest."""
         for _ in range(int(STOP_S / 0.02)):
             if all(line.reply.done() for line in self.lines):
                 return

@@ -1,6 +1,6 @@
-"""Who waits, and for how long: every answer comes in time (L1), no claim waits while there is work for it (L3).
+"""Response times: every response comes in time (L1), and no claim waits while a job for it is due (L3).
 
-Looks on and changes nothing. Time is that of the loop; where a fault holds everybody up, waiting is no offence.
+Times are loop time. Delays that a fault explains are allowed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from tests.proof.simulation.machine import Daemon, Machine
 
 AT_ONCE_S: Final = 3.0
-# What may hold an answer up, by the fault, in seconds.
+# Seconds by which a fault may delay a response.
 HELD_UP_S: Final = {"slow disk": 30.0, "freeze": 45.0}
 LOOK_EVERY_S: Final = 0.8
-LOOKS: Final = 3  # so often a claim may be seen waiting beside its work
+LOOKS: Final = 3  # how often a claim may be seen waiting while its job is due
 
 
 class Patience:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self._asked_s: dict[int, float] = {}  # by the identity of a command that is under way
+        self._asked_s: dict[int, float] = {}  # by the identity of a pending command
         faults = machine.plan.faults
         self._longest_s = AT_ONCE_S + sum(HELD_UP_S.get(fault, 0) for fault in faults)
 
@@ -44,13 +44,13 @@ class Patience:
         self.machine.watch.must(waited_s <= longest_s, "L1", late, getattr(command, "id", None))
 
     def forget(self, command: AnyCommand) -> None:
-        """It is answered, or nobody waits any more."""
+        """Stop timing a command: it has its response, or its caller has left."""
         del self._asked_s[id(command)]
 
     # -- claims that wait ---------------------------------------------------------------------------------------------
 
     def _look(self, daemon: Daemon, command: Claim, since_s: float, seen: int) -> None:
-        """Whether there is work for a claim that waits, again and again until it is answered."""
+        """Check repeatedly, until the claim has its response, that no job for it is due."""
         if self.machine.daemon is not daemon or not daemon.is_open or self._asked_s.get(id(command)) != since_s:
             return
         job_id = self._work_for(daemon, command)
@@ -60,7 +60,7 @@ class Patience:
         self.machine.loop.call_later(LOOK_EVERY_S, self._look, daemon, command, since_s, seen)
 
     def _work_for(self, daemon: Daemon, command: Claim) -> str | None:
-        """The job that a parked claim should have got."""
+        """Return the job that a waiting claim should have been granted."""
         asked: Envelope | None = next(
             (asked for asked, *_ in daemon.actor.parked._all.values() if asked.call.command is command), None
         )
@@ -71,7 +71,7 @@ class Patience:
         return next((job_id for job_id in order if not is_overdue(book.jobs[job_id], now)), None)
 
     def _is_held_up(self, daemon: Daemon, since_s: float) -> bool:
-        """By the disk; or a clock was moved meanwhile, and what became due by that is noticed by the next command."""
+        """Return whether the disk is slow, or a clock step made the job due, which only the next command notices."""
         disk = self.machine.disk
         slow = bool(disk.full or disk.slowness_s or disk.slowed or daemon.actor.full_disk.closed != Closed.NOTHING)
         return slow or self.machine.clocks_moved_s >= since_s

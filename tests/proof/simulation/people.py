@@ -1,6 +1,7 @@
-"""Who uses a daemon: creators, workers, operators. They lose answers and ask again, oversleep, die, and talk on.
+"""The clients of a simulated daemon: creators, workers and operators.
 
-They know what they were told and nothing else; what is true is watch.py's business.
+They lose responses and repeat requests, sleep past their locks, die, and ignore `lock_lost`. They know only the
+responses that they received.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ OLD_LOCKS = 6
 
 
 class Person:
-    """One who asks until the machine closes."""
+    """A client that sends requests until the machine closes."""
 
     def __init__(self, machine: Machine, name: str, *, admin: bool = False) -> None:
         self.machine = machine
@@ -76,15 +77,15 @@ class Person:
         await asyncio.sleep(self.dice.expovariate(1 / (mean_s or self.machine.plan.think_s)))
 
     def has(self, mishap: str, chance: float) -> bool:
-        """Whether this mishap happens now."""
+        """Return whether this mishap happens now."""
         if self.dice.random() >= chance or mishap not in self.machine.plan.mishaps:
             return False
-        if mishap != "client disconnects":  # counted where it did something
+        if mishap != "client disconnects":  # counted if it had an effect
             self.machine.fired[f"mishap {mishap}"] += 1
         return True
 
     async def ask(self, command: AnyCommand, *, tries: int = 4) -> Response | ApiError | None:
-        """Ask until there is a definite answer, with the same key; None where it was given up."""
+        """Repeat a request with the same key until its outcome is known; None if it gives up."""
         key = self._key(command)
         answer: Response | ApiError | None = None
         for _ in range(tries):
@@ -104,14 +105,16 @@ class Person:
         by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "admin" if self.admin else "client"
         hang_up_s = None
         if self.has("client disconnects", 0.25 if isinstance(command, (Start, Claim)) else 0.05):
-            hang_up_s = self.dice.expovariate(self.dice.choice((800, 800, 100, 1)))  # at best while it is written
+            hang_up_s = self.dice.expovariate(
+                self.dice.choice((800, 800, 100, 1))
+            )  # ideally while the batch is written
         unread = self.has("response not read", 0.08)
         return await self.machine.call(
             self.name, command, by=by, admin=self.admin, key=key, hang_up_s=hang_up_s, unread=unread
         )
 
     def _key(self, command: AnyCommand) -> IdempotencyKey | None:
-        """A key of one's own, or by mistake one of others for the same path. Scope: the path of the command."""
+        """Return a new key, or by mistake one that another client used for the same path."""
         if not isinstance(command, KEYED) or self.dice.random() < 0.4:
             return None
         path = f"{type(command).__name__} {getattr(command, 'id', '') if not isinstance(command, Create) else ''}"
@@ -136,11 +139,11 @@ class Creator(Person):
 
 
 class Operator(Person):
-    """In some seeds an operator asks now and then what would be done, before it is done."""
+    """An operator. In some seeds it sometimes makes a dry run first."""
 
     def __init__(self, machine: Machine, name: str) -> None:
         super().__init__(machine, name, admin=True)
-        dice = Random(f"{machine.seed}: rehearsals")  # of their own: the others fall as they always did
+        dice = Random(f"{machine.seed}: rehearsals")  # its own dice, so that the other draws stay the same
         self._careful = dice if dice.random() < 0.3 else None
 
     async def act(self) -> None:
@@ -158,7 +161,7 @@ class Operator(Person):
             await self._by_cleaner(roll)
 
     async def _by_cleaner(self, roll: float) -> None:
-        """What reaches the cleaner beside the mailbox. The daemon may die meanwhile: then nobody answers."""
+        """Call the maintainer outside the mailbox. If the daemon dies meanwhile, there is no response."""
         daemon = self.machine.daemon
         if daemon is None or not daemon.is_open:
             return
@@ -175,12 +178,12 @@ class Operator(Person):
 
 
 class Worker(Person):
-    """Takes jobs and works on them; `old` are locks that it has held, to be misused later."""
+    """A worker. `old` are locks that it has held, for use after their end."""
 
     def __init__(self, machine: Machine, name: str) -> None:
         super().__init__(machine, name)
         self.old: list[tuple[str, str]] = []
-        self.lacks_all = self.dice.random() < 0.3  # it releases every job that it is granted
+        self.lacks_all = self.dice.random() < 0.3  # releases every job that it is granted
 
     async def act(self) -> None:
         roll = self.dice.random()
@@ -199,7 +202,7 @@ class Worker(Person):
                     await self.work(granted)
 
     async def ask(self, command: AnyCommand, *, tries: int = 4) -> Response | ApiError | None:
-        """Who has something to store does so before he says that he is done; it may take a while."""
+        """Store the result before completing the job, which may take a while."""
         if isinstance(command, Complete) and command.storage_key is not None:
             self.machine.artifacts.store(command.storage_key, command.lock_id)
             if self.dice.random() < 0.4:

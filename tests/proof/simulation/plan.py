@@ -1,6 +1,6 @@
-"""What one seed plays: which faults there are, who takes part, and under which limits. Drawn once, before the start.
+"""The scenario of a seed: its faults, clients and limits, drawn before the start.
 
-Each seed has its own selection, so that rare things also happen alone, undisturbed by the common ones.
+Each seed has its own selection, so that rare faults also happen without the common ones.
 """
 
 from __future__ import annotations
@@ -56,14 +56,14 @@ RARE: Final = frozenset({"rot", "restore", "long wall step", "leap", "read error
 
 
 class Plan(Struct, frozen=True):
-    """`faults` come from outside, `mishaps` from the people. `pace_s`: a fault about every so many seconds."""
+    """`faults` are injected, `mishaps` are errors of clients. `pace_s`: average seconds between faults."""
 
     faults: tuple[str, ...]
     mishaps: tuple[str, ...]
     workers: int
     creators: int
     operators: int
-    ids: int  # names of jobs in use
+    ids: int  # job ids in use
     queues: tuple[str, ...]
     kinds: tuple[str, ...]
     pace_s: float
@@ -72,12 +72,12 @@ class Plan(Struct, frozen=True):
     schedule: CleanupSchedule
     bounds: Bounds
     keys: int
-    margins: Margins  # of its artifacts, where the policy says that there is a store of them
-    slow_commit_s: float  # after a commit that took so long looks go first
+    margins: Margins  # of the artifact store, if the policy has one
+    slow_commit_s: float  # after a commit of this duration reads go first
 
 
 def draw(seed: int, without: frozenset[str] = frozenset()) -> Plan:
-    """The plan of `seed`, less the faults and mishaps that are left out (to find those that matter)."""
+    """Draw the scenario of `seed`, without the faults and mishaps in `without` (to find those that matter)."""
     dice = Random(f"{seed}: plan")
     faults = [name for name in FAULTS if dice.random() < (0.15 if name in RARE else 0.45)]
     mishaps = [name for name in MISHAPS if dice.random() < 0.6]
@@ -105,7 +105,7 @@ def draw(seed: int, without: frozenset[str] = frozenset()) -> Plan:
 
 
 def policy(dice: Random) -> Policy:
-    """What a configuration, or a new one at work, may say."""
+    """Draw a configuration, for a start or a reload."""
     if dice.random() < 0.2:
         return Policy(live_jobs=dice.choice((8, 5000)))
     return Policy(

@@ -1,13 +1,12 @@
-"""What every single decision must keep, whatever the book, the command and the time.
+"""The invariants that every decision must keep, for any state, command and time.
 
-Judged by the words of the promise, not by the code that has to keep it: where both would be wrong together nothing
-would be found. S1 to S15 are the names under which a broken promise is told:
+The checks follow the text of the invariants (docs/reliability.md) and share no code with the rules:
 
-S1 one grant a job, S2 tokens rise, S3 only the latest grant speaks, S4 completed is final and a run ends once, S5 only
-stuck jobs are recovered, S6 answered means on disk and refused means nothing done, S7 journal, memory and rows are one,
-S8 a rule always answers and only reads, S9 the same key gets the same answer, S10 counters are a recount, S11 no lock
-outlives its ceiling, S12 lease time never goes back, S13 only old finished jobs are deleted, S14 claims keep the order,
-S15 what operators change is in the audit log, and a dry run changes nothing.
+S1 one grant per job, S2 tokens increase, S3 only the latest grant changes a job, S4 completed is final and a run ends
+once, S5 only stalled jobs are recovered, S6 acknowledged means on disk and rejected means nothing done, S7 journal,
+memory and rows are equal, S8 a rule always returns and only reads, S9 the same key gets the same response, S10 counters
+equal a recount, S11 no lock outlives its ceiling, S12 lease time never goes back, S13 only old finished jobs are
+deleted, S14 claims keep the order, S15 changes of operators are in the audit log, and a dry run changes nothing.
 """
 
 from __future__ import annotations
@@ -46,17 +45,17 @@ from jobd.model.responses import Recovered, Response
 from tests.support.rule_harness import due_order
 
 HOLDERS: Final = (Progress, Extend, Complete, Fail, Release, ExtendLock, ReleaseLock, Undelivered)
-CALLS: Final = (Progress, Extend, Complete, Fail, Release)  # those of workers
-BY_TIME: Final = frozenset({"stalled", "expired"})  # what time does before a refused command is judged
-NOTES: Final = frozenset({"late_result", "late_call"})  # they leave every row as it was
+CALLS: Final = (Progress, Extend, Complete, Fail, Release)  # calls of workers
+BY_TIME: Final = frozenset({"stalled", "expired"})  # events of time before a rejected command
+NOTES: Final = frozenset({"late_result", "late_call"})  # events that change no row
 ENDINGS: Final = frozenset({"completed", "failed", "retried", "released", "undelivered", "stalled"})
-BY_HAND: Final = frozenset({"cancelled", "force_failed", "force_reset", "transitioned"})  # these end a grant, too
+BY_HAND: Final = frozenset({"cancelled", "force_failed", "force_reset", "transitioned"})  # also end a grant
 
 Decide = Callable[[Book, Call, Moment, Policy], Decision]
 
 
 class Broken(Exception):
-    """A promise was broken: which, how, and with which job."""
+    """An invariant was broken: its name, a description, and the job."""
 
     def __init__(self, rule: str, what: str, job_id: str | None) -> None:
         super().__init__(f"{rule}: {what}" + (f" (job {job_id})" if job_id else ""))
@@ -66,12 +65,12 @@ class Broken(Exception):
 
 
 def is_live(lease: Lease, lease_ms: int) -> bool:
-    """At its end a lock has expired."""
+    """Return whether the lock is live. At its expiry it is not."""
     return not lease.cleared and lease_ms < lease.expires
 
 
 def is_stuck(job: Job, lease_ms: int) -> bool:
-    """Processing in nobody's hands, or without a live lock and silent for too long, or past the ceiling."""
+    """Return whether a processing job has no grant, is past its ceiling, or has an expired lock and a silent worker."""
     lease = job.lease
     if job.status != "processing" or lease is None or job.grant is None:
         return job.status == "processing"
@@ -84,7 +83,7 @@ def is_overdue(job: Job, now: int) -> bool:
 
 
 class Promises:
-    """Judges decisions. `fail` is called where one breaks a promise; `begin` is a start of the daemon."""
+    """Check each decision. `fail` is called if one breaks an invariant; `begin` marks a start of the daemon."""
 
     def __init__(self) -> None:
         self.held_at_start: set[str] = set()  # lock ids
@@ -101,7 +100,7 @@ class Promises:
             self.fail(rule, what, job_id)
 
     def begin(self, book: Book, lease_ms: int, grace_ms: int) -> None:
-        """Nothing of a job that is processing now ends within the grace."""
+        """Start the grace, within which no lock of a processing job may end."""
         held = [(job.grant.lock_id, job.lease) for job in book.processing.values() if job.grant and job.lease]
         self.held_at_start = {lock_id for lock_id, _ in held}
         self._live_at_start = {lock_id for lock_id, lease in held if is_live(lease, lease_ms)}
@@ -109,7 +108,7 @@ class Promises:
         self._last_token, self._last_lease = 0, lease_ms
 
     def recovered(self, job: Job, at: Moment) -> None:
-        """A stuck job is being recovered: was it in time?"""
+        """Check that a stalled job is recovered in time."""
 
     def aged(self, job: Job, at: Moment) -> None:
         """Check that a job may be deleted or failed by age."""
@@ -118,7 +117,7 @@ class Promises:
     # -- one decision -------------------------------------------------------------------------------------------------
 
     def judged(self, decide: Decide, book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
-        """The decision, once everything about it has been looked at."""
+        """Check a decision and return it."""
         command = call.command
         name, job_id = type(command).__name__, getattr(command, "id", None)
         job = book.get(job_id) if job_id is not None else None
@@ -163,7 +162,7 @@ class Promises:
         self.must(granted == expected, "S14", f"a claim got {granted}, its order is {expected}", job_id)
 
     def _check_recovery(self, book: Book, command: Recover, decision: Decision, at: Moment) -> None:
-        """Everything that is stuck, up to the limit; rows in nobody's hands are the part of a pass."""
+        """Recovery takes every stalled job up to the limit. Rows without a grant are left to cleanup runs."""
         stuck = sum(
             is_stuck(job, at.lease) and job.grant is not None and job.lease is not None
             for job in book.processing.values()
@@ -203,7 +202,7 @@ class Promises:
             self.must(code in allowed, "S3", f"{verb} of the latest grant was refused: {code}", command.id)
 
     def _check_late(self, command: Complete, decision: Decision, job: Job | None) -> None:
-        """A complete of an ended grant leaves a note and is refused, or is taken where nobody has had the job since."""
+        """A complete from an ended grant is rejected and noted, or adopted if the job was not granted since."""
         kinds = [change.event.type for change in decision.changes]
         is_current = job is not None and job.grant is not None and job.grant.lock_id == command.lock_id
         self.must(len(kinds) == 1 and not is_current, "S3", f"a complete made {kinds}", command.id)
@@ -220,7 +219,7 @@ class Promises:
         self.must(is_last and not touched, "S3", "a late result was taken of a job that was not left alone", command.id)
 
     def _check_late_call(self, command: Any, decision: Decision, job: Job | None) -> None:
-        """A refused call leaves a note of who it was: the last that held the job, and did not end that itself."""
+        """A rejected call is noted if its grant was the job's last one and its holder had not ended it."""
         answer, event = decision.answer, decision.changes[0].event
         refused = isinstance(answer, ApiError) and answer.code == "lock_lost"
         ended = job.ended if job is not None else None
@@ -245,7 +244,7 @@ class Promises:
                 self._check_lease(before.lease if before is not None else None, after, event, command, at)
 
     def _check_leaving(self, before: Job, after: Job | None, event: Event, command: AnyCommand, at: Moment) -> None:
-        """What may happen to a job that is as `before`."""
+        """Check that the event is allowed for a job in the state `before`."""
         kind = event.type
         if kind == "stalled" and isinstance(command, TakeBack):
             is_live = before.lease is None or before.lease.is_live(at.lease)
@@ -293,7 +292,7 @@ class Promises:
         self.recovered(before, at)
 
     def _check_row(self, before: Job | None, job: Job, event: Event, at: Moment) -> None:
-        """One row after one event."""
+        """Check the row after one event."""
         moved = before is not None and before.status != job.status
         pair = (event.before, job.status)
         self.must(not moved or pair in TRANSITIONS, "S4", f"{event.type} went from {pair[0]} to {pair[1]}", job.id)
@@ -314,7 +313,7 @@ class Promises:
             self._check_releases(before, job, event)
 
     def _check_releases(self, before: Job, job: Job, event: Event) -> None:
-        """Releases in a row without progress delay a job. Progress, or any other end of a grant, ends the row."""
+        """Consecutive releases without progress delay a job. Progress or another end of a grant resets their count."""
         expected = before.releases
         if event.type == "released":
             expected += 1
@@ -323,7 +322,7 @@ class Promises:
         self.must(job.releases == expected, "S14", f"{event.type}: {before.releases} releases became {job.releases}")
 
     def _check_attempt(self, before: Job, job: Job, event: Event) -> None:
-        """A grant is one attempt; only `fail` and a stall with progress use it up, the other ends give it back."""
+        """A grant is one attempt. Only `fail` and a stall with progress use it up."""
         given_back = event.type in ("released", "undelivered") or (event.type == "stalled" and before.progress == 0)
         if given_back:
             expected = max(before.attempt - 1, 0)
@@ -334,7 +333,7 @@ class Promises:
         self.must(job.attempt == expected, "S4", f"{event.type}: attempt {before.attempt} became {job.attempt}", job.id)
 
     def _check_lease(self, before: Lease | None, job: Job, event: Event, command: AnyCommand, at: Moment) -> None:
-        """The deadlines after one event: never beyond the ceiling, never back, at least what was asked for."""
+        """Check the deadlines: never beyond the ceiling, never earlier than before, at least what was requested."""
         lease, grant, kind = job.lease, job.grant, event.type
         assert lease is not None
         assert grant is not None
@@ -381,6 +380,6 @@ def _ids(changes: Iterable[Change], kind: str) -> list[str]:
 
 
 def _brief(book: Book, job: Job | None) -> tuple[Any, ...]:
-    """Enough of a book to see most changes at a small price; the whole is compared now and then."""
+    """Summarize a state cheaply, enough to detect most changes. The whole state is compared now and then."""
     same = job is None or book.get(job.id) == job
     return book.next_event, book.next_token, book.next_job, *book.totals.values(), len(book.jobs), same, len(book.stuck)

@@ -1,6 +1,6 @@
-"""What people may ask, drawn by a die: every command of both APIs with every option, sensible or not.
+"""Random requests: every command of both APIs with every option, valid or not.
 
-Knows nothing of what happens; it looks at the disk only to name jobs and locks that exist.
+The disk is read only to name jobs and locks that exist.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ from tests.proof.simulation.plan import Plan
 
 
 class Requests:
-    """Draws commands. `now` gives wall time in Unix ms, for the times that a request names."""
+    """Draw commands. `now` returns wall time in Unix ms, for the times in a request."""
 
     def __init__(self, dice: Random, plan: Plan, disk: SimDisk) -> None:
         self.dice = dice
         self.plan = plan
         self.disk = disk
-        self.time_dice = Random(repr(dice.getstate()[1][:8]))  # by the seed, and without a draw from `dice`
+        self.time_dice = Random(repr(dice.getstate()[1][:8]))  # depends on the seed, without a draw from `dice`
 
     # -- words --------------------------------------------------------------------------------------------------------
 
@@ -85,7 +85,7 @@ class Requests:
         return f"j{self.dice.randrange(self.plan.ids)}"
 
     def job_id(self) -> str:
-        """Of a job that there is, mostly."""
+        """Return the id of a job, usually of one that exists."""
         ids = list(self.disk._ids)
         if ids and self.chance(0.95):
             return self.dice.choice(ids[-12:])
@@ -194,7 +194,7 @@ class Requests:
                 return self.brought(now)
 
     def planned(self, job_id: str) -> ApplyPlan:
-        """A slice of a plan, of which some jobs have changed since."""
+        """Return a slice of a plan, of which some jobs have changed since."""
         known = [(each, self.disk.job(each)) for each in dict.fromkeys((job_id, self.job_id(), self.job_id()))]
         seen = [
             ExpectedVersion(each, "other" if job is None or self.chance(0.2) else self._version(job))
@@ -205,7 +205,7 @@ class Requests:
         return self._of_time(known) if self.time_dice.random() < 0.3 else plan
 
     def _of_time(self, known: list[tuple[str, Job | None]]) -> ApplyPlan:
-        """The same jobs, of a plan of what time would do."""
+        """Return the same jobs as a plan of recovery or cleanup."""
         dice = self.time_dice
         action: PlanAction = dice.choice(("recover-stuck", "cleanup"))
 
@@ -219,12 +219,12 @@ class Requests:
         return max((late.seq for late in self.disk.late_results.get(job.seq, ())), default=None)
 
     def _version(self, job: Job) -> str:
-        """As who has just looked knows it; a daemon that has started since knows of no late result."""
+        """Return the version that a caller who has just read the job knows. After a restart it has no late result."""
         late = self._late(job)
         return version(job, late if self.chance(0.7) else None)
 
     def adoption(self, job_id: str) -> Adopt:
-        """Of a job that has a late result, mostly."""
+        """Adopt a late result, usually of a job that has one."""
         kept = {self.disk.jobs[seq].id: lates for seq, lates in self.disk.late_results.items() if seq in self.disk.jobs}
         if kept and self.chance(0.8):
             job_id = self.dice.choice(list(kept))
@@ -243,7 +243,7 @@ class Requests:
         return Transition(id=job_id, from_=status, to=self.dice.choice(STATUSES), updates=updates)
 
     def brought(self, now: int) -> Import:
-        """A job from elsewhere, with whatever its row says."""
+        """Import a job with arbitrary fields."""
         kind = ImportCheck if self.chance(0.2) else Import
         return kind(
             id=self.new_id(),
@@ -265,7 +265,7 @@ class Requests:
         )
 
     def of_time(self) -> AnyCommand:
-        """As cleanup would ask, but about any job and at any time: each is judged when it is applied."""
+        """Send a command of cleanup, but about any job at any time: each is checked when it is applied."""
         ids = [self.job_id() for _ in range(self.dice.randint(1, 3))]
         return self.dice.choice((Recover(limit=1), Expire(limit=1), DeleteExpired(ids=ids), RepairJobs(ids=ids)))
 

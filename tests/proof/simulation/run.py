@@ -1,6 +1,6 @@
-"""One seed from its start to its end, and what came of it; a failing one told again, and with less around it.
+"""Run one seed, and reduce a failing one to the faults that matter.
 
-Same seed, same journal. Nothing is kept between two runs.
+The same seed gives the same trace. Nothing is kept between runs.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tests.proof.simulation.machine import Machine
 from tests.proof.simulation.people import Creator, Operator, Person, Worker
 from tests.proof.simulation.plan import FAULTS, MISHAPS, draw
 
-LONGEST_S: Final = 24 * 3_600.0  # of virtual time, for seeds in which little happens
+LONGEST_S: Final = 24 * 3_600.0  # virtual time, for seeds in which little happens
 
 
 class Outcome(Struct):
-    """What a seed came to. `broken` is None where every promise held: (rule, what, job id)."""
+    """The result of a seed. `broken` is (invariant, description, job id), None if every invariant held."""
 
     seed: int
     steps: int
@@ -43,7 +43,7 @@ class Outcome(Struct):
 
 
 def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), tell: bool = False) -> Outcome:
-    """Play `seed` until so many commands were decided, then its closing act."""
+    """Run `seed` until this many commands were decided, then its final phase."""
     journal = Journal(tell=tell)
     loop = SimLoop(Random(f"{seed}: loop"))
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
@@ -89,7 +89,7 @@ def _people(machine: Machine) -> list[Person]:
 
 
 async def _first_of(closing: asyncio.Task[None], machine: Machine) -> None:
-    """Until the closing act is over, or a promise broke."""
+    """Wait until the final phase is over or an invariant broke."""
     while not closing.done() and machine.watch.first is None:
         await asyncio.wait([closing], timeout=60)
     if closing.done():
@@ -97,7 +97,7 @@ async def _first_of(closing: asyncio.Task[None], machine: Machine) -> None:
 
 
 async def _end(machine: Machine, tasks: list[asyncio.Task[Any]]) -> None:
-    """The daemon is stopped in order where nothing broke; then everybody goes home."""
+    """Stop the daemon, gracefully if nothing broke, and end all tasks."""
     machine.off = True
     if machine.daemon is not None and machine.watch.first is None:
         await machine.daemon.stop()
@@ -113,7 +113,7 @@ async def _end(machine: Machine, tasks: list[asyncio.Task[Any]]) -> None:
 
 @contextlib.contextmanager
 def _watched(machine: Machine) -> Iterator[None]:
-    """Decisions go through the watch; the log is silent, but for a failure that nobody asked for."""
+    """Check all decisions, and silence the log except for unexpected failures."""
     before, original = structlog.get_config(), decide.decide
 
     def listen(_: Any, __: str, entry: MutableMapping[str, Any]) -> str:
@@ -136,7 +136,7 @@ def _watched(machine: Machine) -> Iterator[None]:
 
 
 def _judge(machine: Machine, event: str, error: BaseException | None) -> None:
-    """A failure in the log has to be one that was asked for."""
+    """Check that a logged failure was injected."""
     if error is not None and not isinstance(error, (OSError, DiskFull)):
         machine.watch.fail("log", f"{event}: {error!r}")
 
@@ -145,7 +145,7 @@ def _judge(machine: Machine, event: str, error: BaseException | None) -> None:
 
 
 def explain(seed: int, steps: int, broken: tuple[str, str, str | None]) -> Outcome:
-    """The same failure with as few faults and mishaps as can be, and its story."""
+    """Reproduce a failure with as few faults and mishaps as possible, with its trace."""
     without: frozenset[str] = frozenset()
     for name in (*FAULTS, *MISHAPS):
         tried = simulate(seed, steps, without=without | {name})

@@ -1,6 +1,6 @@
-"""The promises, checked at every decision, commit, answer and start. Changes nothing, decides nothing.
+"""Check the invariants at every decision, commit, response and start.
 
-What a single decision must keep is in promises.py; the letters are explained there.
+invariants.py checks single decisions and explains the names.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from tests.proof.simulation.machine import Daemon, Machine
 
 RECOUNT_EVERY: Final = 25  # commits
-LOOKS: Final = 4  # as long as one slow step of the disk that began before the slowness ended
+LOOKS: Final = 4  # one slow step of the disk may outlast the slow phase
 LOOK_EVERY_S: Final = 0.8
 PICTURE_EVERY: Final = 500  # decisions
 
 
 class Watch(Promises):
-    """`first` is the first promise that was broken. `steps` counts decided commands, `fired` everything by name."""
+    """`first` is the first broken invariant. `steps` counts decided commands, `fired` everything by name."""
 
     def __init__(self, machine: Machine, fired: Counter[str]) -> None:
         super().__init__()
@@ -48,17 +48,17 @@ class Watch(Promises):
         self.patience = Patience(machine)
         self.first: Broken | None = None
         self.steps = 0
-        self.highest_token = 0  # of all that were ever committed, restored copies or not
-        self.received: dict[int, str] = {}  # token -> who got it in an answer
+        self.highest_token = 0  # over all commits, including those lost by a restore
+        self.received: dict[int, str] = {}  # token -> the client that received it
         self.deleted: set[int] = set()  # seqs of jobs
         self.acknowledged: dict[int, tuple[str, int, str]] = {}  # event seq -> type, job seq, job id
-        self._decided: dict[int, Decision | None] = {}  # by the identity of a command that is under way
+        self._decided: dict[int, Decision | None] = {}  # by the identity of a pending command
         self._durable: dict[int, str] = {}  # event seq -> type, of this daemon
-        self._calls: set[tuple[Any, ...]] = set()  # job seq, token and verb of the late calls that this daemon told
+        self._calls: set[tuple[Any, ...]] = set()  # job seq, token and verb of the late calls that this daemon noted
         self._latest_wall = 0  # that this daemon has seen
         self._held_at: int | None = None  # lease time while the full disk holds it
-        self._good_pass_s = 0.0  # loop time of the start, or of the latest pass without errors
-        self._key_rows: dict[str, StoredResponse] = {}  # as committed, with answers
+        self._good_pass_s = 0.0  # loop time of the start, or of the latest cleanup run without errors
+        self._key_rows: dict[str, StoredResponse] = {}  # as committed, with responses
         self._commits = 0
         self._decide: Decide = decide.decide
 
@@ -75,7 +75,7 @@ class Watch(Promises):
     # -- a start ------------------------------------------------------------------------------------------------------
 
     def opened(self, daemon: Daemon, grace_ms: int) -> None:
-        """A daemon has opened the disk: its memory is what the disk holds, and so is everything acknowledged."""
+        """Check after a start that memory equals the disk, and that every acknowledged change is there."""
         self._durable = {}
         self._calls = set()
         self._latest_wall = 0
@@ -86,7 +86,7 @@ class Watch(Promises):
         self.whole()
 
     def whole(self) -> None:
-        """Every acknowledged change is on disk, and the journal of each job folds to its row."""
+        """Check that every acknowledged change is on disk, and that each job's journal folds to its row."""
         disk = self.machine.disk
         journal = {event.seq: event for event in disk.events}
         for seq, (kind, job_seq, job_id) in self.acknowledged.items():
@@ -100,14 +100,14 @@ class Watch(Promises):
         self._check_lates()
         rows: dict[int, Job | None] = {}
         for event in disk.events:
-            if event.job_seq in disk.jobs:  # the journal of a deleted one may be gone in part
+            if event.job_seq in disk.jobs:  # the journal of a deleted job may be partly pruned
                 rows[event.job_seq] = fold(rows.get(event.job_seq), event)
         for seq, row in disk.jobs.items():
             job = rows.get(seq)
             self.must(row == job, "S7", f"the journal folds to {job}, the row is {row}", row.id)
 
     def _check_lates(self) -> None:
-        """Every late result that was told of is kept with its job, or has made room for later ones."""
+        """Check that every acknowledged late result is kept with its job, or was displaced by later ones."""
         disk = self.machine.disk
         for seq, (kind, job_seq, job_id) in self.acknowledged.items():
             if kind == "late_result" and job_seq in disk.jobs:
@@ -120,14 +120,14 @@ class Watch(Promises):
             self.must(one_each, "S6", f"job {job_seq} has late results of grants {tokens}")
 
     def put_back(self, acknowledged: dict[int, tuple[str, int, str]]) -> None:
-        """An older copy of the disk is in place: what was acknowledged after it is lost, as it must be."""
+        """Forget what was acknowledged after the copy that was restored."""
         self.acknowledged = dict(acknowledged)
         self._key_rows = dict(self.machine.disk.keys)
 
     # -- a decision ---------------------------------------------------------------------------------------------------
 
     def decide(self, book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
-        """The real `decide`, with everything looked at before and after."""
+        """Call the real `decide`, with checks before and after."""
         self.steps += 1
         if self.steps == self.machine.enough:
             self.machine.finished.set()
@@ -149,18 +149,18 @@ class Watch(Promises):
         return decision
 
     def _check_clock(self, daemon: Daemon, at: Moment) -> None:
-        """Lease time stands still while no sign of life can be taken."""
+        """Check that lease time stands still while the disk is full."""
         is_held = daemon.actor.full_disk.closed >= Closed.ALL_BUT_ENDINGS
         self._held_at = (self._held_at or at.lease) if is_held else None
         self.must(self._held_at in (None, at.lease), "S11", f"lease time went on from {self._held_at} on a full disk")
 
     def aged(self, job: Job, at: Moment) -> None:
-        """S13: nothing ages by a clock that is known to be wrong, whether the daemon suspects it or not."""
+        """S13: nothing ages by a clock that is wrong, whether the daemon suspects it or not."""
         super().aged(job, at)
         self.must(not self.machine.leap_ms, "S13", f"a {job.status} job is old by a leap of the clock", job.id)
 
     def recovered(self, job: Job, at: Moment) -> None:
-        """L2, once the faults have stopped."""
+        """Check L2, after the faults have stopped."""
         assert job.lease is not None
         since = self.machine.closing_since
         if since is not None:
@@ -168,7 +168,7 @@ class Watch(Promises):
             self.must(late_ms <= self.machine.recovery_ms + 1_000, "L2", f"recovery came {late_ms} ms late", job.id)
 
     def _check_arrival(self, command: Claim, decision: Decision) -> None:
-        """Claims that wait are served in order of arrival, and before new ones."""
+        """Check that waiting claims are served in order of arrival, and before new ones."""
         if self.daemon is None:
             return
         parked = self.daemon.actor.parked
@@ -183,7 +183,7 @@ class Watch(Promises):
     # -- a commit -----------------------------------------------------------------------------------------------------
 
     def committed(self, batch: Batch) -> None:
-        """A batch is on the disk for good."""
+        """Check a committed batch."""
         self._commits += 1
         daemon = self.daemon
         for change in batch.changes:
@@ -232,7 +232,7 @@ class Watch(Promises):
                 self.recount(daemon.book)
 
     def _check_tombstone(self, batch: Batch, change: Change) -> None:
-        """S13: the deletion of a job is on the disk together with what is left to do about its object."""
+        """S13: a deletion and the tombstone of its object are on disk together."""
         job = change.before
         key = None if job is None or job.result is None else job.result.storage_key
         due = key is not None and self.machine.plan.policy.artifacts
@@ -241,7 +241,7 @@ class Watch(Promises):
         self.must(left == expected, "S13", f"tombstones for {left}, not {expected}", change.event.job_id)
 
     def _check_audit(self, batch: Batch) -> None:
-        """S15: what an operator changes is on the disk with its entry in the audit log."""
+        """S15: an operator's change is on disk with its audit entry."""
         told = {entry.job_id or entry.queue for entry in batch.audit if entry.outcome == "done"}
         moved_in = {change.event.job_id for change in batch.changes if change.event.type == "imported"}
         recovered = any(entry.what in ("recover-stuck", "take-back") for entry in batch.audit)
@@ -257,7 +257,7 @@ class Watch(Promises):
             self.must(is_told, "S15", f"{event.type} by an operator is not in the audit log", event.job_id)
 
     def _check_passes(self, batch: Batch) -> None:
-        """L5: where no pass has succeeded for three periods cleanup says so itself."""
+        """L5: if no cleanup run has succeeded for three periods, health reports it."""
         daemon, now_s = self.daemon, self.machine.loop.now_s
         if batch.report is not None and not msgspec.json.decode(batch.report, type=CleanupReport).errors:
             self._good_pass_s = now_s
@@ -270,7 +270,7 @@ class Watch(Promises):
             self.must(told or silent_s <= late_s + 1, "L5", f"no pass has succeeded for {silent_s:.0f} s, none says so")
 
     def frozen(self, seconds: float) -> None:
-        """A pass may have been under way: it has not ended before."""
+        """Note a freeze: a cleanup run may have been in progress."""
         self._good_pass_s += seconds
 
     def pruned(self, before: int) -> None:
@@ -279,9 +279,9 @@ class Watch(Promises):
         self.must(kept_ms >= self.machine.plan.schedule.journal_ms, "S13", f"journals are deleted after {kept_ms} ms")
 
     def recount(self, book: Book) -> None:
-        """Every order and counter of the book against the rows of the disk.
+        """Compare every queue and counter in memory with the rows on disk.
 
-        Of a damaged row that could not be moved the book knows the name alone; a finished one counts until it is moved.
+        Of a damaged row that could not be moved, memory holds only the id. A finished job counts until it is moved.
         """
         disk = self.machine.disk
         rows = {job.id: job for job in disk.jobs.values() if job.id not in disk.unmoved or job.status in FINISHED}
@@ -318,14 +318,14 @@ class Watch(Promises):
     def _holds(self, job_id: str, lock_id: str) -> bool:
         job = self.machine.disk.job(job_id)
         if job_id in self.machine.disk.unmoved:
-            return False  # nobody can speak for it
+            return False  # no caller can use it
         return job is not None and job.grant is not None and job.grant.lock_id == lock_id
 
     # -- an answer ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def under_way(self, command: AnyCommand) -> Iterator[None]:
-        """What is decided about this very command is kept until it is answered."""
+        """Keep the decision on this command until its response."""
         self._decided[id(command)] = None
         self.patience.asked(command)
         try:
@@ -335,7 +335,7 @@ class Watch(Promises):
             self.patience.forget(command)
 
     def _expect_delivery(self, daemon: Daemon, job_id: str, grant: Grant, looks: int) -> None:
-        """A grant that nobody has received goes back, once it was seen that nobody will."""
+        """Expect a grant that was not delivered to be released."""
         self.machine.loop.call_later(LOOK_EVERY_S, self._look_for_leak, daemon, job_id, grant, looks)
 
     def _look_for_leak(self, daemon: Daemon, job_id: str, grant: Grant, looks: int) -> None:
@@ -350,7 +350,7 @@ class Watch(Promises):
         self.fail("S1", f"nobody has received grant {grant.fencing_token}, and it was not taken back", job_id)
 
     def answered(self, command: AnyCommand, key: IdempotencyKey | None, answer: Response | ApiError) -> None:
-        """The actor has answered; in a moment the answer is on the wire."""
+        """Check a response of the actor before it is sent."""
         self.patience.answered(command)
         decision = self._decided[id(command)]
         job_id = getattr(command, "id", None)
@@ -368,7 +368,7 @@ class Watch(Promises):
                 self.must(row.body == bytes(answer.data), "S9", "a replay differs from the first answer", job_id)
         elif decision is not None and decision.answer is answer:
             self._check_written(name, decision, key, answer)
-        elif decision is not None:  # a claim that was nearly served, and then answered empty when its time was over
+        elif decision is not None:  # the wait of a claim ended before it was served
             self._check_undone(name, decision, "answered otherwise", job_id)
         for _, granted in _grants(answer):
             token = granted.fencing_token
@@ -387,7 +387,7 @@ class Watch(Promises):
         self._check_undone(name, decision, f"refused ({answer.code})", job_id)
 
     def _check_notes(self, decision: Decision) -> None:
-        """What a refusal says is kept is on the disk before it leaves."""
+        """Check that what an error says was stored is on disk before the error is sent."""
         for change in decision.changes:
             event = change.event
             if event.type in NOTES:
@@ -413,7 +413,7 @@ class Watch(Promises):
             self.must(same, "S9", f"the answer of {name} was not stored under its key")
 
     def delivered(self, who: str, answer: Response) -> None:
-        """Somebody holds the answer in his hands."""
+        """Note that the caller has received the response."""
         for job_id, granted in _grants(answer):
             owner = self.received.setdefault(granted.fencing_token, who)
             self.must(owner == who, "S1", f"grant {granted.fencing_token} was given to {owner} and to {who}", job_id)

@@ -1,0 +1,223 @@
+"""Bugs in the rules and in the state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from msgspec import UNSET
+from msgspec.structs import replace
+
+from jobd.core import late_result_rules, maintenance_rules, plan_rules, transitions, worker_rules
+from jobd.core.changeset import Draft
+from jobd.core.state import Book
+from jobd.model.commands import Adopt, Bulk, Moment, PlanAction, Recover, Start, is_dry_run
+from jobd.model.events import Change
+from jobd.model.job import COUNTER_MASK, Job, LateResult, new_epoch
+from jobd.model.storage import OpenedStore
+from tests.proof.planted.registry import SIMULATION, bug
+
+WORKER_RULES = "tests/unit/core/test_worker_rules.py"
+LATE_RULES = "tests/unit/core/test_late_result_rules.py"
+
+
+@bug("no-fence-on-complete", worker_rules._held, breaks="complete accepts an older grant", found_by=WORKER_RULES)
+def _(held: Any, draft: Draft, command: worker_rules.Holders, verb: str) -> Any:
+    job = draft.book.get(command.id)
+    if verb == "complete" and job is not None and job.status == "processing" and job.lease is not None:
+        return job
+    return held(draft, command, verb)
+
+
+@bug("start-takes-over", worker_rules.start, breaks="start grants a held job to the same worker", found_by=WORKER_RULES)
+def _(start: Any, draft: Draft, command: Start) -> Any:
+    job = draft.book.get(command.id)
+    if job is not None and job.grant is not None and job.grant.worker == command.worker:
+        transitions.grant(draft, job, command)
+    return start(draft, command)
+
+
+@bug(
+    "rejected-bulk-creates-jobs",
+    worker_rules.bulk,
+    breaks="a rejected bulk keeps its first jobs",
+    found_by=WORKER_RULES,
+)
+def _(bulk: Any, draft: Draft, command: Bulk) -> Any:
+    class Kept(list[Change]):
+        def clear(self) -> None: ...
+
+    draft.changes = Kept()
+    return bulk(draft, command)
+
+
+@bug(
+    "recovered-before-its-time",
+    maintenance_rules.recover,
+    breaks="an expired lock counts as stalled",
+    found_by=WORKER_RULES,
+)
+def _(recover: Any, draft: Draft, command: Recover) -> Any:
+    for job_id in list(draft.book.expired_locks):
+        transitions.stall(draft, draft.book.processing[job_id], "too early")
+    return recover(draft, command)
+
+
+@bug("downtime-not-credited", maintenance_rules._credited, breaks="downtime ends locks", found_by=WORKER_RULES)
+def _(credited: Any, lease: Any, since: int, until: int) -> Any:
+    return lease
+
+
+@bug(
+    "deletion-by-a-suspect-clock",
+    maintenance_rules._is_past,
+    breaks="a clock that jumps a year ahead empties the store",
+    found_by="tests/unit/engine/test_suspect_clock.py",
+)
+def _(is_past: Any, job: Job, at: Moment) -> Any:
+    return is_past(job, replace(at, trusted=None))
+
+
+@bug(
+    "expiry-by-a-suspect-clock",
+    transitions.may_expire,
+    breaks="a clock that jumps ahead fails queued jobs that are still wanted",
+    found_by="tests/unit/engine/test_suspect_clock.py",
+)
+def _(may_expire: Any, job: Job, at: Moment) -> Any:
+    return may_expire(job, replace(at, trusted=None))
+
+
+@bug(
+    "late-result-adopted-twice",
+    late_result_rules.adopt,
+    breaks="a late result replaces the result of a completed job",
+    found_by=LATE_RULES,
+)
+def _(adopt: Any, draft: Draft, command: Adopt) -> Any:
+    job = draft.book.get(command.id)
+    late = draft.book.late.results.get(job.seq, []) if job is not None else []
+    if job is not None and job.status == "completed" and late:
+        return transitions.job_answer(
+            draft, transitions.complete(draft, job, "adopted", job.ended, late[-1].result, reason=command.reason)
+        )
+    return adopt(draft, command)
+
+
+@bug(
+    "late-result-stored-twice",
+    late_result_rules._kept,
+    breaks="one grant leaves a late result for each body that it sends",
+    found_by=LATE_RULES,
+)
+def _(kept: Any, draft: Draft, job: Job, late: LateResult, refusal: Any) -> Any:
+    known = draft.book.late.results.pop(job.seq, [])
+    draft.book.late.results[job.seq] = [each for each in known if each.fencing_token != late.fencing_token]
+    return kept(draft, job, late, refusal)
+
+
+@bug(
+    "late-result-of-any-lock",
+    late_result_rules._granted,
+    breaks="an invented lock stores a result",
+    found_by=LATE_RULES,
+)
+def _(granted: Any, book: Book, job: Job, lock_id: str) -> Any:
+    return granted(book, job, lock_id) or ("nobody", 1)
+
+
+@bug(
+    "late-result-overrides-an-operator",
+    late_result_rules._is_unclaimed,
+    breaks="a job that an operator put back is completed by the worker that lost it",
+    found_by=LATE_RULES,
+)
+def _(is_unclaimed: Any, draft: Draft, job: Job, lock_id: str) -> bool:
+    ended = job.ended
+    return ended is not None and ended.lock_id == lock_id and ended.rule == "recovery" and job.status == "queued"
+
+
+@bug(
+    "plan-applied-blindly",
+    plan_rules.version,
+    breaks="a plan cancels a job that a worker has taken since the plan was made",
+    found_by="tests/unit/maintenance/test_plans.py",
+)
+def _(version: Any, job: Job, late: int | None = None, action: PlanAction | None = None) -> str:
+    return str(job.seq)
+
+
+@bug("dry-run-that-writes", is_dry_run, breaks="a dry run changes jobs", found_by=LATE_RULES)
+def _(dry: Any, command: Any) -> bool:
+    return False
+
+
+@bug(
+    "rule-changes-the-state",
+    Draft.token,
+    breaks="a decision takes its token from the state at once",
+    found_by=SIMULATION,
+)
+def _(token: Any, self: Draft) -> int:
+    self.book.next_token += 1
+    return int(token(self))
+
+
+@bug("event-omits-a-change", Draft.step, breaks="the journal lacks a change of updated_at", found_by=SIMULATION)
+def _(step: Any, /, self: Draft, job: Job, event_type: Any, **fields: Any) -> Job:
+    after: Job = step(self, job, event_type, **fields)
+    change = self.changes[-1]
+    assert change.event.changes is not None
+    changes = replace(change.event.changes, updated_at=UNSET)
+    self.changes[-1] = replace(change, event=replace(change.event, changes=changes))
+    return after
+
+
+@bug(
+    "tokens-of-a-backup-repeat",
+    new_epoch,
+    breaks="two restores of one backup issue equal tokens",
+    found_by="tests/unit/storage/test_startup.py",
+)
+def _(epoch: Any, seen: int, now_ms: int) -> int:
+    return seen + 1
+
+
+@bug("token-counter-lags", Book.numbers, breaks="the stored token counter is one behind", found_by=SIMULATION)
+def _(numbers: Any, self: Book, lease_ms: int, wall_ms: int, clock_suspect: bool) -> Any:
+    stored = numbers(self, lease_ms, wall_ms, clock_suspect)
+    return replace(stored, next_token=max(stored.next_token - 1, 1))
+
+
+@bug("lease-time-not-stored", Book.numbers, breaks="a restart gives every lock its time again", found_by=SIMULATION)
+def _(numbers: Any, self: Book, lease_ms: int, wall_ms: int, clock_suspect: bool) -> Any:
+    return numbers(self, lease_ms // 60_000 * 60_000, wall_ms, clock_suspect)
+
+
+@bug(
+    "suspicion-lost-in-a-restart",
+    Book.numbers,
+    breaks="the next start trusts a clock that was suspect, and deletes by it",
+    found_by="tests/unit/engine/test_suspect_clock.py",
+)
+def _(numbers: Any, self: Book, lease_ms: int, wall_ms: int, clock_suspect: bool) -> Any:
+    return numbers(self, lease_ms, wall_ms, False)
+
+
+@bug("tokens-reused-after-a-restart", Book.opened, breaks="tokens continue from the live grants", found_by=SIMULATION)
+def _(opened: Any, found: OpenedStore) -> Book:
+    book: Book = opened(found)
+    held = [job.grant.fencing_token & COUNTER_MASK for job in book.processing.values() if job.grant is not None]
+    book.next_token = max(held, default=0) + 1
+    return book
+
+
+@bug(
+    "job-numbers-reused-after-a-restart",
+    Book.opened,
+    breaks="a new job gets a deleted one's number",
+    found_by=SIMULATION,
+)
+def _(opened: Any, found: OpenedStore) -> Book:
+    book: Book = opened(found)
+    book.next_job = max((job.seq for job in found.live()), default=0) + 1
+    return book

@@ -1,0 +1,219 @@
+"""Bugs in the actor, its batches, idempotency and the clock."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from msgspec.structs import replace
+
+from jobd.engine.actor import Actor
+from jobd.engine.batch import DecidedBatch, Decider
+from jobd.engine.clock import Clock
+from jobd.engine.disk_full import FullDisk
+from jobd.engine.idempotency import Keys
+from jobd.engine.mailbox import Envelope, may_go_first
+from jobd.engine.waiting_claims import Parked
+from jobd.model.commands import IdempotencyKey, Undelivered
+from jobd.model.job import Policy
+from jobd.model.responses import Response
+from jobd.model.storage import AuditEntry, Batch, DiskFull, LoadedRows, StoredResponse, tombstones
+from tests.proof.planted.registry import SIMULATION, bug
+
+ACTOR = "tests/unit/engine/test_actor.py"
+
+
+@bug("answer-before-commit", Actor._write, breaks="responses leave before the commit", found_by=SIMULATION)
+async def _(write: Any, self: Actor, plan: DecidedBatch) -> Any:
+    for asked, answer in plan.replies:
+        if isinstance(answer, Response) and answer.read is None and not answer.unread_payloads:
+            asked.reply(answer)
+    return await write(self, plan)
+
+
+@bug("io-error-taken-for-a-full-disk", Actor._write, breaks="the daemon goes on after a failed fsync", found_by=ACTOR)
+async def _(write: Any, self: Actor, plan: DecidedBatch) -> Any:
+    try:
+        return await write(self, plan)
+    except OSError as error:
+        raise DiskFull(str(error)) from error
+
+
+@bug("mailbox-dropped-at-the-end", Actor.stop, breaks="waiting commands get no response at the end", found_by=ACTOR)
+def _(stop: Any, self: Actor) -> None:
+    stop(self)
+    self._mailbox.clear()
+
+
+@bug("undelivered-grant-kept", Actor.undelivered, breaks="a grant that was never received stays", found_by=SIMULATION)
+def _(undelivered: Any, self: Actor, answer: Response) -> None: ...
+
+
+@bug("abandoned-grant-kept", Decider.not_told, breaks="a grant of a caller that left stays", found_by=SIMULATION)
+def _(not_told: Any, self: Decider, asked: Envelope, answer: Response, told: int) -> list[Undelivered]:
+    return []
+
+
+@bug(
+    "delivered-grant-released",
+    Decider.undelivered,
+    breaks="of two connections with one key one closes, and the grant of the other ends",
+    found_by=SIMULATION,
+)
+def _(undelivered: Any, self: Decider, answer: Response, *, forgone: int = 1) -> Any:
+    for _, lock_id in answer.grants:
+        self._handed.pop(lock_id, None)
+    return undelivered(self, answer, forgone=forgone)
+
+
+@bug(
+    "grant-of-an-earlier-daemon-released",
+    Decider.__init__,
+    breaks="a repeat that closes after a restart ends the grant of the first call",
+    found_by=ACTOR,
+)
+def _(init: Any, self: Decider, *args: Any, **kwargs: Any) -> None:
+    init(self, *args, **kwargs)
+    self._handed.clear()
+
+
+@bug(
+    "token-reused-after-a-rollback",
+    Decider.take_back,
+    breaks="a rejected batch returns its tokens",
+    found_by=SIMULATION,
+)
+def _(take_back: Any, self: Decider, plan: DecidedBatch, loaded: LoadedRows) -> None:
+    take_back(self, plan, loaded)
+    self.book.next_token -= sum(change.event.type == "granted" for change in plan.changes)
+
+
+@bug("rollback-forgotten", Decider.take_back, breaks="memory keeps what the disk rejected", found_by=SIMULATION)
+def _(take_back: Any, self: Decider, plan: DecidedBatch, loaded: LoadedRows) -> None:
+    jobs = {change.event.job_id: self.book.get(change.event.job_id) for change in plan.changes}
+    take_back(self, plan, replace(loaded, jobs={job_id: job for job_id, job in jobs.items() if job is not None}))
+
+
+@bug("keys-not-rolled-back", Keys.rollback, breaks="a rejected call is answered as if it was done", found_by=SIMULATION)
+def _(rollback: Any, self: Keys) -> None:
+    self.commit()
+
+
+_late_keys: WeakKeyDictionary[Decider, list[StoredResponse]] = WeakKeyDictionary()
+_late_audit: WeakKeyDictionary[Decider, list[AuditEntry]] = WeakKeyDictionary()
+
+
+@bug(
+    "key-stored-after-its-change",
+    Decider.batch,
+    breaks="a key is in the transaction after its change",
+    found_by=SIMULATION,
+)
+def _(batch: Any, self: Decider, plan: DecidedBatch, policy: Policy) -> Any:
+    made: Batch = batch(self, plan, policy)
+    late, _late_keys[self] = _late_keys.get(self, []), made.keys
+    return replace(made, keys=late)
+
+
+@bug(
+    "audit-stored-after-its-change",
+    Decider.batch,
+    breaks="an operator's change has no audit entry",
+    found_by=SIMULATION,
+)
+def _(batch: Any, self: Decider, plan: DecidedBatch, policy: Policy) -> Any:
+    made: Batch = batch(self, plan, policy)
+    late, _late_audit[self] = _late_audit.get(self, []), made.audit
+    return replace(made, audit=late)
+
+
+@bug(
+    "jump-stored-as-expected",
+    Decider.batch,
+    breaks="the next start trusts a jump of the clock",
+    found_by="tests/unit/engine/test_suspect_clock.py",
+)
+def _(batch: Any, self: Decider, plan: DecidedBatch, policy: Policy) -> Any:
+    made: Batch = batch(self, plan, policy)
+    return replace(made, numbers=replace(made.numbers, wall_ms=plan.at.now))
+
+
+@bug("tombstone-not-written", tombstones, breaks="the object of a deleted job stays for good", found_by=SIMULATION)
+def _(left: Any, changes: Any) -> Any:
+    return []
+
+
+@bug("effect-twice-under-one-key", Keys.find, breaks="a repeat in the same batch runs again", found_by=SIMULATION)
+def _(find: Any, self: Keys, digest: str, now: int) -> Any:
+    return None if digest in self._added else find(self, digest, now)
+
+
+@bug(
+    "key-of-another-request",
+    Decider._known_answer,
+    breaks="a key answers any request with the first's",
+    found_by=SIMULATION,
+)
+def _(
+    known_answer: Any, self: Decider, plan: DecidedBatch, asked: Envelope, key: IdempotencyKey, policy: Policy
+) -> Any:
+    row = self.keys.find(key.digest, plan.at.believed)
+    return known_answer(self, plan, asked, key if row is None else replace(key, body_hash=row.body_hash), policy)
+
+
+@bug(
+    "key-dropped-with-its-first-grant",
+    Keys.ended,
+    breaks="the key of a claim goes with the first of its grants",
+    found_by="tests/unit/engine/test_idempotency.py",
+)
+def _(ended: Any, self: Keys, lock_id: str) -> None:
+    digest = self._by_lock.get(lock_id)
+    ended(self, lock_id)
+    if digest in self._grants:
+        self._forget(self._grants[digest])
+
+
+@bug("new-claim-overtakes", Decider.decide, breaks="a new claim is served before waiting ones", found_by=SIMULATION)
+def _(decide: Any, self: Decider, batch: Any, at: Any, known: Any, policy: Policy, *, serves: bool = True) -> Any:
+    plan: DecidedBatch = decide(self, batch, at, known, policy, serves=False)
+    if serves:
+        self._serve_parked(plan, policy)
+    return plan
+
+
+@bug("latest-claim-first", Parked.first, breaks="the last waiting claim is served first", found_by=SIMULATION)
+def _(first: Any, self: Parked, queue: str, kind: str) -> Any:
+    waiting = [self._at[place] for place in ((queue, kind), (queue, None)) if place in self._at]
+    ticket = max((next(reversed(tickets)) for tickets in waiting), default=None)
+    return None if ticket is None else self._all[ticket][0]
+
+
+@bug("read-overtakes-its-own-stream", may_go_first, breaks="a read misses the command before it", found_by=ACTOR)
+def _(may_go: Any, asked: Envelope) -> bool:
+    return bool(asked.call.command.admission == "read")
+
+
+@bug(
+    "wall-clock-for-locks",
+    Clock._advance,
+    breaks="a step of the wall clock ends locks",
+    found_by="tests/unit/engine/test_clock.py",
+)
+def _(advance: Any, self: Clock) -> int:
+    boot, self._boot = self._boot, self._wall
+    try:
+        return int(advance(self))
+    finally:
+        self._boot = boot
+
+
+@bug(
+    "lease-time-runs-on-a-full-disk",
+    FullDisk.close_further,
+    breaks="locks expire while none can be extended",
+    found_by=ACTOR,
+)
+async def _(close_further: Any, self: FullDisk) -> None:
+    await close_further(self)
+    self._lease.resume()

@@ -1,0 +1,60 @@
+"""Bugs at the HTTP interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobd.api.command_stream import _CommandStream
+from jobd.http.app import App
+from jobd.http.auth import Authenticator, token_digest
+from jobd.http.response import HttpResponse
+from jobd.model.responses import Response
+from tests.proof.planted.registry import bug
+
+AUTH = "tests/unit/http/test_auth.py"
+
+
+@bug("key-without-its-path", Authenticator.idempotency_key, breaks="a key answers for another job", found_by=AUTH)
+def _(idempotency_key: Any, self: Authenticator, key: str, method: str, path: str, body: bytes) -> Any:
+    return idempotency_key(self, key, method, "", body)
+
+
+@bug("token-compared-by-its-start", token_digest, breaks="the first 24 characters of a token are enough", found_by=AUTH)
+def _(digest: Any, token: str) -> bytes:
+    return bytes(digest(token[:24]))
+
+
+@bug(
+    "lost-grants-not-reported",
+    App[Any]._ok_response,
+    breaks="a grant whose response is lost stays until its lock expires",
+    found_by="tests/unit/http/test_app_with_actor.py",
+)
+def _(ok_response: Any, self: App[Any], ctx: Any, answer: Response) -> HttpResponse:
+    grants, answer.grants = answer.grants, []
+    try:
+        made: HttpResponse = ok_response(self, ctx, answer)
+        return made
+    finally:
+        answer.grants = grants
+
+
+@bug(
+    "stream-error-overtakes",
+    _CommandStream._refuse,
+    breaks="an immediate error of a stream takes the place of the response before it",
+    found_by="tests/integration/test_command_stream.py",
+)
+def _(refuse: Any, self: _CommandStream, slot: Any, refusal: Any) -> None:
+    refuse(self, slot, refusal)
+    self._slots.rotate(1)
+
+
+@bug(
+    "closed-stream-keeps-its-grants",
+    _CommandStream._give_up,
+    breaks="grants in a stream whose client has left stay until their locks expire",
+    found_by="tests/integration/test_command_stream.py",
+)
+def _(give_up: Any, self: _CommandStream) -> None:
+    self._slots.clear()

@@ -1,0 +1,83 @@
+"""Declare and plant bugs. A bug is a function that takes the place of one function of jobd."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+import pytest
+from msgspec import Struct
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# The level of a test file, by the start of its path.
+LEVELS: Final = {
+    "tests/unit/core": "rules",
+    "tests/proof/test_small_world.py": "small world",
+    "tests/proof/test_simulation.py": "simulation",
+    "tests/unit/engine": "actor",
+    "tests/unit/maintenance": "maintenance",
+    "tests/unit/storage": "store",
+    "tests/unit/webhooks": "webhooks",
+    "tests/unit/http": "http",
+    "tests/unit/api": "http",
+    "tests/integration/test_command_stream.py": "http",
+}
+
+SIMULATION: Final = "tests/proof/test_simulation.py::test_every_promise_holds"
+
+
+class Bug(Struct, frozen=True):
+    """One bug: `replacement` is called in place of `target`, with `target` as its first argument.
+
+    `breaks` describes the effect. `found_by` is the test file (or test) that must fail.
+    """
+
+    name: str
+    breaks: str
+    found_by: str
+    target: Callable[..., Any]
+    replacement: Callable[..., Any]
+
+    @property
+    def level(self) -> str:
+        return next(level for path, level in LEVELS.items() if self.found_by.startswith(path))
+
+
+BUGS: Final[dict[str, Bug]] = {}
+
+
+def bug(
+    name: str, target: Callable[P, R], *, breaks: str, found_by: str
+) -> Callable[[Callable[Concatenate[Callable[P, R], P], R]], None]:
+    """Register the decorated function as a bug in `target`. mypy checks that its signature fits."""
+
+    def register(replacement: Callable[Concatenate[Callable[P, R], P], R]) -> None:
+        assert name not in BUGS, f"two bugs are named {name}"
+        BUGS[name] = Bug(name, breaks, found_by, target, replacement)
+
+    return register
+
+
+def plant(planted: Bug, patch: pytest.MonkeyPatch) -> None:
+    """Replace the target of `planted` in its class or module, and under every name by which jobd imported it."""
+    target = planted.target
+
+    @functools.wraps(target)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return planted.replacement(target, *args, **kwargs)
+
+    module = sys.modules[target.__module__]
+    *outer, name = target.__qualname__.split(".")
+    owner: Any = functools.reduce(getattr, outer, module)
+    if outer:
+        is_classmethod = isinstance(inspect.getattr_static(owner, name), classmethod)
+        patch.setattr(owner, name, staticmethod(call) if is_classmethod else call)
+        return
+    for other in [other for key, other in sys.modules.items() if key.startswith("jobd.")]:
+        for alias in [alias for alias, value in vars(other).items() if value is target]:
+            patch.setattr(other, alias, call)
