@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import tool_missing
-from tests.proof.faults.times import FAKETIME, _library
+from tests.proof.faults.clocks import FAKETIME, _library
 from tests.support.daemon_process import Daemon
 
 AHEAD_S = 7200

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests import ROOT
-from tests.proof.faults.frame import commit
+from tests.proof.faults.harness import commit
 
 DOCUMENT: Final = ROOT / "docs/reliability.md"
 OUT: Final = ROOT / "build/proof"

@@ -75,7 +75,7 @@ from jobd.model.job import (
 )
 from jobd.model.responses import Response, Validation, WhyView
 from jobd.model.storage import LateResultRows, Numbers, OpenedStore
-from tests.proof.simulation.promises import Promises
+from tests.proof.simulation.invariants import Promises
 from tests.support.rule_harness import compare
 
 NOW: Final = 1_700_000_000_000

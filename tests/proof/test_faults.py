@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.proof.faults.frame import checks
+from tests.proof.faults.harness import checks
 from tests.support.daemon_process import die_with_us
 
 

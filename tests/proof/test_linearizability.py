@@ -17,8 +17,8 @@ from tests.proof.linearizability import __main__ as program
 from tests.proof.linearizability.history import History, Operation, Outage, Said, Terms, overlapping
 from tests.proof.linearizability.model import GRACE, MS, NEVER, RULES, State, World, drifts, step
 from tests.proof.linearizability.mutate import KINDS
+from tests.proof.linearizability.report import story
 from tests.proof.linearizability.search import judge
-from tests.proof.linearizability.tell import story
 
 ENDLESS: Final = World(Terms(max_attempts=2))
 SHORT: Final = World(Terms(max_attempts=2, max_processing_ms=10))

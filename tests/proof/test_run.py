@@ -14,8 +14,8 @@ from tests import ROOT
 from tests.integration.test_docs import rows, ticked
 from tests.proof import run as proof
 from tests.proof.faults import __main__ as faults
-from tests.proof.faults import frame
-from tests.proof.faults.frame import Check, Outcome, Tool, checks
+from tests.proof.faults import harness
+from tests.proof.faults.harness import Check, Outcome, Tool, checks
 
 DOCUMENT = "before\n<!-- world -->\nold\n<!-- end -->\nbetween\n<!-- planted -->\n<!-- end -->\nafter\n"
 
@@ -97,7 +97,7 @@ def test_a_fault_reports_its_commit_command_interpreter_and_tools(
         needs=(Tool("saw", "tools", lambda: is_here),),
     )
     monkeypatch.setattr(faults, "checks", lambda: {"kill": check})
-    monkeypatch.setattr(frame, "commit", lambda: "0123456789ab")
+    monkeypatch.setattr(harness, "commit", lambda: "0123456789ab")
     monkeypatch.delenv("CI", raising=False)
     assert faults.main(["--report"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -19,11 +19,11 @@ from jobd.model.commands import Stats
 from tests import ROOT
 from tests.proof.simulation import __main__ as program
 from tests.proof.simulation.expected import never
-from tests.proof.simulation.journal import Journal
 from tests.proof.simulation.loop import SimLoop
 from tests.proof.simulation.machine import Machine
-from tests.proof.simulation.plan import FAULTS, MISHAPS, draw
 from tests.proof.simulation.run import Outcome, explain, simulate
+from tests.proof.simulation.scenario import FAULTS, MISHAPS, draw
+from tests.proof.simulation.trace import Journal
 
 CHUNKS: Final = 6
 SEEDS: Final = 30  # of each chunk
@@ -121,7 +121,7 @@ def test_the_faults_that_matter_are_found(monkeypatch: pytest.MonkeyPatch) -> No
     least = explain(found.seed, 300, found.broken)
     assert least.broken is not None
     assert least.story
-    from tests.proof.simulation.plan import draw
+    from tests.proof.simulation.scenario import draw
 
     assert set(draw(found.seed, frozenset(least.without)).faults) & {"full disk", "rot"}
 

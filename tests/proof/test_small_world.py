@@ -33,7 +33,7 @@ from jobd.model.commands import (
     Workers,
 )
 from jobd.model.job import Job
-from tests.proof.simulation.promises import Broken
+from tests.proof.simulation.invariants import Broken
 from tests.proof.small_world import WORLDS, Walk, World, main
 
 BEGINNING = 1_500  # states

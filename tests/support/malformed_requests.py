@@ -1,6 +1,6 @@
 """Requests that are no requests, or none that anybody should take: raw bytes, each to be answered with a 4xx.
 
-Only bytes: how they are sent and judged is in test_listener.py and in faults/hostile_http.py.
+Only bytes: how they are sent and judged is in test_listener.py and in faults/malformed_http.py.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 
-from tests.proof.faults.frame import Check, Outcome, checks, play
+from tests.proof.faults.harness import Check, Outcome, checks, play
 
 
 def main(arguments: list[str] | None = None) -> int:

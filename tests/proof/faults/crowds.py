@@ -1,7 +1,7 @@
 """Many abusive clients beside a normal one: idle connections, slow readers, half-sent bodies, a full mailbox, no
 descriptors left.
 
-The abusive clients run in other processes (crowd.py). These checks measure the delay of a normal client.
+The abusive clients run in other processes (crowd_process.py). These checks measure the delay of a normal client.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Final
 
-from tests.proof.faults.crowd import room
-from tests.proof.faults.frame import Check, Counts, Tool, Trial, program
+from tests.proof.faults.crowd_process import room
+from tests.proof.faults.harness import Check, Counts, Tool, Trial, program
 from tests.support.daemon_process import Daemon, call, die_with_us
 
 SLOWER: Final = 2.0  # the highest p99 with the others, relative to the one without
@@ -36,7 +36,7 @@ MANY_FILES = Tool(f"room for {IDLE} connections", "none: raise the limit of open
 @contextmanager
 def crowd(kind: str, daemon: Daemon, count: int) -> Iterator[dict[str, int]]:
     """Keep many connections open while the block runs. Yield their number and, after the block, their results."""
-    command = [sys.executable, "-m", "tests.proof.faults.crowd", kind, daemon.socket, str(count)]
+    command = [sys.executable, "-m", "tests.proof.faults.crowd_process", kind, daemon.socket, str(count)]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=die_with_us
     )

@@ -19,10 +19,10 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from tests.proof.faults.examine import Contents, examined
-from tests.proof.faults.frame import Check, Counts, Trial, program
+from tests.proof.faults.harness import Check, Counts, Trial, program
 from tests.proof.faults.ledger import Ledger, asked_for, told_pattern
 from tests.proof.faults.load import load
+from tests.proof.faults.store_check import Contents, examined
 from tests.support.daemon_process import Daemon, Doors, Reply, call, die_with_us
 
 BUSY: Final = 75

@@ -20,10 +20,10 @@ from jobd.model.storage import JobQuery
 from jobd.storage import doctor
 from jobd.storage.files import StoreError
 from jobd.storage.store import Store
-from tests.proof.faults.examine import Contents, contents
-from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
+from tests.proof.faults.store_check import Contents, contents
 from tests.support.daemon_process import Daemon, call
 
 PAGE: Final = 4096

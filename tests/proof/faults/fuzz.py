@@ -29,7 +29,7 @@ from jobd.api.openapi import document
 from jobd.http.auth import LINES
 from jobd.http.routing import Route
 from jobd.model.job import STATUSES
-from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.harness import Check, Counts, Trial
 from tests.support.daemon_process import TOKEN, Daemon
 
 # Rules that no schema expresses: a well-formed request may get these messages, and no others.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from tests.proof.faults.examine import examined
-from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
+from tests.proof.faults.store_check import examined
 from tests.support.daemon_process import Daemon
 
 READY_S: Final = 2.0

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from jobd.model.events import Event
-from tests.proof.faults.examine import Contents
+from tests.proof.faults.store_check import Contents
 from tests.support.daemon_process import Doors
 
 # Events of the daemon itself may occur between those of clients.

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from tests.proof.faults.frame import Tool
+from tests.proof.faults.harness import Tool
 
 _CLONE_NEWNS: Final = 0x00020000
 _FS_IOC_SHUTDOWN: Final = 2 << 30 | 4 << 16 | ord("X") << 8 | 125  # _IOR('X', 125, __u32)

@@ -16,8 +16,8 @@ from collections import Counter
 from contextlib import closing
 from typing import Any, Final
 
-from tests.proof.faults.examine import examined
-from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.store_check import examined
 from tests.proof.faults.strace import STRACE, SYNCS, Strace
 from tests.support.daemon_process import Daemon, Reply, call
 

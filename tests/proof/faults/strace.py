@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.proof.faults.frame import program
+from tests.proof.faults.harness import program
 from tests.support.daemon_process import SAID_S, Daemon
 
 STRACE: Final = program("strace")

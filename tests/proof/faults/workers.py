@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Final
 
-from tests.proof.faults.examine import examined
-from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.harness import Check, Counts, Trial
+from tests.proof.faults.store_check import examined
 from tests.support.daemon_process import Daemon, call, die_with_us
 
 LOCK_TTL_MS: Final = 1_000

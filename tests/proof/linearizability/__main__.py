@@ -17,12 +17,12 @@ from random import Random
 
 from msgspec import Struct, field
 
-from tests.proof.linearizability.gather import Gathered, a_daemon, gather
 from tests.proof.linearizability.history import overlapping
 from tests.proof.linearizability.model import World
 from tests.proof.linearizability.mutate import KINDS, mutants
+from tests.proof.linearizability.record import Gathered, a_daemon, gather
+from tests.proof.linearizability.report import line, story
 from tests.proof.linearizability.search import judge
-from tests.proof.linearizability.tell import line, story
 
 WANTED_SHARE = 0.30
 WANTED_CLIENTS = 4

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from tests.proof.linearizability.history import History, Operation, Said
 from tests.proof.linearizability.model import MOVES
-from tests.proof.linearizability.talk import Away, Exchange, Fate, Line, Request, claimed, said
+from tests.proof.linearizability.transport import Away, Exchange, Fate, Line, Request, claimed, said
 from tests.support.daemon_process import Daemon
 
 READY_S: Final = 40.0

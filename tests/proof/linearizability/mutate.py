@@ -68,7 +68,7 @@ def _no_deletion(history: History, after: Operation, until_ns: int) -> bool:
     )
 
 
-# -- one guarantee each: all ways in which this history can be changed to break it ----------------------------------------
+# -- the kinds of mutants ---------------------------------------------------------------------------------------------
 
 
 def granted_twice(history: History, world: World) -> Iterator[History]:

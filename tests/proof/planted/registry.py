@@ -28,13 +28,16 @@ LEVELS: Final = {
     "tests/integration/test_command_stream.py": "http",
 }
 
+RULES: Final = "tests/unit/core"
+ACTOR: Final = "tests/unit/engine"
 SIMULATION: Final = "tests/proof/test_simulation.py::test_every_promise_holds"
 
 
 class Bug(Struct, frozen=True):
     """One bug: `replacement` is called in place of `target`, with `target` as its first argument.
 
-    `breaks` describes the effect. `found_by` is the test file (or test) that must fail.
+    `breaks` describes the effect. `found_by` is the directory, file or test that must
+    have a failing test.
     """
 
     name: str

@@ -17,8 +17,8 @@ from functools import partial
 from typing import Final
 
 from tests.proof.simulation.expected import never
-from tests.proof.simulation.plan import draw
 from tests.proof.simulation.run import Outcome, explain, simulate
+from tests.proof.simulation.scenario import draw
 
 ENOUGH: Final = 1_000  # seeds within which everything must happen
 CHUNK: Final = 10

@@ -11,8 +11,8 @@ from typing import Final, get_args
 from jobd.model.commands import AnyCommand
 from jobd.model.errors import ERROR_STATUS
 from jobd.model.events import EventType
-from tests.proof.simulation.chaos import UPKEEP
-from tests.proof.simulation.plan import FAULTS, MISHAPS
+from tests.proof.simulation.injector import UPKEEP
+from tests.proof.simulation.scenario import FAULTS, MISHAPS
 
 # Errors of the HTTP layer, not of the core.
 OF_THE_DOORS: Final = frozenset(

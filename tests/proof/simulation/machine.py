@@ -29,10 +29,10 @@ from jobd.model.storage import DiskFull, OpenedStore
 from jobd.monitoring import event_log
 from tests.proof.simulation.artifacts import SimArtifacts
 from tests.proof.simulation.disk import SimDisk, Snapshot
-from tests.proof.simulation.journal import Journal
 from tests.proof.simulation.loop import SimLoop
-from tests.proof.simulation.plan import Plan
-from tests.proof.simulation.watch import Watch
+from tests.proof.simulation.monitor import Watch
+from tests.proof.simulation.scenario import Plan
+from tests.proof.simulation.trace import Journal
 
 WALL: Final = 1_700_000_000_000
 SLICE: Final = 2  # 500 in the real one; fewer here, so that a start has several slices

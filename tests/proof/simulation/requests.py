@@ -61,7 +61,7 @@ from jobd.model.commands import (
 )
 from jobd.model.job import STATUSES, Backoff, Job
 from tests.proof.simulation.disk import SimDisk
-from tests.proof.simulation.plan import Plan
+from tests.proof.simulation.scenario import Plan
 
 
 class Requests:

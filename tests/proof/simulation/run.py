@@ -19,13 +19,13 @@ from msgspec import Struct, field
 
 from jobd.core import decide
 from jobd.model.storage import DiskFull
-from tests.proof.simulation.chaos import Chaos
-from tests.proof.simulation.closing import Closing
-from tests.proof.simulation.journal import Journal
+from tests.proof.simulation.clients import Creator, Operator, Person, Worker
+from tests.proof.simulation.final_phase import Closing
+from tests.proof.simulation.injector import Chaos
 from tests.proof.simulation.loop import SimLoop
 from tests.proof.simulation.machine import Machine
-from tests.proof.simulation.people import Creator, Operator, Person, Worker
-from tests.proof.simulation.plan import FAULTS, MISHAPS, draw
+from tests.proof.simulation.scenario import FAULTS, MISHAPS, draw
+from tests.proof.simulation.trace import Journal
 
 LONGEST_S: Final = 24 * 3_600.0  # virtual time, for seeds in which little happens
 

@@ -80,7 +80,7 @@ from jobd.model.job import (
     Result,
 )
 from jobd.model.responses import Response
-from tests.proof.simulation.promises import NOTES
+from tests.proof.simulation.invariants import NOTES
 from tests.support.rule_harness import NOW, SEED, RuleHarness, due_order
 
 # Short times, so that a few steps cross every boundary.

@@ -14,13 +14,15 @@ from jobd.model.commands import Adopt, Bulk, Moment, PlanAction, Recover, Start,
 from jobd.model.events import Change
 from jobd.model.job import COUNTER_MASK, Job, LateResult, new_epoch
 from jobd.model.storage import OpenedStore
-from tests.proof.planted.registry import SIMULATION, bug
-
-WORKER_RULES = "tests/unit/core/test_worker_rules.py"
-LATE_RULES = "tests/unit/core/test_late_result_rules.py"
+from tests.proof.planted.registry import ACTOR, RULES, SIMULATION, bug
 
 
-@bug("no-fence-on-complete", worker_rules._held, breaks="complete accepts an older grant", found_by=WORKER_RULES)
+@bug(
+    "no-fence-on-complete",
+    worker_rules._held,
+    breaks="complete accepts an older grant",
+    found_by=RULES,
+)
 def _(held: Any, draft: Draft, command: worker_rules.Holders, verb: str) -> Any:
     job = draft.book.get(command.id)
     if verb == "complete" and job is not None and job.status == "processing" and job.lease is not None:
@@ -28,7 +30,7 @@ def _(held: Any, draft: Draft, command: worker_rules.Holders, verb: str) -> Any:
     return held(draft, command, verb)
 
 
-@bug("start-takes-over", worker_rules.start, breaks="start grants a held job to the same worker", found_by=WORKER_RULES)
+@bug("start-takes-over", worker_rules.start, breaks="start grants a held job to the same worker", found_by=RULES)
 def _(start: Any, draft: Draft, command: Start) -> Any:
     job = draft.book.get(command.id)
     if job is not None and job.grant is not None and job.grant.worker == command.worker:
@@ -40,7 +42,7 @@ def _(start: Any, draft: Draft, command: Start) -> Any:
     "rejected-bulk-creates-jobs",
     worker_rules.bulk,
     breaks="a rejected bulk keeps its first jobs",
-    found_by=WORKER_RULES,
+    found_by=RULES,
 )
 def _(bulk: Any, draft: Draft, command: Bulk) -> Any:
     class Kept(list[Change]):
@@ -54,7 +56,7 @@ def _(bulk: Any, draft: Draft, command: Bulk) -> Any:
     "recovered-before-its-time",
     maintenance_rules.recover,
     breaks="an expired lock counts as stalled",
-    found_by=WORKER_RULES,
+    found_by=RULES,
 )
 def _(recover: Any, draft: Draft, command: Recover) -> Any:
     for job_id in list(draft.book.expired_locks):
@@ -62,7 +64,7 @@ def _(recover: Any, draft: Draft, command: Recover) -> Any:
     return recover(draft, command)
 
 
-@bug("downtime-not-credited", maintenance_rules._credited, breaks="downtime ends locks", found_by=WORKER_RULES)
+@bug("downtime-not-credited", maintenance_rules._credited, breaks="downtime ends locks", found_by=RULES)
 def _(credited: Any, lease: Any, since: int, until: int) -> Any:
     return lease
 
@@ -71,7 +73,7 @@ def _(credited: Any, lease: Any, since: int, until: int) -> Any:
     "deletion-by-a-suspect-clock",
     maintenance_rules._is_past,
     breaks="a clock that jumps a year ahead empties the store",
-    found_by="tests/unit/engine/test_suspect_clock.py",
+    found_by=ACTOR,
 )
 def _(is_past: Any, job: Job, at: Moment) -> Any:
     return is_past(job, replace(at, trusted=None))
@@ -81,7 +83,7 @@ def _(is_past: Any, job: Job, at: Moment) -> Any:
     "expiry-by-a-suspect-clock",
     transitions.may_expire,
     breaks="a clock that jumps ahead fails queued jobs that are still wanted",
-    found_by="tests/unit/engine/test_suspect_clock.py",
+    found_by=ACTOR,
 )
 def _(may_expire: Any, job: Job, at: Moment) -> Any:
     return may_expire(job, replace(at, trusted=None))
@@ -91,7 +93,7 @@ def _(may_expire: Any, job: Job, at: Moment) -> Any:
     "late-result-adopted-twice",
     late_result_rules.adopt,
     breaks="a late result replaces the result of a completed job",
-    found_by=LATE_RULES,
+    found_by=RULES,
 )
 def _(adopt: Any, draft: Draft, command: Adopt) -> Any:
     job = draft.book.get(command.id)
@@ -107,7 +109,7 @@ def _(adopt: Any, draft: Draft, command: Adopt) -> Any:
     "late-result-stored-twice",
     late_result_rules._kept,
     breaks="one grant leaves a late result for each body that it sends",
-    found_by=LATE_RULES,
+    found_by=RULES,
 )
 def _(kept: Any, draft: Draft, job: Job, late: LateResult, refusal: Any) -> Any:
     known = draft.book.late.results.pop(job.seq, [])
@@ -119,7 +121,7 @@ def _(kept: Any, draft: Draft, job: Job, late: LateResult, refusal: Any) -> Any:
     "late-result-of-any-lock",
     late_result_rules._granted,
     breaks="an invented lock stores a result",
-    found_by=LATE_RULES,
+    found_by=RULES,
 )
 def _(granted: Any, book: Book, job: Job, lock_id: str) -> Any:
     return granted(book, job, lock_id) or ("nobody", 1)
@@ -129,7 +131,7 @@ def _(granted: Any, book: Book, job: Job, lock_id: str) -> Any:
     "late-result-overrides-an-operator",
     late_result_rules._is_unclaimed,
     breaks="a job that an operator put back is completed by the worker that lost it",
-    found_by=LATE_RULES,
+    found_by=RULES,
 )
 def _(is_unclaimed: Any, draft: Draft, job: Job, lock_id: str) -> bool:
     ended = job.ended
@@ -146,7 +148,7 @@ def _(version: Any, job: Job, late: int | None = None, action: PlanAction | None
     return str(job.seq)
 
 
-@bug("dry-run-that-writes", is_dry_run, breaks="a dry run changes jobs", found_by=LATE_RULES)
+@bug("dry-run-that-writes", is_dry_run, breaks="a dry run changes jobs", found_by=RULES)
 def _(dry: Any, command: Any) -> bool:
     return False
 
@@ -197,7 +199,7 @@ def _(numbers: Any, self: Book, lease_ms: int, wall_ms: int, clock_suspect: bool
     "suspicion-lost-in-a-restart",
     Book.numbers,
     breaks="the next start trusts a clock that was suspect, and deletes by it",
-    found_by="tests/unit/engine/test_suspect_clock.py",
+    found_by=ACTOR,
 )
 def _(numbers: Any, self: Book, lease_ms: int, wall_ms: int, clock_suspect: bool) -> Any:
     return numbers(self, lease_ms, wall_ms, False)

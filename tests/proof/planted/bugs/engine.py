@@ -18,9 +18,7 @@ from jobd.model.commands import IdempotencyKey, Undelivered
 from jobd.model.job import Policy
 from jobd.model.responses import Response
 from jobd.model.storage import AuditEntry, Batch, DiskFull, LoadedRows, StoredResponse, tombstones
-from tests.proof.planted.registry import SIMULATION, bug
-
-ACTOR = "tests/unit/engine/test_actor.py"
+from tests.proof.planted.registry import ACTOR, SIMULATION, bug
 
 
 @bug("answer-before-commit", Actor._write, breaks="responses leave before the commit", found_by=SIMULATION)
@@ -131,7 +129,7 @@ def _(batch: Any, self: Decider, plan: DecidedBatch, policy: Policy) -> Any:
     "jump-stored-as-expected",
     Decider.batch,
     breaks="the next start trusts a jump of the clock",
-    found_by="tests/unit/engine/test_suspect_clock.py",
+    found_by=ACTOR,
 )
 def _(batch: Any, self: Decider, plan: DecidedBatch, policy: Policy) -> Any:
     made: Batch = batch(self, plan, policy)
@@ -165,7 +163,7 @@ def _(
     "key-dropped-with-its-first-grant",
     Keys.ended,
     breaks="the key of a claim goes with the first of its grants",
-    found_by="tests/unit/engine/test_idempotency.py",
+    found_by=ACTOR,
 )
 def _(ended: Any, self: Keys, lock_id: str) -> None:
     digest = self._by_lock.get(lock_id)
@@ -198,7 +196,7 @@ def _(may_go: Any, asked: Envelope) -> bool:
     "wall-clock-for-locks",
     Clock._advance,
     breaks="a step of the wall clock ends locks",
-    found_by="tests/unit/engine/test_clock.py",
+    found_by=ACTOR,
 )
 def _(advance: Any, self: Clock) -> int:
     boot, self._boot = self._boot, self._wall

@@ -7,7 +7,7 @@ from typing import Any
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper
 from jobd.maintenance.cleanup_pass import CleanupRun
 from jobd.maintenance.maintainer import Maintainer
-from tests.proof.planted.registry import SIMULATION, bug
+from tests.proof.planted.registry import ACTOR, SIMULATION, bug
 
 MAINTAINER = "tests/unit/maintenance/test_maintainer.py"
 
@@ -30,7 +30,7 @@ async def _(step_of: Any, self: CleanupRun, name: str, step: Any) -> None:
     "journal-pruned-by-a-suspect-clock",
     CleanupRun._journal_step,
     breaks="a cleanup run deletes the journal of deleted jobs although the clock is suspect",
-    found_by="tests/unit/engine/test_suspect_clock.py",
+    found_by=ACTOR,
 )
 async def _(journal_step: Any, self: CleanupRun) -> None:
     await self._disk.prune(self._clock.moment().now - self._context.schedule.journal_ms, self._batch)

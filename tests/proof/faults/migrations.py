@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Final
 
 from jobd.storage import migrations, startup
-from tests.proof.faults.examine import contents, examined
-from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.next_version import AHEAD
+from tests.proof.faults.store_check import contents, examined
 from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Strace
-from tests.proof.faults.sweeps import EXIT_IO, Place
+from tests.proof.faults.syscall_faults import EXIT_IO, Place
 from tests.support.daemon_process import Daemon
 
 NEXT: Final = "tests.proof.faults.next_version"

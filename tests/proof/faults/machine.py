@@ -1,7 +1,7 @@
 """A nested machine: a real systemd as PID 1 in namespaces, with jobd installed as systemd/README.md describes.
 
 All writes go to memory, and everything in it ends with the process that made it.
-`python -m tests.proof.faults.box DIRECTORY CONSOLE tcp|unix-only` is its first process, which becomes systemd.
+`python -m tests.proof.faults.machine DIRECTORY CONSOLE tcp|unix-only` is its first process, which becomes systemd.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from tests import ROOT
-from tests.proof.faults.frame import Tool, program
+from tests.proof.faults.harness import Tool, program
 from tests.support.daemon_process import TOKEN, Doors, OverUnix, die_with_us
 
 SYSTEMD: Final = Path("/usr/lib/systemd/systemd")
@@ -86,7 +86,7 @@ class Box(Doors):
         self._cgroup.mkdir()
         self._console, console = pty.openpty()
         command = ["unshare", *SPACES, "--fork", "--propagation", "private"]
-        command += [sys.executable, "-m", "tests.proof.faults.box"]
+        command += [sys.executable, "-m", "tests.proof.faults.machine"]
         command += [str(self.directory), os.ttyname(console), self._variant]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=console, preexec_fn=self._settle)
         os.close(console)

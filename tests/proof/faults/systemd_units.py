@@ -1,7 +1,7 @@
 """The units of systemd/ under a real systemd: activation, readiness, reload, watchdog, crashes, stops, a wrong
 configuration.
 
-box.py makes the machine. Warnings of systemd about the units count too.
+machine.py makes the machine. Warnings of systemd about the units count too.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests import ROOT
-from tests.proof.faults.box import NEEDS, SERVICE, UNITS, Box
 from tests.proof.faults.daemons import nothing_untold, parked
-from tests.proof.faults.examine import Contents, examined
-from tests.proof.faults.frame import Check, Counts, Trial, program
+from tests.proof.faults.harness import Check, Counts, Trial, program
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
+from tests.proof.faults.machine import NEEDS, SERVICE, UNITS, Box
+from tests.proof.faults.store_check import Contents, examined
 from tests.support.daemon_process import TOKEN, Reply, call
 
 SOCKETS: Final = UNITS[1:]

@@ -8,11 +8,11 @@ from __future__ import annotations
 import time
 from typing import Final
 
-from tests.proof.faults.examine import examined
-from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.mounts import LOOP_MOUNTS, loop_disk
+from tests.proof.faults.store_check import examined
 from tests.support.daemon_process import Daemon
 
 DISK_BYTES: Final = 128 << 20

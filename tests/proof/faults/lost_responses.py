@@ -18,11 +18,11 @@ from typing import Any, Final
 
 from jobd.model.job import Grant
 from tests.proof.faults.daemons import slow_disk
-from tests.proof.faults.examine import Contents, examined
-from tests.proof.faults.frame import Check, Counts, Trial, program
+from tests.proof.faults.harness import Check, Counts, Trial, program
 from tests.proof.faults.ledger import Asked, Ledger, Told, asked_for, told_pattern
 from tests.proof.faults.load import CLIENTS, Client, load
 from tests.proof.faults.proxy import FAULTS, Proxy
+from tests.proof.faults.store_check import Contents, examined
 from tests.support.daemon_process import Daemon, Reply, call, die_with_us
 
 CALLS: Final = itertools.count(1)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from jobd.storage.files import RESERVE_FILE_BYTES
-from tests.proof.faults.examine import examined
-from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Asked, Ledger, Told
 from tests.proof.faults.load import work_alone
 from tests.proof.faults.mounts import MOUNTS, tmpfs
+from tests.proof.faults.store_check import examined
 from tests.support.daemon_process import Daemon, Reply
 
 ROOM_BYTES: Final = 16 << 20  # the log may use 4 MiB before it is reused, and the jobs need more

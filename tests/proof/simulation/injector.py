@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from jobd.model.job import DAY_MS
 from tests.proof.simulation.machine import Machine
-from tests.proof.simulation.plan import policy
+from tests.proof.simulation.scenario import policy
 
 BACKUPS: Final = 3
 STEPS_MS: Final = (1, 40, 2_000, 30_000, 700_000)

@@ -16,11 +16,11 @@ from typing import Final
 from jobd.model.job import TOKEN_COUNTER_BITS
 from jobd.storage import doctor, startup
 from jobd.storage.store import Store
-from tests.proof.faults.examine import contents
-from tests.proof.faults.frame import Check, Counts, Tool, Trial, program
+from tests.proof.faults.crash_states import MANNERS, Disk, Record, records
+from tests.proof.faults.harness import Check, Counts, Tool, Trial, program
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
-from tests.proof.faults.unsynced import MANNERS, Disk, Record, records
+from tests.proof.faults.store_check import contents
 from tests.support.daemon_process import Daemon
 
 COMPILER: Final = program("cc", "gcc")

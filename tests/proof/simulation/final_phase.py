@@ -13,8 +13,8 @@ from jobd.model.commands import MAX_PAGE, AnyCommand, Claim, Complete, ListJobs,
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, SECOND_MS
 from jobd.model.responses import CleanupReport, GrantView, Response
+from tests.proof.simulation.invariants import is_overdue
 from tests.proof.simulation.machine import Daemon, Machine
-from tests.proof.simulation.promises import is_overdue
 
 READY_S: Final = 2.0
 ALL_TIME_S: Final = 3 * 3_600.0  # longer than any lock, ceiling or delay of a scenario

@@ -25,8 +25,8 @@ from jobd.model.events import Change, fold
 from jobd.model.job import FINISHED, MAX_LATE_RESULTS, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
 from jobd.model.responses import CleanupReport, GrantView, Response
 from jobd.model.storage import Batch, StoredResponse
-from tests.proof.simulation.patience import Patience
-from tests.proof.simulation.promises import BY_TIME, NOTES, Broken, Decide, Promises
+from tests.proof.simulation.invariants import BY_TIME, NOTES, Broken, Decide, Promises
+from tests.proof.simulation.response_times import Patience
 from tests.support.rule_harness import compare, picture
 
 if TYPE_CHECKING:

@@ -16,8 +16,8 @@ from typing import Any, Final
 from jobd.model.events import fold
 from jobd.model.job import Grant, Job, Lease
 from tests.proof.faults.daemons import stopped
-from tests.proof.faults.examine import Contents, examined
-from tests.proof.faults.frame import Check, Counts, Tool, Trial
+from tests.proof.faults.harness import Check, Counts, Tool, Trial
+from tests.proof.faults.store_check import Contents, examined
 from tests.proof.faults.workers import LATE_MS, RealWorker
 from tests.support.daemon_process import Daemon
 

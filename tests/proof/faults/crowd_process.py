@@ -1,4 +1,4 @@
-"""Many connections to a daemon's socket from one process: `python -m tests.proof.faults.crowd KIND SOCKET COUNT`.
+"""Many connections from one process: `python -m tests.proof.faults.crowd_process KIND SOCKET COUNT`.
 
 Prints a line of JSON when all are connected, stays until its stdin closes, and then prints the results.
 """

@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from tests.proof.faults.examine import examined
-from tests.proof.faults.frame import Check, Counts, Trial
+from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Asked, Ledger
 from tests.proof.faults.load import work_alone
+from tests.proof.faults.store_check import examined
 from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Seen, Strace
 from tests.support.daemon_process import READY, Daemon
 

@@ -11,7 +11,7 @@ from jobd.engine.disk_full import Closed
 from jobd.engine.mailbox import Envelope
 from jobd.model.commands import AnyCommand, Claim
 from jobd.model.job import SECOND_MS
-from tests.proof.simulation.promises import is_overdue
+from tests.proof.simulation.invariants import is_overdue
 from tests.support.rule_harness import due_order
 
 if TYPE_CHECKING:

@@ -19,21 +19,21 @@ from tests import ROOT
 # Each has a tuple CHECKS.
 MODULES: Final = (
     "kills",
-    "sweeps",
-    "power",
-    "replay",
-    "full",
+    "syscall_faults",
+    "power_cut",
+    "crash_replay",
+    "full_disk",
     "slow_disk",
     "flips",
-    "migrating",
+    "migrations",
     "fuzz",
-    "hostile_http",
+    "malformed_http",
     "crowds",
     "daemons",
     "workers",
-    "lost_answers",
-    "times",
-    "units",
+    "lost_responses",
+    "clocks",
+    "systemd_units",
 )
 
 Counts = dict[str, int]

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from tests.proof.linearizability.client import Client, Scene
 from tests.proof.linearizability.history import History, Outage, Terms
-from tests.proof.linearizability.talk import boot_ns
+from tests.proof.linearizability.transport import boot_ns
 from tests.support.daemon_process import Daemon
 
 # Recovery runs often. Responses are sent after the commit, as always.
