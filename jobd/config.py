@@ -183,28 +183,28 @@ class LateSection(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LimitsSection(Struct, frozen=True, forbid_unknown_fields=True):
-    """Upper limits. A request above one is rejected with the error code named here."""
+    """Upper limits. A request that exceeds one is rejected with the error code named here."""
 
     mailbox: Positive = 10_000
-    """Commands that can wait in the mailbox; above it `503 overloaded`."""
+    """Commands that can wait in the mailbox; beyond that `503 overloaded`."""
     inflight_bytes: Positive = 64 << 20
-    """Total bytes of request bodies that wait; above it `503 overloaded`."""
+    """Total bytes of request bodies that wait; beyond that `503 overloaded`."""
     body: Positive = 1 << 20
-    """Bytes of a request body, or of one line of a stream; above it `413 too_large`."""
+    """Bytes of a request body, or of one line of a stream; beyond that `413 too_large`."""
     payload: Positive = 256 << 10
-    """Bytes of a job's payload, and of its metadata; above it `413 too_large`."""
+    """Bytes of a job's payload, and of its metadata; beyond that `413 too_large`."""
     bulk: Annotated[int, Meta(ge=1, le=1000)] = 1000
-    """Jobs in one bulk create, 1 to 1000; above it `413 too_large`."""
+    """Jobs in one bulk create, 1 to 1000; beyond that `413 too_large`."""
     claim_wait: Duration = Duration(MINUTE_MS)
     """Longest time that a claim can wait for work, at most one minute."""
     parked_claims: Positive = 10_000
-    """Claims that can wait for work at the same time; above it `503 overloaded`."""
+    """Claims that can wait for work at the same time; beyond that `503 overloaded`."""
     event_streams: Positive = 100
-    """Open event streams of both APIs and the dashboard together; above it `503 overloaded`."""
+    """Open event streams of both APIs and the dashboard together; beyond that `503 overloaded`."""
     downloads: Positive = 20
-    """Stored results that can be downloaded at the same time; above it `503 overloaded`."""
+    """Stored results that can be downloaded at the same time; beyond that `503 overloaded`."""
     live_jobs: Positive = 5_000_000
-    """Unfinished jobs; above it `507 too_many_jobs`."""
+    """Unfinished jobs; beyond that `507 too_many_jobs`."""
     queues: Positive = 10_000
     """Queues with jobs, finished jobs included; the first job of one more queue gets `507 too_many_queues`."""
     idempotency_keys: Positive = 200_000
