@@ -128,7 +128,7 @@ async def take_back(viewer: Viewer, form: TakeBackForm) -> Response | ApiError:
     return redirect_with_flash(viewer, "/workers", message)
 
 
-async def confirm_clock(viewer: Viewer) -> PageData:
+async def confirm_clock(viewer: Viewer, _: Command) -> PageData:
     """Preview what deletion by age would do once the clock is accepted."""
     [paused] = await query(viewer, PAUSED_QUEUES)
     preview = await viewer.app.services.maintainer.preview(0)

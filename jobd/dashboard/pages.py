@@ -149,7 +149,7 @@ async def query_responses(viewer: Viewer, *commands: Command) -> list[Response]:
     return [result for result in results if isinstance(result, Response)]
 
 
-async def overview(viewer: Viewer, timeseries: Timeseries) -> PageData:
+async def overview(timeseries: Timeseries, viewer: Viewer, _: Command) -> PageData:
     stats: StatsView
     workers: WorkerList
     stats, workers, paused = await query(
@@ -329,12 +329,12 @@ async def _late_results(viewer: Viewer, job_id: str) -> list[LateResultView]:
     return late.late_results
 
 
-async def failures(viewer: Viewer) -> PageData:
+async def failures(viewer: Viewer, _: Command) -> PageData:
     [paused] = await query(viewer, PAUSED_QUEUES)
     return {"failures": viewer.app.services.failures.view(MAX_GROUPS), **banners(viewer, paused)}
 
 
-async def queues(viewer: Viewer, timeseries: Timeseries, request: QueuesPageQuery) -> PageData:
+async def queues(timeseries: Timeseries, viewer: Viewer, request: QueuesPageQuery) -> PageData:
     """Show queues by name, so that rows do not move while an operator is about to press a button."""
     listed: QueueList
     listed, paused = await query(viewer, Queues(limit=MAX_QUEUES, cursor=request.cursor), PAUSED_QUEUES)
@@ -380,7 +380,7 @@ async def workers(viewer: Viewer, request: WorkersPageQuery) -> PageData:
     }
 
 
-async def cleanup(viewer: Viewer) -> PageData:
+async def cleanup(viewer: Viewer, _: Command) -> PageData:
     services = viewer.app.services
     [paused] = await query(viewer, PAUSED_QUEUES)
     return {
@@ -390,7 +390,7 @@ async def cleanup(viewer: Viewer) -> PageData:
     }
 
 
-async def alerts(viewer: Viewer) -> PageData:
+async def alerts(viewer: Viewer, _: Command) -> PageData:
     services = viewer.app.services
     [paused] = await query(viewer, PAUSED_QUEUES)
     quarantined = services.quarantine()

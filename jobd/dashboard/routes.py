@@ -84,17 +84,14 @@ class Dashboard:
 
     def routes(self) -> tuple[Route, ...]:
         """Return the routes of all pages, forms and files."""
-        timeseries = self._timeseries
+        page, form, public, series = self._page_route, self._form_route, self._public_route, self._timeseries
         return (
-            self._public_route("GET", "/sign-in", SignInQuery, self._sign_in_pages.page),
-            self._public_route("POST", "/sign-in", SignInForm, self._sign_in_pages.sign_in),
-            self._public_route("GET", "/static/{name}", StaticFileQuery, self._static),
-            self._public_route("GET", "/docs", NoFields, partial(self._docs, "/openapi.json")),
-            self._public_route("GET", "/docs/worker", NoFields, partial(self._docs, "/docs/worker.json")),
-            self._form_route("/sign-out", Form, self._sign_in_pages.sign_out, for_read_only=True),
-            self._page_route(
-                "/", NoFields, "overview", "Overview", lambda viewer, _: pages.overview(viewer, timeseries)
-            ),
+            public("GET", "/sign-in", SignInQuery, self._sign_in_pages.page),
+            public("POST", "/sign-in", SignInForm, self._sign_in_pages.sign_in),
+            form("/sign-out", Form, self._sign_in_pages.sign_out, for_read_only=True),
+            public("GET", "/static/{name}", StaticFileQuery, self._static),
+            public("GET", "/docs", NoFields, partial(self._docs, "/openapi.json")),
+            public("GET", "/docs/worker", NoFields, partial(self._docs, "/docs/worker.json")),
             Route(
                 method="GET",
                 path="/live",
@@ -107,7 +104,8 @@ class Dashboard:
             Route(
                 method="GET", path="/chart.json", request=NoFields, response=bytes, auth="anyone", handler=self._chart
             ),
-            self._page_route(
+            page("/", NoFields, "overview", "Overview", partial(pages.overview, series)),
+            page(
                 "/jobs",
                 JobsPageQuery,
                 "jobs",
@@ -119,51 +117,40 @@ class Dashboard:
             ),
             *self._job_routes("/jobs/{id}"),
             *self._job_routes("/job"),  # for ids that a path cannot hold
-            self._form_route("/plans", plans.PlanForm, plans.create_plan),
-            self._page_route("/plans/{plan_id}", PlanCommand, "plan", "Plan", plans.plan_page, interval_s=0),
-            self._form_route("/plans/{plan_id}/apply", plans.ApplyPlanForm, plans.apply_plan),
-            self._form_route("/plans/{plan_id}/next", plans.NextPlanForm, plans.create_next_plan),
-            self._page_route("/failures", NoFields, "failures", "Failures", lambda viewer, _: pages.failures(viewer)),
-            self._page_route(
-                "/queues",
-                pages.QueuesPageQuery,
-                "queues",
-                "Queues",
-                lambda viewer, query: pages.queues(viewer, timeseries, query),
-            ),
-            self._form_route("/queues/pause", maintenance.QueueForm, maintenance.pause_queue),
-            self._form_route("/queues/resume", maintenance.QueueForm, maintenance.resume_queue),
-            # For programs.
-            self._form_route("/queues/{name}/pause", maintenance.QueueForm, maintenance.pause_queue),
-            self._form_route("/queues/{name}/resume", maintenance.QueueForm, maintenance.resume_queue),
-            self._page_route("/workers", pages.WorkersPageQuery, "workers", "Workers", pages.workers),
-            self._page_route(
+            form("/plans", plans.PlanForm, plans.create_plan),
+            page("/plans/{plan_id}", PlanCommand, "plan", "Plan", plans.plan_page),
+            form("/plans/{plan_id}/apply", plans.ApplyPlanForm, plans.apply_plan),
+            form("/plans/{plan_id}/next", plans.NextPlanForm, plans.create_next_plan),
+            page("/failures", NoFields, "failures", "Failures", pages.failures),
+            page("/queues", pages.QueuesPageQuery, "queues", "Queues", partial(pages.queues, series)),
+            form("/queues/pause", maintenance.QueueForm, maintenance.pause_queue),
+            form("/queues/resume", maintenance.QueueForm, maintenance.resume_queue),
+            form("/queues/{name}/pause", maintenance.QueueForm, maintenance.pause_queue),  # for programs, like the next
+            form("/queues/{name}/resume", maintenance.QueueForm, maintenance.resume_queue),
+            page("/workers", pages.WorkersPageQuery, "workers", "Workers", pages.workers),
+            page(
                 "/workers/take-back",
                 maintenance.TakeBackQuery,
                 "take_back",
                 "Workers",
                 maintenance.confirm_take_back,
-                interval_s=0,
                 changes=True,
             ),
-            self._form_route("/workers/take-back", maintenance.TakeBackForm, maintenance.take_back),
-            self._page_route("/cleanup", NoFields, "cleanup", "Cleanup", lambda viewer, _: pages.cleanup(viewer)),
-            self._page_route(
+            form("/workers/take-back", maintenance.TakeBackForm, maintenance.take_back),
+            page("/cleanup", NoFields, "cleanup", "Cleanup", pages.cleanup),
+            page(
                 "/cleanup/confirm",
                 maintenance.CleanupConfirmQuery,
                 "cleanup_confirm",
                 "Cleanup",
                 maintenance.confirm_cleanup,
-                interval_s=0,
                 changes=True,
             ),
-            self._form_route("/cleanup/run", ReasonForm, maintenance.run_cleanup),
-            self._form_route("/cleanup/recover", ReasonForm, maintenance.recover_stuck),
-            self._page_route(
-                "/alerts", NoFields, "alerts", "Alerts", lambda viewer, _: pages.alerts(viewer), interval_s=5
-            ),
-            self._page_route("/webhooks", NoFields, "webhooks", "Webhooks", webhooks.webhook_list, interval_s=5),
-            self._page_route(
+            form("/cleanup/run", ReasonForm, maintenance.run_cleanup),
+            form("/cleanup/recover", ReasonForm, maintenance.recover_stuck),
+            page("/alerts", NoFields, "alerts", "Alerts", pages.alerts, interval_s=5),
+            page("/webhooks", NoFields, "webhooks", "Webhooks", webhooks.webhook_list, interval_s=5),
+            page(
                 "/webhooks/{name}",
                 webhooks.WebhookPageQuery,
                 "webhook",
@@ -171,29 +158,27 @@ class Dashboard:
                 webhooks.webhook_detail,
                 interval_s=5,
             ),
-            self._form_route("/webhooks/{name}/test", webhooks.TestWebhookForm, webhooks.send_test),
-            self._page_route(
+            form("/webhooks/{name}/test", webhooks.TestWebhookForm, webhooks.send_test),
+            page(
                 "/webhooks/{name}/retry-failed",
                 webhooks.RetryFailedQuery,
                 "webhook_retry",
                 "Retry failed deliveries",
                 webhooks.confirm_retry_failed,
-                interval_s=0,
                 changes=True,
             ),
-            self._form_route("/webhooks/{name}/resend-given-up", webhooks.RetryFailedForm, webhooks.retry_failed),
-            self._form_route("/webhooks/{name}/resend", webhooks.ResendForm, webhooks.resend),
-            self._page_route("/audit", pages.AuditPageQuery, "audit", "Audit", pages.audit, interval_s=5),
-            self._page_route(
-                "/clock", NoFields, "clock", "Clock", lambda viewer, _: maintenance.confirm_clock(viewer), interval_s=0
-            ),
-            self._form_route("/clock/accept", ReasonForm, maintenance.accept_clock),
+            form("/webhooks/{name}/resend-given-up", webhooks.RetryFailedForm, webhooks.retry_failed),
+            form("/webhooks/{name}/resend", webhooks.ResendForm, webhooks.resend),
+            page("/audit", pages.AuditPageQuery, "audit", "Audit", pages.audit, interval_s=5),
+            page("/clock", NoFields, "clock", "Clock", maintenance.confirm_clock),
+            form("/clock/accept", ReasonForm, maintenance.accept_clock),
         )
 
     def _job_routes(self, path: str) -> tuple[Route, ...]:
         """Return the routes of one job under `path`."""
+        page, form, public = self._page_route, self._form_route, self._public_route
         return (
-            self._page_route(
+            page(
                 path,
                 pages.JobPageQuery,
                 "job",
@@ -201,12 +186,10 @@ class Dashboard:
                 pages.open_job,
                 subscription=lambda query: Subscription(job_id=query.id),
             ),
-            self._page_route(
-                f"{path}/confirm", pages.ConfirmPageQuery, "confirm", "Confirm", pages.confirm, changes=True
-            ),
-            self._form_route(f"{path}/do", JobActionForm, self._run_action),
-            self._public_route("GET", f"{path}/artifact", ArtifactRequest, self._artifact),
-            self._public_route("GET", f"{path}/external-link", ArtifactRequest, self._external_link),
+            page(f"{path}/confirm", pages.ConfirmPageQuery, "confirm", "Confirm", pages.confirm, changes=True),
+            form(f"{path}/do", JobActionForm, self._run_action),
+            public("GET", f"{path}/artifact", ArtifactRequest, self._artifact),
+            public("GET", f"{path}/external-link", ArtifactRequest, self._external_link),
         )
 
     # -- kinds of routes ----------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Final, Literal, get_args
 from urllib.parse import quote, urlencode
 
 from msgspec import Meta
@@ -53,7 +53,7 @@ class ResendForm(ReasonForm, frozen=True, kw_only=True):
     state: StateFilter = ""
 
 
-async def webhook_list(viewer: Viewer, _: Any) -> PageData:
+async def webhook_list(viewer: Viewer, _: Command) -> PageData:
     [paused] = await query(viewer, PAUSED_QUEUES)
     return {"webhooks": viewer.app.services.webhooks.views(), **banners(viewer, paused)}
 
