@@ -1,6 +1,6 @@
-"""The calls of operators: a table, and for what is no command to the actor one line of adapter each.
+"""Routes of the admin API, with the handlers of calls that are not one command for the actor.
 
-No logic. Paths, names and units are those that existing dashboards call.
+Paths, names and units match what existing dashboards call.
 """
 
 from __future__ import annotations

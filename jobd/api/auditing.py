@@ -21,7 +21,10 @@ async def audit_action(
     details: dict[str, Any] | None = None,
     reason: str | None = None,
 ) -> None:
-    """Keep in the audit log what an operator does that is no command on jobs. It does not depend on that."""
+    """Record an operator action that is not a job command.
+
+    Best effort: the action proceeds even if the entry cannot be written.
+    """
     done = await app.actor.ask(RecordAction(what=what, details=details, reason=reason), operator=operator)
     if isinstance(done, ApiError):
         log.warning("audit_missed", what=what, by=None if operator is None else operator.by, reason=done.code)
@@ -30,13 +33,12 @@ async def audit_action(
 async def audit_read(
     app: App[Services], ctx: RequestContext, what: str, *, name: str = "", job_id: str | None = None
 ) -> None:
-    """Keep in the audit log what somebody takes with him: the same within a minute is one entry, however many requests
-    it takes."""
-    looker, details = reading_operator(ctx, name), {"access": "read"} if ctx.by == "reader" else None
+    """Record an audited read, as one entry per minute, operator, job and kind of read."""
+    operator, details = reading_operator(ctx, name), {"access": "read"} if ctx.by == "reader" else None
     minute = app.services.clock.moment().now // MINUTE_MS
-    part_of = " ".join((what, looker.who, looker.address, job_id or "", str(minute)))
+    part_of = " ".join((what, operator.who, operator.address, job_id or "", str(minute)))
     done = await app.actor.ask(
-        RecordAction(what=what, details=details, job_id=job_id), operator=replace(looker, part_of=part_of)
+        RecordAction(what=what, details=details, job_id=job_id), operator=replace(operator, part_of=part_of)
     )
     if isinstance(done, ApiError):
-        log.warning("audit_missed", what=what, by=looker.by, reason=done.code)
+        log.warning("audit_missed", what=what, by=operator.by, reason=done.code)

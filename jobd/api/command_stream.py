@@ -1,7 +1,6 @@
-"""A stream of commands: line after line comes in, line after line is answered, in the same order, over one request.
+"""Stream commands over one request: one command per line, one response line each, in the same order.
 
-Decides nothing about jobs: each line is one command to the actor, and its answer leaves after its commit. What is on
-its way is bounded, so whoever does not read the answers is not read either.
+The number of pending commands is limited, so a client that does not read its responses is not read either.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ from jobd.model.commands import (
 from jobd.model.errors import ApiError, ApiException, invalid_request_error, too_large_error
 from jobd.model.responses import Response
 
-AHEAD_WEIGHT: Final = 256  # commands of one stream that are on their way at once; bulks and claims count by their jobs
-AHEAD_BYTES: Final = 1 << 20  # of their lines
-PIECE_BYTES: Final = 64 << 10  # answers that are written at once
-TURN_LINES: Final = 64  # lines that are read in one turn of the loop
-NEXT_CHUNK: Final = b"0"  # a leading zero of the size of the next chunk
+AHEAD_WEIGHT: Final = 256  # pending commands of one stream; bulks and claims count by their jobs
+AHEAD_BYTES: Final = 1 << 20  # of pending lines
+PIECE_BYTES: Final = 64 << 10  # responses that are written at once
+TURN_LINES: Final = 64  # lines read before the event loop gets a turn
+NEXT_CHUNK: Final = b"0"  # a leading zero of the next chunk size: a probe that changes nothing
 
 log = structlog.get_logger("jobd.web")
 
@@ -59,12 +58,12 @@ OpName = Literal[
 
 
 class StreamOp(Struct, frozen=True):
-    """One kind of line: the call that it stands for (the tests hold it equal to that call's route)."""
+    """One kind of line, and the call that it stands for. A test compares it with the route of the call."""
 
     command: type[Command]
     method: str
     path: str
-    key: bool = False  # whether an idempotency key counts
+    key: bool = False  # an Idempotency-Key is accepted
 
 
 OPS: Final[dict[str, StreamOp]] = {
@@ -99,7 +98,7 @@ class StreamedCommand(Command, frozen=True, kw_only=True):
 
 
 class StreamedResponse(Struct, frozen=True, omit_defaults=True):
-    """The response to a line: that of its call, with the HTTP status that it would have."""
+    """The response to a line: that of its call, with the HTTP status."""
 
     success: Annotated[bool, Meta(description="Whether the command succeeded.")]
     status: Annotated[int, Meta(description="The HTTP status that the call would have.")]
@@ -111,7 +110,7 @@ class StreamedResponse(Struct, frozen=True, omit_defaults=True):
 
 
 class DecodedLine(Struct, frozen=True):
-    """What a line asks for, and what it says of itself."""
+    """A decoded line."""
 
     command: Command
     by: str
@@ -120,7 +119,7 @@ class DecodedLine(Struct, frozen=True):
 
 
 class _LineHeader(Struct):
-    """What is looked at first: which kind of line it is."""
+    """The fields that are decoded first, to find the kind of a line."""
 
     op: OpName
     idempotency_key: str | None = None
@@ -130,7 +129,7 @@ _read_mark: Final = msgspec.json.Decoder(_LineHeader).decode
 
 
 def _line_type(op: str, command: type[Command]) -> type[Any]:
-    """`command` as its line has it."""
+    """Make the type of the lines that carry `command`."""
     return make_body_type(
         command,
         None,
@@ -142,12 +141,12 @@ def _line_type(op: str, command: type[Command]) -> type[Any]:
     )
 
 
-# What a line of each kind is read as.
+# The type of each kind of line.
 LINE_TYPES: Final = {name: _line_type(name, op.command) for name, op in OPS.items()}
 
 
 class _LineDecoder(RequestDecoder):
-    """How the lines of one kind are read: as the bodies of its call, with what only lines have beside it."""
+    """Decode lines of one kind: bodies of the call, with the additional fields of a line."""
 
     def __init__(self, op: str, command: type[Command], limits: Limits) -> None:
         super().__init__(command, None, limits, body_type=LINE_TYPES[op])
@@ -160,19 +159,19 @@ class _LineDecoder(RequestDecoder):
 
 @cache
 def line_decoders(limits: Limits) -> dict[str, RequestDecoder]:
-    """What reads the lines of each kind."""
+    """Return the decoder of each kind of line."""
     return {name: _LineDecoder(name, op.command, limits) for name, op in OPS.items()}
 
 
 class LineReader:
-    """Reads the lines of the streams at one door."""
+    """Decode the lines of the streams of one listener."""
 
     def __init__(self, gate: Authenticator, limits: Limits) -> None:
         self._gate = gate
         self._shapes = line_decoders(limits)
 
     def read(self, line: bytes) -> DecodedLine:
-        """The command of a line. Raises ApiException where it is none."""
+        """Decode a line. Raises ApiException."""
         try:
             mark = _read_mark(line)
         except msgspec.ValidationError as fault:
@@ -182,27 +181,27 @@ class LineReader:
         op = OPS[mark.op]
         command: Any = self._shapes[mark.op].from_body(line)
         if isinstance(command, Claim) and command.wait_ms:
-            message = "a claim in a stream does not wait: those behind it would. Leave it out, or send POST /v1/claim."
+            message = "a claim in a stream cannot wait: later lines would wait too. Leave it out, or send POST /v1/claim."
             raise invalid_request_error("$.wait_ms", message)
         job_id = command.id if isinstance(command, (Create, JobCommand)) else None
         by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "client"
         return DecodedLine(command, by, job_id, self._key(op, job_id, mark.idempotency_key, line))
 
     def _key(self, op: StreamOp, job_id: str | None, key: str | None, line: bytes) -> IdempotencyKey | None:
-        """Its scope is that of the call; the body that has to be the same again is the line."""
+        """Return the key in the scope of its call. A repetition must send the same line."""
         if key is None or not op.key:
             return None
         return self._gate.idempotency_key(key, op.method, op.path.replace("{id}", job_id or ""), line)
 
 
 async def serve_command_stream(app: App[Services], ctx: RequestContext, _: Any) -> web.StreamResponse:
-    """The stream. It ends where the body does, when the daemon stops, or with the line that says what is wrong."""
+    """Serve the stream until the body ends, the daemon stops, or the framing is malformed."""
     send_continue(ctx)
     return await _CommandStream(app, ctx).run()
 
 
 class _PendingResponse:
-    """The place of a line's answer. The actor takes it for the future that waits for the answer."""
+    """The response to a line, in its place in the order. It is the actor's `Waiter`."""
 
     __slots__ = ("_is_cancelled", "_stream", "answer", "asked", "by", "job_id", "size", "weight")
 
@@ -224,16 +223,16 @@ class _PendingResponse:
 
     def set_result(self, answer: Response | ApiError, /) -> None:
         self.answer = answer
-        self.asked = None  # it knows us: a circle, and every line would be left to the garbage collector
+        self.asked = None  # avoid a reference cycle per line
         self._stream.has_answers.set()
 
     def cancel(self) -> None:
-        """Nobody is there for the answer any more."""
+        """Mark the response as no longer wanted."""
         self._is_cancelled = self.answer is None
 
 
 class _CommandStream:
-    """One stream. `_slots` are its lines whose answers have not left, in their order."""
+    """One stream. `_slots` are the responses that have not been written, in order."""
 
     def __init__(self, app: App[Services], ctx: RequestContext) -> None:
         assert ctx.request is not None
@@ -253,7 +252,7 @@ class _CommandStream:
         assert self._ctx.request is not None
         writer = await self._response.prepare(self._ctx.request)
         assert isinstance(writer, StreamWriter)
-        writer.send_headers()  # a client may wait for them before it sends its first line
+        writer.send_headers()  # a client may wait for them before its first line
         if writer.chunked:
             self._ctx.request.probe = NEXT_CHUNK
         reading = asyncio.ensure_future(self._read())
@@ -275,9 +274,9 @@ class _CommandStream:
         except ConnectionError:
             raise
         except TimeoutError:
-            log.info("command_stream_cut_off", reason=f"nothing was read for {WRITE_TIMEOUT_S:g} s")
+            log.info("command_stream_cut_off", reason=f"the client read nothing for {WRITE_TIMEOUT_S:g} s")
             raise self._cut() from None
-        except Exception as bug:  # too late for a 500: the client notices that the stream broke off
+        except Exception as bug:  # too late for a 500: abort the connection, so that the client notices
             self._app.log_internal_error(self._ctx, bug)
             raise self._cut() from None
         finally:
@@ -286,10 +285,10 @@ class _CommandStream:
             self._give_up()
         return self._response
 
-    # -- lines come in -------------------------------------------------------------------------------------------------
+    # -- reading -------------------------------------------------------------------------------------------------------
 
     async def _read(self) -> None:
-        """Until the stream ends or breaks, or the daemon stops: what comes after that is not looked at."""
+        """Read lines until the stream ends, its framing is malformed, or the daemon stops."""
         try:
             taken = 0
             async for line in self._lines:
@@ -299,19 +298,19 @@ class _CommandStream:
                 taken += 1
                 if taken % TURN_LINES == 0:
                     await asyncio.sleep(0)
-        except ApiException as no:  # nobody can tell any more where the next line begins
+        except ApiException as no:  # the start of the next line is unknown
             self._refuse(_PendingResponse(self, 0), no.error)
             self._response.force_close()
 
     def _note_read(self, reading: asyncio.Future[None]) -> None:
-        """No more lines come. A daemon that stops ends the reading, perhaps before it began."""
+        """Note that no more lines come. Closing the daemon cancels the task, perhaps before it began."""
         self._is_read = True
         self.has_answers.set()
         if reading.cancelled():
             self._response.force_close()
 
     def _take(self, line: bytes | None) -> None:
-        """Send the line's command to the actor, or put what is wrong with it into its place."""
+        """Send the command of a line to the actor, or queue its error."""
         slot = _PendingResponse(self, 0 if line is None else len(line))
         try:
             if line is None:
@@ -344,10 +343,10 @@ class _CommandStream:
             self._has_room.clear()
             await self._has_room.wait()
 
-    # -- answers leave -------------------------------------------------------------------------------------------------
+    # -- writing -------------------------------------------------------------------------------------------------------
 
     async def _write(self, writer: StreamWriter) -> None:
-        """Answers in the order of their lines, as many at once as there are."""
+        """Write responses in the order of their lines, as many at once as are ready."""
         while not (self._is_read and not self._slots):
             await self.has_answers.wait()
             self.has_answers.clear()
@@ -355,21 +354,21 @@ class _CommandStream:
                 await self._write_piece(writer)
 
     async def _write_piece(self, writer: StreamWriter) -> None:
-        """The next answers, in one piece. Grants of which not a byte was written go back."""
+        """Write the next responses in one piece. Release the grants of which no byte was written."""
         piece, grants = self._next_piece()
         self._has_room.set()
         connection, written = self._ctx.connection, 0
         try:
             if self._ctx.is_disconnected:
-                raise ConnectionResetError("the client is gone")
+                raise ConnectionResetError("the client has disconnected")
             await writer.write(piece, drain=False)
             transport = connection.transport
-            if transport is None or transport.is_closing():  # we learn by writing that the client has gone
-                raise ConnectionResetError("the client is gone")
+            if transport is None or transport.is_closing():  # the write shows that the client has disconnected
+                raise ConnectionResetError("the client has disconnected")
             if not connection.writing_paused:
                 written = len(piece)
                 return
-            # What was not taken at once is behind what the client has not read: it may never get there.
+            # The rest waits behind bytes that the client has not read, and may never be sent.
             written = len(piece) + len(b"\r\n") - transport.get_write_buffer_size()
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await writer.drain()
@@ -380,7 +379,7 @@ class _CommandStream:
                     self._app.actor.undelivered(answer)
 
     def _next_piece(self) -> tuple[bytes, list[tuple[int, Response]]]:
-        """Lines of answers, and where in them the grants begin."""
+        """Return the next response lines, and the offsets of those with grants."""
         piece, grants = bytearray(), []
         while self._slots and len(piece) < PIECE_BYTES and (answer := self._slots[0].answer) is not None:
             slot = self._slots.popleft()
@@ -404,7 +403,7 @@ class _CommandStream:
         self._app.record_error(self._ctx.route, self._ctx.method, refusal, by=slot.by, job_id=slot.job_id)
         return error_line(refusal)
 
-    # -- ends ----------------------------------------------------------------------------------------------------------
+    # -- end -----------------------------------------------------------------------------------------------------------
 
     def _cut(self) -> ConnectionResetError:
         if self._ctx.connection.transport is not None:
@@ -412,7 +411,7 @@ class _CommandStream:
         return ConnectionResetError("command stream cut off")
 
     def _give_up(self) -> None:
-        """Nobody is there for what has not left: grants go back, and what has not been decided need not be."""
+        """Release the grants of unwritten responses, and abandon commands that have not been decided."""
         for slot in self._slots:
             if isinstance(slot.answer, Response) and slot.answer.grants:
                 self._app.actor.undelivered(slot.answer)

@@ -1,6 +1,6 @@
-"""Stored results out to those who ask: so many at a time, piece by piece, as fast as they are read.
+"""Send stored results and backups, piece by piece as fast as the client reads.
 
-Decides nothing about jobs. What is given out is never shown by a browser as a page: it is others' bytes under our name.
+Artifacts contain bytes of any origin, so their headers keep browsers from rendering them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from jobd.storage.artifacts.base import ArtifactStoreError
 from jobd.storage.artifacts.downloads import Download
 
 ARTIFACT_TYPE: Final = "application/octet-stream"
-SHOWN_NAME: Final = 150  # characters of a file's name
+SHOWN_NAME: Final = 150  # characters of a file name
 
 log = structlog.get_logger("jobd.artifacts")
 
@@ -49,16 +49,16 @@ class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
 async def send_artifact(
     app: App[Services], ctx: RequestContext, asked: Any, name: str = ""
 ) -> web.StreamResponse | ApiError:
-    """The artifact that is asked for, as a file to be kept. Where it breaks off the connection is cut.
+    """Send the requested artifact as a file. If reading it fails, abort the connection.
 
-    `name` is that of who asks, where his session knows it.
+    `name` is that of the operator, if the session has one.
     """
     key = await _key(app, ctx, asked)
     if isinstance(key, ApiError):
         return key
     transport, request = ctx.connection.transport, ctx.request
     if transport is None or request is None:
-        raise ConnectionResetError("the client is gone")
+        raise ConnectionResetError("the client has disconnected")
     download = await app.services.downloads.start(key, transport.abort)
     try:
         if ctx.method != hdrs.METH_HEAD:
@@ -73,7 +73,7 @@ async def send_artifact(
 
 
 async def _key(app: App[Services], ctx: RequestContext, asked: ArtifactRequest) -> str | ApiError:
-    """What names the object."""
+    """Return the storage key of the requested artifact."""
     command = Get(id=asked.id) if asked.late_result is None else LateResults(id=asked.id)
     looked = await app.actor.ask(command, by=ctx.by, size=ctx.size)
     if isinstance(looked, ApiError):
@@ -86,9 +86,9 @@ async def _key(app: App[Services], ctx: RequestContext, asked: ArtifactRequest) 
         named = next((late for late in listed.late_results if late.seq == asked.late_result), None)
         what = f"The late result {asked.late_result} of job {asked.id}"
         if named is None:
-            message = f"{what} is not there (any more). See those that it has: jobctl late {asked.id}"
+            message = f"{what} does not exist or was deleted. List the late results of the job: jobctl late {asked.id}"
             return ApiError("late_result_not_found", message, {"job_id": asked.id})
-    return named.storage_key or ApiError("not_found", f"{what} names no stored result: it has no storage_key.")
+    return named.storage_key or ApiError("not_found", f"{what} has no stored result: its storage_key is not set.")
 
 
 async def _pass_on(response: web.StreamResponse, download: Download, ctx: RequestContext) -> None:
@@ -98,7 +98,7 @@ async def _pass_on(response: web.StreamResponse, download: Download, ctx: Reques
         async with asyncio.timeout(WRITE_TIMEOUT_S):
             await response.write_eof()
     except Exception as error:
-        if not (isinstance(error, ConnectionError) and ctx.is_disconnected):  # then the client has enough
+        if not (isinstance(error, ConnectionError) and ctx.is_disconnected):  # the client has disconnected
             told = str(error) if isinstance(error, ArtifactStoreError) else type(error).__name__
             log.warning("download_cut_off", job_id=ctx.job_id, error=told)
         if ctx.connection.transport is not None:
@@ -118,13 +118,13 @@ def _headers(key: str) -> dict[str, str]:
 
 
 def disposition(key: str) -> str:
-    """What makes a browser keep a file under the last part of its key, whatever characters that has."""
+    """Return a Content-Disposition that saves a file under the last part of its key."""
     name = key.rpartition("/")[2][-SHOWN_NAME:].lstrip(".") or "artifact"
     plain = "".join(each if each.isascii() and (each.isalnum() or each in " ._-+") else "_" for each in name)
     return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
 
 
-CONNECTION_CHECK_S: Final = 0.5  # between two looks whether the client of a backup is still there
+CONNECTION_CHECK_S: Final = 0.5  # between two checks for whether the client of a backup is connected
 BACKUP_TYPE: Final = "application/vnd.sqlite3"
 T = TypeVar("T")
 
@@ -141,13 +141,13 @@ class BackupRequest(Command, frozen=True, kw_only=True):
 
 
 async def send_backup(app: App[Services], ctx: RequestContext, asked: BackupRequest) -> web.StreamResponse | ApiError:
-    """Backup: copied and checked, then the pieces. Where they stop half-way the connection is cut: the client knows."""
+    """Make a backup, then send it. If sending fails, abort the connection, so that the client notices."""
     await audit_action(app, ctx.operator, "backup")
     log.info("backup_started", by="admin")
     try:
-        copy = await _while_there(app, ctx, app.services.backups.begin(asked.id or secrets.token_hex(8)))
+        copy = await _while_connected(app, ctx, app.services.backups.begin(asked.id or secrets.token_hex(8)))
     except DiskFull as full:
-        return ApiError("storage_full", f"No backup: {full}. Free some and try again.")
+        return ApiError("storage_full", f"No backup: {full}. Free some space and try again.")
     except BackupError as why:
         log.error("no backup", reason=str(why))
         return ApiError("shutting_down" if app.closing else "internal_error", f"No backup: {why}.")
@@ -166,13 +166,13 @@ async def send_backup(app: App[Services], ctx: RequestContext, asked: BackupRequ
         copy.close(left)
 
 
-async def _while_there(app: App[Services], ctx: RequestContext, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives. It is given up when the client goes away, or the daemon stops: neither waits for minutes."""
+async def _while_connected(app: App[Services], ctx: RequestContext, work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`. Cancel it if the client disconnects or the daemon stops."""
     task = asyncio.ensure_future(work)
     try:
         while not task.done():
             if ctx.is_disconnected:
-                raise ConnectionResetError("the client is gone")
+                raise ConnectionResetError("the client has disconnected")
             if app.closing:
                 raise BackupError("the daemon is stopping")
             await asyncio.wait([task], timeout=CONNECTION_CHECK_S)
@@ -189,7 +189,7 @@ async def _send_backup(response: web.StreamResponse, copy: Backup, ctx: RequestC
         while left > 0 and (piece := await copy.read()):
             left -= len(piece)
             await write(response, piece)
-        with contextlib.suppress(ConnectionError):  # who has all of it may hang up at once
+        with contextlib.suppress(ConnectionError):  # a client with all of it may disconnect at once
             await _drain(ctx)
             await finish(response)
     except Exception as error:
@@ -200,7 +200,7 @@ async def _send_backup(response: web.StreamResponse, copy: Backup, ctx: RequestC
 
 
 async def _drain(ctx: RequestContext) -> None:
-    """Wait until all is out: an answer with a length has no end of its own that would be waited for."""
+    """Wait until everything is sent. `write_eof` does not wait for a response with a Content-Length."""
     assert ctx.request is not None
     async with asyncio.timeout(WRITE_TIMEOUT_S):
         await ctx.request.writer.drain()

@@ -1,7 +1,4 @@
-"""Events as Server-Sent Events: what a listener asks for, and the answer that goes on until somebody has enough.
-
-Decides nothing about events: feed.py gives the pieces, here they are written as fast as they are read.
-"""
+"""Stream events as Server-Sent Events, as fast as the client reads."""
 
 from __future__ import annotations
 
@@ -68,15 +65,15 @@ class EventsRequest(Command, frozen=True, kw_only=True):
 
 
 async def send_events(app: App[Services], ctx: RequestContext, asked: EventsRequest) -> web.StreamResponse:
-    """The stream. It ends when the client has enough or the daemon stops; whoever reads too slowly is cut off."""
+    """Send the stream, until the client disconnects or the daemon stops. A client that reads too slowly is cut off."""
     wanted, after = _wanted(asked), _after(asked, ctx)
     transport, request = ctx.connection.transport, ctx.request
     if transport is None or request is None:
-        raise ConnectionResetError("the client is gone")
+        raise ConnectionResetError("the client has disconnected")
     listener = app.services.feed.listen(wanted, follow=asked.follow, cut=transport.abort)
     try:
         first = await listener.begin(after, asked.last or 0)
-        # X-Accel-Buffering: nginx would hold events back until it has a buffer full of them.
+        # X-Accel-Buffering keeps nginx from holding events back until its buffer is full.
         headers = {"Content-Type": EVENT_STREAM, "X-Accel-Buffering": "no", "Server": "jobd", **SAFE_HEADERS}
         response = web.StreamResponse(headers=headers)
         await response.prepare(request)
@@ -95,7 +92,7 @@ async def _pass_on(response: web.StreamResponse, first: bytes, listener: Subscri
             piece = await listener.more()
         await finish(response)
     except Exception as error:
-        # Too late for a refusal: the client notices that the stream broke off, asks again, and is told then.
+        # Too late for an error response. The client reconnects, and receives the error then.
         _log_end(error, ctx)
         if ctx.connection.transport is not None:
             ctx.connection.transport.abort()
@@ -107,23 +104,23 @@ def _log_end(error: Exception, ctx: RequestContext) -> None:
         case ApiException():
             log.info("event_stream_cut_off", reason=error.error.code)
         case TimeoutError():
-            log.info("event_stream_cut_off", reason=f"nothing was read for {WRITE_TIMEOUT_S:g} s")
+            log.info("event_stream_cut_off", reason=f"the client read nothing for {WRITE_TIMEOUT_S:g} s")
         case ConnectionError() if ctx.is_disconnected:
-            pass  # the client has enough
+            pass  # the client has disconnected
         case _:
             log.error("event_stream_cut_off", error=type(error).__name__)
 
 
 def _after(asked: EventsRequest, ctx: RequestContext) -> int | None:
-    """Where to go on. A browser that connects again sends the header beside the query of the first time."""
+    """Return the event to continue after. A browser that reconnects sends the header with its original query."""
     told = ctx.head.headers.get(LAST_EVENT_ID, "").strip()
     if told:
-        # By its length first: of thousands of digits Python makes no number.
+        # Check the length first, because int() rejects thousands of digits with another error.
         if not (told.isascii() and told.isdigit()) or len(told) > len(str(MAX_SEQ)) or int(told) > MAX_SEQ:
             raise invalid_request_error("Last-Event-ID", "must be the `id` of an event, or left out.")
         return int(told)
     if asked.last_event_id is not None and asked.last is not None:
-        raise invalid_request_error("$.last", "and `last_event_id` say two beginnings. Give one.")
+        raise invalid_request_error("$.last", "cannot be combined with `last_event_id`. Send one of them.")
     return asked.last_event_id
 
 
@@ -131,7 +128,7 @@ def _wanted(asked: EventsRequest) -> EventFilter:
     types = _names("type", asked.type)
     if unknown := sorted(types - _TYPES):
         raise invalid_request_error(
-            "$.type", f"{unknown[0][:80]!r} is no type of event. Known: {', '.join(sorted(_TYPES))}."
+            "$.type", f"{unknown[0][:80]!r} is not an event type. Known types: {', '.join(sorted(_TYPES))}."
         )
     return EventFilter(_ids("queue", asked.queue), _ids("job_id", asked.job_id), types)
 
@@ -148,5 +145,5 @@ def _ids(field: str, text: str | None) -> frozenset[str]:
 def _names(field: str, text: str | None) -> frozenset[str]:
     names = frozenset(text.split(",")) if text else frozenset()
     if len(names) > MAX_NAMES:
-        raise invalid_request_error(f"$.{field}", f"may name {MAX_NAMES} at most.")
+        raise invalid_request_error(f"$.{field}", f"must not have more than {MAX_NAMES} names.")
     return names

@@ -1,4 +1,4 @@
-"""Import jobs, one line of the request body each."""
+"""Import jobs, one per line of the request body, and preview an import."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from jobd.model.responses import (
     Response,
 )
 
-AHEAD_LINES: Final = 64  # commands of one import that wait for their commit at the same time
+AHEAD_LINES: Final = 64  # commands of one import that are pending at the same time
 AHEAD_BYTES: Final = 4 << 20
 SHOWN_LINES: Final = 10_000
-MOST_LINES: Final = 1_000_000  # whose ids are kept to find those that come twice
+MOST_LINES: Final = 1_000_000  # whose ids are kept to find duplicates
 SHOWN_REJECTIONS: Final = 1_000
-# Refusals that the next line would meet as well: the import stops there, and can be sent again later.
+# Errors that the next line would get as well. The import stops there, and can be sent again later.
 STOP_CODES: Final = frozenset({"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs"})
 
 
@@ -43,7 +43,7 @@ class _Id(Struct):
 
 
 class PendingLine(Struct):
-    """A line on its way through the actor."""
+    """A line whose command is pending."""
 
     line: int
     job_id: str
@@ -52,13 +52,13 @@ class PendingLine(Struct):
 
 
 async def import_jobs(app: App[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
-    """Import: each line of the body is created, skipped or refused by itself, in the order of the lines."""
+    """Import each line of the body independently, in order: create the job, skip it or reject it."""
     send_continue(ctx)
     return await Importer(app, ctx).run()
 
 
 class Importer:
-    """One import: a few lines are on their way through the actor while the next ones are read."""
+    """One import. Some lines are pending while the next ones are read."""
 
     def __init__(self, app: App[Services], ctx: RequestContext) -> None:
         self._app = app
@@ -85,7 +85,7 @@ class Importer:
                 ahead.task.cancel()
 
     async def _note(self) -> None:
-        """The lines that made jobs are one row of the audit log already; it is told what became of the others."""
+        """Record the counts. The created jobs are one audit entry already."""
         report = self._report
         counts = {"imported": report.imported, "skipped": report.skipped, "refused": report.refused_count}
         await audit_action(self._app, self._operator, "import", counts)
@@ -119,7 +119,7 @@ class Importer:
         self._bytes += len(line)
 
     async def _settle(self, lines: int, size: int) -> None:
-        """Take answers, oldest first, until at most `lines` lines of `size` bytes are on their way."""
+        """Wait for responses, oldest first, until at most `lines` lines of `size` bytes are pending."""
         while self._ahead and (len(self._ahead) > lines or self._bytes > size):
             first = self._ahead.popleft()
             self._bytes -= first.size
@@ -144,13 +144,13 @@ class Importer:
             self._refuse(line.line, line.job_id, answer.message)
 
     def _stopped(self, why: ApiError, line: int) -> ApiError:
-        """The import ends early: what has been done stays, and a second run skips it."""
-        message = f"The import stopped at line {line}: {why.message} Send it again; what is there already is skipped."
+        """Return the error of an import that stops early. Its jobs stay, and a second run skips them."""
+        message = f"The import stopped at line {line}: {why.message} Send it again; existing jobs are skipped."
         return ApiError(why.code, message, {**why.details, "line": line})
 
 
 def _id_of(line: bytes) -> str | None:
-    """The id in a line that is no job, for the report."""
+    """Return the id in a malformed line, for the report."""
     try:
         job_id = msgspec.json.decode(line, type=_Id).id
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -159,18 +159,18 @@ def _id_of(line: bytes) -> str | None:
 
 
 async def preview_import(app: App[Services], ctx: RequestContext, _: Any) -> Response | ApiError:
-    """The preview of an import."""
+    """Preview an import. Nothing is written."""
     send_continue(ctx)
     return await _ImportPreviewer(app, ctx).run()
 
 
 class _ImportPreviewer(Importer):
-    """An import that only asks."""
+    """An import that only checks its lines."""
 
     def __init__(self, app: App[Services], ctx: RequestContext) -> None:
         super().__init__(app, ctx)
         self._seen = ImportPreview()
-        self._first: dict[int, int] = {}  # the hash of an id that would be created: its line
+        self._first: dict[int, int] = {}  # hash of an id that would be created -> its line
         self._live = 0
 
     async def run(self) -> Response | ApiError:
@@ -194,7 +194,7 @@ class _ImportPreviewer(Importer):
 
     def _count(self, line: PendingLine, answer: Response | ApiError) -> None:
         if self._stop is not None:
-            return  # the import would not have come here
+            return  # the import would have stopped before this line
         if isinstance(answer, Response):
             self._take(line, answer.data)
         elif answer.code == "too_many_jobs":
@@ -211,7 +211,7 @@ class _ImportPreviewer(Importer):
         if found.what == "skip":
             self._seen.would_skip += 1
         elif found.status in LIVE and self._live >= found.room:
-            self._end(line.line, ApiError("too_many_jobs", "As many unfinished jobs as are allowed would be there."))
+            self._end(line.line, ApiError("too_many_jobs", "The limit of unfinished jobs would be reached."))
             return
         else:
             self._seen.would_import += 1
@@ -219,7 +219,7 @@ class _ImportPreviewer(Importer):
             self._first[hash(found.job_id)] = line.line
         self._show(PreviewedLine(line.line, found.job_id, found.what, found.status, found.reason))
         if len(self._first) > MOST_LINES:
-            message = f"A preview looks at {MOST_LINES} lines at most. Split the file."
+            message = f"A preview reads at most {MOST_LINES} lines. Split the file."
             self._stop = ApiError("too_large", message, {"limit": MOST_LINES})
 
     def _end(self, line: int, why: ApiError) -> None:

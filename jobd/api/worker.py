@@ -1,4 +1,4 @@
-"""The calls of workers and of those who create jobs: a table, no logic."""
+"""Routes of the worker API."""
 
 from __future__ import annotations
 
@@ -96,5 +96,5 @@ _ROUTES: Final = (
 )
 TITLE: Final = "jobd worker API"
 ROUTES: Final = with_document(TITLE, _ROUTES)
-# For operators to read at their own door.
+# The document of the worker API, served on the admin listener too.
 DOCUMENT: Final = document_at("/docs/worker.json", TITLE, lambda: ROUTES)
