@@ -181,7 +181,9 @@ class LineReader:
         op = OPS[mark.op]
         command: Any = self._shapes[mark.op].from_body(line)
         if isinstance(command, Claim) and command.wait_ms:
-            message = "a claim in a stream cannot wait: later lines would wait too. Leave it out, or send POST /v1/claim."
+            message = (
+                "a claim in a stream cannot wait: later lines would wait too. Leave it out, or send POST /v1/claim."
+            )
             raise invalid_request_error("$.wait_ms", message)
         job_id = command.id if isinstance(command, (Create, JobCommand)) else None
         by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "client"

@@ -41,8 +41,8 @@ FAIR: Final = (
     "separated by commas",  # the filters of events
     "must be the `id` of an event",
     "must be the `next_cursor` of the call before",
-    "is no type of event",
-    "say two beginnings",
+    "is not an event type",
+    "cannot be combined with",
     "Give `filter` or `ids`",
     "goes with the `filter` of the plan before",
     "`$.storage_key`",

@@ -87,7 +87,7 @@ async def test_what_is_not_there_is_refused_in_words(house: HttpHarness, place: 
     assert (await house.request("GET", PATH, headers=AUTH)).error == "job_not_found"
     names(house, None)
     heard = await house.request("GET", PATH, headers=AUTH)
-    assert (heard.status, heard.error, "no storage_key" in heard.json["message"]) == (404, "not_found", True)
+    assert (heard.status, heard.error, "storage_key is not set" in heard.json["message"]) == (404, "not_found", True)
     names(house, "gone/report.pdf")
     heard = await house.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error, "any more" in heard.json["message"]) == (404, "not_found", True)
@@ -130,7 +130,7 @@ async def test_what_a_late_result_names_can_be_looked_at_before_it_is_taken(hous
     ] * 2
     assert (await house.request("GET", PATH, headers=AUTH)).body == b"own"
     heard = await house.request("GET", f"{PATH}?late_result=11", headers=AUTH)
-    assert (heard.status, heard.error, "no storage_key" in heard.json["message"]) == (404, "not_found", True)
+    assert (heard.status, heard.error, "storage_key is not set" in heard.json["message"]) == (404, "not_found", True)
     heard = await house.request("GET", f"{PATH}?late_result=8", headers=AUTH)
     assert (heard.status, heard.error, "jobctl late a" in heard.json["message"]) == (404, "late_result_not_found", True)
     for wrong in ("0", "-1", "x", "", "1.5"):
