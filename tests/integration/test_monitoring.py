@@ -38,9 +38,9 @@ from tests.support.daemon_process import Daemon
 
 SHIPPED: Final = Path(jobd.__file__).parent / "monitoring"
 RULES, DASHBOARD = SHIPPED / FILES["rules"], SHIPPED / FILES["dashboard"]
-PROMETHEUS: Final = {"up"}  # metrics that Prometheus makes of every scrape
-TARGET: Final = {"instance", "job"}  # labels that it gives to all of them
-FREE: Final = {"queue", "kind", "endpoint", *TARGET}  # labels whose values are the user's
+PROMETHEUS: Final = {"up"}  # metrics that Prometheus adds to every scrape
+TARGET: Final = {"instance", "job"}  # labels that it adds to all of them
+FREE: Final = {"queue", "kind", "endpoint", *TARGET}  # labels with values of the user
 
 
 class Rule(Struct, forbid_unknown_fields=True):
@@ -78,14 +78,14 @@ def panels() -> list[dict[str, Any]]:
 
 
 def targets() -> Iterator[tuple[str, str, str]]:
-    """Of each curve: its panel, its expression, its legend."""
+    """Return the panel, expression and legend of each curve."""
     for panel in panels():
         for target in panel["targets"]:
             yield panel["title"], target["expr"], target["legendFormat"]
 
 
 async def save_usual(path: Path) -> None:
-    """A store whose daemon has been at work for some hours."""
+    """A store whose daemon has run for some hours."""
     figures = Figures()
     figures.paces.kinds[""] = Pace(hours=[10] * HOURS_NEEDED)
     store, _ = await Store.open(str(path))
@@ -95,7 +95,7 @@ async def save_usual(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, str]]]:
-    """Sample names of a real scrape, each with the labels that it comes with. The daemon knows what is usual here."""
+    """Return the sample names of a real scrape with their labels. The daemon knows usual durations."""
     directory = tmp_path_factory.mktemp("scraped")
     asyncio.run(save_usual(directory / "jobd.db"))
     with Daemon(directory, UNREACHABLE_WEBHOOK) as daemon:
@@ -109,7 +109,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Both are there, as files and from the verb.
+# The files, and the verb that prints them.
 
 
 @pytest.mark.parametrize("what", FILES)
@@ -201,7 +201,7 @@ def queue(name: str, values: str) -> dict[str, str]:
 
 
 def commits(fast: int, slow: int) -> dict[str, str]:
-    """Buckets of commits: so many a minute below a tenth of a second, and so many in all."""
+    """Return commit buckets: commits per minute below a tenth of a second, and in total."""
     name = 'jobd_commit_seconds_bucket{instance="a", job="jobd", le='
     return {f'{name}"0.1"}}': f"0+{fast}x240", f'{name}"0.5"}}': f"0+{slow}x240", f'{name}"+Inf"}}': f"0+{slow}x240"}
 
@@ -210,7 +210,7 @@ MIB: Final = 1 << 20
 
 WEBHOOK: Final = 'jobd_webhook_deliveries_total{{outcome="{}", endpoint="e", instance="a", job="jobd"}}'
 
-# When to look, series by which the rule fires then (one value a minute), and series by which it does not.
+# When to evaluate, series for which the rule fires (one value a minute), and series for which it does not.
 SEEN: Final[dict[str, tuple[str, dict[str, str], dict[str, str]]]] = {
     "JobdStuckJobs": firing("stuck_jobs"),
     "JobdManyJobsProcessing": firing("processing_jobs"),
@@ -321,7 +321,7 @@ def test_every_panel_has_a_place_a_title_and_a_description() -> None:
 
 
 def test_the_dashboard_is_not_tied_to_an_installation() -> None:
-    """The data source is chosen on the page: no id of somebody's Grafana is in it."""
+    """The data source is chosen on the page: the file contains no id of a Grafana installation."""
     variables = {each["name"]: each for each in board()["templating"]["list"]}
     assert list(variables) == ["datasource", "instance", "queue"]
     sources = [each["datasource"] for each in (*variables.values(), *panels()) if "datasource" in each]
@@ -349,7 +349,7 @@ def test_every_metric_has_a_panel(scraped: dict[str, list[dict[str, str]]]) -> N
 
 
 def test_prometheus_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None:
-    """Its expressions as recording rules, the page's variables put in."""
+    """Return its expressions as recording rules, with the variables of the page replaced."""
     recorded = [
         {"record": f"panel:{number}", "expr": expr.replace("$__rate_interval", "5m")}
         for number, (_, expr, _) in enumerate(targets())
@@ -360,11 +360,11 @@ def test_prometheus_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What an expression looks at.
+# Checks of expressions.
 
 
 def check(expr: str, scraped: dict[str, list[dict[str, str]]], where: str) -> set[str]:
-    """Every metric, label and value that `expr` names is in the scrape. Gives the labels of the metrics."""
+    """Check that the scrape has every metric, label and value of `expr`. Return the labels of the metrics."""
     found = re.findall(r"\b(jobd_\w+|up)(?:\{([^}]*)\})?", re.sub(r'"[^"]*"', lambda text: text[0], expr))
     assert found, f"{where}: {expr}"
     labels: set[str] = set()

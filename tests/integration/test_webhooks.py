@@ -1,4 +1,4 @@
-"""Webhooks of a real daemon to a real receiver: signed, in order, over kill -9 and restarts; a stop is a stop."""
+"""Webhooks of a real daemon with a real receiver: signed, in order, over kill -9, restarts and stops."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def receiver() -> Iterator[Receiver]:
 
 
 def work(daemon: Daemon, job_id: str) -> None:
-    """One life of a job, in three events."""
+    """Run one job lifecycle, which has three events."""
     daemon.post("/v1/jobs", {"id": job_id})
     grant = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w-1"}).data
     daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": grant["lock_id"], "metadata": 1})
@@ -57,7 +57,7 @@ LIFE: Final = ["job.created", "job.granted", "job.completed"]
 
 
 def of(heard: list[Heard], job_id: str) -> list[str]:
-    """The types of what was heard of a job, each once, in the order in which it came first."""
+    """Return the types of the messages about a job, each once, in order of first arrival."""
     return list(dict.fromkeys(each.event["type"] for each in heard if each.event["subject"] == f"jobs/{job_id}"))
 
 
@@ -122,7 +122,7 @@ def test_a_daemon_without_webhooks_opens_no_connection(tmp_path: Path) -> None:
 
 
 def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, receiver: Receiver) -> None:
-    """The receiver kills the daemon before it answers: the daemon cannot know that the message was taken."""
+    """The receiver kills the daemon before it responds: the daemon cannot know that the message was accepted."""
     with Daemon(tmp_path, config(receiver)) as daemon:
 
         async def deadly(_: web.Request) -> web.StreamResponse:
@@ -134,7 +134,7 @@ def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, r
         receiver.wait_for(lambda heard: done(heard, "a"))
         for round_ in range(2):
             receiver.answer = deadly
-            with contextlib.suppress(OSError, http.client.HTTPException):  # the answers of a daemon that dies
+            with contextlib.suppress(OSError, http.client.HTTPException):  # responses to a daemon that was killed
                 work(daemon, f"killed-{round_}")
             killed = receiver.wait_for(partial(is_heard_of, f"killed-{round_}"))
             assert daemon.process is not None
@@ -146,7 +146,9 @@ def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, r
             heard = receiver.wait_for(partial(is_heard_twice, first))
             ids = {each.headers["webhook-id"] for each in heard if each.body == first.body}
             assert len(ids) == 1
-            soon(lambda: view(daemon)["waiting"] == view(daemon)["lag"] == 0)  # else one of these kills the next round
+            soon(
+                lambda: view(daemon)["waiting"] == view(daemon)["lag"] == 0
+            )  # otherwise one of these kills the next round
         assert daemon.stop() == 0
 
 
@@ -161,7 +163,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
         for round_ in range(3):
             timer = threading.Timer(0.3 + chance.random(), daemon.kill)
             timer.start()
-            with contextlib.suppress(OSError, http.client.HTTPException):  # of a daemon that is killed
+            with contextlib.suppress(OSError, http.client.HTTPException):  # of a daemon that was killed
                 for number in range(60):
                     work(daemon, f"r{round_}-{number}")
                     names.append(f"r{round_}-{number}")
@@ -263,7 +265,7 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
 
 
 def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receiver: Receiver) -> None:
-    """After an outage of days, here by the store of a daemon that is stopped."""
+    """After an outage of days, simulated by the store of a stopped daemon."""
     receiver.answer = saying(500, "not today")
     with Daemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
         daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{number}"} for number in range(450)]})
@@ -399,7 +401,7 @@ def test_a_webhook_that_fails_for_long_fires_an_alert(tmp_path: Path, receiver: 
 
 
 def test_private_addresses_are_blocked_unless_allowed(tmp_path: Path, receiver: Receiver) -> None:
-    """The name is judged at each try by the address behind it, and `localhost` is one of ours."""
+    """The address behind the name is checked at each attempt, and `localhost` is this machine."""
     outside = config(receiver).replace("allow_private = true\n", "").replace("http://127.0.0.1", "https://localhost")
     with Daemon(tmp_path, outside) as daemon:
         work(daemon, "a")
@@ -423,7 +425,7 @@ def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
         filler = small_disk / "filler"
 
         def rejected() -> Reply:
-            """Fill the disk, with the room of a released reserve file too, until a create is rejected."""
+            """Fill the disk, the space of a released reserve file included, until a create is rejected."""
             while True:
                 with contextlib.suppress(OSError), open(filler, "ab", buffering=0) as file:
                     while True:
@@ -443,7 +445,7 @@ def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
         assert json.loads(told)["data"]["name"] == "database"
         filler.unlink()
         daemon.until_said(b"event=disk_has_room")
-        receiver.wait_for(lambda _: heard_of("alert.firing").count(told) == 2)  # the same message, by the outbox
+        receiver.wait_for(lambda _: heard_of("alert.firing").count(told) == 2)  # the same message, through the outbox
         assert daemon.post("/v1/jobs", {"id": "after"}).status == 201
         receiver.wait_for(lambda heard: is_heard_of("after", heard))
         daemon.admin("GET", "health")

@@ -1,4 +1,4 @@
-"""Plans made and applied as an operator does, for the tests of both kinds of plans."""
+"""Helpers that build and apply plans as an operator does."""
 
 from __future__ import annotations
 

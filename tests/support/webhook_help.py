@@ -1,4 +1,4 @@
-"""What tests of webhooks have in common: a poster that does as it is told, and all that is around a courier."""
+"""Helpers for tests of webhooks: a fake transport, a clock, and webhooks with a store."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def endpoint(name: str = "e", **fields: Any) -> WebhookEndpoint:
 
 
 class Clock:
-    """A wall clock that goes on by itself, and may be put on."""
+    """A wall clock that advances by itself and can be stepped."""
 
     def __init__(self) -> None:
         self.step_ms = NOW - time.time_ns() // 1_000_000
@@ -42,7 +42,7 @@ class Clock:
 
 
 class Posts:
-    """The sender of every endpoint: notes what it is given, and gives what `answer` says."""
+    """The transport of every endpoint: records deliveries and returns what `answer` says."""
 
     def __init__(self, answer: Callable[[Delivery], DeliveryOutcome] = lambda _: YES) -> None:
         self.answer = answer
@@ -83,14 +83,14 @@ class Posts:
 
 
 class Site:
-    """Webhooks at work on a store, and somebody who commits changes to it."""
+    """Webhooks on a store, with a source of changes."""
 
     def __init__(self, store: Store, posts: Posts, maker: ChangeFactory, clock: Clock, disk: OutboxStorage) -> None:
         self.store = store
         self.posts = posts
         self.maker = maker
         self.clock = clock
-        self.firing: dict[str, int] | None = {}  # alerts, and since when
+        self.firing: dict[str, int] | None = {}  # firing alert -> since
         self.may_write = True
         self.listeners: list[Callable[[Any], None]] = []
         self.office = DispatchContext(
@@ -137,7 +137,7 @@ async def at_work(
     wrap: Callable[[Store], Any] = lambda store: store,
     **site: Any,
 ) -> AsyncIterator[Site]:
-    """Webhooks at work until the end of the block, when they are stopped as the daemon stops them."""
+    """Run webhooks until the end of the block, then stop them as the daemon does."""
     store, _ = await Store.open(str(path))
     async with store:
         made = Site(store, posts or Posts(), maker or ChangeFactory(), clock or Clock(), wrap(store))
@@ -155,7 +155,7 @@ async def at_work(
 
 
 async def until(condition: Callable[[], bool], *, seconds: float = 20.0) -> None:
-    """Wait until something has happened, as others act."""
+    """Wait until the condition holds."""
     end = asyncio.get_running_loop().time() + seconds
     while not condition():
         assert asyncio.get_running_loop().time() < end, "it never happened"

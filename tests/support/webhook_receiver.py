@@ -1,4 +1,4 @@
-"""A receiver of webhooks on loopback: an aiohttp server in a thread of its own, which answers as it is told."""
+"""A webhook receiver on loopback: an aiohttp server in its own thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from aiohttp import web
 
 
 class Heard(NamedTuple):
-    """One request as it came."""
+    """A received request."""
 
     path: str
     headers: Mapping[str, str]
@@ -46,7 +46,7 @@ Rude = Callable[[bytes], bytes]
 
 
 def echoing(head: bytes, more: int = 0) -> Rude:
-    """An answer that begins with `head` and says the request target again, as many servers do, and `more` bytes."""
+    """Build a response that starts with `head`, echoes the request target, and has `more` bytes."""
 
     def answer(request: bytes) -> bytes:
         target = request.partition(b" ")[2].partition(b" ")[0]
@@ -57,7 +57,7 @@ def echoing(head: bytes, more: int = 0) -> Rude:
 
 @contextmanager
 def rude(answer: Rude, tls: ssl.SSLContext | None = None) -> Iterator[int]:
-    """Somebody who says what `answer` makes of the beginning of each request, and hangs up; gives his port."""
+    """Run a server that answers the start of each request with `answer` and closes. Yields its port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -78,7 +78,7 @@ def rude(answer: Rude, tls: ssl.SSLContext | None = None) -> Iterator[int]:
 
 
 class Receiver:
-    """`with Receiver() as receiver`: it listens at `url`. `answer` may be changed at any time."""
+    """`with Receiver() as receiver` listens at `url`. `answer` can be changed at any time."""
 
     def __init__(self, answer: Answer = taken) -> None:
         self.answer = answer
@@ -106,7 +106,7 @@ class Receiver:
         return f"http://127.0.0.1:{self.port}/hook"
 
     def wait_for(self, condition: Callable[[list[Heard]], bool], seconds: float = 30.0) -> list[Heard]:
-        """What was heard by the time that `condition` holds of it."""
+        """Wait until `condition` holds. Return the requests received so far."""
         end = time.monotonic() + seconds
         with self._news:
             while not condition(self.heard):
@@ -130,4 +130,4 @@ class Receiver:
         with self._news:
             self.heard.append(Heard(request.path, request.headers.copy(), body))
             self._news.notify_all()
-        return await self.answer(request)  # type: ignore[arg-type]  # the server gives no other kind
+        return await self.answer(request)  # type: ignore[arg-type]  # the server passes no other type

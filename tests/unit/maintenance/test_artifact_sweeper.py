@@ -1,4 +1,4 @@
-"""The sweeper: every object of a deleted job goes, in the end; nobody else's does; and it says where it cannot."""
+"""The artifact sweeper: every artifact of a deleted job is deleted in the end, no other is, and failures are reported."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Swept:
         return self.sweeper.sweeps
 
     async def done(self, job_id: str, key: str, *, upload: bool = True, old: bool = True) -> None:
-        """A completed job with its object, an old one."""
+        """Make a completed job with an old artifact."""
         lock_id = await self.house.held(job_id)
         if upload:
             self.store.upload(key)
@@ -114,7 +114,7 @@ async def test_an_idle_sweeper_does_no_work() -> None:
 
 
 class Crowded(MemoryStorage):
-    """A crowd of damaged tombstones stands at the head, for which there is no room in quarantine."""
+    """Many damaged tombstones come first, and the quarantine has no space for them."""
 
     crowd = 2
 
@@ -187,7 +187,7 @@ async def test_an_artifact_named_by_a_late_result_waits_for_its_end() -> None:
 
 
 async def late(at: Swept, job_id: str, key: str) -> str:
-    """A worker loses its lock and completes all the same, with an object of its own, an old one; gives its lock."""
+    """Complete a job after its lock is lost, with an old artifact of its own. Return the lock."""
     lock_id = await at.house.held(job_id)
     await at.house.yes(ForceFail(id=job_id), by="admin", admin=True)
     at.store.upload(key)
@@ -237,7 +237,7 @@ async def test_the_artifact_of_an_adopted_late_result_is_deleted_with_its_job() 
 
 @in_virtual_time
 async def test_a_storage_key_per_grant_leaks_nothing() -> None:
-    """As docs/workers.md advises: the second grant completes with its own object, the first comes late with its own."""
+    """As docs/workers.md advises: each grant has an artifact of its own, and the first one completes late."""
     async with sweeping() as at:
         await late(at, "a", "out-1")
         await at.house.yes(ForceReset(id="a"), by="admin", admin=True)
@@ -285,7 +285,7 @@ async def test_a_young_artifact_is_kept_until_a_job_could_name_it() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
         lock_id = await at.house.held("b")
-        at.store.upload("k")  # b has stored it again and not said so yet
+        at.store.upload("k")  # b has stored it again and not reported it yet
         await at.delete("a")
         await seconds(60)
         assert "k" in at.store.objects
@@ -534,6 +534,6 @@ async def test_without_an_artifact_store_deletions_leave_no_tombstone() -> None:
 
 
 def test_a_young_artifact_waits_for_less_than_the_maximum() -> None:
-    """Or the second look would take its time for that of another clock."""
+    """Otherwise the second scan would see a time of another clock."""
     assert YOUNG_MS + SKEW_MS < MAX_POSTPONE_MS
     assert RETRY_AT_MOST_MS < MAX_POSTPONE_MS

@@ -1,4 +1,4 @@
-"""Online backups under way: how far each is, from the first moment, on disks as slow as they may be."""
+"""Online backups: progress from the first moment, on disks of any speed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PAGE = 4096
 async def store(tmp_path: Path) -> AsyncIterator[Store]:
     maker = ChangeFactory(8)
     async with open_store(str(tmp_path / "jobd.db")) as (made, _):
-        for _ in range(10):  # a few megabytes: many steps
+        for _ in range(10):  # some megabytes: many steps
             await made.write(
                 maker.batch([replace(maker.create(), payload=b'"%s"' % (b"z" * 3_000)) for _ in range(50)])
             )
@@ -40,7 +40,7 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 
 class Slow:
-    """A disk that takes its time: the copy goes on by one step where `go` says so."""
+    """A slow disk: the copy advances one step each time `go` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps = threading.Semaphore(0)
@@ -54,13 +54,13 @@ class Slow:
             pass
 
     async def go(self) -> None:
-        """One step more, and wait until the disk is there."""
+        """Allow one step, and wait until the disk is there."""
         self.steps.release()
         await asyncio.to_thread(self.reached.acquire)
 
 
 class Watched:
-    """A file that tells which thread has closed it."""
+    """A file that records which thread closed it."""
 
     def __init__(self) -> None:
         self.closed_by = 0
@@ -72,7 +72,7 @@ class Watched:
 
 
 async def test_closing_a_large_copy_does_not_block_the_loop(store: Store) -> None:
-    """Its file has no name: who closes it deletes it, which takes a tenth of a second for a hundred megabytes."""
+    """The file has no name, so closing it deletes it: a tenth of a second for a hundred megabytes."""
     copy = await Backups(store, lambda: 1_000).begin("a")
     assert isinstance(copy, Backup)
     file, copy._file = copy._file, Watched()  # type: ignore[assignment]
@@ -131,7 +131,7 @@ async def test_the_check_reports_progress_and_can_be_cancelled(store: Store, mon
     def tell(step: str, done: int, total: int) -> None:
         if step == "checking":
             loop.call_soon_threadsafe(begun.set)
-            time.sleep(0.01)  # so the check would take much longer than this test
+            time.sleep(0.01)  # the check takes much longer than this test
 
     asking = asyncio.create_task(backup.make_copy(store, tell))
     await begun.wait()
@@ -158,13 +158,13 @@ async def test_backups_run_one_after_the_other_and_are_limited(store: Store, mon
     await asyncio.sleep(0)
     assert [(view.id, view.state) for view in kept.views()] == [("second", "waiting"), ("first", "copying")]
     await slow.go()
-    one, other = kept.views()  # who waits is not silent while the other moves
+    one, other = kept.views()  # a waiting backup is not quiet while the other one progresses
     assert abs(one.quiet_ms - other.quiet_ms) < 50
     refused = await kept.begin("third")
     assert isinstance(refused, ApiError)
     assert refused.code == "overloaded"
     first.cancel()
-    while not first.done():  # its thread looks at each step whether it is still wanted
+    while not first.done():  # its thread checks at each step whether it is cancelled
         slow.steps.release()
         await asyncio.sleep(0.001)
     with pytest.raises(asyncio.CancelledError):

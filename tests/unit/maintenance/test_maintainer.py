@@ -1,4 +1,4 @@
-"""Cleanup: recovery in time, passes one at a time, every step and its failure in the report, nothing for nothing."""
+"""Maintenance: recovery in time, one cleanup run at a time, reports of every step and failure, no work without need."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def last_of(house: VirtualEngine, job_id: str) -> Event:
 
 
 def kept(house: VirtualEngine) -> list[CleanupReport]:
-    """Reports on the disk, oldest first."""
+    """Return the stored reports, oldest first."""
     return [msgspec.json.decode(body, type=CleanupReport) for body in house.disk.kept_reports]
 
 
@@ -67,7 +67,7 @@ async def test_a_job_that_reports_after_the_scan_is_not_recovered() -> None:
         at = house.clock.moment()
         house.book.advance(at.now, at.lease)
         assert list(house.book.stuck) == ["a"]
-        # Both commands are in one batch, whose scan has found the job stuck.
+        # Both commands are in one batch; the scan found the job stuck.
         reporting = asyncio.create_task(house.actor.ask(Progress(id="a", lock_id=lock_id, progress=7)))
         recovering = asyncio.create_task(house.actor.ask(Recover(limit=10), by="recovery"))
         assert isinstance(await reporting, Response)
@@ -117,7 +117,7 @@ async def test_an_idle_daemon_sends_no_recovery_commands() -> None:
 
 @in_virtual_time
 async def test_a_lock_that_is_kept_alive_costs_no_write() -> None:
-    """A look at a deadline that has moved on changes nothing."""
+    """A deadline that has moved on changes nothing."""
     async with VirtualEngine(schedule=RECOVERING) as house:
         lock_id = await house.held("a", lock_ttl_ms=20_000)
         house.keep()
@@ -227,7 +227,7 @@ async def test_a_long_cleanup_run_delays_no_recovery() -> None:
         release.set()
 
 
-# -- when passes run --------------------------------------------------------------------------------------------------
+# -- when cleanup runs --------------------------------------------------------------------------------------------
 
 
 @in_virtual_time
@@ -332,12 +332,12 @@ async def test_a_new_schedule_applies_at_once() -> None:
         assert house.cleaner.totals.found["stuck"] == 1
 
 
-# -- what a pass does -------------------------------------------------------------------------------------------------
+# -- steps of a cleanup run ---------------------------------------------------------------------------------------
 
 
 @in_virtual_time
 async def test_overdue_queued_jobs_fail_with_the_next_recovery() -> None:
-    """Nobody can take them any more: an operator would look at them for as long as it is to the next pass."""
+    """No worker can claim them any more; they must not stay queued until the next cleanup run."""
     async with VirtualEngine(schedule=RECOVERING) as house:
         house.keep()
         await until(lambda: house.cleaner.totals.passes == 1)
@@ -424,7 +424,7 @@ async def test_the_journal_of_a_deleted_job_is_kept_for_another_day() -> None:
 
 
 class Stubborn(MemoryStorage):
-    """Names a job as expired that no deletion finds."""
+    """A store that lists a job as expired although no deletion finds it."""
 
     async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
         return ["a"]
@@ -444,7 +444,7 @@ async def test_a_damaged_expired_row_is_quarantined_and_the_run_continues() -> N
     for seq, name in enumerate(("a", "b"), 1):
         disk.put(row(seq, name, "completed", progress=100, finished_at=WALL, expires_at=WALL))
     async with VirtualEngine(disk) as house:
-        await house.yes(Get(id="a"))  # it is at hand
+        await house.yes(Get(id="a"))  # loads it into memory
         disk.bad_jobs["a"] = "its checksum is wrong"
         house.keep()
         await until(lambda: house.cleaner.totals.passes == 1)
@@ -827,7 +827,7 @@ async def test_a_failed_save_of_statistics_does_not_raise_at_the_end() -> None:
 
 @in_virtual_time
 async def test_operators_see_the_same_state() -> None:
-    """Cleanup has no rights of its own: what an operator did first stays done."""
+    """Cleanup has no special rights: the first action on a job wins."""
     async with VirtualEngine() as house:
         await house.held("a")
         await house.yes(ForceFail(id="a", reason="enough"), by="admin", admin=True)
@@ -866,7 +866,7 @@ async def test_failed_runs_do_not_reset_the_time_since_the_last_success() -> Non
         assert (state.time_since_last_cleanup or 0) >= 110_000
         del disk.errors["expired"]
         disk.gate.set()
-        await house.cleaner.run_cleanup(forced=True)  # the one under way had failed already
+        await house.cleaner.run_cleanup(forced=True)  # the running one had failed already
         await house.cleaner.run_cleanup(forced=True)
         state = house.cleaner.state()
         assert (state.failed_since_last_success, state.last_failure) == (0, None)

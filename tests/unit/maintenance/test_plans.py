@@ -1,4 +1,4 @@
-"""Plans: what they say beforehand, and that they do that, once, to every job that is still what the plan saw."""
+"""Plans: they list their changes and apply them once, to every job that is unchanged."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from tests.support.plan_help import EVE, applied, made
 from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time, row
 
-# -- what a job is to a plan ------------------------------------------------------------------------------------------
+# -- versions and rules ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_the_sentence_about_late_results(action: PlanAction, late: list[int], no
     assert late_results_note(action, late) == note
 
 
-# -- made, kept, applied ----------------------------------------------------------------------------------------------
+# -- building, keeping, applying ------------------------------------------------------------------------------------
 
 
 async def failed(house: VirtualEngine, *ids: str, **fields: Any) -> None:
@@ -309,7 +309,7 @@ async def test_a_plan_lists_its_changes_and_applies_them() -> None:
 
 
 async def came_late(house: VirtualEngine, job_id: str, times: int = 1) -> None:
-    """A failed job to which work came late, so often."""
+    """Make a failed job with this many late results."""
     await house.yes(Create(id=job_id))
     for _ in range(times):
         lock_id = (await house.yes(Start(id=job_id, worker="w"))).lock_id
@@ -569,7 +569,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def walked(planner: Planner, **asked: Any) -> list[list[str]]:
-    """The jobs of each plan, from the first to the last."""
+    """Return the jobs of each plan, from the first to the last."""
     found: list[list[str]] = []
     cursor: str | None = None
     while not found or cursor is not None:
@@ -594,7 +594,7 @@ async def test_a_plan_has_a_maximum_size_and_the_next_one_continues() -> None:
         await failed(house, "d")
         wholes = [["d", "c", "b"], ["a", "x2", "x1"], ["x0"]]
         assert await walked(planner, action="retry", filter=PlanFilter()) == wholes
-        assert isinstance(planner.find("p0"), ApiError)  # all together had too many jobs
+        assert isinstance(planner.find("p0"), ApiError)  # together they had too many jobs
         assert await walked(planner, action="cancel", filter=PlanFilter()) == [["live2", "live1", "live0"]]
 
 
@@ -611,7 +611,7 @@ async def test_a_plan_of_named_jobs_lists_a_limited_number_of_skipped_ones() -> 
 @pytest.mark.usefixtures("small")
 @in_virtual_time
 async def test_jobs_that_the_action_does_not_apply_to_are_not_read() -> None:
-    """Hundreds of younger jobs that wait are in nobody's way."""
+    """Hundreds of younger queued jobs do not slow this down."""
     async with VirtualEngine() as house:
         planner = Planner(house.actor, house.clock)
         await failed(house, "needle")
@@ -733,7 +733,7 @@ async def test_a_stopping_daemon_ends_a_plan_after_its_slice() -> None:
         assert (refusal.code, refusal.details["applied"] % plans.SLICE) == ("shutting_down", 0)
 
 
-# -- what time would do -----------------------------------------------------------------------------------------------
+# -- jobs that are due by time --------------------------------------------------------------------------------------
 
 
 def test_a_preview_lists_what_recovery_would_do_and_changes_nothing() -> None:
@@ -813,7 +813,7 @@ async def test_the_scan_for_issues_is_limited() -> None:
 
 @in_virtual_time
 async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> None:
-    """Those with large results."""
+    """Jobs with large results."""
     disk = MemoryStorage()
 
     async def one(now: int, limit: int, skip: int = 0) -> list[str]:

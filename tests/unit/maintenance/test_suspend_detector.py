@@ -1,4 +1,4 @@
-"""The daemon's absence while it runs: noticed once, before anything is decided, and not where it was only idle."""
+"""Pauses of the daemon: reported once, before anything is decided, and not for an idle daemon."""
 
 from __future__ import annotations
 

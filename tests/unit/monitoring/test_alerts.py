@@ -1,4 +1,4 @@
-"""Alerts: each fires above its threshold and not at it, knows since when, and is logged once each way."""
+"""Alerts: each fires above its threshold and not at it, keeps its start, and logs each change once."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_an_idle_daemon_lists_every_alert_and_fires_none() -> None:
 
 @in_virtual_time
 async def test_the_hints_of_quiet_alerts_are_true() -> None:
-    """Each fires, or not, by its threshold alone: the same figures, and two sentences."""
+    """Evaluate the same state with two thresholds, below and at the value."""
     failing = Failing()
     async with VirtualEngine() as house:
         alerts = alerts_of(house)
@@ -107,7 +107,7 @@ async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() ->
         for number in range(6):
             await house.held(f"job-{number}")
         await seconds(61)
-        await house.yes(Create(id="later"))  # whatever comes in lets the book see the time
+        await house.yes(Create(id="later"))  # any command advances the time of the state
         await seconds(1)
         now = one(alerts, "stuck_jobs")
         assert (now.firing, now.value, now.since) == (True, 6, house.now)
@@ -194,7 +194,7 @@ async def test_a_double_grant_fires_for_an_hour_and_names_the_job() -> None:
 
 
 def work(house: VirtualEngine, kind: str, ms: int, count: int = SAMPLES_NEEDED) -> None:
-    """Completions of this moment."""
+    """Complete jobs at this moment."""
     for _ in range(count):
         house.book.figures.paces.add(kind, house.now, ms)
 
@@ -209,7 +209,7 @@ async def test_the_slowest_kind_fires_once_and_does_not_flap() -> None:
             work(house, "", 511)
             await seconds(3600)
         work(house, "film", 1023)
-        work(house, "mail", 120)  # thrice, but who would feel it
+        work(house, "mail", 120)  # three times as slow, but too short to matter
         work(house, "", 1023)
         exactly = one(alerts, "slower_than_usual")
         assert (exactly.firing, exactly.value, exactly.threshold) == (False, 2.0, 2.0)
@@ -262,7 +262,7 @@ async def test_only_completed_jobs_count_for_durations() -> None:
 
 
 class Away:
-    """A store that is not there."""
+    """A missing store."""
 
     place = "/srv"
 
@@ -404,7 +404,7 @@ async def test_listeners_are_notified_of_changes_only() -> None:
 
 
 def slow_alerts_of(house: VirtualEngine, thresholds: Thresholds | None = None) -> Alerts:
-    """With the durations of a daemon, told of commits."""
+    """With the default durations, and fed with commits."""
     alerts = Alerts(house.book, house.clock, Health(house.actor, house.clock, house.cleaner), house.cleaner, thresholds)
     house.actor.on_commit.append(alerts.attempts.note)
     return alerts
@@ -475,11 +475,11 @@ async def test_a_restart_resolves_nothing_too_early() -> None:
         await running
 
 
-# -- queues without workers, that wait, that fail ----------------------------------------------------------------------
+# -- queues without workers, waiting jobs, failing jobs --------------------------------------------------------------
 
 
 async def watched(house: VirtualEngine, alerts: Alerts, number: int) -> list[str]:
-    """What fires after so many seconds, looked at as a daemon does."""
+    """Return the alerts that fire after this many seconds, checked as often as in the daemon."""
     shown = await alerts.check()
     for _ in range(0, number, 5):
         await seconds(5)
@@ -489,7 +489,7 @@ async def watched(house: VirtualEngine, alerts: Alerts, number: int) -> list[str
 
 @in_virtual_time
 async def test_an_incident_of_failing_attempts_and_missing_workers_fires_its_alerts() -> None:
-    """520 due jobs for 18 minutes, no worker, and every attempt before had failed: nothing was reported."""
+    """520 due jobs waited for 18 minutes without a worker, and every earlier attempt had failed."""
     async with VirtualEngine() as house:
         alerts = slow_alerts_of(house)
         for number in range(520):

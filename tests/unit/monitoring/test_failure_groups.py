@@ -1,4 +1,4 @@
-"""Jobs in groups by their error: counted is what is there, however commits and looks at history fall together."""
+"""Failure groups: the counts match the jobs, in any order of commits and reads of the history."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from tests.support.virtual_engine import VirtualEngine, in_virtual_time
 
 
 def counted(house: VirtualEngine) -> dict[str, int]:
-    """The failed jobs of the disk by fingerprint, without those that have none."""
+    """Return the failed jobs on disk by fingerprint, without those that have none."""
     failed = [job for job in house.disk.jobs.values() if job.status == "failed"]
     names = [fingerprint(job.error.message, job.error.code, job.id) for job in failed if job.error]
     return dict(Counter(name for name in names if name))
 
 
 def waiting(house: VirtualEngine) -> dict[str, int]:
-    """The jobs of the disk that wait to be tried again, by fingerprint."""
+    """Return the jobs on disk that wait for a retry, by fingerprint."""
     jobs = [(job.id, job.error) for job in house.disk.jobs.values() if job.status == "queued" and job.error]
     return dict(Counter(fingerprint(error.message, error.code, job_id) or "" for job_id, error in jobs))
 
@@ -53,7 +53,7 @@ def groups_waiting(known: FailureGroups) -> dict[str, int]:
 
 
 async def try_once(house: VirtualEngine, job_id: str, message: str, wait_ms: int = 0) -> None:
-    """A worker takes the job, if it can, and fails; the job waits then, if it has attempts left."""
+    """Claim the job, if possible, and fail it; it waits for a retry if it has attempts left."""
     granted = await house.actor.ask(Start(id=job_id, worker="w"))
     if isinstance(granted, Response):
         lock_id = granted.data.lock_id
@@ -181,7 +181,7 @@ def small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_slices")
 @pytest.mark.parametrize("seed", range(12))
 def test_history_is_counted_correctly_while_jobs_change(seed: int) -> None:
-    """Whatever is committed between two looks, or is told after the look that has seen it already."""
+    """Commits between two reads, and commits reported after the read that includes them."""
 
     @in_virtual_time
     async def test() -> None:

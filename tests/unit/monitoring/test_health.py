@@ -1,4 +1,4 @@
-"""Health: measured, not remembered; every kind of trouble named with what to do; never fooled by work under way."""
+"""Health: measured, every problem is named with its fix, and concurrent work causes no false alarm."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SlowDisk(MemoryStorage):
 
 
 class StaleOnce(MemoryStorage):
-    """The next load shows job `a` as it was in `stale`."""
+    """The next load returns job `a` as it was in `stale`."""
 
     stale: object = None
 
@@ -75,7 +75,7 @@ class StaleOnce(MemoryStorage):
         return loaded
 
 
-# -- all is well ------------------------------------------------------------------------------------------------------
+# -- healthy ----------------------------------------------------------------------------------------------------------
 
 
 @in_virtual_time
@@ -172,7 +172,7 @@ async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
             "(17825792 bytes are needed, 2097152 are free). On a full disk, running jobs may not be able to end. "
             "Free some space."
         )
-        await house.yes(Create(id="a"))  # nothing is rejected for it
+        await house.yes(Create(id="a"))  # it is not rejected
         disk.disk_space = None
         assert "The reserve file is missing. On a full" in (await measured(house)).database.message
         del disk.errors["build_reserve"]
@@ -343,7 +343,7 @@ def test_counters_that_disagree_are_unhealthy(status: str, name: str) -> None:
             assert f"{status} jobs, another" in one.message
             house.book.counts["default"][status] += 1
             both = (await measured(house)).cache
-            if status == "completed":  # finished jobs are not in memory: nothing to compare with
+            if status == "completed":  # finished jobs are not in memory, so there is nothing to compare
                 assert both.status == "healthy"
             else:
                 assert f"jobs are {status}, but the counter says" in both.message
@@ -382,7 +382,7 @@ async def test_a_comparison_during_a_write_is_repeated() -> None:
 
 @in_virtual_time
 async def test_concurrent_work_never_looks_like_damage() -> None:
-    """Commits, refused commits and refusals, all the while that health is measured."""
+    """Commits, rejected commits and errors while health is measured."""
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
         locks = {f"job-{number}": await house.held(f"job-{number}") for number in range(8)}
@@ -459,7 +459,7 @@ async def test_the_artifact_store_is_measured(tmp_path: Path) -> None:
 
 
 class Sulking:
-    """A store that does not answer."""
+    """A store that hangs."""
 
     place = "s3://far"
 
@@ -478,7 +478,7 @@ async def test_a_hanging_artifact_store_is_unhealthy_in_time() -> None:
 
 @in_virtual_time
 async def test_close_does_not_wait_for_a_hanging_artifact_store() -> None:
-    for waited_s in (0.1, 60):  # while it is measured, and long after
+    for waited_s in (0.1, 60):  # during the measurement, and long after
         async with VirtualEngine() as house:
             health = health_of(house, artifacts=Sulking())
             view = asyncio.create_task(health.view())
@@ -507,7 +507,7 @@ async def test_a_suspect_clock_is_degraded_until_it_is_accepted() -> None:
     async with VirtualEngine() as house:
         health = health_of(house)
         assert (await health.view()).status == "healthy"
-        house.step_ms = 40 * DAY_MS  # what was measured a moment ago counts no more
+        house.step_ms = 40 * DAY_MS  # cached results do not count any more
         view = await health.view()
         assert view.status == "degraded"
         assert "The wall clock is 40 days ahead of its expected value" in view.cleanup_status.message

@@ -1,4 +1,4 @@
-"""Metrics: the exact names, the numbers of one moment, bounded labels, and nothing shared with the thread."""
+"""Metrics: exact names, consistent values, bounded labels, and no state shared with the thread."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from jobd.storage.store import Store
 from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, seconds
 
-# What dashboards ask for: the name in the text, and its type.
+# The names and types that dashboards use.
 EXPECTED = {
     "jobd_jobs": "gauge",
     "jobd_queue_jobs": "gauge",
@@ -130,7 +130,7 @@ def value(body: bytes, sample: str, **labels: str) -> float:
 
 
 def shown(house: VirtualEngine, *doors: Door) -> bytes:
-    """The text without the thread, which virtual time does not wait for."""
+    """Render without the thread, which virtual time does not wait for."""
     return text(metrics_of(house, *doors).snapshot(), ":memory:")
 
 
@@ -182,7 +182,7 @@ async def test_metric_names_match_the_dashboards(tmp_path: Path) -> None:
 
 
 async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> None:
-    """Also that recovery, deletion, validation, the journal and reports work on SQLite as in memory."""
+    """Recovery, deletion, validation, the journal and reports work on SQLite as in memory."""
     async with real(tmp_path / "jobd.db") as daemon:
         now = time.time_ns() // 1_000_000
         for number in range(5):
@@ -430,7 +430,7 @@ async def test_histograms_are_cumulative() -> None:
 
 @in_virtual_time
 async def test_a_snapshot_shares_nothing_with_the_state() -> None:
-    """What the thread reads must not move under its feet."""
+    """Values that the thread reads must not change meanwhile."""
     async with VirtualEngine() as house:
         await house.held("a")
         metrics = metrics_of(house, Door(not_due=1))

@@ -1,4 +1,4 @@
-"""The `[[webhooks]]` of the configuration: what they become, what is refused and how, and that no secret is shown."""
+"""The `[[webhooks]]` of the configuration: defaults, errors, and that no secret is shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The line before an endpoint: order of each subject, others go on, nobody is lost; also against a plain model."""
+"""The delivery queue: order per subject, independence of subjects, and a comparison with a simple model."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_probe_takes_the_delivery_with_the_fewest_failures() -> None:
 def test_a_stale_entry_starts_no_delivery_early() -> None:
     made = line((2, "a", 0), (1, "a", 0))
     assert made.take(0) == QueuedDelivery(1, "a", 0)
-    made.remove(1)  # 2 has an entry from when it came, and one more
+    made.remove(1)  # 2 has two entries in the heap now
     assert made.take(0) == QueuedDelivery(2, "a", 0)
     made.postpone(2, 99)
     assert taken(made, 98) == []
@@ -238,15 +238,15 @@ def test_the_queue_behaves_like_a_plain_list(steps: list[tuple[str, int]]) -> No
 
 
 class Model:
-    """The same in the plainest way."""
+    """A delivery queue in the simplest form."""
 
     def __init__(self) -> None:
         self.line: dict[int, QueuedDelivery] = {}
         self.going: set[int] = set()
-        self.pressed: set[int] = set()  # of those on their way
+        self.pressed: set[int] = set()  # running deliveries that were expedited
 
     def firsts(self) -> list[QueuedDelivery]:
-        """The first of each subject of which none is on its way."""
+        """Return the first delivery of each subject that has none running."""
         found: dict[str, QueuedDelivery] = {}
         for id_ in sorted(self.line):
             found.setdefault(self.line[id_].subject, self.line[id_])

@@ -1,4 +1,4 @@
-"""Webhooks at work on a real store: nothing is lost, each job in order, who fails holds up nobody, all has an end."""
+"""Webhooks on a real store: no event is lost, order per job, isolation of failing endpoints, and limits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FINISHED = frozenset({"job.completed", "job.failed"})
 
 @pytest.fixture(autouse=True)
 def logged() -> Iterator[list[Any]]:
-    """What was logged. The console's tracebacks look at files, which no loop may wait for."""
+    """Collect log entries. The tracebacks of the console renderer read files, which blocks the loop."""
     with structlog.testing.capture_logs() as lines:
         yield lines
 
@@ -44,7 +44,7 @@ def path(tmp_path: Path) -> Path:
 
 
 class Watched:
-    """A store whose calls are counted, and fail where that is wished for."""
+    """A store that counts its calls and fails on demand."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -62,7 +62,7 @@ class Watched:
 
 
 def a_life(maker: ChangeFactory, job_id: str) -> list[Change]:
-    """Four events of one job."""
+    """Commit four events of one job."""
     created = maker.create(job_id)
     granted = maker.grant(job_of(created))
     progress = maker.progress(job_of(granted))
@@ -186,7 +186,7 @@ async def test_pages_cut_short_by_large_events_are_continued(path: Path, monkeyp
 async def test_a_page_of_damaged_events_is_reported_as_a_gap_and_skipped(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(queries, "SLICE_BYTES", 1)  # a page is one event
+    monkeypatch.setattr(queries, "SLICE_BYTES", 1)  # one event per page
     async with at_work(path) as at:
         at.store._connection.raw.execute(
             "CREATE TRIGGER spoil AFTER INSERT ON events WHEN new.seq = 2 BEGIN "
@@ -200,7 +200,7 @@ async def test_a_page_of_damaged_events_is_reported_as_a_gap_and_skipped(
         assert "events.gone" in types
 
 
-# -- order, failures, breaks -------------------------------------------------------------------------------------------
+# -- order, failures, circuit breaker ----------------------------------------------------------------------------------
 
 
 async def test_a_failing_message_blocks_only_its_own_job(path: Path) -> None:
@@ -234,7 +234,7 @@ async def test_consecutive_failures_open_the_breaker_and_a_probe_closes_it(path:
         assert tried <= HASTY.opens_after + dispatcher.PARALLEL
         begun = time.monotonic()
         await until(lambda: len(at.posts.tried) >= tried + 4)
-        assert time.monotonic() - begun > 0.1  # one at a time, with a pause between
+        assert time.monotonic() - begun > 0.1  # one at a time, with a pause between them
         (view,) = at.webhooks.views()
         assert view.failing_since is not None
         assert view.last_error == NO.error
@@ -258,7 +258,7 @@ async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
             return None if view.next_try_at is None else view.next_try_at - clock.moment().now
 
         at.office.retry_policy = slow
-        await _more_patient(at)  # a breaker that is slow, too
+        await _more_patient(at)  # a slow breaker, too
         assert left_ms() is None
         await at.commit(at.maker.create("a"))
         await until(lambda: left_ms() is not None)
@@ -267,13 +267,13 @@ async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
         await until(lambda: at.webhooks.views()[0].state == "open")
         assert 250_000 < (left_ms() or 0) <= 600_000, "not before the end of the break"
-        clock.step_ms += HOUR_MS  # who sets the clock moves no try
+        clock.step_ms += HOUR_MS  # a clock step does not change the time of an attempt
         assert 250_000 < (left_ms() or 0) <= 600_000
 
 
 async def test_a_message_that_always_fails_does_not_keep_the_breaker_open(path: Path) -> None:
     async with at_work(path, posts=Posts(lambda each: NO if each.subject == "jobs/bad" else YES)) as at:
-        at.office.retry_policy = replace(HASTY, retry_ms=1, retry_at_most_ms=1)  # it is due at every trial
+        at.office.retry_policy = replace(HASTY, retry_ms=1, retry_at_most_ms=1)  # due at every probe
         await at.commit(at.maker.create("bad"))
         await until(lambda: at.webhooks.views()[0].state != "closed")
         await at.commit(at.maker.create("good"))
@@ -391,7 +391,7 @@ async def test_a_delivery_whose_result_was_not_stored_is_repeated(path: Path) ->
         await at.commit(*a_life(at.maker, "a"))
         await until(lambda: at.posts.types() == ["job.created"])
         await asyncio.sleep(0.1)
-        assert at.posts.types() == ["job.created"]  # the next waits until that is noted
+        assert at.posts.types() == ["job.created"]  # the next one waits until this result is stored
     async with at_work(path, maker=at.maker) as then:
         await until(lambda: then.posts.types() == ["job.created", "job.granted", "job.completed"])
         assert then.posts.taken[0] == at.posts.taken[0]
@@ -509,7 +509,7 @@ async def test_stop_stores_results_that_arrive_in_time(path: Path) -> None:
 async def test_every_event_arrives_in_order_despite_failures_and_crashes(
     path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At least once, and none before the one that came before it in the same job."""
+    """Every event arrives at least once, and never before an earlier event of its job."""
     monkeypatch.setattr(dispatcher, "FAILURE_RETRY_S", 0.02)
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     chance, maker = random.Random(seed), ChangeFactory(seed)
@@ -673,10 +673,10 @@ async def test_alerts_are_delivered_at_least_once_over_a_restart(path: Path) -> 
         at.fire("stuck_jobs")
         at.fire("database")
         await until(lambda: at.webhooks.views()[0].waiting == 2)
-    async with at_work(path, maker=at.maker, firing=None) as then:  # nobody has looked yet
+    async with at_work(path, maker=at.maker, firing=None) as then:  # no alerts evaluated yet
         await until(lambda: then.posts.types() == ["alert.firing", "alert.firing"])
         await asyncio.sleep(0.1)
-        then.firing = {"database": NOW + 99}  # one of them has ended meanwhile
+        then.firing = {"database": NOW + 99}  # one of them has resolved meanwhile
         then.webhooks.alerts_changed()
         await until(lambda: "alert.resolved" in then.posts.types())
         await asyncio.sleep(0.1)
@@ -755,7 +755,7 @@ async def test_on_a_full_disk_each_change_gets_a_few_direct_attempts_in_order(
         at.posts.answer = lambda each: YES if each.type == "alert.resolved" else NO
         at.fire("stuck_jobs")
         await until(lambda: at.posts.tried[-1].subject == "alerts/stuck_jobs")
-        at.resolve("stuck_jobs")  # the next try of its beginning is not waited for
+        at.resolve("stuck_jobs")  # it does not wait for the retry of its firing message
         await until(lambda: at.posts.subjects() == [("alerts/stuck_jobs", "alert.resolved")])
         own = [each.type for each in at.posts.tried if each.subject == "alerts/stuck_jobs"]
         assert own == sorted(own)
@@ -820,7 +820,7 @@ async def test_a_delivery_in_any_state_can_be_sent_again(path: Path) -> None:
 
 
 async def _more_patient(at: Any) -> None:
-    """Another courier in the place of the one that is at work, and not the one that is about to be dismissed."""
+    """Replace the running dispatcher by a slower one."""
     before = at.webhooks._dispatchers["e"]
     at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
     await until(lambda: at.webhooks._dispatchers.get("e") not in (None, before))
@@ -844,7 +844,7 @@ async def test_a_waiting_delivery_can_be_sent_at_once_while_the_breaker_is_open(
 
 
 async def test_a_test_message_probes_an_open_breaker(path: Path) -> None:
-    """Whoever tests a receiver that was mended is not told five minutes later."""
+    """A test message must not wait for the end of an open breaker."""
     down = True
     async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
         at.office.retry_policy = replace(HASTY, pause_ms=600_000, pause_at_most_ms=600_000)
@@ -859,7 +859,7 @@ async def test_a_test_message_probes_an_open_breaker(path: Path) -> None:
 
 
 async def test_a_running_delivery_that_is_redelivered_is_retried_at_once(path: Path) -> None:
-    """It was asked for while the first try had not come back: that one's failure puts it off no more."""
+    """The redelivery was requested while the first attempt was running: its failure does not postpone it."""
     down = True
     async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
         at.office.retry_policy = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000)
@@ -873,7 +873,7 @@ async def test_a_running_delivery_that_is_redelivered_is_retried_at_once(path: P
 
 
 async def test_failures_from_before_a_probe_do_not_open_the_breaker(path: Path) -> None:
-    """Five of eight have failed; while three hang, somebody says that the receiver is back."""
+    """Five of eight attempts have failed, three hang, and an operator reports that the receiver is back."""
     slow = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000, pause_ms=600_000, pause_at_most_ms=600_000)
     down, hanging = True, asyncio.Event()
 
@@ -898,7 +898,7 @@ async def test_failures_from_before_a_probe_do_not_open_the_breaker(path: Path) 
 
 
 async def test_dead_letters_are_sent_again_in_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each gets a try before it is given up for its age again."""
+    """Each message gets an attempt before it can be dead-lettered for its age again."""
     monkeypatch.setattr(dispatcher, "SLICE", 10)
     monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
     down = True
@@ -959,7 +959,7 @@ async def test_a_new_configuration_is_applied_while_running(path: Path) -> None:
         assert Counter(each.endpoint for each in at.posts.taken) == {"stays": 3, "changes": 1, "comes": 3}
         at.webhooks.set_endpoints([])
         await until(lambda: at.posts.open == 0)
-        at.webhooks.set_endpoints([endpoint("goes")])  # it goes on where it was
+        at.webhooks.set_endpoints([endpoint("goes")])  # it continues at its cursor
         await until(lambda: len(at.posts.taken) == 10)
 
 

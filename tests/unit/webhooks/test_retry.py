@@ -1,4 +1,4 @@
-"""When a delivery is tried again or given up, and the breaker: a table of moments."""
+"""Retry delays, dead letters and the circuit breaker, at given times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One try over real HTTP: what counts as taken, what is read, where it does not go, and that it is signed."""
+"""Delivery attempts over real HTTP: success and failure, limits, blocked addresses, signatures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def sender() -> AsyncIterator[HttpTransport]:
 
 @pytest.fixture
 async def careful() -> AsyncIterator[HttpTransport]:
-    """One that goes to no private address."""
+    """A receiver address that is not private."""
     made = HttpTransport(allow_private=False, most=4, wall=lambda: time.time_ns() // 1_000_000)
     yield made
     await made.close()
@@ -283,7 +283,7 @@ async def test_a_trusted_certificate_is_accepted(tmp_path: Path) -> None:
     assert heard == [DELIVERY.body]
 
 
-# -- where it does not go ----------------------------------------------------------------------------------------------
+# -- blocked addresses -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ async def test_private_addresses_are_blocked(careful: HttpTransport, receiver: R
 async def test_the_connected_address_is_checked_not_an_earlier_lookup(
     careful: HttpTransport, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DNS that says another address each time: there is no look before the one that is connected to."""
+    """A name server that returns another address each time: the connected address is the one that is checked."""
     asked = []
 
     def rebinding(host: str, port: int, *args: Any, **more: Any) -> list[Any]:
@@ -331,7 +331,7 @@ async def test_cookies_are_not_stored(sender: HttpTransport, receiver: Receiver)
     assert all("Cookie" not in heard.headers for heard in receiver.heard)
 
 
-# -- names -------------------------------------------------------------------------------------------------------------
+# -- host names --------------------------------------------------------------------------------------------------------
 
 
 async def test_an_unknown_host_name_is_reported(sender: HttpTransport) -> None:

@@ -1,4 +1,4 @@
-"""Which addresses a webhook may connect to: a table of those that were once used to get inside."""
+"""Addresses that a webhook may connect to, including known tricks to reach private ones."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from jobd.webhooks.url_policy import blocked_reason
         ("127.9.9.9", "loopback"),
         ("::1", "loopback"),
         ("::ffff:127.0.0.1", "loopback"),
-        ("::127.0.0.1", "reserved"),  # compatible with IPv4, as nobody is any more
+        ("::127.0.0.1", "reserved"),  # IPv4-compatible, deprecated
         ("::8.8.8.8", "reserved"),
         ("::2", "reserved"),
         ("2002:7f00:1::", "loopback"),  # 6to4
         ("64:ff9b::7f00:1", "loopback"),  # NAT64
-        ("64:ff9b:1::a00:1", "reserved"),  # NAT64 of a network's own, whose prefix may be of any length
+        ("64:ff9b:1::a00:1", "reserved"),  # NAT64 with a network-specific prefix of any length
         ("64:ff9b:1:a9fe:a9:fe00:808:808", "reserved"),
         ("64:ff9b:1:ffff:ffff:ffff:ffff:ffff", "reserved"),
         ("64:ff9b:0:1::808:808", "reserved"),
         ("::ffff:0:127.0.0.1", "reserved"),  # SIIT
         ("::ffff:0:8.8.8.8", "reserved"),
-        ("2001:0:4136:e378:8000:63bf:f5ff:fffe", "reserved"),  # Teredo, of 10.0.0.1
-        ("2001:0:4136:e378:8000:63bf:f7f7:f7f7", "reserved"),  # and of 8.8.8.8
+        ("2001:0:4136:e378:8000:63bf:f5ff:fffe", "reserved"),  # Teredo for 10.0.0.1
+        ("2001:0:4136:e378:8000:63bf:f7f7:f7f7", "reserved"),  # Teredo for 8.8.8.8
         ("2001:1ff:ffff::1", "reserved"),
         ("2001:20::1", "reserved"),
         ("2001:db8::1", "reserved"),
@@ -85,7 +85,7 @@ def test_addresses_of_this_machine_and_network_are_blocked(address: str, said: s
     assert why.partition(",")[0] == said
 
 
-# www.iana.org/assignments/iana-ipv4-special-registry, and -ipv6-; with multicast, and with what is not given out.
+# www.iana.org/assignments/iana-ipv4-special-registry and -ipv6-, with multicast and unallocated blocks.
 SPECIAL = """
 0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24 192.31.196.0/24
 192.52.193.0/24 192.88.99.0/24 192.168.0.0/16 192.175.48.0/24 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4
@@ -97,7 +97,7 @@ SPECIAL = """
 
 @pytest.mark.parametrize("block", SPECIAL.split())
 def test_reserved_blocks_are_blocked(block: str) -> None:
-    """Its edges, those beside them, and its middle: whatever this Python knows of it."""
+    """Check the edges, the neighbors and the middle of a block, independent of the Python version."""
     network = ip_network(block)
     last = network.num_addresses - 1
     assert [

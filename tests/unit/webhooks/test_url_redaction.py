@@ -1,4 +1,4 @@
-"""What is shown of the URL of a webhook, and what is left out of what others say of it."""
+"""What is shown of a webhook's URL, and what is redacted in other texts."""
 
 from __future__ import annotations
 
