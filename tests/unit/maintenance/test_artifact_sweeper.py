@@ -1,4 +1,4 @@
-"""The artifact sweeper: every artifact of a deleted job is deleted in the end, no other is, and failures are reported."""
+"""The artifact sweeper: it deletes every artifact of a deleted job, no other one, and reports failures."""
 
 from __future__ import annotations
 
