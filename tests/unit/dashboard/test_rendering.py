@@ -40,13 +40,17 @@ async def test_every_page_renders_without_and_with_jobs(harness: DashboardHarnes
 async def test_pages_without_a_session_and_error_pages_have_the_same_headers(harness: DashboardHarness) -> None:
     browser = await harness.browser()
     targets = ("/sign-in", "/docs/worker", "/jobs", "/static/none.js")
-    response = [await Browser(harness.admin).get(target) for target in targets]
-    response += [await browser.get("/jobs/nobody"), await browser.get("/jobs?status=x"), await browser.get("/jobs?x=1")]
-    response += [await browser.get("/jobs/held/confirm?verb=x"), await browser.post("/sign-in", token="x")]
-    assert [each.status for each in response] == [200, 200, 303, 404, 404, 400, 400, 400, 401]
-    for each in response:
+    responses = [await Browser(harness.admin).get(target) for target in targets]
+    responses += [
+        await browser.get("/jobs/nobody"),
+        await browser.get("/jobs?status=x"),
+        await browser.get("/jobs?x=1"),
+    ]
+    responses += [await browser.get("/jobs/held/confirm?verb=x"), await browser.post("/sign-in", token="x")]
+    assert [each.status for each in responses] == [200, 200, 303, 404, 404, 400, 400, 400, 401]
+    for each in responses:
         assert_safe(each)
-    assert "No job has" in text(response[4]) or "job_not_found" in text(response[4])
+    assert "No job has" in text(responses[4]) or "job_not_found" in text(responses[4])
 
 
 async def test_text_from_outside_is_never_rendered_as_markup(harness: DashboardHarness) -> None:
@@ -54,22 +58,22 @@ async def test_text_from_outside_is_never_rendered_as_markup(harness: DashboardH
     lock = (await harness.call("jobs/nasty/start", worker="<i>w</i>\u202e'"))["lock_id"]
     await harness.call("jobs/nasty/progress", lock_id=lock, progress=3, message=NASTY)
     browser = await harness.browser()
-    seen = [await browser.get(each) for each in (*PAGES, "/jobs/nasty", "/jobs/nasty/confirm?verb=cancel")]
+    responses = [await browser.get(each) for each in (*PAGES, "/jobs/nasty", "/jobs/nasty/confirm?verb=cancel")]
     await harness.call("jobs/nasty/fail", lock_id=lock, error_message=NASTY, error_code="<u>", retry=False)
-    seen += [await browser.get(each) for each in ("/jobs", "/jobs/nasty")]
-    seen.append(await browser.get(f"/jobs?kind={quote('<b>k</b>')}&worker={quote(NASTY.replace(chr(27), ''))}"))
-    seen.append(await browser.get(f"/jobs?id={quote(NASTY)}"))
-    seen.append(await browser.get(f"/jobs?status={quote(NASTY)}"))
-    seen.append(await browser.get(f"/sign-in?next={quote(NASTY)}"))
-    seen.append(await browser.confirm("nasty", "force-reset", NASTY))
-    seen.append(await browser.get("/jobs/nasty"))
-    for response in seen:
+    responses += [await browser.get(each) for each in ("/jobs", "/jobs/nasty")]
+    responses.append(await browser.get(f"/jobs?kind={quote('<b>k</b>')}&worker={quote(NASTY.replace(chr(27), ''))}"))
+    responses.append(await browser.get(f"/jobs?id={quote(NASTY)}"))
+    responses.append(await browser.get(f"/jobs?status={quote(NASTY)}"))
+    responses.append(await browser.get(f"/sign-in?next={quote(NASTY)}"))
+    responses.append(await browser.confirm("nasty", "force-reset", NASTY))
+    responses.append(await browser.get("/jobs/nasty"))
+    for response in responses:
         page = text(response)
         for markup in ("<script>alert", "<b>", "<i>w", "<u>"):
             assert markup not in page, page[page.find(markup) - 200 :][:400]
         shown = re.sub(r'(<input [^>]*)value="[^"]*"', r"\1", page)  # fields keep raw values
         assert not {"\x1b", "\u202e"} & set(shown)
-    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;\u241b[31m\\u202e&amp;&#34;" in text(seen[-1])
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt;\u241b[31m\\u202e&amp;&#34;" in text(responses[-1])
 
 
 def test_audit_details_are_formatted() -> None:

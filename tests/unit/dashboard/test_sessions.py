@@ -25,11 +25,11 @@ def test_failed_sign_ins_are_audited_ever_more_rarely() -> None:
 
 async def test_the_numbers_of_sessions_and_addresses_are_limited() -> None:
     access: Permission = "full"
-    held = sessions.Sessions(lambda digest: access, lambda: 0.0)
-    secrets = [found[0] for _ in range(sessions.MAX_SESSIONS + 1) if (found := held.sign_in(TOKEN))]
-    assert len(held) == sessions.MAX_SESSIONS
-    assert held.find(secrets[0]) is None
-    assert held.find(secrets[1]) is not None
+    store = sessions.Sessions(lambda digest: access, lambda: 0.0)
+    secrets = [found[0] for _ in range(sessions.MAX_SESSIONS + 1) if (found := store.sign_in(TOKEN))]
+    assert len(store) == sessions.MAX_SESSIONS
+    assert store.find(secrets[0]) is None
+    assert store.find(secrets[1]) is not None
     throttle = sessions.LoginThrottle(lambda: 0.0)
     for number in range(sessions.MAX_ADDRESSES + 1):
         for _ in range(sessions.FREE_FAILURES):

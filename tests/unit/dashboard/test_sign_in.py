@@ -79,13 +79,13 @@ async def test_the_session_cookie_is_out_of_reach_of_scripts_and_other_sites(har
 async def test_curl_commands_use_https_behind_a_tls_proxy(harness: DashboardHarness) -> None:
     """A GET has no Origin header, and any client can send X-Forwarded-Proto."""
     await harness.call("jobs", id="a")
-    plain = await harness.browser()
-    page = text(await plain.get("/jobs/a", Host="localhost", X_Forwarded_Proto="https"))
+    direct = await harness.browser()
+    page = text(await direct.get("/jobs/a", Host="localhost", X_Forwarded_Proto="https"))
     assert "http://localhost/admin/job-management/jobs/a" in page
-    behind = Browser(harness.admin)
-    await behind.post("/sign-in", {"Origin": "https://localhost", "Host": "localhost"}, token=TOKEN)
+    proxied = Browser(harness.admin)
+    await proxied.post("/sign-in", {"Origin": "https://localhost", "Host": "localhost"}, token=TOKEN)
     for url in ("/jobs/a", "/jobs/a/confirm?verb=cancel"):
-        page = text(await behind.get(url, Host="localhost"))
+        page = text(await proxied.get(url, Host="localhost"))
         assert "https://localhost/admin/job-management/jobs/a" in page
         assert "http://localhost" not in page
 
@@ -106,19 +106,19 @@ async def test_wrong_tokens_are_rejected_and_delayed_and_a_valid_one_is_accepted
     monkeypatch.setattr(sessions, "FAILURE_DELAY_S", 0.3)
     browser = Browser(harness.admin)
     for number in range(sessions.FREE_FAILURES + 2):
-        begun = time.monotonic()
+        start_s = time.monotonic()
         response = await browser.post("/sign-in", token="wrong-token-0123456789abcdef", name="eve")
         assert response.status == 401
         assert "This token is not valid" in text(response)
         assert "wrong-token" not in text(response)
-        is_held_back = number >= sessions.FREE_FAILURES
-        assert (time.monotonic() - begun > 0.25) == is_held_back, "only the response is delayed"
+        is_delayed = number >= sessions.FREE_FAILURES
+        assert (time.monotonic() - start_s > 0.25) == is_delayed, "only the response is delayed"
     monkeypatch.setattr(sessions, "FAILURE_DELAY_S", 600.0)
-    held = asyncio.create_task(browser.post("/sign-in", token="wrong-token-0123456789abcdef"))
+    delayed = asyncio.create_task(browser.post("/sign-in", token="wrong-token-0123456789abcdef"))
     await asyncio.sleep(0.1)
     await Browser(harness.admin).sign_in()
-    assert not held.done()
-    held.cancel()
+    assert not delayed.done()
+    delayed.cancel()
     assert (await harness.admin.request("GET", "/jobs", headers=AUTH)).status == 200, "programs are not delayed"
     assert harness.admin.app.error_counts["unauthorized"] == sessions.FREE_FAILURES + 3
     page = text(await (await harness.browser()).get("/audit?what=sign-in"))
@@ -138,9 +138,9 @@ async def test_no_wrong_token_signs_in(harness: DashboardHarness) -> None:
         harness.now_s += sessions.FAILURE_WINDOW_S
         forms = [urlencode({"token": each}) for each in given]
         line.send(b"".join(request_bytes("POST", "/sign-in", form, {"Content-Type": FORM}) for form in forms))
-        response = [await line.receive() for _ in given]
-        assert [each for each, answer in zip(given, response, strict=True) if answer.status != 401] == []
-        assert not any("set-cookie" in answer.headers for answer in response)
+        responses = [await line.receive() for _ in given]
+        assert [each for each, response in zip(given, responses, strict=True) if response.status != 401] == []
+        assert not any("set-cookie" in response.headers for response in responses)
     assert len(harness.dashboard.sessions) == 0
     await Browser(harness.admin).sign_in()
 
@@ -151,14 +151,14 @@ async def test_the_number_of_delayed_responses_is_limited(
     monkeypatch.setattr(sessions, "FAILURE_DELAY_S", 600.0)
     monkeypatch.setattr(sessions, "FREE_FAILURES", 0)
     monkeypatch.setattr(sign_in, "MAX_DELAYED", 2)
-    held = [asyncio.create_task(Browser(harness.admin).post("/sign-in", token="wrong")) for _ in range(2)]
+    delayed = [asyncio.create_task(Browser(harness.admin).post("/sign-in", token="wrong")) for _ in range(2)]
     await asyncio.sleep(0.2)
     response = await Browser(harness.admin).post("/sign-in", token="wrong")
     assert (response.status, response.headers["retry-after"]) == (429, "600")
     assert "too many sign-ins are failing" in text(response)
     await Browser(harness.admin).sign_in()
-    assert not any(each.done() for each in held)
-    for each in held:
+    assert not any(each.done() for each in delayed)
+    for each in delayed:
         each.cancel()
 
 
