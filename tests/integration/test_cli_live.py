@@ -179,7 +179,7 @@ def test_rates_cover_a_window() -> None:
     now[0] += WINDOW_S - 2
     assert rates(120) == (2.0, 10.0)
     now[0] += 5
-    assert rates(120) == (1.2, 13.0)  # the look before the window's beginning is where it begins
+    assert rates(120) == (1.2, 13.0)  # the window starts at the last sample before it
     now[0] += 20
     assert rates(10) == (0.0, 20.0)  # it was killed, and counts on from earlier
 
@@ -376,7 +376,7 @@ class Terminal:
         try:
             while True:
                 self.said += self._read()
-        except OSError:  # EIO: nobody has it open any more
+        except OSError:  # EIO: no process has it open any more
             os.close(self._ours)
         return self.process.wait()
 

@@ -17,7 +17,7 @@ import pytest
 from jobd.cli.ctl import main
 from jobd.client import AdminClient
 from tests import ROOT
-from tests.integration.test_cli import TOKEN, Running
+from tests.support.cli_harness import TOKEN, Running
 
 # Payloads as callers write them: what a detour through Python's values would change.
 ODD: Final = [
@@ -197,5 +197,5 @@ def test_a_dry_run_of_an_import_gives_reasons(there: Running, tmp_path: Path) ->
     ]
     assert said[3].startswith("line 4 (b): would be rejected: ")
     assert "priority" in said[3]
-    told = there.done("jobd.cli.ctl.main", "import", str(file), "--dry-run", "--json")
-    assert json.loads(told.stdout)["wouldRefuse"] == 1
+    shown = there.done("jobd.cli.ctl.main", "import", str(file), "--dry-run", "--json")
+    assert json.loads(shown.stdout)["wouldRefuse"] == 1

@@ -1,4 +1,4 @@
-"""The command lines without a daemon: what is refused, how it is said, which exit code, and how things are shown."""
+"""The command line without a daemon: usage errors, exit codes and output."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in list(os.environ):
         if name.startswith(("JOBD_", "ADMIN_TOKEN")):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("JOBD_SOCKET", str(tmp_path / "nobody.sock"))
-    monkeypatch.setenv("JOBD_ADMIN_URL", f"unix:{tmp_path}/nobody.sock")
+    monkeypatch.setenv("JOBD_SOCKET", str(tmp_path / "missing.sock"))
+    monkeypatch.setenv("JOBD_ADMIN_URL", f"unix:{tmp_path}/missing.sock")
     monkeypatch.setattr(connection, "RETRY_FOR_S", 0.0)
 
 
@@ -374,7 +374,7 @@ def test_an_unreachable_worker_api_exits_with_3(argv: list[str], capsys: pytest.
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1
-    assert "nobody.sock" in err
+    assert "missing.sock" in err
     assert "--socket" in err
 
 
@@ -425,10 +425,10 @@ def untold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def found(**given: str) -> tuple[str, str]:
     """Where the worker API and the admin API are found."""
-    told = connection.ConnectionOptions()
+    shown = connection.ConnectionOptions()
     for name, value in given.items():
-        setattr(told, name, value)
-    return str(connection.worker_endpoint(told)), str(connection.admin_endpoint(told))
+        setattr(shown, name, value)
+    return str(connection.worker_endpoint(shown)), str(connection.admin_endpoint(shown))
 
 
 def test_options_override_variables_and_variables_the_configuration(
@@ -448,8 +448,8 @@ def test_options_override_variables_and_variables_the_configuration(
     monkeypatch.setenv("JOBD_URL", "http://there:1")
     monkeypatch.setenv("JOBD_ADMIN_URL", "http://there:2")
     assert found() == ("http://there:1", "http://there:2")
-    monkeypatch.setenv("JOBD_SOCKET", "/told/w")
-    assert found()[0] == "unix:/told/w"
+    monkeypatch.setenv("JOBD_SOCKET", "/env/w")
+    assert found()[0] == "unix:/env/w"
     assert found(socket="/flag/w", admin_url="unix:/flag/a") == ("unix:/flag/w", "unix:/flag/a")
 
 
@@ -567,14 +567,14 @@ def test_the_table_of_transitions_decides_what_is_allowed() -> None:
 
 
 def test_a_file_is_written_completely_and_only_for_its_owner(tmp_path: Path) -> None:
-    told: list[int] = []
-    with files.whole_file(tmp_path / "copy.db", told.append) as file:
+    shown: list[int] = []
+    with files.whole_file(tmp_path / "copy.db", shown.append) as file:
         file.write(b"12345")
         file.write(b"678")
         assert not (tmp_path / "copy.db").exists()
     assert (tmp_path / "copy.db").read_bytes() == b"12345678"
     assert (tmp_path / "copy.db").stat().st_mode & 0o777 == 0o600
-    assert told == [5, 8]
+    assert shown == [5, 8]
     assert [path.name for path in tmp_path.iterdir()] == ["copy.db"]
 
 

@@ -1,0 +1,28 @@
+"""Fixtures of the command-line tests: a daemon for each module, and jobctl."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.cli_harness import TOKEN, Ctl, Running
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    daemon = Running(tmp_path_factory.mktemp("d"))
+    yield daemon
+    assert daemon.stop() == 0, (daemon.folder / "log").read_text()
+    assert TOKEN not in (daemon.folder / "log").read_text()
+
+
+@pytest.fixture
+def jobctl(running: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ctl:
+    for name in list(os.environ):
+        if name.startswith(("JOBD_", "ADMIN_")):
+            monkeypatch.delenv(name)
+    for name, value in running.places.items():
+        monkeypatch.setenv(name, value)
+    return Ctl(capsys)

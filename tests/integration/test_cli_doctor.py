@@ -1,0 +1,167 @@
+"""`jobd doctor --running`, the clock and webhooks, against a daemon with prepared figures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+import jobd
+from jobd.api import admin as admin_api
+from jobd.cli import tables_admin
+from jobd.cli.ctl import main as ctl
+from jobd.cli.daemon import checkup
+from jobd.cli.daemon.checkup import examine
+from jobd.client import AdminClient
+from jobd.model import responses as answers
+from tests.support.http_harness import DELIVERY, WEBHOOK, FakeActor, HttpHarness
+
+
+async def _findings(place: Path, prepare: Callable[[HttpHarness], None]) -> dict[str, str]:
+    """Return the findings of `jobd doctor --running` for prepared responses."""
+    stats = answers.StatsView(9, {}, 2, 0, 0.0, None, 0, 1_772_366_400_000)
+    async with HttpHarness(
+        admin_api.ROUTES, place, admin=True, actor=FakeActor(lambda _: answers.Response(stats))
+    ) as house:
+        house.fakes.deliveries_page = answers.DeliveryPage([], None)
+        prepare(house)
+        with AdminClient(f"unix:{house.path}", token="canary-token-0123456789", retry_for_s=0) as client:
+            found = await asyncio.to_thread(examine, client)
+    assert all(finding.what and finding.mend for finding in found)
+    return {finding.where: finding.what for finding in found}
+
+
+async def test_the_doctor_names_every_problem(tmp_path: Path) -> None:
+    def prepare(house: HttpHarness) -> None:
+        house.fakes.status = "degraded"
+
+    found = await _findings(tmp_path, prepare)
+    assert set(found) == {"database", "cache", "storage", "clock", "job bad-1", "validation", "jobs"}
+    assert found["database"].startswith("degraded: ")
+    assert found["jobs"] == "2 stalled now"
+
+
+async def test_the_doctor_finds_nothing_in_a_healthy_daemon(tmp_path: Path) -> None:
+    def prepare(house: HttpHarness) -> None:
+        house.fakes.accepted = True
+
+    assert set(await _findings(tmp_path, prepare)) == {"job bad-1", "validation", "jobs"}
+
+
+async def _clock(place: Path, held: list[str], *argv: str) -> tuple[int, bool]:
+    """The exit code of `jobctl clock …` against a daemon whose clock is suspect, and whether it is accepted."""
+    async with HttpHarness(admin_api.ROUTES, place, admin=True) as house:
+        house.fakes.past_jobs = held
+        where = ["--admin-url", f"unix:{house.path}"]
+        code = await asyncio.to_thread(ctl.main, ["clock", *argv, *where])
+        return code, house.fakes.accepted
+
+
+async def test_clock_accept_lists_the_jobs_to_delete_and_asks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", "canary-token-0123456789")
+    held = ["old-1", "old-2"]
+    assert await _clock(tmp_path, held, "accept") == (2, False)
+    assert "add --yes to do it, --dry-run to see the effect" in capsys.readouterr().err
+    assert await _clock(tmp_path, held, "accept", "--dry-run") == (0, False)
+    assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().out
+    assert await _clock(tmp_path, held, "accept", "--dry-run", "--json") == (0, False)
+    assert json.loads(capsys.readouterr().out) == {"heldJobs": held, "moreHeld": False}
+    assert await _clock(tmp_path, held, "--yes") == (2, False)
+    assert await _clock(tmp_path, held, "accept", "--yes") == (0, True)
+    asked: list[str] = []
+    monkeypatch.setattr("jobd.cli.ctl.admin.need_terminal", lambda: None)
+    monkeypatch.setattr("jobd.cli.ctl.admin.confirm", asked.append)
+    assert await _clock(tmp_path, held, "accept") == (0, True)
+    assert asked == ["accept the clock"]
+    assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().err
+
+
+def test_webhooks_are_listed_with_their_state(capsys: pytest.CaptureFixture[str]) -> None:
+    soon = round(time.time() * 1000) + 5 * 60_000 + 12_000
+    states = [
+        replace(WEBHOOK, name=name, state=state, failing_since=since, next_try_at=next_)
+        for name, state, since, next_ in (
+            ("a", "starting", None, None),
+            ("b", "closed", None, None),
+            ("c", "closed", 1, soon),
+            ("d", "open", 1, soon),
+            ("e", "half_open", 1, None),
+        )
+    ]
+    tables_admin.webhooks(states)
+    rows = [re.split("  +", line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][2:4] == ["STATE", "NEXT TRY"]
+    assert {row[0]: row[2:4] for row in rows[1:]} == {
+        "a": ["starting", "-"],
+        "b": ["in order", "-"],
+        "c": ["failing", "in 5 m"],
+        "d": ["on a break", "in 5 m"],
+        "e": ["one message is tried", "-"],
+    }
+
+
+async def test_the_doctor_names_failing_webhooks_and_dead_lettered_messages(tmp_path: Path) -> None:
+    now = 1_700_000_000_000
+
+    def failing(house: HttpHarness) -> None:
+        house.fakes.hooks = [replace(WEBHOOK, failing_since=now - 60_000, waiting=3, last_error="500: no")]
+
+    def lost(house: HttpHarness, ended_at: int) -> None:
+        given_up = replace(DELIVERY, state="given_up", ended_at=ended_at, error="401")
+        house.fakes.deliveries_page = answers.DeliveryPage([given_up], None)
+
+    said = (await _findings(tmp_path, failing))["webhook q"]
+    assert "3 wait" in said
+    assert said.endswith("500: no")
+    said = (await _findings(tmp_path, lambda house: lost(house, now)))["webhook q"]
+    assert "messages were dead-lettered" in said
+    assert said.endswith("401")
+    assert "webhook q" not in await _findings(tmp_path, lambda house: lost(house, now - 86_400_000))
+
+
+MIB = 1 << 20
+PASSED = {
+    "disk": ("jobd_disk_free_bytes {}", 256 * MIB - 1, 256 * MIB, "256.0 MiB are left"),
+    "write-ahead log": ("jobd_wal_bytes {}", 256 * MIB + 1, 256 * MIB, "grown to 256.0 MiB"),
+    "event loop": ("jobd_loop_lag_seconds {}", 0.51, 0.5, "blocked for 0.5 s"),
+    "mailbox": ("jobd_mailbox_limit_commands 100.0\njobd_mailbox_commands {}", 51, 50, "51% full"),
+    "artifacts": ("jobd_artifact_sweep_behind_seconds {}", 901, 900, "15 m 1 s behind"),
+    "queue film": ('jobd_queue_oldest_due_seconds{{queue="film"}} {}', 3601, 3600, "1 h"),
+}
+
+
+@pytest.mark.parametrize("where", PASSED)
+def test_the_doctor_compares_figures_with_the_thresholds_of_the_rules(where: str) -> None:
+    line, wrong, right, said = PASSED[where]
+    (found,) = checkup._figures(f"{line.format(wrong)}\n")
+    assert (found.where, said in found.what) == (where, True), found
+    assert list(checkup._figures(f"{line.format(right)}\n")) == []
+    assert list(checkup._figures("jobd_stuck_jobs 0\n")) == []
+
+
+def test_the_doctor_names_some_of_many_queues_and_none_that_is_paused() -> None:
+    lines = [f'jobd_queue_oldest_due_seconds{{queue="q-{number}"}} {4_000 + number}' for number in range(13)]
+    lines.append('jobd_queue_paused{queue="q-12"} 1')
+    found = list(checkup._figures("\n".join(lines) + "\n"))
+    assert [each.where for each in found] == [*(f"queue q-{number}" for number in range(11, 1, -1)), "queues"]
+    assert "of 2 more queues" in found[-1].what
+
+
+def test_the_thresholds_of_the_doctor_are_those_of_the_rules() -> None:
+    text = (Path(jobd.__file__).parent / "monitoring" / "jobd.rules.yml").read_text("utf-8")
+    rules = {rule["alert"]: rule["expr"] for group in msgspec.yaml.decode(text)["groups"] for rule in group["rules"]}
+    for each in checkup.THRESHOLDS:
+        assert each.metric in rules[each.rule]
+        sign, bound = rules[each.rule].rpartition("<" if each.is_least else ">")[1:]
+        assert sign
+        assert math.prod(float(factor) for factor in bound.split("*")) == each.bound, each.rule

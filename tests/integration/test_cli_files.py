@@ -1,0 +1,337 @@
+"""The files of a daemon on the command line: backup, restore, doctor and the configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sqlite3
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from jobd.api import admin as admin_api
+from jobd.cli import exit_codes as exits
+from jobd.cli.ctl import main as ctl
+from jobd.cli.daemon import main as jobd_cli
+from jobd.model import responses as answers
+from tests.support.cli_harness import TOKEN, Ctl, Running
+from tests.support.daemon_process import TOKEN as DAEMON_TOKEN
+from tests.support.daemon_process import Daemon
+from tests.support.http_harness import FakeActor, HttpHarness
+
+
+def test_a_disk_that_rejects_new_jobs_is_unhealthy_and_exit_1(
+    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = small_disk / "jobd.db"
+    monkeypatch.setenv("ADMIN_TOKEN", DAEMON_TOKEN)
+    with Daemon(tmp_path, JOBD_STORE_PATH=str(store)) as daemon:
+        monkeypatch.setenv("JOBD_ADMIN_URL", f"unix:{daemon.admin_socket}")
+        filler = small_disk / "filler"
+        with suppress(OSError), open(filler, "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        while (no := daemon.post("/v1/jobs", {"payload": "x" * 50_000})).status == 201:
+            pass
+        assert (no.status, no.error) == (507, "storage_full")
+        assert f"bytes free at {store})" in no.body["message"]
+        health = daemon.admin("GET", "health")
+        assert (health.status, health.data["status"], health.data["database"]["path"]) == (503, "unhealthy", str(store))
+        assert health.data["database"]["freeBytes"] < 1 << 20
+        assert daemon.get("/readyz").status == 200
+        code = ctl.main(["health"])
+        out = capsys.readouterr().out
+        assert (code, "free at" in out, f"of 20.0 MiB ({store})" in out) == (1, True, True)
+        os.truncate(filler, filler.stat().st_size - (3 << 20))
+        daemon.until_said(b"event=disk_has_room")
+        assert ctl.main(["health"]) == 0
+        assert daemon.post("/v1/jobs", {}).status == 201
+        assert daemon.stop() == 0
+        with filler.open("ab", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        daemon.start()
+        assert f"refused=creates reserve=true path={store} free_bytes=0".encode() in daemon.log
+        assert daemon.post("/v1/jobs", {}).error == "storage_full"
+
+
+def _jobd(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = jobd_cli.main(list(argv))
+    return code, *capsys.readouterr()
+
+
+def test_backup_restore_and_doctor(
+    jobctl: Ctl, running: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    jobctl.ok("submit", "--id", "b1", "--queue", "b1")
+    copy, restored = tmp_path / "copy.db", tmp_path / "restored.db"
+    assert _jobd(capsys, "backup", str(copy))[0] == 0
+    assert _jobd(capsys, "backup", str(copy))[0] == 2
+    assert _jobd(capsys, "backup", str(copy), "--yes")[0] == 0
+    assert copy.stat().st_mode & 0o777 == 0o600
+    code, out, _ = _jobd(capsys, "restore", str(copy), "--store", str(restored), "--dry-run")
+    assert code == 0
+    assert "the checksums of all rows are correct" in out
+    assert not restored.exists()
+    for wrong in ("/dev/null", __file__):
+        assert _jobd(capsys, "restore", wrong, "--store", str(restored), "--dry-run")[0] == 78
+    assert _jobd(capsys, "restore", str(copy), "--store", str(restored))[0] == 0
+    with sqlite3.connect(restored) as db:
+        assert db.execute("SELECT count(*) FROM jobs WHERE id = 'b1'").fetchone() == (1,)
+    db.close()
+    assert _jobd(capsys, "restore", str(copy), "--store", str(restored))[0] == 2
+    code, _, err = _jobd(capsys, "restore", str(copy), "--store", str(restored), "--yes")
+    assert code == 0
+    assert "kept as" in err
+    assert _jobd(capsys, "doctor", "--store", str(restored)) == (0, "nothing is wrong\n", "")
+    code, _, err = _jobd(capsys, "doctor", "--store", str(running.store))
+    assert code == 75
+    assert "--running" in err
+    for how in ("--yes", "--dry-run"):
+        code, out, err = _jobd(capsys, "restore", str(copy), "--store", str(running.store), how)
+        assert (code, out) == (75, "")
+        assert str(running.process.pid) in err
+
+
+_OUT: Final = {
+    "backup": ("jobd", "backup", "--yes"),
+    "export": ("jobd.cli.ctl.main", "export", "--yes"),
+    "artifact": ("jobd.cli.ctl.main", "artifact", "no-such-job", "--yes", "-o"),
+}
+
+
+def _written(running: Running, verb: str, file: Path) -> subprocess.CompletedProcess[str]:
+    return running.done(*_OUT[verb], str(file), timeout=60)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".lock", ".epoch", ".ballast"])
+@pytest.mark.parametrize("verb", list(_OUT))
+def test_the_store_of_a_running_daemon_is_not_overwritten(
+    jobctl: Ctl, running: Running, verb: str, suffix: str
+) -> None:
+    file = running.store.with_name(running.store.name + suffix)
+    before = {path.name: path.stat().st_ino for path in running.folder.iterdir()}
+    done = _written(running, verb, file)
+    assert (done.returncode, done.stdout) == (75, "")
+    of = "belongs to" if suffix else "is"
+    message = f"{file} {of} the store of a running daemon (process {running.process.pid}): name another file"
+    assert message in done.stderr
+    assert {path.name: path.stat().st_ino for path in running.folder.iterdir()} == before
+    assert running.process.poll() is None
+
+
+def test_a_store_is_not_overwritten_through_another_name(running: Running, tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to(running.store)
+    (tmp_path / "folder").symlink_to(running.folder)
+    for file in (tmp_path / "link.db", tmp_path / "folder" / running.store.name):
+        before = running.store.stat().st_ino
+        done = _written(running, "backup", file)
+        assert done.returncode == 75
+        assert f"(process {running.process.pid})" in done.stderr
+        assert running.store.stat().st_ino == before
+
+
+def test_a_store_that_its_daemon_opened_by_a_symlink_is_not_overwritten(running: Running, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (tmp_path / "jobd.db").symlink_to(folder / "real.db")
+    (folder / "real.db").touch()
+    with Daemon(tmp_path):
+        for name in ("real.db", "real.db-wal"):
+            before = (folder / name).stat().st_ino
+            done = _written(running, "backup", folder / name)
+            assert done.returncode == 75
+            assert "that another program uses: name another file" in done.stderr
+            assert (folder / name).stat().st_ino == before
+        assert _written(running, "backup", tmp_path / "jobd.db").returncode == 75
+
+
+@pytest.mark.parametrize("verb", list(_OUT))
+def test_only_a_regular_file_is_replaced(running: Running, tmp_path: Path, verb: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket"))
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1")  # as /dev/stdout, which is a pipe here
+    files = [tmp_path / name for name in ("pipe", "socket", "stdout")]
+    for file in (*files, running.folder / "worker.sock"):
+        before = file.lstat()
+        done = _written(running, verb, file)
+        assert done.returncode == 2
+        assert f"{file} is not a regular file: name a new one, or one to overwrite" in done.stderr
+        assert (file.lstat().st_ino, file.lstat().st_mode) == (before.st_ino, before.st_mode)
+
+
+def test_a_backup_follows_a_symlink(running: Running, tmp_path: Path) -> None:
+    """Also to what is not there yet."""
+    link, target = tmp_path / "latest.db", tmp_path / "disk" / "today.db"
+    target.parent.mkdir()
+    link.symlink_to(target)
+    for _ in range(2):
+        assert _written(running, "backup", link).returncode == 0
+        assert link.is_symlink()
+        assert target.read_bytes().startswith(b"SQLite format 3")
+    assert [path.name for path in target.parent.iterdir()] == ["today.db"]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize("suffix", ["-wal", "-journal"])
+def test_a_backup_is_not_written_beside_the_log_of_another_database(
+    running: Running, tmp_path: Path, suffix: str, is_there: bool
+) -> None:
+    """SQLite would read it into the copy."""
+    target = tmp_path / "killed.db"
+    if is_there:
+        target.write_bytes(b"old")
+    (tmp_path / f"killed.db{suffix}").write_bytes(b"log")
+    done = _written(running, "backup", target)
+    assert done.returncode == 2
+    assert f"killed.db{suffix} is left over from another database" in done.stderr
+    assert (target.read_bytes() if target.exists() else None) == (b"old" if is_there else None)
+
+
+def test_a_damaged_row_is_named_with_its_fix(
+    jobctl: Ctl, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobctl.ok("submit", "--id", "b2")
+    jobctl.ok("submit", "--id", "b3")
+    copy = tmp_path / "copy.db"
+    assert _jobd(capsys, "backup", str(copy))[0] == 0
+    with sqlite3.connect(copy) as db:
+        db.execute("UPDATE jobs SET priority = priority + 1 WHERE id = 'b2'")
+    db.close()
+    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy))
+    assert code == 1
+    assert "job b2: " in out
+    assert "fix: " in out
+    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--json")
+    assert {"where", "what", "mend"} == set(json.loads(out)["problems"][0])
+    for how in ("--yes", "--dry-run"):
+        assert _jobd(capsys, "doctor", "--store", str(copy), "--accept", "nobody", how)[0] == 4
+    before = copy.read_bytes()
+    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2", "--dry-run")
+    assert code == 0
+    assert "job b2: the row would be accepted" in out
+    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--recount", "--dry-run")
+    assert code == 0
+    assert "all indexes would be rebuilt" in out
+    for verb in (["--accept", "b2"], ["--recount"]):  # there is no terminal
+        code, out, err = _jobd(capsys, "doctor", "--store", str(copy), *verb)
+        assert (code, out) == (2, "")
+        assert "add --yes to do it, --dry-run to see the effect" in err
+    assert _jobd(capsys, "doctor", "--store", str(copy), "--dry-run")[0] == 2
+    assert copy.read_bytes() == before
+    asked: list[str] = []
+
+    def no(what: str) -> None:
+        asked.append(what)
+        raise exits.CliError("nothing was done")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jobd.cli.daemon.store.need_terminal", lambda: None)
+        patched.setattr("jobd.cli.daemon.store.confirm", no)
+        code, out, err = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2")
+        assert (code, out, asked) == (1, "", ["write that"])
+        assert "job b2: the row would be accepted" in err
+        assert copy.read_bytes() == before
+    code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2", "--yes")
+    assert code == 0
+    assert "job b2: the row was accepted" in out
+    assert "Counted:" in _jobd(capsys, "doctor", "--store", str(copy), "--recount", "--yes")[1]
+    for wrong in (["b2"], ["--all"], ["--accept"], ["--accept", "b2", "--all"]):
+        assert _jobd(capsys, "doctor", "--store", str(copy), *wrong, "--dry-run")[0] == 2, wrong
+    for several in (["--accept", "b2", "b3"], ["--accept", "b2", "--accept", "b3"]):
+        code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), *several, "--dry-run")
+        assert (code, out.count("would be accepted with a new checksum")) == (0, 2)
+    assert _jobd(capsys, "doctor", "--store", str(copy), "--accept", "--all", "--yes")[:2] == (
+        0,
+        "no job is in quarantine, and no row is damaged\n",
+    )
+
+
+def test_the_doctor_checks_the_running_daemon(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
+    jobctl.ok("cleanup")
+    code, out, err = _jobd(capsys, "doctor", "--running", "--json")
+    problems = json.loads(out)["problems"]
+    assert code == (1 if problems else 0), err
+    assert _jobd(capsys, "doctor", "--running", "--accept", "x")[0] == 2
+    assert _jobd(capsys, "doctor", "--rows")[0] == 2
+    code, out, err = _jobd(capsys, "doctor", "--running", "--rows", "--json")
+    assert (code, err) == (1 if problems else 0, "")
+    assert not [each for each in json.loads(out)["problems"] if each["where"].startswith("job ")]
+
+
+async def test_damaged_rows_of_a_running_daemon_are_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", "canary-token-0123456789")
+    stats = answers.StatsView(9, {}, 0, 0, 0.0, None, 0, 1_772_366_400_000)
+    async with HttpHarness(
+        admin_api.ROUTES, tmp_path, admin=True, actor=FakeActor(lambda _: answers.Response(stats))
+    ) as house:
+        argv = ["doctor", "--running", "--rows", "--json", "--admin-url", f"unix:{house.path}"]
+        assert await asyncio.to_thread(jobd_cli.main, argv) == 1
+    found = [each for each in json.loads(capsys.readouterr().out)["problems"] if each["where"].startswith("job ")]
+    assert [each["where"] for each in found] == ["job bad-1", "job bad-2", "job bad-2"]
+    assert "jobd doctor --accept bad-2" in found[1]["mend"]
+
+
+def test_a_second_daemon_on_a_store_exits_with_75(running: Running) -> None:
+    second = running.done("jobd", *running.argv[:3], "--socket", f"{running.folder}/other.sock")
+    assert second.returncode == 75
+    assert str(running.process.pid) in second.stderr + second.stdout
+
+
+def test_check_config_shows_each_value_with_its_source(
+    jobctl: Ctl, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.toml").write_text('[locks]\nttl = "5m"\n')
+    monkeypatch.delenv("JOBD_SOCKET")
+    code, out, err = _jobd(capsys, "check-config", "--config", str(tmp_path / "config.toml"))
+    assert code == 0, err
+    assert f'ttl = "5m"  # file {tmp_path}/config.toml' in out
+    assert TOKEN not in out
+    code, out, err = _jobd(capsys, "check-config", "--config", str(tmp_path / "config.toml"), "--json")
+    values = json.loads(out)["values"]
+    assert values["locks.ttl"] == {"value": "5m", "source": f"file {tmp_path}/config.toml"}
+    assert values["limits.bulk"] == {"value": 1000, "source": "default"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["check-config", "--config", "/nowhere.toml"], "/nowhere.toml"),
+        (["serve", "--set", "locks.tl=5m"], "locks.tl"),
+        (["serve", "--set", "locks.ttl=5"], "15m"),
+        (["serve", "--log-level", "loud"], "warning"),
+        (["serve", "--listen", "127.0.0.1:0"], "token_file"),
+        (["check-config", "--set", "locks.tl=5m"], "locks.tl"),
+        (["check-config", "--listen", "127.0.0.1:0"], "token_file"),
+    ],
+)
+def test_an_invalid_configuration_exits_with_78_and_one_line(
+    argv: list[str], said: str, jobctl: Ctl, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = _jobd(capsys, *argv)
+    assert (code, out) == (78, "")
+    assert len(err.splitlines()) == 1
+    assert said in err
+
+
+def test_check_config_takes_the_flags_of_serve(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--set", "locks.ttl=7m", "--set", "log.level=error", "--log-level", "debug", "--store", "/srv/jobd.db")
+    code, out, err = _jobd(capsys, "check-config", *flags, "--json")
+    assert code == 0, err
+    values = json.loads(out)["values"]
+    shown = {key: value["value"] for key, value in values.items() if value["source"] == "flag"}
+    assert shown == {"locks.ttl": "7m", "log.level": "debug", "store.path": "/srv/jobd.db"}
+
+
+@pytest.mark.parametrize("verb", ["serve", "check-config"])
+def test_set_without_a_value_is_a_usage_error(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _jobd(capsys, verb, "--set", "locks.ttl")[0] == 2

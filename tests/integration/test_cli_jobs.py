@@ -1,0 +1,256 @@
+"""jobctl for workers and creators: submit, run, and reading jobs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+from tests.support.cli_harness import JOB_FIELDS, Ctl, Running
+
+
+def test_submit_prints_the_id_and_nothing_else(jobctl: Ctl, running: Running) -> None:
+    job_id = jobctl.ok("submit", "--queue", "s1", "--kind", "k", '{"a": [1, 2.50, "ü"]}').strip()
+    job = running.client.get_job(job_id)
+    assert (job.queue, job.kind, job.payload_value) == ("s1", "k", {"a": [1, 2.5, "ü"]})
+
+
+def test_submit_takes_every_option(jobctl: Ctl) -> None:
+    options = "--id s2 --priority -5 --delay 1h --expires 2h --max-attempts 4 --max-stalls 1 --on-stall fail "
+    options += "--stuck-after 90s --max-processing 0 --backoff fixed --backoff-base 5s --backoff-max 1m --no-jitter"
+    job = jobctl.json("submit", *options.split())
+    assert set(job) == JOB_FIELDS
+    named = (
+        "id",
+        "priority",
+        "max_attempts",
+        "max_stalls",
+        "on_stall",
+        "stuck_after_ms",
+        "max_processing_ms",
+        "payload",
+    )
+    assert [job[name] for name in named] == ["s2", -5, 4, 1, "fail", 90_000, 0, None]
+    assert job["backoff"] == {"kind": "fixed", "base_ms": 5_000, "max_ms": 60_000, "jitter": False}
+    assert abs(job["run_at"] - job["created_at"] - 3_600_000) < 60_000
+    assert abs(job["expires_at"] - job["run_at"] - 3_600_000) < 60_000
+
+
+def test_submit_reads_the_payload_from_stdin(running: Running) -> None:
+    done = running.done("jobd.cli.ctl.main", "submit", "--json", "-", input='["from stdin"]')
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["payload"] == ["from stdin"]
+    assert running.done("jobd.cli.ctl.main", "submit", "-", input="not json").returncode == 2
+
+
+def test_submitting_a_job_twice_returns_it_and_another_with_its_id_is_rejected(jobctl: Ctl) -> None:
+    assert jobctl.ok("submit", "--id", "s3", "1") == jobctl.ok("submit", "--id", "s3", "1") == "s3\n"
+    code, err = jobctl.no("submit", "--id", "s3", "2")
+    assert code == 4
+    assert "job_exists" in err
+
+
+def test_an_error_of_the_daemon_exits_with_4_and_names_the_field(jobctl: Ctl) -> None:
+    code, err = jobctl.no("submit", "--priority", "5000")
+    assert code == 4
+    assert "priority" in err
+    assert jobctl.no("job", "never-was")[0] == 4
+
+
+def test_jobs_are_paged_and_the_cursor_continues(jobctl: Ctl) -> None:
+    for number in range(7):
+        jobctl.ok("submit", "--queue", "s4", "--id", f"s4-{number}")
+    first = jobctl.json("jobs", "--queue", "s4", "--limit", "3")
+    assert [job["id"] for job in first["jobs"]] == ["s4-6", "s4-5", "s4-4"]
+    rest = jobctl.json("jobs", "--queue", "s4", "--cursor", first["next_cursor"])
+    assert [job["id"] for job in rest["jobs"]] == ["s4-3", "s4-2", "s4-1", "s4-0"]
+    assert rest["next_cursor"] is None
+    assert jobctl.ok("jobs", "--queue", "s4", "--all", "-q").split() == [f"s4-{number}" for number in range(6, -1, -1)]
+    code, out, err = jobctl.run("jobs", "--queue", "s4", "--limit", "3")
+    assert code == 0
+    assert len(out.splitlines()) == 4
+    assert first["next_cursor"] in err
+
+
+def test_a_job_its_explanation_and_its_timeline_are_shown(jobctl: Ctl) -> None:
+    jobctl.ok("submit", "--id", "s5", "--delay", "1h", '{"x": 1}')
+    assert set(jobctl.json("job", "s5")) == JOB_FIELDS
+    assert re.search(
+        r"^due +\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC \(in (59|60) m|^due .*\(in 1 h", jobctl.ok("job", "s5"), re.M
+    )
+    assert set(jobctl.json("why", "s5")) == {"state", "because", "next", "blocked_by", "do"}
+    assert jobctl.ok("why", "s5").startswith("queued: ")
+    events = jobctl.json("timeline", "s5")["events"]
+    assert [set(event) for event in events] == [{"seq", "at", "type", "from", "to", "by", "reason", "details"}]
+    assert "created" in jobctl.ok("timeline", "s5")
+    assert set(jobctl.json("validate", "s5")) == {"isValid", "issues", "canProceed"}
+
+
+def test_control_characters_of_a_job_are_escaped(jobctl: Ctl, running: Running) -> None:
+    evil = "\x1b]0;owned\x07 \x9b31m line\nbreak \u202eback"
+    jobctl.ok("submit", "--id", "s6", "--queue", "s6", json.dumps({"evil": evil}, ensure_ascii=False))
+    grant = running.client.claim("evil-worker", queues=["s6"])[0]
+    running.client.update_progress("s6", lock_id=grant.lock_id, progress=1, message=evil)
+    running.client.fail_job("s6", lock_id=grant.lock_id, error_message=evil, error_code="e")
+    for argv in (["job", "s6"], ["jobs", "--queue", "s6"], ["timeline", "s6"], ["why", "s6"]):
+        for text in (jobctl.ok(*argv), jobctl.ok(*argv, "--json")):
+            assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text), argv
+    assert jobctl.json("job", "s6")["error_message"] == evil
+
+
+def test_a_broken_pipe_inside_a_command_is_no_error() -> None:
+    words = (
+        "import click, errno, sys; from jobd.cli import exit_codes\n"
+        "@click.command()\n"
+        "def broken(): raise BrokenPipeError(errno.EPIPE, 'gone')\n"
+        "sys.exit(exit_codes.run(broken, 'jobctl', []))"
+    )
+    ended = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_closed_pipe_is_no_error(running: Running) -> None:
+    for number in range(300):
+        running.client.create_job("x" * 400, queue="s7", id=f"s7-{number}")
+    with running.start(
+        "jobd.cli.ctl.main", "jobs", "--queue", "s7", "--all", "--json", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+
+
+def test_an_old_job_table_can_be_imported(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
+    (tmp_path / "old.csv").write_text("id,status,progress\ni1,running,40\ni2,done,100\ni3,pending,0\n")
+    example = [sys.executable, str(ROOT / "docs/examples/import_old_jobs.py"), str(tmp_path / "old.csv")]
+    lines = subprocess.run(example, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "jobs.jsonl").write_text(lines)
+    assert jobctl.ok("import", str(tmp_path / "jobs.jsonl")) == "3 imported, 0 skipped, 0 rejected\n"
+    assert [running.client.get_job(name).status for name in ("i1", "i2", "i3")] == ["failed", "completed", "queued"]
+    (tmp_path / "jobs.jsonl").write_text(lines + '{"id": "not valid"}\nno json\n')
+    code, out, _ = jobctl.run("import", str(tmp_path / "jobs.jsonl"), "--json")
+    assert code == 1
+    result = json.loads(out)
+    assert (result["imported"], result["skipped"], [line["line"] for line in result["refused"]]) == (0, 3, [4, 5])
+
+
+def test_run_drains_a_queue_and_its_exit_code_reports_failures(running: Running) -> None:
+    for number in (1, 2, 0):
+        running.client.create_job(number, queue="r1", id=f"r1-{number}")
+    script = 'read n; echo "::result file_path=/srv/$n"; echo "::meta n=$n"; test "$n" != 0'
+    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "--", "sh", "-c", script)
+    assert done.returncode == 1, done.stderr
+    jobs = {job.id: job for job in running.client.list_jobs(queue="r1").jobs}
+    assert {name: job.status for name, job in jobs.items()} == {
+        "r1-1": "completed",
+        "r1-2": "completed",
+        "r1-0": "failed",
+    }
+    assert (jobs["r1-2"].file_path, jobs["r1-2"].metadata_value) == ("/srv/2", {"n": 2})
+    assert jobs["r1-0"].error_code == "exit:1"
+    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "true")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    running.client.create_job(queue="r1", id="r1-later", delay_ms=3_600_000)
+    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "true")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr == "jobctl run: drained; 1 job is left: 1 is not due yet.\n"
+
+
+def test_a_run_that_exceeds_its_timeout_fails_with_timeout(running: Running) -> None:
+    running.client.create_job(queue="r-timeout", id="r-timeout")
+    limits = ("--timeout", "200ms", "--max-processing", "1h")
+    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r-timeout", *limits, "--once", "sleep", "1000")
+    assert done.returncode == 1, done.stderr
+    assert "it took longer than 0.2 s" in done.stderr
+    job = running.client.get_job("r-timeout")
+    assert (job.status, job.error_code) == ("failed", "timeout")
+    assert job.error_message == "The run took longer than its timeout of 0.2 s."
+
+
+def test_options_after_the_command_belong_to_it(running: Running) -> None:
+    running.client.create_job(None, queue="r2", id="r2")
+    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r2", "--once", "echo", "--drain", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "--drain --json" in done.stdout
+
+
+@pytest.mark.parametrize(("command", "code"), [("true", 0), ("false", 1)])
+def test_submit_waits_for_the_end(command: str, code: int, running: Running) -> None:
+    queue = f"r3-{command}"
+    waiting = running.start(
+        "jobd.cli.ctl.main",
+        "submit",
+        "--queue",
+        queue,
+        "--wait",
+        "--json",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert running.done("jobd.cli.ctl.main", "run", "--queue", queue, "--once", command).returncode == code
+    out, err = waiting.communicate()
+    assert waiting.returncode == code, err
+    assert json.loads(out)["status"] == ("completed" if code == 0 else "failed")
+
+
+def test_interrupting_a_wait_does_not_change_the_job(running: Running) -> None:
+    waiting = running.start(
+        "jobd.cli.ctl.main",
+        "submit",
+        "--id",
+        "r4",
+        "--queue",
+        "r4",
+        "--wait",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert waiting.stdout is not None
+    assert waiting.stdout.readline() == "r4\n"
+    waiting.send_signal(signal.SIGINT)
+    waiting.communicate()
+    assert waiting.returncode == 130
+    assert running.client.get_job("r4").status == "queued"
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="the shell example uses jq")
+def test_the_shell_worker_of_the_docs(running: Running, tmp_path: Path) -> None:
+    (tmp_path / "cat.txt").write_text("miaow\n" * 1000)
+    payload = {"source": str(tmp_path / "cat.txt"), "target": str(tmp_path / "cat.txt.gz")}
+    running.client.create_job(payload, queue="r5", id="r5")
+    example = str(ROOT / "docs/examples/worker.sh")
+    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r5", "--once", "--", example)
+    assert done.returncode == 0, done.stderr
+    job = running.client.get_job("r5")
+    assert job.file_path == str(tmp_path / "cat.txt.gz")
+    assert job.metadata_value == {"bytes": (tmp_path / "cat.txt.gz").stat().st_size}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat.txt", "cat.txt.gz"]
+
+
+def _node_runs_typescript() -> bool:
+    """node 22.18 and later run TypeScript as it is."""
+    node = shutil.which("node")
+    if node is None:
+        return False
+    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=True).stdout
+    numbers = re.match(r"v(\d+)\.(\d+)", version)
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= (22, 18)
+
+
+@pytest.mark.skipif(not _node_runs_typescript(), reason="the TypeScript example runs on node 22.18 and later")
+def test_the_typescript_worker_of_the_docs(running: Running) -> None:
+    running.client.create_job([1, 2, 3.5], id="r6", priority=-1000)  # before what other tests have left there
+    env = {**running.env, **running.places, "ONCE": "1"}
+    subprocess.run(["node", str(ROOT / "docs/examples/worker.mts")], env=env, check=True, capture_output=True)
+    job = running.client.get_job("r6")
+    assert (job.status, job.metadata_value) == ("completed", {"sum": 6.5, "count": 3})

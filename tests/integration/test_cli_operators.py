@@ -1,0 +1,551 @@
+"""jobctl for operators: actions on jobs, plans, queues, maintenance and the audit log."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import pytest
+from msgspec.structs import replace
+
+from jobd.cli.ctl import plans as ctl_plan
+from jobd.client import JobdError
+from jobd.model import responses as answers
+from tests.support.cli_harness import JOB_FIELDS, READER_TOKEN, TOKEN, Ctl, Running, fields_of, on_a_terminal
+
+
+@pytest.mark.parametrize("has_token", [True, False])
+def test_a_dry_run_changes_nothing_and_yes_does_it(
+    has_token: bool, jobctl: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = f"c1-{has_token}"
+    if not has_token:
+        monkeypatch.delenv("ADMIN_TOKEN")
+    jobctl.ok("submit", "--id", job_id)
+    assert "would cancel" in jobctl.ok("cancel", job_id, "--dry-run")
+    assert jobctl.json("job", job_id)["status"] == "queued"
+    assert jobctl.ok("cancel", job_id, "--yes") == f"{job_id}: cancelled\n"
+    assert jobctl.no("cancel", job_id, "--yes")[0] == 4
+    assert jobctl.no("cancel", job_id, "--dry-run")[0] == 4
+
+
+def test_errors_of_some_jobs_are_named_and_the_others_are_done(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ADMIN_TOKEN")  # the worker API knows no plans
+    jobctl.ok("submit", "--id", "c2")
+    jobctl.ok("submit", "--id", "c3")
+    code, out, err = jobctl.run("cancel", "c2", "no-such-job", "c3", "--yes")
+    assert code == 4
+    assert out == "c2: cancelled\nc3: cancelled\n"
+    assert err.startswith("no-such-job: ")
+
+
+def test_cancel_with_an_admin_token_is_audited_and_without_one_uses_the_worker_api(
+    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    socket_ = running.places["JOBD_SOCKET"]
+    (tmp_path / "token").write_text(TOKEN)
+    running.client.create_jobs([{"id": f"cw{n}", "queue": "cw"} for n in range(4)])
+    jobctl.ok("cancel", "cw0", "-y", "--reason", "not wanted", "--operator", "eve@desk")
+    jobctl.ok("cancel", "cw1", "-y", "--reason", "not wanted", "--operator", "eve@desk", "--socket", socket_)
+    monkeypatch.delenv("ADMIN_TOKEN")
+    jobctl.ok("cancel", "cw2", "-y", "--operator", "eve@desk")
+    jobctl.ok("cancel", "cw3", "-y", "--operator", "eve@desk", "--token-file", str(tmp_path / "token"))
+    by = [running.client.timeline(f"cw{n}")[-1].by for n in range(4)]
+    assert by == ["admin:eve@desk", "client", "client", "admin:eve@desk"]
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    kept = [jobctl.json("audit", "--job", f"cw{n}")["entries"] for n in range(4)]
+    assert [len(entries) for entries in kept] == [1, 0, 0, 1]
+    assert [kept[0][0][name] for name in ("who", "what", "reason")] == ["eve@desk", "cancel", "not wanted"]
+
+
+def test_cancelling_several_jobs_makes_a_plan(jobctl: Ctl, running: Running) -> None:
+    running.client.create_jobs([{"id": f"cp{n}", "queue": "cp"} for n in range(3)])
+    code, out, err = jobctl.run("cancel", "cp0", "cp1", "--dry-run", "--reason", "too many")
+    named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
+    assert named is not None
+    assert (code, out.count("queued → cancelled")) == (0, 2)
+    running.client.start_processing("cp0", "w")  # it is not what was seen any more
+    code, out, err = jobctl.run("apply", named[1], "-y")
+    assert (code, out) == (4, "cancel: 1 job done\n")
+    assert "cp0: changed meanwhile: queued → processing" in err
+    code, out, err = jobctl.run("cancel", "cp0", "cp2", "no-such-job", "-y")
+    assert (code, out) == (4, "cancel: 2 jobs done\n")
+    assert "There is no such job." in err
+    kept = jobctl.json("audit", "--since", "1h", "--limit", "2")["entries"]
+    assert [(each["what"], each["reason"], each["changed"]) for each in kept] == [
+        ("plan-cancel", None, 2),
+        ("plan-cancel", "too many", 1),
+    ]
+
+
+def test_an_operator_changes_a_job_from_status_to_status(jobctl: Ctl, running: Running) -> None:
+    jobctl.ok("submit", "--id", "c4", "--queue", "c4", "--delay", "1h")
+    assert set(jobctl.json("run-now", "c4")) == JOB_FIELDS
+    grant = running.client.claim("w", queues=["c4"])[0]
+    assert "held by w" in jobctl.ok("force-fail", "c4", "--dry-run")
+    forced = jobctl.json("force-fail", "c4", "--yes", "--reason", "hung")
+    assert set(forced) == fields_of(answers.TransitionView)
+    assert (forced["previousStatus"], forced["reason"]) == ("processing", "hung")
+    with pytest.raises(JobdError, match="lock_lost"):
+        running.client.complete_job("c4", lock_id=grant.lock_id)
+    assert jobctl.ok("force-reset", "c4", "-y") == "c4: failed → queued\n"
+    assert jobctl.json("update", "c4", "--priority", "7", "--max-attempts", "2", "--reason", "late")["priority"] == 7
+    assert jobctl.json("audit", "--what", "update")["entries"][0]["reason"] == "late"
+    set_ = ["--set", "file_path=/srv/out", "--set", 'metadata={"a": [1]}']
+    assert jobctl.no("transition", "c4", "failed", "completed", "-y")[0] == 4
+    said = 'c4: would transition queued → completed and set file_path "/srv/out", metadata {"a":[1]}: it is queued\n'
+    assert jobctl.ok("transition", "c4", "queued", "completed", "--dry-run", *set_) == said
+    rejected = "c4: transition queued → processing would be rejected: Job c4 is queued. Only a grant"
+    assert rejected in jobctl.no("transition", "c4", "queued", "processing", "--dry-run")[1]
+    for wrong, why in (("foo=1", "foo"), ("priority=99999", "priority"), ("storage_key=/etc", "must be relative")):
+        for how in ("--dry-run", "-y"):
+            code, err = jobctl.no("transition", "c4", "queued", "completed", how, "--set", wrong)
+            assert (code, why in err) == (2, True), err
+    jobctl.ok("transition", "c4", "queued", "completed", "-y", *set_)
+    job = jobctl.json("job", "c4")
+    assert (job["status"], job["file_path"], job["metadata"]) == ("completed", "/srv/out", {"a": [1]})
+    assert jobctl.ok("delete", "c4", "--dry-run").startswith("c4: would delete")
+    assert jobctl.ok("delete", "c4", "-y") == "c4: deleted\n"
+    assert jobctl.no("job", "c4")[0] == 4
+
+
+def test_jobs_are_found_by_text_and_by_time(jobctl: Ctl) -> None:
+    jobctl.ok("submit", "--id", "se1", "--queue", "se", '{"file": "Holiday.mov"}')
+    jobctl.ok("submit", "--id", "se2", "--queue", "se", '{"file": "other.mov"}')
+    assert jobctl.ok("jobs", "-q", "--text", "holiday", "--queue", "se") == "se1\n"
+    assert jobctl.ok("jobs", "-q", "--since", "1h", "--queue", "se") == "se2\nse1\n"
+    assert jobctl.ok("jobs", "-q", "--until", "1h", "--queue", "se") == ""
+    assert jobctl.ok("jobs", "-q", "--text", "se2", "--since", "1h", "--all") == "se2\n"
+    jobctl.ok("cancel", "se1", "--yes")
+    assert jobctl.ok("jobs", "-q", "--finished-since", "1h", "--queue", "se") == "se1\n"
+    assert jobctl.ok("jobs", "-q", "--finished-until", "1h", "--queue", "se") == ""
+    where = ["--where", "queue=se", "--where", "finished_since=1h"]
+    assert jobctl.json("retry", *where, "--dry-run")["jobs"] == [
+        {"id": "se1", "from": "cancelled", "to": "queued", "late_results": 0}
+    ]
+    assert jobctl.json("retry", *where, "--where", "finished_until=1h", "--dry-run")["jobs"] == []
+
+
+def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Ctl) -> None:
+    for n in range(3):
+        jobctl.ok("submit", "--id", f"pl{n}", "--queue", "pl")
+    jobctl.ok("submit", "--id", "pl-other", "--queue", "pl-other")
+    where = ["--where", "queue=pl", "--where", "since=1h"]
+    out = jobctl.ok("force-fail", *where, "--dry-run")
+    assert re.fullmatch(r"force-fail: 3 jobs \(plan [0-9a-f]{16}\)", out.splitlines()[0])
+    assert "pl2  queued → failed" in out
+    assert jobctl.json("job", "pl0")["status"] == "queued"
+    assert jobctl.ok("force-fail", *where, "--yes", "--reason", "wrong input") == "force-fail: 3 jobs done\n"
+    assert jobctl.json("job", "pl0")["error_message"] == "wrong input"
+    assert jobctl.json("job", "pl-other")["status"] == "queued"
+    plan = jobctl.json("retry", "--where", "text=PL1", "--where", "status=failed", "--dry-run")
+    assert set(plan) == fields_of(answers.PlanView)
+    assert plan["jobs"] == [{"id": "pl1", "from": "failed", "to": "queued", "late_results": 0}]
+    result = jobctl.json("retry", "pl1", "pl2", "--yes")
+    assert set(result) == fields_of(answers.PlanResult)
+    assert (result["applied"], result["changed"]) == (2, [])
+    code, out, err = jobctl.run("retry", "pl0", "pl1", "none", "-y")
+    assert (code, out) == (4, "retry: 1 job done\n")
+    assert err == ("2 jobs skipped: Only failed and cancelled jobs can be retried. There is no such job.\n")
+    assert jobctl.run("retry", "none", "-y") == (
+        4,
+        "",
+        "No job can be changed: 1 job skipped: There is no such job.\n",
+    )
+    assert jobctl.run("retry", "--where", "queue=nothing", "-y") == (0, "", "No job matches.\n")
+    assert jobctl.ok("cancel", *where, "-y") == "cancel: 3 jobs done\n"
+    assert jobctl.ok("delete", *where, "-y") == "delete: 3 jobs done\n"
+    what = [each["what"] for each in jobctl.json("audit", "--since", "1h", "--limit", "5")["entries"]]
+    assert what == ["plan-delete", "plan-cancel", "plan-retry", "plan-retry", "plan-force-fail"]
+
+
+def test_apply_does_what_the_plan_showed(jobctl: Ctl, running: Running) -> None:
+    for n in range(3):
+        jobctl.ok("submit", "--id", f"ap{n}", "--queue", "ap")
+    code, out, err = jobctl.run("cancel", "--where", "queue=ap", "--dry-run")
+    named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
+    assert (code, out.count("queued → cancelled")) == (0, 3)
+    assert named
+    assert named[1] in out.splitlines()[0]
+    jobctl.ok("submit", "--id", "ap3", "--queue", "ap")
+    jobctl.ok("update", "ap1", "--priority", "3")
+    assert jobctl.ok("apply", named[1], "--dry-run").count("queued → cancelled") == 3
+    code, out, err = jobctl.run("apply", named[1], "--yes")
+    assert (code, out) == (4, "cancel: 2 jobs done\n")
+    assert err == "ap1: changed meanwhile: queued → queued. It has changed since the plan was made.\n"
+    assert [running.client.get_job(f"ap{n}").status for n in range(4)] == ["cancelled", "queued", "cancelled", "queued"]
+    code, out, err = jobctl.run("apply", named[1], "-y", "--json")
+    again = json.loads(out)
+    assert (code, again["applied"], again["repeated"], "was applied" in err) == (4, 2, True, True)
+    assert jobctl.json("apply", named[1], "--dry-run")["result"]["applied"] == 2
+    assert jobctl.run("apply", named[1], "--dry-run")[:2] == (0, "")
+    assert jobctl.run("apply", named[1], "--yes")[:2] == (4, "cancel: 2 jobs done before, none now\n")
+    code, err = jobctl.no("apply", "none", "-y")
+    assert (code, "There is no plan none" in err) == (4, True)
+    assert jobctl.no("apply", named[1])[0] == 2
+
+
+def test_more_jobs_than_one_plan_holds_are_done_at_once(
+    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(0, 10_002, 834):
+        running.client.create_jobs([{"id": f"big{m}", "queue": "big"} for m in range(n, min(n + 834, 10_002))])
+    out = jobctl.ok("cancel", "--where", "queue=big", "--dry-run")
+    assert out.splitlines()[0] == "cancel: 10002 jobs (2 plans)"
+    assert jobctl.ok("cancel", "--where", "queue=big", "-y") == "cancel: 10002 jobs done\n"
+    monkeypatch.setattr(ctl_plan, "_AT_ONCE", 1)
+    _, out, err = jobctl.run("delete", "--where", "queue=big", "--dry-run")
+    assert "10000 jobs" in out.splitlines()[0]
+    assert "and more after these" in out.splitlines()[0]
+    assert "There are more" in err
+    assert jobctl.ok("delete", "--where", "queue=big", "-y") == "delete: 10000 jobs done\ndelete: 2 jobs done\n"
+
+
+def test_several_named_jobs_make_a_plan(jobctl: Ctl, running: Running) -> None:
+    for n in range(4):
+        jobctl.ok("submit", "--id", f"nj{n}", "--queue", "nj")
+    running.client.start_processing("nj3", "w")
+    out = jobctl.ok("force-fail", "nj0", "nj3", "--dry-run")
+    assert "nj0  queued → failed" in out
+    assert "nj3  processing → failed" in out
+    assert jobctl.ok("force-fail", "nj0", "nj1", "-y", "--reason", "wrong") == "force-fail: 2 jobs done\n"
+    code, out, err = jobctl.run("force-reset", "nj0", "nj2", "nj3", "-y", "--reason", "hung")
+    assert (code, out) == (4, "force-reset: 2 jobs done\n")
+    assert err == "1 job skipped: Only processing, failed and cancelled jobs can be reset.\n"
+    assert jobctl.run("delete", "nj1", "none", "-y")[:2] == (4, "delete: 1 job done\n")
+    running.client.start_processing("nj3", "w-hung")
+    assert jobctl.ok("force-reset", "--where", "worker=w-hung", "-y") == "force-reset: 1 job done\n"
+    assert running.client.get_job("nj3").status == "queued"
+    what = [each["what"] for each in jobctl.json("audit", "--since", "1h", "--limit", "4")["entries"]]
+    assert what == ["plan-force-reset", "plan-delete", "plan-force-reset", "plan-force-fail"]
+
+
+def test_every_action_takes_a_reason(jobctl: Ctl) -> None:
+    jobctl.ok("submit", "--id", "re1", "--delay", "1h")
+    jobctl.ok("run-now", "re1", "--reason", "why 1")
+    assert jobctl.json("timeline", "re1")["events"][-1]["reason"] == "why 1"
+    for number, argv in enumerate(
+        (
+            ["cancel", "re1", "-y"],
+            ["delete", "re1", "-y"],
+            ["pause", "re"],
+            ["resume", "re"],
+            ["cleanup"],
+            ["clock", "accept"],
+        )
+    ):
+        jobctl.ok(*argv, "--reason", f"why {number + 2}")
+    found = jobctl.json("audit", "--since", "1h", "--limit", "7")["entries"]
+    assert [(each["what"], each["reason"]) for each in found[::-1]] == [
+        ("run-now", "why 1"), ("cancel", "why 2"), ("delete", "why 3"), ("pause", "why 4"), ("resume", "why 5"),
+        ("cleanup", "why 6"), ("accept-clock", "why 7"),
+    ]  # fmt: skip
+    events = [json.loads(line) for line in jobctl.ok("events", "--last", "100", "--json").splitlines()]
+    assert [each["reason"] for each in events if each["type"] in ("deleted", "queue_paused", "queue_resumed")][-3:] == [
+        "why 3", "why 4", "why 5",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["retry", "-y"], "one of the two"),
+        (["apply", "-y"], "PLAN_ID"),
+        (["force-reset", "a", "b"], "--dry-run"),
+        (["cancel", "a", "--where", "queue=q", "-y"], "one of the two"),
+        (["retry", "--where", "colour=red", "-y"], "NAME one of status"),
+        (["retry", "--where", "queue=a", "--where", "queue=b", "-y"], "given twice"),
+        (["retry", "--where", "since=once", "-y"], "how long ago"),
+        (["delete", "--where", "queue=q"], "--dry-run"),
+    ],
+)
+def test_an_invalid_selection_is_a_usage_error(argv: list[str], said: str, jobctl: Ctl) -> None:
+    code, err = jobctl.no(*argv)
+    assert code == 2
+    assert said in err
+
+
+def test_jobs_that_wait_for_a_retry_are_grouped_and_can_be_run_now(running: Running, jobctl: Ctl) -> None:
+    for n in range(2):
+        jobctl.ok("submit", "--id", f"ag{n}", "--queue", "ag", "--max-attempts", "3")
+        grant = running.client.start_processing(f"ag{n}", "w")
+        running.client.fail_job(
+            f"ag{n}", lock_id=grant.lock_id, error_message=f"no road to {n}", retry_after_ms=600_000
+        )
+    found = [each for each in jobctl.json("failures")["groups"] if each["message"] == "no road to 1"]
+    assert (found[0]["count"], found[0]["retrying"]) == (0, 2)
+    name = found[0]["fingerprint"]
+    assert any(line.split()[:3] == ["0", "2", name] for line in jobctl.ok("failures").splitlines())
+    waiting = jobctl.ok("jobs", "-q", "--status", "queued", "--error", name, "--all").split()
+    assert waiting == ["ag1", "ag0"]
+    for job_id in waiting:
+        jobctl.ok("run-now", job_id)
+    assert {grant.job.id for grant in running.client.claim("w", queues=["ag"], limit=2)} == {"ag0", "ag1"}
+    assert name not in jobctl.ok("failures", "--json")
+
+
+def test_jobs_with_the_same_error_form_one_group(jobctl: Ctl) -> None:
+    for n in range(3):
+        jobctl.ok("submit", "--id", f"fa{n}", "--queue", "fa")
+        jobctl.ok("force-fail", f"fa{n}", "-y", "--reason", f"no picture after {n} s")
+    found = [each for each in jobctl.json("failures")["groups"] if each["message"] == "no picture after 2 s"]
+    assert set(found[0]) == fields_of(answers.FailureGroup)
+    assert (found[0]["count"], found[0]["queues"], found[0]["error_code"]) == (3, ["fa"], "force_failed")
+    name = found[0]["fingerprint"]
+    assert found[0]["retrying"] == 0
+    assert "RETRYING" in jobctl.ok("failures")
+    assert name in jobctl.ok("failures")
+    assert jobctl.ok("jobs", "-q", "--error", name) == "fa2\nfa1\nfa0\n"
+    assert jobctl.ok("retry", "--where", f"error={name}", "-y") == "retry: 3 jobs done\n"
+    assert name not in jobctl.ok("failures", "--json")
+    assert jobctl.no("jobs", "--error", "nonsense")[0] == 4
+
+
+def test_a_dry_run_of_maintenance_shows_its_effect(jobctl: Ctl) -> None:
+    assert set(jobctl.json("cleanup", "--dry-run")) == fields_of(answers.PreviewView) | {"plan_id"}
+    assert "finished jobs to delete" in jobctl.ok("cleanup", "--dry-run")
+    assert jobctl.json("recover-stuck", "--dry-run") == {"recover": [], "more": False, "plan_id": None}
+    assert jobctl.run("recover-stuck", "--dry-run") == (0, "0 would be recovered\n", "")
+
+
+def _stuck(running: Running, *ids: str, worker: str = "w-silent") -> list[str]:
+    """Create stalled jobs that are not recovered, and return their lock ids."""
+    locks = []
+    for job_id in ids:
+        running.client.create_job(id=job_id, queue="time", stuck_after_ms=0)
+        locks.append(running.client.start_processing(job_id, worker, lock_ttl_ms=1_000).lock_id)
+    time.sleep(1.1)
+    return locks
+
+
+_NEVER: Final = '[cleanup]\nrecover_every = "0s"\n'
+
+
+def test_the_plan_of_a_recovery_can_be_applied(running: Running, jobctl: Ctl) -> None:
+    with running.configured(_NEVER):
+        _, lock_id = _stuck(running, "time-1", "time-2")
+        code, out, err = jobctl.run("recover-stuck", "--dry-run", "--reason", "they are dead")
+        assert (code, out.splitlines()[0]) == (0, "2 would be recovered")
+        named = re.fullmatch(r"To do exactly this, until [^:]+:\d\d:\d\d UTC.*: jobctl apply ([0-9a-f]{16})\n", err)
+        assert named is not None, err
+        running.client.update_progress("time-2", lock_id=lock_id, progress=40)
+        shown = jobctl.ok("apply", named[1], "--dry-run")
+        assert "recover-stuck: 2 jobs" in shown
+        assert shown.count("processing → queued") == 2
+        code, out, err = jobctl.run("apply", named[1], "-y")
+        assert (code, out) == (4, "recover-stuck: 1 job done\n")
+        assert "time-2: changed meanwhile: processing → processing." in err
+        assert [running.client.get_job(each).status for each in ("time-1", "time-2")] == ["queued", "processing"]
+        [deed] = jobctl.json("audit", "--what", "plan-recover-stuck", "--limit", "1")["entries"]
+        assert (deed["reason"], deed["changed"]) == ("they are dead", 1)
+        assert jobctl.run("apply", named[1], "-y")[0] == 4, "the same answer again"
+        jobctl.ok("cancel", "time-1", "time-2", "-y")
+
+
+def test_take_back_ends_the_grants_of_a_silent_worker(running: Running, jobctl: Ctl) -> None:
+    with running.configured(_NEVER):
+        _stuck(running, "back-3", worker="w ä/silent")
+        assert "took back 1 job of w ä/silent" in jobctl.ok("take-back", "w ä/silent", "--yes")
+        _stuck(running, "back-1", "back-2")
+        assert jobctl.json("workers", "--state", "silent")["workers"][0]["worker"] == "w-silent"
+        assert "w-silent (silent)" in jobctl.ok("locks")
+        assert "Take its expired jobs back now: jobctl take-back w-silent" in jobctl.ok("why", "back-1")
+        code, _, err = jobctl.run("take-back", "w-silent")
+        assert (code, "--dry-run to see the effect" in err) == (2, True)
+        seen = jobctl.ok("take-back", "w-silent", "--dry-run")
+        assert "back-1: would be requeued: No update from worker w-silent" in seen
+        assert "would take back 2 jobs of w-silent: 2 requeued, 0 failed" in seen
+        assert running.client.get_job("back-1").status == "processing"
+        done = jobctl.ok("take-back", "w-silent", "--yes", "--reason", "lost its power")
+        assert "took back 2 jobs of w-silent: 2 requeued, 0 failed" in done
+        assert [running.client.get_job(each).status for each in ("back-1", "back-2")] == ["queued", "queued"]
+        code, _, err = jobctl.run("take-back", "w-silent", "-y")
+        assert (code, "[worker_not_silent]" in err) == (4, True)
+        code, _, err = jobctl.run("take-back", "w-unknown", "-y")
+        assert (code, "[worker_not_found]" in err) == (4, True)
+        [deed] = jobctl.json("audit", "--what", "take-back", "--limit", "3")["entries"][2:]
+        assert (deed["reason"], deed["changed"], deed["details"]) == ("lost its power", 2, {"worker": "w-silent"})
+    jobctl.ok("cancel", "back-1", "back-2", "back-3", "-y")
+
+
+def test_the_plan_of_a_cleanup_run_can_be_applied_except_for_its_fixes(running: Running, jobctl: Ctl) -> None:
+    with running.configured(_NEVER):
+        soon = round(time.time() * 1000) + 500
+        running.client.create_job(id="time-late", queue="time-late", expires_at=soon)
+        grant = running.client.start_processing(running.client.create_job(queue="time-old").id, "w")
+        old = running.client.complete_job(grant.job.id, lock_id=grant.lock_id, file_path="/f", expires_at=soon).id
+        _stuck(running, "time-3")
+        code, _, err = jobctl.run("cleanup", "--dry-run")
+        assert code == 0
+        assert re.fullmatch(r"To do exactly this, except for the fixes, until .*: jobctl apply .*\n", err), err
+        plan_id = jobctl.json("cleanup", "--dry-run")["plan_id"]
+        _, shown, asked = on_a_terminal(running, b"n\n", "apply", plan_id)
+        for line in ("time-3 +processing → queued", "time-late +queued → failed", f"{old} +completed → deleted"):
+            assert re.search(line, shown), shown
+        assert "Their history and their stored results are deleted" in shown
+        assert "clean up 3 jobs?" in asked
+        assert jobctl.ok("apply", plan_id, "-y") == "cleanup: 3 jobs done\n"
+        assert jobctl.no("job", old)[0] == 4
+        assert jobctl.json("cleanup", "--dry-run")["plan_id"] is None
+    jobctl.ok("cancel", "time-3", "-y")
+
+
+def test_a_read_only_token_gets_no_plan_of_maintenance(
+    running: Running, jobctl: Ctl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running.configured(_NEVER):
+        _stuck(running, "time-4")
+        monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
+        for verb in ("recover-stuck", "cleanup"):
+            code, out, err = jobctl.run(verb, "--dry-run")
+            assert (code, err, out.splitlines()[0]) == (0, "", "1 would be recovered")
+            assert jobctl.json(verb, "--dry-run")["plan_id"] is None
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    jobctl.ok("cancel", "time-4", "-y")
+
+
+def test_a_maintenance_plan_that_is_not_complete_says_so(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
+    view = msgspec.convert(jobctl.json("retry", "--where", "queue=none", "--dry-run"), answers.PlanView)
+    ctl_plan.show_apply_command(replace(view, action="recover-stuck", more=True))
+    assert "after applying it, --dry-run names the next one" in capsys.readouterr().err
+
+
+def test_actions_are_in_the_audit_log(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobctl.ok("submit", "--id", "au1")
+    jobctl.ok("force-fail", "au1", "-y", "--reason", "wrong input", "--operator", "eve@desk")
+    monkeypatch.setenv("SUDO_USER", "bob")
+    assert jobctl.no("force-fail", "au1", "-y")[0] == 4
+    jobctl.ok("pause", "au-q")
+    jobctl.ok("resume", "au-q")
+    found = jobctl.json("audit", "--job", "au1")["entries"]
+    assert set(found[0]) == fields_of(answers.AuditView)
+    host = socket.gethostname()
+    assert [(each["who"], each["what"], each["outcome"], each["changed"]) for each in found] == [
+        (f"bob@{host}", "force-fail", "invalid_transition", 0),
+        ("eve@desk", "force-fail", "done", 1),
+    ]
+    assert found[1]["reason"] == "wrong input"
+    assert found[1]["address"] == f"unix uid={os.getuid()}"
+    assert (found[1]["details"]["from"], found[1]["details"]["to"]) == ("queued", "failed")
+    event = jobctl.json("timeline", "au1")["events"][-1]
+    assert (event["by"], event["seq"]) == ("admin:eve@desk", found[1]["details"]["event"])
+    lines = jobctl.ok("audit", "--who", "eve@desk", "--since", "1h", "--limit", "1").splitlines()
+    assert lines[0].split() == ["TIME", "WHO", "FROM", "ACTION", "TARGET", "OUTCOME", "REASON"]
+    assert "queued → failed" in lines[1]
+    queued = jobctl.json("audit", "--who", f"bob@{host}", "--what", "pause")["entries"]
+    assert [(each["queue"], each["job_id"]) for each in queued] == [("au-q", None)]
+    assert jobctl.json("audit", "--since", "2020-01-01T00:00", "--what", "nothing") == {
+        "entries": [],
+        "next_cursor": None,
+    }
+    assert len(jobctl.json("audit", "--limit", "2")["entries"]) == 2
+
+
+def test_an_import_is_one_audit_entry(jobctl: Ctl, tmp_path: Path) -> None:
+    lines = tmp_path / "jobs"
+    lines.write_text("".join(f'{{"id":"aui-{n}","status":"cancelled"}}\n' for n in range(30)) + "{}\n")
+    jobctl.run("import", str(lines))
+    jobctl.run("import", str(lines))
+    again, first = jobctl.json("audit", "--what", "import", "--since", "1h", "--limit", "2")["entries"]
+    assert (first["changed"], first["details"]) == (30, {"imported": 30, "skipped": 0, "refused": 1})
+    assert (again["changed"], again["details"]) == (0, {"imported": 0, "skipped": 30, "refused": 1})
+    jobctl.ok("delete", *(f"aui-{n}" for n in range(30)), "-y")
+
+
+def test_a_queue_is_paused_and_resumed(jobctl: Ctl) -> None:
+    jobctl.ok("submit", "--queue", "c5")
+    assert "jobctl resume c-5" in jobctl.run("pause", "c-5")[2], "a slip of the finger"
+    jobctl.ok("resume", "c-5")
+    paused = jobctl.json("pause", "c5", "--reason", "deploy", "--until", "2h")
+    listed = {queue["name"]: queue for queue in jobctl.json("queues")["queues"]}
+    assert {name: listed["c5"][name] for name in paused if name != "queue"} == {
+        "paused": True,
+        "paused_at": paused["paused_at"],
+        "paused_by": paused["paused_by"],
+        "pause_reason": "deploy",
+        "paused_until": paused["paused_until"],
+    }
+    assert paused["paused_by"].startswith("admin")
+    assert 7_190_000 < paused["paused_until"] - paused["paused_at"] <= 7_200_000
+    assert "by operator" in jobctl.ok("queues")
+    assert "UTC: deploy" in jobctl.ok("queues")
+    assert set(listed["c5"]) == fields_of(answers.QueueView)
+    assert jobctl.ok("resume", "c5") == "c5 is open\n"
+
+
+def test_resume_of_an_unknown_queue_says_so(jobctl: Ctl) -> None:
+    """Its name may be mistyped."""
+    code, out, err = jobctl.run("resume", "c-typo")
+    assert (code, out) == (0, "c-typo is open\n")
+    assert "Queue c-typo has no jobs and was not paused" in err
+    for prepare in (["pause", "c-typo"], ["submit", "--queue", "c-typo"]):
+        jobctl.ok(*prepare)
+        assert jobctl.run("resume", "c-typo") == (0, "c-typo is open\n", "")
+
+
+def test_figures_and_lists_have_the_shapes_of_the_api(jobctl: Ctl) -> None:
+    assert set(jobctl.json("stats")) == fields_of(answers.StatsView)
+    assert set(jobctl.json("health")) == fields_of(answers.HealthView)
+    assert set(jobctl.json("cleanup")) == fields_of(answers.CleanupReport)
+    assert set(jobctl.json("cleanup", "--last")) == fields_of(answers.CleanupState)
+    assert set(jobctl.json("recover-stuck")) == fields_of(answers.RecoverStuckView)
+    assert set(jobctl.json("clock")) == fields_of(answers.ClockView)
+    assert set(jobctl.json("reports")["reports"][0]) == fields_of(answers.CleanupReport)
+    assert set(jobctl.json("alerts")["alerts"][0]) == fields_of(answers.AlertView)
+    assert jobctl.json("workers")["workers"]
+    assert "locks" in jobctl.json("locks")
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "stats",
+        "health",
+        "cleanup",
+        "recover-stuck",
+        "locks",
+        "queues",
+        "workers",
+        "alerts",
+        "clock",
+        "reports",
+        "audit",
+    ],
+)
+def test_every_list_is_printed_as_a_table(verb: str, jobctl: Ctl) -> None:
+    code, out, err = jobctl.run(verb)
+    assert code == 0, err
+    assert out or err
+
+
+def test_a_wrong_token_exits_with_5_and_is_not_printed(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADMIN_TOKEN", "wrong-wrong-wrong-wrong-wrong")
+    code, err = jobctl.no("stats")
+    assert code == 5
+    assert "wrong" not in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["retry", "--where", "queue=nothing-here"], 0),
+        (["delete", "--where", "queue=nothing-here"], 0),
+        (["cancel", "no-such-job", "nor-this-one"], 4),
+    ],
+)
+def test_json_prints_a_result_even_if_there_was_nothing_to_do(jobctl: Ctl, argv: list[str], code: int) -> None:
+    ended, out, err = jobctl.run(*argv, "--yes", "--json")
+    assert ended == code
+    assert err.startswith("No job")
+    found = msgspec.json.decode(out, type=answers.PlanResult)
+    assert (found.action, found.applied, found.changed, found.refused) == (argv[0], 0, [], [])
+    assert set(json.loads(out)) == fields_of(answers.PlanResult)
+    applied, out, _ = jobctl.run("apply", found.plan_id, "--yes", "--json")
+    assert applied == 0
+    assert msgspec.json.decode(out, type=answers.PlanResult) == found

@@ -1,0 +1,270 @@
+"""The command line on a terminal: questions, dry runs, colours."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from jobd.cli.ctl import change as ctl_change
+from jobd.client import LockLost
+from tests import ROOT
+from tests.support.cli_harness import READER_TOKEN, TOKEN, Ctl, Running, on_a_terminal, rejected_on_a_terminal
+from tests.support.daemon_process import Daemon, die_with_us
+
+
+def test_a_question_is_asked_and_answered(running: Running) -> None:
+    running.client.create_job(id="t1", queue="t1")
+    code, out, shown = on_a_terminal(running, b"n\n", "cancel", "t1")
+    assert (code, out) == (1, "")
+    assert "cancel job t1, which is queued?" in shown
+    assert running.client.get_job("t1").status == "queued"
+    assert on_a_terminal(running, b"y\n", "cancel", "t1")[:2] == (0, "t1: cancelled\n")
+    assert running.client.get_job("t1").status == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("verb", "before", "said"),
+    [
+        ("force-fail", "queued", "queued → failed"),
+        ("force-reset", "failed", "failed → queued"),
+        ("delete", "failed", "deleted"),
+        ("cancel", "queued", "cancelled"),
+    ],
+)
+def test_a_confirmed_action_applies_to_the_job_as_shown(
+    verb: str, before: str, said: str, running: Running, jobctl: Ctl
+) -> None:
+    job_id = f"seen-{verb}"
+
+    def come_back() -> None:
+        """The job goes away and comes back to the status that was seen."""
+        if before == "queued":
+            jobctl.ok("force-fail", job_id, "-y")
+        jobctl.ok("force-reset", job_id, "-y")
+        if before == "failed":
+            jobctl.ok("force-fail", job_id, "-y", "--reason", "nobody has read this")
+
+    running.client.create_job(id=job_id, queue=job_id)
+    if before == "failed":
+        jobctl.ok("force-fail", job_id, "-y")
+    code, out, shown = on_a_terminal(running, b"y\n", verb, job_id, meanwhile=come_back)
+    assert (code, out) == (4, "")
+    assert f"{verb} job {job_id}, which is {before}?" in shown
+    assert f"{job_id}: changed meanwhile: {before} → {before}" in shown
+    job = running.client.get_job(job_id)
+    assert (job.status, job.error_message) == (before, "nobody has read this" if before == "failed" else None)
+    assert on_a_terminal(running, b"y\n", verb, job_id)[:2] == (0, f"{job_id}: {said}\n")
+    kept = jobctl.json("audit", "--job", job_id, "--limit", "1")["entries"][0]
+    assert (kept["what"], kept["job_id"], kept["changed"]) == (f"plan-{verb}", job_id, 1)
+
+
+def test_json_is_the_same_after_a_question(running: Running, jobctl: Ctl) -> None:
+    ids = ("json-1", "json-2")
+    for job_id in ids:
+        running.client.create_job(id=job_id, queue="json")
+    for verb, *reason in (["force-fail", "--reason", "wrong"], ["force-reset"], ["force-fail"], ["force-reset"]):
+        asked = json.loads(on_a_terminal(running, b"y\n", verb, ids[0], "--json", *reason)[1])
+        unasked = jobctl.json(verb, ids[1], "-y", *reason)
+        assert asked.pop("timestamp") <= unasked.pop("timestamp")
+        assert (asked.pop("jobId"), unasked.pop("jobId")) == ids
+        assert asked == unasked
+    code, shown = rejected_on_a_terminal(running, "delete", ids[0])
+    assert (code, f"{ids[0]}: delete is rejected: it is queued. Only finished" in shown) == (4, True)
+    asked = json.loads(on_a_terminal(running, b"y\n", "cancel", ids[0], "--json")[1])
+    seen = jobctl.json("job", ids[0])
+    assert (asked, asked["status"]) == (seen, "cancelled")
+    assert json.loads(on_a_terminal(running, b"y\n", "delete", ids[0], "--json")[1]) == seen
+    code, shown = rejected_on_a_terminal(running, "delete", ids[0])
+    assert (code, "[job_not_found]" in shown) == (4, True)
+
+
+def test_the_plan_of_a_dry_run_of_one_job_can_be_applied(running: Running, jobctl: Ctl) -> None:
+    running.client.create_job(id="dry-1", queue="dry")
+    code, out, err = jobctl.run("force-fail", "dry-1", "--dry-run")
+    assert (code, out) == (0, "dry-1: would force-fail: it is queued\n")
+    named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
+    assert named is not None
+    jobctl.ok("update", "dry-1", "--priority", "3")
+    code, out, err = jobctl.run("apply", named[1], "-y")
+    assert (code, "dry-1: changed meanwhile" in err) == (4, True)
+    assert running.client.get_job("dry-1").status == "queued"
+
+
+@pytest.mark.parametrize("token", [TOKEN, READER_TOKEN], ids=["admin", "reader"])
+def test_a_dry_run_shows_old_and_new_values(
+    token: str, jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"dry-{'r' if token == READER_TOKEN else 'a'}"
+    jobctl.ok("submit", "--id", name, "--queue", name, "--delay", "2h", "--priority", "4")
+    monkeypatch.setenv("ADMIN_TOKEN", token)
+    before, at = running.client.get_job(name), r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+    said = jobctl.ok("run-now", name, "--dry-run")
+    assert re.fullmatch(rf"{name}: would run-now \(due {at} \(in .*\) → {at} \(\d s ago\)\): it is queued\n", said)
+    said = jobctl.ok("update", name, "--priority", "5", "--max-attempts", "1", "--dry-run", "--reason", "r")
+    assert said == f"{name}: would update (priority 4 → 5): it is queued\n"
+    said = jobctl.ok("update", name, "--priority", "5", "--max-attempts", "3", "--run-at", "1h", "--dry-run")
+    changes = rf"priority 4 → 5, due {at} \(in .*\) → {at} \(in .*\), max_attempts 1 → 3"
+    assert re.fullmatch(rf"{name}: would update \({changes}\): it is queued\n", said)
+    nothing = f"{name}: would update (which changes nothing): it is queued\n"
+    assert jobctl.ok("update", name, "--priority", "4", "--dry-run") == nothing
+    assert running.client.get_job(name) == before
+    monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
+    would_be = jobctl.json("update", name, "--priority", "5", "--dry-run")
+    assert (would_be["id"], would_be["priority"]) == (name, 5)
+    assert running.client.get_job(name) == before
+    jobctl.ok("run-now", name)
+    monkeypatch.setenv("ADMIN_TOKEN", token)
+    assert jobctl.ok("run-now", name, "--dry-run") == f"{name}: would run-now (which changes nothing): it is queued\n"
+    assert jobctl.no("run-now", "never-was", "--dry-run")[0] == 4
+
+
+def test_a_dry_run_uses_the_clock_of_the_daemon(jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobctl.ok("submit", "--id", "dry-4", "--delay", "2h")
+    fast = time.time() + 10 * 3600
+    monkeypatch.setattr(ctl_change, "time", SimpleNamespace(time=lambda: fast))
+    assert "would run-now (due" in jobctl.ok("run-now", "dry-4", "--dry-run")
+
+
+def test_a_dry_run_fails_like_the_action(jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobctl.ok("submit", "--id", "dry-3", "--queue", "dry-3")
+    grant = running.client.claim("w", queues=["dry-3"])[0]
+    assert "would update (priority 0 → 1): it is processing" in jobctl.ok(
+        "update", "dry-3", "--priority", "1", "--dry-run"
+    )
+    running.client.complete_job("dry-3", lock_id=grant.lock_id, file_path="/f")
+    for argv in (["run-now", "dry-3"], ["update", "dry-3", "--priority", "1"]):
+        code, err = jobctl.no(*argv)
+        rejected = f"dry-3: {argv[0]} would be rejected: "
+        assert jobctl.no(*argv, "--dry-run") == (code, err.replace("jobctl: ", rejected).replace(" [", ". ["))
+        assert (code, err.endswith("[invalid_transition]\n")) == (4, True)
+    wrong = ["update", "dry-3", "--priority", "9999", "--dry-run"]
+    assert (jobctl.no(*wrong)[0], "[invalid_request]" in jobctl.no(*wrong)[1]) == (4, True)
+    assert jobctl.no("update", "dry-3", "--dry-run")[0] == 2
+    monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
+    for argv in (["run-now", "dry-3"], ["update", "dry-3", "--priority", "1"]):
+        rejected = f"dry-3: {argv[0]} would be rejected: it is completed\n"
+        assert jobctl.no(*argv, "--dry-run") == (4, rejected)
+        assert jobctl.no(*argv)[0] == 5
+
+
+def test_a_read_only_token_allows_a_dry_run(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobctl.ok("submit", "--id", "dry-2")
+    monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
+    assert jobctl.run("force-fail", "dry-2", "--dry-run") == (0, "dry-2: would force-fail: it is queued\n", "")
+    assert jobctl.no("force-fail", "dry-2", "-y")[0] == 5
+
+
+def test_the_adopted_result_is_the_one_that_was_shown(running: Running, jobctl: Ctl) -> None:
+    running.client.create_job(id="late-1", queue="late-1")
+
+    def bring(path: str) -> None:
+        """A worker loses the job and completes it all the same."""
+        grant = running.client.start_processing("late-1", f"w-{path}")
+        jobctl.ok("force-reset", "late-1", "-y")
+        with pytest.raises(LockLost):
+            running.client.complete_job("late-1", lock_id=grant.lock_id, file_path=path)
+
+    bring("/first")
+    assert "/second" not in jobctl.ok("late", "late-1")
+    done = on_a_terminal(running, b"y\n", "adopt", "late-1", meanwhile=lambda: bring("/second"))
+    assert done[:2] == (0, "late-1: completed\n")
+    assert "/second" in jobctl.ok("late", "late-1")
+    assert running.client.get_job("late-1").file_path == "/first"
+
+
+def test_the_effect_on_several_jobs_is_shown_before_the_question(running: Running) -> None:
+    running.client.create_job(id="t3", queue="t3")
+    running.client.create_job(id="t4", queue="t3")
+    running.client.cancel_job("t4")
+    over_there = ["--socket", running.places["JOBD_SOCKET"]]
+    code, out, shown = on_a_terminal(running, b"y\n", "cancel", "t3", "t4", *over_there)
+    assert (code, out) == (4, "t3: cancelled\n")
+    assert "t3: would cancel: it is queued" in shown
+    assert "t4: cancel would be rejected: it is cancelled" in shown
+    code, out, shown = on_a_terminal(running, b"n\n", "delete", "t3", "t4")
+    assert (code, "cancelled → deleted" in out) == (1, True)
+    assert "delete 2 jobs?" in shown
+    code, out, _ = on_a_terminal(running, b"y\n", "retry", "--where", "queue=t3")
+    assert (code, out.splitlines()[-1]) == (0, "retry: 2 jobs done")
+
+
+def _drawn(running: Running, module: str, *argv: str, no_color: str) -> str:
+    """What a terminal as stdout and stderr is sent."""
+    ours, theirs = pty.openpty()
+    env = {**running.env, **running.places, "NO_COLOR": no_color, "TERM": "xterm-256color"}
+    command = [sys.executable, "-m", module, *argv]
+    with os.fdopen(ours, "rb", buffering=0) as terminal:
+        process = subprocess.Popen(command, env=env, cwd=ROOT, stdout=theirs, stderr=theirs, preexec_fn=die_with_us)
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # EIO: all others have closed the terminal
+            while piece := terminal.read(4096):
+                shown += piece
+        assert process.wait() == 0, shown
+    return shown.decode()
+
+
+@pytest.mark.parametrize(
+    ("module", "argv"),
+    [
+        ("jobd.cli.ctl.main", ("jobs", "--queue", "t2")),
+        ("jobd.cli.ctl.main", ("job", "t2")),
+        ("jobd.cli.ctl.main", ("health",)),
+        ("jobd.cli.ctl.main", ("--help",)),
+        ("jobd", ("backup", "--yes", "COPY")),
+        ("jobd", ("check-config",)),
+    ],
+)
+def test_no_color_prevents_every_escape_sequence(
+    running: Running, tmp_path: Path, module: str, argv: tuple[str, ...]
+) -> None:
+    if "t2" in argv and not [job for job in running.client.list_jobs(queue="t2").jobs if job.id == "t2"]:
+        running.client.create_job(id="t2", queue="t2")
+    argv = tuple(str(tmp_path / "copy.db") if word == "COPY" else word for word in argv)
+    plain = _drawn(running, module, *argv, no_color="1")
+    assert "\x1b" not in plain
+    assert plain.strip()
+    if argv[0] in ("jobs", "job", "health", "backup"):
+        assert "\x1b[" in _drawn(running, module, *argv, no_color="")  # an empty one means nothing
+
+
+def test_jobctl_and_backup_find_a_daemon_by_its_own_settings(tmp_path: Path) -> None:
+    with Daemon(tmp_path) as daemon:
+        for command in (
+            "jobd.cli.ctl.main submit --id a",
+            "jobd.cli.ctl.main stats",
+            f"jobd backup {tmp_path / 'copy.db'}",
+        ):
+            argv = [sys.executable, "-m", *command.split()]
+            done = subprocess.run(argv, env=daemon.environ, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+    settings = f'[worker]\nsocket = "{daemon.socket}"\n[admin]\nlisten = "unix:{daemon.admin_socket}"\n'
+    with Daemon(tmp_path, settings) as daemon:
+        shown = {"ADMIN_TOKEN": daemon.environ["ADMIN_TOKEN"], "JOBD_CONFIG": str(daemon.config)}
+        env = {name: value for name, value in daemon.environ.items() if not name.startswith("JOBD_")} | shown
+        for command in ("jobd.cli.ctl.main job a", "jobd.cli.ctl.main stats"):
+            argv = [sys.executable, "-m", *command.split()]
+            done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+
+
+def test_a_daemon_starts_without_rich() -> None:
+    program = """
+import sys
+from jobd.cli.daemon import main
+main._leave_out_rich()
+assert "structlog" in sys.modules
+assert "rich" not in sys.modules
+import rich.table  # still importable
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

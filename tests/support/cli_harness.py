@@ -1,0 +1,171 @@
+"""A daemon for the tests of the command line, and jobctl in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from jobd.cli.ctl import main as ctl
+from jobd.client import JobClient, JobdError
+from jobd.model import responses as answers
+from tests import ROOT
+from tests.support.daemon_process import die_with_us
+
+TOKEN = "canary-token-0123456789abcdef"
+READER_TOKEN = "canary-reader-0123456789abcdef"
+READY_S = 20.0
+
+
+class Running:
+    """A daemon of `python -m jobd serve`, with the environment of its clients."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.store = folder / "jobs.db"
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("JOBD_", "ADMIN_"))}
+        self.places = {
+            "JOBD_SOCKET": str(folder / "worker.sock"),
+            "JOBD_ADMIN_URL": f"unix:{folder}/admin.sock",
+            "ADMIN_TOKEN": TOKEN,
+            "JOBD_ARTIFACTS_URL": (folder / "artifacts").as_uri(),
+            "JOBD_ADMIN_READONLY_TOKEN_FILE": str(folder / "readonly"),
+        }
+        (folder / "readonly").write_text(READER_TOKEN)
+        (folder / "readonly").chmod(0o600)
+        (folder / "artifacts").mkdir()
+        self.argv = ["serve", "--store", str(self.store), "--socket", str(folder / "worker.sock")]
+        self.argv += ["--admin-listen", f"unix:{folder}/admin.sock", "--config", str(folder / "config.toml")]
+        (folder / "config.toml").touch()
+        with (folder / "log").open("wb") as log:
+            self.process = self.start("jobd", *self.argv, stdout=log, stderr=log)
+        self.client = JobClient(f"unix:{folder}/worker.sock", retry_for_s=0)
+        self._until_ready()
+
+    def start(self, module: str, *argv: str, **options: Any) -> subprocess.Popen[str]:
+        command, env = [sys.executable, "-m", module, *argv], {**self.env, **self.places}
+        return subprocess.Popen(command, env=env, cwd=ROOT, text=True, preexec_fn=die_with_us, **options)
+
+    def done(self, module: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        env = {**self.env, **self.places}
+        return subprocess.run(
+            [sys.executable, "-m", module, *argv], env=env, cwd=ROOT, text=True, capture_output=True, **options
+        )
+
+    def _until_ready(self) -> None:
+        until = time.monotonic() + READY_S
+        while True:
+            try:
+                self.client.list_jobs(limit=1)
+                return
+            except JobdError:
+                assert self.process.poll() is None, (self.folder / "log").read_text()
+                assert time.monotonic() < until, (self.folder / "log").read_text()
+            time.sleep(0.05)
+
+    @contextmanager
+    def configured(self, text: str) -> Iterator[None]:
+        """Reload the daemon with this configuration, and with the one before afterwards."""
+        self._reload(text)
+        try:
+            yield
+        finally:
+            self._reload("")
+
+    def _reload(self, text: str) -> None:
+        log = self.folder / "log"
+        before = log.read_text().count("event=reloaded")
+        (self.folder / "config.toml").write_text(text)
+        self.process.send_signal(signal.SIGHUP)
+        until = time.monotonic() + READY_S
+        while log.read_text().count("event=reloaded") == before:
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.02)
+
+    def stop(self) -> int:
+        self.client.close()
+        self.process.terminate()
+        return self.process.wait()
+
+
+class Ctl:
+    """jobctl in this process: `ok` expects exit 0 and returns stdout, `json` its value, `no` (exit code, stderr)."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
+        self._capsys = capsys
+
+    def run(self, *argv: str) -> tuple[int, str, str]:
+        self._capsys.readouterr()
+        code = ctl.main(list(argv))
+        return code, *self._capsys.readouterr()
+
+    def ok(self, *argv: str) -> str:
+        code, out, err = self.run(*argv)
+        assert code == 0, err
+        return out
+
+    def json(self, *argv: str) -> Any:
+        return json.loads(self.ok(*argv, "--json"))
+
+    def no(self, *argv: str) -> tuple[int, str]:
+        code, out, err = self.run(*argv)
+        assert out == ""
+        assert len(err.splitlines()) == 1
+        return code, err
+
+
+def fields_of(shape: type[msgspec.Struct]) -> set[str]:
+    return set(shape.__struct_encode_fields__)
+
+
+JOB_FIELDS = fields_of(answers.JobView) - {"repeated", "worker"}
+
+
+def on_a_terminal(
+    running: Running, answer: bytes, *argv: str, meanwhile: Callable[[], object] | None = None
+) -> tuple[int, str, str]:
+    """Run jobctl on a terminal that answers `answer`: exit code, stdout, terminal output.
+
+    `meanwhile` is called between question and answer.
+    """
+    ours, theirs = pty.openpty()
+    try:
+        process = running.start("jobd.cli.ctl.main", *argv, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)
+        os.close(theirs)
+        shown = b""
+        while b"[y/N]" not in shown:
+            shown += os.read(ours, 1024)
+        if meanwhile is not None:
+            meanwhile()
+        os.write(ours, answer)
+        out, _ = process.communicate()
+        with suppress(OSError):  # EIO: all others have closed the terminal
+            while piece := os.read(ours, 1024):
+                shown += piece
+        return process.returncode, out, shown.decode()
+    finally:
+        os.close(ours)
+
+
+def rejected_on_a_terminal(running: Running, *argv: str) -> tuple[int, str]:
+    """Run jobctl on a terminal with a command that is rejected before a question: exit code, terminal output."""
+    ours, theirs = pty.openpty()
+    try:
+        process = running.start("jobd.cli.ctl.main", *argv, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE)
+        assert process.communicate()[0] == ""
+        shown = os.read(ours, 4096).decode()
+        os.close(theirs)
+        return process.returncode, shown
+    finally:
+        os.close(ours)
