@@ -1,7 +1,7 @@
 """Presence of workers: for each, when it was last seen, its latest claim, its jobs, and its description of itself.
 
-Pure, and only in memory: after a start it knows only the holders of jobs. Ages are in lease time, so that a step of the
-wall clock does not make a worker gone.
+In memory only: after a start, only the holders of jobs are known. Ages are in lease time, so that a step of the wall
+clock does not make a worker gone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What of operators' commands is kept: with the change or not at all, refusals too, and nothing of anybody else."""
+"""Audit entries: in the transaction of the change, also for rejected actions, and only for operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A draft: numbers that go up by one, times that stay in order, secrets that only the call's seed gives away."""
+"""A draft: rising numbers, ordered times, and secrets that depend only on the seed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_full_counter_begins_an_epoch_of_the_trusted_time() -> None:
 
 
 def test_updated_at_is_the_latest_time_of_a_row() -> None:
-    """Also where the wall clock stepped back, and where a mended row has times ahead of it."""
+    """Also if the wall clock stepped back, or a repaired row has later times."""
     drafted = draft()
     assert drafted.step(replace(JOB, created_at=NOW - 9), "updated").updated_at == NOW
     assert drafted.step(replace(JOB, created_at=NOW + 1), "updated").updated_at == NOW + 1
@@ -67,7 +67,7 @@ def test_updated_at_is_the_latest_time_of_a_row() -> None:
 
 
 def test_a_lock_id_cannot_be_guessed() -> None:
-    """Its number is public; what makes it a secret is the seed. The same seed gives it again."""
+    """Its number is public; the secret is in the seed. The same seed gives the same id."""
     secret = draft().secret(7)
     assert len(bytes.fromhex(secret)) == 16
     assert secret == draft().secret(7)

@@ -1,4 +1,4 @@
-"""Overlaps: a job granted again while the worker before had time left and had not said that it stopped."""
+"""Double grants: a job granted again during the life of the previous lock."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rules() -> CountingHarness:
 
 
 def held(rules: RuleHarness, job_id: str = "a", **fields: Any) -> str:
-    """A new job in the hands of w-1 with a lock of a minute."""
+    """Create a job and start it for w-1 with a lock of a minute."""
     rules.create(job_id, max_stalls=1_000, **fields)
     return rules.start(job_id, **TTL)
 
@@ -55,7 +55,7 @@ Deed = Callable[[str], list[AnyCommand]]
 
 
 def restored(job_id: str = "a") -> EndGrants:
-    """A backup was put back: the worker does not know that its grant has ended."""
+    """Restore a backup: the worker does not know that its grant has ended."""
     return EndGrants(ids=[job_id], last=True)
 
 
@@ -93,7 +93,7 @@ def test_a_grant_that_an_operator_ended_is_no_double_grant(rules: CountingHarnes
 
 
 def test_jobs_that_an_operator_takes_back_are_no_double_grants(rules: CountingHarness) -> None:
-    """At its ceiling a grant ends before its worker has been silent for the time of its lock."""
+    """At its ceiling a grant can end although its worker reported within the time of its lock."""
     lock = held(rules, max_processing_ms=90_000)
     rules.advance(50_000)
     rules.accept(Extend(id="a", lock_id=lock))
@@ -173,7 +173,7 @@ def test_an_ordinary_stall_is_no_double_grant(rules: CountingHarness) -> None:
 
 
 def test_a_stall_at_the_ceiling_is_a_double_grant(rules: CountingHarness) -> None:
-    """The worker extended its lock until then: most likely it is at work."""
+    """The worker extended its lock until then, so it is probably still working."""
     lock = held(rules, max_processing_ms=90_000)
     rules.advance(50_000)
     rules.accept(Extend(id="a", lock_id=lock))
@@ -257,7 +257,7 @@ def test_a_double_grant_is_counted_for_an_hour(rules: CountingHarness) -> None:
 
 
 def granted_twice(rules: CountingHarness, job_id: str = "a") -> None:
-    """The job is given to a worker, taken from it, and given to the next at once. Nobody has it in the end."""
+    """Grant the job, end the grant, and grant it again at once. In the end it has no holder."""
     for _ in range(2):
         rules.start(job_id, **TTL)
         rules.accept(restored(job_id))
@@ -274,7 +274,7 @@ def test_a_later_double_grant_does_not_shorten_the_hour(rules: CountingHarness) 
 
 
 def test_after_a_backward_step_of_the_clock_later_entries_do_not_count(rules: CountingHarness) -> None:
-    """A year that a machine was ahead would otherwise be a year of an alert."""
+    """Otherwise a clock that was a year ahead would mean a year of alerts."""
     rules.create()
     granted_twice(rules)
     rules.now -= 365 * DAY_MS
@@ -299,7 +299,7 @@ def test_memory_is_bounded(rules: CountingHarness, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("half", [{"grant": None}, {"lease": None}], ids=str)
 def test_a_row_without_a_grant_is_ignored(rules: CountingHarness, half: dict[str, None]) -> None:
-    """Rows that hands have left behind have a grant without a lease, or the other way round."""
+    """Manually edited rows can have a grant without a lease, or the reverse."""
     held(rules)
     rules.row(replace(rules.job(), **half))
     rules.accept(restored("a"))
@@ -307,7 +307,7 @@ def test_a_row_without_a_grant_is_ignored(rules: CountingHarness, half: dict[str
 
 
 def test_a_grant_of_an_unwatched_job_is_not_counted(rules: CountingHarness) -> None:
-    """The grant before may be one that was forgotten."""
+    """The previous grant may have been forgotten."""
     held(rules, "a")
     held(rules, "b")
     rules.accept(restored("a"))

@@ -1,4 +1,4 @@
-"""Paces: the 95th percentile of the last hour, what is usual, and how much of it is kept."""
+"""The duration baseline: the 95th percentile of the last hour, the usual value, and the bounds of memory."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_a_kind_is_replaced_after_a_slot_without_completions(
 
 
 def test_many_alternating_kinds_do_not_displace_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More of them than are kept, each at work again and again: what is usual is learned of those that were first."""
+    """With more active kinds than are kept, the first ones get a baseline."""
     monkeypatch.setattr(duration_baseline, "KINDS_KEPT", 4)
     paces = Paces()
     hours = HOURS_NEEDED + 1

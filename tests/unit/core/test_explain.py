@@ -1,4 +1,4 @@
-"""Why a job is where it is: the state, the reason, what happens next and when, what to do."""
+"""The explanation of a job: state, reason, next event and time, and advice."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_no_worker_waits_but_one_claimed_recently(rules: RuleHarness) -> None:
 
 
 def test_a_worker_waits(rules: RuleHarness) -> None:
-    """While the disk is full a claim may wait although a job is due."""
+    """On a full disk a claim can wait although a job is due."""
     rules.create(queue="q")
     claims(rules, "w-1", waits=True)
     view = why(rules)
@@ -442,7 +442,7 @@ def test_the_worker_that_ended_a_job_is_named(rules: RuleHarness) -> None:
 
 
 def test_events_after_the_end_are_ignored(rules: RuleHarness) -> None:
-    """A late result, and who adopted it."""
+    """A late result and the operator who adopted it."""
     lock_id = rules.held()
     rules.accept(Cancel(id="a", reason="stop"), by="admin:ana")
     rules.reject(Complete(id="a", lock_id=lock_id, file_path="/out"), "lock_lost", by="worker:w-1")
@@ -481,7 +481,7 @@ def test_imported_and_invalid_rows_are_explained(rules: RuleHarness) -> None:
 
 
 def test_every_unfinished_job_has_a_next_event(rules: RuleHarness) -> None:
-    """Nothing is stuck for ever: at a known time, by a named rule; an operator's pause is the one exception."""
+    """At a known time, by a named rule. A pause by an operator is the only exception."""
     rules.create("waiting")
     rules.create("delayed", delay_ms=5)
     rules.held("held")

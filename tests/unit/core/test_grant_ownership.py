@@ -285,7 +285,7 @@ def test_requests_are_distinguished_by_a_hash_of_all_fields() -> None:
     ],
 )
 def test_the_hash_of_a_request_does_not_change_with_an_upgrade(command: Any, digest: str) -> None:
-    """The hashes are on the disk: a new field that a request does not give must not change them."""
+    """The hashes are on disk. A new field that a request does not have must not change them."""
     assert worker_rules.digest(command) == digest
 
 

@@ -1,4 +1,4 @@
-"""What comes too late: calls that are told in the journal; a complete that is kept or taken, and how one is adopted."""
+"""Late calls: recorded in the journal, or stored or adopted as a late result."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def taking(**fields: Any) -> RuleHarness:
 
 
 def stalled(rules: RuleHarness, *, worker: str = "w-1", **fields: Any) -> str:
-    """A job whose worker went silent, and the lock that it had."""
+    """Create a job that stalled; return its former lock."""
     lock_id = rules.held(worker=worker, **fields)
     rules.advance(LONG)
     rules.accept(Recover(limit=1))
@@ -59,7 +59,7 @@ def completing(lock_id: str, **fields: Any) -> Complete:
 
 
 def late(rules: RuleHarness, command: late_result_rules.Calls, *, kept: bool = True, told: bool = False) -> ApiError:
-    """The refusal of a call that comes late; whether it left its result, or else was told of."""
+    """Decide a late call; return its error. Check whether it left a result, or else was recorded."""
     row, before = rules.job(), len(rules.events)
     refusal = rules.reject(command, "lock_lost")
     assert rules.job() == row, "a late call changed the job"
@@ -213,7 +213,7 @@ def test_a_row_without_a_grant_leaves_nothing(rules: RuleHarness) -> None:
 
 
 def test_a_lock_that_ends_in_the_same_batch_leaves_its_result(rules: RuleHarness) -> None:
-    """Before the batch it was not late: nobody looked what the disk has of the job."""
+    """Before the batch it was not late, so nothing was read from disk."""
     lock_id = rules.held()
     rules.accept(ForceReset(id="a"), admin=True)
     rules.book.late = LateResultRows()
@@ -278,7 +278,7 @@ def test_the_result_for_an_unclaimed_job_is_adopted() -> None:
 
 
 def test_an_adopted_result_is_like_a_complete_in_time() -> None:
-    """So that whatever is called next with that lock hears the same."""
+    """So that the next call with that lock gets the same error."""
     in_time, rules = taking(), taking()
     asked = completing(in_time.held())
     in_time.advance(LONG)
@@ -351,7 +351,7 @@ def test_the_result_for_a_changed_job_is_stored(touch: Any) -> None:
 
 @pytest.mark.parametrize("touch", [touched_given, touched_cancelled], ids=lambda touch: touch.__name__)
 def test_the_result_for_a_job_that_failed_by_an_earlier_stall_is_stored(touch: Any) -> None:
-    """Its last error stays and looks like that of a job that nobody has touched since."""
+    """Its last error remains and looks like that of an unclaimed job."""
     rules = taking()
     rules.held(on_stall="fail")
     rules.advance(LONG)
@@ -366,7 +366,7 @@ def test_the_result_for_a_job_that_failed_by_an_earlier_stall_is_stored(touch: A
 
 
 def test_the_result_for_a_row_without_error_or_last_grant_is_stored() -> None:
-    """Hands leave such rows, and a worker must not be told that jobd is broken."""
+    """Manual edits leave such rows, and the worker must not get an internal error."""
     rules = taking()
     lock_id = rules.held(on_stall="fail")
     rules.advance(LONG)
@@ -496,7 +496,7 @@ def test_completed_is_final(rules: RuleHarness) -> None:
 
 
 def test_a_job_created_in_the_same_batch_has_no_late_results(rules: RuleHarness) -> None:
-    """Before the batch it was not there: nobody looked what the disk has of it."""
+    """Before the batch it did not exist, so nothing was read from disk."""
     rules.create()
     rules.book.late = LateResultRows()
     refusal = decide.decide(rules.book, Call(Adopt(id="a"), admin=True), rules.moment, rules.policy).answer
@@ -650,7 +650,7 @@ def test_the_late_results_to_read_before_a_decision(rules: RuleHarness) -> None:
 
 
 def test_a_draft_numbers_late_results(rules: RuleHarness) -> None:
-    """Two notes of one decision would have two numbers."""
+    """Two events of one decision have two numbers."""
     late(rules, completing(stalled(rules)))
     draft = Draft(rules.book, Call(Get(id="a")), rules.moment, rules.policy)
     first = draft.keep_late(rules.job(), rules.late()[0], "r", {})
@@ -689,7 +689,7 @@ def call(verb: str, lock_id: str, job_id: str = "a", **fields: Any) -> Any:
 
 @pytest.fixture
 def dropping() -> RuleHarness:
-    """Where also a complete leaves nothing but word of it."""
+    """Also if a complete leaves only its event."""
     return RuleHarness(Policy(late_results="drop"))
 
 
@@ -787,7 +787,7 @@ def test_a_stored_or_adopted_complete_is_not_recorded_as_a_late_call(rules: Rule
 
 
 def test_a_recorded_late_call_does_not_prevent_an_adoption() -> None:
-    """The job was left alone: what its worker said meanwhile changed nothing."""
+    """The job is unclaimed: the recorded calls of its worker changed nothing."""
     rules = taking()
     lock_id = stalled(rules)
     late(rules, call("progress", lock_id), kept=False, told=True)

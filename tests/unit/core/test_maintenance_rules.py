@@ -212,7 +212,7 @@ def test_recovery_works_in_slices(rules: RuleHarness) -> None:
 
 
 def test_time_is_judged_when_a_command_is_applied(rules: RuleHarness) -> None:
-    """The book was advanced further than the moment of the command: nothing that is not so yet is acted upon."""
+    """The book was advanced beyond the time of the command: nothing that is not due yet happens."""
     rules.held("a")
     rules.held("b", stuck_after_ms=HOUR_MS, **no_ceiling())
     rules.create("d", queue="other", expires_at=NOW + 5)

@@ -1,4 +1,4 @@
-"""Plans of what time would do: recover-stuck and cleanup, for jobs that the daemon names itself."""
+"""Plans of maintenance: recover-stuck and cleanup, for jobs that the daemon selects."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def apply(rules: RuleHarness, action: PlanAction, jobs: list[ExpectedVersion]) -
 
 
 def due(rules: RuleHarness) -> list[str]:
-    """A stuck job, one that nobody wants any more, one whose time is over; and one of each that is none."""
+    """A stuck job, an overdue one, one past its retention, and one of each kind that is not."""
     rules.create("late", expires_at=rules.now + MINUTE_MS)
     rules.create("waits", expires_at=rules.now + 2 * HOUR_MS)
     for job_id, after in (("old", MINUTE_MS), ("kept", 2 * HOUR_MS)):
@@ -194,7 +194,7 @@ def test_a_plan_skips_revived_jobs(action: PlanAction, how: str) -> None:
 
 
 def test_maintenance_of_an_unknown_job_is_rejected() -> None:
-    """They look for themselves, as the rule of any other action does."""
+    """They check for themselves, like the rule of any other action."""
     rules = RuleHarness()
     draft = Draft(rules.book, Call(Recover(limit=1), "daemon", b"s" * 16), rules.moment, rules.policy)
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
@@ -207,7 +207,7 @@ def test_maintenance_of_an_unknown_job_is_rejected() -> None:
 
 
 async def ripe(house: VirtualEngine) -> str:
-    """Jobs for which time is up, and as many for which it is not; gives the lock of the stuck one."""
+    """Create jobs that are due for maintenance and as many that are not; return the lock of the stuck one."""
     lock_id = await house.held("stuck", lock_ttl_ms=SECOND_MS)
     await house.yes(Create(id="late", expires_at=house.now + SECOND_MS))
     await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
@@ -399,7 +399,7 @@ async def test_a_job_that_is_no_longer_finished_is_not_in_the_plan() -> None:
 
 @in_virtual_time
 async def test_a_job_found_twice_is_in_the_plan_once() -> None:
-    """A damaged row that cannot be moved out of the way counts in the order, and is not named."""
+    """A damaged row that cannot be moved counts in the order but is not listed."""
     async with VirtualEngine() as house:
         await crowd(house, 0, 0, 3)
         pages = {0: ["o0", "o1"], 2: ["o1", "o2"]}
@@ -441,7 +441,7 @@ async def test_a_long_maintenance_plan_is_applied_in_slices() -> None:
 
 
 def test_the_version_of_a_read_job_is_not_valid_for_maintenance_actions() -> None:
-    """GetVersion gives that of operators' actions; a plan of time has its own."""
+    """GetVersion returns the version for actions of operators; maintenance plans have their own."""
     rules = RuleHarness()
     rules.held()
     rules.advance(HOUR_MS)

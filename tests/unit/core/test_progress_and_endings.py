@@ -236,7 +236,7 @@ def test_backoff(backoff: Backoff, attempt: int, fraction: float, expected: int)
 
 
 def test_jitter_comes_from_the_seed() -> None:
-    """The same command on the same book at the same time gives the same outcome."""
+    """The same command on the same state at the same time has the same result."""
     waits = set()
     for _ in range(2):
         rules = RuleHarness()
@@ -329,7 +329,7 @@ DELAYS: Final = [0, 0, 0, 0, 1_000, 2_000, 4_000, 8_000, 16_000, 32_000, 60_000,
 
 
 def released(rules: RuleHarness, times: int, job_id: str = "a", **fields: Any) -> JobView:
-    """The job after so many more rounds of start and release."""
+    """Return the job after more rounds of start and release."""
     view: JobView
     for _ in range(times):
         rules.advance(max(rules.job(job_id).run_at - rules.now, 0))
@@ -437,7 +437,7 @@ def test_a_stall_resets_the_count_of_releases(rules: RuleHarness) -> None:
 
 
 def test_release_loops_are_detected(rules: RuleHarness) -> None:
-    """The book names them without looking at the others, through grants, restarts and whatever ends the loop."""
+    """The book lists them without reading other jobs, through grants, restarts and every end of the loop."""
     for job_id in "abc":
         rules.create(job_id)
     loops = rules.book.release_loops

@@ -230,7 +230,7 @@ reads = st.one_of(
 
 
 def weighted(*choices: tuple[int, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
-    """Groups by weight, however many commands each has: a walk that gets nowhere proves nothing."""
+    """Groups by weight, whatever their number of commands, so that sequences make progress."""
     return st.sampled_from([group for weight, group in choices for _ in range(weight)]).flatmap(lambda group: group)
 
 
@@ -287,7 +287,7 @@ class Run(RuleHarness):
             assert [granted.job.id for granted in decision.answer.data.grants] == expected
 
     def _named(self, command: AnyCommand) -> AnyCommand:
-        """Aim at a job that is there, and put the real lock id in the place of its name."""
+        """Choose an existing job, and replace the placeholder of its lock id."""
         job_id, name = getattr(command, "id", None), getattr(command, "lock_id", None)
         if job_id is None or isinstance(command, (Create, Import)):
             return command
@@ -304,7 +304,7 @@ class Run(RuleHarness):
         return replace(command, id=job_id)
 
     def _expected_claim(self, command: AnyCommand) -> list[str] | None:
-        """Whom a claim has to grant, by a plain sort: never a later job before an earlier one."""
+        """Check the grants of a claim against a plain sort."""
         if not isinstance(command, Claim):
             return None
         order = due_order(self.rows.values(), self.now, command.queues, command.kinds, self.book.paused)
@@ -312,7 +312,7 @@ class Run(RuleHarness):
         return wanted[: command.limit]
 
     def _check_refusal(self, decision: Decision) -> None:
-        """A refusal changes nothing, but where time itself had to act first."""
+        """An error changes nothing, except for what was due before the command."""
         if isinstance(decision.answer, ApiError):
             assert all(change.event.type in ("stalled", "expired", *NOTES) for change in decision.changes)
             assert decision.answer.status in range(400, 600)
@@ -398,7 +398,7 @@ def test_the_same_commands_at_the_same_times_give_the_same_events(sequence: list
 @settings(max_examples=40, deadline=None)
 @given(sequences, st.integers(0, 10_000))
 def test_every_job_ends_once_time_passes(sequence: list[tuple[Any, bool]], away: int) -> None:
-    """When everybody has gone, recovery alone ends every grant, and no job is left in nobody's hands."""
+    """Without workers, recovery alone ends every grant."""
     run = Run()
     for command, admin in sequence:
         run.step(command, admin=admin)
@@ -440,7 +440,7 @@ hand_made = st.builds(
 @settings(max_examples=400, deadline=None)
 @given(hand_made, st.lists(st.tuples(commands, waits), min_size=1, max_size=6))
 def test_rules_accept_any_manually_edited_row(job: Job, sequence: list[tuple[AnyCommand, int]]) -> None:
-    """`decide` is total: whatever is in the book, there is an answer or a refusal, and the book can go on."""
+    """`decide` is total: for any state there is a response or an error, and the state remains usable."""
     rules = RuleHarness(POLICY)
     book = rules.book
     book.swap(None, job)

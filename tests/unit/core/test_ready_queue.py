@@ -1,4 +1,4 @@
-"""The orders of jobs: what they find, in which order, how many entries they look at, and that they stay small."""
+"""The orders of jobs: their results, the number of entries that they read, and their size."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_full_block_is_split_unless_entries_are_appended() -> None:
 
 
 class Model:
-    """Queued jobs as a plain set, beside the real thing."""
+    """Queued jobs as a plain set, to compare with."""
 
     def __init__(self) -> None:
         self.live: set[tuple[str, DueEntry]] = set()
@@ -207,7 +207,7 @@ class Model:
         self.due.remove(*item, self.now)
 
     def at(self, now: int) -> None:
-        """Time goes to `now`: lanes whose first job becomes due are offered, as by the book."""
+        """Advance to `now` and offer lanes whose first job becomes due, like the book."""
         self.now = now
         for lanes in self.due.lanes.values():
             for lane in lanes.values():
@@ -412,7 +412,7 @@ def test_the_first_of_many_lanes_is_found_without_reading_all_of_them(
 
 
 class Now(int):
-    """A time that counts its comparisons."""
+    """A time that counts comparisons."""
 
     compared = 0
 

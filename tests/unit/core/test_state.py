@@ -1,4 +1,4 @@
-"""The book: live jobs in every order and counter, as time passes, as the wall clock steps back, as rows go bad."""
+"""The state: live jobs in every order and counter, over time, backward steps of the clock and damaged rows."""
 
 from __future__ import annotations
 
@@ -537,7 +537,7 @@ def test_a_deadline_that_moves_back_takes_effect_at_once(before: Lease, for_a_wh
 
 
 def test_a_cleared_lock_that_is_revived_is_live_again(rules: RuleHarness) -> None:
-    """Also where the job would have been stuck before the new lock ends."""
+    """Also if the job would be stuck before the new lock ends."""
     lock_id = rules.held(stuck_after_ms=20 * MINUTE_MS)
     rules.advance(TTL)
     rules.accept(Recover(limit=1))
@@ -596,7 +596,7 @@ def test_an_unknown_status_breaks_nothing(rules: RuleHarness, status: str) -> No
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_rows_in_any_order_match_a_recount(rules: RuleHarness, seed: int) -> None:
-    """Rows come, change and go without rules, as after a refused batch or a start."""
+    """Rows are added, changed and removed without rules, as in a rollback or a start."""
     dice = random.Random(seed)
     for seq in range(300):
         known = list(rules.rows)

@@ -1,4 +1,4 @@
-"""Figures from committed changes: what counts, for how long, and under which label."""
+"""Statistics of commits: which events count, for how long, and under which label."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_old_minutes_and_hours_are_dropped() -> None:
 
 
 def test_entries_after_a_backward_step_of_the_clock_do_not_count() -> None:
-    """Nor does it stay: a year that a machine was ahead is no year of an alert."""
+    """Nor is it kept: a clock that was a year ahead must not mean a year of alerts."""
     figures, ahead = Figures(), NOW + 365 * DAY_MS
     for number in range(61):
         figures._completed("q", ahead + number * MINUTE_MS, 1)

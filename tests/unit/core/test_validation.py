@@ -1,4 +1,4 @@
-"""What is wrong with a job: each check at its boundary, what a pass counts, that fixes leave nothing to fix."""
+"""Validation: each check at its boundary, which issues count, and that fixes are complete."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LIVE_LEASE = Lease(2_000, 1_500, None)
 
 
 def row(status: str = "queued", **fields: Any) -> Job:
-    """A row in which nothing is wrong, but for `fields`."""
+    """Return a valid row with these `fields`."""
     good: dict[str, Any] = {}
     if status == "processing":
         good = {"grant": GRANT, "lease": LIVE_LEASE, "started_at": NOW}

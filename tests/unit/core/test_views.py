@@ -1,4 +1,4 @@
-"""What is shown: every field in its place, secrets to operators alone, averages and ages at their edges."""
+"""Views: every field, secrets only for operators, averages and ages at their boundaries."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_incomplete_and_cleared_locks_are_not_shown(change: dict[str, Any]) -> N
 
 
 def test_the_worker_of_a_cleared_lock_is_named() -> None:
-    """The row that lacks a part has no holder."""
+    """An incomplete row has no holder."""
     changes: list[dict[str, Any]] = [{}, {"grant": None}, {"lease": None}, {"lease": replace(LEASE, cleared=True)}]
     shown = [views.job_view(replace(JOB, **change), AT, Policy()) for change in changes]
     assert [view.worker for view in shown] == [UNSET, UNSET, UNSET, "w-1"]

@@ -1,4 +1,4 @@
-"""Presence of workers: what is remembered of each, its state, who claims a queue and kind, and the bounds of memory."""
+"""Presence of workers: their state, latest claims and jobs, and the bounds of memory."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_a_start_does_not_set_the_latest_claim(presence: WorkerPresence) -> None
 
 
 def test_equal_sets_are_stored_once(presence: WorkerPresence) -> None:
-    """In any order, and a name that is given twice counts once."""
+    """In any order; duplicate names count once."""
     for number, (queues, kinds) in enumerate([("q r", "k l"), ("r q", "l k"), ("q r q", "k l l"), ("r q", "k l")]):
         presence.asks(claim(f"w-{number}", queues, kinds))
         presence.asks(claim(f"w-{number}", queues, kinds))
@@ -282,7 +282,7 @@ async def state_of(house: VirtualEngine) -> tuple[str, bool, int]:
 
 
 def silent(rules: RuleHarness, count: int) -> list[str]:
-    """A worker whose first `count` jobs have an expired lock and whose last one has a live lock."""
+    """Create a worker with `count` jobs with an expired lock and one with a live lock."""
     locks = [rules.held(f"job-{n}", worker="w", stuck_after_ms=HOUR_MS, max_processing_ms=0) for n in range(count)]
     rules.advance(TTL)
     return [*locks, rules.held("live", worker="w")]
@@ -454,7 +454,7 @@ def test_the_most_recently_seen_worker_is_forgotten_last(monkeypatch: pytest.Mon
 
 
 def test_a_worker_with_a_job_or_a_waiting_claim_is_never_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even the one that is about to get its first job while all others hold one."""
+    """Not even one that is about to get its first job while all others hold one."""
     monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 2)
     book = Book()
     book.presence.waits(claim("waiting"))
@@ -465,7 +465,7 @@ def test_a_worker_with_a_job_or_a_waiting_claim_is_never_forgotten(monkeypatch: 
 
 
 def test_many_busy_workers_do_not_slow_down_new_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A new worker inspects a few. Over several new workers those at rest are found."""
+    """Each new worker checks a few others, so that several new ones find the idle ones."""
     monkeypatch.setattr(worker_presence, "WORKERS_KEPT", 100)
     book = Book()
     for number in range(1, 101):
@@ -478,7 +478,7 @@ def test_many_busy_workers_do_not_slow_down_new_ones(monkeypatch: pytest.MonkeyP
 
 
 def test_a_job_of_an_unknown_worker_can_be_removed() -> None:
-    """A bad row: a grant without a lease."""
+    """An invalid row: a grant without a lease."""
     book = Book()
     row = replace(held(1, "w"), lease=None)
     book.swap(None, row)
@@ -508,7 +508,7 @@ def test_claim_sets_are_bounded_and_forgetting_one_moves_since(
 def test_waiting_claim_sets_are_not_recounted_for_each_new_one(
     presence: WorkerPresence, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sets of waiting claims are never forgotten. The limit grows with them, or each new set would sort all of them."""
+    """Sets of waiting claims are never forgotten. The limit grows with them; otherwise each new set would sort all."""
     monkeypatch.setattr(worker_presence, "NAMES_KEPT", 10)
     presence._names_kept = 10
     forgotten: list[int] = []
@@ -527,7 +527,7 @@ def test_waiting_claim_sets_are_not_recounted_for_each_new_one(
 
 
 def check_sets(presence: WorkerPresence) -> None:
-    """The index and the counts against a recount."""
+    """Compare the index and the counts with a recount."""
     sets: list[ClaimSet] = list(presence._sets.values())
     assert presence._names == sum(claims.names for claims in sets)
     found: dict[str, set[ClaimSet]] = {}
