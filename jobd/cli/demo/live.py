@@ -53,7 +53,10 @@ _FIRST: Final[list[dict[str, Any]]] = [
     {"id": "year-2025", "queue": "reports", "kind": "yearly", "payload": {"seconds": 30}},  # runs into a timeout
     {"id": "month-end", "queue": "reports", "kind": "monthly", "payload": {"seconds": 5}, "delay_ms": 7_200_000},
     {"id": "sent-by-hand", "queue": "email", "kind": "newsletter", "payload": {"seconds": 1}, "delay_ms": 600_000},
-    *({"queue": "imports", "kind": "csv", "payload": {"file": f"customers-{n}.csv"}} for n in range(1, 13)),
+    *(
+        {"id": f"customers-{n:02}", "queue": "imports", "kind": "csv", "payload": {"file": f"customers-{n:02}.csv"}}
+        for n in range(1, 13)
+    ),
 ]
 
 
@@ -171,7 +174,7 @@ def show(stop: threading.Event) -> int:
 
 def _prepare(client: JobClient, admin: AdminClient) -> None:
     """Create the jobs that show one status each. The first one stalls: its worker never reports."""
-    admin.pause_queue("imports")
+    admin.pause_queue("imports", "The customers are still being checked.")
     client.create_jobs(_FIRST[:1])
     client.claim(worker="video-3", queues=["video"], lock_ttl_ms=1_000, stuck_after_ms=0)
     client.create_jobs(_FIRST[1:])
@@ -185,16 +188,14 @@ def _submit(client: JobClient, stop: threading.Event) -> None:
         if stop.wait(_TICK_S):
             return
         fails = dice.choices([None, "smtp", "address"], [18, 1, 1])[0]
-        client.create_job({"seconds": 1, "fails": fails}, queue="email", kind="newsletter", max_attempts=2)
+        letter = {"seconds": 1, "fails": fails}
+        client.create_job(letter, id=f"letter-{tick}", queue="email", kind="newsletter", max_attempts=2)
         if tick % 4 == 0:
-            client.create_job({"seconds": dice.uniform(1, 5)}, queue="reports", kind="weekly")
+            report = {"seconds": dice.uniform(1, 5)}
+            client.create_job(report, id=f"report-{tick}", queue="reports", kind="weekly")
         if tick % 6 == 0:
-            payload = {
-                "file": f"clip-{tick}.mov",
-                "seconds": dice.uniform(6, 24),
-                "fails": dice.choice([None] * 9 + ["codec"]),
-            }
-            client.create_job(payload, queue="video", kind=dice.choice(["transcode", "thumbnail"]))
+            clip = {"seconds": dice.uniform(6, 24), "fails": dice.choice([None] * 9 + ["codec"])}
+            client.create_job(clip, id=f"clip-{tick}", queue="video", kind=dice.choice(["transcode", "thumbnails"]))
 
 
 def _free_port() -> int:

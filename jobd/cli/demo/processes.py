@@ -33,12 +33,12 @@ _STOP_S: Final = 15.0
 _SOCKET_PATH_BYTES: Final = 100  # the path of a Unix socket can have 107
 _PR_SET_PDEATHSIG: Final = 1
 
-# Handlers of the live scene raise these when a job's payload asks for it.
-FAILURES: Final[dict[str, Exception]] = {
-    "address": Discard("550 5.1.1 No such mailbox: ada@example.com"),
-    "smtp": ConnectionRefusedError("smtp.example.com:25 refused the connection"),
-    "codec": ValueError("Unsupported codec in stream 0: prores_raw"),
-    "disk": OSError("No space left on /srv/render"),
+# A job of the live scene fails with one of these if its payload asks for it.
+FAILURES: Final[dict[str, tuple[type[Exception], str]]] = {
+    "address": (Discard, "550 5.1.1 No such mailbox: ada@example.com"),
+    "smtp": (ConnectionRefusedError, "smtp.example.com:25 refused the connection"),
+    "codec": (ValueError, "Unsupported codec in stream 0: prores_raw"),
+    "disk": (OSError, "No space left on /srv/render"),
 }
 
 _CONFIG: Final = """\
@@ -217,7 +217,8 @@ def work(endpoint: str, name: str, lock_ttl_ms: str, results: str, *queues: str)
         for step in range(1, 11):
             time.sleep(task.payload["seconds"] / 10)
             if step == 6 and (failure := task.payload.get("fails")):
-                raise FAILURES[failure]
+                error, message = FAILURES[failure]
+                raise error(message)
             task.progress(10 * step - 1, f"part {step} of 10")
         return {"metadata": {"worker": name}}
 
