@@ -47,7 +47,7 @@ class WorkerSection(Struct, frozen=True, forbid_unknown_fields=True):
     listen: str = ""
     """TCP address of the worker API, such as `127.0.0.1:8771`. Empty: no TCP. Requires `worker.token_file`."""
     token_file: str = ""
-    """File with the token that workers send over TCP. During a rotation it holds two, one per line."""
+    """File with the token that workers send over TCP. During a rotation, it holds two, one per line."""
     tls_cert: str = ""
     """PEM certificate chain for the TCP address."""
     tls_key: str = ""
@@ -229,7 +229,7 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     granted_twice: Annotated[int, Meta(ge=0)] = 0
     """Jobs granted again in the last hour while the previous worker's lock had time left."""
     slower_than_usual: Annotated[float, Meta(ge=1, le=1000)] = 2.0
-    """95th percentile of a kind's processing time, as a multiple of what is usual for the kind.
+    """95th percentile of a kind's processing time, as a multiple of the usual value for the kind.
 
     It compares the last hour with the hours before it.
     """
@@ -240,7 +240,7 @@ class AlertsSection(Struct, frozen=True, forbid_unknown_fields=True):
     queue_waits: Duration = Duration(5 * MINUTE_MS)
     """Time for which the oldest due job of a queue has waited. Paused queues are ignored."""
     failure_rate: Annotated[float, Meta(ge=0, le=1)] = 0.5
-    """Share of a queue's attempts in the last 10 minutes that failed. Fires at the threshold, too."""
+    """Share of a queue's attempts in the last 10 minutes that failed. Also fires at the threshold."""
     failure_rate_attempts: Annotated[int, Meta(ge=1)] = 20
     """Number of attempts in the last 10 minutes from which `failure_rate` applies."""
     disk_free_percent: Annotated[float, Meta(ge=0, le=100)] = 10.0

@@ -1,4 +1,4 @@
-// A jobd worker in TypeScript without dependencies. Node.js 22.18 or newer runs this file as it is.
+// A jobd worker in TypeScript without dependencies. Node.js 22.18 or newer runs this file unchanged.
 //
 //   node docs/examples/worker.mts                          over the Unix socket (JOBD_SOCKET, /run/jobd/worker.sock)
 //   JOBD_URL=http://127.0.0.1:8771 JOBD_WORKER_TOKEN_FILE=…  node docs/examples/worker.mts     over TCP, with fetch

@@ -47,7 +47,7 @@ class WebhookSection(Struct, frozen=True, forbid_unknown_fields=True):
     Alerts are always sent.
     """
     secret: str | list[str] = ""
-    """Signing secret, `whsec_…`. During a rotation a list of up to three, newest first.
+    """Signing secret, `whsec_…`. During a rotation, a list of up to three, newest first.
 
     The part after `whsec_` is 24 to 64 bytes in base64. Set `secret` or `secret_file`, not both.
     """
