@@ -17,12 +17,11 @@ R = TypeVar("R")
 # The level of a test file, by the start of its path.
 LEVELS: Final = {
     "tests/unit/core": "rules",
-    "tests/proof/test_small_world.py": "small world",
     "tests/proof/test_simulation.py": "simulation",
     "tests/unit/engine": "actor",
     "tests/unit/maintenance": "maintenance",
     "tests/unit/storage": "store",
-    "tests/unit/webhooks": "webhooks",
+    "tests/integration/test_outages.py": "store",
     "tests/unit/http": "http",
     "tests/unit/api": "http",
     "tests/integration/test_command_stream.py": "http",
@@ -36,8 +35,8 @@ SIMULATION: Final = "tests/proof/test_simulation.py::test_every_promise_holds"
 class Bug(Struct, frozen=True):
     """One bug: `replacement` is called in place of `target`, with `target` as its first argument.
 
-    `breaks` describes the effect. `found_by` is the directory, file or test that must
-    have a failing test.
+    `breaks` describes the effect. `found_by` is the directory, file or test in which
+    a test must fail.
     """
 
     name: str

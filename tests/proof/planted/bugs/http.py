@@ -11,15 +11,15 @@ from jobd.http.response import HttpResponse
 from jobd.model.responses import Response
 from tests.proof.planted.registry import bug
 
-AUTH = "tests/unit/http/test_auth.py"
+HTTP = "tests/unit/http"
 
 
-@bug("key-without-its-path", Authenticator.idempotency_key, breaks="a key answers for another job", found_by=AUTH)
+@bug("key-without-its-path", Authenticator.idempotency_key, breaks="a key answers for another job", found_by=HTTP)
 def _(idempotency_key: Any, self: Authenticator, key: str, method: str, path: str, body: bytes) -> Any:
     return idempotency_key(self, key, method, "", body)
 
 
-@bug("token-compared-by-its-start", token_digest, breaks="the first 24 characters of a token are enough", found_by=AUTH)
+@bug("token-compared-by-its-start", token_digest, breaks="the first 24 characters of a token are enough", found_by=HTTP)
 def _(digest: Any, token: str) -> bytes:
     return bytes(digest(token[:24]))
 
@@ -28,7 +28,7 @@ def _(digest: Any, token: str) -> bytes:
     "lost-grants-not-reported",
     App[Any]._ok_response,
     breaks="a grant whose response is lost stays until its lock expires",
-    found_by="tests/unit/http/test_app_with_actor.py",
+    found_by=HTTP,
 )
 def _(ok_response: Any, self: App[Any], ctx: Any, answer: Response) -> HttpResponse:
     grants, answer.grants = answer.grants, []
