@@ -22,8 +22,9 @@ from jobd.model.storage import BadRows, Batch, DiskFull, Numbers, OpenedStore
 from tests.support.memory_storage import MemoryStorage
 
 STATE: Final = (
-    "numbers", "jobs", "payloads", "events", "lates", "queues", "keys", "suspects", "quarantined", "deleted",
-    "kept_reports", "figures", "bad_jobs", "bad_payloads", "aside", "rotten", "tombstones", "audited", "_ids",
+    "numbers", "jobs", "payloads", "events", "late_results", "queues", "keys", "suspects", "quarantined", "deleted",
+    "kept_reports", "figures", "bad_jobs", "bad_payloads", "quarantined_ids", "damaged_tombstones", "tombstones",
+    "audited", "_ids",
 )  # fmt: skip
 COMMITS: Final = frozenset({"prune", "save_figures", "settle_tombstones", "trim_audit"})  # calls outside batches
 
