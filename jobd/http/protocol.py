@@ -60,7 +60,7 @@ def begin(
     task: asyncio.Task[None],
 ) -> HttpRequest:
     """A request as aiohttp's loop hands it on."""
-    assert isinstance(connection, HttpConnection)
+    assert isinstance(connection, ServerConnection)
     if not payload.is_eof():
         payload.on_eof(connection.free_place_soon)
     request = HttpRequest(message, payload, connection, writer, task, asyncio.get_running_loop())
@@ -84,7 +84,7 @@ class Flight:
         "unread",
     )  # fmt: skip
 
-    def __init__(self, connection: HttpConnection, ctx: RequestContext, idle: asyncio.Future[None]) -> None:
+    def __init__(self, connection: ServerConnection, ctx: RequestContext, idle: asyncio.Future[None]) -> None:
         self.ctx = ctx
         self.idle = idle  # what aiohttp's loop waits for meanwhile
         self.asked: Envelope | None = None
@@ -122,7 +122,7 @@ class Flight:
             self.reply.on_lost()
 
 
-class HttpConnection(RequestHandler):
+class ServerConnection(RequestHandler):
     """aiohttp's connection with a short way, our error object where it would send text, and without its tracebacks.
 
     `_waiter` is aiohttp's: the future that its loop waits for while nothing is to be done, None while something is.

@@ -20,7 +20,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from jobd.http.app import App
 from jobd.http.head_cache import Heads
-from jobd.http.protocol import HttpConnection, begin
+from jobd.http.protocol import ServerConnection, begin
 
 BACKLOG: Final = 1024
 LINGER_S: Final = 5.0  # to read the rest of a rejected body, so that the client receives the response
@@ -30,7 +30,7 @@ log = structlog.get_logger("jobd.web")
 
 
 class _Server(web.Server):
-    """Use HttpConnection in place of aiohttp's protocol."""
+    """Use ServerConnection in place of aiohttp's protocol."""
 
     def __init__(self, app: App[Any], **options: Any) -> None:
         super().__init__(app.handle, request_factory=begin, handler_cancellation=True)
@@ -39,7 +39,7 @@ class _Server(web.Server):
         self._options = options
 
     def __call__(self) -> RequestHandler:
-        return HttpConnection(self, self._app, self._heads, loop=self._loop, **self._options)
+        return ServerConnection(self, self._app, self._heads, loop=self._loop, **self._options)
 
 
 class HttpListener:
@@ -113,7 +113,7 @@ class HttpListener:
 
     def _close_idle(self) -> None:
         for connection in self._server.connections:
-            assert isinstance(connection, HttpConnection)
+            assert isinstance(connection, ServerConnection)
             connection.close_if_idle()
 
 

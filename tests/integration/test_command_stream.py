@@ -19,7 +19,7 @@ from jobd.api.worker import ROUTES
 from jobd.engine.actor import Bounds
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
-from jobd.http.protocol import HttpConnection
+from jobd.http.protocol import ServerConnection
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Grants, Response
 from jobd.model.storage import DiskFull
@@ -114,7 +114,7 @@ class Held:
 async def half_closed(house: HttpHarness) -> None:
     """Wait until the listener knows that a client has stopped sending."""
     connections = house.listener._server.connections
-    while not any(cast("HttpConnection", connection)._is_half_closed for connection in connections):  # noqa: ASYNC110
+    while not any(cast("ServerConnection", connection)._is_half_closed for connection in connections):  # noqa: ASYNC110
         await asyncio.sleep(0.001)
 
 

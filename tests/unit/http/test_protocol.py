@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 from jobd.api.worker import ROUTES
 from jobd.http.auth import Authenticator
 from jobd.http.decoding import Limits
-from jobd.http.protocol import AHEAD, HttpConnection
+from jobd.http.protocol import AHEAD, ServerConnection
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Response
 from tests.support.http_harness import TOKEN, HttpHarness, RawConnection, request_bytes, tls_pair
@@ -135,7 +135,7 @@ async def test_bodies_that_come_during_a_request_are_left_to_the_system(tmp_path
         await arrived(house, 1)
         house.actor.respond = lambda command: Response(command.queue)
         [connection] = house.listener._server.connections
-        assert isinstance(connection, HttpConnection)
+        assert isinstance(connection, ServerConnection)
         sizes = [200_000] * 3 + [10] * 3
         for size in sizes * 4:
             line.send(request_bytes("POST", "/v1/jobs", f'{{"queue":"q-{size}","payload":"{"x" * size}"}}'))
@@ -310,7 +310,7 @@ async def test_an_answer_that_comes_as_a_stop_gives_up_harms_nobody(house: HttpH
     line.send(CLAIM)
     await arrived(house, 1)
     [connection] = house.listener._server.connections
-    assert isinstance(connection, HttpConnection)
+    assert isinstance(connection, ServerConnection)
     flight = connection._flight
     assert flight is not None
     stopping = asyncio.ensure_future(connection.shutdown(30))
@@ -556,11 +556,11 @@ async def tcp(tmp_path: Path) -> AsyncIterator[HttpHarness]:
         yield one
 
 
-async def half_closed(house: HttpHarness) -> HttpConnection:
+async def half_closed(house: HttpHarness) -> ServerConnection:
     """Return the connection whose client has stopped sending, once the listener knows it."""
     while True:
         for connection in house.listener._server.connections:
-            assert isinstance(connection, HttpConnection)
+            assert isinstance(connection, ServerConnection)
             if connection._is_half_closed:
                 return connection
         await asyncio.sleep(0.001)
@@ -696,11 +696,11 @@ async def test_a_response_with_grants_waits_for_the_end_of_the_probe(
     """The reset of a closed client takes its time on a network: until then it looks like a half-closed one."""
     looks: list[bool] = []
 
-    def is_probing(connection: HttpConnection, transport: asyncio.Transport) -> bool:
+    def is_probing(connection: ServerConnection, transport: asyncio.Transport) -> bool:
         looks.append(transport.is_closing())
         return not transport.is_closing() and (len(looks) < 3 or not is_there)
 
-    monkeypatch.setattr(HttpConnection, "_is_probing", is_probing)
+    monkeypatch.setattr(ServerConnection, "_is_probing", is_probing)
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
     monkeypatch.setattr("jobd.http.protocol.PROBE_S", 3600 if is_there else 0.01)
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
@@ -725,11 +725,11 @@ async def test_a_connection_that_ends_while_its_response_waits_for_the_probe_giv
 ) -> None:
     looked = asyncio.Event()
 
-    def is_probing(connection: HttpConnection, transport: asyncio.Transport) -> bool:
+    def is_probing(connection: ServerConnection, transport: asyncio.Transport) -> bool:
         looked.set()
         return not transport.is_closing()
 
-    monkeypatch.setattr(HttpConnection, "_is_probing", is_probing)
+    monkeypatch.setattr(ServerConnection, "_is_probing", is_probing)
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(tcp, answer)
     line = await tcp.connect()
