@@ -143,8 +143,8 @@ class HttpRequest(web.BaseRequest):
     """aiohttp's request, for a request that waits for its body or gets a streamed response.
 
     `is_truncated`: the client stopped sending before the end of the body. `probe` holds the next bytes of the response
-    if they are known. `ahead` bytes of the response have been sent as a probe (see `ServerConnection.eof_received`), and
-    `probed` waits for their receipt.
+    if they are known. `ahead` bytes of the response have been sent as a probe, and `probed` waits for their receipt:
+    see `ServerConnection.eof_received`.
     """
 
     is_truncated = False

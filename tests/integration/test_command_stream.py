@@ -1,4 +1,4 @@
-"""Streams of commands: what a line is, answers in order, bounds, clients that go away, the daemon's end."""
+"""Command streams: lines, order of responses, limits, disconnected clients, stops."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Stream:
         self._heard = b""
 
     @classmethod
-    async def open(cls, house: HttpHarness, **headers: str) -> Stream:
-        line = await house.connect()
+    async def open(cls, harness: HttpHarness, **headers: str) -> Stream:
+        line = await harness.connect()
         line.send(request_bytes("POST", "/v1/commands", None, {**KIND, **headers}))
         head = await line.reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 "), head
@@ -81,7 +81,7 @@ async def _town(tmp_path: Path) -> AsyncIterator[Town]:
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     async with HttpHarness(ROUTES, tmp_path) as opened:
         yield opened
 
@@ -101,24 +101,24 @@ async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 class Held:
     """Answers of a desk that come when the test says so."""
 
-    def __init__(self, house: HttpHarness, answer: Response) -> None:
+    def __init__(self, harness: HttpHarness, answer: Response) -> None:
         self.go = asyncio.Event()
         self._answer = answer
-        house.actor.respond = self.answer
+        harness.actor.respond = self.answer
 
     async def answer(self, _: Any) -> Response:
         await self.go.wait()
         return self._answer
 
 
-async def half_closed(house: HttpHarness) -> None:
+async def half_closed(harness: HttpHarness) -> None:
     """Wait until the listener knows that a client has stopped sending."""
-    connections = house.listener._server.connections
+    connections = harness.listener._server.connections
     while not any(cast("ServerConnection", connection)._is_half_closed for connection in connections):  # noqa: ASYNC110
         await asyncio.sleep(0.001)
 
 
-async def test_a_stream_that_has_ended_is_answered_to_a_half_closed_client(either: HttpHarness) -> None:
+async def test_a_half_closed_client_receives_all_responses(either: HttpHarness) -> None:
     held = Held(either, Response(EmptyResponse()))
     stream = await Stream.open(either)
     stream.send({"op": "create", "id": "a"}, {"op": "create", "id": "b"})
@@ -131,7 +131,7 @@ async def test_a_stream_that_has_ended_is_answered_to_a_half_closed_client(eithe
     assert await stream.line.is_closed()
 
 
-async def test_the_lines_of_a_stream_that_breaks_off_are_answered(either: HttpHarness) -> None:
+async def test_the_lines_of_an_aborted_stream_get_their_responses(either: HttpHarness) -> None:
     stream = await Stream.open(either)
     stream.raw(b'{"op":"create","id":"a"}\n{"op":"create","id":"b"}\n{"op":"cre')
     stream.line.writer.write_eof()
@@ -143,7 +143,7 @@ async def test_the_lines_of_a_stream_that_breaks_off_are_answered(either: HttpHa
     assert [asked.command.id for asked in either.actor.received] == ["a", "b"]
 
 
-async def test_grants_of_a_stream_whose_client_has_closed_go_back(either: HttpHarness) -> None:
+async def test_grants_of_a_stream_whose_client_has_closed_are_released(either: HttpHarness) -> None:
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(either, answer)
     stream = await Stream.open(either)
@@ -169,8 +169,8 @@ def test_every_kind_of_line_is_a_route_of_the_worker_api() -> None:
         assert (route.request, route.key) == (op.command, op.key)
 
 
-async def test_a_line_is_the_command_of_its_call(house: HttpHarness) -> None:
-    stream = await Stream.open(house)
+async def test_a_line_gives_the_command_of_its_call(harness: HttpHarness) -> None:
+    stream = await Stream.open(harness)
     lines: list[tuple[dict[str, Any], str, str]] = [
         ({"op": "create", "id": "j", "payload": {"a": 1}, "queue": "q"}, "/v1/jobs", "client"),
         ({"op": "bulk", "jobs": [{"id": "a"}, {"payload": 2}]}, "/v1/jobs/bulk", "client"),
@@ -188,13 +188,13 @@ async def test_a_line_is_the_command_of_its_call(house: HttpHarness) -> None:
     for line, path, by in lines:
         answer = await stream.ask(**line)
         assert (answer["success"], answer["status"]) == (True, 200), answer
-        streamed = house.actor.received[-1]
+        streamed = harness.actor.received[-1]
         body = {name: value for name, value in line.items() if name != "op" and (name != "id" or "{id}" not in path)}
         if line["op"] == "get":
-            await house.request("GET", "/v1/jobs/j")
+            await harness.request("GET", "/v1/jobs/j")
         else:
-            await house.request("POST", path.replace("{id}", "j"), json.dumps(body))
-        posted = house.actor.received[-1]
+            await harness.request("POST", path.replace("{id}", "j"), json.dumps(body))
+        posted = harness.actor.received[-1]
         assert type(streamed.command) is type(posted.command)
         shown = [json.dumps(each.command, default=_plain, sort_keys=True) for each in (streamed, posted)]
         assert shown[0] == shown[1]
@@ -231,24 +231,24 @@ def _plain(value: Any) -> Any:
         (b"x" * 2_000, "too_large", None),
     ],
 )
-async def test_a_wrong_line_is_told_what_is_wrong_and_the_stream_goes_on(
+async def test_a_malformed_line_gets_an_error_and_the_stream_continues(
     tmp_path: Path, line: bytes, code: str, field: str | None
 ) -> None:
-    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1_000, payload=200, bulk=2)) as house:
-        stream = await Stream.open(house)
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1_000, payload=200, bulk=2)) as harness:
+        stream = await Stream.open(harness)
         stream.raw(b'{"op":"get","id":"a"}\n' + line + b'\n\n  \n{"op":"get","id":"b"}\n')
         first, wrong, last = [await stream.hear() for _ in range(3)]
         assert first["success"] is last["success"] is True
         assert (wrong["success"], wrong["error"], wrong["details"].get("field")) == (False, code, field), wrong
         assert wrong["status"] == (413 if code == "too_large" else 400)
-        assert [asked.command.id for asked in house.actor.received] == ["a", "b"]
-        assert house.app.error_counts[code] == 1
+        assert [asked.command.id for asked in harness.actor.received] == ["a", "b"]
+        assert harness.app.error_counts[code] == 1
 
 
-async def test_a_refusal_is_the_usual_object_with_its_status(tmp_path: Path) -> None:
+async def test_an_error_is_the_usual_object_with_its_status(tmp_path: Path) -> None:
     desk = FakeActor(lambda command: ApiError("overloaded", "Full."))
-    async with HttpHarness(ROUTES, tmp_path, actor=desk) as house:
-        stream = await Stream.open(house)
+    async with HttpHarness(ROUTES, tmp_path, actor=desk) as harness:
+        stream = await Stream.open(harness)
         with capture_logs() as logs:
             answer = await stream.ask(op="get", id="job-7")
         wanted = {"success": False, "error": "overloaded", "message": "Full.", "details": {"retry_after_ms": 1000}}
@@ -257,11 +257,11 @@ async def test_a_refusal_is_the_usual_object_with_its_status(tmp_path: Path) -> 
         assert (line["path"], line["code"], line["job_id"]) == ("/v1/commands", "overloaded", "job-7")
 
 
-async def test_answers_of_several_lines_stay_one_line(town: Town) -> None:
+async def test_responses_with_line_breaks_stay_one_line(town: Town) -> None:
     """What its creator wrote with line breaks is shown without them."""
-    created = await town.house.request("POST", "/v1/jobs", '{"id":"j","payload":{\n\r\n"a": "b\\nc"\n}}')
+    created = await town.harness.request("POST", "/v1/jobs", '{"id":"j","payload":{\n\r\n"a": "b\\nc"\n}}')
     assert created.status == 201
-    stream = await Stream.open(town.house)
+    stream = await Stream.open(town.harness)
     assert (await stream.ask(op="get", id="j"))["data"]["payload"] == {"a": "b\nc"}
 
 
@@ -270,7 +270,7 @@ async def test_answers_of_several_lines_stay_one_line(town: Town) -> None:
 
 
 async def test_the_life_of_a_job(town: Town) -> None:
-    stream = await Stream.open(town.house)
+    stream = await Stream.open(town.harness)
     stream.send({"op": "create", "id": "j"}, {"op": "create", "id": "j"}, {"op": "get", "id": "j"})
     assert [(await stream.hear())["status"] for _ in range(3)] == [201, 200, 200]
     grant = (await stream.ask(op="start", id="j", worker="w", max_processing_ms=0))["data"]
@@ -287,9 +287,9 @@ async def test_the_life_of_a_job(town: Town) -> None:
     assert again.data["status"] == "completed"
 
 
-async def test_answers_come_in_the_order_of_the_lines(town: Town) -> None:
+async def test_responses_come_in_the_order_of_the_lines(town: Town) -> None:
     """Whatever takes longer, or is refused at once."""
-    stream = await Stream.open(town.house)
+    stream = await Stream.open(town.harness)
     for number in range(300):
         stream.send({"op": "create", "id": f"j-{number}"})
         stream.raw(b"no\n" if number % 7 == 0 else b"\n")
@@ -301,8 +301,8 @@ async def test_answers_come_in_the_order_of_the_lines(town: Town) -> None:
     assert await stream.hear() is None
 
 
-async def test_no_answer_runs_ahead_of_the_disk(town: Town) -> None:
-    stream = await Stream.open(town.house)
+async def test_no_response_is_sent_before_its_commit(town: Town) -> None:
+    stream = await Stream.open(town.harness)
     town.disk.gate.clear()
     stream.send({"op": "create", "id": "j"}, {"op": "get", "id": "j"})
     await town.disk.at_gate.wait()
@@ -314,9 +314,9 @@ async def test_no_answer_runs_ahead_of_the_disk(town: Town) -> None:
     assert (await hearing)["status"] == 201
 
 
-async def test_a_key_gets_the_same_answer_again(town: Town) -> None:
-    await town.house.request("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
-    stream = await Stream.open(town.house)
+async def test_a_repeated_key_gets_the_same_response(town: Town) -> None:
+    await town.harness.request("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
+    stream = await Stream.open(town.harness)
     line = {"op": "claim", "worker": "w", "idempotency_key": "k"}
     first, second = await stream.ask(**line), await stream.ask(**line)
     assert "replayed" not in first
@@ -326,8 +326,8 @@ async def test_a_key_gets_the_same_answer_again(town: Town) -> None:
     assert (await stream.ask(op="get", id="b", idempotency_key="k"))["data"]["status"] == "queued"
 
 
-async def test_a_key_counts_for_its_own_call_and_job(town: Town) -> None:
-    stream = await Stream.open(town.house)
+async def test_a_key_is_scoped_to_its_call_and_job(town: Town) -> None:
+    stream = await Stream.open(town.harness)
     for job_id in ("a", "b"):
         assert (await stream.ask(op="create", id=job_id))["status"] == 201
     for job_id in ("a", "b"):
@@ -336,7 +336,7 @@ async def test_a_key_counts_for_its_own_call_and_job(town: Town) -> None:
 
 
 async def test_finished_jobs_are_found(town: Town) -> None:
-    stream = await Stream.open(town.house)
+    stream = await Stream.open(town.harness)
     stream.send({"op": "create", "id": "j"}, {"op": "cancel", "id": "j"})
     assert [(await stream.hear())["status"] for _ in range(2)] == [201, 200]
     town.actor.book.trim_finished()
@@ -344,17 +344,17 @@ async def test_finished_jobs_are_found(town: Town) -> None:
     assert (await stream.ask(op="get", id="k"))["error"] == "job_not_found"
 
 
-async def test_a_full_disk_refuses_lines_one_by_one(town: Town) -> None:
-    stream = await Stream.open(town.house)
+async def test_a_full_disk_rejects_lines_one_by_one(town: Town) -> None:
+    stream = await Stream.open(town.harness)
     assert (await stream.ask(op="create", id="j"))["status"] == 201
     town.disk.write_errors.append(DiskFull("full"))
     stream.send({"op": "create", "id": "k"}, {"op": "cancel", "id": "j"})
     assert [(await stream.hear())["status"] for _ in range(2)] == [507, 200]
 
 
-async def test_the_mailbox_has_its_bound_for_streams_too(tmp_path: Path) -> None:
+async def test_the_limit_of_the_mailbox_applies_to_streams(tmp_path: Path) -> None:
     async with town(tmp_path, bounds=Bounds(mailbox=10)) as small:
-        stream = await Stream.open(small.house)
+        stream = await Stream.open(small.harness)
         small.disk.gate.clear()
         stream.send({"op": "create"})
         await small.disk.at_gate.wait()
@@ -370,7 +370,7 @@ async def test_the_mailbox_has_its_bound_for_streams_too(tmp_path: Path) -> None
 # Bounds.
 
 
-async def test_what_is_on_its_way_is_bounded(tmp_path: Path) -> None:
+async def test_the_number_of_pending_commands_is_limited(tmp_path: Path) -> None:
     gate = asyncio.Event()
 
     async def wait(command: Any) -> Response:
@@ -378,8 +378,8 @@ async def test_what_is_on_its_way_is_bounded(tmp_path: Path) -> None:
         return Response(EmptyResponse())
 
     desk = FakeActor(wait)
-    async with HttpHarness(ROUTES, tmp_path, actor=desk) as house:
-        stream = await Stream.open(house)
+    async with HttpHarness(ROUTES, tmp_path, actor=desk) as harness:
+        stream = await Stream.open(harness)
         stream.send(*({"op": "get", "id": f"j-{number}"} for number in range(1_000)))
         stream.end()
         await until(lambda: len(desk.received) == command_stream.AHEAD_WEIGHT)
@@ -401,11 +401,11 @@ async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp
         return Response(Grants([]))
 
     desk = FakeActor(wait)
-    async with HttpHarness(ROUTES, tmp_path, actor=desk) as house:
-        claims = await Stream.open(house)
+    async with HttpHarness(ROUTES, tmp_path, actor=desk) as harness:
+        claims = await Stream.open(harness)
         claims.send(*({"op": "claim", "worker": "w", "limit": 100} for _ in range(9)))
         await until(lambda: len(desk.received) == 3)
-        large = await Stream.open(house)
+        large = await Stream.open(harness)
         for _ in range(9):
             large.send({"op": "create", "payload": "x" * 200_000})
         await until(lambda: len(desk.received) == 3 + 6)
@@ -416,23 +416,23 @@ async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp
         assert all([(await stream.hear())["success"] for stream in (claims, large) for _ in range(9)])
 
 
-async def test_a_reader_who_stops_reading_is_not_read_and_cut_off(
+async def test_a_client_that_stops_reading_is_not_read_and_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.2)
     desk = FakeActor(lambda command: Response({"much": "x" * 20_000}))
-    async with HttpHarness(ROUTES, tmp_path, actor=desk) as house:
-        stream = await Stream.open(house)
+    async with HttpHarness(ROUTES, tmp_path, actor=desk) as harness:
+        stream = await Stream.open(harness)
         with capture_logs() as logs:
             stream.send(*({"op": "get", "id": "j"} for _ in range(5_000)))
-            await until(lambda: house.listener.connections == 0)
+            await until(lambda: harness.listener.connections == 0)
         assert len(desk.received) < 1_000
         assert [line["event"] for line in logs if "cut_off" in line["event"]] == ["command_stream_cut_off"]
 
 
-async def test_a_line_that_does_not_end_is_given_up_and_a_quiet_stream_is_not(tmp_path: Path) -> None:
-    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.1, idle_s=0.1)) as house:
-        stream = await Stream.open(house)
+async def test_an_incomplete_line_times_out_and_an_idle_stream_does_not(tmp_path: Path) -> None:
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.1, idle_s=0.1)) as harness:
+        stream = await Stream.open(harness)
         await asyncio.sleep(0.3)
         assert (await stream.ask(op="get", id="j"))["success"]
         stream.raw(b'{"op":"ge')
@@ -442,8 +442,8 @@ async def test_a_line_that_does_not_end_is_given_up_and_a_quiet_stream_is_not(tm
         assert await stream.line.is_closed()
 
 
-async def test_broken_framing_ends_the_stream_after_the_answers_of_its_lines(house: HttpHarness) -> None:
-    stream = await Stream.open(house)
+async def test_malformed_framing_ends_the_stream_after_the_responses_to_its_lines(harness: HttpHarness) -> None:
+    stream = await Stream.open(harness)
     assert (await stream.ask(op="get", id="j"))["success"]
     with capture_logs() as logs:
         stream.line.send(b"zz\r\nno chunk\r\n")
@@ -458,8 +458,8 @@ async def test_broken_framing_ends_the_stream_after_the_answers_of_its_lines(hou
 # Doors.
 
 
-async def test_a_stream_wants_its_type_and_its_token(tmp_path: Path, house: HttpHarness) -> None:
-    heard = await house.request("POST", "/v1/commands", '{"op":"get","id":"j"}')
+async def test_a_stream_requires_its_content_type_and_a_token(tmp_path: Path, harness: HttpHarness) -> None:
+    heard = await harness.request("POST", "/v1/commands", '{"op":"get","id":"j"}')
     assert (heard.status, heard.error) == (415, "unsupported_media_type")
     gate = Authenticator("worker", tokens=[TOKEN], hosts=["localhost"])
     (tmp_path / "tcp").mkdir()
@@ -472,14 +472,14 @@ async def test_a_stream_wants_its_type_and_its_token(tmp_path: Path, house: Http
         assert (await stream.ask(op="get", id="j"))["success"]
 
 
-async def test_leave_to_send_the_stream_is_given(house: HttpHarness) -> None:
-    line = await house.connect()
+async def test_a_stream_sends_100_continue(harness: HttpHarness) -> None:
+    line = await harness.connect()
     line.send(request_bytes("POST", "/v1/commands", None, {**KIND, "Expect": "100-continue"}))
     assert (await line.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
     assert (await line.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
 
 
-def test_operators_have_no_stream_of_commands() -> None:
+def test_the_admin_api_has_no_command_stream() -> None:
     assert "/v1/commands" not in {route.path for route in admin.ROUTES}
 
 
@@ -487,14 +487,14 @@ def test_operators_have_no_stream_of_commands() -> None:
 # Clients that go away.
 
 
-async def test_grants_of_a_client_that_has_gone_go_back(town: Town) -> None:
-    await town.house.request("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
-    stream = await Stream.open(town.house)
+async def test_grants_of_a_disconnected_client_are_released(town: Town) -> None:
+    await town.harness.request("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
+    stream = await Stream.open(town.harness)
     town.disk.gate.clear()
     stream.send({"op": "claim", "worker": "gone"}, {"op": "start", "id": "b", "worker": "gone"})
     await town.disk.at_gate.wait()
     stream.line.writer.transport.abort()
-    await until(lambda: town.house.listener.connections == 1)  # that of the bulk
+    await until(lambda: town.harness.listener.connections == 1)  # that of the bulk
     town.disk.gate.set()
     for job_id in ("a", "b"):
         while (job := await town.job(job_id))["status"] != "queued":
@@ -502,36 +502,34 @@ async def test_grants_of_a_client_that_has_gone_go_back(town: Town) -> None:
         assert job["attempt"] == 0
 
 
-async def test_grants_behind_answers_that_nobody_reads_go_back(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_grants_behind_unread_responses_are_released(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are committed and answered, and not a byte of them has left."""
     monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.2)
     payload = json.dumps("x" * 200_000)
-    await town.house.request("POST", "/v1/jobs", f'{{"id":"big","priority":9,"payload":{payload}}}')
-    await town.house.request("POST", "/v1/jobs", '{"id":"late"}')
-    stream = await Stream.open(town.house)
+    await town.harness.request("POST", "/v1/jobs", f'{{"id":"big","priority":9,"payload":{payload}}}')
+    await town.harness.request("POST", "/v1/jobs", '{"id":"late"}')
+    stream = await Stream.open(town.harness)
     own = stream.line.writer.get_extra_info("socket")
     assert own.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < 2_000_000
     stream.send(*({"op": "get", "id": "big"} for _ in range(40)), {"op": "claim", "worker": "deaf"})
-    await until(lambda: town.house.listener.connections == 2)  # those of the two creates
+    await until(lambda: town.harness.listener.connections == 2)  # those of the two creates
     while (job := await town.job("late"))["status"] != "queued":
         pass
     assert job["attempt"] == 0
-    events = (await town.house.request("GET", "/v1/jobs/late/timeline")).data["events"]
+    events = (await town.harness.request("GET", "/v1/jobs/late/timeline")).data["events"]
     assert [event["type"] for event in events] == ["created", "granted", "undelivered"]
 
 
-async def test_of_what_is_being_written_just_the_grants_that_have_left_stay(
-    town: Town, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_only_the_grants_that_were_sent_are_kept(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.3)
     payload = "x" * 3_000
     jobs = [{"id": f"j-{number}", "payload": payload} for number in range(300)]
-    await town.house.request("POST", "/v1/jobs/bulk", json.dumps({"jobs": jobs}))
-    stream = await Stream.open(town.house)
+    await town.harness.request("POST", "/v1/jobs/bulk", json.dumps({"jobs": jobs}))
+    stream = await Stream.open(town.harness)
     transport = cast("asyncio.ReadTransport", stream.line.writer.transport)
     transport.pause_reading()
     stream.send(*({"op": "start", "id": job["id"], "worker": "deaf"} for job in jobs))
-    await until(lambda: town.house.listener.connections == 1)  # that of the bulk
+    await until(lambda: town.harness.listener.connections == 1)  # that of the bulk
     transport.resume_reading()
     heard = await stream.line.reader.read(-1)
     whole = heard.count(b'"status":200}')  # lines; there may be a part of one more
@@ -541,20 +539,20 @@ async def test_of_what_is_being_written_just_the_grants_that_have_left_stay(
     assert states[whole + 1 :] == ["queued"] * (299 - whole)
 
 
-async def test_a_grant_whose_line_has_left_stays(town: Town) -> None:
-    await town.house.request("POST", "/v1/jobs", '{"id":"j"}')
-    stream = await Stream.open(town.house)
+async def test_a_grant_whose_line_was_sent_is_kept(town: Town) -> None:
+    await town.harness.request("POST", "/v1/jobs", '{"id":"j"}')
+    stream = await Stream.open(town.harness)
     assert (await stream.ask(op="start", id="j", worker="w"))["success"]
     stream.line.writer.transport.abort()
-    await until(lambda: town.house.listener.connections == 1)
+    await until(lambda: town.harness.listener.connections == 1)
     assert (await town.job("j"))["status"] == "processing"
 
 
-async def test_an_answer_that_cannot_be_told_gives_its_grants_back(tmp_path: Path) -> None:
+async def test_a_response_that_cannot_be_encoded_releases_its_grants(tmp_path: Path) -> None:
     grant = Response({"no": object()}, grants=[("j", "lock")])
     desk = FakeActor(lambda command: grant)
-    async with HttpHarness(ROUTES, tmp_path, actor=desk) as house:
-        stream = await Stream.open(house)
+    async with HttpHarness(ROUTES, tmp_path, actor=desk) as harness:
+        stream = await Stream.open(harness)
         with capture_logs() as logs:
             answer = await stream.ask(op="claim", worker="w")
         assert (answer["error"], answer["status"]) == ("internal_error", 500)
@@ -563,32 +561,32 @@ async def test_an_answer_that_cannot_be_told_gives_its_grants_back(tmp_path: Pat
 
 
 @pytest.mark.parametrize("where", ["_take", "_next_piece"])
-async def test_a_bug_costs_one_stream(house: HttpHarness, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+async def test_a_bug_ends_one_stream(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def fail(*_: object) -> None:
         raise LookupError(TOKEN)
 
-    stream = await Stream.open(house)
+    stream = await Stream.open(harness)
     monkeypatch.setattr(command_stream._CommandStream, where, fail)
     with capture_logs() as logs:
         stream.send({"op": "get", "id": "j"})
         assert await stream.line.is_closed()
-        await until(lambda: house.listener.connections == 0)
+        await until(lambda: harness.listener.connections == 0)
     assert [(line["event"], line["error"]) for line in logs] == [("request_bug", "LookupError")]
     assert TOKEN not in str(logs)
     monkeypatch.undo()
-    assert (await (await Stream.open(house)).ask(op="get", id="j"))["success"]
+    assert (await (await Stream.open(harness)).ask(op="get", id="j"))["success"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The daemon's end.
 
 
-async def test_a_stop_answers_what_was_read_and_ends_the_stream(town: Town) -> None:
-    stream = await Stream.open(town.house)
+async def test_a_stop_answers_the_lines_that_were_read_and_ends_the_stream(town: Town) -> None:
+    stream = await Stream.open(town.harness)
     town.disk.gate.clear()
     stream.send({"op": "create", "id": "j"})
     await town.disk.at_gate.wait()
-    stopping = asyncio.ensure_future(town.house.stop(30))
+    stopping = asyncio.ensure_future(town.harness.stop(30))
     await asyncio.sleep(0.01)
     assert not stopping.done()
     town.disk.gate.set()
@@ -599,21 +597,21 @@ async def test_a_stop_answers_what_was_read_and_ends_the_stream(town: Town) -> N
     assert await stream.line.is_closed()
 
 
-async def test_a_quiet_stream_does_not_hold_up_a_stop(house: HttpHarness) -> None:
-    stream = await Stream.open(house)
+async def test_an_idle_stream_does_not_delay_a_stop(harness: HttpHarness) -> None:
+    stream = await Stream.open(harness)
     assert (await stream.ask(op="get", id="j"))["success"]
-    stopping = asyncio.ensure_future(house.stop(60))
+    stopping = asyncio.ensure_future(harness.stop(60))
     assert await stream.hear() is None
     stream.end()
     await stopping
     assert await stream.line.is_closed()
 
 
-async def test_a_stream_that_comes_while_the_daemon_stops_ends_at_once(house: HttpHarness) -> None:
-    house.app.close()
-    stream = await Stream.open(house)
+async def test_a_stream_that_begins_during_a_stop_ends_at_once(harness: HttpHarness) -> None:
+    harness.app.close()
+    stream = await Stream.open(harness)
     assert await stream.hear() is None
-    assert house.actor.received == []
+    assert harness.actor.received == []
 
 
 def test_a_real_daemon_serves_a_stream_and_stops_under_it(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The contract from outside: what a program that only speaks HTTP to `jobd serve` may rely on, endpoint by endpoint."""
+"""The HTTP API of `jobd serve` as a client sees it, call by call."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def refused(reply: Reply, status: int, code: str) -> dict[str, Any]:
 # -- create -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_job_has_the_fields_and_defaults_of_the_contract(daemon: Daemon, queue: str) -> None:
+def test_a_job_has_the_documented_fields_and_defaults(daemon: Daemon, queue: str) -> None:
     before = now()
     made = create(daemon, queue, payload={"a": [1, None, "ü"]})
     assert set(made) == JOB_FIELDS
@@ -82,7 +82,7 @@ def test_a_job_has_the_fields_and_defaults_of_the_contract(daemon: Daemon, queue
     assert made["id"][14] == "7"  # a UUIDv7
 
 
-def test_the_same_request_again_is_200_another_is_409(daemon: Daemon, queue: str) -> None:
+def test_a_repeated_create_is_200_and_a_different_one_409(daemon: Daemon, queue: str) -> None:
     body = {"id": f"{queue}:1", "queue": queue, "payload": 1}
     assert daemon.post("/v1/jobs", body).status == 201
     again = daemon.post("/v1/jobs", body)
@@ -104,7 +104,7 @@ def test_the_same_request_again_is_200_another_is_409(daemon: Daemon, queue: str
         ("expires_at", 1), ("unknown", 1), ("backoff", {"kind": "linear"}), ("max_stalls", -1), ("status", "queued"),
     ],
 )  # fmt: skip
-def test_a_field_outside_its_bounds_is_400_and_named(daemon: Daemon, field: str, value: Any) -> None:
+def test_a_field_outside_its_bounds_is_a_400_that_names_it(daemon: Daemon, field: str, value: Any) -> None:
     details = refused(daemon.post("/v1/jobs", {field: value}), 400, "invalid_request")
     assert field in str(details["field"]) or field == "unknown"
 
@@ -122,7 +122,7 @@ def test_bulk_is_all_or_nothing_and_in_order(daemon: Daemon, queue: str) -> None
     refused(daemon.post("/v1/jobs/bulk", {"jobs": [{}] * 1001}), 413, "too_large")
 
 
-def test_sizes_and_kinds_of_bodies(daemon: Daemon, queue: str) -> None:
+def test_size_and_content_type_of_bodies_are_checked(daemon: Daemon, queue: str) -> None:
     refused(daemon.post("/v1/jobs", {"payload": "x" * (256 * 1024)}), 413, "too_large")
     refused(daemon.post("/v1/jobs", {"payload": "x" * (1024 * 1024)}), 413, "too_large")
     refused(daemon.post("/v1/jobs", {}, Content_Type="text/plain"), 415, "unsupported_media_type")
@@ -151,7 +151,7 @@ def test_a_grant_names_the_lock_and_only_its_holder_sees_the_secret(daemon: Daem
     assert daemon.admin("GET", f"jobs/{made['id']}").data["lock"]["lock_id"] == grant["lock_id"]
 
 
-def test_refusals_of_start(daemon: Daemon, queue: str) -> None:
+def test_a_start_has_its_error_codes(daemon: Daemon, queue: str) -> None:
     made = create(daemon, queue)
     grant = start(daemon, made["id"])
     details = refused(daemon.post(f"/v1/jobs/{made['id']}/start", {"worker": "w-2"}), 409, "already_locked")
@@ -195,7 +195,7 @@ def test_claim_is_by_priority_then_run_at_then_creation_over_queues_and_kinds(da
 # -- the holder -------------------------------------------------------------------------------------------------------
 
 
-def test_signs_of_life_renew_and_never_shorten(daemon: Daemon, queue: str) -> None:
+def test_reports_renew_a_lock_and_never_shorten_it(daemon: Daemon, queue: str) -> None:
     made = create(daemon, queue)
     grant = start(daemon, made["id"], lock_ttl_ms=60_000)
     lock = {"lock_id": grant["lock_id"]}
@@ -216,7 +216,7 @@ def test_signs_of_life_renew_and_never_shorten(daemon: Daemon, queue: str) -> No
         refused(daemon.post(f"/v1/jobs/{made['id']}/progress", {**lock, "progress": wrong}), 400, "invalid_request")
 
 
-def test_complete_and_its_repeats(daemon: Daemon, queue: str) -> None:
+def test_a_complete_can_be_repeated(daemon: Daemon, queue: str) -> None:
     made = create(daemon, queue)
     grant = start(daemon, made["id"])
     path, lock = f"/v1/jobs/{made['id']}", {"lock_id": grant["lock_id"]}
@@ -236,7 +236,7 @@ def test_complete_and_its_repeats(daemon: Daemon, queue: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["/abs", "a/../b", "..", "a\x00b", ""])
-def test_a_storage_key_stays_inside(daemon: Daemon, queue: str, key: str) -> None:
+def test_a_storage_key_cannot_leave_the_store(daemon: Daemon, queue: str, key: str) -> None:
     made = create(daemon, queue)
     lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
     refused(daemon.post(f"/v1/jobs/{made['id']}/complete", {**lock, "storage_key": key}), 400, "invalid_request")
@@ -264,7 +264,7 @@ def test_fail_retries_with_backoff_and_then_fails(daemon: Daemon, queue: str) ->
     assert last["expires_at"] == last["finished_at"] + 30 * 86_400_000
 
 
-def test_fail_without_retry_and_with_a_wait_of_its_own(daemon: Daemon, queue: str) -> None:
+def test_fail_can_forbid_a_retry_or_set_its_delay(daemon: Daemon, queue: str) -> None:
     made = create(daemon, queue, max_attempts=5)
     lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
     body = {**lock, "error_message": "x", "retry_after_ms": 5000}
@@ -276,7 +276,7 @@ def test_fail_without_retry_and_with_a_wait_of_its_own(daemon: Daemon, queue: st
     assert gone["status"] == "failed"
 
 
-def test_release_gives_the_attempt_and_the_place_back(daemon: Daemon, queue: str) -> None:
+def test_release_refunds_the_attempt_and_keeps_the_position(daemon: Daemon, queue: str) -> None:
     first, second = create(daemon, queue), create(daemon, queue)
     lock = {"lock_id": start(daemon, first["id"])["lock_id"]}
     back = daemon.post(f"/v1/jobs/{first['id']}/release", lock).data
@@ -298,7 +298,7 @@ def test_cancel_ends_the_grant_at_once(daemon: Daemon, queue: str) -> None:
         assert (details["reason"], details["cancel_requested"]) == ("cancelled", True)
 
 
-def test_past_the_ceiling_only_endings_are_taken(daemon: Daemon, queue: str) -> None:
+def test_past_the_ceiling_only_results_are_accepted(daemon: Daemon, queue: str) -> None:
     made = create(daemon, queue, max_processing_ms=1)
     lock = {"lock_id": start(daemon, made["id"])["lock_id"]}
     while daemon.admin("GET", "stats").data["stuckJobs"] == 0:
@@ -313,7 +313,7 @@ def test_past_the_ceiling_only_endings_are_taken(daemon: Daemon, queue: str) -> 
 # -- keys -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_idempotency_key_repeats_the_answer_and_not_the_effect(daemon: Daemon, queue: str) -> None:
+def test_an_idempotency_key_repeats_the_response_and_not_the_effect(daemon: Daemon, queue: str) -> None:
     key = {"Idempotency_Key": f"key {queue}"}
     first = daemon.post("/v1/jobs", {"queue": queue}, **key)
     again = daemon.post("/v1/jobs", {"queue": queue}, **key)
@@ -324,7 +324,7 @@ def test_an_idempotency_key_repeats_the_answer_and_not_the_effect(daemon: Daemon
     refused(daemon.post("/v1/jobs", {}, Idempotency_Key="x" * 201), 400, "invalid_request")
 
 
-def test_the_key_of_a_claim_lives_with_its_grants(daemon: Daemon, queue: str) -> None:
+def test_the_key_of_a_claim_lasts_as_long_as_its_grants(daemon: Daemon, queue: str) -> None:
     for _ in range(2):
         create(daemon, queue)
     key = {"Idempotency_Key": f"claim {queue}"}
@@ -342,7 +342,7 @@ def test_the_key_of_a_claim_lives_with_its_grants(daemon: Daemon, queue: str) ->
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
-def test_pages_of_jobs_newest_first(daemon: Daemon, queue: str) -> None:
+def test_jobs_are_paged_newest_first(daemon: Daemon, queue: str) -> None:
     ids = [create(daemon, queue)["id"] for _ in range(5)]
     start(daemon, ids[0])
     page = daemon.get(f"/v1/jobs?queue={queue}&limit=2").data
@@ -358,7 +358,7 @@ def test_pages_of_jobs_newest_first(daemon: Daemon, queue: str) -> None:
         refused(daemon.get(f"/v1/jobs?{wrong}"), 400, "invalid_request")
 
 
-def test_timeline_why_validate(daemon: Daemon, queue: str) -> None:
+def test_timeline_why_and_validate_describe_a_job(daemon: Daemon, queue: str) -> None:
     made = create(daemon, queue)
     path = f"/v1/jobs/{made['id']}"
     why = daemon.get(f"{path}/why").data
@@ -382,7 +382,7 @@ def test_timeline_why_validate(daemon: Daemon, queue: str) -> None:
     assert set(found["issues"][0]) == {"type", "field", "message", "fix"}
 
 
-def test_queues_and_workers(daemon: Daemon, queue: str) -> None:
+def test_queues_and_workers_are_listed(daemon: Daemon, queue: str) -> None:
     made = create(daemon, queue)
     start(daemon, made["id"], worker=f"worker-{queue}")
     waiting = create(daemon, queue)
@@ -404,7 +404,7 @@ def test_admin_needs_a_token_before_anything_else(daemon: Daemon) -> None:
     assert daemon.admin("GET", "/readyz", Authorization="").status == 200
 
 
-def test_stats_health_cleanup_have_the_old_names(daemon: Daemon, queue: str) -> None:
+def test_stats_health_and_cleanup_have_the_names_of_existing_dashboards(daemon: Daemon, queue: str) -> None:
     create(daemon, queue)
     start(daemon, create(daemon, queue)["id"])
     stats = daemon.admin("GET", "stats").data
@@ -434,7 +434,7 @@ def test_stats_health_cleanup_have_the_old_names(daemon: Daemon, queue: str) -> 
     assert daemon.admin("GET", "reports").data["reports"][0] == report
 
 
-def test_force_fail_force_reset_transition(daemon: Daemon, queue: str) -> None:
+def test_operators_can_force_transitions(daemon: Daemon, queue: str) -> None:
     made = create(daemon, queue)
     job_id = made["id"]
     lock = {"lock_id": start(daemon, job_id)["lock_id"]}
@@ -491,7 +491,7 @@ def test_a_late_result_is_kept_and_adopted(daemon: Daemon, queue: str) -> None:
     refused(daemon.get(f"/v1/jobs/{job_id}/late-results"), 404, "not_found")
 
 
-def test_admin_locks_and_updates(daemon: Daemon, queue: str) -> None:
+def test_operators_can_release_locks_and_update_jobs(daemon: Daemon, queue: str) -> None:
     made = create(daemon, queue, run_at=now() + 60_000)
     job_id = made["id"]
     assert daemon.admin("POST", f"jobs/{job_id}/run-now").data["run_at"] <= now()
@@ -509,7 +509,7 @@ def test_admin_locks_and_updates(daemon: Daemon, queue: str) -> None:
     refused(daemon.admin("GET", "validate-job"), 400, "invalid_request")
 
 
-def test_import_takes_old_jobs_as_they_were(daemon: Daemon, queue: str) -> None:
+def test_an_import_keeps_jobs_unchanged(daemon: Daemon, queue: str) -> None:
     lines = [
         f'{{"id": "{queue}:done", "queue": "{queue}", "status": "completed", "progress": 40, "created_at": {OLD_MS}}}',
         f'{{"id": "{queue}:lost", "queue": "{queue}", "status": "processing", "progress": 10, "worker": "old-1"}}',
@@ -533,7 +533,7 @@ def test_import_takes_old_jobs_as_they_were(daemon: Daemon, queue: str) -> None:
     assert job(daemon, f"{queue}:done")["progress"] == 100
 
 
-def test_metrics_have_the_names_of_the_contract(daemon: Daemon) -> None:
+def test_metrics_have_the_documented_names(daemon: Daemon) -> None:
     text = daemon.admin("GET", "/metrics").body.decode()
     for name in (
         "jobs", "queue_jobs", "stuck_jobs", "locked_jobs", "grants_total", "refusals_total", "stalls_total",

@@ -1,4 +1,4 @@
-"""The real process on a real disk: races, kill -9 under load, SIGTERM with requests in flight, signals, exit codes."""
+"""The real process on a real disk: races, kill -9 under load, signals, stops with pending requests, exit codes."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -
         assert daemon.stop() == 0
 
 
-def test_sigterm_answers_what_is_in_flight_and_parked(tmp_path: Path) -> None:
+def test_sigterm_answers_pending_requests_and_waiting_claims(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon, closing(daemon.worker()) as parked:
         body = '{"worker": "w-1", "wait_ms": 60000, "queues": ["idle"]}'
         parked.request("POST", "/v1/claim", body, {"Content-Type": "application/json"})
@@ -164,7 +164,7 @@ def test_sigterm_answers_what_is_in_flight_and_parked(tmp_path: Path) -> None:
             assert daemon.get(f"/v1/jobs/{job_id}").data["status"] == "completed"
 
 
-def test_doors_close_first_then_the_actor_drains_then_the_disk_closes(tmp_path: Path) -> None:
+def test_listeners_close_before_the_actor_and_the_store_last(tmp_path: Path) -> None:
     with Daemon.not_started(tmp_path) as daemon:
         daemon.module = "tests.support.told_end"
         daemon.start()
@@ -183,7 +183,7 @@ def _wait_for(daemon: Daemon, metric: str) -> None:
         pass
 
 
-def test_a_restart_keeps_the_lock_and_the_time_it_had_left(tmp_path: Path) -> None:
+def test_a_restart_keeps_a_lock_and_its_remaining_time(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         daemon.post("/v1/jobs", {"id": "a"})
         grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 1000, "stuck_after_ms": 0}).data
@@ -197,7 +197,7 @@ def test_a_restart_keeps_the_lock_and_the_time_it_had_left(tmp_path: Path) -> No
         assert done.data["status"] == "completed"
 
 
-def test_no_job_ends_while_the_daemon_goes_down_and_its_worker_cannot_be_heard(tmp_path: Path) -> None:
+def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
     """A slow request holds it up for longer than a lock lasts."""
     with Daemon(tmp_path, '[cleanup]\nrecover_every = "1s"\n') as daemon, closing(daemon.worker()) as slow:
         daemon.post("/v1/jobs", {"id": "a"})
@@ -240,7 +240,7 @@ def test_a_restore_ends_the_grants_of_the_copy_and_hands_out_higher_tokens(tmp_p
         assert again["fencing_token"] > later["fencing_token"] > old["fencing_token"]
 
 
-def test_a_second_daemon_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+def test_a_second_daemon_does_not_start_and_changes_nothing(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         assert daemon.process is not None
         before = os.stat(daemon.socket).st_ino
@@ -269,7 +269,7 @@ def test_a_wrong_configuration_is_exit_78(tmp_path: Path, config: str, said: str
     assert said in log.decode()
 
 
-def test_workers_call_over_tcp_by_whatever_name_the_host_has(tmp_path: Path) -> None:
+def test_workers_may_use_any_host_name_over_tcp(tmp_path: Path) -> None:
     """The token decides there; operators' browsers are another matter."""
     token, port = tmp_path / "worker-token", free_port()
     token.write_text("w" * 32)
@@ -301,7 +301,7 @@ def test_artifacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path, plac
     assert subprocess.run(checked, env=daemon.environ, capture_output=True, timeout=30, check=False).returncode == 78
 
 
-def test_artifacts_on_a_mount_that_hangs_do_not_keep_the_daemon_from_ending(tmp_path: Path) -> None:
+def test_a_hanging_artifact_directory_does_not_block_the_stop(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     with Daemon.not_started(tmp_path, JOBD_ARTIFACTS_URL=f"file://{tmp_path / 'results'}") as daemon:
         daemon.module = "tests.support.hanging_mount"
@@ -318,7 +318,7 @@ def test_artifacts_on_a_mount_that_hangs_do_not_keep_the_daemon_from_ending(tmp_
         assert daemon.process.wait(30) == 74
 
 
-def test_an_actor_that_hangs_is_no_sign_of_life_to_systemd(tmp_path: Path) -> None:
+def test_a_hanging_actor_does_not_feed_the_watchdog(tmp_path: Path) -> None:
     """The loop goes on, and would feed a watchdog that asks for no more."""
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as systemd:
         systemd.bind(str(tmp_path / "notify"))
@@ -347,7 +347,7 @@ def test_no_token_or_a_short_one_is_exit_78_and_is_not_shown(tmp_path: Path) -> 
     assert "hunter2" not in log.decode()
 
 
-def test_sighup_takes_over_what_it_can_and_keeps_the_old_on_error(tmp_path: Path) -> None:
+def test_sighup_applies_reloadable_keys_and_keeps_the_old_on_error(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         assert daemon.process is not None
 
@@ -366,7 +366,7 @@ def test_sighup_takes_over_what_it_can_and_keeps_the_old_on_error(tmp_path: Path
         assert daemon.post("/v1/jobs/b/start", {"worker": "w"}).data["ttl_ms"] == 300_000
 
 
-def test_a_start_and_a_reload_warn_of_what_is_hardly_meant(tmp_path: Path) -> None:
+def test_a_start_and_a_reload_warn_about_doubtful_settings(tmp_path: Path) -> None:
     with Daemon(tmp_path, "[cleanup]\ninterval = '30s'\n", JOBD_LOCKS_TTL="1h") as daemon:
         assert daemon.process is not None
         assert daemon.log.count(b"event=config_warning") == 2
@@ -406,7 +406,7 @@ def test_a_suspect_clock_survives_restarts_until_it_is_accepted(tmp_path: Path) 
         assert not daemon.admin("GET", "clock").data["suspect"]
 
 
-def test_a_reloaded_retention_says_how_far_ahead_the_clock_may_be(tmp_path: Path) -> None:
+def test_a_reloaded_retention_limits_how_far_ahead_the_clock_may_be(tmp_path: Path) -> None:
     asyncio.run(_left_suspect(tmp_path / "jobd.db", wall_clock_ms() - 20 * HOUR_MS))
     with Daemon(tmp_path) as daemon:
         assert daemon.process is not None
@@ -424,7 +424,7 @@ def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:
         assert "mailbox=" in daemon.until_said(b"event=dump ")
 
 
-def test_a_zombie_worker_is_taken_until_recovery_has_acted_then_refused(tmp_path: Path) -> None:
+def test_a_zombie_worker_is_accepted_until_recovery_then_rejected(tmp_path: Path) -> None:
     with Daemon(tmp_path, "[cleanup]\nrecover_every = '0'\ninterval = '1h'\n") as daemon:
         daemon.post("/v1/jobs", {"id": "a", "max_processing_ms": 1})
         grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
@@ -443,7 +443,7 @@ def test_a_zombie_worker_is_taken_until_recovery_has_acted_then_refused(tmp_path
         assert again["fencing_token"] > grant["fencing_token"]
 
 
-def test_a_failed_fsync_ends_the_daemon_whoever_asked_for_it(tmp_path: Path) -> None:
+def test_any_failed_fsync_ends_the_daemon(tmp_path: Path) -> None:
     """The health probe writes beside the actor: after its fsync failed nothing may be acknowledged any more."""
     if shutil.which("strace") is None:
         tool_missing("strace", "strace")
@@ -504,7 +504,7 @@ def test_a_disk_that_fails_at_the_start_is_exit_74_in_one_line(tmp_path: Path, n
 
 
 @pytest.mark.parametrize("place", ["a-directory", "a-file/jobd.db"])
-def test_a_store_that_cannot_be_there_is_a_matter_of_configuration(tmp_path: Path, place: str) -> None:
+def test_a_store_path_that_cannot_work_is_exit_78(tmp_path: Path, place: str) -> None:
     (tmp_path / "a-directory").mkdir()
     (tmp_path / "a-file").touch()
     run = Daemon(tmp_path, JOBD_STORE_PATH=str(tmp_path / place)).spawn()

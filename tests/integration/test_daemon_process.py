@@ -1,4 +1,4 @@
-"""The daemon of the tests: it does not outlive them, and it may say as much as it likes."""
+"""The daemon process of the tests: it ends with them, and its output never blocks it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_daemon_dies_with_the_tests_that_were_killed(tmp_path: Path) -> None:
             os.close(handle)
 
 
-def test_a_daemon_that_says_more_than_a_pipe_holds_goes_on(tmp_path: Path) -> None:
+def test_a_daemon_that_logs_more_than_a_pipe_holds_continues(tmp_path: Path) -> None:
     with Daemon(tmp_path, "[log]\nlevel = 'debug'\n") as daemon:
         jobs = [{"id": f"job-{number}"} for number in range(1_000)]
         daemon.post("/v1/jobs/bulk", {"jobs": jobs})

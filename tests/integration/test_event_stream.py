@@ -1,4 +1,4 @@
-"""Events over a real socket, and of a real daemon: asked for, resumed, refused, cut off, ended."""
+"""Event streams over a real socket and of a real daemon: filters, resumption, errors, aborts, ends."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ HEAD_END = b"\r\n\r\n"
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     async with HttpHarness(ROUTES, tmp_path) as opened:
         yield opened
 
 
 class Commits:
-    """What is committed, told to the house's feed."""
+    """What is committed, published to the feed of the harness."""
 
-    def __init__(self, house: HttpHarness) -> None:
+    def __init__(self, harness: HttpHarness) -> None:
         self.maker = ChangeFactory()
-        self._house = house
+        self._house = harness
 
     async def __call__(self, count: int = 1, **fields: Any) -> None:
         changes = [self.maker.create(**fields) for _ in range(count)]
@@ -49,12 +49,12 @@ class Commits:
 
 
 @pytest.fixture
-def commit(house: HttpHarness) -> Commits:
-    return Commits(house)
+def commit(harness: HttpHarness) -> Commits:
+    return Commits(harness)
 
 
-async def opened_stream(house: HttpHarness, query: str = "") -> RawConnection:
-    line = await house.connect()
+async def opened_stream(harness: HttpHarness, query: str = "") -> RawConnection:
+    line = await harness.connect()
     line.send(request_bytes("GET", f"/v1/events{query}"))
     head = await line.reader.readuntil(HEAD_END)
     assert head.startswith(b"HTTP/1.1 200 "), head
@@ -75,8 +75,8 @@ async def seqs(line: RawConnection, count: int) -> list[int]:
     return [event["seq"] for event in await next_events(line, count)]
 
 
-async def test_a_stream_says_what_it_is(house: HttpHarness, commit: Commits) -> None:
-    line = await house.connect()
+async def test_a_stream_has_its_headers(harness: HttpHarness, commit: Commits) -> None:
+    line = await harness.connect()
     line.send(request_bytes("GET", "/v1/events"))
     head = (await line.reader.readuntil(HEAD_END)).decode().lower()
     for header in ("content-type: text/event-stream", "cache-control: no-store", "x-accel-buffering: no"):
@@ -86,14 +86,14 @@ async def test_a_stream_says_what_it_is(house: HttpHarness, commit: Commits) -> 
     assert await seqs(line, 1) == [1]
 
 
-async def test_it_goes_on_after_the_last_event_that_was_received(house: HttpHarness, commit: Commits) -> None:
+async def test_a_stream_resumes_after_the_last_received_event(harness: HttpHarness, commit: Commits) -> None:
     await commit(3)
-    by_header = await house.connect()
+    by_header = await harness.connect()
     by_header.send(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": "1"}))
     assert await seqs(by_header, 2) == [2, 3]
-    by_query = await opened_stream(house, "?last_event_id=2")
+    by_query = await opened_stream(harness, "?last_event_id=2")
     assert await seqs(by_query, 1) == [3]
-    both = await house.connect()  # a browser that comes again, with the query of its first time
+    both = await harness.connect()  # a browser that comes again, with the query of its first time
     both.send(request_bytes("GET", "/v1/events?last_event_id=0", headers={"Last-Event-ID": "2"}))
     assert await seqs(both, 1) == [3]
     await commit()
@@ -101,21 +101,21 @@ async def test_it_goes_on_after_the_last_event_that_was_received(house: HttpHarn
         assert await seqs(line, 1) == [4]
 
 
-async def test_without_following_it_ends(house: HttpHarness, commit: Commits) -> None:
+async def test_a_stream_without_follow_ends(harness: HttpHarness, commit: Commits) -> None:
     await commit(3)
-    heard = await house.request("GET", "/v1/events?last=2&follow=false")
+    heard = await harness.request("GET", "/v1/events?last=2&follow=false")
     assert heard.status == 200
     assert [line for line in heard.body.decode().splitlines() if line.startswith("id: ")] == [
         "id: 1", "id: 2", "id: 3",
     ]  # fmt: skip
 
 
-async def test_filters(house: HttpHarness, commit: Commits) -> None:
+async def test_events_are_filtered(harness: HttpHarness, commit: Commits) -> None:
     await commit(2, job_id=None)
     await commit(1, job_id="mine")
-    line = await opened_stream(house, "?last=10&job_id=other,mine&type=created,completed")
+    line = await opened_stream(harness, "?last=10&job_id=other,mine&type=created,completed")
     assert [event["job_id"] for event in await next_events(line, 1)] == ["mine"]
-    heard = await house.request("GET", "/v1/events?last=10&follow=false&type=completed")
+    heard = await harness.request("GET", "/v1/events?last=10&follow=false&type=completed")
     assert b"data:" not in heard.body
 
 
@@ -137,100 +137,102 @@ async def test_filters(house: HttpHarness, commit: Commits) -> None:
         ("?queue=a&queue=b", "$.queue"),
     ],
 )
-async def test_what_is_asked_wrongly_is_named(house: HttpHarness, query: str, field: str) -> None:
-    heard = await house.request("GET", f"/v1/events{query}")
+async def test_invalid_parameters_are_named(harness: HttpHarness, query: str, field: str) -> None:
+    heard = await harness.request("GET", f"/v1/events{query}")
     assert (heard.status, heard.error, heard.json["details"]["field"]) == (400, "invalid_request", field)
 
 
 @pytest.mark.parametrize(
     "told", ["x", "-1", "1.0", "9" * 19, "9" * 30, "0" * 20 + "9" * 30, "0" * 20 + "9" * 5_000, "²"]
 )
-async def test_a_last_event_id_is_a_number(house: HttpHarness, told: str) -> None:
-    heard = await house.send_raw(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": told}))
+async def test_a_last_event_id_is_a_number(harness: HttpHarness, told: str) -> None:
+    heard = await harness.send_raw(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": told}))
     assert (heard.status, heard.json["details"]["field"]) == (400, "Last-Event-ID")
 
 
-async def test_events_that_are_gone_are_refused(house: HttpHarness, commit: Commits) -> None:
+async def test_pruned_events_are_an_error(harness: HttpHarness, commit: Commits) -> None:
     await commit(5)
-    house.fakes.storage.gone_to = 3
+    harness.fakes.storage.gone_to = 3
     for after in ("2", "6"):
-        heard = await house.request("GET", "/v1/events", headers={"Last-Event-ID": after})
+        heard = await harness.request("GET", "/v1/events", headers={"Last-Event-ID": after})
         assert (heard.status, heard.error, heard.json["details"]) == (410, "events_gone", {"last": 5})
-    heard = await house.request("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "3"})
+    heard = await harness.request("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "3"})
     assert heard.status == 200
-    assert house.services.feed.listeners == 0
+    assert harness.services.feed.listeners == 0
 
 
-async def test_a_stream_that_cannot_go_on_breaks_off(house: HttpHarness, commit: Commits) -> None:
+async def test_a_stream_that_cannot_continue_is_aborted(harness: HttpHarness, commit: Commits) -> None:
     """Its client must not take that for the end."""
     await commit(3 * event_feed.PAGE)
-    line = await house.connect()
+    line = await harness.connect()
     line.send(request_bytes("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "0"}))
     await seqs(line, 1)
-    house.fakes.storage.gone_to = 3 * event_feed.PAGE
+    harness.fakes.storage.gone_to = 3 * event_feed.PAGE
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await line.reader.readuntil(b"0\r\n\r\n")
 
 
-async def test_the_admin_api_has_it_too_and_wants_its_token(tmp_path: Path) -> None:
+async def test_the_admin_api_has_the_stream_too_and_requires_a_token(tmp_path: Path) -> None:
     gate = Authenticator("admin", tokens=[TOKEN])
-    async with HttpHarness(ADMIN_ROUTES, tmp_path, gate=gate, admin=True) as house:
+    async with HttpHarness(ADMIN_ROUTES, tmp_path, gate=gate, admin=True) as harness:
         path = "/admin/job-management/events?follow=false"
-        assert (await house.request("GET", path)).status == 401
-        heard = await house.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
+        assert (await harness.request("GET", path)).status == 401
+        heard = await harness.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
         assert (heard.status, heard.headers["content-type"]) == (200, "text/event-stream")
         assert heard.body.startswith(b"retry: 2000\nid: 0\n\n")
 
 
-async def test_a_foreign_page_and_a_foreign_name_are_kept_out(tmp_path: Path) -> None:
+async def test_other_origins_and_hosts_are_rejected(tmp_path: Path) -> None:
     gate = Authenticator("admin", tokens=[TOKEN], hosts=frozenset({"127.0.0.1"}))
-    async with HttpHarness(ADMIN_ROUTES, tmp_path, gate=gate, admin=True) as house:
+    async with HttpHarness(ADMIN_ROUTES, tmp_path, gate=gate, admin=True) as harness:
         path, auth = "/admin/job-management/events?follow=false", {"Authorization": f"Bearer {TOKEN}"}
         for wrong in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
-            assert (await house.request("GET", path, headers={**auth, **wrong})).status == 403
+            assert (await harness.request("GET", path, headers={**auth, **wrong})).status == 403
 
 
-async def test_places_are_counted_and_given_back(house: HttpHarness, commit: Commits) -> None:
-    lines = [await opened_stream(house) for _ in range(3)]
-    heard = await house.request("GET", "/v1/events")
+async def test_places_are_counted_and_released(harness: HttpHarness, commit: Commits) -> None:
+    lines = [await opened_stream(harness) for _ in range(3)]
+    heard = await harness.request("GET", "/v1/events")
     assert (heard.status, heard.error, heard.headers["retry-after"]) == (503, "overloaded", "1")
     await lines[0].close()
-    await until(lambda: house.services.feed.listeners == 2)
-    await opened_stream(house)
+    await until(lambda: harness.services.feed.listeners == 2)
+    await opened_stream(harness)
 
 
-async def test_who_does_not_read_is_cut_off_and_the_others_hear_everything(house: HttpHarness, commit: Commits) -> None:
-    slow, quick = await opened_stream(house), await opened_stream(house)
+async def test_a_client_that_does_not_read_is_cut_off_and_the_others_receive_everything(
+    harness: HttpHarness, commit: Commits
+) -> None:
+    slow, quick = await opened_stream(harness), await opened_stream(harness)
     total = 0
     hearing = asyncio.ensure_future(next_events(quick, 60_000))
-    while not house.services.feed.dropped:
+    while not harness.services.feed.dropped:
         await commit(1_000)
         total += 1_000
-        await until(lambda: not house.services.feed._news)  # as a disk gives the loop its turns
+        await until(lambda: not harness.services.feed._news)  # as a disk gives the loop its turns
         assert total < 60_000, "the slow one was not cut off"
     await commit(60_000 - total)
     assert [event["seq"] for event in await hearing] == list(range(1, 60_001))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await next_events(slow, 60_000)
-    await until(lambda: house.services.feed.listeners == 1)
-    assert house.services.feed.dropped == 1
+    await until(lambda: harness.services.feed.listeners == 1)
+    assert harness.services.feed.dropped == 1
 
 
-async def test_who_reads_nothing_of_the_journal_is_not_waited_for(
-    house: HttpHarness, commit: Commits, monkeypatch: pytest.MonkeyPatch
+async def test_the_wait_for_a_client_that_does_not_read_the_journal_is_limited(
+    harness: HttpHarness, commit: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
     await commit(20_000)
-    line = await house.connect()
+    line = await harness.connect()
     line.send(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
-    await until(lambda: house.services.feed.listeners == 1)
-    await until(lambda: house.services.feed.listeners == 0)
+    await until(lambda: harness.services.feed.listeners == 1)
+    await until(lambda: harness.services.feed.listeners == 0)
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await next_events(line, 20_000)
 
 
-async def test_who_does_not_take_the_end_is_not_waited_for(
-    house: HttpHarness, commit: Commits, monkeypatch: pytest.MonkeyPatch
+async def test_the_wait_for_a_client_that_does_not_read_the_end_is_limited(
+    harness: HttpHarness, commit: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is left of a stream that ends by itself may be more than the socket takes."""
 
@@ -240,31 +242,31 @@ async def test_who_does_not_take_the_end_is_not_waited_for(
     monkeypatch.setattr(web.StreamResponse, "write_eof", waits_for_the_client)
     monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
     await commit(3)
-    line = await opened_stream(house, "?follow=false&last=2")
+    line = await opened_stream(harness, "?follow=false&last=2")
     assert await seqs(line, 2) == [2, 3]
-    await until(lambda: house.services.feed.listeners == 0)
+    await until(lambda: harness.services.feed.listeners == 0)
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await seqs(line, 1)
 
 
-async def test_when_the_doors_close_streams_end_as_a_whole(house: HttpHarness, commit: Commits) -> None:
-    line = await opened_stream(house)
+async def test_streams_end_cleanly_when_the_listeners_close(harness: HttpHarness, commit: Commits) -> None:
+    line = await opened_stream(harness)
     await commit(2)
-    house.services.feed.close()
-    await house.stop(5.0)
+    harness.services.feed.close()
+    await harness.stop(5.0)
     assert await seqs(line, 2) == [1, 2]
     assert (await line.reader.read()).endswith(b"0\r\n\r\n")
 
 
-async def test_a_bug_in_a_stream_costs_that_stream(
-    house: HttpHarness, commit: Commits, monkeypatch: pytest.MonkeyPatch
+async def test_a_bug_in_a_stream_ends_that_stream_only(
+    harness: HttpHarness, commit: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(self: Any) -> bytes:
         raise RuntimeError("a bug")
 
-    line = await opened_stream(house)
+    line = await opened_stream(harness)
     monkeypatch.setattr(event_feed.Subscriber, "_from_journal", fail)
-    broken = await house.connect()
+    broken = await harness.connect()
     broken.send(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await broken.reader.readuntil(b"0\r\n\r\n")
@@ -343,7 +345,7 @@ def lifecycle(daemon: Daemon, job_id: str) -> None:
     daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": lock, "metadata": 1})
 
 
-def test_a_client_that_comes_again_hears_everything_once_across_kills(tmp_path: Path) -> None:
+def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     position = "0"
     with Daemon(tmp_path) as daemon:
@@ -374,7 +376,7 @@ def test_a_client_that_comes_again_hears_everything_once_across_kills(tmp_path: 
             assert shown == daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]
 
 
-def test_a_stop_ends_streams_and_does_not_wait_for_those_who_do_not_read(tmp_path: Path) -> None:
+def test_a_stop_ends_streams_and_does_not_wait_for_clients_that_do_not_read(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon, stream(daemon) as heard, closing(OverUnix(daemon.socket)) as deaf:
         deaf.request("GET", "/v1/events")
         deaf.getresponse()
@@ -386,7 +388,7 @@ def test_a_stop_ends_streams_and_does_not_wait_for_those_who_do_not_read(tmp_pat
         assert b"requests_cut_off" not in daemon.log
 
 
-def test_a_journal_that_was_pruned_is_gone_and_no_secret_is_in_a_stream(tmp_path: Path) -> None:
+def test_a_pruned_journal_is_an_error_and_no_stream_contains_a_secret(tmp_path: Path) -> None:
     with Daemon(tmp_path, '[retention]\njournal = "0s"\n') as daemon, stream(daemon) as heard:
         lifecycle(daemon, "a")
         daemon.post("/v1/jobs", {"id": "b"})
@@ -409,7 +411,7 @@ def test_a_journal_that_was_pruned_is_gone_and_no_secret_is_in_a_stream(tmp_path
         assert b"data:" not in tail.body
 
 
-def test_both_doors_share_their_places_and_figures_show_them(tmp_path: Path) -> None:
+def test_both_listeners_share_their_places_and_metrics_show_them(tmp_path: Path) -> None:
     with Daemon(tmp_path, "[limits]\nevent_streams = 1\n") as daemon, stream(daemon) as heard:
         lifecycle(daemon, "a")
         heard.until(3)
@@ -420,6 +422,6 @@ def test_both_doors_share_their_places_and_figures_show_them(tmp_path: Path) -> 
         assert "\njobd_event_streams_dropped_total 0.0\n" in figures
 
 
-def test_the_bounds_fit_together() -> None:
+def test_the_limits_fit_together() -> None:
     assert event_stream.MAX_BACK >= event_feed.PAGE
     assert event_feed.PIECE_BYTES < event_feed.BACKLOG_BYTES

@@ -1,4 +1,4 @@
-"""What an import would do, over a real socket, and against a real daemon: told line by line, and true."""
+"""The preview of an import over a real socket, and compared with the import of a real daemon."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def judged(command: ImportCheck) -> Response:
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     limits = Limits(body=200, payload=50, body_deadline_s=0.3)
     async with HttpHarness(
         ROUTES, tmp_path, gate=Authenticator("admin", tokens=[TOKEN]), admin=True, limits=limits
@@ -40,13 +40,13 @@ async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
         yield opened
 
 
-async def look(house: HttpHarness, *lines: Any) -> ReceivedResponse:
+async def look(harness: HttpHarness, *lines: Any) -> ReceivedResponse:
     body = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-    return await house.request("POST", PREVIEW, body, KIND)
+    return await harness.request("POST", PREVIEW, body, KIND)
 
 
-async def test_each_line_is_told_in_its_order(house: HttpHarness) -> None:
-    heard = await look(house, {"id": "a"}, "{", {"id": "old-1"}, {"id": "b", "status": "failed"}, "", {"id": "b"})
+async def test_each_line_is_reported_in_order(harness: HttpHarness) -> None:
+    heard = await look(harness, {"id": "a"}, "{", {"id": "old-1"}, {"id": "b", "status": "failed"}, "", {"id": "b"})
     data = heard.data
     assert (data["wouldImport"], data["wouldSkip"], data["wouldRefuse"]) == (2, 2, 1)
     assert (data["more"], data["stopsAt"], data["stopReason"]) == (False, None, None)
@@ -58,42 +58,44 @@ async def test_each_line_is_told_in_its_order(house: HttpHarness) -> None:
         (6, "b", "skip", None),
     ]
     assert data["lines"][4]["reason"] == "Line 4 has the same id."
-    assert {type(asked.command) for asked in house.actor.received} == {ImportCheck}  # not even a note for the audit log
+    assert {type(asked.command) for asked in harness.actor.received} == {
+        ImportCheck
+    }  # not even a note for the audit log
 
 
-async def test_it_says_where_the_import_would_stop(house: HttpHarness) -> None:
+async def test_a_preview_says_where_the_import_would_stop(harness: HttpHarness) -> None:
     lines = [{"id": f"job-{n}"} for n in range(3)] + [{"id": "done", "status": "cancelled"}, {"id": "old-2"}]
-    data = (await look(house, *lines, {"id": "too-much"}, {"id": "more"})).data
+    data = (await look(harness, *lines, {"id": "too-much"}, {"id": "more"})).data
     assert (data["wouldImport"], data["wouldSkip"], data["stopsAt"]) == (4, 1, 6)
     assert "unfinished jobs" in data["stopReason"]
     assert data["lines"][-1]["id"] == "old-2"
-    house.actor.respond = lambda command: ApiError("too_many_jobs", "5 jobs are allowed.")
-    data = (await look(house, {"id": "a"})).data
+    harness.actor.respond = lambda command: ApiError("too_many_jobs", "5 jobs are allowed.")
+    data = (await look(harness, {"id": "a"})).data
     assert (data["stopsAt"], data["stopReason"], data["lines"]) == (1, "5 jobs are allowed.", [])
 
 
 @pytest.mark.parametrize("code", ["overloaded", "storage_full", "shutting_down"])
-async def test_what_would_stop_it_now_is_its_answer(house: HttpHarness, code: str) -> None:
-    house.actor.respond = lambda command: ApiError(code, "Not now.")
-    heard = await look(house, {"id": "a"}, {"id": "b"})
+async def test_an_error_that_would_stop_the_import_now_is_the_response(harness: HttpHarness, code: str) -> None:
+    harness.actor.respond = lambda command: ApiError(code, "Not now.")
+    heard = await look(harness, {"id": "a"}, {"id": "b"})
     assert (heard.error, heard.json["details"]["line"]) == (code, 1)
 
 
-async def test_other_refusals_are_lines(house: HttpHarness) -> None:
-    house.actor.respond = lambda command: ApiError("internal_error", "A bug.")
-    assert (await look(house, {"id": "a"})).data["lines"][0]["reason"] == "A bug."
+async def test_other_errors_are_reported_by_line(harness: HttpHarness) -> None:
+    harness.actor.respond = lambda command: ApiError("internal_error", "A bug.")
+    assert (await look(harness, {"id": "a"})).data["lines"][0]["reason"] == "A bug."
 
 
-async def test_it_has_its_limits(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_preview_has_limits(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imports, "SHOWN_LINES", 2)
-    data = (await look(house, *({"id": f"old-{n}"} for n in range(5)))).data
+    data = (await look(harness, *({"id": f"old-{n}"} for n in range(5)))).data
     assert (data["wouldSkip"], len(data["lines"]), data["more"]) == (5, 2, True)
     monkeypatch.setattr(imports, "MOST_LINES", 2)
-    many = await look(house, *({"id": f"a-{n}", "status": "cancelled"} for n in range(5)))
+    many = await look(harness, *({"id": f"a-{n}", "status": "cancelled"} for n in range(5)))
     assert (many.status, many.error) == (413, "too_large")
 
 
-def test_the_preview_is_what_the_import_does(tmp_path: Path) -> None:
+def test_the_preview_matches_the_import(tmp_path: Path) -> None:
     lines: list[Any] = [
         {"id": "old"},
         {"id": "q"},

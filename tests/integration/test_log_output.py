@@ -1,4 +1,4 @@
-"""Lines to stderr: in order, never in the way of the daemon, counted where they are dropped, all there at the end."""
+"""Lines written to stderr: in order, without blocking the daemon, with a count of dropped ones."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Pipe:
         return heard[0].decode().splitlines()
 
 
-def test_nobody_waits_and_what_is_dropped_is_counted_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logging_never_waits_and_dropped_lines_are_counted_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "MOST_CHARS", 10_000)
     pipe = Pipe(monkeypatch)
     out = LogWriter(lambda count: out.write(f"dropped {count}"))
@@ -68,14 +68,14 @@ def test_nobody_waits_and_what_is_dropped_is_counted_where_it_is_missing(monkeyp
     assert lost > 9_000
 
 
-def test_many_lines_at_once_are_all_written_where_somebody_reads() -> None:
+def test_many_lines_at_once_are_all_written_if_stderr_is_read() -> None:
     """While the loop is busy the writer gets few turns: they must be enough."""
     done = subprocess.run([sys.executable, "-c", SAY, "50000"], capture_output=True, text=True, check=True)
     assert "log_lines_dropped" not in done.stderr
     assert len(done.stderr.splitlines()) == 50_000
 
 
-def test_a_line_larger_than_all_that_may_wait_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_larger_than_the_buffer_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "MOST_CHARS", 10)
     pipe = Pipe(monkeypatch)
     out = LogWriter(lambda count: pytest.fail("nothing was dropped"))
@@ -83,7 +83,7 @@ def test_a_line_larger_than_all_that_may_wait_is_not_lost(monkeypatch: pytest.Mo
     assert pipe.read(out) == ["x" * 100_000]
 
 
-def test_a_stderr_that_others_have_made_non_blocking_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_non_blocking_stderr_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = Pipe(monkeypatch)
     os.set_blocking(pipe.stderr.fileno(), False)
     out = LogWriter(lambda count: pytest.fail("nothing was dropped"))
@@ -93,13 +93,13 @@ def test_a_stderr_that_others_have_made_non_blocking_loses_nothing(monkeypatch: 
 
 
 @pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise SystemExit", "1 / 0"])
-def test_all_is_written_at_the_end_in_order(end: str) -> None:
+def test_all_lines_are_written_in_order_when_the_process_ends(end: str) -> None:
     done = subprocess.run([sys.executable, "-c", SAY + end, "2000"], capture_output=True, text=True, check=False)
     said = [line for line in done.stderr.splitlines() if "event=said" in line]
     assert [int(number) for number in re.findall(r"number=(\d+)", "".join(said))] == list(range(2000))
 
 
-def test_last_words_are_written_even_before_a_hard_exit() -> None:
+def test_a_critical_line_is_written_before_a_hard_exit() -> None:
     end = "structlog.get_logger().critical('aborted')\nos._exit(1)"
     done = subprocess.run([sys.executable, "-c", SAY + end, "100"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -108,7 +108,7 @@ def test_last_words_are_written_even_before_a_hard_exit() -> None:
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
-def test_a_process_whose_stderr_nobody_reads_ends_all_the_same(kind: str) -> None:
+def test_a_process_whose_stderr_is_not_read_still_ends(kind: str) -> None:
     ours, theirs = pty.openpty() if kind == "terminal" else os.pipe()
     try:
         end = "structlog.get_logger().critical('aborted')"
@@ -119,7 +119,7 @@ def test_a_process_whose_stderr_nobody_reads_ends_all_the_same(kind: str) -> Non
         os.close(theirs)
 
 
-def test_a_daemon_whose_log_nobody_reads_goes_on_and_says_later_what_is_missing(tmp_path: Path) -> None:
+def test_a_daemon_whose_log_is_not_read_continues_and_reports_dropped_lines(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, "[log]\nlevel = 'debug'\n")
     ours, theirs = os.pipe()
     daemon.process = daemon.spawn(stderr=theirs)

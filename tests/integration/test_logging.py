@@ -1,4 +1,4 @@
-"""Logging: one line an event, no control character, no secret, whatever is logged by whom."""
+"""Logging: one line per event, without control characters and secrets."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_whatever_is_logged_is_one_clean_line(format: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_event_is_one_clean_line(format: str, capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("info", format)
     structlog.get_logger("jobd.x").info(NASTY, nasty=NASTY, deep={NASTY: [NASTY]}, path=Path("/a\nb"))
     structlog.get_logger().info("by key", **{"a b\n=": 1})
@@ -70,7 +70,7 @@ def test_any_text_is_one_clean_line(text: str, format: str, capsys: pytest.Captu
         assert json.loads(line)["event"] == text
 
 
-def test_json_gives_every_value_back(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_keeps_every_value(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("info", "json")
     structlog.get_logger("jobd.x").warning("said", a=NASTY, b=None, c=[1, 2.5, True], d={"k": {"x"}}, e=Path("/p"))
     (line,) = lines(capsys)
@@ -90,7 +90,7 @@ def test_logfmt_is_words_and_json_strings(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_no_secret_is_shown_at_any_depth(format: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_secrets_are_redacted_at_every_depth(format: str, capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("info", format)
     command = Release(id="j", lock_id=SECRET)
     flat: dict[str, Any] = {"lock_id": SECRET, "token": SECRET, "Authorization": SECRET, "admin_token": SECRET}
@@ -108,7 +108,7 @@ def test_no_secret_is_shown_at_any_depth(format: str, capsys: pytest.CaptureFixt
     assert all(log.REDACTED in line for line in printed)
 
 
-def test_what_contains_itself_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_value_that_contains_itself_is_cut(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("info", "json")
     around: dict[str, Any] = {}
     around["again"] = around
@@ -134,7 +134,7 @@ def test_a_traceback_is_escaped_text(format: str, capsys: pytest.CaptureFixture[
         assert r"LookupError: first\nsecond" in line
 
 
-def test_logfmt_says_what_failed_and_where(capsys: pytest.CaptureFixture[str]) -> None:
+def test_logfmt_shows_what_failed_and_where(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("info", "logfmt")
     try:
         fail()
@@ -146,7 +146,7 @@ def test_logfmt_says_what_failed_and_where(capsys: pytest.CaptureFixture[str]) -
     assert "Traceback" not in line
 
 
-def test_the_standard_librarys_lines_go_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_of_the_standard_library_are_logged_the_same_way(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("info", "json")
     other = logging.getLogger("aiohttp.server")
     other.error("bad %s\n", "request", exc_info=LookupError("x"))
@@ -165,7 +165,7 @@ def test_the_standard_librarys_lines_go_the_same_way(capsys: pytest.CaptureFixtu
     assert said[3]["logger"] == "py.warnings"
 
 
-def test_the_level_changes_at_work_for_loggers_that_have_spoken(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_new_level_applies_to_loggers_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("warning", "logfmt")
     ours, other = structlog.get_logger(), logging.getLogger("asyncio")
 
@@ -181,7 +181,7 @@ def test_the_level_changes_at_work_for_loggers_that_have_spoken(capsys: pytest.C
     assert heard() == 0
 
 
-def test_configured_again_nothing_is_said_twice(capsys: pytest.CaptureFixture[str]) -> None:
+def test_configuring_again_logs_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("info", "json")
     log.configure("info", "logfmt")
     structlog.get_logger().info("ours")
@@ -189,7 +189,7 @@ def test_configured_again_nothing_is_said_twice(capsys: pytest.CaptureFixture[st
     assert len(lines(capsys)) == 2
 
 
-def test_others_are_not_heard_below_a_warning_whatever_their_own_level(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_packages_log_warnings_and_above_only(capsys: pytest.CaptureFixture[str]) -> None:
     talkative = logging.getLogger("aiosqlite")
     talkative.setLevel("DEBUG")
     try:
@@ -218,14 +218,14 @@ def test_at_level_debug_the_daemon_writes_no_payload_and_no_lock_id(tmp_path: Pa
     assert TOKEN not in said
 
 
-def test_names_that_are_none_are_refused() -> None:
+def test_unknown_names_are_rejected() -> None:
     with pytest.raises(ValueError, match="log level 'loud': expected debug, info"):
         log.set_level("loud")
     with pytest.raises(ValueError, match="log format 'xml': expected auto, console"):
         log.configure("info", "xml")
 
 
-def test_a_closed_stderr_stops_nobody(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_closed_stderr_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log.configure("info", "logfmt")
     with (tmp_path / "err").open("w") as gone:
         pass

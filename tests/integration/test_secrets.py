@@ -1,4 +1,4 @@
-"""Tokens and lock ids: who may come in as tokens are rotated, and that no secret is in anything that a daemon says."""
+"""Token rotation, and no secret in any output of the daemon."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def house(tmp_path: Path) -> Iterator[House]:
 STATS, LIST = "/admin/job-management/stats", "/v1/jobs"
 
 
-def test_tokens_are_rotated_while_it_runs(house: House) -> None:
+def test_tokens_can_be_rotated_while_the_daemon_runs(house: House) -> None:
     assert house.statuses("admin", STATS, *ADMIN, *WORKER[:2], WRONG) == [200, 200, 401, 401, 401, 401]
     assert house.statuses("worker", LIST, *WORKER, *ADMIN[:2], WRONG) == [200, 200, 401, 401, 401, 401]
     house.write(ADMIN[1:], WORKER[1:])
@@ -137,7 +137,7 @@ NO_TOKENS = [
 ]
 
 
-def test_whatever_is_no_token_is_401_and_says_nothing_of_it(house: House) -> None:
+def test_an_invalid_token_is_a_401_that_does_not_repeat_it(house: House) -> None:
     for given in NO_TOKENS:
         for path in (b"/admin/job-management/stats", b"/nothing", b"/admin/job-management/force-fail"):
             house.raw("admin", b"GET %b HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: %b\r\n\r\n" % (path, given))
@@ -146,7 +146,7 @@ def test_whatever_is_no_token_is_401_and_says_nothing_of_it(house: House) -> Non
             assert "canary" not in house.said[-1][1]
 
 
-def test_no_secret_is_in_anything_that_is_said(house: House, tmp_path: Path) -> None:
+def test_no_output_contains_a_secret(house: House, tmp_path: Path) -> None:
     locks = _work(house)
     _look_everywhere(house)
     _get_it_wrong(house, locks)
@@ -207,7 +207,7 @@ def _block(name: str, url: str, events: str) -> str:
     return f'[[webhooks]]\n{where}\nsecret = "whsec_{SECRET}"\nallow_private = true\n'
 
 
-def test_of_a_webhook_s_url_nothing_is_said_but_its_host(hooks: tuple[str, Receiver], tmp_path: Path) -> None:
+def test_of_a_webhook_url_only_the_host_is_shown(hooks: tuple[str, Receiver], tmp_path: Path) -> None:
     """However a try ends: not in a log line, a list, a page, an alert, what others are told of it, the store."""
     config, ear = hooks
     house = House(tmp_path, config)

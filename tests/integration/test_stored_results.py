@@ -70,7 +70,7 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_a_result_goes_with_its_job_by_hand_and_by_age(tmp_path: Path, results: Path) -> None:
+def test_a_result_is_deleted_with_its_job_by_an_operator_and_by_age(tmp_path: Path, results: Path) -> None:
     with daemon_of(tmp_path, results.as_uri()) as daemon:
         kept = done(daemon, results, "kept", "video/kept.mp4")
         by_hand = done(daemon, results, "by-hand", "video/a.mp4")
@@ -90,7 +90,9 @@ def test_a_result_goes_with_its_job_by_hand_and_by_age(tmp_path: Path, results: 
         assert daemon.stop() == 0
 
 
-def test_what_only_a_late_result_named_goes_with_its_job_also_over_a_kill(tmp_path: Path, results: Path) -> None:
+def test_the_artifact_of_a_late_result_is_deleted_with_its_job_also_across_a_kill(
+    tmp_path: Path, results: Path
+) -> None:
     away = tmp_path / "away"
     with daemon_of(tmp_path, results.as_uri()) as daemon:
         daemon.post("/v1/jobs", {"id": "a"})
@@ -112,9 +114,7 @@ def test_what_only_a_late_result_named_goes_with_its_job_also_over_a_kill(tmp_pa
         eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
 
 
-def test_a_kill_between_the_deletion_of_the_job_and_that_of_its_result_leaks_nothing(
-    tmp_path: Path, results: Path
-) -> None:
+def test_a_kill_between_the_deletions_of_a_job_and_its_result_leaks_nothing(tmp_path: Path, results: Path) -> None:
     away = tmp_path / "away"
     with daemon_of(tmp_path, results.as_uri()) as daemon:
         path = done(daemon, results, "a", "k")
@@ -131,7 +131,7 @@ def test_a_kill_between_the_deletion_of_the_job_and_that_of_its_result_leaks_not
         eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
 
 
-def test_tombstones_that_nobody_sweeps_any_more_are_told_and_wait(tmp_path: Path, results: Path) -> None:
+def test_tombstones_without_a_store_are_reported_and_kept(tmp_path: Path, results: Path) -> None:
     away = tmp_path / "away"
     with daemon_of(tmp_path, results.as_uri()) as daemon:
         done(daemon, results, "a", "k")

@@ -1,4 +1,4 @@
-"""The talk with systemd, over real sockets and real descriptors; the units, as systemd itself judges them."""
+"""Notifications and sockets of systemd over real sockets, and the units as systemd checks them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_each_state_is_one_datagram(manager: socket.socket, say: Callable[[], bo
     assert manager.recv(1000).decode() == expected
 
 
-def test_a_reload_carries_its_moment(manager: socket.socket) -> None:
+def test_a_reload_carries_its_timestamp(manager: socket.socket) -> None:
     before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
     assert systemd.reloading() is True
     after = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
@@ -78,7 +78,7 @@ def test_a_manager_that_reads_nothing_does_not_block_us(manager: socket.socket) 
     assert systemd.alive() is True
 
 
-async def test_it_does_not_block_the_loop(manager: socket.socket) -> None:
+async def test_notifying_does_not_block_the_loop(manager: socket.socket) -> None:
     assert systemd.ready() is True
     assert manager.recv(1000) == b"READY=1"
 
@@ -95,7 +95,7 @@ async def test_it_does_not_block_the_loop(manager: socket.socket) -> None:
         (None, None, None),
     ],
 )
-def test_watchdog(
+def test_the_watchdog_timeout_is_read(
     monkeypatch: pytest.MonkeyPatch, wait_us: str | None, pid: str | None, expected: float | None
 ) -> None:
     for name, value in (("WATCHDOG_USEC", wait_us), ("WATCHDOG_PID", str(os.getpid()) if pid == "ours" else pid)):
@@ -107,7 +107,7 @@ def test_watchdog(
     assert not {"WATCHDOG_USEC", "WATCHDOG_PID"} & set(os.environ)
 
 
-def test_a_watchdog_that_is_no_number_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_watchdog_timeout_that_is_not_a_number_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "soon")
     with pytest.raises(ValueError, match="soon"):
         systemd.watchdog_s()
@@ -159,7 +159,7 @@ def listening(tmp_path: Path) -> Iterator[list[socket.socket]]:
         each.close()
 
 
-def test_sockets_come_by_name(listening: list[socket.socket], tmp_path: Path) -> None:
+def test_sockets_are_returned_by_name(listening: list[socket.socket], tmp_path: Path) -> None:
     done = started(listening, "ours", LISTEN_FDS="3", LISTEN_FDNAMES="worker:worker:admin")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -180,7 +180,7 @@ def test_sockets_without_a_name_are_unknown(listening: list[socket.socket], name
 
 
 @pytest.mark.parametrize(("pid", "environ"), [("1", {"LISTEN_FDS": "1"}), ("", {"LISTEN_FDS": "1"}), ("ours", {})])
-def test_sockets_meant_for_another_are_left_alone(
+def test_sockets_for_another_process_are_ignored(
     listening: list[socket.socket], pid: str, environ: dict[str, str]
 ) -> None:
     found = json.loads(started(listening[:1], pid, **environ).stdout)
@@ -188,7 +188,7 @@ def test_sockets_meant_for_another_are_left_alone(
     assert found["left"] == []
 
 
-def test_a_descriptor_that_is_no_socket_is_said(tmp_path: Path) -> None:
+def test_a_descriptor_that_is_not_a_socket_is_an_error(tmp_path: Path) -> None:
     with (tmp_path / "file").open("wb") as file:
         done = started([file], "ours", LISTEN_FDS="1")
     assert done.returncode == 1
@@ -215,7 +215,7 @@ def installed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_systemd_finds_nothing_wrong_with_the_units(installed: Path) -> None:
+def test_systemd_accepts_the_units(installed: Path) -> None:
     done = analyze("verify", "--man=no", *sorted(installed.glob("jobd*.s*[te]")))
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
@@ -233,7 +233,7 @@ def settings_of(path: Path) -> list[tuple[str, str]]:
     return [(name, value) for name, equals, value in pairs if equals and not name.startswith("#")]
 
 
-def test_it_comes_up_again_for_ever_but_not_with_a_bad_configuration() -> None:
+def test_the_unit_restarts_for_ever_except_on_a_bad_configuration() -> None:
     unit = dict(settings_of(UNITS / "jobd.service"))
     assert unit["Type"] == "notify-reload"
     assert unit["Restart"] == "always"
@@ -244,7 +244,7 @@ def test_it_comes_up_again_for_ever_but_not_with_a_bad_configuration() -> None:
     assert unit["RestartMaxDelaySec"] == "2s"
 
 
-def test_the_sockets_outlive_the_daemon_and_have_the_names_of_its_doors() -> None:
+def test_the_sockets_outlive_the_daemon_and_are_named_after_its_listeners() -> None:
     """RuntimeDirectory= would take the sockets in it along when the daemon stops, PropagatesStopTo= when it crashes."""
     service = dict(settings_of(UNITS / "jobd.service"))
     assert not {"RuntimeDirectory", "PropagatesStopTo"} & set(service)
@@ -260,12 +260,12 @@ def test_the_sockets_outlive_the_daemon_and_have_the_names_of_its_doors() -> Non
 
 
 @pytest.mark.parametrize("name", ["worker", "admin"])
-def test_no_door_is_closed_for_good_by_crashes_beside_busy_clients(name: str) -> None:
+def test_crashes_under_load_never_disable_a_socket(name: str) -> None:
     assert dict(settings_of(UNITS / f"jobd-{name}.socket"))["TriggerLimitIntervalSec"] == "0"
 
 
 @pytest.mark.parametrize("code", [74, 75, 78])
-def test_a_start_that_cannot_work_is_slowed_down_where_clients_knock(code: int) -> None:
+def test_a_start_that_fails_under_load_is_delayed(code: int) -> None:
     command = dict(settings_of(UNITS / "jobd.service"))["ExecStopPost"].removeprefix("-")
     script = shlex.split(command)[2]
     told = "sleep() { echo slept $1; }; " + script

@@ -1,4 +1,4 @@
-"""For tests of the doors: a desk in the actor's place, rooms with fixed figures, and a client that speaks raw HTTP."""
+"""An app behind a real listener with a fake actor and fake services, and a client that speaks raw HTTP."""
 
 from __future__ import annotations
 

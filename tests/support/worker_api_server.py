@@ -1,4 +1,4 @@
-"""The real actor on a disk in memory behind a worker door, for tests of what goes over the door's wire."""
+"""The worker API over the real actor with a store in memory."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from tests.support.memory_storage import MemoryStorage
 
 
 class Town:
-    """`house` is the door, `disk` says what may go wrong."""
+    """The harness, the actor, and the storage, which can be made to fail."""
 
-    def __init__(self, house: HttpHarness, actor: Actor, disk: MemoryStorage) -> None:
-        self.house = house
+    def __init__(self, harness: HttpHarness, actor: Actor, disk: MemoryStorage) -> None:
+        self.harness = harness
         self.actor = actor
         self.disk = disk
 
     async def job(self, job_id: str) -> Any:
         """The job as a worker sees it."""
-        return (await self.house.request("GET", f"/v1/jobs/{job_id}")).data
+        return (await self.harness.request("GET", f"/v1/jobs/{job_id}")).data
 
 
 @asynccontextmanager
@@ -39,8 +39,8 @@ async def town(place: Path, *, bounds: Bounds | None = None, **door: Any) -> Asy
     keys = Keys([], 100)
     actor = Actor(disk, Book.opened(disk.opened()), keys, Clock(), Policy(), random=os.urandom, bounds=bounds)
     running = asyncio.create_task(actor.run())
-    async with HttpHarness(ROUTES, place, actor=actor, **door) as house:
-        yield Town(house, actor, disk)
+    async with HttpHarness(ROUTES, place, actor=actor, **door) as harness:
+        yield Town(harness, actor, disk)
         disk.gate.set()
         actor.stop_parking()
     actor.stop()

@@ -1,4 +1,4 @@
-"""Configuration: every default, the order of its sources, tokens, refusals that name file and key, config.toml."""
+"""Configuration: defaults, precedence of sources, tokens, error messages, and the shipped config.toml."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def refusal(path: str | None = None, flags: dict[str, str] | None = None, **envi
 # -- defaults and config.toml ------------------------------------------------------------------------------------------
 
 
-def test_the_defaults_are_those_of_the_contract() -> None:
+def test_the_defaults_are_the_documented_ones() -> None:
     found = Config()
     assert found.policy() == Policy(), "the rules' own defaults and those of the configuration are one"
     assert found.admin.listen == "127.0.0.1:8770"
@@ -120,7 +120,7 @@ def test_config_toml_explains_every_key_in_one_line() -> None:
             assert not re.match(r"# ", lines[number - 2]), f"{line}: one line of comment"
 
 
-def test_nothing_given_is_all_defaults() -> None:
+def test_without_any_setting_all_values_are_defaults() -> None:
     found = loaded()
     assert set(found.sources) == set(KEYS)
     assert set(found.sources.values()) == {"default"}
@@ -135,12 +135,12 @@ def test_nothing_given_is_all_defaults() -> None:
     ("text", "ms"),
     [("0", 0), ("500ms", 500), ("10s", 10_000), ("15m", 900_000), ("1h", HOUR_MS), ("7d", 7 * DAY_MS), (" 1s ", 1000)],
 )
-def test_durations(text: str, ms: int) -> None:
+def test_durations_are_parsed(text: str, ms: int) -> None:
     assert parse_duration(text) == ms
 
 
 @pytest.mark.parametrize("text", ["", "15", "m", "1.5h", "-1s", "1w", "15 m", "1h30m", "9" * 13 + "s", "\u0661s"])
-def test_what_is_no_duration(text: str) -> None:
+def test_malformed_durations_are_rejected(text: str) -> None:
     with pytest.raises(ValueError, match="is not a duration"):
         parse_duration(text)
 
@@ -158,7 +158,7 @@ def test_a_duration_is_shown_in_its_largest_unit() -> None:
 # -- sources -----------------------------------------------------------------------------------------------------------
 
 
-def test_flags_over_environment_over_file(write: Write) -> None:
+def test_flags_take_precedence_over_environment_over_file(write: Write) -> None:
     path = write('[locks]\nttl = "1m"\nmax_processing = "2m"\n[stuck]\nafter = "3m"\n')
     found = loaded(path, {"locks.ttl": "5m"}, JOBD_LOCKS_TTL="4m", JOBD_LOCKS_MAX_PROCESSING="6m")
     assert (found.config.locks.ttl, found.config.locks.max_processing) == (5 * MINUTE_MS, 6 * MINUTE_MS)
@@ -170,7 +170,7 @@ def test_flags_over_environment_over_file(write: Write) -> None:
     assert found.path == path
 
 
-def test_which_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_configuration_file_is_found(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     system, named, given_ = (write(f"[stuck]\nmax_stalls = {count}\n", f"{count}.toml") for count in (1, 2, 4))
     assert loaded().config.stuck.max_stalls == 3
     monkeypatch.setattr(config_loader, "DEFAULT_PATH", system)
@@ -179,13 +179,13 @@ def test_which_file(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     assert loaded(given_, JOBD_CONFIG=named).config.stuck.max_stalls == 4
 
 
-def test_a_named_file_has_to_be_there(tmp_path: Path) -> None:
+def test_a_named_file_must_exist(tmp_path: Path) -> None:
     gone = str(tmp_path / "gone.toml")
     assert gone in refusal(gone)
     assert gone in refusal(JOBD_CONFIG=gone)
 
 
-def test_environment_is_read_by_type() -> None:
+def test_the_environment_is_converted_by_type() -> None:
     found = loaded(
         JOBD_ADMIN_HOSTS="jobs.example, other.example",
         JOBD_VALIDATION_REQUIRE_DOWNLOAD_URL="true",
@@ -226,7 +226,7 @@ def test_a_table_is_written_in_pairs_or_as_in_the_file() -> None:
         assert loaded(JOBD_LATE_QUEUES=text).config.late.queues == {"video": "drop", "a.b": "keep"}
 
 
-def test_what_belongs_to_workers_and_clients_is_left_alone() -> None:
+def test_variables_of_workers_and_clients_are_ignored() -> None:
     names = ("JOBD_JOB_ID", "JOBD_JOB_FENCING_TOKEN", "JOBD_SOCKET", "JOBD_URL", "JOBD_ADMIN_URL")
     assert loaded(None, None, **dict.fromkeys(names, "whatever")) == loaded()
 
@@ -238,18 +238,18 @@ def test_what_belongs_to_workers_and_clients_is_left_alone() -> None:
         ({"RUNTIME_DIRECTORY": "/run/a:/run/c", "STATE_DIRECTORY": "/var/lib/b:/x"}, "/run/a", "/var/lib/b"),
     ],
 )
-def test_places_of_systemd(environ: dict[str, str], runtime: str, state: str) -> None:
+def test_default_paths_under_systemd(environ: dict[str, str], runtime: str, state: str) -> None:
     found = loaded(None, None, **environ).config
     assert (found.worker.socket, found.store.path) == (f"{runtime}/worker.sock", f"{state}/jobd.db")
 
 
-def test_places_of_root(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_paths_of_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
     found = loaded().config
     assert (found.worker.socket, found.store.path) == ("/run/jobd/worker.sock", "/var/lib/jobd/jobd.db")
 
 
-def test_places_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_paths_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     found = loaded(XDG_RUNTIME_DIR="/run/user/1000", XDG_STATE_HOME="/home/u/state").config
     assert (found.worker.socket, found.store.path) == ("/run/user/1000/jobd/worker.sock", "/home/u/state/jobd/jobd.db")
@@ -259,7 +259,7 @@ def test_places_of_a_user(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- tokens ------------------------------------------------------------------------------------------------------------
 
 
-def test_where_the_admin_token_comes_from(write: Write, tmp_path: Path) -> None:
+def test_the_admin_token_has_several_sources(write: Write, tmp_path: Path) -> None:
     one, two, three = (write(f"canary-{name}-0123456789abcdef\n", name) for name in ("file", "toml", "admin_token"))
     path = write(f'[admin]\ntoken_file = "{two}"\n')
     environ = {"CREDENTIALS_DIRECTORY": str(Path(three).parent), "ADMIN_TOKEN_FILE": one, "ADMIN_TOKEN": TOKEN}
@@ -271,7 +271,7 @@ def test_where_the_admin_token_comes_from(write: Write, tmp_path: Path) -> None:
     assert given_ == [(token,) for token in [*expected, "canary-admin_token-0123456789abcdef"]]
 
 
-def test_where_the_token_comes_from_that_may_only_look(write: Write, tmp_path: Path) -> None:
+def test_the_read_only_token_has_several_sources(write: Write, tmp_path: Path) -> None:
     one, two, _ = (
         write(f"canary-{name}-0123456789abcdef\n", name) for name in ("file", "toml", "admin_readonly_token")
     )
@@ -286,14 +286,14 @@ def test_where_the_token_comes_from_that_may_only_look(write: Write, tmp_path: P
     assert loaded().read_only_tokens == ()
 
 
-def test_a_token_that_may_only_look_is_not_the_admin_token(write: Write) -> None:
+def test_the_read_only_token_must_differ_from_the_admin_token(write: Write) -> None:
     path = write(TOKEN, "readers")
     message = refusal(ADMIN_TOKEN=TOKEN, ADMIN_READONLY_TOKEN_FILE=path)
     assert "it contains the admin token" in message
     assert TOKEN not in message
 
 
-def test_two_tokens_while_they_are_rotated(write: Write) -> None:
+def test_two_tokens_are_valid_during_a_rotation(write: Write) -> None:
     path = write(f"{TOKEN}\n\n  {OTHER}  \n", "tokens")
     assert load({}, {"ADMIN_TOKEN_FILE": path}).admin_tokens == (TOKEN, OTHER)
     with pytest.raises(ConfigError, match="expected one token, or two"):
@@ -305,7 +305,7 @@ def test_two_tokens_while_they_are_rotated(write: Write) -> None:
 @pytest.mark.parametrize(
     "token", ["canary-too-short-012345", "canary-with-é-0123456789abcdef", "canary with spaces in it 0123"]
 )
-def test_a_bad_token_is_refused_and_never_shown(token: str, write: Write) -> None:
+def test_an_invalid_token_is_rejected_and_never_shown(token: str, write: Write) -> None:
     message = refusal(ADMIN_TOKEN=token)
     assert message.startswith("ADMIN_TOKEN: ")
     assert "token_urlsafe" in message or "ASCII" in message
@@ -319,13 +319,13 @@ def test_the_shortest_token_has_24_characters() -> None:
     assert "24" in refusal(ADMIN_TOKEN="x" * 23)
 
 
-def test_without_a_token_it_does_not_start() -> None:
+def test_the_daemon_does_not_start_without_a_token() -> None:
     with pytest.raises(ConfigError, match=r"ADMIN_TOKEN.*token_urlsafe"):
         load({}, {})
     assert load({}, {}, need_token=False).admin_tokens == ()
 
 
-def test_it_does_not_start_without_the_c_parser_unless_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_daemon_does_not_start_without_the_c_parser_unless_configured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aiohttp.http_parser.HttpRequestParser", HttpRequestParserPy)
     with pytest.raises(ConfigError, match=r"no C parser.*AIOHTTP_NO_EXTENSIONS.*\[server\] python_parser = true"):
         loaded()
@@ -333,7 +333,7 @@ def test_it_does_not_start_without_the_c_parser_unless_told_to(monkeypatch: pyte
     assert not load({}, {}, need_token=False).config.server.python_parser  # work on files needs no parser
 
 
-def test_development(write: Write) -> None:
+def test_development_needs_no_token_and_no_file(write: Write) -> None:
     found = load({}, {"ENVIRONMENT": "development"})
     assert (found.development, found.admin_tokens, found.config.store.path) == (True, (), ":memory:")
     path = write('[store]\npath = "/srv/jobs.db"\n')
@@ -341,7 +341,7 @@ def test_development(write: Write) -> None:
     assert load({}, {"ENVIRONMENT": "production", "ADMIN_TOKEN": TOKEN}).config.store.path != ":memory:"
 
 
-def test_worker_tokens_may_be_named_by_the_environment(write: Write) -> None:
+def test_the_environment_can_name_the_worker_token_file(write: Write) -> None:
     token = write(f"{TOKEN}\n{OTHER}\n", "worker-token")
     found = loaded(JOBD_WORKER_LISTEN="127.0.0.1:8771", JOBD_WORKER_TOKEN_FILE=token)
     assert found.worker_tokens == (TOKEN, OTHER)
@@ -383,7 +383,7 @@ def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         ("[locks\n", ["not valid TOML"]),
     ],
 )
-def test_a_bad_file_is_refused_by_file_and_key(text: str, parts: list[str], write: Write) -> None:
+def test_an_error_in_the_file_names_file_and_key(text: str, parts: list[str], write: Write) -> None:
     path = write(text)
     message = refusal(path)
     for part in [path, *parts]:
@@ -410,13 +410,13 @@ def test_a_bad_file_is_refused_by_file_and_key(text: str, parts: list[str], writ
         ("JOBD_STORE_SYNCHRONOUS", "off", ["JOBD_STORE_SYNCHRONOUS", "full, extra"]),
     ],
 )
-def test_a_bad_variable_is_refused_by_name(name: str, value: str, parts: list[str]) -> None:
+def test_an_error_in_a_variable_names_it(name: str, value: str, parts: list[str]) -> None:
     message = refusal(None, None, **{name: value})
     for part in parts:
         assert part in message, message
 
 
-def test_a_bad_flag_is_refused_by_key() -> None:
+def test_an_error_in_a_flag_names_the_key() -> None:
     assert "locks.tll" in refusal(flags={"locks.tll": "1m"})
     assert "limits.mailbox" in refusal(flags={"limits.mailbox": "0"})
 
@@ -450,12 +450,12 @@ COMBINATIONS: list[tuple[dict[str, str], str]] = [
 
 
 @pytest.mark.parametrize(("flags", "named"), COMBINATIONS, ids=lambda value: str(value))
-def test_combinations_that_cannot_work(flags: dict[str, str], named: str) -> None:
+def test_impossible_combinations_are_rejected(flags: dict[str, str], named: str) -> None:
     assert named in refusal(flags=flags)
 
 
 @pytest.mark.parametrize("url", ["s3://bucket", "s3://my.bucket-1/", "s3://bucket/a/b c/", "file:///srv/a%20b"])
-def test_where_artifacts_may_be(url: str) -> None:
+def test_valid_artifact_urls_are_accepted(url: str) -> None:
     found = loaded(flags={"artifacts.url": url}).config
     assert found.artifacts.url == url
     assert found.policy().artifacts
@@ -465,7 +465,7 @@ def test_where_artifacts_may_be(url: str) -> None:
 @pytest.mark.parametrize(
     "where", ["", "state", "state/in", "run", "etc", "tokens", "readers", "certs", "keys", "hooks", "state/none/.."]
 )
-def test_artifacts_never_lie_where_the_daemons_own_files_do(tmp_path: Path, where: str) -> None:
+def test_artifacts_cannot_share_a_directory_with_the_daemons_files(tmp_path: Path, where: str) -> None:
     """Workers say what is deleted there: a storage_key of `jobd.db` would be the database."""
     for name in ("state/in/deep", "run", "etc", "tokens", "readers", "certs", "keys", "hooks", "srv"):
         (tmp_path / name).mkdir(parents=True)
@@ -496,20 +496,20 @@ def test_artifacts_never_lie_where_the_daemons_own_files_do(tmp_path: Path, wher
         load({**places, "artifacts.url": f"file://{tmp_path}/{where}"}, environ, file)
 
 
-def test_a_key_in_the_url_of_artifacts_is_refused_and_not_shown() -> None:
+def test_a_key_in_the_artifact_url_is_rejected_and_not_shown() -> None:
     told = refusal(flags={"artifacts.url": "s3://AKIAXYZ:hush@bucket/prefix"})
     assert "AWS_ACCESS_KEY_ID" in told
     assert "hush" not in told
 
 
-def test_a_bucket_without_what_it_takes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_without_its_package_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     told = refusal(flags={"artifacts.url": "s3://bucket"})
     assert "pip install 'jobd[s3]'" in told
     assert loaded(flags={"artifacts.url": "file:///srv"}).config.artifacts.url
 
 
-def test_what_may_be_combined(write: Write) -> None:
+def test_valid_combinations_are_accepted(write: Write) -> None:
     token = write(OTHER, "worker-token")
     flags = {"worker.listen": "0.0.0.0:8771", "worker.token_file": token, "worker.tls_cert": "c", "worker.tls_key": "k"}
     found = loaded(flags=flags)
@@ -532,7 +532,7 @@ def test_what_may_be_combined(write: Write) -> None:
         ({"worker.listen": "", "limits.body": "1048576", "artifacts.url": "ftp://x"}, {}, "flag: artifacts.url"),
     ],
 )
-def test_an_impossible_combination_is_told_with_where_its_keys_come_from(
+def test_an_impossible_combination_names_the_sources_of_its_keys(
     write: Write, flags: dict[str, str], environ: dict[str, str], wanted: str
 ) -> None:
     path = write('[worker]\nlisten = "127.0.0.1:9"\n[limits]\nbody = 1000\n')
@@ -541,7 +541,7 @@ def test_an_impossible_combination_is_told_with_where_its_keys_come_from(
     assert str(error.value).startswith(wanted.format(path))
 
 
-def test_a_file_with_a_token_that_everybody_may_read_is_warned_of(write: Write) -> None:
+def test_a_world_readable_token_file_is_a_warning(write: Write) -> None:
     """The worker's, the reader's, the keys, and those that the environment names; each once, however often named."""
     files = [write(token * 2, name) for token, name in ((OTHER, "workers"), (TOKEN, "admin"), ("r" * 24, "readers"))]
     key = write("a key", "key")
@@ -569,13 +569,13 @@ def test_a_file_with_a_token_that_everybody_may_read_is_warned_of(write: Write) 
         ("unix:/run/jobd/admin.sock", "/run/jobd/admin.sock"),
     ],
 )
-def test_addresses(text: str, place: object) -> None:
+def test_listen_addresses_are_parsed(text: str, place: object) -> None:
     assert config.parse_listen(text, "admin.listen") == place
     assert loaded(flags={"admin.listen": text}).warnings == ()
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:8770", "[::]:8770", "192.0.2.1:8770", "127.0.0.1.example:8770"])
-def test_an_open_address_without_tls_is_a_loud_warning(address: str) -> None:
+def test_a_public_address_without_tls_is_a_warning(address: str) -> None:
     (warning,) = loaded(flags={"admin.listen": address}).warnings
     assert address in warning
     assert "WITHOUT TLS" in warning
@@ -620,7 +620,7 @@ def test_an_open_address_without_tls_is_a_loud_warning(address: str) -> None:
         ({"store.path": ":memory:"}, ['store.path = ":memory:" (flag)', "all jobs are lost"]),
     ],
 )
-def test_what_does_not_come_as_it_reads_is_warned_of(flags: dict[str, str], parts: list[str]) -> None:
+def test_doubtful_settings_are_warnings(flags: dict[str, str], parts: list[str]) -> None:
     (warning,) = loaded(flags=flags).warnings
     for part in parts:
         assert part in warning, warning
@@ -635,11 +635,11 @@ def test_what_does_not_come_as_it_reads_is_warned_of(flags: dict[str, str], part
         {"locks.ttl": "1d", "locks.max_processing": "0"},
     ],
 )
-def test_what_comes_as_it_reads_is_not_warned_of(flags: dict[str, str]) -> None:
+def test_usual_settings_give_no_warning(flags: dict[str, str]) -> None:
     assert loaded(flags=flags).warnings == ()
 
 
-def test_a_store_in_memory_is_what_development_is_for() -> None:
+def test_a_store_in_memory_gives_no_warning_in_development() -> None:
     assert loaded(ENVIRONMENT="development").warnings == ()
     assert loaded(flags={"store.path": ":memory:"}, ENVIRONMENT="development").warnings == ()
 
@@ -647,7 +647,7 @@ def test_a_store_in_memory_is_what_development_is_for() -> None:
 # -- what is in force, and what can change at work ---------------------------------------------------------------------
 
 
-def test_the_effective_configuration_reads_as_itself(write: Write) -> None:
+def test_the_effective_configuration_can_be_loaded_again(write: Write) -> None:
     token = write(OTHER, "worker-token")
     text = f'[worker]\nlisten = "127.0.0.1:1"\ntoken_file = "{token}"\n[admin]\nhosts = ["a", "b"]\n'
     text += '[store]\npath = "/b \\" c"\n'
@@ -662,7 +662,7 @@ def test_the_effective_configuration_reads_as_itself(write: Write) -> None:
     assert "canary" not in text
 
 
-def test_reload() -> None:
+def test_reloadable_keys_are_applied() -> None:
     old = Config()
     new = loaded(
         flags={
@@ -681,7 +681,7 @@ def test_reload() -> None:
 
 
 @pytest.mark.parametrize("key", sorted(KEYS))
-def test_every_change_is_either_taken_or_refused_by_name(key: str) -> None:
+def test_every_changed_key_is_applied_or_needs_a_restart(key: str) -> None:
     section, name = key.split(".")
     other: Any = object()
     table = getattr(Config(), section)
@@ -692,7 +692,7 @@ def test_every_change_is_either_taken_or_refused_by_name(key: str) -> None:
     assert not fixed or refused == [key]
 
 
-def test_durations_of_the_configuration_have_bounds() -> None:
+def test_every_duration_has_bounds() -> None:
     """A duration without bounds would be a KeyError in the face of an operator."""
     assert {key for key, hint in KEYS.items() if hint is config.Duration} == set(config.BOUNDS)
 
@@ -736,7 +736,7 @@ def _text_of(values: dict[str, object]) -> str:
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(_NAMES, _ODD, max_size=3).map(_text_of) | st.text(max_size=60) | st.just("a = " + "[" * 50_000))
-def test_whatever_a_file_says_it_is_a_configuration_or_one_clear_message(write: Write, text: str) -> None:
+def test_any_file_is_a_configuration_or_one_clear_message(write: Write, text: str) -> None:
     path = write(text)
     try:
         found = loaded(path)
@@ -753,7 +753,7 @@ def test_whatever_a_file_says_it_is_a_configuration_or_one_clear_message(write: 
         st.sampled_from(list(KEYS)), st.text(max_size=8) | st.sampled_from(["a:\u00b2", "9" * 5_000]), max_size=3
     )
 )
-def test_whatever_the_environment_says_it_is_a_configuration_or_one_clear_message(values: dict[str, str]) -> None:
+def test_any_environment_is_a_configuration_or_one_clear_message(values: dict[str, str]) -> None:
     environ = {f"JOBD_{key.replace('.', '_').upper()}": value for key, value in values.items()}
     try:
         loaded(None, None, **environ)
@@ -777,7 +777,7 @@ def test_whatever_the_environment_says_it_is_a_configuration_or_one_clear_messag
         (f'[locks]\nttl = "{"a" * 100_000}"\n', "such as"),
     ],
 )
-def test_what_once_was_a_traceback_or_no_clear_line(text: str, part: str, write: Write) -> None:
+def test_former_tracebacks_are_clear_messages(text: str, part: str, write: Write) -> None:
     path = write(text)
     message = refusal(path)
     assert part in message

@@ -1,4 +1,4 @@
-"""What can be a name of this daemon in a Host header, and what never is one."""
+"""Host names that `admin.hosts` accepts, and how they match a Host header."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jobd.http.auth import Authenticator, host_name, own_names
         "[2001:db8:0:0::7]",
     ],
 )
-def test_a_host_is_taken_and_found_in_a_header(text: str) -> None:
+def test_a_valid_host_matches_its_header(text: str) -> None:
     assert is_host(text)
     [name] = own_names("10.9.9.9", [text]) - {"10.9.9.9"}
     assert host_name(f"[{name}]:8770" if ":" in name else f"{name}:8770") == name
@@ -72,7 +72,7 @@ def test_a_host_is_taken_and_found_in_a_header(text: str) -> None:
         ".".join(["a" * 50] * 5),
     ],
 )
-def test_what_is_no_host_is_not_taken(text: str) -> None:
+def test_an_invalid_host_is_rejected(text: str) -> None:
     assert not is_host(text)
 
 
@@ -80,12 +80,12 @@ def test_what_is_no_host_is_not_taken(text: str) -> None:
     ("text", "name"),
     [("Jobs.Example.", "jobs.example"), ("[2001:DB8:0:0::7]", "2001:db8::7"), ("2001:db8::7", "2001:db8::7")],
 )
-def test_a_name_is_compared_in_the_form_that_a_header_has(text: str, name: str) -> None:
+def test_a_name_is_compared_in_its_normalized_form(text: str, name: str) -> None:
     assert own_names("10.9.9.9", [text]) == {"10.9.9.9", name}
 
 
 @pytest.mark.parametrize("sent", ["[2001:DB8:0:0::7]:8770", "[2001:db8::7]", "[2001:db8:0:0:0:0:0:7]:1"])
-def test_an_address_is_the_same_however_a_client_writes_it(sent: str) -> None:
+def test_an_address_matches_in_every_notation(sent: str) -> None:
     """What was only shortened where it was configured was not found as it was sent."""
     for names in (own_names("[2001:db8:0:0::7]:8770"), own_names("10.9.9.9", ["2001:DB8::7"])):
         Authenticator("admin", hosts=names).check_origin(CIMultiDict({"Host": sent}), None)

@@ -1,4 +1,4 @@
-"""The alarm for blocking calls itself: what it must catch and what it must let pass."""
+"""The check for blocking calls: what it must detect and what it must allow."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def ours() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["asked", "through_plain"])
-async def test_a_coroutine_of_ours_that_blocks_is_caught(ours: dict[str, Any], name: str) -> None:
+async def test_a_blocking_coroutine_is_caught(ours: dict[str, Any], name: str) -> None:
     with pytest.raises(BlockingError):
         await ours[name]()
     with pytest.raises(BlockingError):
         await asyncio.create_task(ours[name]())
 
 
-async def test_a_callback_of_ours_that_blocks_is_caught(ours: dict[str, Any]) -> None:
+async def test_a_blocking_callback_is_caught(ours: dict[str, Any]) -> None:
     loop, caught = asyncio.get_running_loop(), asyncio.Event()
     failures: list[dict[str, Any]] = []
 
@@ -49,11 +49,11 @@ async def test_a_callback_of_ours_that_blocks_is_caught(ours: dict[str, Any]) ->
     assert isinstance(failures[0]["exception"], BlockingError)
 
 
-async def test_what_a_test_calls_or_sends_to_a_thread_may_block(ours: dict[str, Any]) -> None:
+async def test_tests_and_threads_may_block(ours: dict[str, Any]) -> None:
     ours["plain"]()
     time.sleep(0)
     await asyncio.to_thread(ours["plain"])
 
 
-def test_without_a_loop_anything_may_block(ours: dict[str, Any]) -> None:
+def test_code_outside_a_loop_may_block(ours: dict[str, Any]) -> None:
     ours["plain"]()

@@ -1,4 +1,4 @@
-"""The table of the admin API: every call with an example, over a real socket."""
+"""The routes of the admin API, each with an example, over a real socket."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ ROOMS: list[tuple[str, str, Any]] = [
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     async with HttpHarness(ROUTES, tmp_path, gate=Authenticator("admin", tokens=[TOKEN]), admin=True) as opened:
         yield opened
 
@@ -159,16 +159,16 @@ def plain(command: Any) -> Any:
 
 @pytest.mark.parametrize(("method", "path", "body", "command", "keyed"), COMMANDS)
 async def test_a_call_is_its_command(
-    house: HttpHarness, method: str, path: str, body: str, command: Command, keyed: bool
+    harness: HttpHarness, method: str, path: str, body: str, command: Command, keyed: bool
 ) -> None:
     target = path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1")
     headers = {**AUTH, "Idempotency-Key": "k"}
     if method == "GET":
-        heard = await house.request("GET", f"{target}?{body}" if body else target, headers=headers)
+        heard = await harness.request("GET", f"{target}?{body}" if body else target, headers=headers)
     else:
-        heard = await house.request(method, target, body or None, headers)
+        heard = await harness.request(method, target, body or None, headers)
     assert heard.status == 200, heard.json
-    asked, *noted = house.actor.received
+    asked, *noted = harness.actor.received
     assert [each.command for each in noted] == ([RecordAction(what="export")] if isinstance(command, Export) else [])
     assert type(asked.command) is type(command)
     assert plain(asked.command) == plain(command)
@@ -177,14 +177,14 @@ async def test_a_call_is_its_command(
 
 
 @pytest.mark.parametrize(("method", "path", "data"), ROOMS)
-async def test_a_call_of_the_rooms_gives_their_figures(house: HttpHarness, method: str, path: str, data: Any) -> None:
+async def test_a_call_of_a_service_returns_its_view(harness: HttpHarness, method: str, path: str, data: Any) -> None:
     path = path.replace("{name}", "q")
-    assert (await house.request(method, path, headers=AUTH)).data == data
+    assert (await harness.request(method, path, headers=AUTH)).data == data
     if method == "POST":
-        assert (await house.request(method, path, "{}", AUTH)).data == data
-        assert (await house.request(method, path, '{"x":1}', AUTH)).status == 400
+        assert (await harness.request(method, path, "{}", AUTH)).data == data
+        assert (await harness.request(method, path, '{"x":1}', AUTH)).status == 400
     # Nothing but what goes into the audit log.
-    assert all(isinstance(asked.command, RecordAction | Tick) for asked in house.actor.received)
+    assert all(isinstance(asked.command, RecordAction | Tick) for asked in harness.actor.received)
 
 
 @pytest.mark.parametrize(
@@ -195,28 +195,28 @@ async def test_a_call_of_the_rooms_gives_their_figures(house: HttpHarness, metho
         ("GET", "backup", "backup"),
     ],
 )
-async def test_what_is_no_command_is_noted_for_the_audit_log(
-    house: HttpHarness, method: str, path: str, what: str
+async def test_actions_that_are_not_commands_are_audited(
+    harness: HttpHarness, method: str, path: str, what: str
 ) -> None:
     headers, body = {**AUTH, "X-Jobd-Operator": "eve"}, None if method == "GET" else '{"reason":"why"}'
-    assert (await house.request(method, f"{P}/{path}", headers=headers)).status == 200
-    assert (await house.request(method, f"{P}/{path}", body, headers)).status == 200
-    first, second = (each for each in house.actor.received if not isinstance(each.command, Tick))
+    assert (await harness.request(method, f"{P}/{path}", headers=headers)).status == 200
+    assert (await harness.request(method, f"{P}/{path}", body, headers)).status == 200
+    first, second = (each for each in harness.actor.received if not isinstance(each.command, Tick))
     assert first.command == RecordAction(what=what)
     assert second.command == RecordAction(what=what, reason=None if body is None else "why")
     assert first.operator is not None
     assert first.operator.name == "eve"
 
 
-async def test_what_is_asked_of_a_webhook_is_noted_with_which(house: HttpHarness) -> None:
-    assert (await house.request("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)).status == 200
-    assert (await house.request("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
-    assert (await house.request("POST", f"{P}/webhooks/q/test", headers=AUTH)).status == 200
+async def test_webhook_actions_are_audited_with_the_webhook(harness: HttpHarness) -> None:
+    assert (await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)).status == 200
+    assert (await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
+    assert (await harness.request("POST", f"{P}/webhooks/q/test", headers=AUTH)).status == 200
     place, why = f"{P}/webhooks/q", '"reason":"their disk was full"'
     for verb, body in (("resend", f'{{"id":7,{why}}}'), ("resend-given-up", f"{{{why}}}"), ("test", f"{{{why}}}")):
-        assert (await house.request("POST", f"{place}/{verb}", body, AUTH)).status == 200
+        assert (await harness.request("POST", f"{place}/{verb}", body, AUTH)).status == 200
     because = "their disk was full"
-    assert [asked.command for asked in house.actor.received] == [
+    assert [asked.command for asked in harness.actor.received] == [
         RecordAction(what="resend-delivery", details={"webhook": "q", "delivery": 7}),
         RecordAction(what="test-webhook", details={"webhook": "q"}),
         RecordAction(what="resend-delivery", details={"webhook": "q", "delivery": 7}, reason=because),
@@ -225,30 +225,30 @@ async def test_what_is_asked_of_a_webhook_is_noted_with_which(house: HttpHarness
     ]
 
 
-async def test_an_export_is_noted_page_by_page_as_one_deed(house: HttpHarness) -> None:
+async def test_the_pages_of_an_export_are_one_audit_entry(harness: HttpHarness) -> None:
     """Also that of one who may only look; what is refused is none."""
-    house.app.authenticator.replace_tokens([TOKEN], ["reader-token-0123456789abcdef"])
+    harness.app.authenticator.replace_tokens([TOKEN], ["reader-token-0123456789abcdef"])
     reader = {"Authorization": "Bearer reader-token-0123456789abcdef"}
     for query, headers in (("", AUTH), ("?cursor=7", AUTH), ("", {**reader, "X-Jobd-Operator": "rob"}), ("", reader)):
-        assert (await house.request("GET", f"{P}/export{query}", headers=headers)).status == 200
-    noted = [asked for asked in house.actor.received if isinstance(asked.command, RecordAction)]
+        assert (await harness.request("GET", f"{P}/export{query}", headers=headers)).status == 200
+    noted = [asked for asked in harness.actor.received if isinstance(asked.command, RecordAction)]
     operators = [asked.operator for asked in noted]
     assert [each.who for each in operators if each] == ["admin", "admin", "rob", "reader"]
     assert [asked.command.details for asked in noted] == [None, None, {"access": "read"}, {"access": "read"}]
     parts = [each.part_of for each in operators if each]
     assert parts[0] == parts[1]
     assert len(set(parts)) == 3
-    house.actor.respond = lambda command: ApiError("overloaded", "Too many wait.")
-    before = len(house.actor.received)
-    assert (await house.request("GET", f"{P}/export", headers=AUTH)).status == 503
-    assert len(house.actor.received) == before + 1
+    harness.actor.respond = lambda command: ApiError("overloaded", "Too many wait.")
+    before = len(harness.actor.received)
+    assert (await harness.request("GET", f"{P}/export", headers=AUTH)).status == 503
+    assert len(harness.actor.received) == before + 1
 
 
-async def test_what_cannot_be_noted_is_done_all_the_same(house: HttpHarness) -> None:
-    house.actor.respond = lambda command: ApiError("storage_full", "The disk is full.")
+async def test_an_action_proceeds_if_it_cannot_be_audited(harness: HttpHarness) -> None:
+    harness.actor.respond = lambda command: ApiError("storage_full", "The disk is full.")
     with capture_logs() as logged:
-        assert (await house.request("POST", f"{P}/cleanup", headers=AUTH)).status == 200
-    assert house.fakes.forced == [True]
+        assert (await harness.request("POST", f"{P}/cleanup", headers=AUTH)).status == 200
+    assert harness.fakes.forced == [True]
     missed = {"event": "audit_missed", "log_level": "warning", "what": "cleanup", "by": "admin"}
     assert missed | {"reason": "storage_full"} in logged
 
@@ -265,52 +265,52 @@ async def test_what_cannot_be_noted_is_done_all_the_same(house: HttpHarness) -> 
         ("x" * 300, "x" * 64),
     ],
 )
-async def test_an_operator_is_known_by_the_name_given(house: HttpHarness, given: str | None, name: str) -> None:
+async def test_an_operator_is_known_by_the_name_given(harness: HttpHarness, given: str | None, name: str) -> None:
     headers = AUTH if given is None else {**AUTH, "X-Jobd-Operator": given}
-    assert (await house.request("POST", f"{P}/force-reset", '{"jobId":"j"}', headers)).status == 200
-    [asked] = house.actor.received
+    assert (await harness.request("POST", f"{P}/force-reset", '{"jobId":"j"}', headers)).status == 200
+    [asked] = harness.actor.received
     assert asked.operator == Operator(name, f"unix uid={os.getuid()}")
     assert asked.by == (f"admin:{name}" if name else "admin")
 
 
-async def test_who_only_looks_is_no_operator(house: HttpHarness) -> None:
-    await house.request("GET", f"{P}/jobs/j", headers={**AUTH, "X-Jobd-Operator": "eve"})
-    [asked] = house.actor.received
+async def test_a_read_has_no_operator(harness: HttpHarness) -> None:
+    await harness.request("GET", f"{P}/jobs/j", headers={**AUTH, "X-Jobd-Operator": "eve"})
+    [asked] = harness.actor.received
     assert (asked.operator, asked.by) == (None, "admin")
 
 
 async def test_over_tcp_an_operator_comes_from_an_address(tmp_path: Path) -> None:
     gate = Authenticator("admin", tokens=[TOKEN], hosts=["x"])
-    async with HttpHarness(ROUTES, tmp_path, gate=gate, admin=True) as house:
-        await house.request("POST", f"{P}/queues/q/pause", None, {**AUTH, "Host": "x"})
-        [asked] = house.actor.received
+    async with HttpHarness(ROUTES, tmp_path, gate=gate, admin=True) as harness:
+        await harness.request("POST", f"{P}/queues/q/pause", None, {**AUTH, "Host": "x"})
+        [asked] = harness.actor.received
         assert asked.operator == Operator("", "127.0.0.1")
 
 
-async def test_a_plan_is_made_shown_and_applied(house: HttpHarness) -> None:
+async def test_a_plan_is_made_shown_and_applied(harness: HttpHarness) -> None:
     body = '{"action":"retry","filter":{"status":"failed","queue":"q","since":1},"reason":"r"}'
-    made = await house.request("POST", f"{P}/plans", body, AUTH)
-    assert house.fakes.planned == [
+    made = await harness.request("POST", f"{P}/plans", body, AUTH)
+    assert harness.fakes.planned == [
         MakePlan(action="retry", filter=PlanFilter(status="failed", queue="q", since=1), reason="r")
     ]
     assert made.data["jobs"] == [{"id": "a", "from": "failed", "to": "queued", "late_results": 0}]
     plan_id = made.data["plan_id"]
-    assert (await house.request("GET", f"{P}/plans/{plan_id}", headers=AUTH)).data == made.data
-    assert (await house.request("GET", f"{P}/plans/none", headers=AUTH)).error == "plan_not_found"
-    done = await house.request("POST", f"{P}/plans/{plan_id}/apply", headers={**AUTH, "X-Jobd-Operator": "eve"})
+    assert (await harness.request("GET", f"{P}/plans/{plan_id}", headers=AUTH)).data == made.data
+    assert (await harness.request("GET", f"{P}/plans/none", headers=AUTH)).error == "plan_not_found"
+    done = await harness.request("POST", f"{P}/plans/{plan_id}/apply", headers={**AUTH, "X-Jobd-Operator": "eve"})
     assert done.data["changed"] == [{"id": "b", "from": "failed", "now": None, "why": "gone"}]
-    assert [operator.name for operator in house.fakes.operators] == ["eve"]
+    assert [operator.name for operator in harness.fakes.operators] == ["eve"]
     for wrong in (
         '{"action":"explode","ids":["a"]}',
         '{"action":"retry","ids":[]}',
         '{"action":"retry","filter":{"x":1}}',
     ):
-        assert (await house.request("POST", f"{P}/plans", wrong, AUTH)).status == 400
+        assert (await harness.request("POST", f"{P}/plans", wrong, AUTH)).status == 400
 
 
-async def test_a_cleanup_that_is_asked_for_is_forced(house: HttpHarness) -> None:
-    await house.request("POST", f"{P}/cleanup", headers=AUTH)
-    assert house.fakes.forced == [True]
+async def test_a_requested_cleanup_is_forced(harness: HttpHarness) -> None:
+    await harness.request("POST", f"{P}/cleanup", headers=AUTH)
+    assert harness.fakes.forced == [True]
 
 
 def test_every_call_has_an_example_and_no_route_is_missing() -> None:
@@ -326,16 +326,16 @@ def test_every_call_has_an_example_and_no_route_is_missing() -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
-async def test_every_call_but_the_open_ones_needs_the_token(house: HttpHarness, route: Any) -> None:
-    heard = await house.request(
+async def test_every_call_except_the_public_ones_needs_the_token(harness: HttpHarness, route: Any) -> None:
+    heard = await harness.request(
         route.method, route.path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1")
     )
     assert heard.status == (200 if route.auth == "anyone" else 401)
-    assert house.actor.received == []
+    assert harness.actor.received == []
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
-def test_what_a_route_takes_and_gives_can_be_described(route: Any) -> None:
+def test_the_types_of_a_route_can_be_described(route: Any) -> None:
     assert len(msgspec.inspect.multi_type_info([route.request, route.response])) == 2
     assert route.auth == ("anyone" if route.path in {"/healthz", "/readyz", "/openapi.json"} else "admin")
 
@@ -344,53 +344,51 @@ READER = {"Authorization": "Bearer reader-token-0123456789abcdef"}
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
-async def test_who_may_only_look_gets_all_that_changes_nothing_and_holds_no_secret(
-    house: HttpHarness, route: Any
-) -> None:
-    house.app.authenticator.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])
-    house.actor.respond = lambda command: ApiError("job_not_found", "It is asked, which is enough here.")
+async def test_a_read_only_token_may_read_everything_without_secrets(harness: HttpHarness, route: Any) -> None:
+    harness.app.authenticator.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])
+    harness.actor.respond = lambda command: ApiError("job_not_found", "It is asked, which is enough here.")
     query = {"validate-job": "?jobId=j", "events": "?follow=false"}.get(route.path.rpartition("/")[2], "")
     target = route.path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1") + query
-    heard = await house.request(route.method, target, headers=READER)
+    heard = await harness.request(route.method, target, headers=READER)
     if route.method != "GET" or route.path.endswith("backup"):
         assert (heard.status, heard.error) == (403, "forbidden")
         assert "admin token" in heard.json["message"]
-        assert house.actor.received == []
+        assert harness.actor.received == []
     else:
         assert heard.status in (200, 404)
         if not route.path.endswith("validate-job"):
-            assert not any(asked.admin for asked in house.actor.received), "no command of his may show a lock id"
+            assert not any(asked.admin for asked in harness.actor.received), "no command of his may show a lock id"
 
 
-async def test_a_validated_job_is_shown_without_its_lock_id_to_who_may_only_look(house: HttpHarness) -> None:
-    house.app.authenticator.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])
+async def test_a_read_only_token_sees_a_validated_job_without_its_lock_id(harness: HttpHarness) -> None:
+    harness.app.authenticator.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])
     for headers, shown in ((AUTH, True), (READER, False)):
         held = job_view(JOB, AT, Policy(), admin=True)
         view = ValidateJobView("a", held, Validation(True, [], True), 1)
-        house.actor.respond = lambda _, view=view: Response(view)
-        heard = await house.request("GET", f"{P}/validate-job?jobId=a", headers=headers)
+        harness.actor.respond = lambda _, view=view: Response(view)
+        heard = await harness.request("GET", f"{P}/validate-job?jobId=a", headers=headers)
         assert ("lock_id" in heard.data["job"]["lock"]) == shown
         assert heard.data["job"]["lock"]["worker"] == "w-1"
 
 
-async def test_stats_say_whether_a_pass_is_running(house: HttpHarness) -> None:
-    house.actor.respond = lambda _: Response(STATS)
-    data = (await house.request("GET", f"{P}/stats", headers=AUTH)).data
+async def test_stats_say_whether_a_cleanup_is_running(harness: HttpHarness) -> None:
+    harness.actor.respond = lambda _: Response(STATS)
+    data = (await harness.request("GET", f"{P}/stats", headers=AUTH)).data
     assert (data["totalJobs"], data["cleanupRunning"], data["timeSinceLastCleanup"]) == (3, True, 1234)
     assert data["disk"] == {"path": "/var/lib/jobd/jobd.db", "freeBytes": 3 << 30, "totalBytes": 8 << 30}
-    assert house.actor.received[0].command == Stats()
-    house.actor.respond = lambda _: ApiError("overloaded", "Too much.")
-    assert (await house.request("GET", f"{P}/stats", headers=AUTH)).status == 503
+    assert harness.actor.received[0].command == Stats()
+    harness.actor.respond = lambda _: ApiError("overloaded", "Too much.")
+    assert (await harness.request("GET", f"{P}/stats", headers=AUTH)).status == 503
 
 
 @pytest.mark.parametrize(
     ("status", "code", "success"), [("healthy", 200, True), ("degraded", 200, True), ("unhealthy", 503, True)]
 )
 async def test_health_has_the_same_body_whatever_its_status(
-    house: HttpHarness, status: Any, code: int, success: bool
+    harness: HttpHarness, status: Any, code: int, success: bool
 ) -> None:
-    house.fakes.status = status
-    heard = await house.request("GET", f"{P}/health", headers=AUTH)
+    harness.fakes.status = status
+    heard = await harness.request("GET", f"{P}/health", headers=AUTH)
     assert (heard.status, heard.json["success"]) == (code, success)
     data = heard.json["data"]
     disk = {"path": "/var/lib/jobd/jobd.db", "freeBytes": 3 << 30, "totalBytes": 8 << 30}
@@ -410,58 +408,60 @@ async def test_health_has_the_same_body_whatever_its_status(
         (f"{P}/reports?limit=501", "$.limit"),
     ],
 )
-async def test_a_query_out_of_its_bounds_is_named(house: HttpHarness, target: str, field: str) -> None:
-    heard = await house.request("GET", target, headers=AUTH)
+async def test_a_query_out_of_its_bounds_is_named(harness: HttpHarness, target: str, field: str) -> None:
+    heard = await harness.request("GET", target, headers=AUTH)
     assert (heard.status, heard.json["details"]) == (400, {"field": field})
 
 
-async def test_a_delivery_is_sent_again_by_its_number(house: HttpHarness) -> None:
-    again = await house.request("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)
+async def test_a_delivery_is_sent_again_by_its_number(harness: HttpHarness) -> None:
+    again = await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)
     assert again.data == plain_view(DELIVERY)
-    assert (await house.request("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
+    assert (await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
     for body in ('{"id":0}', "{}", '{"id":"7"}'):
-        assert (await house.request("POST", f"{P}/webhooks/q/resend", body, AUTH)).status == 400
+        assert (await harness.request("POST", f"{P}/webhooks/q/resend", body, AUTH)).status == 400
 
 
-async def test_all_that_was_given_up_is_sent_again(house: HttpHarness) -> None:
+async def test_all_dead_lettered_deliveries_are_sent_again(harness: HttpHarness) -> None:
     place = f"{P}/webhooks/q/resend-given-up"
-    assert (await house.request("POST", place, headers=AUTH)).data == {"resent": 3}
-    assert (await house.request("POST", place, '{"upto":9}', AUTH)).data == {"resent": 3}
-    assert house.fakes.resent == [("q", None), ("q", 9)]
-    told = [asked.command for asked in house.actor.received]
+    assert (await harness.request("POST", place, headers=AUTH)).data == {"resent": 3}
+    assert (await harness.request("POST", place, '{"upto":9}', AUTH)).data == {"resent": 3}
+    assert harness.fakes.resent == [("q", None), ("q", 9)]
+    told = [asked.command for asked in harness.actor.received]
     assert told == [RecordAction(what="resend-given-up", details={"webhook": "q", "resent": 3})] * 2
-    assert (await house.request("POST", f"{P}/webhooks/none/resend-given-up", headers=AUTH)).status == 404
+    assert (await harness.request("POST", f"{P}/webhooks/none/resend-given-up", headers=AUTH)).status == 404
     for body in ('{"upto":0}', '{"upto":"9"}', '{"id":9}'):
-        assert (await house.request("POST", place, body, AUTH)).status == 400
-    assert len(house.actor.received) == 2
+        assert (await harness.request("POST", place, body, AUTH)).status == 400
+    assert len(harness.actor.received) == 2
 
 
-async def test_deliveries_are_asked_for_by_state_and_page(house: HttpHarness) -> None:
-    assert (await house.request("GET", f"{P}/webhooks/q/deliveries?state=given_up&limit=5&cursor=9", headers=AUTH)).data
-    assert house.fakes.asked_deliveries == [("q", "given_up", 9, 5)]
-    assert (await house.request("GET", f"{P}/webhooks/none/deliveries", headers=AUTH)).status == 404
-    assert (await house.request("POST", f"{P}/webhooks/none/test", headers=AUTH)).status == 404
+async def test_deliveries_are_filtered_by_state_and_paged(harness: HttpHarness) -> None:
+    assert (
+        await harness.request("GET", f"{P}/webhooks/q/deliveries?state=given_up&limit=5&cursor=9", headers=AUTH)
+    ).data
+    assert harness.fakes.asked_deliveries == [("q", "given_up", 9, 5)]
+    assert (await harness.request("GET", f"{P}/webhooks/none/deliveries", headers=AUTH)).status == 404
+    assert (await harness.request("POST", f"{P}/webhooks/none/test", headers=AUTH)).status == 404
     for query in ("state=lost", "limit=0", "limit=201", "cursor=x"):
-        assert (await house.request("GET", f"{P}/webhooks/q/deliveries?{query}", headers=AUTH)).status == 400
+        assert (await harness.request("GET", f"{P}/webhooks/q/deliveries?{query}", headers=AUTH)).status == 400
 
 
-async def test_reports_are_as_many_as_asked_for(house: HttpHarness) -> None:
-    assert len((await house.request("GET", f"{P}/reports?limit=500", headers=AUTH)).data["reports"]) == 1
+async def test_the_number_of_reports_can_be_limited(harness: HttpHarness) -> None:
+    assert len((await harness.request("GET", f"{P}/reports?limit=500", headers=AUTH)).data["reports"]) == 1
 
 
 @pytest.mark.parametrize("name", ["a b", "a%2Fb", "%0a"])
-async def test_a_malformed_queue_name_is_a_400(house: HttpHarness, name: str) -> None:
-    heard = await house.request("POST", f"{P}/queues/{name.replace(' ', '%20')}/pause", headers=AUTH)
+async def test_a_malformed_queue_name_is_a_400(harness: HttpHarness, name: str) -> None:
+    heard = await harness.request("POST", f"{P}/queues/{name.replace(' ', '%20')}/pause", headers=AUTH)
     assert (heard.status, heard.json["details"]) == (400, {"field": "$.name"})
 
 
-async def test_metrics_are_text(house: HttpHarness) -> None:
-    heard = await house.request("GET", "/metrics", headers=AUTH)
+async def test_metrics_are_text(harness: HttpHarness) -> None:
+    heard = await harness.request("GET", "/metrics", headers=AUTH)
     assert (heard.status, heard.body) == (200, b"jobd_stuck_jobs 0\n")
     assert heard.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
-async def test_the_old_spelling_of_artifact_is_refused_by_a_message_with_the_new_one(house: HttpHarness) -> None:
-    heard = await house.request("GET", f"{P}/jobs/a/artefact", headers=AUTH)
+async def test_the_old_spelling_of_artifact_gets_a_hint(harness: HttpHarness) -> None:
+    heard = await harness.request("GET", f"{P}/jobs/a/artefact", headers=AUTH)
     assert (heard.status, heard.error) == (404, "not_found")
     assert f"{P}/jobs/a/artifact" in heard.json["message"]

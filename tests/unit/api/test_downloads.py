@@ -1,4 +1,4 @@
-"""Stored results on their way out, through the real listener: what comes, what is refused, what breaks off."""
+"""Downloads of stored results through a real listener: content, errors, aborts."""
 
 from __future__ import annotations
 
@@ -41,32 +41,32 @@ def place(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def house(tmp_path: Path, place: Path) -> AsyncIterator[HttpHarness]:
+async def harness(tmp_path: Path, place: Path) -> AsyncIterator[HttpHarness]:
     async with HttpHarness(ROUTES, tmp_path, gate=Authenticator("admin", tokens=[TOKEN]), admin=True) as opened:
         opened.services.downloads = Downloads(FileArtifactStore(str(place), "test"), MOST)
         yield opened
 
 
-def names(house: HttpHarness, key: str | None) -> None:
+def names(harness: HttpHarness, key: str | None) -> None:
     """The job that everybody asks for has this key."""
     desk = RuleHarness()
     job: Job = desk.create("a")
     job = replace(job, result=None if key is None else Result(storage_key=key))
     view = job_view(job, desk.moment, Policy(), admin=False)
-    house.actor.respond = lambda command: Response(view)
+    harness.actor.respond = lambda command: Response(view)
 
 
-def put(house: HttpHarness, place: Path, key: str, content: bytes) -> None:
-    names(house, key)
+def put(harness: HttpHarness, place: Path, key: str, content: bytes) -> None:
+    names(harness, key)
     (place / key).parent.mkdir(parents=True, exist_ok=True)
     (place / key).write_bytes(content)
 
 
 @pytest.mark.parametrize("size", [0, 1, PIECE_BYTES, 3 * PIECE_BYTES + 1])
-async def test_a_stored_result_comes_as_a_file(house: HttpHarness, place: Path, size: int) -> None:
+async def test_a_stored_result_is_sent_as_a_file(harness: HttpHarness, place: Path, size: int) -> None:
     content = os.urandom(size)
-    put(house, place, "2026/report.html", content)
-    line = await house.connect()
+    put(harness, place, "2026/report.html", content)
+    line = await harness.connect()
     for _ in range(MOST + 1):
         heard = await line.request("GET", PATH, headers=AUTH)
         assert (heard.status, heard.body == content) == (200, True)
@@ -76,134 +76,136 @@ async def test_a_stored_result_comes_as_a_file(house: HttpHarness, place: Path, 
     assert heard.headers["x-content-type-options"] == "nosniff"
     assert heard.headers["content-security-policy"] == "default-src 'none'; sandbox"
     assert heard.headers["cache-control"] == "no-store"
-    assert [(type(asked.command), asked.admin) for asked in house.actor.received] == [
+    assert [(type(asked.command), asked.admin) for asked in harness.actor.received] == [
         (Get, False),
         (RecordAction, False),
     ] * (MOST + 1)
 
 
-async def test_what_is_not_there_is_refused_in_words(house: HttpHarness, place: Path) -> None:
-    house.actor.respond = lambda command: ApiError("job_not_found", "No job has this id.")
-    assert (await house.request("GET", PATH, headers=AUTH)).error == "job_not_found"
-    names(house, None)
-    heard = await house.request("GET", PATH, headers=AUTH)
+async def test_a_missing_result_is_an_error_that_says_why(harness: HttpHarness, place: Path) -> None:
+    harness.actor.respond = lambda command: ApiError("job_not_found", "No job has this id.")
+    assert (await harness.request("GET", PATH, headers=AUTH)).error == "job_not_found"
+    names(harness, None)
+    heard = await harness.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error, "storage_key is not set" in heard.json["message"]) == (404, "not_found", True)
-    names(house, "gone/report.pdf")
-    heard = await house.request("GET", PATH, headers=AUTH)
+    names(harness, "gone/report.pdf")
+    heard = await harness.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error, "any more" in heard.json["message"]) == (404, "not_found", True)
     place.rmdir()
     with capture_logs() as logs:
-        heard = await house.request("GET", PATH, headers=AUTH)
+        heard = await harness.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error) == (503, "storage_unavailable")
     assert "is not a directory" in str(logs[0])
-    house.services.downloads = Downloads(None, MOST)
-    heard = await house.request("GET", PATH, headers=AUTH)
+    harness.services.downloads = Downloads(None, MOST)
+    heard = await harness.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error, "artifacts.url" in heard.json["message"]) == (404, "not_found", True)
 
 
-def brings(house: HttpHarness, *lates: LateResult) -> None:
+def brings(harness: HttpHarness, *lates: LateResult) -> None:
     """The job that everybody asks for has these late results, and a result of its own."""
     desk = RuleHarness()
     job: Job = replace(desk.create("a"), result=Result(storage_key="own"))
     listed = LateResultList([late_view(late) for late in lates])
     view = job_view(job, desk.moment, Policy(), admin=False)
-    house.actor.respond = lambda command: Response(listed if isinstance(command, LateResults) else view)
+    harness.actor.respond = lambda command: Response(listed if isinstance(command, LateResults) else view)
 
 
-async def test_what_a_late_result_names_can_be_looked_at_before_it_is_taken(house: HttpHarness, place: Path) -> None:
+async def test_the_artifact_of_a_late_result_can_be_downloaded_before_it_is_adopted(
+    harness: HttpHarness, place: Path
+) -> None:
     lates = [
         LateResult(7, 1, "w-1", 1, "h", result=Result(storage_key="late/1.pdf")),
         LateResult(9, 2, "w-2", 2, "h", result=Result(storage_key="late/2.pdf")),
         LateResult(11, 3, "w-3", 3, "h", result=Result(file_path="/srv/3")),
     ]
-    brings(house, *lates)
+    brings(harness, *lates)
     (place / "late").mkdir()
     for number, content in (("late/1.pdf", b"one"), ("late/2.pdf", b"two"), ("own", b"own")):
         (place / number).write_bytes(content)
     for seq, content, name in ((7, b"one", "1.pdf"), (9, b"two", "2.pdf")):
-        heard = await house.request("GET", f"{PATH}?late_result={seq}", headers=AUTH)
+        heard = await harness.request("GET", f"{PATH}?late_result={seq}", headers=AUTH)
         assert (heard.status, heard.body) == (200, content)
         assert f'filename="{name}"' in heard.headers["content-disposition"]
-    assert [(type(asked.command), asked.admin) for asked in house.actor.received] == [
+    assert [(type(asked.command), asked.admin) for asked in harness.actor.received] == [
         (LateResults, False),
         (RecordAction, False),
     ] * 2
-    assert (await house.request("GET", PATH, headers=AUTH)).body == b"own"
-    heard = await house.request("GET", f"{PATH}?late_result=11", headers=AUTH)
+    assert (await harness.request("GET", PATH, headers=AUTH)).body == b"own"
+    heard = await harness.request("GET", f"{PATH}?late_result=11", headers=AUTH)
     assert (heard.status, heard.error, "storage_key is not set" in heard.json["message"]) == (404, "not_found", True)
-    heard = await house.request("GET", f"{PATH}?late_result=8", headers=AUTH)
+    heard = await harness.request("GET", f"{PATH}?late_result=8", headers=AUTH)
     assert (heard.status, heard.error, "jobctl late a" in heard.json["message"]) == (404, "late_result_not_found", True)
     for wrong in ("0", "-1", "x", "", "1.5"):
-        heard = await house.request("GET", f"{PATH}?late_result={wrong}", headers=AUTH)
+        heard = await harness.request("GET", f"{PATH}?late_result={wrong}", headers=AUTH)
         assert (heard.status, heard.error) == (400, "invalid_request"), wrong
-    house.actor.respond = lambda command: ApiError("job_not_found", "No job has this id.")
-    assert (await house.request("GET", f"{PATH}?late_result=7", headers=AUTH)).error == "job_not_found"
+    harness.actor.respond = lambda command: ApiError("job_not_found", "No job has this id.")
+    assert (await harness.request("GET", f"{PATH}?late_result=7", headers=AUTH)).error == "job_not_found"
 
 
-async def test_only_so_many_at_a_time_and_places_are_given_back(house: HttpHarness, place: Path) -> None:
-    put(house, place, "k", bytes(64 << 20))
-    lines = [await house.connect() for _ in range(MOST)]
+async def test_the_number_of_downloads_is_limited_and_places_are_released(harness: HttpHarness, place: Path) -> None:
+    put(harness, place, "k", bytes(64 << 20))
+    lines = [await harness.connect() for _ in range(MOST)]
     for line in lines:
         line.send(f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
         await line.reader.readuntil(b"\r\n\r\n")
-    heard = await house.request("GET", PATH, headers=AUTH)
+    heard = await harness.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error, heard.headers["retry-after"]) == (503, "overloaded", "1")
     assert "limits.downloads" in heard.json["message"]
     with capture_logs() as logs:
         await lines[0].close()
-        while len(house.services.downloads._open) == MOST:
-            assert (await house.request("GET", "/healthz")).status == 200
-        put(house, place, "other", b"small")
-        assert (await house.request("GET", PATH, headers=AUTH)).body == b"small"
+        while len(harness.services.downloads._open) == MOST:
+            assert (await harness.request("GET", "/healthz")).status == 200
+        put(harness, place, "other", b"small")
+        assert (await harness.request("GET", PATH, headers=AUTH)).body == b"small"
     assert [entry for entry in logs if entry["event"] == "download_cut_off"] == [], "who hangs up is no news"
 
 
-async def test_who_does_not_read_is_cut_off_and_holds_nobody_up(
-    house: HttpHarness, place: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_client_that_does_not_read_is_cut_off_and_delays_no_other(
+    harness: HttpHarness, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobd.http.streaming.WRITE_TIMEOUT_S", 0.2)
-    put(house, place, "k", bytes(64 << 20))
+    put(harness, place, "k", bytes(64 << 20))
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX) as stalled:
         stalled.setblocking(False)
-        await loop.sock_connect(stalled, house.path)
+        await loop.sock_connect(stalled, harness.path)
         request = f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n"
         await loop.sock_sendall(stalled, request.encode())
-        while not house.services.downloads._open:
-            assert (await house.request("GET", "/healthz")).status == 200
-        while house.services.downloads._open:
-            assert (await house.request("GET", "/healthz")).status == 200
+        while not harness.services.downloads._open:
+            assert (await harness.request("GET", "/healthz")).status == 200
+        while harness.services.downloads._open:
+            assert (await harness.request("GET", "/healthz")).status == 200
 
 
-async def test_a_result_that_cannot_be_read_to_its_end_is_short_of_its_length(
-    house: HttpHarness, place: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_result_that_cannot_be_read_completely_is_shorter_than_its_length(
+    harness: HttpHarness, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(house, place, "k", b"x" * (2 * PIECE_BYTES))
+    put(harness, place, "k", b"x" * (2 * PIECE_BYTES))
 
     async def broken(handle: int) -> bytes:
         raise ArtifactStoreError("the disk is gone")
 
-    store: Any = house.services.downloads._store
+    store: Any = harness.services.downloads._store
     monkeypatch.setattr(store, "read", broken)
     with capture_logs() as logs, pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-        await house.request("GET", PATH, headers=AUTH)
+        await harness.request("GET", PATH, headers=AUTH)
     assert [(each["event"], each["error"]) for each in logs] == [("download_cut_off", "the disk is gone")]
 
 
-async def test_a_store_that_does_not_answer_is_not_waited_for_for_ever(
-    house: HttpHarness, place: Path, monkeypatch: pytest.MonkeyPatch
+async def test_the_wait_for_an_unresponsive_store_is_limited(
+    harness: HttpHarness, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads, "CALL_S", 0.05)
-    names(house, "k")
-    store: Any = house.services.downloads._store
+    names(harness, "k")
+    store: Any = harness.services.downloads._store
 
     async def hangs(key: str) -> None:
         await asyncio.Event().wait()
 
     monkeypatch.setattr(store, "open", hangs)
-    heard = await house.request("GET", PATH, headers=AUTH)
+    heard = await harness.request("GET", PATH, headers=AUTH)
     assert (heard.status, heard.error) == (503, "storage_unavailable")
-    assert not house.services.downloads._open
+    assert not harness.services.downloads._open
 
 
 async def test_downloads_end_when_the_daemon_stops(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,5 +232,5 @@ async def test_downloads_end_when_the_daemon_stops(place: Path, monkeypatch: pyt
         ("x" * 4_000, f"filename=\"{'x' * 150}\"; filename*=UTF-8''{'x' * 150}"),
     ],
 )
-def test_the_name_of_the_file_is_a_name_and_nothing_else(key: str, told: str) -> None:
+def test_the_file_name_is_a_plain_name(key: str, told: str) -> None:
     assert disposition(key) == f"attachment; {told}"

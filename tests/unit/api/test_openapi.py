@@ -1,4 +1,4 @@
-"""The OpenAPI documents: valid, complete, in words, given out at both doors, and their bodies those of the decoders."""
+"""The OpenAPI documents are valid, complete and described, and agree with the decoders."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _paths(name: str) -> dict[str, None]:
 
 
 @BY_DOCUMENT
-def test_every_call_stands_below_a_heading_that_says_what_is_there(name: str) -> None:
+def test_every_call_has_a_tag_with_a_description(name: str) -> None:
     headings = {tag["name"]: tag["description"] for tag in DOCUMENTS[name]["tags"]}
     used = {heading for _, said in operations(name) for heading in said["tags"]}
     assert used == set(headings)
@@ -92,7 +92,7 @@ def test_every_tag_is_used_by_a_path() -> None:
 
 
 @BY_DOCUMENT
-def test_a_call_says_how_it_succeeds_and_how_it_is_refused(name: str) -> None:
+def test_a_call_documents_its_success_and_its_errors(name: str) -> None:
     said = dict(operations(name))
     for route in TABLES[name]:
         responses = said[call_of(route)]["responses"]
@@ -129,7 +129,7 @@ def test_the_error_codes_of_a_call_are_known(route: Route) -> None:
     assert {*route.errors, *route.request.errors} <= set(errors.ERROR_CODES)
 
 
-def test_every_refusal_is_somewhere_but_for_those_of_unknown_paths() -> None:
+def test_every_error_code_is_documented_except_those_of_unknown_paths() -> None:
     told = {code for table in TABLES.values() for route in table for code in error_codes(route)}
     assert set(errors.ERROR_STATUS) - told == {"method_not_allowed"}
 
@@ -141,16 +141,16 @@ async def door(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         yield request.param, opened
 
 
-async def test_a_document_is_given_out_without_a_token(door: tuple[str, HttpHarness]) -> None:
-    name, house = door
+async def test_a_document_is_served_without_a_token(door: tuple[str, HttpHarness]) -> None:
+    name, harness = door
     for _ in range(2):
-        heard = await house.request("GET", "/openapi.json")
+        heard = await harness.request("GET", "/openapi.json")
         assert (heard.status, heard.headers["content-type"]) == (200, "application/json")
         assert heard.json["paths"] == json.loads(json.dumps(DOCUMENTS[name]["paths"]))
         assert heard.json["info"]["title"] == f"jobd {name} API"
-    assert (await house.request("GET", "/openapi.json?x=1")).status == 400
-    assert (await house.request("GET", "/openapi.json", headers={"Host": "evil.example"})).status == 403
-    assert house.actor.received == []
+    assert (await harness.request("GET", "/openapi.json?x=1")).status == 400
+    assert (await harness.request("GET", "/openapi.json", headers={"Host": "evil.example"})).status == 403
+    assert harness.actor.received == []
 
 
 # -- bodies: what the schema takes, the decoder takes ------------------------------------------------------------------
@@ -252,14 +252,14 @@ def is_beside_its_schema(refusal: errors.ApiError, body: Any) -> bool:
         ([5.0], "$", "expected an object, got a number.", False),
     ],
 )
-def test_what_may_be_refused_beside_its_schema(body: Any, field: str, message: str, fair: bool) -> None:
+def test_some_checks_go_beyond_the_schema(body: Any, field: str, message: str, fair: bool) -> None:
     assert is_beside_its_schema(errors.ApiError("invalid_request", message, {"field": field}), body) == fair
 
 
 @pytest.mark.parametrize("call", READERS)
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
-def test_a_body_is_taken_by_the_decoder_just_where_its_schema_takes_it(call: str, data: st.DataObject) -> None:
+def test_the_decoder_accepts_a_body_exactly_if_its_schema_does(call: str, data: st.DataObject) -> None:
     """Rules about values beside their types (a storage key's segments, the size of a payload) come on top."""
     _, _, shape, given_by_path = READERS[call]
     strategy, schema = body_of(call)

@@ -1,4 +1,4 @@
-"""The table of the worker API: every call with an example, over a real socket."""
+"""The routes of the worker API, each with an example, over a real socket."""
 
 from __future__ import annotations
 
@@ -75,13 +75,13 @@ def plain(command: Any) -> Any:
 @pytest.mark.parametrize(("method", "path", "body", "command"), CALLS)
 async def test_a_call_is_its_command(tmp_path: Path, method: str, path: str, body: str, command: Command) -> None:
     target = path.replace("{id}", "j")
-    async with HttpHarness(ROUTES, tmp_path) as house:
+    async with HttpHarness(ROUTES, tmp_path) as harness:
         if method == "GET":
-            heard = await house.request("GET", f"{target}?{body}" if body else target)
+            heard = await harness.request("GET", f"{target}?{body}" if body else target)
         else:
-            heard = await house.request(method, target, body, {"Idempotency-Key": "k"})
+            heard = await harness.request(method, target, body, {"Idempotency-Key": "k"})
         assert heard.status == 200, heard.json
-        [asked] = house.actor.received
+        [asked] = harness.actor.received
         assert type(asked.command) is type(command)
         assert plain(asked.command) == plain(command)
         assert asked.admin is False
@@ -95,7 +95,7 @@ def test_every_call_has_an_example_and_no_route_is_missing() -> None:
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
-def test_what_a_route_takes_and_gives_can_be_described(route: Any) -> None:
+def test_the_types_of_a_route_can_be_described(route: Any) -> None:
     assert len(msgspec.inspect.multi_type_info([route.request, route.response])) == 2
     if issubclass(route.request, JobCommand):
         assert route.path_field == "id"

@@ -39,12 +39,12 @@ async def _town(tmp_path: Path) -> AsyncIterator[Town]:
 
 @pytest.fixture
 async def client(town: Town) -> AsyncIterator[AsyncJobClient]:
-    async with AsyncJobClient(f"unix:{town.house.path}", retry_for_s=5, timeout_s=5) as opened:
+    async with AsyncJobClient(f"unix:{town.harness.path}", retry_for_s=5, timeout_s=5) as opened:
         yield opened
 
 
 def streams_of(town: Town) -> int:
-    return len(town.house.app.on_close)
+    return len(town.harness.app.on_close)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ async def test_concurrent_calls_share_one_stream(town: Town, client: AsyncJobCli
         made = await asyncio.gather(*(jobs.create_job(number, id=f"j-{number}") for number in range(1_000)))
         assert [job.id for job in made] == [f"j-{number}" for number in range(1_000)]
         assert streams_of(town) == 1
-        assert town.house.listener.connections == 1
+        assert town.harness.listener.connections == 1
     assert len(town.disk.jobs) == 1_000
     assert len(town.disk.batches) < 100
 
@@ -175,7 +175,7 @@ async def test_a_worker_with_high_concurrency_uses_a_stream(
     town: Town, client: AsyncJobClient, concurrency: int, streams: int
 ) -> None:
     await client.create_jobs([{"id": f"j-{number}"} for number in range(20)])
-    worker = Worker(f"unix:{town.house.path}", concurrency=concurrency)
+    worker = Worker(f"unix:{town.harness.path}", concurrency=concurrency)
     seen: list[int] = []
 
     @worker.handler()
@@ -194,7 +194,7 @@ async def test_a_worker_with_high_concurrency_uses_a_stream(
 async def test_a_wrong_token_is_unauthorized(tmp_path: Path) -> None:
     gate = Authenticator("worker", tokens=[TOKEN], hosts=["localhost", "127.0.0.1"])
     async with town(tmp_path, gate=gate) as guarded:
-        url = f"http://127.0.0.1:{guarded.house.port}"
+        url = f"http://127.0.0.1:{guarded.harness.port}"
         async with AsyncJobClient(url, token="x" * 30) as client, client.stream() as jobs:
             with pytest.raises(Unauthorized):
                 await jobs.create_job()
@@ -212,7 +212,7 @@ async def test_calls_are_retried_over_a_new_stream(town: Town, client: AsyncJobC
         town.disk.gate.clear()
         second = asyncio.ensure_future(jobs.create_job(id="b"))
         await town.disk.at_gate.wait()
-        for connection in town.house.listener._server.connections:
+        for connection in town.harness.listener._server.connections:
             assert connection.transport is not None
             connection.transport.abort()
         town.disk.gate.set()
@@ -229,7 +229,7 @@ async def test_an_unreachable_daemon_is_an_error(tmp_path: Path) -> None:
 
 
 async def test_a_response_that_is_late_means_unreachable(town: Town) -> None:
-    client = AsyncJobClient(f"unix:{town.house.path}", retry_for_s=0, timeout_s=0.2)
+    client = AsyncJobClient(f"unix:{town.harness.path}", retry_for_s=0, timeout_s=0.2)
     async with client, client.stream() as jobs:
         await jobs.create_job(id="a")
         town.disk.gate.clear()

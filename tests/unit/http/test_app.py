@@ -1,4 +1,4 @@
-"""The walk of a request over a real socket: routes, refusals in their order, replies, bugs, lost connections."""
+"""Requests over a real socket: routing, the order of checks, responses, bugs, lost connections."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROGRESS = '{"lock_id":"canary-lock","progress":50}'
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1000, payload=300, bulk=3)) as opened:
         yield opened
 
@@ -47,14 +47,14 @@ def bearer(token: str = TOKEN) -> dict[str, str]:
 # -- routes -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_request_becomes_a_command_and_its_answer_a_reply(house: HttpHarness) -> None:
-    house.actor.respond = lambda _: Response(LockState(5, 6, None))
-    heard = await house.request("POST", "/v1/jobs/job-1/progress", PROGRESS)
+async def test_a_request_becomes_a_command_and_its_response_is_sent(harness: HttpHarness) -> None:
+    harness.actor.respond = lambda _: Response(LockState(5, 6, None))
+    heard = await harness.request("POST", "/v1/jobs/job-1/progress", PROGRESS)
     assert (heard.status, heard.data) == (
         200,
         {"lock_expires_at": 5, "ttl_ms": 6, "ceiling_at": None, "cancel_requested": False},
     )
-    [asked] = house.actor.received
+    [asked] = harness.actor.received
     assert asked.command == Progress(id="job-1", lock_id="canary-lock", progress=50)
     assert (asked.by, asked.admin, asked.key, asked.size) == ("client", False, None, len(PROGRESS))
     assert heard.headers["content-type"] == "application/json"
@@ -64,23 +64,23 @@ async def test_a_request_becomes_a_command_and_its_answer_a_reply(house: HttpHar
     assert "connection" not in heard.headers
 
 
-async def test_a_query_becomes_a_command(house: HttpHarness) -> None:
-    await house.request("GET", "/v1/jobs?status=queued&limit=7")
-    assert house.actor.received[0].command == ListJobs(status="queued", limit=7)
+async def test_a_query_becomes_a_command(harness: HttpHarness) -> None:
+    await harness.request("GET", "/v1/jobs?status=queued&limit=7")
+    assert harness.actor.received[0].command == ListJobs(status="queued", limit=7)
 
 
 @pytest.mark.parametrize(
     ("target", "job_id"),
     [("/v1/jobs/a%3Ab", "a:b"), ("/v1/jobs/bulk", "bulk"), ("/v1/jobs/%61", "a"), ("/v1/jobs/..", "..")],
 )
-async def test_ids_in_the_path(house: HttpHarness, target: str, job_id: str) -> None:
-    assert (await house.request("GET", target)).status == 200
-    assert house.actor.received[0].command == Get(id=job_id)
+async def test_an_id_in_the_path_is_decoded(harness: HttpHarness, target: str, job_id: str) -> None:
+    assert (await harness.request("GET", target)).status == 200
+    assert harness.actor.received[0].command == Get(id=job_id)
 
 
 @pytest.mark.parametrize("target", ["/v1/jobs/a%20b", "/v1/jobs/a%2Fb", "/v1/jobs/%0A", "/v1/jobs/%ff", "/v1/jobs/a%"])
-async def test_a_malformed_id_is_a_400(house: HttpHarness, target: str) -> None:
-    heard = await house.request("GET", target)
+async def test_a_malformed_id_is_a_400(harness: HttpHarness, target: str) -> None:
+    heard = await harness.request("GET", target)
     assert (heard.status, heard.error, heard.json["details"]) == (400, "invalid_request", {"field": "$.id"})
 
 
@@ -89,10 +89,10 @@ async def test_a_malformed_id_is_a_400(house: HttpHarness, target: str) -> None:
     ["/", "/v1", "/v1/", "/v1/jobs/", "/v1/jobs/a/", "/v1/jobs/a/b", "/v1/jobs//start", "//v1/jobs", "/V1/jobs",
      "/v1/jobs/a/start/", "/v1/jobs;x", "/v1/jobs#x", "/v1/../v1/jobs", "/%76%31/jobs", "ftp://localhost/v1/jobs"],
 )  # fmt: skip
-async def test_an_unknown_path_is_a_404(house: HttpHarness, target: str) -> None:
-    heard = await house.request("GET", target)
+async def test_an_unknown_path_is_a_404(harness: HttpHarness, target: str) -> None:
+    heard = await harness.request("GET", target)
     assert (heard.status, heard.error) == (404, "not_found")
-    assert house.actor.received == []
+    assert harness.actor.received == []
 
 
 @pytest.mark.parametrize(
@@ -108,17 +108,17 @@ async def test_an_unknown_path_is_a_404(house: HttpHarness, target: str) -> None
         ("TRACE", "/v1/jobs/a/start", "POST"),
     ],
 )
-async def test_an_unknown_method_is_a_405_that_says_what_is_taken(
-    house: HttpHarness, method: str, target: str, allow: str
+async def test_an_unknown_method_is_a_405_that_lists_the_allowed_ones(
+    harness: HttpHarness, method: str, target: str, allow: str
 ) -> None:
-    line = await house.connect()
+    line = await harness.connect()
     heard = await line.request(method, target)
     assert (heard.status, heard.headers["allow"]) == (405, allow)
     assert not any(name.startswith("access-control") for name in heard.headers)
     assert (await line.request("GET", "/v1/jobs")).status == 200  # the connection goes on, also after HEAD
 
 
-def test_two_routes_for_one_call_are_a_bug() -> None:
+def test_two_routes_for_one_call_fail_an_assertion() -> None:
     route = Route(method="GET", path="/a/{id}/b", request=Get, response=EmptyResponse, auth="worker")
     with pytest.raises(AssertionError):
         Router([route, route], Limits())
@@ -129,23 +129,21 @@ def test_two_routes_for_one_call_are_a_bug() -> None:
 
 @pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer("t\u00f6ken"), {"Authorization": TOKEN}])
 @pytest.mark.parametrize("target", ["/v1/jobs", "/nowhere", "/v1/jobs/a%20b/start"])
-async def test_without_a_token_nothing_else_is_looked_at(
-    guarded: HttpHarness, target: str, headers: dict[str, str]
-) -> None:
+async def test_the_token_is_checked_first(guarded: HttpHarness, target: str, headers: dict[str, str]) -> None:
     spoiled = {"Host": "evil.example", "Origin": "http://evil.example", "Content-Encoding": "gzip"}
     heard = await guarded.request("PUT", target, "x" * 5000, {**spoiled, "Idempotency-Key": "x" * 300, **headers})
     assert (heard.status, heard.error) == (401, "unauthorized")
     assert heard.headers["www-authenticate"] == "Bearer"
 
 
-async def test_a_token_opens_the_door(guarded: HttpHarness) -> None:
+async def test_a_valid_token_is_accepted(guarded: HttpHarness) -> None:
     assert (await guarded.request("GET", "/v1/jobs", headers=bearer())).status == 200
     guarded.app.authenticator.replace_tokens(["another-token-0123456789"])
     assert (await guarded.request("GET", "/v1/jobs", headers=bearer())).status == 401
     assert (await guarded.request("GET", "/v1/jobs", headers=bearer("another-token-0123456789"))).status == 200
 
 
-async def test_two_authorization_headers_are_no_token(guarded: HttpHarness) -> None:
+async def test_two_authorization_headers_are_rejected(guarded: HttpHarness) -> None:
     twice = f"GET /v1/jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\nAuthorization: x\r\n\r\n"
     heard = await guarded.send_raw(twice.encode())
     assert (heard.status, heard.error) == (401, "unauthorized")
@@ -162,23 +160,25 @@ async def test_two_authorization_headers_are_no_token(guarded: HttpHarness) -> N
         ({"Origin": "https://ops.example"}, 200),
     ],
 )
-async def test_host_and_origin_come_before_the_path(guarded: HttpHarness, headers: dict[str, str], status: int) -> None:
+async def test_host_and_origin_are_checked_before_the_path(
+    guarded: HttpHarness, headers: dict[str, str], status: int
+) -> None:
     assert (await guarded.request("GET", "/v1/jobs", headers={**bearer(), **headers})).status == status
     nowhere = await guarded.request("GET", "/nowhere", headers={**bearer(), **headers})
     assert nowhere.status == (404 if status == 200 else 403)
 
 
-async def test_a_unix_socket_takes_any_host(house: HttpHarness) -> None:
-    heard = await house.request("GET", "/v1/jobs", headers={"Host": "whatever", "Origin": "http://x"})
+async def test_a_unix_socket_accepts_any_host(harness: HttpHarness) -> None:
+    heard = await harness.request("GET", "/v1/jobs", headers={"Host": "whatever", "Origin": "http://x"})
     assert heard.status == 200
 
 
-async def test_the_path_comes_before_the_body(house: HttpHarness) -> None:
-    assert (await house.request("POST", "/nowhere", "{", {"Content-Type": "text/plain"})).status == 404
+async def test_the_path_is_checked_before_the_body(harness: HttpHarness) -> None:
+    assert (await harness.request("POST", "/nowhere", "{", {"Content-Type": "text/plain"})).status == 404
 
 
-async def test_the_kind_comes_before_the_size(house: HttpHarness) -> None:
-    assert (await house.request("POST", "/v1/jobs", "x" * 5000, {"Content-Type": "text/plain"})).status == 415
+async def test_the_content_type_is_checked_before_the_size(harness: HttpHarness) -> None:
+    assert (await harness.request("POST", "/v1/jobs", "x" * 5000, {"Content-Type": "text/plain"})).status == 415
 
 
 async def test_probes_need_no_token(guarded: HttpHarness) -> None:
@@ -206,25 +206,27 @@ async def test_probes_need_no_token(guarded: HttpHarness) -> None:
         ({"Content-Encoding": "identity"}, 200),
     ],
 )
-async def test_kinds_of_bodies(house: HttpHarness, headers: dict[str, str], status: int) -> None:
-    assert (await house.request("POST", "/v1/jobs/a/progress", PROGRESS, headers)).status == status
+async def test_the_content_type_of_a_body_is_checked(
+    harness: HttpHarness, headers: dict[str, str], status: int
+) -> None:
+    assert (await harness.request("POST", "/v1/jobs/a/progress", PROGRESS, headers)).status == status
 
 
-async def test_a_call_whose_fields_all_have_defaults_needs_no_body(house: HttpHarness) -> None:
-    assert (await house.request("POST", "/v1/jobs/a/cancel")).status == 200
-    assert house.actor.received[0].command == Cancel(id="a")
-    assert (await house.request("POST", "/v1/jobs/a/cancel", "", {"Content-Type": "text/plain"})).status == 200
+async def test_a_request_whose_fields_all_have_defaults_needs_no_body(harness: HttpHarness) -> None:
+    assert (await harness.request("POST", "/v1/jobs/a/cancel")).status == 200
+    assert harness.actor.received[0].command == Cancel(id="a")
+    assert (await harness.request("POST", "/v1/jobs/a/cancel", "", {"Content-Type": "text/plain"})).status == 200
 
 
-async def test_a_missing_body_names_the_missing_field(house: HttpHarness) -> None:
-    heard = await house.request("POST", "/v1/jobs/a/progress")
+async def test_a_missing_body_names_the_missing_field(harness: HttpHarness) -> None:
+    heard = await harness.request("POST", "/v1/jobs/a/progress")
     assert (heard.status, heard.json["details"]) == (400, {"field": "$.lock_id"})
 
 
-async def test_a_get_takes_no_body_and_a_post_no_query(house: HttpHarness) -> None:
-    assert (await house.request("GET", "/v1/jobs", "{}")).status == 400
-    assert (await house.request("POST", "/v1/jobs?queue=a", "{}")).status == 400
-    assert (await house.request("POST", "/v1/jobs?", "{}")).status == 200
+async def test_a_get_has_no_body_and_a_post_no_query(harness: HttpHarness) -> None:
+    assert (await harness.request("GET", "/v1/jobs", "{}")).status == 400
+    assert (await harness.request("POST", "/v1/jobs?queue=a", "{}")).status == 400
+    assert (await harness.request("POST", "/v1/jobs?", "{}")).status == 200
 
 
 def chunked(pieces: list[bytes], target: str = "/v1/jobs") -> bytes:
@@ -232,50 +234,50 @@ def chunked(pieces: list[bytes], target: str = "/v1/jobs") -> bytes:
     return head.encode() + b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
 
 
-async def test_a_chunked_body_is_put_together(house: HttpHarness) -> None:
-    heard = await house.send_raw(chunked([b'{"qu', b'eue":"m', b'ail"}']))
+async def test_a_chunked_body_is_joined(harness: HttpHarness) -> None:
+    heard = await harness.send_raw(chunked([b'{"qu', b'eue":"m', b'ail"}']))
     assert heard.status == 200
-    assert house.actor.received[0].command == Create(queue="mail")
+    assert harness.actor.received[0].command == Create(queue="mail")
 
 
-async def test_a_body_at_its_limit_is_taken_and_one_byte_more_is_not(house: HttpHarness) -> None:
+async def test_a_body_at_its_limit_is_accepted_and_one_byte_more_is_not(harness: HttpHarness) -> None:
     body = '{"queue":"mail"}'.ljust(1000)
-    assert (await house.request("POST", "/v1/jobs", body)).status == 200
-    assert (await house.send_raw(chunked([body[:500].encode(), body[500:].encode()]))).status == 200
+    assert (await harness.request("POST", "/v1/jobs", body)).status == 200
+    assert (await harness.send_raw(chunked([body[:500].encode(), body[500:].encode()]))).status == 200
     for heard in (
-        await house.request("POST", "/v1/jobs", body + " "),
-        await house.send_raw(chunked([body.encode(), b" "])),
-        await house.send_raw(chunked([b" " * 100] * 300)),
+        await harness.request("POST", "/v1/jobs", body + " "),
+        await harness.send_raw(chunked([body.encode(), b" "])),
+        await harness.send_raw(chunked([b" " * 100] * 300)),
     ):
         assert (heard.status, heard.error, heard.json["details"]) == (413, "too_large", {"limit": 1000})
         assert heard.headers["connection"] == "close"
 
 
-async def test_a_giant_length_is_refused_before_the_body_comes(house: HttpHarness) -> None:
-    line = await house.connect()
+async def test_a_huge_content_length_is_rejected_before_the_body_arrives(harness: HttpHarness) -> None:
+    line = await harness.connect()
     line.send(request_bytes("POST", "/v1/jobs", b"", {"Content-Length": "99999999999"}))
     assert (await line.receive()).status == 413
 
 
-async def test_payloads_and_bulks_over_their_limits_are_413(house: HttpHarness) -> None:
-    heard = await house.request("POST", "/v1/jobs", json.dumps({"payload": "x" * 300}))
+async def test_payloads_and_bulks_over_their_limits_are_413(harness: HttpHarness) -> None:
+    heard = await harness.request("POST", "/v1/jobs", json.dumps({"payload": "x" * 300}))
     assert (heard.status, heard.json["details"]) == (413, {"field": "$.payload", "limit": 300})
-    heard = await house.request("POST", "/v1/jobs/bulk", json.dumps({"jobs": [{}] * 4}))
+    heard = await harness.request("POST", "/v1/jobs/bulk", json.dumps({"jobs": [{}] * 4}))
     assert (heard.status, heard.json["details"]) == (413, {"field": "$.jobs", "limit": 3})
 
 
-async def test_a_body_that_does_not_arrive_is_a_408_and_the_end(tmp_path: Path) -> None:
-    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.05)) as house:
-        line = await house.connect()
+async def test_a_body_that_does_not_arrive_is_a_408_and_closes_the_connection(tmp_path: Path) -> None:
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.05)) as harness:
+        line = await harness.connect()
         line.send(request_bytes("POST", "/v1/jobs", b'{"queue"', {"Content-Length": "50"}))
         heard = await line.receive()
         assert (heard.status, heard.error, heard.headers["connection"]) == (408, "request_timeout", "close")
         assert await line.is_closed()
-        assert house.actor.received == []
+        assert harness.actor.received == []
 
 
-async def test_a_body_that_comes_late_but_in_time_is_taken(house: HttpHarness) -> None:
-    line = await house.connect()
+async def test_a_slow_body_within_its_deadline_is_accepted(harness: HttpHarness) -> None:
+    line = await harness.connect()
     whole = request_bytes("POST", "/v1/jobs", '{"queue":"mail"}')
     line.send(whole[:-5])
     await asyncio.sleep(0)
@@ -283,8 +285,8 @@ async def test_a_body_that_comes_late_but_in_time_is_taken(house: HttpHarness) -
     assert (await line.receive()).status == 200
 
 
-async def test_a_client_that_waits_for_leave_gets_it(house: HttpHarness) -> None:
-    line = await house.connect()
+async def test_a_client_that_expects_100_continue_receives_it(harness: HttpHarness) -> None:
+    line = await harness.connect()
     whole = request_bytes("POST", "/v1/jobs", '{"queue":"mail"}', {"Expect": "100-continue"})
     line.send(whole[:-16])
     assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -292,33 +294,33 @@ async def test_a_client_that_waits_for_leave_gets_it(house: HttpHarness) -> None
     assert (await line.receive()).status == 200
 
 
-async def test_a_client_that_waits_for_leave_is_refused_before_its_body(guarded: HttpHarness) -> None:
+async def test_a_client_that_expects_100_continue_gets_its_error_before_the_body(guarded: HttpHarness) -> None:
     line = await guarded.connect()
     line.send(request_bytes("POST", "/v1/jobs", b"", {"Content-Length": "10", "Expect": "100-continue"}))
     assert (await line.receive()).status == 401
 
 
-async def test_a_nested_bomb_is_a_400(house: HttpHarness) -> None:
-    heard = await house.request("POST", "/v1/jobs", '{"payload":' + "[" * 900)
+async def test_deeply_nested_json_is_a_400(harness: HttpHarness) -> None:
+    heard = await harness.request("POST", "/v1/jobs", '{"payload":' + "[" * 900)
     assert (heard.status, heard.error) == (400, "invalid_request")
 
 
 @pytest.mark.parametrize("target", ["http://x/v1/jobs?queue=a%3Ab", "HTTPS://[::1]:8/v1/jobs?queue=a%3Ab"])
-async def test_a_target_may_be_a_whole_uri(house: HttpHarness, target: str) -> None:
+async def test_a_target_may_be_a_whole_uri(harness: HttpHarness, target: str) -> None:
     for _ in range(2):
-        assert (await house.request("GET", target)).status == 200
-        assert (await house.request("POST", target.partition("?")[0], "{}", {"Idempotency-Key": "k"})).status == 200
-    await house.request("GET", "/v1/jobs?queue=a%3Ab")
-    await house.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})
-    asked = [(asked.command, asked.key) for asked in house.actor.received]
+        assert (await harness.request("GET", target)).status == 200
+        assert (await harness.request("POST", target.partition("?")[0], "{}", {"Idempotency-Key": "k"})).status == 200
+    await harness.request("GET", "/v1/jobs?queue=a%3Ab")
+    await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})
+    asked = [(asked.command, asked.key) for asked in harness.actor.received]
     assert asked[:2] == asked[2:4] == asked[4:]
 
 
 @pytest.mark.parametrize(
     "target", ["http://x", "http://x/", "http://x?a", "http://u:p@x/v1/jobs", "ftp://x/v1/jobs", "http://x/v1/jobs#f"]
 )
-async def test_a_uri_without_a_path_of_ours_is_not_found(house: HttpHarness, target: str) -> None:
-    assert (await house.request("GET", target)).error == "not_found"
+async def test_a_uri_with_an_unknown_path_is_not_found(harness: HttpHarness, target: str) -> None:
+    assert (await harness.request("GET", target)).error == "not_found"
 
 
 @pytest.mark.parametrize(
@@ -334,7 +336,7 @@ async def test_a_uri_without_a_path_of_ours_is_not_found(house: HttpHarness, tar
         ("http://ops.example@evil.example", "evil.example", None, 403),
     ],
 )
-async def test_the_host_of_a_uri_is_judged_and_not_that_of_the_header(
+async def test_the_host_of_a_uri_takes_precedence_over_the_header(
     guarded: HttpHarness, uri: str, host: str, origin: str | None, status: int
 ) -> None:
     headers = {"Authorization": f"Bearer {TOKEN}", "Host": host} | ({"Origin": origin} if origin else {})
@@ -345,16 +347,16 @@ async def test_the_host_of_a_uri_is_judged_and_not_that_of_the_header(
 # -- who asks, and with which key -------------------------------------------------------------------------------------
 
 
-async def test_a_worker_asks_under_its_name(house: HttpHarness) -> None:
-    await house.request("POST", "/v1/jobs/a/start", '{"worker":"w-1"}')
-    await house.request("POST", "/v1/claim", '{"worker":"w-2"}')
-    await house.request("GET", "/v1/jobs?worker=w-3")
-    assert [asked.by for asked in house.actor.received] == ["worker:w-1", "worker:w-2", "client"]
-    assert isinstance(house.actor.received[0].command, Start)
-    assert isinstance(house.actor.received[1].command, Claim)
+async def test_a_command_of_a_worker_carries_its_name(harness: HttpHarness) -> None:
+    await harness.request("POST", "/v1/jobs/a/start", '{"worker":"w-1"}')
+    await harness.request("POST", "/v1/claim", '{"worker":"w-2"}')
+    await harness.request("GET", "/v1/jobs?worker=w-3")
+    assert [asked.by for asked in harness.actor.received] == ["worker:w-1", "worker:w-2", "client"]
+    assert isinstance(harness.actor.received[0].command, Start)
+    assert isinstance(harness.actor.received[1].command, Claim)
 
 
-async def test_the_key_is_scoped_and_the_body_hashed(house: HttpHarness) -> None:
+async def test_the_key_is_scoped_and_the_body_hashed(harness: HttpHarness) -> None:
     for target, key, body in [
         ("/v1/jobs", "k", '{"queue":"a"}'),
         ("/v1/jobs", "k", '{"queue":"a"}'),
@@ -363,8 +365,8 @@ async def test_the_key_is_scoped_and_the_body_hashed(house: HttpHarness) -> None
         ("/v1/jobs/x:y/cancel", "k", "{}"),
         ("/v1/jobs/x%3Ay/cancel", "k", "{}"),
     ]:
-        assert (await house.request("POST", target, body, {"Idempotency-Key": key})).status == 200
-    uses = [asked.key for asked in house.actor.received if asked.key is not None]
+        assert (await harness.request("POST", target, body, {"Idempotency-Key": key})).status == 200
+    uses = [asked.key for asked in harness.actor.received if asked.key is not None]
     assert len(uses) == 6
     assert uses[0] == uses[1]
     assert uses[0].digest == uses[2].digest
@@ -373,44 +375,44 @@ async def test_the_key_is_scoped_and_the_body_hashed(house: HttpHarness) -> None
     assert uses[4] == uses[5]  # the same resource, spelled in two ways
 
 
-async def test_the_key_is_ignored_where_it_does_not_count(house: HttpHarness) -> None:
-    await house.request("POST", "/v1/jobs/a/progress", PROGRESS, {"Idempotency-Key": "k"})
-    await house.request("GET", "/v1/jobs", headers={"Idempotency-Key": "k"})
-    assert [asked.key for asked in house.actor.received] == [None, None]
+async def test_the_key_is_ignored_by_calls_that_take_none(harness: HttpHarness) -> None:
+    await harness.request("POST", "/v1/jobs/a/progress", PROGRESS, {"Idempotency-Key": "k"})
+    await harness.request("GET", "/v1/jobs", headers={"Idempotency-Key": "k"})
+    assert [asked.key for asked in harness.actor.received] == [None, None]
 
 
-async def test_a_bad_key_is_a_400(house: HttpHarness) -> None:
-    heard = await house.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "x" * 201})
+async def test_a_bad_key_is_a_400(harness: HttpHarness) -> None:
+    heard = await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "x" * 201})
     assert (heard.status, heard.json["details"]) == (400, {"field": "Idempotency-Key"})
 
 
 @pytest.mark.parametrize(
     "second", ["Idempotency-Key: k", "Idempotency-Key: l", "idempotency-key:k", "IDEMPOTENCY-KEY: "]
 )
-async def test_two_keys_are_none(house: HttpHarness, second: str) -> None:
+async def test_two_keys_are_rejected(harness: HttpHarness, second: str) -> None:
     for _ in range(3):  # the head of the first is known by then
-        assert (await house.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})).status == 200
+        assert (await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})).status == 200
     for keys in (f"k\r\n{second}", f"k\r\nX-A: b\r\n{second}"):
         for _ in range(2):
-            heard = await house.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": keys})
+            heard = await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": keys})
             assert (heard.status, heard.error) == (400, "invalid_request")
             assert heard.json["details"] == {"field": "Idempotency-Key"}
             assert "more than once" in heard.json["message"]
-    assert len(house.actor.received) == 3
+    assert len(harness.actor.received) == 3
 
 
 # -- replies ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_replayed_answer_says_so_and_keeps_its_status(house: HttpHarness) -> None:
-    house.actor.respond = lambda _: Response(Raw(b'{"id":"a"}'), status=201, replayed=True)
-    heard = await house.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})
+async def test_a_replayed_response_says_so_and_keeps_its_status(harness: HttpHarness) -> None:
+    harness.actor.respond = lambda _: Response(Raw(b'{"id":"a"}'), status=201, replayed=True)
+    heard = await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})
     assert (heard.status, heard.headers["idempotent-replayed"], heard.data) == (201, "true", {"id": "a"})
 
 
-async def test_a_refusal_has_the_status_of_its_code(house: HttpHarness) -> None:
-    house.actor.respond = lambda _: ApiError("already_locked", "Another worker has it.", {"locked_by": "w"})
-    heard = await house.request("POST", "/v1/jobs/a/start", '{"worker":"v"}')
+async def test_an_error_has_the_status_of_its_code(harness: HttpHarness) -> None:
+    harness.actor.respond = lambda _: ApiError("already_locked", "Another worker has it.", {"locked_by": "w"})
+    heard = await harness.request("POST", "/v1/jobs/a/start", '{"worker":"v"}')
     assert heard.status == 409
     assert heard.json == {
         "success": False,
@@ -421,24 +423,24 @@ async def test_a_refusal_has_the_status_of_its_code(house: HttpHarness) -> None:
     assert "retry-after" not in heard.headers
 
 
-async def test_overload_says_when_to_come_again(house: HttpHarness) -> None:
-    house.actor.respond = lambda _: ApiError("overloaded", "Too many commands are waiting.")
-    heard = await house.request("POST", "/v1/jobs", "{}")
+async def test_an_overload_says_when_to_retry(harness: HttpHarness) -> None:
+    harness.actor.respond = lambda _: ApiError("overloaded", "Too many commands are waiting.")
+    heard = await harness.request("POST", "/v1/jobs", "{}")
     assert (heard.status, heard.headers["retry-after"]) == (503, "1")
 
 
-async def test_requests_on_one_connection_are_answered_in_order(house: HttpHarness) -> None:
-    line = await house.connect()
-    house.actor.respond = lambda command: Response(Raw(b'"%b"' % command.id.encode()))
+async def test_requests_on_one_connection_get_their_responses_in_order(harness: HttpHarness) -> None:
+    line = await harness.connect()
+    harness.actor.respond = lambda command: Response(Raw(b'"%b"' % command.id.encode()))
     line.send(b"".join(request_bytes("GET", f"/v1/jobs/job-{n}") for n in range(100)))
     assert [(await line.receive()).data for _ in range(100)] == [f"job-{n}" for n in range(100)]
 
 
 @pytest.mark.parametrize(("header", "answered"), [("keep-alive", "keep-alive"), ("close", "close"), (None, "close")])
-async def test_http_1_0_is_told_whether_the_connection_lives(
-    house: HttpHarness, header: str | None, answered: str
+async def test_http_1_0_clients_are_told_whether_the_connection_stays_open(
+    harness: HttpHarness, header: str | None, answered: str
 ) -> None:
-    line = await house.connect()
+    line = await harness.connect()
     connection = f"Connection: {header}\r\n" if header else ""
     request = f"GET /v1/jobs HTTP/1.0\r\n{connection}\r\n".encode()
     line.send(request)
@@ -450,8 +452,8 @@ async def test_http_1_0_is_told_whether_the_connection_lives(
         assert (await line.receive()).status == 200
 
 
-async def test_a_client_that_wants_to_close_is_told_so(house: HttpHarness) -> None:
-    line = await house.connect()
+async def test_a_client_that_asks_to_close_gets_connection_close(harness: HttpHarness) -> None:
+    line = await harness.connect()
     assert (await line.request("GET", "/v1/jobs", headers={"Connection": "close"})).headers["connection"] == "close"
     assert await line.is_closed()
 
@@ -463,66 +465,66 @@ def granted() -> Response:
     return Response(EmptyResponse(), grants=[("a", "lock")])
 
 
-async def test_an_answer_is_undelivered_where_the_connection_closed_before_its_first_byte(house: HttpHarness) -> None:
+async def test_a_response_is_undelivered_if_the_connection_closed_before_its_first_byte(harness: HttpHarness) -> None:
     answer = granted()
 
     async def close_then_answer(_: Any) -> Response:
-        [connection] = house.listener._server.connections
+        [connection] = harness.listener._server.connections
         assert connection.transport is not None
         connection.transport.close()
         return answer
 
-    house.actor.respond = close_then_answer
-    line = await house.connect()
+    harness.actor.respond = close_then_answer
+    line = await harness.connect()
     line.send(request_bytes("POST", "/v1/claim", '{"worker":"w"}'))
     assert await line.is_closed()
-    assert house.actor.undelivered_responses == [answer]
+    assert harness.actor.undelivered_responses == [answer]
 
 
-async def test_a_delivered_answer_is_not_taken_back(house: HttpHarness) -> None:
-    house.actor.respond = lambda _: granted()
-    line = await house.connect()
+async def test_the_grants_of_a_delivered_response_are_kept(harness: HttpHarness) -> None:
+    harness.actor.respond = lambda _: granted()
+    line = await harness.connect()
     assert (await line.request("POST", "/v1/claim", '{"worker":"w"}')).status == 200
     await line.close()
-    await house.stop(1)
-    assert house.actor.undelivered_responses == []
+    await harness.stop(1)
+    assert harness.actor.undelivered_responses == []
 
 
-async def test_an_answer_without_grants_needs_no_taking_back(house: HttpHarness) -> None:
+async def test_a_response_without_grants_is_not_reported_as_undelivered(harness: HttpHarness) -> None:
     async def close_then_answer(_: Any) -> Response:
-        house.listener._server.connections[0].transport.close()  # type: ignore[union-attr]
+        harness.listener._server.connections[0].transport.close()  # type: ignore[union-attr]
         return Response(EmptyResponse())
 
-    house.actor.respond = close_then_answer
-    line = await house.connect()
+    harness.actor.respond = close_then_answer
+    line = await harness.connect()
     line.send(request_bytes("POST", "/v1/jobs", "{}"))
     assert await line.is_closed()
-    assert house.actor.undelivered_responses == []
+    assert harness.actor.undelivered_responses == []
 
 
-async def test_a_waiting_call_is_cancelled_when_its_client_goes(house: HttpHarness) -> None:
+async def test_a_waiting_call_is_cancelled_when_its_client_disconnects(harness: HttpHarness) -> None:
     async def never(_: Any) -> Response:
         await asyncio.Event().wait()
         raise AssertionError
 
-    house.actor.respond = never
-    line = await house.connect()
+    harness.actor.respond = never
+    line = await harness.connect()
     line.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
-    await house.actor.arrived.wait()
+    await harness.actor.arrived.wait()
     await line.close()
-    await house.actor.cancelled.wait()
-    assert house.app.error_counts == {}
+    await harness.actor.cancelled.wait()
+    assert harness.app.error_counts == {}
 
 
 # -- bugs, logs, counters ---------------------------------------------------------------------------------------------
 
 
-async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(house: HttpHarness) -> None:
+async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(harness: HttpHarness) -> None:
     def fail(_: Any) -> Response:
         raise ValueError("canary-lock is broken")
 
-    house.actor.respond = fail
-    line = await house.connect()
+    harness.actor.respond = fail
+    line = await harness.connect()
     with capture_logs() as logs:
         heard = await line.request("POST", "/v1/jobs/job-1/progress", PROGRESS)
     assert (heard.status, heard.error) == (500, "internal_error")
@@ -536,27 +538,27 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(house: H
     assert "test_app.py" in bug["where"]
     assert "canary" not in str(logs)
     assert "canary" not in heard.body.decode()
-    house.actor.respond = lambda _: Response(EmptyResponse())
+    harness.actor.respond = lambda _: Response(EmptyResponse())
     assert (await line.request("GET", "/v1/jobs")).status == 200
 
 
-async def test_a_connection_that_fails_behind_the_door_is_not_the_client_s(house: HttpHarness) -> None:
+async def test_a_connection_error_of_a_handler_is_a_bug_unless_the_client_disconnected(harness: HttpHarness) -> None:
     def fail(_: Any) -> Response:
         raise ConnectionRefusedError("the artifact store is down")
 
-    house.actor.respond = fail
-    assert (await house.request("GET", "/v1/jobs")).status == 500
+    harness.actor.respond = fail
+    assert (await harness.request("GET", "/v1/jobs")).status == 500
 
 
-async def test_an_answer_that_cannot_be_written_as_json_is_a_500(house: HttpHarness) -> None:
-    house.actor.respond = lambda _: Response(object())
-    line = await house.connect()
+async def test_a_response_that_cannot_be_encoded_is_a_500(harness: HttpHarness) -> None:
+    harness.actor.respond = lambda _: Response(object())
+    line = await harness.connect()
     assert (await line.request("GET", "/v1/jobs")).status == 500
-    house.actor.respond = lambda _: Response(EmptyResponse())
+    harness.actor.respond = lambda _: Response(EmptyResponse())
     assert (await line.request("GET", "/v1/jobs")).status == 200
 
 
-async def test_refusals_are_counted_and_logged_in_one_line_without_secrets(guarded: HttpHarness) -> None:
+async def test_errors_are_counted_and_logged_in_one_line_without_secrets(guarded: HttpHarness) -> None:
     guarded.actor.respond = lambda _: ApiError("lock_lost", "The lock canary-lock is lost.", {"reason": "cancelled"})
     with capture_logs() as logs:
         await guarded.request("POST", "/v1/jobs/job-1/progress", PROGRESS, bearer())
@@ -578,20 +580,20 @@ async def test_refusals_are_counted_and_logged_in_one_line_without_secrets(guard
     assert "canary" not in str(logs)
 
 
-async def test_the_log_names_the_job_that_the_body_of_a_refused_create_names(house: HttpHarness) -> None:
-    house.actor.respond = lambda _: ApiError("job_exists", "There is such a job.")
+async def test_the_log_of_a_rejected_create_names_its_job(harness: HttpHarness) -> None:
+    harness.actor.respond = lambda _: ApiError("job_exists", "There is such a job.")
     with capture_logs() as logs:
-        await house.request("POST", "/v1/jobs", '{"id": "job-7"}')
-        await house.request("POST", "/v1/jobs", "{}")
+        await harness.request("POST", "/v1/jobs", '{"id": "job-7"}')
+        await harness.request("POST", "/v1/jobs", "{}")
     assert [(entry["code"], entry["job_id"]) for entry in logs] == [("job_exists", "job-7"), ("job_exists", None)]
 
 
-async def test_a_flood_of_refusals_is_counted_but_not_written_out(
-    house: HttpHarness, monkeypatch: pytest.MonkeyPatch
+async def test_the_log_of_many_errors_is_rate_limited_but_all_are_counted(
+    harness: HttpHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now_s = 0.0
-    monkeypatch.setattr(house.app, "_log_limiter", LogRateLimiter(lambda: now_s))
-    line = await house.connect()
+    monkeypatch.setattr(harness.app, "_log_limiter", LogRateLimiter(lambda: now_s))
+    line = await harness.connect()
     with capture_logs() as logs:
         for _ in range(MAX_LINES_PER_SECOND + 30):
             await line.request("GET", "/v1/nothing")
@@ -602,4 +604,4 @@ async def test_a_flood_of_refusals_is_counted_but_not_written_out(
     assert codes == ["not_found"] * MAX_LINES_PER_SECOND + ["invalid_request", "not_found"]
     assert logs[-1]["left_out"] == 30
     assert all("left_out" not in entry for entry in logs[:-1])
-    assert house.app.error_counts == {"not_found": MAX_LINES_PER_SECOND + 31, "invalid_request": 1}
+    assert harness.app.error_counts == {"not_found": MAX_LINES_PER_SECOND + 31, "invalid_request": 1}

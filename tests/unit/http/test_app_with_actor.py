@@ -1,4 +1,4 @@
-"""Doors and actor together over real sockets: a job's life, a repeated key, grants whose client has gone."""
+"""Listener and actor together over real sockets: the life of a job, repeated keys, disconnected clients."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def test_the_life_of_a_job(town: Town) -> None:
     assert lock_id not in str(events)
 
 
-async def test_a_repeated_key_gets_the_first_answer_and_has_one_effect(town: Town) -> None:
+async def test_a_repeated_key_gets_the_first_response_and_has_one_effect(town: Town) -> None:
     key = {"Idempotency-Key": "k-1"}
     first = await town.worker.request("POST", "/v1/jobs", '{"queue":"mail"}', key)
     second = await town.worker.request("POST", "/v1/jobs", '{"queue":"mail"}', key)
@@ -107,7 +107,7 @@ async def test_a_repeated_key_gets_the_first_answer_and_has_one_effect(town: Tow
     assert len(town.disk.jobs) == 1
 
 
-async def test_a_parked_claim_whose_client_goes_away_takes_no_job(town: Town) -> None:
+async def test_a_waiting_claim_whose_client_disconnects_takes_no_job(town: Town) -> None:
     gone = await town.worker.connect()
     gone.send(request_bytes("POST", "/v1/claim", '{"worker":"gone","wait_ms":60000}'))
     while not town.actor.parked:  # noqa: ASYNC110 - the actor has no event for it
@@ -144,7 +144,7 @@ async def test_over_tcp_a_waiting_client_that_closes_takes_no_job_and_a_half_clo
         assert await half.is_closed()
 
 
-async def test_a_grant_whose_client_has_gone_before_the_answer_goes_back(town: Town) -> None:
+async def test_a_grant_whose_client_disconnected_before_the_response_is_released(town: Town) -> None:
     await town.post("/v1/jobs", '{"id":"job-1"}')
     town.disk.gate.clear()
     gone = await town.worker.connect()
@@ -161,7 +161,7 @@ async def test_a_grant_whose_client_has_gone_before_the_answer_goes_back(town: T
     assert grant["job"]["attempt"] == 1
 
 
-async def test_a_parked_claim_is_answered_when_the_doors_close(town: Town) -> None:
+async def test_a_waiting_claim_gets_a_response_when_the_listeners_close(town: Town) -> None:
     line = await town.worker.connect()
     line.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
     while not town.actor.parked:  # noqa: ASYNC110

@@ -1,4 +1,4 @@
-"""Who may come in: tokens, Host, Origin, kinds of body, idempotency keys."""
+"""Authentication: tokens, Host, Origin, content types, idempotency keys."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def headers(**fields: str) -> CIMultiDict[str]:
         ("Bearer " + "x" * 8000, "unauthorized"),
     ],
 )
-def test_any_valid_token_opens_and_nothing_else(given: str, wanted: str | None) -> None:
+def test_only_valid_tokens_are_accepted(given: str, wanted: str | None) -> None:
     gate = Authenticator("admin", tokens=[GOOD, OTHER])
     assert code(gate.authenticate, headers(Authorization=given)) == wanted
 
 
 @pytest.mark.parametrize("name", ["worker", "admin"])
-async def test_no_wrong_token_is_taken_by_either_api(name: str, tmp_path: Path) -> None:
+async def test_neither_api_accepts_a_wrong_token(name: str, tmp_path: Path) -> None:
     """Over TCP, where workers need a token as operators do. The right one is tried last, on the same connection."""
     gate = Authenticator(name, tokens=[GOOD], read_only_tokens=[OTHER] if name == "admin" else [], hosts=["localhost"])
     routes, call = {
@@ -63,8 +63,8 @@ async def test_no_wrong_token_is_taken_by_either_api(name: str, tmp_path: Path) 
         "admin": (admin.ROUTES, "/admin/job-management/jobs"),
     }[name]
     wrong = wrong_tokens(GOOD) + wrong_tokens(OTHER, 0)
-    async with HttpHarness(routes, tmp_path, gate=gate, admin=name == "admin") as house:
-        line = await house.connect()
+    async with HttpHarness(routes, tmp_path, gate=gate, admin=name == "admin") as harness:
+        line = await harness.connect()
         for at in range(0, len(wrong), 50):
             given = wrong[at : at + 50]
             line.send(
@@ -72,11 +72,11 @@ async def test_no_wrong_token_is_taken_by_either_api(name: str, tmp_path: Path) 
             )
             taken = [each for each in given if (await line.receive()).status != 401]
             assert taken == []
-        assert house.actor.received == []
+        assert harness.actor.received == []
         assert (await line.request("GET", call, headers={"Authorization": f"Bearer {GOOD}"})).status == 200
 
 
-def test_a_token_that_may_only_look_is_told_from_the_others() -> None:
+def test_a_read_only_token_has_its_own_permission() -> None:
     gate = Authenticator("admin", tokens=[GOOD], read_only_tokens=[OTHER])
     assert gate.authenticate(headers(Authorization=f"Bearer {GOOD}")) == "full"
     assert gate.authenticate(headers(Authorization=f"Bearer {OTHER}")) == "read"
@@ -93,15 +93,15 @@ def test_tokens_can_be_replaced_while_running() -> None:
     assert code(gate.authenticate, headers(Authorization=f"Bearer {OTHER}")) is None
 
 
-def test_no_token_in_the_list_opens_to_nobody() -> None:
+def test_an_empty_list_of_tokens_accepts_no_token() -> None:
     assert code(Authenticator("admin", tokens=[]).authenticate, headers(Authorization="Bearer x")) == "unauthorized"
 
 
-def test_a_door_without_tokens_lets_everybody_in() -> None:
+def test_a_listener_without_tokens_accepts_every_request() -> None:
     assert code(Authenticator("worker").authenticate, headers()) is None
 
 
-def test_tokens_are_not_kept_in_the_clear() -> None:
+def test_tokens_are_not_stored_in_the_clear() -> None:
     assert GOOD not in repr(vars(Authenticator("admin", tokens=[GOOD])))
 
 
@@ -133,13 +133,13 @@ def test_tokens_are_not_kept_in_the_clear() -> None:
         ("localhost:8770", "https://ops.example.evil", "forbidden"),
     ],
 )
-def test_host_and_origin(host: str, origin: str | None, wanted: str | None) -> None:
+def test_host_and_origin_are_checked(host: str, origin: str | None, wanted: str | None) -> None:
     gate = Authenticator("admin", hosts=own_names("127.0.0.1", ["Ops.example"]))
     given = headers(Host=host) if origin is None else headers(Host=host, Origin=origin)
     assert code(gate.check_origin, given, ("10.0.0.7", 8770)) == wanted
 
 
-def test_a_missing_host_is_refused_on_tcp_only() -> None:
+def test_a_missing_host_is_rejected_on_tcp_only() -> None:
     assert code(Authenticator("admin", hosts=["localhost"]).check_origin, headers(), None) == "forbidden"
     assert code(Authenticator("worker").check_origin, headers(), "") is None
 
@@ -160,7 +160,7 @@ def test_a_missing_host_is_refused_on_tcp_only() -> None:
         ("10.0.0.7:8770", ["a"], {"10.0.0.7", "a"}),
     ],
 )
-def test_the_names_of_a_listener(listen: str, hosts: list[str], names: set[str]) -> None:
+def test_a_listener_knows_its_host_names(listen: str, hosts: list[str], names: set[str]) -> None:
     assert own_names(listen, hosts) == names
 
 
@@ -177,7 +177,7 @@ def test_the_names_of_a_listener(listen: str, hosts: list[str], names: set[str])
         ("", ""),
     ],
 )
-def test_host_names(host: str, name: str) -> None:
+def test_the_name_in_a_host_header_is_normalized(host: str, name: str) -> None:
     assert host_name(host) == name
 
 
@@ -198,17 +198,17 @@ def test_host_names(host: str, name: str) -> None:
         ("", "unsupported_media_type"),
     ],
 )
-def test_the_kind_of_a_body(given: str, wanted: str | None) -> None:
+def test_the_content_type_must_be_json_in_utf_8(given: str, wanted: str | None) -> None:
     assert code(check_content_type, headers(Content_Type=given), JSON) == wanted
 
 
-def test_a_stream_has_a_kind_of_its_own() -> None:
+def test_a_stream_has_its_own_content_type() -> None:
     assert code(check_content_type, headers(Content_Type="application/x-ndjson; charset=utf-8"), LINES) is None
     assert code(check_content_type, headers(Content_Type="application/json"), LINES) == "unsupported_media_type"
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "identity, gzip", "x"])
-def test_compressed_bodies_are_refused(coding: str) -> None:
+def test_compressed_bodies_are_rejected(coding: str) -> None:
     given = headers(Content_Type="application/json", Content_Encoding=coding)
     assert code(check_content_type, given, JSON) == "unsupported_media_type"
     assert code(check_content_type, headers(Content_Type="application/json", Content_Encoding="Identity"), JSON) is None
@@ -217,7 +217,7 @@ def test_compressed_bodies_are_refused(coding: str) -> None:
     assert code(check_content_type, headers(Content_Type="application/json", Transfer_Encoding="Chunked"), JSON) is None
 
 
-def test_the_scope_of_a_key() -> None:
+def test_a_key_is_scoped_to_listener_method_and_path() -> None:
     gate = Authenticator("worker")
     first = gate.idempotency_key("k", "POST", "/v1/jobs", b"{}")
     assert gate.idempotency_key("k", "POST", "/v1/jobs", b"{}") == first
@@ -239,5 +239,5 @@ def test_a_bad_key_is_a_400(key: str) -> None:
 
 
 @pytest.mark.parametrize("key", ["a", "a b", "~" * 200, "!"])
-def test_a_good_key_is_taken(key: str) -> None:
+def test_a_valid_key_is_accepted(key: str) -> None:
     assert code(Authenticator("worker").idempotency_key, key, "POST", "/", b"") is None

@@ -1,4 +1,4 @@
-"""Bodies and queries to commands: what is taken, and what is said about what is not."""
+"""Decoding of bodies and queries, and the error messages."""
 
 from __future__ import annotations
 
@@ -69,19 +69,19 @@ def outcome(shape: RequestDecoder, body: bytes) -> Command | ApiError:
         return no.error
 
 
-def test_the_path_gives_the_id() -> None:
+def test_the_path_sets_the_id() -> None:
     command = SHAPES["progress"].from_body(b'{"lock_id":"x","progress":1.5}', "job-1")
     assert command == Progress(id="job-1", lock_id="x", progress=1.5)
 
 
-def test_an_equal_id_in_the_body_is_taken_and_another_is_refused() -> None:
+def test_the_same_id_in_the_body_is_accepted_and_another_is_rejected() -> None:
     shape = SHAPES["progress"]
     assert shape.from_body(b'{"id":"a","lock_id":"x","progress":1}', "a") == Progress(id="a", lock_id="x", progress=1)
     no = refusal(shape, b'{"id":"b","lock_id":"x","progress":1}', "a")
     assert (no.code, no.details) == ("invalid_request", {"field": "$.id"})
 
 
-def test_the_path_gives_the_name_of_a_queue() -> None:
+def test_the_path_sets_the_name_of_a_queue() -> None:
     assert RequestDecoder(Pause, "name", LIMITS).from_body(b"", "mail") == Pause(name="mail")
 
 
@@ -159,14 +159,14 @@ def test_a_field_out_of_its_bounds_is_named(shape: str, body: str, field: str) -
 
 
 @pytest.mark.parametrize("progress", [0, 100, 0.0, 99.9])
-def test_the_bounds_themselves_are_taken(progress: float) -> None:
+def test_the_bounds_themselves_are_accepted(progress: float) -> None:
     body = json.dumps({"lock_id": "x", "progress": progress}).encode()
     command = SHAPES["progress"].from_body(body, "a")
     assert isinstance(command, Progress)
     assert command.progress == progress
 
 
-def test_a_time_in_seconds_is_told_so() -> None:
+def test_a_time_in_seconds_gets_a_hint() -> None:
     no = refusal(SHAPES["complete"], b'{"lock_id":"x","expires_at":1700000000}', "a")
     assert no.details == {"field": "$.expires_at"}
     assert "milliseconds" in no.message
@@ -185,7 +185,7 @@ def test_the_message_helps() -> None:
     assert "is missing" in refusal(SHAPES["progress"], b"{}", "a").message
 
 
-def test_a_strange_field_name_comes_back_short_and_printable() -> None:
+def test_an_unknown_field_name_is_shown_short_and_printable() -> None:
     name = "\x1b[31m" + "x" * 500
     no = refusal(SHAPES["create"], json.dumps({name: 1}).encode())
     assert no.message.isprintable()
@@ -193,7 +193,7 @@ def test_a_strange_field_name_comes_back_short_and_printable() -> None:
 
 
 @pytest.mark.parametrize("name", ["a" * 900_000, " - at `$" * 100_000, "x` - at `$.y", "x` - at `$." + "y" * 900_000])
-def test_whatever_a_field_is_called_the_answer_is_short(name: str) -> None:
+def test_the_error_is_short_for_any_field_name(name: str) -> None:
     no = refusal(SHAPES["create"], json.dumps({name: 1}).encode())
     assert len(no.message) + len(no.details["field"]) < 900
     no = refusal(SHAPES["bulk"], json.dumps({"jobs": [{name: 1}]}).encode())
@@ -225,13 +225,13 @@ def test_whatever_a_field_is_called_the_answer_is_short(name: str) -> None:
         b'{"payload":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b"}",
     ],
 )
-def test_no_json_is_a_400_about_the_whole_body(body: bytes) -> None:
+def test_malformed_json_is_a_400_about_the_whole_body(body: bytes) -> None:
     no = refusal(SHAPES["create"], body)
     assert (no.code, no.details) == ("invalid_request", {"field": "$"})
     assert no.message.startswith("The body is not valid JSON")
 
 
-def test_the_body_is_not_repeated_in_the_answer() -> None:
+def test_the_error_does_not_repeat_the_body() -> None:
     assert "canary" not in refusal(SHAPES["create"], b'{"payload": canary}').message
     assert "canary" not in refusal(SHAPES["progress"], b'{"lock_id":"canary","progress":"canary"}', "a").message
 
@@ -262,7 +262,7 @@ def test_any_object_gives_a_command_or_a_400(name: str, fields: dict[str, Any]) 
         assert type(answer) is shape.command
 
 
-def test_a_payload_at_its_limit_is_taken_and_one_byte_more_is_not() -> None:
+def test_a_payload_at_its_limit_is_accepted_and_one_byte_more_is_not() -> None:
     shape = RequestDecoder(Create, None, Limits(payload=10))
     assert shape.from_body(b'{"payload":"12345678"}')
     no = refusal(shape, b'{"payload":"123456789"}')
@@ -293,7 +293,7 @@ def test_metadata_has_the_limit_of_payloads(command: type[Command], field: str, 
     assert (no.code, no.details) == ("too_large", {"field": field, "limit": 10})
 
 
-def test_a_bulk_at_its_limit_is_taken_and_one_job_more_is_not() -> None:
+def test_a_bulk_at_its_limit_is_accepted_and_one_job_more_is_not() -> None:
     shape = RequestDecoder(Bulk, None, Limits(bulk=3))
     assert shape.from_body(b'{"jobs":[{},{},{}]}')
     no = refusal(shape, b'{"jobs":[{},{},{},{}]}')
@@ -308,14 +308,14 @@ def test_a_bulk_at_its_limit_is_taken_and_one_job_more_is_not() -> None:
         ("claim", "kinds", '"a"', "invalid_request"),
     ],
 )
-def test_a_list_that_is_too_long_is_not_read_to_its_end(shape: str, field: str, one: str, code: str) -> None:
+def test_a_list_that_is_too_long_is_not_decoded_to_its_end(shape: str, field: str, one: str, code: str) -> None:
     """What is wrong behind its last place is not seen any more, so however long it is, it costs the same."""
     body = f'{{"{field}":[' + ",".join([one] * 30_000) + ", nonsense"
     no = refusal(SHAPES[shape], body.encode())
     assert (no.code, no.details["field"]) == (code, f"$.{field}")
 
 
-def test_a_large_body_whose_lists_are_short_is_read_as_ever() -> None:
+def test_a_large_body_with_short_lists_is_accepted() -> None:
     jobs = [{"payload": "x" * 200} for _ in range(1000)]
     command = SHAPES["bulk"].from_body(json.dumps({"jobs": jobs}).encode())
     assert isinstance(command, Bulk)
@@ -335,14 +335,14 @@ def test_a_large_body_whose_lists_are_short_is_read_as_ever() -> None:
         ("transition", '{"jobId":"a","from":"queued","to":"failed",' + ",".join(['"reason":"a"'] * 50_000) + "}"),
     ],
 )
-def test_a_large_body_that_says_its_fields_again_and_again_is_refused(shape: str, body: str) -> None:
+def test_a_large_body_of_repeated_fields_is_rejected(shape: str, body: str) -> None:
     no = refusal(SHAPES[shape], body.encode())
     assert (no.code, no.details) == ("invalid_request", {"field": "$"})
     assert "repeated fields" in no.message
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-def test_large_bodies_with_many_fields_of_their_own_are_taken(indent: int | None) -> None:
+def test_large_bodies_with_many_distinct_fields_are_accepted(indent: int | None) -> None:
     """A thousand jobs that say all that they may, and payloads of many small fields."""
     limits = Limits(body=4 << 20)
     every: dict[str, Any] = {info.encode_name: 1 for info in msgspec.structs.fields(Create)}
@@ -359,7 +359,7 @@ def test_large_bodies_with_many_fields_of_their_own_are_taken(indent: int | None
     assert isinstance(complete.from_body(json.dumps(large, indent=indent).encode(), "a"), Complete)
 
 
-def test_the_payload_is_kept_as_it_came() -> None:
+def test_the_payload_is_kept_unchanged() -> None:
     command = SHAPES["create"].from_body(b'{"payload": {"b": 1e5,  "a": [1.0]} }')
     assert isinstance(command, Create)
     assert bytes(command.payload) == b'{"b": 1e5,  "a": [1.0]}'
@@ -400,7 +400,7 @@ def test_a_query_gives_a_command() -> None:
         ("&".join(f"a{n}=1" for n in range(60)), "$"),
     ],
 )
-def test_a_parameter_that_is_not_taken_is_named(query: str, field: str) -> None:
+def test_an_unknown_parameter_is_named(query: str, field: str) -> None:
     no = query_refusal(query)
     assert (no.code, no.details) == ("invalid_request", {"field": field})
 
@@ -419,14 +419,14 @@ def test_a_parameter_that_is_not_taken_is_named(query: str, field: str) -> None:
         (SearchJobs, "status=gone", "one of queued, processing, completed, failed, cancelled"),
     ],
 )
-def test_what_a_parameter_must_be_is_said_in_its_own_words(command: type[Command], query: str, words: str) -> None:
+def test_the_error_describes_the_pattern_of_a_parameter(command: type[Command], query: str, words: str) -> None:
     with pytest.raises(ApiException) as no:
         RequestDecoder(command, None, LIMITS).from_query(query)
     field = query.rpartition("&")[2].partition("=")[0]
     assert no.value.error.message == f"`$.{field}`: must be {words}."
 
 
-def test_a_plan_says_what_its_filter_and_its_cursor_must_be() -> None:
+def test_the_errors_of_a_plan_describe_its_filter_and_cursor() -> None:
     shape = RequestDecoder(MakePlan, None, LIMITS)
     no = refusal(shape, b'{"action":"retry","filter":{"error":"zz"}}')
     assert no.message == "`$.filter.error`: must be 12 hexadecimal digits, as `jobctl failures` shows them."
@@ -438,7 +438,7 @@ def _heirs(kind: type[Any]) -> set[type[Any]]:
     return {kind}.union(*(_heirs(heir) for heir in kind.__subclasses__()))
 
 
-def test_every_pattern_that_a_text_must_have_is_put_into_words() -> None:
+def test_every_pattern_has_a_description() -> None:
     commands: list[Any] = [*_heirs(Command), PlanFilter, Updates, Backoff]
     seen = 0
     for command in commands:
@@ -450,7 +450,7 @@ def test_every_pattern_that_a_text_must_have_is_put_into_words() -> None:
     assert seen > 60
 
 
-def test_a_query_cannot_give_what_the_path_gives() -> None:
+def test_a_query_cannot_set_the_field_of_the_path() -> None:
     shape = RequestDecoder(Extend, "id", LIMITS)
     with pytest.raises(ApiException):
         shape.from_query("id=b&lock_id=x", "a")
@@ -464,17 +464,17 @@ def test_a_malformed_id_in_the_path_is_a_400(value: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["a", "A.b_c:d-9", "a" * 200, ".."])
-def test_a_good_id_in_the_path_is_taken(value: str) -> None:
+def test_a_valid_id_in_the_path_is_accepted(value: str) -> None:
     assert path_value(RequestDecoder(Extend, "id", LIMITS), value) == value
 
 
 @pytest.mark.parametrize("value", ["a", "a b", "a/b", "ä", "a" * 200])
-def test_any_name_that_a_worker_may_have_can_stand_in_the_path(value: str) -> None:
+def test_every_valid_worker_name_is_accepted_in_the_path(value: str) -> None:
     assert path_value(RequestDecoder(TakeBack, "name", LIMITS), value) == value
 
 
 @pytest.mark.parametrize("value", ["", "a\n", "a" * 201, "\x00"])
-def test_no_other_name_of_a_worker_can_stand_in_the_path(value: str) -> None:
+def test_invalid_worker_names_are_rejected_in_the_path(value: str) -> None:
     with pytest.raises(ApiException) as caught:
         path_value(RequestDecoder(TakeBack, "name", LIMITS), value)
     assert caught.value.error.message == "`$.name`: the path must contain text without control characters here."
@@ -482,7 +482,7 @@ def test_no_other_name_of_a_worker_can_stand_in_the_path(value: str) -> None:
 
 @pytest.mark.parametrize("value", ["null", "NULL", "Null"])
 @pytest.mark.parametrize("field", ["limit", "status"])
-def test_null_is_neither_a_number_nor_a_status_in_a_query(value: str, field: str) -> None:
+def test_null_is_rejected_in_a_query(value: str, field: str) -> None:
     with pytest.raises(ApiException) as no:
         RequestDecoder(ListJobs, None, LIMITS).from_query(f"{field}={value}")
     assert no.value.error.details == {"field": f"$.{field}"}

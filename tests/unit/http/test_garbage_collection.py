@@ -1,4 +1,4 @@
-"""What a request makes goes with its answer: nothing of it is left to the garbage collector, which takes its time."""
+"""Requests create no reference cycles, which would be left to the slow garbage collector."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def left_over() -> Iterator[list[Envelope]]:
             gc.enable()
 
 
-async def test_requests_leave_nothing(town: Town) -> None:
-    line = await town.house.connect()
+async def test_requests_leave_no_garbage(town: Town) -> None:
+    line = await town.harness.connect()
     with left_over() as left:
         assert (await line.request("POST", "/v1/jobs", '{"id":"a"}')).status == 201
         assert (await line.request("POST", "/v1/jobs", '{"id":"b"}', {"Idempotency-Key": "k"})).status == 201
@@ -55,8 +55,8 @@ async def test_requests_leave_nothing(town: Town) -> None:
     assert left == []
 
 
-async def test_clients_that_go_away_leave_nothing(town: Town) -> None:
-    line = await town.house.connect()
+async def test_clients_that_disconnect_leave_no_garbage(town: Town) -> None:
+    line = await town.harness.connect()
     with left_over() as left:
         line.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
         await until(lambda: len(town.actor.parked) > 0)
@@ -70,19 +70,19 @@ def both_wait(town: Town) -> bool:
     return waiting is not None and len(waiting.futures) == 2
 
 
-async def test_a_key_repeated_while_its_claim_waits_leaves_nothing(town: Town) -> None:
-    lines = [await town.house.connect() for _ in range(2)]
+async def test_a_key_repeated_while_its_claim_waits_leaves_no_garbage(town: Town) -> None:
+    lines = [await town.harness.connect() for _ in range(2)]
     with left_over() as left:
         for line in lines:
             line.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}', {"Idempotency-Key": "k"}))
         await until(lambda: both_wait(town))
-        assert (await town.house.request("POST", "/v1/jobs", "{}")).status == 201
+        assert (await town.harness.request("POST", "/v1/jobs", "{}")).status == 201
         assert [(await line.receive()).status for line in lines] == [200, 200]
     assert left == []
 
 
-async def test_lines_of_a_stream_leave_nothing(town: Town) -> None:
-    stream = await Stream.open(town.house)
+async def test_lines_of_a_stream_leave_no_garbage(town: Town) -> None:
+    stream = await Stream.open(town.harness)
     with left_over() as left:
         assert (await stream.ask(op="create", id="a"))["status"] == 201
         assert (await stream.ask(op="start", id="nobody", worker="w"))["status"] == 404
@@ -93,8 +93,8 @@ async def test_lines_of_a_stream_leave_nothing(town: Town) -> None:
     assert await stream.hear() is None
 
 
-async def test_a_stream_that_is_given_up_leaves_nothing(town: Town) -> None:
-    stream = await Stream.open(town.house)
+async def test_an_aborted_stream_leaves_no_garbage(town: Town) -> None:
+    stream = await Stream.open(town.harness)
     with left_over() as left:
         town.disk.gate.clear()
         stream.send({"op": "create", "id": "a"})
@@ -102,8 +102,8 @@ async def test_a_stream_that_is_given_up_leaves_nothing(town: Town) -> None:
         stream.send({"op": "create", "id": "b"})
         await until(lambda: town.actor.waiting > 0)
         stream.line.writer.close()
-        await until(lambda: not town.house.listener.connections)
+        await until(lambda: not town.harness.listener.connections)
         town.disk.gate.set()
-        assert (await town.house.request("GET", "/v1/jobs")).status == 200
+        assert (await town.harness.request("GET", "/v1/jobs")).status == 200
         del stream
     assert left == []

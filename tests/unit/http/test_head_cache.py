@@ -1,4 +1,4 @@
-"""Heads that are known: they mean what aiohttp's parser says, or they are not known."""
+"""Cached heads agree with aiohttp's parser, or are not used."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def said(head: RequestHead) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     "data", [POST, GET, request_bytes("POST", "/v1/jobs", ""), request_bytes("POST", "/v1/jobs/a/cancel")]
 )
-def test_a_request_is_read_again_as_it_was_parsed(parser: Parser, data: bytes) -> None:
+def test_a_cached_head_gives_the_same_request_as_the_parser(parser: Parser, data: bytes) -> None:
     heads = Heads()
     assert heads.read(data) is None
     [(parsed, payload)] = parser.parse(data)
@@ -106,14 +106,14 @@ def test_the_first_line_and_the_body_may_differ(parser: Parser) -> None:
         b"\r\n\r\n",
     ],
 )
-def test_what_is_not_the_same_or_not_plain_is_not_known(parser: Parser, spoiled: bytes) -> None:
+def test_heads_that_differ_or_are_unusual_are_not_cached(parser: Parser, spoiled: bytes) -> None:
     heads = Heads()
     learn(heads, parser, POST)
     assert heads.read(spoiled) is None
 
 
 @pytest.mark.parametrize("name", ["Authorization", "Idempotency-Key"])
-def test_tokens_and_keys_are_read_and_not_kept(parser: Parser, name: str) -> None:
+def test_tokens_and_keys_are_read_but_not_cached(parser: Parser, name: str) -> None:
     heads = Heads()
     assert learn(heads, parser, request_bytes("GET", "/v1/jobs", headers={name: TOKEN, "X-A": "b"}))
     assert TOKEN not in str(heads._known)
@@ -165,13 +165,13 @@ def test_other_secrets_are_left_to_the_parser(parser: Parser, name: str) -> None
         b"\r\n" + GET,
     ],
 )
-def test_what_is_out_of_the_ordinary_is_left_to_the_parser(parser: Parser, data: bytes) -> None:
+def test_unusual_requests_are_left_to_the_parser(parser: Parser, data: bytes) -> None:
     heads = Heads()
     learn(heads, parser, data)
     assert heads.read(data) is None
 
 
-def test_half_a_request_and_two_are_not_one(parser: Parser) -> None:
+def test_half_a_request_or_two_are_left_to_the_parser(parser: Parser) -> None:
     heads = Heads()
     [(parsed, payload)] = parser.parse(POST[:-1])
     assert not heads.learn(POST[:-1], parsed, payload)
@@ -185,7 +185,7 @@ def test_half_a_request_and_two_are_not_one(parser: Parser) -> None:
     assert heads.read(POST) is None
 
 
-def test_too_many_heads_are_forgotten(parser: Parser) -> None:
+def test_the_cache_is_cleared_when_it_is_full(parser: Parser) -> None:
     heads = Heads()
     for number in range(MOST_KNOWN):
         assert learn(heads, parser, request_bytes("GET", "/v1/jobs", headers={"X-Number": str(number)}))
@@ -234,7 +234,7 @@ REQUESTS = st.builds(request_of, LINES, mostly("2", "4", "0", "22"), HEADERS, EN
 
 @settings(max_examples=1000, deadline=None)
 @given(taught=st.lists(REQUESTS, min_size=1, max_size=3), line=LINES, body=BODIES)
-def test_what_is_read_is_what_the_parser_would_say(taught: list[bytes], line: str, body: str) -> None:
+def test_a_cached_head_agrees_with_the_parser(taught: list[bytes], line: str, body: str) -> None:
     """Smuggling needs two readers who disagree. Whatever has been learnt before, these do not."""
     parser = Parser()
     try:
@@ -264,7 +264,7 @@ def test_what_is_read_is_what_the_parser_would_say(taught: list[bytes], line: st
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_bytes_teach_nothing(parser: Parser, name: str) -> None:
+def test_malformed_requests_are_not_cached(parser: Parser, name: str) -> None:
     heads = Heads()
     for parsed, payload in parser.parse(HOSTILE[name]):
         heads.learn(HOSTILE[name], parsed, payload)

@@ -1,11 +1,11 @@
-"""Many lines that say the same: some of each second are written, the others counted."""
+"""The rate limit of equal log lines."""
 
 from __future__ import annotations
 
 from jobd.http.app import MAX_LINES_PER_SECOND, LogRateLimiter
 
 
-def test_each_kind_has_its_lines_and_the_next_second_tells_what_was_left_out() -> None:
+def test_each_kind_has_its_own_limit_and_suppressed_lines_are_counted() -> None:
     now_s = 5.0
     sparing = LogRateLimiter(lambda: now_s)
     said = [sparing.suppressed("a") for _ in range(MAX_LINES_PER_SECOND + 7)]

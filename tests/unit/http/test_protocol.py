@@ -1,4 +1,4 @@
-"""The two ways of a request: at once from where it was parsed, or through aiohttp's loop. Both keep every promise."""
+"""The fast path and the slow path of a request keep the same promises."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CLAIM = request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
         yield opened
 
@@ -35,26 +35,26 @@ async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
 class Held:
     """Answers of a desk that come when the test says so."""
 
-    def __init__(self, house: HttpHarness, answer: Response | ApiError | None = None) -> None:
+    def __init__(self, harness: HttpHarness, answer: Response | ApiError | None = None) -> None:
         self.go = asyncio.Event()
         self._answer = answer or Response(EmptyResponse())
-        house.actor.respond = self.answer
+        harness.actor.respond = self.answer
 
     async def answer(self, _: Any) -> Response | ApiError:
         await self.go.wait()
         return self._answer
 
 
-async def arrived(house: HttpHarness, count: int) -> None:
+async def arrived(harness: HttpHarness, count: int) -> None:
     """Until so many commands have come to the desk."""
-    while len(house.actor.received) < count:
-        house.actor.arrived.clear()
-        await house.actor.arrived.wait()
+    while len(harness.actor.received) < count:
+        harness.actor.arrived.clear()
+        await harness.actor.arrived.wait()
 
 
-async def emptied(house: HttpHarness, left: int = 0) -> None:
+async def emptied(harness: HttpHarness, left: int = 0) -> None:
     """Until no more connections than `left` are open."""
-    while house.listener.connections > left:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+    while harness.listener.connections > left:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
 
 
@@ -88,20 +88,20 @@ WAYS = pytest.mark.parametrize("send", [whole, in_two])
         (request_bytes("POST", "/v1/jobs", "{}", {"Content-Type": "text/plain"}), 415),
     ],
 )
-async def test_a_whole_request_needs_no_task(
-    house: HttpHarness, monkeypatch: pytest.MonkeyPatch, request_: bytes, status: int
+async def test_a_complete_request_needs_no_task(
+    harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, request_: bytes, status: int
 ) -> None:
     handled: list[web.BaseRequest] = []
-    monkeypatch.setattr(house.listener._server, "request_handler", handled.append)
-    assert (await house.send_raw(request_)).status == status
+    monkeypatch.setattr(harness.listener._server, "request_handler", handled.append)
+    assert (await harness.send_raw(request_)).status == status
     assert handled == []
 
 
-async def test_a_whole_request_without_its_token_is_refused(tmp_path: Path) -> None:
+async def test_a_complete_request_without_its_token_is_rejected(tmp_path: Path) -> None:
     async with HttpHarness(
         ROUTES, tmp_path, gate=Authenticator("worker", tokens=[TOKEN], hosts=["localhost"])
-    ) as house:
-        line = await house.connect()
+    ) as harness:
+        line = await harness.connect()
         assert (await line.request("GET", "/v1/jobs")).status == 401
         assert (await line.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
         stranger = {"Authorization": f"Bearer {TOKEN}", "Origin": "http://elsewhere"}
@@ -109,17 +109,17 @@ async def test_a_whole_request_without_its_token_is_refused(tmp_path: Path) -> N
 
 
 @WAYS
-async def test_what_comes_during_a_request_is_answered_after_it(house: HttpHarness, send: Any) -> None:
-    held = Held(house)
-    line = await house.connect()
+async def test_requests_that_arrive_during_another_are_answered_after_it(harness: HttpHarness, send: Any) -> None:
+    held = Held(harness)
+    line = await harness.connect()
     await send(line, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
-    await arrived(house, 1)
-    house.actor.respond = lambda command: Response(command.queue)
+    await arrived(harness, 1)
+    harness.actor.respond = lambda command: Response(command.queue)
     line.send(request_bytes("POST", "/v1/jobs", '{"queue":"second"}'))
     await asyncio.sleep(0)
     line.send(b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
-    assert (await house.request("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
-    assert len(house.actor.received) == 2
+    assert (await harness.request("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
+    assert len(harness.actor.received) == 2
     held.go.set()
     heard = [(await line.receive()).data for _ in range(2 + MAX_MSG_QUEUE_SIZE * 2)]
     assert heard[1:] == ["second", *(str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2))]
@@ -127,14 +127,14 @@ async def test_what_comes_during_a_request_is_answered_after_it(house: HttpHarne
 
 
 @WAYS
-async def test_bodies_that_come_during_a_request_are_left_to_the_system(tmp_path: Path, send: Any) -> None:
-    async with HttpHarness(ROUTES, tmp_path) as house:
-        held = Held(house)
-        line = await house.connect()
+async def test_bodies_that_arrive_during_a_request_stay_in_the_socket(tmp_path: Path, send: Any) -> None:
+    async with HttpHarness(ROUTES, tmp_path) as harness:
+        held = Held(harness)
+        line = await harness.connect()
         await send(line, CLAIM)
-        await arrived(house, 1)
-        house.actor.respond = lambda command: Response(command.queue)
-        [connection] = house.listener._server.connections
+        await arrived(harness, 1)
+        harness.actor.respond = lambda command: Response(command.queue)
+        [connection] = harness.listener._server.connections
         assert isinstance(connection, ServerConnection)
         sizes = [200_000] * 3 + [10] * 3
         for size in sizes * 4:
@@ -142,7 +142,7 @@ async def test_bodies_that_come_during_a_request_are_left_to_the_system(tmp_path
         while not connection._buffer_paused:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
             await asyncio.sleep(0.001)
         for _ in range(5):
-            assert (await house.request("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
+            assert (await harness.request("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
         waiting = sum(payload.total_bytes for _, payload in connection._messages)
         assert AHEAD < waiting < 3 * AHEAD
         held.go.set()
@@ -151,8 +151,8 @@ async def test_bodies_that_come_during_a_request_are_left_to_the_system(tmp_path
         assert (await line.request("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
 
 
-async def test_requests_whose_bodies_came_late_leave_their_places_to_others(house: HttpHarness) -> None:
-    line = await house.connect()
+async def test_requests_with_late_bodies_release_their_places(harness: HttpHarness) -> None:
+    line = await harness.connect()
     for _ in range(MAX_MSG_QUEUE_SIZE):
         await in_two(line, request_bytes("POST", "/v1/jobs", "{}"))
         assert (await line.receive()).status == 200
@@ -161,34 +161,34 @@ async def test_requests_whose_bodies_came_late_leave_their_places_to_others(hous
 
 
 @WAYS
-async def test_a_client_that_goes_abandons_what_it_asked(house: HttpHarness, send: Any) -> None:
-    Held(house)
-    line = await house.connect()
+async def test_a_client_that_disconnects_abandons_its_command(harness: HttpHarness, send: Any) -> None:
+    Held(harness)
+    line = await harness.connect()
     await send(line, CLAIM)
-    await arrived(house, 1)
+    await arrived(harness, 1)
     await line.close()
-    await house.actor.cancelled.wait()
-    await house.app.wait_idle()  # nothing counts as in flight any more
+    await harness.actor.cancelled.wait()
+    await harness.app.wait_idle()  # nothing counts as in flight any more
 
 
 @WAYS
-async def test_an_answer_to_a_connection_that_is_closing_is_undelivered(house: HttpHarness, send: Any) -> None:
+async def test_a_response_to_a_closing_connection_is_undelivered(harness: HttpHarness, send: Any) -> None:
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = Held(house, answer)
-    line = await house.connect()
+    held = Held(harness, answer)
+    line = await harness.connect()
     await send(line, CLAIM)
-    await arrived(house, 1)
-    [connection] = house.listener._server.connections
+    await arrived(harness, 1)
+    [connection] = harness.listener._server.connections
     assert connection.transport is not None
     held.go.set()  # the answer leaves in the next turn of the loop,
     connection.transport.close()  # and only then the connection is told that it has been lost
     assert await line.is_closed()
-    await house.app.wait_idle()
-    assert house.actor.undelivered_responses == [answer]
+    await harness.app.wait_idle()
+    assert harness.actor.undelivered_responses == [answer]
 
 
 @pytest.mark.parametrize("way", ["short", "long"])
-async def test_an_answer_that_finds_its_client_gone_is_undelivered(house: HttpHarness, way: str) -> None:
+async def test_a_response_to_a_disconnected_client_is_undelivered(harness: HttpHarness, way: str) -> None:
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.setblocking(False)
@@ -197,9 +197,9 @@ async def test_an_answer_that_finds_its_client_gone_is_undelivered(house: HttpHa
         client.close()  # the connection learns it when it writes: there is no turn of the loop in between
         return answer
 
-    house.actor.respond = gone
-    client.connect(house.path)
-    while not house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+    harness.actor.respond = gone
+    client.connect(harness.path)
+    while not harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0)
     loop = asyncio.get_running_loop()
     if way == "long":
@@ -209,21 +209,21 @@ async def test_an_answer_that_finds_its_client_gone_is_undelivered(house: HttpHa
         await loop.sock_sendall(client, body)
     else:
         await loop.sock_sendall(client, CLAIM)
-    await emptied(house)
-    await house.app.wait_idle()
-    assert house.actor.undelivered_responses == [answer]
+    await emptied(harness)
+    await harness.app.wait_idle()
+    assert harness.actor.undelivered_responses == [answer]
 
 
 @WAYS
-async def test_a_reader_that_takes_its_time_keeps_its_answer_and_its_connection(house: HttpHarness, send: Any) -> None:
-    house.actor.respond = lambda _: Response("x" * 3_000_000)
-    line = await house.connect()
+async def test_a_slow_client_keeps_its_response_and_its_connection(harness: HttpHarness, send: Any) -> None:
+    harness.actor.respond = lambda _: Response("x" * 3_000_000)
+    line = await harness.connect()
     await send(line, CLAIM)
-    await arrived(house, 1)
+    await arrived(harness, 1)
     line.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    house.actor.respond = lambda _: Response(EmptyResponse())
+    harness.actor.respond = lambda _: Response(EmptyResponse())
     line.send(CLAIM)
-    assert (await house.request("GET", "/v1/jobs")).status == 200  # nobody else waits
+    assert (await harness.request("GET", "/v1/jobs")).status == 200  # nobody else waits
     line.writer.transport.resume_reading()  # type: ignore[attr-defined]
     assert len((await line.receive()).data) == 3_000_000
     assert (await line.receive()).status == 200
@@ -232,66 +232,68 @@ async def test_a_reader_that_takes_its_time_keeps_its_answer_and_its_connection(
 
 @WAYS
 @pytest.mark.parametrize("end", ["patience", "client", "stop"])
-async def test_a_reader_that_takes_too_long_is_cut_off(
-    house: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any, end: str
+async def test_a_client_that_reads_too_slowly_is_cut_off(
+    harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any, end: str
 ) -> None:
     if end == "patience":
         monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
     answer = Response("x" * 3_000_000, grants=[("a", "lock")])
-    house.actor.respond = lambda _: answer
-    line = await house.connect()
+    harness.actor.respond = lambda _: answer
+    line = await harness.connect()
     line.writer.transport.set_write_buffer_limits(0)
     await send(line, CLAIM)
     line.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await arrived(house, 1)
+    await arrived(harness, 1)
     await asyncio.sleep(0)
     if end == "client":
         line.writer.transport.abort()
     elif end == "stop":
         with capture_logs():
-            await house.stop(0.01)
-    await emptied(house)
-    await house.app.wait_idle()
-    assert house.actor.undelivered_responses == []  # its first byte has been written
+            await harness.stop(0.01)
+    await emptied(harness)
+    await harness.app.wait_idle()
+    assert harness.actor.undelivered_responses == []  # its first byte has been written
 
 
 @WAYS
 @pytest.mark.parametrize("close", [{}, {"Connection": "close"}])
-async def test_a_few_bytes_that_nobody_reads_hold_no_connection_for_ever(
+async def test_a_few_unread_bytes_do_not_keep_a_connection_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, send: Any, close: dict[str, str]
 ) -> None:
     """A transport that is closed before all is written waits for the reader, and not even an idle client ends that."""
     monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
-    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.02)) as house:
-        line = await house.connect()
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.02)) as harness:
+        line = await harness.connect()
         await send(line, CLAIM)
         assert (await line.receive()).status == 200
-        [connection] = house.listener._server.connections
+        [connection] = harness.listener._server.connections
         assert connection.transport is not None
         line.writer.transport.pause_reading()  # type: ignore[attr-defined]
         while not connection.transport.get_write_buffer_size():
             connection.transport.write(b"x" * 1000)
         assert connection.transport.get_write_buffer_size() < 60_000
         line.send(request_bytes("POST", "/v1/claim", '{"worker":"w"}', close))
-        await emptied(house)
+        await emptied(harness)
 
 
 @WAYS
-async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(house: HttpHarness, send: Any) -> None:
-    held = Held(house)
-    busy = await house.connect()
+async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
+    harness: HttpHarness, send: Any
+) -> None:
+    held = Held(harness)
+    busy = await harness.connect()
     busy.send(CLAIM)
-    await arrived(house, 1)
-    house.actor.respond = lambda _: Response("x" * 3_000_000)
-    slow = await house.connect()
+    await arrived(harness, 1)
+    harness.actor.respond = lambda _: Response("x" * 3_000_000)
+    slow = await harness.connect()
     await send(slow, CLAIM)
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    await arrived(house, 2)
+    await arrived(harness, 2)
     for _ in range(5):  # its answer has been written, as far as it goes
         await asyncio.sleep(0)
     with capture_logs() as logs:
-        stopping = asyncio.ensure_future(house.stop(30))
-        while not house.app.closing:  # noqa: ASYNC110 - it is in the first step of the stop
+        stopping = asyncio.ensure_future(harness.stop(30))
+        while not harness.app.closing:  # noqa: ASYNC110 - it is in the first step of the stop
             await asyncio.sleep(0)
         slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
         heard = await slow.receive()
@@ -302,14 +304,14 @@ async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
     assert logs == []  # nothing was cut off, and nobody waited for that
 
 
-async def test_an_answer_that_comes_as_a_stop_gives_up_harms_nobody(house: HttpHarness) -> None:
+async def test_a_response_at_the_deadline_of_a_stop_does_no_harm(harness: HttpHarness) -> None:
     """The actor hands it over from within its turn: what would be raised here would be its end."""
-    Held(house)
-    line = await house.connect()
+    Held(harness)
+    line = await harness.connect()
     assert (await line.request("GET", "/healthz")).status == 200
     line.send(CLAIM)
-    await arrived(house, 1)
-    [connection] = house.listener._server.connections
+    await arrived(harness, 1)
+    [connection] = harness.listener._server.connections
     assert isinstance(connection, ServerConnection)
     flight = connection._flight
     assert flight is not None
@@ -321,103 +323,101 @@ async def test_an_answer_that_comes_as_a_stop_gives_up_harms_nobody(house: HttpH
     assert (await line.receive()).status == 200
     assert await line.is_closed()
     await stopping
-    await house.app.wait_idle()
+    await harness.app.wait_idle()
 
 
 @WAYS
-async def test_a_stop_waits_for_the_answer_and_says_that_the_connection_ends(house: HttpHarness, send: Any) -> None:
-    held = Held(house)
-    line = await house.connect()
+async def test_a_stop_waits_for_the_response_and_closes_the_connection(harness: HttpHarness, send: Any) -> None:
+    held = Held(harness)
+    line = await harness.connect()
     await send(line, CLAIM)
-    await arrived(house, 1)
+    await arrived(harness, 1)
     line.send(request_bytes("GET", "/v1/jobs"))  # has not been begun, and will not be
-    stopping = asyncio.ensure_future(house.stop(30))
-    while not house.app.closing:  # noqa: ASYNC110 - it is in the first step of the stop
+    stopping = asyncio.ensure_future(harness.stop(30))
+    while not harness.app.closing:  # noqa: ASYNC110 - it is in the first step of the stop
         await asyncio.sleep(0)
     held.go.set()
     assert (await line.receive()).headers["connection"] == "close"
     assert await line.is_closed()
     await stopping
-    assert len(house.actor.received) == 1
+    assert len(harness.actor.received) == 1
 
 
 @WAYS
-async def test_after_the_deadline_of_a_stop_a_request_is_abandoned(house: HttpHarness, send: Any) -> None:
-    Held(house)
-    line = await house.connect()
+async def test_after_the_deadline_of_a_stop_a_request_is_abandoned(harness: HttpHarness, send: Any) -> None:
+    Held(harness)
+    line = await harness.connect()
     await send(line, CLAIM)
-    await arrived(house, 1)
+    await arrived(harness, 1)
     with capture_logs() as logs:
-        await house.stop(0.01)
-    assert house.actor.cancelled.is_set()
+        await harness.stop(0.01)
+    assert harness.actor.cancelled.is_set()
     assert await line.is_closed()
     assert [entry["event"] for entry in logs] == ["requests_cut_off"]
 
 
 @WAYS
-async def test_a_bug_behind_an_answer_costs_one_connection(
-    house: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any
+async def test_a_bug_while_responding_costs_one_connection(
+    harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any
 ) -> None:
     def fail(*_: Any) -> None:
         raise ValueError("canary")
 
-    house.actor.respond = lambda _: Response(object())  # cannot be written as JSON
-    monkeypatch.setattr(house.app, "log_internal_error", fail)
-    line = await house.connect()
+    harness.actor.respond = lambda _: Response(object())  # cannot be written as JSON
+    monkeypatch.setattr(harness.app, "log_internal_error", fail)
+    line = await harness.connect()
     with capture_logs() as logs:
         await send(line, CLAIM)
         heard = await line.receive()
     assert (heard.status, heard.headers["connection"]) == (500, "close")
     assert "canary" not in str(logs) + heard.body.decode()
     assert await line.is_closed()
-    await house.app.wait_idle()
+    await harness.app.wait_idle()
 
 
 @WAYS
-async def test_the_grants_of_an_answer_that_cannot_be_written_go_back(house: HttpHarness, send: Any) -> None:
+async def test_the_grants_of_a_response_that_cannot_be_encoded_are_released(harness: HttpHarness, send: Any) -> None:
     answer = Response(object(), grants=[("a", "lock")])
-    house.actor.respond = lambda _: answer
-    line = await house.connect()
+    harness.actor.respond = lambda _: answer
+    line = await harness.connect()
     await send(line, CLAIM)
     assert (await line.receive()).status == 500
-    assert house.actor.undelivered_responses == [answer]
+    assert harness.actor.undelivered_responses == [answer]
 
 
-async def test_a_bug_behind_an_answer_never_reaches_the_actor(
-    house: HttpHarness, monkeypatch: pytest.MonkeyPatch
+async def test_a_bug_while_responding_never_reaches_the_actor(
+    harness: HttpHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise ValueError("canary")
 
     failed: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
-    Held(house)
-    monkeypatch.setattr(house.app, "respond", fail)
-    monkeypatch.setattr(house.app, "error_response", fail)
-    lines = [await house.connect(), await house.connect()]
+    Held(harness)
+    monkeypatch.setattr(harness.app, "respond", fail)
+    monkeypatch.setattr(harness.app, "error_response", fail)
+    lines = [await harness.connect(), await harness.connect()]
     for line in lines:
         line.send(CLAIM)
-    await arrived(house, 2)
-    for asked in house.actor.sent:
+    await arrived(harness, 2)
+    for asked in harness.actor.sent:
         asked.reply(Response(EmptyResponse()))  # raises nothing
     lines[1].writer.transport.abort()
-    await emptied(house, 1)
+    await emptied(harness, 1)
     assert [type(context["exception"]) for context in failed] == [ValueError, ValueError]
     monkeypatch.undo()
     await lines[0].close()
-    await emptied(house)
-    await house.app.wait_idle()
+    await emptied(harness)
+    await harness.app.wait_idle()
 
 
-async def test_an_answer_that_was_made_ready_leaves_as_it_is(
-    house: HttpHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    Held(house)
-    line = await house.connect()
+async def test_a_prepared_response_is_sent_unchanged(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    Held(harness)
+    line = await harness.connect()
     line.send(CLAIM)
-    await arrived(house, 1)
-    [asked] = house.actor.sent
-    made = count_calls(monkeypatch, house.app, "_ok_response")
+    await arrived(harness, 1)
+    [asked] = harness.actor.sent
+    made = count_calls(monkeypatch, harness.app, "_ok_response")
     answer = Response(EmptyResponse())
     asked.prepare(answer)
     hearing = asyncio.ensure_future(line.receive())
@@ -428,15 +428,15 @@ async def test_an_answer_that_was_made_ready_leaves_as_it_is(
 
 
 @pytest.mark.parametrize("why", ["another answer", "a refusal", "a stop", "a bug"])
-async def test_an_answer_that_was_made_ready_for_nothing_is_made_anew(
-    house: HttpHarness, monkeypatch: pytest.MonkeyPatch, why: str
+async def test_a_prepared_response_that_no_longer_fits_is_encoded_again(
+    harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     """Its commit failed, or it has to say something else now."""
-    Held(house)
-    line = await house.connect()
+    Held(harness)
+    line = await harness.connect()
     line.send(CLAIM)
-    await arrived(house, 1)
-    [asked] = house.actor.sent
+    await arrived(harness, 1)
+    [asked] = harness.actor.sent
     answer: Response | ApiError = Response(object() if why == "a bug" else EmptyResponse())
     assert isinstance(answer, Response)
     asked.prepare(answer)
@@ -445,7 +445,7 @@ async def test_an_answer_that_was_made_ready_for_nothing_is_made_anew(
     elif why == "a refusal":
         answer = ApiError("storage_full", "The disk is full.")
     elif why == "a stop":
-        monkeypatch.setattr(house.app, "closing", True)
+        monkeypatch.setattr(harness.app, "closing", True)
     asked.reply(answer)
     heard = await line.receive()
     wanted = {"another answer": 202, "a refusal": 507, "a stop": 200, "a bug": 500}
@@ -464,28 +464,30 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, app: Any, name: str) -> list[An
     return calls
 
 
-async def test_after_a_request_on_its_way_the_connection_is_idle_again(tmp_path: Path) -> None:
-    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
-        held = Held(house)
-        line = await house.connect()
+async def test_a_connection_is_idle_again_after_its_request(tmp_path: Path) -> None:
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as harness:
+        held = Held(harness)
+        line = await harness.connect()
         line.send(CLAIM)
-        await arrived(house, 1)
+        await arrived(harness, 1)
         for _ in range(2):  # others that came later have been closed for idleness
-            assert await (await house.connect()).is_closed()
+            assert await (await harness.connect()).is_closed()
         held.go.set()
         assert (await line.receive()).status == 200
         assert await line.is_closed()
 
 
-async def test_chunks_of_one_piece_are_whole(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_chunks_that_arrive_together_are_a_complete_request(
+    harness: HttpHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     handled: list[web.BaseRequest] = []
-    monkeypatch.setattr(house.listener._server, "request_handler", handled.append)
-    heard = await house.send_raw(CHUNKED + b'8\r\n{"queue"\r\n8\r\n:"mail"}\r\n0\r\n\r\n')
-    assert (heard.status, house.actor.received[0].command.queue) == (200, "mail")
+    monkeypatch.setattr(harness.listener._server, "request_handler", handled.append)
+    heard = await harness.send_raw(CHUNKED + b'8\r\n{"queue"\r\n8\r\n:"mail"}\r\n0\r\n\r\n')
+    assert (heard.status, harness.actor.received[0].command.queue) == (200, "mail")
     assert handled == []
 
 
-async def test_a_head_that_is_known_is_not_parsed_again(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_cached_head_is_not_parsed_again(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[bytes] = []
     parse = RequestHandler.data_received
 
@@ -494,13 +496,13 @@ async def test_a_head_that_is_known_is_not_parsed_again(house: HttpHarness, monk
         parse(handler, data)
 
     monkeypatch.setattr(RequestHandler, "data_received", noted)
-    line, other = await house.connect(), await house.connect()
+    line, other = await harness.connect(), await harness.connect()
     for number in range(3):
         for each in (line, other):
             heard = await each.request("POST", "/v1/jobs", f'{{"queue":"q-{number}"}}')
             assert heard.status == 200
     assert len(parsed) == 1
-    assert [asked.command.queue for asked in house.actor.received] == ["q-0", "q-0", "q-1", "q-1", "q-2", "q-2"]
+    assert [asked.command.queue for asked in harness.actor.received] == ["q-0", "q-0", "q-1", "q-1", "q-2", "q-2"]
     assert (await line.request("POST", "/v1/jobs/a/progress", '{"queue":"q-0"}')).status == 400  # judged all the same
     assert (await line.request("GET", "/v1/jobs", '{"queue":"q-0"}')).status == 400
     assert (await line.request("POST", "/nowhere", '{"queue":"q-0"}')).status == 404
@@ -509,22 +511,22 @@ async def test_a_head_that_is_known_is_not_parsed_again(house: HttpHarness, monk
     assert len(parsed) == 2
 
 
-async def test_a_token_counts_for_the_request_that_it_comes_with(tmp_path: Path) -> None:
-    async with HttpHarness(ROUTES, tmp_path, gate=Authenticator("worker", tokens=[TOKEN])) as house:
-        line = await house.connect()
+async def test_a_token_counts_only_for_its_own_request(tmp_path: Path) -> None:
+    async with HttpHarness(ROUTES, tmp_path, gate=Authenticator("worker", tokens=[TOKEN])) as harness:
+        line = await harness.connect()
         for _ in range(3):
             assert (await line.request("GET", "/v1/jobs")).status == 401
             assert (await line.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
-        house.app.authenticator.replace_tokens(["another-token-0123456789abcdef"])
+        harness.app.authenticator.replace_tokens(["another-token-0123456789abcdef"])
         assert (await line.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 401
 
 
 @pytest.mark.parametrize("seed", range(10))
-async def test_requests_cut_anywhere_are_answered_in_order(tmp_path: Path, seed: int) -> None:
+async def test_requests_split_anywhere_are_answered_in_order(tmp_path: Path, seed: int) -> None:
     dice = random.Random(seed)
-    async with HttpHarness(ROUTES, tmp_path) as house:
-        house.actor.respond = lambda command: Response(command.id)
-        line = await house.connect()
+    async with HttpHarness(ROUTES, tmp_path) as harness:
+        harness.actor.respond = lambda command: Response(command.id)
+        line = await harness.connect()
         for turn in range(30):
             ids = [f"{turn}-{number}" for number in range(dice.choice([1, 1, 1, 2, 50]))]
             stream = b"".join(dice.choice(SHAPES)(job_id) for job_id in ids)
@@ -534,7 +536,7 @@ async def test_requests_cut_anywhere_are_answered_in_order(tmp_path: Path, seed:
                 for _ in range(dice.choice([0, 3])):
                     await asyncio.sleep(0)
             assert [(await line.receive()).data for _ in ids] == ids
-        await house.app.wait_idle()
+        await harness.app.wait_idle()
 
 
 # -- half-closed connections ------------------------------------------------------------------------------------------
@@ -556,10 +558,10 @@ async def tcp(tmp_path: Path) -> AsyncIterator[HttpHarness]:
         yield one
 
 
-async def half_closed(house: HttpHarness) -> ServerConnection:
+async def half_closed(harness: HttpHarness) -> ServerConnection:
     """Return the connection whose client has stopped sending, once the listener knows it."""
     while True:
-        for connection in house.listener._server.connections:
+        for connection in harness.listener._server.connections:
             assert isinstance(connection, ServerConnection)
             if connection._is_half_closed:
                 return connection
@@ -599,7 +601,7 @@ async def test_a_half_closed_client_may_wait(either: HttpHarness, send: Any) -> 
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /v1/jobs HTT", request_bytes("GET", "/v1/jobs") + b"GET"])
-async def test_the_end_of_the_bytes_ends_a_connection_on_which_nothing_waits(either: HttpHarness, sent: bytes) -> None:
+async def test_the_end_of_input_closes_a_connection_without_pending_requests(either: HttpHarness, sent: bytes) -> None:
     line = await either.connect()
     line.send(sent)
     if sent.startswith(request_bytes("GET", "/v1/jobs")):
@@ -608,7 +610,7 @@ async def test_the_end_of_the_bytes_ends_a_connection_on_which_nothing_waits(eit
     assert await line.is_closed()
 
 
-async def test_a_request_right_before_the_end_of_the_bytes_is_answered(either: HttpHarness) -> None:
+async def test_a_request_right_before_the_end_of_input_is_answered(either: HttpHarness) -> None:
     """Data and end are there before aiohttp's loop has had a turn."""
     for request in (
         request_bytes("GET", "/v1/jobs"),
@@ -651,17 +653,17 @@ async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: Ht
 
 
 @WAYS
-async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(house: HttpHarness, send: Any) -> None:
-    Held(house)
-    line = await house.connect()
+async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(harness: HttpHarness, send: Any) -> None:
+    Held(harness)
+    line = await harness.connect()
     await send(line, CLAIM)
-    await arrived(house, 1)
+    await arrived(harness, 1)
     line.writer.write_eof()
-    await half_closed(house)
+    await half_closed(harness)
     await line.close()
-    await house.actor.cancelled.wait()
-    await emptied(house)
-    await house.app.wait_idle()
+    await harness.actor.cancelled.wait()
+    await emptied(harness)
+    await harness.app.wait_idle()
 
 
 @WAYS
@@ -690,7 +692,7 @@ async def test_the_probe_is_a_part_of_the_response(
 
 @WAYS
 @pytest.mark.parametrize("is_there", [True, False], ids=["half-closed", "closed"])
-async def test_a_response_with_grants_waits_for_the_end_of_the_probe(
+async def test_a_response_with_grants_waits_for_the_probe(
     tcp: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any, is_there: bool
 ) -> None:
     """The reset of a closed client takes its time on a network: until then it looks like a half-closed one."""
@@ -720,7 +722,7 @@ async def test_a_response_with_grants_waits_for_the_end_of_the_probe(
 
 
 @WAYS
-async def test_a_connection_that_ends_while_its_response_waits_for_the_probe_gives_its_grants_back(
+async def test_a_connection_that_closes_during_the_probe_releases_its_grants(
     tcp: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any
 ) -> None:
     looked = asyncio.Event()
@@ -746,17 +748,17 @@ async def test_a_connection_that_ends_while_its_response_waits_for_the_probe_giv
     assert tcp.actor.undelivered_responses == [answer]
 
 
-async def test_tls_knows_no_half_closed_connection(tmp_path: Path) -> None:
+async def test_tls_has_no_half_closed_connections(tmp_path: Path) -> None:
     server, client = await tls_pair(tmp_path)
-    async with HttpHarness(ROUTES, tmp_path) as house:
-        Held(house)
-        [(_, port)] = await house.listener.open_tcp("127.0.0.1", 0, tls=server)
+    async with HttpHarness(ROUTES, tmp_path) as harness:
+        Held(harness)
+        [(_, port)] = await harness.listener.open_tcp("127.0.0.1", 0, tls=server)
         line = RawConnection(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
         line.send(CLAIM)
-        await arrived(house, 1)
+        await arrived(harness, 1)
         await line.close()
-        await house.actor.cancelled.wait()
-        await emptied(house)
+        await harness.actor.cancelled.wait()
+        await emptied(harness)
 
 
 # -- what is wrong ----------------------------------------------------------------------------------------------------
@@ -778,19 +780,19 @@ async def test_requests_before_a_malformed_one_are_answered_first(either: HttpHa
     assert [getattr(asked.command, "id", None) for asked in either.actor.received] == ["a-0", "a-1", "a-2", None]
 
 
-async def test_a_malformed_request_behind_one_that_waits_is_answered_after_it(house: HttpHarness) -> None:
-    held = Held(house)
-    line = await house.connect()
+async def test_a_malformed_request_after_a_waiting_one_is_answered_after_it(harness: HttpHarness) -> None:
+    held = Held(harness)
+    line = await harness.connect()
     line.send(CLAIM)
-    await arrived(house, 1)
+    await arrived(harness, 1)
     line.send(request_bytes("GET", "/v1/jobs") + HOSTILE["NUL in a header"])
     await asyncio.sleep(0.01)
     line.send(HOSTILE["NUL in a header"])
-    assert (await house.request("GET", "/healthz")).status == 200
+    assert (await harness.request("GET", "/healthz")).status == 200
     held.go.set()
     assert [(await line.receive()).status for _ in range(3)] == [200, 200, 400]
     assert await line.is_closed()
-    assert len(house.actor.received) == 2
+    assert len(harness.actor.received) == 2
 
 
 def in_chunks(job_id: str) -> bytes:

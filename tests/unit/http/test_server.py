@@ -1,4 +1,4 @@
-"""Sockets and connections: hostile bytes, idle clients, a stop with requests in flight, TLS, Unix sockets."""
+"""Sockets and connections: malformed requests, idle clients, stops with pending requests, TLS, Unix sockets."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.support.malformed_requests import CHUNKED, GET, HOSTILE, POST
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
         yield opened
 
@@ -36,88 +36,88 @@ async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
 class Held:
     """Answers of a desk that come when the test says so."""
 
-    def __init__(self, house: HttpHarness) -> None:
+    def __init__(self, harness: HttpHarness) -> None:
         self.go = asyncio.Event()
-        house.actor.respond = self.answer
+        harness.actor.respond = self.answer
 
     async def answer(self, _: Any) -> Response:
         await self.go.wait()
         return Response(EmptyResponse())
 
 
-async def emptied(house: HttpHarness) -> None:
+async def emptied(harness: HttpHarness) -> None:
     """Until the last connection is gone."""
-    while house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+    while harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-async def test_hostile_bytes_get_a_4xx_in_json_and_never_reach_the_actor(house: HttpHarness, name: str) -> None:
+async def test_malformed_requests_get_a_4xx_in_json_and_never_reach_the_actor(harness: HttpHarness, name: str) -> None:
     with capture_logs() as logs:
-        heard = await house.send_raw(HOSTILE[name])
+        heard = await harness.send_raw(HOSTILE[name])
     assert 400 <= heard.status < 500
     assert heard.headers["content-type"] == "application/json"
     assert heard.json["success"] is False
-    assert house.actor.received == []
+    assert harness.actor.received == []
     assert [entry["event"] for entry in logs] == ["refused"]
-    assert sum(house.app.error_counts.values()) == 1
-    assert (await house.request("GET", "/v1/jobs")).status == 200  # for everybody else the door is open
+    assert sum(harness.app.error_counts.values()) == 1
+    assert (await harness.request("GET", "/v1/jobs")).status == 200  # for everybody else the door is open
 
 
-async def test_after_bytes_that_are_no_http_the_connection_ends(house: HttpHarness) -> None:
-    line = await house.connect()
+async def test_bytes_that_are_not_http_close_the_connection(harness: HttpHarness) -> None:
+    line = await harness.connect()
     line.send(HOSTILE["doubled lengths"] + request_bytes("GET", "/v1/jobs"))
     assert (await line.receive()).headers["connection"] == "close"
     assert await line.is_closed()
-    assert house.actor.received == []
+    assert harness.actor.received == []
 
 
-async def test_a_smuggled_request_is_not_run(house: HttpHarness) -> None:
-    line = await house.connect()
+async def test_a_smuggled_request_is_not_run(harness: HttpHarness) -> None:
+    line = await harness.connect()
     line.send(
         POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + request_bytes("GET", "/v1/jobs")
     )
     assert (await line.receive()).status == 400
     assert await line.is_closed()
-    assert house.actor.received == []
+    assert harness.actor.received == []
 
 
-async def test_an_upgrade_is_answered_like_any_other_request(house: HttpHarness) -> None:
-    line = await house.connect()
+async def test_an_upgrade_is_handled_like_any_other_request(harness: HttpHarness) -> None:
+    line = await harness.connect()
     assert (
         await line.request("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
     ).status == 200
     assert (await line.request("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "h2c"})).status == 200
 
 
-async def test_the_answer_to_no_http_does_not_repeat_it(house: HttpHarness) -> None:
+async def test_the_error_for_bytes_that_are_not_http_does_not_repeat_them(harness: HttpHarness) -> None:
     with capture_logs() as logs:
-        heard = await house.send_raw(GET + f"Authorization: Bearer {TOKEN}\x00\r\n\r\n".encode())
+        heard = await harness.send_raw(GET + f"Authorization: Bearer {TOKEN}\x00\r\n\r\n".encode())
     assert heard.status == 400
     assert TOKEN not in str(logs)
     assert TOKEN not in heard.body.decode()
 
 
 @pytest.mark.parametrize("rest", [b"zz\r\n", b"3\r\n{}", b"1\r\n{}\r\n0\r\n\r\n"])
-async def test_chunks_that_break_off_later_are_a_4xx_too(tmp_path: Path, rest: bytes) -> None:
-    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.05)) as house:
-        line = await house.connect()
+async def test_a_body_whose_chunks_break_later_is_a_4xx_too(tmp_path: Path, rest: bytes) -> None:
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.05)) as harness:
+        line = await harness.connect()
         line.send(POST + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n")
         assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
         line.send(rest)
         assert (await line.receive()).status in {400, 408}
         assert await line.is_closed()
-        assert house.actor.received == []
+        assert harness.actor.received == []
 
 
 @pytest.mark.parametrize("expect", ["200-ok", "100-continue, 200-ok", "100", "nonsense"])
-async def test_an_expectation_that_cannot_be_met_is_a_417(house: HttpHarness, expect: str) -> None:
+async def test_an_expectation_that_cannot_be_met_is_a_417(harness: HttpHarness, expect: str) -> None:
     for headers in ({"Expect": expect}, {"Expect": expect, "Idempotency-Key": "k"}):
-        heard = await house.request("POST", "/v1/jobs", "{}", headers)
+        heard = await harness.request("POST", "/v1/jobs", "{}", headers)
         assert (heard.status, heard.error) == (417, "expectation_failed")
-    assert (await house.request("GET", "/healthz", headers={"Expect": expect})).status == 417
-    assert house.actor.received == []
-    line = await house.connect()
+    assert (await harness.request("GET", "/healthz", headers={"Expect": expect})).status == 417
+    assert harness.actor.received == []
+    line = await harness.connect()
     head, _, body = request_bytes("POST", "/v1/jobs", "{}", {"Expect": "100-Continue"}).partition(b"\r\n\r\n")
     line.send(head + b"\r\n\r\n")
     assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -125,42 +125,46 @@ async def test_an_expectation_that_cannot_be_met_is_a_417(house: HttpHarness, ex
     assert (await line.receive()).status == 200
 
 
-async def test_a_bug_beyond_the_walk_ends_one_connection(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bug_outside_the_handler_closes_one_connection(
+    harness: HttpHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> None:
         raise ValueError("canary")
 
-    house.actor.respond = fail
-    monkeypatch.setattr(house.app, "log_internal_error", fail)
-    line = await house.connect()
+    harness.actor.respond = fail
+    monkeypatch.setattr(harness.app, "log_internal_error", fail)
+    line = await harness.connect()
     with capture_logs() as logs:
         heard = await line.request("GET", "/v1/jobs")
     assert (heard.status, heard.error, heard.headers["connection"]) == (500, "internal_error", "close")
     assert [entry["event"] for entry in logs] == ["connection_bug", "refused"]
     assert "canary" not in str(logs) + heard.body.decode()
     assert await line.is_closed()
-    assert (await house.request("GET", "/healthz")).status == 200
+    assert (await harness.request("GET", "/healthz")).status == 200
 
 
 @pytest.mark.parametrize("sent", [b"", b"G", b"GET /v1/jobs HTTP/1.1\r\nHo", POST + b"Content-Length: 9\r\n\r\n{"])
-async def test_a_client_that_goes_half_way_leaves_nothing_behind(house: HttpHarness, sent: bytes) -> None:
+async def test_a_client_that_disconnects_during_its_request_leaves_nothing_behind(
+    harness: HttpHarness, sent: bytes
+) -> None:
     with capture_logs() as logs:
-        line = await house.connect()
+        line = await harness.connect()
         line.send(sent)
         await line.close()
-        await emptied(house)
-    assert house.actor.received == []
+        await emptied(harness)
+    assert harness.actor.received == []
     assert logs == []
 
 
-async def test_a_client_that_resets_the_connection_leaves_nothing_behind(house: HttpHarness) -> None:
-    held = Held(house)
-    line = await house.connect()
+async def test_a_client_that_resets_the_connection_leaves_nothing_behind(harness: HttpHarness) -> None:
+    held = Held(harness)
+    line = await harness.connect()
     line.send(request_bytes("POST", "/v1/jobs", "{}"))
-    await house.actor.arrived.wait()
+    await harness.actor.arrived.wait()
     line.writer.transport.abort()
-    await house.actor.cancelled.wait()
+    await harness.actor.cancelled.wait()
     held.go.set()
-    await emptied(house)
+    await emptied(harness)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -170,19 +174,19 @@ async def test_a_client_that_resets_the_connection_leaves_nothing_behind(house: 
         [b"", GET, POST, POST + b"Content-Length: 40\r\n\r\n", POST + b"Transfer-Encoding: chunked\r\n\r\n"]
     ),
 )
-def test_any_bytes_get_an_answer_below_500_or_none(junk: bytes, start: bytes, tmp_path: Path) -> None:
+def test_any_bytes_get_a_status_below_500_or_none(junk: bytes, start: bytes, tmp_path: Path) -> None:
     async def run() -> None:
-        async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.01, idle_s=0.01)) as house:
-            line = await house.connect()
+        async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.01, idle_s=0.01)) as harness:
+            line = await harness.connect()
             line.send(start + junk + b"\r\n\r\n")
             heard = await line.reader.read()
             assert b"HTTP/1.1 5" not in heard
-            assert house.app.error_counts["internal_error"] == 0
+            assert harness.app.error_counts["internal_error"] == 0
 
     asyncio.run(run())
 
 
-async def test_a_flood_of_chunks_is_parsed_in_pieces(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_many_chunks_are_parsed_in_pieces(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     parse = RequestHandler.data_received
 
@@ -191,27 +195,27 @@ async def test_a_flood_of_chunks_is_parsed_in_pieces(house: HttpHarness, monkeyp
         parse(handler, data)
 
     monkeypatch.setattr(RequestHandler, "data_received", noted)
-    line = await house.connect()
+    line = await harness.connect()
     line.send(CHUNKED + b"1\r\n \r\n" * 20_000 + b"2\r\n{}\r\n0\r\n\r\n")
     assert (await line.receive()).error == "too_large"
     assert await line.is_closed()
     assert max(sizes) <= PIECE
-    assert house.actor.received == []
+    assert harness.actor.received == []
 
 
-async def test_a_flood_of_chunks_within_its_limit_is_a_request_like_any_other(tmp_path: Path) -> None:
-    async with HttpHarness(ROUTES, tmp_path) as house:
-        line = await house.connect()
+async def test_many_chunks_within_the_limit_are_accepted(tmp_path: Path) -> None:
+    async with HttpHarness(ROUTES, tmp_path) as harness:
+        line = await harness.connect()
         body = b'{"queue":"mail"}'.rjust(30_000)
         chunks = b"".join(b"1\r\n%b\r\n" % body[at : at + 1] for at in range(len(body)))
         line.send((CHUNKED + chunks + b"0\r\n\r\n") * 2 + request_bytes("POST", "/v1/jobs", '{"queue":"next"}'))
         assert [(await line.receive()).status for _ in range(3)] == [200] * 3
-        assert [asked.command.queue for asked in house.actor.received] == ["mail", "mail", "next"]
+        assert [asked.command.queue for asked in harness.actor.received] == ["mail", "mail", "next"]
         line.send(CHUNKED + chunks)
         await asyncio.sleep(0)
         line.writer.transport.abort()
-        await emptied(house)
-        assert len(house.actor.received) == 3
+        await emptied(harness)
+        assert len(harness.actor.received) == 3
 
 
 # -- time -------------------------------------------------------------------------------------------------------------
@@ -219,10 +223,10 @@ async def test_a_flood_of_chunks_within_its_limit_is_a_request_like_any_other(tm
 
 @pytest.mark.parametrize("sent", [b"", b"GET /v1/jobs HT", GET + b"X-A: a"])
 async def test_an_idle_or_half_sent_request_is_closed(tmp_path: Path, sent: bytes) -> None:
-    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
-        fresh = await house.connect()
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as harness:
+        fresh = await harness.connect()
         fresh.send(sent)
-        used = await house.connect()
+        used = await harness.connect()
         assert (await used.request("GET", "/v1/jobs")).status == 200
         used.send(sent)
         assert await fresh.is_closed()
@@ -230,87 +234,87 @@ async def test_an_idle_or_half_sent_request_is_closed(tmp_path: Path, sent: byte
 
 
 async def test_a_waiting_call_is_not_idle(tmp_path: Path) -> None:
-    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as house:
-        held = Held(house)
-        parked = await house.connect()
+    async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as harness:
+        held = Held(harness)
+        parked = await harness.connect()
         parked.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
-        await house.actor.arrived.wait()
+        await harness.actor.arrived.wait()
         for _ in range(2):  # two connections that came later have been closed for idleness
-            assert await (await house.connect()).is_closed()
+            assert await (await harness.connect()).is_closed()
         held.go.set()
         assert (await parked.receive()).status == 200
         assert await parked.is_closed()
 
 
-async def test_a_slow_reader_keeps_its_answer_and_nobody_else_waits(house: HttpHarness) -> None:
-    house.actor.respond = lambda _: Response("x" * 3_000_000)
-    slow = await house.connect()
+async def test_a_slow_client_keeps_its_response_and_delays_no_other(harness: HttpHarness) -> None:
+    harness.actor.respond = lambda _: Response("x" * 3_000_000)
+    slow = await harness.connect()
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
     slow.send(request_bytes("GET", "/v1/jobs") * 3)
-    await house.actor.arrived.wait()
-    house.actor.respond = lambda _: Response(EmptyResponse())
-    assert (await house.request("GET", "/v1/jobs")).status == 200
+    await harness.actor.arrived.wait()
+    harness.actor.respond = lambda _: Response(EmptyResponse())
+    assert (await harness.request("GET", "/v1/jobs")).status == 200
     slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
     assert len((await slow.receive()).data) == 3_000_000
     assert [(await slow.receive()).status for _ in range(2)] == [200, 200]
 
 
-async def test_a_client_that_never_reads_is_cut_off(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_client_that_never_reads_is_cut_off(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
-    house.actor.respond = lambda _: Response("x" * 3_000_000)
-    slow = await house.connect()
+    harness.actor.respond = lambda _: Response("x" * 3_000_000)
+    slow = await harness.connect()
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
     slow.send(request_bytes("GET", "/v1/jobs"))
-    await house.actor.arrived.wait()
-    await emptied(house)
+    await harness.actor.arrived.wait()
+    await emptied(harness)
 
 
 # -- stop -------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_stop_answers_what_is_in_flight_and_takes_nothing_more(house: HttpHarness) -> None:
-    held = Held(house)
-    busy, idle, half = await house.connect(), await house.connect(), await house.connect()
+async def test_a_stop_answers_pending_requests_and_accepts_no_more(harness: HttpHarness) -> None:
+    held = Held(harness)
+    busy, idle, half = await harness.connect(), await harness.connect(), await harness.connect()
     assert (await idle.request("GET", "/healthz")).status == 200
     half.send(b"GET /v1/jobs HTTP/1.1\r\nHost: x\r\n")
     busy.send(request_bytes("POST", "/v1/jobs", "{}") + request_bytes("POST", "/v1/jobs", '{"queue":"second"}'))
-    await house.actor.arrived.wait()
-    stopping = asyncio.ensure_future(house.stop(30))
+    await harness.actor.arrived.wait()
+    stopping = asyncio.ensure_future(harness.stop(30))
     assert await idle.is_closed()
     assert await half.is_closed()
     with pytest.raises(OSError, match=r".*"):
-        await house.connect()
+        await harness.connect()
     assert not stopping.done()
     held.go.set()
     heard = await busy.receive()
     assert (heard.status, heard.headers["connection"]) == (200, "close")
     assert await busy.is_closed()
     await stopping
-    assert len(house.actor.received) == 1  # what was not begun is not run; its client sees the end of the connection
-    assert house.listener.connections == 0
+    assert len(harness.actor.received) == 1  # what was not begun is not run; its client sees the end of the connection
+    assert harness.listener.connections == 0
 
 
-async def test_a_request_that_has_just_arrived_is_answered(house: HttpHarness) -> None:
-    line = await house.connect()
+async def test_a_request_that_has_just_arrived_is_answered(harness: HttpHarness) -> None:
+    line = await harness.connect()
     assert (await line.request("GET", "/healthz")).status == 200
     line.send(request_bytes("POST", "/v1/jobs", "{}"))
     await asyncio.sleep(0)  # written, perhaps not yet read
-    stopping = asyncio.ensure_future(house.stop(30))
+    stopping = asyncio.ensure_future(harness.stop(30))
     try:
         heard = await line.receive()
     except asyncio.IncompleteReadError:
-        assert house.actor.received == []  # never begun
+        assert harness.actor.received == []  # never begun
     else:
         assert heard.status == 200
     await stopping
 
 
-async def test_a_stop_waits_for_a_body_on_its_way(house: HttpHarness) -> None:
-    line = await house.connect()
+async def test_a_stop_waits_for_a_body_that_is_arriving(harness: HttpHarness) -> None:
+    line = await harness.connect()
     whole = request_bytes("POST", "/v1/jobs", '{"queue":"mail"}', {"Expect": "100-continue"})
     line.send(whole[:-3])
     assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-    stopping = asyncio.ensure_future(house.stop(30))
+    stopping = asyncio.ensure_future(harness.stop(30))
     await asyncio.sleep(0)
     line.send(whole[-3:])
     heard = await line.receive()
@@ -318,14 +322,14 @@ async def test_a_stop_waits_for_a_body_on_its_way(house: HttpHarness) -> None:
     await stopping
 
 
-async def test_after_the_deadline_the_rest_is_cut_off(house: HttpHarness) -> None:
-    Held(house)
-    line = await house.connect()
+async def test_after_the_deadline_the_rest_is_cut_off(harness: HttpHarness) -> None:
+    Held(harness)
+    line = await harness.connect()
     line.send(request_bytes("POST", "/v1/jobs", "{}"))
-    await house.actor.arrived.wait()
+    await harness.actor.arrived.wait()
     with capture_logs() as logs:
-        await house.stop(0.05)
-    assert house.actor.cancelled.is_set()
+        await harness.stop(0.05)
+    assert harness.actor.cancelled.is_set()
     assert await line.is_closed()
     assert [entry["event"] for entry in logs] == ["requests_cut_off"]
 
@@ -333,23 +337,23 @@ async def test_after_the_deadline_the_rest_is_cut_off(house: HttpHarness) -> Non
 # -- sockets ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_unix_socket_has_its_permissions_and_goes_with_the_stop(house: HttpHarness) -> None:
-    directory = os.path.dirname(house.path)
-    assert stat.S_IMODE(os.stat(house.path).st_mode) == 0o660
+async def test_a_unix_socket_has_its_permissions_and_is_removed_by_the_stop(harness: HttpHarness) -> None:
+    directory = os.path.dirname(harness.path)
+    assert stat.S_IMODE(os.stat(harness.path).st_mode) == 0o660
     assert os.listdir(directory) == ["door.sock"]
-    await house.stop(1)
+    await harness.stop(1)
     assert os.listdir(directory) == []
 
 
-async def test_a_socket_left_behind_is_replaced(tmp_path: Path) -> None:
+async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     left = socket.socket(socket.AF_UNIX)
     left.bind(str(tmp_path / "door.sock"))
     left.close()
-    async with HttpHarness(ROUTES, tmp_path) as house:
-        assert (await house.request("GET", "/v1/jobs")).status == 200
+    async with HttpHarness(ROUTES, tmp_path) as harness:
+        assert (await harness.request("GET", "/v1/jobs")).status == 200
 
 
-async def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+async def test_a_path_that_is_not_a_socket_is_kept(tmp_path: Path) -> None:
     (tmp_path / "door.sock").write_text("precious")
     with pytest.raises(OSError, match="is not a socket"):
         async with HttpHarness(ROUTES, tmp_path):
@@ -357,16 +361,16 @@ async def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "door.sock").read_text() == "precious"
 
 
-async def test_a_socket_on_which_somebody_listens_is_left_alone(house: HttpHarness, tmp_path: Path) -> None:
+async def test_a_socket_in_use_is_kept(harness: HttpHarness, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="another process listens there") as refused:
         async with HttpHarness(ROUTES, tmp_path):
             pass
     assert refused.value.errno == errno.EADDRINUSE
     assert os.listdir(tmp_path) == ["door.sock"]
-    assert (await house.request("GET", "/v1/jobs")).status == 200
+    assert (await harness.request("GET", "/v1/jobs")).status == 200
 
 
-def test_a_place_is_taken_while_somebody_listens_there(tmp_path: Path) -> None:
+def test_an_address_is_in_use_while_a_process_listens_on_it(tmp_path: Path) -> None:
     path = str(tmp_path / "door.sock")
     assert not is_in_use(path)
     with socket.socket(socket.AF_UNIX) as unix:
@@ -383,7 +387,7 @@ def test_a_place_is_taken_while_somebody_listens_there(tmp_path: Path) -> None:
     assert not is_in_use("x" * 200)
 
 
-async def test_a_missing_directory_and_a_long_path_are_told(tmp_path: Path) -> None:
+async def test_a_missing_directory_and_a_long_path_are_errors(tmp_path: Path) -> None:
     for place in (tmp_path / "missing", tmp_path / ("x" * 120)):
         with pytest.raises(OSError, match=r"."):
             async with HttpHarness(ROUTES, place):
@@ -391,13 +395,13 @@ async def test_a_missing_directory_and_a_long_path_are_told(tmp_path: Path) -> N
     assert os.listdir(tmp_path) == []
 
 
-async def test_a_socket_that_systemd_opened(house: HttpHarness, tmp_path: Path) -> None:
+async def test_a_socket_from_systemd_is_used(harness: HttpHarness, tmp_path: Path) -> None:
     unix = socket.socket(socket.AF_UNIX)
     unix.bind(str(tmp_path / "given.sock"))
     tcp = socket.socket()
     tcp.bind(("127.0.0.1", 0))
-    await house.listener.open_socket(unix)
-    await house.listener.open_socket(tcp)
+    await harness.listener.open_socket(unix)
+    await harness.listener.open_socket(tcp)
     for pair in (
         await asyncio.open_unix_connection(str(tmp_path / "given.sock")),
         await asyncio.open_connection("127.0.0.1", tcp.getsockname()[1]),
@@ -409,16 +413,16 @@ async def test_a_socket_that_systemd_opened(house: HttpHarness, tmp_path: Path) 
 
 async def test_the_address_of_a_connection_is_a_name_of_the_daemon(tmp_path: Path) -> None:
     gate = Authenticator("tcp", hosts=["jobs.example"])
-    async with HttpHarness(ROUTES, tmp_path, gate=gate) as house:
-        assert (await house.request("GET", "/v1/jobs", headers={"Host": f"127.0.0.1:{house.port}"})).status == 200
-        assert (await house.request("GET", "/v1/jobs", headers={"Host": "127.0.0.2"})).status == 403
+    async with HttpHarness(ROUTES, tmp_path, gate=gate) as harness:
+        assert (await harness.request("GET", "/v1/jobs", headers={"Host": f"127.0.0.1:{harness.port}"})).status == 200
+        assert (await harness.request("GET", "/v1/jobs", headers={"Host": "127.0.0.2"})).status == 403
 
 
-async def test_tls(tmp_path: Path) -> None:
+async def test_a_listener_speaks_tls(tmp_path: Path) -> None:
     server, client = await tls_pair(tmp_path)
     gate = Authenticator("tcp", tokens=[TOKEN], hosts=own_names("127.0.0.1"))
-    async with HttpHarness(ROUTES, tmp_path, gate=gate) as house:
-        [(_, port)] = await house.listener.open_tcp("127.0.0.1", 0, tls=server)
+    async with HttpHarness(ROUTES, tmp_path, gate=gate) as harness:
+        [(_, port)] = await harness.listener.open_tcp("127.0.0.1", 0, tls=server)
         line = RawConnection(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
         assert (await line.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
         await line.close()

@@ -30,7 +30,7 @@ KIND = {**AUTH, "Content-Type": "application/x-ndjson"}
 
 
 @pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
+async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     gate = Authenticator("admin", tokens=[TOKEN])
     limits = Limits(body=200, payload=50, body_deadline_s=0.3)
     async with HttpHarness(ROUTES, tmp_path, gate=gate, admin=True, limits=limits) as opened:
@@ -38,19 +38,19 @@ async def house(tmp_path: Path) -> AsyncIterator[HttpHarness]:
         yield opened
 
 
-def answering(house: HttpHarness, lines: Callable[[Any], Any]) -> None:
+def answering(harness: HttpHarness, lines: Callable[[Any], Any]) -> None:
     """Answer lines of an import by `lines`; what is noted for the audit log is taken."""
-    house.actor.respond = lambda command: (
+    harness.actor.respond = lambda command: (
         Response(EmptyResponse()) if isinstance(command, RecordAction) else lines(command)
     )
 
 
-def lines_of(house: HttpHarness) -> list[Any]:
+def lines_of(harness: HttpHarness) -> list[Any]:
     """What was asked, without the note for the audit log."""
-    return [asked for asked in house.actor.received if not isinstance(asked.command, RecordAction)]
+    return [asked for asked in harness.actor.received if not isinstance(asked.command, RecordAction)]
 
 
-def head(house: HttpHarness) -> bytes:
+def head(harness: HttpHarness) -> bytes:
     return request_bytes("POST", IMPORT, headers={**KIND, "Transfer-Encoding": "chunked"})
 
 
@@ -58,50 +58,50 @@ def chunk(data: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(data), data)
 
 
-async def put(house: HttpHarness, *lines: Any) -> ReceivedResponse:
+async def put(harness: HttpHarness, *lines: Any) -> ReceivedResponse:
     body = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-    return await house.request("POST", IMPORT, body, KIND)
+    return await harness.request("POST", IMPORT, body, KIND)
 
 
-async def test_each_line_is_one_command_in_the_order_of_the_lines(house: HttpHarness) -> None:
-    heard = await put(house, *({"id": f"job-{n}"} for n in range(300)), {"id": "old-1"})
+async def test_each_line_is_one_command_in_the_order_of_the_lines(harness: HttpHarness) -> None:
+    heard = await put(harness, *({"id": f"job-{n}"} for n in range(300)), {"id": "old-1"})
     assert heard.data == {"imported": 300, "skipped": 1, "refusedCount": 0, "refused": []}
-    assert [asked.command.id for asked in lines_of(house)] == [*(f"job-{n}" for n in range(300)), "old-1"]
-    assert house.actor.received[0].command == Import(id="job-0")
-    assert (house.actor.received[0].by, house.actor.received[0].admin) == ("admin", True)
-    assert house.actor.received[0].size == len('{"id": "job-0"}')
-    last = house.actor.received[-1]
+    assert [asked.command.id for asked in lines_of(harness)] == [*(f"job-{n}" for n in range(300)), "old-1"]
+    assert harness.actor.received[0].command == Import(id="job-0")
+    assert (harness.actor.received[0].by, harness.actor.received[0].admin) == ("admin", True)
+    assert harness.actor.received[0].size == len('{"id": "job-0"}')
+    last = harness.actor.received[-1]
     assert last.command == RecordAction(what="import", details={"imported": 300, "skipped": 1, "refused": 0})
     assert last.operator is not None
     assert last.operator.part_of
-    assert {asked.operator for asked in house.actor.received} == {last.operator}  # all of it is one deed
+    assert {asked.operator for asked in harness.actor.received} == {last.operator}  # all of it is one deed
 
 
-async def test_an_import_that_breaks_off_says_so_after_its_lines(house: HttpHarness) -> None:
-    line = await house.connect()
-    line.send(head(house) + chunk(b'{"id":"a"}\n{"id":"b"}\n{"id":'))
+async def test_an_import_that_is_cut_short_fails_after_its_lines(harness: HttpHarness) -> None:
+    line = await harness.connect()
+    line.send(head(harness) + chunk(b'{"id":"a"}\n{"id":"b"}\n{"id":'))
     line.writer.write_eof()
     heard = await line.receive()
     assert (heard.status, heard.error, heard.json["details"]["line"]) == (400, "invalid_request", 3)
     assert "ended too early" in heard.json["message"]
-    assert [asked.command.id for asked in lines_of(house)] == ["a", "b"]
+    assert [asked.command.id for asked in lines_of(harness)] == ["a", "b"]
 
 
-async def test_an_empty_import_is_done_at_once(house: HttpHarness) -> None:
+async def test_an_empty_import_is_done_at_once(harness: HttpHarness) -> None:
     empty = {"imported": 0, "skipped": 0, "refusedCount": 0, "refused": []}
-    assert (await put(house)).data == empty
-    assert (await put(house, "", "  ", "\r")).data == empty
+    assert (await put(harness)).data == empty
+    assert (await put(harness, "", "  ", "\r")).data == empty
 
 
-async def test_bad_lines_are_named_and_the_rest_goes_on(house: HttpHarness) -> None:
+async def test_malformed_lines_are_named_and_the_rest_is_imported(harness: HttpHarness) -> None:
     def answer(command: Any) -> Response | ApiError:
         if command.id == "twice":
             return ApiError("invalid_transition", "It cannot be so.")
         return Response(Imported(command.id, skipped=False))
 
-    answering(house, answer)
+    answering(harness, answer)
     heard = await put(
-        house,
+        harness,
         {"id": "a"},
         "nonsense",
         {"id": "b", "progress": 101},
@@ -129,26 +129,26 @@ async def test_bad_lines_are_named_and_the_rest_goes_on(house: HttpHarness) -> N
     assert reasons[6] == "It cannot be so."
     assert "limit is 50" in reasons[7]
     assert "over 200 bytes" in reasons[8]
-    assert house.app.error_counts == {}
+    assert harness.app.error_counts == {}
 
 
-async def test_a_line_at_its_limit_is_taken_and_one_byte_more_is_not(house: HttpHarness) -> None:
+async def test_a_line_at_its_limit_is_accepted_and_one_byte_more_is_not(harness: HttpHarness) -> None:
     line = '{"id":"a"}'
-    heard = await put(house, line.ljust(200), line.ljust(201), line.ljust(1000), line.ljust(200))
+    heard = await put(harness, line.ljust(200), line.ljust(201), line.ljust(1000), line.ljust(200))
     assert heard.data["imported"] == 2
     assert [no["line"] for no in heard.data["refused"]] == [2, 3]
 
 
-async def test_only_so_many_refusals_are_shown(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_number_of_shown_rejections_is_limited(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imports, "SHOWN_REJECTIONS", 3)
-    heard = await put(house, *(["x"] * 10))
+    heard = await put(harness, *(["x"] * 10))
     assert heard.data["refusedCount"] == 10
     assert [no["line"] for no in heard.data["refused"]] == [1, 2, 3]
 
 
-async def test_lines_may_be_cut_anywhere(house: HttpHarness) -> None:
-    line = await house.connect()
-    line.send(head(house))
+async def test_lines_may_be_split_anywhere(harness: HttpHarness) -> None:
+    line = await harness.connect()
+    line.send(head(harness))
     body = b'{"id":"a"}\r\n{"id":"b","kind":"\xc3\xa4"}\n\n{"id":"c"}'
     for at in range(len(body)):
         line.send(chunk(body[at : at + 1]))
@@ -157,61 +157,63 @@ async def test_lines_may_be_cut_anywhere(house: HttpHarness) -> None:
     assert (await line.receive()).data["imported"] == 3
 
 
-async def test_an_import_reads_no_further_than_a_few_lines_ahead(house: HttpHarness) -> None:
+async def test_an_import_reads_no_further_than_a_few_lines_ahead(harness: HttpHarness) -> None:
     go = asyncio.Event()
 
     async def hold(command: Any) -> Response:
         await go.wait()
         return Response(Imported(command.id, skipped=False))
 
-    answering(house, hold)
-    line = await house.connect()
-    line.send(head(house) + chunk(b"".join(b'{"id":"job-%d"}\n' % n for n in range(500))) + b"0\r\n\r\n")
-    while len(house.actor.received) <= imports.AHEAD_LINES:  # noqa: ASYNC110 - the desk has no event for it
+    answering(harness, hold)
+    line = await harness.connect()
+    line.send(head(harness) + chunk(b"".join(b'{"id":"job-%d"}\n' % n for n in range(500))) + b"0\r\n\r\n")
+    while len(harness.actor.received) <= imports.AHEAD_LINES:  # noqa: ASYNC110 - the actor has no event for it
         await asyncio.sleep(0.001)
-    assert (await house.request("GET", "/healthz")).status == 200  # everybody else is served; the import has not moved
-    assert len(house.actor.received) == imports.AHEAD_LINES + 1
+    assert (
+        await harness.request("GET", "/healthz")
+    ).status == 200  # everybody else is served; the import has not moved
+    assert len(harness.actor.received) == imports.AHEAD_LINES + 1
     go.set()
     assert (await line.receive()).data["imported"] == 500
 
 
-async def test_what_the_next_line_would_meet_too_stops_the_import(house: HttpHarness) -> None:
+async def test_an_error_that_affects_all_lines_stops_the_import(harness: HttpHarness) -> None:
     def answer(command: Any) -> Response | ApiError:
         if command.id == "job-5":
             return ApiError("storage_full", "The disk is full.", {"free": 0})
         return Response(Imported(command.id, skipped=False))
 
-    answering(house, answer)
-    heard = await put(house, *({"id": f"job-{n}"} for n in range(2000)))
+    answering(harness, answer)
+    heard = await put(harness, *({"id": f"job-{n}"} for n in range(2000)))
     assert (heard.status, heard.error) == (507, "storage_full")
     assert heard.json["details"] == {"free": 0, "line": 6}
     assert "line 6" in heard.json["message"]
-    assert len(house.actor.received) < 200
-    assert house.app.error_counts == {"storage_full": 1}
+    assert len(harness.actor.received) < 200
+    assert harness.app.error_counts == {"storage_full": 1}
 
 
-async def test_a_line_that_does_not_arrive_is_a_408(house: HttpHarness) -> None:
-    line = await house.connect()
-    line.send(head(house) + chunk(b'{"id":"a"}\n{"id"'))
+async def test_a_line_that_does_not_arrive_is_a_408(harness: HttpHarness) -> None:
+    line = await harness.connect()
+    line.send(head(harness) + chunk(b'{"id":"a"}\n{"id"'))
     heard = await line.receive()
     assert (heard.status, heard.error, heard.json["details"]) == (408, "request_timeout", {"line": 2})
     assert await line.is_closed()
-    assert [asked.command.id for asked in lines_of(house)] == ["a"]
+    assert [asked.command.id for asked in lines_of(harness)] == ["a"]
 
 
-async def test_a_broken_stream_is_a_400(house: HttpHarness) -> None:
-    line = await house.connect()
-    line.send(head(house) + chunk(b'{"id":"a"}\n') + b"zz\r\n")
+async def test_a_malformed_stream_is_a_400(harness: HttpHarness) -> None:
+    line = await harness.connect()
+    line.send(head(harness) + chunk(b'{"id":"a"}\n') + b"zz\r\n")
     heard = await line.receive()
     assert (heard.status, heard.error) == (400, "invalid_request")
     assert await line.is_closed()
 
 
-async def test_a_stream_that_breaks_later_is_a_400_too(house: HttpHarness) -> None:
+async def test_a_stream_that_is_malformed_later_is_a_400_too(harness: HttpHarness) -> None:
     """Not the 408 of a line that does not come."""
-    line = await house.connect()
-    line.send(head(house) + chunk(b'{"id":"a"}\n'))
-    await house.actor.arrived.wait()
+    line = await harness.connect()
+    line.send(head(harness) + chunk(b'{"id":"a"}\n'))
+    await harness.actor.arrived.wait()
     with capture_logs() as logs:
         line.send(b"zz\r\n")
         heard = await line.receive()
@@ -220,17 +222,17 @@ async def test_a_stream_that_breaks_later_is_a_400_too(house: HttpHarness) -> No
     assert [line["event"] for line in logs] == ["refused"]
 
 
-async def test_an_import_whose_client_goes_away_ends(house: HttpHarness) -> None:
+async def test_an_import_ends_when_its_client_disconnects(harness: HttpHarness) -> None:
     async def never(_: Any) -> Response:
         await asyncio.Event().wait()
         raise AssertionError
 
-    answering(house, never)
-    line = await house.connect()
-    line.send(head(house) + chunk(b'{"id":"a"}\n'))
-    await house.actor.arrived.wait()
+    answering(harness, never)
+    line = await harness.connect()
+    line.send(head(harness) + chunk(b'{"id":"a"}\n'))
+    await harness.actor.arrived.wait()
     await line.close()
-    await house.actor.cancelled.wait()
+    await harness.actor.cancelled.wait()
 
 
 @pytest.mark.parametrize(
@@ -241,29 +243,29 @@ async def test_an_import_whose_client_goes_away_ends(house: HttpHarness) -> None
         ({"Authorization": "Bearer x"}, 401),
     ],
 )
-async def test_an_import_has_its_own_kind(house: HttpHarness, headers: dict[str, str], status: int) -> None:
-    assert (await house.request("POST", IMPORT, '{"id":"a"}', {**KIND, **headers})).status == status
-    assert lines_of(house) == []
+async def test_an_import_has_its_own_content_type(harness: HttpHarness, headers: dict[str, str], status: int) -> None:
+    assert (await harness.request("POST", IMPORT, '{"id":"a"}', {**KIND, **headers})).status == status
+    assert lines_of(harness) == []
 
 
 # -- backup -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_backup_is_streamed_to_its_end(house: HttpHarness) -> None:
-    heard = await house.request("GET", BACKUP, headers=AUTH)
+async def test_a_backup_is_streamed_to_its_end(harness: HttpHarness) -> None:
+    heard = await harness.request("GET", BACKUP, headers=AUTH)
     assert heard.status == 200
     assert heard.headers["content-type"] == "application/vnd.sqlite3"
     assert heard.headers["content-length"] == str(len(heard.body))
     assert heard.headers["cache-control"] == "no-store"
     assert heard.headers["server"] == "jobd"
-    assert heard.body == b"".join(piece for piece in house.fakes.pieces if isinstance(piece, bytes))
-    assert house.fakes.left == [None]
-    assert (await house.request("GET", f"{BACKUP}?id=mine", headers=AUTH)).status == 200
-    assert house.fakes.backup_ids[1] == "mine"
-    assert house.fakes.backup_ids[0]
+    assert heard.body == b"".join(piece for piece in harness.fakes.pieces if isinstance(piece, bytes))
+    assert harness.fakes.left == [None]
+    assert (await harness.request("GET", f"{BACKUP}?id=mine", headers=AUTH)).status == 200
+    assert harness.fakes.backup_ids[1] == "mine"
+    assert harness.fakes.backup_ids[0]
 
 
-async def test_who_has_all_of_a_backup_may_hang_up_at_once(house: HttpHarness) -> None:
+async def test_a_client_may_disconnect_as_soon_as_it_has_the_whole_backup(harness: HttpHarness) -> None:
     slow = asyncio.Event()
 
     class Ending(FakeBackup):
@@ -273,132 +275,130 @@ async def test_who_has_all_of_a_backup_may_hang_up_at_once(house: HttpHarness) -
                 await slow.wait()
             return piece
 
-    house.fakes.backup_type = Ending
-    line = await house.connect()
+    harness.fakes.backup_type = Ending
+    line = await harness.connect()
     line.send(request_bytes("GET", BACKUP, headers=AUTH))
     await line.reader.readuntil(b"\r\n\r\n")
     with capture_logs() as logs:
         await line.reader.readexactly(16 + 100_000)
         line.writer.transport.abort()
-        await house.fakes.closed.wait()
-    assert house.fakes.left == [None]
+        await harness.fakes.closed.wait()
+    assert harness.fakes.left == [None]
     assert logs == []
 
 
-async def test_a_backup_is_refused_where_too_many_are_under_way(house: HttpHarness) -> None:
-    house.fakes.no_backup = ApiError("overloaded", "8 backups are under way.")
-    heard = await house.request("GET", BACKUP, headers=AUTH)
+async def test_a_backup_is_rejected_if_too_many_are_in_progress(harness: HttpHarness) -> None:
+    harness.fakes.no_backup = ApiError("overloaded", "8 backups are under way.")
+    heard = await harness.request("GET", BACKUP, headers=AUTH)
     assert (heard.status, heard.error) == (503, "overloaded")
 
 
-async def test_who_goes_away_before_the_copy_is_whole_stops_it(
-    house: HttpHarness, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_client_that_disconnects_stops_the_copy(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "CONNECTION_CHECK_S", 0.01)
-    house.fakes.held = asyncio.Event()
-    line = await house.connect()
+    harness.fakes.held = asyncio.Event()
+    line = await harness.connect()
     line.send(request_bytes("GET", BACKUP, headers=AUTH))
-    await house.fakes.begun.wait()
+    await harness.fakes.begun.wait()
     line.writer.transport.abort()
-    await house.fakes.closed.wait()
+    await harness.fakes.closed.wait()
 
 
-async def test_a_daemon_that_stops_does_not_wait_for_a_copy(
-    house: HttpHarness, monkeypatch: pytest.MonkeyPatch
+async def test_a_stopping_daemon_does_not_wait_for_a_copy(
+    harness: HttpHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads, "CONNECTION_CHECK_S", 0.01)
-    house.fakes.held = asyncio.Event()
-    asking = asyncio.create_task(house.request("GET", BACKUP, headers=AUTH))
-    await house.fakes.begun.wait()
-    house.app.close()
+    harness.fakes.held = asyncio.Event()
+    asking = asyncio.create_task(harness.request("GET", BACKUP, headers=AUTH))
+    await harness.fakes.begun.wait()
+    harness.app.close()
     heard = await asking
     assert (heard.status, heard.error) == (503, "shutting_down")
-    assert house.fakes.closed.is_set()
+    assert harness.fakes.closed.is_set()
 
 
-async def test_the_connection_goes_on_after_a_backup(house: HttpHarness) -> None:
-    line = await house.connect()
+async def test_the_connection_stays_open_after_a_backup(harness: HttpHarness) -> None:
+    line = await harness.connect()
     for _ in range(2):
         assert (await line.request("GET", BACKUP, headers=AUTH)).status == 200
     assert (await line.request("GET", "/healthz")).status == 200
 
 
-async def test_a_backup_that_cannot_begin_is_a_500(house: HttpHarness) -> None:
-    house.fakes.pieces = [OSError("canary")]
-    heard = await house.request("GET", BACKUP, headers=AUTH)
+async def test_a_backup_that_cannot_start_is_a_500(harness: HttpHarness) -> None:
+    harness.fakes.pieces = [OSError("canary")]
+    heard = await harness.request("GET", BACKUP, headers=AUTH)
     assert (heard.status, heard.error) == (500, "internal_error")
     assert "canary" not in heard.body.decode()
 
 
-async def test_a_backup_without_room_is_a_507_that_says_how_much_it_needs(house: HttpHarness) -> None:
-    house.fakes.pieces = [DiskFull("a backup needs 48 MiB free beside the store, there are 3 MiB")]
-    heard = await house.request("GET", BACKUP, headers=AUTH)
+async def test_a_backup_without_disk_space_is_a_507_that_says_how_much_it_needs(harness: HttpHarness) -> None:
+    harness.fakes.pieces = [DiskFull("a backup needs 48 MiB free beside the store, there are 3 MiB")]
+    heard = await harness.request("GET", BACKUP, headers=AUTH)
     assert (heard.status, heard.error) == (507, "storage_full")
     assert "needs 48 MiB free beside the store, there are 3 MiB. Free some" in heard.json["message"]
-    assert house.app.error_counts == {"storage_full": 1}
+    assert harness.app.error_counts == {"storage_full": 1}
 
 
-async def test_a_backup_of_a_damaged_store_says_what_is_wrong_and_is_no_bug(house: HttpHarness) -> None:
-    house.fakes.pieces = [BadCopy("the copy of jobd.db does not pass its check: row 5 missing from index")]
+async def test_a_backup_of_a_damaged_store_says_what_is_wrong(harness: HttpHarness) -> None:
+    harness.fakes.pieces = [BadCopy("the copy of jobd.db does not pass its check: row 5 missing from index")]
     with capture_logs() as logs:
-        heard = await house.request("GET", BACKUP, headers=AUTH)
+        heard = await harness.request("GET", BACKUP, headers=AUTH)
     assert (heard.status, heard.error) == (500, "internal_error")
     assert "row 5 missing from index" in heard.json["message"]
     assert "bug" not in heard.json["message"]
     assert [entry["event"] for entry in logs] == ["backup_started", "no backup", "refused"]
 
 
-async def test_a_backup_that_the_end_of_the_daemon_cuts_short_is_a_503(house: HttpHarness) -> None:
-    house.fakes.pieces = [BackupStopped("the backup was cut short")]
-    house.app.closing = True
-    heard = await house.request("GET", BACKUP, headers=AUTH)
+async def test_a_backup_that_the_stop_of_the_daemon_cuts_short_is_a_503(harness: HttpHarness) -> None:
+    harness.fakes.pieces = [BackupStopped("the backup was cut short")]
+    harness.app.closing = True
+    heard = await harness.request("GET", BACKUP, headers=AUTH)
     assert (heard.status, heard.error) == (503, "shutting_down")
 
 
-async def test_a_backup_that_fails_half_way_never_looks_whole(house: HttpHarness) -> None:
-    house.fakes.pieces = [b"x" * 1000, OSError("canary")]
+async def test_a_backup_that_fails_half_way_never_looks_complete(harness: HttpHarness) -> None:
+    harness.fakes.pieces = [b"x" * 1000, OSError("canary")]
     with capture_logs() as logs, pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-        await house.request("GET", BACKUP, headers=AUTH)
+        await harness.request("GET", BACKUP, headers=AUTH)
     assert [(entry["event"], entry["error"]) for entry in logs[1:]] == [("backup cut off", "OSError")]
-    assert house.fakes.left == ["it was not read to its end"]
+    assert harness.fakes.left == ["it was not read to its end"]
 
 
-async def test_a_backup_whose_client_goes_away_is_given_up(house: HttpHarness) -> None:
-    house.fakes.pieces = [b"x" * 1_000_000] * 200
-    line: RawConnection = await house.connect()
+async def test_a_backup_whose_client_disconnects_is_aborted(harness: HttpHarness) -> None:
+    harness.fakes.pieces = [b"x" * 1_000_000] * 200
+    line: RawConnection = await harness.connect()
     line.send(request_bytes("GET", BACKUP, headers=AUTH))
     await line.reader.readuntil(b"\r\n\r\n")
     line.writer.transport.abort()
-    await house.fakes.closed.wait()
+    await harness.fakes.closed.wait()
 
 
-async def test_a_backup_whose_client_does_not_read_is_given_up(
-    house: HttpHarness, monkeypatch: pytest.MonkeyPatch
+async def test_a_backup_whose_client_does_not_read_is_aborted(
+    harness: HttpHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads, "WRITE_TIMEOUT_S", 0.05)
     monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
-    house.fakes.pieces = [b"x" * 1_000_000] * 200
-    line = await house.connect()
+    harness.fakes.pieces = [b"x" * 1_000_000] * 200
+    line = await harness.connect()
     line.writer.transport.pause_reading()  # type: ignore[attr-defined]
     with capture_logs() as logs:
         line.send(request_bytes("GET", BACKUP, headers=AUTH))
-        await house.fakes.closed.wait()
+        await harness.fakes.closed.wait()
     assert [(entry["event"], entry["error"]) for entry in logs[1:]] == [("backup cut off", "TimeoutError")]
 
 
-async def test_a_backup_whose_end_is_not_read_is_given_up(house: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_backup_whose_end_is_not_read_is_aborted(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "WRITE_TIMEOUT_S", 0.05)
     monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
-    house.fakes.pieces = [b"x"]
-    line = await house.connect()
+    harness.fakes.pieces = [b"x"]
+    line = await harness.connect()
     assert (await line.request("GET", "/healthz")).status == 200
     line.writer.transport.pause_reading()  # type: ignore[attr-defined]
-    [connection] = house.listener._server.connections
+    [connection] = harness.listener._server.connections
     assert connection.transport is not None
     while not connection.transport.get_write_buffer_size():
         connection.transport.write(b"x" * 1000)
     with capture_logs() as logs:
         line.send(request_bytes("GET", BACKUP, headers=AUTH))
-        while house.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
+        while harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
             await asyncio.sleep(0.001)
     assert [(entry["event"], entry["error"]) for entry in logs[1:]] == [("backup cut off", "TimeoutError")]
