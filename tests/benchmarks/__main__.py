@@ -14,7 +14,7 @@ from jobd.cli import exit_codes, terminal
 from jobd.cli.daemon.bench import machine, over_runs, show
 from jobd.cli.params import json_option
 from jobd.cli.progress import busy
-from tests.benchmarks.scenarios import SCENARIOS, Scenario, Size, measured
+from tests.benchmarks.scenarios import SCENARIOS, Scenario, Size, measure
 from tests.benchmarks.stage import BenchFailed
 
 _BARS: Final = "▁▂▃▄▅▆▇█"
@@ -83,22 +83,22 @@ def _figures(scenario: Scenario, size: Size, runs: int, place: Path | None) -> d
     runs = 1 if scenario.once else runs
     found = []
     for number in range(1, runs + 1):
-        with busy(f"{scenario.name}: {scenario.says} ({number} of {runs})"):
+        with busy(f"{scenario.name}: {scenario.description} ({number} of {runs})"):
             try:
-                found.append(measured(scenario, size, place))
+                found.append(measure(scenario, size, place))
             except BenchFailed as why:
                 raise exit_codes.CliError(f"{scenario.name}: {why}") from None
     return {"runs": runs, **over_runs(found)}
 
 
 def _show(scenario: Scenario, figures: dict[str, Any]) -> None:
-    terminal.emit(f"{scenario.name}: {scenario.says}")
+    terminal.emit(f"{scenario.name}: {scenario.description}")
     show(figures)
     for name, values in figures.get("series", {}).items():
-        terminal.emit(f"{name}  {_drawn(values)}")
+        terminal.emit(f"{name}  {_bars(values)}")
 
 
-def _drawn(values: Sequence[float]) -> str:
+def _bars(values: Sequence[float]) -> str:
     """Draw a series as a line of bars, from zero to its largest value."""
     most = max(*values, 1e-9)
     return "".join(_BARS[min(int(value / most * len(_BARS)), len(_BARS) - 1)] for value in values)

@@ -8,13 +8,13 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 from jobd.cli.daemon.bench_load import Figures, LoadConnection, clock, percentiles
-from tests.benchmarks.work import BASE, Asked, turn
+from tests.benchmarks.work import BASE, LoadRequest, wait_until
 
 PROBE_EVERY_S: Final = 0.002
 
 
 @asynccontextmanager
-async def others(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+async def running_beside(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """They go on meanwhile; what goes wrong with one of them is raised."""
     running = [asyncio.ensure_future(work) for work in works]
     try:
@@ -27,23 +27,23 @@ async def others(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
         raise faults[0]
 
 
-async def lag(asked: Asked) -> Figures:
+async def lag(asked: LoadRequest) -> Figures:
     """How long the smallest of requests takes while something else goes on: it waits for the event loop alone.
 
     One is due every PROBE_EVERY_S and counts from then, however long those before it took.
     """
     wire, times = await LoadConnection.open(asked.socket), list[float]()
-    async with others(WORKS[asked.beside](asked)):
+    async with running_beside(WORKS[asked.beside](asked)):
         began, number = clock(), 0
         while (due := began + number * PROBE_EVERY_S) - began < asked.seconds:
-            begins_at = await turn(due)
+            begins_at = await wait_until(due)
             await wire.get("/healthz")
             times.append(clock() - begins_at)
             number += 1
     return {"wait": percentiles(times)}
 
 
-async def clean(asked: Asked) -> None:
+async def clean(asked: LoadRequest) -> None:
     """A cleanup pass every second."""
     wire = await LoadConnection.open(asked.admin, asked.token)
     while True:
@@ -51,29 +51,29 @@ async def clean(asked: Asked) -> None:
         await asyncio.sleep(1)
 
 
-async def _nothing(_: Asked) -> None: ...
+async def _nothing(_: LoadRequest) -> None: ...
 
 
-async def _delete(asked: Asked) -> None:
+async def _delete(asked: LoadRequest) -> None:
     """A pass that finds much to delete. It has to take until the last probe is done, or more of it is measured."""
     wire = await LoadConnection.open(asked.admin, asked.token)
     await wire.post(f"{BASE}/cleanup", b"{}")
 
 
-async def _scrape(asked: Asked) -> None:
+async def _scrape(asked: LoadRequest) -> None:
     wire = await LoadConnection.open(asked.admin, asked.token)
     while True:
         await wire.get("/metrics")
 
 
-async def _back_up(asked: Asked) -> None:
+async def _back_up(asked: LoadRequest) -> None:
     """One backup after the other. They are dropped as they come: to hold one would hold up the probes."""
     wire = await LoadConnection.open(asked.admin, asked.token)
     while True:
         await wire.drop(f"{BASE}/backup")
 
 
-async def _history(asked: Asked) -> None:
+async def _history(asked: LoadRequest) -> None:
     """All jobs there are, page by page."""
     wire, cursor = await LoadConnection.open(asked.admin, asked.token), ""
     while True:
@@ -81,7 +81,7 @@ async def _history(asked: Asked) -> None:
         cursor = f"&cursor={page['next_cursor']}" if page["next_cursor"] else ""
 
 
-WORKS: Final[dict[str, Callable[[Asked], Coroutine[Any, Any, None]]]] = {
+WORKS: Final[dict[str, Callable[[LoadRequest], Coroutine[Any, Any, None]]]] = {
     "nothing": _nothing,
     "passes": clean,
     "deletion": _delete,

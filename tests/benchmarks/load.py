@@ -30,14 +30,14 @@ from jobd.cli.daemon.bench_load import (
 from jobd.cli.daemon.bench_load import claim as claim_and_release
 from jobd.cli.daemon.bench_load import lifecycle as run_lifecycles
 from tests.benchmarks import beside, soak
-from tests.benchmarks.wire import Flow
-from tests.benchmarks.work import BASE, Asked, connections_of, turn
+from tests.benchmarks.wire import CommandStream
+from tests.benchmarks.work import BASE, LoadRequest, connections_of, wait_until
 
 BULK: Final = 1000
 LONG_AGO_MS: Final = 1_000_000_000_000
 
 
-async def batch(asked: Asked) -> Figures:
+async def batch(asked: LoadRequest) -> Figures:
     """A hundred at a time: created by one bulk, claimed by one claim, completed one by one."""
     size = 100
     bulk = encode({"jobs": [{"payload": PAYLOAD}] * size})
@@ -59,13 +59,13 @@ async def batch(asked: Asked) -> Figures:
     return {"lifecycles_per_s": per_s, "hundred": percentiles(times)}
 
 
-async def stream(asked: Asked) -> Figures:
+async def stream(asked: LoadRequest) -> Figures:
     """Streams of commands, each with many lifecycles on their way; every answer after its fsync."""
     at_once = 64
-    flows = [await Flow.open(asked.socket) for _ in range(max(asked.connections // 4, 1))]
+    flows = [await CommandStream.open(asked.socket) for _ in range(max(asked.connections // 4, 1))]
     began, done = clock(), 0
 
-    async def go_on(number: int, flow: Flow) -> None:
+    async def go_on(number: int, flow: CommandStream) -> None:
         nonlocal done
         begin = encode({"op": "create", "payload": PAYLOAD}) + b"\n"
         begin += encode({"op": "claim", "worker": f"w-{number}"}) + b"\n"
@@ -95,7 +95,7 @@ async def stream(asked: Asked) -> Figures:
     return {"lifecycles_per_s": per_s}
 
 
-async def contention(asked: Asked) -> Figures:
+async def contention(asked: LoadRequest) -> Figures:
     """All connections want the same job; one gets it. Whether it was one each time is looked at, too."""
     wires = await connections_of(asked)
     began, starts, jobs, times = clock(), 0, 0, list[float]()
@@ -112,7 +112,7 @@ async def contention(asked: Asked) -> Figures:
     return {"starts_per_s": starts / (clock() - began), "grants_per_job": 1, "round": percentiles(times)}
 
 
-async def progress(asked: Asked) -> Figures:
+async def progress(asked: LoadRequest) -> Figures:
     """Every connection holds a job and reports its progress."""
 
     async def holder(number: int, wire: LoadConnection) -> Callable[[], Awaitable[int]]:
@@ -131,13 +131,13 @@ async def progress(asked: Asked) -> Figures:
     return {"reports_per_s": per_s, "report": percentiles(times)}
 
 
-async def mixed(asked: Asked) -> Figures:
+async def mixed(asked: LoadRequest) -> Figures:
     """Lifecycles beside reads, a dashboard that polls and a cleanup pass every second."""
-    async with beside.others(_poll(asked), beside.clean(asked), _read(asked)):
+    async with beside.running_beside(_poll(asked), beside.clean(asked), _read(asked)):
         return await lifecycle(asked)
 
 
-async def _poll(asked: Asked) -> None:
+async def _poll(asked: LoadRequest) -> None:
     wire = await LoadConnection.open(asked.admin, asked.token)
     while True:
         for path in (f"{BASE}/stats", f"{BASE}/queues", f"{BASE}/alerts", "/metrics"):
@@ -145,7 +145,7 @@ async def _poll(asked: Asked) -> None:
         await asyncio.sleep(0.5)
 
 
-async def _read(asked: Asked) -> None:
+async def _read(asked: LoadRequest) -> None:
     wire = await LoadConnection.open(asked.socket)
     while True:
         page = await wire.get("/v1/jobs?limit=50")
@@ -154,7 +154,7 @@ async def _read(asked: Asked) -> None:
         await asyncio.sleep(0.05)
 
 
-async def latency(asked: Asked) -> Figures:
+async def latency(asked: LoadRequest) -> Figures:
     """One connection, one lifecycle after the other."""
     wire, times = await LoadConnection.open(asked.socket), list[float]()
     began = clock()
@@ -164,7 +164,7 @@ async def latency(asked: Asked) -> Figures:
     return {"lifecycle": percentiles(times)}
 
 
-async def rate(asked: Asked) -> Figures:
+async def rate(asked: LoadRequest) -> Figures:
     """Lifecycles begun at a fixed rate, however long the others take: times count from when each should have begun."""
     free = asyncio.Queue[LoadConnection]()
     for wire in await connections_of(asked):
@@ -178,22 +178,22 @@ async def rate(asked: Asked) -> Figures:
         free.put_nowait(wire)
 
     for number in range(round(asked.rate * asked.seconds)):
-        task = asyncio.ensure_future(one(await turn(began + number / asked.rate)))
+        task = asyncio.ensure_future(one(await wait_until(began + number / asked.rate)))
         running.add(task)
         task.add_done_callback(running.discard)
     await asyncio.gather(*running)
     return {"rate_per_s": asked.rate, "lifecycle": percentiles(times)}
 
 
-async def claim(asked: Asked) -> Figures:
+async def claim(asked: LoadRequest) -> Figures:
     return await claim_and_release(asked.socket, asked.seconds)
 
 
-async def lifecycle(asked: Asked) -> Figures:
+async def lifecycle(asked: LoadRequest) -> Figures:
     return await run_lifecycles(asked.socket, asked.seconds, asked.connections)
 
 
-async def fill(asked: Asked) -> Figures:
+async def fill(asked: LoadRequest) -> Figures:
     """So many queued jobs."""
     wire, began = await LoadConnection.open(asked.socket), clock()
     for made in range(0, asked.count, BULK):
@@ -201,7 +201,7 @@ async def fill(asked: Asked) -> Figures:
     return {"created_per_s": asked.count / (clock() - began)}
 
 
-async def finish(asked: Asked) -> Figures:
+async def finish(asked: LoadRequest) -> Figures:
     """So many finished jobs, moved in. `expired`: the next cleanup pass deletes them."""
     wire, began = await LoadConnection.open(asked.admin, asked.token), clock()
     run = secrets.token_hex(4)  # those of another load have other ids
@@ -215,7 +215,7 @@ async def finish(asked: Asked) -> Figures:
     return {"imported_per_s": asked.count / (clock() - began)}
 
 
-KINDS: Final[dict[str, Callable[[Asked], Coroutine[Any, Any, Figures]]]] = {
+KINDS: Final[dict[str, Callable[[LoadRequest], Coroutine[Any, Any, Figures]]]] = {
     each.__name__: each
     for each in (
         lifecycle,
@@ -236,7 +236,7 @@ KINDS: Final[dict[str, Callable[[Asked], Coroutine[Any, Any, Figures]]]] = {
 
 
 def main() -> None:
-    asked = msgspec.json.decode(sys.argv[1], type=Asked)
+    asked = msgspec.json.decode(sys.argv[1], type=LoadRequest)
     began, cpu = clock(), time.process_time()
     figures = uvloop.run(KINDS[asked.kind](asked))
     figures["load_cores"] = (time.process_time() - cpu) / (clock() - began)

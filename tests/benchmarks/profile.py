@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests import ROOT
-from tests.benchmarks.stage import Stage
+from tests.benchmarks.stage import BenchDaemon
 
 RATE: Final = 200  # samples a second
 TOP: Final = 25
@@ -48,7 +48,7 @@ _FRAME: Final = re.compile(r"^(?P<name>.+) \((?P<file>[^:()]+)(:\d+)?\)$")
 def profile(kind: str, seconds: float, sources: Path) -> tuple[list[str], dict[str, Any]]:
     """Stacks with their counts, as py-spy writes them; what was done a second, and the cores that each thread took."""
     with tempfile.TemporaryDirectory() as directory:
-        stage = Stage(None)
+        stage = BenchDaemon(None)
         with contextlib.chdir(sources), stage:
             os.chdir(ROOT)  # the daemon is the other tree's, the load is ours
             stage.load(kind, seconds=1.0)  # it is warm, then

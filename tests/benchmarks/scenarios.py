@@ -9,7 +9,7 @@ from typing import Any, Final
 from msgspec import Struct
 
 from tests.benchmarks.beside import WORKS
-from tests.benchmarks.stage import Stage
+from tests.benchmarks.stage import BenchDaemon
 
 
 class Size(Struct, frozen=True):
@@ -22,7 +22,7 @@ class Size(Struct, frozen=True):
     backlogs: tuple[tuple[int, int], ...] = ((1_000, 0), (100_000, 0))
 
 
-Measure = Callable[[Stage, Size], dict[str, Any]]
+Measure = Callable[[BenchDaemon, Size], dict[str, Any]]
 
 
 class Scenario(Struct, frozen=True):
@@ -30,26 +30,26 @@ class Scenario(Struct, frozen=True):
     daemon that are not the defaults, by the names of their variables."""
 
     name: str
-    says: str
+    description: str
     measure: Measure
     once: bool = False
     settings: dict[str, str] = {}
 
 
 def _load(kind: str) -> Measure:
-    def measure(stage: Stage, size: Size) -> dict[str, Any]:
+    def measure(stage: BenchDaemon, size: Size) -> dict[str, Any]:
         return stage.load(kind, seconds=size.seconds, connections=size.connections)
 
     return measure
 
 
-def _latency(stage: Stage, size: Size) -> dict[str, Any]:
+def _latency(stage: BenchDaemon, size: Size) -> dict[str, Any]:
     alone = stage.load("latency", seconds=size.seconds)
     paced = stage.load("rate", seconds=size.seconds, connections=size.connections, rate=size.rate)
     return {"one_connection": alone, "fixed_rate": paced}
 
 
-def _backlog(stage: Stage, size: Size) -> dict[str, Any]:
+def _backlog(stage: BenchDaemon, size: Size) -> dict[str, Any]:
     found: dict[str, Any] = {}
     live = finished = 0
     for wanted_live, wanted_finished in size.backlogs:
@@ -62,7 +62,7 @@ def _backlog(stage: Stage, size: Size) -> dict[str, Any]:
     return found
 
 
-def _lag(stage: Stage, size: Size) -> dict[str, Any]:
+def _lag(stage: BenchDaemon, size: Size) -> dict[str, Any]:
     """Of each kind of housekeeping; at last of the deletion of as many jobs as there are live ones."""
     stage.load("fill", count=size.live)
     stage.load("finish", count=size.live)
@@ -74,7 +74,7 @@ def _lag(stage: Stage, size: Size) -> dict[str, Any]:
     return found
 
 
-def _startup(stage: Stage, size: Size) -> dict[str, Any]:
+def _startup(stage: BenchDaemon, size: Size) -> dict[str, Any]:
     stage.stop()
     empty_s = stage.start()
     stage.load("fill", count=size.live)
@@ -82,7 +82,7 @@ def _startup(stage: Stage, size: Size) -> dict[str, Any]:
     return {"live_jobs": size.live, "start_s": stage.start(), "start_empty_s": empty_s}
 
 
-def _memory(stage: Stage, size: Size) -> dict[str, Any]:
+def _memory(stage: BenchDaemon, size: Size) -> dict[str, Any]:
     before = stage.memory()
     stage.load("fill", count=size.live)
     stage.stop()
@@ -117,7 +117,7 @@ SCENARIOS: Final = {
 }
 
 
-def measured(scenario: Scenario, size: Size, place: Path | None) -> dict[str, Any]:
+def measure(scenario: Scenario, size: Size, place: Path | None) -> dict[str, Any]:
     """The figures of one run."""
-    with Stage(place, scenario.settings) as stage:
+    with BenchDaemon(place, scenario.settings) as stage:
         return scenario.measure(stage, size)

@@ -21,7 +21,7 @@ from typing import Any, Final
 import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.benchmarks.work import Asked
+from tests.benchmarks.work import LoadRequest
 from tests.proof.faults.slow_disk import FIRST_SLOW_SYNC
 from tests.proof.faults.strace import SYNCS, Strace
 from tests.support.daemon_process import Daemon, call
@@ -35,7 +35,7 @@ def measure(delay_ms: float, seconds: float, connections: int) -> dict[str, floa
         Strace(daemon, SYNCS, f"fdatasync:delay_enter={delay_ms * 1000:.0f}:when={FIRST_SLOW_SYNC}+")
         daemon.start()
         assert daemon.post("/v1/jobs", {"id": "looked-at", "queue": "aside"}).status == 201
-        asked = msgspec.json.encode(Asked("lifecycle", daemon.socket, seconds=seconds, connections=connections))
+        asked = msgspec.json.encode(LoadRequest("lifecycle", daemon.socket, seconds=seconds, connections=connections))
         before, began_s = sums(daemon), time.perf_counter()
         load = subprocess.Popen(
             [sys.executable, "-m", "tests.benchmarks.load", asked.decode()], stdout=subprocess.PIPE, text=True

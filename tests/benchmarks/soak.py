@@ -9,17 +9,17 @@ from typing import Any, Final
 
 from jobd.cli.daemon.bench_load import Figures, LoadConnection, lifecycle
 from tests.benchmarks import beside
-from tests.benchmarks.work import Asked
+from tests.benchmarks.work import LoadRequest
 
 KEPT_MS: Final = 1_000  # from the complete of a job to the time of its deletion
 SAMPLES: Final = 60
 
 
-async def soak(asked: Asked) -> Figures:
+async def soak(asked: LoadRequest) -> Figures:
     """`growth`: the size in the last quarter of the time to that in the second, when the first jobs had gone."""
     sizes: list[tuple[float, float]] = []
-    async with beside.others(beside.clean(asked), _weigh(asked, sizes)):
-        figures = await lifecycle(asked.socket, asked.seconds, asked.connections, _deleted_soon)
+    async with beside.running_beside(beside.clean(asked), _sample_sizes(asked, sizes)):
+        figures = await lifecycle(asked.socket, asked.seconds, asked.connections, _soon_deleted)
     database, log = ([each[at] for each in sizes] for at in (0, 1))
     quarter = max(len(sizes) // 4, 1)
     growth = statistics.median(database[-quarter:]) / statistics.median(database[quarter : 2 * quarter] or database)
@@ -32,11 +32,11 @@ async def soak(asked: Asked) -> Figures:
     }
 
 
-def _deleted_soon() -> dict[str, Any]:
+def _soon_deleted() -> dict[str, Any]:
     return {"expires_at": time.time_ns() // 1_000_000 + KEPT_MS}
 
 
-async def _weigh(asked: Asked, sizes: list[tuple[float, float]]) -> None:
+async def _sample_sizes(asked: LoadRequest, sizes: list[tuple[float, float]]) -> None:
     wire = await LoadConnection.open(asked.admin, asked.token)
     while True:
         told = (await wire.get("/metrics")).decode().splitlines()

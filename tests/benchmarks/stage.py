@@ -23,7 +23,7 @@ from typing import Any, Final, Self
 import msgspec
 
 from tests import ROOT
-from tests.benchmarks.work import Asked
+from tests.benchmarks.work import LoadRequest
 
 READY_S: Final = 120.0
 STOP_S: Final = 60.0
@@ -33,7 +33,7 @@ class BenchFailed(Exception):
     """The daemon or the load ended before its time; the text is what it said last."""
 
 
-class Stage:
+class BenchDaemon:
     """`with Stage(place) as stage`: a running daemon in a new directory below `place` (None: the usual one).
 
     `settings`: variables of its environment, for what is not to be as it is by default.
@@ -45,8 +45,8 @@ class Stage:
         self._sockets = tempfile.mkdtemp(prefix="jobd-bench-")  # the name of a socket may have 107 bytes, no more
         self._token = secrets.token_urlsafe(32)
         self._process: subprocess.Popen[bytes] | None = None
-        self._told = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._told.bind(self._socket("notify"))
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notify.bind(self._socket("notify"))
         self._log = (self._directory / "log").open("w+b")
         (self._directory / "config.toml").touch()  # all defaults, whatever this machine's daemon has
 
@@ -65,7 +65,7 @@ class Stage:
             self._process.kill()
             self._process.wait()
         self._log.close()
-        self._told.close()
+        self._notify.close()
         shutil.rmtree(self._directory)
         shutil.rmtree(self._sockets)
 
@@ -85,22 +85,22 @@ class Stage:
         others = {name: value for name, value in os.environ.items() if not name.startswith("JOBD_")}
         began = time.perf_counter()
         self._process = subprocess.Popen([sys.executable, "-m", "jobd", "serve"], env=others | own, stderr=self._log)
-        if not self._gets_ready(self._process.pid):
-            raise BenchFailed(f"the daemon did not come up: {self._last_words()}")
+        if not self._wait_ready(self._process.pid):
+            raise BenchFailed(f"the daemon did not come up: {self._log_tail()}")
         return time.perf_counter() - began
 
     def stop(self) -> None:
         assert self._process is not None
         self._process.send_signal(signal.SIGTERM)
         if self._process.wait(STOP_S) != 0:
-            raise BenchFailed(f"the daemon ended with {self._process.returncode}: {self._last_words()}")
+            raise BenchFailed(f"the daemon ended with {self._process.returncode}: {self._log_tail()}")
 
-    def _gets_ready(self, pid: int) -> bool:
+    def _wait_ready(self, pid: int) -> bool:
         """Waits until the daemon says so, as it says it to systemd; false where it ends instead or takes too long."""
         ended = os.pidfd_open(pid)
         try:
-            while self._told.fileno() in select.select([self._told.fileno(), ended], [], [], READY_S)[0]:
-                if b"READY=1" in self._told.recv(4096):
+            while self._notify.fileno() in select.select([self._notify.fileno(), ended], [], [], READY_S)[0]:
+                if b"READY=1" in self._notify.recv(4096):
                     return True
             return False
         finally:
@@ -120,7 +120,7 @@ class Stage:
     def _cpu_s(self) -> float:
         assert self._process is not None
         if self._process.poll() is not None:
-            raise BenchFailed(f"the daemon ended with {self._process.returncode}: {self._last_words()}")
+            raise BenchFailed(f"the daemon ended with {self._process.returncode}: {self._log_tail()}")
         # Its CPU clock, by the number that clock_getcpuclockid(3) gives a process: /proc counts in ticks of 10 ms, and
         # a short load may take less than one.
         return time.clock_gettime(~self._process.pid << 3 | 2)
@@ -129,12 +129,12 @@ class Stage:
 
     def load(self, kind: str, **asked: Any) -> dict[str, Any]:
         """Run a load (see load.py) in a process of its own. `daemon_cores`, `load_cores`: the CPU of both sides."""
-        told = Asked(kind, self._socket("worker"), self._socket("admin"), self._token, **asked)
+        told = LoadRequest(kind, self._socket("worker"), self._socket("admin"), self._token, **asked)
         words = [sys.executable, "-m", "tests.benchmarks.load", msgspec.json.encode(told).decode()]
         began, cpu_s = time.perf_counter(), self._cpu_s()
         run = subprocess.run(words, capture_output=True, text=True, check=False, cwd=ROOT)
         if run.returncode:
-            raise BenchFailed(f"the load {kind} ended with {run.returncode}: {run.stderr[-2000:]}{self._last_words()}")
+            raise BenchFailed(f"the load {kind} ended with {run.returncode}: {run.stderr[-2000:]}{self._log_tail()}")
         figures: dict[str, Any] = msgspec.json.decode(run.stdout)
         figures["daemon_cores"] = (self._cpu_s() - cpu_s) / (time.perf_counter() - began)
         return figures
@@ -145,6 +145,6 @@ class Stage:
     def _path(self, name: str) -> str:
         return str(self._directory / name)
 
-    def _last_words(self) -> str:
+    def _log_tail(self) -> str:
         self._log.seek(0)
         return self._log.read()[-2000:].decode("utf-8", "replace")

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from jobd.cli.daemon.bench_load import LoadConnection, clock
 from tests.benchmarks import beside, load, stage, work
-from tests.benchmarks.__main__ import LARGE, _drawn, benchmarks
-from tests.benchmarks.scenarios import SCENARIOS, Scenario, Size, measured
-from tests.benchmarks.stage import BenchFailed, Stage
+from tests.benchmarks.__main__ import LARGE, _bars, benchmarks
+from tests.benchmarks.scenarios import SCENARIOS, Scenario, Size, measure
+from tests.benchmarks.stage import BenchDaemon, BenchFailed
 
 TINY = Size(seconds=0.2, connections=4, rate=50, live=1_000, backlogs=((1_000, 0), (1_500, 500)))
 TIMES = {"p50_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms"}
@@ -21,7 +21,7 @@ TIMES = {"p50_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms"}
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
 def test_a_scenario_gives_figures(scenario: Any, tmp_path: Path) -> None:
-    found = measured(scenario, TINY, tmp_path)
+    found = measure(scenario, TINY, tmp_path)
     numbers = list(_numbers(found))
     assert numbers
     assert all(value > 0 for _, value in numbers), found
@@ -50,7 +50,7 @@ def _times(found: dict[str, Any]) -> Any:
             yield from _times(value)
 
 
-async def stats_of(staged: Stage) -> Any:
+async def stats_of(staged: BenchDaemon) -> Any:
     """The daemon's own count of its jobs."""
     wire = await LoadConnection.open(staged._socket("admin"), staged._token)
     found = await wire.get("/admin/job-management/stats")
@@ -59,7 +59,7 @@ async def stats_of(staged: Stage) -> Any:
 
 
 def test_lifecycles_are_counted_as_the_daemon_counts_them(tmp_path: Path) -> None:
-    with Stage(tmp_path) as staged:
+    with BenchDaemon(tmp_path) as staged:
         for kind in ("lifecycle", "batch", "stream", "rate"):
             staged.load(kind, seconds=0.2, connections=4, rate=50.0)
         figures = staged.load("fill", count=2_500)
@@ -78,18 +78,18 @@ async def test_what_begins_early_counts_from_its_beginning(monkeypatch: pytest.M
 
     monkeypatch.setattr(asyncio, "sleep", no_sleep)
     before = clock()
-    assert before <= await work.turn(before + 100) <= clock()
-    assert await work.turn(before) == before
+    assert before <= await work.wait_until(before + 100) <= clock()
+    assert await work.wait_until(before) == before
 
 
 def test_a_scenario_has_settings_of_its_own(tmp_path: Path) -> None:
     narrow = Scenario("narrow", "", lambda stage, size: stage.load("fill", count=6), settings={"JOBD_LIMITS_BULK": "5"})
     with pytest.raises(BenchFailed, match="Over 5 jobs in one bulk"):
-        measured(narrow, TINY, tmp_path)
+        measure(narrow, TINY, tmp_path)
 
 
 def test_a_load_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Stage(tmp_path) as staged:
+    with BenchDaemon(tmp_path) as staged:
         with pytest.raises(BenchFailed, match="KeyError: 'none'"):
             staged.load("none")
         staged.stop()
@@ -97,14 +97,14 @@ def test_a_load_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             staged.load("latency", seconds=0.1)
     monkeypatch.setattr(stage, "READY_S", 0.0)
     with pytest.raises(BenchFailed, match="did not come up"):
-        Stage(tmp_path).__enter__()
+        BenchDaemon(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_grants_for_one_job_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wrong:
         @classmethod
-        async def connections(cls, asked: work.Asked) -> list[Wrong]:
+        async def connections(cls, asked: work.LoadRequest) -> list[Wrong]:
             return [cls()] * asked.connections
 
         async def post(self, path: str, body: bytes, *, may_fail: bool = False) -> Any:
@@ -112,7 +112,7 @@ def test_two_grants_for_one_job_end_the_run(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(load, "connections_of", Wrong.connections)
     with pytest.raises(SystemExit, match="16 workers got job j"):
-        asyncio.run(load.contention(work.Asked("contention", "", seconds=1)))
+        asyncio.run(load.contention(work.LoadRequest("contention", "", seconds=1)))
 
 
 def test_what_goes_wrong_beside_the_work_ends_the_load() -> None:
@@ -124,7 +124,7 @@ def test_what_goes_wrong_beside_the_work_ends_the_load() -> None:
         await asyncio.Event().wait()
 
     async def run(*works: Any) -> None:
-        async with beside.others(*works):
+        async with beside.running_beside(*works):
             await asyncio.sleep(0.01)
 
     asyncio.run(run(goes_on()))
@@ -140,5 +140,5 @@ def test_every_scenario_is_in_the_help() -> None:
 
 
 def test_a_series_is_drawn_as_bars() -> None:
-    assert _drawn([0.0, 1.0, 8.0]) == "▁▂█"
-    assert _drawn([0.0, 0.0]) == "▁▁"
+    assert _bars([0.0, 1.0, 8.0]) == "▁▂█"
+    assert _bars([0.0, 0.0]) == "▁▁"

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
-from tests.benchmarks.stage import Stage
+from tests.benchmarks.stage import BenchDaemon
 
 SKIPPED: Final = 4  # one of so many turns, the first ones: the daemon is warm, then
 STEPS: Final = ("decide", "gather", "rows", "commit", "rest")  # in the order of a turn
@@ -74,7 +74,7 @@ def measure(kind: str, seconds: float, connections: int) -> dict[str, Any]:
         (Path(directory) / "sitecustomize.py").write_text(AROUND)
         told = Path(directory) / "turns"
         os.environ |= {"PYTHONPATH": directory, TOLD: str(told)}
-        with Stage(None) as stage:
+        with BenchDaemon(None) as stage:
             stage.load(kind, seconds=1.0, connections=connections)
             figures = stage.load(kind, seconds=seconds, connections=connections)
             stage.stop()

@@ -11,7 +11,7 @@ from jobd.cli.daemon.bench_load import RequestFailed, decode
 _LIMIT: Final = 1 << 24  # bytes that the reader of a stream buffers
 
 
-class Flow:
+class CommandStream:
     """One stream of commands: lines out, answers back in their order."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -21,7 +21,7 @@ class Flow:
         self._rest = b""
 
     @classmethod
-    async def open(cls, path: str) -> Flow:
+    async def open(cls, path: str) -> CommandStream:
         reader, writer = await asyncio.open_unix_connection(path, limit=_LIMIT)
         writer.write(
             b"POST /v1/commands HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-ndjson\r\n"

@@ -12,7 +12,7 @@ from jobd.cli.daemon.bench_load import LoadConnection, clock, open_connections
 BASE: Final = "/admin/job-management"
 
 
-class Asked(Struct):
+class LoadRequest(Struct):
     """What is asked of a load. `count`: of jobs, `rate`: of lifecycles a second, `beside`: what else goes on."""
 
     kind: str
@@ -27,11 +27,11 @@ class Asked(Struct):
     expired: bool = False
 
 
-async def connections_of(asked: Asked) -> list[LoadConnection]:
+async def connections_of(asked: LoadRequest) -> list[LoadConnection]:
     return await open_connections(asked.socket, asked.connections)
 
 
-async def turn(due: float) -> float:
+async def wait_until(due: float) -> float:
     """Wait until `due` (by `clock`), and give the time from which on what is done then counts: no later than `due`.
 
     The loop's timers are early by up to half a millisecond.

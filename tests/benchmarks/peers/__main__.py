@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from tests.benchmarks.peers import beanstalkd, huey, postgres, redis
 from tests.benchmarks.peers.server import Missing
-from tests.benchmarks.stage import Stage
+from tests.benchmarks.stage import BenchDaemon
 
 Measure = Callable[[Path, int, float], float]
 
@@ -37,7 +37,7 @@ class Peer(Struct, frozen=True):
 
 def _ours(kind: str) -> Measure:
     def measure(place: Path, connections: int, seconds: float) -> float:
-        with Stage(place) as stage:
+        with BenchDaemon(place) as stage:
             return float(stage.load(kind, connections=connections, seconds=seconds)["lifecycles_per_s"])
 
     return measure
