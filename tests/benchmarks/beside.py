@@ -1,4 +1,4 @@
-"""What goes on beside the work, and how long a request waits for it: passes, deletion, backups, history, scrapes."""
+"""Work beside the load, and the latency of a request meanwhile: cleanup, deletion, backups, history, scrapes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROBE_EVERY_S: Final = 0.002
 
 @asynccontextmanager
 async def running_beside(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """They go on meanwhile; what goes wrong with one of them is raised."""
+    """Run `works` meanwhile. Raises the error of one that fails."""
     running = [asyncio.ensure_future(work) for work in works]
     try:
         yield
@@ -28,9 +28,9 @@ async def running_beside(*works: Coroutine[Any, Any, None]) -> AsyncIterator[Non
 
 
 async def lag(asked: LoadRequest) -> Figures:
-    """How long the smallest of requests takes while something else goes on: it waits for the event loop alone.
+    """Measure the smallest request, which waits for the event loop only, while something else runs.
 
-    One is due every PROBE_EVERY_S and counts from then, however long those before it took.
+    One request is due every PROBE_EVERY_S. Its time counts from then, even if earlier requests delay it.
     """
     wire, times = await LoadConnection.open(asked.socket), list[float]()
     async with running_beside(WORKS[asked.beside](asked)):
@@ -44,7 +44,7 @@ async def lag(asked: LoadRequest) -> Figures:
 
 
 async def clean(asked: LoadRequest) -> None:
-    """A cleanup pass every second."""
+    """Run cleanup every second."""
     wire = await LoadConnection.open(asked.admin, asked.token)
     while True:
         await wire.post(f"{BASE}/cleanup", b"{}")
@@ -55,7 +55,7 @@ async def _nothing(_: LoadRequest) -> None: ...
 
 
 async def _delete(asked: LoadRequest) -> None:
-    """A pass that finds much to delete. It has to take until the last probe is done, or more of it is measured."""
+    """Run cleanup with many jobs to delete, enough to last until the last probe."""
     wire = await LoadConnection.open(asked.admin, asked.token)
     await wire.post(f"{BASE}/cleanup", b"{}")
 
@@ -67,14 +67,14 @@ async def _scrape(asked: LoadRequest) -> None:
 
 
 async def _back_up(asked: LoadRequest) -> None:
-    """One backup after the other. They are dropped as they come: to hold one would hold up the probes."""
+    """Make one backup after the other, without keeping them: that would delay the probes."""
     wire = await LoadConnection.open(asked.admin, asked.token)
     while True:
         await wire.drop(f"{BASE}/backup")
 
 
 async def _history(asked: LoadRequest) -> None:
-    """All jobs there are, page by page."""
+    """Read all completed jobs, page by page."""
     wire, cursor = await LoadConnection.open(asked.admin, asked.token), ""
     while True:
         page = await wire.get(f"{BASE}/jobs?limit=200&status=completed{cursor}")

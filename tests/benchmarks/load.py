@@ -38,7 +38,7 @@ LONG_AGO_MS: Final = 1_000_000_000_000
 
 
 async def batch(asked: LoadRequest) -> Figures:
-    """A hundred at a time: created by one bulk, claimed by one claim, completed one by one."""
+    """Create and claim a hundred jobs with one request each, and complete them one by one."""
     size = 100
     bulk = encode({"jobs": [{"payload": PAYLOAD}] * size})
 
@@ -60,7 +60,7 @@ async def batch(asked: LoadRequest) -> Figures:
 
 
 async def stream(asked: LoadRequest) -> Figures:
-    """Streams of commands, each with many lifecycles on their way; every answer after its fsync."""
+    """Run command streams with many lifecycles in flight each."""
     at_once = 64
     flows = [await CommandStream.open(asked.socket) for _ in range(max(asked.connections // 4, 1))]
     began, done = clock(), 0
@@ -96,7 +96,7 @@ async def stream(asked: LoadRequest) -> Figures:
 
 
 async def contention(asked: LoadRequest) -> Figures:
-    """All connections want the same job; one gets it. Whether it was one each time is looked at, too."""
+    """Start the same job on all connections, and check that exactly one gets it."""
     wires = await connections_of(asked)
     began, starts, jobs, times = clock(), 0, 0, list[float]()
     while clock() - began < asked.seconds:
@@ -106,14 +106,14 @@ async def contention(asked: LoadRequest) -> Figures:
         got = [grant for grant in await asyncio.gather(*asking) if grant is not None]
         times.append(clock() - started)
         if len(got) != 1:
-            raise SystemExit(f"{len(got)} workers got job {job_id}")
+            raise SystemExit(f"{len(got)} workers were granted job {job_id}")
         await wires[0].post(f"/v1/jobs/{job_id}/complete", encode({"lock_id": got[0]["lock_id"]}))
         starts, jobs = starts + len(wires), jobs + 1
     return {"starts_per_s": starts / (clock() - began), "grants_per_job": 1, "round": percentiles(times)}
 
 
 async def progress(asked: LoadRequest) -> Figures:
-    """Every connection holds a job and reports its progress."""
+    """Report progress of one job per connection."""
 
     async def holder(number: int, wire: LoadConnection) -> Callable[[], Awaitable[int]]:
         job_id = (await wire.post("/v1/jobs", CREATE))["id"]
@@ -132,7 +132,7 @@ async def progress(asked: LoadRequest) -> Figures:
 
 
 async def mixed(asked: LoadRequest) -> Figures:
-    """Lifecycles beside reads, a dashboard that polls and a cleanup pass every second."""
+    """Run lifecycles during reads, a polling dashboard and a cleanup run every second."""
     async with beside.running_beside(_poll(asked), beside.clean(asked), _read(asked)):
         return await lifecycle(asked)
 
@@ -155,7 +155,7 @@ async def _read(asked: LoadRequest) -> None:
 
 
 async def latency(asked: LoadRequest) -> Figures:
-    """One connection, one lifecycle after the other."""
+    """Run one lifecycle after the other on one connection."""
     wire, times = await LoadConnection.open(asked.socket), list[float]()
     began = clock()
     while (started := clock()) - began < asked.seconds:
@@ -165,7 +165,7 @@ async def latency(asked: LoadRequest) -> Figures:
 
 
 async def rate(asked: LoadRequest) -> Figures:
-    """Lifecycles begun at a fixed rate, however long the others take: times count from when each should have begun."""
+    """Start lifecycles at a fixed rate. Times count from when each one was due."""
     free = asyncio.Queue[LoadConnection]()
     for wire in await connections_of(asked):
         free.put_nowait(wire)
@@ -194,7 +194,7 @@ async def lifecycle(asked: LoadRequest) -> Figures:
 
 
 async def fill(asked: LoadRequest) -> Figures:
-    """So many queued jobs."""
+    """Create `count` queued jobs."""
     wire, began = await LoadConnection.open(asked.socket), clock()
     for made in range(0, asked.count, BULK):
         await wire.post("/v1/jobs/bulk", encode({"jobs": [{"payload": PAYLOAD}] * min(BULK, asked.count - made)}))
@@ -202,9 +202,9 @@ async def fill(asked: LoadRequest) -> Figures:
 
 
 async def finish(asked: LoadRequest) -> Figures:
-    """So many finished jobs, moved in. `expired`: the next cleanup pass deletes them."""
+    """Import `count` finished jobs. The next cleanup run deletes them if they are `expired`."""
     wire, began = await LoadConnection.open(asked.admin, asked.token), clock()
-    run = secrets.token_hex(4)  # those of another load have other ids
+    run = secrets.token_hex(4)  # another load uses other ids
     for made in range(0, asked.count, BULK):
         job = {"status": "completed", "progress": 100, "metadata": 1, "payload": PAYLOAD}
         if asked.expired:

@@ -1,4 +1,4 @@
-"""What is measured, by name: each scenario has a fresh daemon and gives its figures. How they look is not its own."""
+"""The scenarios of the benchmarks. Each one starts its own daemon and returns figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.benchmarks.stage import BenchDaemon
 
 
 class Size(Struct, frozen=True):
-    """How much is measured. `seconds` of one load, `live` jobs for memory and start, `backlogs` (live, finished)."""
+    """The extent of a run: seconds of one load, live jobs for memory and startup, backlogs as (live, finished)."""
 
     seconds: float = 5.0
     connections: int = 16
@@ -26,8 +26,7 @@ Measure = Callable[[BenchDaemon, Size], dict[str, Any]]
 
 
 class Scenario(Struct, frozen=True):
-    """`says` is one line for people; `once`: it is too long to be repeated for a median. `settings` are those of its
-    daemon that are not the defaults, by the names of their variables."""
+    """`says` is one line; `once`: it takes too long to repeat. `settings` are environment variables of its daemon."""
 
     name: str
     description: str
@@ -63,7 +62,7 @@ def _backlog(stage: BenchDaemon, size: Size) -> dict[str, Any]:
 
 
 def _lag(stage: BenchDaemon, size: Size) -> dict[str, Any]:
-    """Of each kind of housekeeping; at last of the deletion of as many jobs as there are live ones."""
+    """Measure beside each kind of maintenance, last beside the deletion of as many jobs as there are live ones."""
     stage.load("fill", count=size.live)
     stage.load("finish", count=size.live)
     found: dict[str, Any] = {
@@ -95,22 +94,22 @@ SCENARIOS: Final = {
     each.name: each
     for each in (
         Scenario("lifecycle", "create, claim, complete, one request each", _load("lifecycle")),
-        Scenario("batch", "bulks and claims of a hundred, completes one by one", _load("batch")),
-        Scenario("stream", "lifecycles over streams of commands", _load("stream")),
+        Scenario("batch", "bulk creates and claims of a hundred, completes one by one", _load("batch")),
+        Scenario("stream", "lifecycles over command streams", _load("stream")),
         Scenario("contention", "many starts on one job", _load("contention")),
-        Scenario("progress", "progress reports of jobs that are held", _load("progress")),
-        Scenario("mixed", "lifecycles beside reads, a polling dashboard and cleanup passes", _load("mixed")),
+        Scenario("progress", "progress reports", _load("progress")),
+        Scenario("mixed", "lifecycles during reads, a polling dashboard and cleanup runs", _load("mixed")),
         Scenario("latency", "a lifecycle on one connection, and at a fixed rate", _latency),
         Scenario("backlog", "a claim among many jobs", _backlog, once=True),
-        Scenario("lag", "how long a request waits beside passes, deletion, backup, history, scrapes", _lag, once=True),
+        Scenario("lag", "the latency of a request during maintenance and reads", _lag, once=True),
         Scenario("startup", "a start with many live jobs", _startup),
-        Scenario("memory", "memory for each live job", _memory),
+        Scenario("memory", "memory of a live job", _memory),
         Scenario(
             "soak",
             "create, complete, delete at full speed: does the database grow?",
             _load("soak"),
             once=True,
-            # By default the journal of a deleted job stays for a day: only then as much would go as comes.
+            # With the default of a day, the journal would only grow during the run.
             settings={"JOBD_RETENTION_JOURNAL": "1s"},
         ),
     )
@@ -118,6 +117,6 @@ SCENARIOS: Final = {
 
 
 def measure(scenario: Scenario, size: Size, place: Path | None) -> dict[str, Any]:
-    """The figures of one run."""
+    """Return the figures of one run."""
     with BenchDaemon(place, scenario.settings) as stage:
         return scenario.measure(stage, size)

@@ -1,4 +1,4 @@
-"""A long run: jobs are created, completed and deleted at full speed, and the database is weighed as time goes on."""
+"""A long run: create, complete and delete jobs at full speed, and sample the size of the database."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jobd.cli.daemon.bench_load import Figures, LoadConnection, lifecycle
 from tests.benchmarks import beside
 from tests.benchmarks.work import LoadRequest
 
-KEPT_MS: Final = 1_000  # from the complete of a job to the time of its deletion
+KEPT_MS: Final = 1_000  # from the completion of a job to its deletion
 SAMPLES: Final = 60
 
 
 async def soak(asked: LoadRequest) -> Figures:
-    """`growth`: the size in the last quarter of the time to that in the second, when the first jobs had gone."""
+    """`growth` compares the size in the last quarter with that in the second, when deletion had started."""
     sizes: list[tuple[float, float]] = []
     async with beside.running_beside(beside.clean(asked), _sample_sizes(asked, sizes)):
         figures = await lifecycle(asked.socket, asked.seconds, asked.connections, _soon_deleted)

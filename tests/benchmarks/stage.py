@@ -1,7 +1,4 @@
-"""A daemon of its own for measuring, on a disk of one's choice, and loads against it.
-
-The daemon is what an operator runs: the same program with the default configuration, but for where it lies.
-"""
+"""A daemon for benchmarks, with the default configuration, on a chosen disk; and loads against it."""
 
 from __future__ import annotations
 
@@ -30,25 +27,25 @@ STOP_S: Final = 60.0
 
 
 class BenchFailed(Exception):
-    """The daemon or the load ended before its time; the text is what it said last."""
+    """The daemon or the load failed; the message is the end of its output."""
 
 
 class BenchDaemon:
-    """`with Stage(place) as stage`: a running daemon in a new directory below `place` (None: the usual one).
+    """`with Stage(place) as stage`: a running daemon in a new directory in `place` (None: the default).
 
-    `settings`: variables of its environment, for what is not to be as it is by default.
+    `settings` are additional environment variables of the daemon.
     """
 
     def __init__(self, place: Path | None, settings: Mapping[str, str] | None = None) -> None:
         self._settings = dict(settings or {})
         self._directory = Path(tempfile.mkdtemp(prefix="jobd-bench-", dir=place))
-        self._sockets = tempfile.mkdtemp(prefix="jobd-bench-")  # the name of a socket may have 107 bytes, no more
+        self._sockets = tempfile.mkdtemp(prefix="jobd-bench-")  # the path of a socket can have 107 bytes
         self._token = secrets.token_urlsafe(32)
         self._process: subprocess.Popen[bytes] | None = None
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(self._socket("notify"))
         self._log = (self._directory / "log").open("w+b")
-        (self._directory / "config.toml").touch()  # all defaults, whatever this machine's daemon has
+        (self._directory / "config.toml").touch()  # hides the configuration of this machine
 
     def __enter__(self) -> Self:
         try:
@@ -72,7 +69,7 @@ class BenchDaemon:
     # -- the daemon ----------------------------------------------------------------------------------------------------
 
     def start(self) -> float:
-        """Start the daemon; seconds until it is ready."""
+        """Start the daemon and return the seconds until it is ready."""
         own = self._settings | {
             "ADMIN_TOKEN": self._token,
             "JOBD_CONFIG": self._path("config.toml"),
@@ -86,7 +83,7 @@ class BenchDaemon:
         began = time.perf_counter()
         self._process = subprocess.Popen([sys.executable, "-m", "jobd", "serve"], env=others | own, stderr=self._log)
         if not self._wait_ready(self._process.pid):
-            raise BenchFailed(f"the daemon did not come up: {self._log_tail()}")
+            raise BenchFailed(f"the daemon did not start: {self._log_tail()}")
         return time.perf_counter() - began
 
     def stop(self) -> None:
@@ -96,7 +93,7 @@ class BenchDaemon:
             raise BenchFailed(f"the daemon ended with {self._process.returncode}: {self._log_tail()}")
 
     def _wait_ready(self, pid: int) -> bool:
-        """Waits until the daemon says so, as it says it to systemd; false where it ends instead or takes too long."""
+        """Wait for READY=1 as systemd does; false if the daemon exits or takes too long."""
         ended = os.pidfd_open(pid)
         try:
             while self._notify.fileno() in select.select([self._notify.fileno(), ended], [], [], READY_S)[0]:
@@ -108,12 +105,12 @@ class BenchDaemon:
 
     @property
     def pid(self) -> int:
-        """Of the daemon."""
+        """Return the pid of the daemon."""
         assert self._process is not None
         return self._process.pid
 
     def memory(self) -> int:
-        """Resident bytes of the daemon."""
+        """Return the resident bytes of the daemon."""
         status = Path(f"/proc/{self.pid}/status").read_text("ascii")
         return int(status.partition("VmRSS:")[2].split()[0]) * 1024
 
@@ -121,14 +118,13 @@ class BenchDaemon:
         assert self._process is not None
         if self._process.poll() is not None:
             raise BenchFailed(f"the daemon ended with {self._process.returncode}: {self._log_tail()}")
-        # Its CPU clock, by the number that clock_getcpuclockid(3) gives a process: /proc counts in ticks of 10 ms, and
-        # a short load may take less than one.
+        # The CPU clock of clock_getcpuclockid(3): /proc counts in ticks of 10 ms, and a short load takes less.
         return time.clock_gettime(~self._process.pid << 3 | 2)
 
     # -- load ----------------------------------------------------------------------------------------------------------
 
     def load(self, kind: str, **asked: Any) -> dict[str, Any]:
-        """Run a load (see load.py) in a process of its own. `daemon_cores`, `load_cores`: the CPU of both sides."""
+        """Run a load of load.py in its own process. `daemon_cores` and `load_cores` are the CPU time of both sides."""
         told = LoadRequest(kind, self._socket("worker"), self._socket("admin"), self._token, **asked)
         words = [sys.executable, "-m", "tests.benchmarks.load", msgspec.json.encode(told).decode()]
         began, cpu_s = time.perf_counter(), self._cpu_s()

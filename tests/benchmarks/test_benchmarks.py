@@ -20,7 +20,7 @@ TIMES = {"p50_ms", "p90_ms", "p99_ms", "p99_9_ms", "max_ms"}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=list(SCENARIOS))
-def test_a_scenario_gives_figures(scenario: Any, tmp_path: Path) -> None:
+def test_a_scenario_returns_figures(scenario: Any, tmp_path: Path) -> None:
     found = measure(scenario, TINY, tmp_path)
     numbers = list(_numbers(found))
     assert numbers
@@ -51,7 +51,7 @@ def _times(found: dict[str, Any]) -> Any:
 
 
 async def stats_of(staged: BenchDaemon) -> Any:
-    """The daemon's own count of its jobs."""
+    """Return the stats of the daemon."""
     wire = await LoadConnection.open(staged._socket("admin"), staged._token)
     found = await wire.get("/admin/job-management/stats")
     wire.close()
@@ -71,8 +71,8 @@ def test_lifecycles_are_counted_as_the_daemon_counts_them(tmp_path: Path) -> Non
     assert counted["byStatus"]["processing"] == counted["byStatus"]["failed"] == 0
 
 
-async def test_what_begins_early_counts_from_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what begins late from when it was due."""
+async def test_an_early_start_counts_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a late one from when it was due."""
 
     async def no_sleep(seconds: float) -> None: ...
 
@@ -88,7 +88,7 @@ def test_a_scenario_has_settings_of_its_own(tmp_path: Path) -> None:
         measure(narrow, TINY, tmp_path)
 
 
-def test_a_load_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_load_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with BenchDaemon(tmp_path) as staged:
         with pytest.raises(BenchFailed, match="KeyError: 'none'"):
             staged.load("none")
@@ -96,7 +96,7 @@ def test_a_load_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(BenchFailed, match="the daemon ended with 0"):
             staged.load("latency", seconds=0.1)
     monkeypatch.setattr(stage, "READY_S", 0.0)
-    with pytest.raises(BenchFailed, match="did not come up"):
+    with pytest.raises(BenchFailed, match="did not start"):
         BenchDaemon(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
 
@@ -111,11 +111,11 @@ def test_two_grants_for_one_job_end_the_run(monkeypatch: pytest.MonkeyPatch) -> 
             return {"id": "j", "lock_id": "l"}
 
     monkeypatch.setattr(load, "connections_of", Wrong.connections)
-    with pytest.raises(SystemExit, match="16 workers got job j"):
+    with pytest.raises(SystemExit, match="16 workers were granted job j"):
         asyncio.run(load.contention(work.LoadRequest("contention", "", seconds=1)))
 
 
-def test_what_goes_wrong_beside_the_work_ends_the_load() -> None:
+def test_an_error_beside_the_load_ends_it() -> None:
     async def breaks() -> None:
         await asyncio.sleep(0)
         raise ValueError("lost")

@@ -12,7 +12,7 @@ _LIMIT: Final = 1 << 24  # bytes that the reader of a stream buffers
 
 
 class CommandStream:
-    """One stream of commands: lines out, answers back in their order."""
+    """One command stream: lines go out, responses come back in order."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -33,11 +33,11 @@ class CommandStream:
         return cls(reader, writer)
 
     def send(self, lines: bytes) -> None:
-        """Whole lines with their ends."""
+        """Send complete lines."""
         self._writer.write(b"%x\r\n%b\r\n" % (len(lines), lines))
 
     async def answers(self) -> list[Any]:
-        """The next answers, as many as have come."""
+        """Return the responses that have arrived, at least one."""
         while not self._lines:
             size = int(await self._reader.readuntil(b"\r\n"), 16)
             piece = await self._reader.readexactly(size + 2)

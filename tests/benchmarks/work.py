@@ -1,4 +1,4 @@
-"""What a load is asked for, and what several loads use."""
+"""The request for a load, and what several loads use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BASE: Final = "/admin/job-management"
 
 
 class LoadRequest(Struct):
-    """What is asked of a load. `count`: of jobs, `rate`: of lifecycles a second, `beside`: what else goes on."""
+    """A request for a load: `count` of jobs, `rate` of lifecycles per second, `beside` names what else runs."""
 
     kind: str
     socket: str
@@ -32,9 +32,6 @@ async def connections_of(asked: LoadRequest) -> list[LoadConnection]:
 
 
 async def wait_until(due: float) -> float:
-    """Wait until `due` (by `clock`), and give the time from which on what is done then counts: no later than `due`.
-
-    The loop's timers are early by up to half a millisecond.
-    """
+    """Wait until `due` and return the time from which to measure: `due`, or now if the timer was early."""
     await asyncio.sleep(max(due - clock(), 0))
     return min(due, clock())

@@ -174,7 +174,7 @@ def show(stop: threading.Event) -> int:
 
 def _prepare(client: JobClient, admin: AdminClient) -> None:
     """Create the jobs that show one status each. The first one stalls: its worker never reports."""
-    admin.pause_queue("imports", "The customers are still being checked.")
+    admin.pause_queue("imports", "the customers are still being checked")
     client.create_jobs(_FIRST[:1])
     client.claim(worker="video-3", queues=["video"], lock_ttl_ms=1_000, stuck_after_ms=0)
     client.create_jobs(_FIRST[1:])
