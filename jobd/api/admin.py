@@ -174,146 +174,146 @@ class TestWebhook(WebhookCommand, frozen=True, kw_only=True):
     reason: Reason | None = None
 
 
-async def _stats(app: App[Services], ctx: RequestContext, asked: Stats) -> Response | ApiError:
-    answer = await run_command(app, ctx, asked)
-    if isinstance(answer, Response):
+async def _stats(app: App[Services], ctx: RequestContext, command: Stats) -> Response | ApiError:
+    response = await run_command(app, ctx, command)
+    if isinstance(response, Response):
         state = app.services.maintainer.state()
-        answer.data = replace(
-            answer.data,
+        response.data = replace(
+            response.data,
             disk=await app.services.disk_space(),
             cleanup_running=state.cleanup_running,
             time_since_last_cleanup=state.time_since_last_cleanup,
         )
-    return answer
+    return response
 
 
-async def _health(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+async def _health(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     view = await app.services.health.view()
     return Response(view, status=503 if view.status == "unhealthy" else 200)
 
 
-async def _validate_job(app: App[Services], ctx: RequestContext, asked: ValidateJob) -> Response | ApiError:
-    ctx.job_id = asked.id
-    answer = await app.actor.ask(Validate(id=asked.id), by=ctx.by, admin=True)
-    if isinstance(answer, Response) and not ctx.admin:
-        answer.data.job.lock = public_lock(answer.data.job.lock)
-    return answer
+async def _validate_job(app: App[Services], ctx: RequestContext, command: ValidateJob) -> Response | ApiError:
+    ctx.job_id = command.id
+    response = await app.actor.ask(Validate(id=command.id), by=ctx.by, admin=True)
+    if isinstance(response, Response) and not ctx.admin:
+        response.data.job.lock = public_lock(response.data.job.lock)
+    return response
 
 
-async def _cleanup(app: App[Services], ctx: RequestContext, asked: WithReason) -> Response:
-    await audit_action(app, ctx.operator, "cleanup", reason=asked.reason)
+async def _cleanup(app: App[Services], ctx: RequestContext, command: WithReason) -> Response:
+    await audit_action(app, ctx.operator, "cleanup", reason=command.reason)
     return Response(await app.services.maintainer.run_cleanup(forced=True))
 
 
-async def _cleanup_state(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+async def _cleanup_state(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     return Response(app.services.maintainer.state())
 
 
-async def _recover_stuck(app: App[Services], ctx: RequestContext, asked: WithReason) -> Response | ApiError:
-    done = await app.services.maintainer.recover_stuck(as_one_entry(ctx.operator), asked.reason)
+async def _recover_stuck(app: App[Services], ctx: RequestContext, command: WithReason) -> Response | ApiError:
+    done = await app.services.maintainer.recover_stuck(as_one_entry(ctx.operator), command.reason)
     return done if isinstance(done, ApiError) else Response(done)
 
 
-async def _take_back(app: App[Services], ctx: RequestContext, asked: TakeBack) -> Response | ApiError:
-    return _given(await app.services.maintainer.take_back(asked, as_one_entry(ctx.operator)))
+async def _take_back(app: App[Services], ctx: RequestContext, command: TakeBack) -> Response | ApiError:
+    return _given(await app.services.maintainer.take_back(command, as_one_entry(ctx.operator)))
 
 
-async def _failures(app: App[Services], ctx: RequestContext, asked: FailuresRequest) -> Response:
-    return Response(app.services.failures.view(asked.limit))
+async def _failures(app: App[Services], ctx: RequestContext, command: FailuresRequest) -> Response:
+    return Response(app.services.failures.view(command.limit))
 
 
-async def _preview(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response | ApiError:
+async def _preview(app: App[Services], ctx: RequestContext, command: NoFields) -> Response | ApiError:
     return _given(await app.services.maintainer.preview())
 
 
-async def _make_plan(app: App[Services], ctx: RequestContext, asked: MakePlan) -> Response | ApiError:
-    return _given(await app.services.make_plan(asked))
+async def _make_plan(app: App[Services], ctx: RequestContext, command: MakePlan) -> Response | ApiError:
+    return _given(await app.services.make_plan(command))
 
 
-async def _plan(app: App[Services], ctx: RequestContext, asked: PlanCommand) -> Response | ApiError:
-    return _given(app.services.planner.find(asked.plan_id))
+async def _plan(app: App[Services], ctx: RequestContext, command: PlanCommand) -> Response | ApiError:
+    return _given(app.services.planner.find(command.plan_id))
 
 
-async def _apply_plan(app: App[Services], ctx: RequestContext, asked: PlanCommand) -> Response | ApiError:
-    return _given(await app.services.planner.apply(asked.plan_id, ctx.operator or operator_of(ctx)))
+async def _apply_plan(app: App[Services], ctx: RequestContext, command: PlanCommand) -> Response | ApiError:
+    return _given(await app.services.planner.apply(command.plan_id, ctx.operator or operator_of(ctx)))
 
 
 def _given(found: Any) -> Response | ApiError:
     return found if isinstance(found, ApiError) else Response(found)
 
 
-async def _reports(app: App[Services], ctx: RequestContext, asked: Reports) -> Response:
-    return Response(ReportList(await app.services.maintainer.reports(asked.limit)))
+async def _reports(app: App[Services], ctx: RequestContext, command: Reports) -> Response:
+    return Response(ReportList(await app.services.maintainer.reports(command.limit)))
 
 
-async def _alerts(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+async def _alerts(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     return Response(AlertList(app.services.alerts.evaluate()))
 
 
-async def _webhooks(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+async def _webhooks(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     return Response(WebhookList(app.services.webhooks.views()))
 
 
-async def _deliveries(app: App[Services], ctx: RequestContext, asked: Deliveries) -> Response | ApiError:
-    before = None if asked.cursor is None else int(asked.cursor)
-    return _given(await app.services.deliveries(asked.name, asked.state, before, asked.limit))
+async def _deliveries(app: App[Services], ctx: RequestContext, command: Deliveries) -> Response | ApiError:
+    before = None if command.cursor is None else int(command.cursor)
+    return _given(await app.services.deliveries(command.name, command.state, before, command.limit))
 
 
-async def _deliver_again(app: App[Services], ctx: RequestContext, asked: DeliverAgain) -> Response | ApiError:
-    sent = await app.services.deliver_again(asked.name, asked.id)
+async def _deliver_again(app: App[Services], ctx: RequestContext, command: DeliverAgain) -> Response | ApiError:
+    sent = await app.services.deliver_again(command.name, command.id)
     if not isinstance(sent, ApiError):
-        details = {"webhook": asked.name, "delivery": asked.id}
-        await audit_action(app, ctx.operator, "resend-delivery", details, asked.reason)
+        details = {"webhook": command.name, "delivery": command.id}
+        await audit_action(app, ctx.operator, "resend-delivery", details, command.reason)
     return _given(sent)
 
 
-async def _deliver_all_again(app: App[Services], ctx: RequestContext, asked: DeliverAllAgain) -> Response | ApiError:
-    sent = await app.services.deliver_all_again(asked.name, asked.upto)
+async def _deliver_all_again(app: App[Services], ctx: RequestContext, command: DeliverAllAgain) -> Response | ApiError:
+    sent = await app.services.deliver_all_again(command.name, command.upto)
     if not isinstance(sent, ApiError):
-        details = {"webhook": asked.name, "resent": sent.resent}
-        await audit_action(app, ctx.operator, "resend-given-up", details, asked.reason)
+        details = {"webhook": command.name, "resent": sent.resent}
+        await audit_action(app, ctx.operator, "resend-given-up", details, command.reason)
     return _given(sent)
 
 
-async def _export(app: App[Services], ctx: RequestContext, asked: Export) -> Response | ApiError:
-    page = await run_command(app, ctx, asked)
+async def _export(app: App[Services], ctx: RequestContext, command: Export) -> Response | ApiError:
+    page = await run_command(app, ctx, command)
     if isinstance(page, Response):
         await audit_read(app, ctx, "export")
     return page
 
 
-async def _test_webhook(app: App[Services], ctx: RequestContext, asked: TestWebhook) -> Response | ApiError:
-    sent = await app.services.test_webhook(asked.name)
+async def _test_webhook(app: App[Services], ctx: RequestContext, command: TestWebhook) -> Response | ApiError:
+    sent = await app.services.test_webhook(command.name)
     if not isinstance(sent, ApiError):
-        await audit_action(app, ctx.operator, "test-webhook", {"webhook": asked.name}, asked.reason)
+        await audit_action(app, ctx.operator, "test-webhook", {"webhook": command.name}, command.reason)
     return _given(sent)
 
 
-async def _clock(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+async def _clock(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     return Response(app.services.clock_view())
 
 
-async def _accept_clock(app: App[Services], ctx: RequestContext, asked: WithReason) -> Response | ApiError:
+async def _accept_clock(app: App[Services], ctx: RequestContext, command: WithReason) -> Response | ApiError:
     view = await app.services.accept_clock()
     if isinstance(view, ApiError):
         return view
-    await audit_action(app, ctx.operator, "accept-clock", reason=asked.reason)
+    await audit_action(app, ctx.operator, "accept-clock", reason=command.reason)
     return Response(view)
 
 
-async def _quarantine(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+async def _quarantine(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     return Response(QuarantineList(app.services.quarantine()))
 
 
-async def _check_rows(app: App[Services], ctx: RequestContext, asked: RowCheckRequest) -> Response | ApiError:
-    return _given(await app.services.scrubber.scan(asked.cursor))
+async def _check_rows(app: App[Services], ctx: RequestContext, command: RowCheckRequest) -> Response | ApiError:
+    return _given(await app.services.scrubber.scan(command.cursor))
 
 
-async def _backups(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+async def _backups(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     return Response(BackupList(app.services.backups.views()))
 
 
-async def _metrics(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+async def _metrics(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     return Response(RawBody(METRICS_TYPE, await app.services.metrics_text()))
 
 

@@ -205,32 +205,32 @@ async def serve_command_stream(app: App[Services], ctx: RequestContext, _: Any) 
 class _PendingResponse:
     """The response to a line, in its place in the order. It is the actor's `Waiter`."""
 
-    __slots__ = ("_is_cancelled", "_stream", "answer", "asked", "by", "job_id", "size", "weight")
+    __slots__ = ("_is_cancelled", "_stream", "by", "envelope", "job_id", "response", "size", "weight")
 
     def __init__(self, stream: _CommandStream, size: int) -> None:
         self._stream = stream
         self._is_cancelled = False
-        self.answer: Response | ApiError | None = None
-        self.asked: Envelope | None = None
+        self.response: Response | ApiError | None = None
+        self.envelope: Envelope | None = None
         self.by = "client"
         self.job_id: str | None = None
         self.size = size
         self.weight = 1
 
     def done(self) -> bool:
-        return self._is_cancelled or self.answer is not None
+        return self._is_cancelled or self.response is not None
 
     def cancelled(self) -> bool:
         return self._is_cancelled
 
-    def set_result(self, answer: Response | ApiError, /) -> None:
-        self.answer = answer
-        self.asked = None  # avoid a reference cycle per line
-        self._stream.has_answers.set()
+    def set_result(self, response: Response | ApiError, /) -> None:
+        self.response = response
+        self.envelope = None  # avoid a reference cycle per line
+        self._stream.has_responses.set()
 
     def cancel(self) -> None:
         """Mark the response as no longer wanted."""
-        self._is_cancelled = self.answer is None
+        self._is_cancelled = self.response is None
 
 
 class _CommandStream:
@@ -238,7 +238,7 @@ class _CommandStream:
 
     def __init__(self, app: App[Services], ctx: RequestContext) -> None:
         assert ctx.request is not None
-        self.has_answers = asyncio.Event()
+        self.has_responses = asyncio.Event()
         self._app = app
         self._ctx = ctx
         self._reader = LineReader(app.authenticator, app.limits)
@@ -307,7 +307,7 @@ class _CommandStream:
     def _note_read(self, reading: asyncio.Future[None]) -> None:
         """Note that no more lines come. Closing the daemon cancels the task, perhaps before it began."""
         self._is_read = True
-        self.has_answers.set()
+        self.has_responses.set()
         if reading.cancelled():
             self._response.force_close()
 
@@ -318,21 +318,21 @@ class _CommandStream:
             if line is None:
                 limit = self._app.limits.body
                 raise too_large_error(f"The line is over {limit} bytes. Split it.", limit=limit)
-            asked = self._send(self._reader.read(line), slot)
+            envelope = self._send(self._reader.read(line), slot)
         except ApiException as no:
-            asked = no.error
-        if isinstance(asked, ApiError):
-            self._refuse(slot, asked)
+            envelope = no.error
+        if isinstance(envelope, ApiError):
+            self._refuse(slot, envelope)
         else:
-            slot.asked = asked
+            slot.envelope = envelope
             self._queue(slot)
 
     def _send(self, line: DecodedLine, slot: _PendingResponse) -> Envelope | ApiError:
         slot.by, slot.job_id, slot.weight = line.by, line.job_id, weight(line.command)
         return self._app.actor.send(line.command, slot, by=line.by, key=line.key, size=slot.size, in_line=True)
 
-    def _refuse(self, slot: _PendingResponse, refusal: ApiError) -> None:
-        slot.set_result(refusal)
+    def _refuse(self, slot: _PendingResponse, error: ApiError) -> None:
+        slot.set_result(error)
         self._queue(slot)
 
     def _queue(self, slot: _PendingResponse) -> None:
@@ -350,9 +350,9 @@ class _CommandStream:
     async def _write(self, writer: StreamWriter) -> None:
         """Write responses in the order of their lines, as many at once as are ready."""
         while not (self._is_read and not self._slots):
-            await self.has_answers.wait()
-            self.has_answers.clear()
-            while self._slots and self._slots[0].answer is not None:
+            await self.has_responses.wait()
+            self.has_responses.clear()
+            while self._slots and self._slots[0].response is not None:
                 await self._write_piece(writer)
 
     async def _write_piece(self, writer: StreamWriter) -> None:
@@ -376,34 +376,34 @@ class _CommandStream:
                 await writer.drain()
             written = len(piece)
         finally:
-            for begins_at, answer in grants:
+            for begins_at, response in grants:
                 if begins_at >= written:
-                    self._app.actor.undelivered(answer)
+                    self._app.actor.undelivered(response)
 
     def _next_piece(self) -> tuple[bytes, list[tuple[int, Response]]]:
         """Return the next response lines, and the offsets of those with grants."""
         piece, grants = bytearray(), []
-        while self._slots and len(piece) < PIECE_BYTES and (answer := self._slots[0].answer) is not None:
+        while self._slots and len(piece) < PIECE_BYTES and (response := self._slots[0].response) is not None:
             slot = self._slots.popleft()
             self._weight -= slot.weight
             self._bytes -= slot.size
             begins_at = len(piece)
-            if isinstance(answer, Response):
+            if isinstance(response, Response):
                 try:
-                    piece += response_line(answer)
-                    if answer.grants:
-                        grants.append((begins_at, answer))
+                    piece += response_line(response)
+                    if response.grants:
+                        grants.append((begins_at, response))
                     continue
                 except Exception as bug:
-                    if answer.grants:
-                        self._app.actor.undelivered(answer)
-                    answer = self._app.log_internal_error(self._ctx, bug)
-            piece += self._refusal_line(slot, answer)
+                    if response.grants:
+                        self._app.actor.undelivered(response)
+                    response = self._app.log_internal_error(self._ctx, bug)
+            piece += self._error_line(slot, response)
         return bytes(piece), grants
 
-    def _refusal_line(self, slot: _PendingResponse, refusal: ApiError) -> bytes:
-        self._app.record_error(self._ctx.route, self._ctx.method, refusal, by=slot.by, job_id=slot.job_id)
-        return error_line(refusal)
+    def _error_line(self, slot: _PendingResponse, error: ApiError) -> bytes:
+        self._app.record_error(self._ctx.route, self._ctx.method, error, by=slot.by, job_id=slot.job_id)
+        return error_line(error)
 
     # -- end -----------------------------------------------------------------------------------------------------------
 
@@ -415,10 +415,10 @@ class _CommandStream:
     def _give_up(self) -> None:
         """Release the grants of unwritten responses, and abandon commands that have not been decided."""
         for slot in self._slots:
-            if isinstance(slot.answer, Response) and slot.answer.grants:
-                self._app.actor.undelivered(slot.answer)
-            asked, slot.asked = slot.asked, None
+            if isinstance(slot.response, Response) and slot.response.grants:
+                self._app.actor.undelivered(slot.response)
+            envelope, slot.envelope = slot.envelope, None
             slot.cancel()
-            if slot.cancelled() and asked is not None:
-                self._app.actor.abandon(asked)
+            if slot.cancelled() and envelope is not None:
+                self._app.actor.abandon(envelope)
         self._slots.clear()

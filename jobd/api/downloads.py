@@ -47,13 +47,13 @@ class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
 
 
 async def send_artifact(
-    app: App[Services], ctx: RequestContext, asked: Any, name: str = ""
+    app: App[Services], ctx: RequestContext, wanted: Any, name: str = ""
 ) -> web.StreamResponse | ApiError:
     """Send the requested artifact as a file. If reading it fails, abort the connection.
 
     `name` is that of the operator, if the session has one.
     """
-    key = await _key(app, ctx, asked)
+    key = await _key(app, ctx, wanted)
     if isinstance(key, ApiError):
         return key
     transport, request = ctx.connection.transport, ctx.request
@@ -62,7 +62,7 @@ async def send_artifact(
     download = await app.services.downloads.start(key, transport.abort)
     try:
         if ctx.method != hdrs.METH_HEAD:
-            await audit_read(app, ctx, "artifact", name=name, job_id=asked.id)
+            await audit_read(app, ctx, "artifact", name=name, job_id=wanted.id)
         response = web.StreamResponse(headers=_headers(key))
         response.content_length = download.size
         await response.prepare(request)
@@ -72,22 +72,22 @@ async def send_artifact(
         download.close()
 
 
-async def _key(app: App[Services], ctx: RequestContext, asked: ArtifactRequest) -> str | ApiError:
+async def _key(app: App[Services], ctx: RequestContext, wanted: ArtifactRequest) -> str | ApiError:
     """Return the storage key of the requested artifact."""
-    command = Get(id=asked.id) if asked.late_result is None else LateResults(id=asked.id)
-    looked = await app.actor.ask(command, by=ctx.by, size=ctx.size)
-    if isinstance(looked, ApiError):
-        return looked
+    command = Get(id=wanted.id) if wanted.late_result is None else LateResults(id=wanted.id)
+    found = await app.actor.ask(command, by=ctx.by, size=ctx.size)
+    if isinstance(found, ApiError):
+        return found
     named: JobView | LateResultView | None
-    if asked.late_result is None:
-        named, what = looked.data, f"Job {asked.id}"
+    if wanted.late_result is None:
+        named, what = found.data, f"Job {wanted.id}"
     else:
-        listed: LateResultList = looked.data
-        named = next((late for late in listed.late_results if late.seq == asked.late_result), None)
-        what = f"The late result {asked.late_result} of job {asked.id}"
+        listed: LateResultList = found.data
+        named = next((late for late in listed.late_results if late.seq == wanted.late_result), None)
+        what = f"The late result {wanted.late_result} of job {wanted.id}"
         if named is None:
-            message = f"{what} does not exist or was deleted. List the late results of the job: jobctl late {asked.id}"
-            return ApiError("late_result_not_found", message, {"job_id": asked.id})
+            message = f"{what} does not exist or was deleted. List the late results of the job: jobctl late {wanted.id}"
+            return ApiError("late_result_not_found", message, {"job_id": wanted.id})
     return named.storage_key or ApiError("not_found", f"{what} has no stored result: its storage_key is not set.")
 
 
@@ -99,8 +99,8 @@ async def _pass_on(response: web.StreamResponse, download: Download, ctx: Reques
             await response.write_eof()
     except Exception as error:
         if not (isinstance(error, ConnectionError) and ctx.is_disconnected):  # the client has disconnected
-            told = str(error) if isinstance(error, ArtifactStoreError) else type(error).__name__
-            log.warning("download_cut_off", job_id=ctx.job_id, error=told)
+            reason = str(error) if isinstance(error, ArtifactStoreError) else type(error).__name__
+            log.warning("download_cut_off", job_id=ctx.job_id, error=reason)
         if ctx.connection.transport is not None:
             ctx.connection.transport.abort()
         raise ConnectionResetError("download cut off") from None
@@ -140,12 +140,12 @@ class BackupRequest(Command, frozen=True, kw_only=True):
     id: Annotated[BackupId | None, Meta(description="Id under which `backups` shows the progress.")] = None
 
 
-async def send_backup(app: App[Services], ctx: RequestContext, asked: BackupRequest) -> web.StreamResponse | ApiError:
+async def send_backup(app: App[Services], ctx: RequestContext, wanted: BackupRequest) -> web.StreamResponse | ApiError:
     """Make a backup, then send it. If sending fails, abort the connection, so that the client notices."""
     await audit_action(app, ctx.operator, "backup")
     log.info("backup_started", by="admin")
     try:
-        copy = await _while_connected(app, ctx, app.services.backups.begin(asked.id or secrets.token_hex(8)))
+        copy = await _while_connected(app, ctx, app.services.backups.begin(wanted.id or secrets.token_hex(8)))
     except DiskFull as full:
         return ApiError("storage_full", f"No backup: {full}. Free some space and try again.")
     except BackupError as why:

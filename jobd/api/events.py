@@ -64,15 +64,15 @@ class EventsRequest(Command, frozen=True, kw_only=True):
     follow: Annotated[bool, Meta(description="Whether to wait for more events at the end of the journal.")] = True
 
 
-async def send_events(app: App[Services], ctx: RequestContext, asked: EventsRequest) -> web.StreamResponse:
+async def send_events(app: App[Services], ctx: RequestContext, query: EventsRequest) -> web.StreamResponse:
     """Send the stream, until the client disconnects or the daemon stops. A client that reads too slowly is cut off."""
-    wanted, after = _wanted(asked), _after(asked, ctx)
+    wanted, after = _wanted(query), _after(query, ctx)
     transport, request = ctx.connection.transport, ctx.request
     if transport is None or request is None:
         raise ConnectionResetError("the client has disconnected")
-    listener = app.services.feed.listen(wanted, follow=asked.follow, cut=transport.abort)
+    listener = app.services.feed.listen(wanted, follow=query.follow, cut=transport.abort)
     try:
-        first = await listener.begin(after, asked.last or 0)
+        first = await listener.begin(after, query.last or 0)
         # X-Accel-Buffering keeps nginx from holding events back until its buffer is full.
         headers = {"Content-Type": EVENT_STREAM, "X-Accel-Buffering": "no", "Server": "jobd", **SAFE_HEADERS}
         response = web.StreamResponse(headers=headers)
@@ -111,26 +111,26 @@ def _log_end(error: Exception, ctx: RequestContext) -> None:
             log.error("event_stream_cut_off", error=type(error).__name__)
 
 
-def _after(asked: EventsRequest, ctx: RequestContext) -> int | None:
+def _after(query: EventsRequest, ctx: RequestContext) -> int | None:
     """Return the event to continue after. A browser that reconnects sends the header with its original query."""
-    told = ctx.head.headers.get(LAST_EVENT_ID, "").strip()
-    if told:
+    header = ctx.head.headers.get(LAST_EVENT_ID, "").strip()
+    if header:
         # Check the length first, because int() rejects thousands of digits with another error.
-        if not (told.isascii() and told.isdigit()) or len(told) > len(str(MAX_SEQ)) or int(told) > MAX_SEQ:
+        if not (header.isascii() and header.isdigit()) or len(header) > len(str(MAX_SEQ)) or int(header) > MAX_SEQ:
             raise invalid_request_error("Last-Event-ID", "must be the `id` of an event, or left out.")
-        return int(told)
-    if asked.last_event_id is not None and asked.last is not None:
+        return int(header)
+    if query.last_event_id is not None and query.last is not None:
         raise invalid_request_error("$.last", "cannot be combined with `last_event_id`. Send one of them.")
-    return asked.last_event_id
+    return query.last_event_id
 
 
-def _wanted(asked: EventsRequest) -> EventFilter:
-    types = _names("type", asked.type)
+def _wanted(query: EventsRequest) -> EventFilter:
+    types = _names("type", query.type)
     if unknown := sorted(types - _TYPES):
         raise invalid_request_error(
             "$.type", f"{unknown[0][:80]!r} is not an event type. Known types: {', '.join(sorted(_TYPES))}."
         )
-    return EventFilter(_ids("queue", asked.queue), _ids("job_id", asked.job_id), types)
+    return EventFilter(_ids("queue", query.queue), _ids("job_id", query.job_id), types)
 
 
 def _ids(field: str, text: str | None) -> frozenset[str]:

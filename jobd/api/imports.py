@@ -114,8 +114,8 @@ class Importer:
             self._refuse(number, _id_of(line), no.error.message)
             return
         assert isinstance(command, Import)
-        asked = self._asked(command, len(line))
-        self._ahead.append(PendingLine(number, command.id, len(line), asyncio.ensure_future(asked)))
+        pending = self._submit(command, len(line))
+        self._ahead.append(PendingLine(number, command.id, len(line), asyncio.ensure_future(pending)))
         self._bytes += len(line)
 
     async def _settle(self, lines: int, size: int) -> None:
@@ -125,7 +125,7 @@ class Importer:
             self._bytes -= first.size
             self._count(first, await first.task)
 
-    def _asked(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
+    def _submit(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
         return self._app.actor.ask(command, by=self._by, admin=True, size=size, operator=self._operator)
 
     def _refuse(self, line: int, job_id: str | None, reason: str) -> None:
@@ -133,15 +133,15 @@ class Importer:
         if len(self._report.refused) < SHOWN_REJECTIONS:
             self._report.refused.append(RejectedLine(line, job_id, reason))
 
-    def _count(self, line: PendingLine, answer: Response | ApiError) -> None:
-        if isinstance(answer, Response):
-            done: Imported = answer.data
+    def _count(self, line: PendingLine, response: Response | ApiError) -> None:
+        if isinstance(response, Response):
+            done: Imported = response.data
             self._report.skipped += done.skipped
             self._report.imported += not done.skipped
-        elif answer.code in STOP_CODES:
-            self._stop = self._stop or self._stopped(answer, line.line)
+        elif response.code in STOP_CODES:
+            self._stop = self._stop or self._stopped(response, line.line)
         else:
-            self._refuse(line.line, line.job_id, answer.message)
+            self._refuse(line.line, line.job_id, response.message)
 
     def _stopped(self, why: ApiError, line: int) -> ApiError:
         """Return the error of an import that stops early. Its jobs stay, and a second run skips them."""
@@ -185,24 +185,24 @@ class _ImportPreviewer(Importer):
         self._seen.lines.sort(key=lambda each: each.line)
         return Response(self._seen)
 
-    def _asked(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
+    def _submit(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
         return self._app.actor.ask(ImportCheck(**structs.asdict(command)), by=self._by, admin=True, size=size)
 
     def _refuse(self, line: int, job_id: str | None, reason: str) -> None:
         self._seen.would_refuse += 1
         self._show(PreviewedLine(line, job_id, "refuse", None, reason))
 
-    def _count(self, line: PendingLine, answer: Response | ApiError) -> None:
+    def _count(self, line: PendingLine, response: Response | ApiError) -> None:
         if self._stop is not None:
             return  # the import would have stopped before this line
-        if isinstance(answer, Response):
-            self._take(line, answer.data)
-        elif answer.code == "too_many_jobs":
-            self._end(line.line, answer)
-        elif answer.code in STOP_CODES:
-            self._stop = self._stopped(answer, line.line)
+        if isinstance(response, Response):
+            self._take(line, response.data)
+        elif response.code == "too_many_jobs":
+            self._end(line.line, response)
+        elif response.code in STOP_CODES:
+            self._stop = self._stopped(response, line.line)
         else:
-            self._refuse(line.line, line.job_id, answer.message)
+            self._refuse(line.line, line.job_id, response.message)
 
     def _take(self, line: PendingLine, found: ImportCheckResult) -> None:
         if found.what == "create" and (first := self._first.get(hash(found.job_id))) is not None:

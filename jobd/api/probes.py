@@ -23,11 +23,11 @@ def _probe(is_well: bool) -> Response:
     return Response(Probe("ok")) if is_well else Response(Probe("unavailable"), status=503)
 
 
-async def _alive(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+async def _alive(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     return _probe(app.services.is_alive())
 
 
-async def _ready(app: App[Services], ctx: RequestContext, asked: NoFields) -> Response:
+async def _ready(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
     return _probe(app.services.is_ready())
 
 

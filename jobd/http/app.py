@@ -101,10 +101,10 @@ class ActorClient(Protocol):
     ) -> Envelope | ApiError:
         """Send a command whose response `waiter` receives. `in_line`: decide it after its sender's earlier ones."""
 
-    def abandon(self, asked: Envelope) -> None:
+    def abandon(self, envelope: Envelope) -> None:
         """Drop a command whose client is gone, if it has not been decided."""
 
-    def undelivered(self, answer: Response) -> None:
+    def undelivered(self, response: Response) -> None:
         """Release the grants of a response that could not be delivered."""
 
 
@@ -112,7 +112,7 @@ class BrowserPages(Protocol):
     """The HTML pages of an app."""
 
     def is_signed_in(self, ctx: RequestContext) -> bool: ...
-    def error_page(self, ctx: RequestContext, refusal: ApiError) -> RawBody: ...
+    def error_page(self, ctx: RequestContext, error: ApiError) -> RawBody: ...
 
 
 async def run_command(app: App[Any], ctx: RequestContext, command: Any) -> Response | ApiError:
@@ -174,7 +174,7 @@ class App(Generic[S]):
         ctx.by = "admin" if self.admin else "client"
         try:
             command = self._decode(ctx, self._admit(ctx, found), body)
-            asked = self.actor.send(
+            envelope = self.actor.send(
                 command,
                 waiter,
                 by=ctx.by,
@@ -184,26 +184,26 @@ class App(Generic[S]):
                 operator=ctx.operator,
             )
         except ApiException as no:
-            asked = no.error
+            envelope = no.error
         except Exception as bug:
-            asked = self.log_internal_error(ctx, bug)
-        return self.error_response(ctx, asked) if isinstance(asked, ApiError) else asked
+            envelope = self.log_internal_error(ctx, bug)
+        return self.error_response(ctx, envelope) if isinstance(envelope, ApiError) else envelope
 
-    def respond(self, ctx: RequestContext, answer: Response | ApiError) -> HttpResponse:
+    def respond(self, ctx: RequestContext, response: Response | ApiError) -> HttpResponse:
         """Encode the actor's response."""
-        if isinstance(answer, Response):
+        if isinstance(response, Response):
             try:
-                return self._ok_response(ctx, answer)
+                return self._ok_response(ctx, response)
             except Exception as bug:
-                if answer.grants:
-                    self.actor.undelivered(answer)
-                answer = self.log_internal_error(ctx, bug)
-        return self.error_response(ctx, answer)
+                if response.grants:
+                    self.actor.undelivered(response)
+                response = self.log_internal_error(ctx, bug)
+        return self.error_response(ctx, response)
 
-    def prepare(self, ctx: RequestContext, answer: Response) -> HttpResponse | None:
-        """Encode `answer` before its commit. None if that is not possible yet."""
+    def prepare(self, ctx: RequestContext, response: Response) -> HttpResponse | None:
+        """Encode `response` before its commit. None if that is not possible yet."""
         try:
-            return None if self.closing else self._ok_response(ctx, answer)
+            return None if self.closing else self._ok_response(ctx, response)
         except Exception:
             return None  # `respond` fails in the same way, and logs it
 
@@ -220,10 +220,10 @@ class App(Generic[S]):
         assert isinstance(request, HttpRequest)
         self._pending += 1
         try:
-            answer = await self._handle(request.ctx)
+            response = await self._handle(request.ctx)
         finally:
             self.request_finished()
-        return PreparedResponse(answer, request) if isinstance(answer, HttpResponse) else answer
+        return PreparedResponse(response, request) if isinstance(response, HttpResponse) else response
 
     def close(self) -> None:
         """End the open streams, because the daemon stops."""
@@ -239,14 +239,14 @@ class App(Generic[S]):
     async def _handle(self, ctx: RequestContext) -> HttpResponse | web.StreamResponse:
         ctx.by = "admin" if self.admin else "client"
         try:
-            answer = await self._execute(ctx)
+            response = await self._execute(ctx)
         except ApiException as no:
-            answer = no.error
+            response = no.error
         except Exception as bug:
             if isinstance(bug, ConnectionError) and ctx.is_disconnected:
                 raise
-            answer = self.log_internal_error(ctx, bug)
-        return self.respond(ctx, answer) if isinstance(answer, Response | ApiError) else answer
+            response = self.log_internal_error(ctx, bug)
+        return self.respond(ctx, response) if isinstance(response, Response | ApiError) else response
 
     async def _execute(self, ctx: RequestContext) -> Response | ApiError | web.StreamResponse:
         entry = self._admit(ctx, self.match(ctx))
@@ -260,9 +260,11 @@ class App(Generic[S]):
 
     # -- both paths ----------------------------------------------------------------------------------------------------
 
-    def _ok_response(self, ctx: RequestContext, answer: Response) -> HttpResponse:
-        lost = partial(self.actor.undelivered, answer) if answer.grants else None
-        return ok_response(ctx, answer.data, answer.status, replayed=answer.replayed, close=self.closing, on_lost=lost)
+    def _ok_response(self, ctx: RequestContext, response: Response) -> HttpResponse:
+        lost = partial(self.actor.undelivered, response) if response.grants else None
+        return ok_response(
+            ctx, response.data, response.status, replayed=response.replayed, close=self.closing, on_lost=lost
+        )
 
     def _admit(self, ctx: RequestContext, found: RouteMatch) -> AdmittedRequest:
         """Check everything that does not need the body."""
@@ -344,12 +346,12 @@ class App(Generic[S]):
             return way.route.auth != "anyone"
         return self._pages is None or not self._pages.is_signed_in(ctx)
 
-    def _error_page(self, ctx: RequestContext, refusal: ApiError) -> RawBody | None:
+    def _error_page(self, ctx: RequestContext, error: ApiError) -> RawBody | None:
         """Render the error as a page, for a route of a page or a browser that requests an unknown path."""
         if ctx.route is not None:
-            return None if ctx.route.render_error is None else ctx.route.render_error(ctx, refusal)
+            return None if ctx.route.render_error is None else ctx.route.render_error(ctx, error)
         is_browser = "text/html" in ctx.head.headers.get(hdrs.ACCEPT, "")
-        return self._pages.error_page(ctx, refusal) if is_browser and self._pages is not None else None
+        return self._pages.error_page(ctx, error) if is_browser and self._pages is not None else None
 
     async def _read_body(self, ctx: RequestContext) -> bytes:
         """Read the whole body, within its size and time limits."""
@@ -389,20 +391,20 @@ class App(Generic[S]):
                 raise api_error("invalid_request", message, field="Idempotency-Key")
             ctx.key = self.authenticator.idempotency_key(keys[0], route.method, unquote(ctx.path), body)
 
-    def error_response(self, ctx: RequestContext, refusal: ApiError, *, close: bool = False) -> HttpResponse:
+    def error_response(self, ctx: RequestContext, error: ApiError, *, close: bool = False) -> HttpResponse:
         """Record an error and return its response."""
-        self.record_error(ctx.route, ctx.method, refusal, by=ctx.by, job_id=ctx.job_id)
-        close = close or self.closing or refusal.code == "too_large"
-        return error_response(ctx, refusal, allow=ctx.allow, close=close, page=self._error_page(ctx, refusal))
+        self.record_error(ctx.route, ctx.method, error, by=ctx.by, job_id=ctx.job_id)
+        close = close or self.closing or error.code == "too_large"
+        return error_response(ctx, error, allow=ctx.allow, close=close, page=self._error_page(ctx, error))
 
-    def record_error(self, route: Route | None, method: str, refusal: ApiError, *, by: str, job_id: str | None) -> None:
+    def record_error(self, route: Route | None, method: str, error: ApiError, *, by: str, job_id: str | None) -> None:
         """Count an error and log it in one line without secrets. The log is rate-limited by code."""
-        self.error_counts[refusal.code] += 1
-        if (left_out := self._log_limiter.suppressed(refusal.code)) is None:
+        self.error_counts[error.code] += 1
+        if (left_out := self._log_limiter.suppressed(error.code)) is None:
             return
         path = None if route is None else route.path
         more = {"left_out": left_out} if left_out else {}
-        log.info("refused", method=method, path=path, code=refusal.code, by=by, job_id=job_id, **more)
+        log.info("refused", method=method, path=path, code=error.code, by=by, job_id=job_id, **more)
 
     def log_internal_error(self, ctx: RequestContext, bug: Exception) -> ApiError:
         """Log a bug by its type and place, because its text may contain a secret."""

@@ -111,9 +111,9 @@ class HttpResponse:
         self.on_lost = on_lost
         self.close_at_once = close_at_once
         self.close = close or not ctx.head.keep_alive
-        told = b"" if not self.close and ctx.head.version >= (1, 1) else self._connection()
+        connection = b"" if not self.close and ctx.head.version >= (1, 1) else self._connection()
         length = b"Content-Length: %d\r\n\r\n" % len(body)
-        self.data = b"".join((head, _date.line(), told, length, b"" if ctx.method == hdrs.METH_HEAD else body))
+        self.data = b"".join((head, _date.line(), connection, length, b"" if ctx.method == hdrs.METH_HEAD else body))
 
     def _connection(self) -> bytes:
         return b"Connection: close\r\n" if self.close else b"Connection: keep-alive\r\n"
@@ -188,18 +188,18 @@ def ok_response(
     return HttpResponse(ctx, head, body, close=close, on_lost=on_lost)
 
 
-def response_line(answer: Response) -> bytes:
+def response_line(response: Response) -> bytes:
     """Build one line of a stream of responses: the usual object with its status."""
-    more = b',"replayed":true' if answer.replayed else b""
-    return b'{"success":true,"data":%b,"status":%d%b}\n' % (_in_one_line(_encode(answer.data)), answer.status, more)
+    more = b',"replayed":true' if response.replayed else b""
+    return b'{"success":true,"data":%b,"status":%d%b}\n' % (_in_one_line(_encode(response.data)), response.status, more)
 
 
-def error_line(refusal: ApiError) -> bytes:
+def error_line(error: ApiError) -> bytes:
     """Build one line of a stream of responses from an error."""
-    details = refusal.details
-    if refusal.code == "overloaded":
+    details = error.details
+    if error.code == "overloaded":
         details = {"retry_after_ms": RETRY_AFTER_S * 1000, **details}
-    body = LineError(refusal.code, refusal.message, details, status=refusal.status)
+    body = LineError(error.code, error.message, details, status=error.status)
     return _encode(body) + b"\n"
 
 
@@ -210,7 +210,7 @@ def _in_one_line(body: bytes) -> bytes:
 
 def error_response(
     ctx: RequestContext,
-    refusal: ApiError,
+    error: ApiError,
     *,
     allow: frozenset[str] = frozenset(),
     close: bool = False,
@@ -220,12 +220,12 @@ def error_response(
     more: dict[str, str] = {}
     if allow:
         more["Allow"] = ", ".join(sorted(allow))
-    if refusal.code == "unauthorized":
+    if error.code == "unauthorized":
         more["WWW_Authenticate"] = "Bearer"
-    if refusal.code == "overloaded":
+    if error.code == "overloaded":
         more["Retry_After"] = str(RETRY_AFTER_S)
     if page is None:
-        page = RawBody(JSON, _encode(ErrorBody(refusal.code, refusal.message, refusal.details)))
-    late = refusal.code == "request_timeout"
-    head = _head(refusal.status, page.content_type, **page.headers, **more)
+        page = RawBody(JSON, _encode(ErrorBody(error.code, error.message, error.details)))
+    late = error.code == "request_timeout"
+    head = _head(error.status, page.content_type, **page.headers, **more)
     return HttpResponse(ctx, head, page.body, close=close or late, close_at_once=late)

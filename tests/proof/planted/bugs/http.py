@@ -30,13 +30,13 @@ def _(digest: Any, token: str) -> bytes:
     breaks="a grant whose response is lost stays until its lock expires",
     found_by=HTTP,
 )
-def _(ok_response: Any, self: App[Any], ctx: Any, answer: Response) -> HttpResponse:
-    grants, answer.grants = answer.grants, []
+def _(ok_response: Any, self: App[Any], ctx: Any, response: Response) -> HttpResponse:
+    grants, response.grants = response.grants, []
     try:
-        made: HttpResponse = ok_response(self, ctx, answer)
+        made: HttpResponse = ok_response(self, ctx, response)
         return made
     finally:
-        answer.grants = grants
+        response.grants = grants
 
 
 @bug(
@@ -45,8 +45,8 @@ def _(ok_response: Any, self: App[Any], ctx: Any, answer: Response) -> HttpRespo
     breaks="an immediate error of a stream takes the place of the response before it",
     found_by="tests/integration/test_command_stream.py",
 )
-def _(refuse: Any, self: _CommandStream, slot: Any, refusal: Any) -> None:
-    refuse(self, slot, refusal)
+def _(refuse: Any, self: _CommandStream, slot: Any, error: Any) -> None:
+    refuse(self, slot, error)
     self._slots.rotate(1)
 
 
