@@ -83,7 +83,7 @@ async def open_store(settings: Config, on_locked: Callable[[], None]) -> tuple[S
         raise _cannot_open(path, error) from None
     for fault in opened.faults:
         log.error("store_fault", message=fault)
-    if opened.full and (space := await store.space()) is not None:
+    if opened.full and (space := await store.measure_space()) is not None:
         log.error("disk_full", refused="creates", reserve=opened.has_reserve, **msgspec.structs.asdict(space))
     elif not opened.has_reserve:
         log.warning("reserve_file_missing", message="on a full disk, running jobs may not be able to end")

@@ -431,7 +431,7 @@ class Actor:
         asks = [each for each in wanted if each is not None]
         if asks:
             self._tell_meanwhile()
-            known.late = await self.disk.late(sorted(asks, key=lambda each: each.with_results))
+            known.late = await self.disk.read_late_results(sorted(asks, key=lambda each: each.with_results))
 
     def _policy_now(self) -> Policy:
         """On a full disk there is no room for what comes late."""

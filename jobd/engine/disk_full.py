@@ -100,7 +100,7 @@ class FullDisk:
 
     async def measure(self) -> None:
         """Read the free and total space of the disk."""
-        self.space = await self._disk.space()
+        self.space = await self._disk.measure_space()
 
     async def close_further(self) -> None:
         """A write hit the full disk although `closed` was respected."""

@@ -94,13 +94,13 @@ class History:
         if look.timeline is not None:
             return TimelineView([event_view(event) for event in await self._disk.timeline(look.timeline, look.events)])
         if look.export is not None:
-            return _moved(await self._disk.find(_from(look.export)))
+            return _moved(await self._disk.find_jobs(_from(look.export)))
         if look.late is not None:
-            known = await self._disk.late([LateResultQuery(look.late, with_results=True)])
+            known = await self._disk.read_late_results([LateResultQuery(look.late, with_results=True)])
             found = known.results.get(look.late, [])
             return LateResultList([views.late_view(late, refuse_adoption(late, policy)) for late in found])
         assert look.audit is not None
-        return _told(await self._disk.audit(_asked(look.audit)))
+        return _told(await self._disk.read_audit(_asked(look.audit)))
 
     async def _with_ending(self, why: WhyView, job: Job) -> WhyView:
         """`why` with who ended the job: the row does not say, the timeline does."""
@@ -124,7 +124,7 @@ class History:
             async with places:
                 if places is self._far and now_s() - began_s >= EAGER_S:
                     await asyncio.sleep(PAUSE_S)
-                part = await self._disk.find(left)
+                part = await self._disk.find_jobs(left)
             page = JobRows(page.jobs + part.jobs, part.next_before, part.scanned_until, page.scanned + part.scanned)
             if page.scanned_until is None or page.scanned >= MOST_LOOKED or now_s() - began_s >= patience_s:
                 return page

@@ -174,7 +174,7 @@ class CleanupRun:
     async def _deletion_step(self) -> None:
         """Delete finished jobs past their retention, unless the wall clock is suspect. Artifacts are deleted later."""
         while not (at := self._clock.moment()).suspect:
-            ids = await self._disk.expired(at.now, self._batch)
+            ids = await self._disk.expired_jobs(at.now, self._batch)
             if not ids:
                 break
             worked: MaintenanceResult = await self._context.ask(DeleteExpired(ids=ids), "cleanup")

@@ -286,7 +286,7 @@ class Maintainer:
     async def _save_figures(self) -> None:
         kept = SavedStats(*astuple(self._book.figures))
         kept.beside = Raw(self._extra())
-        await self._disk.save_figures(msgspec.json.encode(kept))
+        await self._disk.save_stats(msgspec.json.encode(kept))
 
     async def _restore(self) -> None:
         try:

@@ -123,7 +123,7 @@ class PlanBuilder:
         looked = 0
         while True:
             async with self._lock:
-                ids = await self._disk.expired(now, PAGE, looked)
+                ids = await self._disk.expired_jobs(now, PAGE, looked)
                 loaded = await self._disk.load(ids, [], [])
                 old = [loaded.jobs[job_id] for job_id in ids if job_id in loaded.jobs and job_id not in self._taken]
                 room = MAX_PLAN - len(self.jobs)
@@ -150,7 +150,7 @@ class PlanBuilder:
             while self.next_cursor is None:
                 room = MAX_PLAN - len(self.jobs)
                 async with self._lock:
-                    page = await self._disk.find(as_query(wanted, status, before))
+                    page = await self._disk.find_jobs(as_query(wanted, status, before))
                     # a job that changed meanwhile is found in its next status, too
                     new = [job for job, _ in page.jobs if job.id not in self._taken]
                     await self._take(new[:room])
@@ -173,7 +173,7 @@ class PlanBuilder:
             ExpectedVersion(job.id, plan_rules.version(job, latest_late(job.seq), action)) for job in jobs
         ]
         of_use = [job.seq for job in jobs if may_adopt(job.status)]
-        late = await self._disk.count_late(of_use) if of_use else {}
+        late = await self._disk.count_late_results(of_use) if of_use else {}
         self.jobs += [PlannedJob(job.id, job.status, plan_rules.to(action, job), late.get(job.seq, 0)) for job in jobs]
 
     def _skip(self, job_id: str, status: str | None, why: str) -> None:

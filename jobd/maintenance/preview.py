@@ -55,7 +55,7 @@ async def _expired_jobs(context: MaintenanceContext, now: int, look_s: float) ->
         if spent_s >= look_s:
             return list(found), True
         began_s = time.perf_counter()
-        some = await context.actor.disk.expired(now, MAX_SHOWN + 1 - len(found), looked)
+        some = await context.actor.disk.expired_jobs(now, MAX_SHOWN + 1 - len(found), looked)
         spent_s += time.perf_counter() - began_s
         looked += len(some)
         found |= dict.fromkeys(some)

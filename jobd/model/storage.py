@@ -335,7 +335,7 @@ class OpenedStore(Struct):
     """The state that the daemon keeps in memory, as read and checked at start.
 
     `quarantined` maps the ids of all quarantined jobs to reasons. `faults` are sentences for the log and for health
-    (quarantined rows, wrong counts). `keys` have no bodies. `figures` is what save_figures stored.
+    (quarantined rows, wrong counts). `keys` have no bodies. `figures` is what save_stats stored.
     """
 
     numbers: Numbers
@@ -389,19 +389,19 @@ class JobStorage(JournalStorage, Protocol):
         Raises DiskFull or BadRows if nothing was written. After any other exception the content of the disk is unknown.
         """
 
-    async def find(self, query: JobQuery) -> JobRows:
+    async def find_jobs(self, query: JobQuery) -> JobRows:
         """Read a page of jobs."""
 
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
         """Read the events of one job, or only its latest `limit` events; oldest first."""
 
-    async def late(self, asked: list[LateResultQuery]) -> LateResultRows:
+    async def read_late_results(self, asked: list[LateResultQuery]) -> LateResultRows:
         """Read late results of jobs, and which of the given lock ids were grants of those jobs."""
 
-    async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
+    async def count_late_results(self, job_seqs: list[int]) -> dict[int, int]:
         """Count the late results of those of these jobs that have any. Reads only the index."""
 
-    async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
+    async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
         """Return ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after skipping `skip`.
 
         May return fewer than `limit` although there are more.
@@ -416,7 +416,7 @@ class JobStorage(JournalStorage, Protocol):
     async def prune(self, before: int, limit: int) -> int:
         """Delete up to `limit` journal rows of jobs deleted before wall time `before`. Returns how many."""
 
-    async def audit(self, query: AuditQuery) -> AuditRows:
+    async def read_audit(self, query: AuditQuery) -> AuditRows:
         """Read a page of audit entries, newest first."""
 
     async def trim_audit(self, before: int, limit: int) -> int:
@@ -431,13 +431,13 @@ class JobStorage(JournalStorage, Protocol):
     async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
         """Delete the tombstones with the numbers `gone`, and replace others by their new values `later`."""
 
-    async def save_figures(self, body: bytes) -> None:
+    async def save_stats(self, body: bytes) -> None:
         """Store the counters that outlive a restart. No promise depends on them."""
 
     async def probe(self, spare_bytes: int = 0) -> None:
         """Commit a write and read it back, with `spare_bytes` left free. Raises DiskFull, or any other error."""
 
-    async def space(self) -> DiskSpace | None:
+    async def measure_space(self) -> DiskSpace | None:
         """Return free and total space of the disk; None for a store in memory, or if it is not known."""
 
     async def drop_reserve(self) -> bool:
@@ -468,10 +468,10 @@ class OutboxStorage(JournalStorage, Protocol):
     async def deliveries(self, ids: list[int]) -> list[Delivery]:
         """Read deliveries by number."""
 
-    async def given_up(self, endpoint: str) -> tuple[int, int]:
+    async def dead_letter_counts(self, endpoint: str) -> tuple[int, int]:
         """Return how many dead-lettered deliveries of a webhook are stored, and the number of the latest."""
 
-    async def page_of_deliveries(
+    async def list_deliveries(
         self, endpoint: str, state: DeliveryState | None, before: int, limit: int
     ) -> list[Delivery]:
         """Read up to `limit` deliveries with numbers below `before`, newest first."""

@@ -204,7 +204,7 @@ class FailureGroups:
                 self._enter(job, "retrying", job.updated_at)
             return
         query = JobQuery(status="failed", limit=LIMIT, before=self._below, scan=SCAN, payloads=False)
-        page = await self._disk.find(query)
+        page = await self._disk.find_jobs(query)
         # No await below: nothing else changes before the slice is recorded.
         for job, _ in page.jobs:
             self._enter(job, "failed", job.finished_at or job.updated_at)

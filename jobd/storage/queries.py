@@ -411,7 +411,7 @@ def _events(db: Database, found: list[Row]) -> list[Event]:
 
 
 def late(db: Database, wanted: list[LateResultQuery]) -> LateResultRows:
-    """See Storage.late. Reads each job once."""
+    """See Storage.read_late_results. Reads each job once."""
     db.check()
     whole: dict[int, bool] = {}
     locks: dict[int, set[str]] = {}
@@ -450,7 +450,7 @@ def _late_results(db: Database, job_seq: int, *, whole: bool) -> list[LateResult
 
 
 def count_late(db: Database, job_seqs: list[int]) -> dict[int, int]:
-    """See Storage.count_late."""
+    """See Storage.count_late_results."""
     db.check()
     sql = "SELECT count(*) FROM late_results INDEXED BY late_results_job WHERE job_seq = ?"
     try:

@@ -192,23 +192,23 @@ class Store(Storage):
             self._connection.run_yielding_gil(self._committing, self._database.write, batch, self._reported)
         )
 
-    async def find(self, query: JobQuery) -> JobRows:
+    async def find_jobs(self, query: JobQuery) -> JobRows:
         return await self._run(queries.find, self._database, query)
 
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
         return await self._run(queries.timeline, self._database, job_seq, limit)
 
-    async def late(self, wanted: list[LateResultQuery]) -> LateResultRows:
+    async def read_late_results(self, wanted: list[LateResultQuery]) -> LateResultRows:
         return await self._run(queries.late, self._database, wanted)
 
-    async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
+    async def count_late_results(self, job_seqs: list[int]) -> dict[int, int]:
         return await self._run(queries.count_late, self._database, job_seqs)
 
     async def journal(self, after: int, limit: int) -> JournalPage:
         """Return up to `limit` events of the store with a seq above `after`, oldest first."""
         return await self._run(queries.journal, self._database, after, limit)
 
-    async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
+    async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
         return await self._run(queries.expired, self._database, now, limit, skip)
 
     async def reports(self, limit: int) -> list[bytes]:
@@ -224,7 +224,7 @@ class Store(Storage):
     async def prune(self, before: int, limit: int) -> int:
         return await self._run(self._database.prune, before, limit)
 
-    async def audit(self, query: AuditQuery) -> AuditRows:
+    async def read_audit(self, query: AuditQuery) -> AuditRows:
         return await self._run(queries.read_audit, self._database, query)
 
     async def trim_audit(self, before: int, limit: int) -> int:
@@ -256,23 +256,23 @@ class Store(Storage):
     async def deliveries(self, ids: list[int]) -> list[Delivery]:
         return await self._run(outbox.by_ids, self._database, ids)
 
-    async def given_up(self, endpoint: str) -> tuple[int, int]:
+    async def dead_letter_counts(self, endpoint: str) -> tuple[int, int]:
         return await self._run(outbox.given_up, self._database, endpoint)
 
-    async def page_of_deliveries(
+    async def list_deliveries(
         self, endpoint: str, state: DeliveryState | None, before: int, limit: int
     ) -> list[Delivery]:
         return await self._run(outbox.page, self._database, endpoint, state, before, limit)
 
     # ----------------------------------------------------------------------------------------- miscellaneous
 
-    async def save_figures(self, body: bytes) -> None:
+    async def save_stats(self, body: bytes) -> None:
         await self._run(self._database.save_figures, body)
 
     async def probe(self, spare_bytes: int = 0) -> None:
         await self._run(startup.probe, self._database, self.path, spare_bytes)
 
-    async def space(self) -> DiskSpace | None:
+    async def measure_space(self) -> DiskSpace | None:
         return None if self.path == MEMORY else await self._run(files.space, self.path)
 
     async def drop_reserve(self) -> bool:

@@ -99,7 +99,7 @@ def save_history(directory: Path) -> None:
     async def save() -> None:
         store, _ = await Store.open(str(directory / "jobd.db"))
         async with store:
-            await store.save_figures(msgspec.json.encode({"beside": kept}))
+            await store.save_stats(msgspec.json.encode({"beside": kept}))
 
     asyncio.run(save())
 

@@ -90,7 +90,7 @@ async def save_usual(path: Path) -> None:
     figures.paces.kinds[""] = Pace(hours=[10] * HOURS_NEEDED)
     store, _ = await Store.open(str(path))
     async with store:
-        await store.save_figures(msgspec.json.encode(figures))
+        await store.save_stats(msgspec.json.encode(figures))
 
 
 @pytest.fixture(scope="module")

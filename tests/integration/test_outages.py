@@ -59,7 +59,12 @@ async def test_after_an_unknown_outcome_every_call_fails(path: str) -> None:
         os.dup2(kept, number)
         os.close(kept)
         os.close(log)
-        for call in (store.write(maker.batch([])), store.find(JobQuery()), store.load(["a"], [], []), store.probe()):
+        for call in (
+            store.write(maker.batch([])),
+            store.find_jobs(JobQuery()),
+            store.load(["a"], [], []),
+            store.probe(),
+        ):
             with pytest.raises(StoreBroken) as caught:
                 await call
         assert caught.value.exit_code == 74
@@ -183,7 +188,7 @@ async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path)
                 back()
         with pytest.raises(DiskFull):
             await store.probe()
-        assert len((await store.find(JobQuery(limit=200))).jobs) == len(maker.jobs)
+        assert len((await store.find_jobs(JobQuery(limit=200))).jobs) == len(maker.jobs)
         assert await store.drop_reserve()
         assert not await store.drop_reserve()
         await store.probe()
@@ -238,7 +243,7 @@ async def test_a_full_disk_needs_a_mebibyte_of_spare_space(small_disk: Path) -> 
         await store.probe(SPARE_BYTES)
         with pytest.raises(DiskFull):
             await store.build_reserve()
-        space = await store.space()
+        space = await store.measure_space()
         assert space is not None
         assert SPARE_BYTES < space.free_bytes < 2 * SPARE_BYTES
         assert (space.path, space.total_bytes) == (path, 20 << 20)
@@ -271,7 +276,7 @@ async def test_damaged_rows_that_cannot_be_moved_end_the_search(small_disk: Path
         fill(small_disk)
         expires = job_of(finished).expires_at
         assert expires is not None
-        assert await store.expired(expires, 9) == []
+        assert await store.expired_jobs(expires, 9) == []
 
 
 async def test_creating_a_store_on_a_full_disk_fails(small_disk: Path) -> None:

@@ -205,7 +205,7 @@ class MemoryStorage(JobStorage):
             return sorted((seq for seq in self.jobs if beyond is None or seq < beyond), reverse=True)
         return sorted(seq for seq in self.jobs if beyond is None or seq > beyond)
 
-    async def find(self, query: JobQuery) -> JobRows:
+    async def find_jobs(self, query: JobQuery) -> JobRows:
         await self._enter("find")
         page = JobRows([], None)
         size, looked = 0, 0
@@ -247,7 +247,7 @@ class MemoryStorage(JobStorage):
         new = {event.seq: event for event in changed}
         return [new.get(event.seq, event) for event in events if event.seq not in gone]
 
-    async def late(self, wanted: list[LateResultQuery]) -> LateResultRows:
+    async def read_late_results(self, wanted: list[LateResultQuery]) -> LateResultRows:
         await self._enter("late")
         known = LateResultRows()
         for each in wanted:
@@ -261,7 +261,7 @@ class MemoryStorage(JobStorage):
                     known.grants[each.job_seq, grant.lock_id] = grant
         return known
 
-    async def count_late(self, job_seqs: list[int]) -> dict[int, int]:
+    async def count_late_results(self, job_seqs: list[int]) -> dict[int, int]:
         await self._enter("count_late")
         return {seq: len(self.late_results[seq]) for seq in job_seqs if self.late_results.get(seq)}
 
@@ -271,7 +271,7 @@ class MemoryStorage(JobStorage):
         found = [event for event in self.events if event.seq > after][:limit]
         return JournalPage(found, self.numbers.next_event - 1, self.gone_to, len(found) == limit)
 
-    async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
+    async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
         await self._enter("expired")
         old = [job for job in self.jobs.values() if job.status in FINISHED and _expires(job) <= now]
         whole: list[str] = []
@@ -303,7 +303,7 @@ class MemoryStorage(JobStorage):
             del self.deleted[seq]
         return len(numbers)
 
-    async def audit(self, query: AuditQuery) -> AuditRows:
+    async def read_audit(self, query: AuditQuery) -> AuditRows:
         await self._enter("audit")
         below = [seq for seq in sorted(self.audited, reverse=True) if query.before is None or seq < query.before]
         looked = below[: query.scan]
@@ -348,7 +348,7 @@ class MemoryStorage(JobStorage):
             assert tombstone.job_seq in self.tombstones, f"there is no tombstone of {tombstone.job_id} to put off"
             self.tombstones[tombstone.job_seq] = tombstone
 
-    async def save_figures(self, body: bytes) -> None:
+    async def save_stats(self, body: bytes) -> None:
         await self._enter("save_figures")
         self.figures = bytes(body)
 
@@ -357,7 +357,7 @@ class MemoryStorage(JobStorage):
         if not self.fits(Batch([], self.numbers)) or (spare_bytes and not self.has_spare):
             raise DiskFull("the disk of this test is full")
 
-    async def space(self) -> DiskSpace | None:
+    async def measure_space(self) -> DiskSpace | None:
         await self._enter("space")
         return self.disk_space
 

@@ -60,7 +60,7 @@ def late_of(change: Change) -> LateResult:
 
 
 async def late_results(store: Store, job: Job, *, whole: bool = True) -> list[LateResult]:
-    return (await store.late([LateResultQuery(job.seq, with_results=whole)])).results[job.seq]
+    return (await store.read_late_results([LateResultQuery(job.seq, with_results=whole)])).results[job.seq]
 
 
 def seqs(jobs: list[Job]) -> list[int]:

@@ -122,7 +122,7 @@ async def _pages(store: Store, holds: Contents) -> bool:
     seen = 0
     query = JobQuery(limit=50)
     while True:
-        page = await store.find(query)
+        page = await store.find_jobs(query)
         for job, body in page.jobs:
             assert holds.jobs[job.id] == job, f"{job.id} is another on a page"
             assert msgspec.json.decode(body) == holds.payloads[job.id], f"{job.id} has another payload on a page"

@@ -384,7 +384,7 @@ def test_a_job_that_revives_during_planning_is_not_in_the_plan() -> None:
 async def test_a_job_that_is_no_longer_finished_is_not_in_the_plan() -> None:
     async with VirtualEngine() as house:
         await crowd(house, 0, 0, 2)
-        expired = house.disk.expired
+        expired = house.disk.expired_jobs
 
         async def moved_on(now: int, limit: int, skip: int = 0) -> list[str]:
             found = await expired(now, limit, skip)
@@ -392,7 +392,7 @@ async def test_a_job_that_is_no_longer_finished_is_not_in_the_plan() -> None:
                 await house.yes(ForceReset(id="o0"))
             return found
 
-        house.disk.expired = moved_on  # type: ignore[method-assign]
+        house.disk.expired_jobs = moved_on  # type: ignore[method-assign]
         plan = await made(Planner(house.actor, house.clock), action="cleanup")
         assert [job.id for job in plan.jobs] == ["o1"]
 
@@ -407,7 +407,7 @@ async def test_a_job_found_twice_is_in_the_plan_once() -> None:
         async def overlapping(now: int, limit: int, skip: int = 0) -> list[str]:
             return pages.get(skip, [])
 
-        house.disk.expired = overlapping  # type: ignore[method-assign]
+        house.disk.expired_jobs = overlapping  # type: ignore[method-assign]
         plan = await made(Planner(house.actor, house.clock), action="cleanup")
         assert [job.id for job in plan.jobs] == ["o0", "o1", "o2"]
 

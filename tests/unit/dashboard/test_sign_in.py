@@ -261,7 +261,7 @@ async def test_read_only_sign_ins_end_no_full_session(harness: DashboardHarness)
 
 async def test_repeated_sign_ins_share_one_audit_entry(harness: DashboardHarness) -> None:
     async def windows_by_action() -> dict[tuple[str, str], set[str | None]]:
-        rows = (await harness.disk.audit(AuditQuery(limit=100))).found
+        rows = (await harness.disk.read_audit(AuditQuery(limit=100))).found
         found: dict[tuple[str, str], set[str | None]] = {}
         for _, row in rows:
             found.setdefault((row.what, str((row.details or {})["access"])), set()).add(row.part_of)

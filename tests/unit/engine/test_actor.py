@@ -455,7 +455,7 @@ async def test_a_row_quarantined_by_a_concurrent_read_affects_only_its_command()
         engine.disk.gate.clear()
         late = start_task(engine.actor.ask(Progress(id="a", lock_id=lock_id, progress=5)))
         await engine.disk.at_gate.wait()
-        assert [job.id for job, _ in (await engine.disk.find(JobQuery())).jobs] == ["b"]
+        assert [job.id for job, _ in (await engine.disk.find_jobs(JobQuery())).jobs] == ["b"]
         other = start_task(engine.actor.ask(Start(id="b", worker="w")))
         engine.disk.gate.set()
         assert (await late).code == "job_quarantined"
@@ -584,7 +584,7 @@ def test_the_counts_of_a_damaged_row_match_the_disk_after_any_batch(what: str, e
             else:
                 disk.bad_payloads[1] = "checksum"
             disk.can_move = lambda job: False
-            assert (await disk.find(JobQuery())).jobs == []
+            assert (await disk.find_jobs(JobQuery())).jobs == []
             assert list(engine.book.quarantined) == ["a"]
             if end != "written":
                 disk.fits = lambda batch: False
@@ -596,7 +596,7 @@ def test_the_counts_of_a_damaged_row_match_the_disk_after_any_batch(what: str, e
             disk.free()
             await seconds(3)
             disk.can_move = lambda job: True
-            await disk.find(JobQuery())
+            await disk.find_jobs(JobQuery())
             await engine.yes(Create(id="b"))
             await engine.yes(Cancel(id="b"))
             assert_counts_match_disk(engine)
@@ -612,9 +612,9 @@ class CountingStorage(MemoryStorage):
         super().__init__()
         self.asked: list[int] = []
 
-    async def late(self, wanted: list[LateResultQuery]) -> LateResultRows:
+    async def read_late_results(self, wanted: list[LateResultQuery]) -> LateResultRows:
         self.asked.append(len(wanted))
-        return await super().late(wanted)
+        return await super().read_late_results(wanted)
 
 
 @in_virtual_time

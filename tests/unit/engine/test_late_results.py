@@ -197,9 +197,9 @@ class RecordingStorage(MemoryStorage):
         super().__init__()
         self.asked: list[LateResultQuery] = []
 
-    async def late(self, wanted: list[LateResultQuery]) -> LateResultRows:
+    async def read_late_results(self, wanted: list[LateResultQuery]) -> LateResultRows:
         self.asked += wanted
-        return await super().late(wanted)
+        return await super().read_late_results(wanted)
 
 
 @in_virtual_time

@@ -53,9 +53,9 @@ class SlowStorage(MemoryStorage):
             await asyncio.sleep(COMMIT_S)
             return await super().write(batch)
 
-    async def find(self, query: JobQuery) -> JobRows:
+    async def find_jobs(self, query: JobQuery) -> JobRows:
         async with self._thread:
-            return await super().find(query)
+            return await super().find_jobs(query)
 
     @property
     def written(self) -> list[int]:

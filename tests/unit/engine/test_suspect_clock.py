@@ -216,14 +216,14 @@ async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_clea
     disk = MemoryStorage()
     async with VirtualEngine(disk) as house:
         await done(house)
-        look = disk.expired
+        look = disk.expired_jobs
 
         async def expired(now: int, limit: int, skip: int = 0) -> list[str]:
             house.step_ms = STEP_MS
             return await look(house.now, limit, skip)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(disk, "expired", expired)
+            patch.setattr(disk, "expired_jobs", expired)
             house.keep()
             report = await house.cleaner.run_cleanup(forced=True)
         assert (report.expired_jobs_deleted, report.errors) == (0, [])

@@ -213,9 +213,9 @@ async def test_a_long_cleanup_run_delays_no_recovery() -> None:
     release = asyncio.Event()
 
     class Slow(MemoryStorage):
-        async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
+        async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
             await release.wait()
-            return await super().expired(now, limit, skip)
+            return await super().expired_jobs(now, limit, skip)
 
     async with VirtualEngine(Slow(), schedule=replace(RECOVERING, interval_ms=MINUTE_MS)) as house:
         await house.held("a")
@@ -426,7 +426,7 @@ async def test_the_journal_of_a_deleted_job_is_kept_for_another_day() -> None:
 class Stubborn(MemoryStorage):
     """A store that lists a job as expired although no deletion finds it."""
 
-    async def expired(self, now: int, limit: int, skip: int = 0) -> list[str]:
+    async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
         return ["a"]
 
 

@@ -344,14 +344,14 @@ async def test_a_late_result_during_planning_is_counted_or_changes_its_job() -> 
         await house.yes(Create(id="a"))
         lock_id = (await house.yes(Start(id="a", worker="w"))).lock_id
         await house.yes(ForceFail(id="a"))
-        count_late = house.disk.count_late
+        count_late = house.disk.count_late_results
 
         async def and_then(job_seqs: list[int]) -> dict[int, int]:
             counted = await count_late(job_seqs)
             await house.no(Complete(id="a", lock_id=lock_id, file_path="/out"))
             return counted
 
-        house.disk.count_late = and_then  # type: ignore[method-assign]
+        house.disk.count_late_results = and_then  # type: ignore[method-assign]
         assert (await made(planner, action="delete", filter=PlanFilter())).with_late_results == 0
         assert [job.id for job in (await applied(planner)).changed] == ["a"]
 
@@ -817,7 +817,7 @@ async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> 
     disk = MemoryStorage()
 
     async def one(now: int, limit: int, skip: int = 0) -> list[str]:
-        return (await MemoryStorage.expired(disk, now, limit, skip))[:1]
+        return (await MemoryStorage.expired_jobs(disk, now, limit, skip))[:1]
 
     async def seen(house: VirtualEngine, look_s: float = 60) -> tuple[int, bool, bool]:
         view = await house.cleaner.preview(look_s)
@@ -830,7 +830,7 @@ async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> 
             await house.yes(Import(id=f"old-{number}", status="failed", error_message="x", expires_at=WALL + number))
         await asyncio.sleep(60)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(disk, "expired", one)
+            patch.setattr(disk, "expired_jobs", one)
             patch.setattr(preview, "MAX_SHOWN", 6)
             assert await seen(house) == (6, False, False)
             patch.setattr(preview, "MAX_SHOWN", 5)

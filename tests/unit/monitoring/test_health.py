@@ -53,8 +53,8 @@ class SlowDisk(MemoryStorage):
         await super().probe(spare_bytes)
         await self.answers.wait()
 
-    async def space(self) -> DiskSpace | None:
-        found = await super().space()
+    async def measure_space(self) -> DiskSpace | None:
+        found = await super().measure_space()
         await self.answers.wait()
         return found
 

@@ -24,7 +24,7 @@ async def write(store: Store, *audit: AuditEntry) -> None:
 
 
 async def seqs(store: Store, **query: object) -> list[int]:
-    return [seq for seq, _ in (await store.audit(AuditQuery(**query))).found]  # type: ignore[arg-type]
+    return [seq for seq, _ in (await store.read_audit(AuditQuery(**query))).found]  # type: ignore[arg-type]
 
 
 async def test_an_entry_is_written_with_its_batch_and_survives_a_restart(path: str) -> None:
@@ -33,7 +33,7 @@ async def test_an_entry_is_written_with_its_batch_and_survives_a_restart(path: s
     async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create()], audit=[entry(), whole]))
     async with open_store(path) as (store, _):
-        found = await store.audit(AuditQuery())
+        found = await store.read_audit(AuditQuery())
         assert found.found == [(2, whole), (1, entry())]
         assert found.next_before is None
 
@@ -43,14 +43,14 @@ async def test_a_failed_batch_leaves_no_entry(store: Store) -> None:
     ghost = job_of(maker.create())
     with pytest.raises(BadRows):
         await store.write(maker.batch([], audit=[entry()], payloads=[ghost.seq]))
-    assert (await store.audit(AuditQuery())).found == []
+    assert (await store.read_audit(AuditQuery())).found == []
 
 
 async def test_parts_of_one_action_share_a_row_that_counts_their_jobs(store: Store) -> None:
     first = entry(0, job_id=None, part_of="p1", jobs=2, details={"n": 1})
     await write(store, first, entry(1), replace(first, at=NOW + 2, jobs=3, details={"n": 2}))
     await write(store, replace(first, at=NOW + 3, jobs=4), entry(4, part_of="p2"))
-    found = (await store.audit(AuditQuery())).found
+    found = (await store.read_audit(AuditQuery())).found
     assert found == [(3, entry(4, part_of="p2")), (2, entry(1)), (1, replace(first, jobs=9))]
 
 
@@ -61,7 +61,7 @@ async def test_an_entry_of_a_failed_transaction_is_written_again(store: Store) -
         await store.write(maker.batch([], audit=[entry(part_of="p")], payloads=[ghost.seq]))
     await write(store, entry(5))  # has the number of the deleted row
     await write(store, entry(6, part_of="p"))
-    assert (await store.audit(AuditQuery())).found == [(2, entry(6, part_of="p")), (1, entry(5))]
+    assert (await store.read_audit(AuditQuery())).found == [(2, entry(6, part_of="p")), (1, entry(5))]
 
 
 async def test_no_part_is_added_to_a_damaged_row(path: str) -> None:
@@ -70,7 +70,7 @@ async def test_no_part_is_added_to_a_damaged_row(path: str) -> None:
         await write(store, part)
         store._connection.raw.execute("UPDATE audit SET jobs = 77")
         await write(store, part)
-        assert (await store.audit(AuditQuery())).found == [(2, part)]
+        assert (await store.read_audit(AuditQuery())).found == [(2, part)]
 
 
 async def test_the_oldest_of_many_open_actions_continues_in_a_new_row(store: Store) -> None:
@@ -91,9 +91,9 @@ async def test_pages_are_filtered_and_newest_first(store: Store) -> None:
     assert await seqs(store, job_id="a", what="cancel") == [16, 1]
     assert await seqs(store, since=NOW + 27) == [30, 29, 28]
     assert await seqs(store, who="nobody") == []
-    page = await store.audit(AuditQuery(limit=4, job_id="a"))
+    page = await store.read_audit(AuditQuery(limit=4, job_id="a"))
     assert ([seq for seq, _ in page.found], page.next_before) == ([26, 21, 16, 11], 11)
-    page = await store.audit(AuditQuery(limit=4, job_id="a", before=11))
+    page = await store.read_audit(AuditQuery(limit=4, job_id="a", before=11))
     assert ([seq for seq, _ in page.found], page.next_before) == ([6, 1], None)
 
 
@@ -103,7 +103,7 @@ async def test_pages_scan_a_limited_number_of_rows_and_miss_none(store: Store, s
     found: list[int] = []
     pages, before = 0, None
     while pages == 0 or before is not None:
-        page = await store.audit(AuditQuery(who="eve", before=before, scan=scan))
+        page = await store.read_audit(AuditQuery(who="eve", before=before, scan=scan))
         found += [seq for seq, _ in page.found]
         pages, before = pages + 1, page.next_before
     assert found == [29, 4]
@@ -207,7 +207,7 @@ async def test_an_unreadable_log_is_reported(path: str) -> None:
     content[(page - 1) * size : (page - 1) * size + 64] = b"\xff" * 64
     store_files.write_file(path, content)
     async with open_store(path) as (store, _):
-        assert (await store.audit(AuditQuery())).found == []
+        assert (await store.read_audit(AuditQuery())).found == []
         assert any("the audit log cannot be read" in fault for fault in store.take_faults())
         assert await store.trim_audit(0, 99) == 0
         assert any("the audit log cannot be read" in fault for fault in store.take_faults())

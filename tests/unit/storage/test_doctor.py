@@ -50,7 +50,7 @@ async def busy_store(path: str) -> ChangeFactory:
         await store.open_outbox(["e"], NOW)
         message = Delivery(7, "e", "waiting", "jobs/a", "job.failed", "evt_1", 1, NOW, NOW, 0, None, None, None, b"{}")
         await store.plan_deliveries(WebhookCursor("e", 1, next_delivery=8), [message])
-        await store.save_figures(b"{}")
+        await store.save_stats(b"{}")
         await store.write(maker.batch([maker.late(pick(maker, LIVE), 1)]))
     return maker
 

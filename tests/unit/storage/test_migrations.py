@@ -259,8 +259,8 @@ async def test_stores_of_all_older_versions_are_migrated(path: str, tmp_path: Pa
         await store.write(maker.batch([maker.late(job, 1)], audit=[AuditEntry(maker.now, "eve", "::1", "cancel")]))
     async with open_store(path) as (store, found):
         await assert_holds(store, found, maker)
-        assert [row.who for _, row in (await store.audit(AuditQuery())).found] == ["eve"]
-        assert len((await store.late([LateResultQuery(job.seq)])).results[job.seq]) == 1
+        assert [row.who for _, row in (await store.read_audit(AuditQuery())).found] == ["eve"]
+        assert len((await store.read_late_results([LateResultQuery(job.seq)])).results[job.seq]) == 1
         outbox = await store.open_outbox(["e"], maker.now)
         assert (outbox.cursors["e"].position, outbox.next_delivery) == (maker.numbers.next_event - 1, 1)
     assert doctor.check(path) == []

@@ -118,11 +118,11 @@ async def test_pages_have_one_endpoint_and_state_newest_first(path: str) -> None
         everything = [made(id_, "ef"[id_ % 2], state=states[id_ % 3]) for id_ in range(1, 40)]
         await planned(store, *everything)
         own = [each for each in reversed(everything) if each.endpoint == "f"]
-        assert await store.page_of_deliveries("f", None, 1 << 60, 99) == own
-        assert await store.page_of_deliveries("f", None, own[4].id, 5) == own[5:10]
+        assert await store.list_deliveries("f", None, 1 << 60, 99) == own
+        assert await store.list_deliveries("f", None, own[4].id, 5) == own[5:10]
         given_up = [each for each in own if each.state == "given_up"]
-        assert await store.page_of_deliveries("f", "given_up", given_up[0].id, 2) == given_up[1:3]
-        assert await store.page_of_deliveries("nobody", None, 1 << 60, 9) == []
+        assert await store.list_deliveries("f", "given_up", given_up[0].id, 2) == given_up[1:3]
+        assert await store.list_deliveries("nobody", None, 1 << 60, 9) == []
 
 
 async def test_a_retried_delivery_is_queued_as_if_it_were_new(path: str) -> None:
@@ -147,9 +147,9 @@ async def test_failed_deliveries_are_retried_oldest_first_up_to_an_id(path: str)
         assert await store.deliveries(lost[:2]) == renewed
         assert [each.id for each in await store.deliver_all_again("e", lost[-2], 99, NOW)] == lost[2:-1]
         assert await store.deliver_all_again("e", lost[-2], 99, NOW) == []
-        left = await store.page_of_deliveries("e", "given_up", 1 << 60, 99)
+        left = await store.list_deliveries("e", "given_up", 1 << 60, 99)
         assert [each.id for each in left] == lost[-1:]
-        assert len(await store.page_of_deliveries("f", "given_up", 1 << 60, 99)) > 1, (
+        assert len(await store.list_deliveries("f", "given_up", 1 << 60, 99)) > 1, (
             "those of other endpoints are not changed"
         )
 
@@ -162,12 +162,10 @@ async def test_only_the_latest_ended_deliveries_are_kept(path: str, monkeypatch:
         for id_ in range(1, 21):
             await store.settle_deliveries([made(id_, state="delivered", ended_at=NOW)], NOW)
         await store.settle_deliveries([made(id_, state="given_up", ended_at=NOW) for id_ in range(21, 31)], NOW)
-        assert [each.id for each in await store.page_of_deliveries("e", "delivered", 999, 99)] == [20, 19, 18, 17, 16]
-        assert [each.id for each in await store.page_of_deliveries("e", "given_up", 999, 99)] == [30, 29, 28, 27, 26]
-        assert (
-            len(await store.page_of_deliveries("e", "waiting", 999, 99)) == 10
-        )  # waiting deliveries are never deleted
-        assert len(await store.page_of_deliveries("f", "delivered", 999, 99)) == 10
+        assert [each.id for each in await store.list_deliveries("e", "delivered", 999, 99)] == [20, 19, 18, 17, 16]
+        assert [each.id for each in await store.list_deliveries("e", "given_up", 999, 99)] == [30, 29, 28, 27, 26]
+        assert len(await store.list_deliveries("e", "waiting", 999, 99)) == 10  # waiting deliveries are never deleted
+        assert len(await store.list_deliveries("f", "delivered", 999, 99)) == 10
 
 
 async def test_deleting_a_failed_delivery_records_a_gap(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,13 +182,13 @@ async def test_deleting_a_failed_delivery_records_a_gap(path: str, monkeypatch: 
         await planned(store, *(made(id_) for id_ in range(1, 21)))
         assert not await is_gap(*(made(id_, state="delivered", ended_at=NOW) for id_ in range(1, 9)))
         assert not await is_gap(*(made(id_, state="given_up", ended_at=NOW) for id_ in range(9, 12)))
-        assert await store.given_up("e") == (3, 11)
+        assert await store.dead_letter_counts("e") == (3, 11)
         assert await is_gap(made(12, state="given_up", ended_at=NOW))
-        assert [each.id for each in await store.page_of_deliveries("e", "given_up", 99, 9)] == [12, 11, 10]
+        assert [each.id for each in await store.list_deliveries("e", "given_up", 99, 9)] == [12, 11, 10]
         assert not await is_gap(made(13, state="delivered", ended_at=NOW))
         assert await is_gap(made(14, state="delivered", ended_at=NOW + 31 * DAY_MS), now=NOW + 31 * DAY_MS), "by age"
-        assert await store.given_up("e") == (1, 12)
-        assert await store.given_up("f") == (0, 0)
+        assert await store.dead_letter_counts("e") == (1, 12)
+        assert await store.dead_letter_counts("f") == (0, 0)
 
 
 async def test_deleting_alerts_and_tests_records_no_gap_but_deleting_a_gap_message_does(
@@ -215,8 +213,8 @@ async def test_old_ended_deliveries_are_deleted_by_age(path: str) -> None:
             await store.settle_deliveries(
                 [made(10 + step, state="delivered", ended_at=NOW + 8 * DAY_MS)], NOW + 8 * DAY_MS
             )
-        assert [each.id for each in await store.page_of_deliveries("e", "delivered", 99, 99)] == [13, 12, 11, 10]
-        assert len(await store.page_of_deliveries("e", "given_up", 99, 99)) == 2
+        assert [each.id for each in await store.list_deliveries("e", "delivered", 99, 99)] == [13, 12, 11, 10]
+        assert len(await store.list_deliveries("e", "given_up", 99, 99)) == 2
 
 
 async def test_the_cursor_of_a_removed_endpoint_is_kept_for_a_while(path: str) -> None:

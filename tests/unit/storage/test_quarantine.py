@@ -100,10 +100,10 @@ async def test_a_damaged_finished_row_is_quarantined_when_it_is_read(path: str, 
         if how == "load":
             assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
         elif how == "find":
-            page = await store.find(JobQuery(limit=200))
+            page = await store.find_jobs(JobQuery(limit=200))
             assert {j.seq for j, _ in page.jobs} == maker.jobs.keys() - {job.seq}
         else:
-            assert job.id not in await store.expired(maker.now * 2, 1_000)
+            assert job.id not in await store.expired_jobs(maker.now * 2, 1_000)
         assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
         counted = None if column == "queue" else (job.options.queue, "failed")
         assert told == [Quarantined(job.id, "its checksum is wrong", counted)]
@@ -152,7 +152,7 @@ async def test_a_batch_with_a_row_quarantined_meanwhile_fails_completely(path: s
         store._connection.raw.execute(
             "UPDATE jobs SET created_at = created_at + 1 WHERE seq = ?", (job_of(created).seq,)
         )
-        assert "a" not in {job.id for job, _ in (await store.find(JobQuery())).jobs}
+        assert "a" not in {job.id for job, _ in (await store.find_jobs(JobQuery())).jobs}
         with pytest.raises(BadRows) as caught:
             await store.write(maker.batch([late, maker.grant(job_of(other))]))
         assert caught.value.jobs == {"a": "its checksum is wrong"}
@@ -176,7 +176,7 @@ async def test_counts_decided_before_a_quarantine_are_written_without_the_row(pa
         heard: list[Quarantined] = []
         store.on_quarantined = heard.append
         count = QueueRow(completed=3)
-        looking = asyncio.ensure_future(store.find(JobQuery()))
+        looking = asyncio.ensure_future(store.find_jobs(JobQuery()))
         await asyncio.sleep(0)  # it is being written
         batch = maker.batch([finished[2]])
         assert (batch.queues, heard) == ({"default": count}, [])
@@ -212,11 +212,11 @@ async def test_on_a_full_disk_a_damaged_row_is_moved_later_and_counted_until_the
         with monkeypatch.context() as patch:
             patch.setattr(quarantine, "_move_job", no_room)
             for _ in range(2):
-                assert (await store.find(JobQuery())).jobs == []
-            assert await store.expired(maker.now * 2, 10) == []
+                assert (await store.find_jobs(JobQuery())).jobs == []
+            assert await store.expired_jobs(maker.now * 2, 10) == []
         assert told == [Quarantined("a", reason, is_moved=False)]
         assert store._database.totals == recounted(store)
-        assert await store.expired(maker.now * 2, 10) == []  # it was moved and hides nothing
+        assert await store.expired_jobs(maker.now * 2, 10) == []  # it was moved and hides nothing
         assert told[1:] == [Quarantined("a", reason, ("default", "completed"))]
         assert store._database.totals == recounted(store)
         assert store._database.unmoved == {}
@@ -232,12 +232,12 @@ async def test_repeatedly_found_damage_uses_no_more_memory_each_time(
         with monkeypatch.context() as patch:
             patch.setattr(quarantine, "_move_job", no_room)
             for _ in range(20):
-                assert len((await store.find(JobQuery())).jobs) == 5
+                assert len((await store.find_jobs(JobQuery())).jobs) == 5
         tables = store._database
         assert (len(tables.recently_quarantined), len(tables.faults), tables.quarantined_count) == (5, 5, 5)
         await store.write(maker.batch([maker.create()]))
         assert (tables.recently_quarantined, tables.quarantined_count) == ({}, 5)
-        assert len((await store.find(JobQuery())).jobs) == 6
+        assert len((await store.find_jobs(JobQuery())).jobs) == 6
         assert tables.quarantined_count == 10
         await store.write(maker.batch([maker.create()]))
         assert (tables.recently_quarantined, tables.unmoved) == ({}, {})
@@ -261,7 +261,7 @@ async def test_damaged_expired_rows_do_not_hide_later_ones(path: str) -> None:
         expires = job_of(finished).expires_at
         assert expires is not None
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
-        assert await store.expired(expires, 1) == ["c"]
+        assert await store.expired_jobs(expires, 1) == ["c"]
         assert store._database.totals == recounted(store)
 
 
@@ -277,9 +277,9 @@ async def test_damaged_rows_that_cannot_be_moved_do_not_hide_later_ones(
             await store.write(maker.batch([created, granted, maker.finish(job_of(granted))]))
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id IN ('a', 'b')")
         monkeypatch.setattr(quarantine, "_move_job", no_room)
-        assert await store.expired(maker.now * 2, 1) == ["c"]
-        assert await store.expired(maker.now * 2, 10) == ["c", "d"]
-        assert await store.expired(maker.now * 2, 1, 4) == []
+        assert await store.expired_jobs(maker.now * 2, 1) == ["c"]
+        assert await store.expired_jobs(maker.now * 2, 10) == ["c", "d"]
+        assert await store.expired_jobs(maker.now * 2, 1, 4) == []
 
 
 @pytest.mark.parametrize("status", ["queued", "completed"])
@@ -309,7 +309,7 @@ async def test_a_payload_quarantined_with_its_row_is_reported_with_the_job(path:
         await store.write(maker.batch([created]))
     async with open_store(path) as (store, _):  # so that the payload is not cached
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = 1")
-        assert "a" not in {job.id for job, _ in (await store.find(JobQuery())).jobs}
+        assert "a" not in {job.id for job, _ in (await store.find_jobs(JobQuery())).jobs}
         assert await store.load([], [1], []) == LoadedRows(bad={"a": "its checksum is wrong"})
         assert await store.load([], [99], []) == LoadedRows()
         with pytest.raises(BadRows) as caught:
@@ -324,7 +324,7 @@ async def test_a_damaged_payload_that_is_loaded_quarantines_its_job(path: str) -
     async with open_store(path) as (store, _):
         loaded = await store.load([job.id], [job.seq], [])
         assert loaded == LoadedRows(bad={job.id: "the payload is damaged: its checksum is wrong"})
-        assert job.seq not in [j.seq for j, _ in (await store.find(JobQuery(limit=200))).jobs]
+        assert job.seq not in [j.seq for j, _ in (await store.find_jobs(JobQuery(limit=200))).jobs]
 
 
 async def test_a_damaged_event_is_quarantined_and_reported(path: str) -> None:
@@ -361,7 +361,7 @@ async def test_damaged_keys_are_quarantined_and_reported(path: str) -> None:
 async def test_damaged_queues_stats_and_reports_are_quarantined_and_queues_recounted(path: str) -> None:
     maker = await make_store(path)
     async with open_store(path) as (store, _):
-        await store.save_figures(b"{}")
+        await store.save_stats(b"{}")
         await store.write(maker.batch([maker.queue_event("video", True)], report=b"r1"))
         await store.write(maker.batch([], report=b"r2"))
     with edit_store(path) as conn:
@@ -398,9 +398,9 @@ async def test_a_damaged_audit_entry_is_quarantined_and_reported(path: str) -> N
         await store.write(maker.batch([], audit=deeds))
     flip(path, "audit", "who", "seq", 2)
     async with open_store(path) as (store, _):
-        assert (await store.audit(AuditQuery())).found == [(3, deeds[2]), (1, deeds[0])]
+        assert (await store.read_audit(AuditQuery())).found == [(3, deeds[2]), (1, deeds[0])]
         assert store.take_faults() == ["audit 2: its checksum is wrong; the row was quarantined"]
-        assert len((await store.audit(AuditQuery())).found) == 2
+        assert len((await store.read_audit(AuditQuery())).found) == 2
         assert store.take_faults() == []
 
 
@@ -531,7 +531,7 @@ async def test_an_unreadable_page_of_jobs_is_skipped(path: str) -> None:
         seen: list[int] = []
         query = JobQuery(limit=200)
         while True:
-            page = await store.find(query)
+            page = await store.find_jobs(query)
             assert all(maker.jobs[job.seq] == job for job, _ in page.jobs)
             seen += [job.seq for job, _ in page.jobs]
             if page.next_before is None:
@@ -542,7 +542,7 @@ async def test_an_unreadable_page_of_jobs_is_skipped(path: str) -> None:
         for scan in (7, 5_000):
             query, upwards = JobQuery(limit=200, scan=scan, after=0), []
             while True:
-                page = await store.find(query)
+                page = await store.find_jobs(query)
                 upwards += [job.seq for job, _ in page.jobs]
                 if page.next_before is None:
                     break
@@ -625,7 +625,7 @@ async def test_an_unreadable_index_of_late_results_stops_no_plan(path: str) -> N
     content[(root - 1) * 4096] = 0x77
     write_file(path, content)
     async with open_store(path) as (store, _):
-        assert await store.count_late([1]) == {}
+        assert await store.count_late_results([1]) == {}
         (fault,) = store.take_faults()
         assert fault.startswith("the late results cannot be counted")
 
@@ -697,7 +697,7 @@ async def assert_never_wrong(store: Store, found: OpenedStore, maker: ChangeFact
     some = await store.load([], [job.seq for job in loaded.jobs.values()], [])
     for seq, payload in some.payloads.items():
         assert payload.body == maker.payloads[seq]
-    page = await store.find(JobQuery(limit=200))
+    page = await store.find_jobs(JobQuery(limit=200))
     for job, body in page.jobs:
         assert maker.jobs[job.seq] == job
         assert maker.payloads[job.seq] == body
@@ -736,10 +736,10 @@ async def test_a_damaged_late_result_is_quarantined_without_its_job(path: str, c
     async with open_store(path) as (store, found):
         assert found.faults == []
         asked = [LateResultQuery(job.seq, with_results=True)]
-        assert (await store.late(asked)).results[job.seq] == [changes[1].late]
+        assert (await store.read_late_results(asked)).results[job.seq] == [changes[1].late]
         (fault,) = store.take_faults()
         assert fault == f"late_results {changes[0].event.seq}: its checksum is wrong; the row was quarantined"
-        assert (await store.late(asked)).results[job.seq] == [changes[1].late]
+        assert (await store.read_late_results(asked)).results[job.seq] == [changes[1].late]
         assert store.take_faults() == []
     async with open_store(path) as (store, found):
         assert found.faults == ["damaged rows of late_results in quarantine: 1; run `jobd doctor`"]
@@ -759,7 +759,7 @@ async def test_a_late_result_indexed_under_another_job_is_not_shown_there(path: 
     with without_indexes(path) as conn:
         conn.execute("UPDATE late_results SET job_seq = ?", (job.seq,))
     async with open_store(path) as (store, _):
-        assert (await store.late([LateResultQuery(other.seq)])).results[other.seq] == []
+        assert (await store.read_late_results([LateResultQuery(other.seq)])).results[other.seq] == []
         assert store.take_faults() == []
 
 
@@ -776,7 +776,7 @@ async def test_unreadable_late_results_are_left_out(path: str, table: str) -> No
     content[(page - 1) * size : page * size] = bytes(size)
     write_file(path, content)
     async with open_store(path) as (store, _):
-        known = await store.late([LateResultQuery(job.seq, "lock")])
+        known = await store.read_late_results([LateResultQuery(job.seq, "lock")])
         assert known.grants == {}
         assert len(known.results[job.seq]) == (table == "events")
         assert (store.take_faults() != []) == (table != "events")

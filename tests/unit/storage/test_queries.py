@@ -37,7 +37,7 @@ async def all_pages(store: Store, query: JobQuery) -> tuple[list[Job], int]:
     found: list[Job] = []
     pages = 0
     while True:
-        page = await store.find(query)
+        page = await store.find_jobs(query)
         found += [job for job, _ in page.jobs]
         pages += 1
         if page.next_before is None:
@@ -101,20 +101,20 @@ async def test_a_failed_job_is_found_behind_many_newer_ones(store: Store, status
         await store.write(maker.batch([maker.finish(old, status)]))
     await store.write(maker.batch([maker.create() for _ in range(50)]))
     await store.write(maker.batch([maker.finish(job) for job in list(maker.jobs.values()) if job.id != "old"]))
-    page = await store.find(JobQuery(status=status, scan=5))
+    page = await store.find_jobs(JobQuery(status=status, scan=5))
     assert ([job.id for job, _ in page.jobs], page.next_before, page.scanned_until) == (["old"], None, None)
 
 
 async def test_a_page_that_ends_early_reports_how_far_it_scanned(store: Store) -> None:
     maker = ChangeFactory()
     await store.write(maker.batch([said(maker, f"j{n}", created_at=NOW + n) for n in range(9)]))
-    page = await store.find(JobQuery(kind="none", scan=4))
+    page = await store.find_jobs(JobQuery(kind="none", scan=4))
     assert (page.jobs, page.next_before, page.scanned_until, page.scanned) == ([], 6, NOW + 5, 4)
-    page = await store.find(JobQuery(kind="none", scan=4, before=5))
+    page = await store.find_jobs(JobQuery(kind="none", scan=4, before=5))
     assert (page.next_before, page.scanned_until) == (None, None), "that was the last one"
-    page = await store.find(JobQuery(scan=4, limit=2))
+    page = await store.find_jobs(JobQuery(scan=4, limit=2))
     assert (len(page.jobs), page.next_before, page.scanned_until) == (2, 8, None), "the page is full"
-    page = await store.find(JobQuery(scan=4))
+    page = await store.find_jobs(JobQuery(scan=4))
     assert (len(page.jobs), page.next_before, page.scanned_until) == (4, 6, NOW + 5)
 
 
@@ -137,13 +137,13 @@ async def test_a_page_has_a_limited_amount_of_payload(store: Store) -> None:
     maker = ChangeFactory()
     changes = [replace(maker.create(), payload=b'"%s"' % (b"y" * 998)) for _ in range(10)]
     await store.write(maker.batch(changes))
-    page = await store.find(JobQuery(payload_bytes=3_000))
+    page = await store.find_jobs(JobQuery(payload_bytes=3_000))
     assert [job.seq for job, _ in page.jobs] == [10, 9, 8]
     assert page.next_before == 8
-    page = await store.find(JobQuery(payload_bytes=10, before=2))  # a larger job is a page of its own
+    page = await store.find_jobs(JobQuery(payload_bytes=10, before=2))  # a larger job is a page of its own
     assert [(job.seq, len(body)) for job, body in page.jobs] == [(1, 1_000)]
     assert page.next_before is None
-    page = await store.find(JobQuery(payload_bytes=3_000, after=0))
+    page = await store.find_jobs(JobQuery(payload_bytes=3_000, after=0))
     assert [job.seq for job, _ in page.jobs] == [1, 2, 3]
     assert page.next_before == 3
 
@@ -167,7 +167,7 @@ async def test_a_page_reads_a_limited_amount_of_metadata(store: Store) -> None:
     for after, expected in ((None, [10, 9, 8, 7, 6, 5, 4, 3, 2, 1]), (0, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10])):
         seqs, sizes, query = [], [], JobQuery(payload_bytes=3_500, after=after)
         while True:
-            page = await store.find(query)
+            page = await store.find_jobs(query)
             seqs += [job.seq for job, _ in page.jobs]
             sizes.append(len(page.jobs))
             if page.next_before is None:
@@ -175,7 +175,7 @@ async def test_a_page_reads_a_limited_amount_of_metadata(store: Store) -> None:
             query = replace(query, **{"before" if after is None else "after": page.next_before})
         assert seqs == expected
         assert sizes == [3, 3, 3, 1]
-    page = await store.find(JobQuery(payload_bytes=10, before=2))
+    page = await store.find_jobs(JobQuery(payload_bytes=10, before=2))
     assert [job.seq for job, _ in page.jobs] == [1]
     assert page.next_before is None
 
@@ -197,10 +197,10 @@ async def test_slices_of_events_and_of_expired_jobs_have_a_limited_size(
         assert 2 <= len(page.events) <= 7
     assert seqs == list(range(1, 21))
     assert (await store.journal(0, 2)).more
-    assert await store.expired(NOW, 100) == ["job-1", "job-2", "job-3"]
+    assert await store.expired_jobs(NOW, 100) == ["job-1", "job-2", "job-3"]
     monkeypatch.setattr(queries, "SLICE_BYTES", 1)
     assert [event.seq for event in (await store.journal(1, 100)).events] == [2]  # at least one
-    assert await store.expired(NOW, 100) == ["job-1"]
+    assert await store.expired_jobs(NOW, 100) == ["job-1"]
 
 
 async def test_expired_returns_only_finished_jobs_oldest_first(store: Store) -> None:
@@ -211,14 +211,14 @@ async def test_expired_returns_only_finished_jobs_oldest_first(store: Store) -> 
     maker.now -= 500
     soon = maker.finish(job_of(first))
     await store.write(maker.batch([late, soon]))
-    assert await store.expired(NOW + 499, 10) == []
-    assert await store.expired(NOW + 500, 10) == ["job-1"]
-    assert await store.expired(NOW + 1_000, 10) == ["job-1", "job-2"]
-    assert await store.expired(NOW + 1_000, 1) == ["job-1"]
-    assert await store.expired(NOW + 1_000, 1, 1) == ["job-2"]
-    assert await store.expired(NOW + 1_000, 10, 2) == []
+    assert await store.expired_jobs(NOW + 499, 10) == []
+    assert await store.expired_jobs(NOW + 500, 10) == ["job-1"]
+    assert await store.expired_jobs(NOW + 1_000, 10) == ["job-1", "job-2"]
+    assert await store.expired_jobs(NOW + 1_000, 1) == ["job-1"]
+    assert await store.expired_jobs(NOW + 1_000, 1, 1) == ["job-2"]
+    assert await store.expired_jobs(NOW + 1_000, 10, 2) == []
     await store.write(maker.batch([maker.requeue(job_of(soon))]))
-    assert await store.expired(NOW + 1_000, 10) == ["job-2"]
+    assert await store.expired_jobs(NOW + 1_000, 10) == ["job-2"]
 
 
 async def test_a_job_with_an_invalid_status_does_not_expire(store: Store) -> None:
@@ -229,8 +229,8 @@ async def test_a_job_with_an_invalid_status_does_not_expire(store: Store) -> Non
     ends = [maker.finish(job_of(job)) for job in jobs]
     ends[0] = replace(ends[0], after=replace(job_of(ends[0]), status="complete"))
     await store.write(maker.batch(ends))
-    assert await store.expired(NOW + 1_000, 10) == ["job-2", "job-3"]
-    assert await store.expired(NOW + 1_000, 1, 1) == ["job-3"]
+    assert await store.expired_jobs(NOW + 1_000, 10) == ["job-2", "job-3"]
+    assert await store.expired_jobs(NOW + 1_000, 1, 1) == ["job-3"]
 
 
 async def test_late_results_survive_a_restart(path: str) -> None:
@@ -251,7 +251,7 @@ async def test_late_results_survive_a_restart(path: str) -> None:
         assert names == [
             replace(late_of(change), result=each) for change, each in zip(reversed(changes), addresses, strict=True)
         ]
-        assert (await store.late([LateResultQuery(2), LateResultQuery(99)])).results == {2: [], 99: []}
+        assert (await store.read_late_results([LateResultQuery(2), LateResultQuery(99)])).results == {2: [], 99: []}
 
 
 async def test_late_results_of_the_latest_grants_are_kept(store: Store) -> None:
@@ -276,8 +276,8 @@ async def test_late_results_are_counted_by_their_index(path: str) -> None:
         await store.write(maker.batch([maker.late(job_of(jobs[0]), token) for token in (1, 2)]))
         await store.write(maker.batch([maker.late(job_of(jobs[2]), 3)]))
         seqs = [job_of(each).seq for each in jobs]
-        assert await store.count_late([]) == {}
-        assert await store.count_late([*seqs, 99]) == {seqs[0]: 2, seqs[2]: 1}
+        assert await store.count_late_results([]) == {}
+        assert await store.count_late_results([*seqs, 99]) == {seqs[0]: 2, seqs[2]: 1}
 
 
 async def test_late_results_are_deleted_with_their_job(store: Store) -> None:
@@ -304,7 +304,7 @@ async def test_an_older_grant_is_found_only_in_the_journal_of_its_job(store: Sto
     assert foreign is not None
     seq = job_of(created).seq
     asked = [LateResultQuery(seq, lock_id) for lock_id in (grant.lock_id, foreign.lock_id, grant.lock_id[:-1], "never")]
-    assert (await store.late(asked)).grants == {(seq, grant.lock_id): grant}
+    assert (await store.read_late_results(asked)).grants == {(seq, grant.lock_id): grant}
 
 
 async def test_a_grant_is_searched_at_the_end_of_a_journal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,9 +318,9 @@ async def test_a_grant_is_searched_at_the_end_of_a_journal(store: Store, monkeyp
     seq = job_of(changes[0]).seq
     grants = [grant for change in changes if (grant := job_of(change).grant) is not None]
     asked = [LateResultQuery(seq, grant.lock_id) for grant in grants]
-    assert list((await store.late(asked)).grants.values()) != []
+    assert list((await store.read_late_results(asked)).grants.values()) != []
     monkeypatch.setattr(queries, "GRANT_SEARCH_EVENTS", 4)
-    found = (await store.late(asked)).grants
+    found = (await store.read_late_results(asked)).grants
     assert sorted(grant.fencing_token for grant in found.values()) == [grant.fencing_token for grant in grants[2:]]
 
 
@@ -335,7 +335,7 @@ async def test_many_queries_for_one_job_read_it_once(store: Store) -> None:
         [LateResultQuery(seq), LateResultQuery(seq, with_results=True)],
         [LateResultQuery(seq, with_results=True), LateResultQuery(seq, "x")],
     ):
-        assert (await store.late(asked)).results == {seq: [change.late]}
+        assert (await store.read_late_results(asked)).results == {seq: [change.late]}
 
 
 def said(
@@ -351,7 +351,7 @@ def said(
 
 
 async def ids(store: Store, **query: Any) -> list[str]:
-    return [job.id for job, _ in (await store.find(JobQuery(**query))).jobs]
+    return [job.id for job, _ in (await store.find_jobs(JobQuery(**query))).jobs]
 
 
 async def test_text_is_found_in_id_payload_and_error_ignoring_case(store: Store) -> None:
@@ -403,7 +403,7 @@ async def test_a_text_search_ends_early_if_payloads_are_large(store: Store, monk
     found: list[str] = []
     pages, before = 0, None
     while pages == 0 or before is not None:
-        page = await store.find(JobQuery(text="NEEDLE", before=before))
+        page = await store.find_jobs(JobQuery(text="NEEDLE", before=before))
         found += [job.id for job, _ in page.jobs]
         pages, before = pages + 1, page.next_before
     assert found == [f"j{n}" for n in range(8, -1, -1)]
@@ -418,11 +418,11 @@ async def test_jobs_with_the_same_error_are_found(store: Store) -> None:
     name = fingerprint("took 9 s", None)
     assert await ids(store, error=name, status="failed") == ["j2", "j1", "j0"]
     assert await ids(store, error=name) == ["l", "j2", "j1", "j0"]
-    page = await store.find(JobQuery(error=name))
+    page = await store.find_jobs(JobQuery(error=name))
     assert page.last_event == maker.numbers.next_event - 1
 
 
 async def test_a_page_can_omit_payloads(store: Store) -> None:
     maker = ChangeFactory()
     await store.write(maker.batch([said(maker, "a", payload=b'"p"')]))
-    assert [body for _, body in (await store.find(JobQuery(payloads=False))).jobs] == [b"null"]
+    assert [body for _, body in (await store.find_jobs(JobQuery(payloads=False))).jobs] == [b"null"]

@@ -154,8 +154,8 @@ async def test_the_last_500_reports_are_kept(store: Store) -> None:
 async def test_stats_survive_a_restart(path: str) -> None:
     async with open_store(path) as (store, found):
         assert found.figures is None
-        await store.save_figures(b"1")
-        await store.save_figures(b"2")
+        await store.save_stats(b"1")
+        await store.save_stats(b"2")
     async with open_store(path) as (_, found):
         assert found.figures == b"2"
 
@@ -166,8 +166,8 @@ async def test_a_store_in_memory_behaves_the_same() -> None:
         assert found.live() == []
         for _ in range(30):
             await store.write(maker.any_batch(10))
-        assert len((await store.find(JobQuery(limit=200))).jobs) == len(maker.jobs)
-        assert await store.space() is None
+        assert len((await store.find_jobs(JobQuery(limit=200))).jobs) == len(maker.jobs)
+        assert await store.measure_space() is None
         await store.probe(SPARE_BYTES)
         assert await store.drop_reserve() is False
         await store.build_reserve()
