@@ -27,7 +27,6 @@ from jobd.model.commands import (
     AuditLog,
     Cancel,
     Command,
-    Cursor,
     Delete,
     Export,
     ExtendLock,
@@ -40,14 +39,11 @@ from jobd.model.commands import (
     Locks,
     MakePlan,
     NamedJobCommand,
-    PageLimit,
     Pause,
     PlanCommand,
     Queues,
-    Reason,
     ReleaseLock,
     Resume,
-    RowCursor,
     RunNow,
     SearchJobs,
     Stats,
@@ -61,6 +57,7 @@ from jobd.model.commands import (
 )
 from jobd.model.errors import ApiError
 from jobd.model.events import StreamedEvent
+from jobd.model.fields import Cursor, PageLimit, Reason, RowCursor
 from jobd.model.responses import (
     AdminLockView,
     AlertList,

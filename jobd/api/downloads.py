@@ -23,8 +23,9 @@ from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S
 from jobd.http.streaming import finish, write
 from jobd.maintenance.backups import Backup
-from jobd.model.commands import BackupId, Command, Get, JobCommand, LateResults
+from jobd.model.commands import Command, Get, JobCommand, LateResults
 from jobd.model.errors import ApiError
+from jobd.model.fields import BackupId
 from jobd.model.responses import JobView, LateResultList, LateResultView
 from jobd.model.storage import BackupError, DiskFull
 from jobd.storage.artifacts.base import ArtifactStoreError

@@ -15,7 +15,7 @@ from jobd.http.auth import Permission
 from jobd.http.request import RequestContext, operator_of
 from jobd.model.commands import Command
 from jobd.model.errors import ApiError, api_error
-from jobd.model.job import Text
+from jobd.model.fields import Text
 from jobd.model.responses import Response
 
 AUTHORIZATION: Final = "Authorization"

@@ -26,7 +26,7 @@ from jobd.http.response import SAFE_HEADERS, RawBody
 from jobd.http.streaming import probe_for_hangup, write
 from jobd.model.commands import Command
 from jobd.model.errors import ApiException, api_error
-from jobd.model.job import JobId, QueueName
+from jobd.model.fields import JobId, QueueName
 from jobd.model.responses import Response
 
 # Minimum time between two events: rendering a page costs the daemon some milliseconds.

@@ -10,7 +10,7 @@ from jobd.dashboard.pages import PAUSED_QUEUES, PageData, banners, query
 from jobd.http.request import as_one_entry
 from jobd.model.commands import Command, Pause, Resume, TakeBack
 from jobd.model.errors import ApiError, ApiException
-from jobd.model.job import QueueName, Worker
+from jobd.model.fields import QueueName, Worker
 from jobd.model.responses import Response
 
 MAX_LISTED: Final = 50  # jobs of each kind

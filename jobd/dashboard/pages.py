@@ -34,7 +34,6 @@ from jobd.http.decoding import validation_error
 from jobd.model.commands import (
     AuditLog,
     Command,
-    Cursor,
     Get,
     GetVersion,
     JobCommand,
@@ -44,12 +43,12 @@ from jobd.model.commands import (
     Stats,
     Timeline,
     Why,
-    WorkerCursor,
     Workers,
     WorkerState,
 )
 from jobd.model.errors import ApiError, ApiException, api_error
-from jobd.model.job import STATUSES, QueueName, may_adopt
+from jobd.model.fields import Cursor, QueueName, WorkerCursor
+from jobd.model.job import STATUSES, may_adopt
 from jobd.model.responses import (
     AuditPage,
     JobPage,

@@ -23,7 +23,7 @@ from jobd.model.commands import (
     PlanFilter,
 )
 from jobd.model.errors import ApiError, ApiException, api_error
-from jobd.model.job import JobId, Text
+from jobd.model.fields import JobId, Text
 from jobd.model.responses import PlanView, Response, plan_late_results_note
 
 MAX_LISTED: Final = 200

@@ -43,7 +43,7 @@ from jobd.http.response import RawBody
 from jobd.http.routing import Route
 from jobd.model.commands import Command, Get, JobCommand, PlanCommand
 from jobd.model.errors import ApiError, ApiException, api_error
-from jobd.model.job import Text as Words
+from jobd.model.fields import Text as Words
 from jobd.model.responses import JobView, Response
 from jobd.monitoring.timeseries import Timeseries
 

@@ -15,8 +15,9 @@ from typing import Final, Literal
 from aiohttp.hdrs import CONTENT_ENCODING, CONTENT_TYPE, TRANSFER_ENCODING
 from multidict import MultiMapping
 
-from jobd.model.commands import MAX_OPERATOR, IdempotencyKey
+from jobd.model.commands import IdempotencyKey
 from jobd.model.errors import api_error
+from jobd.model.fields import MAX_OPERATOR
 
 JSON: Final = "application/json"
 LINES: Final = "application/x-ndjson"

@@ -15,24 +15,30 @@ from msgspec.structs import FieldInfo, asdict
 from jobd.model.commands import (
     MAX_NAMES,
     MAX_PLAN,
-    BackupId,
     Bulk,
     Claim,
     Command,
     Complete,
     Create,
-    Cursor,
-    Fingerprint,
     Import,
     MakePlan,
-    PlanCursor,
-    RowCursor,
     Transition,
     Updates,
-    WorkerCursor,
 )
 from jobd.model.errors import ApiException, api_error, invalid_request_error, too_large_error
-from jobd.model.job import EARLIEST_MS, ID_PATTERN, FailureCode, Kind, Location, Worker, is_job_id, storage_key_error
+from jobd.model.fields import (
+    BackupId,
+    Cursor,
+    FailureCode,
+    Fingerprint,
+    Kind,
+    Location,
+    PlanCursor,
+    RowCursor,
+    Worker,
+    WorkerCursor,
+)
+from jobd.model.job import EARLIEST_MS, ID_PATTERN, is_job_id, storage_key_error
 from jobd.model.webhooks import WebhookName
 
 MAX_QUERY_FIELDS: Final = 50

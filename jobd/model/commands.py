@@ -7,105 +7,65 @@ the OpenAPI document.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from msgspec import Meta, Raw, Struct, field
 
-from jobd.model.job import (
-    LATEST_MS,
+from jobd.model.fields import (
+    MAX_PAGE,
+    PRINTABLE,
     AdditionalMs,
     Attempts,
-    Backoff,
+    Cursor,
     DelayMs,
     DownloadUrl,
+    DryRun,
+    DueAt,
+    ErrorFilter,
+    ErrorMessage,
     FailureCode,
     FilePath,
+    FinishedSince,
+    FinishedUntil,
+    GrantMaxProcessingMs,
+    GrantStuckAfterMs,
     JobId,
     Kind,
+    KindFilter,
     LockId,
     LockTtlMs,
     MaxProcessingMs,
     MaxStalls,
-    OnStall,
+    Metadata,
+    MomentMs,
+    NamedJobId,
+    OperatorName,
+    PageLimit,
     Percent,
+    PlanCursor,
     Priority,
+    QueueFilter,
     QueueName,
+    Reason,
+    SearchText,
+    Since,
     Stalls,
-    Status,
+    StatusFilter,
     StorageKey,
     StuckAfterMs,
     Text,
     UnixMs,
+    Until,
     Worker,
+    WorkerCursor,
+    WorkerFilter,
 )
-
-if TYPE_CHECKING:
-    Json = Raw | None
-else:
-    Json = Raw  # msgspec reads `Raw | None` as null only; an omitted field is None all the same
+from jobd.model.job import Backoff, OnStall, Status
 
 MAX_CLAIM: Final = 100
 MAX_NAMES: Final = 100  # queues or kinds of one claim
 MAX_WAIT_MS: Final = 60_000
-MAX_PAGE: Final = 200
 MAX_EVENTS: Final = 1_000  # of a timeline with a limit
-MAX_TEXT: Final = 200  # of a search text
-MAX_OPERATOR: Final = 64
-PRINTABLE: Final = r"^[ -~]*$(?!\n)"  # ASCII
-
-Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$(?!\n)")]
-MomentMs = Annotated[int, Meta(ge=0, le=LATEST_MS)]  # Unix ms; any time that can be written as a date
-OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
-Cursor = Annotated[
-    str, Meta(pattern=r"^[0-9]{1,18}$(?!\n)"), Meta(description="The `next_cursor` of the previous page.")
-]
-WorkerCursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18} ", max_length=220)]  # the last request of a worker, its name
-RowCursor = Annotated[str, Meta(pattern=r"^[a-z_]{1,20}:[0-9]{1,18}$(?!\n)")]  # a table and a row of it
-PlanCursor = Annotated[str, Meta(pattern=r"^[a-z]{1,20}\.[0-9]{1,18}$(?!\n)")]  # a status and a job of it
-PageLimit = Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Maximum number of entries on the page.")]
-BackupId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)")]
-Metadata = Annotated[Json, Meta(description="Any JSON about the result, stored as sent.")]
-Reason = Annotated[Text, Meta(description="Reason, for people. Shown in timelines and in the audit log.")]
-DryRun = Annotated[bool, Meta(description="Change nothing; return the would-be result or the error.")]
-NamedJobId = Annotated[JobId, Meta(description="Id of the job.")]
-ErrorMessage = Annotated[str, Meta(min_length=1, max_length=4096, description="What went wrong, for people.")]
-DueAt = Annotated[UnixMs, Meta(description="When the job is due, in Unix ms.")]
-GrantStuckAfterMs = Annotated[
-    StuckAfterMs,
-    Meta(
-        description="How long the job may be silent before it counts as stuck, once its lock has expired, in ms. "
-        "Default: the job's own."
-    ),
-]
-GrantMaxProcessingMs = Annotated[
-    MaxProcessingMs,
-    Meta(
-        description="Ceiling of this grant, in ms: the lock never outlives the latest progress report by more. 0: no "
-        "ceiling. Applies only if the job itself has none."
-    ),
-]
-
-# Filters of jobs.
-StatusFilter = Annotated[Status, Meta(description="Only jobs in this status.")]
-QueueFilter = Annotated[QueueName, Meta(description="Only jobs of this queue.")]
-KindFilter = Annotated[Kind, Meta(description="Only jobs of this kind.")]
-WorkerFilter = Annotated[Worker, Meta(description="Only jobs that this worker holds or was the last to hold.")]
-Since = Annotated[MomentMs, Meta(description="Only jobs created at this time or later, in Unix ms.")]
-Until = Annotated[MomentMs, Meta(description="Only jobs created before this time, in Unix ms.")]
-FinishedSince = Annotated[MomentMs, Meta(description="Only jobs finished at this time or later, in Unix ms.")]
-FinishedUntil = Annotated[MomentMs, Meta(description="Only jobs finished before this time, in Unix ms.")]
-SearchText = Annotated[
-    str,
-    Meta(
-        min_length=1,
-        max_length=MAX_TEXT,
-        description="A text in the id, the payload or the error message. A to Z match regardless of case.",
-    ),
-]
-ErrorFilter = Annotated[
-    Fingerprint,
-    Meta(description="Fingerprint of an error, see `failures`. Selects failed jobs unless `status` is given."),
-]
 
 # How commands are admitted (engine/mailbox.py, engine/disk_full.py). `create` is rejected first when the mailbox fills
 # up, then `read` and `grant`. A full disk first rejects `create`, then everything but `ending`, `read` and `ping`.

@@ -56,65 +56,6 @@ SAFE_EPOCH: Final = (1 << 29) - 1  # in January 2037
 LAST_EPOCH: Final = (1 << 39) - 1
 _EPOCHS_BEGIN_MS: Final = 1_577_836_800_000  # 2020-01-01T00:00:00Z
 
-# Types of the wire and of the record. A value outside is 400 invalid_request, never clamped.
-JobId = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200)]
-QueueName = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200, description="Name of the queue.")]
-Kind = Annotated[
-    str,
-    Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200, description="Kind of the job; selects the handler."),
-]
-Worker = Annotated[
-    str,
-    Meta(pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)", min_length=1, max_length=200, description="Name of the worker."),
-]
-LockId = Annotated[
-    str, Meta(min_length=1, max_length=200, description="Secret of the grant. Every call of its holder sends it.")
-]
-Priority = Annotated[
-    int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Priority. Jobs with smaller values run first.")
-]
-Percent = Annotated[float, Meta(ge=0, le=100, description="Progress in percent, 0 to 100.")]
-Attempts = Annotated[int, Meta(ge=1, le=1000, description="How often the job is tried.")]
-Stalls = Annotated[int, Meta(ge=0, le=1000)]
-MaxStalls = Annotated[Stalls, Meta(description="A job that stalls more often fails.")]
-LockTtlMs = Annotated[
-    int,
-    Meta(
-        ge=SECOND_MS,
-        le=DAY_MS,
-        description="How long the lock lasts, and by how much a progress report renews it, in ms.",
-    ),
-]
-AdditionalMs = Annotated[
-    int,
-    Meta(ge=1, le=DAY_MS, description="At least this long from now, in ms. Default: the TTL of the grant."),
-]
-StuckAfterMs = Annotated[
-    int,
-    Meta(
-        ge=0,
-        le=YEAR_MS,
-        description="How long the job may be silent before it counts as stuck, once its lock has expired, in ms.",
-    ),
-]
-MaxProcessingMs = Annotated[
-    int,
-    Meta(
-        ge=0,
-        le=YEAR_MS,
-        description="Ceiling: the lock never outlives the latest progress report by more, in ms. 0: no ceiling.",
-    ),
-]
-DelayMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
-UnixMs = Annotated[int, Meta(ge=EARLIEST_MS, le=LATEST_MS)]
-Text = Annotated[str, Meta(max_length=4096)]
-Location = Annotated[str, Meta(pattern=r"^[^\x00]*$", min_length=1, max_length=4096)]  # URL or path of the caller
-DownloadUrl = Annotated[Location, Meta(description="Where the result can be downloaded.")]
-FilePath = Annotated[Location, Meta(description="Where the result is stored.")]
-StorageKey = Annotated[Location, Meta(description="Key of the stored result: relative, without a `..` segment.")]
-FailureCode = Annotated[
-    str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200, description="A code for the failure.")
-]
 MAX_PERCENT: Final = 100
 MAX_LATE_RESULTS: Final = 5  # late results of a job: those of its latest grants
 # Releases in a row without progress: from DELAYED_FROM on, the job waits. From LOOP_FROM on, a job that does not wait

@@ -11,18 +11,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 
-from jobd.model.commands import (
-    About,
-    AuditLog,
-    Export,
-    Import,
-    ListJobs,
-    Metadata,
-    PlanAction,
-    PlanFilter,
-    WorkerState,
-)
+from jobd.model.commands import About, AuditLog, Export, Import, ListJobs, PlanAction, PlanFilter, WorkerState
 from jobd.model.events import EventView, QueuePause
+from jobd.model.fields import Metadata
 from jobd.model.job import Backoff, Job
 
 # Fields that several responses have.

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from jobd.cli import tables_admin, terminal
 from jobd.client import AdminClient, JobdError
-from jobd.model.commands import MAX_PAGE
+from jobd.model.fields import MAX_PAGE
 from jobd.model.responses import AlertView, LockedJob, QueueView, StatsView
 
 if TYPE_CHECKING:

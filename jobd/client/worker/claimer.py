@@ -17,7 +17,8 @@ from jobd.client.errors import JobdError
 from jobd.client.protocol import RETRIED, GrantInfo, RetryOptions, uuid7
 from jobd.client.worker.aio_utils import first_of
 from jobd.client.worker.service_thread import Log
-from jobd.model.commands import PRINTABLE, About
+from jobd.model.commands import About
+from jobd.model.fields import PRINTABLE
 
 MOST_CONCURRENCY: Final = 100_000  # the bound of About.concurrency
 POLL_MS: Final = 30_000

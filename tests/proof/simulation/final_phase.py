@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any, Final
 
-from jobd.model.commands import MAX_PAGE, AnyCommand, Claim, Complete, ListJobs, Progress, Resume, RunNow, Stats
+from jobd.model.commands import AnyCommand, Claim, Complete, ListJobs, Progress, Resume, RunNow, Stats
 from jobd.model.errors import ApiError
+from jobd.model.fields import MAX_PAGE
 from jobd.model.job import DAY_MS, SECOND_MS
 from jobd.model.responses import CleanupReport, GrantView, Response
 from tests.proof.simulation.invariants import is_overdue

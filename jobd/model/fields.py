@@ -1,0 +1,133 @@
+"""Types of the fields of requests and responses, with their bounds and descriptions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Final
+
+from msgspec import Meta, Raw
+
+from jobd.model.job import DAY_MS, EARLIEST_MS, ID_PATTERN, LATEST_MS, MAX_PRIORITY, SECOND_MS, YEAR_MS, Status
+
+if TYPE_CHECKING:
+    Json = Raw | None
+else:
+    Json = Raw  # msgspec reads `Raw | None` as null only; an omitted field is None all the same
+
+MAX_PAGE: Final = 200
+MAX_TEXT: Final = 200  # of a search text
+MAX_OPERATOR: Final = 64
+PRINTABLE: Final = r"^[ -~]*$(?!\n)"  # ASCII
+
+# Types of the wire and of the record. A value outside is 400 invalid_request, never clamped.
+JobId = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200)]
+QueueName = Annotated[str, Meta(pattern=ID_PATTERN, max_length=200, description="Name of the queue.")]
+Kind = Annotated[
+    str,
+    Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200, description="Kind of the job; selects the handler."),
+]
+Worker = Annotated[
+    str,
+    Meta(pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)", min_length=1, max_length=200, description="Name of the worker."),
+]
+LockId = Annotated[
+    str, Meta(min_length=1, max_length=200, description="Secret of the grant. Every call of its holder sends it.")
+]
+Priority = Annotated[
+    int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Priority. Jobs with smaller values run first.")
+]
+Percent = Annotated[float, Meta(ge=0, le=100, description="Progress in percent, 0 to 100.")]
+Attempts = Annotated[int, Meta(ge=1, le=1000, description="How often the job is tried.")]
+Stalls = Annotated[int, Meta(ge=0, le=1000)]
+MaxStalls = Annotated[Stalls, Meta(description="A job that stalls more often fails.")]
+LockTtlMs = Annotated[
+    int,
+    Meta(
+        ge=SECOND_MS,
+        le=DAY_MS,
+        description="How long the lock lasts, and by how much a progress report renews it, in ms.",
+    ),
+]
+AdditionalMs = Annotated[
+    int,
+    Meta(ge=1, le=DAY_MS, description="At least this long from now, in ms. Default: the TTL of the grant."),
+]
+StuckAfterMs = Annotated[
+    int,
+    Meta(
+        ge=0,
+        le=YEAR_MS,
+        description="How long the job may be silent before it counts as stuck, once its lock has expired, in ms.",
+    ),
+]
+MaxProcessingMs = Annotated[
+    int,
+    Meta(
+        ge=0,
+        le=YEAR_MS,
+        description="Ceiling: the lock never outlives the latest progress report by more, in ms. 0: no ceiling.",
+    ),
+]
+DelayMs = Annotated[int, Meta(ge=0, le=YEAR_MS)]
+UnixMs = Annotated[int, Meta(ge=EARLIEST_MS, le=LATEST_MS)]
+Text = Annotated[str, Meta(max_length=4096)]
+Location = Annotated[str, Meta(pattern=r"^[^\x00]*$", min_length=1, max_length=4096)]  # URL or path of the caller
+DownloadUrl = Annotated[Location, Meta(description="Where the result can be downloaded.")]
+FilePath = Annotated[Location, Meta(description="Where the result is stored.")]
+StorageKey = Annotated[Location, Meta(description="Key of the stored result: relative, without a `..` segment.")]
+FailureCode = Annotated[
+    str, Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200, description="A code for the failure.")
+]
+
+Fingerprint = Annotated[str, Meta(pattern=r"^[0-9a-f]{12}$(?!\n)")]
+MomentMs = Annotated[int, Meta(ge=0, le=LATEST_MS)]  # Unix ms; any time that can be written as a date
+OperatorName = Annotated[str, Meta(min_length=1, max_length=MAX_OPERATOR)]
+Cursor = Annotated[
+    str, Meta(pattern=r"^[0-9]{1,18}$(?!\n)"), Meta(description="The `next_cursor` of the previous page.")
+]
+WorkerCursor = Annotated[str, Meta(pattern=r"^[0-9]{1,18} ", max_length=220)]  # the last request of a worker, its name
+RowCursor = Annotated[str, Meta(pattern=r"^[a-z_]{1,20}:[0-9]{1,18}$(?!\n)")]  # a table and a row of it
+PlanCursor = Annotated[str, Meta(pattern=r"^[a-z]{1,20}\.[0-9]{1,18}$(?!\n)")]  # a status and a job of it
+PageLimit = Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Maximum number of entries on the page.")]
+BackupId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)")]
+Metadata = Annotated[Json, Meta(description="Any JSON about the result, stored as sent.")]
+Reason = Annotated[Text, Meta(description="Reason, for people. Shown in timelines and in the audit log.")]
+DryRun = Annotated[bool, Meta(description="Change nothing; return the would-be result or the error.")]
+NamedJobId = Annotated[JobId, Meta(description="Id of the job.")]
+ErrorMessage = Annotated[str, Meta(min_length=1, max_length=4096, description="What went wrong, for people.")]
+DueAt = Annotated[UnixMs, Meta(description="When the job is due, in Unix ms.")]
+GrantStuckAfterMs = Annotated[
+    StuckAfterMs,
+    Meta(
+        description="How long the job may be silent before it counts as stuck, once its lock has expired, in ms. "
+        "Default: the job's own."
+    ),
+]
+GrantMaxProcessingMs = Annotated[
+    MaxProcessingMs,
+    Meta(
+        description="Ceiling of this grant, in ms: the lock never outlives the latest progress report by more. 0: no "
+        "ceiling. Applies only if the job itself has none."
+    ),
+]
+
+# Filters of jobs.
+StatusFilter = Annotated[Status, Meta(description="Only jobs in this status.")]
+QueueFilter = Annotated[QueueName, Meta(description="Only jobs of this queue.")]
+KindFilter = Annotated[Kind, Meta(description="Only jobs of this kind.")]
+WorkerFilter = Annotated[Worker, Meta(description="Only jobs that this worker holds or was the last to hold.")]
+Since = Annotated[MomentMs, Meta(description="Only jobs created at this time or later, in Unix ms.")]
+Until = Annotated[MomentMs, Meta(description="Only jobs created before this time, in Unix ms.")]
+FinishedSince = Annotated[MomentMs, Meta(description="Only jobs finished at this time or later, in Unix ms.")]
+FinishedUntil = Annotated[MomentMs, Meta(description="Only jobs finished before this time, in Unix ms.")]
+SearchText = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=MAX_TEXT,
+        description="A text in the id, the payload or the error message. A to Z match regardless of case.",
+    ),
+]
+ErrorFilter = Annotated[
+    Fingerprint,
+    Meta(description="Fingerprint of an error, see `failures`. Selects failed jobs unless `status` is given."),
+]
