@@ -368,8 +368,8 @@ def alerts(views: Sequence[AlertView], *, firing: bool = False) -> None:
 def _state(view: WebhookView) -> str:
     """Use the words of the dashboard."""
     if view.state == "closed":
-        return "failing" if view.failing_since is not None else "in order"
-    return {"starting": "starting", "open": "on a break", "half_open": "one message is tried"}[view.state]
+        return "failing" if view.failing_since is not None else "healthy"
+    return {"starting": "starting", "open": "paused after errors", "half_open": "retrying one message"}[view.state]
 
 
 def webhooks(views: Sequence[WebhookView]) -> None:

@@ -103,10 +103,10 @@ def test_webhooks_are_listed_with_their_state(capsys: pytest.CaptureFixture[str]
     assert rows[0][2:4] == ["STATE", "NEXT TRY"]
     assert {row[0]: row[2:4] for row in rows[1:]} == {
         "a": ["starting", "-"],
-        "b": ["in order", "-"],
+        "b": ["healthy", "-"],
         "c": ["failing", "in 5 m"],
-        "d": ["on a break", "in 5 m"],
-        "e": ["one message is tried", "-"],
+        "d": ["paused after errors", "in 5 m"],
+        "e": ["retrying one message", "-"],
     }
 
 

@@ -241,17 +241,17 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
         listed = jobctl("webhooks")
         assert listed.returncode == 0, listed.stderr
         assert "billing" in listed.stdout
-        assert "in order" in listed.stdout
+        assert "healthy" in listed.stdout
         table = jobctl("webhooks", "deliveries", "billing")
         assert "webhook.test" in table.stdout
         assert json.loads(jobctl("webhooks", "deliveries", "billing", "--json").stdout)["next_cursor"] is None
         number = str(waiting["id"])
-        assert "is on its way" in jobctl("webhooks", "resend", "billing", number, "--reason", "they ask").stdout
-        assert "is on its way" in jobctl("webhooks", "test", "billing", "--reason", "mended").stdout
+        assert "is queued" in jobctl("webhooks", "resend", "billing", number, "--reason", "they ask").stdout
+        assert "is queued" in jobctl("webhooks", "test", "billing", "--reason", "mended").stdout
         entries = daemon.admin("GET", "audit?limit=2").data["entries"]
         assert [each["reason"] for each in entries] == ["mended", "they ask"]
         assert "would be sent" in jobctl("webhooks", "test", "billing", "--dry-run").stdout
-        assert f"{number} would be sent" in jobctl("webhooks", "resend", "billing", number, "--dry-run").stdout
+        assert f"{number} would be resent" in jobctl("webhooks", "resend", "billing", number, "--dry-run").stdout
         for refused in (("test", "nobody"), ("resend", "nobody", number), ("resend", "billing", "99999")):
             for dry in ((), ("--dry-run",)):
                 assert jobctl("webhooks", *refused, *dry).returncode == exit_codes.REJECTED, (refused, dry)
@@ -296,10 +296,10 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
         asked = jobctl("resend", "billing", "--state", "given_up")
         assert (asked.returncode, "add --yes" in asked.stderr) == (2, True)
         would = jobctl("resend", "billing", "--state", "given_up", "--dry-run")
-        assert (would.returncode, would.stdout) == (0, "450 deliveries would be sent again\n")
+        assert (would.returncode, would.stdout) == (0, "450 deliveries would be resent\n")
         assert view(daemon)["delivered"] == 0
         done = jobctl("resend", "billing", "--state", "given_up", "--yes", "--reason", "it is up again")
-        assert (done.returncode, done.stdout.startswith("450 deliveries on the way")) == (0, True), done.stderr
+        assert (done.returncode, done.stdout.startswith("450 deliveries queued")) == (0, True), done.stderr
         soon(lambda: view(daemon)["delivered"] == 450)
         assert {each.event["subject"] for each in receiver.heard if each.headers} >= {"jobs/job-0", "jobs/job-449"}
         again = jobctl("resend", "billing", "--state", "given_up", "--yes", "--json")
