@@ -75,7 +75,7 @@ from jobd.model.job import (
 )
 from jobd.model.responses import Response, Validation, WhyView
 from jobd.model.storage import LateResultRows, Numbers, OpenedStore
-from tests.proof.simulation.invariants import Promises
+from tests.proof.simulation.invariants import DecisionChecks
 from tests.support.rule_harness import compare
 
 NOW: Final = 1_700_000_000_000
@@ -229,7 +229,7 @@ class Step(Struct, frozen=True):
     admin: bool = False
 
 
-class Walk(Promises):
+class Walk(DecisionChecks):
     """All states of one world. `states` maps the key of each to the step by which it was first reached."""
 
     def __init__(self, world: World) -> None:
@@ -344,7 +344,7 @@ class Walk(Promises):
         book = state.book()
         self._begin(state)
         call = Call(command, "admin" if step.admin else "client", SEED, step.admin)
-        decision = self.judged(decide.decide, book, call, state.at, self.policy)
+        decision = self.check(decide.decide, book, call, state.at, self.policy)
         self.decisions += 1
         self.played.add(type(command))
         self._count(decision.answer)
@@ -400,7 +400,7 @@ class Walk(Promises):
 
     def _ask(self, book: Book, state: State, command: AnyCommand) -> Any:
         self._begin(state)
-        decision = self.judged(decide.decide, book, Call(command, "client", SEED), state.at, self.policy)
+        decision = self.check(decide.decide, book, Call(command, "client", SEED), state.at, self.policy)
         self.played.add(type(command))
         self.must(isinstance(decision.answer, Response) and not decision.changes, "S8", f"{decision.answer}", ID)
         assert isinstance(decision.answer, Response)

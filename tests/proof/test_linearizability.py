@@ -14,10 +14,10 @@ import pytest
 from msgspec.structs import replace
 
 from tests.proof.linearizability import __main__ as program
-from tests.proof.linearizability.history import History, Operation, Outage, Said, Terms, overlapping
+from tests.proof.linearizability.history import Answer, History, Operation, Outage, Terms, overlapping
 from tests.proof.linearizability.model import GRACE, MS, NEVER, RULES, State, World, drifts, step
 from tests.proof.linearizability.mutate import KINDS
-from tests.proof.linearizability.report import story
+from tests.proof.linearizability.report import describe
 from tests.proof.linearizability.search import judge
 
 ENDLESS: Final = World(Terms(max_attempts=2))
@@ -28,7 +28,7 @@ def op(
     verb: str, call: int, end: int | None, code: str = "", body: dict[str, Any] | None = None, **seen: Any
 ) -> Operation:
     """A call from `call` to `end` (ms); without an end its response was lost."""
-    said = Said(code, seen) if code else None
+    said = Answer(code, seen) if code else None
     end_ns = None if end is None else end * MS
     return Operation(1, verb, "a", body or {"worker": "v"}, call * MS, end_ns, said)
 
@@ -253,7 +253,7 @@ def test_overlapping_operations_are_counted() -> None:
 
 def test_a_broken_history_is_described() -> None:
     operations = BAD["an old lock is taken"]
-    told = "\n".join(story(operations, ENDLESS, judge(operations, ENDLESS)))
+    told = "\n".join(describe(operations, ENDLESS, judge(operations, ENDLESS)))
     assert "the longest order that fits has 4 of them" in told
     assert 'c1 complete {"lock_id": "L1"' in told.split("none of these fits after it:")[1]
 
@@ -301,7 +301,7 @@ def drawn(dice: Random) -> tuple[list[Operation], World]:
         if expected.code == "granted":
             locks += 1
             seen |= {"lock": f"L{locks}", "token": locks}
-        asked = replace(asked, said=Said(expected.code, seen))
+        asked = replace(asked, said=Answer(expected.code, seen))
         after = step(state, asked, world)
         assert after is not None
         state = after

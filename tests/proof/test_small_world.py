@@ -33,7 +33,7 @@ from jobd.model.commands import (
     Workers,
 )
 from jobd.model.job import Job
-from tests.proof.simulation.invariants import Broken
+from tests.proof.simulation.invariants import Violation
 from tests.proof.small_world import WORLDS, Walk, World, main
 
 BEGINNING = 1_500  # states
@@ -121,7 +121,7 @@ def test_a_rule_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         (worker_rules, "_held", anybody),
         (transitions, "grant", free),
     ):
-        with monkeypatch.context() as patch, pytest.raises(Broken):  # noqa: PT012
+        with monkeypatch.context() as patch, pytest.raises(Violation):  # noqa: PT012
             patch.setattr(room, name, wrong)
             Walk(WORLDS[3]).run(BEGINNING)
 

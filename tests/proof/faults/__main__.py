@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 
-from tests.proof.faults.harness import Check, Outcome, checks, play
+from tests.proof.faults.harness import Check, Outcome, checks, run_check
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     for check in [known[name] for name in asked.names] or known.values():
         print(f"{check.name} ...", file=sys.stderr, flush=True)
         rounds = asked.rounds or (check.few if asked.few else check.rounds)
-        outcomes.append(play(check, rounds, timed=not asked.few))
+        outcomes.append(run_check(check, rounds, timed=not asked.few))
     print(
         json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1) if asked.json else _told(outcomes)
     )

@@ -17,7 +17,7 @@ from jobd.model.events import fold
 from jobd.model.job import Grant, Job, Lease
 from tests.proof.faults.daemons import stopped
 from tests.proof.faults.harness import Check, Counts, Tool, Trial
-from tests.proof.faults.store_check import Contents, examined
+from tests.proof.faults.store_check import Contents, checked_contents
 from tests.proof.faults.workers import LATE_MS, RealWorker
 from tests.support.daemon_process import Daemon
 
@@ -100,7 +100,7 @@ def clock_steps(trial: Trial) -> Counts:
         assert report["validationIssuesFound"] == 0, report
         _for_six_seconds(daemon)
         assert daemon.stop() == 0
-    counts["events in order"] = _times_in_order(examined(daemon.store))
+    counts["events in order"] = _times_in_order(checked_contents(daemon.store))
     return {**counts}
 
 
@@ -234,7 +234,7 @@ def steps_while_down(trial: Trial) -> Counts:
             counts["restarts with another clock"] += 1
         _leap(daemon, again=trial.timed)
         assert daemon.stop() == 0
-    _times_in_order(examined(daemon.store))
+    _times_in_order(checked_contents(daemon.store))
     return {**counts, "jumps of 40 days": 1}
 
 
@@ -284,7 +284,7 @@ def suspended(trial: Trial) -> Counts:
             dead_job = _ended(daemon, "dead-0") if trial.timed else None
         assert daemon.stop() == 0
     assert dead_job is None or (dead_job["status"], dead_job["stalls"]) == ("queued", 1)
-    examined(daemon.store)
+    checked_contents(daemon.store)
     return {**counts}
 
 

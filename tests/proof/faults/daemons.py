@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.proof.faults.harness import Check, Counts, Trial, program
-from tests.proof.faults.ledger import Ledger, asked_for, told_pattern
+from tests.proof.faults.ledger import Ledger, caused_by_clients, events_pattern
 from tests.proof.faults.load import load
-from tests.proof.faults.store_check import Contents, examined
+from tests.proof.faults.store_check import Contents, checked_contents
 from tests.support.daemon_process import Daemon, Doors, Reply, call, die_with_us
 
 BUSY: Final = 75
@@ -54,7 +54,7 @@ def ended(daemon: Daemon) -> tuple[int, str]:
     return process.returncode, log.decode()
 
 
-def looks(directory: Path) -> dict[str, tuple[Any, ...]]:
+def snapshot(directory: Path) -> dict[str, tuple[Any, ...]]:
     """Return everything in a directory, with contents and times."""
     return {
         path.name: (seen.st_ino, seen.st_mode, seen.st_size, seen.st_mtime_ns, path.is_file() and path.read_bytes())
@@ -72,11 +72,11 @@ def two_daemons(trial: Trial) -> Counts:
             each = _rivals(_made(trial, f"rival-{number}"), first)
             for want, second, culprit in each if trial.timed else itertools.islice(each, 3):
                 with stopped(first):
-                    before = [looks(first.directory), looks(second.directory)]
+                    before = [snapshot(first.directory), snapshot(second.directory)]
                     code, log = ended(second)
                     assert code == BUSY, f"the same {want}: exit {code}\n{log}"
                     assert culprit in log, f"the same {want}: {log}"
-                    after = [looks(first.directory), looks(second.directory)]
+                    after = [snapshot(first.directory), snapshot(second.directory)]
                 after[1].pop(f"{second.store.name}.lock", None)  # a file for locks, not part of the store
                 before[1].pop(f"{second.store.name}.lock", None)
                 assert after == before, f"the same {want}: something was touched"
@@ -84,7 +84,7 @@ def two_daemons(trial: Trial) -> Counts:
             assert first.get("/v1/jobs/a").data["status"] == "queued"
             assert first.admin("GET", "stats").data["totalJobs"] == 1
         assert first.stop() == 0
-    examined(first.store)
+    checked_contents(first.store)
     return {**refused}
 
 
@@ -139,7 +139,7 @@ def rivals(trial: Trial) -> Counts:
             assert winner.post("/v1/jobs", {"id": "a"}).status == 201
             assert winner.admin("GET", "jobs/a").status == 200, "the socket is another daemon's"
             assert winner.stop() == 0
-        examined(winner.environ["JOBD_STORE_PATH"])
+        checked_contents(winner.environ["JOBD_STORE_PATH"])
     return {"races": trial.rounds, "rejected": refused}
 
 
@@ -238,7 +238,7 @@ def slow_disk(daemon: Daemon, delay_ms: int) -> Iterator[None]:
             strace.terminate()
 
 
-def _refused_at_the_door(daemon: Daemon) -> None:
+def _wait_until_rejected(daemon: Daemon) -> None:
     """Wait until new connections are rejected."""
     deadline_s = time.monotonic() + 30
     while True:
@@ -273,7 +273,7 @@ def told_to_stop(trial: Trial) -> Counts:
                     began_s = time.monotonic()
                     assert daemon.process is not None
                     daemon.process.send_signal(signal.SIGTERM)
-                    _refused_at_the_door(daemon)
+                    _wait_until_rejected(daemon)
                     assert daemon.process.poll() is None, "a request that had come half was not waited for"
                     late = half.rest()
                     assert late.status == 201, late.body
@@ -285,16 +285,16 @@ def told_to_stop(trial: Trial) -> Counts:
                 for one in busy:
                     one.result()
             assert b"requests_cut_off" not in daemon.log
-            store = examined(daemon.store)
+            store = checked_contents(daemon.store)
             assert store.payloads[half.job_id] == "late"
             ledger.check(store)
-            nothing_untold(ledger, store)
+            check_all_answered(ledger, store)
             grants = claimers.check(store)
             daemon.start()
             ledger.settle(daemon)
         assert daemon.stop() == 0
     assert slowest_s <= STOPPED_S or not trial.timed, f"a stop took {slowest_s:.1f} s"
-    checked = ledger.check(examined(daemon.store))
+    checked = ledger.check(checked_contents(daemon.store))
     return {
         "stops": trial.rounds,
         "acknowledgements checked": checked,
@@ -304,11 +304,11 @@ def told_to_stop(trial: Trial) -> Counts:
     }
 
 
-def nothing_untold(ledger: Ledger, store: Contents) -> None:
+def check_all_answered(ledger: Ledger, store: Contents) -> None:
     """Check that a graceful stop left no change without a response."""
     for told in ledger.jobs.values():
-        done = asked_for(store.events.get(told.job_id, []))
-        assert re.fullmatch(told_pattern(told.events), told_pattern(done)), (
+        done = caused_by_clients(store.events.get(told.job_id, []))
+        assert re.fullmatch(events_pattern(told.events), events_pattern(done)), (
             f"{told.job_id}: told {told.events}, and {told.open} was not answered; the store has {done}"
         )
 

@@ -11,10 +11,10 @@ from typing import Any, Final
 
 from jobd.storage.files import RESERVE_FILE_BYTES
 from tests.proof.faults.harness import Check, Counts, Trial
-from tests.proof.faults.ledger import Asked, Ledger, Told
+from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest
 from tests.proof.faults.load import work_alone
 from tests.proof.faults.mounts import MOUNTS, tmpfs
-from tests.proof.faults.store_check import examined
+from tests.proof.faults.store_check import checked_contents
 from tests.support.daemon_process import Daemon, Reply
 
 ROOM_BYTES: Final = 16 << 20  # the log may use 4 MiB before it is reused, and the jobs need more
@@ -38,21 +38,21 @@ class Caller:
         self._daemon = daemon
         self._ledger = ledger
 
-    def ask(self, event: str, told: Told, verb: str, body: dict[str, Any]) -> Reply:
+    def ask(self, event: str, told: JobRecord, verb: str, body: dict[str, Any]) -> Reply:
         path = f"/v1/jobs/{told.job_id}/{verb}" if verb else "/v1/jobs"
-        told.open = asked = Asked(event, path, body)
+        told.open = asked = SentRequest(event, path, body)
         reply = self._daemon.post(path, body)
         if reply.status in (200, 201):
-            self._ledger.yes(told, asked, reply.data)
+            self._ledger.succeeded(told, asked, reply.data)
         else:
-            self._ledger.no(told, asked, reply.error)
+            self._ledger.rejected(told, asked, reply.error)
         return reply
 
-    def create(self, job_id: str) -> tuple[Told, Reply]:
+    def create(self, job_id: str) -> tuple[JobRecord, Reply]:
         told = self._ledger.begin(job_id, {"n": job_id})
         return told, self.ask("created", told, "", {"id": job_id, "payload": {"n": job_id}})
 
-    def hold(self, job_id: str) -> tuple[Told, str]:
+    def hold(self, job_id: str) -> tuple[JobRecord, str]:
         """Create and start a job; return it with its lock."""
         told, reply = self.create(job_id)
         assert reply.status == 201, reply.body
@@ -70,7 +70,7 @@ def full_disk(trial: Trial) -> Counts:
             for number in range(trial.rounds):
                 endings += _fills_up(daemon, ledger, place, f"round-{number}")
             assert daemon.stop() == 0
-        checked = ledger.check(examined(store))
+        checked = ledger.check(checked_contents(store))
     return {
         "times full": trial.rounds,
         "rejected with storage_full": ledger.codes["storage_full"],
@@ -126,7 +126,7 @@ def tiny_disk(trial: Trial) -> Counts:
                 daemon.start()
                 _filled_and_freed(daemon, ledger, place)
                 assert daemon.stop() == 0
-            checked += ledger.check(examined(store))
+            checked += ledger.check(checked_contents(store))
         refused += ledger.codes["storage_full"]
     return {"times full": trial.rounds, "rejected with storage_full": refused, "acknowledgements checked": checked}
 

@@ -114,7 +114,7 @@ def commit() -> str:
     return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def play(check: Check, rounds: int, *, timed: bool) -> Outcome:
+def run_check(check: Check, rounds: int, *, timed: bool) -> Outcome:
     """Run one check. Any exception is its failure. If a tool is missing, the check is skipped."""
     command = f"python -m tests.proof.faults {check.name}"
     command += f" --rounds {rounds}" if rounds != check.rounds else ""

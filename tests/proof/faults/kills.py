@@ -8,7 +8,7 @@ from typing import Final
 from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
-from tests.proof.faults.store_check import examined
+from tests.proof.faults.store_check import checked_contents
 from tests.support.daemon_process import Daemon
 
 READY_S: Final = 2.0
@@ -32,11 +32,11 @@ def kill_under_load(trial: Trial) -> Counts:
             with load(daemon, ledger, f"round-{number}"):
                 assert ledger.until(150 + 37 * (number % 7)), daemon.log[-2000:]
                 daemon.kill()
-            ledger.check(examined(daemon.store))
+            ledger.check(checked_contents(daemon.store))
             slowest_s = max(slowest_s, _ready_again(daemon, trial))
             settled += ledger.settle(daemon)
         assert daemon.stop() == 0
-    checked = ledger.check(examined(daemon.store))
+    checked = ledger.check(checked_contents(daemon.store))
     return {
         "kills": trial.rounds,
         "acknowledgements checked": checked,
@@ -64,7 +64,7 @@ def kill_with_many_jobs(trial: Trial) -> Counts:
             counts = next(queue for queue in waiting if queue["name"] == "waiting")
             assert counts["queued"] == live, f"{live} jobs had been acknowledged: {counts}"
         assert daemon.stop() == 0
-    checked = ledger.check(examined(daemon.store))
+    checked = ledger.check(checked_contents(daemon.store))
     return {
         "kills": trial.rounds,
         "live jobs": live,

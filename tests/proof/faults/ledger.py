@@ -25,7 +25,7 @@ _SETTLED: Final = frozenset({200, 201})
 
 
 @dataclass(frozen=True)
-class Asked:
+class SentRequest:
     """A request that can be repeated: `event` is the journal entry if it was accepted."""
 
     event: str
@@ -39,14 +39,14 @@ class Asked:
 
 
 @dataclass
-class Told:
+class JobRecord:
     """One job as its client knows it. `open` is the unanswered request; `events` are patterns for its journal."""
 
     job_id: str
     payload: Any
     events: list[str] = field(default_factory=list)
     answered_s: list[float] = field(default_factory=list)  # time.monotonic() of each response
-    open: Asked | None = None
+    open: SentRequest | None = None
 
     def note(self, event: str) -> None:
         self.open = None
@@ -62,7 +62,7 @@ class Told:
         """Return the pattern of a journal that has everything answered before `until_s`."""
         sure = bisect.bisect_left(self.answered_s, until_s)
         maybe = [*self.events[sure:], *([] if self.open is None else [self.open.event])]
-        return told_pattern(self.events[:sure]) + _one_after_the_other(maybe)
+        return events_pattern(self.events[:sure]) + _one_after_the_other(maybe)
 
 
 class Ledger:
@@ -70,7 +70,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.jobs: dict[str, Told] = {}
+        self.jobs: dict[str, JobRecord] = {}
         self.tokens: dict[int, str] = {}
         self.granted_s: dict[int, float] = {}  # when each was received
         self.codes: Counter[str] = Counter()
@@ -85,11 +85,11 @@ class Ledger:
             self._got_enough.clear()
         return self._got_enough.wait(timeout_s)
 
-    def begin(self, job_id: str, payload: Any) -> Told:
+    def begin(self, job_id: str, payload: Any) -> JobRecord:
         with self._lock:
-            return self.jobs.setdefault(job_id, Told(job_id, payload))
+            return self.jobs.setdefault(job_id, JobRecord(job_id, payload))
 
-    def yes(self, told: Told, asked: Asked, data: Any) -> None:
+    def succeeded(self, told: JobRecord, asked: SentRequest, data: Any) -> None:
         """Note a successful response."""
         with self._lock:
             told.note(asked.event)
@@ -97,7 +97,7 @@ class Ledger:
             if asked.event == "granted":
                 self._note_token(told, data["fencing_token"])
 
-    def no(self, told: Told, asked: Asked, code: str) -> None:
+    def rejected(self, told: JobRecord, asked: SentRequest, code: str) -> None:
         """Note a definite error: nothing was changed."""
         with self._lock:
             told.open = None
@@ -108,7 +108,7 @@ class Ledger:
         if self.acknowledged >= self._enough:
             self._got_enough.set()
 
-    def _note_token(self, told: Told, token: int) -> None:
+    def _note_token(self, told: JobRecord, token: int) -> None:
         holder = self.tokens.setdefault(token, told.job_id)
         self.granted_s.setdefault(token, told.answered_s[-1])
         assert holder == told.job_id, f"token {token} was given for {holder} and again for {told.job_id}"
@@ -126,7 +126,7 @@ class Ledger:
             if asked.event in ("progress", "extended"):  # these happen again if repeated
                 told.note(f"({asked.event};)?{asked.event}")
             else:
-                self.yes(told, asked, reply.data)
+                self.succeeded(told, asked, reply.data)
             settled += 1
         return settled
 
@@ -137,7 +137,7 @@ class Ledger:
         """
         checked = 0
         for told in self.jobs.values():
-            seen = "".join(f"{event};" for event in asked_for(store.events.get(told.job_id, [])))
+            seen = "".join(f"{event};" for event in caused_by_clients(store.events.get(told.job_id, [])))
             pattern = told.pattern(until_s)
             assert re.fullmatch(pattern, seen), f"{told.job_id}: told {pattern}, the store has {seen}"
             if seen:
@@ -148,12 +148,12 @@ class Ledger:
             assert store.tokens.get(token) == job_id or granted_s >= until_s, f"token {token} of {job_id} is not there"
         return checked
 
-    def adopt(self, store: Contents, since_s: float) -> int:
+    def forget_lost(self, store: Contents, since_s: float) -> int:
         """Forget responses from `since_s` on that the store does not have; return how many."""
         forgotten = 0
         for told in self.jobs.values():
             late = len(told.events) - bisect.bisect_left(told.answered_s, since_s)
-            seen = asked_for(store.events.get(told.job_id, []))
+            seen = caused_by_clients(store.events.get(told.job_id, []))
             if late and len(seen) < len(told.events):
                 forgotten += len(told.events) - len(seen)
                 del told.events[len(seen) :], told.answered_s[len(seen) :]
@@ -164,7 +164,7 @@ class Ledger:
         return forgotten
 
 
-def told_pattern(events: Iterable[str]) -> str:
+def events_pattern(events: Iterable[str]) -> str:
     """Return a pattern for these events. An item that ends with ? is a pattern already."""
     return "".join(event if event.endswith("?") else f"{event};" for event in events)
 
@@ -173,10 +173,10 @@ def _one_after_the_other(events: list[str]) -> str:
     """Return a pattern for any number of them, from the first on."""
     pattern = ""
     for event in reversed(events):
-        pattern = f"({told_pattern([event])}{pattern})?"
+        pattern = f"({events_pattern([event])}{pattern})?"
     return pattern
 
 
-def asked_for(events: Iterable[Event]) -> list[str]:
+def caused_by_clients(events: Iterable[Event]) -> list[str]:
     """Return the events that clients caused, without notes of rejected calls."""
     return [event.type for event in events if event.by not in OWN_DOING and event.type != "late_call"]

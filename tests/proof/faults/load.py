@@ -10,18 +10,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import Any, Final
 
-from tests.proof.faults.ledger import Asked, Ledger, Told
+from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest
 from tests.support.daemon_process import Doors, Reply, call
 
 CLIENTS: Final = 6
 ENDINGS: Final = ("completed", "failed", "retried", "released", "cancelled", "held")
 
 
-class Cut(Exception):
+class Disconnected(Exception):
     """No response, or `outcome_unknown`: the client stops."""
 
 
-class Refused(Exception):
+class Rejected(Exception):
     """A definite error."""
 
 
@@ -42,9 +42,9 @@ class Client:
                     return
                 try:
                     self._lifecycle(connection, f"{self._name}-{number}")
-                except Refused:
+                except Rejected:
                     continue
-                except Cut:
+                except Disconnected:
                     return
 
     def _lifecycle(self, connection: http.client.HTTPConnection, job_id: str) -> None:
@@ -54,7 +54,7 @@ class Client:
 
         def ask(event: str, verb: str, body: dict[str, Any], key: str | None = None) -> Any:
             path = f"/v1/jobs/{job_id}/{verb}" if verb else "/v1/jobs"
-            return self._ask(connection, told, Asked(event, path, body, key))
+            return self._ask(connection, told, SentRequest(event, path, body, key))
 
         ask("created", "", {"id": job_id, "payload": payload, "max_attempts": 2 if ending == "retried" else 1})
         lock = {"lock_id": ask("granted", "start", {"worker": self._name}, key=f"start-{job_id}")["lock_id"]}
@@ -69,26 +69,26 @@ class Client:
         elif ending != "held":
             ask(ending, "complete" if ending == "completed" else "release", lock)
 
-    def _ask(self, connection: http.client.HTTPConnection, told: Told, asked: Asked) -> Any:
+    def _ask(self, connection: http.client.HTTPConnection, told: JobRecord, asked: SentRequest) -> Any:
         told.open = asked
         try:
             reply = call(connection, "POST", asked.path, asked.body, **asked.headers)
         except (OSError, http.client.HTTPException) as error:
-            raise Cut from error
+            raise Disconnected from error
         self._judge(told, asked, reply)
         return reply.data
 
-    def _judge(self, told: Told, asked: Asked, reply: Reply) -> None:
+    def _judge(self, told: JobRecord, asked: SentRequest, reply: Reply) -> None:
         if reply.status in (200, 201):
-            self._ledger.yes(told, asked, reply.data)
+            self._ledger.succeeded(told, asked, reply.data)
             return
         code = reply.error
         if code == "outcome_unknown":
             self._ledger.codes[code] += 1
-            raise Cut
+            raise Disconnected
         assert code in ("storage_full", "overloaded", "shutting_down"), f"{asked} was refused: {reply.body}"
-        self._ledger.no(told, asked, code)
-        raise Cut if code == "shutting_down" else Refused
+        self._ledger.rejected(told, asked, code)
+        raise Disconnected if code == "shutting_down" else Rejected
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from typing import Any, Final
 from jobd.model.job import Grant
 from tests.proof.faults.daemons import slow_disk
 from tests.proof.faults.harness import Check, Counts, Trial, program
-from tests.proof.faults.ledger import Asked, Ledger, Told, asked_for, told_pattern
+from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest, caused_by_clients, events_pattern
 from tests.proof.faults.load import CLIENTS, Client, load
 from tests.proof.faults.proxy import FAULTS, Proxy
-from tests.proof.faults.store_check import Contents, examined
+from tests.proof.faults.store_check import Contents, checked_contents
 from tests.support.daemon_process import Daemon, Reply, call, die_with_us
 
 CALLS: Final = itertools.count(1)
@@ -30,7 +30,7 @@ LIFECYCLES: Final = 40
 AGAIN: Final = frozenset({"progress", "extended"})  # without a key, these happen again
 
 
-class Stubborn(Client):
+class RetryingClient(Client):
     """A client behind a proxy that repeats each request until a response comes, and compares it with the lost ones."""
 
     def __init__(self, ledger: Ledger, name: str, stop: threading.Event, proxy: Proxy) -> None:
@@ -39,9 +39,9 @@ class Stubborn(Client):
         self.faults: Counter[str] = Counter()
         self.compared = 0
 
-    def _ask(self, connection: http.client.HTTPConnection, told: Told, asked: Asked) -> Any:
+    def _ask(self, connection: http.client.HTTPConnection, told: JobRecord, asked: SentRequest) -> Any:
         if asked.event == "created":  # with a key too; its id would be enough
-            asked = Asked(asked.event, asked.path, asked.body, f"create-{told.job_id}")
+            asked = SentRequest(asked.event, asked.path, asked.body, f"create-{told.job_id}")
         told.open = asked
         first: tuple[int, Any] | None = None
         for _ in range(50):
@@ -63,7 +63,7 @@ class Stubborn(Client):
             return reply.data
         raise AssertionError(f"no answer in 50 tries: {asked}")
 
-    def _note_lost(self, told: Told, asked: Asked, lost: tuple[int, Any] | None) -> None:
+    def _note_lost(self, told: JobRecord, asked: SentRequest, lost: tuple[int, Any] | None) -> None:
         """Note events that may occur once more: a repeated report, a released grant."""
         if lost is not None:
             assert lost[0] in (200, 201), f"{asked} was refused: {lost}"
@@ -73,7 +73,7 @@ class Stubborn(Client):
         elif asked.event in AGAIN or (asked.event == "granted" and lost is None):
             told.maybe(asked.event)
 
-    def _compare(self, asked: Asked, first: tuple[int, Any] | None, reply: Reply) -> None:
+    def _compare(self, asked: SentRequest, first: tuple[int, Any] | None, reply: Reply) -> None:
         if first is None or asked.event in AGAIN:
             return
         self.compared += 1
@@ -86,11 +86,11 @@ class Stubborn(Client):
             assert reply.body == first[1], f"{asked}: first {first[1]}, then {reply.body}"
 
 
-def lost_answers(trial: Trial) -> Counts:
+def lost_responses(trial: Trial) -> Counts:
     ledger = Ledger()
     stop = threading.Event()
     with Daemon(trial.directory) as daemon, Proxy(trial.directory, daemon.socket) as proxy:
-        each = [Stubborn(ledger, f"client-{number}", stop, proxy) for number in range(CLIENTS)]
+        each = [RetryingClient(ledger, f"client-{number}", stop, proxy) for number in range(CLIENTS)]
         with ThreadPoolExecutor(CLIENTS) as pool:
             done = [pool.submit(client.work, daemon.worker) for client in each]
             try:
@@ -100,18 +100,18 @@ def lost_answers(trial: Trial) -> Counts:
             for one in done:
                 one.result()
         assert daemon.stop() == 0
-    store = examined(daemon.store)
+    store = checked_contents(daemon.store)
     checked = ledger.check(store)
     faults = sum((client.faults for client in each), Counter[str]())
     return {
         "acknowledgements checked": checked,
         "lost responses, identical when repeated": sum(client.compared for client in each),
-        "grants taken back": _taken_back(ledger, store),
+        "grants taken back": _released_grants(ledger, store),
         **faults,
     }
 
 
-def _taken_back(ledger: Ledger, store: Contents) -> int:
+def _released_grants(ledger: Ledger, store: Contents) -> int:
     """Return the grants that were not received; each must have ended as undelivered at once."""
     taken_back = 0
     for events in store.events.values():
@@ -146,12 +146,12 @@ def lost_grants(trial: Trial) -> Counts:
             for job_id, grant in granted.items():
                 assert grant["job"]["attempt"] == 1, "the attempt of a lost grant was not given back"
                 events = daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]
-                seen = told_pattern(event["type"] for event in events)
+                seen = events_pattern(event["type"] for event in events)
                 assert re.fullmatch("created;(granted;(undelivered|released);)*granted;", seen), seen
                 counts["grants taken back"] += seen.count("undelivered;")
                 counts["others"] += 1 + seen.count("released;")
         assert daemon.stop() == 0
-    assert len(examined(daemon.store).tokens) == counts.total()
+    assert len(checked_contents(daemon.store).tokens) == counts.total()
     return {"claims with a closed connection": 3 * trial.rounds, "grants taken back": counts["grants taken back"]}
 
 
@@ -197,7 +197,7 @@ def killed_before_reply(trial: Trial) -> Counts:
                 assert ledger.until(20), daemon.log[-2000:]
                 _killed_at_write(daemon, 1 + number)
                 daemon.kill()
-            store = examined(daemon.store)
+            store = checked_contents(daemon.store)
             ledger.check(store)
             daemon.start()
             done = [told for told in ledger.jobs.values() if told.open is not None and _was_done(told, store)]
@@ -210,7 +210,7 @@ def killed_before_reply(trial: Trial) -> Counts:
                     assert reply.headers["Idempotent-Replayed"] == "true", reply.body
             ledger.settle(daemon)
         assert daemon.stop() == 0
-    checked = ledger.check(examined(daemon.store))
+    checked = ledger.check(checked_contents(daemon.store))
     return {
         "kills": trial.rounds,
         "acknowledgements checked": checked,
@@ -218,11 +218,11 @@ def killed_before_reply(trial: Trial) -> Counts:
     }
 
 
-def _was_done(told: Told, store: Contents) -> bool:
-    seen = asked_for(store.events.get(told.job_id, []))
+def _was_done(told: JobRecord, store: Contents) -> bool:
+    seen = caused_by_clients(store.events.get(told.job_id, []))
     return (
         told.open is not None
-        and re.fullmatch(told_pattern([*told.events, told.open.event]), told_pattern(seen)) is not None
+        and re.fullmatch(events_pattern([*told.events, told.open.event]), events_pattern(seen)) is not None
     )
 
 
@@ -242,7 +242,7 @@ CHECKS = (
     Check(
         "lost-responses",
         "responses, requests and connections are lost: a repeat gets the first response, and the effect happens once",
-        lost_answers,
+        lost_responses,
         rounds=50,
     ),
     Check(

@@ -72,7 +72,7 @@ def _own_cgroup() -> Path:
     return root / next((line[4:] for line in own if line.startswith("0::/")), "")
 
 
-class Box(Doors):
+class SystemdMachine(Doors):
     """`with Box(directory) as box`: systemd runs, jobd is installed and not started. Use one at a time."""
 
     def __init__(self, directory: Path, *, unix_only: bool = False) -> None:
@@ -82,7 +82,7 @@ class Box(Doors):
         self._cgroup = _own_cgroup() / f"jobd-box-{os.getpid()}"
         self._said: list[bytes] = []
 
-    def __enter__(self) -> Box:
+    def __enter__(self) -> SystemdMachine:
         self._cgroup.mkdir()
         self._console, console = pty.openpty()
         command = ["unshare", *SPACES, "--fork", "--propagation", "private"]

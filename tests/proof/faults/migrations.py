@@ -21,7 +21,7 @@ from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.next_version import AHEAD
-from tests.proof.faults.store_check import contents, examined
+from tests.proof.faults.store_check import checked_contents, contents
 from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Strace
 from tests.proof.faults.syscall_faults import EXIT_IO, Place
 from tests.support.daemon_process import Daemon
@@ -41,7 +41,7 @@ def _old_store(trial: Trial, ledger: Ledger) -> Path:
         with load(daemon, ledger, "load"):
             assert ledger.until(150 if trial.timed else 50), daemon.log[-2000:]
         assert daemon.stop() == 0
-    ledger.check(examined(daemon.store))
+    ledger.check(checked_contents(daemon.store))
     return home
 
 
@@ -103,10 +103,10 @@ def _left(path: Path, ledger: Ledger) -> str:
     ledger.check(contents(path))
     copies = [Path(name) for name in glob.glob(f"{path}.v{OLD}-*")]
     for copy in copies:
-        ledger.check(examined(copy))
+        ledger.check(checked_contents(copy))
     assert version in (OLD, NEW), f"there is no version {version}"
     if version == OLD:
-        ledger.check(examined(path))
+        ledger.check(checked_contents(path))
         return "left unchanged"
     assert copies, "the old store was not kept"
     return "migrated"

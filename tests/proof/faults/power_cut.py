@@ -12,7 +12,7 @@ from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.mounts import LOOP_MOUNTS, loop_disk
-from tests.proof.faults.store_check import examined
+from tests.proof.faults.store_check import checked_contents
 from tests.support.daemon_process import Daemon
 
 DISK_BYTES: Final = 128 << 20
@@ -39,13 +39,13 @@ def cut_power(trial: Trial) -> Counts:
                 disk.mount()
                 # Responses after the cut do not count: without power they would not be sent. ext4 lets a pending
                 # sync succeed although its blocks are lost.
-                found = examined(store)
+                found = checked_contents(store)
                 ledger.check(found, until_s=cut_s)
-                forgotten += ledger.adopt(found, cut_s)
+                forgotten += ledger.forget_lost(found, cut_s)
                 daemon.start()
                 settled += ledger.settle(daemon)
             assert daemon.stop() == 0
-        checked = ledger.check(examined(store))
+        checked = ledger.check(checked_contents(store))
     return {
         "power cuts": trial.rounds,
         "acknowledgements checked": checked,

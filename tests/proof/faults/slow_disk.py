@@ -17,7 +17,7 @@ from contextlib import closing
 from typing import Any, Final
 
 from tests.proof.faults.harness import Check, Counts, Trial
-from tests.proof.faults.store_check import examined
+from tests.proof.faults.store_check import checked_contents
 from tests.proof.faults.strace import STRACE, SYNCS, Strace
 from tests.support.daemon_process import Daemon, Reply, call
 
@@ -29,7 +29,7 @@ HELD: Final = 10
 ANSWERS_MS: Final = 100.0  # 19 of 20 polls, because of other processes; none waits for a sync
 
 
-class Asking:
+class PendingRequest:
     """A pending request on its own connection."""
 
     def __init__(self, daemon: Daemon, path: str, body: dict[str, Any]) -> None:
@@ -42,7 +42,7 @@ class Asking:
         head = f"POST {path} HTTP/1.1\r\nHost: jobd\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
         self.line.sendall(head.encode() + b"\r\n\r\n" + text)
 
-    def hear(self) -> Reply:
+    def read(self) -> Reply:
         """Read the response, which has started to arrive."""
         response = http.client.HTTPResponse(self.line)
         response.begin()
@@ -64,19 +64,20 @@ def slow_disk(trial: Trial) -> Counts:
         grants = daemon.post("/v1/claim", {"worker": "w", "limit": HELD}).data["grants"]
         for number in range(trial.rounds):
             asking = [
-                Asking(daemon, "/v1/jobs", {"id": f"round-{number}-{each}", "queue": "new"}) for each in range(CREATES)
+                PendingRequest(daemon, "/v1/jobs", {"id": f"round-{number}-{each}", "queue": "new"})
+                for each in range(CREATES)
             ]
             for grant in grants:  # they come last, with a full mailbox
                 path = f"/v1/jobs/{grant['job']['id']}/progress"
-                asking.append(Asking(daemon, path, {"lock_id": grant["lock_id"], "progress": number % 100}))
-            most_waiting = max(most_waiting, _hear_out(daemon, asking, looks))
+                asking.append(PendingRequest(daemon, path, {"lock_id": grant["lock_id"], "progress": number % 100}))
+            most_waiting = max(most_waiting, _read_all(daemon, asking, looks))
             for one in asking:
                 assert one.reply is not None
                 met[_judged(one, one.reply)] += 1
                 if one.reply.status == 201:
                     made.add(one.reply.data["id"])
         assert daemon.stop() == 0
-    stored = examined(daemon.store)
+    stored = checked_contents(daemon.store)
     assert {job_id for job_id in stored.jobs if job_id.startswith("round")} == made, "what was refused is not there"
     assert met["overloaded"], f"the crowd was too small: {met}"
     assert most_waiting <= MAILBOX, f"{most_waiting} commands waited"
@@ -95,7 +96,7 @@ def slow_disk(trial: Trial) -> Counts:
     }
 
 
-def _judged(asked: Asking, reply: Reply) -> str:
+def _judged(asked: PendingRequest, reply: Reply) -> str:
     if asked.path != "/v1/jobs":
         assert reply.status == 200, f"running work has to be heard: {reply.body}"
         return "taken"
@@ -106,7 +107,7 @@ def _judged(asked: Asking, reply: Reply) -> str:
     return "overloaded"
 
 
-def _hear_out(daemon: Daemon, asking: list[Asking], looks: list[float]) -> int:
+def _read_all(daemon: Daemon, asking: list[PendingRequest], looks: list[float]) -> int:
     """Read all responses and poll the daemon in between; return the highest number of waiting commands."""
     waiting = 0
     with selectors.DefaultSelector() as selector, closing(daemon.worker()) as connection:

@@ -27,7 +27,7 @@ class Contents:
     tokens: dict[int, str] = field(default_factory=dict)
 
 
-def examined(path: str | Path) -> Contents:
+def checked_contents(path: str | Path) -> Contents:
     """Return the contents of a store. Raise AssertionError if anything is wrong."""
     problems = doctor.check(str(path))
     assert not problems, f"the doctor finds: {[f'{one.where}: {one.what}' for one in problems[:5]]}"

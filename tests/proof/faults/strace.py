@@ -19,7 +19,7 @@ _LINE: Final = re.compile(r"^(?P<thread>\d+) +(?P<at>[\d.]+) (?P<call>\w+)\(\d+<
 
 
 @dataclass(frozen=True)
-class Seen:
+class TracedCall:
     """One call: its time, thread, file (without directory), and whether it was injected."""
 
     at_s: float
@@ -49,7 +49,7 @@ class Strace:
         if only is not None:
             daemon.prefix += ["-P", str(only)]
 
-    def seen(self) -> list[Seen]:
+    def seen(self) -> list[TracedCall]:
         """Return all calls of the daemon, which has ended."""
         process = self._daemon.process
         assert process is not None
@@ -61,9 +61,9 @@ class Strace:
         return [seen for line in text.splitlines() if (seen := _seen(line)) is not None]
 
 
-def _seen(line: str) -> Seen | None:
+def _seen(line: str) -> TracedCall | None:
     if (match := _LINE.match(line)) is None:
         return None
     injected = "(INJECTED)" in line or line.endswith(" = ?")  # a call with an injected kill never ends
     file = match["file"].rpartition("/")[2]
-    return Seen(float(match["at"]), int(match["thread"]), match["call"], file, injected)
+    return TracedCall(float(match["at"]), int(match["thread"]), match["call"], file, injected)

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Final
 
 from tests.proof.faults.harness import Check, Counts, Trial
-from tests.proof.faults.ledger import Asked, Ledger
+from tests.proof.faults.ledger import Ledger, SentRequest
 from tests.proof.faults.load import work_alone
-from tests.proof.faults.store_check import examined
-from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Seen, Strace
+from tests.proof.faults.store_check import checked_contents
+from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Strace, TracedCall
 from tests.support.daemon_process import READY, Daemon
 
 ERRORS: Final = ("EIO", "ENOSPC", "EROFS")
@@ -56,7 +56,7 @@ class Ending:
     ready: bool
     code: int
     asked_to_stop_s: float
-    calls: list[Seen]
+    calls: list[TracedCall]
 
     def story(self) -> str:
         return f"exit code {self.code} after {self.calls[:1]}:\n{self.daemon.log.decode()}"
@@ -91,15 +91,15 @@ def large_jobs(daemon: Daemon, ledger: Ledger, name: str) -> None:
 def _create(daemon: Daemon, ledger: Ledger, job_id: str) -> bool:
     """Create a large job; return False if its outcome is unknown."""
     told = ledger.begin(job_id, PAYLOAD)
-    told.open = asked = Asked("created", "/v1/jobs", {"id": job_id, "payload": PAYLOAD})
+    told.open = asked = SentRequest("created", "/v1/jobs", {"id": job_id, "payload": PAYLOAD})
     try:
         reply = daemon.post(asked.path, asked.body)
     except (OSError, http.client.HTTPException):
         return False
     if reply.status == 201:
-        ledger.yes(told, asked, reply.data)
+        ledger.succeeded(told, asked, reply.data)
     elif reply.error == "storage_full":
-        ledger.no(told, asked, reply.error)
+        ledger.rejected(told, asked, reply.error)
     else:
         assert reply.error == "outcome_unknown", reply.body
         ledger.codes[reply.error] += 1
@@ -145,7 +145,7 @@ def _only(directory: Path, at_checkpoints: bool) -> Path | None:
     return directory / "jobd.db" if at_checkpoints else None
 
 
-def _measured(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoints: bool) -> list[Seen]:
+def _measured(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoints: bool) -> list[TracedCall]:
     """Return the calls of a run without faults, of the thread that makes most of them."""
     directory = trial.directory / "measured"
     directory.mkdir()
@@ -177,7 +177,7 @@ def _round(directory: Path, place: Place, work: Work, at_checkpoints: bool, coun
         ending = Ending(daemon, ready, code, asked_to_stop_s, calls[hit:])
         counts[_judged(place, ending)] += 1
         if READY in daemon.log:
-            ledger.check(examined(daemon.store))
+            ledger.check(checked_contents(daemon.store))
         daemon.prefix = []
         daemon.start()
         counts["without a response, settled by a repeat"] += ledger.settle(daemon)
@@ -185,7 +185,7 @@ def _round(directory: Path, place: Place, work: Work, at_checkpoints: bool, coun
         lifecycles(daemon, ledger, "again")
         assert ledger.codes.total() == refused, f"after the start all goes on: {ledger.codes}"
         assert daemon.stop() == 0
-        counts["acknowledgements checked"] += ledger.check(examined(daemon.store))
+        counts["acknowledgements checked"] += ledger.check(checked_contents(daemon.store))
         counts["rejected with storage_full"] += ledger.codes["storage_full"]
         counts["with outcome unknown"] += ledger.codes["outcome_unknown"]
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests import ROOT
-from tests.proof.faults.daemons import nothing_untold, parked
+from tests.proof.faults.daemons import check_all_answered, parked
 from tests.proof.faults.harness import Check, Counts, Trial, program
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
-from tests.proof.faults.machine import NEEDS, SERVICE, UNITS, Box
-from tests.proof.faults.store_check import Contents, examined
+from tests.proof.faults.machine import NEEDS, SERVICE, UNITS, SystemdMachine
+from tests.proof.faults.store_check import Contents, checked_contents
 from tests.support.daemon_process import TOKEN, Reply, call
 
 SOCKETS: Final = UNITS[1:]
@@ -36,16 +36,16 @@ WATCHDOG_S: Final = 2
 MOST_EXPOSED: Final = {"tcp": 13, "unix-only": 6}  # tenths
 
 
-class Knockers:
+class ConnectingClients:
     """Clients that connect continuously while the block runs, each on a new connection, and their results."""
 
-    def __init__(self, box: Box) -> None:
+    def __init__(self, box: SystemdMachine) -> None:
         self._box = box
         self._stop = threading.Event()
         self.met: Counter[str] = Counter()
         self._threads = [threading.Thread(target=self._knock) for _ in range(KNOCKERS)]
 
-    def __enter__(self) -> Knockers:
+    def __enter__(self) -> ConnectingClients:
         for thread in self._threads:
             thread.start()
         return self
@@ -65,11 +65,11 @@ class Knockers:
             time.sleep(0.01)
 
     @property
-    def found_no_door(self) -> int:
+    def rejected(self) -> int:
         """How often the socket was missing or had no listener."""
         return self.met["FileNotFoundError"] + self.met["ConnectionRefusedError"]
 
-    def come_again(self, count: int) -> None:
+    def wait_for_more(self, count: int) -> None:
         """Wait until this many more have connected, with any result."""
         least, deadline_s = self.met.total() + count, time.monotonic() + 60
         while self.met.total() < least:
@@ -77,17 +77,17 @@ class Knockers:
             time.sleep(0.01)
 
 
-def _examined(box: Box, copy: Path) -> Contents:
+def _examined(box: SystemdMachine, copy: Path) -> Contents:
     """Check a copy of the store of a stopped daemon: SQLite cannot open files in another mount namespace."""
     shutil.copytree(box.path(STATE), copy)
-    return examined(copy / "jobd.db")
+    return checked_contents(copy / "jobd.db")
 
 
-def _down(box: Box) -> bool:
+def _down(box: SystemdMachine) -> bool:
     return all(box.show(unit, "ActiveState") == "inactive" for unit in UNITS)
 
 
-def _ttl_ms(box: Box, job_id: str) -> int:
+def _ttl_ms(box: SystemdMachine, job_id: str) -> int:
     assert box.post("/v1/jobs", {"id": job_id, "queue": "reload"}).status == 201
     ttl_ms: int = box.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["ttl_ms"]
     return ttl_ms
@@ -99,14 +99,14 @@ def started(trial: Trial) -> Counts:
         unix_only = number % 2 == 1
         directory = trial.directory / str(number)
         directory.mkdir()
-        with Box(directory, unix_only=unix_only) as box:
+        with SystemdMachine(directory, unix_only=unix_only) as box:
             box.do("systemctl", "start", *SOCKETS)
             assert box.show(SERVICE, "ActiveState") == "inactive"
             assert box.get("/readyz").status == 200, "the first client has to start the daemon"
             box.until_ready()
             counts["started by a client"] += 1
             assert box.post("/v1/jobs", {"id": "a"}).status == 201
-            with Knockers(box) as clients:
+            with ConnectingClients(box) as clients:
                 _restarts(box, clients)
                 counts["clients during restarts"] += clients.met.total()
                 _stays_down(box, clients)
@@ -121,29 +121,29 @@ def started(trial: Trial) -> Counts:
     return {**counts}
 
 
-def _restarts(box: Box, clients: Knockers) -> None:
+def _restarts(box: SystemdMachine, clients: ConnectingClients) -> None:
     """Check that the daemon is ready when systemctl returns, and that clients could always connect."""
     for _ in range(2):
-        clients.come_again(5)
+        clients.wait_for_more(5)
         box.do("systemctl", "restart", SERVICE)
         assert box.show(SERVICE, "ActiveState") == "active"
         assert box.log.splitlines()[-1].count(" event=") == 1
         assert box.get("/readyz").status == 200
-    assert clients.found_no_door == 0, f"sockets were lost at a restart: {clients.met}"
+    assert clients.rejected == 0, f"sockets were lost at a restart: {clients.met}"
     assert box.get("/v1/jobs/a").data["status"] == "queued"
 
 
-def _stays_down(box: Box, clients: Knockers) -> None:
+def _stays_down(box: SystemdMachine, clients: ConnectingClients) -> None:
     """Check that after a stop with its sockets clients do not start it, and that a start brings the sockets back."""
     box.do("systemctl", "stop", *UNITS)
-    clients.come_again(20)
+    clients.wait_for_more(20)
     assert _down(box), f"it came up by itself\n{box.console[-2000:]}"
     box.do("systemctl", "start", SERVICE)
     assert box.get("/v1/jobs/a").data["status"] == "queued"
     box.do("systemctl", "stop", *UNITS)
 
 
-def _stats(box: Box, unix_only: bool) -> dict[str, Any]:
+def _stats(box: SystemdMachine, unix_only: bool) -> dict[str, Any]:
     if unix_only:
         found: dict[str, Any] = box.admin("GET", "stats").data
         return found
@@ -153,7 +153,7 @@ def _stats(box: Box, unix_only: bool) -> dict[str, Any]:
         return found
 
 
-def _reloads(box: Box) -> list[str]:
+def _reloads(box: SystemdMachine) -> list[str]:
     """Check that a reload is in force when systemctl returns, and that an invalid one changes nothing."""
     box.path(CONFIG).write_text("[locks]\nttl = '5m'\n", encoding="utf-8")
     box.do("systemctl", "reload", SERVICE)
@@ -172,12 +172,12 @@ def _reloads(box: Box) -> list[str]:
 def deaths(trial: Trial) -> Counts:
     """Kill the daemon repeatedly, then hang it; clients can always connect."""
     slowest_s, hung_s = 0.0, 0.0
-    with Box(trial.directory) as box:
+    with SystemdMachine(trial.directory) as box:
         box.drop_in(f"[Service]\nWatchdogSec={WATCHDOG_S}s\n")
         box.do("systemctl", "start", SERVICE)
         assert box.post("/v1/jobs", {"id": "a"}).status == 201
         lock = {"lock_id": box.post("/v1/jobs/a/start", {"worker": "w"}).data["lock_id"]}
-        with Knockers(box) as clients:
+        with ConnectingClients(box) as clients:
             for number in range(trial.rounds):
                 slowest_s = max(slowest_s, _seconds_away(box, "KILL"))
                 assert box.post("/v1/jobs/a/progress", {**lock, "progress": number}).status == 200
@@ -187,7 +187,7 @@ def deaths(trial: Trial) -> Counts:
             assert box.post("/v1/jobs/a/complete", lock).status == 200
         assert hung_s <= 2 * WATCHDOG_S + UP_AGAIN_S or not trial.timed, f"{hung_s:.1f} s after it hung"
         assert int(box.show(SERVICE, "NRestarts")) == trial.rounds + 1
-        assert clients.found_no_door == 0, f"sockets were lost: {clients.met}"
+        assert clients.rejected == 0, f"sockets were lost: {clients.met}"
         box.do("systemctl", "stop", *UNITS)
         store = _examined(box, trial.directory / "copy")
         assert store.jobs["a"].status == "completed"
@@ -199,7 +199,7 @@ def deaths(trial: Trial) -> Counts:
     }
 
 
-def _seconds_away(box: Box, signal_name: str) -> float:
+def _seconds_away(box: SystemdMachine, signal_name: str) -> float:
     pid = box.show(SERVICE, "MainPID")
     began_s = time.monotonic()
     box.do("kill", f"-{signal_name}", pid)
@@ -214,7 +214,7 @@ def _seconds_away(box: Box, signal_name: str) -> float:
 def stopped(trial: Trial) -> Counts:
     """Run systemctl stop with requests in flight: as SIGTERM, and systemd reports success."""
     ledger = Ledger()
-    with Box(trial.directory) as box:
+    with SystemdMachine(trial.directory) as box:
         for number in range(trial.rounds):
             box.do("systemctl", "start", SERVICE)
             ledger.settle(box)
@@ -228,14 +228,14 @@ def stopped(trial: Trial) -> Counts:
             assert box.show(SERVICE, "ExecMainStatus") == "0"
             store = _examined(box, trial.directory / f"copy-{number}")
             checked = ledger.check(store)
-            nothing_untold(ledger, store)
+            check_all_answered(ledger, store)
     return {"stops": trial.rounds, "acknowledgements checked": checked}
 
 
 def misconfigured(trial: Trial) -> Counts:
     """Exit 78 is retried only for connecting clients; they start the daemon once the configuration is fixed."""
     by_clients = 0
-    with Box(trial.directory) as box:
+    with SystemdMachine(trial.directory) as box:
         for _ in range(trial.rounds):
             box.path(CONFIG).write_text("[locks]\nttl = 15\n", encoding="utf-8")
             assert box.run("systemctl", "start", SERVICE).returncode != 0
@@ -244,16 +244,16 @@ def misconfigured(trial: Trial) -> Counts:
             assert box.show(SERVICE, "NRestarts") == "0"
             assert box.show(SERVICE, "ActiveState") == "failed", "it was started again"
             assert "locks.ttl" in box.log.splitlines()[-1]
-            by_clients += _knocked_at(box)
+            by_clients += _starts_by_clients(box)
             assert box.get("/readyz").status == 200
             box.do("systemctl", "stop", *UNITS)
     return {"failed starts": trial.rounds, "starts by waiting clients": by_clients}
 
 
-def _knocked_at(box: Box) -> int:
+def _starts_by_clients(box: SystemdMachine) -> int:
     """Count the starts that clients cause: one in two seconds, and the socket stays open."""
     before, began_s = box.log.count("locks.ttl"), time.monotonic()
-    with Knockers(box):
+    with ConnectingClients(box):
         while (took_s := time.monotonic() - began_s) < 12:
             time.sleep(0.1)
         starts = box.log.count("locks.ttl") - before

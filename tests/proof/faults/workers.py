@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Final
 
 from tests.proof.faults.harness import Check, Counts, Trial
-from tests.proof.faults.store_check import examined
+from tests.proof.faults.store_check import checked_contents
 from tests.support.daemon_process import Daemon, call, die_with_us
 
 LOCK_TTL_MS: Final = 1_000
@@ -120,7 +120,7 @@ def sleeping_worker(trial: Trial) -> Counts:
                 (_taken, _refused, _stopped)[number % 3](daemon, worker, begun)
                 counts[tuple(counts)[number % 3]] += 1
         assert daemon.stop() == 0
-    store = examined(daemon.store)
+    store = checked_contents(daemon.store)
     assert all(job.status == "completed" for job in store.jobs.values())
     return {**counts, "tokens": len(store.tokens)}
 
@@ -211,7 +211,7 @@ def dead_worker(trial: Trial) -> Counts:
                 at_ms = [one.result() for one in offered]
             late_ms += [_on_time(daemon, f"job-{number}-{each}", at, trial) for each, at in enumerate(at_ms)]
         assert daemon.stop() == 0
-    examined(daemon.store)
+    checked_contents(daemon.store)
     return {
         "workers killed": len(late_ms),
         "ms from lock expiry to the next grant, at most": max(late_ms),

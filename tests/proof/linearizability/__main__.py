@@ -20,8 +20,8 @@ from msgspec import Struct, field
 from tests.proof.linearizability.history import overlapping
 from tests.proof.linearizability.model import World
 from tests.proof.linearizability.mutate import KINDS, mutants
-from tests.proof.linearizability.record import Gathered, a_daemon, gather
-from tests.proof.linearizability.report import line, story
+from tests.proof.linearizability.record import Recording, a_daemon, record_history
+from tests.proof.linearizability.report import describe, line
 from tests.proof.linearizability.search import judge
 
 WANTED_SHARE = 0.30
@@ -60,7 +60,7 @@ class Figures(Struct):
             found.append(f"No mutant of these kinds occurred: {', '.join(never)}.")
         return found
 
-    def add(self, gathered: Gathered) -> None:
+    def add(self, gathered: Recording) -> None:
         """Check one history and its mutants."""
         history = gathered.history
         self.histories += 1
@@ -77,14 +77,14 @@ class Figures(Struct):
         for job in history.terms:
             self._judge(gathered, job)
 
-    def _judge(self, gathered: Gathered, job: str) -> None:
+    def _judge(self, gathered: Recording, job: str) -> None:
         history = gathered.history
         world = World(history.terms[job], tuple(history.outages))
         mine = history.of(job)
         self.jobs += 1
         verdict = judge(mine, world)
         if not verdict.is_explained:
-            self.broken = [f"No order explains history {gathered.number}, job {job}:", *story(mine, world, verdict)]
+            self.broken = [f"No order explains history {gathered.number}, job {job}:", *describe(mine, world, verdict)]
             return
         for kind, mutant in mutants(mine, world, Random(f"{gathered.number}-{job}")):
             verdict = judge(mutant, world)
@@ -113,7 +113,7 @@ def run(histories: int, seed: int) -> Figures:
     figures = Figures()
     with a_daemon() as daemon:
         for number in range(histories):
-            figures.add(gather(daemon, seed, number))
+            figures.add(record_history(daemon, seed, number))
             if figures.broken:
                 break
     return figures

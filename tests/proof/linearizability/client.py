@@ -12,9 +12,9 @@ from contextlib import suppress
 from random import Random
 from typing import Any, Final
 
-from tests.proof.linearizability.history import History, Operation, Said
+from tests.proof.linearizability.history import Answer, History, Operation
 from tests.proof.linearizability.model import MOVES
-from tests.proof.linearizability.transport import Away, Exchange, Fate, Line, Request, claimed, said
+from tests.proof.linearizability.transport import Connections, Exchange, Fate, Request, Unavailable, claimed, said
 from tests.support.daemon_process import Daemon
 
 READY_S: Final = 40.0
@@ -33,7 +33,7 @@ ALONE: Final = {
 }  # fmt: skip
 
 
-class Scene:
+class Scenario:
     """What the clients of one history share: the daemon, the jobs, and the locks in responses so far."""
 
     def __init__(self, daemon: Daemon, history: History, *, lossy: bool, alone: bool) -> None:
@@ -73,22 +73,22 @@ class Scene:
 class Client:
     """A client. `play` makes a number of calls, one after the other."""
 
-    def __init__(self, scene: Scene, number: int, dice: Random) -> None:
+    def __init__(self, scene: Scenario, number: int, dice: Random) -> None:
         self._scene = scene
         self._number = number
         self._dice = dice
-        self._line = Line(scene.socket)
+        self._line = Connections(scene.socket)
         self._asked = 0
         self._endings: list[tuple[str, str, dict[str, Any]]] = []
 
-    def play(self, calls: int) -> None:
+    def run(self, calls: int) -> None:
         try:
             while self._asked < calls:
                 self._call()
         finally:
             self._line.close()
 
-    def look(self, job: str) -> None:
+    def read(self, job: str) -> None:
         """Read `job` at the end, when no other call is pending."""
         self._ask("get", job, {}, fate="answered")
         self._line.close()
@@ -190,7 +190,7 @@ class Client:
         """Return whether a response came."""
         request = _request(verb, job, body, key)
         if fate == "cut":
-            with suppress(Away):
+            with suppress(Unavailable):
                 self._line.ask(request, fate)
             self._line.close()
             self._scene.count("request cut off")
@@ -209,7 +209,7 @@ class Client:
         for _ in range(TRIES):
             try:
                 return self._line.ask(request, fate)
-            except Away:
+            except Unavailable:
                 self._line.close()
                 assert self._scene.up.wait(READY_S), "the daemon does not come back"
         raise AssertionError("the daemon is gone, and nobody has ended it")
@@ -220,7 +220,7 @@ class Client:
 
     def _record(self, verb: str, job: str, request: Request, exchange: Exchange) -> Operation:
         reply = exchange.reply
-        answer: Said | None = None
+        answer: Answer | None = None
         if reply is not None:
             answer = claimed(job, reply) if verb == "claim" else said(verb, reply)
         return Operation(

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from tests.proof.linearizability.history import GRANTING, Operation, Said
+from tests.proof.linearizability.history import GRANTING, Answer, Operation
 from tests.proof.linearizability.model import World
 
 History = list[Operation]
@@ -42,7 +42,7 @@ def _before(first: Operation, then: Operation) -> bool:
     return first.return_ns is not None and first.return_ns + 3 < then.call_ns
 
 
-def _insert(history: History, verb: str, at_ns: int, said: Said, **body: Any) -> History:
+def _insert(history: History, verb: str, at_ns: int, said: Answer, **body: Any) -> History:
     job = history[0].job
     return [*history, Operation(STRANGER, verb, job, body, at_ns + 1, at_ns + 2, said)]
 
@@ -74,7 +74,7 @@ def _no_deletion(history: History, after: Operation, until_ns: int) -> bool:
 def granted_twice(history: History, world: World) -> Iterator[History]:
     """The job is granted again while a holder has it whose next call is accepted."""
     for grant, _ in _uses(history):
-        yield _insert(history, "start", grant.return_ns or 0, Said("granted", {"lock": "mutant"}), worker="mutant")
+        yield _insert(history, "start", grant.return_ns or 0, Answer("granted", {"lock": "mutant"}), worker="mutant")
 
 
 def old_lock_accepted(history: History, world: World) -> Iterator[History]:
@@ -85,7 +85,7 @@ def old_lock_accepted(history: History, world: World) -> Iterator[History]:
         for late in history:
             if late.verb in HOLDERS and late.lock == first.lock and _before(second, late) and not _accepted(late):
                 code = "alive" if late.verb in ("progress", "extend") else "done"
-                yield _swap(history, late, return_ns=late.return_ns or late.call_ns + 1, said=Said(code))
+                yield _swap(history, late, return_ns=late.return_ns or late.call_ns + 1, said=Answer(code))
 
 
 def completion_lost(history: History, world: World) -> Iterator[History]:
@@ -93,7 +93,7 @@ def completion_lost(history: History, world: World) -> Iterator[History]:
     for done in history:
         end_ns = done.return_ns or 0
         if done.verb == "complete" and _accepted(done) and _no_deletion(history, done, end_ns + 2):
-            yield _insert(history, "get", end_ns, Said("done", {"status": "queued"}))
+            yield _insert(history, "get", end_ns, Answer("done", {"status": "queued"}))
 
 
 def completion_by_nobody(history: History, world: World) -> Iterator[History]:
@@ -117,8 +117,8 @@ def token_goes_back(history: History, world: World) -> Iterator[History]:
     for first, second in permutations(filter(_granted, history), 2):
         if _before(first, second):
             one, other = _seen(first), _seen(second)
-            swapped = _swap(history, first, said=Said("granted", {**one, "token": other["token"]}))
-            yield _swap(swapped, second, said=Said("granted", {**other, "token": one["token"]}))
+            swapped = _swap(history, first, said=Answer("granted", {**one, "token": other["token"]}))
+            yield _swap(swapped, second, said=Answer("granted", {**other, "token": one["token"]}))
 
 
 def grant_by_nobody(history: History, world: World) -> Iterator[History]:
@@ -131,7 +131,7 @@ def recovered_too_early(history: History, world: World) -> Iterator[History]:
     """A holder gets the error of a stall although its lock outlives the history."""
     if not world.terms.max_processing_ms:
         for _, use in _uses(history):
-            yield _swap(history, use, said=Said("lock_lost", {"reason": "stalled"}))
+            yield _swap(history, use, said=Answer("lock_lost", {"reason": "stalled"}))
 
 
 def ended_twice(history: History, world: World) -> Iterator[History]:
@@ -139,7 +139,7 @@ def ended_twice(history: History, world: World) -> Iterator[History]:
     ends = {each.lock for each in history if _accepted(each) and each.verb in ("complete", "fail", "release")}
     for again in history:
         if _code(again) == "repeated" and again.lock in ends:
-            yield _swap(history, again, said=Said("done"))
+            yield _swap(history, again, said=Answer("done"))
 
 
 def created_twice(history: History, world: World) -> Iterator[History]:
@@ -149,20 +149,20 @@ def created_twice(history: History, world: World) -> Iterator[History]:
         for first in made:
             end_ns = again.return_ns or 0
             if _code(again) == "existing" and _before(first, again) and _no_deletion(history, first, end_ns):
-                yield _swap(history, again, said=Said("created"))
+                yield _swap(history, again, said=Answer("created"))
 
 
 def attempts_miscounted(history: History, world: World) -> Iterator[History]:
     """More attempts are seen than there were calls."""
     for look in history:
         if look.verb == "get" and _code(look) == "done":
-            yield _swap(history, look, said=Said("done", {**_seen(look), "attempt": len(history) + 1}))
+            yield _swap(history, look, said=Answer("done", {**_seen(look), "attempt": len(history) + 1}))
 
 
 def two_holders_seen(history: History, world: World) -> Iterator[History]:
     """Another worker is seen as the holder between a grant and a call that is accepted with its lock."""
     for grant, _ in _uses(history):
-        yield _insert(history, "get", grant.return_ns or 0, Said("done", {"worker": "mutant"}))
+        yield _insert(history, "get", grant.return_ns or 0, Answer("done", {"worker": "mutant"}))
 
 
 def stale_answer(history: History, world: World) -> Iterator[History]:

@@ -17,7 +17,7 @@ from typing import Final
 
 from msgspec import Struct
 
-from tests.proof.linearizability.client import Client, Scene
+from tests.proof.linearizability.client import Client, Scenario
 from tests.proof.linearizability.history import History, Outage, Terms
 from tests.proof.linearizability.transport import boot_ns
 from tests.support.daemon_process import Daemon
@@ -31,7 +31,7 @@ CALLS: Final = 32  # of each client
 KILLS_EVERY: Final = 6  # one of this many histories loses its daemon
 
 
-class Gathered(Struct):
+class Recording(Struct):
     """A history and its faults."""
 
     number: int
@@ -46,25 +46,25 @@ def a_daemon() -> Iterator[Daemon]:
         yield daemon
 
 
-def gather(daemon: Daemon, seed: int, number: int) -> Gathered:
+def record_history(daemon: Daemon, seed: int, number: int) -> Recording:
     """Record history `number` of `seed`: new jobs on a daemon that is ready before and after."""
     dice = Random(f"{seed}-{number}")
     kills = number % KILLS_EVERY == KILLS_EVERY - 1
     alone = dice.random() < (0.6 if kills else 0.3)
     terms = {f"h{number}-{letter}": _terms(dice, alone, kills) for letter in "abc"[: dice.randint(2, 3)]}
-    scene = Scene(daemon, History(terms), lossy=dice.random() < 0.6, alone=alone)
+    scene = Scenario(daemon, History(terms), lossy=dice.random() < 0.6, alone=alone)
     clients = [Client(scene, index, Random(f"{seed}-{number}-{index}")) for index in range(dice.randint(4, 6))]
     kill_at = dice.randint(10, CALLS * len(clients) * 3 // 4) if kills else None
     with ThreadPoolExecutor(len(clients)) as pool:
-        done = [pool.submit(client.play, CALLS) for client in clients]
+        done = [pool.submit(client.run, CALLS) for client in clients]
         if kill_at is not None:
             scene.until_called(kill_at)
             _restart(scene, dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
         for each in done:
             each.result()
     for job in terms:
-        clients[0].look(job)
-    return Gathered(number, scene.history, scene.faults)
+        clients[0].read(job)
+    return Recording(number, scene.history, scene.faults)
 
 
 def _terms(dice: Random, alone: bool, kills: bool) -> Terms:
@@ -76,7 +76,7 @@ def _terms(dice: Random, alone: bool, kills: bool) -> Terms:
     return Terms(dice.randint(1, 3), patience_ms, dice.choice(["auto", "requeue", "fail"]))
 
 
-def _restart(scene: Scene, how: signal.Signals) -> None:
+def _restart(scene: Scenario, how: signal.Signals) -> None:
     """Kill or stop the daemon while clients are active, and start it again."""
     scene.up.clear()
     if how == signal.SIGKILL:

@@ -14,7 +14,7 @@ SHOWN: Final = 12
 SECRET: Final = 8  # characters that tell locks apart
 
 
-def story(operations: Sequence[Operation], world: World, verdict: Verdict) -> Iterator[str]:
+def describe(operations: Sequence[Operation], world: World, verdict: Verdict) -> Iterator[str]:
     """Yield the history in the order of the calls, then the end of the longest order that fits."""
     start_ns = operations[0].call_ns
     yield f"terms: {world.terms}"

@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 from msgspec import Struct
 
-from tests.proof.linearizability.history import Said
+from tests.proof.linearizability.history import Answer
 from tests.proof.linearizability.model import STALLED
 from tests.support.daemon_process import TOKEN, OverUnix, Reply
 
@@ -27,7 +27,7 @@ def boot_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
-class Away(Exception):
+class Unavailable(Exception):
     """The daemon is not reachable, or its error says that nothing was done."""
 
 
@@ -47,7 +47,7 @@ class Exchange(Struct, frozen=True):
     reply: Reply | None
 
 
-class Line:
+class Connections:
     """A connection to each listener, opened when needed. `socket_path` gives the path of the worker or admin socket."""
 
     def __init__(self, socket_path: Callable[[bool], str]) -> None:
@@ -60,7 +60,7 @@ class Line:
         self._open.clear()
 
     def ask(self, request: Request, fate: Fate) -> Exchange:
-        """Send a request. Raise Away if it certainly had no effect."""
+        """Send a request. Raise Unavailable if it certainly had no effect."""
         connection = self._connected(request.admin)
         call_ns = boot_ns()
         try:
@@ -70,7 +70,7 @@ class Line:
         if reply is None:
             self.close()
         if fate == "cut" or (reply is not None and reply.body.get("error") in NOTHING_DONE):
-            raise Away
+            raise Unavailable
         return Exchange(call_ns, boot_ns(), reply)
 
     def _connected(self, admin: bool) -> OverUnix:
@@ -81,7 +81,7 @@ class Line:
                 connection.connect()
             except OSError as error:
                 connection.close()
-                raise Away from error
+                raise Unavailable from error
             self._open[admin] = connection
         return connection
 
@@ -106,31 +106,31 @@ class Line:
 _CODES: Final = {"get": "done", "progress": "alive", "extend": "alive", "start": "granted"}
 
 
-def said(verb: str, reply: Reply) -> Said:
+def said(verb: str, reply: Reply) -> Answer:
     """Return the response to a call on one job (for claims see `claimed`)."""
     if not reply.body["success"]:
         return _refusal(reply)
     data = reply.data
     if verb == "create":
-        return Said("created" if reply.status == 201 else "existing", shown(data))
+        return Answer("created" if reply.status == 201 else "existing", shown(data))
     if verb == "start":
         return granted(data)
     if "previousStatus" in data:
-        return Said("done", {"before": data["previousStatus"], "status": data["status"]})
+        return Answer("done", {"before": data["previousStatus"], "status": data["status"]})
     code = "repeated" if data.get("repeated") else _CODES.get(verb, "done")
-    return Said(code, shown(data) if "status" in data else {})
+    return Answer(code, shown(data) if "status" in data else {})
 
 
-def granted(grant: dict[str, Any]) -> Said:
-    return Said("granted", {**shown(grant["job"]), "lock": grant["lock_id"], "token": grant["fencing_token"]})
+def granted(grant: dict[str, Any]) -> Answer:
+    return Answer("granted", {**shown(grant["job"]), "lock": grant["lock_id"], "token": grant["fencing_token"]})
 
 
-def claimed(job: str, reply: Reply) -> Said:
+def claimed(job: str, reply: Reply) -> Answer:
     """Return the part of a response to a claim that concerns `job`."""
     if not reply.body["success"]:
         return _refusal(reply)
     mine = [grant for grant in reply.data["grants"] if grant["job"]["id"] == job]
-    return granted(mine[0]) if mine else Said("nothing")
+    return granted(mine[0]) if mine else Answer("nothing")
 
 
 def shown(view: dict[str, Any]) -> dict[str, Any]:
@@ -148,11 +148,11 @@ def shown(view: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refusal(reply: Reply) -> Said:
+def _refusal(reply: Reply) -> Answer:
     """Return an error with what its details show of the job."""
     details = reply.body["details"]
     seen = {name: details[name] for name in ("status", "reason") if name in details}
     for name in ("locked_by", "held_by"):
         if name in details:
             seen["worker"] = details[name]
-    return Said(reply.error, seen)
+    return Answer(reply.error, seen)

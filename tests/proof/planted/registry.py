@@ -29,7 +29,7 @@ LEVELS: Final = {
 
 RULES: Final = "tests/unit/core"
 ACTOR: Final = "tests/unit/engine"
-SIMULATION: Final = "tests/proof/test_simulation.py::test_every_promise_holds"
+SIMULATION: Final = "tests/proof/test_simulation.py"
 
 
 class Bug(Struct, frozen=True):

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Final
 
 from tests.proof.simulation.expected import never
-from tests.proof.simulation.run import Outcome, explain, simulate
+from tests.proof.simulation.run import Outcome, reduce_failure, simulate
 from tests.proof.simulation.scenario import draw
 
 ENOUGH: Final = 1_000  # seeds within which everything must happen
@@ -55,10 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{seeds - len(failed)} seeds held, {len(failed)} failed.")
         for outcome in failed:
             print(f"Seed {outcome.seed}: ", end="")
-            tell(outcome, given.steps)
+            print_failure(outcome, given.steps)
         return 1
     took_s = time.perf_counter() - began_s
-    count_up(fired)
+    print_counts(fired)
     missing = never(fired) if seeds >= ENOUGH else []
     print(f"{seeds} seeds of {fewest:,} steps at least, {steps:,} steps in {took_s:.1f} s, ", end="")
     print(f"{steps / took_s:,.0f} steps/s: every invariant held" + (", but not everything happened" if missing else ""))
@@ -79,12 +79,12 @@ def _outcomes(first: int, count: int, steps: int, jobs: int) -> Iterator[Outcome
             raise
 
 
-def tell(outcome: Outcome, steps: int) -> None:
+def print_failure(outcome: Outcome, steps: int) -> None:
     """Print a failing seed with a minimal set of faults, and the last events of its job."""
     assert outcome.broken is not None
     print(f"{outcome.broken[0]} broke: {outcome.broken[1]}")
     print("Reducing the faults ...", flush=True)
-    least = explain(outcome.seed, steps, outcome.broken)
+    least = reduce_failure(outcome.seed, steps, outcome.broken)
     plan = draw(outcome.seed, frozenset(least.without))
     assert least.broken is not None
     rule, what, job_id = least.broken
@@ -96,7 +96,7 @@ def tell(outcome: Outcome, steps: int) -> None:
     print(f"Repeat: simulate({outcome.seed}, {steps}{without}) in tests/proof/simulation/run.py")
 
 
-def count_up(fired: Counter[str]) -> None:
+def print_counts(fired: Counter[str]) -> None:
     """Print how often each thing happened, and what never did."""
     width = max(map(len, fired), default=0)
     for name, count in sorted(fired.items()):

@@ -100,7 +100,7 @@ class SimArtifacts(MemoryArtifacts):
         for seq, relied_on in self.relied_on.items():
             job = machine.disk.jobs.get(seq)
             if relied_on == key and job is not None:
-                machine.watch.fail("S13", f"the object {key} of a job was deleted", job.id)
+                machine.monitor.fail("S13", f"the object {key} of a job was deleted", job.id)
         self.uploads.pop(key, None)
 
     def committed(self, change: Change) -> None:
@@ -129,7 +129,7 @@ class SimArtifacts(MemoryArtifacts):
     def _left_to(self, job: Job) -> list[Upload]:
         """The object that `job` names, where whose it was has gone: its tombstone went as well, as `job` was there."""
         its = None if job.result is None else self.uploads.get(job.result.storage_key or "")
-        return [its] if its is not None and its.job_seq in self._machine.watch.deleted else []
+        return [its] if its is not None and its.job_seq in self._machine.monitor.deleted else []
 
     def _came_late(self, change: Change, late: LateResult) -> None:
         """Give the object of a late result to its job while the late result is kept. It may have displaced another."""
@@ -141,7 +141,7 @@ class SimArtifacts(MemoryArtifacts):
 
     def _let_go(self, change: Change, uploads: list[Upload]) -> None:
         for its in uploads:  # after a step back of the clock it looks like another job's
-            too_new = its.modified_at > change.event.at + self._machine.plan.margins.skew_ms
+            too_new = its.modified_at > change.event.at + self._machine.scenario.margins.skew_ms
             its.is_lost = its.is_lost or too_new
 
     def _made_room(self, upload: Upload) -> bool:
@@ -156,7 +156,8 @@ class SimArtifacts(MemoryArtifacts):
         machine = self._machine
         age_s = machine.loop.now_s - upload.at_s
         return (
-            machine.clocks_moved_s + MARGIN_S < upload.at_s and age_s < machine.plan.margins.young_ms / SECOND_MS - 0.1
+            machine.clocks_moved_s + MARGIN_S < upload.at_s
+            and age_s < machine.scenario.margins.young_ms / SECOND_MS - 0.1
         )
 
     def put_back(self) -> None:
@@ -180,7 +181,7 @@ class SimArtifacts(MemoryArtifacts):
 
     def leaked(self) -> list[str]:
         """Return objects of deleted jobs and deleted late results that no job names."""
-        disk, deleted, held = self._machine.disk, self._machine.watch.deleted, self._held()
+        disk, deleted, held = self._machine.disk, self._machine.monitor.deleted, self._held()
         return [
             key
             for key, upload in self.uploads.items()

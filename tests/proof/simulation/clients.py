@@ -54,7 +54,7 @@ IN_DOUBT = ("outcome_unknown", "shutting_down", "overloaded")
 OLD_LOCKS = 6
 
 
-class Person:
+class SimClient:
     """A client that sends requests until the machine closes."""
 
     def __init__(self, machine: Machine, name: str, *, admin: bool = False) -> None:
@@ -62,7 +62,7 @@ class Person:
         self.name = name
         self.admin = admin
         self.dice = Random(f"{machine.seed}: {name}")
-        self.requests = Requests(self.dice, machine.plan, machine.disk)
+        self.requests = Requests(self.dice, machine.scenario, machine.disk)
         self._keys = 0
 
     async def live(self) -> None:
@@ -74,11 +74,11 @@ class Person:
         raise NotImplementedError
 
     async def think(self, mean_s: float | None = None) -> None:
-        await asyncio.sleep(self.dice.expovariate(1 / (mean_s or self.machine.plan.think_s)))
+        await asyncio.sleep(self.dice.expovariate(1 / (mean_s or self.machine.scenario.think_s)))
 
     def has(self, mishap: str, chance: float) -> bool:
         """Return whether this mishap happens now."""
-        if self.dice.random() >= chance or mishap not in self.machine.plan.mishaps:
+        if self.dice.random() >= chance or mishap not in self.machine.scenario.mishaps:
             return False
         if mishap != "client disconnects":  # counted if it had an effect
             self.machine.fired[f"mishap {mishap}"] += 1
@@ -124,7 +124,7 @@ class Person:
         return IdempotencyKey(f"{path} {self.name} {self._keys}", worker_rules.digest(command))
 
 
-class Creator(Person):
+class Creator(SimClient):
     async def act(self) -> None:
         now = self.machine.wall()
         roll = self.dice.random()
@@ -138,7 +138,7 @@ class Creator(Person):
             await self.ask(self.requests.read())
 
 
-class Operator(Person):
+class Operator(SimClient):
     """An operator. In some seeds it sometimes makes a dry run first."""
 
     def __init__(self, machine: Machine, name: str) -> None:
@@ -177,7 +177,7 @@ class Operator(Person):
         await asyncio.wait([daemon.spawn(work)])
 
 
-class Worker(Person):
+class Worker(SimClient):
     """A worker. `old` are locks that it has held, for use after their end."""
 
     def __init__(self, machine: Machine, name: str) -> None:
@@ -265,4 +265,4 @@ class Worker(Person):
         if self.has("worker sleeps", 0.1):
             await asyncio.sleep(ttl_s * self.dice.choice((1.0, 1.2, 3.0)))
         else:
-            await self.think(min(ttl_s / 4, self.machine.plan.think_s * 2))
+            await self.think(min(ttl_s / 4, self.machine.scenario.think_s * 2))

@@ -22,23 +22,23 @@ ALL_TIME_S: Final = 3 * 3_600.0  # longer than any lock, ceiling or delay of a s
 WHO: Final = "last"
 
 
-class Closing:
+class FinalPhase:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.watch = machine.watch
+        self.watch = machine.monitor
 
-    async def play(self, people: list[asyncio.Task[Any]]) -> None:
-        await self._quiet(people)
-        daemon = await self._up()
+    async def run(self, people: list[asyncio.Task[Any]]) -> None:
+        await self._check_all_answered(people)
+        daemon = await self._check_ready()
         if daemon is None or self.watch.first:
             return
-        await self._nothing_stuck(daemon)
-        await self._work_off(daemon)
-        await self._clean(daemon)
+        await self._check_nothing_stalled(daemon)
+        await self._finish_all_jobs(daemon)
+        await self._check_cleanup(daemon)
         self.watch.recount(daemon.book)
-        self.watch.whole()
+        self.watch.check_disk()
 
-    async def _quiet(self, people: list[asyncio.Task[Any]]) -> None:
+    async def _check_all_answered(self, people: list[asyncio.Task[Any]]) -> None:
         """L1: every command is answered."""
         machine = self.machine
         machine.closing = True
@@ -50,7 +50,7 @@ class Closing:
         if waiting:
             self.watch.fail("L1", f"{len(waiting)} callers have no answer after {limit_s:.0f} s")
 
-    async def _up(self) -> Daemon | None:
+    async def _check_ready(self) -> Daemon | None:
         """L4: the daemon is ready within two seconds of its start, without manual repair."""
         machine = self.machine
         for _ in range(4):
@@ -69,7 +69,7 @@ class Closing:
         machine.accept_clock(daemon)
         return daemon
 
-    async def _nothing_stuck(self, daemon: Daemon) -> None:
+    async def _check_nothing_stalled(self, daemon: Daemon) -> None:
         """L2: all holders are gone, so recovery ends every grant in time (monitor.py checks each)."""
         book = daemon.book
         others = asyncio.create_task(self._keep_asking())  # advances the state before cleanup does
@@ -88,7 +88,7 @@ class Closing:
             await asyncio.sleep(1.3)
             await self.machine.call(WHO, Stats())
 
-    async def _work_off(self, daemon: Daemon) -> None:
+    async def _finish_all_jobs(self, daemon: Daemon) -> None:
         """L3: every job is granted once a worker claims its queue. Overdue jobs are left to recovery."""
         book = daemon.book
         for queue in sorted(book.paused):
@@ -113,7 +113,7 @@ class Closing:
         await self._yes(Progress(id=job_id, lock_id=lock_id, progress=50))
         await self._yes(Complete(id=job_id, lock_id=lock_id, download_url="https://x/y"))
 
-    async def _clean(self, daemon: Daemon) -> None:
+    async def _check_cleanup(self, daemon: Daemon) -> None:
         """L5: cleanup has survived every fault. A forced run deletes everything that is old enough."""
         machine = self.machine
         if daemon.cleaning.done():
@@ -124,16 +124,16 @@ class Closing:
             self.watch.fail("L5", f"a complaint after a good pass: {daemon.cleaner.degraded_reason()}")
         if machine.dice.random() < 0.5:
             return
-        await self._look_at_all()
-        await self._all_time_passes(daemon)
+        await self._read_all_pages()
+        await self._advance_time(daemon)
         if machine.disk.jobs:
             left = next(iter(machine.disk.jobs.values()))
             self.watch.fail("S13", f"{len(machine.disk.jobs)} old jobs are left, the first is {left.status}", left.id)
         if any(event.job_id not in machine.disk.quarantined for event in machine.disk.events):
             self.watch.fail("S13", f"{len(machine.disk.events)} events of deleted jobs are left")
-        await self._swept()
+        await self._check_artifacts()
 
-    async def _look_at_all(self) -> None:
+    async def _read_all_pages(self) -> None:
         """Read all pages, so that damaged rows that did not fit into quarantine are found again and moved."""
         cursor = None
         while (answer := await self._yes(ListJobs(limit=MAX_PAGE, cursor=cursor))) is not None:
@@ -143,10 +143,10 @@ class Closing:
         if self.machine.disk.unmoved:
             self.watch.fail("L5", f"damaged rows are not in quarantine: {list(self.machine.disk.unmoved)}")
 
-    async def _swept(self) -> None:
+    async def _check_artifacts(self) -> None:
         """Check that no object of a deleted job is left and no tombstone waits."""
         machine = self.machine
-        if not machine.plan.policy.artifacts:
+        if not machine.scenario.policy.artifacts:
             return
         for _ in range(int(ALL_TIME_S / 10)):
             if not machine.artifacts.waiting() or self.watch.first:
@@ -158,7 +158,7 @@ class Closing:
         if leaked := machine.artifacts.leaked():
             self.watch.fail("S13", f"objects of deleted jobs are left: {leaked}")
 
-    async def _all_time_passes(self, daemon: Daemon) -> None:
+    async def _advance_time(self, daemon: Daemon) -> None:
         """Advance time until every job is past its retention, then every journal and every stored object."""
         machine, disk = self.machine, self.machine.disk
         times = [job.expires_at or 0 for job in disk.jobs.values()]
@@ -184,11 +184,11 @@ class Closing:
 
     async def _yes(self, command: AnyCommand, *, admin: bool = False) -> Response | None:
         answer = await self.machine.call(WHO, command, admin=admin)
-        if isinstance(answer, ApiError) and not self._may_refuse(answer):
+        if isinstance(answer, ApiError) and not self._may_reject(answer):
             job_id = getattr(command, "id", None)
             self.watch.fail("L3", f"{type(command).__name__} was refused without a fault: {answer.code}", job_id)
         return answer if isinstance(answer, Response) else None
 
-    def _may_refuse(self, answer: ApiError) -> bool:
+    def _may_reject(self, answer: ApiError) -> bool:
         """Return whether an error is allowed: a damaged row is found now, or a job expires or passes its ceiling."""
         return answer.code in ("job_quarantined", "invalid_transition", "job_not_found")

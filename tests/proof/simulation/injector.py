@@ -32,13 +32,13 @@ LEAP_MS: Final = 40 * DAY_MS
 LONG_STEPS_MS: Final = (25 * 3_600_000, 8 * 86_400_000, 45 * 86_400_000)
 
 
-class Chaos:
+class FaultInjector:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.dice = Random(f"{machine.seed}: chaos")
 
     async def live(self) -> None:
-        plan = self.machine.plan
+        plan = self.machine.scenario
         while not self.machine.closing and plan.faults:
             await asyncio.sleep(self.dice.expovariate(1 / plan.pace_s))
             if not self.machine.closing:
@@ -91,7 +91,7 @@ class Chaos:
                 frozen_s = dice.choice((0.1, 3, 40))
                 machine.fault(name, frozen_s)
                 machine.loop.freeze(frozen_s)
-                machine.watch.frozen(frozen_s)
+                machine.monitor.note_freeze(frozen_s)
             case "artifacts away" | "artifacts flaky" | "artifacts slow":
                 await self._artifacts(name)
             case "reload":
@@ -123,8 +123,8 @@ class Chaos:
         began_s = machine.loop.now_s
         await daemon.stop()
         took_s = machine.loop.now_s - began_s
-        if took_s > 60 and "freeze" not in machine.plan.faults:
-            machine.watch.fail("L1", f"a stop took {took_s:.0f} s")
+        if took_s > 60 and "freeze" not in machine.scenario.faults:
+            machine.monitor.fail("L1", f"a stop took {took_s:.0f} s")
 
     def _backup(self) -> None:
         machine = self.machine
@@ -140,7 +140,7 @@ class Chaos:
         machine.downtime_s = 0.3
         machine.fault("restore", backup[0]["numbers"])
         machine.crash(power_cut=False)
-        machine.put_back(backup)
+        machine.restore(backup)
 
     async def _slow(self) -> None:
         machine = self.machine
@@ -201,7 +201,7 @@ class Chaos:
 
     def _reload(self) -> None:
         machine = self.machine
-        machine.next_policy = replace(policy(self.dice), artifacts=machine.plan.policy.artifacts)
+        machine.next_policy = replace(policy(self.dice), artifacts=machine.scenario.policy.artifacts)
         machine.fault("reload", machine.next_policy)
         if machine.daemon is not None:
             machine.daemon.actor.policy = machine.next_policy

@@ -54,7 +54,7 @@ BY_HAND: Final = frozenset({"cancelled", "force_failed", "force_reset", "transit
 Decide = Callable[[Book, Call, Moment, Policy], Decision]
 
 
-class Broken(Exception):
+class Violation(Exception):
     """An invariant was broken: its name, a description, and the job."""
 
     def __init__(self, rule: str, what: str, job_id: str | None) -> None:
@@ -82,7 +82,7 @@ def is_overdue(job: Job, now: int) -> bool:
     return job.status == "queued" and job.expires_at is not None and now >= job.expires_at
 
 
-class Promises:
+class DecisionChecks:
     """Check each decision. `fail` is called if one breaks an invariant; `begin` marks a start of the daemon."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ class Promises:
         self._last_lease = 0
 
     def fail(self, rule: str, what: str, job_id: str | None = None) -> None:
-        raise Broken(rule, what, job_id)
+        raise Violation(rule, what, job_id)
 
     def must(self, condition: object, rule: str, what: str, job_id: str | None = None) -> None:
         if not condition:
@@ -107,16 +107,16 @@ class Promises:
         self._grace_ends = lease_ms + grace_ms
         self._last_token, self._last_lease = 0, lease_ms
 
-    def recovered(self, job: Job, at: Moment) -> None:
+    def check_recovery(self, job: Job, at: Moment) -> None:
         """Check that a stalled job is recovered in time."""
 
-    def aged(self, job: Job, at: Moment) -> None:
+    def check_aging(self, job: Job, at: Moment) -> None:
         """Check that a job may be deleted or failed by age."""
         self.must(not at.suspect, "S13", f"a {job.status} job is old by a clock that is suspect", job.id)
 
     # -- one decision -------------------------------------------------------------------------------------------------
 
-    def judged(self, decide: Decide, book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
+    def check(self, decide: Decide, book: Book, call: Call, at: Moment, policy: Policy) -> Decision:
         """Check a decision and return it."""
         command = call.command
         name, job_id = type(command).__name__, getattr(command, "id", None)
@@ -254,14 +254,14 @@ class Promises:
             self._check_stall(before, at)
         if kind == "expired":
             self.must(is_overdue(before, at.now), "S5", "a job expired before its time", before.id)
-            self.aged(before, at)
+            self.check_aging(before, at)
         if kind == "deleted":
             old = before.expires_at is not None and before.expires_at <= at.now
             by_age = isinstance(command, DeleteExpired) or getattr(command, "action", None) == "cleanup"
             fits = before.status in FINISHED and (old or not by_age)
             self.must(fits, "S13", f"a job was deleted that is {before.status}", before.id)
             if by_age:
-                self.aged(before, at)
+                self.check_aging(before, at)
         if before.status == "completed":
             final = after is None or (kind in {*NOTES, "fixed"} and after.status == "completed")
             self.must(final, "S4", f"{kind} changed a completed job", before.id)
@@ -289,7 +289,7 @@ class Promises:
             return
         graced = before.grant.lock_id in self.held_at_start and at.lease < self._grace_ends
         self.must(not graced, "S5", "a job was recovered within the grace after a start", before.id)
-        self.recovered(before, at)
+        self.check_recovery(before, at)
 
     def _check_row(self, before: Job | None, job: Job, event: Event, at: Moment) -> None:
         """Check the row after one event."""

@@ -30,9 +30,9 @@ from jobd.monitoring import event_log
 from tests.proof.simulation.artifacts import SimArtifacts
 from tests.proof.simulation.disk import SimDisk, Snapshot
 from tests.proof.simulation.loop import SimLoop
-from tests.proof.simulation.monitor import Watch
-from tests.proof.simulation.scenario import Plan
-from tests.proof.simulation.trace import Journal
+from tests.proof.simulation.monitor import Monitor
+from tests.proof.simulation.scenario import Scenario
+from tests.proof.simulation.trace import Trace
 
 WALL: Final = 1_700_000_000_000
 SLICE: Final = 2  # 500 in the real one; fewer here, so that a start has several slices
@@ -52,7 +52,7 @@ def own_tasks(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], *
     return task
 
 
-class Line:
+class Connection:
     """A connection that waits for one response; it receives None if it breaks."""
 
     __slots__ = ("reply", "who")
@@ -69,21 +69,21 @@ class Line:
 class Machine:
     """`note` writes to the trace; `finished` is set when an invariant broke or enough steps were made."""
 
-    def __init__(self, seed: int, plan: Plan, loop: SimLoop, journal: Journal) -> None:
+    def __init__(self, seed: int, plan: Scenario, loop: SimLoop, journal: Trace) -> None:
         self.seed = seed
-        self.plan = plan
+        self.scenario = plan
         self.loop = loop
-        self.journal = journal
+        self.trace = journal
         self.fired: Counter[str] = Counter()
         self.wall_shift_ms = 0.3
         self.disk = SimDisk(Random(f"{seed}: disk"), self.fired, self.wall)
         self.finished = asyncio.Event()
-        self.watch = Watch(self, self.fired)
+        self.monitor = Monitor(self, self.fired)
         self.artifacts = SimArtifacts(self, Random(f"{seed}: artifacts"))
-        self.disk.committed = self.watch.committed
-        self.disk.pruning = self.watch.pruned
-        self.disk.broken = lambda message: self.watch.fail("S7", message)
-        loop.on_error = lambda message: self.watch.fail("loop", message)
+        self.disk.committed = self.monitor.check_commit
+        self.disk.pruning = self.monitor.check_prune
+        self.disk.broken = lambda message: self.monitor.fail("S7", message)
+        loop.on_error = lambda message: self.monitor.fail("loop", message)
         self.daemon: Daemon | None = None
         self.closing = False
         self.enough = 0  # steps
@@ -124,7 +124,7 @@ class Machine:
         daemon.clock.accept()
 
     def note(self, what: str, *details: Any) -> None:
-        self.journal.note(self.loop.now_s, what, *details)
+        self.trace.note(self.loop.now_s, what, *details)
 
     def fault(self, name: str, *details: Any) -> None:
         self.fired[f"fault {name}"] += 1
@@ -132,7 +132,7 @@ class Machine:
 
     @property
     def recovery_ms(self) -> int:
-        schedule = self.plan.schedule
+        schedule = self.scenario.schedule
         return schedule.recover_every_ms or max(schedule.interval_ms, schedule.min_interval_ms)
 
     # -- the supervisor -----------------------------------------------------------------------------------------------
@@ -158,14 +158,14 @@ class Machine:
 
     def back_up(self) -> Backup:
         """Copy the disk, with what is acknowledged by now."""
-        return self.disk.snapshot(), dict(self.watch.acknowledged)
+        return self.disk.snapshot(), dict(self.monitor.acknowledged)
 
-    def put_back(self, backup: Backup) -> None:
+    def restore(self, backup: Backup) -> None:
         """Restore an earlier copy of the disk while no daemon runs."""
         snapshot, acknowledged = backup
         self.disk.put_back(snapshot)
         self.artifacts.put_back()
-        self.watch.put_back(acknowledged)
+        self.monitor.note_restore(acknowledged)
 
     # -- connections --------------------------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ class Machine:
         if daemon is None or not daemon.is_open:
             return None
         command = msgspec.structs.replace(command)  # a new request, even if it repeats another
-        line = Line(who, self.loop)
+        line = Connection(who, self.loop)
         daemon.lines[line] = None
         self.note("asks", who, type(command).__name__, command, key and key.digest)
         handler = daemon.spawn(self._handle(daemon, line, command, by, admin, key))
@@ -205,30 +205,30 @@ class Machine:
         return answer
 
     async def _handle(
-        self, daemon: Daemon, line: Line, command: AnyCommand, by: str, admin: bool, key: IdempotencyKey | None
+        self, daemon: Daemon, line: Connection, command: AnyCommand, by: str, admin: bool, key: IdempotencyKey | None
     ) -> None:
         """Handle a request as the HTTP layer does: ask, then respond or report that the response was not delivered."""
-        size = 100 if self.plan.bounds.inflight_bytes < 1000 else 0
-        with self.watch.under_way(command):
+        size = 100 if self.scenario.bounds.inflight_bytes < 1000 else 0
+        with self.monitor.pending(command):
             operator = Operator("", "simulated") if admin else None
             answer = await daemon.actor.ask(command, by=by, admin=admin, key=key, size=size, operator=operator)
-            self.watch.answered(command, key, answer)
+            self.monitor.check_response(command, key, answer)
         if line.reply.done():  # the connection is closed or the caller has left
             if isinstance(answer, Response) and answer.grants:
                 self.fired["grant undelivered"] += 1
                 daemon.actor.undelivered(answer)
             return
         if isinstance(answer, Response):
-            self.watch.delivered(line.who if key is None else key.digest, answer)
+            self.monitor.note_delivery(line.who if key is None else key.digest, answer)
         line.reply.set_result(answer)
 
-    def _hang_up(self, line: Line, handler: asyncio.Task[None]) -> None:
+    def _hang_up(self, line: Connection, handler: asyncio.Task[None]) -> None:
         if line.reply.done():
             return
         roll = self.dice.random()
         waits_for: asyncio.Future[Any] | None = handler._fut_waiter  # type: ignore[attr-defined]  # its answer
         if roll < 0.25 and waits_for is not None:
-            waits_for.add_done_callback(lambda _: self._go_with_answer(line, handler))
+            waits_for.add_done_callback(lambda _: self._disconnect_at_response(line, handler))
             return
         self.fired["mishap client disconnects"] += 1
         line.close()
@@ -239,7 +239,7 @@ class Machine:
         else:
             self.loop.call_later(roll / 100, handler.cancel)  # a writer sees it before the handler does
 
-    def _go_with_answer(self, line: Line, handler: asyncio.Task[None]) -> None:
+    def _disconnect_at_response(self, line: Connection, handler: asyncio.Task[None]) -> None:
         """Break the connection when the response is ready and the handler may not have read it yet."""
         if not line.reply.done():
             self.fired["mishap client disconnects at the response"] += 1
@@ -252,7 +252,7 @@ class Daemon:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.lines: dict[Line, None] = {}
+        self.lines: dict[Connection, None] = {}
         self.is_open = False
         self.how = "killed"
         self.gone = asyncio.Event()
@@ -309,17 +309,17 @@ class Daemon:
         self.actor = Actor(
             machine.disk,
             self.book,
-            Keys(current_responses(opened.keys, self.book), machine.plan.keys),
+            Keys(current_responses(opened.keys, self.book), machine.scenario.keys),
             self.clock,
             machine.next_policy,
             random=machine.dice.randbytes,
-            bounds=machine.plan.bounds,
+            bounds=machine.scenario.bounds,
             is_full=opened.full,
             has_reserve=opened.has_reserve,
         )
-        self.actor.slow_commit_s = machine.plan.slow_commit_s
+        self.actor.slow_commit_s = machine.scenario.slow_commit_s
         self.actor.on_commit.append(event_log.write_lines)
-        machine.watch.opened(self, GRACE_MS)
+        machine.monitor.check_start(self, GRACE_MS)
 
     async def _live(self) -> None:
         machine = self.machine
@@ -327,7 +327,7 @@ class Daemon:
         self._settle()
         running = self.spawn(self.actor.run())
         running.add_done_callback(lambda _: self.stopped.set())
-        self.cleaner = Maintainer(self.actor, self.clock, machine.plan.schedule)
+        self.cleaner = Maintainer(self.actor, self.clock, machine.scenario.schedule)
         self.cleaning = self.spawn(self.cleaner.run())
         sweeping = self._sweep()
         self.is_open, self.opened_s = True, machine.loop.now_s
@@ -336,7 +336,7 @@ class Daemon:
         self.is_open = False
         self.how = "disk broken" if running.done() else "stopped"
         self.actor.stop_parking()
-        await self._answer_the_rest()
+        await self._answer_pending()
         if sweeping is not None and self.sweeper is not None:
             self.sweeper.stop()
             await sweeping
@@ -348,16 +348,16 @@ class Daemon:
         except DiskBroken as broken:
             self.how = "disk broken"
             if not isinstance(broken.__cause__, (OSError, DiskFull)):
-                machine.watch.fail("S8", f"the daemon ended by a bug of its own: {broken.__cause__!r}")
+                machine.monitor.fail("S8", f"the daemon ended by a bug of its own: {broken.__cause__!r}")
         self._drop_lines()
         self.gone.set()
 
     def _sweep(self) -> asyncio.Task[None] | None:
         machine = self.machine
-        if not machine.plan.policy.artifacts:
+        if not machine.scenario.policy.artifacts:
             return None
         sweeps = SweepStats(waiting=self.opened.tombstones)
-        self.sweeper = ArtifactSweeper(machine.disk, machine.artifacts, self.clock, sweeps, machine.plan.margins)
+        self.sweeper = ArtifactSweeper(machine.disk, machine.artifacts, self.clock, sweeps, machine.scenario.margins)
         machine.disk.on_tombstones = self.sweeper.expect
         return self.spawn(self.sweeper.run())
 
@@ -372,13 +372,13 @@ class Daemon:
         for index, ids in enumerate(slices or [[]]):
             self.actor.owe(EndGrants(ids=ids, last=index + 1 >= len(slices)))
 
-    async def _answer_the_rest(self) -> None:
+    async def _answer_pending(self) -> None:
         """L1: answer requests in flight before stopping the rest."""
         for _ in range(int(STOP_S / 0.02)):
             if all(line.reply.done() for line in self.lines):
                 return
             await asyncio.sleep(0.02)
-        self.machine.watch.fail("L1", f"{len(self.lines)} requests in flight were not answered before the end")
+        self.machine.monitor.fail("L1", f"{len(self.lines)} requests in flight were not answered before the end")
 
     def _drop_lines(self) -> None:
         for line in self.lines:

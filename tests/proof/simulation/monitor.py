@@ -25,8 +25,8 @@ from jobd.model.events import Change, fold
 from jobd.model.job import FINISHED, MAX_LATE_RESULTS, SECOND_MS, TOKEN_COUNTER_BITS, Grant, Job, Policy
 from jobd.model.responses import CleanupReport, GrantView, Response
 from jobd.model.storage import Batch, StoredResponse
-from tests.proof.simulation.invariants import BY_TIME, NOTES, Broken, Decide, Promises
-from tests.proof.simulation.response_times import Patience
+from tests.proof.simulation.invariants import BY_TIME, NOTES, Decide, DecisionChecks, Violation
+from tests.proof.simulation.response_times import ResponseTimes
 from tests.support.rule_harness import compare, picture
 
 if TYPE_CHECKING:
@@ -38,15 +38,15 @@ LOOK_EVERY_S: Final = 0.8
 PICTURE_EVERY: Final = 500  # decisions
 
 
-class Watch(Promises):
+class Monitor(DecisionChecks):
     """`first` is the first broken invariant. `steps` counts decided commands, `fired` everything by name."""
 
     def __init__(self, machine: Machine, fired: Counter[str]) -> None:
         super().__init__()
         self.machine = machine
         self.fired = fired
-        self.patience = Patience(machine)
-        self.first: Broken | None = None
+        self.response_times = ResponseTimes(machine)
+        self.first: Violation | None = None
         self.steps = 0
         self.highest_token = 0  # over all commits, including those lost by a restore
         self.received: dict[int, str] = {}  # token -> the client that received it
@@ -68,13 +68,13 @@ class Watch(Promises):
 
     def fail(self, rule: str, what: str, job_id: str | None = None) -> None:
         if self.first is None:
-            self.first = Broken(rule, what, job_id)
+            self.first = Violation(rule, what, job_id)
             self.machine.note("broken", rule, what, job_id)
             self.machine.finished.set()
 
     # -- a start ------------------------------------------------------------------------------------------------------
 
-    def opened(self, daemon: Daemon, grace_ms: int) -> None:
+    def check_start(self, daemon: Daemon, grace_ms: int) -> None:
         """Check after a start that memory equals the disk, and that every acknowledged change is there."""
         self._durable = {}
         self._calls = set()
@@ -83,9 +83,9 @@ class Watch(Promises):
         self._good_pass_s = self.machine.loop.now_s
         self.begin(daemon.book, daemon.clock.moment().lease, grace_ms)
         self.recount(daemon.book)
-        self.whole()
+        self.check_disk()
 
-    def whole(self) -> None:
+    def check_disk(self) -> None:
         """Check that every acknowledged change is on disk, and that each job's journal folds to its row."""
         disk = self.machine.disk
         journal = {event.seq: event for event in disk.events}
@@ -97,7 +97,7 @@ class Watch(Promises):
             elif job_seq:
                 gone = job_seq in self.deleted or job_id in disk.quarantined
                 self.must(gone, "S6", f"event {seq} ({kind}) was acknowledged and is lost", job_id)
-        self._check_lates()
+        self._check_late_results()
         rows: dict[int, Job | None] = {}
         for event in disk.events:
             if event.job_seq in disk.jobs:  # the journal of a deleted job may be partly pruned
@@ -106,7 +106,7 @@ class Watch(Promises):
             job = rows.get(seq)
             self.must(row == job, "S7", f"the journal folds to {job}, the row is {row}", row.id)
 
-    def _check_lates(self) -> None:
+    def _check_late_results(self) -> None:
         """Check that every acknowledged late result is kept with its job, or was displaced by later ones."""
         disk = self.machine.disk
         for seq, (kind, job_seq, job_id) in self.acknowledged.items():
@@ -119,7 +119,7 @@ class Watch(Promises):
             one_each = len(tokens) <= MAX_LATE_RESULTS and tokens == sorted(set(tokens))
             self.must(one_each, "S6", f"job {job_seq} has late results of grants {tokens}")
 
-    def put_back(self, acknowledged: dict[int, tuple[str, int, str]]) -> None:
+    def note_restore(self, acknowledged: dict[int, tuple[str, int, str]]) -> None:
         """Forget what was acknowledged after the copy that was restored."""
         self.acknowledged = dict(acknowledged)
         self._key_rows = dict(self.machine.disk.keys)
@@ -134,7 +134,7 @@ class Watch(Promises):
         self.fired[f"command {type(call.command).__name__}"] += 1
         self.fired["dry run"] += is_dry_run(call.command)
         whole = picture(book) if self.steps % PICTURE_EVERY == 0 else None
-        decision = self.judged(self._decide, book, call, at, policy)
+        decision = self.check(self._decide, book, call, at, policy)
         self.must(whole is None or whole == picture(book), "S8", f"{type(call.command).__name__} changed the book")
         self._latest_wall = max(self._latest_wall, at.believed)
         if id(call.command) in self._decided:
@@ -154,12 +154,12 @@ class Watch(Promises):
         self._held_at = (self._held_at or at.lease) if is_held else None
         self.must(self._held_at in (None, at.lease), "S11", f"lease time went on from {self._held_at} on a full disk")
 
-    def aged(self, job: Job, at: Moment) -> None:
+    def check_aging(self, job: Job, at: Moment) -> None:
         """S13: nothing ages by a clock that is wrong, whether the daemon suspects it or not."""
-        super().aged(job, at)
+        super().check_aging(job, at)
         self.must(not self.machine.leap_ms, "S13", f"a {job.status} job is old by a leap of the clock", job.id)
 
-    def recovered(self, job: Job, at: Moment) -> None:
+    def check_recovery(self, job: Job, at: Moment) -> None:
         """Check L2, after the faults have stopped."""
         assert job.lease is not None
         since = self.machine.closing_since
@@ -182,7 +182,7 @@ class Watch(Promises):
 
     # -- a commit -----------------------------------------------------------------------------------------------------
 
-    def committed(self, batch: Batch) -> None:
+    def check_commit(self, batch: Batch) -> None:
         """Check a committed batch."""
         self._commits += 1
         daemon = self.daemon
@@ -220,7 +220,7 @@ class Watch(Promises):
             self.must(batch.numbers.next_token > counter, "S2", "the mark of the tokens went back")
         self._check_audit(batch)
         self._check_keys(batch)
-        self._check_passes(batch)
+        self._check_cleanup(batch)
         if daemon is not None:
             disk = self.machine.disk
             for change in batch.changes:
@@ -235,7 +235,7 @@ class Watch(Promises):
         """S13: a deletion and the tombstone of its object are on disk together."""
         job = change.before
         key = None if job is None or job.result is None else job.result.storage_key
-        due = key is not None and self.machine.plan.policy.artifacts
+        due = key is not None and self.machine.scenario.policy.artifacts
         left = [tombstone.key for tombstone in batch.tombstones if tombstone.job_seq == change.event.job_seq]
         expected = [key] if due else []
         self.must(left == expected, "S13", f"tombstones for {left}, not {expected}", change.event.job_id)
@@ -256,7 +256,7 @@ class Watch(Promises):
             is_told = len(planned) <= counted
             self.must(is_told, "S15", f"{event.type} by an operator is not in the audit log", event.job_id)
 
-    def _check_passes(self, batch: Batch) -> None:
+    def _check_cleanup(self, batch: Batch) -> None:
         """L5: if no cleanup run has succeeded for three periods, health reports it."""
         daemon, now_s = self.daemon, self.machine.loop.now_s
         if batch.report is not None and not msgspec.json.decode(batch.report, type=CleanupReport).errors:
@@ -269,14 +269,16 @@ class Watch(Promises):
             silent_s = now_s - self._good_pass_s
             self.must(told or silent_s <= late_s + 1, "L5", f"no pass has succeeded for {silent_s:.0f} s, none says so")
 
-    def frozen(self, seconds: float) -> None:
+    def note_freeze(self, seconds: float) -> None:
         """Note a freeze: a cleanup run may have been in progress."""
         self._good_pass_s += seconds
 
-    def pruned(self, before: int) -> None:
+    def check_prune(self, before: int) -> None:
         """S13: the journal of a deleted job is kept for its time."""
         kept_ms = self.machine.wall() - self.machine.leap_ms - before
-        self.must(kept_ms >= self.machine.plan.schedule.journal_ms, "S13", f"journals are deleted after {kept_ms} ms")
+        self.must(
+            kept_ms >= self.machine.scenario.schedule.journal_ms, "S13", f"journals are deleted after {kept_ms} ms"
+        )
 
     def recount(self, book: Book) -> None:
         """Compare every queue and counter in memory with the rows on disk.
@@ -298,7 +300,7 @@ class Watch(Promises):
         now = self._latest_wall
         rows = self._key_rows
         added = {row.digest: row for row in batch.keys}
-        limit = self.machine.plan.keys
+        limit = self.machine.scenario.keys
         for digest in [*batch.forget_keys, *added]:
             old = rows.get(digest)
             if old is None:
@@ -324,15 +326,15 @@ class Watch(Promises):
     # -- an answer ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def under_way(self, command: AnyCommand) -> Iterator[None]:
+    def pending(self, command: AnyCommand) -> Iterator[None]:
         """Keep the decision on this command until its response."""
         self._decided[id(command)] = None
-        self.patience.asked(command)
+        self.response_times.sent(command)
         try:
             yield
         finally:
             del self._decided[id(command)]
-            self.patience.forget(command)
+            self.response_times.forget(command)
 
     def _expect_delivery(self, daemon: Daemon, job_id: str, grant: Grant, looks: int) -> None:
         """Expect a grant that was not delivered to be released."""
@@ -349,15 +351,15 @@ class Watch(Promises):
             return
         self.fail("S1", f"nobody has received grant {grant.fencing_token}, and it was not taken back", job_id)
 
-    def answered(self, command: AnyCommand, key: IdempotencyKey | None, answer: Response | ApiError) -> None:
+    def check_response(self, command: AnyCommand, key: IdempotencyKey | None, answer: Response | ApiError) -> None:
         """Check a response of the actor before it is sent."""
-        self.patience.answered(command)
+        self.response_times.answered(command)
         decision = self._decided[id(command)]
         job_id = getattr(command, "id", None)
         name = type(command).__name__
         if isinstance(answer, ApiError):
             self.fired[f"refusal {answer.code}"] += 1
-            self._check_refusal(name, answer, decision, job_id)
+            self._check_error(name, answer, decision, job_id)
             return
         if answer.replayed:
             self.fired["answer replayed"] += 1
@@ -375,7 +377,7 @@ class Watch(Promises):
             committed = token <= self.highest_token
             self.must(committed, "S6", f"grant {token} was answered before its commit", granted.job.id)
 
-    def _check_refusal(self, name: str, answer: ApiError, decision: Decision | None, job_id: str | None) -> None:
+    def _check_error(self, name: str, answer: ApiError, decision: Decision | None, job_id: str | None) -> None:
         if answer.code == "internal_error":
             disk = self.machine.disk
             failing = disk.failing & {"find", "timeline"} or self.machine.had_read_errors or disk.is_broken
@@ -412,7 +414,7 @@ class Watch(Promises):
             same = row is not None and row.body == msgspec.json.encode(answer.data)
             self.must(same, "S9", f"the answer of {name} was not stored under its key")
 
-    def delivered(self, who: str, answer: Response) -> None:
+    def note_delivery(self, who: str, answer: Response) -> None:
         """Note that the caller has received the response."""
         for job_id, granted in _grants(answer):
             owner = self.received.setdefault(granted.fencing_token, who)

@@ -61,13 +61,13 @@ from jobd.model.commands import (
 )
 from jobd.model.job import STATUSES, Backoff, Job
 from tests.proof.simulation.disk import SimDisk
-from tests.proof.simulation.scenario import Plan
+from tests.proof.simulation.scenario import Scenario
 
 
 class Requests:
     """Draw commands. `now` returns wall time in Unix ms, for the times in a request."""
 
-    def __init__(self, dice: Random, plan: Plan, disk: SimDisk) -> None:
+    def __init__(self, dice: Random, plan: Scenario, disk: SimDisk) -> None:
         self.dice = dice
         self.plan = plan
         self.disk = disk

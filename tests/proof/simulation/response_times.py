@@ -24,24 +24,24 @@ LOOK_EVERY_S: Final = 0.8
 LOOKS: Final = 3  # how often a claim may be seen waiting while its job is due
 
 
-class Patience:
+class ResponseTimes:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self._asked_s: dict[int, float] = {}  # by the identity of a pending command
-        faults = machine.plan.faults
+        faults = machine.scenario.faults
         self._longest_s = AT_ONCE_S + sum(HELD_UP_S.get(fault, 0) for fault in faults)
 
-    def asked(self, command: AnyCommand) -> None:
+    def sent(self, command: AnyCommand) -> None:
         loop, daemon = self.machine.loop, self.machine.daemon
         self._asked_s[id(command)] = loop.now_s
         if isinstance(command, Claim) and command.wait_ms and daemon is not None:
-            loop.call_later(LOOK_EVERY_S, self._look, daemon, command, loop.now_s, 0)
+            loop.call_later(LOOK_EVERY_S, self._check_claim, daemon, command, loop.now_s, 0)
 
     def answered(self, command: AnyCommand) -> None:
         waited_s = self.machine.loop.now_s - self._asked_s[id(command)]
         longest_s = self._longest_s + (command.wait_ms / SECOND_MS if isinstance(command, Claim) else 0)
         late = f"{type(command).__name__} was answered after {waited_s:.1f} s"
-        self.machine.watch.must(waited_s <= longest_s, "L1", late, getattr(command, "id", None))
+        self.machine.monitor.must(waited_s <= longest_s, "L1", late, getattr(command, "id", None))
 
     def forget(self, command: AnyCommand) -> None:
         """Stop timing a command: it has its response, or its caller has left."""
@@ -49,17 +49,17 @@ class Patience:
 
     # -- claims that wait ---------------------------------------------------------------------------------------------
 
-    def _look(self, daemon: Daemon, command: Claim, since_s: float, seen: int) -> None:
+    def _check_claim(self, daemon: Daemon, command: Claim, since_s: float, seen: int) -> None:
         """Check repeatedly, until the claim has its response, that no job for it is due."""
         if self.machine.daemon is not daemon or not daemon.is_open or self._asked_s.get(id(command)) != since_s:
             return
-        job_id = self._work_for(daemon, command)
-        seen = 0 if job_id is None or self._is_held_up(daemon, since_s) else seen + 1
+        job_id = self._due_job(daemon, command)
+        seen = 0 if job_id is None or self._is_delayed(daemon, since_s) else seen + 1
         late = f"a claim waits although {job_id} is due"
-        self.machine.watch.must(seen < LOOKS, "L3", late, job_id)
-        self.machine.loop.call_later(LOOK_EVERY_S, self._look, daemon, command, since_s, seen)
+        self.machine.monitor.must(seen < LOOKS, "L3", late, job_id)
+        self.machine.loop.call_later(LOOK_EVERY_S, self._check_claim, daemon, command, since_s, seen)
 
-    def _work_for(self, daemon: Daemon, command: Claim) -> str | None:
+    def _due_job(self, daemon: Daemon, command: Claim) -> str | None:
         """Return the job that a waiting claim should have been granted."""
         asked: Envelope | None = next(
             (asked for asked, *_ in daemon.actor.parked._all.values() if asked.call.command is command), None
@@ -70,7 +70,7 @@ class Patience:
         order = due_order(book.jobs.values(), now, command.queues, command.kinds, book.paused)
         return next((job_id for job_id in order if not is_overdue(book.jobs[job_id], now)), None)
 
-    def _is_held_up(self, daemon: Daemon, since_s: float) -> bool:
+    def _is_delayed(self, daemon: Daemon, since_s: float) -> bool:
         """Return whether the disk is slow, or a clock step made the job due, which only the next command notices."""
         disk = self.machine.disk
         slow = bool(disk.full or disk.slowness_s or disk.slowed or daemon.actor.full_disk.closed != Closed.NOTHING)

@@ -19,13 +19,13 @@ from msgspec import Struct, field
 
 from jobd.core import decide
 from jobd.model.storage import DiskFull
-from tests.proof.simulation.clients import Creator, Operator, Person, Worker
-from tests.proof.simulation.final_phase import Closing
-from tests.proof.simulation.injector import Chaos
+from tests.proof.simulation.clients import Creator, Operator, SimClient, Worker
+from tests.proof.simulation.final_phase import FinalPhase
+from tests.proof.simulation.injector import FaultInjector
 from tests.proof.simulation.loop import SimLoop
 from tests.proof.simulation.machine import Machine
 from tests.proof.simulation.scenario import FAULTS, MISHAPS, draw
-from tests.proof.simulation.trace import Journal
+from tests.proof.simulation.trace import Trace
 
 LONGEST_S: Final = 24 * 3_600.0  # virtual time, for seeds in which little happens
 
@@ -44,14 +44,14 @@ class Outcome(Struct):
 
 def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), tell: bool = False) -> Outcome:
     """Run `seed` until this many commands were decided, then its final phase."""
-    journal = Journal(tell=tell)
+    journal = Trace(tell=tell)
     loop = SimLoop(Random(f"{seed}: loop"))
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        machine = runner.run(_play(seed, steps, loop, journal, without))
-    broken = machine.watch.first
+        machine = runner.run(_run(seed, steps, loop, journal, without))
+    broken = machine.monitor.first
     return Outcome(
         seed=seed,
-        steps=machine.watch.steps,
+        steps=machine.monitor.steps,
         digest=journal.digest,
         fired=dict(machine.fired),
         broken=None if broken is None else (broken.rule, broken.what, broken.job_id),
@@ -60,27 +60,27 @@ def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), te
     )
 
 
-async def _play(seed: int, steps: int, loop: SimLoop, journal: Journal, without: frozenset[str]) -> Machine:
+async def _run(seed: int, steps: int, loop: SimLoop, journal: Trace, without: frozenset[str]) -> Machine:
     machine = Machine(seed, draw(seed, without), loop, journal)
     machine.enough = steps
     with _watched(machine):
         supervisor = asyncio.create_task(machine.keep_running())
-        chaos = Chaos(machine)
+        chaos = FaultInjector(machine)
         others = [asyncio.create_task(chaos.live())]
-        people = [asyncio.create_task(person.live()) for person in _people(machine)]
+        people = [asyncio.create_task(person.live()) for person in _clients(machine)]
         enough = loop.call_later(LONGEST_S, machine.finished.set)
         await machine.finished.wait()
         enough.cancel()
-        if machine.watch.first is None:
-            closing = asyncio.create_task(Closing(machine).play([*people, *others]))
-            await _first_of(closing, machine)
+        if machine.monitor.first is None:
+            closing = asyncio.create_task(FinalPhase(machine).run([*people, *others]))
+            await _wait_for_end(closing, machine)
             others.append(closing)
         await _end(machine, [*people, *others, supervisor])
     return machine
 
 
-def _people(machine: Machine) -> list[Person]:
-    plan = machine.plan
+def _clients(machine: Machine) -> list[SimClient]:
+    plan = machine.scenario
     return [
         *(Creator(machine, f"c-{number}") for number in range(plan.creators)),
         *(Worker(machine, f"w-{number}") for number in range(plan.workers)),
@@ -88,9 +88,9 @@ def _people(machine: Machine) -> list[Person]:
     ]
 
 
-async def _first_of(closing: asyncio.Task[None], machine: Machine) -> None:
+async def _wait_for_end(closing: asyncio.Task[None], machine: Machine) -> None:
     """Wait until the final phase is over or an invariant broke."""
-    while not closing.done() and machine.watch.first is None:
+    while not closing.done() and machine.monitor.first is None:
         await asyncio.wait([closing], timeout=60)
     if closing.done():
         closing.result()
@@ -99,7 +99,7 @@ async def _first_of(closing: asyncio.Task[None], machine: Machine) -> None:
 async def _end(machine: Machine, tasks: list[asyncio.Task[Any]]) -> None:
     """Stop the daemon, gracefully if nothing broke, and end all tasks."""
     machine.off = True
-    if machine.daemon is not None and machine.watch.first is None:
+    if machine.daemon is not None and machine.monitor.first is None:
         await machine.daemon.stop()
     else:
         machine.crash(power_cut=False)
@@ -119,7 +119,7 @@ def _watched(machine: Machine) -> Iterator[None]:
     def listen(_: Any, __: str, entry: MutableMapping[str, Any]) -> str:
         if entry.get("exc_info"):
             machine.note("log", entry["event"])
-            _judge(machine, entry["event"], sys.exc_info()[1])
+            _check_logged_error(machine, entry["event"], sys.exc_info()[1])
         raise structlog.DropEvent
 
     structlog.configure(
@@ -127,7 +127,7 @@ def _watched(machine: Machine) -> Iterator[None]:
         wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR),
         cache_logger_on_first_use=False,
     )
-    decide.decide = machine.watch.decide
+    decide.decide = machine.monitor.decide
     try:
         yield
     finally:
@@ -135,16 +135,16 @@ def _watched(machine: Machine) -> Iterator[None]:
         structlog.configure(**before)
 
 
-def _judge(machine: Machine, event: str, error: BaseException | None) -> None:
+def _check_logged_error(machine: Machine, event: str, error: BaseException | None) -> None:
     """Check that a logged failure was injected."""
     if error is not None and not isinstance(error, (OSError, DiskFull)):
-        machine.watch.fail("log", f"{event}: {error!r}")
+        machine.monitor.fail("log", f"{event}: {error!r}")
 
 
 # -- when something broke ---------------------------------------------------------------------------------------------
 
 
-def explain(seed: int, steps: int, broken: tuple[str, str, str | None]) -> Outcome:
+def reduce_failure(seed: int, steps: int, broken: tuple[str, str, str | None]) -> Outcome:
     """Reproduce a failure with as few faults and mishaps as possible, with its trace."""
     without: frozenset[str] = frozenset()
     for name in (*FAULTS, *MISHAPS):

@@ -55,7 +55,7 @@ MISHAPS: Final = (
 RARE: Final = frozenset({"rot", "restore", "long wall step", "leap", "read error", "lost fsync result", "write error"})
 
 
-class Plan(Struct, frozen=True):
+class Scenario(Struct, frozen=True):
     """`faults` are injected, `mishaps` are errors of clients. `pace_s`: average seconds between faults."""
 
     faults: tuple[str, ...]
@@ -76,12 +76,12 @@ class Plan(Struct, frozen=True):
     slow_commit_s: float  # after a commit of this duration reads go first
 
 
-def draw(seed: int, without: frozenset[str] = frozenset()) -> Plan:
+def draw(seed: int, without: frozenset[str] = frozenset()) -> Scenario:
     """Draw the scenario of `seed`, without the faults and mishaps in `without` (to find those that matter)."""
     dice = Random(f"{seed}: plan")
     faults = [name for name in FAULTS if dice.random() < (0.15 if name in RARE else 0.45)]
     mishaps = [name for name in MISHAPS if dice.random() < 0.6]
-    return Plan(
+    return Scenario(
         faults=tuple(name for name in faults if name not in without),
         mishaps=tuple(name for name in mishaps if name not in without),
         workers=dice.randint(1, 5),

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 
-class Journal:
+class Trace:
     def __init__(self, *, tell: bool = False) -> None:
         self.lines: list[str] = []
         self._tell = tell
