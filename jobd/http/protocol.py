@@ -503,7 +503,7 @@ class ServerConnection(RequestHandler):
         if isinstance(exc, HttpProcessingError):
             line = f"a line of its head is over {self.max_line_size} bytes"
             why = line if isinstance(exc, LineTooLong) else WRONG_HEAD
-            refusal = ApiError("invalid_request", f"The request is not readable as HTTP/1.1: {why}.")
+            refusal = ApiError("invalid_request", f"The request is not valid HTTP/1.1: {why}.")
         else:
             self.log_exception("connection_bug", exc_info=exc)
             refusal = INTERNAL_ERROR

@@ -32,7 +32,7 @@ KIND = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}
 
 
 class Stream:
-    """A stream of commands by hand: the head, chunks out, chunks in."""
+    """A raw command stream: head, sent chunks, received chunks."""
 
     def __init__(self, line: RawConnection) -> None:
         self.line = line
@@ -48,7 +48,7 @@ class Stream:
         return cls(line)
 
     def raw(self, data: bytes) -> None:
-        """One chunk."""
+        """Send one chunk."""
         self.line.send(b"%x\r\n%b\r\n" % (len(data), data))
 
     def send(self, *commands: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ class Stream:
         self.line.send(b"0\r\n\r\n")
 
     async def hear(self) -> Any:
-        """The next answer; None at the proper end."""
+        """Receive the next response. None at the regular end."""
         while b"\n" not in self._heard:
             size = int(await self.line.reader.readuntil(b"\r\n"), 16)
             self._heard += await self.line.reader.readexactly(size)
@@ -99,7 +99,7 @@ async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
 
 
 class Held:
-    """Answers of a desk that come when the test says so."""
+    """Responses that the fake actor holds back until the test releases them."""
 
     def __init__(self, harness: HttpHarness, answer: Response) -> None:
         self.go = asyncio.Event()
@@ -246,8 +246,8 @@ async def test_a_malformed_line_gets_an_error_and_the_stream_continues(
 
 
 async def test_an_error_is_the_usual_object_with_its_status(tmp_path: Path) -> None:
-    desk = FakeActor(lambda command: ApiError("overloaded", "Full."))
-    async with HttpHarness(ROUTES, tmp_path, actor=desk) as harness:
+    actor = FakeActor(lambda command: ApiError("overloaded", "Full."))
+    async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
         stream = await Stream.open(harness)
         with capture_logs() as logs:
             answer = await stream.ask(op="get", id="job-7")
@@ -258,7 +258,7 @@ async def test_an_error_is_the_usual_object_with_its_status(tmp_path: Path) -> N
 
 
 async def test_responses_with_line_breaks_stay_one_line(town: Town) -> None:
-    """What its creator wrote with line breaks is shown without them."""
+    """Line breaks in a payload are replaced."""
     created = await town.harness.request("POST", "/v1/jobs", '{"id":"j","payload":{\n\r\n"a": "b\\nc"\n}}')
     assert created.status == 201
     stream = await Stream.open(town.harness)
@@ -283,12 +283,12 @@ async def test_the_life_of_a_job(town: Town) -> None:
     assert (answer["data"]["status"], answer["data"]["metadata"]) == ("completed", {"n": 1})
     stream.end()
     assert await stream.hear() is None
-    again = await stream.line.request("GET", "/v1/jobs/j")  # the connection is as good as before
+    again = await stream.line.request("GET", "/v1/jobs/j")  # the connection stays open
     assert again.data["status"] == "completed"
 
 
 async def test_responses_come_in_the_order_of_the_lines(town: Town) -> None:
-    """Whatever takes longer, or is refused at once."""
+    """Even if one takes longer, or fails at once."""
     stream = await Stream.open(town.harness)
     for number in range(300):
         stream.send({"op": "create", "id": f"j-{number}"})
@@ -367,7 +367,7 @@ async def test_the_limit_of_the_mailbox_applies_to_streams(tmp_path: Path) -> No
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Bounds.
+# Limits.
 
 
 async def test_the_number_of_pending_commands_is_limited(tmp_path: Path) -> None:
@@ -377,20 +377,20 @@ async def test_the_number_of_pending_commands_is_limited(tmp_path: Path) -> None
         await gate.wait()
         return Response(EmptyResponse())
 
-    desk = FakeActor(wait)
-    async with HttpHarness(ROUTES, tmp_path, actor=desk) as harness:
+    actor = FakeActor(wait)
+    async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
         stream = await Stream.open(harness)
         stream.send(*({"op": "get", "id": f"j-{number}"} for number in range(1_000)))
         stream.end()
-        await until(lambda: len(desk.received) == command_stream.AHEAD_WEIGHT)
+        await until(lambda: len(actor.received) == command_stream.AHEAD_WEIGHT)
         for _ in range(100):
             await asyncio.sleep(0)
-        assert len(desk.received) == command_stream.AHEAD_WEIGHT
+        assert len(actor.received) == command_stream.AHEAD_WEIGHT
         gate.set()
         for _ in range(1_000):
             assert (await stream.hear())["success"]
         assert await stream.hear() is None
-        assert [asked.command.id for asked in desk.received] == [f"j-{number}" for number in range(1_000)]
+        assert [asked.command.id for asked in actor.received] == [f"j-{number}" for number in range(1_000)]
 
 
 async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp_path: Path) -> None:
@@ -400,18 +400,18 @@ async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp
         await gate.wait()
         return Response(Grants([]))
 
-    desk = FakeActor(wait)
-    async with HttpHarness(ROUTES, tmp_path, actor=desk) as harness:
+    actor = FakeActor(wait)
+    async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
         claims = await Stream.open(harness)
         claims.send(*({"op": "claim", "worker": "w", "limit": 100} for _ in range(9)))
-        await until(lambda: len(desk.received) == 3)
+        await until(lambda: len(actor.received) == 3)
         large = await Stream.open(harness)
         for _ in range(9):
             large.send({"op": "create", "payload": "x" * 200_000})
-        await until(lambda: len(desk.received) == 3 + 6)
+        await until(lambda: len(actor.received) == 3 + 6)
         for _ in range(100):
             await asyncio.sleep(0)
-        assert len(desk.received) == 9
+        assert len(actor.received) == 9
         gate.set()
         assert all([(await stream.hear())["success"] for stream in (claims, large) for _ in range(9)])
 
@@ -420,13 +420,13 @@ async def test_a_client_that_stops_reading_is_not_read_and_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.2)
-    desk = FakeActor(lambda command: Response({"much": "x" * 20_000}))
-    async with HttpHarness(ROUTES, tmp_path, actor=desk) as harness:
+    actor = FakeActor(lambda command: Response({"much": "x" * 20_000}))
+    async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
         stream = await Stream.open(harness)
         with capture_logs() as logs:
             stream.send(*({"op": "get", "id": "j"} for _ in range(5_000)))
             await until(lambda: harness.listener.connections == 0)
-        assert len(desk.received) < 1_000
+        assert len(actor.received) < 1_000
         assert [line["event"] for line in logs if "cut_off" in line["event"]] == ["command_stream_cut_off"]
 
 
@@ -455,19 +455,19 @@ async def test_malformed_framing_ends_the_stream_after_the_responses_to_its_line
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Doors.
+# Listeners.
 
 
 async def test_a_stream_requires_its_content_type_and_a_token(tmp_path: Path, harness: HttpHarness) -> None:
-    heard = await harness.request("POST", "/v1/commands", '{"op":"get","id":"j"}')
-    assert (heard.status, heard.error) == (415, "unsupported_media_type")
+    response = await harness.request("POST", "/v1/commands", '{"op":"get","id":"j"}')
+    assert (response.status, response.error) == (415, "unsupported_media_type")
     gate = Authenticator("worker", tokens=[TOKEN], hosts=["localhost"])
     (tmp_path / "tcp").mkdir()
     async with HttpHarness(ROUTES, tmp_path / "tcp", gate=gate) as guarded:
-        heard = await guarded.request(
+        response = await guarded.request(
             "POST", "/v1/commands", '{"op":"get","id":"j"}', {"Content-Type": KIND["Content-Type"]}
         )
-        assert (heard.status, heard.error) == (401, "unauthorized")
+        assert (response.status, response.error) == (401, "unauthorized")
         stream = await Stream.open(guarded, Authorization=f"Bearer {TOKEN}")
         assert (await stream.ask(op="get", id="j"))["success"]
 
@@ -484,7 +484,7 @@ def test_the_admin_api_has_no_command_stream() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Clients that go away.
+# Disconnected clients.
 
 
 async def test_grants_of_a_disconnected_client_are_released(town: Town) -> None:
@@ -503,7 +503,7 @@ async def test_grants_of_a_disconnected_client_are_released(town: Town) -> None:
 
 
 async def test_grants_behind_unread_responses_are_released(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are committed and answered, and not a byte of them has left."""
+    """They are committed and encoded, and no byte of them was sent."""
     monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.2)
     payload = json.dumps("x" * 200_000)
     await town.harness.request("POST", "/v1/jobs", f'{{"id":"big","priority":9,"payload":{payload}}}')
@@ -531,8 +531,8 @@ async def test_only_the_grants_that_were_sent_are_kept(town: Town, monkeypatch: 
     stream.send(*({"op": "start", "id": job["id"], "worker": "deaf"} for job in jobs))
     await until(lambda: town.harness.listener.connections == 1)  # that of the bulk
     transport.resume_reading()
-    heard = await stream.line.reader.read(-1)
-    whole = heard.count(b'"status":200}')  # lines; there may be a part of one more
+    response = await stream.line.reader.read(-1)
+    whole = response.count(b'"status":200}')  # lines; there may be a part of one more
     assert 10 < whole < 290
     states = [(await town.job(job["id"]))["status"] for job in jobs]
     assert states[:whole] == ["processing"] * whole
@@ -550,13 +550,13 @@ async def test_a_grant_whose_line_was_sent_is_kept(town: Town) -> None:
 
 async def test_a_response_that_cannot_be_encoded_releases_its_grants(tmp_path: Path) -> None:
     grant = Response({"no": object()}, grants=[("j", "lock")])
-    desk = FakeActor(lambda command: grant)
-    async with HttpHarness(ROUTES, tmp_path, actor=desk) as harness:
+    actor = FakeActor(lambda command: grant)
+    async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
         stream = await Stream.open(harness)
         with capture_logs() as logs:
             answer = await stream.ask(op="claim", worker="w")
         assert (answer["error"], answer["status"]) == ("internal_error", 500)
-        assert desk.undelivered_responses == [grant]
+        assert actor.undelivered_responses == [grant]
         assert [line["event"] for line in logs if line["log_level"] == "error"] == ["request_bug"]
 
 
@@ -578,7 +578,7 @@ async def test_a_bug_ends_one_stream(harness: HttpHarness, monkeypatch: pytest.M
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The daemon's end.
+# Stops.
 
 
 async def test_a_stop_answers_the_lines_that_were_read_and_ends_the_stream(town: Town) -> None:
@@ -621,10 +621,10 @@ def test_a_real_daemon_serves_a_stream_and_stops_under_it(tmp_path: Path) -> Non
         line.sendall(request_bytes("POST", "/v1/commands", None, KIND))
         lines = b"".join(b'{"op":"create","id":"j-%d"}\n' % number for number in range(500))
         line.sendall(b"%x\r\n%b\r\n" % (len(lines), lines))
-        heard = line.makefile("rb")
+        response = line.makefile("rb")
         text = b""
         while text.count(b'"success":true') < 500:
-            text += heard.readline()
+            text += response.readline()
         assert text.count(b'"status":201}') == 500
         assert daemon.stop() == 0
-        assert b"0\r\n" in heard.read()
+        assert b"0\r\n" in response.read()

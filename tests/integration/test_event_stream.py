@@ -36,7 +36,7 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
 
 
 class Commits:
-    """What is committed, published to the feed of the harness."""
+    """Commits changes and publishes them to the feed of the harness."""
 
     def __init__(self, harness: HttpHarness) -> None:
         self.maker = ChangeFactory()
@@ -62,7 +62,7 @@ async def opened_stream(harness: HttpHarness, query: str = "") -> RawConnection:
 
 
 async def next_events(line: RawConnection, count: int) -> list[dict[str, Any]]:
-    """The next so many events of a stream, whatever comes between them."""
+    """Return the next events of a stream, without comments."""
     found: list[dict[str, Any]] = []
     while len(found) < count:
         text = await line.reader.readuntil(b"\n")
@@ -93,7 +93,7 @@ async def test_a_stream_resumes_after_the_last_received_event(harness: HttpHarne
     assert await seqs(by_header, 2) == [2, 3]
     by_query = await opened_stream(harness, "?last_event_id=2")
     assert await seqs(by_query, 1) == [3]
-    both = await harness.connect()  # a browser that comes again, with the query of its first time
+    both = await harness.connect()  # a browser that reconnects with its original query
     both.send(request_bytes("GET", "/v1/events?last_event_id=0", headers={"Last-Event-ID": "2"}))
     assert await seqs(both, 1) == [3]
     await commit()
@@ -143,10 +143,10 @@ async def test_invalid_parameters_are_named(harness: HttpHarness, query: str, fi
 
 
 @pytest.mark.parametrize(
-    "told", ["x", "-1", "1.0", "9" * 19, "9" * 30, "0" * 20 + "9" * 30, "0" * 20 + "9" * 5_000, "²"]
+    "value", ["x", "-1", "1.0", "9" * 19, "9" * 30, "0" * 20 + "9" * 30, "0" * 20 + "9" * 5_000, "²"]
 )
-async def test_a_last_event_id_is_a_number(harness: HttpHarness, told: str) -> None:
-    heard = await harness.send_raw(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": told}))
+async def test_a_last_event_id_is_a_number(harness: HttpHarness, value: str) -> None:
+    heard = await harness.send_raw(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": value}))
     assert (heard.status, heard.json["details"]["field"]) == (400, "Last-Event-ID")
 
 
@@ -162,7 +162,7 @@ async def test_pruned_events_are_an_error(harness: HttpHarness, commit: Commits)
 
 
 async def test_a_stream_that_cannot_continue_is_aborted(harness: HttpHarness, commit: Commits) -> None:
-    """Its client must not take that for the end."""
+    """The client must not take that for the end of the stream."""
     await commit(3 * event_feed.PAGE)
     line = await harness.connect()
     line.send(request_bytes("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "0"}))
@@ -208,7 +208,7 @@ async def test_a_client_that_does_not_read_is_cut_off_and_the_others_receive_eve
     while not harness.services.feed.dropped:
         await commit(1_000)
         total += 1_000
-        await until(lambda: not harness.services.feed._news)  # as a disk gives the loop its turns
+        await until(lambda: not harness.services.feed._news)  # as a real disk would yield to the loop
         assert total < 60_000, "the slow one was not cut off"
     await commit(60_000 - total)
     assert [event["seq"] for event in await hearing] == list(range(1, 60_001))
@@ -234,7 +234,7 @@ async def test_the_wait_for_a_client_that_does_not_read_the_journal_is_limited(
 async def test_the_wait_for_a_client_that_does_not_read_the_end_is_limited(
     harness: HttpHarness, commit: Commits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is left of a stream that ends by itself may be more than the socket takes."""
+    """The rest of a stream that ends may be larger than the socket buffer."""
 
     async def waits_for_the_client(self: web.StreamResponse) -> None:
         await asyncio.Event().wait()
@@ -279,7 +279,7 @@ async def test_a_bug_in_a_stream_ends_that_stream_only(
 
 
 class Stream:
-    """What a client hears of a daemon, in a thread: every event, and the last `id` beside them."""
+    """A client in a thread that receives every event, and the last `id`."""
 
     def __init__(self, response: HTTPResponse) -> None:
         self.events: list[dict[str, Any]] = []
@@ -294,7 +294,7 @@ class Stream:
     def _read(self) -> None:
         rest = b""
         try:
-            while piece := self._response.read1(65_536):  # readline would take a cut for the end
+            while piece := self._response.read1(65_536):  # readline would take an abort for the end
                 *lines, rest = (rest + piece).split(b"\n")
                 with self._heard:
                     self._note(lines)
@@ -309,7 +309,7 @@ class Stream:
                 self._next = line[4:].decode()
             elif line.startswith(b"data: "):
                 self._data = line[6:]
-            elif not line:  # what was cut off before its end does not count
+            elif not line:  # an incomplete event is ignored
                 self.position = self._next
                 if self._data:
                     self.events.append(json.loads(self._data))
@@ -354,7 +354,7 @@ def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path
                 for number in range(20):
                     lifecycle(daemon, f"job-{generation}-{number}")
                 if generation % 2:
-                    heard.until(20)  # killed while some may be on their way
+                    heard.until(20)  # killed while some events may be in flight
                 daemon.kill()
                 heard.ended()
                 assert not heard.is_whole
@@ -405,7 +405,7 @@ def test_a_pruned_journal_is_an_error_and_no_stream_contains_a_secret(tmp_path: 
         assert daemon.get(f"/v1/events?last_event_id={last['seq']}&follow=false").status == 200
         daemon.kill()
         daemon.start()
-        assert daemon.get("/v1/events?last_event_id=5").status == 410  # remembered over a crash
+        assert daemon.get("/v1/events?last_event_id=5").status == 410  # remembered across a crash
         assert daemon.get(f"/v1/events?last_event_id={last['seq']}&follow=false").status == 200
         tail = daemon.get("/v1/events?last=100&follow=false")
         assert b"data:" not in tail.body

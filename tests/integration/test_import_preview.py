@@ -46,8 +46,8 @@ async def look(harness: HttpHarness, *lines: Any) -> ReceivedResponse:
 
 
 async def test_each_line_is_reported_in_order(harness: HttpHarness) -> None:
-    heard = await look(harness, {"id": "a"}, "{", {"id": "old-1"}, {"id": "b", "status": "failed"}, "", {"id": "b"})
-    data = heard.data
+    response = await look(harness, {"id": "a"}, "{", {"id": "old-1"}, {"id": "b", "status": "failed"}, "", {"id": "b"})
+    data = response.data
     assert (data["wouldImport"], data["wouldSkip"], data["wouldRefuse"]) == (2, 2, 1)
     assert (data["more"], data["stopsAt"], data["stopReason"]) == (False, None, None)
     assert [(line["line"], line["id"], line["what"], line["status"]) for line in data["lines"]] == [
@@ -58,9 +58,7 @@ async def test_each_line_is_reported_in_order(harness: HttpHarness) -> None:
         (6, "b", "skip", None),
     ]
     assert data["lines"][4]["reason"] == "Line 4 has the same id."
-    assert {type(asked.command) for asked in harness.actor.received} == {
-        ImportCheck
-    }  # not even a note for the audit log
+    assert {type(asked.command) for asked in harness.actor.received} == {ImportCheck}  # not even an audit entry
 
 
 async def test_a_preview_says_where_the_import_would_stop(harness: HttpHarness) -> None:
@@ -77,8 +75,8 @@ async def test_a_preview_says_where_the_import_would_stop(harness: HttpHarness) 
 @pytest.mark.parametrize("code", ["overloaded", "storage_full", "shutting_down"])
 async def test_an_error_that_would_stop_the_import_now_is_the_response(harness: HttpHarness, code: str) -> None:
     harness.actor.respond = lambda command: ApiError(code, "Not now.")
-    heard = await look(harness, {"id": "a"}, {"id": "b"})
-    assert (heard.error, heard.json["details"]["line"]) == (code, 1)
+    response = await look(harness, {"id": "a"}, {"id": "b"})
+    assert (response.error, response.json["details"]["line"]) == (code, 1)
 
 
 async def test_other_errors_are_reported_by_line(harness: HttpHarness) -> None:
@@ -119,6 +117,6 @@ def test_the_preview_matches_the_import(tmp_path: Path) -> None:
     assert (seen.would_import, seen.would_skip, seen.would_refuse) == (done.imported, done.skipped, done.refused_count)
     made.pop("old")
     assert {line.id: line.status for line in seen.lines if line.what == "create"} == made
-    told = {line.line: line.reason for line in seen.lines if line.what == "refuse"}
-    assert told == {line.line: line.reason for line in done.refused}
+    reported = {line.line: line.reason for line in seen.lines if line.what == "refuse"}
+    assert reported == {line.line: line.reason for line in done.refused}
     assert (after.would_import, after.would_skip) == (0, done.imported + done.skipped)

@@ -43,7 +43,7 @@ allow_private = true
 """
 
 
-class House:
+class RunningDaemon:
     """A daemon with token files, both APIs on TCP ports, at log level debug. `said` is all that it answered."""
 
     def __init__(self, directory: Path, more: str = HOOK) -> None:
@@ -90,8 +90,8 @@ class House:
 
 
 @pytest.fixture
-def house(tmp_path: Path) -> Iterator[House]:
-    opened = House(tmp_path)
+def running(tmp_path: Path) -> Iterator[RunningDaemon]:
+    opened = RunningDaemon(tmp_path)
     with opened.daemon:
         yield opened
 
@@ -99,22 +99,22 @@ def house(tmp_path: Path) -> Iterator[House]:
 STATS, LIST = "/admin/job-management/stats", "/v1/jobs"
 
 
-def test_tokens_can_be_rotated_while_the_daemon_runs(house: House) -> None:
-    assert house.statuses("admin", STATS, *ADMIN, *WORKER[:2], WRONG) == [200, 200, 401, 401, 401, 401]
-    assert house.statuses("worker", LIST, *WORKER, *ADMIN[:2], WRONG) == [200, 200, 401, 401, 401, 401]
-    house.write(ADMIN[1:], WORKER[1:])
-    said = house.reload()
+def test_tokens_can_be_rotated_while_the_daemon_runs(running: RunningDaemon) -> None:
+    assert running.statuses("admin", STATS, *ADMIN, *WORKER[:2], WRONG) == [200, 200, 401, 401, 401, 401]
+    assert running.statuses("worker", LIST, *WORKER, *ADMIN[:2], WRONG) == [200, 200, 401, 401, 401, 401]
+    running.write(ADMIN[1:], WORKER[1:])
+    said = running.reload()
     assert "admin tokens" in said
     assert "worker tokens" in said
-    assert house.statuses("admin", STATS, *ADMIN) == [401, 200, 200]
-    assert house.statuses("worker", LIST, *WORKER) == [401, 200, 200]
+    assert running.statuses("admin", STATS, *ADMIN) == [401, 200, 200]
+    assert running.statuses("worker", LIST, *WORKER) == [401, 200, 200]
     for bad in ([SHORT], [*ADMIN], [], ["canary-é-0123456789-0123456789"], ["canary with blanks 0123456789"]):
-        house.write(bad, WORKER[:1])
-        said = house.reload()
+        running.write(bad, WORKER[:1])
+        said = running.reload()
         assert "reload_failed" in said
         assert "canary" not in said
-        assert house.statuses("admin", STATS, *ADMIN) == [401, 200, 200]
-        assert house.statuses("worker", LIST, *WORKER) == [401, 200, 200]
+        assert running.statuses("admin", STATS, *ADMIN) == [401, 200, 200]
+        assert running.statuses("worker", LIST, *WORKER) == [401, 200, 200]
 
 
 GOOD = ADMIN[0].encode()
@@ -137,37 +137,37 @@ NO_TOKENS = [
 ]
 
 
-def test_an_invalid_token_is_a_401_that_does_not_repeat_it(house: House) -> None:
+def test_an_invalid_token_is_a_401_that_does_not_repeat_it(running: RunningDaemon) -> None:
     for given in NO_TOKENS:
         for path in (b"/admin/job-management/stats", b"/nothing", b"/admin/job-management/force-fail"):
-            house.raw("admin", b"GET %b HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: %b\r\n\r\n" % (path, given))
-            assert house.said[-1][1].startswith("HTTP/1.1 401 "), given
-            assert "WWW-Authenticate: Bearer" in house.said[-1][1]
-            assert "canary" not in house.said[-1][1]
+            running.raw("admin", b"GET %b HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: %b\r\n\r\n" % (path, given))
+            assert running.said[-1][1].startswith("HTTP/1.1 401 "), given
+            assert "WWW-Authenticate: Bearer" in running.said[-1][1]
+            assert "canary" not in running.said[-1][1]
 
 
-def test_no_output_contains_a_secret(house: House, tmp_path: Path) -> None:
-    locks = _work(house)
-    _look_everywhere(house)
-    _get_it_wrong(house, locks)
-    _ask_the_process(house, locks)
-    house.run("doctor", "--running", ADMIN_TOKEN=ADMIN[0])
-    house.run("doctor", "--running", ADMIN_TOKEN=WRONG)
-    house.run("check-config", "--config", str(house.daemon.config))
-    house.run("backup", str(tmp_path / "copy.db"), ADMIN_TOKEN=ADMIN[0])
-    assert (tmp_path / "copy.db").exists(), house.said[-1]
-    assert house.daemon.stop() == 0
-    house.run("doctor", str(house.daemon.store))
-    house.run("serve", "--config", str(house.daemon.config), ADMIN_TOKEN=SHORT)
-    house.said.append(("log", house.daemon.log.decode()))
+def test_no_output_contains_a_secret(running: RunningDaemon, tmp_path: Path) -> None:
+    locks = _work(running)
+    _read_everything(running)
+    _send_wrong_requests(running, locks)
+    _inspect_process(running, locks)
+    running.run("doctor", "--running", ADMIN_TOKEN=ADMIN[0])
+    running.run("doctor", "--running", ADMIN_TOKEN=WRONG)
+    running.run("check-config", "--config", str(running.daemon.config))
+    running.run("backup", str(tmp_path / "copy.db"), ADMIN_TOKEN=ADMIN[0])
+    assert (tmp_path / "copy.db").exists(), running.said[-1]
+    assert running.daemon.stop() == 0
+    running.run("doctor", str(running.daemon.store))
+    running.run("serve", "--config", str(running.daemon.config), ADMIN_TOKEN=SHORT)
+    running.said.append(("log", running.daemon.log.decode()))
     tokens = [*ADMIN, *WORKER, WRONG, SHORT, KEY.decode(), SECRET, "canary-query", "canary-path"]
-    assert "event=granted" in house.said[-1][1], "the level is in force"
-    assert "event=dump_task" in house.said[-1][1]
-    for where, text in house.said:
+    assert "event=granted" in running.said[-1][1], "the level is in force"
+    assert "event=dump_task" in running.said[-1][1]
+    for where, text in running.said:
         path = where.partition("?")[0].replace("held-1", "{id}")
         secrets = tokens if path in LOCKS_SHOWN else tokens + locks
         assert [secret for secret in secrets if secret in text] == [], where
-    for file in (house.daemon.store, tmp_path / "copy.db"):
+    for file in (running.daemon.store, tmp_path / "copy.db"):
         assert not [token for token in tokens if token.encode() in file.read_bytes()], file
 
 
@@ -186,7 +186,7 @@ CANARIES = ("canary-path", "canary-more", "canary-query", SECRET, KEY.decode())
 
 @pytest.fixture
 def hooks(tmp_path: Path) -> Iterator[tuple[str, Receiver]]:
-    """Webhooks that go wrong in every way, as a configuration, and one that is told of the alerts."""
+    """Return a configuration of webhooks that fail in every way, and one for alerts."""
     with ExitStack() as stack:
         tls, _ = asyncio.run(tls_pair(tmp_path))
         ports = {name: stack.enter_context(rude(echoing(head))) for name, head in RUDE.items()}
@@ -208,42 +208,42 @@ def _block(name: str, url: str, events: str) -> str:
 
 
 def test_of_a_webhook_url_only_the_host_is_shown(hooks: tuple[str, Receiver], tmp_path: Path) -> None:
-    """However a try ends: not in a log line, a list, a page, an alert, what others are told of it, the store."""
+    """However an attempt ends: not in the log, a list, a page, an alert, a message or the store."""
     config, ear = hooks
-    house = House(tmp_path, config)
-    with house.daemon:
-        house.ask("worker", WORKER[0], "POST", "/v1/jobs", {"id": "a"})
+    running = RunningDaemon(tmp_path, config)
+    with running.daemon:
+        running.ask("worker", WORKER[0], "POST", "/v1/jobs", {"id": "a"})
         names = [line.split('"')[1] for line in config.splitlines() if line.startswith("name = ")]
-        _until(lambda: _tried(house) == len(names) - 1)
-        ear.wait_for(lambda heard: bool(heard))
-        listed = house.ask("admin", ADMIN[0], "GET", "/admin/job-management/webhooks").data["webhooks"]
+        _until(lambda: _tried(running) == len(names) - 1)
+        ear.wait_for(lambda response: bool(response))
+        listed = running.ask("admin", ADMIN[0], "GET", "/admin/job-management/webhooks").data["webhooks"]
         assert {each["url"].rpartition("/")[2] for each in listed} == {"…"}
         for path in ("/webhooks", "/", "/alerts", "/metrics", "/admin/job-management/alerts"):
-            assert house.ask("admin", ADMIN[0], "GET", path).status == 200, path
+            assert running.ask("admin", ADMIN[0], "GET", path).status == 200, path
         for name in names:
-            assert house.ask("admin", ADMIN[0], "GET", f"/webhooks/{name}").status == 200
+            assert running.ask("admin", ADMIN[0], "GET", f"/webhooks/{name}").status == 200
             path = f"/admin/job-management/webhooks/{name}/deliveries"
-            found = house.ask("admin", ADMIN[0], "GET", path).data["deliveries"]
+            found = running.ask("admin", ADMIN[0], "GET", path).data["deliveries"]
             assert all(each["error"] for each in found) == (name != "ear"), found
-        house.reload()
-        house.run("check-config", "--config", str(house.daemon.config))
-        house.run("check-config", "--json", "--config", str(house.daemon.config))
-        house.run("doctor", "--running", ADMIN_TOKEN=ADMIN[0])
-        house.run("webhooks", ADMIN_TOKEN=ADMIN[0], module="jobd.cli.ctl.main")
-        assert house.daemon.process is not None
-        house.daemon.process.send_signal(signal.SIGUSR1)
-        house.daemon.until_said(b"event=dump_thread")
-        assert house.daemon.stop() == 0
-    house.said.append(("log", house.daemon.log.decode()))
-    house.said += [("alert", each.body.decode()) for each in ear.heard]
-    assert b"event=webhook_not_delivered" in house.daemon.log
-    assert {where for where, text in house.said if any(secret in text for secret in CANARIES)} == set()
-    assert [secret for secret in CANARIES if secret.encode() in house.daemon.store.read_bytes()] == []
+        running.reload()
+        running.run("check-config", "--config", str(running.daemon.config))
+        running.run("check-config", "--json", "--config", str(running.daemon.config))
+        running.run("doctor", "--running", ADMIN_TOKEN=ADMIN[0])
+        running.run("webhooks", ADMIN_TOKEN=ADMIN[0], module="jobd.cli.ctl.main")
+        assert running.daemon.process is not None
+        running.daemon.process.send_signal(signal.SIGUSR1)
+        running.daemon.until_said(b"event=dump_thread")
+        assert running.daemon.stop() == 0
+    running.said.append(("log", running.daemon.log.decode()))
+    running.said += [("alert", each.body.decode()) for each in ear.heard]
+    assert b"event=webhook_not_delivered" in running.daemon.log
+    assert {where for where, text in running.said if any(secret in text for secret in CANARIES)} == set()
+    assert [secret for secret in CANARIES if secret.encode() in running.daemon.store.read_bytes()] == []
 
 
-def _tried(house: House) -> int:
+def _tried(running: RunningDaemon) -> int:
     """How many webhooks have failed, as the daemon tells it."""
-    listed = house.ask("admin", ADMIN[0], "GET", "/admin/job-management/webhooks").data["webhooks"]
+    listed = running.ask("admin", ADMIN[0], "GET", "/admin/job-management/webhooks").data["webhooks"]
     return sum(each["last_error"] is not None for each in listed)
 
 
@@ -254,27 +254,27 @@ def _until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def _work(house: House) -> list[str]:
+def _work(running: RunningDaemon) -> list[str]:
     """Jobs in many states; gives the lock ids of all grants."""
     locks = []
     for number in range(6):
         job_id = f"held-{number}"
         made = {"id": job_id, "max_attempts": 2, "max_processing_ms": 1 if number == 5 else 0}
-        assert house.ask("worker", WORKER[0], "POST", "/v1/jobs", made).status == 201
-        lock = house.daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}, Idempotency_Key=job_id).data["lock_id"]
-        house.daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}, Idempotency_Key=job_id)
+        assert running.ask("worker", WORKER[0], "POST", "/v1/jobs", made).status == 201
+        lock = running.daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}, Idempotency_Key=job_id).data["lock_id"]
+        running.daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}, Idempotency_Key=job_id)
         locks.append(lock)
     more: dict[str, dict[str, Any]] = {"progress": {"progress": 5}, "fail": {"error_message": "it broke"}}
     for number, verb in enumerate(("progress", "extend", "release", "complete", "fail")):
         body = {"lock_id": locks[number], **more.get(verb, {})}
         for _ in range(2):
-            assert house.ask("worker", WORKER[0], "POST", f"/v1/jobs/held-{number}/{verb}", body).status == 200
-    house.daemon.post("/v1/jobs", {"id": "claimed", "queue": "claims"})
-    locks.append(house.daemon.post("/v1/claim", {"worker": "w", "queues": ["claims"]}).data["grants"][0]["lock_id"])
+            assert running.ask("worker", WORKER[0], "POST", f"/v1/jobs/held-{number}/{verb}", body).status == 200
+    running.daemon.post("/v1/jobs", {"id": "claimed", "queue": "claims"})
+    locks.append(running.daemon.post("/v1/claim", {"worker": "w", "queues": ["claims"]}).data["grants"][0]["lock_id"])
     return locks
 
 
-def _look_everywhere(house: House) -> None:
+def _read_everything(running: RunningDaemon) -> None:
     for api, token, table in (("worker", WORKER[0], worker_api.ROUTES), ("admin", ADMIN[0], admin_api.ROUTES)):
         for route in table:
             if route.method == "GET":
@@ -284,10 +284,10 @@ def _look_everywhere(house: House) -> None:
                     route.path.replace("{id}", "held-1").replace("{name}", "hook").replace("{plan_id}", "none") + query
                 )
                 status = 404 if path.endswith(("/artifact", "/plans/none")) else 200  # it has none
-                assert house.ask(api, token, "GET", path).status == status, path
+                assert running.ask(api, token, "GET", path).status == status, path
 
 
-def _get_it_wrong(house: House, locks: list[str]) -> None:
+def _send_wrong_requests(running: RunningDaemon, locks: list[str]) -> None:
     """Refusals that could repeat what was given."""
     for lock in locks:
         for path, body in (
@@ -300,34 +300,34 @@ def _get_it_wrong(house: House, locks: list[str]) -> None:
             ("/v1/jobs", {"id": f"{lock} "}),
             ("/v1/jobs", {"on_stall": lock}),
         ):
-            assert house.ask("worker", WORKER[0], "POST", path, body).status in (200, 400, 409)
+            assert running.ask("worker", WORKER[0], "POST", path, body).status in (200, 400, 409)
     for number, token in enumerate((*ADMIN, *WORKER, WRONG)):
         api = ("admin", "worker")[number % 2]
-        house.raw(api, f"GET /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\x00\r\n\r\n".encode())
-        house.raw(api, f"GET /v1/jobs HTTP/1.1\r\nAuthorization : Bearer {token}\r\n\r\n".encode())
-        house.raw(api, f"GET /nothing?token={token} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
-        assert house.ask(api, WRONG, "POST", f"/v1/{token}", {"token": token}).status == 401
+        running.raw(api, f"GET /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token}\x00\r\n\r\n".encode())
+        running.raw(api, f"GET /v1/jobs HTTP/1.1\r\nAuthorization : Bearer {token}\r\n\r\n".encode())
+        running.raw(api, f"GET /nothing?token={token} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+        assert running.ask(api, WRONG, "POST", f"/v1/{token}", {"token": token}).status == 401
 
 
-def _ask_the_process(house: House, locks: list[str]) -> None:
+def _inspect_process(running: RunningDaemon, locks: list[str]) -> None:
     """What it tells when it is looked into, with work in its hands."""
-    process = house.daemon.process
+    process = running.daemon.process
     assert process is not None
-    with closing(house.daemon.worker()) as parked:
+    with closing(running.daemon.worker()) as parked:
         parked.request(
             "POST",
             "/v1/claim",
             '{"worker": "w", "queues": ["none"], "wait_ms": 60000}',
             {"Content-Type": "application/json"},
         )
-        while b"jobd_parked_claims 1.0" not in house.ask("admin", ADMIN[0], "GET", "/metrics").body:
+        while b"jobd_parked_claims 1.0" not in running.ask("admin", ADMIN[0], "GET", "/metrics").body:
             pass
         process.send_signal(signal.SIGUSR1)
-        house.daemon.until_said(b"event=dump_thread")
-    house.write([SHORT], WORKER)
-    house.reload()
-    house.write(ADMIN[:2], WORKER[:2])
-    house.reload()
+        running.daemon.until_said(b"event=dump_thread")
+    running.write([SHORT], WORKER)
+    running.reload()
+    running.write(ADMIN[:2], WORKER[:2])
+    running.reload()
     proc = Path(f"/proc/{process.pid}")
     for name in ("cmdline", "comm", "status", "maps"):
-        house.said.append((name, (proc / name).read_bytes().decode()))
+        running.said.append((name, (proc / name).read_bytes().decode()))

@@ -79,7 +79,7 @@ class ReceivedCommand(Struct):
 
 
 class FakeActor:
-    """Stands where the actor stands: notes what is asked, answers what the test says."""
+    """Records the commands that it receives, and responds as the test says."""
 
     def __init__(
         self, answer: Callable[[Any], Response | ApiError | Awaitable[Response | ApiError]] | None = None
@@ -133,14 +133,14 @@ class FakeActor:
 
     async def _tell(self, waiter: Waiter, answer: Response | ApiError | Awaitable[Response | ApiError]) -> None:
         try:
-            told = answer if isinstance(answer, Response | ApiError) else await answer
+            result = answer if isinstance(answer, Response | ApiError) else await answer
         except asyncio.CancelledError:
             self.cancelled.set()
             raise
         if not waiter.done():
-            waiter.set_result(told)
-        elif isinstance(told, Response) and told.grants:
-            self.undelivered_responses.append(told)
+            waiter.set_result(result)
+        elif isinstance(result, Response) and result.grants:
+            self.undelivered_responses.append(result)
 
     @property
     def sent(self) -> list[mailbox.Envelope]:
@@ -191,7 +191,7 @@ BACKUP = BackupView("b1", "copying", 4096, 8192, 3, 1_700_000_000_000, None, Non
 
 
 class FakeBackup:
-    """A backup that is made of `pieces`; one that is an error is raised in its turn."""
+    """A backup of `pieces`. A piece that is an exception is raised in its turn."""
 
     def __init__(self, pieces: list[bytes | Exception], left: list[str | None], closed: asyncio.Event) -> None:
         self.size = sum(len(piece) if isinstance(piece, bytes) else 1 for piece in pieces)
@@ -211,7 +211,7 @@ class FakeBackup:
 
 
 class Fakes:
-    """What the fake parts of `make_services` give, and what they were asked for. Tests set and read it."""
+    """The results of the fake parts of `make_services`, and the calls that they received."""
 
     def __init__(self) -> None:
         self.status: HealthStatus = "healthy"
@@ -290,7 +290,7 @@ class FakePlanner:
 
 
 class FakeClock:
-    """Stands still and is suspect until it is accepted."""
+    """Does not advance, and is suspect until it is accepted."""
 
     def __init__(self, fakes: Fakes, now: Callable[[], int] = lambda: 1_700_000_000_000) -> None:
         self._fakes = fakes
@@ -393,7 +393,7 @@ class FakeScrubber:
 
 
 def make_services(actor: Any, fakes: Fakes) -> Services:
-    """Services over fake parts, except the event feed and the downloads."""
+    """Make services with fake parts, and a real event feed and downloads."""
     monitoring: Any = FakeMonitoring(fakes)
     parts: dict[str, Any] = {
         "maintainer": FakeMaintainer(fakes),
@@ -418,7 +418,7 @@ def make_services(actor: Any, fakes: Fakes) -> Services:
 
 
 class ReceivedResponse(Struct):
-    """An answer as it came over the wire."""
+    """A response as it was received."""
 
     status: int
     headers: dict[str, str]
@@ -440,7 +440,7 @@ class ReceivedResponse(Struct):
 
 
 class RawConnection:
-    """One connection of a client that writes exactly the bytes that it is given."""
+    """A client connection that sends exactly the given bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -450,7 +450,7 @@ class RawConnection:
         self.writer.write(data)
 
     async def receive(self, *, head_only: bool = False) -> ReceivedResponse:
-        """The next answer. Raises IncompleteReadError where the connection closes before its end."""
+        """Receive the next response. Raises IncompleteReadError if the connection closes before its end."""
         head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
         first, *lines = head.rstrip("\r\n").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
@@ -473,7 +473,7 @@ class RawConnection:
         return await self.receive(head_only=method == "HEAD")
 
     async def is_closed(self) -> bool:
-        """Waits for the end of the connection; false where bytes come instead."""
+        """Wait for the end of the connection. False if bytes arrive instead."""
         try:
             return await self.reader.read(1) == b""
         except ConnectionError:
@@ -488,7 +488,7 @@ class RawConnection:
 def request_bytes(
     method: str, target: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
 ) -> bytes:
-    """A request as bytes, with the headers that a usual client sends."""
+    """Encode a request with the headers of a usual client."""
     raw = body.encode() if isinstance(body, str) else body
     fields = {"Host": "localhost"}
     if raw is not None:
@@ -499,7 +499,7 @@ def request_bytes(
 
 
 def wrong_tokens(token: str, count: int = 5_000) -> list[str]:
-    """Tokens that must not be taken for `token`: random ones of its length, and those that have much in common with it.
+    """Return tokens that must be rejected in place of `token`: random ones of its length, and similar ones.
 
     A comparison of one byte of a digest takes one of 256 random tokens.
     """
@@ -516,7 +516,7 @@ def wrong_tokens(token: str, count: int = 5_000) -> list[str]:
 
 
 async def tls_pair(place: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    """Both ends of TLS for "localhost", with a certificate of its own."""
+    """Return the server and client contexts for TLS on "localhost", with a self-signed certificate."""
     if shutil.which("openssl") is None:
         tool_missing("openssl", "openssl")
     key, cert = place / "key.pem", place / "cert.pem"
@@ -530,7 +530,7 @@ async def tls_pair(place: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 class HttpHarness:
-    """A Web behind a real listener, with a desk and figures, and clients that are closed at the end."""
+    """An app behind a real listener, with a fake actor and fake services. Closes its client connections at the end."""
 
     def __init__(
         self,
@@ -550,7 +550,7 @@ class HttpHarness:
             gate or Authenticator("worker"), routes, self.actor, self.services, limits=limits, admin=admin, pages=pages
         )
         self.listener = HttpListener(self.app)
-        self.path = str(place / "door.sock")
+        self.path = str(place / "api.sock")
         self.port = 0
         self._connections: list[RawConnection] = []
         self._is_stopped = False
@@ -583,12 +583,12 @@ class HttpHarness:
     async def request(
         self, method: str, target: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
     ) -> ReceivedResponse:
-        """One request on a connection of its own."""
+        """Send one request on a connection of its own."""
         line = await self.connect()
         return await line.request(method, target, body, headers)
 
     async def send_raw(self, data: bytes) -> ReceivedResponse:
-        """The answer to exactly these bytes, on a connection of their own."""
+        """Send exactly these bytes on a connection of their own, and receive a response."""
         line = await self.connect()
         line.send(data)
         return await line.receive()

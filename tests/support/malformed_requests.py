@@ -1,6 +1,6 @@
-"""Requests that are no requests, or none that anybody should take: raw bytes, each to be answered with a 4xx.
+"""Malformed and hostile requests as raw bytes. Each must get a 4xx.
 
-Only bytes: how they are sent and judged is in test_listener.py and in faults/malformed_http.py.
+test_server.py and the proof of malformed HTTP send them.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ _ALL = 1 << 20  # the largest body that is read
 
 
 def _fill(head: bytes, one: bytes, tail: bytes, between: bytes = b",") -> bytes:
-    """`one` as often as a body may hold it."""
+    """Repeat `one` as often as a body can contain it."""
     return head + between.join([one] * ((_ALL - len(head) - len(tail)) // (len(one) + len(between)))) + tail
 
 
@@ -120,6 +120,6 @@ DEAR = {
 
 
 def post(path: str, body: bytes, *more: str) -> bytes:
-    """A request that is sound but for its body."""
+    """Encode a request that is valid except for its body."""
     lines = ["Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}", *more]
     return "\r\n".join([f"POST {path} HTTP/1.1", *lines, "\r\n"]).encode() + body

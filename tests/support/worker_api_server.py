@@ -28,18 +28,18 @@ class Town:
         self.disk = disk
 
     async def job(self, job_id: str) -> Any:
-        """The job as a worker sees it."""
+        """Get a job through the worker API."""
         return (await self.harness.request("GET", f"/v1/jobs/{job_id}")).data
 
 
 @asynccontextmanager
-async def town(place: Path, *, bounds: Bounds | None = None, **door: Any) -> AsyncIterator[Town]:
-    """`door`: what its House is made with."""
+async def town(place: Path, *, bounds: Bounds | None = None, **options: Any) -> AsyncIterator[Town]:
+    """Serve the worker API. `options` are those of HttpHarness."""
     disk = MemoryStorage()
     keys = Keys([], 100)
     actor = Actor(disk, Book.opened(disk.opened()), keys, Clock(), Policy(), random=os.urandom, bounds=bounds)
     running = asyncio.create_task(actor.run())
-    async with HttpHarness(ROUTES, place, actor=actor, **door) as harness:
+    async with HttpHarness(ROUTES, place, actor=actor, **options) as harness:
         yield Town(harness, actor, disk)
         disk.gate.set()
         actor.stop_parking()

@@ -33,7 +33,7 @@ Write = Callable[..., str]
 
 @pytest.fixture(autouse=True)
 def no_system_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever this machine has in /etc is not ours."""
+    """Ignore the configuration file of this machine."""
     monkeypatch.setattr(config_loader, "DEFAULT_PATH", str(tmp_path / "etc.toml"))
 
 
@@ -86,7 +86,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
 
 
 def shipped_keys(text: str) -> list[str]:
-    """The keys that config.toml shows, commented out."""
+    """Return the keys in config.toml, which are commented out."""
     keys, section = [], ""
     for line in text.splitlines():
         if head := re.fullmatch(r"\[(\w+)\]", line):
@@ -330,7 +330,7 @@ def test_the_daemon_does_not_start_without_the_c_parser_unless_configured(monkey
     with pytest.raises(ConfigError, match=r"no C parser.*AIOHTTP_NO_EXTENSIONS.*\[server\] python_parser = true"):
         loaded()
     assert loaded(JOBD_SERVER_PYTHON_PARSER="true").config.server.python_parser
-    assert not load({}, {}, need_token=False).config.server.python_parser  # work on files needs no parser
+    assert not load({}, {}, need_token=False).config.server.python_parser  # commands that work on files need no parser
 
 
 def test_development_needs_no_token_and_no_file(write: Write) -> None:
@@ -352,7 +352,7 @@ def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert gone in refusal(flags={"worker.listen": "127.0.0.1:1", "worker.token_file": gone})
 
 
-# -- refusals ----------------------------------------------------------------------------------------------------------
+# -- errors ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -466,7 +466,7 @@ def test_valid_artifact_urls_are_accepted(url: str) -> None:
     "where", ["", "state", "state/in", "run", "etc", "tokens", "readers", "certs", "keys", "hooks", "state/none/.."]
 )
 def test_artifacts_cannot_share_a_directory_with_the_daemons_files(tmp_path: Path, where: str) -> None:
-    """Workers say what is deleted there: a storage_key of `jobd.db` would be the database."""
+    """Workers choose what is deleted there: the storage_key `jobd.db` would name the database."""
     for name in ("state/in/deep", "run", "etc", "tokens", "readers", "certs", "keys", "hooks", "srv"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "state/jobd.db").symlink_to(tmp_path / "state/in/deep/real.db")
@@ -489,7 +489,7 @@ def test_artifacts_cannot_share_a_directory_with_the_daemons_files(tmp_path: Pat
     for apart in ("srv", "state/results", "run/results", "none"):
         load({**places, "artifacts.url": f"file://{tmp_path / apart}"}, environ, file)
     linked = f"file://{tmp_path / 'link'}"
-    found = load({**places, "artifacts.url": linked}, environ, file)  # it touches no place that may hang
+    found = load({**places, "artifacts.url": linked}, environ, file)  # it follows no link, which could hang
     with pytest.raises(ConfigError, match="own files lie in"):
         config_loader.check_artifact_directory(linked, found.own_directories)
     with pytest.raises(ConfigError, match=r"artifacts\.url: .*own files lie in .*a directory of their own"):
@@ -497,15 +497,15 @@ def test_artifacts_cannot_share_a_directory_with_the_daemons_files(tmp_path: Pat
 
 
 def test_a_key_in_the_artifact_url_is_rejected_and_not_shown() -> None:
-    told = refusal(flags={"artifacts.url": "s3://AKIAXYZ:hush@bucket/prefix"})
-    assert "AWS_ACCESS_KEY_ID" in told
-    assert "hush" not in told
+    message = refusal(flags={"artifacts.url": "s3://AKIAXYZ:hush@bucket/prefix"})
+    assert "AWS_ACCESS_KEY_ID" in message
+    assert "hush" not in message
 
 
 def test_a_bucket_without_its_package_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
-    told = refusal(flags={"artifacts.url": "s3://bucket"})
-    assert "pip install 'jobd[s3]'" in told
+    message = refusal(flags={"artifacts.url": "s3://bucket"})
+    assert "pip install 'jobd[s3]'" in message
     assert loaded(flags={"artifacts.url": "file:///srv"}).config.artifacts.url
 
 
@@ -542,7 +542,7 @@ def test_an_impossible_combination_names_the_sources_of_its_keys(
 
 
 def test_a_world_readable_token_file_is_a_warning(write: Write) -> None:
-    """The worker's, the reader's, the keys, and those that the environment names; each once, however often named."""
+    """Token files, TLS keys, and the files that the environment names, each once."""
     files = [write(token * 2, name) for token, name in ((OTHER, "workers"), (TOKEN, "admin"), ("r" * 24, "readers"))]
     key = write("a key", "key")
     flags = {"worker.token_file": files[0], "admin.readonly_token_file": files[2]}
@@ -644,7 +644,7 @@ def test_a_store_in_memory_gives_no_warning_in_development() -> None:
     assert loaded(flags={"store.path": ":memory:"}, ENVIRONMENT="development").warnings == ()
 
 
-# -- what is in force, and what can change at work ---------------------------------------------------------------------
+# -- the effective configuration and its reload ------------------------------------------------------------------------
 
 
 def test_the_effective_configuration_can_be_loaded_again(write: Write) -> None:
@@ -693,11 +693,11 @@ def test_every_changed_key_is_applied_or_needs_a_restart(key: str) -> None:
 
 
 def test_every_duration_has_bounds() -> None:
-    """A duration without bounds would be a KeyError in the face of an operator."""
+    """A duration without bounds would be a KeyError for an operator."""
     assert {key for key, hint in KEYS.items() if hint is config.Duration} == set(config.BOUNDS)
 
 
-# -- whatever a file says ----------------------------------------------------------------------------------------------
+# -- arbitrary input ---------------------------------------------------------------------------------------------------
 
 _ODD = st.one_of(
     st.text(max_size=12),
@@ -785,7 +785,7 @@ def test_former_tracebacks_are_clear_messages(text: str, part: str, write: Write
 
 
 def _is_clear(message: str, *places: str) -> None:
-    """One line that a terminal can show, not too long, that names the file or what in it is wrong."""
+    """Check that it is one printable line, not too long, that names the file or the key."""
     assert message.isprintable()
     assert len(message) < 600
     named = [*places, *KEYS, *(f"[{key.replace('.', '] ')}" for key in KEYS)]

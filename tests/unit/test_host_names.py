@@ -86,6 +86,6 @@ def test_a_name_is_compared_in_its_normalized_form(text: str, name: str) -> None
 
 @pytest.mark.parametrize("sent", ["[2001:DB8:0:0::7]:8770", "[2001:db8::7]", "[2001:db8:0:0:0:0:0:7]:1"])
 def test_an_address_matches_in_every_notation(sent: str) -> None:
-    """What was only shortened where it was configured was not found as it was sent."""
+    """Both the configured address and the header are normalized."""
     for names in (own_names("[2001:db8:0:0::7]:8770"), own_names("10.9.9.9", ["2001:DB8::7"])):
         Authenticator("admin", hosts=names).check_origin(CIMultiDict({"Host": sent}), None)

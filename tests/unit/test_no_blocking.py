@@ -21,7 +21,7 @@ async def through_plain(): plain()
 
 @pytest.fixture
 def ours() -> dict[str, Any]:
-    """Functions that block, as if they were in a module of the package."""
+    """Define blocking functions as if they were in a module of the package."""
     made: dict[str, Any] = {"time": time}
     exec(compile(SOURCE, str(Path(jobd.__file__).with_name("imagined.py")), "exec"), made)
     return made

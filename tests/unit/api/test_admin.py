@@ -69,7 +69,7 @@ REPORT = {
 }
 STATS = StatsView(3, {"queued": 3}, 0, 0, 0.0, None, 0, 1_700_000_000_000)
 
-# Calls that are one command to the actor: call, example of a body (or query), the command, whether a key counts.
+# Calls that are one command for the actor: call, example of a body (or query), command, whether a key is accepted.
 COMMANDS: list[tuple[str, str, str, Command, bool]] = [
     ("GET", f"{P}/validate-job", "jobId=j", Validate(id="j"), False),
     ("POST", f"{P}/force-fail", '{"jobId":"j","reason":"r"}', ForceFail(id="j", reason="r"), True),
@@ -110,9 +110,9 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
 
 plain_view = msgspec.to_builtins
 
-# Calls that the daemon's rooms answer: call, data.
+# Calls that a service answers: call, data.
 TRUSTED = "The wall clock is in step with the store."
-ROOMS: list[tuple[str, str, Any]] = [
+SERVICE_CALLS: list[tuple[str, str, Any]] = [
     ("POST", f"{P}/cleanup", REPORT),
     ("GET", f"{P}/cleanup", {"lastReport": REPORT, "cleanupRunning": True, "timeSinceLastCleanup": 1234,
       "failedSinceLastSuccess": 0, "lastFailure": None}),
@@ -176,14 +176,14 @@ async def test_a_call_is_its_command(
     assert (asked.key is not None) == keyed
 
 
-@pytest.mark.parametrize(("method", "path", "data"), ROOMS)
+@pytest.mark.parametrize(("method", "path", "data"), SERVICE_CALLS)
 async def test_a_call_of_a_service_returns_its_view(harness: HttpHarness, method: str, path: str, data: Any) -> None:
     path = path.replace("{name}", "q")
     assert (await harness.request(method, path, headers=AUTH)).data == data
     if method == "POST":
         assert (await harness.request(method, path, "{}", AUTH)).data == data
         assert (await harness.request(method, path, '{"x":1}', AUTH)).status == 400
-    # Nothing but what goes into the audit log.
+    # Only audit entries.
     assert all(isinstance(asked.command, RecordAction | Tick) for asked in harness.actor.received)
 
 
@@ -226,7 +226,7 @@ async def test_webhook_actions_are_audited_with_the_webhook(harness: HttpHarness
 
 
 async def test_the_pages_of_an_export_are_one_audit_entry(harness: HttpHarness) -> None:
-    """Also that of one who may only look; what is refused is none."""
+    """So are those of a read-only token. A rejected export is not recorded."""
     harness.app.authenticator.replace_tokens([TOKEN], ["reader-token-0123456789abcdef"])
     reader = {"Authorization": "Bearer reader-token-0123456789abcdef"}
     for query, headers in (("", AUTH), ("?cursor=7", AUTH), ("", {**reader, "X-Jobd-Operator": "rob"}), ("", reader)):
@@ -321,7 +321,7 @@ def test_every_call_has_an_example_and_no_route_is_missing() -> None:
     plans = [("POST", "plans"), ("GET", "plans/{plan_id}"), ("POST", "plans/{plan_id}/apply")]
     others |= {(method, f"{P}/{path}") for method, path in plans}
     others |= {("POST", f"{P}/webhooks/{{name}}/{verb}") for verb in ("resend", "resend-given-up")}
-    examples = {call[:2] for call in COMMANDS} | {call[:2] for call in ROOMS} | others
+    examples = {call[:2] for call in COMMANDS} | {call[:2] for call in SERVICE_CALLS} | others
     assert {(route.method, route.path) for route in ROUTES} == examples
 
 
@@ -426,8 +426,8 @@ async def test_all_dead_lettered_deliveries_are_sent_again(harness: HttpHarness)
     assert (await harness.request("POST", place, headers=AUTH)).data == {"resent": 3}
     assert (await harness.request("POST", place, '{"upto":9}', AUTH)).data == {"resent": 3}
     assert harness.fakes.resent == [("q", None), ("q", 9)]
-    told = [asked.command for asked in harness.actor.received]
-    assert told == [RecordAction(what="resend-given-up", details={"webhook": "q", "resent": 3})] * 2
+    commands = [asked.command for asked in harness.actor.received]
+    assert commands == [RecordAction(what="resend-given-up", details={"webhook": "q", "resent": 3})] * 2
     assert (await harness.request("POST", f"{P}/webhooks/none/resend-given-up", headers=AUTH)).status == 404
     for body in ('{"upto":0}', '{"upto":"9"}', '{"id":9}'):
         assert (await harness.request("POST", place, body, AUTH)).status == 400

@@ -48,11 +48,11 @@ async def harness(tmp_path: Path, place: Path) -> AsyncIterator[HttpHarness]:
 
 
 def names(harness: HttpHarness, key: str | None) -> None:
-    """The job that everybody asks for has this key."""
-    desk = RuleHarness()
-    job: Job = desk.create("a")
+    """Give the job of every request this storage key."""
+    rules = RuleHarness()
+    job: Job = rules.create("a")
     job = replace(job, result=None if key is None else Result(storage_key=key))
-    view = job_view(job, desk.moment, Policy(), admin=False)
+    view = job_view(job, rules.moment, Policy(), admin=False)
     harness.actor.respond = lambda command: Response(view)
 
 
@@ -68,14 +68,16 @@ async def test_a_stored_result_is_sent_as_a_file(harness: HttpHarness, place: Pa
     put(harness, place, "2026/report.html", content)
     line = await harness.connect()
     for _ in range(MOST + 1):
-        heard = await line.request("GET", PATH, headers=AUTH)
-        assert (heard.status, heard.body == content) == (200, True)
-    assert heard.headers["content-length"] == str(size)
-    assert heard.headers["content-type"] == "application/octet-stream"
-    assert heard.headers["content-disposition"] == "attachment; filename=\"report.html\"; filename*=UTF-8''report.html"
-    assert heard.headers["x-content-type-options"] == "nosniff"
-    assert heard.headers["content-security-policy"] == "default-src 'none'; sandbox"
-    assert heard.headers["cache-control"] == "no-store"
+        response = await line.request("GET", PATH, headers=AUTH)
+        assert (response.status, response.body == content) == (200, True)
+    assert response.headers["content-length"] == str(size)
+    assert response.headers["content-type"] == "application/octet-stream"
+    assert (
+        response.headers["content-disposition"] == "attachment; filename=\"report.html\"; filename*=UTF-8''report.html"
+    )
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["content-security-policy"] == "default-src 'none'; sandbox"
+    assert response.headers["cache-control"] == "no-store"
     assert [(type(asked.command), asked.admin) for asked in harness.actor.received] == [
         (Get, False),
         (RecordAction, False),
@@ -86,27 +88,31 @@ async def test_a_missing_result_is_an_error_that_says_why(harness: HttpHarness, 
     harness.actor.respond = lambda command: ApiError("job_not_found", "No job has this id.")
     assert (await harness.request("GET", PATH, headers=AUTH)).error == "job_not_found"
     names(harness, None)
-    heard = await harness.request("GET", PATH, headers=AUTH)
-    assert (heard.status, heard.error, "storage_key is not set" in heard.json["message"]) == (404, "not_found", True)
+    response = await harness.request("GET", PATH, headers=AUTH)
+    assert (response.status, response.error, "storage_key is not set" in response.json["message"]) == (
+        404,
+        "not_found",
+        True,
+    )
     names(harness, "gone/report.pdf")
-    heard = await harness.request("GET", PATH, headers=AUTH)
-    assert (heard.status, heard.error, "any more" in heard.json["message"]) == (404, "not_found", True)
+    response = await harness.request("GET", PATH, headers=AUTH)
+    assert (response.status, response.error, "any more" in response.json["message"]) == (404, "not_found", True)
     place.rmdir()
     with capture_logs() as logs:
-        heard = await harness.request("GET", PATH, headers=AUTH)
-    assert (heard.status, heard.error) == (503, "storage_unavailable")
+        response = await harness.request("GET", PATH, headers=AUTH)
+    assert (response.status, response.error) == (503, "storage_unavailable")
     assert "is not a directory" in str(logs[0])
     harness.services.downloads = Downloads(None, MOST)
-    heard = await harness.request("GET", PATH, headers=AUTH)
-    assert (heard.status, heard.error, "artifacts.url" in heard.json["message"]) == (404, "not_found", True)
+    response = await harness.request("GET", PATH, headers=AUTH)
+    assert (response.status, response.error, "artifacts.url" in response.json["message"]) == (404, "not_found", True)
 
 
 def brings(harness: HttpHarness, *lates: LateResult) -> None:
-    """The job that everybody asks for has these late results, and a result of its own."""
-    desk = RuleHarness()
-    job: Job = replace(desk.create("a"), result=Result(storage_key="own"))
+    """Give the job of every request these late results, and a result of its own."""
+    rules = RuleHarness()
+    job: Job = replace(rules.create("a"), result=Result(storage_key="own"))
     listed = LateResultList([late_view(late) for late in lates])
-    view = job_view(job, desk.moment, Policy(), admin=False)
+    view = job_view(job, rules.moment, Policy(), admin=False)
     harness.actor.respond = lambda command: Response(listed if isinstance(command, LateResults) else view)
 
 
@@ -123,21 +129,29 @@ async def test_the_artifact_of_a_late_result_can_be_downloaded_before_it_is_adop
     for number, content in (("late/1.pdf", b"one"), ("late/2.pdf", b"two"), ("own", b"own")):
         (place / number).write_bytes(content)
     for seq, content, name in ((7, b"one", "1.pdf"), (9, b"two", "2.pdf")):
-        heard = await harness.request("GET", f"{PATH}?late_result={seq}", headers=AUTH)
-        assert (heard.status, heard.body) == (200, content)
-        assert f'filename="{name}"' in heard.headers["content-disposition"]
+        response = await harness.request("GET", f"{PATH}?late_result={seq}", headers=AUTH)
+        assert (response.status, response.body) == (200, content)
+        assert f'filename="{name}"' in response.headers["content-disposition"]
     assert [(type(asked.command), asked.admin) for asked in harness.actor.received] == [
         (LateResults, False),
         (RecordAction, False),
     ] * 2
     assert (await harness.request("GET", PATH, headers=AUTH)).body == b"own"
-    heard = await harness.request("GET", f"{PATH}?late_result=11", headers=AUTH)
-    assert (heard.status, heard.error, "storage_key is not set" in heard.json["message"]) == (404, "not_found", True)
-    heard = await harness.request("GET", f"{PATH}?late_result=8", headers=AUTH)
-    assert (heard.status, heard.error, "jobctl late a" in heard.json["message"]) == (404, "late_result_not_found", True)
+    response = await harness.request("GET", f"{PATH}?late_result=11", headers=AUTH)
+    assert (response.status, response.error, "storage_key is not set" in response.json["message"]) == (
+        404,
+        "not_found",
+        True,
+    )
+    response = await harness.request("GET", f"{PATH}?late_result=8", headers=AUTH)
+    assert (response.status, response.error, "jobctl late a" in response.json["message"]) == (
+        404,
+        "late_result_not_found",
+        True,
+    )
     for wrong in ("0", "-1", "x", "", "1.5"):
-        heard = await harness.request("GET", f"{PATH}?late_result={wrong}", headers=AUTH)
-        assert (heard.status, heard.error) == (400, "invalid_request"), wrong
+        response = await harness.request("GET", f"{PATH}?late_result={wrong}", headers=AUTH)
+        assert (response.status, response.error) == (400, "invalid_request"), wrong
     harness.actor.respond = lambda command: ApiError("job_not_found", "No job has this id.")
     assert (await harness.request("GET", f"{PATH}?late_result=7", headers=AUTH)).error == "job_not_found"
 
@@ -148,9 +162,9 @@ async def test_the_number_of_downloads_is_limited_and_places_are_released(harnes
     for line in lines:
         line.send(f"GET {PATH} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
         await line.reader.readuntil(b"\r\n\r\n")
-    heard = await harness.request("GET", PATH, headers=AUTH)
-    assert (heard.status, heard.error, heard.headers["retry-after"]) == (503, "overloaded", "1")
-    assert "limits.downloads" in heard.json["message"]
+    response = await harness.request("GET", PATH, headers=AUTH)
+    assert (response.status, response.error, response.headers["retry-after"]) == (503, "overloaded", "1")
+    assert "limits.downloads" in response.json["message"]
     with capture_logs() as logs:
         await lines[0].close()
         while len(harness.services.downloads._open) == MOST:
@@ -203,8 +217,8 @@ async def test_the_wait_for_an_unresponsive_store_is_limited(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(store, "open", hangs)
-    heard = await harness.request("GET", PATH, headers=AUTH)
-    assert (heard.status, heard.error) == (503, "storage_unavailable")
+    response = await harness.request("GET", PATH, headers=AUTH)
+    assert (response.status, response.error) == (503, "storage_unavailable")
     assert not harness.services.downloads._open
 
 
@@ -223,7 +237,7 @@ async def test_downloads_end_when_the_daemon_stops(place: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    ("key", "told"),
+    ("key", "header"),
     [
         ("a/b.pdf", "filename=\"b.pdf\"; filename*=UTF-8''b.pdf"),
         ('ü "x"\r\n;.html', "filename=\"_ _x____.html\"; filename*=UTF-8''%C3%BC%20%22x%22%0D%0A%3B.html"),
@@ -232,5 +246,5 @@ async def test_downloads_end_when_the_daemon_stops(place: Path, monkeypatch: pyt
         ("x" * 4_000, f"filename=\"{'x' * 150}\"; filename*=UTF-8''{'x' * 150}"),
     ],
 )
-def test_the_file_name_is_a_plain_name(key: str, told: str) -> None:
-    assert disposition(key) == f"attachment; {told}"
+def test_the_file_name_is_a_plain_name(key: str, header: str) -> None:
+    assert disposition(key) == f"attachment; {header}"

@@ -39,14 +39,14 @@ BY_DOCUMENT = pytest.mark.parametrize("name", TABLES)
 
 
 def operations(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every call of a document with what is said of it."""
+    """Return every call of a document."""
     for path, methods in DOCUMENTS[name]["paths"].items():
         for method, said in methods.items():
             yield f"{method.upper()} {path}", said
 
 
 def resolved(name: str, said: dict[str, Any]) -> dict[str, Any]:
-    """`said`, or what it refers to."""
+    """Return `said`, or the component that it refers to."""
     found: dict[str, Any] = DOCUMENTS[name]
     if "$ref" not in said:
         return said
@@ -105,7 +105,7 @@ def test_a_call_documents_its_success_and_its_errors(name: str) -> None:
             assert f"`{code}`" in resolved(name, responses[str(errors.ERROR_STATUS[code])])["description"]
         headers = {each["name"] for each in said[call_of(route)]["parameters"] if each["in"] == "header"}
         wanted_headers = {"Idempotency-Key"} if route.key else set()
-        taken = call_of(route).endswith(("/export", "/backup", "/artifact"))  # the audit log has who took it
+        taken = call_of(route).endswith(("/export", "/backup", "/artifact"))  # recorded in the audit log
         if route.auth == "admin" and (route.method != "GET" or taken):
             wanted_headers.add("X-Jobd-Operator")
         assert headers == wanted_headers | ({"Last-Event-ID"} if route.response is StreamedEvent else set())
@@ -130,19 +130,19 @@ def test_the_error_codes_of_a_call_are_known(route: Route) -> None:
 
 
 def test_every_error_code_is_documented_except_those_of_unknown_paths() -> None:
-    told = {code for table in TABLES.values() for route in table for code in error_codes(route)}
-    assert set(errors.ERROR_STATUS) - told == {"method_not_allowed"}
+    documented = {code for table in TABLES.values() for route in table for code in error_codes(route)}
+    assert set(errors.ERROR_STATUS) - documented == {"method_not_allowed"}
 
 
 @pytest.fixture(params=TABLES)
-async def door(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[str, HttpHarness]]:
+async def listener(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[str, HttpHarness]]:
     gate = Authenticator(request.param, tokens=[TOKEN], hosts=own_names("127.0.0.1"))
     async with HttpHarness(tuple(TABLES[request.param]), tmp_path, gate=gate) as opened:
         yield request.param, opened
 
 
-async def test_a_document_is_served_without_a_token(door: tuple[str, HttpHarness]) -> None:
-    name, harness = door
+async def test_a_document_is_served_without_a_token(listener: tuple[str, HttpHarness]) -> None:
+    name, harness = listener
     for _ in range(2):
         heard = await harness.request("GET", "/openapi.json")
         assert (heard.status, heard.headers["content-type"]) == (200, "application/json")
@@ -153,9 +153,9 @@ async def test_a_document_is_served_without_a_token(door: tuple[str, HttpHarness
     assert harness.actor.received == []
 
 
-# -- bodies: what the schema takes, the decoder takes ------------------------------------------------------------------
+# -- bodies: schema and decoder agree ----------------------------------------------------------------------------------
 
-# Call, or kind of line -> its document, the name of its schema, what reads it, what its path gives.
+# Call, or kind of line -> its document, the name of its schema, its decoder, the value of its path.
 READERS: dict[str, tuple[str, str, RequestDecoder, str | None]] = {
     call_of(route): (
         name,
@@ -178,7 +178,7 @@ JSON_VALUES = st.recursive(
 
 
 def near(name: str, schema: dict[str, Any]) -> st.SearchStrategy[Any]:
-    """Values that a schema takes, and some that it just does not."""
+    """Generate values that a schema accepts, and some just outside of it."""
     schema = resolved(name, schema) | {key: value for key, value in schema.items() if key != "$ref"}
     if "anyOf" in schema:
         return st.one_of([near(name, choice) for choice in schema["anyOf"]])
@@ -194,7 +194,7 @@ def near(name: str, schema: dict[str, Any]) -> st.SearchStrategy[Any]:
         return st.lists(near(name, schema["items"]), max_size=schema.get("maxItems", 3) + 1)
     if kind in ("integer", "number"):
         low, high = schema.get("minimum", -10), schema.get("maximum", 10)
-        edges = st.sampled_from([low - 1, low, high, high + 1, low + 0.5])  # 5.0 is integer to JSON Schema, not to us
+        edges = st.sampled_from([low - 1, low, high, high + 1, low + 0.5])  # JSON Schema accepts 5.0
         return st.integers(low, high) | edges
     if kind == "string":
         return st.text(st.sampled_from("aZ9.:-_/ \n\x00\x7fé"), max_size=12) | st.sampled_from(["job-1", "a" * 201])
@@ -203,14 +203,14 @@ def near(name: str, schema: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 @cache
 def body_of(call: str) -> tuple[st.SearchStrategy[Any], Draft202012Validator]:
-    """Bodies for a call, and what tells which of them its schema takes."""
+    """Return a strategy of bodies for a call, and the validator of its schema."""
     name, called, _, _ = READERS[call]
     schema = {"$ref": f"#/components/schemas/{called}"}
     return near(name, schema), Draft202012Validator(schema | {"components": DOCUMENTS[name]["components"]})
 
 
 def value_at(body: Any, path: str) -> Any:
-    """What `body` has at a path like `$.jobs[3].priority`; None where there is nothing."""
+    """Return the value in `body` at a path such as `$.jobs[3].priority`, None if there is none."""
     for name, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", path):
         try:
             body = body[int(index)] if index else body[name]
@@ -220,7 +220,7 @@ def value_at(body: Any, path: str) -> Any:
 
 
 def is_beside_its_schema(refusal: errors.ApiError, body: Any) -> bool:
-    """Whether `body` may be refused although its schema takes it: for the value of the very field that is named.
+    """Return whether `body` may be rejected although its schema accepts it, for the value of the named field.
 
     A storage key may be no way to an object, and what JSON Schema takes for an integer, 5.0, is none to us.
     """
@@ -260,7 +260,7 @@ def test_some_checks_go_beyond_the_schema(body: Any, field: str, message: str, f
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_the_decoder_accepts_a_body_exactly_if_its_schema_does(call: str, data: st.DataObject) -> None:
-    """Rules about values beside their types (a storage key's segments, the size of a payload) come on top."""
+    """The decoder also checks values, such as the segments of a storage key and the size of a payload."""
     _, _, shape, given_by_path = READERS[call]
     strategy, schema = body_of(call)
     body = data.draw(strategy)

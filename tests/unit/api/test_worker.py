@@ -34,7 +34,7 @@ from jobd.model.commands import (
 )
 from tests.support.http_harness import HttpHarness
 
-# Call, example of a body (or query), the command that it is.
+# Call, example of a body (or query), command.
 CALLS: list[tuple[str, str, str, Command]] = [
     ("POST", "/v1/jobs", '{"id":"a","queue":"q"}', Create(id="a", queue="q")),
     ("POST", "/v1/jobs/bulk", '{"jobs":[{},{"id":"b"}]}', Bulk(jobs=[Create(), Create(id="b")])),
@@ -68,7 +68,7 @@ KEYED = {Create, Bulk, Start, Claim, Cancel}
 
 
 def plain(command: Any) -> Any:
-    """As builtins: values that are kept as they came compare by their text."""
+    """Convert to builtins, so that raw values compare by their text."""
     return msgspec.json.decode(msgspec.json.encode(command))
 
 

@@ -34,7 +34,7 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
 
 @pytest.fixture
 async def guarded(tmp_path: Path) -> AsyncIterator[HttpHarness]:
-    """A TCP door with a token and a list of names."""
+    """A TCP listener with a token and a list of host names."""
     gate = Authenticator("tcp", tokens=[TOKEN], hosts=own_names("127.0.0.1", ["ops.example"]))
     async with HttpHarness(ROUTES, tmp_path, gate=gate, limits=Limits(body=1000)) as opened:
         yield opened
@@ -44,7 +44,7 @@ def bearer(token: str = TOKEN) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
 
 
-# -- routes -----------------------------------------------------------------------------------------------------------
+# -- routes ------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_request_becomes_a_command_and_its_response_is_sent(harness: HttpHarness) -> None:
@@ -115,7 +115,7 @@ async def test_an_unknown_method_is_a_405_that_lists_the_allowed_ones(
     heard = await line.request(method, target)
     assert (heard.status, heard.headers["allow"]) == (405, allow)
     assert not any(name.startswith("access-control") for name in heard.headers)
-    assert (await line.request("GET", "/v1/jobs")).status == 200  # the connection goes on, also after HEAD
+    assert (await line.request("GET", "/v1/jobs")).status == 200  # the connection stays open, also after HEAD
 
 
 def test_two_routes_for_one_call_fail_an_assertion() -> None:
@@ -124,7 +124,7 @@ def test_two_routes_for_one_call_fail_an_assertion() -> None:
         Router([route, route], Limits())
 
 
-# -- the order of refusals --------------------------------------------------------------------------------------------
+# -- the order of checks -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("headers", [{}, bearer("wrong"), bearer("t\u00f6ken"), {"Authorization": TOKEN}])
@@ -193,7 +193,7 @@ async def test_probes_need_no_token(guarded: HttpHarness) -> None:
         assert (heard.status, heard.json) == (503, {"success": True, "data": {"status": "unavailable"}})
 
 
-# -- bodies -----------------------------------------------------------------------------------------------------------
+# -- bodies ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ async def test_the_host_of_a_uri_takes_precedence_over_the_header(
         assert (await guarded.request(method, f"{uri}{path}", body, headers)).status == status
 
 
-# -- who asks, and with which key -------------------------------------------------------------------------------------
+# -- callers and idempotency keys --------------------------------------------------------------------------------------
 
 
 async def test_a_command_of_a_worker_carries_its_name(harness: HttpHarness) -> None:
@@ -390,7 +390,7 @@ async def test_a_bad_key_is_a_400(harness: HttpHarness) -> None:
     "second", ["Idempotency-Key: k", "Idempotency-Key: l", "idempotency-key:k", "IDEMPOTENCY-KEY: "]
 )
 async def test_two_keys_are_rejected(harness: HttpHarness, second: str) -> None:
-    for _ in range(3):  # the head of the first is known by then
+    for _ in range(3):  # the head of the first one is cached by then
         assert (await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})).status == 200
     for keys in (f"k\r\n{second}", f"k\r\nX-A: b\r\n{second}"):
         for _ in range(2):
@@ -401,7 +401,7 @@ async def test_two_keys_are_rejected(harness: HttpHarness, second: str) -> None:
     assert len(harness.actor.received) == 3
 
 
-# -- replies ----------------------------------------------------------------------------------------------------------
+# -- responses ---------------------------------------------------------------------------------------------------------
 
 
 async def test_a_replayed_response_says_so_and_keeps_its_status(harness: HttpHarness) -> None:
@@ -458,7 +458,7 @@ async def test_a_client_that_asks_to_close_gets_connection_close(harness: HttpHa
     assert await line.is_closed()
 
 
-# -- connections that go away -----------------------------------------------------------------------------------------
+# -- lost connections --------------------------------------------------------------------------------------------------
 
 
 def granted() -> Response:
@@ -516,7 +516,7 @@ async def test_a_waiting_call_is_cancelled_when_its_client_disconnects(harness: 
     assert harness.app.error_counts == {}
 
 
-# -- bugs, logs, counters ---------------------------------------------------------------------------------------------
+# -- bugs, logs, counters ----------------------------------------------------------------------------------------------
 
 
 async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(harness: HttpHarness) -> None:

@@ -27,7 +27,7 @@ ADMIN = "/admin/job-management"
 
 
 class Town:
-    """One actor behind a worker door and an admin door."""
+    """One actor behind a worker listener and an admin listener."""
 
     def __init__(self, worker: HttpHarness, admin: HttpHarness, actor: Actor, disk: MemoryStorage) -> None:
         self.worker = worker
@@ -37,9 +37,9 @@ class Town:
 
     async def post(self, target: str, body: str = "", **headers: str) -> Any:
         fields = {name.replace("_", "-"): value for name, value in headers.items()}
-        heard = await self.worker.request("POST", target, body, fields)
-        assert heard.status < 300, heard.json
-        return heard.data
+        response = await self.worker.request("POST", target, body, fields)
+        assert response.status < 300, response.json
+        return response.data
 
     async def job(self, job_id: str) -> Any:
         return (await self.worker.request("GET", f"/v1/jobs/{job_id}")).data
@@ -65,8 +65,8 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
 
 
 async def test_the_life_of_a_job(town: Town) -> None:
-    heard = await town.worker.request("POST", "/v1/jobs", '{"id":"job-1","payload":{"n":[1,2.50]}}')
-    assert (heard.status, heard.data["status"], heard.data["payload"]) == (201, "queued", {"n": [1, 2.5]})
+    response = await town.worker.request("POST", "/v1/jobs", '{"id":"job-1","payload":{"n":[1,2.50]}}')
+    assert (response.status, response.data["status"], response.data["payload"]) == (201, "queued", {"n": [1, 2.5]})
     assert (await town.worker.request("POST", "/v1/jobs", '{"id":"job-1","payload":{"n":[1,2.50]}}')).status == 200
     assert (await town.worker.request("POST", "/v1/jobs", '{"id":"job-1"}')).error == "job_exists"
 
@@ -75,8 +75,8 @@ async def test_the_life_of_a_job(town: Town) -> None:
     lock_id = grant["lock_id"]
     state = await town.post("/v1/jobs/job-1/progress", f'{{"lock_id":"{lock_id}","progress":40,"message":"m"}}')
     assert state["cancel_requested"] is False
-    heard = await town.worker.request("POST", "/v1/jobs/job-1/start", '{"worker":"w-2"}')
-    assert (heard.status, heard.error, heard.json["details"]["locked_by"]) == (409, "already_locked", "w-1")
+    response = await town.worker.request("POST", "/v1/jobs/job-1/start", '{"worker":"w-2"}')
+    assert (response.status, response.error, response.json["details"]["locked_by"]) == (409, "already_locked", "w-1")
 
     assert "lock_id" not in (await town.job("job-1"))["lock"]
     seen = (await town.admin.request("GET", f"{ADMIN}/jobs/job-1", headers=AUTH)).data
@@ -86,8 +86,8 @@ async def test_the_life_of_a_job(town: Town) -> None:
     assert (done["status"], done["progress"], done["metadata"]) == ("completed", 100, {"size": 1})
     again = await town.post("/v1/jobs/job-1/complete", f'{{"lock_id":"{lock_id}","metadata":{{"size":1}}}}')
     assert again["repeated"] is True
-    heard = await town.worker.request("POST", "/v1/jobs/nobody/cancel")
-    assert (heard.status, heard.error) == (404, "job_not_found")
+    response = await town.worker.request("POST", "/v1/jobs/nobody/cancel")
+    assert (response.status, response.error) == (404, "job_not_found")
     events = (await town.worker.request("GET", "/v1/jobs/job-1/timeline")).data["events"]
     assert [event["type"] for event in events] == ["created", "granted", "progress", "completed"]
     assert events[1]["by"] == "worker:w-1"
@@ -151,7 +151,7 @@ async def test_a_grant_whose_client_disconnected_before_the_response_is_released
     gone.send(request_bytes("POST", "/v1/jobs/job-1/start", '{"worker":"gone"}'))
     await town.disk.at_gate.wait()
     gone.writer.transport.abort()
-    while town.worker.listener.connections > 1:  # noqa: ASYNC110 - until the door has noticed; the other is that of `post`
+    while town.worker.listener.connections > 1:  # noqa: ASYNC110 - until the listener has noticed; the other connection is that of `post`
         await asyncio.sleep(0.001)
     town.disk.gate.set()
     while (job := await town.job("job-1"))["status"] != "queued":
@@ -168,15 +168,15 @@ async def test_a_waiting_claim_gets_a_response_when_the_listeners_close(town: To
         await asyncio.sleep(0.001)
     town.actor.stop_parking()
     await town.worker.stop(30)
-    heard = await line.receive()
-    assert (heard.data, heard.headers["connection"]) == ({"grants": []}, "close")
+    response = await line.receive()
+    assert (response.data, response.headers["connection"]) == ({"grants": []}, "close")
 
 
 async def test_an_import_over_the_wire(town: Town) -> None:
     lines = ['{"id":"a","status":"completed","progress":100}', '{"id":"b","progress":101}', '{"id":"a"}', '{"id":"c"}']
     headers = {**AUTH, "Content-Type": "application/x-ndjson"}
-    heard = await town.admin.request("POST", f"{ADMIN}/import", "\n".join(lines), headers)
-    assert (heard.data["imported"], heard.data["skipped"], heard.data["refusedCount"]) == (2, 1, 1)
+    response = await town.admin.request("POST", f"{ADMIN}/import", "\n".join(lines), headers)
+    assert (response.data["imported"], response.data["skipped"], response.data["refusedCount"]) == (2, 1, 1)
     assert (await town.job("a"))["status"] == "completed"
     validated = (await town.admin.request("GET", f"{ADMIN}/validate-job?jobId=a", headers=AUTH)).data
     assert (validated["jobId"], validated["job"]["id"]) == ("a", "a")

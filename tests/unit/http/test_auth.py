@@ -56,7 +56,7 @@ def test_only_valid_tokens_are_accepted(given: str, wanted: str | None) -> None:
 
 @pytest.mark.parametrize("name", ["worker", "admin"])
 async def test_neither_api_accepts_a_wrong_token(name: str, tmp_path: Path) -> None:
-    """Over TCP, where workers need a token as operators do. The right one is tried last, on the same connection."""
+    """Over TCP both APIs need a token. The valid one is tried last, on the same connection."""
     gate = Authenticator(name, tokens=[GOOD], read_only_tokens=[OTHER] if name == "admin" else [], hosts=["localhost"])
     routes, call = {
         "worker": (worker.ROUTES, "/v1/jobs"),
@@ -129,7 +129,7 @@ def test_tokens_are_not_stored_in_the_clear() -> None:
         ("localhost:8770", "null", "forbidden"),
         ("localhost:8770", "", "forbidden"),
         ("localhost:8770", "file://localhost:8770", "forbidden"),
-        ("127.0.0.1:8770", "https://ops.example", None),  # a proxy of the operator's that rewrites Host
+        ("127.0.0.1:8770", "https://ops.example", None),  # a reverse proxy that rewrites Host
         ("localhost:8770", "https://ops.example.evil", "forbidden"),
     ],
 )

@@ -286,7 +286,7 @@ def test_payloads_of_bulks_and_imports_have_the_same_limit(command: type[Command
     ],
 )
 def test_metadata_has_the_limit_of_payloads(command: type[Command], field: str, body: bytes) -> None:
-    """It comes back with every look at the job, in pages and in events."""
+    """Metadata is in every view of the job, in pages and in events."""
     shape = RequestDecoder(command, None, Limits(payload=10))
     assert shape.from_body(body % b'"12345678"')
     no = refusal(shape, body % b'"123456789"')
@@ -309,7 +309,7 @@ def test_a_bulk_at_its_limit_is_accepted_and_one_job_more_is_not() -> None:
     ],
 )
 def test_a_list_that_is_too_long_is_not_decoded_to_its_end(shape: str, field: str, one: str, code: str) -> None:
-    """What is wrong behind its last place is not seen any more, so however long it is, it costs the same."""
+    """Errors after the limit are not found, so the cost does not grow with the length."""
     body = f'{{"{field}":[' + ",".join([one] * 30_000) + ", nonsense"
     no = refusal(SHAPES[shape], body.encode())
     assert (no.code, no.details["field"]) == (code, f"$.{field}")
@@ -343,7 +343,7 @@ def test_a_large_body_of_repeated_fields_is_rejected(shape: str, body: str) -> N
 
 @pytest.mark.parametrize("indent", [None, 2])
 def test_large_bodies_with_many_distinct_fields_are_accepted(indent: int | None) -> None:
-    """A thousand jobs that say all that they may, and payloads of many small fields."""
+    """A thousand jobs with all fields, and payloads of many small fields."""
     limits = Limits(body=4 << 20)
     every: dict[str, Any] = {info.encode_name: 1 for info in msgspec.structs.fields(Create)}
     every |= {"queue": "q", "kind": "k", "on_stall": "auto", "run_at": None, "expires_at": None, "delay_ms": None}
@@ -365,7 +365,7 @@ def test_the_payload_is_kept_unchanged() -> None:
     assert bytes(command.payload) == b'{"b": 1e5,  "a": [1.0]}'
 
 
-# -- queries ----------------------------------------------------------------------------------------------------------
+# -- queries -----------------------------------------------------------------------------------------------------------
 
 
 def query_refusal(query: str) -> ApiError:

@@ -24,7 +24,7 @@ async def _town(tmp_path: Path) -> AsyncIterator[Town]:
 
 @contextmanager
 def left_over() -> Iterator[list[Envelope]]:
-    """In the list is at the end what was asked meanwhile and is held by circles alone."""
+    """Collect the commands that are kept alive only by reference cycles."""
     left: list[Envelope] = []
     was_on = gc.isenabled()
     gc.collect()

@@ -23,7 +23,7 @@ GET = request_bytes("GET", "/v1/jobs?queue=a%20b&limit=5")
 
 
 class Parser:
-    """aiohttp's, as a connection has it."""
+    """Return the parser of a connection of aiohttp."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -56,7 +56,7 @@ def learn(heads: Heads, parser: Parser, data: bytes) -> bool:
 
 
 def said(head: RequestHead) -> tuple[Any, ...]:
-    """A head, whatever the order of lines with different names."""
+    """Return a head in a form that ignores the order of different headers."""
     lines = sorted(head.headers.items(), key=lambda item: item[0].lower())
     return lines, head.version, head.keep_alive, head.has_body, head.is_json
 
@@ -235,7 +235,7 @@ REQUESTS = st.builds(request_of, LINES, mostly("2", "4", "0", "22"), HEADERS, EN
 @settings(max_examples=1000, deadline=None)
 @given(taught=st.lists(REQUESTS, min_size=1, max_size=3), line=LINES, body=BODIES)
 def test_a_cached_head_agrees_with_the_parser(taught: list[bytes], line: str, body: str) -> None:
-    """Smuggling needs two readers who disagree. Whatever has been learnt before, these do not."""
+    """Request smuggling needs two parsers that disagree. The cache always agrees with aiohttp's parser."""
     parser = Parser()
     try:
         heads = Heads()
@@ -257,7 +257,7 @@ def test_a_cached_head_agrees_with_the_parser(taught: list[bytes], line: str, bo
             assert (whole.method, whole.target) == (parsed.method, parsed.path)
             assert said(whole.head) == said(RequestHead.of(parsed, payload))
             assert whole.body == payload.read_nowait()
-            [(following, _)] = parser.parse(GET)  # and nothing of it is left for the next request
+            [(following, _)] = parser.parse(GET)  # and the parser keeps nothing of it for the next request
             assert following.path == "/v1/jobs?queue=a%20b&limit=5"
     finally:
         parser.close()

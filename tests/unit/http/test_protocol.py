@@ -33,7 +33,7 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
 
 
 class Held:
-    """Answers of a desk that come when the test says so."""
+    """Responses that the fake actor holds back until the test releases them."""
 
     def __init__(self, harness: HttpHarness, answer: Response | ApiError | None = None) -> None:
         self.go = asyncio.Event()
@@ -46,14 +46,14 @@ class Held:
 
 
 async def arrived(harness: HttpHarness, count: int) -> None:
-    """Until so many commands have come to the desk."""
+    """Wait until the actor has received so many commands."""
     while len(harness.actor.received) < count:
         harness.actor.arrived.clear()
         await harness.actor.arrived.wait()
 
 
 async def emptied(harness: HttpHarness, left: int = 0) -> None:
-    """Until no more connections than `left` are open."""
+    """Wait until at most `left` connections are open."""
     while harness.listener.connections > left:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
 
@@ -63,7 +63,7 @@ async def whole(line: RawConnection, request: bytes) -> None:
 
 
 async def in_two(line: RawConnection, request: bytes) -> None:
-    """The body comes after its head has been taken in."""
+    """Send the body after its head has been parsed."""
     head, _, body = request.partition(b"\r\n\r\n")
     line.send(head + b"\r\nExpect: 100-continue\r\n\r\n")
     assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -121,8 +121,8 @@ async def test_requests_that_arrive_during_another_are_answered_after_it(harness
     assert (await harness.request("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
     assert len(harness.actor.received) == 2
     held.go.set()
-    heard = [(await line.receive()).data for _ in range(2 + MAX_MSG_QUEUE_SIZE * 2)]
-    assert heard[1:] == ["second", *(str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2))]
+    response = [(await line.receive()).data for _ in range(2 + MAX_MSG_QUEUE_SIZE * 2)]
+    assert response[1:] == ["second", *(str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2))]
     assert (await line.request("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
 
 
@@ -168,7 +168,7 @@ async def test_a_client_that_disconnects_abandons_its_command(harness: HttpHarne
     await arrived(harness, 1)
     await line.close()
     await harness.actor.cancelled.wait()
-    await harness.app.wait_idle()  # nothing counts as in flight any more
+    await harness.app.wait_idle()  # no request is pending
 
 
 @WAYS
@@ -180,8 +180,8 @@ async def test_a_response_to_a_closing_connection_is_undelivered(harness: HttpHa
     await arrived(harness, 1)
     [connection] = harness.listener._server.connections
     assert connection.transport is not None
-    held.go.set()  # the answer leaves in the next turn of the loop,
-    connection.transport.close()  # and only then the connection is told that it has been lost
+    held.go.set()  # the response is written in the next turn of the loop,
+    connection.transport.close()  # and the connection is reported as lost after that
     assert await line.is_closed()
     await harness.app.wait_idle()
     assert harness.actor.undelivered_responses == [answer]
@@ -194,7 +194,7 @@ async def test_a_response_to_a_disconnected_client_is_undelivered(harness: HttpH
     client.setblocking(False)
 
     async def gone(_: Any) -> Response:
-        client.close()  # the connection learns it when it writes: there is no turn of the loop in between
+        client.close()  # the write shows it: there is no turn of the loop in between
         return answer
 
     harness.actor.respond = gone
@@ -223,7 +223,7 @@ async def test_a_slow_client_keeps_its_response_and_its_connection(harness: Http
     line.writer.transport.pause_reading()  # type: ignore[attr-defined]
     harness.actor.respond = lambda _: Response(EmptyResponse())
     line.send(CLAIM)
-    assert (await harness.request("GET", "/v1/jobs")).status == 200  # nobody else waits
+    assert (await harness.request("GET", "/v1/jobs")).status == 200  # other requests do not wait
     line.writer.transport.resume_reading()  # type: ignore[attr-defined]
     assert len((await line.receive()).data) == 3_000_000
     assert (await line.receive()).status == 200
@@ -260,7 +260,7 @@ async def test_a_client_that_reads_too_slowly_is_cut_off(
 async def test_a_few_unread_bytes_do_not_keep_a_connection_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, send: Any, close: dict[str, str]
 ) -> None:
-    """A transport that is closed before all is written waits for the reader, and not even an idle client ends that."""
+    """A transport that is closed before everything is written waits for the client, even for an idle one."""
     monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.02)) as harness:
         line = await harness.connect()
@@ -289,23 +289,23 @@ async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
     await send(slow, CLAIM)
     slow.writer.transport.pause_reading()  # type: ignore[attr-defined]
     await arrived(harness, 2)
-    for _ in range(5):  # its answer has been written, as far as it goes
+    for _ in range(5):  # its response has been written as far as possible
         await asyncio.sleep(0)
     with capture_logs() as logs:
         stopping = asyncio.ensure_future(harness.stop(30))
         while not harness.app.closing:  # noqa: ASYNC110 - it is in the first step of the stop
             await asyncio.sleep(0)
         slow.writer.transport.resume_reading()  # type: ignore[attr-defined]
-        heard = await slow.receive()
-        assert "connection" not in heard.headers
+        response = await slow.receive()
+        assert "connection" not in response.headers
         held.go.set()
         assert (await busy.receive()).status == 200
         await stopping
-    assert logs == []  # nothing was cut off, and nobody waited for that
+    assert logs == []  # nothing was cut off
 
 
 async def test_a_response_at_the_deadline_of_a_stop_does_no_harm(harness: HttpHarness) -> None:
-    """The actor hands it over from within its turn: what would be raised here would be its end."""
+    """The actor calls it directly, so an exception here would end the actor."""
     Held(harness)
     line = await harness.connect()
     assert (await line.request("GET", "/healthz")).status == 200
@@ -332,7 +332,7 @@ async def test_a_stop_waits_for_the_response_and_closes_the_connection(harness: 
     line = await harness.connect()
     await send(line, CLAIM)
     await arrived(harness, 1)
-    line.send(request_bytes("GET", "/v1/jobs"))  # has not been begun, and will not be
+    line.send(request_bytes("GET", "/v1/jobs"))  # is never started
     stopping = asyncio.ensure_future(harness.stop(30))
     while not harness.app.closing:  # noqa: ASYNC110 - it is in the first step of the stop
         await asyncio.sleep(0)
@@ -363,14 +363,14 @@ async def test_a_bug_while_responding_costs_one_connection(
     def fail(*_: Any) -> None:
         raise ValueError("canary")
 
-    harness.actor.respond = lambda _: Response(object())  # cannot be written as JSON
+    harness.actor.respond = lambda _: Response(object())  # cannot be encoded as JSON
     monkeypatch.setattr(harness.app, "log_internal_error", fail)
     line = await harness.connect()
     with capture_logs() as logs:
         await send(line, CLAIM)
-        heard = await line.receive()
-    assert (heard.status, heard.headers["connection"]) == (500, "close")
-    assert "canary" not in str(logs) + heard.body.decode()
+        response = await line.receive()
+    assert (response.status, response.headers["connection"]) == (500, "close")
+    assert "canary" not in str(logs) + response.body.decode()
     assert await line.is_closed()
     await harness.app.wait_idle()
 
@@ -422,7 +422,7 @@ async def test_a_prepared_response_is_sent_unchanged(harness: HttpHarness, monke
     asked.prepare(answer)
     hearing = asyncio.ensure_future(line.receive())
     await asyncio.sleep(0.01)
-    assert (made, hearing.done()) == ([answer], False), "nobody is told yet"
+    assert (made, hearing.done()) == ([answer], False), "no response is sent yet"
     asked.reply(answer)
     assert ((await hearing).status, made) == (200, [answer])
 
@@ -431,7 +431,7 @@ async def test_a_prepared_response_is_sent_unchanged(harness: HttpHarness, monke
 async def test_a_prepared_response_that_no_longer_fits_is_encoded_again(
     harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
-    """Its commit failed, or it has to say something else now."""
+    """Its commit failed, or the response has changed."""
     Held(harness)
     line = await harness.connect()
     line.send(CLAIM)
@@ -447,13 +447,13 @@ async def test_a_prepared_response_that_no_longer_fits_is_encoded_again(
     elif why == "a stop":
         monkeypatch.setattr(harness.app, "closing", True)
     asked.reply(answer)
-    heard = await line.receive()
+    response = await line.receive()
     wanted = {"another answer": 202, "a refusal": 507, "a stop": 200, "a bug": 500}
-    assert (heard.status, heard.headers.get("connection")) == (wanted[why], "close" if why == "a stop" else None)
+    assert (response.status, response.headers.get("connection")) == (wanted[why], "close" if why == "a stop" else None)
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch, app: Any, name: str) -> list[Any]:
-    """The last arguments of each call that is made from now on."""
+    """Record the last argument of each call from now on."""
     calls, method = [], getattr(app, name)
 
     def counted(*args: Any) -> Any:
@@ -470,7 +470,7 @@ async def test_a_connection_is_idle_again_after_its_request(tmp_path: Path) -> N
         line = await harness.connect()
         line.send(CLAIM)
         await arrived(harness, 1)
-        for _ in range(2):  # others that came later have been closed for idleness
+        for _ in range(2):  # later connections have been closed as idle
             assert await (await harness.connect()).is_closed()
         held.go.set()
         assert (await line.receive()).status == 200
@@ -482,8 +482,8 @@ async def test_chunks_that_arrive_together_are_a_complete_request(
 ) -> None:
     handled: list[web.BaseRequest] = []
     monkeypatch.setattr(harness.listener._server, "request_handler", handled.append)
-    heard = await harness.send_raw(CHUNKED + b'8\r\n{"queue"\r\n8\r\n:"mail"}\r\n0\r\n\r\n')
-    assert (heard.status, harness.actor.received[0].command.queue) == (200, "mail")
+    response = await harness.send_raw(CHUNKED + b'8\r\n{"queue"\r\n8\r\n:"mail"}\r\n0\r\n\r\n')
+    assert (response.status, harness.actor.received[0].command.queue) == (200, "mail")
     assert handled == []
 
 
@@ -499,11 +499,11 @@ async def test_a_cached_head_is_not_parsed_again(harness: HttpHarness, monkeypat
     line, other = await harness.connect(), await harness.connect()
     for number in range(3):
         for each in (line, other):
-            heard = await each.request("POST", "/v1/jobs", f'{{"queue":"q-{number}"}}')
-            assert heard.status == 200
+            response = await each.request("POST", "/v1/jobs", f'{{"queue":"q-{number}"}}')
+            assert response.status == 200
     assert len(parsed) == 1
     assert [asked.command.queue for asked in harness.actor.received] == ["q-0", "q-0", "q-1", "q-1", "q-2", "q-2"]
-    assert (await line.request("POST", "/v1/jobs/a/progress", '{"queue":"q-0"}')).status == 400  # judged all the same
+    assert (await line.request("POST", "/v1/jobs/a/progress", '{"queue":"q-0"}')).status == 400  # it is checked
     assert (await line.request("GET", "/v1/jobs", '{"queue":"q-0"}')).status == 400
     assert (await line.request("POST", "/nowhere", '{"queue":"q-0"}')).status == 404
     assert (await line.request("POST", "/v1/jobs?a=b", '{"queue":"q-0"}')).status == 400
@@ -539,7 +539,7 @@ async def test_requests_split_anywhere_are_answered_in_order(tmp_path: Path, see
         await harness.app.wait_idle()
 
 
-# -- half-closed connections ------------------------------------------------------------------------------------------
+# -- half-closed connections -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["unix", "tcp"])
@@ -578,8 +578,8 @@ async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: 
     line.send(b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
     line.writer.write_eof()
     held.go.set()
-    heard = [(await line.receive()).data for _ in range(1 + MAX_MSG_QUEUE_SIZE * 2)]
-    assert heard[1:] == [str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2)]
+    response = [(await line.receive()).data for _ in range(1 + MAX_MSG_QUEUE_SIZE * 2)]
+    assert response[1:] == [str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2)]
     assert await line.is_closed()
     await emptied(either)
 
@@ -632,8 +632,12 @@ async def test_a_body_that_breaks_off_is_a_400(either: HttpHarness, before: byte
         line.writer.write_eof()
         if before:
             assert (await line.receive()).status == 200
-        heard = await line.receive()
-        assert (heard.status, heard.error, "ended too early" in heard.json["message"]) == (400, "invalid_request", True)
+        response = await line.receive()
+        assert (response.status, response.error, "ended too early" in response.json["message"]) == (
+            400,
+            "invalid_request",
+            True,
+        )
         assert await line.is_closed()
     assert len(either.actor.received) == (2 if before else 0)
 
@@ -761,7 +765,7 @@ async def test_tls_has_no_half_closed_connections(tmp_path: Path) -> None:
         await emptied(harness)
 
 
-# -- what is wrong ----------------------------------------------------------------------------------------------------
+# -- malformed requests ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["NUL in a header", "bad chunk size", "coding in disguise", "both lengths", "no HTTP"])
@@ -773,8 +777,8 @@ async def test_requests_before_a_malformed_one_are_answered_first(either: HttpHa
     ]
     line.send(b"".join(valid) + HOSTILE[name] + request_bytes("GET", "/v1/jobs"))
     assert [(await line.receive()).status for _ in valid] == [200] * len(valid)
-    heard = await line.receive()
-    assert (heard.status, heard.error, heard.headers["connection"]) == (400, "invalid_request", "close")
+    response = await line.receive()
+    assert (response.status, response.error, response.headers["connection"]) == (400, "invalid_request", "close")
     line.send(request_bytes("GET", "/v1/jobs"))
     assert await line.is_closed()
     assert [getattr(asked.command, "id", None) for asked in either.actor.received] == ["a-0", "a-1", "a-2", None]

@@ -34,7 +34,7 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
 
 
 class Held:
-    """Answers of a desk that come when the test says so."""
+    """Responses that the fake actor holds back until the test releases them."""
 
     def __init__(self, harness: HttpHarness) -> None:
         self.go = asyncio.Event()
@@ -46,7 +46,7 @@ class Held:
 
 
 async def emptied(harness: HttpHarness) -> None:
-    """Until the last connection is gone."""
+    """Wait until the last connection is closed."""
     while harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
 
@@ -54,14 +54,14 @@ async def emptied(harness: HttpHarness) -> None:
 @pytest.mark.parametrize("name", HOSTILE)
 async def test_malformed_requests_get_a_4xx_in_json_and_never_reach_the_actor(harness: HttpHarness, name: str) -> None:
     with capture_logs() as logs:
-        heard = await harness.send_raw(HOSTILE[name])
-    assert 400 <= heard.status < 500
-    assert heard.headers["content-type"] == "application/json"
-    assert heard.json["success"] is False
+        response = await harness.send_raw(HOSTILE[name])
+    assert 400 <= response.status < 500
+    assert response.headers["content-type"] == "application/json"
+    assert response.json["success"] is False
     assert harness.actor.received == []
     assert [entry["event"] for entry in logs] == ["refused"]
     assert sum(harness.app.error_counts.values()) == 1
-    assert (await harness.request("GET", "/v1/jobs")).status == 200  # for everybody else the door is open
+    assert (await harness.request("GET", "/v1/jobs")).status == 200  # the listener still serves other clients
 
 
 async def test_bytes_that_are_not_http_close_the_connection(harness: HttpHarness) -> None:
@@ -92,10 +92,10 @@ async def test_an_upgrade_is_handled_like_any_other_request(harness: HttpHarness
 
 async def test_the_error_for_bytes_that_are_not_http_does_not_repeat_them(harness: HttpHarness) -> None:
     with capture_logs() as logs:
-        heard = await harness.send_raw(GET + f"Authorization: Bearer {TOKEN}\x00\r\n\r\n".encode())
-    assert heard.status == 400
+        response = await harness.send_raw(GET + f"Authorization: Bearer {TOKEN}\x00\r\n\r\n".encode())
+    assert response.status == 400
     assert TOKEN not in str(logs)
-    assert TOKEN not in heard.body.decode()
+    assert TOKEN not in response.body.decode()
 
 
 @pytest.mark.parametrize("rest", [b"zz\r\n", b"3\r\n{}", b"1\r\n{}\r\n0\r\n\r\n"])
@@ -113,8 +113,8 @@ async def test_a_body_whose_chunks_break_later_is_a_4xx_too(tmp_path: Path, rest
 @pytest.mark.parametrize("expect", ["200-ok", "100-continue, 200-ok", "100", "nonsense"])
 async def test_an_expectation_that_cannot_be_met_is_a_417(harness: HttpHarness, expect: str) -> None:
     for headers in ({"Expect": expect}, {"Expect": expect, "Idempotency-Key": "k"}):
-        heard = await harness.request("POST", "/v1/jobs", "{}", headers)
-        assert (heard.status, heard.error) == (417, "expectation_failed")
+        response = await harness.request("POST", "/v1/jobs", "{}", headers)
+        assert (response.status, response.error) == (417, "expectation_failed")
     assert (await harness.request("GET", "/healthz", headers={"Expect": expect})).status == 417
     assert harness.actor.received == []
     line = await harness.connect()
@@ -135,10 +135,10 @@ async def test_a_bug_outside_the_handler_closes_one_connection(
     monkeypatch.setattr(harness.app, "log_internal_error", fail)
     line = await harness.connect()
     with capture_logs() as logs:
-        heard = await line.request("GET", "/v1/jobs")
-    assert (heard.status, heard.error, heard.headers["connection"]) == (500, "internal_error", "close")
+        response = await line.request("GET", "/v1/jobs")
+    assert (response.status, response.error, response.headers["connection"]) == (500, "internal_error", "close")
     assert [entry["event"] for entry in logs] == ["connection_bug", "refused"]
-    assert "canary" not in str(logs) + heard.body.decode()
+    assert "canary" not in str(logs) + response.body.decode()
     assert await line.is_closed()
     assert (await harness.request("GET", "/healthz")).status == 200
 
@@ -179,8 +179,8 @@ def test_any_bytes_get_a_status_below_500_or_none(junk: bytes, start: bytes, tmp
         async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.01, idle_s=0.01)) as harness:
             line = await harness.connect()
             line.send(start + junk + b"\r\n\r\n")
-            heard = await line.reader.read()
-            assert b"HTTP/1.1 5" not in heard
+            response = await line.reader.read()
+            assert b"HTTP/1.1 5" not in response
             assert harness.app.error_counts["internal_error"] == 0
 
     asyncio.run(run())
@@ -218,7 +218,7 @@ async def test_many_chunks_within_the_limit_are_accepted(tmp_path: Path) -> None
         assert len(harness.actor.received) == 3
 
 
-# -- time -------------------------------------------------------------------------------------------------------------
+# -- time --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /v1/jobs HT", GET + b"X-A: a"])
@@ -239,7 +239,7 @@ async def test_a_waiting_call_is_not_idle(tmp_path: Path) -> None:
         parked = await harness.connect()
         parked.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
         await harness.actor.arrived.wait()
-        for _ in range(2):  # two connections that came later have been closed for idleness
+        for _ in range(2):  # two later connections have been closed as idle
             assert await (await harness.connect()).is_closed()
         held.go.set()
         assert (await parked.receive()).status == 200
@@ -269,7 +269,7 @@ async def test_a_client_that_never_reads_is_cut_off(harness: HttpHarness, monkey
     await emptied(harness)
 
 
-# -- stop -------------------------------------------------------------------------------------------------------------
+# -- stop --------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_stop_answers_pending_requests_and_accepts_no_more(harness: HttpHarness) -> None:
@@ -286,11 +286,11 @@ async def test_a_stop_answers_pending_requests_and_accepts_no_more(harness: Http
         await harness.connect()
     assert not stopping.done()
     held.go.set()
-    heard = await busy.receive()
-    assert (heard.status, heard.headers["connection"]) == (200, "close")
+    response = await busy.receive()
+    assert (response.status, response.headers["connection"]) == (200, "close")
     assert await busy.is_closed()
     await stopping
-    assert len(harness.actor.received) == 1  # what was not begun is not run; its client sees the end of the connection
+    assert len(harness.actor.received) == 1  # a request that was not started is not run
     assert harness.listener.connections == 0
 
 
@@ -301,11 +301,11 @@ async def test_a_request_that_has_just_arrived_is_answered(harness: HttpHarness)
     await asyncio.sleep(0)  # written, perhaps not yet read
     stopping = asyncio.ensure_future(harness.stop(30))
     try:
-        heard = await line.receive()
+        response = await line.receive()
     except asyncio.IncompleteReadError:
         assert harness.actor.received == []  # never begun
     else:
-        assert heard.status == 200
+        assert response.status == 200
     await stopping
 
 
@@ -317,8 +317,8 @@ async def test_a_stop_waits_for_a_body_that_is_arriving(harness: HttpHarness) ->
     stopping = asyncio.ensure_future(harness.stop(30))
     await asyncio.sleep(0)
     line.send(whole[-3:])
-    heard = await line.receive()
-    assert (heard.status, heard.headers["connection"]) == (200, "close")
+    response = await line.receive()
+    assert (response.status, response.headers["connection"]) == (200, "close")
     await stopping
 
 
@@ -334,31 +334,31 @@ async def test_after_the_deadline_the_rest_is_cut_off(harness: HttpHarness) -> N
     assert [entry["event"] for entry in logs] == ["requests_cut_off"]
 
 
-# -- sockets ----------------------------------------------------------------------------------------------------------
+# -- sockets -----------------------------------------------------------------------------------------------------------
 
 
 async def test_a_unix_socket_has_its_permissions_and_is_removed_by_the_stop(harness: HttpHarness) -> None:
     directory = os.path.dirname(harness.path)
     assert stat.S_IMODE(os.stat(harness.path).st_mode) == 0o660
-    assert os.listdir(directory) == ["door.sock"]
+    assert os.listdir(directory) == ["api.sock"]
     await harness.stop(1)
     assert os.listdir(directory) == []
 
 
 async def test_a_stale_socket_is_replaced(tmp_path: Path) -> None:
     left = socket.socket(socket.AF_UNIX)
-    left.bind(str(tmp_path / "door.sock"))
+    left.bind(str(tmp_path / "api.sock"))
     left.close()
     async with HttpHarness(ROUTES, tmp_path) as harness:
         assert (await harness.request("GET", "/v1/jobs")).status == 200
 
 
 async def test_a_path_that_is_not_a_socket_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "door.sock").write_text("precious")
+    (tmp_path / "api.sock").write_text("precious")
     with pytest.raises(OSError, match="is not a socket"):
         async with HttpHarness(ROUTES, tmp_path):
             pass
-    assert (tmp_path / "door.sock").read_text() == "precious"
+    assert (tmp_path / "api.sock").read_text() == "precious"
 
 
 async def test_a_socket_in_use_is_kept(harness: HttpHarness, tmp_path: Path) -> None:
@@ -366,19 +366,19 @@ async def test_a_socket_in_use_is_kept(harness: HttpHarness, tmp_path: Path) -> 
         async with HttpHarness(ROUTES, tmp_path):
             pass
     assert refused.value.errno == errno.EADDRINUSE
-    assert os.listdir(tmp_path) == ["door.sock"]
+    assert os.listdir(tmp_path) == ["api.sock"]
     assert (await harness.request("GET", "/v1/jobs")).status == 200
 
 
 def test_an_address_is_in_use_while_a_process_listens_on_it(tmp_path: Path) -> None:
-    path = str(tmp_path / "door.sock")
+    path = str(tmp_path / "api.sock")
     assert not is_in_use(path)
     with socket.socket(socket.AF_UNIX) as unix:
         unix.bind(path)
         assert not is_in_use(path)
         unix.listen(0)
         assert is_in_use(path)
-        assert is_in_use(path)  # its backlog is full, of us
+        assert is_in_use(path)  # its backlog is full
     assert not is_in_use(path)
     with socket.create_server(("127.0.0.1", 0)) as tcp:
         port = tcp.getsockname()[1]

@@ -39,14 +39,14 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
 
 
 def answering(harness: HttpHarness, lines: Callable[[Any], Any]) -> None:
-    """Answer lines of an import by `lines`; what is noted for the audit log is taken."""
+    """Respond to lines of an import with `lines`. Audit entries are accepted."""
     harness.actor.respond = lambda command: (
         Response(EmptyResponse()) if isinstance(command, RecordAction) else lines(command)
     )
 
 
 def lines_of(harness: HttpHarness) -> list[Any]:
-    """What was asked, without the note for the audit log."""
+    """Return the received commands without the audit entry."""
     return [asked for asked in harness.actor.received if not isinstance(asked.command, RecordAction)]
 
 
@@ -64,8 +64,8 @@ async def put(harness: HttpHarness, *lines: Any) -> ReceivedResponse:
 
 
 async def test_each_line_is_one_command_in_the_order_of_the_lines(harness: HttpHarness) -> None:
-    heard = await put(harness, *({"id": f"job-{n}"} for n in range(300)), {"id": "old-1"})
-    assert heard.data == {"imported": 300, "skipped": 1, "refusedCount": 0, "refused": []}
+    response = await put(harness, *({"id": f"job-{n}"} for n in range(300)), {"id": "old-1"})
+    assert response.data == {"imported": 300, "skipped": 1, "refusedCount": 0, "refused": []}
     assert [asked.command.id for asked in lines_of(harness)] == [*(f"job-{n}" for n in range(300)), "old-1"]
     assert harness.actor.received[0].command == Import(id="job-0")
     assert (harness.actor.received[0].by, harness.actor.received[0].admin) == ("admin", True)
@@ -74,16 +74,16 @@ async def test_each_line_is_one_command_in_the_order_of_the_lines(harness: HttpH
     assert last.command == RecordAction(what="import", details={"imported": 300, "skipped": 1, "refused": 0})
     assert last.operator is not None
     assert last.operator.part_of
-    assert {asked.operator for asked in harness.actor.received} == {last.operator}  # all of it is one deed
+    assert {asked.operator for asked in harness.actor.received} == {last.operator}  # all of it is one audit entry
 
 
 async def test_an_import_that_is_cut_short_fails_after_its_lines(harness: HttpHarness) -> None:
     line = await harness.connect()
     line.send(head(harness) + chunk(b'{"id":"a"}\n{"id":"b"}\n{"id":'))
     line.writer.write_eof()
-    heard = await line.receive()
-    assert (heard.status, heard.error, heard.json["details"]["line"]) == (400, "invalid_request", 3)
-    assert "ended too early" in heard.json["message"]
+    response = await line.receive()
+    assert (response.status, response.error, response.json["details"]["line"]) == (400, "invalid_request", 3)
+    assert "ended too early" in response.json["message"]
     assert [asked.command.id for asked in lines_of(harness)] == ["a", "b"]
 
 
@@ -100,7 +100,7 @@ async def test_malformed_lines_are_named_and_the_rest_is_imported(harness: HttpH
         return Response(Imported(command.id, skipped=False))
 
     answering(harness, answer)
-    heard = await put(
+    response = await put(
         harness,
         {"id": "a"},
         "nonsense",
@@ -114,8 +114,8 @@ async def test_malformed_lines_are_named_and_the_rest_is_imported(harness: HttpH
         {"id": "utf", "kind": "ä"},
         {"id": "z"},
     )
-    assert heard.data["imported"] == 3
-    assert [(no["line"], no["id"]) for no in heard.data["refused"]] == [
+    assert response.data["imported"] == 3
+    assert [(no["line"], no["id"]) for no in response.data["refused"]] == [
         (2, None),
         (3, "b"),
         (4, None),
@@ -124,7 +124,7 @@ async def test_malformed_lines_are_named_and_the_rest_is_imported(harness: HttpH
         (8, None),
         (9, "key"),
     ]
-    reasons = {no["line"]: no["reason"] for no in heard.data["refused"]}
+    reasons = {no["line"]: no["reason"] for no in response.data["refused"]}
     assert "`$.progress`" in reasons[3]
     assert reasons[6] == "It cannot be so."
     assert "limit is 50" in reasons[7]
@@ -134,16 +134,16 @@ async def test_malformed_lines_are_named_and_the_rest_is_imported(harness: HttpH
 
 async def test_a_line_at_its_limit_is_accepted_and_one_byte_more_is_not(harness: HttpHarness) -> None:
     line = '{"id":"a"}'
-    heard = await put(harness, line.ljust(200), line.ljust(201), line.ljust(1000), line.ljust(200))
-    assert heard.data["imported"] == 2
-    assert [no["line"] for no in heard.data["refused"]] == [2, 3]
+    response = await put(harness, line.ljust(200), line.ljust(201), line.ljust(1000), line.ljust(200))
+    assert response.data["imported"] == 2
+    assert [no["line"] for no in response.data["refused"]] == [2, 3]
 
 
 async def test_the_number_of_shown_rejections_is_limited(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imports, "SHOWN_REJECTIONS", 3)
-    heard = await put(harness, *(["x"] * 10))
-    assert heard.data["refusedCount"] == 10
-    assert [no["line"] for no in heard.data["refused"]] == [1, 2, 3]
+    response = await put(harness, *(["x"] * 10))
+    assert response.data["refusedCount"] == 10
+    assert [no["line"] for no in response.data["refused"]] == [1, 2, 3]
 
 
 async def test_lines_may_be_split_anywhere(harness: HttpHarness) -> None:
@@ -171,7 +171,7 @@ async def test_an_import_reads_no_further_than_a_few_lines_ahead(harness: HttpHa
         await asyncio.sleep(0.001)
     assert (
         await harness.request("GET", "/healthz")
-    ).status == 200  # everybody else is served; the import has not moved
+    ).status == 200  # other requests are served; the import has not moved
     assert len(harness.actor.received) == imports.AHEAD_LINES + 1
     go.set()
     assert (await line.receive()).data["imported"] == 500
@@ -184,10 +184,10 @@ async def test_an_error_that_affects_all_lines_stops_the_import(harness: HttpHar
         return Response(Imported(command.id, skipped=False))
 
     answering(harness, answer)
-    heard = await put(harness, *({"id": f"job-{n}"} for n in range(2000)))
-    assert (heard.status, heard.error) == (507, "storage_full")
-    assert heard.json["details"] == {"free": 0, "line": 6}
-    assert "line 6" in heard.json["message"]
+    response = await put(harness, *({"id": f"job-{n}"} for n in range(2000)))
+    assert (response.status, response.error) == (507, "storage_full")
+    assert response.json["details"] == {"free": 0, "line": 6}
+    assert "line 6" in response.json["message"]
     assert len(harness.actor.received) < 200
     assert harness.app.error_counts == {"storage_full": 1}
 
@@ -195,8 +195,8 @@ async def test_an_error_that_affects_all_lines_stops_the_import(harness: HttpHar
 async def test_a_line_that_does_not_arrive_is_a_408(harness: HttpHarness) -> None:
     line = await harness.connect()
     line.send(head(harness) + chunk(b'{"id":"a"}\n{"id"'))
-    heard = await line.receive()
-    assert (heard.status, heard.error, heard.json["details"]) == (408, "request_timeout", {"line": 2})
+    response = await line.receive()
+    assert (response.status, response.error, response.json["details"]) == (408, "request_timeout", {"line": 2})
     assert await line.is_closed()
     assert [asked.command.id for asked in lines_of(harness)] == ["a"]
 
@@ -204,20 +204,20 @@ async def test_a_line_that_does_not_arrive_is_a_408(harness: HttpHarness) -> Non
 async def test_a_malformed_stream_is_a_400(harness: HttpHarness) -> None:
     line = await harness.connect()
     line.send(head(harness) + chunk(b'{"id":"a"}\n') + b"zz\r\n")
-    heard = await line.receive()
-    assert (heard.status, heard.error) == (400, "invalid_request")
+    response = await line.receive()
+    assert (response.status, response.error) == (400, "invalid_request")
     assert await line.is_closed()
 
 
 async def test_a_stream_that_is_malformed_later_is_a_400_too(harness: HttpHarness) -> None:
-    """Not the 408 of a line that does not come."""
+    """It is not the 408 of a line that does not arrive."""
     line = await harness.connect()
     line.send(head(harness) + chunk(b'{"id":"a"}\n'))
     await harness.actor.arrived.wait()
     with capture_logs() as logs:
         line.send(b"zz\r\n")
-        heard = await line.receive()
-        assert (heard.status, heard.error, heard.json["details"]["line"]) == (400, "invalid_request", 2)
+        response = await line.receive()
+        assert (response.status, response.error, response.json["details"]["line"]) == (400, "invalid_request", 2)
         assert await line.is_closed()
     assert [line["event"] for line in logs] == ["refused"]
 
@@ -248,17 +248,17 @@ async def test_an_import_has_its_own_content_type(harness: HttpHarness, headers:
     assert lines_of(harness) == []
 
 
-# -- backup -----------------------------------------------------------------------------------------------------------
+# -- backup ------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_backup_is_streamed_to_its_end(harness: HttpHarness) -> None:
-    heard = await harness.request("GET", BACKUP, headers=AUTH)
-    assert heard.status == 200
-    assert heard.headers["content-type"] == "application/vnd.sqlite3"
-    assert heard.headers["content-length"] == str(len(heard.body))
-    assert heard.headers["cache-control"] == "no-store"
-    assert heard.headers["server"] == "jobd"
-    assert heard.body == b"".join(piece for piece in harness.fakes.pieces if isinstance(piece, bytes))
+    response = await harness.request("GET", BACKUP, headers=AUTH)
+    assert response.status == 200
+    assert response.headers["content-type"] == "application/vnd.sqlite3"
+    assert response.headers["content-length"] == str(len(response.body))
+    assert response.headers["cache-control"] == "no-store"
+    assert response.headers["server"] == "jobd"
+    assert response.body == b"".join(piece for piece in harness.fakes.pieces if isinstance(piece, bytes))
     assert harness.fakes.left == [None]
     assert (await harness.request("GET", f"{BACKUP}?id=mine", headers=AUTH)).status == 200
     assert harness.fakes.backup_ids[1] == "mine"
@@ -271,7 +271,7 @@ async def test_a_client_may_disconnect_as_soon_as_it_has_the_whole_backup(harnes
     class Ending(FakeBackup):
         async def read(self) -> bytes:
             piece = await super().read()
-            if not piece:  # who asks for read than there is may find that the client has hung up meanwhile
+            if not piece:  # the client may have disconnected by then
                 await slow.wait()
             return piece
 
@@ -289,8 +289,8 @@ async def test_a_client_may_disconnect_as_soon_as_it_has_the_whole_backup(harnes
 
 async def test_a_backup_is_rejected_if_too_many_are_in_progress(harness: HttpHarness) -> None:
     harness.fakes.no_backup = ApiError("overloaded", "8 backups are under way.")
-    heard = await harness.request("GET", BACKUP, headers=AUTH)
-    assert (heard.status, heard.error) == (503, "overloaded")
+    response = await harness.request("GET", BACKUP, headers=AUTH)
+    assert (response.status, response.error) == (503, "overloaded")
 
 
 async def test_a_client_that_disconnects_stops_the_copy(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,8 +311,8 @@ async def test_a_stopping_daemon_does_not_wait_for_a_copy(
     asking = asyncio.create_task(harness.request("GET", BACKUP, headers=AUTH))
     await harness.fakes.begun.wait()
     harness.app.close()
-    heard = await asking
-    assert (heard.status, heard.error) == (503, "shutting_down")
+    response = await asking
+    assert (response.status, response.error) == (503, "shutting_down")
     assert harness.fakes.closed.is_set()
 
 
@@ -325,34 +325,34 @@ async def test_the_connection_stays_open_after_a_backup(harness: HttpHarness) ->
 
 async def test_a_backup_that_cannot_start_is_a_500(harness: HttpHarness) -> None:
     harness.fakes.pieces = [OSError("canary")]
-    heard = await harness.request("GET", BACKUP, headers=AUTH)
-    assert (heard.status, heard.error) == (500, "internal_error")
-    assert "canary" not in heard.body.decode()
+    response = await harness.request("GET", BACKUP, headers=AUTH)
+    assert (response.status, response.error) == (500, "internal_error")
+    assert "canary" not in response.body.decode()
 
 
 async def test_a_backup_without_disk_space_is_a_507_that_says_how_much_it_needs(harness: HttpHarness) -> None:
     harness.fakes.pieces = [DiskFull("a backup needs 48 MiB free beside the store, there are 3 MiB")]
-    heard = await harness.request("GET", BACKUP, headers=AUTH)
-    assert (heard.status, heard.error) == (507, "storage_full")
-    assert "needs 48 MiB free beside the store, there are 3 MiB. Free some" in heard.json["message"]
+    response = await harness.request("GET", BACKUP, headers=AUTH)
+    assert (response.status, response.error) == (507, "storage_full")
+    assert "needs 48 MiB free beside the store, there are 3 MiB. Free some" in response.json["message"]
     assert harness.app.error_counts == {"storage_full": 1}
 
 
 async def test_a_backup_of_a_damaged_store_says_what_is_wrong(harness: HttpHarness) -> None:
     harness.fakes.pieces = [BadCopy("the copy of jobd.db does not pass its check: row 5 missing from index")]
     with capture_logs() as logs:
-        heard = await harness.request("GET", BACKUP, headers=AUTH)
-    assert (heard.status, heard.error) == (500, "internal_error")
-    assert "row 5 missing from index" in heard.json["message"]
-    assert "bug" not in heard.json["message"]
+        response = await harness.request("GET", BACKUP, headers=AUTH)
+    assert (response.status, response.error) == (500, "internal_error")
+    assert "row 5 missing from index" in response.json["message"]
+    assert "bug" not in response.json["message"]
     assert [entry["event"] for entry in logs] == ["backup_started", "no backup", "refused"]
 
 
 async def test_a_backup_that_the_stop_of_the_daemon_cuts_short_is_a_503(harness: HttpHarness) -> None:
     harness.fakes.pieces = [BackupStopped("the backup was cut short")]
     harness.app.closing = True
-    heard = await harness.request("GET", BACKUP, headers=AUTH)
-    assert (heard.status, heard.error) == (503, "shutting_down")
+    response = await harness.request("GET", BACKUP, headers=AUTH)
+    assert (response.status, response.error) == (503, "shutting_down")
 
 
 async def test_a_backup_that_fails_half_way_never_looks_complete(harness: HttpHarness) -> None:
