@@ -438,7 +438,8 @@ def test_actions_are_in_the_audit_log(jobctl: Ctl, monkeypatch: pytest.MonkeyPat
     lines = jobctl.ok("audit", "--who", "eve@desk", "--since", "1h", "--limit", "1").splitlines()
     assert lines[0].split() == ["TIME", "WHO", "FROM", "ACTION", "TARGET", "OUTCOME", "REASON"]
     assert "queued → failed" in lines[1]
-    queued = jobctl.json("audit", "--who", f"bob@{host}", "--what", "pause")["entries"]
+    queued = jobctl.json("audit", "--who", f"bob@{host}", "--action", "pause")["entries"]
+    assert jobctl.json("audit", "--who", f"bob@{host}", "--what", "pause")["entries"] == queued, "the former name"
     assert [(each["queue"], each["job_id"]) for each in queued] == [("au-q", None)]
     assert jobctl.json("audit", "--since", "2020-01-01T00:00", "--what", "nothing") == {
         "entries": [],

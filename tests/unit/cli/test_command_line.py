@@ -352,6 +352,7 @@ def test_a_usage_error_exits_with_2_and_one_line(
         "events --job",
         "events --type",
         "audit --who",
+        "audit --action",
         "audit --what",
         "audit --job",
         "run --queue",
