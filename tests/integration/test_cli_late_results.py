@@ -28,7 +28,7 @@ def test_a_stored_result_is_downloaded(jobctl: Ctl, running: Running, tmp_path: 
     jobctl.ok("submit", "--id", "c7", "--queue", "c7")
     target, content = tmp_path / "report.pdf", os.urandom(300_000)
     code, err = jobctl.no("artifact", "c7", "-o", str(target))
-    assert (code, "no storage_key" in err) == (4, True)
+    assert (code, "storage_key is not set" in err) == (4, True)
     assert jobctl.no("artifact", "none")[0] == 4
     grant = running.client.claim("w", queues=["c7"])[0]
     running.client.complete_job("c7", lock_id=grant.lock_id, storage_key="c7/report.pdf")
