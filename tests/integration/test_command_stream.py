@@ -26,7 +26,7 @@ from jobd.model.storage import DiskFull
 from tests.support.daemon_process import Daemon
 from tests.support.http_harness import TOKEN, FakeActor, HttpHarness, RawConnection, request_bytes
 from tests.support.virtual_engine import until
-from tests.support.worker_api_server import Town, town
+from tests.support.worker_api_server import WorkerApiServer, worker_api_server
 
 KIND = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}
 
@@ -74,9 +74,9 @@ class Stream:
         return await self.hear()
 
 
-@pytest.fixture(name="town")
-async def _town(tmp_path: Path) -> AsyncIterator[Town]:
-    async with town(tmp_path) as opened:
+@pytest.fixture(name="server")
+async def _server(tmp_path: Path) -> AsyncIterator[WorkerApiServer]:
+    async with worker_api_server(tmp_path) as opened:
         yield opened
 
 
@@ -257,11 +257,11 @@ async def test_an_error_is_the_usual_object_with_its_status(tmp_path: Path) -> N
         assert (line["path"], line["code"], line["job_id"]) == ("/v1/commands", "overloaded", "job-7")
 
 
-async def test_responses_with_line_breaks_stay_one_line(town: Town) -> None:
+async def test_responses_with_line_breaks_stay_one_line(server: WorkerApiServer) -> None:
     """Line breaks in a payload are replaced."""
-    created = await town.harness.request("POST", "/v1/jobs", '{"id":"j","payload":{\n\r\n"a": "b\\nc"\n}}')
+    created = await server.harness.request("POST", "/v1/jobs", '{"id":"j","payload":{\n\r\n"a": "b\\nc"\n}}')
     assert created.status == 201
-    stream = await Stream.open(town.harness)
+    stream = await Stream.open(server.harness)
     assert (await stream.ask(op="get", id="j"))["data"]["payload"] == {"a": "b\nc"}
 
 
@@ -269,8 +269,8 @@ async def test_responses_with_line_breaks_stay_one_line(town: Town) -> None:
 # With the actor.
 
 
-async def test_the_life_of_a_job(town: Town) -> None:
-    stream = await Stream.open(town.harness)
+async def test_the_life_of_a_job(server: WorkerApiServer) -> None:
+    stream = await Stream.open(server.harness)
     stream.send({"op": "create", "id": "j"}, {"op": "create", "id": "j"}, {"op": "get", "id": "j"})
     assert [(await stream.hear())["status"] for _ in range(3)] == [201, 200, 200]
     grant = (await stream.ask(op="start", id="j", worker="w", max_processing_ms=0))["data"]
@@ -287,9 +287,9 @@ async def test_the_life_of_a_job(town: Town) -> None:
     assert again.data["status"] == "completed"
 
 
-async def test_responses_come_in_the_order_of_the_lines(town: Town) -> None:
+async def test_responses_come_in_the_order_of_the_lines(server: WorkerApiServer) -> None:
     """Even if one takes longer, or fails at once."""
-    stream = await Stream.open(town.harness)
+    stream = await Stream.open(server.harness)
     for number in range(300):
         stream.send({"op": "create", "id": f"j-{number}"})
         stream.raw(b"no\n" if number % 7 == 0 else b"\n")
@@ -301,22 +301,22 @@ async def test_responses_come_in_the_order_of_the_lines(town: Town) -> None:
     assert await stream.hear() is None
 
 
-async def test_no_response_is_sent_before_its_commit(town: Town) -> None:
-    stream = await Stream.open(town.harness)
-    town.disk.gate.clear()
+async def test_no_response_is_sent_before_its_commit(server: WorkerApiServer) -> None:
+    stream = await Stream.open(server.harness)
+    server.disk.gate.clear()
     stream.send({"op": "create", "id": "j"}, {"op": "get", "id": "j"})
-    await town.disk.at_gate.wait()
+    await server.disk.at_gate.wait()
     hearing = asyncio.ensure_future(stream.hear())
     for _ in range(50):
         await asyncio.sleep(0)
     assert not hearing.done()
-    town.disk.gate.set()
+    server.disk.gate.set()
     assert (await hearing)["status"] == 201
 
 
-async def test_a_repeated_key_gets_the_same_response(town: Town) -> None:
-    await town.harness.request("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
-    stream = await Stream.open(town.harness)
+async def test_a_repeated_key_gets_the_same_response(server: WorkerApiServer) -> None:
+    await server.harness.request("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
+    stream = await Stream.open(server.harness)
     line = {"op": "claim", "worker": "w", "idempotency_key": "k"}
     first, second = await stream.ask(**line), await stream.ask(**line)
     assert "replayed" not in first
@@ -326,8 +326,8 @@ async def test_a_repeated_key_gets_the_same_response(town: Town) -> None:
     assert (await stream.ask(op="get", id="b", idempotency_key="k"))["data"]["status"] == "queued"
 
 
-async def test_a_key_is_scoped_to_its_call_and_job(town: Town) -> None:
-    stream = await Stream.open(town.harness)
+async def test_a_key_is_scoped_to_its_call_and_job(server: WorkerApiServer) -> None:
+    stream = await Stream.open(server.harness)
     for job_id in ("a", "b"):
         assert (await stream.ask(op="create", id=job_id))["status"] == 201
     for job_id in ("a", "b"):
@@ -335,25 +335,25 @@ async def test_a_key_is_scoped_to_its_call_and_job(town: Town) -> None:
         assert (answer["data"]["job"]["id"], answer.get("replayed")) == (job_id, None)
 
 
-async def test_finished_jobs_are_found(town: Town) -> None:
-    stream = await Stream.open(town.harness)
+async def test_finished_jobs_are_found(server: WorkerApiServer) -> None:
+    stream = await Stream.open(server.harness)
     stream.send({"op": "create", "id": "j"}, {"op": "cancel", "id": "j"})
     assert [(await stream.hear())["status"] for _ in range(2)] == [201, 200]
-    town.actor.book.trim_finished()
+    server.actor.book.trim_finished()
     assert (await stream.ask(op="get", id="j"))["data"]["status"] == "cancelled"
     assert (await stream.ask(op="get", id="k"))["error"] == "job_not_found"
 
 
-async def test_a_full_disk_rejects_lines_one_by_one(town: Town) -> None:
-    stream = await Stream.open(town.harness)
+async def test_a_full_disk_rejects_lines_one_by_one(server: WorkerApiServer) -> None:
+    stream = await Stream.open(server.harness)
     assert (await stream.ask(op="create", id="j"))["status"] == 201
-    town.disk.write_errors.append(DiskFull("full"))
+    server.disk.write_errors.append(DiskFull("full"))
     stream.send({"op": "create", "id": "k"}, {"op": "cancel", "id": "j"})
     assert [(await stream.hear())["status"] for _ in range(2)] == [507, 200]
 
 
 async def test_the_limit_of_the_mailbox_applies_to_streams(tmp_path: Path) -> None:
-    async with town(tmp_path, bounds=Bounds(mailbox=10)) as small:
+    async with worker_api_server(tmp_path, bounds=Bounds(mailbox=10)) as small:
         stream = await Stream.open(small.harness)
         small.disk.gate.clear()
         stream.send({"op": "create"})
@@ -487,65 +487,69 @@ def test_the_admin_api_has_no_command_stream() -> None:
 # Disconnected clients.
 
 
-async def test_grants_of_a_disconnected_client_are_released(town: Town) -> None:
-    await town.harness.request("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
-    stream = await Stream.open(town.harness)
-    town.disk.gate.clear()
+async def test_grants_of_a_disconnected_client_are_released(server: WorkerApiServer) -> None:
+    await server.harness.request("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
+    stream = await Stream.open(server.harness)
+    server.disk.gate.clear()
     stream.send({"op": "claim", "worker": "gone"}, {"op": "start", "id": "b", "worker": "gone"})
-    await town.disk.at_gate.wait()
+    await server.disk.at_gate.wait()
     stream.line.writer.transport.abort()
-    await until(lambda: town.harness.listener.connections == 1)  # that of the bulk
-    town.disk.gate.set()
+    await until(lambda: server.harness.listener.connections == 1)  # that of the bulk
+    server.disk.gate.set()
     for job_id in ("a", "b"):
-        while (job := await town.job(job_id))["status"] != "queued":
+        while (job := await server.job(job_id))["status"] != "queued":
             pass
         assert job["attempt"] == 0
 
 
-async def test_grants_behind_unread_responses_are_released(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_grants_behind_unread_responses_are_released(
+    server: WorkerApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are committed and encoded, and no byte of them was sent."""
     monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.2)
     payload = json.dumps("x" * 200_000)
-    await town.harness.request("POST", "/v1/jobs", f'{{"id":"big","priority":9,"payload":{payload}}}')
-    await town.harness.request("POST", "/v1/jobs", '{"id":"late"}')
-    stream = await Stream.open(town.harness)
+    await server.harness.request("POST", "/v1/jobs", f'{{"id":"big","priority":9,"payload":{payload}}}')
+    await server.harness.request("POST", "/v1/jobs", '{"id":"late"}')
+    stream = await Stream.open(server.harness)
     own = stream.line.writer.get_extra_info("socket")
     assert own.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < 2_000_000
     stream.send(*({"op": "get", "id": "big"} for _ in range(40)), {"op": "claim", "worker": "deaf"})
-    await until(lambda: town.harness.listener.connections == 2)  # those of the two creates
-    while (job := await town.job("late"))["status"] != "queued":
+    await until(lambda: server.harness.listener.connections == 2)  # those of the two creates
+    while (job := await server.job("late"))["status"] != "queued":
         pass
     assert job["attempt"] == 0
-    events = (await town.harness.request("GET", "/v1/jobs/late/timeline")).data["events"]
+    events = (await server.harness.request("GET", "/v1/jobs/late/timeline")).data["events"]
     assert [event["type"] for event in events] == ["created", "granted", "undelivered"]
 
 
-async def test_only_the_grants_that_were_sent_are_kept(town: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_only_the_grants_that_were_sent_are_kept(
+    server: WorkerApiServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.3)
     payload = "x" * 3_000
     jobs = [{"id": f"j-{number}", "payload": payload} for number in range(300)]
-    await town.harness.request("POST", "/v1/jobs/bulk", json.dumps({"jobs": jobs}))
-    stream = await Stream.open(town.harness)
+    await server.harness.request("POST", "/v1/jobs/bulk", json.dumps({"jobs": jobs}))
+    stream = await Stream.open(server.harness)
     transport = cast("asyncio.ReadTransport", stream.line.writer.transport)
     transport.pause_reading()
     stream.send(*({"op": "start", "id": job["id"], "worker": "deaf"} for job in jobs))
-    await until(lambda: town.harness.listener.connections == 1)  # that of the bulk
+    await until(lambda: server.harness.listener.connections == 1)  # that of the bulk
     transport.resume_reading()
     response = await stream.line.reader.read(-1)
     whole = response.count(b'"status":200}')  # lines; there may be a part of one more
     assert 10 < whole < 290
-    states = [(await town.job(job["id"]))["status"] for job in jobs]
+    states = [(await server.job(job["id"]))["status"] for job in jobs]
     assert states[:whole] == ["processing"] * whole
     assert states[whole + 1 :] == ["queued"] * (299 - whole)
 
 
-async def test_a_grant_whose_line_was_sent_is_kept(town: Town) -> None:
-    await town.harness.request("POST", "/v1/jobs", '{"id":"j"}')
-    stream = await Stream.open(town.harness)
+async def test_a_grant_whose_line_was_sent_is_kept(server: WorkerApiServer) -> None:
+    await server.harness.request("POST", "/v1/jobs", '{"id":"j"}')
+    stream = await Stream.open(server.harness)
     assert (await stream.ask(op="start", id="j", worker="w"))["success"]
     stream.line.writer.transport.abort()
-    await until(lambda: town.harness.listener.connections == 1)
-    assert (await town.job("j"))["status"] == "processing"
+    await until(lambda: server.harness.listener.connections == 1)
+    assert (await server.job("j"))["status"] == "processing"
 
 
 async def test_a_response_that_cannot_be_encoded_releases_its_grants(tmp_path: Path) -> None:
@@ -581,15 +585,15 @@ async def test_a_bug_ends_one_stream(harness: HttpHarness, monkeypatch: pytest.M
 # Stops.
 
 
-async def test_a_stop_answers_the_lines_that_were_read_and_ends_the_stream(town: Town) -> None:
-    stream = await Stream.open(town.harness)
-    town.disk.gate.clear()
+async def test_a_stop_answers_the_lines_that_were_read_and_ends_the_stream(server: WorkerApiServer) -> None:
+    stream = await Stream.open(server.harness)
+    server.disk.gate.clear()
     stream.send({"op": "create", "id": "j"})
-    await town.disk.at_gate.wait()
-    stopping = asyncio.ensure_future(town.harness.stop(30))
+    await server.disk.at_gate.wait()
+    stopping = asyncio.ensure_future(server.harness.stop(30))
     await asyncio.sleep(0.01)
     assert not stopping.done()
-    town.disk.gate.set()
+    server.disk.gate.set()
     assert (await stream.hear())["status"] == 201
     assert await stream.hear() is None
     stream.end()

@@ -22,7 +22,7 @@ JOB_FIELDS = {
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """One daemon for all; each test has jobs and a queue of its own."""
+    """One daemon for all tests. Each test has its own jobs and queue."""
     config = "[cleanup]\ninterval = '1h'\nrecover_every = '0'\n"
     with Daemon(tmp_path_factory.mktemp("contract"), config) as running:
         yield running
@@ -143,7 +143,7 @@ def test_a_grant_names_the_lock_and_only_its_holder_sees_the_secret(daemon: Daem
     assert (held["status"], held["attempt"], held["progress"]) == ("processing", 1, 0)
     assert set(held["lock"]) == {"worker", "fencing_token", "acquired_at", "expires_at"}
     assert held["lock"]["expires_at"] == grant["lock_expires_at"]
-    # The wall clock and lease time need not tick in the same millisecond.
+    # The wall clock and lease time may tick in different milliseconds.
     assert abs(grant["lock_expires_at"] - held["started_at"] - grant["ttl_ms"]) <= 2
     assert grant["ceiling_at"] == held["started_at"] + 1_800_000
     assert grant["lock_id"] not in str(daemon.get(f"/v1/jobs/{made['id']}").body)
@@ -192,7 +192,7 @@ def test_claim_is_by_priority_then_run_at_then_creation_over_queues_and_kinds(da
     assert min(tokens) >> 24 >= 1
 
 
-# -- the holder -------------------------------------------------------------------------------------------------------
+# -- the lock holder --------------------------------------------------------------------------------------------------
 
 
 def test_reports_renew_a_lock_and_never_shorten_it(daemon: Daemon, queue: str) -> None:
@@ -526,7 +526,10 @@ def test_an_import_keeps_jobs_unchanged(daemon: Daemon, queue: str) -> None:
     assert [(line["line"], line["id"]) for line in told["refused"]] == [(5, f"{queue}:bad"), (6, None)]
     assert job(daemon, f"{queue}:done")["created_at"] == OLD_MS
     lost = job(daemon, f"{queue}:lost")
-    assert (lost["status"], lost["error_code"]) == ("failed", "stalled")  # progress 10, and no attempt left
+    assert (lost["status"], lost["error_code"]) == (
+        "failed",
+        "stalled",
+    )  # it had reported progress and has no attempt left
     assert "half done" in lost["error_message"]
     report = daemon.admin("POST", "cleanup", {}).data
     assert report["validationIssuesFixed"] >= 1

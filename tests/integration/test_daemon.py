@@ -69,7 +69,7 @@ def test_many_claimers_get_every_job_once(tmp_path: Path) -> None:
 
 
 class Stopping(Exception):
-    """The daemon said that it is going down: a definite no."""
+    """The daemon responded that it is shutting down, so nothing was done."""
 
 
 def _ask(connection: http.client.HTTPConnection, path: str, body: Any) -> Any:
@@ -80,7 +80,7 @@ def _ask(connection: http.client.HTTPConnection, path: str, body: Any) -> Any:
 
 
 class Load:
-    """Lifecycles from several threads; every acknowledgement is remembered, whatever is cut off is not."""
+    """Job lifecycles from several threads. Records every acknowledged change."""
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
@@ -91,7 +91,7 @@ class Load:
         self.enough = threading.Event()
 
     def work(self, number: int) -> None:
-        # Where the daemon is killed, what was under way is unknown.
+        # If the daemon is killed, the outcome of pending requests is unknown.
         with suppress(OSError, http.client.HTTPException, Stopping), closing(self._daemon.worker()) as connection:
             for step in range(10_000):
                 self._lifecycle(connection, f"{id(self)}-{number}-{step}")
@@ -129,9 +129,9 @@ def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -
                 assert load.enough.wait(40)
                 daemon.kill()
             for thread in threads:
-                thread.result()  # nothing but the kill has stopped it
+                thread.result()  # only the kill has stopped it
             daemon.start()
-            assert min(load.tokens) > highest  # no token is given twice, over restarts either
+            assert min(load.tokens) > highest  # no fencing token is used twice, also across restarts
             highest = max(load.tokens)
         for load in loads:
             for job_id in load.created:
@@ -173,12 +173,12 @@ def test_listeners_close_before_the_actor_and_the_store_last(tmp_path: Path) -> 
         told = re.findall(rb"^(begins|ended): (\w+)$", daemon.log, re.M)
         order = [b" ".join(each).decode() for each in told]
     assert order[-3:] == ["begins actor", "begins store", "ended store"], order
-    doors = order[:-3]  # those of workers and of operators
+    doors = order[:-3]  # of the worker API and of the admin API
     assert sorted(doors) == ["begins doors"] * 2 + ["ended doors"] * 2, order
 
 
 def _wait_for(daemon: Daemon, metric: str) -> None:
-    """Until a metric says so; the test's own timeout ends the wait."""
+    """Wait for a metric. The timeout of the test ends the wait."""
     while metric not in daemon.admin("GET", "/metrics").body.decode().splitlines():
         pass
 
@@ -191,14 +191,14 @@ def test_a_restart_keeps_a_lock_and_its_remaining_time(tmp_path: Path) -> None:
         daemon.start()
         job = daemon.get("/v1/jobs/a").data
         assert job["status"] == "processing"
-        # Nothing of a job that was processing ends within the first 30 s after a start.
+        # No lock expires within the first 30 s after a start.
         assert job["lock"]["expires_at"] > job["updated_at"] + 25_000
         done = daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"]})
         assert done.data["status"] == "completed"
 
 
 def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
-    """A slow request holds it up for longer than a lock lasts."""
+    """A slow request delays the stop for longer than a lock lasts."""
     with Daemon(tmp_path, '[cleanup]\nrecover_every = "1s"\n') as daemon, closing(daemon.worker()) as slow:
         daemon.post("/v1/jobs", {"id": "a"})
         slow.connect()
@@ -208,7 +208,7 @@ def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
         assert daemon.process is not None
         daemon.process.terminate()
         daemon.until_said(b"event=stopping")
-        time.sleep(6.5)  # the lock would have ended, and recovery come by
+        time.sleep(6.5)  # the lock would have expired, and recovery have run
         slow.sock.sendall(b'"id": "slow"}')
         assert b" 201 " in slow.sock.recv(1000)
         assert daemon.process.wait() == 0
@@ -219,7 +219,7 @@ def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
 
 
 def test_a_restore_ends_the_grants_of_the_copy_and_hands_out_higher_tokens(tmp_path: Path) -> None:
-    """What the holders of that time did since is not in the copy: they are told that their locks are lost."""
+    """The backup does not contain what the holders did since, so they get `lock_lost`."""
     copy = tmp_path / "copy.db"
     with Daemon(tmp_path) as daemon:
         daemon.post("/v1/jobs", {"id": "a"})
@@ -270,7 +270,7 @@ def test_a_wrong_configuration_is_exit_78(tmp_path: Path, config: str, said: str
 
 
 def test_workers_may_use_any_host_name_over_tcp(tmp_path: Path) -> None:
-    """The token decides there; operators' browsers are another matter."""
+    """On the worker listener only the token counts, because no browser uses it."""
     token, port = tmp_path / "worker-token", free_port()
     token.write_text("w" * 32)
     places = {"JOBD_WORKER_LISTEN": f"127.0.0.1:{port}", "JOBD_WORKER_TOKEN_FILE": str(token)}
@@ -312,14 +312,14 @@ def test_a_hanging_artifact_directory_does_not_block_the_stop(tmp_path: Path) ->
         assert daemon.process.wait(30) == 0
         daemon.start()
         assert daemon.admin("GET", "health").data["storage"]["status"] == "unhealthy"
-        daemon.process.send_signal(signal.SIGUSR2)  # the disk of the store breaks
+        daemon.process.send_signal(signal.SIGUSR2)  # makes the disk of the store fail
         with suppress(OSError, http.client.HTTPException):
             daemon.post("/v1/jobs", {"id": "a"})
         assert daemon.process.wait(30) == 74
 
 
 def test_a_hanging_actor_does_not_feed_the_watchdog(tmp_path: Path) -> None:
-    """The loop goes on, and would feed a watchdog that asks for no more."""
+    """The event loop still runs, and could feed a watchdog that checks only the loop."""
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(30)
@@ -334,7 +334,7 @@ def test_a_hanging_actor_does_not_feed_the_watchdog(tmp_path: Path) -> None:
             systemd.settimeout(2)
             signs = 0
             with suppress(TimeoutError):
-                while signs < 50:  # the last few were under way
+                while signs < 50:  # the last few were in flight
                     signs += systemd.recv(4096) == b"WATCHDOG=1"
             assert signs < 50
 
@@ -376,18 +376,18 @@ def test_a_start_and_a_reload_warn_about_doubtful_settings(tmp_path: Path) -> No
         daemon.process.send_signal(signal.SIGHUP)
         assert "1m" in daemon.until_said(b"level=warning event=config_warning")
         daemon.until_said(b"event=reloaded")
-        assert daemon.log.count(b"event=config_warning") == 3  # what has been said is not said again
+        assert daemon.log.count(b"event=config_warning") == 3  # a warning is not repeated
 
 
 async def _left_suspect(store: Path, expected_ms: int) -> None:
-    """A store whose daemon ended while its clock was suspect."""
+    """Make a store whose daemon ended while its clock was suspect."""
     disk, found = await Store.open(str(store))
     await disk.write(Batch([], replace(found.numbers, wall_ms=expected_ms, clock_suspect=True)))
     await disk.close()
 
 
 def test_a_suspect_clock_survives_restarts_until_it_is_accepted(tmp_path: Path) -> None:
-    # Two days are more than a running daemon allows, and less than a start allows by itself.
+    # Two days are more than a running daemon accepts, and less than a start accepts.
     asyncio.run(_left_suspect(tmp_path / "jobd.db", wall_clock_ms() - 2 * DAY_MS))
     with Daemon(tmp_path) as daemon:
         for _ in range(2):
@@ -444,7 +444,7 @@ def test_a_zombie_worker_is_accepted_until_recovery_then_rejected(tmp_path: Path
 
 
 def test_any_failed_fsync_ends_the_daemon(tmp_path: Path) -> None:
-    """The health probe writes beside the actor: after its fsync failed nothing may be acknowledged any more."""
+    """The health probe writes too. After its fsync fails, nothing may be acknowledged."""
     if shutil.which("strace") is None:
         tool_missing("strace", "strace")
     with Daemon(tmp_path) as daemon:
@@ -480,14 +480,14 @@ def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -
             strace.stderr.readline()  # attached
             asked = pool.submit(daemon.post, "/v1/jobs", {"id": "a"})
             said = b""
-            while b"fdatasync(" not in said:  # on its way to the disk
+            while b"fdatasync(" not in said:  # the commit has reached the disk
                 said += strace.stderr.read(100)
             assert daemon.stop() == 74, daemon.log.decode()
             strace.stderr.read()
         assert asked.result().error == "outcome_unknown"
 
 
-@pytest.mark.parametrize("number", [1, 4, 5, 7])  # the log begins (twice), the schema, the first probe
+@pytest.mark.parametrize("number", [1, 4, 5, 7])  # the start of the WAL (twice), the schema, the first probe
 def test_a_disk_that_fails_at_the_start_is_exit_74_in_one_line(tmp_path: Path, number: int) -> None:
     if shutil.which("strace") is None:
         tool_missing("strace", "strace")

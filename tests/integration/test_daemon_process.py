@@ -16,7 +16,7 @@ from tests.support.daemon_process import Daemon, die_with_us
 STARTER = """
 import sys, time
 from pathlib import Path
-from tests.process import Daemon
+from tests.support.daemon_process import Daemon
 with Daemon(Path(sys.argv[1])) as daemon:
     print(daemon.process.pid, flush=True)
     time.sleep(1000)

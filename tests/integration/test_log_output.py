@@ -27,7 +27,7 @@ for number in range(int(sys.argv[1])):
 
 
 class Pipe:
-    """A pipe in the place of stderr that holds one page and that nobody reads until `read` is called."""
+    """A pipe in place of stderr that holds one page and is not read until `read` is called."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ours, theirs = os.pipe()
@@ -36,7 +36,7 @@ class Pipe:
         monkeypatch.setattr(sys, "stderr", self.stderr)
 
     def read(self, out: LogWriter) -> list[str]:
-        """All that comes until everything is written."""
+        """Read until everything is written."""
         heard: list[bytes] = []
 
         def listen() -> None:
@@ -60,7 +60,7 @@ def test_logging_never_waits_and_dropped_lines_are_counted_in_place(monkeypatch:
     assert not out.flush(0)
     read = pipe.read(out)
     at = next(at for at, line in enumerate(read) if line.startswith("dropped"))
-    assert read[:at] == [f"{number:099}" for number in range(at)]  # none is missing before the first gap
+    assert read[:at] == [f"{number:099}" for number in range(at)]  # no line is missing before the gap
     lost = sum(int(line.split()[1]) for line in read if line.startswith("dropped"))
     kept = [int(line) for line in read if not line.startswith("dropped")]
     assert kept == sorted(kept)
@@ -69,7 +69,7 @@ def test_logging_never_waits_and_dropped_lines_are_counted_in_place(monkeypatch:
 
 
 def test_many_lines_at_once_are_all_written_if_stderr_is_read() -> None:
-    """While the loop is busy the writer gets few turns: they must be enough."""
+    """While the loop is busy, the writer thread rarely runs. That must be enough."""
     done = subprocess.run([sys.executable, "-c", SAY, "50000"], capture_output=True, text=True, check=True)
     assert "log_lines_dropped" not in done.stderr
     assert len(done.stderr.splitlines()) == 50_000
@@ -141,4 +141,4 @@ def test_a_daemon_whose_log_is_not_read_continues_and_reports_dropped_lines(tmp_
     assert "event=stopped" in rest[-1]
     lost = sum(int(count) for count in re.findall(r"event=log_lines_dropped .*count=(\d+)", "\n".join(rest)))
     assert lost
-    assert lost + sum("event=created" in line for line in rest) >= 20_000  # what else is said may be dropped, too
+    assert lost + sum("event=created" in line for line in rest) >= 20_000  # other lines may be dropped too

@@ -142,7 +142,7 @@ def test_logfmt_shows_what_failed_and_where(capsys: pytest.CaptureFixture[str]) 
         structlog.get_logger().exception("failed")
     (line,) = lines(capsys)
     assert r'exception="LookupError: first\nsecond"' in line
-    assert re.search(r'at="test_logging\.py:\d+ fail < test_logging\.py:\d+ test_logfmt_says', line)
+    assert re.search(r'at="test_logging\.py:\d+ fail < test_logging\.py:\d+ test_logfmt_shows', line)
     assert "Traceback" not in line
 
 
@@ -176,7 +176,7 @@ def test_a_new_level_applies_to_loggers_in_use(capsys: pytest.CaptureFixture[str
 
     assert heard() == 2
     log.set_level("debug")
-    assert heard() == 4  # of others nothing below a warning
+    assert heard() == 4  # of other packages nothing below a warning
     log.set_level("error")
     assert heard() == 0
 
@@ -212,7 +212,7 @@ def test_at_level_debug_the_daemon_writes_no_payload_and_no_lock_id(tmp_path: Pa
         daemon.post("/v1/jobs/j/fail", {"lock_id": grant["lock_id"], "error_message": "no"})
         assert daemon.stop() == 0
     said = daemon.log.decode()
-    assert "event=granted" in said, said  # the level is in force
+    assert "event=granted" in said, said  # the level applies
     assert SECRET not in said
     assert grant["lock_id"] not in said
     assert TOKEN not in said

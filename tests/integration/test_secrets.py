@@ -44,7 +44,7 @@ allow_private = true
 
 
 class RunningDaemon:
-    """A daemon with token files, both APIs on TCP ports, at log level debug. `said` is all that it answered."""
+    """A daemon with token files, both APIs on TCP ports, at log level debug. `said` has all its responses."""
 
     def __init__(self, directory: Path, more: str = HOOK) -> None:
         self.files = {"admin": directory / "admin-token", "worker": directory / "worker-token"}
@@ -54,7 +54,7 @@ class RunningDaemon:
         files = {f"JOBD_{name.upper()}_TOKEN_FILE": str(path) for name, path in self.files.items()}
         self.daemon = Daemon(directory, f"[log]\nlevel = 'debug'\n{more}", **places, **files)
         del self.daemon.environ["ADMIN_TOKEN"]
-        self.daemon.module = "tests.support.prompt_alerts"  # what they say is looked at, too
+        self.daemon.module = "tests.support.prompt_alerts"  # alert messages are checked too
         self.said: list[tuple[str, str]] = []
 
     def write(self, admin: list[str], worker: list[str]) -> None:
@@ -82,7 +82,7 @@ class RunningDaemon:
             self.said.append((repr(data), line.recv(65_536).decode()))
 
     def run(self, *arguments: str, module: str = "jobd", **environ: str) -> None:
-        """One of the verbs of jobd, or of jobctl."""
+        """Run a command of jobd or jobctl."""
         command = [sys.executable, "-m", module, *arguments]
         environ = {**self.daemon.environ, "JOBD_ADMIN_URL": f"http://127.0.0.1:{self.ports['admin']}", **environ}
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
@@ -242,7 +242,7 @@ def test_of_a_webhook_url_only_the_host_is_shown(hooks: tuple[str, Receiver], tm
 
 
 def _tried(running: RunningDaemon) -> int:
-    """How many webhooks have failed, as the daemon tells it."""
+    """Return how many webhooks have failed."""
     listed = running.ask("admin", ADMIN[0], "GET", "/admin/job-management/webhooks").data["webhooks"]
     return sum(each["last_error"] is not None for each in listed)
 
@@ -255,7 +255,7 @@ def _until(condition: Callable[[], bool]) -> None:
 
 
 def _work(running: RunningDaemon) -> list[str]:
-    """Jobs in many states; gives the lock ids of all grants."""
+    """Make jobs in many states. Return the lock ids of all grants."""
     locks = []
     for number in range(6):
         job_id = f"held-{number}"
@@ -288,7 +288,7 @@ def _read_everything(running: RunningDaemon) -> None:
 
 
 def _send_wrong_requests(running: RunningDaemon, locks: list[str]) -> None:
-    """Refusals that could repeat what was given."""
+    """Cause errors that could repeat a secret."""
     for lock in locks:
         for path, body in (
             ("/v1/jobs/held-0/progress", {"lock_id": lock, "progress": 101}),
@@ -310,7 +310,7 @@ def _send_wrong_requests(running: RunningDaemon, locks: list[str]) -> None:
 
 
 def _inspect_process(running: RunningDaemon, locks: list[str]) -> None:
-    """What it tells when it is looked into, with work in its hands."""
+    """Read metrics, dumps and /proc while jobs are processing."""
     process = running.daemon.process
     assert process is not None
     with closing(running.daemon.worker()) as parked:

@@ -18,7 +18,7 @@ from tests.support.daemon_process import Daemon
 AHEAD_S = 7200
 METRICS = "/metrics"
 
-pytestmark = pytest.mark.timeout(180)  # several starts of a daemon, with its clock in another library's hands
+pytestmark = pytest.mark.timeout(180)  # several starts of a daemon under libfaketime
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def daemon_of(tmp_path: Path, url: str) -> Daemon:
 
 
 def done(daemon: Daemon, place: Path, job_id: str, key: str) -> Path:
-    """A worker stores a result and says so."""
+    """Store a result and complete the job."""
     daemon.post("/v1/jobs", {"id": job_id})
     lock_id = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "w"}).data["lock_id"]
     path = place / key
@@ -65,7 +65,7 @@ def metric(daemon: Daemon, name: str) -> float:
 
 
 def eventually(condition: Callable[[], bool]) -> None:
-    """It happens in another process; as long as a test may take."""
+    """Wait for an effect in the daemon process."""
     while not condition():
         time.sleep(0.02)
 
@@ -75,7 +75,7 @@ def test_a_result_is_deleted_with_its_job_by_an_operator_and_by_age(tmp_path: Pa
         kept = done(daemon, results, "kept", "video/kept.mp4")
         by_hand = done(daemon, results, "by-hand", "video/a.mp4")
         assert daemon.stop() == 0
-        daemon.environ["JOBD_RETENTION_COMPLETED"] = "0"  # of what is completed from here on
+        daemon.environ["JOBD_RETENTION_COMPLETED"] = "0"  # of jobs that complete from here on
         daemon.start()
         by_age = done(daemon, results, "by-age", "video/b.mp4")
         assert daemon.admin("DELETE", "jobs/by-hand").status == 200
@@ -126,7 +126,7 @@ def test_a_kill_between_the_deletions_of_a_job_and_its_result_leaks_nothing(tmp_
         assert (away / "k").exists()
         away.rename(results)
         daemon.start()
-        eventually(lambda: b"event=artifact_deleted" in daemon.log)  # perhaps before it said that it was ready
+        eventually(lambda: b"event=artifact_deleted" in daemon.log)  # possibly before it was ready
         assert not path.exists()
         eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
 

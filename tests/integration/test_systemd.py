@@ -33,7 +33,7 @@ SAID: list[tuple[Callable[[], bool], str]] = [
 
 @pytest.fixture(params=["path", "abstract"])
 def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """systemd's end of $NOTIFY_SOCKET."""
+    """The receiving end of $NOTIFY_SOCKET."""
     path, name = str(tmp_path / "notify"), f"jobd-test-{os.getpid()}-{time.monotonic_ns()}"
     address, shown = (path, path) if request.param == "path" else ("\0" + name, "@" + name)
     monkeypatch.setenv("NOTIFY_SOCKET", shown)
@@ -113,7 +113,7 @@ def test_a_watchdog_timeout_that_is_not_a_number_is_an_error(monkeypatch: pytest
         systemd.watchdog_s()
 
 
-# A process that systemd starts with sockets: descriptors from 3 on, its own pid in LISTEN_PID.
+# A process as systemd starts it: sockets from descriptor 3 on, its pid in LISTEN_PID.
 STARTED = """
 import json, os, sys
 os.environ["LISTEN_PID"] = sys.argv[1].replace("ours", str(os.getpid()))
@@ -130,7 +130,7 @@ print(json.dumps({
 
 
 def started(opened: Sequence[socket.socket | IO[bytes]], pid: str, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run STARTED with `opened` as its descriptors from 3 on, as systemd hands them over."""
+    """Run STARTED with `opened` as its descriptors from 3 on."""
     high = [os.dup(each.fileno()) for each in opened]
     moves = "".join(f" {3 + index}<&{given}" for index, given in enumerate(high))
     try:
@@ -206,7 +206,7 @@ def analyze(*argv: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(params=["tcp", "unix-only"])
 def installed(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A directory of units, with and without the drop-ins, for a jobd that is here."""
+    """Make a directory of units, with and without the drop-ins, for this jobd."""
     for unit in (*UNITS.glob("*.service"), *UNITS.glob("*.socket")):
         here = unit.read_text(encoding="utf-8").replace("/opt/jobd/bin/jobd", "/bin/true")
         (tmp_path / unit.name).write_text(here, encoding="utf-8")
@@ -240,12 +240,12 @@ def test_the_unit_restarts_for_ever_except_on_a_bad_configuration() -> None:
     assert unit["StartLimitIntervalSec"] == "0"
     assert unit["RestartPreventExitStatus"] == "78"
     assert {"WatchdogSec", "RestartSteps"} <= set(unit)
-    # systemd never forgets a restart: after a few crashes, however long ago, every one waits for the longest delay.
+    # systemd never resets its count of restarts: after a few crashes, every restart waits for the longest delay.
     assert unit["RestartMaxDelaySec"] == "2s"
 
 
 def test_the_sockets_outlive_the_daemon_and_are_named_after_its_listeners() -> None:
-    """RuntimeDirectory= would take the sockets in it along when the daemon stops, PropagatesStopTo= when it crashes."""
+    """RuntimeDirectory= would remove the sockets on a stop, PropagatesStopTo= on a crash."""
     service = dict(settings_of(UNITS / "jobd.service"))
     assert not {"RuntimeDirectory", "PropagatesStopTo"} & set(service)
     for name in ("worker", "admin"):

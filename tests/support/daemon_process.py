@@ -18,14 +18,14 @@ from typing import Any, Self
 
 TOKEN = "token-for-tests-0123456789abcdef"
 READY = b"event=ready"
-SAID_S = 60.0  # as long as a test may take
+SAID_S = 60.0  # the timeout of a test
 
-_LIBC = ctypes.CDLL(None)  # loaded here: a child between fork and exec should do next to nothing
+_LIBC = ctypes.CDLL(None)  # loaded here, because a child between fork and exec should do little
 _PR_SET_PDEATHSIG = 1
 
 
 def die_with_us() -> None:
-    """For `preexec_fn`: Linux kills the child when the thread that started it is gone, even when pytest was killed."""
+    """For `preexec_fn`: let Linux kill the child when the thread that started it ends, even if pytest is killed."""
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -44,7 +44,7 @@ class OverUnix(http.client.HTTPConnection):
 
 
 class Reply:
-    """An answer: its status, headers and the whole body, decoded."""
+    """A response: status, headers and decoded body."""
 
     def __init__(self, response: http.client.HTTPResponse) -> None:
         self.status = response.status
@@ -74,7 +74,7 @@ def call(connection: http.client.HTTPConnection, method: str, path: str, body: A
 
 
 class Doors:
-    """A daemon's two Unix sockets, and calls over them."""
+    """Calls over the two Unix sockets of a daemon."""
 
     socket: str
     admin_socket: str
@@ -96,7 +96,7 @@ class Doors:
             return call(connection, "GET", path)
 
     def admin(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
-        """A path of /admin/job-management, or one that starts with a slash as it is."""
+        """Call a path below /admin/job-management, or an absolute path."""
         headers.setdefault("Authorization", f"Bearer {TOKEN}")
         path = path if path.startswith("/") else f"/admin/job-management/{path}"
         with closing(OverUnix(self.admin_socket)) as connection:
@@ -104,7 +104,7 @@ class Doors:
 
 
 class Daemon(Doors):
-    """`with Daemon(tmp_path) as daemon`: ready on entry, stopped by its own pid on exit."""
+    """A daemon process. `with Daemon(tmp_path) as daemon` waits until it is ready, and stops it at the end."""
 
     def __init__(self, directory: Path, config: str = "", **environ: str) -> None:
         self.directory = directory
@@ -122,8 +122,8 @@ class Daemon(Doors):
             "JOBD_LOG_FORMAT": "logfmt",
             **environ,
         }
-        self.prefix: list[str] = []  # what the daemon is started with: strace, say
-        self.module = "jobd"  # or one that runs it otherwise
+        self.prefix: list[str] = []  # a program that starts the daemon, such as strace
+        self.module = "jobd"  # or a variant of it
         self.process: subprocess.Popen[bytes] | None = None
         self._heard = threading.Condition()
         self._lines: list[bytes] = []
@@ -143,7 +143,7 @@ class Daemon(Doors):
     @classmethod
     @contextmanager
     def not_started(cls, directory: Path, config: str = "", **environ: str) -> Iterator[Daemon]:
-        """The same, not started yet: for what is done to it before."""
+        """Prepare the daemon without starting it."""
         with ExitStack() as stack:
             yield stack.push(cls(directory, config, **environ))
 
@@ -152,22 +152,22 @@ class Daemon(Doors):
         return subprocess.Popen(command, env=self.environ, stderr=stderr, preexec_fn=die_with_us)
 
     def start(self) -> None:
-        """Returns when the log says that the daemon is ready; whoever waits sees its log if it ends instead."""
+        """Wait until the log says that the daemon is ready. Fails with the log if it ends instead."""
         self.launch()
         self.until_said(READY)
 
     def launch(self) -> None:
-        """Start it and wait for nothing."""
+        """Start the process without waiting."""
         self.process = self.spawn()
         self._listener = threading.Thread(target=self._listen, args=(self.process,))
         self._listener.start()
 
     def gets_ready(self) -> bool:
-        """Whether it got ready; False where it ended instead."""
+        """Wait until it is ready. False if it ends instead."""
         return self._next_line(READY) is not None
 
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
-        """Everything that the daemon says, as it says it: a pipe that nobody reads would fill."""
+        """Read the output of the daemon continuously, because a full pipe would block it."""
         assert process.stderr is not None
         for line in process.stderr:
             with self._heard:
@@ -184,18 +184,18 @@ class Daemon(Doors):
 
     @property
     def log(self) -> bytes:
-        """All that was said until now; after `stop` or `kill` all that was said."""
+        """The output so far; after `stop` or `kill` all of it."""
         with self._heard:
             return b"".join(self._lines)
 
     def until_said(self, text: bytes) -> str:
-        """The next line with `text`, counted from the one that the last call gave."""
+        """Wait for the next line with `text` after the one that the last call returned."""
         line = self._next_line(text)
         assert line is not None, f"the daemon has ended:\n{self.log.decode()}"
         return line
 
     def _next_line(self, text: bytes) -> str | None:
-        """The same; None where the daemon ended without it."""
+        """Like `until_said`, but None if the daemon ends without such a line."""
         with self._heard:
             while True:
                 while self._looked_at < len(self._lines):
@@ -214,7 +214,7 @@ class Daemon(Doors):
         self._hear_out()
 
     def stop(self, signal_number: signal.Signals = signal.SIGTERM) -> int:
-        """Ask it to stop; gives the exit code."""
+        """Send SIGTERM and return the exit code."""
         assert self.process is not None
         self.process.send_signal(signal_number)
         code = self.process.wait(30)

@@ -52,7 +52,7 @@ HOSTILE = {
 }
 
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
-# More of the same, too large or too slow for every run of the ordinary tests.
+# More requests, too large or too slow for the ordinary tests.
 WIDER = {
     "header over its line": GET + b"X-A: " + b"a" * 9_000 + b"\r\n\r\n",
     "UTF-8 that is none, in the path": b"GET /v1/jobs/\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -93,7 +93,7 @@ def _fill(head: bytes, one: bytes, tail: bytes, between: bytes = b",") -> bytes:
     return head + between.join([one] * ((_ALL - len(head) - len(tail)) // (len(one) + len(between)))) + tail
 
 
-# Bodies that are small enough to be read, and made to be dear: name -> path, body.
+# Bodies within the limit that are expensive to decode: name -> path, body.
 DEAR = {
     "a third of a million jobs": ("/v1/jobs/bulk", _fill(b'{"jobs":[', b"{}", b"]}")),
     "a quarter of a million queues": ("/v1/claim", _fill(b'{"worker":"w","queues":[', b'"a"', b"]}")),

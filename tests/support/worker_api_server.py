@@ -19,7 +19,7 @@ from tests.support.http_harness import HttpHarness
 from tests.support.memory_storage import MemoryStorage
 
 
-class Town:
+class WorkerApiServer:
     """The harness, the actor, and the storage, which can be made to fail."""
 
     def __init__(self, harness: HttpHarness, actor: Actor, disk: MemoryStorage) -> None:
@@ -33,14 +33,16 @@ class Town:
 
 
 @asynccontextmanager
-async def town(place: Path, *, bounds: Bounds | None = None, **options: Any) -> AsyncIterator[Town]:
+async def worker_api_server(
+    place: Path, *, bounds: Bounds | None = None, **options: Any
+) -> AsyncIterator[WorkerApiServer]:
     """Serve the worker API. `options` are those of HttpHarness."""
     disk = MemoryStorage()
     keys = Keys([], 100)
     actor = Actor(disk, Book.opened(disk.opened()), keys, Clock(), Policy(), random=os.urandom, bounds=bounds)
     running = asyncio.create_task(actor.run())
     async with HttpHarness(ROUTES, place, actor=actor, **options) as harness:
-        yield Town(harness, actor, disk)
+        yield WorkerApiServer(harness, actor, disk)
         disk.gate.set()
         actor.stop_parking()
     actor.stop()

@@ -28,23 +28,23 @@ from jobd.client.protocol import ApiRequest
 from jobd.http.auth import Authenticator
 from tests.support.http_harness import TOKEN
 from tests.support.virtual_engine import until
-from tests.support.worker_api_server import Town, town
+from tests.support.worker_api_server import WorkerApiServer, worker_api_server
 
 
-@pytest.fixture(name="town")
-async def _town(tmp_path: Path) -> AsyncIterator[Town]:
-    async with town(tmp_path) as opened:
+@pytest.fixture(name="server")
+async def _server(tmp_path: Path) -> AsyncIterator[WorkerApiServer]:
+    async with worker_api_server(tmp_path) as opened:
         yield opened
 
 
 @pytest.fixture
-async def client(town: Town) -> AsyncIterator[AsyncJobClient]:
-    async with AsyncJobClient(f"unix:{town.harness.path}", retry_for_s=5, timeout_s=5) as opened:
+async def client(server: WorkerApiServer) -> AsyncIterator[AsyncJobClient]:
+    async with AsyncJobClient(f"unix:{server.harness.path}", retry_for_s=5, timeout_s=5) as opened:
         yield opened
 
 
-def streams_of(town: Town) -> int:
-    return len(town.harness.app.on_close)
+def streams_of(server: WorkerApiServer) -> int:
+    return len(server.harness.app.on_close)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ def test_calls_that_wait_or_list_are_not_lines(request_: ApiRequest[Any]) -> Non
 # Calls.
 
 
-async def test_every_call_returns_the_same_as_over_http(town: Town, client: AsyncJobClient) -> None:
+async def test_every_call_returns_the_same_as_over_http(server: WorkerApiServer, client: AsyncJobClient) -> None:
     seen: list[list[type]] = []
     for jobs in (client, client.stream()):
         made = await jobs.create_job({"a": [1]}, id=f"a-{len(seen)}", max_attempts=5)
@@ -137,9 +137,9 @@ async def test_every_call_returns_the_same_as_over_http(town: Town, client: Asyn
         assert states == ["queued", "queued", "completed", "queued", "cancelled", "completed"]
         assert (got.metadata_value, got.payload_value, waited) == ({"n": 1}, {"a": [1]}, [])
         if jobs is not client:
-            assert streams_of(town) == 1
+            assert streams_of(server) == 1
             await jobs.close()
-            assert streams_of(town) == 0
+            assert streams_of(server) == 0
     assert seen[0] == seen[1]
 
 
@@ -160,40 +160,40 @@ async def test_errors_are_the_same_as_over_http(client: AsyncJobClient) -> None:
             await jobs.create_job("x" * 300_000)
 
 
-async def test_concurrent_calls_share_one_stream(town: Town, client: AsyncJobClient) -> None:
+async def test_concurrent_calls_share_one_stream(server: WorkerApiServer, client: AsyncJobClient) -> None:
     async with client.stream() as jobs:
         made = await asyncio.gather(*(jobs.create_job(number, id=f"j-{number}") for number in range(1_000)))
         assert [job.id for job in made] == [f"j-{number}" for number in range(1_000)]
-        assert streams_of(town) == 1
-        assert town.harness.listener.connections == 1
-    assert len(town.disk.jobs) == 1_000
-    assert len(town.disk.batches) < 100
+        assert streams_of(server) == 1
+        assert server.harness.listener.connections == 1
+    assert len(server.disk.jobs) == 1_000
+    assert len(server.disk.batches) < 100
 
 
 @pytest.mark.parametrize(("concurrency", "streams"), [(7, 0), (8, 1)])
 async def test_a_worker_with_high_concurrency_uses_a_stream(
-    town: Town, client: AsyncJobClient, concurrency: int, streams: int
+    server: WorkerApiServer, client: AsyncJobClient, concurrency: int, streams: int
 ) -> None:
     await client.create_jobs([{"id": f"j-{number}"} for number in range(20)])
-    worker = Worker(f"unix:{town.harness.path}", concurrency=concurrency)
+    worker = Worker(f"unix:{server.harness.path}", concurrency=concurrency)
     seen: list[int] = []
 
     @worker.handler()
     async def work(task: Task) -> None:
         await task.progress(50)
-        seen.append(streams_of(town))
+        seen.append(streams_of(server))
         if len(seen) == 20:
             worker.stop()
 
     await worker.serve()
     assert set(seen) == {streams}
-    assert {job.status for job in town.disk.jobs.values()} == {"completed"}
-    assert streams_of(town) == 0
+    assert {job.status for job in server.disk.jobs.values()} == {"completed"}
+    assert streams_of(server) == 0
 
 
 async def test_a_wrong_token_is_unauthorized(tmp_path: Path) -> None:
     gate = Authenticator("worker", tokens=[TOKEN], hosts=["localhost", "127.0.0.1"])
-    async with town(tmp_path, gate=gate) as guarded:
+    async with worker_api_server(tmp_path, gate=gate) as guarded:
         url = f"http://127.0.0.1:{guarded.harness.port}"
         async with AsyncJobClient(url, token="x" * 30) as client, client.stream() as jobs:
             with pytest.raises(Unauthorized):
@@ -206,19 +206,19 @@ async def test_a_wrong_token_is_unauthorized(tmp_path: Path) -> None:
 # Failures.
 
 
-async def test_calls_are_retried_over_a_new_stream(town: Town, client: AsyncJobClient) -> None:
+async def test_calls_are_retried_over_a_new_stream(server: WorkerApiServer, client: AsyncJobClient) -> None:
     async with client.stream() as jobs:
         await jobs.create_job(id="a")
-        town.disk.gate.clear()
+        server.disk.gate.clear()
         second = asyncio.ensure_future(jobs.create_job(id="b"))
-        await town.disk.at_gate.wait()
-        for connection in town.harness.listener._server.connections:
+        await server.disk.at_gate.wait()
+        for connection in server.harness.listener._server.connections:
             assert connection.transport is not None
             connection.transport.abort()
-        town.disk.gate.set()
+        server.disk.gate.set()
         assert (await second).id == "b"
         assert (await jobs.create_job(id="c")).id == "c"
-    assert sorted(job.id for job in town.disk.jobs.values()) == ["a", "b", "c"]
+    assert sorted(job.id for job in server.disk.jobs.values()) == ["a", "b", "c"]
 
 
 async def test_an_unreachable_daemon_is_an_error(tmp_path: Path) -> None:
@@ -228,24 +228,24 @@ async def test_an_unreachable_daemon_is_an_error(tmp_path: Path) -> None:
                 await jobs.create_job()
 
 
-async def test_a_response_that_is_late_means_unreachable(town: Town) -> None:
-    client = AsyncJobClient(f"unix:{town.harness.path}", retry_for_s=0, timeout_s=0.2)
+async def test_a_response_that_is_late_means_unreachable(server: WorkerApiServer) -> None:
+    client = AsyncJobClient(f"unix:{server.harness.path}", retry_for_s=0, timeout_s=0.2)
     async with client, client.stream() as jobs:
         await jobs.create_job(id="a")
-        town.disk.gate.clear()
+        server.disk.gate.clear()
         with pytest.raises(Unreachable):
             await jobs.create_job(id="b")
-        town.disk.gate.set()
+        server.disk.gate.set()
         assert (await jobs.create_job(id="b")).id == "b"
 
 
-async def test_grants_of_a_cancelled_call_are_released(town: Town, client: AsyncJobClient) -> None:
+async def test_grants_of_a_cancelled_call_are_released(server: WorkerApiServer, client: AsyncJobClient) -> None:
     async with client.stream() as jobs:
         for job_id in ("a", "b", "c"):
             await jobs.create_job(id=job_id)
-        town.disk.gate.clear()
+        server.disk.gate.clear()
         first = asyncio.ensure_future(jobs.cancel_job("c"))
-        await town.disk.at_gate.wait()
+        await server.disk.at_gate.wait()
         cancelled = [
             asyncio.ensure_future(each)
             for each in (
@@ -254,11 +254,11 @@ async def test_grants_of_a_cancelled_call_are_released(town: Town, client: Async
                 jobs.start_processing("c", worker="w"),
             )
         ]
-        await until(lambda: town.actor.waiting == 3)
+        await until(lambda: server.actor.waiting == 3)
         for each in cancelled:
             each.cancel()
         await asyncio.wait(cancelled)
-        town.disk.gate.set()
+        server.disk.gate.set()
         await first
         for job_id in ("a", "b"):
             while (job := await jobs.get_job(job_id)).status != "queued":
@@ -266,15 +266,15 @@ async def test_grants_of_a_cancelled_call_are_released(town: Town, client: Async
             assert job.attempt == 0
 
 
-async def test_closing_waits_for_pending_responses(town: Town, client: AsyncJobClient) -> None:
+async def test_closing_waits_for_pending_responses(server: WorkerApiServer, client: AsyncJobClient) -> None:
     jobs = client.stream()
     await jobs.create_job(id="a")
-    town.disk.gate.clear()
+    server.disk.gate.clear()
     last = asyncio.ensure_future(jobs.create_job(id="b"))
-    await town.disk.at_gate.wait()
+    await server.disk.at_gate.wait()
     closing = asyncio.ensure_future(jobs.close())
     await asyncio.sleep(0.01)
     assert not closing.done()
-    town.disk.gate.set()
+    server.disk.gate.set()
     await closing
     assert (await last).id == "b"

@@ -26,7 +26,7 @@ AUTH = {"Authorization": f"Bearer {TOKEN}"}
 ADMIN = "/admin/job-management"
 
 
-class Town:
+class BothApis:
     """One actor behind a worker listener and an admin listener."""
 
     def __init__(self, worker: HttpHarness, admin: HttpHarness, actor: Actor, disk: MemoryStorage) -> None:
@@ -46,7 +46,7 @@ class Town:
 
 
 @pytest.fixture
-async def town(tmp_path: Path) -> AsyncIterator[Town]:
+async def apis(tmp_path: Path) -> AsyncIterator[BothApis]:
     disk = MemoryStorage()
     opened = disk.opened()
     book = Book.opened(opened)
@@ -58,126 +58,126 @@ async def town(tmp_path: Path) -> AsyncIterator[Town]:
         gate = Authenticator("admin", tokens=[TOKEN])
         admin = HttpHarness(admin_api.ROUTES, tmp_path / "admin", gate=gate, admin=True, actor=actor)
         await stack.enter_async_context(admin)
-        yield Town(worker, admin, actor, disk)
+        yield BothApis(worker, admin, actor, disk)
         actor.stop_parking()
     actor.stop()
     await running
 
 
-async def test_the_life_of_a_job(town: Town) -> None:
-    response = await town.worker.request("POST", "/v1/jobs", '{"id":"job-1","payload":{"n":[1,2.50]}}')
+async def test_the_life_of_a_job(apis: BothApis) -> None:
+    response = await apis.worker.request("POST", "/v1/jobs", '{"id":"job-1","payload":{"n":[1,2.50]}}')
     assert (response.status, response.data["status"], response.data["payload"]) == (201, "queued", {"n": [1, 2.5]})
-    assert (await town.worker.request("POST", "/v1/jobs", '{"id":"job-1","payload":{"n":[1,2.50]}}')).status == 200
-    assert (await town.worker.request("POST", "/v1/jobs", '{"id":"job-1"}')).error == "job_exists"
+    assert (await apis.worker.request("POST", "/v1/jobs", '{"id":"job-1","payload":{"n":[1,2.50]}}')).status == 200
+    assert (await apis.worker.request("POST", "/v1/jobs", '{"id":"job-1"}')).error == "job_exists"
 
-    [grant] = (await town.post("/v1/claim", '{"worker":"w-1"}'))["grants"]
+    [grant] = (await apis.post("/v1/claim", '{"worker":"w-1"}'))["grants"]
     assert (grant["job"]["id"], grant["job"]["lock"]["worker"]) == ("job-1", "w-1")
     lock_id = grant["lock_id"]
-    state = await town.post("/v1/jobs/job-1/progress", f'{{"lock_id":"{lock_id}","progress":40,"message":"m"}}')
+    state = await apis.post("/v1/jobs/job-1/progress", f'{{"lock_id":"{lock_id}","progress":40,"message":"m"}}')
     assert state["cancel_requested"] is False
-    response = await town.worker.request("POST", "/v1/jobs/job-1/start", '{"worker":"w-2"}')
+    response = await apis.worker.request("POST", "/v1/jobs/job-1/start", '{"worker":"w-2"}')
     assert (response.status, response.error, response.json["details"]["locked_by"]) == (409, "already_locked", "w-1")
 
-    assert "lock_id" not in (await town.job("job-1"))["lock"]
-    seen = (await town.admin.request("GET", f"{ADMIN}/jobs/job-1", headers=AUTH)).data
+    assert "lock_id" not in (await apis.job("job-1"))["lock"]
+    seen = (await apis.admin.request("GET", f"{ADMIN}/jobs/job-1", headers=AUTH)).data
     assert seen["lock"]["lock_id"] == lock_id
 
-    done = await town.post("/v1/jobs/job-1/complete", f'{{"lock_id":"{lock_id}","metadata":{{"size":1}}}}')
+    done = await apis.post("/v1/jobs/job-1/complete", f'{{"lock_id":"{lock_id}","metadata":{{"size":1}}}}')
     assert (done["status"], done["progress"], done["metadata"]) == ("completed", 100, {"size": 1})
-    again = await town.post("/v1/jobs/job-1/complete", f'{{"lock_id":"{lock_id}","metadata":{{"size":1}}}}')
+    again = await apis.post("/v1/jobs/job-1/complete", f'{{"lock_id":"{lock_id}","metadata":{{"size":1}}}}')
     assert again["repeated"] is True
-    response = await town.worker.request("POST", "/v1/jobs/nobody/cancel")
+    response = await apis.worker.request("POST", "/v1/jobs/nobody/cancel")
     assert (response.status, response.error) == (404, "job_not_found")
-    events = (await town.worker.request("GET", "/v1/jobs/job-1/timeline")).data["events"]
+    events = (await apis.worker.request("GET", "/v1/jobs/job-1/timeline")).data["events"]
     assert [event["type"] for event in events] == ["created", "granted", "progress", "completed"]
     assert events[1]["by"] == "worker:w-1"
     assert lock_id not in str(events)
 
 
-async def test_a_repeated_key_gets_the_first_response_and_has_one_effect(town: Town) -> None:
+async def test_a_repeated_key_gets_the_first_response_and_has_one_effect(apis: BothApis) -> None:
     key = {"Idempotency-Key": "k-1"}
-    first = await town.worker.request("POST", "/v1/jobs", '{"queue":"mail"}', key)
-    second = await town.worker.request("POST", "/v1/jobs", '{"queue":"mail"}', key)
+    first = await apis.worker.request("POST", "/v1/jobs", '{"queue":"mail"}', key)
+    second = await apis.worker.request("POST", "/v1/jobs", '{"queue":"mail"}', key)
     assert (first.status, second.status) == (201, 201)
     assert "idempotent-replayed" not in first.headers
     assert second.headers["idempotent-replayed"] == "true"
     assert second.data == first.data
-    other = await town.worker.request("POST", "/v1/jobs", '{"queue":"post"}', key)
+    other = await apis.worker.request("POST", "/v1/jobs", '{"queue":"post"}', key)
     assert (other.status, other.error) == (422, "idempotency_key_reused")
-    assert len(town.disk.jobs) == 1
+    assert len(apis.disk.jobs) == 1
 
 
-async def test_a_waiting_claim_whose_client_disconnects_takes_no_job(town: Town) -> None:
-    gone = await town.worker.connect()
+async def test_a_waiting_claim_whose_client_disconnects_takes_no_job(apis: BothApis) -> None:
+    gone = await apis.worker.connect()
     gone.send(request_bytes("POST", "/v1/claim", '{"worker":"gone","wait_ms":60000}'))
-    while not town.actor.parked:  # noqa: ASYNC110 - the actor has no event for it
+    while not apis.actor.parked:  # noqa: ASYNC110 - the actor has no event for it
         await asyncio.sleep(0.001)
     await gone.close()
-    while town.actor.parked:  # noqa: ASYNC110
+    while apis.actor.parked:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
-    await town.post("/v1/jobs", '{"id":"job-1"}')
-    [grant] = (await town.post("/v1/claim", '{"worker":"here"}'))["grants"]
+    await apis.post("/v1/jobs", '{"id":"job-1"}')
+    [grant] = (await apis.post("/v1/claim", '{"worker":"here"}'))["grants"]
     assert grant["job"]["attempt"] == 1
 
 
 async def test_over_tcp_a_waiting_client_that_closes_takes_no_job_and_a_half_closed_one_gets_it(
-    town: Town, tmp_path: Path
+    apis: BothApis, tmp_path: Path
 ) -> None:
     (tmp_path / "tcp").mkdir()
     claim = request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
     gate = Authenticator("worker", hosts=["localhost"])
-    async with HttpHarness(worker_api.ROUTES, tmp_path / "tcp", gate=gate, actor=town.actor) as tcp:
+    async with HttpHarness(worker_api.ROUTES, tmp_path / "tcp", gate=gate, actor=apis.actor) as tcp:
         gone, half = await tcp.connect(), await tcp.connect()
         gone.send(claim)
-        while not town.actor.parked:  # noqa: ASYNC110 - the actor has no event for it
+        while not apis.actor.parked:  # noqa: ASYNC110 - the actor has no event for it
             await asyncio.sleep(0.001)
         await gone.close()
-        while town.actor.parked:  # noqa: ASYNC110
+        while apis.actor.parked:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         half.send(claim)
         half.writer.write_eof()
-        while not town.actor.parked:  # noqa: ASYNC110
+        while not apis.actor.parked:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
-        await town.post("/v1/jobs", '{"id":"job-1"}')
+        await apis.post("/v1/jobs", '{"id":"job-1"}')
         [grant] = (await half.receive()).data["grants"]
         assert grant["job"]["attempt"] == 1
         assert await half.is_closed()
 
 
-async def test_a_grant_whose_client_disconnected_before_the_response_is_released(town: Town) -> None:
-    await town.post("/v1/jobs", '{"id":"job-1"}')
-    town.disk.gate.clear()
-    gone = await town.worker.connect()
+async def test_a_grant_whose_client_disconnected_before_the_response_is_released(apis: BothApis) -> None:
+    await apis.post("/v1/jobs", '{"id":"job-1"}')
+    apis.disk.gate.clear()
+    gone = await apis.worker.connect()
     gone.send(request_bytes("POST", "/v1/jobs/job-1/start", '{"worker":"gone"}'))
-    await town.disk.at_gate.wait()
+    await apis.disk.at_gate.wait()
     gone.writer.transport.abort()
-    while town.worker.listener.connections > 1:  # noqa: ASYNC110 - until the listener has noticed; the other connection is that of `post`
+    while apis.worker.listener.connections > 1:  # noqa: ASYNC110 - until the listener has noticed; the other connection is that of `post`
         await asyncio.sleep(0.001)
-    town.disk.gate.set()
-    while (job := await town.job("job-1"))["status"] != "queued":
+    apis.disk.gate.set()
+    while (job := await apis.job("job-1"))["status"] != "queued":
         pass
     assert job["attempt"] == 0
-    [grant] = (await town.post("/v1/claim", '{"worker":"here"}'))["grants"]
+    [grant] = (await apis.post("/v1/claim", '{"worker":"here"}'))["grants"]
     assert grant["job"]["attempt"] == 1
 
 
-async def test_a_waiting_claim_gets_a_response_when_the_listeners_close(town: Town) -> None:
-    line = await town.worker.connect()
+async def test_a_waiting_claim_gets_a_response_when_the_listeners_close(apis: BothApis) -> None:
+    line = await apis.worker.connect()
     line.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
-    while not town.actor.parked:  # noqa: ASYNC110
+    while not apis.actor.parked:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
-    town.actor.stop_parking()
-    await town.worker.stop(30)
+    apis.actor.stop_parking()
+    await apis.worker.stop(30)
     response = await line.receive()
     assert (response.data, response.headers["connection"]) == ({"grants": []}, "close")
 
 
-async def test_an_import_over_the_wire(town: Town) -> None:
+async def test_an_import_over_the_wire(apis: BothApis) -> None:
     lines = ['{"id":"a","status":"completed","progress":100}', '{"id":"b","progress":101}', '{"id":"a"}', '{"id":"c"}']
     headers = {**AUTH, "Content-Type": "application/x-ndjson"}
-    response = await town.admin.request("POST", f"{ADMIN}/import", "\n".join(lines), headers)
+    response = await apis.admin.request("POST", f"{ADMIN}/import", "\n".join(lines), headers)
     assert (response.data["imported"], response.data["skipped"], response.data["refusedCount"]) == (2, 1, 1)
-    assert (await town.job("a"))["status"] == "completed"
-    validated = (await town.admin.request("GET", f"{ADMIN}/validate-job?jobId=a", headers=AUTH)).data
+    assert (await apis.job("a"))["status"] == "completed"
+    validated = (await apis.admin.request("GET", f"{ADMIN}/validate-job?jobId=a", headers=AUTH)).data
     assert (validated["jobId"], validated["job"]["id"]) == ("a", "a")
     assert "isValid" in validated["validation"]

@@ -13,12 +13,12 @@ from jobd.engine.mailbox import Envelope
 from tests.integration.test_command_stream import Stream
 from tests.support.http_harness import request_bytes
 from tests.support.virtual_engine import until
-from tests.support.worker_api_server import Town, town
+from tests.support.worker_api_server import WorkerApiServer, worker_api_server
 
 
-@pytest.fixture(name="town")
-async def _town(tmp_path: Path) -> AsyncIterator[Town]:
-    async with town(tmp_path) as opened:
+@pytest.fixture(name="server")
+async def _server(tmp_path: Path) -> AsyncIterator[WorkerApiServer]:
+    async with worker_api_server(tmp_path) as opened:
         yield opened
 
 
@@ -41,8 +41,8 @@ def left_over() -> Iterator[list[Envelope]]:
             gc.enable()
 
 
-async def test_requests_leave_no_garbage(town: Town) -> None:
-    line = await town.harness.connect()
+async def test_requests_leave_no_garbage(server: WorkerApiServer) -> None:
+    line = await server.harness.connect()
     with left_over() as left:
         assert (await line.request("POST", "/v1/jobs", '{"id":"a"}')).status == 201
         assert (await line.request("POST", "/v1/jobs", '{"id":"b"}', {"Idempotency-Key": "k"})).status == 201
@@ -55,34 +55,34 @@ async def test_requests_leave_no_garbage(town: Town) -> None:
     assert left == []
 
 
-async def test_clients_that_disconnect_leave_no_garbage(town: Town) -> None:
-    line = await town.harness.connect()
+async def test_clients_that_disconnect_leave_no_garbage(server: WorkerApiServer) -> None:
+    line = await server.harness.connect()
     with left_over() as left:
         line.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
-        await until(lambda: len(town.actor.parked) > 0)
+        await until(lambda: len(server.actor.parked) > 0)
         line.writer.close()
-        await until(lambda: not town.actor.parked)
+        await until(lambda: not server.actor.parked)
     assert left == []
 
 
-def both_wait(town: Town) -> bool:
-    waiting = town.actor.parked.first("default", "")
+def both_wait(server: WorkerApiServer) -> bool:
+    waiting = server.actor.parked.first("default", "")
     return waiting is not None and len(waiting.futures) == 2
 
 
-async def test_a_key_repeated_while_its_claim_waits_leaves_no_garbage(town: Town) -> None:
-    lines = [await town.harness.connect() for _ in range(2)]
+async def test_a_key_repeated_while_its_claim_waits_leaves_no_garbage(server: WorkerApiServer) -> None:
+    lines = [await server.harness.connect() for _ in range(2)]
     with left_over() as left:
         for line in lines:
             line.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}', {"Idempotency-Key": "k"}))
-        await until(lambda: both_wait(town))
-        assert (await town.harness.request("POST", "/v1/jobs", "{}")).status == 201
+        await until(lambda: both_wait(server))
+        assert (await server.harness.request("POST", "/v1/jobs", "{}")).status == 201
         assert [(await line.receive()).status for line in lines] == [200, 200]
     assert left == []
 
 
-async def test_lines_of_a_stream_leave_no_garbage(town: Town) -> None:
-    stream = await Stream.open(town.harness)
+async def test_lines_of_a_stream_leave_no_garbage(server: WorkerApiServer) -> None:
+    stream = await Stream.open(server.harness)
     with left_over() as left:
         assert (await stream.ask(op="create", id="a"))["status"] == 201
         assert (await stream.ask(op="start", id="nobody", worker="w"))["status"] == 404
@@ -93,17 +93,17 @@ async def test_lines_of_a_stream_leave_no_garbage(town: Town) -> None:
     assert await stream.hear() is None
 
 
-async def test_an_aborted_stream_leaves_no_garbage(town: Town) -> None:
-    stream = await Stream.open(town.harness)
+async def test_an_aborted_stream_leaves_no_garbage(server: WorkerApiServer) -> None:
+    stream = await Stream.open(server.harness)
     with left_over() as left:
-        town.disk.gate.clear()
+        server.disk.gate.clear()
         stream.send({"op": "create", "id": "a"})
-        await town.disk.at_gate.wait()
+        await server.disk.at_gate.wait()
         stream.send({"op": "create", "id": "b"})
-        await until(lambda: town.actor.waiting > 0)
+        await until(lambda: server.actor.waiting > 0)
         stream.line.writer.close()
-        await until(lambda: not town.harness.listener.connections)
-        town.disk.gate.set()
-        assert (await town.harness.request("GET", "/v1/jobs")).status == 200
+        await until(lambda: not server.harness.listener.connections)
+        server.disk.gate.set()
+        assert (await server.harness.request("GET", "/v1/jobs")).status == 200
         del stream
     assert left == []
