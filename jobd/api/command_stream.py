@@ -300,8 +300,8 @@ class _CommandStream:
                 taken += 1
                 if taken % TURN_LINES == 0:
                     await asyncio.sleep(0)
-        except ApiException as no:  # the start of the next line is unknown
-            self._refuse(_PendingResponse(self, 0), no.error)
+        except ApiException as rejected:  # the start of the next line is unknown
+            self._refuse(_PendingResponse(self, 0), rejected.error)
             self._response.force_close()
 
     def _note_read(self, reading: asyncio.Future[None]) -> None:
@@ -319,8 +319,8 @@ class _CommandStream:
                 limit = self._app.limits.body
                 raise too_large_error(f"The line is over {limit} bytes. Split it.", limit=limit)
             envelope = self._send(self._reader.read(line), slot)
-        except ApiException as no:
-            envelope = no.error
+        except ApiException as rejected:
+            envelope = rejected.error
         if isinstance(envelope, ApiError):
             self._refuse(slot, envelope)
         else:

@@ -77,7 +77,7 @@ class Importer:
         try:
             await self._read()
             await self._settle(0, 0)
-            self._report.refused.sort(key=lambda no: no.line)
+            self._report.refused.sort(key=lambda rejected: rejected.line)
             await self._note()
             return self._stop or Response(self._report)
         finally:
@@ -98,9 +98,9 @@ class Importer:
                 await self._settle(AHEAD_LINES, AHEAD_BYTES)
                 if self._stop is not None:
                     return
-        except ApiException as no:
+        except ApiException as rejected:
             await self._settle(0, 0)
-            self._stop = self._stop or self._stopped(no.error, self._lines + 1)
+            self._stop = self._stop or self._stopped(rejected.error, self._lines + 1)
 
     def _send(self, number: int, line: bytes | None) -> None:
         if line is None:
@@ -110,8 +110,8 @@ class Importer:
             return
         try:
             command = self._shape.from_body(line)
-        except ApiException as no:
-            self._refuse(number, _id_of(line), no.error.message)
+        except ApiException as rejected:
+            self._refuse(number, _id_of(line), rejected.error.message)
             return
         assert isinstance(command, Import)
         pending = self._submit(command, len(line))

@@ -174,7 +174,7 @@ class App(Generic[S]):
         ctx.by = "admin" if self.admin else "client"
         try:
             command = self._decode(ctx, self._admit(ctx, found), body)
-            envelope = self.actor.send(
+            sent = self.actor.send(
                 command,
                 waiter,
                 by=ctx.by,
@@ -183,11 +183,11 @@ class App(Generic[S]):
                 size=ctx.size,
                 operator=ctx.operator,
             )
-        except ApiException as no:
-            envelope = no.error
+        except ApiException as rejected:
+            sent = rejected.error
         except Exception as bug:
-            envelope = self.log_internal_error(ctx, bug)
-        return self.error_response(ctx, envelope) if isinstance(envelope, ApiError) else envelope
+            sent = self.log_internal_error(ctx, bug)
+        return self.error_response(ctx, sent) if isinstance(sent, ApiError) else sent
 
     def respond(self, ctx: RequestContext, response: Response | ApiError) -> HttpResponse:
         """Encode the actor's response."""
@@ -240,8 +240,8 @@ class App(Generic[S]):
         ctx.by = "admin" if self.admin else "client"
         try:
             response = await self._execute(ctx)
-        except ApiException as no:
-            response = no.error
+        except ApiException as rejected:
+            response = rejected.error
         except Exception as bug:
             if isinstance(bug, ConnectionError) and ctx.is_disconnected:
                 raise
@@ -249,14 +249,14 @@ class App(Generic[S]):
         return self.respond(ctx, response) if isinstance(response, Response | ApiError) else response
 
     async def _execute(self, ctx: RequestContext) -> Response | ApiError | web.StreamResponse:
-        entry = self._admit(ctx, self.match(ctx))
-        via = entry.resolved.route.handler or run_command
-        if entry.resolved.route.body == "lines":
-            return await via(self, ctx, None)
-        if via is run_command and ctx.request is not None:
+        admitted = self._admit(ctx, self.match(ctx))
+        handler = admitted.resolved.route.handler or run_command
+        if admitted.resolved.route.body == "lines":
+            return await handler(self, ctx, None)
+        if handler is run_command and ctx.request is not None:
             ctx.request.probe = HTTP_VERSION
         body = await self._read_body(ctx) if ctx.head.has_body else b""
-        return await via(self, ctx, self._decode(ctx, entry, body))
+        return await handler(self, ctx, self._decode(ctx, admitted, body))
 
     # -- both paths ----------------------------------------------------------------------------------------------------
 
@@ -268,16 +268,16 @@ class App(Generic[S]):
 
     def _admit(self, ctx: RequestContext, found: RouteMatch) -> AdmittedRequest:
         """Check everything that does not need the body."""
-        way = self._resolve(ctx, found)
+        resolved = self._resolve(ctx, found)
         if ctx.head.expects not in ACCEPTED_EXPECT:
             raise api_error(
                 "expectation_failed",
                 "The only value of the `Expect` header that is supported is `100-continue`. Leave it out.",
             )
-        shape, value = way.decoder, None
-        if shape.path_field is not None:
-            value = path_value(shape, found.path_value or "")
-            ctx.job_id = value if shape.path_field == "id" else None
+        decoder, value = resolved.decoder, None
+        if decoder.path_field is not None:
+            value = path_value(decoder, found.path_value or "")
+            ctx.job_id = value if decoder.path_field == "id" else None
         if ctx.method == hdrs.METH_GET:
             if ctx.head.has_body:
                 raise api_error("invalid_request", "A GET request must not have a body.", field="$")
@@ -285,26 +285,26 @@ class App(Generic[S]):
             raise api_error(
                 "invalid_request", "This call takes no query parameters. Put the fields into the body.", field="$"
             )
-        elif not (ctx.head.is_json and way.route.body == "json"):
-            _check_body_type(ctx.head, way.route.body)
-        return AdmittedRequest(way, value)
+        elif not (ctx.head.is_json and resolved.route.body == "json"):
+            _check_body_type(ctx.head, resolved.route.body)
+        return AdmittedRequest(resolved, value)
 
-    def _decode(self, ctx: RequestContext, entry: AdmittedRequest, body: bytes) -> Command:
+    def _decode(self, ctx: RequestContext, admitted: AdmittedRequest, body: bytes) -> Command:
         """Decode the command, and note the caller and the job that it names."""
-        way = entry.resolved
+        resolved = admitted.resolved
         if ctx.method == hdrs.METH_GET:
-            return way.decoder.from_query(ctx.query, entry.path_value)
+            return resolved.decoder.from_query(ctx.query, admitted.path_value)
         ctx.size = len(body)
         if ctx.size > self.limits.body:
             raise self._body_too_large()
-        if way.route.key:
-            self._read_idempotency_key(ctx, way.route, body)
-        if way.route.body == "form":
-            return way.decoder.from_form(body, entry.path_value)
-        command: Any = way.decoder.from_body(body, entry.path_value)
-        if way.names_worker:
+        if resolved.route.key:
+            self._read_idempotency_key(ctx, resolved.route, body)
+        if resolved.route.body == "form":
+            return resolved.decoder.from_form(body, admitted.path_value)
+        command: Any = resolved.decoder.from_body(body, admitted.path_value)
+        if resolved.names_worker:
             ctx.by = f"worker:{command.worker}"
-        elif way.names_job:
+        elif resolved.names_job:
             ctx.job_id = command.id
         return command  # type: ignore[no-any-return]
 
@@ -312,23 +312,23 @@ class App(Generic[S]):
         """Authenticate a request, then check Host and Origin, then the path. Raises ApiException."""
         if ctx.head.version[0] != 1:
             raise api_error("invalid_request", "Only HTTP/1.1 and HTTP/1.0 are supported.", field="$")
-        way = found.resolved
-        if way is not None:
-            ctx.route = way.route
+        resolved = found.resolved
+        if resolved is not None:
+            ctx.route = resolved.route
         is_reader = False
-        if self._requires_token(ctx, way):
+        if self._requires_token(ctx, resolved):
             is_reader = self.authenticator.authenticate(ctx.head.headers) == "read"
             ctx.admin = self.admin and not is_reader
         if self.authenticator.hosts is not None:
             self.authenticator.check_origin(ctx.head.headers, ctx.connection.sockname)
-        if way is not None:
+        if resolved is not None:
             if is_reader:
                 ctx.by = "reader"
-                check_read_only(way.route)
-            elif self.admin and way.route.auth == "admin" and (way.route.changes or way.route.secret):
+                check_read_only(resolved.route)
+            elif self.admin and resolved.route.auth == "admin" and (resolved.route.changes or resolved.route.secret):
                 ctx.operator = operator_of(ctx)
                 ctx.by = ctx.operator.by
-            return way
+            return resolved
         if not found.allowed:
             message = (
                 "There is no such path. The worker API is under /v1/ on the worker socket, the admin API under "
@@ -340,10 +340,10 @@ class App(Generic[S]):
         ctx.allow = found.allowed
         raise api_error("method_not_allowed", f"This path takes {', '.join(sorted(found.allowed))}.")
 
-    def _requires_token(self, ctx: RequestContext, way: ResolvedRoute | None) -> bool:
+    def _requires_token(self, ctx: RequestContext, resolved: ResolvedRoute | None) -> bool:
         """Return whether the request needs a token. A signed-in browser gets a 404 without one."""
-        if way is not None:
-            return way.route.auth != "anyone"
+        if resolved is not None:
+            return resolved.route.auth != "anyone"
         return self._pages is None or not self._pages.is_signed_in(ctx)
 
     def _error_page(self, ctx: RequestContext, error: ApiError) -> RawBody | None:

@@ -129,16 +129,16 @@ class RequestDecoder:
             if len(body) > BIG_BODY:
                 self._scanner.check(body)
             part = self._decode(body or b"{}")
-        except ListTooLong as fault:
-            raise _too_many(fault.name, fault.limit) from None
+        except ListTooLong as error:
+            raise _too_many(error.name, error.limit) from None
         except BodyTooComplex:
             raise invalid_request_error(
                 "$", "consists mostly of blanks or repeated fields. Send each field once."
             ) from None
-        except msgspec.ValidationError as fault:
-            raise validation_error(str(fault), self.body_type) from None
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
-            raise malformed_json_error(fault) from None
+        except msgspec.ValidationError as error:
+            raise validation_error(str(error), self.body_type) from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise malformed_json_error(error) from None
         command = self._build(part, value)
         if self._check is not None:
             self._check(command, self.limits)
@@ -161,8 +161,8 @@ class RequestDecoder:
                 raise invalid_request_error(f"$.{name}", "must not be null. Leave it out.")
         try:
             return msgspec.convert(fields, self.body_type, strict=False)
-        except msgspec.ValidationError as fault:
-            raise validation_error(str(fault), self.body_type) from None
+        except msgspec.ValidationError as error:
+            raise validation_error(str(error), self.body_type) from None
 
     def _build(self, part: Any, value: str | None) -> Command:
         """Build the command from the decoded body and the value in the path."""
@@ -283,9 +283,9 @@ def _check_import(command: Import, limits: Limits) -> None:
 
 
 def _check_storage_key(field: str, key: str | None) -> None:
-    fault = None if key is None else storage_key_error(key)
-    if fault is not None:
-        raise invalid_request_error(field, f"{fault}.")
+    error = None if key is None else storage_key_error(key)
+    if error is not None:
+        raise invalid_request_error(field, f"{error}.")
 
 
 _CHECKS: Final[dict[type[Command], Callable[[Any, Limits], None]]] = {
@@ -301,36 +301,36 @@ _CHECKS: Final[dict[type[Command], Callable[[Any, Limits], None]]] = {
 # Error messages.
 
 
-def malformed_json_error(fault: Exception) -> ApiException:
+def malformed_json_error(error: Exception) -> ApiException:
     """Return a 400 error for malformed JSON: the decoder's message and position, but no text of the body."""
-    if isinstance(fault, RecursionError):
+    if isinstance(error, RecursionError):
         why = "it is nested too deeply"
-    elif isinstance(fault, UnicodeDecodeError):
-        why = f"it is not UTF-8 (byte {fault.start})"
+    elif isinstance(error, UnicodeDecodeError):
+        why = f"it is not UTF-8 (byte {error.start})"
     else:
-        why = str(fault).removeprefix("JSON is malformed: ").removeprefix("Input data was ") or "not readable"
+        why = str(error).removeprefix("JSON is malformed: ").removeprefix("Input data was ") or "not readable"
     return api_error("invalid_request", f"The body is not valid JSON: {why}. Send one JSON object in UTF-8.", field="$")
 
 
-def validation_error(fault: str, shape: type[Any]) -> ApiException:
+def validation_error(error: str, body_type: type[Any]) -> ApiException:
     """Return a 400 error for JSON of the wrong type: the path of the field, what is expected, and what to do."""
-    what, where = _place(fault)
-    about = _ABOUT_FIELD.fullmatch(what)
-    if about is None and (about := _ABOUT_FIELD.fullmatch(fault)) is not None:
+    text, where = _split_path(error)
+    match = _ABOUT_FIELD.fullmatch(text)
+    if match is None and (match := _ABOUT_FIELD.fullmatch(error)) is not None:
         where = "$"  # what looked like a path was a part of the name
-    if about is not None:
-        name = _shown(about["name"])
-        return invalid_request_error(f"{where}.{name}", _field_fault(about["how"], name, _struct_at(shape, where)))
-    return invalid_request_error(where, _value_fault(what, _field_at(shape, where)))
+    if match is not None:
+        name = _shown(match["name"])
+        return invalid_request_error(f"{where}.{name}", _field_error(match["how"], name, _struct_at(body_type, where)))
+    return invalid_request_error(where, _value_error(text, _field_at(body_type, where)))
 
 
-def _place(fault: str) -> tuple[str, str]:
+def _split_path(error: str) -> tuple[str, str]:
     """Split a message of msgspec into the error and the path. Names in the path are chosen by the caller."""
-    what, mark, where = fault.rpartition(" - at `")
-    return (what, where[:-1]) if mark and _WHERE.fullmatch(where) else (fault, "$")
+    text, mark, where = error.rpartition(" - at `")
+    return (text, where[:-1]) if mark and _WHERE.fullmatch(where) else (error, "$")
 
 
-def _field_fault(how: str, name: str, struct: type[Any] | None) -> str:
+def _field_error(how: str, name: str, struct: type[Any] | None) -> str:
     fields = () if struct is None else msgspec.structs.fields(struct)
     if how == "missing required":
         return "is missing and has no default. Add it."
@@ -341,18 +341,18 @@ def _field_fault(how: str, name: str, struct: type[Any] | None) -> str:
     return f"is not a field of this request.{hint}{known}"
 
 
-def _value_fault(what: str, field: FieldInfo | None) -> str:
-    if what == f"Expected `int` >= {EARLIEST_MS}":
+def _value_error(text: str, field: FieldInfo | None) -> str:
+    if text == f"Expected `int` >= {EARLIEST_MS}":
         return "must be Unix time in milliseconds. The value looks like seconds: multiply it by 1000."
-    if what.startswith("Invalid enum value") and field is not None:
+    if text.startswith("Invalid enum value") and field is not None:
         return f"must be one of {', '.join(_choices(field.type))}."
-    if "matching regex" in what and field is not None:
+    if "matching regex" in text and field is not None:
         words = _pattern_words(field.type)
         return f"must be {words}."
-    what = _QUOTED.sub(
-        lambda quoted: " or ".join(_TYPES.get(name, name) for name in quoted[1].split(" | ")), what[:300]
+    text = _QUOTED.sub(
+        lambda quoted: " or ".join(_TYPES.get(name, name) for name in quoted[1].split(" | ")), text[:300]
     )
-    return f"{what[:1].lower()}{what[1:].removesuffix('.0')}."
+    return f"{text[:1].lower()}{text[1:].removesuffix('.0')}."
 
 
 def _shown(name: str) -> str:
@@ -360,9 +360,9 @@ def _shown(name: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in name[:SHOWN_NAME])
 
 
-def _struct_at(shape: type[Any], where: str) -> type[Any] | None:
+def _struct_at(body_type: type[Any], where: str) -> type[Any] | None:
     """Return the struct at a path such as `$.jobs[3].backoff`, None if there is none."""
-    struct: type[Any] | None = shape
+    struct: type[Any] | None = body_type
     for step in _STEP.finditer(where):
         if step[1] is None or struct is None:
             continue
@@ -371,10 +371,10 @@ def _struct_at(shape: type[Any], where: str) -> type[Any] | None:
     return struct
 
 
-def _field_at(shape: type[Any], where: str) -> FieldInfo | None:
+def _field_at(body_type: type[Any], where: str) -> FieldInfo | None:
     """Return the declaration of the field at a path such as `$.jobs[3].priority`."""
     above, _, name = where.rpartition(".")
-    struct = _struct_at(shape, above or "$")
+    struct = _struct_at(body_type, above or "$")
     name = name.partition("[")[0]
     fields = () if struct is None else msgspec.structs.fields(struct)
     return next((info for info in fields if info.encode_name == name), None)
@@ -432,8 +432,8 @@ class BodyScanner:
         for name, most, decoder in self._ends:
             try:
                 decoder.decode(body)
-            except msgspec.ValidationError as fault:
-                if str(fault).endswith(f"`$.{name}[{most}]`"):
+            except msgspec.ValidationError as error:
+                if str(error).endswith(f"`$.{name}[{most}]`"):
                     raise ListTooLong(name, most) from None
             except _FAULTS:
                 continue
