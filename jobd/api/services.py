@@ -77,7 +77,7 @@ class Services(Struct, kw_only=True):
 
     def clock_view(self) -> ClockView:
         at, doubt = self.clock.moment(), self.clock.doubt()
-        return ClockView(at.now, doubt is not None, doubt or "The wall clock is in step with the store.")
+        return ClockView(at.now, doubt is not None, doubt or "The wall clock agrees with the time stored last.")
 
     async def accept_clock(self) -> ClockView | ApiError:
         """Accept the wall clock. Commit that before the response, so that the next start trusts the clock too."""

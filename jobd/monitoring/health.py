@@ -38,7 +38,7 @@ MAX_FAULTS: Final = 100
 MAX_NAMED: Final = 5  # jobs or faults named in a message
 _WORST: Final[tuple[HealthStatus, ...]] = ("healthy", "degraded", "unhealthy")
 _REFUSED: Final = {
-    Closed.NOTHING: "no write fits",
+    Closed.NOTHING: "writes are accepted, but a test write failed",
     Closed.CREATES: "new jobs are rejected",
     Closed.ALL_BUT_ENDINGS: "only writes that end or delete jobs are accepted",
     Closed.ALL_WRITES: "every change is rejected",

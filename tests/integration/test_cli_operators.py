@@ -73,7 +73,7 @@ def test_cancelling_several_jobs_makes_a_plan(jobctl: Ctl, running: Running) -> 
     running.client.start_processing("cp0", "w")  # it is not what was seen any more
     code, out, err = jobctl.run("apply", named[1], "-y")
     assert (code, out) == (4, "cancel: 1 job done\n")
-    assert "cp0: changed meanwhile: queued → processing" in err
+    assert "cp0: changed since the plan: queued → processing" in err
     code, out, err = jobctl.run("cancel", "cp0", "cp2", "no-such-job", "-y")
     assert (code, out) == (4, "cancel: 2 jobs done\n")
     assert "There is no such job." in err
@@ -178,7 +178,7 @@ def test_apply_does_what_the_plan_showed(jobctl: Ctl, running: Running) -> None:
     assert jobctl.ok("apply", named[1], "--dry-run").count("queued → cancelled") == 3
     code, out, err = jobctl.run("apply", named[1], "--yes")
     assert (code, out) == (4, "cancel: 2 jobs done\n")
-    assert err == "ap1: changed meanwhile: queued → queued. It has changed since the plan was made.\n"
+    assert err == "ap1: changed since the plan: queued → queued. It has changed since the plan was made.\n"
     assert [running.client.get_job(f"ap{n}").status for n in range(4)] == ["cancelled", "queued", "cancelled", "queued"]
     code, out, err = jobctl.run("apply", named[1], "-y", "--json")
     again = json.loads(out)
@@ -340,7 +340,7 @@ def test_the_plan_of_a_recovery_can_be_applied(running: Running, jobctl: Ctl) ->
         assert shown.count("processing → queued") == 2
         code, out, err = jobctl.run("apply", named[1], "-y")
         assert (code, out) == (4, "recover-stuck: 1 job done\n")
-        assert "time-2: changed meanwhile: processing → processing." in err
+        assert "time-2: changed since the plan: processing → processing." in err
         assert [running.client.get_job(each).status for each in ("time-1", "time-2")] == ["queued", "processing"]
         [deed] = jobctl.json("audit", "--what", "plan-recover-stuck", "--limit", "1")["entries"]
         assert (deed["reason"], deed["changed"]) == ("they are dead", 1)

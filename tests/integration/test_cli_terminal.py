@@ -60,7 +60,7 @@ def test_a_confirmed_action_applies_to_the_job_as_shown(
     code, out, shown = on_a_terminal(running, b"y\n", verb, job_id, meanwhile=come_back)
     assert (code, out) == (4, "")
     assert f"{verb} job {job_id}, which is {before}?" in shown
-    assert f"{job_id}: changed meanwhile: {before} → {before}" in shown
+    assert f"{job_id}: changed since the plan: {before} → {before}" in shown
     job = running.client.get_job(job_id)
     assert (job.status, job.error_message) == (before, "nobody has read this" if before == "failed" else None)
     assert on_a_terminal(running, b"y\n", verb, job_id)[:2] == (0, f"{job_id}: {said}\n")
@@ -96,7 +96,7 @@ def test_the_plan_of_a_dry_run_of_one_job_can_be_applied(running: Running, jobct
     assert named is not None
     jobctl.ok("update", "dry-1", "--priority", "3")
     code, out, err = jobctl.run("apply", named[1], "-y")
-    assert (code, "dry-1: changed meanwhile" in err) == (4, True)
+    assert (code, "dry-1: changed since the plan" in err) == (4, True)
     assert running.client.get_job("dry-1").status == "queued"
 
 

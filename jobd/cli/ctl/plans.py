@@ -319,7 +319,7 @@ def _show_not_done(results: Sequence[PlanResult]) -> None:
     """List the jobs that were not changed, and why."""
     changed = [job for result in results for job in result.changed]
     refused = [job for result in results for job in result.refused]
-    for title, left in (("changed meanwhile", changed), ("rejected", refused)):
+    for title, left in (("changed since the plan", changed), ("rejected", refused)):
         for job in left[:_SHOWN]:
             terminal.say(f"{job.id}: {title}: {_change_of(job)}")
         if len(left) > _SHOWN:

@@ -122,7 +122,7 @@ def _would_send(name: str, delivery: int | None, *, as_json: bool) -> None:
     """Check that the webhook and the delivery exist. Fails like the real command if not."""
     found = _deliveries_of(name, None, 1 if delivery is None else None, None).deliveries
     if delivery is not None and all(each.id != delivery for each in found):
-        raise exit_codes.CliError(f"Webhook {name} has no delivery {delivery}, or not any more.", exit_codes.REJECTED)
+        raise exit_codes.CliError(f"Webhook {name} has no delivery {delivery}.", exit_codes.REJECTED)
     if as_json:
         terminal.emit_json({"would": 1})
     else:

@@ -53,7 +53,7 @@ class Downloads:
             raise
         if reading is None:
             download.close()
-            raise api_error("not_found", f"The artifact store has no object {key!r} (any more).")
+            raise api_error("not_found", f"The artifact store has no object {key!r}.")
         download.attach(reading)
         return download
 

@@ -132,7 +132,7 @@ class S3ArtifactStore:
             return False
         if status >= 300 and status != 404:
             raise ArtifactStoreError(
-                f"{self.place} refused to delete an object: HTTP {status}. May its keys delete there?"
+                f"{self.place} refused to delete an object: HTTP {status}. Check that the credentials may delete objects."
             )
         return True
 

@@ -111,7 +111,7 @@ COMMANDS: list[tuple[str, str, str, Command, bool]] = [
 plain_view = msgspec.to_builtins
 
 # Calls that a service answers: call, data.
-TRUSTED = "The wall clock is in step with the store."
+TRUSTED = "The wall clock agrees with the time stored last."
 SERVICE_CALLS: list[tuple[str, str, Any]] = [
     ("POST", f"{P}/cleanup", REPORT),
     ("GET", f"{P}/cleanup", {"lastReport": REPORT, "cleanupRunning": True, "timeSinceLastCleanup": 1234,

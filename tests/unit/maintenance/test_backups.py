@@ -169,7 +169,7 @@ async def test_backups_run_one_after_the_other_and_are_limited(store: Store, mon
         await asyncio.sleep(0.001)
     with pytest.raises(asyncio.CancelledError):
         await first
-    assert [(view.id, view.state, view.message) for view in kept.views()][1] == ("first", "failed", "it was given up")
+    assert [(view.id, view.state, view.message) for view in kept.views()][1] == ("first", "failed", "it was cancelled")
     slow.free = True
     copy = await second
     assert isinstance(copy, Backup)

@@ -796,13 +796,13 @@ async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters() -> None
         await running
         assert 0 < len(deletions(house)) < 20
         assert report.errors == [
-            "deletion: the daemon is stopping; the rest is for the next pass.",
+            "deletion: the daemon is stopping; the next cleanup run does the rest.",
             "pass: it was ended early because the daemon is stopping.",
         ]
         assert kept(house) == []
         assert read_figures(house.disk.figures).since_report.deleted == len(deletions(house))
         late = await house.cleaner.run_cleanup(forced=True)
-        assert late.errors == ["pass: none was made, the daemon is stopping."]
+        assert late.errors == ["pass: not run, because the daemon is stopping."]
 
 
 @in_virtual_time
@@ -812,7 +812,7 @@ async def test_stop_resolves_a_request_whose_run_never_started() -> None:
         await seconds(0)
         house.cleaner.stop()
         await house.cleaner.run()
-        assert (await asked).errors == ["pass: none was made, the daemon is stopping."]
+        assert (await asked).errors == ["pass: not run, because the daemon is stopping."]
 
 
 @in_virtual_time
