@@ -289,9 +289,7 @@ def _cleanup(now: Snapshot) -> Iterator[Metric]:
     found = ((kind, now.found.get(kind, 0)) for kind in FOUND_KINDS)
     yield _counters("cleanup_found", "Jobs that recovery and cleanup runs acted on since the start.", ["kind"], found)
     last = [] if now.last_pass_at is None else [(now.last_pass_at / SECOND_MS,)]
-    yield _gauges(
-        "cleanup_last_timestamp_seconds", "End of the latest successful cleanup run (Unix time).", [], last
-    )
+    yield _gauges("cleanup_last_timestamp_seconds", "End of the latest successful cleanup run (Unix time).", [], last)
     help_ = "Cleanup runs with errors since the last successful one."
     yield _gauge("cleanup_failed_passes", help_, now.failed_passes)
     issues = ((kind, now.issues.get(kind, 0)) for kind in ISSUE_TYPES)

@@ -797,7 +797,7 @@ async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters() -> None
         assert 0 < len(deletions(house)) < 20
         assert report.errors == [
             "deletion: the daemon is stopping; the next cleanup run does the rest.",
-            "pass: it was ended early because the daemon is stopping.",
+            "pass: the run ended early because the daemon is stopping.",
         ]
         assert kept(house) == []
         assert read_figures(house.disk.figures).since_report.deleted == len(deletions(house))

@@ -95,7 +95,7 @@ async def test_the_hints_of_quiet_alerts_are_true() -> None:
             assert "More work" not in quiet[name].hint
         assert quiet["average_processing"].hint.startswith("Jobs take no longer than usual: 2 s")
         assert "few invalid rows" in quiet["pass_issues"].hint
-        assert quiet["webhook_failing"].hint.startswith("Webhook billing has taken nothing for 300 s;")
+        assert quiet["webhook_failing"].hint.startswith("Webhook billing has accepted nothing for 300 s;")
 
 
 @in_virtual_time

@@ -104,7 +104,7 @@ def test_a_world_readable_secret_file_causes_a_warning(read: Read, tmp_path: Pat
         (block(name=".."), "name: '..' is not allowed: names are parts of URL paths"),
         ('[webhooks]\nname = "a"\n', "[[webhooks]], in two brackets"),
         (block() * 2, "webhooks 2 (billing): name: already used by another webhook"),
-        ("".join(block(f"w{number}") for number in range(MAX_WEBHOOKS + 1)), f"{MAX_WEBHOOKS} at most"),
+        ("".join(block(f"w{number}") for number in range(MAX_WEBHOOKS + 1)), f"the maximum is {MAX_WEBHOOKS}"),
         (block("a b"), "webhooks 1: name:"),
         (block(""), "webhooks 1: name:"),
         ("[[webhooks]]\n", "webhooks 1: Object missing required field `name`"),
