@@ -131,9 +131,7 @@ class S3ArtifactStore:
         if status in _CHANGED:
             return False
         if status >= 300 and status != 404:
-            raise ArtifactStoreError(
-                f"{self.place} refused to delete an object: HTTP {status}. Check that the credentials may delete objects."
-            )
+            raise ArtifactStoreError(f"{self.place} refused to delete an object: HTTP {status}. Check the credentials.")
         return True
 
     async def _send_delete(self, url: str, headers: dict[str, str]) -> int:

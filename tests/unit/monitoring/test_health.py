@@ -150,8 +150,8 @@ async def test_a_full_disk_is_unhealthy_and_says_what_to_do() -> None:
         view = await measured(house)
         assert view.status == view.database.status == "unhealthy"
         assert view.database.message == (
-            "The disk of the store is full (4096 bytes free at /disk/jobd.db): writes are accepted, but a test write failed. "
-            "Free some space; jobd tries again every second."
+            "The disk of the store is full (4096 bytes free at /disk/jobd.db): "
+            "writes are accepted, but a test write failed. Free some space; jobd tries again every second."
         )
         found = (view.database.path, view.database.free_bytes, view.database.total_bytes)
         assert found == ("/disk/jobd.db", 4096, 1 << 20)
