@@ -516,7 +516,7 @@ def test_the_keyboard_focus_survives_updates(page: Page, daemon: Scene) -> None:
 
 def test_a_page_without_matches_continues_its_search(page: Page, tmp_path: Path, console_errors: list[str]) -> None:
     scene = Scene(tmp_path)
-    scene.module = "tests.support.short_pages"
+    scene.module = "tests.support.daemon_variants short_pages"
     with scene as daemon:
         daemon.do("jobs", id="rare", queue="rare")
         daemon.do("jobs/bulk", jobs=[{"id": f"often-{number}", "queue": "often"} for number in range(100)])
@@ -536,7 +536,7 @@ def test_the_result_of_a_continued_search_does_not_update(
 ) -> None:
     """An update would begin with the newest jobs again, where nothing matches."""
     scene = Scene(tmp_path)
-    scene.module = "tests.support.short_pages"
+    scene.module = "tests.support.daemon_variants short_pages"
     with scene as daemon:
         daemon.do("jobs", id="rare", queue="rare")
         lock = daemon.do("jobs/rare/start", worker="w-1")["lock_id"]

@@ -166,15 +166,15 @@ def test_sigterm_answers_pending_requests_and_waiting_claims(tmp_path: Path) -> 
 
 def test_listeners_close_before_the_actor_and_the_store_last(tmp_path: Path) -> None:
     with Daemon.not_started(tmp_path) as daemon:
-        daemon.module = "tests.support.told_end"
+        daemon.module = "tests.support.daemon_variants reported_stop"
         daemon.start()
         daemon.post("/v1/jobs", {"id": "a"})
         assert daemon.stop() == 0
-        told = re.findall(rb"^(begins|ended): (\w+)$", daemon.log, re.M)
-        order = [b" ".join(each).decode() for each in told]
+        found = re.findall(rb"^(begins|ended): (\w+)$", daemon.log, re.M)
+        order = [b" ".join(each).decode() for each in found]
     assert order[-3:] == ["begins actor", "begins store", "ended store"], order
-    doors = order[:-3]  # of the worker API and of the admin API
-    assert sorted(doors) == ["begins doors"] * 2 + ["ended doors"] * 2, order
+    listeners = order[:-3]  # of the worker API and of the admin API
+    assert sorted(listeners) == ["begins listener"] * 2 + ["ended listener"] * 2, order
 
 
 def _wait_for(daemon: Daemon, metric: str) -> None:
@@ -325,7 +325,7 @@ def test_a_hanging_actor_does_not_feed_the_watchdog(tmp_path: Path) -> None:
         systemd.settimeout(30)
         own = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "100000"}
         with Daemon.not_started(tmp_path, **own) as daemon:
-            daemon.module = "tests.support.hung_actor"
+            daemon.module = "tests.support.daemon_variants hung_actor"
             daemon.start()
             while systemd.recv(4096) != b"WATCHDOG=1":
                 pass

@@ -54,7 +54,7 @@ class RunningDaemon:
         files = {f"JOBD_{name.upper()}_TOKEN_FILE": str(path) for name, path in self.files.items()}
         self.daemon = Daemon(directory, f"[log]\nlevel = 'debug'\n{more}", **places, **files)
         del self.daemon.environ["ADMIN_TOKEN"]
-        self.daemon.module = "tests.support.prompt_alerts"  # alert messages are checked too
+        self.daemon.module = "tests.support.daemon_variants prompt_alerts"  # alert messages are checked too
         self.said: list[tuple[str, str]] = []
 
     def write(self, admin: list[str], worker: list[str]) -> None:

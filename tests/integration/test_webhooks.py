@@ -372,7 +372,7 @@ def test_alerts_are_delivered(tmp_path: Path, receiver: Receiver) -> None:
         rest="[alerts]\nprocessing_jobs = 0\ndisk_free_percent = 0\ndisk_free_bytes = 0",
     )
     with Daemon.not_started(tmp_path, settings) as daemon:
-        daemon.module = "tests.support.prompt_alerts"
+        daemon.module = "tests.support.daemon_variants prompt_alerts"
         daemon.start()
         daemon.post("/v1/jobs", {"id": "a"})
         grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
@@ -386,7 +386,7 @@ def test_alerts_are_delivered(tmp_path: Path, receiver: Receiver) -> None:
 def test_a_webhook_that_fails_for_long_fires_an_alert(tmp_path: Path, receiver: Receiver) -> None:
     receiver.answer = saying(500, "not today")
     with Daemon.not_started(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
-        daemon.module = "tests.support.prompt_alerts"
+        daemon.module = "tests.support.daemon_variants prompt_alerts"
         daemon.start()
         work(daemon, "a")
 
@@ -420,7 +420,7 @@ def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
     rest = "[alerts]\ndisk_free_percent = 0\ndisk_free_bytes = 0"
     settings = config(receiver, 'events = ["alert.*", "job.created"]', rest=rest)
     with Daemon.not_started(tmp_path, settings, JOBD_STORE_PATH=str(small_disk / "jobd.db")) as daemon:
-        daemon.module = "tests.support.prompt_alerts"
+        daemon.module = "tests.support.daemon_variants prompt_alerts"
         daemon.start()
         filler = small_disk / "filler"
 

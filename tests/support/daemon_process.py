@@ -123,7 +123,7 @@ class Daemon(Doors):
             **environ,
         }
         self.prefix: list[str] = []  # a program that starts the daemon, such as strace
-        self.module = "jobd"  # or a variant of it
+        self.module = "jobd"  # or a variant, such as "tests.support.daemon_variants short_pages"
         self.process: subprocess.Popen[bytes] | None = None
         self._heard = threading.Condition()
         self._lines: list[bytes] = []
@@ -148,7 +148,7 @@ class Daemon(Doors):
             yield stack.push(cls(directory, config, **environ))
 
     def spawn(self, stderr: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
-        command = [*self.prefix, sys.executable, "-m", self.module, "serve", "--config", str(self.config)]
+        command = [*self.prefix, sys.executable, "-m", *self.module.split(), "serve", "--config", str(self.config)]
         return subprocess.Popen(command, env=self.environ, stderr=stderr, preexec_fn=die_with_us)
 
     def start(self) -> None:

@@ -1,0 +1,81 @@
+"""Variants of the daemon for tests: `python -m tests.support.daemon_variants VARIANT serve …`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from jobd import daemon
+from jobd.cli.daemon.main import main
+from jobd.engine import history
+from jobd.engine.actor import Actor
+from jobd.http.server import HttpListener
+from jobd.model.storage import JobQuery
+from jobd.monitoring.alerts import Alerts
+from jobd.storage.store import Store
+
+
+def hung_actor() -> None:
+    """Let the actor hang from SIGUSR2 on, while the event loop still runs."""
+
+    async def hang(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    def let_hang(*_: Any) -> None:
+        Actor._turn = hang  # type: ignore[method-assign,assignment]
+
+    signal.signal(signal.SIGUSR2, let_hang)
+
+
+def prompt_alerts() -> None:
+    """Let alerts fire and resolve as soon as a check finds a change."""
+    patched: Any = daemon
+    patched.Alerts = partial(Alerts, hold_ms=0, clear_ms=0)
+
+
+def short_pages() -> None:
+    """Let pages of jobs scan 20 jobs each, in slices of 10."""
+    patched: Any = history
+    assert {"JobQuery", "MOST_LOOKED", "SLICE"} <= patched.__dict__.keys()
+    patched.JobQuery, patched.MOST_LOOKED, patched.SLICE = partial(JobQuery, scan=10), 20, 10
+
+
+def reported_stop() -> None:
+    """Report on stderr in which order the parts stop."""
+    _report(HttpListener, "stop", "listener")
+    _report(Actor, "stop", "actor")
+    _report(Store, "close", "store")
+
+
+def _report(kind: type, name: str, part: str) -> None:
+    """Print a line when `kind.name` begins, and when it has ended if it is a coroutine."""
+    method: Callable[..., Any] = getattr(kind, name)
+
+    async def slowly(*args: Any, **named: Any) -> Any:
+        _print(f"begins: {part}")
+        result = await method(*args, **named)
+        _print(f"ended: {part}")
+        return result
+
+    def at_once(*args: Any, **named: Any) -> Any:
+        _print(f"begins: {part}")
+        return method(*args, **named)
+
+    setattr(kind, name, at_once if kind is Actor else slowly)
+
+
+def _print(text: str) -> None:
+    """Write in one piece, because the log writes to stderr from a thread of its own."""
+    os.write(2, f"{text}\n".encode())
+
+
+VARIANTS: Final = {each.__name__: each for each in (hung_actor, prompt_alerts, short_pages, reported_stop)}
+
+if __name__ == "__main__":
+    VARIANTS[sys.argv.pop(1)]()
+    sys.exit(main())
