@@ -40,11 +40,11 @@ FAIR: Final = (
     "in the list twice",
     "separated by commas",  # the filters of events
     "must be the `id` of an event",
-    "must be the `next_cursor` of the call before",
+    "must be the `next_cursor` of the previous call",
     "is not an event type",
     "cannot be combined with",
-    "Give `filter` or `ids`",
-    "goes with the `filter` of the plan before",
+    "Set either `filter` or `ids`",
+    "requires the `filter` of the plan before",
     "`$.storage_key`",
     "`$.updates.storage_key`",
 )
@@ -229,6 +229,6 @@ CHECKS = (
         "requests that follow or violate the OpenAPI documents: never a 5xx, each response is as documented",
         by_the_documents,
         rounds=200,
-        few=12,
+        few=6,
     ),
 )

@@ -146,7 +146,7 @@ def newer(trial: Trial) -> Counts:
             assert not daemon.gets_ready()
             assert daemon.process is not None
             assert daemon.process.wait(30) == EXIT_CONFIG, daemon.log.decode()
-            assert f"has schema version {NEW}, this jobd knows {OLD}".encode() in daemon.log
+            assert f"has schema version {NEW}, but this jobd supports {OLD}".encode() in daemon.log
         assert _fingerprints(home) == before, "the files are not as they were"
         compared += len(before)
     return {"starts rejected": trial.rounds, "files compared": compared}
