@@ -229,6 +229,6 @@ CHECKS = (
         "requests that follow or violate the OpenAPI documents: never a 5xx, each response is as documented",
         by_the_documents,
         rounds=200,
-        few=6,
+        few=12,
     ),
 )
