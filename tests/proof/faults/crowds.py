@@ -174,7 +174,7 @@ def mailbox_flood(trial: Trial) -> Counts:
         threads.close()
         assert daemon.post("/v1/jobs/held/complete", held).status == 200
         created = answers["201"] * 50
-        assert daemon.admin("GET", "stats").data["byStatus"]["queued"] == created, "what was refused left something"
+        assert daemon.admin("GET", "stats").data["byStatus"]["queued"] == created, "a rejected create left a job"
         assert daemon.stop() == 0
     return {
         "reports and operator actions accepted": reports,

@@ -186,7 +186,7 @@ class Claimers:
         for token in mine.keys() - self.tokens:
             job = store.jobs[mine[token]]
             held = job.grant is not None and job.grant.fencing_token == token
-            assert not held, f"{job.id} is held under token {token}, and nobody was told"
+            assert not held, f"{job.id} is held with token {token}, which no response contained"
         assert self.tokens <= mine.keys()
         return len(mine)
 

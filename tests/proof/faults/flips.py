@@ -154,7 +154,7 @@ def _looked_at(path: Path, holds: Contents) -> tuple[str, bool]:
     """Return the result of a flip in a word, and whether anything was missing. Fails if a response was wrong."""
     named = _doctor_names(path)
     verdict, lost, missing = asyncio.run(_serves(path, holds))
-    assert not lost or verdict == "detected" or named, f"missing, and nobody says so: {missing or 'events'}"
+    assert not lost or verdict == "detected" or named, f"missing and not reported: {missing or 'events'}"
     if verdict == "without effect" and named:
         verdict = "reported by the doctor"
     return verdict, lost
@@ -182,7 +182,7 @@ def _served_by_a_daemon(path: Path, original: Original, answers: dict[str, Any])
                 elif reply.error != "job_quarantined":
                     assert reply.error == "job_not_found", reply.body
                     missing.append(job_id)
-        assert not missing or b" level=error " in daemon.log, f"missing, and nobody says so: {missing}"
+        assert not missing or b" level=error " in daemon.log, f"missing and not reported: {missing}"
         assert daemon.stop() == 0, daemon.log.decode()
 
 

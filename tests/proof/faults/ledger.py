@@ -111,7 +111,7 @@ class Ledger:
     def _note_token(self, told: JobRecord, token: int) -> None:
         holder = self.tokens.setdefault(token, told.job_id)
         self.granted_s.setdefault(token, told.answered_s[-1])
-        assert holder == told.job_id, f"token {token} was given for {holder} and again for {told.job_id}"
+        assert holder == told.job_id, f"token {token} was granted for {holder} and again for {told.job_id}"
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ class Ledger:
             asked = told.open
             assert asked is not None
             reply = daemon.post(asked.path, asked.body, **asked.headers)
-            assert reply.status in _SETTLED, f"{told.job_id}: {asked} was repeated and refused: {reply.body}"
+            assert reply.status in _SETTLED, f"{told.job_id}: {asked} was repeated and rejected: {reply.body}"
             if asked.event in ("progress", "extended"):  # these happen again if repeated
                 told.note(f"({asked.event};)?{asked.event}")
             else:
@@ -139,7 +139,7 @@ class Ledger:
         for told in self.jobs.values():
             seen = "".join(f"{event};" for event in caused_by_clients(store.events.get(told.job_id, [])))
             pattern = told.pattern(until_s)
-            assert re.fullmatch(pattern, seen), f"{told.job_id}: told {pattern}, the store has {seen}"
+            assert re.fullmatch(pattern, seen), f"{told.job_id}: expected {pattern}, the store has {seen}"
             if seen:
                 assert store.payloads[told.job_id] == told.payload, f"{told.job_id} has another payload"
             checked += bisect.bisect_left(told.answered_s, until_s)

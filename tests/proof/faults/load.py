@@ -86,7 +86,7 @@ class Client:
         if code == "outcome_unknown":
             self._ledger.codes[code] += 1
             raise Disconnected
-        assert code in ("storage_full", "overloaded", "shutting_down"), f"{asked} was refused: {reply.body}"
+        assert code in ("storage_full", "overloaded", "shutting_down"), f"{asked} was rejected: {reply.body}"
         self._ledger.rejected(told, asked, code)
         raise Disconnected if code == "shutting_down" else Rejected
 

@@ -52,7 +52,7 @@ class RetryingClient(Client):
                 try:
                     reply = call(line, "POST", asked.path, asked.body, X_Call=mark, **asked.headers, **more)
                 except (OSError, http.client.HTTPException, ValueError):  # ValueError: half of the JSON
-                    assert fault, f"{asked}: no answer, and no fault"
+                    assert fault, f"{asked}: no response, and no fault"
                     self.faults[fault] += 1
                     lost = self._proxy.lost.pop(mark, None)
                     self._note_lost(told, asked, lost)
@@ -61,12 +61,12 @@ class RetryingClient(Client):
             self._compare(asked, first, reply)
             self._judge(told, asked, reply)
             return reply.data
-        raise AssertionError(f"no answer in 50 tries: {asked}")
+        raise AssertionError(f"no response in 50 tries: {asked}")
 
     def _note_lost(self, told: JobRecord, asked: SentRequest, lost: tuple[int, Any] | None) -> None:
         """Note events that may occur once more: a repeated report, a released grant."""
         if lost is not None:
-            assert lost[0] in (200, 201), f"{asked} was refused: {lost}"
+            assert lost[0] in (200, 201), f"{asked} was rejected: {lost}"
         if asked.event in AGAIN and lost is not None:
             told.note(asked.event)
             told.open = asked
@@ -121,13 +121,15 @@ def _released_grants(ledger: Ledger, store: Contents) -> int:
             assert event.changes is not None
             assert isinstance(event.changes.grant, Grant)
             if event.changes.grant.fencing_token not in ledger.tokens:
-                assert after is not None, f"{event.job_id} is held, and nobody was told"
-                assert after.type == "undelivered", f"{event.job_id}: nobody was told of a grant, and then {after.type}"
+                assert after is not None, f"{event.job_id} is held, but no response had the grant"
+                assert after.type == "undelivered", (
+                    f"{event.job_id}: after a grant that was not delivered came {after.type}"
+                )
                 taken_back += 1
     return taken_back
 
 
-# -- grants that nobody waits for --------------------------------------------------------------------------------------
+# -- grants without a waiting caller -----------------------------------------------------------------------------------
 
 
 def lost_grants(trial: Trial) -> Counts:
@@ -171,7 +173,7 @@ def _claim_all(daemon: Daemon, queue: str, count: int) -> dict[str, Any]:
     """Claim until all jobs of a queue come together; return all grants by job, in order."""
     deadline_s = time.monotonic() + 30
     while True:
-        assert time.monotonic() < deadline_s, f"of {count} jobs some are still held by nobody"
+        assert time.monotonic() < deadline_s, f"some of {count} jobs still have an undelivered grant"
         grants = daemon.post("/v1/claim", {"worker": "next", "queues": [queue], "limit": count}).data["grants"]
         if len(grants) == count:
             return {grant["job"]["id"]: grant for grant in grants}
@@ -201,7 +203,7 @@ def killed_before_reply(trial: Trial) -> Counts:
             ledger.check(store)
             daemon.start()
             done = [told for told in ledger.jobs.values() if told.open is not None and _was_done(told, store)]
-            assert done, "every change that was made was answered"
+            assert done, "every change was answered"
             unheard += len(done)
             for told in done:
                 assert told.open is not None

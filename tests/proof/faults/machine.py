@@ -224,7 +224,7 @@ class SystemdMachine(Doors):
         thread = threading.Thread(target=connect)
         thread.start()
         thread.join()
-        assert made, "nobody listens on the admin port"
+        assert made, "there is no listener on the admin port"
         connection.sock = made[0]
         return connection
 

@@ -79,7 +79,7 @@ class Probe:
         with self._turn:
             until = self._asked + more
             assert self._turn.wait_for(lambda: self._asked >= until or not self._thread.is_alive(), ANSWERED_S)
-            assert self._thread.is_alive(), "the honest client got no answer"
+            assert self._thread.is_alive(), "the normal client got no response"
 
 
 def answer_to(door: Door, request: bytes) -> int:

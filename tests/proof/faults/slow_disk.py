@@ -78,7 +78,7 @@ def slow_disk(trial: Trial) -> Counts:
                     made.add(one.reply.data["id"])
         assert daemon.stop() == 0
     stored = checked_contents(daemon.store)
-    assert {job_id for job_id in stored.jobs if job_id.startswith("round")} == made, "what was refused is not there"
+    assert {job_id for job_id in stored.jobs if job_id.startswith("round")} == made, "rejected jobs exist"
     assert met["overloaded"], f"the crowd was too small: {met}"
     assert most_waiting <= MAILBOX, f"{most_waiting} commands waited"
     usual_ms, slowest_ms = statistics.quantiles(looks, n=20)[-1] * 1000, max(looks) * 1000

@@ -212,7 +212,7 @@ class Client:
             except Unavailable:
                 self._line.close()
                 assert self._scene.up.wait(READY_S), "the daemon does not come back"
-        raise AssertionError("the daemon is gone, and nobody has ended it")
+        raise AssertionError("the daemon ended by itself")
 
     def _records(self, verb: str, job: str, request: Request, exchange: Exchange) -> list[Operation]:
         jobs = list(self._scene.history.terms) if verb == "claim-all" else [job]

@@ -48,7 +48,7 @@ class FinalPhase:
         machine.disk.heal()  # of a fault that is not over yet
         machine.artifacts.fault = None
         if waiting:
-            self.watch.fail("L1", f"{len(waiting)} callers have no answer after {limit_s:.0f} s")
+            self.watch.fail("L1", f"{len(waiting)} callers have no response after {limit_s:.0f} s")
 
     async def _check_ready(self) -> Daemon | None:
         """L4: the daemon is ready within two seconds of its start, without manual repair."""
@@ -186,7 +186,7 @@ class FinalPhase:
         answer = await self.machine.call(WHO, command, admin=admin)
         if isinstance(answer, ApiError) and not self._may_reject(answer):
             job_id = getattr(command, "id", None)
-            self.watch.fail("L3", f"{type(command).__name__} was refused without a fault: {answer.code}", job_id)
+            self.watch.fail("L3", f"{type(command).__name__} was rejected without a fault: {answer.code}", job_id)
         return answer if isinstance(answer, Response) else None
 
     def _may_reject(self, answer: ApiError) -> bool:
