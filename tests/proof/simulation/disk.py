@@ -1,4 +1,4 @@
-"""The disk of a simulated machine: MemoryDisk with seeded delays, every kind of failure, and crashes in mid-write.
+"""The disk of a simulated machine: MemoryStorage with seeded delays, every kind of failure, and crashes in mid-write.
 
 A write is written, then flushed, then answered. A crash after the first step may keep it (the process was killed) or
 lose it (the power was cut); after the second it is kept. What was committed is never touched.
