@@ -151,7 +151,7 @@ async def test_a_stored_result_can_be_downloaded(harness: DashboardHarness, tmp_
     browser, reader = await harness.browser(), await harness.browser(READ_ONLY_TOKEN)
     assert "/jobs/held/artifact" not in text(await browser.get("/jobs/held"))
     response = await browser.get("/jobs/held/artifact")
-    assert (response.status, "no storage_key" in text(response)) == (404, True)
+    assert (response.status, "storage_key is not set" in text(response)) == (404, True)
     assert_safe(response)
     await harness.call("jobs/held/complete", lock_id=lock, storage_key="a/page.html")
     assert 'href="/jobs/held/artifact"' in text(await browser.get("/jobs/held"))
