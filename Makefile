@@ -29,15 +29,18 @@ $(READY): pyproject.toml .ci/constraints.txt
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
-test: $(READY)  ## run the tests in PARALLEL processes (ARGS="-k name": a selection, in one process)
-	$(BIN)/pytest $(or $(ARGS),--numprocesses $(PARALLEL))
+test: $(READY)  ## run the fast tests, in under three minutes (ARGS="-k name": a selection of all tests, in one process)
+	$(BIN)/pytest $(or $(ARGS),-m "not slow" --numprocesses $(PARALLEL))
+	@$(if $(ARGS),,echo "These were the fast tests. make check also runs the slow ones, the browser and the proofs.")
 
-check: $(READY)  ## run what CI runs: format, lint, types, tests on both event loops, coverage, the demo
+check: $(READY)  ## run what CI runs: format, lint, types, all tests, both event loops, coverage, the demo
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(MAKE) test ARGS="--loop both --numprocesses $(PARALLEL)"
+	$(MAKE) test
+	$(BIN)/pytest --loop stock -m "asyncio and not slow" --numprocesses $(PARALLEL)
 	$(MAKE) coverage
+	$(BIN)/pytest -m slow --numprocesses $(PARALLEL)
 	$(BIN)/jobd demo
 
 # Deterministic tests only, so that no branch is covered by chance.

@@ -1,4 +1,4 @@
-"""What every test has: the event loop of the daemon, an alarm for code of ours that blocks it, no skipping in CI."""
+"""Fixtures of every test: the daemon's event loop, detection of blocking calls in our code, no skipped tests in CI."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from blockbuster import BlockBuster
 
 import jobd
 from jobd.storage import dry_run, startup
+from tests import ROOT
 
 OURS = str(Path(jobd.__file__).parent) + os.sep
 TESTS = str(Path(__file__).parent) + os.sep
-EPOCH_1_MS = 1_577_836_801_000  # the wall time at which epoch 1 is taken
+EPOCH_1_MS = 1_577_836_801_000  # wall time that yields epoch 1
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "uvloop": uvloop.new_event_loop,
@@ -39,21 +40,21 @@ def pytest_asyncio_loop_factories(config: pytest.Config) -> Mapping[str, Callabl
 
 @pytest.fixture(autouse=True)
 def first_second(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store takes its epoch in the first second of 2020: 1 if it is new, and one more for each that follows."""
+    """Let a store take its epoch in the first second of 2020: 1 if it is new, and the next number each time."""
     monkeypatch.setattr(startup, "now_ms", lambda: EPOCH_1_MS)
     monkeypatch.setattr(dry_run, "now_ms", lambda: EPOCH_1_MS)
 
 
 @pytest.fixture(autouse=True)
 def no_blocking(request: pytest.FixtureRequest) -> Iterator[None]:
-    """In an async test a blocking call from the package raises BlockingError, unless the test itself made it."""
+    """In an async test, raise BlockingError for a blocking call in the package, unless the test itself called it."""
     if request.node.get_closest_marker("asyncio") is None:
         yield
         return
     alarm = BlockBuster("jobd")
     for guarded in alarm.functions.values():
         guarded.can_block_predicate = _or_asked_for(guarded.can_block_predicate)
-    # On purpose, and never for long: see there.
+    # Intended, and short: see there.
     alarm.functions["threading.Lock.acquire"].can_block_in("jobd/storage/store.py", "run_yielding_gil")
     alarm.activate()
     try:
@@ -70,7 +71,7 @@ def _or_asked_for(harmless: Callable[..., bool]) -> Callable[..., bool]:
 
 
 def _called_by_the_test() -> bool:
-    """Whether a test called a plain function of ours, which then blocks: not the loop, and not through a coroutine."""
+    """Whether a test called a synchronous function of ours directly, not through the loop or a coroutine."""
     frame, outermost = sys._getframe(), None
     while (back := frame.f_back) is not None:
         frame = back
@@ -82,9 +83,16 @@ def _called_by_the_test() -> bool:
     return False
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the browser and of the proofs as slow."""
+    for item in items:
+        if item.path.is_relative_to(ROOT / "tests/browser") or item.path.is_relative_to(ROOT / "tests/proof"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Where all tests must run (CI) a skipped one has failed: something that it needs is missing."""
+    """In CI, fail a skipped test: a program that it needs is missing."""
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and os.environ.get("CI"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -94,13 +102,13 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
 
 
 def tool_missing(name: str, package: str) -> NoReturn:
-    """Skip a test that needs a program that is not here."""
+    """Skip a test that needs a missing program."""
     pytest.skip(f"{name} is missing: install the package {package}")
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk with 20 MiB; mounting it needs root."""
+    """Mount a file system of 20 MiB. This needs root."""
     place = tmp_path / "small"
     place.mkdir()
     try:
