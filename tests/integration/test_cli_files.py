@@ -25,6 +25,7 @@ from tests.support.daemon_process import Daemon
 from tests.support.http_harness import FakeActor, HttpHarness
 
 
+@pytest.mark.slow
 def test_a_disk_that_rejects_new_jobs_is_unhealthy_and_exit_1(
     tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,6 +67,7 @@ def _jobd(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str
     return code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_backup_restore_and_doctor(
     jobctl: Ctl, running: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,6 +112,7 @@ def _written(running: Running, verb: str, file: Path) -> subprocess.CompletedPro
     return running.done(*_OUT[verb], str(file), timeout=60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".lock", ".epoch", ".ballast"])
 @pytest.mark.parametrize("verb", list(_OUT))
 def test_the_store_of_a_running_daemon_is_not_overwritten(
@@ -137,6 +140,7 @@ def test_a_store_is_not_overwritten_through_another_name(running: Running, tmp_p
         assert running.store.stat().st_ino == before
 
 
+@pytest.mark.slow
 def test_a_store_that_its_daemon_opened_by_a_symlink_is_not_overwritten(running: Running, tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()

@@ -16,6 +16,7 @@ from tests import ROOT
 from tests.support.cli_harness import JOB_FIELDS, Ctl, Running
 
 
+@pytest.mark.slow
 def test_submit_prints_the_id_and_nothing_else(jobctl: Ctl, running: Running) -> None:
     job_id = jobctl.ok("submit", "--queue", "s1", "--kind", "k", '{"a": [1, 2.50, "ü"]}').strip()
     job = running.client.get_job(job_id)
@@ -144,6 +145,7 @@ def test_an_old_job_table_can_be_imported(jobctl: Ctl, running: Running, tmp_pat
     assert (result["imported"], result["skipped"], [line["line"] for line in result["refused"]]) == (0, 3, [4, 5])
 
 
+@pytest.mark.slow
 def test_run_drains_a_queue_and_its_exit_code_reports_failures(running: Running) -> None:
     for number in (1, 2, 0):
         running.client.create_job(number, queue="r1", id=f"r1-{number}")

@@ -32,7 +32,7 @@ def test_a_stored_result_is_downloaded(jobctl: Ctl, running: Running, tmp_path: 
     assert jobctl.no("artifact", "none")[0] == 4
     grant = running.client.claim("w", queues=["c7"])[0]
     running.client.complete_job("c7", lock_id=grant.lock_id, storage_key="c7/report.pdf")
-    assert "any more" in jobctl.no("artifact", "c7", "-o", str(target))[1]
+    assert "has no object" in jobctl.no("artifact", "c7", "-o", str(target))[1]
     assert not list(tmp_path.iterdir())
     (running.folder / "artifacts" / "c7").mkdir()
     (running.folder / "artifacts" / "c7" / "report.pdf").write_bytes(content)

@@ -127,6 +127,7 @@ def test_events_can_be_filtered(daemon: Daemon, jobctl: Any) -> None:
     assert "\x1b" not in out
 
 
+@pytest.mark.slow
 def test_impossible_options_are_explained(daemon: Daemon, jobctl: Any) -> None:
     some_work(daemon)
     code, out, err = jobctl("events", "--after", "7")
@@ -139,6 +140,7 @@ def test_impossible_options_are_explained(daemon: Daemon, jobctl: Any) -> None:
     assert jobctl("events")[0] == 3
 
 
+@pytest.mark.slow
 def test_follow_survives_a_restart_until_ctrl_c(daemon: Daemon) -> None:
     command = [sys.executable, "-m", "jobd.cli.ctl.main", "events", "-f", "--after", "0", "--json"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -303,6 +305,7 @@ def rows_of_height(rows: int) -> int:
     return height
 
 
+@pytest.mark.slow
 def test_an_empty_daemon_has_a_frame(daemon: Daemon, jobctl: Any) -> None:
     code, out, err = jobctl("top", "--once", "--interval", "100ms")
     assert (code, err) == (0, "")
@@ -310,6 +313,7 @@ def test_an_empty_daemon_has_a_frame(daemon: Daemon, jobctl: Any) -> None:
     assert "QUEUE" in out
 
 
+@pytest.mark.slow
 def test_once_prints_a_table_and_json(daemon: Daemon, jobctl: Any) -> None:
     some_work(daemon)
     daemon.admin("POST", "queues/mail/pause", {})
@@ -393,6 +397,7 @@ def test_q_ends_top_and_restores_the_screen(daemon: Daemon) -> None:
         assert terminal.said.index(b"\x1b[?1049h") < terminal.said.rindex(b"\x1b[?1049l")
 
 
+@pytest.mark.slow
 def test_top_waits_for_an_unreachable_daemon_and_ctrl_c_ends_it(daemon: Daemon) -> None:
     with Terminal(daemon) as terminal:
         terminal.until(b"queued 0")
@@ -406,6 +411,7 @@ def test_top_waits_for_an_unreachable_daemon_and_ctrl_c_ends_it(daemon: Daemon) 
         assert b"\x1b[?1049l" in terminal.said
 
 
+@pytest.mark.slow
 def test_without_escape_sequences_frames_are_appended(daemon: Daemon) -> None:
     with Terminal(daemon, NO_COLOR="1") as terminal:
         terminal.until(b"queued 0")

@@ -191,6 +191,7 @@ def test_apply_does_what_the_plan_showed(jobctl: Ctl, running: Running) -> None:
     assert jobctl.no("apply", named[1])[0] == 2
 
 
+@pytest.mark.slow
 def test_more_jobs_than_one_plan_holds_are_done_at_once(
     jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +208,7 @@ def test_more_jobs_than_one_plan_holds_are_done_at_once(
     assert jobctl.ok("delete", "--where", "queue=big", "-y") == "delete: 10000 jobs done\ndelete: 2 jobs done\n"
 
 
+@pytest.mark.slow
 def test_several_named_jobs_make_a_plan(jobctl: Ctl, running: Running) -> None:
     for n in range(4):
         jobctl.ok("submit", "--id", f"nj{n}", "--queue", "nj")
@@ -348,6 +350,7 @@ def test_the_plan_of_a_recovery_can_be_applied(running: Running, jobctl: Ctl) ->
         jobctl.ok("cancel", "time-1", "time-2", "-y")
 
 
+@pytest.mark.slow
 def test_take_back_ends_the_grants_of_a_silent_worker(running: Running, jobctl: Ctl) -> None:
     with running.configured(_NEVER):
         _stuck(running, "back-3", worker="w ä/silent")
@@ -374,6 +377,7 @@ def test_take_back_ends_the_grants_of_a_silent_worker(running: Running, jobctl: 
     jobctl.ok("cancel", "back-1", "back-2", "back-3", "-y")
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_cleanup_run_can_be_applied_except_for_its_fixes(running: Running, jobctl: Ctl) -> None:
     with running.configured(_NEVER):
         soon = round(time.time() * 1000) + 500

@@ -22,6 +22,7 @@ from tests.support.cli_harness import READER_TOKEN, TOKEN, Ctl, Running, on_a_te
 from tests.support.daemon_process import Daemon, die_with_us
 
 
+@pytest.mark.slow
 def test_a_question_is_asked_and_answered(running: Running) -> None:
     running.client.create_job(id="t1", queue="t1")
     code, out, shown = on_a_terminal(running, b"n\n", "cancel", "t1")
@@ -32,6 +33,7 @@ def test_a_question_is_asked_and_answered(running: Running) -> None:
     assert running.client.get_job("t1").status == "cancelled"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verb", "before", "said"),
     [
@@ -68,6 +70,7 @@ def test_a_confirmed_action_applies_to_the_job_as_shown(
     assert (kept["what"], kept["job_id"], kept["changed"]) == (f"plan-{verb}", job_id, 1)
 
 
+@pytest.mark.slow
 def test_json_is_the_same_after_a_question(running: Running, jobctl: Ctl) -> None:
     ids = ("json-1", "json-2")
     for job_id in ids:
@@ -238,6 +241,7 @@ def test_no_color_prevents_every_escape_sequence(
         assert "\x1b[" in _drawn(running, module, *argv, no_color="")  # an empty one means nothing
 
 
+@pytest.mark.slow
 def test_jobctl_and_backup_find_a_daemon_by_its_own_settings(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         for command in (

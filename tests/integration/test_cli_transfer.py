@@ -90,6 +90,7 @@ def ids(lines: list[bytes]) -> list[str]:
     return [json.loads(line)["id"] for line in lines]
 
 
+@pytest.mark.slow
 def test_export_and_import_preserve_every_job(here: Running, there: Running, tmp_path: Path) -> None:
     file = tmp_path / "jobs.ndjson"
     assert here.done("jobd.cli.ctl.main", "export", str(file)).returncode == 0
@@ -134,6 +135,7 @@ def test_defaults_of_the_daemon_are_not_exported(here: Running) -> None:
     assert "lock" not in json.dumps(lines["begun"])
 
 
+@pytest.mark.slow
 def test_an_export_can_be_filtered(here: Running) -> None:
     assert ids(exported(here, "--status", "cancelled")) == ["gone"]
     assert ids(exported(here, "--queue", "films", "--status", "processing")) == ["half", "begun"]
@@ -183,6 +185,7 @@ def test_export_reads_page_after_page(here: Running) -> None:
         assert found == list(admin.export_jobs()) == exported(here)
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_an_import_gives_reasons(there: Running, tmp_path: Path) -> None:
     there.client.create_job(id="old")
     file = tmp_path / "jobs.ndjson"

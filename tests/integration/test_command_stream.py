@@ -430,6 +430,7 @@ async def test_a_client_that_stops_reading_is_not_read_and_cut_off(
         assert [line["event"] for line in logs if "cut_off" in line["event"]] == ["command_stream_cut_off"]
 
 
+@pytest.mark.slow
 async def test_an_incomplete_line_times_out_and_an_idle_stream_does_not(tmp_path: Path) -> None:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.1, idle_s=0.1)) as harness:
         stream = await Stream.open(harness)
@@ -618,6 +619,7 @@ async def test_a_stream_that_begins_during_a_stop_ends_at_once(harness: HttpHarn
     assert harness.actor.received == []
 
 
+@pytest.mark.slow
 def test_a_real_daemon_serves_a_stream_and_stops_under_it(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon, closing(socket.socket(socket.AF_UNIX)) as line:
         line.connect(daemon.socket)

@@ -33,6 +33,7 @@ from tests.support.daemon_process import Daemon, call
 RACERS = 16
 
 
+@pytest.mark.slow
 def test_sixteen_processes_race_for_one_job_and_one_gets_it(tmp_path: Path) -> None:
     racer = (
         "import sys; from tests.support.daemon_process import OverUnix, call\n"
@@ -51,6 +52,7 @@ def test_sixteen_processes_race_for_one_job_and_one_gets_it(tmp_path: Path) -> N
     assert sorted(outcomes) == ["200 None"] + ["409 already_locked"] * (RACERS - 1)
 
 
+@pytest.mark.slow
 def test_many_claimers_get_every_job_once(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{n}"} for n in range(300)]})
@@ -117,6 +119,7 @@ class Load:
                 self.enough.set()
 
 
+@pytest.mark.slow
 def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         highest = 0
@@ -144,6 +147,7 @@ def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_sigterm_answers_pending_requests_and_waiting_claims(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon, closing(daemon.worker()) as parked:
         body = '{"worker": "w-1", "wait_ms": 60000, "queues": ["idle"]}'
@@ -164,6 +168,7 @@ def test_sigterm_answers_pending_requests_and_waiting_claims(tmp_path: Path) -> 
             assert daemon.get(f"/v1/jobs/{job_id}").data["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_listeners_close_before_the_actor_and_the_store_last(tmp_path: Path) -> None:
     with Daemon.not_started(tmp_path) as daemon:
         daemon.module = "tests.support.daemon_variants reported_stop"
@@ -183,6 +188,7 @@ def _wait_for(daemon: Daemon, metric: str) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_restart_keeps_a_lock_and_its_remaining_time(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         daemon.post("/v1/jobs", {"id": "a"})
@@ -197,6 +203,7 @@ def test_a_restart_keeps_a_lock_and_its_remaining_time(tmp_path: Path) -> None:
         assert done.data["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
     """A slow request delays the stop for longer than a lock lasts."""
     with Daemon(tmp_path, '[cleanup]\nrecover_every = "1s"\n') as daemon, closing(daemon.worker()) as slow:
@@ -218,6 +225,7 @@ def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
         assert daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"]}).data["status"] == "completed"
 
 
+@pytest.mark.slow
 def test_a_restore_ends_the_grants_of_the_copy_and_hands_out_higher_tokens(tmp_path: Path) -> None:
     """The backup does not contain what the holders did since, so they get `lock_lost`."""
     copy = tmp_path / "copy.db"
@@ -240,6 +248,7 @@ def test_a_restore_ends_the_grants_of_the_copy_and_hands_out_higher_tokens(tmp_p
         assert again["fencing_token"] > later["fencing_token"] > old["fencing_token"]
 
 
+@pytest.mark.slow
 def test_a_second_daemon_does_not_start_and_changes_nothing(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         assert daemon.process is not None
@@ -289,6 +298,7 @@ def test_workers_may_use_any_host_name_over_tcp(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [".", "link"])
 def test_artifacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path, place: str) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
@@ -301,6 +311,7 @@ def test_artifacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path, plac
     assert subprocess.run(checked, env=daemon.environ, capture_output=True, timeout=30, check=False).returncode == 78
 
 
+@pytest.mark.slow
 def test_a_hanging_artifact_directory_does_not_block_the_stop(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     with Daemon.not_started(tmp_path, JOBD_ARTIFACTS_URL=f"file://{tmp_path / 'results'}") as daemon:
@@ -318,6 +329,7 @@ def test_a_hanging_artifact_directory_does_not_block_the_stop(tmp_path: Path) ->
         assert daemon.process.wait(30) == 74
 
 
+@pytest.mark.slow
 def test_a_hanging_actor_does_not_feed_the_watchdog(tmp_path: Path) -> None:
     """The event loop still runs, and could feed a watchdog that checks only the loop."""
     with closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as systemd:
@@ -386,6 +398,7 @@ async def _left_suspect(store: Path, expected_ms: int) -> None:
     await disk.close()
 
 
+@pytest.mark.slow
 def test_a_suspect_clock_survives_restarts_until_it_is_accepted(tmp_path: Path) -> None:
     # Two days are more than a running daemon accepts, and less than a start accepts.
     asyncio.run(_left_suspect(tmp_path / "jobd.db", wall_clock_ms() - 2 * DAY_MS))
@@ -443,6 +456,7 @@ def test_a_zombie_worker_is_accepted_until_recovery_then_rejected(tmp_path: Path
         assert again["fencing_token"] > grant["fencing_token"]
 
 
+@pytest.mark.slow
 def test_any_failed_fsync_ends_the_daemon(tmp_path: Path) -> None:
     """The health probe writes too. After its fsync fails, nothing may be acknowledged."""
     if shutil.which("strace") is None:
@@ -467,6 +481,7 @@ def test_any_failed_fsync_ends_the_daemon(tmp_path: Path) -> None:
         assert daemon.get("/v1/jobs/a").data["status"] == "queued"
 
 
+@pytest.mark.slow
 def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -> None:
     if shutil.which("strace") is None:
         tool_missing("strace", "strace")
@@ -487,6 +502,7 @@ def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -
         assert asked.result().error == "outcome_unknown"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 4, 5, 7])  # the start of the WAL (twice), the schema, the first probe
 def test_a_disk_that_fails_at_the_start_is_exit_74_in_one_line(tmp_path: Path, number: int) -> None:
     if shutil.which("strace") is None:
@@ -503,6 +519,7 @@ def test_a_disk_that_fails_at_the_start_is_exit_74_in_one_line(tmp_path: Path, n
         assert "the disk failed" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["a-directory", "a-file/jobd.db"])
 def test_a_store_path_that_cannot_work_is_exit_78(tmp_path: Path, place: str) -> None:
     (tmp_path / "a-directory").mkdir()

@@ -23,6 +23,7 @@ with Daemon(Path(sys.argv[1])) as daemon:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
 def test_a_daemon_dies_with_the_tests_that_were_killed(tmp_path: Path) -> None:
     root = ROOT
@@ -38,6 +39,7 @@ def test_a_daemon_dies_with_the_tests_that_were_killed(tmp_path: Path) -> None:
             os.close(handle)
 
 
+@pytest.mark.slow
 def test_a_daemon_that_logs_more_than_a_pipe_holds_continues(tmp_path: Path) -> None:
     with Daemon(tmp_path, "[log]\nlevel = 'debug'\n") as daemon:
         jobs = [{"id": f"job-{number}"} for number in range(1_000)]

@@ -40,6 +40,7 @@ def _job(results: Path, data: bytes, **changes: Any) -> Any:
     return SimpleNamespace(**{**values, "metadata_value": metadata, **changes})
 
 
+@pytest.mark.slow
 def test_a_film_reports_each_frame_and_is_a_whole_animated_png(tmp_path: Path) -> None:
     reported: list[float] = []
     film = render(-0.1, 0.95, recovery.FRAMES, lambda percent, _: reported.append(percent))
@@ -170,6 +171,7 @@ def _is_alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_demo_kills_a_worker_and_confirms_the_recovery(temporary: dict[str, str], tmp_path: Path) -> None:
     process = _start(temporary, "--keep", str(tmp_path / "kept"))
@@ -197,6 +199,7 @@ def _until_working(process: subprocess.Popen[str]) -> str:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_demo_and_its_processes(temporary: dict[str, str], number: signal.Signals) -> None:
@@ -211,6 +214,7 @@ def test_a_signal_ends_the_demo_and_its_processes(temporary: dict[str, str], num
     assert os.listdir(temporary["TMPDIR"]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 def test_a_killed_demo_leaves_no_process(temporary: dict[str, str]) -> None:
@@ -231,6 +235,7 @@ def _get(url: str, cookie: str = "") -> tuple[http.client.HTTPResponse, str]:
         return response, response.read().decode()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_the_live_demo_signs_one_browser_in_to_a_scene_with_every_status(temporary: dict[str, str]) -> None:
     process = _start(temporary, "--ui")

@@ -588,6 +588,7 @@ def test_an_ellipsis_matches_any_text() -> None:
     assert not matches("a\n…\nz", "a\nb\n")
 
 
+@pytest.mark.slow
 def test_the_readme_from_top_to_bottom(context: Context, tmp_path: Path) -> None:
     """Run the examples of the README against the daemon that it starts itself."""
     address = free_address()
@@ -601,6 +602,7 @@ def test_the_readme_from_top_to_bottom(context: Context, tmp_path: Path) -> None
     assert "event=stopped" in (directory / "jobd.log").read_text()
 
 
+@pytest.mark.slow
 def test_the_quickstart_from_top_to_bottom(context: Context) -> None:
     """Run the quickstart, with a daemon that it starts and stops itself."""
     directory = context.directory / "jobd-try"
@@ -619,6 +621,7 @@ def free_address() -> str:
 STOP_WORKER: Final = "kill $(cat worker.pid 2>/dev/null) 2>/dev/null || true"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["troubleshooting.md", "migration.md", "workers.md"])
 def test_the_examples_of_a_page_against_a_daemon(name: str, context: Context) -> None:
     token = context.directory / "admin_token"

@@ -199,6 +199,7 @@ async def test_places_are_counted_and_released(harness: HttpHarness, commit: Com
     await opened_stream(harness)
 
 
+@pytest.mark.slow
 async def test_a_client_that_does_not_read_is_cut_off_and_the_others_receive_everything(
     harness: HttpHarness, commit: Commits
 ) -> None:
@@ -345,6 +346,7 @@ def lifecycle(daemon: Daemon, job_id: str) -> None:
     daemon.post(f"/v1/jobs/{job_id}/complete", {"lock_id": lock, "metadata": 1})
 
 
+@pytest.mark.slow
 def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path: Path) -> None:
     events: list[dict[str, Any]] = []
     position = "0"
@@ -376,6 +378,7 @@ def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path
             assert shown == daemon.get(f"/v1/jobs/{job_id}/timeline").data["events"]
 
 
+@pytest.mark.slow
 def test_a_stop_ends_streams_and_does_not_wait_for_clients_that_do_not_read(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon, stream(daemon) as heard, closing(OverUnix(daemon.socket)) as deaf:
         deaf.request("GET", "/v1/events")
@@ -388,6 +391,7 @@ def test_a_stop_ends_streams_and_does_not_wait_for_clients_that_do_not_read(tmp_
         assert b"requests_cut_off" not in daemon.log
 
 
+@pytest.mark.slow
 def test_a_pruned_journal_is_an_error_and_no_stream_contains_a_secret(tmp_path: Path) -> None:
     with Daemon(tmp_path, '[retention]\njournal = "0s"\n') as daemon, stream(daemon) as heard:
         lifecycle(daemon, "a")
@@ -411,6 +415,7 @@ def test_a_pruned_journal_is_an_error_and_no_stream_contains_a_secret(tmp_path: 
         assert b"data:" not in tail.body
 
 
+@pytest.mark.slow
 def test_both_listeners_share_their_places_and_metrics_show_them(tmp_path: Path) -> None:
     with Daemon(tmp_path, "[limits]\nevent_streams = 1\n") as daemon, stream(daemon) as heard:
         lifecycle(daemon, "a")

@@ -68,6 +68,7 @@ def test_logging_never_waits_and_dropped_lines_are_counted_in_place(monkeypatch:
     assert lost > 9_000
 
 
+@pytest.mark.slow
 def test_many_lines_at_once_are_all_written_if_stderr_is_read() -> None:
     """While the loop is busy, the writer thread rarely runs. That must be enough."""
     done = subprocess.run([sys.executable, "-c", SAY, "50000"], capture_output=True, text=True, check=True)
@@ -107,6 +108,7 @@ def test_a_critical_line_is_written_before_a_hard_exit() -> None:
     assert "event=aborted" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pipe", "terminal"])
 def test_a_process_whose_stderr_is_not_read_still_ends(kind: str) -> None:
     ours, theirs = pty.openpty() if kind == "terminal" else os.pipe()
@@ -119,6 +121,7 @@ def test_a_process_whose_stderr_is_not_read_still_ends(kind: str) -> None:
         os.close(theirs)
 
 
+@pytest.mark.slow
 def test_a_daemon_whose_log_is_not_read_continues_and_reports_dropped_lines(tmp_path: Path) -> None:
     daemon = Daemon(tmp_path, "[log]\nlevel = 'debug'\n")
     ours, theirs = os.pipe()

@@ -284,6 +284,7 @@ def test_prometheus_accepts_the_rules() -> None:
     assert f"{len(rules())} rules found" in promtool("check", "rules", "--lint=all", "--lint-fatal", str(RULES))
 
 
+@pytest.mark.slow
 def test_every_rule_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
     assert list(SEEN) == [rule.alert for rule in rules()]
     tests = []

@@ -146,6 +146,7 @@ def test_an_invalid_token_is_a_401_that_does_not_repeat_it(running: RunningDaemo
             assert "canary" not in running.said[-1][1]
 
 
+@pytest.mark.slow
 def test_no_output_contains_a_secret(running: RunningDaemon, tmp_path: Path) -> None:
     locks = _work(running)
     _read_everything(running)
@@ -207,6 +208,7 @@ def _block(name: str, url: str, events: str) -> str:
     return f'[[webhooks]]\n{where}\nsecret = "whsec_{SECRET}"\nallow_private = true\n'
 
 
+@pytest.mark.slow
 def test_of_a_webhook_url_only_the_host_is_shown(hooks: tuple[str, Receiver], tmp_path: Path) -> None:
     """However an attempt ends: not in the log, a list, a page, an alert, a message or the store."""
     config, ear = hooks

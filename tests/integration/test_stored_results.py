@@ -70,6 +70,7 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_result_is_deleted_with_its_job_by_an_operator_and_by_age(tmp_path: Path, results: Path) -> None:
     with daemon_of(tmp_path, results.as_uri()) as daemon:
         kept = done(daemon, results, "kept", "video/kept.mp4")
@@ -90,6 +91,7 @@ def test_a_result_is_deleted_with_its_job_by_an_operator_and_by_age(tmp_path: Pa
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_the_artifact_of_a_late_result_is_deleted_with_its_job_also_across_a_kill(
     tmp_path: Path, results: Path
 ) -> None:
@@ -114,6 +116,7 @@ def test_the_artifact_of_a_late_result_is_deleted_with_its_job_also_across_a_kil
         eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_deletions_of_a_job_and_its_result_leaks_nothing(tmp_path: Path, results: Path) -> None:
     away = tmp_path / "away"
     with daemon_of(tmp_path, results.as_uri()) as daemon:
@@ -131,6 +134,7 @@ def test_a_kill_between_the_deletions_of_a_job_and_its_result_leaks_nothing(tmp_
         eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
 
 
+@pytest.mark.slow
 def test_tombstones_without_a_store_are_reported_and_kept(tmp_path: Path, results: Path) -> None:
     away = tmp_path / "away"
     with daemon_of(tmp_path, results.as_uri()) as daemon:

@@ -121,6 +121,7 @@ def test_a_daemon_without_webhooks_opens_no_connection(tmp_path: Path) -> None:
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, receiver: Receiver) -> None:
     """The receiver kills the daemon before it responds: the daemon cannot know that the message was accepted."""
     with Daemon(tmp_path, config(receiver)) as daemon:
@@ -152,6 +153,7 @@ def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, r
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, receiver: Receiver) -> None:
     chance, names = random.Random(7), []
 
@@ -178,6 +180,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
         assert of(heard, name) == LIFE
 
 
+@pytest.mark.slow
 def test_waiting_deliveries_continue_after_a_restart(tmp_path: Path, receiver: Receiver) -> None:
     receiver.answer = saying(503)
     with Daemon(tmp_path, config(receiver)) as daemon:
@@ -190,6 +193,7 @@ def test_waiting_deliveries_continue_after_a_restart(tmp_path: Path, receiver: R
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_stop_does_not_wait_for_a_hanging_receiver(tmp_path: Path, receiver: Receiver) -> None:
     async def hanging(_: web.Request) -> web.StreamResponse:
         await asyncio.sleep(30)
@@ -209,6 +213,7 @@ def test_stop_does_not_wait_for_a_hanging_receiver(tmp_path: Path, receiver: Rec
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Receiver) -> None:
     receiver.answer = saying(500, "not today")
     with Daemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
@@ -264,6 +269,7 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receiver: Receiver) -> None:
     """After an outage of days, simulated by the store of a stopped daemon."""
     receiver.answer = saying(500, "not today")
@@ -321,6 +327,7 @@ async def give_up(path: Path) -> None:
             await store.settle_deliveries([replace(each, state="given_up", ended_at=each.at) for each in found], 1)
 
 
+@pytest.mark.slow
 def test_no_secret_is_in_any_output(tmp_path: Path, receiver: Receiver) -> None:
     receiver.answer = saying(302, Location="/elsewhere")
     with Daemon(tmp_path, config(receiver, rest='[log]\nlevel = "debug"')) as daemon:
@@ -365,6 +372,7 @@ def test_a_reload_applies_new_webhooks(tmp_path: Path, receiver: Receiver) -> No
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_alerts_are_delivered(tmp_path: Path, receiver: Receiver) -> None:
     settings = config(
         receiver,
@@ -383,6 +391,7 @@ def test_alerts_are_delivered(tmp_path: Path, receiver: Receiver) -> None:
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_a_webhook_that_fails_for_long_fires_an_alert(tmp_path: Path, receiver: Receiver) -> None:
     receiver.answer = saying(500, "not today")
     with Daemon.not_started(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
@@ -411,6 +420,7 @@ def test_private_addresses_are_blocked_unless_allowed(tmp_path: Path, receiver: 
         assert daemon.stop() == 0
 
 
+@pytest.mark.slow
 def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
     tmp_path: Path, small_disk: Path, receiver: Receiver
 ) -> None:

@@ -223,6 +223,7 @@ async def test_cancelling_a_job_ends_its_process_group(client: AsyncJobClient, q
     assert any("stopping its work" in text for text in run.messages)
 
 
+@pytest.mark.slow
 async def test_the_lock_is_extended_while_the_program_runs(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:
     go = tmp_path / "go"
     job = await client.create_job(queue=queue)
@@ -334,6 +335,7 @@ def test_a_command_and_a_positive_concurrency_are_needed() -> None:
         CommandWorker("unix:/x", ["true"], concurrency=0)
 
 
+@pytest.mark.slow
 async def test_the_program_continues_while_the_daemon_is_unreachable(
     queue: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ def create(daemon: Daemon, *ids: str) -> None:
         assert daemon.post("/v1/jobs", {"id": job_id}).status == 201
 
 
+@pytest.mark.slow
 def test_every_client_gets_every_event_once_across_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (aio, sync):
         monkeypatch.setattr(module, "RECONNECT", RetryOptions(total_s=None, max_s=0.1))

@@ -37,6 +37,7 @@ from tests.support.daemon_process import Daemon
 from tests.support.scripted_server import ReceivedRequest, ScriptedServer, serving, until
 
 
+@pytest.mark.slow
 async def test_the_lock_is_extended_while_the_handler_runs(client: AsyncJobClient, queue: str) -> None:
     worker = Worker(client, queues=[queue], lock_ttl_ms=1000)
     go = asyncio.Event()
@@ -59,6 +60,7 @@ async def test_the_lock_is_extended_while_the_handler_runs(client: AsyncJobClien
         assert (await finished(client, job.id)).attempt == 1
 
 
+@pytest.mark.slow
 async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
     client: AsyncJobClient,
     queue: str,
@@ -86,6 +88,7 @@ async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
     assert f"job {job.id}: the event loop of the handlers is blocked for 0." in caplog.text
 
 
+@pytest.mark.slow
 async def test_a_grant_received_while_the_loop_is_blocked_keeps_its_lock(
     client: AsyncJobClient, queue: str, daemon: Daemon
 ) -> None:
@@ -369,6 +372,7 @@ async def test_a_handler_is_stopped_after_max_processing_ms(client: AsyncJobClie
     assert await types(client, job.id)
 
 
+@pytest.mark.slow
 async def test_work_continues_while_the_daemon_is_unreachable(
     tmp_path: Path, queue: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

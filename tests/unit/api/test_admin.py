@@ -325,6 +325,7 @@ def test_every_call_has_an_example_and_no_route_is_missing() -> None:
     assert {(route.method, route.path) for route in ROUTES} == examples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 async def test_every_call_except_the_public_ones_needs_the_token(harness: HttpHarness, route: Any) -> None:
     heard = await harness.request(
@@ -343,6 +344,7 @@ def test_the_types_of_a_route_can_be_described(route: Any) -> None:
 READER = {"Authorization": "Bearer reader-token-0123456789abcdef"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 async def test_a_read_only_token_may_read_everything_without_secrets(harness: HttpHarness, route: Any) -> None:
     harness.app.authenticator.replace_tokens([TOKEN], [READER["Authorization"].split()[1]])

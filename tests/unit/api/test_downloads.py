@@ -96,7 +96,7 @@ async def test_a_missing_result_is_an_error_that_says_why(harness: HttpHarness, 
     )
     names(harness, "gone/report.pdf")
     response = await harness.request("GET", PATH, headers=AUTH)
-    assert (response.status, response.error, "any more" in response.json["message"]) == (404, "not_found", True)
+    assert (response.status, response.error, "has no object" in response.json["message"]) == (404, "not_found", True)
     place.rmdir()
     with capture_logs() as logs:
         response = await harness.request("GET", PATH, headers=AUTH)

@@ -256,6 +256,7 @@ def test_some_checks_go_beyond_the_schema(body: Any, field: str, message: str, f
     assert is_beside_its_schema(errors.ApiError("invalid_request", message, {"field": field}), body) == fair
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", READERS)
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())

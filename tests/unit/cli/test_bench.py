@@ -14,6 +14,7 @@ from jobd.cli.daemon.bench_load import LoadConnection, percentiles
 from jobd.cli.daemon.main import jobd
 
 
+@pytest.mark.slow
 def test_a_scenario_reports_the_median_of_its_runs(tmp_path: Path) -> None:
     asked = ["bench", "claim", "--seconds", "0.1", "--runs", "2", "--dir", str(tmp_path)]
     shown = CliRunner().invoke(jobd, asked, standalone_mode=False)
@@ -23,6 +24,7 @@ def test_a_scenario_reports_the_median_of_its_runs(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_json_names_the_machine_and_each_figure() -> None:
     asked = ["bench", "lifecycle", "claim", "lifecycle", "--seconds", "0.1", "--runs", "1", "--json"]
     found = json.loads(CliRunner().invoke(jobd, asked, standalone_mode=False).output)

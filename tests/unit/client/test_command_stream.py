@@ -239,6 +239,7 @@ async def test_a_response_that_is_late_means_unreachable(server: WorkerApiServer
         assert (await jobs.create_job(id="b")).id == "b"
 
 
+@pytest.mark.slow
 async def test_grants_of_a_cancelled_call_are_released(server: WorkerApiServer, client: AsyncJobClient) -> None:
     async with client.stream() as jobs:
         for job_id in ("a", "b", "c"):

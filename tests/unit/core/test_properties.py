@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from msgspec import Raw
@@ -367,6 +368,7 @@ class Run(RuleHarness):
                 assert view.next is not None
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(sequences)
 @example([(Create(id="a"), False), (Start(id="a", worker="w"), False), (Passes(1_500, 1_500), False),
@@ -377,6 +379,7 @@ def test_any_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None:
         run.step(command, admin=admin)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(long_sequences)
 def test_any_long_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None:
@@ -385,6 +388,7 @@ def test_any_long_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None
         run.step(command, admin=admin)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(sequences)
 def test_the_same_commands_at_the_same_times_give_the_same_events(sequence: list[tuple[Any, bool]]) -> None:
@@ -395,6 +399,7 @@ def test_the_same_commands_at_the_same_times_give_the_same_events(sequence: list
     assert first.events == second.events
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(sequences, st.integers(0, 10_000))
 def test_every_job_ends_once_time_passes(sequence: list[tuple[Any, bool]], away: int) -> None:
@@ -437,6 +442,7 @@ hand_made = st.builds(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(hand_made, st.lists(st.tuples(commands, waits), min_size=1, max_size=6))
 def test_rules_accept_any_manually_edited_row(job: Job, sequence: list[tuple[AnyCommand, int]]) -> None:

@@ -115,6 +115,7 @@ async def test_a_read_only_session_sees_no_buttons_and_no_secrets(harness: Dashb
     assert (await reader.post("/sign-out", csrf=await reader.csrf())).status == 303
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "fields"),
     [
@@ -149,6 +150,7 @@ async def test_a_read_only_session_can_change_nothing(
     assert not harness.admin.fakes.accepted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "fields"),
     [

@@ -139,6 +139,7 @@ async def test_a_late_result_is_shown_and_adopted(harness: DashboardHarness) -> 
     assert (job["status"], job["file_path"]) == ("completed", "/late/0")
 
 
+@pytest.mark.slow
 async def test_a_late_result_that_cannot_be_adopted_is_not_offered(harness: DashboardHarness) -> None:
     locks = [await harness.start_job(), await harness.restart_job("held")]
     late = []
@@ -195,6 +196,7 @@ def test_each_action_is_a_call_of_the_admin_api() -> None:
         assert (method, f"/admin/job-management/{path}") in calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", sorted(JOB_ACTIONS))
 async def test_the_curl_command_of_an_action_does_the_same(harness: DashboardHarness, verb: str) -> None:
     """Run the shown command as it is, with LOCK_ID replaced."""

@@ -67,6 +67,7 @@ async def test_a_page_gets_events_of_its_own_subscription_only(
         await harness.admin.request("GET", "/healthz")
 
 
+@pytest.mark.slow
 async def test_a_page_gets_at_most_one_event_a_second(
     harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:

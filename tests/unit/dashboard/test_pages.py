@@ -31,6 +31,7 @@ from tests.support.dashboard_harness import (
 from tests.support.http_harness import TOKEN
 
 
+@pytest.mark.slow
 async def test_the_overview_shows_the_disk_space(harness: DashboardHarness) -> None:
     browser = await harness.browser()
     page = text(await browser.get("/"))

@@ -100,6 +100,7 @@ async def test_the_cookie_is_secure_over_tls(harness: DashboardHarness, tmp_path
     await line.close()
 
 
+@pytest.mark.slow
 async def test_wrong_tokens_are_rejected_and_delayed_and_a_valid_one_is_accepted_at_once(
     harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +146,7 @@ async def test_no_wrong_token_signs_in(harness: DashboardHarness) -> None:
     await Browser(harness.admin).sign_in()
 
 
+@pytest.mark.slow
 async def test_the_number_of_delayed_responses_is_limited(
     harness: DashboardHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -289,6 +289,7 @@ async def test_the_number_of_streams_is_limited_and_places_are_freed() -> None:
     assert await heard(second, 2) == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0, 37, 3 * PAGE])
 def test_many_resuming_subscribers_catch_up_while_events_continue(spread: int) -> None:
     """Each page is read once for all of them, so each can be slower than all new events."""

@@ -261,6 +261,7 @@ async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again() -> No
 # -- what is done meanwhile --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @in_virtual_time
 async def test_a_job_that_ends_meanwhile_is_kept_for_its_whole_retention_either_way() -> None:
     for is_right in (True, False):
@@ -366,6 +367,7 @@ async def test_a_short_retention_does_not_make_the_clock_suspect_after_idle_time
         assert not house.clock.suspect
 
 
+@pytest.mark.slow
 @in_virtual_time
 async def test_an_idle_daemon_notices_a_step_and_its_end_by_itself() -> None:
     disk = MemoryStorage()

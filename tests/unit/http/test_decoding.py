@@ -251,6 +251,7 @@ _JSON = st.recursive(
 _FIELDS = sorted({info.encode_name for shape in SHAPES.values() for info in msgspec.structs.fields(shape.body_type)})
 
 
+@pytest.mark.slow
 @given(st.sampled_from(sorted(SHAPES)), st.dictionaries(st.sampled_from(_FIELDS) | st.text(max_size=8), _JSON))
 def test_any_object_gives_a_command_or_a_400(name: str, fields: dict[str, Any]) -> None:
     shape = SHAPES[name]

@@ -232,6 +232,7 @@ def request_of(line: str, length: str, headers: list[tuple[str, str, str, str]],
 REQUESTS = st.builds(request_of, LINES, mostly("2", "4", "0", "22"), HEADERS, ENDS, BODIES)
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(taught=st.lists(REQUESTS, min_size=1, max_size=3), line=LINES, body=BODIES)
 def test_a_cached_head_agrees_with_the_parser(taught: list[bytes], line: str, body: str) -> None:

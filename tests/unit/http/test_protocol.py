@@ -694,6 +694,7 @@ async def test_the_probe_is_a_part_of_the_response(
     assert either.actor.undelivered_responses == [answer]
 
 
+@pytest.mark.slow
 @WAYS
 @pytest.mark.parametrize("is_there", [True, False], ids=["half-closed", "closed"])
 async def test_a_response_with_grants_waits_for_the_probe(

@@ -267,6 +267,7 @@ async def test_a_young_artifact_of_a_late_result_waits_and_a_named_one_stays() -
         assert list(at.store.objects) == ["shared"]
 
 
+@pytest.mark.slow
 @in_virtual_time
 async def test_an_undeletable_artifact_of_a_late_result_degrades_health() -> None:
     async with sweeping() as at:
@@ -296,6 +297,7 @@ async def test_a_young_artifact_is_kept_until_a_job_could_name_it() -> None:
         assert at.sweeps.left == 1
 
 
+@pytest.mark.slow
 @in_virtual_time
 async def test_an_unnamed_artifact_is_deleted_when_it_is_old_enough() -> None:
     async with sweeping() as at:
@@ -369,6 +371,7 @@ async def test_failures_are_retried_with_backoff_and_delay_no_other_artifact() -
         assert at.sweeps.waiting == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -507,6 +510,7 @@ async def test_a_restart_continues_the_deletions() -> None:
         assert at.sweeps.waiting == 0
 
 
+@pytest.mark.slow
 @in_virtual_time
 async def test_the_number_of_remembered_failures_is_limited() -> None:
     async with sweeping() as at:

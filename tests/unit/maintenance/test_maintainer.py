@@ -645,6 +645,7 @@ async def test_a_bug_in_a_run_does_not_end_cleanup() -> None:
         assert (await house.cleaner.run_cleanup(forced=True)).errors == []
 
 
+@pytest.mark.slow
 @in_virtual_time
 async def test_health_is_degraded_after_three_intervals_without_success() -> None:
     async with VirtualEngine(schedule=PASSES) as house:

@@ -445,6 +445,7 @@ async def test_a_snapshot_shares_nothing_with_the_state() -> None:
         assert isinstance(snapshot, Snapshot)
 
 
+@pytest.mark.slow
 async def test_the_lag_of_the_loop_is_measured() -> None:
     async with VirtualEngine() as house:
         metrics = metrics_of(house)

@@ -248,6 +248,7 @@ async def test_a_job_quarantined_before_a_migration_can_be_accepted_after_it(pat
     assert "was accepted" in doctor.accept(path, [job.id])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", range(1, migrations.VERSION))
 async def test_stores_of_all_older_versions_are_migrated(path: str, tmp_path: Path, version: int) -> None:
     maker = await make_store(path)

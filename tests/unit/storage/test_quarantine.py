@@ -649,6 +649,7 @@ async def test_an_index_that_leads_to_events_of_another_job_is_rebuilt(path: str
         assert any("rebuilt" in fault for fault in store.take_faults())
 
 
+@pytest.mark.slow
 async def test_no_flipped_bit_in_the_file_causes_a_wrong_response(path: str) -> None:
     from jobd.storage import doctor
 

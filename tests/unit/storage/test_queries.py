@@ -46,6 +46,7 @@ async def all_pages(store: Store, query: JobQuery) -> tuple[list[Job], int]:
         query = replace(query, **beyond)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [1, 7, 5_000])
 @pytest.mark.parametrize("limit", [1, 10, 200])
 @pytest.mark.parametrize(

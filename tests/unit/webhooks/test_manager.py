@@ -505,6 +505,7 @@ async def test_stop_stores_results_that_arrive_in_time(path: Path) -> None:
     assert then.posts.tried == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 async def test_every_event_arrives_in_order_despite_failures_and_crashes(
     path: Path, seed: int, monkeypatch: pytest.MonkeyPatch

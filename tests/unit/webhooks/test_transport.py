@@ -236,6 +236,7 @@ async def test_an_invalid_url_shows_only_its_host(sender: HttpTransport, host: s
     assert [secret for secret in HUSH if secret.lower() in outcome.error.lower()] == []
 
 
+@pytest.mark.slow
 async def test_a_wrong_certificate_shows_only_the_host_of_the_url(
     sender: HttpTransport, careful: HttpTransport, tmp_path: Path
 ) -> None:

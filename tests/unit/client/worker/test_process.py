@@ -113,6 +113,7 @@ async def test_a_child_in_another_group_with_open_output_does_not_delay_the_end(
     os.kill(int(run.out), signal.SIGKILL)
 
 
+@pytest.mark.slow
 async def test_a_child_in_another_group_that_writes_forever_does_not_delay_the_end(tmp_path: Path) -> None:
     run = ProgramRun()
     ready = tmp_path / "ready"
