@@ -10,9 +10,9 @@ from msgspec.structs import replace
 from jobd.core import late_result_rules, maintenance_rules, plan_rules, transitions, worker_rules
 from jobd.core.changeset import Draft
 from jobd.core.state import Book
-from jobd.model.commands import Adopt, Bulk, Moment, PlanAction, Recover, Start, is_dry_run
+from jobd.model.commands import Adopt, Bulk, Moment, PlanAction, Recover
 from jobd.model.events import Change
-from jobd.model.job import COUNTER_MASK, Job, LateResult, new_epoch
+from jobd.model.job import COUNTER_MASK, Job, new_epoch
 from jobd.model.storage import OpenedStore
 from tests.proof.planted.registry import ACTOR, RULES, SIMULATION, bug
 
@@ -28,14 +28,6 @@ def _(held: Any, draft: Draft, command: worker_rules.Holders, verb: str) -> Any:
     if verb == "complete" and job is not None and job.status == "processing" and job.lease is not None:
         return job
     return held(draft, command, verb)
-
-
-@bug("start-takes-over", worker_rules.start, breaks="start grants a held job to the same worker", found_by=RULES)
-def _(start: Any, draft: Draft, command: Start) -> Any:
-    job = draft.book.get(command.id)
-    if job is not None and job.grant is not None and job.grant.worker == command.worker:
-        transitions.grant(draft, job, command)
-    return start(draft, command)
 
 
 @bug(
@@ -80,16 +72,6 @@ def _(is_past: Any, job: Job, at: Moment) -> Any:
 
 
 @bug(
-    "expiry-by-a-suspect-clock",
-    transitions.may_expire,
-    breaks="a clock that jumps ahead fails queued jobs that are still wanted",
-    found_by=ACTOR,
-)
-def _(may_expire: Any, job: Job, at: Moment) -> Any:
-    return may_expire(job, replace(at, trusted=None))
-
-
-@bug(
     "late-result-adopted-twice",
     late_result_rules.adopt,
     breaks="a late result replaces the result of a completed job",
@@ -103,28 +85,6 @@ def _(adopt: Any, draft: Draft, command: Adopt) -> Any:
             draft, transitions.complete(draft, job, "adopted", job.ended, late[-1].result, reason=command.reason)
         )
     return adopt(draft, command)
-
-
-@bug(
-    "late-result-stored-twice",
-    late_result_rules._kept,
-    breaks="one grant leaves a late result for each body that it sends",
-    found_by=RULES,
-)
-def _(kept: Any, draft: Draft, job: Job, late: LateResult, refusal: Any) -> Any:
-    known = draft.book.late.results.pop(job.seq, [])
-    draft.book.late.results[job.seq] = [each for each in known if each.fencing_token != late.fencing_token]
-    return kept(draft, job, late, refusal)
-
-
-@bug(
-    "late-result-of-any-lock",
-    late_result_rules._granted,
-    breaks="an invented lock stores a result",
-    found_by=RULES,
-)
-def _(granted: Any, book: Book, job: Job, lock_id: str) -> Any:
-    return granted(book, job, lock_id) or ("nobody", 1)
 
 
 @bug(
@@ -146,11 +106,6 @@ def _(is_unclaimed: Any, draft: Draft, job: Job, lock_id: str) -> bool:
 )
 def _(version: Any, job: Job, late: int | None = None, action: PlanAction | None = None) -> str:
     return str(job.seq)
-
-
-@bug("dry-run-that-writes", is_dry_run, breaks="a dry run changes jobs", found_by=RULES)
-def _(dry: Any, command: Any) -> bool:
-    return False
 
 
 @bug(
@@ -182,17 +137,6 @@ def _(step: Any, /, self: Draft, job: Job, event_type: Any, **fields: Any) -> Jo
 )
 def _(epoch: Any, seen: int, now_ms: int) -> int:
     return seen + 1
-
-
-@bug("token-counter-lags", Book.numbers, breaks="the stored token counter is one behind", found_by=SIMULATION)
-def _(numbers: Any, self: Book, lease_ms: int, wall_ms: int, clock_suspect: bool) -> Any:
-    stored = numbers(self, lease_ms, wall_ms, clock_suspect)
-    return replace(stored, next_token=max(stored.next_token - 1, 1))
-
-
-@bug("lease-time-not-stored", Book.numbers, breaks="a restart gives every lock its time again", found_by=SIMULATION)
-def _(numbers: Any, self: Book, lease_ms: int, wall_ms: int, clock_suspect: bool) -> Any:
-    return numbers(self, lease_ms // 60_000 * 60_000, wall_ms, clock_suspect)
 
 
 @bug(

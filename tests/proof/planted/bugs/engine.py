@@ -13,11 +13,10 @@ from jobd.engine.clock import Clock
 from jobd.engine.disk_full import FullDisk
 from jobd.engine.idempotency import Keys
 from jobd.engine.mailbox import Envelope, may_go_first
-from jobd.engine.waiting_claims import Parked
 from jobd.model.commands import IdempotencyKey, Undelivered
 from jobd.model.job import Policy
 from jobd.model.responses import Response
-from jobd.model.storage import AuditEntry, Batch, DiskFull, LoadedRows, StoredResponse, tombstones
+from jobd.model.storage import AuditEntry, Batch, DiskFull, LoadedRows, StoredResponse
 from tests.proof.planted.registry import ACTOR, SIMULATION, bug
 
 
@@ -50,29 +49,6 @@ def _(undelivered: Any, self: Actor, answer: Response) -> None: ...
 @bug("abandoned-grant-kept", Decider.not_told, breaks="a grant of a caller that left stays", found_by=SIMULATION)
 def _(not_told: Any, self: Decider, asked: Envelope, answer: Response, told: int) -> list[Undelivered]:
     return []
-
-
-@bug(
-    "delivered-grant-released",
-    Decider.undelivered,
-    breaks="of two connections with one key one closes, and the grant of the other ends",
-    found_by=SIMULATION,
-)
-def _(undelivered: Any, self: Decider, answer: Response, *, forgone: int = 1) -> Any:
-    for _, lock_id in answer.grants:
-        self._handed.pop(lock_id, None)
-    return undelivered(self, answer, forgone=forgone)
-
-
-@bug(
-    "grant-of-an-earlier-daemon-released",
-    Decider.__init__,
-    breaks="a repeat that closes after a restart ends the grant of the first call",
-    found_by=ACTOR,
-)
-def _(init: Any, self: Decider, *args: Any, **kwargs: Any) -> None:
-    init(self, *args, **kwargs)
-    self._handed.clear()
 
 
 @bug(
@@ -136,11 +112,6 @@ def _(batch: Any, self: Decider, plan: DecidedBatch, policy: Policy) -> Any:
     return replace(made, numbers=replace(made.numbers, wall_ms=plan.at.now))
 
 
-@bug("tombstone-not-written", tombstones, breaks="the object of a deleted job stays for good", found_by=SIMULATION)
-def _(left: Any, changes: Any) -> Any:
-    return []
-
-
 @bug("effect-twice-under-one-key", Keys.find, breaks="a repeat in the same batch runs again", found_by=SIMULATION)
 def _(find: Any, self: Keys, digest: str, now: int) -> Any:
     return None if digest in self._added else find(self, digest, now)
@@ -170,21 +141,6 @@ def _(ended: Any, self: Keys, lock_id: str) -> None:
     ended(self, lock_id)
     if digest in self._grants:
         self._forget(self._grants[digest])
-
-
-@bug("new-claim-overtakes", Decider.decide, breaks="a new claim is served before waiting ones", found_by=SIMULATION)
-def _(decide: Any, self: Decider, batch: Any, at: Any, known: Any, policy: Policy, *, serves: bool = True) -> Any:
-    plan: DecidedBatch = decide(self, batch, at, known, policy, serves=False)
-    if serves:
-        self._serve_parked(plan, policy)
-    return plan
-
-
-@bug("latest-claim-first", Parked.first, breaks="the last waiting claim is served first", found_by=SIMULATION)
-def _(first: Any, self: Parked, queue: str, kind: str) -> Any:
-    waiting = [self._at[place] for place in ((queue, kind), (queue, None)) if place in self._at]
-    ticket = max((next(reversed(tickets)) for tickets in waiting), default=None)
-    return None if ticket is None else self._all[ticket][0]
 
 
 @bug("read-overtakes-its-own-stream", may_go_first, breaks="a read misses the command before it", found_by=ACTOR)

@@ -6,27 +6,11 @@ from typing import Any
 
 from jobd.api.command_stream import _CommandStream
 from jobd.http.app import App
-from jobd.http.auth import Authenticator, token_digest
 from jobd.http.response import HttpResponse
 from jobd.model.responses import Response
 from tests.proof.planted.registry import bug
 
 HTTP = "tests/unit/http"
-
-
-@bug("key-without-its-path", Authenticator.idempotency_key, breaks="a key answers for another job", found_by=HTTP)
-def _(idempotency_key: Any, self: Authenticator, key: str, method: str, path: str, body: bytes) -> Any:
-    return idempotency_key(self, key, method, "", body)
-
-
-@bug(
-    "token-compared-by-its-start",
-    token_digest,
-    breaks="the first 24 characters of a token are enough",
-    found_by="tests/unit/http/test_auth.py",
-)
-def _(digest: Any, token: str) -> bytes:
-    return bytes(digest(token[:24]))
 
 
 @bug(

@@ -65,15 +65,6 @@ def _(commit: Any, self: Database, fn: Any, *args: Any) -> Any:
         raise
 
 
-@bug("broken-store-goes-on", Database.check, breaks="commits continue after a failed fsync", found_by=OUTAGES)
-def _(check: Any, self: Database) -> None: ...
-
-
-@bug("io-error-called-full-disk", Database._is_full, breaks="any failed write counts as a full disk", found_by=OUTAGES)
-def _(is_full: Any, self: Database, error: BaseException) -> bool:
-    return True
-
-
 @bug("commit-before-fsync", startup.connect, breaks="a commit returns before its fsync", found_by=STORE)
 def _(connect: Any, path: str, synchronous: str) -> Any:
     conn = connect(path, synchronous)
