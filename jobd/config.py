@@ -11,7 +11,7 @@ from msgspec import Meta, Struct
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, YEAR_MS, LatePolicy, OnStall, Policy
 from jobd.webhooks.config import WebhookSetting
 
-SHOWN: Final = 500  # characters of an error message; it may contain a value of any length
+MAX_ERROR_CHARS: Final = 500  # characters of an error message; it may contain a value of any length
 
 WEBHOOKS: Final = "webhooks"  # the only list of tables; it can be set in the file only
 
@@ -23,8 +23,12 @@ class ConfigError(Exception):
     """The configuration is wrong. The message is one line: source, key and what is expected. Exit code 78."""
 
     def __init__(self, message: str) -> None:
-        plain = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
-        super().__init__(plain if len(plain) <= SHOWN else f"{plain[: SHOWN - 150]} … {plain[-140:]}")
+        printable = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)
+        super().__init__(
+            printable
+            if len(printable) <= MAX_ERROR_CHARS
+            else f"{printable[: MAX_ERROR_CHARS - 150]} … {printable[-140:]}"
+        )
 
 
 class Duration(int):

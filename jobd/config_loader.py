@@ -110,11 +110,11 @@ def load(
 
 
 def _find_file(environ: Mapping[str, str], path: str | None) -> Path | None:
-    named = path or environ.get("JOBD_CONFIG")
-    if named:
-        if not Path(named).is_file():
-            raise ConfigError(f"{named}: no such file. Give the path of a config.toml with --config or JOBD_CONFIG")
-        return Path(named)
+    chosen = path or environ.get("JOBD_CONFIG")
+    if chosen:
+        if not Path(chosen).is_file():
+            raise ConfigError(f"{chosen}: no such file. Give the path of a config.toml with --config or JOBD_CONFIG")
+        return Path(chosen)
     return Path(DEFAULT_PATH) if Path(DEFAULT_PATH).is_file() else None
 
 
@@ -137,7 +137,7 @@ def _read_file(path: Path) -> dict[str, Any]:
             known = ", ".join((*Config.__struct_fields__, WEBHOOKS))
             raise ConfigError(f"{path}: unknown section [{section}]. Known: {known}{_rename_hint(section)}")
         if not isinstance(table, dict):
-            raise ConfigError(f"{path}: {section} must be a section: write [{section}] on a line of its own")
+            raise ConfigError(f"{path}: {section} must be a section: write [{section}] on a separate line")
         for name, value in table.items():
             values[f"{section}.{name}"] = value
     return values
@@ -157,7 +157,7 @@ def _webhooks(path: Path, tables: Any) -> tuple[WebhookSetting, ...]:
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables JOBD_<SECTION>_<KEY> that are set, with the key that each one sets."""
-    found = {}
+    keys = {}
     for name in environ:
         if not name.startswith("JOBD_") or name in _NOT_SETTINGS or name.startswith("JOBD_JOB_"):
             continue
@@ -167,8 +167,8 @@ def _environment(environ: Mapping[str, str]) -> dict[str, str]:
             raise ConfigError(
                 f"environment {name}: no such key. Names are JOBD_<SECTION>_<KEY>, as in config.toml{hint}"
             )
-        found[name] = f"{section}.{key}"
-    return found
+        keys[name] = f"{section}.{key}"
+    return keys
 
 
 def _tokens(config: Config, environ: Mapping[str, str]) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
@@ -208,16 +208,16 @@ def _duration(key: str, value: Any) -> int:
     if not isinstance(value, str):
         raise ValueError(f'expected a duration in quotes, such as "15m", not {value!r}')
     ms = parse_duration(value)
-    least, most = BOUNDS[key]
-    if not least <= ms <= most:
-        raise ValueError(f"{value} is outside {show_duration(least)} to {show_duration(most)}")
+    minimum, maximum = BOUNDS[key]
+    if not minimum <= ms <= maximum:
+        raise ValueError(f"{value} is outside {show_duration(minimum)} to {show_duration(maximum)}")
     return ms
 
 
 def _from_text(hint: Any, text: str) -> Any:
     """Convert `text` to the type of a key. Lists and tables can also be written as in the file."""
-    if (hint == list[str] or get_origin(hint) is dict) and (given := _as_in_file(text)) is not None:
-        return given
+    if (hint == list[str] or get_origin(hint) is dict) and (parsed := _as_in_file(text)) is not None:
+        return parsed
     if hint == list[str]:
         return [part.strip() for part in text.split(",") if part.strip()]
     if get_origin(hint) is dict:
@@ -261,8 +261,8 @@ def _convert(values: dict[str, dict[str, Any]], sources: Mapping[str, str]) -> C
     try:
         return msgspec.convert(values, Config, dec_hook=lambda hint, value: hint(value))
     except msgspec.ValidationError as error:
-        message, _, where = str(error).partition(" - at `$.")
-        key = where.rstrip("`").partition("[")[0]
+        message, _, location = str(error).partition(" - at `$.")
+        key = location.rstrip("`").partition("[")[0]
         message += _choices(KEYS.get(key))
         raise ConfigError(f"{sources.get(key, 'configuration')}: {key}: {message}") from None
 
@@ -308,8 +308,10 @@ def state_directory(environ: Mapping[str, str]) -> Path:
 
 def _with_sources(message: str, sources: Mapping[str, str]) -> str:
     """Put the sources of the keys that `message` names in front of it. Defaults have no source."""
-    places = dict.fromkeys(place for key, place in sources.items() if re.search(rf"\b{re.escape(key)}\b", message))
-    return f"{', '.join(places)}: {message}" if places else message
+    named_sources = dict.fromkeys(
+        source for key, source in sources.items() if re.search(rf"\b{re.escape(key)}\b", message)
+    )
+    return f"{', '.join(named_sources)}: {message}" if named_sources else message
 
 
 def _check(config: Config) -> None:
@@ -347,13 +349,13 @@ def _check(config: Config) -> None:
 def is_host(text: str) -> bool:
     """Return whether `text` can be a host in a Host header: a name, or the address of one machine. No port."""
     is_bracketed = text.startswith("[") and text.endswith("]")
-    plain = text[1:-1] if is_bracketed else text
-    if ":" in plain:
-        return _is_address(plain)
-    if is_bracketed or len(plain.removesuffix(".")) > _LONGEST_HOST or not _HOST_NAME.fullmatch(plain):
+    host = text[1:-1] if is_bracketed else text
+    if ":" in host:
+        return _is_address(host)
+    if is_bracketed or len(host.removesuffix(".")) > _LONGEST_HOST or not _HOST_NAME.fullmatch(host):
         return False
-    ends_in_number = plain.removesuffix(".").rpartition(".")[2].isdigit()  # browsers take it for an address
-    return _is_address(plain) if ends_in_number else True
+    ends_in_number = host.removesuffix(".").rpartition(".")[2].isdigit()  # browsers take it for an address
+    return _is_address(host) if ends_in_number else True
 
 
 def _is_address(text: str) -> bool:
@@ -401,21 +403,21 @@ def check_artifact_directory(
     if not url.startswith("file:"):
         return
     directory = resolve(unquote(url.removeprefix("file://")))
-    for place in own_directories:
-        if os.path.commonpath((directory, place)) == directory:
-            reason = f"the daemon's own files lie in {place}, and workers choose what is deleted in {directory}"
-            raise ConfigError(f'artifacts.url: "{url}": {reason}. Give artifacts a directory of their own')
+    for own_directory in own_directories:
+        if os.path.commonpath((directory, own_directory)) == directory:
+            reason = f"the daemon's own files lie in {own_directory}, and workers choose what is deleted in {directory}"
+            raise ConfigError(f'artifacts.url: "{url}": {reason}. Use a separate directory for artifacts')
 
 
 def _own_directories(
     config: Config, environ: Mapping[str, str], file: Path | None, webhooks: Iterable[WebhookSetting]
 ) -> tuple[str, ...]:
     """Return the directories of the daemon's own files, as configured and with links resolved."""
-    listens = (parse_listen(place, "listen") for place in (config.worker.listen, config.admin.listen) if place)
+    listens = (parse_listen(address, "listen") for address in (config.worker.listen, config.admin.listen) if address)
     files = [
         "" if config.store.path == ":memory:" else config.store.path,
         config.worker.socket,
-        *(place for place in listens if isinstance(place, str)),
+        *(address for address in listens if isinstance(address, str)),
         "" if file is None else str(file),
         config.worker.tls_cert,
         config.admin.tls_cert,
@@ -443,14 +445,16 @@ def _secret_files(config: Config, environ: Mapping[str, str], webhooks: Iterable
 
 def _unencrypted_listeners(config: Config) -> tuple[str, ...]:
     """Warn about TCP addresses that other machines can reach without TLS."""
-    found = []
+    warnings = []
     for name, section in (("admin", config.admin), ("worker", config.worker)):
         if not section.listen or section.tls_cert:
             continue
-        place = parse_listen(section.listen, f"{name}.listen")
-        if not isinstance(place, str) and not _is_loopback(place[0]):
-            found.append(f"[{name}] listens on {section.listen} WITHOUT TLS: tokens travel in the clear. Set tls_cert.")
-    return tuple(found)
+        address = parse_listen(section.listen, f"{name}.listen")
+        if not isinstance(address, str) and not _is_loopback(address[0]):
+            warnings.append(
+                f"[{name}] listens on {section.listen} WITHOUT TLS: tokens travel in the clear. Set tls_cert."
+            )
+    return tuple(warnings)
 
 
 def _is_loopback(host: str) -> bool:
@@ -464,14 +468,14 @@ def _exposed_secrets(
     path: Path | None, secret_files: list[str], webhooks: tuple[WebhookSetting, ...]
 ) -> tuple[str, ...]:
     """Warn about files with secrets that every user may read."""
-    found = [
+    warnings = [
         f"{each} holds a secret, and EVERYBODY may read it: chmod 640"
         for each in secret_files
         if _is_world_readable(each)
     ]
     if path is not None and any(each.is_inline for each in webhooks) and _is_world_readable(path):
-        found.append(f"{path} holds secrets of webhooks, and EVERYBODY may read it: chmod 640, or use secret_file.")
-    return tuple(found)
+        warnings.append(f"{path} holds secrets of webhooks, and EVERYBODY may read it: chmod 640, or use secret_file.")
+    return tuple(warnings)
 
 
 def _is_world_readable(path: str | Path) -> bool:
@@ -484,24 +488,24 @@ def _is_world_readable(path: str | Path) -> bool:
 
 def _doubtful_settings(config: Config, sources: Mapping[str, str], development: bool) -> tuple[str, ...]:
     """Warn about settings that are valid but probably unintended."""
-    found = []
+    warnings = []
 
     def shown(key: str) -> str:
         return f"{key} = {to_toml(value_of(config, key))} ({sources.get(key, 'default')})"
 
     if config.cleanup.interval < config.cleanup.min_interval:
-        found.append(
+        warnings.append(
             f"{shown('cleanup.interval')} is below {shown('cleanup.min_interval')}, which takes precedence: cleanup "
             f"runs every {show_duration(config.cleanup.min_interval)}. Lower cleanup.min_interval too."
         )
     if 0 < config.locks.max_processing < config.locks.ttl:
-        found.append(
+        warnings.append(
             f"{shown('locks.ttl')} is above {shown('locks.max_processing')}, which takes precedence: locks are "
             "shortened to it, unless their job has a max_processing_ms. Raise locks.max_processing too."
         )
     if config.store.path == ":memory:" and not development:
-        found.append(
+        warnings.append(
             f"{shown('store.path')}: all jobs are lost when the daemon exits. Name a file, or set "
             "ENVIRONMENT=development if that is intended."
         )
-    return tuple(found)
+    return tuple(warnings)

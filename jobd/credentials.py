@@ -34,39 +34,41 @@ def read_only_tokens(file: str, environ: Mapping[str, str], admin_tokens: tuple[
     """
     credential = _credential(environ, "admin_readonly_token")
     if environ.get("ADMIN_READONLY_TOKEN_FILE"):
-        path, where = environ["ADMIN_READONLY_TOKEN_FILE"], "ADMIN_READONLY_TOKEN_FILE"
+        path, source = environ["ADMIN_READONLY_TOKEN_FILE"], "ADMIN_READONLY_TOKEN_FILE"
     elif file:
-        path, where = file, "[admin] readonly_token_file"
+        path, source = file, "[admin] readonly_token_file"
     elif credential.is_file():
-        path, where = str(credential), "credential admin_readonly_token"
+        path, source = str(credential), "credential admin_readonly_token"
     else:
         return ()
-    tokens = read_tokens(path, where)
+    tokens = read_tokens(path, source)
     if set(tokens) & set(admin_tokens):
-        raise InvalidToken(f"{where}: {path}: it contains the admin token, which allows everything. Make another token")
+        raise InvalidToken(
+            f"{source}: {path}: it contains the admin token, which allows everything. Make another token"
+        )
     return tokens
 
 
-def read_tokens(path: str, where: str) -> tuple[str, ...]:
+def read_tokens(path: str, source: str) -> tuple[str, ...]:
     """Read one token per line. Two may be valid at the same time, for rotation. Raises InvalidToken."""
     try:
         lines = Path(path).read_text("ascii").splitlines()
     except UnicodeDecodeError:
-        raise InvalidToken(f"{where}: {path}: a token must be printable ASCII") from None
+        raise InvalidToken(f"{source}: {path}: a token must be printable ASCII") from None
     except OSError as error:
-        raise InvalidToken(f"{where}: {path}: cannot be read: {error.strerror}") from None
-    tokens = tuple(check_token(line.strip(), f"{where}: {path}") for line in lines if line.strip())
+        raise InvalidToken(f"{source}: {path}: cannot be read: {error.strerror}") from None
+    tokens = tuple(check_token(line.strip(), f"{source}: {path}") for line in lines if line.strip())
     if not 1 <= len(tokens) <= 2:
-        raise InvalidToken(f"{where}: {path}: expected one token, or two during a rotation, one per line")
+        raise InvalidToken(f"{source}: {path}: expected one token, or two during a rotation, one per line")
     return tokens
 
 
-def check_token(token: str, where: str) -> str:
+def check_token(token: str, source: str) -> str:
     """Check that a token has at least 24 printable ASCII characters and return it. Raises InvalidToken."""
     if len(token) < MIN_TOKEN:
-        raise InvalidToken(f"{where}: the token is shorter than {MIN_TOKEN} characters. Make one with: {MAKE_TOKEN}")
+        raise InvalidToken(f"{source}: the token is shorter than {MIN_TOKEN} characters. Make one with: {MAKE_TOKEN}")
     if not re.fullmatch(r"[!-~]+", token):
-        raise InvalidToken(f"{where}: a token must be printable ASCII without spaces. Make one with: {MAKE_TOKEN}")
+        raise InvalidToken(f"{source}: a token must be printable ASCII without spaces. Make one with: {MAKE_TOKEN}")
     return token
 
 

@@ -207,10 +207,10 @@ class Daemon:
         for ids in self._processing_slices():
             self.actor.owe(ExtendAfterPause(ids=ids, grace_ms=GRACE_MS, since=since))
 
-    def _on_pause(self, away_ms: int) -> None:
+    def _on_pause(self, pause_ms: int) -> None:
         """Extend locks after the process was stopped, or its machine was suspended or starved."""
-        log.warning("was_away", away_ms=away_ms, processing=len(self.actor.book.processing))
-        self._extend_locks(self.clock.moment().lease - away_ms)
+        log.warning("was_away", away_ms=pause_ms, processing=len(self.actor.book.processing))
+        self._extend_locks(self.clock.moment().lease - pause_ms)
 
     async def _start_sweeper(self, store: Store, opened: OpenedStore) -> ArtifactSweeper | None:
         """Start deleting the artifacts of deleted jobs, if there is an artifact store."""
@@ -430,7 +430,7 @@ class Daemon:
             log.info("dump_thread", thread=number, stack=" < ".join(traceback.format_stack(frame)[-3:]))
 
     async def _feed_watchdog(self) -> None:
-        """Report to systemd's watchdog as long as the actor responds to a command from the mailbox."""
+        """Report to systemd's watchdog while the actor responds to commands from the mailbox."""
         interval_s = systemd.watchdog_s()
         while interval_s is not None:
             if isinstance(await self.actor.ask(Ping(), by="daemon"), Response):
@@ -472,14 +472,14 @@ def _make_actor(store: Store, opened: OpenedStore, clock: Clock, settings: Confi
 
 def current_responses(rows: list[StoredResponse], book: Book) -> list[StoredResponse]:
     """Drop stored responses to starts and claims none of whose grants is still current."""
-    kept = []
+    kept_rows = []
     for row in rows:
         if row.grants is not None:
             current = [(job_id, lock_id) for job_id, lock_id in row.grants if book.holds(job_id, lock_id)]
             row = msgspec.structs.replace(row, grants=current)
         if row.grants is None or row.grants:
-            kept.append(row)
-    return kept
+            kept_rows.append(row)
+    return kept_rows
 
 
 def _schedule(settings: Config) -> CleanupSchedule:

@@ -26,16 +26,16 @@ from msgspec import Struct, structs
 Fields: TypeAlias = MutableMapping[str, Any]
 
 REDACTED: Final = "[redacted]"
-DEEPEST: Final = 6  # deeper values are cut; a value may contain itself
+MAX_DEPTH: Final = 6  # deeper values are cut; a value may contain itself
 FRAMES: Final = 6  # innermost frames of an error that are logged in one line
-MOST_CHARS: Final = 1 << 20  # that may wait while stderr is not read; more is dropped and counted
+MAX_QUEUED_CHARS: Final = 1 << 20  # that may wait while stderr is not read; more is dropped and counted
 
 
 PIECE_CHARS: Final = 64 << 10  # lines are written in pieces, because each write needs the GIL
 
 
-LAST_S: Final = 2.0  # for the remaining lines when the process ends
-LAST_WORDS_S: Final = 1.0  # for a critical line to be written, because the process may end right after it
+EXIT_FLUSH_S: Final = 2.0  # for the remaining lines when the process ends
+CRITICAL_FLUSH_S: Final = 1.0  # for a critical line to be written, because the process may end right after it
 
 _SECRET: Final = frozenset({"lock_id", "lockid", "token", "authorization", "admin_token", "worker_token"})
 _BEARER: Final = re.compile(r"(bearer\s+)\S+", re.IGNORECASE)
@@ -87,15 +87,15 @@ def set_level(level: str) -> None:
         raise ValueError(f"log level {level!r}: expected debug, info, warning, error or critical")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(number))
     logging.getLogger("jobd").setLevel(number)
-    others = logging.getLogger()
-    others.setLevel(max(number, logging.WARNING))
-    for handler in others.handlers:
-        handler.setLevel(others.level)  # a package may have given its own logger a level
+    root = logging.getLogger()
+    root.setLevel(max(number, logging.WARNING))
+    for handler in root.handlers:
+        handler.setLevel(root.level)  # a package may have given its own logger a level
 
 
-def flush(patience_s: float = LAST_WORDS_S) -> bool:
-    """Wait until every line is written. False if that takes longer than `patience_s`."""
-    return _writer.flush(patience_s)
+def flush(timeout_s: float = CRITICAL_FLUSH_S) -> bool:
+    """Wait until every line is written. False if that takes longer than `timeout_s`."""
+    return _writer.flush(timeout_s)
 
 
 def _log_dropped(dropped: int) -> None:
@@ -113,7 +113,7 @@ class _StderrLogger:
 
     def critical(self, line: str) -> None:
         _writer.write(line)
-        _writer.flush(LAST_WORDS_S)
+        _writer.flush(CRITICAL_FLUSH_S)
 
     debug = info = warning = error = exception = msg
 
@@ -137,11 +137,11 @@ def _named(logger: Any, _: str, event: Fields) -> Fields:
 
 
 def _error(event: Fields) -> BaseException | None:
-    given = event.pop("exc_info", None)
-    if given is True:
-        given = sys.exc_info()
-    found = given[1] if isinstance(given, tuple) else given
-    return found if isinstance(found, BaseException) else None
+    exc_info = event.pop("exc_info", None)
+    if exc_info is True:
+        exc_info = sys.exc_info()
+    error = exc_info[1] if isinstance(exc_info, tuple) else exc_info
+    return error if isinstance(error, BaseException) else None
 
 
 def _whole_error(_: Any, __: str, event: Fields) -> Fields:
@@ -171,7 +171,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
     """Convert `value` to JSON types, with secrets redacted at every depth."""
     if value is None or isinstance(value, bool | int | float):
         return value
-    if depth > DEEPEST:
+    if depth > MAX_DEPTH:
         return "..."
     if isinstance(value, Struct):
         value = structs.asdict(value)
@@ -191,7 +191,7 @@ def _value(value: Any) -> str:
 
 
 def _json_text(value: Any) -> str:
-    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(value, ensure_ascii=False))
 
 
 def _pairs(fields: Fields) -> list[str]:
@@ -219,11 +219,11 @@ class _ConsoleRenderer:
 
     def __call__(self, _: Any, __: str, event: Fields) -> str:
         rest = dict(_ordered(event))
-        at, level, what = (str(rest.pop(key, "")) for key in ("timestamp", "level", "event"))
-        shown = f"{level:<8}"
+        at, level, name = (str(rest.pop(key, "")) for key in ("timestamp", "level", "event"))
+        level_text = f"{level:<8}"
         if self._colours:
-            shown = f"\x1b[{_COLOURS.get(level, '0')}m{shown}\x1b[0m"
-        return " ".join([at, shown, _json_text(what)[1:-1], *_pairs(rest)])
+            level_text = f"\x1b[{_COLOURS.get(level, '0')}m{level_text}\x1b[0m"
+        return " ".join([at, level_text, _json_text(name)[1:-1], *_pairs(rest)])
 
 
 class LogWriter:
@@ -244,7 +244,7 @@ class LogWriter:
     def write(self, line: str) -> None:
         """Queue `line`, or drop it if too much waits."""
         with self._change:
-            if self._lines and self._chars + len(line) > MOST_CHARS:
+            if self._lines and self._chars + len(line) > MAX_QUEUED_CHARS:
                 self._dropped += 1
                 return
             self._lines.append(line)
@@ -253,13 +253,13 @@ class LogWriter:
                 # A daemon thread, so that a blocked write does not keep the process from ending.
                 self._thread = threading.Thread(target=self._run, name="log", daemon=True)
                 self._thread.start()
-                atexit.register(self.flush, LAST_S)
+                atexit.register(self.flush, EXIT_FLUSH_S)
             self._change.notify_all()
 
-    def flush(self, patience_s: float) -> bool:
-        """Wait until every line is written. False if that takes longer than `patience_s`."""
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until every line is written. False if that takes longer than `timeout_s`."""
         with self._change:
-            return self._change.wait_for(lambda: not (self._lines or self._dropped or self._is_writing), patience_s)
+            return self._change.wait_for(lambda: not (self._lines or self._dropped or self._is_writing), timeout_s)
 
     def _run(self) -> None:
         while True:

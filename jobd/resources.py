@@ -117,7 +117,7 @@ async def open_artifacts(loaded: LoadedConfig) -> ArtifactStore | None:
         except ConfigError as error:
             raise CannotStart(str(error), EXIT_CONFIG) from None
         except TimeoutError:  # health reports it, and the store checks again before use
-            log.warning("artifacts_wait", place=store.place, reason=f"no answer within {ARTIFACT_CHECK_S:g} s")
+            log.warning("artifacts_wait", place=store.place, reason=f"no response within {ARTIFACT_CHECK_S:g} s")
         return store
     from jobd.storage.artifacts.s3 import S3ArtifactStore
 
@@ -129,8 +129,8 @@ async def open_artifacts(loaded: LoadedConfig) -> ArtifactStore | None:
 
 def addresses(settings: Config) -> dict[str, str]:
     """Return the configured address of each listener, by name."""
-    found = {"worker": f"unix:{settings.worker.socket}", "admin": settings.admin.listen}
-    return found | ({"worker-tcp": settings.worker.listen} if settings.worker.listen else {})
+    listeners = {"worker": f"unix:{settings.worker.socket}", "admin": settings.admin.listen}
+    return listeners | ({"worker-tcp": settings.worker.listen} if settings.worker.listen else {})
 
 
 def check_addresses_free(settings: Config, passed: PassedSockets) -> None:
@@ -150,12 +150,12 @@ async def open_listener(name: str, app: App[Services], settings: Config, passed:
             for opened in passed[name]:
                 await listener.open_socket(opened, tls=tls)
             return listener
-        place = parse_listen(address, name)
-        if isinstance(place, str):
-            await asyncio.to_thread(os.makedirs, os.path.dirname(place) or ".", 0o755, exist_ok=True)
-            await listener.open_unix(place, int(settings.worker.socket_mode, 8))
+        target = parse_listen(address, name)
+        if isinstance(target, str):
+            await asyncio.to_thread(os.makedirs, os.path.dirname(target) or ".", 0o755, exist_ok=True)
+            await listener.open_unix(target, int(settings.worker.socket_mode, 8))
         else:
-            await listener.open_tcp(*place, tls=tls)
+            await listener.open_tcp(*target, tls=tls)
     except OSError as error:
         raise _cannot_listen(name, address, error) from None
     log.info("listening", door=name, at=address)

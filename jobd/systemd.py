@@ -58,14 +58,14 @@ def sockets() -> dict[str, list[socket.socket]]:
     names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
     if not count or int(pid or 0) != os.getpid():
         return {}
-    found: dict[str, list[socket.socket]] = {}
+    by_name: dict[str, list[socket.socket]] = {}
     for index in range(int(count)):
         os.set_inheritable(FIRST_FD + index, False)
         opened = socket.socket(fileno=FIRST_FD + index)
         opened.setblocking(False)
         name = names[index] if index < len(names) else ""
-        found.setdefault(name or "unknown", []).append(opened)
-    return found
+        by_name.setdefault(name or "unknown", []).append(opened)
+    return by_name
 
 
 def _send(*lines: str) -> bool:
@@ -76,10 +76,10 @@ def _send(*lines: str) -> bool:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return False
-    place = "\0" + address[1:] if address.startswith("@") else address
+    target = "\0" + address[1:] if address.startswith("@") else address
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as sender:
         try:
-            sender.sendto("\n".join(lines).encode(errors="replace"), place)
+            sender.sendto("\n".join(lines).encode(errors="replace"), target)
         except OSError:
             return False
     return True

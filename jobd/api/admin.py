@@ -207,12 +207,12 @@ async def _cleanup_state(app: App[Services], ctx: RequestContext, command: NoFie
 
 
 async def _recover_stuck(app: App[Services], ctx: RequestContext, command: WithReason) -> Response | ApiError:
-    done = await app.services.maintainer.recover_stuck(as_one_entry(ctx.operator), command.reason)
-    return done if isinstance(done, ApiError) else Response(done)
+    result = await app.services.maintainer.recover_stuck(as_one_entry(ctx.operator), command.reason)
+    return result if isinstance(result, ApiError) else Response(result)
 
 
 async def _take_back(app: App[Services], ctx: RequestContext, command: TakeBack) -> Response | ApiError:
-    return _given(await app.services.maintainer.take_back(command, as_one_entry(ctx.operator)))
+    return _as_response(await app.services.maintainer.take_back(command, as_one_entry(ctx.operator)))
 
 
 async def _failures(app: App[Services], ctx: RequestContext, command: FailuresRequest) -> Response:
@@ -220,23 +220,23 @@ async def _failures(app: App[Services], ctx: RequestContext, command: FailuresRe
 
 
 async def _preview(app: App[Services], ctx: RequestContext, command: NoFields) -> Response | ApiError:
-    return _given(await app.services.maintainer.preview())
+    return _as_response(await app.services.maintainer.preview())
 
 
 async def _make_plan(app: App[Services], ctx: RequestContext, command: MakePlan) -> Response | ApiError:
-    return _given(await app.services.make_plan(command))
+    return _as_response(await app.services.make_plan(command))
 
 
 async def _plan(app: App[Services], ctx: RequestContext, command: PlanCommand) -> Response | ApiError:
-    return _given(app.services.planner.find(command.plan_id))
+    return _as_response(app.services.planner.find(command.plan_id))
 
 
 async def _apply_plan(app: App[Services], ctx: RequestContext, command: PlanCommand) -> Response | ApiError:
-    return _given(await app.services.planner.apply(command.plan_id, ctx.operator or operator_of(ctx)))
+    return _as_response(await app.services.planner.apply(command.plan_id, ctx.operator or operator_of(ctx)))
 
 
-def _given(found: Any) -> Response | ApiError:
-    return found if isinstance(found, ApiError) else Response(found)
+def _as_response(result: Any) -> Response | ApiError:
+    return result if isinstance(result, ApiError) else Response(result)
 
 
 async def _reports(app: App[Services], ctx: RequestContext, command: Reports) -> Response:
@@ -253,7 +253,7 @@ async def _webhooks(app: App[Services], ctx: RequestContext, command: NoFields) 
 
 async def _deliveries(app: App[Services], ctx: RequestContext, command: Deliveries) -> Response | ApiError:
     before = None if command.cursor is None else int(command.cursor)
-    return _given(await app.services.deliveries(command.name, command.state, before, command.limit))
+    return _as_response(await app.services.deliveries(command.name, command.state, before, command.limit))
 
 
 async def _deliver_again(app: App[Services], ctx: RequestContext, command: DeliverAgain) -> Response | ApiError:
@@ -261,7 +261,7 @@ async def _deliver_again(app: App[Services], ctx: RequestContext, command: Deliv
     if not isinstance(sent, ApiError):
         details = {"webhook": command.name, "delivery": command.id}
         await audit_action(app, ctx.operator, "resend-delivery", details, command.reason)
-    return _given(sent)
+    return _as_response(sent)
 
 
 async def _deliver_all_again(app: App[Services], ctx: RequestContext, command: DeliverAllAgain) -> Response | ApiError:
@@ -269,7 +269,7 @@ async def _deliver_all_again(app: App[Services], ctx: RequestContext, command: D
     if not isinstance(sent, ApiError):
         details = {"webhook": command.name, "resent": sent.resent}
         await audit_action(app, ctx.operator, "resend-given-up", details, command.reason)
-    return _given(sent)
+    return _as_response(sent)
 
 
 async def _export(app: App[Services], ctx: RequestContext, command: Export) -> Response | ApiError:
@@ -283,7 +283,7 @@ async def _test_webhook(app: App[Services], ctx: RequestContext, command: TestWe
     sent = await app.services.test_webhook(command.name)
     if not isinstance(sent, ApiError):
         await audit_action(app, ctx.operator, "test-webhook", {"webhook": command.name}, command.reason)
-    return _given(sent)
+    return _as_response(sent)
 
 
 async def _clock(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:
@@ -303,7 +303,7 @@ async def _quarantine(app: App[Services], ctx: RequestContext, command: NoFields
 
 
 async def _check_rows(app: App[Services], ctx: RequestContext, command: RowCheckRequest) -> Response | ApiError:
-    return _given(await app.services.scrubber.scan(command.cursor))
+    return _as_response(await app.services.scrubber.scan(command.cursor))
 
 
 async def _backups(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:

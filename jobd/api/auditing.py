@@ -17,7 +17,7 @@ from jobd.model.job import MINUTE_MS
 async def audit_action(
     app: App[Services],
     operator: Operator | None,
-    what: str,
+    action: str,
     details: dict[str, Any] | None = None,
     reason: str | None = None,
 ) -> None:
@@ -25,20 +25,20 @@ async def audit_action(
 
     Best effort: the action proceeds even if the entry cannot be written.
     """
-    done = await app.actor.ask(RecordAction(what=what, details=details, reason=reason), operator=operator)
-    if isinstance(done, ApiError):
-        log.warning("audit_missed", what=what, by=None if operator is None else operator.by, reason=done.code)
+    response = await app.actor.ask(RecordAction(what=action, details=details, reason=reason), operator=operator)
+    if isinstance(response, ApiError):
+        log.warning("audit_missed", what=action, by=None if operator is None else operator.by, reason=response.code)
 
 
 async def audit_read(
-    app: App[Services], ctx: RequestContext, what: str, *, name: str = "", job_id: str | None = None
+    app: App[Services], ctx: RequestContext, action: str, *, name: str = "", job_id: str | None = None
 ) -> None:
     """Record an audited read, as one entry per minute, operator, job and kind of read."""
     operator, details = reading_operator(ctx, name), {"access": "read"} if ctx.by == "reader" else None
     minute = app.services.clock.moment().now // MINUTE_MS
-    part_of = " ".join((what, operator.who, operator.address, job_id or "", str(minute)))
-    done = await app.actor.ask(
-        RecordAction(what=what, details=details, job_id=job_id), operator=replace(operator, part_of=part_of)
+    part_of = " ".join((action, operator.who, operator.address, job_id or "", str(minute)))
+    response = await app.actor.ask(
+        RecordAction(what=action, details=details, job_id=job_id), operator=replace(operator, part_of=part_of)
     )
-    if isinstance(done, ApiError):
-        log.warning("audit_missed", what=what, by=operator.by, reason=done.code)
+    if isinstance(response, ApiError):
+        log.warning("audit_missed", what=action, by=operator.by, reason=response.code)

@@ -152,9 +152,9 @@ class _LineDecoder(RequestDecoder):
         super().__init__(command, None, limits, body_type=LINE_TYPES[op])
 
     def _build(self, part: Any, value: str | None) -> Command:
-        named = asdict(part)
-        del named["op"], named["idempotency_key"]
-        return self.command(**named)
+        fields = asdict(part)
+        del fields["op"], fields["idempotency_key"]
+        return self.command(**fields)
 
 
 @cache
@@ -292,16 +292,16 @@ class _CommandStream:
     async def _read(self) -> None:
         """Read lines until the stream ends, its framing is malformed, or the daemon stops."""
         try:
-            taken = 0
+            count = 0
             async for line in self._lines:
                 if line is None or line.strip():
                     self._take(line)
                     await self._room()
-                taken += 1
-                if taken % TURN_LINES == 0:
+                count += 1
+                if count % TURN_LINES == 0:
                     await asyncio.sleep(0)
         except ApiException as rejected:  # the start of the next line is unknown
-            self._refuse(_PendingResponse(self, 0), rejected.error)
+            self._reject(_PendingResponse(self, 0), rejected.error)
             self._response.force_close()
 
     def _note_read(self, reading: asyncio.Future[None]) -> None:
@@ -322,7 +322,7 @@ class _CommandStream:
         except ApiException as rejected:
             envelope = rejected.error
         if isinstance(envelope, ApiError):
-            self._refuse(slot, envelope)
+            self._reject(slot, envelope)
         else:
             slot.envelope = envelope
             self._queue(slot)
@@ -331,7 +331,7 @@ class _CommandStream:
         slot.by, slot.job_id, slot.weight = line.by, line.job_id, weight(line.command)
         return self._app.actor.send(line.command, slot, by=line.by, key=line.key, size=slot.size, in_line=True)
 
-    def _refuse(self, slot: _PendingResponse, error: ApiError) -> None:
+    def _reject(self, slot: _PendingResponse, error: ApiError) -> None:
         slot.set_result(error)
         self._queue(slot)
 

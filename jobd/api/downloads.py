@@ -48,13 +48,13 @@ class ArtifactRequest(JobCommand, frozen=True, kw_only=True):
 
 
 async def send_artifact(
-    app: App[Services], ctx: RequestContext, wanted: Any, name: str = ""
+    app: App[Services], ctx: RequestContext, query: Any, name: str = ""
 ) -> web.StreamResponse | ApiError:
     """Send the requested artifact as a file. If reading it fails, abort the connection.
 
     `name` is that of the operator, if the session has one.
     """
-    key = await _key(app, ctx, wanted)
+    key = await _key(app, ctx, query)
     if isinstance(key, ApiError):
         return key
     transport, request = ctx.connection.transport, ctx.request
@@ -63,7 +63,7 @@ async def send_artifact(
     download = await app.services.downloads.start(key, transport.abort)
     try:
         if ctx.method != hdrs.METH_HEAD:
-            await audit_read(app, ctx, "artifact", name=name, job_id=wanted.id)
+            await audit_read(app, ctx, "artifact", name=name, job_id=query.id)
         response = web.StreamResponse(headers=_headers(key))
         response.content_length = download.size
         await response.prepare(request)
@@ -73,23 +73,25 @@ async def send_artifact(
         download.close()
 
 
-async def _key(app: App[Services], ctx: RequestContext, wanted: ArtifactRequest) -> str | ApiError:
+async def _key(app: App[Services], ctx: RequestContext, request: ArtifactRequest) -> str | ApiError:
     """Return the storage key of the requested artifact."""
-    command = Get(id=wanted.id) if wanted.late_result is None else LateResults(id=wanted.id)
-    found = await app.actor.ask(command, by=ctx.by, size=ctx.size)
-    if isinstance(found, ApiError):
-        return found
-    named: JobView | LateResultView | None
-    if wanted.late_result is None:
-        named, what = found.data, f"Job {wanted.id}"
+    command = Get(id=request.id) if request.late_result is None else LateResults(id=request.id)
+    response = await app.actor.ask(command, by=ctx.by, size=ctx.size)
+    if isinstance(response, ApiError):
+        return response
+    view: JobView | LateResultView | None
+    if request.late_result is None:
+        view, subject = response.data, f"Job {request.id}"
     else:
-        listed: LateResultList = found.data
-        named = next((late for late in listed.late_results if late.seq == wanted.late_result), None)
-        what = f"The late result {wanted.late_result} of job {wanted.id}"
-        if named is None:
-            message = f"{what} does not exist or was deleted. List the late results of the job: jobctl late {wanted.id}"
-            return ApiError("late_result_not_found", message, {"job_id": wanted.id})
-    return named.storage_key or ApiError("not_found", f"{what} has no stored result: its storage_key is not set.")
+        listed: LateResultList = response.data
+        view = next((late for late in listed.late_results if late.seq == request.late_result), None)
+        subject = f"The late result {request.late_result} of job {request.id}"
+        if view is None:
+            message = (
+                f"{subject} does not exist or was deleted. List the late results of the job: jobctl late {request.id}"
+            )
+            return ApiError("late_result_not_found", message, {"job_id": request.id})
+    return view.storage_key or ApiError("not_found", f"{subject} has no stored result: its storage_key is not set.")
 
 
 async def _pass_on(response: web.StreamResponse, download: Download, ctx: RequestContext) -> None:
@@ -121,8 +123,8 @@ def _headers(key: str) -> dict[str, str]:
 def disposition(key: str) -> str:
     """Return a Content-Disposition that saves a file under the last part of its key."""
     name = key.rpartition("/")[2][-SHOWN_NAME:].lstrip(".") or "artifact"
-    plain = "".join(each if each.isascii() and (each.isalnum() or each in " ._-+") else "_" for each in name)
-    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+    ascii_name = "".join(each if each.isascii() and (each.isalnum() or each in " ._-+") else "_" for each in name)
+    return f"attachment; filename=\"{ascii_name}\"; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
 
 
 CONNECTION_CHECK_S: Final = 0.5  # between two checks for whether the client of a backup is connected
@@ -141,12 +143,12 @@ class BackupRequest(Command, frozen=True, kw_only=True):
     id: Annotated[BackupId | None, Meta(description="Id under which `backups` shows the progress.")] = None
 
 
-async def send_backup(app: App[Services], ctx: RequestContext, wanted: BackupRequest) -> web.StreamResponse | ApiError:
+async def send_backup(app: App[Services], ctx: RequestContext, request: BackupRequest) -> web.StreamResponse | ApiError:
     """Make a backup, then send it. If sending fails, abort the connection, so that the client notices."""
     await audit_action(app, ctx.operator, "backup")
     log.info("backup_started", by="admin")
     try:
-        copy = await _while_connected(app, ctx, app.services.backups.begin(wanted.id or secrets.token_hex(8)))
+        copy = await _while_connected(app, ctx, app.services.backups.begin(request.id or secrets.token_hex(8)))
     except DiskFull as full:
         return ApiError("storage_full", f"No backup: {full}. Free some space and try again.")
     except BackupError as why:
@@ -154,17 +156,17 @@ async def send_backup(app: App[Services], ctx: RequestContext, wanted: BackupReq
         return ApiError("shutting_down" if app.closing else "internal_error", f"No backup: {why}.")
     if isinstance(copy, ApiError):
         return copy
-    left: str | None = "it was not read to its end"
+    failure: str | None = "it was not read to its end"
     try:
         response = web.StreamResponse(headers={"Content-Type": BACKUP_TYPE, "Server": "jobd", **SAFE_HEADERS})
         response.content_length = copy.size
         assert ctx.request is not None
         await response.prepare(ctx.request)
         await _send_backup(response, copy, ctx)
-        left = None
+        failure = None
         return response
     finally:
-        copy.close(left)
+        copy.close(failure)
 
 
 async def _while_connected(app: App[Services], ctx: RequestContext, work: Coroutine[Any, Any, T]) -> T:
@@ -185,10 +187,10 @@ async def _while_connected(app: App[Services], ctx: RequestContext, work: Corout
 
 async def _send_backup(response: web.StreamResponse, copy: Backup, ctx: RequestContext) -> None:
     transport = ctx.connection.transport
-    left = copy.size
+    remaining = copy.size
     try:
-        while left > 0 and (piece := await copy.read()):
-            left -= len(piece)
+        while remaining > 0 and (piece := await copy.read()):
+            remaining -= len(piece)
             await write(response, piece)
         with contextlib.suppress(ConnectionError):  # a client with all of it may disconnect at once
             await _drain(ctx)

@@ -66,11 +66,11 @@ class EventsRequest(Command, frozen=True, kw_only=True):
 
 async def send_events(app: App[Services], ctx: RequestContext, query: EventsRequest) -> web.StreamResponse:
     """Send the stream, until the client disconnects or the daemon stops. A client that reads too slowly is cut off."""
-    wanted, after = _wanted(query), _after(query, ctx)
+    event_filter, after = _event_filter(query), _after(query, ctx)
     transport, request = ctx.connection.transport, ctx.request
     if transport is None or request is None:
         raise ConnectionResetError("the client has disconnected")
-    listener = app.services.feed.listen(wanted, follow=query.follow, cut=transport.abort)
+    listener = app.services.feed.listen(event_filter, follow=query.follow, cut=transport.abort)
     try:
         first = await listener.begin(after, query.last or 0)
         # X-Accel-Buffering keeps nginx from holding events back until its buffer is full.
@@ -124,7 +124,7 @@ def _after(query: EventsRequest, ctx: RequestContext) -> int | None:
     return query.last_event_id
 
 
-def _wanted(query: EventsRequest) -> EventFilter:
+def _event_filter(query: EventsRequest) -> EventFilter:
     types = _names("type", query.type)
     if unknown := sorted(types - _TYPES):
         raise invalid_request_error(

@@ -32,7 +32,7 @@ from jobd.model.responses import (
 AHEAD_LINES: Final = 64  # commands of one import that are pending at the same time
 AHEAD_BYTES: Final = 4 << 20
 SHOWN_LINES: Final = 10_000
-MOST_LINES: Final = 1_000_000  # whose ids are kept to find duplicates
+MAX_PREVIEW_LINES: Final = 1_000_000  # whose ids are kept to find duplicates
 SHOWN_REJECTIONS: Final = 1_000
 # Errors that the next line would get as well. The import stops there, and can be sent again later.
 STOP_CODES: Final = frozenset({"overloaded", "shutting_down", "outcome_unknown", "storage_full", "too_many_jobs"})
@@ -104,14 +104,14 @@ class Importer:
 
     def _send(self, number: int, line: bytes | None) -> None:
         if line is None:
-            self._refuse(number, None, f"The line is over {self._app.limits.body} bytes.")
+            self._reject(number, None, f"The line is over {self._app.limits.body} bytes.")
             return
         if not line.strip():
             return
         try:
             command = self._shape.from_body(line)
         except ApiException as rejected:
-            self._refuse(number, _id_of(line), rejected.error.message)
+            self._reject(number, _id_of(line), rejected.error.message)
             return
         assert isinstance(command, Import)
         pending = self._submit(command, len(line))
@@ -128,20 +128,20 @@ class Importer:
     def _submit(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
         return self._app.actor.ask(command, by=self._by, admin=True, size=size, operator=self._operator)
 
-    def _refuse(self, line: int, job_id: str | None, reason: str) -> None:
+    def _reject(self, line: int, job_id: str | None, reason: str) -> None:
         self._report.refused_count += 1
         if len(self._report.refused) < SHOWN_REJECTIONS:
             self._report.refused.append(RejectedLine(line, job_id, reason))
 
     def _count(self, line: PendingLine, response: Response | ApiError) -> None:
         if isinstance(response, Response):
-            done: Imported = response.data
-            self._report.skipped += done.skipped
-            self._report.imported += not done.skipped
+            line_result: Imported = response.data
+            self._report.skipped += line_result.skipped
+            self._report.imported += not line_result.skipped
         elif response.code in STOP_CODES:
             self._stop = self._stop or self._stopped(response, line.line)
         else:
-            self._refuse(line.line, line.job_id, response.message)
+            self._reject(line.line, line.job_id, response.message)
 
     def _stopped(self, why: ApiError, line: int) -> ApiError:
         """Return the error of an import that stops early. Its jobs stay, and a second run skips them."""
@@ -188,7 +188,7 @@ class _ImportPreviewer(Importer):
     def _submit(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
         return self._app.actor.ask(ImportCheck(**structs.asdict(command)), by=self._by, admin=True, size=size)
 
-    def _refuse(self, line: int, job_id: str | None, reason: str) -> None:
+    def _reject(self, line: int, job_id: str | None, reason: str) -> None:
         self._seen.would_refuse += 1
         self._show(PreviewedLine(line, job_id, "refuse", None, reason))
 
@@ -202,25 +202,25 @@ class _ImportPreviewer(Importer):
         elif response.code in STOP_CODES:
             self._stop = self._stopped(response, line.line)
         else:
-            self._refuse(line.line, line.job_id, response.message)
+            self._reject(line.line, line.job_id, response.message)
 
-    def _take(self, line: PendingLine, found: ImportCheckResult) -> None:
-        if found.what == "create" and (first := self._first.get(hash(found.job_id))) is not None:
+    def _take(self, line: PendingLine, check: ImportCheckResult) -> None:
+        if check.what == "create" and (first := self._first.get(hash(check.job_id))) is not None:
             reason = f"Line {first} has the same id."
-            found = ImportCheckResult(found.job_id, "skip", None, reason, found.room)
-        if found.what == "skip":
+            check = ImportCheckResult(check.job_id, "skip", None, reason, check.room)
+        if check.what == "skip":
             self._seen.would_skip += 1
-        elif found.status in LIVE and self._live >= found.room:
+        elif check.status in LIVE and self._live >= check.room:
             self._end(line.line, ApiError("too_many_jobs", "The limit of unfinished jobs would be reached."))
             return
         else:
             self._seen.would_import += 1
-            self._live += found.status in LIVE
-            self._first[hash(found.job_id)] = line.line
-        self._show(PreviewedLine(line.line, found.job_id, found.what, found.status, found.reason))
-        if len(self._first) > MOST_LINES:
-            message = f"A preview reads at most {MOST_LINES} lines. Split the file."
-            self._stop = ApiError("too_large", message, {"limit": MOST_LINES})
+            self._live += check.status in LIVE
+            self._first[hash(check.job_id)] = line.line
+        self._show(PreviewedLine(line.line, check.job_id, check.what, check.status, check.reason))
+        if len(self._first) > MAX_PREVIEW_LINES:
+            message = f"A preview reads at most {MAX_PREVIEW_LINES} lines. Split the file."
+            self._stop = ApiError("too_large", message, {"limit": MAX_PREVIEW_LINES})
 
     def _end(self, line: int, why: ApiError) -> None:
         self._stop = why

@@ -64,15 +64,15 @@ HEADERS: Final = {
 
 def with_document(title: str, routes: Iterable[Route]) -> tuple[Route, ...]:
     """Return `routes` and one more: GET /openapi.json, which describes them all."""
-    own = document_at(PATH, title, lambda: table)
-    table = (*routes, own)
+    document_route = document_at(PATH, title, lambda: table)
+    table = (*routes, document_route)
     return table
 
 
 def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) -> Route:
     """Return the route GET `path` of the document of `routes`. It contains no secret and needs no token."""
 
-    async def give(app: App[Any], ctx: RequestContext, asked: NoFields) -> Response:
+    async def give(app: App[Any], ctx: RequestContext, query: NoFields) -> Response:
         return Response(RawBody(JSON, await asyncio.to_thread(text)))
 
     @cache
@@ -123,55 +123,55 @@ def _texts(route: Route) -> Json:
     summary, *more = (
         route.summary.split("\n\n") if route.summary else cleandoc(route.request.__doc__ or "").split("\n\n")
     )
-    found = {"summary": " ".join(summary.split())}
-    return {**found, "description": "\n\n".join(" ".join(each.split()) for each in more)} if more else found
+    texts = {"summary": " ".join(summary.split())}
+    return {**texts, "description": "\n\n".join(" ".join(each.split()) for each in more)} if more else texts
 
 
 def _operation(route: Route, schemas: Schemas) -> Json:
     parts = re.findall(r"\w+", route.path.removeprefix(ADMIN_PREFIX))
-    found: Json = {
+    operation: Json = {
         "tags": [tag_of(route)],
         "operationId": "_".join([route.method.lower(), *parts]),
         **_texts(route),
         "parameters": _parameters(route),
         "responses": _responses(route, schemas),
     }
-    found["security"] = {"anyone": [{}], "worker": [{}, {"token": []}], "admin": [{"token": []}]}[route.auth]
+    operation["security"] = {"anyone": [{}], "worker": [{}, {"token": []}], "admin": [{"token": []}]}[route.auth]
     if route.body == "lines":
-        found["requestBody"] = _lines(route, schemas)
+        operation["requestBody"] = _lines(route, schemas)
     elif route.method != "GET":
         body = schemas.of_request(route.request, route.path_field)
         needed = bool(schemas.resolve(body).get("required"))
-        found["requestBody"] = {"required": needed, "content": {JSON: {"schema": body}}}
-    return found
+        operation["requestBody"] = {"required": needed, "content": {JSON: {"schema": body}}}
+    return operation
 
 
 def _parameters(route: Route) -> list[Json]:
-    found = []
+    parameters = []
     if route.path_field is not None:
-        place = {
+        path_parameter = {
             "name": route.path_field,
             "in": "path",
             "required": True,
             "description": f"Percent-encoded {route.path_field}.",
         }
-        found.append({**place, "schema": {"type": "string", "pattern": ID_PATTERN}})
+        parameters.append({**path_parameter, "schema": {"type": "string", "pattern": ID_PATTERN}})
     if route.key:
         known = {"name": "Idempotency-Key", "in": "header", "description": HEADERS["Idempotency-Key"]}
-        found.append({**known, "schema": {"type": "string", "pattern": "^[ -~]{1,200}$"}})
+        parameters.append({**known, "schema": {"type": "string", "pattern": "^[ -~]{1,200}$"}})
     if route.auth == "admin" and (route.changes or route.secret or route.audited):
         known = {"name": OPERATOR_HEADER, "in": "header", "description": HEADERS[OPERATOR_HEADER]}
-        found.append({**known, "schema": {"type": "string"}})
+        parameters.append({**known, "schema": {"type": "string"}})
     if route.content_type == EVENT_STREAM:
         known = {"name": "Last-Event-ID", "in": "header", "description": HEADERS["Last-Event-ID"]}
-        found.append({**known, "schema": {"type": "string", "pattern": "^[0-9]{0,19}$"}})  # empty: none
+        parameters.append({**known, "schema": {"type": "string", "pattern": "^[0-9]{0,19}$"}})  # empty: none
     if route.method == "GET":
-        asked = Schemas()
-        shown = asked.resolve(asked.of_request(route.request, route.path_field))
-        for name, schema in shown["properties"].items():
-            needed = name in shown.get("required", ())
-            found.append({"name": name, "in": "query", "required": needed, "schema": not_null(schema)})
-    return found
+        query_schemas = Schemas()
+        query = query_schemas.resolve(query_schemas.of_request(route.request, route.path_field))
+        for name, schema in query["properties"].items():
+            needed = name in query.get("required", ())
+            parameters.append({"name": name, "in": "query", "required": needed, "schema": not_null(schema)})
+    return parameters
 
 
 def _lines(route: Route, schemas: Schemas) -> Json:
@@ -187,20 +187,22 @@ def _lines(route: Route, schemas: Schemas) -> Json:
 
 
 def _responses(route: Route, schemas: Schemas) -> Json:
-    found: dict[int, Json] = {}
+    responses: dict[int, Json] = {}
     for status, text in {route.status: "Done.", **route.other_statuses}.items():
-        found[status] = {"description": text, "content": {route.content_type: {"schema": _success(route, schemas)}}}
+        responses[status] = {"description": text, "content": {route.content_type: {"schema": _success(route, schemas)}}}
         if route.key:
-            found[status]["headers"] = {"Idempotent-Replayed": _header("Idempotent-Replayed", {"const": "true"})}
+            responses[status]["headers"] = {"Idempotent-Replayed": _header("Idempotent-Replayed", {"const": "true"})}
     by_status: dict[int, list[str]] = {}
     for code in error_codes(route):
         by_status.setdefault(ERROR_CODES[code].status, []).append(code)
     for status, codes in by_status.items():
-        no = _error(codes, schemas)
-        found[status] = (
-            _either(found[status], no) if status in found else schemas.share("responses", ".".join(codes), no)
+        error_response = _error(codes, schemas)
+        responses[status] = (
+            _either(responses[status], error_response)
+            if status in responses
+            else schemas.share("responses", ".".join(codes), error_response)
         )
-    return {str(status): found[status] for status in sorted(found)}
+    return {str(status): responses[status] for status in sorted(responses)}
 
 
 def _success(route: Route, schemas: Schemas) -> Json:
@@ -233,22 +235,22 @@ def _error(codes: list[str], schemas: Schemas) -> Json:
     """Return the error response of `codes`, which share a status."""
     text = "; ".join(f"`{code}`: {ERROR_CODES[code].description}" for code in codes) + "."
     narrow = {"properties": {"success": {"const": False}, "error": {"enum": codes}}}
-    found: Json = {
+    response: Json = {
         "description": text,
         "content": {JSON: {"schema": {"allOf": [schemas.of_response(ErrorBody), narrow]}}},
     }
     if "overloaded" in codes:
-        found["headers"] = {"Retry-After": _header("Retry-After", {"type": "integer", "minimum": 1})}
+        response["headers"] = {"Retry-After": _header("Retry-After", {"type": "integer", "minimum": 1})}
     if "unauthorized" in codes:
-        found["headers"] = {"WWW-Authenticate": _header("WWW-Authenticate", {"const": "Bearer"})}
-    return found
+        response["headers"] = {"WWW-Authenticate": _header("WWW-Authenticate", {"const": "Bearer"})}
+    return response
 
 
-def _either(yes: Json, no: Json) -> Json:
+def _either(success: Json, error: Json) -> Json:
     """Return one response for a success and an error of the same status."""
-    schemas = [each["content"][JSON]["schema"] for each in (yes, no)]
-    text = f"{yes['description']} Or {no['description']}"
-    return {**yes, **no, "description": text, "content": {JSON: {"schema": {"oneOf": schemas}}}}
+    schemas = [each["content"][JSON]["schema"] for each in (success, error)]
+    text = f"{success['description']} Or {error['description']}"
+    return {**success, **error, "description": text, "content": {JSON: {"schema": {"oneOf": schemas}}}}
 
 
 def _header(name: str, schema: Json) -> Json:

@@ -35,8 +35,8 @@ class Schemas:
 
     def resolve(self, reference: dict[str, Any]) -> dict[str, Any]:
         """Return the schema behind a reference."""
-        shown: dict[str, Any] = self.components["schemas"][reference["$ref"].rpartition("/")[2]]
-        return shown
+        schema: dict[str, Any] = self.components["schemas"][reference["$ref"].rpartition("/")[2]]
+        return schema
 
     def share(self, section: str, name: str, value: dict[str, Any]) -> dict[str, Any]:
         """Add `value` as a component, once, and return a reference to it."""
@@ -102,9 +102,9 @@ class Schemas:
 def description_of(annotation: Any) -> str:
     """Return the description of a type, the outermost one; an empty text if it has none."""
     parts = get_args(annotation)
-    own = [part.description for part in parts if isinstance(part, Meta) and part.description is not None]
-    if own:
-        return str(own[-1])
+    descriptions = [part.description for part in parts if isinstance(part, Meta) and part.description is not None]
+    if descriptions:
+        return str(descriptions[-1])
     if get_origin(annotation) in (Annotated, Union, types.UnionType):
         return next(filter(None, map(description_of, parts)), "")
     return ""

@@ -105,13 +105,13 @@ class Services(Struct, kw_only=True):
         if not self.webhooks.has(webhook):
             return _unknown_webhook(webhook)
         try:
-            found = await self.webhooks.redeliver(webhook, delivery)
+            stored = await self.webhooks.redeliver(webhook, delivery)
         except DiskFull:
             return await self._outbox_error()
-        if found is None:
+        if stored is None:
             return ApiError("not_found", f"Webhook {webhook} has no delivery {delivery}. It may have been removed.")
         log.info("webhook_sent_again", webhook=webhook, delivery=delivery)
-        return found
+        return stored
 
     async def deliver_all_again(self, webhook: str, upto: int | None) -> Resent | ApiError:
         if not self.webhooks.has(webhook):

@@ -1,6 +1,6 @@
-"""The mailbox and its one consumer: take what waits, decide, write, answer.
+"""Run the actor: take the waiting commands, decide them as a batch, commit it, then send the responses.
 
-The only place that changes state. It knows no SQL, no HTTP and no rule; an answer never runs ahead of the disk.
+Only the actor changes the state. No response is sent before its commit.
 """
 
 from __future__ import annotations

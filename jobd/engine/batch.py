@@ -1,6 +1,6 @@
-"""A batch, decided: every command in order, parked claims served between them, idempotency keys looked up and kept.
+"""Decide a batch: all its commands in order, with the waiting claims that they make servable.
 
-Uses the rules and the book, touches no disk: what it needs from there is handed in, what must be written is its plan.
+Also looks up and stores idempotency keys. Rows from the disk are passed in, and the plan says what to write.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Who wants to know that something has happened, to a job, in a queue or at all, and does not ask what.
+"""Notify watchers that a job, a queue or anything has changed, without saying what.
 
-However much happens, a watcher costs one look-up a change and is never behind. Knows no HTTP.
+A change costs a watcher one lookup, so a slow watcher never falls behind.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Committed events out to those who listen: from the journal up to now, then live, in order, each event once.
+"""Send committed events to listeners: first from the journal, then live, in order, each event once.
 
-Holds up nobody: publishing is a note that is taken on the actor's turn and worked off later. Who reads too slowly is
-cut off; the client keeps the place in the journal that it has reached. Knows no HTTP.
+Publishing only queues the changes, so it never blocks the actor. A listener that reads too slowly is cut off; its
+client can resume from the event that it received last.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Looks at history: timelines, late results, pages of jobs and of the audit log, a few at a time beside the batches.
+"""Read history beside the batches: timelines, late results, pages of jobs and of the audit log.
 
-Changes nothing. What is read was committed: the commands before it were answered after their commit.
+A few reads run at a time. They return committed data only.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Idempotency keys in memory: which answers are stored, which grants keep a key alive, what may be forgotten.
+"""Idempotency keys in memory: which responses are stored, which grants keep a key alive, and which keys can be dropped.
 
-Pure. The answers themselves lie on the disk (store.py); the actor stores each in the transaction of its change.
+The responses are on disk. The actor stores each one in the transaction of its change.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A command on its way: who waits for its answer, under which key, and which share of the mailbox it may use.
-
-Knows no rule and no disk.
-"""
+"""The envelope of a command: the waiter for its response, its idempotency key and its share of the mailbox."""
 
 from __future__ import annotations
 

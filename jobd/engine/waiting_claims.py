@@ -1,7 +1,4 @@
-"""Claims that wait for work, outside the mailbox: found by queue and kind, served in order of arrival.
-
-Decides nothing and grants nothing: the actor asks who is next.
-"""
+"""Claims that wait for work, outside the mailbox: found by queue and kind, served in order of arrival."""
 
 from __future__ import annotations
 

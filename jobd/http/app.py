@@ -1,7 +1,7 @@
 """Turn HTTP requests into commands for the actor, and its responses into HTTP responses.
 
 The fast path is `App.send` (bytes to command), the actor, then `App.respond`. The slow path, `App.handle`, does all of
-that in a task of its own, for a request that waits for its body or gets a streamed response.
+that in a separate task, for a request that waits for its body or gets a streamed response.
 """
 
 from __future__ import annotations
@@ -159,13 +159,13 @@ class App(Generic[S]):
         self._router = Router(routes, self.limits)
         self._log_limiter = LogRateLimiter()
 
-    # -- fast path: a complete request, handled without a task of its own ---------------------------------------------
+    # -- fast path: a complete request, handled without a separate task -----------------------------------------------
 
     def match(self, ctx: RequestContext) -> RouteMatch:
         """Find the route of a request."""
         return self._router.match(ctx.method, ctx.path)
 
-    def send(self, ctx: RequestContext, found: RouteMatch, body: bytes, waiter: Waiter) -> Envelope | HttpResponse:
+    def send(self, ctx: RequestContext, match: RouteMatch, body: bytes, waiter: Waiter) -> Envelope | HttpResponse:
         """Send the request's command to the actor, whose response `waiter` receives. Return the response on an error.
 
         Until `request_finished`, the request counts as pending.
@@ -173,7 +173,7 @@ class App(Generic[S]):
         self._pending += 1
         ctx.by = "admin" if self.admin else "client"
         try:
-            command = self._decode(ctx, self._admit(ctx, found), body)
+            command = self._decode(ctx, self._admit(ctx, match), body)
             sent = self.actor.send(
                 command,
                 waiter,
@@ -266,9 +266,9 @@ class App(Generic[S]):
             ctx, response.data, response.status, replayed=response.replayed, close=self.closing, on_lost=lost
         )
 
-    def _admit(self, ctx: RequestContext, found: RouteMatch) -> AdmittedRequest:
+    def _admit(self, ctx: RequestContext, match: RouteMatch) -> AdmittedRequest:
         """Check everything that does not need the body."""
-        resolved = self._resolve(ctx, found)
+        resolved = self._resolve(ctx, match)
         if ctx.head.expects not in ACCEPTED_EXPECT:
             raise api_error(
                 "expectation_failed",
@@ -276,7 +276,7 @@ class App(Generic[S]):
             )
         decoder, value = resolved.decoder, None
         if decoder.path_field is not None:
-            value = path_value(decoder, found.path_value or "")
+            value = path_value(decoder, match.path_value or "")
             ctx.job_id = value if decoder.path_field == "id" else None
         if ctx.method == hdrs.METH_GET:
             if ctx.head.has_body:
@@ -308,11 +308,11 @@ class App(Generic[S]):
             ctx.job_id = command.id
         return command  # type: ignore[no-any-return]
 
-    def _resolve(self, ctx: RequestContext, found: RouteMatch) -> ResolvedRoute:
+    def _resolve(self, ctx: RequestContext, match: RouteMatch) -> ResolvedRoute:
         """Authenticate a request, then check Host and Origin, then the path. Raises ApiException."""
         if ctx.head.version[0] != 1:
             raise api_error("invalid_request", "Only HTTP/1.1 and HTTP/1.0 are supported.", field="$")
-        resolved = found.resolved
+        resolved = match.resolved
         if resolved is not None:
             ctx.route = resolved.route
         is_reader = False
@@ -329,7 +329,7 @@ class App(Generic[S]):
                 ctx.operator = operator_of(ctx)
                 ctx.by = ctx.operator.by
             return resolved
-        if not found.allowed:
+        if not match.allowed:
             message = (
                 "There is no such path. The worker API is under /v1/ on the worker socket, the admin API under "
                 "/admin/job-management/ on the admin port. GET /openapi.json lists the paths of this listener."
@@ -337,8 +337,8 @@ class App(Generic[S]):
             if ctx.path.endswith("/artefact"):
                 message = f"This path is spelled artifact: {ctx.path.removesuffix('/artefact')}/artifact"
             raise api_error("not_found", message)
-        ctx.allow = found.allowed
-        raise api_error("method_not_allowed", f"This path takes {', '.join(sorted(found.allowed))}.")
+        ctx.allow = match.allowed
+        raise api_error("method_not_allowed", f"This path takes {', '.join(sorted(match.allowed))}.")
 
     def _requires_token(self, ctx: RequestContext, resolved: ResolvedRoute | None) -> bool:
         """Return whether the request needs a token. A signed-in browser gets a 404 without one."""
@@ -400,10 +400,10 @@ class App(Generic[S]):
     def record_error(self, route: Route | None, method: str, error: ApiError, *, by: str, job_id: str | None) -> None:
         """Count an error and log it in one line without secrets. The log is rate-limited by code."""
         self.error_counts[error.code] += 1
-        if (left_out := self._log_limiter.suppressed(error.code)) is None:
+        if (suppressed := self._log_limiter.suppressed(error.code)) is None:
             return
         path = None if route is None else route.path
-        more = {"left_out": left_out} if left_out else {}
+        more = {"left_out": suppressed} if suppressed else {}
         log.info("refused", method=method, path=path, code=error.code, by=by, job_id=job_id, **more)
 
     def log_internal_error(self, ctx: RequestContext, bug: Exception) -> ApiError:

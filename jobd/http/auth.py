@@ -71,8 +71,10 @@ class Authenticator:
 
     def permission_of(self, digest: bytes) -> Permission | None:
         """Return what the token with this digest allows, None if it is invalid. Takes the same time for all tokens."""
-        known = [access for own, access in self._digests or () if hmac.compare_digest(digest, own)]
-        return known[0] if known else None
+        permissions = [
+            access for valid_digest, access in self._digests or () if hmac.compare_digest(digest, valid_digest)
+        ]
+        return permissions[0] if permissions else None
 
     def check_origin(self, headers: MultiMapping[str], address: object) -> None:
         """Raise a 403 error if Host is not a name of this daemon or Origin is another site.
@@ -97,8 +99,8 @@ class Authenticator:
             return False
         if netloc == host.lower():
             return True
-        named = (self.hosts or frozenset()) - LOOPBACK  # another port of this machine is another site
-        return host_name(netloc) in named
+        site_names = (self.hosts or frozenset()) - LOOPBACK  # another port of this machine is another site
+        return host_name(netloc) in site_names
 
     def idempotency_key(self, key: str, method: str, path: str, body: bytes) -> IdempotencyKey:
         """Return the digest of an Idempotency-Key, scoped to listener, method and path. Raises a 400 error."""
@@ -109,10 +111,10 @@ class Authenticator:
         return IdempotencyKey(digest=sha256(scope.encode()).hexdigest(), body_hash=sha256(body).hexdigest())
 
 
-def operator_name(given: str) -> str:
+def operator_name(name: str) -> str:
     """Return the name of an operator in a printable form, at most MAX_OPERATOR characters. It may be empty."""
-    shown = "".join(char if char.isprintable() else " " for char in given[: 4 * MAX_OPERATOR])
-    return " ".join(shown.split())[:MAX_OPERATOR].rstrip()
+    printable = "".join(char if char.isprintable() else " " for char in name[: 4 * MAX_OPERATOR])
+    return " ".join(printable.split())[:MAX_OPERATOR].rstrip()
 
 
 def token_digest(token: str) -> bytes:
@@ -154,26 +156,26 @@ def _normalized_address(address: str) -> str:
 
 def is_plain_json(headers: MultiMapping[str]) -> bool:
     """Return whether the body is JSON by a quick check that covers nearly all requests."""
-    given = headers.get(CONTENT_TYPE, "")
-    return given in _PLAIN[JSON] and CONTENT_ENCODING not in headers and TRANSFER_ENCODING not in headers
+    content_type = headers.get(CONTENT_TYPE, "")
+    return content_type in _PLAIN[JSON] and CONTENT_ENCODING not in headers and TRANSFER_ENCODING not in headers
 
 
-def check_content_type(headers: MultiMapping[str], wanted: str) -> None:
-    """Raise a 415 error unless the body is of the type `wanted`, in UTF-8 and not compressed."""
-    given = headers.get(CONTENT_TYPE, "")
-    if given not in _PLAIN.get(wanted, ()) and not _is_type(given, wanted):
-        raise api_error("unsupported_media_type", f"The body must be {wanted}: send `Content-Type: {wanted}`.")
+def check_content_type(headers: MultiMapping[str], expected: str) -> None:
+    """Raise a 415 error unless the body is of the type `expected`, in UTF-8 and not compressed."""
+    content_type = headers.get(CONTENT_TYPE, "")
+    if content_type not in _PLAIN.get(expected, ()) and not _is_type(content_type, expected):
+        raise api_error("unsupported_media_type", f"The body must be {expected}: send `Content-Type: {expected}`.")
     if _is_encoded(headers, CONTENT_ENCODING, "identity") or _is_encoded(headers, TRANSFER_ENCODING, "chunked"):
         raise api_error("unsupported_media_type", "Compressed bodies are not supported. Send the body uncompressed.")
 
 
-def _is_encoded(headers: MultiMapping[str], name: str, plain: str) -> bool:
-    return name in headers and headers[name].lower() != plain
+def _is_encoded(headers: MultiMapping[str], name: str, default: str) -> bool:
+    return name in headers and headers[name].lower() != default
 
 
-def _is_type(given: str, wanted: str) -> bool:
-    kind, _, rest = given.partition(";")
-    if kind.strip().lower() != wanted:
+def _is_type(content_type: str, expected: str) -> bool:
+    kind, _, rest = content_type.partition(";")
+    if kind.strip().lower() != expected:
         return False
     values = [value.partition("=") for value in rest.lower().split(";") if value.strip()]
     charsets = [value.strip(' "') for name, _, value in values if name.strip() == "charset"]

@@ -110,7 +110,7 @@ class RequestDecoder:
         self._check = _CHECKS.get(command)
         self._decode = msgspec.json.Decoder(self.body_type).decode
         self._scanner = BodyScanner(
-            self.body_type, {name: most(limits) for name, most in _LISTS.get(command, {}).items()}
+            self.body_type, {name: maximum(limits) for name, maximum in _LISTS.get(command, {}).items()}
         )
 
     def accepts(self, value: str) -> bool:
@@ -169,14 +169,14 @@ class RequestDecoder:
         if self.path_field is None:
             command: Command = part
             return command
-        named = asdict(part)
-        own = named[self.path_field]
-        if own is not UNSET and own != value:
+        fields = asdict(part)
+        body_value = fields[self.path_field]
+        if body_value is not UNSET and body_value != value:
             raise invalid_request_error(
                 f"$.{self.path_field}", "differs from the one in the path. Leave it out of the body."
             )
-        named[self.path_field] = value
-        return self.command(**named)
+        fields[self.path_field] = value
+        return self.command(**fields)
 
 
 def make_body_type(
@@ -220,12 +220,12 @@ def path_value(decoder: RequestDecoder, value: str) -> str:
     return value
 
 
-def _parameters(query: str, lists: frozenset[str] = frozenset(), most: int = MAX_QUERY_FIELDS) -> dict[str, Any]:
+def _parameters(query: str, lists: frozenset[str] = frozenset(), max_fields: int = MAX_QUERY_FIELDS) -> dict[str, Any]:
     """Parse names and values. A name may be repeated only if it is in `lists`."""
     try:
-        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=most)
+        pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=max_fields)
     except ValueError:
-        message = f"The query is malformed: expected up to {most} name=value pairs in percent-encoded UTF-8."
+        message = f"The query is malformed: expected up to {max_fields} name=value pairs in percent-encoded UTF-8."
         raise api_error("invalid_request", message, field="$") from None
     fields: dict[str, Any] = {}
     for name, value in pairs:
@@ -257,10 +257,10 @@ def _check_result(result: Complete | Import | Updates, above: str, limits: Limit
         _check_payload(result.metadata, f"{above}.metadata", limits)
 
 
-def _too_many(name: str, most: int) -> ApiException:
+def _too_many(name: str, limit: int) -> ApiException:
     if name == "jobs":
-        return too_large_error(f"Over {most} jobs in one bulk. Send several bulks.", field="$.jobs", limit=most)
-    return invalid_request_error(f"$.{name}", f"expected a list of length <= {most}.")
+        return too_large_error(f"Over {limit} jobs in one bulk. Send several bulks.", field="$.jobs", limit=limit)
+    return invalid_request_error(f"$.{name}", f"expected a list of length <= {limit}.")
 
 
 _LISTS: Final[dict[type[Command], dict[str, Callable[[Limits], int]]]] = {
@@ -314,20 +314,20 @@ def malformed_json_error(error: Exception) -> ApiException:
 
 def validation_error(error: str, body_type: type[Any]) -> ApiException:
     """Return a 400 error for JSON of the wrong type: the path of the field, what is expected, and what to do."""
-    text, where = _split_path(error)
+    text, path = _split_path(error)
     match = _ABOUT_FIELD.fullmatch(text)
     if match is None and (match := _ABOUT_FIELD.fullmatch(error)) is not None:
-        where = "$"  # what looked like a path was a part of the name
+        path = "$"  # what looked like a path was a part of the name
     if match is not None:
         name = _shown(match["name"])
-        return invalid_request_error(f"{where}.{name}", _field_error(match["how"], name, _struct_at(body_type, where)))
-    return invalid_request_error(where, _value_error(text, _field_at(body_type, where)))
+        return invalid_request_error(f"{path}.{name}", _field_error(match["how"], name, _struct_at(body_type, path)))
+    return invalid_request_error(path, _value_error(text, _field_at(body_type, path)))
 
 
 def _split_path(error: str) -> tuple[str, str]:
     """Split a message of msgspec into the error and the path. Names in the path are chosen by the caller."""
-    text, mark, where = error.rpartition(" - at `")
-    return (text, where[:-1]) if mark and _WHERE.fullmatch(where) else (error, "$")
+    text, mark, path = error.rpartition(" - at `")
+    return (text, path[:-1]) if mark and _WHERE.fullmatch(path) else (error, "$")
 
 
 def _field_error(how: str, name: str, struct: type[Any] | None) -> str:
@@ -335,8 +335,8 @@ def _field_error(how: str, name: str, struct: type[Any] | None) -> str:
     if how == "missing required":
         return "is missing and has no default. Add it."
     names = sorted(info.encode_name for info in fields)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f" Did you mean `{near[0]}`?" if near else ""
+    similar = difflib.get_close_matches(name, names, n=1)
+    hint = f" Did you mean `{similar[0]}`?" if similar else ""
     known = f" Known fields: {', '.join(names)}." if names else " There are no fields here."
     return f"is not a field of this request.{hint}{known}"
 
@@ -360,10 +360,10 @@ def _shown(name: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in name[:SHOWN_NAME])
 
 
-def _struct_at(body_type: type[Any], where: str) -> type[Any] | None:
+def _struct_at(body_type: type[Any], path: str) -> type[Any] | None:
     """Return the struct at a path such as `$.jobs[3].backoff`, None if there is none."""
     struct: type[Any] | None = body_type
-    for step in _STEP.finditer(where):
+    for step in _STEP.finditer(path):
         if step[1] is None or struct is None:
             continue
         info = next((info for info in msgspec.structs.fields(struct) if info.encode_name == step[1]), None)
@@ -371,9 +371,9 @@ def _struct_at(body_type: type[Any], where: str) -> type[Any] | None:
     return struct
 
 
-def _field_at(body_type: type[Any], where: str) -> FieldInfo | None:
+def _field_at(body_type: type[Any], path: str) -> FieldInfo | None:
     """Return the declaration of the field at a path such as `$.jobs[3].priority`."""
-    above, _, name = where.rpartition(".")
+    above, _, name = path.rpartition(".")
     struct = _struct_at(body_type, above or "$")
     name = name.partition("[")[0]
     fields = () if struct is None else msgspec.structs.fields(struct)
@@ -385,8 +385,8 @@ def _parts(annotation: Any) -> list[Any]:
     return [annotation, *(deep for part in get_args(annotation) for deep in _parts(part))]
 
 
-def _first(annotation: Any, wanted: Any) -> Any:
-    return next((part for part in _parts(annotation) if isinstance(part, type) and wanted(part)), None)
+def _first(annotation: Any, predicate: Any) -> Any:
+    return next((part for part in _parts(annotation) if isinstance(part, type) and predicate(part)), None)
 
 
 def _choices(annotation: Any) -> list[str]:
@@ -408,10 +408,10 @@ def _pattern_words(annotation: Any) -> str:
 class ListTooLong(Exception):
     """The list `name` has more than `limit` items."""
 
-    def __init__(self, name: str, most: int) -> None:
+    def __init__(self, name: str, limit: int) -> None:
         super().__init__(name)
         self.name = name
-        self.limit = most
+        self.limit = limit
 
 
 class BodyTooComplex(Exception):
@@ -422,27 +422,27 @@ class BodyScanner:
     """Scan bodies of the type `part` without decoding their values. `lists` has the maximum length of each list."""
 
     def __init__(self, part: type[Any], lists: Mapping[str, int]) -> None:
-        self._ends = [(name, most, _decoder({name: _bounded_list(most)})) for name, most in lists.items()]
+        self._ends = [(name, limit, _decoder({name: _bounded_list(limit)})) for name, limit in lists.items()]
         self._unread = msgspec.json.Decoder(_skipping_type(part))
 
     def check(self, body: bytes) -> None:
         """Raises ListTooLong or BodyTooComplex."""
         if len(body) <= BIG_BODY:
             return
-        for name, most, decoder in self._ends:
+        for name, limit, decoder in self._ends:
             try:
                 decoder.decode(body)
             except msgspec.ValidationError as error:
-                if str(error).endswith(f"`$.{name}[{most}]`"):
-                    raise ListTooLong(name, most) from None
+                if str(error).endswith(f"`$.{name}[{limit}]`"):
+                    raise ListTooLong(name, limit) from None
             except _FAULTS:
                 continue
         if body.count(b'":') > MANY_KEYS:
             try:
-                seen = self._unread.decode(body)
+                decoded = self._unread.decode(body)
             except _FAULTS:
                 return
-            if len(body) - _expected_size(seen) > BIG_BODY:
+            if len(body) - _expected_size(decoded) > BIG_BODY:
                 raise BodyTooComplex
 
 
@@ -452,9 +452,9 @@ def _decoder(fields: Mapping[str, Any]) -> msgspec.json.Decoder[Any]:
     )
 
 
-def _bounded_list(most: int) -> Any:
-    """Make a type for a list of up to `most` raw items. One more fails, because its type accepts no value."""
-    return tuple[(*[Raw] * most, Annotated[int, msgspec.Meta(gt=0, lt=0)])]  # type: ignore[misc]
+def _bounded_list(limit: int) -> Any:
+    """Make a type for a list of up to `limit` raw items. One more fails, because its type accepts no value."""
+    return tuple[(*[Raw] * limit, Annotated[int, msgspec.Meta(gt=0, lt=0)])]  # type: ignore[misc]
 
 
 def _skipping_type(part: type[Any]) -> type[Struct]:
@@ -480,14 +480,14 @@ def _item_struct(annotation: Any) -> type[Struct] | None:
     return inner if isinstance(inner, type) and issubclass(inner, Struct) else None
 
 
-def _expected_size(seen: Any) -> int:
+def _expected_size(part: Any) -> int:
     """Return the size of a body that has each of these fields once."""
     total = 0
-    for name in seen.__struct_fields__:
-        value = getattr(seen, name)
+    for name in part.__struct_fields__:
+        value = getattr(part, name)
         if isinstance(value, Raw):
             size = memoryview(value).nbytes
-            total += NAME_ALLOWANCE + (size if name in seen.payloads else min(size, MAX_COUNTED_FIELD))
+            total += NAME_ALLOWANCE + (size if name in part.payloads else min(size, MAX_COUNTED_FIELD))
         elif value is not None:
             total += NAME_ALLOWANCE + sum(NAME_ALLOWANCE + _expected_size(each) for each in value)
     return total

@@ -1,6 +1,6 @@
-"""Heads of requests that have been read before: the same bytes mean the same.
+"""Cache parsed request heads: the same bytes mean the same head.
 
-Reads no head itself: what one means is what aiohttp's parser has made of it. Keeps neither tokens nor keys.
+aiohttp's parser parses each head once. Tokens and idempotency keys are not cached.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""One connection: from bytes to requests, and the answers back in their order.
+"""Serve one connection: parse requests from bytes, and write the responses in the order of the requests.
 
-Knows nothing of routes or jobs: every request goes to one `Web`. A request that is there as a whole goes the short way:
-it is put into the actor's mailbox as soon as it has been parsed, and the answer is written as soon as the actor has it.
-aiohttp's own loop for each connection, with a task for each request, costs twice as much; it gets what takes its time:
-bodies that are still on their way, streams, requests that came before the last one was answered, what is no HTTP.
+On the fast path, a request that has arrived completely goes to the actor's mailbox as soon as it is parsed, and its
+response is written as soon as the actor returns it. All other requests take the slow path, aiohttp's loop with a task
+for each request, which costs twice as much: incomplete bodies, streams, pipelined requests and malformed input.
 """
 
 from __future__ import annotations

@@ -101,21 +101,22 @@ class Router:
             if route.method == "GET" and route.auth == "anyone":
                 methods["HEAD"] = methods["GET"]  # load balancers probe with HEAD
         self._exact = {
-            path: {method: RouteMatch(way) for method, way in methods.items()} for path, methods in exact.items()
+            path: {method: RouteMatch(resolved) for method, resolved in methods.items()}
+            for path, methods in exact.items()
         }
 
     def match(self, method: str, path: str) -> RouteMatch:
         """Match a request. `allowed` is only set if the path does not support `method`."""
         exact = self._exact.get(path, {})
-        if (found := exact.get(method)) is not None:
-            return found
+        if (exact_match := exact.get(method)) is not None:
+            return exact_match
         allowed = frozenset(exact)
         for prefix, tails in self._patterns.items():
             if path.startswith(prefix):
-                given, slash, rest = path[len(prefix) :].partition("/")
-                methods = tails.get(slash + rest, {}) if given else {}
+                value, slash, rest = path[len(prefix) :].partition("/")
+                methods = tails.get(slash + rest, {}) if value else {}
                 if method in methods:
-                    return RouteMatch(methods[method], unquote(given))
+                    return RouteMatch(methods[method], unquote(value))
                 allowed |= methods.keys()
         return RouteMatch(None, None, allowed)
 

@@ -117,26 +117,26 @@ class HttpListener:
             connection.close_if_idle()
 
 
-def is_in_use(place: str | tuple[str, int]) -> bool:
+def is_in_use(endpoint: str | tuple[str, int]) -> bool:
     """Return whether a process listens on a Unix socket path, or a host and port. Blocks.
 
     Other errors are left to the code that opens the listener.
     """
     try:
-        _connect_or_bind(place)
+        _connect_or_bind(endpoint)
     except OSError as error:
         return error.errno in (errno.EADDRINUSE, errno.EAGAIN)  # EAGAIN: its backlog is full
-    return isinstance(place, str)
+    return isinstance(endpoint, str)
 
 
-def _connect_or_bind(place: str | tuple[str, int]) -> None:
+def _connect_or_bind(endpoint: str | tuple[str, int]) -> None:
     """Connect to a Unix socket, or bind to an address. Raises OSError."""
-    if isinstance(place, str):
+    if isinstance(endpoint, str):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
-            probe.connect(place)
+            probe.connect(endpoint)
         return
-    for family, kind, _, _, address in socket.getaddrinfo(*place, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
+    for family, kind, _, _, address in socket.getaddrinfo(*endpoint, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE):
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:

@@ -616,7 +616,9 @@ class AuditLog(Command, frozen=True, kw_only=True):
 
     who: Annotated[OperatorName | None, Meta(description="Only entries of this operator.")] = None
     what: (
-        Annotated[str, Meta(min_length=1, max_length=40, description="Only entries of this action, as `force-fail`.")]
+        Annotated[
+            str, Meta(min_length=1, max_length=40, description="Only entries of this action, such as `force-fail`.")
+        ]
         | None
     ) = None
     job_id: Annotated[JobId | None, Meta(description="Only entries about this job.")] = None

@@ -210,8 +210,8 @@ def fold(job: Job | None, event: Event) -> Job | None:
         return None
     if event.changes is None:
         return job
-    named = ((name, getattr(event.changes, name)) for name in Changes.__struct_fields__)
-    changed = {name: value for name, value in named if value is not UNSET}
+    fields = ((name, getattr(event.changes, name)) for name in Changes.__struct_fields__)
+    changed = {name: value for name, value in fields if value is not UNSET}
     if job is None:
         return Job(**{"seq": event.job_seq, "id": event.job_id, **changed})
     return msgspec.structs.replace(job, **changed)

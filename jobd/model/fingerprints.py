@@ -34,16 +34,16 @@ _PLACEHOLDER: Final = re.compile("<[a-z]+>")
 def normalize(message: str, job_id: str = "") -> str:
     """Replace quoted texts, URLs, paths, UUIDs, hexadecimals, numbers and the id of the job by placeholders."""
     marked = _marked(message)
-    own = _marked(job_id)
+    marked_id = _marked(job_id)
     # An id that consists of placeholders only (a number, a UUID) is replaced already.
-    if own in marked and any(each.isalpha() for each in _PLACEHOLDER.sub("", own)):
-        marked = re.sub(rf"(?<![\w<]){re.escape(own)}(?![\w>])", "<id>", marked)
+    if marked_id in marked and any(each.isalpha() for each in _PLACEHOLDER.sub("", marked_id)):
+        marked = re.sub(rf"(?<![\w<]){re.escape(marked_id)}(?![\w>])", "<id>", marked)
     return marked[:MAX_NORMALIZED].strip()
 
 
 @lru_cache(maxsize=4_096)
 def _marked(message: str) -> str:
-    marked = _DIFFERS.sub(lambda found: f"<{found.lastgroup}>", message[:MAX_MESSAGE])
+    marked = _DIFFERS.sub(lambda match: f"<{match.lastgroup}>", message[:MAX_MESSAGE])
     return " ".join(marked.split())
 
 
@@ -51,11 +51,13 @@ def fingerprint(message: str | None, code: str | None, job_id: str = "") -> str 
     """Return the fingerprint of an error: the same for errors that `normalize` makes equal. None without an error."""
     if message is None and code is None:
         return None
-    said = f"{code or ''}\n{normalize(message or '', job_id)}"
-    return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).hexdigest()
+    text = f"{code or ''}\n{normalize(message or '', job_id)}"
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=DIGEST_BYTES).hexdigest()
 
 
 def fingerprint_of_bytes(message: bytes | None, code: bytes | None, job_id: bytes | None) -> str | None:
     """Return the fingerprint for the columns of a row, which may be damaged."""
-    said, named, own = (None if each is None else each.decode("utf-8", "replace") for each in (message, code, job_id))
-    return fingerprint(said, named, own or "")
+    text, code_text, id_text = (
+        None if each is None else each.decode("utf-8", "replace") for each in (message, code, job_id)
+    )
+    return fingerprint(text, code_text, id_text or "")

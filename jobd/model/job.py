@@ -123,9 +123,9 @@ def first_line(text: str) -> str:
 
 def headline(message: str, width: int) -> str:
     """Shorten an error message for a list: the first line, and more up to `width`, but no traceback."""
-    said = message.partition("\nTraceback (most recent call last):")[0]
-    width = max(width, len(first_line(said)))
-    return said if len(said) <= width else f"{said[:width]}…"
+    text = message.partition("\nTraceback (most recent call last):")[0]
+    width = max(width, len(first_line(text)))
+    return text if len(text) <= width else f"{text[:width]}…"
 
 
 def epoch_seconds(now_ms: int) -> int:
@@ -133,14 +133,14 @@ def epoch_seconds(now_ms: int) -> int:
     return (now_ms - _EPOCHS_BEGIN_MS) // SECOND_MS
 
 
-def new_epoch(seen: int, now_ms: int) -> int:
-    """Return the epoch that begins at the wall time `now_ms`, above `seen`, the highest one known.
+def new_epoch(highest: int, now_ms: int) -> int:
+    """Return the epoch that begins at the wall time `now_ms`, above `highest`, the highest one known.
 
     Copies of one store get different epochs, because they begin in different seconds. If the clock is past SAFE_EPOCH,
-    the epoch is `seen` + 1, which keeps tokens below 2^53 as long as possible.
+    the epoch is `highest` + 1, which keeps tokens below 2^53 as long as possible.
     """
     seconds = epoch_seconds(now_ms)
-    return max(seconds, seen + 1) if seconds <= SAFE_EPOCH else seen + 1
+    return max(seconds, highest + 1) if seconds <= SAFE_EPOCH else highest + 1
 
 
 class Backoff(Struct, frozen=True, gc=False, forbid_unknown_fields=True):
@@ -347,14 +347,14 @@ class Policy(Struct, frozen=True):
     @property
     def shortest_keep_ms(self) -> int:
         """The shortest retention. A retention of 0 does not count: it deletes at once, whatever the clock."""
-        kept = (self.keep_completed_ms, self.keep_failed_ms, self.keep_cancelled_ms)
-        return min((keep_ms for keep_ms in kept if keep_ms), default=7 * DAY_MS)
+        retentions = (self.keep_completed_ms, self.keep_failed_ms, self.keep_cancelled_ms)
+        return min((keep_ms for keep_ms in retentions if keep_ms), default=7 * DAY_MS)
 
     def late_policy(self, queue: str) -> LatePolicy:
         """Return the policy for late results of the jobs of `queue`."""
         return self.late_queues.get(queue, self.late_results)
 
 
-def default_if_none(asked: int | None, default: int) -> int:
-    """Return `asked`, or `default` if it is None. 0 is a value."""
-    return default if asked is None else asked
+def default_if_none(value: int | None, default: int) -> int:
+    """Return `value`, or `default` if it is None. 0 is a value."""
+    return default if value is None else value

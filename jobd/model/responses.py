@@ -376,7 +376,7 @@ class DiskView(Struct, frozen=True, rename="camel"):
 
 
 class StatsView(Struct, frozen=True, rename="camel"):
-    """Counts of jobs and locks. Times are in seconds where dashboards expect them so."""
+    """Counts of jobs and locks. Some times are in seconds, because existing dashboards expect seconds."""
 
     total_jobs: Annotated[int, Meta(description="Number of jobs.")]
     by_status: Annotated[dict[str, int], Meta(description="Number of jobs by status.")]
@@ -761,7 +761,7 @@ class AuditView(Struct, frozen=True):
     at: Annotated[int, Meta(description="When, in Unix ms.")]
     who: Annotated[str, Meta(description="Name of the operator; `admin` if none was given.")]
     address: Annotated[str, Meta(description="Where the request came from.")]
-    what: Annotated[str, Meta(description="The action, as `force-fail`.")]
+    what: Annotated[str, Meta(description="The action, such as `force-fail`.")]
     job_id: Annotated[str | None, Meta(description="The job, or null.")]
     queue: Annotated[str | None, Meta(description="The queue, or null.")]
     reason: ReasonText
@@ -903,10 +903,12 @@ def late_results_note(action: str, late: Sequence[int]) -> str | None:
         return None
     has = "It has" if len(late) == 1 else "1 of these jobs has" if jobs == 1 else f"{jobs} of these jobs have"
     is_one = results == 1
-    what = "1 late result that was not adopted" if is_one else f"{results} late results that were not adopted"
+    counted = "1 late result that was not adopted" if is_one else f"{results} late results that were not adopted"
     if action == "delete":
-        return f"{has} {what}. {'It is' if is_one else 'They are'} deleted with the {'job' if jobs == 1 else 'jobs'}."
-    return f"{has} {what}. Check whether {'it' if is_one else 'they'} can be adopted instead."
+        return (
+            f"{has} {counted}. {'It is' if is_one else 'They are'} deleted with the {'job' if jobs == 1 else 'jobs'}."
+        )
+    return f"{has} {counted}. Check whether {'it' if is_one else 'they'} can be adopted instead."
 
 
 def plan_late_results_note(action: str, jobs: Sequence[PlannedJob]) -> str | None:

@@ -156,13 +156,13 @@ AUDITED_READS: Final = frozenset({"export", "backup", "artifact"})
 AuditShare = Literal["changes", "rejected", "unknown callers", "sign-ins", "reads"]
 
 
-def audit_share(what: str, outcome: str) -> AuditShare:
+def audit_share(action: str, outcome: str) -> AuditShare:
     """Return the share of the audit log that an entry belongs to. Each share has its own maximum number of entries."""
-    if what in SIGN_INS:
+    if action in SIGN_INS:
         return "sign-ins" if outcome == "done" else "unknown callers"
     if outcome != "done":
         return "rejected"
-    return "reads" if what in AUDITED_READS else "changes"
+    return "reads" if action in AUDITED_READS else "changes"
 
 
 class AuditQuery(Struct, frozen=True):
@@ -199,17 +199,17 @@ class DueTombstones(Struct):
 
 def tombstones(changes: Iterable[Change]) -> list[Tombstone]:
     """Return the tombstones of the deletions among `changes`, without those of late results."""
-    left = []
+    created = []
     for change in changes:
         job, event = change.before, change.event
         if change.after is None and job is not None and job.result is not None and job.result.storage_key is not None:
-            left.append(Tombstone(job.seq, job.id, job.result.storage_key, event.at, event.at))
-    return left
+            created.append(Tombstone(job.seq, job.id, job.result.storage_key, event.at, event.at))
+    return created
 
 
-def distinct_tombstones(left: Iterable[Tombstone]) -> list[Tombstone]:
+def distinct_tombstones(items: Iterable[Tombstone]) -> list[Tombstone]:
     """Drop duplicates: a job can name the same object in its result and in a late result."""
-    return list({(each.job_id, each.key): each for each in left}.values())
+    return list({(each.job_id, each.key): each for each in items}.values())
 
 
 class Batch(Struct):
@@ -395,7 +395,7 @@ class JobStorage(JournalStorage, Protocol):
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
         """Read the events of one job, or only its latest `limit` events; oldest first."""
 
-    async def read_late_results(self, asked: list[LateResultQuery]) -> LateResultRows:
+    async def read_late_results(self, requested: list[LateResultQuery]) -> LateResultRows:
         """Read late results of jobs, and which of the given lock ids were grants of those jobs."""
 
     async def count_late_results(self, job_seqs: list[int]) -> dict[int, int]:
@@ -428,8 +428,8 @@ class JobStorage(JournalStorage, Protocol):
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         """Read up to `limit` tombstones that are due at wall time `now`, in the order of their due times."""
 
-    async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
-        """Delete the tombstones with the numbers `gone`, and replace others by their new values `later`."""
+    async def settle_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
+        """Delete the tombstones with the numbers `deleted`, and replace others by their new values `postponed`."""
 
     async def save_stats(self, body: bytes) -> None:
         """Store the counters that outlive a restart. No promise depends on them."""

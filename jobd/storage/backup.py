@@ -53,19 +53,19 @@ async def make_copy(store: Store, progress: Progress | None = None) -> BinaryIO:
     has no space for the copy, BadCopy if the copy does not pass its check, or BackupStopped.
     """
     async with store.connection_for_backup() as (conn, closing):
-        gone = threading.Event()
+        cancelled = threading.Event()
 
-        def step(what: Step, done: int, total: int) -> None:
-            if closing.is_set() or gone.is_set():
+        def step(phase: Step, done: int, total: int) -> None:
+            if closing.is_set() or cancelled.is_set():
                 raise BackupStopped("the backup was interrupted")
             if progress is not None:
-                progress(what, done, total)
+                progress(phase, done, total)
 
         thread = asyncio.ensure_future(asyncio.to_thread(_copy_and_open, conn, store.path, step))
         try:
             return await asyncio.shield(thread)
         except asyncio.CancelledError:
-            gone.set()
+            cancelled.set()
             await asyncio.wait([thread])
             if not thread.cancelled() and thread.exception() is None:
                 await asyncio.to_thread(thread.result().close)
@@ -155,9 +155,9 @@ def mark_copy(path: str, step: Progress | None = None) -> None:
 
 def check_whole(conn: sqlite3.Connection, path: str) -> None:
     """Raise StoreUnreadable if the structure of the database at `path` is damaged. Reads all of it."""
-    wrong = [line for (line,) in conn.execute("PRAGMA integrity_check(10)")]
-    if wrong != ["ok"]:
-        raise StoreUnreadable(f"{path} is damaged: {'; '.join(wrong)}")
+    problems = [line for (line,) in conn.execute("PRAGMA integrity_check(10)")]
+    if problems != ["ok"]:
+        raise StoreUnreadable(f"{path} is damaged: {'; '.join(problems)}")
 
 
 @contextlib.contextmanager
@@ -202,15 +202,15 @@ def restore(file: str, path: str) -> str | None:
         Path(new).unlink(missing_ok=True)
         try:
             _check_and_copy(file, new)
-            epoch, kept = _keep_old(path)
+            epoch, old_name = _keep_old(path)
             if epoch > used.epoch:
                 files.write_epoch(path, epoch)
-            _give_to_owner(path, kept)
+            _give_to_owner(path, old_name)
             os.replace(new, path)
             files.sync_directory(path)
         finally:
             Path(new).unlink(missing_ok=True)
-    return kept
+    return old_name
 
 
 def _check_and_copy(file: str, new: str) -> None:
@@ -222,11 +222,11 @@ def _check_and_copy(file: str, new: str) -> None:
         copy_marked(source, new)
 
 
-def _give_to_owner(path: str, kept: str | None) -> None:
-    """As root, give the written files the owner of the store, because the daemon runs as that user."""
+def _give_to_owner(path: str, old_name: str | None) -> None:
+    """If run as root, give the written files to the owner of the store, because the daemon runs as that user."""
     if os.geteuid() != 0:
         return
-    model = os.stat(kept or Path(path).resolve().parent)
+    model = os.stat(old_name or Path(path).resolve().parent)
     for name in (f"{path}.restoring", f"{path}.lock", f"{path}.epoch"):
         if os.path.exists(name):
             os.chown(name, model.st_uid, model.st_gid)
@@ -241,17 +241,17 @@ def _keep_old(path: str) -> tuple[int, str | None]:
         return 0, None
     epoch = _checkpoint_old(path)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    kept = f"{path}.{stamp}"
+    old_name = f"{path}.{stamp}"
     number = 1
-    while os.path.exists(kept):
+    while os.path.exists(old_name):
         number += 1
-        kept = f"{path}.{stamp}-{number}"
-    os.link(path, kept)
+        old_name = f"{path}.{stamp}-{number}"
+    os.link(path, old_name)
     for suffix in ("-wal", "-shm"):
         if os.path.exists(path + suffix):
-            os.rename(path + suffix, kept + suffix)
+            os.rename(path + suffix, old_name + suffix)
     files.sync_directory(path)
-    return epoch, kept
+    return epoch, old_name
 
 
 def _checkpoint_old(path: str) -> int:

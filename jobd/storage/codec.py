@@ -1,6 +1,6 @@
-"""Rows and their values: a job, an event, a key, a queue as columns and back, and the checksum of a row.
+"""Encode and decode rows of jobs, events, keys and queues, and compute their checksums.
 
-Knows no SQL and no file. A row is a tuple in the order of its columns, its checksum last.
+A row is a tuple in the order of its columns, with its checksum last.
 """
 
 from __future__ import annotations

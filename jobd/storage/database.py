@@ -125,16 +125,16 @@ def row_bytes(row: Row) -> int:
     return sum(len(value) for value in row if isinstance(value, str | bytes))
 
 
-def _fetch_up_to(cursor: sqlite3.Cursor, most_bytes: int) -> tuple[list[Row], bool]:
-    found: list[Row] = []
+def _fetch_up_to(cursor: sqlite3.Cursor, max_bytes: int) -> tuple[list[Row], bool]:
+    rows: list[Row] = []
     size = 0
     with contextlib.closing(cursor):  # an open cursor would block writes
         for row in cursor:
-            if found and size >= most_bytes:
-                return found, True
-            found.append(row)
+            if rows and size >= max_bytes:
+                return rows, True
+            rows.append(row)
             size += row_bytes(row)
-    return found, False
+    return rows, False
 
 
 class StructureDamaged(Exception):
@@ -198,7 +198,7 @@ class Database:
         Raises DiskFull, BadRows or StructureDamaged if nothing was written. Any other error breaks the store.
         """
         self.check()
-        kept = (self.numbers, self.totals, self.marked, self.gone_to)
+        saved = (self.numbers, self.totals, self.marked, self.gone_to)
         for retried in (False, True):
             try:
                 self.conn.execute("BEGIN IMMEDIATE")
@@ -206,7 +206,7 @@ class Database:
                 self.before_commit()
                 self.conn.execute("COMMIT")
             except BaseException as error:
-                self.numbers, self.totals, self.marked, self.gone_to = kept
+                self.numbers, self.totals, self.marked, self.gone_to = saved
                 self._roll_back(error)
                 if isinstance(error, BadRows | StructureDamaged):
                     raise
@@ -257,16 +257,16 @@ class Database:
             self._separate_duplicate_ids()
 
     def _separate_duplicate_ids(self) -> None:
-        """Give damaged rows that have the id of another job an id of their own, so that a read can quarantine them."""
+        """Give damaged rows that have the id of another job a unique id, so that a read can quarantine them."""
         run = self.conn.execute
-        (made_by,) = run("SELECT sql FROM sqlite_schema WHERE name = 'jobs_id'").fetchone()
+        (index_sql,) = run("SELECT sql FROM sqlite_schema WHERE name = 'jobs_id'").fetchone()
         run("DROP INDEX jobs_id")
         twice = "SELECT id FROM jobs NOT INDEXED GROUP BY id HAVING count(*) > 1"
-        found = self.rows(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE id IN ({twice})")
-        damaged = [(row[0],) for row in found if fault(row) is not None]
+        rows = self.rows(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE id IN ({twice})")
+        damaged = [(row[0],) for row in rows if fault(row) is not None]
         self.conn.executemany("UPDATE jobs SET id = id || ' of seq ' || seq WHERE seq = ?", damaged)
         try:
-            run(made_by)
+            run(index_sql)
             run("REINDEX")
         except sqlite3.IntegrityError as error:
             raise StructureDamaged(str(error)) from error
@@ -281,30 +281,30 @@ class Database:
         with lenient_text(self.conn):
             return self.conn.execute(sql, args).fetchall()
 
-    def rows_up_to(self, sql: str, args: tuple[Any, ...], most_bytes: int) -> tuple[list[Row], bool]:
-        """Return the first rows of a query, at least one, up to about `most_bytes`; and whether there are more."""
+    def rows_up_to(self, sql: str, args: tuple[Any, ...], max_bytes: int) -> tuple[list[Row], bool]:
+        """Return the first rows of a query, at least one, up to about `max_bytes`; and whether there are more."""
         try:
-            return _fetch_up_to(self.conn.execute(sql, args), most_bytes)
+            return _fetch_up_to(self.conn.execute(sql, args), max_bytes)
         except sqlite3.OperationalError as error:
             if not is_undecodable(error):
                 raise
         with lenient_text(self.conn):
-            return _fetch_up_to(self.conn.execute(sql, args), most_bytes)
+            return _fetch_up_to(self.conn.execute(sql, args), max_bytes)
 
-    def rows_one_by_one(self, sql: str, keys: Iterable[int], what: str, args: tuple[Any, ...] = ()) -> list[Row]:
+    def rows_one_by_one(self, sql: str, keys: Iterable[int], label: str, args: tuple[Any, ...] = ()) -> list[Row]:
         """Run a query once for each key and return the rows. Add a fault for keys whose rows cannot be read."""
-        found: list[Row] = []
+        rows: list[Row] = []
         lost: list[int] = []
         for key in keys:
             try:
-                found += self.rows(sql, (key, *args))
+                rows += self.rows(sql, (key, *args))
             except sqlite3.DatabaseError as error:
                 if not is_corrupt(error):
                     raise
                 lost.append(key)
         if lost:
-            self.faults.append(f"{what} {min(lost)} to {max(lost)}: {len(lost)} cannot be read; run `jobd doctor`")
-        return found
+            self.faults.append(f"{label} {min(lost)} to {max(lost)}: {len(lost)} cannot be read; run `jobd doctor`")
+        return rows
 
     # ------------------------------------------------------------------------------------------------ the batch
 
@@ -315,7 +315,7 @@ class Database:
         """
         if batch.numbers.epoch > self.stored_epoch:
             self._advance_epoch(batch.numbers.epoch)
-        shown, buried = self.commit(self._apply, batch, reported)
+        payloads, buried = self.commit(self._apply, batch, reported)
         self.tombstones_written += buried
         for number in [number for number in self.recently_quarantined if number < reported]:
             del self.recently_quarantined[number]
@@ -325,7 +325,7 @@ class Database:
             shorten, job_seq = next(iter(self._to_shorten))
             with contextlib.suppress(DiskFull, StructureDamaged):
                 self.commit(shorten, job_seq, self._to_shorten.pop((shorten, job_seq)))
-        return shown
+        return payloads
 
     def _advance_epoch(self, epoch: int) -> None:
         """Store a new epoch before its first token is granted, in the database first (see `startup._settle_epoch`)."""
@@ -342,8 +342,8 @@ class Database:
         """Write `batch`. Return the payloads that it asks for, and the number of tombstones."""
         tombstones = batch.tombstones
         if batch.changes:
-            if left := self._late.write(batch.changes, sweeps=batch.sweeps):
-                tombstones = distinct_tombstones([*left, *tombstones])
+            if late_tombstones := self._late.write(batch.changes, sweeps=batch.sweeps):
+                tombstones = distinct_tombstones([*late_tombstones, *tombstones])
             self._write_jobs(batch.changes)
             self._write_events(batch.changes)
         if batch.queues:
@@ -363,10 +363,12 @@ class Database:
             self.totals = self._jobs.write(changes, self.totals)
         except RowsMissing as error:
             # A read of history may have quarantined a row after the batch was decided.
-            named = {change.before.id for change in changes if change.before is not None} & self.quarantined.keys()
-            if not named:
+            quarantined_ids = {
+                change.before.id for change in changes if change.before is not None
+            } & self.quarantined.keys()
+            if not quarantined_ids:
                 raise
-            raise BadRows({id_: self.quarantined[id_] for id_ in named}) from error
+            raise BadRows({id_: self.quarantined[id_] for id_ in quarantined_ids}) from error
 
     def write_meta(self) -> None:
         self.conn.execute(_UPDATE_META, meta_row(self.numbers, self.totals, int(self.marked), self.gone_to, VERSION))
@@ -420,13 +422,13 @@ class Database:
         self.quarantined_count += 1  # last, because the event loop reads it from another thread
 
     def _thin(self, job_seq: int, begin: int) -> None:
-        if job_seq in self._signs:  # else the job has no grant any more
+        if job_seq in self._signs:  # else the job no longer has a grant
             self._signs[job_seq] = (self._signs[job_seq][0], 0)
         sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq >= ? ORDER BY seq"
-        found = self._journal_rows(sql, (job_seq, begin))
-        if any(fault(row) for row in found):
+        rows = self._journal_rows(sql, (job_seq, begin))
+        if any(fault(row) for row in rows):
             return  # timeline quarantines the row and names it
-        self._shorten(*codec.thin([codec.event(row) for row in found]))
+        self._shorten(*codec.thin([codec.event(row) for row in rows]))
 
     def _compact(self, job_seq: int, begin: int) -> None:
         """Compact the journal of a job from the event `begin` on (0: after its first grants) up to its last grants."""
@@ -436,22 +438,22 @@ class Database:
         if begin >= end:
             return
         sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq BETWEEN ? AND ? ORDER BY seq LIMIT ?"
-        found = self._journal_rows(sql, (job_seq, begin, end, COMPACTED_AT_ONCE))
-        damaged = [place for place, row in enumerate(found) if fault(row)]
-        events = [codec.event(row) for row in found[damaged[-1] + 1 if damaged else 0 :]]
+        rows = self._journal_rows(sql, (job_seq, begin, end, COMPACTED_AT_ONCE))
+        damaged = [index for index, row in enumerate(rows) if fault(row)]
+        events = [codec.event(row) for row in rows[damaged[-1] + 1 if damaged else 0 :]]
         self._shorten(*codec.compact(events))
-        if found and found[-1][0] < end:  # continue after the next batch, from the last grant, which did not change
+        if rows and rows[-1][0] < end:  # continue after the next batch, from the last grant, which did not change
             grants = [event.seq for event in events[1:] if event.type == "granted"]
-            end = grants[-1] if grants else found[-1][0] + 1
+            end = grants[-1] if grants else rows[-1][0] + 1
             self._to_shorten[self._compact, job_seq] = end
         if job_seq in self._given_back:
             self._given_back[job_seq] = (end, self._given_back[job_seq][1])
 
-    def _nth_grant(self, job_seq: int, way: str, skipped: int) -> int:
+    def _nth_grant(self, job_seq: int, order: str, skipped: int) -> int:
         """Return the seq of the grant after `skipped` others (from the end with DESC); 0 if there is none."""
         sql = (
             "SELECT seq FROM events INDEXED BY events_job WHERE job_seq = ? AND type = 'granted' "
-            f"ORDER BY seq {way} LIMIT 1 OFFSET ?"
+            f"ORDER BY seq {order} LIMIT 1 OFFSET ?"
         )
         return next((seq for (seq,) in self._journal_rows(sql, (job_seq, skipped))), 0)
 
@@ -463,27 +465,27 @@ class Database:
                 raise StructureDamaged(str(error)) from error
             raise
 
-    def _shorten(self, gone: list[int], changed: list[Event]) -> None:
-        self.conn.executemany("DELETE FROM events WHERE seq = ?", [(seq,) for seq in gone])
+    def _shorten(self, deleted: list[int], changed: list[Event]) -> None:
+        self.conn.executemany("DELETE FROM events WHERE seq = ?", [(seq,) for seq in deleted])
         merged = [sealed(codec.event_row(event)) for event in changed]
         self.conn.executemany(_UPDATE_EVENT, [(*row[-2:], row[0]) for row in merged])
 
     def _write_queues(self, queues: dict[str, QueueRow], unreported: list[Quarantined]) -> None:
         """Write the rows of `queues`, minus the jobs quarantined since the batch was decided."""
-        put = dict(queues)
+        rows = dict(queues)
         for name, status in (each.uncounted for each in unreported if each.uncounted is not None):
-            if name in put:
-                put[name] = put[name].without(status)
-        self.conn.executemany(PUT_QUEUE, [codec.queue_row(name, queue) for name, queue in put.items()])
+            if name in rows:
+                rows[name] = rows[name].without(status)
+        self.conn.executemany(PUT_QUEUE, [codec.queue_row(name, queue) for name, queue in rows.items()])
 
     def _write_rest(self, batch: Batch) -> None:
-        many = self.conn.executemany
+        executemany = self.conn.executemany
         if batch.forget_keys:
-            many("DELETE FROM keys WHERE digest = ?", [(digest,) for digest in batch.forget_keys])
+            executemany("DELETE FROM keys WHERE digest = ?", [(digest,) for digest in batch.forget_keys])
         if batch.keys:
-            many(_REPLACE_KEY, map(codec.key_row, batch.keys))
+            executemany(_REPLACE_KEY, map(codec.key_row, batch.keys))
         if batch.checked:
-            many("DELETE FROM suspects WHERE job_seq = ?", [(seq,) for seq in batch.checked])
+            executemany("DELETE FROM suspects WHERE job_seq = ?", [(seq,) for seq in batch.checked])
         if batch.audit:
             self._audit.write(batch.audit)
         if batch.report is not None:
@@ -492,17 +494,17 @@ class Database:
             self.conn.execute("DELETE FROM reports WHERE seq <= ?", (last + 1 - KEEP_REPORTS,))
 
     def _read_payloads(self, batch: Batch) -> dict[int, bytes]:
-        shown: dict[int, bytes] = {}
+        payloads: dict[int, bytes] = {}
         bad: dict[str, str] = {}
         for seq in batch.payloads:
-            payload, wrong = self.payload(seq)
+            payload, error = self.payload(seq)
             if payload is not None:
-                shown[seq] = payload.body
+                payloads[seq] = payload.body
             else:
-                bad[self.job_id_of(seq) or f"seq {seq}"] = wrong
+                bad[self.job_id_of(seq) or f"seq {seq}"] = error
         if bad:
             raise BadRows(bad)
-        return shown
+        return payloads
 
     def cached_payloads(self, seqs: Iterable[int]) -> dict[int, bytes]:
         """Return those of the payloads that were written recently. Safe outside the storage thread."""
@@ -555,9 +557,9 @@ class Database:
         return pruned
 
     def _prune_events(self, chosen: str, *args: int) -> int:
-        gone = self.conn.execute(f"DELETE FROM events WHERE seq IN ({chosen}) RETURNING seq", args).fetchall()
-        self.note_missing(max((seq for (seq,) in gone), default=0))
-        return len(gone)
+        deleted = self.conn.execute(f"DELETE FROM events WHERE seq IN ({chosen}) RETURNING seq", args).fetchall()
+        self.note_missing(max((seq for (seq,) in deleted), default=0))
+        return len(deleted)
 
     def note_missing(self, seq: int) -> None:
         """Note that the event `seq` is missing. A damaged number can be anything, so limit it."""
@@ -575,13 +577,13 @@ class Database:
             return 0
         return self.commit(self._audit.trim, before, limit) if is_counted else limit
 
-    def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
+    def settle_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
         """Delete tombstones by job seq, and replace others."""
-        self.commit(self._settle_tombstones, gone, later)
+        self.commit(self._settle_tombstones, deleted, postponed)
 
-    def _settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
-        self.conn.executemany("DELETE FROM tombstones WHERE job_seq = ?", [(seq,) for seq in gone])
-        self.conn.executemany(_PUT_TOMBSTONE, map(codec.tombstone_row, later))
+    def _settle_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
+        self.conn.executemany("DELETE FROM tombstones WHERE job_seq = ?", [(seq,) for seq in deleted])
+        self.conn.executemany(_PUT_TOMBSTONE, map(codec.tombstone_row, postponed))
 
     def save_figures(self, body: bytes) -> None:
         self.commit(self.conn.execute, insert("figures", ("id", "body", "crc"), "REPLACE"), sealed((1, body)))

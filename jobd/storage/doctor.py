@@ -75,13 +75,13 @@ def check(path: str) -> list[StoreProblem]:
     with contextlib.ExitStack() as stack:
         if os.path.exists(f"{path}.lock"):  # do not create a lock file for a copy that no daemon has opened
             stack.enter_context(FileLock(path))
-        found = startup.peek(path)
-        startup.check_version(path, found)
+        header = startup.peek(path)
+        startup.check_version(path, header)
         startup.check_wal(path)
-        if found[1] < migrations.VERSION:
-            what = f"it has schema version {found[1]}, but this jobd has {migrations.VERSION}"
+        if header[1] < migrations.VERSION:
+            problem = f"it has schema version {header[1]}, but this jobd has {migrations.VERSION}"
             fix = "start the daemon once, which copies and migrates the store; then check again"
-            return [StoreProblem(path, what, fix)]
+            return [StoreProblem(path, problem, fix)]
         stack.enter_context(startup.translated_errors(path))
         conn = stack.enter_context(startup.read_only(path))
         startup.check_application_id(conn, path)
@@ -98,20 +98,20 @@ def problems(conn: sqlite3.Connection, path: str) -> list[StoreProblem]:
 
 
 def _limited(problems: Iterator[StoreProblem]) -> list[StoreProblem]:
-    """Return the first NAMED problems and the number of the others. An unreadable table is also a problem."""
-    named: list[StoreProblem] = []
+    """Return the first MAX_LISTED problems and the number of the others. An unreadable table is also a problem."""
+    listed: list[StoreProblem] = []
     more = 0
     try:
         for problem in problems:
-            if len(named) < MAX_LISTED:
-                named.append(problem)
+            if len(listed) < MAX_LISTED:
+                listed.append(problem)
             else:
                 more += 1
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-        named.append(StoreProblem("file", f"it cannot be read completely: {error}", _RESTORE))
+        listed.append(StoreProblem("file", f"it cannot be read completely: {error}", _RESTORE))
     if more:
-        named.append(StoreProblem(named[-1].where.split()[0], f"and {more} more of this kind", named[-1].mend))
-    return named
+        listed.append(StoreProblem(listed[-1].where.split()[0], f"and {more} more of this kind", listed[-1].mend))
+    return listed
 
 
 def _all_rows(conn: sqlite3.Connection, sql: str) -> Iterator[Row]:
@@ -121,19 +121,19 @@ def _all_rows(conn: sqlite3.Connection, sql: str) -> Iterator[Row]:
 
 
 def _meta(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
-    found = migrations.read_meta(conn)
-    if found is not None and tuple(found) != (*META_COLUMNS, "crc"):
-        wrong: str | None = f"its columns are {', '.join(map(readable, found))}"
+    row = migrations.read_meta(conn)
+    if row is not None and tuple(row) != (*META_COLUMNS, "crc"):
+        error: str | None = f"its columns are {', '.join(map(readable, row))}"
     else:
-        wrong = "it is missing" if found is None else fault(tuple(found.values()))
-    if wrong is not None:
-        yield StoreProblem("meta", wrong, _RESTORE)
+        error = "it is missing" if row is None else fault(tuple(row.values()))
+    if error is not None:
+        yield StoreProblem("meta", error, _RESTORE)
 
 
 def _known_meta(conn: sqlite3.Connection) -> dict[str, int] | None:
     """Return the meta row; None if it is missing or has other columns, which `_meta` reports."""
-    found = migrations.read_meta(conn)
-    return found if found is not None and tuple(found) == (*META_COLUMNS, "crc") else None
+    row = migrations.read_meta(conn)
+    return row if row is not None and tuple(row) == (*META_COLUMNS, "crc") else None
 
 
 def _file(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
@@ -150,13 +150,13 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     sums = {True: [0, 0], False: [0, 0]}
     next_job, next_token = 0, 0
     for row in _all_rows(conn, f"SELECT {JOB_SQL} FROM jobs NOT INDEXED ORDER BY seq"):
-        job, wrong = read_job(db, row)
+        job, error = read_job(db, row)
         group = sums[row[2] in LIVE]
         group[0] += 1
         group[1] ^= codec.first_checksum(row)
         if job is None:
             id_ = true_id(db, row)
-            yield StoreProblem(f"job {id_}", wrong, _ACCEPT.format(id_))
+            yield StoreProblem(f"job {id_}", error, _ACCEPT.format(id_))
             continue
         next_job = max(next_job, job.seq + 1)
         tokens = (part.fencing_token for part in (job.grant, job.ended) if part is not None)
@@ -164,11 +164,13 @@ def _jobs(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     if meta is None:
         return
     for live, name in ((True, "live"), (False, "finished")):
-        kept = [meta[f"{name}_count"], meta[f"{name}_xor"]]
-        if sums[live] != kept:
-            what = f"{sums[live][0]} rows, but {kept[0]} had been written"
-            what = what if sums[live][0] != kept[0] else f"the {kept[0]} rows differ from those that had been written"
-            yield StoreProblem(f"{name} jobs", what, _RECOUNT)
+        stored = [meta[f"{name}_count"], meta[f"{name}_xor"]]
+        if sums[live] != stored:
+            if sums[live][0] != stored[0]:
+                problem = f"{sums[live][0]} rows, but {stored[0]} had been written"
+            else:
+                problem = f"the {stored[0]} rows differ from those that had been written"
+            yield StoreProblem(f"{name} jobs", problem, _RECOUNT)
     if next_job > meta["next_job"] or next_token > (meta["epoch"] << TOKEN_COUNTER_BITS) + meta["next_token"]:
         yield StoreProblem("meta", "a job has a number that is not assigned yet", _RESTORE)
 
@@ -181,12 +183,12 @@ def _database_of(conn: sqlite3.Connection, path: str) -> Database:
 def _payloads(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     ids = "(SELECT id FROM jobs WHERE seq = job_seq)"
     for *columns, id_ in _all_rows(conn, f"SELECT job_seq, body, request_hash, crc, {ids} FROM payloads"):
-        wrong = fault(tuple(columns))
+        error = fault(tuple(columns))
         if id_ is None:
             yield StoreProblem(f"payload {columns[0]}", "its job does not exist", _UNUSED)
-        elif wrong is not None:
-            what = f"the payload is damaged: {wrong}"
-            yield StoreProblem(f"job {readable(id_)}", what, _ACCEPT.format(readable(id_)))
+        elif error is not None:
+            problem = f"the payload is damaged: {error}"
+            yield StoreProblem(f"job {readable(id_)}", problem, _ACCEPT.format(readable(id_)))
     without = "SELECT id FROM jobs NOT INDEXED WHERE seq NOT IN (SELECT job_seq FROM payloads)"
     for (id_,) in _all_rows(conn, without):
         yield StoreProblem(f"job {readable(id_)}", "the payload is missing", _ACCEPT.format(readable(id_)))
@@ -195,18 +197,18 @@ def _payloads(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 def _late(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     known = {seq for (seq,) in conn.execute("SELECT seq FROM jobs UNION SELECT seq FROM quarantined_jobs")}
     for row in _all_rows(conn, f"SELECT {LATE_SQL} FROM late_results NOT INDEXED"):
-        where = f"late result {readable(row[0])}"
-        if (wrong := fault(row)) is not None:
-            yield StoreProblem(where, wrong, _ON_ACCESS)
+        place = f"late result {readable(row[0])}"
+        if (error := fault(row)) is not None:
+            yield StoreProblem(place, error, _ON_ACCESS)
         elif row[1] not in known:
-            yield StoreProblem(where, "its job does not exist", _UNUSED)
+            yield StoreProblem(place, "its job does not exist", _UNUSED)
 
 
 def _journal(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     last = 0
     for row in _all_rows(conn, f"SELECT {EVENT_SQL} FROM events NOT INDEXED"):
-        if (wrong := fault(row)) is not None:
-            yield StoreProblem(f"event {readable(row[0])}", wrong, _ON_ACCESS)
+        if (error := fault(row)) is not None:
+            yield StoreProblem(f"event {readable(row[0])}", error, _ON_ACCESS)
         else:
             last = row[0]
     meta = _known_meta(conn)
@@ -215,32 +217,32 @@ def _journal(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     known = "SELECT seq FROM jobs UNION SELECT seq FROM quarantined_jobs UNION SELECT job_seq FROM deleted_jobs"
     orphans = f"SELECT job_id, count(*) FROM events WHERE job_seq NOT IN ({known}) AND job_seq <> 0 GROUP BY job_seq"
     for id_, count in _all_rows(conn, orphans):
-        what = f"it has {count} events but no row, and it was not deleted"
-        yield StoreProblem(f"job {readable(id_)}", what, _RECOUNT)
+        problem = f"it has {count} events but no row, and it was not deleted"
+        yield StoreProblem(f"job {readable(id_)}", problem, _RECOUNT)
 
 
 def _keys(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     for row in _all_rows(conn, f"SELECT {KEY_SQL}, answer FROM keys NOT INDEXED"):
-        if (wrong := key_fault(row)) is not None:
-            yield StoreProblem(f"key {readable(row[0])}", wrong, _ON_ACCESS)
+        if (error := key_fault(row)) is not None:
+            yield StoreProblem(f"key {readable(row[0])}", error, _ON_ACCESS)
 
 
 def queues(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     """Yield queues with damaged rows or with counts that differ from their jobs. Reads every job."""
-    kept: dict[str, tuple[int, int, int]] = {}
+    stored: dict[str, tuple[int, int, int]] = {}
     for row in _all_rows(conn, f"SELECT {QUEUE_SQL} FROM queues NOT INDEXED"):
-        if (wrong := fault(row)) is not None:
+        if (error := fault(row)) is not None:
             mend = "the daemon counts its jobs at the next start; pause it again if it was paused"
-            yield StoreProblem(f"queue {readable(row[0])}", wrong, mend)
+            yield StoreProblem(f"queue {readable(row[0])}", error, mend)
         else:
-            kept[row[0]] = row[2:5]
+            stored[row[0]] = row[2:5]
     with lenient_text(conn):
         counted = startup.recount_queues(conn)
-    for name in sorted(kept.keys() | counted.keys()):
-        says, has = kept.get(name, (0, 0, 0)), counted.get(name, (0, 0, 0))
-        if says != has:
-            what = f"it has {has} completed, failed and cancelled jobs, but {says} had been written"
-            yield StoreProblem(f"queue {readable(name)}", what, _RECOUNT)
+    for name in sorted(stored.keys() | counted.keys()):
+        expected, actual = stored.get(name, (0, 0, 0)), counted.get(name, (0, 0, 0))
+        if expected != actual:
+            problem = f"it has {actual} completed, failed and cancelled jobs, but {expected} had been written"
+            yield StoreProblem(f"queue {readable(name)}", problem, _RECOUNT)
 
 
 def _small_tables(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
@@ -254,32 +256,34 @@ def _small_tables(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]
     }
     for table, columns in small.items():
         for row in _all_rows(conn, f"SELECT {columns} FROM {table}"):
-            if (wrong := fault(row)) is not None:
-                yield StoreProblem(f"{table} {readable(row[0])}", wrong, _ON_ACCESS)
+            if (error := fault(row)) is not None:
+                yield StoreProblem(f"{table} {readable(row[0])}", error, _ON_ACCESS)
 
 
 def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
-    """Yield artifacts that should have been deleted more than LONG_MS ago."""
+    """Yield artifacts that should have been deleted more than OVERDUE_MS ago."""
     now = now_ms()
     for row in _all_rows(conn, f"SELECT {TOMBSTONE_SQL} FROM tombstones NOT INDEXED WHERE at < {now - OVERDUE_MS}"):
         if fault(row) is not None:
             continue
-        late = codec.tombstone(row)
-        days = (now - late.at) // DAY_MS
-        gone = (
-            f"job {late.job_id} was deleted" if late.job_seq > 0 else f"a late result of job {late.job_id} was deleted"
+        tombstone = codec.tombstone(row)
+        days = (now - tombstone.at) // DAY_MS
+        cause = (
+            f"job {tombstone.job_id} was deleted"
+            if tombstone.job_seq > 0
+            else f"a late result of job {tombstone.job_id} was deleted"
         )
-        what = f"{gone} {days} days ago, but its artifact was not (failed attempts: {late.tries})"
-        yield StoreProblem(f"artifact {readable(late.key)}", what, _SWEEP)
+        problem = f"{cause} {days} days ago, but its artifact was not (failed attempts: {tombstone.tries})"
+        yield StoreProblem(f"artifact {readable(tombstone.key)}", problem, _SWEEP)
 
 
 def _quarantined(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     for id_, reason in _all_rows(conn, "SELECT id, reason FROM quarantined_jobs ORDER BY seq"):
         mend = f"repair `row` in quarantined_jobs with sqlite3, then run `jobd doctor --accept {readable(id_)}`"
         yield StoreProblem(f"job {readable(id_)}", f"it is in quarantine: {readable(reason)}", mend)
-    for place, what in _all_rows(conn, "SELECT place, what FROM bad_rows ORDER BY seq"):
+    for place, problem in _all_rows(conn, "SELECT place, what FROM bad_rows ORDER BY seq"):
         mend = "inspect it, then delete it from bad_rows with sqlite3"
-        yield StoreProblem(f"{readable(place)} in quarantine", readable(what), mend)
+        yield StoreProblem(f"{readable(place)} in quarantine", readable(problem), mend)
 
 
 def _epoch_file(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
@@ -290,12 +294,14 @@ def _epoch_file(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
         return
     meta = _known_meta(conn)
     if meta is not None and not meta["marked"] and file.is_ahead_of(meta["epoch"]):
-        what = f"it has epoch {file.epoch} and the database {meta['epoch']}, so the database is an older copy"
-        yield StoreProblem("epoch file", what, "nothing to do: the next start begins a new epoch and ends all grants")
+        problem = f"it has epoch {file.epoch} and the database {meta['epoch']}, so the database is an older copy"
+        yield StoreProblem(
+            "epoch file", problem, "nothing to do: the next start begins a new epoch and ends all grants"
+        )
     name = f"{path}.epoch"
     if os.path.exists(name) and os.stat(name).st_uid != (owner := os.stat(path).st_uid):
-        what = f"it belongs to user {os.stat(name).st_uid}, the database to user {owner}"
-        yield StoreProblem("epoch file", what, f"chown --reference {path} {name}")
+        problem = f"it belongs to user {os.stat(name).st_uid}, the database to user {owner}"
+        yield StoreProblem("epoch file", problem, f"chown --reference {path} {name}")
 
 
 def _files(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
@@ -365,10 +371,12 @@ class Edited(msgspec.Struct, frozen=True):
 def edited(db: Database, id_: str) -> Edited:
     """Return the edited row of job `id_`. Raises RepairRefused if there is none or it is not a valid job."""
     run = db.conn.execute
-    found = run("SELECT seq, row, payload, request_hash FROM quarantined_jobs WHERE id = ?", (id_,)).fetchone()
-    row, body, request_hash = _in_place(db, id_) if found is None else (*_quarantined_row(id_, found), found[3])
+    quarantined = run("SELECT seq, row, payload, request_hash FROM quarantined_jobs WHERE id = ?", (id_,)).fetchone()
+    row, body, request_hash = (
+        _in_place(db, id_) if quarantined is None else (*_quarantined_row(id_, quarantined), quarantined[3])
+    )
     row = _normalized(db, id_, row)
-    return Edited(None if found is None else found[0], row, _json_text(id_, body), request_hash or "")
+    return Edited(None if quarantined is None else quarantined[0], row, _json_text(id_, body), request_hash or "")
 
 
 def _accept(db: Database, path: str, ids: Sequence[str] | None) -> str:
@@ -388,52 +396,52 @@ def _accept(db: Database, path: str, ids: Sequence[str] | None) -> str:
 
 def _accept_row(db: Database, id_: str) -> str:
     run = db.conn.execute
-    taken = edited(db, id_)
-    if taken.quarantine_seq is not None:
-        run("DELETE FROM quarantined_jobs WHERE seq = ?", (taken.quarantine_seq,))
-    seq = taken.row[0]
+    accepted = edited(db, id_)
+    if accepted.quarantine_seq is not None:
+        run("DELETE FROM quarantined_jobs WHERE seq = ?", (accepted.quarantine_seq,))
+    seq = accepted.row[0]
     run("DELETE FROM jobs WHERE seq = ?", (seq,))
     run("DELETE FROM payloads WHERE job_seq = ?", (seq,))
     try:
-        run(insert("jobs", (*JOB_COLUMNS, "crc")), codec.sealed(taken.row))
+        run(insert("jobs", (*JOB_COLUMNS, "crc")), codec.sealed(accepted.row))
     except sqlite3.IntegrityError as error:
         raise RepairRefused(f"job {id_}: {error}") from error
-    payload = codec.sealed((seq, taken.body, taken.request_hash))
+    payload = codec.sealed((seq, accepted.body, accepted.request_hash))
     run(insert("payloads", ("job_seq", "body", "request_hash", "crc")), payload)
     run("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", (seq,))
-    return f"job {id_}: {taken.where} was accepted; validation will check it"
+    return f"job {id_}: {accepted.where} was accepted; validation will check it"
 
 
 def _in_place(db: Database, id_: str) -> tuple[Row, Any, Any]:
-    found = db.rows(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE id = ?", (id_,))
-    if not found:
+    rows = db.rows(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE id = ?", (id_,))
+    if not rows:
         raise RepairRefused(f"there is no job {id_}, neither in jobs nor in quarantined_jobs")
-    payload = db.rows("SELECT body, request_hash FROM payloads WHERE job_seq = ?", (found[0][0],))
-    return (found[0][:-1], *(payload[0] if payload else (b"null", "")))
+    payload = db.rows("SELECT body, request_hash FROM payloads WHERE job_seq = ?", (rows[0][0],))
+    return (rows[0][:-1], *(payload[0] if payload else (b"null", "")))
 
 
-def _quarantined_row(id_: str, found: Row) -> tuple[Row, Any]:
+def _quarantined_row(id_: str, quarantined: Row) -> tuple[Row, Any]:
     try:
-        row = codec.from_text(JOB_COLUMNS, found[1])
+        row = codec.from_text(JOB_COLUMNS, quarantined[1])
     except codec.Unreadable as error:
         raise RepairRefused(f"job {id_}: the row in quarantine: {error}") from error
-    return row, b"null" if found[2] is None else found[2]
+    return row, b"null" if quarantined[2] is None else quarantined[2]
 
 
 def _normalized(db: Database, id_: str, row: Row) -> Row:
     """Return the row as jobd would write it. Raises RepairRefused if it is not a valid job."""
     try:
         job = db.reader.job(row)
-        taken = codec.job_row(job)
-        codec.checksum(taken)
+        normalized = codec.job_row(job)
+        codec.checksum(normalized)
     except (codec.Unreadable, AttributeError, TypeError, UnicodeEncodeError) as error:
         raise RepairRefused(f"job {id_}: the row is not a valid job: {error}") from error
     if not isinstance(job.id, str) or not is_job_id(job.id):
         raise RepairRefused(f"{readable(job.id)!r} is not a valid job id")
-    given = (db.numbers.epoch << TOKEN_COUNTER_BITS) + db.numbers.next_token
-    if job.seq >= db.numbers.next_job or (job.grant is not None and job.grant.fencing_token >= given):
+    next_token = (db.numbers.epoch << TOKEN_COUNTER_BITS) + db.numbers.next_token
+    if job.seq >= db.numbers.next_job or (job.grant is not None and job.grant.fencing_token >= next_token):
         raise RepairRefused(f"job {job.id}: its seq or fencing_token is higher than any that was assigned")
-    return taken
+    return normalized
 
 
 def _json_text(id_: str, body: Any) -> bytes:
@@ -460,9 +468,9 @@ def _recount(db: Database) -> str:
     counted = startup.recount_queues(db.conn)
     for row in db.rows(f"SELECT {QUEUE_SQL} FROM queues"):
         if fault(row) is None:
-            kept = codec.queue(row)
+            queue = codec.queue(row)
             counts = counted.pop(row[0], (0, 0, 0))
-            db.conn.execute(PUT_QUEUE, codec.queue_row(row[0], kept.with_counts(*counts)))
+            db.conn.execute(PUT_QUEUE, codec.queue_row(row[0], queue.with_counts(*counts)))
     for name, counts in counted.items():
         db.conn.execute(PUT_QUEUE, codec.queue_row(name, QueueRow(False, *counts)))
     db.write_meta()

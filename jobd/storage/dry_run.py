@@ -42,29 +42,29 @@ def restore(file: str, path: str) -> list[str]:
     used = files.read_epoch(path)
     if not os.path.exists(file):
         raise StoreUnreadable(f"{file} does not exist")
-    found = startup.peek(file)
-    startup.check_version(file, found)
+    header = startup.peek(file)
+    startup.check_version(file, header)
     with startup.translated_errors(file), startup.read_only(file) as source:
         startup.check_application_id(source, file)
         size = _size(source)
         free = _check_space(path, size)
         migrations.check_meta(source, file)
         backup.check_whole(source, file)
-        lines = [f"would restore {file} to {path}", *_checked(source, file, found[1], size, free)]
-        own = migrations.epoch_of(source)
+        lines = [f"would restore {file} to {path}", *_checked(source, file, header[1], size, free)]
+        backup_epoch = migrations.epoch_of(source)
         lines += _ended(source)
     old, replaced = _replaced(path)
-    epoch = new_epoch(max(own, used.epoch, old), now_ms())
+    epoch = new_epoch(max(backup_epoch, used.epoch, old), now_ms())
     lines.append(f"    epoch {epoch} or later would begin; its fencing tokens are higher than all earlier ones")
     return [*lines, replaced]
 
 
 def _check_writable(path: str) -> None:
     """Raise OSError if the restore could not write its file."""
-    where = os.path.dirname(path) or "."
-    if not os.access(where, os.W_OK | os.X_OK):
-        code = errno.EACCES if os.path.isdir(where) else errno.ENOENT
-        raise OSError(code, os.strerror(code), where)
+    directory = os.path.dirname(path) or "."
+    if not os.access(directory, os.W_OK | os.X_OK):
+        code = errno.EACCES if os.path.isdir(directory) else errno.ENOENT
+        raise OSError(code, os.strerror(code), directory)
 
 
 def _size(conn: sqlite3.Connection) -> int:
@@ -110,8 +110,8 @@ def _ended(source: sqlite3.Connection) -> Iterator[str]:
     each = ", ".join(f"{count} {readable(status)}" for status, count in counts.items())
     total = sum(counts.values())
     yield f"    it holds {total} {'job' if total == 1 else 'jobs'}{f': {each}' if each else ''}"
-    held = counts.get("processing", 0)
-    yield f"    processing: {held}; their grants would end by their stall rule"
+    processing = counts.get("processing", 0)
+    yield f"    processing: {processing}; their grants would end by their stall rule"
 
 
 def _replaced(path: str) -> tuple[int, str]:
@@ -121,16 +121,16 @@ def _replaced(path: str) -> tuple[int, str]:
     if files.has_sqlite_lock(path):
         raise StoreBusy(path, None)
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-    kept = f"would be kept as {path}.{stamp}"
+    kept_as = f"would be kept as {path}.{stamp}"
     try:
         startup.peek(path)
         startup.check_wal(path)
         with startup.translated_errors(path), startup.read_only(path) as old:
             startup.check_application_id(old, path)
             (count,) = old.execute("SELECT count(*) FROM jobs NOT INDEXED").fetchone()
-            return migrations.epoch_of(old), f"    the existing database ({_mib(_size(old))}, {count} jobs) {kept}"
+            return migrations.epoch_of(old), f"    the existing database ({_mib(_size(old))}, {count} jobs) {kept_as}"
     except StoreError:
-        return 0, f"    the existing file cannot be read, and {kept}"
+        return 0, f"    the existing file cannot be read, and {kept_as}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,15 +163,15 @@ def accept(path: str, ids: Sequence[str] | None) -> list[str]:
 
 def _accepted(db: Database, id_: str) -> tuple[dict[str, Any], list[str]]:
     """Return the row of job `id_` as it would be accepted, and lines that describe it."""
-    taken = doctor.edited(db, id_)
-    row = dict(zip(JOB_COLUMNS, taken.row, strict=True))
-    other = db.rows("SELECT seq FROM jobs NOT INDEXED WHERE id = ? AND seq <> ?", (row["id"], row["seq"]))
-    if other:
+    edited = doctor.edited(db, id_)
+    row = dict(zip(JOB_COLUMNS, edited.row, strict=True))
+    duplicates = db.rows("SELECT seq FROM jobs NOT INDEXED WHERE id = ? AND seq <> ?", (row["id"], row["seq"]))
+    if duplicates:
         raise doctor.RepairRefused(f"job {id_}: another row has this id")
     values = ", ".join(f"{name} {readable(row[name])}" for name in _SHOWN_COLUMNS if row[name] not in (None, ""))
     return row, [
-        f"job {id_}: {taken.where} would be accepted with a new checksum; validation would check it",
-        f"    {values}; a payload of {len(taken.body)} bytes",
+        f"job {id_}: {edited.where} would be accepted with a new checksum; validation would check it",
+        f"    {values}; a payload of {len(edited.body)} bytes",
     ]
 
 
@@ -180,9 +180,9 @@ def recount(path: str) -> list[str]:
     with _opened_read_only(path) as db:
         if isinstance(db, str):
             return [db]
-        found = doctor.totals(db.conn)
-        lines = ["all indexes would be rebuilt from the rows", *_counts(db, (found[0], found[2]))]
-        if found != db.totals and found[::2] == db.totals[::2]:
+        totals = doctor.totals(db.conn)
+        lines = ["all indexes would be rebuilt from the rows", *_counts(db, (totals[0], totals[2]))]
+        if totals != db.totals and totals[::2] == db.totals[::2]:
             lines.append("the rows differ from those that had been written; they would be accepted")
         lines += [f"{each.where}: {each.what}" for each in doctor.queues(db.conn, path)]
         return lines
@@ -204,15 +204,15 @@ def _opened_read_only(path: str) -> Iterator[Database | str]:
             stack.enter_context(FileLock(path))
         if not os.path.exists(path):
             raise StoreUnreadable(f"{path} does not exist")
-        found = startup.peek(path)
-        startup.check_version(path, found)
+        header = startup.peek(path)
+        startup.check_version(path, header)
         startup.check_wal(path)
         stack.enter_context(startup.translated_errors(path))
         conn = stack.enter_context(startup.read_only(path))
         startup.check_application_id(conn, path)
-        if found[1] < migrations.VERSION:
+        if header[1] < migrations.VERSION:
             yield (
-                f"{path} has schema version {found[1]}: it would first be copied and migrated to "
+                f"{path} has schema version {header[1]}: it would first be copied and migrated to "
                 f"{migrations.VERSION}. Start the daemon once or use --yes, then run this again for details"
             )
             return

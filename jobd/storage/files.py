@@ -43,8 +43,8 @@ class StoreBusy(StoreError):
     exit_code = 75
 
     def __init__(self, path: str, pid: int | None) -> None:
-        who = "another process" if pid is None else f"process {pid}"
-        super().__init__(f"{path} is in use by {who}: stop it first, or choose another store.path")
+        holder = "another process" if pid is None else f"process {pid}"
+        super().__init__(f"{path} is in use by {holder}: stop it first, or choose another store.path")
         self.pid = pid
 
 
@@ -120,8 +120,8 @@ def has_sqlite_lock(path: str) -> bool:
     """Return whether a program holds an SQLite lock on the database at `path`."""
     lock = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, *_SQLITE_LOCKS, 0)
     with open(path, "rb") as file:
-        found = fcntl.fcntl(file, fcntl.F_OFD_GETLK, lock)
-    return bool(struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK)
+        result = fcntl.fcntl(file, fcntl.F_OFD_GETLK, lock)
+    return bool(struct.unpack(_FLOCK, result)[0] != fcntl.F_UNLCK)
 
 
 @contextlib.contextmanager
@@ -215,9 +215,9 @@ class EpochFile(Struct, frozen=True):
     epoch: int = 0
     is_current: bool = False
 
-    def is_ahead_of(self, own: int) -> bool:
-        """Return whether the file is newer than the database, whose epoch is `own`."""
-        return self.epoch > (own if self.is_current else own | _OLD_EPOCH)
+    def is_ahead_of(self, database_epoch: int) -> bool:
+        """Return whether the file is newer than the database, whose epoch is `database_epoch`."""
+        return self.epoch > (database_epoch if self.is_current else database_epoch | _OLD_EPOCH)
 
 
 def read_epoch(path: str) -> EpochFile:
@@ -227,28 +227,28 @@ def read_epoch(path: str) -> EpochFile:
     """
     name = f"{path}.epoch"
     try:
-        words = Path(name).read_bytes().split()
+        fields = Path(name).read_bytes().split()
     except FileNotFoundError:
         return EpochFile()
     except (PermissionError, IsADirectoryError) as error:
         hint = f"make it a file of the owner of {path}, with mode 0600"
         raise StoreUnreadable(f"{name} cannot be read ({error.strerror}): {hint}") from error
-    found = _epoch_of(words)
-    if found is None or found.epoch > LAST_EPOCH:
+    epoch_file = _epoch_of(fields)
+    if epoch_file is None or epoch_file.epoch > LAST_EPOCH:
         raise StoreUnreadable(
             f"{name} is damaged: write a number into it that is higher than all epochs of this store, such as the "
             f"current one: echo $(($(date +%s) - 1577836800)) > {name}"
         )
-    return found
+    return epoch_file
 
 
-def _epoch_of(words: list[bytes]) -> EpochFile | None:
-    if not words or not words[0].isdigit():
+def _epoch_of(fields: list[bytes]) -> EpochFile | None:
+    if not fields or not fields[0].isdigit():
         return None
-    epoch = int(words[0])
-    if len(words) == 1 or words[1:] == [b"%d" % TOKEN_COUNTER_BITS, _epoch_crc(epoch)]:
+    epoch = int(fields[0])
+    if len(fields) == 1 or fields[1:] == [b"%d" % TOKEN_COUNTER_BITS, _epoch_crc(epoch)]:
         return EpochFile(epoch, is_current=True)  # one word: an operator wrote it
-    if words[1:] == [b"%08x" % zlib.crc32(words[0])]:
+    if fields[1:] == [b"%08x" % zlib.crc32(fields[0])]:
         return EpochFile(epoch << 16 | _OLD_EPOCH)
     return None
 

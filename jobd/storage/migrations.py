@@ -89,7 +89,7 @@ def _keep_old_events(conn: sqlite3.Connection) -> None:
 # MIGRATIONS[n] turns schema version n into n + 1. A step that changes the columns of a table with checksums has to
 # recompute them, and the XOR of the job checksums.
 MIGRATIONS: Final[dict[int, Callable[[sqlite3.Connection], None]]] = {
-    1: lambda conn: _note_what_is_gone(conn),
+    1: lambda conn: _record_missing_events(conn),
     2: _add_late_results,
     3: _add_tombstones,
     4: _add_audit,
@@ -146,10 +146,10 @@ def create(conn: sqlite3.Connection) -> None:
     conn.execute("COMMIT")
 
 
-def migrate(conn: sqlite3.Connection, found: int) -> None:
-    """Migrate a database of schema version `found` to VERSION, in one transaction."""
+def migrate(conn: sqlite3.Connection, current: int) -> None:
+    """Migrate a database of schema version `current` to VERSION, in one transaction."""
     conn.execute("BEGIN IMMEDIATE")
-    for version in range(found, VERSION):
+    for version in range(current, VERSION):
         MIGRATIONS[version](conn)
     set_version(conn, VERSION)
     conn.execute("COMMIT")
@@ -164,9 +164,9 @@ def set_version(conn: sqlite3.Connection, version: int) -> None:
 def read_meta(conn: sqlite3.Connection) -> dict[str, int] | None:
     """Return the meta row of any schema version, column to value, with the checksum last; None if it is missing."""
     cursor = conn.execute("SELECT * FROM meta WHERE id = 1")
-    found = cursor.fetchone()
+    row = cursor.fetchone()
     names = [column[0] for column in cursor.description]
-    return None if found is None else dict(zip(names[1:], found[1:], strict=True))
+    return None if row is None else dict(zip(names[1:], row[1:], strict=True))
 
 
 def token_numbers(meta: dict[str, int]) -> tuple[int, int]:
@@ -183,34 +183,34 @@ def token_numbers(meta: dict[str, int]) -> tuple[int, int]:
 
 def epoch_of(conn: sqlite3.Connection) -> int:
     """Return the epoch of a database of any schema version, in today's numbering; 0 if its meta row is damaged."""
-    found = read_meta(conn)
-    if found is None or fault(tuple(found.values())) is not None:
+    meta = read_meta(conn)
+    if meta is None or fault(tuple(meta.values())) is not None:
         return 0
-    return token_numbers(found)[0]
+    return token_numbers(meta)[0]
 
 
 def check_meta(conn: sqlite3.Connection, path: str) -> None:
     """Raise StoreUnreadable if the meta row is missing or damaged."""
-    found = read_meta(conn)
-    wrong = "it is missing" if found is None else fault(tuple(found.values()))
-    if wrong is not None:
-        raise StoreUnreadable(f"{path}: the meta row is unusable ({wrong}): restore a backup with `jobd restore`")
+    meta = read_meta(conn)
+    error = "it is missing" if meta is None else fault(tuple(meta.values()))
+    if error is not None:
+        raise StoreUnreadable(f"{path}: the meta row is unusable ({error}): restore a backup with `jobd restore`")
 
 
 def change_meta(conn: sqlite3.Connection, **values: int) -> None:
     """Set columns of the meta row and update its checksum. The caller has verified the row."""
-    found = read_meta(conn)
-    assert found is not None
-    row = {**found, **values}
+    meta = read_meta(conn)
+    assert meta is not None
+    row = {**meta, **values}
     row["crc"] = sealed(tuple(row.values())[:-1])[-1]
     conn.execute(f"UPDATE meta SET {', '.join(f'{name} = ?' for name in row)} WHERE id = 1", tuple(row.values()))
 
 
-def _note_what_is_gone(conn: sqlite3.Connection) -> None:
+def _record_missing_events(conn: sqlite3.Connection) -> None:
     """Mark all events until now as pruned, because version 1 did not store which events it had pruned."""
-    found = read_meta(conn)
-    assert found is not None
-    _rewrite_meta(conn, {**found, "events_gone_to": found["next_event"] - 1})
+    meta = read_meta(conn)
+    assert meta is not None
+    _rewrite_meta(conn, {**meta, "events_gone_to": meta["next_event"] - 1})
 
 
 def _rewrite_meta(conn: sqlite3.Connection, row: dict[str, int]) -> None:
@@ -229,14 +229,14 @@ def _describe_pauses_and_count_releases(conn: sqlite3.Connection) -> None:
     _add_columns(conn, "queues", pause, None)
     live_xor, finished_xor = _add_columns(conn, "jobs", {"releases": "INTEGER NOT NULL"}, 0)
     conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.releases', 0) WHERE json_valid(row)")
-    found = read_meta(conn)
-    assert found is not None
+    meta = read_meta(conn)
+    assert meta is not None
     row: dict[str, int] = {}
-    for name, value in found.items():
+    for name, value in meta.items():
         row[name] = value
         if name == "wall_ms":
             row["clock_suspect"] = 0
-    row["epoch"], row["next_token"] = token_numbers(found)
+    row["epoch"], row["next_token"] = token_numbers(meta)
     row["live_xor"] ^= live_xor
     row["finished_xor"] ^= finished_xor
     _rewrite_meta(conn, row)
@@ -249,20 +249,20 @@ def _add_columns(conn: sqlite3.Connection, table: str, types: dict[str, str], va
     """
     old = f"old_{table}"
     sql = "SELECT sql FROM sqlite_schema WHERE tbl_name = ? AND type = ? AND sql IS NOT NULL"
-    [(made_by,)] = conn.execute(sql, (table, "table"))
+    [(create_sql,)] = conn.execute(sql, (table, "table"))
     indexes = conn.execute(sql, (table, "index")).fetchall()
     names = ", ".join(name for (name,) in conn.execute("SELECT name FROM pragma_table_info(?)", (table,)))[
         : -len(", crc")
     ]
     columns = "".join(f"{name} {type_}, " for name, type_ in types.items())
     conn.execute(f"ALTER TABLE {table} RENAME TO {old}")
-    conn.execute(made_by.replace("crc INTEGER NOT NULL", f"{columns}crc INTEGER NOT NULL"))
+    conn.execute(create_sql.replace("crc INTEGER NOT NULL", f"{columns}crc INTEGER NOT NULL"))
     # SQLite copies the rows, because it does not change text that is not UTF-8.
     added = "".join(f"{'NULL' if value is None else value}, " for _ in types)
     conn.execute(f"INSERT INTO {table} ({names}, {', '.join(types)}, crc) SELECT {names}, {added}crc FROM {old}")
     conn.execute(f"DROP TABLE {old}")
-    for (made_by,) in indexes:
-        conn.execute(made_by)
+    for (create_sql,) in indexes:
+        conn.execute(create_sql)
     return _reseal(conn, table, names, (value,) * len(types))
 
 
@@ -276,12 +276,12 @@ def _reseal(conn: sqlite3.Connection, table: str, names: str, added: Row) -> tup
     conn.text_factory = partial(str, encoding="utf-8", errors="surrogateescape")
     sql = f"SELECT rowid, {'status' if table == 'jobs' else 'NULL'}, {names}, crc FROM {table} NOT INDEXED"
     while True:
-        found = conn.execute(f"{sql} WHERE rowid > ? ORDER BY rowid LIMIT {_RESEALED_AT_ONCE}", (last,)).fetchall()
-        if not found:
+        rows = conn.execute(f"{sql} WHERE rowid > ? ORDER BY rowid LIMIT {_RESEALED_AT_ONCE}", (last,)).fetchall()
+        if not rows:
             break
-        last = found[-1][0]
+        last = rows[-1][0]
         sealed_anew = []
-        for rowid, status, *columns, crc in found:
+        for rowid, status, *columns, crc in rows:
             was, row = (*columns, crc), (*columns, *added)
             try:
                 now = checksum(row) ^ checksum(tuple(columns)) ^ crc

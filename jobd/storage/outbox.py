@@ -71,11 +71,11 @@ def open_outbox(db: Database, names: list[str], now: int) -> Outbox:
     next_delivery = max([top + 1, *(each.next_delivery for each in known.values())])
     cursors = {}
     for name in names:
-        found = known.get(name)
-        if found is None:
+        current = known.get(name)
+        if current is None:
             position, gone_to = _begin(db, name, last) if some_damaged else (last, last)
-            found = WebhookCursor(name, position, gone_to, next_delivery)
-        cursors[name] = replace(found, updated_at=now) if found.updated_at < now - DAY_MS else found
+            current = WebhookCursor(name, position, gone_to, next_delivery)
+        cursors[name] = replace(current, updated_at=now) if current.updated_at < now - DAY_MS else current
     if changed := [each for name, each in cursors.items() if each is not known.get(name)]:
         try:
             db.commit(_put_cursors, db, changed)
@@ -106,10 +106,10 @@ def _cursors(db: Database) -> tuple[dict[str, WebhookCursor], bool]:
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *columns in db.rows(f"SELECT rowid, {CURSOR_SQL} FROM webhooks NOT INDEXED"):
         row = tuple(columns)
-        if (wrong := fault(row)) is None:
+        if (error := fault(row)) is None:
             known[row[0]] = cursor(row)
         else:
-            damaged.append((rowid, row, wrong))
+            damaged.append((rowid, row, error))
     quarantine_rows(db, "webhooks", (*CURSOR_COLUMNS, "crc"), damaged)
     return known, bool(damaged)
 
@@ -124,10 +124,10 @@ def _waiting(db: Database, name: str) -> list[Delivery]:
 def by_ids(db: Database, ids: list[int]) -> list[Delivery]:
     """Return deliveries by id, in this order. Damaged ones are quarantined and left out."""
     db.check()
-    found = db.rows_one_by_one(_BY_ID, ids, "deliveries")
-    damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
+    rows = db.rows_one_by_one(_BY_ID, ids, "deliveries")
+    damaged = [(row[0], row, error) for row in rows if (error := fault(row)) is not None]
     quarantine_rows(db, "deliveries", (*DELIVERY_COLUMNS, "crc"), damaged)
-    return [delivery(row) for row in found if fault(row) is None]
+    return [delivery(row) for row in rows if fault(row) is None]
 
 
 def add(db: Database, moved: WebhookCursor, new: list[Delivery]) -> None:
@@ -175,14 +175,14 @@ def _trim_by_age(db: Database, name: str, now: int) -> bool:
     is_lost = False
     for state, keep_ms in KEEP_ENDED_MS.items():
         for (oldest,) in db.conn.execute(f"{_IDS} ORDER BY id LIMIT 2", (name, state)).fetchall():
-            where = "id = ? AND ifnull(ended_at, at) < ?"
-            is_lost |= _drop(db, state, where, (oldest, now - keep_ms))
+            condition = "id = ? AND ifnull(ended_at, at) < ?"
+            is_lost |= _drop(db, state, condition, (oldest, now - keep_ms))
     return is_lost
 
 
-def _drop(db: Database, state: DeliveryState, where: str, args: tuple[Any, ...]) -> bool:
+def _drop(db: Database, state: DeliveryState, condition: str, args: tuple[Any, ...]) -> bool:
     """Delete deliveries. Return whether one of them failed permanently and was about an event or a gap."""
-    sql = f"DELETE FROM deliveries WHERE {where} RETURNING seq > 0 OR type = ?"
+    sql = f"DELETE FROM deliveries WHERE {condition} RETURNING seq > 0 OR type = ?"
     dropped = db.conn.execute(sql, (*args, EVENTS_GONE)).fetchall()
     return state == "given_up" and any(matters for (matters,) in dropped)
 
@@ -197,10 +197,10 @@ def given_up(db: Database, endpoint: str) -> tuple[int, int]:
 
 def retry(db: Database, endpoint: str, id_: int, now: int) -> Delivery | None:
     """Requeue a delivery as if it had never been tried. Return None if there is none with this id."""
-    found = [each for each in by_ids(db, [id_]) if each.endpoint == endpoint]
-    if not found:
+    stored = [each for each in by_ids(db, [id_]) if each.endpoint == endpoint]
+    if not stored:
         return None
-    renewed = replace(found[0], state="waiting", due_at=now, tries=0, ended_at=None)
+    renewed = replace(stored[0], state="waiting", due_at=now, tries=0, ended_at=None)
     db.commit(_settle, db, [renewed], now)
     return renewed
 

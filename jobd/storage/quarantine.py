@@ -1,6 +1,6 @@
 """Move damaged rows to quarantine, report them, and remove them from all counts. Nothing is deleted.
 
-Each row is moved in a transaction of its own.
+Each row is moved in a separate transaction.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def quarantine_jobs(db: Database, damaged: list[tuple[Row, str]]) -> dict[str, s
 
     On a full disk or in a damaged tree, a row stays in its table. It is reported, and quarantined by a later read.
     """
-    named: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for row, reason in damaged:
         id_ = true_id(db, row)
         uncounted, is_moved = None, False
@@ -49,18 +49,18 @@ def quarantine_jobs(db: Database, damaged: list[tuple[Row, str]]) -> dict[str, s
             db.note_fault(f"job {id_} could not be quarantined: the disk is full")
         except StructureDamaged as error:
             db.note_fault(f"job {id_} could not be quarantined: {error}; run `jobd doctor`")
-        db.quarantined[id_] = named[id_] = reason
+        db.quarantined[id_] = reasons[id_] = reason
         db.note_quarantined(row[0], Quarantined(id_, reason, uncounted, is_moved))
-    return named
+    return reasons
 
 
 def true_id(db: Database, row: Row) -> str:
     """Return the id that a damaged row was written with, from its columns, its journal and the index of ids."""
     seq, read = row[0], readable(row[1])
     try:
-        found = db.rows(f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
-        is_whole = bool(found) and codec.fault(found[0]) is None
-        journaled = readable(found[0][_JOB_ID]) if is_whole else read
+        rows = db.rows(f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? ORDER BY seq LIMIT 1", (seq,))
+        is_whole = bool(rows) and codec.fault(rows[0]) is None
+        journaled = readable(rows[0][_JOB_ID]) if is_whole else read
         if journaled == read or not is_job_id(journaled):
             return read
         indexed = db.rows("SELECT seq FROM jobs INDEXED BY jobs_id WHERE id = ?", (journaled,))
@@ -84,12 +84,12 @@ def _move_job(db: Database, row: Row, payload: Row | None, id_: str, reason: str
     """Move the row. Return the queue and the status whose count of finished jobs included it, or None."""
     run = db.conn.execute
     seq = row[0]
-    shown = codec.as_text((*JOB_COLUMNS, "crc"), row)
+    row_text = codec.as_text((*JOB_COLUMNS, "crc"), row)
     was_live = run(_WAS_LIVE, (seq,)).fetchone() is not None
-    run(_INSERT, (seq, id_, reason, now_ms(), shown, *(payload or (None, None))))
-    is_here = run("DELETE FROM jobs WHERE seq = ?", (seq,)).rowcount > 0
-    uncounted = _uncount(db, row, was_live) if is_here else None
-    if is_here and readable(row[1]) != id_:
+    run(_INSERT, (seq, id_, reason, now_ms(), row_text, *(payload or (None, None))))
+    was_present = run("DELETE FROM jobs WHERE seq = ?", (seq,)).rowcount > 0
+    uncounted = _uncount(db, row, was_live) if was_present else None
+    if was_present and readable(row[1]) != id_:
         db.reindex()  # the index lost the entry of the job with this id, or still has one of this row
     run("DELETE FROM suspects WHERE job_seq = ?", (seq,))
     if payload is not None:  # a payload that cannot be read stays in its table
@@ -100,8 +100,8 @@ def _move_job(db: Database, row: Row, payload: Row | None, id_: str, reason: str
 
 def _payload_columns(db: Database, seq: int) -> Row | None:
     sql = "SELECT CAST(body AS BLOB), request_hash FROM payloads WHERE job_seq = ?"
-    found = db.rows_one_by_one(sql, [seq], "payloads")
-    return (found[0][0], readable(found[0][1])) if found else None
+    rows = db.rows_one_by_one(sql, [seq], "payloads")
+    return (rows[0][0], readable(rows[0][1])) if rows else None
 
 
 def _uncount(db: Database, row: Row, was_live: bool) -> tuple[str, str] | None:
@@ -112,10 +112,10 @@ def _uncount(db: Database, row: Row, was_live: bool) -> tuple[str, str] | None:
         return None
     db.totals = (live, live_xor, finished - 1, finished_xor ^ crc)
     status, name = readable(row[2]), readable(row[4])
-    found = db.rows(f"SELECT {QUEUE_SQL} FROM queues WHERE name = ?", (name,))
-    if status not in FINISHED or not found or codec.fault(found[0]) is not None:
+    rows = db.rows(f"SELECT {QUEUE_SQL} FROM queues WHERE name = ?", (name,))
+    if status not in FINISHED or not rows or codec.fault(rows[0]) is not None:
         return None
-    queue = codec.queue(found[0])
+    queue = codec.queue(rows[0])
     count = getattr(queue, status)
     if count == 0:
         return None
@@ -125,8 +125,8 @@ def _uncount(db: Database, row: Row, was_live: bool) -> tuple[str, str] | None:
 
 def quarantine_job(db: Database, job: Job, reason: str) -> None:
     """Quarantine the rows of `job` because of `reason`."""
-    found = db.rows(BY_SEQ, (job.seq,))
-    quarantine_jobs(db, [(found[0] if found else codec.sealed(codec.job_row(job)), reason)])
+    rows = db.rows(BY_SEQ, (job.seq,))
+    quarantine_jobs(db, [(rows[0] if rows else codec.sealed(codec.job_row(job)), reason)])
 
 
 def quarantine_rows(
@@ -153,8 +153,8 @@ def quarantine_rows(
 
 def _quarantine_row(db: Database, table: str, columns: tuple[str, ...], rowid: int, row: Row, reason: str) -> None:
     sql = insert("bad_rows", ("place", "what", "at", "row"))
-    what = f"{readable(row[0])}: {reason}"
-    db.conn.execute(sql, (table, what, now_ms(), codec.as_text(columns, row)))
+    description = f"{readable(row[0])}: {reason}"
+    db.conn.execute(sql, (table, description, now_ms(), codec.as_text(columns, row)))
     if table == "events":
         db.note_missing(rowid)
         db.write_meta()

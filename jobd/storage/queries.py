@@ -113,24 +113,24 @@ def load(db: Database, ids: list[str], payloads: list[int], digests: list[str]) 
     loaded = LoadedRows()
     damaged: list[tuple[Row, str]] = []
     for id_ in ids:
-        row, wrong = _row_by_id(db, id_)
+        row, error = _row_by_id(db, id_)
         job = None
         if row is not None:
-            job, wrong = read_job(db, row)
+            job, error = read_job(db, row)
         if job is not None:
             loaded.jobs[id_] = job
-        elif wrong:
-            loaded.bad[id_] = wrong
+        elif error:
+            loaded.bad[id_] = error
             if row is not None:
-                damaged.append((row, wrong))
+                damaged.append((row, error))
     for seq in payloads:
-        payload, wrong = db.payload(seq)
+        payload, error = db.payload(seq)
         if payload is not None:
             loaded.payloads[seq] = payload
         elif row_of := db.rows(BY_SEQ, (seq,)):
-            damaged.append((row_of[0], wrong))
+            damaged.append((row_of[0], error))
         elif (id_of := db.job_id_of(seq)) is not None:
-            loaded.bad[id_of] = db.quarantined.get(id_of, wrong)  # quarantined after the caller saw it
+            loaded.bad[id_of] = db.quarantined.get(id_of, error)  # quarantined after the caller saw it
     if damaged:
         loaded.bad.update(quarantine_jobs(db, damaged))
         loaded.jobs = {id_: job for id_, job in loaded.jobs.items() if id_ not in loaded.bad}
@@ -143,19 +143,19 @@ def load(db: Database, ids: list[str], payloads: list[int], digests: list[str]) 
 def _row_by_id(db: Database, id_: str) -> tuple[Row | None, str]:
     """Return the row of a job, or None and the error ("" if there is no such job)."""
     try:
-        found = db.rows(BY_ID, (id_,))
-        if found and _belongs_to_another(found[0], id_):
+        rows = db.rows(BY_ID, (id_,))
+        if rows and _belongs_to_another(rows[0], id_):
             db.rebuild_indexes()
-            found = db.rows(BY_ID, (id_,))
+            rows = db.rows(BY_ID, (id_,))
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
         return None, _report_lost(db, id_, f"the row cannot be read: {error}")
-    if not found:
+    if not rows:
         return None, db.quarantined.get(id_, "")
-    if _belongs_to_another(found[0], id_):
+    if _belongs_to_another(rows[0], id_):
         return None, _report_lost(db, id_, "the row cannot be found: the table is damaged")
-    return found[0], ""
+    return rows[0], ""
 
 
 def _belongs_to_another(row: Row, id_: str) -> bool:
@@ -174,21 +174,21 @@ def _report_lost(db: Database, id_: str, reason: str) -> str:
 
 def _stored_response(db: Database, digest: str) -> StoredResponse | None:
     """Return a stored response; None if there is none or it is damaged, so that the request is decided again."""
-    found = db.rows(f"SELECT rowid, {KEY_SQL}, answer FROM keys WHERE digest = ?", (digest,))
-    if not found:
+    rows = db.rows(f"SELECT rowid, {KEY_SQL}, answer FROM keys WHERE digest = ?", (digest,))
+    if not rows:
         return None
-    rowid, *row = found[0]
-    if (wrong := key_fault(tuple(row))) is None:
+    rowid, *row = rows[0]
+    if (error := key_fault(tuple(row))) is None:
         return codec.key(tuple(row[:-1]), row[-1])
-    quarantine_rows(db, "keys", (*KEY_COLUMNS, "crc", "answer"), [(rowid, tuple(row), wrong)])
+    quarantine_rows(db, "keys", (*KEY_COLUMNS, "crc", "answer"), [(rowid, tuple(row), error)])
     return None
 
 
 def key_fault(row: Row) -> str | None:
     """Return the error of a row of keys (KEY_SQL and the stored response), or None."""
     *columns, body = row
-    if (wrong := fault(tuple(columns))) is not None:
-        return wrong
+    if (error := fault(tuple(columns))) is not None:
+        return error
     if columns[_RESPONSE_CRC] != (None if body is None else zlib.crc32(body)):
         return "the checksum of the stored response is wrong"
     return None
@@ -214,24 +214,24 @@ def find(db: Database, query: JobQuery) -> JobRows:
 def _page(db: Database, query: JobQuery) -> JobRows:
     scope, scope_args, filters, args = _conditions(query)
     if query.after is None:
-        beyond, upto, way = "seq < ?", "seq >= ?", "DESC"
+        beyond, upto, order = "seq < ?", "seq >= ?", "DESC"
         begin, end = _NO_LIMIT if query.before is None else query.before, 0
     else:
-        beyond, upto, way = "seq > ?", "seq <= ?", "ASC"
+        beyond, upto, order = "seq > ?", "seq <= ?", "ASC"
         begin, end = query.after, _NO_LIMIT
-    edge_sql = f"SELECT seq FROM jobs {scope} AND {beyond} ORDER BY seq {way} LIMIT 1 OFFSET ?"
+    edge_sql = f"SELECT seq FROM jobs {scope} AND {beyond} ORDER BY seq {order} LIMIT 1 OFFSET ?"
     edge = db.conn.execute(edge_sql, (*scope_args, begin, query.scan - 1)).fetchone()
     if query.text is not None:
-        sized_sql = f"SELECT seq, {_SIZE} FROM jobs {scope} AND {beyond} ORDER BY seq {way} LIMIT ?"
+        sized_sql = f"SELECT seq, {_SIZE} FROM jobs {scope} AND {beyond} ORDER BY seq {order} LIMIT ?"
         edge = _text_edge(db.conn.execute(sized_sql, (*scope_args, begin, query.scan))) or edge
     end = end if edge is None else edge[0]
     rows_sql = f"FROM jobs {scope} AND {beyond} AND {upto}"
     if scope == _TABLE:
-        sql = f"SELECT {JOB_SQL} {rows_sql}{filters} ORDER BY seq {way} LIMIT ?"  # twice as fast as the join below
+        sql = f"SELECT {JOB_SQL} {rows_sql}{filters} ORDER BY seq {order} LIMIT ?"  # twice as fast as the join below
     else:
         sql = (
-            f"SELECT {JOB_SQL} FROM (SELECT seq AS found {rows_sql} ORDER BY seq {way}) CROSS JOIN jobs NOT INDEXED "
-            f"ON seq = found WHERE true{filters} ORDER BY found {way} LIMIT ?"
+            f"SELECT {JOB_SQL} FROM (SELECT seq AS found {rows_sql} ORDER BY seq {order}) CROSS JOIN jobs NOT INDEXED "
+            f"ON seq = found WHERE true{filters} ORDER BY found {order} LIMIT ?"
         )
     matched, is_cut = db.rows_up_to(sql, (*scope_args, begin, end, *args, query.limit + 1), query.payload_bytes)
     page = JobRows([], None, scanned=query.scan)
@@ -244,8 +244,8 @@ def _page(db: Database, query: JobQuery) -> JobRows:
         more = db.conn.execute(f"SELECT 1 FROM jobs {scope} AND {beyond}", (*scope_args, end)).fetchone()
         if more is not None:
             page.next_before = end
-            found = db.conn.execute(_CREATED, (end,)).fetchone()
-            page.scanned_until = None if found is None else found[0]
+            row = db.conn.execute(_CREATED, (end,)).fetchone()
+            page.scanned_until = None if row is None else row[0]
     return page
 
 
@@ -273,7 +273,7 @@ def _conditions(query: JobQuery) -> tuple[str, tuple[Any, ...], str, tuple[Any, 
     scope_args: tuple[Any, ...] = ()
     if query.status in _SCOPES:
         scope, scope_args = _SCOPES[query.status], (query.status,)
-    wanted = {
+    values = {
         "status = ?": query.status,
         "queue = ?": query.queue,
         "kind = ?": query.kind,
@@ -283,13 +283,13 @@ def _conditions(query: JobQuery) -> tuple[str, tuple[Any, ...], str, tuple[Any, 
         "finished_at >= ?": query.finished_since,
         "finished_at < ?": query.finished_until,
     }
-    found: dict[str, tuple[Any, ...]] = {each: (value,) for each, value in wanted.items() if value is not None}
+    conditions: dict[str, tuple[Any, ...]] = {each: (value,) for each, value in values.items() if value is not None}
     if query.text is not None:
-        found[_HAS_TEXT] = (_lower(query.text),) * 3
+        conditions[_HAS_TEXT] = (_lower(query.text),) * 3
     if query.error is not None:
         texts = ", ".join(f"CAST({name} AS BLOB)" for name in ("error_message", "error_code", "id"))
-        found[f"fingerprint({texts}) = ?"] = (query.error,)
-    return scope, scope_args, "".join(f" AND {each}" for each in found), tuple(chain(*found.values()))
+        conditions[f"fingerprint({texts}) = ?"] = (query.error,)
+    return scope, scope_args, "".join(f" AND {each}" for each in conditions), tuple(chain(*conditions.values()))
 
 
 def _lower(text: str) -> str:
@@ -314,10 +314,10 @@ def _fill_page(db: Database, page: JobRows, matched: list[Row], query: JobQuery)
     for row in matched:
         if len(page.jobs) + len(damaged) >= query.limit:
             break
-        job, wrong = read_job(db, row)
-        payload, wrong = (None, wrong) if job is None else _payload_of(db, query, job)
+        job, error = read_job(db, row)
+        payload, error = (None, error) if job is None else _payload_of(db, query, job)
         if job is None or payload is None:
-            damaged.append((row, wrong))
+            damaged.append((row, error))
         elif page.jobs and size + len(payload.body) + len(row[_METADATA] or "") > query.payload_bytes:
             break
         else:
@@ -342,10 +342,10 @@ def _payload_of(db: Database, query: JobQuery, job: Job) -> tuple[Payload | None
 def timeline(db: Database, job_seq: int, limit: int | None = None) -> list[Event]:
     """Return the journal of a job or its latest `limit` events, oldest first, with the last heartbeat of each grant."""
     db.check()
-    found = _timeline(db, job_seq, _ALL if limit is None else limit)
-    events = [event for event in _events(db, found) if event.job_seq == job_seq]
-    gone, changed = codec.thin(events)
-    forgotten, new = set(gone), {event.seq: event for event in changed}
+    rows = _timeline(db, job_seq, _ALL if limit is None else limit)
+    events = [event for event in _events(db, rows) if event.job_seq == job_seq]
+    dropped, changed = codec.thin(events)
+    forgotten, new = set(dropped), {event.seq: event for event in changed}
     return [new.get(event.seq, event) for event in events if event.seq not in forgotten]
 
 
@@ -353,17 +353,17 @@ def _timeline(db: Database, job_seq: int, limit: int) -> list[Row]:
     inner = "SELECT seq AS found FROM events INDEXED BY events_job WHERE job_seq = ? ORDER BY seq DESC LIMIT ?"
     sql = f"SELECT {EVENT_SQL} FROM ({inner}) CROSS JOIN events NOT INDEXED ON seq = found ORDER BY found"
     try:
-        found = db.rows(sql, (job_seq, limit))
+        rows = db.rows(sql, (job_seq, limit))
         if any(
-            row[_JOB_SEQ] != job_seq and fault(row) is None for row in found
+            row[_JOB_SEQ] != job_seq and fault(row) is None for row in rows
         ):  # the index led to events of other jobs
             db.rebuild_indexes()
-            found = db.rows(sql, (job_seq, limit))
+            rows = db.rows(sql, (job_seq, limit))
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        found = _timeline_of_a_damaged_table(db, job_seq)[-limit if limit > 0 else 0 :]
-    return found
+        rows = _timeline_of_a_damaged_table(db, job_seq)[-limit if limit > 0 else 0 :]
+    return rows
 
 
 def _timeline_of_a_damaged_table(db: Database, job_seq: int) -> list[Row]:
@@ -387,35 +387,35 @@ def journal(db: Database, after: int, limit: int) -> JournalPage:
     last = db.numbers.next_event - 1
     sql = f"SELECT {EVENT_SQL} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"
     try:
-        found, is_cut = db.rows_up_to(sql, (after, limit), SLICE_BYTES)
+        rows, is_cut = db.rows_up_to(sql, (after, limit), SLICE_BYTES)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
         db.faults.append(f"the journal cannot be read after event {after}: {error}; run `jobd doctor`")
         return JournalPage([], last, last)
-    events = _events(db, found)
-    if len(events) < len(found):
+    events = _events(db, rows)
+    if len(events) < len(rows):
         whole = {event.seq for event in events}
-        db.note_missing(max(row[0] for row in found if row[0] not in whole))
-    return JournalPage(events, last, db.gone_to, is_cut or len(found) == limit)
+        db.note_missing(max(row[0] for row in rows if row[0] not in whole))
+    return JournalPage(events, last, db.gone_to, is_cut or len(rows) == limit)
 
 
-def _events(db: Database, found: list[Row]) -> list[Event]:
+def _events(db: Database, rows: list[Row]) -> list[Event]:
     """Decode events and quarantine damaged rows."""
-    damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
+    damaged = [(row[0], row, error) for row in rows if (error := fault(row)) is not None]
     if damaged:
         quarantine_rows(db, "events", (*EVENT_COLUMNS, "crc"), damaged)
         bad = {seq for seq, _, _ in damaged}
-        found = [row for row in found if row[0] not in bad]
-    return [codec.event(row) for row in found]
+        rows = [row for row in rows if row[0] not in bad]
+    return [codec.event(row) for row in rows]
 
 
-def late(db: Database, wanted: list[LateResultQuery]) -> LateResultRows:
+def late(db: Database, requested: list[LateResultQuery]) -> LateResultRows:
     """See Storage.read_late_results. Reads each job once."""
     db.check()
     whole: dict[int, bool] = {}
     locks: dict[int, set[str]] = {}
-    for each in wanted:
+    for each in requested:
         whole[each.job_seq] = each.with_results or whole.get(each.job_seq, False)
         if each.lock_id is not None:
             locks.setdefault(each.job_seq, set()).add(each.lock_id)
@@ -423,8 +423,8 @@ def late(db: Database, wanted: list[LateResultQuery]) -> LateResultRows:
     for job_seq, is_whole in whole.items():
         known.results[job_seq] = _late_results(db, job_seq, whole=is_whole)
     for job_seq, lock_ids in locks.items():
-        made = {grant.lock_id: grant for grant in _latest_grants(db, job_seq)}
-        known.grants |= {(job_seq, lock_id): made[lock_id] for lock_id in lock_ids & made.keys()}
+        grants = {grant.lock_id: grant for grant in _latest_grants(db, job_seq)}
+        known.grants |= {(job_seq, lock_id): grants[lock_id] for lock_id in lock_ids & grants.keys()}
     return known
 
 
@@ -438,15 +438,15 @@ def _late_results(db: Database, job_seq: int, *, whole: bool) -> list[LateResult
             raise
         db.faults.append(f"the late results cannot be read: {error}; run `jobd doctor`")
         return []
-    found: list[LateResult] = []
+    results: list[LateResult] = []
     damaged: list[tuple[int, Row, str]] = []
     for row in db.rows_one_by_one(_LATE, seqs, "late results"):
-        if (wrong := fault(row)) is not None:
-            damaged.append((row[0], row, wrong))
+        if (reason := fault(row)) is not None:
+            damaged.append((row[0], row, reason))
         elif row[1] == job_seq:
-            found.append(codec.late(row, whole=whole))
+            results.append(codec.late(row, whole=whole))
     quarantine_rows(db, "late_results", (*LATE_COLUMNS, "crc"), damaged)
-    return sorted(found, key=lambda result: result.fencing_token)
+    return sorted(results, key=lambda result: result.fencing_token)
 
 
 def count_late(db: Database, job_seqs: list[int]) -> dict[int, int]:
@@ -466,12 +466,12 @@ def count_late(db: Database, job_seqs: list[int]) -> dict[int, int]:
 def _latest_grants(db: Database, job_seq: int) -> list[Grant]:
     """Return the grants in the latest GRANT_SEARCH_EVENTS events of a job. Batches wait for this, hence the limit."""
     try:
-        found = db.rows(_GRANTS, (job_seq, GRANT_SEARCH_EVENTS))
+        rows = db.rows(_GRANTS, (job_seq, GRANT_SEARCH_EVENTS))
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
         return []  # `timeline` reports the error
-    events = [event for event in _events(db, found) if event.job_seq == job_seq and event.changes is not None]
+    events = [event for event in _events(db, rows) if event.job_seq == job_seq and event.changes is not None]
     return [event.changes.grant for event in events if event.changes and isinstance(event.changes.grant, Grant)]
 
 
@@ -488,14 +488,14 @@ def expired(db: Database, now: int, limit: int, skip: int = 0) -> list[str]:
     )
     sql = f"SELECT {JOB_SQL} FROM ({inner}) CROSS JOIN jobs NOT INDEXED ON seq = found ORDER BY due"
     while True:
-        found, _ = db.rows_up_to(sql, (now, limit, skip), SLICE_BYTES)
+        rows, _ = db.rows_up_to(sql, (now, limit, skip), SLICE_BYTES)
         # If a job could not be quarantined, its row may be undamaged and only the payload damaged.
-        damaged = [(row, wrong) for row in found if (wrong := fault(row) or db.unmoved.get(row[0])) is not None]
-        gone = {row[0] for row, _ in damaged}
-        whole = [row[1] for row in found if row[0] not in gone]
+        damaged = [(row, error) for row in rows if (error := fault(row) or db.unmoved.get(row[0])) is not None]
+        damaged_seqs = {row[0] for row, _ in damaged}
+        whole = [row[1] for row in rows if row[0] not in damaged_seqs]
         if damaged:
             quarantine_jobs(db, damaged)
-        if whole or not found:
+        if whole or not rows:
             return whole
         skip += sum(bool(db.rows(BY_SEQ, (row[0],))) for row, _ in damaged)
 
@@ -503,10 +503,10 @@ def expired(db: Database, now: int, limit: int, skip: int = 0) -> list[str]:
 def reports(db: Database, limit: int) -> list[bytes]:
     """Return cleanup reports, newest first."""
     db.check()
-    found = db.rows("SELECT seq, body, crc FROM reports ORDER BY seq DESC LIMIT ?", (limit,))
-    damaged = [(row[0], row, wrong) for row in found if (wrong := fault(row)) is not None]
+    rows = db.rows("SELECT seq, body, crc FROM reports ORDER BY seq DESC LIMIT ?", (limit,))
+    damaged = [(row[0], row, error) for row in rows if (error := fault(row)) is not None]
     quarantine_rows(db, "reports", ("seq", "body", "crc"), damaged)
-    return [body for _, body, _ in (row for row in found if fault(row) is None)]
+    return [body for _, body, _ in (row for row in rows if fault(row) is None)]
 
 
 def due_tombstones(db: Database, now: int, limit: int) -> DueTombstones:
@@ -515,20 +515,22 @@ def due_tombstones(db: Database, now: int, limit: int) -> DueTombstones:
     Skips damaged tombstones that cannot be quarantined, up to a few hundred.
     """
     db.check()
-    met: set[int] = set()
+    damaged_seqs: set[int] = set()
     unmoved: set[int] = set()
     for _ in range(MAX_DAMAGED_SLICES):
-        most = limit + len(unmoved)
-        found = db.rows(_DUE.format("<="), (now, most)) or db.rows(_DUE.format(">"), (now + MAX_POSTPONE_MS, most))
-        new = [(row[0], row, wrong) for row in found if row[0] not in met and (wrong := fault(row)) is not None]
+        row_limit = limit + len(unmoved)
+        rows = db.rows(_DUE.format("<="), (now, row_limit)) or db.rows(
+            _DUE.format(">"), (now + MAX_POSTPONE_MS, row_limit)
+        )
+        new = [(row[0], row, error) for row in rows if row[0] not in damaged_seqs and (error := fault(row)) is not None]
         unmoved |= quarantine_rows(db, "tombstones", (*TOMBSTONE_COLUMNS, "crc"), new)
-        met |= {seq for seq, _, _ in new}
-        whole = [codec.tombstone(row) for row in found if row[0] not in met]
+        damaged_seqs |= {seq for seq, _, _ in new}
+        whole = [codec.tombstone(row) for row in rows if row[0] not in damaged_seqs]
         if not new or len(whole) >= limit:
             break
     late = {each.job_seq for each in whole if db.conn.execute(_REFERENCED_LATE, (each.key,)).fetchone() is not None}
-    named = [(each, is_referenced(db, each.key)) for each in whole]
-    return DueTombstones(named, len(met) - len(unmoved), late, len(unmoved))
+    due = [(each, is_referenced(db, each.key)) for each in whole]
+    return DueTombstones(due, len(damaged_seqs) - len(unmoved), late, len(unmoved))
 
 
 def is_referenced(db: Database, key: str) -> bool:
@@ -564,20 +566,20 @@ def _audit_page(db: Database, query: AuditQuery) -> AuditRows:
         f"WHERE true{filters} ORDER BY found DESC LIMIT ?"
     )
     matched = db.rows(sql, (*scope_args, begin, end, *args, query.limit + 1))
-    shown = matched[: query.limit]
+    page_rows = matched[: query.limit]
     next_before = None
-    if len(matched) > len(shown):
-        next_before = shown[-1][0]
+    if len(matched) > len(page_rows):
+        next_before = page_rows[-1][0]
     elif edge is not None:
         more = db.conn.execute(f"SELECT 1 FROM audit {scope} AND seq < ?", (*scope_args, end)).fetchone()
         next_before = None if more is None else end
-    damaged = [(row[0], row, wrong) for row in shown if (wrong := fault(row)) is not None]
+    damaged = [(row[0], row, error) for row in page_rows if (error := fault(row)) is not None]
     quarantine_rows(db, "audit", (*AUDIT_COLUMNS, "crc"), damaged)
-    return AuditRows([(row[0], codec.audited(row)) for row in shown if fault(row) is None], next_before)
+    return AuditRows([(row[0], codec.audited(row)) for row in page_rows if fault(row) is None], next_before)
 
 
 def _audit_conditions(query: AuditQuery) -> tuple[str, tuple[Any, ...]]:
     """Return SQL and arguments for the rows that match."""
-    wanted = {"who = ?": query.who, "what = ?": query.what, "job_id = ?": query.job_id, "at >= ?": query.since}
-    wanted = {condition: value for condition, value in wanted.items() if value is not None}
-    return "".join(f" AND {condition}" for condition in wanted), tuple(wanted.values())
+    conditions = {"who = ?": query.who, "what = ?": query.what, "job_id = ?": query.job_id, "at >= ?": query.since}
+    conditions = {condition: value for condition, value in conditions.items() if value is not None}
+    return "".join(f" AND {condition}" for condition in conditions), tuple(conditions.values())

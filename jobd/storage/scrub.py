@@ -50,54 +50,54 @@ class Slice(Struct):
 def check_slice(db: Database, table: str, after: int) -> Slice:
     """Check the next rows of `table` after the rowid `after`. An unreadable page is reported and ends the table."""
     db.check()
-    found = Slice(table)
+    result = Slice(table)
     until_s = time.perf_counter() + SLICE_S
     try:
-        (_jobs if table == "jobs" else _rows)(db, found, after, until_s)
+        (_jobs if table == "jobs" else _rows)(db, result, after, until_s)
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        found.damaged.append((f"{table} after {max(found.last or 0, after)}", f"rows cannot be read: {error}"))
-        found.last = None
-    return found
+        result.damaged.append((f"{table} after {max(result.last or 0, after)}", f"rows cannot be read: {error}"))
+        result.last = None
+    return result
 
 
-def _jobs(db: Database, found: Slice, after: int, until_s: float) -> None:
+def _jobs(db: Database, result: Slice, after: int, until_s: float) -> None:
     sql = f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE seq > ? ORDER BY seq LIMIT ?"
     read, is_cut = db.rows_up_to(sql, (after, MAX_ROWS), MAX_BYTES)
     damaged: list[tuple[Row, str]] = []
     size = 0
     for row in read:
-        job, wrong = read_job(db, row)
+        job, error = read_job(db, row)
         if job is not None:
-            payload, wrong = db.payload(job.seq)
+            payload, error = db.payload(job.seq)
             size += 0 if payload is None else len(payload.body)
-        if wrong:
-            damaged.append((row, wrong))
-        found.checked += 1
-        found.last = row[0]
+        if error:
+            damaged.append((row, error))
+        result.checked += 1
+        result.last = row[0]
         if size > MAX_BYTES or time.perf_counter() > until_s:
             break
     else:
-        found.last = read[-1][0] if is_cut or len(read) == MAX_ROWS else None
-    found.damaged += [(f"job {id_}", wrong) for id_, wrong in quarantine_jobs(db, damaged).items()]
+        result.last = read[-1][0] if is_cut or len(read) == MAX_ROWS else None
+    result.damaged += [(f"job {id_}", error) for id_, error in quarantine_jobs(db, damaged).items()]
 
 
-def _rows(db: Database, found: Slice, after: int, until_s: float) -> None:
-    columns, names = _COLUMNS[found.table]
-    sql = f"SELECT rowid, {columns} FROM {found.table} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?"
+def _rows(db: Database, result: Slice, after: int, until_s: float) -> None:
+    columns, names = _COLUMNS[result.table]
+    sql = f"SELECT rowid, {columns} FROM {result.table} NOT INDEXED WHERE rowid > ? ORDER BY rowid LIMIT ?"
     read, is_cut = db.rows_up_to(sql, (after, MAX_ROWS), MAX_BYTES)
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *values in read:
-        wrong = key_fault(tuple(values)) if found.table == "keys" else fault(tuple(values))
-        if wrong is not None:
-            damaged.append((rowid, tuple(values), wrong))
-        found.checked += 1
-        found.last = rowid
+        error = key_fault(tuple(values)) if result.table == "keys" else fault(tuple(values))
+        if error is not None:
+            damaged.append((rowid, tuple(values), error))
+        result.checked += 1
+        result.last = rowid
         if time.perf_counter() > until_s:
             break
     else:
-        found.last = read[-1][0] if is_cut or len(read) == MAX_ROWS else None
+        result.last = read[-1][0] if is_cut or len(read) == MAX_ROWS else None
     if names is not None:
-        quarantine_rows(db, found.table, names, damaged)
-    found.damaged += [(f"{found.table} {readable(row[0])}", wrong) for _, row, wrong in damaged]
+        quarantine_rows(db, result.table, names, damaged)
+    result.damaged += [(f"{result.table} {readable(row[0])}", error) for _, row, error in damaged]

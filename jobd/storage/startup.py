@@ -167,9 +167,9 @@ def read_only(path: str) -> Iterator[sqlite3.Connection]:
             Path(shared).unlink(missing_ok=True)
 
 
-def check_version(path: str, found: tuple[int, int]) -> None:
+def check_version(path: str, header: tuple[int, int]) -> None:
     """Raise StoreUnreadable if the file is not a jobd store, StoreTooNew if its schema is newer than this version."""
-    application, version = found
+    application, version = header
     if application not in (0, migrations.APPLICATION_ID):
         raise StoreUnreadable(f"{path} belongs to another program: set store.path to another file")
     if version > migrations.VERSION:
@@ -187,12 +187,12 @@ def check_wal(path: str) -> None:
     try:
         with read_only(path) as conn:
             conn.execute("PRAGMA user_version").fetchone()
-            taken = wal.frames_used(f"{path}-shm")
+            used = wal.frames_used(f"{path}-shm")
     except (sqlite3.Error, OSError):
         return  # the disk is full, for example
-    if wal.is_damaged(log, taken):
+    if wal.is_damaged(log, used):
         raise StoreUnreadable(
-            f"{log} is damaged after {taken} pages, and later commits cannot be read: restore a backup with `jobd "
+            f"{log} is damaged after {used} pages, and later commits cannot be read: restore a backup with `jobd "
             f"restore`, or continue from before the damage with `jobd restore {path}`, which keeps the damaged files"
         )
 
@@ -223,8 +223,8 @@ def prepare_schema(conn: sqlite3.Connection, path: str) -> None:
     (application,) = conn.execute("PRAGMA application_id").fetchone()
     (version,) = conn.execute("PRAGMA user_version").fetchone()
     check_version(path, (application, version))
-    (known,) = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-    if not known:
+    (objects,) = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    if not objects:
         migrations.create(conn)
         return
     check_application_id(conn, path)
@@ -282,8 +282,8 @@ def _copy_before_migration(conn: sqlite3.Connection, path: str, version: int) ->
 def read_meta(conn: sqlite3.Connection, path: str) -> Database:
     """Return the database with the numbers and totals of its meta row. Raises StoreUnreadable."""
     migrations.check_meta(conn, path)
-    found = conn.execute(f"SELECT {', '.join(META_COLUMNS)} FROM meta WHERE id = 1").fetchone()
-    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, suspect, *sums, marked, gone_to = found
+    row = conn.execute(f"SELECT {', '.join(META_COLUMNS)} FROM meta WHERE id = 1").fetchone()
+    _, epoch, next_token, next_job, next_event, lease_ms, wall_ms, suspect, *sums, marked, gone_to = row
     numbers = Numbers(epoch, next_token, next_job, next_event, lease_ms, wall_ms, bool(suspect))
     live, live_xor, finished, finished_xor = sums
     totals = (live, live_xor, finished, finished_xor)
@@ -297,29 +297,29 @@ def _settle_epoch(db: Database, path: str) -> bool:
     database before the file, so a file that is ahead of its database means that the database is an older copy.
     """
     file = EpochFile(is_current=True) if path == MEMORY else files.read_epoch(path)
-    own = db.numbers.epoch
-    is_put_back = db.marked or file.is_ahead_of(own)
-    if is_put_back or own == 0 or not file.is_current:
-        epoch = new_epoch(max(own, file.epoch), now_ms())
+    stored_epoch = db.numbers.epoch
+    is_restored = db.marked or file.is_ahead_of(stored_epoch)
+    if is_restored or stored_epoch == 0 or not file.is_current:
+        epoch = new_epoch(max(stored_epoch, file.epoch), now_ms())
         if epoch > LAST_EPOCH:
             raise StoreUnreadable(f"{path}: there is no epoch for fencing tokens above {epoch - 1}")
-        db.commit(_begin_epoch, db, epoch, is_put_back)
+        db.commit(_begin_epoch, db, epoch, is_restored)
     if path != MEMORY:
         if file != EpochFile(db.numbers.epoch, is_current=True):
             files.write_epoch(path, db.numbers.epoch)
         db.store_epoch = partial(files.write_epoch, path)
     db.stored_epoch = db.numbers.epoch
-    return is_put_back
+    return is_restored
 
 
-def _begin_epoch(db: Database, epoch: int, is_put_back: bool) -> None:
+def _begin_epoch(db: Database, epoch: int, is_restored: bool) -> None:
     """Begin `epoch`. The mark of a backup stays until every grant has ended (Batch.unmark).
 
     After a backup is put back, clients may have seen events that it lacks. Their numbers are not used again: new events
     begin above them, and a client that resumes from an older number gets an error that later events are gone.
     """
     db.numbers = replace(db.numbers, epoch=epoch, next_token=1)
-    if is_put_back:
+    if is_restored:
         next_event = max(db.numbers.next_event, epoch << TOKEN_COUNTER_BITS)
         db.numbers = replace(db.numbers, next_event=next_event)
         db.gone_to = next_event - 1
@@ -409,12 +409,12 @@ class _Live(Struct):
 def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
     """Read all queued and processing jobs. Add a fault if their number or XOR differs from the stored totals."""
     for rebuilt in (False, True):
-        kept = db.totals[:2]
+        stored = db.totals[:2]
         live = _scan(db)
-        named = quarantine_jobs(db, live.damaged)
-        db.faults += [f"job {id_} was quarantined: {reason}" for id_, reason in named.items()]
-        found = live.found()
-        if found == kept:
+        quarantined = quarantine_jobs(db, live.damaged)
+        db.faults += [f"job {id_} was quarantined: {reason}" for id_, reason in quarantined.items()]
+        totals = live.found()
+        if totals == stored:
             return live.jobs, live.compact
         if not rebuilt:
             try:
@@ -422,9 +422,9 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
             except (DiskFull, StructureDamaged):
                 break
     db.faults.append(
-        f"{found[0]} live jobs were found, but {kept[0]} had been written"
-        if found[0] != kept[0]
-        else f"the {found[0]} live jobs differ from those that had been written"
+        f"{totals[0]} live jobs were found, but {stored[0]} had been written"
+        if totals[0] != stored[0]
+        else f"the {totals[0]} live jobs differ from those that had been written"
     )
     # A damaged tree may return a row twice.
     by_seq = {job.seq: job for job in live.jobs}
@@ -448,9 +448,9 @@ def _scan_once(db: Database) -> _Live:
     for first in range(0, len(others), _SLICE):
         seqs = msgspec.json.encode(others[first : first + _SLICE]).decode()
         for row in db.conn.execute(_IN_FULL, (seqs,)):
-            job, wrong = read_job(db, row)
+            job, error = read_job(db, row)
             if job is None:
-                live.damaged.append((row, wrong))
+                live.damaged.append((row, error))
                 live.xor ^= codec.first_checksum(row)
             else:
                 live.jobs.append(job)
@@ -482,10 +482,10 @@ def _queues(db: Database) -> dict[str, QueueRow]:
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *columns in db.rows(f"SELECT rowid, {QUEUE_SQL} FROM queues"):
         row = tuple(columns)
-        if (wrong := fault(row)) is None:
+        if (error := fault(row)) is None:
             queues[row[0]] = codec.queue(row)
         else:
-            damaged.append((rowid, row, f"{wrong}: it may have been paused, and is not paused now"))
+            damaged.append((rowid, row, f"{error}: it may have been paused, and is not paused now"))
     quarantine_rows(db, "queues", (*QUEUE_COLUMNS, "crc"), damaged)
     if damaged:
         for name, counts in recount_queues(db.conn).items():
@@ -507,21 +507,21 @@ def _keys(db: Database) -> list[StoredResponse]:
     damaged: list[tuple[int, Row, str]] = []
     for rowid, *columns in db.rows(f"SELECT rowid, {KEY_SQL} FROM keys ORDER BY at"):
         row = tuple(columns)
-        if (wrong := fault(row)) is None:
+        if (error := fault(row)) is None:
             keys.append(codec.key(row))
         else:
-            damaged.append((rowid, row, wrong))
+            damaged.append((rowid, row, error))
     quarantine_rows(db, "keys", (*KEY_COLUMNS, "crc"), damaged)
     return keys
 
 
 def _figures(db: Database) -> bytes | None:
-    found = db.rows("SELECT rowid, id, body, crc FROM figures")
-    if not found:
+    rows = db.rows("SELECT rowid, id, body, crc FROM figures")
+    if not rows:
         return None
-    wrong = fault(found[0][1:])
-    if wrong is None:
-        body: bytes = found[0][2]
+    error = fault(rows[0][1:])
+    if error is None:
+        body: bytes = rows[0][2]
         return body
-    quarantine_rows(db, "figures", ("id", "body", "crc"), [(found[0][0], found[0][1:], wrong)])
+    quarantine_rows(db, "figures", ("id", "body", "crc"), [(rows[0][0], rows[0][1:], error)])
     return None

@@ -198,8 +198,8 @@ class Store(Storage):
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
         return await self._run(queries.timeline, self._database, job_seq, limit)
 
-    async def read_late_results(self, wanted: list[LateResultQuery]) -> LateResultRows:
-        return await self._run(queries.late, self._database, wanted)
+    async def read_late_results(self, requested: list[LateResultQuery]) -> LateResultRows:
+        return await self._run(queries.late, self._database, requested)
 
     async def count_late_results(self, job_seqs: list[int]) -> dict[int, int]:
         return await self._run(queries.count_late, self._database, job_seqs)
@@ -233,8 +233,8 @@ class Store(Storage):
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         return await self._run(queries.due_tombstones, self._database, now, limit)
 
-    async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
-        await self._run(self._database.settle_tombstones, gone, later)
+    async def settle_tombstones(self, deleted: list[int], postponed: list[Tombstone]) -> None:
+        await self._run(self._database.settle_tombstones, deleted, postponed)
 
     # -------------------------------------------------------------------------------------------- webhook outbox
 

@@ -16,7 +16,7 @@ from typing import BinaryIO, Final
 _HEADER: Final = struct.Struct(">8I")  # magic, version, page size, checkpoint, two salts, two checksums
 _FRAME: Final = struct.Struct(">6I")  # page, size of the database at a commit (else 0), two salts, two checksums
 _MAGIC: Final = 0x377F0682  # the last bit is the byte order of the checksums
-_TAKEN_AT: Final = 16  # offset in the shared memory file of the number of valid frames
+_USED_FRAMES_AT: Final = 16  # offset in the shared memory file of the number of valid frames
 _SECTOR: Final = 512
 _DEFAULT_PAGE: Final = 4096
 
@@ -26,15 +26,15 @@ Sums = tuple[int, int]
 def frames_used(shared: str) -> int:
     """Return how many frames of the log SQLite uses, from the shared memory file of a connection that has read it."""
     with open(shared, "rb") as file:
-        file.seek(_TAKEN_AT)
+        file.seek(_USED_FRAMES_AT)
         return int.from_bytes(file.read(4), sys.byteorder)
 
 
-def is_damaged(log: str, taken: int) -> bool:
-    """Return whether `log` has commits after the first `taken` frames that a crash cannot explain."""
+def is_damaged(log: str, used: int) -> bool:
+    """Return whether `log` has commits after the first `used` frames that a crash cannot explain."""
     commits, broken_commit = 0, False
     with open(log, "rb") as file:
-        for frame in _frames_after(file, taken):
+        for frame in _frames_after(file, used):
             if frame.is_whole and frame.is_commit:
                 commits += 1
             elif frame.is_commit and frame.has_whole_head and not commits:
@@ -54,7 +54,7 @@ class _Frame:
     has_whole_head: bool  # it lies in one sector, so it is not a mix of two writes
 
 
-def _frames_after(file: BinaryIO, taken: int) -> Iterator[_Frame]:
+def _frames_after(file: BinaryIO, used: int) -> Iterator[_Frame]:
     header = file.read(_HEADER.size)
     if len(header) < _HEADER.size:
         return
@@ -64,17 +64,17 @@ def _frames_after(file: BinaryIO, taken: int) -> Iterator[_Frame]:
     else:  # the header is damaged: SQLite uses no frame; the frames have the same salts
         salts, page, big = [], _DEFAULT_PAGE, False
     sums: Sums = (first, second)
-    place = _HEADER.size + max(0, taken - 1) * (_FRAME.size + page)
-    file.seek(place)
-    number = max(0, taken - 1)
+    offset = _HEADER.size + max(0, used - 1) * (_FRAME.size + page)
+    file.seek(offset)
+    number = max(0, used - 1)
     while len(frame := file.read(_FRAME.size + page)) == _FRAME.size + page:
-        _, size, *own_salts, own_first, own_second = _FRAME.unpack_from(frame)
-        salts = salts or own_salts
-        if own_salts == salts and number >= taken:
-            whole = _checksum(_checksum(sums, frame[:8], big), frame[_FRAME.size :], big) == (own_first, own_second)
-            yield _Frame(whole, size > 0, place // _SECTOR == (place + 15) // _SECTOR)
-        sums = (own_first, own_second)
-        place += len(frame)
+        _, size, *frame_salts, first_sum, second_sum = _FRAME.unpack_from(frame)
+        salts = salts or frame_salts
+        if frame_salts == salts and number >= used:
+            whole = _checksum(_checksum(sums, frame[:8], big), frame[_FRAME.size :], big) == (first_sum, second_sum)
+            yield _Frame(whole, size > 0, offset // _SECTOR == (offset + 15) // _SECTOR)
+        sums = (first_sum, second_sum)
+        offset += len(frame)
         number += 1
 
 

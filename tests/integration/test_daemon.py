@@ -306,7 +306,7 @@ def test_artifacts_in_the_daemons_own_directory_are_exit_78(tmp_path: Path, plac
     run = daemon.spawn()
     _, log = run.communicate(timeout=30)
     assert run.returncode == 78
-    assert "a directory of their own" in log.decode()
+    assert "a separate directory" in log.decode()
     checked = [sys.executable, "-m", "jobd", "check-config", "--config", str(daemon.config)]
     assert subprocess.run(checked, env=daemon.environ, capture_output=True, timeout=30, check=False).returncode == 78
 

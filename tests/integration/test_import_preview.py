@@ -88,7 +88,7 @@ async def test_a_preview_has_limits(harness: HttpHarness, monkeypatch: pytest.Mo
     monkeypatch.setattr(imports, "SHOWN_LINES", 2)
     data = (await look(harness, *({"id": f"old-{n}"} for n in range(5)))).data
     assert (data["wouldSkip"], len(data["lines"]), data["more"]) == (5, 2, True)
-    monkeypatch.setattr(imports, "MOST_LINES", 2)
+    monkeypatch.setattr(imports, "MAX_PREVIEW_LINES", 2)
     many = await look(harness, *({"id": f"a-{n}", "status": "cancelled"} for n in range(5)))
     assert (many.status, many.error) == (413, "too_large")
 

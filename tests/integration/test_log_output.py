@@ -52,7 +52,7 @@ class Pipe:
 
 
 def test_logging_never_waits_and_dropped_lines_are_counted_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging, "MOST_CHARS", 10_000)
+    monkeypatch.setattr(logging, "MAX_QUEUED_CHARS", 10_000)
     pipe = Pipe(monkeypatch)
     out = LogWriter(lambda count: out.write(f"dropped {count}"))
     for number in range(10_000):
@@ -77,7 +77,7 @@ def test_many_lines_at_once_are_all_written_if_stderr_is_read() -> None:
 
 
 def test_a_line_larger_than_the_buffer_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging, "MOST_CHARS", 10)
+    monkeypatch.setattr(logging, "MAX_QUEUED_CHARS", 10)
     pipe = Pipe(monkeypatch)
     out = LogWriter(lambda count: pytest.fail("nothing was dropped"))
     out.write("x" * 100_000)

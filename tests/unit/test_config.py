@@ -492,7 +492,7 @@ def test_artifacts_cannot_share_a_directory_with_the_daemons_files(tmp_path: Pat
     found = load({**places, "artifacts.url": linked}, environ, file)  # it follows no link, which could hang
     with pytest.raises(ConfigError, match="own files lie in"):
         config_loader.check_artifact_directory(linked, found.own_directories)
-    with pytest.raises(ConfigError, match=r"artifacts\.url: .*own files lie in .*a directory of their own"):
+    with pytest.raises(ConfigError, match=r"artifacts\.url: .*own files lie in .*a separate directory"):
         load({**places, "artifacts.url": f"file://{tmp_path}/{where}"}, environ, file)
 
 

@@ -18,11 +18,11 @@ log = structlog.get_logger("jobd.artifacts")
 
 
 class Downloads:
-    """Starts downloads, at most `most` at a time. `store` is None if artifacts.url is not set."""
+    """Starts downloads, at most `limit` at a time. `store` is None if artifacts.url is not set."""
 
-    def __init__(self, store: ArtifactStore | None, most: int) -> None:
+    def __init__(self, store: ArtifactStore | None, limit: int) -> None:
         self._store = store
-        self._most = most
+        self._limit = limit
         self._open: set[Download] = set()
         self._is_closed = False
 
@@ -37,8 +37,8 @@ class Downloads:
             raise api_error("not_found", message)
         if self._is_closed:
             raise api_error("shutting_down", "The daemon is stopping; try again in a moment.")
-        if len(self._open) >= self._most:
-            message = f"{self._most} downloads are in progress (limits.downloads); try again in a moment."
+        if len(self._open) >= self._limit:
+            message = f"{self._limit} downloads are in progress (limits.downloads); try again in a moment."
             raise api_error("overloaded", message)
         download = Download(self._open, cut)  # counts while the object is opened
         try:
@@ -69,14 +69,14 @@ class Downloads:
 
 
 class Download:
-    """A download in progress. It is in `places` until `leave`."""
+    """A download in progress. It is in `open_downloads` until it is closed."""
 
-    def __init__(self, places: set[Download], cut: Callable[[], None]) -> None:
+    def __init__(self, open_downloads: set[Download], cut: Callable[[], None]) -> None:
         self.size = 0
         self.cut = cut
-        self._places = places
+        self._open_downloads = open_downloads
         self._reading: ArtifactReader | None = None
-        places.add(self)
+        open_downloads.add(self)
 
     def attach(self, reading: ArtifactReader) -> None:
         self._reading = reading
@@ -88,6 +88,6 @@ class Download:
             return await self._reading.more()
 
     def close(self) -> None:
-        self._places.discard(self)
+        self._open_downloads.discard(self)
         if self._reading is not None:
             self._reading.close()

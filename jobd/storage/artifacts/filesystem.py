@@ -39,11 +39,11 @@ def _nothing(_: object) -> None:
 
 
 class FileArtifactStore:
-    """The artifact store of `file:///DIRECTORY`. Keys are paths in it. Files in `own_places` are never touched."""
+    """The artifact store of `file:///DIRECTORY`. Keys are paths in it. `daemon_directories` are never touched."""
 
-    def __init__(self, directory: str, owner: str, own_places: Iterable[str] = ()) -> None:
+    def __init__(self, directory: str, owner: str, daemon_directories: Iterable[str] = ()) -> None:
         self.place = directory
-        self._own_places = tuple(own_places)
+        self._daemon_directories = tuple(daemon_directories)
         self._probe_name = f".jobd-probe-{owner}"
         self._calls: Calls = SimpleQueue()
         # Not from a pool: the interpreter waits for pool threads when it exits, and this one may hang.
@@ -106,11 +106,11 @@ class FileArtifactStore:
             if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO):  # not a valid name, a link, a socket
                 return None
             raise ArtifactStoreError(f"{self.place}/{key}: {error.strerror}") from error
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             os.close(handle)
             return None
-        return handle, found.st_size
+        return handle, status.st_size
 
     def _delete(self, key: str, judge: Judge) -> Deletion:
         *folders, name = key.split("/")
@@ -142,9 +142,9 @@ class FileArtifactStore:
                         raise
                     if not stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
                         raise FileNotFoundError(name) from error  # a file, not a directory
-                    way = "/".join(folders)
+                    path = "/".join(folders)
                     message = (
-                        f"{self.place}/{way}: {name} is a symbolic link, which jobd does not follow; use a bind mount"
+                        f"{self.place}/{path}: {name} is a symbolic link, which jobd does not follow; use a bind mount"
                     )
                     raise ArtifactStoreError(message) from error
                 os.close(folder)
@@ -155,10 +155,10 @@ class FileArtifactStore:
 
     def _is_own(self, folder: int) -> bool:
         """Return whether the directory has files of the daemon, also through a bind mount."""
-        place = os.fstat(folder)
-        for path in self._own_places:
+        folder_status = os.fstat(folder)
+        for path in self._daemon_directories:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                if os.path.samestat(os.stat(path), place):
+                if os.path.samestat(os.stat(path), folder_status):
                     return True
         return False
 
@@ -255,17 +255,17 @@ def _delete_in(folder: int, name: str, judge: Judge) -> Deletion:
     """
     renamed = f".jobd-gone-{blake2b(os.fsencode(name), digest_size=8).hexdigest()}"
     _recover(folder, name, renamed, judge)
-    found = os.stat(name, dir_fd=folder, follow_symlinks=False)
-    if stat.S_ISDIR(found.st_mode):
+    status = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if stat.S_ISDIR(status.st_mode):
         return Deletion("left", "it is a directory")
     # Only the system sets ctime: a copy that keeps the mtime of its source is still new.
-    modified_at = max(found.st_mtime_ns, found.st_ctime_ns) // 1_000_000
+    modified_at = max(status.st_mtime_ns, status.st_ctime_ns) // 1_000_000
     verdict = judge(modified_at)
     if verdict != "delete":
         why = "it was written after the job was deleted" if verdict == "leave" else ""
         return Deletion("left" if verdict == "leave" else "young", why, modified_at)
     os.rename(name, renamed, src_dir_fd=folder, dst_dir_fd=folder)
-    if _identity(os.stat(renamed, dir_fd=folder, follow_symlinks=False)) != _identity(found):
+    if _identity(os.stat(renamed, dir_fd=folder, follow_symlinks=False)) != _identity(status):
         _put_back(folder, name, renamed)
         return _delete_in(folder, name, judge)
     os.unlink(renamed, dir_fd=folder)
@@ -273,17 +273,17 @@ def _delete_in(folder: int, name: str, judge: Judge) -> Deletion:
     return Deletion("deleted")
 
 
-def _identity(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_ino, found.st_mtime_ns, found.st_size
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _recover(folder: int, name: str, renamed: str, judge: Judge) -> None:
     """Judge a renamed file again that a crash has left, because it may not be the file that was judged."""
     try:
-        found = os.stat(renamed, dir_fd=folder, follow_symlinks=False)
+        status = os.stat(renamed, dir_fd=folder, follow_symlinks=False)
     except FileNotFoundError:
         return
-    if judge(found.st_mtime_ns // 1_000_000) == "delete":  # the rename has changed its ctime
+    if judge(status.st_mtime_ns // 1_000_000) == "delete":  # the rename has changed its ctime
         os.unlink(renamed, dir_fd=folder)
     else:
         _put_back(folder, name, renamed)

@@ -51,11 +51,11 @@ class S3ArtifactStore:
         if not self._can_name(key):
             return None
         try:
-            found = await self._call(obstore.head_async(self._store, key))
+            metadata = await self._call(obstore.head_async(self._store, key))
         except FileNotFoundError:
             await self._check_bucket(key)
             return None
-        return S3Reader(self, key, found["size"], found["e_tag"])
+        return S3Reader(self, key, metadata["size"], metadata["e_tag"])
 
     async def read_range(self, key: str, e_tag: str | None, start: int, end: int) -> bytes:
         """Read bytes of the object if it still has this tag. Raises ArtifactStoreError."""
@@ -70,17 +70,17 @@ class S3ArtifactStore:
             return Deletion("left", "the key is not a valid object name")
         while True:
             try:
-                found = await self._call(obstore.head_async(self._store, key))
+                metadata = await self._call(obstore.head_async(self._store, key))
             except FileNotFoundError:
                 await self._check_bucket(key)
                 return Deletion("missing")
-            modified_at = round(found["last_modified"].timestamp() * 1000)
+            modified_at = round(metadata["last_modified"].timestamp() * 1000)
             verdict = judge(modified_at)
             if verdict == "leave":
                 return Deletion("left", "it was written after the job was deleted", modified_at)
             if verdict == "wait":
                 return Deletion("young", "", modified_at)
-            if await self._delete(key, found["e_tag"]):
+            if await self._delete(key, metadata["e_tag"]):
                 return Deletion("deleted")
 
     def _can_name(self, key: str) -> bool:
@@ -114,8 +114,8 @@ class S3ArtifactStore:
                 ) from error
 
     async def _read(self, name: str, options: Any = None) -> bytes:
-        found = await obstore.get_async(self._store, name, options=options)
-        return bytes(await found.bytes_async())
+        response = await obstore.get_async(self._store, name, options=options)
+        return bytes(await response.bytes_async())
 
     async def _delete(self, key: str, e_tag: str | None) -> bool:
         """Delete the object if it still has this tag. Return whether it had.
@@ -187,7 +187,7 @@ def _client() -> Any:
 def _short_message(error: Exception) -> str:
     """Shorten an error for a message: without a signed URL or a whole document."""
     line = str(error).partition("\n")[0] or f"no response within {CALL_S:g} s"
-    said = line.partition(" - ")[2] or line
-    code = _CODE.search(said)
-    said = said.partition(": <")[0] + (f" ({code[1]})" if code else "")
-    return said if len(said) <= MAX_MESSAGE_CHARS else f"{said[:MAX_MESSAGE_CHARS]} …"
+    text = line.partition(" - ")[2] or line
+    code = _CODE.search(text)
+    text = text.partition(": <")[0] + (f" ({code[1]})" if code else "")
+    return text if len(text) <= MAX_MESSAGE_CHARS else f"{text[:MAX_MESSAGE_CHARS]} …"

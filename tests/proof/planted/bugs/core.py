@@ -135,8 +135,8 @@ def _(step: Any, /, self: Draft, job: Job, event_type: Any, **fields: Any) -> Jo
     breaks="two restores of one backup issue equal tokens",
     found_by="tests/unit/storage/test_startup.py",
 )
-def _(epoch: Any, seen: int, now_ms: int) -> int:
-    return seen + 1
+def _(epoch: Any, highest: int, now_ms: int) -> int:
+    return highest + 1
 
 
 @bug(

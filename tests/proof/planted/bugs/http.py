@@ -30,7 +30,7 @@ def _(ok_response: Any, self: App[Any], ctx: Any, response: Response) -> HttpRes
 
 @bug(
     "stream-error-overtakes",
-    _CommandStream._refuse,
+    _CommandStream._reject,
     breaks="an immediate error of a stream takes the place of the response before it",
     found_by="tests/integration/test_command_stream.py",
 )
