@@ -46,9 +46,9 @@ def dry_run_option(verb: Any) -> Any:
     return click.option("--dry-run", is_flag=True, help="Only print what would be done.")(verb)
 
 
-def reason_option(kept: str) -> Callable[[Any], Any]:
+def reason_option(where_stored: str) -> Callable[[Any], Any]:
     """Add --reason. `kept` says where it is stored."""
-    return click.option("--reason", metavar="TEXT", help=f"Why you do this. {kept}")
+    return click.option("--reason", metavar="TEXT", help=f"Why you do this. {where_stored}")
 
 
 def run_action(confirmation: Confirmation, ids: Sequence[str], *, yes: bool, dry_run: bool, as_json: bool) -> int:
@@ -85,7 +85,9 @@ def _run(confirmation: Confirmation, job_id: str, as_json: bool) -> int:
     return exit_codes.DONE
 
 
-def _show_dry_run(confirmation: Confirmation, job_id: str, tell: Callable[[str], None], as_json: bool = False) -> int:
+def _show_dry_run(
+    confirmation: Confirmation, job_id: str, print_line: Callable[[str], None], as_json: bool = False
+) -> int:
     job = confirmation.get_job(job_id)
     response = _dry_run(confirmation, job_id)
     error = _error(response)
@@ -99,7 +101,7 @@ def _show_dry_run(confirmation: Confirmation, job_id: str, tell: Callable[[str],
     if as_json and response is not None and error is None:
         terminal.emit_json(response)
     else:
-        tell(f"{job_id}: would {confirmation.action}{confirmation.details(job)}: it is {state(job)}")
+        print_line(f"{job_id}: would {confirmation.action}{confirmation.details(job)}: it is {state(job)}")
     if is_read_only:
         terminal.say(
             "This token is read-only, so only the status was checked. A dry run on the daemon needs the admin token."

@@ -85,16 +85,16 @@ def claims(worker: WorkerView) -> str | None:
     return f"{_few(worker.queues)}{kinds}"
 
 
-def about(said: About | None) -> str | None:
+def about(worker: About | None) -> str | None:
     """Describe a worker: `box, pid 42, version 1.0, 4 at once`."""
-    if said is None:
+    if worker is None:
         return None
     parts = [
-        said.host,
-        f"pid {said.pid}" if said.pid is not None else None,
-        f"version {said.version}" if said.version else None,
-        f"{said.concurrency} at once" if said.concurrency is not None else None,
-        said.instance,
+        worker.host,
+        f"pid {worker.pid}" if worker.pid is not None else None,
+        f"version {worker.version}" if worker.version else None,
+        f"{worker.concurrency} at once" if worker.concurrency is not None else None,
+        worker.instance,
     ]
     return ", ".join(part for part in parts if part)
 
@@ -105,15 +105,15 @@ def _few(names: Iterable[str]) -> str:
     return " ".join([*shown[:MAX_NAMES], *more])
 
 
-def take_back(view: TakeBackView, tell: Callable[[str], None], *, would: bool) -> None:
+def take_back(view: TakeBackView, print_line: Callable[[str], None], *, would: bool) -> None:
     """Show the effect of a take-back on each job: done, or planned with `would`."""
     done = {"reset": "requeued", "failed": "failed"}
     planned = {"reset": "would be requeued", "failed": "would fail"}
     for each in view.details:
-        tell(f"{each.job_id}: {(planned if would else done)[each.action]}: {each.reason}")
+        print_line(f"{each.job_id}: {(planned if would else done)[each.action]}: {each.reason}")
     jobs = "1 job" if view.recovered_jobs == 1 else f"{view.recovered_jobs} jobs"
     how = f"{view.reset_jobs} requeued, {view.failed_jobs} failed{'; there are more' if view.more else ''}"
-    tell(f"{'would take' if would else 'took'} back {jobs} of {view.worker}: {how}")
+    print_line(f"{'would take' if would else 'took'} back {jobs} of {view.worker}: {how}")
 
 
 def _held(worker: WorkerView) -> str:

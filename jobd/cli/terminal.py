@@ -226,11 +226,11 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, empty: st
     _print(grid)
 
 
-def widths(lines: Sequence[Sequence[str]], most: int) -> list[int]:
+def widths(lines: Sequence[Sequence[str]], limit: int) -> list[int]:
     """Return the width of each column, ignoring cells longer than `most`, so that one long name moves only its row."""
     from rich.cells import cell_len
 
-    return [max((n for n in map(cell_len, column) if n <= most), default=0) for column in zip(*lines, strict=True)]
+    return [max((n for n in map(cell_len, column) if n <= limit), default=0) for column in zip(*lines, strict=True)]
 
 
 def filled(line: Sequence[str], to: Sequence[int], right: Sequence[bool]) -> list[str]:

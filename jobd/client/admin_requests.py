@@ -161,8 +161,8 @@ def make_plan(
         query: dict[str, str | int | None] = {"status": status, "queue": queue, "kind": kind, "worker": worker}
         query |= {"since": since, "until": until, "q": q, "error": error}
         query |= {"finished_since": finished_since, "finished_until": finished_until}
-        given = {name: value for name, value in query.items() if value is not None}
-        body["filter"] = None if action in MAINTENANCE_ACTIONS and not given else given
+        parameters = {name: value for name, value in query.items() if value is not None}
+        body["filter"] = None if action in MAINTENANCE_ACTIONS and not parameters else parameters
     return post(f"{BASE}/plans", PlanView, body, wait_ms=_RUN_MS)
 
 

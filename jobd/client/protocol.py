@@ -131,8 +131,8 @@ class ApiResponse:
 
 def with_query(path: str, **query: str | int | None) -> str:
     """Add a query to `path`, without the parameters that are None."""
-    given = {name: value for name, value in query.items() if value is not None}
-    return f"{path}?{urlencode(given)}" if given else path
+    parameters = {name: value for name, value in query.items() if value is not None}
+    return f"{path}?{urlencode(parameters)}" if parameters else path
 
 
 def get(path: str, shape: type[T], **query: str | int | None) -> ApiRequest[T]:
@@ -153,11 +153,11 @@ def post(
 
     Raises TypeError if JSON cannot express a field.
     """
-    given = {name: value for name, value in body.items() if value is not None}
+    fields = {name: value for name, value in body.items() if value is not None}
     headers = {"Content-Type": JSON_TYPE}
     if key is not None:
         headers["Idempotency-Key"] = key
-    return ApiRequest(method, path, reader(shape), msgspec.json.encode(given), headers, wait_ms)
+    return ApiRequest(method, path, reader(shape), msgspec.json.encode(fields), headers, wait_ms)
 
 
 def job_path(base: str, job_id: str, verb: str = "") -> str:

@@ -90,15 +90,15 @@ class Viewer(Struct):
 
         Programs need none: browsers attach cookies on their own, but never an Authorization header.
         """
-        given = self.context.head.headers.get(CSRF_HEADER) or csrf
-        if self.session is not None and not self.session.has_csrf(given):
+        submitted = self.context.head.headers.get(CSRF_HEADER) or csrf
+        if self.session is not None and not self.session.has_csrf(submitted):
             raise api_error(
                 "forbidden", "This form does not belong to your session. Open its page again, then submit it."
             )
 
 
 def find_viewer(app: App[Services], context: RequestContext, sessions: Sessions) -> Viewer | None:
-    """Return the viewer, None if nobody is signed in. Raise 401 if the request carries an invalid token."""
+    """Return the viewer, or None without a session or token. Raise 401 if the request carries an invalid token."""
     viewer = None
     if AUTHORIZATION in context.head.headers:
         viewer = Viewer(app, context, app.authenticator.authenticate(context.head.headers))

@@ -44,8 +44,8 @@ class Session(Struct):
     name: str = ""  # given by the operator
     by_tls: bool = False
 
-    def has_csrf(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), self.csrf.encode())
+    def has_csrf(self, submitted: str) -> bool:
+        return hmac.compare_digest(submitted.encode("utf-8", "surrogateescape"), self.csrf.encode())
 
     def take_flash(self) -> str:
         message, self.flash = self.flash, ""

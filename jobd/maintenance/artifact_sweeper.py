@@ -101,8 +101,8 @@ class ArtifactSweeper:
         if silent_s < DEGRADED_AFTER_S:
             return None
         is_counted = self._failing.keys().isdisjoint((STORE, DAMAGED))
-        kept = f"{len(self._failing)} objects of deleted jobs" if is_counted else "Objects of deleted jobs"
-        return f"{kept} could not be deleted, the first for {silent_s:.0f} s: {why}"
+        objects = f"{len(self._failing)} objects of deleted jobs" if is_counted else "Objects of deleted jobs"
+        return f"{objects} could not be deleted, the first for {silent_s:.0f} s: {why}"
 
     # -- slices --------------------------------------------------------------------------------------------------------
 
@@ -123,11 +123,11 @@ class ArtifactSweeper:
         ]
         free = [(each, named) for each, named in due.found if not _is_held(due, each, named)]
         ends = [*held, *await asyncio.gather(*(self._try(tombstone, named, now) for tombstone, named in free))]
-        gone = [end.tombstone.job_seq for end in ends if end.outcome is not None and end.outcome.what != "young"]
-        later = [self._postpone(end, now) for end in ends if end.tombstone.job_seq not in gone]
+        finished = [end.tombstone.job_seq for end in ends if end.outcome is not None and end.outcome.what != "young"]
+        later = [self._postpone(end, now) for end in ends if end.tombstone.job_seq not in finished]
         if ends:
-            await self._disk.settle_tombstones(gone, later)
-        self.sweeps.waiting -= len(gone)
+            await self._disk.settle_tombstones(finished, later)
+        self.sweeps.waiting -= len(finished)
         for end in ends:
             self._record(end)
         if len(ends) < SLICE:
@@ -136,10 +136,10 @@ class ArtifactSweeper:
 
     async def _try(self, tombstone: Tombstone, named: bool, now: int) -> SweepResult:
         """Delete one artifact unless a job names its key. The store is asked anyway, and cleans up after a crash."""
-        whose = _leave if named else partial(judge, tombstone, self._margins, now)
+        decide = _leave if named else partial(judge, tombstone, self._margins, now)
         try:
             async with asyncio.timeout(CALL_S):
-                outcome = await self._store.delete(tombstone.key, whose)
+                outcome = await self._store.delete(tombstone.key, decide)
             if named and outcome.what == "left" and outcome.modified_at:  # otherwise the store gives the reason
                 outcome = replace(outcome, why="another job names its key")
             return SweepResult(tombstone, outcome)
@@ -163,19 +163,19 @@ class ArtifactSweeper:
 
     def _record(self, end: SweepResult) -> None:
         tombstone, outcome = end.tombstone, end.outcome
-        told = {"job_id": tombstone.job_id, "key": tombstone.key}
+        fields = {"job_id": tombstone.job_id, "key": tombstone.key}
         if outcome is None:
             self.sweeps.failures += 1
             self._record_failure(tombstone.job_seq, end.error)
-            log.warning("artifact_not_deleted", **told, tries=tombstone.tries + 1, error=end.error)
+            log.warning("artifact_not_deleted", **fields, tries=tombstone.tries + 1, error=end.error)
             return
         self._failing.pop(tombstone.job_seq, None)
         if outcome.what == "deleted":
             self.sweeps.deleted += 1
-            log.debug("artifact_deleted", **told)
+            log.debug("artifact_deleted", **fields)
         elif outcome.what == "left":
             self.sweeps.left += 1
-            log.info("artifact_left", **told, why=outcome.why)
+            log.info("artifact_left", **fields, why=outcome.why)
 
     def _record_unmoved(self, count: int) -> None:
         """Record damaged tombstones that could not be moved to the quarantine."""

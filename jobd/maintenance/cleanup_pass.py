@@ -192,8 +192,8 @@ class CleanupRun:
         # Compact jobs cannot have issues, and there may be millions of them.
         for ids in _slices(list(self._book.jobs.touched()), SCAN):
             wrong = [job_id for job_id in ids if job_id not in looked_at and self._has_issues(job_id)]
-            for some in _slices(wrong, self._batch):
-                await self._repair(some)
+            for chunk in _slices(wrong, self._batch):
+                await self._repair(chunk)
             await self._context.yield_to_workers()
 
     def _has_issues(self, job_id: str) -> bool:
@@ -215,8 +215,8 @@ class CleanupRun:
         self._context.totals.issues[issue.type] += 1
         if self._logged < MAX_ISSUES_LOGGED:
             self._logged += 1
-            told = {"severity": issue.type, "field": issue.field, "problem": issue.message, "fix": issue.fix}
-            log.warning("validation_issue", job_id=job_id, **told)
+            fields = {"severity": issue.type, "field": issue.field, "problem": issue.message, "fix": issue.fix}
+            log.warning("validation_issue", job_id=job_id, **fields)
 
     async def _journal_step(self) -> None:
         """Delete the journal of jobs that were deleted long ago."""
@@ -253,6 +253,6 @@ class CleanupRun:
 
 
 def _slices(ids: list[str], size: int) -> Iterator[list[str]]:
-    left = iter(ids)
-    while some := list(islice(left, size)):
-        yield some
+    remaining = iter(ids)
+    while chunk := list(islice(remaining, size)):
+        yield chunk

@@ -66,9 +66,9 @@ class Maintainer:
         """Keep the journal of deleted jobs for at least this long, for readers that lag behind."""
         self._context.hold_journal_ms = for_ms
 
-    def save_extra(self, kept: Callable[[], bytes]) -> None:
+    def save_extra(self, read_extra_json: Callable[[], bytes]) -> None:
         """Save this JSON with the statistics, for `read_extra`."""
-        self._extra = kept
+        self._extra = read_extra_json
 
     # -- interface -----------------------------------------------------------------------------------------------------
 
@@ -134,10 +134,10 @@ class Maintainer:
         except CommandRejected as rejected:
             return rejected.error
 
-    async def preview(self, look_s: float = SCAN_S) -> PreviewView | ApiError:
-        """Return what recovery and a cleanup run would do now. `look_s` limits the scan for issues, in seconds."""
+    async def preview(self, scan_s: float = SCAN_S) -> PreviewView | ApiError:
+        """Return what recovery and a cleanup run would do now. `scan_s` limits the scan for issues, in seconds."""
         try:
-            return await preview(self._context, look_s)
+            return await preview(self._context, scan_s)
         except CommandRejected as rejected:
             return rejected.error
         except Unfinished as unfinished:
@@ -284,9 +284,9 @@ class Maintainer:
         since.locks_cleared -= report.expired_locks_cleared
 
     async def _save_figures(self) -> None:
-        kept = SavedStats(*astuple(self._book.figures))
-        kept.beside = Raw(self._extra())
-        await self._disk.save_stats(msgspec.json.encode(kept))
+        stats = SavedStats(*astuple(self._book.figures))
+        stats.beside = Raw(self._extra())
+        await self._disk.save_stats(msgspec.json.encode(stats))
 
     async def _restore(self) -> None:
         try:
@@ -302,9 +302,9 @@ class Maintainer:
         return CleanupReport(self._clock.moment().now, 0, 0, 0, 0, 0, 0, [error], self._forced)
 
     def _resolve_waiter(self, report: CleanupReport) -> None:
-        asked, self._waiter = self._waiter, None
-        if asked is not None:
-            asked.set_result(report)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            waiter.set_result(report)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
@@ -342,8 +342,8 @@ class SavedStats(Figures):
 
 def read_extra(body: bytes | None) -> bytes:
     """Return the JSON that was saved with the statistics, or null."""
-    kept = None if body is None else _read(body, SavedStats)
-    return b"null" if kept is None else bytes(kept.beside)
+    stats = None if body is None else _read(body, SavedStats)
+    return b"null" if stats is None else bytes(stats.beside)
 
 
 def read_figures(body: bytes | None) -> Figures:

@@ -36,14 +36,14 @@ PAUSE_S: Final = 0.002  # after each page, so that workers get the loop and the 
 class PlanBuilder:
     """Collects the jobs of a plan. `more`: the plan is incomplete; the next one may continue at `next_cursor`."""
 
-    def __init__(self, asked: MakePlan, actor: Actor, clock: Clock, turn: asyncio.Semaphore) -> None:
+    def __init__(self, request: MakePlan, actor: Actor, clock: Clock, turn: asyncio.Semaphore) -> None:
         self.jobs: list[PlannedJob] = []
         self.expected: list[ExpectedVersion] = []
         self.skipped: list[SkippedJob] = []
         self.skipped_count = 0
         self.next_cursor: str | None = None
         self._is_cut = False
-        self._asked = asked
+        self._asked = request
         self._actor = actor
         self._clock = clock
         self._disk = actor.disk
@@ -57,27 +57,27 @@ class PlanBuilder:
 
     async def run(self) -> ApiError | None:
         """Find the jobs, or return what is wrong with the request."""
-        asked = self._asked
-        if asked.action in MAINTENANCE_ACTIONS:
+        request = self._asked
+        if request.action in MAINTENANCE_ACTIONS:
             return await self._by_time()
-        if (asked.filter is None) == (asked.ids is None):
+        if (request.filter is None) == (request.ids is None):
             return _invalid("filter", "Set either `filter` or `ids`.")
-        if asked.ids is not None:
-            if asked.cursor is not None:
+        if request.ids is not None:
+            if request.cursor is not None:
                 return _invalid("cursor", "A `cursor` requires the `filter` of the plan before.")
-            await self._named(list(dict.fromkeys(asked.ids)))
+            await self._named(list(dict.fromkeys(request.ids)))
             return None
-        assert asked.filter is not None
-        return await self._filtered(asked.filter)
+        assert request.filter is not None
+        return await self._filtered(request.filter)
 
     async def _named(self, ids: list[str]) -> None:
         for first in range(0, len(ids), PAGE):
-            some = ids[first : first + PAGE]
+            page = ids[first : first + PAGE]
             async with self._lock:
-                loaded = await self._disk.load(some, [], [])
-                found = [loaded.jobs[job_id] for job_id in some if job_id in loaded.jobs]
+                loaded = await self._disk.load(page, [], [])
+                found = [loaded.jobs[job_id] for job_id in page if job_id in loaded.jobs]
                 await self._take([job for job in found if plan_rules.why_not(self._asked.action, job) is None])
-            for job_id in some:
+            for job_id in page:
                 job = loaded.jobs.get(job_id)
                 if job is None:
                     wrong = loaded.bad.get(job_id) or self._book.quarantined.get(job_id)
@@ -105,32 +105,32 @@ class PlanBuilder:
 
     async def _live_jobs(self, due: Iterable[str], is_due: Callable[[Job], bool], until_s: float) -> None:
         """Yield due jobs in memory. A job that is no longer due when its turn comes is omitted."""
-        room = MAX_PLAN - len(self.jobs)
-        ids = list(islice(due, room + 1))
-        self._is_cut |= len(ids) > room
-        for first in range(0, min(len(ids), room), PAGE):
+        capacity = MAX_PLAN - len(self.jobs)
+        ids = list(islice(due, capacity + 1))
+        self._is_cut |= len(ids) > capacity
+        for first in range(0, min(len(ids), capacity), PAGE):
             if asyncio.get_running_loop().time() >= until_s:
                 self._is_cut = True
                 return
-            some = ids[first : min(first + PAGE, room)]
+            page = ids[first : min(first + PAGE, capacity)]
             async with self._lock:
-                jobs = map(self._book.jobs.find, some)
+                jobs = map(self._book.jobs.find, page)
                 await self._take([job for job in jobs if job is not None and is_due(job)])
             await asyncio.sleep(PAUSE_S)
 
     async def _expired_jobs(self, now: int, until_s: float) -> None:
         """Find finished jobs past their retention, oldest first."""
-        looked = 0
+        skipped = 0
         while True:
             async with self._lock:
-                ids = await self._disk.expired_jobs(now, PAGE, looked)
+                ids = await self._disk.expired_jobs(now, PAGE, skipped)
                 loaded = await self._disk.load(ids, [], [])
                 old = [loaded.jobs[job_id] for job_id in ids if job_id in loaded.jobs and job_id not in self._taken]
-                room = MAX_PLAN - len(self.jobs)
-                await self._take([job for job in old if job.status in FINISHED][:room])
-            looked += len(ids)
-            if not ids or len(old) > room:
-                self._is_cut |= len(old) > room
+                capacity = MAX_PLAN - len(self.jobs)
+                await self._take([job for job in old if job.status in FINISHED][:capacity])
+            skipped += len(ids)
+            if not ids or len(old) > capacity:
+                self._is_cut |= len(old) > capacity
                 return
             if asyncio.get_running_loop().time() >= until_s:
                 self._is_cut = True
@@ -148,14 +148,14 @@ class PlanBuilder:
         until_s = clock_s() + MAX_PLANNING_S
         for status in statuses:
             while self.next_cursor is None:
-                room = MAX_PLAN - len(self.jobs)
+                capacity = MAX_PLAN - len(self.jobs)
                 async with self._lock:
                     page = await self._disk.find_jobs(as_query(wanted, status, before))
                     # a job that changed meanwhile is found in its next status, too
                     new = [job for job, _ in page.jobs if job.id not in self._taken]
-                    await self._take(new[:room])
-                if len(new) > room:
-                    self.next_cursor = f"{status}.{new[room].seq + 1}"
+                    await self._take(new[:capacity])
+                if len(new) > capacity:
+                    self.next_cursor = f"{status}.{new[capacity].seq + 1}"
                 else:
                     before = page.next_before
                     if before is None:
@@ -187,8 +187,8 @@ def as_query(wanted: PlanFilter, status: str, before: int | None) -> JobQuery:
     filters = asdict(wanted)
     filters["text"] = filters.pop("q")
     is_slow = wanted.q is not None or wanted.error is not None
-    look = {"limit": PAGE, "before": before, "scan": SLOW_SCAN if is_slow else SCAN, "payloads": False}
-    return JobQuery(**{**filters, **look, "status": status})
+    paging = {"limit": PAGE, "before": before, "scan": SLOW_SCAN if is_slow else SCAN, "payloads": False}
+    return JobQuery(**{**filters, **paging, "status": status})
 
 
 def _invalid(field: str, message: str) -> ApiError:

@@ -65,11 +65,11 @@ class Planner:
 
     # -- building ------------------------------------------------------------------------------------------------------
 
-    async def make(self, asked: MakePlan, plan_id: str) -> PlanView | ApiError:
+    async def make(self, request: MakePlan, plan_id: str) -> PlanView | ApiError:
         """Build a plan of what `asked.action` would do now, and keep it as `plan_id`."""
         if self._builders >= MAX_BUILDERS:
             return ApiError("overloaded", "Other plans are being built. Try again after a second.")
-        search = PlanBuilder(asked, self._actor, self._clock, self._lock)
+        search = PlanBuilder(request, self._actor, self._clock, self._lock)
         self._builders += 1
         try:
             error = await search.run()
@@ -80,10 +80,10 @@ class Planner:
         now = self._clock.moment().now
         view = PlanView(
             plan_id=plan_id,
-            action=asked.action,
-            reason=asked.reason,
-            filter=asked.filter,
-            scope=None if asked.ids is not None else plan_rules.ONLY[asked.action],
+            action=request.action,
+            reason=request.reason,
+            filter=request.filter,
+            scope=None if request.ids is not None else plan_rules.ONLY[request.action],
             count=len(search.jobs),
             jobs=search.jobs,
             skipped=search.skipped,
@@ -105,11 +105,11 @@ class Planner:
         waiting = [each for each in self._plans.values() if each.view.result is None]
         self._make_room(sorted(waiting, key=lambda each: each.view.count > 0), MAX_PLANS, plan)
 
-    def _make_room(self, plans: list[Plan], most: int, latest: Plan) -> None:
+    def _make_room(self, plans: list[Plan], max_plans: int, latest: Plan) -> None:
         """Drop the first of `plans` until `most` with MAX_JOBS jobs are left. `latest` is never dropped."""
         left, jobs = len(plans), sum(plan.view.count for plan in plans)
         for plan in plans:
-            if left <= most and jobs <= MAX_JOBS:
+            if left <= max_plans and jobs <= MAX_JOBS:
                 break
             if plan is not latest and not plan.is_under_way:
                 del self._plans[plan.view.plan_id]
@@ -156,15 +156,15 @@ class Planner:
         view = plan.view
         operator = replace(operator, part_of=view.plan_id)
         while plan.at < view.count:
-            some = plan.expected[plan.at : plan.at + SLICE]
-            error = await self._apply_slice(plan, some, operator)
+            chunk = plan.expected[plan.at : plan.at + SLICE]
+            error = await self._apply_slice(plan, chunk, operator)
             if error is not None:
                 await self._audit(plan, operator)
                 left = {"applied": plan.done.applied, "left": view.count - plan.at}
                 done = f"{left['applied']} jobs were changed, {left['left']} are left"
                 message = f"{error.message} {done}. Apply the plan again."
                 return ApiError(error.code, message, error.details | left)
-            plan.at += len(some)
+            plan.at += len(chunk)
             await asyncio.sleep(PAUSE_S)
         at = self._clock.moment().now
         result = PlanResult(view.plan_id, view.action, plan.done.applied, plan.done.changed, plan.done.refused, at)
@@ -180,18 +180,18 @@ class Planner:
         self._plans[plan.view.plan_id] = self._plans.pop(plan.view.plan_id, plan)  # newest last
         self._make_room([each for each in self._plans.values() if each.view.result is not None], MAX_APPLIED, plan)
 
-    async def _apply_slice(self, plan: Plan, some: list[ExpectedVersion], operator: Operator) -> ApiError | None:
+    async def _apply_slice(self, plan: Plan, chunk: list[ExpectedVersion], operator: Operator) -> ApiError | None:
         """Apply one slice. Return the error if the command was rejected."""
         if self._stopping:
             return ApiError("shutting_down", "The daemon is stopping.")
         view = plan.view
         kind = ApplyEndings if plan_rules.is_ending(view.action) else ApplyPlan
-        command = kind(action=view.action, jobs=some, reason=view.reason)
+        command = kind(action=view.action, jobs=chunk, reason=view.reason)
         answer = await self._actor.ask(command, by=operator.by, admin=True, operator=operator)
         if isinstance(answer, ApiError):
             return answer
         done: PlanSlice = answer.data
-        was = {job.id: job.from_ for job in view.jobs[plan.at : plan.at + len(some)]}
+        was = {job.id: job.from_ for job in view.jobs[plan.at : plan.at + len(chunk)]}
         plan.done.applied += done.applied
         plan.done.changed += [_from(each, was) for each in done.changed]
         plan.done.refused += [_from(each, was) for each in done.refused]
@@ -210,9 +210,9 @@ class Planner:
             details["left_undone"] = undone
         if view.filter is not None:
             details["filter"] = {name: value for name, value in asdict(view.filter).items() if value is not None}
-        kept = await self._actor.ask(RecordAction(what=f"plan-{view.action}", details=details), operator=operator)
-        if isinstance(kept, ApiError):
-            log.warning("audit_missed", what=f"plan-{view.action}", by=operator.by, reason=kept.code)
+        response = await self._actor.ask(RecordAction(what=f"plan-{view.action}", details=details), operator=operator)
+        if isinstance(response, ApiError):
+            log.warning("audit_missed", what=f"plan-{view.action}", by=operator.by, reason=response.code)
 
 
 def _named(jobs: list[ChangedJob]) -> list[str]:

@@ -20,18 +20,18 @@ SCAN_S: Final = 0.5  # for jobs with issues, pauses excluded: about 50,000 jobs
 MAX_IDS: Final = 100_000  # ids copied in one go
 
 
-async def preview(context: MaintenanceContext, look_s: float = SCAN_S) -> PreviewView:
-    """Return what recovery and a cleanup run would do now. Scans take at most `look_s` seconds each.
+async def preview(context: MaintenanceContext, scan_s: float = SCAN_S) -> PreviewView:
+    """Return what recovery and a cleanup run would do now. Scans take at most `scan_s` seconds each.
 
     Raises CommandRejected.
     """
     seen: PreviewResult = await context.ask(Preview(limit=MAX_SHOWN), "daemon")
     at = context.clock.moment()
     nothing: tuple[list[str], bool] = [], False
-    past = await _expired_jobs(context, at.now, look_s)
+    past = await _expired_jobs(context, at.now, scan_s)
     # Nothing is deleted until the clock is trusted.
     (old, more_old), (held, more_held) = (nothing, past) if at.suspect else (past, nothing)
-    wrong, more_wrong = await _jobs_with_issues(context, look_s)
+    wrong, more_wrong = await _jobs_with_issues(context, scan_s)
     settled = {*(each.job_id for each in seen.details), *seen.expired, *old}  # these steps come before validation
     return PreviewView(
         recover=seen.details,
@@ -47,39 +47,39 @@ async def preview(context: MaintenanceContext, look_s: float = SCAN_S) -> Previe
     )
 
 
-async def _expired_jobs(context: MaintenanceContext, now: int, look_s: float) -> tuple[list[str], bool]:
+async def _expired_jobs(context: MaintenanceContext, now: int, scan_s: float) -> tuple[list[str], bool]:
     """Return finished jobs past their retention, and whether there may be more. Large jobs are read a few at a time."""
     found: dict[str, None] = {}
-    looked, spent_s = 0, 0.0
+    skipped, spent_s = 0, 0.0
     while len(found) <= MAX_SHOWN:
-        if spent_s >= look_s:
+        if spent_s >= scan_s:
             return list(found), True
         began_s = time.perf_counter()
-        some = await context.actor.disk.expired_jobs(now, MAX_SHOWN + 1 - len(found), looked)
+        page = await context.actor.disk.expired_jobs(now, MAX_SHOWN + 1 - len(found), skipped)
         spent_s += time.perf_counter() - began_s
-        looked += len(some)
-        found |= dict.fromkeys(some)
-        if not some:
+        skipped += len(page)
+        found |= dict.fromkeys(page)
+        if not page:
             return list(found), False
         await context.yield_to_workers()
     return list(found)[:MAX_SHOWN], True
 
 
-async def _jobs_with_issues(context: MaintenanceContext, look_s: float) -> tuple[list[str], bool]:
+async def _jobs_with_issues(context: MaintenanceContext, scan_s: float) -> tuple[list[str], bool]:
     """Return jobs that a cleanup run would report or repair, and whether there may be more.
 
-    Imported and hand-edited rows come first, then live jobs. It ends after `look_s`: any token may ask for this.
+    Imported and hand-edited rows come first, then live jobs. It ends after `scan_s`: any token may ask for this.
     """
     book, spent_s = context.actor.book, 0.0
     wrong: dict[str, None] = {}
-    for brought, ids in ((True, book.suspects.values()), (False, book.jobs.touched())):
+    for is_unvalidated, ids in ((True, book.suspects.values()), (False, book.jobs.touched())):
         noted = list(islice(ids, MAX_IDS + 1))  # they change while this yields
         left = islice(noted, MAX_IDS)
-        while some := list(islice(left, SCAN)):
-            if spent_s >= look_s:
+        while page := list(islice(left, SCAN)):
+            if spent_s >= scan_s:
                 return list(wrong), True
             began_s = time.perf_counter()
-            jobs = await _loaded(context, some) if brought else [book.jobs.find(job_id) for job_id in some]
+            jobs = await _loaded(context, page) if is_unvalidated else [book.jobs.find(job_id) for job_id in page]
             wrong |= {job.id: None for job in jobs if job is not None and _has_issues(context, job)}
             spent_s += time.perf_counter() - began_s
             if len(wrong) > MAX_SHOWN:

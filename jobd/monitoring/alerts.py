@@ -48,8 +48,8 @@ EVALUATE_EVERY_S: Final = 5.0
 MEASURE_EVERY_S: Final = 10.0  # health costs a write and an fsync; an alert must fire within 45 s after a part fails
 HOLD_MS: Final = 30 * SECOND_MS  # a condition must hold for this long before its alert fires
 CLEAR_MS: Final = 60 * SECOND_MS  # a condition must be false for this long before its alert resolves
-LANES_IN_ONE_GO: Final = 500  # queue and kind pairs scanned at a time: about a millisecond
-SLICES_OF_ONE_LOOK: Final = 50  # enough for 10,000 queues of one kind
+PAIRS_PER_SLICE: Final = 500  # queue and kind pairs scanned at a time: about a millisecond
+SLICES_PER_CHECK: Final = 50  # enough for 10,000 queues of one kind
 NOTICEABLE_MS: Final = 100  # a smaller difference never counts as slower: twice almost nothing is still almost nothing
 CALM: Final = 0.9  # a ratio resolves below this part of its threshold, so that one at the threshold does not flap
 
@@ -188,7 +188,7 @@ class Alerts:
     async def check(self) -> list[AlertView]:
         """Read the free space of the disk, scan the queues in slices, and evaluate."""
         self._space = await self._health.space()
-        for _ in range(SLICES_OF_ONE_LOOK):
+        for _ in range(SLICES_PER_CHECK):
             if self._scan_queues():
                 break
             await asyncio.sleep(0)
@@ -208,7 +208,7 @@ class Alerts:
             if entry is not None:
                 self._compare(self._scan, WaitingJob(now - entry[1], queue, kind, entry[3]), at.lease)
             lanes += count + 1
-            if lanes >= LANES_IN_ONE_GO:
+            if lanes >= PAIRS_PER_SLICE:
                 return False
         self._waiting, self._scan = self._scan, None
         return True
@@ -222,8 +222,8 @@ class Alerts:
                 found.unclaimed = replace(waits, for_ms=min(waits.for_ms, unclaimed_ms))
 
     def _notify(self) -> None:
-        for tell in self.on_change:
-            tell()
+        for notify in self.on_change:
+            notify()
 
     async def run(self) -> None:
         """Check every few seconds, and measure health now and then. Survives any error."""
@@ -256,16 +256,16 @@ class Alerts:
         holds = condition.value > limit or (condition.inclusive and condition.value == limit)
         hint = condition.hint if holds or condition.quiet is None else condition.quiet
         severity = SEVERITIES[name]
-        told = {"alert": name, "severity": severity, "value": condition.value, "threshold": condition.threshold}
+        fields = {"alert": name, "severity": severity, "value": condition.value, "threshold": condition.threshold}
         if holds == (name in self._since):
             self._turned.pop(name, None)
         elif at.lease - self._turned.setdefault(name, at.lease) >= (self._hold_ms if holds else self._clear_ms):
             del self._turned[name]
             if holds:
                 self._since[name] = at.now
-                log.warning("alert_firing", **told, hint=hint)
+                log.warning("alert_firing", **fields, hint=hint)
             else:
-                log.info("alert_resolved", **told, since=self._since.pop(name))
+                log.info("alert_resolved", **fields, since=self._since.pop(name))
         since = self._since.get(name)
         return AlertView(name, since is not None, since, condition.value, condition.threshold, hint, severity)
 
@@ -342,8 +342,8 @@ class Alerts:
                 f"Jobs of {kind} take {last_s:g} s (95th percentile, last hour, {pace.completed} jobs); "
                 f"usual is {usual_s:g} s."
             )
-            look = "Check what they wait for: the machine, the disk, a service; then the oldest jobs: jobctl stats"
-            hint = f"{quiet} {look}"
+            advice = "Check what they wait for: the machine, the disk, a service; then the oldest jobs: jobctl stats"
+            hint = f"{quiet} {advice}"
         return Condition("slower_than_usual", value, threshold, hint, quiet, calm=threshold * CALM)
 
     def _unhealthy(self) -> Iterator[Condition]:
@@ -381,8 +381,8 @@ class Alerts:
                 f"No worker has claimed {_lane(waits)} for {value} s. Its job {waits.job_id} is due; "
                 f"the queue has {queued} queued jobs."
             )
-            look = f"See which workers claim what: jobctl workers, jobctl why {waits.job_id}"
-            hint = f"{quiet} Start a worker for it. {look}"
+            advice = f"See which workers claim what: jobctl workers, jobctl why {waits.job_id}"
+            hint = f"{quiet} Start a worker for it. {advice}"
         return Condition("queue_without_workers", value, threshold, hint, quiet)
 
     def _waits(self) -> Condition:
@@ -391,8 +391,8 @@ class Alerts:
         value, quiet, hint = waits.for_ms // SECOND_MS, "No due job waits.", ""
         if value:
             quiet = f"The oldest due job, {waits.job_id} of {_lane(waits)}, has waited for {value} s."
-            look = f"See why it waits: jobctl why {waits.job_id}, jobctl queues"
-            hint = f"{quiet} Add workers, or find out what creates so many jobs. {look}"
+            advice = f"See why it waits: jobctl why {waits.job_id}, jobctl queues"
+            hint = f"{quiet} Add workers, or find out what creates so many jobs. {advice}"
         return Condition("queue_waits", value, threshold, hint, quiet)
 
     def _failure_rate(self, at: Moment) -> Condition:
@@ -416,8 +416,8 @@ class Alerts:
         threshold = max(min(percent, 100 - 100 * limits.disk_free_bytes / space.total_bytes), 0)
         used = 100 - 100 * space.free_bytes / space.total_bytes
         quiet = f"{space.free_bytes} of {space.total_bytes} bytes are free on the disk of {space.path}."
-        look = "See what is stored: jobctl stats"
-        hint = f"{quiet} On a full disk the daemon rejects new jobs. Free some space, or shorten [retention]. {look}"
+        advice = "See what is stored: jobctl stats"
+        hint = f"{quiet} On a full disk the daemon rejects new jobs. Free some space, or shorten [retention]. {advice}"
         return Condition("disk_nearly_full", used, threshold, hint, quiet)
 
     def _release_loop(self) -> Condition:

@@ -201,8 +201,8 @@ class Health:
         """Describe a full disk: new jobs are rejected, or the next one will be."""
         full_disk = self._actor.full_disk
         await self.space()
-        told = f"{full_disk.described()}: {_REFUSED[full_disk.closed]}."
-        return PartHealth("unhealthy", f"{told} Free some space; jobd tries again every second.")
+        described = f"{full_disk.described()}: {_REFUSED[full_disk.closed]}."
+        return PartHealth("unhealthy", f"{described} Free some space; jobd tries again every second.")
 
     def _damage(self) -> str | None:
         """Describe known damage and how to repair it, or return None."""
@@ -210,13 +210,13 @@ class Health:
             log.error("store_fault", fault=fault)
             if fault not in self._faults:
                 self._faults.append(fault)
-        said = []
+        sentences = []
         if quarantined := self._actor.book.quarantined:
             names = _some(list(islice(quarantined, MAX_NAMED)), len(quarantined))
-            said.append(f"Quarantined jobs: {names}.")
+            sentences.append(f"Quarantined jobs: {names}.")
         if self._faults:
-            said.append(f"Damage: {_some(list(islice(self._faults, MAX_NAMED)), len(self._faults), '; ')}.")
-        return f"{' '.join(said)} Run: jobd doctor" if said else None
+            sentences.append(f"Damage: {_some(list(islice(self._faults, MAX_NAMED)), len(self._faults), '; ')}.")
+        return f"{' '.join(sentences)} Run: jobd doctor" if sentences else None
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -272,7 +272,7 @@ class Health:
             if not sample:
                 return [], compared
             if isinstance(await self._ping(), ApiError):
-                return [], 0  # overloaded or stopping: the next measurement will tell
+                return [], 0  # overloaded or stopping: the next measurement checks again
         return sorted(sample)[:MAX_NAMED], compared
 
     def _sample(self) -> dict[str, Job]:
@@ -321,10 +321,10 @@ class Health:
 
     def _cleanup_health(self) -> tuple[CleanupHealth, HealthStatus]:
         state = self._cleanup.state()
-        said = [told for told in (self._cleanup.degraded_reason(), self._clock.doubt()) if told is not None]
-        message = " ".join(said) or "Cleanup runs in time."
+        reasons = [each for each in (self._cleanup.degraded_reason(), self._clock.doubt()) if each is not None]
+        message = " ".join(reasons) or "Cleanup runs in time."
         view = CleanupHealth(state.cleanup_running, state.time_since_last_cleanup, message)
-        return view, "degraded" if said else "healthy"
+        return view, "degraded" if reasons else "healthy"
 
 
 async def _awaited(ask: Callable[[], Awaitable[Any]]) -> Any:

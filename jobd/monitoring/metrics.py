@@ -38,7 +38,7 @@ from jobd.model.storage import DiskSpace
 from jobd.monitoring.alerts import Alerts
 
 QUEUES_SHOWN: Final = 200  # the first ones; the others are summed under OTHER_QUEUES
-LANES_SEEN: Final = 2_000  # kinds and priorities scanned to find the oldest due job of a queue
+MAX_BUCKETS_SCANNED: Final = 2_000  # kinds and priorities scanned to find the oldest due job of a queue
 LAG_EVERY_S: Final = 1.0
 COMMITS_KEPT: Final = 300  # seconds of commits that `vitals` covers
 LAGS_KEPT: Final = 20  # the worst is exported, so that a scrape every 15 s misses none
@@ -119,7 +119,7 @@ class ListenerCounts(Protocol):
 class Metrics:
     """`render` returns the text; `run` measures the lag of the event loop until `stop`.
 
-    `doors` may grow later: the list is read each time. A store in memory has no files and no sizes.
+    `listeners` may grow later: the list is read each time. A store in memory has no files and no sizes.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Metrics:
         clock: Clock,
         sweeps: SweepStats,
         store_path: str,
-        doors: Sequence[ErrorCounts],
+        listeners: Sequence[ErrorCounts],
         feed: ListenerCounts,
     ) -> None:
         self._actor = actor
@@ -138,7 +138,7 @@ class Metrics:
         self._alerts = alerts
         self._clock = clock
         self._sweeps = sweeps
-        self._doors = doors
+        self._doors = listeners
         self._feed = feed
         self._store_path = store_path
         self.webhooks: Callable[[], Mapping[str, WebhookCounters]] = dict
@@ -184,7 +184,7 @@ class Metrics:
             stuck=len(book.stuck),
             locked=book.live_locks(),
             grants=dict(figures.grants),
-            refusals=dict(sum((door.error_counts for door in self._doors), Counter[str]())),
+            refusals=dict(sum((listener.error_counts for listener in self._doors), Counter[str]())),
             stalls=figures.stalls,
             late={"kept": figures.late_kept, "adopted": figures.late_adopted},
             recovered={"reset": figures.reset, "failed": figures.failed},
@@ -358,7 +358,7 @@ def _files(store_path: str) -> Iterator[Metric]:
 
 def oldest_due_s(book: Book, now: int) -> dict[str, float]:
     """Return the wait of the oldest due job for each named queue, or 0. Queues with very many kinds are skipped."""
-    found, left = {}, LANES_SEEN
+    found, left = {}, MAX_BUCKETS_SCANNED
     for queue in islice(book.counts, QUEUES_SHOWN):
         left -= (lanes := book.due_lanes(queue))
         if left < 0:

@@ -85,13 +85,13 @@ class SavedTimeseries(Struct, frozen=True):
 
 
 class StepCounts:
-    """Counts in each of the last `most` steps of `step_ms`, starting with `known`."""
+    """Counts in each of the last `max_steps` steps of `step_ms`, starting with `known`."""
 
     __slots__ = ("_counts", "_most", "_step_ms")
 
-    def __init__(self, step_ms: int, most: int, known: dict[int, list[int]] | None = None) -> None:
+    def __init__(self, step_ms: int, max_steps: int, known: dict[int, list[int]] | None = None) -> None:
         self._step_ms = step_ms
-        self._most = most
+        self._most = max_steps
         self._counts = known or {}  # number of the step since 1970 -> counts by series
 
     def __len__(self) -> int:
@@ -132,23 +132,23 @@ class StepCounts:
 class Timeseries:
     """`since`: the start of counting; `started`: the start of this process, Unix ms."""
 
-    def __init__(self, started: int, kept: SavedTimeseries | None = None) -> None:
-        kept = kept or SavedTimeseries(started, {}, {})
-        self.since = kept.since
+    def __init__(self, started: int, saved: SavedTimeseries | None = None) -> None:
+        saved = saved or SavedTimeseries(started, {}, {})
+        self.since = saved.since
         self.started = started
-        self._hour = StepCounts(STEP_MS, STEPS, kept.hour)
-        self._day = StepCounts(SLOT_MS, SLOTS, kept.day)
+        self._hour = StepCounts(STEP_MS, STEPS, saved.hour)
+        self._day = StepCounts(SLOT_MS, SLOTS, saved.day)
         self._queues: dict[str, StepCounts] = {}  # most recently used last
 
     @classmethod
     def opened(cls, body: bytes, now: int) -> Timeseries:
         """Restore from what `saved` returned. Start empty if it is unusable or of another version."""
         try:
-            kept = msgspec.json.decode(body, type=SavedTimeseries)
+            saved = msgspec.json.decode(body, type=SavedTimeseries)
         except msgspec.MsgspecError:
             return cls(now)
-        rows = [*kept.hour.values(), *kept.day.values()]
-        return cls(now, kept if kept.since <= now and all(len(row) == len(_NOTHING) for row in rows) else None)
+        rows = [*saved.hour.values(), *saved.day.values()]
+        return cls(now, saved if saved.since <= now and all(len(row) == len(_NOTHING) for row in rows) else None)
 
     def saved(self) -> bytes:
         """Return the state for the next start, as JSON."""
@@ -177,13 +177,13 @@ class Timeseries:
             queue[line] += 1
 
     def _of_queue(self, name: str) -> StepCounts:
-        tally = self._queues.pop(name, None)
-        if tally is None:
-            tally = StepCounts(MINUTE_MS, MINUTES)
+        counts = self._queues.pop(name, None)
+        if counts is None:
+            counts = StepCounts(MINUTE_MS, MINUTES)
             if len(self._queues) >= MAX_QUEUES:
                 del self._queues[next(iter(self._queues))]
-        self._queues[name] = tally
-        return tally
+        self._queues[name] = counts
+        return counts
 
     def chart(self, now: int) -> Chart:
         return Chart(self._hour.lines(now), self._day.lines(now), self.since)
@@ -198,9 +198,9 @@ class Timeseries:
 
     def queue(self, name: str, now: int) -> QueueRate | None:
         """Return the counts of a queue, or None if there are none."""
-        tally = self._queues.get(name)
-        if tally is None:
+        counts = self._queues.get(name)
+        if counts is None:
             return None
-        created, completed, failed = tally.sums(now, MINUTES)
+        created, completed, failed = counts.sums(now, MINUTES)
         minutes = max(min(now - self.started, HOUR_MS) / MINUTE_MS, 1)
         return QueueRate(created, completed, failed, completed / minutes)

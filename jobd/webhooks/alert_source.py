@@ -73,13 +73,13 @@ class AlertSource:
         """Start the due direct attempts: one at a time per alert, in order."""
         self.poll()
         ms, newest = _now_ms(), {pending.message.subject: pending for pending in self._pending}
-        met: set[str] = set()
+        seen: set[str] = set()
         for pending in self._pending:
             subject = pending.message.subject
             is_past = pending.tries > 0 and pending is not newest[subject]  # a newer change does not wait for retries
-            if subject in self._in_flight or subject in met or pending.is_done or is_past:
+            if subject in self._in_flight or subject in seen or pending.is_done or is_past:
                 continue
-            met.add(subject)
+            seen.add(subject)
             if pending.due <= ms:
                 self._in_flight[subject] = asyncio.create_task(
                     self._try(pending, post), name=f"webhook {self._endpoint.name}"

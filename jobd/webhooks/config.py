@@ -120,8 +120,8 @@ def _setting(table: Any, duration: Callable[[str], int]) -> WebhookSetting:
         timeout_ms=times["timeout"],
         give_up_after_ms=times["give_up_after"],
     )
-    said = msgspec.structs.replace(section, secret="", url=public_url(section.url))
-    return WebhookSetting(said, endpoint, bool(section.secret))
+    shown = msgspec.structs.replace(section, secret="", url=public_url(section.url))
+    return WebhookSetting(shown, endpoint, bool(section.secret))
 
 
 def _bounded(key: str, text: str, duration: Callable[[str], int]) -> int:

@@ -51,10 +51,10 @@ class DeliveryQueue:
 
     def add(self, waiting: QueuedDelivery) -> None:
         """Insert in order of the number, possibly before others."""
-        mates = self._subjects.setdefault(waiting.subject, [])
-        insort(mates, waiting)
+        siblings = self._subjects.setdefault(waiting.subject, [])
+        insort(siblings, waiting)
         self._subject_of[waiting.id] = waiting.subject
-        if mates[0] is waiting and waiting.subject not in self._in_flight:
+        if siblings[0] is waiting and waiting.subject not in self._in_flight:
             self._push(waiting)
 
     def take(self, now: int) -> QueuedDelivery | None:
@@ -76,25 +76,25 @@ class DeliveryQueue:
     def remove(self, id_: int) -> None:
         """Remove a delivery that was delivered or dead-lettered."""
         subject = self._subject_of.pop(id_)
-        mates = self._subjects[subject]
-        del mates[self._index(mates, id_)]
+        siblings = self._subjects[subject]
+        del siblings[self._index(siblings, id_)]
         self._expedited.discard(id_)
         if self._in_flight.get(subject) == id_:
             del self._in_flight[subject]
-        if not mates:
+        if not siblings:
             del self._subjects[subject]
         elif subject not in self._in_flight:
-            self._push(mates[0])
+            self._push(siblings[0])
 
     def postpone(self, id_: int, due: int) -> None:
         """Return a failed delivery to the queue until `due`, or until now if it was expedited while it was running."""
         subject = self._subject_of[id_]
-        mates = self._subjects[subject]
-        waiting = mates[self._index(mates, id_)]
+        siblings = self._subjects[subject]
+        waiting = siblings[self._index(siblings, id_)]
         waiting.due, waiting.tries = 0 if id_ in self._expedited else due, waiting.tries + 1
         self._expedited.discard(id_)
         del self._in_flight[subject]
-        self._push(mates[0])
+        self._push(siblings[0])
 
     def requeue(self, id_: int) -> None:
         """Return a delivery that was not attempted."""
@@ -106,11 +106,11 @@ class DeliveryQueue:
         """Make one delivery, or all of them, due now. A running one is due at once if it fails."""
         if id_ is not None and self._in_flight.get(self._subject_of[id_]) == id_:
             self._expedited.add(id_)
-        for mates in self._subjects.values():
-            for waiting in mates:
+        for siblings in self._subjects.values():
+            for waiting in siblings:
                 if id_ in (None, waiting.id) and waiting.due:
                     waiting.due = 0
-                    if waiting is mates[0] and waiting.subject not in self._in_flight:
+                    if waiting is siblings[0] and waiting.subject not in self._in_flight:
                         heapq.heappush(self._ready, waiting.id)
 
     def next_due(self) -> int | None:
@@ -158,5 +158,5 @@ class DeliveryQueue:
         return waiting
 
     @staticmethod
-    def _index(mates: list[QueuedDelivery], id_: int) -> int:
-        return bisect_left(mates, id_, key=lambda each: each.id)
+    def _index(siblings: list[QueuedDelivery], id_: int) -> int:
+        return bisect_left(siblings, id_, key=lambda each: each.id)

@@ -165,8 +165,8 @@ class Dispatcher:
             wait_s, self._is_failing = DISK_FULL_RETRY_S, True
         except Exception as error:
             # A storage error or a bug of ours: log the traceback the first time only.
-            name, said = self.endpoint.name, f"{type(error).__name__}: {error}"
-            log.error("webhook_failed", webhook=name, error=said, exc_info=not self._is_failing)
+            name, description = self.endpoint.name, f"{type(error).__name__}: {error}"
+            log.error("webhook_failed", webhook=name, error=description, exc_info=not self._is_failing)
             wait_s, self._is_failing = FAILURE_RETRY_S, True
         else:
             self._is_failing = False
@@ -229,8 +229,8 @@ class Dispatcher:
         taken: list[QueuedDelivery] = []
         ms = self._now_ms()
         state = self.breaker.state(ms)
-        most = {"closed": PARALLEL, "half_open": 1, "open": 0}[state]
-        while len(self._in_flight) + len(taken) < most:
+        max_running = {"closed": PARALLEL, "half_open": 1, "open": 0}[state]
+        while len(self._in_flight) + len(taken) < max_running:
             first = self.queue.take(ms) if state == "closed" else self.queue.take_probe(ms)
             if first is None:
                 break
@@ -271,8 +271,10 @@ class Dispatcher:
         try:
             return await transport.post(self.endpoint, delivery)
         except Exception as bug:
-            told = RuntimeError(redacted(self.endpoint.url, f"{type(bug).__name__}: {bug}"))
-            log.error("webhook_bug", webhook=self.endpoint.name, exc_info=told.with_traceback(bug.__traceback__))
+            redacted_bug = RuntimeError(redacted(self.endpoint.url, f"{type(bug).__name__}: {bug}"))
+            log.error(
+                "webhook_bug", webhook=self.endpoint.name, exc_info=redacted_bug.with_traceback(bug.__traceback__)
+            )
             return DeliveryOutcome(None, f"This is a bug in jobd: {type(bug).__name__}.")
 
     def _deliver_alerts_directly(self, transport: Transport) -> None:
@@ -284,8 +286,8 @@ class Dispatcher:
             delivery = self._context.new_delivery(message, name, self._context.moment().now)
             outcome = await self._try(transport, delivery)
             self._update_breaker(outcome)
-            told = {"webhook": name, "type": message.type, "subject": message.subject}
-            log.info("webhook_told_without_outbox", **told, error=outcome.error)
+            fields = {"webhook": name, "type": message.type, "subject": message.subject}
+            log.info("webhook_told_without_outbox", **fields, error=outcome.error)
             return outcome
 
         self.reader.alerts.deliver_directly(post)
@@ -336,15 +338,15 @@ class Dispatcher:
             self._log_outcome(tried)
 
     def _log_outcome(self, tried: Delivery) -> None:
-        told = {"webhook": tried.endpoint, "delivery": tried.id, "type": tried.type, "subject": tried.subject}
+        fields = {"webhook": tried.endpoint, "delivery": tried.id, "type": tried.type, "subject": tried.subject}
         if tried.state == "delivered":
             self.stats.delivered += 1
-            log.debug("webhook_delivered", **told, tries=tried.tries)
+            log.debug("webhook_delivered", **fields, tries=tried.tries)
         elif tried.state == "given_up":
             self.stats.given_up += 1
-            log.error("webhook_given_up", **told, tries=tried.tries, error=tried.error)
+            log.error("webhook_given_up", **fields, tries=tried.tries, error=tried.error)
         else:
-            log.info("webhook_not_delivered", **told, tries=tried.tries, error=tried.error)
+            log.info("webhook_not_delivered", **fields, tries=tried.tries, error=tried.error)
 
     async def _give_up_old(self) -> None:
         """Dead-letter old deliveries of an endpoint that has failed for too long, without another attempt."""

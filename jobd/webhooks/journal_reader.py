@@ -101,7 +101,7 @@ class JournalReader:
         `tells_gaps` is False while the outbox still holds a gap message.
         """
         now, source, name = self._context.moment().now, self._context.source, self._endpoint.name
-        messages, told = self.alerts.poll(), self.alerts.announced
+        messages, announced = self.alerts.poll(), self.alerts.announced
         alerts = len(messages)
         gone_to, position = self._cursor.gone_to, self.position
         is_whole = False
@@ -116,8 +116,8 @@ class JournalReader:
             messages += [event_message(event, source) for event in page.events if self._endpoint.wants(event)]
             is_whole = not page.more
             position = page.end
-        if messages or told != self._cursor.alerts:
-            await self._write(messages, now, position, gone_to, told)
+        if messages or announced != self._cursor.alerts:
+            await self._write(messages, now, position, gone_to, announced)
             self.alerts.written(alerts)
         elif position != self.position:
             self.position = position
@@ -156,7 +156,7 @@ class JournalReader:
         now: int,
         position: int | None = None,
         gone_to: int | None = None,
-        told: dict[str, int] | None = None,
+        announced: dict[str, int] | None = None,
     ) -> list[Delivery]:
         """Write deliveries and cursor in one transaction. Omitted values stay as they are."""
         name, context = self._endpoint.name, self._context
@@ -167,7 +167,7 @@ class JournalReader:
                 self.position if position is None else position,
                 self._cursor.gone_to if gone_to is None else gone_to,
                 context.next_delivery,
-                self._cursor.alerts if told is None else told,
+                self._cursor.alerts if announced is None else announced,
                 now,
             )
             await context.disk.plan_deliveries(cursor, new)

@@ -18,8 +18,8 @@ from jobd.model.webhooks import EVENTS_GONE, FIRING, RESOLVED, TEST_TYPE, webhoo
 
 CONTENT_TYPE: Final = "application/cloudevents+json; charset=utf-8"
 PREFIX: Final = "whsec_"
-LEAST_KEY: Final = 24  # bytes; both limits are from the specification
-MOST_KEY: Final = 64
+MIN_KEY_BYTES: Final = 24  # both limits are from the specification
+MAX_KEY_BYTES: Final = 64
 EPOCH: Final = datetime(1970, 1, 1)
 
 _encode: Final = msgspec.json.Encoder().encode
@@ -37,8 +37,8 @@ def decode_secret(secret: str) -> bytes:
         key = base64.b64decode(secret.removeprefix(PREFIX), validate=True)
     except (binascii.Error, ValueError):
         raise BadSecret(f"the part after {PREFIX} must be base64") from None
-    if not LEAST_KEY <= len(key) <= MOST_KEY:
-        raise BadSecret(f"a secret has {LEAST_KEY} to {MOST_KEY} bytes in base64, not {len(key)}")
+    if not MIN_KEY_BYTES <= len(key) <= MAX_KEY_BYTES:
+        raise BadSecret(f"a secret has {MIN_KEY_BYTES} to {MAX_KEY_BYTES} bytes in base64, not {len(key)}")
     return key
 
 
@@ -89,7 +89,7 @@ def gap_message(name: str, after: int, upto: int, at: int, source: str) -> Messa
     """Return a message about events that are no longer in the journal or the outbox and were not delivered."""
     subject, event_id = f"webhooks/{name}", f"gone_{after}_{upto}_{at}"
     message = (
-        f"Of the events after {after} up to {upto} some were not told, and are kept no longer. Read the state anew."
+        f"Some events after {after}, up to {upto}, were not delivered and are no longer kept. Read the state again."
     )
     data = {"after": after, "upto": upto, "message": message}
     return Message(subject, EVENTS_GONE, event_id, _body(source, subject, EVENTS_GONE, event_id, at, data))

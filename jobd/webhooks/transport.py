@@ -52,7 +52,7 @@ class Resolver(AbstractResolver):
         if self._looking >= MAX_LOOKUPS:
             raise OSError("too many name lookups are already running")
 
-        def tell(answer: list[Any] | OSError) -> None:
+        def settle(answer: list[Any] | OSError) -> None:
             self._looking -= 1
             if found.done():
                 return
@@ -61,7 +61,7 @@ class Resolver(AbstractResolver):
             else:
                 found.set_result(answer)
 
-        def look() -> None:
+        def look_up() -> None:
             try:
                 answer: list[Any] | OSError = socket.getaddrinfo(
                     host, port, type=socket.SOCK_STREAM, family=family, flags=socket.AI_ADDRCONFIG
@@ -71,12 +71,12 @@ class Resolver(AbstractResolver):
             except UnicodeError:
                 answer = OSError("it is not a valid host name")
             try:
-                loop.call_soon_threadsafe(tell, answer)
+                loop.call_soon_threadsafe(settle, answer)
             except RuntimeError:
                 return  # the loop is closed
 
         self._looking += 1
-        threading.Thread(target=look, name="webhook-lookup", daemon=True).start()
+        threading.Thread(target=look_up, name="webhook-lookup", daemon=True).start()
         return [_resolved(host, *each) for each in await found]
 
     async def close(self) -> None:
@@ -145,8 +145,8 @@ class HttpTransport:
                     await _drain(answer)
                     return DeliveryOutcome(answer.status)
                 wait_ms = _retry_after_ms(answer.headers.get("Retry-After", ""))
-                said = _http_error(answer.status, await _read_start(answer), endpoint)
-                return DeliveryOutcome(answer.status, said, wait_ms, gone=answer.status == 410)
+                description = _http_error(answer.status, await _read_start(answer), endpoint)
+                return DeliveryOutcome(answer.status, description, wait_ms, gone=answer.status == 410)
         except TimeoutError:
             return DeliveryOutcome(None, f"There was no response within {endpoint.timeout_ms / SECOND_MS:g} s.")
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -175,10 +175,10 @@ async def _drain(answer: aiohttp.ClientResponse) -> None:
 def _http_error(status: int, answer: bytes, endpoint: WebhookEndpoint) -> str:
     if 300 <= status < 400:
         return f"{status}: redirects are not followed. Set url to where it leads."
-    said = _one_line(
+    description = _one_line(
         redacted(endpoint.url, answer.decode("utf-8", "replace"))
     )  # before it is shortened: half a secret is a secret, too
-    return f"{status}: {said}" if said else f"{status}"
+    return f"{status}: {description}" if description else f"{status}"
 
 
 def _retry_after_ms(text: str) -> int | None:

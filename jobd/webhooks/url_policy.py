@@ -43,7 +43,7 @@ def _judge(address: IPv4Address | IPv6Address) -> str | None:
             return _judge(inner)
         if address.is_site_local or address in _UNIQUE_LOCAL:
             return "private"
-    for said, is_so in (
+    for kind, is_so in (
         ("loopback", address.is_loopback),
         ("link-local, the range of cloud metadata services", address.is_link_local),
         ("multicast", address.is_multicast),
@@ -51,7 +51,7 @@ def _judge(address: IPv4Address | IPv6Address) -> str | None:
         ("private", not address.is_global or address in _OF_THE_HOST),
     ):
         if is_so:
-            return said
+            return kind
     return None
 
 
@@ -90,9 +90,9 @@ def redacted(url: str, text: str) -> str:
     """Return `text` without any part of `url` except its scheme and host, in any encoding."""
     parts = urlsplit(url)
     rest, user = _rest(parts), parts.netloc.rpartition("@")[0]
-    said = {rest, rest.partition("?")[0], user, *re.split(r"[/?&=;]", rest), *user.split(":")}
-    said |= {plain for each in said for plain in (unquote(each), unquote_plus(each))}
-    secrets = sorted((each for each in said if len(each) >= MIN_SECRET), key=len, reverse=True)
+    parts_to_hide = {rest, rest.partition("?")[0], user, *re.split(r"[/?&=;]", rest), *user.split(":")}
+    parts_to_hide |= {plain for each in parts_to_hide for plain in (unquote(each), unquote_plus(each))}
+    secrets = sorted((each for each in parts_to_hide if len(each) >= MIN_SECRET), key=len, reverse=True)
     return re.sub("|".join(map(_pattern, secrets)), ELLIPSIS, text, flags=re.IGNORECASE) if secrets else text
 
 

@@ -27,15 +27,15 @@ async def running_beside(*works: Coroutine[Any, Any, None]) -> AsyncIterator[Non
         raise faults[0]
 
 
-async def lag(asked: LoadRequest) -> Figures:
+async def lag(request: LoadRequest) -> Figures:
     """Measure the smallest request, which waits for the event loop only, while something else runs.
 
     One request is due every PROBE_EVERY_S. Its time counts from then, even if earlier requests delay it.
     """
-    wire, times = await LoadConnection.open(asked.socket), list[float]()
-    async with running_beside(WORKS[asked.beside](asked)):
+    wire, times = await LoadConnection.open(request.socket), list[float]()
+    async with running_beside(WORKS[request.beside](request)):
         began, number = clock(), 0
-        while (due := began + number * PROBE_EVERY_S) - began < asked.seconds:
+        while (due := began + number * PROBE_EVERY_S) - began < request.seconds:
             begins_at = await wait_until(due)
             await wire.get("/healthz")
             times.append(clock() - begins_at)
@@ -43,9 +43,9 @@ async def lag(asked: LoadRequest) -> Figures:
     return {"wait": percentiles(times)}
 
 
-async def clean(asked: LoadRequest) -> None:
+async def clean(request: LoadRequest) -> None:
     """Run cleanup every second."""
-    wire = await LoadConnection.open(asked.admin, asked.token)
+    wire = await LoadConnection.open(request.admin, request.token)
     while True:
         await wire.post(f"{BASE}/cleanup", b"{}")
         await asyncio.sleep(1)
@@ -54,28 +54,28 @@ async def clean(asked: LoadRequest) -> None:
 async def _nothing(_: LoadRequest) -> None: ...
 
 
-async def _delete(asked: LoadRequest) -> None:
+async def _delete(request: LoadRequest) -> None:
     """Run cleanup with many jobs to delete, enough to last until the last probe."""
-    wire = await LoadConnection.open(asked.admin, asked.token)
+    wire = await LoadConnection.open(request.admin, request.token)
     await wire.post(f"{BASE}/cleanup", b"{}")
 
 
-async def _scrape(asked: LoadRequest) -> None:
-    wire = await LoadConnection.open(asked.admin, asked.token)
+async def _scrape(request: LoadRequest) -> None:
+    wire = await LoadConnection.open(request.admin, request.token)
     while True:
         await wire.get("/metrics")
 
 
-async def _back_up(asked: LoadRequest) -> None:
+async def _back_up(request: LoadRequest) -> None:
     """Make one backup after the other, without keeping them: that would delay the probes."""
-    wire = await LoadConnection.open(asked.admin, asked.token)
+    wire = await LoadConnection.open(request.admin, request.token)
     while True:
         await wire.drop(f"{BASE}/backup")
 
 
-async def _history(asked: LoadRequest) -> None:
+async def _history(request: LoadRequest) -> None:
     """Read all completed jobs, page by page."""
-    wire, cursor = await LoadConnection.open(asked.admin, asked.token), ""
+    wire, cursor = await LoadConnection.open(request.admin, request.token), ""
     while True:
         page = await wire.get(f"{BASE}/jobs?limit=200&status=completed{cursor}")
         cursor = f"&cursor={page['next_cursor']}" if page["next_cursor"] else ""

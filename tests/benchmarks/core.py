@@ -79,10 +79,10 @@ class Steps:
     def _batch(self, kind: type[Command], bodies: Sequence[tuple[bytes, str | None]]) -> list[Response]:
         shape, count = SHAPES[kind], len(bodies)
         commands: list[Any] = self._timed("decode", count, lambda: [shape.from_body(*body) for body in bodies])
-        asked = [Envelope(Call(each, "client", secrets.token_bytes(16)), None, 0, Waiter()) for each in commands]
+        envelopes = [Envelope(Call(each, "client", secrets.token_bytes(16)), None, 0, Waiter()) for each in commands]
         now, lease = time.time_ns() // 1_000_000, (time.monotonic_ns() - self._began) // 1_000_000
         at = Moment(now, lease, now - lease)
-        plan = self._timed("decide", count, lambda: self._decider.decide(asked, at, Known(), self._policy))
+        plan = self._timed("decide", count, lambda: self._decider.decide(envelopes, at, Known(), self._policy))
         batch = self._timed("gather", count, lambda: self._decider.batch(plan, self._policy))
         plan.fill(self._timed("write and fsync", count, lambda: self._tables.write(batch, 0)))
         self._timed("note", count, lambda: self._note(plan))

@@ -37,7 +37,7 @@ BULK: Final = 1000
 LONG_AGO_MS: Final = 1_000_000_000_000
 
 
-async def batch(asked: LoadRequest) -> Figures:
+async def batch(request: LoadRequest) -> Figures:
     """Create and claim a hundred jobs with one request each, and complete them one by one."""
     size = 100
     bulk = encode({"jobs": [{"payload": PAYLOAD}] * size})
@@ -54,15 +54,15 @@ async def batch(asked: LoadRequest) -> Figures:
 
         return once
 
-    wires = await connections_of(asked)
-    per_s, times = await repeat(asked.seconds, [work(number, wire) for number, wire in enumerate(wires)])
+    wires = await connections_of(request)
+    per_s, times = await repeat(request.seconds, [work(number, wire) for number, wire in enumerate(wires)])
     return {"lifecycles_per_s": per_s, "hundred": percentiles(times)}
 
 
-async def stream(asked: LoadRequest) -> Figures:
+async def stream(request: LoadRequest) -> Figures:
     """Run command streams with many lifecycles in flight each."""
     at_once = 64
-    flows = [await CommandStream.open(asked.socket) for _ in range(max(asked.connections // 4, 1))]
+    flows = [await CommandStream.open(request.socket) for _ in range(max(request.connections // 4, 1))]
     began, done = clock(), 0
 
     async def go_on(number: int, flow: CommandStream) -> None:
@@ -81,7 +81,7 @@ async def stream(asked: LoadRequest) -> Figures:
                         lines.append(encode(ended) + b"\n")
                 elif data["status"] == "completed":
                     done += 1
-                    if clock() - began < asked.seconds:
+                    if clock() - began < request.seconds:
                         lines.append(begin)
                     else:
                         under_way -= 1
@@ -95,11 +95,11 @@ async def stream(asked: LoadRequest) -> Figures:
     return {"lifecycles_per_s": per_s}
 
 
-async def contention(asked: LoadRequest) -> Figures:
+async def contention(request: LoadRequest) -> Figures:
     """Start the same job on all connections, and check that exactly one gets it."""
-    wires = await connections_of(asked)
+    wires = await connections_of(request)
     began, starts, jobs, times = clock(), 0, 0, list[float]()
-    while clock() - began < asked.seconds:
+    while clock() - began < request.seconds:
         job_id = (await wires[0].post("/v1/jobs", CREATE))["id"]
         started = clock()
         asking = (wire.post(f"/v1/jobs/{job_id}/start", worker(n), may_fail=True) for n, wire in enumerate(wires))
@@ -112,7 +112,7 @@ async def contention(asked: LoadRequest) -> Figures:
     return {"starts_per_s": starts / (clock() - began), "grants_per_job": 1, "round": percentiles(times)}
 
 
-async def progress(asked: LoadRequest) -> Figures:
+async def progress(request: LoadRequest) -> Figures:
     """Report progress of one job per connection."""
 
     async def holder(number: int, wire: LoadConnection) -> Callable[[], Awaitable[int]]:
@@ -126,27 +126,27 @@ async def progress(asked: LoadRequest) -> Figures:
 
         return once
 
-    holders = [await holder(number, wire) for number, wire in enumerate(await connections_of(asked))]
-    per_s, times = await repeat(asked.seconds, holders)
+    holders = [await holder(number, wire) for number, wire in enumerate(await connections_of(request))]
+    per_s, times = await repeat(request.seconds, holders)
     return {"reports_per_s": per_s, "report": percentiles(times)}
 
 
-async def mixed(asked: LoadRequest) -> Figures:
+async def mixed(request: LoadRequest) -> Figures:
     """Run lifecycles during reads, a polling dashboard and a cleanup run every second."""
-    async with beside.running_beside(_poll(asked), beside.clean(asked), _read(asked)):
-        return await lifecycle(asked)
+    async with beside.running_beside(_poll(request), beside.clean(request), _read(request)):
+        return await lifecycle(request)
 
 
-async def _poll(asked: LoadRequest) -> None:
-    wire = await LoadConnection.open(asked.admin, asked.token)
+async def _poll(request: LoadRequest) -> None:
+    wire = await LoadConnection.open(request.admin, request.token)
     while True:
         for path in (f"{BASE}/stats", f"{BASE}/queues", f"{BASE}/alerts", "/metrics"):
             await wire.get(path)
         await asyncio.sleep(0.5)
 
 
-async def _read(asked: LoadRequest) -> None:
-    wire = await LoadConnection.open(asked.socket)
+async def _read(request: LoadRequest) -> None:
+    wire = await LoadConnection.open(request.socket)
     while True:
         page = await wire.get("/v1/jobs?limit=50")
         for job in page["jobs"][:10]:
@@ -154,20 +154,20 @@ async def _read(asked: LoadRequest) -> None:
         await asyncio.sleep(0.05)
 
 
-async def latency(asked: LoadRequest) -> Figures:
+async def latency(request: LoadRequest) -> Figures:
     """Run one lifecycle after the other on one connection."""
-    wire, times = await LoadConnection.open(asked.socket), list[float]()
+    wire, times = await LoadConnection.open(request.socket), list[float]()
     began = clock()
-    while (started := clock()) - began < asked.seconds:
+    while (started := clock()) - began < request.seconds:
         await run_one(wire, worker(1))
         times.append(clock() - started)
     return {"lifecycle": percentiles(times)}
 
 
-async def rate(asked: LoadRequest) -> Figures:
+async def rate(request: LoadRequest) -> Figures:
     """Start lifecycles at a fixed rate. Times count from when each one was due."""
     free = asyncio.Queue[LoadConnection]()
-    for wire in await connections_of(asked):
+    for wire in await connections_of(request):
         free.put_nowait(wire)
     began, times, running = clock(), list[float](), set[asyncio.Task[None]]()
 
@@ -177,42 +177,42 @@ async def rate(asked: LoadRequest) -> Figures:
         times.append(clock() - begins_at)
         free.put_nowait(wire)
 
-    for number in range(round(asked.rate * asked.seconds)):
-        task = asyncio.ensure_future(one(await wait_until(began + number / asked.rate)))
+    for number in range(round(request.rate * request.seconds)):
+        task = asyncio.ensure_future(one(await wait_until(began + number / request.rate)))
         running.add(task)
         task.add_done_callback(running.discard)
     await asyncio.gather(*running)
-    return {"rate_per_s": asked.rate, "lifecycle": percentiles(times)}
+    return {"rate_per_s": request.rate, "lifecycle": percentiles(times)}
 
 
-async def claim(asked: LoadRequest) -> Figures:
-    return await claim_and_release(asked.socket, asked.seconds)
+async def claim(request: LoadRequest) -> Figures:
+    return await claim_and_release(request.socket, request.seconds)
 
 
-async def lifecycle(asked: LoadRequest) -> Figures:
-    return await run_lifecycles(asked.socket, asked.seconds, asked.connections)
+async def lifecycle(request: LoadRequest) -> Figures:
+    return await run_lifecycles(request.socket, request.seconds, request.connections)
 
 
-async def fill(asked: LoadRequest) -> Figures:
+async def fill(request: LoadRequest) -> Figures:
     """Create `count` queued jobs."""
-    wire, began = await LoadConnection.open(asked.socket), clock()
-    for made in range(0, asked.count, BULK):
-        await wire.post("/v1/jobs/bulk", encode({"jobs": [{"payload": PAYLOAD}] * min(BULK, asked.count - made)}))
-    return {"created_per_s": asked.count / (clock() - began)}
+    wire, began = await LoadConnection.open(request.socket), clock()
+    for made in range(0, request.count, BULK):
+        await wire.post("/v1/jobs/bulk", encode({"jobs": [{"payload": PAYLOAD}] * min(BULK, request.count - made)}))
+    return {"created_per_s": request.count / (clock() - began)}
 
 
-async def finish(asked: LoadRequest) -> Figures:
+async def finish(request: LoadRequest) -> Figures:
     """Import `count` finished jobs. The next cleanup run deletes them if they are `expired`."""
-    wire, began = await LoadConnection.open(asked.admin, asked.token), clock()
+    wire, began = await LoadConnection.open(request.admin, request.token), clock()
     run = secrets.token_hex(4)  # another load uses other ids
-    for made in range(0, asked.count, BULK):
+    for made in range(0, request.count, BULK):
         job = {"status": "completed", "progress": 100, "metadata": 1, "payload": PAYLOAD}
-        if asked.expired:
+        if request.expired:
             job["expires_at"] = LONG_AGO_MS
-        numbers = range(made, min(made + BULK, asked.count))
+        numbers = range(made, min(made + BULK, request.count))
         lines = b"".join(encode({"id": f"{run}-{number}", **job}) + b"\n" for number in numbers)
         await wire.lines(f"{BASE}/import", lines)
-    return {"imported_per_s": asked.count / (clock() - began)}
+    return {"imported_per_s": request.count / (clock() - began)}
 
 
 KINDS: Final[dict[str, Callable[[LoadRequest], Coroutine[Any, Any, Figures]]]] = {
@@ -236,9 +236,9 @@ KINDS: Final[dict[str, Callable[[LoadRequest], Coroutine[Any, Any, Figures]]]] =
 
 
 def main() -> None:
-    asked = msgspec.json.decode(sys.argv[1], type=LoadRequest)
+    request = msgspec.json.decode(sys.argv[1], type=LoadRequest)
     began, cpu = clock(), time.process_time()
-    figures = uvloop.run(KINDS[asked.kind](asked))
+    figures = uvloop.run(KINDS[request.kind](request))
     figures["load_cores"] = (time.process_time() - cpu) / (clock() - began)
     print(encode(figures).decode())
 

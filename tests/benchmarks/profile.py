@@ -52,9 +52,9 @@ def profile(kind: str, seconds: float, sources: Path) -> tuple[list[str], dict[s
         with contextlib.chdir(sources), stage:
             os.chdir(ROOT)  # the daemon is the other tree's, the load is ours
             stage.load(kind, seconds=1.0)  # it is warm, then
-            told = Path(directory) / "stacks"
+            output = Path(directory) / "stacks"
             words = ["py-spy", "record", "--pid", str(stage.pid), "--duration", f"{seconds:.0f}"]
-            words += ["--rate", str(RATE), "--gil", "--format", "raw", "--output", str(told)]
+            words += ["--rate", str(RATE), "--gil", "--format", "raw", "--output", str(output)]
             with ThreadPoolExecutor(1) as beside:
                 load = beside.submit(stage.load, kind, seconds=seconds + 3.0)
                 time.sleep(1.0)  # it has begun, then, and ends after the last sample
@@ -64,7 +64,7 @@ def profile(kind: str, seconds: float, sources: Path) -> tuple[list[str], dict[s
             before = _cpu_s(stage.pid)
             figures = stage.load(kind, seconds=seconds)
             cores = _shares(stage.pid, before, _cpu_s(stage.pid), seconds)
-            return told.read_text().splitlines(), {"per_s": round(figures["lifecycles_per_s"]), "cores": cores}
+            return output.read_text().splitlines(), {"per_s": round(figures["lifecycles_per_s"]), "cores": cores}
 
 
 def _cpu_s(pid: int) -> dict[int, float]:
@@ -104,19 +104,19 @@ def place_of(stack: str) -> tuple[str, str]:
 
 def summed(lines: list[str]) -> dict[str, Any]:
     steps: Counter[str] = Counter()
-    rooms: Counter[str] = Counter()
+    packages: Counter[str] = Counter()
     functions: Counter[str] = Counter()
     for line in lines:
         stack, _, count = line.rpartition(" ")
         step, function = place_of(stack)
         steps[step] += int(count)
-        rooms[function.partition(".")[0]] += int(count)
+        packages[function.partition(".")[0]] += int(count)
         functions[function] += int(count)
     whole = steps.total()
     return {
         "samples": whole,
         "percent": {step: round(100 * count / whole, 1) for step, count in steps.most_common()},
-        "rooms": {name: round(100 * count / whole, 1) for name, count in rooms.most_common(TOP)},
+        "rooms": {name: round(100 * count / whole, 1) for name, count in packages.most_common(TOP)},
         "functions": {name: round(100 * count / whole, 1) for name, count in functions.most_common(TOP)},
     }
 

@@ -35,10 +35,10 @@ def measure(delay_ms: float, seconds: float, connections: int) -> dict[str, floa
         Strace(daemon, SYNCS, f"fdatasync:delay_enter={delay_ms * 1000:.0f}:when={FIRST_SLOW_SYNC}+")
         daemon.start()
         assert daemon.post("/v1/jobs", {"id": "looked-at", "queue": "aside"}).status == 201
-        asked = msgspec.json.encode(LoadRequest("lifecycle", daemon.socket, seconds=seconds, connections=connections))
+        request = msgspec.json.encode(LoadRequest("lifecycle", daemon.socket, seconds=seconds, connections=connections))
         before, began_s = sums(daemon), time.perf_counter()
         load = subprocess.Popen(
-            [sys.executable, "-m", "tests.benchmarks.load", asked.decode()], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "tests.benchmarks.load", request.decode()], stdout=subprocess.PIPE, text=True
         )
         looks_ms = look(daemon, load)
         took_s, after = time.perf_counter() - began_s, sums(daemon)
@@ -89,11 +89,11 @@ def main() -> None:
             [measure(delay_ms, chosen.seconds, connections) for delay_ms in (0, chosen.delay_ms)]
             for _ in range(chosen.runs)
         ]
-        told = {
+        report = {
             name: {key: statistics.median(run[place][key] for run in runs) for key in runs[0][place]}
             for place, name in enumerate(("as it is", "slow"))
         }
-        found[f"{connections} connections"] = told
+        found[f"{connections} connections"] = report
     print(json.dumps(found, indent=2))
 
 

@@ -15,11 +15,11 @@ KEPT_MS: Final = 1_000  # from the completion of a job to its deletion
 SAMPLES: Final = 60
 
 
-async def soak(asked: LoadRequest) -> Figures:
+async def soak(request: LoadRequest) -> Figures:
     """`growth` compares the size in the last quarter with that in the second, when deletion had started."""
     sizes: list[tuple[float, float]] = []
-    async with beside.running_beside(beside.clean(asked), _sample_sizes(asked, sizes)):
-        figures = await lifecycle(asked.socket, asked.seconds, asked.connections, _soon_deleted)
+    async with beside.running_beside(beside.clean(request), _sample_sizes(request, sizes)):
+        figures = await lifecycle(request.socket, request.seconds, request.connections, _soon_deleted)
     database, log = ([each[at] for each in sizes] for at in (0, 1))
     quarter = max(len(sizes) // 4, 1)
     growth = statistics.median(database[-quarter:]) / statistics.median(database[quarter : 2 * quarter] or database)
@@ -36,10 +36,10 @@ def _soon_deleted() -> dict[str, Any]:
     return {"expires_at": time.time_ns() // 1_000_000 + KEPT_MS}
 
 
-async def _sample_sizes(asked: LoadRequest, sizes: list[tuple[float, float]]) -> None:
-    wire = await LoadConnection.open(asked.admin, asked.token)
+async def _sample_sizes(request: LoadRequest, sizes: list[tuple[float, float]]) -> None:
+    wire = await LoadConnection.open(request.admin, request.token)
     while True:
-        told = (await wire.get("/metrics")).decode().splitlines()
-        values = dict(line.rsplit(" ", 1) for line in told if line.startswith("jobd_") and "{" not in line)
+        metrics = (await wire.get("/metrics")).decode().splitlines()
+        values = dict(line.rsplit(" ", 1) for line in metrics if line.startswith("jobd_") and "{" not in line)
         sizes.append((float(values["jobd_database_bytes"]) / 1e6, float(values["jobd_wal_bytes"]) / 1e6))
-        await asyncio.sleep(asked.seconds / SAMPLES)
+        await asyncio.sleep(request.seconds / SAMPLES)

@@ -72,13 +72,13 @@ if "serve" in sys.orig_argv:
 def measure(kind: str, seconds: float, connections: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "sitecustomize.py").write_text(AROUND)
-        told = Path(directory) / "turns"
-        os.environ |= {"PYTHONPATH": directory, TOLD: str(told)}
+        output = Path(directory) / "turns"
+        os.environ |= {"PYTHONPATH": directory, TOLD: str(output)}
         with BenchDaemon(None) as stage:
             stage.load(kind, seconds=1.0, connections=connections)
             figures = stage.load(kind, seconds=seconds, connections=connections)
             stage.stop()
-        turns = json.loads(told.read_text())
+        turns = json.loads(output.read_text())
         turns = turns[len(turns) // SKIPPED :]
     return {"lifecycles_per_s": round(figures["lifecycles_per_s"]), **means(turns)}
 

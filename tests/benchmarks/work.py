@@ -27,8 +27,8 @@ class LoadRequest(Struct):
     expired: bool = False
 
 
-async def connections_of(asked: LoadRequest) -> list[LoadConnection]:
-    return await open_connections(asked.socket, asked.connections)
+async def connections_of(request: LoadRequest) -> list[LoadConnection]:
+    return await open_connections(request.socket, request.connections)
 
 
 async def wait_until(due: float) -> float:

@@ -94,12 +94,12 @@ def save_history(directory: Path) -> None:
         last = now // span_ms
         return {step: counted(step * span_ms, span_ms) for step in range(last - most, last)}
 
-    kept = SavedTimeseries(now - SLOTS * SLOT_MS, past(STEP_MS, STEPS), past(SLOT_MS, SLOTS))
+    timeseries = SavedTimeseries(now - SLOTS * SLOT_MS, past(STEP_MS, STEPS), past(SLOT_MS, SLOTS))
 
     async def save() -> None:
         store, _ = await Store.open(str(directory / "jobd.db"))
         async with store:
-            await store.save_stats(msgspec.json.encode({"beside": kept}))
+            await store.save_stats(msgspec.json.encode({"beside": timeseries}))
 
     asyncio.run(save())
 

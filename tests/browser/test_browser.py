@@ -247,8 +247,8 @@ def test_the_list_does_not_update_during_a_selection(page: Page, daemon: Scene, 
     oldest.check()
     expect(toggle).to_have_text("Paused")
     expect(page.locator("#selection")).to_contain_text("1 selected. The list does not update meanwhile.")
-    asked: list[str] = []
-    page.on("request", lambda request: asked.append(request.url))
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
     other = page.context.new_page()  # with the same subscription
     other.goto(f"{daemon.url}/jobs")
     expect(other.locator("#live-toggle")).to_have_text("Live")
@@ -261,7 +261,7 @@ def test_the_list_does_not_update_during_a_selection(page: Page, daemon: Scene, 
     expect(toggle).to_have_text("Paused")
     page.clock.run_for(60_000)
     expect(oldest).to_be_checked()
-    assert [url for url in asked if "/live" not in url] == []
+    assert [url for url in requests if "/live" not in url] == []
     oldest.click()  # not uncheck, which checks again: the row may be gone by then
     expect(page.locator("tbody tr").first).to_contain_text("new-59")
     expect(toggle).to_have_text(re.compile("Live|Polling"))
@@ -358,8 +358,8 @@ def test_external_links_do_not_leak_the_session_cookie(page: Page, daemon: Scene
         page.get_by_role("link", name="elsewhere.test").click()
         expect(page.get_by_text("here I am")).to_be_visible()
         server.shutdown()
-    asked = [each for each in _WorkerServer.requests if "favicon" not in each[0]]
-    assert asked == [("/there", None), ("/out.mp4", None)]
+    requests = [each for each in _WorkerServer.requests if "favicon" not in each[0]]
+    assert requests == [("/there", None), ("/out.mp4", None)]
     page.goto(f"{daemon.url}/jobs/bent/external-link")
     page.get_by_role(
         "link", name="Back to the job"

@@ -30,18 +30,18 @@ async def _findings(place: Path, prepare: Callable[[HttpHarness], None]) -> dict
     stats = answers.StatsView(9, {}, 2, 0, 0.0, None, 0, 1_772_366_400_000)
     async with HttpHarness(
         admin_api.ROUTES, place, admin=True, actor=FakeActor(lambda _: answers.Response(stats))
-    ) as house:
-        house.fakes.deliveries_page = answers.DeliveryPage([], None)
-        prepare(house)
-        with AdminClient(f"unix:{house.path}", token="canary-token-0123456789", retry_for_s=0) as client:
+    ) as harness:
+        harness.fakes.deliveries_page = answers.DeliveryPage([], None)
+        prepare(harness)
+        with AdminClient(f"unix:{harness.path}", token="canary-token-0123456789", retry_for_s=0) as client:
             found = await asyncio.to_thread(examine, client)
     assert all(finding.what and finding.mend for finding in found)
     return {finding.where: finding.what for finding in found}
 
 
 async def test_the_doctor_names_every_problem(tmp_path: Path) -> None:
-    def prepare(house: HttpHarness) -> None:
-        house.fakes.status = "degraded"
+    def prepare(harness: HttpHarness) -> None:
+        harness.fakes.status = "degraded"
 
     found = await _findings(tmp_path, prepare)
     assert set(found) == {"database", "cache", "storage", "clock", "job bad-1", "validation", "jobs"}
@@ -50,19 +50,19 @@ async def test_the_doctor_names_every_problem(tmp_path: Path) -> None:
 
 
 async def test_the_doctor_finds_nothing_in_a_healthy_daemon(tmp_path: Path) -> None:
-    def prepare(house: HttpHarness) -> None:
-        house.fakes.accepted = True
+    def prepare(harness: HttpHarness) -> None:
+        harness.fakes.accepted = True
 
     assert set(await _findings(tmp_path, prepare)) == {"job bad-1", "validation", "jobs"}
 
 
 async def _clock(place: Path, held: list[str], *argv: str) -> tuple[int, bool]:
     """The exit code of `jobctl clock …` against a daemon whose clock is suspect, and whether it is accepted."""
-    async with HttpHarness(admin_api.ROUTES, place, admin=True) as house:
-        house.fakes.past_jobs = held
-        where = ["--admin-url", f"unix:{house.path}"]
+    async with HttpHarness(admin_api.ROUTES, place, admin=True) as harness:
+        harness.fakes.past_jobs = held
+        where = ["--admin-url", f"unix:{harness.path}"]
         code = await asyncio.to_thread(ctl.main, ["clock", *argv, *where])
-        return code, house.fakes.accepted
+        return code, harness.fakes.accepted
 
 
 async def test_clock_accept_lists_the_jobs_to_delete_and_asks(
@@ -78,11 +78,11 @@ async def test_clock_accept_lists_the_jobs_to_delete_and_asks(
     assert json.loads(capsys.readouterr().out) == {"heldJobs": held, "moreHeld": False}
     assert await _clock(tmp_path, held, "--yes") == (2, False)
     assert await _clock(tmp_path, held, "accept", "--yes") == (0, True)
-    asked: list[str] = []
+    requests: list[str] = []
     monkeypatch.setattr("jobd.cli.ctl.admin.need_terminal", lambda: None)
-    monkeypatch.setattr("jobd.cli.ctl.admin.confirm", asked.append)
+    monkeypatch.setattr("jobd.cli.ctl.admin.confirm", requests.append)
     assert await _clock(tmp_path, held, "accept") == (0, True)
-    assert asked == ["accept the clock"]
+    assert requests == ["accept the clock"]
     assert "2: old-1 old-2 finished jobs would be deleted by age" in capsys.readouterr().err
 
 
@@ -113,20 +113,20 @@ def test_webhooks_are_listed_with_their_state(capsys: pytest.CaptureFixture[str]
 async def test_the_doctor_names_failing_webhooks_and_dead_lettered_messages(tmp_path: Path) -> None:
     now = 1_700_000_000_000
 
-    def failing(house: HttpHarness) -> None:
-        house.fakes.hooks = [replace(WEBHOOK, failing_since=now - 60_000, waiting=3, last_error="500: no")]
+    def failing(harness: HttpHarness) -> None:
+        harness.fakes.hooks = [replace(WEBHOOK, failing_since=now - 60_000, waiting=3, last_error="500: no")]
 
-    def lost(house: HttpHarness, ended_at: int) -> None:
+    def lost(harness: HttpHarness, ended_at: int) -> None:
         given_up = replace(DELIVERY, state="given_up", ended_at=ended_at, error="401")
-        house.fakes.deliveries_page = answers.DeliveryPage([given_up], None)
+        harness.fakes.deliveries_page = answers.DeliveryPage([given_up], None)
 
-    said = (await _findings(tmp_path, failing))["webhook q"]
-    assert "3 wait" in said
-    assert said.endswith("500: no")
-    said = (await _findings(tmp_path, lambda house: lost(house, now)))["webhook q"]
-    assert "messages were dead-lettered" in said
-    assert said.endswith("401")
-    assert "webhook q" not in await _findings(tmp_path, lambda house: lost(house, now - 86_400_000))
+    finding = (await _findings(tmp_path, failing))["webhook q"]
+    assert "3 wait" in finding
+    assert finding.endswith("500: no")
+    finding = (await _findings(tmp_path, lambda harness: lost(harness, now)))["webhook q"]
+    assert "messages were dead-lettered" in finding
+    assert finding.endswith("401")
+    assert "webhook q" not in await _findings(tmp_path, lambda harness: lost(harness, now - 86_400_000))
 
 
 MIB = 1 << 20
@@ -142,9 +142,9 @@ PASSED = {
 
 @pytest.mark.parametrize("where", PASSED)
 def test_the_doctor_compares_figures_with_the_thresholds_of_the_rules(where: str) -> None:
-    line, wrong, right, said = PASSED[where]
+    line, wrong, right, finding = PASSED[where]
     (found,) = checkup._figures(f"{line.format(wrong)}\n")
-    assert (found.where, said in found.what) == (where, True), found
+    assert (found.where, finding in found.what) == (where, True), found
     assert list(checkup._figures(f"{line.format(right)}\n")) == []
     assert list(checkup._figures("jobd_stuck_jobs 0\n")) == []
 

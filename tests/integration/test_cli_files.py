@@ -230,17 +230,17 @@ def test_a_damaged_row_is_named_with_its_fix(
         assert "add --yes to do it, --dry-run to see the effect" in err
     assert _jobd(capsys, "doctor", "--store", str(copy), "--dry-run")[0] == 2
     assert copy.read_bytes() == before
-    asked: list[str] = []
+    prompts: list[str] = []
 
     def no(what: str) -> None:
-        asked.append(what)
+        prompts.append(what)
         raise exits.CliError("nothing was done")
 
     with monkeypatch.context() as patched:
         patched.setattr("jobd.cli.daemon.store.need_terminal", lambda: None)
         patched.setattr("jobd.cli.daemon.store.confirm", no)
         code, out, err = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2")
-        assert (code, out, asked) == (1, "", ["write that"])
+        assert (code, out, prompts) == (1, "", ["write that"])
         assert "job b2: the row would be accepted" in err
         assert copy.read_bytes() == before
     code, out, _ = _jobd(capsys, "doctor", "--store", str(copy), "--accept", "b2", "--yes")
@@ -277,8 +277,8 @@ async def test_damaged_rows_of_a_running_daemon_are_named_once(
     stats = answers.StatsView(9, {}, 0, 0, 0.0, None, 0, 1_772_366_400_000)
     async with HttpHarness(
         admin_api.ROUTES, tmp_path, admin=True, actor=FakeActor(lambda _: answers.Response(stats))
-    ) as house:
-        argv = ["doctor", "--running", "--rows", "--json", "--admin-url", f"unix:{house.path}"]
+    ) as harness:
+        argv = ["doctor", "--running", "--rows", "--json", "--admin-url", f"unix:{harness.path}"]
         assert await asyncio.to_thread(jobd_cli.main, argv) == 1
     found = [each for each in json.loads(capsys.readouterr().out)["problems"] if each["where"].startswith("job ")]
     assert [each["where"] for each in found] == ["job bad-1", "job bad-2", "job bad-2"]
@@ -307,7 +307,7 @@ def test_check_config_shows_each_value_with_its_source(
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         (["check-config", "--config", "/nowhere.toml"], "/nowhere.toml"),
         (["serve", "--set", "locks.tl=5m"], "locks.tl"),
@@ -319,12 +319,12 @@ def test_check_config_shows_each_value_with_its_source(
     ],
 )
 def test_an_invalid_configuration_exits_with_78_and_one_line(
-    argv: list[str], said: str, jobctl: Ctl, capsys: pytest.CaptureFixture[str]
+    argv: list[str], expected: str, jobctl: Ctl, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = _jobd(capsys, *argv)
     assert (code, out) == (78, "")
     assert len(err.splitlines()) == 1
-    assert said in err
+    assert expected in err
 
 
 def test_check_config_takes_the_flags_of_serve(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:

@@ -174,7 +174,7 @@ def test_late_results_are_mentioned_before_they_are_deleted(
     assert (plan["with_late_results"], [job["late_results"] for job in plan["jobs"]]) == (1, [1])
     shown = jobctl.ok("apply", plan["plan_id"], "--dry-run")
     assert _GOES in shown
-    code, _, asked = on_a_terminal(running, b"n\n", "delete", "lt1")
-    assert (code, asked.index(_GOES) < asked.index("delete job lt1")) == (1, True)
+    code, _, prompt = on_a_terminal(running, b"n\n", "delete", "lt1")
+    assert (code, prompt.index(_GOES) < prompt.index("delete job lt1")) == (1, True)
     monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
     assert f"It has {_GOES}" in jobctl.ok("delete", "lt1", "--dry-run"), "a read-only token shows it, too"

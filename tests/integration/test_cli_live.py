@@ -53,8 +53,8 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 
 
 def environ(daemon: Daemon) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JOBD_", "ADMIN_"))}
-    return {**kept, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JOBD_", "ADMIN_"))}
+    return {**inherited, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
 
 
 @pytest.fixture
@@ -355,10 +355,10 @@ class Terminal:
 
     def until(self, text: bytes) -> None:
         """Reads until it has been said since the last call."""
-        heard = b""
-        while text not in heard:
-            heard += self._read()
-        self.said += heard
+        output = b""
+        while text not in output:
+            output += self._read()
+        self.said += output
 
     def _read(self) -> bytes:
         piece = os.read(self._ours, 65_536)

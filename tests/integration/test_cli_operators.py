@@ -59,9 +59,9 @@ def test_cancel_with_an_admin_token_is_audited_and_without_one_uses_the_worker_a
     by = [running.client.timeline(f"cw{n}")[-1].by for n in range(4)]
     assert by == ["admin:eve@desk", "client", "client", "admin:eve@desk"]
     monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
-    kept = [jobctl.json("audit", "--job", f"cw{n}")["entries"] for n in range(4)]
-    assert [len(entries) for entries in kept] == [1, 0, 0, 1]
-    assert [kept[0][0][name] for name in ("who", "what", "reason")] == ["eve@desk", "cancel", "not wanted"]
+    audit_entries = [jobctl.json("audit", "--job", f"cw{n}")["entries"] for n in range(4)]
+    assert [len(entries) for entries in audit_entries] == [1, 0, 0, 1]
+    assert [audit_entries[0][0][name] for name in ("who", "what", "reason")] == ["eve@desk", "cancel", "not wanted"]
 
 
 def test_cancelling_several_jobs_makes_a_plan(jobctl: Ctl, running: Running) -> None:
@@ -77,8 +77,8 @@ def test_cancelling_several_jobs_makes_a_plan(jobctl: Ctl, running: Running) -> 
     code, out, err = jobctl.run("cancel", "cp0", "cp2", "no-such-job", "-y")
     assert (code, out) == (4, "cancel: 2 jobs done\n")
     assert "There is no such job." in err
-    kept = jobctl.json("audit", "--since", "1h", "--limit", "2")["entries"]
-    assert [(each["what"], each["reason"], each["changed"]) for each in kept] == [
+    audit_entries = jobctl.json("audit", "--since", "1h", "--limit", "2")["entries"]
+    assert [(each["what"], each["reason"], each["changed"]) for each in audit_entries] == [
         ("plan-cancel", None, 2),
         ("plan-cancel", "too many", 1),
     ]
@@ -99,8 +99,10 @@ def test_an_operator_changes_a_job_from_status_to_status(jobctl: Ctl, running: R
     assert jobctl.json("audit", "--what", "update")["entries"][0]["reason"] == "late"
     set_ = ["--set", "file_path=/srv/out", "--set", 'metadata={"a": [1]}']
     assert jobctl.no("transition", "c4", "failed", "completed", "-y")[0] == 4
-    said = 'c4: would transition queued → completed and set file_path "/srv/out", metadata {"a":[1]}: it is queued\n'
-    assert jobctl.ok("transition", "c4", "queued", "completed", "--dry-run", *set_) == said
+    expected = (
+        'c4: would transition queued → completed and set file_path "/srv/out", metadata {"a":[1]}: it is queued\n'
+    )
+    assert jobctl.ok("transition", "c4", "queued", "completed", "--dry-run", *set_) == expected
     rejected = "c4: transition queued → processing would be rejected: Job c4 is queued. Only a grant"
     assert rejected in jobctl.no("transition", "c4", "queued", "processing", "--dry-run")[1]
     for wrong, why in (("foo=1", "foo"), ("priority=99999", "priority"), ("storage_key=/etc", "must be relative")):
@@ -255,7 +257,7 @@ def test_every_action_takes_a_reason(jobctl: Ctl) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         (["retry", "-y"], "one of the two"),
         (["apply", "-y"], "PLAN_ID"),
@@ -267,10 +269,10 @@ def test_every_action_takes_a_reason(jobctl: Ctl) -> None:
         (["delete", "--where", "queue=q"], "--dry-run"),
     ],
 )
-def test_an_invalid_selection_is_a_usage_error(argv: list[str], said: str, jobctl: Ctl) -> None:
+def test_an_invalid_selection_is_a_usage_error(argv: list[str], expected: str, jobctl: Ctl) -> None:
     code, err = jobctl.no(*argv)
     assert code == 2
-    assert said in err
+    assert expected in err
 
 
 def test_jobs_that_wait_for_a_retry_are_grouped_and_can_be_run_now(running: Running, jobctl: Ctl) -> None:
@@ -344,8 +346,8 @@ def test_the_plan_of_a_recovery_can_be_applied(running: Running, jobctl: Ctl) ->
         assert (code, out) == (4, "recover-stuck: 1 job done\n")
         assert "time-2: changed since the plan: processing → processing." in err
         assert [running.client.get_job(each).status for each in ("time-1", "time-2")] == ["queued", "processing"]
-        [deed] = jobctl.json("audit", "--what", "plan-recover-stuck", "--limit", "1")["entries"]
-        assert (deed["reason"], deed["changed"]) == ("they are dead", 1)
+        [entry] = jobctl.json("audit", "--what", "plan-recover-stuck", "--limit", "1")["entries"]
+        assert (entry["reason"], entry["changed"]) == ("they are dead", 1)
         assert jobctl.run("apply", named[1], "-y")[0] == 4, "the same answer again"
         jobctl.ok("cancel", "time-1", "time-2", "-y")
 
@@ -372,8 +374,8 @@ def test_take_back_ends_the_grants_of_a_silent_worker(running: Running, jobctl: 
         assert (code, "[worker_not_silent]" in err) == (4, True)
         code, _, err = jobctl.run("take-back", "w-unknown", "-y")
         assert (code, "[worker_not_found]" in err) == (4, True)
-        [deed] = jobctl.json("audit", "--what", "take-back", "--limit", "3")["entries"][2:]
-        assert (deed["reason"], deed["changed"], deed["details"]) == ("lost its power", 2, {"worker": "w-silent"})
+        [entry] = jobctl.json("audit", "--what", "take-back", "--limit", "3")["entries"][2:]
+        assert (entry["reason"], entry["changed"], entry["details"]) == ("lost its power", 2, {"worker": "w-silent"})
     jobctl.ok("cancel", "back-1", "back-2", "back-3", "-y")
 
 
@@ -389,11 +391,11 @@ def test_the_plan_of_a_cleanup_run_can_be_applied_except_for_its_fixes(running: 
         assert code == 0
         assert re.fullmatch(r"To do exactly this, except for the fixes, until .*: jobctl apply .*\n", err), err
         plan_id = jobctl.json("cleanup", "--dry-run")["plan_id"]
-        _, shown, asked = on_a_terminal(running, b"n\n", "apply", plan_id)
+        _, shown, prompt = on_a_terminal(running, b"n\n", "apply", plan_id)
         for line in ("time-3 +processing → queued", "time-late +queued → failed", f"{old} +completed → deleted"):
             assert re.search(line, shown), shown
         assert "Their history and their stored results are deleted" in shown
-        assert "clean up 3 jobs?" in asked
+        assert "clean up 3 jobs?" in prompt
         assert jobctl.ok("apply", plan_id, "-y") == "cleanup: 3 jobs done\n"
         assert jobctl.no("job", old)[0] == 4
         assert jobctl.json("cleanup", "--dry-run")["plan_id"] is None

@@ -35,7 +35,7 @@ def test_a_question_is_asked_and_answered(running: Running) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("verb", "before", "said"),
+    ("verb", "before", "output"),
     [
         ("force-fail", "queued", "queued → failed"),
         ("force-reset", "failed", "failed → queued"),
@@ -44,7 +44,7 @@ def test_a_question_is_asked_and_answered(running: Running) -> None:
     ],
 )
 def test_a_confirmed_action_applies_to_the_job_as_shown(
-    verb: str, before: str, said: str, running: Running, jobctl: Ctl
+    verb: str, before: str, output: str, running: Running, jobctl: Ctl
 ) -> None:
     job_id = f"seen-{verb}"
 
@@ -65,9 +65,9 @@ def test_a_confirmed_action_applies_to_the_job_as_shown(
     assert f"{job_id}: changed since the plan: {before} → {before}" in shown
     job = running.client.get_job(job_id)
     assert (job.status, job.error_message) == (before, "nobody has read this" if before == "failed" else None)
-    assert on_a_terminal(running, b"y\n", verb, job_id)[:2] == (0, f"{job_id}: {said}\n")
-    kept = jobctl.json("audit", "--job", job_id, "--limit", "1")["entries"][0]
-    assert (kept["what"], kept["job_id"], kept["changed"]) == (f"plan-{verb}", job_id, 1)
+    assert on_a_terminal(running, b"y\n", verb, job_id)[:2] == (0, f"{job_id}: {output}\n")
+    entry = jobctl.json("audit", "--job", job_id, "--limit", "1")["entries"][0]
+    assert (entry["what"], entry["job_id"], entry["changed"]) == (f"plan-{verb}", job_id, 1)
 
 
 @pytest.mark.slow
@@ -76,16 +76,16 @@ def test_json_is_the_same_after_a_question(running: Running, jobctl: Ctl) -> Non
     for job_id in ids:
         running.client.create_job(id=job_id, queue="json")
     for verb, *reason in (["force-fail", "--reason", "wrong"], ["force-reset"], ["force-fail"], ["force-reset"]):
-        asked = json.loads(on_a_terminal(running, b"y\n", verb, ids[0], "--json", *reason)[1])
+        response = json.loads(on_a_terminal(running, b"y\n", verb, ids[0], "--json", *reason)[1])
         unasked = jobctl.json(verb, ids[1], "-y", *reason)
-        assert asked.pop("timestamp") <= unasked.pop("timestamp")
-        assert (asked.pop("jobId"), unasked.pop("jobId")) == ids
-        assert asked == unasked
+        assert response.pop("timestamp") <= unasked.pop("timestamp")
+        assert (response.pop("jobId"), unasked.pop("jobId")) == ids
+        assert response == unasked
     code, shown = rejected_on_a_terminal(running, "delete", ids[0])
     assert (code, f"{ids[0]}: delete is rejected: it is queued. Only finished" in shown) == (4, True)
-    asked = json.loads(on_a_terminal(running, b"y\n", "cancel", ids[0], "--json")[1])
+    response = json.loads(on_a_terminal(running, b"y\n", "cancel", ids[0], "--json")[1])
     seen = jobctl.json("job", ids[0])
-    assert (asked, asked["status"]) == (seen, "cancelled")
+    assert (response, response["status"]) == (seen, "cancelled")
     assert json.loads(on_a_terminal(running, b"y\n", "delete", ids[0], "--json")[1]) == seen
     code, shown = rejected_on_a_terminal(running, "delete", ids[0])
     assert (code, "[job_not_found]" in shown) == (4, True)
@@ -111,13 +111,13 @@ def test_a_dry_run_shows_old_and_new_values(
     jobctl.ok("submit", "--id", name, "--queue", name, "--delay", "2h", "--priority", "4")
     monkeypatch.setenv("ADMIN_TOKEN", token)
     before, at = running.client.get_job(name), r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
-    said = jobctl.ok("run-now", name, "--dry-run")
-    assert re.fullmatch(rf"{name}: would run-now \(due {at} \(in .*\) → {at} \(\d s ago\)\): it is queued\n", said)
-    said = jobctl.ok("update", name, "--priority", "5", "--max-attempts", "1", "--dry-run", "--reason", "r")
-    assert said == f"{name}: would update (priority 4 → 5): it is queued\n"
-    said = jobctl.ok("update", name, "--priority", "5", "--max-attempts", "3", "--run-at", "1h", "--dry-run")
+    output = jobctl.ok("run-now", name, "--dry-run")
+    assert re.fullmatch(rf"{name}: would run-now \(due {at} \(in .*\) → {at} \(\d s ago\)\): it is queued\n", output)
+    output = jobctl.ok("update", name, "--priority", "5", "--max-attempts", "1", "--dry-run", "--reason", "r")
+    assert output == f"{name}: would update (priority 4 → 5): it is queued\n"
+    output = jobctl.ok("update", name, "--priority", "5", "--max-attempts", "3", "--run-at", "1h", "--dry-run")
     changes = rf"priority 4 → 5, due {at} \(in .*\) → {at} \(in .*\), max_attempts 1 → 3"
-    assert re.fullmatch(rf"{name}: would update \({changes}\): it is queued\n", said)
+    assert re.fullmatch(rf"{name}: would update \({changes}\): it is queued\n", output)
     nothing = f"{name}: would update (which changes nothing): it is queued\n"
     assert jobctl.ok("update", name, "--priority", "4", "--dry-run") == nothing
     assert running.client.get_job(name) == before
@@ -170,16 +170,16 @@ def test_a_read_only_token_allows_a_dry_run(jobctl: Ctl, monkeypatch: pytest.Mon
 def test_the_adopted_result_is_the_one_that_was_shown(running: Running, jobctl: Ctl) -> None:
     running.client.create_job(id="late-1", queue="late-1")
 
-    def bring(path: str) -> None:
+    def move_to(path: str) -> None:
         """A worker loses the job and completes it all the same."""
         grant = running.client.start_processing("late-1", f"w-{path}")
         jobctl.ok("force-reset", "late-1", "-y")
         with pytest.raises(LockLost):
             running.client.complete_job("late-1", lock_id=grant.lock_id, file_path=path)
 
-    bring("/first")
+    move_to("/first")
     assert "/second" not in jobctl.ok("late", "late-1")
-    done = on_a_terminal(running, b"y\n", "adopt", "late-1", meanwhile=lambda: bring("/second"))
+    done = on_a_terminal(running, b"y\n", "adopt", "late-1", meanwhile=lambda: move_to("/second"))
     assert done[:2] == (0, "late-1: completed\n")
     assert "/second" in jobctl.ok("late", "late-1")
     assert running.client.get_job("late-1").file_path == "/first"

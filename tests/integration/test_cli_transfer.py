@@ -100,11 +100,11 @@ def test_export_and_import_preserve_every_job(here: Running, there: Running, tmp
     assert here.done("jobd.cli.ctl.main", "export", str(file)).returncode == 2, "it is there already"
     assert here.done("jobd.cli.ctl.main", "export", str(file), "--yes").returncode == 0
     assert file.read_bytes().splitlines() == lines, "an export changes nothing"
-    looked = there.done("jobd.cli.ctl.main", "import", "--dry-run", str(file))
-    assert looked.returncode == 0
-    assert len(looked.stdout.splitlines()) == len(lines)
-    assert looked.stderr == f"{len(lines)} would be imported, 0 skipped, 0 rejected\n"
-    assert "(many-7): would be created as queued" in looked.stdout
+    preview = there.done("jobd.cli.ctl.main", "import", "--dry-run", str(file))
+    assert preview.returncode == 0
+    assert len(preview.stdout.splitlines()) == len(lines)
+    assert preview.stderr == f"{len(lines)} would be imported, 0 skipped, 0 rejected\n"
+    assert "(many-7): would be created as queued" in preview.stdout
     assert there.client.list_jobs().jobs == []  # nothing was written
     moved = there.done("jobd.cli.ctl.main", "import", str(file))
     assert moved.stdout == f"{len(lines)} imported, 0 skipped, 0 rejected\n"
@@ -121,8 +121,8 @@ def test_export_and_import_preserve_every_job(here: Running, there: Running, tmp
         else:
             assert after == before, name
     for number, payload in enumerate(ODD):
-        kept = bytes(there.client.get_job(f"odd-{number}").payload)  # type: ignore[arg-type]
-        assert kept == payload.replace("\n", " ").replace("\r", " ").encode(), (
+        stored = bytes(there.client.get_job(f"odd-{number}").payload)  # type: ignore[arg-type]
+        assert stored == payload.replace("\n", " ").replace("\r", " ").encode(), (
             "line breaks between the parts are spaces now"
         )
     assert there.done("jobd.cli.ctl.main", "import", str(file)).stdout.startswith(f"0 imported, {len(lines)} skipped")
@@ -190,15 +190,15 @@ def test_a_dry_run_of_an_import_gives_reasons(there: Running, tmp_path: Path) ->
     there.client.create_job(id="old")
     file = tmp_path / "jobs.ndjson"
     file.write_text('{"id":"a"}\n{"id":"old"}\n{"id":"a"}\n{"id":"b","priority":7000}\n', encoding="utf-8")
-    looked = there.done("jobd.cli.ctl.main", "import", str(file), "--dry-run")
-    assert looked.returncode == 1  # as the import itself
-    said = looked.stdout.splitlines()
-    assert said[:3] == [
+    preview = there.done("jobd.cli.ctl.main", "import", str(file), "--dry-run")
+    assert preview.returncode == 1  # as the import itself
+    lines = preview.stdout.splitlines()
+    assert lines[:3] == [
         "line 1 (a): would be created as queued",
         "line 2 (old): would be skipped: A job with this id exists: it is queued.",
         "line 3 (a): would be skipped: Line 1 has the same id.",
     ]
-    assert said[3].startswith("line 4 (b): would be rejected: ")
-    assert "priority" in said[3]
+    assert lines[3].startswith("line 4 (b): would be rejected: ")
+    assert "priority" in lines[3]
     shown = there.done("jobd.cli.ctl.main", "import", str(file), "--dry-run", "--json")
     assert json.loads(shown.stdout)["wouldRefuse"] == 1

@@ -140,7 +140,7 @@ async def test_the_lines_of_an_aborted_stream_get_their_responses(either: HttpHa
     assert (last["status"], last["error"], "ended too early" in last["message"]) == (400, "invalid_request", True)
     assert await stream.hear() is None
     assert await stream.line.is_closed()
-    assert [asked.command.id for asked in either.actor.received] == ["a", "b"]
+    assert [envelope.command.id for envelope in either.actor.received] == ["a", "b"]
 
 
 async def test_grants_of_a_stream_whose_client_has_closed_are_released(either: HttpHarness) -> None:
@@ -241,7 +241,7 @@ async def test_a_malformed_line_gets_an_error_and_the_stream_continues(
         assert first["success"] is last["success"] is True
         assert (wrong["success"], wrong["error"], wrong["details"].get("field")) == (False, code, field), wrong
         assert wrong["status"] == (413 if code == "too_large" else 400)
-        assert [asked.command.id for asked in harness.actor.received] == ["a", "b"]
+        assert [envelope.command.id for envelope in harness.actor.received] == ["a", "b"]
         assert harness.app.error_counts[code] == 1
 
 
@@ -390,7 +390,7 @@ async def test_the_number_of_pending_commands_is_limited(tmp_path: Path) -> None
         for _ in range(1_000):
             assert (await stream.hear())["success"]
         assert await stream.hear() is None
-        assert [asked.command.id for asked in actor.received] == [f"j-{number}" for number in range(1_000)]
+        assert [envelope.command.id for envelope in actor.received] == [f"j-{number}" for number in range(1_000)]
 
 
 async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp_path: Path) -> None:

@@ -199,13 +199,13 @@ def test_reports_renew_a_lock_and_never_shorten_it(daemon: Daemon, queue: str) -
     made = create(daemon, queue)
     grant = start(daemon, made["id"], lock_ttl_ms=60_000)
     lock = {"lock_id": grant["lock_id"]}
-    told = daemon.post(f"/v1/jobs/{made['id']}/progress", {**lock, "progress": 42.5, "message": "half"}).data
-    assert set(told) == {"lock_expires_at", "ttl_ms", "ceiling_at", "cancel_requested"}
-    assert told["cancel_requested"] is False
-    assert told["lock_expires_at"] >= grant["lock_expires_at"]
+    response = daemon.post(f"/v1/jobs/{made['id']}/progress", {**lock, "progress": 42.5, "message": "half"}).data
+    assert set(response) == {"lock_expires_at", "ttl_ms", "ceiling_at", "cancel_requested"}
+    assert response["cancel_requested"] is False
+    assert response["lock_expires_at"] >= grant["lock_expires_at"]
     assert (job(daemon, made["id"])["progress"], job(daemon, made["id"])["progress_message"]) == (42.5, "half")
     longer = daemon.post(f"/v1/jobs/{made['id']}/extend", {**lock, "additional_ms": 600_000}).data
-    assert longer["lock_expires_at"] > told["lock_expires_at"] + 500_000
+    assert longer["lock_expires_at"] > response["lock_expires_at"] + 500_000
     assert longer["extended"] is True
     shorter = daemon.post(f"/v1/jobs/{made['id']}/extend", {**lock, "additional_ms": 1_000}).data
     assert shorter["extended"] is False
@@ -472,10 +472,10 @@ def test_a_late_result_is_kept_and_adopted(daemon: Daemon, queue: str) -> None:
     daemon.admin("POST", "force-reset", {"jobId": job_id})
     refused(daemon.admin("POST", f"jobs/{job_id}/adopt"), 404, "late_result_not_found")
     done = {**lock, "file_path": "/out", "metadata": {"a": [1, None]}}
-    told = refused(daemon.post(f"/v1/jobs/{job_id}/complete", done), 409, "lock_lost")
-    assert refused(daemon.post(f"/v1/jobs/{job_id}/complete", done), 409, "lock_lost") == told
+    response = refused(daemon.post(f"/v1/jobs/{job_id}/complete", done), 409, "lock_lost")
+    assert refused(daemon.post(f"/v1/jobs/{job_id}/complete", done), 409, "lock_lost") == response
     (late,) = daemon.admin("GET", f"jobs/{job_id}/late-results").data["late_results"]
-    assert (late["seq"], late["file_path"], late["metadata"]) == (told["late_result"], "/out", {"a": [1, None]})
+    assert (late["seq"], late["file_path"], late["metadata"]) == (response["late_result"], "/out", {"a": [1, None]})
     assert set(late) == {
         "seq", "at", "worker", "fencing_token", "download_url", "file_path", "storage_key", "metadata", "expires_at",
         "refusal",
@@ -521,9 +521,9 @@ def test_an_import_keeps_jobs_unchanged(daemon: Daemon, queue: str) -> None:
     with daemon.admin_connection() as connection:
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/x-ndjson"}
         connection.request("POST", "/admin/job-management/import", "\n".join(lines).encode(), headers)
-        told = Reply(connection.getresponse()).data
-    assert (told["imported"], told["skipped"]) == (3, 1)
-    assert [(line["line"], line["id"]) for line in told["refused"]] == [(5, f"{queue}:bad"), (6, None)]
+        response = Reply(connection.getresponse()).data
+    assert (response["imported"], response["skipped"]) == (3, 1)
+    assert [(line["line"], line["id"]) for line in response["refused"]] == [(5, f"{queue}:bad"), (6, None)]
     assert job(daemon, f"{queue}:done")["created_at"] == OLD_MS
     lost = job(daemon, f"{queue}:lost")
     assert (lost["status"], lost["error_code"]) == (

@@ -262,7 +262,7 @@ def test_a_second_daemon_does_not_start_and_changes_nothing(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "expected"),
     [
         ("[locks]\nttl = 15\n", "locks.ttl"),
         ("[lock]\nttl = '15m'\n", "unknown section [lock]"),
@@ -271,11 +271,11 @@ def test_a_second_daemon_does_not_start_and_changes_nothing(tmp_path: Path) -> N
         ("[store]\nsynchronous = 'off'\n", "store.synchronous"),
     ],
 )
-def test_a_wrong_configuration_is_exit_78(tmp_path: Path, config: str, said: str) -> None:
+def test_a_wrong_configuration_is_exit_78(tmp_path: Path, config: str, expected: str) -> None:
     run = Daemon(tmp_path, config).spawn()
     _, log = run.communicate(timeout=30)
     assert run.returncode == 78
-    assert said in log.decode()
+    assert expected in log.decode()
 
 
 def test_workers_may_use_any_host_name_over_tcp(tmp_path: Path) -> None:
@@ -368,9 +368,9 @@ def test_sighup_applies_reloadable_keys_and_keeps_the_old_on_error(tmp_path: Pat
             daemon.process.send_signal(signal.SIGHUP)  # type: ignore[union-attr]
             return daemon.until_said(b"reload")
 
-        said = reload("[locks]\nttl = '5m'\n[limits]\nbody = 2000000\n")
-        assert "locks.ttl" in said
-        assert "limits.body" in said
+        output = reload("[locks]\nttl = '5m'\n[limits]\nbody = 2000000\n")
+        assert "locks.ttl" in output
+        assert "limits.body" in output
         daemon.post("/v1/jobs", {"id": "a"})
         assert daemon.post("/v1/jobs/a/start", {"worker": "w"}).data["ttl_ms"] == 300_000
         assert "reload_failed" in reload("[locks]\nttl = 'soon'\n")
@@ -494,9 +494,9 @@ def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -
             assert strace.stderr is not None
             strace.stderr.readline()  # attached
             asked = pool.submit(daemon.post, "/v1/jobs", {"id": "a"})
-            said = b""
-            while b"fdatasync(" not in said:  # the commit has reached the disk
-                said += strace.stderr.read(100)
+            output = b""
+            while b"fdatasync(" not in output:  # the commit has reached the disk
+                output += strace.stderr.read(100)
             assert daemon.stop() == 74, daemon.log.decode()
             strace.stderr.read()
         assert asked.result().error == "outcome_unknown"

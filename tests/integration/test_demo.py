@@ -184,8 +184,8 @@ def test_the_demo_kills_a_worker_and_confirms_the_recovery(temporary: dict[str, 
     assert len(_pids(text)) == 4
     assert not any(map(_is_alive, _pids(text)))
     assert os.listdir(temporary["TMPDIR"]) == []
-    kept = [path.suffix for path in (tmp_path / "kept").iterdir()]
-    assert kept == [".png"] * (recovery.PICTURES + recovery.FILMS)
+    suffixes = [path.suffix for path in (tmp_path / "kept").iterdir()]
+    assert suffixes == [".png"] * (recovery.PICTURES + recovery.FILMS)
 
 
 def _until_working(process: subprocess.Popen[str]) -> str:

@@ -518,9 +518,9 @@ def context(tmp_path: Path) -> Context:
         tool.chmod(0o755)
     home = tmp_path / "home"
     home.mkdir()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JOBD_", "ADMIN_", "XDG_"))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("JOBD_", "ADMIN_", "XDG_"))}
     environ = {
-        **kept,
+        **inherited,
         "HOME": str(home),
         "PATH": f"{tools}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),

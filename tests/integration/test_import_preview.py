@@ -58,7 +58,7 @@ async def test_each_line_is_reported_in_order(harness: HttpHarness) -> None:
         (6, "b", "skip", None),
     ]
     assert data["lines"][4]["reason"] == "Line 4 has the same id."
-    assert {type(asked.command) for asked in harness.actor.received} == {ImportCheck}  # not even an audit entry
+    assert {type(envelope.command) for envelope in harness.actor.received} == {ImportCheck}  # not even an audit entry
 
 
 async def test_a_preview_says_where_the_import_would_stop(harness: HttpHarness) -> None:

@@ -37,18 +37,18 @@ class Pipe:
 
     def read(self, out: LogWriter) -> list[str]:
         """Read until everything is written."""
-        heard: list[bytes] = []
+        lines: list[bytes] = []
 
         def listen() -> None:
             with open(self.ours, "rb") as end:
-                heard.append(end.read())
+                lines.append(end.read())
 
         listener = threading.Thread(target=listen)
         listener.start()
         assert out.flush(30)
         self.stderr.close()
         listener.join()
-        return heard[0].decode().splitlines()
+        return lines[0].decode().splitlines()
 
 
 def test_logging_never_waits_and_dropped_lines_are_counted_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,9 +62,9 @@ def test_logging_never_waits_and_dropped_lines_are_counted_in_place(monkeypatch:
     at = next(at for at, line in enumerate(read) if line.startswith("dropped"))
     assert read[:at] == [f"{number:099}" for number in range(at)]  # no line is missing before the gap
     lost = sum(int(line.split()[1]) for line in read if line.startswith("dropped"))
-    kept = [int(line) for line in read if not line.startswith("dropped")]
-    assert kept == sorted(kept)
-    assert len(kept) + lost == 10_000
+    numbers = [int(line) for line in read if not line.startswith("dropped")]
+    assert numbers == sorted(numbers)
+    assert len(numbers) + lost == 10_000
     assert lost > 9_000
 
 
@@ -96,8 +96,8 @@ def test_a_non_blocking_stderr_loses_nothing(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("end", ["", "sys.exit(3)", "raise SystemExit", "1 / 0"])
 def test_all_lines_are_written_in_order_when_the_process_ends(end: str) -> None:
     done = subprocess.run([sys.executable, "-c", SAY + end, "2000"], capture_output=True, text=True, check=False)
-    said = [line for line in done.stderr.splitlines() if "event=said" in line]
-    assert [int(number) for number in re.findall(r"number=(\d+)", "".join(said))] == list(range(2000))
+    lines = [line for line in done.stderr.splitlines() if "event=said" in line]
+    assert [int(number) for number in re.findall(r"number=(\d+)", "".join(lines))] == list(range(2000))
 
 
 def test_a_critical_line_is_written_before_a_hard_exit() -> None:

@@ -74,10 +74,10 @@ def test_json_keeps_every_value(capsys: pytest.CaptureFixture[str]) -> None:
     log.configure("info", "json")
     structlog.get_logger("jobd.x").warning("said", a=NASTY, b=None, c=[1, 2.5, True], d={"k": {"x"}}, e=Path("/p"))
     (line,) = lines(capsys)
-    said = json.loads(line)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", said.pop("timestamp"))
+    logged = json.loads(line)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z", logged.pop("timestamp"))
     plain = {"a": NASTY, "b": None, "c": [1, 2.5, True], "d": {"k": ["x"]}, "e": "/p"}
-    assert said == {"level": "warning", "event": "said", "logger": "jobd.x", **plain}
+    assert logged == {"level": "warning", "event": "said", "logger": "jobd.x", **plain}
 
 
 def test_logfmt_is_words_and_json_strings(capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,12 +157,12 @@ def test_lines_of_the_standard_library_are_logged_the_same_way(capsys: pytest.Ca
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         warnings.warn("old habits", stacklevel=1)
-    said = [json.loads(line) for line in lines(capsys)]
-    assert [line["event"].partition(":")[0] for line in said[:3]] == ["bad request\n", "%d", "between the levels"]
-    assert [line["level"] for line in said] == ["error", "warning", "warning", "warning"]
-    assert {line["logger"] for line in said[:3]} == {"aiohttp.server"}
-    assert "LookupError: x" in said[0]["traceback"]
-    assert said[3]["logger"] == "py.warnings"
+    logged = [json.loads(line) for line in lines(capsys)]
+    assert [line["event"].partition(":")[0] for line in logged[:3]] == ["bad request\n", "%d", "between the levels"]
+    assert [line["level"] for line in logged] == ["error", "warning", "warning", "warning"]
+    assert {line["logger"] for line in logged[:3]} == {"aiohttp.server"}
+    assert "LookupError: x" in logged[0]["traceback"]
+    assert logged[3]["logger"] == "py.warnings"
 
 
 def test_a_new_level_applies_to_loggers_in_use(capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,11 +211,11 @@ def test_at_level_debug_the_daemon_writes_no_payload_and_no_lock_id(tmp_path: Pa
         assert daemon.post("/v1/jobs/j/release", {"lock_id": "none"}).error == "lock_lost"
         daemon.post("/v1/jobs/j/fail", {"lock_id": grant["lock_id"], "error_message": "no"})
         assert daemon.stop() == 0
-    said = daemon.log.decode()
-    assert "event=granted" in said, said  # the level applies
-    assert SECRET not in said
-    assert grant["lock_id"] not in said
-    assert TOKEN not in said
+    logged = daemon.log.decode()
+    assert "event=granted" in logged, logged  # the level applies
+    assert SECRET not in logged
+    assert grant["lock_id"] not in logged
+    assert TOKEN not in logged
 
 
 def test_unknown_names_are_rejected() -> None:

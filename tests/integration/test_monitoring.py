@@ -159,8 +159,8 @@ def test_every_alert_of_jobd_has_a_rule() -> None:
 def test_rules_use_metrics_that_a_daemon_exports(scraped: dict[str, list[dict[str, str]]]) -> None:
     for rule in rules():
         looked_at = check(rule.expr, scraped, rule.alert)
-        said = {label for text in rule.annotations.values() for label in re.findall(r"\$labels\.(\w+)", text)}
-        assert said <= looked_at | TARGET, rule.alert
+        labels = {label for text in rule.annotations.values() for label in re.findall(r"\$labels\.(\w+)", text)}
+        assert labels <= looked_at | TARGET, rule.alert
 
 
 def test_commands_in_the_rules_exist() -> None:

@@ -52,12 +52,12 @@ async def test_after_an_unknown_outcome_every_call_fails(path: str) -> None:
         await store.write(maker.batch([first]))
         log = os.open("/dev/null", os.O_RDONLY)
         number = descriptor_of(f"{path}-wal")
-        kept = os.dup(number)
+        saved = os.dup(number)
         os.dup2(log, number)  # the log can no longer be written, for a reason other than space
         with pytest.raises(sqlite3.OperationalError, match="disk I/O error"):
             await store.write(maker.batch([maker.create("b")]))
-        os.dup2(kept, number)
-        os.close(kept)
+        os.dup2(saved, number)
+        os.close(saved)
         os.close(log)
         for call in (
             store.write(maker.batch([])),
@@ -94,7 +94,7 @@ async def test_a_write_ahead_log_without_space_is_a_full_disk_and_the_store_cont
         await store.write(maker.batch([first]))
         before = store._database.totals
         number = descriptor_of(f"{path}-wal")
-        kept, full = os.dup(number), os.open("/dev/full", os.O_RDWR)
+        saved, full = os.dup(number), os.open("/dev/full", os.O_RDWR)
         os.dup2(full, number)
         os.close(full)
         with pytest.raises(DiskFull):
@@ -102,8 +102,8 @@ async def test_a_write_ahead_log_without_space_is_a_full_disk_and_the_store_cont
         with pytest.raises(DiskFull):
             await store.probe()
         assert store._database.totals == before
-        os.dup2(kept, number)
-        os.close(kept)
+        os.dup2(saved, number)
+        os.close(saved)
         assert (await store.load(["a"], [], [])).jobs == {"a": job_of(first)}
         await store.write(maker.batch([maker.create("b")]))
     async with open_store(path) as (_, found):
@@ -118,13 +118,13 @@ async def test_an_exceeded_quota_is_distinguished_from_a_broken_disk(small_disk:
         await store.write(maker.batch([maker.create("a")]))
         fill(small_disk)
         number = descriptor_of(f"{path}-wal")
-        kept, closed = os.dup(number), os.open("/dev/null", os.O_RDONLY)
+        saved, closed = os.dup(number), os.open("/dev/null", os.O_RDONLY)
         os.dup2(closed, number)  # SQLite only reports a failed write, as for a quota
         os.close(closed)
         with pytest.raises(DiskFull):
             await store.probe()
-        os.dup2(kept, number)
-        os.close(kept)
+        os.dup2(saved, number)
+        os.close(saved)
         assert list((await store.load(["a"], [], [])).jobs) == ["a"]
 
 

@@ -103,16 +103,16 @@ def test_tokens_can_be_rotated_while_the_daemon_runs(running: RunningDaemon) -> 
     assert running.statuses("admin", STATS, *ADMIN, *WORKER[:2], WRONG) == [200, 200, 401, 401, 401, 401]
     assert running.statuses("worker", LIST, *WORKER, *ADMIN[:2], WRONG) == [200, 200, 401, 401, 401, 401]
     running.write(ADMIN[1:], WORKER[1:])
-    said = running.reload()
-    assert "admin tokens" in said
-    assert "worker tokens" in said
+    output = running.reload()
+    assert "admin tokens" in output
+    assert "worker tokens" in output
     assert running.statuses("admin", STATS, *ADMIN) == [401, 200, 200]
     assert running.statuses("worker", LIST, *WORKER) == [401, 200, 200]
     for bad in ([SHORT], [*ADMIN], [], ["canary-é-0123456789-0123456789"], ["canary with blanks 0123456789"]):
         running.write(bad, WORKER[:1])
-        said = running.reload()
-        assert "reload_failed" in said
-        assert "canary" not in said
+        output = running.reload()
+        assert "reload_failed" in output
+        assert "canary" not in output
         assert running.statuses("admin", STATS, *ADMIN) == [401, 200, 200]
         assert running.statuses("worker", LIST, *WORKER) == [401, 200, 200]
 
@@ -237,7 +237,7 @@ def test_of_a_webhook_url_only_the_host_is_shown(hooks: tuple[str, Receiver], tm
         running.daemon.until_said(b"event=dump_thread")
         assert running.daemon.stop() == 0
     running.said.append(("log", running.daemon.log.decode()))
-    running.said += [("alert", each.body.decode()) for each in ear.heard]
+    running.said += [("alert", each.body.decode()) for each in ear.received]
     assert b"event=webhook_not_delivered" in running.daemon.log
     assert {where for where, text in running.said if any(secret in text for secret in CANARIES)} == set()
     assert [secret for secret in CANARIES if secret.encode() in running.daemon.store.read_bytes()] == []

@@ -103,8 +103,8 @@ def test_the_artifact_of_a_late_result_is_deleted_with_its_job_also_across_a_kil
         path.parent.mkdir()
         path.write_text("result")
         assert daemon.admin("POST", "force-fail", {"jobId": "a"}).status == 200
-        told = daemon.post("/v1/jobs/a/complete", {"lock_id": lock_id, "storage_key": "late/r1"})
-        assert (told.status, "late_result" in told.body["details"]) == (409, True)
+        response = daemon.post("/v1/jobs/a/complete", {"lock_id": lock_id, "storage_key": "late/r1"})
+        assert (response.status, "late_result" in response.body["details"]) == (409, True)
         results.rename(away)
         assert daemon.admin("DELETE", "jobs/a").status == 200
         assert metric(daemon, "jobd_artifact_tombstones") == 1

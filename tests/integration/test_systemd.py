@@ -43,9 +43,9 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         yield receiver
 
 
-@pytest.mark.parametrize(("say", "expected"), SAID, ids=[text for _, text in SAID])
-def test_each_state_is_one_datagram(manager: socket.socket, say: Callable[[], bool], expected: str) -> None:
-    assert say() is True
+@pytest.mark.parametrize(("send", "expected"), SAID, ids=[text for _, text in SAID])
+def test_each_state_is_one_datagram(manager: socket.socket, send: Callable[[], bool], expected: str) -> None:
+    assert send() is True
     assert manager.recv(1000).decode() == expected
 
 
@@ -268,8 +268,8 @@ def test_crashes_under_load_never_disable_a_socket(name: str) -> None:
 def test_a_start_that_fails_under_load_is_delayed(code: int) -> None:
     command = dict(settings_of(UNITS / "jobd.service"))["ExecStopPost"].removeprefix("-")
     script = shlex.split(command)[2]
-    told = "sleep() { echo slept $1; }; " + script
-    run = ["/bin/sh", "-c", told]
+    shell_script = "sleep() { echo slept $1; }; " + script
+    run = ["/bin/sh", "-c", shell_script]
     for status, said in ((code, "slept 2\n"), (0, ""), (9, "")):
         done = subprocess.run(run, env={"EXIT_STATUS": str(status)}, capture_output=True, text=True, check=True)
         assert done.stdout == said

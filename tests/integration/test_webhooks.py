@@ -28,7 +28,7 @@ from jobd.cli import exit_codes
 from jobd.storage.store import Store
 from tests.integration.test_docs import OPERATIONS, blocks
 from tests.support.daemon_process import TOKEN, Daemon, Reply
-from tests.support.webhook_receiver import Heard, Receiver, saying, taken
+from tests.support.webhook_receiver import ReceivedMessage, Receiver, responding, taken
 
 SECRET: Final = f"whsec_{base64.b64encode(b'sssssssssssssssssssssssssssssss!').decode()}"
 
@@ -56,25 +56,25 @@ def work(daemon: Daemon, job_id: str) -> None:
 LIFE: Final = ["job.created", "job.granted", "job.completed"]
 
 
-def of(heard: list[Heard], job_id: str) -> list[str]:
+def of(messages: list[ReceivedMessage], job_id: str) -> list[str]:
     """Return the types of the messages about a job, each once, in order of first arrival."""
-    return list(dict.fromkeys(each.event["type"] for each in heard if each.event["subject"] == f"jobs/{job_id}"))
+    return list(dict.fromkeys(each.event["type"] for each in messages if each.event["subject"] == f"jobs/{job_id}"))
 
 
-def said(message: Heard) -> tuple[str, str]:
+def subject_and_type(message: ReceivedMessage) -> tuple[str, str]:
     return message.event["subject"], message.event["type"]
 
 
-def done(heard: list[Heard], *job_ids: str) -> bool:
-    return all(len(of(heard, job_id)) == 3 for job_id in job_ids)
+def done(messages: list[ReceivedMessage], *job_ids: str) -> bool:
+    return all(len(of(messages, job_id)) == 3 for job_id in job_ids)
 
 
-def is_heard_of(job_id: str, heard: list[Heard]) -> bool:
-    return bool(of(heard, job_id))
+def has_message_about(job_id: str, messages: list[ReceivedMessage]) -> bool:
+    return bool(of(messages, job_id))
 
 
-def is_heard_twice(message: Heard, heard: list[Heard]) -> bool:
-    return sum(each.body == message.body for each in heard) > 1
+def has_repeat_of(message: ReceivedMessage, messages: list[ReceivedMessage]) -> bool:
+    return sum(each.body == message.body for each in messages) > 1
 
 
 def view(daemon: Daemon) -> dict[str, Any]:
@@ -94,21 +94,21 @@ def test_a_lifecycle_is_delivered_in_order_and_the_documented_receiver_accepts_i
 ) -> None:
     with Daemon(tmp_path, config(receiver)) as daemon:
         work(daemon, "a")
-        heard = receiver.wait_for(lambda heard: done(heard, "a"))
+        messages = receiver.wait_for(lambda messages: done(messages, "a"))
         assert daemon.stop() == 0
-    assert of(heard, "a") == LIFE
+    assert of(messages, "a") == LIFE
     (example,) = (block for block in blocks(OPERATIONS) if block.mark == "file: check_webhook.py")
-    room: dict[str, Any] = {}
-    exec(example.text.replace("whsec_…", SECRET), room)
-    for each in heard:
+    schema: dict[str, Any] = {}
+    exec(example.text.replace("whsec_…", SECRET), schema)
+    for each in messages:
         headers = {name.lower(): value for name, value in each.headers.items()}
-        assert room["handle"](each.body, headers) == each.event
+        assert schema["handle"](each.body, headers) == each.event
         with pytest.raises(WebhookVerificationError):
             Webhook(SECRET).verify(each.body + b" ", headers)
-    last = heard[-1].event
+    last = messages[-1].event
     assert last["data"]["job_id"] == "a"
     assert last["source"].startswith("/jobd/")
-    assert b"lock_id" not in b"".join(each.body for each in heard)
+    assert b"lock_id" not in b"".join(each.body for each in messages)
 
 
 def test_a_daemon_without_webhooks_opens_no_connection(tmp_path: Path) -> None:
@@ -132,20 +132,20 @@ def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, r
             return web.Response(status=204)
 
         work(daemon, "a")
-        receiver.wait_for(lambda heard: done(heard, "a"))
+        receiver.wait_for(lambda messages: done(messages, "a"))
         for round_ in range(2):
             receiver.answer = deadly
             with contextlib.suppress(OSError, http.client.HTTPException):  # responses to a daemon that was killed
                 work(daemon, f"killed-{round_}")
-            killed = receiver.wait_for(partial(is_heard_of, f"killed-{round_}"))
+            killed = receiver.wait_for(partial(has_message_about, f"killed-{round_}"))
             assert daemon.process is not None
             daemon.process.wait(10)
             daemon._hear_out()
             receiver.answer = taken
             daemon.start()
             first = next(each for each in reversed(killed) if each.event["subject"] == f"jobs/killed-{round_}")
-            heard = receiver.wait_for(partial(is_heard_twice, first))
-            ids = {each.headers["webhook-id"] for each in heard if each.body == first.body}
+            messages = receiver.wait_for(partial(has_repeat_of, first))
+            ids = {each.headers["webhook-id"] for each in messages if each.body == first.body}
             assert len(ids) == 1
             soon(
                 lambda: view(daemon)["waiting"] == view(daemon)["lag"] == 0
@@ -174,22 +174,22 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
         receiver.answer = taken
         assert len(names) > 10
         wanted = {(f"jobs/{name}", type_) for name in names for type_ in LIFE}
-        heard = receiver.wait_for(lambda heard: wanted <= set(map(said, heard)), 120)
+        messages = receiver.wait_for(lambda messages: wanted <= set(map(subject_and_type, messages)), 120)
         assert daemon.stop() == 0
     for name in names:
-        assert of(heard, name) == LIFE
+        assert of(messages, name) == LIFE
 
 
 @pytest.mark.slow
 def test_waiting_deliveries_continue_after_a_restart(tmp_path: Path, receiver: Receiver) -> None:
-    receiver.answer = saying(503)
+    receiver.answer = responding(503)
     with Daemon(tmp_path, config(receiver)) as daemon:
         work(daemon, "a")
-        receiver.wait_for(lambda heard: len(heard) >= 1)
+        receiver.wait_for(lambda messages: len(messages) >= 1)
         assert daemon.stop() == 0
         receiver.answer = taken
         daemon.start()
-        assert of(receiver.wait_for(lambda heard: done(heard, "a")), "a") == LIFE
+        assert of(receiver.wait_for(lambda messages: done(messages, "a")), "a") == LIFE
         assert daemon.stop() == 0
 
 
@@ -203,19 +203,19 @@ def test_stop_does_not_wait_for_a_hanging_receiver(tmp_path: Path, receiver: Rec
     with Daemon(tmp_path, config(receiver, 'timeout = "1m"')) as daemon:
         for number in range(12):
             work(daemon, f"job-{number}")
-        receiver.wait_for(lambda heard: len(heard) >= 8)
+        receiver.wait_for(lambda messages: len(messages) >= 8)
         begun = time.monotonic()
         assert daemon.stop() == 0
         assert time.monotonic() - begun < 10
         receiver.answer = taken
         daemon.start()
-        receiver.wait_for(lambda heard: done(heard, *(f"job-{number}" for number in range(12))))
+        receiver.wait_for(lambda messages: done(messages, *(f"job-{number}" for number in range(12))))
         assert daemon.stop() == 0
 
 
 @pytest.mark.slow
 def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Receiver) -> None:
-    receiver.answer = saying(500, "not today")
+    receiver.answer = responding(500, "not today")
     with Daemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
         work(daemon, "a")
         soon(lambda: view(daemon)["failed"] > 0)
@@ -228,14 +228,14 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
         assert (waiting["type"], waiting["subject"], waiting["status"]) == ("job.created", "jobs/a", 500)
         assert daemon.admin("POST", "webhooks/billing/resend", {"id": waiting["id"]}).status == 200
         soon(lambda: view(daemon)["delivered"] == 1)
-        before = len(receiver.heard)
+        before = len(receiver.received)
         assert daemon.admin("POST", "webhooks/billing/resend", {"id": waiting["id"]}).data["state"] == "waiting"
-        heard = receiver.wait_for(lambda heard: len(heard) > before)
-        assert heard[-1].body == heard[0].body
-        assert heard[-1].headers["webhook-id"] == heard[0].headers["webhook-id"]
+        messages = receiver.wait_for(lambda messages: len(messages) > before)
+        assert messages[-1].body == messages[0].body
+        assert messages[-1].headers["webhook-id"] == messages[0].headers["webhook-id"]
         assert daemon.admin("POST", "webhooks/billing/resend", {"id": 999}).error == "not_found"
         sent = daemon.admin("POST", "webhooks/billing/test", {}).data
-        receiver.wait_for(lambda heard: heard[-1].event["type"] == "webhook.test")
+        receiver.wait_for(lambda messages: messages[-1].event["type"] == "webhook.test")
         assert sent["type"] == "webhook.test"
         environ = {**os.environ, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
 
@@ -272,7 +272,7 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
 @pytest.mark.slow
 def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receiver: Receiver) -> None:
     """After an outage of days, simulated by the store of a stopped daemon."""
-    receiver.answer = saying(500, "not today")
+    receiver.answer = responding(500, "not today")
     with Daemon(tmp_path, config(receiver, 'events = ["job.created"]')) as daemon:
         daemon.post("/v1/jobs/bulk", {"jobs": [{"id": f"job-{number}"} for number in range(450)]})
         soon(lambda: view(daemon)["waiting"] == 450)
@@ -307,7 +307,7 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
         done = jobctl("resend", "billing", "--state", "given_up", "--yes", "--reason", "it is up again")
         assert (done.returncode, done.stdout.startswith("450 deliveries queued")) == (0, True), done.stderr
         soon(lambda: view(daemon)["delivered"] == 450)
-        assert {each.event["subject"] for each in receiver.heard if each.headers} >= {"jobs/job-0", "jobs/job-449"}
+        assert {each.event["subject"] for each in receiver.received if each.headers} >= {"jobs/job-0", "jobs/job-449"}
         again = jobctl("resend", "billing", "--state", "given_up", "--yes", "--json")
         assert (again.returncode, json.loads(again.stdout)) == (0, {"resent": 0, "would": 0})
         entries = daemon.admin("GET", "audit?what=resend-given-up").data["entries"]
@@ -329,26 +329,26 @@ async def give_up(path: Path) -> None:
 
 @pytest.mark.slow
 def test_no_secret_is_in_any_output(tmp_path: Path, receiver: Receiver) -> None:
-    receiver.answer = saying(302, Location="/elsewhere")
+    receiver.answer = responding(302, Location="/elsewhere")
     with Daemon(tmp_path, config(receiver, rest='[log]\nlevel = "debug"')) as daemon:
         work(daemon, "a")
-        receiver.wait_for(lambda heard: len(heard) >= 2)
+        receiver.wait_for(lambda messages: len(messages) >= 2)
         assert daemon.process is not None
         daemon.process.send_signal(signal.SIGUSR1)
         daemon.until_said(b"event=dump ")
-        said: bytes = daemon.admin("GET", "/metrics").body
+        output: bytes = daemon.admin("GET", "/metrics").body
         for path in ("webhooks", "webhooks/billing/deliveries"):
-            said += json.dumps(daemon.admin("GET", path).body).encode()
+            output += json.dumps(daemon.admin("GET", path).body).encode()
         command = [sys.executable, "-m", "jobd", "check-config", "--config", str(daemon.config)]
         for more in ([], ["--json"]):
-            said += subprocess.run([*command, *more], env=daemon.environ, capture_output=True, timeout=60).stdout
+            output += subprocess.run([*command, *more], env=daemon.environ, capture_output=True, timeout=60).stdout
         assert daemon.stop() == 0
-        said += daemon.log
-    assert b"billing" in said
-    assert b"redirects are not followed" in said
+        output += daemon.log
+    assert b"billing" in output
+    assert b"redirects are not followed" in output
     for secret in (SECRET, SECRET.removeprefix("whsec_"), "hush", "sssss"):
-        assert secret.encode() not in said
-    assert "/elsewhere" not in {heard.path for heard in receiver.heard}
+        assert secret.encode() not in output
+    assert "/elsewhere" not in {message.path for message in receiver.received}
 
 
 def test_a_reload_applies_new_webhooks(tmp_path: Path, receiver: Receiver) -> None:
@@ -360,8 +360,8 @@ def test_a_reload_applies_new_webhooks(tmp_path: Path, receiver: Receiver) -> No
         assert "webhooks" in daemon.until_said(b"event=reloaded")
         soon(lambda: view(daemon)["state"] == "closed")
         work(daemon, "a")
-        heard = receiver.wait_for(lambda heard: done(heard, "a"))
-        assert of(heard, "before") == []
+        messages = receiver.wait_for(lambda messages: done(messages, "a"))
+        assert of(messages, "before") == []
         daemon.config.write_text(config(receiver).replace(SECRET, "whsec_x"))
         daemon.process.send_signal(signal.SIGHUP)
         assert "secret" in daemon.until_said(b"event=reload_failed")
@@ -384,16 +384,16 @@ def test_alerts_are_delivered(tmp_path: Path, receiver: Receiver) -> None:
         daemon.start()
         daemon.post("/v1/jobs", {"id": "a"})
         grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1"}).data
-        (firing, *_) = receiver.wait_for(lambda heard: bool(heard))
+        (firing, *_) = receiver.wait_for(lambda messages: bool(messages))
         assert (firing.event["type"], firing.event["data"]["name"]) == ("alert.firing", "processing_jobs")
         daemon.post("/v1/jobs/a/complete", {"lock_id": grant["lock_id"], "metadata": 1})
-        receiver.wait_for(lambda heard: heard[-1].event["type"] == "alert.resolved")
+        receiver.wait_for(lambda messages: messages[-1].event["type"] == "alert.resolved")
         assert daemon.stop() == 0
 
 
 @pytest.mark.slow
 def test_a_webhook_that_fails_for_long_fires_an_alert(tmp_path: Path, receiver: Receiver) -> None:
-    receiver.answer = saying(500, "not today")
+    receiver.answer = responding(500, "not today")
     with Daemon.not_started(tmp_path, config(receiver, rest='[alerts]\nwebhook_failing = "0"')) as daemon:
         daemon.module = "tests.support.daemon_variants prompt_alerts"
         daemon.start()
@@ -416,7 +416,7 @@ def test_private_addresses_are_blocked_unless_allowed(tmp_path: Path, receiver: 
         work(daemon, "a")
         soon(lambda: view(daemon)["failed"] > 0)
         assert "is loopback" in view(daemon)["last_error"]
-        assert receiver.heard == []
+        assert receiver.received == []
         assert daemon.stop() == 0
 
 
@@ -425,7 +425,7 @@ def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
     tmp_path: Path, small_disk: Path, receiver: Receiver
 ) -> None:
     def heard_of(type_: str) -> list[bytes]:
-        return [each.body for each in receiver.heard if each.event["type"] == type_]
+        return [each.body for each in receiver.received if each.event["type"] == type_]
 
     rest = "[alerts]\ndisk_free_percent = 0\ndisk_free_bytes = 0"
     settings = config(receiver, 'events = ["alert.*", "job.created"]', rest=rest)
@@ -451,13 +451,15 @@ def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
         no = daemon.admin("POST", "webhooks/billing/test", {})
         assert (no.status, no.error) == (507, "storage_full")
         assert f"bytes free at {small_disk}/jobd.db" in no.body["message"]
-        told = heard_of("alert.firing")[0]
-        assert json.loads(told)["data"]["name"] == "database"
+        message = heard_of("alert.firing")[0]
+        assert json.loads(message)["data"]["name"] == "database"
         filler.unlink()
         daemon.until_said(b"event=disk_has_room")
-        receiver.wait_for(lambda _: heard_of("alert.firing").count(told) == 2)  # the same message, through the outbox
+        receiver.wait_for(
+            lambda _: heard_of("alert.firing").count(message) == 2
+        )  # the same message, through the outbox
         assert daemon.post("/v1/jobs", {"id": "after"}).status == 201
-        receiver.wait_for(lambda heard: is_heard_of("after", heard))
+        receiver.wait_for(lambda messages: has_message_about("after", messages))
         daemon.admin("GET", "health")
         receiver.wait_for(lambda _: bool(heard_of("alert.resolved")))
         assert daemon.stop() == 0

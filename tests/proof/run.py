@@ -85,9 +85,9 @@ def prove(name: str, out: Path) -> bool:
     print(f"{name} ...", file=sys.stderr, flush=True)
     began_s = time.monotonic()
     unfinished = out / f"{name}.unfinished"
-    with unfinished.open("w") as told:
+    with unfinished.open("w") as file:
         run = subprocess.run(
-            [sys.executable, "-m", *PARTS[name]], cwd=ROOT, stdout=told, env=os.environ | {"CI": "true"}, check=False
+            [sys.executable, "-m", *PARTS[name]], cwd=ROOT, stdout=file, env=os.environ | {"CI": "true"}, check=False
         )
     print(f"{name}: {run.returncode} after {time.monotonic() - began_s:.0f} s", file=sys.stderr, flush=True)
     if run.returncode == 0:

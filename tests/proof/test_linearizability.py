@@ -211,8 +211,8 @@ def test_a_stored_response_shows_the_outcome_of_the_first_call() -> None:
     lost = replace(LOST_START, key="k")
     again = replace(granted(5, 6, "L1", worker="lost"), key="k", replayed=True)
     done = held("complete", 7, 8, "L1", "done")
-    told = History({"a": Terms()}, [created(), lost, again, done])
-    assert judge(told.of("a"), ENDLESS).is_explained
+    history = History({"a": Terms()}, [created(), lost, again, done])
+    assert judge(history.of("a"), ENDLESS).is_explained
     # A grant that has ended is not replayed.
     stale = History(
         {"a": Terms()}, [created(), replace(granted(2, 3, "L1"), key="k"), held("release", 4, 5, "L1", "done")]
@@ -253,9 +253,9 @@ def test_overlapping_operations_are_counted() -> None:
 
 def test_a_broken_history_is_described() -> None:
     operations = BAD["an old lock is taken"]
-    told = "\n".join(describe(operations, ENDLESS, judge(operations, ENDLESS)))
-    assert "the longest order that fits has 4 of them" in told
-    assert 'c1 complete {"lock_id": "L1"' in told.split("none of these fits after it:")[1]
+    history = "\n".join(describe(operations, ENDLESS, judge(operations, ENDLESS)))
+    assert "the longest order that fits has 4 of them" in history
+    assert 'c1 complete {"lock_id": "L1"' in history.split("none of these fits after it:")[1]
 
 
 # -- the search against one without memo or short cuts ----------------------------------------------------------------
@@ -295,20 +295,20 @@ def drawn(dice: Random) -> tuple[list[Operation], World]:
         body |= {"worker": f"w{point}", "reason": "r"}
         call_ns = (10 + point * 4 - dice.randint(0, 9)) * MS
         end_ns = (10 + point * 4 + dice.randint(0, 9)) * MS
-        asked = Operation(dice.randint(1, 3), verb, "a", body, call_ns, end_ns)
-        expected = RULES[verb](state, asked, world)
+        operation = Operation(dice.randint(1, 3), verb, "a", body, call_ns, end_ns)
+        expected = RULES[verb](state, operation, world)
         seen = dict(expected.seen)
         if expected.code == "granted":
             locks += 1
             seen |= {"lock": f"L{locks}", "token": locks}
-        asked = replace(asked, said=Answer(expected.code, seen))
-        after = step(state, asked, world)
+        operation = replace(operation, said=Answer(expected.code, seen))
+        after = step(state, operation, world)
         assert after is not None
         state = after
         if dice.random() < 0.25:  # its response is lost, with or without the daemon
             latest_ns = dice.choice([None, call_ns + dice.randint(0, 12) * MS])
-            asked = replace(asked, said=None, return_ns=None, latest_ns=latest_ns)
-        calls.append(asked)
+            operation = replace(operation, said=None, return_ns=None, latest_ns=latest_ns)
+        calls.append(operation)
     answered = [index for index, each in enumerate(calls) if each.said]
     if len(answered) > 1 and dice.random() < 0.6:
         first, second = dice.sample(answered, 2)

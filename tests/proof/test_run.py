@@ -103,10 +103,10 @@ def test_a_fault_reports_its_commit_command_interpreter_and_tools(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"commit 0123456789ab, Python {platform.python_version()}"
     assert lines[2].strip() == "python -m tests.proof.faults kill; needs: saw"
-    told = ("9 kills", "1 passed, 0 FAILED, 0 skipped")
+    expected = ("9 kills", "1 passed, 0 FAILED, 0 skipped")
     if not is_here:
-        told = ("missing: saw (Debian: tools)", "0 passed, 0 FAILED, 1 skipped: kill")
-    assert (lines[3].strip(), lines[4]) == told
+        expected = ("missing: saw (Debian: tools)", "0 passed, 0 FAILED, 1 skipped: kill")
+    assert (lines[3].strip(), lines[4]) == expected
     assert faults.main(["kill", "--few", "--rounds", "3", "--json"]) == 0
     (outcome,) = json.loads(capsys.readouterr().out)
     assert outcome["command"] == "python -m tests.proof.faults kill --rounds 3 --few"
@@ -157,10 +157,12 @@ def test_the_output_of_a_part_is_kept_unless_it_failed(
 
 
 def test_the_table_of_faults_is_that_of_the_checks() -> None:
-    said = {ticked(name)[0]: promise for name, promise, *_ in rows(ROOT / "docs/reliability.md", "fault", "promise")}
-    assert said == {check.name: check.promise for check in checks().values()}
+    promises = {
+        ticked(name)[0]: promise for name, promise, *_ in rows(ROOT / "docs/reliability.md", "fault", "promise")
+    }
+    assert promises == {check.name: check.promise for check in checks().values()}
 
 
 def test_the_table_of_invariants_names_those_that_are_checked() -> None:
-    said = [name for name, _ in rows(ROOT / "docs/reliability.md", "name", "what holds")]
-    assert said == [*(f"S{number}" for number in range(1, 16)), *(f"L{number}" for number in range(1, 6))]
+    promises = [name for name, _ in rows(ROOT / "docs/reliability.md", "name", "what holds")]
+    assert promises == [*(f"S{number}" for number in range(1, 16)), *(f"L{number}" for number in range(1, 6))]

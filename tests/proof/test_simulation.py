@@ -72,7 +72,7 @@ def test_the_trace_does_not_depend_on_hash_order() -> None:
         "from tests.proof.simulation.run import simulate; print([simulate(seed, 200).digest for seed in range(20, 28)])"
     )
     root = ROOT
-    told = {
+    expected = {
         subprocess.run(
             [sys.executable, "-c", code],
             env=os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(root)},
@@ -83,7 +83,7 @@ def test_the_trace_does_not_depend_on_hash_order() -> None:
         ).stdout
         for hash_seed in ("1", "2")
     }
-    assert len(told) == 1
+    assert len(expected) == 1
 
 
 def test_a_bug_is_found_and_described(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,12 +95,12 @@ def test_a_bug_is_found_and_described(monkeypatch: pytest.MonkeyPatch, capsys: p
 
     monkeypatch.setattr(Actor, "_write", write)
     assert program.main(["--seeds", "3", "--steps", "50", "--failing", "2"]) == 1
-    told = capsys.readouterr().out
-    assert "0 seeds held, 2 failed" in told
-    assert (told.count("Seed 0: "), told.count("Seed 1: "), told.count("Seed 2: ")) == (1, 1, 0)
-    assert "S6 broke" in told
-    assert "With only the faults [] and the client mishaps []" in told
-    assert "is not on the disk" in told
+    expected = capsys.readouterr().out
+    assert "0 seeds held, 2 failed" in expected
+    assert (expected.count("Seed 0: "), expected.count("Seed 1: "), expected.count("Seed 2: ")) == (1, 1, 0)
+    assert "S6 broke" in expected
+    assert "With only the faults [] and the client mishaps []" in expected
+    assert "is not on the disk" in expected
 
 
 def test_an_object_stored_by_a_clock_that_went_back_is_deleted_in_time() -> None:
@@ -128,12 +128,12 @@ def test_the_faults_that_matter_are_found(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_caller_that_left_gets_nothing() -> None:
     """Seed 5789: a caller left at the moment of its response, and the handler failed on that."""
-    told: list[str] = []
+    expected: list[str] = []
     loop = SimLoop(Random("gone"))
 
     async def ask_and_go() -> None:
         machine = Machine(0, draw(0, frozenset(FAULTS) | frozenset(MISHAPS)), loop, Trace(tell=False))
-        loop.on_error = told.append
+        loop.on_error = expected.append
         running = asyncio.create_task(machine.keep_running())
         while machine.daemon is None or not machine.daemon.is_open:  # noqa: ASYNC110 - the machine has no event for it
             await asyncio.sleep(0.1)
@@ -150,12 +150,12 @@ def test_a_caller_that_left_gets_nothing() -> None:
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         runner.run(ask_and_go())
         gc.collect()
-    assert told == []
+    assert expected == []
 
 
 def test_the_program_counts_events(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(["--seeds", "12", "--steps", "60", "--jobs", "2"]) == 0
-    told = capsys.readouterr().out
-    assert "12 seeds" in told
-    assert "never happened: " in told
-    assert "event created" in told
+    expected = capsys.readouterr().out
+    assert "12 seeds" in expected
+    assert "never happened: " in expected
+    assert "event created" in expected

@@ -116,18 +116,18 @@ def test_a_rule_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def free(draft: Draft, job: Job, *given: object) -> Job:
         return grant(draft, replace(job, attempt=job.attempt - 1), *given)  # type: ignore[arg-type]
 
-    for room, name, wrong in (
+    for layer, name, wrong in (
         (transitions, "is_stuck", late),
         (worker_rules, "_held", anybody),
         (transitions, "grant", free),
     ):
         with monkeypatch.context() as patch, pytest.raises(Violation):  # noqa: PT012
-            patch.setattr(room, name, wrong)
+            patch.setattr(layer, name, wrong)
             Walk(WORLDS[3]).run(BEGINNING)
 
 
 def test_the_program_prints_the_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--limit", "100"]) == 0
-    told = capsys.readouterr().out
-    assert all(world.name in told for world in WORLDS)
-    assert "every invariant holds" in told
+    output = capsys.readouterr().out
+    assert all(world.name in output for world in WORLDS)
+    assert "every invariant holds" in output

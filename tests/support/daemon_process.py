@@ -73,7 +73,7 @@ def call(connection: http.client.HTTPConnection, method: str, path: str, body: A
     return Reply(connection.getresponse())
 
 
-class Doors:
+class ApiCalls:
     """Calls over the two Unix sockets of a daemon."""
 
     socket: str
@@ -103,7 +103,7 @@ class Doors:
             return call(connection, method, path, body, **headers)
 
 
-class Daemon(Doors):
+class Daemon(ApiCalls):
     """A daemon process. `with Daemon(tmp_path) as daemon` waits until it is ready, and stops it at the end."""
 
     def __init__(self, directory: Path, config: str = "", **environ: str) -> None:

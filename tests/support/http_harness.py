@@ -255,7 +255,7 @@ class FakeMaintainer:
     async def reports(self, limit: int) -> list[CleanupReport]:
         return [REPORT][:limit]
 
-    async def preview(self, look_s: float = 1.0) -> PreviewView | ApiError:
+    async def preview(self, scan_s: float = 1.0) -> PreviewView | ApiError:
         recovered, past = [Recovery("a", "reset", "stalled")], self._fakes.past_jobs
         view = PreviewView(recovered, 2, ["b"], [], [], False, 1_700_000_000_000, past)
         return self._fakes.no_preview or view

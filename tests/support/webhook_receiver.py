@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 
 
-class Heard(NamedTuple):
+class ReceivedMessage(NamedTuple):
     """A received request."""
 
     path: str
@@ -35,7 +35,7 @@ async def taken(_: web.Request) -> web.StreamResponse:
     return web.Response(status=204)
 
 
-def saying(status: int, text: str = "", **headers: str) -> Answer:
+def responding(status: int, text: str = "", **headers: str) -> Answer:
     async def answer(_: web.Request) -> web.StreamResponse:
         return web.Response(status=status, text=text, headers=headers)
 
@@ -82,7 +82,7 @@ class Receiver:
 
     def __init__(self, answer: Answer = taken) -> None:
         self.answer = answer
-        self.heard: list[Heard] = []
+        self.received: list[ReceivedMessage] = []
         self.port = 0
         self._news = threading.Condition()
         self._loop = asyncio.new_event_loop()
@@ -105,13 +105,15 @@ class Receiver:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/hook"
 
-    def wait_for(self, condition: Callable[[list[Heard]], bool], seconds: float = 30.0) -> list[Heard]:
+    def wait_for(
+        self, condition: Callable[[list[ReceivedMessage]], bool], seconds: float = 30.0
+    ) -> list[ReceivedMessage]:
         """Wait until `condition` holds. Return the requests received so far."""
         end = time.monotonic() + seconds
         with self._news:
-            while not condition(self.heard):
-                assert self._news.wait(max(end - time.monotonic(), 0)), f"heard only {self.heard}"
-            return list(self.heard)
+            while not condition(self.received):
+                assert self._news.wait(max(end - time.monotonic(), 0)), f"received only {self.received}"
+            return list(self.received)
 
     async def _serve(self) -> None:
         self._stop = asyncio.Event()
@@ -128,6 +130,6 @@ class Receiver:
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         body = await request.read()
         with self._news:
-            self.heard.append(Heard(request.path, request.headers.copy(), body))
+            self.received.append(ReceivedMessage(request.path, request.headers.copy(), body))
             self._news.notify_all()
         return await self.answer(request)  # type: ignore[arg-type]  # the server passes no other type

@@ -192,7 +192,7 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
     chosen, details = result, ""
     refusal: ErrorView | None = None
 
-    def look(one: str) -> Any:
+    def load(one: str) -> Any:
         nonlocal chosen, details, refusal
         fit = [late for late in client.late_results(one) if result in (None, late.seq)]
         if not fit:
@@ -218,7 +218,7 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
             raise JobdError(refusal.message, code=refusal.error) from None
 
     froms = ("queued", "failed", "cancelled")
-    confirmation = Confirmation("adopt", look, "completed", do, lambda job: job.status, froms, lambda job: details, dry)
+    confirmation = Confirmation("adopt", load, "completed", do, lambda job: job.status, froms, lambda job: details, dry)
     return run_action(confirmation, (job_id,), **how)
 
 

@@ -64,12 +64,12 @@ def jobs(limit: int, everything: bool, cursor: str | None, quiet: bool, as_json:
 
 def _pages(limit: int | None, cursor: str | None, match: dict[str, Any]) -> tuple[list[JobInfo], str | None]:
     """Return up to `limit` jobs (None: all) and the cursor of the next page."""
-    asked = {name: value for name, value in match.items() if value is not None}
-    client = admin_client() if _ADMIN_FILTERS & asked.keys() else job_client()
+    filters = {name: value for name, value in match.items() if value is not None}
+    client = admin_client() if _ADMIN_FILTERS & filters.keys() else job_client()
     found: list[JobInfo] = []
     while True:
         left = _PAGE if limit is None else min(_PAGE, limit - len(found))
-        page = client.list_jobs(limit=left, cursor=cursor, **asked)
+        page = client.list_jobs(limit=left, cursor=cursor, **filters)
         found += page.jobs
         cursor = page.next_cursor
         if cursor is None or (limit is not None and len(found) >= limit):

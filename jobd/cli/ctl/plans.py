@@ -163,7 +163,7 @@ def _plan_of(client: AdminClient, action: PlanAction, job_id: str, reason: str |
 
 
 def _show_late_of_one(
-    client: AdminClient, action: PlanAction, job_id: str, plan: PlanView | None, tell: Callable[[str], None]
+    client: AdminClient, action: PlanAction, job_id: str, plan: PlanView | None, print_line: Callable[[str], None]
 ) -> None:
     """Mention late results that can be adopted, from the plan or, without one, from the job."""
     from jobd.model.job import may_adopt
@@ -174,7 +174,7 @@ def _show_late_of_one(
     else:
         count = len(client.late_results(job_id)) if may_adopt(client.get_job(job_id).status) else 0
     if note := late_results_note(action, [count]):
-        tell(f"{note} See: jobctl late {job_id}")
+        print_line(f"{note} See: jobctl late {job_id}")
 
 
 def _rejection(confirmation: Confirmation, plan: PlanView) -> str:

@@ -93,8 +93,8 @@ def _resend_all(name: str, reason: str | None, *, yes: bool, dry_run: bool, as_j
         confirm.need_terminal()
     found = _deliveries_of(name, "given_up", None, None).deliveries
     if dry_run or not found:
-        said = f"{_deliveries(len(found))} would be resent" if found else f"No delivery of {name} is dead-lettered."
-        terminal.emit_json({"resent": 0, "would": len(found)}) if as_json else terminal.emit(said)
+        message = f"{_deliveries(len(found))} would be resent" if found else f"No delivery of {name} is dead-lettered."
+        terminal.emit_json({"resent": 0, "would": len(found)}) if as_json else terminal.emit(message)
         return
     if not yes:
         confirm.confirm(f"resend {_deliveries(len(found))}")

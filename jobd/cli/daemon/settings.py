@@ -33,18 +33,18 @@ def flag_options(verb: Callable[..., Any]) -> Callable[..., Any]:
     """Add the flags that override file and environment. `verb` gets them as `flags`, by key."""
 
     @functools.wraps(verb)
-    def with_flags(*args: Any, others: tuple[str, ...], **given: Any) -> Any:
+    def with_flags(*args: Any, others: tuple[str, ...], **options: Any) -> Any:
         flags = dict(map(_pair, others))
         for name, (key, _, _) in _FLAGS.items():
-            value = given.pop(name.replace("-", "_"))
+            value = options.pop(name.replace("-", "_"))
             if value is not None:
                 flags[key] = value
-        return verb(*args, flags=flags, **given)
+        return verb(*args, flags=flags, **options)
 
     text = "Set any other key, such as locks.ttl=5m."
     found = click.option("--set", "others", metavar="KEY=VALUE", multiple=True, help=text)(with_flags)
-    for name, (key, metavar, says) in reversed(_FLAGS.items()):
-        found = click.option(f"--{name}", metavar=metavar, help=f"{says}  [{key}]")(found)
+    for name, (key, metavar, description) in reversed(_FLAGS.items()):
+        found = click.option(f"--{name}", metavar=metavar, help=f"{description}  [{key}]")(found)
     return found
 
 

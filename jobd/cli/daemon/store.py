@@ -148,8 +148,8 @@ def doctor(
         return _repair(path, dry_runs.recount, offline.recount, yes=yes, dry_run=dry_run)
     if accept:
         chosen = None if everything else named
-        look, write = partial(dry_runs.accept, ids=chosen), partial(offline.accept, ids=chosen)
-        return _repair(path, look, write, yes=yes, dry_run=dry_run)
+        preview, write = partial(dry_runs.accept, ids=chosen), partial(offline.accept, ids=chosen)
+        return _repair(path, preview, write, yes=yes, dry_run=dry_run)
     try:
         with busy(f"checking {path}"):
             problems = offline.check(path)
@@ -169,7 +169,7 @@ def _checkup(client: AdminClient, *, rows: bool) -> list[Finding]:
 
 
 def _repair(
-    path: str, look: Callable[[str], list[str]], write: Callable[[str], str], *, yes: bool, dry_run: bool
+    path: str, preview: Callable[[str], list[str]], write: Callable[[str], str], *, yes: bool, dry_run: bool
 ) -> int:
     """Show the planned changes, ask, and write them."""
     from jobd.cli.progress import busy
@@ -178,7 +178,7 @@ def _repair(
         if not dry_run:
             need_terminal()
         with busy(f"checking {path}"):
-            lines = look(path)
+            lines = preview(path)
         for line in lines:
             terminal.emit(line) if dry_run else terminal.say(line)
         if dry_run:

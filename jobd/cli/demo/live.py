@@ -188,8 +188,8 @@ def _submit(client: JobClient, stop: threading.Event) -> None:
         if stop.wait(_TICK_S):
             return
         fails = dice.choices([None, "smtp", "address"], [18, 1, 1])[0]
-        letter = {"seconds": 1, "fails": fails}
-        client.create_job(letter, id=f"letter-{tick}", queue="email", kind="newsletter", max_attempts=2)
+        newsletter = {"seconds": 1, "fails": fails}
+        client.create_job(newsletter, id=f"letter-{tick}", queue="email", kind="newsletter", max_attempts=2)
         if tick % 4 == 0:
             report = {"seconds": dice.uniform(1, 5)}
             client.create_job(report, id=f"report-{tick}", queue="reports", kind="weekly")

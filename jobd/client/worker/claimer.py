@@ -20,7 +20,7 @@ from jobd.client.worker.service_thread import Log
 from jobd.model.commands import About
 from jobd.model.fields import PRINTABLE
 
-MOST_CONCURRENCY: Final = 100_000  # the bound of About.concurrency
+MAX_CONCURRENCY: Final = 100_000  # the bound of About.concurrency
 POLL_MS: Final = 30_000
 LOCK_TTL_MS: Final = 60_000
 # A claim is also retried after errors that the daemon can recover from: a full disk, an internal error.
@@ -163,7 +163,7 @@ def describe_process(concurrency: int) -> About:
         host=host if re.fullmatch(PRINTABLE, host) else None,
         pid=os.getpid(),
         version=__version__,
-        concurrency=min(concurrency, MOST_CONCURRENCY),
+        concurrency=min(concurrency, MAX_CONCURRENCY),
     )
 
 

@@ -32,9 +32,9 @@ def fitted(first: str, rest: str) -> str:
     first, rest = (each.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00") for each in (first, rest))
     space = MESSAGE_CHARACTERS - len(first) - 1
     if len(rest) > space:
-        kept = space - len(_CUT)
+        length = space - len(_CUT)
         # The end of a traceback is more useful than its beginning.
-        rest = f"{rest[: kept // 3]}{_CUT}{rest[len(rest) - (kept - kept // 3) :]}" if kept > len(_CUT) else ""
+        rest = f"{rest[: length // 3]}{_CUT}{rest[len(rest) - (length - length // 3) :]}" if length > len(_CUT) else ""
     if len(first) > MESSAGE_CHARACTERS:
         first = f"{first[: MESSAGE_CHARACTERS - 1]}…"
     return f"{first}\n{rest}" if rest else first

@@ -41,7 +41,7 @@ ONE_TRY: Final = RetryOptions(total_s=0, timeout_s=TRY_S)
 LOST: Final = (LockLost, MaxProcessingTimeExceeded, JobNotFound, JobQuarantined)
 # A retry of the same ending would get the same error.
 _REJECTED: Final = (InvalidRequest, TooLarge, IdempotencyKeyReused)
-_MOST_INTERNAL_ERRORS: Final = 5  # responses `internal_error` to one ending before it fails
+_MAX_INTERNAL_ERRORS: Final = 5  # responses `internal_error` to one ending before it fails
 
 
 @dataclass(slots=True)
@@ -224,7 +224,7 @@ class LeaseKeeper:
                 return False
             except JobdError as error:
                 internal_errors += isinstance(error, InternalError)
-                if isinstance(error, _REJECTED) or internal_errors >= _MOST_INTERNAL_ERRORS:
+                if isinstance(error, _REJECTED) or internal_errors >= _MAX_INTERNAL_ERRORS:
                     self._log(f"job {self.id}: {verb} was rejected: {error.message}")
                     if not is_final:
                         await self._fail_instead(verb, error, give_up)

@@ -126,12 +126,12 @@ class OutputFilter:
         """Return whole lines without the directives. The first is not one if its start has passed."""
         if b"::" not in lines:
             return lines
-        kept = [
+        passed = [
             line
             for number, line in enumerate(lines[:-1].split(b"\n"))
             if (number == 0 and self._is_inside) or not self._is_directive(line)
         ]
-        return b"".join(line + b"\n" for line in kept)
+        return b"".join(line + b"\n" for line in passed)
 
     def end(self) -> bytes:
         """Return what is left at the end of the stream: the last line may have no end."""

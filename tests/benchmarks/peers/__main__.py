@@ -62,26 +62,26 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=16)
     parser.add_argument("--dir", default=None, help="on which disk (default: that of temporary files)")
     parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args()
-    if unknown := set(asked.peers) - PEERS.keys():
+    options = parser.parse_args()
+    if unknown := set(options.peers) - PEERS.keys():
         parser.error(f"no peers: {', '.join(sorted(unknown))}")
-    chosen = {name: PEERS[name] for name in asked.peers or PEERS}
+    chosen = {name: PEERS[name] for name in options.peers or PEERS}
     rates: dict[str, list[float]] = {name: [] for name in chosen}
     missing: dict[str, str] = {}
-    for number in range(asked.runs):
+    for number in range(options.runs):
         for name, peer in chosen.items():
             if name in missing:
                 continue
-            print(f"{name} ({number + 1} of {asked.runs})", file=sys.stderr)
-            with tempfile.TemporaryDirectory(prefix="jobd-peer-", dir=asked.dir) as place:
+            print(f"{name} ({number + 1} of {options.runs})", file=sys.stderr)
+            with tempfile.TemporaryDirectory(prefix="jobd-peer-", dir=options.dir) as place:
                 try:
-                    rates[name].append(peer.measure(Path(place), asked.connections, asked.seconds))
+                    rates[name].append(peer.measure(Path(place), options.connections, options.seconds))
                 except Missing as what:
                     missing[name] = str(what)
-    return tell(chosen, rates, missing, as_json=asked.json)
+    return report(chosen, rates, missing, as_json=options.json)
 
 
-def tell(chosen: dict[str, Peer], rates: dict[str, list[float]], missing: dict[str, str], *, as_json: bool) -> int:
+def report(chosen: dict[str, Peer], rates: dict[str, list[float]], missing: dict[str, str], *, as_json: bool) -> int:
     """The table; 1 where somebody could not be measured."""
     medians = {name: statistics.median(found) for name, found in rates.items() if found}
     others = [medians[name] for name in medians if chosen[name].is_durable and not chosen[name].is_ours]

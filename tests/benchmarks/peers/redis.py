@@ -20,8 +20,8 @@ def measure(place: Path, connections: int, seconds: float) -> float:
     words = [tool("redis-server", "redis-server"), "--port", "0", "--unixsocket", str(socket), "--dir", str(place)]
     words += ["--appendonly", "yes", "--appendfsync", "always", "--save", "", "--maxmemory-policy", "noeviction"]
     with running(words, place, socket.exists):
-        asked = [tool("node", "nodejs"), str(SCRIPT), str(modules), str(socket), str(connections), str(seconds)]
-        run = subprocess.run(asked, capture_output=True, text=True, check=False)
+        command = [tool("node", "nodejs"), str(SCRIPT), str(modules), str(socket), str(connections), str(seconds)]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode:
             raise SystemExit(f"bullmq: {run.stderr[-2000:]}")
         return float(json.loads(run.stdout)["lifecycles_per_s"])

@@ -18,21 +18,23 @@ from tests.proof.faults.harness import Check, Outcome, checks, run_check
 
 def main(arguments: list[str] | None = None) -> int:
     known = checks()
-    asked = _parser(known.values()).parse_args(arguments)
-    unknown = [name for name in asked.names if name not in known]
-    if unknown or not (asked.names or asked.report):
+    options = _parser(known.values()).parse_args(arguments)
+    unknown = [name for name in options.names if name not in known]
+    if unknown or not (options.names or options.report):
         print(
             f"unknown: {', '.join(unknown)}" if unknown else "name some of these, or ask for --report", file=sys.stderr
         )
         print("\n".join(f"  {check.name:22} {check.promise}" for check in known.values()), file=sys.stderr)
         return 2
     outcomes = []
-    for check in [known[name] for name in asked.names] or known.values():
+    for check in [known[name] for name in options.names] or known.values():
         print(f"{check.name} ...", file=sys.stderr, flush=True)
-        rounds = asked.rounds or (check.few if asked.few else check.rounds)
-        outcomes.append(run_check(check, rounds, timed=not asked.few))
+        rounds = options.rounds or (check.few if options.few else check.rounds)
+        outcomes.append(run_check(check, rounds, timed=not options.few))
     print(
-        json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1) if asked.json else _told(outcomes)
+        json.dumps([dataclasses.asdict(outcome) for outcome in outcomes], indent=1)
+        if options.json
+        else _summary(outcomes)
     )
     broken = {"FAILED", "skipped"} if os.environ.get("CI") else {"FAILED"}
     return int(any(outcome.verdict in broken for outcome in outcomes))
@@ -48,7 +50,7 @@ def _parser(known: Iterable[Check]) -> argparse.ArgumentParser:
     return parser
 
 
-def _told(outcomes: list[Outcome]) -> str:
+def _summary(outcomes: list[Outcome]) -> str:
     lines = [f"commit {outcomes[0].commit}, Python {outcomes[0].python}"]
     for outcome in outcomes:
         lines.append(f"{outcome.verdict:8} {outcome.name:22} {outcome.seconds:7.1f} s  {outcome.promise}")

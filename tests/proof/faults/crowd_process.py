@@ -22,17 +22,17 @@ HALF: Final = POST + b"Content-Length: 1000\r\n\r\n" + b'{"kind":'
 SPARE: Final = 200  # descriptors for everything else
 WANTED: Final = 16_384  # descriptors
 
-Met = Counter[str]
+Outcomes = Counter[str]
 
 
-def room() -> int:
+def connection_limit() -> int:
     """Raise the limit of descriptors and return how many connections this process and its children may hold."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # root may raise it
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(most, WANTED), max(most, WANTED)))
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    return most - SPARE
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(limit, WANTED), max(limit, WANTED)))
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    return limit - SPARE
 
 
 async def _open(path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -51,38 +51,38 @@ async def _open(path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
             return await asyncio.open_unix_connection(sock=line, limit=1_024)
 
 
-async def idle(path: str, met: Met, is_there: asyncio.Event) -> None:
+async def idle(path: str, outcomes: Outcomes, is_there: asyncio.Event) -> None:
     """Connect and send nothing."""
     reader, _ = await _open(path)
     is_there.set()
     await reader.read()
-    met["closed by the daemon"] += 1
+    outcomes["closed by the daemon"] += 1
 
 
-async def slow(path: str, met: Met, is_there: asyncio.Event) -> None:
+async def slow(path: str, outcomes: Outcomes, is_there: asyncio.Event) -> None:
     """Request a long list and read it slowly."""
     reader, writer = await _open(path)
     writer.write(LIST)
     assert (await reader.readline()).startswith(b"HTTP/1.1 200 ")
     is_there.set()
     while await reader.read(512):
-        met["small reads"] += 1
+        outcomes["small reads"] += 1
         await asyncio.sleep(0.1)
-    met["cut off"] += 1
+    outcomes["cut off"] += 1
 
 
-async def half(path: str, met: Met, is_there: asyncio.Event) -> None:
+async def half(path: str, outcomes: Outcomes, is_there: asyncio.Event) -> None:
     """Send a part of a body, wait for the error, repeat."""
     while True:
         reader, writer = await _open(path)
         writer.write(HALF)
         is_there.set()
         status = (await reader.readline()).split(b" ")[1:2]
-        met[f"responses {status[0].decode()}" if status else "closed without an answer"] += 1
+        outcomes[f"responses {status[0].decode()}" if status else "closed without an answer"] += 1
         writer.close()
 
 
-KINDS: Final[dict[str, Callable[[str, Met, asyncio.Event], Coroutine[Any, Any, None]]]] = {
+KINDS: Final[dict[str, Callable[[str, Outcomes, asyncio.Event], Coroutine[Any, Any, None]]]] = {
     "idle": idle,
     "slow": slow,
     "half": half,
@@ -90,12 +90,12 @@ KINDS: Final[dict[str, Callable[[str, Met, asyncio.Event], Coroutine[Any, Any, N
 
 
 async def main(kind: str, path: str, count: int) -> None:
-    met: Met = Counter()
-    assert count <= room(), f"no room for {count} connections"
+    outcomes: Outcomes = Counter()
+    assert count <= connection_limit(), f"no room for {count} connections"
     tasks = []
     for _ in range(count):
         is_there = asyncio.Event()
-        tasks.append(asyncio.ensure_future(KINDS[kind](path, met, is_there)))
+        tasks.append(asyncio.ensure_future(KINDS[kind](path, outcomes, is_there)))
         if len(tasks) % 500 == 0 or len(tasks) == count:
             await is_there.wait()
     print(json.dumps({"count": count}), flush=True)
@@ -106,7 +106,7 @@ async def main(kind: str, path: str, count: int) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
     if broken:
         raise AssertionError(f"{len(broken)} broken, the first: {broken[0].exception()!r}")
-    print(json.dumps(met), flush=True)
+    print(json.dumps(outcomes), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import Any, Final
 
-from tests.proof.faults.crowd_process import room
+from tests.proof.faults.crowd_process import connection_limit
 from tests.proof.faults.harness import Check, Counts, Tool, Trial, program
 from tests.support.daemon_process import Daemon, call, die_with_us
 
@@ -30,7 +30,9 @@ LIFECYCLES: Final = 150
 FLOODERS: Final = 24
 DESCRIPTORS: Final = 200
 IDLE: Final = 10_000
-MANY_FILES = Tool(f"room for {IDLE} connections", "none: raise the limit of open files", lambda: room() > IDLE)
+MANY_FILES = Tool(
+    f"room for {IDLE} connections", "none: raise the limit of open files", lambda: connection_limit() > IDLE
+)
 
 
 @contextmanager
@@ -42,12 +44,12 @@ def crowd(kind: str, daemon: Daemon, count: int) -> Iterator[dict[str, int]]:
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    told: dict[str, int] = {}
+    report: dict[str, int] = {}
     try:
-        told |= json.loads(process.stdout.readline())
-        yield told
+        report |= json.loads(process.stdout.readline())
+        yield report
         process.stdin.close()
-        told |= json.loads(process.stdout.readline())
+        report |= json.loads(process.stdout.readline())
         assert process.wait(60) == 0
     finally:
         process.kill()
@@ -92,7 +94,7 @@ def beside(kind: str, count: int, trial: Trial, prepare: Any = None) -> Counts:
     """Measure a normal client's p99 with and without the others, alternating."""
     alone: list[float] = []
     together: list[float] = []
-    met: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     lifecycles = LIFECYCLES if trial.timed else LIFECYCLES // 5
     with Daemon(trial.directory) as daemon:
         if prepare is not None:
@@ -101,11 +103,11 @@ def beside(kind: str, count: int, trial: Trial, prepare: Any = None) -> Counts:
         few = descriptors(daemon)
         for _ in range(trial.rounds):
             alone.append(p99_ms(daemon, lifecycles))
-            with crowd(kind, daemon, count) as told:
-                wait_until(daemon, told["count"], math.inf)
+            with crowd(kind, daemon, count) as report:
+                wait_until(daemon, report["count"], math.inf)
                 together.append(p99_ms(daemon, lifecycles))
-                assert descriptors(daemon) >= told["count"] * 0.5, "the crowd went away"
-            met.update({what: number for what, number in told.items() if what != "count"})
+                assert descriptors(daemon) >= report["count"] * 0.5, "the crowd went away"
+            outcomes.update({what: number for what, number in report.items() if what != "count"})
             wait_until(daemon, 0, few + 2)
         assert daemon.stop() == 0
         assert b" level=error " not in daemon.log
@@ -113,7 +115,7 @@ def beside(kind: str, count: int, trial: Trial, prepare: Any = None) -> Counts:
     assert ratio <= SLOWER or not trial.timed, f"p99 {alone} ms alone, {together} ms beside them"
     times = {"p99 alone, us": alone, "p99 with them, us": together}
     figures = {what: round(statistics.median(values) * 1000) for what, values in times.items()}
-    return {"connections": count, **figures, "percent of its own p99": round(ratio * 100), **met}
+    return {"connections": count, **figures, "percent of its own p99": round(ratio * 100), **outcomes}
 
 
 def idle_connections(trial: Trial) -> Counts:

@@ -23,7 +23,7 @@ from tests.proof.faults.harness import Check, Counts, Trial, program
 from tests.proof.faults.ledger import Ledger, caused_by_clients, events_pattern
 from tests.proof.faults.load import load
 from tests.proof.faults.store_check import Contents, checked_contents
-from tests.support.daemon_process import Daemon, Doors, Reply, call, die_with_us
+from tests.support.daemon_process import ApiCalls, Daemon, Reply, call, die_with_us
 
 BUSY: Final = 75
 RIVALS: Final = 4  # daemons that start at the same moment
@@ -209,7 +209,7 @@ class Half:
             return Reply(self._line.getresponse())
 
 
-def parked(daemon: Doors) -> http.client.HTTPConnection:
+def parked(daemon: ApiCalls) -> http.client.HTTPConnection:
     connection = daemon.worker()
     body = json.dumps({"worker": "parked", "queues": ["idle"], "wait_ms": 60_000})
     connection.request("POST", "/v1/claim", body, {"Content-Type": "application/json"})
@@ -242,7 +242,7 @@ def _wait_until_rejected(daemon: Daemon) -> None:
     """Wait until new connections are rejected."""
     deadline_s = time.monotonic() + 30
     while True:
-        assert time.monotonic() < deadline_s, "the door is still open"
+        assert time.monotonic() < deadline_s, "new connections are still accepted"
         try:
             with closing(daemon.worker()) as late:
                 late.connect()
@@ -306,10 +306,10 @@ def told_to_stop(trial: Trial) -> Counts:
 
 def check_all_answered(ledger: Ledger, store: Contents) -> None:
     """Check that a graceful stop left no change without a response."""
-    for told in ledger.jobs.values():
-        done = caused_by_clients(store.events.get(told.job_id, []))
-        assert re.fullmatch(events_pattern(told.events), events_pattern(done)), (
-            f"{told.job_id}: told {told.events}, and {told.open} was not answered; the store has {done}"
+    for record in ledger.jobs.values():
+        done = caused_by_clients(store.events.get(record.job_id, []))
+        assert re.fullmatch(events_pattern(record.events), events_pattern(done)), (
+            f"{record.job_id}: responses {record.events}, no response to {record.open}; the store has {done}"
         )
 
 

@@ -38,26 +38,26 @@ class Caller:
         self._daemon = daemon
         self._ledger = ledger
 
-    def ask(self, event: str, told: JobRecord, verb: str, body: dict[str, Any]) -> Reply:
-        path = f"/v1/jobs/{told.job_id}/{verb}" if verb else "/v1/jobs"
-        told.open = asked = SentRequest(event, path, body)
+    def ask(self, event: str, record: JobRecord, verb: str, body: dict[str, Any]) -> Reply:
+        path = f"/v1/jobs/{record.job_id}/{verb}" if verb else "/v1/jobs"
+        record.open = request = SentRequest(event, path, body)
         reply = self._daemon.post(path, body)
         if reply.status in (200, 201):
-            self._ledger.succeeded(told, asked, reply.data)
+            self._ledger.succeeded(record, request, reply.data)
         else:
-            self._ledger.rejected(told, asked, reply.error)
+            self._ledger.rejected(record, request, reply.error)
         return reply
 
     def create(self, job_id: str) -> tuple[JobRecord, Reply]:
-        told = self._ledger.begin(job_id, {"n": job_id})
-        return told, self.ask("created", told, "", {"id": job_id, "payload": {"n": job_id}})
+        record = self._ledger.begin(job_id, {"n": job_id})
+        return record, self.ask("created", record, "", {"id": job_id, "payload": {"n": job_id}})
 
     def hold(self, job_id: str) -> tuple[JobRecord, str]:
         """Create and start a job; return it with its lock."""
-        told, reply = self.create(job_id)
+        record, reply = self.create(job_id)
         assert reply.status == 201, reply.body
-        reply = self.ask("granted", told, "start", {"worker": "w"})
-        return told, reply.data["lock_id"]
+        reply = self.ask("granted", record, "start", {"worker": "w"})
+        return record, reply.data["lock_id"]
 
 
 def full_disk(trial: Trial) -> Counts:
@@ -91,15 +91,17 @@ def _fills_up(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> int:
         created += 1
     assert (reply.status, reply.error) == (507, "storage_full"), reply.body
     assert "refused=creates" in daemon.until_said(FULL)
-    told, lock = held[0]
-    while (reply := caller.ask("extended", told, "extend", {"lock_id": lock, "additional_ms": 900_000})).status == 200:
+    record, lock = held[0]
+    while (
+        reply := caller.ask("extended", record, "extend", {"lock_id": lock, "additional_ms": 900_000})
+    ).status == 200:
         extended += 1
     assert reply.error == "storage_full", reply.body
     assert "refused=all_but_endings" in daemon.until_said(FULL)
     assert not Path(f"{place}/jobd.db.ballast").exists()
-    assert daemon.get(f"/v1/jobs/{told.job_id}").status == 200, "reads go on"
-    for told, lock in held:
-        reply = caller.ask("completed", told, "complete", {"lock_id": lock})
+    assert daemon.get(f"/v1/jobs/{record.job_id}").status == 200, "reads go on"
+    for record, lock in held:
+        reply = caller.ask("completed", record, "complete", {"lock_id": lock})
         assert reply.status == 200, f"the ballast is for endings: {reply.body}"
     daemon.until_said(b"event=disk_has_room")  # the space of the reserve file
     assert not Path(f"{place}/jobd.db.ballast").exists()

@@ -73,13 +73,13 @@ def _lines(_: schemathesis.SerializationContext, value: Any) -> bytes:
 
 def strict(title: str, table: Iterable[Route]) -> dict[str, Any]:
     """Return the document of a TCP listener: it requires the token, and responses have no undocumented fields."""
-    said: dict[str, Any] = json.loads(json.dumps(document(title, table)))
-    for schema in said["components"]["schemas"].values():
+    root: dict[str, Any] = json.loads(json.dumps(document(title, table)))
+    for schema in root["components"]["schemas"].values():
         schema.setdefault("additionalProperties", False)
-    for methods in said["paths"].values():
+    for methods in root["paths"].values():
         for call in methods.values():
             call["security"] = [choice for choice in call["security"] if choice] or call["security"]
-    return said
+    return root
 
 
 class Known:

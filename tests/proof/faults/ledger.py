@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from jobd.model.events import Event
 from tests.proof.faults.store_check import Contents
-from tests.support.daemon_process import Doors
+from tests.support.daemon_process import ApiCalls
 
 # Events of the daemon itself may occur between those of clients.
 OWN_DOING: Final = frozenset({"daemon", "recovery", "cleanup"})
@@ -89,18 +89,18 @@ class Ledger:
         with self._lock:
             return self.jobs.setdefault(job_id, JobRecord(job_id, payload))
 
-    def succeeded(self, told: JobRecord, asked: SentRequest, data: Any) -> None:
+    def succeeded(self, record: JobRecord, request: SentRequest, data: Any) -> None:
         """Note a successful response."""
         with self._lock:
-            told.note(asked.event)
+            record.note(request.event)
             self._count(1)
-            if asked.event == "granted":
-                self._note_token(told, data["fencing_token"])
+            if request.event == "granted":
+                self._note_token(record, data["fencing_token"])
 
-    def rejected(self, told: JobRecord, asked: SentRequest, code: str) -> None:
+    def rejected(self, record: JobRecord, request: SentRequest, code: str) -> None:
         """Note a definite error: nothing was changed."""
         with self._lock:
-            told.open = None
+            record.open = None
             self.codes[code] += 1
 
     def _count(self, more: int) -> None:
@@ -108,25 +108,25 @@ class Ledger:
         if self.acknowledged >= self._enough:
             self._got_enough.set()
 
-    def _note_token(self, told: JobRecord, token: int) -> None:
-        holder = self.tokens.setdefault(token, told.job_id)
-        self.granted_s.setdefault(token, told.answered_s[-1])
-        assert holder == told.job_id, f"token {token} was granted for {holder} and again for {told.job_id}"
+    def _note_token(self, record: JobRecord, token: int) -> None:
+        holder = self.tokens.setdefault(token, record.job_id)
+        self.granted_s.setdefault(token, record.answered_s[-1])
+        assert holder == record.job_id, f"token {token} was granted for {holder} and again for {record.job_id}"
 
     # -- afterwards ---------------------------------------------------------------------------------------------------
 
-    def settle(self, daemon: Doors) -> int:
+    def settle(self, daemon: ApiCalls) -> int:
         """Repeat unanswered requests with their keys, so that each has happened. Return their number."""
         settled = 0
-        for told in [told for told in self.jobs.values() if told.open is not None]:
-            asked = told.open
-            assert asked is not None
-            reply = daemon.post(asked.path, asked.body, **asked.headers)
-            assert reply.status in _SETTLED, f"{told.job_id}: {asked} was repeated and rejected: {reply.body}"
-            if asked.event in ("progress", "extended"):  # these happen again if repeated
-                told.note(f"({asked.event};)?{asked.event}")
+        for record in [record for record in self.jobs.values() if record.open is not None]:
+            request = record.open
+            assert request is not None
+            reply = daemon.post(request.path, request.body, **request.headers)
+            assert reply.status in _SETTLED, f"{record.job_id}: {request} was repeated and rejected: {reply.body}"
+            if request.event in ("progress", "extended"):  # these happen again if repeated
+                record.note(f"({request.event};)?{request.event}")
             else:
-                self.succeeded(told, asked, reply.data)
+                self.succeeded(record, request, reply.data)
             settled += 1
         return settled
 
@@ -136,13 +136,13 @@ class Ledger:
         Changes answered at `until_s` (time.monotonic()) or later may be missing.
         """
         checked = 0
-        for told in self.jobs.values():
-            seen = "".join(f"{event};" for event in caused_by_clients(store.events.get(told.job_id, [])))
-            pattern = told.pattern(until_s)
-            assert re.fullmatch(pattern, seen), f"{told.job_id}: expected {pattern}, the store has {seen}"
+        for record in self.jobs.values():
+            seen = "".join(f"{event};" for event in caused_by_clients(store.events.get(record.job_id, [])))
+            pattern = record.pattern(until_s)
+            assert re.fullmatch(pattern, seen), f"{record.job_id}: expected {pattern}, the store has {seen}"
             if seen:
-                assert store.payloads[told.job_id] == told.payload, f"{told.job_id} has another payload"
-            checked += bisect.bisect_left(told.answered_s, until_s)
+                assert store.payloads[record.job_id] == record.payload, f"{record.job_id} has another payload"
+            checked += bisect.bisect_left(record.answered_s, until_s)
         for token, job_id in self.tokens.items():
             granted_s = self.granted_s[token]
             assert store.tokens.get(token) == job_id or granted_s >= until_s, f"token {token} of {job_id} is not there"
@@ -151,13 +151,13 @@ class Ledger:
     def forget_lost(self, store: Contents, since_s: float) -> int:
         """Forget responses from `since_s` on that the store does not have; return how many."""
         forgotten = 0
-        for told in self.jobs.values():
-            late = len(told.events) - bisect.bisect_left(told.answered_s, since_s)
-            seen = caused_by_clients(store.events.get(told.job_id, []))
-            if late and len(seen) < len(told.events):
-                forgotten += len(told.events) - len(seen)
-                del told.events[len(seen) :], told.answered_s[len(seen) :]
-                told.open = None
+        for record in self.jobs.values():
+            late = len(record.events) - bisect.bisect_left(record.answered_s, since_s)
+            seen = caused_by_clients(store.events.get(record.job_id, []))
+            if late and len(seen) < len(record.events):
+                forgotten += len(record.events) - len(seen)
+                del record.events[len(seen) :], record.answered_s[len(seen) :]
+                record.open = None
         for token, job_id in list(self.tokens.items()):
             if self.granted_s[token] >= since_s and store.tokens.get(token) != job_id:
                 del self.tokens[token], self.granted_s[token]

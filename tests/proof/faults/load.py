@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from typing import Any, Final
 
 from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest
-from tests.support.daemon_process import Doors, Reply, call
+from tests.support.daemon_process import ApiCalls, Reply, call
 
 CLIENTS: Final = 6
 ENDINGS: Final = ("completed", "failed", "retried", "released", "cancelled", "held")
@@ -49,12 +49,12 @@ class Client:
 
     def _lifecycle(self, connection: http.client.HTTPConnection, job_id: str) -> None:
         payload = {"n": job_id, "fill": "x" * self._random.randrange(300)}
-        told = self._ledger.begin(job_id, payload)
+        record = self._ledger.begin(job_id, payload)
         ending = self._random.choice(ENDINGS)
 
         def ask(event: str, verb: str, body: dict[str, Any], key: str | None = None) -> Any:
             path = f"/v1/jobs/{job_id}/{verb}" if verb else "/v1/jobs"
-            return self._ask(connection, told, SentRequest(event, path, body, key))
+            return self._ask(connection, record, SentRequest(event, path, body, key))
 
         ask("created", "", {"id": job_id, "payload": payload, "max_attempts": 2 if ending == "retried" else 1})
         lock = {"lock_id": ask("granted", "start", {"worker": self._name}, key=f"start-{job_id}")["lock_id"]}
@@ -69,30 +69,30 @@ class Client:
         elif ending != "held":
             ask(ending, "complete" if ending == "completed" else "release", lock)
 
-    def _ask(self, connection: http.client.HTTPConnection, told: JobRecord, asked: SentRequest) -> Any:
-        told.open = asked
+    def _ask(self, connection: http.client.HTTPConnection, record: JobRecord, request: SentRequest) -> Any:
+        record.open = request
         try:
-            reply = call(connection, "POST", asked.path, asked.body, **asked.headers)
+            reply = call(connection, "POST", request.path, request.body, **request.headers)
         except (OSError, http.client.HTTPException) as error:
             raise Disconnected from error
-        self._judge(told, asked, reply)
+        self._judge(record, request, reply)
         return reply.data
 
-    def _judge(self, told: JobRecord, asked: SentRequest, reply: Reply) -> None:
+    def _judge(self, record: JobRecord, request: SentRequest, reply: Reply) -> None:
         if reply.status in (200, 201):
-            self._ledger.succeeded(told, asked, reply.data)
+            self._ledger.succeeded(record, request, reply.data)
             return
         code = reply.error
         if code == "outcome_unknown":
             self._ledger.codes[code] += 1
             raise Disconnected
-        assert code in ("storage_full", "overloaded", "shutting_down"), f"{asked} was rejected: {reply.body}"
-        self._ledger.rejected(told, asked, code)
+        assert code in ("storage_full", "overloaded", "shutting_down"), f"{request} was rejected: {reply.body}"
+        self._ledger.rejected(record, request, code)
         raise Disconnected if code == "shutting_down" else Rejected
 
 
 @contextmanager
-def load(daemon: Doors, ledger: Ledger, name: str, clients: int = CLIENTS) -> Iterator[list[Future[None]]]:
+def load(daemon: ApiCalls, ledger: Ledger, name: str, clients: int = CLIENTS) -> Iterator[list[Future[None]]]:
     """Run clients while the block runs. `name` is unique in a store."""
     stop = threading.Event()
     with ThreadPoolExecutor(clients) as pool:
@@ -106,6 +106,6 @@ def load(daemon: Doors, ledger: Ledger, name: str, clients: int = CLIENTS) -> It
         one.result()  # errors that clients found
 
 
-def work_alone(daemon: Doors, ledger: Ledger, name: str, lifecycles: int) -> None:
+def work_alone(daemon: ApiCalls, ledger: Ledger, name: str, lifecycles: int) -> None:
     """Run one client for this many lifecycles, or until its connection breaks. The same `name` gives the same calls."""
     Client(ledger, name, threading.Event()).work(daemon.worker, lifecycles)

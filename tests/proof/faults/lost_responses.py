@@ -39,10 +39,10 @@ class RetryingClient(Client):
         self.faults: Counter[str] = Counter()
         self.compared = 0
 
-    def _ask(self, connection: http.client.HTTPConnection, told: JobRecord, asked: SentRequest) -> Any:
-        if asked.event == "created":  # with a key too; its id would be enough
-            asked = SentRequest(asked.event, asked.path, asked.body, f"create-{told.job_id}")
-        told.open = asked
+    def _ask(self, connection: http.client.HTTPConnection, record: JobRecord, request: SentRequest) -> Any:
+        if request.event == "created":  # with a key too; its id would be enough
+            request = SentRequest(request.event, request.path, request.body, f"create-{record.job_id}")
+        record.open = request
         first: tuple[int, Any] | None = None
         for _ in range(50):
             fault = self._random.choice(FAULTS) if self._random.random() < 0.4 else ""
@@ -50,40 +50,40 @@ class RetryingClient(Client):
             more = {"X_Fault": fault} if fault else {}
             with closing(self._proxy.connect()) as line:
                 try:
-                    reply = call(line, "POST", asked.path, asked.body, X_Call=mark, **asked.headers, **more)
+                    reply = call(line, "POST", request.path, request.body, X_Call=mark, **request.headers, **more)
                 except (OSError, http.client.HTTPException, ValueError):  # ValueError: half of the JSON
-                    assert fault, f"{asked}: no response, and no fault"
+                    assert fault, f"{request}: no response, and no fault"
                     self.faults[fault] += 1
                     lost = self._proxy.lost.pop(mark, None)
-                    self._note_lost(told, asked, lost)
+                    self._note_lost(record, request, lost)
                     first = first or lost
                     continue
-            self._compare(asked, first, reply)
-            self._judge(told, asked, reply)
+            self._compare(request, first, reply)
+            self._judge(record, request, reply)
             return reply.data
-        raise AssertionError(f"no response in 50 tries: {asked}")
+        raise AssertionError(f"no response in 50 tries: {request}")
 
-    def _note_lost(self, told: JobRecord, asked: SentRequest, lost: tuple[int, Any] | None) -> None:
+    def _note_lost(self, record: JobRecord, request: SentRequest, lost: tuple[int, Any] | None) -> None:
         """Note events that may occur once more: a repeated report, a released grant."""
         if lost is not None:
-            assert lost[0] in (200, 201), f"{asked} was rejected: {lost}"
-        if asked.event in AGAIN and lost is not None:
-            told.note(asked.event)
-            told.open = asked
-        elif asked.event in AGAIN or (asked.event == "granted" and lost is None):
-            told.maybe(asked.event)
+            assert lost[0] in (200, 201), f"{request} was rejected: {lost}"
+        if request.event in AGAIN and lost is not None:
+            record.note(request.event)
+            record.open = request
+        elif request.event in AGAIN or (request.event == "granted" and lost is None):
+            record.maybe(request.event)
 
-    def _compare(self, asked: SentRequest, first: tuple[int, Any] | None, reply: Reply) -> None:
-        if first is None or asked.event in AGAIN:
+    def _compare(self, request: SentRequest, first: tuple[int, Any] | None, reply: Reply) -> None:
+        if first is None or request.event in AGAIN:
             return
         self.compared += 1
-        if asked.key is not None:
-            assert (reply.status, reply.body) == first, f"{asked}: first {first}, then {reply.status} {reply.body}"
+        if request.key is not None:
+            assert (reply.status, reply.body) == first, f"{request}: first {first}, then {reply.status} {reply.body}"
             assert reply.headers["Idempotent-Replayed"] == "true"
         else:
             assert reply.data.pop("repeated") is True
             first[1]["data"].pop("repeated", None)
-            assert reply.body == first[1], f"{asked}: first {first[1]}, then {reply.body}"
+            assert reply.body == first[1], f"{request}: first {first[1]}, then {reply.body}"
 
 
 def lost_responses(trial: Trial) -> Counts:
@@ -202,13 +202,13 @@ def killed_before_reply(trial: Trial) -> Counts:
             store = checked_contents(daemon.store)
             ledger.check(store)
             daemon.start()
-            done = [told for told in ledger.jobs.values() if told.open is not None and _was_done(told, store)]
+            done = [record for record in ledger.jobs.values() if record.open is not None and _was_done(record, store)]
             assert done, "every change was answered"
             unheard += len(done)
-            for told in done:
-                assert told.open is not None
-                if told.open.key is not None:
-                    reply = daemon.post(told.open.path, told.open.body, **told.open.headers)
+            for record in done:
+                assert record.open is not None
+                if record.open.key is not None:
+                    reply = daemon.post(record.open.path, record.open.body, **record.open.headers)
                     assert reply.headers["Idempotent-Replayed"] == "true", reply.body
             ledger.settle(daemon)
         assert daemon.stop() == 0
@@ -220,11 +220,11 @@ def killed_before_reply(trial: Trial) -> Counts:
     }
 
 
-def _was_done(told: JobRecord, store: Contents) -> bool:
-    seen = caused_by_clients(store.events.get(told.job_id, []))
+def _was_done(record: JobRecord, store: Contents) -> bool:
+    seen = caused_by_clients(store.events.get(record.job_id, []))
     return (
-        told.open is not None
-        and re.fullmatch(events_pattern([*told.events, told.open.event]), events_pattern(seen)) is not None
+        record.open is not None
+        and re.fullmatch(events_pattern([*record.events, record.open.event]), events_pattern(seen)) is not None
     )
 
 

@@ -25,7 +25,7 @@ from typing import Final
 
 from tests import ROOT
 from tests.proof.faults.harness import Tool, program
-from tests.support.daemon_process import TOKEN, Doors, OverUnix, die_with_us
+from tests.support.daemon_process import TOKEN, ApiCalls, OverUnix, die_with_us
 
 SYSTEMD: Final = Path("/usr/lib/systemd/systemd")
 SPACES: Final = ("--mount", "--pid", "--net", "--ipc", "--cgroup")
@@ -72,7 +72,7 @@ def _own_cgroup() -> Path:
     return root / next((line[4:] for line in own if line.startswith("0::/")), "")
 
 
-class SystemdMachine(Doors):
+class SystemdMachine(ApiCalls):
     """`with Box(directory) as box`: systemd runs, jobd is installed and not started. Use one at a time."""
 
     def __init__(self, directory: Path, *, unix_only: bool = False) -> None:
@@ -105,8 +105,8 @@ class SystemdMachine(Doors):
 
     def _listen(self) -> None:
         with suppress(OSError):  # the other end is closed
-            while said := os.read(self._console, 4096):
-                self._said.append(said)
+            while output := os.read(self._console, 4096):
+                self._said.append(output)
 
     def _get_up(self) -> None:
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")

@@ -31,7 +31,7 @@ BOMB: Final = gzip.compress(bytes(64 << 20))  # 64 KB that would be 64 MiB
 
 FRAMED: Final = ("length", "coding", "chunk size")  # cases in which the end of the request is ambiguous
 
-Door = Callable[[], socket.socket]
+Connect = Callable[[], socket.socket]
 
 
 class Probe:
@@ -82,23 +82,23 @@ class Probe:
             assert self._thread.is_alive(), "the normal client got no response"
 
 
-def answer_to(door: Door, request: bytes) -> int:
+def answer_to(connect: Connect, request: bytes) -> int:
     """Return the status of the response, or 0 if the connection was closed. Neither in time is a failure."""
-    heard = head_of(door, request)
-    return int(heard.split(b" ", 2)[1]) if heard.startswith(b"HTTP/1.1 ") else 0
+    received = head_of(connect, request)
+    return int(received.split(b" ", 2)[1]) if received.startswith(b"HTTP/1.1 ") else 0
 
 
-def head_of(door: Door, request: bytes) -> bytes:
+def head_of(connect: Connect, request: bytes) -> bytes:
     """Return the start of the response, at least its head; empty if the connection was closed."""
-    with door() as line:
+    with connect() as line:
         line.settimeout(ANSWERED_S)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             line.sendall(request)  # rejected before its end: the response was sent all the same
-        heard = b""
+        received = b""
         with contextlib.suppress(ConnectionResetError):
-            while b"\r\n\r\n" not in heard and (piece := line.recv(65_536)):
-                heard += piece
-    return heard
+            while b"\r\n\r\n" not in received and (piece := line.recv(65_536)):
+                received += piece
+    return received
 
 
 def with_token(request: bytes) -> bytes:
@@ -116,7 +116,7 @@ def _requests() -> dict[str, bytes]:
     return {**HOSTILE, **WIDER, **dear, **bombs}
 
 
-def _doors(daemon: Daemon, port: int) -> dict[str, Door]:
+def _listeners(daemon: Daemon, port: int) -> dict[str, Connect]:
     def unix(path: str) -> socket.socket:
         opened = socket.socket(socket.AF_UNIX)
         opened.connect(path)
@@ -130,13 +130,13 @@ def _doors(daemon: Daemon, port: int) -> dict[str, Door]:
 
 
 @contextmanager
-def opened(directory: Path) -> Iterator[tuple[Daemon, dict[str, Door]]]:
+def opened(directory: Path) -> Iterator[tuple[Daemon, dict[str, Connect]]]:
     """Run a daemon with three listeners: two for workers, one for operators."""
     token, port = directory / "worker-token", free_port()
     token.write_text(TOKEN)
     environ = {"JOBD_WORKER_LISTEN": f"127.0.0.1:{port}", "JOBD_WORKER_TOKEN_FILE": str(token)}
     with Daemon(directory, "", **environ) as daemon:
-        yield daemon, _doors(daemon, port)
+        yield daemon, _listeners(daemon, port)
         assert daemon.post("/v1/jobs", {"payload": "honest"}).status == 201
         assert daemon.stop() == 0
         assert b" level=error " not in daemon.log, daemon.log[-4000:]
@@ -147,49 +147,49 @@ def hostile_requests(trial: Trial) -> Counts:
     statuses: Counter[int] = Counter()
     lags: dict[str, list[float]] = {}
     sys.setswitchinterval(0.0005)  # the normal client does not wait for this one
-    with opened(trial.directory) as (daemon, doors), Probe(daemon) as probe:
+    with opened(trial.directory) as (daemon, listeners), Probe(daemon) as probe:
         for _ in range(trial.rounds):
-            for door_name, door in doors.items():
+            for listener, connect in listeners.items():
                 for name, request in _requests().items():
-                    for sent in {request, with_token(request)} if door_name != "worker socket" else {request}:
+                    for sent in {request, with_token(request)} if listener != "worker socket" else {request}:
                         with probe.worst() as waits:
-                            status = answer_to(door, sent)
-                        assert status == 0 or 400 <= status < 500, f"{name} on the {door_name}: {status}"
+                            status = answer_to(connect, sent)
+                        assert status == 0 or 400 <= status < 500, f"{name} on the {listener}: {status}"
                         statuses[status] += 1
-                        lags.setdefault(f"{name} on the {door_name}, {len(sent)} bytes", []).extend(waits)
+                        lags.setdefault(f"{name} on the {listener}, {len(sent)} bytes", []).extend(waits)
     # The cost of a request occurs each time; interference by other processes does not.
     worst, slowest = max((statistics.median(waits), name) for name, waits in lags.items())
     assert worst <= LAG_MS or not trial.timed, f"{slowest} keeps honest clients waiting for {worst:.1f} ms"
-    told = {f"responses {status}" if status else "closed": count for status, count in sorted(statuses.items())}
-    return {"requests": statuses.total(), **told, "ms of waiting for other clients, at most": round(worst)}
+    counts = {f"responses {status}" if status else "closed": count for status, count in sorted(statuses.items())}
+    return {"requests": statuses.total(), **counts, "ms of waiting for other clients, at most": round(worst)}
 
 
 def smuggled(trial: Trial) -> Counts:
     """Send many requests in one piece, some of them malformed: responses come in order, and nothing is done."""
-    asked = ended = 0
-    with opened(trial.directory) as (daemon, doors):
+    requests = ended = 0
+    with opened(trial.directory) as (daemon, listeners):
         for number in range(trial.rounds):
             count = 100 + number % 400
             lines = b"".join(f"GET /v1/jobs/none-{n} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for n in range(count))
-            with doors["worker socket"]() as line:
+            with listeners["worker socket"]() as line:
                 line.settimeout(ANSWERED_S)
                 line.sendall(lines)
-                with line.makefile("rb") as heard:
+                with line.makefile("rb") as received:
                     for n in range(count):
-                        assert b" 404 " in heard.readline()
-                        headers = http.client.parse_headers(heard)
-                        assert f"There is no job none-{n}:" in heard.read(int(headers["Content-Length"])).decode()
-                asked += count
+                        assert b" 404 " in received.readline()
+                        headers = http.client.parse_headers(received)
+                        assert f"There is no job none-{n}:" in received.read(int(headers["Content-Length"])).decode()
+                requests += count
             for name, carrier in {**HOSTILE, **WIDER}.items():
                 hidden = f"smuggled-{number}-{name.replace(' ', '-').replace(',', '')}"
-                head = head_of(doors["worker socket"], carrier + post("/v1/jobs", f'{{"id":"{hidden}"}}'.encode()))
+                head = head_of(listeners["worker socket"], carrier + post("/v1/jobs", f'{{"id":"{hidden}"}}'.encode()))
                 is_over = not head or b"\r\nConnection: close\r\n" in head
                 # With sound framing it was a separate request after a rejected one.
                 assert is_over or not any(word in name for word in FRAMED), f"{name}: {head!r}"
                 assert not is_over or daemon.get(f"/v1/jobs/{hidden}").status == 404, f"smuggled behind {name}"
                 ended += is_over
-                asked += 1
-    return {"requests": asked, "connections closed after a malformed one": ended}
+                requests += 1
+    return {"requests": requests, "connections closed after a malformed one": ended}
 
 
 CHECKS = (

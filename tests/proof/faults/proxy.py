@@ -78,13 +78,13 @@ class Proxy:
                     behind.sendall(head + body)
                     if fault == "client gone":
                         return
-                    answer, told, _ = _message(answering)
+                    answer, reason, _ = _message(answering)
                     if fault:
-                        self.lost[named["x-call"]] = (int(answer.split()[1]), json.loads(told))
+                        self.lost[named["x-call"]] = (int(answer.split()[1]), json.loads(reason))
                         if fault == "response cut":
-                            line.sendall((answer + told)[: (len(answer) + len(told)) // 2])
+                            line.sendall((answer + reason)[: (len(answer) + len(reason)) // 2])
                         return
-                    line.sendall(answer + told)
+                    line.sendall(answer + reason)
 
 
 def _message(stream: Any) -> tuple[bytes, bytes, dict[str, str]]:

@@ -53,7 +53,7 @@ class PendingRequest:
 
 def slow_disk(trial: Trial) -> Counts:
     looks: list[float] = []
-    met: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     most_waiting = 0
     made: set[str] = set()
     with Daemon.not_started(trial.directory, f"[limits]\nmailbox = {MAILBOX}\n") as daemon:
@@ -73,22 +73,22 @@ def slow_disk(trial: Trial) -> Counts:
             most_waiting = max(most_waiting, _read_all(daemon, asking, looks))
             for one in asking:
                 assert one.reply is not None
-                met[_judged(one, one.reply)] += 1
+                outcomes[_judged(one, one.reply)] += 1
                 if one.reply.status == 201:
                     made.add(one.reply.data["id"])
         assert daemon.stop() == 0
     stored = checked_contents(daemon.store)
     assert {job_id for job_id in stored.jobs if job_id.startswith("round")} == made, "rejected jobs exist"
-    assert met["overloaded"], f"the crowd was too small: {met}"
+    assert outcomes["overloaded"], f"the crowd was too small: {outcomes}"
     assert most_waiting <= MAILBOX, f"{most_waiting} commands waited"
     usual_ms, slowest_ms = statistics.quantiles(looks, n=20)[-1] * 1000, max(looks) * 1000
     on_time = usual_ms <= ANSWERS_MS and slowest_ms < SYNC_US / 1000
     assert on_time or not trial.timed, f"/healthz took {usual_ms:.0f} ms, and {slowest_ms:.0f} ms at most"
     return {
         "bursts of 410": trial.rounds,
-        "created": met["created"],
-        "rejected with overloaded": met["overloaded"],
-        "reports of running jobs accepted": met["taken"],
+        "created": outcomes["created"],
+        "rejected with overloaded": outcomes["overloaded"],
+        "reports of running jobs accepted": outcomes["taken"],
         "commands waiting, at most": most_waiting,
         "requests of /healthz": len(looks),
         "ms for 19 of 20 of these": round(usual_ms),
@@ -96,8 +96,8 @@ def slow_disk(trial: Trial) -> Counts:
     }
 
 
-def _judged(asked: PendingRequest, reply: Reply) -> str:
-    if asked.path != "/v1/jobs":
+def _judged(request: PendingRequest, reply: Reply) -> str:
+    if request.path != "/v1/jobs":
         assert reply.status == 200, f"running work has to be heard: {reply.body}"
         return "taken"
     if reply.status == 201:

@@ -90,16 +90,16 @@ def large_jobs(daemon: Daemon, ledger: Ledger, name: str) -> None:
 
 def _create(daemon: Daemon, ledger: Ledger, job_id: str) -> bool:
     """Create a large job; return False if its outcome is unknown."""
-    told = ledger.begin(job_id, PAYLOAD)
-    told.open = asked = SentRequest("created", "/v1/jobs", {"id": job_id, "payload": PAYLOAD})
+    record = ledger.begin(job_id, PAYLOAD)
+    record.open = request = SentRequest("created", "/v1/jobs", {"id": job_id, "payload": PAYLOAD})
     try:
-        reply = daemon.post(asked.path, asked.body)
+        reply = daemon.post(request.path, request.body)
     except (OSError, http.client.HTTPException):
         return False
     if reply.status == 201:
-        ledger.succeeded(told, asked, reply.data)
+        ledger.succeeded(record, request, reply.data)
     elif reply.error == "storage_full":
-        ledger.rejected(told, asked, reply.error)
+        ledger.rejected(record, request, reply.error)
     else:
         assert reply.error == "outcome_unknown", reply.body
         ledger.codes[reply.error] += 1

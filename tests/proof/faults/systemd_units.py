@@ -58,10 +58,10 @@ class ConnectingClients:
     def _knock(self) -> None:
         while not self._stop.is_set():
             try:
-                met = str(self._box.get("/readyz").status)
+                outcome = str(self._box.get("/readyz").status)
             except (OSError, http.client.HTTPException) as error:
-                met = type(error).__name__
-            self.met[met] += 1
+                outcome = type(error).__name__
+            self.met[outcome] += 1
             time.sleep(0.01)
 
     @property
@@ -278,11 +278,11 @@ def judged(trial: Trial) -> Counts:
         command = ["systemd-analyze", "security", "--offline=true", "--no-pager", "--json=short", paths[0]]
         assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         command.remove("--json=short")
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        level = re.search(r"Overall exposure level for jobd\.service: (\d+)\.(\d)", told)
-        assert level is not None, told
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        level = re.search(r"Overall exposure level for jobd\.service: (\d+)\.(\d)", output)
+        assert level is not None, output
         counts[f"tenths of exposure, {variant}"] = exposure = int(level[1]) * 10 + int(level[2])
-        assert exposure <= most, told
+        assert exposure <= most, output
     return counts
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from jobd.client import Task, Worker
 
 
-def say(what: str, **more: Any) -> None:
+def report(what: str, **more: Any) -> None:
     print(json.dumps({"said": what, **more}), flush=True)
 
 
@@ -27,13 +27,13 @@ async def main(path: str, queue: str, lock_ttl_ms: int) -> None:
     @worker.handler()
     async def work(task: Task) -> None:
         await task.progress(10)
-        say("begun", job=task.job.id, token=task.fencing_token)
+        report("begun", job=task.job.id, token=task.fencing_token)
         try:
             await stdin.readline()
         except asyncio.CancelledError:
-            say("lost", job=task.job.id)
+            report("lost", job=task.job.id)
             raise
-        say("done", job=task.job.id)
+        report("done", job=task.job.id)
 
     await worker.serve()
 

@@ -180,8 +180,8 @@ def _still_the_next_ones(daemon: Daemon, before: dict[str, Any], grant: dict[str
     path = f"/v1/jobs/{before['id']}"
     assert daemon.get(path).data == before, "the one that came back has changed the job"
     # Its late calls and result are stored beside the job and do not change it.
-    told = daemon.get(f"{path}/timeline").data["events"]
-    events = [event for event in told if event["type"] not in ("late_result", "late_call")]
+    timeline = daemon.get(f"{path}/timeline").data["events"]
+    events = [event for event in timeline if event["type"] not in ("late_result", "late_call")]
     assert events[-1]["type"] == "granted", events[-1]
     assert events[-1]["by"] == "worker:the next"
     done = daemon.post(f"{path}/complete", {"lock_id": grant["lock_id"], "metadata": 1})

@@ -27,8 +27,8 @@ class FinalPhase:
         self.machine = machine
         self.watch = machine.monitor
 
-    async def run(self, people: list[asyncio.Task[Any]]) -> None:
-        await self._check_all_answered(people)
+    async def run(self, tasks: list[asyncio.Task[Any]]) -> None:
+        await self._check_all_answered(tasks)
         daemon = await self._check_ready()
         if daemon is None or self.watch.first:
             return
@@ -38,13 +38,13 @@ class FinalPhase:
         self.watch.recount(daemon.book)
         self.watch.check_disk()
 
-    async def _check_all_answered(self, people: list[asyncio.Task[Any]]) -> None:
+    async def _check_all_answered(self, tasks: list[asyncio.Task[Any]]) -> None:
         """L1: every command is answered."""
         machine = self.machine
         machine.closing = True
         machine.disk.heal()
         limit_s = ALL_TIME_S
-        _, waiting = await asyncio.wait(people, timeout=limit_s) if people else (None, None)
+        _, waiting = await asyncio.wait(tasks, timeout=limit_s) if tasks else (None, None)
         machine.disk.heal()  # of a fault that is not over yet
         machine.artifacts.fault = None
         if waiting:

@@ -200,8 +200,8 @@ class Machine:
             daemon.lines.pop(line, None)
         if answer is None or unread:
             return None
-        told = answer.code if isinstance(answer, ApiError) else "yes"
-        self.note("told", who, type(command).__name__, getattr(command, "id", None), told)
+        outcome = answer.code if isinstance(answer, ApiError) else "yes"
+        self.note("told", who, type(command).__name__, getattr(command, "id", None), outcome)
         return answer
 
     async def _handle(

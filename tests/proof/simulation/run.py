@@ -67,15 +67,15 @@ async def _run(seed: int, steps: int, loop: SimLoop, journal: Trace, without: fr
         supervisor = asyncio.create_task(machine.keep_running())
         chaos = FaultInjector(machine)
         others = [asyncio.create_task(chaos.live())]
-        people = [asyncio.create_task(person.live()) for person in _clients(machine)]
+        tasks = [asyncio.create_task(client.live()) for client in _clients(machine)]
         enough = loop.call_later(LONGEST_S, machine.finished.set)
         await machine.finished.wait()
         enough.cancel()
         if machine.monitor.first is None:
-            closing = asyncio.create_task(FinalPhase(machine).run([*people, *others]))
+            closing = asyncio.create_task(FinalPhase(machine).run([*tasks, *others]))
             await _wait_for_end(closing, machine)
             others.append(closing)
-        await _end(machine, [*people, *others, supervisor])
+        await _end(machine, [*tasks, *others, supervisor])
     return machine
 
 

@@ -164,16 +164,16 @@ async def test_a_call_is_its_command(
     target = path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1")
     headers = {**AUTH, "Idempotency-Key": "k"}
     if method == "GET":
-        heard = await harness.request("GET", f"{target}?{body}" if body else target, headers=headers)
+        response = await harness.request("GET", f"{target}?{body}" if body else target, headers=headers)
     else:
-        heard = await harness.request(method, target, body or None, headers)
-    assert heard.status == 200, heard.json
-    asked, *noted = harness.actor.received
+        response = await harness.request(method, target, body or None, headers)
+    assert response.status == 200, response.json
+    envelope, *noted = harness.actor.received
     assert [each.command for each in noted] == ([RecordAction(what="export")] if isinstance(command, Export) else [])
-    assert type(asked.command) is type(command)
-    assert plain(asked.command) == plain(command)
-    assert (asked.by, asked.admin) == ("admin", True)
-    assert (asked.key is not None) == keyed
+    assert type(envelope.command) is type(command)
+    assert plain(envelope.command) == plain(command)
+    assert (envelope.by, envelope.admin) == ("admin", True)
+    assert (envelope.key is not None) == keyed
 
 
 @pytest.mark.parametrize(("method", "path", "data"), SERVICE_CALLS)
@@ -184,7 +184,7 @@ async def test_a_call_of_a_service_returns_its_view(harness: HttpHarness, method
         assert (await harness.request(method, path, "{}", AUTH)).data == data
         assert (await harness.request(method, path, '{"x":1}', AUTH)).status == 400
     # Only audit entries.
-    assert all(isinstance(asked.command, RecordAction | Tick) for asked in harness.actor.received)
+    assert all(isinstance(envelope.command, RecordAction | Tick) for envelope in harness.actor.received)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ async def test_webhook_actions_are_audited_with_the_webhook(harness: HttpHarness
     for verb, body in (("resend", f'{{"id":7,{why}}}'), ("resend-given-up", f"{{{why}}}"), ("test", f"{{{why}}}")):
         assert (await harness.request("POST", f"{place}/{verb}", body, AUTH)).status == 200
     because = "their disk was full"
-    assert [asked.command for asked in harness.actor.received] == [
+    assert [envelope.command for envelope in harness.actor.received] == [
         RecordAction(what="resend-delivery", details={"webhook": "q", "delivery": 7}),
         RecordAction(what="test-webhook", details={"webhook": "q"}),
         RecordAction(what="resend-delivery", details={"webhook": "q", "delivery": 7}, reason=because),
@@ -231,10 +231,10 @@ async def test_the_pages_of_an_export_are_one_audit_entry(harness: HttpHarness) 
     reader = {"Authorization": "Bearer reader-token-0123456789abcdef"}
     for query, headers in (("", AUTH), ("?cursor=7", AUTH), ("", {**reader, "X-Jobd-Operator": "rob"}), ("", reader)):
         assert (await harness.request("GET", f"{P}/export{query}", headers=headers)).status == 200
-    noted = [asked for asked in harness.actor.received if isinstance(asked.command, RecordAction)]
-    operators = [asked.operator for asked in noted]
+    noted = [envelope for envelope in harness.actor.received if isinstance(envelope.command, RecordAction)]
+    operators = [envelope.operator for envelope in noted]
     assert [each.who for each in operators if each] == ["admin", "admin", "rob", "reader"]
-    assert [asked.command.details for asked in noted] == [None, None, {"access": "read"}, {"access": "read"}]
+    assert [envelope.command.details for envelope in noted] == [None, None, {"access": "read"}, {"access": "read"}]
     parts = [each.part_of for each in operators if each]
     assert parts[0] == parts[1]
     assert len(set(parts)) == 3
@@ -268,23 +268,23 @@ async def test_an_action_proceeds_if_it_cannot_be_audited(harness: HttpHarness) 
 async def test_an_operator_is_known_by_the_name_given(harness: HttpHarness, given: str | None, name: str) -> None:
     headers = AUTH if given is None else {**AUTH, "X-Jobd-Operator": given}
     assert (await harness.request("POST", f"{P}/force-reset", '{"jobId":"j"}', headers)).status == 200
-    [asked] = harness.actor.received
-    assert asked.operator == Operator(name, f"unix uid={os.getuid()}")
-    assert asked.by == (f"admin:{name}" if name else "admin")
+    [envelope] = harness.actor.received
+    assert envelope.operator == Operator(name, f"unix uid={os.getuid()}")
+    assert envelope.by == (f"admin:{name}" if name else "admin")
 
 
 async def test_a_read_has_no_operator(harness: HttpHarness) -> None:
     await harness.request("GET", f"{P}/jobs/j", headers={**AUTH, "X-Jobd-Operator": "eve"})
-    [asked] = harness.actor.received
-    assert (asked.operator, asked.by) == (None, "admin")
+    [envelope] = harness.actor.received
+    assert (envelope.operator, envelope.by) == (None, "admin")
 
 
 async def test_over_tcp_an_operator_comes_from_an_address(tmp_path: Path) -> None:
     gate = Authenticator("admin", tokens=[TOKEN], hosts=["x"])
     async with HttpHarness(ROUTES, tmp_path, gate=gate, admin=True) as harness:
         await harness.request("POST", f"{P}/queues/q/pause", None, {**AUTH, "Host": "x"})
-        [asked] = harness.actor.received
-        assert asked.operator == Operator("", "127.0.0.1")
+        [envelope] = harness.actor.received
+        assert envelope.operator == Operator("", "127.0.0.1")
 
 
 async def test_a_plan_is_made_shown_and_applied(harness: HttpHarness) -> None:
@@ -328,10 +328,10 @@ def test_every_call_has_an_example_and_no_route_is_missing() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 async def test_every_call_except_the_public_ones_needs_the_token(harness: HttpHarness, route: Any) -> None:
-    heard = await harness.request(
+    response = await harness.request(
         route.method, route.path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1")
     )
-    assert heard.status == (200 if route.auth == "anyone" else 401)
+    assert response.status == (200 if route.auth == "anyone" else 401)
     assert harness.actor.received == []
 
 
@@ -351,15 +351,17 @@ async def test_a_read_only_token_may_read_everything_without_secrets(harness: Ht
     harness.actor.respond = lambda command: ApiError("job_not_found", "It is asked, which is enough here.")
     query = {"validate-job": "?jobId=j", "events": "?follow=false"}.get(route.path.rpartition("/")[2], "")
     target = route.path.replace("{id}", "j").replace("{name}", "q").replace("{plan_id}", "p1") + query
-    heard = await harness.request(route.method, target, headers=READER)
+    response = await harness.request(route.method, target, headers=READER)
     if route.method != "GET" or route.path.endswith("backup"):
-        assert (heard.status, heard.error) == (403, "forbidden")
-        assert "admin token" in heard.json["message"]
+        assert (response.status, response.error) == (403, "forbidden")
+        assert "admin token" in response.json["message"]
         assert harness.actor.received == []
     else:
-        assert heard.status in (200, 404)
+        assert response.status in (200, 404)
         if not route.path.endswith("validate-job"):
-            assert not any(asked.admin for asked in harness.actor.received), "no command of his may show a lock id"
+            assert not any(envelope.admin for envelope in harness.actor.received), (
+                "no command of his may show a lock id"
+            )
 
 
 async def test_a_read_only_token_sees_a_validated_job_without_its_lock_id(harness: HttpHarness) -> None:
@@ -368,9 +370,9 @@ async def test_a_read_only_token_sees_a_validated_job_without_its_lock_id(harnes
         held = job_view(JOB, AT, Policy(), admin=True)
         view = ValidateJobView("a", held, Validation(True, [], True), 1)
         harness.actor.respond = lambda _, view=view: Response(view)
-        heard = await harness.request("GET", f"{P}/validate-job?jobId=a", headers=headers)
-        assert ("lock_id" in heard.data["job"]["lock"]) == shown
-        assert heard.data["job"]["lock"]["worker"] == "w-1"
+        response = await harness.request("GET", f"{P}/validate-job?jobId=a", headers=headers)
+        assert ("lock_id" in response.data["job"]["lock"]) == shown
+        assert response.data["job"]["lock"]["worker"] == "w-1"
 
 
 async def test_stats_say_whether_a_cleanup_is_running(harness: HttpHarness) -> None:
@@ -390,9 +392,9 @@ async def test_health_has_the_same_body_whatever_its_status(
     harness: HttpHarness, status: Any, code: int, success: bool
 ) -> None:
     harness.fakes.status = status
-    heard = await harness.request("GET", f"{P}/health", headers=AUTH)
-    assert (heard.status, heard.json["success"]) == (code, success)
-    data = heard.json["data"]
+    response = await harness.request("GET", f"{P}/health", headers=AUTH)
+    assert (response.status, response.json["success"]) == (code, success)
+    data = response.json["data"]
     disk = {"path": "/var/lib/jobd/jobd.db", "freeBytes": 3 << 30, "totalBytes": 8 << 30}
     assert data["database"] == {"status": status, "message": "measured", "totalJobs": 7, **disk}
     assert data["cleanupStatus"] == {"running": False, "timeSinceLastCleanup": None, "message": "idle"}
@@ -411,8 +413,8 @@ async def test_health_has_the_same_body_whatever_its_status(
     ],
 )
 async def test_a_query_out_of_its_bounds_is_named(harness: HttpHarness, target: str, field: str) -> None:
-    heard = await harness.request("GET", target, headers=AUTH)
-    assert (heard.status, heard.json["details"]) == (400, {"field": field})
+    response = await harness.request("GET", target, headers=AUTH)
+    assert (response.status, response.json["details"]) == (400, {"field": field})
 
 
 async def test_a_delivery_is_sent_again_by_its_number(harness: HttpHarness) -> None:
@@ -428,7 +430,7 @@ async def test_all_dead_lettered_deliveries_are_sent_again(harness: HttpHarness)
     assert (await harness.request("POST", place, headers=AUTH)).data == {"resent": 3}
     assert (await harness.request("POST", place, '{"upto":9}', AUTH)).data == {"resent": 3}
     assert harness.fakes.resent == [("q", None), ("q", 9)]
-    commands = [asked.command for asked in harness.actor.received]
+    commands = [envelope.command for envelope in harness.actor.received]
     assert commands == [RecordAction(what="resend-given-up", details={"webhook": "q", "resent": 3})] * 2
     assert (await harness.request("POST", f"{P}/webhooks/none/resend-given-up", headers=AUTH)).status == 404
     for body in ('{"upto":0}', '{"upto":"9"}', '{"id":9}'):
@@ -453,17 +455,17 @@ async def test_the_number_of_reports_can_be_limited(harness: HttpHarness) -> Non
 
 @pytest.mark.parametrize("name", ["a b", "a%2Fb", "%0a"])
 async def test_a_malformed_queue_name_is_a_400(harness: HttpHarness, name: str) -> None:
-    heard = await harness.request("POST", f"{P}/queues/{name.replace(' ', '%20')}/pause", headers=AUTH)
-    assert (heard.status, heard.json["details"]) == (400, {"field": "$.name"})
+    response = await harness.request("POST", f"{P}/queues/{name.replace(' ', '%20')}/pause", headers=AUTH)
+    assert (response.status, response.json["details"]) == (400, {"field": "$.name"})
 
 
 async def test_metrics_are_text(harness: HttpHarness) -> None:
-    heard = await harness.request("GET", "/metrics", headers=AUTH)
-    assert (heard.status, heard.body) == (200, b"jobd_stuck_jobs 0\n")
-    assert heard.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    response = await harness.request("GET", "/metrics", headers=AUTH)
+    assert (response.status, response.body) == (200, b"jobd_stuck_jobs 0\n")
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
 async def test_the_old_spelling_of_artifact_gets_a_hint(harness: HttpHarness) -> None:
-    heard = await harness.request("GET", f"{P}/jobs/a/artefact", headers=AUTH)
-    assert (heard.status, heard.error) == (404, "not_found")
-    assert f"{P}/jobs/a/artifact" in heard.json["message"]
+    response = await harness.request("GET", f"{P}/jobs/a/artefact", headers=AUTH)
+    assert (response.status, response.error) == (404, "not_found")
+    assert f"{P}/jobs/a/artifact" in response.json["message"]

@@ -78,7 +78,7 @@ async def test_a_stored_result_is_sent_as_a_file(harness: HttpHarness, place: Pa
     assert response.headers["x-content-type-options"] == "nosniff"
     assert response.headers["content-security-policy"] == "default-src 'none'; sandbox"
     assert response.headers["cache-control"] == "no-store"
-    assert [(type(asked.command), asked.admin) for asked in harness.actor.received] == [
+    assert [(type(envelope.command), envelope.admin) for envelope in harness.actor.received] == [
         (Get, False),
         (RecordAction, False),
     ] * (MOST + 1)
@@ -132,7 +132,7 @@ async def test_the_artifact_of_a_late_result_can_be_downloaded_before_it_is_adop
         response = await harness.request("GET", f"{PATH}?late_result={seq}", headers=AUTH)
         assert (response.status, response.body) == (200, content)
         assert f'filename="{name}"' in response.headers["content-disposition"]
-    assert [(type(asked.command), asked.admin) for asked in harness.actor.received] == [
+    assert [(type(envelope.command), envelope.admin) for envelope in harness.actor.received] == [
         (LateResults, False),
         (RecordAction, False),
     ] * 2

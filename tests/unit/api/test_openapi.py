@@ -41,16 +41,16 @@ BY_DOCUMENT = pytest.mark.parametrize("name", TABLES)
 def operations(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Return every call of a document."""
     for path, methods in DOCUMENTS[name]["paths"].items():
-        for method, said in methods.items():
-            yield f"{method.upper()} {path}", said
+        for method, operation in methods.items():
+            yield f"{method.upper()} {path}", operation
 
 
-def resolved(name: str, said: dict[str, Any]) -> dict[str, Any]:
+def resolved(name: str, operation: dict[str, Any]) -> dict[str, Any]:
     """Return `said`, or the component that it refers to."""
     found: dict[str, Any] = DOCUMENTS[name]
-    if "$ref" not in said:
-        return said
-    for step in said["$ref"].removeprefix("#/").split("/"):
+    if "$ref" not in operation:
+        return operation
+    for step in operation["$ref"].removeprefix("#/").split("/"):
         found = found[step]
     return found
 
@@ -66,7 +66,7 @@ def test_every_route_is_in_its_document_and_nothing_else(name: str) -> None:
     assert [call for call, _ in operations(name)] == [
         call_of(route) for route in sorted(TABLES[name], key=lambda route: list(_paths(name)).index(route.path))
     ]
-    ids = [said["operationId"] for _, said in operations(name)]
+    ids = [operation["operationId"] for _, operation in operations(name)]
     assert len(ids) == len(set(ids))
 
 
@@ -77,7 +77,7 @@ def _paths(name: str) -> dict[str, None]:
 @BY_DOCUMENT
 def test_every_call_has_a_tag_with_a_description(name: str) -> None:
     headings = {tag["name"]: tag["description"] for tag in DOCUMENTS[name]["tags"]}
-    used = {heading for _, said in operations(name) for heading in said["tags"]}
+    used = {heading for _, operation in operations(name) for heading in operation["tags"]}
     assert used == set(headings)
     assert all(headings.values())
 
@@ -93,9 +93,9 @@ def test_every_tag_is_used_by_a_path() -> None:
 
 @BY_DOCUMENT
 def test_a_call_documents_its_success_and_its_errors(name: str) -> None:
-    said = dict(operations(name))
+    operation = dict(operations(name))
     for route in TABLES[name]:
-        responses = said[call_of(route)]["responses"]
+        responses = operation[call_of(route)]["responses"]
         wanted = {route.status, *route.other_statuses}
         wanted |= {errors.ERROR_STATUS[code] for code in error_codes(route)}
         assert {int(status) for status in responses} == wanted
@@ -103,24 +103,28 @@ def test_a_call_documents_its_success_and_its_errors(name: str) -> None:
         assert list(kinds) == [route.content_type]
         for code in error_codes(route):
             assert f"`{code}`" in resolved(name, responses[str(errors.ERROR_STATUS[code])])["description"]
-        headers = {each["name"] for each in said[call_of(route)]["parameters"] if each["in"] == "header"}
+        headers = {each["name"] for each in operation[call_of(route)]["parameters"] if each["in"] == "header"}
         wanted_headers = {"Idempotency-Key"} if route.key else set()
         taken = call_of(route).endswith(("/export", "/backup", "/artifact"))  # recorded in the audit log
         if route.auth == "admin" and (route.method != "GET" or taken):
             wanted_headers.add("X-Jobd-Operator")
         assert headers == wanted_headers | ({"Last-Event-ID"} if route.response is StreamedEvent else set())
-        assert (said[call_of(route)]["security"] == [{"token": []}]) == (route.auth == "admin")
-        assert ("requestBody" in said[call_of(route)]) == (route.method != "GET")
+        assert (operation[call_of(route)]["security"] == [{"token": []}]) == (route.auth == "admin")
+        assert ("requestBody" in operation[call_of(route)]) == (route.method != "GET")
 
 
 @BY_DOCUMENT
 def test_every_call_field_and_parameter_is_described(name: str) -> None:
-    assert all(said["summary"].endswith(".") for _, said in operations(name))
-    queries = [each for _, said in operations(name) for each in said["parameters"] if each["in"] == "query"]
+    assert all(operation["summary"].endswith(".") for _, operation in operations(name))
+    queries = [each for _, operation in operations(name) for each in operation["parameters"] if each["in"] == "query"]
     schemas = DOCUMENTS[name]["components"]["schemas"]
-    fields = [(f"{shape}.{field}", said) for shape in schemas for field, said in schemas[shape]["properties"].items()]
+    fields = [
+        (f"{shape}.{field}", operation)
+        for shape in schemas
+        for field, operation in schemas[shape]["properties"].items()
+    ]
     fields += [(each["name"], each["schema"]) for each in queries]
-    assert [field for field, said in fields if not said.get("description")] == []
+    assert [field for field, operation in fields if not operation.get("description")] == []
     assert fields
 
 
@@ -144,10 +148,10 @@ async def listener(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncItera
 async def test_a_document_is_served_without_a_token(listener: tuple[str, HttpHarness]) -> None:
     name, harness = listener
     for _ in range(2):
-        heard = await harness.request("GET", "/openapi.json")
-        assert (heard.status, heard.headers["content-type"]) == (200, "application/json")
-        assert heard.json["paths"] == json.loads(json.dumps(DOCUMENTS[name]["paths"]))
-        assert heard.json["info"]["title"] == f"jobd {name} API"
+        response = await harness.request("GET", "/openapi.json")
+        assert (response.status, response.headers["content-type"]) == (200, "application/json")
+        assert response.json["paths"] == json.loads(json.dumps(DOCUMENTS[name]["paths"]))
+        assert response.json["info"]["title"] == f"jobd {name} API"
     assert (await harness.request("GET", "/openapi.json?x=1")).status == 400
     assert (await harness.request("GET", "/openapi.json", headers={"Host": "evil.example"})).status == 403
     assert harness.actor.received == []

@@ -77,15 +77,15 @@ async def test_a_call_is_its_command(tmp_path: Path, method: str, path: str, bod
     target = path.replace("{id}", "j")
     async with HttpHarness(ROUTES, tmp_path) as harness:
         if method == "GET":
-            heard = await harness.request("GET", f"{target}?{body}" if body else target)
+            response = await harness.request("GET", f"{target}?{body}" if body else target)
         else:
-            heard = await harness.request(method, target, body, {"Idempotency-Key": "k"})
-        assert heard.status == 200, heard.json
-        [asked] = harness.actor.received
-        assert type(asked.command) is type(command)
-        assert plain(asked.command) == plain(command)
-        assert asked.admin is False
-        assert (asked.key is not None) == (type(command) in KEYED)
+            response = await harness.request(method, target, body, {"Idempotency-Key": "k"})
+        assert response.status == 200, response.json
+        [envelope] = harness.actor.received
+        assert type(envelope.command) is type(command)
+        assert plain(envelope.command) == plain(command)
+        assert envelope.admin is False
+        assert (envelope.key is not None) == (type(command) in KEYED)
 
 
 def test_every_call_has_an_example_and_no_route_is_missing() -> None:

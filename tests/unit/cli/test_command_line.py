@@ -57,7 +57,7 @@ def run(*argv: str) -> int:
 
 
 @pytest.mark.parametrize(
-    ("details", "said"),
+    ("details", "expected"),
     [
         ({}, "done"),
         ({"from": "failed", "to": "queued"}, "failed → queued"),
@@ -68,10 +68,10 @@ def run(*argv: str) -> int:
     ],
 )
 def test_the_audit_log_shows_the_outcome_of_an_action(
-    capsys: pytest.CaptureFixture[str], details: dict[str, Any], said: str
+    capsys: pytest.CaptureFixture[str], details: dict[str, Any], expected: str
 ) -> None:
     tables_admin.audit([AuditView(1, NOW, "eve", "127.0.0.1", "x", None, None, None, "done", 0, details)])
-    assert said in capsys.readouterr().out.splitlines()[-1]
+    assert expected in capsys.readouterr().out.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_every_error_code_has_an_exit_code() -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "expected"),
     [
         (["nonsense"], "nonsense"),
         (["submit", "--delay", "soon"], "10s or 1h30m"),
@@ -328,14 +328,14 @@ def test_every_error_code_has_an_exit_code() -> None:
     ],
 )
 def test_a_usage_error_exits_with_2_and_one_line(
-    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert len(err.splitlines()) == 1
     assert err.startswith("jobctl: ")
-    assert said in err
+    assert expected in err
     assert "--help" in err
 
 
@@ -553,14 +553,14 @@ def test_without_a_verb_the_help_is_printed_and_the_exit_code_is_2(capsys: pytes
 
 
 def test_the_table_of_transitions_decides_what_is_allowed() -> None:
-    def deed(to: str | None, only_from: tuple[str, ...] = ()) -> confirm.Confirmation:
+    def confirmation(to: str | None, only_from: tuple[str, ...] = ()) -> confirm.Confirmation:
         return confirm.Confirmation("x", lambda _: None, to, lambda _: None, lambda _: "", only_from)  # type: ignore[arg-type, return-value]
 
-    assert confirm._allowed("processing", deed("failed"))
-    assert not confirm._allowed("completed", deed("queued"))
-    assert not confirm._allowed("queued", deed(None))
-    assert confirm._allowed("cancelled", deed(None))
-    assert not confirm._allowed("queued", deed("failed", only_from=("processing",)))
+    assert confirm._allowed("processing", confirmation("failed"))
+    assert not confirm._allowed("completed", confirmation("queued"))
+    assert not confirm._allowed("queued", confirmation(None))
+    assert confirm._allowed("cancelled", confirmation(None))
+    assert not confirm._allowed("queued", confirmation("failed", only_from=("processing",)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,8 +55,8 @@ NOT_AUDITED = {
 }  # fmt: skip
 
 
-def kept(house: VirtualEngine) -> list[AuditEntry]:
-    return list(house.disk.audited.values())
+def audit_entries(engine: VirtualEngine) -> list[AuditEntry]:
+    return list(engine.disk.audited.values())
 
 
 def entry(rules: RuleHarness, command: AnyCommand, operator: Operator | None = EVE) -> AuditEntry | None:
@@ -177,10 +177,10 @@ def test_a_recorded_action_is_stored_unchanged() -> None:
 
 @in_virtual_time
 async def test_an_entry_is_in_the_transaction_of_its_change() -> None:
-    async with VirtualEngine() as house:
-        await house.yes(Create(id="a"))
-        await house.yes(ForceFail(id="a"), by=EVE.by, admin=True, operator=EVE)
-        batch = house.disk.batches[-1]
+    async with VirtualEngine() as engine:
+        await engine.yes(Create(id="a"))
+        await engine.yes(ForceFail(id="a"), by=EVE.by, admin=True, operator=EVE)
+        batch = engine.disk.batches[-1]
         assert [change.event.type for change in batch.changes] == ["force_failed"]
         assert [change.event.by for change in batch.changes] == ["admin:eve"]
         assert [row.what for row in batch.audit] == ["force-fail"]
@@ -188,64 +188,64 @@ async def test_an_entry_is_in_the_transaction_of_its_change() -> None:
 
 @in_virtual_time
 async def test_a_rejected_action_has_an_entry_but_a_rejected_worker_has_none() -> None:
-    async with VirtualEngine() as house:
-        await house.no(Cancel(id="a"), operator=EVE)
-        await house.no(Cancel(id="a"))
-        assert [(row.what, row.outcome) for row in kept(house)] == [("cancel", "job_not_found")]
+    async with VirtualEngine() as engine:
+        await engine.no(Cancel(id="a"), operator=EVE)
+        await engine.no(Cancel(id="a"))
+        assert [(row.what, row.outcome) for row in audit_entries(engine)] == [("cancel", "job_not_found")]
 
 
 @in_virtual_time
 async def test_a_repeated_idempotency_key_is_one_entry() -> None:
-    async with VirtualEngine() as house:
-        await house.yes(Create(id="a"))
+    async with VirtualEngine() as engine:
+        await engine.yes(Create(id="a"))
         for _ in range(2):
-            await house.yes(ForceFail(id="a"), key=IdempotencyKey("k", "body"), operator=EVE)
-        assert len(kept(house)) == 1
+            await engine.yes(ForceFail(id="a"), key=IdempotencyKey("k", "body"), operator=EVE)
+        assert len(audit_entries(engine)) == 1
 
 
 @in_virtual_time
 async def test_a_change_that_was_not_written_leaves_no_entry() -> None:
-    async with VirtualEngine() as house:
-        await house.yes(Create(id="a"))
-        house.disk.fits = lambda batch: not batch.audit
-        await house.no(Transition(id="a", from_="queued", to="cancelled"), operator=EVE)
-        assert kept(house) == []
-        assert (await house.yes(Get(id="a"))).status == "queued"
-        assert house.actor.full_disk.closed == Closed.ALL_BUT_ENDINGS
-        house.disk.free()
+    async with VirtualEngine() as engine:
+        await engine.yes(Create(id="a"))
+        engine.disk.fits = lambda batch: not batch.audit
+        await engine.no(Transition(id="a", from_="queued", to="cancelled"), operator=EVE)
+        assert audit_entries(engine) == []
+        assert (await engine.yes(Get(id="a"))).status == "queued"
+        assert engine.actor.full_disk.closed == Closed.ALL_BUT_ENDINGS
+        engine.disk.free()
 
 
 @in_virtual_time
 async def test_on_a_full_disk_endings_have_entries_and_errors_have_none() -> None:
-    async with VirtualEngine() as house:
-        await house.yes(Create(id="a"))
-        house.disk.fill()
-        await house.no(Create(id="b"))
-        await house.no(Pause(name="q"))
-        writes = len(house.disk.batches)
-        await house.no(Cancel(id="nobody"), operator=EVE)
-        assert len(house.disk.batches) == writes
-        await house.no(Pause(name="q"), operator=EVE)
-        await house.yes(Cancel(id="a"), operator=EVE)
-        assert [(row.what, row.outcome) for row in kept(house)] == [("cancel", "done")]
-        house.disk.free()
+    async with VirtualEngine() as engine:
+        await engine.yes(Create(id="a"))
+        engine.disk.fill()
+        await engine.no(Create(id="b"))
+        await engine.no(Pause(name="q"))
+        writes = len(engine.disk.batches)
+        await engine.no(Cancel(id="nobody"), operator=EVE)
+        assert len(engine.disk.batches) == writes
+        await engine.no(Pause(name="q"), operator=EVE)
+        await engine.yes(Cancel(id="a"), operator=EVE)
+        assert [(row.what, row.outcome) for row in audit_entries(engine)] == [("cancel", "done")]
+        engine.disk.free()
 
 
 @in_virtual_time
 async def test_while_creates_are_rejected_changes_have_entries_and_reads_have_none() -> None:
-    async with VirtualEngine() as house:
-        house.actor.full_disk.closed = Closed.CREATES
-        house.actor.full_disk.next_probe += 999
+    async with VirtualEngine() as engine:
+        engine.actor.full_disk.closed = Closed.CREATES
+        engine.actor.full_disk.next_probe += 999
         for what in sorted(AUDITED_READS | SIGN_INS):
-            await house.yes(RecordAction(what=what), operator=EVE)
-        await house.yes(RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
-        await house.no(Get(id="a"), operator=EVE)
-        await house.yes(RecordAction(what="cleanup"), operator=EVE)
-        assert [row.what for row in kept(house)] == ["cleanup"]
-        house.actor.full_disk.closed = Closed.NOTHING
-        await house.yes(RecordAction(what="artifact", job_id="a"), operator=EVE)
-        await house.yes(RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
-        assert [(row.what, row.job_id, row.outcome) for row in kept(house)[1:]] == [
+            await engine.yes(RecordAction(what=what), operator=EVE)
+        await engine.yes(RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
+        await engine.no(Get(id="a"), operator=EVE)
+        await engine.yes(RecordAction(what="cleanup"), operator=EVE)
+        assert [row.what for row in audit_entries(engine)] == ["cleanup"]
+        engine.actor.full_disk.closed = Closed.NOTHING
+        await engine.yes(RecordAction(what="artifact", job_id="a"), operator=EVE)
+        await engine.yes(RecordAction(what="sign-in", outcome="unauthorized"), operator=EVE)
+        assert [(row.what, row.job_id, row.outcome) for row in audit_entries(engine)[1:]] == [
             ("artifact", "a", "done"),
             ("sign-in", None, "unauthorized"),
         ]
@@ -269,33 +269,33 @@ def test_every_action_belongs_to_a_share_of_the_log(what: str, outcome: str, sha
 
 @in_virtual_time
 async def test_recovery_has_an_entry_only_if_an_operator_requested_it() -> None:
-    async with VirtualEngine() as house:
-        await house.held("a", lock_ttl_ms=SECOND_MS)
+    async with VirtualEngine() as engine:
+        await engine.held("a", lock_ttl_ms=SECOND_MS)
         await asyncio.sleep(60)
-        await house.cleaner.recover_stuck(replace(EVE, part_of="p"), "the rack is dark")
-        await house.cleaner.recover_stuck()
-        found = [(row.what, row.who, row.jobs, row.reason) for row in kept(house)]
+        await engine.cleaner.recover_stuck(replace(EVE, part_of="p"), "the rack is dark")
+        await engine.cleaner.recover_stuck()
+        found = [(row.what, row.who, row.jobs, row.reason) for row in audit_entries(engine)]
         assert found == [("recover-stuck", "eve", 1, "the rack is dark")]
-        assert "No update from worker" in (house.disk.events[-1].reason or "")
-        assert house.disk.events[-1].by == "admin:eve"
+        assert "No update from worker" in (engine.disk.events[-1].reason or "")
+        assert engine.disk.events[-1].by == "admin:eve"
 
 
 @in_virtual_time
 async def test_the_log_is_read_in_pages_newest_first() -> None:
-    async with VirtualEngine(MemoryStorage()) as house:
+    async with VirtualEngine(MemoryStorage()) as engine:
         for n in range(5):
-            await house.yes(RecordAction(what=f"n{n}", details={"n": n}), operator=EVE)
-        page: AuditPage = await house.yes(AuditLog(limit=3))
+            await engine.yes(RecordAction(what=f"n{n}", details={"n": n}), operator=EVE)
+        page: AuditPage = await engine.yes(AuditLog(limit=3))
         assert [(each.seq, each.what, each.details) for each in page.entries] == [
             (5, "n4", {"n": 4}),
             (4, "n3", {"n": 3}),
             (3, "n2", {"n": 2}),
         ]
         assert page.next_cursor == "3"
-        rest: AuditPage = await house.yes(AuditLog(limit=3, cursor="3"))
+        rest: AuditPage = await engine.yes(AuditLog(limit=3, cursor="3"))
         assert [each.what for each in rest.entries] == ["n1", "n0"]
         assert rest.next_cursor is None
-        assert (await house.yes(AuditLog(who="bob"))).entries == []
+        assert (await engine.yes(AuditLog(who="bob"))).entries == []
 
 
 @pytest.mark.parametrize(("name", "who", "by"), [("", "admin", "admin"), ("eve", "eve", "admin:eve")])

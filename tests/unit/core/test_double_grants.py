@@ -51,7 +51,7 @@ def overlaps(rules: RuleHarness) -> Overlaps:
     return rules.book.figures.overlaps
 
 
-Deed = Callable[[str], list[AnyCommand]]
+MakeCommands = Callable[[str], list[AnyCommand]]
 
 
 def restored(job_id: str = "a") -> EndGrants:
@@ -59,9 +59,9 @@ def restored(job_id: str = "a") -> EndGrants:
     return EndGrants(ids=[job_id], last=True)
 
 
-TAKEN_AWAY: dict[str, Deed] = {"restored backup": lambda lock: [restored()]}
+TAKEN_AWAY: dict[str, MakeCommands] = {"restored backup": lambda lock: [restored()]}
 
-ENDED_BY_AN_OPERATOR: dict[str, Deed] = {
+ENDED_BY_AN_OPERATOR: dict[str, MakeCommands] = {
     "force-reset": lambda lock: [ForceReset(id="a")],
     "transition": lambda lock: [Transition(id="a", from_="processing", to="queued")],
     "cancel and reset": lambda lock: [Cancel(id="a"), ForceReset(id="a")],
@@ -70,11 +70,13 @@ ENDED_BY_AN_OPERATOR: dict[str, Deed] = {
 }
 
 
-@pytest.mark.parametrize("deed", TAKEN_AWAY.values(), ids=TAKEN_AWAY)
-def test_a_grant_within_the_life_of_the_previous_lock_is_a_double_grant(rules: CountingHarness, deed: Deed) -> None:
+@pytest.mark.parametrize("make_commands", TAKEN_AWAY.values(), ids=TAKEN_AWAY)
+def test_a_grant_within_the_life_of_the_previous_lock_is_a_double_grant(
+    rules: CountingHarness, make_commands: MakeCommands
+) -> None:
     lock = held(rules)
     rules.advance(MINUTE_MS - 1)
-    for command in deed(lock):
+    for command in make_commands(lock):
         rules.accept(command, admin=True)
     assert overlaps(rules).total == 0
     rules.start(worker="w-2")
@@ -83,10 +85,10 @@ def test_a_grant_within_the_life_of_the_previous_lock_is_a_double_grant(rules: C
     assert overlaps(rules).taken == {}
 
 
-@pytest.mark.parametrize("deed", ENDED_BY_AN_OPERATOR.values(), ids=ENDED_BY_AN_OPERATOR)
-def test_a_grant_that_an_operator_ended_is_no_double_grant(rules: CountingHarness, deed: Deed) -> None:
+@pytest.mark.parametrize("make_commands", ENDED_BY_AN_OPERATOR.values(), ids=ENDED_BY_AN_OPERATOR)
+def test_a_grant_that_an_operator_ended_is_no_double_grant(rules: CountingHarness, make_commands: MakeCommands) -> None:
     lock = held(rules)
-    for command in deed(lock):
+    for command in make_commands(lock):
         rules.accept(command, admin=True)
     rules.start(worker="w-2")
     assert (overlaps(rules).total, overlaps(rules).taken) == (0, {})
@@ -126,26 +128,28 @@ def test_lock_lost_for_an_older_grant_does_not_affect_the_latest(rules: Counting
     lock = held(rules)
     rules.accept(restored())
     taken = overlaps(rules).taken[rules.job().seq]
-    told = rules.decide(Extend(id="a", lock_id=lock)).changes[0].event
-    assert told.type == "late_call"
+    event = rules.decide(Extend(id="a", lock_id=lock)).changes[0].event
+    assert event.type == "late_call"
     overlaps(rules).taken[rules.job().seq] = taken
-    overlaps(rules).refused(replace(told, details={"fencing_token": taken.fencing_token - 1}))
-    overlaps(rules).refused(replace(told, details=None))
+    overlaps(rules).refused(replace(event, details={"fencing_token": taken.fencing_token - 1}))
+    overlaps(rules).refused(replace(event, details=None))
     assert list(overlaps(rules).taken) == [rules.job().seq]
 
 
-@pytest.mark.parametrize("deed", TAKEN_AWAY.values(), ids=TAKEN_AWAY)
-def test_after_the_life_of_the_lock_there_is_no_double_grant(rules: CountingHarness, deed: Deed) -> None:
+@pytest.mark.parametrize("make_commands", TAKEN_AWAY.values(), ids=TAKEN_AWAY)
+def test_after_the_life_of_the_lock_there_is_no_double_grant(
+    rules: CountingHarness, make_commands: MakeCommands
+) -> None:
     lock = held(rules)
     rules.advance(1_000)
-    for command in deed(lock):
+    for command in make_commands(lock):
         rules.accept(command, admin=True)
     rules.advance(MINUTE_MS - 1_000)  # exactly at its end a lock has expired
     rules.start(worker="w-2")
     assert (overlaps(rules).total, overlaps(rules).last, overlaps(rules).taken) == (0, None, {})
 
 
-ENDED_BY_THE_HOLDER: dict[str, Deed] = {
+ENDED_BY_THE_HOLDER: dict[str, MakeCommands] = {
     "release": lambda lock: [Release(id="a", lock_id=lock)],
     "fail and retry": lambda lock: [Fail(id="a", lock_id=lock, error_message="e", retry_after_ms=0)],
     "fail and reset": lambda lock: [Fail(id="a", lock_id=lock, error_message="e", retry=False), ForceReset(id="a")],
@@ -153,10 +157,12 @@ ENDED_BY_THE_HOLDER: dict[str, Deed] = {
 }
 
 
-@pytest.mark.parametrize("deed", ENDED_BY_THE_HOLDER.values(), ids=ENDED_BY_THE_HOLDER)
-def test_a_worker_that_released_or_never_received_the_job_does_not_count(rules: CountingHarness, deed: Deed) -> None:
+@pytest.mark.parametrize("make_commands", ENDED_BY_THE_HOLDER.values(), ids=ENDED_BY_THE_HOLDER)
+def test_a_worker_that_released_or_never_received_the_job_does_not_count(
+    rules: CountingHarness, make_commands: MakeCommands
+) -> None:
     lock = held(rules, max_attempts=2)
-    for command in deed(lock):
+    for command in make_commands(lock):
         rules.accept(command)
     assert overlaps(rules).taken == {}
     rules.start(worker="w-2")

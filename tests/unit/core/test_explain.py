@@ -404,7 +404,7 @@ def test_finished(rules: RuleHarness) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "by", "said"),
+    ("command", "by", "expected"),
     [
         (Cancel(id="a", reason="Not wanted."), "admin:ana", "It was cancelled by operator ana: Not wanted."),
         (Cancel(id="a"), "client", "It was cancelled by a client."),
@@ -424,14 +424,14 @@ def test_finished(rules: RuleHarness) -> None:
     ],
 )  # fmt: skip
 def test_the_operator_who_ended_a_job_is_named_with_the_reason(
-    rules: RuleHarness, command: Any, by: str, said: str
+    rules: RuleHarness, command: Any, by: str, expected: str
 ) -> None:
     rules.create()
     rules.accept(command, by=by)
     answer = rules.ask(Why(id=command.id))
     assert isinstance(answer, Response)
     assert answer.read == HistoryRead(ended=rules.job(command.id))
-    assert ending(rules.job(command.id), rules.events) == said
+    assert ending(rules.job(command.id), rules.events) == expected
 
 
 def test_the_worker_that_ended_a_job_is_named(rules: RuleHarness) -> None:

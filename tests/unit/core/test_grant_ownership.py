@@ -117,8 +117,8 @@ def test_the_events_of_creation_wait_and_deletion(rules: RuleHarness) -> None:
     rules.accept(Pause(name="q"), by="admin")
     rules.accept(Resume(name="q"), by="admin")
     granted = {"worker": "w-1", "fencing_token": 1 << TOKEN_COUNTER_BITS | 1, "attempt": 1, "ttl_ms": 3_000}
-    told = [(e.type, e.before, e.after, e.by, e.reason, e.details, e.queue) for e in rules.events]
-    assert told == [
+    actual = [(e.type, e.before, e.after, e.by, e.reason, e.details, e.queue) for e in rules.events]
+    assert actual == [
         ("created", None, "queued", "client", None, None, "q"),
         ("updated", "queued", "queued", "admin", "run now", {"run_at": NOW}, "q"),
         ("granted", "queued", "processing", "worker:w-1", None, granted, "q"),

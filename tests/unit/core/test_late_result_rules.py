@@ -58,12 +58,14 @@ def completing(lock_id: str, **fields: Any) -> Complete:
     return Complete(id="a", lock_id=lock_id, **({"file_path": "/out"} | fields))
 
 
-def late(rules: RuleHarness, command: late_result_rules.Calls, *, kept: bool = True, told: bool = False) -> ApiError:
+def late(
+    rules: RuleHarness, command: late_result_rules.Calls, *, is_stored: bool = True, is_recorded: bool = False
+) -> ApiError:
     """Decide a late call; return its error. Check whether it left a result, or else was recorded."""
     row, before = rules.job(), len(rules.events)
     refusal = rules.reject(command, "lock_lost")
     assert rules.job() == row, "a late call changed the job"
-    assert [event.type for event in rules.events[before:]] == ["late_result"] * kept + ["late_call"] * told
+    assert [event.type for event in rules.events[before:]] == ["late_result"] * is_stored + ["late_call"] * is_recorded
     return refusal
 
 
@@ -77,10 +79,10 @@ def advice(rules: RuleHarness) -> list[str]:
 
 def test_the_result_of_a_late_complete_is_stored(rules: RuleHarness) -> None:
     lock_id = stalled(rules)
-    asked = completing(
+    command = completing(
         lock_id, download_url="u", storage_key="k/1", metadata=Raw(b'{"a":1}'), expires_at=rules.now + DAY_MS
     )
-    refusal = late(rules, asked)
+    refusal = late(rules, command)
     event, (kept,) = rules.last(), rules.late()
     assert refusal.details["late_result"] == event.seq == kept.seq
     assert refusal.message.endswith(f"as late result {kept.seq}; an operator can adopt it: jobctl adopt a")
@@ -90,23 +92,23 @@ def test_the_result_of_a_late_complete_is_stored(rules: RuleHarness) -> None:
     )
     token = rules.tokens[-1]
     assert event.details == {"worker": "w-1", "fencing_token": token}
-    assert (kept.at, kept.worker, kept.fencing_token, kept.expires_at) == (rules.now, "w-1", token, asked.expires_at)
+    assert (kept.at, kept.worker, kept.fencing_token, kept.expires_at) == (rules.now, "w-1", token, command.expires_at)
     assert kept.result == Result("u", "/out", "k/1", Raw(b'{"a":1}'))
 
 
 def test_a_repeat_adds_nothing_and_gets_the_same_error(rules: RuleHarness) -> None:
     lock_id = stalled(rules)
     first = late(rules, completing(lock_id))
-    assert late(rules, completing(lock_id), kept=False) == first
+    assert late(rules, completing(lock_id), is_stored=False) == first
     assert len(rules.late()) == 1
 
 
 def test_only_the_first_late_complete_of_a_grant_counts(rules: RuleHarness) -> None:
     lock_id = stalled(rules)
     late(rules, completing(lock_id))
-    refusal = late(rules, completing(lock_id, file_path="/other"), kept=False, told=True)
+    refusal = late(rules, completing(lock_id, file_path="/other"), is_stored=False, is_recorded=True)
     assert "late_result" not in refusal.details
-    late(rules, completing(lock_id, file_path="/third"), kept=False)
+    late(rules, completing(lock_id, file_path="/third"), is_stored=False)
     assert [kept.result.file_path for kept in rules.late()] == ["/out"]
 
 
@@ -114,7 +116,7 @@ def test_an_unknown_lock_leaves_nothing(rules: RuleHarness) -> None:
     stalled(rules)
     others = rules.held("b")
     for lock_id in ("never-one", others):
-        assert "late_result" not in late(rules, completing(lock_id), kept=False).details
+        assert "late_result" not in late(rules, completing(lock_id), is_stored=False).details
     rules.create("c")
     rules.reject(Complete(id="c", lock_id="never-one"), "lock_lost")
     assert rules.last().type == "created"
@@ -159,7 +161,7 @@ def test_only_the_results_of_the_latest_grants_are_stored_and_replaced_ones_do_n
     for lock_id in locks:
         late(rules, completing(lock_id))
     assert [kept.fencing_token for kept in rules.late()] == rules.tokens[1:]
-    assert "late_result" not in late(rules, completing(locks[0]), kept=False).details
+    assert "late_result" not in late(rules, completing(locks[0]), is_stored=False).details
     assert [kept.fencing_token for kept in rules.late()] == rules.tokens[1:]
 
 
@@ -190,13 +192,13 @@ def test_late_metadata_is_limited(size: int, kept: bool) -> None:
     rules = RuleHarness(Policy(late_bytes=100))
     lock_id = stalled(rules)
     metadata = Raw(b'"' + b"x" * (size - 2) + b'"')
-    refusal = late(rules, completing(lock_id, metadata=metadata), kept=kept, told=not kept)
+    refusal = late(rules, completing(lock_id, metadata=metadata), is_stored=kept, is_recorded=not kept)
     assert ("late_result" in refusal.details) == kept
 
 
 def test_a_result_with_an_invalid_storage_key_is_not_stored(rules: RuleHarness) -> None:
     lock_id = stalled(rules)
-    late(rules, completing(lock_id, storage_key="../up"), kept=False, told=True)
+    late(rules, completing(lock_id, storage_key="../up"), is_stored=False, is_recorded=True)
 
 
 def test_an_empty_late_result_is_stored(rules: RuleHarness) -> None:
@@ -209,7 +211,7 @@ def test_an_empty_late_result_is_stored(rules: RuleHarness) -> None:
 def test_a_row_without_a_grant_leaves_nothing(rules: RuleHarness) -> None:
     lock_id = rules.held()
     rules.row(replace(rules.job(), lease=None))
-    late(rules, completing(lock_id), kept=False)
+    late(rules, completing(lock_id), is_stored=False)
 
 
 def test_a_lock_that_ends_in_the_same_batch_leaves_its_result(rules: RuleHarness) -> None:
@@ -234,7 +236,7 @@ def test_a_lock_that_ends_in_the_same_batch_leaves_its_result(rules: RuleHarness
 )
 def test_a_queue_can_have_its_own_policy(policy: LatePolicy, queues: dict[str, LatePolicy], kept: bool) -> None:
     rules = RuleHarness(Policy(late_results=policy, late_queues=queues))
-    late(rules, completing(stalled(rules)), kept=kept, told=not kept)
+    late(rules, completing(stalled(rules)), is_stored=kept, is_recorded=not kept)
 
 
 def test_a_worker_can_complete_after_an_operator_released_its_lock(rules: RuleHarness) -> None:
@@ -280,16 +282,16 @@ def test_the_result_for_an_unclaimed_job_is_adopted() -> None:
 def test_an_adopted_result_is_like_a_complete_in_time() -> None:
     """So that the next call with that lock gets the same error."""
     in_time, rules = taking(), taking()
-    asked = completing(in_time.held())
+    command = completing(in_time.held())
     in_time.advance(LONG)
-    in_time.accept(asked)
-    assert stalled(rules) == asked.lock_id
+    in_time.accept(command)
+    assert stalled(rules) == command.lock_id
     rules.advance(5)
-    rules.accept(asked)
+    rules.accept(command)
     ended = in_time.job().ended
     assert ended is not None
     assert rules.job().ended == replace(ended, at=rules.now)
-    told = rules.reject(completing(asked.lock_id, file_path="/other"), "invalid_transition")
+    told = rules.reject(completing(command.lock_id, file_path="/other"), "invalid_transition")
     assert told.details == {"status": "completed", "ended_by": "complete", "ended_at": rules.now}
 
 
@@ -436,8 +438,8 @@ def test_a_result_that_may_not_complete_the_job_is_stored() -> None:
 
 
 def test_an_operator_adopts_a_late_result(rules: RuleHarness) -> None:
-    asked = completing(stalled(rules), metadata=Raw(b"[1]"))
-    late(rules, asked)
+    command = completing(stalled(rules), metadata=Raw(b"[1]"))
+    late(rules, command)
     (result,) = rules.late()
     view: JobView = rules.accept(Adopt(id="a", reason="it is whole"), admin=True, by="admin")
     job, event = rules.job(), rules.last()
@@ -445,7 +447,7 @@ def test_an_operator_adopts_a_late_result(rules: RuleHarness) -> None:
     assert (event.type, event.by, event.reason) == ("adopted", "admin", "it is whole")
     assert event.details == {"late_result": result.seq, "worker": "w-1", "fencing_token": result.fencing_token}
     assert job.expires_at == rules.now + 7 * DAY_MS
-    assert late(rules, asked, kept=False).details["late_result"] == result.seq
+    assert late(rules, command, is_stored=False).details["late_result"] == result.seq
 
 
 @pytest.mark.parametrize("status", ["queued", "failed", "cancelled"])
@@ -554,11 +556,11 @@ def test_a_dry_run_of_an_adoption_changes_nothing(rules: RuleHarness) -> None:
 
 @pytest.mark.parametrize(("ahead", "used"), [(1, True), (0, False), (-1, False)])
 def test_the_requested_deletion_time_counts_if_it_is_in_the_future(rules: RuleHarness, ahead: int, used: bool) -> None:
-    asked = completing(stalled(rules), expires_at=rules.now + 10)
-    late(rules, asked)
+    command = completing(stalled(rules), expires_at=rules.now + 10)
+    late(rules, command)
     rules.advance(10 - ahead)
     rules.accept(Adopt(id="a"), admin=True)
-    assert rules.job().expires_at == (asked.expires_at if used else rules.now + 7 * DAY_MS)
+    assert rules.job().expires_at == (command.expires_at if used else rules.now + 7 * DAY_MS)
 
 
 # -- looked at --------------------------------------------------------------------------------------------------------
@@ -703,21 +705,23 @@ def test_the_first_rejected_call_of_an_ended_grant_is_recorded_with_its_content(
     plain = RuleHarness(Policy(late_results="drop", late_calls=False))
     old = plain.held()
     plain.accept(ForceFail(id="a"), admin=True)
-    assert late(rules, call(verb, lock_id), kept=False, told=True) == late(plain, call(verb, old), kept=False)
+    assert late(rules, call(verb, lock_id), is_stored=False, is_recorded=True) == late(
+        plain, call(verb, old), is_stored=False
+    )
     event = rules.last()
     assert (event.type, event.by, event.before, event.after) == ("late_call", "worker:w-1", "failed", "failed")
     assert event.reason == (
         f"Worker w-1 {WORDS[verb]} after its lock was lost (force-fail); the job is failed. The call was rejected."
     )
-    said = {"verb": verb, "worker": "w-1", "fencing_token": rules.tokens[-1], **CALLS[verb][2]}
-    assert event.details == said
+    details = {"verb": verb, "worker": "w-1", "fencing_token": rules.tokens[-1], **CALLS[verb][2]}
+    assert event.details == details
     assert event.changes is None
 
 
 def test_absent_fields_of_a_rejected_call_are_not_recorded(dropping: RuleHarness) -> None:
     lock_id = dropping.held()
     dropping.accept(ForceFail(id="a"), admin=True)
-    late(dropping, call("progress", lock_id, message=None), kept=False, told=True)
+    late(dropping, call("progress", lock_id, message=None), is_stored=False, is_recorded=True)
     told = {"verb": "progress", "worker": "w-1", "fencing_token": dropping.tokens[-1], "progress": 42}
     assert dropping.last().details == told
 
@@ -728,23 +732,23 @@ def test_one_rejected_call_of_each_verb_is_recorded(dropping: RuleHarness) -> No
     for number in range(3):
         for verb in CALLS:
             rules.advance(1_000)
-            late(rules, call(verb, lock_id), kept=False, told=number == 0)
-    late(rules, call("progress", lock_id, progress=99, message="other"), kept=False)
-    late(rules, call("fail", lock_id, error_message="other"), kept=False)
+            late(rules, call(verb, lock_id), is_stored=False, is_recorded=number == 0)
+    late(rules, call("progress", lock_id, progress=99, message="other"), is_stored=False)
+    late(rules, call("fail", lock_id, error_message="other"), is_stored=False)
     assert [event.type for event in rules.events].count("late_call") == len(CALLS)
 
 
 def test_rejected_calls_are_recorded_per_grant_and_name_the_holder(rules: RuleHarness) -> None:
     first = stalled(rules)
-    late(rules, call("extend", first), kept=False, told=True)
+    late(rules, call("extend", first), is_stored=False, is_recorded=True)
     second = rules.start(worker="w-2")
-    late(rules, call("progress", first), kept=False, told=True)
+    late(rules, call("progress", first), is_stored=False, is_recorded=True)
     assert (rules.last().reason or "").endswith("(recovery); worker w-2 holds the job. The call was rejected.")
     rules.accept(call("progress", second))
     rules.accept(ForceReset(id="a"), admin=True)
-    late(rules, call("progress", second), kept=False, told=True)
+    late(rules, call("progress", second), is_stored=False, is_recorded=True)
     assert (rules.last().details or {})["fencing_token"] == rules.tokens[-1]
-    late(rules, call("extend", first), kept=False)  # memory does not know it any more
+    late(rules, call("extend", first), is_stored=False)  # memory does not know it any more
 
 
 def test_calls_with_unknown_locks_are_not_recorded(rules: RuleHarness) -> None:
@@ -753,7 +757,7 @@ def test_calls_with_unknown_locks_are_not_recorded(rules: RuleHarness) -> None:
     rules.accept(ForceFail(id="b"), admin=True)
     for verb in CALLS:
         for lock_id in ("never-one", others):
-            late(rules, call(verb, lock_id), kept=False)
+            late(rules, call(verb, lock_id), is_stored=False)
     rules.create("c")
     rules.reject(call("progress", "never-one", "c"), "lock_lost")
     assert rules.last().type == "created"
@@ -790,7 +794,7 @@ def test_a_recorded_late_call_does_not_prevent_an_adoption() -> None:
     """The job is unclaimed: the recorded calls of its worker changed nothing."""
     rules = taking()
     lock_id = stalled(rules)
-    late(rules, call("progress", lock_id), kept=False, told=True)
+    late(rules, call("progress", lock_id), is_stored=False, is_recorded=True)
     assert rules.accept(completing(lock_id)).status == "completed"
 
 
@@ -798,7 +802,7 @@ def test_the_number_of_remembered_calls_is_bounded(rules: RuleHarness, monkeypat
     monkeypatch.setattr(state, "LATE_CALLS_KEPT", 2)
     lock_id = stalled(rules)
     for verb in ("progress", "extend", "release"):
-        late(rules, call(verb, lock_id), kept=False, told=True)
+        late(rules, call(verb, lock_id), is_stored=False, is_recorded=True)
     for verb in ("extend", "release"):
-        late(rules, call(verb, lock_id), kept=False)
-    late(rules, call("progress", lock_id), kept=False, told=True)
+        late(rules, call(verb, lock_id), is_stored=False)
+    late(rules, call("progress", lock_id), is_stored=False, is_recorded=True)

@@ -152,20 +152,20 @@ def test_a_poison_job_fails_in_the_end(rules: RuleHarness) -> None:
 
 
 @pytest.mark.parametrize(
-    ("on_stall", "max_stalls", "said"),
+    ("on_stall", "max_stalls", "expected"),
     [
         ("fail", 1, "Its on_stall is fail"),  # the last that it may have is not one too many
         ("requeue", 0, "It stalled once (max_stalls 0);"),
     ],
 )
-def test_why_a_first_stall_fails_a_job(rules: RuleHarness, on_stall: Any, max_stalls: int, said: str) -> None:
+def test_why_a_first_stall_fails_a_job(rules: RuleHarness, on_stall: Any, max_stalls: int, expected: str) -> None:
     rules.create(on_stall=on_stall, max_stalls=max_stalls)
     rules.start()
     rules.advance(TTL)
     rules.accept(Recover(limit=1))
     error = rules.job().error
     assert error is not None
-    assert said in (error.message or "")
+    assert expected in (error.message or "")
 
 
 def test_past_the_ceiling_a_job_is_stuck_at_once(rules: RuleHarness) -> None:

@@ -221,19 +221,19 @@ def test_a_transition_to_completed_needs_a_required_download_url() -> None:
 
 def test_a_dry_run_changes_nothing(rules: RuleHarness) -> None:
     rules.create(delay_ms=1_000)
-    deeds: list[Any] = [
+    commands: list[Any] = [
         RunNow(id="a", reason="r"),
         Update(id="a", priority=7, run_at=NOW + 5, max_attempts=3),
         Transition(id="a", from_="queued", to="completed", reason="r"),
     ]
-    for asked in deeds:
+    for asked in commands:
         before = rules.job()
         rehearsed = rules.decide(replace(asked, dry_run=True), admin=True)
         assert (rehearsed.changes, rules.job()) == ([], before)
         assert isinstance(rehearsed.answer, Response)
         assert rehearsed.answer.data == rules.accept_admin(asked)
         assert rules.job() != before
-    for asked in deeds:
+    for asked in commands:
         refusal = rules.reject(replace(asked, dry_run=True), "invalid_transition", admin=True)
         assert refusal == rules.reject(asked, "invalid_transition", admin=True)
 
@@ -314,10 +314,10 @@ def test_pause_and_resume_are_events_of_the_queue(rules: RuleHarness) -> None:
 
 def test_a_pause_shows_its_operator_start_reason_and_end(rules: RuleHarness) -> None:
     view = rules.accept(Pause(name="q", reason="deploy", until=NOW + 9), by="admin:ana")
-    said = PausedView("q", True, NOW, "admin:ana", "deploy", NOW + 9)
-    assert view == said
+    expected = PausedView("q", True, NOW, "admin:ana", "deploy", NOW + 9)
+    assert view == expected
     rules.advance(1)
-    assert rules.accept(Pause(name="q"), by="admin:bob") == said, "a plain pause changes nothing"
+    assert rules.accept(Pause(name="q"), by="admin:bob") == expected, "a plain pause changes nothing"
     assert not rules.decide(Pause(name="q", reason="deploy", until=NOW + 9), by="admin:bob").changes
     replaced = rules.accept(Pause(name="q", reason="disk"), by="admin:bob")
     assert replaced == PausedView("q", True, NOW, "admin:bob", "disk", None), "the time of the first one stays"
@@ -422,28 +422,34 @@ def test_an_import_check_shows_the_result_and_changes_nothing(rules: RuleHarness
     before = rules.book.next_job, rules.book.next_token, rules.book.next_event
     decision = rules.decide(asked, by="admin")
     assert isinstance(decision.answer, Response)
-    told = decision.answer.data
-    assert (told.job_id, told.what, told.status) == ("a", "create", status)
-    assert "was processing when it was imported" in told.reason
-    assert told.room == rules.policy.live_jobs
+    preview = decision.answer.data
+    assert (preview.job_id, preview.what, preview.status) == ("a", "create", status)
+    assert "was processing when it was imported" in preview.reason
+    assert preview.room == rules.policy.live_jobs
     assert decision.changes == []
     assert (rules.book.next_job, rules.book.next_token, rules.book.next_event) == before
     rules.create("a")
-    told = rules.accept(asked)
-    assert (told.what, told.status, told.reason) == ("skip", "queued", "A job with this id exists: it is queued.")
+    preview = rules.accept(asked)
+    assert (preview.what, preview.status, preview.reason) == (
+        "skip",
+        "queued",
+        "A job with this id exists: it is queued.",
+    )
     rules.book.quarantined["b"] = "its checksum is wrong"
-    told = rules.accept(ImportCheck(id="b"))
-    assert (told.what, told.status) == ("skip", None)
-    assert "damaged" in told.reason
+    preview = rules.accept(ImportCheck(id="b"))
+    assert (preview.what, preview.status) == ("skip", None)
+    assert "damaged" in preview.reason
 
 
-@pytest.mark.parametrize(("bound", "room"), [(9, 5), (4, 0), (3, 0)])
-def test_an_import_check_shows_how_many_more_live_jobs_are_allowed(rules: RuleHarness, bound: int, room: int) -> None:
+@pytest.mark.parametrize(("bound", "remaining"), [(9, 5), (4, 0), (3, 0)])
+def test_an_import_check_shows_how_many_more_live_jobs_are_allowed(
+    rules: RuleHarness, bound: int, remaining: int
+) -> None:
     for name in "abc":
         rules.create(name)
     rules.held("d")
     rules.policy = Policy(live_jobs=bound)
-    assert rules.accept(ImportCheck(id="e", status="completed")).room == room
+    assert rules.accept(ImportCheck(id="e", status="completed")).room == remaining
 
 
 @pytest.mark.parametrize(("progress", "status"), [(0, "queued"), (45, "failed")])

@@ -96,8 +96,8 @@ def test_for_maintenance_actions_reports_change_the_version() -> None:
 def test_a_cleanup_plan_notes_only_late_results_that_it_deletes() -> None:
     stuck, old = PlannedJob("a", "processing", "queued", 1), PlannedJob("b", "failed", None, 2)
     assert plan_late_results_note("cleanup", [stuck]) is None
-    said = "It has 2 late results that were not adopted. They are deleted with the job."
-    assert plan_late_results_note("cleanup", [stuck, old]) == said
+    expected = "It has 2 late results that were not adopted. They are deleted with the job."
+    assert plan_late_results_note("cleanup", [stuck, old]) == expected
     assert plan_late_results_note("retry", [stuck]) is not None
 
 
@@ -159,10 +159,12 @@ def test_a_plan_changes_due_jobs_and_rejects_others(action: PlanAction) -> None:
     assert rules.job("stuck").status == "queued"
     assert ("old" in rules.rows) == (action == "recover-stuck")
     assert rules.job("late").status == ("queued" if action == "recover-stuck" else "failed")
-    told = {event.job_id: event for event in rules.events[-len(some) :]}
-    assert [told[each].type for each in some] == ["stalled", "expired", "deleted"][: len(some)]
-    assert all(event.by == "admin:eve" for event in told.values())
-    assert "Worker w-1 reported no progress" in (told["stuck"].reason or ""), "its own cause, not the operator's"
+    events_by_job = {event.job_id: event for event in rules.events[-len(some) :]}
+    assert [events_by_job[each].type for each in some] == ["stalled", "expired", "deleted"][: len(some)]
+    assert all(event.by == "admin:eve" for event in events_by_job.values())
+    assert "Worker w-1 reported no progress" in (events_by_job["stuck"].reason or ""), (
+        "its own cause, not the operator's"
+    )
     again = apply(rules, action, known(rules, action, "stuck"))
     assert (again.applied, len(again.refused)) == (0, 1)
 
@@ -206,15 +208,15 @@ def test_maintenance_of_an_unknown_job_is_rejected() -> None:
 # -- made, and applied ------------------------------------------------------------------------------------------------
 
 
-async def ripe(house: VirtualEngine) -> str:
+async def due_plan(engine: VirtualEngine) -> str:
     """Create jobs that are due for maintenance and as many that are not; return the lock of the stuck one."""
-    lock_id = await house.held("stuck", lock_ttl_ms=SECOND_MS)
-    await house.yes(Create(id="late", expires_at=house.now + SECOND_MS))
-    await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
-    await house.yes(Import(id="kept", status="failed", error_message="x", expires_at=house.now + HOUR_MS))
+    lock_id = await engine.held("stuck", lock_ttl_ms=SECOND_MS)
+    await engine.yes(Create(id="late", expires_at=engine.now + SECOND_MS))
+    await engine.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
+    await engine.yes(Import(id="kept", status="failed", error_message="x", expires_at=engine.now + HOUR_MS))
     await asyncio.sleep(120)
-    await house.held("held")
-    await house.yes(Create(id="waits"))
+    await engine.held("held")
+    await engine.yes(Create(id="waits"))
     return lock_id
 
 
@@ -224,9 +226,9 @@ def moves(plan: PlanView) -> list[tuple[str, str, str | None]]:
 
 @in_virtual_time
 async def test_a_maintenance_plan_shows_what_a_cleanup_run_would_do_and_does_it_once() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await ripe(house)
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await due_plan(engine)
         plan = await made(planner, "r", action="recover-stuck")
         assert moves(plan) == [("stuck", "processing", "queued")]
         plan = await made(planner, action="cleanup", reason="now")
@@ -234,12 +236,12 @@ async def test_a_maintenance_plan_shows_what_a_cleanup_run_would_do_and_does_it_
         assert (plan.filter, plan.more, plan.next_cursor, plan.skipped) == (None, False, None, [])
         assert plan.scope is not None
         assert "validation fixes are not part of a plan" in plan.scope
-        assert (await house.yes(Get(id="stuck"))).status == "processing", "nothing is done yet"
+        assert (await engine.yes(Get(id="stuck"))).status == "processing", "nothing is done yet"
         result = await applied(planner)
         assert (result.applied, result.changed, result.refused) == (3, [], [])
-        assert (await house.yes(Get(id="late"))).status == "failed"
-        assert (await house.no(Get(id="old"))).code == "job_not_found"
-        rows = [(row.what, row.reason, row.who) for row in house.disk.audited.values()]
+        assert (await engine.yes(Get(id="late"))).status == "failed"
+        assert (await engine.no(Get(id="old"))).code == "job_not_found"
+        rows = [(row.what, row.reason, row.who) for row in engine.disk.audited.values()]
         assert rows == [("plan-cleanup", "now", "eve"), ("plan-cleanup", None, "eve")], "a slice, and the whole"
         assert (await applied(planner)).repeated
         other = await applied(planner, "r")
@@ -251,14 +253,14 @@ async def test_a_maintenance_plan_shows_what_a_cleanup_run_would_do_and_does_it_
 def test_jobs_that_revived_since_the_plan_are_listed(action: PlanAction, count: int) -> None:
     @in_virtual_time
     async def play() -> None:
-        async with VirtualEngine() as house:
-            planner = Planner(house.actor, house.clock)
-            lock_id = await ripe(house)
+        async with VirtualEngine() as engine:
+            planner = Planner(engine.actor, engine.clock)
+            lock_id = await due_plan(engine)
             assert (await made(planner, action=action)).count == count
-            await house.yes(Progress(id="stuck", lock_id=lock_id, progress=1))
+            await engine.yes(Progress(id="stuck", lock_id=lock_id, progress=1))
             result = await applied(planner)
             assert (result.applied, [each.id for each in result.changed]) == (count - 1, ["stuck"])
-            assert (await house.yes(Get(id="stuck"))).status == "processing"
+            assert (await engine.yes(Get(id="stuck"))).status == "processing"
             assert (await made(planner, "q", action=action)).count == 0
 
     play()
@@ -266,8 +268,8 @@ def test_jobs_that_revived_since_the_plan_are_listed(action: PlanAction, count: 
 
 @in_virtual_time
 async def test_maintenance_plans_take_no_selection() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
         for action in get_args(PlanAction):
             for name, given in (("filter", PlanFilter()), ("ids", ["a"]), ("cursor", "failed.7")):
                 wrong = await planner.make(MakePlan(action=action, **{name: given}), "x")  # type: ignore[arg-type]
@@ -275,7 +277,7 @@ async def test_maintenance_plans_take_no_selection() -> None:
                     assert isinstance(wrong, ApiError)
                     assert (wrong.code, wrong.details["field"]) == ("invalid_request", f"$.{name}")
                     assert f"{action} takes no `{name}`" in wrong.message
-        house.actor.stop()
+        engine.actor.stop()
         refused = await planner.make(MakePlan(action="cleanup"), "x")
         assert isinstance(refused, ApiError)
         assert refused.code == "shutting_down"
@@ -283,23 +285,23 @@ async def test_maintenance_plans_take_no_selection() -> None:
 
 @in_virtual_time
 async def test_while_the_clock_is_suspect_no_deletion_is_planned() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await ripe(house)
-        house.step_ms = 2 * DAY_MS
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await due_plan(engine)
+        engine.step_ms = 2 * DAY_MS
         assert [job.id for job in (await made(planner, action="cleanup")).jobs] == ["stuck"]
 
 
 @in_virtual_time
 async def test_on_a_full_disk_maintenance_plans_are_allowed() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await ripe(house)
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await due_plan(engine)
         await made(planner, action="cleanup")
-        house.disk.fill()
-        await house.no(Create(id="x"))
+        engine.disk.fill()
+        await engine.no(Create(id="x"))
         assert (await applied(planner)).applied == 3
-        house.disk.free()
+        engine.disk.free()
 
 
 @pytest.fixture
@@ -308,14 +310,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_builder, "PAGE", 2)
 
 
-async def crowd(house: VirtualEngine, stuck: int, late: int, old: int) -> None:
+async def crowd(engine: VirtualEngine, stuck: int, late: int, old: int) -> None:
     for n in range(stuck):
-        await house.held(f"s{n}", lock_ttl_ms=SECOND_MS)
+        await engine.held(f"s{n}", lock_ttl_ms=SECOND_MS)
     for n in range(late):
-        await house.yes(Create(id=f"l{n}", expires_at=house.now + SECOND_MS))
+        await engine.yes(Create(id=f"l{n}", expires_at=engine.now + SECOND_MS))
     for n in range(old):
         expires_at = WALL + (n + 1) * SECOND_MS
-        await house.yes(Import(id=f"o{n}", status="failed", error_message="x", expires_at=expires_at))
+        await engine.yes(Import(id=f"o{n}", status="failed", error_message="x", expires_at=expires_at))
     await asyncio.sleep(120)
 
 
@@ -337,9 +339,9 @@ def test_a_plan_is_limited_and_the_rest_is_planned_later(
 ) -> None:
     @in_virtual_time
     async def play() -> None:
-        async with VirtualEngine() as house:
-            planner = Planner(house.actor, house.clock)
-            await crowd(house, *there)
+        async with VirtualEngine() as engine:
+            planner = Planner(engine.actor, engine.clock)
+            await crowd(engine, *there)
             plan = await made(planner, action="cleanup")
             assert ([job.id for job in plan.jobs], plan.more, plan.next_cursor) == (found, more, None)
             await applied(planner)
@@ -357,9 +359,9 @@ def test_a_plan_ends_at_its_time_limit(
 
     @in_virtual_time
     async def play() -> None:
-        async with VirtualEngine() as house:
-            await crowd(house, *there)
-            plan = await made(Planner(house.actor, house.clock), action="cleanup")
+        async with VirtualEngine() as engine:
+            await crowd(engine, *there)
+            plan = await made(Planner(engine.actor, engine.clock), action="cleanup")
             assert (plan.count, plan.more) == (found, True)
 
     play()
@@ -369,12 +371,12 @@ def test_a_plan_ends_at_its_time_limit(
 def test_a_job_that_revives_during_planning_is_not_in_the_plan() -> None:
     @in_virtual_time
     async def play() -> None:
-        async with VirtualEngine() as house:
-            locks = [await house.held(f"s{n}", lock_ttl_ms=SECOND_MS) for n in range(3)]
+        async with VirtualEngine() as engine:
+            locks = [await engine.held(f"s{n}", lock_ttl_ms=SECOND_MS) for n in range(3)]
             await asyncio.sleep(120)
-            making = asyncio.create_task(made(Planner(house.actor, house.clock), action="recover-stuck"))
+            making = asyncio.create_task(made(Planner(engine.actor, engine.clock), action="recover-stuck"))
             await asyncio.sleep(plan_builder.PAUSE_S / 2)
-            await house.yes(Progress(id="s2", lock_id=locks[2], progress=1))
+            await engine.yes(Progress(id="s2", lock_id=locks[2], progress=1))
             assert [job.id for job in (await making).jobs] == ["s0", "s1"]
 
     play()
@@ -382,60 +384,60 @@ def test_a_job_that_revives_during_planning_is_not_in_the_plan() -> None:
 
 @in_virtual_time
 async def test_a_job_that_is_no_longer_finished_is_not_in_the_plan() -> None:
-    async with VirtualEngine() as house:
-        await crowd(house, 0, 0, 2)
-        expired = house.disk.expired_jobs
+    async with VirtualEngine() as engine:
+        await crowd(engine, 0, 0, 2)
+        expired = engine.disk.expired_jobs
 
         async def moved_on(now: int, limit: int, skip: int = 0) -> list[str]:
             found = await expired(now, limit, skip)
             if not skip:
-                await house.yes(ForceReset(id="o0"))
+                await engine.yes(ForceReset(id="o0"))
             return found
 
-        house.disk.expired_jobs = moved_on  # type: ignore[method-assign]
-        plan = await made(Planner(house.actor, house.clock), action="cleanup")
+        engine.disk.expired_jobs = moved_on  # type: ignore[method-assign]
+        plan = await made(Planner(engine.actor, engine.clock), action="cleanup")
         assert [job.id for job in plan.jobs] == ["o1"]
 
 
 @in_virtual_time
 async def test_a_job_found_twice_is_in_the_plan_once() -> None:
     """A damaged row that cannot be moved counts in the order but is not listed."""
-    async with VirtualEngine() as house:
-        await crowd(house, 0, 0, 3)
+    async with VirtualEngine() as engine:
+        await crowd(engine, 0, 0, 3)
         pages = {0: ["o0", "o1"], 2: ["o1", "o2"]}
 
         async def overlapping(now: int, limit: int, skip: int = 0) -> list[str]:
             return pages.get(skip, [])
 
-        house.disk.expired_jobs = overlapping  # type: ignore[method-assign]
-        plan = await made(Planner(house.actor, house.clock), action="cleanup")
+        engine.disk.expired_jobs = overlapping  # type: ignore[method-assign]
+        plan = await made(Planner(engine.actor, engine.clock), action="cleanup")
         assert [job.id for job in plan.jobs] == ["o0", "o1", "o2"]
 
 
 @in_virtual_time
 async def test_late_results_of_deleted_jobs_are_counted_and_change_the_version() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
         locks = {}
         for job_id in ("a", "b"):
-            locks[job_id] = await house.held(job_id)
-            await house.yes(ForceFail(id=job_id))
-        await house.no(Complete(id="a", lock_id=locks["a"], file_path="/out"))
+            locks[job_id] = await engine.held(job_id)
+            await engine.yes(ForceFail(id=job_id))
+        await engine.no(Complete(id="a", lock_id=locks["a"], file_path="/out"))
         await asyncio.sleep(40 * 24 * 3600)
         plan = await made(planner, action="cleanup")
         assert sorted((job.id, job.late_results) for job in plan.jobs) == [("a", 1), ("b", 0)]
         assert plan.with_late_results == 1
-        await house.no(Complete(id="b", lock_id=locks["b"], file_path="/out"))
+        await engine.no(Complete(id="b", lock_id=locks["b"], file_path="/out"))
         result = await applied(planner)
         assert (result.applied, [each.id for each in result.changed]) == (1, ["b"])
-        await house.yes(Adopt(id="b"))
+        await engine.yes(Adopt(id="b"))
 
 
 @in_virtual_time
 async def test_a_long_maintenance_plan_is_applied_in_slices() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await crowd(house, 0, 0, plans.SLICE + 5)
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await crowd(engine, 0, 0, plans.SLICE + 5)
         assert (await made(planner, action="cleanup")).count == plans.SLICE + 5
         assert (await applied(planner)).applied == plans.SLICE + 5
 

@@ -74,8 +74,8 @@ def test_events_of_operators_have_their_reason(rules: RuleHarness) -> None:
     rules.accept(Delete(id="b", reason="r4"), admin=True)
     rules.accept(Pause(name="q", reason="r5"), admin=True)
     rules.accept(Resume(name="q", reason="r6"), admin=True)
-    said = [event.reason for event in rules.events if event.reason is not None]
-    assert said == ["r1", "r2", "r3", "r4", "r5", "r6"]
+    reasons = [event.reason for event in rules.events if event.reason is not None]
+    assert reasons == ["r1", "r2", "r3", "r4", "r5", "r6"]
 
 
 def test_history_is_read_after_the_decision(rules: RuleHarness) -> None:

@@ -275,16 +275,16 @@ def test_the_holder_of_a_job() -> None:
 
 
 def test_delayed_jobs_become_due_and_are_announced(rules: RuleHarness) -> None:
-    told: list[tuple[str, str]] = []
-    rules.book.on_due = lambda queue, kind: told.append((queue, kind))
+    announced: list[tuple[str, str]] = []
+    rules.book.on_due = lambda queue, kind: announced.append((queue, kind))
     rules.create("a", delay_ms=5, kind="k")
     rules.create("b", delay_ms=5, kind="k")
     rules.create("c", queue="q")
-    assert told == [("q", "")]
+    assert announced == [("q", "")]
     rules.advance(4)
-    assert len(told) == 1
+    assert len(announced) == 1
     rules.advance(1)
-    assert told[1:] == [("default", "k")]
+    assert announced[1:] == [("default", "k")]
     assert rules.claim(limit=9) == ["a", "b"]
 
 
@@ -357,11 +357,11 @@ def test_a_backward_step_of_the_clock_delays_due_jobs(rules: RuleHarness) -> Non
 def test_a_backward_step_reads_only_lanes_with_newly_due_jobs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    book, looked = Book(), list[Lane]()
+    book, lanes = Book(), list[Lane]()
     next_run_at = Lane.next_run_at
 
     def counted(lane: Lane, now: int) -> int | None:
-        looked.append(lane)
+        lanes.append(lane)
         return next_run_at(lane, now)
 
     monkeypatch.setattr(Lane, "next_run_at", counted)
@@ -370,15 +370,15 @@ def test_a_backward_step_reads_only_lanes_with_newly_due_jobs(
         book.advance(NOW + number, 0)
         job = rows[f"job-{number}"] = queued(number, run_at=NOW + number, options=Options("q", f"k-{number // 10}"))
         book.swap(None, job)
-    looked.clear()
+    lanes.clear()
     book.advance(NOW + 999, 0)
-    assert [lane.name for lane in looked] == [("q", "k-100", 0)]
+    assert [lane.name for lane in lanes] == [("q", "k-100", 0)]
     book.swap(
         None, queued(2_000, run_at=NOW + 5_000, options=Options("q", "later"))
     )  # its lane hides none of the others
-    looked.clear()
+    lanes.clear()
     book.advance(NOW + 975, 0)
-    assert {lane.name[1] for lane in looked} == {"k-97", "k-98", "k-99", "k-100"}
+    assert {lane.name[1] for lane in lanes} == {"k-97", "k-98", "k-99", "k-100"}
     assert len(list(book.due(["q"], None))) == 975
     assert book.next_run_at() == NOW + 976
 
@@ -386,12 +386,12 @@ def test_a_backward_step_reads_only_lanes_with_newly_due_jobs(
 def test_overdue_jobs_that_a_clock_step_makes_due_again_wake_waiting_claims(rules: RuleHarness) -> None:
     rules.create("a", expires_at=NOW + 10, kind="k")
     rules.advance(10)
-    told: list[tuple[str, str]] = []
-    rules.book.on_due = lambda queue, kind: told.append((queue, kind))
+    announced: list[tuple[str, str]] = []
+    rules.book.on_due = lambda queue, kind: announced.append((queue, kind))
     rules.advance(1)
-    assert (told, rules.claim()) == ([], [])
+    assert (announced, rules.claim()) == ([], [])
     rules.advance(-2)
-    assert told == [("default", "k")]
+    assert announced == [("default", "k")]
     assert rules.claim() == ["a"]
 
 
@@ -443,12 +443,12 @@ def test_resuming_announces_every_due_kind(rules: RuleHarness) -> None:
     rules.create("b", kind="y")
     rules.accept(Pause(name="default"))
     rules.accept(Pause(name="empty"))
-    told: list[tuple[str, str]] = []
-    rules.book.on_due = lambda queue, kind: told.append((queue, kind))
+    announced: list[tuple[str, str]] = []
+    rules.book.on_due = lambda queue, kind: announced.append((queue, kind))
     rules.accept(Resume(name="empty"))
-    assert told == []
+    assert announced == []
     rules.accept(Resume(name="default"))
-    assert sorted(told) == [("default", "x"), ("default", "y")]
+    assert sorted(announced) == [("default", "x"), ("default", "y")]
 
 
 def test_a_moved_deadline_is_checked_when_the_old_one_passes(rules: RuleHarness) -> None:

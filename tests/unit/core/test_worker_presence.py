@@ -240,41 +240,41 @@ def test_a_waiting_claim_counts_all_the_time(presence: WorkerPresence) -> None:
 
 @in_virtual_time
 async def test_a_worker_is_seen_as_long_as_its_claim_waits() -> None:
-    async with checked_engine() as house:
+    async with checked_engine() as engine:
         for is_cut in (False, True):
-            waiting = await waiting_claim(house, "w", queues=["q"], wait_ms=60_000)
+            waiting = await waiting_claim(engine, "w", queues=["q"], wait_ms=60_000)
             await seconds(50)
-            assert await state_of(house) == ("idle", True, house.now)
+            assert await state_of(engine) == ("idle", True, engine.now)
             if is_cut:
                 waiting.cancel()
-            await until(lambda: len(house.actor.parked) == 0)
-            state, waits, ended_at = await state_of(house)
-            assert (state, waits, house.now - ended_at <= 1) == ("idle", False, True)
+            await until(lambda: len(engine.actor.parked) == 0)
+            state, waits, ended_at = await state_of(engine)
+            assert (state, waits, engine.now - ended_at <= 1) == ("idle", False, True)
             await seconds(GONE_AFTER_MS / 1000 - 1)
-            assert await state_of(house) == ("idle", False, ended_at)
+            assert await state_of(engine) == ("idle", False, ended_at)
             await seconds(1)
-            assert (await house.yes(Workers())).workers == []
+            assert (await engine.yes(Workers())).workers == []
 
 
 @in_virtual_time
 async def test_a_served_claim_stops_waiting_and_a_rolled_back_one_continues() -> None:
-    async with checked_engine() as house:
-        waiting = await waiting_claim(house, "w", wait_ms=60_000)
-        house.disk.write_errors.append(DiskFull())
-        assert (await house.no(Create(id="a"))).code == "storage_full"
-        assert await state_of(house) == ("idle", True, house.now)
+    async with checked_engine() as engine:
+        waiting = await waiting_claim(engine, "w", wait_ms=60_000)
+        engine.disk.write_errors.append(DiskFull())
+        assert (await engine.no(Create(id="a"))).code == "storage_full"
+        assert await state_of(engine) == ("idle", True, engine.now)
         await seconds(2)
-        await house.yes(Create(id="b"))
+        await engine.yes(Create(id="b"))
         answer = await waiting
         assert isinstance(answer, Response)
         assert [granted.job.id for granted in answer.data.grants] == ["b"]
-        seen = house.book.presence.workers["w"]
+        seen = engine.book.presence.workers["w"]
         assert (seen.waiting, list(seen.jobs)) == (0, ["b"])
-        assert [claims.waiting for claims in house.book.presence.claim_sets("default")] == [0]
+        assert [claims.waiting for claims in engine.book.presence.claim_sets("default")] == [0]
 
 
-async def state_of(house: VirtualEngine) -> tuple[str, bool, int]:
-    (worker,) = (await house.yes(Workers())).workers
+async def state_of(engine: VirtualEngine) -> tuple[str, bool, int]:
+    (worker,) = (await engine.yes(Workers())).workers
     return worker.state, worker.waiting, worker.last_seen_at
 
 
@@ -335,17 +335,17 @@ def test_only_the_jobs_of_a_silent_worker_are_taken_back(rules: RuleHarness) -> 
     unknown = rules.reject(TakeBack(name="nobody"), "worker_not_found", admin=True)
     assert unknown.message == "Worker nobody has not been seen since the start. List the workers: jobctl workers"
     rules.held("a", worker="w")
-    said = rules.reject(TakeBack(name="w"), "worker_not_silent", admin=True)
-    assert said.message == (
+    error = rules.reject(TakeBack(name="w"), "worker_not_silent", admin=True)
+    assert error.message == (
         "Worker w is busy, not silent: the lock of its job is live. To end a live grant: jobctl force-reset ID"
     )
     rules.held("b", worker="w")
-    said = rules.reject(TakeBack(name="w", dry_run=True), "worker_not_silent", admin=True)
-    assert "the locks of its 2 jobs are live" in said.message
+    error = rules.reject(TakeBack(name="w", dry_run=True), "worker_not_silent", admin=True)
+    assert "the locks of its 2 jobs are live" in error.message
     other = rules.held("d", worker="v")
     rules.accept(Complete(id="d", lock_id=other))
-    said = rules.reject(TakeBack(name="v"), "worker_not_silent", admin=True)
-    assert (said.details, "it holds no job" in said.message) == ({"worker": "v", "state": "idle"}, True)
+    error = rules.reject(TakeBack(name="v"), "worker_not_silent", admin=True)
+    assert (error.details, "it holds no job" in error.message) == ({"worker": "v", "state": "idle"}, True)
 
 
 def test_a_take_back_is_in_the_audit_log(rules: RuleHarness) -> None:
@@ -370,18 +370,18 @@ async def slices_of_two() -> AsyncIterator[None]:
 
 @in_virtual_time
 async def test_a_take_back_of_many_jobs_has_one_response() -> None:
-    async with slices_of_two(), checked_engine() as house:
+    async with slices_of_two(), checked_engine() as engine:
         for number in range(5):
-            await house.held(f"job-{number}", stuck_after_ms=HOUR_MS)
+            await engine.held(f"job-{number}", stuck_after_ms=HOUR_MS)
         command, operator = TakeBack(name="w-1"), Operator("ana", "here", "part")
-        refused = await house.cleaner.take_back(command, operator)
+        refused = await engine.cleaner.take_back(command, operator)
         assert isinstance(refused, ApiError)
         assert refused.code == "worker_not_silent"
         await seconds(60)
-        seen = await house.cleaner.take_back(replace(command, dry_run=True), operator)
+        seen = await engine.cleaner.take_back(replace(command, dry_run=True), operator)
         assert isinstance(seen, TakeBackView)
         assert (len(seen.details), seen.more) == (2, True)
-        done = await house.cleaner.take_back(command, operator)
+        done = await engine.cleaner.take_back(command, operator)
         assert isinstance(done, TakeBackView)
         assert (done.recovered_jobs, done.reset_jobs, len(done.details), done.more) == (5, 5, 5, False)
 
@@ -389,22 +389,22 @@ async def test_a_take_back_of_many_jobs_has_one_response() -> None:
 @in_virtual_time
 async def test_an_interrupted_take_back_reports_its_progress() -> None:
     """Because the worker came back, or because the daemon stops."""
-    async with slices_of_two(), checked_engine() as house:
+    async with slices_of_two(), checked_engine() as engine:
         locks = {}
         for number in range(6):
-            locks[f"job-{number}"] = await house.held(f"job-{number}", stuck_after_ms=HOUR_MS)
+            locks[f"job-{number}"] = await engine.held(f"job-{number}", stuck_after_ms=HOUR_MS)
         await seconds(60)
-        taking = asyncio.create_task(house.cleaner.take_back(TakeBack(name="w-1"), None))
-        await until(lambda: house.book.totals["queued"] == 2)
+        taking = asyncio.create_task(engine.cleaner.take_back(TakeBack(name="w-1"), None))
+        await until(lambda: engine.book.totals["queued"] == 2)
         for job_id in ("job-2", "job-3", "job-4", "job-5"):
-            await house.yes(Extend(id=job_id, lock_id=locks[job_id]))
+            await engine.yes(Extend(id=job_id, lock_id=locks[job_id]))
         done = await taking
         assert isinstance(done, TakeBackView)
         assert (done.recovered_jobs, done.more) == (2, False)
         await seconds(60)
-        taking = asyncio.create_task(house.cleaner.take_back(TakeBack(name="w-1"), None))
-        await until(lambda: house.book.totals["queued"] == 4)
-        house.cleaner.stop()
+        taking = asyncio.create_task(engine.cleaner.take_back(TakeBack(name="w-1"), None))
+        await until(lambda: engine.book.totals["queued"] == 4)
+        engine.cleaner.stop()
         done = await taking
         assert isinstance(done, TakeBackView)
         assert (done.recovered_jobs, done.more) == (2, True)

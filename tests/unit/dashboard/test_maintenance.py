@@ -56,14 +56,14 @@ async def test_cleanup_recovery_and_the_clock_have_forms(harness: DashboardHarne
     browser = await harness.browser()
     assert "/clock" in text(await browser.get("/alerts"))
     csrf = await browser.csrf()
-    for target, onward, said in (
+    for target, onward, expected in (
         ("/cleanup/run", "/cleanup", "Cleanup took 6 ms: 1 recovered"),
         ("/cleanup/recover", "/cleanup", "Stalled jobs recovered: 1 (1 requeued, 0 failed)."),
         ("/clock/accept", "/alerts", "The clock is accepted"),
     ):
         response = await browser.post(target, csrf=csrf)
         assert (response.status, response.headers["location"]) == (303, onward)
-        assert said in text(await browser.get(onward))
+        assert expected in text(await browser.get(onward))
     assert harness.admin.fakes.forced == [True]
     assert harness.admin.fakes.accepted
     page = text(await browser.get("/alerts"))
@@ -132,7 +132,7 @@ async def test_cleanup_and_recovery_are_previewed(harness: DashboardHarness, mon
     assert 'action="/cleanup/recover"' in page
     many = PreviewView([Recovery("f", "failed", "<x>")] * 1000, 0, [], [f"d{n}" for n in range(1000)], [], True, 1)
 
-    async def preview(look_s: float) -> PreviewView | ApiError:
+    async def preview(scan_s: float) -> PreviewView | ApiError:
         return many
 
     monkeypatch.setattr(harness.admin.services.maintainer, "preview", preview)
@@ -154,7 +154,7 @@ async def test_cleanup_and_recovery_are_previewed(harness: DashboardHarness, mon
     assert "too many jobs to scan all of them" not in text(await browser.get("/cleanup/confirm?what=run"))
     assert "No stalled jobs." in text(await browser.get("/cleanup/confirm?what=recover"))
 
-    async def refuses(look_s: float) -> PreviewView | ApiError:
+    async def refuses(scan_s: float) -> PreviewView | ApiError:
         return ApiError("overloaded", "later")
 
     monkeypatch.setattr(harness.admin.services.maintainer, "preview", refuses)

@@ -188,7 +188,7 @@ async def test_a_stored_result_can_be_downloaded(harness: DashboardHarness, tmp_
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "expected"),
     [
         (
             {"stuck_after_ms": 0},
@@ -199,11 +199,11 @@ async def test_a_stored_result_can_be_downloaded(harness: DashboardHarness, tmp_
     ],
 )
 async def test_the_rules_for_stalls_are_described(
-    harness: DashboardHarness, fields: dict[str, Any], said: list[str]
+    harness: DashboardHarness, fields: dict[str, Any], expected: list[str]
 ) -> None:
     await harness.call("jobs", id="a", **fields)
     page = text(await (await harness.browser()).get("/jobs/a"))
-    assert [words for words in said if words not in page] == []
+    assert [words for words in expected if words not in page] == []
 
 
 async def test_the_page_of_a_deleted_job_offers_no_actions(harness: DashboardHarness) -> None:

@@ -164,12 +164,12 @@ async def test_no_response_is_sent_before_the_commit() -> None:
         await settle()
         assert not creating.done()
         assert not reading.done()
-        heard: list[str] = []
-        engine.actor.on_commit.append(lambda changes: heard.extend(change.event.type for change in changes))
+        received: list[str] = []
+        engine.actor.on_commit.append(lambda changes: received.extend(change.event.type for change in changes))
         engine.disk.gate.set()
         assert isinstance(await creating, Response)
         assert (await reading).data.id == "a"
-        assert heard == ["created"]
+        assert received == ["created"]
         assert sum(engine.actor.commit_seconds.counts) == 1
         assert engine.actor.batch_commands.total == 1
 
@@ -527,8 +527,8 @@ def assert_counts_match_disk(engine: VirtualEngine) -> None:
     disk = engine.disk
     for status in ("completed", "failed", "cancelled"):
         rows = sum(job.status == status for job in disk.jobs.values())
-        kept = sum(getattr(row, status) for row in disk.queues.values())
-        assert engine.book.totals[status] == kept == rows, status
+        counted = sum(getattr(row, status) for row in disk.queues.values())
+        assert engine.book.totals[status] == counted == rows, status
 
 
 @in_virtual_time

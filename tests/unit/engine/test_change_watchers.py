@@ -31,28 +31,28 @@ def nothing() -> None:
     pass
 
 
-def heard(*watchers: Watcher) -> list[bool]:
-    told = [watcher.news.is_set() for watcher in watchers]
+def woken(*watchers: Watcher) -> list[bool]:
+    is_woken = [watcher.news.is_set() for watcher in watchers]
     for watcher in watchers:
         watcher.news.clear()
-    return told
+    return is_woken
 
 
 async def test_each_watcher_is_notified_of_its_changes(feed: EventFeed) -> None:
     everything = feed.watch(queue=None, job_id=None, cut=nothing)
     queue = feed.watch(queue="video", job_id=None, cut=nothing)
     job = feed.watch(queue=None, job_id="a", cut=nothing)
-    assert heard(everything, queue, job) == [False, False, False]
+    assert woken(everything, queue, job) == [False, False, False]
     feed.publish([change("b"), change("c")])
-    assert heard(everything, queue, job) == [True, False, False]
+    assert woken(everything, queue, job) == [True, False, False]
     feed.publish([change("b"), change("a")])
-    assert heard(everything, queue, job) == [True, False, True]
+    assert woken(everything, queue, job) == [True, False, True]
     feed.publish([change("b", "video"), change("c")])
-    assert heard(everything, queue, job) == [True, True, False]
+    assert woken(everything, queue, job) == [True, True, False]
     feed.publish([change("a", "video")])
-    assert heard(everything, queue, job) == [True, True, True]
+    assert woken(everything, queue, job) == [True, True, True]
     feed.publish([change("", "other", "queue_paused")])
-    assert heard(everything, queue, job) == [True, True, True], "every page shows paused queues"
+    assert woken(everything, queue, job) == [True, True, True], "every page shows paused queues"
 
 
 async def test_a_watcher_that_leaves_is_not_notified_and_frees_its_place(feed: EventFeed) -> None:
@@ -68,7 +68,7 @@ async def test_a_watcher_that_leaves_is_not_notified_and_frees_its_place(feed: E
         watcher.leave()
     assert feed.listeners == 1
     feed.publish([change("a")])
-    assert heard(*places) == [False, False, False, True]
+    assert woken(*places) == [False, False, False, True]
     places[3].leave()
     assert feed.listeners == 0
     watchers = feed._watchers

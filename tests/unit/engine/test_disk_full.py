@@ -619,22 +619,22 @@ class RaisingResponder:
 
 
 class PreparingResponder:
-    """A responder that prepares its response. `heard` is what it was given, in order."""
+    """A responder that prepares its response. Record its calls in `received`."""
 
     def __init__(self) -> None:
-        self.heard: list[tuple[str, Any]] = []
+        self.received: list[tuple[str, Any]] = []
 
     def done(self) -> bool:
-        return any(what == "told" for what, _ in self.heard)
+        return any(what == "response" for what, _ in self.received)
 
     def cancelled(self) -> bool:
         return False
 
     def prepare(self, answer: Response) -> None:
-        self.heard.append(("ready", answer))
+        self.received.append(("ready", answer))
 
     def set_result(self, answer: Response | ApiError, /) -> None:
-        self.heard.append(("told", answer))
+        self.received.append(("response", answer))
 
 
 class CachingStorage(MemoryStorage):
@@ -661,11 +661,11 @@ async def test_responses_are_prepared_while_the_disk_writes() -> None:
             assert isinstance(engine.actor.send(Start(id=job_id, worker="w"), waiter), Envelope)
             await disk.at_gate.wait()
             await settle()
-            assert [what for what, _ in waiter.heard] == ["ready"] * ready
+            assert [what for what, _ in waiter.received] == ["ready"] * ready
             disk.gate.set()
             await settle()
-            *before, (what, told) = waiter.heard
-            assert what == "told"
+            *before, (what, told) = waiter.received
+            assert what == "response"
             assert bytes(told.data.job.payload) == (b"1" if ready else b"2")
             assert all(answer is told for _, answer in before)
 
@@ -678,7 +678,7 @@ async def test_a_response_is_not_sent_if_its_commit_fails() -> None:
         disk.write_errors.append(DiskFull("full"))
         assert isinstance(engine.actor.send(Create(id="a"), waiter), Envelope)
         await settle()
-        (_, ready), (_, told) = waiter.heard
+        (_, ready), (_, told) = waiter.received
         assert isinstance(ready, Response)
         assert isinstance(told, ApiError)
         assert told.code == "storage_full"
@@ -692,12 +692,12 @@ async def test_reads_are_not_prepared() -> None:
             waiter = PreparingResponder()
             engine.actor.send(look, waiter)
             await settle()
-            assert [what for what, _ in waiter.heard] == ["told"]
+            assert [what for what, _ in waiter.received] == ["response"]
         waiter = PreparingResponder()
         engine.actor.send(Create(id="b"), PreparingResponder())
         engine.actor.send(Timeline(id="a"), waiter)
         await settle()
-        assert [what for what, _ in waiter.heard] == ["told"]
+        assert [what for what, _ in waiter.received] == ["response"]
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -711,11 +711,11 @@ def test_a_bug_while_responses_are_sent_ends_the_actor(others: int) -> None:
         engine.disk.gate.clear()
         engine.actor.send(Create(id="a"), RaisingResponder())
         await engine.disk.at_gate.wait()
-        asked = ask_all(engine, [Create(id="b")] * others)
+        requests = ask_all(engine, [Create(id="b")] * others)
         await settle()
         engine.disk.gate.set()
         with pytest.raises(DiskBroken, match="canary"):
             await running
-        await asyncio.gather(*asked)  # no command waits forever
+        await asyncio.gather(*requests)  # no command waits forever
 
     run()

@@ -32,13 +32,13 @@ class Stage:
         self.cuts: list[Subscriber] = []
         self._untold: list[Sequence[Change]] = []
 
-    async def commit(self, count: int = 1, *, tell: bool = True, **fields: Any) -> None:
-        await self.write([self.maker.create(**fields) for _ in range(count)], tell=tell)
+    async def commit(self, count: int = 1, *, notify: bool = True, **fields: Any) -> None:
+        await self.write([self.maker.create(**fields) for _ in range(count)], notify=notify)
 
-    async def write(self, changes: list[Change], *, tell: bool = True) -> None:
+    async def write(self, changes: list[Change], *, notify: bool = True) -> None:
         await self.disk.write(self.maker.batch(changes))
         self._untold.append(changes)
-        if tell:
+        if notify:
             self.tell()
 
     def tell(self) -> None:
@@ -56,17 +56,17 @@ class Stage:
         return listener
 
 
-def told(piece: bytes) -> list[dict[str, Any]]:
+def events_in(piece: bytes) -> list[dict[str, Any]]:
     """Return the events in the sent bytes."""
     blocks = [block.split("\n") for block in piece.decode().split("\n\n")]
     return [json.loads(line.removeprefix("data: ")) for block in blocks for line in block if line.startswith("data: ")]
 
 
 def numbers(piece: bytes) -> list[int]:
-    return [event["seq"] for event in told(piece)]
+    return [event["seq"] for event in events_in(piece)]
 
 
-async def heard(listener: Subscriber, up_to: int) -> list[int]:
+async def received(listener: Subscriber, up_to: int) -> list[int]:
     """Return all that a subscriber receives up to this position."""
     found: list[int] = []
     while listener.position < up_to:
@@ -96,7 +96,7 @@ async def test_an_event_of_a_queue_names_no_job() -> None:
     stage = Stage()
     listener = await stage.begun()
     await stage.write([stage.maker.queue_event("video", True)])
-    [event] = told(await listener.more())
+    [event] = events_in(await listener.more())
     assert (event["job_id"], event["queue"]) == (None, "video")
 
 
@@ -155,15 +155,15 @@ def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int) -> None
         found: list[int] = []
         for _ in range(60):
             for _ in range(dice.randrange(3)):
-                await stage.commit(dice.choice((1, 5, PAGE)), tell=dice.random() < 0.5)
+                await stage.commit(dice.choice((1, 5, PAGE)), notify=dice.random() < 0.5)
             more = asyncio.ensure_future(listener.more())
             for _ in range(dice.randrange(5)):
                 await asyncio.sleep(dice.choice((0, 0.001, 0.005)))
-                await stage.commit(tell=dice.random() < 0.5)
+                await stage.commit(notify=dice.random() < 0.5)
             stage.tell()
             found += numbers(await more)
         await stage.commit()
-        found += await heard(listener, stage.feed.last)
+        found += await received(listener, stage.feed.last)
         assert found == list(range(after + 1, stage.feed.last + 1))
 
     run()
@@ -175,9 +175,9 @@ async def test_unused_numbers_are_not_a_gap() -> None:
     await stage.commit(3)
     stage.maker.numbers = stage.disk.numbers = type(stage.disk.numbers)(next_job=4, next_event=1000)
     listener = await stage.begun(after=2)
-    assert await heard(listener, 999) == [3]
+    assert await received(listener, 999) == [3]
     await stage.commit()
-    assert await heard(listener, 1000) == [1000]
+    assert await received(listener, 1000) == [1000]
 
 
 @in_virtual_time
@@ -200,7 +200,7 @@ async def test_all_filters_have_to_match() -> None:
     queue = EventFilter(queues=frozenset({"video", "mail"}), types=frozenset({"queue_paused"}))
     listener = await stage.begun(queue)
     await stage.write([stage.maker.queue_event(name, name != "mail") for name in ("video", "mail", "audio")])
-    assert [event["queue"] for event in told(await listener.more())] == ["video"]
+    assert [event["queue"] for event in events_in(await listener.more())] == ["video"]
 
 
 @in_virtual_time
@@ -242,7 +242,7 @@ async def test_a_slow_subscriber_is_cut_and_the_others_continue() -> None:
     assert await slow.more() == b""
     slow.leave()
     again = await stage.begun(after=slow.position)  # it connects again and loses nothing
-    assert await heard(again, 30) == list(range(1, 31))
+    assert await received(again, 30) == list(range(1, 31))
 
 
 @in_virtual_time
@@ -286,7 +286,7 @@ async def test_the_number_of_streams_is_limited_and_places_are_freed() -> None:
     third = await stage.begun()
     await stage.commit()
     assert numbers(await third.more()) == [2]
-    assert await heard(second, 2) == [1, 2]
+    assert await received(second, 2) == [1, 2]
 
 
 @pytest.mark.slow
@@ -365,14 +365,14 @@ async def test_a_position_beyond_the_journal_is_an_error() -> None:
 @in_virtual_time
 async def test_a_position_that_is_committed_but_not_published_is_valid() -> None:
     stage = Stage()
-    await stage.commit(3, tell=False)
+    await stage.commit(3, notify=False)
     listener = await stage.begun(after=0)
-    assert await heard(listener, 3) == [1, 2, 3]
+    assert await received(listener, 3) == [1, 2, 3]
     again = await stage.begun(after=3)
     stage.tell()
     await stage.commit()
-    assert await heard(again, 4) == [4]
-    assert await heard(listener, 4) == [4]
+    assert await received(again, 4) == [4]
+    assert await received(listener, 4) == [4]
 
 
 @in_virtual_time

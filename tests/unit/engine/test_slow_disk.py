@@ -105,19 +105,19 @@ class BusyEngine:
         return answer, round((asyncio.get_running_loop().time() - self.began_s) / COMMIT_S)
 
 
-@pytest.mark.parametrize("look", [Get(id="a"), GetVersion(id="a"), ListJobs(), Stats(), Why(id="a"), Get(id="none")])
-def test_on_a_slow_disk_a_read_waits_for_one_commit(look: AnyCommand) -> None:
+@pytest.mark.parametrize("read", [Get(id="a"), GetVersion(id="a"), ListJobs(), Stats(), Why(id="a"), Get(id="none")])
+def test_on_a_slow_disk_a_read_waits_for_one_commit(read: AnyCommand) -> None:
     @in_virtual_time
     async def test() -> None:
         async with checked_engine(SlowStorage()) as engine:
             busy = BusyEngine(engine)
             await busy.begin()
-            answer, commits = await busy.ask(look)
+            answer, commits = await busy.ask(read)
             assert commits == 1
             assert not busy.behind.done()
-            if look == Get(id="a"):
+            if read == Get(id="a"):
                 assert answer.data.status == "queued"
-            if isinstance(look, Why):
+            if isinstance(read, Why):
                 assert answer.data.state == "queued"
             assert (await busy.behind).data.status == "cancelled"
 
@@ -146,10 +146,10 @@ async def test_on_a_fast_disk_a_batch_is_decided_in_order() -> None:
 async def test_an_ordered_read_stays_behind_earlier_commands() -> None:
     async with checked_engine(SlowStorage()) as engine:
         await engine.actor.ask(Create(id="a"))
-        told: list[asyncio.Future[Any]] = [asyncio.get_running_loop().create_future() for _ in range(2)]
-        engine.actor.send(Cancel(id="a"), told[0], in_line=True)
-        engine.actor.send(Get(id="a"), told[1], in_line=True)
-        assert (await told[1]).data.status == "cancelled"
+        futures: list[asyncio.Future[Any]] = [asyncio.get_running_loop().create_future() for _ in range(2)]
+        engine.actor.send(Cancel(id="a"), futures[0], in_line=True)
+        engine.actor.send(Get(id="a"), futures[1], in_line=True)
+        assert (await futures[1]).data.status == "cancelled"
 
 
 @in_virtual_time

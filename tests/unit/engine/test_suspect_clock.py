@@ -49,18 +49,18 @@ STEP_MS: Final = 40 * DAY_MS
 PASSES: Final = CleanupSchedule(interval_ms=5 * MINUTE_MS, min_interval_ms=2 * MINUTE_MS, recover_every_ms=0)
 
 
-async def done(house: VirtualEngine, job_id: str = "done", **fields: Any) -> None:
+async def done(engine: VirtualEngine, job_id: str = "done", **fields: Any) -> None:
     """A completed job."""
-    await house.yes(Complete(id=job_id, lock_id=await house.held(job_id), download_url="https://x/y", **fields))
+    await engine.yes(Complete(id=job_id, lock_id=await engine.held(job_id), download_url="https://x/y", **fields))
 
 
-async def waiting(house: VirtualEngine, job_id: str = "waits") -> None:
+async def waiting(engine: VirtualEngine, job_id: str = "waits") -> None:
     """A queued job that expires after 20 days."""
-    await house.yes(Create(id=job_id, expires_at=house.now + 20 * DAY_MS))
+    await engine.yes(Create(id=job_id, expires_at=engine.now + 20 * DAY_MS))
 
 
-def status(house: VirtualEngine, job_id: str) -> str | None:
-    job = house.disk.job(job_id)
+def status(engine: VirtualEngine, job_id: str) -> str | None:
+    job = engine.disk.job(job_id)
     return None if job is None else job.status
 
 
@@ -69,9 +69,9 @@ def status(house: VirtualEngine, job_id: str) -> str | None:
 
 @in_virtual_time
 async def test_the_first_command_after_a_step_fails_and_deletes_nothing() -> None:
-    async with VirtualEngine() as house:
-        await done(house)
-        await waiting(house)
+    async with VirtualEngine() as engine:
+        await done(engine)
+        await waiting(engine)
         for command in (
             Claim(worker="w"),
             Expire(limit=10),
@@ -79,27 +79,27 @@ async def test_the_first_command_after_a_step_fails_and_deletes_nothing() -> Non
             Recover(limit=10),
             Preview(limit=10),
         ):
-            house.step_ms = STEP_MS
-            data = await house.yes(command)
+            engine.step_ms = STEP_MS
+            data = await engine.yes(command)
             assert not getattr(data, "grants", None)
             assert not getattr(data, "done", None)
             assert not getattr(data, "expired", None)
-            assert (status(house, "done"), status(house, "waits")) == ("completed", "queued")
-            house.step_ms = 0
-        assert [grant.job.id for grant in (await house.yes(Claim(worker="w"))).grants] == ["waits"]
+            assert (status(engine, "done"), status(engine, "waits")) == ("completed", "queued")
+            engine.step_ms = 0
+        assert [grant.job.id for grant in (await engine.yes(Claim(worker="w"))).grants] == ["waits"]
 
 
 @in_virtual_time
 async def test_a_start_of_an_overdue_job_is_refused_and_the_job_not_failed() -> None:
-    async with VirtualEngine() as house:
-        await waiting(house)
-        house.step_ms = STEP_MS
-        refusal = await house.no(Start(id="waits", worker="w"))
+    async with VirtualEngine() as engine:
+        await waiting(engine)
+        engine.step_ms = STEP_MS
+        refusal = await engine.no(Start(id="waits", worker="w"))
         assert refusal.code == "invalid_transition"
         assert "expires_at has passed. The wall clock is suspect" in refusal.message
         assert "jobctl clock accept" in refusal.message
-        house.step_ms = 0
-        assert (await house.yes(Start(id="waits", worker="w"))).job.status == "processing"
+        engine.step_ms = 0
+        assert (await engine.yes(Start(id="waits", worker="w"))).job.status == "processing"
 
 
 @pytest.mark.parametrize(
@@ -115,73 +115,73 @@ async def test_a_start_of_an_overdue_job_is_refused_and_the_job_not_failed() -> 
     ids=lambda command: type(command).__name__,
 )
 def test_no_command_fails_an_overdue_job_as_a_side_effect(command: Any) -> None:
-    desk = RuleHarness()
-    desk.create("waits", expires_at=desk.now + DAY_MS)
-    desk.now, desk.trusted = desk.now + STEP_MS, desk.now
-    desk.ask(command, admin=True)
-    assert desk.job("waits").status == "queued"
-    desk.trusted = None
-    desk.ask(command, admin=True)
-    assert desk.job("waits").status == ("queued" if isinstance(command, (Validate, Get, ForceReset)) else "failed")
+    rules = RuleHarness()
+    rules.create("waits", expires_at=rules.now + DAY_MS)
+    rules.now, rules.trusted = rules.now + STEP_MS, rules.now
+    rules.ask(command, admin=True)
+    assert rules.job("waits").status == "queued"
+    rules.trusted = None
+    rules.ask(command, admin=True)
+    assert rules.job("waits").status == ("queued" if isinstance(command, (Validate, Get, ForceReset)) else "failed")
 
 
 def test_an_operator_can_still_end_and_delete_jobs() -> None:
-    desk = RuleHarness()
-    desk.create("waits", expires_at=desk.now + DAY_MS)
-    desk.now, desk.trusted = desk.now + STEP_MS, desk.now
-    desk.accept(Cancel(id="waits"))
-    desk.accept(Delete(id="waits"), admin=True)
-    assert "waits" not in desk.rows
+    rules = RuleHarness()
+    rules.create("waits", expires_at=rules.now + DAY_MS)
+    rules.now, rules.trusted = rules.now + STEP_MS, rules.now
+    rules.accept(Cancel(id="waits"))
+    rules.accept(Delete(id="waits"), admin=True)
+    assert "waits" not in rules.rows
 
 
 def test_a_pause_ends_by_the_expected_time_and_may_end_at_any_time_after_it() -> None:
-    desk = RuleHarness()
-    expected = desk.now
-    desk.now, desk.trusted = desk.now + STEP_MS, expected
-    desk.reject(Pause(name="q", until=expected), "invalid_request")
-    desk.accept(Pause(name="q", until=expected + HOUR_MS))
-    assert desk.accept(EndPauses()).done == 0
-    desk.trusted = expected + HOUR_MS
-    assert desk.accept(EndPauses()).done == 1
+    rules = RuleHarness()
+    expected = rules.now
+    rules.now, rules.trusted = rules.now + STEP_MS, expected
+    rules.reject(Pause(name="q", until=expected), "invalid_request")
+    rules.accept(Pause(name="q", until=expected + HOUR_MS))
+    assert rules.accept(EndPauses()).done == 0
+    rules.trusted = expected + HOUR_MS
+    assert rules.accept(EndPauses()).done == 1
 
 
 def test_why_and_validation_name_the_suspect_clock_and_the_action() -> None:
-    desk = RuleHarness()
-    desk.completed("done")
-    desk.create("waits", expires_at=desk.now + DAY_MS)
-    desk.now, desk.trusted = desk.now + STEP_MS, desk.now
-    view = desk.accept(Why(id="waits"))
+    rules = RuleHarness()
+    rules.completed("done")
+    rules.create("waits", expires_at=rules.now + DAY_MS)
+    rules.now, rules.trusted = rules.now + STEP_MS, rules.now
+    view = rules.accept(Why(id="waits"))
     assert (view.next, view.blocked_by) == (None, "clock")
     assert "The wall clock is suspect, so recovery does not fail it." in view.because
     assert "jobctl clock accept" in view.do[0]
-    assert desk.accept(Why(id="done")).next.what == "A cleanup run deletes it once the clock is no longer suspect."
+    assert rules.accept(Why(id="done")).next.what == "A cleanup run deletes it once the clock is no longer suspect."
     for job_id in ("done", "waits"):
-        [issue] = [issue for issue in desk.accept(Validate(id=job_id)).issues if issue.field == "expires_at"]
+        [issue] = [issue for issue in rules.accept(Validate(id=job_id)).issues if issue.field == "expires_at"]
         assert "while the clock is suspect" in issue.fix
 
 
 @in_virtual_time
 async def test_a_plan_made_before_the_step_does_nothing_by_age_after_it() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await done(house, expires_at=house.now + SECOND_MS)
-        await house.yes(Create(id="waits", expires_at=house.now + SECOND_MS))
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await done(engine, expires_at=engine.now + SECOND_MS)
+        await engine.yes(Create(id="waits", expires_at=engine.now + SECOND_MS))
         await seconds(2)
         assert [job.id for job in (await made(planner, action="cleanup")).jobs] == ["waits", "done"]
-        house.step_ms = STEP_MS
+        engine.step_ms = STEP_MS
         result = await applied(planner)
         assert (result.applied, [job.id for job in result.refused]) == (0, ["waits", "done"])
         assert all("The wall clock is suspect" in job.why for job in result.refused)
-        assert (status(house, "done"), status(house, "waits")) == ("completed", "queued")
+        assert (status(engine, "done"), status(engine, "waits")) == ("completed", "queued")
 
 
 @in_virtual_time
 async def test_a_plan_made_after_the_step_names_no_job_by_age() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await done(house)
-        await waiting(house)
-        house.step_ms = STEP_MS
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await done(engine)
+        await waiting(engine)
+        engine.step_ms = STEP_MS
         assert (await made(planner, action="cleanup")).jobs == []
 
 
@@ -191,71 +191,71 @@ async def test_a_plan_made_after_the_step_names_no_job_by_age() -> None:
 @in_virtual_time
 async def test_forty_days_ahead_for_six_seconds_and_a_forced_cleanup_run_lose_nothing() -> None:
     disk = MemoryStorage()
-    async with VirtualEngine(disk, schedule=PASSES) as house:
-        house.keep()
+    async with VirtualEngine(disk, schedule=PASSES) as engine:
+        engine.keep()
         for job_id in ("a", "b", "c", "gone"):
-            await done(house, job_id)
-        await waiting(house)
-        await house.yes(Delete(id="gone"))
+            await done(engine, job_id)
+        await waiting(engine)
+        await engine.yes(Delete(id="gone"))
         disk.audited = {1: AuditEntry(1, "admin", "", "pause")}
-        house.step_ms = STEP_MS
-        report = await house.cleaner.run_cleanup(forced=True)
+        engine.step_ms = STEP_MS
+        report = await engine.cleaner.run_cleanup(forced=True)
         assert (report.expired_jobs_deleted, report.errors) == (0, [])
         await seconds(6)
         assert [event.type for event in disk.events if event.job_id == "gone"][-1] == "deleted"
         assert list(disk.audited) == [1]
-        house.step_ms = 0
-        report = await house.cleaner.run_cleanup(forced=True)
+        engine.step_ms = 0
+        report = await engine.cleaner.run_cleanup(forced=True)
         assert (report.expired_jobs_deleted, report.errors) == (0, [])
-        assert [status(house, job_id) for job_id in ("a", "b", "c")] == ["completed"] * 3
-        assert status(house, "waits") == "queued"
+        assert [status(engine, job_id) for job_id in ("a", "b", "c")] == ["completed"] * 3
+        assert status(engine, "waits") == "queued"
 
 
 @in_virtual_time
 async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_cleanup_run() -> None:
     disk = MemoryStorage()
-    async with VirtualEngine(disk) as house:
-        await done(house)
+    async with VirtualEngine(disk) as engine:
+        await done(engine)
         look = disk.expired_jobs
 
         async def expired(now: int, limit: int, skip: int = 0) -> list[str]:
-            house.step_ms = STEP_MS
-            return await look(house.now, limit, skip)
+            engine.step_ms = STEP_MS
+            return await look(engine.now, limit, skip)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(disk, "expired_jobs", expired)
-            house.keep()
-            report = await house.cleaner.run_cleanup(forced=True)
+            engine.keep()
+            report = await engine.cleaner.run_cleanup(forced=True)
         assert (report.expired_jobs_deleted, report.errors) == (0, [])
-        assert status(house, "done") == "completed"
+        assert status(engine, "done") == "completed"
 
 
 @in_virtual_time
 async def test_recovery_fails_no_overdue_job() -> None:
-    async with VirtualEngine(schedule=CleanupSchedule(recover_every_ms=SECOND_MS)) as house:
-        await waiting(house)
-        await house.yes(Create(id="due", expires_at=house.now + SECOND_MS))
-        house.step_ms = STEP_MS
-        house.keep()
+    async with VirtualEngine(schedule=CleanupSchedule(recover_every_ms=SECOND_MS)) as engine:
+        await waiting(engine)
+        await engine.yes(Create(id="due", expires_at=engine.now + SECOND_MS))
+        engine.step_ms = STEP_MS
+        engine.keep()
         await seconds(30)
-        assert (status(house, "waits"), status(house, "due")) == ("queued", "queued")
-        house.step_ms = 0
-        await until(lambda: status(house, "due") == "failed")
-        assert status(house, "waits") == "queued"
+        assert (status(engine, "waits"), status(engine, "due")) == ("queued", "queued")
+        engine.step_ms = 0
+        await until(lambda: status(engine, "due") == "failed")
+        assert status(engine, "waits") == "queued"
 
 
 @in_virtual_time
 async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again() -> None:
-    async with VirtualEngine(schedule=PASSES) as house:
-        house.keep()
-        await done(house)
-        await waiting(house)
-        house.step_ms = STEP_MS
-        await house.cleaner.run_cleanup(forced=True)
-        house.clock.accept()
-        report = await house.cleaner.run_cleanup(forced=True)
+    async with VirtualEngine(schedule=PASSES) as engine:
+        engine.keep()
+        await done(engine)
+        await waiting(engine)
+        engine.step_ms = STEP_MS
+        await engine.cleaner.run_cleanup(forced=True)
+        engine.clock.accept()
+        report = await engine.cleaner.run_cleanup(forced=True)
         assert report.expired_jobs_deleted == 1
-        assert (status(house, "done"), status(house, "waits")) == (None, "failed")
+        assert (status(engine, "done"), status(engine, "waits")) == (None, "failed")
 
 
 # -- what is done meanwhile --------------------------------------------------------------------------------------------
@@ -265,45 +265,45 @@ async def test_after_acceptance_jobs_are_deleted_and_failed_by_age_again() -> No
 @in_virtual_time
 async def test_a_job_that_ends_meanwhile_is_kept_for_its_whole_retention_either_way() -> None:
     for is_right in (True, False):
-        async with VirtualEngine(schedule=PASSES) as house:
-            house.keep()
-            house.step_ms = STEP_MS
-            await done(house)
+        async with VirtualEngine(schedule=PASSES) as engine:
+            engine.keep()
+            engine.step_ms = STEP_MS
+            await done(engine)
             if is_right:
-                house.clock.accept()
+                engine.clock.accept()
             else:
-                house.step_ms = 0
+                engine.step_ms = 0
             await seconds(7 * DAY_MS / SECOND_MS - 600)
-            assert status(house, "done") == "completed"
+            assert status(engine, "done") == "completed"
 
 
 @in_virtual_time
 async def test_times_given_by_a_caller_are_not_rejected() -> None:
-    async with VirtualEngine() as house:
-        right = house.now
-        house.step_ms = STEP_MS
-        await done(house, expires_at=right + DAY_MS)
-        await house.yes(Create(id="new", expires_at=right + DAY_MS))
-        refusal = await house.no(Create(id="past", expires_at=right - DAY_MS))
+    async with VirtualEngine() as engine:
+        right = engine.now
+        engine.step_ms = STEP_MS
+        await done(engine, expires_at=right + DAY_MS)
+        await engine.yes(Create(id="new", expires_at=right + DAY_MS))
+        refusal = await engine.no(Create(id="past", expires_at=right - DAY_MS))
         assert refusal.code == "invalid_request"
-        house.step_ms = 0
-        assert not (await house.yes(Expire(limit=10))).done
-        assert (status(house, "done"), status(house, "new")) == ("completed", "queued")
+        engine.step_ms = 0
+        assert not (await engine.yes(Expire(limit=10))).done
+        assert (status(engine, "done"), status(engine, "new")) == ("completed", "queued")
 
 
 @in_virtual_time
 async def test_idempotency_keys_age_by_the_expected_time() -> None:
     disk = MemoryStorage()
-    async with VirtualEngine(disk) as house:
+    async with VirtualEngine(disk) as engine:
         use = IdempotencyKey("k", "body")
-        await house.actor.ask(Create(id="a"), key=use)
-        house.step_ms = STEP_MS
-        answer = await house.actor.ask(Create(id="a"), key=use)
+        await engine.actor.ask(Create(id="a"), key=use)
+        engine.step_ms = STEP_MS
+        answer = await engine.actor.ask(Create(id="a"), key=use)
         assert isinstance(answer, Response)
         assert answer.replayed
-        await house.actor.ask(Create(id="b"), key=IdempotencyKey("l", "body"))
+        await engine.actor.ask(Create(id="b"), key=IdempotencyKey("l", "body"))
         rows: dict[str, StoredResponse] = disk.keys
-        assert rows["l"].at < house.now - DAY_MS
+        assert rows["l"].at < engine.now - DAY_MS
 
 
 # -- durable -----------------------------------------------------------------------------------------------------------
@@ -312,92 +312,92 @@ async def test_idempotency_keys_age_by_the_expected_time() -> None:
 @in_virtual_time
 async def test_the_suspicion_is_on_disk_with_the_first_batch_and_stays_with_the_next_write_and_start() -> None:
     disk = MemoryStorage()
-    async with VirtualEngine(disk) as house:
-        await done(house, expires_at=house.now + DAY_MS)
+    async with VirtualEngine(disk) as engine:
+        await done(engine, expires_at=engine.now + DAY_MS)
         writes = len(disk.batches)
-        right = house.now
-        house.step_ms = 2 * DAY_MS  # less than half of the shortest retention: the next start would not notice
-        await house.yes(Get(id="done"))
+        right = engine.now
+        engine.step_ms = 2 * DAY_MS  # less than half of the shortest retention: the next start would not notice
+        await engine.yes(Get(id="done"))
         assert (len(disk.batches) - writes, disk.numbers.clock_suspect, disk.numbers.wall_ms) == (1, True, right)
-        await house.yes(Get(id="done"))
+        await engine.yes(Get(id="done"))
         assert len(disk.batches) - writes == 1
         await seconds(3)
-        await house.yes(Create(id="a"))
+        await engine.yes(Create(id="a"))
         assert (disk.numbers.clock_suspect, disk.numbers.wall_ms) == (True, right + 3 * SECOND_MS)
     for _ in range(2):
-        async with VirtualEngine(disk, step_ms=2 * DAY_MS) as house:
-            house.keep()
-            assert house.clock.suspect
-            assert (await house.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 0
-            await house.yes(Tick())
+        async with VirtualEngine(disk, step_ms=2 * DAY_MS) as engine:
+            engine.keep()
+            assert engine.clock.suspect
+            assert (await engine.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 0
+            await engine.yes(Tick())
             assert disk.numbers.clock_suspect
-            assert status(house, "done") == "completed"
-    async with VirtualEngine(disk, step_ms=2 * DAY_MS) as house:
-        house.keep()
-        house.clock.accept()
-        await house.yes(Get(id="done"))
+            assert status(engine, "done") == "completed"
+    async with VirtualEngine(disk, step_ms=2 * DAY_MS) as engine:
+        engine.keep()
+        engine.clock.accept()
+        await engine.yes(Get(id="done"))
         assert not disk.numbers.clock_suspect
-        assert disk.numbers.wall_ms == house.now
-    async with VirtualEngine(disk, step_ms=2 * DAY_MS) as house:
-        house.keep()
-        assert not house.clock.suspect
-        assert (await house.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 1
+        assert disk.numbers.wall_ms == engine.now
+    async with VirtualEngine(disk, step_ms=2 * DAY_MS) as engine:
+        engine.keep()
+        assert not engine.clock.suspect
+        assert (await engine.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 1
 
 
 @in_virtual_time
 async def test_a_restart_29_days_ahead_deletes_nothing() -> None:
     disk = MemoryStorage()
-    async with VirtualEngine(disk) as house:
-        await done(house)
-    async with VirtualEngine(disk, step_ms=29 * DAY_MS) as house:
-        house.keep()
-        assert (await house.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 0
-        assert status(house, "done") == "completed"
+    async with VirtualEngine(disk) as engine:
+        await done(engine)
+    async with VirtualEngine(disk, step_ms=29 * DAY_MS) as engine:
+        engine.keep()
+        assert (await engine.cleaner.run_cleanup(forced=True)).expired_jobs_deleted == 0
+        assert status(engine, "done") == "completed"
 
 
 @in_virtual_time
 async def test_a_short_retention_does_not_make_the_clock_suspect_after_idle_time() -> None:
     disk, policy = MemoryStorage(), Policy(keep_cancelled_ms=MINUTE_MS)
-    async with VirtualEngine(disk, policy=policy) as house:
-        house.keep()
+    async with VirtualEngine(disk, policy=policy) as engine:
+        engine.keep()
         await seconds(30 * 60)
-        left_ms = house.now
+        left_ms = engine.now
     assert disk.numbers.wall_ms >= left_ms - 10 * SECOND_MS
-    async with VirtualEngine(disk, policy=policy, step_ms=15 * SECOND_MS) as house:
-        assert not house.clock.suspect
+    async with VirtualEngine(disk, policy=policy, step_ms=15 * SECOND_MS) as engine:
+        assert not engine.clock.suspect
 
 
 @pytest.mark.slow
 @in_virtual_time
 async def test_an_idle_daemon_notices_a_step_and_its_end_by_itself() -> None:
     disk = MemoryStorage()
-    async with VirtualEngine(disk) as house:
-        house.keep()
+    async with VirtualEngine(disk) as engine:
+        engine.keep()
         await seconds(60)
-        house.step_ms = STEP_MS
+        engine.step_ms = STEP_MS
         await until(lambda: disk.numbers.clock_suspect)
-        house.step_ms = 0
+        engine.step_ms = 0
         await until(lambda: not disk.numbers.clock_suspect)
-        house.step_ms = STEP_MS
-        house.synchronised = True
+        engine.step_ms = STEP_MS
+        engine.synchronised = True
         await until(lambda: disk.numbers.clock_suspect)
         await seconds(9 * 60)
         assert disk.numbers.clock_suspect
         await until(lambda: not disk.numbers.clock_suspect)
-        assert disk.numbers.wall_ms >= house.now - 10 * SECOND_MS
+        assert disk.numbers.wall_ms >= engine.now - 10 * SECOND_MS
 
 
 @in_virtual_time
 async def test_on_a_full_disk_the_suspicion_is_written_when_there_is_space() -> None:
     disk = MemoryStorage()
-    async with VirtualEngine(disk) as house:
-        house.keep()
-        await house.yes(Create(id="a"))
+    async with VirtualEngine(disk) as engine:
+        engine.keep()
+        await engine.yes(Create(id="a"))
         disk.fill()
-        await house.no(Create(id="b"))
+        await engine.no(Create(id="b"))
         writes = disk.calls["write"]
-        house.step_ms = STEP_MS
-        await house.yes(Get(id="a"))
+        engine.step_ms = STEP_MS
+        await engine.yes(Get(id="a"))
         assert (disk.calls["write"], disk.numbers.clock_suspect) == (writes, False)
         disk.free()
         await until(lambda: disk.numbers.clock_suspect)
@@ -406,32 +406,32 @@ async def test_on_a_full_disk_the_suspicion_is_written_when_there_is_space() -> 
 @in_virtual_time
 async def test_a_read_is_answered_even_if_the_suspicion_cannot_be_written() -> None:
     disk = MemoryStorage()
-    async with VirtualEngine(disk) as house:
-        await house.yes(Create(id="a"))
+    async with VirtualEngine(disk) as engine:
+        await engine.yes(Create(id="a"))
         disk.fill()
-        house.step_ms = STEP_MS
-        await house.yes(Get(id="a"))
-        assert house.actor.full_disk.closed
+        engine.step_ms = STEP_MS
+        await engine.yes(Get(id="a"))
+        assert engine.actor.full_disk.closed
         disk.free()
 
 
-def rooms_of(house: VirtualEngine) -> Services:
+def services_of(engine: VirtualEngine) -> Services:
     """The services that an accepted clock needs."""
     parts: Any = dict.fromkeys(Services.__struct_fields__)
-    return Services(**{**parts, "actor": house.actor, "clock": house.clock, "is_alive": lambda: True})
+    return Services(**{**parts, "actor": engine.actor, "clock": engine.clock, "is_alive": lambda: True})
 
 
 @in_virtual_time
 async def test_an_accepted_clock_is_on_disk_before_the_response() -> None:
     disk = MemoryStorage()
-    async with VirtualEngine(disk) as house:
-        rooms = rooms_of(house)
-        house.step_ms = STEP_MS
-        assert rooms.clock_view().suspect
-        assert "40 days ahead" in rooms.clock_view().message
-        await house.yes(Tick())
+    async with VirtualEngine(disk) as engine:
+        services = services_of(engine)
+        engine.step_ms = STEP_MS
+        assert services.clock_view().suspect
+        assert "40 days ahead" in services.clock_view().message
+        await engine.yes(Tick())
         assert disk.numbers.clock_suspect
-        view = await rooms.accept_clock()
+        view = await services.accept_clock()
         assert not isinstance(view, ApiError)
         assert not view.suspect
         assert (disk.numbers.clock_suspect, disk.numbers.wall_ms) == (False, view.now)
@@ -440,18 +440,18 @@ async def test_an_accepted_clock_is_on_disk_before_the_response() -> None:
 @in_virtual_time
 async def test_a_clock_is_not_accepted_if_that_cannot_be_stored() -> None:
     disk = MemoryStorage()
-    async with VirtualEngine(disk) as house:
-        house.step_ms = STEP_MS
+    async with VirtualEngine(disk) as engine:
+        engine.step_ms = STEP_MS
         disk.fill()
-        await house.no(Create(id="a"))
-        await house.no(Tick())
-        refused = await rooms_of(house).accept_clock()
+        await engine.no(Create(id="a"))
+        await engine.no(Tick())
+        refused = await services_of(engine).accept_clock()
         assert isinstance(refused, ApiError)
         assert refused.code == "storage_full"
-        assert house.clock.suspect
+        assert engine.clock.suspect
         disk.free()
-        await until(lambda: not house.actor.full_disk.closed)
-    refused = await rooms_of(house).accept_clock()
+        await until(lambda: not engine.actor.full_disk.closed)
+    refused = await services_of(engine).accept_clock()
     assert isinstance(refused, ApiError)
     assert refused.code == "shutting_down"
 

@@ -238,13 +238,13 @@ def test_the_claim_that_waits_longest_is_found() -> None:
         loop = asyncio.get_running_loop()
 
         def claim(deadline: float, **fields: Any) -> Envelope:
-            asked = Envelope(Call(Claim(worker="w", **fields)), None, 0, loop.create_future())
-            asked.deadline = deadline
-            return asked
+            envelope = Envelope(Call(Claim(worker="w", **fields)), None, 0, loop.create_future())
+            envelope.deadline = deadline
+            return envelope
 
         first, second, third = claim(5, kinds=["k"]), claim(3), claim(4, kinds=["k", "l"])
-        for asked in (first, second, third):
-            lot.add(asked)
+        for envelope in (first, second, third):
+            lot.add(envelope)
         assert (lot.first("default", "k"), lot.first("default", "l")) == (first, second)
         assert lot.first("other", "k") is None
         assert lot.next_deadline() == 3

@@ -49,19 +49,19 @@ def bearer(token: str = TOKEN) -> dict[str, str]:
 
 async def test_a_request_becomes_a_command_and_its_response_is_sent(harness: HttpHarness) -> None:
     harness.actor.respond = lambda _: Response(LockState(5, 6, None))
-    heard = await harness.request("POST", "/v1/jobs/job-1/progress", PROGRESS)
-    assert (heard.status, heard.data) == (
+    response = await harness.request("POST", "/v1/jobs/job-1/progress", PROGRESS)
+    assert (response.status, response.data) == (
         200,
         {"lock_expires_at": 5, "ttl_ms": 6, "ceiling_at": None, "cancel_requested": False},
     )
-    [asked] = harness.actor.received
-    assert asked.command == Progress(id="job-1", lock_id="canary-lock", progress=50)
-    assert (asked.by, asked.admin, asked.key, asked.size) == ("client", False, None, len(PROGRESS))
-    assert heard.headers["content-type"] == "application/json"
-    assert heard.headers["cache-control"] == "no-store"
-    assert heard.headers["x-content-type-options"] == "nosniff"
-    assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", heard.headers["date"])
-    assert "connection" not in heard.headers
+    [envelope] = harness.actor.received
+    assert envelope.command == Progress(id="job-1", lock_id="canary-lock", progress=50)
+    assert (envelope.by, envelope.admin, envelope.key, envelope.size) == ("client", False, None, len(PROGRESS))
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["cache-control"] == "no-store"
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert re.fullmatch(r"\w{3}, \d\d \w{3} \d{4} \d\d:\d\d:\d\d GMT", response.headers["date"])
+    assert "connection" not in response.headers
 
 
 async def test_a_query_becomes_a_command(harness: HttpHarness) -> None:
@@ -80,8 +80,8 @@ async def test_an_id_in_the_path_is_decoded(harness: HttpHarness, target: str, j
 
 @pytest.mark.parametrize("target", ["/v1/jobs/a%20b", "/v1/jobs/a%2Fb", "/v1/jobs/%0A", "/v1/jobs/%ff", "/v1/jobs/a%"])
 async def test_a_malformed_id_is_a_400(harness: HttpHarness, target: str) -> None:
-    heard = await harness.request("GET", target)
-    assert (heard.status, heard.error, heard.json["details"]) == (400, "invalid_request", {"field": "$.id"})
+    response = await harness.request("GET", target)
+    assert (response.status, response.error, response.json["details"]) == (400, "invalid_request", {"field": "$.id"})
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ async def test_a_malformed_id_is_a_400(harness: HttpHarness, target: str) -> Non
      "/v1/jobs/a/start/", "/v1/jobs;x", "/v1/jobs#x", "/v1/../v1/jobs", "/%76%31/jobs", "ftp://localhost/v1/jobs"],
 )  # fmt: skip
 async def test_an_unknown_path_is_a_404(harness: HttpHarness, target: str) -> None:
-    heard = await harness.request("GET", target)
-    assert (heard.status, heard.error) == (404, "not_found")
+    response = await harness.request("GET", target)
+    assert (response.status, response.error) == (404, "not_found")
     assert harness.actor.received == []
 
 
@@ -112,9 +112,9 @@ async def test_an_unknown_method_is_a_405_that_lists_the_allowed_ones(
     harness: HttpHarness, method: str, target: str, allow: str
 ) -> None:
     line = await harness.connect()
-    heard = await line.request(method, target)
-    assert (heard.status, heard.headers["allow"]) == (405, allow)
-    assert not any(name.startswith("access-control") for name in heard.headers)
+    response = await line.request(method, target)
+    assert (response.status, response.headers["allow"]) == (405, allow)
+    assert not any(name.startswith("access-control") for name in response.headers)
     assert (await line.request("GET", "/v1/jobs")).status == 200  # the connection stays open, also after HEAD
 
 
@@ -131,9 +131,9 @@ def test_two_routes_for_one_call_fail_an_assertion() -> None:
 @pytest.mark.parametrize("target", ["/v1/jobs", "/nowhere", "/v1/jobs/a%20b/start"])
 async def test_the_token_is_checked_first(guarded: HttpHarness, target: str, headers: dict[str, str]) -> None:
     spoiled = {"Host": "evil.example", "Origin": "http://evil.example", "Content-Encoding": "gzip"}
-    heard = await guarded.request("PUT", target, "x" * 5000, {**spoiled, "Idempotency-Key": "x" * 300, **headers})
-    assert (heard.status, heard.error) == (401, "unauthorized")
-    assert heard.headers["www-authenticate"] == "Bearer"
+    response = await guarded.request("PUT", target, "x" * 5000, {**spoiled, "Idempotency-Key": "x" * 300, **headers})
+    assert (response.status, response.error) == (401, "unauthorized")
+    assert response.headers["www-authenticate"] == "Bearer"
 
 
 async def test_a_valid_token_is_accepted(guarded: HttpHarness) -> None:
@@ -145,8 +145,8 @@ async def test_a_valid_token_is_accepted(guarded: HttpHarness) -> None:
 
 async def test_two_authorization_headers_are_rejected(guarded: HttpHarness) -> None:
     twice = f"GET /v1/jobs HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\nAuthorization: x\r\n\r\n"
-    heard = await guarded.send_raw(twice.encode())
-    assert (heard.status, heard.error) == (401, "unauthorized")
+    response = await guarded.send_raw(twice.encode())
+    assert (response.status, response.error) == (401, "unauthorized")
 
 
 @pytest.mark.parametrize(
@@ -169,8 +169,8 @@ async def test_host_and_origin_are_checked_before_the_path(
 
 
 async def test_a_unix_socket_accepts_any_host(harness: HttpHarness) -> None:
-    heard = await harness.request("GET", "/v1/jobs", headers={"Host": "whatever", "Origin": "http://x"})
-    assert heard.status == 200
+    response = await harness.request("GET", "/v1/jobs", headers={"Host": "whatever", "Origin": "http://x"})
+    assert response.status == 200
 
 
 async def test_the_path_is_checked_before_the_body(harness: HttpHarness) -> None:
@@ -183,14 +183,14 @@ async def test_the_content_type_is_checked_before_the_size(harness: HttpHarness)
 
 async def test_probes_need_no_token(guarded: HttpHarness) -> None:
     for target in ("/healthz", "/readyz"):
-        heard = await guarded.request("GET", target)
-        assert (heard.status, heard.data) == (200, {"status": "ok"})
-        heard = await guarded.request("HEAD", target)
-        assert (heard.status, heard.body, int(heard.headers["content-length"]) > 0) == (200, b"", True)
+        response = await guarded.request("GET", target)
+        assert (response.status, response.data) == (200, {"status": "ok"})
+        response = await guarded.request("HEAD", target)
+        assert (response.status, response.body, int(response.headers["content-length"]) > 0) == (200, b"", True)
     guarded.fakes.alive = False
     for target in ("/healthz", "/readyz"):
-        heard = await guarded.request("GET", target)
-        assert (heard.status, heard.json) == (503, {"success": True, "data": {"status": "unavailable"}})
+        response = await guarded.request("GET", target)
+        assert (response.status, response.json) == (503, {"success": True, "data": {"status": "unavailable"}})
 
 
 # -- bodies ------------------------------------------------------------------------------------------------------------
@@ -219,8 +219,8 @@ async def test_a_request_whose_fields_all_have_defaults_needs_no_body(harness: H
 
 
 async def test_a_missing_body_names_the_missing_field(harness: HttpHarness) -> None:
-    heard = await harness.request("POST", "/v1/jobs/a/progress")
-    assert (heard.status, heard.json["details"]) == (400, {"field": "$.lock_id"})
+    response = await harness.request("POST", "/v1/jobs/a/progress")
+    assert (response.status, response.json["details"]) == (400, {"field": "$.lock_id"})
 
 
 async def test_a_get_has_no_body_and_a_post_no_query(harness: HttpHarness) -> None:
@@ -235,8 +235,8 @@ def chunked(pieces: list[bytes], target: str = "/v1/jobs") -> bytes:
 
 
 async def test_a_chunked_body_is_joined(harness: HttpHarness) -> None:
-    heard = await harness.send_raw(chunked([b'{"qu', b'eue":"m', b'ail"}']))
-    assert heard.status == 200
+    response = await harness.send_raw(chunked([b'{"qu', b'eue":"m', b'ail"}']))
+    assert response.status == 200
     assert harness.actor.received[0].command == Create(queue="mail")
 
 
@@ -244,13 +244,13 @@ async def test_a_body_at_its_limit_is_accepted_and_one_byte_more_is_not(harness:
     body = '{"queue":"mail"}'.ljust(1000)
     assert (await harness.request("POST", "/v1/jobs", body)).status == 200
     assert (await harness.send_raw(chunked([body[:500].encode(), body[500:].encode()]))).status == 200
-    for heard in (
+    for response in (
         await harness.request("POST", "/v1/jobs", body + " "),
         await harness.send_raw(chunked([body.encode(), b" "])),
         await harness.send_raw(chunked([b" " * 100] * 300)),
     ):
-        assert (heard.status, heard.error, heard.json["details"]) == (413, "too_large", {"limit": 1000})
-        assert heard.headers["connection"] == "close"
+        assert (response.status, response.error, response.json["details"]) == (413, "too_large", {"limit": 1000})
+        assert response.headers["connection"] == "close"
 
 
 async def test_a_huge_content_length_is_rejected_before_the_body_arrives(harness: HttpHarness) -> None:
@@ -260,18 +260,18 @@ async def test_a_huge_content_length_is_rejected_before_the_body_arrives(harness
 
 
 async def test_payloads_and_bulks_over_their_limits_are_413(harness: HttpHarness) -> None:
-    heard = await harness.request("POST", "/v1/jobs", json.dumps({"payload": "x" * 300}))
-    assert (heard.status, heard.json["details"]) == (413, {"field": "$.payload", "limit": 300})
-    heard = await harness.request("POST", "/v1/jobs/bulk", json.dumps({"jobs": [{}] * 4}))
-    assert (heard.status, heard.json["details"]) == (413, {"field": "$.jobs", "limit": 3})
+    response = await harness.request("POST", "/v1/jobs", json.dumps({"payload": "x" * 300}))
+    assert (response.status, response.json["details"]) == (413, {"field": "$.payload", "limit": 300})
+    response = await harness.request("POST", "/v1/jobs/bulk", json.dumps({"jobs": [{}] * 4}))
+    assert (response.status, response.json["details"]) == (413, {"field": "$.jobs", "limit": 3})
 
 
 async def test_a_body_that_does_not_arrive_is_a_408_and_closes_the_connection(tmp_path: Path) -> None:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.05)) as harness:
         line = await harness.connect()
         line.send(request_bytes("POST", "/v1/jobs", b'{"queue"', {"Content-Length": "50"}))
-        heard = await line.receive()
-        assert (heard.status, heard.error, heard.headers["connection"]) == (408, "request_timeout", "close")
+        response = await line.receive()
+        assert (response.status, response.error, response.headers["connection"]) == (408, "request_timeout", "close")
         assert await line.is_closed()
         assert harness.actor.received == []
 
@@ -301,8 +301,8 @@ async def test_a_client_that_expects_100_continue_gets_its_error_before_the_body
 
 
 async def test_deeply_nested_json_is_a_400(harness: HttpHarness) -> None:
-    heard = await harness.request("POST", "/v1/jobs", '{"payload":' + "[" * 900)
-    assert (heard.status, heard.error) == (400, "invalid_request")
+    response = await harness.request("POST", "/v1/jobs", '{"payload":' + "[" * 900)
+    assert (response.status, response.error) == (400, "invalid_request")
 
 
 @pytest.mark.parametrize("target", ["http://x/v1/jobs?queue=a%3Ab", "HTTPS://[::1]:8/v1/jobs?queue=a%3Ab"])
@@ -312,8 +312,8 @@ async def test_a_target_may_be_a_whole_uri(harness: HttpHarness, target: str) ->
         assert (await harness.request("POST", target.partition("?")[0], "{}", {"Idempotency-Key": "k"})).status == 200
     await harness.request("GET", "/v1/jobs?queue=a%3Ab")
     await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})
-    asked = [(asked.command, asked.key) for asked in harness.actor.received]
-    assert asked[:2] == asked[2:4] == asked[4:]
+    envelope = [(envelope.command, envelope.key) for envelope in harness.actor.received]
+    assert envelope[:2] == envelope[2:4] == envelope[4:]
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ async def test_a_command_of_a_worker_carries_its_name(harness: HttpHarness) -> N
     await harness.request("POST", "/v1/jobs/a/start", '{"worker":"w-1"}')
     await harness.request("POST", "/v1/claim", '{"worker":"w-2"}')
     await harness.request("GET", "/v1/jobs?worker=w-3")
-    assert [asked.by for asked in harness.actor.received] == ["worker:w-1", "worker:w-2", "client"]
+    assert [envelope.by for envelope in harness.actor.received] == ["worker:w-1", "worker:w-2", "client"]
     assert isinstance(harness.actor.received[0].command, Start)
     assert isinstance(harness.actor.received[1].command, Claim)
 
@@ -366,7 +366,7 @@ async def test_the_key_is_scoped_and_the_body_hashed(harness: HttpHarness) -> No
         ("/v1/jobs/x%3Ay/cancel", "k", "{}"),
     ]:
         assert (await harness.request("POST", target, body, {"Idempotency-Key": key})).status == 200
-    uses = [asked.key for asked in harness.actor.received if asked.key is not None]
+    uses = [envelope.key for envelope in harness.actor.received if envelope.key is not None]
     assert len(uses) == 6
     assert uses[0] == uses[1]
     assert uses[0].digest == uses[2].digest
@@ -378,12 +378,12 @@ async def test_the_key_is_scoped_and_the_body_hashed(harness: HttpHarness) -> No
 async def test_the_key_is_ignored_by_calls_that_take_none(harness: HttpHarness) -> None:
     await harness.request("POST", "/v1/jobs/a/progress", PROGRESS, {"Idempotency-Key": "k"})
     await harness.request("GET", "/v1/jobs", headers={"Idempotency-Key": "k"})
-    assert [asked.key for asked in harness.actor.received] == [None, None]
+    assert [envelope.key for envelope in harness.actor.received] == [None, None]
 
 
 async def test_a_bad_key_is_a_400(harness: HttpHarness) -> None:
-    heard = await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "x" * 201})
-    assert (heard.status, heard.json["details"]) == (400, {"field": "Idempotency-Key"})
+    response = await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "x" * 201})
+    assert (response.status, response.json["details"]) == (400, {"field": "Idempotency-Key"})
 
 
 @pytest.mark.parametrize(
@@ -394,10 +394,10 @@ async def test_two_keys_are_rejected(harness: HttpHarness, second: str) -> None:
         assert (await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})).status == 200
     for keys in (f"k\r\n{second}", f"k\r\nX-A: b\r\n{second}"):
         for _ in range(2):
-            heard = await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": keys})
-            assert (heard.status, heard.error) == (400, "invalid_request")
-            assert heard.json["details"] == {"field": "Idempotency-Key"}
-            assert "more than once" in heard.json["message"]
+            response = await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": keys})
+            assert (response.status, response.error) == (400, "invalid_request")
+            assert response.json["details"] == {"field": "Idempotency-Key"}
+            assert "more than once" in response.json["message"]
     assert len(harness.actor.received) == 3
 
 
@@ -406,27 +406,27 @@ async def test_two_keys_are_rejected(harness: HttpHarness, second: str) -> None:
 
 async def test_a_replayed_response_says_so_and_keeps_its_status(harness: HttpHarness) -> None:
     harness.actor.respond = lambda _: Response(Raw(b'{"id":"a"}'), status=201, replayed=True)
-    heard = await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})
-    assert (heard.status, heard.headers["idempotent-replayed"], heard.data) == (201, "true", {"id": "a"})
+    response = await harness.request("POST", "/v1/jobs", "{}", {"Idempotency-Key": "k"})
+    assert (response.status, response.headers["idempotent-replayed"], response.data) == (201, "true", {"id": "a"})
 
 
 async def test_an_error_has_the_status_of_its_code(harness: HttpHarness) -> None:
     harness.actor.respond = lambda _: ApiError("already_locked", "Another worker has it.", {"locked_by": "w"})
-    heard = await harness.request("POST", "/v1/jobs/a/start", '{"worker":"v"}')
-    assert heard.status == 409
-    assert heard.json == {
+    response = await harness.request("POST", "/v1/jobs/a/start", '{"worker":"v"}')
+    assert response.status == 409
+    assert response.json == {
         "success": False,
         "error": "already_locked",
         "message": "Another worker has it.",
         "details": {"locked_by": "w"},
     }
-    assert "retry-after" not in heard.headers
+    assert "retry-after" not in response.headers
 
 
 async def test_an_overload_says_when_to_retry(harness: HttpHarness) -> None:
     harness.actor.respond = lambda _: ApiError("overloaded", "Too many commands are waiting.")
-    heard = await harness.request("POST", "/v1/jobs", "{}")
-    assert (heard.status, heard.headers["retry-after"]) == (503, "1")
+    response = await harness.request("POST", "/v1/jobs", "{}")
+    assert (response.status, response.headers["retry-after"]) == (503, "1")
 
 
 async def test_requests_on_one_connection_get_their_responses_in_order(harness: HttpHarness) -> None:
@@ -526,8 +526,8 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(harness:
     harness.actor.respond = fail
     line = await harness.connect()
     with capture_logs() as logs:
-        heard = await line.request("POST", "/v1/jobs/job-1/progress", PROGRESS)
-    assert (heard.status, heard.error) == (500, "internal_error")
+        response = await line.request("POST", "/v1/jobs/job-1/progress", PROGRESS)
+    assert (response.status, response.error) == (500, "internal_error")
     bug = logs[0]
     assert (bug["log_level"], bug["command"], bug["job_id"], bug["error"]) == (
         "error",
@@ -537,7 +537,7 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(harness:
     )
     assert "test_app.py" in bug["where"]
     assert "canary" not in str(logs)
-    assert "canary" not in heard.body.decode()
+    assert "canary" not in response.body.decode()
     harness.actor.respond = lambda _: Response(EmptyResponse())
     assert (await line.request("GET", "/v1/jobs")).status == 200
 

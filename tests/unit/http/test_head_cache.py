@@ -55,7 +55,7 @@ def learn(heads: Heads, parser: Parser, data: bytes) -> bool:
     return heads.learn(data, parsed, payload)
 
 
-def said(head: RequestHead) -> tuple[Any, ...]:
+def fields_of(head: RequestHead) -> tuple[Any, ...]:
     """Return a head in a form that ignores the order of different headers."""
     lines = sorted(head.headers.items(), key=lambda item: item[0].lower())
     return lines, head.version, head.keep_alive, head.has_body, head.is_json
@@ -72,7 +72,7 @@ def test_a_cached_head_gives_the_same_request_as_the_parser(parser: Parser, data
     whole = heads.read(data)
     assert whole is not None
     assert (whole.method, whole.target) == (parsed.method, parsed.path)
-    assert said(whole.head) == said(RequestHead.of(parsed, payload))
+    assert fields_of(whole.head) == fields_of(RequestHead.of(parsed, payload))
     assert whole.body == payload.read_nowait()
 
 
@@ -122,7 +122,7 @@ def test_tokens_and_keys_are_read_but_not_cached(parser: Parser, name: str) -> N
         whole = heads.read(data)
         [(parsed, payload)] = parser.parse(data)
         assert whole is not None
-        assert said(whole.head) == said(RequestHead.of(parsed, payload))
+        assert fields_of(whole.head) == fields_of(RequestHead.of(parsed, payload))
     for value in ("", " x", "x ", "x\ty", "x" * 400, "\xe4"):
         assert heads.read(request_bytes("GET", "/v1/jobs", headers={name: value, "X-A": "b"})) is None
     assert heads.read(request_bytes("GET", "/v1/jobs", headers={"X-A": "b"})) is None
@@ -256,7 +256,7 @@ def test_a_cached_head_agrees_with_the_parser(taught: list[bytes], line: str, bo
             assert isinstance(parsed, RawRequestMessage)
             assert payload.is_eof()
             assert (whole.method, whole.target) == (parsed.method, parsed.path)
-            assert said(whole.head) == said(RequestHead.of(parsed, payload))
+            assert fields_of(whole.head) == fields_of(RequestHead.of(parsed, payload))
             assert whole.body == payload.read_nowait()
             [(following, _)] = parser.parse(GET)  # and the parser keeps nothing of it for the next request
             assert following.path == "/v1/jobs?queue=a%20b&limit=5"

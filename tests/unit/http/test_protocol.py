@@ -400,8 +400,8 @@ async def test_a_bug_while_responding_never_reaches_the_actor(
     for line in lines:
         line.send(CLAIM)
     await arrived(harness, 2)
-    for asked in harness.actor.sent:
-        asked.reply(Response(EmptyResponse()))  # raises nothing
+    for envelope in harness.actor.sent:
+        envelope.reply(Response(EmptyResponse()))  # raises nothing
     lines[1].writer.transport.abort()
     await emptied(harness, 1)
     assert [type(context["exception"]) for context in failed] == [ValueError, ValueError]
@@ -416,14 +416,14 @@ async def test_a_prepared_response_is_sent_unchanged(harness: HttpHarness, monke
     line = await harness.connect()
     line.send(CLAIM)
     await arrived(harness, 1)
-    [asked] = harness.actor.sent
+    [envelope] = harness.actor.sent
     made = count_calls(monkeypatch, harness.app, "_ok_response")
     answer = Response(EmptyResponse())
-    asked.prepare(answer)
+    envelope.prepare(answer)
     hearing = asyncio.ensure_future(line.receive())
     await asyncio.sleep(0.01)
     assert (made, hearing.done()) == ([answer], False), "no response is sent yet"
-    asked.reply(answer)
+    envelope.reply(answer)
     assert ((await hearing).status, made) == (200, [answer])
 
 
@@ -436,17 +436,17 @@ async def test_a_prepared_response_that_no_longer_fits_is_encoded_again(
     line = await harness.connect()
     line.send(CLAIM)
     await arrived(harness, 1)
-    [asked] = harness.actor.sent
+    [envelope] = harness.actor.sent
     answer: Response | ApiError = Response(object() if why == "a bug" else EmptyResponse())
     assert isinstance(answer, Response)
-    asked.prepare(answer)
+    envelope.prepare(answer)
     if why == "another answer":
         answer = Response(EmptyResponse(), status=202)
     elif why == "a refusal":
         answer = ApiError("storage_full", "The disk is full.")
     elif why == "a stop":
         monkeypatch.setattr(harness.app, "closing", True)
-    asked.reply(answer)
+    envelope.reply(answer)
     response = await line.receive()
     wanted = {"another answer": 202, "a refusal": 507, "a stop": 200, "a bug": 500}
     assert (response.status, response.headers.get("connection")) == (wanted[why], "close" if why == "a stop" else None)
@@ -502,7 +502,7 @@ async def test_a_cached_head_is_not_parsed_again(harness: HttpHarness, monkeypat
             response = await each.request("POST", "/v1/jobs", f'{{"queue":"q-{number}"}}')
             assert response.status == 200
     assert len(parsed) == 1
-    assert [asked.command.queue for asked in harness.actor.received] == ["q-0", "q-0", "q-1", "q-1", "q-2", "q-2"]
+    assert [envelope.command.queue for envelope in harness.actor.received] == ["q-0", "q-0", "q-1", "q-1", "q-2", "q-2"]
     assert (await line.request("POST", "/v1/jobs/a/progress", '{"queue":"q-0"}')).status == 400  # it is checked
     assert (await line.request("GET", "/v1/jobs", '{"queue":"q-0"}')).status == 400
     assert (await line.request("POST", "/nowhere", '{"queue":"q-0"}')).status == 404
@@ -782,7 +782,7 @@ async def test_requests_before_a_malformed_one_are_answered_first(either: HttpHa
     assert (response.status, response.error, response.headers["connection"]) == (400, "invalid_request", "close")
     line.send(request_bytes("GET", "/v1/jobs"))
     assert await line.is_closed()
-    assert [getattr(asked.command, "id", None) for asked in either.actor.received] == ["a-0", "a-1", "a-2", None]
+    assert [getattr(envelope.command, "id", None) for envelope in either.actor.received] == ["a-0", "a-1", "a-2", None]
 
 
 async def test_a_malformed_request_after_a_waiting_one_is_answered_after_it(harness: HttpHarness) -> None:

@@ -211,7 +211,7 @@ async def test_many_chunks_within_the_limit_are_accepted(tmp_path: Path) -> None
         chunks = b"".join(b"1\r\n%b\r\n" % body[at : at + 1] for at in range(len(body)))
         line.send((CHUNKED + chunks + b"0\r\n\r\n") * 2 + request_bytes("POST", "/v1/jobs", '{"queue":"next"}'))
         assert [(await line.receive()).status for _ in range(3)] == [200] * 3
-        assert [asked.command.queue for asked in harness.actor.received] == ["mail", "mail", "next"]
+        assert [envelope.command.queue for envelope in harness.actor.received] == ["mail", "mail", "next"]
         line.send(CHUNKED + chunks)
         await asyncio.sleep(0)
         line.writer.transport.abort()

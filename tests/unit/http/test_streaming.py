@@ -47,7 +47,7 @@ def answering(harness: HttpHarness, lines: Callable[[Any], Any]) -> None:
 
 def lines_of(harness: HttpHarness) -> list[Any]:
     """Return the received commands without the audit entry."""
-    return [asked for asked in harness.actor.received if not isinstance(asked.command, RecordAction)]
+    return [envelope for envelope in harness.actor.received if not isinstance(envelope.command, RecordAction)]
 
 
 def head(harness: HttpHarness) -> bytes:
@@ -66,7 +66,7 @@ async def put(harness: HttpHarness, *lines: Any) -> ReceivedResponse:
 async def test_each_line_is_one_command_in_the_order_of_the_lines(harness: HttpHarness) -> None:
     response = await put(harness, *({"id": f"job-{n}"} for n in range(300)), {"id": "old-1"})
     assert response.data == {"imported": 300, "skipped": 1, "refusedCount": 0, "refused": []}
-    assert [asked.command.id for asked in lines_of(harness)] == [*(f"job-{n}" for n in range(300)), "old-1"]
+    assert [envelope.command.id for envelope in lines_of(harness)] == [*(f"job-{n}" for n in range(300)), "old-1"]
     assert harness.actor.received[0].command == Import(id="job-0")
     assert (harness.actor.received[0].by, harness.actor.received[0].admin) == ("admin", True)
     assert harness.actor.received[0].size == len('{"id": "job-0"}')
@@ -74,7 +74,7 @@ async def test_each_line_is_one_command_in_the_order_of_the_lines(harness: HttpH
     assert last.command == RecordAction(what="import", details={"imported": 300, "skipped": 1, "refused": 0})
     assert last.operator is not None
     assert last.operator.part_of
-    assert {asked.operator for asked in harness.actor.received} == {last.operator}  # all of it is one audit entry
+    assert {envelope.operator for envelope in harness.actor.received} == {last.operator}  # all of it is one audit entry
 
 
 async def test_an_import_that_is_cut_short_fails_after_its_lines(harness: HttpHarness) -> None:
@@ -84,7 +84,7 @@ async def test_an_import_that_is_cut_short_fails_after_its_lines(harness: HttpHa
     response = await line.receive()
     assert (response.status, response.error, response.json["details"]["line"]) == (400, "invalid_request", 3)
     assert "ended too early" in response.json["message"]
-    assert [asked.command.id for asked in lines_of(harness)] == ["a", "b"]
+    assert [envelope.command.id for envelope in lines_of(harness)] == ["a", "b"]
 
 
 async def test_an_empty_import_is_done_at_once(harness: HttpHarness) -> None:
@@ -198,7 +198,7 @@ async def test_a_line_that_does_not_arrive_is_a_408(harness: HttpHarness) -> Non
     response = await line.receive()
     assert (response.status, response.error, response.json["details"]) == (408, "request_timeout", {"line": 2})
     assert await line.is_closed()
-    assert [asked.command.id for asked in lines_of(harness)] == ["a"]
+    assert [envelope.command.id for envelope in lines_of(harness)] == ["a"]
 
 
 async def test_a_malformed_stream_is_a_400(harness: HttpHarness) -> None:

@@ -57,12 +57,12 @@ class Swept:
 
 @asynccontextmanager
 async def sweeping(disk: MemoryStorage | None = None, store: MemoryArtifacts | None = None) -> AsyncIterator[Swept]:
-    async with VirtualEngine(disk, policy=Policy(artifacts=True)) as house:
-        store = store or MemoryArtifacts(lambda: house.now)
-        sweeper = ArtifactSweeper(house.disk, store, house.clock, SweepStats(waiting=len(house.disk.tombstones)))
-        house.disk.on_tombstones = sweeper.expect
+    async with VirtualEngine(disk, policy=Policy(artifacts=True)) as engine:
+        store = store or MemoryArtifacts(lambda: engine.now)
+        sweeper = ArtifactSweeper(engine.disk, store, engine.clock, SweepStats(waiting=len(engine.disk.tombstones)))
+        engine.disk.on_tombstones = sweeper.expect
         running = asyncio.create_task(sweeper.run())
-        yield Swept(house, store, sweeper)
+        yield Swept(engine, store, sweeper)
         sweeper.stop()
         await running
 
@@ -373,13 +373,13 @@ async def test_failures_are_retried_with_backoff_and_delay_no_other_artifact() -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "expected"),
     [
         (ArtifactStoreError("the bucket is gone"), "the bucket is gone"),
         (ValueError("a bug"), "memory: ValueError: a bug"),
     ],
 )
-def test_a_store_that_fails_for_long_degrades_health(error: Exception, said: str) -> None:
+def test_a_store_that_fails_for_long_degrades_health(error: Exception, expected: str) -> None:
     @in_virtual_time
     async def run() -> None:
         async with sweeping() as at:
@@ -393,7 +393,7 @@ def test_a_store_that_fails_for_long_degrades_health(error: Exception, said: str
             await seconds(1 + POLL_S)
             complaint = at.sweeper.degraded_reason() or ""
             assert complaint.startswith("2 objects of deleted jobs could not be deleted, the first for 3")
-            assert complaint.endswith(said)
+            assert complaint.endswith(expected)
             at.store.broken = None
             await seconds(RETRY_AT_MOST_MS / 1000 + POLL_S)
             assert at.sweeper.degraded_reason() is None
@@ -530,11 +530,11 @@ async def test_the_number_of_remembered_failures_is_limited() -> None:
 
 @in_virtual_time
 async def test_without_an_artifact_store_deletions_leave_no_tombstone() -> None:
-    async with VirtualEngine() as house:
-        lock_id = await house.held("a")
-        await house.yes(Complete(id="a", lock_id=lock_id, storage_key="k"))
-        await house.yes(Delete(id="a"), by="admin", admin=True)
-        assert not house.disk.tombstones
+    async with VirtualEngine() as engine:
+        lock_id = await engine.held("a")
+        await engine.yes(Complete(id="a", lock_id=lock_id, storage_key="k"))
+        await engine.yes(Delete(id="a"), by="admin", admin=True)
+        assert not engine.disk.tombstones
 
 
 def test_a_young_artifact_waits_for_less_than_the_maximum() -> None:

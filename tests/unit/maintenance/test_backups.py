@@ -85,34 +85,34 @@ async def test_closing_a_large_copy_does_not_block_the_loop(store: Store) -> Non
 
 
 async def test_progress_is_reported_from_the_first_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = Backups(store, lambda: 1_000)
+    manager = Backups(store, lambda: 1_000)
     slow = Slow(monkeypatch)
-    asking = asyncio.create_task(kept.begin("mine"))
+    asking = asyncio.create_task(manager.begin("mine"))
     await asyncio.to_thread(slow.reached.acquire)
     seen: list[BackupView] = []
     for _ in range(4):
-        [view] = kept.views()
+        [view] = manager.views()
         seen.append(view)
         await slow.go()
     assert {view.state for view in seen} == {"copying"}
     assert [view.bytes_done for view in seen] == [100 * PAGE * n for n in range(1, 5)]
     assert {view.bytes_total for view in seen} == {seen[0].bytes_total}
     assert (seen[0].id, seen[0].started_at, seen[0].ended_at, seen[0].message) == ("mine", 1_000, None, None)
-    quiet_ms = kept.views()[0].quiet_ms
-    while kept.views()[0].quiet_ms <= quiet_ms:  # noqa: ASYNC110 - the disk stands still, and that is told
+    quiet_ms = manager.views()[0].quiet_ms
+    while manager.views()[0].quiet_ms <= quiet_ms:  # noqa: ASYNC110 - the disk stands still, and that is told
         await asyncio.sleep(0.001)
     slow.free = True
     copy = await asking
     assert isinstance(copy, Backup)
-    [view] = kept.views()
+    [view] = manager.views()
     assert (view.state, view.bytes_done, view.bytes_total) == ("sending", 0, copy.size)
     sent = 0
     while piece := await copy.read():
         sent += len(piece)
-        assert kept.views()[0].bytes_done == sent
+        assert manager.views()[0].bytes_done == sent
     copy.close()
     copy.close("a second time")
-    [view] = kept.views()
+    [view] = manager.views()
     assert sent == copy.size
     assert (view.state, view.bytes_done, view.bytes_total, view.ended_at) == ("sent", sent, sent, 1_000)
     assert (view.message, view.quiet_ms) == (None, 0)
@@ -120,20 +120,20 @@ async def test_progress_is_reported_from_the_first_step(store: Store, monkeypatc
 
 async def test_the_check_reports_progress_and_can_be_cancelled(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backup, "_CHECK_STEPS", 100)
-    told: list[str] = []
-    with await backup.make_copy(store, lambda step, done, total: told.append(step)):
+    lines: list[str] = []
+    with await backup.make_copy(store, lambda step, done, total: lines.append(step)):
         pass
-    assert told.count("checking") > 10
-    assert told.index("checking") > told.count("copying") - 1  # only then
+    assert lines.count("checking") > 10
+    assert lines.index("checking") > lines.count("copying") - 1  # only then
     begun = asyncio.Event()
     loop = asyncio.get_running_loop()
 
-    def tell(step: str, done: int, total: int) -> None:
+    def report(step: str, done: int, total: int) -> None:
         if step == "checking":
             loop.call_soon_threadsafe(begun.set)
             time.sleep(0.01)  # the check takes much longer than this test
 
-    asking = asyncio.create_task(backup.make_copy(store, tell))
+    asking = asyncio.create_task(backup.make_copy(store, report))
     await begun.wait()
     closing = asyncio.create_task(store.close())
     with pytest.raises(BackupStopped):
@@ -150,17 +150,17 @@ async def test_a_failing_check_reports_its_reason(tmp_path: Path) -> None:
 
 async def test_backups_run_one_after_the_other_and_are_limited(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backups, "MAX_ACTIVE", 2)
-    kept = Backups(store, lambda: 1)
+    manager = Backups(store, lambda: 1)
     slow = Slow(monkeypatch)
-    first = asyncio.create_task(kept.begin("first"))
+    first = asyncio.create_task(manager.begin("first"))
     await asyncio.to_thread(slow.reached.acquire)
-    second = asyncio.create_task(kept.begin("second"))
+    second = asyncio.create_task(manager.begin("second"))
     await asyncio.sleep(0)
-    assert [(view.id, view.state) for view in kept.views()] == [("second", "waiting"), ("first", "copying")]
+    assert [(view.id, view.state) for view in manager.views()] == [("second", "waiting"), ("first", "copying")]
     await slow.go()
-    one, other = kept.views()  # a waiting backup is not quiet while the other one progresses
+    one, other = manager.views()  # a waiting backup is not quiet while the other one progresses
     assert abs(one.quiet_ms - other.quiet_ms) < 50
-    refused = await kept.begin("third")
+    refused = await manager.begin("third")
     assert isinstance(refused, ApiError)
     assert refused.code == "overloaded"
     first.cancel()
@@ -169,12 +169,16 @@ async def test_backups_run_one_after_the_other_and_are_limited(store: Store, mon
         await asyncio.sleep(0.001)
     with pytest.raises(asyncio.CancelledError):
         await first
-    assert [(view.id, view.state, view.message) for view in kept.views()][1] == ("first", "failed", "it was cancelled")
+    assert [(view.id, view.state, view.message) for view in manager.views()][1] == (
+        "first",
+        "failed",
+        "it was cancelled",
+    )
     slow.free = True
     copy = await second
     assert isinstance(copy, Backup)
     copy.close("it was not read to its end")
-    assert kept.views()[0].message == "it was not read to its end"
+    assert manager.views()[0].message == "it was not read to its end"
 
 
 async def test_the_reason_of_a_failed_backup_is_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,11 +186,11 @@ async def test_the_reason_of_a_failed_backup_is_kept(store: Store, monkeypatch: 
         raise DiskFull("a backup needs 48 MiB free")
 
     monkeypatch.setattr(backup, "_check_space", full)
-    kept = Backups(store, lambda: 1)
+    manager = Backups(store, lambda: 1)
     for number in range(backups.MAX_FINISHED + 3):
         with pytest.raises(DiskFull):
-            await kept.begin(str(number))
-    views = kept.views()
+            await manager.begin(str(number))
+    views = manager.views()
     assert [view.id for view in views] == [str(number) for number in range(backups.MAX_FINISHED + 2, 2, -1)]
     assert {(view.state, view.message) for view in views} == {("failed", "a backup needs 48 MiB free")}
     assert downloads.CONNECTION_CHECK_S < 1

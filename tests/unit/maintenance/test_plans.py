@@ -60,21 +60,21 @@ from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time, r
     ],
 )
 def test_an_action_is_planned_if_its_rule_allows_it(action: PlanAction, allowed: set[str]) -> None:
-    desk = RuleHarness()
-    desk.create("queued")
-    desk.held("processing")
-    desk.completed("completed")
+    rules = RuleHarness()
+    rules.create("queued")
+    rules.held("processing")
+    rules.completed("completed")
     for job_id, end in (("failed", ForceFail(id="failed")), ("cancelled", Cancel(id="cancelled"))):
-        desk.create(job_id)
-        desk.accept(end)
-    jobs = {status: desk.job(status) for status in ("queued", "processing", "completed", "failed", "cancelled")}
+        rules.create(job_id)
+        rules.accept(end)
+    jobs = {status: rules.job(status) for status in ("queued", "processing", "completed", "failed", "cancelled")}
     assert {status for status, job in jobs.items() if plan_rules.why_not(action, job) is None} == allowed
     assert all(job.status == status for status, job in jobs.items())
     for status, job in jobs.items():
-        done = desk.accept(ApplyPlan(action=action, jobs=[ExpectedVersion(job.id, version(job))]), admin=True)
+        done = rules.accept(ApplyPlan(action=action, jobs=[ExpectedVersion(job.id, version(job))]), admin=True)
         assert done.applied == (status in allowed or (action, status) == ("retry", "processing"))
         if done.applied:
-            there = desk.book.get(job.id)
+            there = rules.book.get(job.id)
             assert plan_rules.TO[action] == (None if there is None else there.status)
 
 
@@ -116,33 +116,33 @@ def test_every_field_of_a_job_changes_its_version(field: str, value: Any) -> Non
 
 
 def test_heartbeats_do_not_change_the_version() -> None:
-    desk = RuleHarness()
-    desk.create("a", max_attempts=3)
-    seen = [version(desk.job())]
+    rules = RuleHarness()
+    rules.create("a", max_attempts=3)
+    seen = [version(rules.job())]
 
     def changed() -> bool:
-        seen.append(version(desk.job()))
+        seen.append(version(rules.job()))
         return seen[-1] not in seen[:-1]
 
-    lock_id = desk.start("a")
+    lock_id = rules.start("a")
     assert changed()
-    desk.advance(5)
-    desk.progress(lock_id, 50)
+    rules.advance(5)
+    rules.progress(lock_id, 50)
     assert not changed()
-    desk.accept(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
+    rules.accept(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
     assert changed()
-    lock_id = desk.start("a")
+    lock_id = rules.start("a")
     assert changed()
-    desk.accept(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
+    rules.accept(Fail(id="a", lock_id=lock_id, error_message="x", retry_after_ms=0))
     assert changed()
-    desk.accept(Update(id="a", priority=3), admin=True)
+    rules.accept(Update(id="a", priority=3), admin=True)
     assert changed()
-    desk.accept(ForceFail(id="a"), admin=True)
+    rules.accept(ForceFail(id="a"), admin=True)
     assert changed()
-    desk.accept(ForceReset(id="a"), admin=True)
+    rules.accept(ForceReset(id="a"), admin=True)
     assert changed()
-    desk.accept(ForceFail(id="a"), admin=True)
-    assert changed() or desk.now == desk.job().finished_at
+    rules.accept(ForceFail(id="a"), admin=True)
+    assert changed() or rules.now == rules.job().finished_at
 
 
 def test_a_job_read_from_its_row_has_the_same_version() -> None:
@@ -155,100 +155,100 @@ def test_a_job_read_from_its_row_has_the_same_version() -> None:
 
 
 def test_changed_jobs_are_skipped_and_rejected_ones_affect_no_other() -> None:
-    desk = RuleHarness()
+    rules = RuleHarness()
     for job_id in ("a", "b", "c"):
-        desk.create(job_id)
-    known = {job_id: ExpectedVersion(job_id, version(desk.job(job_id))) for job_id in ("a", "b", "c")}
-    desk.start("b")
+        rules.create(job_id)
+    known = {job_id: ExpectedVersion(job_id, version(rules.job(job_id))) for job_id in ("a", "b", "c")}
+    rules.start("b")
     gone, odd = ExpectedVersion("gone", "x"), ExpectedVersion("d", "y")
-    desk.completed("d")
-    odd = ExpectedVersion("d", version(desk.job("d")))
+    rules.completed("d")
+    odd = ExpectedVersion("d", version(rules.job("d")))
     command = ApplyPlan(action="cancel", jobs=[known["a"], known["b"], gone, odd, known["c"]], reason="enough")
-    done = desk.accept(command, admin=True, by="admin:eve")
+    done = rules.accept(command, admin=True, by="admin:eve")
     assert done.applied == 2
     assert [(each.id, each.now) for each in done.changed] == [("b", "processing"), ("gone", None)]
     assert [(each.id, each.now) for each in done.refused] == [("d", "completed")]
-    assert [(desk.job(job_id).status) for job_id in ("a", "b", "c")] == ["cancelled", "processing", "cancelled"]
-    assert [(event.by, event.reason) for event in desk.events[-2:]] == [("admin:eve", "enough")] * 2
+    assert [(rules.job(job_id).status) for job_id in ("a", "b", "c")] == ["cancelled", "processing", "cancelled"]
+    assert [(event.by, event.reason) for event in rules.events[-2:]] == [("admin:eve", "enough")] * 2
     assert all("changed since" in each.why or "no job" in each.why for each in done.changed)
 
 
 @pytest.mark.parametrize("action", sorted(set(get_args(PlanAction)) - MAINTENANCE_ACTIONS))
 def test_the_reason_of_a_plan_is_the_reason_of_its_changes(action: PlanAction) -> None:
-    desk = RuleHarness()
-    desk.create("a")
+    rules = RuleHarness()
+    rules.create("a")
     if action in ("retry", "delete"):
-        desk.accept(ForceFail(id="a", reason="another"))
+        rules.accept(ForceFail(id="a", reason="another"))
     elif action == "force-reset":
-        desk.start("a")
-    asked = ApplyPlan(action=action, jobs=[ExpectedVersion("a", version(desk.job()))], reason="enough")
-    assert desk.accept(asked, admin=True).applied == 1
-    assert desk.last().reason == "enough"
+        rules.start("a")
+    asked = ApplyPlan(action=action, jobs=[ExpectedVersion("a", version(rules.job()))], reason="enough")
+    assert rules.accept(asked, admin=True).applied == 1
+    assert rules.last().reason == "enough"
 
 
 @pytest.mark.parametrize("detour", [False, True])
 def test_a_command_with_an_expected_version_applies_to_that_version_only(*, detour: bool) -> None:
-    desk = RuleHarness()
-    desk.create("a")
-    desk.accept(ForceFail(id="a"))
-    seen = desk.accept(GetVersion(id="a"))
-    assert (seen.job.id, seen.version) == ("a", version(desk.job()))
+    rules = RuleHarness()
+    rules.create("a")
+    rules.accept(ForceFail(id="a"))
+    seen = rules.accept(GetVersion(id="a"))
+    assert (seen.job.id, seen.version) == ("a", version(rules.job()))
     if detour:
-        desk.accept(ForceReset(id="a"))
-        desk.advance(1)
-        desk.accept(ForceFail(id="a"))
-    decision = desk.decide(Delete(id="a"), expected=seen.version)
+        rules.accept(ForceReset(id="a"))
+        rules.advance(1)
+        rules.accept(ForceFail(id="a"))
+    decision = rules.decide(Delete(id="a"), expected=seen.version)
     assert isinstance(decision.answer, ApiError) == detour
-    assert ("a" in desk.rows) == detour
+    assert ("a" in rules.rows) == detour
     if isinstance(decision.answer, ApiError):
         assert decision.changes == []
         assert (decision.answer.code, decision.answer.details) == (
             "invalid_transition", {"job_id": "a", "status": "failed"},
         )  # fmt: skip
-    gone = desk.decide(Delete(id="none"), expected=seen.version).answer
+    gone = rules.decide(Delete(id="none"), expected=seen.version).answer
     assert isinstance(gone, ApiError)
     assert gone.code == "job_not_found"
 
 
 @pytest.mark.parametrize("how", ["expected", "plan"])
 def test_a_late_result_that_arrives_meanwhile_changes_the_version(how: str) -> None:
-    desk = RuleHarness()
-    lock_id = desk.held()
-    desk.accept(ForceFail(id="a"))
-    seen = desk.accept(GetVersion(id="a")).version
-    desk.reject(Complete(id="a", lock_id=lock_id, file_path="/out"), "lock_lost")
+    rules = RuleHarness()
+    lock_id = rules.held()
+    rules.accept(ForceFail(id="a"))
+    seen = rules.accept(GetVersion(id="a")).version
+    rules.reject(Complete(id="a", lock_id=lock_id, file_path="/out"), "lock_lost")
     for left_alone in (True, False):
         if how == "expected":
-            assert isinstance(desk.decide(Delete(id="a"), expected=seen).answer, ApiError) == left_alone
+            assert isinstance(rules.decide(Delete(id="a"), expected=seen).answer, ApiError) == left_alone
         else:
-            done = desk.accept(ApplyPlan(action="delete", jobs=[ExpectedVersion("a", seen)]), admin=True)
+            done = rules.accept(ApplyPlan(action="delete", jobs=[ExpectedVersion("a", seen)]), admin=True)
             assert len(done.changed) == left_alone
-        assert ("a" in desk.rows) == left_alone or how == "expected"
-        seen = desk.accept(GetVersion(id="a")).version if left_alone else ""
+        assert ("a" in rules.rows) == left_alone or how == "expected"
+        seen = rules.accept(GetVersion(id="a")).version if left_alone else ""
 
 
 def test_the_latest_late_result_is_remembered_for_a_limited_number_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "LATE_RESULTS_KEPT", 2)
-    desk = RuleHarness()
+    rules = RuleHarness()
     seqs: dict[str, int | None] = {}
     for job_id in ("a", "b", "a", "c"):
-        lock_id = desk.start(job_id) if job_id in desk.rows else desk.held(job_id)
-        desk.accept(ForceFail(id=job_id))
-        desk.reject(Complete(id=job_id, lock_id=lock_id, file_path="/out"), "lock_lost")
-        seqs[job_id] = desk.last().seq
-        desk.accept(ForceReset(id=job_id))
-    known = {job_id: desk.book.latest_late(desk.job(job_id).seq) for job_id in seqs}
+        lock_id = rules.start(job_id) if job_id in rules.rows else rules.held(job_id)
+        rules.accept(ForceFail(id=job_id))
+        rules.reject(Complete(id=job_id, lock_id=lock_id, file_path="/out"), "lock_lost")
+        seqs[job_id] = rules.last().seq
+        rules.accept(ForceReset(id=job_id))
+    known = {job_id: rules.book.latest_late(rules.job(job_id).seq) for job_id in seqs}
     assert known == seqs | {"b": None}
 
 
 def test_a_reverted_change_is_still_a_change() -> None:
-    desk = RuleHarness()
-    desk.create("a", delay_ms=1_000)
-    seen = version(desk.job())
+    rules = RuleHarness()
+    rules.create("a", delay_ms=1_000)
+    seen = version(rules.job())
     for priority in (5, 0):
-        desk.advance(1)
-        desk.accept(Update(id="a", priority=priority), admin=True)
-    assert version(desk.job()) != seen
+        rules.advance(1)
+        rules.accept(Update(id="a", priority=priority), admin=True)
+    assert version(rules.job()) != seen
 
 
 @pytest.mark.parametrize(
@@ -278,18 +278,18 @@ def test_the_sentence_about_late_results(action: PlanAction, late: list[int], no
 # -- building, keeping, applying ------------------------------------------------------------------------------------
 
 
-async def failed(house: VirtualEngine, *ids: str, **fields: Any) -> None:
+async def failed(engine: VirtualEngine, *ids: str, **fields: Any) -> None:
     for job_id in ids:
-        await house.yes(Create(id=job_id, **fields))
-        await house.yes(ForceFail(id=job_id))
+        await engine.yes(Create(id=job_id, **fields))
+        await engine.yes(ForceFail(id=job_id))
 
 
 @in_virtual_time
 async def test_a_plan_lists_its_changes_and_applies_them() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, "a", "b")
-        await house.yes(Create(id="c"))
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, "a", "b")
+        await engine.yes(Create(id="c"))
         plan = await made(planner, action="retry", filter=PlanFilter(), reason="mended")
         assert [(job.id, job.from_, job.to) for job in plan.jobs] == [
             ("b", "failed", "queued"),
@@ -298,37 +298,37 @@ async def test_a_plan_lists_its_changes_and_applies_them() -> None:
         assert (plan.filter, plan.scope) == (PlanFilter(), "Only failed and cancelled jobs can be retried.")
         assert (plan.count, plan.skipped_count, plan.more, plan.next_cursor, plan.result) == (2, 0, False, None, None)
         assert plan.expires_at - plan.made_at == plans.KEPT_MS
-        assert (await house.yes(Get(id="a"))).status == "failed"
+        assert (await engine.yes(Get(id="a"))).status == "failed"
         result = await applied(planner)
         assert (result.applied, result.changed, result.refused, result.repeated) == (2, [], [], False)
-        assert (await house.yes(Get(id="a"))).status == "queued"
-        assert house.disk.events[-1].reason == "mended"
+        assert (await engine.yes(Get(id="a"))).status == "queued"
+        assert engine.disk.events[-1].reason == "mended"
         shown = planner.find("p")
         assert isinstance(shown, PlanView)
         assert shown.result == result
 
 
-async def came_late(house: VirtualEngine, job_id: str, times: int = 1) -> None:
+async def came_late(engine: VirtualEngine, job_id: str, times: int = 1) -> None:
     """Make a failed job with this many late results."""
-    await house.yes(Create(id=job_id))
+    await engine.yes(Create(id=job_id))
     for _ in range(times):
-        lock_id = (await house.yes(Start(id=job_id, worker="w"))).lock_id
-        await house.yes(ForceFail(id=job_id))
-        await house.no(Complete(id=job_id, lock_id=lock_id, file_path="/out"))
-        await house.yes(ForceReset(id=job_id))
-    await house.yes(ForceFail(id=job_id))
+        lock_id = (await engine.yes(Start(id=job_id, worker="w"))).lock_id
+        await engine.yes(ForceFail(id=job_id))
+        await engine.no(Complete(id=job_id, lock_id=lock_id, file_path="/out"))
+        await engine.yes(ForceReset(id=job_id))
+    await engine.yes(ForceFail(id=job_id))
 
 
 @in_virtual_time
 async def test_a_plan_counts_late_results_also_from_before_a_restart() -> None:
-    async with VirtualEngine() as house:
-        await came_late(house, "a", times=2)
-        await came_late(house, "b")
-        await came_late(house, "done")
-        await house.yes(Adopt(id="done"))
-        await failed(house, "c")
-    async with VirtualEngine(house.disk) as house:
-        planner = Planner(house.actor, house.clock)
+    async with VirtualEngine() as engine:
+        await came_late(engine, "a", times=2)
+        await came_late(engine, "b")
+        await came_late(engine, "done")
+        await engine.yes(Adopt(id="done"))
+        await failed(engine, "c")
+    async with VirtualEngine(engine.disk) as engine:
+        planner = Planner(engine.actor, engine.clock)
         for asked in ({"ids": ["a", "b", "c", "done"]}, {"filter": PlanFilter()}):
             plan = await made(planner, action="delete", **asked)
             late = {job.id: job.late_results for job in plan.jobs}
@@ -339,19 +339,19 @@ async def test_a_plan_counts_late_results_also_from_before_a_restart() -> None:
 
 @in_virtual_time
 async def test_a_late_result_during_planning_is_counted_or_changes_its_job() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await house.yes(Create(id="a"))
-        lock_id = (await house.yes(Start(id="a", worker="w"))).lock_id
-        await house.yes(ForceFail(id="a"))
-        count_late = house.disk.count_late_results
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await engine.yes(Create(id="a"))
+        lock_id = (await engine.yes(Start(id="a", worker="w"))).lock_id
+        await engine.yes(ForceFail(id="a"))
+        count_late = engine.disk.count_late_results
 
         async def and_then(job_seqs: list[int]) -> dict[int, int]:
             counted = await count_late(job_seqs)
-            await house.no(Complete(id="a", lock_id=lock_id, file_path="/out"))
+            await engine.no(Complete(id="a", lock_id=lock_id, file_path="/out"))
             return counted
 
-        house.disk.count_late_results = and_then  # type: ignore[method-assign]
+        engine.disk.count_late_results = and_then  # type: ignore[method-assign]
         assert (await made(planner, action="delete", filter=PlanFilter())).with_late_results == 0
         assert [job.id for job in (await applied(planner)).changed] == ["a"]
 
@@ -361,26 +361,26 @@ async def test_a_plan_of_named_jobs_reports_missing_ones() -> None:
     disk = MemoryStorage()
     disk.put(row(1, "bad"))
     disk.bad_jobs = {"bad": "its checksum is wrong"}
-    async with VirtualEngine(disk) as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, "a")
-        await house.yes(Create(id="live"))
+    async with VirtualEngine(disk) as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, "a")
+        await engine.yes(Create(id="live"))
         plan = await made(planner, action="delete", ids=["a", "none", "bad", "a", "live"])
         assert [(job.id, job.to) for job in plan.jobs] == [("a", None)]
         assert [(job.id, job.status) for job in plan.skipped] == [("none", None), ("bad", None), ("live", "queued")]
         assert "quarantine" in plan.skipped[1].why
         assert (await applied(planner)).applied == 1
-        assert house.disk.job("a") is None
+        assert engine.disk.job("a") is None
 
 
 @in_virtual_time
 async def test_jobs_that_change_meanwhile_are_skipped_and_reported() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, "a", "b", "c")
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, "a", "b", "c")
         await made(planner, action="retry", filter=PlanFilter(status="failed"))
-        await house.yes(ForceReset(id="a"))
-        await house.yes(Delete(id="b"))
+        await engine.yes(ForceReset(id="a"))
+        await engine.yes(Delete(id="b"))
         result = await applied(planner)
         assert result.applied == 1
         assert [(job.id, job.from_, job.now) for job in result.changed] == [
@@ -391,23 +391,23 @@ async def test_jobs_that_change_meanwhile_are_skipped_and_reported() -> None:
 
 @in_virtual_time
 async def test_a_plan_is_applied_once() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, "a")
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, "a")
         await made(planner, action="retry", filter=PlanFilter())
         first, second = await asyncio.gather(applied(planner), applied(planner))
         assert first == second
-        await house.yes(ForceFail(id="a"))
+        await engine.yes(ForceFail(id="a"))
         again = await applied(planner)
         assert again == replace(first, repeated=True)
-        assert (await house.yes(Get(id="a"))).status == "failed"
+        assert (await engine.yes(Get(id="a"))).status == "failed"
 
 
 @in_virtual_time
 async def test_a_disconnected_caller_does_not_stop_a_plan() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, *(f"j{n}" for n in range(plans.SLICE + 1)))
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, *(f"j{n}" for n in range(plans.SLICE + 1)))
         await made(planner, action="retry", filter=PlanFilter())
         waiting = asyncio.create_task(planner.apply("p", EVE))
         await asyncio.sleep(0)
@@ -419,15 +419,15 @@ async def test_a_disconnected_caller_does_not_stop_a_plan() -> None:
 
 @in_virtual_time
 async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, *(f"j{n}" for n in range(2 * plans.SLICE + 1)), queue="q")
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, *(f"j{n}" for n in range(2 * plans.SLICE + 1)), queue="q")
         await made(planner, action="delete", filter=PlanFilter(queue="q", since=1))
-        before = len(house.disk.batches)
+        before = len(engine.disk.batches)
         await applied(planner)
-        sizes = [len(batch.changes) for batch in house.disk.batches[before:]]
+        sizes = [len(batch.changes) for batch in engine.disk.batches[before:]]
         assert sizes == [plans.SLICE, plans.SLICE, 1, 0]
-        entries = [entry for batch in house.disk.batches[before:] for entry in batch.audit]
+        entries = [entry for batch in engine.disk.batches[before:] for entry in batch.audit]
         assert {(entry.what, entry.who, entry.part_of) for entry in entries} == {("plan-delete", "eve", "p")}
         assert sum(entry.jobs for entry in entries) == 2 * plans.SLICE + 1
         assert entries[-1].details == {
@@ -441,19 +441,19 @@ async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry() -> None:
 
 @in_virtual_time
 async def test_on_a_full_disk_a_plan_stops_and_later_continues() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, *(f"j{n}" for n in range(plans.SLICE + 5)))
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, *(f"j{n}" for n in range(plans.SLICE + 5)))
         await made(planner, action="retry", filter=PlanFilter())
-        house.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
-        house.disk.has_reserve = False
-        house.disk.fits = lambda batch: len(house.disk.batches) < 2 * (plans.SLICE + 5) + 1
+        engine.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
+        engine.disk.has_reserve = False
+        engine.disk.fits = lambda batch: len(engine.disk.batches) < 2 * (plans.SLICE + 5) + 1
         refusal = await planner.apply("p", EVE)
         assert isinstance(refusal, ApiError)
         disk = {"path": "/disk/jobd.db", "free_bytes": 8 << 30, "total_bytes": 16 << 30}
         assert (refusal.code, refusal.details) == ("storage_full", {**disk, "applied": plans.SLICE, "left": 5})
-        house.disk.write_errors.clear()
-        house.disk.free()
+        engine.disk.write_errors.clear()
+        engine.disk.free()
         await asyncio.sleep(2)
         result = await applied(planner)
         assert (result.applied, result.changed) == (plans.SLICE + 5, [])
@@ -461,23 +461,23 @@ async def test_on_a_full_disk_a_plan_stops_and_later_continues() -> None:
 
 @in_virtual_time
 async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, "a")
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, "a")
         await made(planner, action="delete", filter=PlanFilter())
         await made(planner, "r", action="retry", filter=PlanFilter())
-        house.disk.fill()
-        await house.no(Create(id="x"))
-        await house.no(Update(id="a", priority=1))
+        engine.disk.fill()
+        await engine.no(Create(id="x"))
+        await engine.no(Update(id="a", priority=1))
         assert isinstance(await planner.apply("r", EVE), ApiError)
         assert (await applied(planner)).applied == 1
-        house.disk.free()
+        engine.disk.free()
 
 
 @in_virtual_time
 async def test_a_plan_is_kept_for_a_limited_time() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
         await made(planner, action="retry", filter=PlanFilter())
         await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
         assert isinstance(planner.find("p"), PlanView)
@@ -489,12 +489,12 @@ async def test_a_plan_is_kept_for_a_limited_time() -> None:
 
 @in_virtual_time
 async def test_the_result_of_a_plan_can_be_read_for_hours() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, "a", "b")
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, "a", "b")
         await made(planner, action="retry", filter=PlanFilter())
         await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
-        await house.yes(Delete(id="b"))
+        await engine.yes(Delete(id="b"))
         result = await applied(planner)
         assert [job.id for job in result.changed] == ["b"]
         await asyncio.sleep(plans.APPLIED_KEPT_MS / SECOND_MS - 1)
@@ -512,9 +512,9 @@ async def test_new_plans_displace_no_results_and_results_no_plans() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(plans, "MAX_PLANS", 2)
         monkeypatch.setattr(plans, "MAX_APPLIED", 3)
-        async with VirtualEngine() as house:
-            planner = Planner(house.actor, house.clock)
-            await failed(house, "a")
+        async with VirtualEngine() as engine:
+            planner = Planner(engine.actor, engine.clock)
+            await failed(engine, "a")
 
             def kept() -> list[str]:
                 return [name for name in "wxyz01234" if isinstance(planner.find(name), PlanView)]
@@ -535,25 +535,25 @@ async def test_new_plans_displace_no_results_and_results_no_plans() -> None:
 @in_virtual_time
 async def test_the_audit_log_names_a_limited_number_of_unchanged_jobs() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        async with VirtualEngine() as house:
-            planner = Planner(house.actor, house.clock)
+        async with VirtualEngine() as engine:
+            planner = Planner(engine.actor, engine.clock)
             monkeypatch.setattr(plans, "MAX_NAMED", 3)
             for size, named in ((4_000, ["j4", "j3", "j2"]), (5, ["j4", "j3"]), (1, None)):
                 monkeypatch.setattr(plans, "MAX_NAMED_SIZE", size)
-                await failed(house, *(f"j{n}" for n in range(5)))
+                await failed(engine, *(f"j{n}" for n in range(5)))
                 await made(planner, f"p{size}", action="retry", filter=PlanFilter())
                 for n in range(5):
-                    await house.yes(Delete(id=f"j{n}"))
+                    await engine.yes(Delete(id=f"j{n}"))
                 assert (await applied(planner, f"p{size}")).applied == 0
-                details = house.disk.batches[-1].audit[-1].details
+                details = engine.disk.batches[-1].audit[-1].details
                 assert details is not None
                 assert (details["changed_meanwhile"], details.get("left_undone")) == (5, named)
 
 
 @in_virtual_time
 async def test_only_the_latest_plans_are_kept() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
         for n in range(plans.MAX_PLANS + 2):
             await made(planner, f"p{n}", action="retry", filter=PlanFilter())
         kept = [n for n in range(plans.MAX_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
@@ -583,15 +583,15 @@ async def walked(planner: Planner, **asked: Any) -> list[list[str]]:
 @pytest.mark.usefixtures("small")
 @in_virtual_time
 async def test_a_plan_has_a_maximum_size_and_the_next_one_continues() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, "a", "b", "c")
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, "a", "b", "c")
         assert await walked(planner, action="retry", filter=PlanFilter()) == [["c", "b", "a"]]
         for n in range(3):
-            await house.yes(Create(id=f"live{n}"))
-            await house.yes(Create(id=f"x{n}"))
-            await house.yes(Cancel(id=f"x{n}"))
-        await failed(house, "d")
+            await engine.yes(Create(id=f"live{n}"))
+            await engine.yes(Create(id=f"x{n}"))
+            await engine.yes(Cancel(id=f"x{n}"))
+        await failed(engine, "d")
         wholes = [["d", "c", "b"], ["a", "x2", "x1"], ["x0"]]
         assert await walked(planner, action="retry", filter=PlanFilter()) == wholes
         assert isinstance(planner.find("p0"), ApiError)  # together they had too many jobs
@@ -601,8 +601,8 @@ async def test_a_plan_has_a_maximum_size_and_the_next_one_continues() -> None:
 @pytest.mark.usefixtures("small")
 @in_virtual_time
 async def test_a_plan_of_named_jobs_lists_a_limited_number_of_skipped_ones() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
         plan = await made(planner, action="retry", ids=["a", "b", "c", "d", "e"])
         assert (plan.count, [job.id for job in plan.skipped], plan.skipped_count) == (0, ["a", "b"], 5)
         assert (plan.filter, plan.scope, plan.more) == (None, None, False)
@@ -612,12 +612,12 @@ async def test_a_plan_of_named_jobs_lists_a_limited_number_of_skipped_ones() -> 
 @in_virtual_time
 async def test_jobs_that_the_action_does_not_apply_to_are_not_read() -> None:
     """Hundreds of younger queued jobs do not slow this down."""
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, "needle")
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, "needle")
         for n in range(300):
-            await house.yes(Create(id=f"j{n}"))
-        house.disk.calls.clear()
+            await engine.yes(Create(id=f"j{n}"))
+        engine.disk.calls.clear()
         plan = await made(planner, action="retry", filter=PlanFilter())
         assert ([job.id for job in plan.jobs], plan.more) == (["needle"], False)
         plan = await made(planner, action="retry", filter=PlanFilter(status="queued"))
@@ -628,9 +628,9 @@ async def test_jobs_that_the_action_does_not_apply_to_are_not_read() -> None:
 @pytest.mark.usefixtures("small")
 @in_virtual_time
 async def test_a_plan_finds_a_text_in_every_searched_field() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, "needle", *(f"j{n}" for n in range(20)))
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, "needle", *(f"j{n}" for n in range(20)))
         plan = await made(planner, action="retry", filter=PlanFilter(q="NEEDLE"))
         assert [job.id for job in plan.jobs] == ["needle"]
 
@@ -644,9 +644,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("impatient")
 @in_virtual_time
 async def test_a_plan_that_takes_too_long_ends_and_the_next_one_continues() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, "a", "b", "c", "d")
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, "a", "b", "c", "d")
         found = await walked(planner, action="retry", filter=PlanFilter(queue="default"))
         assert len(found) > 2
         assert [job_id for each in found for job_id in each] == ["d", "c", "b", "a"]
@@ -654,8 +654,8 @@ async def test_a_plan_that_takes_too_long_ends_and_the_next_one_continues() -> N
 
 @in_virtual_time
 async def test_a_cursor_only_continues_a_plan_of_the_same_request() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
         for asked in (
             MakePlan(action="cancel", filter=PlanFilter(), cursor="failed.7"),
             MakePlan(action="retry", filter=PlanFilter(status="cancelled"), cursor="failed.7"),
@@ -669,12 +669,12 @@ async def test_a_cursor_only_continues_a_plan_of_the_same_request() -> None:
 
 @in_virtual_time
 async def test_a_job_that_changes_status_during_planning_is_listed_once() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await house.yes(Create(id="a"))
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await engine.yes(Create(id="a"))
         making = asyncio.create_task(made(planner, action="cancel", filter=PlanFilter()))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
-        await house.yes(Start(id="a", worker="w"))
+        await engine.yes(Start(id="a", worker="w"))
         plan = await making
         assert [(job.id, job.from_) for job in plan.jobs] == [("a", "queued")]
         result = await applied(planner)
@@ -683,9 +683,9 @@ async def test_a_job_that_changes_status_during_planning_is_listed_once() -> Non
 
 @in_virtual_time
 async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, *(f"j{n}" for n in range(3 * plan_builder.PAGE)))
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, *(f"j{n}" for n in range(3 * plan_builder.PAGE)))
         long = asyncio.create_task(made(planner, "long", action="delete", filter=PlanFilter()))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
         short = await made(planner, "short", action="delete", ids=["j3"])
@@ -695,9 +695,9 @@ async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
 
 @in_virtual_time
 async def test_empty_plans_displace_no_others() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, "a")
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, "a")
         await made(planner, "full", action="retry", filter=PlanFilter())
         for n in range(plans.MAX_PLANS + 2):
             await made(planner, f"p{n}", action="cancel", filter=PlanFilter())
@@ -708,8 +708,8 @@ async def test_empty_plans_displace_no_others() -> None:
 
 @in_virtual_time
 async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
         for asked in (MakePlan(action="retry"), MakePlan(action="retry", filter=PlanFilter(), ids=["a"])):
             wrong = await planner.make(asked, "x")
             assert isinstance(wrong, ApiError)
@@ -721,9 +721,9 @@ async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids() -> None:
 
 @in_virtual_time
 async def test_a_stopping_daemon_ends_a_plan_after_its_slice() -> None:
-    async with VirtualEngine() as house:
-        planner = Planner(house.actor, house.clock)
-        await failed(house, *(f"j{n}" for n in range(3 * plans.SLICE)))
+    async with VirtualEngine() as engine:
+        planner = Planner(engine.actor, engine.clock)
+        await failed(engine, *(f"j{n}" for n in range(3 * plans.SLICE)))
         await made(planner, action="retry", filter=PlanFilter())
         waiting = asyncio.create_task(planner.apply("p", EVE))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
@@ -737,30 +737,30 @@ async def test_a_stopping_daemon_ends_a_plan_after_its_slice() -> None:
 
 
 def test_a_preview_lists_what_recovery_would_do_and_changes_nothing() -> None:
-    desk = RuleHarness()
-    lock_id = desk.held("stuck", max_attempts=1)
-    desk.progress(lock_id, 40, "stuck")
-    desk.held("fresh", stuck_after_ms=0)
-    desk.create("late", expires_at=desk.now + 10)
-    desk.advance(3_600_000)
-    before = [(job.id, job.status) for job in desk.rows.values()]
-    decision = desk.decide(Preview(limit=9))
+    rules = RuleHarness()
+    lock_id = rules.held("stuck", max_attempts=1)
+    rules.progress(lock_id, 40, "stuck")
+    rules.held("fresh", stuck_after_ms=0)
+    rules.create("late", expires_at=rules.now + 10)
+    rules.advance(3_600_000)
+    before = [(job.id, job.status) for job in rules.rows.values()]
+    decision = rules.decide(Preview(limit=9))
     assert decision.changes == []
     assert isinstance(decision.answer, Response)
     seen = decision.answer.data
     assert {(each.job_id, each.action) for each in seen.details} == {("stuck", "failed"), ("fresh", "reset")}
     assert (seen.expired, seen.more) == (["late"], False)
-    assert [(job.id, job.status) for job in desk.rows.values()] == before
-    assert desk.accept(Preview(limit=1)).more
+    assert [(job.id, job.status) for job in rules.rows.values()] == before
+    assert rules.accept(Preview(limit=1)).more
 
 
 def test_a_preview_reports_that_it_is_incomplete() -> None:
-    desk = RuleHarness()
+    rules = RuleHarness()
     for name in ("a", "b"):
-        desk.create(name, expires_at=desk.now + 10)
-    desk.advance(10)
+        rules.create(name, expires_at=rules.now + 10)
+    rules.advance(10)
     for limit, named in ((1, ["a"]), (2, ["a", "b"])):
-        seen = desk.accept(Preview(limit=limit))
+        seen = rules.accept(Preview(limit=limit))
         assert (seen.expired, seen.more) == (named, limit < 2)
 
 
@@ -768,21 +768,21 @@ def test_a_preview_reports_that_it_is_incomplete() -> None:
 async def test_a_preview_of_a_cleanup_run_matches_the_run() -> None:
     disk = MemoryStorage()
     disk.put(row(1, "over", progress=120))
-    async with VirtualEngine(disk) as house:
-        await house.held("stuck", lock_ttl_ms=SECOND_MS)
-        await house.yes(Create(id="late", expires_at=house.now + SECOND_MS))
-        await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
+    async with VirtualEngine(disk) as engine:
+        await engine.held("stuck", lock_ttl_ms=SECOND_MS)
+        await engine.yes(Create(id="late", expires_at=engine.now + SECOND_MS))
+        await engine.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
         await asyncio.sleep(120)
-        view = await house.cleaner.preview()
+        view = await engine.cleaner.preview()
         assert isinstance(view, PreviewView)
         assert [(each.job_id, each.action) for each in view.recover] == [("stuck", "reset")]
         assert (view.expired_jobs, view.deleted_jobs, view.mended_jobs) == (["late"], ["old"], ["over"])
         assert not view.more
-        assert 0 <= house.now - view.timestamp < SECOND_MS
-        house.keep()
-        report = await house.cleaner.run_cleanup(forced=True)
+        assert 0 <= engine.now - view.timestamp < SECOND_MS
+        engine.keep()
+        report = await engine.cleaner.run_cleanup(forced=True)
         assert (report.stuck_jobs_recovered, report.expired_jobs_deleted, report.validation_issues_fixed) == (1, 1, 1)
-        after = await house.cleaner.preview()
+        after = await engine.cleaner.preview()
         assert isinstance(after, PreviewView)
         assert (after.recover, after.expired_jobs, after.deleted_jobs, after.mended_jobs) == ([], [], [], [])
 
@@ -793,22 +793,22 @@ async def test_the_scan_for_issues_is_limited() -> None:
     for number in range(1, 31):
         disk.put(row(number, f"over-{number}", progress=120))
 
-    async def found(house: VirtualEngine, look_s: float) -> tuple[int, bool]:
-        view = await house.cleaner.preview(look_s)
+    async def found(engine: VirtualEngine, scan_s: float) -> tuple[int, bool]:
+        view = await engine.cleaner.preview(scan_s)
         assert isinstance(view, PreviewView)
         assert view.more == view.more_mended
         return len(view.mended_jobs), view.more_mended
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preview, "SCAN", 10)
-        async with VirtualEngine(disk) as house:
-            assert await found(house, 60) == (30, False)
-            assert await found(house, 1e-9) == (10, True), "one slice takes longer"
-            assert await found(house, 0) == (0, True)
+        async with VirtualEngine(disk) as engine:
+            assert await found(engine, 60) == (30, False)
+            assert await found(engine, 1e-9) == (10, True), "one slice takes longer"
+            assert await found(engine, 0) == (0, True)
             patch.setattr(preview, "MAX_IDS", 25)
-            assert await found(house, 60) == (25, True)
+            assert await found(engine, 60) == (25, True)
             patch.setattr(preview, "MAX_IDS", 30)
-            assert await found(house, 60) == (30, False)
+            assert await found(engine, 60) == (30, False)
 
 
 @in_virtual_time
@@ -819,44 +819,44 @@ async def test_a_preview_lists_expired_jobs_even_if_few_are_read_at_a_time() -> 
     async def one(now: int, limit: int, skip: int = 0) -> list[str]:
         return (await MemoryStorage.expired_jobs(disk, now, limit, skip))[:1]
 
-    async def seen(house: VirtualEngine, look_s: float = 60) -> tuple[int, bool, bool]:
-        view = await house.cleaner.preview(look_s)
+    async def seen(engine: VirtualEngine, scan_s: float = 60) -> tuple[int, bool, bool]:
+        view = await engine.cleaner.preview(scan_s)
         assert isinstance(view, PreviewView)
         assert not (view.deleted_jobs and view.held_jobs)
         return len(view.deleted_jobs or view.held_jobs), view.more, view.more_held
 
-    async with VirtualEngine(disk) as house:
+    async with VirtualEngine(disk) as engine:
         for number in range(1, 7):
-            await house.yes(Import(id=f"old-{number}", status="failed", error_message="x", expires_at=WALL + number))
+            await engine.yes(Import(id=f"old-{number}", status="failed", error_message="x", expires_at=WALL + number))
         await asyncio.sleep(60)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(disk, "expired_jobs", one)
             patch.setattr(preview, "MAX_SHOWN", 6)
-            assert await seen(house) == (6, False, False)
+            assert await seen(engine) == (6, False, False)
             patch.setattr(preview, "MAX_SHOWN", 5)
-            assert await seen(house) == (5, True, False)
-            assert await seen(house, 1e-9) == (1, True, False), "one look takes longer"
-            house.step_ms = 2 * DAY_MS
-            assert await seen(house) == (5, False, True)
+            assert await seen(engine) == (5, True, False)
+            assert await seen(engine, 1e-9) == (1, True, False), "one look takes longer"
+            engine.step_ms = 2 * DAY_MS
+            assert await seen(engine) == (5, False, True)
 
 
 @in_virtual_time
 async def test_a_preview_while_the_clock_is_suspect_deletes_nothing() -> None:
-    async with VirtualEngine() as house:
-        await house.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
+    async with VirtualEngine() as engine:
+        await engine.yes(Import(id="old", status="failed", error_message="x", expires_at=WALL + SECOND_MS))
         await asyncio.sleep(60)
-        house.step_ms = 2 * DAY_MS
-        view = await house.cleaner.preview()
+        engine.step_ms = 2 * DAY_MS
+        view = await engine.cleaner.preview()
         assert isinstance(view, PreviewView)
         assert (view.deleted_jobs, view.held_jobs, view.more_held) == ([], ["old"], False)
-        house.step_ms = 0
-        view = await house.cleaner.preview()
+        engine.step_ms = 0
+        view = await engine.cleaner.preview()
         assert isinstance(view, PreviewView)
         assert (view.deleted_jobs, view.held_jobs) == (["old"], [])
-        house.cleaner.stop()
-        stopped = await house.cleaner.preview()
+        engine.cleaner.stop()
+        stopped = await engine.cleaner.preview()
         assert isinstance(stopped, PreviewView | ApiError)
-        house.actor.stop()
-        refused = await house.cleaner.preview()
+        engine.actor.stop()
+        refused = await engine.cleaner.preview()
         assert isinstance(refused, ApiError)
         assert refused.code == "shutting_down"

@@ -19,28 +19,28 @@ class Boot:
 
 
 def test_a_long_pause_is_reported_once_and_a_short_one_is_not() -> None:
-    boot, told = Boot(), list[int]()
-    here = SuspendDetector(told.append, boot=boot)
+    boot, reported = Boot(), list[int]()
+    detector = SuspendDetector(reported.append, boot=boot)
     for gap_ms in (0, PAUSED_AFTER_MS, 1, PAUSED_AFTER_MS + 1, 0, 40_000):
         boot.now_ms += gap_ms
-        here.check()
-    assert told == [PAUSED_AFTER_MS + 1, 40_000]
+        detector.check()
+    assert reported == [PAUSED_AFTER_MS + 1, 40_000]
 
 
 async def test_an_idle_daemon_is_not_paused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suspend_detector, "BEAT_S", 0)
-    told, looks, enough = list[int](), 0, asyncio.Event()
+    reported, reads, enough = list[int](), 0, asyncio.Event()
 
     def boot() -> int:
-        nonlocal looks
-        looks += 1
-        if looks == 10:
+        nonlocal reads
+        reads += 1
+        if reads == 10:
             enough.set()
-        return looks * PAUSED_AFTER_MS
+        return reads * PAUSED_AFTER_MS
 
-    here = SuspendDetector(told.append, boot=boot)
-    beating = asyncio.create_task(here.run())
+    detector = SuspendDetector(reported.append, boot=boot)
+    beating = asyncio.create_task(detector.run())
     await enough.wait()
-    here.stop()
+    detector.stop()
     await beating
-    assert told == []
+    assert reported == []

@@ -163,7 +163,7 @@ def test_bounds(kind: Any, needed: dict[str, Any], field: str, taken: list[Any],
 
 def test_the_defaults_of_commands() -> None:
     create = msgspec.json.decode(b"{}", type=Create)
-    told: dict[str, Any] = {
+    expected: dict[str, Any] = {
         "queue": "default",
         "kind": "",
         "payload": Raw(b"null"),
@@ -171,10 +171,10 @@ def test_the_defaults_of_commands() -> None:
         "max_attempts": 1,
         "backoff": Backoff("exponential", 1_000, 3_600_000, True),
     }
-    assert {name: value for name, value in msgspec.structs.asdict(create).items() if value is not None} == told
+    assert {name: value for name, value in msgspec.structs.asdict(create).items() if value is not None} == expected
     imported = msgspec.json.decode(b'{"id":"a"}', type=Import)
-    told |= {"id": "a", "status": "queued", "attempt": 0, "stalls": 0}
-    assert {name: value for name, value in msgspec.structs.asdict(imported).items() if value is not None} == told
+    expected |= {"id": "a", "status": "queued", "attempt": 0, "stalls": 0}
+    assert {name: value for name, value in msgspec.structs.asdict(imported).items() if value is not None} == expected
     claim = Claim(worker="w")
     assert (claim.queues, claim.kinds, claim.limit, claim.wait_ms) == (["default"], None, 1, 0)
     assert claim.queues is not Claim(worker="w").queues
@@ -192,8 +192,8 @@ def test_the_defaults_of_commands() -> None:
 
 
 def test_commands_accept_the_names_that_existing_dashboards_send() -> None:
-    told = {"jobId": "a", "lockId": "l", "additionalTime": 5}
-    assert msgspec.convert(told, ExtendLock) == ExtendLock(id="a", lock_id="l", additional_ms=5)
+    expected = {"jobId": "a", "lockId": "l", "additionalTime": 5}
+    assert msgspec.convert(expected, ExtendLock) == ExtendLock(id="a", lock_id="l", additional_ms=5)
     assert msgspec.convert({"jobId": "a", "lockId": "l"}, ReleaseLock) == ReleaseLock(id="a", lock_id="l")
     assert msgspec.convert(MOVED, Transition) == Transition(id="a", from_="queued", to="failed")
 

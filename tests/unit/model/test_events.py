@@ -52,8 +52,8 @@ def test_fold_begins_with_a_row_and_ends_with_none() -> None:
 
 
 def test_the_first_event_of_a_job_leaves_out_the_defaults() -> None:
-    said = initial_changes(JOB)
-    assert said == Changes(options=Options(), status="queued", created_at=NOW, updated_at=NOW, run_at=NOW)
+    changes = initial_changes(JOB)
+    assert changes == Changes(options=Options(), status="queued", created_at=NOW, updated_at=NOW, run_at=NOW)
     for name in Job.__struct_fields__[Job.__struct_fields__.index("progress") :]:
         other = msgspec.structs.replace(JOB, **{name: "another"})
         assert initial_changes(other) == Changes(**{field: getattr(other, field) for field in Job.__struct_fields__})
@@ -114,9 +114,9 @@ def test_heartbeats_are_event_types(sign: str) -> None:
 
 def test_a_streamed_event_is_its_view_with_job_and_queue() -> None:
     happened = event(Changes(grant=GRANT))
-    told = msgspec.json.decode(msgspec.json.encode(streamed_event(happened)))
-    assert told == {**msgspec.json.decode(msgspec.json.encode(event_view(happened))), "job_id": "a", "queue": "q"}
-    assert "secret" not in str(told)
+    streamed = msgspec.json.decode(msgspec.json.encode(streamed_event(happened)))
+    assert streamed == {**msgspec.json.decode(msgspec.json.encode(event_view(happened))), "job_id": "a", "queue": "q"}
+    assert "secret" not in str(streamed)
     assert streamed_event(msgspec.structs.replace(happened, job_seq=0, job_id="", details={"a": 1})).job_id is None
 
 

@@ -32,14 +32,14 @@ def test_literals_that_programs_compare(place: str) -> None:
 
 def test_the_defaults_of_responses_say_that_nothing_happened() -> None:
     """No count above zero, no flag, status 200."""
-    told: dict[str, Any] = {}
+    defaults: dict[str, Any] = {}
     for name, kind in vars(responses).items():
         if isinstance(kind, type) and kind.__module__ == responses.__name__ and hasattr(kind, "__struct_fields__"):
-            told |= {f"{name}.{field.name}": field.default for field in fields(kind) if _is_plain(field)}
-    assert told.pop("Response.status") == 200
-    assert told.pop("AlertView.severity") == "warning", "of a daemon that does not say it"
-    assert {place: value for place, value in told.items() if value} == {}
-    assert len(told) > 10
+            defaults |= {f"{name}.{field.name}": field.default for field in fields(kind) if _is_plain(field)}
+    assert defaults.pop("Response.status") == 200
+    assert defaults.pop("AlertView.severity") == "warning", "of a daemon that does not say it"
+    assert {place: value for place, value in defaults.items() if value} == {}
+    assert len(defaults) > 10
 
 
 def _is_plain(field: FieldInfo) -> bool:

@@ -50,19 +50,19 @@ def test_nothing_is_damaged_by_default() -> None:
 
 
 def test_an_audit_entry_is_done_and_changed_no_job_by_default() -> None:
-    deed = AuditEntry(1, "eve", "unix", "pause")
-    assert (deed.outcome, deed.jobs) == ("done", 0)
+    entry = AuditEntry(1, "eve", "unix", "pause")
+    assert (entry.outcome, entry.jobs) == ("done", 0)
 
 
 def test_each_audit_entry_belongs_to_a_share() -> None:
-    deeds = [
+    entries = [
         ("pause", "done"),
         ("pause", "invalid"),
         ("sign-in", "unauthorized"),
         ("sign-in", "done"),
         ("export", "done"),
     ]
-    assert tuple(audit_share(what, outcome) for what, outcome in deeds) == get_args(AuditShare)
+    assert tuple(audit_share(what, outcome) for what, outcome in entries) == get_args(AuditShare)
 
 
 def test_a_tombstone_is_postponed_for_two_hours_at_most() -> None:

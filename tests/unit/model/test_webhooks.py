@@ -114,8 +114,8 @@ def test_the_repr_of_a_webhook_has_no_secret_and_no_url() -> None:
 
 
 def test_the_defaults_of_a_webhook() -> None:
-    told = WebhookEndpoint("e", "https://x", KEYS)
-    assert (told.allow_private, told.timeout_ms, told.give_up_after_ms) == (False, 10_000, 3 * DAY_MS)
+    endpoint = WebhookEndpoint("e", "https://x", KEYS)
+    assert (endpoint.allow_private, endpoint.timeout_ms, endpoint.give_up_after_ms) == (False, 10_000, 3 * DAY_MS)
 
 
 def test_the_defaults_of_a_cursor() -> None:
@@ -132,7 +132,7 @@ def test_a_secret_is_a_key_in_base64() -> None:
 
 
 @pytest.mark.parametrize(
-    ("secret", "said"),
+    ("secret", "expected"),
     [
         ("", "starts with"),
         (base64.b64encode(KEYS[0]).decode(), "starts with"),
@@ -143,33 +143,33 @@ def test_a_secret_is_a_key_in_base64() -> None:
         (secret_of(b"x" * 65), "not 65"),
     ],
 )
-def test_an_invalid_secret_is_described_without_showing_it(secret: str, said: str) -> None:
-    with pytest.raises(BadSecret, match=said) as caught:
+def test_an_invalid_secret_is_described_without_showing_it(secret: str, expected: str) -> None:
+    with pytest.raises(BadSecret, match=expected) as caught:
         decode_secret(secret)
     assert secret.removeprefix("whsec_") not in str(caught.value) or len(secret) < 7
 
 
 def test_the_reference_library_accepts_the_signature_of_each_key_and_no_other() -> None:
     now_s = int(datetime.now(UTC).timestamp())
-    letter = event_message(EVENT, "/jobd/host")
-    sent = headers(KEYS, letter.event_id, now_s, letter.body)
+    message = event_message(EVENT, "/jobd/host")
+    sent = headers(KEYS, message.event_id, now_s, message.body)
     for key in KEYS:
-        assert Webhook(secret_of(key)).verify(letter.body, sent) == json.loads(letter.body)
+        assert Webhook(secret_of(key)).verify(message.body, sent) == json.loads(message.body)
     with pytest.raises(WebhookVerificationError):
-        Webhook(secret_of(b"c" * 24)).verify(letter.body, sent)
+        Webhook(secret_of(b"c" * 24)).verify(message.body, sent)
     with pytest.raises(WebhookVerificationError):
-        Webhook(secret_of(KEYS[0])).verify(letter.body + b" ", sent)
+        Webhook(secret_of(KEYS[0])).verify(message.body + b" ", sent)
     with pytest.raises(WebhookVerificationError):
-        Webhook(secret_of(KEYS[0])).verify(letter.body, {**sent, "webhook-id": "evt_other"})
+        Webhook(secret_of(KEYS[0])).verify(message.body, {**sent, "webhook-id": "evt_other"})
     with pytest.raises(WebhookVerificationError):
-        Webhook(secret_of(KEYS[0])).verify(letter.body, {**sent, "webhook-timestamp": str(now_s + 1)})
+        Webhook(secret_of(KEYS[0])).verify(message.body, {**sent, "webhook-timestamp": str(now_s + 1)})
 
 
 def test_the_signature_matches_the_example_of_the_specification() -> None:
     """The example of https://github.com/standard-webhooks, which all libraries test."""
     key = decode_secret("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
-    said = signature([key], "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
-    assert said == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+    signed = signature([key], "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
+    assert signed == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
 
 
 # -- messages --------------------------------------------------------------------------------------------------------
@@ -182,10 +182,10 @@ def read_by_others(body: bytes) -> dict[str, object]:
 
 
 def test_the_cloudevents_sdk_reads_an_event() -> None:
-    letter = event_message(EVENT, "/jobd/host")
-    read = read_by_others(letter.body)
+    message = event_message(EVENT, "/jobd/host")
+    read = read_by_others(message.body)
     assert (read["specversion"], read["datacontenttype"]) == ("1.0", "application/json")
-    assert {"specversion", "datacontenttype"} <= json.loads(letter.body).keys(), "the SDK fills in what is missing"
+    assert {"specversion", "datacontenttype"} <= json.loads(message.body).keys(), "the SDK fills in what is missing"
     assert (read["id"], read["source"], read["type"]) == (f"evt_{NOW}_42", "/jobd/host", "job.completed")
     assert (read["subject"], read["sequence"]) == ("jobs/job-7", "42")
     assert read["time"] == datetime.fromtimestamp(NOW / 1000, UTC)
@@ -201,7 +201,7 @@ def test_the_cloudevents_sdk_reads_an_event() -> None:
         "job_id": "job-7",
         "queue": "video",
     }
-    assert (letter.subject, letter.type, letter.event_id, letter.seq) == (
+    assert (message.subject, message.type, message.event_id, message.seq) == (
         "jobs/job-7",
         "job.completed",
         f"evt_{NOW}_42",
@@ -212,8 +212,8 @@ def test_the_cloudevents_sdk_reads_an_event() -> None:
 def test_a_message_never_contains_a_lock_id() -> None:
     job = full_job()
     assert job.grant is not None
-    letter = event_message(replace(EVENT, type="granted", changes=all_of(job)), "/jobd/host")
-    assert job.grant.lock_id.encode() not in letter.body
+    message = event_message(replace(EVENT, type="granted", changes=all_of(job)), "/jobd/host")
+    assert job.grant.lock_id.encode() not in message.body
 
 
 def test_the_subject_of_a_queue_event_is_the_queue() -> None:
@@ -235,18 +235,18 @@ def test_the_messages_of_an_alert_share_the_subject_but_not_the_id() -> None:
     judged = {"value": 7, "threshold": 5, "hint": "Look.", "severity": "warning"}
     assert data == {"name": "stuck_jobs", "firing": True, "since": NOW - 5, **judged}
     assert (firing.seq, resolved.seq) == (0, 0)
-    for letter in (firing, resolved):
-        assert_says_what_it_is(letter, "/j")
+    for message in (firing, resolved):
+        assert_is_self_describing(message, "/j")
 
 
-def assert_says_what_it_is(letter: Message, source: str) -> None:
+def assert_is_self_describing(message: Message, source: str) -> None:
     """Check that the fields of the message match its body."""
-    read = read_by_others(letter.body)
+    read = read_by_others(message.body)
     assert (read["source"], read["subject"], read["type"], read["id"]) == (
         source,
-        letter.subject,
-        letter.type,
-        letter.event_id,
+        message.subject,
+        message.type,
+        message.event_id,
     )
 
 
@@ -254,15 +254,15 @@ def test_a_gap_and_a_test_are_cloud_events_too() -> None:
     gap, test = gap_message("e", 3, 9, NOW, "/j"), message_of_a_test("e", 12, NOW, "/j")
     data = read_by_others(gap.body)["data"]
     assert isinstance(data, dict)
-    assert "kept no longer" in data.pop("message")
+    assert "no longer kept" in data.pop("message")
     assert data == {"after": 3, "upto": 9}
-    said = read_by_others(test.body)["data"]
-    assert isinstance(said, dict)
-    assert list(said) == ["message"]
+    test_data = read_by_others(test.body)["data"]
+    assert isinstance(test_data, dict)
+    assert list(test_data) == ["message"]
     assert gap.subject == test.subject == WebhookEndpoint("e", "https://x", KEYS).subject
-    for letter, kind, event_id in ((gap, EVENTS_GONE, f"gone_3_9_{NOW}"), (test, TEST_TYPE, f"test_{NOW}_12")):
-        assert (letter.subject, letter.type, letter.event_id, letter.seq) == ("webhooks/e", kind, event_id, 0)
-        assert_says_what_it_is(letter, "/j")
+    for message, kind, event_id in ((gap, EVENTS_GONE, f"gone_3_9_{NOW}"), (test, TEST_TYPE, f"test_{NOW}_12")):
+        assert (message.subject, message.type, message.event_id, message.seq) == ("webhooks/e", kind, event_id, 0)
+        assert_is_self_describing(message, "/j")
 
 
 def test_times_are_written_as_rfc_3339() -> None:

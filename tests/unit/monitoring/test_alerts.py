@@ -16,10 +16,10 @@ from jobd.model.responses import AlertView
 from jobd.model.storage import DiskSpace
 from jobd.monitoring.alerts import (
     EVALUATE_EVERY_S,
-    LANES_IN_ONE_GO,
     MEASURE_EVERY_S,
     NAMES,
-    SLICES_OF_ONE_LOOK,
+    PAIRS_PER_SLICE,
+    SLICES_PER_CHECK,
     Alerts,
     Thresholds,
 )
@@ -29,9 +29,9 @@ from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, seconds
 
 
-def alerts_of(house: VirtualEngine, thresholds: Thresholds | None = None) -> Alerts:
-    health = Health(house.actor, house.clock, house.cleaner)
-    return Alerts(house.book, house.clock, health, house.cleaner, thresholds, hold_ms=0, clear_ms=0)
+def alerts_of(engine: VirtualEngine, thresholds: Thresholds | None = None) -> Alerts:
+    health = Health(engine.actor, engine.clock, engine.cleaner)
+    return Alerts(engine.book, engine.clock, health, engine.cleaner, thresholds, hold_ms=0, clear_ms=0)
 
 
 def one(alerts: Alerts, name: str) -> AlertView:
@@ -44,8 +44,8 @@ def firing(alerts: Alerts) -> list[str]:
 
 @in_virtual_time
 async def test_an_idle_daemon_lists_every_alert_and_fires_none() -> None:
-    async with VirtualEngine() as house:
-        shown = alerts_of(house).evaluate()
+    async with VirtualEngine() as engine:
+        shown = alerts_of(engine).evaluate()
         assert [alert.name for alert in shown] == list(NAMES)
         assert not any(alert.firing for alert in shown)
         assert all(alert.since is None and alert.hint for alert in shown)
@@ -56,24 +56,24 @@ async def test_an_idle_daemon_lists_every_alert_and_fires_none() -> None:
 async def test_the_hints_of_quiet_alerts_are_true() -> None:
     """Evaluate the same state with two thresholds, below and at the value."""
     failing = Failing()
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
         alerts.failing_webhook = lambda: failing
         assert one(alerts, "pass_issues").hint == "No cleanup run has finished yet."
         assert one(alerts, "average_processing").hint == "No job completed in the last hour."
-        house.keep()
-        await house.cleaner.run_cleanup(forced=True)
+        engine.keep()
+        await engine.cleaner.run_cleanup(forced=True)
         assert one(alerts, "pass_issues").hint == "The latest cleanup run found no invalid rows."
         for _ in range(HOURS_NEEDED):
-            work(house, "film", 1000)
+            work(engine, "film", 1000)
             await seconds(3600)
-        work(house, "film", 1500)
-        await house.held("a", lock_ttl_ms=HOUR_MS)
+        work(engine, "film", 1500)
+        await engine.held("a", lock_ttl_ms=HOUR_MS)
         await seconds(2)
-        house.book.figures.recovered[house.now // STEP_MS] = 1
-        report = house.cleaner.last_report
+        engine.book.figures.recovered[engine.now // STEP_MS] = 1
+        report = engine.cleaner.last_report
         assert report is not None
-        house.cleaner.last_report = replace(report, validation_issues_found=1)
+        engine.cleaner.last_report = replace(report, validation_issues_found=1)
         quiet = {alert.name: alert for alert in alerts.evaluate()}
         alerts.thresholds = Thresholds(0, 0, 0, 0, slower_than_usual=1, webhook_failing_ms=0)
         loud = {alert.name: alert for alert in alerts.evaluate()}
@@ -100,22 +100,22 @@ async def test_the_hints_of_quiet_alerts_are_true() -> None:
 
 @in_virtual_time
 async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
-        house.keep()
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
+        engine.keep()
         await seconds(1)
         for number in range(6):
-            await house.held(f"job-{number}")
+            await engine.held(f"job-{number}")
         await seconds(61)
-        await house.yes(Create(id="later"))  # any command advances the time of the state
+        await engine.yes(Create(id="later"))  # any command advances the time of the state
         await seconds(1)
         now = one(alerts, "stuck_jobs")
-        assert (now.firing, now.value, now.since) == (True, 6, house.now)
-        await house.cleaner.recover_stuck()
+        assert (now.firing, now.value, now.since) == (True, 6, engine.now)
+        await engine.cleaner.recover_stuck()
         recovered = one(alerts, "stuck_jobs")
         assert (recovered.firing, recovered.value, recovered.since) == (True, 6, now.since)
         assert recovered.hint.startswith("0 jobs are stuck now, 6 were recovered in the last 10 minutes.")
-        await house.cleaner.run_cleanup(forced=True)
+        await engine.cleaner.run_cleanup(forced=True)
         assert one(alerts, "stuck_jobs").value == 6, "a pass takes nothing off"
         await seconds(600)
         after = one(alerts, "stuck_jobs")
@@ -124,28 +124,28 @@ async def test_stuck_jobs_count_now_and_as_recovered_in_the_last_10_minutes() ->
 
 @in_virtual_time
 async def test_exactly_at_the_threshold_nothing_fires() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house, Thresholds(processing_jobs=2))
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine, Thresholds(processing_jobs=2))
         for number in range(2):
-            await house.held(f"job-{number}", lock_ttl_ms=HOUR_MS)
+            await engine.held(f"job-{number}", lock_ttl_ms=HOUR_MS)
         assert one(alerts, "processing_jobs") == AlertView(
             "processing_jobs", False, None, 2, 2, one(alerts, "processing_jobs").hint, "notice"
         )
-        await house.held("one-more", lock_ttl_ms=HOUR_MS)
+        await engine.held("one-more", lock_ttl_ms=HOUR_MS)
         assert one(alerts, "processing_jobs").firing
 
 
 @in_virtual_time
 async def test_average_processing_is_in_seconds() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house, Thresholds(average_processing_ms=10 * MINUTE_MS))
-        lock_id = await house.held("a", lock_ttl_ms=HOUR_MS)
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine, Thresholds(average_processing_ms=10 * MINUTE_MS))
+        lock_id = await engine.held("a", lock_ttl_ms=HOUR_MS)
         await seconds(600)
         assert (one(alerts, "average_processing").value, firing(alerts)) == (600, [])
         await seconds(1)
         assert firing(alerts) == ["average_processing"]
-        await house.yes(Progress(id="a", lock_id=lock_id, progress=1))
-        await house.yes(Complete(id="a", lock_id=lock_id))
+        await engine.yes(Progress(id="a", lock_id=lock_id, progress=1))
+        await engine.yes(Complete(id="a", lock_id=lock_id))
         assert firing(alerts) == ["average_processing"]
         await seconds(3660)
         assert firing(alerts) == []
@@ -156,30 +156,30 @@ async def test_pass_issues_fires_until_a_run_finds_few_issues() -> None:
     disk = MemoryStorage()
     for number in range(11):
         disk.put(row(number + 1, progress=120))
-    async with VirtualEngine(disk) as house:
-        alerts = alerts_of(house)
+    async with VirtualEngine(disk) as engine:
+        alerts = alerts_of(engine)
         assert firing(alerts) == []
-        house.keep()
-        await house.cleaner.run_cleanup(forced=True)
+        engine.keep()
+        await engine.cleaner.run_cleanup(forced=True)
         assert firing(alerts) == ["pass_issues"]
-        await house.cleaner.run_cleanup(forced=True)
+        await engine.cleaner.run_cleanup(forced=True)
         assert firing(alerts) == []
 
 
 @in_virtual_time
 async def test_a_double_grant_fires_for_an_hour_and_names_the_job() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
-        lock_id = await house.held("cat-1")
-        await house.yes(EndGrants(ids=["cat-1"], last=True), by="daemon")
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
+        lock_id = await engine.held("cat-1")
+        await engine.yes(EndGrants(ids=["cat-1"], last=True), by="daemon")
         assert firing(alerts) == []
-        await house.yes(Start(id="cat-1", worker="w-2"))
+        await engine.yes(Start(id="cat-1", worker="w-2"))
         with capture_logs() as logs:
             now = [one(alerts, "granted_twice") for _ in range(3)][-1]
         assert (now.firing, now.value, now.threshold) == (True, 1, 0)
         tokens = [(1 << 24) + 1, (1 << 24) + 2]
-        for said in ("cat-1", "w-1", "w-2", *map(str, tokens), "jobctl timeline cat-1"):
-            assert said in now.hint
+        for expected in ("cat-1", "w-1", "w-2", *map(str, tokens), "jobctl timeline cat-1"):
+            assert expected in now.hint
         assert lock_id not in now.hint
         assert [(line["event"], line["hint"]) for line in logs] == [("alert_firing", now.hint)]
         alerts.thresholds = Thresholds(granted_twice=1)
@@ -193,29 +193,29 @@ async def test_a_double_grant_fires_for_an_hour_and_names_the_job() -> None:
         assert "cat-1" not in after.hint
 
 
-def work(house: VirtualEngine, kind: str, ms: int, count: int = SAMPLES_NEEDED) -> None:
+def work(engine: VirtualEngine, kind: str, ms: int, count: int = SAMPLES_NEEDED) -> None:
     """Complete jobs at this moment."""
     for _ in range(count):
-        house.book.figures.paces.add(kind, house.now, ms)
+        engine.book.figures.paces.add(kind, engine.now, ms)
 
 
 @in_virtual_time
 async def test_the_slowest_kind_fires_once_and_does_not_flap() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
         for _ in range(HOURS_NEEDED):
-            work(house, "film", 1023)
-            work(house, "mail", 40)
-            work(house, "", 511)
+            work(engine, "film", 1023)
+            work(engine, "mail", 40)
+            work(engine, "", 511)
             await seconds(3600)
-        work(house, "film", 1023)
-        work(house, "mail", 120)  # three times as slow, but too short to matter
-        work(house, "", 1023)
+        work(engine, "film", 1023)
+        work(engine, "mail", 120)  # three times as slow, but too short to matter
+        work(engine, "", 1023)
         exactly = one(alerts, "slower_than_usual")
         assert (exactly.firing, exactly.value, exactly.threshold) == (False, 2.0, 2.0)
         assert exactly.hint.startswith("Jobs of no kind take 1.023 s")
         with capture_logs() as logs:
-            work(house, "film", 3071, 2)
+            work(engine, "film", 3071, 2)
             found = one(alerts, "slower_than_usual")
             assert (found.firing, found.value) == (True, 3.0)
             assert (
@@ -232,32 +232,32 @@ async def test_the_slowest_kind_fires_once_and_does_not_flap() -> None:
 
 @in_virtual_time
 async def test_too_few_jobs_fire_nothing() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
-        work(house, "new", 9_000)
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
+        work(engine, "new", 9_000)
         assert one(alerts, "slower_than_usual").value == 0
         for _ in range(HOURS_NEEDED):
-            work(house, "film", 1023)
+            work(engine, "film", 1023)
             await seconds(3600)
-        work(house, "film", 9_000, SAMPLES_NEEDED - 1)
+        work(engine, "film", 9_000, SAMPLES_NEEDED - 1)
         assert one(alerts, "slower_than_usual").value == 0
 
 
 @in_virtual_time
 async def test_only_completed_jobs_count_for_durations() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
         for hour in range(HOURS_NEEDED + 1):
             for number in range(SAMPLES_NEEDED):
-                lock_id = await house.held(f"{hour}-{number}", kind="film")
+                lock_id = await engine.held(f"{hour}-{number}", kind="film")
                 await seconds(4 if hour == HOURS_NEEDED else 1)
-                await house.yes(Complete(id=f"{hour}-{number}", lock_id=lock_id))
+                await engine.yes(Complete(id=f"{hour}-{number}", lock_id=lock_id))
             await seconds(3600 if hour < HOURS_NEEDED else 0)
         assert firing(alerts) == ["slower_than_usual"]
-        house.keep()
-        await house.cleaner.run_cleanup(forced=True)
-        kept = house.disk
-    async with VirtualEngine(kept) as after_a_restart:
+        engine.keep()
+        await engine.cleaner.run_cleanup(forced=True)
+        disk = engine.disk
+    async with VirtualEngine(disk) as after_a_restart:
         assert one(alerts_of(after_a_restart), "slower_than_usual").value >= 3.5
 
 
@@ -272,13 +272,13 @@ class Away:
 
 @in_virtual_time
 async def test_an_unhealthy_part_fires_with_its_message() -> None:
-    async with VirtualEngine() as house:
-        health = Health(house.actor, house.clock, house.cleaner, artifacts=Away())
-        alerts = Alerts(house.book, house.clock, health, house.cleaner, hold_ms=0, clear_ms=0)
+    async with VirtualEngine() as engine:
+        health = Health(engine.actor, engine.clock, engine.cleaner, artifacts=Away())
+        alerts = Alerts(engine.book, engine.clock, health, engine.cleaner, hold_ms=0, clear_ms=0)
         assert one(alerts, "database").hint == one(alerts, "storage").hint == "Not measured yet."
-        house.disk.errors["probe"] = OSError("broken")
-        await house.yes(Create(id="a"))
-        house.disk.jobs[1] = replace(house.disk.jobs[1], progress=7)
+        engine.disk.errors["probe"] = OSError("broken")
+        await engine.yes(Create(id="a"))
+        engine.disk.jobs[1] = replace(engine.disk.jobs[1], progress=7)
         view = await health.view()
         assert firing(alerts) == ["database", "cache", "storage"]
         assert one(alerts, "storage").hint == view.storage.message == "/srv is gone"
@@ -288,16 +288,16 @@ async def test_an_unhealthy_part_fires_with_its_message() -> None:
 
 @in_virtual_time
 async def test_firing_and_resolving_are_logged_once_each() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
         with capture_logs() as logs:
             for _ in range(3):
-                house.book.figures.recovered[house.now // STEP_MS] = 6
+                engine.book.figures.recovered[engine.now // STEP_MS] = 6
                 alerts.evaluate()
                 await seconds(1)
-            began = house.now - 3000
+            began = engine.now - 3000
             for _ in range(3):
-                house.book.figures.recovered[house.now // STEP_MS] = 5
+                engine.book.figures.recovered[engine.now // STEP_MS] = 5
                 alerts.evaluate()
         assert [(line["event"], line["log_level"], line["alert"]) for line in logs] == [
             ("alert_firing", "warning", "stuck_jobs"),
@@ -310,9 +310,9 @@ async def test_firing_and_resolving_are_logged_once_each() -> None:
 
 @in_virtual_time
 async def test_new_thresholds_apply_at_once() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
-        await house.held("a")
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
+        await engine.held("a")
         assert firing(alerts) == []
         alerts.thresholds = Thresholds(processing_jobs=0)
         assert firing(alerts) == ["processing_jobs"]
@@ -320,33 +320,33 @@ async def test_new_thresholds_apply_at_once() -> None:
 
 @in_virtual_time
 async def test_alerts_are_evaluated_without_requests() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
         running = asyncio.create_task(alerts.run())
         await seconds(1)
-        house.disk.errors["probe"] = OSError("broken")
+        engine.disk.errors["probe"] = OSError("broken")
         with capture_logs() as logs:
-            house.book.figures.recovered[house.now // STEP_MS] = 6
+            engine.book.figures.recovered[engine.now // STEP_MS] = 6
             await seconds(EVALUATE_EVERY_S)
             assert [line["alert"] for line in logs] == ["stuck_jobs"]
             await seconds(MEASURE_EVERY_S)
             assert [line["alert"] for line in logs] == ["stuck_jobs", "database"]
-        assert house.disk.calls["probe"] == 2
+        assert engine.disk.calls["probe"] == 2
         alerts.stop()
         await running
 
 
 @in_virtual_time
 async def test_a_bug_does_not_end_the_evaluation() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
-        figures, house.book.figures = house.book.figures, None  # type: ignore[assignment]
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
+        figures, engine.book.figures = engine.book.figures, None  # type: ignore[assignment]
         running = asyncio.create_task(alerts.run())
         with capture_logs() as logs:
             await seconds(1)
         assert [line["event"] for line in logs] == ["alerts_failed"]
-        house.book.figures = figures
-        figures.recovered[house.now // STEP_MS] = 6
+        engine.book.figures = figures
+        figures.recovered[engine.now // STEP_MS] = 6
         with capture_logs() as logs:
             await seconds(EVALUATE_EVERY_S)
         assert [line["event"] for line in logs] == ["alert_firing"]
@@ -362,8 +362,8 @@ class Failing:
 
 @in_virtual_time
 async def test_webhook_failing_fires_with_the_last_error() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
         failing = Failing()
         alerts.failing_webhook = lambda: failing
         assert not one(alerts, "webhook_failing").firing
@@ -379,23 +379,23 @@ async def test_webhook_failing_fires_with_the_last_error() -> None:
 
 @in_virtual_time
 async def test_listeners_are_notified_of_changes_only() -> None:
-    async with VirtualEngine() as house:
-        alerts, told, failing = alerts_of(house), [], Failing()
-        alerts.on_change.append(lambda: told.append(alerts.known()))
+    async with VirtualEngine() as engine:
+        alerts, announced, failing = alerts_of(engine), [], Failing()
+        alerts.on_change.append(lambda: announced.append(alerts.known()))
         alerts.evaluate()
         assert alerts.known() is None
-        assert told == []
+        assert announced == []
         running = asyncio.create_task(alerts.run())
         await seconds(1)
-        assert len(told) == 1
-        assert told[0] is not None
+        assert len(announced) == 1
+        assert announced[0] is not None
         alerts.evaluate()
         failing.for_ms += 1_000
         alerts.failing_webhook = lambda: failing
         await seconds(6)
-        assert len(told) == 2
-        assert told[1] is not None
-        assert [alert.name for alert in told[1] if alert.firing] == ["webhook_failing"]
+        assert len(announced) == 2
+        assert announced[1] is not None
+        assert [alert.name for alert in announced[1] if alert.firing] == ["webhook_failing"]
         alerts.stop()
         await running
 
@@ -403,25 +403,27 @@ async def test_listeners_are_notified_of_changes_only() -> None:
 # -- hysteresis --------------------------------------------------------------------------------------------------------
 
 
-def slow_alerts_of(house: VirtualEngine, thresholds: Thresholds | None = None) -> Alerts:
+def slow_alerts_of(engine: VirtualEngine, thresholds: Thresholds | None = None) -> Alerts:
     """With the default durations, and fed with commits."""
-    alerts = Alerts(house.book, house.clock, Health(house.actor, house.clock, house.cleaner), house.cleaner, thresholds)
-    house.actor.on_commit.append(alerts.attempts.note)
+    alerts = Alerts(
+        engine.book, engine.clock, Health(engine.actor, engine.clock, engine.cleaner), engine.cleaner, thresholds
+    )
+    engine.actor.on_commit.append(alerts.attempts.note)
     return alerts
 
 
 @in_virtual_time
 async def test_an_alert_fires_after_30_s_and_resolves_after_60_s() -> None:
-    async with VirtualEngine() as house:
-        alerts = slow_alerts_of(house, Thresholds(processing_jobs=0))
-        lock_id = await house.held("a", lock_ttl_ms=HOUR_MS)
+    async with VirtualEngine() as engine:
+        alerts = slow_alerts_of(engine, Thresholds(processing_jobs=0))
+        lock_id = await engine.held("a", lock_ttl_ms=HOUR_MS)
         assert firing(alerts) == []
         await seconds(29)
         assert firing(alerts) == []
         await seconds(1)
         shown = one(alerts, "processing_jobs")
-        assert (shown.firing, shown.since, shown.severity) == (True, house.now, "notice")
-        await house.yes(Complete(id="a", lock_id=lock_id))
+        assert (shown.firing, shown.since, shown.severity) == (True, engine.now, "notice")
+        await engine.yes(Complete(id="a", lock_id=lock_id))
         shown = one(alerts, "processing_jobs")
         assert (shown.firing, shown.value) == (True, 0)
         assert shown.hint == "Jobs in processing: 0, no more than usual.", "it says what is so now"
@@ -433,9 +435,9 @@ async def test_an_alert_fires_after_30_s_and_resolves_after_60_s() -> None:
 
 @in_virtual_time
 async def test_a_value_that_flickers_fires_nothing_and_resolves_nothing() -> None:
-    async with VirtualEngine() as house:
-        alerts = slow_alerts_of(house, Thresholds(processing_jobs=0))
-        processing = house.book.totals
+    async with VirtualEngine() as engine:
+        alerts = slow_alerts_of(engine, Thresholds(processing_jobs=0))
+        processing = engine.book.totals
         with capture_logs() as logs:
             for number in range(120):
                 processing["processing"] = number % 2
@@ -456,21 +458,21 @@ async def test_a_value_that_flickers_fires_nothing_and_resolves_nothing() -> Non
 
 @in_virtual_time
 async def test_a_restart_resolves_nothing_too_early() -> None:
-    async with VirtualEngine() as house:
-        alerts = slow_alerts_of(house, Thresholds(processing_jobs=0))
-        told: list[list[str] | None] = []
+    async with VirtualEngine() as engine:
+        alerts = slow_alerts_of(engine, Thresholds(processing_jobs=0))
+        announced: list[list[str] | None] = []
         alerts.on_change.append(
-            lambda: told.append(
+            lambda: announced.append(
                 None if (known := alerts.known()) is None else [each.name for each in known if each.firing]
             )
         )
-        await house.held("a", lock_ttl_ms=HOUR_MS)
+        await engine.held("a", lock_ttl_ms=HOUR_MS)
         running = asyncio.create_task(alerts.run())
         await seconds(29)
         assert alerts.known() is None
         await seconds(7)
         assert alerts.known() is not None
-        assert next(each for each in told if each is not None) == ["processing_jobs"]
+        assert next(each for each in announced if each is not None) == ["processing_jobs"]
         alerts.stop()
         await running
 
@@ -478,7 +480,7 @@ async def test_a_restart_resolves_nothing_too_early() -> None:
 # -- queues without workers, waiting jobs, failing jobs --------------------------------------------------------------
 
 
-async def watched(house: VirtualEngine, alerts: Alerts, number: int) -> list[str]:
+async def watched(engine: VirtualEngine, alerts: Alerts, number: int) -> list[str]:
     """Return the alerts that fire after this many seconds, checked as often as in the daemon."""
     shown = await alerts.check()
     for _ in range(0, number, 5):
@@ -490,71 +492,71 @@ async def watched(house: VirtualEngine, alerts: Alerts, number: int) -> list[str
 @in_virtual_time
 async def test_an_incident_of_failing_attempts_and_missing_workers_fires_its_alerts() -> None:
     """520 due jobs waited for 18 minutes without a worker, and every earlier attempt had failed."""
-    async with VirtualEngine() as house:
-        alerts = slow_alerts_of(house)
+    async with VirtualEngine() as engine:
+        alerts = slow_alerts_of(engine)
         for number in range(520):
-            await house.yes(Create(id=f"cat-{number}", queue="film", kind="encode"))
+            await engine.yes(Create(id=f"cat-{number}", queue="film", kind="encode"))
         for number in range(20):
-            lock_id = await house.held(f"old-{number}", queue="film", kind="encode")
-            await house.yes(Fail(id=f"old-{number}", lock_id=lock_id, error_message="no codec", retry=False))
-        assert await watched(house, alerts, 25) == []
-        assert await watched(house, alerts, 10) == ["failure_rate"]
+            lock_id = await engine.held(f"old-{number}", queue="film", kind="encode")
+            await engine.yes(Fail(id=f"old-{number}", lock_id=lock_id, error_message="no codec", retry=False))
+        assert await watched(engine, alerts, 25) == []
+        assert await watched(engine, alerts, 10) == ["failure_rate"]
         failing = one(alerts, "failure_rate")
         assert (failing.value, failing.threshold) == (1.0, 0.5)
         assert failing.hint.startswith("In queue film 20 of 20 attempts failed in the last 10 minutes.")
         assert "jobctl jobs --queue film --status failed" in failing.hint
-        assert await watched(house, alerts, 80) == ["failure_rate"]
-        assert await watched(house, alerts, 45) == ["queue_without_workers", "failure_rate"]
+        assert await watched(engine, alerts, 80) == ["failure_rate"]
+        assert await watched(engine, alerts, 45) == ["queue_without_workers", "failure_rate"]
         without = one(alerts, "queue_without_workers")
         assert without.value > without.threshold == 120
-        for said in ("queue film, kind encode", "cat-0", "520 queued jobs", "jobctl workers", "jobctl why cat-0"):
-            assert said in without.hint
-        assert await watched(house, alerts, 180) == ["queue_without_workers", "queue_waits", "failure_rate"]
+        for expected in ("queue film, kind encode", "cat-0", "520 queued jobs", "jobctl workers", "jobctl why cat-0"):
+            assert expected in without.hint
+        assert await watched(engine, alerts, 180) == ["queue_without_workers", "queue_waits", "failure_rate"]
         waits = one(alerts, "queue_waits")
         assert waits.value > waits.threshold == 300
         assert "cat-0 of queue film, kind encode" in waits.hint
-        assert await watched(house, alerts, 340) == ["queue_without_workers", "queue_waits"], "its attempts are past"
-        await house.yes(Claim(queues=["film"], kinds=["encode"], worker="w-1", limit=10, lock_ttl_ms=HOUR_MS))
-        await house.yes(Pause(name="film"))
-        assert await watched(house, alerts, 55) == ["queue_without_workers", "queue_waits"]
-        assert await watched(house, alerts, 10) == []
+        assert await watched(engine, alerts, 340) == ["queue_without_workers", "queue_waits"], "its attempts are past"
+        await engine.yes(Claim(queues=["film"], kinds=["encode"], worker="w-1", limit=10, lock_ttl_ms=HOUR_MS))
+        await engine.yes(Pause(name="film"))
+        assert await watched(engine, alerts, 55) == ["queue_without_workers", "queue_waits"]
+        assert await watched(engine, alerts, 10) == []
 
 
 @in_virtual_time
 async def test_a_claim_of_another_kind_is_no_worker_for_the_queue() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
-        await house.yes(Create(id="a", kind="film"))
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
+        await engine.yes(Create(id="a", kind="film"))
         for _ in range(25):
-            await house.yes(Claim(queues=["default"], kinds=["mail"], worker="w-1"))
+            await engine.yes(Claim(queues=["default"], kinds=["mail"], worker="w-1"))
             await seconds(5)
-        assert await watched(house, alerts, 0) == ["queue_without_workers"]
-        await house.yes(Pause(name="default"))
-        await house.yes(Claim(queues=["default"], kinds=["film"], worker="w-1"))
-        assert await watched(house, alerts, 0) == []
-        assert await watched(house, alerts, 300) == ["queue_without_workers"], "a paused queue waits on purpose"
+        assert await watched(engine, alerts, 0) == ["queue_without_workers"]
+        await engine.yes(Pause(name="default"))
+        await engine.yes(Claim(queues=["default"], kinds=["film"], worker="w-1"))
+        assert await watched(engine, alerts, 0) == []
+        assert await watched(engine, alerts, 300) == ["queue_without_workers"], "a paused queue waits on purpose"
 
 
 @in_virtual_time
 async def test_a_suspect_jump_of_the_clock_makes_no_job_wait() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
-        await house.yes(Create(id="a"))
-        house.step_ms = 400 * DAY_MS
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
+        await engine.yes(Create(id="a"))
+        engine.step_ms = 400 * DAY_MS
         await alerts.check()
-        assert house.clock.moment().suspect
+        assert engine.clock.moment().suspect
         assert one(alerts, "queue_waits").value == one(alerts, "queue_without_workers").value == 0
 
 
 @in_virtual_time
 async def test_many_kinds_are_scanned_in_slices_and_none_is_omitted() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
-        kinds = SLICES_OF_ONE_LOOK * LANES_IN_ONE_GO // 2 + 10
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
+        kinds = SLICES_PER_CHECK * PAIRS_PER_SLICE // 2 + 10
         for number in range(kinds):
-            due = house.now - 1000 * number
+            due = engine.now - 1000 * number
             options = Options(kind=f"k-{number}")
-            house.book.swap(None, Job(number + 1, f"job-{number}", options, "queued", due, due, due))
+            engine.book.swap(None, Job(number + 1, f"job-{number}", options, "queued", due, due, due))
         await alerts.check()
         assert one(alerts, "queue_waits").value == 0, "the round goes on at the next look"
         await alerts.check()
@@ -563,16 +565,16 @@ async def test_many_kinds_are_scanned_in_slices_and_none_is_omitted() -> None:
 
 @in_virtual_time
 async def test_failure_rate_fires_at_half_of_the_attempts_of_a_queue() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
-        house.actor.on_commit.append(alerts.attempts.note)
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
+        engine.actor.on_commit.append(alerts.attempts.note)
         for number in range(20):
-            lock_id = await house.held(f"a-{number}", queue="a")
+            lock_id = await engine.held(f"a-{number}", queue="a")
             if number < 10:
-                await house.yes(Complete(id=f"a-{number}", lock_id=lock_id))
+                await engine.yes(Complete(id=f"a-{number}", lock_id=lock_id))
             else:
                 assert firing(alerts) == []
-                await house.yes(Fail(id=f"a-{number}", lock_id=lock_id, error_message="e", retry=False))
+                await engine.yes(Fail(id=f"a-{number}", lock_id=lock_id, error_message="e", retry=False))
         assert firing(alerts) == ["failure_rate"]
         alerts.thresholds = Thresholds(failure_rate_attempts=21)
         shown = one(alerts, "failure_rate")
@@ -591,9 +593,9 @@ async def test_failure_rate_fires_at_half_of_the_attempts_of_a_queue() -> None:
 )
 def test_disk_nearly_full_fires_below_a_tenth_or_one_gibibyte(free: int, total: int, fires: bool) -> None:
     async def look() -> None:
-        async with VirtualEngine() as house:
-            house.disk.disk_space = DiskSpace("/srv/jobd.db", free, total)
-            alerts = alerts_of(house)
+        async with VirtualEngine() as engine:
+            engine.disk.disk_space = DiskSpace("/srv/jobd.db", free, total)
+            alerts = alerts_of(engine)
             await alerts.check()
             shown = one(alerts, "disk_nearly_full")
             assert shown.firing == fires
@@ -605,21 +607,21 @@ def test_disk_nearly_full_fires_below_a_tenth_or_one_gibibyte(free: int, total: 
 
 @in_virtual_time
 async def test_a_store_in_memory_has_no_disk_to_fill() -> None:
-    async with VirtualEngine() as house:
-        house.disk.disk_space = None
-        alerts = alerts_of(house)
+    async with VirtualEngine() as engine:
+        engine.disk.disk_space = None
+        alerts = alerts_of(engine)
         await alerts.check()
         assert one(alerts, "disk_nearly_full").hint == "The free space of the disk is unknown."
 
 
 @in_virtual_time
 async def test_release_loop_fires_for_a_job_that_is_released_repeatedly() -> None:
-    async with VirtualEngine() as house:
-        alerts = alerts_of(house)
-        house.book.release_loops["cat-9"] = 20
+    async with VirtualEngine() as engine:
+        alerts = alerts_of(engine)
+        engine.book.release_loops["cat-9"] = 20
         shown = one(alerts, "release_loop")
         assert (shown.firing, shown.value, shown.threshold) == (True, 1, 0)
-        for said in ("cat-9", "20 times in a row", "jobctl timeline cat-9", "jobctl cancel cat-9"):
-            assert said in shown.hint
-        del house.book.release_loops["cat-9"]
+        for expected in ("cat-9", "20 times in a row", "jobctl timeline cat-9", "jobctl cancel cat-9"):
+            assert expected in shown.hint
+        del engine.book.release_loops["cat-9"]
         assert not one(alerts, "release_loop").firing

@@ -31,16 +31,16 @@ from tests.support.memory_storage import MemoryStorage
 from tests.support.virtual_engine import VirtualEngine, in_virtual_time
 
 
-def counted(house: VirtualEngine) -> dict[str, int]:
+def counted(engine: VirtualEngine) -> dict[str, int]:
     """Return the failed jobs on disk by fingerprint, without those that have none."""
-    failed = [job for job in house.disk.jobs.values() if job.status == "failed"]
+    failed = [job for job in engine.disk.jobs.values() if job.status == "failed"]
     names = [fingerprint(job.error.message, job.error.code, job.id) for job in failed if job.error]
     return dict(Counter(name for name in names if name))
 
 
-def waiting(house: VirtualEngine) -> dict[str, int]:
+def waiting(engine: VirtualEngine) -> dict[str, int]:
     """Return the jobs on disk that wait for a retry, by fingerprint."""
-    jobs = [(job.id, job.error) for job in house.disk.jobs.values() if job.status == "queued" and job.error]
+    jobs = [(job.id, job.error) for job in engine.disk.jobs.values() if job.status == "queued" and job.error]
     return dict(Counter(fingerprint(error.message, error.code, job_id) or "" for job_id, error in jobs))
 
 
@@ -52,36 +52,36 @@ def groups_waiting(known: FailureGroups) -> dict[str, int]:
     return {group.fingerprint: group.retrying for group in known.view(200).groups if group.retrying}
 
 
-async def try_once(house: VirtualEngine, job_id: str, message: str, wait_ms: int = 0) -> None:
+async def try_once(engine: VirtualEngine, job_id: str, message: str, wait_ms: int = 0) -> None:
     """Claim the job, if possible, and fail it; it waits for a retry if it has attempts left."""
-    granted = await house.actor.ask(Start(id=job_id, worker="w"))
+    granted = await engine.actor.ask(Start(id=job_id, worker="w"))
     if isinstance(granted, Response):
         lock_id = granted.data.lock_id
-        await house.yes(Fail(id=job_id, lock_id=lock_id, error_message=message, retry_after_ms=wait_ms))
+        await engine.yes(Fail(id=job_id, lock_id=lock_id, error_message=message, retry_after_ms=wait_ms))
 
 
-def watching(house: VirtualEngine) -> FailureGroups:
-    known = FailureGroups(house.disk, house.book.next_job, house.book.jobs.values())
-    house.actor.on_commit.append(known.committed)
+def watching(engine: VirtualEngine) -> FailureGroups:
+    known = FailureGroups(engine.disk, engine.book.next_job, engine.book.jobs.values())
+    engine.actor.on_commit.append(known.committed)
     return known
 
 
-async def fail(house: VirtualEngine, job_id: str, reason: str, **fields: Any) -> None:
-    await house.yes(Create(id=job_id, **fields))
-    await house.yes(ForceFail(id=job_id, reason=reason))
+async def fail(engine: VirtualEngine, job_id: str, reason: str, **fields: Any) -> None:
+    await engine.yes(Create(id=job_id, **fields))
+    await engine.yes(ForceFail(id=job_id, reason=reason))
 
 
 @in_virtual_time
 async def test_a_group_shows_what_its_jobs_have_in_common() -> None:
-    async with VirtualEngine() as house:
-        known = watching(house)
+    async with VirtualEngine() as engine:
+        known = watching(engine)
         await known.run()
         assert known.is_whole
-        await fail(house, "a", "took 12 s", queue="video", kind="convert")
-        first = house.now
+        await fail(engine, "a", "took 12 s", queue="video", kind="convert")
+        first = engine.now
         await asyncio.sleep(5)
-        await fail(house, "b", "took 40 s", queue="mail", kind="convert")
-        await fail(house, "c", "lost")
+        await fail(engine, "b", "took 40 s", queue="mail", kind="convert")
+        await fail(engine, "c", "lost")
         view = known.view(200)
         assert (view.total, view.other, view.whole) == (3, 0, True)
         group = view.groups[0]
@@ -103,39 +103,39 @@ async def test_a_group_shows_what_its_jobs_have_in_common() -> None:
 
 @in_virtual_time
 async def test_removed_jobs_are_no_longer_counted() -> None:
-    async with VirtualEngine() as house:
-        known = watching(house)
+    async with VirtualEngine() as engine:
+        known = watching(engine)
         for job_id in ("a", "b", "c", "d"):
-            await fail(house, job_id, "took 12 s")
-        await house.yes(ForceReset(id="a"))
-        await house.yes(Delete(id="b"))
-        assert groups(known) == counted(house)
+            await fail(engine, job_id, "took 12 s")
+        await engine.yes(ForceReset(id="a"))
+        await engine.yes(Delete(id="b"))
+        assert groups(known) == counted(engine)
         assert known.view(9).groups[0].job_ids == ["c", "d"] or known.view(9).groups[0].job_ids == ["d", "c"]
-        await house.yes(Cancel(id="a"))
-        await house.yes(ForceReset(id="c"))
-        await house.yes(ForceReset(id="d"))
+        await engine.yes(Cancel(id="a"))
+        await engine.yes(ForceReset(id="c"))
+        await engine.yes(ForceReset(id="d"))
         assert known.view(9).groups == []
         moved = Transition(id="c", from_="queued", to="failed", updates=Updates(error_message="by hand"))
-        await house.yes(moved)
-        await house.yes(Import(id="e", status="failed"))
-        assert groups(known) == counted(house)
+        await engine.yes(moved)
+        await engine.yes(Import(id="e", status="failed"))
+        assert groups(known) == counted(engine)
         assert (known.view(9).total, known.view(9).other) == (2, 1), "what has no error is in no group"
-        await house.yes(Delete(id="e"))
+        await engine.yes(Delete(id="e"))
         assert (known.view(9).total, known.view(9).other) == (1, 0)
 
 
 @in_virtual_time
 async def test_jobs_that_wait_for_a_retry_are_counted_separately() -> None:
-    async with VirtualEngine() as house:
-        await house.yes(Create(id="early", max_attempts=3, queue="mail"))
-        await try_once(house, "early", "took 7 s")
+    async with VirtualEngine() as engine:
+        await engine.yes(Create(id="early", max_attempts=3, queue="mail"))
+        await try_once(engine, "early", "took 7 s")
         await asyncio.sleep(5)
-        await house.yes(Create(id="moved", max_attempts=3))
-        await try_once(house, "moved", "took 8 s", wait_ms=3_600_000)
-        await house.yes(Create(id="new"))
-        known = watching(house)
+        await engine.yes(Create(id="moved", max_attempts=3))
+        await try_once(engine, "moved", "took 8 s", wait_ms=3_600_000)
+        await engine.yes(Create(id="new"))
+        known = watching(engine)
         assert not known.is_whole
-        await house.yes(RunNow(id="moved"))
+        await engine.yes(RunNow(id="moved"))
         assert sum(groups_waiting(known).values()) == 1, "what happens to it is heard before the look"
         await known.run()
         assert known.is_whole
@@ -144,29 +144,29 @@ async def test_jobs_that_wait_for_a_retry_are_counted_separately() -> None:
         [group] = view.groups
         assert (group.count, group.retrying, group.message) == (0, 2, "took 8 s")
         assert (sorted(group.queues), sorted(group.job_ids)) == (["default", "mail"], ["early", "moved"])
-        await try_once(house, "moved", "took 9 s")
-        await try_once(house, "moved", "took 10 s")
-        assert counted(house) == {group.fingerprint: 1}
+        await try_once(engine, "moved", "took 9 s")
+        await try_once(engine, "moved", "took 10 s")
+        assert counted(engine) == {group.fingerprint: 1}
         [group] = known.view(9).groups
         assert (group.count, group.retrying, group.message) == (1, 1, "took 10 s")
         assert sorted(group.job_ids) == ["early", "moved"]
-        assert (groups(known), groups_waiting(known)) == (counted(house), waiting(house))
-        await house.yes(Start(id="early", worker="w"))
+        assert (groups(known), groups_waiting(known)) == (counted(engine), waiting(engine))
+        await engine.yes(Start(id="early", worker="w"))
         assert (known.view(9).total, known.view(9).retrying) == (1, 0), "it is at work"
         assert [len(known.view(0).groups), known.view(0).other, known.view(0).other_retrying] == [0, 1, 0]
 
 
 @in_virtual_time
 async def test_the_first_occurrence_survives_an_empty_group() -> None:
-    async with VirtualEngine() as house:
-        known = watching(house)
+    async with VirtualEngine() as engine:
+        known = watching(engine)
         await known.run()
-        await fail(house, "a", "took 12 s")
+        await fail(engine, "a", "took 12 s")
         [first] = known.view(9).groups
         await asyncio.sleep(60)
-        await house.yes(ForceReset(id="a"))
+        await engine.yes(ForceReset(id="a"))
         assert known.view(9).groups == []
-        await house.yes(ForceFail(id="a", reason="took 13 s"))
+        await engine.yes(ForceFail(id="a", reason="took 13 s"))
         [again] = known.view(9).groups
         assert again.first_at == first.first_at
         assert again.last_at >= first.last_at + 60_000
@@ -186,15 +186,15 @@ def test_history_is_counted_correctly_while_jobs_change(seed: int) -> None:
     @in_virtual_time
     async def test() -> None:
         dice = random.Random(seed)
-        async with VirtualEngine(MemoryStorage()) as house:
+        async with VirtualEngine(MemoryStorage()) as engine:
             ids = [f"j{n}" for n in range(20)]
             for job_id in ids:
-                await house.yes(Create(id=job_id, max_attempts=9))
+                await engine.yes(Create(id=job_id, max_attempts=9))
                 if dice.random() < 0.5:
-                    await house.yes(ForceFail(id=job_id, reason=f"error {dice.choice('abc')}"))
+                    await engine.yes(ForceFail(id=job_id, reason=f"error {dice.choice('abc')}"))
                 elif dice.random() < 0.6:
-                    await try_once(house, job_id, f"error {dice.choice('abc')}")
-            known = watching(house)
+                    await try_once(engine, job_id, f"error {dice.choice('abc')}")
+            known = watching(engine)
             running = asyncio.create_task(known.run())
             for n in range(60):
                 job_id = dice.choice(ids)
@@ -205,33 +205,33 @@ def test_history_is_counted_correctly_while_jobs_change(seed: int) -> None:
                         Delete(id=job_id),
                     )
                 )
-                asked = [house.actor.ask(command)]
+                requests = [engine.actor.ask(command)]
                 if dice.random() < 0.3:
-                    asked.append(house.actor.ask(Create(id=f"new{n}")))
-                await asyncio.gather(*asked)
+                    requests.append(engine.actor.ask(Create(id=f"new{n}")))
+                await asyncio.gather(*requests)
                 if dice.random() < 0.5:
-                    await try_once(house, dice.choice(ids), f"error {dice.choice('abcd')}")
+                    await try_once(engine, dice.choice(ids), f"error {dice.choice('abcd')}")
                 if dice.random() < 0.5:
                     await asyncio.sleep(dice.choice((0, failure_groups.PAUSE_S / 2, failure_groups.PAUSE_S)))
             await running
             assert known.is_whole
-            assert groups(known) == counted(house)
-            assert groups_waiting(known) == waiting(house)
+            assert groups(known) == counted(engine)
+            assert groups_waiting(known) == waiting(engine)
 
     test()
 
 
 @in_virtual_time
 async def test_a_failed_read_is_repeated() -> None:
-    async with VirtualEngine() as house:
-        await fail(house, "a", "x")
-        known = watching(house)
-        house.disk.errors["find"] = OSError("broken")
+    async with VirtualEngine() as engine:
+        await fail(engine, "a", "x")
+        known = watching(engine)
+        engine.disk.errors["find"] = OSError("broken")
         running = asyncio.create_task(known.run())
         await asyncio.sleep(1)
         assert not known.is_whole
         assert not known.view(9).whole
-        house.disk.errors.clear()
+        engine.disk.errors.clear()
         await asyncio.sleep(failure_groups.RETRY_S)
         await running
         assert known.view(9).total == 1
@@ -239,10 +239,10 @@ async def test_a_failed_read_is_repeated() -> None:
 
 @in_virtual_time
 async def test_stop_ends_the_reading() -> None:
-    async with VirtualEngine() as house:
-        await fail(house, "a", "x")
-        known = watching(house)
-        house.disk.errors["find"] = OSError("broken")
+    async with VirtualEngine() as engine:
+        await fail(engine, "a", "x")
+        known = watching(engine)
+        engine.disk.errors["find"] = OSError("broken")
         running = asyncio.create_task(known.run())
         await asyncio.sleep(1)
         known.stop()
@@ -260,71 +260,71 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("few")
 @in_virtual_time
 async def test_the_first_line_of_a_group_is_not_shortened() -> None:
-    async with VirtualEngine() as house:
-        known = watching(house)
-        await fail(house, "a", "alphabet\nand more")
-        await fail(house, "b", "a\nb\nc")
+    async with VirtualEngine() as engine:
+        known = watching(engine)
+        await fail(engine, "a", "alphabet\nand more")
+        await fail(engine, "b", "a\nb\nc")
         assert {group.message for group in known.view(9).groups} == {"alphabet", "a\nb\n"}
 
 
 @in_virtual_time
 async def test_a_group_does_not_depend_on_the_ids_of_its_jobs() -> None:
-    async with VirtualEngine() as house:
-        known = watching(house)
+    async with VirtualEngine() as engine:
+        known = watching(engine)
         for job_id in ("order-abc", "k3f9z", "4711"):
-            await fail(house, job_id, f"{job_id}: no customer {job_id}-7, job {job_id} ends")
+            await fail(engine, job_id, f"{job_id}: no customer {job_id}-7, job {job_id} ends")
         assert [(group.count, group.fingerprint) for group in known.view(9).groups] == [
             (2, fingerprint("x: no customer x-7, job x ends", "force_failed", "x")),
             (1, fingerprint("1: no customer 1-7, job 1 ends", "force_failed")),
         ]
-        found = await house.yes(SearchJobs(error=known.view(9).groups[0].fingerprint))
+        found = await engine.yes(SearchJobs(error=known.view(9).groups[0].fingerprint))
         assert {job.id for job in found.jobs} == {"order-abc", "k3f9z"}
 
 
 @pytest.mark.usefixtures("few")
 @in_virtual_time
 async def test_everything_kept_is_limited() -> None:
-    async with VirtualEngine() as house:
-        known = watching(house)
+    async with VirtualEngine() as engine:
+        known = watching(engine)
         for n, reason in enumerate(("alpha", "beta", "gamma", "gamma", "alpha", "alpha", "alpha")):
-            await fail(house, f"j{n}", reason, queue=f"q{n}")
+            await fail(engine, f"j{n}", reason, queue=f"q{n}")
         view = known.view(9)
         assert [(group.message, group.count) for group in view.groups] == [("alpha", 4), ("beta", 1)]
         assert (view.total, view.other) == (7, 2)
         assert len(view.groups[0].job_ids) == 2
         assert view.groups[0].queues == ["q0", "q4"]
-        await house.yes(Delete(id="j6"))
-        await house.yes(Delete(id="j2"))
-        await house.yes(Delete(id="j1"))
+        await engine.yes(Delete(id="j6"))
+        await engine.yes(Delete(id="j2"))
+        await engine.yes(Delete(id="j1"))
         view = known.view(9)
         assert (view.total, view.other, len(view.groups)) == (4, 1, 1)
-        await house.yes(Delete(id="j3"))
-        await house.yes(Delete(id="j0"))
-        await house.yes(Delete(id="j4"))
-        await house.yes(Delete(id="j5"))
+        await engine.yes(Delete(id="j3"))
+        await engine.yes(Delete(id="j0"))
+        await engine.yes(Delete(id="j4"))
+        await engine.yes(Delete(id="j5"))
         assert (known.view(9).total, known.view(9).groups) == (0, [])
         await asyncio.sleep(5)
-        later = house.now
-        await fail(house, "j8", "alpha")
-        await fail(house, "j9", "beta")
+        later = engine.now
+        await fail(engine, "j8", "alpha")
+        await fail(engine, "j9", "beta")
         since = {group.message: group.first_at for group in known.view(9).groups}
         assert since["alpha"] < later <= since["beta"], "of that one too much has come and gone since"
-        await house.yes(Create(id="j10", max_attempts=2))
-        await try_once(house, "j10", "gamma")
+        await engine.yes(Create(id="j10", max_attempts=2))
+        await try_once(engine, "j10", "gamma")
         assert (known.view(9).retrying, known.view(9).other_retrying) == (1, 1)
-        await house.yes(Delete(id="j9"))
-        await house.yes(Create(id="j11", max_attempts=2))
-        await try_once(house, "j11", "gamma")
-        await house.yes(ForceFail(id="j10", reason="gamma"))
+        await engine.yes(Delete(id="j9"))
+        await engine.yes(Create(id="j11", max_attempts=2))
+        await try_once(engine, "j11", "gamma")
+        await engine.yes(ForceFail(id="j10", reason="gamma"))
         assert (known.view(9).retrying, known.view(9).total) == (1, 2)
 
 
 @in_virtual_time
 async def test_a_search_finds_the_failed_jobs_of_a_group() -> None:
-    async with VirtualEngine() as house:
-        await fail(house, "a", "took 12 s")
-        await fail(house, "b", "took 40 s")
-        await fail(house, "c", "lost")
+    async with VirtualEngine() as engine:
+        await fail(engine, "a", "took 12 s")
+        await fail(engine, "b", "took 40 s")
+        await fail(engine, "c", "lost")
         name = fingerprint("took 1 s", "force_failed")
-        assert [job.id for job in (await house.yes(SearchJobs(error=name))).jobs] == ["b", "a"]
-        assert [job.id for job in (await house.yes(SearchJobs(error=name, status="queued"))).jobs] == []
+        assert [job.id for job in (await engine.yes(SearchJobs(error=name))).jobs] == ["b", "a"]
+        assert [job.id for job in (await engine.yes(SearchJobs(error=name, status="queued"))).jobs] == []

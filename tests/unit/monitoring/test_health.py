@@ -32,13 +32,16 @@ from tests.support.virtual_engine import VirtualEngine, in_virtual_time, row, se
 
 
 def health_of(
-    house: VirtualEngine, faults: Iterable[str] = (), take_faults: Callable[[], Iterable[str]] = tuple, **artifacts: Any
+    engine: VirtualEngine,
+    faults: Iterable[str] = (),
+    take_faults: Callable[[], Iterable[str]] = tuple,
+    **artifacts: Any,
 ) -> Health:
-    return Health(house.actor, house.clock, house.cleaner, faults=faults, take_faults=take_faults, **artifacts)
+    return Health(engine.actor, engine.clock, engine.cleaner, faults=faults, take_faults=take_faults, **artifacts)
 
 
-async def measured(house: VirtualEngine) -> HealthView:
-    return await health_of(house).view()
+async def measured(engine: VirtualEngine) -> HealthView:
+    return await health_of(engine).view()
 
 
 class SlowDisk(MemoryStorage):
@@ -80,12 +83,12 @@ class StaleOnce(MemoryStorage):
 
 @in_virtual_time
 async def test_a_daemon_at_work_is_healthy() -> None:
-    async with VirtualEngine() as house:
-        await house.held("a")
-        await house.yes(Create(id="b"))
-        house.keep()
+    async with VirtualEngine() as engine:
+        await engine.held("a")
+        await engine.yes(Create(id="b"))
+        engine.keep()
         await seconds(1)
-        view = await measured(house)
+        view = await measured(engine)
         statuses = (view.status, view.database.status, view.cache.status, view.storage.status)
         assert statuses == ("healthy",) * 4
         assert view.database.total_jobs == 2
@@ -94,36 +97,36 @@ async def test_a_daemon_at_work_is_healthy() -> None:
         assert view.storage.message == "not configured"
         assert view.cleanup_status.message == "Cleanup runs in time."
         assert not view.cleanup_status.running
-        assert view.cleanup_status.time_since_last_cleanup == house.cleaner.state().time_since_last_cleanup
-        assert view.timestamp == house.now
+        assert view.cleanup_status.time_since_last_cleanup == engine.cleaner.state().time_since_last_cleanup
+        assert view.timestamp == engine.now
 
 
 @in_virtual_time
 async def test_health_is_measured_again_after_five_seconds() -> None:
-    async with VirtualEngine() as house:
-        health = health_of(house)
+    async with VirtualEngine() as engine:
+        health = health_of(engine)
         first = await health.view()
         await seconds(MAX_AGE_S - 0.1)
         assert (await health.view()).timestamp == first.timestamp
-        assert house.disk.calls["probe"] == 1
+        assert engine.disk.calls["probe"] == 1
         await seconds(0.2)
         assert (await health.view()).timestamp > first.timestamp
-        assert house.disk.calls["probe"] == 2
+        assert engine.disk.calls["probe"] == 2
 
 
 @in_virtual_time
 async def test_callers_share_one_measurement() -> None:
-    async with VirtualEngine() as house:
-        health = health_of(house)
+    async with VirtualEngine() as engine:
+        health = health_of(engine)
         views = await asyncio.gather(*(health.view() for _ in range(10)))
         assert all(view is views[0] for view in views)
-        assert house.disk.calls["probe"] == 1
+        assert engine.disk.calls["probe"] == 1
 
 
 @in_virtual_time
 async def test_a_caller_that_goes_away_does_not_end_the_measurement() -> None:
-    async with VirtualEngine() as house:
-        health = health_of(house)
+    async with VirtualEngine() as engine:
+        health = health_of(engine)
         callers = [asyncio.create_task(health.view()) for _ in range(2)]
         await seconds(0)
         callers[0].cancel()
@@ -135,19 +138,19 @@ async def test_a_caller_that_goes_away_does_not_end_the_measurement() -> None:
 
 @in_virtual_time
 async def test_a_failing_disk_is_unhealthy() -> None:
-    async with VirtualEngine() as house:
-        house.disk.errors["probe"] = OSError("I/O error")
-        view = await measured(house)
+    async with VirtualEngine() as engine:
+        engine.disk.errors["probe"] = OSError("I/O error")
+        view = await measured(engine)
         assert view.status == view.database.status == "unhealthy"
         assert "I/O error" in view.database.message
 
 
 @in_virtual_time
 async def test_a_full_disk_is_unhealthy_and_says_what_to_do() -> None:
-    async with VirtualEngine() as house:
-        house.disk.errors["probe"] = DiskFull("full")
-        house.disk.disk_space = DiskSpace("/disk/jobd.db", 4096, 1 << 20)
-        view = await measured(house)
+    async with VirtualEngine() as engine:
+        engine.disk.errors["probe"] = DiskFull("full")
+        engine.disk.disk_space = DiskSpace("/disk/jobd.db", 4096, 1 << 20)
+        view = await measured(engine)
         assert view.status == view.database.status == "unhealthy"
         assert view.database.message == (
             "The disk of the store is full (4096 bytes free at /disk/jobd.db): "
@@ -163,8 +166,8 @@ async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
     disk.has_reserve = False
     disk.errors["build_reserve"] = DiskFull("no room for 16 MiB")
     disk.disk_space = DiskSpace("/disk/jobd.db", 2 << 20, 20 << 20)
-    async with VirtualEngine(disk) as house:
-        health = health_of(house, ["2 jobs have vanished"])
+    async with VirtualEngine(disk) as engine:
+        health = health_of(engine, ["2 jobs have vanished"])
         view = await health.view()
         assert view.status == view.database.status == "degraded"
         assert view.database.message == (
@@ -172,27 +175,27 @@ async def test_a_missing_reserve_file_is_degraded_until_it_is_rebuilt() -> None:
             "(17825792 bytes are needed, 2097152 are free). On a full disk, running jobs may not be able to end. "
             "Free some space."
         )
-        await house.yes(Create(id="a"))  # it is not rejected
+        await engine.yes(Create(id="a"))  # it is not rejected
         disk.disk_space = None
-        assert "The reserve file is missing. On a full" in (await measured(house)).database.message
+        assert "The reserve file is missing. On a full" in (await measured(engine)).database.message
         del disk.errors["build_reserve"]
         await seconds(1.1)
-        assert (await measured(house)).status == "healthy"
+        assert (await measured(engine)).status == "healthy"
         assert "reserve" not in (await health.view()).database.message
 
 
 @in_virtual_time
 async def test_the_free_space_is_at_most_a_second_old() -> None:
-    async with VirtualEngine() as house:
-        health = health_of(house)
-        house.disk.disk_space = first = DiskSpace("/disk/jobd.db", 2, 3)
+    async with VirtualEngine() as engine:
+        health = health_of(engine)
+        engine.disk.disk_space = first = DiskSpace("/disk/jobd.db", 2, 3)
         assert [await space for space in (health.space(), health.space())] == [first, first]
-        house.disk.disk_space = second = DiskSpace("/disk/jobd.db", 1, 3)
+        engine.disk.disk_space = second = DiskSpace("/disk/jobd.db", 1, 3)
         assert await health.space() == first
-        assert house.disk.calls["space"] == 1
+        assert engine.disk.calls["space"] == 1
         await seconds(SPACE_MAX_AGE_S)
         assert await health.space() == second
-        house.disk.disk_space = None
+        engine.disk.disk_space = None
         await seconds(SPACE_MAX_AGE_S)
         assert await health.space() is None
         database = (await health.view()).database
@@ -202,8 +205,8 @@ async def test_the_free_space_is_at_most_a_second_old() -> None:
 @in_virtual_time
 async def test_a_hanging_disk_leaves_the_last_free_space() -> None:
     disk = SlowDisk()
-    async with VirtualEngine(disk) as house:
-        health = health_of(house)
+    async with VirtualEngine(disk) as engine:
+        health = health_of(engine)
         known = await health.space()
         assert known is not None
         disk.answers.clear()
@@ -219,22 +222,22 @@ async def test_a_hanging_disk_leaves_the_last_free_space() -> None:
 
 
 @pytest.mark.parametrize(
-    ("closed", "said"),
+    ("closed", "expected"),
     [
         (Closed.CREATES, "new jobs are rejected"),
         (Closed.ALL_BUT_ENDINGS, "only writes that end or delete jobs are accepted"),
         (Closed.ALL_WRITES, "every change is rejected"),
     ],
 )
-def test_the_message_names_the_writes_that_a_full_disk_rejects(closed: Closed, said: str) -> None:
+def test_the_message_names_the_writes_that_a_full_disk_rejects(closed: Closed, expected: str) -> None:
     @in_virtual_time
     async def test() -> None:
-        async with VirtualEngine() as house:
-            house.actor.full_disk.closed = closed
-            house.actor.full_disk.next_probe = asyncio.get_running_loop().time() + 60
-            view = await measured(house)
+        async with VirtualEngine() as engine:
+            engine.actor.full_disk.closed = closed
+            engine.actor.full_disk.next_probe = asyncio.get_running_loop().time() + 60
+            view = await measured(engine)
             assert view.status == view.database.status == "unhealthy"
-            assert said in view.database.message
+            assert expected in view.database.message
             assert "8589934592 bytes free at /disk/jobd.db" in view.database.message
             assert view.cache.status == "healthy"
 
@@ -244,8 +247,8 @@ def test_the_message_names_the_writes_that_a_full_disk_rejects(closed: Closed, s
 @in_virtual_time
 async def test_a_hanging_disk_is_unhealthy_and_not_asked_again() -> None:
     disk = SlowDisk()
-    async with VirtualEngine(disk) as house:
-        health = health_of(house)
+    async with VirtualEngine(disk) as engine:
+        health = health_of(engine)
         disk.answers.clear()
         began = asyncio.get_running_loop().time()
         view = await health.view()
@@ -263,8 +266,8 @@ async def test_a_hanging_disk_is_unhealthy_and_not_asked_again() -> None:
 @in_virtual_time
 async def test_close_waits_for_pending_requests() -> None:
     disk = SlowDisk()
-    async with VirtualEngine(disk) as house:
-        health = health_of(house)
+    async with VirtualEngine(disk) as engine:
+        health = health_of(engine)
         disk.answers.clear()
         await health.view()
         closing = asyncio.create_task(health.close())
@@ -280,9 +283,9 @@ async def test_damage_is_named_with_its_repair() -> None:
     for number in range(7):
         disk.put(row(number + 1, f"job-{number}"))
         disk.bad_jobs[f"job-{number}"] = "its checksum is wrong"
-    async with VirtualEngine(disk) as house:
+    async with VirtualEngine(disk) as engine:
         later = [["keys k: the row was quarantined"], ["keys k: the row was quarantined"]]
-        health = health_of(house, ["2 jobs have vanished"], lambda: later.pop() if later else [])
+        health = health_of(engine, ["2 jobs have vanished"], lambda: later.pop() if later else [])
         for _ in range(3):
             view = await health.view()
             assert view.status == view.database.status == "degraded"
@@ -295,8 +298,8 @@ async def test_damage_is_named_with_its_repair() -> None:
 
 @in_virtual_time
 async def test_the_number_of_kept_faults_is_limited() -> None:
-    async with VirtualEngine() as house:
-        health = health_of(house, (f"fault {number}" for number in range(10 * MAX_FAULTS)))
+    async with VirtualEngine() as engine:
+        health = health_of(engine, (f"fault {number}" for number in range(10 * MAX_FAULTS)))
         assert f"and {MAX_FAULTS - 5} more" in (await health.view()).database.message
 
 
@@ -305,26 +308,26 @@ async def test_the_number_of_kept_faults_is_limited() -> None:
 
 @in_virtual_time
 async def test_a_hanging_mailbox_is_unhealthy() -> None:
-    async with VirtualEngine() as house:
-        health = health_of(house)
-        house.disk.gate.clear()
-        asked = asyncio.create_task(house.yes(Create(id="a")))
-        await house.disk.at_gate.wait()
+    async with VirtualEngine() as engine:
+        health = health_of(engine)
+        engine.disk.gate.clear()
+        task = asyncio.create_task(engine.yes(Create(id="a")))
+        await engine.disk.at_gate.wait()
         view = await health.view()
         assert view.status == view.cache.status == "unhealthy"
         assert "1 commands are waiting" in view.cache.message
-        house.disk.gate.set()
-        await asked
+        engine.disk.gate.set()
+        await task
         await seconds(MAX_AGE_S)
         assert (await health.view()).cache.status == "healthy"
 
 
 @in_virtual_time
 async def test_a_full_mailbox_is_degraded_a_stopped_one_unhealthy() -> None:
-    async with VirtualEngine(bounds=Bounds(mailbox=0)) as house:
-        health = health_of(house)
+    async with VirtualEngine(bounds=Bounds(mailbox=0)) as engine:
+        health = health_of(engine)
         assert (await health.view()).cache.status == "degraded"
-        house.actor.stop()
+        engine.actor.stop()
         await seconds(MAX_AGE_S)
         assert (await health.view()).cache.status == "unhealthy"
 
@@ -333,16 +336,16 @@ async def test_a_full_mailbox_is_degraded_a_stopped_one_unhealthy() -> None:
 def test_counters_that_disagree_are_unhealthy(status: str, name: str) -> None:
     @in_virtual_time
     async def test() -> None:
-        async with VirtualEngine() as house:
-            await house.yes(Create(id="a"))
-            await house.held("b")
-            assert (await measured(house)).status == "healthy"
-            house.book.totals[status] += 1
-            one = (await measured(house)).cache
+        async with VirtualEngine() as engine:
+            await engine.yes(Create(id="a"))
+            await engine.held("b")
+            assert (await measured(engine)).status == "healthy"
+            engine.book.totals[status] += 1
+            one = (await measured(engine)).cache
             assert one.status == "unhealthy"
             assert f"{status} jobs, another" in one.message
-            house.book.counts["default"][status] += 1
-            both = (await measured(house)).cache
+            engine.book.counts["default"][status] += 1
+            both = (await measured(engine)).cache
             if status == "completed":  # finished jobs are not in memory, so there is nothing to compare
                 assert both.status == "healthy"
             else:
@@ -353,30 +356,30 @@ def test_counters_that_disagree_are_unhealthy(status: str, name: str) -> None:
 
 @in_virtual_time
 async def test_memory_that_differs_from_the_disk_is_unhealthy() -> None:
-    async with VirtualEngine() as house:
-        await house.yes(Create(id="a"))
-        await house.held("b")
-        house.disk.jobs[2] = replace(house.disk.jobs[2], progress=7)
-        view = await measured(house)
+    async with VirtualEngine() as engine:
+        await engine.yes(Create(id="a"))
+        await engine.held("b")
+        engine.disk.jobs[2] = replace(engine.disk.jobs[2], progress=7)
+        view = await measured(engine)
         assert view.status == view.cache.status == "unhealthy"
         assert view.cache.message.startswith("Memory and disk differ for b.")
 
 
 @in_virtual_time
 async def test_a_row_missing_on_the_disk_is_detected() -> None:
-    async with VirtualEngine() as house:
-        await house.yes(Create(id="a"))
-        house.disk._replace(1, None)
-        assert (await measured(house)).cache.message.startswith("Memory and disk differ for a.")
+    async with VirtualEngine() as engine:
+        await engine.yes(Create(id="a"))
+        engine.disk._replace(1, None)
+        assert (await measured(engine)).cache.message.startswith("Memory and disk differ for a.")
 
 
 @in_virtual_time
 async def test_a_comparison_during_a_write_is_repeated() -> None:
     disk = StaleOnce()
-    async with VirtualEngine(disk) as house:
-        await house.held("a")
+    async with VirtualEngine(disk) as engine:
+        await engine.held("a")
         disk.stale = row(1, "a", progress=9)
-        assert (await measured(house)).status == "healthy"
+        assert (await measured(engine)).status == "healthy"
         assert disk.stale is None
 
 
@@ -384,8 +387,8 @@ async def test_a_comparison_during_a_write_is_repeated() -> None:
 async def test_concurrent_work_never_looks_like_damage() -> None:
     """Commits, rejected commits and errors while health is measured."""
     disk = MemoryStorage()
-    async with VirtualEngine(disk) as house:
-        locks = {f"job-{number}": await house.held(f"job-{number}") for number in range(8)}
+    async with VirtualEngine(disk) as engine:
+        locks = {f"job-{number}": await engine.held(f"job-{number}") for number in range(8)}
         stop = asyncio.Event()
 
         async def work(job_id: str) -> None:
@@ -394,12 +397,12 @@ async def test_concurrent_work_never_looks_like_damage() -> None:
                     return
                 if turn % 5 == 0:
                     disk.write_errors.append(DiskFull("now and then"))
-                await house.actor.ask(Progress(id=job_id, lock_id=locks[job_id], progress=turn % 100))
-                await house.actor.ask(Create(id=f"{job_id}-{turn}"))
+                await engine.actor.ask(Progress(id=job_id, lock_id=locks[job_id], progress=turn % 100))
+                await engine.actor.ask(Create(id=f"{job_id}-{turn}"))
 
         working = [asyncio.create_task(work(job_id)) for job_id in locks]
         for _ in range(40):
-            view = await measured(house)
+            view = await measured(engine)
             assert view.cache.status == "healthy", view.cache
         stop.set()
         disk.write_errors.clear()
@@ -408,22 +411,22 @@ async def test_concurrent_work_never_looks_like_damage() -> None:
 
 @in_virtual_time
 async def test_a_bad_row_found_by_the_recount_is_quarantined() -> None:
-    async with VirtualEngine() as house:
-        health = health_of(house)
-        await house.yes(Create(id="a"))
-        house.disk.bad_jobs["a"] = "its checksum is wrong"
+    async with VirtualEngine() as engine:
+        health = health_of(engine)
+        await engine.yes(Create(id="a"))
+        engine.disk.bad_jobs["a"] = "its checksum is wrong"
         assert (await health.view()).cache.status == "healthy"
-        assert (await house.no(Get(id="a"))).code == "job_quarantined"
+        assert (await engine.no(Get(id="a"))).code == "job_quarantined"
         await seconds(MAX_AGE_S)
         assert "Quarantined jobs: a." in (await health.view()).database.message
 
 
 @in_virtual_time
 async def test_samples_advance_over_the_oldest_jobs() -> None:
-    async with VirtualEngine() as house:
+    async with VirtualEngine() as engine:
         for number in range(3 * SAMPLE):
-            await house.yes(Create(id=f"job-{number}"))
-        health = health_of(house)
+            await engine.yes(Create(id=f"job-{number}"))
+        health = health_of(engine)
         seen = [set(health._sample()) for _ in range(3)]
         assert len(set.union(*seen)) == 3 * SAMPLE
         assert set(health._sample()) == seen[0]
@@ -432,10 +435,10 @@ async def test_samples_advance_over_the_oldest_jobs() -> None:
 
 @in_virtual_time
 async def test_a_part_that_cannot_be_measured_is_unhealthy_and_nothing_is_raised() -> None:
-    async with VirtualEngine() as house:
-        await house.yes(Create(id="a"))
-        house.disk.errors["load"] = OSError("broken")
-        view = await measured(house)
+    async with VirtualEngine() as engine:
+        await engine.yes(Create(id="a"))
+        engine.disk.errors["load"] = OSError("broken")
+        view = await measured(engine)
         assert view.cache.status == "unhealthy"
         assert "OSError: broken" in view.cache.message
         assert view.database.status == "healthy"
@@ -447,12 +450,12 @@ async def test_a_part_that_cannot_be_measured_is_unhealthy_and_nothing_is_raised
 async def test_the_artifact_store_is_measured(tmp_path: Path) -> None:
     place = tmp_path / "a b"
     store = FileArtifactStore(str(place), "test")
-    async with VirtualEngine() as house:
-        view = await health_of(house, artifacts=store).view()
+    async with VirtualEngine() as engine:
+        view = await health_of(engine, artifacts=store).view()
         assert view.status == view.storage.status == "unhealthy"
         assert view.storage.message == f"{place} is not a directory. Create it, or change artifacts.url."
         place.mkdir()
-        again = await health_of(house, artifacts=store).view()
+        again = await health_of(engine, artifacts=store).view()
         assert again.storage.status == "healthy"
         assert again.storage.message.startswith(f"{place}: a write, a read and a deletion took ")
     await store.close()
@@ -469,8 +472,8 @@ class Sulking:
 
 @in_virtual_time
 async def test_a_hanging_artifact_store_is_unhealthy_in_time() -> None:
-    async with VirtualEngine() as house:
-        health = health_of(house, artifacts=Sulking())
+    async with VirtualEngine() as engine:
+        health = health_of(engine, artifacts=Sulking())
         view = await health.view()
         assert view.storage.status == "unhealthy"
         assert view.storage.message == f"s3://far has not responded for {STORAGE_TIMEOUT_S:g} s."
@@ -479,8 +482,8 @@ async def test_a_hanging_artifact_store_is_unhealthy_in_time() -> None:
 @in_virtual_time
 async def test_close_does_not_wait_for_a_hanging_artifact_store() -> None:
     for waited_s in (0.1, 60):  # during the measurement, and long after
-        async with VirtualEngine() as house:
-            health = health_of(house, artifacts=Sulking())
+        async with VirtualEngine() as engine:
+            health = health_of(engine, artifacts=Sulking())
             view = asyncio.create_task(health.view())
             await seconds(waited_s)
             async with asyncio.timeout(1):
@@ -495,8 +498,8 @@ class Complaining:
 
 async def test_undeletable_artifacts_degrade_the_store(tmp_path: Path) -> None:
     store = FileArtifactStore(str(tmp_path), "test")
-    async with VirtualEngine() as house:
-        view = await health_of(house, artifacts=store, sweeper=Complaining()).view()
+    async with VirtualEngine() as engine:
+        view = await health_of(engine, artifacts=store, sweeper=Complaining()).view()
         assert view.status == view.storage.status == "degraded"
         assert view.storage.message == "2 objects of deleted jobs could not be deleted."
     await store.close()
@@ -504,22 +507,22 @@ async def test_undeletable_artifacts_degrade_the_store(tmp_path: Path) -> None:
 
 @in_virtual_time
 async def test_a_suspect_clock_is_degraded_until_it_is_accepted() -> None:
-    async with VirtualEngine() as house:
-        health = health_of(house)
+    async with VirtualEngine() as engine:
+        health = health_of(engine)
         assert (await health.view()).status == "healthy"
-        house.step_ms = 40 * DAY_MS  # cached results do not count any more
+        engine.step_ms = 40 * DAY_MS  # cached results do not count any more
         view = await health.view()
         assert view.status == "degraded"
         assert "The wall clock is 40 days ahead of its expected value" in view.cleanup_status.message
         assert "jobctl clock accept" in view.cleanup_status.message
-        house.clock.accept()
+        engine.clock.accept()
         assert (await health.view()).status == "healthy"
 
 
 @in_virtual_time
 async def test_late_cleanup_is_degraded() -> None:
-    async with VirtualEngine() as house:
-        health = health_of(house)
+    async with VirtualEngine() as engine:
+        health = health_of(engine)
         await seconds(3 * 3600 + 1)
         view = await health.view()
         assert view.status == "degraded"
@@ -536,8 +539,8 @@ async def test_a_bug_in_cleanup_is_unhealthy_and_nothing_is_raised() -> None:
         def degraded_reason(self) -> str | None:
             return None
 
-    async with VirtualEngine() as house:
-        view = await Health(house.actor, house.clock, Broken()).view()
+    async with VirtualEngine() as engine:
+        view = await Health(engine.actor, engine.clock, Broken()).view()
         assert view.status == "unhealthy"
         assert "ValueError: a bug" in view.cleanup_status.message
-        assert view.timestamp == house.now
+        assert view.timestamp == engine.now

@@ -39,7 +39,7 @@ from jobd.monitoring.health import Health
 from jobd.monitoring.metrics import (
     COMMITS_KEPT,
     LAG_EVERY_S,
-    LANES_SEEN,
+    MAX_BUCKETS_SCANNED,
     QUEUES_SHOWN,
     Metrics,
     Snapshot,
@@ -101,16 +101,23 @@ EXPECTED = {
 }
 
 
-class Door:
+class FakeListener:
     def __init__(self, **errors: int) -> None:
         self.error_counts: Counter[str] = Counter(errors)
 
 
-def metrics_of(house: VirtualEngine, *doors: Door, store_path: str = ":memory:") -> Metrics:
-    health = Health(house.actor, house.clock, house.cleaner)
-    alerts = Alerts(house.book, house.clock, health, house.cleaner, hold_ms=0, clear_ms=0)
+def metrics_of(engine: VirtualEngine, *listeners: FakeListener, store_path: str = ":memory:") -> Metrics:
+    health = Health(engine.actor, engine.clock, engine.cleaner)
+    alerts = Alerts(engine.book, engine.clock, health, engine.cleaner, hold_ms=0, clear_ms=0)
     return Metrics(
-        house.actor, house.cleaner, alerts, house.clock, SweepStats(), store_path, doors, EventFeed(house.disk, 0, 1)
+        engine.actor,
+        engine.cleaner,
+        alerts,
+        engine.clock,
+        SweepStats(),
+        store_path,
+        listeners,
+        EventFeed(engine.disk, 0, 1),
     )
 
 
@@ -129,9 +136,9 @@ def value(body: bytes, sample: str, **labels: str) -> float:
     return found[0]
 
 
-def shown(house: VirtualEngine, *doors: Door) -> bytes:
+def shown(engine: VirtualEngine, *listeners: FakeListener) -> bytes:
     """Render without the thread, which virtual time does not wait for."""
-    return text(metrics_of(house, *doors).snapshot(), ":memory:")
+    return text(metrics_of(engine, *listeners).snapshot(), ":memory:")
 
 
 class Real:
@@ -246,9 +253,9 @@ def test_a_quantile_is_the_bound_of_its_bucket(counts: list[int], bound: float |
 
 @in_virtual_time
 async def test_the_slowest_commits_are_those_of_the_last_minutes() -> None:
-    async with VirtualEngine() as house:
-        metrics = metrics_of(house)
-        house.actor.commit_seconds.add(0.003, COMMIT_BUCKETS_S)
+    async with VirtualEngine() as engine:
+        metrics = metrics_of(engine)
+        engine.actor.commit_seconds.add(0.003, COMMIT_BUCKETS_S)
         assert metrics.commit_p99_s() == 0.005
         running = asyncio.create_task(metrics.run())
         await seconds((COMMITS_KEPT + 2) * LAG_EVERY_S)
@@ -259,54 +266,54 @@ async def test_the_slowest_commits_are_those_of_the_last_minutes() -> None:
 
 @in_virtual_time
 async def test_a_store_in_memory_has_no_files() -> None:
-    async with VirtualEngine() as house:
-        house.disk.disk_space = None
-        await house.actor.full_disk.measure()
-        body = shown(house)
+    async with VirtualEngine() as engine:
+        engine.disk.disk_space = None
+        await engine.actor.full_disk.measure()
+        body = shown(engine)
         assert value(body, "jobd_database_bytes") == value(body, "jobd_wal_bytes") == 0
         assert read(body)["jobd_disk_free_bytes"].samples == read(body)["jobd_disk_total_bytes"].samples == []
 
 
 async def test_vitals_of_a_store_in_memory_have_no_sizes() -> None:
-    async with VirtualEngine() as house:
-        vitals = await metrics_of(house).vitals()
+    async with VirtualEngine() as engine:
+        vitals = await metrics_of(engine).vitals()
         assert (vitals.database_bytes, vitals.wal_bytes) == (0, 0)
 
 
 @in_virtual_time
 async def test_locks_stuck_jobs_and_waiting_claims() -> None:
-    async with VirtualEngine() as house:
-        await house.held("a", lock_ttl_ms=60_000)
-        await house.held("b", lock_ttl_ms=600_000)
-        parked = asyncio.create_task(house.yes(Claim(worker="w", wait_ms=60_000)))
+    async with VirtualEngine() as engine:
+        await engine.held("a", lock_ttl_ms=60_000)
+        await engine.held("b", lock_ttl_ms=600_000)
+        parked = asyncio.create_task(engine.yes(Claim(worker="w", wait_ms=60_000)))
         await seconds(1)
-        assert value(shown(house), "jobd_parked_claims") == 1
-        assert value(shown(house), "jobd_locked_jobs") == 2
+        assert value(shown(engine), "jobd_parked_claims") == 1
+        assert value(shown(engine), "jobd_locked_jobs") == 2
         await parked
         await seconds(1)
-        house.disk.gate.clear()
-        asked = [asyncio.create_task(house.yes(Create())) for _ in range(4)]
-        await house.disk.at_gate.wait()
-        asked += [asyncio.create_task(house.yes(Create())) for _ in range(3)]
+        engine.disk.gate.clear()
+        asked = [asyncio.create_task(engine.yes(Create())) for _ in range(4)]
+        await engine.disk.at_gate.wait()
+        asked += [asyncio.create_task(engine.yes(Create())) for _ in range(3)]
         await seconds(0)
-        body = shown(house)
+        body = shown(engine)
         assert value(body, "jobd_mailbox_commands") == 3
         assert value(body, "jobd_locked_jobs") == 1
         assert value(body, "jobd_stuck_jobs") == 1
-        house.disk.gate.set()
+        engine.disk.gate.set()
         await asyncio.gather(*asked)
 
 
 @in_virtual_time
 async def test_the_wait_of_the_oldest_due_job_of_each_queue() -> None:
-    async with VirtualEngine() as house:
-        await house.yes(Create(id="a", queue="film", priority=9))
+    async with VirtualEngine() as engine:
+        await engine.yes(Create(id="a", queue="film", priority=9))
         await seconds(40)
-        await house.yes(Create(id="b", queue="film"))
-        await house.yes(Create(id="c", queue="later", run_at=house.now + 9_000))
-        await house.yes(Pause(name="film"), by="admin")
+        await engine.yes(Create(id="b", queue="film"))
+        await engine.yes(Create(id="c", queue="later", run_at=engine.now + 9_000))
+        await engine.yes(Pause(name="film"), by="admin")
         await seconds(2)
-        body = shown(house)
+        body = shown(engine)
         assert value(body, "jobd_queue_oldest_due_seconds", queue="film") == 42
         assert value(body, "jobd_queue_oldest_due_seconds", queue="later") == 0
         assert value(body, "jobd_queue_paused", queue="film") == 1
@@ -315,33 +322,33 @@ async def test_the_wait_of_the_oldest_due_job_of_each_queue() -> None:
 
 @in_virtual_time
 async def test_only_queues_with_very_many_kinds_are_skipped() -> None:
-    async with VirtualEngine() as house:
-        for number in range(LANES_SEEN):
-            await house.yes(Create(id=f"a-{number}", queue="many", kind=str(number)))
-        assert oldest_due_s(house.book, house.now + 1_000) == {"many": 1}
-        await house.yes(Create(id="b", queue="many", kind="one more"))
-        await house.yes(Create(id="c", queue="few"))
-        assert oldest_due_s(house.book, house.now + 1_000) == {"few": 1}
+    async with VirtualEngine() as engine:
+        for number in range(MAX_BUCKETS_SCANNED):
+            await engine.yes(Create(id=f"a-{number}", queue="many", kind=str(number)))
+        assert oldest_due_s(engine.book, engine.now + 1_000) == {"many": 1}
+        await engine.yes(Create(id="b", queue="many", kind="one more"))
+        await engine.yes(Create(id="c", queue="few"))
+        assert oldest_due_s(engine.book, engine.now + 1_000) == {"few": 1}
 
 
 @in_virtual_time
 async def test_durations_double_grants_quarantine_and_the_clock() -> None:
-    async with VirtualEngine(policy=Policy(keep_failed_ms=4 * SECOND_MS)) as house:
-        body = shown(house)
+    async with VirtualEngine(policy=Policy(keep_failed_ms=4 * SECOND_MS)) as engine:
+        body = shown(engine)
         assert value(body, "jobd_granted_twice_total") == value(body, "jobd_quarantined_jobs") == 0
         assert value(body, "jobd_clock_suspect") == 0
         assert value(body, "jobd_mailbox_limit_commands") == 10_000
         assert read(body)["jobd_processing_p95_seconds"].samples == []
         for hour in range(HOURS_NEEDED + 1):
             for _ in range(SAMPLES_NEEDED):
-                house.book.figures.paces.add("film", house.now, 1023 if hour < HOURS_NEEDED else 4095)
+                engine.book.figures.paces.add("film", engine.now, 1023 if hour < HOURS_NEEDED else 4095)
             await seconds(3600 if hour < HOURS_NEEDED else 0)
-        await house.held("a")
-        await house.yes(EndGrants(ids=["a"], last=True), by="daemon")
-        await house.yes(Start(id="a", worker="w-2"))
-        house.book.quarantine("bad", "its checksum is wrong")
-        house.step_ms = 3 * SECOND_MS
-        body = shown(house)
+        await engine.held("a")
+        await engine.yes(EndGrants(ids=["a"], last=True), by="daemon")
+        await engine.yes(Start(id="a", worker="w-2"))
+        engine.book.quarantine("bad", "its checksum is wrong")
+        engine.step_ms = 3 * SECOND_MS
+        body = shown(engine)
         assert value(body, "jobd_processing_p95_seconds", kind="film", window="hour") == 4.095
         assert value(body, "jobd_processing_p95_seconds", kind="film", window="usual") == 1.023
         assert value(body, "jobd_granted_twice_total") == value(body, "jobd_quarantined_jobs") == 1
@@ -350,8 +357,8 @@ async def test_durations_double_grants_quarantine_and_the_clock() -> None:
 
 @in_virtual_time
 async def test_errors_of_all_listeners_are_summed_and_every_code_is_listed() -> None:
-    async with VirtualEngine() as house:
-        body = shown(house, Door(already_locked=2, not_found=1), Door(already_locked=3))
+    async with VirtualEngine() as engine:
+        body = shown(engine, FakeListener(already_locked=2, not_found=1), FakeListener(already_locked=3))
         assert value(body, "jobd_refusals_total", code="already_locked") == 5
         assert value(body, "jobd_refusals_total", code="lock_lost") == 0
         assert len(read(body)["jobd_refusals"].samples) == len(ERROR_STATUS)
@@ -359,11 +366,11 @@ async def test_errors_of_all_listeners_are_summed_and_every_code_is_listed() -> 
 
 @in_virtual_time
 async def test_the_write_limit_of_a_full_disk() -> None:
-    async with VirtualEngine() as house:
-        assert value(shown(house), "jobd_disk_full") == 0
+    async with VirtualEngine() as engine:
+        assert value(shown(engine), "jobd_disk_full") == 0
         for closed in Closed:
-            house.actor.full_disk.closed = closed
-            assert value(shown(house), "jobd_disk_full") == closed
+            engine.actor.full_disk.closed = closed
+            assert value(shown(engine), "jobd_disk_full") == closed
 
 
 @in_virtual_time
@@ -372,11 +379,11 @@ async def test_validation_issues_by_type_and_alerts() -> None:
     for number in range(11):
         disk.put(row(number + 1, progress=120))
     disk.put(row(20, "nobody", "processing"))
-    async with VirtualEngine(disk) as house:
-        assert not read(shown(house))["jobd_cleanup_last_timestamp_seconds"].samples
-        house.keep()
-        await house.cleaner.run_cleanup(forced=True)
-        body = shown(house)
+    async with VirtualEngine(disk) as engine:
+        assert not read(shown(engine))["jobd_cleanup_last_timestamp_seconds"].samples
+        engine.keep()
+        await engine.cleaner.run_cleanup(forced=True)
+        body = shown(engine)
         assert value(body, "jobd_validation_issues_total", type="error") == 11
         assert value(body, "jobd_validation_issues_total", type="critical") == 1
         assert value(body, "jobd_cleanup_found_total", kind="issues") == 12
@@ -386,11 +393,11 @@ async def test_validation_issues_by_type_and_alerts() -> None:
 
 @in_virtual_time
 async def test_queue_labels_are_limited_and_the_rest_is_summed() -> None:
-    async with VirtualEngine() as house:
+    async with VirtualEngine() as engine:
         for number in range(QUEUES_SHOWN + 30):
-            await house.yes(Create(id=f"a-{number}", queue=f"q-{number}"))
-            await house.yes(Start(id=f"a-{number}", worker="w"))
-        body = shown(house)
+            await engine.yes(Create(id=f"a-{number}", queue=f"q-{number}"))
+            await engine.yes(Start(id=f"a-{number}", worker="w"))
+        body = shown(engine)
         queues = {sample.labels["queue"] for sample in read(body)["jobd_queue_jobs"].samples}
         assert len(queues) == QUEUES_SHOWN + 1
         assert value(body, "jobd_queue_jobs", queue=OTHER_QUEUES, status="processing") == 30
@@ -413,12 +420,12 @@ def test_capped_at_its_boundary(count: int) -> None:
 
 @in_virtual_time
 async def test_histograms_are_cumulative() -> None:
-    async with VirtualEngine() as house:
+    async with VirtualEngine() as engine:
         for number, ms in enumerate((50, 100, 101, 15_000_000)):
-            lock_id = await house.held(f"job-{number}", lock_ttl_ms=86_400_000, max_processing_ms=0)
+            lock_id = await engine.held(f"job-{number}", lock_ttl_ms=86_400_000, max_processing_ms=0)
             await seconds(ms / 1000)
-            await house.yes(Complete(id=f"job-{number}", lock_id=lock_id))
-        body = shown(house)
+            await engine.yes(Complete(id=f"job-{number}", lock_id=lock_id))
+        body = shown(engine)
         buckets = {
             sample.labels["le"]: sample.value
             for sample in read(body)["jobd_processing_seconds"].samples
@@ -431,14 +438,14 @@ async def test_histograms_are_cumulative() -> None:
 @in_virtual_time
 async def test_a_snapshot_shares_nothing_with_the_state() -> None:
     """Values that the thread reads must not change meanwhile."""
-    async with VirtualEngine() as house:
-        await house.held("a")
-        metrics = metrics_of(house, Door(not_due=1))
+    async with VirtualEngine() as engine:
+        await engine.held("a")
+        metrics = metrics_of(engine, FakeListener(not_due=1))
         snapshot = metrics.snapshot()
         before = msgspec.json.encode(snapshot)
-        lock_id = await house.held("b", queue="other")
-        await house.yes(Complete(id="b", lock_id=lock_id))
-        house.book.figures.note(house.disk.batches[-1].changes[-1])
+        lock_id = await engine.held("b", queue="other")
+        await engine.yes(Complete(id="b", lock_id=lock_id))
+        engine.book.figures.note(engine.disk.batches[-1].changes[-1])
         assert msgspec.json.encode(snapshot) == before
         assert msgspec.json.encode(metrics.snapshot()) != before
         assert set(snapshot.jobs) == set(STATUSES)
@@ -447,8 +454,8 @@ async def test_a_snapshot_shares_nothing_with_the_state() -> None:
 
 @pytest.mark.slow
 async def test_the_lag_of_the_loop_is_measured() -> None:
-    async with VirtualEngine() as house:
-        metrics = metrics_of(house)
+    async with VirtualEngine() as engine:
+        metrics = metrics_of(engine)
         assert metrics.snapshot().lag_s == 0
         running = asyncio.create_task(metrics.run())
         await asyncio.sleep(0)

@@ -55,14 +55,14 @@ def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch, server: tuple[str, str]) -> str:
     """Set the environment variables of the daemon, and return the endpoint."""
-    said = {
+    settings = {
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,
         "AWS_ENDPOINT_URL": server[1],
         "AWS_ALLOW_HTTP": "true",
         "AWS_REGION": "us-east-1",
     }
-    for name, value in said.items():
+    for name, value in settings.items():
         monkeypatch.setenv(name, value)
     return server[0]
 
@@ -210,12 +210,12 @@ async def test_rejected_credentials_are_reported_without_their_values(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
     store = S3ArtifactStore(bucket.name, "", "test")
     for call in (store.delete("k", yes), store.probe()):
-        with pytest.raises(ArtifactStoreError) as told:
+        with pytest.raises(ArtifactStoreError) as caught:
             await call
-        assert "403" in str(told.value)
-        assert "hush" not in str(told.value)
-        assert "Signature=" not in str(told.value)
-        assert len(str(told.value)) < 300
+        assert "403" in str(caught.value)
+        assert "hush" not in str(caught.value)
+        assert "Signature=" not in str(caught.value)
+        assert len(str(caught.value)) < 300
     await store.close()
     assert bucket.keys() == ["k"]
 

@@ -176,10 +176,10 @@ async def test_rows_of_a_rolled_back_trim_are_deleted_by_the_next(
     monkeypatch.setattr(writers, "KEEP_BESIDE", 1)
     await write(store, *(entry(n, outcome="lock_lost") for n in range(4)), entry(4))
     tables = store._database
-    kept, tables.before_commit = tables.before_commit, lambda: tables.conn.execute("nonsense")
+    original, tables.before_commit = tables.before_commit, lambda: tables.conn.execute("nonsense")
     with pytest.raises(sqlite3.OperationalError):
         await store.trim_audit(0, 99)
-    tables.before_commit = kept
+    tables.before_commit = original
     tables._broken = None
     assert len(await seqs(store)) == 5
     assert await store.trim_audit(0, 99) == 3

@@ -100,11 +100,11 @@ async def test_a_copy_under_load_is_consistent(path: str, copy: str) -> None:
 
 
 async def take_with(store: Store, target: str, seen: list[tuple[int, int]]) -> None:
-    def told(step: str, done: int, total: int) -> None:
+    def report_step(step: str, done: int, total: int) -> None:
         if step == "copying":
             seen.append((done, total))
 
-    with await make_copy(store, told) as file:
+    with await make_copy(store, report_step) as file:
         write_file(target, file.read())
 
 

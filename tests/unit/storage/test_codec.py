@@ -184,10 +184,10 @@ def test_parts_are_stored_in_the_journal_as_arrays_in_a_fixed_order() -> None:
     """Rows written by this version must stay readable."""
     job = full_job()
     event = Event(9, NOW, "fixed", 7, job.id, "q", "queued", "queued", "admin", None, None, all_of(job))
-    said = msgspec.json.decode(codec.event_row(event)[-1])
+    decoded = msgspec.json.decode(codec.event_row(event)[-1])
     token = 1 << 24
     backoff = {"kind": "exponential", "base_ms": 1000, "max_ms": 3600000, "jitter": True}
-    assert {name: value for name, value in said.items() if isinstance(value, list)} == {
+    assert {name: value for name, value in decoded.items() if isinstance(value, list)} == {
         "options": ["video", "convert", -5, 3, backoff, 3, "auto", 60_000, 90_000],
         "grant": ["lock", token | 9, "w-1", NOW + 3, 60_000, 0, 90_000],
         "lease": [1_000, 2_000, 3_000, True],
@@ -308,34 +308,34 @@ def test_few_heartbeats_are_all_kept() -> None:
 
 def loop_of_grants(seed: int) -> tuple[RuleHarness, list[Event]]:
     """A job that was granted 80 times and released most of the time."""
-    desk, dice = RuleHarness(), random.Random(seed)
-    desk.create(max_attempts=1_000, max_stalls=1_000, on_stall="requeue")
+    rules, dice = RuleHarness(), random.Random(seed)
+    rules.create(max_attempts=1_000, max_stalls=1_000, on_stall="requeue")
     for _ in range(80):
-        desk.advance(max(desk.job().run_at - desk.now, 0) + 1)
-        lock_id = desk.start(lock_ttl_ms=1_000, stuck_after_ms=0)
+        rules.advance(max(rules.job().run_at - rules.now, 0) + 1)
+        lock_id = rules.start(lock_ttl_ms=1_000, stuck_after_ms=0)
         for _ in range(dice.choice((0, 0, 1, 3))):
-            desk.advance(1)
+            rules.advance(1)
             percent = dice.randrange(100)
             sign = dice.choice((Extend(id="a", lock_id=lock_id), Progress(id="a", lock_id=lock_id, progress=percent)))
-            desk.accept(sign)
+            rules.accept(sign)
         match dice.randrange(12):
             case 0:
-                desk.accept(Fail(id="a", lock_id=lock_id, error_message="boom", error_code="E"))
+                rules.accept(Fail(id="a", lock_id=lock_id, error_message="boom", error_code="E"))
             case 1:
-                desk.advance(2_000)
-                desk.accept(Recover(limit=1))
-                desk.reject(Complete(id="a", lock_id=lock_id, file_path="/late"), "lock_lost")
+                rules.advance(2_000)
+                rules.accept(Recover(limit=1))
+                rules.reject(Complete(id="a", lock_id=lock_id, file_path="/late"), "lock_lost")
             case 2:
-                desk.accept(ForceReset(id="a"), admin=True)
+                rules.accept(ForceReset(id="a"), admin=True)
             case 3 | 4:
-                desk.accept(Undelivered(id="a", lock_id=lock_id))
-                desk.reject(Extend(id="a", lock_id=lock_id), "lock_lost")  # a late call
+                rules.accept(Undelivered(id="a", lock_id=lock_id))
+                rules.reject(Extend(id="a", lock_id=lock_id), "lock_lost")  # a late call
             case 5:
-                desk.accept(ReleaseLock(id="a", lock_id=lock_id), admin=True)
-                desk.accept(Update(id="a", priority=dice.randrange(9)), admin=True)
+                rules.accept(ReleaseLock(id="a", lock_id=lock_id), admin=True)
+                rules.accept(Update(id="a", priority=dice.randrange(9)), admin=True)
             case _:
-                desk.accept(Release(id="a", lock_id=lock_id, delay_ms=dice.choice((None, 0, 5))))
-    return desk, list(desk.events)
+                rules.accept(Release(id="a", lock_id=lock_id, delay_ms=dice.choice((None, 0, 5))))
+    return rules, list(rules.events)
 
 
 def rows_after(events: list[Event]) -> dict[int, Job | None]:
@@ -355,7 +355,7 @@ def without(events: list[Event], begin: int, end: int) -> list[Event]:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_a_compacted_journal_yields_the_same_row_after_each_remaining_event(seed: int) -> None:
-    desk, events = loop_of_grants(seed)
+    rules, events = loop_of_grants(seed)
     before = rows_after(events)
     dice = random.Random(seed)
     left = events
@@ -365,7 +365,7 @@ def test_a_compacted_journal_yields_the_same_row_after_each_remaining_event(seed
         after = rows_after(left)
         assert after == {seq: before[seq] for seq in after}
     left = without(left, 0, len(left))
-    assert rows_after(left)[left[-1].seq] == desk.job()
+    assert rows_after(left)[left[-1].seq] == rules.job()
     assert codec.compact(left) == ([], [])
     assert len(left) < len(events) / 2
 
@@ -373,8 +373,8 @@ def test_a_compacted_journal_yields_the_same_row_after_each_remaining_event(seed
 def test_compacting_returned_grants_keeps_unusual_events() -> None:
     _, events = loop_of_grants(1)
     left = without(events, 0, len(events))
-    kept, seqs = {event.type for event in left}, {event.seq for event in left}
-    assert {"created", "retried", "stalled", "force_reset", "late_result", "updated", "granted"} <= kept
+    types, seqs = {event.type for event in left}, {event.seq for event in left}
+    assert {"created", "retried", "stalled", "force_reset", "late_result", "updated", "granted"} <= types
     assert all(event.seq in seqs for event in events if event.type not in ROUTINE)
     places = [place for place, event in enumerate(events) if event.type == "granted"]
     for place, behind in zip(places, [*places[1:], len(events)], strict=True):

@@ -45,8 +45,8 @@ async def busy_store(path: str) -> ChangeFactory:
         keys = [StoredResponse("d1", "b", NOW, 200, b"{}"), StoredResponse("d2", "b", NOW, 200, None, [("a", "l")])]
         await store.write(maker.batch([maker.queue_event("video", True)], keys=keys, report=b"{}"))
         young = Tombstone(900, "gone", "k/1", now_ms(), now_ms())
-        deed = AuditEntry(NOW, "eve", "127.0.0.1", "force-fail", "job-1", details={"from": "queued"})
-        await store.write(maker.batch([], tombstones=[young], audit=[deed]))
+        entry = AuditEntry(NOW, "eve", "127.0.0.1", "force-fail", "job-1", details={"from": "queued"})
+        await store.write(maker.batch([], tombstones=[young], audit=[entry]))
         await store.open_outbox(["e"], NOW)
         message = Delivery(7, "e", "waiting", "jobs/a", "job.failed", "evt_1", 1, NOW, NOW, 0, None, None, None, b"{}")
         await store.plan_deliveries(WebhookCursor("e", 1, next_delivery=8), [message])
@@ -321,9 +321,9 @@ async def test_all_damaged_rows_that_are_valid_jobs_are_accepted_at_once(path: s
         accept(path, named)
     assert sorted(places(check(path))) == sorted(f"job {id_}" for id_ in named), "nothing was written"
     foreseen = dry_run.accept(path, None)
-    told = accept(path, None).splitlines()
-    assert [line.partition(":")[0] for line in told] == [*(f"job {id_}" for id_ in named), "Counted"]
-    assert "The row does not change" in told[2]
+    lines = accept(path, None).splitlines()
+    assert [line.partition(":")[0] for line in lines] == [*(f"job {id_}" for id_ in named), "Counted"]
+    assert "The row does not change" in lines[2]
     assert any("The row would not change" in line for line in foreseen)
     assert places(check(path)) == [f"job {hopeless.id}"]
     assert accept(path, [in_place.id, in_place.id]).count("was accepted") == 1

@@ -47,7 +47,7 @@ async def test_a_restore_shows_what_it_would_end_and_replace(path: str, copy: st
     await make_store(path, seed=12)
     files.write_epoch(path, 4)
     before = state(path, copy)
-    told = "\n".join(dry_run.restore(copy, path))
+    report = "\n".join(dry_run.restore(copy, path))
     assert state(path, copy) == before
     held = sum(job.status == "processing" for job in maker.jobs.values())
     assert held
@@ -61,7 +61,7 @@ async def test_a_restore_shows_what_it_would_end_and_replace(path: str, copy: st
         "epoch 5 or later would begin",
         f"would be kept as {path}.",
     ):
-        assert words in told
+        assert words in report
     backup.restore(copy, path)
     async with open_store(path) as (_, found):  # as described
         assert found.numbers.epoch == 5
@@ -92,19 +92,19 @@ async def test_a_damaged_row_is_reported_and_the_dry_run_continues(path: str, co
     maker = await make_store(copy)
     with edit_store(copy) as conn:
         conn.execute("UPDATE jobs SET priority = priority + 1")
-    told = dry_run.restore(copy, path)
-    assert any("WARNING" in line and "problems" in line for line in told)
-    named = [line for line in told if line.startswith("        job ")]
+    report = dry_run.restore(copy, path)
+    assert any("WARNING" in line and "problems" in line for line in report)
+    named = [line for line in report if line.startswith("        job ")]
     assert len(named) == min(dry_run.MAX_SHOWN, len(maker.jobs))
-    assert any(f"jobd doctor --store {copy}" in line for line in told)
+    assert any(f"jobd doctor --store {copy}" in line for line in report)
     backup.restore(copy, path)
 
 
 async def test_an_older_file_would_be_migrated(path: str, copy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     await make_store(copy)
     monkeypatch.setattr(migrations, "VERSION", migrations.VERSION + 1)
-    told = "\n".join(dry_run.restore(copy, path))
-    assert f"its schema version is {migrations.VERSION - 1}" in told
+    report = "\n".join(dry_run.restore(copy, path))
+    assert f"its schema version is {migrations.VERSION - 1}" in report
     for lines in (dry_run.recount(copy), dry_run.accept(copy, ["a"])):
         assert len(lines) == 1
         assert f"would first be copied and migrated to {migrations.VERSION}" in lines[0]
@@ -172,14 +172,14 @@ async def test_accept_writes_what_its_dry_run_shows(path: str) -> None:
     with edit_store(path) as conn:
         conn.execute("UPDATE jobs SET priority = 77 WHERE seq = ?", (job.seq,))
     before = state(path)
-    told = "\n".join(dry_run.accept(path, [job.id]))
+    report = "\n".join(dry_run.accept(path, [job.id]))
     assert {name: kept[0] for name, kept in state(path).items() if not name.endswith(".lock")} == {
         name: kept[0] for name, kept in before.items() if not name.endswith(".lock")
     }
-    assert f"job {job.id}: the row would be accepted" in told
-    assert "priority 77" in told
-    assert job.grant.lock_id not in told
-    assert "the counts would not change" in told
+    assert f"job {job.id}: the row would be accepted" in report
+    assert "priority 77" in report
+    assert job.grant.lock_id not in report
+    assert "the counts would not change" in report
     doctor.accept(path, [job.id])
     assert doctor.check(path) == []
 
@@ -195,10 +195,10 @@ async def test_a_job_accepted_from_quarantine_is_counted(path: str, statuses: fr
         await store.load([job.id], [], [])
     with edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET row = json_set(row, '$.queue', ?)", (queue,))
-    told = "\n".join(dry_run.accept(path, [job.id]))
-    assert "the row in quarantine would be accepted" in told
+    report = "\n".join(dry_run.accept(path, [job.id]))
+    assert "the row in quarantine would be accepted" in report
     live = sum(each.status in LIVE for each in maker.jobs.values())
-    assert f"the counts would be: {live} live and {len(maker.jobs) - live} finished jobs" in told
+    assert f"the counts would be: {live} live and {len(maker.jobs) - live} finished jobs" in report
     doctor.accept(path, [job.id])
     assert doctor.check(path) == []
 
@@ -234,14 +234,14 @@ async def test_a_second_row_with_the_same_id_is_rejected(path: str) -> None:
 async def test_a_recount_shows_the_differences(path: str) -> None:
     maker = await make_store(path)
     job = pick(maker, FINISHED)
-    told = "\n".join(dry_run.recount(path))
-    assert "all indexes would be rebuilt" in told
-    assert "the counts would not change" in told
+    report = "\n".join(dry_run.recount(path))
+    assert "all indexes would be rebuilt" in report
+    assert "the counts would not change" in report
     with edit_store(path) as conn:
         conn.execute("DELETE FROM jobs WHERE seq = ?", (job.seq,))
-    told = "\n".join(dry_run.recount(path))
-    assert "the counts would be: " in told
-    assert f"queue {job.options.queue}: " in told
+    report = "\n".join(dry_run.recount(path))
+    assert "the counts would be: " in report
+    assert f"queue {job.options.queue}: " in report
     doctor.recount(path)
     assert "the counts would not change" in "\n".join(dry_run.recount(path))
 

@@ -148,7 +148,7 @@ async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pyt
     for number in range(2 * KEEP_GRANTS):
         job, more = round_of(maker, job, signs=40 if number == 50 else 0)
         changes += more
-    kept = 1 + 2 * (KEEP_FIRST_GRANTS + KEEP_GRANTS)
+    expected = 1 + 2 * (KEEP_FIRST_GRANTS + KEEP_GRANTS)
     async with open_store(path) as (store, _):
         await store.write(maker.batch(changes))
         counts = []
@@ -157,7 +157,7 @@ async def test_a_long_journal_is_compacted_in_slices(path: str, monkeypatch: pyt
             await store.write(maker.batch([maker.create()]))
         assert counts[0] == len(changes) - 18, "two slices would remove more: the grant at the end of a slice stays"
         (count,) = store._connection.raw.execute("SELECT count(*) FROM events WHERE job_seq = 1").fetchone()
-        assert count == kept + 42, "a grant longer than a slice is kept"
+        assert count == expected + 42, "a grant longer than a slice is kept"
         assert folded(await store.timeline(1)) == job
 
 

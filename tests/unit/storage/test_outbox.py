@@ -49,10 +49,10 @@ def bare(*deliveries: Delivery) -> list[Delivery]:
 
 
 def test_rows_are_the_same_after_encoding_and_decoding() -> None:
-    told = WebhookCursor("zoë", 5, GAP_PENDING, 3, {"stuck_jobs": NOW}, NOW)
-    assert webhook_tables.cursor(webhook_tables.cursor_row(told)) == told
-    assert fault(webhook_tables.cursor_row(told)) is None
-    assert len(webhook_tables.cursor_row(told)) == len(webhook_tables.CURSOR_COLUMNS) + 1
+    cursor = WebhookCursor("zoë", 5, GAP_PENDING, 3, {"stuck_jobs": NOW}, NOW)
+    assert webhook_tables.cursor(webhook_tables.cursor_row(cursor)) == cursor
+    assert fault(webhook_tables.cursor_row(cursor)) is None
+    assert len(webhook_tables.cursor_row(cursor)) == len(webhook_tables.CURSOR_COLUMNS) + 1
     sent = made(3, state="delivered", ended_at=NOW + 1, status=200, error="ü\n", tries=4)
     assert webhook_tables.delivery(webhook_tables.delivery_row(sent)) == sent
     assert fault(webhook_tables.delivery_row(sent)) is None
@@ -172,11 +172,11 @@ async def test_deleting_a_failed_delivery_records_a_gap(path: str, monkeypatch: 
     monkeypatch.setattr(webhook_tables, "KEEP_ENDED", {"delivered": 2, "given_up": 3})
 
     async def is_gap(*settled: Delivery, now: int = NOW) -> bool:
-        told = await store.settle_deliveries(list(settled), now)
+        cursor = await store.settle_deliveries(list(settled), now)
         (gone_to,) = store._connection.raw.execute("SELECT gone_to FROM webhooks WHERE name = 'e'").fetchone()
-        assert told == (gone_to == GAP_PENDING)
+        assert cursor == (gone_to == GAP_PENDING)
         await planned(store)  # as if it were delivered
-        return told
+        return cursor
 
     async with open_store(path) as (store, _):
         await planned(store, *(made(id_) for id_ in range(1, 21)))

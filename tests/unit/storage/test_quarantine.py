@@ -93,10 +93,10 @@ async def test_a_damaged_finished_row_is_quarantined_when_it_is_read(path: str, 
     maker = await make_store(path)
     job = next(j for j in maker.jobs.values() if j.status == "failed" and j.ended is not None)
     flip(path, "jobs", column, "seq", job.seq)
-    told: list[Quarantined] = []
+    quarantined: list[Quarantined] = []
     async with open_store(path) as (store, found):
         assert found.quarantined == {}
-        store.on_quarantined = told.append
+        store.on_quarantined = quarantined.append
         if how == "load":
             assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
         elif how == "find":
@@ -106,7 +106,7 @@ async def test_a_damaged_finished_row_is_quarantined_when_it_is_read(path: str, 
             assert job.id not in await store.expired_jobs(maker.now * 2, 1_000)
         assert (await store.load([job.id], [], [])).bad == {job.id: "its checksum is wrong"}
         counted = None if column == "queue" else (job.options.queue, "failed")
-        assert told == [Quarantined(job.id, "its checksum is wrong", counted)]
+        assert quarantined == [Quarantined(job.id, "its checksum is wrong", counted)]
         assert store._database.totals == recounted(store)
     if column == "queue":
         return  # its queue is unknown: the doctor recounts
@@ -166,23 +166,23 @@ async def test_a_batch_with_a_row_quarantined_meanwhile_fails_completely(path: s
 
 async def test_counts_decided_before_a_quarantine_are_written_without_the_row(path: str) -> None:
     """Found by simulation, seed 1013: the old counts were written, and a power cut kept them."""
-    maker, told = ChangeFactory(), [Quarantined("a", "its checksum is wrong", ("default", "completed"))]
+    maker, quarantined = ChangeFactory(), [Quarantined("a", "its checksum is wrong", ("default", "completed"))]
     async with open_store(path) as (store, _):
         changes = [maker.create(name, options=Options("default")) for name in "abc"]
         granted = [maker.grant(job_of(change)) for change in changes]
         finished = [maker.finish(job_of(change)) for change in granted]
         await store.write(maker.batch([*changes, *granted, *finished[:2]]))
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE id = 'a'")
-        heard: list[Quarantined] = []
-        store.on_quarantined = heard.append
+        reported: list[Quarantined] = []
+        store.on_quarantined = reported.append
         count = QueueRow(completed=3)
         looking = asyncio.ensure_future(store.find_jobs(JobQuery()))
         await asyncio.sleep(0)  # it is being written
         batch = maker.batch([finished[2]])
-        assert (batch.queues, heard) == ({"default": count}, [])
+        assert (batch.queues, reported) == ({"default": count}, [])
         await store.write(batch)
         await looking
-        assert heard == told
+        assert reported == quarantined
     async with open_store(path) as (store, found):
         assert found.queues == {"default": count.without("completed")}
         # Memory has already subtracted those that were reported to it.
@@ -199,12 +199,12 @@ async def test_on_a_full_disk_a_damaged_row_is_moved_later_and_counted_until_the
     path: str, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     maker = ChangeFactory()
-    told: list[Quarantined] = []
+    quarantined: list[Quarantined] = []
     async with open_store(path) as (store, _):
         created = maker.create("a", options=Options("default"))
         granted = maker.grant(job_of(created))
         await store.write(maker.batch([created, granted, maker.finish(job_of(granted))]))
-        store.on_quarantined = told.append
+        store.on_quarantined = quarantined.append
         store._connection.raw.execute(f"UPDATE {damage} = 1")
         reason = (
             "its checksum is wrong" if damage.startswith("jobs") else "the payload is damaged: its checksum is wrong"
@@ -214,10 +214,10 @@ async def test_on_a_full_disk_a_damaged_row_is_moved_later_and_counted_until_the
             for _ in range(2):
                 assert (await store.find_jobs(JobQuery())).jobs == []
             assert await store.expired_jobs(maker.now * 2, 10) == []
-        assert told == [Quarantined("a", reason, is_moved=False)]
+        assert quarantined == [Quarantined("a", reason, is_moved=False)]
         assert store._database.totals == recounted(store)
         assert await store.expired_jobs(maker.now * 2, 10) == []  # it was moved and hides nothing
-        assert told[1:] == [Quarantined("a", reason, ("default", "completed"))]
+        assert quarantined[1:] == [Quarantined("a", reason, ("default", "completed"))]
         assert store._database.totals == recounted(store)
         assert store._database.unmoved == {}
 
@@ -394,11 +394,11 @@ async def test_a_damaged_tombstone_is_quarantined_and_deletes_nothing(path: str)
 async def test_a_damaged_audit_entry_is_quarantined_and_reported(path: str) -> None:
     maker = await make_store(path)
     async with open_store(path) as (store, _):
-        deeds = [AuditEntry(NOW + at, f"who-{at}", "unix", "pause", queue="q") for at in range(3)]
-        await store.write(maker.batch([], audit=deeds))
+        entries = [AuditEntry(NOW + at, f"who-{at}", "unix", "pause", queue="q") for at in range(3)]
+        await store.write(maker.batch([], audit=entries))
     flip(path, "audit", "who", "seq", 2)
     async with open_store(path) as (store, _):
-        assert (await store.read_audit(AuditQuery())).found == [(3, deeds[2]), (1, deeds[0])]
+        assert (await store.read_audit(AuditQuery())).found == [(3, entries[2]), (1, entries[0])]
         assert store.take_faults() == ["audit 2: its checksum is wrong; the row was quarantined"]
         assert len((await store.read_audit(AuditQuery())).found) == 2
         assert store.take_faults() == []

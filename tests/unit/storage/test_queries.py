@@ -108,7 +108,7 @@ async def test_a_failed_job_is_found_behind_many_newer_ones(store: Store, status
 
 async def test_a_page_that_ends_early_reports_how_far_it_scanned(store: Store) -> None:
     maker = ChangeFactory()
-    await store.write(maker.batch([said(maker, f"j{n}", created_at=NOW + n) for n in range(9)]))
+    await store.write(maker.batch([created_job(maker, f"j{n}", created_at=NOW + n) for n in range(9)]))
     page = await store.find_jobs(JobQuery(kind="none", scan=4))
     assert (page.jobs, page.next_before, page.scanned_until, page.scanned) == ([], 6, NOW + 5, 4)
     page = await store.find_jobs(JobQuery(kind="none", scan=4, before=5))
@@ -339,7 +339,7 @@ async def test_many_queries_for_one_job_read_it_once(store: Store) -> None:
         assert (await store.read_late_results(asked)).results == {seq: [change.late]}
 
 
-def said(
+def created_job(
     maker: ChangeFactory, job_id: str, *, payload: bytes = b"null", error: str | None = None, **fields: Any
 ) -> Change:
     change = maker.create(job_id, **fields)
@@ -358,11 +358,11 @@ async def ids(store: Store, **query: Any) -> list[str]:
 async def test_text_is_found_in_id_payload_and_error_ignoring_case(store: Store) -> None:
     maker = ChangeFactory()
     changes = [
-        said(maker, "Cat-1"),
-        said(maker, "b", payload=b'{"pet": "big CAT"}'),
-        said(maker, "c", error="no cAt here"),
-        said(maker, "d", payload='"katze Ü"'.encode(), error="nothing"),
-        said(maker, "e", payload=b'"100%_sure"'),
+        created_job(maker, "Cat-1"),
+        created_job(maker, "b", payload=b'{"pet": "big CAT"}'),
+        created_job(maker, "c", error="no cAt here"),
+        created_job(maker, "d", payload='"katze Ü"'.encode(), error="nothing"),
+        created_job(maker, "e", payload=b'"100%_sure"'),
     ]
     await store.write(maker.batch(changes))
     assert await ids(store, text="cat") == ["c", "b", "Cat-1"]
@@ -378,7 +378,7 @@ async def test_text_is_found_in_id_payload_and_error_ignoring_case(store: Store)
 
 async def test_jobs_are_found_by_creation_time(store: Store) -> None:
     maker = ChangeFactory()
-    changes = [said(maker, f"j{n}", created_at=NOW + n) for n in range(5)]
+    changes = [created_job(maker, f"j{n}", created_at=NOW + n) for n in range(5)]
     await store.write(maker.batch(changes))
     assert await ids(store, since=NOW + 2) == ["j4", "j3", "j2"]
     assert await ids(store, until=NOW + 2) == ["j1", "j0"]
@@ -387,8 +387,10 @@ async def test_jobs_are_found_by_creation_time(store: Store) -> None:
 
 async def test_jobs_are_found_by_finish_time(store: Store) -> None:
     maker = ChangeFactory()
-    finished = [said(maker, f"j{n}", status="failed", finished_at=NOW + 9 - n, expires_at=NOW * 2) for n in range(4)]
-    await store.write(maker.batch([*finished, said(maker, "waits")]))
+    finished = [
+        created_job(maker, f"j{n}", status="failed", finished_at=NOW + 9 - n, expires_at=NOW * 2) for n in range(4)
+    ]
+    await store.write(maker.batch([*finished, created_job(maker, "waits")]))
     assert await ids(store, finished_since=NOW + 8) == ["j1", "j0"]
     assert await ids(store, finished_until=NOW + 8) == ["j3", "j2"]
     assert await ids(store, finished_since=NOW + 7, finished_until=NOW + 9, status="failed") == ["j2", "j1"]
@@ -400,7 +402,7 @@ async def test_a_text_search_ends_early_if_payloads_are_large(store: Store, monk
     monkeypatch.setattr(queries, "TEXT_BYTES", 1_000)
     maker = ChangeFactory()
     big = b'"' + b"x" * 400 + b'needle"'
-    await store.write(maker.batch([said(maker, f"j{n}", payload=big) for n in range(9)]))
+    await store.write(maker.batch([created_job(maker, f"j{n}", payload=big) for n in range(9)]))
     found: list[str] = []
     pages, before = 0, None
     while pages == 0 or before is not None:
@@ -413,8 +415,12 @@ async def test_a_text_search_ends_early_if_payloads_are_large(store: Store, monk
 
 async def test_jobs_with_the_same_error_are_found(store: Store) -> None:
     maker = ChangeFactory()
-    alike = [said(maker, f"j{n}", error=f"took {n} s", status="failed") for n in range(3)]
-    other = [said(maker, "k", error="lost", status="failed"), said(maker, "l", error="took 4 s"), said(maker, "m")]
+    alike = [created_job(maker, f"j{n}", error=f"took {n} s", status="failed") for n in range(3)]
+    other = [
+        created_job(maker, "k", error="lost", status="failed"),
+        created_job(maker, "l", error="took 4 s"),
+        created_job(maker, "m"),
+    ]
     await store.write(maker.batch([*alike, *other]))
     name = fingerprint("took 9 s", None)
     assert await ids(store, error=name, status="failed") == ["j2", "j1", "j0"]
@@ -425,5 +431,5 @@ async def test_jobs_with_the_same_error_are_found(store: Store) -> None:
 
 async def test_a_page_can_omit_payloads(store: Store) -> None:
     maker = ChangeFactory()
-    await store.write(maker.batch([said(maker, "a", payload=b'"p"')]))
+    await store.write(maker.batch([created_job(maker, "a", payload=b'"p"')]))
     assert [body for _, body in (await store.find_jobs(JobQuery(payloads=False))).jobs] == [b"null"]

@@ -87,12 +87,12 @@ async def test_a_damaged_job_is_quarantined(path: str, statuses: frozenset[str])
     job = pick(maker, statuses)
     async with open_store(path) as (store, _):
         store._connection.raw.execute("UPDATE jobs SET priority = priority + 1 WHERE seq = ?", (job.seq,))
-        told: list[str] = []
-        store.on_quarantined = lambda aside: told.append(aside.id)
+        quarantined: list[str] = []
+        store.on_quarantined = lambda aside: quarantined.append(aside.id)
         _, damaged = await walked(store)
         assert list(damaged) == [f"job {job.id}"]
         assert "checksum" in damaged[f"job {job.id}"]
-        assert told == [job.id]
+        assert quarantined == [job.id]
         assert (await walked(store))[1] == {}
     with edit_store(path) as conn:
         assert conn.execute("SELECT id FROM quarantined_jobs").fetchall() == [(job.id,)]

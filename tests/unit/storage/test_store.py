@@ -71,21 +71,21 @@ async def test_a_batch_survives_a_restart(path: str) -> None:
 
 async def test_a_batch_is_one_transaction(store: Store) -> None:
     """Jobs, events, stored responses, queues, a report and audit entries."""
-    maker, said = ChangeFactory(), list[str]()
+    maker, statements = ChangeFactory(), list[str]()
     old = StoredResponse("d0", "b0", NOW, 200, b"{}")
     await store.write(maker.batch([maker.create("old")], keys=[old]))
     first, second = maker.create("a"), maker.create("b")
     changes = [first, second, maker.grant(job_of(first)), maker.finish(job_of(second), "cancelled")]
     keys = [StoredResponse("d1", "b1", NOW, 201, b'{"x":1}')]
-    store._connection.raw.set_trace_callback(said.append)
+    store._connection.raw.set_trace_callback(statements.append)
     await store.write(maker.batch(changes, keys=keys, forget_keys=["d0"], report=b"{}", checked=[1]))
     store._connection.raw.set_trace_callback(None)
-    words = [each.split()[0] for each in said]
+    words = [each.split()[0] for each in statements]
     assert words[0] == "BEGIN"
     assert words[-1] == "COMMIT"
     assert (words.count("BEGIN"), words.count("COMMIT")) == (1, 1)
     for table in ("jobs", "events", "keys", "reports", "meta"):
-        assert any(table in each for each in said[1:-1]), table
+        assert any(table in each for each in statements[1:-1]), table
 
 
 async def test_a_batch_returns_the_payload_of_a_job_that_it_creates(store: Store) -> None:
@@ -146,8 +146,8 @@ async def test_the_last_500_reports_are_kept(store: Store) -> None:
     maker = ChangeFactory()
     for number in range(503):
         await store.write(maker.batch([], report=b"%d" % number))
-    kept = await store.reports(1_000)
-    assert kept == [b"%d" % number for number in range(502, 2, -1)]
+    reports = await store.reports(1_000)
+    assert reports == [b"%d" % number for number in range(502, 2, -1)]
     assert await store.reports(2) == [b"502", b"501"]
 
 
@@ -230,15 +230,15 @@ async def test_a_crash_between_two_epochs_ends_no_grant(path: str, monkeypatch: 
     maker = ChangeFactory()
     async with open_store(path) as (store, _):
         await store.write(maker.batch([maker.create("a"), maker.grant(maker.jobs[1])]))
-        kept = maker.numbers
+        reports = maker.numbers
 
         def crash(epoch: int) -> None:
             raise OSError(errno.EIO, "the disk fails")
 
         monkeypatch.setattr(store._database, "store_epoch", crash)
         with pytest.raises(OSError, match="the disk fails"):
-            await store.write(Batch([], replace(kept, epoch=9, next_token=4, lease_ms=77)))
+            await store.write(Batch([], replace(reports, epoch=9, next_token=4, lease_ms=77)))
     async with open_store(path) as (_, found):
-        assert (found.marked, found.numbers) == (False, replace(kept, epoch=9, next_token=1))
+        assert (found.marked, found.numbers) == (False, replace(reports, epoch=9, next_token=1))
         assert found.live() == [maker.jobs[1]]
     assert files.read_epoch(path).epoch == 9

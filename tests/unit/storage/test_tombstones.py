@@ -107,20 +107,20 @@ async def numbered(store: Store, now: int = NOW) -> list[Tombstone]:
 
 async def test_artifacts_of_late_results_are_deleted_with_their_job(path: str) -> None:
     maker = ChangeFactory()
-    told: list[int] = []
+    reported: list[int] = []
     async with open_store(path) as (store, _):
-        store.on_tombstones = told.append
+        store.on_tombstones = reported.append
         made_a = maker.create("a", status="failed", result=Result(storage_key="own"))
         made_b = maker.create("b", status="failed")
         job, other = job_of(made_a), job_of(made_b)
         keys = {1: "late/1", 2: None, 3: "own", 4: "late/4"}
         late = [came_late(maker, job, token, key) for token, key in keys.items()]
         await store.write(maker.batch([made_a, made_b, *late, came_late(maker, other, 5, "late/5")], sweeps=True))
-        assert (await numbered(store), told) == ([], [])
+        assert (await numbered(store), reported) == ([], [])
         maker.now += 7
         own = Tombstone(job.seq, job.id, "own", maker.now, maker.now)
         await store.write(maker.batch([maker.delete(job)], tombstones=[own], sweeps=True))
-        assert told == [3], "the key of the job itself has one tombstone"
+        assert reported == [3], "the key of the job itself has one tombstone"
         assert [each.fencing_token for each in await late_results(store, other)] == [5]
     async with open_store(path) as (store, found):
         assert found.tombstones == 3
@@ -178,18 +178,18 @@ async def test_without_sweeping_late_results_leave_no_tombstones(store: Store) -
 
 async def test_a_failed_deletion_keeps_late_results_and_leaves_no_tombstone(path: str) -> None:
     maker = ChangeFactory()
-    told: list[int] = []
+    reported: list[int] = []
     async with open_store(path) as (store, _):
-        store.on_tombstones = told.append
+        store.on_tombstones = reported.append
         created, ghost = maker.create("a", status="failed"), maker.create("ghost")
         await store.write(maker.batch([created, late := came_late(maker, job_of(created), 1, "late/1")], sweeps=True))
         deleted = maker.delete(job_of(created))
         with pytest.raises(BadRows):
             await store.write(maker.batch([deleted], sweeps=True, payloads=[job_of(ghost).seq]))
-        assert (await numbered(store), told) == ([], [])
+        assert (await numbered(store), reported) == ([], [])
         assert await late_results(store, job_of(created)) == [late_of(late)]
         await store.write(maker.batch([deleted], sweeps=True))
-        assert (await numbered(store), told) == (left_by(late), [1])
+        assert (await numbered(store), reported) == (left_by(late), [1])
 
 
 async def test_the_key_of_a_damaged_late_result_is_not_deleted(path: str) -> None:

@@ -97,8 +97,8 @@ async def test_frames_of_an_older_generation_are_ignored(path: str, killed: Chan
     async with open_store(path) as (store, _):
         store._connection.raw.execute("PRAGMA wal_checkpoint(RESTART)")
         await store.write(maker.batch([maker.create("later")]))
-        kept = [(suffix, read_file(f"{path}{suffix}")) for suffix in ("", "-wal")]
-    for suffix, content in kept:
+        contents = [(suffix, read_file(f"{path}{suffix}")) for suffix in ("", "-wal")]
+    for suffix, content in contents:
         write_file(f"{path}{suffix}", content)
     assert len(commits(path)) > 5
     assert len(await ids(path)) == 13

@@ -29,11 +29,11 @@ def db(tmp_path: Path) -> Iterator[Database]:
 
 def statements(db: Database, maker: ChangeFactory, *changes: Change) -> list[str]:
     """Return the statements on the table of jobs for `changes`."""
-    said: list[str] = []
-    db.conn.set_trace_callback(said.append)
+    statement: list[str] = []
+    db.conn.set_trace_callback(statement.append)
     db.write(maker.batch(list(changes)), 0)
     db.conn.set_trace_callback(None)
-    return [sql for sql in said if sql.startswith(("UPDATE jobs", "INSERT INTO jobs"))]
+    return [sql for sql in statement if sql.startswith(("UPDATE jobs", "INSERT INTO jobs"))]
 
 
 def row_of(db: Database, seq: int) -> tuple[object, ...]:
@@ -60,19 +60,19 @@ def test_the_checksum_of_a_recently_written_job_is_cached(db: Database, monkeypa
 def test_an_update_sets_only_changed_columns(db: Database) -> None:
     maker = ChangeFactory()
     first = maker.create()
-    (said,) = statements(db, maker, first)
-    assert "id" in said
-    assert "lock_id" not in said
-    assert "error_code" not in said
-    (said,) = statements(db, maker, maker.grant(job_of(first)))
-    assert "lock_id" in said
-    assert "status" in said
-    assert "queue" not in said
-    assert "created_at" not in said
-    assert "NULL" not in said
-    (said,) = statements(db, maker, maker.finish(maker.jobs[1]))
-    assert "lock_id = NULL" in said
-    assert "ended_lock_id" in said
+    (statement,) = statements(db, maker, first)
+    assert "id" in statement
+    assert "lock_id" not in statement
+    assert "error_code" not in statement
+    (statement,) = statements(db, maker, maker.grant(job_of(first)))
+    assert "lock_id" in statement
+    assert "status" in statement
+    assert "queue" not in statement
+    assert "created_at" not in statement
+    assert "NULL" not in statement
+    (statement,) = statements(db, maker, maker.finish(maker.jobs[1]))
+    assert "lock_id = NULL" in statement
+    assert "ended_lock_id" in statement
     job = maker.jobs[1]
     assert row_of(db, 1) == (*job_row(job), checksum(job_row(job)))
 
@@ -119,8 +119,8 @@ def test_a_payload_written_twice_counts_once(db: Database) -> None:
         db.conn.execute("BEGIN")
         db._jobs.write(changes, (0, 0, 0, 0))
         db.conn.execute(end)
-    kept = db._jobs
-    assert kept._payload_bytes == sum(map(len, kept._payloads.values())) > 0
+    cache = db._jobs
+    assert cache._payload_bytes == sum(map(len, cache._payloads.values())) > 0
 
 
 @pytest.mark.parametrize("limit", ["KEEP_CHECKSUMS", "_SHAPES", "KEEP_PAYLOAD_BYTES"])
@@ -130,11 +130,11 @@ def test_the_payload_cache_is_limited(db: Database, monkeypatch: pytest.MonkeyPa
     for _ in range(20):
         batch = maker.any_batch(15)
         assert db.write(batch, 0) == {seq: maker.payloads[seq] for seq in batch.payloads}
-    kept = db._jobs
+    cache = db._jobs
     held: dict[str, Sized] = {
-        "KEEP_CHECKSUMS": kept._checksums,
-        "_SHAPES": kept._statements,
-        "KEEP_PAYLOAD_BYTES": kept._payloads,
+        "KEEP_CHECKSUMS": cache._checksums,
+        "_SHAPES": cache._statements,
+        "KEEP_PAYLOAD_BYTES": cache._payloads,
     }
     assert len(held[limit]) <= 1
     for seq, job in maker.jobs.items():

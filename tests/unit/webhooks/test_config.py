@@ -98,7 +98,7 @@ def test_a_world_readable_secret_file_causes_a_warning(read: Read, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("webhooks = 7\n", "[[webhooks]], in two brackets"),
         (block(name=".."), "name: '..' is not allowed: names are parts of URL paths"),
@@ -144,13 +144,13 @@ def test_a_world_readable_secret_file_causes_a_warning(read: Read, tmp_path: Pat
     ],
 )
 def test_errors_are_one_line_with_the_file_and_the_number_of_the_webhook(
-    read: Read, tmp_path: Path, text: str, said: str
+    read: Read, tmp_path: Path, text: str, expected: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         read(text)
     message = str(caught.value)
     assert message.startswith(f"{tmp_path}/config.toml: ")
-    assert said in message
+    assert expected in message
     assert message.isprintable()
     assert "hush" not in message
     assert SECRET not in message

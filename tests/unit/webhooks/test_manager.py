@@ -344,10 +344,10 @@ async def test_a_bug_in_the_transport_is_a_failed_attempt_and_does_not_show_the_
         await at.commit(at.maker.create("a"))
         await until(lambda: len(at.posts.taken) == 1)
         assert at.webhooks.views()[0].last_error == "This is a bug in jobd: ValueError."
-    (told,) = (line["exc_info"] for line in logged if line["event"] == "webhook_bug")
-    assert str(told) == "ValueError: https://e.test… is odd"
-    assert told.__context__ is told.__cause__ is None
-    assert "answer" in [frame.f_code.co_name for frame, _ in walk_tb(told.__traceback__)]
+    (posted,) = (line["exc_info"] for line in logged if line["event"] == "webhook_bug")
+    assert str(posted) == "ValueError: https://e.test… is odd"
+    assert posted.__context__ is posted.__cause__ is None
+    assert "answer" in [frame.f_code.co_name for frame, _ in walk_tb(posted.__traceback__)]
 
 
 # -- restarts, crashes, full disks -------------------------------------------------------------------------------------
@@ -713,11 +713,11 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
         await asyncio.sleep(0.2)
         assert len(at.posts.tried) == 3, "each once: it was taken"
         assert disk.calls["plan_deliveries"] == disk.calls["settle_deliveries"] == 0
-        told = list(at.posts.taken)
+        posted = list(at.posts.taken)
         at.may_write = True
         await until(lambda: at.webhooks.views()[0].delivered == 6)
         again = [each for each in at.posts.taken[3:] if each.subject.startswith("alerts/")]
-        assert {each.event_id: each.body for each in again} == {each.event_id: each.body for each in told}
+        assert {each.event_id: each.body for each in again} == {each.event_id: each.body for each in posted}
         assert [each.type for each in again if each.subject == "alerts/database"] == ["alert.firing", "alert.resolved"]
         await asyncio.sleep(0.1)
         assert len(at.posts.tried) == 9
@@ -784,8 +784,8 @@ async def test_only_the_latest_changes_of_a_flapping_alert_are_kept(
         at.may_write = True
         await until(lambda: at.webhooks.views()[0].delivered >= 3)
         await asyncio.sleep(0.1)
-        told = [each.event_id.split("_", 2)[2] for each in at.posts.taken]
-        assert list(dict.fromkeys(told)) == [f"{NOW + 7}_firing", f"{NOW + 7}_resolved", f"{NOW + 8}_firing"]
+        posted = [each.event_id.split("_", 2)[2] for each in at.posts.taken]
+        assert list(dict.fromkeys(posted)) == [f"{NOW + 7}_firing", f"{NOW + 7}_resolved", f"{NOW + 8}_firing"]
 
 
 async def test_stop_on_a_full_disk_does_not_wait_for_a_hanging_receiver(

@@ -20,7 +20,7 @@ from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks import transport
 from jobd.webhooks.transport import HttpTransport, Resolver
 from tests.support.http_harness import tls_pair
-from tests.support.webhook_receiver import Receiver, echoing, rude, saying
+from tests.support.webhook_receiver import Receiver, echoing, responding, rude
 
 KEY = b"k" * 24
 DELIVERY = Delivery(
@@ -57,14 +57,14 @@ async def test_a_signed_message_is_verified_by_another_implementation(
     sender: HttpTransport, receiver: Receiver
 ) -> None:
     assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(204)
-    (heard,) = receiver.heard
-    assert heard.body == DELIVERY.body
-    assert heard.headers["Content-Type"] == "application/cloudevents+json; charset=utf-8"
-    assert heard.headers["webhook-id"] == "evt_1_1"
-    assert heard.headers["User-Agent"].startswith("jobd/")
+    (received,) = receiver.received
+    assert received.body == DELIVERY.body
+    assert received.headers["Content-Type"] == "application/cloudevents+json; charset=utf-8"
+    assert received.headers["webhook-id"] == "evt_1_1"
+    assert received.headers["User-Agent"].startswith("jobd/")
     secret = f"whsec_{base64.b64encode(KEY).decode()}"
-    headers = {name.lower(): value for name, value in heard.headers.items()}
-    assert Webhook(secret).verify(heard.body, headers) == {"a": "ü"}
+    headers = {name.lower(): value for name, value in received.headers.items()}
+    assert Webhook(secret).verify(received.body, headers) == {"a": "ü"}
 
 
 async def test_a_connection_is_reused(sender: HttpTransport, receiver: Receiver) -> None:
@@ -83,27 +83,27 @@ async def test_a_connection_is_reused(sender: HttpTransport, receiver: Receiver)
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
 async def test_every_2xx_is_a_success(sender: HttpTransport, receiver: Receiver, status: int) -> None:
-    receiver.answer = saying(status)
+    receiver.answer = responding(status)
     assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(status)
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
 async def test_no_redirect_is_followed(sender: HttpTransport, receiver: Receiver, status: int) -> None:
-    receiver.answer = saying(status, Location=f"http://127.0.0.1:{receiver.port}/elsewhere")
+    receiver.answer = responding(status, Location=f"http://127.0.0.1:{receiver.port}/elsewhere")
     outcome = await sender.post(to(receiver.url), DELIVERY)
     assert outcome.status == status
     assert "redirects are not followed" in (outcome.error or "")
-    assert [heard.path for heard in receiver.heard] == ["/hook"]
+    assert [received.path for received in receiver.received] == ["/hook"]
 
 
 async def test_an_error_response_is_shown_in_one_short_line(sender: HttpTransport, receiver: Receiver) -> None:
-    receiver.answer = saying(500, "böse\n\x1b[31mrot " + "x" * 5_000)
+    receiver.answer = responding(500, "böse\n\x1b[31mrot " + "x" * 5_000)
     outcome = await sender.post(to(receiver.url), DELIVERY)
     assert outcome.error is not None
     assert outcome.error.startswith("500: böse [31mrot xxx")
     assert len(outcome.error) < 250
     assert outcome.error.isprintable()
-    receiver.answer = saying(401)
+    receiver.answer = responding(401)
     assert await sender.post(to(receiver.url), DELIVERY) == DeliveryOutcome(401, "401")
 
 
@@ -114,12 +114,12 @@ async def test_an_error_response_is_shown_in_one_short_line(sender: HttpTranspor
 async def test_retry_after_is_respected(
     sender: HttpTransport, receiver: Receiver, header: str, wait_ms: int | None
 ) -> None:
-    receiver.answer = saying(503, **{"Retry-After": header})
+    receiver.answer = responding(503, **{"Retry-After": header})
     assert (await sender.post(to(receiver.url), DELIVERY)).retry_after_ms == wait_ms
 
 
 async def test_410_is_reported_as_gone(sender: HttpTransport, receiver: Receiver) -> None:
-    receiver.answer = saying(410)
+    receiver.answer = responding(410)
     assert (await sender.post(to(receiver.url), DELIVERY)).gone
 
 
@@ -141,7 +141,7 @@ async def test_only_the_start_of_an_endless_response_is_read(
     assert outcome.status == status
     assert (outcome.error is None) == (status == 200)
     assert time.monotonic() - begun < 5
-    receiver.answer = saying(204)
+    receiver.answer = responding(204)
     assert (await sender.post(to(receiver.url), DELIVERY)).error is None  # over another connection
 
 
@@ -212,12 +212,12 @@ FAILURES: dict[str, tuple[bytes, int, str]] = {
 
 @pytest.mark.parametrize("why", FAILURES)
 async def test_errors_show_only_the_host_of_the_url(sender: HttpTransport, why: str) -> None:
-    head, more, said = FAILURES[why]
+    head, more, expected = FAILURES[why]
     with rude(echoing(head, more)) as port:
         outcome = await sender.post(to(f"http://127.0.0.1:{port}{PLACE}", timeout_ms=5_000), DELIVERY)
     assert outcome.error is not None
     assert [secret for secret in HUSH if secret.lower() in outcome.error.lower()] == []
-    assert said in outcome.error
+    assert expected in outcome.error
     assert len(outcome.error) < 250
 
 
@@ -265,10 +265,10 @@ async def test_an_untrusted_certificate_is_rejected(sender: HttpTransport, tmp_p
 
 async def test_a_trusted_certificate_is_accepted(tmp_path: Path) -> None:
     ours, theirs = await tls_pair(tmp_path)
-    heard = []
+    received = []
 
     async def handle(request: web.BaseRequest) -> web.StreamResponse:
-        heard.append(await request.read())
+        received.append(await request.read())
         return web.Response()
 
     runner = web.ServerRunner(web.Server(handle))
@@ -281,7 +281,7 @@ async def test_a_trusted_certificate_is_accepted(tmp_path: Path) -> None:
     assert "certificate" in (other_name.error or "")
     await trusting.close()
     await runner.cleanup()
-    assert heard == [DELIVERY.body]
+    assert received == [DELIVERY.body]
 
 
 # -- blocked addresses -------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ async def test_private_addresses_are_blocked(careful: HttpTransport, receiver: R
     outcome = await careful.post(to(f"http://{host}:{receiver.port}/hook", timeout_ms=2_000), DELIVERY)
     assert outcome.error is not None
     assert "webhooks do not go there" in outcome.error or "canonical" in outcome.error
-    assert receiver.heard == []
+    assert receiver.received == []
 
 
 async def test_the_connected_address_is_checked_not_an_earlier_lookup(
@@ -314,7 +314,7 @@ async def test_the_connected_address_is_checked_not_an_earlier_lookup(
         assert "127.0.0.1 is loopback" in (outcome.error or "")
         assert "set allow_private" in (outcome.error or "")
     assert asked == ["rebinding.test"] * 2
-    assert receiver.heard == []
+    assert receiver.received == []
 
 
 async def test_proxies_of_the_environment_are_ignored(
@@ -326,10 +326,10 @@ async def test_proxies_of_the_environment_are_ignored(
 
 
 async def test_cookies_are_not_stored(sender: HttpTransport, receiver: Receiver) -> None:
-    receiver.answer = saying(200, **{"Set-Cookie": "session=1; Path=/"})
+    receiver.answer = responding(200, **{"Set-Cookie": "session=1; Path=/"})
     for _ in range(2):
         await sender.post(to(receiver.url), DELIVERY)
-    assert all("Cookie" not in heard.headers for heard in receiver.heard)
+    assert all("Cookie" not in received.headers for received in receiver.received)
 
 
 # -- host names --------------------------------------------------------------------------------------------------------
@@ -373,4 +373,4 @@ async def test_host_names_are_resolved() -> None:
 async def test_changed_settings_apply_to_the_next_attempt(sender: HttpTransport, receiver: Receiver) -> None:
     await sender.post(to(receiver.url), DELIVERY)
     await sender.post(replace(to(receiver.url), secrets=(b"n" * 24, KEY)), DELIVERY)
-    assert [len(heard.headers["webhook-signature"].split()) for heard in receiver.heard] == [1, 2]
+    assert [len(received.headers["webhook-signature"].split()) for received in receiver.received] == [1, 2]

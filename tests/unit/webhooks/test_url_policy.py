@@ -10,7 +10,7 @@ from jobd.webhooks.url_policy import blocked_reason
 
 
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("address", "expected"),
     [
         ("127.0.0.1", "loopback"),
         ("127.9.9.9", "loopback"),
@@ -79,10 +79,10 @@ from jobd.webhooks.url_policy import blocked_reason
         ("", "not a valid address"),
     ],
 )
-def test_addresses_of_this_machine_and_network_are_blocked(address: str, said: str) -> None:
+def test_addresses_of_this_machine_and_network_are_blocked(address: str, expected: str) -> None:
     why = blocked_reason(address)
     assert why is not None
-    assert why.partition(",")[0] == said
+    assert why.partition(",")[0] == expected
 
 
 # www.iana.org/assignments/iana-ipv4-special-registry and -ipv6-, with multicast and unallocated blocks.

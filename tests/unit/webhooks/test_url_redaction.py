@@ -29,7 +29,7 @@ URL = "https://me:hushhush@h.test:81/Hush-123/v1/a%2fb%20c/api?token=h+ush&k=l=m
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("message", "expected"),
     [
         ("no POST /Hush-123/v1/a%2fb%20c/api?token=h+ush&k=l=m4n5&e%20f+g=seven77!", "no POST …!"),
         ("no /Hush-123/v1/a%2fb%20c/api here", "no … here"),
@@ -46,8 +46,8 @@ URL = "https://me:hushhush@h.test:81/Hush-123/v1/a%2fb%20c/api?token=h+ush&k=l=m
         ("", ""),
     ],
 )
-def test_parts_of_the_url_are_redacted(said: str, told: str) -> None:
-    assert redacted(URL, said) == told
+def test_parts_of_the_url_are_redacted(message: str, expected: str) -> None:
+    assert redacted(URL, message) == expected
 
 
 def test_the_longer_of_two_secrets_is_redacted_as_a_whole() -> None:
