@@ -216,7 +216,7 @@ def _duration(key: str, value: Any) -> int:
 
 def _from_text(hint: Any, text: str) -> Any:
     """Convert `text` to the type of a key. Lists and tables can also be written as in the file."""
-    if (hint == list[str] or get_origin(hint) is dict) and (parsed := _as_in_file(text)) is not None:
+    if (hint == list[str] or get_origin(hint) is dict) and (parsed := _parse_toml(text)) is not None:
         return parsed
     if hint == list[str]:
         return [part.strip() for part in text.split(",") if part.strip()]
@@ -232,7 +232,7 @@ def _from_text(hint: Any, text: str) -> Any:
         raise ValueError(f"{error}{_choices(hint)}") from None
 
 
-def _as_in_file(text: str) -> list[Any] | dict[str, Any] | None:
+def _parse_toml(text: str) -> list[Any] | dict[str, Any] | None:
     """Return the list or table that `text` is in TOML. None if it is neither, such as an IPv6 address in brackets."""
     try:
         values = tomllib.loads(f"it = {text}")

@@ -62,11 +62,11 @@ def configure(level: str, format: str) -> None:
         raise ValueError(f"log format {format!r}: expected auto, console, logfmt or json")
     structlog.configure(
         processors=[
-            _named,
+            _add_logger_name,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            _short_error if chosen == "logfmt" else _whole_error,
-            _safe,
+            _add_short_error if chosen == "logfmt" else _add_traceback,
+            _redact,
             render[chosen],
         ],
         logger_factory=_StderrLogger,
@@ -130,7 +130,7 @@ class _StdlibHandler(logging.Handler):
         structlog.get_logger(record.name).log(level, event, exc_info=record.exc_info)
 
 
-def _named(logger: Any, _: str, event: Fields) -> Fields:
+def _add_logger_name(logger: Any, _: str, event: Fields) -> Fields:
     if logger.name:
         event["logger"] = logger.name
     return event
@@ -144,13 +144,13 @@ def _error(event: Fields) -> BaseException | None:
     return error if isinstance(error, BaseException) else None
 
 
-def _whole_error(_: Any, __: str, event: Fields) -> Fields:
+def _add_traceback(_: Any, __: str, event: Fields) -> Fields:
     if (error := _error(event)) is not None:
         event["traceback"] = "".join(traceback.format_exception(error)).rstrip()
     return event
 
 
-def _short_error(_: Any, __: str, event: Fields) -> Fields:
+def _add_short_error(_: Any, __: str, event: Fields) -> Fields:
     """Log an error as `exception` and `at`, innermost frame first, because logfmt has no room for a traceback."""
     if (error := _error(event)) is not None:
         event["exception"] = "".join(traceback.format_exception_only(error)).rstrip()
@@ -159,7 +159,7 @@ def _short_error(_: Any, __: str, event: Fields) -> Fields:
     return event
 
 
-def _safe(_: Any, __: str, event: Fields) -> Fields:
+def _redact(_: Any, __: str, event: Fields) -> Fields:
     return {str(key): REDACTED if _secret(key) else _plain(value) for key, value in event.items()}
 
 

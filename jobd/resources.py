@@ -25,7 +25,7 @@ from jobd.api.services import Services
 from jobd.config import Config, ConfigError, LoadedConfig, parse_listen
 from jobd.config_loader import check_artifact_directory
 from jobd.http.app import App
-from jobd.http.auth import own_names
+from jobd.http.auth import accepted_hosts
 from jobd.http.server import HttpListener, is_in_use
 from jobd.model.storage import DiskFull, OpenedStore
 from jobd.storage.artifacts.base import ArtifactStore, ArtifactStoreError
@@ -113,7 +113,7 @@ async def open_artifacts(loaded: LoadedConfig) -> ArtifactStore | None:
         check = partial(check_artifact_directory, settings.artifacts.url, loaded.own_directories)
         try:
             async with asyncio.timeout(ARTIFACT_CHECK_S):
-                await store.ask(check)
+                await store.run(check)
         except ConfigError as error:
             raise CannotStart(str(error), EXIT_CONFIG) from None
         except TimeoutError:  # health reports it, and the store checks again before use
@@ -182,7 +182,7 @@ def admin_hosts(settings: Config, passed: list[socket.socket] | None) -> frozens
     """Return the host names that the admin listener accepts. None on a Unix socket, which browsers cannot reach."""
     if passed:
         names = [opened.getsockname() for opened in passed if opened.family != socket.AF_UNIX]
-        return frozenset().union(*(own_names(name[0], settings.admin.hosts) for name in names)) if names else None
+        return frozenset().union(*(accepted_hosts(name[0], settings.admin.hosts) for name in names)) if names else None
     if settings.admin.listen.startswith("unix:"):
         return None
-    return own_names(settings.admin.listen, settings.admin.hosts)
+    return accepted_hosts(settings.admin.listen, settings.admin.hosts)

@@ -125,7 +125,7 @@ class _LineHeader(Struct):
     idempotency_key: str | None = None
 
 
-_read_mark: Final = msgspec.json.Decoder(_LineHeader).decode
+_read_header: Final = msgspec.json.Decoder(_LineHeader).decode
 
 
 def _line_type(op: str, command: type[Command]) -> type[Any]:
@@ -166,20 +166,20 @@ def line_decoders(limits: Limits) -> dict[str, RequestDecoder]:
 class LineReader:
     """Decode the lines of the streams of one listener."""
 
-    def __init__(self, gate: Authenticator, limits: Limits) -> None:
-        self._gate = gate
-        self._shapes = line_decoders(limits)
+    def __init__(self, authenticator: Authenticator, limits: Limits) -> None:
+        self._authenticator = authenticator
+        self._decoders = line_decoders(limits)
 
     def read(self, line: bytes) -> DecodedLine:
         """Decode a line. Raises ApiException."""
         try:
-            mark = _read_mark(line)
+            header = _read_header(line)
         except msgspec.ValidationError as fault:
             raise validation_error(str(fault), _LineHeader) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
             raise malformed_json_error(fault) from None
-        op = OPS[mark.op]
-        command: Any = self._shapes[mark.op].from_body(line)
+        op = OPS[header.op]
+        command: Any = self._decoders[header.op].from_body(line)
         if isinstance(command, Claim) and command.wait_ms:
             message = (
                 "a claim in a stream cannot wait: later lines would wait too. Leave it out, or send POST /v1/claim."
@@ -187,13 +187,13 @@ class LineReader:
             raise invalid_request_error("$.wait_ms", message)
         job_id = command.id if isinstance(command, (Create, JobCommand)) else None
         by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "client"
-        return DecodedLine(command, by, job_id, self._key(op, job_id, mark.idempotency_key, line))
+        return DecodedLine(command, by, job_id, self._key(op, job_id, header.idempotency_key, line))
 
     def _key(self, op: StreamOp, job_id: str | None, key: str | None, line: bytes) -> IdempotencyKey | None:
         """Return the key in the scope of its call. A repetition must send the same line."""
         if key is None or not op.key:
             return None
-        return self._gate.idempotency_key(key, op.method, op.path.replace("{id}", job_id or ""), line)
+        return self._authenticator.idempotency_key(key, op.method, op.path.replace("{id}", job_id or ""), line)
 
 
 async def serve_command_stream(app: App[Services], ctx: RequestContext, _: Any) -> web.StreamResponse:
@@ -258,7 +258,7 @@ class _CommandStream:
         if writer.chunked:
             self._ctx.request.probe = NEXT_CHUNK
         reading = asyncio.ensure_future(self._read())
-        reading.add_done_callback(self._note_read)
+        reading.add_done_callback(self._on_read_end)
 
         def end() -> None:
             reading.cancel()
@@ -284,7 +284,7 @@ class _CommandStream:
         finally:
             self._app.on_close.discard(end)
             reading.cancel()
-            self._give_up()
+            self._release_unwritten()
         return self._response
 
     # -- reading -------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ class _CommandStream:
             async for line in self._lines:
                 if line is None or line.strip():
                     self._take(line)
-                    await self._room()
+                    await self._wait_for_room()
                 count += 1
                 if count % TURN_LINES == 0:
                     await asyncio.sleep(0)
@@ -304,7 +304,7 @@ class _CommandStream:
             self._reject(_PendingResponse(self, 0), rejected.error)
             self._response.force_close()
 
-    def _note_read(self, reading: asyncio.Future[None]) -> None:
+    def _on_read_end(self, reading: asyncio.Future[None]) -> None:
         """Note that no more lines come. Closing the daemon cancels the task, perhaps before it began."""
         self._is_read = True
         self.has_responses.set()
@@ -340,7 +340,7 @@ class _CommandStream:
         self._weight += slot.weight
         self._bytes += slot.size
 
-    async def _room(self) -> None:
+    async def _wait_for_room(self) -> None:
         while self._weight >= AHEAD_WEIGHT or self._bytes >= AHEAD_BYTES:
             self._has_room.clear()
             await self._has_room.wait()
@@ -412,7 +412,7 @@ class _CommandStream:
             self._ctx.connection.transport.abort()
         return ConnectionResetError("command stream cut off")
 
-    def _give_up(self) -> None:
+    def _release_unwritten(self) -> None:
         """Release the grants of unwritten responses, and abandon commands that have not been decided."""
         for slot in self._slots:
             if isinstance(slot.response, Response) and slot.response.grants:

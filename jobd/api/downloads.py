@@ -32,7 +32,7 @@ from jobd.storage.artifacts.base import ArtifactStoreError
 from jobd.storage.artifacts.downloads import Download
 
 ARTIFACT_TYPE: Final = "application/octet-stream"
-SHOWN_NAME: Final = 150  # characters of a file name
+MAX_NAME_CHARS: Final = 150  # characters of a file name
 
 log = structlog.get_logger("jobd.artifacts")
 
@@ -67,7 +67,7 @@ async def send_artifact(
         response = web.StreamResponse(headers=_headers(key))
         response.content_length = download.size
         await response.prepare(request)
-        await _pass_on(response, download, ctx)
+        await _send_pieces(response, download, ctx)
         return response
     finally:
         download.close()
@@ -94,7 +94,7 @@ async def _key(app: App[Services], ctx: RequestContext, request: ArtifactRequest
     return view.storage_key or ApiError("not_found", f"{subject} has no stored result: its storage_key is not set.")
 
 
-async def _pass_on(response: web.StreamResponse, download: Download, ctx: RequestContext) -> None:
+async def _send_pieces(response: web.StreamResponse, download: Download, ctx: RequestContext) -> None:
     try:
         while ctx.method != hdrs.METH_HEAD and (piece := await download.more()):
             await write(response, piece)
@@ -122,7 +122,7 @@ def _headers(key: str) -> dict[str, str]:
 
 def disposition(key: str) -> str:
     """Return a Content-Disposition that saves a file under the last part of its key."""
-    name = key.rpartition("/")[2][-SHOWN_NAME:].lstrip(".") or "artifact"
+    name = key.rpartition("/")[2][-MAX_NAME_CHARS:].lstrip(".") or "artifact"
     ascii_name = "".join(each if each.isascii() and (each.isalnum() or each in " ._-+") else "_" for each in name)
     return f"attachment; filename=\"{ascii_name}\"; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
 

@@ -78,13 +78,13 @@ async def send_events(app: App[Services], ctx: RequestContext, query: EventsRequ
         response = web.StreamResponse(headers=headers)
         await response.prepare(request)
         probe_for_hangup(request, response)
-        await _pass_on(response, first, listener, ctx)
+        await _send_pieces(response, first, listener, ctx)
         return response
     finally:
         listener.leave()
 
 
-async def _pass_on(response: web.StreamResponse, first: bytes, listener: Subscriber, ctx: RequestContext) -> None:
+async def _send_pieces(response: web.StreamResponse, first: bytes, listener: Subscriber, ctx: RequestContext) -> None:
     piece = first
     try:
         while piece:

@@ -66,10 +66,10 @@ class Importer:
         self._request = ctx.request
         self._by = ctx.by
         self._operator = as_one_entry(ctx.operator)
-        self._shape = RequestDecoder(Import, None, app.limits)
+        self._decoder = RequestDecoder(Import, None, app.limits)
         self._report = ImportResult()
         self._lines = 0
-        self._ahead: deque[PendingLine] = deque()
+        self._pending: deque[PendingLine] = deque()
         self._bytes = 0
         self._stop: ApiError | None = None
 
@@ -78,13 +78,13 @@ class Importer:
             await self._read()
             await self._settle(0, 0)
             self._report.refused.sort(key=lambda rejected: rejected.line)
-            await self._note()
+            await self._record_counts()
             return self._stop or Response(self._report)
         finally:
-            for ahead in self._ahead:
-                ahead.task.cancel()
+            for line in self._pending:
+                line.task.cancel()
 
-    async def _note(self) -> None:
+    async def _record_counts(self) -> None:
         """Record the counts. The created jobs are one audit entry already."""
         report = self._report
         counts = {"imported": report.imported, "skipped": report.skipped, "refused": report.refused_count}
@@ -100,7 +100,7 @@ class Importer:
                     return
         except ApiException as rejected:
             await self._settle(0, 0)
-            self._stop = self._stop or self._stopped(rejected.error, self._lines + 1)
+            self._stop = self._stop or self._stop_error(rejected.error, self._lines + 1)
 
     def _send(self, number: int, line: bytes | None) -> None:
         if line is None:
@@ -109,21 +109,21 @@ class Importer:
         if not line.strip():
             return
         try:
-            command = self._shape.from_body(line)
+            command = self._decoder.from_body(line)
         except ApiException as rejected:
             self._reject(number, _id_of(line), rejected.error.message)
             return
         assert isinstance(command, Import)
         pending = self._submit(command, len(line))
-        self._ahead.append(PendingLine(number, command.id, len(line), asyncio.ensure_future(pending)))
+        self._pending.append(PendingLine(number, command.id, len(line), asyncio.ensure_future(pending)))
         self._bytes += len(line)
 
     async def _settle(self, lines: int, size: int) -> None:
         """Wait for responses, oldest first, until at most `lines` lines of `size` bytes are pending."""
-        while self._ahead and (len(self._ahead) > lines or self._bytes > size):
-            first = self._ahead.popleft()
+        while self._pending and (len(self._pending) > lines or self._bytes > size):
+            first = self._pending.popleft()
             self._bytes -= first.size
-            self._count(first, await first.task)
+            self._handle_response(first, await first.task)
 
     def _submit(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
         return self._app.actor.ask(command, by=self._by, admin=True, size=size, operator=self._operator)
@@ -133,20 +133,20 @@ class Importer:
         if len(self._report.refused) < SHOWN_REJECTIONS:
             self._report.refused.append(RejectedLine(line, job_id, reason))
 
-    def _count(self, line: PendingLine, response: Response | ApiError) -> None:
+    def _handle_response(self, line: PendingLine, response: Response | ApiError) -> None:
         if isinstance(response, Response):
             line_result: Imported = response.data
             self._report.skipped += line_result.skipped
             self._report.imported += not line_result.skipped
         elif response.code in STOP_CODES:
-            self._stop = self._stop or self._stopped(response, line.line)
+            self._stop = self._stop or self._stop_error(response, line.line)
         else:
             self._reject(line.line, line.job_id, response.message)
 
-    def _stopped(self, why: ApiError, line: int) -> ApiError:
+    def _stop_error(self, error: ApiError, line: int) -> ApiError:
         """Return the error of an import that stops early. Its jobs stay, and a second run skips them."""
-        message = f"The import stopped at line {line}: {why.message} Send it again; existing jobs are skipped."
-        return ApiError(why.code, message, {**why.details, "line": line})
+        message = f"The import stopped at line {line}: {error.message} Send it again; existing jobs are skipped."
+        return ApiError(error.code, message, {**error.details, "line": line})
 
 
 def _id_of(line: bytes) -> str | None:
@@ -169,7 +169,7 @@ class _ImportPreviewer(Importer):
 
     def __init__(self, app: App[Services], ctx: RequestContext) -> None:
         super().__init__(app, ctx)
-        self._seen = ImportPreview()
+        self._preview = ImportPreview()
         self._first: dict[int, int] = {}  # hash of an id that would be created -> its line
         self._live = 0
 
@@ -178,43 +178,43 @@ class _ImportPreviewer(Importer):
             await self._read()
             await self._settle(0, 0)
         finally:
-            for ahead in self._ahead:
-                ahead.task.cancel()
-        if self._stop is not None and self._seen.stops_at is None:
+            for line in self._pending:
+                line.task.cancel()
+        if self._stop is not None and self._preview.stops_at is None:
             return self._stop
-        self._seen.lines.sort(key=lambda each: each.line)
-        return Response(self._seen)
+        self._preview.lines.sort(key=lambda each: each.line)
+        return Response(self._preview)
 
     def _submit(self, command: Import, size: int) -> Coroutine[Any, Any, Response | ApiError]:
         return self._app.actor.ask(ImportCheck(**structs.asdict(command)), by=self._by, admin=True, size=size)
 
     def _reject(self, line: int, job_id: str | None, reason: str) -> None:
-        self._seen.would_refuse += 1
+        self._preview.would_refuse += 1
         self._show(PreviewedLine(line, job_id, "refuse", None, reason))
 
-    def _count(self, line: PendingLine, response: Response | ApiError) -> None:
+    def _handle_response(self, line: PendingLine, response: Response | ApiError) -> None:
         if self._stop is not None:
             return  # the import would have stopped before this line
         if isinstance(response, Response):
-            self._take(line, response.data)
+            self._preview_line(line, response.data)
         elif response.code == "too_many_jobs":
-            self._end(line.line, response)
+            self._stop_at(line.line, response)
         elif response.code in STOP_CODES:
-            self._stop = self._stopped(response, line.line)
+            self._stop = self._stop_error(response, line.line)
         else:
             self._reject(line.line, line.job_id, response.message)
 
-    def _take(self, line: PendingLine, check: ImportCheckResult) -> None:
+    def _preview_line(self, line: PendingLine, check: ImportCheckResult) -> None:
         if check.what == "create" and (first := self._first.get(hash(check.job_id))) is not None:
             reason = f"Line {first} has the same id."
             check = ImportCheckResult(check.job_id, "skip", None, reason, check.room)
         if check.what == "skip":
-            self._seen.would_skip += 1
+            self._preview.would_skip += 1
         elif check.status in LIVE and self._live >= check.room:
-            self._end(line.line, ApiError("too_many_jobs", "The limit of unfinished jobs would be reached."))
+            self._stop_at(line.line, ApiError("too_many_jobs", "The limit of unfinished jobs would be reached."))
             return
         else:
-            self._seen.would_import += 1
+            self._preview.would_import += 1
             self._live += check.status in LIVE
             self._first[hash(check.job_id)] = line.line
         self._show(PreviewedLine(line.line, check.job_id, check.what, check.status, check.reason))
@@ -222,12 +222,12 @@ class _ImportPreviewer(Importer):
             message = f"A preview reads at most {MAX_PREVIEW_LINES} lines. Split the file."
             self._stop = ApiError("too_large", message, {"limit": MAX_PREVIEW_LINES})
 
-    def _end(self, line: int, why: ApiError) -> None:
-        self._stop = why
-        self._seen.stops_at, self._seen.stop_reason = line, why.message
+    def _stop_at(self, line: int, error: ApiError) -> None:
+        self._stop = error
+        self._preview.stops_at, self._preview.stop_reason = line, error.message
 
     def _show(self, line: PreviewedLine) -> None:
-        if len(self._seen.lines) < SHOWN_LINES:
-            self._seen.lines.append(line)
+        if len(self._preview.lines) < SHOWN_LINES:
+            self._preview.lines.append(line)
         else:
-            self._seen.more = True
+            self._preview.more = True

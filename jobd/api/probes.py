@@ -19,8 +19,8 @@ class Probe(Struct, frozen=True):
     status: Annotated[Literal["ok", "unavailable"], Meta(description="Whether the probe succeeded.")]
 
 
-def _probe(is_well: bool) -> Response:
-    return Response(Probe("ok")) if is_well else Response(Probe("unavailable"), status=503)
+def _probe(is_ok: bool) -> Response:
+    return Response(Probe("ok")) if is_ok else Response(Probe("unavailable"), status=503)
 
 
 async def _alive(app: App[Services], ctx: RequestContext, command: NoFields) -> Response:

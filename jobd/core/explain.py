@@ -109,7 +109,7 @@ def _resuming(queue: str, pause: QueuePause) -> list[str]:
 
 def _overdue(job: Job, book: Book, at: Moment, back: str) -> WhyView:
     assert job.expires_at is not None
-    because = f"Its expires_at passed {in_words(at.now - job.expires_at)} ago, so no worker gets it any more.{back}"
+    because = f"Its expires_at passed {in_words(at.now - job.expires_at)} ago, so no worker can claim it.{back}"
     if at.suspect:
         because += " The wall clock is suspect, so recovery does not fail it."
         do = ["Check the clock of the daemon's machine. If it is correct: jobctl clock accept"]
@@ -165,7 +165,7 @@ def _outlook(job: Job, book: Book, at: Moment) -> _Outlook:
         ago = in_words(presence.lease - max(claims.claimed for claims in fitting))
         gone = max(workers, key=lambda each: each[1].heard, default=None)
         who = "" if gone is None else f", by {gone[0]}, which is gone"
-        clause = f"no worker claims this queue any more; the last claim was {ago} ago{who}"
+        clause = f"no worker claims this queue now; the last claim was {ago} ago{who}"
         return _Outlook(clause, offered, "no worker", [see, start])
     if sets and (others := _others(sets, presence)):
         clause = f"{others}; no worker has claimed {_of_kind(kind)} of this queue {_since(presence, at)}"

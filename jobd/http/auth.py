@@ -88,11 +88,11 @@ class Authenticator:
         if name not in self.hosts and not (isinstance(address, tuple) and name == address[0]):
             raise api_error("forbidden", "The Host header is not a name of this daemon. Add it to `admin.hosts`.")
         origin = headers.get("Origin")
-        if origin is not None and not self._is_own(origin, host):
+        if origin is not None and not self._is_own_site(origin, host):
             message = "Requests from other sites are rejected (Origin). If the site is yours, add it to `admin.hosts`."
             raise api_error("forbidden", message)
 
-    def _is_own(self, origin: str, host: str) -> bool:
+    def _is_own_site(self, origin: str, host: str) -> bool:
         """Return whether `origin` is the requested site itself, or one in `admin.hosts`."""
         scheme, separator, netloc = origin.lower().partition("://")
         if not separator or scheme not in {"http", "https"}:
@@ -132,7 +132,7 @@ def host_name(host: str) -> str:
     return _normalized_address(name) if ":" in name else name
 
 
-def own_names(listen: str, hosts: Iterable[str] = ()) -> frozenset[str]:
+def accepted_hosts(listen: str, hosts: Iterable[str] = ()) -> frozenset[str]:
     """Return the host names of a daemon that listens on `listen` (with or without a port).
 
     They include `hosts`, and the loopback names if the daemon listens on loopback or on every address.

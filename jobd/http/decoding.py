@@ -43,14 +43,14 @@ from jobd.model.webhooks import WebhookName
 
 MAX_QUERY_FIELDS: Final = 50
 MAX_FORM_FIELDS: Final = 300  # a page of jobs, all of them selected
-SHOWN_NAME: Final = 80  # characters of an unknown field name that an error repeats
+MAX_SHOWN_CHARS: Final = 80  # characters of an unknown field name that an error repeats
 BIG_BODY: Final = 64 << 10  # bytes; smaller bodies are not scanned
 MANY_KEYS: Final = 25_000  # a body with fewer fields, payloads included, is decoded in a few milliseconds
 MAX_COUNTED_FIELD: Final = 64 << 10  # bytes that are counted of a field other than a payload
 NAME_ALLOWANCE: Final = 60  # bytes for the name of a field and the blanks around it
 _FAULTS: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)  # a ValidationError is one too
 
-_WHERE = re.compile(r"\$[^ `]{0,200}`")
+_PATH = re.compile(r"\$[^ `]{0,200}`")
 _ABOUT_FIELD = re.compile(r"(?s)Object (?P<how>contains unknown|missing required) field `(?P<name>.*)`")
 _STEP = re.compile(r"\.([A-Za-z_]+)|\[[^]]*\]")
 _QUOTED = re.compile(r"`([a-z |]+)`")
@@ -101,12 +101,14 @@ class RequestDecoder:
         self.path_field = path_field
         self.limits = limits
         self.body_type = body_type or (command if path_field is None else make_body_type(command, path_field))
-        self._lists = frozenset(
+        self._list_fields = frozenset(
             info.encode_name for info in msgspec.structs.fields(command) if get_origin(info.type) is list
         )
-        self._texts = frozenset(info.encode_name for info in msgspec.structs.fields(command) if _takes_text(info.type))
-        [self._given] = [info.type for info in msgspec.structs.fields(command) if info.name == path_field] or [str]
-        self.path_value_words = _pattern_words(self._given)
+        self._text_fields = frozenset(
+            info.encode_name for info in msgspec.structs.fields(command) if _takes_text(info.type)
+        )
+        [self._path_type] = [info.type for info in msgspec.structs.fields(command) if info.name == path_field] or [str]
+        self.path_value_words = _pattern_words(self._path_type)
         self._check = _CHECKS.get(command)
         self._decode = msgspec.json.Decoder(self.body_type).decode
         self._scanner = BodyScanner(
@@ -116,7 +118,7 @@ class RequestDecoder:
     def accepts(self, value: str) -> bool:
         """Return whether `value` is valid for `path_field`."""
         try:
-            msgspec.convert(value, self._given)
+            msgspec.convert(value, self._path_type)
         except msgspec.ValidationError:
             return False
         return True
@@ -151,13 +153,13 @@ class RequestDecoder:
 
     def from_form(self, body: bytes, value: str | None = None) -> Command:
         """Decode a form like a query, except that list fields may be repeated."""
-        fields = _parameters(body.decode("latin-1"), self._lists, MAX_FORM_FIELDS)
+        fields = _parameters(body.decode("latin-1"), self._list_fields, MAX_FORM_FIELDS)
         return self._build(self._converted(fields), value)
 
     def _converted(self, fields: dict[str, Any]) -> Any:
         for name, value in fields.items():
             # msgspec converts the text "null" to None.
-            if name not in self._texts and isinstance(value, str) and value.lower() == "null":
+            if name not in self._text_fields and isinstance(value, str) and value.lower() == "null":
                 raise invalid_request_error(f"$.{name}", "must not be null. Leave it out.")
         try:
             return msgspec.convert(fields, self.body_type, strict=False)
@@ -232,7 +234,7 @@ def _parameters(query: str, lists: frozenset[str] = frozenset(), max_fields: int
         if name in lists:
             fields.setdefault(name, []).append(value)
         elif name in fields:
-            raise invalid_request_error(f"$.{_shown(name)}", "is given more than once. Give it once.")
+            raise invalid_request_error(f"$.{_printable(name)}", "is given more than once. Give it once.")
         else:
             fields[name] = value
     return fields
@@ -250,11 +252,11 @@ def _check_payload(payload: Raw, field: str, limits: Limits) -> None:
         raise too_large_error(message, field=field, limit=limits.payload)
 
 
-def _check_result(result: Complete | Import | Updates, above: str, limits: Limits) -> None:
-    """Check the stored result of a job, in the fields of `above`."""
-    _check_storage_key(f"{above}.storage_key", result.storage_key)
+def _check_result(result: Complete | Import | Updates, prefix: str, limits: Limits) -> None:
+    """Check the stored result of a job, in the fields of `prefix`."""
+    _check_storage_key(f"{prefix}.storage_key", result.storage_key)
     if result.metadata is not None:
-        _check_payload(result.metadata, f"{above}.metadata", limits)
+        _check_payload(result.metadata, f"{prefix}.metadata", limits)
 
 
 def _too_many(name: str, limit: int) -> ApiException:
@@ -319,7 +321,7 @@ def validation_error(error: str, body_type: type[Any]) -> ApiException:
     if match is None and (match := _ABOUT_FIELD.fullmatch(error)) is not None:
         path = "$"  # what looked like a path was a part of the name
     if match is not None:
-        name = _shown(match["name"])
+        name = _printable(match["name"])
         return invalid_request_error(f"{path}.{name}", _field_error(match["how"], name, _struct_at(body_type, path)))
     return invalid_request_error(path, _value_error(text, _field_at(body_type, path)))
 
@@ -327,7 +329,7 @@ def validation_error(error: str, body_type: type[Any]) -> ApiException:
 def _split_path(error: str) -> tuple[str, str]:
     """Split a message of msgspec into the error and the path. Names in the path are chosen by the caller."""
     text, mark, path = error.rpartition(" - at `")
-    return (text, path[:-1]) if mark and _WHERE.fullmatch(path) else (error, "$")
+    return (text, path[:-1]) if mark and _PATH.fullmatch(path) else (error, "$")
 
 
 def _field_error(how: str, name: str, struct: type[Any] | None) -> str:
@@ -355,9 +357,9 @@ def _value_error(text: str, field: FieldInfo | None) -> str:
     return f"{text[:1].lower()}{text[1:].removesuffix('.0')}."
 
 
-def _shown(name: str) -> str:
+def _printable(name: str) -> str:
     """Return a field name that the caller chose, shortened and printable."""
-    return "".join(char if char.isprintable() else "?" for char in name[:SHOWN_NAME])
+    return "".join(char if char.isprintable() else "?" for char in name[:MAX_SHOWN_CHARS])
 
 
 def _struct_at(body_type: type[Any], path: str) -> type[Any] | None:
@@ -373,8 +375,8 @@ def _struct_at(body_type: type[Any], path: str) -> type[Any] | None:
 
 def _field_at(body_type: type[Any], path: str) -> FieldInfo | None:
     """Return the declaration of the field at a path such as `$.jobs[3].priority`."""
-    above, _, name = path.rpartition(".")
-    struct = _struct_at(body_type, above or "$")
+    parent, _, name = path.rpartition(".")
+    struct = _struct_at(body_type, parent or "$")
     name = name.partition("[")[0]
     fields = () if struct is None else msgspec.structs.fields(struct)
     return next((info for info in fields if info.encode_name == name), None)
@@ -422,14 +424,14 @@ class BodyScanner:
     """Scan bodies of the type `part` without decoding their values. `lists` has the maximum length of each list."""
 
     def __init__(self, part: type[Any], lists: Mapping[str, int]) -> None:
-        self._ends = [(name, limit, _decoder({name: _bounded_list(limit)})) for name, limit in lists.items()]
-        self._unread = msgspec.json.Decoder(_skipping_type(part))
+        self._list_decoders = [(name, limit, _decoder({name: _bounded_list(limit)})) for name, limit in lists.items()]
+        self._skipping_decoder = msgspec.json.Decoder(_skipping_type(part))
 
     def check(self, body: bytes) -> None:
         """Raises ListTooLong or BodyTooComplex."""
         if len(body) <= BIG_BODY:
             return
-        for name, limit, decoder in self._ends:
+        for name, limit, decoder in self._list_decoders:
             try:
                 decoder.decode(body)
             except msgspec.ValidationError as error:
@@ -439,7 +441,7 @@ class BodyScanner:
                 continue
         if body.count(b'":') > MANY_KEYS:
             try:
-                decoded = self._unread.decode(body)
+                decoded = self._skipping_decoder.decode(body)
             except _FAULTS:
                 return
             if len(body) - _expected_size(decoded) > BIG_BODY:
@@ -464,18 +466,18 @@ def _skipping_type(part: type[Any]) -> type[Struct]:
         inner = _item_struct(info.type)
         of: Any = Raw if inner is None else list[_skipping_type(inner)]  # type: ignore[misc]
         fields.append((info.name, of, msgspec.field(default=None, name=info.encode_name)))
-    payloads = frozenset(info.name for info in msgspec.structs.fields(part) if _bare(info.type) is Raw)
+    payloads = frozenset(info.name for info in msgspec.structs.fields(part) if _without_metadata(info.type) is Raw)
     return msgspec.defstruct("Unread", fields, namespace={"payloads": payloads})
 
 
-def _bare(annotation: Any) -> Any:
+def _without_metadata(annotation: Any) -> Any:
     """Return `annotation` without Annotated."""
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
 def _item_struct(annotation: Any) -> type[Struct] | None:
     """Return the struct type of the items if this is a list of structs."""
-    annotation = _bare(annotation)
+    annotation = _without_metadata(annotation)
     inner = get_args(annotation)[0] if get_origin(annotation) is list else None
     return inner if isinstance(inner, type) and issubclass(inner, Struct) else None
 

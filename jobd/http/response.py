@@ -133,7 +133,7 @@ class PreparedResponse(web.StreamResponse):
     """An HttpResponse as aiohttp accepts it from a handler."""
 
     def __init__(self, reply: HttpResponse, request: HttpRequest) -> None:
-        self._reply = reply
+        self._response = reply
         self._request = request
         self._keep_alive = not reply.close
 
@@ -143,18 +143,18 @@ class PreparedResponse(web.StreamResponse):
     async def write_eof(self, data: bytes = b"") -> None:
         transport, request = self._request.transport, self._request
         request.probe = b""
-        if request.probed is not None and transport is not None and self._reply.on_lost is not None:
+        if request.probed is not None and transport is not None and self._response.on_lost is not None:
             try:
                 await request.probed(transport)
             except asyncio.CancelledError:
-                self._reply.on_lost()
+                self._response.on_lost()
                 raise
-        if not self._reply.write(transport, request.ahead):
+        if not self._response.write(transport, request.ahead):
             raise ConnectionResetError("the client has disconnected")
         assert transport is not None
         if self._request.protocol.writing_paused:
             await self._drain(transport)
-        if self._reply.close_at_once:
+        if self._response.close_at_once:
             transport.close()
 
     async def _drain(self, transport: asyncio.Transport) -> None:

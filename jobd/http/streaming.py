@@ -26,9 +26,9 @@ class LineStream:
         self._request = request
         self._content = request.content
         self._limits = limits
-        self._rests = idle_allowed
+        self._idle_allowed = idle_allowed
         self._buffer = bytearray()
-        self._is_over = False
+        self._is_too_long = False
         self._is_last = False
 
     def __aiter__(self) -> LineStream:
@@ -47,9 +47,9 @@ class LineStream:
         end = self._buffer.find(b"\n")
         line = bytes(self._buffer if end < 0 else self._buffer[:end])
         del self._buffer[: len(line) + 1]
-        is_over = self._is_over or len(line) > self._limits.body
-        self._is_over = False
-        return None if is_over else line
+        is_too_long = self._is_too_long or len(line) > self._limits.body
+        self._is_too_long = False
+        return None if is_too_long else line
 
     def _has_line(self) -> bool:
         return self._is_last or b"\n" in self._buffer
@@ -57,12 +57,12 @@ class LineStream:
     async def _fill(self) -> None:
         """Read until a whole line has arrived, or the end."""
         try:
-            if self._rests and not self._buffer:
+            if self._idle_allowed and not self._buffer:
                 await self._take_piece()
             async with asyncio.timeout(self._limits.body_deadline_s):
                 while not self._has_line():
                     if len(self._buffer) > self._limits.body:
-                        self._is_over = True
+                        self._is_too_long = True
                         self._buffer.clear()
                     await self._take_piece()
         except TimeoutError:

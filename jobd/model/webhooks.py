@@ -64,7 +64,7 @@ class WebhookEndpoint(Struct, frozen=True):
         """Leave out the secrets, and the URL, which can contain one."""
         return f"Endpoint({self.name})"
 
-    def wants(self, event: Event) -> bool:
+    def selects(self, event: Event) -> bool:
         """Return whether `event` is sent to it."""
         return _TYPES[event.type] in self.events and (not self.queues or event.queue in self.queues)
 

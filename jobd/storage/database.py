@@ -169,14 +169,14 @@ class Database:
         self._broken: BaseException | None = None
         self._rebuilding = False
         # For each grant seen since the start: the seq of its event, and its heartbeats since the last thinning.
-        self._signs: dict[int, tuple[int, int]] = {}
+        self._heartbeats: dict[int, tuple[int, int]] = {}
         self.tombstones_written = 0
         self.quarantined_count = 0  # jobs
         # Numbered from 0. A batch that was decided with knowledge of an entry drops it.
         self.recently_quarantined: dict[int, Quarantined] = {}
         self.unmoved: dict[int, str] = {}  # seq -> reason, for jobs whose damaged rows could not be moved
         # For each job: the event up to which its journal is compact (0: unknown), and the grants returned since then.
-        self._given_back: dict[int, tuple[int, int]] = {}
+        self._returned_grants: dict[int, tuple[int, int]] = {}
         # Journals to thin or compact, oldest first, with the event to start from.
         self._to_shorten: dict[tuple[Callable[[int, int], None], int], int] = {}
 
@@ -379,27 +379,27 @@ class Database:
             event = change.event
             if event.type in HEARTBEATS:
                 # For a grant made before the start the count is unknown, so thin its journal once.
-                begin, signs = self._signs.get(event.job_seq, (0, KEEP_HEARTBEATS))
-                self._signs[event.job_seq] = (begin, signs + 1)
-                if signs >= KEEP_HEARTBEATS:
+                begin, heartbeats = self._heartbeats.get(event.job_seq, (0, KEEP_HEARTBEATS))
+                self._heartbeats[event.job_seq] = (begin, heartbeats + 1)
+                if heartbeats >= KEEP_HEARTBEATS:
                     self._to_shorten.setdefault((self._thin, event.job_seq), begin)
             elif event.type == "granted":
-                self._signs[event.job_seq] = (event.seq, 0)
+                self._heartbeats[event.job_seq] = (event.seq, 0)
             elif event.after != "processing":
-                self._signs.pop(event.job_seq, None)
+                self._heartbeats.pop(event.job_seq, None)
                 if event.type in GIVEN_BACK:
-                    self._count_given_back(event.job_seq)
+                    self._count_returned_grant(event.job_seq)
                 elif event.after not in LIVE:
-                    self._given_back.pop(event.job_seq, None)
+                    self._returned_grants.pop(event.job_seq, None)
 
-    def _count_given_back(self, job_seq: int) -> None:
+    def _count_returned_grant(self, job_seq: int) -> None:
         """Count a returned grant of this job. Above the limit, forget the job that was counted longest ago."""
-        begin, count = self._given_back.pop(job_seq, (0, 0))
-        self._given_back[job_seq] = (begin, (count + 1) % KEEP_GRANTS)
+        begin, count = self._returned_grants.pop(job_seq, (0, 0))
+        self._returned_grants[job_seq] = (begin, (count + 1) % KEEP_GRANTS)
         if count + 1 == KEEP_GRANTS:
             self._to_shorten.setdefault((self._compact, job_seq), begin)
-        if len(self._given_back) > GIVEN_BACK_KEPT:
-            del self._given_back[next(iter(self._given_back))]
+        if len(self._returned_grants) > GIVEN_BACK_KEPT:
+            del self._returned_grants[next(iter(self._returned_grants))]
 
     def note_quarantined(self, job_seq: int, quarantined: Quarantined) -> None:
         """Report that damaged rows of this job were found. A job that still cannot be moved is reported once."""
@@ -422,8 +422,8 @@ class Database:
         self.quarantined_count += 1  # last, because the event loop reads it from another thread
 
     def _thin(self, job_seq: int, begin: int) -> None:
-        if job_seq in self._signs:  # else the job no longer has a grant
-            self._signs[job_seq] = (self._signs[job_seq][0], 0)
+        if job_seq in self._heartbeats:  # else the job no longer has a grant
+            self._heartbeats[job_seq] = (self._heartbeats[job_seq][0], 0)
         sql = f"SELECT {EVENT_SQL} FROM events WHERE job_seq = ? AND seq >= ? ORDER BY seq"
         rows = self._journal_rows(sql, (job_seq, begin))
         if any(fault(row) for row in rows):
@@ -446,8 +446,8 @@ class Database:
             grants = [event.seq for event in events[1:] if event.type == "granted"]
             end = grants[-1] if grants else rows[-1][0] + 1
             self._to_shorten[self._compact, job_seq] = end
-        if job_seq in self._given_back:
-            self._given_back[job_seq] = (end, self._given_back[job_seq][1])
+        if job_seq in self._returned_grants:
+            self._returned_grants[job_seq] = (end, self._returned_grants[job_seq][1])
 
     def _nth_grant(self, job_seq: int, order: str, skipped: int) -> int:
         """Return the seq of the grant after `skipped` others (from the end with DESC); 0 if there is none."""

@@ -57,7 +57,7 @@ class StoreProblem(msgspec.Struct, frozen=True):
     mend: str
 
 
-class RepairRefused(StoreError):
+class RepairRejected(StoreError):
     """The edited row cannot be accepted; the message says why."""
 
     exit_code = 4
@@ -232,8 +232,8 @@ def queues(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     stored: dict[str, tuple[int, int, int]] = {}
     for row in _all_rows(conn, f"SELECT {QUEUE_SQL} FROM queues NOT INDEXED"):
         if (error := fault(row)) is not None:
-            mend = "the daemon counts its jobs at the next start; pause it again if it was paused"
-            yield StoreProblem(f"queue {readable(row[0])}", error, mend)
+            fix = "the daemon counts its jobs at the next start; pause it again if it was paused"
+            yield StoreProblem(f"queue {readable(row[0])}", error, fix)
         else:
             stored[row[0]] = row[2:5]
     with lenient_text(conn):
@@ -279,11 +279,11 @@ def _tombstones(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
 
 def _quarantined(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
     for id_, reason in _all_rows(conn, "SELECT id, reason FROM quarantined_jobs ORDER BY seq"):
-        mend = f"repair `row` in quarantined_jobs with sqlite3, then run `jobd doctor --accept {readable(id_)}`"
-        yield StoreProblem(f"job {readable(id_)}", f"it is in quarantine: {readable(reason)}", mend)
+        fix = f"repair `row` in quarantined_jobs with sqlite3, then run `jobd doctor --accept {readable(id_)}`"
+        yield StoreProblem(f"job {readable(id_)}", f"it is in quarantine: {readable(reason)}", fix)
     for place, problem in _all_rows(conn, "SELECT place, what FROM bad_rows ORDER BY seq"):
-        mend = "inspect it, then delete it from bad_rows with sqlite3"
-        yield StoreProblem(f"{readable(place)} in quarantine", readable(problem), mend)
+        fix = "inspect it, then delete it from bad_rows with sqlite3"
+        yield StoreProblem(f"{readable(place)} in quarantine", readable(problem), fix)
 
 
 def _epoch_file(conn: sqlite3.Connection, path: str) -> Iterator[StoreProblem]:
@@ -318,7 +318,7 @@ def accept(path: str, ids: Sequence[str] | None) -> str:
     """Accept the edited rows of jobs, in place or in quarantine, and return a line about each.
 
     `ids` None means all jobs that are in quarantine or have a damaged row. The rows get new checksums, and validation
-    checks the jobs. All rows are one transaction. If a named row is not a valid job, this raises RepairRefused and
+    checks the jobs. All rows are one transaction. If a named row is not a valid job, this raises RepairRejected and
     writes nothing. With `ids` None such rows do not change, and a line names each.
     """
     return _repair(path, lambda db: db.commit(_accept, db, path, ids))
@@ -369,7 +369,7 @@ class Edited(msgspec.Struct, frozen=True):
 
 
 def edited(db: Database, id_: str) -> Edited:
-    """Return the edited row of job `id_`. Raises RepairRefused if there is none or it is not a valid job."""
+    """Return the edited row of job `id_`. Raises RepairRejected if there is none or it is not a valid job."""
     run = db.conn.execute
     quarantined = run("SELECT seq, row, payload, request_hash FROM quarantined_jobs WHERE id = ?", (id_,)).fetchone()
     row, body, request_hash = (
@@ -385,11 +385,11 @@ def _accept(db: Database, path: str, ids: Sequence[str] | None) -> str:
         db.conn.execute("SAVEPOINT row")
         try:
             lines.append(_accept_row(db, id_))
-        except RepairRefused as refused:
+        except RepairRejected as rejected:
             if ids is not None:
                 raise
             db.conn.execute("ROLLBACK TO row")
-            lines.append(f"{refused}. The row does not change")
+            lines.append(f"{rejected}. The row does not change")
         db.conn.execute("RELEASE row")
     return "\n".join([*lines, _recount(db)] if lines else [NOTHING_DAMAGED])
 
@@ -405,7 +405,7 @@ def _accept_row(db: Database, id_: str) -> str:
     try:
         run(insert("jobs", (*JOB_COLUMNS, "crc")), codec.sealed(accepted.row))
     except sqlite3.IntegrityError as error:
-        raise RepairRefused(f"job {id_}: {error}") from error
+        raise RepairRejected(f"job {id_}: {error}") from error
     payload = codec.sealed((seq, accepted.body, accepted.request_hash))
     run(insert("payloads", ("job_seq", "body", "request_hash", "crc")), payload)
     run("INSERT OR IGNORE INTO suspects (job_seq) VALUES (?)", (seq,))
@@ -415,7 +415,7 @@ def _accept_row(db: Database, id_: str) -> str:
 def _in_place(db: Database, id_: str) -> tuple[Row, Any, Any]:
     rows = db.rows(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE id = ?", (id_,))
     if not rows:
-        raise RepairRefused(f"there is no job {id_}, neither in jobs nor in quarantined_jobs")
+        raise RepairRejected(f"there is no job {id_}, neither in jobs nor in quarantined_jobs")
     payload = db.rows("SELECT body, request_hash FROM payloads WHERE job_seq = ?", (rows[0][0],))
     return (rows[0][:-1], *(payload[0] if payload else (b"null", "")))
 
@@ -424,23 +424,23 @@ def _quarantined_row(id_: str, quarantined: Row) -> tuple[Row, Any]:
     try:
         row = codec.from_text(JOB_COLUMNS, quarantined[1])
     except codec.Unreadable as error:
-        raise RepairRefused(f"job {id_}: the row in quarantine: {error}") from error
+        raise RepairRejected(f"job {id_}: the row in quarantine: {error}") from error
     return row, b"null" if quarantined[2] is None else quarantined[2]
 
 
 def _normalized(db: Database, id_: str, row: Row) -> Row:
-    """Return the row as jobd would write it. Raises RepairRefused if it is not a valid job."""
+    """Return the row as jobd would write it. Raises RepairRejected if it is not a valid job."""
     try:
         job = db.reader.job(row)
         normalized = codec.job_row(job)
         codec.checksum(normalized)
     except (codec.Unreadable, AttributeError, TypeError, UnicodeEncodeError) as error:
-        raise RepairRefused(f"job {id_}: the row is not a valid job: {error}") from error
+        raise RepairRejected(f"job {id_}: the row is not a valid job: {error}") from error
     if not isinstance(job.id, str) or not is_job_id(job.id):
-        raise RepairRefused(f"{readable(job.id)!r} is not a valid job id")
+        raise RepairRejected(f"{readable(job.id)!r} is not a valid job id")
     next_token = (db.numbers.epoch << TOKEN_COUNTER_BITS) + db.numbers.next_token
     if job.seq >= db.numbers.next_job or (job.grant is not None and job.grant.fencing_token >= next_token):
-        raise RepairRefused(f"job {job.id}: its seq or fencing_token is higher than any that was assigned")
+        raise RepairRejected(f"job {job.id}: its seq or fencing_token is higher than any that was assigned")
     return normalized
 
 
@@ -449,7 +449,7 @@ def _json_text(id_: str, body: Any) -> bytes:
     try:
         msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, TypeError) as error:
-        raise RepairRefused(f"job {id_}: the payload is not JSON ({error}): repair it first") from error
+        raise RepairRejected(f"job {id_}: the payload is not JSON ({error}): repair it first") from error
     return bytes(text)
 
 

@@ -147,10 +147,10 @@ def accept(path: str, ids: Sequence[str] | None) -> list[str]:
         for id_ in doctor.damaged(db, path) if ids is None else dict.fromkeys(ids):
             try:
                 row, described = _accepted(db, id_)
-            except doctor.RepairRefused as refused:
+            except doctor.RepairRejected as rejected:
                 if ids is not None:
                     raise
-                lines.append(f"{refused}. The row would not change")
+                lines.append(f"{rejected}. The row would not change")
                 continue
             lines += described
             is_new = not db.rows("SELECT 1 FROM jobs NOT INDEXED WHERE seq = ?", (row["seq"],))
@@ -167,7 +167,7 @@ def _accepted(db: Database, id_: str) -> tuple[dict[str, Any], list[str]]:
     row = dict(zip(JOB_COLUMNS, edited.row, strict=True))
     duplicates = db.rows("SELECT seq FROM jobs NOT INDEXED WHERE id = ? AND seq <> ?", (row["id"], row["seq"]))
     if duplicates:
-        raise doctor.RepairRefused(f"job {id_}: another row has this id")
+        raise doctor.RepairRejected(f"job {id_}: another row has this id")
     values = ", ".join(f"{name} {readable(row[name])}" for name in _SHOWN_COLUMNS if row[name] not in (None, ""))
     return row, [
         f"job {id_}: {edited.where} would be accepted with a new checksum; validation would check it",

@@ -56,7 +56,7 @@ _LIVE_JOBS: Final = (
     f"FROM (SELECT seq AS found FROM jobs INDEXED BY jobs_live WHERE {LIVE_SQL}) "
     "CROSS JOIN jobs NOT INDEXED ON seq = found"
 )
-_IN_FULL: Final = (
+_FULL_ROWS: Final = (
     f"SELECT {JOB_SQL} FROM (SELECT value AS found FROM json_each(?)) CROSS JOIN jobs NOT INDEXED ON seq = found"
 )
 _SLICE: Final = 10_000
@@ -401,7 +401,7 @@ class _Live(Struct):
     damaged: list[tuple[Row, str]] = []
     xor: int = 0
 
-    def found(self) -> tuple[int, int]:
+    def totals(self) -> tuple[int, int]:
         """Return the number and the XOR of all rows."""
         return len(self.jobs) + len(self.compact) + len(self.damaged), self.xor
 
@@ -413,7 +413,7 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
         live = _scan(db)
         quarantined = quarantine_jobs(db, live.damaged)
         db.faults += [f"job {id_} was quarantined: {reason}" for id_, reason in quarantined.items()]
-        totals = live.found()
+        totals = live.totals()
         if totals == stored:
             return live.jobs, live.compact
         if not rebuilt:
@@ -447,7 +447,7 @@ def _scan_once(db: Database) -> _Live:
     others = _scan_new(db, live)
     for first in range(0, len(others), _SLICE):
         seqs = msgspec.json.encode(others[first : first + _SLICE]).decode()
-        for row in db.conn.execute(_IN_FULL, (seqs,)):
+        for row in db.conn.execute(_FULL_ROWS, (seqs,)):
             job, error = read_job(db, row)
             if job is None:
                 live.damaged.append((row, error))

@@ -68,7 +68,7 @@ class JournalReader:
         self.newest = changes[-1].event.seq
         if self._endpoint.reads_journal and not is_up_to_date:
             return False
-        if self._endpoint.reads_journal and any(self._endpoint.wants(change.event) for change in changes):
+        if self._endpoint.reads_journal and any(self._endpoint.selects(change.event) for change in changes):
             self.has_news = True
             return True
         self.position = self.newest
@@ -113,7 +113,7 @@ class JournalReader:
             if page.gone_to > max(position, gone_to):
                 gone_to = page.gone_to
                 messages.append(gap_message(name, position, gone_to, now, source))
-            messages += [event_message(event, source) for event in page.events if self._endpoint.wants(event)]
+            messages += [event_message(event, source) for event in page.events if self._endpoint.selects(event)]
             is_whole = not page.more
             position = page.end
         if messages or announced != self._cursor.alerts:

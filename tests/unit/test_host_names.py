@@ -6,7 +6,7 @@ import pytest
 from multidict import CIMultiDict
 
 from jobd.config_loader import is_host
-from jobd.http.auth import Authenticator, host_name, own_names
+from jobd.http.auth import Authenticator, accepted_hosts, host_name
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ from jobd.http.auth import Authenticator, host_name, own_names
 )
 def test_a_valid_host_matches_its_header(text: str) -> None:
     assert is_host(text)
-    [name] = own_names("10.9.9.9", [text]) - {"10.9.9.9"}
+    [name] = accepted_hosts("10.9.9.9", [text]) - {"10.9.9.9"}
     assert host_name(f"[{name}]:8770" if ":" in name else f"{name}:8770") == name
 
 
@@ -81,11 +81,11 @@ def test_an_invalid_host_is_rejected(text: str) -> None:
     [("Jobs.Example.", "jobs.example"), ("[2001:DB8:0:0::7]", "2001:db8::7"), ("2001:db8::7", "2001:db8::7")],
 )
 def test_a_name_is_compared_in_its_normalized_form(text: str, name: str) -> None:
-    assert own_names("10.9.9.9", [text]) == {"10.9.9.9", name}
+    assert accepted_hosts("10.9.9.9", [text]) == {"10.9.9.9", name}
 
 
 @pytest.mark.parametrize("sent", ["[2001:DB8:0:0::7]:8770", "[2001:db8::7]", "[2001:db8:0:0:0:0:0:7]:1"])
 def test_an_address_matches_in_every_notation(sent: str) -> None:
     """Both the configured address and the header are normalized."""
-    for names in (own_names("[2001:db8:0:0::7]:8770"), own_names("10.9.9.9", ["2001:DB8::7"])):
+    for names in (accepted_hosts("[2001:db8:0:0::7]:8770"), accepted_hosts("10.9.9.9", ["2001:DB8::7"])):
         Authenticator("admin", hosts=names).check_origin(CIMultiDict({"Host": sent}), None)

@@ -34,7 +34,7 @@ _OBJECT: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a
 _PROBE: Final = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def _nothing(_: object) -> None:
+def _no_undo(_: object) -> None:
     pass
 
 
@@ -47,17 +47,17 @@ class FileArtifactStore:
         self._probe_name = f".jobd-probe-{owner}"
         self._calls: Calls = SimpleQueue()
         # Not from a pool: the interpreter waits for pool threads when it exits, and this one may hang.
-        self._thread = threading.Thread(target=_work, args=(self._calls,), name="artifacts", daemon=True)
+        self._thread = threading.Thread(target=_run_calls, args=(self._calls,), name="artifacts", daemon=True)
 
     async def open(self, key: str) -> FileReader | None:
-        opened = await self.ask(lambda: self._open(key), _close)
+        opened = await self.run(lambda: self._open(key), _close)
         return None if opened is None else FileReader(self, *opened)
 
     async def delete(self, key: str, judge: Judge) -> Deletion:
-        return await self.ask(lambda: self._delete(key, judge))
+        return await self.run(lambda: self._delete(key, judge))
 
     async def probe(self) -> None:
-        await self.ask(self._probe)
+        await self.run(self._probe)
 
     async def close(self) -> None:
         """Ask the thread to end. Does not wait."""
@@ -65,13 +65,13 @@ class FileArtifactStore:
 
     async def read(self, handle: int) -> bytes:
         """Return the next piece of an open file."""
-        return await self.ask(lambda: os.read(handle, PIECE_BYTES))
+        return await self.run(lambda: os.read(handle, PIECE_BYTES))
 
-    def shut(self, handle: int) -> None:
+    def close_file(self, handle: int) -> None:
         """Close an open file after pending reads."""
-        self._calls.put((None, partial(os.close, handle), _nothing))
+        self._calls.put((None, partial(os.close, handle), _no_undo))
 
-    async def ask(self, work: Callable[[], T], undo: Callable[[T], None] = _nothing) -> T:
+    async def run(self, work: Callable[[], T], undo: Callable[[T], None] = _no_undo) -> T:
         """Run `work` in the thread. Raises its errors, and ArtifactStoreError for an OSError or a full queue.
 
         If the caller was cancelled, `undo` gets the result.
@@ -95,8 +95,8 @@ class FileArtifactStore:
         if _is_invalid_name(folders, name):
             return None
         try:
-            with self._opened(folders) as folder:
-                if self._is_own(folder):
+            with self._directory_handle(folders) as folder:
+                if self._has_daemon_files(folder):
                     return None
                 handle = os.open(name, _OBJECT, dir_fd=folder)
         except FileNotFoundError:
@@ -117,8 +117,8 @@ class FileArtifactStore:
         if _is_invalid_name(folders, name):
             return Deletion("left", "the key is not a valid file name")
         try:
-            with self._opened(folders) as folder:
-                if self._is_own(folder):
+            with self._directory_handle(folders) as folder:
+                if self._has_daemon_files(folder):
                     return Deletion("left", "the directory has files of the daemon")
                 return _delete_in(folder, name, judge)
         except FileNotFoundError:
@@ -130,7 +130,7 @@ class FileArtifactStore:
             raise ArtifactStoreError(f"{self.place}/{key}: {error.strerror}") from error
 
     @contextlib.contextmanager
-    def _opened(self, folders: list[str]) -> Iterator[int]:
+    def _directory_handle(self, folders: list[str]) -> Iterator[int]:
         """Yield the handle of a directory in the store. Raises FileNotFoundError or ArtifactStoreError."""
         folder = os.open(self.place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # the operator may use a link here
         try:
@@ -153,7 +153,7 @@ class FileArtifactStore:
         finally:
             os.close(folder)
 
-    def _is_own(self, folder: int) -> bool:
+    def _has_daemon_files(self, folder: int) -> bool:
         """Return whether the directory has files of the daemon, also through a bind mount."""
         folder_status = os.fstat(folder)
         for path in self._daemon_directories:
@@ -172,7 +172,7 @@ class FileArtifactStore:
         if fault is not None:
             raise ArtifactStoreError(fault)
         value = secrets.token_bytes(16)
-        with self._opened([]) as folder:
+        with self._directory_handle([]) as folder:
             probe = os.open(self._probe_name, _PROBE, 0o600, dir_fd=folder)
             try:
                 os.write(probe, value)
@@ -214,10 +214,10 @@ class FileReader:
         return piece
 
     def close(self) -> None:
-        self._store.shut(self._handle)
+        self._store.close_file(self._handle)
 
 
-def _work(calls: Calls) -> None:
+def _run_calls(calls: Calls) -> None:
     """Run calls one after the other, until None. The target of the thread."""
     while (call := calls.get()) is not None:
         future, work, undo = call
@@ -240,7 +240,7 @@ def _work(calls: Calls) -> None:
 def _settle(calls: Calls, future: asyncio.Future[Any], result: Any, error: BaseException | None, undo: Undo) -> None:
     if future.cancelled():
         if error is None:
-            calls.put((None, partial(undo, result), _nothing))
+            calls.put((None, partial(undo, result), _no_undo))
     elif error is None:
         future.set_result(result)
     else:

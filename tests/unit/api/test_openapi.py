@@ -18,7 +18,7 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from jobd.api import admin, openapi, worker
 from jobd.api.command_stream import LINE_TYPES, StreamedCommand, line_decoders
 from jobd.api.openapi import document, error_codes
-from jobd.http.auth import Authenticator, own_names
+from jobd.http.auth import Authenticator, accepted_hosts
 from jobd.http.decoding import Limits, RequestDecoder
 from jobd.http.routing import Route
 from jobd.model import errors
@@ -140,7 +140,7 @@ def test_every_error_code_is_documented_except_those_of_unknown_paths() -> None:
 
 @pytest.fixture(params=TABLES)
 async def listener(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[str, HttpHarness]]:
-    gate = Authenticator(request.param, tokens=[TOKEN], hosts=own_names("127.0.0.1"))
+    gate = Authenticator(request.param, tokens=[TOKEN], hosts=accepted_hosts("127.0.0.1"))
     async with HttpHarness(tuple(TABLES[request.param]), tmp_path, gate=gate) as opened:
         yield request.param, opened
 

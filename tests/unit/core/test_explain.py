@@ -161,11 +161,11 @@ def test_the_workers_of_the_queue_are_gone_or_claim_another(rules: RuleHarness) 
     claims(rules, "w-2")
     rules.advance(12 * MINUTE_MS)
     view = why(rules)
-    assert clause(rules) == "no worker claims this queue any more; the last claim was 12 min ago, by w-1, which is gone"
+    assert clause(rules) == "no worker claims this queue now; the last claim was 12 min ago, by w-1, which is gone"
     assert view.blocked_by == "no worker"
     for worker in ("w-1", "w-2"):
         claims(rules, worker, queue="other")
-    assert clause(rules) == "no worker claims this queue any more; the last claim was 12 min ago"
+    assert clause(rules) == "no worker claims this queue now; the last claim was 12 min ago"
 
 
 def test_an_expiry_is_the_next_event_before_a_claim_at_an_unknown_time(rules: RuleHarness) -> None:
@@ -180,7 +180,7 @@ def test_an_overdue_job_only_waits_to_fail(rules: RuleHarness, paused: bool) -> 
         rules.accept(Pause(name="q"), admin=True)
     rules.advance(5_010)
     view = why(rules)
-    assert view.because == "Its expires_at passed 5 s ago, so no worker gets it any more."
+    assert view.because == "Its expires_at passed 5 s ago, so no worker can claim it."
     assert (at_and_rule(view), view.blocked_by) == ((NOW + 5_010, "expires_at"), "expires_at")
     assert view.state == "queued"
     assert view.do == ["If it is still needed: jobctl force-reset a"]

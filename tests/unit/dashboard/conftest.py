@@ -21,7 +21,7 @@ from jobd.dashboard.routes import Dashboard
 from jobd.engine.actor import Actor
 from jobd.engine.clock import Clock, boot_clock_ms, wall_clock_ms
 from jobd.engine.idempotency import Keys
-from jobd.http.auth import Authenticator, own_names
+from jobd.http.auth import Authenticator, accepted_hosts
 from jobd.maintenance.cleanup_pass import CleanupSchedule, MaintenanceContext
 from jobd.maintenance.maintainer import Maintainer
 from jobd.maintenance.plans import Planner
@@ -50,7 +50,7 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
     await failure_groups.run()
     running = asyncio.create_task(actor.run())
     authenticator = Authenticator(
-        "admin", tokens=[TOKEN], read_only_tokens=[READ_ONLY_TOKEN], hosts=own_names("127.0.0.1")
+        "admin", tokens=[TOKEN], read_only_tokens=[READ_ONLY_TOKEN], hosts=accepted_hosts("127.0.0.1")
     )
     dashboard = await asyncio.to_thread(Dashboard, authenticator, timeseries, clock_s=lambda: made[0].now_s)
     async with contextlib.AsyncExitStack() as stack:

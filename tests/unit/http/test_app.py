@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from jobd.api.worker import ROUTES
 from jobd.http.app import MAX_LINES_PER_SECOND, LogRateLimiter
-from jobd.http.auth import Authenticator, own_names
+from jobd.http.auth import Authenticator, accepted_hosts
 from jobd.http.decoding import Limits
 from jobd.http.routing import Route, Router
 from jobd.model.commands import Cancel, Claim, Create, Get, ListJobs, Progress, Start
@@ -35,7 +35,7 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
 @pytest.fixture
 async def guarded(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     """A TCP listener with a token and a list of host names."""
-    gate = Authenticator("tcp", tokens=[TOKEN], hosts=own_names("127.0.0.1", ["ops.example"]))
+    gate = Authenticator("tcp", tokens=[TOKEN], hosts=accepted_hosts("127.0.0.1", ["ops.example"]))
     async with HttpHarness(ROUTES, tmp_path, gate=gate, limits=Limits(body=1000)) as opened:
         yield opened
 

@@ -8,7 +8,7 @@ import pytest
 from multidict import CIMultiDict
 
 from jobd.api import admin, worker
-from jobd.http.auth import JSON, LINES, Authenticator, check_content_type, host_name, own_names, token_digest
+from jobd.http.auth import JSON, LINES, Authenticator, accepted_hosts, check_content_type, host_name, token_digest
 from jobd.model.errors import ApiException
 from tests.support.http_harness import HttpHarness, request_bytes, wrong_tokens
 
@@ -134,7 +134,7 @@ def test_tokens_are_not_stored_in_the_clear() -> None:
     ],
 )
 def test_host_and_origin_are_checked(host: str, origin: str | None, wanted: str | None) -> None:
-    gate = Authenticator("admin", hosts=own_names("127.0.0.1", ["Ops.example"]))
+    gate = Authenticator("admin", hosts=accepted_hosts("127.0.0.1", ["Ops.example"]))
     given = headers(Host=host) if origin is None else headers(Host=host, Origin=origin)
     assert code(gate.check_origin, given, ("10.0.0.7", 8770)) == wanted
 
@@ -161,7 +161,7 @@ def test_a_missing_host_is_rejected_on_tcp_only() -> None:
     ],
 )
 def test_a_listener_knows_its_host_names(listen: str, hosts: list[str], names: set[str]) -> None:
-    assert own_names(listen, hosts) == names
+    assert accepted_hosts(listen, hosts) == names
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from jobd.api.worker import ROUTES
-from jobd.http.auth import Authenticator, own_names
+from jobd.http.auth import Authenticator, accepted_hosts
 from jobd.http.decoding import Limits
 from jobd.http.protocol import PIECE
 from jobd.http.server import is_in_use
@@ -421,7 +421,7 @@ async def test_the_address_of_a_connection_is_a_name_of_the_daemon(tmp_path: Pat
 
 async def test_a_listener_speaks_tls(tmp_path: Path) -> None:
     server, client = await tls_pair(tmp_path)
-    gate = Authenticator("tcp", tokens=[TOKEN], hosts=own_names("127.0.0.1"))
+    gate = Authenticator("tcp", tokens=[TOKEN], hosts=accepted_hosts("127.0.0.1"))
     async with HttpHarness(ROUTES, tmp_path, gate=gate) as harness:
         [(_, port)] = await harness.listener.open_tcp("127.0.0.1", 0, tls=server)
         line = RawConnection(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))

@@ -77,22 +77,22 @@ def test_patterns_leave_out_progress_and_extensions() -> None:
 
 def test_a_webhook_gets_the_events_of_its_types_and_queues() -> None:
     everything = WebhookEndpoint("e", "https://x", KEYS)
-    assert everything.wants(EVENT)
-    assert not everything.wants(replace(EVENT, type="progress"))
+    assert everything.selects(EVENT)
+    assert not everything.selects(replace(EVENT, type="progress"))
     assert everything.reads_journal
     assert everything.wants_alerts
     some = replace(everything, events=frozenset({"job.failed", "queue.paused"}), queues=frozenset({"mail"}))
-    assert not some.wants(EVENT)
-    assert not some.wants(replace(EVENT, type="failed"))
-    assert some.wants(replace(EVENT, type="failed", queue="mail"))
-    assert some.wants(replace(EVENT, type="queue_paused", queue="mail", job_id="", job_seq=0))
+    assert not some.selects(EVENT)
+    assert not some.selects(replace(EVENT, type="failed"))
+    assert some.selects(replace(EVENT, type="failed", queue="mail"))
+    assert some.selects(replace(EVENT, type="queue_paused", queue="mail", job_id="", job_seq=0))
     assert some.reads_journal
     assert not some.wants_alerts
     for alerts in ({"alert.firing"}, ALERTS):
         watchman = replace(everything, events=frozenset(alerts))
         assert watchman.wants_alerts
         assert not watchman.reads_journal
-        assert not watchman.wants(EVENT)
+        assert not watchman.selects(EVENT)
 
 
 @pytest.mark.parametrize("name", ["a", "A-1_b.c:d", "x" * 100])

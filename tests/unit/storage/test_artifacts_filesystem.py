@@ -135,7 +135,7 @@ async def main():
     store = FileArtifactStore(sys.argv[1], "test")
     try:
         async with asyncio.timeout(0.2):
-            await store.ask(lambda: open(sys.argv[2]).read())
+            await store.run(lambda: open(sys.argv[2]).read())
     except TimeoutError:
         print("timed out")
     await store.close()
@@ -154,7 +154,7 @@ def test_a_hanging_mount_does_not_keep_the_process_alive(tmp_path: Path) -> None
 
 async def test_a_hanging_mount_has_a_limited_queue(store: FileArtifactStore) -> None:
     goes_on = threading.Event()
-    hung = asyncio.ensure_future(store.ask(goes_on.wait))
+    hung = asyncio.ensure_future(store.run(goes_on.wait))
     await asyncio.sleep(0.01)
     waiting = [asyncio.ensure_future(store.probe()) for _ in range(MAX_QUEUED)]
     await asyncio.sleep(0)

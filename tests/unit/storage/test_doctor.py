@@ -16,7 +16,7 @@ from jobd.model.storage import AuditEntry, StoredResponse, Tombstone
 from jobd.model.webhooks import Delivery, WebhookCursor
 from jobd.storage import doctor, dry_run, files, migrations
 from jobd.storage.database import now_ms
-from jobd.storage.doctor import RepairRefused, StoreProblem, accept, check, recount
+from jobd.storage.doctor import RepairRejected, StoreProblem, accept, check, recount
 from jobd.storage.store import StoreBusy, StoreTooNew, StoreUnreadable
 from tests.support.factories import NOW, ChangeFactory
 from tests.support.store_files import (
@@ -317,7 +317,7 @@ async def test_all_damaged_rows_that_are_valid_jobs_are_accepted_at_once(path: s
         conn.execute("UPDATE jobs SET attempt = attempt + 1 WHERE seq = ?", (in_place.seq,))
         conn.execute("UPDATE jobs SET ended_lock_id = 'l', ended_worker = NULL WHERE seq = ?", (hopeless.seq,))
     named = [aside.id, in_place.id, hopeless.id]
-    with pytest.raises(doctor.RepairRefused, match="is not a valid job"):
+    with pytest.raises(doctor.RepairRejected, match="is not a valid job"):
         accept(path, named)
     assert sorted(places(check(path))) == sorted(f"job {id_}" for id_ in named), "nothing was written"
     foreseen = dry_run.accept(path, None)
@@ -341,7 +341,7 @@ async def test_a_job_is_accepted_with_a_repaired_payload(path: str) -> None:
         conn.execute("UPDATE payloads SET body = X'7b' WHERE job_seq = ?", (job.seq,))
     async with open_store(path) as (store, _):
         assert list((await store.load([], [job.seq], [])).bad) == [job.id]
-    with pytest.raises(RepairRefused, match="the payload is not JSON"):
+    with pytest.raises(RepairRejected, match="the payload is not JSON"):
         accept(path, [job.id])
     with edit_store(path) as conn:
         conn.execute("UPDATE quarantined_jobs SET payload = CAST('{}' AS BLOB)")
@@ -377,7 +377,7 @@ async def test_a_row_that_is_not_a_valid_job_is_rejected_without_changes(path: s
     with edit_store(path) as conn:
         conn.execute(edit.format(seq=job.seq))
     before = check(path)
-    with pytest.raises(RepairRefused, match=message):
+    with pytest.raises(RepairRejected, match=message):
         accept(path, ["no id" if "no id" in edit else job.id])
     assert check(path) == before
 
@@ -389,7 +389,7 @@ async def test_a_reused_id_is_rejected(path: str) -> None:
         await store.quarantine(job, "for a test")
         remove_quarantined(maker, job)
         await store.write(maker.batch([maker.create(job.id)]))
-    with pytest.raises(RepairRefused, match="UNIQUE"):
+    with pytest.raises(RepairRejected, match="UNIQUE"):
         accept(path, [job.id])
 
 
@@ -401,7 +401,7 @@ async def test_a_quarantined_row_that_is_not_json_is_rejected(path: str) -> None
     for row in ("{", "[]", msgspec.json.encode({"seq": 1}).decode()):
         with edit_store(path) as conn:
             conn.execute("UPDATE quarantined_jobs SET row = ?", (row,))
-        with pytest.raises(RepairRefused):
+        with pytest.raises(RepairRejected):
             accept(path, [job.id])
 
 

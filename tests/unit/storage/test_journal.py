@@ -62,7 +62,7 @@ async def test_each_batch_thins_one_journal(path: str) -> None:
         assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS + 1]
         await store.write(maker.batch([maker.finish(job_of(held[1])), maker.create()]))
         assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
-        assert list(store._database._signs) == [1], "a job whose grant has ended is no longer watched"
+        assert list(store._database._heartbeats) == [1], "a job whose grant has ended is no longer watched"
         await store.write(maker.batch([maker.create()]))
         assert signs() == [KEEP_HEARTBEATS, KEEP_HEARTBEATS]
 
@@ -195,9 +195,9 @@ async def test_returned_grants_are_counted_for_a_limited_number_of_jobs(
             job, changes = round_of(maker, maker.jobs[job_of(change).seq])
             jobs.append(job)
             await store.write(maker.batch(changes))
-        assert store._database._given_back == {3: (0, 1), 2: (0, 2)}
+        assert store._database._returned_grants == {3: (0, 1), 2: (0, 2)}
         await store.write(maker.batch([maker.finish(jobs[2], "failed")]))
-        assert store._database._given_back == {2: (0, 2)}
+        assert store._database._returned_grants == {2: (0, 2)}
 
 
 async def test_recently_written_payloads_are_cached(store: Store, path: str) -> None:

@@ -41,7 +41,7 @@ def _(refuse: Any, self: _CommandStream, slot: Any, error: Any) -> None:
 
 @bug(
     "closed-stream-keeps-its-grants",
-    _CommandStream._give_up,
+    _CommandStream._release_unwritten,
     breaks="grants in a stream whose client has left stay until their locks expire",
     found_by="tests/integration/test_command_stream.py",
 )
