@@ -31,14 +31,16 @@ $(READY): pyproject.toml .ci/constraints.txt
 
 test: $(READY)  ## run the fast tests, in under three minutes (ARGS="-k name": a selection of all tests, in one process)
 	$(BIN)/pytest $(or $(ARGS),-m "not slow" --numprocesses $(PARALLEL))
-	@$(if $(ARGS),,echo "These were the fast tests. make check also runs the slow ones, the browser and the proofs.")
+	@$(if $(ARGS),,echo "These were the fast tests. make check also runs the slow ones, make proof the long proofs.")
 
-check: $(READY)  ## run what CI runs: format, lint, types, all tests, both event loops, coverage, the demo
+# Daemon and tests use uvloop. The asynchronous tests of these packages also run on the loop of asyncio.
+LOOPS := $(addprefix tests/unit/,api client engine http maintenance webhooks)
+check: $(READY)  ## run what CI runs: format, lint, types, all tests, coverage, the demo
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(MAKE) test
-	$(BIN)/pytest --loop stock -m "asyncio and not slow" --numprocesses $(PARALLEL)
+	$(BIN)/pytest --loop stock -m asyncio --numprocesses $(PARALLEL) $(LOOPS)
 	$(MAKE) coverage
 	$(BIN)/pytest -m slow --numprocesses $(PARALLEL)
 	$(BIN)/jobd demo

@@ -1,1 +1,0 @@
-"""For people: verbs → client, `serve` → daemon. jobctl starts in ctl.py, jobd in daemon.py."""

@@ -1,1 +1,0 @@
-"""Serve the operator dashboard: HTML pages on the admin listener."""
