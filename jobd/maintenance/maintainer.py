@@ -297,7 +297,7 @@ class Maintainer:
         for report in reversed(found):
             self._record(report)
 
-    def _report_of_no_run(self, error: str = "pass: not run, because the daemon is stopping.") -> CleanupReport:
+    def _report_of_no_run(self, error: str = "pass: not run because the daemon is stopping.") -> CleanupReport:
         """Return the report for callers that wait for a run that cannot happen."""
         return CleanupReport(self._clock.moment().now, 0, 0, 0, 0, 0, 0, [error], self._forced)
 

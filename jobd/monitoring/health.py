@@ -307,8 +307,8 @@ class Health:
             return PartHealth("unhealthy", f"{place} has not responded for {STORAGE_TIMEOUT_S:g} s.")
         except ArtifactStoreError as fault:
             return PartHealth("unhealthy", str(fault))
-        if self._sweeper is not None and (complaint := self._sweeper.degraded_reason()) is not None:
-            return PartHealth("degraded", complaint)
+        if self._sweeper is not None and (reason := self._sweeper.degraded_reason()) is not None:
+            return PartHealth("degraded", reason)
         took_ms = (loop_time() - began) * 1000
         return PartHealth("healthy", f"{place}: a write, a read and a deletion took {took_ms:.1f} ms.")
 

@@ -36,15 +36,15 @@ class RetryPolicy(Struct, frozen=True):
     pause_at_most_ms: int = PAUSE_AT_MOST_MS
 
 
-def retry_wait_ms(tries: int, chance: float, manners: RetryPolicy, asked_ms: int | None = None) -> int:
+def retry_wait_ms(tries: int, chance: float, policy: RetryPolicy, asked_ms: int | None = None) -> int:
     """Return the delay after `tries` failures: half fixed, half random, and at least `asked_ms`."""
-    whole = min(manners.retry_ms << min(tries - 1, 20), manners.retry_at_most_ms)
-    return max(_spread(whole, chance), min(asked_ms or 0, manners.retry_at_most_ms))
+    whole = min(policy.retry_ms << min(tries - 1, 20), policy.retry_at_most_ms)
+    return max(_spread(whole, chance), min(asked_ms or 0, policy.retry_at_most_ms))
 
 
-def is_exhausted(delivery: Delivery, endpoint: WebhookEndpoint, now: int, manners: RetryPolicy) -> bool:
+def is_exhausted(delivery: Delivery, endpoint: WebhookEndpoint, now: int, policy: RetryPolicy) -> bool:
     """Return whether a delivery is dead-lettered at wall time `now`. `delivery.tries` includes the latest failure."""
-    return delivery.tries >= manners.least_tries and now - delivery.at >= endpoint.give_up_after_ms
+    return delivery.tries >= policy.least_tries and now - delivery.at >= endpoint.give_up_after_ms
 
 
 def _spread(whole_ms: int, chance: float) -> int:
@@ -57,12 +57,12 @@ class CircuitBreaker:
     It opens after several consecutive failures; `since` is the time of the first of them.
     """
 
-    def __init__(self, manners: RetryPolicy) -> None:
+    def __init__(self, policy: RetryPolicy) -> None:
         self.failures = 0
         self.since: int | None = None
         self.until: int | None = None  # open until then
         self._breaks = 0
-        self._manners = manners
+        self._manners = policy
 
     def state(self, now: int) -> BreakerState:
         if self.until is None:

@@ -803,7 +803,7 @@ async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters() -> None
         assert stored_reports(engine) == []
         assert read_figures(engine.disk.figures).since_report.deleted == len(deletions(engine))
         late = await engine.cleaner.run_cleanup(forced=True)
-        assert late.errors == ["pass: not run, because the daemon is stopping."]
+        assert late.errors == ["pass: not run because the daemon is stopping."]
 
 
 @in_virtual_time
@@ -813,7 +813,7 @@ async def test_stop_resolves_a_request_whose_run_never_started() -> None:
         await seconds(0)
         engine.cleaner.stop()
         await engine.cleaner.run()
-        assert (await asked).errors == ["pass: not run, because the daemon is stopping."]
+        assert (await asked).errors == ["pass: not run because the daemon is stopping."]
 
 
 @in_virtual_time
