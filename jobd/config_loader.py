@@ -396,7 +396,7 @@ def _check_parser(config: Config) -> None:
 def check_artifact_directory(
     url: str, own_directories: tuple[str, ...], resolve: Callable[[str], str] = os.path.realpath
 ) -> None:
-    """Raise ConfigError if a file of the daemon lies in the artifact directory, where workers name what is deleted.
+    """Raise ConfigError if a file of the daemon lies in the artifact directory, where workers choose what is deleted.
 
     `resolve` makes a path absolute. The default follows links, which may hang on a network file system.
     """

@@ -324,7 +324,7 @@ class Daemon:
             listeners.append(await open_listener(name, app, settings, self._passed_sockets))
 
     async def _close_listeners(self, listeners: list[HttpListener]) -> None:
-        """Take no new requests. Respond to those in flight, to waiting claims with no jobs; end event streams."""
+        """Reject new requests, finish pending ones, return empty responses to waiting claims, and end event streams."""
         self.actor.stop_parking()
         self.services.feed.close()
         self.services.downloads.close()
@@ -341,7 +341,7 @@ class Daemon:
         return (self._generated_token,)
 
     def _run_in_background(self, name: str, part: BackgroundPart) -> None:
-        """Run `part` until the daemon stops. It is stopped by a message and waited for."""
+        """Run `part` until the daemon stops. It is stopped by a message, and the daemon waits for its end."""
         task = asyncio.create_task(part.run(), name=name)
 
         async def end() -> None:
@@ -438,7 +438,7 @@ class Daemon:
             await asyncio.sleep(interval_s / 2)
 
 
-# Fields of LoadedConfig that a reload applies beside the settings, as the log names them.
+# Fields of LoadedConfig that a reload also applies, with their names in the log.
 _RELOADED: Final = {
     "admin_tokens": "admin tokens",
     "worker_tokens": "worker tokens",

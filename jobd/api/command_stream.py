@@ -46,7 +46,7 @@ from jobd.model.responses import Response
 
 AHEAD_WEIGHT: Final = 256  # pending commands of one stream; bulks and claims count by their jobs
 AHEAD_BYTES: Final = 1 << 20  # of pending lines
-PIECE_BYTES: Final = 64 << 10  # responses that are written at once
+PIECE_BYTES: Final = 64 << 10  # of responses per write
 TURN_LINES: Final = 64  # lines read before the event loop gets a turn
 NEXT_CHUNK: Final = b"0"  # a leading zero of the next chunk size: a probe that changes nothing
 
@@ -105,8 +105,8 @@ class StreamedResponse(Struct, frozen=True, omit_defaults=True):
     data: Annotated[Any, Meta(description="The data of the response.")] = None
     replayed: Annotated[bool, Meta(description="Present, and true, if a stored response was returned.")] = False
     error: Annotated[str, Meta(description="The error code.")] = ""
-    message: Annotated[str, Meta(description="A sentence for people.")] = ""
-    details: Annotated[dict[str, Any], Meta(description="More about the error, for programs.")] = {}
+    message: Annotated[str, Meta(description="A human-readable message.")] = ""
+    details: Annotated[dict[str, Any], Meta(description="Machine-readable details of the error.")] = {}
 
 
 class DecodedLine(Struct, frozen=True):

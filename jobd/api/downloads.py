@@ -151,9 +151,9 @@ async def send_backup(app: App[Services], ctx: RequestContext, request: BackupRe
         copy = await _while_connected(app, ctx, app.services.backups.begin(request.id or secrets.token_hex(8)))
     except DiskFull as full:
         return ApiError("storage_full", f"No backup: {full}. Free some space and try again.")
-    except BackupError as why:
-        log.error("no backup", reason=str(why))
-        return ApiError("shutting_down" if app.closing else "internal_error", f"No backup: {why}.")
+    except BackupError as error:
+        log.error("no backup", reason=str(error))
+        return ApiError("shutting_down" if app.closing else "internal_error", f"No backup: {error}.")
     if isinstance(copy, ApiError):
         return copy
     failure: str | None = "it was not read to its end"
@@ -192,7 +192,7 @@ async def _send_backup(response: web.StreamResponse, copy: Backup, ctx: RequestC
         while remaining > 0 and (piece := await copy.read()):
             remaining -= len(piece)
             await write(response, piece)
-        with contextlib.suppress(ConnectionError):  # a client with all of it may disconnect at once
+        with contextlib.suppress(ConnectionError):  # a client that has received everything may disconnect at once
             await _drain(ctx)
             await finish(response)
     except Exception as error:

@@ -50,8 +50,8 @@ class ErrorBody(Struct, frozen=True):
     """An error."""
 
     error: Annotated[str, Meta(description="The error code.")]
-    message: Annotated[str, Meta(description="A sentence for people.")]
-    details: Annotated[dict[str, Any], Meta(description="More about the error, for programs.")]
+    message: Annotated[str, Meta(description="A human-readable message.")]
+    details: Annotated[dict[str, Any], Meta(description="Machine-readable details of the error.")]
     success: Annotated[bool, Meta(description="Whether the request succeeded.")] = False
 
 

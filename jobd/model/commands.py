@@ -252,7 +252,7 @@ class Progress(JobCommand, frozen=True, kw_only=True):
     lock_id: LockId
     progress: Percent
     message: Annotated[
-        Text | None, Meta(description="Message for people. A report without a message clears the previous one.")
+        Text | None, Meta(description="Human-readable message. A report without a message clears the previous one.")
     ] = None
 
 
@@ -312,7 +312,7 @@ class Release(JobCommand, frozen=True, kw_only=True):
 
 
 class Cancel(JobCommand, frozen=True, kw_only=True):
-    """Cancel a queued or processing job. The holder learns of it with its next call."""
+    """Cancel a queued or processing job. The next call of the holder gets `lock_lost`."""
 
     admission = "ending"
     audit_name = "cancel"
@@ -583,7 +583,7 @@ class Import(Command, frozen=True, kw_only=True):
     file_path: FilePath | None = None
     storage_key: StorageKey | None = None
     metadata: Metadata = None
-    error_message: Annotated[Text | None, Meta(description="What went wrong, for people.")] = None
+    error_message: Annotated[Text | None, Meta(description="A human-readable error message.")] = None
     error_code: FailureCode | None = None
 
 
@@ -731,7 +731,7 @@ def is_dry_run(command: Any) -> bool:
 
 
 class Undelivered(JobCommand, frozen=True, kw_only=True):
-    """The connection closed before the first byte of the grant was written: the job goes back at once."""
+    """The connection closed before the first byte of the grant was written: the job returns to its queue at once."""
 
     admission = "ending"
 

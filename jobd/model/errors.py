@@ -8,7 +8,7 @@ from msgspec import Struct
 
 
 class ErrorCode(Struct, frozen=True):
-    """What a code stands for. `description` completes a list in the OpenAPI document: no capital, no full stop."""
+    """The HTTP status and meaning of a code. `description` has no capital and no full stop: it is an item of a list."""
 
     status: int
     description: str

@@ -47,7 +47,7 @@ EventType = Literal[
 HEARTBEATS: Final = frozenset({"progress", "extended"})
 KEEP_HEARTBEATS: Final = 100
 
-# A job that is granted and given back many times would fill the journal. Its first KEEP_FIRST_GRANTS and last
+# A job that is granted and returned many times would fill the journal. Its first KEEP_FIRST_GRANTS and last
 # KEEP_GRANTS grants are kept. A grant between them that ended with one of GIVEN_BACK loses its ROUTINE events.
 GIVEN_BACK: Final = frozenset({"released", "undelivered"})
 ROUTINE: Final = frozenset({"granted", "lock_expired", "resumed", "late_call", *HEARTBEATS, *GIVEN_BACK})
@@ -158,7 +158,7 @@ class EventView(Struct, frozen=True, rename={"from_": "from"}):
         ),
     ]
     reason: Annotated[str | None, Meta(description="Why, in words, or null.")]
-    details: Annotated[dict[str, Any], Meta(description="More about it, for programs.")]
+    details: Annotated[dict[str, Any], Meta(description="Machine-readable details.")]
 
 
 class StreamedEvent(EventView, frozen=True, rename={"from_": "from"}):

@@ -90,10 +90,10 @@ PlanCursor = Annotated[str, Meta(pattern=r"^[a-z]{1,20}\.[0-9]{1,18}$(?!\n)")]  
 PageLimit = Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Maximum number of entries on the page.")]
 BackupId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)")]
 Metadata = Annotated[Json, Meta(description="Any JSON about the result, stored as sent.")]
-Reason = Annotated[Text, Meta(description="Reason, for people. Shown in timelines and in the audit log.")]
+Reason = Annotated[Text, Meta(description="Human-readable reason. Shown in timelines and in the audit log.")]
 DryRun = Annotated[bool, Meta(description="Change nothing; return the would-be result or the error.")]
 NamedJobId = Annotated[JobId, Meta(description="Id of the job.")]
-ErrorMessage = Annotated[str, Meta(min_length=1, max_length=4096, description="What went wrong, for people.")]
+ErrorMessage = Annotated[str, Meta(min_length=1, max_length=4096, description="A human-readable error message.")]
 DueAt = Annotated[UnixMs, Meta(description="When the job is due, in Unix ms.")]
 GrantStuckAfterMs = Annotated[
     StuckAfterMs,

@@ -248,7 +248,7 @@ class Result(Struct, frozen=True, gc=False, array_like=True):
 
 
 class LateResult(Struct, frozen=True, gc=False):
-    """The result of a complete whose grant had ended. Stored beside the job, at most one for each grant.
+    """The result of a complete whose grant had ended. Stored separately from the job, at most one for each grant.
 
     `seq` is that of its event, `expires_at` the deletion time that the worker requested. Late results are not kept in
     memory: a read without results leaves `result` empty.
@@ -346,7 +346,7 @@ class Policy(Struct, frozen=True):
 
     @property
     def shortest_keep_ms(self) -> int:
-        """The shortest retention. A retention of 0 does not count: it deletes at once, whatever the clock."""
+        """The shortest retention. A retention of 0 does not count: it deletes at once, even if the clock is suspect."""
         retentions = (self.keep_completed_ms, self.keep_failed_ms, self.keep_cancelled_ms)
         return min((keep_ms for keep_ms in retentions if keep_ms), default=7 * DAY_MS)
 

@@ -22,7 +22,7 @@ QueueText = Annotated[str, Meta(description="Name of the queue.")]
 KindText = Annotated[str, Meta(description="Kind of the job; selects the handler.")]
 StatusText = Annotated[str, Meta(description="Status of the job.")]
 WorkerText = Annotated[str, Meta(description="Name of the worker.")]
-MessageText = Annotated[str, Meta(description="A sentence for people.")]
+MessageText = Annotated[str, Meta(description="A human-readable message.")]
 FencingToken = Annotated[
     int,
     Meta(
@@ -120,7 +120,7 @@ class JobView(Struct):
     file_path: ResultPath
     storage_key: ResultKey
     metadata: Metadata
-    error_message: Annotated[str | None, Meta(description="What went wrong, for people.")]
+    error_message: Annotated[str | None, Meta(description="A human-readable error message.")]
     error_code: Annotated[str | None, Meta(description="A code for the failure, as the worker gave it.")]
     worker: Annotated[
         str | UnsetType, Meta(description="The worker whose lock has expired and that may still end the job.")
@@ -241,8 +241,8 @@ class WhyView(Struct, frozen=True):
     because: Annotated[
         str,
         Meta(
-            description="The reason, in words. For a finished job also who ended it and why, as long as its timeline "
-            "has it."
+            description="The reason, in words. For a finished job, it includes its ending while its timeline has "
+            "that event."
         ),
     ]
     next: Annotated[NextEvent | None, Meta(description="What happens next by itself, or null.")]
@@ -767,7 +767,7 @@ class AuditView(Struct, frozen=True):
     reason: ReasonText
     outcome: Annotated[str, Meta(description="`done` or an error code.")]
     changed: Annotated[int, Meta(description="How many jobs were changed.")]
-    details: Annotated[dict[str, Any], Meta(description="More about it, for programs.")]
+    details: Annotated[dict[str, Any], Meta(description="Machine-readable details.")]
 
 
 class AuditPage(Struct):

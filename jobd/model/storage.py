@@ -368,8 +368,9 @@ class JournalStorage(Protocol):
 class JobStorage(JournalStorage, Protocol):
     """The storage behind the actor.
 
-    Every method but `cached_payloads` is one thread hop. Results are from committed state. Damaged rows are quarantined
-    and left out of results. `on_quarantined` is called in the event loop before the method that found them returns.
+    Every method but `cached_payloads` is one thread switch. Results are from committed state. Damaged rows are
+    quarantined and left out of results. `on_quarantined` is called in the event loop before the method that found them
+    returns.
     `on_tombstones` is called with the number of tombstones that a batch left: only the storage knows the stored objects
     of late results.
     """
@@ -399,7 +400,7 @@ class JobStorage(JournalStorage, Protocol):
         """Read late results of jobs, and which of the given lock ids were grants of those jobs."""
 
     async def count_late_results(self, job_seqs: list[int]) -> dict[int, int]:
-        """Count the late results of those of these jobs that have any. Reads only the index."""
+        """Count the late results of each job that has any. Reads only the index."""
 
     async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
         """Return ids of finished jobs whose `expires_at` is at or before `now`, oldest first, after skipping `skip`.
@@ -448,7 +449,7 @@ class JobStorage(JournalStorage, Protocol):
 
 
 class OutboxStorage(JournalStorage, Protocol):
-    """The storage behind webhooks. Every method is one thread hop, and raises DiskFull if nothing was written."""
+    """The storage behind webhooks. Every method is one thread switch, and raises DiskFull if nothing was written."""
 
     async def open_outbox(self, names: list[str], now: int) -> Outbox:
         """Read the outbox of the webhooks `names`, and give new ones a cursor at the end of the journal."""

@@ -29,7 +29,7 @@ Step = Literal["copying", "checking"]
 Progress = Callable[[Step, int, int], None]
 
 _STEP_PAGES: Final = 100
-# Pauses between steps let the daemon commit meanwhile.
+# Pauses between steps let the daemon commit.
 _PAUSE_S: Final = 0.002
 _SPARE_BYTES: Final = 32 << 20
 # Steps of SQLite's virtual machine between two progress calls of a check, which take some milliseconds.

@@ -221,13 +221,13 @@ class Database:
         raise AssertionError("unreachable")
 
     def _roll_back(self, error: BaseException) -> None:
-        """Roll the transaction back that raised `error`. If that fails too, the store is broken."""
+        """Roll back the transaction that raised `error`. If that fails too, the store is broken."""
         try:
             if self.conn.in_transaction:
                 self.conn.execute("ROLLBACK")
-        except sqlite3.Error as second:
-            self._broken = second
-            raise second from error
+        except sqlite3.Error as rollback_error:
+            self._broken = rollback_error
+            raise rollback_error from error
         if self.conn.in_transaction:
             self._broken = error
             raise StoreBroken("the transaction could not be rolled back") from error
@@ -261,8 +261,8 @@ class Database:
         run = self.conn.execute
         (index_sql,) = run("SELECT sql FROM sqlite_schema WHERE name = 'jobs_id'").fetchone()
         run("DROP INDEX jobs_id")
-        twice = "SELECT id FROM jobs NOT INDEXED GROUP BY id HAVING count(*) > 1"
-        rows = self.rows(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE id IN ({twice})")
+        duplicate_ids = "SELECT id FROM jobs NOT INDEXED GROUP BY id HAVING count(*) > 1"
+        rows = self.rows(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED WHERE id IN ({duplicate_ids})")
         damaged = [(row[0],) for row in rows if fault(row) is not None]
         self.conn.executemany("UPDATE jobs SET id = id || ' of seq ' || seq WHERE seq = ?", damaged)
         try:
@@ -315,12 +315,12 @@ class Database:
         """
         if batch.numbers.epoch > self.stored_epoch:
             self._advance_epoch(batch.numbers.epoch)
-        payloads, buried = self.commit(self._apply, batch, reported)
-        self.tombstones_written += buried
+        payloads, new_tombstones = self.commit(self._apply, batch, reported)
+        self.tombstones_written += new_tombstones
         for number in [number for number in self.recently_quarantined if number < reported]:
             del self.recently_quarantined[number]
         if self._to_shorten:
-            # One journal per batch, because commands wait meanwhile. In its own transaction, so that a failure does not
+            # One journal per batch, because commands wait for it. In its own transaction, so that a failure does not
             # undo the batch.
             shorten, job_seq = next(iter(self._to_shorten))
             with contextlib.suppress(DiskFull, StructureDamaged):

@@ -136,7 +136,7 @@ def raising_disk_full() -> Iterator[None]:
 
 
 def has_space(directory: str) -> bool:
-    """Return whether 64 KiB can be allocated in `directory`, which tells a full disk or quota from a broken disk."""
+    """Return whether 64 KiB can be allocated in `directory`. True on errors other than a full disk or quota."""
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
             os.posix_fallocate(file.fileno(), 0, 64 << 10)

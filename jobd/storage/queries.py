@@ -464,7 +464,7 @@ def count_late(db: Database, job_seqs: list[int]) -> dict[int, int]:
 
 
 def _latest_grants(db: Database, job_seq: int) -> list[Grant]:
-    """Return the grants in the latest GRANT_SEARCH_EVENTS events of a job. Batches wait for this, hence the limit."""
+    """Return the grants in the latest GRANT_SEARCH_EVENTS events of a job. Batches wait for it, so it is limited."""
     try:
         rows = db.rows(_GRANTS, (job_seq, GRANT_SEARCH_EVENTS))
     except sqlite3.DatabaseError as error:

@@ -293,7 +293,7 @@ def read_meta(conn: sqlite3.Connection, path: str) -> Database:
 def _settle_epoch(db: Database, path: str) -> bool:
     """Begin a new epoch for a new store, a backup, and a database whose epoch file is missing or newer.
 
-    Return whether a backup or an older copy was put back, so that its grants have to end. An epoch is written to the
+    Return whether a backup or an older copy was restored, so that its grants have to end. An epoch is written to the
     database before the file, so a file that is ahead of its database means that the database is an older copy.
     """
     file = EpochFile(is_current=True) if path == MEMORY else files.read_epoch(path)
@@ -315,7 +315,7 @@ def _settle_epoch(db: Database, path: str) -> bool:
 def _begin_epoch(db: Database, epoch: int, is_restored: bool) -> None:
     """Begin `epoch`. The mark of a backup stays until every grant has ended (Batch.unmark).
 
-    After a backup is put back, clients may have seen events that it lacks. Their numbers are not used again: new events
+    After a restore, clients may have seen events that it lacks. Their numbers are not used again: new events
     begin above them, and a client that resumes from an older number gets an error that later events are gone.
     """
     db.numbers = replace(db.numbers, epoch=epoch, next_token=1)
@@ -376,11 +376,11 @@ def _read_all(db: Database) -> OpenedStore:
         db.quarantined[readable(id_)] = reason
     bad_rows = db.rows("SELECT place, count(*) FROM bad_rows GROUP BY place")
     db.faults += [f"damaged rows of {place} in quarantine: {count}; run `jobd doctor`" for place, count in bad_rows]
-    jobs, in_short = _live_jobs(db)
+    jobs, compact_jobs = _live_jobs(db)
     opened = OpenedStore(
         numbers=db.numbers,
         jobs=jobs,
-        compact_jobs=in_short,
+        compact_jobs=compact_jobs,
         queues=_queues(db),
         keys=_keys(db),
         quarantined={},
@@ -428,8 +428,8 @@ def _live_jobs(db: Database) -> tuple[list[Job], list[CompactJob]]:
     )
     # A damaged tree may return a row twice.
     by_seq = {job.seq: job for job in live.jobs}
-    in_short = {job.seq: job for job in live.compact if job.seq not in by_seq}
-    return list(by_seq.values()), list(in_short.values())
+    compact_jobs = {job.seq: job for job in live.compact if job.seq not in by_seq}
+    return list(by_seq.values()), list(compact_jobs.values())
 
 
 def _scan(db: Database) -> _Live:

@@ -1,4 +1,4 @@
-"""The store on SQLite: one connection with its own thread, and one hop to that thread per batch.
+"""Store jobs in SQLite: one connection with its own thread, and one call of that thread per batch.
 
 `startup.py` opens the database. `database.py`, `queries.py` and `quarantine.py` run in the storage thread.
 """
@@ -50,7 +50,7 @@ YIELD_S: Final = 0.002  # a batch of a dozen commands reaches COMMIT in a fifth 
 
 
 class StoreConnection(aiosqlite.Connection):
-    """An aiosqlite connection that runs whole functions in its thread, because each call costs a thread hop."""
+    """An aiosqlite connection that runs whole functions in its thread, because each call costs a switch of threads."""
 
     async def run_in_thread(self, fn: Callable[..., T], *args: Any) -> T:
         """Run `fn` in the connection's thread, after all earlier calls."""
@@ -159,9 +159,9 @@ class Store(Storage):
         """Run `fn` in the storage thread. Calls `on_broken` if it leaves the content of the disk unknown."""
         return await self._watch(self._connection.run_in_thread(fn, *args))
 
-    async def _watch(self, hop: Awaitable[T]) -> T:
+    async def _watch(self, call: Awaitable[T]) -> T:
         try:
-            return await hop
+            return await call
         except Exception as error:
             if self._database.is_broken:
                 self.on_broken(error)

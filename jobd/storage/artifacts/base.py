@@ -29,7 +29,7 @@ class Margins(Struct, frozen=True):
 
 
 MARGINS: Final = Margins()
-PIECE_BYTES: Final = 256 << 10  # read in one go
+PIECE_BYTES: Final = 256 << 10  # per read
 
 
 class ArtifactStoreError(Exception):
@@ -45,7 +45,7 @@ class Deletion(Struct, frozen=True):
 
 
 class ArtifactReader(Protocol):
-    """Reads one object of `size` bytes, even if another object replaces it meanwhile."""
+    """Reads one object of `size` bytes, even if another object replaces it during the read."""
 
     size: int
 
@@ -65,7 +65,7 @@ class ArtifactStore(Protocol):
         """Open the object `key` for reading; None if there is none. Raises ArtifactStoreError."""
 
     async def delete(self, key: str, judge: Judge) -> Deletion:
-        """Delete the object `key` if `judge` agrees, but not an object that replaces it meanwhile.
+        """Delete the object `key` if `judge` agrees, but not an object that replaces it in the meantime.
 
         The deletion is durable when this returns. Raises ArtifactStoreError.
         """

@@ -248,7 +248,7 @@ def _settle(calls: Calls, future: asyncio.Future[Any], result: Any, error: BaseE
 
 
 def _delete_in(folder: int, name: str, judge: Judge) -> Deletion:
-    """Delete a file that was judged, but no file that replaces it meanwhile.
+    """Delete a file that was judged, but not a file that replaces it in the meantime.
 
     `unlink` deletes any file that has the name by then. So this renames the file to a name that no other program uses,
     and compares it again. A crash in between leaves the renamed file, which the next attempt finds.
