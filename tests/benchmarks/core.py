@@ -1,8 +1,8 @@
-"""Where the time of a command goes, step by step, without sockets: `python -m tests.benchmarks.core` prints JSON.
+"""Measure each step of a command without sockets: `python -m tests.benchmarks.core` prints JSON.
 
-Batches of creates, then claims, then completes go through the steps that a request goes through: its body is decoded,
-the batch is decided, written with fsync, and each answer is encoded. Times are microseconds for one command, the
-median over the rounds; the sum is not what a request costs, as HTTP and the change of threads are missing.
+Batches of creates, then claims, then completes pass the steps of a request: decode the bodies, decide the batch, write
+it with fsync, and encode the responses. Times are microseconds per command, the median over the rounds. The sum is less
+than the cost of a request, because HTTP and the change of threads are missing.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ SHAPES: Final[dict[type[Command], RequestDecoder]] = {
 }
 
 
-class Waiter:
-    """Somebody who waits for an answer, and gets none: only the steps before are measured."""
+class DroppingResponder:
+    """A responder that drops its response: only the steps before it are measured."""
 
     def done(self) -> bool:
         return False
@@ -53,7 +53,7 @@ class Waiter:
 
 
 class Steps:
-    """The core of a daemon, and how long each of its steps took for one command."""
+    """The core of a daemon. `times` has the microseconds per command of each step."""
 
     def __init__(self, tables: Database) -> None:
         self.times: defaultdict[str, list[float]] = defaultdict(list)
@@ -70,7 +70,7 @@ class Steps:
         self._began = time.monotonic_ns()
 
     def lifecycle(self, size: int) -> None:
-        """So many jobs created, claimed, completed: three batches."""
+        """Create, claim and complete `size` jobs in three batches."""
         self._batch(Create, [(f'{{"payload":{PAYLOAD}}}'.encode(), None)] * size)
         claims = [(f'{{"worker":"w-{number}"}}'.encode(), None) for number in range(size)]
         granted = [answer.grants[0] for answer in self._batch(Claim, claims)]
@@ -79,7 +79,9 @@ class Steps:
     def _batch(self, kind: type[Command], bodies: Sequence[tuple[bytes, str | None]]) -> list[Response]:
         shape, count = SHAPES[kind], len(bodies)
         commands: list[Any] = self._timed("decode", count, lambda: [shape.from_body(*body) for body in bodies])
-        envelopes = [Envelope(Call(each, "client", secrets.token_bytes(16)), None, 0, Waiter()) for each in commands]
+        envelopes = [
+            Envelope(Call(each, "client", secrets.token_bytes(16)), None, 0, DroppingResponder()) for each in commands
+        ]
         now, lease = time.time_ns() // 1_000_000, (time.monotonic_ns() - self._began) // 1_000_000
         at = Moment(now, lease, now - lease)
         plan = self._timed("decide", count, lambda: self._decider.decide(envelopes, at, Known(), self._policy))
@@ -87,7 +89,7 @@ class Steps:
         plan.fill(self._timed("write and fsync", count, lambda: self._tables.write(batch, 0)))
         self._timed("note", count, lambda: self._note(plan))
         answers = [answer for _, answer in plan.replies if isinstance(answer, Response)]
-        assert len(answers) == count, "no refusal is measured"
+        assert len(answers) == count, "an error was measured"
         self._timed("encode", count, lambda: list(map(response_line, answers)))
         return answers
 

@@ -1,10 +1,10 @@
-"""Where the daemon's time goes under load, by a sampling profiler: `python -m tests.benchmarks.profile` prints JSON.
+"""Profile the daemon under load with a sampling profiler: `python -m tests.benchmarks.profile` prints JSON.
 
-Wants py-spy (`pip install py-spy`; it may need root) on the PATH. Samples are of the thread that holds the interpreter,
-as it is the interpreter that there is too little of: not of SQLite and the disk at their own work. A sample counts for
-the step of a request's walk in whose room the innermost function of ours is, with what C does for it. `held` is
-the share of the time in which anybody has it, `cores` what the event loop and the store's thread take of the two.
-`--sources DIR` profiles the jobd of another tree, such as an older version's.
+Requires py-spy (`pip install py-spy`; it may need root) on the PATH. Samples are taken of the thread that holds the
+GIL, because the GIL is the bottleneck; the work of SQLite and the disk outside of it is not sampled. A sample counts
+for the step whose package contains jobd's innermost function, together with the library code that it calls. `held` is
+the share of time in which some thread holds the GIL, `cores` the CPU time of the event loop and of the storage thread.
+`--sources DIR` profiles the jobd of another tree, such as an older version.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, Final
 from tests import ROOT
 from tests.benchmarks.stage import BenchDaemon
 
-RATE: Final = 200  # samples a second
+RATE: Final = 200  # per second
 TOP: Final = 25
 # A frame belongs to the step of its package, or of its module if that is listed.
 STEPS: Final = {
@@ -46,21 +46,21 @@ _FRAME: Final = re.compile(r"^(?P<name>.+) \((?P<file>[^:()]+)(:\d+)?\)$")
 
 
 def profile(kind: str, seconds: float, sources: Path) -> tuple[list[str], dict[str, Any]]:
-    """Stacks with their counts, as py-spy writes them; what was done a second, and the cores that each thread took."""
+    """Return stacks with their counts as py-spy writes them, and figures of a run without the profiler."""
     with tempfile.TemporaryDirectory() as directory:
         stage = BenchDaemon(None)
         with contextlib.chdir(sources), stage:
-            os.chdir(ROOT)  # the daemon is the other tree's, the load is ours
-            stage.load(kind, seconds=1.0)  # it is warm, then
+            os.chdir(ROOT)  # the daemon runs from the other tree, the load from this one
+            stage.load(kind, seconds=1.0)  # warm up
             output = Path(directory) / "stacks"
             words = ["py-spy", "record", "--pid", str(stage.pid), "--duration", f"{seconds:.0f}"]
             words += ["--rate", str(RATE), "--gil", "--format", "raw", "--output", str(output)]
             with ThreadPoolExecutor(1) as beside:
                 load = beside.submit(stage.load, kind, seconds=seconds + 3.0)
-                time.sleep(1.0)  # it has begun, then, and ends after the last sample
+                time.sleep(1.0)  # the load starts before the first sample and ends after the last one
                 subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
                 load.result()
-            # By itself: the profiler stops the daemon for each sample.
+            # In a separate run, because the profiler stops the daemon for each sample.
             before = _cpu_s(stage.pid)
             figures = stage.load(kind, seconds=seconds)
             cores = _shares(stage.pid, before, _cpu_s(stage.pid), seconds)
@@ -68,13 +68,13 @@ def profile(kind: str, seconds: float, sources: Path) -> tuple[list[str], dict[s
 
 
 def _cpu_s(pid: int) -> dict[int, float]:
-    """Seconds of CPU of each thread of a process."""
+    """Return the CPU seconds of each thread of a process."""
     tasks = Path(f"/proc/{pid}/task")
     return {int(task.name): int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks.iterdir()}
 
 
 def _shares(pid: int, before: dict[int, float], after: dict[int, float], passed_s: float) -> dict[str, float]:
-    """Cores of the loop, of the thread that took most beside it (the store's), and of all others."""
+    """Return the cores used by the event loop, by the busiest other thread (storage), and by all others."""
     took = {task: (cpu_s - before.get(task, 0.0)) / passed_s for task, cpu_s in after.items()}
     loop = took.pop(pid)
     store, *others = sorted(took.values(), reverse=True)
@@ -82,14 +82,14 @@ def _shares(pid: int, before: dict[int, float], after: dict[int, float], passed_
 
 
 def frames(stack: str) -> Iterator[tuple[str, str]]:
-    """Name and file of each function, the innermost first."""
+    """Yield name and file of each function, innermost first."""
     for frame in reversed(stack.split(";")):
         if (match := _FRAME.match(frame)) is not None:
             yield match["name"], match["file"]
 
 
 def place_of(stack: str) -> tuple[str, str]:
-    """The step, and the innermost function of ours with the library's below it."""
+    """Return the step, and jobd's innermost function with the library function below it."""
     inner = ""
     for name, file in frames(stack):
         path = Path(file)
@@ -104,19 +104,19 @@ def place_of(stack: str) -> tuple[str, str]:
 
 def summed(lines: list[str]) -> dict[str, Any]:
     steps: Counter[str] = Counter()
-    packages: Counter[str] = Counter()
+    modules: Counter[str] = Counter()
     functions: Counter[str] = Counter()
     for line in lines:
         stack, _, count = line.rpartition(" ")
         step, function = place_of(stack)
         steps[step] += int(count)
-        packages[function.partition(".")[0]] += int(count)
+        modules[function.partition(".")[0]] += int(count)
         functions[function] += int(count)
     whole = steps.total()
     return {
         "samples": whole,
         "percent": {step: round(100 * count / whole, 1) for step, count in steps.most_common()},
-        "rooms": {name: round(100 * count / whole, 1) for name, count in packages.most_common(TOP)},
+        "modules": {name: round(100 * count / whole, 1) for name, count in modules.most_common(TOP)},
         "functions": {name: round(100 * count / whole, 1) for name, count in functions.most_common(TOP)},
     }
 
@@ -128,10 +128,10 @@ def main() -> None:
     options.add_argument("--sources", type=Path, default=ROOT)
     chosen = options.parse_args()
     if shutil.which("py-spy") is None:
-        sys.exit("py-spy is not there: pip install py-spy")
+        sys.exit("py-spy is not installed: pip install py-spy")
     stacks, figures = profile(chosen.kind, chosen.seconds, chosen.sources)
     found = summed(stacks)
-    held = {"held": round(found["samples"] / RATE / chosen.seconds, 3)}  # of the time somebody has the interpreter
+    held = {"held": round(found["samples"] / RATE / chosen.seconds, 3)}
     print(json.dumps({**figures, **held, **found}, indent=1))
 
 

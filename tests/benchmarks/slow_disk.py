@@ -1,8 +1,9 @@
 """Measure throughput and reads on a disk with slow syncs: `python -m tests.benchmarks.slow_disk` prints JSON.
 
-The disk is made slow with strace, which stands beside the daemon in both runs; needs root. Of each run: lifecycles a
-second, what the commits were, and how long looks at a live job took beside them. `explained` is how much of the time
-the disk was at work: near 1 nothing else holds the work up, and each commit carries what came during the one before.
+strace slows the disk down and is attached in both runs, so this needs root. For each run: lifecycles per second,
+figures of the commits, and the duration of concurrent reads of a live job. `explained` is the share of time spent in
+commits: near 1, nothing else delays the work, and each commit carries the commands that arrived during the previous
+one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tests.proof.faults.slow_disk import FIRST_SLOW_SYNC
 from tests.proof.faults.strace import SYNCS, Strace
 from tests.support.daemon_process import Daemon, call
 
-REST_S: Final = 0.005  # the pace of the looks, which shall not be the load: nothing is waited for
+PAUSE_S: Final = 0.005  # between two reads, so that the reads are not a load themselves
 SUMS: Final = ("jobd_commit_seconds_count", "jobd_commit_seconds_sum", "jobd_batch_commands_sum")
 
 
@@ -34,39 +35,39 @@ def measure(delay_ms: float, seconds: float, connections: int) -> dict[str, floa
     with tempfile.TemporaryDirectory() as directory, Daemon.not_started(Path(directory), "") as daemon:
         Strace(daemon, SYNCS, f"fdatasync:delay_enter={delay_ms * 1000:.0f}:when={FIRST_SLOW_SYNC}+")
         daemon.start()
-        assert daemon.post("/v1/jobs", {"id": "looked-at", "queue": "aside"}).status == 201
+        assert daemon.post("/v1/jobs", {"id": "read", "queue": "aside"}).status == 201
         request = msgspec.json.encode(LoadRequest("lifecycle", daemon.socket, seconds=seconds, connections=connections))
         before, began_s = sums(daemon), time.perf_counter()
         load = subprocess.Popen(
             [sys.executable, "-m", "tests.benchmarks.load", request.decode()], stdout=subprocess.PIPE, text=True
         )
-        looks_ms = look(daemon, load)
+        reads_ms = read_repeatedly(daemon, load)
         took_s, after = time.perf_counter() - began_s, sums(daemon)
         assert load.stdout is not None
         figures: dict[str, Any] = json.loads(load.stdout.read())
         assert load.wait() == 0
         assert daemon.stop() == 0
     commits, in_commits_s, commands = (after[name] - before[name] for name in SUMS)
-    percent = statistics.quantiles(looks_ms, n=100)
+    percent = statistics.quantiles(reads_ms, n=100)
     return {
         "lifecycles_per_s": round(figures["lifecycles_per_s"]),
         "commands_per_commit": round(commands / commits, 1),
         "commit_ms": round(in_commits_s / commits * 1000, 2),
         "explained": round(in_commits_s / took_s, 3),
-        "look_p50_ms": round(percent[49], 2),
-        "look_p99_ms": round(percent[98], 2),
+        "read_p50_ms": round(percent[49], 2),
+        "read_p99_ms": round(percent[98], 2),
     }
 
 
-def look(daemon: Daemon, load: subprocess.Popen[str]) -> list[float]:
-    """Look at one live job as long as the load runs: how long each look took, in ms."""
+def read_repeatedly(daemon: Daemon, load: subprocess.Popen[str]) -> list[float]:
+    """Read one live job repeatedly while the load runs; return the duration of each read in ms."""
     found = []
     with closing(daemon.worker()) as connection:
         while load.poll() is None:
             began_s = time.perf_counter()
-            assert call(connection, "GET", "/v1/jobs/looked-at").status == 200
+            assert call(connection, "GET", "/v1/jobs/read").status == 200
             found.append((time.perf_counter() - began_s) * 1000)
-            time.sleep(REST_S)
+            time.sleep(PAUSE_S)
     return found
 
 
@@ -81,7 +82,7 @@ def main() -> None:
     options.add_argument("--delay-ms", type=float, default=20.0)
     options.add_argument("--seconds", type=float, default=5.0)
     options.add_argument("--connections", type=int, nargs="*", default=[16, 64])
-    options.add_argument("--runs", type=int, default=3, help="of which the median is told")
+    options.add_argument("--runs", type=int, default=3, help="number of runs; the median is printed")
     chosen = options.parse_args()
     found: dict[str, Any] = {"delay_ms": chosen.delay_ms}
     for connections in chosen.connections:

@@ -1,9 +1,9 @@
-"""Where the time of one turn of the actor goes while clients ask: `python -m tests.benchmarks.turns` prints JSON.
+"""Measure the steps of one turn of the actor under load: `python -m tests.benchmarks.turns` prints JSON.
 
-A turn is decided; its rows are written, for which the event loop stands still; its COMMIT goes to the disk, beside
-which answers leave and requests are read; the rest of them follows. Microseconds for a turn, the mean over all but the
-first, how long of each the event loop was on a processor, and how many of the turns had so many commands. The daemon is
-the real one: what measures is put around two of its calls as it starts.
+In a turn the batch is decided and its rows are written while the event loop waits. During its COMMIT the loop sends
+responses and reads requests; the rest follows. Shown are the mean microseconds of each step without the first turns,
+the part of it in which the loop was on a processor, and how many turns had each number of commands. The daemon is the
+real one, with two of its functions wrapped at the start.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any, Final
 
 from tests.benchmarks.stage import BenchDaemon
 
-SKIPPED: Final = 4  # one of so many turns, the first ones: the daemon is warm, then
+SKIPPED: Final = 4  # the first quarter of the turns, while the daemon warms up
 STEPS: Final = ("decide", "gather", "rows", "commit", "rest")  # in the order of a turn
-TOLD: Final = "TURNS_TOLD"  # names the file for what was measured
+OUTPUT: Final = "TURNS_OUTPUT"  # environment variable with the path of the output
 AROUND: Final = """
 import atexit, json, os, sys
 from time import perf_counter as wall, thread_time as busy
@@ -62,7 +62,7 @@ def around():
 
     commands = [0]
     Decider.decide, StoreConnection.run_yielding_gil = decided, hop
-    atexit.register(lambda: open(os.environ["TURNS_TOLD"], "w").write(json.dumps(turns)))
+    atexit.register(lambda: open(os.environ["TURNS_OUTPUT"], "w").write(json.dumps(turns)))
 
 if "serve" in sys.orig_argv:
     around()
@@ -73,7 +73,7 @@ def measure(kind: str, seconds: float, connections: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "sitecustomize.py").write_text(AROUND)
         output = Path(directory) / "turns"
-        os.environ |= {"PYTHONPATH": directory, TOLD: str(output)}
+        os.environ |= {"PYTHONPATH": directory, OUTPUT: str(output)}
         with BenchDaemon(None) as stage:
             stage.load(kind, seconds=1.0, connections=connections)
             figures = stage.load(kind, seconds=seconds, connections=connections)
@@ -84,7 +84,7 @@ def measure(kind: str, seconds: float, connections: int) -> dict[str, Any]:
 
 
 def means(turns: list[Any]) -> dict[str, Any]:
-    """Of each step how long it took, and how long of that the loop was on a processor."""
+    """Return the mean duration of each step, and the part of it in which the loop was on a processor."""
     passed, busy = ([0.0] * len(STEPS) for _ in range(2))
     for *marks, _ in turns:
         for step in range(len(STEPS)):

@@ -90,9 +90,9 @@ def save_history(directory: Path) -> None:
         created, done = (max(int(chance.gauss(rate, rate**0.6)), 0) for _ in range(2))
         return [created, done, int(done * chance.uniform(0, 0.1))]
 
-    def past(span_ms: int, most: int) -> dict[int, list[int]]:
+    def past(span_ms: int, max_count: int) -> dict[int, list[int]]:
         last = now // span_ms
-        return {step: counted(step * span_ms, span_ms) for step in range(last - most, last)}
+        return {step: counted(step * span_ms, span_ms) for step in range(last - max_count, last)}
 
     timeseries = SavedTimeseries(now - SLOTS * SLOT_MS, past(STEP_MS, STEPS), past(SLOT_MS, SLOTS))
 

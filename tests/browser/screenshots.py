@@ -54,7 +54,7 @@ SCENES: Final[dict[str, Callable[[Scene], None]]] = {
     "empty": lambda daemon: None,
     "busy": make_busy,
     "trouble": make_trouble,
-    "crowd": lambda daemon: fill(daemon, 100_000, in_work=1_000, failed=5_000, completed=5_000),
+    "crowd": lambda daemon: fill(daemon, 100_000, processing=1_000, failed=5_000, completed=5_000),
 }
 WIDTHS: Final = {"wide": 1280, "phone": 390}
 README: Final[dict[str, tuple[Literal["light", "dark"], str]]] = {

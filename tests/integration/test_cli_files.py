@@ -172,7 +172,7 @@ def test_only_a_regular_file_is_replaced(running: Running, tmp_path: Path, verb:
 
 
 def test_a_backup_follows_a_symlink(running: Running, tmp_path: Path) -> None:
-    """Also to what is not there yet."""
+    """Also for a file that does not exist."""
     link, target = tmp_path / "latest.db", tmp_path / "disk" / "today.db"
     target.parent.mkdir()
     link.symlink_to(target)
@@ -188,7 +188,7 @@ def test_a_backup_follows_a_symlink(running: Running, tmp_path: Path) -> None:
 def test_a_backup_is_not_written_beside_the_log_of_another_database(
     running: Running, tmp_path: Path, suffix: str, is_there: bool
 ) -> None:
-    """SQLite would read it into the copy."""
+    """SQLite would apply that log to the copy."""
     target = tmp_path / "killed.db"
     if is_there:
         target.write_bytes(b"old")

@@ -145,7 +145,7 @@ def test_a_dry_run_respects_a_required_download_url(
 
 
 def _came_late(running: Running, jobctl: Ctl, *ids: str) -> None:
-    """Failed jobs in a queue of this name, to each of which a result came late."""
+    """Create failed jobs in a queue of this name, each with a late result."""
     for job_id in ids:
         running.client.create_job(id=job_id, queue=ids[0])
         grant = running.client.claim("w-late", queues=[ids[0]])[0]

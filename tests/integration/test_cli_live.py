@@ -183,7 +183,7 @@ def test_rates_cover_a_window() -> None:
     now[0] += 5
     assert rates(120) == (1.2, 13.0)  # the window starts at the last sample before it
     now[0] += 20
-    assert rates(10) == (0.0, 20.0)  # it was killed, and counts on from earlier
+    assert rates(10) == (0.0, 20.0)  # the daemon was killed and continues from an earlier count
 
 
 def drawn(frame: TopFrame, *, width: int, height: int, note: str = "") -> list[str]:
@@ -270,7 +270,7 @@ def test_a_frame_in_a_pipe_is_complete_and_a_long_name_moves_only_its_line() -> 
 
 
 class Counted:
-    """An admin client that keeps what it was asked about queues."""
+    """An admin client that records its queries for queues."""
 
     def __init__(self, client: AdminClient) -> None:
         self._client = client
@@ -339,7 +339,7 @@ def test_without_a_terminal_top_names_its_options(jobctl: Any) -> None:
 
 
 class Terminal:
-    """jobctl top on a terminal of its own."""
+    """jobctl top on its own terminal."""
 
     def __init__(self, daemon: Daemon, **more: str) -> None:
         self.said = b""
@@ -380,7 +380,7 @@ class Terminal:
         try:
             while True:
                 self.said += self._read()
-        except OSError:  # EIO: no process has it open any more
+        except OSError:  # EIO: no process has the terminal open
             os.close(self._ours)
         return self.process.wait()
 

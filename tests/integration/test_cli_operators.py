@@ -163,8 +163,8 @@ def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Ctl) -> None:
     assert jobctl.run("retry", "--where", "queue=nothing", "-y") == (0, "", "No job matches.\n")
     assert jobctl.ok("cancel", *where, "-y") == "cancel: 3 jobs done\n"
     assert jobctl.ok("delete", *where, "-y") == "delete: 3 jobs done\n"
-    what = [each["what"] for each in jobctl.json("audit", "--since", "1h", "--limit", "5")["entries"]]
-    assert what == ["plan-delete", "plan-cancel", "plan-retry", "plan-retry", "plan-force-fail"]
+    actions = [each["what"] for each in jobctl.json("audit", "--since", "1h", "--limit", "5")["entries"]]
+    assert actions == ["plan-delete", "plan-cancel", "plan-retry", "plan-retry", "plan-force-fail"]
 
 
 def test_apply_does_what_the_plan_showed(jobctl: Ctl, running: Running) -> None:
@@ -226,8 +226,8 @@ def test_several_named_jobs_make_a_plan(jobctl: Ctl, running: Running) -> None:
     running.client.start_processing("nj3", "w-hung")
     assert jobctl.ok("force-reset", "--where", "worker=w-hung", "-y") == "force-reset: 1 job done\n"
     assert running.client.get_job("nj3").status == "queued"
-    what = [each["what"] for each in jobctl.json("audit", "--since", "1h", "--limit", "4")["entries"]]
-    assert what == ["plan-force-reset", "plan-delete", "plan-force-reset", "plan-force-fail"]
+    actions = [each["what"] for each in jobctl.json("audit", "--since", "1h", "--limit", "4")["entries"]]
+    assert actions == ["plan-force-reset", "plan-delete", "plan-force-reset", "plan-force-fail"]
 
 
 def test_every_action_takes_a_reason(jobctl: Ctl) -> None:

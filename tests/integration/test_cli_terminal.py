@@ -49,7 +49,7 @@ def test_a_confirmed_action_applies_to_the_job_as_shown(
     job_id = f"seen-{verb}"
 
     def come_back() -> None:
-        """The job goes away and comes back to the status that was seen."""
+        """Change the job and return it to the status that the operator saw."""
         if before == "queued":
             jobctl.ok("force-fail", job_id, "-y")
         jobctl.ok("force-reset", job_id, "-y")
@@ -171,7 +171,7 @@ def test_the_adopted_result_is_the_one_that_was_shown(running: Running, jobctl: 
     running.client.create_job(id="late-1", queue="late-1")
 
     def move_to(path: str) -> None:
-        """A worker loses the job and completes it all the same."""
+        """Let a worker lose the job and complete it all the same."""
         grant = running.client.start_processing("late-1", f"w-{path}")
         jobctl.ok("force-reset", "late-1", "-y")
         with pytest.raises(LockLost):
@@ -202,7 +202,7 @@ def test_the_effect_on_several_jobs_is_shown_before_the_question(running: Runnin
 
 
 def _drawn(running: Running, module: str, *argv: str, no_color: str) -> str:
-    """What a terminal as stdout and stderr is sent."""
+    """Return the output of a program whose stdout and stderr are a terminal."""
     ours, theirs = pty.openpty()
     env = {**running.env, **running.places, "NO_COLOR": no_color, "TERM": "xterm-256color"}
     command = [sys.executable, "-m", module, *argv]
@@ -238,7 +238,7 @@ def test_no_color_prevents_every_escape_sequence(
     assert "\x1b" not in plain
     assert plain.strip()
     if argv[0] in ("jobs", "job", "health", "backup"):
-        assert "\x1b[" in _drawn(running, module, *argv, no_color="")  # an empty one means nothing
+        assert "\x1b[" in _drawn(running, module, *argv, no_color="")  # an empty NO_COLOR has no effect
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from jobd.client import AdminClient
 from tests import ROOT
 from tests.support.cli_harness import TOKEN, Running
 
-# Payloads as callers write them: what a detour through Python's values would change.
+# Payloads as callers write them. A conversion to Python values and back would change them.
 ODD: Final = [
     '{"b":1,"a":2,"b":3}',
     "[1e999, 1.0, 1.10, 12345678901234567890123456789, -0]",
@@ -32,7 +32,7 @@ MANY: Final = 450  # pages of 200
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     daemon = Running(tmp_path_factory.mktemp("here"))
     fill(daemon)
     yield daemon
@@ -40,7 +40,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 @pytest.fixture
-def there(tmp_path: Path) -> Iterator[Running]:
+def target(tmp_path: Path) -> Iterator[Running]:
     """An empty daemon."""
     daemon = Running(tmp_path)
     yield daemon
@@ -91,27 +91,27 @@ def ids(lines: list[bytes]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_export_and_import_preserve_every_job(here: Running, there: Running, tmp_path: Path) -> None:
+def test_export_and_import_preserve_every_job(source: Running, target: Running, tmp_path: Path) -> None:
     file = tmp_path / "jobs.ndjson"
-    assert here.done("jobd.cli.ctl.main", "export", str(file)).returncode == 0
+    assert source.done("jobd.cli.ctl.main", "export", str(file)).returncode == 0
     assert file.stat().st_mode & 0o777 == 0o600
     lines = file.read_bytes().splitlines()
     assert len(lines) == len(ODD) + MANY + 7
-    assert here.done("jobd.cli.ctl.main", "export", str(file)).returncode == 2, "it is there already"
-    assert here.done("jobd.cli.ctl.main", "export", str(file), "--yes").returncode == 0
+    assert source.done("jobd.cli.ctl.main", "export", str(file)).returncode == 2, "it is there already"
+    assert source.done("jobd.cli.ctl.main", "export", str(file), "--yes").returncode == 0
     assert file.read_bytes().splitlines() == lines, "an export changes nothing"
-    preview = there.done("jobd.cli.ctl.main", "import", "--dry-run", str(file))
+    preview = target.done("jobd.cli.ctl.main", "import", "--dry-run", str(file))
     assert preview.returncode == 0
     assert len(preview.stdout.splitlines()) == len(lines)
     assert preview.stderr == f"{len(lines)} would be imported, 0 skipped, 0 rejected\n"
     assert "(many-7): would be created as queued" in preview.stdout
-    assert there.client.list_jobs().jobs == []  # nothing was written
-    moved = there.done("jobd.cli.ctl.main", "import", str(file))
+    assert target.client.list_jobs().jobs == []  # nothing was written
+    moved = target.done("jobd.cli.ctl.main", "import", str(file))
     assert moved.stdout == f"{len(lines)} imported, 0 skipped, 0 rejected\n"
-    again = exported(there)
-    assert ids(again) == ids(lines), "the order of creation is the order of the queue"
-    ended = {"half": "queued", "begun": "queued"}  # attempts are left, or nothing was done yet
-    for before, after in zip(lines, again, strict=True):
+    exported_lines = exported(target)
+    assert ids(exported_lines) == ids(lines), "the order of creation is the order of the queue"
+    ended = {"half": "queued", "begun": "queued"}  # attempts are left, or the job had no progress
+    for before, after in zip(lines, exported_lines, strict=True):
         name = json.loads(before)["id"]
         if name in ended:
             assert json.loads(before)["status"] == "processing"
@@ -121,32 +121,32 @@ def test_export_and_import_preserve_every_job(here: Running, there: Running, tmp
         else:
             assert after == before, name
     for number, payload in enumerate(ODD):
-        stored = bytes(there.client.get_job(f"odd-{number}").payload)  # type: ignore[arg-type]
+        stored = bytes(target.client.get_job(f"odd-{number}").payload)  # type: ignore[arg-type]
         assert stored == payload.replace("\n", " ").replace("\r", " ").encode(), (
             "line breaks between the parts are spaces now"
         )
-    assert there.done("jobd.cli.ctl.main", "import", str(file)).stdout.startswith(f"0 imported, {len(lines)} skipped")
+    assert target.done("jobd.cli.ctl.main", "import", str(file)).stdout.startswith(f"0 imported, {len(lines)} skipped")
 
 
-def test_defaults_of_the_daemon_are_not_exported(here: Running) -> None:
-    lines = {json.loads(line)["id"]: json.loads(line) for line in exported(here)}
+def test_defaults_of_the_daemon_are_not_exported(source: Running) -> None:
+    lines = {json.loads(line)["id"]: json.loads(line) for line in exported(source)}
     assert (lines["gone"]["stuck_after_ms"], lines["gone"]["max_processing_ms"]) == (None, None)
     assert (lines["whole"]["stuck_after_ms"], lines["whole"]["max_processing_ms"]) == (5_000, 0)
     assert "lock" not in json.dumps(lines["begun"])
 
 
 @pytest.mark.slow
-def test_an_export_can_be_filtered(here: Running) -> None:
-    assert ids(exported(here, "--status", "cancelled")) == ["gone"]
-    assert ids(exported(here, "--queue", "films", "--status", "processing")) == ["half", "begun"]
-    assert ids(exported(here, "--kind", "film")) == ["whole", "done", "wrong", "again", "gone", "half", "begun"]
-    assert ids(exported(here, "--queue", "many")) == [f"many-{number}" for number in range(MANY)]
-    assert exported(here, "--queue", "nowhere") == []
+def test_an_export_can_be_filtered(source: Running) -> None:
+    assert ids(exported(source, "--status", "cancelled")) == ["gone"]
+    assert ids(exported(source, "--queue", "films", "--status", "processing")) == ["half", "begun"]
+    assert ids(exported(source, "--kind", "film")) == ["whole", "done", "wrong", "again", "gone", "half", "begun"]
+    assert ids(exported(source, "--queue", "many")) == [f"many-{number}" for number in range(MANY)]
+    assert exported(source, "--queue", "nowhere") == []
 
 
-def test_a_terminal_shows_progress(here: Running) -> None:
+def test_a_terminal_shows_progress(source: Running) -> None:
     main_end, terminal = pty.openpty()
-    process = here.start("jobd.cli.ctl.main", "export", stdout=subprocess.DEVNULL, stderr=terminal)
+    process = source.start("jobd.cli.ctl.main", "export", stdout=subprocess.DEVNULL, stderr=terminal)
     os.close(terminal)
     seen = b""
     while True:
@@ -164,16 +164,16 @@ def test_a_terminal_shows_progress(here: Running) -> None:
 
 
 def test_a_file_that_cannot_be_written_says_so(
-    here: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in here.places.items():
+    for name, value in source.places.items():
         monkeypatch.setenv(name, value)
     assert main.main(["export", str(tmp_path / "nowhere" / "jobs")]) == 74
     assert "No such file" in capsys.readouterr().err
 
 
-def test_export_reads_page_after_page(here: Running) -> None:
-    with AdminClient(here.places["JOBD_ADMIN_URL"], token=TOKEN) as admin:
+def test_export_reads_page_after_page(source: Running) -> None:
+    with AdminClient(source.places["JOBD_ADMIN_URL"], token=TOKEN) as admin:
         cursor: str | None = None
         found: list[Any] = []
         while True:
@@ -182,16 +182,16 @@ def test_export_reads_page_after_page(here: Running) -> None:
             found += page.lines
             if (cursor := page.next_cursor) is None:
                 break
-        assert found == list(admin.export_jobs()) == exported(here)
+        assert found == list(admin.export_jobs()) == exported(source)
 
 
 @pytest.mark.slow
-def test_a_dry_run_of_an_import_gives_reasons(there: Running, tmp_path: Path) -> None:
-    there.client.create_job(id="old")
+def test_a_dry_run_of_an_import_gives_reasons(target: Running, tmp_path: Path) -> None:
+    target.client.create_job(id="old")
     file = tmp_path / "jobs.ndjson"
     file.write_text('{"id":"a"}\n{"id":"old"}\n{"id":"a"}\n{"id":"b","priority":7000}\n', encoding="utf-8")
-    preview = there.done("jobd.cli.ctl.main", "import", str(file), "--dry-run")
-    assert preview.returncode == 1  # as the import itself
+    preview = target.done("jobd.cli.ctl.main", "import", str(file), "--dry-run")
+    assert preview.returncode == 1  # as in the import itself
     lines = preview.stdout.splitlines()
     assert lines[:3] == [
         "line 1 (a): would be created as queued",
@@ -200,5 +200,5 @@ def test_a_dry_run_of_an_import_gives_reasons(there: Running, tmp_path: Path) ->
     ]
     assert lines[3].startswith("line 4 (b): would be rejected: ")
     assert "priority" in lines[3]
-    shown = there.done("jobd.cli.ctl.main", "import", str(file), "--dry-run", "--json")
+    shown = target.done("jobd.cli.ctl.main", "import", str(file), "--dry-run", "--json")
     assert json.loads(shown.stdout)["wouldRefuse"] == 1

@@ -34,18 +34,18 @@ KIND = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}
 class Stream:
     """A raw command stream: head, sent chunks, received chunks."""
 
-    def __init__(self, line: RawConnection) -> None:
-        self.line = line
+    def __init__(self, client: RawConnection) -> None:
+        self.line = client
         self._heard = b""
 
     @classmethod
     async def open(cls, harness: HttpHarness, **headers: str) -> Stream:
-        line = await harness.connect()
-        line.send(request_bytes("POST", "/v1/commands", None, {**KIND, **headers}))
-        head = await line.reader.readuntil(b"\r\n\r\n")
+        client = await harness.connect()
+        client.send(request_bytes("POST", "/v1/commands", None, {**KIND, **headers}))
+        head = await client.reader.readuntil(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 200 "), head
         assert b"application/x-ndjson" in head
-        return cls(line)
+        return cls(client)
 
     def raw(self, data: bytes) -> None:
         """Send one chunk."""
@@ -283,8 +283,8 @@ async def test_the_life_of_a_job(server: WorkerApiServer) -> None:
     assert (answer["data"]["status"], answer["data"]["metadata"]) == ("completed", {"n": 1})
     stream.end()
     assert await stream.hear() is None
-    again = await stream.line.request("GET", "/v1/jobs/j")  # the connection stays open
-    assert again.data["status"] == "completed"
+    repeated = await stream.line.request("GET", "/v1/jobs/j")  # the connection stays open
+    assert repeated.data["status"] == "completed"
 
 
 async def test_responses_come_in_the_order_of_the_lines(server: WorkerApiServer) -> None:
@@ -474,10 +474,10 @@ async def test_a_stream_requires_its_content_type_and_a_token(tmp_path: Path, ha
 
 
 async def test_a_stream_sends_100_continue(harness: HttpHarness) -> None:
-    line = await harness.connect()
-    line.send(request_bytes("POST", "/v1/commands", None, {**KIND, "Expect": "100-continue"}))
-    assert (await line.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
-    assert (await line.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+    client = await harness.connect()
+    client.send(request_bytes("POST", "/v1/commands", None, {**KIND, "Expect": "100-continue"}))
+    assert (await client.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 100 ")
+    assert (await client.reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
 
 
 def test_the_admin_api_has_no_command_stream() -> None:
@@ -621,13 +621,13 @@ async def test_a_stream_that_begins_during_a_stop_ends_at_once(harness: HttpHarn
 
 @pytest.mark.slow
 def test_a_real_daemon_serves_a_stream_and_stops_under_it(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon, closing(socket.socket(socket.AF_UNIX)) as line:
-        line.connect(daemon.socket)
-        line.settimeout(30)
-        line.sendall(request_bytes("POST", "/v1/commands", None, KIND))
+    with Daemon(tmp_path) as daemon, closing(socket.socket(socket.AF_UNIX)) as client:
+        client.connect(daemon.socket)
+        client.settimeout(30)
+        client.sendall(request_bytes("POST", "/v1/commands", None, KIND))
         lines = b"".join(b'{"op":"create","id":"j-%d"}\n' % number for number in range(500))
-        line.sendall(b"%x\r\n%b\r\n" % (len(lines), lines))
-        response = line.makefile("rb")
+        client.sendall(b"%x\r\n%b\r\n" % (len(lines), lines))
+        response = client.makefile("rb")
         text = b""
         while text.count(b'"success":true') < 500:
             text += response.readline()

@@ -85,9 +85,9 @@ def test_a_job_has_the_documented_fields_and_defaults(daemon: Daemon, queue: str
 def test_a_repeated_create_is_200_and_a_different_one_409(daemon: Daemon, queue: str) -> None:
     body = {"id": f"{queue}:1", "queue": queue, "payload": 1}
     assert daemon.post("/v1/jobs", body).status == 201
-    again = daemon.post("/v1/jobs", body)
-    assert again.status == 200
-    assert again.data["payload"] == 1
+    repeated = daemon.post("/v1/jobs", body)
+    assert repeated.status == 200
+    assert repeated.data["payload"] == 1
     refused(daemon.post("/v1/jobs", {**body, "payload": 2}), 409, "job_exists")
     grant = start(daemon, f"{queue}:1")
     daemon.post(f"/v1/jobs/{queue}:1/complete", {"lock_id": grant["lock_id"]})
@@ -225,8 +225,8 @@ def test_a_complete_can_be_repeated(daemon: Daemon, queue: str) -> None:
     assert {name: done[name] for name in result} == result
     assert (done["status"], done["progress"], done["lock"]) == ("completed", 100, None)
     assert done["expires_at"] == done["finished_at"] + 7 * 86_400_000
-    again = daemon.post(f"{path}/complete", {**lock, **result})
-    assert (again.status, again.data["repeated"]) == (200, True)
+    repeated = daemon.post(f"{path}/complete", {**lock, **result})
+    assert (repeated.status, repeated.data["repeated"]) == (200, True)
     released = daemon.post(f"{path}/release", lock)
     assert (released.status, released.data["repeated"], released.data["status"]) == (200, True, "completed")
     refused(daemon.post(f"{path}/complete", {**lock, "download_url": "https://other"}), 409, "invalid_transition")
@@ -272,8 +272,8 @@ def test_fail_can_forbid_a_retry_or_set_its_delay(daemon: Daemon, queue: str) ->
     assert back["run_at"] == back["updated_at"] + 5000
     other = create(daemon, queue, max_attempts=5)
     lock = {"lock_id": start(daemon, other["id"])["lock_id"]}
-    gone = daemon.post(f"/v1/jobs/{other['id']}/fail", {**lock, "error_message": "x", "retry": False}).data
-    assert gone["status"] == "failed"
+    failed = daemon.post(f"/v1/jobs/{other['id']}/fail", {**lock, "error_message": "x", "retry": False}).data
+    assert failed["status"] == "failed"
 
 
 def test_release_refunds_the_attempt_and_keeps_the_position(daemon: Daemon, queue: str) -> None:
@@ -316,9 +316,9 @@ def test_past_the_ceiling_only_results_are_accepted(daemon: Daemon, queue: str) 
 def test_an_idempotency_key_repeats_the_response_and_not_the_effect(daemon: Daemon, queue: str) -> None:
     key = {"Idempotency_Key": f"key {queue}"}
     first = daemon.post("/v1/jobs", {"queue": queue}, **key)
-    again = daemon.post("/v1/jobs", {"queue": queue}, **key)
-    assert (again.status, again.data) == (201, first.data)
-    assert again.headers["Idempotent-Replayed"] == "true"
+    repeated = daemon.post("/v1/jobs", {"queue": queue}, **key)
+    assert (repeated.status, repeated.data) == (201, first.data)
+    assert repeated.headers["Idempotent-Replayed"] == "true"
     assert "Idempotent-Replayed" not in first.headers
     refused(daemon.post("/v1/jobs", {"queue": f"{queue}x"}, **key), 422, "idempotency_key_reused")
     refused(daemon.post("/v1/jobs", {}, Idempotency_Key="x" * 201), 400, "invalid_request")
@@ -330,9 +330,9 @@ def test_the_key_of_a_claim_lasts_as_long_as_its_grants(daemon: Daemon, queue: s
     key = {"Idempotency_Key": f"claim {queue}"}
     body = {"worker": "w-1", "queues": [queue]}
     first = daemon.post("/v1/claim", body, **key).data["grants"]
-    again = daemon.post("/v1/claim", body, **key)
-    assert [grant["lock_id"] for grant in again.data["grants"]] == [first[0]["lock_id"]]
-    assert again.headers["Idempotent-Replayed"] == "true"
+    repeated = daemon.post("/v1/claim", body, **key)
+    assert [grant["lock_id"] for grant in repeated.data["grants"]] == [first[0]["lock_id"]]
+    assert repeated.headers["Idempotent-Replayed"] == "true"
     daemon.post(f"/v1/jobs/{first[0]['job']['id']}/complete", {"lock_id": first[0]["lock_id"]})
     anew = daemon.post("/v1/claim", body, **key)
     assert anew.data["grants"][0]["job"]["id"] != first[0]["job"]["id"]

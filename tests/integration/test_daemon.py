@@ -244,8 +244,8 @@ def test_a_restore_ends_the_grants_of_the_copy_and_hands_out_higher_tokens(tmp_p
         }
         late = daemon.post("/v1/jobs/a/complete", {"lock_id": old["lock_id"]})
         assert (late.status, late.error, late.body["details"]["rule"]) == (409, "lock_lost", "restore")
-        again = daemon.post("/v1/jobs/a/start", {"worker": "w-3"}).data
-        assert again["fencing_token"] > later["fencing_token"] > old["fencing_token"]
+        repeated = daemon.post("/v1/jobs/a/start", {"worker": "w-3"}).data
+        assert repeated["fencing_token"] > later["fencing_token"] > old["fencing_token"]
 
 
 @pytest.mark.slow
@@ -283,11 +283,11 @@ def test_workers_may_use_any_host_name_over_tcp(tmp_path: Path) -> None:
     token, port = tmp_path / "worker-token", free_port()
     token.write_text("w" * 32)
     places = {"JOBD_WORKER_LISTEN": f"127.0.0.1:{port}", "JOBD_WORKER_TOKEN_FILE": str(token)}
-    with Daemon(tmp_path, **places), closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as line:
+    with Daemon(tmp_path, **places), closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as client:
 
         def status(path: str, bearer: str) -> int:
-            line.request("GET", path, headers={"Host": f"jobs.example:{port}", "Authorization": f"Bearer {bearer}"})
-            response = line.getresponse()
+            client.request("GET", path, headers={"Host": f"jobs.example:{port}", "Authorization": f"Bearer {bearer}"})
+            response = client.getresponse()
             response.read()
             return response.status
 
@@ -452,8 +452,8 @@ def test_a_zombie_worker_is_accepted_until_recovery_then_rejected(tmp_path: Path
         assert late.body["details"]["reason"] == "stalled"
         assert late.body["details"]["rule"] == "recovery"
         assert daemon.get("/v1/jobs/a").data["status"] == "queued"
-        again = daemon.post("/v1/jobs/a/start", {"worker": "w-2"}).data
-        assert again["fencing_token"] > grant["fencing_token"]
+        repeated = daemon.post("/v1/jobs/a/start", {"worker": "w-2"}).data
+        assert repeated["fencing_token"] > grant["fencing_token"]
 
 
 @pytest.mark.slow
@@ -493,13 +493,13 @@ def test_a_commit_that_fails_while_the_daemon_stops_is_exit_74(tmp_path: Path) -
         ) as strace:
             assert strace.stderr is not None
             strace.stderr.readline()  # attached
-            asked = pool.submit(daemon.post, "/v1/jobs", {"id": "a"})
+            pending = pool.submit(daemon.post, "/v1/jobs", {"id": "a"})
             output = b""
             while b"fdatasync(" not in output:  # the commit has reached the disk
                 output += strace.stderr.read(100)
             assert daemon.stop() == 74, daemon.log.decode()
             strace.stderr.read()
-        assert asked.result().error == "outcome_unknown"
+        assert pending.result().error == "outcome_unknown"
 
 
 @pytest.mark.slow

@@ -64,9 +64,9 @@ def test_a_damaged_or_missing_result_is_detected(tmp_path: Path) -> None:
     assert "not a PNG" in recovery.fault(_job(tmp_path, b"x" * 100), tmp_path)
     assert "failed" in recovery.fault(_job(tmp_path, data, status="failed"), tmp_path)
     assert recovery.fault(_job(tmp_path, data, metadata_value=None), tmp_path)
-    gone = _job(tmp_path, data)
+    incomplete_job = _job(tmp_path, data)
     (tmp_path / "picture-01.png").unlink()
-    assert "No such file" in recovery.fault(gone, tmp_path)
+    assert "No such file" in recovery.fault(incomplete_job, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -283,7 +283,7 @@ def test_every_worker_argument_is_documented_with_its_bounds() -> None:
 
 
 def bounds_of(kind: Any) -> list[int]:
-    """Return the minimum and maximum of a number or of a length, as far as they exist."""
+    """Return the minimum and maximum of a number or of a length, if there are any."""
     if isinstance(kind, inspect.Metadata):
         return bounds_of(kind.type)
     if isinstance(kind, inspect.UnionType):
@@ -425,7 +425,7 @@ def mentioned(document: Path) -> Iterator[list[str]]:
         for found in re.finditer(r"(?:^|[\s/|(`])(?<!-u )(?<!USR1 )(jobd|jobctl) ([a-z-][^|;&`]*)", text):
             try:
                 words = shlex.split(found[2], comments=True)
-            except ValueError:  # a quote that ends in another line
+            except ValueError:  # a quote that ends on another line
                 words = found[2].split()
             yield [found[1], *words]
 

@@ -40,12 +40,12 @@ class Commits:
 
     def __init__(self, harness: HttpHarness) -> None:
         self.maker = ChangeFactory()
-        self._house = harness
+        self._harness = harness
 
     async def __call__(self, count: int = 1, **fields: Any) -> None:
         changes = [self.maker.create(**fields) for _ in range(count)]
-        await self._house.fakes.storage.write(self.maker.batch(changes))
-        self._house.services.feed.publish(changes)
+        await self._harness.fakes.storage.write(self.maker.batch(changes))
+        self._harness.services.feed.publish(changes)
 
 
 @pytest.fixture
@@ -54,36 +54,36 @@ def commit(harness: HttpHarness) -> Commits:
 
 
 async def opened_stream(harness: HttpHarness, query: str = "") -> RawConnection:
-    line = await harness.connect()
-    line.send(request_bytes("GET", f"/v1/events{query}"))
-    head = await line.reader.readuntil(HEAD_END)
+    client = await harness.connect()
+    client.send(request_bytes("GET", f"/v1/events{query}"))
+    head = await client.reader.readuntil(HEAD_END)
     assert head.startswith(b"HTTP/1.1 200 "), head
-    return line
+    return client
 
 
-async def next_events(line: RawConnection, count: int) -> list[dict[str, Any]]:
+async def next_events(client: RawConnection, count: int) -> list[dict[str, Any]]:
     """Return the next events of a stream, without comments."""
     found: list[dict[str, Any]] = []
     while len(found) < count:
-        text = await line.reader.readuntil(b"\n")
+        text = await client.reader.readuntil(b"\n")
         if text.startswith(b"data: "):
             found.append(json.loads(text.removeprefix(b"data: ")))
     return found
 
 
-async def seqs(line: RawConnection, count: int) -> list[int]:
-    return [event["seq"] for event in await next_events(line, count)]
+async def seqs(client: RawConnection, count: int) -> list[int]:
+    return [event["seq"] for event in await next_events(client, count)]
 
 
 async def test_a_stream_has_its_headers(harness: HttpHarness, commit: Commits) -> None:
-    line = await harness.connect()
-    line.send(request_bytes("GET", "/v1/events"))
-    head = (await line.reader.readuntil(HEAD_END)).decode().lower()
+    client = await harness.connect()
+    client.send(request_bytes("GET", "/v1/events"))
+    head = (await client.reader.readuntil(HEAD_END)).decode().lower()
     for header in ("content-type: text/event-stream", "cache-control: no-store", "x-accel-buffering: no"):
         assert f"\r\n{header}\r\n" in head
-    await line.reader.readuntil(b"retry: 2000\nid: 0\n\n")
+    await client.reader.readuntil(b"retry: 2000\nid: 0\n\n")
     await commit()
-    assert await seqs(line, 1) == [1]
+    assert await seqs(client, 1) == [1]
 
 
 async def test_a_stream_resumes_after_the_last_received_event(harness: HttpHarness, commit: Commits) -> None:
@@ -103,9 +103,9 @@ async def test_a_stream_resumes_after_the_last_received_event(harness: HttpHarne
 
 async def test_a_stream_without_follow_ends(harness: HttpHarness, commit: Commits) -> None:
     await commit(3)
-    heard = await harness.request("GET", "/v1/events?last=2&follow=false")
-    assert heard.status == 200
-    assert [line for line in heard.body.decode().splitlines() if line.startswith("id: ")] == [
+    response = await harness.request("GET", "/v1/events?last=2&follow=false")
+    assert response.status == 200
+    assert [line for line in response.body.decode().splitlines() if line.startswith("id: ")] == [
         "id: 1", "id: 2", "id: 3",
     ]  # fmt: skip
 
@@ -113,10 +113,10 @@ async def test_a_stream_without_follow_ends(harness: HttpHarness, commit: Commit
 async def test_events_are_filtered(harness: HttpHarness, commit: Commits) -> None:
     await commit(2, job_id=None)
     await commit(1, job_id="mine")
-    line = await opened_stream(harness, "?last=10&job_id=other,mine&type=created,completed")
-    assert [event["job_id"] for event in await next_events(line, 1)] == ["mine"]
-    heard = await harness.request("GET", "/v1/events?last=10&follow=false&type=completed")
-    assert b"data:" not in heard.body
+    client = await opened_stream(harness, "?last=10&job_id=other,mine&type=created,completed")
+    assert [event["job_id"] for event in await next_events(client, 1)] == ["mine"]
+    response = await harness.request("GET", "/v1/events?last=10&follow=false&type=completed")
+    assert b"data:" not in response.body
 
 
 @pytest.mark.parametrize(
@@ -138,38 +138,38 @@ async def test_events_are_filtered(harness: HttpHarness, commit: Commits) -> Non
     ],
 )
 async def test_invalid_parameters_are_named(harness: HttpHarness, query: str, field: str) -> None:
-    heard = await harness.request("GET", f"/v1/events{query}")
-    assert (heard.status, heard.error, heard.json["details"]["field"]) == (400, "invalid_request", field)
+    response = await harness.request("GET", f"/v1/events{query}")
+    assert (response.status, response.error, response.json["details"]["field"]) == (400, "invalid_request", field)
 
 
 @pytest.mark.parametrize(
     "value", ["x", "-1", "1.0", "9" * 19, "9" * 30, "0" * 20 + "9" * 30, "0" * 20 + "9" * 5_000, "²"]
 )
 async def test_a_last_event_id_is_a_number(harness: HttpHarness, value: str) -> None:
-    heard = await harness.send_raw(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": value}))
-    assert (heard.status, heard.json["details"]["field"]) == (400, "Last-Event-ID")
+    response = await harness.send_raw(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": value}))
+    assert (response.status, response.json["details"]["field"]) == (400, "Last-Event-ID")
 
 
 async def test_pruned_events_are_an_error(harness: HttpHarness, commit: Commits) -> None:
     await commit(5)
     harness.fakes.storage.gone_to = 3
     for after in ("2", "6"):
-        heard = await harness.request("GET", "/v1/events", headers={"Last-Event-ID": after})
-        assert (heard.status, heard.error, heard.json["details"]) == (410, "events_gone", {"last": 5})
-    heard = await harness.request("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "3"})
-    assert heard.status == 200
+        response = await harness.request("GET", "/v1/events", headers={"Last-Event-ID": after})
+        assert (response.status, response.error, response.json["details"]) == (410, "events_gone", {"last": 5})
+    response = await harness.request("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "3"})
+    assert response.status == 200
     assert harness.services.feed.listeners == 0
 
 
 async def test_a_stream_that_cannot_continue_is_aborted(harness: HttpHarness, commit: Commits) -> None:
     """The client must not take that for the end of the stream."""
     await commit(3 * event_feed.PAGE)
-    line = await harness.connect()
-    line.send(request_bytes("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "0"}))
-    await seqs(line, 1)
+    client = await harness.connect()
+    client.send(request_bytes("GET", "/v1/events?follow=false", headers={"Last-Event-ID": "0"}))
+    await seqs(client, 1)
     harness.fakes.storage.gone_to = 3 * event_feed.PAGE
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-        await line.reader.readuntil(b"0\r\n\r\n")
+        await client.reader.readuntil(b"0\r\n\r\n")
 
 
 async def test_the_admin_api_has_the_stream_too_and_requires_a_token(tmp_path: Path) -> None:
@@ -177,9 +177,9 @@ async def test_the_admin_api_has_the_stream_too_and_requires_a_token(tmp_path: P
     async with HttpHarness(ADMIN_ROUTES, tmp_path, gate=gate, admin=True) as harness:
         path = "/admin/job-management/events?follow=false"
         assert (await harness.request("GET", path)).status == 401
-        heard = await harness.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
-        assert (heard.status, heard.headers["content-type"]) == (200, "text/event-stream")
-        assert heard.body.startswith(b"retry: 2000\nid: 0\n\n")
+        response = await harness.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
+        assert (response.status, response.headers["content-type"]) == (200, "text/event-stream")
+        assert response.body.startswith(b"retry: 2000\nid: 0\n\n")
 
 
 async def test_other_origins_and_hosts_are_rejected(tmp_path: Path) -> None:
@@ -192,8 +192,8 @@ async def test_other_origins_and_hosts_are_rejected(tmp_path: Path) -> None:
 
 async def test_places_are_counted_and_released(harness: HttpHarness, commit: Commits) -> None:
     lines = [await opened_stream(harness) for _ in range(3)]
-    heard = await harness.request("GET", "/v1/events")
-    assert (heard.status, heard.error, heard.headers["retry-after"]) == (503, "overloaded", "1")
+    response = await harness.request("GET", "/v1/events")
+    assert (response.status, response.error, response.headers["retry-after"]) == (503, "overloaded", "1")
     await lines[0].close()
     await until(lambda: harness.services.feed.listeners == 2)
     await opened_stream(harness)
@@ -224,12 +224,12 @@ async def test_the_wait_for_a_client_that_does_not_read_the_journal_is_limited(
 ) -> None:
     monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
     await commit(20_000)
-    line = await harness.connect()
-    line.send(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
+    client = await harness.connect()
+    client.send(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
     await until(lambda: harness.services.feed.listeners == 1)
     await until(lambda: harness.services.feed.listeners == 0)
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-        await next_events(line, 20_000)
+        await next_events(client, 20_000)
 
 
 async def test_the_wait_for_a_client_that_does_not_read_the_end_is_limited(
@@ -243,20 +243,20 @@ async def test_the_wait_for_a_client_that_does_not_read_the_end_is_limited(
     monkeypatch.setattr(web.StreamResponse, "write_eof", waits_for_the_client)
     monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
     await commit(3)
-    line = await opened_stream(harness, "?follow=false&last=2")
-    assert await seqs(line, 2) == [2, 3]
+    client = await opened_stream(harness, "?follow=false&last=2")
+    assert await seqs(client, 2) == [2, 3]
     await until(lambda: harness.services.feed.listeners == 0)
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-        await seqs(line, 1)
+        await seqs(client, 1)
 
 
 async def test_streams_end_cleanly_when_the_listeners_close(harness: HttpHarness, commit: Commits) -> None:
-    line = await opened_stream(harness)
+    client = await opened_stream(harness)
     await commit(2)
     harness.services.feed.close()
     await harness.stop(5.0)
-    assert await seqs(line, 2) == [1, 2]
-    assert (await line.reader.read()).endswith(b"0\r\n\r\n")
+    assert await seqs(client, 2) == [1, 2]
+    assert (await client.reader.read()).endswith(b"0\r\n\r\n")
 
 
 async def test_a_bug_in_a_stream_ends_that_stream_only(
@@ -265,14 +265,14 @@ async def test_a_bug_in_a_stream_ends_that_stream_only(
     async def fail(self: Any) -> bytes:
         raise RuntimeError("a bug")
 
-    line = await opened_stream(harness)
+    client = await opened_stream(harness)
     monkeypatch.setattr(event_feed.Subscriber, "_from_journal", fail)
     broken = await harness.connect()
     broken.send(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": "0"}))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await broken.reader.readuntil(b"0\r\n\r\n")
     await commit()
-    assert await seqs(line, 1) == [1]
+    assert await seqs(client, 1) == [1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,10 +293,10 @@ class Stream:
         self._thread.start()
 
     def _read(self) -> None:
-        rest = b""
+        later_events = b""
         try:
             while piece := self._response.read1(65_536):  # readline would take an abort for the end
-                *lines, rest = (rest + piece).split(b"\n")
+                *lines, later_events = (later_events + piece).split(b"\n")
                 with self._heard:
                     self._note(lines)
                     self._heard.notify_all()
@@ -331,13 +331,13 @@ def stream(daemon: Daemon, query: str = "", after: str = "") -> Iterator[Stream]
         connection.request("GET", f"/v1/events{query}", headers={"Last-Event-ID": after} if after else {})
         response = connection.getresponse()
         assert response.status == 200, response.read()
-        heard = Stream(response)
+        received = Stream(response)
         try:
-            yield heard
+            yield received
         finally:
             if connection.sock is not None:
                 connection.sock.shutdown(2)
-            heard.ended()
+            received.ended()
 
 
 def lifecycle(daemon: Daemon, job_id: str) -> None:
@@ -352,25 +352,25 @@ def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path
     position = "0"
     with Daemon(tmp_path) as daemon:
         for generation in range(3):
-            with stream(daemon, after=position) as heard:
+            with stream(daemon, after=position) as received:
                 for number in range(20):
                     lifecycle(daemon, f"job-{generation}-{number}")
                 if generation % 2:
-                    heard.until(20)  # killed while some events may be in flight
+                    received.until(20)  # killed while some events may be in flight
                 daemon.kill()
-                heard.ended()
-                assert not heard.is_whole
-            events += heard.events
-            position = heard.position or position
+                received.ended()
+                assert not received.is_whole
+            events += received.events
+            position = received.position or position
             daemon.start()
-        with stream(daemon, "?follow=false", after=position) as rest:
-            rest.ended()
-            assert rest.is_whole
-        events += rest.events
+        with stream(daemon, "?follow=false", after=position) as later_events:
+            later_events.ended()
+            assert later_events.is_whole
+        events += later_events.events
         assert [event["seq"] for event in events] == sorted({event["seq"] for event in events})
-        with stream(daemon, "?follow=false&last_event_id=0") as whole:
-            whole.ended()
-        assert events == whole.events
+        with stream(daemon, "?follow=false&last_event_id=0") as complete:
+            complete.ended()
+        assert events == complete.events
         assert len([event for event in events if event["type"] == "completed"]) == 60
         for job_id in ("job-0-0", "job-2-19"):
             shown = [{k: v for k, v in each.items() if k not in ("job_id", "queue")} for each in events
@@ -380,32 +380,32 @@ def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path
 
 @pytest.mark.slow
 def test_a_stop_ends_streams_and_does_not_wait_for_clients_that_do_not_read(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon, stream(daemon) as heard, closing(OverUnix(daemon.socket)) as deaf:
+    with Daemon(tmp_path) as daemon, stream(daemon) as received, closing(OverUnix(daemon.socket)) as deaf:
         deaf.request("GET", "/v1/events")
         deaf.getresponse()
         lifecycle(daemon, "a")
-        heard.until(3)
+        received.until(3)
         assert daemon.stop() == 0
-        heard.ended()
-        assert heard.is_whole
+        received.ended()
+        assert received.is_whole
         assert b"requests_cut_off" not in daemon.log
 
 
 @pytest.mark.slow
 def test_a_pruned_journal_is_an_error_and_no_stream_contains_a_secret(tmp_path: Path) -> None:
-    with Daemon(tmp_path, '[retention]\njournal = "0s"\n') as daemon, stream(daemon) as heard:
+    with Daemon(tmp_path, '[retention]\njournal = "0s"\n') as daemon, stream(daemon) as received:
         lifecycle(daemon, "a")
         daemon.post("/v1/jobs", {"id": "b"})
         lock = daemon.post("/v1/jobs/b/start", {"worker": "w"}).data["lock_id"]
         assert daemon.admin("DELETE", "jobs/a").status == 200
-        heard.until(6)
-        assert lock not in str(heard.events)
-        last = heard.events[-1]
+        received.until(6)
+        assert lock not in str(received.events)
+        last = received.events[-1]
         assert (last["type"], last["job_id"], last["to"]) == ("deleted", "a", None)
         while daemon.get("/v1/events?last_event_id=0&follow=false").status == 200:
             assert daemon.admin("POST", "cleanup", {}).status == 200  # until a millisecond has passed
-        gone = daemon.get("/v1/events?last_event_id=5")
-        assert (gone.status, gone.error) == (410, "events_gone")
+        response = daemon.get("/v1/events?last_event_id=5")
+        assert (response.status, response.error) == (410, "events_gone")
         assert daemon.get(f"/v1/events?last_event_id={last['seq']}&follow=false").status == 200
         daemon.kill()
         daemon.start()
@@ -417,9 +417,9 @@ def test_a_pruned_journal_is_an_error_and_no_stream_contains_a_secret(tmp_path: 
 
 @pytest.mark.slow
 def test_both_listeners_share_their_places_and_metrics_show_them(tmp_path: Path) -> None:
-    with Daemon(tmp_path, "[limits]\nevent_streams = 1\n") as daemon, stream(daemon) as heard:
+    with Daemon(tmp_path, "[limits]\nevent_streams = 1\n") as daemon, stream(daemon) as received:
         lifecycle(daemon, "a")
-        heard.until(3)
+        received.until(3)
         no = daemon.admin("GET", "events", Authorization=f"Bearer {ADMIN_TOKEN}")
         assert (no.status, no.error) == (503, "overloaded")
         figures = daemon.admin("GET", "/metrics").body.decode()

@@ -40,13 +40,15 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
         yield opened
 
 
-async def look(harness: HttpHarness, *lines: Any) -> ReceivedResponse:
+async def preview(harness: HttpHarness, *lines: Any) -> ReceivedResponse:
     body = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
     return await harness.request("POST", PREVIEW, body, KIND)
 
 
 async def test_each_line_is_reported_in_order(harness: HttpHarness) -> None:
-    response = await look(harness, {"id": "a"}, "{", {"id": "old-1"}, {"id": "b", "status": "failed"}, "", {"id": "b"})
+    response = await preview(
+        harness, {"id": "a"}, "{", {"id": "old-1"}, {"id": "b", "status": "failed"}, "", {"id": "b"}
+    )
     data = response.data
     assert (data["wouldImport"], data["wouldSkip"], data["wouldRefuse"]) == (2, 2, 1)
     assert (data["more"], data["stopsAt"], data["stopReason"]) == (False, None, None)
@@ -63,33 +65,33 @@ async def test_each_line_is_reported_in_order(harness: HttpHarness) -> None:
 
 async def test_a_preview_says_where_the_import_would_stop(harness: HttpHarness) -> None:
     lines = [{"id": f"job-{n}"} for n in range(3)] + [{"id": "done", "status": "cancelled"}, {"id": "old-2"}]
-    data = (await look(harness, *lines, {"id": "too-much"}, {"id": "more"})).data
+    data = (await preview(harness, *lines, {"id": "too-much"}, {"id": "more"})).data
     assert (data["wouldImport"], data["wouldSkip"], data["stopsAt"]) == (4, 1, 6)
     assert "unfinished jobs" in data["stopReason"]
     assert data["lines"][-1]["id"] == "old-2"
     harness.actor.respond = lambda command: ApiError("too_many_jobs", "5 jobs are allowed.")
-    data = (await look(harness, {"id": "a"})).data
+    data = (await preview(harness, {"id": "a"})).data
     assert (data["stopsAt"], data["stopReason"], data["lines"]) == (1, "5 jobs are allowed.", [])
 
 
 @pytest.mark.parametrize("code", ["overloaded", "storage_full", "shutting_down"])
 async def test_an_error_that_would_stop_the_import_now_is_the_response(harness: HttpHarness, code: str) -> None:
     harness.actor.respond = lambda command: ApiError(code, "Not now.")
-    response = await look(harness, {"id": "a"}, {"id": "b"})
+    response = await preview(harness, {"id": "a"}, {"id": "b"})
     assert (response.error, response.json["details"]["line"]) == (code, 1)
 
 
 async def test_other_errors_are_reported_by_line(harness: HttpHarness) -> None:
     harness.actor.respond = lambda command: ApiError("internal_error", "A bug.")
-    assert (await look(harness, {"id": "a"})).data["lines"][0]["reason"] == "A bug."
+    assert (await preview(harness, {"id": "a"})).data["lines"][0]["reason"] == "A bug."
 
 
 async def test_a_preview_has_limits(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imports, "SHOWN_LINES", 2)
-    data = (await look(harness, *({"id": f"old-{n}"} for n in range(5)))).data
+    data = (await preview(harness, *({"id": f"old-{n}"} for n in range(5)))).data
     assert (data["wouldSkip"], len(data["lines"]), data["more"]) == (5, 2, True)
     monkeypatch.setattr(imports, "MAX_PREVIEW_LINES", 2)
-    many = await look(harness, *({"id": f"a-{n}", "status": "cancelled"} for n in range(5)))
+    many = await preview(harness, *({"id": f"a-{n}", "status": "cancelled"} for n in range(5)))
     assert (many.status, many.error) == (413, "too_large")
 
 

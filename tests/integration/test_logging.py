@@ -227,9 +227,9 @@ def test_unknown_names_are_rejected() -> None:
 
 def test_a_closed_stderr_is_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log.configure("info", "logfmt")
-    with (tmp_path / "err").open("w") as gone:
+    with (tmp_path / "err").open("w") as file:
         pass
-    monkeypatch.setattr(sys, "stderr", gone)
+    monkeypatch.setattr(sys, "stderr", file)
     structlog.get_logger().info("into the void")
     assert log.flush(10)
     monkeypatch.setattr(sys, "stderr", None)

@@ -292,8 +292,8 @@ def test_every_rule_fires_when_it_should_and_only_then(tmp_path: Path) -> None:
         expr = f'count(ALERTS{{alertname="{name}", alertstate="firing"}})'
         for series, expected in ((fires, [{"labels": "{}", "value": 1}]), (quiet, [])):
             given = [{"series": each, "values": values} for each, values in series.items()]
-            asked = [{"expr": expr, "eval_time": when, "exp_samples": expected}]
-            tests.append({"interval": "1m", "input_series": given, "promql_expr_test": asked, "name": name})
+            query = [{"expr": expr, "eval_time": when, "exp_samples": expected}]
+            tests.append({"interval": "1m", "input_series": given, "promql_expr_test": query, "name": name})
     asked_of = tmp_path / "tests.yml"
     asked_of.write_text(json.dumps({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests}))
     assert "SUCCESS" in promtool("test", "rules", str(asked_of))
@@ -338,9 +338,9 @@ def test_the_dashboard_uses_metrics_that_a_daemon_exports(scraped: dict[str, lis
         looked_at = check(expr, scraped, title)
         assert set(re.findall(r"\{\{(\w+)\}\}", legend)) <= looked_at | TARGET, title
     for variable in board()["templating"]["list"][1:]:
-        asked = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
-        assert asked is not None
-        assert asked[2] in check(asked[1], scraped, variable["name"]) | TARGET
+        query = re.fullmatch(r"label_values\((.*), (\w+)\)", variable["query"]["query"])
+        assert query is not None
+        assert query[2] in check(query[1], scraped, variable["name"]) | TARGET
 
 
 def test_every_metric_has_a_panel(scraped: dict[str, list[dict[str, str]]]) -> None:
@@ -355,9 +355,9 @@ def test_prometheus_accepts_the_queries_of_the_dashboard(tmp_path: Path) -> None
         {"record": f"panel:{number}", "expr": expr.replace("$__rate_interval", "5m")}
         for number, (_, expr, _) in enumerate(targets())
     ]
-    asked = tmp_path / "panels.yml"
-    asked.write_text(json.dumps({"groups": [{"name": "panels", "rules": recorded}]}))
-    assert f"{len(recorded)} rules found" in promtool("check", "rules", str(asked))
+    query = tmp_path / "panels.yml"
+    query.write_text(json.dumps({"groups": [{"name": "panels", "rules": recorded}]}))
+    assert f"{len(recorded)} rules found" in promtool("check", "rules", str(query))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

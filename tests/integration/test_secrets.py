@@ -77,9 +77,9 @@ class RunningDaemon:
         return self.daemon.until_said(b"event=reload")
 
     def raw(self, api: str, data: bytes) -> None:
-        with socket.create_connection(("127.0.0.1", self.ports[api]), timeout=30) as line:
-            line.sendall(data)
-            self.said.append((repr(data), line.recv(65_536).decode()))
+        with socket.create_connection(("127.0.0.1", self.ports[api]), timeout=30) as client:
+            client.sendall(data)
+            self.said.append((repr(data), client.recv(65_536).decode()))
 
     def run(self, *arguments: str, module: str = "jobd", **environ: str) -> None:
         """Run a command of jobd or jobctl."""

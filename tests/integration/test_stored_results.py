@@ -73,7 +73,7 @@ def eventually(condition: Callable[[], bool]) -> None:
 @pytest.mark.slow
 def test_a_result_is_deleted_with_its_job_by_an_operator_and_by_age(tmp_path: Path, results: Path) -> None:
     with daemon_of(tmp_path, results.as_uri()) as daemon:
-        kept = done(daemon, results, "kept", "video/kept.mp4")
+        stored = done(daemon, results, "kept", "video/kept.mp4")
         by_hand = done(daemon, results, "by-hand", "video/a.mp4")
         assert daemon.stop() == 0
         daemon.environ["JOBD_RETENTION_COMPLETED"] = "0"  # of jobs that complete from here on
@@ -84,7 +84,7 @@ def test_a_result_is_deleted_with_its_job_by_an_operator_and_by_age(tmp_path: Pa
         eventually(lambda: not by_age.exists())
         eventually(lambda: metric(daemon, "jobd_artifact_tombstones") == 0)
         assert metric(daemon, 'jobd_artifacts_swept_total{outcome="deleted"}') == 2
-        assert kept.read_text() == "result"
+        assert stored.read_text() == "result"
         storage = daemon.admin("GET", "health").data["storage"]
         assert storage["status"] == "healthy"
         assert [path.name for path in results.rglob("*") if path.is_file()] == ["kept.mp4"]

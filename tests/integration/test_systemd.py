@@ -220,12 +220,12 @@ def test_systemd_accepts_the_units(installed: Path) -> None:
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(("installed", "most"), [("tcp", 1.3), ("unix-only", 0.6)], indirect=["installed"])
-def test_the_sandbox_is_tight(installed: Path, most: float) -> None:
+@pytest.mark.parametrize(("installed", "max_exposure"), [("tcp", 1.3), ("unix-only", 0.6)], indirect=["installed"])
+def test_the_sandbox_is_tight(installed: Path, max_exposure: float) -> None:
     done = analyze("security", "--offline=true", "--no-pager", installed / "jobd.service")
     level = re.search(r"Overall exposure level for jobd\.service: (\d+\.\d+)", done.stdout)
     assert level is not None, done.stdout + done.stderr
-    assert float(level[1]) <= most, done.stdout
+    assert float(level[1]) <= max_exposure, done.stdout
 
 
 def settings_of(path: Path) -> list[tuple[str, str]]:

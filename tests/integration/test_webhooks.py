@@ -299,8 +299,8 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
             7:9
         ]
         assert "--cursor" in jobctl("deliveries", "billing").stderr
-        asked = jobctl("resend", "billing", "--state", "given_up")
-        assert (asked.returncode, "add --yes" in asked.stderr) == (2, True)
+        unconfirmed = jobctl("resend", "billing", "--state", "given_up")
+        assert (unconfirmed.returncode, "add --yes" in unconfirmed.stderr) == (2, True)
         would = jobctl("resend", "billing", "--state", "given_up", "--dry-run")
         assert (would.returncode, would.stdout) == (0, "450 deliveries would be resent\n")
         assert view(daemon)["delivered"] == 0
@@ -308,8 +308,8 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
         assert (done.returncode, done.stdout.startswith("450 deliveries queued")) == (0, True), done.stderr
         soon(lambda: view(daemon)["delivered"] == 450)
         assert {each.event["subject"] for each in receiver.received if each.headers} >= {"jobs/job-0", "jobs/job-449"}
-        again = jobctl("resend", "billing", "--state", "given_up", "--yes", "--json")
-        assert (again.returncode, json.loads(again.stdout)) == (0, {"resent": 0, "would": 0})
+        repeated = jobctl("resend", "billing", "--state", "given_up", "--yes", "--json")
+        assert (repeated.returncode, json.loads(repeated.stdout)) == (0, {"resent": 0, "would": 0})
         entries = daemon.admin("GET", "audit?what=resend-given-up").data["entries"]
         assert [each["details"] for each in entries] == [{"webhook": "billing", "resent": 450}]
         assert entries[0]["reason"] == "it is up again"

@@ -158,7 +158,7 @@ class ChangeFactory:
         return self._step(job, None, "deleted")
 
     def late(self, job: Job, token: int, result: Result = LATE) -> Change:
-        """A late result of the grant with this token. The row of `job` stays as it is."""
+        """Return a late result of the grant with this token. The row of `job` does not change."""
         change = self._step(job, job, "late_result")
         kept = LateResult(change.event.seq, self.now, "w-late", token, f"body of {token}", self.now + 9, result)
         return replace(change, late=kept)
@@ -173,12 +173,12 @@ class ChangeFactory:
     # -- batches ------------------------------------------------------------------------------------------------------
 
     def batch(self, changes: list[Change], **fields: Any) -> Batch:
-        """A batch of `changes` with the rows of every queue, as they are now."""
+        """Return a batch of `changes` with the current rows of every queue."""
         self.numbers = replace(self.numbers, lease_ms=self.now - NOW, wall_ms=self.now)
         return Batch(changes, self.numbers, queues=dict(self.queues), **fields)
 
     def any_change(self) -> Change:
-        """Some change that is possible now."""
+        """Return a random change that is possible now."""
         live = [job for job in self.jobs.values() if job.status in LIVE]
         choices: list[Callable[[], Change]] = [self.create]
         if self.jobs:
@@ -189,7 +189,7 @@ class ChangeFactory:
         return self.random.choice(choices)()
 
     def any_batch(self, size: int) -> Batch:
-        """A batch of `size` changes; it also stores, forgets and asks for things now and then."""
+        """Return a batch of `size` changes that sometimes also stores, forgets and reads other things."""
         changes = [self.any_change() for _ in range(size)]
         batch = self.batch(changes)
         if self.random.random() < 0.3 and self.jobs:
@@ -221,7 +221,7 @@ class ChangeFactory:
         return [lambda: self.delete(job), lambda: self.requeue(job)]
 
     def kept(self) -> Callable[[], None]:
-        """What takes the model back to what it is now. Numbers that were given stay given."""
+        """Return a function that restores the current model. Numbers that were issued stay issued."""
         jobs, payloads, queues = dict(self.jobs), dict(self.payloads), dict(self.queues)
         suspects, deleted = set(self.suspects), dict(self.deleted)
 

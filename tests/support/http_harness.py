@@ -584,11 +584,11 @@ class HttpHarness:
         self, method: str, target: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
     ) -> ReceivedResponse:
         """Send one request on a connection of its own."""
-        line = await self.connect()
-        return await line.request(method, target, body, headers)
+        client = await self.connect()
+        return await client.request(method, target, body, headers)
 
     async def send_raw(self, data: bytes) -> ReceivedResponse:
         """Send exactly these bytes on a connection of their own, and receive a response."""
-        line = await self.connect()
-        line.send(data)
-        return await line.receive()
+        client = await self.connect()
+        client.send(data)
+        return await client.receive()

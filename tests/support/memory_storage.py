@@ -143,8 +143,8 @@ class MemoryStorage(JobStorage):
         for job_id, reason in bad.items():
             self._quarantine(self.jobs[self._ids[job_id]], reason)
         self._reported = len(self._all_quarantined)
-        whole = [job for _, job in sorted(self.jobs.items()) if job.id not in self.unmoved]
-        live = [(compact(job), job) for job in whole if job.status in LIVE]
+        undamaged = [job for _, job in sorted(self.jobs.items()) if job.id not in self.unmoved]
+        live = [(compact(job), job) for job in undamaged if job.status in LIVE]
         return OpenedStore(
             numbers=self.numbers,
             jobs=[job for short, job in live if short is None],
@@ -208,11 +208,11 @@ class MemoryStorage(JobStorage):
     async def find_jobs(self, query: JobQuery) -> JobRows:
         await self._enter("find")
         page = JobRows([], None)
-        size, looked = 0, 0
+        size, scanned = 0, 0
         for seq in self._in_order(query, query.before if query.after is None else query.after):
-            if looked == query.scan or len(page.jobs) == query.limit:
+            if scanned == query.scan or len(page.jobs) == query.limit:
                 break
-            looked += 1
+            scanned += 1
             job = self.jobs[seq]
             if not _matches(job, query) or not self._has(job, query.text):
                 page.next_before = seq
@@ -228,8 +228,8 @@ class MemoryStorage(JobStorage):
             size += len(body)
         if page.next_before is not None and not self._in_order(query, page.next_before):
             page.next_before = None
-        page.scanned = looked
-        if page.next_before is not None and looked == query.scan and len(page.jobs) < query.limit:
+        page.scanned = scanned
+        if page.next_before is not None and scanned == query.scan and len(page.jobs) < query.limit:
             page.scanned_until = self.jobs[page.next_before].created_at
         page.last_event = self.numbers.next_event - 1
         await self._report_quarantined()
@@ -243,9 +243,9 @@ class MemoryStorage(JobStorage):
     async def timeline(self, job_seq: int, limit: int | None = None) -> list[Event]:
         await self._enter("timeline")
         events = [event for event in self.events if event.job_seq == job_seq][-limit if limit else 0 :]
-        gone, changed = rows.thin(events)
+        pruned, changed = rows.thin(events)
         new = {event.seq: event for event in changed}
-        return [new.get(event.seq, event) for event in events if event.seq not in gone]
+        return [new.get(event.seq, event) for event in events if event.seq not in pruned]
 
     async def read_late_results(self, wanted: list[LateResultQuery]) -> LateResultRows:
         await self._enter("late")
@@ -274,14 +274,14 @@ class MemoryStorage(JobStorage):
     async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
         await self._enter("expired")
         old = [job for job in self.jobs.values() if job.status in FINISHED and _expires(job) <= now]
-        whole: list[str] = []
+        undamaged: list[str] = []
         for job in sorted(old, key=_expires):
             if (reason := self.bad_jobs.get(job.id) or self.unmoved.get(job.id)) is not None:
                 self._quarantine(job, reason)
-            elif len(whole) < skip + limit:
-                whole.append(job.id)
+            elif len(undamaged) < skip + limit:
+                undamaged.append(job.id)
         await self._report_quarantined()
-        return whole[skip:]
+        return undamaged[skip:]
 
     async def reports(self, limit: int) -> list[bytes]:
         await self._enter("reports")
@@ -295,8 +295,8 @@ class MemoryStorage(JobStorage):
     async def prune(self, before: int, limit: int) -> int:
         await self._enter("prune")
         old = {seq for seq, at in self.deleted.items() if at < before}
-        gone = [event for event in self.events if event.job_seq in old or (event.job_seq == 0 and event.at < before)]
-        numbers = {event.seq for event in gone[:limit]}
+        pruned = [event for event in self.events if event.job_seq in old or (event.job_seq == 0 and event.at < before)]
+        numbers = {event.seq for event in pruned[:limit]}
         self.gone_to = max(self.gone_to, *numbers, 0)
         self.events = [event for event in self.events if event.seq not in numbers]
         for seq in old - {event.job_seq for event in self.events}:
@@ -306,25 +306,25 @@ class MemoryStorage(JobStorage):
     async def read_audit(self, query: AuditQuery) -> AuditRows:
         await self._enter("audit")
         below = [seq for seq in sorted(self.audited, reverse=True) if query.before is None or seq < query.before]
-        looked = below[: query.scan]
-        found = [(seq, self.audited[seq]) for seq in looked if _is_asked(self.audited[seq], query)]
+        scanned = below[: query.scan]
+        found = [(seq, self.audited[seq]) for seq in scanned if _is_asked(self.audited[seq], query)]
         if len(found) > query.limit:
             return AuditRows(found[: query.limit], found[query.limit - 1][0])
-        return AuditRows(found, looked[-1] if len(below) > len(looked) else None)
+        return AuditRows(found, scanned[-1] if len(below) > len(scanned) else None)
 
     async def trim_audit(self, before: int, limit: int) -> int:
         await self._enter("trim_audit")
         last = max(self.audited, default=0)
         old = [seq for seq in sorted(self.audited)[:limit] if seq < last]
-        gone = [seq for seq in old if self.audited[seq].at < before]
+        pruned = [seq for seq in old if self.audited[seq].at < before]
         for share in get_args(AuditShare):
             keep = KEEP_AUDIT if share == "changes" else KEEP_BESIDE
             rows = [seq for seq, row in sorted(self.audited.items()) if audit_share(row.what, row.outcome) == share]
-            gone += [seq for seq in rows[: max(len(rows) - keep, 0)] if seq < last and seq not in gone]
-        gone = gone[:limit]
-        for seq in gone:
+            pruned += [seq for seq in rows[: max(len(rows) - keep, 0)] if seq < last and seq not in pruned]
+        pruned = pruned[:limit]
+        for seq in pruned:
             del self.audited[seq]
-        return len(gone)
+        return len(pruned)
 
     async def due_tombstones(self, now: int, limit: int) -> DueTombstones:
         await self._enter("due_tombstones")
@@ -340,9 +340,9 @@ class MemoryStorage(JobStorage):
         jobs = [*self.jobs.values(), *self.damaged_tombstones.values()]
         return any(job.result is not None and job.result.storage_key == key for job in jobs)
 
-    async def settle_tombstones(self, gone: list[int], later: list[Tombstone]) -> None:
+    async def settle_tombstones(self, pruned: list[int], later: list[Tombstone]) -> None:
         await self._enter("settle_tombstones")
-        for seq in gone:
+        for seq in pruned:
             del self.tombstones[seq]
         for tombstone in later:
             assert tombstone.job_seq in self.tombstones, f"there is no tombstone of {tombstone.job_id} to put off"

@@ -179,20 +179,20 @@ class RuleHarness:
 
     def _known_late(self, command: AnyCommand) -> LateResultRows:
         """Return the late results that the actor would read from the storage."""
-        asked = late_result_rules.asks(self.book, command, self.policy)
-        if asked is None:
+        query = late_result_rules.asks(self.book, command, self.policy)
+        if query is None:
             return LateResultRows()
-        made = (event for event in self.events if event.job_seq == asked.job_seq and event.type == "granted")
+        made = (event for event in self.events if event.job_seq == query.job_seq and event.type == "granted")
         grants = [event.changes.grant for event in made if event.changes is not None]
-        older = [grant for grant in grants if isinstance(grant, Grant) and grant.lock_id == asked.lock_id]
-        kept = list(self.lates.get(asked.job_seq, []))
-        return LateResultRows({asked.job_seq: kept}, {(asked.job_seq, grant.lock_id): grant for grant in older})
+        older = [grant for grant in grants if isinstance(grant, Grant) and grant.lock_id == query.lock_id]
+        late_results = list(self.lates.get(query.job_seq, []))
+        return LateResultRows({query.job_seq: late_results}, {(query.job_seq, grant.lock_id): grant for grant in older})
 
     def _keep_late(self, change: Change) -> None:
         if change.late is not None:
-            kept = [*self.lates.get(change.event.job_seq, []), change.late]
-            kept.sort(key=lambda late: late.fencing_token)
-            self.lates[change.event.job_seq] = kept[-MAX_LATE_RESULTS:]
+            late_results = [*self.lates.get(change.event.job_seq, []), change.late]
+            late_results.sort(key=lambda late: late.fencing_token)
+            self.lates[change.event.job_seq] = late_results[-MAX_LATE_RESULTS:]
 
     def _put(self, change: Change) -> None:
         event = change.event

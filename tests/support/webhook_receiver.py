@@ -65,10 +65,10 @@ def rude(answer: Rude, tls: ssl.SSLContext | None = None) -> Iterator[int]:
                 while True:
                     connection, _ = server.accept()
                     with connection, suppress(OSError):
-                        line = connection if tls is None else tls.wrap_socket(connection, server_side=True)
-                        line.settimeout(10)
-                        line.sendall(answer(line.recv(10_000)))
-                        line.close()
+                        sock = connection if tls is None else tls.wrap_socket(connection, server_side=True)
+                        sock.settimeout(10)
+                        sock.sendall(answer(sock.recv(10_000)))
+                        sock.close()
 
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()

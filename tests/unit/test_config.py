@@ -180,9 +180,9 @@ def test_the_configuration_file_is_found(write: Write, monkeypatch: pytest.Monke
 
 
 def test_a_named_file_must_exist(tmp_path: Path) -> None:
-    gone = str(tmp_path / "gone.toml")
-    assert gone in refusal(gone)
-    assert gone in refusal(JOBD_CONFIG=gone)
+    missing = str(tmp_path / "gone.toml")
+    assert missing in refusal(missing)
+    assert missing in refusal(JOBD_CONFIG=missing)
 
 
 def test_the_environment_is_converted_by_type() -> None:
@@ -348,8 +348,8 @@ def test_the_environment_can_name_the_worker_token_file(write: Write) -> None:
 
 
 def test_a_token_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    gone = str(tmp_path / "gone")
-    assert gone in refusal(flags={"worker.listen": "127.0.0.1:1", "worker.token_file": gone})
+    missing = str(tmp_path / "gone")
+    assert missing in refusal(flags={"worker.listen": "127.0.0.1:1", "worker.token_file": missing})
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -743,8 +743,8 @@ def test_any_file_is_a_configuration_or_one_clear_message(write: Write, text: st
     except ConfigError as error:
         _is_clear(str(error), path)
     else:
-        again = loaded(write(effective(found), "again.toml"))
-        assert again.config == found.config
+        reloaded = loaded(write(effective(found), "again.toml"))
+        assert reloaded.config == found.config
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,9 +1,9 @@
-"""Compare jobd with other queues, in turns, on the same disk.
+"""Compare jobd with other queues on the same disk.
 
 `python -m tests.benchmarks.peers [PEER ...] [--runs 3] [--seconds 5] [--json]`
 
-In each run everybody has one turn, so that a busy minute meets all alike; shown are medians and their ratio to the best
-of the durable others.
+Each run measures all queues in turn, so that a busy minute affects them equally. Shown are medians, and their ratio to
+the best other durable queue.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Measure = Callable[[Path, int, float], float]
 
 
 class Peer(Struct, frozen=True):
-    """`is_durable`: an answer means that it is on the disk."""
+    """A queue to measure. `is_durable`: a response means that the change is on disk."""
 
-    says: str
+    label: str
     measure: Measure
     is_durable: bool = True
     is_ours: bool = False
@@ -60,11 +60,11 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--connections", type=int, default=16)
-    parser.add_argument("--dir", default=None, help="on which disk (default: that of temporary files)")
+    parser.add_argument("--dir", default=None, help="directory on the disk to measure (default: temporary files)")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if unknown := set(options.peers) - PEERS.keys():
-        parser.error(f"no peers: {', '.join(sorted(unknown))}")
+        parser.error(f"unknown peers: {', '.join(sorted(unknown))}")
     chosen = {name: PEERS[name] for name in options.peers or PEERS}
     rates: dict[str, list[float]] = {name: [] for name in chosen}
     missing: dict[str, str] = {}
@@ -82,7 +82,7 @@ def main() -> int:
 
 
 def report(chosen: dict[str, Peer], rates: dict[str, list[float]], missing: dict[str, str], *, as_json: bool) -> int:
-    """The table; 1 where somebody could not be measured."""
+    """Print the table. Return 1 if a queue could not be measured."""
     medians = {name: statistics.median(found) for name, found in rates.items() if found}
     others = [medians[name] for name in medians if chosen[name].is_durable and not chosen[name].is_ours]
     best = max(others, default=None)
@@ -104,7 +104,7 @@ def report(chosen: dict[str, Peer], rates: dict[str, list[float]], missing: dict
             durable = "" if each["is_durable"] else " (not durable)"
             spread = f"{each['min']:,} to {each['max']:,}"
             ratio = each["to_best_durable_other"]
-            print(f"| {chosen[name].says}{durable} | {each['lifecycles_per_s']:,} | {spread} | {ratio} |")
+            print(f"| {chosen[name].label}{durable} | {each['lifecycles_per_s']:,} | {spread} | {ratio} |")
         for what in missing.values():
             print(what, file=sys.stderr)
     return int(bool(missing))

@@ -1,4 +1,4 @@
-"""beanstalkd, with its binlog synced before each answer (-f0) or without any."""
+"""beanstalkd, with its binlog synced before each response (-f0) or without a binlog."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ def _measure(place: Path, connections: int, seconds: float, options: list[str]) 
 
 
 class _Wire(SerialConnection):
-    """An answer is its first line, given once all of it has come."""
+    """A connection whose responses are their first line, returned once the whole response has arrived."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._came = b""
+        self._received = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def data_received(self, data: bytes) -> None:
-        self._came += data
-        line, end, body = self._came.partition(b"\r\n")
+        self._received += data
+        line, end, body = self._received.partition(b"\r\n")
         size = int(line.split()[2]) + 2 if line.startswith(b"RESERVED ") and end else 0
         if end and len(body) >= size:
-            self._came = b""
+            self._received = b""
             self._finish(line)
 
 

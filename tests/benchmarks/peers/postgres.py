@@ -50,7 +50,7 @@ def measure(place: Path, connections: int, seconds: float) -> float:
 
 
 async def _connected(asyncpg: Any, place: str) -> Any:
-    for _ in range(100):  # the socket is there a moment before it takes connections
+    for _ in range(100):  # the socket exists a moment before it accepts connections
         try:
             return await asyncpg.connect(host=place, user=USER, database=USER)
         except asyncpg.CannotConnectNowError:
@@ -69,7 +69,7 @@ async def _load(asyncpg: Any, place: str, connections: int, seconds: float) -> f
         async def once() -> None:
             await create.fetchval(f'"{PAYLOAD}"')
             job = None
-            while job is None:  # the one that is left may be locked just now
+            while job is None:  # the only queued job may be locked for a moment
                 job = await claim.fetchrow(f"w-{number}")
             if await complete.fetchval(job["id"], job["lock_id"]) is None:
                 raise SystemExit("PostgreSQL: a job that was claimed could not be completed")

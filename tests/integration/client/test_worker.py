@@ -329,14 +329,14 @@ async def test_only_jobs_with_a_handler_are_claimed(client: AsyncJobClient, queu
 
 async def test_jobs_run_concurrently_up_to_the_limit(client: AsyncJobClient, queue: str) -> None:
     worker = Worker(client, queues=queue, concurrency=2)
-    running, most = 0, 0
+    running, max_running = 0, 0
     together = asyncio.Event()
 
     @worker.handler()
     async def work(task: Task) -> None:
-        nonlocal running, most
+        nonlocal running, max_running
         running += 1
-        most = max(most, running)
+        max_running = max(max_running, running)
         if running == 2:
             together.set()
         await together.wait()
@@ -346,4 +346,4 @@ async def test_jobs_run_concurrently_up_to_the_limit(client: AsyncJobClient, que
     async with running_worker(worker):
         for job in jobs:
             assert (await finished(client, job.id)).status == "completed"
-    assert most == 2
+    assert max_running == 2

@@ -37,18 +37,18 @@ def connection_limit() -> int:
 
 async def _open(path: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     while True:
-        line = socket.socket(socket.AF_UNIX)
-        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
-        line.setblocking(False)
+        sock = socket.socket(socket.AF_UNIX)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        sock.setblocking(False)
         try:
-            line.connect(
+            sock.connect(
                 path
             )  # succeeds at once or not at all; asyncio would treat a full backlog as a pending connection
         except BlockingIOError:
-            line.close()
+            sock.close()
             await asyncio.sleep(0.01)  # let others connect first
         else:
-            return await asyncio.open_unix_connection(sock=line, limit=1_024)
+            return await asyncio.open_unix_connection(sock=sock, limit=1_024)
 
 
 async def idle(path: str, outcomes: Outcomes, is_there: asyncio.Event) -> None:

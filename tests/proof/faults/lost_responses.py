@@ -160,12 +160,12 @@ def lost_grants(trial: Trial) -> Counts:
 def _hang_up(daemon: Daemon, queue: str, key: str | None, after_s: float) -> None:
     body = json.dumps({"worker": "gone", "queues": [queue], "limit": 2})
     fields = {"Content-Type": "application/json"} | ({} if key is None else {"Idempotency-Key": key})
-    with closing(daemon.worker()) as line:
-        line.request("POST", "/v1/claim", body, fields)
+    with closing(daemon.worker()) as connection:
+        connection.request("POST", "/v1/claim", body, fields)
         time.sleep(after_s)  # the fault: the caller waits this long
-        if select.select([line.sock], [], [], 0)[0]:
+        if select.select([connection.sock], [], [], 0)[0]:
             # It waited longer than intended and got its response, so that grant is not lost.
-            for grant in json.loads(line.getresponse().read())["data"]["grants"]:
+            for grant in json.loads(connection.getresponse().read())["data"]["grants"]:
                 _give_back(daemon, grant)
 
 

@@ -90,13 +90,13 @@ def answer_to(connect: Connect, request: bytes) -> int:
 
 def head_of(connect: Connect, request: bytes) -> bytes:
     """Return the start of the response, at least its head; empty if the connection was closed."""
-    with connect() as line:
-        line.settimeout(ANSWERED_S)
+    with connect() as sock:
+        sock.settimeout(ANSWERED_S)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            line.sendall(request)  # rejected before its end: the response was sent all the same
+            sock.sendall(request)  # rejected before its end: the response was sent all the same
         received = b""
         with contextlib.suppress(ConnectionResetError):
-            while b"\r\n\r\n" not in received and (piece := line.recv(65_536)):
+            while b"\r\n\r\n" not in received and (piece := sock.recv(65_536)):
                 received += piece
     return received
 
@@ -171,10 +171,10 @@ def smuggled(trial: Trial) -> Counts:
         for number in range(trial.rounds):
             count = 100 + number % 400
             lines = b"".join(f"GET /v1/jobs/none-{n} HTTP/1.1\r\nHost: x\r\n\r\n".encode() for n in range(count))
-            with listeners["worker socket"]() as line:
-                line.settimeout(ANSWERED_S)
-                line.sendall(lines)
-                with line.makefile("rb") as received:
+            with listeners["worker socket"]() as sock:
+                sock.settimeout(ANSWERED_S)
+                sock.sendall(lines)
+                with sock.makefile("rb") as received:
                     for n in range(count):
                         assert b" 404 " in received.readline()
                         headers = http.client.parse_headers(received)

@@ -56,16 +56,16 @@ class Proxy:
     def _let_in(self) -> None:
         with suppress(OSError):  # no listener
             while True:
-                line, _ = self._door.accept()
-                thread = threading.Thread(target=self._carry, args=(line,))
+                sock, _ = self._door.accept()
+                thread = threading.Thread(target=self._carry, args=(sock,))
                 self._threads.append(thread)
                 thread.start()
 
-    def _carry(self, line: socket.socket) -> None:
+    def _carry(self, sock: socket.socket) -> None:
         """Forward the requests of one connection until one has a fault."""
-        with closing(line), closing(socket.socket(socket.AF_UNIX)) as behind, suppress(OSError, EOFError):
+        with closing(sock), closing(socket.socket(socket.AF_UNIX)) as behind, suppress(OSError, EOFError):
             behind.connect(self._behind)
-            asking, answering = line.makefile("rb"), behind.makefile("rb")
+            asking, answering = sock.makefile("rb"), behind.makefile("rb")
             with closing(asking), closing(answering):
                 while True:
                     head, body, named = _message(asking)
@@ -82,9 +82,9 @@ class Proxy:
                     if fault:
                         self.lost[named["x-call"]] = (int(answer.split()[1]), json.loads(reason))
                         if fault == "response cut":
-                            line.sendall((answer + reason)[: (len(answer) + len(reason)) // 2])
+                            sock.sendall((answer + reason)[: (len(answer) + len(reason)) // 2])
                         return
-                    line.sendall(answer + reason)
+                    sock.sendall(answer + reason)
 
 
 def _message(stream: Any) -> tuple[bytes, bytes, dict[str, str]]:

@@ -127,7 +127,7 @@ class SimArtifacts(MemoryArtifacts):
             self.relied_on[after.seq] = key
 
     def _left_to(self, job: Job) -> list[Upload]:
-        """The object that `job` names, where whose it was has gone: its tombstone went as well, as `job` was there."""
+        """Return the object that `job` names, if its owner was deleted and its tombstone dropped because of `job`."""
         its = None if job.result is None else self.uploads.get(job.result.storage_key or "")
         return [its] if its is not None and its.job_seq in self._machine.monitor.deleted else []
 
@@ -140,7 +140,7 @@ class SimArtifacts(MemoryArtifacts):
         self._let_go(change, gone)
 
     def _let_go(self, change: Change, uploads: list[Upload]) -> None:
-        for its in uploads:  # after a step back of the clock it looks like another job's
+        for its in uploads:  # after a step back of the clock it looks like the object of another job
             too_new = its.modified_at > change.event.at + self._machine.scenario.margins.skew_ms
             its.is_lost = its.is_lost or too_new
 

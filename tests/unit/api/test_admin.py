@@ -418,8 +418,8 @@ async def test_a_query_out_of_its_bounds_is_named(harness: HttpHarness, target: 
 
 
 async def test_a_delivery_is_sent_again_by_its_number(harness: HttpHarness) -> None:
-    again = await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)
-    assert again.data == plain_view(DELIVERY)
+    repeated = await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":7}', AUTH)
+    assert repeated.data == plain_view(DELIVERY)
     assert (await harness.request("POST", f"{P}/webhooks/q/resend", '{"id":8}', AUTH)).status == 404
     for body in ('{"id":0}', "{}", '{"id":"7"}'):
         assert (await harness.request("POST", f"{P}/webhooks/q/resend", body, AUTH)).status == 400

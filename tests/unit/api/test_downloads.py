@@ -66,9 +66,9 @@ def put(harness: HttpHarness, place: Path, key: str, content: bytes) -> None:
 async def test_a_stored_result_is_sent_as_a_file(harness: HttpHarness, place: Path, size: int) -> None:
     content = os.urandom(size)
     put(harness, place, "2026/report.html", content)
-    line = await harness.connect()
+    client = await harness.connect()
     for _ in range(MOST + 1):
-        response = await line.request("GET", PATH, headers=AUTH)
+        response = await client.request("GET", PATH, headers=AUTH)
         assert (response.status, response.body == content) == (200, True)
     assert response.headers["content-length"] == str(size)
     assert response.headers["content-type"] == "application/octet-stream"

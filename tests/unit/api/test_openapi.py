@@ -46,7 +46,7 @@ def operations(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def resolved(name: str, operation: dict[str, Any]) -> dict[str, Any]:
-    """Return `said`, or the component that it refers to."""
+    """Return `operation`, or the component that it refers to."""
     found: dict[str, Any] = DOCUMENTS[name]
     if "$ref" not in operation:
         return operation
@@ -224,9 +224,9 @@ def value_at(body: Any, path: str) -> Any:
 
 
 def is_beside_its_schema(refusal: errors.ApiError, body: Any) -> bool:
-    """Return whether `body` may be rejected although its schema accepts it, for the value of the named field.
+    """Return whether `body` may be rejected because of the named field although its schema accepts it.
 
-    A storage key may be no way to an object, and what JSON Schema takes for an integer, 5.0, is none to us.
+    A storage key can be invalid in ways that no schema expresses, and JSON Schema counts 5.0 as an integer.
     """
     field = refusal.details["field"]
     value = value_at(body, field)

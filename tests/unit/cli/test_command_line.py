@@ -39,7 +39,7 @@ NOW = 1_772_366_400_000
 
 @pytest.fixture(autouse=True)
 def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No setting of the machine, no daemon of the machine, no patience."""
+    """Ignore the settings and the daemon of this machine, and do not retry."""
     for name in list(os.environ):
         if name.startswith(("JOBD_", "ADMIN_TOKEN")):
             monkeypatch.delenv(name)
@@ -144,7 +144,7 @@ def test_age(gap_ms: int, shown: str) -> None:
 
 @pytest.fixture(params=["UTC", "America/New_York", "Asia/Tokyo"])
 def zone(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The time zone of the host."""
+    """Set the time zone of the host."""
     monkeypatch.setenv("TZ", request.param)
     time.tzset()
     yield request.param
@@ -190,7 +190,7 @@ class Terminal(io.StringIO):
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, width: int, columns: list[str], rows: list[tuple[object, ...]]) -> list[str]:
-    """The lines of a table on a terminal so wide, without styles."""
+    """Return the lines of a table on a terminal of this width, without styles."""
     for name, value in {"COLUMNS": str(width), "LINES": "50", "NO_COLOR": "1", "TERM": "dumb"}.items():
         monkeypatch.setenv(name, value)
     out = Terminal()
@@ -275,7 +275,7 @@ def test_an_operator_is_the_user_behind_the_command(monkeypatch: pytest.MonkeyPa
     [
         ("2026-03-01T12:00", 1_772_366_400_000),
         ("2026-03-01 12:00", 1_772_366_400_000),
-        ("2026-03-01 12:00:00 UTC", 1_772_366_400_000),  # as it is shown
+        ("2026-03-01 12:00:00 UTC", 1_772_366_400_000),  # as printed
         ("2026-03-01T12:00Z", 1_772_366_400_000),
         ("2026-03-01T13:00+01:00", 1_772_366_400_000),
         ("2026-03-01", 1_772_323_200_000),
@@ -360,7 +360,7 @@ def test_a_usage_error_exits_with_2_and_one_line(
     ],
 )
 def test_an_empty_name_is_a_usage_error(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A job would get another id than was meant, a worker another name, and a list would have everything."""
+    """Otherwise a job would get a random id, a worker a default name, and a list would be unfiltered."""
     verb, option = line.split()
     rest = ["true"] if verb == "run" else []
     assert run(verb, option, "", *rest) == 2
@@ -416,7 +416,7 @@ def test_the_first_of_several_tokens_is_used(tmp_path: Path) -> None:
 
 @pytest.fixture
 def untold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Nothing says where the daemon is; gives the place of its configuration file, which is not there."""
+    """Remove every setting that names the daemon; return the path of its configuration file, which does not exist."""
     for name in ("JOBD_SOCKET", "JOBD_ADMIN_URL"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("ADMIN_TOKEN", "canary-canary-canary-canary")
@@ -425,7 +425,7 @@ def untold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def found(**given: str) -> tuple[str, str]:
-    """Where the worker API and the admin API are found."""
+    """Return the addresses of the worker API and the admin API."""
     shown = connection.ConnectionOptions()
     for name, value in given.items():
         setattr(shown, name, value)
@@ -619,7 +619,7 @@ def _write_while_taken(path: Path) -> None:
 
 
 def test_the_partial_file_is_not_a_store_or_a_symlink(tmp_path: Path) -> None:
-    """The .part of one file may be something else's name."""
+    """The .part name of one file may be another file."""
     (tmp_path / "theirs").write_bytes(b"theirs")
     (tmp_path / "copy.db.part").symlink_to(tmp_path / "theirs")
     with pytest.raises(OSError, match="symbolic"), files.whole_file(tmp_path / "copy.db", lambda _: None):

@@ -29,8 +29,8 @@ def test_all_names_of_the_package_can_be_imported() -> None:
 
 def test_errors_survive_pickling_and_show_their_code() -> None:
     error = LockLost("Gone.", details={"reason": "cancelled", "cancel_requested": True}, status=409)
-    again = pickle.loads(pickle.dumps(error))
-    assert (type(again), again.reason, again.cancel_requested, str(again)) == (
+    restored = pickle.loads(pickle.dumps(error))
+    assert (type(restored), restored.reason, restored.cancel_requested, str(restored)) == (
         LockLost,
         "cancelled",
         True,

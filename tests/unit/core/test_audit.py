@@ -94,9 +94,9 @@ def test_a_dry_run_has_no_entry() -> None:
     rules = RuleHarness()
     rules.create("a")
     for job_id in ("a", "b"):
-        for asked in (RunNow(id=job_id), Update(id=job_id), Transition(id=job_id, from_="queued", to="failed")):
-            assert entry(rules, replace(asked, dry_run=True)) is None
-            assert entry(rules, asked) is not None
+        for command in (RunNow(id=job_id), Update(id=job_id), Transition(id=job_id, from_="queued", to="failed")):
+            assert entry(rules, replace(command, dry_run=True)) is None
+            assert entry(rules, command) is not None
 
 
 def test_an_entry_has_operator_address_action_reason_and_outcome() -> None:

@@ -72,7 +72,7 @@ def test_a_lock_id_cannot_be_guessed() -> None:
     assert len(bytes.fromhex(secret)) == 16
     assert secret == draft().secret(7)
     assert secret not in {draft(b"another seed").secret(7), draft().secret(8)}
-    assert len(draft().secret(2**64 - 1)) == 32  # the greatest token that there may be
+    assert len(draft().secret(2**64 - 1)) == 32  # the greatest possible token
 
 
 def test_a_job_id_is_a_uuid_of_its_time_and_otherwise_random() -> None:
@@ -84,7 +84,7 @@ def test_a_job_id_is_a_uuid_of_its_time_and_otherwise_random() -> None:
     random = (1 << 80) - 1 & ~fixed
     assert reduce(or_, (each.int for each in made)) & random == random
     assert reduce(and_, (each.int for each in made)) & random == 0
-    assert draft().job_id(1) == str(made[0]) == "018bcfe5-6800-74bc-bc40-bbfcea251b17"  # and none of them twice
+    assert draft().job_id(1) == str(made[0]) == "018bcfe5-6800-74bc-bc40-bbfcea251b17"  # no id is issued twice
     assert draft(b"another seed").job_id(1) != str(made[0])
     assert UUID(draft().job_id(2**64 - 1)).version == 7
 

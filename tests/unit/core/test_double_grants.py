@@ -144,7 +144,7 @@ def test_after_the_life_of_the_lock_there_is_no_double_grant(
     rules.advance(1_000)
     for command in make_commands(lock):
         rules.accept(command, admin=True)
-    rules.advance(MINUTE_MS - 1_000)  # exactly at its end a lock has expired
+    rules.advance(MINUTE_MS - 1_000)  # a lock has expired exactly at its end
     rules.start(worker="w-2")
     assert (overlaps(rules).total, overlaps(rules).last, overlaps(rules).taken) == (0, None, {})
 
@@ -331,10 +331,13 @@ MADE = Grant("l", 1, "w", acquired_at=0, ttl_ms=60, stuck_after_ms=10, max_proce
     [
         (Lease(expires=100, silent=50, ceiling=None), 100),
         (Lease(expires=100, silent=50, ceiling=101), 100),
-        (Lease(expires=100, silent=51, ceiling=101), 100),  # below its ceiling a lock ends where its worker was told
-        (Lease(expires=100, silent=50, ceiling=100), 100),  # the last word at 40: its minute ends at 100
+        (
+            Lease(expires=100, silent=51, ceiling=101),
+            100,
+        ),  # below its ceiling a lock ends when its worker expects it to
+        (Lease(expires=100, silent=50, ceiling=100), 100),  # last report at 40, so its minute ends at 100
         (Lease(expires=100, silent=51, ceiling=100), 101),
-        (Lease(expires=100, silent=20, ceiling=90), 100),  # a ceiling never shortens what was promised
+        (Lease(expires=100, silent=20, ceiling=90), 100),  # a ceiling never shortens a lock that was granted
     ],
 )
 def test_the_end_of_a_lock_without_its_ceiling(lease: Lease, until: int) -> None:

@@ -168,15 +168,15 @@ def test_kinds_are_bounded_and_active_ones_stay(monkeypatch: pytest.MonkeyPatch)
     assert {pace.kind: pace.completed for pace in paces.view(HOUR + 5 * SLOT_MS // 2)} == {"film": 3, "once more": 1}
 
 
-@pytest.mark.parametrize(("silent_ms", "kept"), [(SLOT_MS - 1, "film"), (SLOT_MS, "mail")])
+@pytest.mark.parametrize(("silent_ms", "expected"), [(SLOT_MS - 1, "film"), (SLOT_MS, "mail")])
 def test_a_kind_is_replaced_after_a_slot_without_completions(
-    monkeypatch: pytest.MonkeyPatch, silent_ms: int, kept: str
+    monkeypatch: pytest.MonkeyPatch, silent_ms: int, expected: str
 ) -> None:
     monkeypatch.setattr(duration_baseline, "KINDS_KEPT", 1)
     paces = Paces()
     paces.add("film", HOUR, 10)
     paces.add("mail", HOUR + silent_ms, 10)
-    assert list(paces.kinds) == [kept]
+    assert list(paces.kinds) == [expected]
 
 
 def test_many_alternating_kinds_do_not_displace_each_other(monkeypatch: pytest.MonkeyPatch) -> None:

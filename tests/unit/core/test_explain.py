@@ -242,7 +242,7 @@ def test_the_previous_attempt_is_explained(rules: RuleHarness) -> None:
     assert why(rules).because.endswith("Its last grant, to worker w-1, ended by release.")
     rules.accept(Fail(id="a", lock_id=rules.start(), error_message="out of memory", retry_after_ms=0))
     assert why(rules).because.endswith("Its last attempt failed: out of memory")
-    rules.accept(Import(id="b", error_code="E"))  # an error without a word
+    rules.accept(Import(id="b", error_code="E"))  # an error without a message
     assert why(rules, "b").because.endswith("Other jobs come first.")
 
 
@@ -253,7 +253,7 @@ def test_a_processing_job_names_its_worker(rules: RuleHarness) -> None:
     view = why(rules)
     assert (view.state, view.blocked_by) == ("processing", None)
     assert view.because.startswith("Worker w-7 has held it for 60 s, at 45 %. Its lock is live for another 14 min")
-    assert at_and_rule(view) == (NOW + TTL, "stuck_after")  # stuck at the very moment of the expiry
+    assert at_and_rule(view) == (NOW + TTL, "stuck_after")  # stuck exactly when the lock expires
     assert "jobctl force-reset a" in view.do[1]
 
 
@@ -354,7 +354,7 @@ def test_repeated_releases_are_explained(rules: RuleHarness) -> None:
     rules.advance(1_000)
     assert " It was released 6 times in a row without progress. Its last grant" in release(delay_ms=0)
     assert why(rules).do[0] == "Find out why its workers release it; w-7 was the last."
-    rules.row(replace(rules.job(), ended=None))  # a row that was edited
+    rules.row(replace(rules.job(), ended=None))  # a row that was edited by hand
     assert why(rules).because.endswith("It was released 6 times in a row without progress.")
     assert "release" not in why(rules).do[0]
     lock_id = rules.start()
@@ -497,5 +497,7 @@ def test_a_delayed_job_that_expires_before_it_is_due(rules: RuleHarness) -> None
     assert at_and_rule(why(rules)) == (NOW + MINUTE_MS, "expires_at")
     rules.create("b", run_at=NOW + MINUTE_MS, expires_at=NOW + 3 * MINUTE_MS)
     assert at_and_rule(why(rules, "b")) == (NOW + MINUTE_MS, "run_at")
-    rules.create("c", run_at=NOW + MINUTE_MS, expires_at=NOW + MINUTE_MS)  # when it is due it is unwanted already
+    rules.create(
+        "c", run_at=NOW + MINUTE_MS, expires_at=NOW + MINUTE_MS
+    )  # it expires at the moment at which it becomes due
     assert at_and_rule(why(rules, "c")) == (NOW + MINUTE_MS, "expires_at")

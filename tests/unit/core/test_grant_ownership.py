@@ -49,7 +49,7 @@ TTL = 15 * MINUTE_MS
 LOCKED_UNTIL = {"lock_expires_at": NOW + TTL}
 UNSENT = "The connection closed before the grant was sent."
 
-# What is done with a job that worker w-1 holds in its first of two attempts, by whom, and what the journal says of it.
+# Each call on a job that worker w-1 holds in its first of two attempts: the caller, and the journal entry.
 WRITTEN: list[tuple[Any, str, tuple[Any, ...]]] = [
     (
         Progress(id="a", lock_id="L", progress=1),
@@ -200,10 +200,10 @@ def test_a_repeated_ending_returns_the_current_job(rules: RuleHarness, verb: str
     assert not isinstance(decision.answer, ApiError)
     assert decision.answer.data.repeated is True
     assert not decision.changes
-    if verb == "release":  # and still so while somebody else holds the job
+    if verb == "release":  # also while another worker holds the job
         rules.start(worker="w-2")
-        again = rules.accept(ending)
-        assert (again.repeated, again.lock.worker) == (True, "w-2")
+        repeated = rules.accept(ending)
+        assert (repeated.repeated, repeated.lock.worker) == (True, "w-2")
 
 
 @pytest.mark.parametrize("verb", ENDINGS)

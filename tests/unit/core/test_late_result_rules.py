@@ -83,17 +83,22 @@ def test_the_result_of_a_late_complete_is_stored(rules: RuleHarness) -> None:
         lock_id, download_url="u", storage_key="k/1", metadata=Raw(b'{"a":1}'), expires_at=rules.now + DAY_MS
     )
     refusal = late(rules, command)
-    event, (kept,) = rules.last(), rules.late()
-    assert refusal.details["late_result"] == event.seq == kept.seq
-    assert refusal.message.endswith(f"as late result {kept.seq}; an operator can adopt it: jobctl adopt a")
+    event, (stored,) = rules.last(), rules.late()
+    assert refusal.details["late_result"] == event.seq == stored.seq
+    assert refusal.message.endswith(f"as late result {stored.seq}; an operator can adopt it: jobctl adopt a")
     assert (event.type, event.by, event.before, event.after) == ("late_result", "worker:w-1", "queued", "queued")
     assert event.reason == (
         "Worker w-1 completed the job after its lock was lost; the job is queued. Its result is stored."
     )
     token = rules.tokens[-1]
     assert event.details == {"worker": "w-1", "fencing_token": token}
-    assert (kept.at, kept.worker, kept.fencing_token, kept.expires_at) == (rules.now, "w-1", token, command.expires_at)
-    assert kept.result == Result("u", "/out", "k/1", Raw(b'{"a":1}'))
+    assert (stored.at, stored.worker, stored.fencing_token, stored.expires_at) == (
+        rules.now,
+        "w-1",
+        token,
+        command.expires_at,
+    )
+    assert stored.result == Result("u", "/out", "k/1", Raw(b'{"a":1}'))
 
 
 def test_a_repeat_adds_nothing_and_gets_the_same_error(rules: RuleHarness) -> None:
@@ -109,7 +114,7 @@ def test_only_the_first_late_complete_of_a_grant_counts(rules: RuleHarness) -> N
     refusal = late(rules, completing(lock_id, file_path="/other"), is_stored=False, is_recorded=True)
     assert "late_result" not in refusal.details
     late(rules, completing(lock_id, file_path="/third"), is_stored=False)
-    assert [kept.result.file_path for kept in rules.late()] == ["/out"]
+    assert [stored.result.file_path for stored in rules.late()] == ["/out"]
 
 
 def test_an_unknown_lock_leaves_nothing(rules: RuleHarness) -> None:
@@ -133,7 +138,7 @@ def test_an_older_grant_is_found_in_the_journal(rules: RuleHarness) -> None:
     assert rules.last().by == "worker:w-old"
     assert refusal.details["reason"] == "not_current"
     late(rules, completing(latest.lock_id, file_path="/new"))
-    assert [kept.worker for kept in rules.late()] == ["w-old", "w-new"]
+    assert [stored.worker for stored in rules.late()] == ["w-old", "w-new"]
 
 
 def test_the_error_names_the_current_holder(rules: RuleHarness) -> None:
@@ -160,9 +165,9 @@ def test_only_the_results_of_the_latest_grants_are_stored_and_replaced_ones_do_n
         rules.accept(Recover(limit=1))
     for lock_id in locks:
         late(rules, completing(lock_id))
-    assert [kept.fencing_token for kept in rules.late()] == rules.tokens[1:]
+    assert [stored.fencing_token for stored in rules.late()] == rules.tokens[1:]
     assert "late_result" not in late(rules, completing(locks[0]), is_stored=False).details
-    assert [kept.fencing_token for kept in rules.late()] == rules.tokens[1:]
+    assert [stored.fencing_token for stored in rules.late()] == rules.tokens[1:]
 
 
 def test_a_result_between_stored_ones_replaces_the_oldest(rules: RuleHarness) -> None:
@@ -174,7 +179,7 @@ def test_a_result_between_stored_ones_replaces_the_oldest(rules: RuleHarness) ->
     for lock_id in locks[:2] + locks[3:]:
         late(rules, completing(lock_id))
     late(rules, completing(locks[2]))
-    assert [kept.fencing_token for kept in rules.late()] == rules.tokens[1:]
+    assert [stored.fencing_token for stored in rules.late()] == rules.tokens[1:]
 
 
 def test_a_result_of_an_older_grant_is_stored_while_there_is_space(rules: RuleHarness) -> None:
@@ -184,16 +189,16 @@ def test_a_result_of_an_older_grant_is_stored_while_there_is_space(rules: RuleHa
     rules.accept(Recover(limit=1))
     for lock_id in reversed(locks):
         late(rules, completing(lock_id))
-    assert [kept.fencing_token for kept in rules.late()] == rules.tokens
+    assert [stored.fencing_token for stored in rules.late()] == rules.tokens
 
 
-@pytest.mark.parametrize(("size", "kept"), [(100, True), (101, False)])
-def test_late_metadata_is_limited(size: int, kept: bool) -> None:
+@pytest.mark.parametrize(("size", "is_stored"), [(100, True), (101, False)])
+def test_late_metadata_is_limited(size: int, is_stored: bool) -> None:
     rules = RuleHarness(Policy(late_bytes=100))
     lock_id = stalled(rules)
     metadata = Raw(b'"' + b"x" * (size - 2) + b'"')
-    refusal = late(rules, completing(lock_id, metadata=metadata), is_stored=kept, is_recorded=not kept)
-    assert ("late_result" in refusal.details) == kept
+    refusal = late(rules, completing(lock_id, metadata=metadata), is_stored=is_stored, is_recorded=not is_stored)
+    assert ("late_result" in refusal.details) == is_stored
 
 
 def test_a_result_with_an_invalid_storage_key_is_not_stored(rules: RuleHarness) -> None:
@@ -225,7 +230,7 @@ def test_a_lock_that_ends_in_the_same_batch_leaves_its_result(rules: RuleHarness
 
 
 @pytest.mark.parametrize(
-    ("policy", "queues", "kept"),
+    ("policy", "queues", "is_stored"),
     [
         ("keep", {}, True),
         ("drop", {}, False),
@@ -234,9 +239,9 @@ def test_a_lock_that_ends_in_the_same_batch_leaves_its_result(rules: RuleHarness
         ("keep", {"other": "drop"}, True),
     ],
 )
-def test_a_queue_can_have_its_own_policy(policy: LatePolicy, queues: dict[str, LatePolicy], kept: bool) -> None:
+def test_a_queue_can_have_its_own_policy(policy: LatePolicy, queues: dict[str, LatePolicy], is_stored: bool) -> None:
     rules = RuleHarness(Policy(late_results=policy, late_queues=queues))
-    late(rules, completing(stalled(rules)), is_stored=kept, is_recorded=not kept)
+    late(rules, completing(stalled(rules)), is_stored=is_stored, is_recorded=not is_stored)
 
 
 def test_a_worker_can_complete_after_an_operator_released_its_lock(rules: RuleHarness) -> None:
@@ -423,7 +428,7 @@ def test_the_result_for_a_job_that_stalled_before_is_stored() -> None:
 def test_a_result_that_may_not_complete_the_job_is_stored() -> None:
     rules = taking(require_download_url=True)
     refusal = late(rules, completing(stalled(rules)))
-    assert [kept.result.file_path for kept in rules.late()] == ["/out"]
+    assert [stored.result.file_path for stored in rules.late()] == ["/out"]
     assert refusal.message.endswith(
         f"as late result {rules.last().seq}, but cannot be adopted: it has no download_url, which [validation] "
         "require_download_url requires."
@@ -748,7 +753,7 @@ def test_rejected_calls_are_recorded_per_grant_and_name_the_holder(rules: RuleHa
     rules.accept(ForceReset(id="a"), admin=True)
     late(rules, call("progress", second), is_stored=False, is_recorded=True)
     assert (rules.last().details or {})["fencing_token"] == rules.tokens[-1]
-    late(rules, call("extend", first), is_stored=False)  # memory does not know it any more
+    late(rules, call("extend", first), is_stored=False)  # no longer in memory
 
 
 def test_calls_with_unknown_locks_are_not_recorded(rules: RuleHarness) -> None:

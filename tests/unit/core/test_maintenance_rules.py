@@ -154,7 +154,7 @@ def test_a_poison_job_fails_in_the_end(rules: RuleHarness) -> None:
 @pytest.mark.parametrize(
     ("on_stall", "max_stalls", "expected"),
     [
-        ("fail", 1, "Its on_stall is fail"),  # the last that it may have is not one too many
+        ("fail", 1, "Its on_stall is fail"),  # the last allowed stall is not one too many
         ("requeue", 0, "It stalled once (max_stalls 0);"),
     ],
 )
@@ -201,14 +201,14 @@ def test_recovery_works_in_slices(rules: RuleHarness) -> None:
         assert each.reason.startswith(f"No update from worker w-{each.job_id} for 15 min")
     assert (rules.last().type, rules.last().details) == ("lock_expired", {"worker": "w-1"})
     found = rules.accept(Recover(limit=2))
-    assert (len(found.details), found.locks_cleared, found.more) == (2, 2, True)  # of locks, not of jobs
+    assert (len(found.details), found.locks_cleared, found.more) == (2, 2, True)  # locks, not jobs
     found = rules.accept(Recover(limit=2))
     assert (len(found.details), found.locks_cleared, found.more) == (0, 2, False)
     assert rules.accept(Recover(limit=2)) == Recovered([], 0, False)
     assert rules.book.live_locks() == 0
     rules.start("a")
     rules.advance(TTL)
-    assert rules.accept(Recover(limit=1)).more is False  # one was allowed, one there was
+    assert rules.accept(Recover(limit=1)).more is False  # one was allowed, and there was one
 
 
 def test_time_is_judged_when_a_command_is_applied(rules: RuleHarness) -> None:
@@ -259,7 +259,7 @@ def test_deadlines_are_postponed_after_a_pause_of_the_daemon(rules: RuleHarness)
     )
     until = rules.lease + 30_000
     assert rules.job("live").lease == Lease(until, rules.lease - 999 + STUCK, until)
-    assert rules.job("dead").lease == Lease(rules.lease, until, None)  # an expired lock does not come back to life
+    assert rules.job("dead").lease == Lease(rules.lease, until, None)  # an expired lock stays expired
     assert rules.types("live")[-1] == "resumed"
     assert rules.last().details == {"grace_ms": 30_000}
     assert rules.types("calm")[-1] == "granted"
@@ -396,7 +396,7 @@ def test_a_backward_step_of_the_clock_does_not_change_locks_and_keeps_rows_valid
     assert rules.accept(Validate(id="a")).issues == []
     rules.create("b")
     rules.now -= HOUR_MS
-    assert rules.claim() == []  # not due by the clock on the wall
+    assert rules.claim() == []  # not due by wall time
     rules.accept(RunNow(id="b"))
     lock_id = rules.start("b")
     assert rules.accept(Validate(id="b")).issues == []

@@ -226,16 +226,16 @@ def test_a_dry_run_changes_nothing(rules: RuleHarness) -> None:
         Update(id="a", priority=7, run_at=NOW + 5, max_attempts=3),
         Transition(id="a", from_="queued", to="completed", reason="r"),
     ]
-    for asked in commands:
+    for command in commands:
         before = rules.job()
-        rehearsed = rules.decide(replace(asked, dry_run=True), admin=True)
+        rehearsed = rules.decide(replace(command, dry_run=True), admin=True)
         assert (rehearsed.changes, rules.job()) == ([], before)
         assert isinstance(rehearsed.answer, Response)
-        assert rehearsed.answer.data == rules.accept_admin(asked)
+        assert rehearsed.answer.data == rules.accept_admin(command)
         assert rules.job() != before
-    for asked in commands:
-        refusal = rules.reject(replace(asked, dry_run=True), "invalid_transition", admin=True)
-        assert refusal == rules.reject(asked, "invalid_transition", admin=True)
+    for command in commands:
+        refusal = rules.reject(replace(command, dry_run=True), "invalid_transition", admin=True)
+        assert refusal == rules.reject(command, "invalid_transition", admin=True)
 
 
 def test_a_transition_to_failed_needs_no_message(rules: RuleHarness) -> None:
@@ -352,7 +352,7 @@ def test_a_pause_that_is_over_ends(rules: RuleHarness) -> None:
 
 
 def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
-    asked = Import(
+    command = Import(
         id="a",
         queue="q",
         kind="k",
@@ -375,7 +375,7 @@ def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
         error_message="e",
         error_code="E",
     )
-    decision = rules.decide(asked, by="admin")
+    decision = rules.decide(command, by="admin")
     assert not isinstance(decision.answer, ApiError)
     assert (decision.answer.status, decision.answer.data) == (201, Imported("a", skipped=False))
     job = rules.job()
@@ -384,7 +384,7 @@ def test_an_import_keeps_all_given_fields(rules: RuleHarness) -> None:
     assert (job.started_at, job.finished_at, job.expires_at) == (NOW - 7, NOW - 2, NOW + 9)
     assert (job.result, job.error) == (Result("u", "f", "s", Raw(b"1")), Failure("e", "E"))
     assert rules.book.suspects == {1: "a"}
-    assert rules.accept(asked) == Imported("a", skipped=True)
+    assert rules.accept(command) == Imported("a", skipped=True)
 
 
 def test_missing_times_of_an_import_become_now(rules: RuleHarness) -> None:
@@ -418,9 +418,9 @@ def test_an_import_without_created_at_gets_the_earliest_given_time(rules: RuleHa
 
 @pytest.mark.parametrize(("progress", "status"), [(0, "queued"), (45, "failed")])
 def test_an_import_check_shows_the_result_and_changes_nothing(rules: RuleHarness, progress: float, status: str) -> None:
-    asked = ImportCheck(id="a", status="processing", progress=progress, worker="there", started_at=NOW - 5)
+    command = ImportCheck(id="a", status="processing", progress=progress, worker="there", started_at=NOW - 5)
     before = rules.book.next_job, rules.book.next_token, rules.book.next_event
-    decision = rules.decide(asked, by="admin")
+    decision = rules.decide(command, by="admin")
     assert isinstance(decision.answer, Response)
     preview = decision.answer.data
     assert (preview.job_id, preview.what, preview.status) == ("a", "create", status)
@@ -429,7 +429,7 @@ def test_an_import_check_shows_the_result_and_changes_nothing(rules: RuleHarness
     assert decision.changes == []
     assert (rules.book.next_job, rules.book.next_token, rules.book.next_event) == before
     rules.create("a")
-    preview = rules.accept(asked)
+    preview = rules.accept(command)
     assert (preview.what, preview.status, preview.reason) == (
         "skip",
         "queued",

@@ -50,7 +50,7 @@ NO_MORE = "It is no longer due for deletion or expiry."
 
 
 @pytest.mark.parametrize(
-    ("options", "progress", "again"),
+    ("options", "progress", "repeated"),
     [
         ({}, 0, True),
         ({"max_attempts": 1}, 40, False),
@@ -60,17 +60,17 @@ NO_MORE = "It is no longer due for deletion or expiry."
         ({"on_stall": "requeue", "max_stalls": 0}, 0, False),
     ],
 )
-def test_the_planned_status_of_a_stuck_job_matches_the_recovery(options: Any, progress: int, *, again: bool) -> None:
+def test_the_planned_status_of_a_stuck_job_matches_the_recovery(options: Any, progress: int, *, repeated: bool) -> None:
     rules = RuleHarness()
     lock_id = rules.held(**options)
     if progress:
         rules.progress(lock_id, progress)
     rules.advance(HOUR_MS)
     job = rules.job()
-    assert requeues_on_stall(job) == again
-    assert plan_rules.to("recover-stuck", job) == plan_rules.to("cleanup", job) == ("queued" if again else "failed")
+    assert requeues_on_stall(job) == repeated
+    assert plan_rules.to("recover-stuck", job) == plan_rules.to("cleanup", job) == ("queued" if repeated else "failed")
     rules.accept(Recover(limit=1))
-    assert rules.job().status == ("queued" if again else "failed")
+    assert rules.job().status == ("queued" if repeated else "failed")
 
 
 def test_the_planned_statuses_and_the_actions_allowed_on_a_full_disk() -> None:
@@ -165,8 +165,8 @@ def test_a_plan_changes_due_jobs_and_rejects_others(action: PlanAction) -> None:
     assert "Worker w-1 reported no progress" in (events_by_job["stuck"].reason or ""), (
         "its own cause, not the operator's"
     )
-    again = apply(rules, action, known(rules, action, "stuck"))
-    assert (again.applied, len(again.refused)) == (0, 1)
+    repeated = apply(rules, action, known(rules, action, "stuck"))
+    assert (repeated.applied, len(repeated.refused)) == (0, 1)
 
 
 @pytest.mark.parametrize("how", ["extend", "progress", "complete", "recover", "delete"])
@@ -200,9 +200,9 @@ def test_maintenance_of_an_unknown_job_is_rejected() -> None:
     rules = RuleHarness()
     draft = Draft(rules.book, Call(Recover(limit=1), "daemon", b"s" * 16), rules.moment, rules.policy)
     for rule in (maintenance_rules.recover_one, maintenance_rules.clean_one):
-        gone = rule(draft, JobCommand(id="gone"))
-        assert isinstance(gone, ApiError)
-        assert gone.code == "job_not_found"
+        version = rule(draft, JobCommand(id="gone"))
+        assert isinstance(version, ApiError)
+        assert version.code == "job_not_found"
 
 
 # -- made, and applied ------------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ async def crowd(engine: VirtualEngine, stuck: int, late: int, old: int) -> None:
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(
-    ("there", "found", "more"),
+    ("counts", "found", "more"),
     [
         ((3, 0, 0), ["s0", "s1", "s2"], False),
         ((4, 0, 0), ["s0", "s1", "s2"], True),
@@ -335,32 +335,32 @@ async def crowd(engine: VirtualEngine, stuck: int, late: int, old: int) -> None:
     ],
 )
 def test_a_plan_is_limited_and_the_rest_is_planned_later(
-    there: tuple[int, int, int], found: list[str], *, more: bool
+    counts: tuple[int, int, int], found: list[str], *, more: bool
 ) -> None:
     @in_virtual_time
     async def play() -> None:
         async with VirtualEngine() as engine:
             planner = Planner(engine.actor, engine.clock)
-            await crowd(engine, *there)
+            await crowd(engine, *counts)
             plan = await made(planner, action="cleanup")
             assert ([job.id for job in plan.jobs], plan.more, plan.next_cursor) == (found, more, None)
             await applied(planner)
-            assert (await made(planner, "q", action="cleanup")).count == sum(there) - 3
+            assert (await made(planner, "q", action="cleanup")).count == sum(counts) - 3
 
     play()
 
 
-@pytest.mark.parametrize(("there", "found"), [((3, 0, 0), 0), ((0, 0, 3), 2)])
+@pytest.mark.parametrize(("counts", "found"), [((3, 0, 0), 0), ((0, 0, 3), 2)])
 @pytest.mark.usefixtures("small")
 def test_a_plan_ends_at_its_time_limit(
-    monkeypatch: pytest.MonkeyPatch, there: tuple[int, int, int], found: int
+    monkeypatch: pytest.MonkeyPatch, counts: tuple[int, int, int], found: int
 ) -> None:
     monkeypatch.setattr(plan_builder, "MAX_PLANNING_S", 0)
 
     @in_virtual_time
     async def play() -> None:
         async with VirtualEngine() as engine:
-            await crowd(engine, *there)
+            await crowd(engine, *counts)
             plan = await made(Planner(engine.actor, engine.clock), action="cleanup")
             assert (plan.count, plan.more) == (found, True)
 

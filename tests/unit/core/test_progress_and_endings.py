@@ -370,8 +370,8 @@ def test_a_repeated_release_counts_once(rules: RuleHarness) -> None:
     released(rules, 4)
     lock_id = rules.start()
     first = rules.accept(Release(id="a", lock_id=lock_id))
-    again = rules.accept(Release(id="a", lock_id=lock_id))
-    assert (again.repeated, again.run_at, rules.job().releases) == (True, first.run_at, 5)
+    repeated = rules.accept(Release(id="a", lock_id=lock_id))
+    assert (repeated.repeated, repeated.run_at, rules.job().releases) == (True, first.run_at, 5)
 
 
 def test_a_release_by_an_operator_counts_too(rules: RuleHarness) -> None:

@@ -481,6 +481,6 @@ def test_a_cleanup_run_leaves_no_row_that_it_could_repair(job: Job) -> None:
         return decision.answer.data
 
     mend()
-    again = mend()
-    assert again.done == 0
-    assert all(issue.field in ("status", "lock") for _, issue in again.issues)
+    repeated = mend()
+    assert repeated.done == 0
+    assert all(issue.field in ("status", "lock") for _, issue in repeated.issues)

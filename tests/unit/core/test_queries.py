@@ -86,10 +86,10 @@ def test_history_is_read_after_the_decision(rules: RuleHarness) -> None:
     answer = rules.ask(Timeline(id="a", limit=7))
     assert not isinstance(answer, ApiError)
     assert answer.read == HistoryRead(timeline=1, events=7)
-    asked = ListJobs(status="failed")
-    answer = rules.ask(asked)
+    query = ListJobs(status="failed")
+    answer = rules.ask(query)
     assert not isinstance(answer, ApiError)
-    assert answer.read == HistoryRead(page=asked)
+    assert answer.read == HistoryRead(page=query)
     moving = Export(status="failed")
     answer = rules.ask(moving)
     assert not isinstance(answer, ApiError)
@@ -150,8 +150,8 @@ def test_queues_are_listed_in_pages_by_name(rules: RuleHarness) -> None:
         rules.create(f"job-{name}", queue=name)
     for name in "bdz":
         rules.accept(Pause(name=name))
-    asked = {None: "abcdez", True: "bdz", False: "ace"}
-    for paused, names in asked.items():
+    query = {None: "abcdez", True: "bdz", False: "ace"}
+    for paused, names in query.items():
         assert "".join(queue.name for queue in rules.accept(Queues(paused=paused)).queues) == names
         for limit in (1, 2, 3, 6):
             seen, cursor = [], None
@@ -176,8 +176,8 @@ def test_the_busiest_queues_are_listed_first_on_request(rules: RuleHarness) -> N
     rules.accept(Pause(name="A"))
     rules.accept(Start(id="d-0", worker="w"))
 
-    def found(**asked: Any) -> tuple[str, str | None]:
-        page = rules.accept(Queues(busiest=True, **asked))
+    def found(**query: Any) -> tuple[str, str | None]:
+        page = rules.accept(Queues(busiest=True, **query))
         return " ".join(queue.name for queue in page.queues), page.next_cursor
 
     assert found() == ("c d b e A a", None), "nobody waits in either of the last"

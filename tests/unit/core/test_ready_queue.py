@@ -60,13 +60,13 @@ def test_first_drops_stale_entries_before_it(heap: LazyHeap[Timed]) -> None:
 
 
 def test_ordered_returns_valid_entries_once_and_removes_none(heap: LazyHeap[Timed]) -> None:
-    numbers = list(range(50)) + list(range(0, 50, 3))  # every third twice: it went and came back
+    numbers = list(range(50)) + list(range(0, 50, 3))  # every third twice: removed and added again
     random.Random(1).shuffle(numbers)
     for time in numbers:
         heap.push(entry(time))
     odd = [entry(time) for time in range(50) if time % 2]
     assert list(heap.ordered(lambda found: found[0] % 2 == 1)) == odd
-    assert list(islice(heap.ordered(valid), 3)) == [entry(1), entry(2), entry(3)]  # 0 was stale and on top
+    assert list(islice(heap.ordered(valid), 3)) == [entry(1), entry(2), entry(3)]  # 0 was stale and on top of the heap
     assert list(heap.ordered(lambda found: found[0] % 2 == 1)) == odd
 
 
@@ -111,9 +111,15 @@ def test_a_fifo_drops_the_places_of_removed_jobs_at_its_front() -> None:
     jobs = [untouched("", 0, number, number) for number in range(3 * _GONE_AT_ONCE)]
     line = Fifo()
     line.extend(jobs)
-    for gone, kept in [(10, 0), (_GONE_AT_ONCE - 1, 0), (_GONE_AT_ONCE, 1), (_GONE_AT_ONCE + 100, 1), (len(jobs), 3)]:
-        first = line.first(partial(_is_from, gone))
-        assert list(line) == jobs[gone:]
+    for removed, kept in [
+        (10, 0),
+        (_GONE_AT_ONCE - 1, 0),
+        (_GONE_AT_ONCE, 1),
+        (_GONE_AT_ONCE + 100, 1),
+        (len(jobs), 3),
+    ]:
+        first = line.first(partial(_is_from, removed))
+        assert list(line) == jobs[removed:]
         assert first is next(iter(line), None)
         assert len(line._jobs) == len(jobs) - kept * _GONE_AT_ONCE
     assert line.takes(jobs[0])
@@ -147,17 +153,17 @@ def test_sorted_entries_match_a_list() -> None:
                 model.append(entry(time))
                 found.add(entry(time))
         else:
-            gone = dice.choice(model)
-            model.remove(gone)
-            assert found.remove(gone)
+            removed = dice.choice(model)
+            model.remove(removed)
+            assert found.remove(removed)
         assert found.first() == min(model, default=None)
     assert list(found) == sorted(model)
     for time in (-1, 0, 1_000, 4_990, 5_001):
         assert list(found.after(entry(time))) == sorted(each for each in model if each > entry(time))
     assert not found.remove(entry(5_001))
     assert not found.remove((7, 7, "another"))
-    for gone in sorted(model, reverse=True):
-        assert found.remove(gone)
+    for removed in sorted(model, reverse=True):
+        assert found.remove(removed)
     assert not found
     assert found.first() is None
     assert not found.remove(entry(1))
@@ -179,7 +185,7 @@ class Model:
 
     def __init__(self) -> None:
         self.live: set[tuple[str, DueEntry]] = set()
-        self.short: dict[DueEntry, CompactJob] = {}  # those that joined and have not left
+        self.short: dict[DueEntry, CompactJob] = {}  # added and not yet removed
         self.due = QueuedJobs("q", self._waits)
         self.now = 100_000
 
@@ -269,7 +275,7 @@ def test_a_job_that_returns_is_listed_once() -> None:
 def test_any_sequence_of_adds_and_removes_matches_a_sort(seed: int) -> None:
     dice = random.Random(seed)
     model = Model()
-    gone: list[tuple[str, DueEntry]] = []
+    removed: list[tuple[str, DueEntry]] = []
     for seq in range(400):
         action = dice.random()
         if action < 0.5 or not model.live:
@@ -279,13 +285,13 @@ def test_any_sequence_of_adds_and_removes_matches_a_sort(seed: int) -> None:
             else:
                 dice.choice([model.add, model.join])(*found)
         elif action < 0.9:
-            gone.append(dice.choice(sorted(model.live)))
-            model.remove(gone[-1])
-        elif gone:
-            kind, entry_gone = gone.pop()
+            removed.append(dice.choice(sorted(model.live)))
+            model.remove(removed[-1])
+        elif removed:
+            kind, entry_gone = removed.pop()
             dice.choice([model.add, model.join])(kind, *entry_gone[:3])
         if seq % 10 == 0:
-            model.at(dice.choice([0, 5, 100, seq, 200, 100_000]))  # the clock may be set back
+            model.at(dice.choice([0, 5, 100, seq, 200, 100_000]))  # the clock may step back
             model.check()
     model.at(100_000)
     model.check()
@@ -303,9 +309,9 @@ def test_a_job_that_returns_in_another_form_is_listed_once() -> None:
 
 def test_a_new_job_is_the_first_if_all_others_are_removed() -> None:
     model = Model()
-    gone = model.join("a", 0, 5, 1)
+    removed = model.join("a", 0, 5, 1)
     model.add("a", 0, 9, 2)
-    model.remove(gone)
+    model.remove(removed)
     model.join("a", 0, 6, 3)
     model.join("b", 0, 7, 4)
     model.check()
@@ -358,9 +364,9 @@ def test_heaps_stay_small_while_jobs_come_and_go() -> None:
 def test_a_lane_has_few_heads_while_jobs_are_only_added_or_only_removed() -> None:
     model = Model()
     model.add("b", 0, 0, 9_999)
-    items = [model.add("a", 0, 2_000 - seq, seq) for seq in range(1_000)]  # each comes before all others
+    items = [model.add("a", 0, 2_000 - seq, seq) for seq in range(1_000)]  # each goes before all others
     assert len(model.due.heads.entries) <= 2 * 2 + SLACK + 1
-    for item in reversed(items[1:]):  # each was the first
+    for item in reversed(items[1:]):  # each was the first one
         model.remove(item)
         assert len(model.due.heads.entries) <= 2 * 2 + SLACK + 1
     model.check()
@@ -390,11 +396,11 @@ def test_a_single_lane_has_no_heads(enter: Callable[..., tuple[str, DueEntry]]) 
 def test_the_first_of_many_lanes_is_found_without_reading_all_of_them(
     enter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    looked: list[Lane] = []
+    scanned: list[Lane] = []
     head = Lane.head
 
     def counted(lane: Lane) -> DueEntry | None:
-        looked.append(lane)
+        scanned.append(lane)
         return head(lane)
 
     monkeypatch.setattr(Lane, "head", counted)
@@ -406,9 +412,9 @@ def test_the_first_of_many_lanes_is_found_without_reading_all_of_them(
             due.join(untouched(f"k-{seq}", 0, seq, seq), 1_000)
     for seq in range(1_000):
         due.add(f"later-{seq}", (-1, 2_000, seq, f"{seq}", NEVER), 1_000)
-    looked.clear()
+    scanned.clear()
     assert [found[2] for found in islice(due.eligible(None, 1_000), 3)] == [0, 1, 2]
-    assert len(looked) < 60
+    assert len(scanned) < 60
 
 
 class Now(int):

@@ -165,7 +165,7 @@ def test_equal_options_share_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
     first = book.shared(Options(queue="a"))
     assert book.shared(Options(queue="a")) is first
     book.shared(Options(queue="b"))
-    assert book.shared(Options(queue="c")) == Options(queue="c")  # begins anew
+    assert book.shared(Options(queue="c")) == Options(queue="c")  # starts from the defaults
     assert len(book._options) == 1
     assert book.shared(Options(queue="a")) is not first
 
@@ -173,12 +173,12 @@ def test_equal_options_share_one_value(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_finished_jobs_are_kept_for_a_while(rules: RuleHarness) -> None:
     for number in range(FINISHED_KEPT + 2):
         rules.book.loaded(replace(queued(number + 1), status="cancelled"))
-    rules.book.loaded(replace(queued(1), status="cancelled"))  # named again: the last to go
+    rules.book.loaded(replace(queued(1), status="cancelled"))  # named again, so it is evicted last
     rules.book.trim_finished()
     assert len(rules.book.finished) == FINISHED_KEPT
     assert rules.book.get("job-1") is not None
     assert rules.book.get("job-2") is None
-    assert rules.book.total() == 0  # those of the disk are counted by the store
+    assert rules.book.total() == 0  # the store counts jobs on disk
 
 
 def test_the_size_of_finished_jobs_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_the_size_of_finished_jobs_is_counted(monkeypatch: pytest.MonkeyPatch) -
     for seq in range(1, 6):
         result = Result(metadata=Raw(b'"%s"' % (b"y" * 998)))
         book.loaded(replace(queued(seq), status="completed", result=result))
-        book.loaded(replace(queued(seq), status="completed", result=result))  # the same again weighs no more
+        book.loaded(replace(queued(seq), status="completed", result=result))  # the same again adds nothing
     book.trim_finished()
     assert list(book.finished) == ["job-3", "job-4", "job-5"]
     book.swap(book.finished["job-4"], None)
@@ -330,7 +330,7 @@ def test_the_job_that_has_been_due_longest_over_all_queues(rules: RuleHarness) -
     rules.accept(Update(id="y", run_at=NOW - 1))
     assert oldest() == ("b", "y")
     rules.accept(Update(id="y", run_at=NOW + 1))
-    rules.accept(Update(id="z", priority=5))  # what was its place is empty
+    rules.accept(Update(id="z", priority=5))  # its old position is empty
     assert oldest() == ("a", "z")
 
 
@@ -375,7 +375,7 @@ def test_a_backward_step_reads_only_lanes_with_newly_due_jobs(
     assert [lane.name for lane in lanes] == [("q", "k-100", 0)]
     book.swap(
         None, queued(2_000, run_at=NOW + 5_000, options=Options("q", "later"))
-    )  # its lane hides none of the others
+    )  # its queue and kind do not hide the others
     lanes.clear()
     book.advance(NOW + 975, 0)
     assert {lane.name[1] for lane in lanes} == {"k-97", "k-98", "k-99", "k-100"}
@@ -456,7 +456,7 @@ def test_a_moved_deadline_is_checked_when_the_old_one_passes(rules: RuleHarness)
     first = rules.book.next_deadline()
     rules.advance(5 * MINUTE_MS)
     rules.progress(lock_id)
-    assert rules.book.next_deadline() == first  # early is no harm
+    assert rules.book.next_deadline() == first  # an early deadline is harmless
     rules.advance(10 * MINUTE_MS)
     assert rules.book.next_deadline() == rules.lease + 5 * MINUTE_MS
     assert rules.book.live_locks() == 1
@@ -494,7 +494,7 @@ def test_rolling_back_a_grant_restores_the_former_holder() -> None:
     book.swap(None, former)
     book.swap(former, replace(queued(1)))
     book.swap(book.get("job-1"), new)
-    book.swap(new, former)  # the disk was full: nothing of it has happened
+    book.swap(new, former)  # the disk was full, so nothing has happened
     holders = {name: list(seen.jobs) for name, seen in book.presence.workers.items()}
     assert holders == {"w-1": ["job-1"], "w-2": []}
     assert (book.live_locks(), book.next_deadline()) == (1, 500)
@@ -511,7 +511,7 @@ def test_rolling_back_an_extension_restores_the_former_deadline() -> None:
     assert list(book.expired_locks) == ["job-1"]
     book.swap(stays, extended)
     assert book.next_deadline() == 99_000
-    book.swap(extended, stays)  # the disk was full: nothing of it has happened
+    book.swap(extended, stays)  # the disk was full, so nothing has happened
     assert list(book.expired_locks) == ["job-1"]
     book.advance(NOW, 900)
     assert list(book.stuck) == ["job-1"]
@@ -521,7 +521,7 @@ def test_rolling_back_an_extension_restores_the_former_deadline() -> None:
     ("before", "for_a_while", "sorted_into"),
     [
         (Lease(500, 900, None), Lease(800, 900, None), "expired_locks"),  # its lock ends earlier again
-        (Lease(9_000, 100, 550), Lease(9_000, 100, 9_500), "stuck"),  # made by hand: a lock beyond its ceiling
+        (Lease(9_000, 100, 550), Lease(9_000, 100, 9_500), "stuck"),  # edited by hand: a lock beyond its ceiling
     ],
 )
 def test_a_deadline_that_moves_back_takes_effect_at_once(before: Lease, for_a_while: Lease, sorted_into: str) -> None:
@@ -585,7 +585,7 @@ def test_manually_edited_rows_do_not_break_the_counts(rules: RuleHarness) -> Non
 @pytest.mark.parametrize("status", ["odd", "complete", ""])
 def test_an_unknown_status_breaks_nothing(rules: RuleHarness, status: str) -> None:
     job = rules.rows["job-1"] = queued(1, status=status, progress=101)
-    rules.book.loaded(job)  # as it comes from the disk: no start has counted it
+    rules.book.loaded(job)  # as read from the disk: no start has counted it
     rules.accept(RepairJobs(ids=[job.id]))
     assert (rules.job(job.id).status, rules.job(job.id).progress) == (status, 100)
     compare(rules.book, rules.rows, rules.moment)
@@ -662,7 +662,7 @@ def test_live_jobs_are_a_mapping_of_expanded_jobs(jobs: LiveJobs) -> None:
 
 def test_a_changed_job_is_no_longer_compact(jobs: LiveJobs) -> None:
     assert jobs.waits(SHORT)
-    assert not jobs.waits(replace(SHORT))  # the same job, come in another time
+    assert not jobs.waits(replace(SHORT))  # an equal object is another entry
     jobs.keep(replace(SHORT.expand(), attempt=1))
     assert not jobs.waits(SHORT)
     assert (len(jobs), jobs["a"].attempt, set(jobs.touched())) == (2, 1, {"a", "b"})

@@ -85,7 +85,7 @@ def test_old_minutes_and_hours_are_dropped() -> None:
 
 
 def test_entries_after_a_backward_step_of_the_clock_do_not_count() -> None:
-    """Nor is it kept: a clock that was a year ahead must not mean a year of alerts."""
+    """A clock that was a year ahead must not mean a year of alerts."""
     figures, ahead = Figures(), NOW + 365 * DAY_MS
     for number in range(61):
         figures._completed("q", ahead + number * MINUTE_MS, 1)
@@ -119,7 +119,7 @@ def test_the_counts_since_the_last_report(rules: RuleHarness) -> None:
     rules.completed("c")
     rules.advance(1)
     rules.accept(DeleteExpired(ids=["b"]), by="cleanup")
-    rules.accept(Delete(id="c"), by="admin")  # an operator's deletion is not the pass's work
+    rules.accept(Delete(id="c"), by="admin")  # a deletion by an operator does not count for cleanup
     since = rules.book.figures.since_report
     assert (since.locks_cleared, since.deleted, since.recovered, since.fixed) == (2, 1, 0, 0)
 
@@ -164,7 +164,7 @@ def test_the_number_of_labels_is_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     for queue in ("a", "b", "c", "d", "a"):
         figures._grant(queue)
         figures._completed(queue, NOW, 1_000)
-    assert figures.grants == {"a": 2, "b": 1, "(other)": 2}  # no name that a queue may have
+    assert figures.grants == {"a": 2, "b": 1, "(other)": 2}  # a name that no queue can have
     assert {name: sum(found.counts) for name, found in figures.processing.items()} == {
         "a": 2,
         "b": 1,

@@ -75,7 +75,7 @@ BAD: list[tuple[str, Job, str, str, dict[str, Any]]] = [
 ]
 
 
-# How the sentence begins that says what will mend it, or who has to.
+# The beginning of the sentence about the fix.
 FIXES = (
     "A cleanup run",
     "The next cleanup run",

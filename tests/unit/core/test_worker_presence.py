@@ -70,8 +70,8 @@ def held(seq: int, worker: str, expires: int = 500) -> Job:
     return replace(job, grant=grant, lease=Lease(expires, expires, None))
 
 
-def listed(rules: RuleHarness, **asked: Any) -> list[tuple[str, str]]:
-    page: WorkerList = rules.accept(Workers(**asked))
+def listed(rules: RuleHarness, **command: Any) -> list[tuple[str, str]]:
+    page: WorkerList = rules.accept(Workers(**command))
     return [(each.worker, each.state) for each in page.workers]
 
 
@@ -355,8 +355,8 @@ def test_a_take_back_is_in_the_audit_log(rules: RuleHarness) -> None:
     row = audit.entry(Call(command, operator=Operator("ana", "127.0.0.1")), decision, NOW)
     assert row is not None
     assert (row.what, row.details, row.jobs, row.reason) == ("take-back", {"worker": "w"}, 2, "w-7 lost its power")
-    again = rules.decide(command, admin=True)
-    row = audit.entry(Call(command, operator=Operator("ana", "127.0.0.1")), again, NOW)
+    repeated = rules.decide(command, admin=True)
+    row = audit.entry(Call(command, operator=Operator("ana", "127.0.0.1")), repeated, NOW)
     assert row is not None
     assert (row.outcome, row.jobs) == ("worker_not_silent", 0)
 
@@ -553,16 +553,16 @@ def test_any_claims_in_any_order_match_a_recount(seed: int, monkeypatch: pytest.
         worker = f"w-{dice.randint(1, 12)}"
         queues = " ".join(dice.choices("qrstuv", k=dice.randint(1, 3)))
         kinds = dice.choice([None, "k", "k l", "l m n"])
-        asked = claim(worker, queues, kinds)
+        command = claim(worker, queues, kinds)
         if dice.random() < 0.2:
-            waits.append((worker, presence.waits(asked)))
+            waits.append((worker, presence.waits(command)))
         elif waits and dice.random() < 0.3:
             worker, waited = waits.pop(dice.randrange(len(waits)))
             presence.waits_no_more(worker, waited)
-            asked = Claim(worker=worker, queues=waited.queues, kinds=waited.kinds)
+            command = Claim(worker=worker, queues=waited.queues, kinds=waited.kinds)
         else:
-            presence.asks(asked)
-        claims.append((presence.lease, asked))
+            presence.asks(command)
+        claims.append((presence.lease, command))
         check_sets(presence)
         for queue, kind in (("q", "k"), ("u", "m"), ("x", "k")):
             fitting = [at for at, each in claims if queue in each.queues and (not each.kinds or kind in each.kinds)]

@@ -98,7 +98,7 @@ def test_a_created_job_has_the_defaults(rules: RuleHarness) -> None:
 
 
 def test_the_options_of_the_creator_are_stored(rules: RuleHarness) -> None:
-    asked = Create(
+    requested_ms = Create(
         id="a",
         queue="video",
         kind="cut",
@@ -112,7 +112,7 @@ def test_the_options_of_the_creator_are_stored(rules: RuleHarness) -> None:
         run_at=NOW + 5,
         expires_at=NOW + 6,
     )
-    view: JobView = rules.accept(asked)
+    view: JobView = rules.accept(requested_ms)
     assert (view.queue, view.kind, view.priority, view.max_attempts) == ("video", "cut", -1000, 7)
     assert (view.backoff, view.max_stalls, view.on_stall) == (Backoff("fixed", 5, 10, False), 0, "fail")
     assert (view.stuck_after_ms, view.max_processing_ms, view.run_at, view.expires_at) == (0, 0, NOW + 5, NOW + 6)
@@ -177,7 +177,7 @@ def test_the_number_of_queues_with_jobs_is_bounded() -> None:
     rules.create("c", queue="q")
     rules.accept(Cancel(id="a"))
     rules.reject(Create(queue="r"), "too_many_queues")
-    rules.accept_admin(Delete(id="a"))  # its queue has no jobs any more
+    rules.accept_admin(Delete(id="a"))  # its queue is empty now
     rules.create("d", queue="r")
 
 
@@ -217,12 +217,12 @@ def test_a_queue_without_jobs_is_listed_only_while_it_is_paused(rules: RuleHarne
 def test_a_page_of_queues_reads_no_other_queue(rules: RuleHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(1_000):
         rules.book.swap(None, Job(number, f"j-{number}", Options(f"q-{number:03}"), "queued", NOW, NOW, NOW))
-    looked: list[str] = []
-    monkeypatch.setattr(Book, "oldest_due_at", lambda book, queue: looked.append(queue))
+    scanned: list[str] = []
+    monkeypatch.setattr(Book, "oldest_due_at", lambda book, queue: scanned.append(queue))
     found = decide.decide(rules.book, Call(Queues(cursor="q-499")), rules.moment, rules.policy).answer
     assert isinstance(found, Response)
     assert [each.name for each in found.data.queues] == [f"q-{number}" for number in range(500, 700)]
-    assert (found.data.next_cursor, len(looked)) == ("q-699", 200)
+    assert (found.data.next_cursor, len(scanned)) == ("q-699", 200)
 
 
 def test_the_number_of_live_jobs_is_bounded() -> None:
@@ -237,7 +237,7 @@ def test_the_number_of_live_jobs_is_bounded() -> None:
     )
     rules.accept(Release(id="b", lock_id=rules.job("b").grant.lock_id))  # type: ignore[union-attr]
     for command in (Import(id="c"), Create()):
-        rules.reject(command, "too_many_jobs")  # both wait, and count all the same
+        rules.reject(command, "too_many_jobs")  # both jobs wait, and both count
     rules.accept(Import(id="c", status="failed", error_message="x"))
     rules.accept(Cancel(id="a"))
     rules.create("d")
@@ -291,7 +291,7 @@ def test_a_grant_sets_every_field(rules: RuleHarness) -> None:
     assert job.started_at == job.updated_at == NOW + 5
     assert job.lease == Lease(rules.lease + TTL, rules.lease + STUCK, rules.lease + CEILING)
     assert job.grant is not None
-    assert job.grant.fencing_token == granted.fencing_token == (1 << 24) | 1  # as stores and workers have them
+    assert job.grant.fencing_token == granted.fencing_token == (1 << 24) | 1  # as in stores and workers
     assert (granted.lock_id, granted.ttl_ms) == (job.grant.lock_id, TTL)
     assert (granted.lock_expires_at, granted.ceiling_at) == (NOW + 5 + TTL, NOW + 5 + CEILING)
     assert granted.job.lock.lock_id is msgspec.UNSET
@@ -341,7 +341,7 @@ def test_a_lock_is_cut_to_its_ceiling(rules: RuleHarness) -> None:
 
 @pytest.mark.parametrize("by", ["start", "claim"])
 @pytest.mark.parametrize(
-    ("creator", "asked", "holds"),
+    ("creator", "requested_ms", "holds"),
     [
         (None, None, CEILING),
         (None, 0, 0),
@@ -355,13 +355,13 @@ def test_a_lock_is_cut_to_its_ceiling(rules: RuleHarness) -> None:
     ],
 )
 def test_the_ceiling_of_the_job_takes_precedence_over_grant_and_configuration(
-    rules: RuleHarness, by: str, creator: int | None, asked: int | None, holds: int
+    rules: RuleHarness, by: str, creator: int | None, requested_ms: int | None, holds: int
 ) -> None:
     rules.create(max_processing_ms=creator)
     if by == "start":
-        granted = rules.accept(Start(id="a", worker="w", max_processing_ms=asked))
+        granted = rules.accept(Start(id="a", worker="w", max_processing_ms=requested_ms))
     else:
-        (granted,) = rules.accept(Claim(worker="w", max_processing_ms=asked)).grants
+        (granted,) = rules.accept(Claim(worker="w", max_processing_ms=requested_ms)).grants
     assert granted.ceiling_at == (rules.now + holds if holds else None)
     assert granted.job.max_processing_ms == holds
     assert granted.lock_expires_at == rules.now + (min(TTL, holds) if holds else TTL)
@@ -412,7 +412,7 @@ def test_a_held_job_is_already_locked(rules: RuleHarness) -> None:
     rules.held(worker="w-7", stuck_after_ms=20 * MINUTE_MS)
     refusal = rules.reject(Start(id="a", worker="w"), "already_locked")
     assert refusal.details == {"locked_by": "w-7", "lock_expires_at": NOW + TTL, "retry_after_ms": TTL}
-    rules.advance(TTL)  # the lock has expired; now it is the time to recovery that counts
+    rules.advance(TTL)  # the lock has expired, so the time until recovery counts
     refusal = rules.reject(Start(id="a", worker="w"), "already_locked")
     assert refusal.details["retry_after_ms"] == 5 * MINUTE_MS
     rules.advance(5 * MINUTE_MS - 1)

@@ -21,8 +21,8 @@ async def test_an_update_without_a_session_redirects_to_the_sign_in(harness: Das
 class EventStream:
     """The event stream of an open page."""
 
-    def __init__(self, line: RawConnection) -> None:
-        self.line = line
+    def __init__(self, client: RawConnection) -> None:
+        self.line = client
         self.headers = ""
 
     async def events(self) -> str:
@@ -33,10 +33,10 @@ class EventStream:
 
 
 async def open_stream(harness: DashboardHarness, browser: Browser, target: str = "/live") -> EventStream:
-    line = await harness.admin.connect()
-    line.send(request_bytes("GET", target, headers={"Cookie": browser.cookie}))
-    found = EventStream(line)
-    found.headers = (await line.reader.readuntil(b"\r\n\r\n")).decode()
+    client = await harness.admin.connect()
+    client.send(request_bytes("GET", target, headers={"Cookie": browser.cookie}))
+    found = EventStream(client)
+    found.headers = (await client.reader.readuntil(b"\r\n\r\n")).decode()
     assert found.headers.startswith("HTTP/1.1 200 ")
     assert await found.events() == "retry: 2000\nevent: live\ndata:\n\n"
     return found
@@ -126,8 +126,8 @@ async def test_an_event_stream_needs_capacity_and_a_session(harness: DashboardHa
     assert (await browser.get("/live")).error == "shutting_down"
     response = await harness.admin.request("GET", "/live", headers=AUTH)
     assert response.error == "shutting_down", "programs can subscribe too"
-    line = await harness.admin.connect()
-    response = await line.request("HEAD", "/live", headers={"Cookie": browser.cookie})
+    client = await harness.admin.connect()
+    response = await client.request("HEAD", "/live", headers={"Cookie": browser.cookie})
     assert (response.status, response.headers["content-type"]) == (200, "text/event-stream")
 
 

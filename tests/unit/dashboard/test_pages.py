@@ -175,10 +175,10 @@ async def test_a_stored_result_can_be_downloaded(harness: DashboardHarness, tmp_
         assert response.headers["content-type"] == "application/octet-stream"
         assert response.headers["content-disposition"].startswith('attachment; filename="page.html"')
         assert response.headers["x-content-type-options"] == "nosniff"
-    line = await harness.admin.connect()
+    client = await harness.admin.connect()
     for _ in range(2):
         headers = {"Cookie": browser.cookie}
-        response = await line.request("HEAD", "/jobs/held/artifact", headers=headers)
+        response = await client.request("HEAD", "/jobs/held/artifact", headers=headers)
         assert (response.status, response.headers["content-length"]) == (200, "25")
     taken = [each for each in await audit_entries(harness) if each[1] == "artifact"]
     assert [each[0] for each in taken] == ["admin", "reader"], "HEAD is not a download"

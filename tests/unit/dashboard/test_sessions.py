@@ -14,9 +14,9 @@ def test_failed_sign_ins_are_audited_ever_more_rarely() -> None:
     assert [each.count for each in found if each.is_audited] == [*range(1, 11), 16, 32]
     assert [each.delay_s for each in found] == [0.0] * 10 + [sessions.FAILURE_DELAY_S] * 30
     now_s = sessions.FAILURE_WINDOW_S
-    again = throttle.record_failure("10.0.0.1")
-    assert (again.count, again.delay_s, again.is_audited) == (1, 0.0, True)
-    assert again.window != found[0].window == found[39].window
+    repeated = throttle.record_failure("10.0.0.1")
+    assert (repeated.count, repeated.delay_s, repeated.is_audited) == (1, 0.0, True)
+    assert repeated.window != found[0].window == found[39].window
     audited = sum(throttle.record_failure(f"10.0.1.{number}").is_audited for number in range(200))
     assert audited == sessions.MAX_AUDITED_FAILURES - 1
     now_s += sessions.FAILURE_WINDOW_S

@@ -93,11 +93,13 @@ async def test_curl_commands_use_https_behind_a_tls_proxy(harness: DashboardHarn
 async def test_the_cookie_is_secure_over_tls(harness: DashboardHarness, tmp_path: Path) -> None:
     server, client = await tls_pair(tmp_path)
     [(_, port)] = await harness.admin.listener.open_tcp("127.0.0.1", 0, tls=server)
-    line = RawConnection(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
-    response = await line.request("POST", "/sign-in", urlencode({"token": TOKEN}), {"Content-Type": FORM})
+    connection = RawConnection(
+        *await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost")
+    )
+    response = await connection.request("POST", "/sign-in", urlencode({"token": TOKEN}), {"Content-Type": FORM})
     assert response.status == 303
     assert "Secure" in response.headers["set-cookie"].split("; ")
-    await line.close()
+    await connection.close()
 
 
 @pytest.mark.slow
@@ -132,14 +134,14 @@ async def test_wrong_tokens_are_rejected_and_delayed_and_a_valid_one_is_accepted
 async def test_no_wrong_token_signs_in(harness: DashboardHarness) -> None:
     """Try 5,000 tokens directly and 500 with the form. The clock advances, so that no response is delayed."""
     assert [each for each in wrong_tokens(TOKEN) if harness.dashboard.sessions.sign_in(each) is not None] == []
-    line = await harness.admin.connect()
+    client = await harness.admin.connect()
     wrong = wrong_tokens(TOKEN, 500) + wrong_tokens(READ_ONLY_TOKEN, 0)
     for at in range(0, len(wrong), sessions.FREE_FAILURES):
         given = wrong[at : at + sessions.FREE_FAILURES]
         harness.now_s += sessions.FAILURE_WINDOW_S
         forms = [urlencode({"token": each}) for each in given]
-        line.send(b"".join(request_bytes("POST", "/sign-in", form, {"Content-Type": FORM}) for form in forms))
-        responses = [await line.receive() for _ in given]
+        client.send(b"".join(request_bytes("POST", "/sign-in", form, {"Content-Type": FORM}) for form in forms))
+        responses = [await client.receive() for _ in given]
         assert [each for each, response in zip(given, responses, strict=True) if response.status != 401] == []
         assert not any("set-cookie" in response.headers for response in responses)
     assert len(harness.dashboard.sessions) == 0
@@ -188,10 +190,10 @@ async def test_sign_ins_sign_outs_and_downloads_are_audited(harness: DashboardHa
             await harness.admin.request("GET", "/admin/job-management/jobs/none/artifact", headers=headers)
         ).status == 404
     found = await audit_entries(harness)
-    kept = {(*each[:3], str(each[3])) for each in found}
+    entries = {(*each[:3], str(each[3])) for each in found}
     full, read = "{'access': 'full'}", "{'access': 'read'}"
     again = "{'access': 'read', 'times': 2, 'names': ['reader', 'rob']}"
-    assert kept == {
+    assert entries == {
         ("ann", "sign-in", "done", full),
         ("ann", "artifact", "done", "done"),
         ("ann", "sign-out", "done", full),

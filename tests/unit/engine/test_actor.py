@@ -577,7 +577,7 @@ def test_the_counts_of_a_damaged_row_match_the_disk_after_any_batch(what: str, e
                 await engine.yes(Cancel(id="a"))
                 await engine.no(commands["complete"])  # stored as a late result
             disk.gate.clear()
-            asked = start_task(engine.actor.ask(commands[what], admin=True))
+            task = start_task(engine.actor.ask(commands[what], admin=True))
             await disk.at_gate.wait()
             if damage == "row":
                 disk.bad_jobs["a"] = "checksum"
@@ -591,7 +591,7 @@ def test_the_counts_of_a_damaged_row_match_the_disk_after_any_batch(what: str, e
             if end == "moved and taken back":
                 disk.can_move = lambda job: True
             disk.gate.set()
-            await asked
+            await task
             assert_counts_match_disk(engine)
             disk.free()
             await seconds(3)

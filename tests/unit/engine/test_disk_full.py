@@ -407,17 +407,17 @@ async def test_a_repeat_on_a_full_disk_gets_its_response() -> None:
         await engine.no(Complete(id="a", lock_id=engine.book.jobs["a"].grant.lock_id))  # type: ignore[union-attr]
         assert closed_level(engine) == "ALL_WRITES"
         for command, name in ((Create(id="a"), "create"), (Start(id="a", worker="w"), "start")):
-            again = await engine.actor.ask(command, key=key(name))
-            assert isinstance(again, Response)
-            assert again.replayed
+            repeated = await engine.actor.ask(command, key=key(name))
+            assert isinstance(repeated, Response)
+            assert repeated.replayed
         assert (await engine.no(Create(id="b"), key=key("new"))).code == "storage_full"
 
 
 @in_virtual_time
 async def test_a_rejected_batch_can_reuse_an_id_in_another_queue() -> None:
     """The counts of both queues are right after the rollback."""
-    again = Import(id="a", queue="y", status="completed"), Import(id="a", queue="y", status="cancelled")
-    for command in (Create(id="a", queue="y"), *again):
+    repeated = Import(id="a", queue="y", status="completed"), Import(id="a", queue="y", status="cancelled")
+    for command in (Create(id="a", queue="y"), *repeated):
         async with checked_engine() as engine:
             await engine.yes(Create(id="a", queue="x"))
             await engine.yes(Cancel(id="a"))
@@ -591,10 +591,10 @@ async def test_keys_do_not_expire_by_a_suspect_clock() -> None:
     async with checked_engine() as engine:
         first = await engine.actor.ask(Create(), key=key("k"))
         engine.step_ms = 40 * DAY_MS
-        again = await engine.actor.ask(Create(), key=key("k"))
+        repeated = await engine.actor.ask(Create(), key=key("k"))
         assert isinstance(first, Response)
-        assert isinstance(again, Response)
-        assert again.replayed
+        assert isinstance(repeated, Response)
+        assert repeated.replayed
         engine.clock.accept()
         anew = await engine.actor.ask(Create(), key=key("k"))
         assert isinstance(anew, Response)
@@ -688,9 +688,9 @@ async def test_a_response_is_not_sent_if_its_commit_fails() -> None:
 async def test_reads_are_not_prepared() -> None:
     async with checked_engine(MemoryStorage()) as engine:
         await engine.yes(Create(id="a"))
-        for look in (Get(id="a"), Timeline(id="a")):
+        for read in (Get(id="a"), Timeline(id="a")):
             waiter = PreparingResponder()
-            engine.actor.send(look, waiter)
+            engine.actor.send(read, waiter)
             await settle()
             assert [what for what, _ in waiter.received] == ["response"]
         waiter = PreparingResponder()

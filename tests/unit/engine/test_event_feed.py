@@ -25,10 +25,10 @@ ALL = EventFilter()
 class Stage:
     """A journal with commits and subscribers. Commits may be published later, as the actor does."""
 
-    def __init__(self, most: int = 10) -> None:
+    def __init__(self, max_events: int = 10) -> None:
         self.disk = MemoryStorage()
         self.maker = ChangeFactory()
-        self.feed = EventFeed(self.disk, 0, most)
+        self.feed = EventFeed(self.disk, 0, max_events)
         self.cuts: list[Subscriber] = []
         self._untold: list[Sequence[Change]] = []
 
@@ -272,7 +272,7 @@ async def test_pieces_have_a_limited_size() -> None:
 
 @in_virtual_time
 async def test_the_number_of_streams_is_limited_and_places_are_freed() -> None:
-    stage = Stage(most=2)
+    stage = Stage(max_events=2)
     first, second = await stage.begun(), await stage.begun(after=0)
     with pytest.raises(ApiException) as no:
         stage.listen()
@@ -296,7 +296,7 @@ def test_many_resuming_subscribers_catch_up_while_events_continue(spread: int) -
 
     @in_virtual_time
     async def run() -> None:
-        stage = Stage(most=100)
+        stage = Stage(max_events=100)
         await stage.commit(500)
         found: dict[Subscriber, list[int]] = {}
 

@@ -45,10 +45,10 @@ async def test_a_text_search_reads_slices_up_to_one_page() -> None:
     async with VirtualEngine() as engine:
         for n in range(12):
             await engine.yes(Create(id=f"j{n}", payload=Raw(b'"needle"' if n in (0, 1, 6) else b"1")))
-        looks = engine.disk.calls.get("find", 0)
+        finds = engine.disk.calls.get("find", 0)
         page = await engine.yes(SearchJobs(q="Needle"))
         assert [job.id for job in page.jobs] == ["j6"]
-        assert engine.disk.calls["find"] == looks + 3
+        assert engine.disk.calls["find"] == finds + 3
         assert page.next_cursor is not None
         rest = await engine.yes(SearchJobs(q="needle", cursor=page.next_cursor))
         assert [job.id for job in rest.jobs] == ["j1", "j0"]
@@ -68,11 +68,11 @@ async def test_a_page_scans_until_its_row_limit() -> None:
             await asyncio.sleep(1)
             await engine.yes(Create(id=f"j{n}", queue="b" if n in (1, 7, 8) else "a"))
         created = {f"j{n}": (await engine.yes(Get(id=f"j{n}"))).created_at for n in range(15)}
-        looks = engine.disk.calls.get("find", 0)
+        finds = engine.disk.calls.get("find", 0)
         page = await engine.yes(ListJobs(queue="b"))
         assert [job.id for job in page.jobs] == ["j8", "j7"]
         assert (page.next_cursor is not None, page.looked_to_at) == (True, created["j6"])
-        assert engine.disk.calls["find"] == looks + 3
+        assert engine.disk.calls["find"] == finds + 3
         rest = await engine.yes(ListJobs(queue="b", cursor=page.next_cursor))
         assert ([job.id for job in rest.jobs], rest.next_cursor, rest.looked_to_at) == (["j1"], None, None)
         full = await engine.yes(ListJobs(queue="b", limit=2))

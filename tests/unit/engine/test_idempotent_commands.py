@@ -60,9 +60,9 @@ async def test_a_repeated_key_gets_the_same_response() -> None:
         other = await engine.no(create, key=key("k", "another body"))
         assert (other.code, other.status) == ("idempotency_key_reused", 422)
         await asyncio.sleep(KEPT_MS / 1000)
-        again = await engine.actor.ask(create, key=key("k"))
-        assert isinstance(again, Response)
-        assert not again.replayed
+        repeated = await engine.actor.ask(create, key=key("k"))
+        assert isinstance(repeated, Response)
+        assert not repeated.replayed
         assert len(engine.disk.jobs) == 2
 
 
@@ -96,13 +96,13 @@ async def test_keys_outlive_a_restart() -> None:
         await engine.yes(Start(id="a", worker="w"), key=key("start"))
         disk = engine.disk
     async with checked_engine(disk) as engine:
-        again = await engine.actor.ask(Create(id="a"), key=key("create"))
-        assert isinstance(again, Response)
-        assert (again.replayed, again.status) == (True, 201)
-        again = await engine.actor.ask(Start(id="a", worker="w"), key=key("start"))
-        assert isinstance(again, Response)
-        assert again.replayed
-        assert again.data.job.lock.worker == "w"
+        repeated = await engine.actor.ask(Create(id="a"), key=key("create"))
+        assert isinstance(repeated, Response)
+        assert (repeated.replayed, repeated.status) == (True, 201)
+        repeated = await engine.actor.ask(Start(id="a", worker="w"), key=key("start"))
+        assert isinstance(repeated, Response)
+        assert repeated.replayed
+        assert repeated.data.job.lock.worker == "w"
 
 
 @in_virtual_time
@@ -133,9 +133,9 @@ async def test_a_response_that_changed_nothing_is_not_stored() -> None:
         assert (await engine.no(Cancel(id="a"), key=key("k"))).code == "job_not_found"
         await engine.yes(Create(id="a"))
         assert (await engine.yes(Cancel(id="a"), key=key("k"))).status == "cancelled"
-        again = await engine.actor.ask(Cancel(id="a"), key=key("k"))
-        assert isinstance(again, Response)
-        assert again.replayed
+        repeated = await engine.actor.ask(Cancel(id="a"), key=key("k"))
+        assert isinstance(repeated, Response)
+        assert repeated.replayed
         await engine.yes(Claim(worker="w"), key=key("empty"))
         await engine.yes(Create(id="b"))
         assert granted_ids(await engine.actor.ask(Claim(worker="w"), key=key("empty"))) == ["b"]
@@ -170,12 +170,12 @@ def test_a_stored_response_is_complete(command: AnyCommand) -> None:
         async with checked_engine(disk) as engine:
             await engine.yes(Create(id="a", payload=Raw(b"[9]"), delay_ms=5))
             first = await engine.actor.ask(command, key=key("k"))
-            again = await engine.actor.ask(command, key=key("k"))
+            repeated = await engine.actor.ask(command, key=key("k"))
             assert isinstance(first, Response)
-            assert isinstance(again, Response)
-            assert again.replayed
-            assert again.status == first.status
-            body = bytes(again.data)
+            assert isinstance(repeated, Response)
+            assert repeated.replayed
+            assert repeated.status == first.status
+            body = bytes(repeated.data)
             if isinstance(first.data, JobView):
                 assert first.data.payload is not UNSET
                 assert bytes(first.data.payload) in body
@@ -191,10 +191,10 @@ async def test_a_repeated_start_returns_its_current_grant() -> None:
         first = await engine.actor.ask(start, key=key("k"))
         assert isinstance(first, Response)
         await engine.yes(Progress(id="a", lock_id=first.data.lock_id, progress=40))
-        again = await engine.actor.ask(start, key=key("k"))
-        assert isinstance(again, Response)
-        assert (again.replayed, again.data.lock_id) == (True, first.data.lock_id)
-        assert (again.data.job.progress, again.data.job.payload) == (40, Raw(b"1"))
+        repeated = await engine.actor.ask(start, key=key("k"))
+        assert isinstance(repeated, Response)
+        assert (repeated.replayed, repeated.data.lock_id) == (True, first.data.lock_id)
+        assert (repeated.data.job.progress, repeated.data.job.payload) == (40, Raw(b"1"))
         await engine.yes(Release(id="a", lock_id=first.data.lock_id))
         assert engine.disk.keys == {}
         anew = await engine.actor.ask(start, key=key("k"))

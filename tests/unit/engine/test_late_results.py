@@ -103,8 +103,8 @@ async def test_late_results_survive_a_restart_and_are_read_on_demand() -> None:
         assert (late.worker, late.file_path, bytes(late.metadata)) == ("w-1", "/out", b'{"n": 1}')
         assert "jobctl adopt a" in (await engine.yes(Why(id="a"))).do[0]
         assert (await engine.yes(Why(id="a"))).because == "It was failed by a client."
-        again = await engine.no(complete(lock_id, metadata=Raw(b'{"n": 1}')))
-        assert again.details["late_result"] == late.seq
+        second = await engine.no(complete(lock_id, metadata=Raw(b'{"n": 1}')))
+        assert second.details["late_result"] == late.seq
         assert (await engine.no(Adopt(id="a", result=late.seq + 1))).code == "late_result_not_found"
         adopted = await engine.yes(Adopt(id="a", result=late.seq), admin=True, key=key("k"))
         assert (adopted.status, adopted.file_path, adopted.payload) == ("completed", "/out", Raw(b"[9]"))

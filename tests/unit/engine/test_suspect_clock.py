@@ -216,11 +216,11 @@ async def test_a_clock_that_steps_between_scan_and_rule_costs_no_job_and_no_clea
     disk = MemoryStorage()
     async with VirtualEngine(disk) as engine:
         await done(engine)
-        look = disk.expired_jobs
+        expired_jobs = disk.expired_jobs
 
         async def expired(now: int, limit: int, skip: int = 0) -> list[str]:
             engine.step_ms = STEP_MS
-            return await look(engine.now, limit, skip)
+            return await expired_jobs(engine.now, limit, skip)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(disk, "expired_jobs", expired)

@@ -38,11 +38,11 @@ async def test_an_undelivered_grant_is_released() -> None:
         view = await engine.yes(Get(id="a"))
         assert (view.status, view.attempt) == ("queued", 0)
         assert [event.type for event in engine.disk.events] == ["created", "granted", "undelivered"]
-        again = await engine.actor.ask(Start(id="a", worker="w"))
+        repeated = await engine.actor.ask(Start(id="a", worker="w"))
         engine.actor.undelivered(answer)  # an old answer ends no newer grant
         await settle()
-        assert isinstance(again, Response)
-        assert engine.book.holds("a", again.data.lock_id)
+        assert isinstance(repeated, Response)
+        assert engine.book.holds("a", repeated.data.lock_id)
 
 
 @in_virtual_time
@@ -50,9 +50,9 @@ async def test_a_caller_that_leaves_before_the_batch_gets_no_grant() -> None:
     engine = VirtualEngine()
     await asyncio.sleep(0)
     created = start_task(engine.actor.ask(Create(id="a")))
-    gone = start_task(engine.actor.ask(Start(id="a", worker="w")))
+    abandoned = start_task(engine.actor.ask(Start(id="a", worker="w")))
     await settle()
-    gone.cancel()
+    abandoned.cancel()
     await settle()
     async with engine:
         await created
@@ -66,9 +66,9 @@ async def test_the_grant_of_a_caller_that_leaves_during_the_commit_is_released()
         async with checked_engine() as engine:
             await engine.yes(Create(id="a"))
             engine.disk.gate.clear()
-            gone = start_task(engine.actor.ask(Claim(worker="w"), key=name))
+            abandoned = start_task(engine.actor.ask(Claim(worker="w"), key=name))
             await engine.disk.at_gate.wait()
-            gone.cancel()
+            abandoned.cancel()
             await settle()
             engine.disk.gate.set()
             await settle()
@@ -81,14 +81,14 @@ async def test_the_grant_of_a_caller_that_leaves_after_the_commit_is_released() 
     """The response is set, but the waiting task is cancelled before it reads it."""
     async with checked_engine() as engine:
         await engine.yes(Create(id="a"))
-        gone = start_task(engine.actor.ask(Start(id="a", worker="w")))
+        abandoned = start_task(engine.actor.ask(Start(id="a", worker="w")))
 
         def hang_up(changes: Sequence[Change]) -> None:
-            gone.cancel()
+            abandoned.cancel()
 
         engine.actor.on_commit.append(hang_up)
         with pytest.raises(asyncio.CancelledError):
-            await gone
+            await abandoned
         engine.actor.on_commit.pop()
         await settle()
         assert engine.book.totals == {"queued": 1, "processing": 0, "completed": 0, "failed": 0, "cancelled": 0}
@@ -124,10 +124,10 @@ async def test_a_repeat_before_the_release_keeps_the_grant() -> None:
         await asyncio.sleep(0)  # the release is in the mailbox
         assert isinstance(first, Response)
         engine.actor.undelivered(first)
-        again = await repeat
+        repeated = await repeat
         await settle()
-        assert again.replayed
-        assert engine.book.holds("a", again.data.lock_id)
+        assert repeated.replayed
+        assert engine.book.holds("a", repeated.data.lock_id)
 
 
 @in_virtual_time
@@ -159,10 +159,10 @@ async def test_a_grant_that_an_earlier_daemon_may_have_sent_is_not_released() ->
         await engine.yes(Create(id="a"))
         first = await engine.yes(start, key=key("k"))
     async with VirtualEngine(disk) as engine:
-        again = await engine.actor.ask(start, key=key("k"))
-        assert isinstance(again, Response)
-        assert again.replayed
-        engine.actor.undelivered(again)
+        repeated = await engine.actor.ask(start, key=key("k"))
+        assert isinstance(repeated, Response)
+        assert repeated.replayed
+        engine.actor.undelivered(repeated)
         await settle()
         assert engine.book.holds("a", first.lock_id)
         await engine.yes(Complete(id="a", lock_id=first.lock_id))

@@ -168,8 +168,8 @@ async def test_a_claim_is_answered_empty_when_its_wait_ends() -> None:
 @in_virtual_time
 async def test_an_abandoned_claim_gets_no_job() -> None:
     async with checked_engine() as engine:
-        gone, waiting = await waiting_claim(engine, "gone"), await waiting_claim(engine, "here")
-        gone.cancel()
+        left, waiting = await waiting_claim(engine, "gone"), await waiting_claim(engine, "here")
+        left.cancel()
         await settle()
         assert len(engine.actor.parked) == 1
         await engine.yes(Create(id="a"))
@@ -234,7 +234,7 @@ async def test_stop_wakes_an_idle_actor() -> None:
 
 def test_the_claim_that_waits_longest_is_found() -> None:
     async def test() -> None:
-        lot = Parked(WorkerPresence())
+        claims = Parked(WorkerPresence())
         loop = asyncio.get_running_loop()
 
         def claim(deadline: float, **fields: Any) -> Envelope:
@@ -244,18 +244,18 @@ def test_the_claim_that_waits_longest_is_found() -> None:
 
         first, second, third = claim(5, kinds=["k"]), claim(3), claim(4, kinds=["k", "l"])
         for envelope in (first, second, third):
-            lot.add(envelope)
-        assert (lot.first("default", "k"), lot.first("default", "l")) == (first, second)
-        assert lot.first("other", "k") is None
-        assert lot.next_deadline() == 3
-        assert lot.remove(first)
-        assert not lot.remove(first)
-        assert lot.first("default", "k") is second
-        lot.add(first)  # its batch was rejected: it has its old place again
-        assert lot.first("default", "k") is first
-        assert list(lot.take_late(4)) == [second, third]
-        assert (len(lot), lot.next_deadline()) == (1, 5)
-        assert lot.take_all() == [first]
-        assert lot.next_deadline() is None
+            claims.add(envelope)
+        assert (claims.first("default", "k"), claims.first("default", "l")) == (first, second)
+        assert claims.first("other", "k") is None
+        assert claims.next_deadline() == 3
+        assert claims.remove(first)
+        assert not claims.remove(first)
+        assert claims.first("default", "k") is second
+        claims.add(first)  # its batch was rejected: it has its old place again
+        assert claims.first("default", "k") is first
+        assert list(claims.take_late(4)) == [second, third]
+        assert (len(claims), claims.next_deadline()) == (1, 5)
+        assert claims.take_all() == [first]
+        assert claims.next_deadline() is None
 
     in_virtual_time(test)()

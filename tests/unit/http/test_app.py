@@ -111,11 +111,11 @@ async def test_an_unknown_path_is_a_404(harness: HttpHarness, target: str) -> No
 async def test_an_unknown_method_is_a_405_that_lists_the_allowed_ones(
     harness: HttpHarness, method: str, target: str, allow: str
 ) -> None:
-    line = await harness.connect()
-    response = await line.request(method, target)
+    client = await harness.connect()
+    response = await client.request(method, target)
     assert (response.status, response.headers["allow"]) == (405, allow)
     assert not any(name.startswith("access-control") for name in response.headers)
-    assert (await line.request("GET", "/v1/jobs")).status == 200  # the connection stays open, also after HEAD
+    assert (await client.request("GET", "/v1/jobs")).status == 200  # the connection stays open, also after HEAD
 
 
 def test_two_routes_for_one_call_fail_an_assertion() -> None:
@@ -254,9 +254,9 @@ async def test_a_body_at_its_limit_is_accepted_and_one_byte_more_is_not(harness:
 
 
 async def test_a_huge_content_length_is_rejected_before_the_body_arrives(harness: HttpHarness) -> None:
-    line = await harness.connect()
-    line.send(request_bytes("POST", "/v1/jobs", b"", {"Content-Length": "99999999999"}))
-    assert (await line.receive()).status == 413
+    client = await harness.connect()
+    client.send(request_bytes("POST", "/v1/jobs", b"", {"Content-Length": "99999999999"}))
+    assert (await client.receive()).status == 413
 
 
 async def test_payloads_and_bulks_over_their_limits_are_413(harness: HttpHarness) -> None:
@@ -268,36 +268,36 @@ async def test_payloads_and_bulks_over_their_limits_are_413(harness: HttpHarness
 
 async def test_a_body_that_does_not_arrive_is_a_408_and_closes_the_connection(tmp_path: Path) -> None:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.05)) as harness:
-        line = await harness.connect()
-        line.send(request_bytes("POST", "/v1/jobs", b'{"queue"', {"Content-Length": "50"}))
-        response = await line.receive()
+        client = await harness.connect()
+        client.send(request_bytes("POST", "/v1/jobs", b'{"queue"', {"Content-Length": "50"}))
+        response = await client.receive()
         assert (response.status, response.error, response.headers["connection"]) == (408, "request_timeout", "close")
-        assert await line.is_closed()
+        assert await client.is_closed()
         assert harness.actor.received == []
 
 
 async def test_a_slow_body_within_its_deadline_is_accepted(harness: HttpHarness) -> None:
-    line = await harness.connect()
-    whole = request_bytes("POST", "/v1/jobs", '{"queue":"mail"}')
-    line.send(whole[:-5])
+    client = await harness.connect()
+    request = request_bytes("POST", "/v1/jobs", '{"queue":"mail"}')
+    client.send(request[:-5])
     await asyncio.sleep(0)
-    line.send(whole[-5:])
-    assert (await line.receive()).status == 200
+    client.send(request[-5:])
+    assert (await client.receive()).status == 200
 
 
 async def test_a_client_that_expects_100_continue_receives_it(harness: HttpHarness) -> None:
-    line = await harness.connect()
-    whole = request_bytes("POST", "/v1/jobs", '{"queue":"mail"}', {"Expect": "100-continue"})
-    line.send(whole[:-16])
-    assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-    line.send(whole[-16:])
-    assert (await line.receive()).status == 200
+    client = await harness.connect()
+    request = request_bytes("POST", "/v1/jobs", '{"queue":"mail"}', {"Expect": "100-continue"})
+    client.send(request[:-16])
+    assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client.send(request[-16:])
+    assert (await client.receive()).status == 200
 
 
 async def test_a_client_that_expects_100_continue_gets_its_error_before_the_body(guarded: HttpHarness) -> None:
-    line = await guarded.connect()
-    line.send(request_bytes("POST", "/v1/jobs", b"", {"Content-Length": "10", "Expect": "100-continue"}))
-    assert (await line.receive()).status == 401
+    client = await guarded.connect()
+    client.send(request_bytes("POST", "/v1/jobs", b"", {"Content-Length": "10", "Expect": "100-continue"}))
+    assert (await client.receive()).status == 401
 
 
 async def test_deeply_nested_json_is_a_400(harness: HttpHarness) -> None:
@@ -430,32 +430,32 @@ async def test_an_overload_says_when_to_retry(harness: HttpHarness) -> None:
 
 
 async def test_requests_on_one_connection_get_their_responses_in_order(harness: HttpHarness) -> None:
-    line = await harness.connect()
+    client = await harness.connect()
     harness.actor.respond = lambda command: Response(Raw(b'"%b"' % command.id.encode()))
-    line.send(b"".join(request_bytes("GET", f"/v1/jobs/job-{n}") for n in range(100)))
-    assert [(await line.receive()).data for _ in range(100)] == [f"job-{n}" for n in range(100)]
+    client.send(b"".join(request_bytes("GET", f"/v1/jobs/job-{n}") for n in range(100)))
+    assert [(await client.receive()).data for _ in range(100)] == [f"job-{n}" for n in range(100)]
 
 
 @pytest.mark.parametrize(("header", "answered"), [("keep-alive", "keep-alive"), ("close", "close"), (None, "close")])
 async def test_http_1_0_clients_are_told_whether_the_connection_stays_open(
     harness: HttpHarness, header: str | None, answered: str
 ) -> None:
-    line = await harness.connect()
+    client = await harness.connect()
     connection = f"Connection: {header}\r\n" if header else ""
     request = f"GET /v1/jobs HTTP/1.0\r\n{connection}\r\n".encode()
-    line.send(request)
-    assert (await line.receive()).headers["connection"] == answered
+    client.send(request)
+    assert (await client.receive()).headers["connection"] == answered
     if answered == "close":
-        assert await line.is_closed()
+        assert await client.is_closed()
     else:
-        line.send(request)
-        assert (await line.receive()).status == 200
+        client.send(request)
+        assert (await client.receive()).status == 200
 
 
 async def test_a_client_that_asks_to_close_gets_connection_close(harness: HttpHarness) -> None:
-    line = await harness.connect()
-    assert (await line.request("GET", "/v1/jobs", headers={"Connection": "close"})).headers["connection"] == "close"
-    assert await line.is_closed()
+    client = await harness.connect()
+    assert (await client.request("GET", "/v1/jobs", headers={"Connection": "close"})).headers["connection"] == "close"
+    assert await client.is_closed()
 
 
 # -- lost connections --------------------------------------------------------------------------------------------------
@@ -475,17 +475,17 @@ async def test_a_response_is_undelivered_if_the_connection_closed_before_its_fir
         return answer
 
     harness.actor.respond = close_then_answer
-    line = await harness.connect()
-    line.send(request_bytes("POST", "/v1/claim", '{"worker":"w"}'))
-    assert await line.is_closed()
+    client = await harness.connect()
+    client.send(request_bytes("POST", "/v1/claim", '{"worker":"w"}'))
+    assert await client.is_closed()
     assert harness.actor.undelivered_responses == [answer]
 
 
 async def test_the_grants_of_a_delivered_response_are_kept(harness: HttpHarness) -> None:
     harness.actor.respond = lambda _: granted()
-    line = await harness.connect()
-    assert (await line.request("POST", "/v1/claim", '{"worker":"w"}')).status == 200
-    await line.close()
+    client = await harness.connect()
+    assert (await client.request("POST", "/v1/claim", '{"worker":"w"}')).status == 200
+    await client.close()
     await harness.stop(1)
     assert harness.actor.undelivered_responses == []
 
@@ -496,9 +496,9 @@ async def test_a_response_without_grants_is_not_reported_as_undelivered(harness:
         return Response(EmptyResponse())
 
     harness.actor.respond = close_then_answer
-    line = await harness.connect()
-    line.send(request_bytes("POST", "/v1/jobs", "{}"))
-    assert await line.is_closed()
+    client = await harness.connect()
+    client.send(request_bytes("POST", "/v1/jobs", "{}"))
+    assert await client.is_closed()
     assert harness.actor.undelivered_responses == []
 
 
@@ -508,10 +508,10 @@ async def test_a_waiting_call_is_cancelled_when_its_client_disconnects(harness: 
         raise AssertionError
 
     harness.actor.respond = never
-    line = await harness.connect()
-    line.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
+    client = await harness.connect()
+    client.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
     await harness.actor.arrived.wait()
-    await line.close()
+    await client.close()
     await harness.actor.cancelled.wait()
     assert harness.app.error_counts == {}
 
@@ -524,9 +524,9 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(harness:
         raise ValueError("canary-lock is broken")
 
     harness.actor.respond = fail
-    line = await harness.connect()
+    client = await harness.connect()
     with capture_logs() as logs:
-        response = await line.request("POST", "/v1/jobs/job-1/progress", PROGRESS)
+        response = await client.request("POST", "/v1/jobs/job-1/progress", PROGRESS)
     assert (response.status, response.error) == (500, "internal_error")
     bug = logs[0]
     assert (bug["log_level"], bug["command"], bug["job_id"], bug["error"]) == (
@@ -539,7 +539,7 @@ async def test_a_bug_costs_one_request_and_one_log_line_without_secrets(harness:
     assert "canary" not in str(logs)
     assert "canary" not in response.body.decode()
     harness.actor.respond = lambda _: Response(EmptyResponse())
-    assert (await line.request("GET", "/v1/jobs")).status == 200
+    assert (await client.request("GET", "/v1/jobs")).status == 200
 
 
 async def test_a_connection_error_of_a_handler_is_a_bug_unless_the_client_disconnected(harness: HttpHarness) -> None:
@@ -552,10 +552,10 @@ async def test_a_connection_error_of_a_handler_is_a_bug_unless_the_client_discon
 
 async def test_a_response_that_cannot_be_encoded_is_a_500(harness: HttpHarness) -> None:
     harness.actor.respond = lambda _: Response(object())
-    line = await harness.connect()
-    assert (await line.request("GET", "/v1/jobs")).status == 500
+    client = await harness.connect()
+    assert (await client.request("GET", "/v1/jobs")).status == 500
     harness.actor.respond = lambda _: Response(EmptyResponse())
-    assert (await line.request("GET", "/v1/jobs")).status == 200
+    assert (await client.request("GET", "/v1/jobs")).status == 200
 
 
 async def test_errors_are_counted_and_logged_in_one_line_without_secrets(guarded: HttpHarness) -> None:
@@ -593,13 +593,13 @@ async def test_the_log_of_many_errors_is_rate_limited_but_all_are_counted(
 ) -> None:
     now_s = 0.0
     monkeypatch.setattr(harness.app, "_log_limiter", LogRateLimiter(lambda: now_s))
-    line = await harness.connect()
+    client = await harness.connect()
     with capture_logs() as logs:
         for _ in range(MAX_LINES_PER_SECOND + 30):
-            await line.request("GET", "/v1/nothing")
-        await line.request("GET", "/v1/jobs", "{}")
+            await client.request("GET", "/v1/nothing")
+        await client.request("GET", "/v1/jobs", "{}")
         now_s = 1.0
-        await line.request("GET", "/v1/nothing")
+        await client.request("GET", "/v1/nothing")
     codes = [entry["code"] for entry in logs]
     assert codes == ["not_found"] * MAX_LINES_PER_SECOND + ["invalid_request", "not_found"]
     assert logs[-1]["left_out"] == 30

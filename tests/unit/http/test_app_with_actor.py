@@ -84,8 +84,8 @@ async def test_the_life_of_a_job(apis: BothApis) -> None:
 
     done = await apis.post("/v1/jobs/job-1/complete", f'{{"lock_id":"{lock_id}","metadata":{{"size":1}}}}')
     assert (done["status"], done["progress"], done["metadata"]) == ("completed", 100, {"size": 1})
-    again = await apis.post("/v1/jobs/job-1/complete", f'{{"lock_id":"{lock_id}","metadata":{{"size":1}}}}')
-    assert again["repeated"] is True
+    repeated = await apis.post("/v1/jobs/job-1/complete", f'{{"lock_id":"{lock_id}","metadata":{{"size":1}}}}')
+    assert repeated["repeated"] is True
     response = await apis.worker.request("POST", "/v1/jobs/nobody/cancel")
     assert (response.status, response.error) == (404, "job_not_found")
     events = (await apis.worker.request("GET", "/v1/jobs/job-1/timeline")).data["events"]
@@ -108,11 +108,11 @@ async def test_a_repeated_key_gets_the_first_response_and_has_one_effect(apis: B
 
 
 async def test_a_waiting_claim_whose_client_disconnects_takes_no_job(apis: BothApis) -> None:
-    gone = await apis.worker.connect()
-    gone.send(request_bytes("POST", "/v1/claim", '{"worker":"gone","wait_ms":60000}'))
+    closed = await apis.worker.connect()
+    closed.send(request_bytes("POST", "/v1/claim", '{"worker":"gone","wait_ms":60000}'))
     while not apis.actor.parked:  # noqa: ASYNC110 - the actor has no event for it
         await asyncio.sleep(0.001)
-    await gone.close()
+    await closed.close()
     while apis.actor.parked:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     await apis.post("/v1/jobs", '{"id":"job-1"}')
@@ -127,11 +127,11 @@ async def test_over_tcp_a_waiting_client_that_closes_takes_no_job_and_a_half_clo
     claim = request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
     gate = Authenticator("worker", hosts=["localhost"])
     async with HttpHarness(worker_api.ROUTES, tmp_path / "tcp", gate=gate, actor=apis.actor) as tcp:
-        gone, half = await tcp.connect(), await tcp.connect()
-        gone.send(claim)
+        closed, half = await tcp.connect(), await tcp.connect()
+        closed.send(claim)
         while not apis.actor.parked:  # noqa: ASYNC110 - the actor has no event for it
             await asyncio.sleep(0.001)
-        await gone.close()
+        await closed.close()
         while apis.actor.parked:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         half.send(claim)
@@ -147,10 +147,10 @@ async def test_over_tcp_a_waiting_client_that_closes_takes_no_job_and_a_half_clo
 async def test_a_grant_whose_client_disconnected_before_the_response_is_released(apis: BothApis) -> None:
     await apis.post("/v1/jobs", '{"id":"job-1"}')
     apis.disk.gate.clear()
-    gone = await apis.worker.connect()
-    gone.send(request_bytes("POST", "/v1/jobs/job-1/start", '{"worker":"gone"}'))
+    closed = await apis.worker.connect()
+    closed.send(request_bytes("POST", "/v1/jobs/job-1/start", '{"worker":"gone"}'))
     await apis.disk.at_gate.wait()
-    gone.writer.transport.abort()
+    closed.writer.transport.abort()
     while apis.worker.listener.connections > 1:  # noqa: ASYNC110 - until the listener has noticed; the other connection is that of `post`
         await asyncio.sleep(0.001)
     apis.disk.gate.set()
@@ -162,13 +162,13 @@ async def test_a_grant_whose_client_disconnected_before_the_response_is_released
 
 
 async def test_a_waiting_claim_gets_a_response_when_the_listeners_close(apis: BothApis) -> None:
-    line = await apis.worker.connect()
-    line.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
+    client = await apis.worker.connect()
+    client.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
     while not apis.actor.parked:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     apis.actor.stop_parking()
     await apis.worker.stop(30)
-    response = await line.receive()
+    response = await client.receive()
     assert (response.data, response.headers["connection"]) == ({"grants": []}, "close")
 
 

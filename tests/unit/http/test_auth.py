@@ -64,16 +64,16 @@ async def test_neither_api_accepts_a_wrong_token(name: str, tmp_path: Path) -> N
     }[name]
     wrong = wrong_tokens(GOOD) + wrong_tokens(OTHER, 0)
     async with HttpHarness(routes, tmp_path, gate=gate, admin=name == "admin") as harness:
-        line = await harness.connect()
+        client = await harness.connect()
         for at in range(0, len(wrong), 50):
             given = wrong[at : at + 50]
-            line.send(
+            client.send(
                 b"".join(request_bytes("GET", call, headers={"Authorization": f"Bearer {each}"}) for each in given)
             )
-            taken = [each for each in given if (await line.receive()).status != 401]
+            taken = [each for each in given if (await client.receive()).status != 401]
             assert taken == []
         assert harness.actor.received == []
-        assert (await line.request("GET", call, headers={"Authorization": f"Bearer {GOOD}"})).status == 200
+        assert (await client.request("GET", call, headers={"Authorization": f"Bearer {GOOD}"})).status == 200
 
 
 def test_a_read_only_token_has_its_own_permission() -> None:

@@ -42,25 +42,25 @@ def left_over() -> Iterator[list[Envelope]]:
 
 
 async def test_requests_leave_no_garbage(server: WorkerApiServer) -> None:
-    line = await server.harness.connect()
+    client = await server.harness.connect()
     with left_over() as left:
-        assert (await line.request("POST", "/v1/jobs", '{"id":"a"}')).status == 201
-        assert (await line.request("POST", "/v1/jobs", '{"id":"b"}', {"Idempotency-Key": "k"})).status == 201
-        assert (await line.request("POST", "/v1/jobs/nobody/start", '{"worker":"w"}')).status == 404
-        assert (await line.request("POST", "/v1/claim", '{"worker":"w","queues":["x"],"wait_ms":1}')).status == 200
-        grant = (await line.request("POST", "/v1/claim", '{"worker":"w"}')).data["grants"][0]
+        assert (await client.request("POST", "/v1/jobs", '{"id":"a"}')).status == 201
+        assert (await client.request("POST", "/v1/jobs", '{"id":"b"}', {"Idempotency-Key": "k"})).status == 201
+        assert (await client.request("POST", "/v1/jobs/nobody/start", '{"worker":"w"}')).status == 404
+        assert (await client.request("POST", "/v1/claim", '{"worker":"w","queues":["x"],"wait_ms":1}')).status == 200
+        grant = (await client.request("POST", "/v1/claim", '{"worker":"w"}')).data["grants"][0]
         body = f'{{"lock_id":"{grant["lock_id"]}"}}'
-        assert (await line.request("POST", f"/v1/jobs/{grant['job']['id']}/complete", body)).status == 200
-        assert (await line.request("GET", "/v1/jobs/a")).status == 200
+        assert (await client.request("POST", f"/v1/jobs/{grant['job']['id']}/complete", body)).status == 200
+        assert (await client.request("GET", "/v1/jobs/a")).status == 200
     assert left == []
 
 
 async def test_clients_that_disconnect_leave_no_garbage(server: WorkerApiServer) -> None:
-    line = await server.harness.connect()
+    client = await server.harness.connect()
     with left_over() as left:
-        line.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
+        client.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
         await until(lambda: len(server.actor.parked) > 0)
-        line.writer.close()
+        client.writer.close()
         await until(lambda: not server.actor.parked)
     assert left == []
 

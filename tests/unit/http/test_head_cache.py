@@ -69,19 +69,19 @@ def test_a_cached_head_gives_the_same_request_as_the_parser(parser: Parser, data
     assert heads.read(data) is None
     [(parsed, payload)] = parser.parse(data)
     assert heads.learn(data, parsed, payload)
-    whole = heads.read(data)
-    assert whole is not None
-    assert (whole.method, whole.target) == (parsed.method, parsed.path)
-    assert fields_of(whole.head) == fields_of(RequestHead.of(parsed, payload))
-    assert whole.body == payload.read_nowait()
+    cached = heads.read(data)
+    assert cached is not None
+    assert (cached.method, cached.target) == (parsed.method, parsed.path)
+    assert fields_of(cached.head) == fields_of(RequestHead.of(parsed, payload))
+    assert cached.body == payload.read_nowait()
 
 
 def test_the_first_line_and_the_body_may_differ(parser: Parser) -> None:
     heads = Heads()
     learn(heads, parser, POST)
-    whole = heads.read(POST.replace(b"/a/complete", b"/b:2/fail").replace(b"1}", b"2}"))
-    assert whole is not None
-    assert (whole.target, whole.body) == ("/v1/jobs/b:2/fail", b'{"n":2}')
+    cached = heads.read(POST.replace(b"/a/complete", b"/b:2/fail").replace(b"1}", b"2}"))
+    assert cached is not None
+    assert (cached.target, cached.body) == ("/v1/jobs/b:2/fail", b'{"n":2}')
 
 
 @pytest.mark.parametrize(
@@ -119,10 +119,10 @@ def test_tokens_and_keys_are_read_but_not_cached(parser: Parser, name: str) -> N
     assert TOKEN not in str(heads._known)
     for value in (TOKEN, "another one", "x"):
         data = request_bytes("GET", "/v1/jobs", headers={name: value, "X-A": "b"})
-        whole = heads.read(data)
+        cached = heads.read(data)
         [(parsed, payload)] = parser.parse(data)
-        assert whole is not None
-        assert fields_of(whole.head) == fields_of(RequestHead.of(parsed, payload))
+        assert cached is not None
+        assert fields_of(cached.head) == fields_of(RequestHead.of(parsed, payload))
     for value in ("", " x", "x ", "x\ty", "x" * 400, "\xe4"):
         assert heads.read(request_bytes("GET", "/v1/jobs", headers={name: value, "X-A": "b"})) is None
     assert heads.read(request_bytes("GET", "/v1/jobs", headers={"X-A": "b"})) is None
@@ -248,16 +248,16 @@ def test_a_cached_head_agrees_with_the_parser(taught: list[bytes], line: str, bo
             line.encode() + data[data.find(b"\r\n") : data.find(b"\r\n\r\n") + 4] + body.encode() for data in taught
         ]
         for data in (*taught, *others):
-            whole = heads.read(data)
-            if whole is None:
+            cached = heads.read(data)
+            if cached is None:
                 continue
             parser.begin()
             [(parsed, payload)] = parser.parse(data)
             assert isinstance(parsed, RawRequestMessage)
             assert payload.is_eof()
-            assert (whole.method, whole.target) == (parsed.method, parsed.path)
-            assert fields_of(whole.head) == fields_of(RequestHead.of(parsed, payload))
-            assert whole.body == payload.read_nowait()
+            assert (cached.method, cached.target) == (parsed.method, parsed.path)
+            assert fields_of(cached.head) == fields_of(RequestHead.of(parsed, payload))
+            assert cached.body == payload.read_nowait()
             [(following, _)] = parser.parse(GET)  # and the parser keeps nothing of it for the next request
             assert following.path == "/v1/jobs?queue=a%20b&limit=5"
     finally:

@@ -46,7 +46,7 @@ class Held:
 
 
 async def arrived(harness: HttpHarness, count: int) -> None:
-    """Wait until the actor has received so many commands."""
+    """Wait until the actor has received this many commands."""
     while len(harness.actor.received) < count:
         harness.actor.arrived.clear()
         await harness.actor.arrived.wait()
@@ -58,19 +58,19 @@ async def emptied(harness: HttpHarness, left: int = 0) -> None:
         await asyncio.sleep(0.001)
 
 
-async def whole(line: RawConnection, request: bytes) -> None:
-    line.send(request)
+async def in_one_write(client: RawConnection, request: bytes) -> None:
+    client.send(request)
 
 
-async def in_two(line: RawConnection, request: bytes) -> None:
+async def in_two_writes(client: RawConnection, request: bytes) -> None:
     """Send the body after its head has been parsed."""
     head, _, body = request.partition(b"\r\n\r\n")
-    line.send(head + b"\r\nExpect: 100-continue\r\n\r\n")
-    assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-    line.send(body)
+    client.send(head + b"\r\nExpect: 100-continue\r\n\r\n")
+    assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client.send(body)
 
 
-WAYS = pytest.mark.parametrize("send", [whole, in_two])
+WRITES = pytest.mark.parametrize("send", [in_one_write, in_two_writes])
 
 
 @pytest.mark.parametrize(
@@ -101,44 +101,46 @@ async def test_a_complete_request_without_its_token_is_rejected(tmp_path: Path) 
     async with HttpHarness(
         ROUTES, tmp_path, gate=Authenticator("worker", tokens=[TOKEN], hosts=["localhost"])
     ) as harness:
-        line = await harness.connect()
-        assert (await line.request("GET", "/v1/jobs")).status == 401
-        assert (await line.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
+        client = await harness.connect()
+        assert (await client.request("GET", "/v1/jobs")).status == 401
+        assert (await client.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
         stranger = {"Authorization": f"Bearer {TOKEN}", "Origin": "http://elsewhere"}
-        assert (await line.request("GET", "/v1/jobs", headers=stranger)).status == 403
+        assert (await client.request("GET", "/v1/jobs", headers=stranger)).status == 403
 
 
-@WAYS
+@WRITES
 async def test_requests_that_arrive_during_another_are_answered_after_it(harness: HttpHarness, send: Any) -> None:
     held = Held(harness)
-    line = await harness.connect()
-    await send(line, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
+    client = await harness.connect()
+    await send(client, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
     await arrived(harness, 1)
     harness.actor.respond = lambda command: Response(command.queue)
-    line.send(request_bytes("POST", "/v1/jobs", '{"queue":"second"}'))
+    client.send(request_bytes("POST", "/v1/jobs", '{"queue":"second"}'))
     await asyncio.sleep(0)
-    line.send(b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
+    client.send(
+        b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2))
+    )
     assert (await harness.request("POST", "/v1/jobs", '{"queue":"other"}')).data == "other"
     assert len(harness.actor.received) == 2
     held.go.set()
-    response = [(await line.receive()).data for _ in range(2 + MAX_MSG_QUEUE_SIZE * 2)]
+    response = [(await client.receive()).data for _ in range(2 + MAX_MSG_QUEUE_SIZE * 2)]
     assert response[1:] == ["second", *(str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2))]
-    assert (await line.request("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
+    assert (await client.request("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
 
 
-@WAYS
+@WRITES
 async def test_bodies_that_arrive_during_a_request_stay_in_the_socket(tmp_path: Path, send: Any) -> None:
     async with HttpHarness(ROUTES, tmp_path) as harness:
         held = Held(harness)
-        line = await harness.connect()
-        await send(line, CLAIM)
+        client = await harness.connect()
+        await send(client, CLAIM)
         await arrived(harness, 1)
         harness.actor.respond = lambda command: Response(command.queue)
         [connection] = harness.listener._server.connections
         assert isinstance(connection, ServerConnection)
         sizes = [200_000] * 3 + [10] * 3
         for size in sizes * 4:
-            line.send(request_bytes("POST", "/v1/jobs", f'{{"queue":"q-{size}","payload":"{"x" * size}"}}'))
+            client.send(request_bytes("POST", "/v1/jobs", f'{{"queue":"q-{size}","payload":"{"x" * size}"}}'))
         while not connection._buffer_paused:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
             await asyncio.sleep(0.001)
         for _ in range(5):
@@ -146,43 +148,43 @@ async def test_bodies_that_arrive_during_a_request_stay_in_the_socket(tmp_path: 
         waiting = sum(payload.total_bytes for _, payload in connection._messages)
         assert AHEAD < waiting < 3 * AHEAD
         held.go.set()
-        assert (await line.receive()).status == 200
-        assert [(await line.receive()).data for _ in sizes * 4] == [f"q-{size}" for size in sizes] * 4
-        assert (await line.request("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
+        assert (await client.receive()).status == 200
+        assert [(await client.receive()).data for _ in sizes * 4] == [f"q-{size}" for size in sizes] * 4
+        assert (await client.request("POST", "/v1/jobs", '{"queue":"last"}')).data == "last"
 
 
 async def test_requests_with_late_bodies_release_their_places(harness: HttpHarness) -> None:
-    line = await harness.connect()
+    client = await harness.connect()
     for _ in range(MAX_MSG_QUEUE_SIZE):
-        await in_two(line, request_bytes("POST", "/v1/jobs", "{}"))
-        assert (await line.receive()).status == 200
-    line.send(request_bytes("GET", "/v1/jobs") * 3 + request_bytes("POST", "/v1/jobs", "{}") * 3)
-    assert [(await line.receive()).status for _ in range(6)] == [200] * 6
+        await in_two_writes(client, request_bytes("POST", "/v1/jobs", "{}"))
+        assert (await client.receive()).status == 200
+    client.send(request_bytes("GET", "/v1/jobs") * 3 + request_bytes("POST", "/v1/jobs", "{}") * 3)
+    assert [(await client.receive()).status for _ in range(6)] == [200] * 6
 
 
-@WAYS
+@WRITES
 async def test_a_client_that_disconnects_abandons_its_command(harness: HttpHarness, send: Any) -> None:
     Held(harness)
-    line = await harness.connect()
-    await send(line, CLAIM)
+    client = await harness.connect()
+    await send(client, CLAIM)
     await arrived(harness, 1)
-    await line.close()
+    await client.close()
     await harness.actor.cancelled.wait()
     await harness.app.wait_idle()  # no request is pending
 
 
-@WAYS
+@WRITES
 async def test_a_response_to_a_closing_connection_is_undelivered(harness: HttpHarness, send: Any) -> None:
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(harness, answer)
-    line = await harness.connect()
-    await send(line, CLAIM)
+    client = await harness.connect()
+    await send(client, CLAIM)
     await arrived(harness, 1)
     [connection] = harness.listener._server.connections
     assert connection.transport is not None
-    held.go.set()  # the response is written in the next turn of the loop,
-    connection.transport.close()  # and the connection is reported as lost after that
-    assert await line.is_closed()
+    held.go.set()  # the response is written in the next iteration of the loop,
+    connection.transport.close()  # and the lost connection is reported after that
+    assert await client.is_closed()
     await harness.app.wait_idle()
     assert harness.actor.undelivered_responses == [answer]
 
@@ -193,11 +195,11 @@ async def test_a_response_to_a_disconnected_client_is_undelivered(harness: HttpH
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.setblocking(False)
 
-    async def gone(_: Any) -> Response:
-        client.close()  # the write shows it: there is no turn of the loop in between
+    async def close_client(_: Any) -> Response:
+        client.close()  # the write fails at once, without an iteration of the loop in between
         return answer
 
-    harness.actor.respond = gone
+    harness.actor.respond = close_client
     client.connect(harness.path)
     while not harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0)
@@ -214,23 +216,23 @@ async def test_a_response_to_a_disconnected_client_is_undelivered(harness: HttpH
     assert harness.actor.undelivered_responses == [answer]
 
 
-@WAYS
+@WRITES
 async def test_a_slow_client_keeps_its_response_and_its_connection(harness: HttpHarness, send: Any) -> None:
     harness.actor.respond = lambda _: Response("x" * 3_000_000)
-    line = await harness.connect()
-    await send(line, CLAIM)
+    client = await harness.connect()
+    await send(client, CLAIM)
     await arrived(harness, 1)
-    line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
     harness.actor.respond = lambda _: Response(EmptyResponse())
-    line.send(CLAIM)
+    client.send(CLAIM)
     assert (await harness.request("GET", "/v1/jobs")).status == 200  # other requests do not wait
-    line.writer.transport.resume_reading()  # type: ignore[attr-defined]
-    assert len((await line.receive()).data) == 3_000_000
-    assert (await line.receive()).status == 200
-    assert (await line.request("GET", "/v1/jobs")).status == 200
+    client.writer.transport.resume_reading()  # type: ignore[attr-defined]
+    assert len((await client.receive()).data) == 3_000_000
+    assert (await client.receive()).status == 200
+    assert (await client.request("GET", "/v1/jobs")).status == 200
 
 
-@WAYS
+@WRITES
 @pytest.mark.parametrize("end", ["patience", "client", "stop"])
 async def test_a_client_that_reads_too_slowly_is_cut_off(
     harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any, end: str
@@ -239,14 +241,14 @@ async def test_a_client_that_reads_too_slowly_is_cut_off(
         monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
     answer = Response("x" * 3_000_000, grants=[("a", "lock")])
     harness.actor.respond = lambda _: answer
-    line = await harness.connect()
-    line.writer.transport.set_write_buffer_limits(0)
-    await send(line, CLAIM)
-    line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client = await harness.connect()
+    client.writer.transport.set_write_buffer_limits(0)
+    await send(client, CLAIM)
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
     await arrived(harness, 1)
     await asyncio.sleep(0)
     if end == "client":
-        line.writer.transport.abort()
+        client.writer.transport.abort()
     elif end == "stop":
         with capture_logs():
             await harness.stop(0.01)
@@ -255,7 +257,7 @@ async def test_a_client_that_reads_too_slowly_is_cut_off(
     assert harness.actor.undelivered_responses == []  # its first byte has been written
 
 
-@WAYS
+@WRITES
 @pytest.mark.parametrize("close", [{}, {"Connection": "close"}])
 async def test_a_few_unread_bytes_do_not_keep_a_connection_open(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, send: Any, close: dict[str, str]
@@ -263,20 +265,20 @@ async def test_a_few_unread_bytes_do_not_keep_a_connection_open(
     """A transport that is closed before everything is written waits for the client, even for an idle one."""
     monkeypatch.setattr("jobd.http.response.WRITE_TIMEOUT_S", 0.05)
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.02)) as harness:
-        line = await harness.connect()
-        await send(line, CLAIM)
-        assert (await line.receive()).status == 200
+        client = await harness.connect()
+        await send(client, CLAIM)
+        assert (await client.receive()).status == 200
         [connection] = harness.listener._server.connections
         assert connection.transport is not None
-        line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        client.writer.transport.pause_reading()  # type: ignore[attr-defined]
         while not connection.transport.get_write_buffer_size():
             connection.transport.write(b"x" * 1000)
         assert connection.transport.get_write_buffer_size() < 60_000
-        line.send(request_bytes("POST", "/v1/claim", '{"worker":"w"}', close))
+        client.send(request_bytes("POST", "/v1/claim", '{"worker":"w"}', close))
         await emptied(harness)
 
 
-@WAYS
+@WRITES
 async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
     harness: HttpHarness, send: Any
 ) -> None:
@@ -307,9 +309,9 @@ async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
 async def test_a_response_at_the_deadline_of_a_stop_does_no_harm(harness: HttpHarness) -> None:
     """The actor calls it directly, so an exception here would end the actor."""
     Held(harness)
-    line = await harness.connect()
-    assert (await line.request("GET", "/healthz")).status == 200
-    line.send(CLAIM)
+    client = await harness.connect()
+    assert (await client.request("GET", "/healthz")).status == 200
+    client.send(CLAIM)
     await arrived(harness, 1)
     [connection] = harness.listener._server.connections
     assert isinstance(connection, ServerConnection)
@@ -320,43 +322,43 @@ async def test_a_response_at_the_deadline_of_a_stop_does_no_harm(harness: HttpHa
         await asyncio.sleep(0)
     connection._handler_waiter.cancel()  # its deadline
     flight.set_result(Response(EmptyResponse()))
-    assert (await line.receive()).status == 200
-    assert await line.is_closed()
+    assert (await client.receive()).status == 200
+    assert await client.is_closed()
     await stopping
     await harness.app.wait_idle()
 
 
-@WAYS
+@WRITES
 async def test_a_stop_waits_for_the_response_and_closes_the_connection(harness: HttpHarness, send: Any) -> None:
     held = Held(harness)
-    line = await harness.connect()
-    await send(line, CLAIM)
+    client = await harness.connect()
+    await send(client, CLAIM)
     await arrived(harness, 1)
-    line.send(request_bytes("GET", "/v1/jobs"))  # is never started
+    client.send(request_bytes("GET", "/v1/jobs"))  # is never started
     stopping = asyncio.ensure_future(harness.stop(30))
     while not harness.app.closing:  # noqa: ASYNC110 - it is in the first step of the stop
         await asyncio.sleep(0)
     held.go.set()
-    assert (await line.receive()).headers["connection"] == "close"
-    assert await line.is_closed()
+    assert (await client.receive()).headers["connection"] == "close"
+    assert await client.is_closed()
     await stopping
     assert len(harness.actor.received) == 1
 
 
-@WAYS
+@WRITES
 async def test_after_the_deadline_of_a_stop_a_request_is_abandoned(harness: HttpHarness, send: Any) -> None:
     Held(harness)
-    line = await harness.connect()
-    await send(line, CLAIM)
+    client = await harness.connect()
+    await send(client, CLAIM)
     await arrived(harness, 1)
     with capture_logs() as logs:
         await harness.stop(0.01)
     assert harness.actor.cancelled.is_set()
-    assert await line.is_closed()
+    assert await client.is_closed()
     assert [entry["event"] for entry in logs] == ["requests_cut_off"]
 
 
-@WAYS
+@WRITES
 async def test_a_bug_while_responding_costs_one_connection(
     harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any
 ) -> None:
@@ -365,23 +367,23 @@ async def test_a_bug_while_responding_costs_one_connection(
 
     harness.actor.respond = lambda _: Response(object())  # cannot be encoded as JSON
     monkeypatch.setattr(harness.app, "log_internal_error", fail)
-    line = await harness.connect()
+    client = await harness.connect()
     with capture_logs() as logs:
-        await send(line, CLAIM)
-        response = await line.receive()
+        await send(client, CLAIM)
+        response = await client.receive()
     assert (response.status, response.headers["connection"]) == (500, "close")
     assert "canary" not in str(logs) + response.body.decode()
-    assert await line.is_closed()
+    assert await client.is_closed()
     await harness.app.wait_idle()
 
 
-@WAYS
+@WRITES
 async def test_the_grants_of_a_response_that_cannot_be_encoded_are_released(harness: HttpHarness, send: Any) -> None:
     answer = Response(object(), grants=[("a", "lock")])
     harness.actor.respond = lambda _: answer
-    line = await harness.connect()
-    await send(line, CLAIM)
-    assert (await line.receive()).status == 500
+    client = await harness.connect()
+    await send(client, CLAIM)
+    assert (await client.receive()).status == 500
     assert harness.actor.undelivered_responses == [answer]
 
 
@@ -413,14 +415,14 @@ async def test_a_bug_while_responding_never_reaches_the_actor(
 
 async def test_a_prepared_response_is_sent_unchanged(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     Held(harness)
-    line = await harness.connect()
-    line.send(CLAIM)
+    client = await harness.connect()
+    client.send(CLAIM)
     await arrived(harness, 1)
     [envelope] = harness.actor.sent
     made = count_calls(monkeypatch, harness.app, "_ok_response")
     answer = Response(EmptyResponse())
     envelope.prepare(answer)
-    hearing = asyncio.ensure_future(line.receive())
+    hearing = asyncio.ensure_future(client.receive())
     await asyncio.sleep(0.01)
     assert (made, hearing.done()) == ([answer], False), "no response is sent yet"
     envelope.reply(answer)
@@ -433,8 +435,8 @@ async def test_a_prepared_response_that_no_longer_fits_is_encoded_again(
 ) -> None:
     """Its commit failed, or the response has changed."""
     Held(harness)
-    line = await harness.connect()
-    line.send(CLAIM)
+    client = await harness.connect()
+    client.send(CLAIM)
     await arrived(harness, 1)
     [envelope] = harness.actor.sent
     answer: Response | ApiError = Response(object() if why == "a bug" else EmptyResponse())
@@ -447,7 +449,7 @@ async def test_a_prepared_response_that_no_longer_fits_is_encoded_again(
     elif why == "a stop":
         monkeypatch.setattr(harness.app, "closing", True)
     envelope.reply(answer)
-    response = await line.receive()
+    response = await client.receive()
     wanted = {"another answer": 202, "a refusal": 507, "a stop": 200, "a bug": 500}
     assert (response.status, response.headers.get("connection")) == (wanted[why], "close" if why == "a stop" else None)
 
@@ -467,14 +469,14 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, app: Any, name: str) -> list[An
 async def test_a_connection_is_idle_again_after_its_request(tmp_path: Path) -> None:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as harness:
         held = Held(harness)
-        line = await harness.connect()
-        line.send(CLAIM)
+        client = await harness.connect()
+        client.send(CLAIM)
         await arrived(harness, 1)
         for _ in range(2):  # later connections have been closed as idle
             assert await (await harness.connect()).is_closed()
         held.go.set()
-        assert (await line.receive()).status == 200
-        assert await line.is_closed()
+        assert (await client.receive()).status == 200
+        assert await client.is_closed()
 
 
 async def test_chunks_that_arrive_together_are_a_complete_request(
@@ -496,29 +498,29 @@ async def test_a_cached_head_is_not_parsed_again(harness: HttpHarness, monkeypat
         parse(handler, data)
 
     monkeypatch.setattr(RequestHandler, "data_received", noted)
-    line, other = await harness.connect(), await harness.connect()
+    client, other = await harness.connect(), await harness.connect()
     for number in range(3):
-        for each in (line, other):
+        for each in (client, other):
             response = await each.request("POST", "/v1/jobs", f'{{"queue":"q-{number}"}}')
             assert response.status == 200
     assert len(parsed) == 1
     assert [envelope.command.queue for envelope in harness.actor.received] == ["q-0", "q-0", "q-1", "q-1", "q-2", "q-2"]
-    assert (await line.request("POST", "/v1/jobs/a/progress", '{"queue":"q-0"}')).status == 400  # it is checked
-    assert (await line.request("GET", "/v1/jobs", '{"queue":"q-0"}')).status == 400
-    assert (await line.request("POST", "/nowhere", '{"queue":"q-0"}')).status == 404
-    assert (await line.request("POST", "/v1/jobs?a=b", '{"queue":"q-0"}')).status == 400
-    assert (await line.request("PUT", "/v1/jobs", '{"queue":"q-0"}')).status == 405
+    assert (await client.request("POST", "/v1/jobs/a/progress", '{"queue":"q-0"}')).status == 400  # it is validated
+    assert (await client.request("GET", "/v1/jobs", '{"queue":"q-0"}')).status == 400
+    assert (await client.request("POST", "/nowhere", '{"queue":"q-0"}')).status == 404
+    assert (await client.request("POST", "/v1/jobs?a=b", '{"queue":"q-0"}')).status == 400
+    assert (await client.request("PUT", "/v1/jobs", '{"queue":"q-0"}')).status == 405
     assert len(parsed) == 2
 
 
 async def test_a_token_counts_only_for_its_own_request(tmp_path: Path) -> None:
     async with HttpHarness(ROUTES, tmp_path, gate=Authenticator("worker", tokens=[TOKEN])) as harness:
-        line = await harness.connect()
+        client = await harness.connect()
         for _ in range(3):
-            assert (await line.request("GET", "/v1/jobs")).status == 401
-            assert (await line.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
+            assert (await client.request("GET", "/v1/jobs")).status == 401
+            assert (await client.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
         harness.app.authenticator.replace_tokens(["another-token-0123456789abcdef"])
-        assert (await line.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 401
+        assert (await client.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 401
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -526,16 +528,16 @@ async def test_requests_split_anywhere_are_answered_in_order(tmp_path: Path, see
     dice = random.Random(seed)
     async with HttpHarness(ROUTES, tmp_path) as harness:
         harness.actor.respond = lambda command: Response(command.id)
-        line = await harness.connect()
+        client = await harness.connect()
         for turn in range(30):
             ids = [f"{turn}-{number}" for number in range(dice.choice([1, 1, 1, 2, 50]))]
             stream = b"".join(dice.choice(SHAPES)(job_id) for job_id in ids)
             cuts = sorted(dice.randrange(len(stream)) for _ in range(dice.choice([0, 0, 1, 3])))
             for start, end in zip([0, *cuts], [*cuts, len(stream)], strict=True):
-                line.send(stream[start:end])
+                client.send(stream[start:end])
                 for _ in range(dice.choice([0, 3])):
                     await asyncio.sleep(0)
-            assert [(await line.receive()).data for _ in ids] == ids
+            assert [(await client.receive()).data for _ in ids] == ids
         await harness.app.wait_idle()
 
 
@@ -568,109 +570,111 @@ async def half_closed(harness: HttpHarness) -> ServerConnection:
         await asyncio.sleep(0.001)
 
 
-@WAYS
+@WRITES
 async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: HttpHarness, send: Any) -> None:
     held = Held(either)
-    line = await either.connect()
-    await send(line, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
+    client = await either.connect()
+    await send(client, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
     await arrived(either, 1)
     either.actor.respond = lambda command: Response(command.queue)
-    line.send(b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2)))
-    line.writer.write_eof()
+    client.send(
+        b"".join(request_bytes("POST", "/v1/jobs", f'{{"queue":"{n}"}}') for n in range(MAX_MSG_QUEUE_SIZE * 2))
+    )
+    client.writer.write_eof()
     held.go.set()
-    response = [(await line.receive()).data for _ in range(1 + MAX_MSG_QUEUE_SIZE * 2)]
+    response = [(await client.receive()).data for _ in range(1 + MAX_MSG_QUEUE_SIZE * 2)]
     assert response[1:] == [str(n) for n in range(MAX_MSG_QUEUE_SIZE * 2)]
-    assert await line.is_closed()
+    assert await client.is_closed()
     await emptied(either)
 
 
-@WAYS
+@WRITES
 async def test_a_half_closed_client_may_wait(either: HttpHarness, send: Any) -> None:
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(either, answer)
-    line = await either.connect()
-    await send(line, CLAIM)
+    client = await either.connect()
+    await send(client, CLAIM)
     await arrived(either, 1)
-    line.writer.write_eof()
+    client.writer.write_eof()
     connection = await half_closed(either)
-    connection._check_hangup(0)  # it is still there
+    connection._check_hangup(0)  # the client is still connected
     held.go.set()
-    assert (await line.receive()).status == 200
-    assert await line.is_closed()
+    assert (await client.receive()).status == 200
+    assert await client.is_closed()
     assert (either.actor.undelivered_responses, either.actor.cancelled.is_set()) == ([], False)
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /v1/jobs HTT", request_bytes("GET", "/v1/jobs") + b"GET"])
 async def test_the_end_of_input_closes_a_connection_without_pending_requests(either: HttpHarness, sent: bytes) -> None:
-    line = await either.connect()
-    line.send(sent)
+    client = await either.connect()
+    client.send(sent)
     if sent.startswith(request_bytes("GET", "/v1/jobs")):
-        assert (await line.receive()).status == 200
-    line.writer.write_eof()
-    assert await line.is_closed()
+        assert (await client.receive()).status == 200
+    client.writer.write_eof()
+    assert await client.is_closed()
 
 
 async def test_a_request_right_before_the_end_of_input_is_answered(either: HttpHarness) -> None:
-    """Data and end are there before aiohttp's loop has had a turn."""
+    """Data and end arrive before aiohttp's loop has run."""
     for request in (
         request_bytes("GET", "/v1/jobs"),
         request_bytes("GET", "/healthz"),
         request_bytes("GET", "/v1/jobs") * 2,
     ):
-        line = await either.connect()
-        line.send(request)
-        line.writer.write_eof()
-        assert [(await line.receive()).status for _ in range(request.count(b"GET"))] == [200] * request.count(b"GET")
-        assert await line.is_closed()
+        client = await either.connect()
+        client.send(request)
+        client.writer.write_eof()
+        assert [(await client.receive()).status for _ in range(request.count(b"GET"))] == [200] * request.count(b"GET")
+        assert await client.is_closed()
 
 
 @pytest.mark.parametrize("before", [b"", request_bytes("GET", "/v1/jobs")])
 async def test_a_body_that_breaks_off_is_a_400(either: HttpHarness, before: bytes) -> None:
     for request in (request_bytes("POST", "/v1/jobs", '{"queue":"a"}')[:-1], CHUNKED + b"2\r\n{}\r\n"):
-        line = await either.connect()
-        line.send(before + request)
-        line.writer.write_eof()
+        client = await either.connect()
+        client.send(before + request)
+        client.writer.write_eof()
         if before:
-            assert (await line.receive()).status == 200
-        response = await line.receive()
+            assert (await client.receive()).status == 200
+        response = await client.receive()
         assert (response.status, response.error, "ended too early" in response.json["message"]) == (
             400,
             "invalid_request",
             True,
         )
-        assert await line.is_closed()
+        assert await client.is_closed()
     assert len(either.actor.received) == (2 if before else 0)
 
 
-@WAYS
+@WRITES
 async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: HttpHarness, send: Any) -> None:
     """Over TCP this looks like a half-closed connection, until the first bytes of the response are sent."""
     held = Held(either, Response(EmptyResponse(), grants=[("a", "lock")]))
-    line = await either.connect()
-    await send(line, CLAIM)
+    client = await either.connect()
+    await send(client, CLAIM)
     await arrived(either, 1)
-    await line.close()
+    await client.close()
     await either.actor.cancelled.wait()
     await emptied(either)
     await either.app.wait_idle()
     assert not held.go.is_set()
 
 
-@WAYS
+@WRITES
 async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(harness: HttpHarness, send: Any) -> None:
     Held(harness)
-    line = await harness.connect()
-    await send(line, CLAIM)
+    client = await harness.connect()
+    await send(client, CLAIM)
     await arrived(harness, 1)
-    line.writer.write_eof()
+    client.writer.write_eof()
     await half_closed(harness)
-    await line.close()
+    await client.close()
     await harness.actor.cancelled.wait()
     await emptied(harness)
     await harness.app.wait_idle()
 
 
-@WAYS
+@WRITES
 async def test_the_probe_is_a_part_of_the_response(
     either: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any
 ) -> None:
@@ -678,16 +682,16 @@ async def test_the_probe_is_a_part_of_the_response(
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(either, answer)
-    line = await either.connect()
-    await send(line, CLAIM)
+    client = await either.connect()
+    await send(client, CLAIM)
     await arrived(either, 1)
     if either.port:
-        await line.close()
+        await client.close()
         await half_closed(either)
     else:
-        line.writer.write_eof()
+        client.writer.write_eof()
         await half_closed(either)
-        await line.close()
+        await client.close()
     held.go.set()
     await emptied(either)
     await either.app.wait_idle()
@@ -695,57 +699,57 @@ async def test_the_probe_is_a_part_of_the_response(
 
 
 @pytest.mark.slow
-@WAYS
+@WRITES
 @pytest.mark.parametrize("is_there", [True, False], ids=["half-closed", "closed"])
 async def test_a_response_with_grants_waits_for_the_probe(
     tcp: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any, is_there: bool
 ) -> None:
     """The reset of a closed client takes its time on a network: until then it looks like a half-closed one."""
-    looks: list[bool] = []
+    checks: list[bool] = []
 
     def is_probing(connection: ServerConnection, transport: asyncio.Transport) -> bool:
-        looks.append(transport.is_closing())
-        return not transport.is_closing() and (len(looks) < 3 or not is_there)
+        checks.append(transport.is_closing())
+        return not transport.is_closing() and (len(checks) < 3 or not is_there)
 
     monkeypatch.setattr(ServerConnection, "_is_probing", is_probing)
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
     monkeypatch.setattr("jobd.http.protocol.PROBE_S", 3600 if is_there else 0.01)
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(tcp, answer)
-    line = await tcp.connect()
-    await send(line, CLAIM)
+    client = await tcp.connect()
+    await send(client, CLAIM)
     await arrived(tcp, 1)
-    line.writer.write_eof()
+    client.writer.write_eof()
     await half_closed(tcp)
     held.go.set()
     if is_there:
-        assert (await line.receive()).status == 200
+        assert (await client.receive()).status == 200
     await emptied(tcp)
     await tcp.app.wait_idle()
     assert tcp.actor.undelivered_responses == ([] if is_there else [answer])
-    assert len(looks) >= 3
+    assert len(checks) >= 3
 
 
-@WAYS
+@WRITES
 async def test_a_connection_that_closes_during_the_probe_releases_its_grants(
     tcp: HttpHarness, monkeypatch: pytest.MonkeyPatch, send: Any
 ) -> None:
-    looked = asyncio.Event()
+    checked = asyncio.Event()
 
     def is_probing(connection: ServerConnection, transport: asyncio.Transport) -> bool:
-        looked.set()
+        checked.set()
         return not transport.is_closing()
 
     monkeypatch.setattr(ServerConnection, "_is_probing", is_probing)
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     held = Held(tcp, answer)
-    line = await tcp.connect()
-    await send(line, CLAIM)
+    client = await tcp.connect()
+    await send(client, CLAIM)
     await arrived(tcp, 1)
-    line.writer.write_eof()
+    client.writer.write_eof()
     connection = await half_closed(tcp)
     held.go.set()
-    await looked.wait()
+    await checked.wait()
     assert connection.transport is not None
     connection.transport.abort()
     await emptied(tcp)
@@ -758,10 +762,12 @@ async def test_tls_has_no_half_closed_connections(tmp_path: Path) -> None:
     async with HttpHarness(ROUTES, tmp_path) as harness:
         Held(harness)
         [(_, port)] = await harness.listener.open_tcp("127.0.0.1", 0, tls=server)
-        line = RawConnection(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
-        line.send(CLAIM)
+        connection = RawConnection(
+            *await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost")
+        )
+        connection.send(CLAIM)
         await arrived(harness, 1)
-        await line.close()
+        await connection.close()
         await harness.actor.cancelled.wait()
         await emptied(harness)
 
@@ -771,32 +777,32 @@ async def test_tls_has_no_half_closed_connections(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["NUL in a header", "bad chunk size", "coding in disguise", "both lengths", "no HTTP"])
 async def test_requests_before_a_malformed_one_are_answered_first(either: HttpHarness, name: str) -> None:
-    """They came in one segment, and each is done once. Bytes after the malformed request are not read."""
-    line = await either.connect()
+    """They arrive in one segment, and each is executed once. Bytes after the malformed request are not read."""
+    client = await either.connect()
     valid = [request_bytes("POST", "/v1/jobs", f'{{"id":"a-{n}"}}') for n in range(3)] + [
         request_bytes("GET", "/v1/jobs")
     ]
-    line.send(b"".join(valid) + HOSTILE[name] + request_bytes("GET", "/v1/jobs"))
-    assert [(await line.receive()).status for _ in valid] == [200] * len(valid)
-    response = await line.receive()
+    client.send(b"".join(valid) + HOSTILE[name] + request_bytes("GET", "/v1/jobs"))
+    assert [(await client.receive()).status for _ in valid] == [200] * len(valid)
+    response = await client.receive()
     assert (response.status, response.error, response.headers["connection"]) == (400, "invalid_request", "close")
-    line.send(request_bytes("GET", "/v1/jobs"))
-    assert await line.is_closed()
+    client.send(request_bytes("GET", "/v1/jobs"))
+    assert await client.is_closed()
     assert [getattr(envelope.command, "id", None) for envelope in either.actor.received] == ["a-0", "a-1", "a-2", None]
 
 
 async def test_a_malformed_request_after_a_waiting_one_is_answered_after_it(harness: HttpHarness) -> None:
     held = Held(harness)
-    line = await harness.connect()
-    line.send(CLAIM)
+    client = await harness.connect()
+    client.send(CLAIM)
     await arrived(harness, 1)
-    line.send(request_bytes("GET", "/v1/jobs") + HOSTILE["NUL in a header"])
+    client.send(request_bytes("GET", "/v1/jobs") + HOSTILE["NUL in a header"])
     await asyncio.sleep(0.01)
-    line.send(HOSTILE["NUL in a header"])
+    client.send(HOSTILE["NUL in a header"])
     assert (await harness.request("GET", "/healthz")).status == 200
     held.go.set()
-    assert [(await line.receive()).status for _ in range(3)] == [200, 200, 400]
-    assert await line.is_closed()
+    assert [(await client.receive()).status for _ in range(3)] == [200, 200, 400]
+    assert await client.is_closed()
     assert len(harness.actor.received) == 2
 
 

@@ -65,29 +65,29 @@ async def test_malformed_requests_get_a_4xx_in_json_and_never_reach_the_actor(ha
 
 
 async def test_bytes_that_are_not_http_close_the_connection(harness: HttpHarness) -> None:
-    line = await harness.connect()
-    line.send(HOSTILE["doubled lengths"] + request_bytes("GET", "/v1/jobs"))
-    assert (await line.receive()).headers["connection"] == "close"
-    assert await line.is_closed()
+    client = await harness.connect()
+    client.send(HOSTILE["doubled lengths"] + request_bytes("GET", "/v1/jobs"))
+    assert (await client.receive()).headers["connection"] == "close"
+    assert await client.is_closed()
     assert harness.actor.received == []
 
 
 async def test_a_smuggled_request_is_not_run(harness: HttpHarness) -> None:
-    line = await harness.connect()
-    line.send(
+    client = await harness.connect()
+    client.send(
         POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + request_bytes("GET", "/v1/jobs")
     )
-    assert (await line.receive()).status == 400
-    assert await line.is_closed()
+    assert (await client.receive()).status == 400
+    assert await client.is_closed()
     assert harness.actor.received == []
 
 
 async def test_an_upgrade_is_handled_like_any_other_request(harness: HttpHarness) -> None:
-    line = await harness.connect()
+    client = await harness.connect()
     assert (
-        await line.request("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
+        await client.request("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "websocket"})
     ).status == 200
-    assert (await line.request("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "h2c"})).status == 200
+    assert (await client.request("GET", "/v1/jobs", headers={"Connection": "Upgrade", "Upgrade": "h2c"})).status == 200
 
 
 async def test_the_error_for_bytes_that_are_not_http_does_not_repeat_them(harness: HttpHarness) -> None:
@@ -101,12 +101,12 @@ async def test_the_error_for_bytes_that_are_not_http_does_not_repeat_them(harnes
 @pytest.mark.parametrize("rest", [b"zz\r\n", b"3\r\n{}", b"1\r\n{}\r\n0\r\n\r\n"])
 async def test_a_body_whose_chunks_break_later_is_a_4xx_too(tmp_path: Path, rest: bytes) -> None:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.05)) as harness:
-        line = await harness.connect()
-        line.send(POST + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n")
-        assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-        line.send(rest)
-        assert (await line.receive()).status in {400, 408}
-        assert await line.is_closed()
+        client = await harness.connect()
+        client.send(POST + b"Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.send(rest)
+        assert (await client.receive()).status in {400, 408}
+        assert await client.is_closed()
         assert harness.actor.received == []
 
 
@@ -117,12 +117,12 @@ async def test_an_expectation_that_cannot_be_met_is_a_417(harness: HttpHarness, 
         assert (response.status, response.error) == (417, "expectation_failed")
     assert (await harness.request("GET", "/healthz", headers={"Expect": expect})).status == 417
     assert harness.actor.received == []
-    line = await harness.connect()
+    client = await harness.connect()
     head, _, body = request_bytes("POST", "/v1/jobs", "{}", {"Expect": "100-Continue"}).partition(b"\r\n\r\n")
-    line.send(head + b"\r\n\r\n")
-    assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-    line.send(body)
-    assert (await line.receive()).status == 200
+    client.send(head + b"\r\n\r\n")
+    assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client.send(body)
+    assert (await client.receive()).status == 200
 
 
 async def test_a_bug_outside_the_handler_closes_one_connection(
@@ -133,13 +133,13 @@ async def test_a_bug_outside_the_handler_closes_one_connection(
 
     harness.actor.respond = fail
     monkeypatch.setattr(harness.app, "log_internal_error", fail)
-    line = await harness.connect()
+    client = await harness.connect()
     with capture_logs() as logs:
-        response = await line.request("GET", "/v1/jobs")
+        response = await client.request("GET", "/v1/jobs")
     assert (response.status, response.error, response.headers["connection"]) == (500, "internal_error", "close")
     assert [entry["event"] for entry in logs] == ["connection_bug", "refused"]
     assert "canary" not in str(logs) + response.body.decode()
-    assert await line.is_closed()
+    assert await client.is_closed()
     assert (await harness.request("GET", "/healthz")).status == 200
 
 
@@ -148,9 +148,9 @@ async def test_a_client_that_disconnects_during_its_request_leaves_nothing_behin
     harness: HttpHarness, sent: bytes
 ) -> None:
     with capture_logs() as logs:
-        line = await harness.connect()
-        line.send(sent)
-        await line.close()
+        client = await harness.connect()
+        client.send(sent)
+        await client.close()
         await emptied(harness)
     assert harness.actor.received == []
     assert logs == []
@@ -158,10 +158,10 @@ async def test_a_client_that_disconnects_during_its_request_leaves_nothing_behin
 
 async def test_a_client_that_resets_the_connection_leaves_nothing_behind(harness: HttpHarness) -> None:
     held = Held(harness)
-    line = await harness.connect()
-    line.send(request_bytes("POST", "/v1/jobs", "{}"))
+    client = await harness.connect()
+    client.send(request_bytes("POST", "/v1/jobs", "{}"))
     await harness.actor.arrived.wait()
-    line.writer.transport.abort()
+    client.writer.transport.abort()
     await harness.actor.cancelled.wait()
     held.go.set()
     await emptied(harness)
@@ -178,9 +178,9 @@ async def test_a_client_that_resets_the_connection_leaves_nothing_behind(harness
 def test_any_bytes_get_a_status_below_500_or_none(junk: bytes, start: bytes, tmp_path: Path) -> None:
     async def run() -> None:
         async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.01, idle_s=0.01)) as harness:
-            line = await harness.connect()
-            line.send(start + junk + b"\r\n\r\n")
-            response = await line.reader.read()
+            client = await harness.connect()
+            client.send(start + junk + b"\r\n\r\n")
+            response = await client.reader.read()
             assert b"HTTP/1.1 5" not in response
             assert harness.app.error_counts["internal_error"] == 0
 
@@ -196,25 +196,25 @@ async def test_many_chunks_are_parsed_in_pieces(harness: HttpHarness, monkeypatc
         parse(handler, data)
 
     monkeypatch.setattr(RequestHandler, "data_received", noted)
-    line = await harness.connect()
-    line.send(CHUNKED + b"1\r\n \r\n" * 20_000 + b"2\r\n{}\r\n0\r\n\r\n")
-    assert (await line.receive()).error == "too_large"
-    assert await line.is_closed()
+    client = await harness.connect()
+    client.send(CHUNKED + b"1\r\n \r\n" * 20_000 + b"2\r\n{}\r\n0\r\n\r\n")
+    assert (await client.receive()).error == "too_large"
+    assert await client.is_closed()
     assert max(sizes) <= PIECE
     assert harness.actor.received == []
 
 
 async def test_many_chunks_within_the_limit_are_accepted(tmp_path: Path) -> None:
     async with HttpHarness(ROUTES, tmp_path) as harness:
-        line = await harness.connect()
+        client = await harness.connect()
         body = b'{"queue":"mail"}'.rjust(30_000)
         chunks = b"".join(b"1\r\n%b\r\n" % body[at : at + 1] for at in range(len(body)))
-        line.send((CHUNKED + chunks + b"0\r\n\r\n") * 2 + request_bytes("POST", "/v1/jobs", '{"queue":"next"}'))
-        assert [(await line.receive()).status for _ in range(3)] == [200] * 3
+        client.send((CHUNKED + chunks + b"0\r\n\r\n") * 2 + request_bytes("POST", "/v1/jobs", '{"queue":"next"}'))
+        assert [(await client.receive()).status for _ in range(3)] == [200] * 3
         assert [envelope.command.queue for envelope in harness.actor.received] == ["mail", "mail", "next"]
-        line.send(CHUNKED + chunks)
+        client.send(CHUNKED + chunks)
         await asyncio.sleep(0)
-        line.writer.transport.abort()
+        client.writer.transport.abort()
         await emptied(harness)
         assert len(harness.actor.received) == 3
 
@@ -296,13 +296,13 @@ async def test_a_stop_answers_pending_requests_and_accepts_no_more(harness: Http
 
 
 async def test_a_request_that_has_just_arrived_is_answered(harness: HttpHarness) -> None:
-    line = await harness.connect()
-    assert (await line.request("GET", "/healthz")).status == 200
-    line.send(request_bytes("POST", "/v1/jobs", "{}"))
+    client = await harness.connect()
+    assert (await client.request("GET", "/healthz")).status == 200
+    client.send(request_bytes("POST", "/v1/jobs", "{}"))
     await asyncio.sleep(0)  # written, perhaps not yet read
     stopping = asyncio.ensure_future(harness.stop(30))
     try:
-        response = await line.receive()
+        response = await client.receive()
     except asyncio.IncompleteReadError:
         assert harness.actor.received == []  # never begun
     else:
@@ -311,27 +311,27 @@ async def test_a_request_that_has_just_arrived_is_answered(harness: HttpHarness)
 
 
 async def test_a_stop_waits_for_a_body_that_is_arriving(harness: HttpHarness) -> None:
-    line = await harness.connect()
-    whole = request_bytes("POST", "/v1/jobs", '{"queue":"mail"}', {"Expect": "100-continue"})
-    line.send(whole[:-3])
-    assert await line.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client = await harness.connect()
+    request = request_bytes("POST", "/v1/jobs", '{"queue":"mail"}', {"Expect": "100-continue"})
+    client.send(request[:-3])
+    assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
     stopping = asyncio.ensure_future(harness.stop(30))
     await asyncio.sleep(0)
-    line.send(whole[-3:])
-    response = await line.receive()
+    client.send(request[-3:])
+    response = await client.receive()
     assert (response.status, response.headers["connection"]) == (200, "close")
     await stopping
 
 
 async def test_after_the_deadline_the_rest_is_cut_off(harness: HttpHarness) -> None:
     Held(harness)
-    line = await harness.connect()
-    line.send(request_bytes("POST", "/v1/jobs", "{}"))
+    client = await harness.connect()
+    client.send(request_bytes("POST", "/v1/jobs", "{}"))
     await harness.actor.arrived.wait()
     with capture_logs() as logs:
         await harness.stop(0.05)
     assert harness.actor.cancelled.is_set()
-    assert await line.is_closed()
+    assert await client.is_closed()
     assert [entry["event"] for entry in logs] == ["requests_cut_off"]
 
 
@@ -407,9 +407,9 @@ async def test_a_socket_from_systemd_is_used(harness: HttpHarness, tmp_path: Pat
         await asyncio.open_unix_connection(str(tmp_path / "given.sock")),
         await asyncio.open_connection("127.0.0.1", tcp.getsockname()[1]),
     ):
-        line = RawConnection(*pair)
-        assert (await line.request("GET", "/v1/jobs")).status == 200
-        await line.close()
+        client = RawConnection(*pair)
+        assert (await client.request("GET", "/v1/jobs")).status == 200
+        await client.close()
 
 
 async def test_the_address_of_a_connection_is_a_name_of_the_daemon(tmp_path: Path) -> None:
@@ -424,6 +424,8 @@ async def test_a_listener_speaks_tls(tmp_path: Path) -> None:
     gate = Authenticator("tcp", tokens=[TOKEN], hosts=accepted_hosts("127.0.0.1"))
     async with HttpHarness(ROUTES, tmp_path, gate=gate) as harness:
         [(_, port)] = await harness.listener.open_tcp("127.0.0.1", 0, tls=server)
-        line = RawConnection(*await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost"))
-        assert (await line.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
-        await line.close()
+        connection = RawConnection(
+            *await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost")
+        )
+        assert (await connection.request("GET", "/v1/jobs", headers={"Authorization": f"Bearer {TOKEN}"})).status == 200
+        await connection.close()

@@ -78,10 +78,10 @@ async def test_each_line_is_one_command_in_the_order_of_the_lines(harness: HttpH
 
 
 async def test_an_import_that_is_cut_short_fails_after_its_lines(harness: HttpHarness) -> None:
-    line = await harness.connect()
-    line.send(head(harness) + chunk(b'{"id":"a"}\n{"id":"b"}\n{"id":'))
-    line.writer.write_eof()
-    response = await line.receive()
+    client = await harness.connect()
+    client.send(head(harness) + chunk(b'{"id":"a"}\n{"id":"b"}\n{"id":'))
+    client.writer.write_eof()
+    response = await client.receive()
     assert (response.status, response.error, response.json["details"]["line"]) == (400, "invalid_request", 3)
     assert "ended too early" in response.json["message"]
     assert [envelope.command.id for envelope in lines_of(harness)] == ["a", "b"]
@@ -147,14 +147,14 @@ async def test_the_number_of_shown_rejections_is_limited(harness: HttpHarness, m
 
 
 async def test_lines_may_be_split_anywhere(harness: HttpHarness) -> None:
-    line = await harness.connect()
-    line.send(head(harness))
+    client = await harness.connect()
+    client.send(head(harness))
     body = b'{"id":"a"}\r\n{"id":"b","kind":"\xc3\xa4"}\n\n{"id":"c"}'
     for at in range(len(body)):
-        line.send(chunk(body[at : at + 1]))
+        client.send(chunk(body[at : at + 1]))
         await asyncio.sleep(0)
-    line.send(b"0\r\n\r\n")
-    assert (await line.receive()).data["imported"] == 3
+    client.send(b"0\r\n\r\n")
+    assert (await client.receive()).data["imported"] == 3
 
 
 async def test_an_import_reads_no_further_than_a_few_lines_ahead(harness: HttpHarness) -> None:
@@ -165,8 +165,8 @@ async def test_an_import_reads_no_further_than_a_few_lines_ahead(harness: HttpHa
         return Response(Imported(command.id, skipped=False))
 
     answering(harness, hold)
-    line = await harness.connect()
-    line.send(head(harness) + chunk(b"".join(b'{"id":"job-%d"}\n' % n for n in range(500))) + b"0\r\n\r\n")
+    client = await harness.connect()
+    client.send(head(harness) + chunk(b"".join(b'{"id":"job-%d"}\n' % n for n in range(500))) + b"0\r\n\r\n")
     while len(harness.actor.received) <= imports.AHEAD_LINES:  # noqa: ASYNC110 - the actor has no event for it
         await asyncio.sleep(0.001)
     assert (
@@ -174,7 +174,7 @@ async def test_an_import_reads_no_further_than_a_few_lines_ahead(harness: HttpHa
     ).status == 200  # other requests are served; the import has not moved
     assert len(harness.actor.received) == imports.AHEAD_LINES + 1
     go.set()
-    assert (await line.receive()).data["imported"] == 500
+    assert (await client.receive()).data["imported"] == 500
 
 
 async def test_an_error_that_affects_all_lines_stops_the_import(harness: HttpHarness) -> None:
@@ -193,33 +193,33 @@ async def test_an_error_that_affects_all_lines_stops_the_import(harness: HttpHar
 
 
 async def test_a_line_that_does_not_arrive_is_a_408(harness: HttpHarness) -> None:
-    line = await harness.connect()
-    line.send(head(harness) + chunk(b'{"id":"a"}\n{"id"'))
-    response = await line.receive()
+    client = await harness.connect()
+    client.send(head(harness) + chunk(b'{"id":"a"}\n{"id"'))
+    response = await client.receive()
     assert (response.status, response.error, response.json["details"]) == (408, "request_timeout", {"line": 2})
-    assert await line.is_closed()
+    assert await client.is_closed()
     assert [envelope.command.id for envelope in lines_of(harness)] == ["a"]
 
 
 async def test_a_malformed_stream_is_a_400(harness: HttpHarness) -> None:
-    line = await harness.connect()
-    line.send(head(harness) + chunk(b'{"id":"a"}\n') + b"zz\r\n")
-    response = await line.receive()
+    client = await harness.connect()
+    client.send(head(harness) + chunk(b'{"id":"a"}\n') + b"zz\r\n")
+    response = await client.receive()
     assert (response.status, response.error) == (400, "invalid_request")
-    assert await line.is_closed()
+    assert await client.is_closed()
 
 
 async def test_a_stream_that_is_malformed_later_is_a_400_too(harness: HttpHarness) -> None:
     """It is not the 408 of a line that does not arrive."""
-    line = await harness.connect()
-    line.send(head(harness) + chunk(b'{"id":"a"}\n'))
+    client = await harness.connect()
+    client.send(head(harness) + chunk(b'{"id":"a"}\n'))
     await harness.actor.arrived.wait()
     with capture_logs() as logs:
-        line.send(b"zz\r\n")
-        response = await line.receive()
+        client.send(b"zz\r\n")
+        response = await client.receive()
         assert (response.status, response.error, response.json["details"]["line"]) == (400, "invalid_request", 2)
-        assert await line.is_closed()
-    assert [line["event"] for line in logs] == ["refused"]
+        assert await client.is_closed()
+    assert [client["event"] for client in logs] == ["refused"]
 
 
 async def test_an_import_ends_when_its_client_disconnects(harness: HttpHarness) -> None:
@@ -228,10 +228,10 @@ async def test_an_import_ends_when_its_client_disconnects(harness: HttpHarness) 
         raise AssertionError
 
     answering(harness, never)
-    line = await harness.connect()
-    line.send(head(harness) + chunk(b'{"id":"a"}\n'))
+    client = await harness.connect()
+    client.send(head(harness) + chunk(b'{"id":"a"}\n'))
     await harness.actor.arrived.wait()
-    await line.close()
+    await client.close()
     await harness.actor.cancelled.wait()
 
 
@@ -276,12 +276,12 @@ async def test_a_client_may_disconnect_as_soon_as_it_has_the_whole_backup(harnes
             return piece
 
     harness.fakes.backup_type = Ending
-    line = await harness.connect()
-    line.send(request_bytes("GET", BACKUP, headers=AUTH))
-    await line.reader.readuntil(b"\r\n\r\n")
+    client = await harness.connect()
+    client.send(request_bytes("GET", BACKUP, headers=AUTH))
+    await client.reader.readuntil(b"\r\n\r\n")
     with capture_logs() as logs:
-        await line.reader.readexactly(16 + 100_000)
-        line.writer.transport.abort()
+        await client.reader.readexactly(16 + 100_000)
+        client.writer.transport.abort()
         await harness.fakes.closed.wait()
     assert harness.fakes.left == [None]
     assert logs == []
@@ -296,10 +296,10 @@ async def test_a_backup_is_rejected_if_too_many_are_in_progress(harness: HttpHar
 async def test_a_client_that_disconnects_stops_the_copy(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloads, "CONNECTION_CHECK_S", 0.01)
     harness.fakes.held = asyncio.Event()
-    line = await harness.connect()
-    line.send(request_bytes("GET", BACKUP, headers=AUTH))
+    client = await harness.connect()
+    client.send(request_bytes("GET", BACKUP, headers=AUTH))
     await harness.fakes.begun.wait()
-    line.writer.transport.abort()
+    client.writer.transport.abort()
     await harness.fakes.closed.wait()
 
 
@@ -317,10 +317,10 @@ async def test_a_stopping_daemon_does_not_wait_for_a_copy(
 
 
 async def test_the_connection_stays_open_after_a_backup(harness: HttpHarness) -> None:
-    line = await harness.connect()
+    client = await harness.connect()
     for _ in range(2):
-        assert (await line.request("GET", BACKUP, headers=AUTH)).status == 200
-    assert (await line.request("GET", "/healthz")).status == 200
+        assert (await client.request("GET", BACKUP, headers=AUTH)).status == 200
+    assert (await client.request("GET", "/healthz")).status == 200
 
 
 async def test_a_backup_that_cannot_start_is_a_500(harness: HttpHarness) -> None:
@@ -365,10 +365,10 @@ async def test_a_backup_that_fails_half_way_never_looks_complete(harness: HttpHa
 
 async def test_a_backup_whose_client_disconnects_is_aborted(harness: HttpHarness) -> None:
     harness.fakes.pieces = [b"x" * 1_000_000] * 200
-    line: RawConnection = await harness.connect()
-    line.send(request_bytes("GET", BACKUP, headers=AUTH))
-    await line.reader.readuntil(b"\r\n\r\n")
-    line.writer.transport.abort()
+    client: RawConnection = await harness.connect()
+    client.send(request_bytes("GET", BACKUP, headers=AUTH))
+    await client.reader.readuntil(b"\r\n\r\n")
+    client.writer.transport.abort()
     await harness.fakes.closed.wait()
 
 
@@ -378,10 +378,10 @@ async def test_a_backup_whose_client_does_not_read_is_aborted(
     monkeypatch.setattr(downloads, "WRITE_TIMEOUT_S", 0.05)
     monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
     harness.fakes.pieces = [b"x" * 1_000_000] * 200
-    line = await harness.connect()
-    line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client = await harness.connect()
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
     with capture_logs() as logs:
-        line.send(request_bytes("GET", BACKUP, headers=AUTH))
+        client.send(request_bytes("GET", BACKUP, headers=AUTH))
         await harness.fakes.closed.wait()
     assert [(entry["event"], entry["error"]) for entry in logs[1:]] == [("backup cut off", "TimeoutError")]
 
@@ -390,15 +390,15 @@ async def test_a_backup_whose_end_is_not_read_is_aborted(harness: HttpHarness, m
     monkeypatch.setattr(downloads, "WRITE_TIMEOUT_S", 0.05)
     monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
     harness.fakes.pieces = [b"x"]
-    line = await harness.connect()
-    assert (await line.request("GET", "/healthz")).status == 200
-    line.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    client = await harness.connect()
+    assert (await client.request("GET", "/healthz")).status == 200
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
     [connection] = harness.listener._server.connections
     assert connection.transport is not None
     while not connection.transport.get_write_buffer_size():
         connection.transport.write(b"x" * 1000)
     with capture_logs() as logs:
-        line.send(request_bytes("GET", BACKUP, headers=AUTH))
+        client.send(request_bytes("GET", BACKUP, headers=AUTH))
         while harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
             await asyncio.sleep(0.001)
     assert [(entry["event"], entry["error"]) for entry in logs[1:]] == [("backup cut off", "TimeoutError")]

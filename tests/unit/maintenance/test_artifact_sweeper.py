@@ -34,7 +34,7 @@ YOUNG_MS, SKEW_MS = MARGINS.young_ms, MARGINS.skew_ms
 
 @dataclass
 class Swept:
-    house: VirtualEngine
+    engine: VirtualEngine
     store: MemoryArtifacts
     sweeper: ArtifactSweeper
 
@@ -44,15 +44,15 @@ class Swept:
 
     async def done(self, job_id: str, key: str, *, upload: bool = True, old: bool = True) -> None:
         """Make a completed job with an old artifact."""
-        lock_id = await self.house.held(job_id)
+        lock_id = await self.engine.held(job_id)
         if upload:
             self.store.upload(key)
         if old:
             self.store.objects[key] -= YOUNG_MS
-        await self.house.yes(Complete(id=job_id, lock_id=lock_id, storage_key=key))
+        await self.engine.yes(Complete(id=job_id, lock_id=lock_id, storage_key=key))
 
     async def delete(self, job_id: str) -> None:
-        await self.house.yes(Delete(id=job_id), by="admin", admin=True)
+        await self.engine.yes(Delete(id=job_id), by="admin", admin=True)
 
 
 @asynccontextmanager
@@ -75,7 +75,7 @@ async def test_the_artifact_of_a_deleted_job_is_deleted() -> None:
         await at.delete("a")
         await until(lambda: at.sweeps.deleted == 1)
         assert list(at.store.objects) == ["k/b"]
-        assert not at.house.disk.tombstones
+        assert not at.engine.disk.tombstones
         assert at.sweeps == SweepStats(waiting=0, deleted=1)
 
 
@@ -84,33 +84,33 @@ async def test_the_artifact_of_an_expired_job_is_deleted() -> None:
     async with sweeping() as at:
         for number in range(3 * SLICE + 1):
             await at.done(f"job-{number}", f"k/{number}")
-        at.house.step_ms = 8 * DAY_MS
-        at.house.clock.accept()
-        await at.house.yes(DeleteExpired(ids=[f"job-{number}" for number in range(3 * SLICE + 1)]))
-        assert len(at.house.disk.tombstones) > 0
+        at.engine.step_ms = 8 * DAY_MS
+        at.engine.clock.accept()
+        await at.engine.yes(DeleteExpired(ids=[f"job-{number}" for number in range(3 * SLICE + 1)]))
+        assert len(at.engine.disk.tombstones) > 0
         await until(lambda: not at.store.objects)
-        await until(lambda: not at.house.disk.tombstones)
+        await until(lambda: not at.engine.disk.tombstones)
         assert (at.sweeps.waiting, at.sweeps.deleted) == (0, 3 * SLICE + 1)
 
 
 @in_virtual_time
 async def test_a_job_without_a_storage_key_leaves_no_tombstone() -> None:
     async with sweeping() as at:
-        lock_id = await at.house.held("a")
-        await at.house.yes(Complete(id="a", lock_id=lock_id, file_path="/f"))
+        lock_id = await at.engine.held("a")
+        await at.engine.yes(Complete(id="a", lock_id=lock_id, file_path="/f"))
         await at.delete("a")
         await seconds(1)
-        assert at.house.disk.calls["due_tombstones"] == 1  # at the start
-        assert not at.house.disk.tombstones
+        assert at.engine.disk.calls["due_tombstones"] == 1  # at the start
+        assert not at.engine.disk.tombstones
 
 
 @in_virtual_time
 async def test_an_idle_sweeper_does_no_work() -> None:
     async with sweeping() as at:
         await seconds(1)
-        calls = dict(at.house.disk.calls)
+        calls = dict(at.engine.disk.calls)
         await seconds(3600)
-        assert at.house.disk.calls == calls
+        assert at.engine.disk.calls == calls
 
 
 class Crowded(MemoryStorage):
@@ -152,7 +152,7 @@ async def test_an_artifact_stays_until_the_last_job_that_names_it_is_deleted() -
             await until(lambda: at.sweeps.left == 1)
         assert [line["why"] for line in lines if line["event"] == "artifact_left"] == ["another job names its key"]
         assert "shared" in at.store.objects
-        assert not at.house.disk.tombstones
+        assert not at.engine.disk.tombstones
         await at.delete("b")
         await until(lambda: at.sweeps.deleted == 1)
         assert not at.store.objects
@@ -174,25 +174,27 @@ async def test_an_artifact_named_by_a_quarantined_job_stays() -> None:
 async def test_an_artifact_named_by_a_late_result_waits_for_its_end() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
-        at.house.disk.late_results[77] = (LateResult(1, at.house.now, "w", 1, "hash", result=Result(storage_key="k")),)
+        at.engine.disk.late_results[77] = (
+            LateResult(1, at.engine.now, "w", 1, "hash", result=Result(storage_key="k")),
+        )
         await at.delete("a")
         await seconds(3 * 3600)
         assert "k" in at.store.objects
-        assert len(at.house.disk.tombstones) == 1
+        assert len(at.engine.disk.tombstones) == 1
         assert at.sweeper.degraded_reason() is None
-        at.house.disk.late_results.clear()
+        at.engine.disk.late_results.clear()
         await seconds(3700)
         assert not at.store.objects
-        assert not at.house.disk.tombstones
+        assert not at.engine.disk.tombstones
 
 
 async def late(at: Swept, job_id: str, key: str) -> str:
     """Complete a job after its lock is lost, with an old artifact of its own. Return the lock."""
-    lock_id = await at.house.held(job_id)
-    await at.house.yes(ForceFail(id=job_id), by="admin", admin=True)
+    lock_id = await at.engine.held(job_id)
+    await at.engine.yes(ForceFail(id=job_id), by="admin", admin=True)
     at.store.upload(key)
     at.store.objects[key] -= YOUNG_MS
-    refusal = await at.house.no(Complete(id=job_id, lock_id=lock_id, storage_key=key))
+    refusal = await at.engine.no(Complete(id=job_id, lock_id=lock_id, storage_key=key))
     assert "late_result" in refusal.details
     return lock_id
 
@@ -207,7 +209,7 @@ async def test_the_artifact_of_a_late_result_is_deleted_with_its_job() -> None:
         assert at.sweeps.waiting == 1
         await until(lambda: at.sweeps.deleted == 1)
         assert not at.store.objects
-        assert not at.house.disk.tombstones
+        assert not at.engine.disk.tombstones
         assert at.sweeps == SweepStats(waiting=0, deleted=1)
 
 
@@ -216,23 +218,23 @@ async def test_artifacts_of_displaced_late_results_are_deleted() -> None:
     async with sweeping() as at:
         for number in range(MAX_LATE_RESULTS + 2):
             await late(at, "a", f"late/{number}")
-            await at.house.yes(ForceReset(id="a"), by="admin", admin=True)
+            await at.engine.yes(ForceReset(id="a"), by="admin", admin=True)
         await until(lambda: at.sweeps.deleted == 2)
         assert sorted(at.store.objects) == [f"late/{number}" for number in range(2, MAX_LATE_RESULTS + 2)]
-        assert not at.house.disk.tombstones
+        assert not at.engine.disk.tombstones
 
 
 @in_virtual_time
 async def test_the_artifact_of_an_adopted_late_result_is_deleted_with_its_job() -> None:
     async with sweeping() as at:
         await late(at, "a", "late/1")
-        await at.house.yes(Adopt(id="a"), by="admin", admin=True)
+        await at.engine.yes(Adopt(id="a"), by="admin", admin=True)
         await seconds(3 * 3600)
         assert "late/1" in at.store.objects
         await at.delete("a")
         assert at.sweeps.waiting == 1
         await until(lambda: at.sweeps.deleted == 1)
-        assert not at.house.disk.tombstones
+        assert not at.engine.disk.tombstones
 
 
 @in_virtual_time
@@ -240,10 +242,10 @@ async def test_a_storage_key_per_grant_leaks_nothing() -> None:
     """As docs/workers.md advises: each grant has an artifact of its own, and the first one completes late."""
     async with sweeping() as at:
         await late(at, "a", "out-1")
-        await at.house.yes(ForceReset(id="a"), by="admin", admin=True)
+        await at.engine.yes(ForceReset(id="a"), by="admin", admin=True)
         at.store.upload("out-2")
         at.store.objects["out-2"] -= YOUNG_MS
-        await at.house.yes(Complete(id="a", lock_id=await at.house.held("a"), storage_key="out-2"))
+        await at.engine.yes(Complete(id="a", lock_id=await at.engine.held("a"), storage_key="out-2"))
         assert sorted(at.store.objects) == ["out-1", "out-2"]
         await at.delete("a")
         await until(lambda: at.sweeps.deleted == 2)
@@ -285,15 +287,15 @@ async def test_an_undeletable_artifact_of_a_late_result_degrades_health() -> Non
 async def test_a_young_artifact_is_kept_until_a_job_could_name_it() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
-        lock_id = await at.house.held("b")
+        lock_id = await at.engine.held("b")
         at.store.upload("k")  # b has stored it again and not reported it yet
         await at.delete("a")
         await seconds(60)
         assert "k" in at.store.objects
-        await at.house.yes(Complete(id="b", lock_id=lock_id, storage_key="k"))
+        await at.engine.yes(Complete(id="b", lock_id=lock_id, storage_key="k"))
         await seconds(2 * 3600)
         assert "k" in at.store.objects
-        assert not at.house.disk.tombstones
+        assert not at.engine.disk.tombstones
         assert at.sweeps.left == 1
 
 
@@ -302,14 +304,14 @@ async def test_a_young_artifact_is_kept_until_a_job_could_name_it() -> None:
 async def test_an_unnamed_artifact_is_deleted_when_it_is_old_enough() -> None:
     async with sweeping() as at:
         await at.done("a", "k", old=False)
-        uploaded_at = at.house.now
+        uploaded_at = at.engine.now
         await at.delete("a")
         tried = len(at.store.tried)
         await seconds(3500)
         assert "k" in at.store.objects
         assert len(at.store.tried) <= tried + 2
         await until(lambda: "k" not in at.store.objects)
-        assert YOUNG_MS <= at.house.now - uploaded_at <= YOUNG_MS + (POLL_S + 1) * 1000
+        assert YOUNG_MS <= at.engine.now - uploaded_at <= YOUNG_MS + (POLL_S + 1) * 1000
 
 
 @in_virtual_time
@@ -324,7 +326,7 @@ async def test_an_artifact_written_after_the_deletion_stays() -> None:
         at.store.broken = None
         await seconds(2 * 3600)
         assert "k" in at.store.objects
-        assert not at.house.disk.tombstones
+        assert not at.engine.disk.tombstones
         assert at.sweeps.left == 1
 
 
@@ -347,7 +349,7 @@ async def test_a_missing_artifact_counts_as_deleted() -> None:
     async with sweeping() as at:
         await at.done("a", "k", upload=False, old=False)
         await at.delete("a")
-        await until(lambda: at.sweeps.waiting == 0 and not at.house.disk.tombstones)
+        await until(lambda: at.sweeps.waiting == 0 and not at.engine.disk.tombstones)
         assert at.sweeps.deleted == 0
 
 
@@ -363,8 +365,8 @@ async def test_failures_are_retried_with_backoff_and_delay_no_other_artifact() -
         assert list(at.store.objects) == ["bad"]
         await seconds(3600)
         assert 9 <= at.store.tried.count("bad") <= 16
-        (tombstone,) = at.house.disk.tombstones.values()
-        assert tombstone.due_at - at.house.now <= RETRY_AT_MOST_MS
+        (tombstone,) = at.engine.disk.tombstones.values()
+        assert tombstone.due_at - at.engine.now <= RETRY_AT_MOST_MS
         del at.store.faults["bad"]
         await seconds(RETRY_AT_MOST_MS / 1000 + POLL_S + 1)
         assert not at.store.objects
@@ -426,12 +428,12 @@ async def test_the_delay_of_the_oldest_tombstone_is_reported() -> None:
         assert at.sweeps.behind_ms == 0
         await seconds(CALL_S - 1)
         at.store.gate.set()
-        most = 0
+        max_behind_ms = 0
         while at.store.objects:
             await seconds(0.001)
-            most = max(most, at.sweeps.behind_ms)
-        assert (CALL_S - 2) * 1000 < most < CALL_S * 1000
-        await until(lambda: not at.house.disk.tombstones)
+            max_behind_ms = max(max_behind_ms, at.sweeps.behind_ms)
+        assert (CALL_S - 2) * 1000 < max_behind_ms < CALL_S * 1000
+        await until(lambda: not at.engine.disk.tombstones)
         await seconds(1)
         assert at.sweeps.behind_ms == 0
 
@@ -440,25 +442,25 @@ async def test_the_delay_of_the_oldest_tombstone_is_reported() -> None:
 async def test_the_sweeper_waits_while_the_disk_is_full() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
-        at.house.disk.errors["settle_tombstones"] = DiskFull("full")
+        at.engine.disk.errors["settle_tombstones"] = DiskFull("full")
         await at.delete("a")
         await until(lambda: not at.store.objects)
         await seconds(5)
-        assert at.house.disk.tombstones
-        del at.house.disk.errors["settle_tombstones"]
-        await until(lambda: not at.house.disk.tombstones)
+        assert at.engine.disk.tombstones
+        del at.engine.disk.errors["settle_tombstones"]
+        await until(lambda: not at.engine.disk.tombstones)
         assert at.sweeps.waiting == 0
 
 
 @in_virtual_time
 async def test_the_sweeper_survives_a_failing_disk_and_degrades_health() -> None:
     async with sweeping() as at:
-        at.house.disk.errors["due_tombstones"] = OSError("broken")
+        at.engine.disk.errors["due_tombstones"] = OSError("broken")
         await at.done("a", "k")
         await at.delete("a")
         await seconds(DEGRADED_AFTER_S + 2 * POLL_S)
         assert "the store of jobs failed: broken" in (at.sweeper.degraded_reason() or "")
-        at.house.disk.errors.clear()
+        at.engine.disk.errors.clear()
         await until(lambda: not at.store.objects)
         assert at.sweeper.degraded_reason() is None
 
@@ -467,26 +469,26 @@ async def test_the_sweeper_survives_a_failing_disk_and_degrades_health() -> None
 async def test_nothing_is_deleted_while_the_clock_is_suspect() -> None:
     async with sweeping() as at:
         await at.done("a", "k")
-        at.house.step_ms = 2 * DAY_MS
+        at.engine.step_ms = 2 * DAY_MS
         await at.delete("a")
         await seconds(60)
         assert at.store.objects
-        at.house.clock.accept()
+        at.engine.clock.accept()
         await until(lambda: not at.store.objects)
 
 
 @in_virtual_time
 async def test_a_clock_step_back_postpones_nothing_for_ever() -> None:
     async with sweeping() as at:
-        at.house.step_ms = 40 * DAY_MS
-        at.house.clock.accept()
+        at.engine.step_ms = 40 * DAY_MS
+        at.engine.clock.accept()
         await at.done("a", "k")
         at.store.broken = ArtifactStoreError("down")
         await at.delete("a")
         await until(lambda: at.sweeps.failures > 0)
-        at.house.step_ms = 0
+        at.engine.step_ms = 0
         at.store.broken = None
-        at.store.objects["k"] = at.house.now - DAY_MS
+        at.store.objects["k"] = at.engine.now - DAY_MS
         await seconds(2 * POLL_S)
         assert not at.store.objects
 
@@ -496,7 +498,7 @@ async def test_a_restart_continues_the_deletions() -> None:
     disk, store = MemoryStorage(), MemoryArtifacts(lambda: 0)
     async with sweeping(disk, store) as at:
         await at.done("a", "k")
-        store.objects["k"] = at.house.now - DAY_MS
+        store.objects["k"] = at.engine.now - DAY_MS
         store.broken = ArtifactStoreError("down")
         await at.delete("a")
         await until(lambda: at.sweeps.failures == 1)
@@ -517,9 +519,9 @@ async def test_the_number_of_remembered_failures_is_limited() -> None:
         for number in range(MAX_FAILING + 50):
             await at.done(f"job-{number}", f"k/{number}")
         at.store.broken = ArtifactStoreError("down")
-        at.house.step_ms = 8 * DAY_MS
-        at.house.clock.accept()
-        await at.house.yes(DeleteExpired(ids=[f"job-{number}" for number in range(MAX_FAILING + 50)]))
+        at.engine.step_ms = 8 * DAY_MS
+        at.engine.clock.accept()
+        await at.engine.yes(DeleteExpired(ids=[f"job-{number}" for number in range(MAX_FAILING + 50)]))
         await seconds(3600)
         assert len(at.sweeper._failing) == MAX_FAILING
         at.store.broken = None

@@ -283,10 +283,10 @@ async def test_a_request_during_a_run_gets_its_report() -> None:
         engine.keep()
         await engine.disk.at_gate.wait()
         assert engine.cleaner.state().cleanup_running
-        asked = [asyncio.create_task(engine.cleaner.run_cleanup(forced=forced)) for forced in (True, False)]
+        tasks = [asyncio.create_task(engine.cleaner.run_cleanup(forced=forced)) for forced in (True, False)]
         await seconds(1)
         engine.disk.gate.set()
-        first, second = await asyncio.gather(*asked)
+        first, second = await asyncio.gather(*tasks)
         assert first is second is engine.cleaner.last_report
         assert not first.forced
         assert engine.cleaner.totals.passes == 1
@@ -295,10 +295,10 @@ async def test_a_request_during_a_run_gets_its_report() -> None:
 @in_virtual_time
 async def test_requests_before_a_run_starts_share_it() -> None:
     async with VirtualEngine() as engine:
-        asked = [asyncio.create_task(engine.cleaner.run_cleanup(forced=forced)) for forced in (False, True)]
+        tasks = [asyncio.create_task(engine.cleaner.run_cleanup(forced=forced)) for forced in (False, True)]
         await seconds(0)
         engine.keep()
-        reports = await asyncio.gather(*asked)
+        reports = await asyncio.gather(*tasks)
         assert reports[0] is reports[1]
         assert reports[0].forced
         assert engine.cleaner.totals.passes == 1
@@ -310,10 +310,10 @@ async def test_a_cancelled_request_does_not_end_the_run() -> None:
         engine.keep()
         await seconds(1)
         engine.disk.gate.clear()
-        asked = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
+        tasks = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
         await engine.disk.at_gate.wait()
-        asked.cancel()
-        await asyncio.wait({asked})
+        tasks.cancel()
+        await asyncio.wait({tasks})
         engine.disk.gate.set()
         await until(lambda: engine.cleaner.totals.passes == 2)
         assert [report.forced for report in stored_reports(engine)] == [False, True]
@@ -481,8 +481,8 @@ async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
         assert nobody.status == "queued"
         assert odd is not None
         assert (odd.progress, odd.finished_at) == (100, WALL)
-        again = await engine.cleaner.run_cleanup(forced=True)
-        assert (again.validation_issues_found, again.validation_issues_fixed) == (0, 0)
+        repeated = await engine.cleaner.run_cleanup(forced=True)
+        assert (repeated.validation_issues_found, repeated.validation_issues_fixed) == (0, 0)
 
 
 @in_virtual_time
@@ -624,11 +624,11 @@ async def test_changes_during_the_write_of_a_report_are_in_the_next_one() -> Non
         engine.keep()
         await seconds(1)
         engine.disk.gate.clear()
-        asked = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
+        tasks = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
         await engine.disk.at_gate.wait()
         engine.book.figures.since_report.recovered += 3
         engine.disk.gate.set()
-        assert (await asked).stuck_jobs_recovered == 0
+        assert (await tasks).stuck_jobs_recovered == 0
         assert (await engine.cleaner.run_cleanup(forced=True)).stuck_jobs_recovered == 3
         assert engine.book.figures.since_report.recovered == 0
 
@@ -790,10 +790,10 @@ async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters() -> None
             await finished(engine, f"old-{number}", expires_at=engine.now + 1000)
         await seconds(1)
         running = engine.keep()
-        asked = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
+        tasks = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
         await until(lambda: bool(deletions(engine)))
         engine.cleaner.stop()
-        report = await asked
+        report = await tasks
         await running
         assert 0 < len(deletions(engine)) < 20
         assert report.errors == [
@@ -809,11 +809,11 @@ async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters() -> None
 @in_virtual_time
 async def test_stop_resolves_a_request_whose_run_never_started() -> None:
     async with VirtualEngine() as engine:
-        asked = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
+        tasks = asyncio.create_task(engine.cleaner.run_cleanup(forced=True))
         await seconds(0)
         engine.cleaner.stop()
         await engine.cleaner.run()
-        assert (await asked).errors == ["pass: not run because the daemon is stopping."]
+        assert (await tasks).errors == ["pass: not run because the daemon is stopping."]
 
 
 @in_virtual_time

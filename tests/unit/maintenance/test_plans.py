@@ -147,8 +147,8 @@ def test_heartbeats_do_not_change_the_version() -> None:
 
 def test_a_job_read_from_its_row_has_the_same_version() -> None:
     job = full_job()
-    again = codec.JobReader().job(codec.sealed(codec.job_row(job)))
-    assert version(again) == version(job)
+    repeated = codec.JobReader().job(codec.sealed(codec.job_row(job)))
+    assert version(repeated) == version(job)
     assert job.result is not None
     other = replace(job, result=replace(job.result, metadata=Raw(b"{}")))
     assert version(other) != version(job)
@@ -160,10 +160,10 @@ def test_changed_jobs_are_skipped_and_rejected_ones_affect_no_other() -> None:
         rules.create(job_id)
     known = {job_id: ExpectedVersion(job_id, version(rules.job(job_id))) for job_id in ("a", "b", "c")}
     rules.start("b")
-    gone, odd = ExpectedVersion("gone", "x"), ExpectedVersion("d", "y")
+    error, odd = ExpectedVersion("gone", "x"), ExpectedVersion("d", "y")
     rules.completed("d")
     odd = ExpectedVersion("d", version(rules.job("d")))
-    command = ApplyPlan(action="cancel", jobs=[known["a"], known["b"], gone, odd, known["c"]], reason="enough")
+    command = ApplyPlan(action="cancel", jobs=[known["a"], known["b"], error, odd, known["c"]], reason="enough")
     done = rules.accept(command, admin=True, by="admin:eve")
     assert done.applied == 2
     assert [(each.id, each.now) for each in done.changed] == [("b", "processing"), ("gone", None)]
@@ -181,8 +181,8 @@ def test_the_reason_of_a_plan_is_the_reason_of_its_changes(action: PlanAction) -
         rules.accept(ForceFail(id="a", reason="another"))
     elif action == "force-reset":
         rules.start("a")
-    asked = ApplyPlan(action=action, jobs=[ExpectedVersion("a", version(rules.job()))], reason="enough")
-    assert rules.accept(asked, admin=True).applied == 1
+    request = ApplyPlan(action=action, jobs=[ExpectedVersion("a", version(rules.job()))], reason="enough")
+    assert rules.accept(request, admin=True).applied == 1
     assert rules.last().reason == "enough"
 
 
@@ -205,9 +205,9 @@ def test_a_command_with_an_expected_version_applies_to_that_version_only(*, deto
         assert (decision.answer.code, decision.answer.details) == (
             "invalid_transition", {"job_id": "a", "status": "failed"},
         )  # fmt: skip
-    gone = rules.decide(Delete(id="none"), expected=seen.version).answer
-    assert isinstance(gone, ApiError)
-    assert gone.code == "job_not_found"
+    error = rules.decide(Delete(id="none"), expected=seen.version).answer
+    assert isinstance(error, ApiError)
+    assert error.code == "job_not_found"
 
 
 @pytest.mark.parametrize("how", ["expected", "plan"])
@@ -329,8 +329,8 @@ async def test_a_plan_counts_late_results_also_from_before_a_restart() -> None:
         await failed(engine, "c")
     async with VirtualEngine(engine.disk) as engine:
         planner = Planner(engine.actor, engine.clock)
-        for asked in ({"ids": ["a", "b", "c", "done"]}, {"filter": PlanFilter()}):
-            plan = await made(planner, action="delete", **asked)
+        for request in ({"ids": ["a", "b", "c", "done"]}, {"filter": PlanFilter()}):
+            plan = await made(planner, action="delete", **request)
             late = {job.id: job.late_results for job in plan.jobs}
             assert (late, plan.with_late_results) == ({"a": 2, "b": 1, "c": 0, "done": 0}, 2)
         plan = await made(planner, action="retry", filter=PlanFilter())
@@ -398,8 +398,8 @@ async def test_a_plan_is_applied_once() -> None:
         first, second = await asyncio.gather(applied(planner), applied(planner))
         assert first == second
         await engine.yes(ForceFail(id="a"))
-        again = await applied(planner)
-        assert again == replace(first, repeated=True)
+        repeated = await applied(planner)
+        assert repeated == replace(first, repeated=True)
         assert (await engine.yes(Get(id="a"))).status == "failed"
 
 
@@ -482,9 +482,9 @@ async def test_a_plan_is_kept_for_a_limited_time() -> None:
         await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
         assert isinstance(planner.find("p"), PlanView)
         await asyncio.sleep(1)
-        for gone in (planner.find("p"), await planner.apply("p", EVE)):
-            assert isinstance(gone, ApiError)
-            assert gone.code == "plan_not_found"
+        for error in (planner.find("p"), await planner.apply("p", EVE)):
+            assert isinstance(error, ApiError)
+            assert error.code == "plan_not_found"
 
 
 @in_virtual_time
@@ -516,20 +516,20 @@ async def test_new_plans_displace_no_results_and_results_no_plans() -> None:
             planner = Planner(engine.actor, engine.clock)
             await failed(engine, "a")
 
-            def kept() -> list[str]:
+            def kept_ids() -> list[str]:
                 return [name for name in "wxyz01234" if isinstance(planner.find(name), PlanView)]
 
             await made(planner, "w", action="retry", filter=PlanFilter())
             for name in "0123":
                 await made(planner, name, action="cancel", filter=PlanFilter())
                 await applied(planner, name)
-            assert kept() == ["w", "1", "2", "3"]
+            assert kept_ids() == ["w", "1", "2", "3"]
             for name in "xyz":
                 await made(planner, name, action="retry", filter=PlanFilter())
-            assert kept() == ["y", "z", "1", "2", "3"]
+            assert kept_ids() == ["y", "z", "1", "2", "3"]
             monkeypatch.setattr(plans, "MAX_JOBS", 0)
             await applied(planner, "z")
-            assert kept() == ["y", "z"], "the latest is kept, however many jobs it has"
+            assert kept_ids() == ["y", "z"], "the latest is kept, however many jobs it has"
 
 
 @in_virtual_time
@@ -556,8 +556,8 @@ async def test_only_the_latest_plans_are_kept() -> None:
         planner = Planner(engine.actor, engine.clock)
         for n in range(plans.MAX_PLANS + 2):
             await made(planner, f"p{n}", action="retry", filter=PlanFilter())
-        kept = [n for n in range(plans.MAX_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
-        assert kept == list(range(2, plans.MAX_PLANS + 2))
+        kept_ids = [n for n in range(plans.MAX_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
+        assert kept_ids == list(range(2, plans.MAX_PLANS + 2))
 
 
 @pytest.fixture
@@ -568,12 +568,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "MAX_JOBS", 5)
 
 
-async def walked(planner: Planner, **asked: Any) -> list[list[str]]:
+async def walked(planner: Planner, **request: Any) -> list[list[str]]:
     """Return the jobs of each plan, from the first to the last."""
     found: list[list[str]] = []
     cursor: str | None = None
     while not found or cursor is not None:
-        plan = await made(planner, f"p{len(found)}", cursor=cursor, **asked)
+        plan = await made(planner, f"p{len(found)}", cursor=cursor, **request)
         assert plan.more == (plan.next_cursor is not None)
         found.append([job.id for job in plan.jobs])
         cursor = plan.next_cursor
@@ -656,14 +656,14 @@ async def test_a_plan_that_takes_too_long_ends_and_the_next_one_continues() -> N
 async def test_a_cursor_only_continues_a_plan_of_the_same_request() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        for asked in (
+        for request in (
             MakePlan(action="cancel", filter=PlanFilter(), cursor="failed.7"),
             MakePlan(action="retry", filter=PlanFilter(status="cancelled"), cursor="failed.7"),
             MakePlan(action="retry", filter=PlanFilter(error="0123456789ab"), cursor="cancelled.7"),
             MakePlan(action="retry", ids=["a"], cursor="failed.7"),
         ):
-            wrong = await planner.make(asked, "x")
-            assert isinstance(wrong, ApiError), asked
+            wrong = await planner.make(request, "x")
+            assert isinstance(wrong, ApiError), request
             assert (wrong.code, wrong.details["field"]) == ("invalid_request", "$.cursor")
 
 
@@ -710,12 +710,12 @@ async def test_empty_plans_displace_no_others() -> None:
 async def test_concurrent_plans_are_limited_and_need_a_filter_or_ids() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        for asked in (MakePlan(action="retry"), MakePlan(action="retry", filter=PlanFilter(), ids=["a"])):
-            wrong = await planner.make(asked, "x")
+        for request in (MakePlan(action="retry"), MakePlan(action="retry", filter=PlanFilter(), ids=["a"])):
+            wrong = await planner.make(request, "x")
             assert isinstance(wrong, ApiError)
             assert wrong.code == "invalid_request"
-        asked = MakePlan(action="retry", filter=PlanFilter())
-        answers = await asyncio.gather(*(planner.make(asked, f"p{n}") for n in range(plans.MAX_BUILDERS + 1)))
+        request = MakePlan(action="retry", filter=PlanFilter())
+        answers = await asyncio.gather(*(planner.make(request, f"p{n}") for n in range(plans.MAX_BUILDERS + 1)))
         assert [answer.code for answer in answers if isinstance(answer, ApiError)] == ["overloaded"]
 
 

@@ -69,11 +69,11 @@ def test_an_event_is_unchanged_after_encoding_and_decoding() -> None:
         finished_at=NOW,
     )
     happened = event(changes)
-    again = codec.event(codec.sealed(codec.event_row(happened)))
-    assert again == happened
-    assert again.changes is not None
-    assert again.changes.error is None
-    assert again.changes.grant is UNSET
+    decoded = codec.event(codec.sealed(codec.event_row(happened)))
+    assert decoded == happened
+    assert decoded.changes is not None
+    assert decoded.changes.error is None
+    assert decoded.changes.grant is UNSET
 
 
 def test_the_view_of_an_event_has_no_changes() -> None:

@@ -64,14 +64,14 @@ def test_invalid_storage_keys(key: str) -> None:
 
 
 def test_the_allowed_changes_of_status() -> None:
-    ways = {
+    variants = {
         "queued": "processing failed cancelled completed",
         "processing": "queued completed failed cancelled",
         "failed": "queued completed",
         "cancelled": "queued completed",
         "completed": "",
     }
-    assert {(before, after) for before, afters in ways.items() for after in afters.split()} == TRANSITIONS
+    assert {(before, after) for before, afters in variants.items() for after in afters.split()} == TRANSITIONS
 
 
 def test_the_default_policy() -> None:

@@ -592,7 +592,7 @@ async def test_failure_rate_fires_at_half_of_the_attempts_of_a_queue() -> None:
     ],
 )
 def test_disk_nearly_full_fires_below_a_tenth_or_one_gibibyte(free: int, total: int, fires: bool) -> None:
-    async def look() -> None:
+    async def evaluate() -> None:
         async with VirtualEngine() as engine:
             engine.disk.disk_space = DiskSpace("/srv/jobd.db", free, total)
             alerts = alerts_of(engine)
@@ -602,7 +602,7 @@ def test_disk_nearly_full_fires_below_a_tenth_or_one_gibibyte(free: int, total: 
             assert "/srv/jobd.db" in shown.hint
             assert ("retention" in shown.hint) == fires
 
-    in_virtual_time(look)()
+    in_virtual_time(evaluate)()
 
 
 @in_virtual_time

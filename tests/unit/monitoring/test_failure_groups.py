@@ -167,9 +167,9 @@ async def test_the_first_occurrence_survives_an_empty_group() -> None:
         await engine.yes(ForceReset(id="a"))
         assert known.view(9).groups == []
         await engine.yes(ForceFail(id="a", reason="took 13 s"))
-        [again] = known.view(9).groups
-        assert again.first_at == first.first_at
-        assert again.last_at >= first.last_at + 60_000
+        [repeated] = known.view(9).groups
+        assert repeated.first_at == first.first_at
+        assert repeated.last_at >= first.last_at + 60_000
 
 
 @pytest.fixture

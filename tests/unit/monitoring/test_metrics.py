@@ -292,16 +292,16 @@ async def test_locks_stuck_jobs_and_waiting_claims() -> None:
         await parked
         await seconds(1)
         engine.disk.gate.clear()
-        asked = [asyncio.create_task(engine.yes(Create())) for _ in range(4)]
+        tasks = [asyncio.create_task(engine.yes(Create())) for _ in range(4)]
         await engine.disk.at_gate.wait()
-        asked += [asyncio.create_task(engine.yes(Create())) for _ in range(3)]
+        tasks += [asyncio.create_task(engine.yes(Create())) for _ in range(3)]
         await seconds(0)
         body = shown(engine)
         assert value(body, "jobd_mailbox_commands") == 3
         assert value(body, "jobd_locked_jobs") == 1
         assert value(body, "jobd_stuck_jobs") == 1
         engine.disk.gate.set()
-        await asyncio.gather(*asked)
+        await asyncio.gather(*tasks)
 
 
 @in_virtual_time
@@ -412,10 +412,10 @@ def test_capped_at_its_boundary(count: int) -> None:
     book = Book()
     for number in range(count):
         book.swap(None, Job(number, f"job-{number}", Options(f"q-{number}"), "queued", 1, 1, 1))
-    kept = capped(book)
-    assert len(kept) == min(count, QUEUES_SHOWN + 1)
-    assert sum(counts["queued"] for _, counts in kept) == count
-    assert (kept[-1][0] == OTHER_QUEUES) == (count > QUEUES_SHOWN) if kept else True
+    shown_queues = capped(book)
+    assert len(shown_queues) == min(count, QUEUES_SHOWN + 1)
+    assert sum(counts["queued"] for _, counts in shown_queues) == count
+    assert (shown_queues[-1][0] == OTHER_QUEUES) == (count > QUEUES_SHOWN) if shown_queues else True
 
 
 @in_virtual_time

@@ -55,12 +55,12 @@ def test_counting_continues_after_the_clock_was_set_back() -> None:
 def test_counts_are_restored_after_a_restart() -> None:
     recorder = Timeseries(NOW - 3_600_000)
     recorder.record([change("completed", NOW - STEP_MS)])
-    again = Timeseries.opened(recorder.saved(), NOW)
-    assert again.chart(NOW) == recorder.chart(NOW)
-    assert (again.since, again.started) == (NOW - 3_600_000, NOW)
-    again.record([change("completed", NOW - STEP_MS)])
-    assert again.rates(NOW).completed == (2, 2, 2)
-    assert again.queue("q", NOW) == QueueRate(0, 1, 0, 1.0), "queues are counted since the start"
+    restored = Timeseries.opened(recorder.saved(), NOW)
+    assert restored.chart(NOW) == recorder.chart(NOW)
+    assert (restored.since, restored.started) == (NOW - 3_600_000, NOW)
+    restored.record([change("completed", NOW - STEP_MS)])
+    assert restored.rates(NOW).completed == (2, 2, 2)
+    assert restored.queue("q", NOW) == QueueRate(0, 1, 0, 1.0), "queues are counted since the start"
     ahead = Timeseries(NOW + 1).saved()
     odd = b'{"since":1,"hour":{"1":[1,2]},"day":{}}'
     for useless in (b"null", b"{", ahead, odd):

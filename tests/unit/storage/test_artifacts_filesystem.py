@@ -93,15 +93,15 @@ async def test_a_directory_is_not_deleted(place: Path, store: FileArtifactStore)
 
 async def test_young_objects_and_those_of_other_jobs_are_not_deleted(place: Path, store: FileArtifactStore) -> None:
     path = put(place, "k")
-    asked: list[int] = []
+    calls: list[int] = []
 
     def young(modified_at: int) -> Verdict:
-        asked.append(modified_at)
+        calls.append(modified_at)
         return "wait"
 
     outcome = await store.delete("k", young)
-    assert (outcome.what, [outcome.modified_at]) == ("young", asked)
-    assert abs(asked[0] - time.time() * 1000) < 60_000
+    assert (outcome.what, [outcome.modified_at]) == ("young", calls)
+    assert abs(calls[0] - time.time() * 1000) < 60_000
     assert (await store.delete("k", lambda modified_at: "leave")).what == "left"
     assert path.read_text() == "result"
 
@@ -230,15 +230,15 @@ async def test_a_file_that_replaces_the_judged_one_is_put_back(
     place: Path, store: FileArtifactStore, monkeypatch: pytest.MonkeyPatch, how: Callable[[Path, str], None]
 ) -> None:
     path = put(place, "k")
-    looks: list[int] = []
+    calls: list[int] = []
 
     def first_only(modified_at: int) -> Verdict:
-        looks.append(modified_at)
-        return "delete" if len(looks) == 1 else "leave"
+        calls.append(modified_at)
+        return "delete" if len(calls) == 1 else "leave"
 
     at(monkeypatch, "rename", lambda: how(path, "the result of another job"))
     assert (await store.delete("k", first_only)).what == "left"
-    assert len(looks) == 2
+    assert len(calls) == 2
     assert path.read_text() == "the result of another job"
     assert not left_aside(place)
 

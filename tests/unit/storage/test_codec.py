@@ -74,9 +74,9 @@ def test_a_job_is_the_same_after_encoding_and_decoding(part: str) -> None:
 
 
 def test_progress_has_one_form_on_disk_and_is_an_integer_if_possible() -> None:
-    whole, real, negative = (codec.job_row(replace(full_job(), progress=p)) for p in (45, 45.0, -0.0))
-    assert codec.checksum(whole) == codec.checksum(real)
-    assert type(codec.JobReader().job((*whole, 0)).progress) is int
+    original, real, negative = (codec.job_row(replace(full_job(), progress=p)) for p in (45, 45.0, -0.0))
+    assert codec.checksum(original) == codec.checksum(real)
+    assert type(codec.JobReader().job((*original, 0)).progress) is int
     assert codec.checksum(negative) == codec.checksum(codec.job_row(replace(full_job(), progress=0)))
     assert codec.JobReader().job((*codec.job_row(full_job()), 0)).progress == 12.5
 
@@ -103,10 +103,10 @@ def test_a_new_job_is_decoded_from_a_third_of_its_columns(fields: dict[str, Any]
         job = replace(Job(3, "a", options, "queued", NOW, NOW, NOW), **fields)
         back = reader.new(new_row(job))
         assert back == (compact(job) or job)
-        whole = reader.job(codec.sealed(codec.job_row(job)))
+        original = reader.job(codec.sealed(codec.job_row(job)))
         assert back is not None
-        assert whole == job
-        assert whole.options is back.options
+        assert original == job
+        assert original.options is back.options
 
 
 def test_every_flipped_bit_of_a_new_job_is_detected() -> None:
@@ -230,8 +230,8 @@ def test_keys_and_queues_are_the_same_after_encoding_and_decoding() -> None:
 
 def test_an_audit_entry_is_the_same_after_encoding_and_decoding() -> None:
     short = AuditEntry(NOW, "admin", "unix uid=0", "pause", queue="video")
-    whole = AuditEntry(NOW, "zoë", "::1", "plan retry", "a", "q", "why\n", "job_not_found", 7, {"from": None}, "p1")
-    for each in (short, whole):
+    original = AuditEntry(NOW, "zoë", "::1", "plan retry", "a", "q", "why\n", "job_not_found", 7, {"from": None}, "p1")
+    for each in (short, original):
         row = codec.audit_row(3, each)
         assert len(row) == len(codec.AUDIT_COLUMNS) + 1
         assert codec.fault(row) is None
@@ -281,9 +281,9 @@ def journal_with(signs: int, seed: int) -> tuple[Job, list[Event]]:
 @pytest.mark.parametrize("seed", range(8))
 def test_deleting_heartbeats_does_not_change_the_row(seed: int) -> None:
     job, events = journal_with(350, seed)
-    gone, changed = codec.thin(events)
+    deleted, changed = codec.thin(events)
     new = {event.seq: event for event in changed}
-    left = [new.get(event.seq, event) for event in events if event.seq not in set(gone)]
+    left = [new.get(event.seq, event) for event in events if event.seq not in set(deleted)]
     row = None
     for event in left:
         row = fold(row, event)
@@ -348,8 +348,8 @@ def rows_after(events: list[Event]) -> dict[int, Job | None]:
 
 def without(events: list[Event], begin: int, end: int) -> list[Event]:
     """Return `events` with those from `begin` to `end` compacted."""
-    gone, changed = codec.compact(events[begin:end])
-    new, lost = {event.seq: event for event in changed}, set(gone)
+    deleted, changed = codec.compact(events[begin:end])
+    new, lost = {event.seq: event for event in changed}, set(deleted)
     return [new.get(event.seq, event) for event in events if event.seq not in lost]
 
 

@@ -137,14 +137,14 @@ def test_the_reserve_file_is_not_built_without_spare_space(path: str, monkeypatc
 
 
 def test_spare_space_is_occupied_and_freed(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr(os, "posix_fallocate", lambda fd, start, size: asked.append(size))
+    calls = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda fd, start, size: calls.append(size))
     with files.occupied(path, SPARE_BYTES):
         pass
     monkeypatch.setattr(files, "space", lambda _: DiskSpace(path, 0, 4 << 20))
     with files.occupied(path, SPARE_BYTES):  # a part of it on a small disk
         pass
-    assert asked == [SPARE_BYTES, (4 << 20) // 16]
+    assert calls == [SPARE_BYTES, (4 << 20) // 16]
     monkeypatch.undo()
     with pytest.raises(DiskFull), files.occupied(path, 1 << 60):
         raise AssertionError("there is no such room")

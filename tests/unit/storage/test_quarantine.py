@@ -307,7 +307,7 @@ async def test_a_payload_quarantined_with_its_row_is_reported_with_the_job(path:
     created = maker.create("a")
     async with open_store(path) as (store, _):
         await store.write(maker.batch([created]))
-    async with open_store(path) as (store, _):  # so that the payload is not cached
+    async with open_store(path) as (store, _):  # a new process, so that the payload is not cached
         store._connection.raw.execute("UPDATE jobs SET created_at = created_at + 1 WHERE seq = 1")
         assert "a" not in {job.id for job, _ in (await store.find_jobs(JobQuery())).jobs}
         assert await store.load([], [1], []) == LoadedRows(bad={"a": "its checksum is wrong"})
@@ -516,7 +516,7 @@ async def make_long_store(path: str) -> ChangeFactory:
         await store.write(maker.batch(changes))
         await store.write(maker.batch([maker.finish(job) for job in list(maker.jobs.values())[:250]]))
     with edit_store(path) as conn:
-        conn.execute("VACUUM")  # no remains of old rows between the new ones
+        conn.execute("VACUUM")  # removes remains of old rows between the new ones
     return maker
 
 
@@ -641,7 +641,7 @@ async def test_an_index_that_leads_to_events_of_another_job_is_rebuilt(path: str
     page = bytes(content[(root - 1) * 4096 : root * 4096])
     entry = page.find(b"\x03\x01\x01\x02\x02")  # the entry for job 2, event 2
     assert entry > 0
-    content[(root - 1) * 4096 + entry + 3] = 1  # as if event 2 were one of job 1
+    content[(root - 1) * 4096 + entry + 3] = 1  # changes the entry to event 2 of job 1
     write_file(path, content)
     async with open_store(path) as (store, _):
         assert [event.job_id for event in await store.timeline(1)] == ["job-0"]
@@ -722,7 +722,7 @@ async def test_a_journal_that_cannot_be_thinned_does_not_reject_a_heartbeat(path
     async with open_store(path) as (store, found):
         assert [job.id for job in found.live()] == [first.id]
         change = maker.extend(job_of(change))
-        await store.write(maker.batch([change]))  # the first since the start, so its journal is read
+        await store.write(maker.batch([change]))  # the first event since the start, so the journal is read
         assert (await store.load([first.id], [], [])).jobs == {first.id: job_of(change)}
 
 
@@ -736,11 +736,11 @@ async def test_a_damaged_late_result_is_quarantined_without_its_job(path: str, c
     flip(path, "late_results", column, "seq", changes[0].event.seq)
     async with open_store(path) as (store, found):
         assert found.faults == []
-        asked = [LateResultQuery(job.seq, with_results=True)]
-        assert (await store.read_late_results(asked)).results[job.seq] == [changes[1].late]
+        queries = [LateResultQuery(job.seq, with_results=True)]
+        assert (await store.read_late_results(queries)).results[job.seq] == [changes[1].late]
         (fault,) = store.take_faults()
         assert fault == f"late_results {changes[0].event.seq}: its checksum is wrong; the row was quarantined"
-        assert (await store.read_late_results(asked)).results[job.seq] == [changes[1].late]
+        assert (await store.read_late_results(queries)).results[job.seq] == [changes[1].late]
         assert store.take_faults() == []
     async with open_store(path) as (store, found):
         assert found.faults == ["damaged rows of late_results in quarantine: 1; run `jobd doctor`"]

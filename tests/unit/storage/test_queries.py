@@ -304,8 +304,10 @@ async def test_an_older_grant_is_found_only_in_the_journal_of_its_job(store: Sto
     assert grant is not None
     assert foreign is not None
     seq = job_of(created).seq
-    asked = [LateResultQuery(seq, lock_id) for lock_id in (grant.lock_id, foreign.lock_id, grant.lock_id[:-1], "never")]
-    assert (await store.read_late_results(asked)).grants == {(seq, grant.lock_id): grant}
+    lookups = [
+        LateResultQuery(seq, lock_id) for lock_id in (grant.lock_id, foreign.lock_id, grant.lock_id[:-1], "never")
+    ]
+    assert (await store.read_late_results(lookups)).grants == {(seq, grant.lock_id): grant}
 
 
 async def test_a_grant_is_searched_at_the_end_of_a_journal(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,10 +320,10 @@ async def test_a_grant_is_searched_at_the_end_of_a_journal(store: Store, monkeyp
     await store.write(maker.batch(changes))
     seq = job_of(changes[0]).seq
     grants = [grant for change in changes if (grant := job_of(change).grant) is not None]
-    asked = [LateResultQuery(seq, grant.lock_id) for grant in grants]
-    assert list((await store.read_late_results(asked)).grants.values()) != []
+    lookups = [LateResultQuery(seq, grant.lock_id) for grant in grants]
+    assert list((await store.read_late_results(lookups)).grants.values()) != []
     monkeypatch.setattr(queries, "GRANT_SEARCH_EVENTS", 4)
-    found = (await store.read_late_results(asked)).grants
+    found = (await store.read_late_results(lookups)).grants
     assert sorted(grant.fencing_token for grant in found.values()) == [grant.fencing_token for grant in grants[2:]]
 
 
@@ -332,11 +334,11 @@ async def test_many_queries_for_one_job_read_it_once(store: Store) -> None:
     change = maker.late(job_of(created), 1)
     await store.write(maker.batch([change]))
     seq = job_of(created).seq
-    for asked in (
+    for lookups in (
         [LateResultQuery(seq), LateResultQuery(seq, with_results=True)],
         [LateResultQuery(seq, with_results=True), LateResultQuery(seq, "x")],
     ):
-        assert (await store.read_late_results(asked)).results == {seq: [change.late]}
+        assert (await store.read_late_results(lookups)).results == {seq: [change.late]}
 
 
 def created_job(

@@ -45,10 +45,10 @@ async def test_every_row_is_checked_once(path: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(scrub, "SLICE_S", slice_s)
     await busy_store(path)
     async with open_store(path) as (store, _):
-        there = rows_of(store)
-        assert there["jobs"] > 10
-        assert there["events"] > scrub.MAX_ROWS
-        assert await walked(store) == (Counter(there), {})
+        expected = rows_of(store)
+        assert expected["jobs"] > 10
+        assert expected["events"] > scrub.MAX_ROWS
+        assert await walked(store) == (Counter(expected), {})
 
 
 async def test_a_scrub_is_split_into_calls(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,17 +112,17 @@ async def test_a_damaged_payload_quarantines_its_job(path: str, how: str) -> Non
 async def test_damaged_rows_of_other_tables_are_reported_or_quarantined(path: str) -> None:
     await busy_store(path)
     async with open_store(path) as (store, _):
-        there = [table for table, count in rows_of(store).items() if count and table != "jobs"]
-        assert {"events", "keys"} <= set(there)
-        for table in there:
+        expected = [table for table, count in rows_of(store).items() if count and table != "jobs"]
+        assert {"events", "keys"} <= set(expected)
+        for table in expected:
             store._connection.raw.execute(
                 f"UPDATE {table} SET crc = crc + 1 WHERE rowid = (SELECT min(rowid) FROM {table})"
             )
         _, damaged = await walked(store)
-        assert sorted({where.split()[0] for where in damaged}) == sorted(there)
+        assert sorted({where.split()[0] for where in damaged}) == sorted(expected)
         again = {where.split()[0] for where in (await walked(store))[1]}
-        assert again == set(there) - {"events", "late_results", "audit"}
-        if "keys" in there:
+        assert again == set(expected) - {"events", "late_results", "audit"}
+        if "keys" in expected:
             store._connection.raw.execute("UPDATE keys SET answer = X'00' WHERE rowid = (SELECT max(rowid) FROM keys)")
             assert "the checksum of the stored response is wrong" in (await walked(store))[1].values()
 

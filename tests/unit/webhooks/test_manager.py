@@ -361,8 +361,8 @@ async def test_waiting_messages_are_sent_unchanged_after_a_restart(path: Path) -
     async with at_work(path, maker=at.maker) as then:
         await until(lambda: len(then.posts.taken) == 3)
         assert then.posts.types() == ["job.created", "job.granted", "job.completed"]
-        again = then.posts.taken[0]
-        assert (again.event_id, again.body, again.id) == (first.event_id, first.body, first.id)
+        repeated = then.posts.taken[0]
+        assert (repeated.event_id, repeated.body, repeated.id) == (first.event_id, first.body, first.id)
 
 
 async def test_events_from_before_a_restart_are_delivered_after_it(path: Path) -> None:
@@ -626,8 +626,8 @@ async def test_dropped_dead_letters_cause_a_gap_message(path: Path, monkeypatch:
         posts.answer = lambda _: YES
         await until(lambda: "events.gone" in posts.types())
         await until(lambda: at.webhooks.views()[0].waiting == 0)
-        gone = {each.event_id: json.loads(each.body)["data"] for each in posts.taken if each.type == "events.gone"}
-        assert all(data["upto"] >= 4 for data in gone.values())
+        gap_data = {each.event_id: json.loads(each.body)["data"] for each in posts.taken if each.type == "events.gone"}
+        assert all(data["upto"] >= 4 for data in gap_data.values())
         await asyncio.sleep(0.1)
         assert at.webhooks.views()[0].waiting == 0, "it is not told again and again"
     async with at_work(path, maker=at.maker) as later:
@@ -716,9 +716,12 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
         posted = list(at.posts.taken)
         at.may_write = True
         await until(lambda: at.webhooks.views()[0].delivered == 6)
-        again = [each for each in at.posts.taken[3:] if each.subject.startswith("alerts/")]
-        assert {each.event_id: each.body for each in again} == {each.event_id: each.body for each in posted}
-        assert [each.type for each in again if each.subject == "alerts/database"] == ["alert.firing", "alert.resolved"]
+        repeated = [each for each in at.posts.taken[3:] if each.subject.startswith("alerts/")]
+        assert {each.event_id: each.body for each in repeated} == {each.event_id: each.body for each in posted}
+        assert [each.type for each in repeated if each.subject == "alerts/database"] == [
+            "alert.firing",
+            "alert.resolved",
+        ]
         await asyncio.sleep(0.1)
         assert len(at.posts.tried) == 9
     async with at_work(path, maker=at.maker, firing={"stuck_jobs": NOW}) as then:
@@ -811,9 +814,9 @@ async def test_a_delivery_in_any_state_can_be_sent_again(path: Path) -> None:
         await at.commit(at.maker.create("a"))
         await until(lambda: at.webhooks.views()[0].delivered == 1)
         (sent,) = (await at.webhooks.page("e", None, None, 9)).deliveries
-        again = await at.webhooks.redeliver("e", sent.id)
-        assert again is not None
-        assert (again.state, again.tries) == ("waiting", 0)
+        repeated = await at.webhooks.redeliver("e", sent.id)
+        assert repeated is not None
+        assert (repeated.state, repeated.tries) == ("waiting", 0)
         await until(lambda: at.webhooks.views()[0].delivered == 2)
         assert at.posts.taken[1].event_id == at.posts.taken[0].event_id
         assert at.posts.taken[1].body == at.posts.taken[0].body
@@ -839,8 +842,8 @@ async def test_a_waiting_delivery_can_be_sent_at_once_while_the_breaker_is_open(
         await until(lambda: all(each.tries == 1 for each in at.posts.tried) or len(at.posts.tried) >= 5)
         down = False
         page = await at.webhooks.page("e", "waiting", None, 99)
-        again = await at.webhooks.redeliver("e", page.deliveries[-1].id)
-        assert again is not None
+        repeated = await at.webhooks.redeliver("e", page.deliveries[-1].id)
+        assert repeated is not None
         await until(lambda: len(at.posts.taken) == 6)
 
 

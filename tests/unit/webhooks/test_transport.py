@@ -302,10 +302,10 @@ async def test_the_connected_address_is_checked_not_an_earlier_lookup(
     careful: HttpTransport, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A name server that returns another address each time: the connected address is the one that is checked."""
-    asked = []
+    lookups = []
 
     def rebinding(host: str, port: int, *args: Any, **more: Any) -> list[Any]:
-        asked.append(host)
+        lookups.append(host)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
 
     monkeypatch.setattr(socket, "getaddrinfo", rebinding)
@@ -313,7 +313,7 @@ async def test_the_connected_address_is_checked_not_an_earlier_lookup(
         outcome = await careful.post(to(f"http://rebinding.test:{receiver.port}/"), DELIVERY)
         assert "127.0.0.1 is loopback" in (outcome.error or "")
         assert "set allow_private" in (outcome.error or "")
-    assert asked == ["rebinding.test"] * 2
+    assert lookups == ["rebinding.test"] * 2
     assert receiver.received == []
 
 
