@@ -123,7 +123,7 @@ def _read_all(daemon: Daemon, asking: list[PendingRequest], looks: list[float]) 
             waiting = max(waiting, int(found[1]))
             for key, _ in selector.select(0.02):
                 selector.unregister(key.fileobj)
-                key.data.hear()
+                key.data.read()
     return waiting
 
 
