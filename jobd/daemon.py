@@ -231,7 +231,7 @@ class Daemon:
 
         def transport(endpoint: WebhookEndpoint) -> HttpTransport:
             return HttpTransport(
-                allow_private=endpoint.allow_private, most=PARALLEL, wall=lambda: self.clock.moment().now
+                allow_private=endpoint.allow_private, connections=PARALLEL, wall=lambda: self.clock.moment().now
             )
 
         context = DispatchContext(

@@ -91,7 +91,7 @@ def resolve_target(file: Path) -> Path:
 def refuse_used(path: Path) -> None:
     """Raise CliError (75) if a running daemon or another program uses `path` or the store that `path` belongs to.
 
-    Its process would continue to write the replaced file, which has no name any more, and lose everything that it
+    Its process would continue to write the replaced file, which no longer has a name, and lose everything that it
     acknowledges from then on.
     """
     for store, words in _stores(path):

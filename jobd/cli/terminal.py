@@ -241,20 +241,20 @@ def filled(line: Sequence[str], to: Sequence[int], right: Sequence[bool]) -> lis
     return [blank + text if side else text + blank for text, blank, side in zip(line, blanks, right, strict=False)]
 
 
-def _unfolded(columns: Sequence[str], lines: Sequence[Sequence[str]], room: int) -> list[bool] | None:
+def _unfolded(columns: Sequence[str], lines: Sequence[Sequence[str]], available: int) -> list[bool] | None:
     """Return for each column whether it is not folded: figures, and short words if the others have enough room.
 
     Returns None if the others would be unreadable even so. Then each row becomes a block of lines.
     """
     natural = widths(lines, UNBOUNDED)
-    room -= len(GAP) * (len(columns) - 1)
+    available -= len(GAP) * (len(columns) - 1)
     is_figure = [name.startswith(">") for name in columns]
     is_short = [figure or width <= _SHORT_WORDS for figure, width in zip(is_figure, natural, strict=True)]
-    for whole, least in ((is_short, _READABLE), (is_figure, _STRIP)):
-        left = room - sum(width for width, stays in zip(natural, whole, strict=True) if stays)
-        folded = [width for width, stays in zip(natural, whole, strict=True) if not stays]
+    for unfolded, least in ((is_short, _READABLE), (is_figure, _STRIP)):
+        left = available - sum(width for width, stays in zip(natural, unfolded, strict=True) if stays)
+        folded = [width for width, stays in zip(natural, unfolded, strict=True) if not stays]
         if left >= min(sum(folded), least * len(folded)):
-            return whole
+            return unfolded
     return None
 
 

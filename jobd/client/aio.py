@@ -52,7 +52,7 @@ class AsyncClient(BaseClient):
             await session.close()
 
     def twin(self) -> Self:
-        """Return a client with the same settings and connections of its own, for another event loop."""
+        """Return a client with the same settings and its own connections, for another event loop."""
         twin = copy.copy(self)
         twin._reset_connections()
         return twin
@@ -181,7 +181,7 @@ class AsyncJobClient(WorkerApi, AsyncClient):
 class StreamClient(AsyncJobClient):
     """AsyncJobClient over a stream of commands, made by its `stream`, for many concurrent calls.
 
-    Calls that a stream does not take, such as claims that wait, lists and timelines, use requests of their own. If the
+    Calls that a stream does not take, such as claims that wait, lists and timelines, use separate requests. If the
     stream breaks, calls are retried over a new one by the same rules.
     """
 

@@ -63,7 +63,7 @@ async def live_stream(
         return Response(RawBody(EVENT_STREAM, b"", HEADERS))
     transport, request = context.connection.transport, context.request
     if transport is None or request is None:
-        raise ConnectionResetError("the client is gone")
+        raise ConnectionResetError("the client has disconnected")
     watcher = app.services.feed.watch(queue=subscription.queue, job_id=subscription.job_id, cut=transport.abort)
     try:
         response = web.StreamResponse(

@@ -121,7 +121,7 @@ def safe_redirect(url: str) -> str:
 
 
 def redirect_to_sign_in(context: RequestContext) -> Response:
-    """Redirect to the sign-in page, and from there back. htmx needs a header of its own."""
+    """Redirect to the sign-in page, and from there back. htmx needs its own header."""
     url = f"/sign-in?next={quote(request_target(context), safe='')}"
     if is_live_update(context):
         return Response(RawBody(HTML, b"", {**HEADERS, "HX-Redirect": url}), status=401)

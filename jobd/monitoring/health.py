@@ -145,10 +145,10 @@ class Health:
             cleanup, cleanup_status = self._tried_cleanup()
             worst = max((database.status, cache.status, storage.status, cleanup_status), key=_WORST.index)
             total, disk = self._actor.book.total(), self._actor.full_disk.space
-            told = DatabaseHealth(database.status, database.message, total)
+            health = DatabaseHealth(database.status, database.message, total)
             if disk is not None:
-                told = replace(told, path=disk.path, free_bytes=disk.free_bytes, total_bytes=disk.total_bytes)
-            self.last = HealthView(worst, told, cache, storage, cleanup, timestamp)
+                health = replace(health, path=disk.path, free_bytes=disk.free_bytes, total_bytes=disk.total_bytes)
+            self.last = HealthView(worst, health, cache, storage, cleanup, timestamp)
             return self.last
         finally:
             self._measuring = None

@@ -125,13 +125,13 @@ def _setting(table: Any, duration: Callable[[str], int]) -> WebhookSetting:
 
 
 def _bounded(key: str, text: str, duration: Callable[[str], int]) -> int:
-    least, most = BOUNDS[key]
+    min_ms, max_ms = BOUNDS[key]
     try:
         ms = duration(text)
     except ValueError as error:
         raise BadWebhook(f"{key}: {error}") from None
-    if not least <= ms <= most:
-        raise BadWebhook(f"{key}: {text} is outside {least / SECOND_MS:g} s to {most / SECOND_MS:g} s")
+    if not min_ms <= ms <= max_ms:
+        raise BadWebhook(f"{key}: {text} is outside {min_ms / SECOND_MS:g} s to {max_ms / SECOND_MS:g} s")
     return ms
 
 

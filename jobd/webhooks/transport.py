@@ -108,12 +108,14 @@ def _checked_socket(info: Any) -> socket.socket:
 class HttpTransport:
     """Sends to one endpoint. Close it at the end."""
 
-    def __init__(self, *, allow_private: bool, most: int, wall: Callable[[], int], tls: ssl.SSLContext | None = None):
+    def __init__(
+        self, *, allow_private: bool, connections: int, wall: Callable[[], int], tls: ssl.SSLContext | None = None
+    ):
         connector = aiohttp.TCPConnector(
             ssl=tls or True,
             resolver=Resolver(),
             use_dns_cache=False,
-            limit=most,
+            limit=connections,
             keepalive_timeout=IDLE_S,
             socket_factory=None if allow_private else _checked_socket,
         )

@@ -683,7 +683,7 @@ def test_a_session_ends_with_its_token(page: Page, daemon: Scene) -> None:
     (daemon.directory / "readers").write_text("another-reader-token-0123456789")
     assert daemon.process is not None
     daemon.process.send_signal(signal.SIGHUP)
-    assert "read-only tokens" in daemon.until_said(b"event=reloaded")
+    assert "read-only tokens" in daemon.wait_for_log(b"event=reloaded")
     expect(page).to_have_url(f"{daemon.url}/sign-in?next=%2F")
 
 

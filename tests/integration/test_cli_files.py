@@ -49,7 +49,7 @@ def test_a_disk_that_rejects_new_jobs_is_unhealthy_and_exit_1(
         out = capsys.readouterr().out
         assert (code, "free at" in out, f"of 20.0 MiB ({store})" in out) == (1, True, True)
         os.truncate(filler, filler.stat().st_size - (3 << 20))
-        daemon.until_said(b"event=disk_has_room")
+        daemon.wait_for_log(b"event=disk_has_room")
         assert ctl.main(["health"]) == 0
         assert daemon.post("/v1/jobs", {}).status == 201
         assert daemon.stop() == 0

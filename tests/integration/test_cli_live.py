@@ -1,4 +1,4 @@
-"""`jobctl events` and `jobctl top`: a line an event, a frame a look, and what ends them."""
+"""`jobctl events` and `jobctl top`: lines, frames, and what ends them."""
 
 from __future__ import annotations
 
@@ -354,7 +354,7 @@ class Terminal:
         os.close(theirs)
 
     def until(self, text: bytes) -> None:
-        """Reads until it has been said since the last call."""
+        """Read until `text` has appeared since the last call."""
         output = b""
         while text not in output:
             output += self._read()

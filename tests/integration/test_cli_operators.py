@@ -70,7 +70,7 @@ def test_cancelling_several_jobs_makes_a_plan(jobctl: Ctl, running: Running) -> 
     named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
     assert named is not None
     assert (code, out.count("queued → cancelled")) == (0, 2)
-    running.client.start_processing("cp0", "w")  # it is not what was seen any more
+    running.client.start_processing("cp0", "w")  # the job has changed since it was read
     code, out, err = jobctl.run("apply", named[1], "-y")
     assert (code, out) == (4, "cancel: 1 job done\n")
     assert "cp0: changed since the plan: queued → processing" in err

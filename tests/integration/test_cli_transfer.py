@@ -1,4 +1,4 @@
-"""Moving jobs: what export writes, import takes back, in another daemon, byte for byte and in the same order."""
+"""Export and import: another daemon gets the same jobs, byte for byte and in the same order."""
 
 from __future__ import annotations
 

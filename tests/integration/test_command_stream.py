@@ -35,8 +35,8 @@ class Stream:
     """A raw command stream: head, sent chunks, received chunks."""
 
     def __init__(self, client: RawConnection) -> None:
-        self.line = client
-        self._heard = b""
+        self.connection = client
+        self._received = b""
 
     @classmethod
     async def open(cls, harness: HttpHarness, **headers: str) -> Stream:
@@ -49,29 +49,29 @@ class Stream:
 
     def raw(self, data: bytes) -> None:
         """Send one chunk."""
-        self.line.send(b"%x\r\n%b\r\n" % (len(data), data))
+        self.connection.send(b"%x\r\n%b\r\n" % (len(data), data))
 
     def send(self, *commands: dict[str, Any]) -> None:
         self.raw(b"".join(json.dumps(command).encode() + b"\n" for command in commands))
 
     def end(self) -> None:
-        self.line.send(b"0\r\n\r\n")
+        self.connection.send(b"0\r\n\r\n")
 
-    async def hear(self) -> Any:
+    async def receive(self) -> Any:
         """Receive the next response. None at the regular end."""
-        while b"\n" not in self._heard:
-            size = int(await self.line.reader.readuntil(b"\r\n"), 16)
-            self._heard += await self.line.reader.readexactly(size)
-            await self.line.reader.readexactly(2)
+        while b"\n" not in self._received:
+            size = int(await self.connection.reader.readuntil(b"\r\n"), 16)
+            self._received += await self.connection.reader.readexactly(size)
+            await self.connection.reader.readexactly(2)
             if not size:
-                assert not self._heard
+                assert not self._received
                 return None
-        answer, _, self._heard = self._heard.partition(b"\n")
+        answer, _, self._received = self._received.partition(b"\n")
         return json.loads(answer)
 
     async def ask(self, **command: Any) -> Any:
         self.send(command)
-        return await self.hear()
+        return await self.receive()
 
 
 @pytest.fixture(name="server")
@@ -123,23 +123,23 @@ async def test_a_half_closed_client_receives_all_responses(either: HttpHarness) 
     stream = await Stream.open(either)
     stream.send({"op": "create", "id": "a"}, {"op": "create", "id": "b"})
     stream.end()
-    stream.line.writer.write_eof()
+    stream.connection.writer.write_eof()
     await half_closed(either)
     held.go.set()
-    assert [(await stream.hear())["status"] for _ in range(2)] == [200, 200]
-    assert await stream.hear() is None
-    assert await stream.line.is_closed()
+    assert [(await stream.receive())["status"] for _ in range(2)] == [200, 200]
+    assert await stream.receive() is None
+    assert await stream.connection.is_closed()
 
 
 async def test_the_lines_of_an_aborted_stream_get_their_responses(either: HttpHarness) -> None:
     stream = await Stream.open(either)
     stream.raw(b'{"op":"create","id":"a"}\n{"op":"create","id":"b"}\n{"op":"cre')
-    stream.line.writer.write_eof()
-    assert [(await stream.hear())["status"] for _ in range(2)] == [200, 200]
-    last = await stream.hear()
+    stream.connection.writer.write_eof()
+    assert [(await stream.receive())["status"] for _ in range(2)] == [200, 200]
+    last = await stream.receive()
     assert (last["status"], last["error"], "ended too early" in last["message"]) == (400, "invalid_request", True)
-    assert await stream.hear() is None
-    assert await stream.line.is_closed()
+    assert await stream.receive() is None
+    assert await stream.connection.is_closed()
     assert [envelope.command.id for envelope in either.actor.received] == ["a", "b"]
 
 
@@ -150,7 +150,7 @@ async def test_grants_of_a_stream_whose_client_has_closed_are_released(either: H
     stream.send({"op": "claim", "worker": "w"})
     while not either.actor.received:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
-    await stream.line.close()
+    await stream.connection.close()
     while either.listener.connections:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     held.go.set()
@@ -200,7 +200,7 @@ async def test_a_line_gives_the_command_of_its_call(harness: HttpHarness) -> Non
         assert shown[0] == shown[1]
         assert (streamed.by, streamed.admin) == (by, False) == (posted.by, posted.admin)
     stream.end()
-    assert await stream.hear() is None
+    assert await stream.receive() is None
 
 
 def _plain(value: Any) -> Any:
@@ -237,7 +237,7 @@ async def test_a_malformed_line_gets_an_error_and_the_stream_continues(
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1_000, payload=200, bulk=2)) as harness:
         stream = await Stream.open(harness)
         stream.raw(b'{"op":"get","id":"a"}\n' + line + b'\n\n  \n{"op":"get","id":"b"}\n')
-        first, wrong, last = [await stream.hear() for _ in range(3)]
+        first, wrong, last = [await stream.receive() for _ in range(3)]
         assert first["success"] is last["success"] is True
         assert (wrong["success"], wrong["error"], wrong["details"].get("field")) == (False, code, field), wrong
         assert wrong["status"] == (413 if code == "too_large" else 400)
@@ -272,7 +272,7 @@ async def test_responses_with_line_breaks_stay_one_line(server: WorkerApiServer)
 async def test_the_life_of_a_job(server: WorkerApiServer) -> None:
     stream = await Stream.open(server.harness)
     stream.send({"op": "create", "id": "j"}, {"op": "create", "id": "j"}, {"op": "get", "id": "j"})
-    assert [(await stream.hear())["status"] for _ in range(3)] == [201, 200, 200]
+    assert [(await stream.receive())["status"] for _ in range(3)] == [201, 200, 200]
     grant = (await stream.ask(op="start", id="j", worker="w", max_processing_ms=0))["data"]
     assert (grant["ceiling_at"], grant["job"]["max_processing_ms"]) == (None, 0)
     answer = await stream.ask(op="progress", id="j", lock_id=grant["lock_id"], progress=5)
@@ -282,8 +282,8 @@ async def test_the_life_of_a_job(server: WorkerApiServer) -> None:
     answer = await stream.ask(op="complete", id="j", lock_id=grant["lock_id"], metadata={"n": 1})
     assert (answer["data"]["status"], answer["data"]["metadata"]) == ("completed", {"n": 1})
     stream.end()
-    assert await stream.hear() is None
-    repeated = await stream.line.request("GET", "/v1/jobs/j")  # the connection stays open
+    assert await stream.receive() is None
+    repeated = await stream.connection.request("GET", "/v1/jobs/j")  # the connection stays open
     assert repeated.data["status"] == "completed"
 
 
@@ -294,11 +294,11 @@ async def test_responses_come_in_the_order_of_the_lines(server: WorkerApiServer)
         stream.send({"op": "create", "id": f"j-{number}"})
         stream.raw(b"no\n" if number % 7 == 0 else b"\n")
     stream.end()
-    answers = [await stream.hear() for _ in range(300 + 43)]
+    answers = [await stream.receive() for _ in range(300 + 43)]
     made = [answer["data"]["id"] for answer in answers if answer["success"]]
     assert made == [f"j-{number}" for number in range(300)]
     assert [at for at, answer in enumerate(answers) if not answer["success"]] == [8 * each + 1 for each in range(43)]
-    assert await stream.hear() is None
+    assert await stream.receive() is None
 
 
 async def test_no_response_is_sent_before_its_commit(server: WorkerApiServer) -> None:
@@ -306,7 +306,7 @@ async def test_no_response_is_sent_before_its_commit(server: WorkerApiServer) ->
     server.disk.gate.clear()
     stream.send({"op": "create", "id": "j"}, {"op": "get", "id": "j"})
     await server.disk.at_gate.wait()
-    hearing = asyncio.ensure_future(stream.hear())
+    hearing = asyncio.ensure_future(stream.receive())
     for _ in range(50):
         await asyncio.sleep(0)
     assert not hearing.done()
@@ -338,7 +338,7 @@ async def test_a_key_is_scoped_to_its_call_and_job(server: WorkerApiServer) -> N
 async def test_finished_jobs_are_found(server: WorkerApiServer) -> None:
     stream = await Stream.open(server.harness)
     stream.send({"op": "create", "id": "j"}, {"op": "cancel", "id": "j"})
-    assert [(await stream.hear())["status"] for _ in range(2)] == [201, 200]
+    assert [(await stream.receive())["status"] for _ in range(2)] == [201, 200]
     server.actor.book.trim_finished()
     assert (await stream.ask(op="get", id="j"))["data"]["status"] == "cancelled"
     assert (await stream.ask(op="get", id="k"))["error"] == "job_not_found"
@@ -349,7 +349,7 @@ async def test_a_full_disk_rejects_lines_one_by_one(server: WorkerApiServer) -> 
     assert (await stream.ask(op="create", id="j"))["status"] == 201
     server.disk.write_errors.append(DiskFull("full"))
     stream.send({"op": "create", "id": "k"}, {"op": "cancel", "id": "j"})
-    assert [(await stream.hear())["status"] for _ in range(2)] == [507, 200]
+    assert [(await stream.receive())["status"] for _ in range(2)] == [507, 200]
 
 
 async def test_the_limit_of_the_mailbox_applies_to_streams(tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ async def test_the_limit_of_the_mailbox_applies_to_streams(tmp_path: Path) -> No
         stream.end()
         await until(lambda: small.actor.waiting == 7)
         small.disk.gate.set()
-        statuses = [(await stream.hear())["status"] for _ in range(21)]
+        statuses = [(await stream.receive())["status"] for _ in range(21)]
         assert (statuses.count(201), statuses.count(503)) == (8, 13)
 
 
@@ -388,8 +388,8 @@ async def test_the_number_of_pending_commands_is_limited(tmp_path: Path) -> None
         assert len(actor.received) == command_stream.AHEAD_WEIGHT
         gate.set()
         for _ in range(1_000):
-            assert (await stream.hear())["success"]
-        assert await stream.hear() is None
+            assert (await stream.receive())["success"]
+        assert await stream.receive() is None
         assert [envelope.command.id for envelope in actor.received] == [f"j-{number}" for number in range(1_000)]
 
 
@@ -413,7 +413,7 @@ async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp
             await asyncio.sleep(0)
         assert len(actor.received) == 9
         gate.set()
-        assert all([(await stream.hear())["success"] for stream in (claims, large) for _ in range(9)])
+        assert all([(await stream.receive())["success"] for stream in (claims, large) for _ in range(9)])
 
 
 async def test_a_client_that_stops_reading_is_not_read_and_cut_off(
@@ -437,21 +437,21 @@ async def test_an_incomplete_line_times_out_and_an_idle_stream_does_not(tmp_path
         await asyncio.sleep(0.3)
         assert (await stream.ask(op="get", id="j"))["success"]
         stream.raw(b'{"op":"ge')
-        answer = await stream.hear()
+        answer = await stream.receive()
         assert (answer["error"], answer["status"]) == ("request_timeout", 408)
-        assert await stream.hear() is None
-        assert await stream.line.is_closed()
+        assert await stream.receive() is None
+        assert await stream.connection.is_closed()
 
 
 async def test_malformed_framing_ends_the_stream_after_the_responses_to_its_lines(harness: HttpHarness) -> None:
     stream = await Stream.open(harness)
     assert (await stream.ask(op="get", id="j"))["success"]
     with capture_logs() as logs:
-        stream.line.send(b"zz\r\nno chunk\r\n")
-        answer = await stream.hear()
+        stream.connection.send(b"zz\r\nno chunk\r\n")
+        answer = await stream.receive()
         assert (answer["error"], answer["status"]) == ("invalid_request", 400)
-        assert await stream.hear() is None
-        assert await stream.line.is_closed()
+        assert await stream.receive() is None
+        assert await stream.connection.is_closed()
     assert [line["event"] for line in logs] == ["refused"]
 
 
@@ -494,7 +494,7 @@ async def test_grants_of_a_disconnected_client_are_released(server: WorkerApiSer
     server.disk.gate.clear()
     stream.send({"op": "claim", "worker": "gone"}, {"op": "start", "id": "b", "worker": "gone"})
     await server.disk.at_gate.wait()
-    stream.line.writer.transport.abort()
+    stream.connection.writer.transport.abort()
     await until(lambda: server.harness.listener.connections == 1)  # that of the bulk
     server.disk.gate.set()
     for job_id in ("a", "b"):
@@ -512,7 +512,7 @@ async def test_grants_behind_unread_responses_are_released(
     await server.harness.request("POST", "/v1/jobs", f'{{"id":"big","priority":9,"payload":{payload}}}')
     await server.harness.request("POST", "/v1/jobs", '{"id":"late"}')
     stream = await Stream.open(server.harness)
-    own = stream.line.writer.get_extra_info("socket")
+    own = stream.connection.writer.get_extra_info("socket")
     assert own.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < 2_000_000
     stream.send(*({"op": "get", "id": "big"} for _ in range(40)), {"op": "claim", "worker": "deaf"})
     await until(lambda: server.harness.listener.connections == 2)  # those of the two creates
@@ -531,12 +531,12 @@ async def test_only_the_grants_that_were_sent_are_kept(
     jobs = [{"id": f"j-{number}", "payload": payload} for number in range(300)]
     await server.harness.request("POST", "/v1/jobs/bulk", json.dumps({"jobs": jobs}))
     stream = await Stream.open(server.harness)
-    transport = cast("asyncio.ReadTransport", stream.line.writer.transport)
+    transport = cast("asyncio.ReadTransport", stream.connection.writer.transport)
     transport.pause_reading()
     stream.send(*({"op": "start", "id": job["id"], "worker": "deaf"} for job in jobs))
     await until(lambda: server.harness.listener.connections == 1)  # that of the bulk
     transport.resume_reading()
-    response = await stream.line.reader.read(-1)
+    response = await stream.connection.reader.read(-1)
     whole = response.count(b'"status":200}')  # lines; there may be a part of one more
     assert 10 < whole < 290
     states = [(await server.job(job["id"]))["status"] for job in jobs]
@@ -548,7 +548,7 @@ async def test_a_grant_whose_line_was_sent_is_kept(server: WorkerApiServer) -> N
     await server.harness.request("POST", "/v1/jobs", '{"id":"j"}')
     stream = await Stream.open(server.harness)
     assert (await stream.ask(op="start", id="j", worker="w"))["success"]
-    stream.line.writer.transport.abort()
+    stream.connection.writer.transport.abort()
     await until(lambda: server.harness.listener.connections == 1)
     assert (await server.job("j"))["status"] == "processing"
 
@@ -574,7 +574,7 @@ async def test_a_bug_ends_one_stream(harness: HttpHarness, monkeypatch: pytest.M
     monkeypatch.setattr(command_stream._CommandStream, where, fail)
     with capture_logs() as logs:
         stream.send({"op": "get", "id": "j"})
-        assert await stream.line.is_closed()
+        assert await stream.connection.is_closed()
         await until(lambda: harness.listener.connections == 0)
     assert [(line["event"], line["error"]) for line in logs] == [("request_bug", "LookupError")]
     assert TOKEN not in str(logs)
@@ -595,27 +595,27 @@ async def test_a_stop_answers_the_lines_that_were_read_and_ends_the_stream(serve
     await asyncio.sleep(0.01)
     assert not stopping.done()
     server.disk.gate.set()
-    assert (await stream.hear())["status"] == 201
-    assert await stream.hear() is None
+    assert (await stream.receive())["status"] == 201
+    assert await stream.receive() is None
     stream.end()
     await stopping
-    assert await stream.line.is_closed()
+    assert await stream.connection.is_closed()
 
 
 async def test_an_idle_stream_does_not_delay_a_stop(harness: HttpHarness) -> None:
     stream = await Stream.open(harness)
     assert (await stream.ask(op="get", id="j"))["success"]
     stopping = asyncio.ensure_future(harness.stop(60))
-    assert await stream.hear() is None
+    assert await stream.receive() is None
     stream.end()
     await stopping
-    assert await stream.line.is_closed()
+    assert await stream.connection.is_closed()
 
 
 async def test_a_stream_that_begins_during_a_stop_ends_at_once(harness: HttpHarness) -> None:
     harness.app.close()
     stream = await Stream.open(harness)
-    assert await stream.hear() is None
+    assert await stream.receive() is None
     assert harness.actor.received == []
 
 

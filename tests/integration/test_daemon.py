@@ -214,7 +214,7 @@ def test_no_lock_expires_while_the_daemon_stops(tmp_path: Path) -> None:
         grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 5000, "stuck_after_ms": 0}).data
         assert daemon.process is not None
         daemon.process.terminate()
-        daemon.until_said(b"event=stopping")
+        daemon.wait_for_log(b"event=stopping")
         time.sleep(6.5)  # the lock would have expired, and recovery have run
         slow.sock.sendall(b'"id": "slow"}')
         assert b" 201 " in slow.sock.recv(1000)
@@ -366,7 +366,7 @@ def test_sighup_applies_reloadable_keys_and_keeps_the_old_on_error(tmp_path: Pat
         def reload(config: str) -> str:
             daemon.config.write_text(config)
             daemon.process.send_signal(signal.SIGHUP)  # type: ignore[union-attr]
-            return daemon.until_said(b"reload")
+            return daemon.wait_for_log(b"reload")
 
         output = reload("[locks]\nttl = '5m'\n[limits]\nbody = 2000000\n")
         assert "locks.ttl" in output
@@ -386,8 +386,8 @@ def test_a_start_and_a_reload_warn_about_doubtful_settings(tmp_path: Path) -> No
         assert b"locks.max_processing" in daemon.log
         daemon.config.write_text("[cleanup]\ninterval = '1m'\n")
         daemon.process.send_signal(signal.SIGHUP)
-        assert "1m" in daemon.until_said(b"level=warning event=config_warning")
-        daemon.until_said(b"event=reloaded")
+        assert "1m" in daemon.wait_for_log(b"level=warning event=config_warning")
+        daemon.wait_for_log(b"event=reloaded")
         assert daemon.log.count(b"event=config_warning") == 3  # a warning is not repeated
 
 
@@ -426,7 +426,7 @@ def test_a_reloaded_retention_limits_how_far_ahead_the_clock_may_be(tmp_path: Pa
         assert not daemon.admin("GET", "clock").data["suspect"]
         daemon.config.write_text("[retention]\ncancelled = '1d'\n")
         daemon.process.send_signal(signal.SIGHUP)
-        daemon.until_said(b"event=reloaded")
+        daemon.wait_for_log(b"event=reloaded")
         assert daemon.admin("GET", "clock").data["suspect"]
 
 
@@ -434,7 +434,7 @@ def test_sigusr1_dumps_tasks_to_the_log(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         assert daemon.process is not None
         daemon.process.send_signal(signal.SIGUSR1)
-        assert "mailbox=" in daemon.until_said(b"event=dump ")
+        assert "mailbox=" in daemon.wait_for_log(b"event=dump ")
 
 
 def test_a_zombie_worker_is_accepted_until_recovery_then_rejected(tmp_path: Path) -> None:

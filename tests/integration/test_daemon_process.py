@@ -44,8 +44,8 @@ def test_a_daemon_that_logs_more_than_a_pipe_holds_continues(tmp_path: Path) -> 
     with Daemon(tmp_path, "[log]\nlevel = 'debug'\n") as daemon:
         jobs = [{"id": f"job-{number}"} for number in range(1_000)]
         daemon.post("/v1/jobs/bulk", {"jobs": jobs})
-        assert "job_id=job-999" in daemon.until_said(b"event=created logger=jobd.facts job_id=job-999")
+        assert "job_id=job-999" in daemon.wait_for_log(b"event=created logger=jobd.facts job_id=job-999")
         assert daemon.stop() == 0
     assert daemon.log.count(b"event=created") == 1_000
     with pytest.raises(AssertionError, match="the daemon has ended"):
-        daemon.until_said(b"never said")
+        daemon.wait_for_log(b"never said")

@@ -288,7 +288,7 @@ class Stream:
         self._data = b""
         self.is_whole = False
         self._response = response
-        self._heard = threading.Condition()
+        self._has_events = threading.Condition()
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
 
@@ -297,9 +297,9 @@ class Stream:
         try:
             while piece := self._response.read1(65_536):  # readline would take an abort for the end
                 *lines, later_events = (later_events + piece).split(b"\n")
-                with self._heard:
+                with self._has_events:
                     self._note(lines)
-                    self._heard.notify_all()
+                    self._has_events.notify_all()
             self.is_whole = True
         except (OSError, HTTPException):
             pass  # cut off: `is_whole` stays false
@@ -317,8 +317,8 @@ class Stream:
                 self._data = b""
 
     def until(self, count: int) -> None:
-        with self._heard:
-            assert self._heard.wait_for(lambda: len(self.events) >= count, 50), len(self.events)
+        with self._has_events:
+            assert self._has_events.wait_for(lambda: len(self.events) >= count, 50), len(self.events)
 
     def ended(self) -> None:
         self._thread.join(50)
@@ -380,9 +380,9 @@ def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path
 
 @pytest.mark.slow
 def test_a_stop_ends_streams_and_does_not_wait_for_clients_that_do_not_read(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon, stream(daemon) as received, closing(OverUnix(daemon.socket)) as deaf:
-        deaf.request("GET", "/v1/events")
-        deaf.getresponse()
+    with Daemon(tmp_path) as daemon, stream(daemon) as received, closing(OverUnix(daemon.socket)) as slow_client:
+        slow_client.request("GET", "/v1/events")
+        slow_client.getresponse()
         lifecycle(daemon, "a")
         received.until(3)
         assert daemon.stop() == 0

@@ -1,4 +1,4 @@
-"""Prometheus' rules and Grafana's dashboard: well-formed, about metrics that there are, and each rule seen to fire.
+"""Prometheus' rules and Grafana's dashboard: they are well-formed, use existing metrics, and every rule can fire.
 
 PromQL is judged by promtool; names, labels and values by what a real daemon shows.
 """

@@ -74,7 +74,7 @@ class RunningDaemon:
     def reload(self) -> str:
         assert self.daemon.process is not None
         self.daemon.process.send_signal(signal.SIGHUP)
-        return self.daemon.until_said(b"event=reload")
+        return self.daemon.wait_for_log(b"event=reload")
 
     def raw(self, api: str, data: bytes) -> None:
         with socket.create_connection(("127.0.0.1", self.ports[api]), timeout=30) as client:
@@ -197,10 +197,10 @@ def hooks(tmp_path: Path) -> Iterator[tuple[str, Receiver]]:
         places["bad-url"], places["no-name"] = "http://300.300.300.300", "http://nobody.invalid"
         places["tls"] = f"https://127.0.0.1:{stack.enter_context(rude(echoing(b''), tls))}"
         places["no-tls"] = f"https://127.0.0.1:{ports['no-http']}"
-        ear = stack.enter_context(Receiver())
+        receiver = stack.enter_context(Receiver())
         blocks = [_block(name, f"{place}{PLACE}", "job.created") for name, place in places.items()]
-        blocks.append(_block("ear", f"http://127.0.0.1:{ear.port}{PLACE}", "alert.*"))
-        yield "[alerts]\nwebhook_failing = '0'\n" + "".join(blocks), ear
+        blocks.append(_block("receiver", f"http://127.0.0.1:{receiver.port}{PLACE}", "alert.*"))
+        yield "[alerts]\nwebhook_failing = '0'\n" + "".join(blocks), receiver
 
 
 def _block(name: str, url: str, events: str) -> str:
@@ -211,13 +211,13 @@ def _block(name: str, url: str, events: str) -> str:
 @pytest.mark.slow
 def test_of_a_webhook_url_only_the_host_is_shown(hooks: tuple[str, Receiver], tmp_path: Path) -> None:
     """However an attempt ends: not in the log, a list, a page, an alert, a message or the store."""
-    config, ear = hooks
+    config, receiver = hooks
     running = RunningDaemon(tmp_path, config)
     with running.daemon:
         running.ask("worker", WORKER[0], "POST", "/v1/jobs", {"id": "a"})
         names = [line.split('"')[1] for line in config.splitlines() if line.startswith("name = ")]
         _until(lambda: _tried(running) == len(names) - 1)
-        ear.wait_for(lambda response: bool(response))
+        receiver.wait_for(lambda response: bool(response))
         listed = running.ask("admin", ADMIN[0], "GET", "/admin/job-management/webhooks").data["webhooks"]
         assert {each["url"].rpartition("/")[2] for each in listed} == {"…"}
         for path in ("/webhooks", "/", "/alerts", "/metrics", "/admin/job-management/alerts"):
@@ -226,7 +226,7 @@ def test_of_a_webhook_url_only_the_host_is_shown(hooks: tuple[str, Receiver], tm
             assert running.ask("admin", ADMIN[0], "GET", f"/webhooks/{name}").status == 200
             path = f"/admin/job-management/webhooks/{name}/deliveries"
             found = running.ask("admin", ADMIN[0], "GET", path).data["deliveries"]
-            assert all(each["error"] for each in found) == (name != "ear"), found
+            assert all(each["error"] for each in found) == (name != "receiver"), found
         running.reload()
         running.run("check-config", "--config", str(running.daemon.config))
         running.run("check-config", "--json", "--config", str(running.daemon.config))
@@ -234,10 +234,10 @@ def test_of_a_webhook_url_only_the_host_is_shown(hooks: tuple[str, Receiver], tm
         running.run("webhooks", ADMIN_TOKEN=ADMIN[0], module="jobd.cli.ctl.main")
         assert running.daemon.process is not None
         running.daemon.process.send_signal(signal.SIGUSR1)
-        running.daemon.until_said(b"event=dump_thread")
+        running.daemon.wait_for_log(b"event=dump_thread")
         assert running.daemon.stop() == 0
     running.said.append(("log", running.daemon.log.decode()))
-    running.said += [("alert", each.body.decode()) for each in ear.received]
+    running.said += [("alert", each.body.decode()) for each in receiver.received]
     assert b"event=webhook_not_delivered" in running.daemon.log
     assert {where for where, text in running.said if any(secret in text for secret in CANARIES)} == set()
     assert [secret for secret in CANARIES if secret.encode() in running.daemon.store.read_bytes()] == []
@@ -325,7 +325,7 @@ def _inspect_process(running: RunningDaemon, locks: list[str]) -> None:
         while b"jobd_parked_claims 1.0" not in running.ask("admin", ADMIN[0], "GET", "/metrics").body:
             pass
         process.send_signal(signal.SIGUSR1)
-        running.daemon.until_said(b"event=dump_thread")
+        running.daemon.wait_for_log(b"event=dump_thread")
     running.write([SHORT], WORKER)
     running.reload()
     running.write(ADMIN[:2], WORKER[:2])

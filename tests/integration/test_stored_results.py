@@ -123,7 +123,7 @@ def test_a_kill_between_the_deletions_of_a_job_and_its_result_leaks_nothing(tmp_
         path = done(daemon, results, "a", "k")
         results.rename(away)
         assert daemon.admin("DELETE", "jobs/a").status == 200
-        daemon.until_said(b"event=artifact_not_deleted")
+        daemon.wait_for_log(b"event=artifact_not_deleted")
         eventually(lambda: daemon.admin("GET", "health").status == 503)  # it is measured every few seconds
         daemon.kill()
         assert (away / "k").exists()
@@ -141,7 +141,7 @@ def test_tombstones_without_a_store_are_reported_and_kept(tmp_path: Path, result
         done(daemon, results, "a", "k")
         results.rename(away)
         daemon.admin("DELETE", "jobs/a")
-        daemon.until_said(b"event=artifact_not_deleted")
+        daemon.wait_for_log(b"event=artifact_not_deleted")
         assert daemon.stop() == 0
         del daemon.environ["JOBD_ARTIFACTS_URL"]
         daemon.start()

@@ -140,7 +140,7 @@ def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, r
             killed = receiver.wait_for(partial(has_message_about, f"killed-{round_}"))
             assert daemon.process is not None
             daemon.process.wait(10)
-            daemon._hear_out()
+            daemon._join_reader()
             receiver.answer = taken
             daemon.start()
             first = next(each for each in reversed(killed) if each.event["subject"] == f"jobs/killed-{round_}")
@@ -335,7 +335,7 @@ def test_no_secret_is_in_any_output(tmp_path: Path, receiver: Receiver) -> None:
         receiver.wait_for(lambda messages: len(messages) >= 2)
         assert daemon.process is not None
         daemon.process.send_signal(signal.SIGUSR1)
-        daemon.until_said(b"event=dump ")
+        daemon.wait_for_log(b"event=dump ")
         output: bytes = daemon.admin("GET", "/metrics").body
         for path in ("webhooks", "webhooks/billing/deliveries"):
             output += json.dumps(daemon.admin("GET", path).body).encode()
@@ -357,17 +357,17 @@ def test_a_reload_applies_new_webhooks(tmp_path: Path, receiver: Receiver) -> No
         daemon.config.write_text(config(receiver))
         assert daemon.process is not None
         daemon.process.send_signal(signal.SIGHUP)
-        assert "webhooks" in daemon.until_said(b"event=reloaded")
+        assert "webhooks" in daemon.wait_for_log(b"event=reloaded")
         soon(lambda: view(daemon)["state"] == "closed")
         work(daemon, "a")
         messages = receiver.wait_for(lambda messages: done(messages, "a"))
         assert of(messages, "before") == []
         daemon.config.write_text(config(receiver).replace(SECRET, "whsec_x"))
         daemon.process.send_signal(signal.SIGHUP)
-        assert "secret" in daemon.until_said(b"event=reload_failed")
+        assert "secret" in daemon.wait_for_log(b"event=reload_failed")
         daemon.config.write_text("")
         daemon.process.send_signal(signal.SIGHUP)
-        daemon.until_said(b"event=reloaded")
+        daemon.wait_for_log(b"event=reloaded")
         soon(lambda: daemon.admin("GET", "webhooks").data == {"webhooks": []})
         assert daemon.stop() == 0
 
@@ -454,7 +454,7 @@ def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
         message = heard_of("alert.firing")[0]
         assert json.loads(message)["data"]["name"] == "database"
         filler.unlink()
-        daemon.until_said(b"event=disk_has_room")
+        daemon.wait_for_log(b"event=disk_has_room")
         receiver.wait_for(
             lambda _: heard_of("alert.firing").count(message) == 2
         )  # the same message, through the outbox

@@ -32,7 +32,7 @@ def test_the_simulation_finds_a_bug(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert any(simulate(seed, 100).broken for seed in range(30))
 
 
-@pytest.mark.timeout(300)  # a test file in a process of its own
+@pytest.mark.timeout(300)  # runs a test file in another process
 def test_the_program_reports_which_test_finds_a_bug(capsys: pytest.CaptureFixture[str]) -> None:
     assert program.main(["token-compared-by-its-start"]) == 0
     printed = capsys.readouterr().out

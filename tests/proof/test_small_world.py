@@ -52,7 +52,7 @@ REFUSALS = {
 }  # fmt: skip
 
 
-# These read many jobs or history, or persist the clock: they do nothing to one job. Downtime has a world of its own.
+# These read many jobs or history, or persist the clock: they do nothing to one job. Downtime has its own world.
 NOT_PLAYED = {
     EndPauses,
     ListJobs,

@@ -1,4 +1,4 @@
-"""A real `jobd serve` in a directory of its own, for tests that need the process: started, asked, killed, started."""
+"""A real `jobd serve` process in its own directory, for tests that start, call, kill and restart it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any, Self
 
 TOKEN = "token-for-tests-0123456789abcdef"
 READY = b"event=ready"
-SAID_S = 60.0  # the timeout of a test
+TIMEOUT_S = 60.0  # the timeout of a test
 
 _LIBC = ctypes.CDLL(None)  # loaded here, because a child between fork and exec should do little
 _PR_SET_PDEATHSIG = 1
@@ -125,9 +125,9 @@ class Daemon(ApiCalls):
         self.prefix: list[str] = []  # a program that starts the daemon, such as strace
         self.module = "jobd"  # or a variant, such as "tests.support.daemon_variants short_pages"
         self.process: subprocess.Popen[bytes] | None = None
-        self._heard = threading.Condition()
+        self._has_output = threading.Condition()
         self._lines: list[bytes] = []
-        self._looked_at = 0
+        self._next_index = 0
         self._listener: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -138,7 +138,7 @@ class Daemon(ApiCalls):
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        self._hear_out()
+        self._join_reader()
 
     @classmethod
     @contextmanager
@@ -154,7 +154,7 @@ class Daemon(ApiCalls):
     def start(self) -> None:
         """Wait until the log says that the daemon is ready. Fails with the log if it ends instead."""
         self.launch()
-        self.until_said(READY)
+        self.wait_for_log(READY)
 
     def launch(self) -> None:
         """Start the process without waiting."""
@@ -170,53 +170,53 @@ class Daemon(ApiCalls):
         """Read the output of the daemon continuously, because a full pipe would block it."""
         assert process.stderr is not None
         for line in process.stderr:
-            with self._heard:
+            with self._has_output:
                 self._lines.append(line)
-                self._heard.notify_all()
+                self._has_output.notify_all()
         process.stderr.close()
-        with self._heard:
+        with self._has_output:
             self._listener = None
-            self._heard.notify_all()
+            self._has_output.notify_all()
 
-    def _hear_out(self) -> None:
+    def _join_reader(self) -> None:
         if (listener := self._listener) is not None:
             listener.join()
 
     @property
     def log(self) -> bytes:
         """The output so far; after `stop` or `kill` all of it."""
-        with self._heard:
+        with self._has_output:
             return b"".join(self._lines)
 
-    def until_said(self, text: bytes) -> str:
+    def wait_for_log(self, text: bytes) -> str:
         """Wait for the next line with `text` after the one that the last call returned."""
         line = self._next_line(text)
         assert line is not None, f"the daemon has ended:\n{self.log.decode()}"
         return line
 
     def _next_line(self, text: bytes) -> str | None:
-        """Like `until_said`, but None if the daemon ends without such a line."""
-        with self._heard:
+        """Like `wait_for_log`, but None if the daemon ends without such a line."""
+        with self._has_output:
             while True:
-                while self._looked_at < len(self._lines):
-                    line = self._lines[self._looked_at]
-                    self._looked_at += 1
+                while self._next_index < len(self._lines):
+                    line = self._lines[self._next_index]
+                    self._next_index += 1
                     if text in line:
                         return line.decode()
                 if self._listener is None:
                     return None
-                assert self._heard.wait(SAID_S), f"not said: {text!r}"
+                assert self._has_output.wait(TIMEOUT_S), f"no such log line: {text!r}"
 
     def kill(self) -> None:
         assert self.process is not None
         self.process.kill()
         self.process.wait()
-        self._hear_out()
+        self._join_reader()
 
     def stop(self, signal_number: signal.Signals = signal.SIGTERM) -> int:
         """Send SIGTERM and return the exit code."""
         assert self.process is not None
         self.process.send_signal(signal_number)
         code = self.process.wait(30)
-        self._hear_out()
+        self._join_reader()
         return code

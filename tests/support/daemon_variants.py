@@ -70,7 +70,7 @@ def _report(kind: type, name: str, part: str) -> None:
 
 
 def _print(text: str) -> None:
-    """Write in one piece, because the log writes to stderr from a thread of its own."""
+    """Write in one piece, because the log writes to stderr from another thread."""
     os.write(2, f"{text}\n".encode())
 
 

@@ -583,12 +583,12 @@ class HttpHarness:
     async def request(
         self, method: str, target: str, body: bytes | str | None = None, headers: Mapping[str, str] | None = None
     ) -> ReceivedResponse:
-        """Send one request on a connection of its own."""
+        """Send one request on a new connection."""
         client = await self.connect()
         return await client.request(method, target, body, headers)
 
     async def send_raw(self, data: bytes) -> ReceivedResponse:
-        """Send exactly these bytes on a connection of their own, and receive a response."""
+        """Send exactly these bytes on a new connection, and receive a response."""
         client = await self.connect()
         client.send(data)
         return await client.receive()

@@ -99,7 +99,7 @@ def transition(
 ) -> int:
     """Change a job's status from FROM to TO.
 
-    Fails if the status is not FROM any more.
+    Fails if the status is no longer FROM.
 
     \b
     Fields for --set: error_message, priority, run_at, max_attempts, download_url, file_path,

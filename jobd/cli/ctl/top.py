@@ -74,11 +74,11 @@ class Sampler:
         self._clock = clock
         self._counts: deque[tuple[float, dict[str, float]]] = deque()
 
-    def take(self, client: AdminClient, most_queues: int | None = None) -> TopFrame:
+    def take(self, client: AdminClient, max_queues: int | None = None) -> TopFrame:
         """Return a sample with the busiest queues, at most `most_queues` (None: all)."""
         stats, queues, seen, locks = (
             client.stats(),
-            client.queues(limit=MAX_PAGE if most_queues is None else min(most_queues + 1, MAX_PAGE), busiest=True),
+            client.queues(limit=MAX_PAGE if max_queues is None else min(max_queues + 1, MAX_PAGE), busiest=True),
             client.worker_page(limit=MAX_WORKERS),
             client.locks(limit=MAX_WORKERS),
         )
@@ -99,8 +99,8 @@ class Sampler:
             )
             for each in sorted(seen.workers, key=lambda each: (-each.held, each.worker))
         ]
-        more = most_queues is not None and len(queues) > most_queues
-        return TopFrame(stats, per_second, over_s, queues[:most_queues], workers, alerts, more, seen.by_state["gone"])
+        more = max_queues is not None and len(queues) > max_queues
+        return TopFrame(stats, per_second, over_s, queues[:max_queues], workers, alerts, more, seen.by_state["gone"])
 
     def rates(self, metrics: str) -> tuple[dict[str, float], float]:
         """Return events per second since the oldest sample of the window, and the time since then."""
@@ -291,7 +291,7 @@ def _workers(frame: TopFrame, rows: int, width: int) -> list[Text]:
 def _table(
     columns: Sequence[str],
     rows: Sequence[Sequence[object]],
-    most: int,
+    max_rows: int,
     width: int,
     style: str = "",
     *,
@@ -306,7 +306,7 @@ def _table(
     from rich.text import Text
 
     lines = [[name.removeprefix(">") for name in columns]]
-    lines += [[terminal.cell(value) for value in row] for row in rows[:most]]
+    lines += [[terminal.cell(value) for value in row] for row in rows[:max_rows]]
     lines = _fitted(lines, width, spare)
     # As in all tables in a pipe, one long name moves only its own line.
     to = terminal.widths(lines, terminal.ALIGNED if width >= terminal.UNBOUNDED else width)
@@ -322,8 +322,8 @@ def _table(
         drawn.append(text)
     if is_part:
         drawn.append(_line("and more"))
-    elif len(rows) > most:
-        drawn.append(_line(f"and {len(rows) - most} more"))
+    elif len(rows) > max_rows:
+        drawn.append(_line(f"and {len(rows) - max_rows} more"))
     return drawn if any(columns) else drawn[1:]
 
 

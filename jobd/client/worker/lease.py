@@ -76,7 +76,7 @@ class LeaseKeeper:
 
     @property
     def _is_ended(self) -> bool:
-        """Whether the daemon accepts no ending any more. After the ceiling it does until recovery has run."""
+        """Whether the daemon no longer accepts an ending. After the ceiling it accepts one until recovery has run."""
         return self.lost.done() and not isinstance(self.lost.result(), MaxProcessingTimeExceeded)
 
     @property

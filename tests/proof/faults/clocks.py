@@ -111,7 +111,7 @@ def _for_six_seconds(daemon: Stepped) -> None:
         daemon.post(f"/v1/jobs/{job_id}/complete", {**daemon.grant(job_id, LONG_TTL_MS), "metadata": 1})
     daemon.step(40 * DAY_S)
     assert daemon.admin("POST", "cleanup", {}).data["expiredJobsDeleted"] == 0
-    daemon.until_said(b"level=warning event=clock_suspect")
+    daemon.wait_for_log(b"level=warning event=clock_suspect")
     daemon.step(-40 * DAY_S)
     assert daemon.admin("POST", "cleanup", {}).data["expiredJobsDeleted"] == 0
     assert [daemon.get(f"/v1/jobs/{job_id}").status for job_id in ids] == [200] * 3

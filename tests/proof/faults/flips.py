@@ -150,7 +150,7 @@ def _doctor_names(path: Path) -> bool:
         return True
 
 
-def _looked_at(path: Path, holds: Contents) -> tuple[str, bool]:
+def _inspect(path: Path, holds: Contents) -> tuple[str, bool]:
     """Return the result of a flip in a word, and whether anything was missing. Fails if a response was wrong."""
     named = _doctor_names(path)
     verdict, lost, missing = asyncio.run(_serves(path, holds))
@@ -219,7 +219,7 @@ def flips(trial: Trial, *, killed: bool) -> Counts:
             if last is not None and last.holds(at):
                 counts["in the last transaction, not told from a torn write"] += 1
                 continue
-            verdict, lost = _looked_at(path, original.holds)
+            verdict, lost = _inspect(path, original.holds)
             assert not verdict.startswith("refused without"), verdict
             if number % BY_DAEMON == 0:
                 path = original.put(trial.directory / "flipped", suffix, at, bit)

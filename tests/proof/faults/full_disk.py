@@ -90,24 +90,24 @@ def _fills_up(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> int:
     while (reply := caller.create(f"{name}-new-{created}")[1]).status == 201:
         created += 1
     assert (reply.status, reply.error) == (507, "storage_full"), reply.body
-    assert "refused=creates" in daemon.until_said(FULL)
+    assert "refused=creates" in daemon.wait_for_log(FULL)
     record, lock = held[0]
     while (
         reply := caller.ask("extended", record, "extend", {"lock_id": lock, "additional_ms": 900_000})
     ).status == 200:
         extended += 1
     assert reply.error == "storage_full", reply.body
-    assert "refused=all_but_endings" in daemon.until_said(FULL)
+    assert "refused=all_but_endings" in daemon.wait_for_log(FULL)
     assert not Path(f"{place}/jobd.db.ballast").exists()
     assert daemon.get(f"/v1/jobs/{record.job_id}").status == 200, "reads go on"
     for record, lock in held:
         reply = caller.ask("completed", record, "complete", {"lock_id": lock})
         assert reply.status == 200, f"the ballast is for endings: {reply.body}"
-    daemon.until_said(b"event=disk_has_room")  # the space of the reserve file
+    daemon.wait_for_log(b"event=disk_has_room")  # the space of the reserve file
     assert not Path(f"{place}/jobd.db.ballast").exists()
     assert caller.create(f"{name}-before")[1].status == 201
     filler.unlink()
-    daemon.until_said(b"event=reserve_file_rebuilt")
+    daemon.wait_for_log(b"event=reserve_file_rebuilt")
     refused = ledger.codes.total()
     work_alone(daemon, ledger, f"{name}-after", 5)
     assert ledger.codes.total() == refused, f"there is room again: {ledger.codes}"
@@ -139,9 +139,9 @@ def _filled_and_freed(daemon: Daemon, ledger: Ledger, place: Path) -> None:
     filler = fill(place)
     while caller.create(f"new-{jobs}")[1].status == 201:
         jobs += 1
-    daemon.until_said(FULL)
+    daemon.wait_for_log(FULL)
     filler.unlink()
-    daemon.until_said(b"event=disk_has_room")
+    daemon.wait_for_log(b"event=disk_has_room")
     refused = ledger.codes.total()
     work_alone(daemon, ledger, "after", 2)
     assert ledger.codes.total() == refused, f"there is room again: {ledger.codes}"

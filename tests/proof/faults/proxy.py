@@ -32,22 +32,22 @@ class Proxy:
     def __init__(self, directory: Path, behind: str) -> None:
         self._path = str(directory / "proxy.sock")
         self._behind = behind
-        self._door = socket.socket(socket.AF_UNIX)
+        self._listener = socket.socket(socket.AF_UNIX)
         self._threads: list[threading.Thread] = []
         self.lost: dict[str, tuple[int, Any]] = {}  # status and body of lost responses, by the X-Call of their requests
 
     def __enter__(self) -> Proxy:
-        self._door.bind(self._path)
-        self._door.listen(64)
+        self._listener.bind(self._path)
+        self._listener.listen(64)
         self._threads.append(threading.Thread(target=self._let_in))
         self._threads[0].start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._door.shutdown(socket.SHUT_RDWR)
+        self._listener.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
-        self._door.close()
+        self._listener.close()
         os.unlink(self._path)
 
     def connect(self) -> http.client.HTTPConnection:
@@ -56,7 +56,7 @@ class Proxy:
     def _let_in(self) -> None:
         with suppress(OSError):  # no listener
             while True:
-                sock, _ = self._door.accept()
+                sock, _ = self._listener.accept()
                 thread = threading.Thread(target=self._carry, args=(sock,))
                 self._threads.append(thread)
                 thread.start()

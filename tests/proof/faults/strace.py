@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.proof.faults.harness import program
-from tests.support.daemon_process import SAID_S, Daemon
+from tests.support.daemon_process import TIMEOUT_S, Daemon
 
 STRACE: Final = program("strace")
 WRITES: Final = ("pwrite64",)
@@ -54,7 +54,7 @@ class Strace:
         process = self._daemon.process
         assert process is not None
         end = re.compile(rf"^{process.pid} .*\+\+\+ (exited|killed)", re.MULTILINE)
-        deadline_s = time.monotonic() + SAID_S
+        deadline_s = time.monotonic() + TIMEOUT_S
         while not end.search(text := self._log.read_text()):  # strace may write its last lines after the end
             assert time.monotonic() < deadline_s, f"strace does not end: {text[-500:]}"
             time.sleep(0.01)

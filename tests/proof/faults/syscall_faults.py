@@ -199,7 +199,7 @@ def _stopped(daemon: Daemon) -> int:
 def _has_room_again(daemon: Daemon, ledger: Ledger) -> None:
     """Check that creates are accepted again without a restart after one call with a full disk."""
     if b"event=disk_full" in daemon.log:
-        daemon.until_said(b"event=disk_has_room")
+        daemon.wait_for_log(b"event=disk_has_room")
         refused = ledger.codes.total()
         lifecycles(daemon, ledger, "room")
         assert ledger.codes.total() == refused, f"there is room again: {ledger.codes}"

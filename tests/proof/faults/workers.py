@@ -22,7 +22,7 @@ LOCK_TTL_MS: Final = 1_000
 RECOVER_EVERY_MS: Final = 2_000
 LATE_MS: Final = 1_000  # beyond the recovery period
 WORKERS: Final = 4
-SAID_S: Final = 60.0
+TIMEOUT_S: Final = 60.0
 
 
 class RealWorker:
@@ -88,7 +88,7 @@ class RealWorker:
 
 def _until_expired(daemon: Daemon, job_id: str) -> None:
     """Wait until the daemon shows the lock as expired."""
-    deadline_s = time.monotonic() + SAID_S
+    deadline_s = time.monotonic() + TIMEOUT_S
     while True:
         job = daemon.get(f"/v1/jobs/{job_id}").data
         assert job["status"] == "processing"
@@ -99,7 +99,7 @@ def _until_expired(daemon: Daemon, job_id: str) -> None:
 
 
 def _until_ended(daemon: Daemon, job_id: str) -> dict[str, Any]:
-    deadline_s = time.monotonic() + SAID_S
+    deadline_s = time.monotonic() + TIMEOUT_S
     while (job := daemon.get(f"/v1/jobs/{job_id}").data)["status"] == "processing":
         assert time.monotonic() < deadline_s, job
         time.sleep(0.02)

@@ -1,6 +1,6 @@
-"""The bucket of a simulated machine: it outlives every crash, fails and is slow when asked to, and knows whose what is.
+"""The bucket of a simulated machine. It survives crashes, fails and is slow on demand, and records owners.
 
-A deletion that was sent takes effect although its sender has died meanwhile or waits no more.
+A deletion that was sent takes effect although its sender has died meanwhile or no longer waits.
 """
 
 from __future__ import annotations

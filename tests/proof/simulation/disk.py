@@ -42,7 +42,7 @@ class SimDisk(MemoryStorage):
     """`dice` draws delays and failures. `full`: 0 no, 1 for new jobs, 2 until the reserve is released, 3 for all.
 
     `failing` names methods that raise with a chance of one half. `write_fault` of the next write: `refused` and
-    `unknown` raise with nothing written, `lost_answer` raises although it was. `committed` is told of each batch.
+    `unknown` raise with nothing written, `lost_answer` raises although it was. `committed` is called with each batch.
     """
 
     def __init__(self, dice: Random, fired: Counter[str], wall: Callable[[], int]) -> None:
@@ -63,7 +63,7 @@ class SimDisk(MemoryStorage):
         self.pruning: Callable[[int], None] = lambda before: None
         self._dice = dice
         self._fired = fired
-        self._stay: dict[int, int] = {}  # seq -> how many more times its row cannot be moved aside
+        self._stay: dict[int, int] = {}  # seq -> how many more times its row cannot be quarantined
         self._written: tuple[Batch, int] | None = None  # not flushed yet, and what its counts know of
         self.is_broken = False
         self.on_broken: Callable[[Exception], None] = lambda error: None

@@ -68,7 +68,7 @@ OTHERS: Final = (
     "answer replayed",
     "dry run",
     "look that may go first",
-    "cleanup complained",
+    "cleanup degraded",
     "mishap client disconnects at the response",
     "grant undelivered",
     "late result taken",

@@ -170,7 +170,11 @@ class DecisionChecks:
         done = len(_ids(decision.changes, "stalled"))
         self.must(done == min(stuck, command.limit), "S5", f"{done} jobs were recovered, {stuck} are stuck")
         if isinstance(decision.answer, Response) and isinstance(decision.answer.data, Recovered):
-            self.must(decision.answer.data.more or stuck <= done, "S5", "stuck jobs are left, and nobody is told")
+            self.must(
+                decision.answer.data.more or stuck <= done,
+                "S5",
+                "stuck jobs are left and not reported",
+            )
 
     def _check_start(self, job: Job, decision: Decision, at: Moment) -> None:
         answer = decision.answer
@@ -224,10 +228,10 @@ class DecisionChecks:
         refused = isinstance(answer, ApiError) and answer.code == "lock_lost"
         ended = job.ended if job is not None else None
         was_theirs = ended is not None and ended.lock_id == command.lock_id and ended.verb is None
-        self.must(refused and was_theirs, "S3", f"a {type(command).__name__} was told as a late call", command.id)
+        self.must(refused and was_theirs, "S3", f"a {type(command).__name__} was recorded as a late call", command.id)
         told = (event.details or {}).get("fencing_token"), (event.details or {}).get("verb")
         right = ended is not None and told == (ended.fencing_token, type(command).__name__.lower())
-        self.must(right, "S3", f"a {type(command).__name__} was told as {told}", command.id)
+        self.must(right, "S3", f"a {type(command).__name__} was recorded as {told}", command.id)
 
     # -- one change ---------------------------------------------------------------------------------------------------
 

@@ -198,7 +198,7 @@ class Monitor(DecisionChecks):
             self.machine.artifacts.committed(change)
             if event.type == "late_call" and event.details is not None:
                 call = (event.job_seq, event.details["fencing_token"], event.details["verb"])
-                self.must(call not in self._calls, "S3", "a late call was told twice", event.job_id)
+                self.must(call not in self._calls, "S3", "a late call was recorded twice", event.job_id)
                 self._calls.add(call)
             self.must(fold(before, event) == after, "S7", f"{event.type} does not say what happened", event.job_id)
             if event.type == "undelivered" and before is not None and before.grant is not None:
@@ -265,9 +265,13 @@ class Monitor(DecisionChecks):
             schedule = daemon.cleaner.schedule
             late_s = 3 * max(schedule.interval_ms, schedule.min_interval_ms) / SECOND_MS
             told = daemon.cleaner.degraded_reason() is not None
-            self.fired["cleanup complained"] += told
+            self.fired["cleanup degraded"] += told
             silent_s = now_s - self._good_pass_s
-            self.must(told or silent_s <= late_s + 1, "L5", f"no pass has succeeded for {silent_s:.0f} s, none says so")
+            self.must(
+                told or silent_s <= late_s + 1,
+                "L5",
+                f"no cleanup run has succeeded for {silent_s:.0f} s, and health does not report it",
+            )
 
     def note_freeze(self, seconds: float) -> None:
         """Note a freeze: a cleanup run may have been in progress."""
@@ -394,7 +398,7 @@ class Monitor(DecisionChecks):
             event = change.event
             if event.type in NOTES:
                 self.must(
-                    event.seq in self._durable, "S6", f"{event.type} was told and is not on the disk", event.job_id
+                    event.seq in self._durable, "S6", f"{event.type} was reported and is not on disk", event.job_id
                 )
                 self.acknowledged[event.seq] = (event.type, event.job_seq, event.job_id)
 

@@ -108,7 +108,7 @@ async def test_a_missing_result_is_an_error_that_says_why(harness: HttpHarness, 
 
 
 def brings(harness: HttpHarness, *lates: LateResult) -> None:
-    """Give the job of every request these late results, and a result of its own."""
+    """Give the job of every request these late results, and its own result."""
     rules = RuleHarness()
     job: Job = replace(rules.create("a"), result=Result(storage_key="own"))
     listed = LateResultList([late_view(late) for late in lates])

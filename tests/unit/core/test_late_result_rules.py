@@ -666,7 +666,7 @@ def test_a_draft_numbers_late_results(rules: RuleHarness) -> None:
     assert all(change.before is change.after for change in draft.changes)
 
 
-# -- told -------------------------------------------------------------------------------------------------------------
+# -- recorded calls ---------------------------------------------------------------------------------------------------
 
 
 CALLS: dict[str, Any] = {

@@ -124,14 +124,14 @@ async def test_a_delivery_shows_its_outcome(harness: DashboardHarness) -> None:
     fakes.deliveries_page = DeliveryPage(found, None)
     page = text(await browser.get("/webhooks/q"))
     rows = {int(number): row for number, row in re.findall(r'<tr id="delivery-(\d+)">(.*?)</tr>', page, re.DOTALL)}
-    said = {
+    states = {
         1: (">waiting<", "next attempt", 'queue <a href="/jobs?queue=a%20b">a b</a>', ">Send now<"),
         2: (">waiting<", ">due", "alerts stuck_jobs", ">Send now<"),
         3: (">delivered<", "HTTP 204", ">Send again<"),
         4: (">dead-lettered<", "&lt;no&gt;", ">Send again<"),
     }
-    assert rows.keys() == said.keys()
-    for number, words in said.items():
+    assert rows.keys() == states.keys()
+    for number, words in states.items():
         for each in words:
             assert each in rows[number], (number, each)
     fakes.hooks = [replace(WEBHOOK, state="open", failing_since=1, next_try_at=3_000_000_000_000)]

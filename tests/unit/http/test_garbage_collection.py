@@ -90,7 +90,7 @@ async def test_lines_of_a_stream_leave_no_garbage(server: WorkerApiServer) -> No
         assert (await stream.ask(op="complete", id="a", lock_id=grant["lock_id"]))["status"] == 200
     assert left == []
     stream.end()
-    assert await stream.hear() is None
+    assert await stream.receive() is None
 
 
 async def test_an_aborted_stream_leaves_no_garbage(server: WorkerApiServer) -> None:
@@ -101,7 +101,7 @@ async def test_an_aborted_stream_leaves_no_garbage(server: WorkerApiServer) -> N
         await server.disk.at_gate.wait()
         stream.send({"op": "create", "id": "b"})
         await until(lambda: server.actor.waiting > 0)
-        stream.line.writer.close()
+        stream.connection.writer.close()
         await until(lambda: not server.harness.listener.connections)
         server.disk.gate.set()
         assert (await server.harness.request("GET", "/v1/jobs")).status == 200

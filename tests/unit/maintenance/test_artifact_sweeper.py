@@ -189,7 +189,7 @@ async def test_an_artifact_named_by_a_late_result_waits_for_its_end() -> None:
 
 
 async def late(at: Swept, job_id: str, key: str) -> str:
-    """Complete a job after its lock is lost, with an old artifact of its own. Return the lock."""
+    """Complete a job after its lock is lost, with its own old artifact. Return the lock."""
     lock_id = await at.engine.held(job_id)
     await at.engine.yes(ForceFail(id=job_id), by="admin", admin=True)
     at.store.upload(key)
@@ -239,7 +239,7 @@ async def test_the_artifact_of_an_adopted_late_result_is_deleted_with_its_job() 
 
 @in_virtual_time
 async def test_a_storage_key_per_grant_leaks_nothing() -> None:
-    """As docs/workers.md advises: each grant has an artifact of its own, and the first one completes late."""
+    """As docs/workers.md advises: each grant has its own artifact, and the first one completes late."""
     async with sweeping() as at:
         await late(at, "a", "out-1")
         await at.engine.yes(ForceReset(id="a"), by="admin", admin=True)

@@ -99,7 +99,7 @@ async def test_progress_is_reported_from_the_first_step(store: Store, monkeypatc
     assert {view.bytes_total for view in seen} == {seen[0].bytes_total}
     assert (seen[0].id, seen[0].started_at, seen[0].ended_at, seen[0].message) == ("mine", 1_000, None, None)
     quiet_ms = manager.views()[0].quiet_ms
-    while manager.views()[0].quiet_ms <= quiet_ms:  # noqa: ASYNC110 - the disk stands still, and that is told
+    while manager.views()[0].quiet_ms <= quiet_ms:  # noqa: ASYNC110 - the disk hangs, and the view shows it
         await asyncio.sleep(0.001)
     slow.free = True
     copy = await asking

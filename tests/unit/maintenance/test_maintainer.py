@@ -337,7 +337,7 @@ async def test_a_new_schedule_applies_at_once() -> None:
 
 @in_virtual_time
 async def test_overdue_queued_jobs_fail_with_the_next_recovery() -> None:
-    """No worker can claim them any more; they must not stay queued until the next cleanup run."""
+    """No worker can claim them; they must not stay queued until the next cleanup run."""
     async with VirtualEngine(schedule=RECOVERING) as engine:
         engine.keep()
         await until(lambda: engine.cleaner.totals.passes == 1)

@@ -510,7 +510,7 @@ async def test_a_suspect_clock_is_degraded_until_it_is_accepted() -> None:
     async with VirtualEngine() as engine:
         health = health_of(engine)
         assert (await health.view()).status == "healthy"
-        engine.step_ms = 40 * DAY_MS  # cached results do not count any more
+        engine.step_ms = 40 * DAY_MS  # cached results have expired
         view = await health.view()
         assert view.status == "degraded"
         assert "The wall clock is 40 days ahead of its expected value" in view.cleanup_status.message

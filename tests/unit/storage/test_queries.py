@@ -141,7 +141,7 @@ async def test_a_page_has_a_limited_amount_of_payload(store: Store) -> None:
     page = await store.find_jobs(JobQuery(payload_bytes=3_000))
     assert [job.seq for job, _ in page.jobs] == [10, 9, 8]
     assert page.next_before == 8
-    page = await store.find_jobs(JobQuery(payload_bytes=10, before=2))  # a larger job is a page of its own
+    page = await store.find_jobs(JobQuery(payload_bytes=10, before=2))  # a larger job fills a page
     assert [(job.seq, len(body)) for job, body in page.jobs] == [(1, 1_000)]
     assert page.next_before is None
     page = await store.find_jobs(JobQuery(payload_bytes=3_000, after=0))

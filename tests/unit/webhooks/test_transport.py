@@ -36,7 +36,7 @@ def receiver() -> Iterator[Receiver]:
 
 @pytest.fixture
 async def sender() -> AsyncIterator[HttpTransport]:
-    made = HttpTransport(allow_private=True, most=4, wall=lambda: time.time_ns() // 1_000_000)
+    made = HttpTransport(allow_private=True, connections=4, wall=lambda: time.time_ns() // 1_000_000)
     yield made
     await made.close()
 
@@ -44,7 +44,7 @@ async def sender() -> AsyncIterator[HttpTransport]:
 @pytest.fixture
 async def careful() -> AsyncIterator[HttpTransport]:
     """A receiver address that is not private."""
-    made = HttpTransport(allow_private=False, most=4, wall=lambda: time.time_ns() // 1_000_000)
+    made = HttpTransport(allow_private=False, connections=4, wall=lambda: time.time_ns() // 1_000_000)
     yield made
     await made.close()
 
@@ -274,7 +274,7 @@ async def test_a_trusted_certificate_is_accepted(tmp_path: Path) -> None:
     runner = web.ServerRunner(web.Server(handle))
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=ours).start()
-    trusting = HttpTransport(allow_private=True, most=1, wall=lambda: 0, tls=theirs)
+    trusting = HttpTransport(allow_private=True, connections=1, wall=lambda: 0, tls=theirs)
     port = runner.addresses[0][1]
     assert (await trusting.post(to(f"https://localhost:{port}/"), DELIVERY)).error is None
     other_name = await trusting.post(to(f"https://127.0.0.1:{port}/"), DELIVERY)
