@@ -34,9 +34,9 @@ def test_the_simulation_finds_a_bug(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.timeout(300)  # runs a test file in another process
 def test_the_program_reports_which_test_finds_a_bug(capsys: pytest.CaptureFixture[str]) -> None:
-    assert program.main(["token-compared-by-its-start"]) == 0
+    assert program.main(["stream-error-overtakes"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^token-compared-by-its-start +http +[0-9.]+ s  unit/http/test_auth\.py::", printed)
+    assert re.search(r"^stream-error-overtakes +http +[0-9.]+ s  integration/test_command_stream\.py::", printed)
     assert "1 of 1 bugs found" in printed
 
 
