@@ -42,7 +42,7 @@ check: $(READY)  ## run what CI runs: format, lint, types, all tests, coverage, 
 	$(MAKE) test
 	$(BIN)/pytest --loop stock -m asyncio --numprocesses $(PARALLEL) $(LOOPS)
 	$(MAKE) coverage
-	$(BIN)/pytest -m slow --numprocesses $$(($(PARALLEL) + 1)) --dist worksteal  # most of them wait for processes
+	$(BIN)/pytest -m slow --numprocesses $(PARALLEL) --dist worksteal
 	$(BIN)/jobd demo
 
 # Deterministic tests only, so that no branch is covered by chance.

@@ -187,7 +187,7 @@ async def claim(socket: str, seconds: float, connections: int = 1) -> Figures:
     """Claim a job on one connection and release it at once. Creates a job if none is due."""
     connection, times = await LoadConnection.open(socket), list[float]()
     began = clock()
-    while clock() - began < seconds:
+    while not times or clock() - began < seconds:
         started = clock()
         grants = (await connection.post("/v1/claim", worker(1)))["grants"]
         if not grants:
