@@ -605,3 +605,17 @@ async def test_the_log_of_many_errors_is_rate_limited_but_all_are_counted(
     assert logs[-1]["left_out"] == 30
     assert all("left_out" not in entry for entry in logs[:-1])
     assert harness.app.error_counts == {"not_found": MAX_LINES_PER_SECOND + 31, "invalid_request": 1}
+
+
+def test_each_kind_of_log_line_has_its_own_limit_and_suppressed_lines_are_counted() -> None:
+    now_s = 5.0
+    limiter = LogRateLimiter(lambda: now_s)
+    suppressed = [limiter.suppressed("a") for _ in range(MAX_LINES_PER_SECOND + 7)]
+    assert suppressed == [0] * MAX_LINES_PER_SECOND + [None] * 7
+    assert limiter.suppressed("b") == 0
+    now_s = 5.99
+    assert limiter.suppressed("a") is None
+    now_s = 6.0
+    assert [limiter.suppressed("a"), limiter.suppressed("a"), limiter.suppressed("b")] == [8, 0, 0]
+    now_s = 60.0
+    assert limiter.suppressed("a") == 0
