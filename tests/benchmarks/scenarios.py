@@ -82,12 +82,12 @@ def _startup(stage: BenchDaemon, size: Size) -> dict[str, Any]:
 
 
 def _memory(stage: BenchDaemon, size: Size) -> dict[str, Any]:
-    before = stage.memory()
+    empty, _ = stage.memory()
     stage.load("fill", count=size.live)
     stage.stop()
     stage.start()
-    after = stage.memory()
-    return {"live_jobs": size.live, "bytes_per_live_job": (after - before) / size.live, "resident_mb": after / 1e6}
+    filled, resident = stage.memory()
+    return {"live_jobs": size.live, "bytes_per_live_job": (filled - empty) / size.live, "resident_mb": resident / 1e6}
 
 
 SCENARIOS: Final = {

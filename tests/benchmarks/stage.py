@@ -109,10 +109,11 @@ class BenchDaemon:
         assert self._process is not None
         return self._process.pid
 
-    def memory(self) -> int:
-        """Return the resident bytes of the daemon."""
+    def memory(self) -> tuple[int, int]:
+        """Return the bytes that the daemon allocated, and its resident bytes: these include mapped files."""
         status = Path(f"/proc/{self.pid}/status").read_text("ascii")
-        return int(status.partition("VmRSS:")[2].split()[0]) * 1024
+        allocated, resident = (int(status.partition(name)[2].split()[0]) * 1024 for name in ("RssAnon:", "VmRSS:"))
+        return allocated, resident
 
     def _cpu_s(self) -> float:
         assert self._process is not None
