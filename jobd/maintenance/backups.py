@@ -15,9 +15,7 @@ import structlog
 
 from jobd.model.errors import ApiError
 from jobd.model.responses import BackupState, BackupView
-from jobd.model.storage import BackupError, DiskFull
-from jobd.storage import backup
-from jobd.storage.store import Store
+from jobd.model.storage import BackupError, BackupStep, DiskFull, Storage
 
 MAX_ACTIVE: Final = 8  # one is copied; the others wait or are sent
 MAX_FINISHED: Final = 20  # kept in the list
@@ -28,10 +26,10 @@ log = structlog.get_logger("jobd.daemon")
 
 
 class Backups:
-    """The backups of a store, made one after the other. `now` returns Unix ms."""
+    """The backups of a storage, made one after the other. `now` returns Unix ms."""
 
-    def __init__(self, store: Store, now: Callable[[], int]) -> None:
-        self._store = store
+    def __init__(self, storage: Storage, now: Callable[[], int]) -> None:
+        self._storage = storage
         self._now = now
         self._active: list[Backup] = []
         self._finished: deque[BackupView] = deque(maxlen=MAX_FINISHED)
@@ -51,7 +49,7 @@ class Backups:
         copy = Backup(self, id_, self._now())
         self._active.append(copy)
         try:
-            await copy.fill(self._store)
+            await copy.fill(self._storage)
         except BaseException as error:
             copy.close(str(error) if isinstance(error, DiskFull | BackupError) else "it was cancelled")
             raise
@@ -100,14 +98,14 @@ class Backup:
             message=self._message,
         )
 
-    async def fill(self, store: Store) -> None:
+    async def fill(self, storage: Storage) -> None:
         """Copy and check."""
-        self._file = await backup.make_copy(store, self._on_progress)
+        self._file = await storage.backup(self._on_progress)
         self.size = await asyncio.to_thread(self._file.seek, 0, 2)
         await asyncio.to_thread(self._file.seek, 0)
         self._state, self._done, self._total = "sending", 0, self.size
 
-    def _on_progress(self, step: backup.Step, done: int, total: int) -> None:
+    def _on_progress(self, step: BackupStep, done: int, total: int) -> None:
         """Record progress; called in the thread of the copy. A view may mix two steps for a moment."""
         self._state = step
         if total:

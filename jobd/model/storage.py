@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Literal, Protocol
+from typing import Any, BinaryIO, Final, Literal, Protocol
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from jobd.model.events import Change, Event, QueuePause
 from jobd.model.job import HOUR_MS, CompactJob, Grant, Job, LateResult
-from jobd.model.responses import DeliveryState
+from jobd.model.responses import CheckedRows, DeliveryState
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 
 RESERVE_BYTES: Final = 16 << 20  # size of the reserve file
@@ -53,6 +53,11 @@ class Quarantined(Struct, frozen=True):
 
 class BackupError(Exception):
     """A backup could not be made. The text is a sentence for the operator."""
+
+
+BackupStep = Literal["copying", "checking"]
+# Called often and from another thread, with the step, the bytes done and the total bytes (0 if unknown).
+BackupProgress = Callable[[BackupStep, int, int], None]
 
 
 class Numbers(Struct, frozen=True, gc=False):
@@ -480,3 +485,15 @@ class OutboxStorage(JournalStorage, Protocol):
 
 class Storage(JobStorage, OutboxStorage, Protocol):
     """The complete storage of a daemon."""
+
+    async def check_rows(self, cursor: str | None) -> CheckedRows | None:
+        """Check the checksums of the rows at `cursor` (None: the first ones) for some milliseconds.
+
+        Damaged rows are quarantined. Returns None if `cursor` is not the `next_cursor` of an earlier call.
+        """
+
+    async def backup(self, progress: BackupProgress | None = None) -> BinaryIO:
+        """Return a marked and checked copy of the storage as an open file without a name. May take minutes.
+
+        One backup runs at a time. A cancellation stops it. Raises DiskFull or BackupError.
+        """

@@ -15,18 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Final, Literal
+from typing import BinaryIO, Final
 
-from jobd.model.storage import BackupError, DiskFull
+from jobd.model.storage import BackupError, BackupProgress, BackupStep, DiskFull
 from jobd.storage import files, migrations, startup
 from jobd.storage.database import result_code
 from jobd.storage.files import FileLock, StoreError, StoreUnreadable
-from jobd.storage.store import MEMORY, Store
-
-Step = Literal["copying", "checking"]
-# Called often from the copying thread, with the step, the bytes done and the total bytes (0 if unknown). An error that
-# it raises ends the copy.
-Progress = Callable[[Step, int, int], None]
+from jobd.storage.startup import MEMORY
 
 _STEP_PAGES: Final = 100
 # Pauses between steps let the daemon commit.
@@ -46,33 +41,34 @@ class BadCopy(StoreUnreadable, BackupError):
     """The copy did not pass its check, so the store is damaged too."""
 
 
-async def make_copy(store: Store, progress: Progress | None = None) -> BinaryIO:
+async def make_copy(
+    conn: sqlite3.Connection, path: str, closing: threading.Event, progress: BackupProgress | None
+) -> BinaryIO:
     """Return a marked and checked copy of the store at some moment during the call, as an open unlinked file.
 
-    Copies in a thread, which a cancellation stops and waits for. Raises DiskFull before it copies anything if the disk
+    Copies in a thread, which a cancellation or `closing` stops. Raises DiskFull before it copies anything if the disk
     has no space for the copy, BadCopy if the copy does not pass its check, or BackupStopped.
     """
-    async with store.connection_for_backup() as (conn, closing):
-        cancelled = threading.Event()
+    cancelled = threading.Event()
 
-        def step(phase: Step, done: int, total: int) -> None:
-            if closing.is_set() or cancelled.is_set():
-                raise BackupStopped("the backup was interrupted")
-            if progress is not None:
-                progress(phase, done, total)
+    def step(phase: BackupStep, done: int, total: int) -> None:
+        if closing.is_set() or cancelled.is_set():
+            raise BackupStopped("the backup was interrupted")
+        if progress is not None:
+            progress(phase, done, total)
 
-        thread = asyncio.ensure_future(asyncio.to_thread(_copy_and_open, conn, store.path, step))
-        try:
-            return await asyncio.shield(thread)
-        except asyncio.CancelledError:
-            cancelled.set()
-            await asyncio.wait([thread])
-            if not thread.cancelled() and thread.exception() is None:
-                await asyncio.to_thread(thread.result().close)
-            raise
+    thread = asyncio.ensure_future(asyncio.to_thread(_copy_and_open, conn, path, step))
+    try:
+        return await asyncio.shield(thread)
+    except asyncio.CancelledError:
+        cancelled.set()
+        await asyncio.wait([thread])
+        if not thread.cancelled() and thread.exception() is None:
+            await asyncio.to_thread(thread.result().close)
+        raise
 
 
-def _copy_and_open(conn: sqlite3.Connection, path: str, step: Progress) -> BinaryIO:
+def _copy_and_open(conn: sqlite3.Connection, path: str, step: BackupProgress) -> BinaryIO:
     """Return the copy as an open file without a name, so that nothing is left on disk in any case."""
     name = os.urandom(8).hex()
     target = f"{tempfile.gettempdir()}/jobd-{name}" if path == MEMORY else f"{path}.backup-{name}"
@@ -91,7 +87,7 @@ def _copy_and_open(conn: sqlite3.Connection, path: str, step: Progress) -> Binar
 def copy_marked(
     source: sqlite3.Connection,
     target: str,
-    step: Progress | None = None,
+    step: BackupProgress | None = None,
     *,
     durable: bool = True,
 ) -> None:
@@ -111,7 +107,7 @@ def copy_marked(
         files.sync(target)
 
 
-def _pausing(step: Progress, page_bytes: int) -> Callable[[int, int, int], None]:
+def _pausing(step: BackupProgress, page_bytes: int) -> Callable[[int, int, int], None]:
     def pause(_status: int, remaining: int, total: int) -> None:
         step("copying", (total - remaining) * page_bytes, total * page_bytes)
         time.sleep(_PAUSE_S)
@@ -139,7 +135,7 @@ def _raising_disk_full() -> Iterator[None]:
         raise
 
 
-def mark_copy(path: str, step: Progress | None = None) -> None:
+def mark_copy(path: str, step: BackupProgress | None = None) -> None:
     """Mark the copy at `path`, turn its write-ahead log off, and check it."""
     with _raising_disk_full(), startup.translated_errors(path), contextlib.closing(_connect(path)) as copy:
         startup.journal_mode(copy, path, "delete")
@@ -161,7 +157,7 @@ def check_whole(conn: sqlite3.Connection, path: str) -> None:
 
 
 @contextlib.contextmanager
-def _reporting(conn: sqlite3.Connection, step: Progress | None) -> Iterator[None]:
+def _reporting(conn: sqlite3.Connection, step: BackupProgress | None) -> Iterator[None]:
     """Call `step` regularly while `conn` works. If `step` raises BackupStopped, end the work and raise it."""
     stopped: list[Exception] = []
 

@@ -11,6 +11,7 @@ from typing import Final
 
 from msgspec import Struct
 
+from jobd.model.responses import CheckedRows, DamagedRow
 from jobd.storage.codec import AUDIT_COLUMNS, EVENT_COLUMNS, LATE_COLUMNS, Row, fault
 from jobd.storage.database import EVENT_SQL, JOB_SQL, KEY_SQL, LATE_SQL, TOMBSTONE_SQL, Database, is_corrupt, readable
 from jobd.storage.outbox import DELIVERY_SQL
@@ -36,19 +37,20 @@ TABLES: Final = ("jobs", *_COLUMNS)
 
 
 class Slice(Struct):
-    """The result of one slice: how many rows were checked, and the damaged ones with their errors.
-
-    `last` is the rowid of the last row; None at the end of the table.
-    """
+    """The result of one slice. `last` is the rowid of the last row; None at the end of the table."""
 
     table: str
     checked: int = 0
     last: int | None = None
-    damaged: list[tuple[str, str]] = []
+    damaged: list[DamagedRow] = []
 
 
-def check_slice(db: Database, table: str, after: int) -> Slice:
-    """Check the next rows of `table` after the rowid `after`. An unreadable page is reported and ends the table."""
+def check_slice(db: Database, cursor: str | None) -> CheckedRows | None:
+    """Check the rows after `cursor` (TABLE:ROWID). An unreadable page is reported and ends the table."""
+    table, _, after_text = (cursor or f"{TABLES[0]}:0").partition(":")
+    if table not in TABLES:
+        return None
+    after = int(after_text)
     db.check()
     result = Slice(table)
     until_s = time.perf_counter() + SLICE_S
@@ -57,9 +59,17 @@ def check_slice(db: Database, table: str, after: int) -> Slice:
     except sqlite3.DatabaseError as error:
         if not is_corrupt(error):
             raise
-        result.damaged.append((f"{table} after {max(result.last or 0, after)}", f"rows cannot be read: {error}"))
+        where = f"{table} after {max(result.last or 0, after)}"
+        result.damaged.append(DamagedRow(where, f"rows cannot be read: {error}"))
         result.last = None
-    return result
+    return CheckedRows(table, result.checked, result.damaged, _next_cursor(result))
+
+
+def _next_cursor(result: Slice) -> str | None:
+    if result.last is not None:
+        return f"{result.table}:{result.last}"
+    following = TABLES[TABLES.index(result.table) + 1 :]
+    return f"{following[0]}:0" if following else None
 
 
 def _jobs(db: Database, result: Slice, after: int, until_s: float) -> None:
@@ -80,7 +90,7 @@ def _jobs(db: Database, result: Slice, after: int, until_s: float) -> None:
             break
     else:
         result.last = read[-1][0] if is_cut or len(read) == MAX_ROWS else None
-    result.damaged += [(f"job {id_}", error) for id_, error in quarantine_jobs(db, damaged).items()]
+    result.damaged += [DamagedRow(f"job {id_}", error) for id_, error in quarantine_jobs(db, damaged).items()]
 
 
 def _rows(db: Database, result: Slice, after: int, until_s: float) -> None:
@@ -100,4 +110,4 @@ def _rows(db: Database, result: Slice, after: int, until_s: float) -> None:
         result.last = read[-1][0] if is_cut or len(read) == MAX_ROWS else None
     if names is not None:
         quarantine_rows(db, result.table, names, damaged)
-    result.damaged += [(f"{result.table} {readable(row[0])}", error) for _, row, error in damaged]
+    result.damaged += [DamagedRow(f"{result.table} {readable(row[0])}", error) for _, row, error in damaged]

@@ -6,21 +6,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, BinaryIO, Final, Literal, TypeVar
 
 import aiosqlite
 
 from jobd.model.events import Event
 from jobd.model.job import Job
-from jobd.model.responses import DeliveryState
+from jobd.model.responses import CheckedRows, DeliveryState
 from jobd.model.storage import (
     AuditQuery,
     AuditRows,
+    BackupProgress,
     Batch,
     DiskSpace,
     DueTombstones,
@@ -36,7 +36,7 @@ from jobd.model.storage import (
     Tombstone,
 )
 from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
-from jobd.storage import files, outbox, quarantine, queries, scrub, startup
+from jobd.storage import backup, files, outbox, quarantine, queries, scrub, startup
 from jobd.storage.database import Database
 from jobd.storage.files import FileLock, StoreBroken, StoreBusy, StoreError, StoreTooNew, StoreUnreadable
 from jobd.storage.startup import MEMORY
@@ -138,17 +138,6 @@ class Store(Storage):
                 if self._lock is not None:
                     self._lock.release()
 
-    @contextlib.asynccontextmanager
-    async def connection_for_backup(self) -> AsyncIterator[tuple[sqlite3.Connection, threading.Event]]:
-        """Yield the connection for an online backup from another thread, and the event that stops it.
-
-        One backup runs at a time. `close` sets the event and waits for the end of the context.
-        """
-        async with self._backup_lock:
-            if self._closing.is_set():
-                raise StoreBroken("the store is closed")
-            yield self._connection.raw, self._closing
-
     async def __aenter__(self) -> Store:
         return self
 
@@ -214,10 +203,6 @@ class Store(Storage):
     async def reports(self, limit: int) -> list[bytes]:
         return await self._run(queries.reports, self._database, limit)
 
-    async def check_rows(self, table: str, after: int) -> scrub.Slice:
-        """Verify the checksums of the next rows of `table` after the rowid `after`. Takes some milliseconds."""
-        return await self._run(scrub.check_slice, self._database, table, after)
-
     async def quarantine(self, job: Job, reason: str) -> None:
         await self._run(quarantine.quarantine_job, self._database, job, reason)
 
@@ -265,6 +250,15 @@ class Store(Storage):
         return await self._run(outbox.page, self._database, endpoint, state, before, limit)
 
     # ----------------------------------------------------------------------------------------- miscellaneous
+
+    async def check_rows(self, cursor: str | None) -> CheckedRows | None:
+        return await self._run(scrub.check_slice, self._database, cursor)
+
+    async def backup(self, progress: BackupProgress | None = None) -> BinaryIO:
+        async with self._backup_lock:
+            if self._closing.is_set():
+                raise StoreBroken("the store is closed")
+            return await backup.make_copy(self._connection.raw, self.path, self._closing, progress)
 
     async def save_stats(self, body: bytes) -> None:
         await self._run(self._database.save_figures, body)

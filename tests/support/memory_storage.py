@@ -8,19 +8,23 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Final, get_args
+from io import BytesIO
+from typing import BinaryIO, Final, get_args
 
+import msgspec
 from msgspec.structs import replace
 
 from jobd.model.events import Change, Event
 from jobd.model.fingerprints import fingerprint
 from jobd.model.job import FINISHED, LIVE, MAX_LATE_RESULTS, Grant, Job, LateResult, Result, compact
+from jobd.model.responses import CheckedRows, DamagedRow, DeliveryState
 from jobd.model.storage import (
     MAX_POSTPONE_MS,
     AuditEntry,
     AuditQuery,
     AuditRows,
     AuditShare,
+    BackupProgress,
     BadRows,
     Batch,
     DiskFull,
@@ -28,7 +32,6 @@ from jobd.model.storage import (
     DueTombstones,
     JobQuery,
     JobRows,
-    JobStorage,
     JournalPage,
     LateResultQuery,
     LateResultRows,
@@ -38,18 +41,20 @@ from jobd.model.storage import (
     Payload,
     Quarantined,
     QueueRow,
+    Storage,
     StoredResponse,
     Tombstone,
     audit_share,
     distinct_tombstones,
 )
+from jobd.model.webhooks import Delivery, Outbox, WebhookCursor
 from jobd.storage import codec as rows
 from jobd.storage.writers import KEEP_AUDIT, KEEP_BESIDE
 
 KEPT_REPORTS: Final = 500
 
 
-class MemoryStorage(JobStorage):
+class MemoryStorage(Storage):
     """Committed rows in dicts. Every method yields to the event loop once, as the real storage does.
 
     Failures on demand:
@@ -78,6 +83,8 @@ class MemoryStorage(JobStorage):
         self.figures: bytes | None = None
         self.tombstones: dict[int, Tombstone] = {}  # job seq -> row
         self.audited: dict[int, AuditEntry] = {}  # seq -> audit entry as written; parts are not merged
+        self.cursors: dict[str, WebhookCursor] = {}
+        self.outbox: dict[int, Delivery] = {}  # id -> row
         self.marked = False
         self.gone_to = 0
         self.has_reserve = True
@@ -161,7 +168,7 @@ class MemoryStorage(JobStorage):
             tombstones=len(self.tombstones),
         )
 
-    # -- model.storage.JobStorage
+    # -- model.storage.Storage
 
     def cached_payloads(self, job_seqs: list[int]) -> dict[int, bytes]:
         return {}
@@ -372,6 +379,79 @@ class MemoryStorage(JobStorage):
         if not self.fits(Batch([], self.numbers)):
             self.has_reserve = False
             raise DiskFull("there is no room for the ballast")
+
+    async def check_rows(self, cursor: str | None) -> CheckedRows | None:
+        """Check all jobs in one slice."""
+        await self._enter("check_rows")
+        if cursor is not None:
+            return None
+        bad = [(job, reason) for job in self.jobs.values() if (reason := self._bad_row(job)) is not None]
+        checked = len(self.jobs)
+        for job, reason in bad:
+            self._quarantine(job, reason)
+        await self._report_quarantined()
+        return CheckedRows("jobs", checked, [DamagedRow(f"job {job.id}", reason) for job, reason in bad], None)
+
+    async def backup(self, progress: BackupProgress | None = None) -> BinaryIO:
+        """Return the live and finished jobs as JSON."""
+        await self._enter("backup")
+        body = msgspec.json.encode(list(self.jobs.values()))
+        if progress is not None:
+            progress("copying", len(body), len(body))
+        return BytesIO(body)
+
+    # -- webhooks: nothing is trimmed
+
+    async def open_outbox(self, names: list[str], now: int) -> Outbox:
+        await self._enter("open_outbox")
+        last, next_id = self.numbers.next_event - 1, max(self.outbox, default=0) + 1
+        next_id = max([next_id, *(each.next_delivery for each in self.cursors.values())])
+        for name in names:
+            self.cursors.setdefault(name, WebhookCursor(name, last, last, next_id, {}, now))
+        waiting = {name: [each for each in self._outbox_of(name) if each.state == "waiting"] for name in names}
+        return Outbox({name: self.cursors[name] for name in names}, waiting, last, next_id)
+
+    async def plan_deliveries(self, moved: WebhookCursor, new: list[Delivery]) -> None:
+        await self._enter("plan_deliveries")
+        self.outbox |= {each.id: each for each in new}
+        self.cursors[moved.name] = moved
+
+    async def settle_deliveries(self, settled: list[Delivery], now: int) -> bool:
+        await self._enter("settle_deliveries")
+        self.outbox |= {each.id: each for each in settled if each.id in self.outbox}
+        return False
+
+    async def deliver_again(self, endpoint: str, id_: int, now: int) -> Delivery | None:
+        await self._enter("deliver_again")
+        return next((self._requeue(each, now) for each in self._outbox_of(endpoint) if each.id == id_), None)
+
+    async def deliver_all_again(self, endpoint: str, upto: int, limit: int, now: int) -> list[Delivery]:
+        await self._enter("deliver_all_again")
+        failed = [each for each in self._outbox_of(endpoint) if each.state == "given_up" and each.id <= upto]
+        return [self._requeue(each, now) for each in failed[:limit]]
+
+    async def deliveries(self, ids: list[int]) -> list[Delivery]:
+        await self._enter("deliveries")
+        return [self.outbox[id_] for id_ in ids if id_ in self.outbox]
+
+    async def dead_letter_counts(self, endpoint: str) -> tuple[int, int]:
+        await self._enter("dead_letter_counts")
+        failed = [each.id for each in self._outbox_of(endpoint) if each.state == "given_up"]
+        return len(failed), max(failed, default=0)
+
+    async def list_deliveries(
+        self, endpoint: str, state: DeliveryState | None, before: int, limit: int
+    ) -> list[Delivery]:
+        await self._enter("list_deliveries")
+        found = [each for each in self._outbox_of(endpoint) if each.id < before and state in (None, each.state)]
+        return found[::-1][:limit]
+
+    def _outbox_of(self, endpoint: str) -> list[Delivery]:
+        return [each for _, each in sorted(self.outbox.items()) if each.endpoint == endpoint]
+
+    def _requeue(self, delivery: Delivery, now: int) -> Delivery:
+        self.outbox[delivery.id] = replace(delivery, state="waiting", due_at=now, tries=0, ended_at=None)
+        return self.outbox[delivery.id]
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

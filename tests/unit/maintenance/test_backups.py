@@ -23,6 +23,7 @@ from jobd.storage import backup
 from jobd.storage.backup import BackupStopped
 from jobd.storage.store import Store
 from tests.support.factories import ChangeFactory
+from tests.support.memory_storage import MemoryStorage
 from tests.support.store_files import edit_store, open_store, write_file
 
 PAGE = 4096
@@ -121,7 +122,7 @@ async def test_progress_is_reported_from_the_first_step(store: Store, monkeypatc
 async def test_the_check_reports_progress_and_can_be_cancelled(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backup, "_CHECK_STEPS", 100)
     lines: list[str] = []
-    with await backup.make_copy(store, lambda step, done, total: lines.append(step)):
+    with await store.backup(lambda step, done, total: lines.append(step)):
         pass
     assert lines.count("checking") > 10
     assert lines.index("checking") > lines.count("copying") - 1  # only then
@@ -133,7 +134,7 @@ async def test_the_check_reports_progress_and_can_be_cancelled(store: Store, mon
             loop.call_soon_threadsafe(begun.set)
             time.sleep(0.01)  # the check takes much longer than this test
 
-    asking = asyncio.create_task(backup.make_copy(store, report))
+    asking = asyncio.create_task(store.backup(report))
     await begun.wait()
     closing = asyncio.create_task(store.close())
     with pytest.raises(BackupStopped):
@@ -181,12 +182,10 @@ async def test_backups_run_one_after_the_other_and_are_limited(store: Store, mon
     assert manager.views()[0].message == "it was not read to its end"
 
 
-async def test_the_reason_of_a_failed_backup_is_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise DiskFull("a backup needs 48 MiB free")
-
-    monkeypatch.setattr(backup, "_check_space", full)
-    manager = Backups(store, lambda: 1)
+async def test_the_reason_of_a_failed_backup_is_kept() -> None:
+    storage = MemoryStorage()
+    storage.errors["backup"] = DiskFull("a backup needs 48 MiB free")
+    manager = Backups(storage, lambda: 1)
     for number in range(backups.MAX_FINISHED + 3):
         with pytest.raises(DiskFull):
             await manager.begin(str(number))

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from jobd.model.job import FINISHED, LIVE
 from jobd.model.storage import Batch, DiskFull
 from jobd.storage import backup, files, migrations
-from jobd.storage.backup import BackupStopped, make_copy, restore
+from jobd.storage.backup import BackupStopped, restore
 from jobd.storage.files import FileLock, StoreBusy, StoreTooNew, StoreUnreadable
 from jobd.storage.store import MEMORY, Store, StoreBroken
 from tests.support.daemon_process import Daemon
@@ -42,7 +42,7 @@ def copy(tmp_path: Path) -> str:
 
 
 async def take(store: Store, target: str) -> None:
-    with await make_copy(store) as file:
+    with await store.backup() as file:
         write_file(target, file.read())
 
 
@@ -104,7 +104,7 @@ async def take_with(store: Store, target: str, seen: list[tuple[int, int]]) -> N
         if step == "copying":
             seen.append((done, total))
 
-    with await make_copy(store, report_step) as file:
+    with await store.backup(report_step) as file:
         write_file(target, file.read())
 
 
@@ -131,7 +131,7 @@ async def test_closing_the_store_stops_a_copy_and_leaves_no_file(path: str, copy
             pass
 
     async def collect() -> None:
-        (await make_copy(store, progress)).close()
+        (await store.backup(progress)).close()
 
     task = asyncio.create_task(collect())
     await begun.wait()
@@ -160,7 +160,7 @@ async def test_a_cancelled_request_stops_the_copy(path: str) -> None:
             loop.call_soon_threadsafe(begun.set)
 
         async def collect() -> None:
-            (await make_copy(store, progress)).close()
+            (await store.backup(progress)).close()
 
         task = asyncio.create_task(collect())
         await begun.wait()
