@@ -25,7 +25,7 @@ import structlog
 
 from jobd import config, logging, systemd
 from jobd.api import admin as admin_api
-from jobd.api import worker
+from jobd.api import worker as worker_api
 from jobd.api.services import Services
 from jobd.config import Config, ConfigError, Duration, LoadedConfig
 from jobd.core.state import Book
@@ -145,7 +145,7 @@ class Daemon:
         self._run_in_background("presence", suspend_detector)
         sweeper = await self._start_sweeper(store, opened)
         self.services = self._make_services(store, opened, sweeper)
-        await self._open_listeners(opened.figures)
+        await self._open_listeners(opened.stats)
         self._add_signal_handlers()
         self._run_until_cancelled("watchdog", self._feed_watchdog())
         if self._running.done():
@@ -288,15 +288,15 @@ class Daemon:
             is_alive=lambda: not self._running.done(),
         )
 
-    async def _open_listeners(self, figures: bytes | None) -> None:
+    async def _open_listeners(self, saved_stats: bytes | None) -> None:
         settings, loaded = self._loaded.config, self._loaded
         limits = Limits(body=settings.limits.body, payload=settings.limits.payload, bulk=settings.limits.bulk)
-        apps = {"worker": App(Authenticator("worker"), worker.ROUTES, self.actor, self.services, limits=limits)}
+        apps = {"worker": App(Authenticator("worker"), worker_api.ROUTES, self.actor, self.services, limits=limits)}
         if settings.worker.listen:
             # Any Host is accepted: browsers do not know the workers' token, so DNS rebinding gains nothing.
             self._worker_authenticator = Authenticator("worker-tcp", tokens=loaded.worker_tokens)
             apps["worker-tcp"] = App(
-                self._worker_authenticator, worker.ROUTES, self.actor, self.services, limits=limits
+                self._worker_authenticator, worker_api.ROUTES, self.actor, self.services, limits=limits
             )
         self._admin_authenticator = Authenticator(
             "admin",
@@ -304,13 +304,13 @@ class Daemon:
             read_only_tokens=loaded.read_only_tokens,
             hosts=admin_hosts(settings, self._passed_sockets.get("admin")),
         )
-        timeseries = Timeseries.opened(read_extra(figures), self.clock.moment().now)
+        timeseries = Timeseries.opened(read_extra(saved_stats), self.clock.moment().now)
         self.actor.on_commit.append(timeseries.record)
         self.maintainer.save_extra(timeseries.saved)
         self._dashboard = await asyncio.to_thread(Dashboard, self._admin_authenticator, timeseries)
         apps["admin"] = App(
             self._admin_authenticator,
-            (*admin_api.ROUTES, *self._dashboard.routes(), worker.DOCUMENT),
+            (*admin_api.ROUTES, *self._dashboard.routes(), worker_api.DOCUMENT),
             self.actor,
             self.services,
             limits=limits,
@@ -448,16 +448,16 @@ _RELOADED: Final = {
 
 
 def _make_actor(store: Store, opened: OpenedStore, clock: Clock, settings: Config) -> Actor:
-    book = Book.opened(opened)
-    book.quarantined = dict(opened.quarantined)
-    book.suspects = dict(opened.suspects)
-    book.figures = read_figures(opened.figures)
+    state = Book.opened(opened)
+    state.quarantined = dict(opened.quarantined)
+    state.suspects = dict(opened.unvalidated)
+    state.figures = read_figures(opened.stats)
     limits = settings.limits
     bounds = Bounds(limits.mailbox, limits.inflight_bytes, limits.parked_claims, int(limits.claim_wait))
     actor = Actor(
         store,
-        book,
-        Keys(current_responses(opened.keys, book), limits.idempotency_keys),
+        state,
+        Keys(current_responses(opened.keys, state), limits.idempotency_keys),
         clock,
         settings.policy(),
         random=RandomPool(),
@@ -470,12 +470,12 @@ def _make_actor(store: Store, opened: OpenedStore, clock: Clock, settings: Confi
     return actor
 
 
-def current_responses(rows: list[StoredResponse], book: Book) -> list[StoredResponse]:
+def current_responses(rows: list[StoredResponse], state: Book) -> list[StoredResponse]:
     """Drop stored responses to starts and claims none of whose grants is still current."""
     kept_rows = []
     for row in rows:
         if row.grants is not None:
-            current = [(job_id, lock_id) for job_id, lock_id in row.grants if book.holds(job_id, lock_id)]
+            current = [(job_id, lock_id) for job_id, lock_id in row.grants if state.holds(job_id, lock_id)]
             row = msgspec.structs.replace(row, grants=current)
         if row.grants is None or row.grants:
             kept_rows.append(row)

@@ -11,8 +11,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from jobd.api.auditing import audit_action, audit_read
-from jobd.api.downloads import ARTIFACT_TYPE as ARTIFACT_KIND
-from jobd.api.downloads import BACKUP_TYPE, ArtifactRequest, BackupRequest, send_artifact, send_backup
+from jobd.api.downloads import ARTIFACT_TYPE, BACKUP_TYPE, ArtifactRequest, BackupRequest, send_artifact, send_backup
 from jobd.api.events import EVENT_STREAM, EventsRequest, send_events
 from jobd.api.imports import import_jobs, preview_import
 from jobd.api.openapi import ADMIN_PREFIX, with_document
@@ -315,13 +314,13 @@ async def _metrics(app: App[Services], ctx: RequestContext, command: NoFields) -
 
 
 _A: Final[Auth] = "admin"
-_P: Final = ADMIN_PREFIX
+_BASE: Final = ADMIN_PREFIX
 
 _ROUTES: Final = (
-    Route(method="GET", path=f"{_P}/stats", request=Stats, response=StatsView, auth=_A, handler=_stats),
+    Route(method="GET", path=f"{_BASE}/stats", request=Stats, response=StatsView, auth=_A, handler=_stats),
     Route(
         method="GET",
-        path=f"{_P}/health",
+        path=f"{_BASE}/health",
         request=NoFields,
         response=HealthView,
         auth=_A,
@@ -331,7 +330,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="POST",
-        path=f"{_P}/cleanup",
+        path=f"{_BASE}/cleanup",
         request=WithReason,
         response=CleanupReport,
         auth=_A,
@@ -340,7 +339,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="GET",
-        path=f"{_P}/cleanup",
+        path=f"{_BASE}/cleanup",
         request=NoFields,
         response=CleanupState,
         auth=_A,
@@ -349,7 +348,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="POST",
-        path=f"{_P}/recover-stuck",
+        path=f"{_BASE}/recover-stuck",
         request=WithReason,
         response=RecoverStuckView,
         auth=_A,
@@ -358,20 +357,20 @@ _ROUTES: Final = (
     ),
     Route(
         method="GET",
-        path=f"{_P}/validate-job",
+        path=f"{_BASE}/validate-job",
         request=ValidateJob,
         response=ValidateJobView,
         auth=_A,
         handler=_validate_job,
     ),
-    Route(method="POST", path=f"{_P}/force-fail", request=ForceFail, response=TransitionView, auth=_A, key=True),
-    Route(method="POST", path=f"{_P}/force-reset", request=ForceReset, response=TransitionView, auth=_A, key=True),
-    Route(method="POST", path=f"{_P}/transition", request=Transition, response=TransitionView, auth=_A, key=True),
-    Route(method="POST", path=f"{_P}/extend-lock", request=ExtendLock, response=AdminLockView, auth=_A, key=True),
-    Route(method="POST", path=f"{_P}/release-lock", request=ReleaseLock, response=AdminLockView, auth=_A, key=True),
+    Route(method="POST", path=f"{_BASE}/force-fail", request=ForceFail, response=TransitionView, auth=_A, key=True),
+    Route(method="POST", path=f"{_BASE}/force-reset", request=ForceReset, response=TransitionView, auth=_A, key=True),
+    Route(method="POST", path=f"{_BASE}/transition", request=Transition, response=TransitionView, auth=_A, key=True),
+    Route(method="POST", path=f"{_BASE}/extend-lock", request=ExtendLock, response=AdminLockView, auth=_A, key=True),
+    Route(method="POST", path=f"{_BASE}/release-lock", request=ReleaseLock, response=AdminLockView, auth=_A, key=True),
     Route(
         method="POST",
-        path=f"{_P}/import",
+        path=f"{_BASE}/import",
         request=Import,
         response=ImportResult,
         auth=_A,
@@ -380,7 +379,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="POST",
-        path=f"{_P}/import/preview",
+        path=f"{_BASE}/import/preview",
         request=ImportCheck,
         response=ImportPreview,
         auth=_A,
@@ -388,48 +387,63 @@ _ROUTES: Final = (
         body="lines",
     ),
     Route(
-        method="GET", path=f"{_P}/export", request=Export, response=ExportPage, auth=_A, handler=_export, audited=True
+        method="GET",
+        path=f"{_BASE}/export",
+        request=Export,
+        response=ExportPage,
+        auth=_A,
+        handler=_export,
+        audited=True,
     ),
-    Route(method="GET", path=f"{_P}/jobs", request=SearchJobs, response=JobPage, auth=_A),
-    Route(method="GET", path=f"{_P}/jobs/{{id}}", request=Get, response=JobView, auth=_A),
-    Route(method="DELETE", path=f"{_P}/jobs/{{id}}", request=Delete, response=JobView, auth=_A, key=True),
-    Route(method="GET", path=f"{_P}/jobs/{{id}}/timeline", request=Timeline, response=TimelineView, auth=_A),
-    Route(method="GET", path=f"{_P}/jobs/{{id}}/why", request=Why, response=WhyView, auth=_A),
+    Route(method="GET", path=f"{_BASE}/jobs", request=SearchJobs, response=JobPage, auth=_A),
+    Route(method="GET", path=f"{_BASE}/jobs/{{id}}", request=Get, response=JobView, auth=_A),
+    Route(method="DELETE", path=f"{_BASE}/jobs/{{id}}", request=Delete, response=JobView, auth=_A, key=True),
+    Route(method="GET", path=f"{_BASE}/jobs/{{id}}/timeline", request=Timeline, response=TimelineView, auth=_A),
+    Route(method="GET", path=f"{_BASE}/jobs/{{id}}/why", request=Why, response=WhyView, auth=_A),
     Route(
         method="GET",
-        path=f"{_P}/jobs/{{id}}/artifact",
+        path=f"{_BASE}/jobs/{{id}}/artifact",
         request=ArtifactRequest,
         response=bytes,
         auth=_A,
         handler=send_artifact,
-        content_type=ARTIFACT_KIND,
+        content_type=ARTIFACT_TYPE,
         audited=True,
     ),
-    Route(method="GET", path=f"{_P}/jobs/{{id}}/late-results", request=LateResults, response=LateResultList, auth=_A),
-    Route(method="POST", path=f"{_P}/jobs/{{id}}/adopt", request=Adopt, response=JobView, auth=_A, key=True),
-    Route(method="POST", path=f"{_P}/jobs/{{id}}/cancel", request=Cancel, response=JobView, auth=_A, key=True),
-    Route(method="POST", path=f"{_P}/jobs/{{id}}/run-now", request=RunNow, response=JobView, auth=_A, key=True),
-    Route(method="POST", path=f"{_P}/jobs/{{id}}/update", request=Update, response=JobView, auth=_A, key=True),
-    Route(method="POST", path=f"{_P}/queues/{{name}}/pause", request=Pause, response=PausedView, auth=_A, key=True),
-    Route(method="POST", path=f"{_P}/queues/{{name}}/resume", request=Resume, response=PausedView, auth=_A, key=True),
-    Route(method="GET", path=f"{_P}/locks", request=Locks, response=LockList, auth=_A),
-    Route(method="GET", path=f"{_P}/queues", request=Queues, response=QueueList, auth=_A),
-    Route(method="GET", path=f"{_P}/workers", request=Workers, response=WorkerList, auth=_A),
+    Route(
+        method="GET", path=f"{_BASE}/jobs/{{id}}/late-results", request=LateResults, response=LateResultList, auth=_A
+    ),
+    Route(method="POST", path=f"{_BASE}/jobs/{{id}}/adopt", request=Adopt, response=JobView, auth=_A, key=True),
+    Route(method="POST", path=f"{_BASE}/jobs/{{id}}/cancel", request=Cancel, response=JobView, auth=_A, key=True),
+    Route(method="POST", path=f"{_BASE}/jobs/{{id}}/run-now", request=RunNow, response=JobView, auth=_A, key=True),
+    Route(method="POST", path=f"{_BASE}/jobs/{{id}}/update", request=Update, response=JobView, auth=_A, key=True),
+    Route(method="POST", path=f"{_BASE}/queues/{{name}}/pause", request=Pause, response=PausedView, auth=_A, key=True),
+    Route(
+        method="POST", path=f"{_BASE}/queues/{{name}}/resume", request=Resume, response=PausedView, auth=_A, key=True
+    ),
+    Route(method="GET", path=f"{_BASE}/locks", request=Locks, response=LockList, auth=_A),
+    Route(method="GET", path=f"{_BASE}/queues", request=Queues, response=QueueList, auth=_A),
+    Route(method="GET", path=f"{_BASE}/workers", request=Workers, response=WorkerList, auth=_A),
     Route(
         method="POST",
-        path=f"{_P}/workers/{{name}}/take-back",
+        path=f"{_BASE}/workers/{{name}}/take-back",
         request=TakeBack,
         response=TakeBackView,
         auth=_A,
         handler=_take_back,
     ),
-    Route(method="GET", path=f"{_P}/reports", request=Reports, response=ReportList, auth=_A, handler=_reports),
+    Route(method="GET", path=f"{_BASE}/reports", request=Reports, response=ReportList, auth=_A, handler=_reports),
     Route(
-        method="GET", path=f"{_P}/failures", request=FailuresRequest, response=FailuresView, auth=_A, handler=_failures
+        method="GET",
+        path=f"{_BASE}/failures",
+        request=FailuresRequest,
+        response=FailuresView,
+        auth=_A,
+        handler=_failures,
     ),
     Route(
         method="GET",
-        path=f"{_P}/preview",
+        path=f"{_BASE}/preview",
         request=NoFields,
         response=PreviewView,
         auth=_A,
@@ -437,10 +451,10 @@ _ROUTES: Final = (
         summary="Show what recovery and a cleanup run would do now: the first 1000 jobs of each kind. Changes nothing.",
         errors=("overloaded", "shutting_down", "outcome_unknown"),
     ),
-    Route(method="POST", path=f"{_P}/plans", request=MakePlan, response=PlanView, auth=_A, handler=_make_plan),
+    Route(method="POST", path=f"{_BASE}/plans", request=MakePlan, response=PlanView, auth=_A, handler=_make_plan),
     Route(
         method="GET",
-        path=f"{_P}/plans/{{plan_id}}",
+        path=f"{_BASE}/plans/{{plan_id}}",
         request=PlanCommand,
         response=PlanView,
         auth=_A,
@@ -449,17 +463,17 @@ _ROUTES: Final = (
     ),
     Route(
         method="POST",
-        path=f"{_P}/plans/{{plan_id}}/apply",
+        path=f"{_BASE}/plans/{{plan_id}}/apply",
         request=PlanCommand,
         response=PlanResult,
         auth=_A,
         handler=_apply_plan,
         summary="Apply a plan to every job that has not changed since. A repeated request returns the same result.",
     ),
-    Route(method="GET", path=f"{_P}/audit", request=AuditLog, response=AuditPage, auth=_A),
+    Route(method="GET", path=f"{_BASE}/audit", request=AuditLog, response=AuditPage, auth=_A),
     Route(
         method="GET",
-        path=f"{_P}/alerts",
+        path=f"{_BASE}/alerts",
         request=NoFields,
         response=AlertList,
         auth=_A,
@@ -468,7 +482,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="GET",
-        path=f"{_P}/events",
+        path=f"{_BASE}/events",
         request=EventsRequest,
         response=StreamedEvent,
         auth=_A,
@@ -477,7 +491,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="GET",
-        path=f"{_P}/webhooks",
+        path=f"{_BASE}/webhooks",
         request=NoFields,
         response=WebhookList,
         auth=_A,
@@ -486,7 +500,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="GET",
-        path=f"{_P}/webhooks/{{name}}/deliveries",
+        path=f"{_BASE}/webhooks/{{name}}/deliveries",
         request=Deliveries,
         response=DeliveryPage,
         auth=_A,
@@ -494,7 +508,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="POST",
-        path=f"{_P}/webhooks/{{name}}/resend",
+        path=f"{_BASE}/webhooks/{{name}}/resend",
         request=DeliverAgain,
         response=DeliveryView,
         auth=_A,
@@ -502,7 +516,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="POST",
-        path=f"{_P}/webhooks/{{name}}/resend-given-up",
+        path=f"{_BASE}/webhooks/{{name}}/resend-given-up",
         request=DeliverAllAgain,
         response=Resent,
         auth=_A,
@@ -510,7 +524,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="POST",
-        path=f"{_P}/webhooks/{{name}}/test",
+        path=f"{_BASE}/webhooks/{{name}}/test",
         request=TestWebhook,
         response=DeliveryView,
         auth=_A,
@@ -518,7 +532,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="GET",
-        path=f"{_P}/clock",
+        path=f"{_BASE}/clock",
         request=NoFields,
         response=ClockView,
         auth=_A,
@@ -527,7 +541,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="POST",
-        path=f"{_P}/clock/accept",
+        path=f"{_BASE}/clock/accept",
         request=WithReason,
         response=ClockView,
         auth=_A,
@@ -536,7 +550,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="GET",
-        path=f"{_P}/quarantine",
+        path=f"{_BASE}/quarantine",
         request=NoFields,
         response=QuarantineList,
         auth=_A,
@@ -545,7 +559,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="GET",
-        path=f"{_P}/backup",
+        path=f"{_BASE}/backup",
         request=BackupRequest,
         response=bytes,
         auth=_A,
@@ -555,7 +569,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="GET",
-        path=f"{_P}/check-rows",
+        path=f"{_BASE}/check-rows",
         request=RowCheckRequest,
         response=CheckedRows,
         auth=_A,
@@ -563,7 +577,7 @@ _ROUTES: Final = (
     ),
     Route(
         method="GET",
-        path=f"{_P}/backups",
+        path=f"{_BASE}/backups",
         request=NoFields,
         response=BackupList,
         auth=_A,

@@ -199,7 +199,7 @@ class LineReader:
 async def serve_command_stream(app: App[Services], ctx: RequestContext, _: Any) -> web.StreamResponse:
     """Serve the stream until the body ends, the daemon stops, or the framing is malformed."""
     send_continue(ctx)
-    return await _CommandStream(app, ctx).run()
+    return await _StreamSession(app, ctx).run()
 
 
 class _PendingResponse:
@@ -207,7 +207,7 @@ class _PendingResponse:
 
     __slots__ = ("_is_cancelled", "_stream", "by", "envelope", "job_id", "response", "size", "weight")
 
-    def __init__(self, stream: _CommandStream, size: int) -> None:
+    def __init__(self, stream: _StreamSession, size: int) -> None:
         self._stream = stream
         self._is_cancelled = False
         self.response: Response | ApiError | None = None
@@ -233,7 +233,7 @@ class _PendingResponse:
         self._is_cancelled = self.response is None
 
 
-class _CommandStream:
+class _StreamSession:
     """One stream. `_slots` are the responses that have not been written, in order."""
 
     def __init__(self, app: App[Services], ctx: RequestContext) -> None:
@@ -246,7 +246,7 @@ class _CommandStream:
         self._slots: deque[_PendingResponse] = deque()
         self._weight = 0
         self._bytes = 0
-        self._has_room = asyncio.Event()
+        self._has_capacity = asyncio.Event()
         self._is_read = False
         self._response = web.StreamResponse(headers={"Content-Type": LINES, "Server": "jobd", **SAFE_HEADERS})
 
@@ -295,8 +295,8 @@ class _CommandStream:
             count = 0
             async for line in self._lines:
                 if line is None or line.strip():
-                    self._take(line)
-                    await self._wait_for_room()
+                    self._handle_line(line)
+                    await self._wait_for_capacity()
                 count += 1
                 if count % TURN_LINES == 0:
                     await asyncio.sleep(0)
@@ -311,7 +311,7 @@ class _CommandStream:
         if reading.cancelled():
             self._response.force_close()
 
-    def _take(self, line: bytes | None) -> None:
+    def _handle_line(self, line: bytes | None) -> None:
         """Send the command of a line to the actor, or queue its error."""
         slot = _PendingResponse(self, 0 if line is None else len(line))
         try:
@@ -340,10 +340,10 @@ class _CommandStream:
         self._weight += slot.weight
         self._bytes += slot.size
 
-    async def _wait_for_room(self) -> None:
+    async def _wait_for_capacity(self) -> None:
         while self._weight >= AHEAD_WEIGHT or self._bytes >= AHEAD_BYTES:
-            self._has_room.clear()
-            await self._has_room.wait()
+            self._has_capacity.clear()
+            await self._has_capacity.wait()
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -358,7 +358,7 @@ class _CommandStream:
     async def _write_piece(self, writer: StreamWriter) -> None:
         """Write the next responses in one piece. Release the grants of which no byte was written."""
         piece, grants = self._next_piece()
-        self._has_room.set()
+        self._has_capacity.set()
         connection, written = self._ctx.connection, 0
         try:
             if self._ctx.is_disconnected:

@@ -70,26 +70,26 @@ async def send_events(app: App[Services], ctx: RequestContext, query: EventsRequ
     transport, request = ctx.connection.transport, ctx.request
     if transport is None or request is None:
         raise ConnectionResetError("the client has disconnected")
-    listener = app.services.feed.listen(event_filter, follow=query.follow, cut=transport.abort)
+    subscriber = app.services.feed.listen(event_filter, follow=query.follow, cut=transport.abort)
     try:
-        first = await listener.begin(after, query.last or 0)
+        first = await subscriber.begin(after, query.last or 0)
         # X-Accel-Buffering keeps nginx from holding events back until its buffer is full.
         headers = {"Content-Type": EVENT_STREAM, "X-Accel-Buffering": "no", "Server": "jobd", **SAFE_HEADERS}
         response = web.StreamResponse(headers=headers)
         await response.prepare(request)
         probe_for_hangup(request, response)
-        await _send_pieces(response, first, listener, ctx)
+        await _send_pieces(response, first, subscriber, ctx)
         return response
     finally:
-        listener.leave()
+        subscriber.leave()
 
 
-async def _send_pieces(response: web.StreamResponse, first: bytes, listener: Subscriber, ctx: RequestContext) -> None:
+async def _send_pieces(response: web.StreamResponse, first: bytes, subscriber: Subscriber, ctx: RequestContext) -> None:
     piece = first
     try:
         while piece:
             await write(response, piece)
-            piece = await listener.more()
+            piece = await subscriber.more()
         await finish(response)
     except Exception as error:
         # Too late for an error response. The client reconnects, and receives the error then.

@@ -25,7 +25,7 @@ from jobd.model.errors import ERROR_CODES
 from jobd.model.job import ID_PATTERN
 from jobd.model.responses import Response
 
-Json = dict[str, Any]
+JsonObject = dict[str, Any]
 PATH: Final = "/openapi.json"
 ADMIN_PREFIX: Final = "/admin/job-management"
 
@@ -90,12 +90,12 @@ def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) ->
     )
 
 
-def document(title: str, routes: Iterable[Route]) -> Json:
+def document(title: str, routes: Iterable[Route]) -> JsonObject:
     """Return the OpenAPI document of `routes`, as plain values."""
     schemas = Schemas()
     table = tuple(routes)
     used = {tag_of(route) for route in table}
-    paths: dict[str, Json] = {}
+    paths: dict[str, JsonObject] = {}
     for route in table:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schemas)
     return {
@@ -118,7 +118,7 @@ def tag_of(route: Route) -> str:
     return next(name for name, (parts, _) in TAGS.items() if first in parts.split())
 
 
-def _texts(route: Route) -> Json:
+def _texts(route: Route) -> JsonObject:
     """Return the summary of a call, and its description if it has one: its own, or those of its request."""
     summary, *more = (
         route.summary.split("\n\n") if route.summary else cleandoc(route.request.__doc__ or "").split("\n\n")
@@ -127,9 +127,9 @@ def _texts(route: Route) -> Json:
     return {**texts, "description": "\n\n".join(" ".join(each.split()) for each in more)} if more else texts
 
 
-def _operation(route: Route, schemas: Schemas) -> Json:
+def _operation(route: Route, schemas: Schemas) -> JsonObject:
     parts = re.findall(r"\w+", route.path.removeprefix(ADMIN_PREFIX))
-    operation: Json = {
+    operation: JsonObject = {
         "tags": [tag_of(route)],
         "operationId": "_".join([route.method.lower(), *parts]),
         **_texts(route),
@@ -146,7 +146,7 @@ def _operation(route: Route, schemas: Schemas) -> Json:
     return operation
 
 
-def _parameters(route: Route) -> list[Json]:
+def _parameters(route: Route) -> list[JsonObject]:
     parameters = []
     if route.path_field is not None:
         path_parameter = {
@@ -174,7 +174,7 @@ def _parameters(route: Route) -> list[Json]:
     return parameters
 
 
-def _lines(route: Route, schemas: Schemas) -> Json:
+def _lines(route: Route, schemas: Schemas) -> JsonObject:
     text = f"JSON lines; each is one `{route.request.__name__}`, in one line."
     kinds = [schemas.of_request(part) for part in LINE_TYPES.values()] if route.request is StreamedCommand else []
     line = {"oneOf": kinds} if kinds else schemas.of_request(route.request)
@@ -186,8 +186,8 @@ def _lines(route: Route, schemas: Schemas) -> Json:
 # Responses.
 
 
-def _responses(route: Route, schemas: Schemas) -> Json:
-    responses: dict[int, Json] = {}
+def _responses(route: Route, schemas: Schemas) -> JsonObject:
+    responses: dict[int, JsonObject] = {}
     for status, text in {route.status: "Done.", **route.other_statuses}.items():
         responses[status] = {"description": text, "content": {route.content_type: {"schema": _success(route, schemas)}}}
         if route.key:
@@ -205,7 +205,7 @@ def _responses(route: Route, schemas: Schemas) -> Json:
     return {str(status): responses[status] for status in sorted(responses)}
 
 
-def _success(route: Route, schemas: Schemas) -> Json:
+def _success(route: Route, schemas: Schemas) -> JsonObject:
     if route.response is bytes:
         return {"type": "object" if route.content_type == JSON else "string"}
     if route.content_type == EVENT_STREAM:
@@ -231,11 +231,11 @@ def _success(route: Route, schemas: Schemas) -> Json:
     }
 
 
-def _error(codes: list[str], schemas: Schemas) -> Json:
+def _error(codes: list[str], schemas: Schemas) -> JsonObject:
     """Return the error response of `codes`, which share a status."""
     text = "; ".join(f"`{code}`: {ERROR_CODES[code].description}" for code in codes) + "."
     narrow = {"properties": {"success": {"const": False}, "error": {"enum": codes}}}
-    response: Json = {
+    response: JsonObject = {
         "description": text,
         "content": {JSON: {"schema": {"allOf": [schemas.of_response(ErrorBody), narrow]}}},
     }
@@ -246,14 +246,14 @@ def _error(codes: list[str], schemas: Schemas) -> Json:
     return response
 
 
-def _either(success: Json, error: Json) -> Json:
+def _either(success: JsonObject, error: JsonObject) -> JsonObject:
     """Return one response for a success and an error of the same status."""
     schemas = [each["content"][JSON]["schema"] for each in (success, error)]
     text = f"{success['description']} Or {error['description']}"
     return {**success, **error, "description": text, "content": {JSON: {"schema": {"oneOf": schemas}}}}
 
 
-def _header(name: str, schema: Json) -> Json:
+def _header(name: str, schema: JsonObject) -> JsonObject:
     return {"description": HEADERS[name], "schema": schema}
 
 

@@ -10,7 +10,7 @@ from jobd.dashboard.pages import PAUSED_QUEUES, PageData, banners, query
 from jobd.http.request import as_one_entry
 from jobd.model.commands import Command, Pause, Resume, TakeBack
 from jobd.model.errors import ApiError, ApiException
-from jobd.model.fields import QueueName, Worker
+from jobd.model.fields import QueueName, WorkerName
 from jobd.model.responses import Response
 
 MAX_LISTED: Final = 50  # jobs of each kind
@@ -101,11 +101,11 @@ async def recover_stuck(viewer: Viewer, form: ReasonForm) -> Response | ApiError
 
 
 class TakeBackQuery(Command, frozen=True, kw_only=True):
-    name: Worker
+    name: WorkerName
 
 
 class TakeBackForm(ReasonForm, frozen=True, kw_only=True):
-    name: Worker
+    name: WorkerName
 
 
 async def confirm_take_back(viewer: Viewer, confirmation: TakeBackQuery) -> PageData:

@@ -90,7 +90,7 @@ class ActorClient(Protocol):
     def send(
         self,
         command: Any,
-        waiter: Waiter,
+        responder: Waiter,
         *,
         by: str = "client",
         admin: bool = False,
@@ -99,7 +99,10 @@ class ActorClient(Protocol):
         operator: Operator | None = None,
         in_line: bool = False,
     ) -> Envelope | ApiError:
-        """Send a command whose response `waiter` receives. `in_line`: decide it after its sender's earlier ones."""
+        """Send a command whose response `responder` receives.
+
+        `in_line`: the command is decided after the earlier ones of its sender.
+        """
 
     def abandon(self, envelope: Envelope) -> None:
         """Drop a command whose client is gone, if it has not been decided."""
@@ -120,7 +123,7 @@ async def run_command(app: App[Any], ctx: RequestContext, command: Any) -> Respo
     return await app.actor.ask(command, by=ctx.by, admin=ctx.admin, key=ctx.key, size=ctx.size, operator=ctx.operator)
 
 
-class AdmittedRequest(Struct, frozen=True):
+class AuthorizedRequest(Struct, frozen=True):
     """An authorized request: its route, and the value in its path."""
 
     resolved: ResolvedRoute
@@ -165,18 +168,18 @@ class App(Generic[S]):
         """Find the route of a request."""
         return self._router.match(ctx.method, ctx.path)
 
-    def send(self, ctx: RequestContext, match: RouteMatch, body: bytes, waiter: Waiter) -> Envelope | HttpResponse:
-        """Send the request's command to the actor, whose response `waiter` receives. Return the response on an error.
+    def send(self, ctx: RequestContext, match: RouteMatch, body: bytes, responder: Waiter) -> Envelope | HttpResponse:
+        """Send the request's command to the actor. `responder` receives the actor's response.
 
-        Until `request_finished`, the request counts as pending.
+        Returns an HTTP response if the request is rejected. The request counts as pending until `request_finished`.
         """
         self._pending += 1
         ctx.by = "admin" if self.admin else "client"
         try:
-            command = self._decode(ctx, self._admit(ctx, match), body)
+            command = self._decode(ctx, self._authorize(ctx, match), body)
             sent = self.actor.send(
                 command,
-                waiter,
+                responder,
                 by=ctx.by,
                 admin=ctx.admin,
                 key=ctx.key,
@@ -249,14 +252,14 @@ class App(Generic[S]):
         return self.respond(ctx, response) if isinstance(response, Response | ApiError) else response
 
     async def _execute(self, ctx: RequestContext) -> Response | ApiError | web.StreamResponse:
-        admitted = self._admit(ctx, self.match(ctx))
-        handler = admitted.resolved.route.handler or run_command
-        if admitted.resolved.route.body == "lines":
+        authorized = self._authorize(ctx, self.match(ctx))
+        handler = authorized.resolved.route.handler or run_command
+        if authorized.resolved.route.body == "lines":
             return await handler(self, ctx, None)
         if handler is run_command and ctx.request is not None:
             ctx.request.probe = HTTP_VERSION
         body = await self._read_body(ctx) if ctx.head.has_body else b""
-        return await handler(self, ctx, self._decode(ctx, admitted, body))
+        return await handler(self, ctx, self._decode(ctx, authorized, body))
 
     # -- both paths ----------------------------------------------------------------------------------------------------
 
@@ -266,7 +269,7 @@ class App(Generic[S]):
             ctx, response.data, response.status, replayed=response.replayed, close=self.closing, on_lost=lost
         )
 
-    def _admit(self, ctx: RequestContext, match: RouteMatch) -> AdmittedRequest:
+    def _authorize(self, ctx: RequestContext, match: RouteMatch) -> AuthorizedRequest:
         """Check everything that does not need the body."""
         resolved = self._resolve(ctx, match)
         if ctx.head.expects not in ACCEPTED_EXPECT:
@@ -287,21 +290,21 @@ class App(Generic[S]):
             )
         elif not (ctx.head.is_json and resolved.route.body == "json"):
             _check_body_type(ctx.head, resolved.route.body)
-        return AdmittedRequest(resolved, value)
+        return AuthorizedRequest(resolved, value)
 
-    def _decode(self, ctx: RequestContext, admitted: AdmittedRequest, body: bytes) -> Command:
+    def _decode(self, ctx: RequestContext, authorized: AuthorizedRequest, body: bytes) -> Command:
         """Decode the command, and note the caller and the job that it names."""
-        resolved = admitted.resolved
+        resolved = authorized.resolved
         if ctx.method == hdrs.METH_GET:
-            return resolved.decoder.from_query(ctx.query, admitted.path_value)
+            return resolved.decoder.from_query(ctx.query, authorized.path_value)
         ctx.size = len(body)
         if ctx.size > self.limits.body:
             raise self._body_too_large()
         if resolved.route.key:
             self._read_idempotency_key(ctx, resolved.route, body)
         if resolved.route.body == "form":
-            return resolved.decoder.from_form(body, admitted.path_value)
-        command: Any = resolved.decoder.from_body(body, admitted.path_value)
+            return resolved.decoder.from_form(body, authorized.path_value)
+        command: Any = resolved.decoder.from_body(body, authorized.path_value)
         if resolved.names_worker:
             ctx.by = f"worker:{command.worker}"
         elif resolved.names_job:

@@ -35,8 +35,8 @@ from jobd.model.fields import (
     Location,
     PlanCursor,
     RowCursor,
-    Worker,
     WorkerCursor,
+    WorkerName,
 )
 from jobd.model.job import EARLIEST_MS, ID_PATTERN, is_job_id, storage_key_error
 from jobd.model.webhooks import WebhookName
@@ -64,7 +64,7 @@ _TYPES: Final = {
 }
 _PATTERN_WORDS: Final[dict[str, tuple[Any, ...]]] = {
     "text without NUL characters": (Location,),
-    "text without control characters": (Kind, Worker, FailureCode),
+    "text without control characters": (Kind, WorkerName, FailureCode),
     "the `next_cursor` of the page before": (Cursor, WorkerCursor, RowCursor),
     "the `next_cursor` of the plan before": (PlanCursor,),
     "12 hexadecimal digits, as `jobctl failures` shows them": (Fingerprint,),
@@ -148,15 +148,15 @@ class RequestDecoder:
 
     def from_query(self, query: str, value: str | None = None) -> Command:
         """Decode a query: each parameter is a field. Unknown and repeated parameters are errors."""
-        fields: dict[str, Any] = _parameters(query) if query else {}
-        return self._build(self._converted(fields), value)
+        fields: dict[str, Any] = _parse_parameters(query) if query else {}
+        return self._build(self._convert(fields), value)
 
     def from_form(self, body: bytes, value: str | None = None) -> Command:
         """Decode a form like a query, except that list fields may be repeated."""
-        fields = _parameters(body.decode("latin-1"), self._list_fields, MAX_FORM_FIELDS)
-        return self._build(self._converted(fields), value)
+        fields = _parse_parameters(body.decode("latin-1"), self._list_fields, MAX_FORM_FIELDS)
+        return self._build(self._convert(fields), value)
 
-    def _converted(self, fields: dict[str, Any]) -> Any:
+    def _convert(self, fields: dict[str, Any]) -> Any:
         for name, value in fields.items():
             # msgspec converts the text "null" to None.
             if name not in self._text_fields and isinstance(value, str) and value.lower() == "null":
@@ -222,7 +222,9 @@ def path_value(decoder: RequestDecoder, value: str) -> str:
     return value
 
 
-def _parameters(query: str, lists: frozenset[str] = frozenset(), max_fields: int = MAX_QUERY_FIELDS) -> dict[str, Any]:
+def _parse_parameters(
+    query: str, lists: frozenset[str] = frozenset(), max_fields: int = MAX_QUERY_FIELDS
+) -> dict[str, Any]:
     """Parse names and values. A name may be repeated only if it is in `lists`."""
     try:
         pairs = parse_qsl(query, keep_blank_values=True, errors="strict", max_num_fields=max_fields)

@@ -132,10 +132,10 @@ class HttpResponse:
 class PreparedResponse(web.StreamResponse):
     """An HttpResponse as aiohttp accepts it from a handler."""
 
-    def __init__(self, reply: HttpResponse, request: HttpRequest) -> None:
-        self._response = reply
+    def __init__(self, response: HttpResponse, request: HttpRequest) -> None:
+        self._response = response
         self._request = request
-        self._keep_alive = not reply.close
+        self._keep_alive = not response.close
 
     async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
         return request.writer

@@ -17,7 +17,7 @@ from jobd.model.responses import Response
 
 Auth = Literal["anyone", "worker", "admin"]
 # Handles a request that is not one command for the actor. Arguments: App, RequestContext, decoded request.
-Handler = Callable[[Any, Any, Any], Awaitable[Response | ApiError | StreamResponse]]
+RouteHandler = Callable[[Any, Any, Any], Awaitable[Response | ApiError | StreamResponse]]
 # Renders an error as a page. Arguments: RequestContext, ApiError.
 ErrorRenderer = Callable[[Any, ApiError], Any]
 
@@ -41,7 +41,7 @@ class Route(Struct, frozen=True, kw_only=True):
     request: type[Command]
     response: Any
     auth: Auth
-    handler: Handler | None = None
+    handler: RouteHandler | None = None
     key: bool = False
     status: int = 200
     body: Literal["json", "lines", "form"] = "json"

@@ -15,7 +15,6 @@ from jobd.model.fields import (
     MAX_PAGE,
     PRINTABLE,
     AdditionalMs,
-    Attempts,
     Cursor,
     DelayMs,
     DownloadUrl,
@@ -34,6 +33,7 @@ from jobd.model.fields import (
     KindFilter,
     LockId,
     LockTtlMs,
+    MaxAttempts,
     MaxProcessingMs,
     MaxStalls,
     Metadata,
@@ -56,9 +56,9 @@ from jobd.model.fields import (
     Text,
     UnixMs,
     Until,
-    Worker,
     WorkerCursor,
     WorkerFilter,
+    WorkerName,
 )
 from jobd.model.job import Backoff, OnStall, Status
 
@@ -96,7 +96,7 @@ class Create(Command, frozen=True, kw_only=True):
     kind: Kind = ""
     payload: Annotated[Raw, Meta(description="Any JSON. jobd does not interpret it.")] = Raw(b"null")
     priority: Priority = 0
-    max_attempts: Attempts = 1
+    max_attempts: MaxAttempts = 1
     backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")] = Backoff()
     max_stalls: MaxStalls | None = None
     on_stall: Annotated[OnStall | None, Meta(description="What happens to the job when its worker goes silent.")] = None
@@ -212,7 +212,7 @@ class Start(JobCommand, frozen=True, kw_only=True):
     admission = "grant"
     errors = ("already_locked", "not_due", "queue_paused", "invalid_transition")
 
-    worker: Worker
+    worker: WorkerName
     lock_ttl_ms: LockTtlMs | None = None
     stuck_after_ms: GrantStuckAfterMs | None = None
     max_processing_ms: GrantMaxProcessingMs | None = None
@@ -224,7 +224,7 @@ class Claim(Command, frozen=True, kw_only=True):
 
     admission = "grant"
 
-    worker: Worker
+    worker: WorkerName
     queues: Annotated[
         list[QueueName], Meta(min_length=1, max_length=MAX_NAMES, description="Only jobs of these queues.")
     ] = field(default_factory=lambda: ["default"])
@@ -398,7 +398,7 @@ class Updates(Struct, frozen=True, forbid_unknown_fields=True):
     error_message: ErrorMessage | None = None
     priority: Priority | None = None
     run_at: DueAt | None = None
-    max_attempts: Attempts | None = None
+    max_attempts: MaxAttempts | None = None
     download_url: DownloadUrl | None = None
     file_path: FilePath | None = None
     storage_key: StorageKey | None = None
@@ -464,7 +464,7 @@ class Update(JobCommand, frozen=True, kw_only=True):
 
     priority: Priority | None = None
     run_at: DueAt | None = None
-    max_attempts: Attempts | None = None
+    max_attempts: MaxAttempts | None = None
     reason: Reason | None = None
     dry_run: DryRun = False
 
@@ -537,7 +537,7 @@ class TakeBack(Command, frozen=True, kw_only=True):
     audit_name = "take-back"
     errors = ("worker_not_found", "worker_not_silent")
 
-    name: Worker
+    name: WorkerName
     reason: Reason | None = None
     dry_run: DryRun = False
 
@@ -562,7 +562,7 @@ class Import(Command, frozen=True, kw_only=True):
     progress: Percent | None = None
     progress_message: Annotated[Text | None, Meta(description="The latest message of the worker.")] = None
     attempt: Annotated[int, Meta(ge=0, le=1000, description="Attempts used.")] = 0
-    max_attempts: Attempts = 1
+    max_attempts: MaxAttempts = 1
     backoff: Annotated[Backoff, Meta(description="Wait between a failed attempt and the next one.")] = Backoff()
     stalls: Annotated[Stalls, Meta(description="How often the worker of the job went silent.")] = 0
     max_stalls: MaxStalls | None = None
@@ -578,7 +578,7 @@ class Import(Command, frozen=True, kw_only=True):
         UnixMs | None,
         Meta(description="When a finished job is deleted, or a job that is still queued fails, in Unix ms."),
     ] = None
-    worker: Worker | None = None
+    worker: WorkerName | None = None
     download_url: DownloadUrl | None = None
     file_path: FilePath | None = None
     storage_key: StorageKey | None = None

@@ -9,9 +9,9 @@ from msgspec import Meta, Raw
 from jobd.model.job import DAY_MS, EARLIEST_MS, ID_PATTERN, LATEST_MS, MAX_PRIORITY, SECOND_MS, YEAR_MS, Status
 
 if TYPE_CHECKING:
-    Json = Raw | None
+    JsonValue = Raw | None
 else:
-    Json = Raw  # msgspec reads `Raw | None` as null only; an omitted field is None all the same
+    JsonValue = Raw  # msgspec reads `Raw | None` as null only; an omitted field is None all the same
 
 MAX_PAGE: Final = 200
 MAX_TEXT: Final = 200  # of a search text
@@ -25,7 +25,7 @@ Kind = Annotated[
     str,
     Meta(pattern=r"^[^\x00-\x1f\x7f]*$(?!\n)", max_length=200, description="Kind of the job; selects the handler."),
 ]
-Worker = Annotated[
+WorkerName = Annotated[
     str,
     Meta(pattern=r"^[^\x00-\x1f\x7f]+$(?!\n)", min_length=1, max_length=200, description="Name of the worker."),
 ]
@@ -36,7 +36,7 @@ Priority = Annotated[
     int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY, description="Priority. Jobs with smaller values run first.")
 ]
 Percent = Annotated[float, Meta(ge=0, le=100, description="Progress in percent, 0 to 100.")]
-Attempts = Annotated[int, Meta(ge=1, le=1000, description="How often the job is tried.")]
+MaxAttempts = Annotated[int, Meta(ge=1, le=1000, description="How often the job is tried.")]
 Stalls = Annotated[int, Meta(ge=0, le=1000)]
 MaxStalls = Annotated[Stalls, Meta(description="A job that stalls more often fails.")]
 LockTtlMs = Annotated[
@@ -89,7 +89,7 @@ RowCursor = Annotated[str, Meta(pattern=r"^[a-z_]{1,20}:[0-9]{1,18}$(?!\n)")]  #
 PlanCursor = Annotated[str, Meta(pattern=r"^[a-z]{1,20}\.[0-9]{1,18}$(?!\n)")]  # a status and a job of it
 PageLimit = Annotated[int, Meta(ge=1, le=MAX_PAGE, description="Maximum number of entries on the page.")]
 BackupId = Annotated[str, Meta(pattern=r"^[A-Za-z0-9._-]{1,64}$(?!\n)")]
-Metadata = Annotated[Json, Meta(description="Any JSON about the result, stored as sent.")]
+Metadata = Annotated[JsonValue, Meta(description="Any JSON about the result, stored as sent.")]
 Reason = Annotated[Text, Meta(description="Human-readable reason. Shown in timelines and in the audit log.")]
 DryRun = Annotated[bool, Meta(description="Change nothing; return the would-be result or the error.")]
 NamedJobId = Annotated[JobId, Meta(description="Id of the job.")]
@@ -114,7 +114,7 @@ GrantMaxProcessingMs = Annotated[
 StatusFilter = Annotated[Status, Meta(description="Only jobs in this status.")]
 QueueFilter = Annotated[QueueName, Meta(description="Only jobs of this queue.")]
 KindFilter = Annotated[Kind, Meta(description="Only jobs of this kind.")]
-WorkerFilter = Annotated[Worker, Meta(description="Only jobs that this worker holds or was the last to hold.")]
+WorkerFilter = Annotated[WorkerName, Meta(description="Only jobs that this worker holds or was the last to hold.")]
 Since = Annotated[MomentMs, Meta(description="Only jobs created at this time or later, in Unix ms.")]
 Until = Annotated[MomentMs, Meta(description="Only jobs created before this time, in Unix ms.")]
 FinishedSince = Annotated[MomentMs, Meta(description="Only jobs finished at this time or later, in Unix ms.")]

@@ -340,7 +340,7 @@ class OpenedStore(Struct):
     """The state that the daemon keeps in memory, as read and checked at start.
 
     `quarantined` maps the ids of all quarantined jobs to reasons. `faults` are sentences for the log and for health
-    (quarantined rows, wrong counts). `keys` have no bodies. `figures` is what save_stats stored.
+    (quarantined rows, wrong counts). `keys` have no bodies. `stats` is what save_stats stored.
     """
 
     numbers: Numbers
@@ -349,10 +349,10 @@ class OpenedStore(Struct):
     queues: dict[str, QueueRow] = {}
     keys: list[StoredResponse] = []
     quarantined: dict[str, str] = {}
-    suspects: dict[int, str] = {}  # job seq to id, of rows to validate
+    unvalidated: dict[int, str] = {}  # job seq to id, of rows to validate
     faults: list[str] = []
     epoch_warning: str | None = None  # a wrong wall clock weakens fencing tokens
-    figures: bytes | None = None
+    stats: bytes | None = None
     full: bool = False  # the disk is full at start
     has_reserve: bool = True  # the reserve file exists
     marked: bool = False  # a restored backup: end every grant by its stall rule, then Batch.unmark

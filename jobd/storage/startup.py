@@ -384,9 +384,9 @@ def _read_all(db: Database) -> OpenedStore:
         queues=_queues(db),
         keys=_keys(db),
         quarantined={},
-        suspects=dict(db.rows("SELECT seq, id FROM suspects CROSS JOIN jobs ON seq = job_seq")),
+        unvalidated=dict(db.rows("SELECT seq, id FROM suspects CROSS JOIN jobs ON seq = job_seq")),
         faults=[],
-        figures=_figures(db),
+        stats=_figures(db),
         tombstones=db.conn.execute("SELECT count(*) FROM tombstones").fetchone()[0],
     )
     opened.quarantined = db.quarantined.copy()

@@ -94,7 +94,7 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
 async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[HttpHarness]:
     """A listener on a Unix socket, and one on TCP, which differ in how they see a half-closed client."""
     gate = Authenticator("worker", hosts=None if request.param == "unix" else ["localhost"])
-    async with HttpHarness(ROUTES, tmp_path, gate=gate) as opened:
+    async with HttpHarness(ROUTES, tmp_path, authenticator=gate) as opened:
         yield opened
 
 
@@ -464,7 +464,7 @@ async def test_a_stream_requires_its_content_type_and_a_token(tmp_path: Path, ha
     assert (response.status, response.error) == (415, "unsupported_media_type")
     gate = Authenticator("worker", tokens=[TOKEN], hosts=["localhost"])
     (tmp_path / "tcp").mkdir()
-    async with HttpHarness(ROUTES, tmp_path / "tcp", gate=gate) as guarded:
+    async with HttpHarness(ROUTES, tmp_path / "tcp", authenticator=gate) as guarded:
         response = await guarded.request(
             "POST", "/v1/commands", '{"op":"get","id":"j"}', {"Content-Type": KIND["Content-Type"]}
         )
@@ -571,7 +571,7 @@ async def test_a_bug_ends_one_stream(harness: HttpHarness, monkeypatch: pytest.M
         raise LookupError(TOKEN)
 
     stream = await Stream.open(harness)
-    monkeypatch.setattr(command_stream._CommandStream, where, fail)
+    monkeypatch.setattr(command_stream._StreamSession, where, fail)
     with capture_logs() as logs:
         stream.send({"op": "get", "id": "j"})
         assert await stream.connection.is_closed()

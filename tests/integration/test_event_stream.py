@@ -174,7 +174,7 @@ async def test_a_stream_that_cannot_continue_is_aborted(harness: HttpHarness, co
 
 async def test_the_admin_api_has_the_stream_too_and_requires_a_token(tmp_path: Path) -> None:
     gate = Authenticator("admin", tokens=[TOKEN])
-    async with HttpHarness(ADMIN_ROUTES, tmp_path, gate=gate, admin=True) as harness:
+    async with HttpHarness(ADMIN_ROUTES, tmp_path, authenticator=gate, admin=True) as harness:
         path = "/admin/job-management/events?follow=false"
         assert (await harness.request("GET", path)).status == 401
         response = await harness.request("GET", path, headers={"Authorization": f"Bearer {TOKEN}"})
@@ -184,7 +184,7 @@ async def test_the_admin_api_has_the_stream_too_and_requires_a_token(tmp_path: P
 
 async def test_other_origins_and_hosts_are_rejected(tmp_path: Path) -> None:
     gate = Authenticator("admin", tokens=[TOKEN], hosts=frozenset({"127.0.0.1"}))
-    async with HttpHarness(ADMIN_ROUTES, tmp_path, gate=gate, admin=True) as harness:
+    async with HttpHarness(ADMIN_ROUTES, tmp_path, authenticator=gate, admin=True) as harness:
         path, auth = "/admin/job-management/events?follow=false", {"Authorization": f"Bearer {TOKEN}"}
         for wrong in ({"Origin": "http://evil.example"}, {"Host": "evil.example"}):
             assert (await harness.request("GET", path, headers={**auth, **wrong})).status == 403

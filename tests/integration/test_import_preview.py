@@ -34,7 +34,7 @@ def judged(command: ImportCheck) -> Response:
 async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     limits = Limits(body=200, payload=50, body_deadline_s=0.3)
     async with HttpHarness(
-        ROUTES, tmp_path, gate=Authenticator("admin", tokens=[TOKEN]), admin=True, limits=limits
+        ROUTES, tmp_path, authenticator=Authenticator("admin", tokens=[TOKEN]), admin=True, limits=limits
     ) as opened:
         opened.actor.respond = judged
         yield opened

@@ -537,7 +537,7 @@ class HttpHarness:
         routes: tuple[Route, ...],
         place: Path,
         *,
-        gate: Authenticator | None = None,
+        authenticator: Authenticator | None = None,
         limits: Limits | None = None,
         admin: bool = False,
         actor: Any = None,
@@ -547,7 +547,13 @@ class HttpHarness:
         self.fakes = Fakes()
         self.services = make_services(self.actor, self.fakes)
         self.app = App(
-            gate or Authenticator("worker"), routes, self.actor, self.services, limits=limits, admin=admin, pages=pages
+            authenticator or Authenticator("worker"),
+            routes,
+            self.actor,
+            self.services,
+            limits=limits,
+            admin=admin,
+            pages=pages,
         )
         self.listener = HttpListener(self.app)
         self.path = str(place / "api.sock")

@@ -74,7 +74,7 @@ async def assert_holds(store: Store, found: OpenedStore, maker: ChangeFactory) -
     assert {job.seq: job for job in found.live()} == live
     assert found.numbers == maker.numbers
     assert found.queues == maker.queues
-    assert sorted(found.suspects.values()) == sorted(maker.jobs[seq].id for seq in maker.suspects)
+    assert sorted(found.unvalidated.values()) == sorted(maker.jobs[seq].id for seq in maker.suspects)
     everything = await store.load([job.id for job in maker.jobs.values()], list(maker.jobs), [])
     assert everything.bad == {}
     assert everything.jobs == {job.id: job for job in maker.jobs.values()}

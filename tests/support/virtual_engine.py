@@ -101,9 +101,9 @@ class VirtualEngine:
             synchronised=lambda: self.synchronised,
         )
         self.book = Book.opened(opened)
-        self.book.suspects = dict(opened.suspects)
+        self.book.suspects = dict(opened.unvalidated)
         self.book.quarantined = dict(opened.quarantined)
-        self.book.figures = read_figures(opened.figures)
+        self.book.figures = read_figures(opened.stats)
         self.actor = Actor(
             self.disk,
             self.book,

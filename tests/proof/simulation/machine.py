@@ -304,8 +304,8 @@ class Daemon:
         )
         self.book = Book.opened(opened)
         self.book.quarantined = dict(opened.quarantined)
-        self.book.suspects = dict(opened.suspects)
-        self.book.figures = read_figures(opened.figures)
+        self.book.suspects = dict(opened.unvalidated)
+        self.book.figures = read_figures(opened.stats)
         self.actor = Actor(
             machine.disk,
             self.book,

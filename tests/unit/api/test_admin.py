@@ -149,7 +149,9 @@ SERVICE_CALLS: list[tuple[str, str, Any]] = [
 
 @pytest.fixture
 async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
-    async with HttpHarness(ROUTES, tmp_path, gate=Authenticator("admin", tokens=[TOKEN]), admin=True) as opened:
+    async with HttpHarness(
+        ROUTES, tmp_path, authenticator=Authenticator("admin", tokens=[TOKEN]), admin=True
+    ) as opened:
         yield opened
 
 
@@ -280,8 +282,8 @@ async def test_a_read_has_no_operator(harness: HttpHarness) -> None:
 
 
 async def test_over_tcp_an_operator_comes_from_an_address(tmp_path: Path) -> None:
-    gate = Authenticator("admin", tokens=[TOKEN], hosts=["x"])
-    async with HttpHarness(ROUTES, tmp_path, gate=gate, admin=True) as harness:
+    authenticator = Authenticator("admin", tokens=[TOKEN], hosts=["x"])
+    async with HttpHarness(ROUTES, tmp_path, authenticator=authenticator, admin=True) as harness:
         await harness.request("POST", f"{P}/queues/q/pause", None, {**AUTH, "Host": "x"})
         [envelope] = harness.actor.received
         assert envelope.operator == Operator("", "127.0.0.1")

@@ -42,7 +42,9 @@ def place(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def harness(tmp_path: Path, place: Path) -> AsyncIterator[HttpHarness]:
-    async with HttpHarness(ROUTES, tmp_path, gate=Authenticator("admin", tokens=[TOKEN]), admin=True) as opened:
+    async with HttpHarness(
+        ROUTES, tmp_path, authenticator=Authenticator("admin", tokens=[TOKEN]), admin=True
+    ) as opened:
         opened.services.downloads = Downloads(FileArtifactStore(str(place), "test"), MOST)
         yield opened
 

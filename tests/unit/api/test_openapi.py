@@ -140,8 +140,8 @@ def test_every_error_code_is_documented_except_those_of_unknown_paths() -> None:
 
 @pytest.fixture(params=TABLES)
 async def listener(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[tuple[str, HttpHarness]]:
-    gate = Authenticator(request.param, tokens=[TOKEN], hosts=accepted_hosts("127.0.0.1"))
-    async with HttpHarness(tuple(TABLES[request.param]), tmp_path, gate=gate) as opened:
+    authenticator = Authenticator(request.param, tokens=[TOKEN], hosts=accepted_hosts("127.0.0.1"))
+    async with HttpHarness(tuple(TABLES[request.param]), tmp_path, authenticator=authenticator) as opened:
         yield request.param, opened
 
 

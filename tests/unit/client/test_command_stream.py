@@ -192,8 +192,8 @@ async def test_a_worker_with_high_concurrency_uses_a_stream(
 
 
 async def test_a_wrong_token_is_unauthorized(tmp_path: Path) -> None:
-    gate = Authenticator("worker", tokens=[TOKEN], hosts=["localhost", "127.0.0.1"])
-    async with worker_api_server(tmp_path, gate=gate) as guarded:
+    authenticator = Authenticator("worker", tokens=[TOKEN], hosts=["localhost", "127.0.0.1"])
+    async with worker_api_server(tmp_path, authenticator=authenticator) as guarded:
         url = f"http://127.0.0.1:{guarded.harness.port}"
         async with AsyncJobClient(url, token="x" * 30) as client, client.stream() as jobs:
             with pytest.raises(Unauthorized):

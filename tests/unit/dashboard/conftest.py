@@ -57,7 +57,7 @@ async def harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         worker = await stack.enter_async_context(HttpHarness(worker_api.ROUTES, tmp_path, actor=actor))
         routes = (*admin_api.ROUTES, *dashboard.routes(), worker_api.DOCUMENT)
         admin = await stack.enter_async_context(
-            HttpHarness(routes, tmp_path, gate=authenticator, admin=True, actor=actor, pages=dashboard)
+            HttpHarness(routes, tmp_path, authenticator=authenticator, admin=True, actor=actor, pages=dashboard)
         )
         actor.on_commit.append(admin.services.feed.publish)
         numbers = itertools.count(1)

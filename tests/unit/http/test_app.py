@@ -35,8 +35,8 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
 @pytest.fixture
 async def guarded(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     """A TCP listener with a token and a list of host names."""
-    gate = Authenticator("tcp", tokens=[TOKEN], hosts=accepted_hosts("127.0.0.1", ["ops.example"]))
-    async with HttpHarness(ROUTES, tmp_path, gate=gate, limits=Limits(body=1000)) as opened:
+    authenticator = Authenticator("tcp", tokens=[TOKEN], hosts=accepted_hosts("127.0.0.1", ["ops.example"]))
+    async with HttpHarness(ROUTES, tmp_path, authenticator=authenticator, limits=Limits(body=1000)) as opened:
         yield opened
 
 

@@ -55,8 +55,8 @@ async def apis(tmp_path: Path) -> AsyncIterator[BothApis]:
     (tmp_path / "admin").mkdir()
     async with contextlib.AsyncExitStack() as stack:
         worker = await stack.enter_async_context(HttpHarness(worker_api.ROUTES, tmp_path, actor=actor))
-        gate = Authenticator("admin", tokens=[TOKEN])
-        admin = HttpHarness(admin_api.ROUTES, tmp_path / "admin", gate=gate, admin=True, actor=actor)
+        authenticator = Authenticator("admin", tokens=[TOKEN])
+        admin = HttpHarness(admin_api.ROUTES, tmp_path / "admin", authenticator=authenticator, admin=True, actor=actor)
         await stack.enter_async_context(admin)
         yield BothApis(worker, admin, actor, disk)
         actor.stop_parking()
@@ -125,8 +125,8 @@ async def test_over_tcp_a_waiting_client_that_closes_takes_no_job_and_a_half_clo
 ) -> None:
     (tmp_path / "tcp").mkdir()
     claim = request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
-    gate = Authenticator("worker", hosts=["localhost"])
-    async with HttpHarness(worker_api.ROUTES, tmp_path / "tcp", gate=gate, actor=apis.actor) as tcp:
+    authenticator = Authenticator("worker", hosts=["localhost"])
+    async with HttpHarness(worker_api.ROUTES, tmp_path / "tcp", authenticator=authenticator, actor=apis.actor) as tcp:
         closed, half = await tcp.connect(), await tcp.connect()
         closed.send(claim)
         while not apis.actor.parked:  # noqa: ASYNC110 - the actor has no event for it

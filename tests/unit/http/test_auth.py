@@ -50,20 +50,22 @@ def headers(**fields: str) -> CIMultiDict[str]:
     ],
 )
 def test_only_valid_tokens_are_accepted(given: str, wanted: str | None) -> None:
-    gate = Authenticator("admin", tokens=[GOOD, OTHER])
-    assert code(gate.authenticate, headers(Authorization=given)) == wanted
+    authenticator = Authenticator("admin", tokens=[GOOD, OTHER])
+    assert code(authenticator.authenticate, headers(Authorization=given)) == wanted
 
 
 @pytest.mark.parametrize("name", ["worker", "admin"])
 async def test_neither_api_accepts_a_wrong_token(name: str, tmp_path: Path) -> None:
     """Over TCP both APIs need a token. The valid one is tried last, on the same connection."""
-    gate = Authenticator(name, tokens=[GOOD], read_only_tokens=[OTHER] if name == "admin" else [], hosts=["localhost"])
+    authenticator = Authenticator(
+        name, tokens=[GOOD], read_only_tokens=[OTHER] if name == "admin" else [], hosts=["localhost"]
+    )
     routes, call = {
         "worker": (worker.ROUTES, "/v1/jobs"),
         "admin": (admin.ROUTES, "/admin/job-management/jobs"),
     }[name]
     wrong = wrong_tokens(GOOD) + wrong_tokens(OTHER, 0)
-    async with HttpHarness(routes, tmp_path, gate=gate, admin=name == "admin") as harness:
+    async with HttpHarness(routes, tmp_path, authenticator=authenticator, admin=name == "admin") as harness:
         client = await harness.connect()
         for at in range(0, len(wrong), 50):
             given = wrong[at : at + 50]
@@ -77,20 +79,20 @@ async def test_neither_api_accepts_a_wrong_token(name: str, tmp_path: Path) -> N
 
 
 def test_a_read_only_token_has_its_own_permission() -> None:
-    gate = Authenticator("admin", tokens=[GOOD], read_only_tokens=[OTHER])
-    assert gate.authenticate(headers(Authorization=f"Bearer {GOOD}")) == "full"
-    assert gate.authenticate(headers(Authorization=f"Bearer {OTHER}")) == "read"
-    assert gate.permission_of(token_digest(OTHER)) == "read"
-    assert gate.permission_of(token_digest("x")) is None
-    gate.replace_tokens([GOOD])
-    assert code(gate.authenticate, headers(Authorization=f"Bearer {OTHER}")) == "unauthorized"
+    authenticator = Authenticator("admin", tokens=[GOOD], read_only_tokens=[OTHER])
+    assert authenticator.authenticate(headers(Authorization=f"Bearer {GOOD}")) == "full"
+    assert authenticator.authenticate(headers(Authorization=f"Bearer {OTHER}")) == "read"
+    assert authenticator.permission_of(token_digest(OTHER)) == "read"
+    assert authenticator.permission_of(token_digest("x")) is None
+    authenticator.replace_tokens([GOOD])
+    assert code(authenticator.authenticate, headers(Authorization=f"Bearer {OTHER}")) == "unauthorized"
 
 
 def test_tokens_can_be_replaced_while_running() -> None:
-    gate = Authenticator("admin", tokens=[GOOD])
-    gate.replace_tokens([OTHER])
-    assert code(gate.authenticate, headers(Authorization=f"Bearer {GOOD}")) == "unauthorized"
-    assert code(gate.authenticate, headers(Authorization=f"Bearer {OTHER}")) is None
+    authenticator = Authenticator("admin", tokens=[GOOD])
+    authenticator.replace_tokens([OTHER])
+    assert code(authenticator.authenticate, headers(Authorization=f"Bearer {GOOD}")) == "unauthorized"
+    assert code(authenticator.authenticate, headers(Authorization=f"Bearer {OTHER}")) is None
 
 
 def test_an_empty_list_of_tokens_accepts_no_token() -> None:
@@ -134,9 +136,9 @@ def test_tokens_are_not_stored_in_the_clear() -> None:
     ],
 )
 def test_host_and_origin_are_checked(host: str, origin: str | None, wanted: str | None) -> None:
-    gate = Authenticator("admin", hosts=accepted_hosts("127.0.0.1", ["Ops.example"]))
+    authenticator = Authenticator("admin", hosts=accepted_hosts("127.0.0.1", ["Ops.example"]))
     given = headers(Host=host) if origin is None else headers(Host=host, Origin=origin)
-    assert code(gate.check_origin, given, ("10.0.0.7", 8770)) == wanted
+    assert code(authenticator.check_origin, given, ("10.0.0.7", 8770)) == wanted
 
 
 def test_a_missing_host_is_rejected_on_tcp_only() -> None:
@@ -218,17 +220,17 @@ def test_compressed_bodies_are_rejected(coding: str) -> None:
 
 
 def test_a_key_is_scoped_to_listener_method_and_path() -> None:
-    gate = Authenticator("worker")
-    first = gate.idempotency_key("k", "POST", "/v1/jobs", b"{}")
-    assert gate.idempotency_key("k", "POST", "/v1/jobs", b"{}") == first
+    authenticator = Authenticator("worker")
+    first = authenticator.idempotency_key("k", "POST", "/v1/jobs", b"{}")
+    assert authenticator.idempotency_key("k", "POST", "/v1/jobs", b"{}") == first
     others = [
-        gate.idempotency_key("l", "POST", "/v1/jobs", b"{}"),
-        gate.idempotency_key("k", "PUT", "/v1/jobs", b"{}"),
-        gate.idempotency_key("k", "POST", "/v1/claim", b"{}"),
+        authenticator.idempotency_key("l", "POST", "/v1/jobs", b"{}"),
+        authenticator.idempotency_key("k", "PUT", "/v1/jobs", b"{}"),
+        authenticator.idempotency_key("k", "POST", "/v1/claim", b"{}"),
         Authenticator("admin").idempotency_key("k", "POST", "/v1/jobs", b"{}"),
     ]
     assert len({first.digest, *(other.digest for other in others)}) == 5
-    changed = gate.idempotency_key("k", "POST", "/v1/jobs", b"{} ")
+    changed = authenticator.idempotency_key("k", "POST", "/v1/jobs", b"{} ")
     assert changed.digest == first.digest
     assert changed.body_hash != first.body_hash
 

@@ -99,7 +99,7 @@ async def test_a_complete_request_needs_no_task(
 
 async def test_a_complete_request_without_its_token_is_rejected(tmp_path: Path) -> None:
     async with HttpHarness(
-        ROUTES, tmp_path, gate=Authenticator("worker", tokens=[TOKEN], hosts=["localhost"])
+        ROUTES, tmp_path, authenticator=Authenticator("worker", tokens=[TOKEN], hosts=["localhost"])
     ) as harness:
         client = await harness.connect()
         assert (await client.request("GET", "/v1/jobs")).status == 401
@@ -189,8 +189,8 @@ async def test_a_response_to_a_closing_connection_is_undelivered(harness: HttpHa
     assert harness.actor.undelivered_responses == [answer]
 
 
-@pytest.mark.parametrize("way", ["short", "long"])
-async def test_a_response_to_a_disconnected_client_is_undelivered(harness: HttpHarness, way: str) -> None:
+@pytest.mark.parametrize("path", ["fast", "slow"])
+async def test_a_response_to_a_disconnected_client_is_undelivered(harness: HttpHarness, path: str) -> None:
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
     client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     client.setblocking(False)
@@ -204,7 +204,7 @@ async def test_a_response_to_a_disconnected_client_is_undelivered(harness: HttpH
     while not harness.listener.connections:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0)
     loop = asyncio.get_running_loop()
-    if way == "long":
+    if path == "slow":
         head, _, body = CLAIM.partition(b"\r\n\r\n")
         await loop.sock_sendall(client, head + b"\r\nExpect: 100-continue\r\n\r\n")
         assert await loop.sock_recv(client, 100) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -514,7 +514,7 @@ async def test_a_cached_head_is_not_parsed_again(harness: HttpHarness, monkeypat
 
 
 async def test_a_token_counts_only_for_its_own_request(tmp_path: Path) -> None:
-    async with HttpHarness(ROUTES, tmp_path, gate=Authenticator("worker", tokens=[TOKEN])) as harness:
+    async with HttpHarness(ROUTES, tmp_path, authenticator=Authenticator("worker", tokens=[TOKEN])) as harness:
         client = await harness.connect()
         for _ in range(3):
             assert (await client.request("GET", "/v1/jobs")).status == 401
@@ -547,15 +547,15 @@ async def test_requests_split_anywhere_are_answered_in_order(tmp_path: Path, see
 @pytest.fixture(params=["unix", "tcp"])
 async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[HttpHarness]:
     """A listener on a Unix socket, and one on TCP, which differ in how they see a half-closed client."""
-    gate = Authenticator("worker", hosts=None if request.param == "unix" else ["localhost", "x"])
-    async with HttpHarness(ROUTES, tmp_path, gate=gate, limits=Limits(body=1000)) as opened:
+    authenticator = Authenticator("worker", hosts=None if request.param == "unix" else ["localhost", "x"])
+    async with HttpHarness(ROUTES, tmp_path, authenticator=authenticator, limits=Limits(body=1000)) as opened:
         yield opened
 
 
 @pytest.fixture
 async def tcp(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     async with HttpHarness(
-        ROUTES, tmp_path, gate=Authenticator("worker", hosts=["localhost", "x"]), limits=Limits(body=1000)
+        ROUTES, tmp_path, authenticator=Authenticator("worker", hosts=["localhost", "x"]), limits=Limits(body=1000)
     ) as one:
         yield one
 

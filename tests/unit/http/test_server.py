@@ -413,16 +413,16 @@ async def test_a_socket_from_systemd_is_used(harness: HttpHarness, tmp_path: Pat
 
 
 async def test_the_address_of_a_connection_is_a_name_of_the_daemon(tmp_path: Path) -> None:
-    gate = Authenticator("tcp", hosts=["jobs.example"])
-    async with HttpHarness(ROUTES, tmp_path, gate=gate) as harness:
+    authenticator = Authenticator("tcp", hosts=["jobs.example"])
+    async with HttpHarness(ROUTES, tmp_path, authenticator=authenticator) as harness:
         assert (await harness.request("GET", "/v1/jobs", headers={"Host": f"127.0.0.1:{harness.port}"})).status == 200
         assert (await harness.request("GET", "/v1/jobs", headers={"Host": "127.0.0.2"})).status == 403
 
 
 async def test_a_listener_speaks_tls(tmp_path: Path) -> None:
     server, client = await tls_pair(tmp_path)
-    gate = Authenticator("tcp", tokens=[TOKEN], hosts=accepted_hosts("127.0.0.1"))
-    async with HttpHarness(ROUTES, tmp_path, gate=gate) as harness:
+    authenticator = Authenticator("tcp", tokens=[TOKEN], hosts=accepted_hosts("127.0.0.1"))
+    async with HttpHarness(ROUTES, tmp_path, authenticator=authenticator) as harness:
         [(_, port)] = await harness.listener.open_tcp("127.0.0.1", 0, tls=server)
         connection = RawConnection(
             *await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost")

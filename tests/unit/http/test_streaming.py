@@ -31,9 +31,9 @@ KIND = {**AUTH, "Content-Type": "application/x-ndjson"}
 
 @pytest.fixture
 async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
-    gate = Authenticator("admin", tokens=[TOKEN])
+    authenticator = Authenticator("admin", tokens=[TOKEN])
     limits = Limits(body=200, payload=50, body_deadline_s=0.3)
-    async with HttpHarness(ROUTES, tmp_path, gate=gate, admin=True, limits=limits) as opened:
+    async with HttpHarness(ROUTES, tmp_path, authenticator=authenticator, admin=True, limits=limits) as opened:
         answering(opened, lambda command: Response(Imported(command.id, skipped=command.id.startswith("old"))))
         yield opened
 

@@ -280,7 +280,7 @@ async def test_an_edited_row_is_accepted_in_place(path: str) -> None:
     assert check(path) == []
     async with open_store(path) as (store, found):
         assert found.faults == []
-        assert found.suspects[job.seq] == job.id
+        assert found.unvalidated[job.seq] == job.id
         back = (await store.load([job.id], [job.seq], [])).jobs[job.id]
         assert back == replace(job, status="failed", grant=None, progress=50)
         assert (await store.load([], [job.seq], [])).payloads[job.seq].body == maker.payloads[job.seq]

@@ -369,7 +369,7 @@ async def test_damaged_queues_stats_and_reports_are_quarantined_and_queues_recou
         conn.execute("UPDATE figures SET body = X'31'")
         conn.execute("UPDATE reports SET body = X'31' WHERE seq = 1")
     async with open_store(path) as (store, found):
-        assert found.figures is None
+        assert found.stats is None
         open_again = replace(maker.queues["video"], paused=False, paused_at=None, paused_by=None)
         assert found.queues == {**maker.queues, "video": open_again}
         assert len(found.faults) == 2

@@ -153,11 +153,11 @@ async def test_the_last_500_reports_are_kept(store: Store) -> None:
 
 async def test_stats_survive_a_restart(path: str) -> None:
     async with open_store(path) as (store, found):
-        assert found.figures is None
+        assert found.stats is None
         await store.save_stats(b"1")
         await store.save_stats(b"2")
     async with open_store(path) as (_, found):
-        assert found.figures == b"2"
+        assert found.stats == b"2"
 
 
 async def test_a_store_in_memory_behaves_the_same() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobd.api.command_stream import _CommandStream
+from jobd.api.command_stream import _StreamSession
 from jobd.http.app import App
 from jobd.http.response import HttpResponse
 from jobd.model.responses import Response
@@ -30,20 +30,20 @@ def _(ok_response: Any, self: App[Any], ctx: Any, response: Response) -> HttpRes
 
 @bug(
     "stream-error-overtakes",
-    _CommandStream._reject,
+    _StreamSession._reject,
     breaks="an immediate error of a stream takes the place of the response before it",
     found_by="tests/integration/test_command_stream.py",
 )
-def _(refuse: Any, self: _CommandStream, slot: Any, error: Any) -> None:
+def _(refuse: Any, self: _StreamSession, slot: Any, error: Any) -> None:
     refuse(self, slot, error)
     self._slots.rotate(1)
 
 
 @bug(
     "closed-stream-keeps-its-grants",
-    _CommandStream._release_unwritten,
+    _StreamSession._release_unwritten,
     breaks="grants in a stream whose client has left stay until their locks expire",
     found_by="tests/integration/test_command_stream.py",
 )
-def _(give_up: Any, self: _CommandStream) -> None:
+def _(give_up: Any, self: _StreamSession) -> None:
     self._slots.clear()
