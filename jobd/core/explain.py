@@ -302,7 +302,7 @@ def _next_of(grant: Grant, lease: Lease, book: Book, at: Moment) -> NextEvent:
         what = f"The lock expires, unless worker {grant.worker} extends it or reports progress."
         return NextEvent(what, at.wall(lease.expires), "lock expiry")
     by = "" if book.next_cleanup_at is None else " by the next cleanup run after that"
-    what = f"It counts as stuck and is recovered{by}, unless worker {grant.worker}"
+    what = f"It counts as stalled and is recovered{by}, unless worker {grant.worker}"
     if lease.ceiling is not None and lease.stuck == lease.ceiling:  # an extension does not move it
         return NextEvent(f"{what} reports progress or ends it.", at.wall(lease.stuck), "max_processing")
     return NextEvent(f"{what} reports, extends or ends it.", at.wall(lease.stuck), "stuck_after")

@@ -279,7 +279,7 @@ def test_the_next_cleanup_run_is_named_if_recovery_is_left_to_it(rules: RuleHarn
     rules.advance(TTL)
     view = why(rules)
     assert view.next is not None
-    assert view.next.what.startswith("It counts as stuck and is recovered by the next cleanup run after that, unless")
+    assert view.next.what.startswith("It counts as stalled and is recovered by the next cleanup run after that, unless")
     assert at_and_rule(why(rules, "late")) == (NOW + 45 * MINUTE_MS, "expires_at")
     rules.advance(5 * MINUTE_MS)
     view = why(rules)
