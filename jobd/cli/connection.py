@@ -34,13 +34,13 @@ class ConnectionOptions:
         self.operator: str | None = None
 
 
-def _keep(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+def _store_option(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     if value is not None and param.name is not None:
         setattr(ctx.ensure_object(ConnectionOptions), param.name, value)
 
 
 def _option(flag: str, metavar: str, text: str) -> Callable[[Any], Any]:
-    return click.option(flag, metavar=metavar, help=text, callback=_keep, expose_value=False)
+    return click.option(flag, metavar=metavar, help=text, callback=_store_option, expose_value=False)
 
 
 _SOCKET = _option("--socket", "PATH", "Worker socket of the daemon.  [env: JOBD_SOCKET]")
@@ -83,25 +83,25 @@ def read_token(path: str) -> str:
     return lines[0]
 
 
-def worker_endpoint(places: ConnectionOptions) -> Endpoint:
+def worker_api_endpoint(options: ConnectionOptions) -> Endpoint:
     """Return the address of the worker API from options, environment, the daemon's settings or its default."""
-    from jobd.client.endpoint import worker_endpoint as find
+    from jobd.client.endpoint import worker_endpoint
 
-    if places.url and places.socket:
+    if options.url and options.socket:
         raise click.UsageError("--socket and --url contradict each other: give one of them")
-    where = places.url or (os.path.abspath(places.socket.removeprefix("unix:")) if places.socket else None)
-    if where is None and not (os.environ.get("JOBD_SOCKET") or os.environ.get("JOBD_URL")):
-        where = worker_socket()
-    return _found(lambda: find(where, worker_token(places)))
+    address = options.url or (os.path.abspath(options.socket.removeprefix("unix:")) if options.socket else None)
+    if address is None and not (os.environ.get("JOBD_SOCKET") or os.environ.get("JOBD_URL")):
+        address = worker_socket()
+    return _usage_error_if_invalid(lambda: worker_endpoint(address, worker_token(options)))
 
 
-def admin_endpoint(places: ConnectionOptions) -> Endpoint:
+def admin_api_endpoint(options: ConnectionOptions) -> Endpoint:
     """Return the address of the admin API and its token, found like those of the worker API."""
-    from jobd.client.endpoint import admin_endpoint as find
+    from jobd.client.endpoint import admin_endpoint
 
-    token = admin_token(places)
-    where = places.admin_url or os.environ.get("JOBD_ADMIN_URL") or admin_url()
-    return _found(lambda: find(where, token, operator=places.operator or this_operator()))
+    token = admin_token(options)
+    address = options.admin_url or os.environ.get("JOBD_ADMIN_URL") or admin_url()
+    return _usage_error_if_invalid(lambda: admin_endpoint(address, token, operator=options.operator or this_operator()))
 
 
 def this_operator() -> str:
@@ -113,17 +113,17 @@ def this_operator() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def _found(find: Callable[[], Endpoint]) -> Endpoint:
+def _usage_error_if_invalid(find: Callable[[], Endpoint]) -> Endpoint:
     try:
         return find()
     except ValueError as error:
         raise click.UsageError(str(error)) from None
 
 
-def admin_token(places: ConnectionOptions) -> str:
+def admin_token(options: ConnectionOptions) -> str:
     """Return the token of --token-file, ADMIN_TOKEN or ADMIN_TOKEN_FILE. Raises CliError (5) without any."""
-    if places.token_file:
-        return read_token(places.token_file)
+    if options.token_file:
+        return read_token(options.token_file)
     token = os.environ.get("ADMIN_TOKEN", "").strip()
     if token:
         return token
@@ -138,21 +138,21 @@ def has_admin_token() -> bool:
 
     With a URL of the worker API, --token-file belongs to that API and is sent nowhere else.
     """
-    places = current()
-    if places.admin_url is None and (places.socket or places.url):
+    options = current()
+    if options.admin_url is None and (options.socket or options.url):
         return False
-    if places.token_file:
-        is_named = places.admin_url or os.environ.get("JOBD_ADMIN_URL")
+    if options.token_file:
+        is_named = options.admin_url or os.environ.get("JOBD_ADMIN_URL")
         return bool(is_named or not os.environ.get("JOBD_URL"))
     return bool(os.environ.get("ADMIN_TOKEN", "").strip() or os.environ.get(_ADMIN_TOKEN_FILE))
 
 
-def worker_token(places: ConnectionOptions) -> str | None:
+def worker_token(options: ConnectionOptions) -> str | None:
     """Return the token for the worker API over TCP from --token-file or JOBD_WORKER_TOKEN_FILE, or None.
 
     ADMIN_TOKEN is never sent to the worker API.
     """
-    path = places.token_file or os.environ.get(_WORKER_TOKEN_FILE)
+    path = options.token_file or os.environ.get(_WORKER_TOKEN_FILE)
     return read_token(path) if path else None
 
 
@@ -161,14 +161,14 @@ def job_client(*, retry_for_s: float | None = None) -> JobClient:
     from jobd.client import JobClient
 
     retry_for_s = RETRY_FOR_S if retry_for_s is None else retry_for_s
-    return click.get_current_context().with_resource(JobClient(worker_endpoint(current()), retry_for_s=retry_for_s))
+    return click.get_current_context().with_resource(JobClient(worker_api_endpoint(current()), retry_for_s=retry_for_s))
 
 
 def admin_client(*, timeout_s: float = 30.0) -> AdminClient:
     """Return a client of the admin API, which is closed at the end of the verb."""
     from jobd.client import AdminClient
 
-    client = AdminClient(admin_endpoint(current()), retry_for_s=RETRY_FOR_S, timeout_s=timeout_s)
+    client = AdminClient(admin_api_endpoint(current()), retry_for_s=RETRY_FOR_S, timeout_s=timeout_s)
     return click.get_current_context().with_resource(client)
 
 

@@ -63,13 +63,13 @@ def past_ms(text: str, now_ms: int) -> int:
 
 
 if TYPE_CHECKING:
-    _Number = click.ParamType[int]
-    _Text = click.ParamType[str]
+    _IntParam = click.ParamType[int]
+    _TextParam = click.ParamType[str]
 else:
-    _Number = _Text = click.ParamType  # older click has no type parameter
+    _IntParam = _TextParam = click.ParamType  # older click has no type parameter
 
 
-class _Name(_Text):
+class _NameParam(_TextParam):
     """An id or a name. Empty text is an error, because a filter by it would match everything."""
 
     name = "name"
@@ -80,7 +80,7 @@ class _Name(_Text):
         return str(value)
 
 
-class _Duration(_Number):
+class _DurationParam(_IntParam):
     """A duration, in milliseconds."""
 
     name = "duration"
@@ -92,7 +92,7 @@ class _Duration(_Number):
             self.fail(f"{value!r}: {error}", param, ctx)
 
 
-class _Moment(_Number):
+class _TimeParam(_IntParam):
     """A point in time, in Unix ms."""
 
     name = "time"
@@ -104,7 +104,7 @@ class _Moment(_Number):
             self.fail(f"{value!r}: {error}", param, ctx)
 
 
-class _Past(_Number):
+class _PastTimeParam(_IntParam):
     """A point in the past, in Unix ms."""
 
     name = "time"
@@ -116,10 +116,10 @@ class _Past(_Number):
             self.fail(f"{value!r}: {error}", param, ctx)
 
 
-NAME: Final = _Name()
-DURATION: Final = _Duration()
-PAST: Final = _Past()
-MOMENT: Final = _Moment()
+NAME: Final = _NameParam()
+DURATION: Final = _DurationParam()
+PAST: Final = _PastTimeParam()
+MOMENT: Final = _TimeParam()
 
 
 def json_text(text: str, what: str) -> msgspec.Raw:

@@ -103,7 +103,7 @@ def timeline(events: Sequence[EventView]) -> None:
                 terminal.instant(event.at),
                 terminal.span(max(event.at - first, 0)),
                 event.type,
-                _step(event),
+                _status_change(event),
                 event.by,
                 " ".join(filter(None, [event.reason, _details(event.details)])),
             )
@@ -116,11 +116,19 @@ def timeline(events: Sequence[EventView]) -> None:
 def event_line(event: StreamedEvent) -> str:
     """Return an event as one line."""
     about = f"{event.job_id} ({event.queue})" if event.job_id is not None else f"queue {event.queue}"
-    parts = [terminal.instant(event.at), str(event.seq), event.type, about, _step(event), event.by, event.reason]
+    parts = [
+        terminal.instant(event.at),
+        str(event.seq),
+        event.type,
+        about,
+        _status_change(event),
+        event.by,
+        event.reason,
+    ]
     return "  ".join(part for part in [*parts, _details(event.details)] if part)
 
 
-def _step(event: EventView) -> str:
+def _status_change(event: EventView) -> str:
     return event.to or "" if event.from_ in (None, event.to) else f"{event.from_} → {event.to or 'gone'}"
 
 

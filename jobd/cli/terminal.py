@@ -25,7 +25,7 @@ HOUR_MS: Final = 60 * MINUTE_MS
 DAY_MS: Final = 24 * HOUR_MS
 
 # C0 and C1 controls (ESC, CSI …), line separators, and the marks that reorder text on screen; lone surrogates.
-_DANGEROUS: Final = re.compile(
+_UNSAFE: Final = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
 _SHORT: Final = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
@@ -54,10 +54,10 @@ _STYLES: Final = {
 
 def clean(text: str) -> str:
     """Escape control characters (`\\x1b`, `\\n`, `\\u202e`), so that `text` is one line and safe on a terminal."""
-    return _DANGEROUS.sub(_spell, text)
+    return _UNSAFE.sub(_escape, text)
 
 
-def _spell(match: re.Match[str]) -> str:
+def _escape(match: re.Match[str]) -> str:
     char = match.group()
     code = ord(char)
     return _SHORT.get(char) or (f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}")
@@ -79,13 +79,13 @@ def span(ms: int | float) -> str:
         return f"{ms / SECOND_MS:.1f} s"
     for unit, small, name, small_name in ((DAY_MS, HOUR_MS, "d", "h"), (HOUR_MS, MINUTE_MS, "h", "m")):
         if ms >= unit:
-            return _two(int(ms), unit, small, name, small_name)
+            return _two_units(int(ms), unit, small, name, small_name)
     if ms >= MINUTE_MS:
-        return _two(int(ms), MINUTE_MS, SECOND_MS, "m", "s")
+        return _two_units(int(ms), MINUTE_MS, SECOND_MS, "m", "s")
     return f"{int(ms // SECOND_MS)} s"
 
 
-def _two(ms: int, unit: int, small: int, name: str, small_name: str) -> str:
+def _two_units(ms: int, unit: int, small: int, name: str, small_name: str) -> str:
     whole, rest = divmod(ms, unit)
     return f"{whole} {name} {rest // small} {small_name}" if rest >= small else f"{whole} {name}"
 
@@ -152,7 +152,7 @@ def as_json(value: Any) -> str:
     if sys.stdout.isatty():
         raw = msgspec.json.format(raw, indent=2)
     # Outside of strings JSON has only spaces and line ends, so this escapes inside strings only.
-    return _DANGEROUS.sub(lambda m: m.group() if m.group() == "\n" else f"\\u{ord(m.group()):04x}", raw.decode())
+    return _UNSAFE.sub(lambda m: m.group() if m.group() == "\n" else f"\\u{ord(m.group()):04x}", raw.decode())
 
 
 def emit_json(value: Any) -> None:
@@ -164,7 +164,7 @@ def emit_json_line(value: Any) -> None:
     import msgspec
 
     text = msgspec.json.encode(value).decode()
-    sys.stdout.write(_DANGEROUS.sub(lambda m: f"\\u{ord(m.group()):04x}", text) + "\n")
+    sys.stdout.write(_UNSAFE.sub(lambda m: f"\\u{ord(m.group()):04x}", text) + "\n")
 
 
 def emit(line: str) -> None:
@@ -281,11 +281,11 @@ def _print(grid: Table) -> None:
     print_plain(console(), grid)
 
 
-def print_plain(out: Console, picture: RenderableType) -> None:
+def print_plain(out: Console, renderable: RenderableType) -> None:
     """Print on stdout, in a pipe without blanks at the ends of lines."""
     if out.is_terminal:
-        out.print(picture)
+        out.print(renderable)
         return
     with out.capture() as held:
-        out.print(picture)
+        out.print(renderable)
     sys.stdout.write("".join(line.rstrip() + "\n" for line in held.get().splitlines()))

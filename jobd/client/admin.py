@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import http.client
 import socket
@@ -9,19 +10,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from concurrent.futures import wait as wait_for
-from typing import Any, BinaryIO, Final, TypeVar
+from typing import Any, BinaryIO, Final
 
 from msgspec.structs import replace
 
 from jobd.client import admin_requests
 from jobd.client.apis import CHUNK_BYTES, AdminApi
 from jobd.client.errors import JobdError, Unreachable
-from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, json_lines, raise_error, read_result, uuid7
+from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, T, json_lines, raise_error, read_result, uuid7
 from jobd.client.sync import CONNECTION_ERRORS, BlockingClient, DaemonConnection, lower_headers
 from jobd.model.responses import BackupView, ImportPreview, ImportResult
-
-T = TypeVar("T")
 
 POLL_S: Final = 0.5  # between two requests for the progress of a backup
 
@@ -93,7 +91,7 @@ class AdminClient(AdminApi, BlockingClient):
             self._write(connection, admin_requests.backup(stall.id), self._retry.timeout_s)
             connection.sock.settimeout(None)
             thread.start()
-            while not wait_for([head], POLL_S).done:
+            while not concurrent.futures.wait([head], POLL_S).done:
                 self._poll(stall)
             response = head.result()
             connection.sock.settimeout(self._retry.timeout_s)

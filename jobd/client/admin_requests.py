@@ -506,7 +506,7 @@ def metrics() -> ApiRequest[str]:
     return ApiRequest("GET", "/metrics", bytes.decode)
 
 
-class _ExportPage(Struct):
+class _RawExportPage(Struct):
     jobs: list[Raw]
     next_cursor: str | None
 
@@ -514,7 +514,7 @@ class _ExportPage(Struct):
 _LINE_ENDS_TO_SPACES: Final = bytes.maketrans(b"\r\n", b"  ")
 
 
-def _job_lines(page: _ExportPage) -> JobLines:
+def _job_lines(page: _RawExportPage) -> JobLines:
     """Join each job into one line. Its JSON is unchanged otherwise; a line end in JSON is white space, never text."""
     return JobLines([bytes(job).translate(_LINE_ENDS_TO_SPACES) for job in page.jobs], page.next_cursor)
 
@@ -531,7 +531,7 @@ def export_page(
 
     A page may be short; the last one has no `next_cursor`. `cursor` is the `next_cursor` of the page before.
     """
-    page = get(f"{BASE}/export", _ExportPage, status=status, queue=queue, kind=kind, limit=limit, cursor=cursor)
+    page = get(f"{BASE}/export", _RawExportPage, status=status, queue=queue, kind=kind, limit=limit, cursor=cursor)
     return page.then(_job_lines)
 
 

@@ -10,7 +10,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self
 
 import aiohttp
 from yarl import URL
@@ -20,10 +20,8 @@ from jobd.client.command_stream import CommandStream, command_line
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, SILENCE_S, EventSubscription
 from jobd.client.methods import PageWalk
-from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, RetryState, read_result
+from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, RetryState, T, read_result
 from jobd.model.events import StreamedEvent
-
-T = TypeVar("T")
 
 # What aiohttp raises if a connection cannot be made or breaks.
 _CONNECTION_ERRORS: Final = (aiohttp.ClientError, OSError)

@@ -21,7 +21,7 @@ COMMANDS: Final = "/v1/commands"
 CLOSE_S: Final = 5.0  # a closing stream waits this long for its last responses
 
 _VERBS: Final = frozenset({"start", "progress", "extend", "complete", "fail", "release", "cancel"})
-_OF_A_JOB: Final = re.compile(r"/v1/jobs/(?P<id>[^/?]+)(?:/(?P<verb>[a-z-]+))?")
+_JOB_PATH: Final = re.compile(r"/v1/jobs/(?P<id>[^/?]+)(?:/(?P<verb>[a-z-]+))?")
 _LINE_ENDS_TO_SPACES: Final = bytes.maketrans(b"\r\n", b"  ")
 
 # Opens a stream with the body that is sent over it.
@@ -32,21 +32,21 @@ CLAIM: Final = b'{"op":"claim"'
 START: Final = b'{"op":"start"'
 
 
-class _Status(Struct):
+class _ResponseStatus(Struct):
     status: int
     success: bool
 
 
-_read_status: Final = msgspec.json.Decoder(_Status).decode
+_read_status: Final = msgspec.json.Decoder(_ResponseStatus).decode
 
 
-class _JobId(Struct):
+class _GrantedJob(Struct):
     id: str
 
 
 class _GrantId(Struct):
     lock_id: str
-    job: _JobId
+    job: _GrantedJob
 
 
 class _GrantIds(Struct):
@@ -90,7 +90,7 @@ def _operation(request: ApiRequest[Any]) -> tuple[str, str | None] | None:
             return "bulk", None
         case "POST", "/v1/claim":
             return None if request.wait_ms else ("claim", None)
-    found = _OF_A_JOB.fullmatch(request.path)
+    found = _JOB_PATH.fullmatch(request.path)
     if found is None:
         return None
     if request.method == "GET" and found["verb"] is None:

@@ -15,11 +15,10 @@ from types import FunctionType, MethodType
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, cast, overload
 
 from jobd.client.event_subscription import EventSubscription
-from jobd.client.protocol import ApiRequest
+from jobd.client.protocol import ApiRequest, T
 from jobd.model.events import StreamedEvent
 
 P = ParamSpec("P")
-T = TypeVar("T")
 
 
 class _Blocking(Protocol):
@@ -30,15 +29,15 @@ class _Async(Protocol):
     async def send(self, request: ApiRequest[T]) -> T: ...
 
 
-class _Page(Protocol):
+class _HasNextCursor(Protocol):
     @property
     def next_cursor(self) -> str | None: ...
 
 
-Page = TypeVar("Page", bound=_Page)
+Page = TypeVar("Page", bound=_HasNextCursor)
 
 
-class _Method:
+class _ClientMethod:
     """Base of the descriptors. The method of a client calls its `run` with what `build` returns."""
 
     def __init__(self, build: Callable[..., Any], run: str, doc: str | None = None) -> None:
@@ -76,7 +75,7 @@ class _Method:
         return cast(FunctionType, function)
 
 
-class Method(_Method, Generic[P, T]):
+class Method(_ClientMethod, Generic[P, T]):
     """A call with one response."""
 
     def __init__(self, build: Callable[P, ApiRequest[T]]) -> None:
@@ -100,7 +99,7 @@ class PageWalk(Generic[T]):
     items: Callable[[Any], Iterable[T]]
 
 
-class PagedMethod(_Method, Generic[P, T]):
+class PagedMethod(_ClientMethod, Generic[P, T]):
     """A list that is read page by page."""
 
     def __init__(self, build: Callable[P, ApiRequest[Page]], items: Callable[[Page], Iterable[T]], doc: str) -> None:
@@ -125,7 +124,7 @@ class PagedMethod(_Method, Generic[P, T]):
         return self._get(client, owner)
 
 
-class EventMethod(_Method, Generic[P]):
+class EventMethod(_ClientMethod, Generic[P]):
     """The stream of events at `path`."""
 
     def __init__(self, subscribe: Callable[Concatenate[str, P], EventSubscription], path: str) -> None:

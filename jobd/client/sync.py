@@ -10,17 +10,15 @@ import threading
 import time
 from collections.abc import Generator, Iterator, Mapping
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, Self
 
 from jobd.client.apis import CHUNK_BYTES, CONNECT_S, IDLE_S, BaseClient, WorkerApi
 from jobd.client.endpoint import Endpoint
 from jobd.client.errors import JobdError, Unreachable
 from jobd.client.event_subscription import RECONNECT, SILENCE_S, EventSubscription
 from jobd.client.methods import PageWalk
-from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, RetryState, read_result
+from jobd.client.protocol import ApiRequest, ApiResponse, RetryOptions, RetryState, T, read_result
 from jobd.model.events import StreamedEvent
-
-T = TypeVar("T")
 
 _IDLE_CONNECTIONS: Final = 8
 CONNECTION_ERRORS: Final = (OSError, http.client.HTTPException)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, ParamSpec, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from msgspec import Struct
 
@@ -30,19 +30,18 @@ from jobd.model.responses import (
 
 JOBS: Final = "/v1/jobs"
 
-P = ParamSpec("P")
-T = TypeVar("T")
+Build = TypeVar("Build", bound=Callable[..., ApiRequest[Any]])
 
 
-class _Jobs(Struct):
+class _CreatedJobs(Struct):
     jobs: list[JobInfo]
 
 
-class _Grants(Struct):
+class _GrantList(Struct):
     grants: list[GrantInfo]
 
 
-def _named(build: Callable[P, ApiRequest[T]]) -> Callable[P, ApiRequest[T]]:
+def _named(build: Build) -> Build:
     """Reject positional arguments after `job_id` with a TypeError that shows the correct call.
 
     The manager that jobd replaces orders them differently (`failJob(jobId, message, lockId)`).
@@ -51,12 +50,12 @@ def _named(build: Callable[P, ApiRequest[T]]) -> Callable[P, ApiRequest[T]]:
     call = f"{build.__name__}({', '.join([needed[0], *(f'{name}=...' for name in needed[1:])])})"
 
     @functools.wraps(build)
-    def checked(*positional: Any, **named: Any) -> ApiRequest[T]:
+    def checked(*positional: Any, **named: Any) -> ApiRequest[Any]:
         if len(positional) > 1:
             raise TypeError(f"only job_id may be positional; write {call}")
-        return cast(Callable[..., ApiRequest[T]], build)(*positional, **named)
+        return build(*positional, **named)
 
-    return cast(Callable[P, ApiRequest[T]], checked)
+    return cast(Build, checked)
 
 
 def create_job(
@@ -109,7 +108,7 @@ def create_jobs(jobs: Iterable[Mapping[str, Any]], *, idempotency_key: str | Non
     Each is a mapping with the names of `create_job`; one without an `id` gets a UUIDv7. Raises the same errors.
     """
     with_ids = [{"id": job.get("id") or uuid7()} | {name: job[name] for name in job if name != "id"} for job in jobs]
-    created = post(f"{JOBS}/bulk", _Jobs, {"jobs": with_ids}, key=idempotency_key or uuid7())
+    created = post(f"{JOBS}/bulk", _CreatedJobs, {"jobs": with_ids}, key=idempotency_key or uuid7())
     return created.then(lambda found: found.jobs)
 
 
@@ -206,7 +205,7 @@ def claim(
         "max_processing_ms": max_processing_ms,
         "about": about,
     }
-    granted = post("/v1/claim", _Grants, body, key=idempotency_key or uuid7(), wait_ms=wait_ms)
+    granted = post("/v1/claim", _GrantList, body, key=idempotency_key or uuid7(), wait_ms=wait_ms)
     return granted.then(lambda found: found.grants)
 
 

@@ -43,7 +43,7 @@ from jobd.http.response import RawBody
 from jobd.http.routing import Route
 from jobd.model.commands import Command, Get, JobCommand, PlanCommand
 from jobd.model.errors import ApiError, ApiException, api_error
-from jobd.model.fields import Text as Words
+from jobd.model.fields import Text
 from jobd.model.responses import JobView, Response
 from jobd.monitoring.timeseries import Timeseries
 
@@ -61,7 +61,7 @@ class StaticFileQuery(Command, frozen=True, kw_only=True):
 class JobActionForm(JobCommand, frozen=True, kw_only=True):
     verb: Verb
     seen: Annotated[str, Meta(max_length=60)]
-    reason: Words = ""
+    reason: Text = ""
     result: Annotated[int, Meta(ge=1)] | None = None
     csrf: str = ""
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
-from jobd.cli.daemon.bench_load import Figures, LoadConnection, clock, percentiles
+from jobd.cli.daemon.bench_load import LoadConnection, Measurements, clock, percentiles
 from tests.benchmarks.work import BASE, LoadRequest, wait_until
 
 PROBE_EVERY_S: Final = 0.002
@@ -27,7 +27,7 @@ async def running_beside(*works: Coroutine[Any, Any, None]) -> AsyncIterator[Non
         raise faults[0]
 
 
-async def lag(request: LoadRequest) -> Figures:
+async def lag(request: LoadRequest) -> Measurements:
     """Measure the smallest request, which waits for the event loop only, while something else runs.
 
     One request is due every PROBE_EVERY_S. Its time counts from then, even if earlier requests delay it.

@@ -18,8 +18,8 @@ import uvloop
 from jobd.cli.daemon.bench_load import (
     CREATE,
     PAYLOAD,
-    Figures,
     LoadConnection,
+    Measurements,
     clock,
     encode,
     percentiles,
@@ -37,7 +37,7 @@ BULK: Final = 1000
 LONG_AGO_MS: Final = 1_000_000_000_000
 
 
-async def batch(request: LoadRequest) -> Figures:
+async def batch(request: LoadRequest) -> Measurements:
     """Create and claim a hundred jobs with one request each, and complete them one by one."""
     size = 100
     bulk = encode({"jobs": [{"payload": PAYLOAD}] * size})
@@ -59,7 +59,7 @@ async def batch(request: LoadRequest) -> Figures:
     return {"lifecycles_per_s": per_s, "hundred": percentiles(times)}
 
 
-async def stream(request: LoadRequest) -> Figures:
+async def stream(request: LoadRequest) -> Measurements:
     """Run command streams with many lifecycles in flight each."""
     at_once = 64
     flows = [await CommandStream.open(request.socket) for _ in range(max(request.connections // 4, 1))]
@@ -95,7 +95,7 @@ async def stream(request: LoadRequest) -> Figures:
     return {"lifecycles_per_s": per_s}
 
 
-async def contention(request: LoadRequest) -> Figures:
+async def contention(request: LoadRequest) -> Measurements:
     """Start the same job on all connections, and check that exactly one gets it."""
     wires = await connections_of(request)
     began, starts, jobs, times = clock(), 0, 0, list[float]()
@@ -112,7 +112,7 @@ async def contention(request: LoadRequest) -> Figures:
     return {"starts_per_s": starts / (clock() - began), "grants_per_job": 1, "round": percentiles(times)}
 
 
-async def progress(request: LoadRequest) -> Figures:
+async def progress(request: LoadRequest) -> Measurements:
     """Report progress of one job per connection."""
 
     async def holder(number: int, wire: LoadConnection) -> Callable[[], Awaitable[int]]:
@@ -131,7 +131,7 @@ async def progress(request: LoadRequest) -> Figures:
     return {"reports_per_s": per_s, "report": percentiles(times)}
 
 
-async def mixed(request: LoadRequest) -> Figures:
+async def mixed(request: LoadRequest) -> Measurements:
     """Run lifecycles during reads, a polling dashboard and a cleanup run every second."""
     async with beside.running_beside(_poll(request), beside.clean(request), _read(request)):
         return await lifecycle(request)
@@ -154,7 +154,7 @@ async def _read(request: LoadRequest) -> None:
         await asyncio.sleep(0.05)
 
 
-async def latency(request: LoadRequest) -> Figures:
+async def latency(request: LoadRequest) -> Measurements:
     """Run one lifecycle after the other on one connection."""
     wire, times = await LoadConnection.open(request.socket), list[float]()
     began = clock()
@@ -164,7 +164,7 @@ async def latency(request: LoadRequest) -> Figures:
     return {"lifecycle": percentiles(times)}
 
 
-async def rate(request: LoadRequest) -> Figures:
+async def rate(request: LoadRequest) -> Measurements:
     """Start lifecycles at a fixed rate. Times count from when each one was due."""
     free = asyncio.Queue[LoadConnection]()
     for wire in await connections_of(request):
@@ -185,15 +185,15 @@ async def rate(request: LoadRequest) -> Figures:
     return {"rate_per_s": request.rate, "lifecycle": percentiles(times)}
 
 
-async def claim(request: LoadRequest) -> Figures:
+async def claim(request: LoadRequest) -> Measurements:
     return await claim_and_release(request.socket, request.seconds)
 
 
-async def lifecycle(request: LoadRequest) -> Figures:
+async def lifecycle(request: LoadRequest) -> Measurements:
     return await run_lifecycles(request.socket, request.seconds, request.connections)
 
 
-async def fill(request: LoadRequest) -> Figures:
+async def fill(request: LoadRequest) -> Measurements:
     """Create `count` queued jobs."""
     wire, began = await LoadConnection.open(request.socket), clock()
     for made in range(0, request.count, BULK):
@@ -201,7 +201,7 @@ async def fill(request: LoadRequest) -> Figures:
     return {"created_per_s": request.count / (clock() - began)}
 
 
-async def finish(request: LoadRequest) -> Figures:
+async def finish(request: LoadRequest) -> Measurements:
     """Import `count` finished jobs. The next cleanup run deletes them if they are `expired`."""
     wire, began = await LoadConnection.open(request.admin, request.token), clock()
     run = secrets.token_hex(4)  # another load uses other ids
@@ -215,7 +215,7 @@ async def finish(request: LoadRequest) -> Figures:
     return {"imported_per_s": request.count / (clock() - began)}
 
 
-KINDS: Final[dict[str, Callable[[LoadRequest], Coroutine[Any, Any, Figures]]]] = {
+KINDS: Final[dict[str, Callable[[LoadRequest], Coroutine[Any, Any, Measurements]]]] = {
     each.__name__: each
     for each in (
         lifecycle,

@@ -7,7 +7,7 @@ import statistics
 import time
 from typing import Any, Final
 
-from jobd.cli.daemon.bench_load import Figures, LoadConnection, lifecycle
+from jobd.cli.daemon.bench_load import LoadConnection, Measurements, lifecycle
 from tests.benchmarks import beside
 from tests.benchmarks.work import LoadRequest
 
@@ -15,7 +15,7 @@ KEPT_MS: Final = 1_000  # from the completion of a job to its deletion
 SAMPLES: Final = 60
 
 
-async def soak(request: LoadRequest) -> Figures:
+async def soak(request: LoadRequest) -> Measurements:
     """`growth` compares the size in the last quarter with that in the second, when deletion had started."""
     sizes: list[tuple[float, float]] = []
     async with beside.running_beside(beside.clean(request), _sample_sizes(request, sizes)):

@@ -25,7 +25,7 @@ from jobd.cli import tables
 from jobd.cli import terminal as show
 from jobd.cli.ctl import events as ctl_live
 from jobd.cli.ctl import main as ctl
-from jobd.cli.ctl.top import WINDOW_S, HeldJob, Sampler, TopFrame, WorkerRow, picture, rows_of
+from jobd.cli.ctl.top import WINDOW_S, HeldJob, Sampler, TopFrame, WorkerRow, render, rows_of
 from jobd.client import AdminClient
 from jobd.model import commands
 from jobd.model.events import StreamedEvent
@@ -189,7 +189,7 @@ def test_rates_cover_a_window() -> None:
 def drawn(frame: TopFrame, *, width: int, height: int, note: str = "") -> list[str]:
     out = Console(file=io.StringIO(), width=width, force_terminal=False)
     with out.capture() as held:
-        out.print(picture(frame, note, height, width))
+        out.print(render(frame, note, height, width))
     return [line.rstrip() for line in held.get().splitlines()]
 
 

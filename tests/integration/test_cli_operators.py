@@ -160,7 +160,7 @@ def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Ctl) -> None:
         "",
         "No job can be changed: 1 job skipped: There is no such job.\n",
     )
-    assert jobctl.run("retry", "--where", "queue=nothing", "-y") == (0, "", "No job matches.\n")
+    assert jobctl.run("retry", "--where", "queue=nothing", "-y") == (0, "", "No jobs match.\n")
     assert jobctl.ok("cancel", *where, "-y") == "cancel: 3 jobs done\n"
     assert jobctl.ok("delete", *where, "-y") == "delete: 3 jobs done\n"
     actions = [each["what"] for each in jobctl.json("audit", "--since", "1h", "--limit", "5")["entries"]]
@@ -202,7 +202,7 @@ def test_more_jobs_than_one_plan_holds_are_done_at_once(
     out = jobctl.ok("cancel", "--where", "queue=big", "--dry-run")
     assert out.splitlines()[0] == "cancel: 10002 jobs (2 plans)"
     assert jobctl.ok("cancel", "--where", "queue=big", "-y") == "cancel: 10002 jobs done\n"
-    monkeypatch.setattr(ctl_plan, "_AT_ONCE", 1)
+    monkeypatch.setattr(ctl_plan, "_MAX_PLANS", 1)
     _, out, err = jobctl.run("delete", "--where", "queue=big", "--dry-run")
     assert "10000 jobs" in out.splitlines()[0]
     assert "and more after these" in out.splitlines()[0]
@@ -259,10 +259,10 @@ def test_every_action_takes_a_reason(jobctl: Ctl) -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["retry", "-y"], "one of the two"),
+        (["retry", "-y"], "either job IDs or --where"),
         (["apply", "-y"], "PLAN_ID"),
         (["force-reset", "a", "b"], "--dry-run"),
-        (["cancel", "a", "--where", "queue=q", "-y"], "one of the two"),
+        (["cancel", "a", "--where", "queue=q", "-y"], "either job IDs or --where"),
         (["retry", "--where", "colour=red", "-y"], "NAME one of status"),
         (["retry", "--where", "queue=a", "--where", "queue=b", "-y"], "given twice"),
         (["retry", "--where", "since=once", "-y"], "how long ago"),
@@ -336,7 +336,7 @@ def test_the_plan_of_a_recovery_can_be_applied(running: Running, jobctl: Ctl) ->
         _, lock_id = _stuck(running, "time-1", "time-2")
         code, out, err = jobctl.run("recover-stuck", "--dry-run", "--reason", "they are dead")
         assert (code, out.splitlines()[0]) == (0, "2 would be recovered")
-        named = re.fullmatch(r"To do exactly this, until [^:]+:\d\d:\d\d UTC.*: jobctl apply ([0-9a-f]{16})\n", err)
+        named = re.fullmatch(r"To apply exactly this, until [^:]+:\d\d:\d\d UTC.*: jobctl apply ([0-9a-f]{16})\n", err)
         assert named is not None, err
         running.client.update_progress("time-2", lock_id=lock_id, progress=40)
         shown = jobctl.ok("apply", named[1], "--dry-run")
@@ -389,12 +389,12 @@ def test_the_plan_of_a_cleanup_run_can_be_applied_except_for_its_fixes(running: 
         _stuck(running, "time-3")
         code, _, err = jobctl.run("cleanup", "--dry-run")
         assert code == 0
-        assert re.fullmatch(r"To do exactly this, except for the fixes, until .*: jobctl apply .*\n", err), err
+        assert re.fullmatch(r"To apply exactly this, except for the fixes, until .*: jobctl apply .*\n", err), err
         plan_id = jobctl.json("cleanup", "--dry-run")["plan_id"]
         _, shown, prompt = on_a_terminal(running, b"n\n", "apply", plan_id)
         for line in ("time-3 +processing → queued", "time-late +queued → failed", f"{old} +completed → deleted"):
             assert re.search(line, shown), shown
-        assert "Their history and their stored results are deleted" in shown
+        assert "Their history and stored results are deleted" in shown
         assert "clean up 3 jobs?" in prompt
         assert jobctl.ok("apply", plan_id, "-y") == "cleanup: 3 jobs done\n"
         assert jobctl.no("job", old)[0] == 4
@@ -419,7 +419,7 @@ def test_a_read_only_token_gets_no_plan_of_maintenance(
 def test_a_maintenance_plan_that_is_not_complete_says_so(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
     view = msgspec.convert(jobctl.json("retry", "--where", "queue=none", "--dry-run"), answers.PlanView)
     ctl_plan.show_apply_command(replace(view, action="recover-stuck", more=True))
-    assert "after applying it, --dry-run names the next one" in capsys.readouterr().err
+    assert "repeat --dry-run for the next one" in capsys.readouterr().err
 
 
 def test_actions_are_in_the_audit_log(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:

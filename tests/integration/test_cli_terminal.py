@@ -118,7 +118,7 @@ def test_a_dry_run_shows_old_and_new_values(
     output = jobctl.ok("update", name, "--priority", "5", "--max-attempts", "3", "--run-at", "1h", "--dry-run")
     changes = rf"priority 4 → 5, due {at} \(in .*\) → {at} \(in .*\), max_attempts 1 → 3"
     assert re.fullmatch(rf"{name}: would update \({changes}\): it is queued\n", output)
-    nothing = f"{name}: would update (which changes nothing): it is queued\n"
+    nothing = f"{name}: would update (no change): it is queued\n"
     assert jobctl.ok("update", name, "--priority", "4", "--dry-run") == nothing
     assert running.client.get_job(name) == before
     monkeypatch.setenv("ADMIN_TOKEN", TOKEN)
@@ -127,7 +127,7 @@ def test_a_dry_run_shows_old_and_new_values(
     assert running.client.get_job(name) == before
     jobctl.ok("run-now", name)
     monkeypatch.setenv("ADMIN_TOKEN", token)
-    assert jobctl.ok("run-now", name, "--dry-run") == f"{name}: would run-now (which changes nothing): it is queued\n"
+    assert jobctl.ok("run-now", name, "--dry-run") == f"{name}: would run-now (no change): it is queued\n"
     assert jobctl.no("run-now", "never-was", "--dry-run")[0] == 4
 
 

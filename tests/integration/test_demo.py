@@ -48,25 +48,27 @@ def test_a_film_reports_each_frame_and_is_a_whole_animated_png(tmp_path: Path) -
     assert reported == sorted(reported)
     assert reported[-1] == 99
     assert (film.count(b"fcTL"), film.count(b"fdAT")) == (recovery.FRAMES, recovery.FRAMES - 1)
-    assert recovery.fault(_job(tmp_path, film, kind="film"), tmp_path) == ""
-    assert "frames" in recovery.fault(_job(tmp_path, film), tmp_path)
+    assert recovery.result_error(_job(tmp_path, film, kind="film"), tmp_path) == ""
+    assert "frames" in recovery.result_error(_job(tmp_path, film), tmp_path)
 
 
 def test_a_damaged_or_missing_result_is_detected(tmp_path: Path) -> None:
     data = render(-0.1, 0.95, 1, lambda *_: None)
-    assert recovery.fault(_job(tmp_path, data), tmp_path) == ""
+    assert recovery.result_error(_job(tmp_path, data), tmp_path) == ""
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 1
     sum_of_good = {"sha256": hashlib.sha256(data).hexdigest()}
-    assert "checksum differs" in recovery.fault(_job(tmp_path, bytes(flipped), metadata_value=sum_of_good), tmp_path)
-    assert "chunk is wrong" in recovery.fault(_job(tmp_path, bytes(flipped)), tmp_path)
-    assert recovery.fault(_job(tmp_path, data[:100]), tmp_path)
-    assert "not a PNG" in recovery.fault(_job(tmp_path, b"x" * 100), tmp_path)
-    assert "failed" in recovery.fault(_job(tmp_path, data, status="failed"), tmp_path)
-    assert recovery.fault(_job(tmp_path, data, metadata_value=None), tmp_path)
+    assert "checksum differs" in recovery.result_error(
+        _job(tmp_path, bytes(flipped), metadata_value=sum_of_good), tmp_path
+    )
+    assert "chunk is wrong" in recovery.result_error(_job(tmp_path, bytes(flipped)), tmp_path)
+    assert recovery.result_error(_job(tmp_path, data[:100]), tmp_path)
+    assert "not a PNG" in recovery.result_error(_job(tmp_path, b"x" * 100), tmp_path)
+    assert "failed" in recovery.result_error(_job(tmp_path, data, status="failed"), tmp_path)
+    assert recovery.result_error(_job(tmp_path, data, metadata_value=None), tmp_path)
     incomplete_job = _job(tmp_path, data)
     (tmp_path / "picture-01.png").unlink()
-    assert "No such file" in recovery.fault(incomplete_job, tmp_path)
+    assert "No such file" in recovery.result_error(incomplete_job, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,13 +88,13 @@ SEEN = (
 )
 
 
-def _story() -> recovery.Story:
-    return recovery.Story(
+def _story() -> recovery.Observations:
+    return recovery.Observations(
         killed_worker="w-2", killed_job="film-01", killed_token=7, killed_progress=25, killed_code=-signal.SIGKILL
     )
 
 
-def _confirmed(story: recovery.Story, events: list[EventView]) -> list[bool]:
+def _confirmed(story: recovery.Observations, events: list[EventView]) -> list[bool]:
     return [was_seen for _, was_seen in recovery.checks(story, [], {"film-01": events}, {})][:4]
 
 
@@ -114,7 +116,7 @@ def test_a_claim_needs_a_higher_token_and_a_killed_worker() -> None:
     story = _story()
     story.killed_code = 0
     assert _confirmed(story, list(SEEN))[0] is False
-    assert _confirmed(recovery.Story(), []) == [False, False, False, False]
+    assert _confirmed(recovery.Observations(), []) == [False, False, False, False]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

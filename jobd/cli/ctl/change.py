@@ -1,4 +1,4 @@
-"""The verbs of operators that change jobs."""
+"""The commands for operators that change jobs."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "c
 @destructive_options
 @admin_options
 def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
-    """Fail jobs, even while a worker holds them.
+    """Fail queued and processing jobs, even while a worker holds them.
 
-    The reason becomes the error message.
+    The reason becomes the error message. A worker that holds a job loses the lock.
     """
     if is_plan(ids, where):
         return plans.run_plans("force-fail", ids, where, reason, **how)
@@ -57,8 +57,8 @@ def force_fail(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None,
 def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Requeue jobs as new, even while a worker holds them.
 
-    They are due now. A worker that holds one loses its lock. `jobctl retry` does the same for failed and cancelled jobs
-    only.
+    They are due now. A worker that holds a job loses the lock. `jobctl retry` does the same, but only for failed and
+    cancelled jobs.
 
     \b
     Example: jobctl force-reset --where status=processing --where worker=w-7
@@ -73,7 +73,7 @@ def force_reset(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None
 
 
 def _transition_of_plan(job: JobView, plan: PlanView, result: PlanResult) -> TransitionView:
-    """Return what the response without a plan would have been."""
+    """Return the response that the call without a plan would have had."""
     from jobd.model.commands import NO_REASON
     from jobd.model.responses import TransitionView
 
@@ -82,8 +82,8 @@ def _transition_of_plan(job: JobView, plan: PlanView, result: PlanResult) -> Tra
     return TransitionView(did.id, did.from_, str(did.to), reason, result.applied_at)
 
 
-def _describe_transition(answer: Any) -> str:
-    return f"{answer.previous_status} → {answer.status}"
+def _describe_transition(response: Any) -> str:
+    return f"{response.previous_status} → {response.status}"
 
 
 @click.command()
@@ -114,10 +114,15 @@ def transition(
             one, from_status, to_status, updates=fields or None, reason=reason, dry_run=dry_run
         )
 
-    words, froms = f"transition {from_status} → {to_status}", (from_status,)
-    dry = partial(do, dry_run=True)
     confirmation = Confirmation(
-        words, client.get_job, to_status, do, _describe_transition, froms, lambda job: settings, dry
+        f"transition {from_status} → {to_status}",
+        client.get_job,
+        to_status,
+        do,
+        _describe_transition,
+        allowed_from=(from_status,),
+        details=lambda job: settings,
+        dry_run=partial(do, dry_run=True),
     )
     return run_action(confirmation, (job_id,), **how)
 
@@ -145,7 +150,7 @@ def _update(text: str) -> tuple[str, Any]:
 
     name, sign, value = text.partition("=")
     if not sign or not name:
-        raise click.UsageError(f"--set {text!r}: it must be NAME=VALUE")
+        raise click.UsageError(f"--set {text!r} must be NAME=VALUE")
     try:
         return name, msgspec.json.decode(value)
     except msgspec.DecodeError:
@@ -159,7 +164,7 @@ def _update(text: str) -> tuple[str, Any]:
 @destructive_options
 @admin_options
 def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
-    """Delete finished jobs with their history and their stored results."""
+    """Delete finished jobs with their history and stored results."""
     if is_plan(ids, where):
         return plans.run_plans("delete", ids, where, reason, **how)
     client = admin_client()
@@ -167,17 +172,20 @@ def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
     def do(one: str) -> Any:
         return client.delete_job(one, reason)
 
-    def goes_too(job: JobView) -> str:
+    def details(job: JobView) -> str:
         return f" with its stored result {job.storage_key} (artifacts.url)" if job.storage_key else ""
 
-    confirmation = Confirmation("delete", client.get_job, None, do, lambda job: "deleted", details=goes_too)
+    confirmation = Confirmation("delete", client.get_job, None, do, lambda job: "deleted", details=details)
     return plans.run_for_one(client, "delete", confirmation, ids[0], reason, lambda job, plan, result: job, **how)
 
 
 @click.command()
 @click.argument("job_id", metavar="ID")
 @click.option(
-    "--result", type=click.IntRange(min=1), metavar="N", help="Number of the late result (see jobctl late).  [latest]"
+    "--result",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of the late result, as in jobctl late.  [default: that of the latest grant]",
 )
 @_REASON
 @destructive_options
@@ -185,23 +193,22 @@ def delete(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **h
 def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> int:
     """Complete a job with a late result.
 
-    A late result was submitted after the lock expired. Uses that of the latest grant unless --result names another.
-    The job must be queued, failed or cancelled.
+    A late result is one that a worker submitted after its lock expired. The job must be queued, failed or cancelled.
     """
     client = admin_client()
     chosen, details = result, ""
-    refusal: ErrorView | None = None
+    rejection: ErrorView | None = None
 
     def load(one: str) -> Any:
-        nonlocal chosen, details, refusal
-        fit = [late for late in client.late_results(one) if result in (None, late.seq)]
-        if not fit:
+        nonlocal chosen, details, rejection
+        matching = [late for late in client.late_results(one) if result in (None, late.seq)]
+        if not matching:
             from jobd.client.errors import LateResultNotFound
 
             raise LateResultNotFound(f"Job {one} has no such late result. List its late results: jobctl late {one}")
-        latest = max(fit, key=lambda late: late.fencing_token)
-        chosen, details = latest.seq, f" {_describe_late_result(latest)}"  # not one that arrives later
-        refusal = latest.refusal
+        latest = max(matching, key=lambda late: late.fencing_token)
+        chosen, details = latest.seq, f" {_describe_late_result(latest)}"  # a newer one may arrive before the adoption
+        rejection = latest.refusal
         return client.get_job(one)
 
     def do(one: str) -> Any:
@@ -213,23 +220,31 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
         try:
             return client.adopt(one, chosen, reason=reason, dry_run=True)
         except Forbidden:
-            if refusal is None:
+            if rejection is None:
                 raise
-            raise JobdError(refusal.message, code=refusal.error) from None
+            raise JobdError(rejection.message, code=rejection.error) from None
 
-    froms = ("queued", "failed", "cancelled")
-    confirmation = Confirmation("adopt", load, "completed", do, lambda job: job.status, froms, lambda job: details, dry)
+    confirmation = Confirmation(
+        "adopt",
+        load,
+        "completed",
+        do,
+        lambda job: job.status,
+        allowed_from=("queued", "failed", "cancelled"),
+        details=lambda job: details,
+        dry_run=dry,
+    )
     return run_action(confirmation, (job_id,), **how)
 
 
 def _describe_late_result(late: LateResultView) -> str:
-    """Describe a late result in a line: its number, worker and fields."""
+    """Describe a late result in one line: its number, worker and fields."""
     from jobd.cli.tables import json_text
 
-    held = {name: getattr(late, name) for name in ("download_url", "file_path", "storage_key")}
-    held["metadata"] = json_text(late.metadata)
-    parts = [f"{name} {terminal.clip(value)}" for name, value in held.items() if value is not None]
-    return f"late result {late.seq} of {late.worker} ({', '.join(parts) or 'without any field'})"
+    fields = {name: getattr(late, name) for name in ("download_url", "file_path", "storage_key")}
+    fields["metadata"] = json_text(late.metadata)
+    parts = [f"{name} {terminal.clip(value)}" for name, value in fields.items() if value is not None]
+    return f"late result {late.seq} of {late.worker} ({', '.join(parts) or 'without data'})"
 
 
 @click.command("run-now")
@@ -256,34 +271,34 @@ def run_now(job_id: str, reason: str | None, **how: bool) -> int:
 @json_option
 @admin_options
 def update(job_id: str, reason: str | None, dry_run: bool, as_json: bool, **fields: Any) -> int:
-    """Change the priority, due time or attempts of a job."""
+    """Change the priority, due time or maximum attempts of a job."""
     if all(value is None for value in fields.values()):
         raise click.UsageError("nothing to change: give --priority, --run-at or --max-attempts")
     client = admin_client()
-    asked = {name: fields[name] for name in _UPDATE_FIELDS if fields[name] is not None}
-    do = partial(client.update_job, reason=reason, **asked)
-    return _change("update", job_id, client, do, _UPDATABLE, lambda job: asked, dry_run=dry_run, as_json=as_json)
+    new = {name: fields[name] for name in _UPDATE_FIELDS if fields[name] is not None}
+    do = partial(client.update_job, reason=reason, **new)
+    return _change("update", job_id, client, do, _UPDATABLE, lambda job: new, dry_run=dry_run, as_json=as_json)
 
 
 def _change(
-    words: str,
+    action: str,
     job_id: str,
     client: AdminClient,
     do: Callable[..., Any],
-    froms: tuple[str, ...],
-    asked: Callable[[JobView], dict[str, int]],
+    allowed_from: tuple[str, ...],
+    new_values: Callable[[JobView], dict[str, int]],
     *,
     dry_run: bool,
     as_json: bool,
 ) -> int:
     """Set fields of a job without changing its status. A dry run shows old and new values.
 
-    `asked` returns the new values as far as they are known without the daemon, for read-only tokens.
+    `new_values` returns the new values as far as they are known without the daemon, for read-only tokens.
     """
     would_be: JobView | None = None
 
     def details(job: JobView) -> str:
-        after = asked(job)
+        after = new_values(job)
         if would_be is not None:
             after = {name: getattr(would_be, name) for name in after}
         return f" ({_differences(job, after)})"
@@ -293,7 +308,7 @@ def _change(
         would_be = do(one, dry_run=True)
         return would_be
 
-    confirmation = Confirmation(words, client.get_job, "", do, _fields, froms, details, dry)
+    confirmation = Confirmation(action, client.get_job, "", do, _fields, allowed_from, details, dry)
     return run_action(confirmation, (job_id,), yes=True, dry_run=dry_run, as_json=as_json)
 
 
@@ -306,7 +321,7 @@ def _differences(job: JobView, after: dict[str, int]) -> str:
             shown.append(f"due {terminal.when(before)} → {terminal.when(value)}")
         elif before != value:
             shown.append(f"{name} {before} → {value}")
-    return ", ".join(shown) or "which changes nothing"
+    return ", ".join(shown) or "no change"
 
 
 def _fields(job: JobView) -> str:

@@ -80,32 +80,32 @@ def _from(position: int | None) -> str:
     return "" if position is None else f" after event {position}"
 
 
-@click.command()
+@click.command("top")
 @click.option("--interval", type=DURATION, default="2s", show_default=True, help="Time between two updates.")
 @click.option("--once", is_flag=True, help="Print the table once and exit; needs no terminal.")
 @json_option
 @admin_options
-def top(interval: int, once: bool, as_json: bool) -> int:
+def top_command(interval: int, once: bool, as_json: bool) -> int:
     """Watch jobs, throughput, queues, workers and alerts.
 
     Press q or Ctrl-C to exit. Rates cover the last 10 s; with --once and --json one interval.
     """
-    from jobd.cli.ctl import top as view
+    from jobd.cli.ctl import top
 
     if interval < MIN_INTERVAL_MS:
         raise click.UsageError(f"--interval must be at least {MIN_INTERVAL_MS}ms")
     if not (once or as_json or sys.stdout.isatty()):
         raise click.UsageError("top needs a terminal: give --once or --json")
     client = admin_client()
-    samples = view.Sampler()
+    samples = top.Sampler()
     if once or as_json:
         samples.rates(client.metrics())
-        view.pause(interval / 1000)
+        top.pause(interval / 1000)
         frame = samples.take(client)
-        terminal.emit_json(frame) if as_json else view.draw_once(frame)
+        terminal.emit_json(frame) if as_json else top.draw_once(frame)
         return exit_codes.DONE
-    view.watch(client, samples, interval / 1000)
+    top.watch(client, samples, interval / 1000)
     return exit_codes.DONE
 
 
-VERBS: Final = (events, top)
+VERBS: Final = (events, top_command)

@@ -1,4 +1,4 @@
-"""The verbs that read jobs over the worker API, and `cancel`, which uses either API."""
+"""The commands that read jobs over the worker API, and `cancel`, which uses either API."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _ADMIN_FILTERS: Final = frozenset({"since", "until", "finished_since", "finished
 @click.option("--finished-since", type=PAST, metavar="TIME", help="Only jobs finished at or after this time. *")
 @click.option("--finished-until", type=PAST, metavar="TIME", help="Only jobs finished before this time. *")
 @click.option("--text", "q", metavar="TEXT", help="Only jobs with this text in id, payload or error message. *")
-@click.option("--error", metavar="NAME", help="Only jobs that failed with this error of jobctl failures. *")
+@click.option("--error", metavar="ERROR", help="Only jobs whose error is in this group of jobctl failures. *")
 @click.option("--limit", type=click.IntRange(min=1), default=50, show_default=True, help="Maximum number of jobs.")
 @click.option("--all", "everything", is_flag=True, help="List all jobs.")
 @click.option("--cursor", metavar="CURSOR", help="Continue after the page that printed this cursor.")
@@ -128,15 +128,15 @@ def validate(job_id: str, as_json: bool) -> int:
 @click.command()
 @click.argument("ids", metavar="[ID...]", nargs=-1)
 @where_option
-@reason_option("Stored with the job and sent to its worker.")
+@reason_option("Stored with the job.")
 @destructive_options
 @all_options
 def cancel(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Cancel jobs that are not finished.
 
-    A worker that holds a job is told to stop. With an admin token, jobctl uses the admin API: it shows a plan first,
-    and the audit log records the cancellation with your name. Without one, or with --socket or --url, it cancels the
-    named jobs one by one over the worker API, without an audit entry.
+    If a worker holds a job, it loses the lock and stops the work. With an admin token, jobctl uses the admin API: it
+    shows a plan first, and the audit log records the cancellation with your name. Without one, or with --socket or
+    --url, it cancels the named jobs one by one over the worker API, without an audit entry.
 
     \b
     Example: jobctl cancel --where queue=video --where status=queued

@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 _TIMES: Final = ("since", "until", "finished_since", "finished_until")
 _NAMES: Final = ("status", "queue", "kind", "worker", *_TIMES, "text", "error")
-_DELETED_TOO: Final = "Their history and their stored results are deleted, too."
-_WORDS: Final = {"recover-stuck": "recover", "cleanup": "clean up"}
+_DELETED_TOO: Final = "Their history and stored results are deleted too."
+_VERB_NAMES: Final = {"recover-stuck": "recover", "cleanup": "clean up"}
 _SHOWN: Final = 20  # jobs of a plan; --json shows all
-_AT_ONCE: Final = 5  # plans that one question covers; the daemon keeps 20 plans, of 100 000 jobs in all
+_MAX_PLANS: Final = 5  # plans that one question covers; the daemon keeps 20 plans, of 100 000 jobs in all
 
 
 def where_option(verb: Any) -> Any:
     """Add --where NAME=VALUE, which can be repeated."""
     text = (
-        "Instead of IDs: all jobs that match. NAME is status, queue, kind, worker, text, error (see jobctl failures), "
-        "since or until (of the creation), finished_since or finished_until. Times are in UTC, or 2h: 2 hours ago. "
-        "Several filters apply together."
+        "Select jobs by a filter instead of by ID; may be repeated, and a job must match every filter. NAME is status, "
+        "queue, kind, worker, text, error (an ERROR of jobctl failures), since or until (creation time), "
+        "finished_since or finished_until. A time is in UTC, or an age such as 2h."
     )
     return click.option("--where", "where", metavar="NAME=VALUE", multiple=True, help=text)(verb)
 
@@ -40,7 +40,7 @@ def where_option(verb: Any) -> Any:
 def is_plan(ids: Sequence[str], where: Sequence[str]) -> bool:
     """Return whether to make a plan: for --where or several IDs. Raises UsageError for neither or both."""
     if bool(ids) == bool(where):
-        raise click.UsageError("name jobs by their IDs or select them with --where NAME=VALUE: one of the two")
+        raise click.UsageError("give either job IDs or --where NAME=VALUE")
     return bool(where) or len(ids) > 1
 
 
@@ -75,9 +75,9 @@ def run_plans(
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Make plans, show them, ask and apply them, until all matching jobs are done.
+    """Make plans, show them, ask, and apply them, until no matching job is left.
 
-    Returns exit code 4 if some jobs were not done.
+    Return exit code 4 if some jobs could not be changed.
     """
     wanted: dict[str, Any] = _filter(where) if where else {"ids": list(ids)}
     if not (yes or dry_run):
@@ -99,7 +99,7 @@ def run_plans(
             is_left = not _apply(client, plans, as_json=as_json) or is_left
         elif is_first or any(plan.skipped_count for plan in plans):
             left = " ".join(_skipped(plan) for plan in plans if plan.skipped_count)
-            terminal.say(f"No job can be changed: {left}" if left else "No job matches.")
+            terminal.say(f"No job can be changed: {left}" if left else "No jobs match.")
             is_left = bool(ids)
             if as_json and is_first:
                 terminal.emit_json(_empty_result(plans[0]))
@@ -113,15 +113,15 @@ def run_for_one(
     confirmation: Confirmation,
     job_id: str,
     reason: str | None,
-    answer: Callable[[JobView, PlanView, PlanResult], Any],
+    response_of: Callable[[JobView, PlanView, PlanResult], Any],
     *,
     yes: bool,
     dry_run: bool,
     as_json: bool,
 ) -> int:
-    """Apply an action to one job. What a dry run or a question showed is done exactly so, or not at all.
+    """Apply an action to one job, exactly as the dry run or the question showed it, or not at all.
 
-    With --yes, no plan is made. `answer` builds the response that the call without a plan would have had.
+    With --yes, no plan is made. `response_of` builds the response that the call without a plan would have had.
     """
     if yes and not dry_run:
         return confirm.run_action(confirmation, (job_id,), yes=True, dry_run=False, as_json=as_json)
@@ -144,7 +144,7 @@ def run_for_one(
     if not result.applied:
         _show_not_done([result])
         return exit_codes.REJECTED
-    done = answer(job, plan, result)
+    done = response_of(job, plan, result)
     if as_json:
         terminal.emit_json(done)
     else:
@@ -165,7 +165,7 @@ def _plan_of(client: AdminClient, action: PlanAction, job_id: str, reason: str |
 def _show_late_of_one(
     client: AdminClient, action: PlanAction, job_id: str, plan: PlanView | None, print_line: Callable[[str], None]
 ) -> None:
-    """Mention late results that can be adopted, from the plan or, without one, from the job."""
+    """Warn about late results that can be adopted: those in the plan or, without a plan, those of the job."""
     from jobd.model.job import may_adopt
     from jobd.model.responses import late_results_note
 
@@ -186,7 +186,7 @@ def _rejection(confirmation: Confirmation, plan: PlanView) -> str:
 def _make_plans(
     client: AdminClient, action: PlanAction, cursor: str | None, wanted: dict[str, Any]
 ) -> tuple[list[PlanView], str | None]:
-    """Return at least one plan, and the cursor of the next one (None: there are no more)."""
+    """Return at least one plan, and the cursor of the next plan (None: there is none)."""
     plans: list[PlanView] = []
     while True:
         with busy(f"plan: {_jobs(sum(plan.count for plan in plans))} so far"):
@@ -194,19 +194,19 @@ def _make_plans(
         cursor = plan.next_cursor
         if plan.count or not (plan.more or plans):
             plans.append(plan)
-        if cursor is None or len(plans) >= _AT_ONCE:
+        if cursor is None or len(plans) >= _MAX_PLANS:
             return plans, cursor
 
 
 def _empty_result(plan: PlanView) -> PlanResult:
-    """Return the result of a plan without jobs, which is not applied, so that --json always prints a result."""
+    """Return a result for a plan without jobs. Such a plan is not applied, but --json always prints a result."""
     from jobd.model.responses import PlanResult
 
     return PlanResult(plan.plan_id, plan.action, applied=0, changed=[], refused=[], applied_at=plan.made_at)
 
 
 def _apply(client: AdminClient, plans: Sequence[PlanView], *, as_json: bool) -> bool:
-    """Apply the plans and return whether all their jobs were done."""
+    """Apply the plans. Return whether every job was changed."""
     results = []
     for plan in plans:
         if not plan.count:
@@ -239,14 +239,14 @@ def _show_all(plans: Sequence[PlanView], cursor: str | None, *, as_json: bool) -
         _show_plans(plans, is_more=cursor is not None)
     _name_plans([plan for plan in plans if plan.count])
     if cursor is not None:
-        terminal.say("There are more: without --dry-run all of them are done, these first.")
+        terminal.say("There are more jobs. Without --dry-run, all of them are changed, these first.")
 
 
 def _name_plans(plans: Sequence[PlanView], but: str = "") -> None:
     """Show the command that applies the plans."""
     if plans:
         names = " ".join(plan.plan_id for plan in plans)
-        terminal.say(f"To do exactly this{but}, until {terminal.instant(plans[0].expires_at)}: jobctl apply {names}")
+        terminal.say(f"To apply exactly this{but}, until {terminal.instant(plans[0].expires_at)}: jobctl apply {names}")
 
 
 def maintenance_plan(client: AdminClient, action: PlanAction, reason: str | None) -> PlanView | None:
@@ -266,7 +266,7 @@ def show_apply_command(plan: PlanView | None) -> None:
         return
     _name_plans([plan], ", except for the fixes" if plan.action == "cleanup" else "")
     if plan.more:
-        terminal.say("There are more than one plan can hold: after applying it, --dry-run names the next one.")
+        terminal.say("One plan cannot hold all jobs. Apply it, then repeat --dry-run for the next one.")
 
 
 def _show_plans(plans: Sequence[PlanView], *, is_more: bool) -> None:
@@ -301,7 +301,7 @@ def _show_late(action: PlanAction, jobs: Sequence[PlannedJob]) -> None:
 
 
 def _skipped(plan: PlanView) -> str:
-    """Describe how many jobs are skipped, and why."""
+    """Return the number of skipped jobs and the reasons."""
     reasons = dict.fromkeys(f"{job.why}" for job in plan.skipped)
     return f"{_jobs(plan.skipped_count)} skipped: {' '.join(list(reasons)[:3])}"
 
@@ -343,7 +343,7 @@ def _jobs(count: int) -> str:
 def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **how: bool) -> int:
     """Requeue failed and cancelled jobs as new.
 
-    Shows the plan first. A job that changes meanwhile is skipped.
+    Shows a plan and asks before it is applied. Jobs that change in between are skipped.
 
     \b
     Example: jobctl retry --where queue=video --where status=failed --where since=1d
@@ -357,11 +357,11 @@ def retry(ids: tuple[str, ...], where: tuple[str, ...], reason: str | None, **ho
 @destructive_options
 @admin_options
 def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json: bool) -> int:
-    """Apply plans that were shown before.
+    """Apply plans that a dry run or the dashboard made.
 
-    Does exactly what they show. --dry-run of retry, cancel, force-fail, force-reset, delete, recover-stuck and cleanup
-    prints the ids of its plans (with an admin token). In the dashboard, the address of a plan's page has its id. Plans
-    are kept for 15 minutes. A job that has changed since is skipped.
+    With an admin token, --dry-run of retry, cancel, force-fail, force-reset, delete, recover-stuck and cleanup prints
+    the ids of its plans. In the dashboard, the id is the last part of a plan's URL. Plans are kept for 15 minutes.
+    Exactly the listed jobs are changed, and jobs that have changed since are skipped.
 
     \b
     Example: jobctl delete --where status=completed --dry-run; jobctl apply 3fa29c01d2e4b587
@@ -374,7 +374,7 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
     for plan in plans:
         if plan.result is not None:
             terminal.say(
-                f"Plan {plan.plan_id} was applied {terminal.when(plan.result.applied_at)}; a plan is applied once."
+                f"Plan {plan.plan_id} was applied {terminal.when(plan.result.applied_at)}; a plan is applied only once."
             )
         elif not as_json and not yes:
             _show_plans([plan], is_more=plan.more)
@@ -386,7 +386,9 @@ def apply_plans(plan_ids: tuple[str, ...], *, yes: bool, dry_run: bool, as_json:
     if dry_run:
         return exit_codes.DONE
     if new and not yes:
-        confirm.confirm(" and ".join(f"{_WORDS.get(plan.action, plan.action)} {_jobs(plan.count)}" for plan in new))
+        confirm.confirm(
+            " and ".join(f"{_VERB_NAMES.get(plan.action, plan.action)} {_jobs(plan.count)}" for plan in new)
+        )
     for plan in plans if as_json else ():
         if not plan.count:
             terminal.emit_json(_empty_result(plan))

@@ -147,12 +147,12 @@ def watch(client: AdminClient, samples: Sampler, interval_s: float) -> None:
 def _screen(out: Console) -> Iterator[Callable[[TopFrame, str], None]]:
     """Yield the function that replaces the frame on screen, or appends it if escape sequences are not allowed."""
     if not terminal.may_draw(sys.stdout):
-        yield lambda frame, note: out.print(picture(frame, note, out.height, out.width), "")
+        yield lambda frame, note: out.print(render(frame, note, out.height, out.width), "")
         return
     from rich.live import Live
 
     with Live(console=out, screen=True, auto_refresh=False) as live:
-        yield lambda frame, note: live.update(picture(frame, note, out.height, out.width), refresh=True)
+        yield lambda frame, note: live.update(render(frame, note, out.height, out.width), refresh=True)
 
 
 @contextmanager
@@ -193,7 +193,7 @@ def draw_once(frame: TopFrame) -> None:
     """Print a frame with every queue and worker."""
     out = terminal.console()
     everything = 20 + len(frame.queues) + len(frame.workers) + len(frame.alerts)
-    terminal.print_plain(out, picture(frame, "", 2 * everything, out.width))
+    terminal.print_plain(out, render(frame, "", 2 * everything, out.width))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def rows_of(height: int) -> int:
     return max((height - 12) // 2, 2)
 
 
-def picture(frame: TopFrame, note: str, height: int, width: int) -> RenderableType:
+def render(frame: TopFrame, note: str, height: int, width: int) -> RenderableType:
     """Return a frame for `height` lines and `width` columns."""
     from rich.console import Group
 

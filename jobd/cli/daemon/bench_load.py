@@ -28,7 +28,7 @@ clock: Final = time.perf_counter
 
 CREATE: Final = encode({"payload": PAYLOAD})
 
-Figures = dict[str, Any]
+Measurements = dict[str, Any]
 
 
 class RequestFailed(Exception):
@@ -168,7 +168,7 @@ async def repeat(seconds: float, workers: Sequence[Callable[[], Awaitable[int]]]
 
 async def lifecycle(
     socket: str, seconds: float, connections: int, ending: Callable[[], dict[str, Any]] = dict
-) -> Figures:
+) -> Measurements:
     """Create, claim and complete jobs with one request each. `ending` returns additional fields of a complete."""
 
     def work(number: int, connection: LoadConnection) -> Callable[[], Awaitable[int]]:
@@ -183,7 +183,7 @@ async def lifecycle(
     return {"lifecycles_per_s": per_s, "lifecycle": percentiles(times)}
 
 
-async def claim(socket: str, seconds: float, connections: int = 1) -> Figures:
+async def claim(socket: str, seconds: float, connections: int = 1) -> Measurements:
     """Claim a job on one connection and release it at once. Creates a job if none is due."""
     connection, times = await LoadConnection.open(socket), list[float]()
     began = clock()

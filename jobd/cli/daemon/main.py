@@ -48,10 +48,10 @@ def serve(config: str | None, flags: dict[str, str]) -> int:
     loaded = read(config, flags)
     gc.disable()  # until the start is complete: it creates no garbage
     _leave_out_rich()
+    from jobd import daemon
     from jobd.config_loader import load
-    from jobd.daemon import serve as run
 
-    return run(loaded, lambda: load(flags, os.environ, config))
+    return daemon.serve(loaded, lambda: load(flags, os.environ, config))
 
 
 def _leave_out_rich() -> None:
@@ -144,7 +144,7 @@ def _values(loaded: LoadedConfig) -> dict[str, dict[str, object]]:
 
 
 jobd.add_all("Daemon", serve, check_config, demo, bench, monitoring)
-jobd.add_all("Files", store.backup, store.restore, store.doctor)
+jobd.add_all("Files", store.backup_command, store.restore_command, store.doctor_command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 SILENT_S: Final = 60.0  # a backup that makes no progress for longer has failed
 
 
-@click.command()
+@click.command("backup")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("-y", "--yes", is_flag=True, help="Overwrite FILE if it exists.")
 @admin_options
-def backup(file: Path, yes: bool) -> None:
+def backup_command(file: Path, yes: bool) -> None:
     """Copy the database of the running daemon to FILE, online.
 
     The copy is complete and checked. A daemon that opens it takes a new epoch and ends the grants in it. A database
@@ -49,13 +49,13 @@ def _show(seen: BackupView, advance: Advance) -> None:
     advance(seen.bytes_done if is_known else 0, seen.bytes_total if is_known else None, f"backup: {seen.state}")
 
 
-@click.command()
+@click.command("restore")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("-y", "--yes", is_flag=True, help="Do not ask.")
-@click.option("--dry-run", is_flag=True, help="Only check, and print what would be done.")
+@click.option("--dry-run", "is_dry_run", is_flag=True, help="Only check, and print what would be done.")
 @store_option
 @config_option
-def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str | None) -> None:
+def restore_command(file: Path, yes: bool, is_dry_run: bool, store: str | None, config: str | None) -> None:
     """Replace the database by a backup; jobd must be stopped.
 
     The old database is kept beside it. Jobs that were processing when the backup was made end by their stall rule. No
@@ -66,20 +66,20 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
         raise exit_codes.CliError(f"{file} does not exist: name a file that jobd backup wrote", exit_codes.IO_ERROR)
     from jobd.cli.progress import busy
     from jobd.model.storage import DiskFull
-    from jobd.storage import dry_run as dry_runs
-    from jobd.storage.backup import restore as put_back
+    from jobd.storage import dry_run
+    from jobd.storage.backup import restore
 
     try:
-        if dry_run:
+        if is_dry_run:
             with busy(f"checking {file}"):
-                lines = dry_runs.restore(str(file), path)
+                lines = dry_run.restore(str(file), path)
             for line in lines:
                 terminal.emit(line)
             return
         if Path(path).exists() and not yes:
             confirm(f"replace the database {path} by {file} (the old one is kept beside it)")
         with busy(f"checking and copying {file}"):
-            aside = put_back(str(file), path)
+            aside = restore(str(file), path)
     except DiskFull as error:
         raise exit_codes.CliError(f"The disk is full: {error}. Free some and try again", exit_codes.IO_ERROR) from None
     terminal.emit(path)
@@ -87,7 +87,7 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
         terminal.say(f"The old database is kept as {aside}.")
 
 
-@click.command()
+@click.command("doctor")
 @click.option("--running", is_flag=True, help="Check the running daemon over its admin API.")
 @click.option("--rows", is_flag=True, help="With --running: also check the checksum of every row (takes minutes).")
 @click.option(
@@ -101,13 +101,13 @@ def restore(file: Path, yes: bool, dry_run: bool, store: str | None, config: str
 @click.option("--all", "everything", is_flag=True, help="With --accept: all jobs in quarantine or with a damaged row.")
 @click.option("--recount", is_flag=True, help="Accept missing rows: count the rows again and store the new counts.")
 @click.option("-y", "--yes", is_flag=True, help="Do not ask (--accept, --recount).")
-@click.option("--dry-run", is_flag=True, help="Only print what would be written (--accept, --recount).")
+@click.option("--dry-run", "is_dry_run", is_flag=True, help="Only print what would be written (--accept, --recount).")
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @json_option
 @store_option
 @config_option
 @admin_options
-def doctor(
+def doctor_command(
     running: bool,
     rows: bool,
     accept: tuple[str, ...],
@@ -115,7 +115,7 @@ def doctor(
     ids: tuple[str, ...],
     recount: bool,
     yes: bool,
-    dry_run: bool,
+    is_dry_run: bool,
     as_json: bool,
     store: str | None,
     config: str | None,
@@ -133,26 +133,25 @@ def doctor(
         raise click.UsageError("--accept needs job ids or --all, not both")
     if running + bool(accept) + recount > 1 or (running and (store or config)):
         raise click.UsageError("--running, --accept and --recount exclude each other; --running takes no database")
-    if (yes or dry_run) and not accept and not recount:
+    if (yes or is_dry_run) and not accept and not recount:
         raise click.UsageError("--yes and --dry-run need --accept or --recount: nothing else writes")
     if rows and not running:
         raise click.UsageError("--rows needs --running: without it, all rows are checked anyway")
     if running:
         return _diagnosis(_checkup(admin_client(), rows=rows), as_json)
-    from jobd.storage import doctor as offline
-    from jobd.storage import dry_run as dry_runs
+    from jobd.storage import doctor, dry_run
     from jobd.storage.files import StoreBusy
 
     path = store_path(store, config)
     if recount:
-        return _repair(path, dry_runs.recount, offline.recount, yes=yes, dry_run=dry_run)
+        return _repair(path, dry_run.recount, doctor.recount, yes=yes, is_dry_run=is_dry_run)
     if accept:
         chosen = None if everything else named
-        preview, write = partial(dry_runs.accept, ids=chosen), partial(offline.accept, ids=chosen)
-        return _repair(path, preview, write, yes=yes, dry_run=dry_run)
+        preview, write = partial(dry_run.accept, ids=chosen), partial(doctor.accept, ids=chosen)
+        return _repair(path, preview, write, yes=yes, is_dry_run=is_dry_run)
     try:
         with busy(f"checking {path}"):
-            problems = offline.check(path)
+            problems = doctor.check(path)
     except StoreBusy as error:
         raise exit_codes.CliError(
             f"{error}; or check the running daemon: jobd doctor --running", exit_codes.TRY_AGAIN
@@ -169,19 +168,19 @@ def _checkup(client: AdminClient, *, rows: bool) -> list[Finding]:
 
 
 def _repair(
-    path: str, preview: Callable[[str], list[str]], write: Callable[[str], str], *, yes: bool, dry_run: bool
+    path: str, preview: Callable[[str], list[str]], write: Callable[[str], str], *, yes: bool, is_dry_run: bool
 ) -> int:
     """Show the planned changes, ask, and write them."""
     from jobd.cli.progress import busy
 
     if not yes:
-        if not dry_run:
+        if not is_dry_run:
             need_terminal()
         with busy(f"checking {path}"):
             lines = preview(path)
         for line in lines:
-            terminal.emit(line) if dry_run else terminal.say(line)
-        if dry_run:
+            terminal.emit(line) if is_dry_run else terminal.say(line)
+        if is_dry_run:
             return exit_codes.DONE
         confirm("write that")
     terminal.emit(write(path))

@@ -39,7 +39,7 @@ _EDGES: Final = ((-0.743, 0.126), (0.2925, 0.0149), (-1.2501, 0.0218), (-0.7269,
 
 
 @dataclass(slots=True)
-class Story:
+class Observations:
     """What was observed: the latest reported state of each job, and the worker that was killed with its job."""
 
     seen: dict[str, str] = field(default_factory=dict)
@@ -102,7 +102,7 @@ def demonstrate(keep: Path | None, seed: int) -> int:
     """Run the demo and return the exit code: 0 if every claim was observed."""
     with Sandbox(CONFIG) as sandbox:
         with _screen() as screen:
-            story = play(sandbox, screen, seed)
+            story = observe(sandbox, screen, seed)
         claims = _report(sandbox, story)
         claims.append(("the daemon stopped cleanly when asked", sandbox.stop_daemon() == 0))
         if keep is not None:
@@ -115,8 +115,8 @@ def demonstrate(keep: Path | None, seed: int) -> int:
 # What happens
 
 
-def play(sandbox: Sandbox, screen: _Screen, seed: int) -> Story:
-    story = Story()
+def observe(sandbox: Sandbox, screen: _Screen, seed: int) -> Observations:
+    story = Observations()
     screen.say(f"jobd is running (pid {sandbox.start_daemon()})")
     with sandbox.jobs() as client:
         jobs = client.create_jobs(_jobs(random.Random(seed)))
@@ -141,7 +141,7 @@ def _jobs(dice: random.Random) -> list[dict[str, Any]]:
     return films[:1] + [job("picture", number, 1) for number in range(1, PICTURES + 1)] + films[1:]
 
 
-def _watch(sandbox: Sandbox, client: JobClient, story: Story, screen: _Screen) -> None:
+def _watch(sandbox: Sandbox, client: JobClient, story: Observations, screen: _Screen) -> None:
     """Poll until all jobs are finished. Kill a worker in the middle of its film."""
     until_s = time.monotonic() + DEADLINE_S
     while True:
@@ -161,7 +161,7 @@ def _watch(sandbox: Sandbox, client: JobClient, story: Story, screen: _Screen) -
         time.sleep(_POLL_S)
 
 
-def _show_change(job: JobInfo, story: Story, screen: _Screen) -> None:
+def _show_change(job: JobInfo, story: Observations, screen: _Screen) -> None:
     state = f"processing:{job.lock.worker}" if job.status == "processing" and job.lock else job.status
     if state == story.seen.get(job.id, "queued"):
         return
@@ -181,7 +181,9 @@ def _metadata(job: JobInfo) -> dict[str, object]:
     return job.metadata_value or {}
 
 
-def _kill_one(sandbox: Sandbox, client: JobClient, jobs: Sequence[JobInfo], story: Story, screen: _Screen) -> None:
+def _kill_one(
+    sandbox: Sandbox, client: JobClient, jobs: Sequence[JobInfo], story: Observations, screen: _Screen
+) -> None:
     for job in jobs:
         if job.kind == "film" and job.lock is not None and job.progress >= KILL_AT_PERCENT:
             story.killed_worker, story.killed_job = job.lock.worker, job.id
@@ -197,7 +199,7 @@ def _kill_one(sandbox: Sandbox, client: JobClient, jobs: Sequence[JobInfo], stor
             return
 
 
-def _show_recovery(client: JobClient, story: Story, screen: _Screen) -> None:
+def _show_recovery(client: JobClient, story: Observations, screen: _Screen) -> None:
     stalled = next((event for event in client.timeline(story.killed_job) if event.type == "stalled"), None)
     if stalled is not None:
         story.recovery_seen = True
@@ -209,13 +211,13 @@ def _show_recovery(client: JobClient, story: Story, screen: _Screen) -> None:
 # What is checked
 
 
-def _report(sandbox: Sandbox, story: Story) -> list[tuple[str, bool]]:
+def _report(sandbox: Sandbox, story: Observations) -> list[tuple[str, bool]]:
     """Print which worker did what, and check every claim against timelines, exit codes and files."""
     with sandbox.jobs() as client:
         jobs = list(reversed(list(client.iterate_jobs(limit=200))))
         timelines = {job.id: client.timeline(job.id) for job in jobs}
         why = client.why(story.killed_job) if story.killed_job else None
-    faults = {job.id: fault(job, sandbox.results) for job in jobs}
+    faults = {job.id: result_error(job, sandbox.results) for job in jobs}
     rows = []
     for job in jobs:
         grants = [str(event.details.get("worker")) for event in timelines[job.id] if event.type == "granted"]
@@ -232,7 +234,7 @@ def _report(sandbox: Sandbox, story: Story) -> list[tuple[str, bool]]:
     return checks(story, jobs, timelines, faults)
 
 
-def fault(job: JobInfo, results: Path) -> str:
+def result_error(job: JobInfo, results: Path) -> str:
     """Read the result of a job back from the disk and return what is wrong with it, or an empty string."""
     if job.status != "completed" or job.file_path != str(results / f"{job.id}.png"):
         return f"{job.status}, result {job.file_path}"
@@ -265,7 +267,7 @@ def _frames(data: bytes) -> Iterator[bytes]:
 
 
 def checks(
-    story: Story, jobs: Sequence[JobInfo], timelines: dict[str, list[EventView]], faults: dict[str, str]
+    story: Observations, jobs: Sequence[JobInfo], timelines: dict[str, list[EventView]], faults: dict[str, str]
 ) -> list[tuple[str, bool]]:
     """Return each claim of the demo, and whether it was observed."""
     events = timelines.get(story.killed_job, [])

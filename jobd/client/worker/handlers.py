@@ -122,12 +122,12 @@ class _HandlerExecution(ABC):
     async def finish(self, keeper: LeaseKeeper, give_up: asyncio.Event) -> bool:
         """Complete the job with the return value of the handler, or fail it with the exception."""
         ending = await asyncio.to_thread(self._ending, keeper.id)  # runs code of the handler's objects, writes the log
-        if isinstance(ending, _Failure):
+        if isinstance(ending, _HandlerFailure):
             await keeper.fail(give_up, ending.message, **ending.options)
             return False
         return await keeper.complete(give_up, **ending)
 
-    def _ending(self, job_id: str) -> dict[str, Any] | _Failure:
+    def _ending(self, job_id: str) -> dict[str, Any] | _HandlerFailure:
         error = self._raised
         if error is None:
             try:
@@ -143,10 +143,10 @@ class _HandlerExecution(ABC):
             logger.info("job %s: %s: %s", job_id, type(error).__name__, safe_text(error))
         else:
             logger.warning("job %s failed", job_id, exc_info=error)
-        return _Failure(failure_message(error), failure_options(error))
+        return _HandlerFailure(failure_message(error), failure_options(error))
 
 
-class _Failure(NamedTuple):
+class _HandlerFailure(NamedTuple):
     message: str
     options: dict[str, Any]
 

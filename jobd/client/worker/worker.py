@@ -22,7 +22,7 @@ from jobd.client.worker.runner import Execution, WorkerRunner, on_signals, secon
 from jobd.client.worker.service_thread import ServiceThread
 
 STREAM_FROM: Final = 8  # the concurrency from which on calls share one stream of commands
-Handler = TypeVar("Handler", bound=Callable[..., Any])
+HandlerFunction = TypeVar("HandlerFunction", bound=Callable[..., Any])
 
 
 class Worker:
@@ -82,10 +82,12 @@ class Worker:
         self._stop: Callable[[], None] | None = None
 
     @overload
-    def handler(self, function: Handler, /) -> Handler: ...
+    def handler(self, function: HandlerFunction, /) -> HandlerFunction: ...
 
     @overload
-    def handler(self, *kinds: str, timeout: timedelta | float | None = None) -> Callable[[Handler], Handler]: ...
+    def handler(
+        self, *kinds: str, timeout: timedelta | float | None = None
+    ) -> Callable[[HandlerFunction], HandlerFunction]: ...
 
     def handler(self, *kinds: Any, timeout: timedelta | float | None = None) -> Any:
         """Register a function for jobs of these kinds, or, without a kind, for every kind without its own handler.
@@ -102,7 +104,7 @@ class Worker:
                 raise TypeError(f'{kind!r} is not a kind; write @worker.handler or @worker.handler("kind", ...)')
         return functools.partial(self._register, kinds, timeout_s)
 
-    def _register(self, kinds: tuple[str, ...], timeout_s: float | None, function: Handler) -> Handler:
+    def _register(self, kinds: tuple[str, ...], timeout_s: float | None, function: HandlerFunction) -> HandlerFunction:
         if not callable(function) or inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(f"{function!r} cannot be a handler; a handler is a function or an async function of a task")
         with contextlib.suppress(ValueError):  # some built-in callables have no signature

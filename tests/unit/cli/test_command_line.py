@@ -429,7 +429,7 @@ def found(**given: str) -> tuple[str, str]:
     shown = connection.ConnectionOptions()
     for name, value in given.items():
         setattr(shown, name, value)
-    return str(connection.worker_endpoint(shown)), str(connection.admin_endpoint(shown))
+    return str(connection.worker_api_endpoint(shown)), str(connection.admin_api_endpoint(shown))
 
 
 def test_options_override_variables_and_variables_the_configuration(
