@@ -25,15 +25,18 @@ from jobd.client import AdminClient, JobClient
 LINK_TTL_S: Final = 600.0
 _BODY_BYTES: Final = 1 << 20
 _TICK_S: Final = 1.5  # between two new e-mails
+_STALL_EVERY: Final = 10  # ticks between two attempts to stall the archive job
+_ARCHIVE: Final = "archive"  # a queue whose worker never reports
+_MONTH_MS: Final = 30 * 86_400_000
 
-# A stalled job remains until an operator or the next cleanup run recovers it. Short retention limits the disk space.
+# A stalled job remains until an operator or the next cleanup run recovers it. Completed jobs, which are most of the
+# jobs, are kept for a short time to save disk space.
 _CONFIG: Final = """\
 [cleanup]
 interval = "10m"
 recover_every = "0"
 [retention]
 completed = "30m"
-failed = "1h"
 journal = "10m"
 [alerts]
 stuck_jobs = 0
@@ -45,13 +48,19 @@ secret = "whsec_{secret}"
 events = ["job.completed", "job.failed", "alert.*"]
 """
 _FIRST: Final[list[dict[str, Any]]] = [
-    {"id": "archive-2019", "queue": "video", "kind": "transcode", "payload": {"file": "2019.mov", "seconds": 40}},
+    {
+        "id": "archive-2019",
+        "queue": _ARCHIVE,
+        "payload": {"file": "2019.mov"},
+        "on_stall": "requeue",
+        "max_stalls": 1_000,
+    },
     {"id": "bounced-letter", "queue": "email", "kind": "newsletter", "payload": {"seconds": 1, "fails": "address"}},
     {"id": "mail-server-down", "queue": "email", "kind": "newsletter", "payload": {"seconds": 2, "fails": "smtp"}},
     {"id": "odd-camera", "queue": "video", "kind": "transcode", "payload": {"seconds": 3, "fails": "codec"}},
     {"id": "full-disk", "queue": "video", "kind": "render", "payload": {"seconds": 5, "fails": "disk"}},
     {"id": "year-2025", "queue": "reports", "kind": "yearly", "payload": {"seconds": 30}},  # runs into a timeout
-    {"id": "month-end", "queue": "reports", "kind": "monthly", "payload": {"seconds": 5}, "delay_ms": 7_200_000},
+    {"id": "month-end", "queue": "reports", "kind": "monthly", "payload": {"seconds": 5}, "delay_ms": _MONTH_MS},
     {"id": "sent-by-hand", "queue": "email", "kind": "newsletter", "payload": {"seconds": 1}, "delay_ms": 600_000},
     *(
         {"id": f"customers-{n:02}", "queue": "imports", "kind": "csv", "payload": {"file": f"customers-{n:02}.csv"}}
@@ -173,12 +182,17 @@ def show(stop: threading.Event) -> int:
 
 
 def _prepare(client: JobClient, admin: AdminClient) -> None:
-    """Create the jobs that show one status each. The first one stalls: its worker never reports."""
+    """Create jobs in every status."""
     admin.pause_queue("imports", "the customers are still being checked")
-    client.create_jobs(_FIRST[:1])
-    client.claim(worker="video-3", queues=["video"], lock_ttl_ms=1_000, stuck_after_ms=0)
-    client.create_jobs(_FIRST[1:])
+    client.create_jobs(_FIRST)
     client.cancel_job("sent-by-hand", reason="The letter was sent by hand.")
+    _stall(client)
+
+
+def _stall(client: JobClient) -> None:
+    """Claim the archive job if it is queued, and never report, so that it stalls again after each recovery."""
+    if client.list_jobs(queue=_ARCHIVE, status="queued").jobs:
+        client.claim(worker="archive-1", queues=[_ARCHIVE], lock_ttl_ms=1_000, stuck_after_ms=0)
 
 
 def _submit(client: JobClient, stop: threading.Event) -> None:
@@ -187,6 +201,8 @@ def _submit(client: JobClient, stop: threading.Event) -> None:
     for tick in itertools.count():
         if stop.wait(_TICK_S):
             return
+        if tick % _STALL_EVERY == 0:
+            _stall(client)
         fails = dice.choices([None, "smtp", "address"], [18, 1, 1])[0]
         newsletter = {"seconds": 1, "fails": fails}
         client.create_job(newsletter, id=f"letter-{tick}", queue="email", kind="newsletter", max_attempts=2)
