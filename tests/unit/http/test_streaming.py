@@ -31,8 +31,7 @@ KIND = {**AUTH, "Content-Type": "application/x-ndjson"}
 
 @pytest.fixture
 async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
-    authenticator = Authenticator("admin", tokens=[TOKEN])
-    limits = Limits(body=200, payload=50, body_deadline_s=0.3)
+    authenticator, limits = Authenticator("admin", tokens=[TOKEN]), Limits(body=200, payload=50)
     async with HttpHarness(ROUTES, tmp_path, authenticator=authenticator, admin=True, limits=limits) as opened:
         answering(opened, lambda command: Response(Imported(command.id, skipped=command.id.startswith("old"))))
         yield opened
@@ -193,6 +192,7 @@ async def test_an_error_that_affects_all_lines_stops_the_import(harness: HttpHar
 
 
 async def test_a_line_that_does_not_arrive_is_a_408(harness: HttpHarness) -> None:
+    harness.app.limits = Limits(body_deadline_s=0.05)
     client = await harness.connect()
     client.send(head(harness) + chunk(b'{"id":"a"}\n{"id"'))
     response = await client.receive()

@@ -124,6 +124,6 @@ def test_every_message_has_a_fingerprint_and_normalizing_is_idempotent(message: 
     ],
 )
 def test_no_message_takes_long_to_normalize(nasty: str) -> None:
-    begin = time.perf_counter()
+    begin = time.process_time()
     normalize(nasty)
-    assert time.perf_counter() - begin < 0.5
+    assert time.process_time() - begin < 0.5

@@ -162,7 +162,8 @@ async def real(path: Path) -> AsyncIterator[Real]:
     async with store:
         clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
         book = Book.opened(opened)
-        actor = Actor(store, book, Keys(opened.keys, 1000), clock, Policy(), random=os.urandom)
+        policy = Policy(keep_completed_ms=1)
+        actor = Actor(store, book, Keys(opened.keys, 1000), clock, policy, random=os.urandom)
         cleaner = Maintainer(actor, clock, CleanupSchedule(batch=2))
         health = Health(actor, clock, cleaner, take_faults=store.take_faults)
         alerts = Alerts(book, clock, health, cleaner)
@@ -195,17 +196,18 @@ async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> Non
         for number in range(5):
             await daemon.yes(Create(id=f"old-{number}", queue="video"))
             granted = (await daemon.yes(Start(id=f"old-{number}", worker="w"))).data
-            soon = time.time_ns() // 1_000_000 + 50
-            await daemon.yes(Complete(id=f"old-{number}", lock_id=granted.lock_id, file_path="/x", expires_at=soon))
+            await daemon.yes(Complete(id=f"old-{number}", lock_id=granted.lock_id, file_path="/x"))
         await daemon.yes(Create(id="dead"))
-        await daemon.yes(Start(id="dead", worker="w", lock_ttl_ms=1000, stuck_after_ms=0))
+        await daemon.yes(Start(id="dead", worker="w", lock_ttl_ms=1, stuck_after_ms=0))
         while "dead" in daemon.actor.book.processing:
             await daemon.cleaner.recover_stuck()
             await asyncio.sleep(0.05)
         report = await daemon.cleaner.run_cleanup(forced=True)
-        assert report.errors == []
-        assert (report.expired_jobs_deleted, report.stuck_jobs_recovered) == (5, 1)
-        assert (await daemon.cleaner.reports(1)) == [report]
+        reports = await daemon.cleaner.reports(9)  # that of the first timer may be among them
+        assert reports[0] == report
+        assert [error for each in reports for error in each.errors] == []
+        assert sum(each.expired_jobs_deleted for each in reports) == 5
+        assert sum(each.stuck_jobs_recovered for each in reports) == 1
         await daemon.actor.full_disk.measure()
         body = await daemon.metrics.render()
         assert value(body, "jobd_jobs", status="queued") == 1
@@ -230,7 +232,7 @@ async def test_job_lifecycles_on_a_real_store_are_counted(tmp_path: Path) -> Non
         assert vitals.database_bytes == (tmp_path / "jobd.db").stat().st_size
         assert vitals.wal_bytes == (tmp_path / "jobd.db-wal").stat().st_size
         assert (vitals.mailbox, vitals.parked) == (0, 0)
-        assert vitals.uptime_ms >= 50
+        assert vitals.uptime_ms > 0
         assert value(body, "jobd_build_info", version=jobd.__version__, python=platform.python_version()) == 1
 
 

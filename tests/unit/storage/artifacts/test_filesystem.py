@@ -153,9 +153,14 @@ def test_a_hanging_mount_does_not_keep_the_process_alive(tmp_path: Path) -> None
 
 
 async def test_a_hanging_mount_has_a_limited_queue(store: FileArtifactStore) -> None:
-    goes_on = threading.Event()
-    hung = asyncio.ensure_future(store.run(goes_on.wait))
-    await asyncio.sleep(0.01)
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        hangs.set()
+        goes_on.wait()
+
+    hung = asyncio.ensure_future(store.run(hang))
+    await asyncio.to_thread(hangs.wait)
     waiting = [asyncio.ensure_future(store.probe()) for _ in range(MAX_QUEUED)]
     await asyncio.sleep(0)
     with pytest.raises(ArtifactStoreError, match="does not respond: 100 calls are waiting"):
