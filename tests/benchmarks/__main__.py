@@ -14,7 +14,7 @@ from jobd.cli import exit_codes, terminal
 from jobd.cli.daemon.bench import machine, over_runs, show
 from jobd.cli.params import json_option
 from jobd.cli.progress import busy
-from tests.benchmarks.scenarios import SCENARIOS, Scenario, Size, measure
+from tests.benchmarks.scenarios import SCENARIOS, BenchmarkScenario, Size, measure
 from tests.benchmarks.stage import BenchFailed
 
 _BARS: Final = "▁▂▃▄▅▆▇█"
@@ -78,7 +78,7 @@ def benchmarks(
     return exit_codes.DONE
 
 
-def _figures(scenario: Scenario, size: Size, runs: int, place: Path | None) -> dict[str, Any]:
+def _figures(scenario: BenchmarkScenario, size: Size, runs: int, place: Path | None) -> dict[str, Any]:
     """Return the median, minimum and maximum of each figure."""
     runs = 1 if scenario.once else runs
     found = []
@@ -91,7 +91,7 @@ def _figures(scenario: Scenario, size: Size, runs: int, place: Path | None) -> d
     return {"runs": runs, **over_runs(found)}
 
 
-def _show(scenario: Scenario, figures: dict[str, Any]) -> None:
+def _show(scenario: BenchmarkScenario, figures: dict[str, Any]) -> None:
     terminal.emit(f"{scenario.name}: {scenario.description}")
     show(figures)
     for name, values in figures.get("series", {}).items():

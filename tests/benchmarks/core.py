@@ -52,7 +52,7 @@ class DroppingResponder:
     def set_result(self, answer: object, /) -> None: ...
 
 
-class Steps:
+class MeasuredCore:
     """The core of a daemon. `times` has the microseconds per command of each step."""
 
     def __init__(self, tables: Database) -> None:
@@ -110,7 +110,7 @@ def measure(place: Path, size: int, rounds: int) -> dict[str, float]:
     path = str(place / f"core-{size}.db")
     conn = startup.connect(path, "FULL")
     try:
-        steps = Steps(startup.start(conn, path)[0])
+        steps = MeasuredCore(startup.start(conn, path)[0])
         for _ in range(rounds):
             steps.lifecycle(size)
     finally:

@@ -30,7 +30,7 @@ from jobd.cli.daemon.bench_load import (
 from jobd.cli.daemon.bench_load import claim as claim_and_release
 from jobd.cli.daemon.bench_load import lifecycle as run_lifecycles
 from tests.benchmarks import beside, soak
-from tests.benchmarks.wire import CommandStream
+from tests.benchmarks.wire import BenchmarkStream
 from tests.benchmarks.work import BASE, LoadRequest, connections_of, wait_until
 
 BULK: Final = 1000
@@ -62,10 +62,10 @@ async def batch(request: LoadRequest) -> Measurements:
 async def stream(request: LoadRequest) -> Measurements:
     """Run command streams with many lifecycles in flight each."""
     at_once = 64
-    flows = [await CommandStream.open(request.socket) for _ in range(max(request.connections // 4, 1))]
+    flows = [await BenchmarkStream.open(request.socket) for _ in range(max(request.connections // 4, 1))]
     began, done = clock(), 0
 
-    async def go_on(number: int, flow: CommandStream) -> None:
+    async def go_on(number: int, flow: BenchmarkStream) -> None:
         nonlocal done
         begin = encode({"op": "create", "payload": PAYLOAD}) + b"\n"
         begin += encode({"op": "claim", "worker": f"w-{number}"}) + b"\n"

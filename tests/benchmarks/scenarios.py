@@ -25,7 +25,7 @@ class Size(Struct, frozen=True):
 Measure = Callable[[BenchDaemon, Size], dict[str, Any]]
 
 
-class Scenario(Struct, frozen=True):
+class BenchmarkScenario(Struct, frozen=True):
     """`says` is one line; `once`: it takes too long to repeat. `settings` are environment variables of its daemon."""
 
     name: str
@@ -93,18 +93,18 @@ def _memory(stage: BenchDaemon, size: Size) -> dict[str, Any]:
 SCENARIOS: Final = {
     each.name: each
     for each in (
-        Scenario("lifecycle", "create, claim, complete, one request each", _load("lifecycle")),
-        Scenario("batch", "bulk creates and claims of a hundred, completes one by one", _load("batch")),
-        Scenario("stream", "lifecycles over command streams", _load("stream")),
-        Scenario("contention", "many starts on one job", _load("contention")),
-        Scenario("progress", "progress reports", _load("progress")),
-        Scenario("mixed", "lifecycles during reads, a polling dashboard and cleanup runs", _load("mixed")),
-        Scenario("latency", "a lifecycle on one connection, and at a fixed rate", _latency),
-        Scenario("backlog", "a claim among many jobs", _backlog, once=True),
-        Scenario("lag", "the latency of a request during maintenance and reads", _lag, once=True),
-        Scenario("startup", "a start with many live jobs", _startup),
-        Scenario("memory", "memory of a live job", _memory),
-        Scenario(
+        BenchmarkScenario("lifecycle", "create, claim, complete, one request each", _load("lifecycle")),
+        BenchmarkScenario("batch", "bulk creates and claims of a hundred, completes one by one", _load("batch")),
+        BenchmarkScenario("stream", "lifecycles over command streams", _load("stream")),
+        BenchmarkScenario("contention", "many starts on one job", _load("contention")),
+        BenchmarkScenario("progress", "progress reports", _load("progress")),
+        BenchmarkScenario("mixed", "lifecycles during reads, a polling dashboard and cleanup runs", _load("mixed")),
+        BenchmarkScenario("latency", "a lifecycle on one connection, and at a fixed rate", _latency),
+        BenchmarkScenario("backlog", "a claim among many jobs", _backlog, once=True),
+        BenchmarkScenario("lag", "the latency of a request during maintenance and reads", _lag, once=True),
+        BenchmarkScenario("startup", "a start with many live jobs", _startup),
+        BenchmarkScenario("memory", "memory of a live job", _memory),
+        BenchmarkScenario(
             "soak",
             "create, complete, delete at full speed: does the database grow?",
             _load("soak"),
@@ -116,7 +116,7 @@ SCENARIOS: Final = {
 }
 
 
-def measure(scenario: Scenario, size: Size, place: Path | None) -> dict[str, Any]:
+def measure(scenario: BenchmarkScenario, size: Size, place: Path | None) -> dict[str, Any]:
     """Return the figures of one run."""
     with BenchDaemon(place, scenario.settings) as stage:
         return scenario.measure(stage, size)

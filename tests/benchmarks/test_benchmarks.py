@@ -13,7 +13,7 @@ from msgspec import structs
 from jobd.cli.daemon.bench_load import LoadConnection, clock
 from tests.benchmarks import beside, load, stage, work
 from tests.benchmarks.__main__ import LARGE, _bars, benchmarks
-from tests.benchmarks.scenarios import SCENARIOS, Scenario, Size, measure
+from tests.benchmarks.scenarios import SCENARIOS, BenchmarkScenario, Size, measure
 from tests.benchmarks.stage import BenchDaemon, BenchFailed
 
 TINY = Size(seconds=0.2, connections=4, rate=50, live=1_000, backlogs=((1_000, 0), (1_500, 500)))
@@ -86,7 +86,9 @@ async def test_an_early_start_counts_from_its_start(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_scenario_has_settings_of_its_own(tmp_path: Path) -> None:
-    narrow = Scenario("narrow", "", lambda stage, size: stage.load("fill", count=6), settings={"JOBD_LIMITS_BULK": "5"})
+    narrow = BenchmarkScenario(
+        "narrow", "", lambda stage, size: stage.load("fill", count=6), settings={"JOBD_LIMITS_BULK": "5"}
+    )
     with pytest.raises(BenchFailed, match="Over 5 jobs in one bulk"):
         measure(narrow, TINY, tmp_path)
 

@@ -11,7 +11,7 @@ from jobd.cli.daemon.bench_load import RequestFailed, decode
 _LIMIT: Final = 1 << 24  # bytes that the reader of a stream buffers
 
 
-class CommandStream:
+class BenchmarkStream:
     """One command stream: lines go out, responses come back in order."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -21,7 +21,7 @@ class CommandStream:
         self._rest = b""
 
     @classmethod
-    async def open(cls, path: str) -> CommandStream:
+    async def open(cls, path: str) -> BenchmarkStream:
         reader, writer = await asyncio.open_unix_connection(path, limit=_LIMIT)
         writer.write(
             b"POST /v1/commands HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-ndjson\r\n"

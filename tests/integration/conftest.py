@@ -7,22 +7,22 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.cli_harness import TOKEN, Ctl, Running
+from tests.support.cli_harness import TOKEN, CliDaemon, Jobctl
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    daemon = Running(tmp_path_factory.mktemp("d"))
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CliDaemon]:
+    daemon = CliDaemon(tmp_path_factory.mktemp("d"))
     yield daemon
     assert daemon.stop() == 0, (daemon.folder / "log").read_text()
     assert TOKEN not in (daemon.folder / "log").read_text()
 
 
 @pytest.fixture
-def jobctl(running: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Ctl:
+def jobctl(running: CliDaemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Jobctl:
     for name in list(os.environ):
         if name.startswith(("JOBD_", "ADMIN_")):
             monkeypatch.delenv(name)
     for name, value in running.places.items():
         monkeypatch.setenv(name, value)
-    return Ctl(capsys)
+    return Jobctl(capsys)

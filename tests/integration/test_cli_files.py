@@ -20,7 +20,7 @@ from jobd.cli.ctl import main as ctl
 from jobd.cli.daemon import main as jobd_cli
 from jobd.model import responses as answers
 from jobd.model.storage import RESERVE_BYTES
-from tests.support.cli_harness import TOKEN, Ctl, Running
+from tests.support.cli_harness import TOKEN, CliDaemon, Jobctl
 from tests.support.daemon_process import TOKEN as DAEMON_TOKEN
 from tests.support.daemon_process import Daemon
 from tests.support.http_harness import FakeActor, HttpHarness
@@ -70,7 +70,7 @@ def _jobd(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str
 
 @pytest.mark.slow
 def test_backup_restore_and_doctor(
-    jobctl: Ctl, running: Running, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    jobctl: Jobctl, running: CliDaemon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     jobctl.ok("submit", "--id", "b1", "--queue", "b1")
     copy, restored = tmp_path / "copy.db", tmp_path / "restored.db"
@@ -109,15 +109,15 @@ _OUT: Final = {
 }
 
 
-def _written(running: Running, verb: str, file: Path) -> subprocess.CompletedProcess[str]:
-    return running.done(*_OUT[verb], str(file), timeout=60)
+def _written(running: CliDaemon, verb: str, file: Path) -> subprocess.CompletedProcess[str]:
+    return running.run(*_OUT[verb], str(file), timeout=60)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal", ".lock", ".epoch", ".ballast"])
 @pytest.mark.parametrize("verb", list(_OUT))
 def test_the_store_of_a_running_daemon_is_not_overwritten(
-    jobctl: Ctl, running: Running, verb: str, suffix: str
+    jobctl: Jobctl, running: CliDaemon, verb: str, suffix: str
 ) -> None:
     file = running.store.with_name(running.store.name + suffix)
     before = {path.name: path.stat().st_ino for path in running.folder.iterdir()}
@@ -130,7 +130,7 @@ def test_the_store_of_a_running_daemon_is_not_overwritten(
     assert running.process.poll() is None
 
 
-def test_a_store_is_not_overwritten_through_another_name(running: Running, tmp_path: Path) -> None:
+def test_a_store_is_not_overwritten_through_another_name(running: CliDaemon, tmp_path: Path) -> None:
     (tmp_path / "link.db").symlink_to(running.store)
     (tmp_path / "folder").symlink_to(running.folder)
     for file in (tmp_path / "link.db", tmp_path / "folder" / running.store.name):
@@ -142,7 +142,7 @@ def test_a_store_is_not_overwritten_through_another_name(running: Running, tmp_p
 
 
 @pytest.mark.slow
-def test_a_store_that_its_daemon_opened_by_a_symlink_is_not_overwritten(running: Running, tmp_path: Path) -> None:
+def test_a_store_that_its_daemon_opened_by_a_symlink_is_not_overwritten(running: CliDaemon, tmp_path: Path) -> None:
     folder = tmp_path / "elsewhere"
     folder.mkdir()
     (tmp_path / "jobd.db").symlink_to(folder / "real.db")
@@ -158,7 +158,7 @@ def test_a_store_that_its_daemon_opened_by_a_symlink_is_not_overwritten(running:
 
 
 @pytest.mark.parametrize("verb", list(_OUT))
-def test_only_a_regular_file_is_replaced(running: Running, tmp_path: Path, verb: str) -> None:
+def test_only_a_regular_file_is_replaced(running: CliDaemon, tmp_path: Path, verb: str) -> None:
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(str(tmp_path / "socket"))
@@ -172,7 +172,7 @@ def test_only_a_regular_file_is_replaced(running: Running, tmp_path: Path, verb:
         assert (file.lstat().st_ino, file.lstat().st_mode) == (before.st_ino, before.st_mode)
 
 
-def test_a_backup_follows_a_symlink(running: Running, tmp_path: Path) -> None:
+def test_a_backup_follows_a_symlink(running: CliDaemon, tmp_path: Path) -> None:
     """Also for a file that does not exist."""
     link, target = tmp_path / "latest.db", tmp_path / "disk" / "today.db"
     target.parent.mkdir()
@@ -187,7 +187,7 @@ def test_a_backup_follows_a_symlink(running: Running, tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_there", [True, False])
 @pytest.mark.parametrize("suffix", ["-wal", "-journal"])
 def test_a_backup_is_not_written_beside_the_log_of_another_database(
-    running: Running, tmp_path: Path, suffix: str, is_there: bool
+    running: CliDaemon, tmp_path: Path, suffix: str, is_there: bool
 ) -> None:
     """SQLite would apply that log to the copy."""
     target = tmp_path / "killed.db"
@@ -201,7 +201,7 @@ def test_a_backup_is_not_written_beside_the_log_of_another_database(
 
 
 def test_a_damaged_row_is_named_with_its_fix(
-    jobctl: Ctl, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    jobctl: Jobctl, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobctl.ok("submit", "--id", "b2")
     jobctl.ok("submit", "--id", "b3")
@@ -259,7 +259,7 @@ def test_a_damaged_row_is_named_with_its_fix(
     )
 
 
-def test_the_doctor_checks_the_running_daemon(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_doctor_checks_the_running_daemon(jobctl: Jobctl, capsys: pytest.CaptureFixture[str]) -> None:
     jobctl.ok("cleanup")
     code, out, err = _jobd(capsys, "doctor", "--running", "--json")
     problems = json.loads(out)["problems"]
@@ -286,14 +286,14 @@ async def test_damaged_rows_of_a_running_daemon_are_named_once(
     assert "jobd doctor --accept bad-2" in found[1]["mend"]
 
 
-def test_a_second_daemon_on_a_store_exits_with_75(running: Running) -> None:
-    second = running.done("jobd", *running.argv[:3], "--socket", f"{running.folder}/other.sock")
+def test_a_second_daemon_on_a_store_exits_with_75(running: CliDaemon) -> None:
+    second = running.run("jobd", *running.argv[:3], "--socket", f"{running.folder}/other.sock")
     assert second.returncode == 75
     assert str(running.process.pid) in second.stderr + second.stdout
 
 
 def test_check_config_shows_each_value_with_its_source(
-    jobctl: Ctl, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    jobctl: Jobctl, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.toml").write_text('[locks]\nttl = "5m"\n')
     monkeypatch.delenv("JOBD_SOCKET")
@@ -320,7 +320,7 @@ def test_check_config_shows_each_value_with_its_source(
     ],
 )
 def test_an_invalid_configuration_exits_with_78_and_one_line(
-    argv: list[str], expected: str, jobctl: Ctl, capsys: pytest.CaptureFixture[str]
+    argv: list[str], expected: str, jobctl: Jobctl, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = _jobd(capsys, *argv)
     assert (code, out) == (78, "")
@@ -328,7 +328,7 @@ def test_an_invalid_configuration_exits_with_78_and_one_line(
     assert expected in err
 
 
-def test_check_config_takes_the_flags_of_serve(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_config_takes_the_flags_of_serve(jobctl: Jobctl, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--set", "locks.ttl=7m", "--set", "log.level=error", "--log-level", "debug", "--store", "/srv/jobd.db")
     code, out, err = _jobd(capsys, "check-config", *flags, "--json")
     assert code == 0, err

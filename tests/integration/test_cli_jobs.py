@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
-from tests.support.cli_harness import JOB_FIELDS, Ctl, Running
+from tests.support.cli_harness import JOB_FIELDS, CliDaemon, Jobctl
 
 
 @pytest.mark.slow
-def test_submit_prints_the_id_and_nothing_else(jobctl: Ctl, running: Running) -> None:
+def test_submit_prints_the_id_and_nothing_else(jobctl: Jobctl, running: CliDaemon) -> None:
     job_id = jobctl.ok("submit", "--queue", "s1", "--kind", "k", '{"a": [1, 2.50, "ü"]}').strip()
     job = running.client.get_job(job_id)
     assert (job.queue, job.kind, job.payload_value) == ("s1", "k", {"a": [1, 2.5, "ü"]})
 
 
-def test_submit_takes_every_option(jobctl: Ctl) -> None:
+def test_submit_takes_every_option(jobctl: Jobctl) -> None:
     options = "--id s2 --priority -5 --delay 1h --expires 2h --max-attempts 4 --max-stalls 1 --on-stall fail "
     options += "--stuck-after 90s --max-processing 0 --backoff fixed --backoff-base 5s --backoff-max 1m --no-jitter"
     job = jobctl.json("submit", *options.split())
@@ -44,28 +44,28 @@ def test_submit_takes_every_option(jobctl: Ctl) -> None:
     assert abs(job["expires_at"] - job["run_at"] - 3_600_000) < 60_000
 
 
-def test_submit_reads_the_payload_from_stdin(running: Running) -> None:
-    done = running.done("jobd.cli.ctl.main", "submit", "--json", "-", input='["from stdin"]')
+def test_submit_reads_the_payload_from_stdin(running: CliDaemon) -> None:
+    done = running.run("jobd.cli.ctl.main", "submit", "--json", "-", input='["from stdin"]')
     assert done.returncode == 0
     assert json.loads(done.stdout)["payload"] == ["from stdin"]
-    assert running.done("jobd.cli.ctl.main", "submit", "-", input="not json").returncode == 2
+    assert running.run("jobd.cli.ctl.main", "submit", "-", input="not json").returncode == 2
 
 
-def test_submitting_a_job_twice_returns_it_and_another_with_its_id_is_rejected(jobctl: Ctl) -> None:
+def test_submitting_a_job_twice_returns_it_and_another_with_its_id_is_rejected(jobctl: Jobctl) -> None:
     assert jobctl.ok("submit", "--id", "s3", "1") == jobctl.ok("submit", "--id", "s3", "1") == "s3\n"
-    code, err = jobctl.no("submit", "--id", "s3", "2")
+    code, err = jobctl.rejected("submit", "--id", "s3", "2")
     assert code == 4
     assert "job_exists" in err
 
 
-def test_an_error_of_the_daemon_exits_with_4_and_names_the_field(jobctl: Ctl) -> None:
-    code, err = jobctl.no("submit", "--priority", "5000")
+def test_an_error_of_the_daemon_exits_with_4_and_names_the_field(jobctl: Jobctl) -> None:
+    code, err = jobctl.rejected("submit", "--priority", "5000")
     assert code == 4
     assert "priority" in err
-    assert jobctl.no("job", "never-was")[0] == 4
+    assert jobctl.rejected("job", "never-was")[0] == 4
 
 
-def test_jobs_are_paged_and_the_cursor_continues(jobctl: Ctl) -> None:
+def test_jobs_are_paged_and_the_cursor_continues(jobctl: Jobctl) -> None:
     for number in range(7):
         jobctl.ok("submit", "--queue", "s4", "--id", f"s4-{number}")
     first = jobctl.json("jobs", "--queue", "s4", "--limit", "3")
@@ -80,7 +80,7 @@ def test_jobs_are_paged_and_the_cursor_continues(jobctl: Ctl) -> None:
     assert first["next_cursor"] in err
 
 
-def test_a_job_its_explanation_and_its_timeline_are_shown(jobctl: Ctl) -> None:
+def test_a_job_its_explanation_and_its_timeline_are_shown(jobctl: Jobctl) -> None:
     jobctl.ok("submit", "--id", "s5", "--delay", "1h", '{"x": 1}')
     assert set(jobctl.json("job", "s5")) == JOB_FIELDS
     assert re.search(
@@ -94,7 +94,7 @@ def test_a_job_its_explanation_and_its_timeline_are_shown(jobctl: Ctl) -> None:
     assert set(jobctl.json("validate", "s5")) == {"isValid", "issues", "canProceed"}
 
 
-def test_control_characters_of_a_job_are_escaped(jobctl: Ctl, running: Running) -> None:
+def test_control_characters_of_a_job_are_escaped(jobctl: Jobctl, running: CliDaemon) -> None:
     evil = "\x1b]0;owned\x07 \x9b31m line\nbreak \u202eback"
     jobctl.ok("submit", "--id", "s6", "--queue", "s6", json.dumps({"evil": evil}, ensure_ascii=False))
     grant = running.client.claim("evil-worker", queues=["s6"])[0]
@@ -117,7 +117,7 @@ def test_a_broken_pipe_inside_a_command_is_no_error() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_a_closed_pipe_is_no_error(running: Running) -> None:
+def test_a_closed_pipe_is_no_error(running: CliDaemon) -> None:
     for number in range(300):
         running.client.create_job("x" * 400, queue="s7", id=f"s7-{number}")
     with running.start(
@@ -131,7 +131,7 @@ def test_a_closed_pipe_is_no_error(running: Running) -> None:
     assert process.returncode == 0
 
 
-def test_an_old_job_table_can_be_imported(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
+def test_an_old_job_table_can_be_imported(jobctl: Jobctl, running: CliDaemon, tmp_path: Path) -> None:
     (tmp_path / "old.csv").write_text("id,status,progress\ni1,running,40\ni2,done,100\ni3,pending,0\n")
     example = [sys.executable, str(ROOT / "docs/examples/import_old_jobs.py"), str(tmp_path / "old.csv")]
     lines = subprocess.run(example, capture_output=True, text=True, check=True).stdout
@@ -146,11 +146,11 @@ def test_an_old_job_table_can_be_imported(jobctl: Ctl, running: Running, tmp_pat
 
 
 @pytest.mark.slow
-def test_run_drains_a_queue_and_its_exit_code_reports_failures(running: Running) -> None:
+def test_run_drains_a_queue_and_its_exit_code_reports_failures(running: CliDaemon) -> None:
     for number in (1, 2, 0):
         running.client.create_job(number, queue="r1", id=f"r1-{number}")
     script = 'read n; echo "::result file_path=/srv/$n"; echo "::meta n=$n"; test "$n" != 0'
-    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "--", "sh", "-c", script)
+    done = running.run("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "--", "sh", "-c", script)
     assert done.returncode == 1, done.stderr
     jobs = {job.id: job for job in running.client.list_jobs(queue="r1").jobs}
     assert {name: job.status for name, job in jobs.items()} == {
@@ -160,18 +160,18 @@ def test_run_drains_a_queue_and_its_exit_code_reports_failures(running: Running)
     }
     assert (jobs["r1-2"].file_path, jobs["r1-2"].metadata_value) == ("/srv/2", {"n": 2})
     assert jobs["r1-0"].error_code == "exit:1"
-    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "true")
+    done = running.run("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "true")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     running.client.create_job(queue="r1", id="r1-later", delay_ms=3_600_000)
-    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "true")
+    done = running.run("jobd.cli.ctl.main", "run", "--queue", "r1", "--drain", "true")
     assert (done.returncode, done.stdout) == (0, "")
     assert done.stderr == "jobctl run: drained; 1 job is left: 1 is not due yet.\n"
 
 
-def test_a_run_that_exceeds_its_timeout_fails_with_timeout(running: Running) -> None:
+def test_a_run_that_exceeds_its_timeout_fails_with_timeout(running: CliDaemon) -> None:
     running.client.create_job(queue="r-timeout", id="r-timeout")
     limits = ("--timeout", "200ms", "--max-processing", "1h")
-    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r-timeout", *limits, "--once", "sleep", "1000")
+    done = running.run("jobd.cli.ctl.main", "run", "--queue", "r-timeout", *limits, "--once", "sleep", "1000")
     assert done.returncode == 1, done.stderr
     assert "it took longer than 0.2 s" in done.stderr
     job = running.client.get_job("r-timeout")
@@ -179,15 +179,15 @@ def test_a_run_that_exceeds_its_timeout_fails_with_timeout(running: Running) -> 
     assert job.error_message == "The run took longer than its timeout of 0.2 s."
 
 
-def test_options_after_the_command_belong_to_it(running: Running) -> None:
+def test_options_after_the_command_belong_to_it(running: CliDaemon) -> None:
     running.client.create_job(None, queue="r2", id="r2")
-    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r2", "--once", "echo", "--drain", "--json")
+    done = running.run("jobd.cli.ctl.main", "run", "--queue", "r2", "--once", "echo", "--drain", "--json")
     assert done.returncode == 0, done.stderr
     assert "--drain --json" in done.stdout
 
 
 @pytest.mark.parametrize(("command", "code"), [("true", 0), ("false", 1)])
-def test_submit_waits_for_the_end(command: str, code: int, running: Running) -> None:
+def test_submit_waits_for_the_end(command: str, code: int, running: CliDaemon) -> None:
     queue = f"r3-{command}"
     waiting = running.start(
         "jobd.cli.ctl.main",
@@ -199,13 +199,13 @@ def test_submit_waits_for_the_end(command: str, code: int, running: Running) -> 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    assert running.done("jobd.cli.ctl.main", "run", "--queue", queue, "--once", command).returncode == code
+    assert running.run("jobd.cli.ctl.main", "run", "--queue", queue, "--once", command).returncode == code
     out, err = waiting.communicate()
     assert waiting.returncode == code, err
     assert json.loads(out)["status"] == ("completed" if code == 0 else "failed")
 
 
-def test_interrupting_a_wait_does_not_change_the_job(running: Running) -> None:
+def test_interrupting_a_wait_does_not_change_the_job(running: CliDaemon) -> None:
     waiting = running.start(
         "jobd.cli.ctl.main",
         "submit",
@@ -226,12 +226,12 @@ def test_interrupting_a_wait_does_not_change_the_job(running: Running) -> None:
 
 
 @pytest.mark.skipif(shutil.which("jq") is None, reason="the shell example uses jq")
-def test_the_shell_worker_of_the_docs(running: Running, tmp_path: Path) -> None:
+def test_the_shell_worker_of_the_docs(running: CliDaemon, tmp_path: Path) -> None:
     (tmp_path / "cat.txt").write_text("miaow\n" * 1000)
     payload = {"source": str(tmp_path / "cat.txt"), "target": str(tmp_path / "cat.txt.gz")}
     running.client.create_job(payload, queue="r5", id="r5")
     example = str(ROOT / "docs/examples/worker.sh")
-    done = running.done("jobd.cli.ctl.main", "run", "--queue", "r5", "--once", "--", example)
+    done = running.run("jobd.cli.ctl.main", "run", "--queue", "r5", "--once", "--", example)
     assert done.returncode == 0, done.stderr
     job = running.client.get_job("r5")
     assert job.file_path == str(tmp_path / "cat.txt.gz")
@@ -250,7 +250,7 @@ def _node_runs_typescript() -> bool:
 
 
 @pytest.mark.skipif(not _node_runs_typescript(), reason="the TypeScript example runs on node 22.18 and later")
-def test_the_typescript_worker_of_the_docs(running: Running) -> None:
+def test_the_typescript_worker_of_the_docs(running: CliDaemon) -> None:
     running.client.create_job([1, 2, 3.5], id="r6", priority=-1000)  # before what other tests have left there
     env = {**running.env, **running.places, "ONCE": "1"}
     subprocess.run(["node", str(ROOT / "docs/examples/worker.mts")], env=env, check=True, capture_output=True)

@@ -14,32 +14,32 @@ from jobd.client import LockLost
 from jobd.model import responses as answers
 from tests import ROOT
 from tests.support.cli_harness import (
-    READER_TOKEN,
+    READ_ONLY_TOKEN,
     TOKEN,
-    Ctl,
-    Running,
+    CliDaemon,
+    Jobctl,
     fields_of,
     on_a_terminal,
     rejected_on_a_terminal,
 )
 
 
-def test_a_stored_result_is_downloaded(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
+def test_a_stored_result_is_downloaded(jobctl: Jobctl, running: CliDaemon, tmp_path: Path) -> None:
     jobctl.ok("submit", "--id", "c7", "--queue", "c7")
     target, content = tmp_path / "report.pdf", os.urandom(300_000)
-    code, err = jobctl.no("artifact", "c7", "-o", str(target))
+    code, err = jobctl.rejected("artifact", "c7", "-o", str(target))
     assert (code, "storage_key is not set" in err) == (4, True)
-    assert jobctl.no("artifact", "none")[0] == 4
+    assert jobctl.rejected("artifact", "none")[0] == 4
     grant = running.client.claim("w", queues=["c7"])[0]
     running.client.complete_job("c7", lock_id=grant.lock_id, storage_key="c7/report.pdf")
-    assert "has no object" in jobctl.no("artifact", "c7", "-o", str(target))[1]
+    assert "has no object" in jobctl.rejected("artifact", "c7", "-o", str(target))[1]
     assert not list(tmp_path.iterdir())
     (running.folder / "artifacts" / "c7").mkdir()
     (running.folder / "artifacts" / "c7" / "report.pdf").write_bytes(content)
     assert jobctl.ok("artifact", "c7", "-o", str(target)) == f"{target}: 293.0 KiB\n"
     assert target.read_bytes() == content
     target.write_text("mine")
-    assert "--yes" in jobctl.no("artifact", "c7", "-o", str(target))[1]
+    assert "--yes" in jobctl.rejected("artifact", "c7", "-o", str(target))[1]
     assert target.read_text() == "mine"
     jobctl.ok("artifact", "c7", "-o", str(target), "-y")
     assert target.read_bytes() == content
@@ -55,7 +55,9 @@ def test_a_stored_result_is_downloaded(jobctl: Ctl, running: Running, tmp_path: 
     (running.folder / "artifacts" / "c7" / "report.pdf").unlink()
 
 
-def test_a_late_result_can_be_downloaded_before_it_is_adopted(jobctl: Ctl, running: Running, tmp_path: Path) -> None:
+def test_a_late_result_can_be_downloaded_before_it_is_adopted(
+    jobctl: Jobctl, running: CliDaemon, tmp_path: Path
+) -> None:
     jobctl.ok("submit", "--id", "c8", "--queue", "c8")
     grant = running.client.claim("w-late", queues=["c8"])[0]
     jobctl.ok("force-reset", "c8", "-y")
@@ -64,17 +66,17 @@ def test_a_late_result_can_be_downloaded_before_it_is_adopted(jobctl: Ctl, runni
     with pytest.raises(LockLost) as lost:
         running.client.complete_job("c8", lock_id=grant.lock_id, storage_key="c8/late.bin")
     target = tmp_path / "late.bin"
-    assert jobctl.no("artifact", "c8", "-o", str(target))[0] == 4
-    assert jobctl.no("artifact", "c8", "--late-result", "1", "-o", str(target))[0] == 4
+    assert jobctl.rejected("artifact", "c8", "-o", str(target))[0] == 4
+    assert jobctl.rejected("artifact", "c8", "--late-result", "1", "-o", str(target))[0] == 4
     assert not target.exists()
     jobctl.ok("artifact", "c8", "--late-result", str(lost.value.late_result), "-o", str(target))
     assert target.read_bytes() == b"late"
 
 
-def test_an_operator_adopts_a_late_result(jobctl: Ctl, running: Running) -> None:
+def test_an_operator_adopts_a_late_result(jobctl: Jobctl, running: CliDaemon) -> None:
     jobctl.ok("submit", "--id", "c6", "--queue", "c6")
     assert jobctl.run("late", "c6") == (0, "", "No late results.\n")
-    assert jobctl.no("adopt", "c6", "--dry-run")[0] == 4
+    assert jobctl.rejected("adopt", "c6", "--dry-run")[0] == 4
     grant = running.client.claim("w-late", queues=["c6"])[0]
     jobctl.ok("force-reset", "c6", "-y")
     with pytest.raises(LockLost) as lost:
@@ -92,18 +94,18 @@ def test_an_operator_adopts_a_late_result(jobctl: Ctl, running: Running) -> None
     assert code == 4
     assert "c6: adopt would be rejected: Job c6 is processing. Worker w holds it" in err
     assert "[invalid_transition]" in err
-    assert "force-fail c6" in jobctl.no("adopt", "c6", "-y")[1]
+    assert "force-fail c6" in jobctl.rejected("adopt", "c6", "-y")[1]
     running.client.release_job("c6", lock_id=again.lock_id)
     what = f'late result {late["seq"]} of w-late (file_path /srv/6, metadata {{"a":1}})'
     assert jobctl.ok("adopt", "c6", "--dry-run") == f"c6: would adopt {what}: it is queued\n"
-    assert jobctl.no("adopt", "c6", "-y", "--result", "1")[0] == 4
+    assert jobctl.rejected("adopt", "c6", "-y", "--result", "1")[0] == 4
     adopted = jobctl.json("adopt", "c6", "-y", "--result", str(late["seq"]), "--reason", "it is whole")
     assert (adopted["status"], adopted["file_path"], adopted["metadata"]) == ("completed", "/srv/6", {"a": 1})
     assert "it is whole" in jobctl.ok("timeline", "c6")
 
 
 def test_a_dry_run_respects_a_required_download_url(
-    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
+    jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _came_late(running, jobctl, "du1")
     (late,) = jobctl.json("late", "du1")["late_results"]
@@ -114,28 +116,28 @@ def test_a_dry_run_respects_a_required_download_url(
         code, out, err = jobctl.run("adopt", "du1", "--dry-run")
         assert (code, out, err.startswith(f"du1: adopt would be rejected: {lacks}")) == (4, "", True)
         assert err.endswith("[invalid_request]\n")
-        assert jobctl.no("adopt", "du1", "-y") == (4, err.replace("du1: adopt would be rejected", "jobctl"))
+        assert jobctl.rejected("adopt", "du1", "-y") == (4, err.replace("du1: adopt would be rejected", "jobctl"))
         code, shown = rejected_on_a_terminal(running, "adopt", "du1")
         assert (code, lacks in shown) == (4, True)
         assert "but it cannot be adopted" in jobctl.json("why", "du1")["do"][0]
         assert lacks in jobctl.ok("late", "du1").splitlines()[-1]
         missing = "download_url is missing; [validation] require_download_url requires it [invalid_request]\n"
-        code, err = jobctl.no(*move, "--dry-run")
+        code, err = jobctl.rejected(*move, "--dry-run")
         assert (code, err) == (
             4,
             f"du1: transition failed → completed would be rejected: {missing}".replace(" it [", " it. ["),
         )
-        assert jobctl.no(*move, "-y") == (4, f"jobctl: {missing}")
+        assert jobctl.rejected(*move, "-y") == (4, f"jobctl: {missing}")
         assert "would transition" in jobctl.ok(*move, "--set", "download_url=https://x.test/1", "--dry-run")
-        monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
-        code, err = jobctl.no("adopt", "du1", "--dry-run")
+        monkeypatch.setenv("ADMIN_TOKEN", READ_ONLY_TOKEN)
+        code, err = jobctl.rejected("adopt", "du1", "--dry-run")
         assert (code, lacks in err) == (4, True), "a read-only token shows it, too"
         code, out, err = jobctl.run(*move, "--dry-run")
         assert (code, "would transition" in out) == (0, True)
         assert err == (
             "This token is read-only, so only the status was checked. A dry run on the daemon needs the admin token.\n"
         )
-        assert jobctl.no("adopt", "du1", "-y")[0] == 5
+        assert jobctl.rejected("adopt", "du1", "-y")[0] == 5
     assert "would adopt" in jobctl.ok("adopt", "du1", "--dry-run")
     assert "it is failed" in jobctl.ok(*move, "--dry-run")
     assert running.client.get_job("du1").status == "failed"
@@ -144,7 +146,7 @@ def test_a_dry_run_respects_a_required_download_url(
     assert done == ["transition", "adopt", "force-fail"], "a dry run is no deed"
 
 
-def _came_late(running: Running, jobctl: Ctl, *ids: str) -> None:
+def _came_late(running: CliDaemon, jobctl: Jobctl, *ids: str) -> None:
     """Create failed jobs in a queue of this name, each with a late result."""
     for job_id in ids:
         running.client.create_job(id=job_id, queue=ids[0])
@@ -159,7 +161,7 @@ _INSTEAD: Final = "1 late result that was not adopted. Check whether it can be a
 
 
 def test_late_results_are_mentioned_before_they_are_deleted(
-    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
+    jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _came_late(running, jobctl, "lt1")
     running.client.create_job(id="lt2", queue="lt2")
@@ -176,5 +178,5 @@ def test_late_results_are_mentioned_before_they_are_deleted(
     assert _GOES in shown
     code, _, prompt = on_a_terminal(running, b"n\n", "delete", "lt1")
     assert (code, prompt.index(_GOES) < prompt.index("delete job lt1")) == (1, True)
-    monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
+    monkeypatch.setenv("ADMIN_TOKEN", READ_ONLY_TOKEN)
     assert f"It has {_GOES}" in jobctl.ok("delete", "lt1", "--dry-run"), "a read-only token shows it, too"

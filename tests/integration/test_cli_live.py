@@ -269,7 +269,7 @@ def test_a_frame_in_a_pipe_is_complete_and_a_long_name_moves_only_its_line() -> 
     assert len(short) < 100
 
 
-class Counted:
+class RecordingAdminClient:
     """An admin client that records its queries for queues."""
 
     def __init__(self, client: AdminClient) -> None:
@@ -288,7 +288,7 @@ def test_only_the_queues_that_fit_are_requested(daemon: Daemon) -> None:
     for number in range(9):
         daemon.post("/v1/jobs/bulk", {"jobs": [{"queue": f"busy-{number}"}] * (number + 1)})
     with AdminClient(f"unix:{daemon.admin_socket}", token=TOKEN) as client:
-        counted = Counted(client)
+        counted = RecordingAdminClient(client)
         frame = Sampler().take(cast("AdminClient", counted), 4)
         assert counted.asked == [{"limit": 5, "busiest": True}]
         assert [queue.name for queue in frame.queues] == ["busy-8", "busy-7", "busy-6", "busy-5"]
@@ -338,7 +338,7 @@ def test_without_a_terminal_top_names_its_options(jobctl: Any) -> None:
     assert jobctl("top", "--once", "--interval", "1ms")[0] == 2
 
 
-class Terminal:
+class TopTerminal:
     """jobctl top on its own terminal."""
 
     def __init__(self, daemon: Daemon, **more: str) -> None:
@@ -365,7 +365,7 @@ class Terminal:
         assert piece
         return piece
 
-    def __enter__(self) -> Terminal:
+    def __enter__(self) -> TopTerminal:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -386,7 +386,7 @@ class Terminal:
 
 
 def test_q_ends_top_and_restores_the_screen(daemon: Daemon) -> None:
-    with Terminal(daemon) as terminal:
+    with TopTerminal(daemon) as terminal:
         terminal.until(b"queued 0")
         daemon.post("/v1/jobs", {"id": "a", "queue": "video"})
         terminal.until(b"queued 1")
@@ -399,7 +399,7 @@ def test_q_ends_top_and_restores_the_screen(daemon: Daemon) -> None:
 
 @pytest.mark.slow
 def test_top_waits_for_an_unreachable_daemon_and_ctrl_c_ends_it(daemon: Daemon) -> None:
-    with Terminal(daemon) as terminal:
+    with TopTerminal(daemon) as terminal:
         terminal.until(b"queued 0")
         daemon.kill()
         terminal.until(b"retrying")
@@ -413,7 +413,7 @@ def test_top_waits_for_an_unreachable_daemon_and_ctrl_c_ends_it(daemon: Daemon) 
 
 @pytest.mark.slow
 def test_without_escape_sequences_frames_are_appended(daemon: Daemon) -> None:
-    with Terminal(daemon, NO_COLOR="1") as terminal:
+    with TopTerminal(daemon, NO_COLOR="1") as terminal:
         terminal.until(b"queued 0")
         terminal.until(b"queued 0")
         terminal.press(b"q")

@@ -17,12 +17,12 @@ from msgspec.structs import replace
 from jobd.cli.ctl import plans as ctl_plan
 from jobd.client import JobdError
 from jobd.model import responses as answers
-from tests.support.cli_harness import JOB_FIELDS, READER_TOKEN, TOKEN, Ctl, Running, fields_of, on_a_terminal
+from tests.support.cli_harness import JOB_FIELDS, READ_ONLY_TOKEN, TOKEN, CliDaemon, Jobctl, fields_of, on_a_terminal
 
 
 @pytest.mark.parametrize("has_token", [True, False])
 def test_a_dry_run_changes_nothing_and_yes_does_it(
-    has_token: bool, jobctl: Ctl, monkeypatch: pytest.MonkeyPatch
+    has_token: bool, jobctl: Jobctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job_id = f"c1-{has_token}"
     if not has_token:
@@ -31,11 +31,11 @@ def test_a_dry_run_changes_nothing_and_yes_does_it(
     assert "would cancel" in jobctl.ok("cancel", job_id, "--dry-run")
     assert jobctl.json("job", job_id)["status"] == "queued"
     assert jobctl.ok("cancel", job_id, "--yes") == f"{job_id}: cancelled\n"
-    assert jobctl.no("cancel", job_id, "--yes")[0] == 4
-    assert jobctl.no("cancel", job_id, "--dry-run")[0] == 4
+    assert jobctl.rejected("cancel", job_id, "--yes")[0] == 4
+    assert jobctl.rejected("cancel", job_id, "--dry-run")[0] == 4
 
 
-def test_errors_of_some_jobs_are_named_and_the_others_are_done(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_some_jobs_are_named_and_the_others_are_done(jobctl: Jobctl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ADMIN_TOKEN")  # the worker API knows no plans
     jobctl.ok("submit", "--id", "c2")
     jobctl.ok("submit", "--id", "c3")
@@ -46,7 +46,7 @@ def test_errors_of_some_jobs_are_named_and_the_others_are_done(jobctl: Ctl, monk
 
 
 def test_cancel_with_an_admin_token_is_audited_and_without_one_uses_the_worker_api(
-    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     socket_ = running.places["JOBD_SOCKET"]
     (tmp_path / "token").write_text(TOKEN)
@@ -64,7 +64,7 @@ def test_cancel_with_an_admin_token_is_audited_and_without_one_uses_the_worker_a
     assert [audit_entries[0][0][name] for name in ("who", "what", "reason")] == ["eve@desk", "cancel", "not wanted"]
 
 
-def test_cancelling_several_jobs_makes_a_plan(jobctl: Ctl, running: Running) -> None:
+def test_cancelling_several_jobs_makes_a_plan(jobctl: Jobctl, running: CliDaemon) -> None:
     running.client.create_jobs([{"id": f"cp{n}", "queue": "cp"} for n in range(3)])
     code, out, err = jobctl.run("cancel", "cp0", "cp1", "--dry-run", "--reason", "too many")
     named = re.search(r"jobctl apply ([0-9a-f]{16})\n", err)
@@ -84,7 +84,7 @@ def test_cancelling_several_jobs_makes_a_plan(jobctl: Ctl, running: Running) -> 
     ]
 
 
-def test_an_operator_changes_a_job_from_status_to_status(jobctl: Ctl, running: Running) -> None:
+def test_an_operator_changes_a_job_from_status_to_status(jobctl: Jobctl, running: CliDaemon) -> None:
     jobctl.ok("submit", "--id", "c4", "--queue", "c4", "--delay", "1h")
     assert set(jobctl.json("run-now", "c4")) == JOB_FIELDS
     grant = running.client.claim("w", queues=["c4"])[0]
@@ -98,26 +98,26 @@ def test_an_operator_changes_a_job_from_status_to_status(jobctl: Ctl, running: R
     assert jobctl.json("update", "c4", "--priority", "7", "--max-attempts", "2", "--reason", "late")["priority"] == 7
     assert jobctl.json("audit", "--what", "update")["entries"][0]["reason"] == "late"
     set_ = ["--set", "file_path=/srv/out", "--set", 'metadata={"a": [1]}']
-    assert jobctl.no("transition", "c4", "failed", "completed", "-y")[0] == 4
+    assert jobctl.rejected("transition", "c4", "failed", "completed", "-y")[0] == 4
     expected = (
         'c4: would transition queued → completed and set file_path "/srv/out", metadata {"a":[1]}: it is queued\n'
     )
     assert jobctl.ok("transition", "c4", "queued", "completed", "--dry-run", *set_) == expected
     rejected = "c4: transition queued → processing would be rejected: Job c4 is queued. Only a grant"
-    assert rejected in jobctl.no("transition", "c4", "queued", "processing", "--dry-run")[1]
+    assert rejected in jobctl.rejected("transition", "c4", "queued", "processing", "--dry-run")[1]
     for wrong, why in (("foo=1", "foo"), ("priority=99999", "priority"), ("storage_key=/etc", "must be relative")):
         for how in ("--dry-run", "-y"):
-            code, err = jobctl.no("transition", "c4", "queued", "completed", how, "--set", wrong)
+            code, err = jobctl.rejected("transition", "c4", "queued", "completed", how, "--set", wrong)
             assert (code, why in err) == (2, True), err
     jobctl.ok("transition", "c4", "queued", "completed", "-y", *set_)
     job = jobctl.json("job", "c4")
     assert (job["status"], job["file_path"], job["metadata"]) == ("completed", "/srv/out", {"a": [1]})
     assert jobctl.ok("delete", "c4", "--dry-run").startswith("c4: would delete")
     assert jobctl.ok("delete", "c4", "-y") == "c4: deleted\n"
-    assert jobctl.no("job", "c4")[0] == 4
+    assert jobctl.rejected("job", "c4")[0] == 4
 
 
-def test_jobs_are_found_by_text_and_by_time(jobctl: Ctl) -> None:
+def test_jobs_are_found_by_text_and_by_time(jobctl: Jobctl) -> None:
     jobctl.ok("submit", "--id", "se1", "--queue", "se", '{"file": "Holiday.mov"}')
     jobctl.ok("submit", "--id", "se2", "--queue", "se", '{"file": "other.mov"}')
     assert jobctl.ok("jobs", "-q", "--text", "holiday", "--queue", "se") == "se1\n"
@@ -134,7 +134,7 @@ def test_jobs_are_found_by_text_and_by_time(jobctl: Ctl) -> None:
     assert jobctl.json("retry", *where, "--where", "finished_until=1h", "--dry-run")["jobs"] == []
 
 
-def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Ctl) -> None:
+def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Jobctl) -> None:
     for n in range(3):
         jobctl.ok("submit", "--id", f"pl{n}", "--queue", "pl")
     jobctl.ok("submit", "--id", "pl-other", "--queue", "pl-other")
@@ -167,7 +167,7 @@ def test_a_plan_of_many_jobs_is_shown_and_applied(jobctl: Ctl) -> None:
     assert actions == ["plan-delete", "plan-cancel", "plan-retry", "plan-retry", "plan-force-fail"]
 
 
-def test_apply_does_what_the_plan_showed(jobctl: Ctl, running: Running) -> None:
+def test_apply_does_what_the_plan_showed(jobctl: Jobctl, running: CliDaemon) -> None:
     for n in range(3):
         jobctl.ok("submit", "--id", f"ap{n}", "--queue", "ap")
     code, out, err = jobctl.run("cancel", "--where", "queue=ap", "--dry-run")
@@ -188,14 +188,14 @@ def test_apply_does_what_the_plan_showed(jobctl: Ctl, running: Running) -> None:
     assert jobctl.json("apply", named[1], "--dry-run")["result"]["applied"] == 2
     assert jobctl.run("apply", named[1], "--dry-run")[:2] == (0, "")
     assert jobctl.run("apply", named[1], "--yes")[:2] == (4, "cancel: 2 jobs done before, none now\n")
-    code, err = jobctl.no("apply", "none", "-y")
+    code, err = jobctl.rejected("apply", "none", "-y")
     assert (code, "There is no plan none" in err) == (4, True)
-    assert jobctl.no("apply", named[1])[0] == 2
+    assert jobctl.rejected("apply", named[1])[0] == 2
 
 
 @pytest.mark.slow
 def test_more_jobs_than_one_plan_holds_are_done_at_once(
-    jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
+    jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for n in range(0, 10_002, 834):
         running.client.create_jobs([{"id": f"big{m}", "queue": "big"} for m in range(n, min(n + 834, 10_002))])
@@ -211,7 +211,7 @@ def test_more_jobs_than_one_plan_holds_are_done_at_once(
 
 
 @pytest.mark.slow
-def test_several_named_jobs_make_a_plan(jobctl: Ctl, running: Running) -> None:
+def test_several_named_jobs_make_a_plan(jobctl: Jobctl, running: CliDaemon) -> None:
     for n in range(4):
         jobctl.ok("submit", "--id", f"nj{n}", "--queue", "nj")
     running.client.start_processing("nj3", "w")
@@ -230,7 +230,7 @@ def test_several_named_jobs_make_a_plan(jobctl: Ctl, running: Running) -> None:
     assert actions == ["plan-force-reset", "plan-delete", "plan-force-reset", "plan-force-fail"]
 
 
-def test_every_action_takes_a_reason(jobctl: Ctl) -> None:
+def test_every_action_takes_a_reason(jobctl: Jobctl) -> None:
     jobctl.ok("submit", "--id", "re1", "--delay", "1h")
     jobctl.ok("run-now", "re1", "--reason", "why 1")
     assert jobctl.json("timeline", "re1")["events"][-1]["reason"] == "why 1"
@@ -269,13 +269,13 @@ def test_every_action_takes_a_reason(jobctl: Ctl) -> None:
         (["delete", "--where", "queue=q"], "--dry-run"),
     ],
 )
-def test_an_invalid_selection_is_a_usage_error(argv: list[str], expected: str, jobctl: Ctl) -> None:
-    code, err = jobctl.no(*argv)
+def test_an_invalid_selection_is_a_usage_error(argv: list[str], expected: str, jobctl: Jobctl) -> None:
+    code, err = jobctl.rejected(*argv)
     assert code == 2
     assert expected in err
 
 
-def test_jobs_that_wait_for_a_retry_are_grouped_and_can_be_run_now(running: Running, jobctl: Ctl) -> None:
+def test_jobs_that_wait_for_a_retry_are_grouped_and_can_be_run_now(running: CliDaemon, jobctl: Jobctl) -> None:
     for n in range(2):
         jobctl.ok("submit", "--id", f"ag{n}", "--queue", "ag", "--max-attempts", "3")
         grant = running.client.start_processing(f"ag{n}", "w")
@@ -294,7 +294,7 @@ def test_jobs_that_wait_for_a_retry_are_grouped_and_can_be_run_now(running: Runn
     assert name not in jobctl.ok("failures", "--json")
 
 
-def test_jobs_with_the_same_error_form_one_group(jobctl: Ctl) -> None:
+def test_jobs_with_the_same_error_form_one_group(jobctl: Jobctl) -> None:
     for n in range(3):
         jobctl.ok("submit", "--id", f"fa{n}", "--queue", "fa")
         jobctl.ok("force-fail", f"fa{n}", "-y", "--reason", f"no picture after {n} s")
@@ -308,17 +308,17 @@ def test_jobs_with_the_same_error_form_one_group(jobctl: Ctl) -> None:
     assert jobctl.ok("jobs", "-q", "--error", name) == "fa2\nfa1\nfa0\n"
     assert jobctl.ok("retry", "--where", f"error={name}", "-y") == "retry: 3 jobs done\n"
     assert name not in jobctl.ok("failures", "--json")
-    assert jobctl.no("jobs", "--error", "nonsense")[0] == 4
+    assert jobctl.rejected("jobs", "--error", "nonsense")[0] == 4
 
 
-def test_a_dry_run_of_maintenance_shows_its_effect(jobctl: Ctl) -> None:
+def test_a_dry_run_of_maintenance_shows_its_effect(jobctl: Jobctl) -> None:
     assert set(jobctl.json("cleanup", "--dry-run")) == fields_of(answers.PreviewView) | {"plan_id"}
     assert "finished jobs to delete" in jobctl.ok("cleanup", "--dry-run")
     assert jobctl.json("recover-stuck", "--dry-run") == {"recover": [], "more": False, "plan_id": None}
     assert jobctl.run("recover-stuck", "--dry-run") == (0, "0 would be recovered\n", "")
 
 
-def _stuck(running: Running, *ids: str, worker: str = "w-silent") -> list[str]:
+def _stuck(running: CliDaemon, *ids: str, worker: str = "w-silent") -> list[str]:
     """Create stalled jobs that are not recovered, and return their lock ids."""
     locks = []
     for job_id in ids:
@@ -331,7 +331,7 @@ def _stuck(running: Running, *ids: str, worker: str = "w-silent") -> list[str]:
 _NEVER: Final = '[cleanup]\nrecover_every = "0s"\n'
 
 
-def test_the_plan_of_a_recovery_can_be_applied(running: Running, jobctl: Ctl) -> None:
+def test_the_plan_of_a_recovery_can_be_applied(running: CliDaemon, jobctl: Jobctl) -> None:
     with running.configured(_NEVER):
         _, lock_id = _stuck(running, "time-1", "time-2")
         code, out, err = jobctl.run("recover-stuck", "--dry-run", "--reason", "they are dead")
@@ -353,7 +353,7 @@ def test_the_plan_of_a_recovery_can_be_applied(running: Running, jobctl: Ctl) ->
 
 
 @pytest.mark.slow
-def test_take_back_ends_the_grants_of_a_silent_worker(running: Running, jobctl: Ctl) -> None:
+def test_take_back_ends_the_grants_of_a_silent_worker(running: CliDaemon, jobctl: Jobctl) -> None:
     with running.configured(_NEVER):
         _stuck(running, "back-3", worker="w ä/silent")
         assert "took back 1 job of w ä/silent" in jobctl.ok("take-back", "w ä/silent", "--yes")
@@ -380,7 +380,7 @@ def test_take_back_ends_the_grants_of_a_silent_worker(running: Running, jobctl: 
 
 
 @pytest.mark.slow
-def test_the_plan_of_a_cleanup_run_can_be_applied_except_for_its_fixes(running: Running, jobctl: Ctl) -> None:
+def test_the_plan_of_a_cleanup_run_can_be_applied_except_for_its_fixes(running: CliDaemon, jobctl: Jobctl) -> None:
     with running.configured(_NEVER):
         soon = round(time.time() * 1000) + 500
         running.client.create_job(id="time-late", queue="time-late", expires_at=soon)
@@ -397,17 +397,17 @@ def test_the_plan_of_a_cleanup_run_can_be_applied_except_for_its_fixes(running: 
         assert "Their history and stored results are deleted" in shown
         assert "clean up 3 jobs?" in prompt
         assert jobctl.ok("apply", plan_id, "-y") == "cleanup: 3 jobs done\n"
-        assert jobctl.no("job", old)[0] == 4
+        assert jobctl.rejected("job", old)[0] == 4
         assert jobctl.json("cleanup", "--dry-run")["plan_id"] is None
     jobctl.ok("cancel", "time-3", "-y")
 
 
 def test_a_read_only_token_gets_no_plan_of_maintenance(
-    running: Running, jobctl: Ctl, monkeypatch: pytest.MonkeyPatch
+    running: CliDaemon, jobctl: Jobctl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running.configured(_NEVER):
         _stuck(running, "time-4")
-        monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
+        monkeypatch.setenv("ADMIN_TOKEN", READ_ONLY_TOKEN)
         for verb in ("recover-stuck", "cleanup"):
             code, out, err = jobctl.run(verb, "--dry-run")
             assert (code, err, out.splitlines()[0]) == (0, "", "1 would be recovered")
@@ -416,17 +416,17 @@ def test_a_read_only_token_gets_no_plan_of_maintenance(
     jobctl.ok("cancel", "time-4", "-y")
 
 
-def test_a_maintenance_plan_that_is_not_complete_says_so(jobctl: Ctl, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_maintenance_plan_that_is_not_complete_says_so(jobctl: Jobctl, capsys: pytest.CaptureFixture[str]) -> None:
     view = msgspec.convert(jobctl.json("retry", "--where", "queue=none", "--dry-run"), answers.PlanView)
     ctl_plan.show_apply_command(replace(view, action="recover-stuck", more=True))
     assert "repeat --dry-run for the next one" in capsys.readouterr().err
 
 
-def test_actions_are_in_the_audit_log(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_actions_are_in_the_audit_log(jobctl: Jobctl, monkeypatch: pytest.MonkeyPatch) -> None:
     jobctl.ok("submit", "--id", "au1")
     jobctl.ok("force-fail", "au1", "-y", "--reason", "wrong input", "--operator", "eve@desk")
     monkeypatch.setenv("SUDO_USER", "bob")
-    assert jobctl.no("force-fail", "au1", "-y")[0] == 4
+    assert jobctl.rejected("force-fail", "au1", "-y")[0] == 4
     jobctl.ok("pause", "au-q")
     jobctl.ok("resume", "au-q")
     found = jobctl.json("audit", "--job", "au1")["entries"]
@@ -454,7 +454,7 @@ def test_actions_are_in_the_audit_log(jobctl: Ctl, monkeypatch: pytest.MonkeyPat
     assert len(jobctl.json("audit", "--limit", "2")["entries"]) == 2
 
 
-def test_an_import_is_one_audit_entry(jobctl: Ctl, tmp_path: Path) -> None:
+def test_an_import_is_one_audit_entry(jobctl: Jobctl, tmp_path: Path) -> None:
     lines = tmp_path / "jobs"
     lines.write_text("".join(f'{{"id":"aui-{n}","status":"cancelled"}}\n' for n in range(30)) + "{}\n")
     jobctl.run("import", str(lines))
@@ -465,7 +465,7 @@ def test_an_import_is_one_audit_entry(jobctl: Ctl, tmp_path: Path) -> None:
     jobctl.ok("delete", *(f"aui-{n}" for n in range(30)), "-y")
 
 
-def test_a_queue_is_paused_and_resumed(jobctl: Ctl) -> None:
+def test_a_queue_is_paused_and_resumed(jobctl: Jobctl) -> None:
     jobctl.ok("submit", "--queue", "c5")
     assert "jobctl resume c-5" in jobctl.run("pause", "c-5")[2], "a slip of the finger"
     jobctl.ok("resume", "c-5")
@@ -486,7 +486,7 @@ def test_a_queue_is_paused_and_resumed(jobctl: Ctl) -> None:
     assert jobctl.ok("resume", "c5") == "c5 is open\n"
 
 
-def test_resume_of_an_unknown_queue_says_so(jobctl: Ctl) -> None:
+def test_resume_of_an_unknown_queue_says_so(jobctl: Jobctl) -> None:
     """Its name may be mistyped."""
     code, out, err = jobctl.run("resume", "c-typo")
     assert (code, out) == (0, "c-typo is open\n")
@@ -496,7 +496,7 @@ def test_resume_of_an_unknown_queue_says_so(jobctl: Ctl) -> None:
         assert jobctl.run("resume", "c-typo") == (0, "c-typo is open\n", "")
 
 
-def test_figures_and_lists_have_the_shapes_of_the_api(jobctl: Ctl) -> None:
+def test_figures_and_lists_have_the_shapes_of_the_api(jobctl: Jobctl) -> None:
     assert set(jobctl.json("stats")) == fields_of(answers.StatsView)
     assert set(jobctl.json("health")) == fields_of(answers.HealthView)
     assert set(jobctl.json("cleanup")) == fields_of(answers.CleanupReport)
@@ -525,15 +525,15 @@ def test_figures_and_lists_have_the_shapes_of_the_api(jobctl: Ctl) -> None:
         "audit",
     ],
 )
-def test_every_list_is_printed_as_a_table(verb: str, jobctl: Ctl) -> None:
+def test_every_list_is_printed_as_a_table(verb: str, jobctl: Jobctl) -> None:
     code, out, err = jobctl.run(verb)
     assert code == 0, err
     assert out or err
 
 
-def test_a_wrong_token_exits_with_5_and_is_not_printed(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_token_exits_with_5_and_is_not_printed(jobctl: Jobctl, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADMIN_TOKEN", "wrong-wrong-wrong-wrong-wrong")
-    code, err = jobctl.no("stats")
+    code, err = jobctl.rejected("stats")
     assert code == 5
     assert "wrong" not in err
 
@@ -546,7 +546,7 @@ def test_a_wrong_token_exits_with_5_and_is_not_printed(jobctl: Ctl, monkeypatch:
         (["cancel", "no-such-job", "nor-this-one"], 4),
     ],
 )
-def test_json_prints_a_result_even_if_there_was_nothing_to_do(jobctl: Ctl, argv: list[str], code: int) -> None:
+def test_json_prints_a_result_even_if_there_was_nothing_to_do(jobctl: Jobctl, argv: list[str], code: int) -> None:
     ended, out, err = jobctl.run(*argv, "--yes", "--json")
     assert ended == code
     assert err.startswith("No job")

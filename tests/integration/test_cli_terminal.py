@@ -18,12 +18,12 @@ import pytest
 from jobd.cli.ctl import change as ctl_change
 from jobd.client import LockLost
 from tests import ROOT
-from tests.support.cli_harness import READER_TOKEN, TOKEN, Ctl, Running, on_a_terminal, rejected_on_a_terminal
+from tests.support.cli_harness import READ_ONLY_TOKEN, TOKEN, CliDaemon, Jobctl, on_a_terminal, rejected_on_a_terminal
 from tests.support.daemon_process import Daemon, die_with_us
 
 
 @pytest.mark.slow
-def test_a_question_is_asked_and_answered(running: Running) -> None:
+def test_a_question_is_asked_and_answered(running: CliDaemon) -> None:
     running.client.create_job(id="t1", queue="t1")
     code, out, shown = on_a_terminal(running, b"n\n", "cancel", "t1")
     assert (code, out) == (1, "")
@@ -44,7 +44,7 @@ def test_a_question_is_asked_and_answered(running: Running) -> None:
     ],
 )
 def test_a_confirmed_action_applies_to_the_job_as_shown(
-    verb: str, before: str, output: str, running: Running, jobctl: Ctl
+    verb: str, before: str, output: str, running: CliDaemon, jobctl: Jobctl
 ) -> None:
     job_id = f"seen-{verb}"
 
@@ -71,7 +71,7 @@ def test_a_confirmed_action_applies_to_the_job_as_shown(
 
 
 @pytest.mark.slow
-def test_json_is_the_same_after_a_question(running: Running, jobctl: Ctl) -> None:
+def test_json_is_the_same_after_a_question(running: CliDaemon, jobctl: Jobctl) -> None:
     ids = ("json-1", "json-2")
     for job_id in ids:
         running.client.create_job(id=job_id, queue="json")
@@ -91,7 +91,7 @@ def test_json_is_the_same_after_a_question(running: Running, jobctl: Ctl) -> Non
     assert (code, "[job_not_found]" in shown) == (4, True)
 
 
-def test_the_plan_of_a_dry_run_of_one_job_can_be_applied(running: Running, jobctl: Ctl) -> None:
+def test_the_plan_of_a_dry_run_of_one_job_can_be_applied(running: CliDaemon, jobctl: Jobctl) -> None:
     running.client.create_job(id="dry-1", queue="dry")
     code, out, err = jobctl.run("force-fail", "dry-1", "--dry-run")
     assert (code, out) == (0, "dry-1: would force-fail: it is queued\n")
@@ -103,11 +103,11 @@ def test_the_plan_of_a_dry_run_of_one_job_can_be_applied(running: Running, jobct
     assert running.client.get_job("dry-1").status == "queued"
 
 
-@pytest.mark.parametrize("token", [TOKEN, READER_TOKEN], ids=["admin", "reader"])
+@pytest.mark.parametrize("token", [TOKEN, READ_ONLY_TOKEN], ids=["admin", "reader"])
 def test_a_dry_run_shows_old_and_new_values(
-    token: str, jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch
+    token: str, jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = f"dry-{'r' if token == READER_TOKEN else 'a'}"
+    name = f"dry-{'r' if token == READ_ONLY_TOKEN else 'a'}"
     jobctl.ok("submit", "--id", name, "--queue", name, "--delay", "2h", "--priority", "4")
     monkeypatch.setenv("ADMIN_TOKEN", token)
     before, at = running.client.get_job(name), r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC"
@@ -128,17 +128,19 @@ def test_a_dry_run_shows_old_and_new_values(
     jobctl.ok("run-now", name)
     monkeypatch.setenv("ADMIN_TOKEN", token)
     assert jobctl.ok("run-now", name, "--dry-run") == f"{name}: would run-now (no change): it is queued\n"
-    assert jobctl.no("run-now", "never-was", "--dry-run")[0] == 4
+    assert jobctl.rejected("run-now", "never-was", "--dry-run")[0] == 4
 
 
-def test_a_dry_run_uses_the_clock_of_the_daemon(jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_uses_the_clock_of_the_daemon(
+    jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
     jobctl.ok("submit", "--id", "dry-4", "--delay", "2h")
     fast = time.time() + 10 * 3600
     monkeypatch.setattr(ctl_change, "time", SimpleNamespace(time=lambda: fast))
     assert "would run-now (due" in jobctl.ok("run-now", "dry-4", "--dry-run")
 
 
-def test_a_dry_run_fails_like_the_action(jobctl: Ctl, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_fails_like_the_action(jobctl: Jobctl, running: CliDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
     jobctl.ok("submit", "--id", "dry-3", "--queue", "dry-3")
     grant = running.client.claim("w", queues=["dry-3"])[0]
     assert "would update (priority 0 → 1): it is processing" in jobctl.ok(
@@ -146,28 +148,28 @@ def test_a_dry_run_fails_like_the_action(jobctl: Ctl, running: Running, monkeypa
     )
     running.client.complete_job("dry-3", lock_id=grant.lock_id, file_path="/f")
     for argv in (["run-now", "dry-3"], ["update", "dry-3", "--priority", "1"]):
-        code, err = jobctl.no(*argv)
+        code, err = jobctl.rejected(*argv)
         rejected = f"dry-3: {argv[0]} would be rejected: "
-        assert jobctl.no(*argv, "--dry-run") == (code, err.replace("jobctl: ", rejected).replace(" [", ". ["))
+        assert jobctl.rejected(*argv, "--dry-run") == (code, err.replace("jobctl: ", rejected).replace(" [", ". ["))
         assert (code, err.endswith("[invalid_transition]\n")) == (4, True)
     wrong = ["update", "dry-3", "--priority", "9999", "--dry-run"]
-    assert (jobctl.no(*wrong)[0], "[invalid_request]" in jobctl.no(*wrong)[1]) == (4, True)
-    assert jobctl.no("update", "dry-3", "--dry-run")[0] == 2
-    monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
+    assert (jobctl.rejected(*wrong)[0], "[invalid_request]" in jobctl.rejected(*wrong)[1]) == (4, True)
+    assert jobctl.rejected("update", "dry-3", "--dry-run")[0] == 2
+    monkeypatch.setenv("ADMIN_TOKEN", READ_ONLY_TOKEN)
     for argv in (["run-now", "dry-3"], ["update", "dry-3", "--priority", "1"]):
         rejected = f"dry-3: {argv[0]} would be rejected: it is completed\n"
-        assert jobctl.no(*argv, "--dry-run") == (4, rejected)
-        assert jobctl.no(*argv)[0] == 5
+        assert jobctl.rejected(*argv, "--dry-run") == (4, rejected)
+        assert jobctl.rejected(*argv)[0] == 5
 
 
-def test_a_read_only_token_allows_a_dry_run(jobctl: Ctl, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_token_allows_a_dry_run(jobctl: Jobctl, monkeypatch: pytest.MonkeyPatch) -> None:
     jobctl.ok("submit", "--id", "dry-2")
-    monkeypatch.setenv("ADMIN_TOKEN", READER_TOKEN)
+    monkeypatch.setenv("ADMIN_TOKEN", READ_ONLY_TOKEN)
     assert jobctl.run("force-fail", "dry-2", "--dry-run") == (0, "dry-2: would force-fail: it is queued\n", "")
-    assert jobctl.no("force-fail", "dry-2", "-y")[0] == 5
+    assert jobctl.rejected("force-fail", "dry-2", "-y")[0] == 5
 
 
-def test_the_adopted_result_is_the_one_that_was_shown(running: Running, jobctl: Ctl) -> None:
+def test_the_adopted_result_is_the_one_that_was_shown(running: CliDaemon, jobctl: Jobctl) -> None:
     running.client.create_job(id="late-1", queue="late-1")
 
     def move_to(path: str) -> None:
@@ -185,7 +187,7 @@ def test_the_adopted_result_is_the_one_that_was_shown(running: Running, jobctl: 
     assert running.client.get_job("late-1").file_path == "/first"
 
 
-def test_the_effect_on_several_jobs_is_shown_before_the_question(running: Running) -> None:
+def test_the_effect_on_several_jobs_is_shown_before_the_question(running: CliDaemon) -> None:
     running.client.create_job(id="t3", queue="t3")
     running.client.create_job(id="t4", queue="t3")
     running.client.cancel_job("t4")
@@ -201,7 +203,7 @@ def test_the_effect_on_several_jobs_is_shown_before_the_question(running: Runnin
     assert (code, out.splitlines()[-1]) == (0, "retry: 2 jobs done")
 
 
-def _drawn(running: Running, module: str, *argv: str, no_color: str) -> str:
+def _drawn(running: CliDaemon, module: str, *argv: str, no_color: str) -> str:
     """Return the output of a program whose stdout and stderr are a terminal."""
     ours, theirs = pty.openpty()
     env = {**running.env, **running.places, "NO_COLOR": no_color, "TERM": "xterm-256color"}
@@ -229,7 +231,7 @@ def _drawn(running: Running, module: str, *argv: str, no_color: str) -> str:
     ],
 )
 def test_no_color_prevents_every_escape_sequence(
-    running: Running, tmp_path: Path, module: str, argv: tuple[str, ...]
+    running: CliDaemon, tmp_path: Path, module: str, argv: tuple[str, ...]
 ) -> None:
     if "t2" in argv and not [job for job in running.client.list_jobs(queue="t2").jobs if job.id == "t2"]:
         running.client.create_job(id="t2", queue="t2")

@@ -17,7 +17,7 @@ import pytest
 from jobd.cli.ctl import main
 from jobd.client import AdminClient
 from tests import ROOT
-from tests.support.cli_harness import TOKEN, Running
+from tests.support.cli_harness import TOKEN, CliDaemon
 
 # Payloads as callers write them. A conversion to Python values and back would change them.
 ODD: Final = [
@@ -32,22 +32,22 @@ MANY: Final = 450  # pages of 200
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    daemon = Running(tmp_path_factory.mktemp("here"))
+def source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CliDaemon]:
+    daemon = CliDaemon(tmp_path_factory.mktemp("here"))
     fill(daemon)
     yield daemon
     assert daemon.stop() == 0
 
 
 @pytest.fixture
-def target(tmp_path: Path) -> Iterator[Running]:
+def target(tmp_path: Path) -> Iterator[CliDaemon]:
     """An empty daemon."""
-    daemon = Running(tmp_path)
+    daemon = CliDaemon(tmp_path)
     yield daemon
     assert daemon.stop() == 0
 
 
-def fill(daemon: Running) -> None:
+def fill(daemon: CliDaemon) -> None:
     """Jobs of every status, with every field that a job may have."""
     client = daemon.client
     for number, payload in enumerate(ODD):
@@ -75,7 +75,7 @@ def fill(daemon: Running) -> None:
     client.update_progress("half", lock_id=locks["half"], progress=41.5, message="nearly")
 
 
-def exported(daemon: Running, *argv: str) -> list[bytes]:
+def exported(daemon: CliDaemon, *argv: str) -> list[bytes]:
     done = subprocess.run(
         [sys.executable, "-m", "jobd.cli.ctl.main", "export", *argv],
         env={**daemon.env, **daemon.places}, cwd=ROOT, capture_output=True, check=True,
@@ -91,22 +91,22 @@ def ids(lines: list[bytes]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_export_and_import_preserve_every_job(source: Running, target: Running, tmp_path: Path) -> None:
+def test_export_and_import_preserve_every_job(source: CliDaemon, target: CliDaemon, tmp_path: Path) -> None:
     file = tmp_path / "jobs.ndjson"
-    assert source.done("jobd.cli.ctl.main", "export", str(file)).returncode == 0
+    assert source.run("jobd.cli.ctl.main", "export", str(file)).returncode == 0
     assert file.stat().st_mode & 0o777 == 0o600
     lines = file.read_bytes().splitlines()
     assert len(lines) == len(ODD) + MANY + 7
-    assert source.done("jobd.cli.ctl.main", "export", str(file)).returncode == 2, "it is there already"
-    assert source.done("jobd.cli.ctl.main", "export", str(file), "--yes").returncode == 0
+    assert source.run("jobd.cli.ctl.main", "export", str(file)).returncode == 2, "it is there already"
+    assert source.run("jobd.cli.ctl.main", "export", str(file), "--yes").returncode == 0
     assert file.read_bytes().splitlines() == lines, "an export changes nothing"
-    preview = target.done("jobd.cli.ctl.main", "import", "--dry-run", str(file))
+    preview = target.run("jobd.cli.ctl.main", "import", "--dry-run", str(file))
     assert preview.returncode == 0
     assert len(preview.stdout.splitlines()) == len(lines)
     assert preview.stderr == f"{len(lines)} would be imported, 0 skipped, 0 rejected\n"
     assert "(many-7): would be created as queued" in preview.stdout
     assert target.client.list_jobs().jobs == []  # nothing was written
-    moved = target.done("jobd.cli.ctl.main", "import", str(file))
+    moved = target.run("jobd.cli.ctl.main", "import", str(file))
     assert moved.stdout == f"{len(lines)} imported, 0 skipped, 0 rejected\n"
     exported_lines = exported(target)
     assert ids(exported_lines) == ids(lines), "the order of creation is the order of the queue"
@@ -125,10 +125,10 @@ def test_export_and_import_preserve_every_job(source: Running, target: Running, 
         assert stored == payload.replace("\n", " ").replace("\r", " ").encode(), (
             "line breaks between the parts are spaces now"
         )
-    assert target.done("jobd.cli.ctl.main", "import", str(file)).stdout.startswith(f"0 imported, {len(lines)} skipped")
+    assert target.run("jobd.cli.ctl.main", "import", str(file)).stdout.startswith(f"0 imported, {len(lines)} skipped")
 
 
-def test_defaults_of_the_daemon_are_not_exported(source: Running) -> None:
+def test_defaults_of_the_daemon_are_not_exported(source: CliDaemon) -> None:
     lines = {json.loads(line)["id"]: json.loads(line) for line in exported(source)}
     assert (lines["gone"]["stuck_after_ms"], lines["gone"]["max_processing_ms"]) == (None, None)
     assert (lines["whole"]["stuck_after_ms"], lines["whole"]["max_processing_ms"]) == (5_000, 0)
@@ -136,7 +136,7 @@ def test_defaults_of_the_daemon_are_not_exported(source: Running) -> None:
 
 
 @pytest.mark.slow
-def test_an_export_can_be_filtered(source: Running) -> None:
+def test_an_export_can_be_filtered(source: CliDaemon) -> None:
     assert ids(exported(source, "--status", "cancelled")) == ["gone"]
     assert ids(exported(source, "--queue", "films", "--status", "processing")) == ["half", "begun"]
     assert ids(exported(source, "--kind", "film")) == ["whole", "done", "wrong", "again", "gone", "half", "begun"]
@@ -144,7 +144,7 @@ def test_an_export_can_be_filtered(source: Running) -> None:
     assert exported(source, "--queue", "nowhere") == []
 
 
-def test_a_terminal_shows_progress(source: Running) -> None:
+def test_a_terminal_shows_progress(source: CliDaemon) -> None:
     main_end, terminal = pty.openpty()
     process = source.start("jobd.cli.ctl.main", "export", stdout=subprocess.DEVNULL, stderr=terminal)
     os.close(terminal)
@@ -164,7 +164,7 @@ def test_a_terminal_shows_progress(source: Running) -> None:
 
 
 def test_a_file_that_cannot_be_written_says_so(
-    source: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: CliDaemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in source.places.items():
         monkeypatch.setenv(name, value)
@@ -172,7 +172,7 @@ def test_a_file_that_cannot_be_written_says_so(
     assert "No such file" in capsys.readouterr().err
 
 
-def test_export_reads_page_after_page(source: Running) -> None:
+def test_export_reads_page_after_page(source: CliDaemon) -> None:
     with AdminClient(source.places["JOBD_ADMIN_URL"], token=TOKEN) as admin:
         cursor: str | None = None
         found: list[Any] = []
@@ -186,11 +186,11 @@ def test_export_reads_page_after_page(source: Running) -> None:
 
 
 @pytest.mark.slow
-def test_a_dry_run_of_an_import_gives_reasons(target: Running, tmp_path: Path) -> None:
+def test_a_dry_run_of_an_import_gives_reasons(target: CliDaemon, tmp_path: Path) -> None:
     target.client.create_job(id="old")
     file = tmp_path / "jobs.ndjson"
     file.write_text('{"id":"a"}\n{"id":"old"}\n{"id":"a"}\n{"id":"b","priority":7000}\n', encoding="utf-8")
-    preview = target.done("jobd.cli.ctl.main", "import", str(file), "--dry-run")
+    preview = target.run("jobd.cli.ctl.main", "import", str(file), "--dry-run")
     assert preview.returncode == 1  # as in the import itself
     lines = preview.stdout.splitlines()
     assert lines[:3] == [
@@ -200,5 +200,5 @@ def test_a_dry_run_of_an_import_gives_reasons(target: Running, tmp_path: Path) -
     ]
     assert lines[3].startswith("line 4 (b): would be rejected: ")
     assert "priority" in lines[3]
-    shown = target.done("jobd.cli.ctl.main", "import", str(file), "--dry-run", "--json")
+    shown = target.run("jobd.cli.ctl.main", "import", str(file), "--dry-run", "--json")
     assert json.loads(shown.stdout)["wouldRefuse"] == 1

@@ -24,14 +24,14 @@ from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Grants, Response
 from jobd.model.storage import DiskFull
 from tests.support.daemon_process import Daemon
-from tests.support.http_harness import TOKEN, FakeActor, HttpHarness, RawConnection, request_bytes
+from tests.support.http_harness import TOKEN, FakeActor, HeldResponse, HttpHarness, RawConnection, request_bytes
 from tests.support.virtual_engine import until
 from tests.support.worker_api_server import WorkerApiServer, worker_api_server
 
 KIND = {"Content-Type": "application/x-ndjson", "Transfer-Encoding": "chunked"}
 
 
-class Stream:
+class RawCommandStream:
     """A raw command stream: head, sent chunks, received chunks."""
 
     def __init__(self, client: RawConnection) -> None:
@@ -39,7 +39,7 @@ class Stream:
         self._received = b""
 
     @classmethod
-    async def open(cls, harness: HttpHarness, **headers: str) -> Stream:
+    async def open(cls, harness: HttpHarness, **headers: str) -> RawCommandStream:
         client = await harness.connect()
         client.send(request_bytes("POST", "/v1/commands", None, {**KIND, **headers}))
         head = await client.reader.readuntil(b"\r\n\r\n")
@@ -98,19 +98,6 @@ async def either(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterato
         yield opened
 
 
-class Held:
-    """Responses that the fake actor holds back until the test releases them."""
-
-    def __init__(self, harness: HttpHarness, answer: Response) -> None:
-        self.go = asyncio.Event()
-        self._answer = answer
-        harness.actor.respond = self.answer
-
-    async def answer(self, _: Any) -> Response:
-        await self.go.wait()
-        return self._answer
-
-
 async def half_closed(harness: HttpHarness) -> None:
     """Wait until the listener knows that a client has stopped sending."""
     connections = harness.listener._server.connections
@@ -119,8 +106,8 @@ async def half_closed(harness: HttpHarness) -> None:
 
 
 async def test_a_half_closed_client_receives_all_responses(either: HttpHarness) -> None:
-    held = Held(either, Response(EmptyResponse()))
-    stream = await Stream.open(either)
+    held = HeldResponse(either, Response(EmptyResponse()))
+    stream = await RawCommandStream.open(either)
     stream.send({"op": "create", "id": "a"}, {"op": "create", "id": "b"})
     stream.end()
     stream.connection.writer.write_eof()
@@ -132,7 +119,7 @@ async def test_a_half_closed_client_receives_all_responses(either: HttpHarness) 
 
 
 async def test_the_lines_of_an_aborted_stream_get_their_responses(either: HttpHarness) -> None:
-    stream = await Stream.open(either)
+    stream = await RawCommandStream.open(either)
     stream.raw(b'{"op":"create","id":"a"}\n{"op":"create","id":"b"}\n{"op":"cre')
     stream.connection.writer.write_eof()
     assert [(await stream.receive())["status"] for _ in range(2)] == [200, 200]
@@ -145,8 +132,8 @@ async def test_the_lines_of_an_aborted_stream_get_their_responses(either: HttpHa
 
 async def test_grants_of_a_stream_whose_client_has_closed_are_released(either: HttpHarness) -> None:
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = Held(either, answer)
-    stream = await Stream.open(either)
+    held = HeldResponse(either, answer)
+    stream = await RawCommandStream.open(either)
     stream.send({"op": "claim", "worker": "w"})
     while not either.actor.received:  # noqa: ASYNC110 - there is nothing to wait for, and this is soon
         await asyncio.sleep(0.001)
@@ -170,7 +157,7 @@ def test_every_kind_of_line_is_a_route_of_the_worker_api() -> None:
 
 
 async def test_a_line_gives_the_command_of_its_call(harness: HttpHarness) -> None:
-    stream = await Stream.open(harness)
+    stream = await RawCommandStream.open(harness)
     lines: list[tuple[dict[str, Any], str, str]] = [
         ({"op": "create", "id": "j", "payload": {"a": 1}, "queue": "q"}, "/v1/jobs", "client"),
         ({"op": "bulk", "jobs": [{"id": "a"}, {"payload": 2}]}, "/v1/jobs/bulk", "client"),
@@ -235,7 +222,7 @@ async def test_a_malformed_line_gets_an_error_and_the_stream_continues(
     tmp_path: Path, line: bytes, code: str, field: str | None
 ) -> None:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1_000, payload=200, bulk=2)) as harness:
-        stream = await Stream.open(harness)
+        stream = await RawCommandStream.open(harness)
         stream.raw(b'{"op":"get","id":"a"}\n' + line + b'\n\n  \n{"op":"get","id":"b"}\n')
         first, wrong, last = [await stream.receive() for _ in range(3)]
         assert first["success"] is last["success"] is True
@@ -248,7 +235,7 @@ async def test_a_malformed_line_gets_an_error_and_the_stream_continues(
 async def test_an_error_is_the_usual_object_with_its_status(tmp_path: Path) -> None:
     actor = FakeActor(lambda command: ApiError("overloaded", "Full."))
     async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
-        stream = await Stream.open(harness)
+        stream = await RawCommandStream.open(harness)
         with capture_logs() as logs:
             answer = await stream.ask(op="get", id="job-7")
         wanted = {"success": False, "error": "overloaded", "message": "Full.", "details": {"retry_after_ms": 1000}}
@@ -261,7 +248,7 @@ async def test_responses_with_line_breaks_stay_one_line(server: WorkerApiServer)
     """Line breaks in a payload are replaced."""
     created = await server.harness.request("POST", "/v1/jobs", '{"id":"j","payload":{\n\r\n"a": "b\\nc"\n}}')
     assert created.status == 201
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     assert (await stream.ask(op="get", id="j"))["data"]["payload"] == {"a": "b\nc"}
 
 
@@ -270,7 +257,7 @@ async def test_responses_with_line_breaks_stay_one_line(server: WorkerApiServer)
 
 
 async def test_the_life_of_a_job(server: WorkerApiServer) -> None:
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     stream.send({"op": "create", "id": "j"}, {"op": "create", "id": "j"}, {"op": "get", "id": "j"})
     assert [(await stream.receive())["status"] for _ in range(3)] == [201, 200, 200]
     grant = (await stream.ask(op="start", id="j", worker="w", max_processing_ms=0))["data"]
@@ -289,7 +276,7 @@ async def test_the_life_of_a_job(server: WorkerApiServer) -> None:
 
 async def test_responses_come_in_the_order_of_the_lines(server: WorkerApiServer) -> None:
     """Even if one takes longer, or fails at once."""
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     for number in range(300):
         stream.send({"op": "create", "id": f"j-{number}"})
         stream.raw(b"no\n" if number % 7 == 0 else b"\n")
@@ -302,7 +289,7 @@ async def test_responses_come_in_the_order_of_the_lines(server: WorkerApiServer)
 
 
 async def test_no_response_is_sent_before_its_commit(server: WorkerApiServer) -> None:
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     server.disk.gate.clear()
     stream.send({"op": "create", "id": "j"}, {"op": "get", "id": "j"})
     await server.disk.at_gate.wait()
@@ -316,7 +303,7 @@ async def test_no_response_is_sent_before_its_commit(server: WorkerApiServer) ->
 
 async def test_a_repeated_key_gets_the_same_response(server: WorkerApiServer) -> None:
     await server.harness.request("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     line = {"op": "claim", "worker": "w", "idempotency_key": "k"}
     first, second = await stream.ask(**line), await stream.ask(**line)
     assert "replayed" not in first
@@ -327,7 +314,7 @@ async def test_a_repeated_key_gets_the_same_response(server: WorkerApiServer) ->
 
 
 async def test_a_key_is_scoped_to_its_call_and_job(server: WorkerApiServer) -> None:
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     for job_id in ("a", "b"):
         assert (await stream.ask(op="create", id=job_id))["status"] == 201
     for job_id in ("a", "b"):
@@ -336,7 +323,7 @@ async def test_a_key_is_scoped_to_its_call_and_job(server: WorkerApiServer) -> N
 
 
 async def test_finished_jobs_are_found(server: WorkerApiServer) -> None:
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     stream.send({"op": "create", "id": "j"}, {"op": "cancel", "id": "j"})
     assert [(await stream.receive())["status"] for _ in range(2)] == [201, 200]
     server.actor.book.trim_finished()
@@ -345,7 +332,7 @@ async def test_finished_jobs_are_found(server: WorkerApiServer) -> None:
 
 
 async def test_a_full_disk_rejects_lines_one_by_one(server: WorkerApiServer) -> None:
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     assert (await stream.ask(op="create", id="j"))["status"] == 201
     server.disk.write_errors.append(DiskFull("full"))
     stream.send({"op": "create", "id": "k"}, {"op": "cancel", "id": "j"})
@@ -354,7 +341,7 @@ async def test_a_full_disk_rejects_lines_one_by_one(server: WorkerApiServer) -> 
 
 async def test_the_limit_of_the_mailbox_applies_to_streams(tmp_path: Path) -> None:
     async with worker_api_server(tmp_path, bounds=Bounds(mailbox=10)) as small:
-        stream = await Stream.open(small.harness)
+        stream = await RawCommandStream.open(small.harness)
         small.disk.gate.clear()
         stream.send({"op": "create"})
         await small.disk.at_gate.wait()
@@ -379,7 +366,7 @@ async def test_the_number_of_pending_commands_is_limited(tmp_path: Path) -> None
 
     actor = FakeActor(wait)
     async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
-        stream = await Stream.open(harness)
+        stream = await RawCommandStream.open(harness)
         stream.send(*({"op": "get", "id": f"j-{number}"} for number in range(1_000)))
         stream.end()
         await until(lambda: len(actor.received) == command_stream.AHEAD_WEIGHT)
@@ -402,10 +389,10 @@ async def test_bulks_and_claims_count_by_their_jobs_and_lines_by_their_bytes(tmp
 
     actor = FakeActor(wait)
     async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
-        claims = await Stream.open(harness)
+        claims = await RawCommandStream.open(harness)
         claims.send(*({"op": "claim", "worker": "w", "limit": 100} for _ in range(9)))
         await until(lambda: len(actor.received) == 3)
-        large = await Stream.open(harness)
+        large = await RawCommandStream.open(harness)
         for _ in range(9):
             large.send({"op": "create", "payload": "x" * 200_000})
         await until(lambda: len(actor.received) == 3 + 6)
@@ -422,7 +409,7 @@ async def test_a_client_that_stops_reading_is_not_read_and_cut_off(
     monkeypatch.setattr(command_stream, "WRITE_TIMEOUT_S", 0.2)
     actor = FakeActor(lambda command: Response({"much": "x" * 20_000}))
     async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
-        stream = await Stream.open(harness)
+        stream = await RawCommandStream.open(harness)
         with capture_logs() as logs:
             stream.send(*({"op": "get", "id": "j"} for _ in range(5_000)))
             await until(lambda: harness.listener.connections == 0)
@@ -433,7 +420,7 @@ async def test_a_client_that_stops_reading_is_not_read_and_cut_off(
 @pytest.mark.slow
 async def test_an_incomplete_line_times_out_and_an_idle_stream_does_not(tmp_path: Path) -> None:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(body_deadline_s=0.1, idle_s=0.1)) as harness:
-        stream = await Stream.open(harness)
+        stream = await RawCommandStream.open(harness)
         await asyncio.sleep(0.3)
         assert (await stream.ask(op="get", id="j"))["success"]
         stream.raw(b'{"op":"ge')
@@ -444,7 +431,7 @@ async def test_an_incomplete_line_times_out_and_an_idle_stream_does_not(tmp_path
 
 
 async def test_malformed_framing_ends_the_stream_after_the_responses_to_its_lines(harness: HttpHarness) -> None:
-    stream = await Stream.open(harness)
+    stream = await RawCommandStream.open(harness)
     assert (await stream.ask(op="get", id="j"))["success"]
     with capture_logs() as logs:
         stream.connection.send(b"zz\r\nno chunk\r\n")
@@ -469,7 +456,7 @@ async def test_a_stream_requires_its_content_type_and_a_token(tmp_path: Path, ha
             "POST", "/v1/commands", '{"op":"get","id":"j"}', {"Content-Type": KIND["Content-Type"]}
         )
         assert (response.status, response.error) == (401, "unauthorized")
-        stream = await Stream.open(guarded, Authorization=f"Bearer {TOKEN}")
+        stream = await RawCommandStream.open(guarded, Authorization=f"Bearer {TOKEN}")
         assert (await stream.ask(op="get", id="j"))["success"]
 
 
@@ -490,7 +477,7 @@ def test_the_admin_api_has_no_command_stream() -> None:
 
 async def test_grants_of_a_disconnected_client_are_released(server: WorkerApiServer) -> None:
     await server.harness.request("POST", "/v1/jobs/bulk", '{"jobs":[{"id":"a"},{"id":"b"}]}')
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     server.disk.gate.clear()
     stream.send({"op": "claim", "worker": "gone"}, {"op": "start", "id": "b", "worker": "gone"})
     await server.disk.at_gate.wait()
@@ -511,7 +498,7 @@ async def test_grants_behind_unread_responses_are_released(
     payload = json.dumps("x" * 200_000)
     await server.harness.request("POST", "/v1/jobs", f'{{"id":"big","priority":9,"payload":{payload}}}')
     await server.harness.request("POST", "/v1/jobs", '{"id":"late"}')
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     own = stream.connection.writer.get_extra_info("socket")
     assert own.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < 2_000_000
     stream.send(*({"op": "get", "id": "big"} for _ in range(40)), {"op": "claim", "worker": "deaf"})
@@ -530,7 +517,7 @@ async def test_only_the_grants_that_were_sent_are_kept(
     payload = "x" * 3_000
     jobs = [{"id": f"j-{number}", "payload": payload} for number in range(300)]
     await server.harness.request("POST", "/v1/jobs/bulk", json.dumps({"jobs": jobs}))
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     transport = cast("asyncio.ReadTransport", stream.connection.writer.transport)
     transport.pause_reading()
     stream.send(*({"op": "start", "id": job["id"], "worker": "deaf"} for job in jobs))
@@ -546,7 +533,7 @@ async def test_only_the_grants_that_were_sent_are_kept(
 
 async def test_a_grant_whose_line_was_sent_is_kept(server: WorkerApiServer) -> None:
     await server.harness.request("POST", "/v1/jobs", '{"id":"j"}')
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     assert (await stream.ask(op="start", id="j", worker="w"))["success"]
     stream.connection.writer.transport.abort()
     await until(lambda: server.harness.listener.connections == 1)
@@ -557,7 +544,7 @@ async def test_a_response_that_cannot_be_encoded_releases_its_grants(tmp_path: P
     grant = Response({"no": object()}, grants=[("j", "lock")])
     actor = FakeActor(lambda command: grant)
     async with HttpHarness(ROUTES, tmp_path, actor=actor) as harness:
-        stream = await Stream.open(harness)
+        stream = await RawCommandStream.open(harness)
         with capture_logs() as logs:
             answer = await stream.ask(op="claim", worker="w")
         assert (answer["error"], answer["status"]) == ("internal_error", 500)
@@ -570,7 +557,7 @@ async def test_a_bug_ends_one_stream(harness: HttpHarness, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise LookupError(TOKEN)
 
-    stream = await Stream.open(harness)
+    stream = await RawCommandStream.open(harness)
     monkeypatch.setattr(command_stream._StreamSession, where, fail)
     with capture_logs() as logs:
         stream.send({"op": "get", "id": "j"})
@@ -579,7 +566,7 @@ async def test_a_bug_ends_one_stream(harness: HttpHarness, monkeypatch: pytest.M
     assert [(line["event"], line["error"]) for line in logs] == [("request_bug", "LookupError")]
     assert TOKEN not in str(logs)
     monkeypatch.undo()
-    assert (await (await Stream.open(harness)).ask(op="get", id="j"))["success"]
+    assert (await (await RawCommandStream.open(harness)).ask(op="get", id="j"))["success"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -587,7 +574,7 @@ async def test_a_bug_ends_one_stream(harness: HttpHarness, monkeypatch: pytest.M
 
 
 async def test_a_stop_answers_the_lines_that_were_read_and_ends_the_stream(server: WorkerApiServer) -> None:
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     server.disk.gate.clear()
     stream.send({"op": "create", "id": "j"})
     await server.disk.at_gate.wait()
@@ -603,7 +590,7 @@ async def test_a_stop_answers_the_lines_that_were_read_and_ends_the_stream(serve
 
 
 async def test_an_idle_stream_does_not_delay_a_stop(harness: HttpHarness) -> None:
-    stream = await Stream.open(harness)
+    stream = await RawCommandStream.open(harness)
     assert (await stream.ask(op="get", id="j"))["success"]
     stopping = asyncio.ensure_future(harness.stop(60))
     assert await stream.receive() is None
@@ -614,7 +601,7 @@ async def test_an_idle_stream_does_not_delay_a_stop(harness: HttpHarness) -> Non
 
 async def test_a_stream_that_begins_during_a_stop_ends_at_once(harness: HttpHarness) -> None:
     harness.app.close()
-    stream = await Stream.open(harness)
+    stream = await RawCommandStream.open(harness)
     assert await stream.receive() is None
     assert harness.actor.received == []
 

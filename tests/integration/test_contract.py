@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import pytest
 
-from tests.support.daemon_process import TOKEN, Daemon, Reply
+from tests.support.daemon_process import TOKEN, Daemon, DaemonResponse
 
 OLD_MS = 1_600_000_000_000
 JOB_FIELDS = {
@@ -53,7 +53,7 @@ def job(daemon: Daemon, job_id: str) -> dict[str, Any]:
     return dict(daemon.get(f"/v1/jobs/{job_id}").data)
 
 
-def refused(reply: Reply, status: int, code: str) -> dict[str, Any]:
+def refused(reply: DaemonResponse, status: int, code: str) -> dict[str, Any]:
     assert (reply.status, reply.body.get("error")) == (status, code), reply.body
     assert set(reply.body) == {"success", "error", "message", "details"}
     assert reply.body["message"].endswith((".", "?", "`", '"')) or " " in reply.body["message"]
@@ -521,7 +521,7 @@ def test_an_import_keeps_jobs_unchanged(daemon: Daemon, queue: str) -> None:
     with daemon.admin_connection() as connection:
         headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/x-ndjson"}
         connection.request("POST", "/admin/job-management/import", "\n".join(lines).encode(), headers)
-        response = Reply(connection.getresponse()).data
+        response = DaemonResponse(connection.getresponse()).data
     assert (response["imported"], response["skipped"]) == (3, 1)
     assert [(line["line"], line["id"]) for line in response["refused"]] == [(5, f"{queue}:bad"), (6, None)]
     assert job(daemon, f"{queue}:done")["created_at"] == OLD_MS

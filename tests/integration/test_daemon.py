@@ -36,8 +36,8 @@ RACERS = 16
 @pytest.mark.slow
 def test_sixteen_processes_race_for_one_job_and_one_gets_it(tmp_path: Path) -> None:
     racer = (
-        "import sys; from tests.support.daemon_process import OverUnix, call\n"
-        "connection = OverUnix(sys.argv[1])\n"
+        "import sys; from tests.support.daemon_process import UnixConnection, call\n"
+        "connection = UnixConnection(sys.argv[1])\n"
         "reply = call(connection, 'POST', '/v1/jobs/prize/start', {'worker': sys.argv[2]})\n"
         "connection.close()\n"
         "print(reply.status, reply.body.get('error'))"
@@ -70,18 +70,18 @@ def test_many_claimers_get_every_job_once(tmp_path: Path) -> None:
     assert len({token for _, token in granted}) == 300
 
 
-class Stopping(Exception):
+class ShuttingDown(Exception):
     """The daemon responded that it is shutting down, so nothing was done."""
 
 
 def _ask(connection: http.client.HTTPConnection, path: str, body: Any) -> Any:
     reply = call(connection, "POST", path, body)
     if reply.status == 503 and reply.error == "shutting_down":
-        raise Stopping
+        raise ShuttingDown
     return reply.data
 
 
-class Load:
+class RecordedLoad:
     """Job lifecycles from several threads. Records every acknowledged change."""
 
     def __init__(self, daemon: Daemon) -> None:
@@ -94,7 +94,7 @@ class Load:
 
     def work(self, number: int) -> None:
         # If the daemon is killed, the outcome of pending requests is unknown.
-        with suppress(OSError, http.client.HTTPException, Stopping), closing(self._daemon.worker()) as connection:
+        with suppress(OSError, http.client.HTTPException, ShuttingDown), closing(self._daemon.worker()) as connection:
             for step in range(10_000):
                 self._lifecycle(connection, f"{id(self)}-{number}-{step}")
 
@@ -125,7 +125,7 @@ def test_kill_9_under_load_loses_nothing_that_was_acknowledged(tmp_path: Path) -
         highest = 0
         loads = []
         for _ in range(3):
-            load = Load(daemon)
+            load = RecordedLoad(daemon)
             loads.append(load)
             with ThreadPoolExecutor(6) as pool:
                 threads = [pool.submit(load.work, number) for number in range(6)]
@@ -153,7 +153,7 @@ def test_sigterm_answers_pending_requests_and_waiting_claims(tmp_path: Path) -> 
         body = '{"worker": "w-1", "wait_ms": 60000, "queues": ["idle"]}'
         parked.request("POST", "/v1/claim", body, {"Content-Type": "application/json"})
         _wait_for(daemon, "jobd_parked_claims 1.0")
-        load = Load(daemon)
+        load = RecordedLoad(daemon)
         with ThreadPoolExecutor(4) as pool:
             threads = [pool.submit(load.work, number) for number in range(4)]
             assert load.enough.wait(40)

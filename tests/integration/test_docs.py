@@ -52,7 +52,7 @@ PROGRAMS: Final = {"jobd": jobd_program, "jobctl": jobctl_program}
 # Reading Markdown.
 
 
-class Block(NamedTuple):
+class CodeBlock(NamedTuple):
     """A fenced block: its language, the mark in the comment before it (run, shows, file: NAME or empty), its text."""
 
     language: str
@@ -63,9 +63,9 @@ class Block(NamedTuple):
 _BLOCK: Final = re.compile(r"(?:^<!-- (?P<mark>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 
 
-def blocks(document: Path) -> list[Block]:
+def blocks(document: Path) -> list[CodeBlock]:
     found = _BLOCK.finditer(document.read_text(encoding="utf-8"))
-    return [Block(each["language"], each["mark"] or "", each["text"]) for each in found]
+    return [CodeBlock(each["language"], each["mark"] or "", each["text"]) for each in found]
 
 
 def prose(document: Path) -> str:
@@ -495,7 +495,7 @@ def test_metrics_and_keys_in_the_prose_exist() -> None:
 # Examples, run.
 
 
-class Context(NamedTuple):
+class DocumentEnvironment(NamedTuple):
     """The directory and environment in which the blocks of a document run."""
 
     directory: Path
@@ -503,7 +503,7 @@ class Context(NamedTuple):
 
 
 @pytest.fixture
-def context(tmp_path: Path) -> Context:
+def context(tmp_path: Path) -> DocumentEnvironment:
     """Provide a home directory, and programs on the PATH that run this Python with this jobd."""
     for name in ("curl", "jq"):
         if shutil.which(name) is None:
@@ -527,10 +527,10 @@ def context(tmp_path: Path) -> Context:
         "SOURCE": str(ROOT),
         "NO_COLOR": "1",
     }
-    return Context(home, environ)
+    return DocumentEnvironment(home, environ)
 
 
-def run(document: Path, context: Context, directory: Path, *, cleanup: str = "") -> None:
+def run(document: Path, context: DocumentEnvironment, directory: Path, *, cleanup: str = "") -> None:
     """Run the marked blocks of `document` in one shell, and compare what each prints with the documented output.
 
     Files are saved in `directory`. `cleanup` is a shell command that always runs at the end.
@@ -589,7 +589,7 @@ def test_an_ellipsis_matches_any_text() -> None:
 
 
 @pytest.mark.slow
-def test_the_readme_from_top_to_bottom(context: Context, tmp_path: Path) -> None:
+def test_the_readme_from_top_to_bottom(context: DocumentEnvironment, tmp_path: Path) -> None:
     """Run the examples of the README against the daemon that it starts itself."""
     address = free_address()
     text = README.read_text(encoding="utf-8")
@@ -598,12 +598,12 @@ def test_the_readme_from_top_to_bottom(context: Context, tmp_path: Path) -> None
     copy.write_text(text.replace("127.0.0.1:8770", address), encoding="utf-8")
     environ = {**context.environ, "JOBD_ADMIN_LISTEN": address}
     directory = context.directory / "jobd-try"
-    run(copy, Context(context.directory, environ), directory, cleanup="kill $(jobs -p) 2>/dev/null || true")
+    run(copy, DocumentEnvironment(context.directory, environ), directory, cleanup="kill $(jobs -p) 2>/dev/null || true")
     assert "event=stopped" in (directory / "jobd.log").read_text()
 
 
 @pytest.mark.slow
-def test_the_quickstart_from_top_to_bottom(context: Context) -> None:
+def test_the_quickstart_from_top_to_bottom(context: DocumentEnvironment) -> None:
     """Run the quickstart, with a daemon that it starts and stops itself."""
     directory = context.directory / "jobd-try"
     run(QUICKSTART, context, directory, cleanup='kill $(cat "$HOME"/jobd-try/*.pid) 2>/dev/null || true')
@@ -623,7 +623,7 @@ STOP_WORKER: Final = "kill $(cat worker.pid 2>/dev/null) 2>/dev/null || true"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["troubleshooting.md", "migration.md", "workers.md"])
-def test_the_examples_of_a_page_against_a_daemon(name: str, context: Context) -> None:
+def test_the_examples_of_a_page_against_a_daemon(name: str, context: DocumentEnvironment) -> None:
     token = context.directory / "admin_token"
     token.write_text(TOKEN)
     with Daemon(context.directory) as daemon:
@@ -634,7 +634,12 @@ def test_the_examples_of_a_page_against_a_daemon(name: str, context: Context) ->
             "JOBD_STORE_PATH": str(daemon.store),
             "ADMIN_TOKEN_FILE": str(token),
         }
-        run(ROOT / "docs" / name, Context(context.directory, environ), context.directory, cleanup=STOP_WORKER)
+        run(
+            ROOT / "docs" / name,
+            DocumentEnvironment(context.directory, environ),
+            context.directory,
+            cleanup=STOP_WORKER,
+        )
         script = "".join(block.text for block in blocks(ROOT / "docs" / name) if block.mark == "run")
         examples = [block for block in blocks(ROOT / "docs" / name) if block.language == "python"]
         for block in examples:
@@ -661,7 +666,7 @@ def test_every_python_example_is_run() -> None:
                 assert block.mark.removeprefix("file: ") in script, f"{document.name}: {block.mark}"
 
 
-def test_the_typescript_example(context: Context) -> None:
+def test_the_typescript_example(context: DocumentEnvironment) -> None:
     if shutil.which("node") is None:
         tool_missing("node", "nodejs")
     example = next(block for block in blocks(WORKERS) if block.language == "ts")

@@ -21,7 +21,7 @@ from jobd.engine import event_feed
 from jobd.http import streaming
 from jobd.http.auth import Authenticator
 from tests.support.daemon_process import TOKEN as ADMIN_TOKEN
-from tests.support.daemon_process import Daemon, OverUnix
+from tests.support.daemon_process import Daemon, UnixConnection
 from tests.support.factories import ChangeFactory
 from tests.support.http_harness import TOKEN, HttpHarness, RawConnection, request_bytes
 from tests.support.virtual_engine import until
@@ -35,7 +35,7 @@ async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
         yield opened
 
 
-class Commits:
+class CommitPublisher:
     """Commits changes and publishes them to the feed of the harness."""
 
     def __init__(self, harness: HttpHarness) -> None:
@@ -49,8 +49,8 @@ class Commits:
 
 
 @pytest.fixture
-def commit(harness: HttpHarness) -> Commits:
-    return Commits(harness)
+def commit(harness: HttpHarness) -> CommitPublisher:
+    return CommitPublisher(harness)
 
 
 async def opened_stream(harness: HttpHarness, query: str = "") -> RawConnection:
@@ -75,7 +75,7 @@ async def seqs(client: RawConnection, count: int) -> list[int]:
     return [event["seq"] for event in await next_events(client, count)]
 
 
-async def test_a_stream_has_its_headers(harness: HttpHarness, commit: Commits) -> None:
+async def test_a_stream_has_its_headers(harness: HttpHarness, commit: CommitPublisher) -> None:
     client = await harness.connect()
     client.send(request_bytes("GET", "/v1/events"))
     head = (await client.reader.readuntil(HEAD_END)).decode().lower()
@@ -86,7 +86,7 @@ async def test_a_stream_has_its_headers(harness: HttpHarness, commit: Commits) -
     assert await seqs(client, 1) == [1]
 
 
-async def test_a_stream_resumes_after_the_last_received_event(harness: HttpHarness, commit: Commits) -> None:
+async def test_a_stream_resumes_after_the_last_received_event(harness: HttpHarness, commit: CommitPublisher) -> None:
     await commit(3)
     by_header = await harness.connect()
     by_header.send(request_bytes("GET", "/v1/events", headers={"Last-Event-ID": "1"}))
@@ -101,7 +101,7 @@ async def test_a_stream_resumes_after_the_last_received_event(harness: HttpHarne
         assert await seqs(line, 1) == [4]
 
 
-async def test_a_stream_without_follow_ends(harness: HttpHarness, commit: Commits) -> None:
+async def test_a_stream_without_follow_ends(harness: HttpHarness, commit: CommitPublisher) -> None:
     await commit(3)
     response = await harness.request("GET", "/v1/events?last=2&follow=false")
     assert response.status == 200
@@ -110,7 +110,7 @@ async def test_a_stream_without_follow_ends(harness: HttpHarness, commit: Commit
     ]  # fmt: skip
 
 
-async def test_events_are_filtered(harness: HttpHarness, commit: Commits) -> None:
+async def test_events_are_filtered(harness: HttpHarness, commit: CommitPublisher) -> None:
     await commit(2, job_id=None)
     await commit(1, job_id="mine")
     client = await opened_stream(harness, "?last=10&job_id=other,mine&type=created,completed")
@@ -150,7 +150,7 @@ async def test_a_last_event_id_is_a_number(harness: HttpHarness, value: str) -> 
     assert (response.status, response.json["details"]["field"]) == (400, "Last-Event-ID")
 
 
-async def test_pruned_events_are_an_error(harness: HttpHarness, commit: Commits) -> None:
+async def test_pruned_events_are_an_error(harness: HttpHarness, commit: CommitPublisher) -> None:
     await commit(5)
     harness.fakes.storage.gone_to = 3
     for after in ("2", "6"):
@@ -161,7 +161,7 @@ async def test_pruned_events_are_an_error(harness: HttpHarness, commit: Commits)
     assert harness.services.feed.listeners == 0
 
 
-async def test_a_stream_that_cannot_continue_is_aborted(harness: HttpHarness, commit: Commits) -> None:
+async def test_a_stream_that_cannot_continue_is_aborted(harness: HttpHarness, commit: CommitPublisher) -> None:
     """The client must not take that for the end of the stream."""
     await commit(3 * event_feed.PAGE)
     client = await harness.connect()
@@ -190,7 +190,7 @@ async def test_other_origins_and_hosts_are_rejected(tmp_path: Path) -> None:
             assert (await harness.request("GET", path, headers={**auth, **wrong})).status == 403
 
 
-async def test_places_are_counted_and_released(harness: HttpHarness, commit: Commits) -> None:
+async def test_places_are_counted_and_released(harness: HttpHarness, commit: CommitPublisher) -> None:
     lines = [await opened_stream(harness) for _ in range(3)]
     response = await harness.request("GET", "/v1/events")
     assert (response.status, response.error, response.headers["retry-after"]) == (503, "overloaded", "1")
@@ -201,7 +201,7 @@ async def test_places_are_counted_and_released(harness: HttpHarness, commit: Com
 
 @pytest.mark.slow
 async def test_a_client_that_does_not_read_is_cut_off_and_the_others_receive_everything(
-    harness: HttpHarness, commit: Commits
+    harness: HttpHarness, commit: CommitPublisher
 ) -> None:
     slow, quick = await opened_stream(harness), await opened_stream(harness)
     total = 0
@@ -220,7 +220,7 @@ async def test_a_client_that_does_not_read_is_cut_off_and_the_others_receive_eve
 
 
 async def test_the_wait_for_a_client_that_does_not_read_the_journal_is_limited(
-    harness: HttpHarness, commit: Commits, monkeypatch: pytest.MonkeyPatch
+    harness: HttpHarness, commit: CommitPublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "WRITE_TIMEOUT_S", 0.05)
     await commit(20_000)
@@ -233,7 +233,7 @@ async def test_the_wait_for_a_client_that_does_not_read_the_journal_is_limited(
 
 
 async def test_the_wait_for_a_client_that_does_not_read_the_end_is_limited(
-    harness: HttpHarness, commit: Commits, monkeypatch: pytest.MonkeyPatch
+    harness: HttpHarness, commit: CommitPublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rest of a stream that ends may be larger than the socket buffer."""
 
@@ -250,7 +250,7 @@ async def test_the_wait_for_a_client_that_does_not_read_the_end_is_limited(
         await seqs(client, 1)
 
 
-async def test_streams_end_cleanly_when_the_listeners_close(harness: HttpHarness, commit: Commits) -> None:
+async def test_streams_end_cleanly_when_the_listeners_close(harness: HttpHarness, commit: CommitPublisher) -> None:
     client = await opened_stream(harness)
     await commit(2)
     harness.services.feed.close()
@@ -260,7 +260,7 @@ async def test_streams_end_cleanly_when_the_listeners_close(harness: HttpHarness
 
 
 async def test_a_bug_in_a_stream_ends_that_stream_only(
-    harness: HttpHarness, commit: Commits, monkeypatch: pytest.MonkeyPatch
+    harness: HttpHarness, commit: CommitPublisher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def fail(self: Any) -> bytes:
         raise RuntimeError("a bug")
@@ -279,7 +279,7 @@ async def test_a_bug_in_a_stream_ends_that_stream_only(
 # A real daemon.
 
 
-class Stream:
+class EventStreamClient:
     """A client in a thread that receives every event, and the last `id`."""
 
     def __init__(self, response: HTTPResponse) -> None:
@@ -326,12 +326,12 @@ class Stream:
 
 
 @contextmanager
-def stream(daemon: Daemon, query: str = "", after: str = "") -> Iterator[Stream]:
-    with closing(OverUnix(daemon.socket)) as connection:
+def stream(daemon: Daemon, query: str = "", after: str = "") -> Iterator[EventStreamClient]:
+    with closing(UnixConnection(daemon.socket)) as connection:
         connection.request("GET", f"/v1/events{query}", headers={"Last-Event-ID": after} if after else {})
         response = connection.getresponse()
         assert response.status == 200, response.read()
-        received = Stream(response)
+        received = EventStreamClient(response)
         try:
             yield received
         finally:
@@ -380,7 +380,7 @@ def test_a_client_that_reconnects_receives_everything_once_across_kills(tmp_path
 
 @pytest.mark.slow
 def test_a_stop_ends_streams_and_does_not_wait_for_clients_that_do_not_read(tmp_path: Path) -> None:
-    with Daemon(tmp_path) as daemon, stream(daemon) as received, closing(OverUnix(daemon.socket)) as slow_client:
+    with Daemon(tmp_path) as daemon, stream(daemon) as received, closing(UnixConnection(daemon.socket)) as slow_client:
         slow_client.request("GET", "/v1/events")
         slow_client.getresponse()
         lifecycle(daemon, "a")

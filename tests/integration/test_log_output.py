@@ -26,7 +26,7 @@ for number in range(int(sys.argv[1])):
 """
 
 
-class Pipe:
+class UnreadPipe:
     """A pipe in place of stderr that holds one page and is not read until `read` is called."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +53,7 @@ class Pipe:
 
 def test_logging_never_waits_and_dropped_lines_are_counted_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "MAX_QUEUED_CHARS", 10_000)
-    pipe = Pipe(monkeypatch)
+    pipe = UnreadPipe(monkeypatch)
     out = LogWriter(lambda count: out.write(f"dropped {count}"))
     for number in range(10_000):
         out.write(f"{number:099}")
@@ -78,14 +78,14 @@ def test_many_lines_at_once_are_all_written_if_stderr_is_read() -> None:
 
 def test_a_line_larger_than_the_buffer_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "MAX_QUEUED_CHARS", 10)
-    pipe = Pipe(monkeypatch)
+    pipe = UnreadPipe(monkeypatch)
     out = LogWriter(lambda count: pytest.fail("nothing was dropped"))
     out.write("x" * 100_000)
     assert pipe.read(out) == ["x" * 100_000]
 
 
 def test_a_non_blocking_stderr_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    pipe = Pipe(monkeypatch)
+    pipe = UnreadPipe(monkeypatch)
     os.set_blocking(pipe.stderr.fileno(), False)
     out = LogWriter(lambda count: pytest.fail("nothing was dropped"))
     for number in range(1_000):

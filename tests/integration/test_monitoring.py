@@ -43,7 +43,7 @@ TARGET: Final = {"instance", "job"}  # labels that it adds to all of them
 FREE: Final = {"queue", "kind", "endpoint", *TARGET}  # labels with values of the user
 
 
-class Rule(Struct, forbid_unknown_fields=True):
+class AlertRule(Struct, forbid_unknown_fields=True):
     alert: str
     expr: str
     labels: dict[str, str]
@@ -51,20 +51,20 @@ class Rule(Struct, forbid_unknown_fields=True):
     lasting: str | None = field(name="for", default=None)
 
 
-class Group(Struct, forbid_unknown_fields=True):
+class AlertRuleGroup(Struct, forbid_unknown_fields=True):
     name: str
-    rules: list[Rule]
+    rules: list[AlertRule]
 
 
-class RuleFile(Struct, forbid_unknown_fields=True):
-    groups: list[Group]
+class AlertRuleFile(Struct, forbid_unknown_fields=True):
+    groups: list[AlertRuleGroup]
 
 
-def groups() -> list[Group]:
-    return msgspec.yaml.decode(RULES.read_bytes(), type=RuleFile).groups
+def groups() -> list[AlertRuleGroup]:
+    return msgspec.yaml.decode(RULES.read_bytes(), type=AlertRuleFile).groups
 
 
-def rules() -> list[Rule]:
+def rules() -> list[AlertRule]:
     return [rule for group in groups() for rule in group.rules]
 
 

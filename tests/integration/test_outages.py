@@ -180,7 +180,7 @@ async def test_a_disk_that_fills_up_and_frees_up_loses_nothing(small_disk: Path)
         filler = fill(small_disk)
         refused = 0
         while refused < 3:
-            back = maker.kept()
+            back = maker.snapshot()
             try:
                 await store.write(maker.any_batch(20))
             except DiskFull:

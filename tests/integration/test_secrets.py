@@ -20,9 +20,9 @@ import pytest
 from jobd.api import admin as admin_api
 from jobd.api import worker as worker_api
 from tests.proof.faults.fuzz import free_port
-from tests.support.daemon_process import Daemon, Reply, call
+from tests.support.daemon_process import Daemon, DaemonResponse, call
 from tests.support.http_harness import tls_pair
-from tests.support.webhook_receiver import Receiver, echoing, rude
+from tests.support.webhook_receiver import Receiver, echoing, raw_server
 
 ADMIN = ["canary-admin-one-0123456789", "canary-admin-two-0123456789", "canary-admin-new-0123456789"]
 WORKER = ["canary-worker-one-012345678", "canary-worker-two-012345678", "canary-worker-new-012345678"]
@@ -43,7 +43,7 @@ allow_private = true
 """
 
 
-class RunningDaemon:
+class TokenDaemon:
     """A daemon with token files, both APIs on TCP ports, at log level debug. `said` has all its responses."""
 
     def __init__(self, directory: Path, more: str = HOOK) -> None:
@@ -61,7 +61,7 @@ class RunningDaemon:
         self.files["admin"].write_text("\n".join(admin))
         self.files["worker"].write_text("\n".join(worker))
 
-    def ask(self, api: str, token: str | None, method: str, path: str, body: Any = None) -> Reply:
+    def ask(self, api: str, token: str | None, method: str, path: str, body: Any = None) -> DaemonResponse:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         with closing(HTTPConnection("127.0.0.1", self.ports[api], timeout=30)) as connection:
             reply = call(connection, method, path, body, **headers)
@@ -90,8 +90,8 @@ class RunningDaemon:
 
 
 @pytest.fixture
-def running(tmp_path: Path) -> Iterator[RunningDaemon]:
-    opened = RunningDaemon(tmp_path)
+def running(tmp_path: Path) -> Iterator[TokenDaemon]:
+    opened = TokenDaemon(tmp_path)
     with opened.daemon:
         yield opened
 
@@ -99,7 +99,7 @@ def running(tmp_path: Path) -> Iterator[RunningDaemon]:
 STATS, LIST = "/admin/job-management/stats", "/v1/jobs"
 
 
-def test_tokens_can_be_rotated_while_the_daemon_runs(running: RunningDaemon) -> None:
+def test_tokens_can_be_rotated_while_the_daemon_runs(running: TokenDaemon) -> None:
     assert running.statuses("admin", STATS, *ADMIN, *WORKER[:2], WRONG) == [200, 200, 401, 401, 401, 401]
     assert running.statuses("worker", LIST, *WORKER, *ADMIN[:2], WRONG) == [200, 200, 401, 401, 401, 401]
     running.write(ADMIN[1:], WORKER[1:])
@@ -137,7 +137,7 @@ NO_TOKENS = [
 ]
 
 
-def test_an_invalid_token_is_a_401_that_does_not_repeat_it(running: RunningDaemon) -> None:
+def test_an_invalid_token_is_a_401_that_does_not_repeat_it(running: TokenDaemon) -> None:
     for given in NO_TOKENS:
         for path in (b"/admin/job-management/stats", b"/nothing", b"/admin/job-management/force-fail"):
             running.raw("admin", b"GET %b HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: %b\r\n\r\n" % (path, given))
@@ -147,7 +147,7 @@ def test_an_invalid_token_is_a_401_that_does_not_repeat_it(running: RunningDaemo
 
 
 @pytest.mark.slow
-def test_no_output_contains_a_secret(running: RunningDaemon, tmp_path: Path) -> None:
+def test_no_output_contains_a_secret(running: TokenDaemon, tmp_path: Path) -> None:
     locks = _work(running)
     _read_everything(running)
     _send_wrong_requests(running, locks)
@@ -190,12 +190,12 @@ def hooks(tmp_path: Path) -> Iterator[tuple[str, Receiver]]:
     """Return a configuration of webhooks that fail in every way, and one for alerts."""
     with ExitStack() as stack:
         tls, _ = asyncio.run(tls_pair(tmp_path))
-        ports = {name: stack.enter_context(rude(echoing(head))) for name, head in RUDE.items()}
-        ports["too-large"] = stack.enter_context(rude(echoing(RUDE["refusal"], 200_000)))
+        ports = {name: stack.enter_context(raw_server(echoing(head))) for name, head in RUDE.items()}
+        ports["too-large"] = stack.enter_context(raw_server(echoing(RUDE["refusal"], 200_000)))
         places = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
         places["refused"] = f"http://127.0.0.1:{free_port()}"
         places["bad-url"], places["no-name"] = "http://300.300.300.300", "http://nobody.invalid"
-        places["tls"] = f"https://127.0.0.1:{stack.enter_context(rude(echoing(b''), tls))}"
+        places["tls"] = f"https://127.0.0.1:{stack.enter_context(raw_server(echoing(b''), tls))}"
         places["no-tls"] = f"https://127.0.0.1:{ports['no-http']}"
         receiver = stack.enter_context(Receiver())
         blocks = [_block(name, f"{place}{PLACE}", "job.created") for name, place in places.items()]
@@ -212,7 +212,7 @@ def _block(name: str, url: str, events: str) -> str:
 def test_of_a_webhook_url_only_the_host_is_shown(hooks: tuple[str, Receiver], tmp_path: Path) -> None:
     """However an attempt ends: not in the log, a list, a page, an alert, a message or the store."""
     config, receiver = hooks
-    running = RunningDaemon(tmp_path, config)
+    running = TokenDaemon(tmp_path, config)
     with running.daemon:
         running.ask("worker", WORKER[0], "POST", "/v1/jobs", {"id": "a"})
         names = [line.split('"')[1] for line in config.splitlines() if line.startswith("name = ")]
@@ -243,7 +243,7 @@ def test_of_a_webhook_url_only_the_host_is_shown(hooks: tuple[str, Receiver], tm
     assert [secret for secret in CANARIES if secret.encode() in running.daemon.store.read_bytes()] == []
 
 
-def _tried(running: RunningDaemon) -> int:
+def _tried(running: TokenDaemon) -> int:
     """Return how many webhooks have failed."""
     listed = running.ask("admin", ADMIN[0], "GET", "/admin/job-management/webhooks").data["webhooks"]
     return sum(each["last_error"] is not None for each in listed)
@@ -256,7 +256,7 @@ def _until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def _work(running: RunningDaemon) -> list[str]:
+def _work(running: TokenDaemon) -> list[str]:
     """Make jobs in many states. Return the lock ids of all grants."""
     locks = []
     for number in range(6):
@@ -276,7 +276,7 @@ def _work(running: RunningDaemon) -> list[str]:
     return locks
 
 
-def _read_everything(running: RunningDaemon) -> None:
+def _read_everything(running: TokenDaemon) -> None:
     for api, token, table in (("worker", WORKER[0], worker_api.ROUTES), ("admin", ADMIN[0], admin_api.ROUTES)):
         for route in table:
             if route.method == "GET":
@@ -289,7 +289,7 @@ def _read_everything(running: RunningDaemon) -> None:
                 assert running.ask(api, token, "GET", path).status == status, path
 
 
-def _send_wrong_requests(running: RunningDaemon, locks: list[str]) -> None:
+def _send_wrong_requests(running: TokenDaemon, locks: list[str]) -> None:
     """Cause errors that could repeat a secret."""
     for lock in locks:
         for path, body in (
@@ -311,7 +311,7 @@ def _send_wrong_requests(running: RunningDaemon, locks: list[str]) -> None:
         assert running.ask(api, WRONG, "POST", f"/v1/{token}", {"token": token}).status == 401
 
 
-def _inspect_process(running: RunningDaemon, locks: list[str]) -> None:
+def _inspect_process(running: TokenDaemon, locks: list[str]) -> None:
     """Read metrics, dumps and /proc while jobs are processing."""
     process = running.daemon.process
     assert process is not None

@@ -27,8 +27,8 @@ from standardwebhooks import Webhook, WebhookVerificationError
 from jobd.cli import exit_codes
 from jobd.storage.store import Store
 from tests.integration.test_docs import OPERATIONS, blocks
-from tests.support.daemon_process import TOKEN, Daemon, Reply
-from tests.support.webhook_receiver import ReceivedMessage, Receiver, responding, taken
+from tests.support.daemon_process import TOKEN, Daemon, DaemonResponse
+from tests.support.webhook_receiver import ReceivedMessage, Receiver, accept, responding
 
 SECRET: Final = f"whsec_{base64.b64encode(b'sssssssssssssssssssssssssssssss!').decode()}"
 
@@ -141,7 +141,7 @@ def test_kill_9_before_a_result_is_stored_repeats_the_delivery(tmp_path: Path, r
             assert daemon.process is not None
             daemon.process.wait(10)
             daemon._join_reader()
-            receiver.answer = taken
+            receiver.answer = accept
             daemon.start()
             first = next(each for each in reversed(killed) if each.event["subject"] == f"jobs/killed-{round_}")
             messages = receiver.wait_for(partial(has_repeat_of, first))
@@ -171,7 +171,7 @@ def test_kill_9_at_any_moment_loses_nothing_and_keeps_the_order(tmp_path: Path, 
                     names.append(f"r{round_}-{number}")
             timer.join()
             daemon.start()
-        receiver.answer = taken
+        receiver.answer = accept
         assert len(names) > 10
         wanted = {(f"jobs/{name}", type_) for name in names for type_ in LIFE}
         messages = receiver.wait_for(lambda messages: wanted <= set(map(subject_and_type, messages)), 120)
@@ -187,7 +187,7 @@ def test_waiting_deliveries_continue_after_a_restart(tmp_path: Path, receiver: R
         work(daemon, "a")
         receiver.wait_for(lambda messages: len(messages) >= 1)
         assert daemon.stop() == 0
-        receiver.answer = taken
+        receiver.answer = accept
         daemon.start()
         assert of(receiver.wait_for(lambda messages: done(messages, "a")), "a") == LIFE
         assert daemon.stop() == 0
@@ -207,7 +207,7 @@ def test_stop_does_not_wait_for_a_hanging_receiver(tmp_path: Path, receiver: Rec
         begun = time.monotonic()
         assert daemon.stop() == 0
         assert time.monotonic() - begun < 10
-        receiver.answer = taken
+        receiver.answer = accept
         daemon.start()
         receiver.wait_for(lambda messages: done(messages, *(f"job-{number}" for number in range(12))))
         assert daemon.stop() == 0
@@ -223,7 +223,7 @@ def test_operators_list_repeat_and_test_deliveries(tmp_path: Path, receiver: Rec
         assert (shown["name"], shown["waiting"], shown["events"]) == ("billing", 1, ["job.created"])
         assert shown["last_error"] == "500: not today"
         assert shown["url"] == f"http://127.0.0.1:{receiver.port}/…"
-        receiver.answer = taken
+        receiver.answer = accept
         (waiting,) = daemon.admin("GET", "webhooks/billing/deliveries?state=waiting").data["deliveries"]
         assert (waiting["type"], waiting["subject"], waiting["status"]) == ("job.created", "jobs/a", 500)
         assert daemon.admin("POST", "webhooks/billing/resend", {"id": waiting["id"]}).status == 200
@@ -278,7 +278,7 @@ def test_dead_letters_are_listed_in_pages_and_sent_again(tmp_path: Path, receive
         soon(lambda: view(daemon)["waiting"] == 450)
         assert daemon.stop() == 0
     asyncio.run(give_up(daemon.store))
-    receiver.answer = taken
+    receiver.answer = accept
     with daemon:
         environ = {**os.environ, "JOBD_ADMIN_URL": f"unix:{daemon.admin_socket}", "ADMIN_TOKEN": TOKEN}
 
@@ -434,7 +434,7 @@ def test_the_alert_about_a_full_disk_is_delivered_while_it_is_full(
         daemon.start()
         filler = small_disk / "filler"
 
-        def rejected() -> Reply:
+        def rejected() -> DaemonResponse:
             """Fill the disk, the space of a released reserve file included, until a create is rejected."""
             while True:
                 with contextlib.suppress(OSError), open(filler, "ab", buffering=0) as file:

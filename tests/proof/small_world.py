@@ -135,7 +135,7 @@ WORLDS: Final = (
 )
 
 
-class State(Struct, frozen=True):
+class WorldState(Struct, frozen=True):
     """One state: the job's row, whether its queue is paused, and the lock that each worker knows."""
 
     job: Job | None
@@ -229,7 +229,7 @@ class Step(Struct, frozen=True):
     admin: bool = False
 
 
-class Walk(DecisionChecks):
+class Exploration(DecisionChecks):
     """All states of one world. `states` maps the key of each to the step by which it was first reached."""
 
     def __init__(self, world: World) -> None:
@@ -243,7 +243,7 @@ class Walk(DecisionChecks):
 
     def run(self, limit: int | None = None) -> int:
         """Explore until no state is new, or `limit` states are known; return their number."""
-        first = State(None, False, (None,) * len(WORKERS), 1, NOW, LEASE)
+        first = WorldState(None, False, (None,) * len(WORKERS), 1, NOW, LEASE)
         self.states[self._key(first)] = (None, "the beginning")
         ahead = deque([first])
         while ahead and (limit is None or len(self.states) < limit):
@@ -265,12 +265,12 @@ class Walk(DecisionChecks):
             steps.append(how)
         return steps[::-1]
 
-    def _key(self, state: State) -> tuple[Any, ...]:
+    def _key(self, state: WorldState) -> tuple[Any, ...]:
         return state.key(self.world)
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def _next(self, state: State) -> Iterator[tuple[Step | str, State]]:
+    def _next(self, state: WorldState) -> Iterator[tuple[Step | str, WorldState]]:
         yield "a tick", replace(state, now=state.now + TICK_MS, lease=state.lease + TICK_MS)
         for ticks in (-1, 1):
             if abs(state.off + ticks) <= self.world.furthest:
@@ -280,7 +280,7 @@ class Walk(DecisionChecks):
             if after is not None:
                 yield step, after
 
-    def _steps(self, state: State) -> Iterator[Step]:
+    def _steps(self, state: WorldState) -> Iterator[Step]:
         """Return all commands that can be sent now."""
         yield from self._of_everybody()
         for worker, name in enumerate(WORKERS):
@@ -336,7 +336,7 @@ class Walk(DecisionChecks):
         yield from (_failing(lock_id, retry) for retry in (True, False))
         yield Release(id=ID, lock_id=lock_id)
 
-    def _decided(self, state: State, step: Step) -> State | None:
+    def _decided(self, state: WorldState, step: Step) -> WorldState | None:
         """Return the state after the real decision; None if nothing changed."""
         command = step.command
         if isinstance(command, Create) and self.world.expires is not None:
@@ -364,7 +364,7 @@ class Walk(DecisionChecks):
             return None
         return replace(state, job=book.get(ID), paused=paused, locks=tuple(locks), next_token=book.next_token)
 
-    def _begin(self, state: State) -> None:
+    def _begin(self, state: WorldState) -> None:
         """Check each state by itself: time and tokens continue from it."""
         self._last_lease = state.lease
         self._last_token = (1 << TOKEN_COUNTER_BITS | state.next_token) - 1
@@ -377,7 +377,7 @@ class Walk(DecisionChecks):
 
     # -- every state --------------------------------------------------------------------------------------------------
 
-    def _look(self, state: State) -> None:
+    def _look(self, state: WorldState) -> None:
         """Check what must hold in every state."""
         job = state.job
         book = state.book()
@@ -398,7 +398,7 @@ class Walk(DecisionChecks):
         if job.status == "processing":
             self._check_left_alone(state)
 
-    def _ask(self, book: Book, state: State, command: AnyCommand) -> Any:
+    def _ask(self, book: Book, state: WorldState, command: AnyCommand) -> Any:
         self._begin(state)
         decision = self.check(decide.decide, book, Call(command, "client", SEED), state.at, self.policy)
         self.played.add(type(command))
@@ -406,7 +406,7 @@ class Walk(DecisionChecks):
         assert isinstance(decision.answer, Response)
         return decision.answer.data
 
-    def _check_left_alone(self, state: State) -> None:
+    def _check_left_alone(self, state: WorldState) -> None:
         """Check that recovery alone soon ends the grant."""
         for _ in range(SOON):
             state = replace(state, now=state.now + TICK_MS, lease=state.lease + TICK_MS)
@@ -424,7 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
     total = 0
     for world in WORLDS:
         began_s = time.perf_counter()
-        walk = Walk(world)
+        walk = Exploration(world)
         total += walk.run(given.limit)
         took_s = time.perf_counter() - began_s
         print(

@@ -14,21 +14,21 @@ import pytest
 from msgspec.structs import replace
 
 from tests.proof.linearizability import __main__ as program
-from tests.proof.linearizability.history import Answer, History, Operation, Outage, Terms, overlapping
-from tests.proof.linearizability.model import GRACE, MS, NEVER, RULES, State, World, drifts, step
+from tests.proof.linearizability.history import CallHistory, Operation, Outage, SeenResponse, Terms, overlapping
+from tests.proof.linearizability.model import GRACE, MS, NEVER, RULES, HistoryConditions, ModelState, drifts, step
 from tests.proof.linearizability.mutate import KINDS
 from tests.proof.linearizability.report import describe
 from tests.proof.linearizability.search import judge
 
-ENDLESS: Final = World(Terms(max_attempts=2))
-SHORT: Final = World(Terms(max_attempts=2, max_processing_ms=10))
+ENDLESS: Final = HistoryConditions(Terms(max_attempts=2))
+SHORT: Final = HistoryConditions(Terms(max_attempts=2, max_processing_ms=10))
 
 
 def op(
     verb: str, call: int, end: int | None, code: str = "", body: dict[str, Any] | None = None, **seen: Any
 ) -> Operation:
     """A call from `call` to `end` (ms); without an end its response was lost."""
-    said = Answer(code, seen) if code else None
+    said = SeenResponse(code, seen) if code else None
     end_ns = None if end is None else end * MS
     return Operation(1, verb, "a", body or {"worker": "v"}, call * MS, end_ns, said)
 
@@ -188,19 +188,19 @@ def test_a_short_lock_ends_by_itself_but_not_before_its_time() -> None:
 
 def test_an_outage_does_not_age_a_lock() -> None:
     """The lock was live when the daemon died: after the start it has 30 s."""
-    away = World(SHORT.terms, (Outage(5 * MS, 50 * MS),))
+    away = HistoryConditions(SHORT.terms, (Outage(5 * MS, 50 * MS),))
     before = [created(), granted(2, 3, "L1")]
     assert not judge([*before, granted(60, 61, "L2", 2)], away).is_explained
     after_ms = (50 * MS + GRACE) // MS
     assert judge([*before, granted(60, after_ms, "L2", 2)], away).is_explained
     # It may have ended before the daemon died.
-    late = World(SHORT.terms, (Outage(40 * MS, 50 * MS),))
+    late = HistoryConditions(SHORT.terms, (Outage(40 * MS, 50 * MS),))
     assert judge([*before, granted(60, 61, "L2", 2)], late).is_explained
 
 
 def test_a_dead_daemon_has_no_effect() -> None:
     lost = held("complete", 4, None, "L1")
-    history = History({"a": Terms()}, [created(), granted(2, 3, "L1"), lost], [Outage(10 * MS, 12 * MS)])
+    history = CallHistory({"a": Terms()}, [created(), granted(2, 3, "L1"), lost], [Outage(10 * MS, 12 * MS)])
     history.operations += [got(20, 21, status="processing"), got(30, 31, status="completed")]
     assert not judge(history.of("a"), ENDLESS).is_explained
     history.outages.clear()
@@ -211,18 +211,20 @@ def test_a_stored_response_shows_the_outcome_of_the_first_call() -> None:
     lost = replace(LOST_START, key="k")
     again = replace(granted(5, 6, "L1", worker="lost"), key="k", replayed=True)
     done = held("complete", 7, 8, "L1", "done")
-    history = History({"a": Terms()}, [created(), lost, again, done])
+    history = CallHistory({"a": Terms()}, [created(), lost, again, done])
     assert judge(history.of("a"), ENDLESS).is_explained
     # A grant that has ended is not replayed.
-    stale = History(
+    stale = CallHistory(
         {"a": Terms()}, [created(), replace(granted(2, 3, "L1"), key="k"), held("release", 4, 5, "L1", "done")]
     )
     stale.operations.append(replace(granted(6, 7, "L1"), key="k", replayed=True))
     assert not judge(stale.of("a"), ENDLESS).is_explained
     # A stored response that was never sent before, without a lost call that could have caused it.
-    invented = History({"a": Terms()}, [replace(created(), key="k", replayed=True)])
+    invented = CallHistory({"a": Terms()}, [replace(created(), key="k", replayed=True)])
     assert not judge(invented.of("a"), ENDLESS).is_explained
-    other = History({"a": Terms()}, [replace(created(), key="k"), replace(op("create", 2, 3, "job_exists"), key="k")])
+    other = CallHistory(
+        {"a": Terms()}, [replace(created(), key="k"), replace(op("create", 2, 3, "job_exists"), key="k")]
+    )
     other.operations[1] = replace(other.operations[1], replayed=True)
     assert not judge(other.of("a"), ENDLESS).is_explained
 
@@ -230,7 +232,7 @@ def test_a_stored_response_shows_the_outcome_of_the_first_call() -> None:
 def test_a_call_with_a_used_key_is_not_decided_again() -> None:
     def is_explained(*operations: Operation) -> bool:
         keyed = [replace(each, key="k") if each.verb in ("start", "cancel") else each for each in operations]
-        return judge(History({"a": Terms()}, keyed).of("a"), ENDLESS).is_explained
+        return judge(CallHistory({"a": Terms()}, keyed).of("a"), ENDLESS).is_explained
 
     own = granted(2, 3, "L1")
     assert not is_explained(created(), own, op("start", 4, 5, "already_locked"))
@@ -262,7 +264,7 @@ def test_a_broken_history_is_described() -> None:
 
 
 def plainly(
-    left: frozenset[int], operations: Sequence[Operation], state: State, world: World, drifted: int = 0
+    left: frozenset[int], operations: Sequence[Operation], state: ModelState, world: HistoryConditions, drifted: int = 0
 ) -> bool:
     """Try every order."""
     began = max((each.call_ns for index, each in enumerate(operations) if index not in left), default=0)
@@ -279,10 +281,10 @@ def plainly(
     )
 
 
-def drawn(dice: Random) -> tuple[list[Operation], World]:
+def drawn(dice: Random) -> tuple[list[Operation], HistoryConditions]:
     """Draw a few concurrent calls with the responses of one order; in every second history two of them are swapped."""
-    world = World(Terms(dice.randint(1, 2), dice.choice([0, 8]), dice.choice(["auto", "requeue", "fail"])))
-    state, calls, locks = State(), [], 0
+    world = HistoryConditions(Terms(dice.randint(1, 2), dice.choice([0, 8]), dice.choice(["auto", "requeue", "fail"])))
+    state, calls, locks = ModelState(), [], 0
     for point in range(dice.randint(4, 8)):
         verb = (
             "create"
@@ -301,7 +303,7 @@ def drawn(dice: Random) -> tuple[list[Operation], World]:
         if expected.code == "granted":
             locks += 1
             seen |= {"lock": f"L{locks}", "token": locks}
-        operation = replace(operation, said=Answer(expected.code, seen))
+        operation = replace(operation, said=SeenResponse(expected.code, seen))
         after = step(state, operation, world)
         assert after is not None
         state = after
@@ -324,7 +326,7 @@ def test_the_search_agrees_with_brute_force() -> None:
     for seed in range(4_000):
         calls, world = drawn(Random(seed))
         verdict = judge(calls, world).is_explained
-        assert verdict == plainly(frozenset(range(len(calls))), calls, State(), world), seed
+        assert verdict == plainly(frozenset(range(len(calls))), calls, ModelState(), world), seed
         verdicts[verdict] += 1
     assert min(verdicts.values()) > 200
 
@@ -343,7 +345,7 @@ def test_histories_of_a_real_daemon_are_explained_and_mutants_are_not(capsys: py
 
 
 def test_histories_that_prove_too_little_are_reported() -> None:
-    figures = program.Figures(histories=20, operations=100, overlapping=20, clients=Counter({3: 20}))
+    figures = program.CheckResults(histories=20, operations=100, overlapping=20, clients=Counter({3: 20}))
     assert [sentence.split()[0] for sentence in figures.shortcomings()] == ["Only", "A", "No"]
 
 

@@ -45,7 +45,7 @@ def test_a_bug_that_no_test_finds_is_reported(
 ) -> None:
     missed = Bug("missed", "nothing", "tests/unit/core/test_changeset.py", len, len)
     monkeypatch.setitem(BUGS, "missed", missed)
-    monkeypatch.setattr(program, "run", lambda planted: program.Verdict(planted, 1.0, "", "12 passed"))
+    monkeypatch.setattr(program, "run", lambda planted: program.BugResult(planted, 1.0, "", "12 passed"))
     assert program.main(["missed"]) == 1
     printed = capsys.readouterr()
     assert "NOT FOUND" in printed.out

@@ -15,7 +15,7 @@ from tests.integration.test_docs import rows, ticked
 from tests.proof import run as proof
 from tests.proof.faults import __main__ as faults
 from tests.proof.faults import harness
-from tests.proof.faults.harness import Check, Outcome, Tool, checks
+from tests.proof.faults.harness import Check, CheckOutcome, Tool, checks
 
 DOCUMENT = "before\n<!-- world -->\nold\n<!-- end -->\nbetween\n<!-- planted -->\n<!-- end -->\nafter\n"
 
@@ -72,15 +72,15 @@ def test_single_faults_replace_their_rows_if_they_passed(
     document, rows_file = tmp_path / "document.md", tmp_path / "rows.json"
     document.write_text("| `kill` | old |\n| `kill-more` | old |\n| `cut` | old |\n")
     monkeypatch.setattr(proof, "DOCUMENT", document)
-    kill = Outcome("kill", "nothing is \\1 lost", "passed", 1, {"kills": 2}, commit="abc", python="3.11.7")
-    rows_file.write_text(json.dumps([asdict(kill), asdict(Outcome("cut", "", "FAILED", 1))]))
+    kill = CheckOutcome("kill", "nothing is \\1 lost", "passed", 1, {"kills": 2}, commit="abc", python="3.11.7")
+    rows_file.write_text(json.dumps([asdict(kill), asdict(CheckOutcome("cut", "", "FAILED", 1))]))
     assert proof.main(["--rows", str(rows_file)]) == 1
     new = "| `kill` | nothing is \\1 lost | 2 kills | 1 s | `abc`, 3.11.7 | nothing |\n"
     assert document.read_text() == f"{new}| `kill-more` | old |\n| `cut` | old |\n"
     assert "not written: cut" in capsys.readouterr().err
     rows_file.write_text(json.dumps([asdict(kill)]))
     assert proof.main(["--rows", str(rows_file)]) == 0
-    rows_file.write_text(json.dumps([asdict(Outcome("new", "", "passed", 1))]))
+    rows_file.write_text(json.dumps([asdict(CheckOutcome("new", "", "passed", 1))]))
     with pytest.raises(AssertionError, match="no row for new"):
         proof.main(["--rows", str(rows_file)])
 

@@ -21,7 +21,7 @@ from tests.proof.simulation import __main__ as program
 from tests.proof.simulation.expected import never
 from tests.proof.simulation.loop import SimLoop
 from tests.proof.simulation.machine import Machine
-from tests.proof.simulation.run import Outcome, reduce_failure, simulate
+from tests.proof.simulation.run import SeedOutcome, reduce_failure, simulate
 from tests.proof.simulation.scenario import FAULTS, MISHAPS, draw
 from tests.proof.simulation.trace import Trace
 
@@ -34,7 +34,7 @@ STEPS: Final = 300
 pytestmark = pytest.mark.timeout(300)
 
 
-def held(outcome: Outcome) -> str:
+def held(outcome: SeedOutcome) -> str:
     """Return an empty string, or what broke with the command that repeats it."""
     if outcome.broken is None:
         return ""

@@ -34,7 +34,7 @@ from jobd.model.commands import (
 )
 from jobd.model.job import Job
 from tests.proof.simulation.invariants import Violation
-from tests.proof.small_world import WORLDS, Walk, World, main
+from tests.proof.small_world import WORLDS, Exploration, World, main
 
 BEGINNING = 1_500  # states
 
@@ -79,7 +79,7 @@ NOT_PLAYED = {
 
 def test_every_state_of_a_world_is_explored() -> None:
     """The states are finite, and every event that can happen to a job happens."""
-    walk = Walk(World("one tick", on_stall="fail", ttl=1, stuck_after=0, ceiling=1, max_stalls=0))
+    walk = Exploration(World("one tick", on_stall="fail", ttl=1, stuck_after=0, ceiling=1, max_stalls=0))
     assert walk.run() > 3_000
     assert walk.decisions > 50 * len(walk.states)
     assert walk.played | NOT_PLAYED == set(get_args(AnyCommand))
@@ -88,11 +88,11 @@ def test_every_state_of_a_world_is_explored() -> None:
 
 @pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
 def test_the_first_states_of_every_world_are_explored(world: World) -> None:
-    assert Walk(world).run(BEGINNING) >= BEGINNING
+    assert Exploration(world).run(BEGINNING) >= BEGINNING
 
 
 def test_a_state_has_the_path_that_reaches_it() -> None:
-    walk = Walk(WORLDS[0])
+    walk = Exploration(WORLDS[0])
     walk.run(200)
     path = walk.path(list(walk.states)[-1])
     assert path[0] == "the beginning"
@@ -123,7 +123,7 @@ def test_a_rule_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with monkeypatch.context() as patch, pytest.raises(Violation):  # noqa: PT012
             patch.setattr(layer, name, wrong)
-            Walk(WORLDS[3]).run(BEGINNING)
+            Exploration(WORLDS[3]).run(BEGINNING)
 
 
 def test_the_program_prints_the_counts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,11 +24,11 @@ from tests import ROOT
 from tests.support.daemon_process import die_with_us
 
 TOKEN = "canary-token-0123456789abcdef"
-READER_TOKEN = "canary-reader-0123456789abcdef"
+READ_ONLY_TOKEN = "canary-reader-0123456789abcdef"
 READY_S = 20.0
 
 
-class Running:
+class CliDaemon:
     """A daemon of `python -m jobd serve`, with the environment of its clients."""
 
     def __init__(self, folder: Path) -> None:
@@ -42,7 +42,7 @@ class Running:
             "JOBD_ARTIFACTS_URL": (folder / "artifacts").as_uri(),
             "JOBD_ADMIN_READONLY_TOKEN_FILE": str(folder / "readonly"),
         }
-        (folder / "readonly").write_text(READER_TOKEN)
+        (folder / "readonly").write_text(READ_ONLY_TOKEN)
         (folder / "readonly").chmod(0o600)
         (folder / "artifacts").mkdir()
         self.argv = ["serve", "--store", str(self.store), "--socket", str(folder / "worker.sock")]
@@ -57,7 +57,7 @@ class Running:
         command, env = [sys.executable, "-m", module, *argv], {**self.env, **self.places}
         return subprocess.Popen(command, env=env, cwd=ROOT, text=True, preexec_fn=die_with_us, **options)
 
-    def done(self, module: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    def run(self, module: str, *argv: str, **options: Any) -> subprocess.CompletedProcess[str]:
         env = {**self.env, **self.places}
         return subprocess.run(
             [sys.executable, "-m", module, *argv], env=env, cwd=ROOT, text=True, capture_output=True, **options
@@ -99,7 +99,7 @@ class Running:
         return self.process.wait()
 
 
-class Ctl:
+class Jobctl:
     """jobctl in this process: `ok` expects exit 0 and returns stdout, `json` its value, `no` (exit code, stderr)."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ class Ctl:
     def json(self, *argv: str) -> Any:
         return json.loads(self.ok(*argv, "--json"))
 
-    def no(self, *argv: str) -> tuple[int, str]:
+    def rejected(self, *argv: str) -> tuple[int, str]:
         code, out, err = self.run(*argv)
         assert out == ""
         assert len(err.splitlines()) == 1
@@ -133,7 +133,7 @@ JOB_FIELDS = fields_of(answers.JobView) - {"repeated", "worker"}
 
 
 def on_a_terminal(
-    running: Running, answer: bytes, *argv: str, meanwhile: Callable[[], object] | None = None
+    running: CliDaemon, answer: bytes, *argv: str, meanwhile: Callable[[], object] | None = None
 ) -> tuple[int, str, str]:
     """Run jobctl on a terminal that answers `answer`: exit code, stdout, terminal output.
 
@@ -158,7 +158,7 @@ def on_a_terminal(
         os.close(ours)
 
 
-def rejected_on_a_terminal(running: Running, *argv: str) -> tuple[int, str]:
+def rejected_on_a_terminal(running: CliDaemon, *argv: str) -> tuple[int, str]:
     """Run jobctl on a terminal with a command that is rejected before a question: exit code, terminal output."""
     ours, theirs = pty.openpty()
     try:

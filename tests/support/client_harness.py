@@ -16,12 +16,12 @@ from jobd.client import (
     Worker,
 )
 from jobd.client.worker.process import Program
+from tests.support.polling import wait_until
 from tests.support.scripted_server import (
     ReceivedRequest,
     ScriptedServer,
     Step,
     ok,
-    until,
 )
 
 JOB: dict[str, Any] = {
@@ -71,7 +71,7 @@ async def running_worker(worker: Worker) -> AsyncIterator[asyncio.Task[None]]:
         await asyncio.gather(serving, return_exceptions=True)
 
 
-async def when(client: AsyncJobClient, job_id: str, condition: Callable[[JobInfo], bool]) -> JobInfo:
+async def wait_for_job(client: AsyncJobClient, job_id: str, condition: Callable[[JobInfo], bool]) -> JobInfo:
     """Wait until the job meets the condition, and return it."""
     seen: list[JobInfo] = []
 
@@ -79,16 +79,16 @@ async def when(client: AsyncJobClient, job_id: str, condition: Callable[[JobInfo
         seen.append(await client.get_job(job_id))
         return condition(seen[-1])
 
-    await until(check)
+    await wait_until(check)
     return seen[-1]
 
 
-async def finished(client: AsyncJobClient, job_id: str) -> JobInfo:
+async def wait_until_finished(client: AsyncJobClient, job_id: str) -> JobInfo:
     """Wait until the job has ended, and return it."""
-    return await when(client, job_id, lambda job: job.finished_at is not None)
+    return await wait_for_job(client, job_id, lambda job: job.finished_at is not None)
 
 
-async def types(client: AsyncJobClient, job_id: str) -> list[str]:
+async def event_types(client: AsyncJobClient, job_id: str) -> list[str]:
     """Return the types of the job's events."""
     return [event.type for event in await client.timeline(job_id)]
 
@@ -123,7 +123,7 @@ class ScriptedDaemon:
 
     async def receive(self, verb: str, count: int = 1) -> None:
         """Wait until it has received this call."""
-        await until(lambda: len(self.bodies(verb)) >= count)
+        await wait_until(lambda: len(self.bodies(verb)) >= count)
 
 
 class ProgramRun:

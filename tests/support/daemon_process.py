@@ -30,7 +30,7 @@ def die_with_us() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-class OverUnix(http.client.HTTPConnection):
+class UnixConnection(http.client.HTTPConnection):
     """An HTTP connection over a Unix socket."""
 
     def __init__(self, path: str, timeout: float = 30) -> None:
@@ -43,7 +43,7 @@ class OverUnix(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-class Reply:
+class DaemonResponse:
     """A response: status, headers and decoded body."""
 
     def __init__(self, response: http.client.HTTPResponse) -> None:
@@ -64,13 +64,15 @@ class Reply:
         return str(self.body["error"])
 
 
-def call(connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+def call(
+    connection: http.client.HTTPConnection, method: str, path: str, body: Any = None, **headers: str
+) -> DaemonResponse:
     text = None if body is None else json.dumps(body)
     given = {name.replace("_", "-"): value for name, value in headers.items()}
     if body is not None:
         given.setdefault("Content-Type", "application/json")
     connection.request(method, path, text, given)
-    return Reply(connection.getresponse())
+    return DaemonResponse(connection.getresponse())
 
 
 class ApiCalls:
@@ -79,27 +81,27 @@ class ApiCalls:
     socket: str
     admin_socket: str
 
-    def worker(self) -> OverUnix:
-        return OverUnix(self.socket)
+    def worker(self) -> UnixConnection:
+        return UnixConnection(self.socket)
 
     @contextmanager
-    def admin_connection(self) -> Iterator[OverUnix]:
-        with closing(OverUnix(self.admin_socket)) as connection:
+    def admin_connection(self) -> Iterator[UnixConnection]:
+        with closing(UnixConnection(self.admin_socket)) as connection:
             yield connection
 
-    def post(self, path: str, body: Any = None, **headers: str) -> Reply:
+    def post(self, path: str, body: Any = None, **headers: str) -> DaemonResponse:
         with closing(self.worker()) as connection:
             return call(connection, "POST", path, {} if body is None else body, **headers)
 
-    def get(self, path: str) -> Reply:
+    def get(self, path: str) -> DaemonResponse:
         with closing(self.worker()) as connection:
             return call(connection, "GET", path)
 
-    def admin(self, method: str, path: str, body: Any = None, **headers: str) -> Reply:
+    def admin(self, method: str, path: str, body: Any = None, **headers: str) -> DaemonResponse:
         """Call a path below /admin/job-management, or an absolute path."""
         headers.setdefault("Authorization", f"Bearer {TOKEN}")
         path = path if path.startswith("/") else f"/admin/job-management/{path}"
-        with closing(OverUnix(self.admin_socket)) as connection:
+        with closing(UnixConnection(self.admin_socket)) as connection:
             return call(connection, method, path, body, **headers)
 
 
@@ -128,7 +130,7 @@ class Daemon(ApiCalls):
         self._has_output = threading.Condition()
         self._lines: list[bytes] = []
         self._next_index = 0
-        self._listener: threading.Thread | None = None
+        self._log_reader: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -159,14 +161,14 @@ class Daemon(ApiCalls):
     def launch(self) -> None:
         """Start the process without waiting."""
         self.process = self.spawn()
-        self._listener = threading.Thread(target=self._listen, args=(self.process,))
-        self._listener.start()
+        self._log_reader = threading.Thread(target=self._read_log, args=(self.process,))
+        self._log_reader.start()
 
     def gets_ready(self) -> bool:
         """Wait until it is ready. False if it ends instead."""
         return self._next_line(READY) is not None
 
-    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+    def _read_log(self, process: subprocess.Popen[bytes]) -> None:
         """Read the output of the daemon continuously, because a full pipe would block it."""
         assert process.stderr is not None
         for line in process.stderr:
@@ -175,11 +177,11 @@ class Daemon(ApiCalls):
                 self._has_output.notify_all()
         process.stderr.close()
         with self._has_output:
-            self._listener = None
+            self._log_reader = None
             self._has_output.notify_all()
 
     def _join_reader(self) -> None:
-        if (listener := self._listener) is not None:
+        if (listener := self._log_reader) is not None:
             listener.join()
 
     @property
@@ -203,7 +205,7 @@ class Daemon(ApiCalls):
                     self._next_index += 1
                     if text in line:
                         return line.decode()
-                if self._listener is None:
+                if self._log_reader is None:
                     return None
                 assert self._has_output.wait(TIMEOUT_S), f"no such log line: {text!r}"
 

@@ -220,7 +220,7 @@ class ChangeFactory:
             ]
         return [lambda: self.delete(job), lambda: self.requeue(job)]
 
-    def kept(self) -> Callable[[], None]:
+    def snapshot(self) -> Callable[[], None]:
         """Return a function that restores the current model. Numbers that were issued stay issued."""
         jobs, payloads, queues = dict(self.jobs), dict(self.payloads), dict(self.queues)
         suspects, deleted = set(self.suspects), dict(self.deleted)

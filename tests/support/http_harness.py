@@ -128,10 +128,10 @@ class FakeActor:
         self.received.append(ReceivedCommand(command, by, admin, key, size, operator))
         self.arrived.set()
         asked = mailbox.Envelope(Call(cast("Any", command), by, b"", admin), key, size, waiter)
-        self._tasks[asked] = asyncio.ensure_future(self._tell(waiter, self.respond(command)))
+        self._tasks[asked] = asyncio.ensure_future(self._respond(waiter, self.respond(command)))
         return asked
 
-    async def _tell(self, waiter: Waiter, answer: Response | ApiError | Awaitable[Response | ApiError]) -> None:
+    async def _respond(self, waiter: Waiter, answer: Response | ApiError | Awaitable[Response | ApiError]) -> None:
         try:
             result = answer if isinstance(answer, Response | ApiError) else await answer
         except asyncio.CancelledError:
@@ -598,3 +598,16 @@ class HttpHarness:
         client = await self.connect()
         client.send(data)
         return await client.receive()
+
+
+class HeldResponse:
+    """Hold back the responses of the fake actor until the test sets `go`."""
+
+    def __init__(self, harness: HttpHarness, answer: Response | ApiError | None = None) -> None:
+        self.go = asyncio.Event()
+        self._answer = answer or Response(EmptyResponse())
+        harness.actor.respond = self._respond
+
+    async def _respond(self, _: Any) -> Response | ApiError:
+        await self.go.wait()
+        return self._answer

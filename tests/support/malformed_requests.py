@@ -53,7 +53,7 @@ HOSTILE = {
 
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 # More requests, too large or too slow for the ordinary tests.
-WIDER = {
+EXTENDED = {
     "header over its line": GET + b"X-A: " + b"a" * 9_000 + b"\r\n\r\n",
     "UTF-8 that is none, in the path": b"GET /v1/jobs/\xff\xfe HTTP/1.1\r\nHost: x\r\n\r\n",
     "UTF-8 that is none, escaped": b"GET /v1/jobs/%ff%fe HTTP/1.1\r\nHost: x\r\n\r\n",
@@ -94,7 +94,7 @@ def _fill(head: bytes, one: bytes, tail: bytes, between: bytes = b",") -> bytes:
 
 
 # Bodies within the limit that are expensive to decode: name -> path, body.
-DEAR = {
+EXPENSIVE = {
     "a third of a million jobs": ("/v1/jobs/bulk", _fill(b'{"jobs":[', b"{}", b"]}")),
     "a quarter of a million queues": ("/v1/claim", _fill(b'{"worker":"w","queues":[', b'"a"', b"]}")),
     "a quarter of a million kinds": ("/v1/claim", _fill(b'{"worker":"w","kinds":[', b'"a"', b"]}")),

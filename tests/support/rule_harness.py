@@ -74,7 +74,7 @@ class RuleHarness:
         self.reports: list[bytes] = []
         self.requests: dict[str, str] = {}
         self.tokens: list[int] = []
-        self.lates: dict[int, list[LateResult]] = {}
+        self.late_results: dict[int, list[LateResult]] = {}
 
     @property
     def moment(self) -> Moment:
@@ -95,11 +95,11 @@ class RuleHarness:
         self.book.late = self._known_late(command)
         if isinstance(command, Start | Claim):
             self.book.presence.asks(command)
-        before = picture(self.book)
+        before = snapshot(self.book)
         decision = decide.decide(self.book, Call(command, by, SEED, admin, expected=expected), self.moment, self.policy)
-        assert picture(self.book) == before, "decide changed the book"
+        assert snapshot(self.book) == before, "decide changed the book"
         for change in decision.changes:
-            self._put(change)
+            self._apply(change)
         self.checked += decision.checked
         if decision.report is not None:
             self.reports.append(decision.report)
@@ -173,7 +173,7 @@ class RuleHarness:
 
     def late(self, job_id: str = "a") -> list[LateResult]:
         """Return the late results of a job, oldest grant first."""
-        return self.lates.get(self.job(job_id).seq, [])
+        return self.late_results.get(self.job(job_id).seq, [])
 
     # -- internals ----------------------------------------------------------------------------------------------------
 
@@ -185,16 +185,16 @@ class RuleHarness:
         made = (event for event in self.events if event.job_seq == query.job_seq and event.type == "granted")
         grants = [event.changes.grant for event in made if event.changes is not None]
         older = [grant for grant in grants if isinstance(grant, Grant) and grant.lock_id == query.lock_id]
-        late_results = list(self.lates.get(query.job_seq, []))
+        late_results = list(self.late_results.get(query.job_seq, []))
         return LateResultRows({query.job_seq: late_results}, {(query.job_seq, grant.lock_id): grant for grant in older})
 
-    def _keep_late(self, change: Change) -> None:
+    def _store_late_result(self, change: Change) -> None:
         if change.late is not None:
-            late_results = [*self.lates.get(change.event.job_seq, []), change.late]
+            late_results = [*self.late_results.get(change.event.job_seq, []), change.late]
             late_results.sort(key=lambda late: late.fencing_token)
-            self.lates[change.event.job_seq] = late_results[-MAX_LATE_RESULTS:]
+            self.late_results[change.event.job_seq] = late_results[-MAX_LATE_RESULTS:]
 
-    def _put(self, change: Change) -> None:
+    def _apply(self, change: Change) -> None:
         event = change.event
         if self.events:
             assert event.seq > self.events[-1].seq
@@ -207,14 +207,14 @@ class RuleHarness:
             assert event.after == (None if folded is None else folded.status)
             if folded is None:
                 del self.rows[event.job_id]
-                self.lates.pop(event.job_seq, None)
+                self.late_results.pop(event.job_seq, None)
                 self.requests.pop(event.job_id, None)
             else:
                 self.rows[event.job_id] = folded
         if change.request_hash:
             self.requests[event.job_id] = change.request_hash
         self._note_token(change)
-        self._keep_late(change)
+        self._store_late_result(change)
         self.book.put(change)
 
     def _note_token(self, change: Change) -> None:
@@ -238,7 +238,7 @@ def holder_commands(lock_id: str) -> list[Any]:
     ]
 
 
-def picture(book: Book) -> dict[str, Any]:
+def snapshot(book: Book) -> dict[str, Any]:
     """Return everything in a book that a decision must not change, without caches and stale heap entries."""
     shown = {name: copy.deepcopy(getattr(book, name)) for name in PLAIN}
     shown["overdue"] = list(book.overdue())

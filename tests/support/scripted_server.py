@@ -202,12 +202,3 @@ async def _serve(
     await asyncio.gather(*others, return_exceptions=True)
     for _ in range(5):  # connections are closed in the next iterations of the loop
         await asyncio.sleep(0)
-
-
-async def until(condition: Callable[[], bool | Awaitable[bool]]) -> None:
-    """Wait until `condition` holds. The timeout of the test limits the wait."""
-    while True:
-        result = condition()
-        if result if isinstance(result, bool) else await result:
-            return
-        await asyncio.sleep(0.01)

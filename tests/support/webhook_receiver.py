@@ -28,24 +28,24 @@ class ReceivedMessage(NamedTuple):
         return found
 
 
-Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-async def taken(_: web.Request) -> web.StreamResponse:
+async def accept(_: web.Request) -> web.StreamResponse:
     return web.Response(status=204)
 
 
-def responding(status: int, text: str = "", **headers: str) -> Answer:
+def responding(status: int, text: str = "", **headers: str) -> Handler:
     async def answer(_: web.Request) -> web.StreamResponse:
         return web.Response(status=status, text=text, headers=headers)
 
     return answer
 
 
-Rude = Callable[[bytes], bytes]
+RawHandler = Callable[[bytes], bytes]
 
 
-def echoing(head: bytes, more: int = 0) -> Rude:
+def echoing(head: bytes, more: int = 0) -> RawHandler:
     """Build a response that starts with `head`, echoes the request target, and has `more` bytes."""
 
     def answer(request: bytes) -> bytes:
@@ -56,7 +56,7 @@ def echoing(head: bytes, more: int = 0) -> Rude:
 
 
 @contextmanager
-def rude(answer: Rude, tls: ssl.SSLContext | None = None) -> Iterator[int]:
+def raw_server(answer: RawHandler, tls: ssl.SSLContext | None = None) -> Iterator[int]:
     """Run a server that answers the start of each request with `answer` and closes. Yields its port."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -80,7 +80,7 @@ def rude(answer: Rude, tls: ssl.SSLContext | None = None) -> Iterator[int]:
 class Receiver:
     """`with Receiver() as receiver` listens at `url`. `answer` can be changed at any time."""
 
-    def __init__(self, answer: Answer = taken) -> None:
+    def __init__(self, answer: Handler = accept) -> None:
         self.answer = answer
         self.received: list[ReceivedMessage] = []
         self.port = 0

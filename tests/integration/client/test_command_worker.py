@@ -24,11 +24,12 @@ from tests import ROOT
 from tests.support.client_harness import (
     CommandRun,
     is_alive,
+    wait_for_job,
     watchdogs_of,
-    when,
 )
 from tests.support.daemon_process import Daemon, die_with_us
-from tests.support.scripted_server import ScriptedServer, ok, serving, until
+from tests.support.polling import wait_until
+from tests.support.scripted_server import ScriptedServer, ok, serving
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ async def test_progress_is_sent_to_the_daemon(client: AsyncJobClient, queue: str
     script = f"echo '::progress 40 reading'; while [ ! -e {go} ]; do sleep 0.01; done"
     job = await client.create_job(queue=queue)
     running = asyncio.create_task(CommandRun(client, tmp_path, queue, script, once=True).run())
-    seen = await when(client, job.id, lambda job: job.progress == 40)
+    seen = await wait_for_job(client, job.id, lambda job: job.progress == 40)
     assert seen.progress_message == "reading"
     go.touch()
     assert await running == 0
@@ -213,7 +214,7 @@ async def test_cancelling_a_job_ends_its_process_group(client: AsyncJobClient, q
     job = await client.create_job(queue=queue)
     run = CommandRun(client, tmp_path, queue, script, once=True, lock_ttl_ms=1000)
     running = asyncio.create_task(run.run())
-    await when(client, job.id, lambda job: job.progress == 1)
+    await wait_for_job(client, job.id, lambda job: job.progress == 1)
     await client.cancel_job(job.id)
     assert await running == 1
     group, output = run.out.splitlines()
@@ -233,7 +234,7 @@ async def test_the_lock_is_extended_while_the_program_runs(client: AsyncJobClien
     async def is_older_than_one_ttl() -> bool:
         return [event.type for event in await client.timeline(job.id)].count("extended") >= 4
 
-    await until(is_older_than_one_ttl)
+    await wait_until(is_older_than_one_ttl)
     go.touch()
     assert await running == 0
     assert (await client.get_job(job.id)).attempt == 1
@@ -244,7 +245,7 @@ async def test_stop_lets_the_running_program_end(client: AsyncJobClient, queue: 
     first, second = await client.create_jobs([{"queue": queue}, {"queue": queue}])
     run = CommandRun(client, tmp_path, queue, f"echo ::progress 1; while [ ! -e {go} ]; do sleep 0.01; done")
     running = asyncio.create_task(run.run())
-    await when(client, first.id, lambda job: job.progress == 1)
+    await wait_for_job(client, first.id, lambda job: job.progress == 1)
     run.worker.stop()
     go.touch()
     assert await running == 0
@@ -260,7 +261,7 @@ async def test_after_the_grace_the_group_is_stopped_and_the_job_released(
     job = await client.create_job(queue=queue)
     run = CommandRun(client, tmp_path, queue, script, grace_s=0.05 if stops == 1 else 10_000, kill_after_s=0.2)
     running = asyncio.create_task(run.run())
-    await when(client, job.id, lambda job: job.progress == 1)
+    await wait_for_job(client, job.id, lambda job: job.progress == 1)
     for _ in range(stops):
         run.worker.stop()
     assert await running == 0
@@ -275,7 +276,7 @@ async def test_a_third_stop_kills_at_once(client: AsyncJobClient, queue: str, tm
     job = await client.create_job(queue=queue)
     run = CommandRun(client, tmp_path, queue, script, grace_s=10_000, kill_after_s=10_000)
     running = asyncio.create_task(run.run())
-    await when(client, job.id, lambda job: job.progress == 1)
+    await wait_for_job(client, job.id, lambda job: job.progress == 1)
     for _ in range(3):
         run.worker.stop()
     assert await running == 0
@@ -347,11 +348,11 @@ async def test_the_program_continues_while_the_daemon_is_unreachable(
             script = f"echo ::progress 1; while [ ! -e {go} ]; do sleep 0.01; done; echo ::meta done=true"
             run = CommandRun(f"unix:{daemon.socket}", tmp_path, queue, script, once=True, lock_ttl_ms=1000)
             running = asyncio.create_task(run.run())
-            await when(client, job.id, lambda job: job.progress == 1)
+            await wait_for_job(client, job.id, lambda job: job.progress == 1)
             await asyncio.to_thread(daemon.kill)
-            await until(lambda: any("The work continues" in text for text in run.messages))
+            await wait_until(lambda: any("The work continues" in text for text in run.messages))
             go.touch()
-            await until(lambda: any("cannot complete it yet" in text for text in run.messages))
+            await wait_until(lambda: any("cannot complete it yet" in text for text in run.messages))
             await asyncio.to_thread(daemon.start)
             assert await running == 0
             done = await client.get_job(job.id)
@@ -396,7 +397,7 @@ async def test_sigterm_to_jobctl_run_releases_the_job(client: AsyncJobClient, da
     )
     process = await asyncio.to_thread(start)
     try:
-        await when(client, job.id, lambda job: job.progress == 1)
+        await wait_for_job(client, job.id, lambda job: job.progress == 1)
         process.send_signal(signal.SIGTERM)
         out, err = await asyncio.to_thread(process.communicate)
     finally:
@@ -455,15 +456,15 @@ async def test_killing_the_worker_ends_its_programs_and_their_children(
     start = functools.partial(subprocess.Popen, command, env=environ, preexec_fn=die_with_us)
     process = await asyncio.to_thread(start)
     try:
-        await until((tmp_path / "pids").exists)
+        await wait_until((tmp_path / "pids").exists)
         program, child = map(int, (tmp_path / "pids").read_text().split())
         watchdogs = await asyncio.to_thread(watchdogs_of, process.pid)
         assert len(watchdogs) == 1
     finally:
         process.kill()
         await asyncio.to_thread(process.wait)
-    await until(lambda: not has_members(program) and not is_alive(child))
-    await until(lambda: not is_alive(watchdogs[0]))
+    await wait_until(lambda: not has_members(program) and not is_alive(child))
+    await wait_until(lambda: not is_alive(watchdogs[0]))
 
 
 async def test_no_watchdog_is_left_after_the_end(client: AsyncJobClient, queue: str, tmp_path: Path) -> None:

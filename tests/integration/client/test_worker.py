@@ -24,10 +24,10 @@ from jobd.client import (
 )
 from jobd.client.worker import handlers
 from tests.support.client_harness import (
-    finished,
+    event_types,
     running_worker,
-    types,
-    when,
+    wait_for_job,
+    wait_until_finished,
 )
 
 
@@ -44,7 +44,7 @@ async def test_an_async_handler_completes_its_job_with_its_return_value(client: 
 
     job = await client.create_job([1, 2, 3], queue=queue, kind="add")
     async with running_worker(worker):
-        done = await finished(client, job.id)
+        done = await wait_until_finished(client, job.id)
     assert (done.status, done.progress, done.download_url, done.file_path) == (
         "completed",
         100,
@@ -71,10 +71,10 @@ async def test_a_plain_handler_runs_in_a_thread(client: AsyncJobClient, queue: s
 
     job = await client.create_job("p", queue=queue)
     async with running_worker(worker):
-        done = await finished(client, job.id)
+        done = await wait_until_finished(client, job.id)
     assert done.metadata_value == [job.id, "p"]
     assert threads[0] is not threading.main_thread()
-    assert await types(client, job.id) == ["created", "granted", "progress", "completed"]
+    assert await event_types(client, job.id) == ["created", "granted", "progress", "completed"]
 
 
 async def test_callable_objects_can_be_handlers(client: AsyncJobClient, queue: str) -> None:
@@ -86,7 +86,7 @@ async def test_callable_objects_can_be_handlers(client: AsyncJobClient, queue: s
     worker.handler()(Adder())
     job = await client.create_job(1, queue=queue)
     async with running_worker(worker):
-        assert (await finished(client, job.id)).metadata_value == 2
+        assert (await wait_until_finished(client, job.id)).metadata_value == 2
 
 
 @pytest.mark.parametrize("is_async", [True, False], ids=["async", "plain"])
@@ -109,7 +109,7 @@ async def test_the_decorator_works_without_parentheses(client: AsyncJobClient, q
 
     job = await client.create_job(queue=queue, kind="any")
     async with running_worker(worker):
-        assert (await finished(client, job.id)).metadata_value == ("async" if is_async else "plain")
+        assert (await wait_until_finished(client, job.id)).metadata_value == ("async" if is_async else "plain")
 
 
 @pytest.mark.parametrize("is_async", [True, False], ids=["async", "plain"])
@@ -134,7 +134,7 @@ async def test_an_exception_fails_the_job_with_its_class_and_traceback(
 
     job = await client.create_job(queue=queue)
     async with running_worker(worker):
-        failed = await finished(client, job.id)
+        failed = await wait_until_finished(client, job.id)
     assert (failed.status, failed.error_code) == ("failed", "ZeroDivisionError")
     assert failed.error_message is not None
     first, heading, *frames = failed.error_message.splitlines()
@@ -155,9 +155,9 @@ async def test_a_failed_attempt_is_retried(client: AsyncJobClient, queue: str) -
 
     job = await client.create_job(queue=queue, max_attempts=3)
     async with running_worker(worker):
-        done = await finished(client, job.id)
+        done = await wait_until_finished(client, job.id)
     assert (done.status, done.metadata_value) == ("completed", 3)
-    assert (await types(client, job.id)).count("retried") == 2
+    assert (await event_types(client, job.id)).count("retried") == 2
 
 
 async def test_retry_sets_the_delay(client: AsyncJobClient, queue: str) -> None:
@@ -169,7 +169,7 @@ async def test_retry_sets_the_delay(client: AsyncJobClient, queue: str) -> None:
 
     job = await client.create_job(queue=queue, max_attempts=2)
     async with running_worker(worker):
-        waiting = await when(client, job.id, lambda job: job.error_code is not None)
+        waiting = await wait_for_job(client, job.id, lambda job: job.error_code is not None)
     assert (waiting.status, waiting.error_code) == ("queued", "Retry")
     assert waiting.run_at - waiting.updated_at == 3_600_000
 
@@ -183,7 +183,7 @@ async def test_discard_fails_without_retry(client: AsyncJobClient, queue: str) -
 
     job = await client.create_job(queue=queue, max_attempts=5)
     async with running_worker(worker):
-        failed = await finished(client, job.id)
+        failed = await wait_until_finished(client, job.id)
     assert (failed.status, failed.error_message, failed.error_code) == ("failed", "not needed", "Discard")
 
 
@@ -212,7 +212,7 @@ async def test_an_error_of_any_class_fails_its_job_not_the_worker(
 
     jobs = [await client.create_job(queue=queue, kind=kind) for kind in errors]
     async with running_worker(worker):
-        failed = [await finished(client, job.id) for job in jobs]
+        failed = [await wait_until_finished(client, job.id) for job in jobs]
     assert [(job.error_code, (job.error_message or "").split("\n")[0]) for job in failed] == [
         ("NoText", "<exception str() failed>"),
         ("NoNotes", "NoNotes: with a text"),
@@ -233,7 +233,7 @@ async def test_a_message_that_json_cannot_express_is_escaped(
     jobs = [await client.create_job(queue=queue) for _ in range(2)]
     async with running_worker(worker):
         for job in jobs:
-            failed = await finished(client, job.id)
+            failed = await wait_until_finished(client, job.id)
             assert (failed.error_message or "").startswith("FileNotFoundError: /srv/\\udcff\\x00\n")
             assert failed.error_code == "FileNotFoundError"
 
@@ -252,7 +252,7 @@ async def test_sys_exit_in_a_handler_fails_the_job_not_the_worker(client: AsyncJ
     jobs = [await client.create_job(queue=queue, kind=kind) for kind in ("plain", "other")]
     async with running_worker(worker):
         for job in jobs:
-            assert (await finished(client, job.id)).error_code == "SystemExit"
+            assert (await wait_until_finished(client, job.id)).error_code == "SystemExit"
 
 
 async def test_a_result_that_json_cannot_express_fails_the_job(client: AsyncJobClient, queue: str) -> None:
@@ -264,7 +264,7 @@ async def test_a_result_that_json_cannot_express_fails_the_job(client: AsyncJobC
 
     job = await client.create_job(queue=queue)
     async with running_worker(worker):
-        failed = await finished(client, job.id)
+        failed = await wait_until_finished(client, job.id)
     assert (failed.status, failed.error_code) == ("failed", "TypeError")
 
 
@@ -277,7 +277,7 @@ async def test_a_result_that_the_daemon_rejects_fails_the_job(client: AsyncJobCl
 
     job = await client.create_job(queue=queue)
     async with running_worker(worker):
-        failed = await finished(client, job.id)
+        failed = await wait_until_finished(client, job.id)
     assert (failed.status, failed.error_code) == ("failed", "complete:invalid_request")
     assert "rejected its `complete`" in (failed.error_message or "")
 
@@ -292,8 +292,8 @@ async def test_a_payload_that_python_cannot_hold_fails_only_its_job(client: Asyn
     bad = await client.create_job(msgspec.Raw(b"[1e999]"), queue=queue)
     good = await client.create_job(1, queue=queue)
     async with running_worker(worker):
-        assert (await finished(client, bad.id)).error_code == "ValidationError"
-        assert (await finished(client, good.id)).metadata_value == 1
+        assert (await wait_until_finished(client, bad.id)).error_code == "ValidationError"
+        assert (await wait_until_finished(client, good.id)).metadata_value == 1
 
 
 async def test_progress_out_of_bounds_is_raised_in_the_handler(client: AsyncJobClient, queue: str) -> None:
@@ -310,7 +310,7 @@ async def test_progress_out_of_bounds_is_raised_in_the_handler(client: AsyncJobC
 
     job = await client.create_job(queue=queue)
     async with running_worker(worker):
-        done = await finished(client, job.id)
+        done = await wait_until_finished(client, job.id)
     assert (done.status, len(caught)) == ("completed", 1)
 
 
@@ -323,7 +323,7 @@ async def test_only_jobs_with_a_handler_are_claimed(client: AsyncJobClient, queu
 
     jobs = [await client.create_job(queue=queue, kind=kind) for kind in ("c", "a", "b")]
     async with running_worker(worker):
-        assert [(await finished(client, job.id)).metadata_value for job in jobs[1:]] == ["a", "b"]
+        assert [(await wait_until_finished(client, job.id)).metadata_value for job in jobs[1:]] == ["a", "b"]
     assert (await client.get_job(jobs[0].id)).status == "queued"
 
 
@@ -345,5 +345,5 @@ async def test_jobs_run_concurrently_up_to_the_limit(client: AsyncJobClient, que
     jobs = await client.create_jobs({"queue": queue} for _ in range(6))
     async with running_worker(worker):
         for job in jobs:
-            assert (await finished(client, job.id)).status == "completed"
+            assert (await wait_until_finished(client, job.id)).status == "completed"
     assert max_running == 2

@@ -24,9 +24,9 @@ from jobd.client import (
 )
 from tests import ROOT
 from tests.support.client_harness import (
+    event_types,
     running_worker,
-    types,
-    when,
+    wait_for_job,
 )
 from tests.support.daemon_process import Daemon, die_with_us
 
@@ -85,7 +85,7 @@ async def test_after_the_grace_a_handler_is_stopped_and_its_job_released(
         await serving
     back = await client.get_job(job.id)
     assert (back.status, back.attempt, back.progress) == ("queued", 0, 0)
-    assert (await types(client, job.id))[-1] == "released"
+    assert (await event_types(client, job.id))[-1] == "released"
     assert len(raised) == (0 if is_async else 1)
 
 
@@ -166,7 +166,7 @@ async def test_sigterm_drains_a_worker_process(client: AsyncJobClient, daemon: D
     start = functools.partial(subprocess.Popen, command, env=environ, stdin=subprocess.PIPE, preexec_fn=die_with_us)
     process = await asyncio.to_thread(start)
     try:
-        await when(client, job.id, lambda job: job.progress == 1)
+        await wait_for_job(client, job.id, lambda job: job.progress == 1)
         process.send_signal(signal.SIGTERM)
         await asyncio.to_thread(process.communicate)
         assert process.returncode == 0

@@ -28,13 +28,14 @@ from jobd.client import (
 from jobd.client.worker import handlers, lease
 from jobd.client.worker.lease import LeaseKeeper
 from tests.support.client_harness import (
-    finished,
+    event_types,
     running_worker,
-    types,
-    when,
+    wait_for_job,
+    wait_until_finished,
 )
 from tests.support.daemon_process import Daemon
-from tests.support.scripted_server import ReceivedRequest, ScriptedServer, serving, until
+from tests.support.polling import wait_until
+from tests.support.scripted_server import ReceivedRequest, ScriptedServer, serving
 
 
 @pytest.mark.slow
@@ -50,14 +51,14 @@ async def test_the_lock_is_extended_while_the_handler_runs(client: AsyncJobClien
     async with running_worker(worker):
 
         async def is_older_than_one_ttl() -> bool:
-            return (await types(client, job.id)).count("extended") >= 4
+            return (await event_types(client, job.id)).count("extended") >= 4
 
-        await until(is_older_than_one_ttl)
+        await wait_until(is_older_than_one_ttl)
         held = await client.get_job(job.id)
         assert held.lock is not None
         assert held.stalls == 0
         go.set()
-        assert (await finished(client, job.id)).attempt == 1
+        assert (await wait_until_finished(client, job.id)).attempt == 1
 
 
 @pytest.mark.slow
@@ -82,8 +83,8 @@ async def test_a_handler_that_blocks_its_loop_keeps_its_lock(
 
     job = await client.create_job(queue=queue)
     async with running_worker(worker):
-        done = await finished(client, job.id)
-        await until(lambda: "runs again" in caplog.text)
+        done = await wait_until_finished(client, job.id)
+        await wait_until(lambda: "runs again" in caplog.text)
     assert (done.status, done.metadata_value, done.stalls) == ("completed", 1, 0)
     assert f"job {job.id}: the event loop of the handlers is blocked for 0." in caplog.text
 
@@ -108,7 +109,7 @@ async def test_a_grant_received_while_the_loop_is_blocked_keeps_its_lock(
 
     job = await client.create_job(queue=queue, kind="blocks")
     async with running_worker(worker):
-        other = await finished(client, (await finished(client, job.id)).metadata_value)
+        other = await wait_until_finished(client, (await wait_until_finished(client, job.id)).metadata_value)
     assert (other.status, other.attempt, other.stalls) == ("completed", 1, 0)
 
 
@@ -132,7 +133,7 @@ async def test_a_lock_lost_while_the_loop_is_blocked_cancels_the_handler(
 
     job = await client.create_job(queue=queue)
     async with running_worker(worker):
-        await until(lambda: bool(ended))
+        await wait_until(lambda: bool(ended))
     assert (await client.get_job(job.id)).status == "cancelled"
 
 
@@ -163,7 +164,7 @@ async def test_a_handler_has_the_context_of_serve(client: AsyncJobClient, queue:
     async with running_worker(worker):
         for kind in ("async", "plain"):
             job = await client.create_job(queue=queue, kind=kind)
-            assert (await finished(client, job.id)).metadata_value == "of the caller"
+            assert (await wait_until_finished(client, job.id)).metadata_value == "of the caller"
 
 
 @pytest.mark.parametrize("is_own", [True, False], ids=["of the handler", "of the worker"])
@@ -194,7 +195,7 @@ async def test_a_handler_is_stopped_after_its_timeout(
     later = {"kind": "fixed", "base_ms": 3_600_000}  # prevents a second attempt
     job = await client.create_job(queue=queue, kind="k", max_attempts=2, backoff=later)
     async with running_worker(worker):
-        waiting = await when(client, job.id, lambda job: job.error_code is not None)
+        waiting = await wait_for_job(client, job.id, lambda job: job.error_code is not None)
     assert (waiting.status, waiting.error_code, waiting.attempt) == ("queued", "timeout", 1)
     assert waiting.error_message == "The run took longer than its timeout of 0.2 s."
     assert len(seen) == 1
@@ -218,11 +219,11 @@ async def test_a_thread_that_continues_after_its_timeout_counts_against_concurre
     job = await client.create_job(queue=queue, kind="long")
     after = await client.create_job(queue=queue)
     async with running_worker(worker):
-        failed = await finished(client, job.id)
-        await until(lambda: "its work does not stop" in caplog.text)
+        failed = await wait_until_finished(client, job.id)
+        await wait_until(lambda: "its work does not stop" in caplog.text)
         assert (await client.get_job(after.id)).status == "queued"
         go.set()
-        await finished(client, after.id)
+        await wait_until_finished(client, after.id)
     assert failed.error_code == "timeout"
     assert failed.error_message == (
         "The run took longer than its timeout of 0.1 s. The handler was told to stop, but it still runs."
@@ -235,7 +236,7 @@ async def test_a_handler_that_ends_before_its_timeout_completes_its_job(client: 
     worker.handler(lambda task: "in time")
     job = await client.create_job(queue=queue)
     async with running_worker(worker):
-        assert (await finished(client, job.id)).metadata_value == "in time"
+        assert (await wait_until_finished(client, job.id)).metadata_value == "in time"
 
 
 async def test_progress_after_the_end_of_a_run_is_an_error(
@@ -264,9 +265,9 @@ async def test_progress_after_the_end_of_a_run_is_an_error(
 
     job = await client.create_job(queue=queue)
     async with running_worker(worker):
-        await finished(client, job.id)
+        await wait_until_finished(client, job.id)
         go.set()
-        await until(lambda: bool(errors))
+        await wait_until(lambda: bool(errors))
     await report(tasks[0])
     assert [type(error) for error in errors] == [LockLost, Stopped]
 
@@ -295,7 +296,7 @@ async def test_cancelling_a_job_cancels_its_async_handler(client: AsyncJobClient
         await started.wait()
         await client.cancel_job(job.id, "not needed")
         await stopped.wait()
-        assert (await finished(client, after.id)).status == "completed"
+        assert (await wait_until_finished(client, after.id)).status == "completed"
     assert tasks[0].cancelled.is_set()
     with pytest.raises(LockLost) as caught:
         tasks[0].raise_if_lost()
@@ -326,7 +327,7 @@ async def test_a_plain_handler_that_lost_its_lock_reports_nothing(
     async with running_worker(worker):
         await asyncio.to_thread(started.wait)
         await admin.force_reset(job.id)
-        done = await finished(client, job.id)
+        done = await wait_until_finished(client, job.id)
     assert done.metadata_value == "second"
     assert len(outcome) == 1
 
@@ -351,7 +352,7 @@ async def test_progress_raises_lock_lost(client: AsyncJobClient, admin: AsyncAdm
         await started.wait()
         await admin.force_fail(job.id, "by hand")
         go.set()
-        await until(lambda: bool(caught))
+        await wait_until(lambda: bool(caught))
     assert (await client.get_job(job.id)).error_message == "by hand"
 
 
@@ -369,7 +370,7 @@ async def test_a_handler_is_stopped_after_max_processing_ms(client: AsyncJobClie
     job = await client.create_job(queue=queue, max_processing_ms=100, on_stall="fail")
     async with running_worker(worker):
         await stopped.wait()
-    assert await types(client, job.id)
+    assert await event_types(client, job.id)
 
 
 @pytest.mark.slow
@@ -395,15 +396,15 @@ async def test_work_continues_while_the_daemon_is_unreachable(
             async with running_worker(worker) as serving:
                 await started.wait()
                 await asyncio.to_thread(daemon.kill)
-                await until(lambda: "The work continues" in caplog.text)
+                await wait_until(lambda: "The work continues" in caplog.text)
                 go.set()
-                await until(lambda: "cannot complete it yet" in caplog.text)
+                await wait_until(lambda: "cannot complete it yet" in caplog.text)
                 assert not serving.done()
                 await asyncio.to_thread(daemon.start)
-                done = await finished(client, job.id)
+                done = await wait_until_finished(client, job.id)
                 assert (done.metadata_value, done.attempt, done.stalls) == ("done without you", 1, 0)
                 after = await client.create_job(queue=queue)
-                assert (await finished(client, after.id)).status == "completed"  # the worker claims again
+                assert (await wait_until_finished(client, after.id)).status == "completed"  # the worker claims again
 
 
 @pytest.mark.parametrize("what", ["claim", "progress", "complete", "fail"])
@@ -426,12 +427,14 @@ async def test_a_lost_response_causes_no_second_run(
 
         job = await client.create_job(queue=queue)
         async with running_worker(worker):
-            done = await finished(client, job.id)
-            await until(lambda: any(received.path.endswith(("/complete", "/fail")) for received in server.received))
+            done = await wait_until_finished(client, job.id)
+            await wait_until(
+                lambda: any(received.path.endswith(("/complete", "/fail")) for received in server.received)
+            )
     assert done.status == ("failed" if what == "fail" else "completed")
     assert len(runs) == 1
     assert len(server.lost) >= 1
-    events = await types(client, job.id)
+    events = await event_types(client, job.id)
     assert events.count("completed") + events.count("failed") == 1
 
 

@@ -13,7 +13,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 
-from tests.proof.faults.harness import Check, Outcome, checks, run_check
+from tests.proof.faults.harness import Check, CheckOutcome, checks, run_check
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def _parser(known: Iterable[Check]) -> argparse.ArgumentParser:
     return parser
 
 
-def _summary(outcomes: list[Outcome]) -> str:
+def _summary(outcomes: list[CheckOutcome]) -> str:
     lines = [f"commit {outcomes[0].commit}, Python {outcomes[0].python}"]
     for outcome in outcomes:
         lines.append(f"{outcome.verdict:8} {outcome.name:22} {outcome.seconds:7.1f} s  {outcome.promise}")

@@ -17,7 +17,7 @@ from jobd.model.events import fold
 from jobd.model.job import Grant, Job, Lease
 from tests.proof.faults.daemons import stopped
 from tests.proof.faults.harness import Check, Counts, Tool, Trial
-from tests.proof.faults.store_check import Contents, checked_contents
+from tests.proof.faults.store_check import StoreContents, checked_contents
 from tests.proof.faults.workers import LATE_MS, RealWorker
 from tests.support.daemon_process import Daemon
 
@@ -39,7 +39,7 @@ def _library() -> Path | None:
 FAKETIME: Final = Tool("libfaketime", "faketime", lambda: _library() is not None)
 
 
-class Stepped(Daemon):
+class SteppedClockDaemon(Daemon):
     """A daemon whose wall clock `step` moves."""
 
     def __init__(self, directory: Path) -> None:
@@ -90,7 +90,7 @@ class Stepped(Daemon):
 def clock_steps(trial: Trial) -> Counts:
     counts: Counter[str] = Counter()
     dice = random.Random(trial.rounds)
-    daemon = Stepped(trial.directory)
+    daemon = SteppedClockDaemon(trial.directory)
     with daemon:
         for number in range(trial.rounds):
             step_s = STEPS_S[number % len(STEPS_S)] * dice.uniform(0.5, 1)
@@ -104,7 +104,7 @@ def clock_steps(trial: Trial) -> Counts:
     return {**counts}
 
 
-def _for_six_seconds(daemon: Stepped) -> None:
+def _for_six_seconds(daemon: SteppedClockDaemon) -> None:
     """Check that a forced cleanup run during six seconds with the clock 40 days ahead deletes nothing."""
     ids = [daemon.made(f"done-{number}") for number in range(3)]
     for job_id in ids:
@@ -118,7 +118,7 @@ def _for_six_seconds(daemon: Stepped) -> None:
     assert not daemon.admin("GET", "clock").data["suspect"]
 
 
-def _step(daemon: Stepped, name: str, step_s: float, trial: Trial, counts: Counter[str]) -> None:
+def _step(daemon: SteppedClockDaemon, name: str, step_s: float, trial: Trial, counts: Counter[str]) -> None:
     """Step the clock once, with held, delayed and expiring jobs, and end them all afterwards."""
     step_ms = int(step_s * 1000)
     held = daemon.made(f"held-{name}")
@@ -156,7 +156,7 @@ def _step(daemon: Stepped, name: str, step_s: float, trial: Trial, counts: Count
         daemon.post(f"/v1/jobs/{job_id}/cancel")
 
 
-def _still_held(daemon: Stepped, job_id: str, holder: dict[str, str]) -> None:
+def _still_held(daemon: SteppedClockDaemon, job_id: str, holder: dict[str, str]) -> None:
     other = daemon.post(f"/v1/jobs/{job_id}/start", {"worker": "other"})
     assert (other.status, other.error) == (409, "already_locked"), other.body
     assert 0 < other.body["details"]["retry_after_ms"] <= LONG_TTL_MS
@@ -165,7 +165,7 @@ def _still_held(daemon: Stepped, job_id: str, holder: dict[str, str]) -> None:
     assert LONG_TTL_MS / 2 < daemon.left_ms(job_id) <= LONG_TTL_MS
 
 
-def _held_back(daemon: Stepped, overdue: str) -> None:
+def _held_back(daemon: SteppedClockDaemon, overdue: str) -> None:
     """Check that nothing fails by age after a step of more than a day until an operator accepts the clock."""
     assert daemon.admin("GET", "clock").data["suspect"]
     assert daemon.admin("GET", "health").data["status"] == "degraded"
@@ -176,7 +176,7 @@ def _held_back(daemon: Stepped, overdue: str) -> None:
     assert not daemon.admin("POST", "clock/accept", {}).data["suspect"]
 
 
-def _judged_by_the_wall(daemon: Stepped, name: str, granted: list[str], forward: bool) -> None:
+def _judged_by_the_wall(daemon: SteppedClockDaemon, name: str, granted: list[str], forward: bool) -> None:
     """Check that run_at and expires_at follow the wall clock as it is now."""
     assert granted == ([f"delayed-{name}"] if forward else []), granted
     later = daemon.post(f"/v1/jobs/later-{name}/start", {"worker": "w"})
@@ -190,7 +190,7 @@ def _judged_by_the_wall(daemon: Stepped, name: str, granted: list[str], forward:
     assert (expiring["status"], expiring["error_code"]) == expected, expiring
 
 
-def _times_in_order(store: Contents) -> int:
+def _times_in_order(store: StoreContents) -> int:
     """Check that lease time never goes back in the journal and that times are in order; return the number of events."""
     rows: dict[str, Job | None] = {}
     lease_ms = 0
@@ -215,7 +215,7 @@ def _times_in_order(store: Contents) -> int:
 def steps_while_down(trial: Trial) -> Counts:
     """Step the clock during a restart: locks keep the time that they had left, and nothing is deleted."""
     counts: Counter[str] = Counter()
-    daemon = Stepped(trial.directory)
+    daemon = SteppedClockDaemon(trial.directory)
     with daemon:
         daemon.made("done")
         daemon.post("/v1/jobs/done/complete", {**daemon.grant("done", LONG_TTL_MS), "metadata": 1})
@@ -238,7 +238,7 @@ def steps_while_down(trial: Trial) -> Counts:
     return {**counts, "jumps of 40 days": 1}
 
 
-def _leap(daemon: Stepped, *, again: bool) -> None:
+def _leap(daemon: SteppedClockDaemon, *, again: bool) -> None:
     """Start with the clock 40 days ahead: old jobs stay until an operator accepts the clock."""
     daemon.stop()
     daemon.step(40 * DAY_S)

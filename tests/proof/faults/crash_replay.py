@@ -16,7 +16,7 @@ from typing import Final
 from jobd.model.job import TOKEN_COUNTER_BITS
 from jobd.storage import doctor, startup
 from jobd.storage.store import Store
-from tests.proof.faults.crash_states import MANNERS, Disk, Record, records
+from tests.proof.faults.crash_states import MANNERS, LoggedCall, ReplayedDisk, records
 from tests.proof.faults.harness import Check, Counts, Tool, Trial, program
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
@@ -37,7 +37,7 @@ def replay(trial: Trial) -> Counts:
     counts: Counter[str] = Counter(
         {"writes and syncs logged": len(log), "acknowledged": ledger.acknowledged, "states": len(chosen)}
     )
-    disk, taken = Disk(), 0
+    disk, taken = ReplayedDisk(), 0
     place = trial.directory / "state"
     place.mkdir()
     for number, (cut, manner) in enumerate(chosen):
@@ -45,7 +45,7 @@ def replay(trial: Trial) -> Counts:
             disk.take(record)
         taken = cut
         until_s = log[cut].time_s if cut < len(log) else float("inf")
-        state = State(place / "jobd.db", f"after {cut} of {len(log)} calls, unsynced ones {manner}")
+        state = CrashState(place / "jobd.db", f"after {cut} of {len(log)} calls, unsynced ones {manner}")
         state.put(disk.after_a_crash(manner, f"{cut} {manner}"))
         counts[f"with unsynced writes {manner}"] += disk.has_unsynced()
         try:
@@ -55,7 +55,7 @@ def replay(trial: Trial) -> Counts:
     return dict(counts)
 
 
-def _logged(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[Record]:
+def _logged(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[LoggedCall]:
     """Log a store from its creation: load, kill -9, load, a stop with its checkpoint, load and a stop."""
     library, log = trial.directory / "writes.so", trial.directory / "writes.log"
     subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", str(library), str(SOURCE), "-ldl"], check=True)
@@ -79,7 +79,7 @@ def _logged(trial: Trial, ledger: Ledger, acknowledgements: int) -> list[Record]
 
 
 @dataclass(frozen=True)
-class State:
+class CrashState:
     """What a crash left, at `path`, and how it was built."""
 
     path: Path

@@ -20,7 +20,7 @@ Manner = Literal["dropped", "kept", "partly kept", "torn"]
 MANNERS: Final[tuple[Manner, ...]] = ("dropped", "kept", "partly kept", "torn")
 
 
-class Call(IntEnum):
+class FileCall(IntEnum):
     """As in writes.c."""
 
     OPEN = 1
@@ -35,7 +35,7 @@ _HEAD: Final = struct.Struct("<BBHIqq")
 
 
 @dataclass(frozen=True)
-class Record:
+class LoggedCall:
     """One call that succeeded. `file` counts SUFFIXES; `at` is an offset, or a size; `time_s` is time.monotonic()."""
 
     what: int
@@ -45,14 +45,14 @@ class Record:
     content: bytes
 
 
-def records(log: Path) -> Iterator[Record]:
+def records(log: Path) -> Iterator[LoggedCall]:
     """Return all records in the order in which the calls returned."""
     text = memoryview(log.read_bytes())
     place = 0
     while place < len(text):
         what, file, _, length, at, time_ns = _HEAD.unpack_from(text, place)
         place += _HEAD.size
-        yield Record(what, file, at, time_ns / 1e9, bytes(text[place : place + length]))
+        yield LoggedCall(what, file, at, time_ns / 1e9, bytes(text[place : place + length]))
         place += length
 
 
@@ -61,7 +61,7 @@ class _File:
     """`synced` is certainly on disk; `later` came after the last sync, in order."""
 
     synced: bytearray = field(default_factory=bytearray)
-    later: list[Record] = field(default_factory=list)
+    later: list[LoggedCall] = field(default_factory=list)
 
     def sync(self) -> None:
         for record in self.later:
@@ -71,7 +71,7 @@ class _File:
     def after_a_crash(self, manner: Manner, chance: random.Random) -> bytes:
         content = bytearray(self.synced)
         for record in self.later if manner != "dropped" else ():
-            if manner == "torn" and record.what == Call.WRITE:
+            if manner == "torn" and record.what == FileCall.WRITE:
                 for sector in _sectors(record):
                     if chance.random() < 0.5:
                         _change(content, sector)
@@ -80,8 +80,8 @@ class _File:
         return bytes(content)
 
 
-def _change(content: bytearray, record: Record) -> None:
-    if record.what == Call.TRUNCATE:
+def _change(content: bytearray, record: LoggedCall) -> None:
+    if record.what == FileCall.TRUNCATE:
         del content[record.at :]
         content.extend(bytes(record.at - len(content)))
         return
@@ -89,16 +89,16 @@ def _change(content: bytearray, record: Record) -> None:
     content[record.at : record.at + len(record.content)] = record.content
 
 
-def _sectors(record: Record) -> Iterator[Record]:
+def _sectors(record: LoggedCall) -> Iterator[LoggedCall]:
     start, end = record.at, record.at + len(record.content)
     while start < end:
         next_start = min(end, (start // SECTOR + 1) * SECTOR)
         content = record.content[start - record.at : next_start - record.at]
-        yield Record(Call.WRITE, record.file, start, record.time_s, content)
+        yield LoggedCall(FileCall.WRITE, record.file, start, record.time_s, content)
         start = next_start
 
 
-class Disk:
+class ReplayedDisk:
     """The files of one store after a prefix of its records."""
 
     def __init__(self) -> None:
@@ -106,21 +106,21 @@ class Disk:
         self._kept: dict[int, _File] = {}  # as it certainly is on disk
         self._renamings: list[tuple[int, _File | None]] = []  # name changes since the directory was synced
 
-    def take(self, record: Record) -> None:
+    def take(self, record: LoggedCall) -> None:
         file = self._named.get(record.file)
         match record.what:
-            case Call.OPEN if file is None:
+            case FileCall.OPEN if file is None:
                 self._named[record.file] = made = _File()
                 self._renamings.append((record.file, made))
-            case Call.UNLINK:
+            case FileCall.UNLINK:
                 self._named.pop(record.file, None)
                 self._renamings.append((record.file, None))
-            case Call.SYNC_NAMES:
+            case FileCall.SYNC_NAMES:
                 self._kept = dict(self._named)
                 self._renamings.clear()
-            case Call.SYNC if file is not None:
+            case FileCall.SYNC if file is not None:
                 file.sync()
-            case Call.WRITE | Call.TRUNCATE if file is not None:
+            case FileCall.WRITE | FileCall.TRUNCATE if file is not None:
                 file.later.append(record)
 
     def has_unsynced(self) -> bool:

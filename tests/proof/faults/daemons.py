@@ -22,8 +22,8 @@ from typing import Any, Final
 from tests.proof.faults.harness import Check, Counts, Trial, program
 from tests.proof.faults.ledger import Ledger, caused_by_clients, events_pattern
 from tests.proof.faults.load import load
-from tests.proof.faults.store_check import Contents, checked_contents
-from tests.support.daemon_process import ApiCalls, Daemon, Reply, call, die_with_us
+from tests.proof.faults.store_check import StoreContents, checked_contents
+from tests.support.daemon_process import ApiCalls, Daemon, DaemonResponse, call, die_with_us
 
 BUSY: Final = 75
 RIVALS: Final = 4  # daemons that start at the same moment
@@ -179,7 +179,7 @@ class Claimers:
                 assert reply.status == 201, reply.body
                 self.created.update(ids)
 
-    def check(self, store: Contents) -> int:
+    def check(self, store: StoreContents) -> int:
         """Check that every grant was received and every created job exists; return the number of grants."""
         assert self.created <= store.jobs.keys()
         mine = {token: job_id for token, job_id in store.tokens.items() if job_id.startswith("claimed-")}
@@ -191,7 +191,7 @@ class Claimers:
         return len(mine)
 
 
-class Half:
+class HalfSentCreate:
     """A create with half of its body sent."""
 
     def __init__(self, daemon: Daemon, job_id: str) -> None:
@@ -203,10 +203,10 @@ class Half:
         self._line.putheader("Content-Length", str(len(self._text)))
         self._line.endheaders(self._text[:10])
 
-    def rest(self) -> Reply:
+    def rest(self) -> DaemonResponse:
         self._line.send(self._text[10:])
         with closing(self._line):
-            return Reply(self._line.getresponse())
+            return DaemonResponse(self._line.getresponse())
 
 
 def parked(daemon: ApiCalls) -> http.client.HTTPConnection:
@@ -253,7 +253,7 @@ def _wait_until_rejected(daemon: Daemon) -> None:
         time.sleep(0.005)
 
 
-def told_to_stop(trial: Trial) -> Counts:
+def graceful_stop(trial: Trial) -> Counts:
     ledger = Ledger()
     grants, slowest_s = 0, 0.0
     with Daemon(trial.directory) as daemon, ThreadPoolExecutor(PARKED) as pool:
@@ -261,7 +261,7 @@ def told_to_stop(trial: Trial) -> Counts:
         for number in range(trial.rounds):
             waiting = [parked(daemon) for _ in range(PARKED)]
             _wait_for(daemon, f"jobd_parked_claims {PARKED}.0")
-            half = Half(daemon, f"half-{number}")
+            half = HalfSentCreate(daemon, f"half-{number}")
             with ExitStack() as stack:
                 if number % 2:
                     stack.enter_context(slow_disk(daemon, 30))
@@ -281,7 +281,7 @@ def told_to_stop(trial: Trial) -> Counts:
                     slowest_s = max(slowest_s, time.monotonic() - began_s)
                 for connection in waiting:
                     with closing(connection):
-                        assert Reply(connection.getresponse()).data == {"grants": []}
+                        assert DaemonResponse(connection.getresponse()).data == {"grants": []}
                 for one in busy:
                     one.result()
             assert b"requests_cut_off" not in daemon.log
@@ -304,7 +304,7 @@ def told_to_stop(trial: Trial) -> Counts:
     }
 
 
-def check_all_answered(ledger: Ledger, store: Contents) -> None:
+def check_all_answered(ledger: Ledger, store: StoreContents) -> None:
     """Check that a graceful stop left no change without a response."""
     for record in ledger.jobs.values():
         done = caused_by_clients(store.events.get(record.job_id, []))
@@ -329,7 +329,7 @@ CHECKS = (
     Check(
         "graceful-stop",
         "SIGTERM: listeners close, requests in flight are answered (waiting claims: no job), nothing else, exit 0",
-        told_to_stop,
+        graceful_stop,
         rounds=20,
         few=2,
         needs=(program("strace"),),

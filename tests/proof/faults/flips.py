@@ -23,7 +23,7 @@ from jobd.storage.store import Store
 from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
-from tests.proof.faults.store_check import Contents, contents
+from tests.proof.faults.store_check import StoreContents, contents
 from tests.support.daemon_process import Daemon, call
 
 PAGE: Final = 4096
@@ -32,7 +32,7 @@ BY_DAEMON: Final = 100  # one of this many flips is tested with a daemon, all wi
 REFUSED: Final = (74, 78)
 
 
-class Original:
+class OriginalStore:
     """A store as the daemon left it: its files and contents."""
 
     def __init__(self, trial: Trial, *, killed: bool) -> None:
@@ -90,7 +90,7 @@ def _odd_jobs(daemon: Daemon) -> None:
 # What a store serves, compared with what was in it
 
 
-async def _serves(path: Path, holds: Contents) -> tuple[str, bool, set[str]]:
+async def _serves(path: Path, holds: StoreContents) -> tuple[str, bool, set[str]]:
     """Open the store. Return whether it was rejected, reported damage or neither, and what is missing of which jobs."""
     try:
         store, opened = await Store.open(str(path))
@@ -110,7 +110,7 @@ async def _serves(path: Path, holds: Contents) -> tuple[str, bool, set[str]]:
     return "detected" if noticed else "without effect", lost or bool(missing), missing
 
 
-async def _payloads(store: Store, holds: Contents, ids: set[str]) -> bool:
+async def _payloads(store: Store, holds: StoreContents, ids: set[str]) -> bool:
     seqs = {holds.jobs[job_id].seq: job_id for job_id in ids}
     loaded = await store.load([], list(seqs), [])
     for seq, payload in loaded.payloads.items():
@@ -118,7 +118,7 @@ async def _payloads(store: Store, holds: Contents, ids: set[str]) -> bool:
     return False  # a payload that is not served is in `bad`, which the check of the jobs covers
 
 
-async def _pages(store: Store, holds: Contents) -> bool:
+async def _pages(store: Store, holds: StoreContents) -> bool:
     seen = 0
     query = JobQuery(limit=50)
     while True:
@@ -132,7 +132,7 @@ async def _pages(store: Store, holds: Contents) -> bool:
         query = replace(query, before=page.next_before)
 
 
-async def _journals(store: Store, holds: Contents, ids: set[str]) -> bool:
+async def _journals(store: Store, holds: StoreContents, ids: set[str]) -> bool:
     lost = False
     for job_id in ids:
         written = {event.seq: event for event in holds.events[job_id]}
@@ -150,7 +150,7 @@ def _doctor_names(path: Path) -> bool:
         return True
 
 
-def _inspect(path: Path, holds: Contents) -> tuple[str, bool]:
+def _inspect(path: Path, holds: StoreContents) -> tuple[str, bool]:
     """Return the result of a flip in a word, and whether anything was missing. Fails if a response was wrong."""
     named = _doctor_names(path)
     verdict, lost, missing = asyncio.run(_serves(path, holds))
@@ -164,7 +164,7 @@ def _inspect(path: Path, holds: Contents) -> tuple[str, bool]:
 # The same over HTTP
 
 
-def _served_by_a_daemon(path: Path, original: Original, answers: dict[str, Any]) -> None:
+def _served_by_a_daemon(path: Path, original: OriginalStore, answers: dict[str, Any]) -> None:
     """Check that each response equals the one before, or is an error about damage."""
     with Daemon.not_started(path.parent) as daemon:
         daemon.launch()
@@ -191,7 +191,7 @@ def _same(job: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in job.items() if name not in ("lock", "updated_at")}
 
 
-def _answers(trial: Trial, original: Original) -> dict[str, Any]:
+def _answers(trial: Trial, original: OriginalStore) -> dict[str, Any]:
     path = original.put(trial.directory / "whole", "none", 0, 0)
     with Daemon(path.parent) as daemon:
         found = {job_id: _same(daemon.get(f"/v1/jobs/{job_id}").data) for job_id in original.holds.jobs}
@@ -204,13 +204,13 @@ def _answers(trial: Trial, original: Original) -> dict[str, Any]:
 
 def flips(trial: Trial, *, killed: bool) -> Counts:
     """Flip `trial.rounds` bits, evenly spread over the database, or over the write-ahead log that a kill left."""
-    original = Original(trial, killed=killed)
+    original = OriginalStore(trial, killed=killed)
     suffix = "-wal" if killed else ""
     content = original.files[suffix]
     answers = _answers(trial, original)
     chance = random.Random(0)
     counts: Counter[str] = Counter({"flips": trial.rounds, "bytes": len(content), "jobs": len(original.holds.jobs)})
-    last = Last(content) if killed else None
+    last = LastTransaction(content) if killed else None
     for number in range(trial.rounds):
         at = (number * len(content) + chance.randrange(len(content))) // trial.rounds
         bit = chance.randrange(8)
@@ -241,7 +241,7 @@ def _kind(content: bytes, at: int) -> str:
     return KINDS.get(content[page + 100 if page == 0 else page], "overflow and free pages")
 
 
-class Last:
+class LastTransaction:
     """The last transaction of a log, which may be incomplete after a crash, so that damage to it is not detectable."""
 
     FRAME: Final = 24 + PAGE

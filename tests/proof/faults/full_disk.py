@@ -15,7 +15,7 @@ from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest
 from tests.proof.faults.load import work_alone
 from tests.proof.faults.mounts import MOUNTS, tmpfs
 from tests.proof.faults.store_check import checked_contents
-from tests.support.daemon_process import Daemon, Reply
+from tests.support.daemon_process import Daemon, DaemonResponse
 
 ROOM_BYTES: Final = 16 << 20  # the log may use 4 MiB before it is reused, and the jobs need more
 HELD: Final = 12
@@ -31,14 +31,14 @@ def fill(place: Path) -> Path:
     return name
 
 
-class Caller:
+class RecordingClient:
     """A client that notes its responses in the ledger."""
 
     def __init__(self, daemon: Daemon, ledger: Ledger) -> None:
         self._daemon = daemon
         self._ledger = ledger
 
-    def ask(self, event: str, record: JobRecord, verb: str, body: dict[str, Any]) -> Reply:
+    def ask(self, event: str, record: JobRecord, verb: str, body: dict[str, Any]) -> DaemonResponse:
         path = f"/v1/jobs/{record.job_id}/{verb}" if verb else "/v1/jobs"
         record.open = request = SentRequest(event, path, body)
         reply = self._daemon.post(path, body)
@@ -48,7 +48,7 @@ class Caller:
             self._ledger.rejected(record, request, reply.error)
         return reply
 
-    def create(self, job_id: str) -> tuple[JobRecord, Reply]:
+    def create(self, job_id: str) -> tuple[JobRecord, DaemonResponse]:
         record = self._ledger.begin(job_id, {"n": job_id})
         return record, self.ask("created", record, "", {"id": job_id, "payload": {"n": job_id}})
 
@@ -82,7 +82,7 @@ def full_disk(trial: Trial) -> Counts:
 def _fills_up(daemon: Daemon, ledger: Ledger, place: Path, name: str) -> int:
     """Fill the disk, then free it; return how many jobs ended in between."""
     assert daemon.process is not None
-    caller = Caller(daemon, ledger)
+    caller = RecordingClient(daemon, ledger)
     held = [caller.hold(f"{name}-held-{number}") for number in range(HELD)]
     filler = fill(place)
     created, extended = 0, 0
@@ -134,7 +134,7 @@ def tiny_disk(trial: Trial) -> Counts:
 
 
 def _filled_and_freed(daemon: Daemon, ledger: Ledger, place: Path) -> None:
-    caller = Caller(daemon, ledger)
+    caller = RecordingClient(daemon, ledger)
     jobs = 0
     filler = fill(place)
     while caller.create(f"new-{jobs}")[1].status == 201:

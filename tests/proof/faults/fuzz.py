@@ -82,7 +82,7 @@ def strict(title: str, table: Iterable[Route]) -> dict[str, Any]:
     return root
 
 
-class Known:
+class ExistingJobs:
     """Existing jobs in many states, so that requests do not all fail with job_not_found."""
 
     def __init__(self, daemon: Daemon) -> None:
@@ -118,10 +118,10 @@ class Known:
                     case.body[name] = self.locks.get(job_id, "none")
 
 
-class Fuzz:
+class ApiFuzzer:
     """One API of a daemon, with its document."""
 
-    def __init__(self, title: str, table: Iterable[Route], port: int, known: Known) -> None:
+    def __init__(self, title: str, table: Iterable[Route], port: int, known: ExistingJobs) -> None:
         self._schema = schemathesis.openapi.from_dict(strict(title, table))
         self._url = f"http://127.0.0.1:{port}"
         self._known = known
@@ -200,10 +200,10 @@ def by_the_documents(trial: Trial) -> Counts:
     ports = {"WORKER": free_port(), "ADMIN": free_port()}
     environ = {f"JOBD_{name}_LISTEN": f"127.0.0.1:{port}" for name, port in ports.items()}
     with Daemon(trial.directory, "", JOBD_WORKER_TOKEN_FILE=str(token), **environ) as daemon:
-        known = Known(daemon)
+        known = ExistingJobs(daemon)
         apis = [
-            Fuzz("worker", worker.ROUTES, ports["WORKER"], known),
-            Fuzz("admin", admin.ROUTES, ports["ADMIN"], known),
+            ApiFuzzer("worker", worker.ROUTES, ports["WORKER"], known),
+            ApiFuzzer("admin", admin.ROUTES, ports["ADMIN"], known),
         ]
         for api in apis:
             api.run(trial.rounds)

@@ -83,7 +83,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckOutcome:
     """The outcome of a check; `story` says what broke, or which tools are missing.
 
     `command` repeats the check. `commit` is that of the code, with `-dirty` if it was changed since.
@@ -114,12 +114,12 @@ def commit() -> str:
     return subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def run_check(check: Check, rounds: int, *, timed: bool) -> Outcome:
+def run_check(check: Check, rounds: int, *, timed: bool) -> CheckOutcome:
     """Run one check. Any exception is its failure. If a tool is missing, the check is skipped."""
     command = f"python -m tests.proof.faults {check.name}"
     command += f" --rounds {rounds}" if rounds != check.rounds else ""
     command += "" if timed else " --few"
-    begun = Outcome(
+    begun = CheckOutcome(
         check.name,
         check.promise,
         "skipped",

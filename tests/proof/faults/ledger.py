@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from jobd.model.events import Event
-from tests.proof.faults.store_check import Contents
+from tests.proof.faults.store_check import StoreContents
 from tests.support.daemon_process import ApiCalls
 
 # Events of the daemon itself may occur between those of clients.
@@ -130,7 +130,7 @@ class Ledger:
             settled += 1
         return settled
 
-    def check(self, store: Contents, *, until_s: float = math.inf) -> int:
+    def check(self, store: StoreContents, *, until_s: float = math.inf) -> int:
         """Check that the store has every acknowledgement once and nothing rejected; return how many were checked.
 
         Changes answered at `until_s` (time.monotonic()) or later may be missing.
@@ -148,7 +148,7 @@ class Ledger:
             assert store.tokens.get(token) == job_id or granted_s >= until_s, f"token {token} of {job_id} is not there"
         return checked
 
-    def forget_lost(self, store: Contents, since_s: float) -> int:
+    def forget_lost(self, store: StoreContents, since_s: float) -> int:
         """Forget responses from `since_s` on that the store does not have; return how many."""
         forgotten = 0
         for record in self.jobs.values():

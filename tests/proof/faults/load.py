@@ -11,7 +11,7 @@ from contextlib import closing, contextmanager
 from typing import Any, Final
 
 from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest
-from tests.support.daemon_process import ApiCalls, Reply, call
+from tests.support.daemon_process import ApiCalls, DaemonResponse, call
 
 CLIENTS: Final = 6
 ENDINGS: Final = ("completed", "failed", "retried", "released", "cancelled", "held")
@@ -25,7 +25,7 @@ class Rejected(Exception):
     """A definite error."""
 
 
-class Client:
+class LoadClient:
     """One connection and its jobs. Job ids begin with `name`, which is unique in a store."""
 
     def __init__(self, ledger: Ledger, name: str, stop: threading.Event) -> None:
@@ -78,7 +78,7 @@ class Client:
         self._judge(record, request, reply)
         return reply.data
 
-    def _judge(self, record: JobRecord, request: SentRequest, reply: Reply) -> None:
+    def _judge(self, record: JobRecord, request: SentRequest, reply: DaemonResponse) -> None:
         if reply.status in (200, 201):
             self._ledger.succeeded(record, request, reply.data)
             return
@@ -96,7 +96,7 @@ def load(daemon: ApiCalls, ledger: Ledger, name: str, clients: int = CLIENTS) ->
     """Run clients while the block runs. `name` is unique in a store."""
     stop = threading.Event()
     with ThreadPoolExecutor(clients) as pool:
-        each = [Client(ledger, f"{name}-{number}", stop) for number in range(clients)]
+        each = [LoadClient(ledger, f"{name}-{number}", stop) for number in range(clients)]
         done = [pool.submit(client.work, daemon.worker) for client in each]
         try:
             yield done
@@ -108,4 +108,4 @@ def load(daemon: ApiCalls, ledger: Ledger, name: str, clients: int = CLIENTS) ->
 
 def work_alone(daemon: ApiCalls, ledger: Ledger, name: str, lifecycles: int) -> None:
     """Run one client for this many lifecycles, or until its connection breaks. The same `name` gives the same calls."""
-    Client(ledger, name, threading.Event()).work(daemon.worker, lifecycles)
+    LoadClient(ledger, name, threading.Event()).work(daemon.worker, lifecycles)

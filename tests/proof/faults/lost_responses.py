@@ -20,17 +20,17 @@ from jobd.model.job import Grant
 from tests.proof.faults.daemons import slow_disk
 from tests.proof.faults.harness import Check, Counts, Trial, program
 from tests.proof.faults.ledger import JobRecord, Ledger, SentRequest, caused_by_clients, events_pattern
-from tests.proof.faults.load import CLIENTS, Client, load
+from tests.proof.faults.load import CLIENTS, LoadClient, load
 from tests.proof.faults.proxy import FAULTS, Proxy
-from tests.proof.faults.store_check import Contents, checked_contents
-from tests.support.daemon_process import Daemon, Reply, call, die_with_us
+from tests.proof.faults.store_check import StoreContents, checked_contents
+from tests.support.daemon_process import Daemon, DaemonResponse, call, die_with_us
 
 CALLS: Final = itertools.count(1)
 LIFECYCLES: Final = 40
 AGAIN: Final = frozenset({"progress", "extended"})  # without a key, these happen again
 
 
-class RetryingClient(Client):
+class RetryingClient(LoadClient):
     """A client behind a proxy that repeats each request until a response comes, and compares it with the lost ones."""
 
     def __init__(self, ledger: Ledger, name: str, stop: threading.Event, proxy: Proxy) -> None:
@@ -73,7 +73,7 @@ class RetryingClient(Client):
         elif request.event in AGAIN or (request.event == "granted" and lost is None):
             record.maybe(request.event)
 
-    def _compare(self, request: SentRequest, first: tuple[int, Any] | None, reply: Reply) -> None:
+    def _compare(self, request: SentRequest, first: tuple[int, Any] | None, reply: DaemonResponse) -> None:
         if first is None or request.event in AGAIN:
             return
         self.compared += 1
@@ -111,7 +111,7 @@ def lost_responses(trial: Trial) -> Counts:
     }
 
 
-def _released_grants(ledger: Ledger, store: Contents) -> int:
+def _released_grants(ledger: Ledger, store: StoreContents) -> int:
     """Return the grants that were not received; each must have ended as undelivered at once."""
     taken_back = 0
     for events in store.events.values():
@@ -220,7 +220,7 @@ def killed_before_reply(trial: Trial) -> Counts:
     }
 
 
-def _was_done(record: JobRecord, store: Contents) -> bool:
+def _was_done(record: JobRecord, store: StoreContents) -> bool:
     seen = caused_by_clients(store.events.get(record.job_id, []))
     return (
         record.open is not None

@@ -25,7 +25,7 @@ from typing import Final
 
 from tests import ROOT
 from tests.proof.faults.harness import Tool, program
-from tests.support.daemon_process import TOKEN, ApiCalls, OverUnix, die_with_us
+from tests.support.daemon_process import TOKEN, ApiCalls, UnixConnection, die_with_us
 
 SYSTEMD: Final = Path("/usr/lib/systemd/systemd")
 SPACES: Final = ("--mount", "--pid", "--net", "--ipc", "--cgroup")
@@ -159,8 +159,8 @@ class SystemdMachine(ApiCalls):
         path = self.path(LOG)
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
-    def worker(self) -> OverUnix:
-        return OverUnix(self.socket, timeout=2 * UP_S)  # the first response may wait for a start
+    def worker(self) -> UnixConnection:
+        return UnixConnection(self.socket, timeout=2 * UP_S)  # the first response may wait for a start
 
     def path(self, inside: str) -> Path:
         """The path of a file in the box, as seen from outside."""

@@ -23,7 +23,7 @@ from typing import Final
 from tests.proof.faults.fuzz import free_port
 from tests.proof.faults.harness import Check, Counts, Trial
 from tests.support.daemon_process import TOKEN, Daemon, call
-from tests.support.malformed_requests import DEAR, HOSTILE, WIDER, post
+from tests.support.malformed_requests import EXPENSIVE, EXTENDED, HOSTILE, post
 
 LAG_MS: Final = 20.0
 ANSWERED_S: Final = 20.0  # bodies have 10 s to arrive
@@ -34,7 +34,7 @@ FRAMED: Final = ("length", "coding", "chunk size")  # cases in which the end of 
 Connect = Callable[[], socket.socket]
 
 
-class Probe:
+class NormalClient:
     """A normal client that sends requests continuously; `worst` is its longest wait while a block runs."""
 
     def __init__(self, daemon: Daemon) -> None:
@@ -45,7 +45,7 @@ class Probe:
         self._worst_s = 0.0
         self._thread = threading.Thread(target=self._ask)
 
-    def __enter__(self) -> Probe:
+    def __enter__(self) -> NormalClient:
         self._thread.start()
         return self
 
@@ -108,12 +108,12 @@ def with_token(request: bytes) -> bytes:
 
 
 def _requests() -> dict[str, bytes]:
-    dear = {name: post(path, body) for name, (path, body) in DEAR.items()}
+    dear = {name: post(path, body) for name, (path, body) in EXPENSIVE.items()}
     bombs = {
         f"bomb {coding}": post("/v1/jobs", BOMB, f"Content-Encoding: {coding}")
         for coding in ("gzip", "deflate", "br", "zstd", "identity, gzip")
     }
-    return {**HOSTILE, **WIDER, **dear, **bombs}
+    return {**HOSTILE, **EXTENDED, **dear, **bombs}
 
 
 def _listeners(daemon: Daemon, port: int) -> dict[str, Connect]:
@@ -147,7 +147,7 @@ def hostile_requests(trial: Trial) -> Counts:
     statuses: Counter[int] = Counter()
     lags: dict[str, list[float]] = {}
     sys.setswitchinterval(0.0005)  # the normal client does not wait for this one
-    with opened(trial.directory) as (daemon, listeners), Probe(daemon) as probe:
+    with opened(trial.directory) as (daemon, listeners), NormalClient(daemon) as probe:
         for _ in range(trial.rounds):
             for listener, connect in listeners.items():
                 for name, request in _requests().items():
@@ -180,7 +180,7 @@ def smuggled(trial: Trial) -> Counts:
                         headers = http.client.parse_headers(received)
                         assert f"There is no job none-{n}:" in received.read(int(headers["Content-Length"])).decode()
                 requests += count
-            for name, carrier in {**HOSTILE, **WIDER}.items():
+            for name, carrier in {**HOSTILE, **EXTENDED}.items():
                 hidden = f"smuggled-{number}-{name.replace(' ', '-').replace(',', '')}"
                 head = head_of(listeners["worker socket"], carrier + post("/v1/jobs", f'{{"id":"{hidden}"}}'.encode()))
                 is_over = not head or b"\r\nConnection: close\r\n" in head

@@ -23,7 +23,7 @@ from tests.proof.faults.load import load
 from tests.proof.faults.next_version import AHEAD
 from tests.proof.faults.store_check import checked_contents, contents
 from tests.proof.faults.strace import STRACE, SYNCS, WRITES, Strace
-from tests.proof.faults.syscall_faults import EXIT_IO, Place
+from tests.proof.faults.syscall_faults import EXIT_IO, FaultPosition
 from tests.support.daemon_process import Daemon
 
 NEXT: Final = "tests.proof.faults.next_version"
@@ -70,7 +70,7 @@ def cut_short(trial: Trial) -> Counts:
     return dict(counts)
 
 
-def _places(home: Path) -> list[Place]:
+def _places(home: Path) -> list[FaultPosition]:
     """Return all writes and syncs of a start that migrates and of the stop after it, with the possible faults."""
     with Daemon.not_started(home) as daemon:
         daemon.module = NEXT
@@ -80,10 +80,12 @@ def _places(home: Path) -> list[Place]:
     found = strace.seen()
     (thread, _), *_ = Counter(seen.thread for seen in found).most_common()
     made = Counter(seen.call for seen in found if seen.thread == thread)
-    return [Place(call, number, error) for call in made for number in range(1, made[call] + 1) for error in ERRORS]
+    return [
+        FaultPosition(call, number, error) for call in made for number in range(1, made[call] + 1) for error in ERRORS
+    ]
 
 
-def _fails(home: Path, place: Place) -> str:
+def _fails(home: Path, place: FaultPosition) -> str:
     with Daemon.not_started(home) as daemon:
         daemon.module = NEXT
         Strace(daemon, (*SYNCS, *WRITES), place.inject)

@@ -15,7 +15,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from tests.support.daemon_process import OverUnix
+from tests.support.daemon_process import UnixConnection
 
 FAULTS: Final = (
     "response lost",  # the daemon responds, the client receives nothing
@@ -51,7 +51,7 @@ class Proxy:
         os.unlink(self._path)
 
     def connect(self) -> http.client.HTTPConnection:
-        return OverUnix(self._path)
+        return UnixConnection(self._path)
 
     def _let_in(self) -> None:
         with suppress(OSError):  # no listener

@@ -19,7 +19,7 @@ from typing import Any, Final
 from tests.proof.faults.harness import Check, Counts, Trial
 from tests.proof.faults.store_check import checked_contents
 from tests.proof.faults.strace import STRACE, SYNCS, Strace
-from tests.support.daemon_process import Daemon, Reply, call
+from tests.support.daemon_process import Daemon, DaemonResponse, call
 
 SYNC_US: Final = 500_000
 FIRST_SLOW_SYNC: Final = 12  # about as many as the start makes
@@ -34,7 +34,7 @@ class PendingRequest:
 
     def __init__(self, daemon: Daemon, path: str, body: dict[str, Any]) -> None:
         self.path = path
-        self.reply: Reply | None = None
+        self.reply: DaemonResponse | None = None
         self.line = socket.socket(socket.AF_UNIX)
         self.line.settimeout(60)
         self.line.connect(daemon.socket)
@@ -42,11 +42,11 @@ class PendingRequest:
         head = f"POST {path} HTTP/1.1\r\nHost: jobd\r\nContent-Type: application/json\r\nContent-Length: {len(text)}"
         self.line.sendall(head.encode() + b"\r\n\r\n" + text)
 
-    def read(self) -> Reply:
+    def read(self) -> DaemonResponse:
         """Read the response, which has started to arrive."""
         response = http.client.HTTPResponse(self.line)
         response.begin()
-        self.reply = Reply(response)
+        self.reply = DaemonResponse(response)
         self.line.close()
         return self.reply
 
@@ -96,7 +96,7 @@ def slow_disk(trial: Trial) -> Counts:
     }
 
 
-def _judged(request: PendingRequest, reply: Reply) -> str:
+def _judged(request: PendingRequest, reply: DaemonResponse) -> str:
     if request.path != "/v1/jobs":
         assert reply.status == 200, f"running work has to be heard: {reply.body}"
         return "taken"

@@ -18,7 +18,7 @@ from jobd.storage.database import EVENT_SQL, JOB_SQL
 
 
 @dataclass
-class Contents:
+class StoreContents:
     """All rows by job id, and the `tokens` of all grants in the journal, in order."""
 
     jobs: dict[str, Job] = field(default_factory=dict)
@@ -27,16 +27,16 @@ class Contents:
     tokens: dict[int, str] = field(default_factory=dict)
 
 
-def checked_contents(path: str | Path) -> Contents:
+def checked_contents(path: str | Path) -> StoreContents:
     """Return the contents of a store. Raise AssertionError if anything is wrong."""
     problems = doctor.check(str(path))
     assert not problems, f"the doctor finds: {[f'{one.where}: {one.what}' for one in problems[:5]]}"
     return contents(path)
 
 
-def contents(path: str | Path) -> Contents:
+def contents(path: str | Path) -> StoreContents:
     """Read and compare everything: each journal folds to its row, tokens increase, only processing jobs have locks."""
-    found = Contents()
+    found = StoreContents()
     reader = codec.JobReader()
     with startup.read_only(str(path)) as conn:
         for row in conn.execute(f"SELECT {JOB_SQL} FROM jobs NOT INDEXED"):
@@ -51,7 +51,7 @@ def contents(path: str | Path) -> Contents:
     return found
 
 
-def _note(found: Contents, event: Event) -> None:
+def _note(found: StoreContents, event: Event) -> None:
     if event.job_seq == 0:
         return
     found.events.setdefault(event.job_id, []).append(event)
@@ -64,7 +64,7 @@ def _note(found: Contents, event: Event) -> None:
         found.tokens[token] = event.job_id
 
 
-def _compare(found: Contents) -> None:
+def _compare(found: StoreContents) -> None:
     for job_id, job in found.jobs.items():
         row: Job | None = None
         for event in found.events.get(job_id, []):

@@ -34,7 +34,7 @@ EXIT_IO: Final = 74
 
 
 @dataclass(frozen=True)
-class Place:
+class FaultPosition:
     """The `number`th call of its name, counted from one; with `on`, all later ones fail too."""
 
     call: str
@@ -49,7 +49,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Ending:
+class DaemonExit:
     """How a daemon ended. `calls` start with the one that failed."""
 
     daemon: Daemon
@@ -113,7 +113,7 @@ def sweep(
     """Test `trial.rounds` of all positions, or all if they are fewer."""
     made = _made(trial, calls, work, at_checkpoints)
     pool = [
-        Place(call, number, error, on)
+        FaultPosition(call, number, error, on)
         for call in calls
         for number in range(1, made.get(call, 0) + 1)
         for error in errors
@@ -160,7 +160,7 @@ def _measured(trial: Trial, calls: tuple[str, ...], work: Work, at_checkpoints: 
     return [seen for seen in found if seen.thread == thread]
 
 
-def _round(directory: Path, place: Place, work: Work, at_checkpoints: bool, counts: Counter[str]) -> None:
+def _round(directory: Path, place: FaultPosition, work: Work, at_checkpoints: bool, counts: Counter[str]) -> None:
     ledger = Ledger()
     with Daemon.not_started(directory) as daemon:
         strace = Strace(daemon, (*SYNCS, *WRITES), place.inject, _only(directory, at_checkpoints))
@@ -174,7 +174,7 @@ def _round(directory: Path, place: Place, work: Work, at_checkpoints: bool, coun
         code = _stopped(daemon)
         calls = strace.seen()
         hit = next((number for number, seen in enumerate(calls) if seen.injected), len(calls))
-        ending = Ending(daemon, ready, code, asked_to_stop_s, calls[hit:])
+        ending = DaemonExit(daemon, ready, code, asked_to_stop_s, calls[hit:])
         counts[_judged(place, ending)] += 1
         if READY in daemon.log:
             ledger.check(checked_contents(daemon.store))
@@ -205,7 +205,7 @@ def _has_room_again(daemon: Daemon, ledger: Ledger) -> None:
         assert ledger.codes.total() == refused, f"there is room again: {ledger.codes}"
 
 
-def _judged(place: Place, ending: Ending) -> str:
+def _judged(place: FaultPosition, ending: DaemonExit) -> str:
     """Return the result in a word. Raise AssertionError if a promise is broken."""
     log, code, story = ending.daemon.log, ending.code, ending.story()
     no_room = place.error == "ENOSPC" and place.call in WRITES

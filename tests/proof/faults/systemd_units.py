@@ -24,8 +24,8 @@ from tests.proof.faults.harness import Check, Counts, Trial, program
 from tests.proof.faults.ledger import Ledger
 from tests.proof.faults.load import load
 from tests.proof.faults.machine import NEEDS, SERVICE, UNITS, SystemdMachine
-from tests.proof.faults.store_check import Contents, checked_contents
-from tests.support.daemon_process import TOKEN, Reply, call
+from tests.proof.faults.store_check import StoreContents, checked_contents
+from tests.support.daemon_process import TOKEN, DaemonResponse, call
 
 SOCKETS: Final = UNITS[1:]
 STATE: Final = "/var/lib/private/jobd"
@@ -77,7 +77,7 @@ class ConnectingClients:
             time.sleep(0.01)
 
 
-def _examined(box: SystemdMachine, copy: Path) -> Contents:
+def _examined(box: SystemdMachine, copy: Path) -> StoreContents:
     """Check a copy of the store of a stopped daemon: SQLite cannot open files in another mount namespace."""
     shutil.copytree(box.path(STATE), copy)
     return checked_contents(copy / "jobd.db")
@@ -223,7 +223,7 @@ def stopped(trial: Trial) -> Counts:
                 assert ledger.until(150), box.log[-2000:]
                 box.do("systemctl", "stop", *UNITS)
             with closing(waiting):
-                assert Reply(waiting.getresponse()).data == {"grants": []}
+                assert DaemonResponse(waiting.getresponse()).data == {"grants": []}
             assert box.show(SERVICE, "Result") == "success"
             assert box.show(SERVICE, "ExecMainStatus") == "0"
             store = _examined(box, trial.directory / f"copy-{number}")

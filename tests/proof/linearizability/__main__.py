@@ -18,7 +18,7 @@ from random import Random
 from msgspec import Struct, field
 
 from tests.proof.linearizability.history import overlapping
-from tests.proof.linearizability.model import World
+from tests.proof.linearizability.model import HistoryConditions
 from tests.proof.linearizability.mutate import KINDS, mutants
 from tests.proof.linearizability.record import Recording, a_daemon, record_history
 from tests.proof.linearizability.report import describe, line
@@ -29,7 +29,7 @@ WANTED_CLIENTS = 4
 ENOUGH = 20  # histories within which every kind of mutant must occur
 
 
-class Figures(Struct):
+class CheckResults(Struct):
     """The results. `broken` describes the first unexplained history or accepted mutant."""
 
     histories: int = 0
@@ -79,7 +79,7 @@ class Figures(Struct):
 
     def _judge(self, gathered: Recording, job: str) -> None:
         history = gathered.history
-        world = World(history.terms[job], tuple(history.outages))
+        world = HistoryConditions(history.terms[job], tuple(history.outages))
         mine = history.of(job)
         self.jobs += 1
         verdict = judge(mine, world)
@@ -96,7 +96,7 @@ class Figures(Struct):
             self.refused[kind] += 1
 
 
-def lines(figures: Figures, took_s: float) -> Iterator[str]:
+def lines(figures: CheckResults, took_s: float) -> Iterator[str]:
     """Format the results."""
     clients = f"{min(figures.clients)} to {max(figures.clients)} clients"
     yield f"{figures.histories} histories of {clients}, {figures.jobs} jobs"
@@ -108,9 +108,9 @@ def lines(figures: Figures, took_s: float) -> Iterator[str]:
     yield f"{figures.jobs} jobs explained, {figures.refused.total():,} mutants rejected, in {took_s:.1f} s"
 
 
-def run(histories: int, seed: int) -> Figures:
+def run(histories: int, seed: int) -> CheckResults:
     """Check this many histories, or stop at the first broken one."""
-    figures = Figures()
+    figures = CheckResults()
     with a_daemon() as daemon:
         for number in range(histories):
             figures.add(record_history(daemon, seed, number))

@@ -12,7 +12,7 @@ from contextlib import suppress
 from random import Random
 from typing import Any, Final
 
-from tests.proof.linearizability.history import Answer, History, Operation
+from tests.proof.linearizability.history import CallHistory, Operation, SeenResponse
 from tests.proof.linearizability.model import MOVES
 from tests.proof.linearizability.transport import Connections, Exchange, Fate, Request, Unavailable, claimed, said
 from tests.support.daemon_process import Daemon
@@ -33,10 +33,10 @@ ALONE: Final = {
 }  # fmt: skip
 
 
-class Scenario:
+class SharedContext:
     """What the clients of one history share: the daemon, the jobs, and the locks in responses so far."""
 
-    def __init__(self, daemon: Daemon, history: History, *, lossy: bool, alone: bool) -> None:
+    def __init__(self, daemon: Daemon, history: CallHistory, *, lossy: bool, alone: bool) -> None:
         self.daemon = daemon
         self.history = history
         self.lossy = lossy
@@ -70,10 +70,10 @@ class Scenario:
             self.faults[fault] += 1
 
 
-class Client:
+class ContendingClient:
     """A client. `play` makes a number of calls, one after the other."""
 
-    def __init__(self, scene: Scenario, number: int, dice: Random) -> None:
+    def __init__(self, scene: SharedContext, number: int, dice: Random) -> None:
         self._scene = scene
         self._number = number
         self._dice = dice
@@ -220,7 +220,7 @@ class Client:
 
     def _record(self, verb: str, job: str, request: Request, exchange: Exchange) -> Operation:
         reply = exchange.reply
-        answer: Answer | None = None
+        answer: SeenResponse | None = None
         if reply is not None:
             answer = claimed(job, reply) if verb == "claim" else said(verb, reply)
         return Operation(

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 GRANTING: Final = ("start", "claim")
 
 
-class Answer(Struct, frozen=True):
+class SeenResponse(Struct, frozen=True):
     """A response: its `code`, and in `seen` what it showed of the job."""
 
     code: str
@@ -32,7 +32,7 @@ class Operation(Struct, frozen=True):
     body: dict[str, Any]
     call_ns: int
     return_ns: int | None = None
-    said: Answer | None = None
+    said: SeenResponse | None = None
     key: str | None = None
     replayed: bool = False
     latest_ns: int | None = None
@@ -64,7 +64,7 @@ class Outage(Struct, frozen=True):
     up_ns: int
 
 
-class History(Struct):
+class CallHistory(Struct):
     """All calls on a few jobs."""
 
     terms: dict[str, Terms]
@@ -108,7 +108,7 @@ def _settled(tries: list[Operation]) -> Iterator[Operation]:
             lost, *unknown = unknown
             told = replace(lost, return_ns=replay.return_ns, said=_effect(replay))
             known.append(told)
-        yield replace(replay, verb="replay", said=replay.said if told else Answer("answered_by_nobody"))
+        yield replace(replay, verb="replay", said=replay.said if told else SeenResponse("answered_by_nobody"))
     if not any(each.verb in GRANTING for each in tries):
         if any(map(_is_stored, known)):
             unknown = []  # the key names the one call that had an effect; no other had or will have one
@@ -121,7 +121,7 @@ def _judged_anew(operation: Operation, known: list[Operation]) -> Operation:
     """Return whether the response differs from one that was stored and sent before the call, which nothing explains."""
     told = (each.return_ns for each in known if _is_stored(each) and each is not operation)
     if any(end is not None and end < operation.call_ns for end in told):
-        return replace(operation, said=Answer("a stored answer, judged anew"))
+        return replace(operation, said=SeenResponse("a stored answer, judged anew"))
     return operation
 
 
@@ -135,12 +135,12 @@ def _is_same(first: Operation, replay: Operation) -> bool:
     return first.said == replay.said
 
 
-def _effect(replay: Operation) -> Answer:
+def _effect(replay: Operation) -> SeenResponse:
     """Return the effect of the first call as its repeat shows it. A repeated grant shows the job as it is then."""
     assert replay.said is not None
     if replay.verb not in GRANTING:
         return replay.said
-    return Answer(replay.said.code, {name: replay.said.seen[name] for name in ("lock", "token")})
+    return SeenResponse(replay.said.code, {name: replay.said.seen[name] for name in ("lock", "token")})
 
 
 def overlapping(operations: Iterable[Operation]) -> int:

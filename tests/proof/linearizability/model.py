@@ -33,7 +33,7 @@ class Ended(NamedTuple):
     reason: str
 
 
-class State(NamedTuple):
+class ModelState(NamedTuple):
     """A job. `lock` is "?…" if the response of the grant was lost, so that no client knows it; `key` is the key of
     the grant.
 
@@ -61,17 +61,17 @@ class Expected(NamedTuple):
 
     code: str
     seen: dict[str, Any]
-    after: State
+    after: ModelState
 
 
-class World(NamedTuple):
+class HistoryConditions(NamedTuple):
     """The constants of a history: the job's terms and the outages."""
 
     terms: Terms
     outages: tuple[Outage, ...] = ()
 
 
-def step(state: State, operation: Operation, world: World) -> State | None:
+def step(state: ModelState, operation: Operation, world: HistoryConditions) -> ModelState | None:
     """Return the state after `operation`, or None if `state` does not explain its response. A lost one always fits."""
     expected = RULES[operation.verb](state, operation, world)
     said = operation.said
@@ -101,7 +101,7 @@ def comes_after(lost: Operation, other: Operation) -> bool:
     return lost.key == other.key and other.said is not None and other.verb != "replay"
 
 
-def drifts(state: State, operation_must_end_ns: int, world: World) -> Iterator[State]:
+def drifts(state: ModelState, operation_must_end_ns: int, world: HistoryConditions) -> Iterator[ModelState]:
     """Return the states that time alone may lead to before the next call, which ends by `operation_must_end_ns`."""
     if state.status != "processing" or state.lock is None:
         return
@@ -111,7 +111,7 @@ def drifts(state: State, operation_must_end_ns: int, world: World) -> Iterator[S
         yield _stalled(state, world.terms)
 
 
-def _has_cleared(name: str, value: object, state: State, operation: Operation) -> bool:
+def _has_cleared(name: str, value: object, state: ModelState, operation: Operation) -> bool:
     """Return the state with an expired lock, which is not shown. The grant stays until recovery."""
     cleared = name in ("worker", "token") and value is None and state.status == "processing"
     return cleared and (operation.return_ns or NEVER) >= state.safe_until
@@ -120,7 +120,7 @@ def _has_cleared(name: str, value: object, state: State, operation: Operation) -
 # -- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def _shown(state: State) -> dict[str, Any]:
+def _shown(state: ModelState) -> dict[str, Any]:
     shown = {
         "status": state.status,
         "attempt": state.attempt,
@@ -136,31 +136,31 @@ def _shown(state: State) -> dict[str, Any]:
     return shown
 
 
-def _done(after: State, code: str = "done") -> Expected:
+def _done(after: ModelState, code: str = "done") -> Expected:
     return Expected(code, _shown(after), after)
 
 
-def _no(state: State, code: str, **seen: Any) -> Expected:
+def _no(state: ModelState, code: str, **seen: Any) -> Expected:
     return Expected(code, seen, state)
 
 
-def _gone(state: State) -> Expected:
+def _gone(state: ModelState) -> Expected:
     return _no(state, "job_not_found")
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
-def _without_grant(state: State, reason: str, verb: str | None = None, asked: str = "") -> State:
+def _without_grant(state: ModelState, reason: str, verb: str | None = None, asked: str = "") -> ModelState:
     ended = state.ended if state.lock is None else Ended(state.lock, verb, asked, reason)
     return state._replace(lock=None, worker=None, token=None, key=None, safe_until=NEVER, ended=ended)
 
 
-def _queued(state: State, reason: str, **fields: Any) -> State:
+def _queued(state: ModelState, reason: str, **fields: Any) -> ModelState:
     return _without_grant(state, reason)._replace(status="queued", progress=0, **fields)
 
 
-def _stalled(state: State, terms: Terms) -> State:
+def _stalled(state: ModelState, terms: Terms) -> ModelState:
     """Return the state after a stall: an attempt without progress does not count."""
     attempt = state.attempt if state.progress else max(state.attempt - 1, 0)
     counted = state._replace(stalls=state.stalls + 1)
@@ -170,7 +170,7 @@ def _stalled(state: State, terms: Terms) -> State:
     return _without_grant(counted, "stalled")._replace(status="failed", attempt=attempt, error=STALLED)
 
 
-def _safe_until(operation: Operation, world: World) -> int:
+def _safe_until(operation: Operation, world: HistoryConditions) -> int:
     """Return the time until which a lock renewed by `operation` certainly lives."""
     if not world.terms.max_processing_ms:
         return NEVER
@@ -184,19 +184,19 @@ def _safe_until(operation: Operation, world: World) -> int:
 # -- creators ---------------------------------------------------------------------------------------------------------
 
 
-def _create(state: State, operation: Operation, world: World) -> Expected:
+def _create(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
-        return _done(State(status="queued", made_by=operation.asked, last_token=state.last_token), "created")
+        return _done(ModelState(status="queued", made_by=operation.asked, last_token=state.last_token), "created")
     if state.made_by == operation.asked:
         return _done(state, "existing")
     return _no(state, "job_exists", status=state.status)
 
 
-def _get(state: State, operation: Operation, world: World) -> Expected:
+def _get(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     return _gone(state) if state.status == "absent" else _done(state)
 
 
-def _cancel(state: State, operation: Operation, world: World) -> Expected:
+def _cancel(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
         return _gone(state)
     if state.status in FINISHED:
@@ -207,7 +207,7 @@ def _cancel(state: State, operation: Operation, world: World) -> Expected:
 # -- grants -----------------------------------------------------------------------------------------------------------
 
 
-def _start(state: State, operation: Operation, world: World) -> Expected:
+def _start(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
         return _gone(state)
     if state.status == "processing":
@@ -219,18 +219,18 @@ def _start(state: State, operation: Operation, world: World) -> Expected:
     return _granted(state, operation, world)
 
 
-def _claim(state: State, operation: Operation, world: World) -> Expected:
+def _claim(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "queued":
         return _granted(state, operation, world)
     return _no(state, "the grant of its first call" if _is_repeat(state, operation) else "nothing")
 
 
-def _is_repeat(state: State, operation: Operation) -> bool:
+def _is_repeat(state: ModelState, operation: Operation) -> bool:
     """Return whether the current grant was made with this key, so that a repeat gets its response (`_replay`)."""
     return operation.key is not None and operation.key == state.key
 
 
-def _granted(state: State, operation: Operation, world: World) -> Expected:
+def _granted(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     seen = operation.said.seen if operation.said else {}
     token = seen.get("token")
     if token is not None and token <= state.last_token:
@@ -249,7 +249,7 @@ def _granted(state: State, operation: Operation, world: World) -> Expected:
     return _done(after, "granted")
 
 
-def _replay(state: State, operation: Operation, world: World) -> Expected:
+def _replay(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     """Return the stored response of a repeated call; that of a grant only while the grant is current."""
     assert operation.said is not None
     if "lock" not in operation.said.seen:
@@ -263,7 +263,7 @@ def _replay(state: State, operation: Operation, world: World) -> Expected:
 # -- holders: the latest grant wins -----------------------------------------------------------------------------------
 
 
-def _refused(state: State, operation: Operation) -> Expected | None:
+def _refused(state: ModelState, operation: Operation) -> Expected | None:
     """Return None if `operation` names the latest grant, else its error."""
     if state.status == "absent":
         return _gone(state)
@@ -280,7 +280,7 @@ def _refused(state: State, operation: Operation) -> Expected | None:
     return _no(state, "invalid_transition", status=state.status)
 
 
-def _sign_of_life(state: State, operation: Operation, world: World) -> Expected:
+def _sign_of_life(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     refused = _refused(state, operation)
     if refused is not None:
         return refused
@@ -293,7 +293,7 @@ def _sign_of_life(state: State, operation: Operation, world: World) -> Expected:
     return Expected("alive", {}, state._replace(progress=operation.body["progress"], safe_until=safe_until))
 
 
-def _ending(state: State, operation: Operation, world: World) -> Expected:
+def _ending(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     refused = _refused(state, operation)
     if refused is not None:
         return refused
@@ -312,11 +312,11 @@ def _ending(state: State, operation: Operation, world: World) -> Expected:
 # -- operators --------------------------------------------------------------------------------------------------------
 
 
-def _forced(state: State, after: State) -> Expected:
+def _forced(state: ModelState, after: ModelState) -> Expected:
     return Expected("done", {"before": state.status, "status": after.status}, after)
 
 
-def _force_fail(state: State, operation: Operation, world: World) -> Expected:
+def _force_fail(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
         return _gone(state)
     if state.status in FINISHED:
@@ -325,7 +325,7 @@ def _force_fail(state: State, operation: Operation, world: World) -> Expected:
     return _forced(state, after._replace(status="failed", error=operation.body["reason"]))
 
 
-def _force_reset(state: State, operation: Operation, world: World) -> Expected:
+def _force_reset(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
         return _gone(state)
     if state.status in ("queued", "completed"):
@@ -333,7 +333,7 @@ def _force_reset(state: State, operation: Operation, world: World) -> Expected:
     return _forced(state, _queued(state, "force_reset", attempt=0, stalls=0, error=None))
 
 
-def _transition(state: State, operation: Operation, world: World) -> Expected:
+def _transition(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
         return _gone(state)
     to = operation.body["to"]
@@ -349,15 +349,15 @@ def _transition(state: State, operation: Operation, world: World) -> Expected:
     return _forced(state, after)
 
 
-def _delete(state: State, operation: Operation, world: World) -> Expected:
+def _delete(state: ModelState, operation: Operation, world: HistoryConditions) -> Expected:
     if state.status == "absent":
         return _gone(state)
     if state.status not in FINISHED:
         return _no(state, "invalid_transition", status=state.status)
-    return Expected("done", _shown(state), State(last_token=state.last_token))
+    return Expected("done", _shown(state), ModelState(last_token=state.last_token))
 
 
-RULES: Final[dict[str, Callable[[State, Operation, World], Expected]]] = {
+RULES: Final[dict[str, Callable[[ModelState, Operation, HistoryConditions], Expected]]] = {
     "create": _create,
     "get": _get,
     "cancel": _cancel,

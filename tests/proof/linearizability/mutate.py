@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from msgspec.structs import replace
 
-from tests.proof.linearizability.history import GRANTING, Answer, Operation
-from tests.proof.linearizability.model import World
+from tests.proof.linearizability.history import GRANTING, Operation, SeenResponse
+from tests.proof.linearizability.model import HistoryConditions
 
 History = list[Operation]
 HOLDERS: Final = ("progress", "extend", "complete", "fail", "release")
@@ -42,7 +42,7 @@ def _before(first: Operation, then: Operation) -> bool:
     return first.return_ns is not None and first.return_ns + 3 < then.call_ns
 
 
-def _insert(history: History, verb: str, at_ns: int, said: Answer, **body: Any) -> History:
+def _insert(history: History, verb: str, at_ns: int, said: SeenResponse, **body: Any) -> History:
     job = history[0].job
     return [*history, Operation(STRANGER, verb, job, body, at_ns + 1, at_ns + 2, said)]
 
@@ -71,13 +71,15 @@ def _no_deletion(history: History, after: Operation, until_ns: int) -> bool:
 # -- the kinds of mutants ---------------------------------------------------------------------------------------------
 
 
-def granted_twice(history: History, world: World) -> Iterator[History]:
+def granted_twice(history: History, world: HistoryConditions) -> Iterator[History]:
     """The job is granted again while a holder has it whose next call is accepted."""
     for grant, _ in _uses(history):
-        yield _insert(history, "start", grant.return_ns or 0, Answer("granted", {"lock": "mutant"}), worker="mutant")
+        yield _insert(
+            history, "start", grant.return_ns or 0, SeenResponse("granted", {"lock": "mutant"}), worker="mutant"
+        )
 
 
-def old_lock_accepted(history: History, world: World) -> Iterator[History]:
+def old_lock_accepted(history: History, world: HistoryConditions) -> Iterator[History]:
     """A call is accepted with a lock after a later grant was already answered."""
     for first, second in permutations(filter(_granted, history), 2):
         if not _before(first, second):
@@ -85,18 +87,18 @@ def old_lock_accepted(history: History, world: World) -> Iterator[History]:
         for late in history:
             if late.verb in HOLDERS and late.lock == first.lock and _before(second, late) and not _accepted(late):
                 code = "alive" if late.verb in ("progress", "extend") else "done"
-                yield _swap(history, late, return_ns=late.return_ns or late.call_ns + 1, said=Answer(code))
+                yield _swap(history, late, return_ns=late.return_ns or late.call_ns + 1, said=SeenResponse(code))
 
 
-def completion_lost(history: History, world: World) -> Iterator[History]:
+def completion_lost(history: History, world: HistoryConditions) -> Iterator[History]:
     """A completed job that was not deleted is seen in the queue."""
     for done in history:
         end_ns = done.return_ns or 0
         if done.verb == "complete" and _accepted(done) and _no_deletion(history, done, end_ns + 2):
-            yield _insert(history, "get", end_ns, Answer("done", {"status": "queued"}))
+            yield _insert(history, "get", end_ns, SeenResponse("done", {"status": "queued"}))
 
 
-def completion_by_nobody(history: History, world: World) -> Iterator[History]:
+def completion_by_nobody(history: History, world: HistoryConditions) -> Iterator[History]:
     """A result is seen without the call that stored it."""
     for done in history:
         if done.verb != "complete" or not _accepted(done):
@@ -106,66 +108,66 @@ def completion_by_nobody(history: History, world: World) -> Iterator[History]:
             yield rest
 
 
-def before_its_grant(history: History, world: World) -> Iterator[History]:
+def before_its_grant(history: History, world: HistoryConditions) -> Iterator[History]:
     """A call is accepted before its lock was granted."""
     for grant, use in _uses(history):
         yield _swap(history, use, call_ns=grant.call_ns - 2, return_ns=grant.call_ns - 1)
 
 
-def token_goes_back(history: History, world: World) -> Iterator[History]:
+def token_goes_back(history: History, world: HistoryConditions) -> Iterator[History]:
     """The later of two grants has the smaller token."""
     for first, second in permutations(filter(_granted, history), 2):
         if _before(first, second):
             one, other = _seen(first), _seen(second)
-            swapped = _swap(history, first, said=Answer("granted", {**one, "token": other["token"]}))
-            yield _swap(swapped, second, said=Answer("granted", {**other, "token": one["token"]}))
+            swapped = _swap(history, first, said=SeenResponse("granted", {**one, "token": other["token"]}))
+            yield _swap(swapped, second, said=SeenResponse("granted", {**other, "token": one["token"]}))
 
 
-def grant_by_nobody(history: History, world: World) -> Iterator[History]:
+def grant_by_nobody(history: History, world: HistoryConditions) -> Iterator[History]:
     """A lock is accepted that no response contained."""
     for grant, _ in _uses(history):
         yield [each for each in history if each is not grant]
 
 
-def recovered_too_early(history: History, world: World) -> Iterator[History]:
+def recovered_too_early(history: History, world: HistoryConditions) -> Iterator[History]:
     """A holder gets the error of a stall although its lock outlives the history."""
     if not world.terms.max_processing_ms:
         for _, use in _uses(history):
-            yield _swap(history, use, said=Answer("lock_lost", {"reason": "stalled"}))
+            yield _swap(history, use, said=SeenResponse("lock_lost", {"reason": "stalled"}))
 
 
-def ended_twice(history: History, world: World) -> Iterator[History]:
+def ended_twice(history: History, world: HistoryConditions) -> Iterator[History]:
     """Two calls end one grant, and neither gets the response of a repeat."""
     ends = {each.lock for each in history if _accepted(each) and each.verb in ("complete", "fail", "release")}
     for again in history:
         if _code(again) == "repeated" and again.lock in ends:
-            yield _swap(history, again, said=Answer("done"))
+            yield _swap(history, again, said=SeenResponse("done"))
 
 
-def created_twice(history: History, world: World) -> Iterator[History]:
+def created_twice(history: History, world: HistoryConditions) -> Iterator[History]:
     """Two calls create the job, without a deletion between them."""
     made = [each for each in history if _code(each) == "created"]
     for again in history:
         for first in made:
             end_ns = again.return_ns or 0
             if _code(again) == "existing" and _before(first, again) and _no_deletion(history, first, end_ns):
-                yield _swap(history, again, said=Answer("created"))
+                yield _swap(history, again, said=SeenResponse("created"))
 
 
-def attempts_miscounted(history: History, world: World) -> Iterator[History]:
+def attempts_miscounted(history: History, world: HistoryConditions) -> Iterator[History]:
     """More attempts are seen than there were calls."""
     for look in history:
         if look.verb == "get" and _code(look) == "done":
-            yield _swap(history, look, said=Answer("done", {**_seen(look), "attempt": len(history) + 1}))
+            yield _swap(history, look, said=SeenResponse("done", {**_seen(look), "attempt": len(history) + 1}))
 
 
-def two_holders_seen(history: History, world: World) -> Iterator[History]:
+def two_holders_seen(history: History, world: HistoryConditions) -> Iterator[History]:
     """Another worker is seen as the holder between a grant and a call that is accepted with its lock."""
     for grant, _ in _uses(history):
-        yield _insert(history, "get", grant.return_ns or 0, Answer("done", {"worker": "mutant"}))
+        yield _insert(history, "get", grant.return_ns or 0, SeenResponse("done", {"worker": "mutant"}))
 
 
-def stale_answer(history: History, world: World) -> Iterator[History]:
+def stale_answer(history: History, world: HistoryConditions) -> Iterator[History]:
     """A read before the job was created returns what a later one showed."""
     first_ns = min((each.call_ns for each in history if each.verb == "create"), default=0)
     for look in history:
@@ -173,7 +175,7 @@ def stale_answer(history: History, world: World) -> Iterator[History]:
             yield _swap(history, look, call_ns=first_ns - 2, return_ns=first_ns - 1)
 
 
-KINDS: Final[dict[str, Callable[[History, World], Iterator[History]]]] = {
+KINDS: Final[dict[str, Callable[[History, HistoryConditions], Iterator[History]]]] = {
     kind.__name__: kind
     for kind in (
         granted_twice,
@@ -193,7 +195,7 @@ KINDS: Final[dict[str, Callable[[History, World], Iterator[History]]]] = {
 }
 
 
-def mutants(history: History, world: World, dice: Random) -> Iterator[tuple[str, History]]:
+def mutants(history: History, world: HistoryConditions, dice: Random) -> Iterator[tuple[str, History]]:
     """Yield one mutant of each kind that this history allows."""
     for name, kind in KINDS.items():
         if found := list(kind(history, world)) if history else []:

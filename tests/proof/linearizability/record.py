@@ -17,8 +17,8 @@ from typing import Final
 
 from msgspec import Struct
 
-from tests.proof.linearizability.client import Client, Scenario
-from tests.proof.linearizability.history import History, Outage, Terms
+from tests.proof.linearizability.client import ContendingClient, SharedContext
+from tests.proof.linearizability.history import CallHistory, Outage, Terms
 from tests.proof.linearizability.transport import boot_ns
 from tests.support.daemon_process import Daemon
 
@@ -35,7 +35,7 @@ class Recording(Struct):
     """A history and its faults."""
 
     number: int
-    history: History
+    history: CallHistory
     faults: Counter[str]
 
 
@@ -52,8 +52,10 @@ def record_history(daemon: Daemon, seed: int, number: int) -> Recording:
     kills = number % KILLS_EVERY == KILLS_EVERY - 1
     alone = dice.random() < (0.6 if kills else 0.3)
     terms = {f"h{number}-{letter}": _terms(dice, alone, kills) for letter in "abc"[: dice.randint(2, 3)]}
-    scene = Scenario(daemon, History(terms), lossy=dice.random() < 0.6, alone=alone)
-    clients = [Client(scene, index, Random(f"{seed}-{number}-{index}")) for index in range(dice.randint(4, 6))]
+    scene = SharedContext(daemon, CallHistory(terms), lossy=dice.random() < 0.6, alone=alone)
+    clients = [
+        ContendingClient(scene, index, Random(f"{seed}-{number}-{index}")) for index in range(dice.randint(4, 6))
+    ]
     kill_at = dice.randint(10, CALLS * len(clients) * 3 // 4) if kills else None
     with ThreadPoolExecutor(len(clients)) as pool:
         done = [pool.submit(client.run, CALLS) for client in clients]
@@ -76,7 +78,7 @@ def _terms(dice: Random, alone: bool, kills: bool) -> Terms:
     return Terms(dice.randint(1, 3), patience_ms, dice.choice(["auto", "requeue", "fail"]))
 
 
-def _restart(scene: Scenario, how: signal.Signals) -> None:
+def _restart(scene: SharedContext, how: signal.Signals) -> None:
     """Kill or stop the daemon while clients are active, and start it again."""
     scene.up.clear()
     if how == signal.SIGKILL:

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from tests.proof.linearizability.history import Operation
-from tests.proof.linearizability.model import MS, World
-from tests.proof.linearizability.search import Verdict
+from tests.proof.linearizability.model import MS, HistoryConditions
+from tests.proof.linearizability.search import SearchResult
 
 SHOWN: Final = 12
 SECRET: Final = 8  # characters that tell locks apart
 
 
-def describe(operations: Sequence[Operation], world: World, verdict: Verdict) -> Iterator[str]:
+def describe(operations: Sequence[Operation], world: HistoryConditions, verdict: SearchResult) -> Iterator[str]:
     """Yield the history in the order of the calls, then the end of the longest order that fits."""
     start_ns = operations[0].call_ns
     yield f"terms: {world.terms}"

@@ -12,7 +12,15 @@ from typing import Final
 from msgspec import Struct, field
 
 from tests.proof.linearizability.history import Operation
-from tests.proof.linearizability.model import NEVER, State, World, comes_after, drifts, may_change, step
+from tests.proof.linearizability.model import (
+    NEVER,
+    HistoryConditions,
+    ModelState,
+    comes_after,
+    drifts,
+    may_change,
+    step,
+)
 
 MOST_STEPS: Final = 2_000_000  # above this limit the result is unknown, which is an error
 
@@ -21,40 +29,40 @@ class TooHard(Exception):
     """The search exceeded its limit."""
 
 
-class Verdict(Struct):
+class SearchResult(Struct):
     """`order` explains the history if `is_explained`. Otherwise it is the longest that fits, and leads to `state`."""
 
     is_explained: bool
     order: list[Operation]
-    state: State
+    state: ModelState
     steps: int
 
 
-def judge(operations: Sequence[Operation], world: World, first: State | None = None) -> Verdict:
+def judge(operations: Sequence[Operation], world: HistoryConditions, first: ModelState | None = None) -> SearchResult:
     """Return whether some order explains these operations on one job, which starts in state `first` (absent)."""
     search = _Search(sorted(operations, key=lambda each: each.call_ns), world)
-    is_explained = search.explore(0, first or State())
+    is_explained = search.explore(0, first or ModelState())
     order = [search.operations[index] for index in search.best]
-    return Verdict(is_explained, order, search.best_state, search.steps)
+    return SearchResult(is_explained, order, search.best_state, search.steps)
 
 
 class _Search(Struct):
     """The search. Sets of operations are integers: bit n is operation n."""
 
     operations: list[Operation]
-    world: World
+    world: HistoryConditions
     steps: int = 0
     path: list[int] = field(default_factory=list)
     best: list[int] = field(default_factory=list)
-    best_state: State = State()
-    tried: set[tuple[int, State]] = field(default_factory=set)
+    best_state: ModelState = ModelState()
+    tried: set[tuple[int, ModelState]] = field(default_factory=set)
     needs: list[int] = field(default_factory=list)  # operations that must come before each, by its key
 
     def __post_init__(self) -> None:
         bits = [(1 << index, each) for index, each in enumerate(self.operations)]
         self.needs = [sum(bit for bit, other in bits if comes_after(each, other)) for each in self.operations]
 
-    def explore(self, done: int, state: State) -> bool:
+    def explore(self, done: int, state: ModelState) -> bool:
         """Return whether the operations not in `done` have an order that starts in `state`."""
         length = len(self.path)
         done = self._take_what_changes_nothing(done, state)
@@ -63,7 +71,7 @@ class _Search(Struct):
         del self.path[length:]
         return False
 
-    def _explores(self, done: int, state: State) -> bool:
+    def _explores(self, done: int, state: ModelState) -> bool:
         if len(self.path) >= len(self.best):
             self.best, self.best_state = list(self.path), state
         ends_ns = self._next_end_ns(done)
@@ -82,7 +90,7 @@ class _Search(Struct):
             self.path.pop()
         return any(self.explore(done, drifted) for drifted in drifts(state, ends_ns, self.world))
 
-    def _take_what_changes_nothing(self, done: int, state: State) -> int:
+    def _take_what_changes_nothing(self, done: int, state: ModelState) -> int:
         """Take operations first that fit here and change nothing. No order is lost by that.
 
         The exception is a lost call that had to take effect before the daemon died.
@@ -98,7 +106,7 @@ class _Search(Struct):
                     done, found = done | 1 << index, True
         return done
 
-    def _step(self, state: State, index: int) -> State | None:
+    def _step(self, state: ModelState, index: int) -> ModelState | None:
         self.steps += 1
         if self.steps > MOST_STEPS:
             raise TooHard(f"{self.steps} steps over {len(self.operations)} operations")

@@ -14,9 +14,9 @@ from typing import Any, Final, Literal
 
 from msgspec import Struct
 
-from tests.proof.linearizability.history import Answer
+from tests.proof.linearizability.history import SeenResponse
 from tests.proof.linearizability.model import STALLED
-from tests.support.daemon_process import TOKEN, OverUnix, Reply
+from tests.support.daemon_process import TOKEN, DaemonResponse, UnixConnection
 
 Fate = Literal["answered", "hung up", "unread", "cut"]
 NOTHING_DONE: Final = frozenset({"shutting_down", "overloaded"})
@@ -44,7 +44,7 @@ class Exchange(Struct, frozen=True):
 
     call_ns: int
     return_ns: int
-    reply: Reply | None
+    reply: DaemonResponse | None
 
 
 class Connections:
@@ -52,7 +52,7 @@ class Connections:
 
     def __init__(self, socket_path: Callable[[bool], str]) -> None:
         self._socket_path = socket_path
-        self._open: dict[bool, OverUnix] = {}
+        self._open: dict[bool, UnixConnection] = {}
 
     def close(self) -> None:
         for connection in self._open.values():
@@ -73,10 +73,10 @@ class Connections:
             raise Unavailable
         return Exchange(call_ns, boot_ns(), reply)
 
-    def _connected(self, admin: bool) -> OverUnix:
+    def _connected(self, admin: bool) -> UnixConnection:
         connection = self._open.get(admin)
         if connection is None:
-            connection = OverUnix(self._socket_path(admin))
+            connection = UnixConnection(self._socket_path(admin))
             try:
                 connection.connect()
             except OSError as error:
@@ -85,7 +85,7 @@ class Connections:
             self._open[admin] = connection
         return connection
 
-    def _exchange(self, connection: OverUnix, request: Request, fate: Fate) -> Reply | None:
+    def _exchange(self, connection: UnixConnection, request: Request, fate: Fate) -> DaemonResponse | None:
         headers = {"Authorization": f"Bearer {TOKEN}"} if request.admin else {}
         if request.key is not None:
             headers["Idempotency-Key"] = request.key
@@ -98,7 +98,7 @@ class Connections:
         connection.request(request.method, request.path, body, headers)
         if fate == "unread":
             select.select([connection.sock], [], [], 30)
-        return Reply(connection.getresponse()) if fate == "answered" else None
+        return DaemonResponse(connection.getresponse()) if fate == "answered" else None
 
 
 # -- answers in the model's words -------------------------------------------------------------------------------------
@@ -106,31 +106,31 @@ class Connections:
 _CODES: Final = {"get": "done", "progress": "alive", "extend": "alive", "start": "granted"}
 
 
-def said(verb: str, reply: Reply) -> Answer:
+def said(verb: str, reply: DaemonResponse) -> SeenResponse:
     """Return the response to a call on one job (for claims see `claimed`)."""
     if not reply.body["success"]:
         return _refusal(reply)
     data = reply.data
     if verb == "create":
-        return Answer("created" if reply.status == 201 else "existing", shown(data))
+        return SeenResponse("created" if reply.status == 201 else "existing", shown(data))
     if verb == "start":
         return granted(data)
     if "previousStatus" in data:
-        return Answer("done", {"before": data["previousStatus"], "status": data["status"]})
+        return SeenResponse("done", {"before": data["previousStatus"], "status": data["status"]})
     code = "repeated" if data.get("repeated") else _CODES.get(verb, "done")
-    return Answer(code, shown(data) if "status" in data else {})
+    return SeenResponse(code, shown(data) if "status" in data else {})
 
 
-def granted(grant: dict[str, Any]) -> Answer:
-    return Answer("granted", {**shown(grant["job"]), "lock": grant["lock_id"], "token": grant["fencing_token"]})
+def granted(grant: dict[str, Any]) -> SeenResponse:
+    return SeenResponse("granted", {**shown(grant["job"]), "lock": grant["lock_id"], "token": grant["fencing_token"]})
 
 
-def claimed(job: str, reply: Reply) -> Answer:
+def claimed(job: str, reply: DaemonResponse) -> SeenResponse:
     """Return the part of a response to a claim that concerns `job`."""
     if not reply.body["success"]:
         return _refusal(reply)
     mine = [grant for grant in reply.data["grants"] if grant["job"]["id"] == job]
-    return granted(mine[0]) if mine else Answer("nothing")
+    return granted(mine[0]) if mine else SeenResponse("nothing")
 
 
 def shown(view: dict[str, Any]) -> dict[str, Any]:
@@ -148,11 +148,11 @@ def shown(view: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _refusal(reply: Reply) -> Answer:
+def _refusal(reply: DaemonResponse) -> SeenResponse:
     """Return an error with what its details show of the job."""
     details = reply.body["details"]
     seen = {name: details[name] for name in ("status", "reason") if name in details}
     for name in ("locked_by", "held_by"):
         if name in details:
             seen["worker"] = details[name]
-    return Answer(reply.error, seen)
+    return SeenResponse(reply.error, seen)

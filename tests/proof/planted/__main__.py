@@ -26,7 +26,7 @@ _FAILED: Final = re.compile(r"^FAILED (.*)$", re.M)
 _TESTS_FAILED: Final = 1  # pytest's exit code
 
 
-class Verdict(Struct, frozen=True):
+class BugResult(Struct, frozen=True):
     """The result of one bug. `failed` is the test that found it; empty if none did, then `output` says more."""
 
     bug: Bug
@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     return int(found.total() < len(chosen))
 
 
-def run(planted: Bug) -> Verdict:
+def run(planted: Bug) -> BugResult:
     """Run the tests that must find `planted`, with the bug in their process."""
     command = [sys.executable, "-m", "pytest", "-p", "tests.proof.planted.plugin", "--bug", planted.name]
     command += ["-q", "-x", "--tb=line", "-p", "no:cacheprovider", planted.found_by]
@@ -67,16 +67,16 @@ def run(planted: Bug) -> Verdict:
             command, cwd=ROOT, capture_output=True, text=True, errors="replace", timeout=TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return Verdict(planted, TIMEOUT_S, "", f"no result after {TIMEOUT_S} s")
+        return BugResult(planted, TIMEOUT_S, "", f"no result after {TIMEOUT_S} s")
     seconds = time.monotonic() - began_s
     if process.returncode != _TESTS_FAILED:
         tail = "\n".join(f"{process.stdout}\n{process.stderr}".splitlines()[-20:])
-        return Verdict(planted, seconds, "", f"pytest exited with {process.returncode}:\n{tail}")
+        return BugResult(planted, seconds, "", f"pytest exited with {process.returncode}:\n{tail}")
     failed = _FAILED.search(process.stdout)
-    return Verdict(planted, seconds, failed[1] if failed else "a test that ended its process")
+    return BugResult(planted, seconds, failed[1] if failed else "a test that ended its process")
 
 
-def _line(verdict: Verdict) -> str:
+def _line(verdict: BugResult) -> str:
     found = verdict.failed.removeprefix("tests/") or "NOT FOUND"
     shown = found if len(found) <= SHOWN else f"{found[: SHOWN - 1]}…"
     return f"{verdict.bug.name:<44} {verdict.bug.level:<12} {verdict.seconds:>6.1f} s  {shown}"

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Final
 
 from tests.proof.simulation.expected import never
-from tests.proof.simulation.run import Outcome, reduce_failure, simulate
+from tests.proof.simulation.run import SeedOutcome, reduce_failure, simulate
 from tests.proof.simulation.scenario import draw
 
 ENOUGH: Final = 1_000  # seeds within which everything must happen
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     began_s = time.perf_counter()
     fired: Counter[str] = Counter()
-    failed: list[Outcome] = []
+    failed: list[SeedOutcome] = []
     seeds = steps = 0
     fewest = given.steps
     told_s = began_s
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     return int(bool(missing) or fewest < given.steps)
 
 
-def _outcomes(first: int, count: int, steps: int, jobs: int) -> Iterator[Outcome]:
+def _outcomes(first: int, count: int, steps: int, jobs: int) -> Iterator[SeedOutcome]:
     play = partial(simulate, steps=steps)
     seeds = range(first, first + count)
     if jobs <= 1:
@@ -79,7 +79,7 @@ def _outcomes(first: int, count: int, steps: int, jobs: int) -> Iterator[Outcome
             raise
 
 
-def print_failure(outcome: Outcome, steps: int) -> None:
+def print_failure(outcome: SeedOutcome, steps: int) -> None:
     """Print a failing seed with a minimal set of faults, and the last events of its job."""
     assert outcome.broken is not None
     print(f"{outcome.broken[0]} broke: {outcome.broken[1]}")

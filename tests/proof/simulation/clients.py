@@ -43,7 +43,7 @@ from jobd.model.errors import ApiError
 from jobd.model.job import SECOND_MS
 from jobd.model.responses import GrantView, Response
 from tests.proof.simulation.machine import Machine
-from tests.proof.simulation.requests import Requests
+from tests.proof.simulation.requests import RequestGenerator
 
 KEYED = (
     Create, Bulk, Start, Claim, Cancel, ForceFail, ForceReset, Transition, ExtendLock, ReleaseLock, RunNow, Update,
@@ -62,7 +62,7 @@ class SimClient:
         self.name = name
         self.admin = admin
         self.dice = Random(f"{machine.seed}: {name}")
-        self.requests = Requests(self.dice, machine.scenario, machine.disk)
+        self.requests = RequestGenerator(self.dice, machine.scenario, machine.disk)
         self._keys = 0
 
     async def live(self) -> None:
@@ -124,7 +124,7 @@ class SimClient:
         return IdempotencyKey(f"{path} {self.name} {self._keys}", worker_rules.digest(command))
 
 
-class Creator(SimClient):
+class SimCreator(SimClient):
     async def act(self) -> None:
         now = self.machine.wall()
         roll = self.dice.random()
@@ -138,7 +138,7 @@ class Creator(SimClient):
             await self.ask(self.requests.read())
 
 
-class Operator(SimClient):
+class SimOperator(SimClient):
     """An operator. In some seeds it sometimes makes a dry run first."""
 
     def __init__(self, machine: Machine, name: str) -> None:
@@ -177,7 +177,7 @@ class Operator(SimClient):
         await asyncio.wait([daemon.spawn(work)])
 
 
-class Worker(SimClient):
+class SimWorker(SimClient):
     """A worker. `old` are locks that it has held, for use after their end."""
 
     def __init__(self, machine: Machine, name: str) -> None:

@@ -31,7 +31,7 @@ COMMITS: Final = frozenset({"prune", "save_figures", "settle_tombstones", "trim_
 Snapshot = dict[str, Any]
 
 
-class Injected(OSError):
+class InjectedError(OSError):
     """A failure that the simulation asked for."""
 
     def __init__(self, what: str) -> None:
@@ -183,16 +183,16 @@ class SimDisk(MemoryStorage):
     async def _enter(self, name: str) -> None:
         await self._pause()
         if self.is_broken:
-            raise Injected("an earlier write failed")
+            raise InjectedError("an earlier write failed")
         if name in COMMITS and self.full == 3:
             raise DiskFull("the simulated disk is full")
         if name in self.failing and self._dice.random() < 0.5:
             self._fired[f"{name} failed"] += 1
-            raise self._break(name) if name in COMMITS else Injected(name)
+            raise self._break(name) if name in COMMITS else InjectedError(name)
 
-    def _break(self, what: str) -> Injected:
+    def _break(self, what: str) -> InjectedError:
         """Reject every later call: a commit has failed, so the content is unknown."""
-        error = Injected(what)
+        error = InjectedError(what)
         self.is_broken = True
         self.on_broken(error)
         return error

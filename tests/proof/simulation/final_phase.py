@@ -15,7 +15,7 @@ from jobd.model.fields import MAX_PAGE
 from jobd.model.job import DAY_MS, SECOND_MS
 from jobd.model.responses import CleanupReport, GrantView, Response
 from tests.proof.simulation.invariants import is_overdue
-from tests.proof.simulation.machine import Daemon, Machine
+from tests.proof.simulation.machine import Machine, SimDaemon
 
 READY_S: Final = 2.0
 ALL_TIME_S: Final = 3 * 3_600.0  # longer than any lock, ceiling or delay of a scenario
@@ -50,7 +50,7 @@ class FinalPhase:
         if waiting:
             self.watch.fail("L1", f"{len(waiting)} callers have no response after {limit_s:.0f} s")
 
-    async def _check_ready(self) -> Daemon | None:
+    async def _check_ready(self) -> SimDaemon | None:
         """L4: the daemon is ready within two seconds of its start, without manual repair."""
         machine = self.machine
         for _ in range(4):
@@ -69,7 +69,7 @@ class FinalPhase:
         machine.accept_clock(daemon)
         return daemon
 
-    async def _check_nothing_stalled(self, daemon: Daemon) -> None:
+    async def _check_nothing_stalled(self, daemon: SimDaemon) -> None:
         """L2: all holders are gone, so recovery ends every grant in time (monitor.py checks each)."""
         book = daemon.book
         others = asyncio.create_task(self._keep_asking())  # advances the state before cleanup does
@@ -88,7 +88,7 @@ class FinalPhase:
             await asyncio.sleep(1.3)
             await self.machine.call(WHO, Stats())
 
-    async def _finish_all_jobs(self, daemon: Daemon) -> None:
+    async def _finish_all_jobs(self, daemon: SimDaemon) -> None:
         """L3: every job is granted once a worker claims its queue. Overdue jobs are left to recovery."""
         book = daemon.book
         for queue in sorted(book.paused):
@@ -113,7 +113,7 @@ class FinalPhase:
         await self._yes(Progress(id=job_id, lock_id=lock_id, progress=50))
         await self._yes(Complete(id=job_id, lock_id=lock_id, download_url="https://x/y"))
 
-    async def _check_cleanup(self, daemon: Daemon) -> None:
+    async def _check_cleanup(self, daemon: SimDaemon) -> None:
         """L5: cleanup has survived every fault. A forced run deletes everything that is old enough."""
         machine = self.machine
         if daemon.cleaning.done():
@@ -158,7 +158,7 @@ class FinalPhase:
         if leaked := machine.artifacts.leaked():
             self.watch.fail("S13", f"objects of deleted jobs are left: {leaked}")
 
-    async def _advance_time(self, daemon: Daemon) -> None:
+    async def _advance_time(self, daemon: SimDaemon) -> None:
         """Advance time until every job is past its retention, then every journal and every stored object."""
         machine, disk = self.machine, self.machine.disk
         times = [job.expires_at or 0 for job in disk.jobs.values()]
@@ -174,7 +174,7 @@ class FinalPhase:
         machine.accept_clock(daemon)
         await self._pass(daemon)
 
-    async def _pass(self, daemon: Daemon) -> CleanupReport:
+    async def _pass(self, daemon: SimDaemon) -> CleanupReport:
         report = await daemon.cleaner.run_cleanup(forced=True)
         if daemon.cleaner.is_running or report.errors:
             report = await daemon.cleaner.run_cleanup(forced=True)  # the first may have begun before the faults stopped

@@ -52,7 +52,7 @@ def own_tasks(loop: asyncio.AbstractEventLoop, coro: Coroutine[Any, Any, Any], *
     return task
 
 
-class Connection:
+class SimConnection:
     """A connection that waits for one response; it receives None if it breaks."""
 
     __slots__ = ("reply", "who")
@@ -84,7 +84,7 @@ class Machine:
         self.disk.pruning = self.monitor.check_prune
         self.disk.broken = lambda message: self.monitor.fail("S7", message)
         loop.on_error = lambda message: self.monitor.fail("loop", message)
-        self.daemon: Daemon | None = None
+        self.daemon: SimDaemon | None = None
         self.closing = False
         self.enough = 0  # steps
         self.closing_since: int | None = None  # lease time at which the faults had stopped
@@ -119,7 +119,7 @@ class Machine:
         self.move_clocks(wall_ms=ms)
         self.leap_ms = ms if ms > 0 and self.disk.numbers.wall_ms < self.wall() - ms + DAY_MS else 0
 
-    def accept_clock(self, daemon: Daemon) -> None:
+    def accept_clock(self, daemon: SimDaemon) -> None:
         self.leap_ms = 0
         daemon.clock.accept()
 
@@ -140,7 +140,7 @@ class Machine:
     async def keep_running(self) -> None:
         """Restart the daemon whenever it ends, as systemd does."""
         while not self.off:
-            daemon = self.daemon = Daemon(self)
+            daemon = self.daemon = SimDaemon(self)
             self.note("machine", "start", self.disk.numbers)
             daemon.begin()
             await daemon.gone.wait()
@@ -188,7 +188,7 @@ class Machine:
         if daemon is None or not daemon.is_open:
             return None
         command = msgspec.structs.replace(command)  # a new request, even if it repeats another
-        line = Connection(who, self.loop)
+        line = SimConnection(who, self.loop)
         daemon.lines[line] = None
         self.note("asks", who, type(command).__name__, command, key and key.digest)
         handler = daemon.spawn(self._handle(daemon, line, command, by, admin, key))
@@ -205,7 +205,13 @@ class Machine:
         return answer
 
     async def _handle(
-        self, daemon: Daemon, line: Connection, command: AnyCommand, by: str, admin: bool, key: IdempotencyKey | None
+        self,
+        daemon: SimDaemon,
+        line: SimConnection,
+        command: AnyCommand,
+        by: str,
+        admin: bool,
+        key: IdempotencyKey | None,
     ) -> None:
         """Handle a request as the HTTP layer does: ask, then respond or report that the response was not delivered."""
         size = 100 if self.scenario.bounds.inflight_bytes < 1000 else 0
@@ -222,7 +228,7 @@ class Machine:
             self.monitor.note_delivery(line.who if key is None else key.digest, answer)
         line.reply.set_result(answer)
 
-    def _hang_up(self, line: Connection, handler: asyncio.Task[None]) -> None:
+    def _hang_up(self, line: SimConnection, handler: asyncio.Task[None]) -> None:
         if line.reply.done():
             return
         roll = self.dice.random()
@@ -239,7 +245,7 @@ class Machine:
         else:
             self.loop.call_later(roll / 100, handler.cancel)  # a writer sees it before the handler does
 
-    def _disconnect_at_response(self, line: Connection, handler: asyncio.Task[None]) -> None:
+    def _disconnect_at_response(self, line: SimConnection, handler: asyncio.Task[None]) -> None:
         """Break the connection when the response is ready and the handler may not have read it yet."""
         if not line.reply.done():
             self.fired["mishap client disconnects at the response"] += 1
@@ -247,12 +253,12 @@ class Machine:
             handler.cancel()
 
 
-class Daemon:
+class SimDaemon:
     """One run of the daemon. `is_open`: it accepts requests."""
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.lines: dict[Connection, None] = {}
+        self.lines: dict[SimConnection, None] = {}
         self.is_open = False
         self.how = "killed"
         self.gone = asyncio.Event()

@@ -27,10 +27,10 @@ from jobd.model.responses import CleanupReport, GrantView, Response
 from jobd.model.storage import Batch, StoredResponse
 from tests.proof.simulation.invariants import BY_TIME, NOTES, Decide, DecisionChecks, Violation
 from tests.proof.simulation.response_times import ResponseTimes
-from tests.support.rule_harness import compare, picture
+from tests.support.rule_harness import compare, snapshot
 
 if TYPE_CHECKING:
-    from tests.proof.simulation.machine import Daemon, Machine
+    from tests.proof.simulation.machine import Machine, SimDaemon
 
 RECOUNT_EVERY: Final = 25  # commits
 LOOKS: Final = 4  # one slow step of the disk may outlast the slow phase
@@ -63,7 +63,7 @@ class Monitor(DecisionChecks):
         self._decide: Decide = decide.decide
 
     @property
-    def daemon(self) -> Daemon | None:
+    def daemon(self) -> SimDaemon | None:
         return self.machine.daemon
 
     def fail(self, rule: str, what: str, job_id: str | None = None) -> None:
@@ -74,7 +74,7 @@ class Monitor(DecisionChecks):
 
     # -- a start ------------------------------------------------------------------------------------------------------
 
-    def check_start(self, daemon: Daemon, grace_ms: int) -> None:
+    def check_start(self, daemon: SimDaemon, grace_ms: int) -> None:
         """Check after a start that memory equals the disk, and that every acknowledged change is there."""
         self._durable = {}
         self._calls = set()
@@ -133,9 +133,9 @@ class Monitor(DecisionChecks):
             self.machine.finished.set()
         self.fired[f"command {type(call.command).__name__}"] += 1
         self.fired["dry run"] += is_dry_run(call.command)
-        whole = picture(book) if self.steps % PICTURE_EVERY == 0 else None
+        whole = snapshot(book) if self.steps % PICTURE_EVERY == 0 else None
         decision = self.check(self._decide, book, call, at, policy)
-        self.must(whole is None or whole == picture(book), "S8", f"{type(call.command).__name__} changed the book")
+        self.must(whole is None or whole == snapshot(book), "S8", f"{type(call.command).__name__} changed the book")
         self._latest_wall = max(self._latest_wall, at.believed)
         if id(call.command) in self._decided:
             self._decided[id(call.command)] = decision
@@ -148,7 +148,7 @@ class Monitor(DecisionChecks):
             self._check_clock(self.daemon, at)
         return decision
 
-    def _check_clock(self, daemon: Daemon, at: Moment) -> None:
+    def _check_clock(self, daemon: SimDaemon, at: Moment) -> None:
         """Check that lease time stands still while the disk is full."""
         is_held = daemon.actor.full_disk.closed >= Closed.ALL_BUT_ENDINGS
         self._held_at = (self._held_at or at.lease) if is_held else None
@@ -340,11 +340,11 @@ class Monitor(DecisionChecks):
             del self._decided[id(command)]
             self.response_times.forget(command)
 
-    def _expect_delivery(self, daemon: Daemon, job_id: str, grant: Grant, looks: int) -> None:
+    def _expect_delivery(self, daemon: SimDaemon, job_id: str, grant: Grant, looks: int) -> None:
         """Expect a grant that was not delivered to be released."""
         self.machine.loop.call_later(LOOK_EVERY_S, self._look_for_leak, daemon, job_id, grant, looks)
 
-    def _look_for_leak(self, daemon: Daemon, job_id: str, grant: Grant, looks: int) -> None:
+    def _look_for_leak(self, daemon: SimDaemon, job_id: str, grant: Grant, looks: int) -> None:
         disk = self.machine.disk
         if self.daemon is not daemon or not daemon.is_open or grant.fencing_token in self.received:
             return

@@ -64,7 +64,7 @@ from tests.proof.simulation.disk import SimDisk
 from tests.proof.simulation.scenario import Scenario
 
 
-class Requests:
+class RequestGenerator:
     """Draw commands. `now` returns wall time in Unix ms, for the times in a request."""
 
     def __init__(self, dice: Random, plan: Scenario, disk: SimDisk) -> None:

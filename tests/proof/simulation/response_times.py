@@ -15,7 +15,7 @@ from tests.proof.simulation.invariants import is_overdue
 from tests.support.rule_harness import due_order
 
 if TYPE_CHECKING:
-    from tests.proof.simulation.machine import Daemon, Machine
+    from tests.proof.simulation.machine import Machine, SimDaemon
 
 AT_ONCE_S: Final = 3.0
 # Seconds by which a fault may delay a response.
@@ -49,7 +49,7 @@ class ResponseTimes:
 
     # -- claims that wait ---------------------------------------------------------------------------------------------
 
-    def _check_claim(self, daemon: Daemon, command: Claim, since_s: float, seen: int) -> None:
+    def _check_claim(self, daemon: SimDaemon, command: Claim, since_s: float, seen: int) -> None:
         """Check repeatedly, until the claim has its response, that no job for it is due."""
         if self.machine.daemon is not daemon or not daemon.is_open or self._asked_s.get(id(command)) != since_s:
             return
@@ -59,7 +59,7 @@ class ResponseTimes:
         self.machine.monitor.must(seen < LOOKS, "L3", late, job_id)
         self.machine.loop.call_later(LOOK_EVERY_S, self._check_claim, daemon, command, since_s, seen)
 
-    def _due_job(self, daemon: Daemon, command: Claim) -> str | None:
+    def _due_job(self, daemon: SimDaemon, command: Claim) -> str | None:
         """Return the job that a waiting claim should have been granted."""
         asked: Envelope | None = next(
             (asked for asked, *_ in daemon.actor.parked._all.values() if asked.call.command is command), None
@@ -70,7 +70,7 @@ class ResponseTimes:
         order = due_order(book.jobs.values(), now, command.queues, command.kinds, book.paused)
         return next((job_id for job_id in order if not is_overdue(book.jobs[job_id], now)), None)
 
-    def _is_delayed(self, daemon: Daemon, since_s: float) -> bool:
+    def _is_delayed(self, daemon: SimDaemon, since_s: float) -> bool:
         """Return whether the disk is slow, or a clock step made the job due, which only the next command notices."""
         disk = self.machine.disk
         slow = bool(disk.full or disk.slowness_s or disk.slowed or daemon.actor.full_disk.closed != Closed.NOTHING)

@@ -19,7 +19,7 @@ from msgspec import Struct, field
 
 from jobd.core import decide
 from jobd.model.storage import DiskFull
-from tests.proof.simulation.clients import Creator, Operator, SimClient, Worker
+from tests.proof.simulation.clients import SimClient, SimCreator, SimOperator, SimWorker
 from tests.proof.simulation.final_phase import FinalPhase
 from tests.proof.simulation.injector import FaultInjector
 from tests.proof.simulation.loop import SimLoop
@@ -30,7 +30,7 @@ from tests.proof.simulation.trace import Trace
 LONGEST_S: Final = 24 * 3_600.0  # virtual time, for seeds in which little happens
 
 
-class Outcome(Struct):
+class SeedOutcome(Struct):
     """The result of a seed. `broken` is (invariant, description, job id), None if every invariant held."""
 
     seed: int
@@ -42,14 +42,14 @@ class Outcome(Struct):
     without: list[str] = field(default_factory=list)
 
 
-def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), tell: bool = False) -> Outcome:
+def simulate(seed: int, steps: int, *, without: frozenset[str] = frozenset(), tell: bool = False) -> SeedOutcome:
     """Run `seed` until this many commands were decided, then its final phase."""
     journal = Trace(tell=tell)
     loop = SimLoop(Random(f"{seed}: loop"))
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         machine = runner.run(_run(seed, steps, loop, journal, without))
     broken = machine.monitor.first
-    return Outcome(
+    return SeedOutcome(
         seed=seed,
         steps=machine.monitor.steps,
         digest=journal.digest,
@@ -82,9 +82,9 @@ async def _run(seed: int, steps: int, loop: SimLoop, journal: Trace, without: fr
 def _clients(machine: Machine) -> list[SimClient]:
     plan = machine.scenario
     return [
-        *(Creator(machine, f"c-{number}") for number in range(plan.creators)),
-        *(Worker(machine, f"w-{number}") for number in range(plan.workers)),
-        *(Operator(machine, f"o-{number}") for number in range(plan.operators)),
+        *(SimCreator(machine, f"c-{number}") for number in range(plan.creators)),
+        *(SimWorker(machine, f"w-{number}") for number in range(plan.workers)),
+        *(SimOperator(machine, f"o-{number}") for number in range(plan.operators)),
     ]
 
 
@@ -144,7 +144,7 @@ def _check_logged_error(machine: Machine, event: str, error: BaseException | Non
 # -- when something broke ---------------------------------------------------------------------------------------------
 
 
-def reduce_failure(seed: int, steps: int, broken: tuple[str, str, str | None]) -> Outcome:
+def reduce_failure(seed: int, steps: int, broken: tuple[str, str, str | None]) -> SeedOutcome:
     """Reproduce a failure with as few faults and mishaps as possible, with its trace."""
     without: frozenset[str] = frozenset()
     for name in (*FAULTS, *MISHAPS):
@@ -154,7 +154,7 @@ def reduce_failure(seed: int, steps: int, broken: tuple[str, str, str | None]) -
     return simulate(seed, steps, without=without, tell=True)
 
 
-def total(outcomes: list[Outcome]) -> Counter[str]:
+def total(outcomes: list[SeedOutcome]) -> Counter[str]:
     fired: Counter[str] = Counter()
     for outcome in outcomes:
         fired.update(outcome.fired)

@@ -184,7 +184,7 @@ def test_in_a_pipe_a_long_cell_moves_only_its_own_line(capsys: pytest.CaptureFix
     assert [head, *others] == ["ID     STATUS    N", "short  failed   22", "other  queued  333"]
 
 
-class Terminal(io.StringIO):
+class TerminalOutput(io.StringIO):
     def isatty(self) -> bool:
         return True
 
@@ -193,7 +193,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, width: int, columns: list[str], rows:
     """Return the lines of a table on a terminal of this width, without styles."""
     for name, value in {"COLUMNS": str(width), "LINES": "50", "NO_COLOR": "1", "TERM": "dumb"}.items():
         monkeypatch.setenv(name, value)
-    out = Terminal()
+    out = TerminalOutput()
     monkeypatch.setattr(sys, "stdout", out)
     terminal.table(columns, rows)
     return out.getvalue().splitlines()
@@ -415,7 +415,7 @@ def test_the_first_of_several_tokens_is_used(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def untold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def no_connection_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Remove every setting that names the daemon; return the path of its configuration file, which does not exist."""
     for name in ("JOBD_SOCKET", "JOBD_ADMIN_URL"):
         monkeypatch.delenv(name)
@@ -433,13 +433,13 @@ def found(**given: str) -> tuple[str, str]:
 
 
 def test_options_override_variables_and_variables_the_configuration(
-    untold: Path, monkeypatch: pytest.MonkeyPatch
+    no_connection_settings: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     defaults = (f"unix:{default_socket()}", "http://127.0.0.1:8770")
     assert found() == defaults
-    untold.write_text('[worker]\nsocket = "/file/w"\n[admin]\nlisten = "unix:/file/a"\n')
+    no_connection_settings.write_text('[worker]\nsocket = "/file/w"\n[admin]\nlisten = "unix:/file/a"\n')
     assert found() == ("unix:/file/w", "unix:/file/a")
-    other = untold.with_name("other.toml")
+    other = no_connection_settings.with_name("other.toml")
     other.write_text('[worker]\nsocket = "/other/w"\n')
     monkeypatch.setenv("JOBD_CONFIG", str(other))
     assert found() == ("unix:/other/w", defaults[1])
@@ -468,14 +468,14 @@ def test_options_override_variables_and_variables_the_configuration(
         ('listen = "\\ud800"', "http://127.0.0.1:8770"),
     ],
 )
-def test_the_admin_api_is_found_by_the_configuration(untold: Path, settings: str, url: str) -> None:
-    untold.write_text(f"[admin]\n{settings}\n")
+def test_the_admin_api_is_found_by_the_configuration(no_connection_settings: Path, settings: str, url: str) -> None:
+    no_connection_settings.write_text(f"[admin]\n{settings}\n")
     assert found()[1] == url
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"admin = 1\nworker = []\n", None])
-def test_an_unreadable_configuration_is_ignored(untold: Path, content: bytes | None) -> None:
-    untold.write_bytes(content) if content is not None else untold.mkdir()
+def test_an_unreadable_configuration_is_ignored(no_connection_settings: Path, content: bytes | None) -> None:
+    no_connection_settings.write_bytes(content) if content is not None else no_connection_settings.mkdir()
     assert found() == (f"unix:{default_socket()}", "http://127.0.0.1:8770")
 
 

@@ -263,7 +263,7 @@ def test_late_results_are_deleted_with_the_job(rules: RuleHarness) -> None:
     late(rules, completing(lock_id))
     rules.accept(Delete(id="a"), admin=True)
     rules.reject(LateResults(id="a"), "job_not_found", admin=True)
-    assert not any(rules.lates.values())
+    assert not any(rules.late_results.values())
 
 
 # -- taken at once ----------------------------------------------------------------------------------------------------
@@ -381,7 +381,7 @@ def test_the_result_for_a_row_without_error_or_last_grant_is_stored() -> None:
     whole = rules.row(replace(rules.job(), error=None))
     late(rules, completing(lock_id))
     rules.row(replace(whole, ended=None))
-    rules.lates.clear()
+    rules.late_results.clear()
     late(rules, completing(lock_id))
 
 

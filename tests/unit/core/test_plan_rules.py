@@ -39,7 +39,7 @@ from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Job, requeues_on_stall
 from jobd.model.responses import MaintenanceResult, PlannedJob, PlanSlice, PlanView, Response, plan_late_results_note
 from tests.support.factories import full_job
-from tests.support.plan_help import applied, made
+from tests.support.plans import apply_plan, make_plan
 from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time
 
@@ -229,24 +229,24 @@ async def test_a_maintenance_plan_shows_what_a_cleanup_run_would_do_and_does_it_
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await due_plan(engine)
-        plan = await made(planner, "r", action="recover-stuck")
+        plan = await make_plan(planner, "r", action="recover-stuck")
         assert moves(plan) == [("stuck", "processing", "queued")]
-        plan = await made(planner, action="cleanup", reason="now")
+        plan = await make_plan(planner, action="cleanup", reason="now")
         assert moves(plan) == [("stuck", "processing", "queued"), ("late", "queued", "failed"), ("old", "failed", None)]
         assert (plan.filter, plan.more, plan.next_cursor, plan.skipped) == (None, False, None, [])
         assert plan.scope is not None
         assert "validation fixes are not part of a plan" in plan.scope
         assert (await engine.yes(Get(id="stuck"))).status == "processing", "nothing is done yet"
-        result = await applied(planner)
+        result = await apply_plan(planner)
         assert (result.applied, result.changed, result.refused) == (3, [], [])
         assert (await engine.yes(Get(id="late"))).status == "failed"
         assert (await engine.no(Get(id="old"))).code == "job_not_found"
         rows = [(row.what, row.reason, row.who) for row in engine.disk.audited.values()]
         assert rows == [("plan-cleanup", "now", "eve"), ("plan-cleanup", None, "eve")], "a slice, and the whole"
-        assert (await applied(planner)).repeated
-        other = await applied(planner, "r")
+        assert (await apply_plan(planner)).repeated
+        other = await apply_plan(planner, "r")
         assert (other.applied, [each.id for each in other.changed]) == (0, ["stuck"])
-        assert (await made(planner, "n", action="cleanup")).count == 0
+        assert (await make_plan(planner, "n", action="cleanup")).count == 0
 
 
 @pytest.mark.parametrize(("action", "count"), [("recover-stuck", 1), ("cleanup", 3)])
@@ -256,12 +256,12 @@ def test_jobs_that_revived_since_the_plan_are_listed(action: PlanAction, count: 
         async with VirtualEngine() as engine:
             planner = Planner(engine.actor, engine.clock)
             lock_id = await due_plan(engine)
-            assert (await made(planner, action=action)).count == count
+            assert (await make_plan(planner, action=action)).count == count
             await engine.yes(Progress(id="stuck", lock_id=lock_id, progress=1))
-            result = await applied(planner)
+            result = await apply_plan(planner)
             assert (result.applied, [each.id for each in result.changed]) == (count - 1, ["stuck"])
             assert (await engine.yes(Get(id="stuck"))).status == "processing"
-            assert (await made(planner, "q", action=action)).count == 0
+            assert (await make_plan(planner, "q", action=action)).count == 0
 
     play()
 
@@ -289,7 +289,7 @@ async def test_while_the_clock_is_suspect_no_deletion_is_planned() -> None:
         planner = Planner(engine.actor, engine.clock)
         await due_plan(engine)
         engine.step_ms = 2 * DAY_MS
-        assert [job.id for job in (await made(planner, action="cleanup")).jobs] == ["stuck"]
+        assert [job.id for job in (await make_plan(planner, action="cleanup")).jobs] == ["stuck"]
 
 
 @in_virtual_time
@@ -297,10 +297,10 @@ async def test_on_a_full_disk_maintenance_plans_are_allowed() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await due_plan(engine)
-        await made(planner, action="cleanup")
+        await make_plan(planner, action="cleanup")
         engine.disk.fill()
         await engine.no(Create(id="x"))
-        assert (await applied(planner)).applied == 3
+        assert (await apply_plan(planner)).applied == 3
         engine.disk.free()
 
 
@@ -342,10 +342,10 @@ def test_a_plan_is_limited_and_the_rest_is_planned_later(
         async with VirtualEngine() as engine:
             planner = Planner(engine.actor, engine.clock)
             await crowd(engine, *counts)
-            plan = await made(planner, action="cleanup")
+            plan = await make_plan(planner, action="cleanup")
             assert ([job.id for job in plan.jobs], plan.more, plan.next_cursor) == (found, more, None)
-            await applied(planner)
-            assert (await made(planner, "q", action="cleanup")).count == sum(counts) - 3
+            await apply_plan(planner)
+            assert (await make_plan(planner, "q", action="cleanup")).count == sum(counts) - 3
 
     play()
 
@@ -361,7 +361,7 @@ def test_a_plan_ends_at_its_time_limit(
     async def play() -> None:
         async with VirtualEngine() as engine:
             await crowd(engine, *counts)
-            plan = await made(Planner(engine.actor, engine.clock), action="cleanup")
+            plan = await make_plan(Planner(engine.actor, engine.clock), action="cleanup")
             assert (plan.count, plan.more) == (found, True)
 
     play()
@@ -374,7 +374,7 @@ def test_a_job_that_revives_during_planning_is_not_in_the_plan() -> None:
         async with VirtualEngine() as engine:
             locks = [await engine.held(f"s{n}", lock_ttl_ms=SECOND_MS) for n in range(3)]
             await asyncio.sleep(120)
-            making = asyncio.create_task(made(Planner(engine.actor, engine.clock), action="recover-stuck"))
+            making = asyncio.create_task(make_plan(Planner(engine.actor, engine.clock), action="recover-stuck"))
             await asyncio.sleep(plan_builder.PAUSE_S / 2)
             await engine.yes(Progress(id="s2", lock_id=locks[2], progress=1))
             assert [job.id for job in (await making).jobs] == ["s0", "s1"]
@@ -395,7 +395,7 @@ async def test_a_job_that_is_no_longer_finished_is_not_in_the_plan() -> None:
             return found
 
         engine.disk.expired_jobs = moved_on  # type: ignore[method-assign]
-        plan = await made(Planner(engine.actor, engine.clock), action="cleanup")
+        plan = await make_plan(Planner(engine.actor, engine.clock), action="cleanup")
         assert [job.id for job in plan.jobs] == ["o1"]
 
 
@@ -410,7 +410,7 @@ async def test_a_job_found_twice_is_in_the_plan_once() -> None:
             return pages.get(skip, [])
 
         engine.disk.expired_jobs = overlapping  # type: ignore[method-assign]
-        plan = await made(Planner(engine.actor, engine.clock), action="cleanup")
+        plan = await make_plan(Planner(engine.actor, engine.clock), action="cleanup")
         assert [job.id for job in plan.jobs] == ["o0", "o1", "o2"]
 
 
@@ -424,11 +424,11 @@ async def test_late_results_of_deleted_jobs_are_counted_and_change_the_version()
             await engine.yes(ForceFail(id=job_id))
         await engine.no(Complete(id="a", lock_id=locks["a"], file_path="/out"))
         await asyncio.sleep(40 * 24 * 3600)
-        plan = await made(planner, action="cleanup")
+        plan = await make_plan(planner, action="cleanup")
         assert sorted((job.id, job.late_results) for job in plan.jobs) == [("a", 1), ("b", 0)]
         assert plan.with_late_results == 1
         await engine.no(Complete(id="b", lock_id=locks["b"], file_path="/out"))
-        result = await applied(planner)
+        result = await apply_plan(planner)
         assert (result.applied, [each.id for each in result.changed]) == (1, ["b"])
         await engine.yes(Adopt(id="b"))
 
@@ -438,8 +438,8 @@ async def test_a_long_maintenance_plan_is_applied_in_slices() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await crowd(engine, 0, 0, plans.SLICE + 5)
-        assert (await made(planner, action="cleanup")).count == plans.SLICE + 5
-        assert (await applied(planner)).applied == plans.SLICE + 5
+        assert (await make_plan(planner, action="cleanup")).count == plans.SLICE + 5
+        assert (await apply_plan(planner)).applied == plans.SLICE + 5
 
 
 def test_the_version_of_a_read_job_is_not_valid_for_maintenance_actions() -> None:

@@ -246,7 +246,7 @@ commands = weighted(
 )
 
 
-class Passes:
+class TimeStep:
     """Time: `wall` and `lease` in ms; the wall clock may step."""
 
     def __init__(self, wall: int, lease: int) -> None:
@@ -256,14 +256,14 @@ class Passes:
         return f"Passes({self.wall}, {self.lease})"
 
 
-both_clocks = waits.map(lambda ms: Passes(ms, ms))
-wall_steps = st.integers(-5_000, 5_000).map(lambda ms: Passes(ms, 0))
+both_clocks = waits.map(lambda ms: TimeStep(ms, ms))
+wall_steps = st.integers(-5_000, 5_000).map(lambda ms: TimeStep(ms, 0))
 steps_of_a_run = st.tuples(weighted((6, commands), (2, both_clocks), (1, wall_steps)), st.booleans())
 sequences = st.lists(steps_of_a_run, min_size=10, max_size=60)
 long_sequences = st.lists(steps_of_a_run, min_size=100, max_size=150)
 
 
-class Run(RuleHarness):
+class PropertyRun(RuleHarness):
     """A harness that knows what each command may change."""
 
     def __init__(self) -> None:
@@ -271,7 +271,7 @@ class Run(RuleHarness):
         self.runs: dict[str, list[str]] = {}  # seq and id of a job -> events since it was last queued
 
     def step(self, command: Any, *, admin: bool) -> None:
-        if isinstance(command, Passes):
+        if isinstance(command, TimeStep):
             self.now += command.wall
             self.lease += command.lease
             return
@@ -371,10 +371,10 @@ class Run(RuleHarness):
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(sequences)
-@example([(Create(id="a"), False), (Start(id="a", worker="w"), False), (Passes(1_500, 1_500), False),
+@example([(Create(id="a"), False), (Start(id="a", worker="w"), False), (TimeStep(1_500, 1_500), False),
           (Start(id="a", worker="w"), False)])  # fmt: skip
 def test_any_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None:
-    run = Run()
+    run = PropertyRun()
     for command, admin in sequence:
         run.step(command, admin=admin)
 
@@ -383,7 +383,7 @@ def test_any_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None:
 @settings(max_examples=12, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 @given(long_sequences)
 def test_any_long_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None:
-    run = Run()
+    run = PropertyRun()
     for command, admin in sequence:
         run.step(command, admin=admin)
 
@@ -392,7 +392,7 @@ def test_any_long_sequence_of_commands(sequence: list[tuple[Any, bool]]) -> None
 @settings(max_examples=50, deadline=None)
 @given(sequences)
 def test_the_same_commands_at_the_same_times_give_the_same_events(sequence: list[tuple[Any, bool]]) -> None:
-    first, second = Run(), Run()
+    first, second = PropertyRun(), PropertyRun()
     for command, admin in sequence:
         first.step(command, admin=admin)
         second.step(command, admin=admin)
@@ -404,7 +404,7 @@ def test_the_same_commands_at_the_same_times_give_the_same_events(sequence: list
 @given(sequences, st.integers(0, 10_000))
 def test_every_job_ends_once_time_passes(sequence: list[tuple[Any, bool]], away: int) -> None:
     """Without workers, recovery alone ends every grant."""
-    run = Run()
+    run = PropertyRun()
     for command, admin in sequence:
         run.step(command, admin=admin)
     run.advance(away)

@@ -180,7 +180,7 @@ def test_a_full_block_is_split_unless_entries_are_appended() -> None:
     assert list(growing) == sorted(growing)
 
 
-class Model:
+class NaiveReadyQueue:
     """Queued jobs as a plain set, to compare with."""
 
     def __init__(self) -> None:
@@ -239,7 +239,7 @@ class Model:
 
 
 def test_due_jobs_come_in_exact_order_over_kinds_and_priorities() -> None:
-    model = Model()
+    model = NaiveReadyQueue()
     model.check()
     for kind, *found in [("a", 0, 5, 1), ("b", 0, 4, 2), ("a", -1, 9, 3), ("b", 1, 1, 4), ("a", 0, 4, 5)]:
         model.add(kind, *found)
@@ -248,7 +248,7 @@ def test_due_jobs_come_in_exact_order_over_kinds_and_priorities() -> None:
 
 
 def test_a_lane_is_removed_with_its_last_job() -> None:
-    model = Model()
+    model = NaiveReadyQueue()
     first, second, third = model.add("a", 0, 1, 1), model.add("a", 5, 1, 2), model.add("b", 0, 1, 3)
     model.remove(first)
     assert list(model.due.lanes["a"]) == [5]
@@ -260,7 +260,7 @@ def test_a_lane_is_removed_with_its_last_job() -> None:
 
 
 def test_a_job_that_returns_is_listed_once() -> None:
-    model = Model()
+    model = NaiveReadyQueue()
     kept = model.add("a", 0, 1, 1)
     item = model.add("a", 0, 2, 2)
     for _ in range(3):
@@ -274,7 +274,7 @@ def test_a_job_that_returns_is_listed_once() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_any_sequence_of_adds_and_removes_matches_a_sort(seed: int) -> None:
     dice = random.Random(seed)
-    model = Model()
+    model = NaiveReadyQueue()
     removed: list[tuple[str, DueEntry]] = []
     for seq in range(400):
         action = dice.random()
@@ -298,7 +298,7 @@ def test_any_sequence_of_adds_and_removes_matches_a_sort(seed: int) -> None:
 
 
 def test_a_job_that_returns_in_another_form_is_listed_once() -> None:
-    model = Model()
+    model = NaiveReadyQueue()
     item = model.add("a", 0, 1, 1)
     model.remove(item)
     model.join("a", 0, 1, 1)
@@ -308,7 +308,7 @@ def test_a_job_that_returns_in_another_form_is_listed_once() -> None:
 
 
 def test_a_new_job_is_the_first_if_all_others_are_removed() -> None:
-    model = Model()
+    model = NaiveReadyQueue()
     removed = model.join("a", 0, 5, 1)
     model.add("a", 0, 9, 2)
     model.remove(removed)
@@ -318,7 +318,7 @@ def test_a_new_job_is_the_first_if_all_others_are_removed() -> None:
 
 
 def test_a_job_joins_the_fifo_only_at_its_end() -> None:
-    model = Model()
+    model = NaiveReadyQueue()
     for found in [(0, 5, 2), (0, 4, 3), (0, 5, 1), (0, 5, 4)]:
         model.join("a", *found)
         model.check()
@@ -328,7 +328,7 @@ def test_a_job_joins_the_fifo_only_at_its_end() -> None:
 
 
 def test_the_first_jobs_of_a_lane_can_be_added_at_once_in_any_order() -> None:
-    model = Model()
+    model = NaiveReadyQueue()
     jobs = [untouched("a", 3, created_at, seq) for created_at, seq in [(5, 2), (4, 3), (5, 1), (5, 4)]]
     for job in jobs:
         model.live.add(("a", short_entry(job)))
@@ -340,7 +340,7 @@ def test_the_first_jobs_of_a_lane_can_be_added_at_once_in_any_order() -> None:
 
 
 def test_fifos_stay_small_while_jobs_come_and_go() -> None:
-    model = Model()
+    model = NaiveReadyQueue()
     model.join("a", 0, 0, 0)
     for seq in range(1, 2_000):
         model.remove(model.join("a", 0, seq, seq))
@@ -350,7 +350,7 @@ def test_fifos_stay_small_while_jobs_come_and_go() -> None:
 
 
 def test_heaps_stay_small_while_jobs_come_and_go() -> None:
-    model = Model()
+    model = NaiveReadyQueue()
     model.add("a", 0, 0, 0)
     for seq in range(1, 2_000):
         model.remove(model.add("a", 0, seq, seq))
@@ -362,7 +362,7 @@ def test_heaps_stay_small_while_jobs_come_and_go() -> None:
 
 
 def test_a_lane_has_few_heads_while_jobs_are_only_added_or_only_removed() -> None:
-    model = Model()
+    model = NaiveReadyQueue()
     model.add("b", 0, 0, 9_999)
     items = [model.add("a", 0, 2_000 - seq, seq) for seq in range(1_000)]  # each goes before all others
     assert len(model.due.heads.entries) <= 2 * 2 + SLACK + 1
@@ -372,9 +372,9 @@ def test_a_lane_has_few_heads_while_jobs_are_only_added_or_only_removed() -> Non
     model.check()
 
 
-@pytest.mark.parametrize("enter", [Model.add, Model.join])
+@pytest.mark.parametrize("enter", [NaiveReadyQueue.add, NaiveReadyQueue.join])
 def test_a_single_lane_has_no_heads(enter: Callable[..., tuple[str, DueEntry]]) -> None:
-    model = Model()
+    model = NaiveReadyQueue()
     first, second = enter(model, "a", 0, 1, 1), enter(model, "a", 0, 2, 2)
     assert not model.due.heads.entries
     others = [enter(model, "b", 0, 0, 3), enter(model, "b", 1, 0, 4), enter(model, "a", 2, 0, 5)]
@@ -417,7 +417,7 @@ def test_the_first_of_many_lanes_is_found_without_reading_all_of_them(
     assert len(scanned) < 60
 
 
-class Now(int):
+class CountingTime(int):
     """A time that counts comparisons."""
 
     compared = 0
@@ -436,7 +436,7 @@ def test_overdue_jobs_are_skipped_in_blocks_and_return_after_a_backward_step() -
     for seq in range(jobs):
         places.add((0, 1, seq, f"{seq}", 10 + seq % 2))
     places.add((0, 1, jobs, f"{jobs}", NEVER))
-    now = Now(11)
+    now = CountingTime(11)
     assert [found[2] for found in places.eligible(now)] == [jobs]
     assert now.compared < 50, "a look at each block, and at the entries of the last one"
     assert next(places.eligible(10))[2] == 1, "the clock was set back"
@@ -450,6 +450,6 @@ def test_a_block_whose_last_job_was_removed_is_read_once() -> None:
     for seq in range(5, jobs, BLOCK):
         places.remove((0, 1, seq, f"{seq}", 20))
     assert list(places.eligible(10)) == []
-    now = Now(10)
+    now = CountingTime(10)
     assert list(places.eligible(now)) == []
     assert now.compared == 10

@@ -39,7 +39,7 @@ from jobd.model.job import (
     Result,
 )
 from jobd.model.storage import Numbers, OpenedStore, QueueRow
-from tests.support.rule_harness import NOW, RuleHarness, compare, picture
+from tests.support.rule_harness import NOW, RuleHarness, compare, snapshot
 
 TTL = 15 * MINUTE_MS
 
@@ -101,7 +101,7 @@ def test_compact_jobs_can_be_added_at_once_or_one_by_one(seed: int) -> None:
         for book in (at_once, one_by_one):
             book.set_paused("q", None)
             book.advance(book._now + step_ms, 0)
-        assert picture(at_once) == picture(one_by_one)
+        assert snapshot(at_once) == snapshot(one_by_one)
         assert at_once.next_run_at() == one_by_one.next_run_at()
         assert {lane.name: lane.live for lane in at_once._lanes} == {lane.name: lane.live for lane in one_by_one._lanes}
     for book in (at_once, one_by_one):

@@ -22,7 +22,7 @@ WALL = 1_700_000_000_000
 WEEK_MS = 7 * DAY_MS
 
 
-class Sources:
+class ManualClocks:
     """Clocks that move only when a test moves them."""
 
     def __init__(self) -> None:
@@ -47,12 +47,12 @@ class Sources:
 
 
 @pytest.fixture
-def sources() -> Sources:
-    return Sources()
+def sources() -> ManualClocks:
+    return ManualClocks()
 
 
 def clock(
-    sources: Sources, lease_ms: int = 0, wall_ms: int = 0, *, suspect: bool = False, keep_ms: int = WEEK_MS
+    sources: ManualClocks, lease_ms: int = 0, wall_ms: int = 0, *, suspect: bool = False, keep_ms: int = WEEK_MS
 ) -> Clock:
     return Clock(
         lease_ms,
@@ -70,7 +70,7 @@ def log_events(logs: list[MutableMapping[str, Any]]) -> list[tuple[str, str]]:
     return [(line["event"], line["log_level"]) for line in logs]
 
 
-def test_lease_time_continues_from_its_persisted_value(sources: Sources) -> None:
+def test_lease_time_continues_from_its_persisted_value(sources: ManualClocks) -> None:
     daemon_clock = clock(sources, lease_ms=1_000)
     assert daemon_clock.moment() == Moment(now=WALL, lease=1_000, offset=WALL - 1_000)
     sources.pass_ms(250)
@@ -78,7 +78,7 @@ def test_lease_time_continues_from_its_persisted_value(sources: Sources) -> None
 
 
 @pytest.mark.parametrize("step_ms", [-3_600_000, 3_600_000, 40 * 86_400_000])
-def test_a_step_of_the_wall_clock_moves_no_lease(sources: Sources, step_ms: int) -> None:
+def test_a_step_of_the_wall_clock_moves_no_lease(sources: ManualClocks, step_ms: int) -> None:
     daemon_clock = clock(sources, lease_ms=1_000)
     sources.pass_ms(10)
     sources.wall_ms += step_ms
@@ -88,7 +88,7 @@ def test_a_step_of_the_wall_clock_moves_no_lease(sources: Sources, step_ms: int)
     assert at.wall(1_010) == sources.wall_ms
 
 
-def test_the_offset_does_not_flicker(sources: Sources) -> None:
+def test_the_offset_does_not_flicker(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     first = daemon_clock.moment().offset
     sources.wall_ms += 1
@@ -99,7 +99,7 @@ def test_the_offset_does_not_flicker(sources: Sources) -> None:
     assert daemon_clock.moment().offset == first + 2
 
 
-def test_lease_time_never_goes_back(sources: Sources) -> None:
+def test_lease_time_never_goes_back(sources: ManualClocks) -> None:
     daemon_clock = clock(sources, lease_ms=100)
     sources.pass_ms(50)
     assert daemon_clock.moment().lease == 150
@@ -111,7 +111,7 @@ def test_lease_time_never_goes_back(sources: Sources) -> None:
     )  # it continues from the current reading without waiting until the clock has caught up
 
 
-def test_a_hold_stops_lease_time_and_only_that(sources: Sources) -> None:
+def test_a_hold_stops_lease_time_and_only_that(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     sources.pass_ms(10)
     daemon_clock.hold()
@@ -128,7 +128,7 @@ def test_a_hold_stops_lease_time_and_only_that(sources: Sources) -> None:
     assert daemon_clock.moment().lease == 15
 
 
-def test_a_stop_is_a_permanent_hold(sources: Sources) -> None:
+def test_a_stop_is_a_permanent_hold(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     sources.pass_ms(10)
     daemon_clock.stop()
@@ -146,7 +146,7 @@ def test_a_stop_is_a_permanent_hold(sources: Sources) -> None:
     [(WEEK_MS, DAY_MS), (2 * DAY_MS, DAY_MS), (DAY_MS, 12 * HOUR_MS), (MINUTE_MS, 30 * SECOND_MS), (1, SECOND_MS)],
 )
 def test_while_running_a_day_or_half_the_shortest_retention_ahead_is_suspect(
-    sources: Sources, keep_ms: int, bound_ms: int
+    sources: ManualClocks, keep_ms: int, bound_ms: int
 ) -> None:
     daemon_clock = clock(sources, keep_ms=keep_ms)
     sources.pass_ms(10 * DAY_MS)  # boot time also continues
@@ -159,7 +159,7 @@ def test_while_running_a_day_or_half_the_shortest_retention_ahead_is_suspect(
     assert (at.now, at.believed) == (sources.wall_ms, sources.wall_ms - bound_ms - 1)
 
 
-def test_the_first_moment_after_a_step_is_suspect_and_expects_boot_time_to_continue(sources: Sources) -> None:
+def test_the_first_moment_after_a_step_is_suspect_and_expects_boot_time_to_continue(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     assert daemon_clock.moment().believed == WALL
@@ -170,7 +170,7 @@ def test_the_first_moment_after_a_step_is_suspect_and_expects_boot_time_to_conti
     assert daemon_clock.moment().believed == WALL + 2 * HOUR_MS
 
 
-def test_small_steps_ahead_add_up_and_suspend_is_none(sources: Sources) -> None:
+def test_small_steps_ahead_add_up_and_suspend_is_none(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     sources.pass_ms(30 * DAY_MS)  # a suspend, which boot time includes
     assert not daemon_clock.suspect
@@ -182,7 +182,7 @@ def test_small_steps_ahead_add_up_and_suspend_is_none(sources: Sources) -> None:
 
 
 @pytest.mark.parametrize("back_ms", [1, 5 * SECOND_MS, 3 * DAY_MS, 50 * 365 * DAY_MS])
-def test_a_step_back_is_trusted_and_later_steps_are_measured_from_it(sources: Sources, back_ms: int) -> None:
+def test_a_step_back_is_trusted_and_later_steps_are_measured_from_it(sources: ManualClocks, back_ms: int) -> None:
     daemon_clock = clock(sources)
     sources.wall_ms -= back_ms
     assert not daemon_clock.suspect
@@ -206,21 +206,21 @@ def test_a_step_back_is_trusted_and_later_steps_are_measured_from_it(sources: So
     ],
 )
 def test_a_start_half_the_shortest_retention_ahead_is_suspect(
-    sources: Sources, wall_ms: int, keep_ms: int, suspect: bool
+    sources: ManualClocks, wall_ms: int, keep_ms: int, suspect: bool
 ) -> None:
     daemon_clock = clock(sources, wall_ms=wall_ms, keep_ms=keep_ms)
     assert daemon_clock.suspect is suspect
     assert daemon_clock.moment().believed == (wall_ms if suspect else WALL)
 
 
-def test_a_start_after_a_suspect_clock_is_suspect_even_if_the_jump_alone_would_not_be(sources: Sources) -> None:
+def test_a_start_after_a_suspect_clock_is_suspect_even_if_the_jump_alone_would_not_be(sources: ManualClocks) -> None:
     assert not clock(sources, wall_ms=WALL - 2 * DAY_MS).suspect
     daemon_clock = clock(sources, wall_ms=WALL - 2 * DAY_MS, suspect=True)
     assert daemon_clock.suspect
     assert daemon_clock.moment().believed == WALL - 2 * DAY_MS
 
 
-def test_a_new_retention_counts_at_once(sources: Sources) -> None:
+def test_a_new_retention_counts_at_once(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     sources.wall_ms += 20 * HOUR_MS
     assert not daemon_clock.suspect
@@ -230,7 +230,7 @@ def test_a_new_retention_counts_at_once(sources: Sources) -> None:
     assert not daemon_clock.suspect
 
 
-def test_a_suspect_clock_is_logged_once_with_the_jump_and_what_to_do(sources: Sources) -> None:
+def test_a_suspect_clock_is_logged_once_with_the_jump_and_what_to_do(sources: ManualClocks) -> None:
     with capture_logs() as logs:
         daemon_clock = clock(sources)
         assert daemon_clock.doubt() is None
@@ -252,13 +252,13 @@ def test_a_suspect_clock_is_logged_once_with_the_jump_and_what_to_do(sources: So
 @pytest.mark.parametrize(
     ("ahead_ms", "words"), [(30 * HOUR_MS, "30 h"), (31 * MINUTE_MS, "31 min"), (31 * SECOND_MS, "31 s")]
 )
-def test_the_jump_is_logged_in_words(sources: Sources, ahead_ms: int, words: str) -> None:
+def test_the_jump_is_logged_in_words(sources: ManualClocks, ahead_ms: int, words: str) -> None:
     daemon_clock = clock(sources, keep_ms=MINUTE_MS)
     sources.wall_ms += ahead_ms
     assert f"is {words} ahead" in (daemon_clock.doubt() or "")
 
 
-def test_the_first_way_out_is_an_operator(sources: Sources) -> None:
+def test_the_first_way_out_is_an_operator(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     daemon_clock.accept()
     sources.wall_ms += 40 * DAY_MS
@@ -274,7 +274,7 @@ def test_the_first_way_out_is_an_operator(sources: Sources) -> None:
 
 
 @pytest.mark.parametrize("left_ms", [-3 * DAY_MS, 0, DAY_MS])
-def test_the_second_way_out_is_a_wall_time_that_agrees_again(sources: Sources, left_ms: int) -> None:
+def test_the_second_way_out_is_a_wall_time_that_agrees_again(sources: ManualClocks, left_ms: int) -> None:
     daemon_clock = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     assert daemon_clock.suspect
@@ -289,14 +289,14 @@ def test_the_second_way_out_is_a_wall_time_that_agrees_again(sources: Sources, l
     )
 
 
-def test_a_clock_that_is_set_right_while_the_daemon_is_down_is_trusted_at_the_start(sources: Sources) -> None:
+def test_a_clock_that_is_set_right_while_the_daemon_is_down_is_trusted_at_the_start(sources: ManualClocks) -> None:
     with capture_logs() as logs:
         daemon_clock = clock(sources, wall_ms=WALL - HOUR_MS, suspect=True)
         assert not daemon_clock.suspect
     assert log_events(logs)[-1] == ("clock_trusted", "info")
 
 
-def after(sources: Sources, daemon_clock: Clock, ms: int, *, step_ms: int = 10 * SECOND_MS) -> bool:
+def after(sources: ManualClocks, daemon_clock: Clock, ms: int, *, step_ms: int = 10 * SECOND_MS) -> bool:
     """Return whether the clock is suspect after that time, with a read every `step_ms`."""
     for _ in range(ms // step_ms):
         sources.pass_ms(step_ms)
@@ -304,7 +304,7 @@ def after(sources: Sources, daemon_clock: Clock, ms: int, *, step_ms: int = 10 *
     return daemon_clock.suspect
 
 
-def test_the_third_way_out_is_a_kernel_that_is_synchronised_for_ten_minutes(sources: Sources) -> None:
+def test_the_third_way_out_is_a_kernel_that_is_synchronised_for_ten_minutes(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     assert daemon_clock.suspect
@@ -323,7 +323,7 @@ def test_the_third_way_out_is_a_kernel_that_is_synchronised_for_ten_minutes(sour
     assert daemon_clock.suspect, "reads before the step no longer count"
 
 
-def test_the_ten_minutes_start_again_after_a_gap(sources: Sources) -> None:
+def test_the_ten_minutes_start_again_after_a_gap(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     sources.synchronised = True
@@ -341,7 +341,7 @@ def test_the_ten_minutes_start_again_after_a_gap(sources: Sources) -> None:
     assert not after(sources, daemon_clock, 10 * SECOND_MS)
 
 
-def test_a_busy_daemon_asks_the_kernel_once_a_second(sources: Sources) -> None:
+def test_a_busy_daemon_asks_the_kernel_once_a_second(sources: ManualClocks) -> None:
     daemon_clock = clock(sources)
     sources.wall_ms += 40 * DAY_MS
     assert after(sources, daemon_clock, 10 * SECOND_MS, step_ms=10)
@@ -379,7 +379,7 @@ def test_the_real_kernel_reports_its_synchronisation() -> None:
 def test_lease_time_is_monotonic_and_bounded_for_any_clocks(
     steps: list[tuple[int, int, str]],
 ) -> None:
-    sources = Sources()
+    sources = ManualClocks()
     daemon_clock = clock(sources, lease_ms=7)
     last, forward = 7, 0
     for boot_ms, wall_ms, what in steps:

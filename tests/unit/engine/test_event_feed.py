@@ -22,7 +22,7 @@ from tests.support.virtual_engine import in_virtual_time, seconds
 ALL = EventFilter()
 
 
-class Stage:
+class FeedHarness:
     """A journal with commits and subscribers. Commits may be published later, as the actor does."""
 
     def __init__(self, max_events: int = 10) -> None:
@@ -30,21 +30,21 @@ class Stage:
         self.maker = ChangeFactory()
         self.feed = EventFeed(self.disk, 0, max_events)
         self.cuts: list[Subscriber] = []
-        self._untold: list[Sequence[Change]] = []
+        self._unpublished: list[Sequence[Change]] = []
 
     async def commit(self, count: int = 1, *, notify: bool = True, **fields: Any) -> None:
         await self.write([self.maker.create(**fields) for _ in range(count)], notify=notify)
 
     async def write(self, changes: list[Change], *, notify: bool = True) -> None:
         await self.disk.write(self.maker.batch(changes))
-        self._untold.append(changes)
+        self._unpublished.append(changes)
         if notify:
-            self.tell()
+            self.publish()
 
-    def tell(self) -> None:
-        for changes in self._untold:
+    def publish(self) -> None:
+        for changes in self._unpublished:
             self.feed.publish(changes)
-        self._untold.clear()
+        self._unpublished.clear()
 
     def listen(self, wanted: EventFilter = ALL, *, follow: bool = True) -> Subscriber:
         listener = self.feed.listen(wanted, follow=follow, cut=lambda: self.cuts.append(listener))
@@ -76,7 +76,7 @@ async def received(listener: Subscriber, up_to: int) -> list[int]:
 
 @in_virtual_time
 async def test_an_event_is_encoded_for_the_stream() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     listener = stage.listen()
     assert await listener.begin(None) == b"retry: 2000\nid: 0\n\n"
     change = stage.maker.create()
@@ -93,7 +93,7 @@ async def test_an_event_is_encoded_for_the_stream() -> None:
 
 @in_virtual_time
 async def test_an_event_of_a_queue_names_no_job() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     listener = await stage.begun()
     await stage.write([stage.maker.queue_event("video", True)])
     [event] = events_in(await listener.more())
@@ -102,7 +102,7 @@ async def test_an_event_of_a_queue_names_no_job() -> None:
 
 @in_virtual_time
 async def test_a_new_subscriber_gets_only_new_events() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     await stage.commit(3)
     listener = stage.listen()
     assert await listener.begin(None) == b"retry: 2000\nid: 3\n\n"
@@ -112,7 +112,7 @@ async def test_a_new_subscriber_gets_only_new_events() -> None:
 
 @in_virtual_time
 async def test_without_subscribers_nothing_is_kept() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     await stage.commit(3)
     assert (stage.feed.last, stage.feed._news, len(stage.feed.rounds)) == (3, [], 0)
     replaying = stage.listen()
@@ -123,7 +123,7 @@ async def test_without_subscribers_nothing_is_kept() -> None:
 
 @in_virtual_time
 async def test_an_event_is_encoded_once_for_all_subscribers() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     first, second = await stage.begun(), await stage.begun()
     await stage.commit(5)
     assert await first.more() is await second.more()
@@ -131,7 +131,7 @@ async def test_an_event_is_encoded_once_for_all_subscribers() -> None:
 
 @in_virtual_time
 async def test_frequent_events_are_sent_in_batches() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     listener = await stage.begun()
     await stage.commit()
     assert numbers(await listener.more()) == [1]
@@ -147,7 +147,7 @@ def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int) -> None
 
     @in_virtual_time
     async def run() -> None:
-        dice, stage = random.Random(seed), Stage()
+        dice, stage = random.Random(seed), FeedHarness()
         for _ in range(dice.randrange(1, 4 * PAGE // 10)):
             await stage.commit(10)
         after = dice.randrange(stage.feed.last)
@@ -160,7 +160,7 @@ def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int) -> None
             for _ in range(dice.randrange(5)):
                 await asyncio.sleep(dice.choice((0, 0.001, 0.005)))
                 await stage.commit(notify=dice.random() < 0.5)
-            stage.tell()
+            stage.publish()
             found += numbers(await more)
         await stage.commit()
         found += await received(listener, stage.feed.last)
@@ -171,7 +171,7 @@ def test_the_switch_from_journal_to_live_has_no_gap_or_repeat(seed: int) -> None
 
 @in_virtual_time
 async def test_unused_numbers_are_not_a_gap() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     await stage.commit(3)
     stage.maker.numbers = stage.disk.numbers = type(stage.disk.numbers)(next_job=4, next_event=1000)
     listener = await stage.begun(after=2)
@@ -182,7 +182,7 @@ async def test_unused_numbers_are_not_a_gap() -> None:
 
 @in_virtual_time
 async def test_unwanted_events_are_skipped_and_the_position_advances() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     await stage.commit(PAGE + 10)
     name = stage.disk.events[4].job_id
     listener = await stage.begun(EventFilter(job_ids=frozenset({name})), after=0)
@@ -196,7 +196,7 @@ async def test_unwanted_events_are_skipped_and_the_position_advances() -> None:
 
 @in_virtual_time
 async def test_all_filters_have_to_match() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     queue = EventFilter(queues=frozenset({"video", "mail"}), types=frozenset({"queue_paused"}))
     listener = await stage.begun(queue)
     await stage.write([stage.maker.queue_event(name, name != "mail") for name in ("video", "mail", "audio")])
@@ -205,7 +205,7 @@ async def test_all_filters_have_to_match() -> None:
 
 @in_virtual_time
 async def test_an_idle_stream_gets_heartbeats() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     listener = await stage.begun()
     loop = asyncio.get_running_loop()
     for _ in range(3):
@@ -216,7 +216,7 @@ async def test_an_idle_stream_gets_heartbeats() -> None:
 
 @in_virtual_time
 async def test_a_stream_that_skips_all_events_gets_heartbeats() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     listener = await stage.begun(EventFilter(job_ids=frozenset({"another"})))
     loop = asyncio.get_running_loop()
     more, before = asyncio.ensure_future(listener.more()), loop.time()
@@ -231,7 +231,7 @@ async def test_a_stream_that_skips_all_events_gets_heartbeats() -> None:
 async def test_a_slow_subscriber_is_cut_and_the_others_continue() -> None:
     with pytest.MonkeyPatch.context() as patch, capture_logs() as logs:
         patch.setattr(event_feed, "BACKLOG_BYTES", 3_000)
-        stage = Stage()
+        stage = FeedHarness()
         slow, quick = await stage.begun(), await stage.begun()
         for _ in range(30):
             await stage.commit()
@@ -249,7 +249,7 @@ async def test_a_slow_subscriber_is_cut_and_the_others_continue() -> None:
 async def test_one_large_batch_cuts_no_subscriber() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(event_feed, "BACKLOG_BYTES", 10)
-        stage = Stage()
+        stage = FeedHarness()
         listener = await stage.begun()
         await stage.commit(50)
         assert len(numbers(await listener.more())) == 50
@@ -262,7 +262,7 @@ async def test_one_large_batch_cuts_no_subscriber() -> None:
 async def test_pieces_have_a_limited_size() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(event_feed, "PIECE_BYTES", 10)
-        stage = Stage()
+        stage = FeedHarness()
         listener = await stage.begun()
         for _ in range(3):
             await stage.commit(2)
@@ -272,7 +272,7 @@ async def test_pieces_have_a_limited_size() -> None:
 
 @in_virtual_time
 async def test_the_number_of_streams_is_limited_and_places_are_freed() -> None:
-    stage = Stage(max_events=2)
+    stage = FeedHarness(max_events=2)
     first, second = await stage.begun(), await stage.begun(after=0)
     with pytest.raises(ApiException) as no:
         stage.listen()
@@ -296,7 +296,7 @@ def test_many_resuming_subscribers_catch_up_while_events_continue(spread: int) -
 
     @in_virtual_time
     async def run() -> None:
-        stage = Stage(max_events=100)
+        stage = FeedHarness(max_events=100)
         await stage.commit(500)
         found: dict[Subscriber, list[int]] = {}
 
@@ -323,7 +323,7 @@ def test_many_resuming_subscribers_catch_up_while_events_continue(spread: int) -
 @in_virtual_time
 async def test_without_follow_the_stream_ends_at_the_initial_end_of_the_journal() -> None:
     """It would never end if many events arrive meanwhile."""
-    stage = Stage()
+    stage = FeedHarness()
     await stage.commit(2 * PAGE + 50)
     listener = await stage.begun(after=0, follow=False)
     found: list[int] = []
@@ -336,7 +336,7 @@ async def test_without_follow_the_stream_ends_at_the_initial_end_of_the_journal(
 
 @in_virtual_time
 async def test_pruned_events_are_an_error_at_the_start_and_later() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     await stage.commit(3 * PAGE)
     listener = await stage.begun(after=0)
     assert len(numbers(await listener.more())) == PAGE
@@ -353,7 +353,7 @@ async def test_pruned_events_are_an_error_at_the_start_and_later() -> None:
 
 @in_virtual_time
 async def test_a_position_beyond_the_journal_is_an_error() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     await stage.commit(3)
     with pytest.raises(ApiException) as no:
         await stage.begun(after=4)
@@ -364,12 +364,12 @@ async def test_a_position_beyond_the_journal_is_an_error() -> None:
 
 @in_virtual_time
 async def test_a_position_that_is_committed_but_not_published_is_valid() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     await stage.commit(3, notify=False)
     listener = await stage.begun(after=0)
     assert await received(listener, 3) == [1, 2, 3]
     again = await stage.begun(after=3)
-    stage.tell()
+    stage.publish()
     await stage.commit()
     assert await received(again, 4) == [4]
     assert await received(listener, 4) == [4]
@@ -377,7 +377,7 @@ async def test_a_position_that_is_committed_but_not_published_is_valid() -> None
 
 @in_virtual_time
 async def test_a_stream_can_begin_some_events_back() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     await stage.commit(5)
     for gone_to, back, expected in ((0, 2, [4, 5]), (4, 2, [5]), (0, 100, [1, 2, 3, 4, 5])):
         stage.disk.gone_to = gone_to
@@ -389,7 +389,7 @@ async def test_a_stream_can_begin_some_events_back() -> None:
 
 @in_virtual_time
 async def test_without_follow_the_stream_ends_with_the_journal() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     await stage.commit(PAGE + 1)
     listener = await stage.begun(after=0, follow=False)
     assert len(numbers(await listener.more())) == PAGE
@@ -402,7 +402,7 @@ async def test_without_follow_the_stream_ends_with_the_journal() -> None:
 
 @in_virtual_time
 async def test_when_the_daemon_stops_subscribers_get_pending_events() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     live, stuck = await stage.begun(), await stage.begun()
     replaying, reading = await stage.begun(after=0), await stage.begun(after=0, follow=False)
     await stage.commit(3)
@@ -426,7 +426,7 @@ async def test_when_the_daemon_stops_subscribers_get_pending_events() -> None:
 
 @in_virtual_time
 async def test_when_the_daemon_stops_idle_streams_end_at_once() -> None:
-    stage = Stage()
+    stage = FeedHarness()
     listener = await stage.begun()
     more, before = asyncio.ensure_future(listener.more()), asyncio.get_running_loop().time()
     await seconds(1)

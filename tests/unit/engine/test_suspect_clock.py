@@ -41,7 +41,7 @@ from jobd.model.job import DAY_MS, HOUR_MS, MINUTE_MS, SECOND_MS, Policy
 from jobd.model.responses import Response
 from jobd.model.storage import AuditEntry, StoredResponse
 from tests.support.memory_storage import MemoryStorage
-from tests.support.plan_help import applied, made
+from tests.support.plans import apply_plan, make_plan
 from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import VirtualEngine, in_virtual_time, seconds, until
 
@@ -167,9 +167,9 @@ async def test_a_plan_made_before_the_step_does_nothing_by_age_after_it() -> Non
         await done(engine, expires_at=engine.now + SECOND_MS)
         await engine.yes(Create(id="waits", expires_at=engine.now + SECOND_MS))
         await seconds(2)
-        assert [job.id for job in (await made(planner, action="cleanup")).jobs] == ["waits", "done"]
+        assert [job.id for job in (await make_plan(planner, action="cleanup")).jobs] == ["waits", "done"]
         engine.step_ms = STEP_MS
-        result = await applied(planner)
+        result = await apply_plan(planner)
         assert (result.applied, [job.id for job in result.refused]) == (0, ["waits", "done"])
         assert all("The wall clock is suspect" in job.why for job in result.refused)
         assert (status(engine, "done"), status(engine, "waits")) == ("completed", "queued")
@@ -182,7 +182,7 @@ async def test_a_plan_made_after_the_step_names_no_job_by_age() -> None:
         await done(engine)
         await waiting(engine)
         engine.step_ms = STEP_MS
-        assert (await made(planner, action="cleanup")).jobs == []
+        assert (await make_plan(planner, action="cleanup")).jobs == []
 
 
 # -- cleanup runs ------------------------------------------------------------------------------------------------------

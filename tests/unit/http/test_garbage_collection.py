@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobd.engine.mailbox import Envelope
-from tests.integration.test_command_stream import Stream
+from tests.integration.test_command_stream import RawCommandStream
 from tests.support.http_harness import request_bytes
 from tests.support.virtual_engine import until
 from tests.support.worker_api_server import WorkerApiServer, worker_api_server
@@ -82,7 +82,7 @@ async def test_a_key_repeated_while_its_claim_waits_leaves_no_garbage(server: Wo
 
 
 async def test_lines_of_a_stream_leave_no_garbage(server: WorkerApiServer) -> None:
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     with left_over() as left:
         assert (await stream.ask(op="create", id="a"))["status"] == 201
         assert (await stream.ask(op="start", id="nobody", worker="w"))["status"] == 404
@@ -94,7 +94,7 @@ async def test_lines_of_a_stream_leave_no_garbage(server: WorkerApiServer) -> No
 
 
 async def test_an_aborted_stream_leaves_no_garbage(server: WorkerApiServer) -> None:
-    stream = await Stream.open(server.harness)
+    stream = await RawCommandStream.open(server.harness)
     with left_over() as left:
         server.disk.gate.clear()
         stream.send({"op": "create", "id": "a"})

@@ -20,7 +20,7 @@ from jobd.http.decoding import Limits
 from jobd.http.protocol import AHEAD, ServerConnection
 from jobd.model.errors import ApiError
 from jobd.model.responses import EmptyResponse, Response
-from tests.support.http_harness import TOKEN, HttpHarness, RawConnection, request_bytes, tls_pair
+from tests.support.http_harness import TOKEN, HeldResponse, HttpHarness, RawConnection, request_bytes, tls_pair
 from tests.support.malformed_requests import CHUNKED, HOSTILE
 
 CLAIM = request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
@@ -30,19 +30,6 @@ CLAIM = request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}')
 async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
         yield opened
-
-
-class Held:
-    """Responses that the fake actor holds back until the test releases them."""
-
-    def __init__(self, harness: HttpHarness, answer: Response | ApiError | None = None) -> None:
-        self.go = asyncio.Event()
-        self._answer = answer or Response(EmptyResponse())
-        harness.actor.respond = self.answer
-
-    async def answer(self, _: Any) -> Response | ApiError:
-        await self.go.wait()
-        return self._answer
 
 
 async def arrived(harness: HttpHarness, count: int) -> None:
@@ -110,7 +97,7 @@ async def test_a_complete_request_without_its_token_is_rejected(tmp_path: Path) 
 
 @WRITES
 async def test_requests_that_arrive_during_another_are_answered_after_it(harness: HttpHarness, send: Any) -> None:
-    held = Held(harness)
+    held = HeldResponse(harness)
     client = await harness.connect()
     await send(client, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
     await arrived(harness, 1)
@@ -131,7 +118,7 @@ async def test_requests_that_arrive_during_another_are_answered_after_it(harness
 @WRITES
 async def test_bodies_that_arrive_during_a_request_stay_in_the_socket(tmp_path: Path, send: Any) -> None:
     async with HttpHarness(ROUTES, tmp_path) as harness:
-        held = Held(harness)
+        held = HeldResponse(harness)
         client = await harness.connect()
         await send(client, CLAIM)
         await arrived(harness, 1)
@@ -164,7 +151,7 @@ async def test_requests_with_late_bodies_release_their_places(harness: HttpHarne
 
 @WRITES
 async def test_a_client_that_disconnects_abandons_its_command(harness: HttpHarness, send: Any) -> None:
-    Held(harness)
+    HeldResponse(harness)
     client = await harness.connect()
     await send(client, CLAIM)
     await arrived(harness, 1)
@@ -176,7 +163,7 @@ async def test_a_client_that_disconnects_abandons_its_command(harness: HttpHarne
 @WRITES
 async def test_a_response_to_a_closing_connection_is_undelivered(harness: HttpHarness, send: Any) -> None:
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = Held(harness, answer)
+    held = HeldResponse(harness, answer)
     client = await harness.connect()
     await send(client, CLAIM)
     await arrived(harness, 1)
@@ -282,7 +269,7 @@ async def test_a_few_unread_bytes_do_not_keep_a_connection_open(
 async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
     harness: HttpHarness, send: Any
 ) -> None:
-    held = Held(harness)
+    held = HeldResponse(harness)
     busy = await harness.connect()
     busy.send(CLAIM)
     await arrived(harness, 1)
@@ -308,7 +295,7 @@ async def test_a_connection_that_becomes_idle_during_a_stop_does_not_hold_it_up(
 
 async def test_a_response_at_the_deadline_of_a_stop_does_no_harm(harness: HttpHarness) -> None:
     """The actor calls it directly, so an exception here would end the actor."""
-    Held(harness)
+    HeldResponse(harness)
     client = await harness.connect()
     assert (await client.request("GET", "/healthz")).status == 200
     client.send(CLAIM)
@@ -330,7 +317,7 @@ async def test_a_response_at_the_deadline_of_a_stop_does_no_harm(harness: HttpHa
 
 @WRITES
 async def test_a_stop_waits_for_the_response_and_closes_the_connection(harness: HttpHarness, send: Any) -> None:
-    held = Held(harness)
+    held = HeldResponse(harness)
     client = await harness.connect()
     await send(client, CLAIM)
     await arrived(harness, 1)
@@ -347,7 +334,7 @@ async def test_a_stop_waits_for_the_response_and_closes_the_connection(harness: 
 
 @WRITES
 async def test_after_the_deadline_of_a_stop_a_request_is_abandoned(harness: HttpHarness, send: Any) -> None:
-    Held(harness)
+    HeldResponse(harness)
     client = await harness.connect()
     await send(client, CLAIM)
     await arrived(harness, 1)
@@ -395,7 +382,7 @@ async def test_a_bug_while_responding_never_reaches_the_actor(
 
     failed: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: failed.append(context))
-    Held(harness)
+    HeldResponse(harness)
     monkeypatch.setattr(harness.app, "respond", fail)
     monkeypatch.setattr(harness.app, "error_response", fail)
     lines = [await harness.connect(), await harness.connect()]
@@ -414,7 +401,7 @@ async def test_a_bug_while_responding_never_reaches_the_actor(
 
 
 async def test_a_prepared_response_is_sent_unchanged(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    Held(harness)
+    HeldResponse(harness)
     client = await harness.connect()
     client.send(CLAIM)
     await arrived(harness, 1)
@@ -434,7 +421,7 @@ async def test_a_prepared_response_that_no_longer_fits_is_encoded_again(
     harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     """Its commit failed, or the response has changed."""
-    Held(harness)
+    HeldResponse(harness)
     client = await harness.connect()
     client.send(CLAIM)
     await arrived(harness, 1)
@@ -468,7 +455,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, app: Any, name: str) -> list[An
 
 async def test_a_connection_is_idle_again_after_its_request(tmp_path: Path) -> None:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as harness:
-        held = Held(harness)
+        held = HeldResponse(harness)
         client = await harness.connect()
         client.send(CLAIM)
         await arrived(harness, 1)
@@ -572,7 +559,7 @@ async def half_closed(harness: HttpHarness) -> ServerConnection:
 
 @WRITES
 async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: HttpHarness, send: Any) -> None:
-    held = Held(either)
+    held = HeldResponse(either)
     client = await either.connect()
     await send(client, request_bytes("POST", "/v1/jobs", '{"queue":"first"}'))
     await arrived(either, 1)
@@ -591,7 +578,7 @@ async def test_a_half_closed_client_gets_its_responses_and_then_the_end(either: 
 @WRITES
 async def test_a_half_closed_client_may_wait(either: HttpHarness, send: Any) -> None:
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = Held(either, answer)
+    held = HeldResponse(either, answer)
     client = await either.connect()
     await send(client, CLAIM)
     await arrived(either, 1)
@@ -649,7 +636,7 @@ async def test_a_body_that_breaks_off_is_a_400(either: HttpHarness, before: byte
 @WRITES
 async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: HttpHarness, send: Any) -> None:
     """Over TCP this looks like a half-closed connection, until the first bytes of the response are sent."""
-    held = Held(either, Response(EmptyResponse(), grants=[("a", "lock")]))
+    held = HeldResponse(either, Response(EmptyResponse(), grants=[("a", "lock")]))
     client = await either.connect()
     await send(client, CLAIM)
     await arrived(either, 1)
@@ -662,7 +649,7 @@ async def test_a_client_that_closes_while_it_waits_abandons_its_claim(either: Ht
 
 @WRITES
 async def test_a_client_that_half_closes_and_then_closes_abandons_its_claim(harness: HttpHarness, send: Any) -> None:
-    Held(harness)
+    HeldResponse(harness)
     client = await harness.connect()
     await send(client, CLAIM)
     await arrived(harness, 1)
@@ -681,7 +668,7 @@ async def test_the_probe_is_a_part_of_the_response(
     """A closed client resets the connection at the probe, before the check: the rest of the response finds it gone."""
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = Held(either, answer)
+    held = HeldResponse(either, answer)
     client = await either.connect()
     await send(client, CLAIM)
     await arrived(either, 1)
@@ -715,7 +702,7 @@ async def test_a_response_with_grants_waits_for_the_probe(
     monkeypatch.setattr("jobd.http.protocol.FIRST_CHECK_S", 3600)
     monkeypatch.setattr("jobd.http.protocol.PROBE_S", 3600 if is_there else 0.01)
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = Held(tcp, answer)
+    held = HeldResponse(tcp, answer)
     client = await tcp.connect()
     await send(client, CLAIM)
     await arrived(tcp, 1)
@@ -742,7 +729,7 @@ async def test_a_connection_that_closes_during_the_probe_releases_its_grants(
 
     monkeypatch.setattr(ServerConnection, "_is_probing", is_probing)
     answer = Response(EmptyResponse(), grants=[("a", "lock")])
-    held = Held(tcp, answer)
+    held = HeldResponse(tcp, answer)
     client = await tcp.connect()
     await send(client, CLAIM)
     await arrived(tcp, 1)
@@ -760,7 +747,7 @@ async def test_a_connection_that_closes_during_the_probe_releases_its_grants(
 async def test_tls_has_no_half_closed_connections(tmp_path: Path) -> None:
     server, client = await tls_pair(tmp_path)
     async with HttpHarness(ROUTES, tmp_path) as harness:
-        Held(harness)
+        HeldResponse(harness)
         [(_, port)] = await harness.listener.open_tcp("127.0.0.1", 0, tls=server)
         connection = RawConnection(
             *await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="localhost")
@@ -792,7 +779,7 @@ async def test_requests_before_a_malformed_one_are_answered_first(either: HttpHa
 
 
 async def test_a_malformed_request_after_a_waiting_one_is_answered_after_it(harness: HttpHarness) -> None:
-    held = Held(harness)
+    held = HeldResponse(harness)
     client = await harness.connect()
     client.send(CLAIM)
     await arrived(harness, 1)

@@ -24,7 +24,7 @@ from jobd.http.decoding import Limits
 from jobd.http.protocol import PIECE
 from jobd.http.server import is_in_use
 from jobd.model.responses import EmptyResponse, Response
-from tests.support.http_harness import TOKEN, HttpHarness, RawConnection, request_bytes, tls_pair
+from tests.support.http_harness import TOKEN, HeldResponse, HttpHarness, RawConnection, request_bytes, tls_pair
 from tests.support.malformed_requests import CHUNKED, GET, HOSTILE, POST
 
 
@@ -32,18 +32,6 @@ from tests.support.malformed_requests import CHUNKED, GET, HOSTILE, POST
 async def harness(tmp_path: Path) -> AsyncIterator[HttpHarness]:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(body=1000)) as opened:
         yield opened
-
-
-class Held:
-    """Responses that the fake actor holds back until the test releases them."""
-
-    def __init__(self, harness: HttpHarness) -> None:
-        self.go = asyncio.Event()
-        harness.actor.respond = self.answer
-
-    async def answer(self, _: Any) -> Response:
-        await self.go.wait()
-        return Response(EmptyResponse())
 
 
 async def emptied(harness: HttpHarness) -> None:
@@ -158,7 +146,7 @@ async def test_a_client_that_disconnects_during_its_request_leaves_nothing_behin
 
 
 async def test_a_client_that_resets_the_connection_leaves_nothing_behind(harness: HttpHarness) -> None:
-    held = Held(harness)
+    held = HeldResponse(harness)
     client = await harness.connect()
     client.send(request_bytes("POST", "/v1/jobs", "{}"))
     await harness.actor.arrived.wait()
@@ -245,7 +233,7 @@ async def _used(harness: HttpHarness) -> RawConnection:
 
 async def test_a_waiting_call_is_not_idle(tmp_path: Path) -> None:
     async with HttpHarness(ROUTES, tmp_path, limits=Limits(idle_s=0.05)) as harness:
-        held = Held(harness)
+        held = HeldResponse(harness)
         parked = await harness.connect()
         parked.send(request_bytes("POST", "/v1/claim", '{"worker":"w","wait_ms":60000}'))
         while not harness.actor.received:
@@ -287,7 +275,7 @@ async def test_a_client_that_never_reads_is_cut_off(harness: HttpHarness, monkey
 
 
 async def test_a_stop_answers_pending_requests_and_accepts_no_more(harness: HttpHarness) -> None:
-    held = Held(harness)
+    held = HeldResponse(harness)
     busy, idle, half = await harness.connect(), await harness.connect(), await harness.connect()
     assert (await idle.request("GET", "/healthz")).status == 200
     half.send(b"GET /v1/jobs HTTP/1.1\r\nHost: x\r\n")
@@ -337,7 +325,7 @@ async def test_a_stop_waits_for_a_body_that_is_arriving(harness: HttpHarness) ->
 
 
 async def test_after_the_deadline_the_rest_is_cut_off(harness: HttpHarness) -> None:
-    Held(harness)
+    HeldResponse(harness)
     client = await harness.connect()
     client.send(request_bytes("POST", "/v1/jobs", "{}"))
     await harness.actor.arrived.wait()

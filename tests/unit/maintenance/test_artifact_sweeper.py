@@ -33,7 +33,7 @@ YOUNG_MS, SKEW_MS = MARGINS.young_ms, MARGINS.skew_ms
 
 
 @dataclass
-class Swept:
+class SweeperHarness:
     engine: VirtualEngine
     store: MemoryArtifacts
     sweeper: ArtifactSweeper
@@ -56,13 +56,15 @@ class Swept:
 
 
 @asynccontextmanager
-async def sweeping(disk: MemoryStorage | None = None, store: MemoryArtifacts | None = None) -> AsyncIterator[Swept]:
+async def sweeping(
+    disk: MemoryStorage | None = None, store: MemoryArtifacts | None = None
+) -> AsyncIterator[SweeperHarness]:
     async with VirtualEngine(disk, policy=Policy(artifacts=True)) as engine:
         store = store or MemoryArtifacts(lambda: engine.now)
         sweeper = ArtifactSweeper(engine.disk, store, engine.clock, SweepStats(waiting=len(engine.disk.tombstones)))
         engine.disk.on_tombstones = sweeper.expect
         running = asyncio.create_task(sweeper.run())
-        yield Swept(engine, store, sweeper)
+        yield SweeperHarness(engine, store, sweeper)
         sweeper.stop()
         await running
 
@@ -113,7 +115,7 @@ async def test_an_idle_sweeper_does_no_work() -> None:
         assert at.engine.disk.calls == calls
 
 
-class Crowded(MemoryStorage):
+class FullQuarantineStorage(MemoryStorage):
     """Many damaged tombstones come first, and the quarantine has no space for them."""
 
     crowd = 2
@@ -125,7 +127,7 @@ class Crowded(MemoryStorage):
 
 @in_virtual_time
 async def test_damaged_tombstones_that_cannot_be_quarantined_degrade_health() -> None:
-    disk = Crowded()
+    disk = FullQuarantineStorage()
     async with sweeping(disk) as at:
         at.sweeps.waiting = 2
         await at.done("a", "k")
@@ -188,7 +190,7 @@ async def test_an_artifact_named_by_a_late_result_waits_for_its_end() -> None:
         assert not at.engine.disk.tombstones
 
 
-async def late(at: Swept, job_id: str, key: str) -> str:
+async def late(at: SweeperHarness, job_id: str, key: str) -> str:
     """Complete a job after its lock is lost, with its own old artifact. Return the lock."""
     lock_id = await at.engine.held(job_id)
     await at.engine.yes(ForceFail(id=job_id), by="admin", admin=True)

@@ -40,7 +40,7 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
         yield made
 
 
-class Slow:
+class SteppedCopy:
     """A slow disk: the copy advances one step each time `go` is set."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +60,7 @@ class Slow:
         await asyncio.to_thread(self.reached.acquire)
 
 
-class Watched:
+class CloseRecordingFile:
     """A file that records which thread closed it."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ async def test_closing_a_large_copy_does_not_block_the_loop(store: Store) -> Non
     """The file has no name, so closing it deletes it: a tenth of a second for a hundred megabytes."""
     copy = await Backups(store, lambda: 1_000).begin("a")
     assert isinstance(copy, Backup)
-    file, copy._file = copy._file, Watched()  # type: ignore[assignment]
+    file, copy._file = copy._file, CloseRecordingFile()  # type: ignore[assignment]
     watched: Any = copy._file
     copy.close()
     assert await asyncio.to_thread(watched.is_closed.wait, 5)
@@ -87,7 +87,7 @@ async def test_closing_a_large_copy_does_not_block_the_loop(store: Store) -> Non
 
 async def test_progress_is_reported_from_the_first_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = Backups(store, lambda: 1_000)
-    slow = Slow(monkeypatch)
+    slow = SteppedCopy(monkeypatch)
     asking = asyncio.create_task(manager.begin("mine"))
     await asyncio.to_thread(slow.reached.acquire)
     seen: list[BackupView] = []
@@ -152,7 +152,7 @@ async def test_a_failing_check_reports_its_reason(tmp_path: Path) -> None:
 async def test_backups_run_one_after_the_other_and_are_limited(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backups, "MAX_ACTIVE", 2)
     manager = Backups(store, lambda: 1)
-    slow = Slow(monkeypatch)
+    slow = SteppedCopy(monkeypatch)
     first = asyncio.create_task(manager.begin("first"))
     await asyncio.to_thread(slow.reached.acquire)
     second = asyncio.create_task(manager.begin("second"))

@@ -423,7 +423,7 @@ async def test_the_journal_of_a_deleted_job_is_kept_for_another_day() -> None:
         assert await engine.disk.timeline(1) == []
 
 
-class Stubborn(MemoryStorage):
+class UndeletableJobStorage(MemoryStorage):
     """A store that lists a job as expired although no deletion finds it."""
 
     async def expired_jobs(self, now: int, limit: int, skip: int = 0) -> list[str]:
@@ -432,7 +432,7 @@ class Stubborn(MemoryStorage):
 
 @in_virtual_time
 async def test_undeletable_expired_rows_end_the_step_with_an_error() -> None:
-    async with VirtualEngine(Stubborn()) as engine:
+    async with VirtualEngine(UndeletableJobStorage()) as engine:
         engine.keep()
         await until(lambda: engine.cleaner.totals.passes == 1)
         assert stored_reports(engine)[0].errors == ["deletion: 1 expired jobs could not be deleted, the first is a."]

@@ -42,7 +42,7 @@ from jobd.model.storage import DiskFull
 from jobd.storage import codec
 from tests.support.factories import full_job
 from tests.support.memory_storage import MemoryStorage
-from tests.support.plan_help import EVE, applied, made
+from tests.support.plans import EVE, apply_plan, make_plan
 from tests.support.rule_harness import RuleHarness
 from tests.support.virtual_engine import WALL, VirtualEngine, in_virtual_time, row
 
@@ -290,7 +290,7 @@ async def test_a_plan_lists_its_changes_and_applies_them() -> None:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, "a", "b")
         await engine.yes(Create(id="c"))
-        plan = await made(planner, action="retry", filter=PlanFilter(), reason="mended")
+        plan = await make_plan(planner, action="retry", filter=PlanFilter(), reason="mended")
         assert [(job.id, job.from_, job.to) for job in plan.jobs] == [
             ("b", "failed", "queued"),
             ("a", "failed", "queued"),
@@ -299,7 +299,7 @@ async def test_a_plan_lists_its_changes_and_applies_them() -> None:
         assert (plan.count, plan.skipped_count, plan.more, plan.next_cursor, plan.result) == (2, 0, False, None, None)
         assert plan.expires_at - plan.made_at == plans.KEPT_MS
         assert (await engine.yes(Get(id="a"))).status == "failed"
-        result = await applied(planner)
+        result = await apply_plan(planner)
         assert (result.applied, result.changed, result.refused, result.repeated) == (2, [], [], False)
         assert (await engine.yes(Get(id="a"))).status == "queued"
         assert engine.disk.events[-1].reason == "mended"
@@ -330,10 +330,10 @@ async def test_a_plan_counts_late_results_also_from_before_a_restart() -> None:
     async with VirtualEngine(engine.disk) as engine:
         planner = Planner(engine.actor, engine.clock)
         for request in ({"ids": ["a", "b", "c", "done"]}, {"filter": PlanFilter()}):
-            plan = await made(planner, action="delete", **request)
+            plan = await make_plan(planner, action="delete", **request)
             late = {job.id: job.late_results for job in plan.jobs}
             assert (late, plan.with_late_results) == ({"a": 2, "b": 1, "c": 0, "done": 0}, 2)
-        plan = await made(planner, action="retry", filter=PlanFilter())
+        plan = await make_plan(planner, action="retry", filter=PlanFilter())
         assert [job.late_results for job in plan.jobs] == [0, 1, 2]
 
 
@@ -352,8 +352,8 @@ async def test_a_late_result_during_planning_is_counted_or_changes_its_job() -> 
             return counted
 
         engine.disk.count_late_results = and_then  # type: ignore[method-assign]
-        assert (await made(planner, action="delete", filter=PlanFilter())).with_late_results == 0
-        assert [job.id for job in (await applied(planner)).changed] == ["a"]
+        assert (await make_plan(planner, action="delete", filter=PlanFilter())).with_late_results == 0
+        assert [job.id for job in (await apply_plan(planner)).changed] == ["a"]
 
 
 @in_virtual_time
@@ -365,11 +365,11 @@ async def test_a_plan_of_named_jobs_reports_missing_ones() -> None:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, "a")
         await engine.yes(Create(id="live"))
-        plan = await made(planner, action="delete", ids=["a", "none", "bad", "a", "live"])
+        plan = await make_plan(planner, action="delete", ids=["a", "none", "bad", "a", "live"])
         assert [(job.id, job.to) for job in plan.jobs] == [("a", None)]
         assert [(job.id, job.status) for job in plan.skipped] == [("none", None), ("bad", None), ("live", "queued")]
         assert "quarantine" in plan.skipped[1].why
-        assert (await applied(planner)).applied == 1
+        assert (await apply_plan(planner)).applied == 1
         assert engine.disk.job("a") is None
 
 
@@ -378,10 +378,10 @@ async def test_jobs_that_change_meanwhile_are_skipped_and_reported() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, "a", "b", "c")
-        await made(planner, action="retry", filter=PlanFilter(status="failed"))
+        await make_plan(planner, action="retry", filter=PlanFilter(status="failed"))
         await engine.yes(ForceReset(id="a"))
         await engine.yes(Delete(id="b"))
-        result = await applied(planner)
+        result = await apply_plan(planner)
         assert result.applied == 1
         assert [(job.id, job.from_, job.now) for job in result.changed] == [
             ("b", "failed", None),
@@ -394,11 +394,11 @@ async def test_a_plan_is_applied_once() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, "a")
-        await made(planner, action="retry", filter=PlanFilter())
-        first, second = await asyncio.gather(applied(planner), applied(planner))
+        await make_plan(planner, action="retry", filter=PlanFilter())
+        first, second = await asyncio.gather(apply_plan(planner), apply_plan(planner))
         assert first == second
         await engine.yes(ForceFail(id="a"))
-        repeated = await applied(planner)
+        repeated = await apply_plan(planner)
         assert repeated == replace(first, repeated=True)
         assert (await engine.yes(Get(id="a"))).status == "failed"
 
@@ -408,12 +408,12 @@ async def test_a_disconnected_caller_does_not_stop_a_plan() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, *(f"j{n}" for n in range(plans.SLICE + 1)))
-        await made(planner, action="retry", filter=PlanFilter())
+        await make_plan(planner, action="retry", filter=PlanFilter())
         waiting = asyncio.create_task(planner.apply("p", EVE))
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.sleep(1)
-        result = await applied(planner)
+        result = await apply_plan(planner)
         assert (result.applied, result.repeated) == (plans.SLICE + 1, True)
 
 
@@ -422,9 +422,9 @@ async def test_a_plan_is_applied_in_slices_and_is_one_audit_entry() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, *(f"j{n}" for n in range(2 * plans.SLICE + 1)), queue="q")
-        await made(planner, action="delete", filter=PlanFilter(queue="q", since=1))
+        await make_plan(planner, action="delete", filter=PlanFilter(queue="q", since=1))
         before = len(engine.disk.batches)
-        await applied(planner)
+        await apply_plan(planner)
         sizes = [len(batch.changes) for batch in engine.disk.batches[before:]]
         assert sizes == [plans.SLICE, plans.SLICE, 1, 0]
         entries = [entry for batch in engine.disk.batches[before:] for entry in batch.audit]
@@ -444,7 +444,7 @@ async def test_on_a_full_disk_a_plan_stops_and_later_continues() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, *(f"j{n}" for n in range(plans.SLICE + 5)))
-        await made(planner, action="retry", filter=PlanFilter())
+        await make_plan(planner, action="retry", filter=PlanFilter())
         engine.disk.write_errors.extend([None, *(DiskFull("full") for _ in range(3))])
         engine.disk.has_reserve = False
         engine.disk.fits = lambda batch: len(engine.disk.batches) < 2 * (plans.SLICE + 5) + 1
@@ -455,7 +455,7 @@ async def test_on_a_full_disk_a_plan_stops_and_later_continues() -> None:
         engine.disk.write_errors.clear()
         engine.disk.free()
         await asyncio.sleep(2)
-        result = await applied(planner)
+        result = await apply_plan(planner)
         assert (result.applied, result.changed) == (plans.SLICE + 5, [])
 
 
@@ -464,13 +464,13 @@ async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, "a")
-        await made(planner, action="delete", filter=PlanFilter())
-        await made(planner, "r", action="retry", filter=PlanFilter())
+        await make_plan(planner, action="delete", filter=PlanFilter())
+        await make_plan(planner, "r", action="retry", filter=PlanFilter())
         engine.disk.fill()
         await engine.no(Create(id="x"))
         await engine.no(Update(id="a", priority=1))
         assert isinstance(await planner.apply("r", EVE), ApiError)
-        assert (await applied(planner)).applied == 1
+        assert (await apply_plan(planner)).applied == 1
         engine.disk.free()
 
 
@@ -478,7 +478,7 @@ async def test_a_plan_that_ends_jobs_is_applied_on_a_full_disk_too() -> None:
 async def test_a_plan_is_kept_for_a_limited_time() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        await made(planner, action="retry", filter=PlanFilter())
+        await make_plan(planner, action="retry", filter=PlanFilter())
         await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
         assert isinstance(planner.find("p"), PlanView)
         await asyncio.sleep(1)
@@ -492,17 +492,17 @@ async def test_the_result_of_a_plan_can_be_read_for_hours() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, "a", "b")
-        await made(planner, action="retry", filter=PlanFilter())
+        await make_plan(planner, action="retry", filter=PlanFilter())
         await asyncio.sleep(plans.KEPT_MS / SECOND_MS - 1)
         await engine.yes(Delete(id="b"))
-        result = await applied(planner)
+        result = await apply_plan(planner)
         assert [job.id for job in result.changed] == ["b"]
         await asyncio.sleep(plans.APPLIED_KEPT_MS / SECOND_MS - 1)
         shown = planner.find("p")
         assert isinstance(shown, PlanView)
         assert shown.result == result
         assert shown.expires_at == result.applied_at + plans.APPLIED_KEPT_MS
-        assert (await applied(planner)).repeated
+        assert (await apply_plan(planner)).repeated
         await asyncio.sleep(1)
         assert isinstance(planner.find("p"), ApiError)
 
@@ -519,16 +519,16 @@ async def test_new_plans_displace_no_results_and_results_no_plans() -> None:
             def kept_ids() -> list[str]:
                 return [name for name in "wxyz01234" if isinstance(planner.find(name), PlanView)]
 
-            await made(planner, "w", action="retry", filter=PlanFilter())
+            await make_plan(planner, "w", action="retry", filter=PlanFilter())
             for name in "0123":
-                await made(planner, name, action="cancel", filter=PlanFilter())
-                await applied(planner, name)
+                await make_plan(planner, name, action="cancel", filter=PlanFilter())
+                await apply_plan(planner, name)
             assert kept_ids() == ["w", "1", "2", "3"]
             for name in "xyz":
-                await made(planner, name, action="retry", filter=PlanFilter())
+                await make_plan(planner, name, action="retry", filter=PlanFilter())
             assert kept_ids() == ["y", "z", "1", "2", "3"]
             monkeypatch.setattr(plans, "MAX_JOBS", 0)
-            await applied(planner, "z")
+            await apply_plan(planner, "z")
             assert kept_ids() == ["y", "z"], "the latest is kept, however many jobs it has"
 
 
@@ -541,10 +541,10 @@ async def test_the_audit_log_names_a_limited_number_of_unchanged_jobs() -> None:
             for size, named in ((4_000, ["j4", "j3", "j2"]), (5, ["j4", "j3"]), (1, None)):
                 monkeypatch.setattr(plans, "MAX_NAMED_SIZE", size)
                 await failed(engine, *(f"j{n}" for n in range(5)))
-                await made(planner, f"p{size}", action="retry", filter=PlanFilter())
+                await make_plan(planner, f"p{size}", action="retry", filter=PlanFilter())
                 for n in range(5):
                     await engine.yes(Delete(id=f"j{n}"))
-                assert (await applied(planner, f"p{size}")).applied == 0
+                assert (await apply_plan(planner, f"p{size}")).applied == 0
                 details = engine.disk.batches[-1].audit[-1].details
                 assert details is not None
                 assert (details["changed_meanwhile"], details.get("left_undone")) == (5, named)
@@ -555,7 +555,7 @@ async def test_only_the_latest_plans_are_kept() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         for n in range(plans.MAX_PLANS + 2):
-            await made(planner, f"p{n}", action="retry", filter=PlanFilter())
+            await make_plan(planner, f"p{n}", action="retry", filter=PlanFilter())
         kept_ids = [n for n in range(plans.MAX_PLANS + 2) if isinstance(planner.find(f"p{n}"), PlanView)]
         assert kept_ids == list(range(2, plans.MAX_PLANS + 2))
 
@@ -573,7 +573,7 @@ async def walked(planner: Planner, **request: Any) -> list[list[str]]:
     found: list[list[str]] = []
     cursor: str | None = None
     while not found or cursor is not None:
-        plan = await made(planner, f"p{len(found)}", cursor=cursor, **request)
+        plan = await make_plan(planner, f"p{len(found)}", cursor=cursor, **request)
         assert plan.more == (plan.next_cursor is not None)
         found.append([job.id for job in plan.jobs])
         cursor = plan.next_cursor
@@ -603,7 +603,7 @@ async def test_a_plan_has_a_maximum_size_and_the_next_one_continues() -> None:
 async def test_a_plan_of_named_jobs_lists_a_limited_number_of_skipped_ones() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
-        plan = await made(planner, action="retry", ids=["a", "b", "c", "d", "e"])
+        plan = await make_plan(planner, action="retry", ids=["a", "b", "c", "d", "e"])
         assert (plan.count, [job.id for job in plan.skipped], plan.skipped_count) == (0, ["a", "b"], 5)
         assert (plan.filter, plan.scope, plan.more) == (None, None, False)
 
@@ -618,9 +618,9 @@ async def test_jobs_that_the_action_does_not_apply_to_are_not_read() -> None:
         for n in range(300):
             await engine.yes(Create(id=f"j{n}"))
         engine.disk.calls.clear()
-        plan = await made(planner, action="retry", filter=PlanFilter())
+        plan = await make_plan(planner, action="retry", filter=PlanFilter())
         assert ([job.id for job in plan.jobs], plan.more) == (["needle"], False)
-        plan = await made(planner, action="retry", filter=PlanFilter(status="queued"))
+        plan = await make_plan(planner, action="retry", filter=PlanFilter(status="queued"))
         assert (plan.count, plan.skipped_count, plan.more) == (0, 0, False)
         assert plan.scope == "Only failed and cancelled jobs can be retried."
 
@@ -631,7 +631,7 @@ async def test_a_plan_finds_a_text_in_every_searched_field() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, "needle", *(f"j{n}" for n in range(20)))
-        plan = await made(planner, action="retry", filter=PlanFilter(q="NEEDLE"))
+        plan = await make_plan(planner, action="retry", filter=PlanFilter(q="NEEDLE"))
         assert [job.id for job in plan.jobs] == ["needle"]
 
 
@@ -672,12 +672,12 @@ async def test_a_job_that_changes_status_during_planning_is_listed_once() -> Non
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await engine.yes(Create(id="a"))
-        making = asyncio.create_task(made(planner, action="cancel", filter=PlanFilter()))
+        making = asyncio.create_task(make_plan(planner, action="cancel", filter=PlanFilter()))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
         await engine.yes(Start(id="a", worker="w"))
         plan = await making
         assert [(job.id, job.from_) for job in plan.jobs] == [("a", "queued")]
-        result = await applied(planner)
+        result = await apply_plan(planner)
         assert [(job.id, job.now) for job in result.changed] == [("a", "processing")]
 
 
@@ -686,9 +686,9 @@ async def test_a_short_plan_does_not_wait_for_a_long_one() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, *(f"j{n}" for n in range(3 * plan_builder.PAGE)))
-        long = asyncio.create_task(made(planner, "long", action="delete", filter=PlanFilter()))
+        long = asyncio.create_task(make_plan(planner, "long", action="delete", filter=PlanFilter()))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
-        short = await made(planner, "short", action="delete", ids=["j3"])
+        short = await make_plan(planner, "short", action="delete", ids=["j3"])
         assert (short.count, long.done()) == (1, False)
         assert (await long).count == 3 * plan_builder.PAGE
 
@@ -698,9 +698,9 @@ async def test_empty_plans_displace_no_others() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, "a")
-        await made(planner, "full", action="retry", filter=PlanFilter())
+        await make_plan(planner, "full", action="retry", filter=PlanFilter())
         for n in range(plans.MAX_PLANS + 2):
-            await made(planner, f"p{n}", action="cancel", filter=PlanFilter())
+            await make_plan(planner, f"p{n}", action="cancel", filter=PlanFilter())
         assert isinstance(planner.find("full"), PlanView)
         assert isinstance(planner.find("p0"), ApiError)
         assert isinstance(planner.find(f"p{plans.MAX_PLANS + 1}"), PlanView)
@@ -724,7 +724,7 @@ async def test_a_stopping_daemon_ends_a_plan_after_its_slice() -> None:
     async with VirtualEngine() as engine:
         planner = Planner(engine.actor, engine.clock)
         await failed(engine, *(f"j{n}" for n in range(3 * plans.SLICE)))
-        await made(planner, action="retry", filter=PlanFilter())
+        await make_plan(planner, action="retry", filter=PlanFilter())
         waiting = asyncio.create_task(planner.apply("p", EVE))
         await asyncio.sleep(plan_builder.PAUSE_S / 2)
         await planner.close()

@@ -10,7 +10,7 @@ from jobd.maintenance import suspend_detector
 from jobd.maintenance.suspend_detector import PAUSED_AFTER_MS, SuspendDetector
 
 
-class Boot:
+class ManualBootClock:
     def __init__(self) -> None:
         self.now_ms = 1_000
 
@@ -19,7 +19,7 @@ class Boot:
 
 
 def test_a_long_pause_is_reported_once_and_a_short_one_is_not() -> None:
-    boot, reported = Boot(), list[int]()
+    boot, reported = ManualBootClock(), list[int]()
     detector = SuspendDetector(reported.append, boot=boot)
     for gap_ms in (0, PAUSED_AFTER_MS, 1, PAUSED_AFTER_MS + 1, 0, 40_000):
         boot.now_ms += gap_ms

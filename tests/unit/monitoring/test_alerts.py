@@ -55,7 +55,7 @@ async def test_an_idle_daemon_lists_every_alert_and_fires_none() -> None:
 @in_virtual_time
 async def test_the_hints_of_quiet_alerts_are_true() -> None:
     """Evaluate the same state with two thresholds, below and at the value."""
-    failing = Failing()
+    failing = FailingWebhook()
     async with VirtualEngine() as engine:
         alerts = alerts_of(engine)
         alerts.failing_webhook = lambda: failing
@@ -261,7 +261,7 @@ async def test_only_completed_jobs_count_for_durations() -> None:
         assert one(alerts_of(after_a_restart), "slower_than_usual").value >= 3.5
 
 
-class Away:
+class MissingArtifactStore:
     """A missing store."""
 
     place = "/srv"
@@ -273,7 +273,7 @@ class Away:
 @in_virtual_time
 async def test_an_unhealthy_part_fires_with_its_message() -> None:
     async with VirtualEngine() as engine:
-        health = Health(engine.actor, engine.clock, engine.cleaner, artifacts=Away())
+        health = Health(engine.actor, engine.clock, engine.cleaner, artifacts=MissingArtifactStore())
         alerts = Alerts(engine.book, engine.clock, health, engine.cleaner, hold_ms=0, clear_ms=0)
         assert one(alerts, "database").hint == one(alerts, "storage").hint == "Not measured yet."
         engine.disk.errors["probe"] = OSError("broken")
@@ -354,7 +354,7 @@ async def test_a_bug_does_not_end_the_evaluation() -> None:
         await running
 
 
-class Failing:
+class FailingWebhook:
     name = "billing"
     for_ms = 300_000
     error = "500: broken"
@@ -364,7 +364,7 @@ class Failing:
 async def test_webhook_failing_fires_with_the_last_error() -> None:
     async with VirtualEngine() as engine:
         alerts = alerts_of(engine)
-        failing = Failing()
+        failing = FailingWebhook()
         alerts.failing_webhook = lambda: failing
         assert not one(alerts, "webhook_failing").firing
         failing.for_ms += 1_000
@@ -380,7 +380,7 @@ async def test_webhook_failing_fires_with_the_last_error() -> None:
 @in_virtual_time
 async def test_listeners_are_notified_of_changes_only() -> None:
     async with VirtualEngine() as engine:
-        alerts, announced, failing = alerts_of(engine), [], Failing()
+        alerts, announced, failing = alerts_of(engine), [], FailingWebhook()
         alerts.on_change.append(lambda: announced.append(alerts.known()))
         alerts.evaluate()
         assert alerts.known() is None

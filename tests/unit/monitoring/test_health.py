@@ -44,7 +44,7 @@ async def measured(engine: VirtualEngine) -> HealthView:
     return await health_of(engine).view()
 
 
-class SlowDisk(MemoryStorage):
+class BlockableStorage(MemoryStorage):
     """Probes and loads wait while `answers` is cleared."""
 
     def __init__(self) -> None:
@@ -204,7 +204,7 @@ async def test_the_free_space_is_at_most_a_second_old() -> None:
 
 @in_virtual_time
 async def test_a_hanging_disk_leaves_the_last_free_space() -> None:
-    disk = SlowDisk()
+    disk = BlockableStorage()
     async with VirtualEngine(disk) as engine:
         health = health_of(engine)
         known = await health.space()
@@ -246,7 +246,7 @@ def test_the_message_names_the_writes_that_a_full_disk_rejects(closed: Closed, e
 
 @in_virtual_time
 async def test_a_hanging_disk_is_unhealthy_and_not_asked_again() -> None:
-    disk = SlowDisk()
+    disk = BlockableStorage()
     async with VirtualEngine(disk) as engine:
         health = health_of(engine)
         disk.answers.clear()
@@ -265,7 +265,7 @@ async def test_a_hanging_disk_is_unhealthy_and_not_asked_again() -> None:
 
 @in_virtual_time
 async def test_close_waits_for_pending_requests() -> None:
-    disk = SlowDisk()
+    disk = BlockableStorage()
     async with VirtualEngine(disk) as engine:
         health = health_of(engine)
         disk.answers.clear()
@@ -461,7 +461,7 @@ async def test_the_artifact_store_is_measured(tmp_path: Path) -> None:
     await store.close()
 
 
-class Sulking:
+class HangingArtifactStore:
     """A store that hangs."""
 
     place = "s3://far"
@@ -473,7 +473,7 @@ class Sulking:
 @in_virtual_time
 async def test_a_hanging_artifact_store_is_unhealthy_in_time() -> None:
     async with VirtualEngine() as engine:
-        health = health_of(engine, artifacts=Sulking())
+        health = health_of(engine, artifacts=HangingArtifactStore())
         view = await health.view()
         assert view.storage.status == "unhealthy"
         assert view.storage.message == f"s3://far has not responded for {STORAGE_TIMEOUT_S:g} s."
@@ -483,7 +483,7 @@ async def test_a_hanging_artifact_store_is_unhealthy_in_time() -> None:
 async def test_close_does_not_wait_for_a_hanging_artifact_store() -> None:
     for waited_s in (0.1, 60):  # during the measurement, and long after
         async with VirtualEngine() as engine:
-            health = health_of(engine, artifacts=Sulking())
+            health = health_of(engine, artifacts=HangingArtifactStore())
             view = asyncio.create_task(health.view())
             await seconds(waited_s)
             async with asyncio.timeout(1):
@@ -491,7 +491,7 @@ async def test_close_does_not_wait_for_a_hanging_artifact_store() -> None:
             assert (await view).storage.status == "unhealthy"
 
 
-class Complaining:
+class DegradedSweeper:
     def degraded_reason(self) -> str | None:
         return "2 objects of deleted jobs could not be deleted."
 
@@ -499,7 +499,7 @@ class Complaining:
 async def test_undeletable_artifacts_degrade_the_store(tmp_path: Path) -> None:
     store = FileArtifactStore(str(tmp_path), "test")
     async with VirtualEngine() as engine:
-        view = await health_of(engine, artifacts=store, sweeper=Complaining()).view()
+        view = await health_of(engine, artifacts=store, sweeper=DegradedSweeper()).view()
         assert view.status == view.storage.status == "degraded"
         assert view.storage.message == "2 objects of deleted jobs could not be deleted."
     await store.close()

@@ -141,7 +141,7 @@ def shown(engine: VirtualEngine, *listeners: FakeListener) -> bytes:
     return text(metrics_of(engine, *listeners).snapshot(), ":memory:")
 
 
-class Real:
+class RealStoreParts:
     """Everything on a real store."""
 
     def __init__(self, store: Store, actor: Actor, cleaner: Maintainer, metrics: Metrics) -> None:
@@ -157,7 +157,7 @@ class Real:
 
 
 @asynccontextmanager
-async def real(path: Path) -> AsyncIterator[Real]:
+async def real(path: Path) -> AsyncIterator[RealStoreParts]:
     store, opened = await Store.open(str(path))
     async with store:
         clock = Clock(opened.numbers.lease_ms, opened.numbers.wall_ms)
@@ -169,7 +169,7 @@ async def real(path: Path) -> AsyncIterator[Real]:
         alerts = Alerts(book, clock, health, cleaner)
         metrics = Metrics(actor, cleaner, alerts, clock, SweepStats(), str(path), [], EventFeed(store, 0, 1))
         running = [asyncio.create_task(run()) for run in (actor.run, cleaner.run, alerts.run, metrics.run)]
-        yield Real(store, actor, cleaner, metrics)
+        yield RealStoreParts(store, actor, cleaner, metrics)
         for part in (metrics, alerts, cleaner):
             part.stop()
         await asyncio.gather(*running[1:])

@@ -101,7 +101,7 @@ def test_an_update_does_not_create_a_missing_row(db: Database) -> None:
 def test_a_rolled_back_batch_leaves_no_cached_payload(db: Database) -> None:
     maker = ChangeFactory()
     db.write(maker.batch([maker.create()]), 0)
-    back = maker.kept()
+    back = maker.snapshot()
     with pytest.raises(BadRows):
         db.write(maker.batch([maker.grant(maker.jobs[1])], payloads=[99]), 0)
     back()

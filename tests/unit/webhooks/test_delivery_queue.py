@@ -188,7 +188,7 @@ def test_a_delivery_with_two_ready_entries_does_not_start_early() -> None:
     )
 )
 def test_the_queue_behaves_like_a_plain_list(steps: list[tuple[str, int]]) -> None:
-    made, model, now, next_id = DeliveryQueue(), Model(), 0, 100
+    made, model, now, next_id = DeliveryQueue(), NaiveDeliveryQueue(), 0, 100
     for step, number in steps:
         now += number
         if step in ("add", "again"):
@@ -237,7 +237,7 @@ def test_the_queue_behaves_like_a_plain_list(steps: list[tuple[str, int]]) -> No
             assert (min(dues) <= now) if due == 0 else not dues
 
 
-class Model:
+class NaiveDeliveryQueue:
     """A delivery queue in the simplest form."""
 
     def __init__(self) -> None:

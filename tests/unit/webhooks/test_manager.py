@@ -25,8 +25,18 @@ from jobd.storage.store import Store
 from jobd.webhooks import alert_source, dispatcher, journal_reader
 from jobd.webhooks.manager import WebhookManager
 from tests.support.factories import NOW, ChangeFactory
+from tests.support.polling import wait_until
 from tests.support.store_files import edit_store, job_of
-from tests.support.webhook_help import HASTY, KEY, NO, YES, Clock, Posts, at_work, endpoint, until
+from tests.support.webhook_harness import (
+    DELIVERED,
+    FAST_RETRY,
+    KEY,
+    REJECTED,
+    FakeTransport,
+    SteppedWallClock,
+    endpoint,
+    running_webhooks,
+)
 
 FINISHED = frozenset({"job.completed", "job.failed"})
 
@@ -43,7 +53,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "jobd.db"
 
 
-class Watched:
+class CountingStore:
     """A store that counts its calls and fails on demand."""
 
     def __init__(self, store: Store) -> None:
@@ -73,10 +83,10 @@ def a_life(maker: ChangeFactory, job_id: str) -> list[Change]:
 
 
 async def test_events_are_delivered_in_order_and_once(path: Path) -> None:
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         await at.commit(*a_life(at.maker, "a"))
         await at.commit(at.maker.queue_event("video", True))
-        await until(lambda: len(at.posts.taken) == 4)
+        await wait_until(lambda: len(at.posts.delivered) == 4)
         assert [each for each in at.posts.subjects() if each[0] == "jobs/a"] == [
             ("jobs/a", "job.created"),
             ("jobs/a", "job.granted"),
@@ -84,7 +94,7 @@ async def test_events_are_delivered_in_order_and_once(path: Path) -> None:
         ]
         assert ("queues/video", "queue.paused") in at.posts.subjects()
         (view,) = at.webhooks.views()
-        await until(lambda: at.webhooks.views()[0].delivered == 4)
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 4)
         (view,) = at.webhooks.views()
         assert (view.lag, view.waiting, view.failed, view.state) == (0, 0, 0, "closed")
         page = await at.webhooks.page("e", None, None, 99)
@@ -97,22 +107,22 @@ async def test_every_endpoint_gets_the_events_it_asked_for(path: Path) -> None:
     ends = endpoint("ends", events=FINISHED)
     mail = endpoint("mail", queues=frozenset({"mail"}))
     signs = endpoint("signs", events=frozenset({"job.progress"}))
-    async with at_work(path, ends, mail, signs) as at:
+    async with running_webhooks(path, ends, mail, signs) as at:
         lives = [a_life(at.maker, f"job-{number}") for number in range(12)]
         await at.commit(*(change for life in lives for change in life))
         of_mail = sum(job_of(life[0]).options.queue == "mail" for life in lives)
         assert 0 < of_mail < 12
-        await until(lambda: len(at.posts.taken) == 12 + 3 * of_mail + 12)
-        by_name = Counter(each.endpoint for each in at.posts.taken)
+        await wait_until(lambda: len(at.posts.delivered) == 12 + 3 * of_mail + 12)
+        by_name = Counter(each.endpoint for each in at.posts.delivered)
         assert by_name == {"ends": 12, "mail": 3 * of_mail, "signs": 12}
-        assert {each.type for each in at.posts.taken if each.endpoint == "ends"} <= FINISHED
+        assert {each.type for each in at.posts.delivered if each.endpoint == "ends"} <= FINISHED
 
 
 async def test_unwanted_events_are_skipped_without_reading_the_disk(path: Path) -> None:
     only_ends = endpoint(events=frozenset({"job.failed"}))
-    async with at_work(path, only_ends, wrap=Watched) as at:
-        disk: Any = at.office.disk
-        await until(lambda: disk.calls["journal"] == 1)
+    async with running_webhooks(path, only_ends, wrap=CountingStore) as at:
+        disk: Any = at.context.disk
+        await wait_until(lambda: disk.calls["journal"] == 1)
         await asyncio.sleep(0.1)
         for number in range(20):
             await at.commit(at.maker.create(f"job-{number}"))
@@ -122,24 +132,24 @@ async def test_unwanted_events_are_skipped_without_reading_the_disk(path: Path) 
 
 async def test_a_cursor_that_only_skipped_events_is_saved(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     only_ends = endpoint(events=frozenset({"job.failed"}))
-    async with at_work(path, only_ends) as at:
+    async with running_webhooks(path, only_ends) as at:
         await at.commit(at.maker.create())
-        await until(lambda: at.webhooks.views()[0].lag == 0)
+        await wait_until(lambda: at.webhooks.views()[0].lag == 0)
     with edit_store(str(path)) as conn:
         assert conn.execute("SELECT position FROM webhooks").fetchone() == (1,)
     monkeypatch.setattr(journal_reader, "SAVE_S", 0.05)
-    async with at_work(path, only_ends, maker=at.maker) as at:
+    async with running_webhooks(path, only_ends, maker=at.maker) as at:
         await at.commit(at.maker.create())
 
         sql = "SELECT position FROM webhooks"
-        await until(lambda: at.store._connection.raw.execute(sql).fetchone() == (2,))
+        await wait_until(lambda: at.store._connection.raw.execute(sql).fetchone() == (2,))
 
 
 async def test_an_idle_webhook_does_no_work(path: Path) -> None:
-    async with at_work(path, wrap=Watched) as at:
-        disk: Any = at.office.disk
+    async with running_webhooks(path, wrap=CountingStore) as at:
+        disk: Any = at.context.disk
         await at.commit(*a_life(at.maker, "a"))
-        await until(lambda: at.webhooks.views()[0].delivered == 3)
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 3)
         await asyncio.sleep(0.2)
         calls = dict(disk.calls)
         await asyncio.sleep(0.5)
@@ -147,39 +157,39 @@ async def test_an_idle_webhook_does_no_work(path: Path) -> None:
 
 
 async def test_without_webhooks_nothing_subscribes(path: Path) -> None:
-    async with at_work(path) as at:
-        nobody = WebhookManager(at.office, listen=lambda _: pytest.fail("it listens"), post=at.posts)
+    async with running_webhooks(path) as at:
+        nobody = WebhookManager(at.context, listen=lambda _: pytest.fail("it listens"), post=at.posts)
         nobody.set_endpoints([])
         assert nobody.views() == []
         assert (nobody.worst(), nobody.journal_hold_ms(), nobody.metrics()) == (None, 0, {})
 
 
 async def test_concurrent_deliveries_are_limited(path: Path) -> None:
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         at.posts.gate.clear()
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(50)))
-        await until(lambda: len(at.posts.tried) == dispatcher.PARALLEL)
+        await wait_until(lambda: len(at.posts.tried) == dispatcher.PARALLEL)
         await asyncio.sleep(0.05)
         assert len(at.posts.tried) == dispatcher.PARALLEL
         at.posts.gate.set()
-        await until(lambda: len(at.posts.taken) == 50)
+        await wait_until(lambda: len(at.posts.delivered) == 50)
         assert at.posts.most_at_once == dispatcher.PARALLEL
 
 
 async def test_a_long_journal_is_read_page_by_page(path: Path) -> None:
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         for first in range(0, 450, 90):
             await at.commit(*(at.maker.create(f"job-{first + number}") for number in range(90)))
-        await until(lambda: len(at.posts.taken) == 450)
-        assert len({each.event_id for each in at.posts.taken}) == 450
+        await wait_until(lambda: len(at.posts.delivered) == 450)
+        assert len({each.event_id for each in at.posts.delivered}) == 450
 
 
 async def test_pages_cut_short_by_large_events_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queries, "SLICE_BYTES", 2_000)
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
-        await until(lambda: len(at.posts.taken) == 60)
-        assert len({each.event_id for each in at.posts.taken}) == 60
+        await wait_until(lambda: len(at.posts.delivered) == 60)
+        assert len({each.event_id for each in at.posts.delivered}) == 60
         assert at.webhooks.views()[0].lag == 0
 
 
@@ -187,15 +197,15 @@ async def test_a_page_of_damaged_events_is_reported_as_a_gap_and_skipped(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(queries, "SLICE_BYTES", 1)  # one event per page
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         at.store._connection.raw.execute(
             "CREATE TRIGGER spoil AFTER INSERT ON events WHEN new.seq = 2 BEGIN "
             "UPDATE events SET by = 'x' WHERE seq = new.seq; END"
         )
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(4)))
-        await until(lambda: at.webhooks.views()[0].lag == 0)
-        await until(lambda: len(at.posts.taken) >= 4)
-        types = [each.type for each in at.posts.taken]
+        await wait_until(lambda: at.webhooks.views()[0].lag == 0)
+        await wait_until(lambda: len(at.posts.delivered) >= 4)
+        types = [each.type for each in at.posts.delivered]
         assert types.count("job.created") == 3
         assert "events.gone" in types
 
@@ -209,13 +219,13 @@ async def test_a_failing_message_blocks_only_its_own_job(path: Path) -> None:
     def answer(delivery: Delivery) -> DeliveryOutcome:
         if bad.get(delivery.subject, 0) > 0:
             bad[delivery.subject] -= 1
-            return NO
-        return YES
+            return REJECTED
+        return DELIVERED
 
-    async with at_work(path, posts=Posts(answer)) as at:
+    async with running_webhooks(path, posts=FakeTransport(answer)) as at:
         lives = [a_life(at.maker, name) for name in "abc"]
         await at.commit(*(change for step in zip(*lives, strict=True) for change in step))
-        await until(lambda: at.webhooks.views()[0].delivered == 9)
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 9)
         types = ["job.created", "job.granted", "job.completed"]
         for name in "abc":
             assert [type_ for subject, type_ in at.posts.subjects() if subject == f"jobs/{name}"] == types
@@ -227,85 +237,91 @@ async def test_a_failing_message_blocks_only_its_own_job(path: Path) -> None:
 
 async def test_consecutive_failures_open_the_breaker_and_a_probe_closes_it(path: Path) -> None:
     down = True
-    async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
-        await until(lambda: at.webhooks.views()[0].state == "open")
+        await wait_until(lambda: at.webhooks.views()[0].state == "open")
         tried = len(at.posts.tried)
-        assert tried <= HASTY.opens_after + dispatcher.PARALLEL
+        assert tried <= FAST_RETRY.opens_after + dispatcher.PARALLEL
         begun = time.monotonic()
-        await until(lambda: len(at.posts.tried) >= tried + 4)
+        await wait_until(lambda: len(at.posts.tried) >= tried + 4)
         assert time.monotonic() - begun > 0.1  # one at a time, with a pause between them
         (view,) = at.webhooks.views()
         assert view.failing_since is not None
-        assert view.last_error == NO.error
+        assert view.last_error == REJECTED.error
         worst = at.webhooks.worst()
         assert worst is not None
-        assert (worst.name, worst.error) == ("e", NO.error)
+        assert (worst.name, worst.error) == ("e", REJECTED.error)
         down = False
-        await until(lambda: len(at.posts.taken) == 30)
+        await wait_until(lambda: len(at.posts.delivered) == 30)
         (view,) = at.webhooks.views()
         assert (view.state, view.failing_since, view.next_try_at) == ("closed", None, None)
         assert at.webhooks.worst() is None
 
 
 async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
-    slow = replace(HASTY, retry_ms=100_000, retry_at_most_ms=100_000, pause_ms=600_000, pause_at_most_ms=600_000)
-    clock = Clock()
-    async with at_work(path, posts=Posts(lambda _: NO), clock=clock) as at:
+    slow = replace(FAST_RETRY, retry_ms=100_000, retry_at_most_ms=100_000, pause_ms=600_000, pause_at_most_ms=600_000)
+    clock = SteppedWallClock()
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED), clock=clock) as at:
 
         def left_ms() -> int | None:
             (view,) = at.webhooks.views()
             return None if view.next_try_at is None else view.next_try_at - clock.moment().now
 
-        at.office.retry_policy = slow
+        at.context.retry_policy = slow
         await _more_patient(at)  # a slow breaker, too
         assert left_ms() is None
         await at.commit(at.maker.create("a"))
-        await until(lambda: left_ms() is not None)
+        await wait_until(lambda: left_ms() is not None)
         assert at.webhooks.views()[0].state == "closed"
         assert 0 < (left_ms() or 0) <= 100_000
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
-        await until(lambda: at.webhooks.views()[0].state == "open")
+        await wait_until(lambda: at.webhooks.views()[0].state == "open")
         assert 250_000 < (left_ms() or 0) <= 600_000, "not before the end of the break"
         clock.step_ms += HOUR_MS  # a clock step does not change the time of an attempt
         assert 250_000 < (left_ms() or 0) <= 600_000
 
 
 async def test_a_message_that_always_fails_does_not_keep_the_breaker_open(path: Path) -> None:
-    async with at_work(path, posts=Posts(lambda each: NO if each.subject == "jobs/bad" else YES)) as at:
-        at.office.retry_policy = replace(HASTY, retry_ms=1, retry_at_most_ms=1)  # due at every probe
+    async with running_webhooks(
+        path, posts=FakeTransport(lambda each: REJECTED if each.subject == "jobs/bad" else DELIVERED)
+    ) as at:
+        at.context.retry_policy = replace(FAST_RETRY, retry_ms=1, retry_at_most_ms=1)  # due at every probe
         await at.commit(at.maker.create("bad"))
-        await until(lambda: at.webhooks.views()[0].state != "closed")
+        await wait_until(lambda: at.webhooks.views()[0].state != "closed")
         await at.commit(at.maker.create("good"))
-        await until(lambda: ("jobs/good", "job.created") in at.posts.subjects())
+        await wait_until(lambda: ("jobs/good", "job.created") in at.posts.subjects())
 
 
 async def test_an_old_message_is_dead_lettered_after_enough_attempts_and_the_next_one_starts(path: Path) -> None:
-    clock = Clock()
+    clock = SteppedWallClock()
 
     def answer(delivery: Delivery) -> DeliveryOutcome:
-        return NO if delivery.type == "job.created" else YES
+        return REJECTED if delivery.type == "job.created" else DELIVERED
 
-    async with at_work(path, endpoint(give_up_after_ms=HOUR_MS), posts=Posts(answer), clock=clock) as at:
+    async with running_webhooks(
+        path, endpoint(give_up_after_ms=HOUR_MS), posts=FakeTransport(answer), clock=clock
+    ) as at:
         await at.commit(*a_life(at.maker, "a"))
-        await until(lambda: len(at.posts.tried) > HASTY.least_tries)
-        assert at.posts.taken == []
+        await wait_until(lambda: len(at.posts.tried) > FAST_RETRY.least_tries)
+        assert at.posts.delivered == []
         clock.step_ms += HOUR_MS
-        await until(lambda: at.posts.types() == ["job.granted", "job.completed"])
-        await until(lambda: at.webhooks.views()[0].delivered == 2)
+        await wait_until(lambda: at.posts.types() == ["job.granted", "job.completed"])
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 2)
         assert at.webhooks.views()[0].given_up == 1
         (lost,) = (await at.webhooks.page("e", "given_up", None, 9)).deliveries
-        assert (lost.type, lost.status, lost.error) == ("job.created", 500, NO.error)
+        assert (lost.type, lost.status, lost.error) == ("job.created", 500, REJECTED.error)
 
 
 async def test_a_clock_step_alone_dead_letters_nothing(path: Path) -> None:
-    clock, down = Clock(), True
-    async with at_work(path, endpoint(), posts=Posts(lambda _: NO if down else YES), clock=clock) as at:
+    clock, down = SteppedWallClock(), True
+    async with running_webhooks(
+        path, endpoint(), posts=FakeTransport(lambda _: REJECTED if down else DELIVERED), clock=clock
+    ) as at:
         await at.commit(at.maker.create("a"))
-        await until(lambda: len(at.posts.tried) == 1)
+        await wait_until(lambda: len(at.posts.tried) == 1)
         clock.step_ms += 100 * DAY_MS
         down = False
-        await until(lambda: at.webhooks.views()[0].delivered == 1)
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 1)
 
 
 async def test_old_messages_of_an_endpoint_that_keeps_failing_are_dead_lettered_without_an_attempt(
@@ -313,20 +329,22 @@ async def test_old_messages_of_an_endpoint_that_keeps_failing_are_dead_lettered_
 ) -> None:
     monkeypatch.setattr(dispatcher, "SLICE", 10)
     monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
-    clock = Clock()
-    async with at_work(path, endpoint(give_up_after_ms=200), posts=Posts(lambda _: NO), clock=clock) as at:
+    clock = SteppedWallClock()
+    async with running_webhooks(
+        path, endpoint(give_up_after_ms=200), posts=FakeTransport(lambda _: REJECTED), clock=clock
+    ) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(60)))
-        await until(lambda: at.webhooks.views()[0].given_up == 60)
+        await wait_until(lambda: at.webhooks.views()[0].given_up == 60)
         assert at.webhooks.views()[0].waiting == 0
         page = await at.webhooks.page("e", "given_up", None, 99)
-        assert {each.error for each in page.deliveries} == {NO.error}
+        assert {each.error for each in page.deliveries} == {REJECTED.error}
         assert min(each.tries for each in page.deliveries) == 0
 
 
 async def test_410_gone_opens_the_breaker_at_once(path: Path) -> None:
-    async with at_work(path, posts=Posts(lambda _: DeliveryOutcome(410, "410", gone=True))) as at:
+    async with running_webhooks(path, posts=FakeTransport(lambda _: DeliveryOutcome(410, "410", gone=True))) as at:
         await at.commit(at.maker.create("a"))
-        await until(lambda: at.webhooks.views()[0].state == "open")
+        await wait_until(lambda: at.webhooks.views()[0].state == "open")
         assert at.webhooks.views()[0].failed == 1
 
 
@@ -338,11 +356,11 @@ async def test_a_bug_in_the_transport_is_a_failed_attempt_and_does_not_show_the_
     def answer(_: Delivery) -> DeliveryOutcome:
         if bugs:
             raise bugs.pop()
-        return YES
+        return DELIVERED
 
-    async with at_work(path, posts=Posts(answer)) as at:
+    async with running_webhooks(path, posts=FakeTransport(answer)) as at:
         await at.commit(at.maker.create("a"))
-        await until(lambda: len(at.posts.taken) == 1)
+        await wait_until(lambda: len(at.posts.delivered) == 1)
         assert at.webhooks.views()[0].last_error == "This is a bug in jobd: ValueError."
     (posted,) = (line["exc_info"] for line in logged if line["event"] == "webhook_bug")
     assert str(posted) == "ValueError: https://e.test… is odd"
@@ -354,72 +372,72 @@ async def test_a_bug_in_the_transport_is_a_failed_attempt_and_does_not_show_the_
 
 
 async def test_waiting_messages_are_sent_unchanged_after_a_restart(path: Path) -> None:
-    async with at_work(path, posts=Posts(lambda _: NO)) as at:
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
         await at.commit(*a_life(at.maker, "a"))
-        await until(lambda: bool(at.posts.tried))
+        await wait_until(lambda: bool(at.posts.tried))
     first = at.posts.tried[0]
-    async with at_work(path, maker=at.maker) as then:
-        await until(lambda: len(then.posts.taken) == 3)
+    async with running_webhooks(path, maker=at.maker) as then:
+        await wait_until(lambda: len(then.posts.delivered) == 3)
         assert then.posts.types() == ["job.created", "job.granted", "job.completed"]
-        repeated = then.posts.taken[0]
+        repeated = then.posts.delivered[0]
         assert (repeated.event_id, repeated.body, repeated.id) == (first.event_id, first.body, first.id)
 
 
 async def test_events_from_before_a_restart_are_delivered_after_it(path: Path) -> None:
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         pass
     store, _ = await Store.open(str(path))
     async with store:
         await store.write(at.maker.batch(a_life(at.maker, "a")))
-    async with at_work(path, maker=at.maker) as then:
-        await until(lambda: then.posts.types() == ["job.created", "job.granted", "job.completed"])
+    async with running_webhooks(path, maker=at.maker) as then:
+        await wait_until(lambda: then.posts.types() == ["job.created", "job.granted", "job.completed"])
 
 
 async def test_a_new_endpoint_gets_no_earlier_events(path: Path) -> None:
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         await at.commit(*a_life(at.maker, "a"))
-        await until(lambda: len(at.posts.taken) == 3)
-    async with at_work(path, endpoint("new"), maker=at.maker) as then:
+        await wait_until(lambda: len(at.posts.delivered) == 3)
+    async with running_webhooks(path, endpoint("new"), maker=at.maker) as then:
         await then.commit(then.maker.create("b"))
-        await until(lambda: then.posts.subjects() == [("jobs/b", "job.created")])
+        await wait_until(lambda: then.posts.subjects() == [("jobs/b", "job.created")])
 
 
 async def test_a_delivery_whose_result_was_not_stored_is_repeated(path: Path) -> None:
-    async with at_work(path, wrap=Watched) as at:
-        disk: Any = at.office.disk
+    async with running_webhooks(path, wrap=CountingStore) as at:
+        disk: Any = at.context.disk
         disk.faults["settle_deliveries"] = RuntimeError("crash")
         await at.commit(*a_life(at.maker, "a"))
-        await until(lambda: at.posts.types() == ["job.created"])
+        await wait_until(lambda: at.posts.types() == ["job.created"])
         await asyncio.sleep(0.1)
         assert at.posts.types() == ["job.created"]  # the next one waits until this result is stored
-    async with at_work(path, maker=at.maker) as then:
-        await until(lambda: then.posts.types() == ["job.created", "job.granted", "job.completed"])
-        assert then.posts.taken[0] == at.posts.taken[0]
+    async with running_webhooks(path, maker=at.maker) as then:
+        await wait_until(lambda: then.posts.types() == ["job.created", "job.granted", "job.completed"])
+        assert then.posts.delivered[0] == at.posts.delivered[0]
 
 
 async def test_on_a_full_disk_nothing_is_sent_without_the_outbox_and_nothing_is_lost(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
-    async with at_work(path, wrap=Watched) as at:
-        disk: Any = at.office.disk
+    async with running_webhooks(path, wrap=CountingStore) as at:
+        disk: Any = at.context.disk
         disk.faults["settle_deliveries"] = DiskFull("no room")
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
-        await until(lambda: len(at.posts.taken) >= dispatcher.PARALLEL)
+        await wait_until(lambda: len(at.posts.delivered) >= dispatcher.PARALLEL)
         disk.faults["plan_deliveries"] = DiskFull("no room")
         await at.commit(*a_life(at.maker, "late"))
         await asyncio.sleep(0.2)
-        sent = len(at.posts.taken)
+        sent = len(at.posts.delivered)
         assert sent <= 2 * dispatcher.PARALLEL
         disk.faults.clear()
-        await until(lambda: at.webhooks.views()[0].delivered == 33)
-        assert len(at.posts.taken) == 33  # none of them twice
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 33)
+        assert len(at.posts.delivered) == 33  # none of them twice
 
 
 async def test_webhooks_do_not_use_the_reserve_of_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
-    async with at_work(path, wrap=Watched) as at:
-        disk: Any = at.office.disk
+    async with running_webhooks(path, wrap=CountingStore) as at:
+        disk: Any = at.context.disk
         at.may_write = False
         await at.commit(*a_life(at.maker, "a"))
         await asyncio.sleep(0.2)
@@ -430,21 +448,21 @@ async def test_webhooks_do_not_use_the_reserve_of_a_full_disk(path: Path, monkey
         with pytest.raises(DiskFull):
             await at.webhooks.redeliver("e", 1)
         at.may_write = True
-        await until(lambda: at.webhooks.views()[0].delivered == 3)
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 3)
 
 
 async def test_no_delivery_starts_while_results_cannot_be_stored(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         at.posts.gate.clear()
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(40)))
-        await until(lambda: len(at.posts.tried) == dispatcher.PARALLEL)
+        await wait_until(lambda: len(at.posts.tried) == dispatcher.PARALLEL)
         at.may_write = False
         at.posts.gate.set()
         await asyncio.sleep(0.2)
         assert len(at.posts.tried) == dispatcher.PARALLEL
         at.may_write = True
-        await until(lambda: at.webhooks.views()[0].delivered == 40)
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 40)
         assert len(at.posts.tried) == 40
 
 
@@ -452,54 +470,54 @@ async def test_a_dispatcher_waits_for_a_disk_that_is_full_at_the_start(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobd.webhooks.manager.DISK_FULL_RETRY_S", 0.02)
-    async with at_work(path, wrap=Watched) as at:
-        disk: Any = at.office.disk
+    async with running_webhooks(path, wrap=CountingStore) as at:
+        disk: Any = at.context.disk
         disk.faults["open_outbox"] = DiskFull("no room")
         at.webhooks.set_endpoints([endpoint(), endpoint("f")])
-        await until(lambda: disk.calls["open_outbox"] > 2)
+        await wait_until(lambda: disk.calls["open_outbox"] > 2)
         assert [view.state for view in at.webhooks.views()] == ["closed", "starting"]
         assert at.webhooks.journal_hold_ms() > 0
         disk.faults["open_outbox"] = RuntimeError("oops")
         monkeypatch.setattr("jobd.webhooks.manager.FAILURE_RETRY_S", 0.02)
         calls = disk.calls["open_outbox"]
-        await until(lambda: disk.calls["open_outbox"] > calls + 1)
+        await wait_until(lambda: disk.calls["open_outbox"] > calls + 1)
         disk.faults.clear()
-        await until(lambda: [view.state for view in at.webhooks.views()] == ["closed", "closed"])
+        await wait_until(lambda: [view.state for view in at.webhooks.views()] == ["closed", "closed"])
         await at.commit(at.maker.create("a"))
-        await until(lambda: len(at.posts.taken) == 2)
+        await wait_until(lambda: len(at.posts.delivered) == 2)
 
 
 async def test_a_damaged_message_is_skipped(path: Path) -> None:
-    async with at_work(path, posts=Posts(lambda _: NO)) as at:
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
         await at.commit(*a_life(at.maker, "a"))
-        await until(lambda: at.webhooks.views()[0].waiting == 3)
-    async with at_work(path, maker=at.maker, posts=Posts(lambda _: NO)) as then:
+        await wait_until(lambda: at.webhooks.views()[0].waiting == 3)
+    async with running_webhooks(path, maker=at.maker, posts=FakeTransport(lambda _: REJECTED)) as then:
         then.posts.gate.clear()
         then.store._connection.raw.execute("UPDATE deliveries SET body = X'31' WHERE type = 'job.created'")
-        then.posts.answer = lambda _: YES
+        then.posts.answer = lambda _: DELIVERED
         then.posts.gate.set()
-        await until(lambda: "job.completed" in then.posts.types())
+        await wait_until(lambda: "job.completed" in then.posts.types())
 
 
 async def test_stop_does_not_wait_for_a_hanging_receiver(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "GRACE_S", 0.1)
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         at.posts.gate.clear()
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(20)))
-        await until(lambda: len(at.posts.tried) == dispatcher.PARALLEL)
+        await wait_until(lambda: len(at.posts.tried) == dispatcher.PARALLEL)
         begun = time.monotonic()
     assert time.monotonic() - begun < 2
-    async with at_work(path, maker=at.maker) as then:
-        await until(lambda: len(then.posts.taken) == 20)
+    async with running_webhooks(path, maker=at.maker) as then:
+        await wait_until(lambda: len(then.posts.delivered) == 20)
 
 
 async def test_stop_stores_results_that_arrive_in_time(path: Path) -> None:
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         at.posts.gate.clear()
         await at.commit(at.maker.create("a"))
-        await until(lambda: len(at.posts.tried) == 1)
+        await wait_until(lambda: len(at.posts.tried) == 1)
         asyncio.get_running_loop().call_later(0.1, at.posts.gate.set)
-    async with at_work(path, maker=at.maker) as then:
+    async with running_webhooks(path, maker=at.maker) as then:
         assert (await then.webhooks.page("e", "delivered", None, 9)).deliveries
         await asyncio.sleep(0.1)
     assert then.posts.tried == []
@@ -525,9 +543,9 @@ async def test_every_event_arrives_in_order_despite_failures_and_crashes(
         return change
 
     for _ in range(60):
-        posts = Posts(lambda _: NO if chance.random() < 0.4 else YES)
-        async with at_work(path, maker=maker, posts=posts, wrap=Watched) as at:
-            disk: Any = at.office.disk
+        posts = FakeTransport(lambda _: REJECTED if chance.random() < 0.4 else DELIVERED)
+        async with running_webhooks(path, maker=maker, posts=posts, wrap=CountingStore) as at:
+            disk: Any = at.context.disk
             for _ in range(chance.randint(1, 4)):
                 left = sum(3 - len(was) for was in jobs.values())
                 if some := min(left, chance.randint(0, 8)):
@@ -538,7 +556,7 @@ async def test_every_event_arrives_in_order_despite_failures_and_crashes(
                     if chance.random() < 0.15
                 }
                 await asyncio.sleep(chance.random() * 0.1)
-        taken += posts.taken
+        taken += posts.delivered
         if len({each.event_id for each in taken}) == 36:
             break
     by_job: dict[str, list[int]] = {}
@@ -559,91 +577,95 @@ async def test_events_wait_in_the_journal_while_the_outbox_is_at_its_limit(
 ) -> None:
     monkeypatch.setattr(dispatcher, "MAX_BACKLOG", 150)
     down = True
-    async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
         for first in range(0, 400, 100):
             await at.commit(*(at.maker.create(f"job-{first + number}") for number in range(100)))
-        await until(lambda: at.webhooks.views()[0].waiting == 100)
+        await wait_until(lambda: at.webhooks.views()[0].waiting == 100)
         await asyncio.sleep(0.2)
         (view,) = at.webhooks.views()
         assert (view.waiting, view.lag) == (100, 300)
         down = False
-        await until(lambda: len(at.posts.taken) == 400)
+        await wait_until(lambda: len(at.posts.delivered) == 400)
 
 
 async def test_a_lagging_endpoint_holds_the_journal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "MAX_BACKLOG", 150)
     monkeypatch.setattr(journal_reader, "LAGGING_AFTER_S", 0.1)
-    async with at_work(path, endpoint(give_up_after_ms=5 * DAY_MS), posts=Posts(lambda _: NO)) as at:
-        await until(lambda: at.webhooks.journal_hold_ms() == 0)
+    async with running_webhooks(
+        path, endpoint(give_up_after_ms=5 * DAY_MS), posts=FakeTransport(lambda _: REJECTED)
+    ) as at:
+        await wait_until(lambda: at.webhooks.journal_hold_ms() == 0)
         for first in range(0, 300, 100):
             await at.commit(*(at.maker.create(f"job-{first + number}") for number in range(100)))
-        await until(lambda: at.webhooks.journal_hold_ms() == 5 * DAY_MS)
+        await wait_until(lambda: at.webhooks.journal_hold_ms() == 5 * DAY_MS)
 
 
 async def test_an_endpoint_behind_the_journal_gets_a_gap_message(path: Path) -> None:
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         await at.commit(at.maker.create("a"))
-        await until(lambda: len(at.posts.taken) == 1)
+        await wait_until(lambda: len(at.posts.delivered) == 1)
     store, _ = await Store.open(str(path))
     async with store:
         pauses = [at.maker.queue_event("video", bool(number % 2)) for number in range(4)]
         await store.write(at.maker.batch(pauses))
         assert await store.prune(at.maker.now + 3, 100) > 0
         left = (await store.journal(1, 100)).events
-    async with at_work(path, maker=at.maker) as then:
-        await until(lambda: len(then.posts.taken) == 1 + len(left))
-        gap = next(each for each in then.posts.taken if each.type == "events.gone")
+    async with running_webhooks(path, maker=at.maker) as then:
+        await wait_until(lambda: len(then.posts.delivered) == 1 + len(left))
+        gap = next(each for each in then.posts.delivered if each.type == "events.gone")
         data = json.loads(gap.body)["data"]
         assert (data["after"], data["upto"]) == (1, 5 - len(left))
         assert then.webhooks.metrics()["e"].gaps == 1
-    async with at_work(path, maker=at.maker) as later:
+    async with running_webhooks(path, maker=at.maker) as later:
         await later.commit(later.maker.create("b"))
-        await until(lambda: later.posts.types() == ["job.created"])
+        await wait_until(lambda: later.posts.types() == ["job.created"])
 
 
 async def test_a_lost_cursor_causes_a_gap_message(path: Path) -> None:
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         await at.commit(at.maker.create("a"))
-        await until(lambda: at.webhooks.views()[0].delivered == 1)
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 1)
     with edit_store(str(path)) as conn:
         conn.execute("DELETE FROM deliveries")
         conn.execute("UPDATE webhooks SET position = 0")
-    async with at_work(path, maker=at.maker) as then:
-        await until(lambda: then.posts.types() == ["events.gone"])
+    async with running_webhooks(path, maker=at.maker) as then:
+        await wait_until(lambda: then.posts.types() == ["events.gone"])
 
 
 async def test_dropped_dead_letters_cause_a_gap_message(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "given_up": 5})
-    posts = Posts(lambda _: NO)
-    async with at_work(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
+    posts = FakeTransport(lambda _: REJECTED)
+    async with running_webhooks(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
         for number in range(12):
             await at.commit(*a_life(at.maker, f"job-{number}"))
-        await until(lambda: at.webhooks.views()[0].given_up >= 12)
+        await wait_until(lambda: at.webhooks.views()[0].given_up >= 12)
         count, _ = await at.webhooks.given_up("e")
         assert count == 5
         gaps = at.webhooks.metrics()["e"].gaps
         assert gaps >= 1
-        posts.answer = lambda _: YES
-        await until(lambda: "events.gone" in posts.types())
-        await until(lambda: at.webhooks.views()[0].waiting == 0)
-        gap_data = {each.event_id: json.loads(each.body)["data"] for each in posts.taken if each.type == "events.gone"}
+        posts.answer = lambda _: DELIVERED
+        await wait_until(lambda: "events.gone" in posts.types())
+        await wait_until(lambda: at.webhooks.views()[0].waiting == 0)
+        gap_data = {
+            each.event_id: json.loads(each.body)["data"] for each in posts.delivered if each.type == "events.gone"
+        }
         assert all(data["upto"] >= 4 for data in gap_data.values())
         await asyncio.sleep(0.1)
         assert at.webhooks.views()[0].waiting == 0, "it is not told again and again"
-    async with at_work(path, maker=at.maker) as later:
+    async with running_webhooks(path, maker=at.maker) as later:
         await later.commit(later.maker.create("b"))
-        await until(lambda: later.posts.types() == ["job.created"])
+        await wait_until(lambda: later.posts.types() == ["job.created"])
 
 
 async def test_a_waiting_gap_message_is_not_repeated(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "KEEP_ENDED", {"delivered": 99, "given_up": 1})
-    slow = replace(NO, retry_after_ms=60_000)
-    posts = Posts(lambda each: slow if each.type == "events.gone" else NO)
-    async with at_work(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
-        at.office.retry_policy = replace(HASTY, retry_at_most_ms=60_000)
+    slow = replace(REJECTED, retry_after_ms=60_000)
+    posts = FakeTransport(lambda each: slow if each.type == "events.gone" else REJECTED)
+    async with running_webhooks(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
+        at.context.retry_policy = replace(FAST_RETRY, retry_at_most_ms=60_000)
         for number in range(9):
             await at.commit(*a_life(at.maker, f"job-{number}"))
-        await until(lambda: at.webhooks.views()[0].given_up == 9)
+        await wait_until(lambda: at.webhooks.views()[0].given_up == 9)
         page = await at.webhooks.page("e", None, None, 99)
         assert [each.type for each in page.deliveries if each.state == "waiting"] == ["events.gone"]
         assert at.webhooks.metrics()["e"].gaps == 1
@@ -653,33 +675,33 @@ async def test_a_waiting_gap_message_is_not_repeated(path: Path, monkeypatch: py
 
 
 async def test_alerts_are_delivered_when_they_fire_and_when_they_resolve(path: Path) -> None:
-    async with at_work(path, endpoint(events=frozenset({"alert.firing", "alert.resolved"}))) as at:
+    async with running_webhooks(path, endpoint(events=frozenset({"alert.firing", "alert.resolved"}))) as at:
         at.fire("stuck_jobs", NOW + 7)
-        await until(lambda: at.posts.types() == ["alert.firing"])
+        await wait_until(lambda: at.posts.types() == ["alert.firing"])
         at.fire("stuck_jobs", NOW + 7)
         at.resolve("stuck_jobs")
-        await until(lambda: at.posts.types() == ["alert.firing", "alert.resolved"])
-        firing, resolved = (json.loads(each.body) for each in at.posts.taken)
+        await wait_until(lambda: at.posts.types() == ["alert.firing", "alert.resolved"])
+        firing, resolved = (json.loads(each.body) for each in at.posts.delivered)
         assert firing["data"]["since"] == resolved["data"]["since"] == NOW + 7
         assert firing["subject"] == "alerts/stuck_jobs"
         assert (firing["data"]["firing"], resolved["data"]["firing"]) == (True, False)
         await at.commit(at.maker.create("a"))
         await asyncio.sleep(0.1)
-        assert len(at.posts.taken) == 2
+        assert len(at.posts.delivered) == 2
         assert at.webhooks.views()[0].lag == 0
 
 
 async def test_alerts_are_delivered_at_least_once_over_a_restart(path: Path) -> None:
-    async with at_work(path, posts=Posts(lambda _: NO)) as at:
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
         at.fire("stuck_jobs")
         at.fire("database")
-        await until(lambda: at.webhooks.views()[0].waiting == 2)
-    async with at_work(path, maker=at.maker, firing=None) as then:  # no alerts evaluated yet
-        await until(lambda: then.posts.types() == ["alert.firing", "alert.firing"])
+        await wait_until(lambda: at.webhooks.views()[0].waiting == 2)
+    async with running_webhooks(path, maker=at.maker, firing=None) as then:  # no alerts evaluated yet
+        await wait_until(lambda: then.posts.types() == ["alert.firing", "alert.firing"])
         await asyncio.sleep(0.1)
         then.firing = {"database": NOW + 99}  # one of them has resolved meanwhile
         then.webhooks.alerts_changed()
-        await until(lambda: "alert.resolved" in then.posts.types())
+        await wait_until(lambda: "alert.resolved" in then.posts.types())
         await asyncio.sleep(0.1)
         assert sorted(then.posts.subjects()) == [
             ("alerts/database", "alert.firing"),
@@ -689,34 +711,34 @@ async def test_alerts_are_delivered_at_least_once_over_a_restart(path: Path) -> 
 
 
 async def test_an_endpoint_can_ask_for_resolved_alerts_only(path: Path) -> None:
-    async with at_work(path, endpoint(events=frozenset({"alert.resolved"}))) as at:
+    async with running_webhooks(path, endpoint(events=frozenset({"alert.resolved"}))) as at:
         at.fire("database")
         await asyncio.sleep(0.1)
         at.resolve("database")
-        await until(lambda: at.posts.types() == ["alert.resolved"])
+        await wait_until(lambda: at.posts.types() == ["alert.resolved"])
 
 
 async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_the_outbox(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
-    async with at_work(path, wrap=Watched) as at:
-        disk: Any = at.office.disk
+    async with running_webhooks(path, wrap=CountingStore) as at:
+        disk: Any = at.context.disk
         at.may_write = False
         at.fire("database")
-        await until(lambda: at.posts.types() == ["alert.firing"])
+        await wait_until(lambda: at.posts.types() == ["alert.firing"])
         at.fire("stuck_jobs")
-        await until(lambda: len(at.posts.taken) == 2)
+        await wait_until(lambda: len(at.posts.delivered) == 2)
         at.resolve("database")
-        await until(lambda: at.posts.types() == ["alert.firing", "alert.firing", "alert.resolved"])
+        await wait_until(lambda: at.posts.types() == ["alert.firing", "alert.firing", "alert.resolved"])
         await at.commit(*a_life(at.maker, "a"))
         await asyncio.sleep(0.2)
         assert len(at.posts.tried) == 3, "each once: it was taken"
         assert disk.calls["plan_deliveries"] == disk.calls["settle_deliveries"] == 0
-        posted = list(at.posts.taken)
+        posted = list(at.posts.delivered)
         at.may_write = True
-        await until(lambda: at.webhooks.views()[0].delivered == 6)
-        repeated = [each for each in at.posts.taken[3:] if each.subject.startswith("alerts/")]
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 6)
+        repeated = [each for each in at.posts.delivered[3:] if each.subject.startswith("alerts/")]
         assert {each.event_id: each.body for each in repeated} == {each.event_id: each.body for each in posted}
         assert [each.type for each in repeated if each.subject == "alerts/database"] == [
             "alert.firing",
@@ -724,7 +746,7 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
         ]
         await asyncio.sleep(0.1)
         assert len(at.posts.tried) == 9
-    async with at_work(path, maker=at.maker, firing={"stuck_jobs": NOW}) as then:
+    async with running_webhooks(path, maker=at.maker, firing={"stuck_jobs": NOW}) as then:
         await asyncio.sleep(0.1)
         assert then.posts.tried == []
 
@@ -733,15 +755,15 @@ async def test_an_alert_whose_write_fills_the_disk_is_delivered_directly(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
-    async with at_work(path, wrap=Watched) as at:
-        disk: Any = at.office.disk
+    async with running_webhooks(path, wrap=CountingStore) as at:
+        disk: Any = at.context.disk
         disk.faults["plan_deliveries"] = DiskFull("no room")
         at.fire("database")
-        await until(lambda: at.posts.types() == ["alert.firing"])
+        await wait_until(lambda: at.posts.types() == ["alert.firing"])
         await asyncio.sleep(0.1)
         disk.faults.clear()
-        await until(lambda: at.webhooks.views()[0].delivered == 1)
-        first, second = at.posts.taken
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 1)
+        first, second = at.posts.delivered
         assert (first.event_id, first.body) == (second.event_id, second.body)
 
 
@@ -749,45 +771,45 @@ async def test_on_a_full_disk_each_change_gets_a_few_direct_attempts_in_order(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.01)
-    async with at_work(path, posts=Posts(lambda _: NO)) as at:
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
         at.may_write = False
         at.fire("database")
-        await until(lambda: len(at.posts.tried) == alert_source.MAX_TRIES)
+        await wait_until(lambda: len(at.posts.tried) == alert_source.MAX_TRIES)
         await asyncio.sleep(0.3)
         assert len(at.posts.tried) == alert_source.MAX_TRIES
-        assert at.webhooks.views()[0].last_error == NO.error
-        at.posts.answer = lambda each: YES if each.type == "alert.resolved" else NO
+        assert at.webhooks.views()[0].last_error == REJECTED.error
+        at.posts.answer = lambda each: DELIVERED if each.type == "alert.resolved" else REJECTED
         at.fire("stuck_jobs")
-        await until(lambda: at.posts.tried[-1].subject == "alerts/stuck_jobs")
+        await wait_until(lambda: at.posts.tried[-1].subject == "alerts/stuck_jobs")
         at.resolve("stuck_jobs")  # it does not wait for the retry of its firing message
-        await until(lambda: at.posts.subjects() == [("alerts/stuck_jobs", "alert.resolved")])
+        await wait_until(lambda: at.posts.subjects() == [("alerts/stuck_jobs", "alert.resolved")])
         own = [each.type for each in at.posts.tried if each.subject == "alerts/stuck_jobs"]
         assert own == sorted(own)
         await asyncio.sleep(0.2)
         assert len(at.posts.tried) == alert_source.MAX_TRIES + len(own)
-        at.posts.answer = lambda _: YES
+        at.posts.answer = lambda _: DELIVERED
         at.may_write = True
-        await until(lambda: at.webhooks.views()[0].delivered == 3)
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 3)
 
 
 async def test_only_the_latest_changes_of_a_flapping_alert_are_kept(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.01)
-    async with at_work(path, posts=Posts(lambda _: NO)) as at:
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED)) as at:
         at.may_write = False
         for number in range(9):
             at.fire("database", NOW + number)
-            await until(lambda: bool(at.posts.tried) and at.posts.tried[-1].type == "alert.firing")
+            await wait_until(lambda: bool(at.posts.tried) and at.posts.tried[-1].type == "alert.firing")
             if number < 8:
                 at.resolve("database")
-                await until(lambda: at.posts.tried[-1].type == "alert.resolved")
-        at.posts.answer = lambda _: YES
+                await wait_until(lambda: at.posts.tried[-1].type == "alert.resolved")
+        at.posts.answer = lambda _: DELIVERED
         at.posts.tried.clear()
         at.may_write = True
-        await until(lambda: at.webhooks.views()[0].delivered >= 3)
+        await wait_until(lambda: at.webhooks.views()[0].delivered >= 3)
         await asyncio.sleep(0.1)
-        posted = [each.event_id.split("_", 2)[2] for each in at.posts.taken]
+        posted = [each.event_id.split("_", 2)[2] for each in at.posts.delivered]
         assert list(dict.fromkeys(posted)) == [f"{NOW + 7}_firing", f"{NOW + 7}_resolved", f"{NOW + 8}_firing"]
 
 
@@ -795,31 +817,31 @@ async def test_stop_on_a_full_disk_does_not_wait_for_a_hanging_receiver(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher, "GRACE_S", 0.05)
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         at.may_write = False
         at.posts.gate.clear()
         at.fire("database")
-        await until(lambda: len(at.posts.tried) == 1)
+        await wait_until(lambda: len(at.posts.tried) == 1)
         began = time.monotonic()
     assert time.monotonic() - began < 5
-    async with at_work(path, maker=at.maker, firing={"database": NOW}) as then:
-        await until(lambda: then.posts.types() == ["alert.firing"])
+    async with running_webhooks(path, maker=at.maker, firing={"database": NOW}) as then:
+        await wait_until(lambda: then.posts.types() == ["alert.firing"])
 
 
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 
 async def test_a_delivery_in_any_state_can_be_sent_again(path: Path) -> None:
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         await at.commit(at.maker.create("a"))
-        await until(lambda: at.webhooks.views()[0].delivered == 1)
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 1)
         (sent,) = (await at.webhooks.page("e", None, None, 9)).deliveries
         repeated = await at.webhooks.redeliver("e", sent.id)
         assert repeated is not None
         assert (repeated.state, repeated.tries) == ("waiting", 0)
-        await until(lambda: at.webhooks.views()[0].delivered == 2)
-        assert at.posts.taken[1].event_id == at.posts.taken[0].event_id
-        assert at.posts.taken[1].body == at.posts.taken[0].body
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 2)
+        assert at.posts.delivered[1].event_id == at.posts.delivered[0].event_id
+        assert at.posts.delivered[1].body == at.posts.delivered[0].body
         assert await at.webhooks.redeliver("e", 999) is None
 
 
@@ -827,37 +849,37 @@ async def _more_patient(at: Any) -> None:
     """Replace the running dispatcher by a slower one."""
     before = at.webhooks._dispatchers["e"]
     at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
-    await until(lambda: at.webhooks._dispatchers.get("e") not in (None, before))
-    await until(lambda: at.webhooks.views()[0].state == "closed")
+    await wait_until(lambda: at.webhooks._dispatchers.get("e") not in (None, before))
+    await wait_until(lambda: at.webhooks.views()[0].state == "closed")
 
 
 async def test_a_waiting_delivery_can_be_sent_at_once_while_the_breaker_is_open(path: Path) -> None:
-    slow = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000, pause_ms=600_000, pause_at_most_ms=600_000)
+    slow = replace(FAST_RETRY, retry_ms=600_000, retry_at_most_ms=600_000, pause_ms=600_000, pause_at_most_ms=600_000)
     down = True
-    async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
-        at.office.retry_policy = slow
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
+        at.context.retry_policy = slow
         await _more_patient(at)
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
-        await until(lambda: at.webhooks.views()[0].state == "open")
-        await until(lambda: all(each.tries == 1 for each in at.posts.tried) or len(at.posts.tried) >= 5)
+        await wait_until(lambda: at.webhooks.views()[0].state == "open")
+        await wait_until(lambda: all(each.tries == 1 for each in at.posts.tried) or len(at.posts.tried) >= 5)
         down = False
         page = await at.webhooks.page("e", "waiting", None, 99)
         repeated = await at.webhooks.redeliver("e", page.deliveries[-1].id)
         assert repeated is not None
-        await until(lambda: len(at.posts.taken) == 6)
+        await wait_until(lambda: len(at.posts.delivered) == 6)
 
 
 async def test_a_test_message_probes_an_open_breaker(path: Path) -> None:
     """A test message must not wait for the end of an open breaker."""
     down = True
-    async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
-        at.office.retry_policy = replace(HASTY, pause_ms=600_000, pause_at_most_ms=600_000)
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
+        at.context.retry_policy = replace(FAST_RETRY, pause_ms=600_000, pause_at_most_ms=600_000)
         await _more_patient(at)
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
-        await until(lambda: at.webhooks.views()[0].state == "open")
+        await wait_until(lambda: at.webhooks.views()[0].state == "open")
         down = False
         await at.webhooks.test("e")
-        await until(lambda: len(at.posts.taken) == 7)
+        await wait_until(lambda: len(at.posts.delivered) == 7)
         assert "webhook.test" in at.posts.types()
         assert at.webhooks.views()[0].state == "closed"
 
@@ -865,40 +887,40 @@ async def test_a_test_message_probes_an_open_breaker(path: Path) -> None:
 async def test_a_running_delivery_that_is_redelivered_is_retried_at_once(path: Path) -> None:
     """The redelivery was requested while the first attempt was running: its failure does not postpone it."""
     down = True
-    async with at_work(path, posts=Posts(lambda _: NO if down else YES)) as at:
-        at.office.retry_policy = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000)
+    async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
+        at.context.retry_policy = replace(FAST_RETRY, retry_ms=600_000, retry_at_most_ms=600_000)
         at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
         at.posts.gate.clear()
         await at.commit(at.maker.create("job-1"))
-        await until(lambda: len(at.posts.tried) == 1)
+        await wait_until(lambda: len(at.posts.tried) == 1)
         assert await at.webhooks.redeliver("e", at.posts.tried[0].id) is not None
         at.posts.gate.set()
-        await until(lambda: len(at.posts.tried) == 2)
+        await wait_until(lambda: len(at.posts.tried) == 2)
 
 
 async def test_failures_from_before_a_probe_do_not_open_the_breaker(path: Path) -> None:
     """Five of eight attempts have failed, three hang, and an operator reports that the receiver is back."""
-    slow = replace(HASTY, retry_ms=600_000, retry_at_most_ms=600_000, pause_ms=600_000, pause_at_most_ms=600_000)
+    slow = replace(FAST_RETRY, retry_ms=600_000, retry_at_most_ms=600_000, pause_ms=600_000, pause_at_most_ms=600_000)
     down, hanging = True, asyncio.Event()
 
-    class Hanging(Posts):
+    class Hanging(FakeTransport):
         async def post(self, endpoint: WebhookEndpoint, delivery: Delivery) -> DeliveryOutcome:
             if len(self.tried) in (5, 6, 7):
                 self.tried.append(delivery)
                 await hanging.wait()
-                return NO
+                return REJECTED
             return await super().post(endpoint, delivery)
 
-    posts = Hanging(lambda _: NO if down else YES)
-    async with at_work(path, posts=posts) as at:
-        at.office.retry_policy = slow
+    posts = Hanging(lambda _: REJECTED if down else DELIVERED)
+    async with running_webhooks(path, posts=posts) as at:
+        at.context.retry_policy = slow
         await _more_patient(at)
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(8)))
-        await until(lambda: len(posts.tried) == 8 and at.webhooks.views()[0].state == "open")
+        await wait_until(lambda: len(posts.tried) == 8 and at.webhooks.views()[0].state == "open")
         down = False
         assert await at.webhooks.redeliver("e", posts.tried[0].id) is not None
         hanging.set()
-        await until(lambda: len(posts.taken) == 8)
+        await wait_until(lambda: len(posts.delivered) == 8)
 
 
 async def test_dead_letters_are_sent_again_in_order(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -906,20 +928,20 @@ async def test_dead_letters_are_sent_again_in_order(path: Path, monkeypatch: pyt
     monkeypatch.setattr(dispatcher, "SLICE", 10)
     monkeypatch.setattr(dispatcher, "MINUTE_MS", 10)
     down = True
-    posts = Posts(lambda _: NO if down else YES)
-    async with at_work(path, endpoint(give_up_after_ms=200), posts=posts) as at:
+    posts = FakeTransport(lambda _: REJECTED if down else DELIVERED)
+    async with running_webhooks(path, endpoint(give_up_after_ms=200), posts=posts) as at:
         for number in range(15):
             await at.commit(*a_life(at.maker, f"job-{number}"))
-        await until(lambda: at.webhooks.views()[0].given_up == 45)
+        await wait_until(lambda: at.webhooks.views()[0].given_up == 45)
         page = await at.webhooks.page("e", "given_up", None, 99)
         newest = page.deliveries[0].id
         monkeypatch.setattr(dispatcher, "MINUTE_MS", 60_000)
         assert await at.webhooks.redeliver_all("e", 0) == 0
         down = False
         assert await at.webhooks.redeliver_all("e", newest - 3) == 42
-        await until(lambda: at.webhooks.views()[0].delivered == 42)
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 42)
         assert await at.webhooks.redeliver_all("e", None) == 3
-        await until(lambda: at.webhooks.views()[0].delivered == 45)
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 45)
         assert at.webhooks.views()[0].given_up == 45
         for number in range(15):
             own = [type_ for subject, type_ in at.posts.subjects() if subject == f"jobs/job-{number}"]
@@ -930,16 +952,16 @@ async def test_dead_letters_are_sent_again_in_order(path: Path, monkeypatch: pyt
 
 
 async def test_a_test_message_is_a_delivery_like_others(path: Path) -> None:
-    async with at_work(path, endpoint(events=frozenset({"job.failed"}))) as at:
+    async with running_webhooks(path, endpoint(events=frozenset({"job.failed"}))) as at:
         sent = await at.webhooks.test("e")
         assert (sent.type, sent.state, sent.seq) == ("webhook.test", "waiting", None)
-        await until(lambda: at.posts.types() == ["webhook.test"])
+        await wait_until(lambda: at.posts.types() == ["webhook.test"])
 
 
 async def test_pages_of_deliveries_continue_where_the_previous_one_ended(path: Path) -> None:
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(25)))
-        await until(lambda: at.webhooks.views()[0].delivered == 25)
+        await wait_until(lambda: at.webhooks.views()[0].delivered == 25)
         ids: list[int] = []
         before: int | None = None
         while True:
@@ -952,23 +974,23 @@ async def test_pages_of_deliveries_continue_where_the_previous_one_ended(path: P
 
 
 async def test_a_new_configuration_is_applied_while_running(path: Path) -> None:
-    async with at_work(path, endpoint("stays"), endpoint("goes"), endpoint("changes")) as at:
+    async with running_webhooks(path, endpoint("stays"), endpoint("goes"), endpoint("changes")) as at:
         at.webhooks.set_endpoints([endpoint("stays"), endpoint("changes", events=FINISHED), endpoint("comes")])
-        await until(lambda: sorted(at.webhooks.metrics()) == ["changes", "comes", "stays"])
-        await until(lambda: at.posts.open == 3)
-        await until(lambda: all(view.state == "closed" for view in at.webhooks.views()))
+        await wait_until(lambda: sorted(at.webhooks.metrics()) == ["changes", "comes", "stays"])
+        await wait_until(lambda: at.posts.open == 3)
+        await wait_until(lambda: all(view.state == "closed" for view in at.webhooks.views()))
         await asyncio.sleep(0.1)
         await at.commit(*a_life(at.maker, "a"))
-        await until(lambda: len(at.posts.taken) == 7)
-        assert Counter(each.endpoint for each in at.posts.taken) == {"stays": 3, "changes": 1, "comes": 3}
+        await wait_until(lambda: len(at.posts.delivered) == 7)
+        assert Counter(each.endpoint for each in at.posts.delivered) == {"stays": 3, "changes": 1, "comes": 3}
         at.webhooks.set_endpoints([])
-        await until(lambda: at.posts.open == 0)
+        await wait_until(lambda: at.posts.open == 0)
         at.webhooks.set_endpoints([endpoint("goes")])  # it continues at its cursor
-        await until(lambda: len(at.posts.taken) == 10)
+        await wait_until(lambda: len(at.posts.delivered) == 10)
 
 
 async def test_no_secret_is_shown(path: Path) -> None:
-    async with at_work(path) as at:
+    async with running_webhooks(path) as at:
         (view,) = at.webhooks.views()
         assert view.url == "https://e.test/…"
         assert "hush" not in str(view)

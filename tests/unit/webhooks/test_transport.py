@@ -20,7 +20,7 @@ from jobd.model.webhooks import Delivery, DeliveryOutcome, WebhookEndpoint
 from jobd.webhooks import transport
 from jobd.webhooks.transport import HttpTransport, Resolver
 from tests.support.http_harness import tls_pair
-from tests.support.webhook_receiver import Receiver, echoing, responding, rude
+from tests.support.webhook_receiver import Receiver, echoing, raw_server, responding
 
 KEY = b"k" * 24
 DELIVERY = Delivery(
@@ -175,7 +175,7 @@ async def test_a_slow_response_times_out(sender: HttpTransport, receiver: Receiv
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200\x00 OK\r\n" + b"x" * 100_000, b"SSH-2.0-x\r\n"])
 async def test_a_closed_connection_or_invalid_http_is_a_failure(sender: HttpTransport, answer: bytes) -> None:
-    with rude(lambda _: answer) as port:
+    with raw_server(lambda _: answer) as port:
         outcome = await sender.post(to(f"http://127.0.0.1:{port}/"), DELIVERY)
     assert outcome.status is None
     assert outcome.error
@@ -213,7 +213,7 @@ FAILURES: dict[str, tuple[bytes, int, str]] = {
 @pytest.mark.parametrize("why", FAILURES)
 async def test_errors_show_only_the_host_of_the_url(sender: HttpTransport, why: str) -> None:
     head, more, expected = FAILURES[why]
-    with rude(echoing(head, more)) as port:
+    with raw_server(echoing(head, more)) as port:
         outcome = await sender.post(to(f"http://127.0.0.1:{port}{PLACE}", timeout_ms=5_000), DELIVERY)
     assert outcome.error is not None
     assert [secret for secret in HUSH if secret.lower() in outcome.error.lower()] == []
@@ -240,7 +240,7 @@ async def test_an_invalid_url_shows_only_its_host(sender: HttpTransport, host: s
 async def test_a_wrong_certificate_shows_only_the_host_of_the_url(
     sender: HttpTransport, careful: HttpTransport, tmp_path: Path
 ) -> None:
-    with rude(lambda _: b"", (await tls_pair(tmp_path))[0]) as port:
+    with raw_server(lambda _: b"", (await tls_pair(tmp_path))[0]) as port:
         for each, place in (
             (sender, f"localhost:{port}"),
             (sender, f"127.0.0.1:{port}"),
@@ -249,14 +249,14 @@ async def test_a_wrong_certificate_shows_only_the_host_of_the_url(
             outcome = await each.post(to(f"https://{place}{PLACE}"), DELIVERY)
             assert outcome.error is not None
             assert "HUSH" not in outcome.error
-    with rude(lambda _: b"this is no TLS") as port:
+    with raw_server(lambda _: b"this is no TLS") as port:
         outcome = await sender.post(to(f"https://127.0.0.1:{port}{PLACE}"), DELIVERY)
         assert outcome.error is not None
         assert "HUSH" not in outcome.error
 
 
 async def test_an_untrusted_certificate_is_rejected(sender: HttpTransport, tmp_path: Path) -> None:
-    with rude(lambda _: b"HTTP/1.1 200 OK\r\n\r\n", (await tls_pair(tmp_path))[0]) as port:
+    with raw_server(lambda _: b"HTTP/1.1 200 OK\r\n\r\n", (await tls_pair(tmp_path))[0]) as port:
         outcome = await sender.post(to(f"https://localhost:{port}/"), DELIVERY)
     assert outcome.error is not None
     assert "certificate" in outcome.error

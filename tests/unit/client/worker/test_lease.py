@@ -25,7 +25,8 @@ from tests.support.client_harness import (
     ScriptedDaemon,
     running_worker,
 )
-from tests.support.scripted_server import ScriptedServer, drop, ok, rejected, serving, until
+from tests.support.polling import wait_until
+from tests.support.scripted_server import ScriptedServer, drop, ok, rejected, serving
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +198,7 @@ async def test_stop_ends_a_waiting_claim(tmp_path: Path) -> None:
         worker = Worker(endpoint, grace_s=10_000)
         worker.handler()(print)
         async with running_worker(worker) as serving_:
-            await until(lambda: bool(server.received))
+            await wait_until(lambda: bool(server.received))
             worker.stop()
             await serving_
     assert [received.path for received in server.received] == ["/v1/claim"]

@@ -11,7 +11,7 @@ from jobd.client.worker.watchdog import Watchdog
 from tests.support.client_harness import (
     ProgramRun,
 )
-from tests.support.scripted_server import until
+from tests.support.polling import wait_until
 
 
 async def test_a_killed_watchdog_is_replaced_by_one_with_all_groups() -> None:
@@ -36,7 +36,7 @@ async def test_a_killed_watchdog_is_replaced_without_another_event() -> None:
     before = watchdog_._process
     assert before is not None
     before.kill()
-    await until(lambda: watchdog_._process not in (None, before))
+    await wait_until(lambda: watchdog_._process not in (None, before))
     await asyncio.to_thread(watchdog_.close)
     await program.done
     assert program.returncode == -signal.SIGTERM

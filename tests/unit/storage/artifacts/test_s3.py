@@ -33,7 +33,7 @@ SERVERS = {"radosgw": radosgw, "moto": moto}
 pytestmark = pytest.mark.timeout(180)  # for the start of a server on a busy machine
 
 
-class Bucket(NamedTuple):
+class ServerBucket(NamedTuple):
     name: str
     all: S3Store  # without a prefix
 
@@ -68,18 +68,18 @@ def at(monkeypatch: pytest.MonkeyPatch, server: tuple[str, str]) -> str:
 
 
 @pytest.fixture
-async def bucket(at: str, request: pytest.FixtureRequest) -> Bucket:
+async def bucket(at: str, request: pytest.FixtureRequest) -> ServerBucket:
     """Create a bucket for each test."""
     name = f"test-{abs(hash(request.node.nodeid)):x}"
     store = S3Store(name)
     url = await obstore.sign_async(store, "PUT", "", timedelta(seconds=60))
     async with aiohttp.ClientSession() as http, http.put(URL(url, encoded=True)) as answer:
         assert answer.status == 200, await answer.text()
-    return Bucket(name, store)
+    return ServerBucket(name, store)
 
 
 @pytest.fixture
-async def store(bucket: Bucket) -> AsyncIterator[S3ArtifactStore]:
+async def store(bucket: ServerBucket) -> AsyncIterator[S3ArtifactStore]:
     store = S3ArtifactStore(bucket.name, "pre/fix", "test")
     yield store
     await store.close()
@@ -90,7 +90,9 @@ def yes(_: int) -> Verdict:
 
 
 @pytest.mark.parametrize("key", ["k", "2026/11/job-1.mp4", "a b+c&d=é/ü%20?#", ".hidden"])
-async def test_delete_removes_only_the_object_of_the_key(bucket: Bucket, store: S3ArtifactStore, key: str) -> None:
+async def test_delete_removes_only_the_object_of_the_key(
+    bucket: ServerBucket, store: S3ArtifactStore, key: str
+) -> None:
     others = [key, f"pre/fix/{key}2", f"pre/{key}"]
     bucket.put(f"pre/fix/{key}", *others)
     assert await store.delete(key, yes) == Deletion("deleted")
@@ -103,11 +105,11 @@ async def test_delete_removes_only_the_object_of_the_key(bucket: Bucket, store: 
     "key",
     ["a~b", "a*b", "a{b}", "a|b", 'a"b', "a\\b", "a[b]^`<>", "%2F", " x ", "\ufeffx", "\x85", "x" * 1016],
 )
-async def test_unusual_keys_are_encoded_correctly(bucket: Bucket, store: S3ArtifactStore, key: str) -> None:
+async def test_unusual_keys_are_encoded_correctly(bucket: ServerBucket, store: S3ArtifactStore, key: str) -> None:
     assert await store.delete(key, yes) == Deletion("missing")
 
 
-async def test_a_bucket_needs_no_prefix(bucket: Bucket) -> None:
+async def test_a_bucket_needs_no_prefix(bucket: ServerBucket) -> None:
     bucket.put("a/k", "k")
     store = S3ArtifactStore(bucket.name, "", "test")
     assert store.place == f"s3://{bucket.name}"
@@ -116,7 +118,9 @@ async def test_a_bucket_needs_no_prefix(bucket: Bucket) -> None:
     await store.close()
 
 
-async def test_young_objects_and_those_of_other_jobs_are_not_deleted(bucket: Bucket, store: S3ArtifactStore) -> None:
+async def test_young_objects_and_those_of_other_jobs_are_not_deleted(
+    bucket: ServerBucket, store: S3ArtifactStore
+) -> None:
     bucket.put("pre/fix/k")
     modified_at = round(obstore.head(bucket.all, "pre/fix/k")["last_modified"].timestamp() * 1000)
     assert await store.delete("k", lambda _: "wait") == Deletion("young", "", modified_at)
@@ -135,7 +139,7 @@ async def test_an_invalid_key_deletes_nothing(store: S3ArtifactStore, key: str) 
 @pytest.mark.parametrize("key", ["k", "a b+c&d=é/ü%20?#"])
 @pytest.mark.parametrize("pieces", [0, 0.5, 1, 2, 2.5])
 async def test_an_object_is_read_in_ranges(
-    at: str, bucket: Bucket, store: S3ArtifactStore, key: str, pieces: float
+    at: str, bucket: ServerBucket, store: S3ArtifactStore, key: str, pieces: float
 ) -> None:
     if at == "radosgw":
         pieces = min(pieces, 1)  # on dbstore it returns every range from the beginning of the object
@@ -154,7 +158,7 @@ async def test_an_object_is_read_in_ranges(
     assert await store.open(f"{key}2") is None
 
 
-async def test_an_object_that_changes_during_a_read_is_an_error(bucket: Bucket, store: S3ArtifactStore) -> None:
+async def test_an_object_that_changes_during_a_read_is_an_error(bucket: ServerBucket, store: S3ArtifactStore) -> None:
     obstore.put(bucket.all, "pre/fix/k", b"x" * (s3.PIECE_BYTES + 1))
     reading = await store.open("k")
     assert reading is not None
@@ -175,7 +179,7 @@ async def test_a_missing_bucket_cannot_be_read(at: str) -> None:
 
 
 @pytest.mark.parametrize("server", ["moto"], indirect=True)
-async def test_an_object_that_replaces_the_judged_one_is_kept(bucket: Bucket, store: S3ArtifactStore) -> None:
+async def test_an_object_that_replaces_the_judged_one_is_kept(bucket: ServerBucket, store: S3ArtifactStore) -> None:
     bucket.put("pre/fix/k")
     verdicts: list[Verdict] = ["delete", "leave"]
 
@@ -188,7 +192,7 @@ async def test_an_object_that_replaces_the_judged_one_is_kept(bucket: Bucket, st
     assert bytes(obstore.get(bucket.all, "pre/fix/k").bytes()) == b"the result of another job"
 
 
-async def test_a_probe_leaves_nothing(bucket: Bucket, store: S3ArtifactStore) -> None:
+async def test_a_probe_leaves_nothing(bucket: ServerBucket, store: S3ArtifactStore) -> None:
     await store.probe()
     assert bucket.keys() == []
 
@@ -204,7 +208,7 @@ async def test_a_missing_bucket_is_an_error_and_not_a_deletion(at: str) -> None:
 
 @pytest.mark.parametrize("server", ["radosgw"], indirect=True)  # moto accepts any key
 async def test_rejected_credentials_are_reported_without_their_values(
-    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+    bucket: ServerBucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket.put("k")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush-hush")
@@ -221,7 +225,7 @@ async def test_rejected_credentials_are_reported_without_their_values(
 
 
 async def test_the_sweeper_deletes_objects_of_deleted_jobs(
-    bucket: Bucket, store: S3ArtifactStore, tmp_path: Path
+    bucket: ServerBucket, store: S3ArtifactStore, tmp_path: Path
 ) -> None:
     maker = ChangeFactory()
     disk, _ = await Store.open(str(tmp_path / "jobd.db"))
@@ -245,7 +249,7 @@ async def test_the_sweeper_deletes_objects_of_deleted_jobs(
 # -- without a server -------------------------------------------------------------------------------------------------
 
 
-def told_of(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> S3ArtifactStore:
+def store_at(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> S3ArtifactStore:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
@@ -256,7 +260,7 @@ def told_of(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> S3ArtifactStore:
 async def test_an_unreachable_server_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         port = server.getsockname()[1]
-    store = told_of(monkeypatch, f"http://127.0.0.1:{port}")
+    store = store_at(monkeypatch, f"http://127.0.0.1:{port}")
     with pytest.raises(ArtifactStoreError, match=r"^s3://bucket: "):
         await store.delete("k", yes)
     await store.close()
@@ -265,7 +269,7 @@ async def test_an_unreachable_server_is_an_error(monkeypatch: pytest.MonkeyPatch
 async def test_a_server_that_does_not_respond_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
         monkeypatch.setattr(s3, "CALL_S", 0.1)
-        store = told_of(monkeypatch, f"http://127.0.0.1:{server.getsockname()[1]}")
+        store = store_at(monkeypatch, f"http://127.0.0.1:{server.getsockname()[1]}")
         with pytest.raises(ArtifactStoreError, match=r"no response within 0.1 s"):
             await store.probe()
         await store.close()
@@ -285,7 +289,7 @@ async def test_a_server_that_does_not_respond_is_an_error_in_time(monkeypatch: p
 async def test_every_response_to_a_deletion_is_handled(
     monkeypatch: pytest.MonkeyPatch, statuses: list[int], outcome: str
 ) -> None:
-    store = told_of(monkeypatch, "http://127.0.0.1:1")
+    store = store_at(monkeypatch, "http://127.0.0.1:1")
     sent: list[dict[str, str]] = []
 
     async def head(*_: Any) -> Any:
@@ -314,4 +318,4 @@ async def test_every_response_to_a_deletion_is_handled(
 def test_wrong_environment_variables_are_reported_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "perhaps")
     with pytest.raises(ArtifactStoreError, match=r"s3://bucket: .*perhaps"):
-        told_of(monkeypatch, "http://127.0.0.1:1")
+        store_at(monkeypatch, "http://127.0.0.1:1")

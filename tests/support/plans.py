@@ -11,13 +11,13 @@ from jobd.model.responses import PlanResult, PlanView
 EVE: Final = Operator("eve", "10.0.0.7")
 
 
-async def made(planner: Planner, plan_id: str = "p", **asked: Any) -> PlanView:
+async def make_plan(planner: Planner, plan_id: str = "p", **asked: Any) -> PlanView:
     view = await planner.make(MakePlan(**asked), plan_id)
     assert isinstance(view, PlanView), view
     return view
 
 
-async def applied(planner: Planner, plan_id: str = "p") -> PlanResult:
+async def apply_plan(planner: Planner, plan_id: str = "p") -> PlanResult:
     result = await planner.apply(plan_id, EVE)
     assert isinstance(result, PlanResult), result
     return result

@@ -19,10 +19,13 @@ from jobd.webhooks.context import DispatchContext
 from jobd.webhooks.manager import WebhookManager
 from jobd.webhooks.retry import RetryPolicy
 from tests.support.factories import NOW, ChangeFactory
+from tests.support.polling import wait_until
 
-YES = DeliveryOutcome(204)
-NO = DeliveryOutcome(500, "500: broken")
-HASTY = RetryPolicy(retry_ms=20, retry_at_most_ms=80, least_tries=3, opens_after=5, pause_ms=40, pause_at_most_ms=80)
+DELIVERED = DeliveryOutcome(204)
+REJECTED = DeliveryOutcome(500, "500: broken")
+FAST_RETRY = RetryPolicy(
+    retry_ms=20, retry_at_most_ms=80, least_tries=3, opens_after=5, pause_ms=40, pause_at_most_ms=80
+)
 KEY = b"k" * 24
 
 
@@ -30,7 +33,7 @@ def endpoint(name: str = "e", **fields: Any) -> WebhookEndpoint:
     return WebhookEndpoint(name, f"https://{name}.test/hook?token=hush", (KEY,), **fields)
 
 
-class Clock:
+class SteppedWallClock:
     """A wall clock that advances by itself and can be stepped."""
 
     def __init__(self) -> None:
@@ -41,20 +44,20 @@ class Clock:
         return Moment(now=now, lease=0, offset=now)
 
 
-class Posts:
+class FakeTransport:
     """The transport of every endpoint: records deliveries and returns what `answer` says."""
 
-    def __init__(self, answer: Callable[[Delivery], DeliveryOutcome] = lambda _: YES) -> None:
+    def __init__(self, answer: Callable[[Delivery], DeliveryOutcome] = lambda _: DELIVERED) -> None:
         self.answer = answer
         self.tried: list[Delivery] = []
-        self.taken: list[Delivery] = []
+        self.delivered: list[Delivery] = []
         self.open = 0
         self.gate = asyncio.Event()
         self.gate.set()
         self.most_at_once = 0
         self._at_once = 0
 
-    def __call__(self, _: WebhookEndpoint) -> Posts:
+    def __call__(self, _: WebhookEndpoint) -> FakeTransport:
         self.open += 1
         return self
 
@@ -69,23 +72,25 @@ class Posts:
             self._at_once -= 1
         outcome = self.answer(delivery)
         if outcome.error is None:
-            self.taken.append(delivery)
+            self.delivered.append(delivery)
         return outcome
 
     async def close(self) -> None:
         self.open -= 1
 
     def types(self) -> list[str]:
-        return [each.type for each in self.taken]
+        return [each.type for each in self.delivered]
 
     def subjects(self) -> list[tuple[str, str]]:
-        return [(each.subject, each.type) for each in self.taken]
+        return [(each.subject, each.type) for each in self.delivered]
 
 
-class Site:
+class WebhookHarness:
     """Webhooks on a store, with a source of changes."""
 
-    def __init__(self, store: Store, posts: Posts, maker: ChangeFactory, clock: Clock, disk: OutboxStorage) -> None:
+    def __init__(
+        self, store: Store, posts: FakeTransport, maker: ChangeFactory, clock: SteppedWallClock, disk: OutboxStorage
+    ) -> None:
         self.store = store
         self.posts = posts
         self.maker = maker
@@ -93,16 +98,16 @@ class Site:
         self.firing: dict[str, int] | None = {}  # firing alert -> since
         self.may_write = True
         self.listeners: list[Callable[[Any], None]] = []
-        self.office = DispatchContext(
+        self.context = DispatchContext(
             disk=disk,
             moment=clock.moment,
             source="/jobd/test",
             may_write=lambda: self.may_write,
             alerts=self._alerts,
             chance=lambda: 0.5,
-            retry_policy=HASTY,
+            retry_policy=FAST_RETRY,
         )
-        self.webhooks = WebhookManager(self.office, listen=self.listeners.append, post=posts)
+        self.webhooks = WebhookManager(self.context, listen=self.listeners.append, post=posts)
 
     def _alerts(self) -> list[AlertView] | None:
         if self.firing is None:
@@ -128,35 +133,29 @@ class Site:
 
 
 @asynccontextmanager
-async def at_work(
+async def running_webhooks(
     path: Path | str,
     *endpoints: WebhookEndpoint,
-    posts: Posts | None = None,
+    posts: FakeTransport | None = None,
     maker: ChangeFactory | None = None,
-    clock: Clock | None = None,
+    clock: SteppedWallClock | None = None,
     wrap: Callable[[Store], Any] = lambda store: store,
     **site: Any,
-) -> AsyncIterator[Site]:
+) -> AsyncIterator[WebhookHarness]:
     """Run webhooks until the end of the block, then stop them as the daemon does."""
     store, _ = await Store.open(str(path))
     async with store:
-        made = Site(store, posts or Posts(), maker or ChangeFactory(), clock or Clock(), wrap(store))
+        made = WebhookHarness(
+            store, posts or FakeTransport(), maker or ChangeFactory(), clock or SteppedWallClock(), wrap(store)
+        )
         for name, value in site.items():
             setattr(made, name, value)
         made.webhooks.set_endpoints(endpoints or [endpoint()])
         running = asyncio.create_task(made.webhooks.run())
         try:
-            await until(lambda: len(made.webhooks.metrics()) == len(endpoints or [1]))
+            await wait_until(lambda: len(made.webhooks.metrics()) == len(endpoints or [1]))
             yield made
         finally:
             made.webhooks.stop()
             await running
             assert made.posts.open == 0, "a sender was not closed"
-
-
-async def until(condition: Callable[[], bool], *, seconds: float = 20.0) -> None:
-    """Wait until the condition holds."""
-    end = asyncio.get_running_loop().time() + seconds
-    while not condition():
-        assert asyncio.get_running_loop().time() < end, "it never happened"
-        await asyncio.sleep(0.002)
