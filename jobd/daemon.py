@@ -42,7 +42,7 @@ from jobd.http.server import HttpListener
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
 from jobd.maintenance.backups import Backups
 from jobd.maintenance.cleanup_pass import CleanupSchedule
-from jobd.maintenance.maintainer import Maintainer, read_extra, read_figures
+from jobd.maintenance.maintainer import Maintainer, read_extra, read_stats
 from jobd.maintenance.plans import Planner
 from jobd.maintenance.scrubber import Scrubber
 from jobd.maintenance.suspend_detector import SuspendDetector
@@ -235,7 +235,7 @@ class Daemon:
             )
 
         context = DispatchContext(
-            disk=store,
+            storage=store,
             moment=self.clock.moment,
             source=f"/jobd/{quote(socket.gethostname(), safe='')}",
             may_write=lambda: self.actor.full_disk.closed == Closed.NOTHING,
@@ -451,7 +451,7 @@ def _make_actor(store: Store, opened: OpenedStore, clock: Clock, settings: Confi
     state = Book.opened(opened)
     state.quarantined = dict(opened.quarantined)
     state.suspects = dict(opened.unvalidated)
-    state.figures = read_figures(opened.stats)
+    state.figures = read_stats(opened.stats)
     limits = settings.limits
     bounds = Bounds(limits.mailbox, limits.inflight_bytes, limits.parked_claims, int(limits.claim_wait))
     actor = Actor(

@@ -24,9 +24,9 @@ log = structlog.get_logger("jobd.artifacts")
 SLICE: Final = 20
 PAUSE_S: Final = 0.01  # between slices, so that workers get the disk
 POLL_S: Final = 3.0  # while tombstones wait that are not due yet
-CALL_S: Final = 10.0  # for one artifact
+CALL_TIMEOUT_S: Final = 10.0  # for one artifact
 RETRY_MS: Final = 2 * SECOND_MS  # after the first failure; doubles each time
-RETRY_AT_MOST_MS: Final = 10 * MINUTE_MS
+MAX_RETRY_MS: Final = 10 * MINUTE_MS
 DEGRADED_AFTER_S: Final = 300.0
 MAX_FAILING: Final = 1_000  # whose first failure is remembered
 # Keys of `_failing` beside tombstone numbers: unreadable tombstones, and the database.
@@ -56,11 +56,11 @@ class ArtifactSweeper:
     """`run` sweeps until `stop`. `expect` announces new tombstones and wakes it."""
 
     def __init__(
-        self, disk: JobStorage, store: ArtifactStore, clock: Clock, sweeps: SweepStats, margins: Margins = MARGINS
+        self, storage: JobStorage, artifacts: ArtifactStore, clock: Clock, stats: SweepStats, margins: Margins = MARGINS
     ) -> None:
-        self.sweeps = sweeps
-        self._disk = disk
-        self._store = store
+        self.stats = stats
+        self._storage = storage
+        self._artifacts = artifacts
         self._clock = clock
         self._margins = margins
         self._wake = asyncio.Event()
@@ -89,7 +89,7 @@ class ArtifactSweeper:
 
     def expect(self, count: int) -> None:
         """Count new tombstones that are on the disk."""
-        self.sweeps.waiting += count
+        self.stats.waiting += count
         self._wake.set()
 
     def degraded_reason(self) -> str | None:
@@ -112,9 +112,9 @@ class ArtifactSweeper:
         if at.suspect:
             return False  # nothing is deleted by age either
         now = at.now
-        due = await self._disk.due_tombstones(now, SLICE)
-        self.sweeps.waiting -= due.damaged
-        self.sweeps.behind_ms = max((now - each.due_at for each, _ in due.found), default=0)
+        due = await self._storage.due_tombstones(now, SLICE)
+        self.stats.waiting -= due.damaged
+        self.stats.behind_ms = max((now - each.due_at for each, _ in due.found), default=0)
         self._record_unmoved(due.unmoved)
         held = [
             SweepResult(each, Deletion("young", modified_at=now))
@@ -126,55 +126,55 @@ class ArtifactSweeper:
         finished = [end.tombstone.job_seq for end in ends if end.outcome is not None and end.outcome.what != "young"]
         later = [self._postpone(end, now) for end in ends if end.tombstone.job_seq not in finished]
         if ends:
-            await self._disk.settle_tombstones(finished, later)
-        self.sweeps.waiting -= len(finished)
+            await self._storage.settle_tombstones(finished, later)
+        self.stats.waiting -= len(finished)
         for end in ends:
             self._record(end)
         if len(ends) < SLICE:
-            self.sweeps.behind_ms = 0
+            self.stats.behind_ms = 0
         return len(ends) == SLICE and not all(end.error for end in ends)
 
     async def _try(self, tombstone: Tombstone, named: bool, now: int) -> SweepResult:
         """Delete one artifact unless a job names its key. The store is asked anyway, and cleans up after a crash."""
         decide = _leave if named else partial(judge, tombstone, self._margins, now)
         try:
-            async with asyncio.timeout(CALL_S):
-                outcome = await self._store.delete(tombstone.key, decide)
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                outcome = await self._artifacts.delete(tombstone.key, decide)
             if named and outcome.what == "left" and outcome.modified_at:  # otherwise the store gives the reason
                 outcome = replace(outcome, why="another job names its key")
             return SweepResult(tombstone, outcome)
         except TimeoutError:
-            return SweepResult(tombstone, None, f"{self._store.place} has not answered for {CALL_S:g} s.")
+            return SweepResult(tombstone, None, f"{self._artifacts.place} has not answered for {CALL_TIMEOUT_S:g} s.")
         except ArtifactStoreError as fault:
             return SweepResult(tombstone, None, str(fault))
         except Exception as error:
             log.exception("artifact_store_failed", key=tombstone.key)
-            return SweepResult(tombstone, None, f"{self._store.place}: {type(error).__name__}: {error}")
+            return SweepResult(tombstone, None, f"{self._artifacts.place}: {type(error).__name__}: {error}")
 
-    def _postpone(self, end: SweepResult, now: int) -> Tombstone:
+    def _postpone(self, result: SweepResult, now: int) -> Tombstone:
         """Return the tombstone with its next due time. An artifact that is too young is due when it is old enough."""
-        tombstone, outcome = end.tombstone, end.outcome
+        tombstone, outcome = result.tombstone, result.outcome
         if outcome is not None:
             return replace(
                 tombstone, due_at=min(outcome.modified_at + self._margins.young_ms, now + MAX_POSTPONE_MS), tries=0
             )
-        wait_ms = min(RETRY_MS << min(tombstone.tries, 10), RETRY_AT_MOST_MS)
+        wait_ms = min(RETRY_MS << min(tombstone.tries, 10), MAX_RETRY_MS)
         return replace(tombstone, due_at=now + wait_ms, tries=tombstone.tries + 1)
 
-    def _record(self, end: SweepResult) -> None:
-        tombstone, outcome = end.tombstone, end.outcome
+    def _record(self, result: SweepResult) -> None:
+        tombstone, outcome = result.tombstone, result.outcome
         fields = {"job_id": tombstone.job_id, "key": tombstone.key}
         if outcome is None:
-            self.sweeps.failures += 1
-            self._record_failure(tombstone.job_seq, end.error)
-            log.warning("artifact_not_deleted", **fields, tries=tombstone.tries + 1, error=end.error)
+            self.stats.failures += 1
+            self._record_failure(tombstone.job_seq, result.error)
+            log.warning("artifact_not_deleted", **fields, tries=tombstone.tries + 1, error=result.error)
             return
         self._failing.pop(tombstone.job_seq, None)
         if outcome.what == "deleted":
-            self.sweeps.deleted += 1
+            self.stats.deleted += 1
             log.debug("artifact_deleted", **fields)
         elif outcome.what == "left":
-            self.sweeps.left += 1
+            self.stats.left += 1
             log.info("artifact_left", **fields, why=outcome.why)
 
     def _record_unmoved(self, count: int) -> None:
@@ -186,7 +186,7 @@ class ArtifactSweeper:
 
     def _record_bug(self, error: Exception) -> None:
         """Record a storage error or a bug of ours. Log the traceback the first time only."""
-        self.sweeps.failures += 1
+        self.stats.failures += 1
         log.warning(
             "artifact_sweep_failed", error=f"{type(error).__name__}: {error}", exc_info=STORE not in self._failing
         )
@@ -200,7 +200,7 @@ class ArtifactSweeper:
     async def _pause(self, seconds: float) -> None:
         """Wait until woken, or for `seconds` while there is work."""
         timer = None
-        if self.sweeps.waiting > 0 or self._failing or seconds < POLL_S:
+        if self.stats.waiting > 0 or self._failing or seconds < POLL_S:
             timer = asyncio.get_running_loop().call_later(seconds, self._wake.set)
         if not self._stopping:
             await self._wake.wait()

@@ -49,17 +49,17 @@ class Backups:
         copy = Backup(self, id_, self._now())
         self._active.append(copy)
         try:
-            await copy.fill(self._storage)
+            await copy.copy(self._storage)
         except BaseException as error:
             copy.close(str(error) if isinstance(error, DiskFull | BackupError) else "it was cancelled")
             raise
         return copy
 
-    def finish(self, copy: Backup) -> None:
+    def finish(self, backup: Backup) -> None:
         """Move a backup to the finished ones."""
-        if copy in self._active:
-            self._active.remove(copy)
-            self._finished.append(copy.view())
+        if backup in self._active:
+            self._active.remove(backup)
+            self._finished.append(backup.view())
 
     def now(self) -> int:
         return self._now()
@@ -68,9 +68,9 @@ class Backups:
 class Backup:
     """One backup: `read` returns its `size` bytes in pieces, then nothing. Close it at the end."""
 
-    def __init__(self, copies: Backups, id_: str, started_at: int) -> None:
+    def __init__(self, backups: Backups, id_: str, started_at: int) -> None:
         self.size = 0
-        self._backups = copies
+        self._backups = backups
         self._id = id_
         self._state: BackupState = "waiting"
         self._done = 0
@@ -98,7 +98,7 @@ class Backup:
             message=self._message,
         )
 
-    async def fill(self, storage: Storage) -> None:
+    async def copy(self, storage: Storage) -> None:
         """Copy and check."""
         self._file = await storage.backup(self._on_progress)
         self.size = await asyncio.to_thread(self._file.seek, 0, 2)

@@ -43,7 +43,7 @@ class CleanupSchedule(Struct, frozen=True):
 class MaintenanceTotals(Struct):
     """Counters since the process started."""
 
-    passes: int = 0
+    runs: int = 0
     found: Counter[str] = field(default_factory=Counter)  # kind -> jobs
     issues: Counter[str] = field(default_factory=Counter)  # type -> issues
 
@@ -129,8 +129,8 @@ class CleanupRun:
         self.errors: list[str] = []
         self._context = context
         self._forced = forced
-        self._book = context.actor.book
-        self._disk = context.actor.disk
+        self._state = context.actor.book
+        self._storage = context.actor.disk
         self._clock = context.clock
         self._batch = context.schedule.batch
         self._found = 0
@@ -174,7 +174,7 @@ class CleanupRun:
     async def _deletion_step(self) -> None:
         """Delete finished jobs past their retention, unless the wall clock is suspect. Artifacts are deleted later."""
         while not (at := self._clock.moment()).suspect:
-            ids = await self._disk.expired_jobs(at.now, self._batch)
+            ids = await self._storage.expired_jobs(at.now, self._batch)
             if not ids:
                 break
             worked: MaintenanceResult = await self._context.ask(DeleteExpired(ids=ids), "cleanup")
@@ -185,19 +185,19 @@ class CleanupRun:
 
     async def _validation_step(self) -> None:
         """Validate imported and hand-edited rows, and all live jobs. Only jobs with issues cost a command."""
-        suspects = list(dict.fromkeys(self._book.suspects.values()))
+        suspects = list(dict.fromkeys(self._state.suspects.values()))
         for ids in _slices(suspects, self._batch):
             await self._repair(ids)
         looked_at = set(suspects)
         # Compact jobs cannot have issues, and there may be millions of them.
-        for ids in _slices(list(self._book.jobs.touched()), SCAN):
+        for ids in _slices(list(self._state.jobs.touched()), SCAN):
             wrong = [job_id for job_id in ids if job_id not in looked_at and self._has_issues(job_id)]
             for chunk in _slices(wrong, self._batch):
                 await self._repair(chunk)
             await self._context.yield_to_workers()
 
     def _has_issues(self, job_id: str) -> bool:
-        job = self._book.jobs.find(job_id)
+        job = self._state.jobs.find(job_id)
         if job is None:
             return False
         return any(map(counts, validate(job, self._clock.moment(), self._context.actor.policy).issues))
@@ -223,7 +223,7 @@ class CleanupRun:
         limit = self._batch
         while not (at := self._clock.moment()).suspect:
             keep_ms = max(self._context.schedule.journal_ms, self._context.hold_journal_ms())
-            if await self._disk.prune(at.now - keep_ms, limit) < limit:
+            if await self._storage.prune(at.now - keep_ms, limit) < limit:
                 break
             await self._context.yield_to_workers()
 
@@ -233,12 +233,12 @@ class CleanupRun:
         while True:
             at = self._clock.moment()
             before = 0 if at.suspect else at.now - self._context.schedule.audit_ms
-            if await self._disk.trim_audit(before, limit) < limit:
+            if await self._storage.trim_audit(before, limit) < limit:
                 break
             await self._context.yield_to_workers()
 
     def _report(self) -> CleanupReport:
-        since = self._book.figures.since_report
+        since = self._state.figures.since_report
         return CleanupReport(
             timestamp=self._clock.moment().now,
             stuck_jobs_recovered=since.recovered,

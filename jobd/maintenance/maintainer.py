@@ -42,12 +42,14 @@ class Maintainer:
         self.totals = self._context.totals
         self.is_running = False  # a cleanup run is active
         self._actor = actor
-        self._book = actor.book
-        self._disk = actor.disk
+        self._state = actor.book
+        self._storage = actor.disk
         self._clock = clock
         self._cleanup_wake = asyncio.Event()
         self._recovery_wake = asyncio.Event()
-        self._waiter: asyncio.Future[CleanupReport] | None = None  # for callers that wait for the current or next run
+        self._pending_report: asyncio.Future[CleanupReport] | None = (
+            None  # for callers that wait for the current or next run
+        )
         self._forced = False
         self.last_success: CleanupReport | None = None
         self._failed_runs = 0  # since the latest success
@@ -78,7 +80,7 @@ class Maintainer:
         try:
             await asyncio.gather(self._run_recovery(), self._run_cleanups())
         finally:
-            self._resolve_waiter(self._report_of_no_run())
+            self._resolve_pending_report(self._report_of_no_run())
 
     def stop(self) -> None:
         """End after the current slice. Call this while the actor still takes commands."""
@@ -95,16 +97,16 @@ class Maintainer:
 
     async def run_cleanup(self, *, forced: bool) -> CleanupReport:
         """Return the report of the current or a new run; unforced within `min_interval_ms`, the latest report."""
-        if self._waiter is None:
+        if self._pending_report is None:
             if self._context.stopping:
                 return self._report_of_no_run()
             if not forced and self.last_report is not None and not self._may_run():
                 return self.last_report
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._pending_report = asyncio.get_running_loop().create_future()
         if not self.is_running:
             self._forced = self._forced or forced
             self._cleanup_wake.set()
-        return await asyncio.shield(self._waiter)
+        return await asyncio.shield(self._pending_report)
 
     async def recover_stuck(
         self, operator: Operator | None = None, reason: str | None = None
@@ -150,7 +152,7 @@ class Maintainer:
 
     async def reports(self, limit: int) -> list[CleanupReport]:
         """Return the stored reports, newest first. Unreadable reports are omitted and logged."""
-        found = [_read(body, CleanupReport) for body in await self._disk.reports(limit)]
+        found = [_read(body, CleanupReport) for body in await self._storage.reports(limit)]
         return [report for report in found if report is not None]
 
     def degraded_reason(self) -> str | None:
@@ -189,14 +191,14 @@ class Maintainer:
 
     def _has_expired(self) -> bool:
         """Return whether a lock has expired or a job is stuck. The cost does not depend on the number of jobs."""
-        if self._book.stuck or self._book.expired_locks:
+        if self._state.stuck or self._state.expired_locks:
             return True
-        deadline = self._book.next_deadline()
+        deadline = self._state.next_deadline()
         return deadline is not None and deadline <= self._clock.moment().lease
 
     def _has_overdue(self) -> bool:
         """Return whether a queued job is overdue. While the clock is suspect, none is failed for that."""
-        expiry, at = self._book.next_expiry(), self._clock.moment()
+        expiry, at = self._state.next_expiry(), self._clock.moment()
         return not at.suspect and expiry is not None and expiry <= at.now
 
     async def _tick(self) -> None:
@@ -204,12 +206,12 @@ class Maintainer:
 
         An idle daemon notices here that its clock has stepped, or is trusted again.
         """
-        if any(pause.until is not None for pause in self._book.paused.values()):
+        if any(pause.until is not None for pause in self._state.paused.values()):
             await self._actor.ask(EndPauses(), by="daemon")  # a rejection is harmless: the next tick tries again
         # A start compares the clock with the last persisted time. The reports of cleanup runs keep that time fresh,
         # unless the shortest retention is about as short as the interval between them.
         is_short = self._clock.keep_ms < 4 * self.schedule.interval_ms
-        if self._book.processing or is_short or self._clock.moment().suspect or self._book.clock_suspect:
+        if self._state.processing or is_short or self._clock.moment().suspect or self._state.clock_suspect:
             await self._actor.ask(
                 Tick(), by="daemon"
             )  # a rejection is harmless: on a full disk lease time stands still
@@ -219,11 +221,11 @@ class Maintainer:
     async def _run_cleanups(self) -> None:
         loop_time = asyncio.get_running_loop().time
         while not self._context.stopping:
-            if self._waiter is not None or loop_time() >= self._next_run():
+            if self._pending_report is not None or loop_time() >= self._next_run():
                 await self._run_once()
             self._announce_next_run()
             await _pause(self._cleanup_wake, self._next_run() - loop_time())
-        await self._guarded("figures", self._save_figures)
+        await self._guarded("figures", self._save_stats)
 
     def _next_run(self) -> float:
         """Return the loop time of the next scheduled run. The first one starts at once."""
@@ -237,7 +239,7 @@ class Maintainer:
         """Set the time of the next cleanup run in the state, if only cleanup runs recover jobs."""
         wait_s = self._next_run() - asyncio.get_running_loop().time()
         is_left = self.schedule.recover_every_ms == 0
-        self._book.next_cleanup_at = self._clock.moment().now + round(wait_s * SECOND_MS) if is_left else None
+        self._state.next_cleanup_at = self._clock.moment().now + round(wait_s * SECOND_MS) if is_left else None
 
     async def _run_once(self) -> None:
         loop_time = asyncio.get_running_loop().time
@@ -252,15 +254,15 @@ class Maintainer:
         self._record(report)
         if not report.errors:
             self._last_success = self._last_end
-        self._resolve_waiter(report)
+        self._resolve_pending_report(report)
 
     async def _run_steps(self) -> CleanupReport:
         now = CleanupRun(self._context, forced=self._forced)
         self._forced = False
         report = await now.run()
         await now.step("report", lambda: self._save_report(report))
-        await now.step("figures", self._save_figures)
-        self.totals.passes += 1
+        await now.step("figures", self._save_stats)
+        self.totals.runs += 1
         log.info("cleanup_pass", **msgspec.to_builtins(report))
         return report
 
@@ -278,15 +280,15 @@ class Maintainer:
     async def _save_report(self, report: CleanupReport) -> None:
         """Store the report, then subtract what it counted from the current counters."""
         await self._context.ask(Report(body=msgspec.json.encode(report)), "cleanup")
-        since = self._book.figures.since_report
+        since = self._state.figures.since_report
         since.recovered -= report.stuck_jobs_recovered
         since.deleted -= report.expired_jobs_deleted
         since.locks_cleared -= report.expired_locks_cleared
 
-    async def _save_figures(self) -> None:
-        stats = SavedStats(*astuple(self._book.figures))
+    async def _save_stats(self) -> None:
+        stats = SavedStats(*astuple(self._state.figures))
         stats.beside = Raw(self._extra())
-        await self._disk.save_stats(msgspec.json.encode(stats))
+        await self._storage.save_stats(msgspec.json.encode(stats))
 
     async def _restore(self) -> None:
         try:
@@ -301,8 +303,8 @@ class Maintainer:
         """Return the report for callers that wait for a run that cannot happen."""
         return CleanupReport(self._clock.moment().now, 0, 0, 0, 0, 0, 0, [error], self._forced)
 
-    def _resolve_waiter(self, report: CleanupReport) -> None:
-        waiter, self._waiter = self._waiter, None
+    def _resolve_pending_report(self, report: CleanupReport) -> None:
+        waiter, self._pending_report = self._pending_report, None
         if waiter is not None:
             waiter.set_result(report)
 
@@ -346,7 +348,7 @@ def read_extra(body: bytes | None) -> bytes:
     return b"null" if stats is None else bytes(stats.beside)
 
 
-def read_figures(body: bytes | None) -> Figures:
+def read_stats(body: bytes | None) -> Figures:
     """Return the saved statistics, or new ones if there are none or they cannot be read (logged)."""
     figures = None if body is None else _read(body, Figures)
     if figures is None:

@@ -36,19 +36,19 @@ PAUSE_S: Final = 0.002  # after each page, so that workers get the loop and the 
 class PlanBuilder:
     """Collects the jobs of a plan. `more`: the plan is incomplete; the next one may continue at `next_cursor`."""
 
-    def __init__(self, request: MakePlan, actor: Actor, clock: Clock, turn: asyncio.Semaphore) -> None:
+    def __init__(self, request: MakePlan, actor: Actor, clock: Clock, lock: asyncio.Semaphore) -> None:
         self.jobs: list[PlannedJob] = []
         self.expected: list[ExpectedVersion] = []
         self.skipped: list[SkippedJob] = []
         self.skipped_count = 0
         self.next_cursor: str | None = None
         self._is_cut = False
-        self._asked = request
+        self._request = request
         self._actor = actor
         self._clock = clock
-        self._disk = actor.disk
-        self._book = actor.book
-        self._lock = turn  # shared with other plans: each reads one page at a time
+        self._storage = actor.disk
+        self._state = actor.book
+        self._lock = lock  # shared with other plans: each reads one page at a time
         self._taken: set[str] = set()
 
     @property
@@ -57,7 +57,7 @@ class PlanBuilder:
 
     async def run(self) -> ApiError | None:
         """Find the jobs, or return what is wrong with the request."""
-        request = self._asked
+        request = self._request
         if request.action in MAINTENANCE_ACTIONS:
             return await self._by_time()
         if (request.filter is None) == (request.ids is None):
@@ -74,32 +74,32 @@ class PlanBuilder:
         for first in range(0, len(ids), PAGE):
             page = ids[first : first + PAGE]
             async with self._lock:
-                loaded = await self._disk.load(page, [], [])
+                loaded = await self._storage.load(page, [], [])
                 found = [loaded.jobs[job_id] for job_id in page if job_id in loaded.jobs]
-                await self._take([job for job in found if plan_rules.why_not(self._asked.action, job) is None])
+                await self._take([job for job in found if plan_rules.why_not(self._request.action, job) is None])
             for job_id in page:
                 job = loaded.jobs.get(job_id)
                 if job is None:
-                    wrong = loaded.bad.get(job_id) or self._book.quarantined.get(job_id)
+                    wrong = loaded.bad.get(job_id) or self._state.quarantined.get(job_id)
                     self._skip(job_id, None, f"It is quarantined: {wrong}" if wrong else "There is no such job.")
-                elif (why := plan_rules.why_not(self._asked.action, job)) is not None:
+                elif (why := plan_rules.why_not(self._request.action, job)) is not None:
                     self._skip(job_id, job.status, why)
             await asyncio.sleep(PAUSE_S)
 
     async def _by_time(self) -> ApiError | None:
         """Find the jobs that are due by time, in the order in which a cleanup run processes them."""
         for name in ("filter", "ids", "cursor"):
-            if getattr(self._asked, name) is not None:
-                message = f"{self._asked.action} takes no `{name}`: the daemon chooses the jobs."
+            if getattr(self._request, name) is not None:
+                message = f"{self._request.action} takes no `{name}`: the daemon chooses the jobs."
                 return _invalid(name, message)
         turn = await self._actor.ask(Preview(limit=0), by="daemon")  # brings the deadlines in the state up to now
         if isinstance(turn, ApiError):
             return turn
         until_s = asyncio.get_running_loop().time() + MAX_PLANNING_S
-        await self._live_jobs(self._book.stuck, lambda job: job.id in self._book.stuck, until_s)
+        await self._live_jobs(self._state.stuck, lambda job: job.id in self._state.stuck, until_s)
         at = self._clock.moment()
-        if self._asked.action == "cleanup" and not at.suspect:
-            await self._live_jobs(self._book.overdue(), lambda job: job.status == "queued", until_s)
+        if self._request.action == "cleanup" and not at.suspect:
+            await self._live_jobs(self._state.overdue(), lambda job: job.status == "queued", until_s)
             await self._expired_jobs(at.now, until_s)
         return None
 
@@ -114,7 +114,7 @@ class PlanBuilder:
                 return
             page = ids[first : min(first + PAGE, capacity)]
             async with self._lock:
-                jobs = map(self._book.jobs.find, page)
+                jobs = map(self._state.jobs.find, page)
                 await self._take([job for job in jobs if job is not None and is_due(job)])
             await asyncio.sleep(PAUSE_S)
 
@@ -123,8 +123,8 @@ class PlanBuilder:
         skipped = 0
         while True:
             async with self._lock:
-                ids = await self._disk.expired_jobs(now, PAGE, skipped)
-                loaded = await self._disk.load(ids, [], [])
+                ids = await self._storage.expired_jobs(now, PAGE, skipped)
+                loaded = await self._storage.load(ids, [], [])
                 old = [loaded.jobs[job_id] for job_id in ids if job_id in loaded.jobs and job_id not in self._taken]
                 capacity = MAX_PLAN - len(self.jobs)
                 await self._take([job for job in old if job.status in FINISHED][:capacity])
@@ -137,10 +137,10 @@ class PlanBuilder:
                 return
             await asyncio.sleep(PAUSE_S)
 
-    async def _filtered(self, wanted: PlanFilter) -> ApiError | None:
-        statuses, before = plan_rules.statuses(self._asked.action, wanted), None
-        if self._asked.cursor is not None:
-            status, _, number = self._asked.cursor.partition(".")
+    async def _filtered(self, filter_: PlanFilter) -> ApiError | None:
+        statuses, before = plan_rules.statuses(self._request.action, filter_), None
+        if self._request.cursor is not None:
+            status, _, number = self._request.cursor.partition(".")
             if status not in statuses:
                 return _invalid("cursor", "This cursor is of a plan with another action or another filter.")
             statuses, before = statuses[statuses.index(status) :], int(number)
@@ -150,7 +150,7 @@ class PlanBuilder:
             while self.next_cursor is None:
                 capacity = MAX_PLAN - len(self.jobs)
                 async with self._lock:
-                    page = await self._disk.find_jobs(as_query(wanted, status, before))
+                    page = await self._storage.find_jobs(as_query(filter_, status, before))
                     # a job that changed meanwhile is found in its next status, too
                     new = [job for job, _ in page.jobs if job.id not in self._taken]
                     await self._take(new[:capacity])
@@ -168,12 +168,12 @@ class PlanBuilder:
     async def _take(self, jobs: list[Job]) -> None:
         """Add jobs to the plan. Read their versions before their late results: a later one changes the version."""
         self._taken.update(job.id for job in jobs)
-        action, latest_late = self._asked.action, self._book.latest_late
+        action, latest_late = self._request.action, self._state.latest_late
         self.expected += [
             ExpectedVersion(job.id, plan_rules.version(job, latest_late(job.seq), action)) for job in jobs
         ]
         of_use = [job.seq for job in jobs if may_adopt(job.status)]
-        late = await self._disk.count_late_results(of_use) if of_use else {}
+        late = await self._storage.count_late_results(of_use) if of_use else {}
         self.jobs += [PlannedJob(job.id, job.status, plan_rules.to(action, job), late.get(job.seq, 0)) for job in jobs]
 
     def _skip(self, job_id: str, status: str | None, why: str) -> None:
@@ -182,11 +182,11 @@ class PlanBuilder:
             self.skipped.append(SkippedJob(job_id, status, why))
 
 
-def as_query(wanted: PlanFilter, status: str, before: int | None) -> JobQuery:
+def as_query(filter_: PlanFilter, status: str, before: int | None) -> JobQuery:
     """Return the query for jobs of a filter that have this status."""
-    filters = asdict(wanted)
+    filters = asdict(filter_)
     filters["text"] = filters.pop("q")
-    is_slow = wanted.q is not None or wanted.error is not None
+    is_slow = filter_.q is not None or filter_.error is not None
     paging = {"limit": PAGE, "before": before, "scan": SLOW_SCAN if is_slow else SCAN, "payloads": False}
     return JobQuery(**{**filters, **paging, "status": status})
 

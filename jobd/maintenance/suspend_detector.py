@@ -21,8 +21,8 @@ class SuspendDetector:
     `run` checks periodically until `stop`; `check` is called before commands are decided.
     """
 
-    def __init__(self, was_away: Callable[[int], None], *, boot: Callable[[], int] = boot_clock_ms) -> None:
-        self._on_pause = was_away
+    def __init__(self, on_pause: Callable[[int], None], *, boot: Callable[[], int] = boot_clock_ms) -> None:
+        self._on_pause = on_pause
         self._boot = boot
         self._seen = boot()
         self._wake = asyncio.Event()

@@ -138,7 +138,7 @@ class Alerts:
 
     def __init__(
         self,
-        book: Book,
+        state: Book,
         clock: Clock,
         health: HealthSource,
         cleanup: CleanupReports,
@@ -154,7 +154,7 @@ class Alerts:
             None
         )  # the one that fails for the longest time
         self.attempts = Attempts()  # updated with every commit
-        self._book = book
+        self._state = state
         self._clock = clock
         self._hold_ms = hold_ms
         self._clear_ms = clear_ms
@@ -199,7 +199,7 @@ class Alerts:
 
         A suspect jump of the wall clock does not make jobs wait longer.
         """
-        book, at = self._book, self._clock.moment()
+        book, at = self._state, self._clock.moment()
         if self._scan is None:
             self._scan = QueueScan((queue, kind) for queue in list(book.counts) for kind in book.queued_kinds(queue))
         now, lanes = min(at.now, at.believed), 0
@@ -214,10 +214,10 @@ class Alerts:
         return True
 
     def _compare(self, found: QueueScan, waits: WaitingJob, lease: int) -> None:
-        if waits.for_ms > found.oldest.for_ms and waits.queue not in self._book.paused:
+        if waits.for_ms > found.oldest.for_ms and waits.queue not in self._state.paused:
             found.oldest = waits
         if waits.for_ms > found.unclaimed.for_ms:
-            unclaimed_ms = self._book.presence.unclaimed_ms(waits.queue, waits.kind, lease)
+            unclaimed_ms = self._state.presence.unclaimed_ms(waits.queue, waits.kind, lease)
             if unclaimed_ms > found.unclaimed.for_ms:
                 found.unclaimed = replace(waits, for_ms=min(waits.for_ms, unclaimed_ms))
 
@@ -285,19 +285,19 @@ class Alerts:
         yield self._release_loop()
 
     def _stuck(self, at: Moment) -> Condition:
-        stuck, recovered = len(self._book.stuck), self._book.figures.recovered_lately(at.now)
+        stuck, recovered = len(self._state.stuck), self._state.figures.recovered_lately(at.now)
         quiet = f"{stuck} jobs are stuck now, {recovered} were recovered in the last 10 minutes."
         hint = f"{quiet} Look for workers that crash or hang: jobctl workers, jobctl timeline ID"
         return Condition("stuck_jobs", stuck + recovered, self.thresholds.stuck_jobs, hint, quiet)
 
     def _processing(self) -> Condition:
         hint = "More jobs run at once than usual. Compare with your workers: jobctl workers, jobctl locks"
-        value, threshold = self._book.totals["processing"], self.thresholds.processing_jobs
+        value, threshold = self._state.totals["processing"], self.thresholds.processing_jobs
         quiet = f"Jobs in processing: {value}, no more than usual."
         return Condition("processing_jobs", value, threshold, hint, quiet)
 
     def _average(self, at: Moment) -> Condition:
-        value = average_processing_s(self._book, self._book.figures, at)
+        value = average_processing_s(self._state, self._state.figures, at)
         threshold = self.thresholds.average_processing_ms / SECOND_MS
         hint = "Jobs take longer than usual (seconds on average, last hour). Look at the oldest: jobctl stats"
         quiet = "No job completed in the last hour."
@@ -317,7 +317,7 @@ class Alerts:
         return Condition("pass_issues", value, self.thresholds.pass_issues, hint, quiet)
 
     def _granted_twice(self, at: Moment) -> Condition:
-        overlaps = self._book.figures.overlaps
+        overlaps = self._state.figures.overlaps
         value, hint = overlaps.last_hour(at.now), "No job was granted again while its previous worker had time left."
         if value and (last := overlaps.last) is not None:
             (token, next_token), (worker, next_worker) = last.tokens, last.workers
@@ -331,7 +331,7 @@ class Alerts:
 
     def _slower(self, at: Moment) -> Condition:
         """The kind that differs most from its usual duration."""
-        self.paces = self._book.figures.paces.view(at.now)
+        self.paces = self._state.figures.paces.view(at.now)
         threshold = self.thresholds.slower_than_usual
         slower = [found for pace in self.paces if (found := _times(pace)) is not None]
         value, quiet, hint = 0.0, "No kind of job takes longer than usual.", ""
@@ -376,9 +376,9 @@ class Alerts:
         waits, threshold = self._waiting.unclaimed, self.thresholds.queue_without_workers_ms / SECOND_MS
         value, quiet, hint = waits.for_ms // SECOND_MS, "A worker claims each queue and kind that has due jobs.", ""
         if value:
-            queued = self._book.counts.get(waits.queue, {}).get("queued", 0)
+            queued = self._state.counts.get(waits.queue, {}).get("queued", 0)
             quiet = (
-                f"No worker has claimed {_lane(waits)} for {value} s. Its job {waits.job_id} is due; "
+                f"No worker has claimed {_bucket_name(waits)} for {value} s. Its job {waits.job_id} is due; "
                 f"the queue has {queued} queued jobs."
             )
             advice = f"See which workers claim what: jobctl workers, jobctl why {waits.job_id}"
@@ -390,7 +390,7 @@ class Alerts:
         waits, threshold = self._waiting.oldest, self.thresholds.queue_waits_ms / SECOND_MS
         value, quiet, hint = waits.for_ms // SECOND_MS, "No due job waits.", ""
         if value:
-            quiet = f"The oldest due job, {waits.job_id} of {_lane(waits)}, has waited for {value} s."
+            quiet = f"The oldest due job, {waits.job_id} of {_bucket_name(waits)}, has waited for {value} s."
             advice = f"See why it waits: jobctl why {waits.job_id}, jobctl queues"
             hint = f"{quiet} Add workers, or find out what creates so many jobs. {advice}"
         return Condition("queue_waits", value, threshold, hint, quiet)
@@ -422,7 +422,7 @@ class Alerts:
 
     def _release_loop(self) -> Condition:
         """Jobs that workers release again and again."""
-        loops, threshold = self._book.release_loops, self.thresholds.release_loop
+        loops, threshold = self._state.release_loops, self.thresholds.release_loop
         quiet, hint = "No job is released again and again.", ""
         if loops:
             job_id, releases = next(iter(loops.items()))
@@ -434,7 +434,7 @@ class Alerts:
         return Condition("release_loop", len(loops), threshold, hint, quiet)
 
 
-def _lane(waits: WaitingJob) -> str:
+def _bucket_name(waits: WaitingJob) -> str:
     return f"queue {waits.queue}, kind {waits.kind}" if waits.kind else f"queue {waits.queue}"
 
 

@@ -92,8 +92,8 @@ class GroupState(Struct):
 class FailureGroups:
     """`committed` follows commits. `run` reads what existed at the start: failed jobs below `top`, and `live` jobs."""
 
-    def __init__(self, disk: JobStorage, top: int, live: Iterable[Job] = ()) -> None:
-        self._disk = disk
+    def __init__(self, storage: JobStorage, top: int, live: Iterable[Job] = ()) -> None:
+        self._storage = storage
         self._groups: dict[str, GroupState] = {}
         self._gone: dict[str, int] = {}  # first occurrences of groups that are empty now
         self._other: dict[What, int] = {"failed": 0, "retrying": 0}  # jobs whose error has no group
@@ -204,7 +204,7 @@ class FailureGroups:
                 self._enter(job, "retrying", job.updated_at)
             return
         query = JobQuery(status="failed", limit=LIMIT, before=self._below, scan=SCAN, payloads=False)
-        page = await self._disk.find_jobs(query)
+        page = await self._storage.find_jobs(query)
         # No await below: nothing else changes before the slice is recorded.
         for job, _ in page.jobs:
             self._enter(job, "failed", job.finished_at or job.updated_at)

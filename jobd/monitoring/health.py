@@ -37,7 +37,7 @@ COMPARISONS: Final = 3
 MAX_FAULTS: Final = 100
 MAX_NAMED: Final = 5  # jobs or faults named in a message
 _WORST: Final[tuple[HealthStatus, ...]] = ("healthy", "degraded", "unhealthy")
-_REFUSED: Final = {
+_LIMITS: Final = {
     Closed.NOTHING: "writes are accepted, but a test write failed",
     Closed.CREATES: "new jobs are rejected",
     Closed.ALL_BUT_ENDINGS: "only writes that end or delete jobs are accepted",
@@ -90,7 +90,7 @@ class Health:
         self._measured_at = 0.0  # loop time at the start of the measurement
         self._space_at: float | None = None  # loop time at which the free space was read
         self._measuring: asyncio.Task[HealthView] | None = None
-        self._open: dict[str, asyncio.Task[Any]] = {}  # requests without a response yet
+        self._pending: dict[str, asyncio.Task[Any]] = {}  # requests without a response yet
         self._next_sample = 0
 
     async def view(self) -> HealthView:
@@ -129,9 +129,9 @@ class Health:
 
         Artifacts are not waited for: they may be on a mount that hangs.
         """
-        if (storage := self._open.get("storage")) is not None:
+        if (storage := self._pending.get("storage")) is not None:
             storage.cancel()
-        under_way = [*self._open.values(), *([self._measuring] if self._measuring else [])]
+        under_way = [*self._pending.values(), *([self._measuring] if self._measuring else [])]
         await asyncio.gather(*under_way, return_exceptions=True)
 
     async def _measure(self) -> HealthView:
@@ -160,15 +160,15 @@ class Health:
             log.exception("health_check_failed", part=part)
             return PartHealth("unhealthy", f"It cannot be measured: {type(error).__name__}: {error}")
 
-    async def _in_time(self, what: str, ask: Callable[[], Awaitable[Any]], patience_s: float = TIMEOUT_S) -> Any:
+    async def _in_time(self, what: str, ask: Callable[[], Awaitable[Any]], timeout_s: float = TIMEOUT_S) -> Any:
         """Return the response, or raise TimeoutError. The request is not cancelled; the next call waits for it."""
-        task = self._open.get(what)
+        task = self._pending.get(what)
         if task is None:
-            task = self._open[what] = asyncio.create_task(_awaited(ask))
-        done, _ = await asyncio.wait({task}, timeout=patience_s)
+            task = self._pending[what] = asyncio.create_task(_awaited(ask))
+        done, _ = await asyncio.wait({task}, timeout=timeout_s)
         if not done:
             raise TimeoutError
-        self._open.pop(what, None)
+        self._pending.pop(what, None)
         if task.cancelled():
             raise TimeoutError  # cancelled by `close`
         return task.result()
@@ -201,7 +201,7 @@ class Health:
         """Describe a full disk: new jobs are rejected, or the next one will be."""
         full_disk = self._actor.full_disk
         await self.space()
-        described = f"{full_disk.described()}: {_REFUSED[full_disk.closed]}."
+        described = f"{full_disk.described()}: {_LIMITS[full_disk.closed]}."
         return PartHealth("unhealthy", f"{described} Free some space; jobd tries again every second.")
 
     def _damage(self) -> str | None:

@@ -58,14 +58,14 @@ class Snapshot(Struct, frozen=True):
     stuck: int
     locked: int
     grants: dict[str, int]  # queue -> grants
-    refusals: dict[str, int]  # code -> responses
+    errors: dict[str, int]  # code -> responses
     stalls: int
     recovered: dict[str, int]  # action -> jobs
     late: dict[str, int]  # action -> late results
-    passes: int
+    cleanup_runs: int
     found: dict[str, int]  # kind -> jobs
-    last_pass_at: int | None  # latest successful run, Unix ms
-    failed_passes: int  # since then
+    last_cleanup_at: int | None  # latest successful run, Unix ms
+    failed_cleanups: int  # since then
     issues: dict[str, int]  # type -> issues
     processing: dict[str, Counts]  # queue -> seconds
     paces: list[KindPace]
@@ -79,7 +79,7 @@ class Snapshot(Struct, frozen=True):
     mailbox: int
     mailbox_limit: int
     events: dict[str, int]  # type -> events
-    parked: int
+    waiting_claims: int
     listeners: int
     dropped: int
     lag_s: float
@@ -184,14 +184,14 @@ class Metrics:
             stuck=len(book.stuck),
             locked=book.live_locks(),
             grants=dict(figures.grants),
-            refusals=dict(sum((listener.error_counts for listener in self._listeners), Counter[str]())),
+            errors=dict(sum((listener.error_counts for listener in self._listeners), Counter[str]())),
             stalls=figures.stalls,
             late={"kept": figures.late_kept, "adopted": figures.late_adopted},
             recovered={"reset": figures.reset, "failed": figures.failed},
-            passes=maintainer.totals.passes,
+            cleanup_runs=maintainer.totals.runs,
             found=dict(maintainer.totals.found),
-            last_pass_at=None if report is None else report.timestamp,
-            failed_passes=maintainer.state().failed_since_last_success,
+            last_cleanup_at=None if report is None else report.timestamp,
+            failed_cleanups=maintainer.state().failed_since_last_success,
             issues=dict(maintainer.totals.issues),
             processing={queue: _copy(histogram) for queue, histogram in figures.processing.items()},
             paces=self._alerts.paces,
@@ -205,7 +205,7 @@ class Metrics:
             mailbox=actor.waiting,
             mailbox_limit=actor.bounds.mailbox,
             events=dict(figures.events),
-            parked=len(actor.parked),
+            waiting_claims=len(actor.parked),
             listeners=self._feed.listeners,
             dropped=self._feed.dropped,
             lag_s=max(self._lags, default=0.0),
@@ -259,7 +259,7 @@ def _jobs(now: Snapshot) -> Iterator[Metric]:
     yield _counters("grants", "Jobs granted to workers, by queue.", ["queue"], now.grants.items())
     events = ((kind, now.events.get(kind, 0)) for kind in get_args(EventType))
     yield _counters("events", "Committed events, by type.", ["type"], events)
-    refusals = ((code, now.refusals.get(code, 0)) for code in ERROR_STATUS)
+    refusals = ((code, now.errors.get(code, 0)) for code in ERROR_STATUS)
     yield _counters("refusals", "Error responses, by code; already_locked is lock contention.", ["code"], refusals)
     yield _counter("stalls", "Grants that ended because the worker stalled.", now.stalls)
     yield _counters("recovered", "Stuck jobs recovered: reset to queued, or failed.", ["action"], now.recovered.items())
@@ -285,13 +285,13 @@ def _paces(now: Snapshot) -> Iterator[tuple[str, str, float]]:
 
 
 def _cleanup(now: Snapshot) -> Iterator[Metric]:
-    yield _counter("cleanup_passes", "Cleanup runs since the start.", now.passes)
+    yield _counter("cleanup_passes", "Cleanup runs since the start.", now.cleanup_runs)
     found = ((kind, now.found.get(kind, 0)) for kind in FOUND_KINDS)
     yield _counters("cleanup_found", "Jobs that recovery and cleanup runs acted on since the start.", ["kind"], found)
-    last = [] if now.last_pass_at is None else [(now.last_pass_at / SECOND_MS,)]
+    last = [] if now.last_cleanup_at is None else [(now.last_cleanup_at / SECOND_MS,)]
     yield _gauges("cleanup_last_timestamp_seconds", "End of the latest successful cleanup run (Unix time).", [], last)
     help_ = "Cleanup runs with errors since the last successful one."
-    yield _gauge("cleanup_failed_passes", help_, now.failed_passes)
+    yield _gauge("cleanup_failed_passes", help_, now.failed_cleanups)
     issues = ((kind, now.issues.get(kind, 0)) for kind in ISSUE_TYPES)
     yield _counters("validation_issues", "Issues that cleanup runs found since the start, by type.", ["type"], issues)
     help_ = "Artifacts of deleted jobs and late results that wait for deletion."
@@ -334,7 +334,7 @@ def _machine(now: Snapshot) -> Iterator[Metric]:
         yield family
     yield _gauge("mailbox_commands", "Commands that wait in the mailbox.", now.mailbox)
     yield _gauge("mailbox_limit_commands", "Maximum number of waiting commands (limits.mailbox).", now.mailbox_limit)
-    yield _gauge("parked_claims", "Claims that wait for work.", now.parked)
+    yield _gauge("parked_claims", "Claims that wait for work.", now.waiting_claims)
     yield _gauge("event_streams", "Open event streams.", now.listeners)
     yield _counter("event_streams_dropped", "Event streams closed because the client read too slowly.", now.dropped)
     yield _gauge("loop_lag_seconds", "The worst lag of the event loop in the last 20 s.", now.lag_s)
@@ -356,25 +356,25 @@ def _files(store_path: str) -> Iterator[Metric]:
     yield _gauge("database_bytes", "Size of the database file.", _size(store_path))
 
 
-def oldest_due_s(book: Book, now: int) -> dict[str, float]:
+def oldest_due_s(state: Book, now: int) -> dict[str, float]:
     """Return the wait of the oldest due job for each named queue, or 0. Queues with very many kinds are skipped."""
     found, left = {}, MAX_BUCKETS_SCANNED
-    for queue in islice(book.counts, QUEUES_SHOWN):
-        left -= (lanes := book.due_lanes(queue))
+    for queue in islice(state.counts, QUEUES_SHOWN):
+        left -= (lanes := state.due_lanes(queue))
         if left < 0:
             left += lanes
             continue
-        oldest = book.oldest_due_at(queue)
+        oldest = state.oldest_due_at(queue)
         found[queue] = 0.0 if oldest is None else max(now - oldest, 0) / SECOND_MS
     return found
 
 
-def capped(book: Book) -> list[tuple[str, dict[str, int]]]:
+def capped(state: Book) -> list[tuple[str, dict[str, int]]]:
     """Return the counts of the first QUEUES_SHOWN queues, and of all others as one, to limit the label values."""
-    shown = [(name, counts.copy()) for name, counts in islice(book.counts.items(), QUEUES_SHOWN)]
-    if len(book.counts) <= QUEUES_SHOWN:
+    shown = [(name, counts.copy()) for name, counts in islice(state.counts.items(), QUEUES_SHOWN)]
+    if len(state.counts) <= QUEUES_SHOWN:
         return shown
-    rest = {status: total - sum(counts[status] for _, counts in shown) for status, total in book.totals.items()}
+    rest = {status: total - sum(counts[status] for _, counts in shown) for status, total in state.totals.items()}
     return [*shown, (OTHER_QUEUES, rest)]
 
 

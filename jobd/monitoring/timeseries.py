@@ -16,7 +16,7 @@ from jobd.model.job import HOUR_MS, MINUTE_MS, SECOND_MS
 
 # The series that an event counts for. Every failed attempt counts as a failure, whether or not it is retried. A job
 # that fails without an attempt (it expired, or an operator failed it while it waited) does not.
-LINES: Final = {
+SERIES: Final = {
     "created": 0,
     "imported": 0,
     "completed": 1,
@@ -87,11 +87,11 @@ class SavedTimeseries(Struct, frozen=True):
 class StepCounts:
     """Counts in each of the last `max_steps` steps of `step_ms`, starting with `known`."""
 
-    __slots__ = ("_counts", "_most", "_step_ms")
+    __slots__ = ("_counts", "_max_steps", "_step_ms")
 
     def __init__(self, step_ms: int, max_steps: int, known: dict[int, list[int]] | None = None) -> None:
         self._step_ms = step_ms
-        self._most = max_steps
+        self._max_steps = max_steps
         self._counts = known or {}  # number of the step since 1970 -> counts by series
 
     def __len__(self) -> int:
@@ -110,14 +110,14 @@ class StepCounts:
             for ahead in [each for each in self._counts if each > step + 1]:
                 del self._counts[ahead]
             counts = self._counts[step] = [*_NOTHING]
-            while len(self._counts) > self._most + 1:
+            while len(self._counts) > self._max_steps + 1:
                 del self._counts[min(self._counts)]
         return counts
 
-    def lines(self, now: int) -> ChartSeries:
+    def series(self, now: int) -> ChartSeries:
         """Return the last `most` complete steps."""
-        first = now // self._step_ms - self._most
-        steps = range(first, first + self._most)
+        first = now // self._step_ms - self._max_steps
+        steps = range(first, first + self._max_steps)
         counts = [self._counts.get(step, _NOTHING) for step in steps]
         columns = ([count[line] for count in counts] for line in range(3))
         return ChartSeries([step * self._step_ms // SECOND_MS for step in steps], *columns)
@@ -162,7 +162,7 @@ class Timeseries:
         queues: dict[str, list[int]] = {}
         for change in changes:
             event = change.event
-            line = LINES.get(event.type)
+            line = SERIES.get(event.type)
             if line is None or (line == ATTEMPTS and event.before != "processing"):
                 continue
             if event.at != at:
@@ -186,7 +186,7 @@ class Timeseries:
         return counts
 
     def chart(self, now: int) -> Chart:
-        return Chart(self._hour.lines(now), self._day.lines(now), self.since)
+        return Chart(self._hour.series(now), self._day.series(now), self.since)
 
     def rates(self, now: int) -> Rates:
         minute, hour, day = (

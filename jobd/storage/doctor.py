@@ -49,12 +49,12 @@ _ON_ACCESS: Final = "nothing to do: the daemon quarantines it when it reads it"
 _UNUSED: Final = "nothing to do: it only takes up space"
 
 
-class StoreProblem(msgspec.Struct, frozen=True):
-    """One problem: where it is, what it is, and how to fix it (`mend`)."""
+class StoreProblem(msgspec.Struct, frozen=True, rename={"fix": "mend"}):
+    """One problem: where it is, what it is, and how to fix it."""
 
     where: str
     what: str
-    mend: str
+    fix: str
 
 
 class RepairRejected(StoreError):
@@ -110,7 +110,7 @@ def _limited(problems: Iterator[StoreProblem]) -> list[StoreProblem]:
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         listed.append(StoreProblem("file", f"it cannot be read completely: {error}", _RESTORE))
     if more:
-        listed.append(StoreProblem(listed[-1].where.split()[0], f"and {more} more of this kind", listed[-1].mend))
+        listed.append(StoreProblem(listed[-1].where.split()[0], f"and {more} more of this kind", listed[-1].fix))
     return listed
 
 
@@ -331,7 +331,7 @@ def damaged(db: Database, path: str) -> list[str]:
         problem.where.removeprefix("job ")
         for part in (_jobs, _payloads)
         for problem in part(db.conn, path)
-        if problem.mend.startswith(_ACCEPT.partition("{")[0])
+        if problem.fix.startswith(_ACCEPT.partition("{")[0])
     )
     return list(dict.fromkeys([*quarantined, *named]))
 

@@ -386,7 +386,7 @@ def _read_all(db: Database) -> OpenedStore:
         quarantined={},
         unvalidated=dict(db.rows("SELECT seq, id FROM suspects CROSS JOIN jobs ON seq = job_seq")),
         faults=[],
-        stats=_figures(db),
+        stats=_stats(db),
         tombstones=db.conn.execute("SELECT count(*) FROM tombstones").fetchone()[0],
     )
     opened.quarantined = db.quarantined.copy()
@@ -515,7 +515,7 @@ def _keys(db: Database) -> list[StoredResponse]:
     return keys
 
 
-def _figures(db: Database) -> bytes | None:
+def _stats(db: Database) -> bytes | None:
     rows = db.rows("SELECT rowid, id, body, crc FROM figures")
     if not rows:
         return None

@@ -23,7 +23,7 @@ class Transport(Protocol):
 class DispatchContext(Struct):
     """Shared by all dispatchers. `next_delivery` is the next delivery number; a number is never reused."""
 
-    disk: OutboxStorage
+    storage: OutboxStorage
     moment: Callable[[], Moment]
     source: str  # the CloudEvents source of this daemon
     may_write: Callable[[], bool]  # False while the disk is full: the rest of the space is reserved for jobs that end

@@ -61,7 +61,7 @@ class Dispatcher:
         now, ms = context.moment().now, self._now_ms()
         for each in outbox.waiting[endpoint.name]:
             # `due_at` is wall time; a clock step must not delay a delivery for longer than the longest retry delay.
-            left_ms = min(max(each.due_at - now, 0), context.retry_policy.retry_at_most_ms)
+            left_ms = min(max(each.due_at - now, 0), context.retry_policy.max_retry_ms)
             self.queue.add(QueuedDelivery(each.id, each.subject, ms + left_ms if left_ms else 0, each.tries))
 
     # -- interface -----------------------------------------------------------------------------------------------------
@@ -103,10 +103,10 @@ class Dispatcher:
         found: Delivery | None
         if id_ in self.queue:
             self.queue.expedite(id_)
-            (found,) = await self._context.disk.deliveries([id_]) or (None,)
+            (found,) = await self._context.storage.deliveries([id_]) or (None,)
         else:
             now = self._context.moment().now
-            found = await self._context.disk.deliver_again(self.endpoint.name, id_, now)
+            found = await self._context.storage.deliver_again(self.endpoint.name, id_, now)
             if found is not None and id_ not in self.queue:
                 self.queue.add(QueuedDelivery(id_, found.subject, 0))
         self._probe_now()
@@ -117,7 +117,7 @@ class Dispatcher:
         count = 0
         while not self._stopping:
             now = self._context.moment().now
-            found = await self._context.disk.deliver_all_again(self.endpoint.name, upto, SLICE, now)
+            found = await self._context.storage.deliver_all_again(self.endpoint.name, upto, SLICE, now)
             for each in found:
                 if each.id not in self.queue:
                     self.queue.add(QueuedDelivery(each.id, each.subject, 0))
@@ -178,7 +178,7 @@ class Dispatcher:
             await self._save_outcomes()
             await self._give_up_old()
             await self.reader.read(
-                has_room=self._has_room, tells_gaps=not self.queue.has_subject(self.endpoint.subject)
+                has_room=self._has_room, may_report_gaps=not self.queue.has_subject(self.endpoint.subject)
             )
             await self.reader.save()
         else:
@@ -253,7 +253,7 @@ class Dispatcher:
     async def _load(self, ids: list[int]) -> dict[int, Delivery]:
         found = {id_: self._recent.pop(id_) for id_ in ids if id_ in self._recent}
         if unknown := [id_ for id_ in ids if id_ not in found]:
-            found |= {each.id: each for each in await self._context.disk.deliveries(unknown)}
+            found |= {each.id: each for each in await self._context.storage.deliveries(unknown)}
         return found
 
     async def _deliver(self, transport: Transport, delivery: Delivery) -> None:
@@ -262,7 +262,7 @@ class Dispatcher:
         finally:
             del self._in_flight[delivery.id]
         self._outcomes.append((delivery, outcome))
-        self._update_breaker(outcome, went_before=delivery.id in self._sent_before_probe)
+        self._update_breaker(outcome, started_before_probe=delivery.id in self._sent_before_probe)
         self._sent_before_probe.discard(delivery.id)
         self._wake.set()
 
@@ -292,7 +292,7 @@ class Dispatcher:
 
         self.reader.alerts.deliver_directly(post)
 
-    def _update_breaker(self, outcome: DeliveryOutcome, *, went_before: bool = False) -> None:
+    def _update_breaker(self, outcome: DeliveryOutcome, *, started_before_probe: bool = False) -> None:
         """Update statistics and breaker. A failure of a delivery that started before a probe opens nothing."""
         name, now = self.endpoint.name, self._context.moment().now
         if outcome.error is None:
@@ -303,7 +303,7 @@ class Dispatcher:
             return
         self.stats.failed += 1
         self.stats.last_error, self.stats.last_error_at = outcome.error, now
-        if not went_before and self.breaker.failed(outcome, self._now_ms(), self._context.chance()):
+        if not started_before_probe and self.breaker.failed(outcome, self._now_ms(), self._context.chance()):
             pause_ms = (self.breaker.until or 0) - self._now_ms()
             log.warning("webhook_paused", webhook=name, pause_ms=pause_ms, error=outcome.error)
 
@@ -360,7 +360,7 @@ class Dispatcher:
         ids = list(islice(self.queue.ids(), SLICE))
         old = [
             replace(each, state="given_up", ended_at=at.now, error=each.error or self.stats.last_error)
-            for each in await self._context.disk.deliveries(ids)
+            for each in await self._context.storage.deliveries(ids)
             if at.believed - each.at >= self.endpoint.give_up_after_ms
         ]
         if not old:

@@ -41,17 +41,17 @@ class JournalReader:
         cursor: WebhookCursor,
         last: int,
         context: DispatchContext,
-        put: Callable[[list[Delivery]], None],
+        enqueue: Callable[[list[Delivery]], None],
     ) -> None:
         self.position = cursor.position if endpoint.reads_journal else last
         self.newest = last
-        self.has_news = endpoint.reads_journal
+        self.has_unread = endpoint.reads_journal
         self.gaps = 0
         self.alerts = AlertSource(endpoint, cursor.alerts, context)
         self._endpoint = endpoint
         self._cursor = cursor  # as stored
         self._context = context
-        self._enqueue = put
+        self._enqueue = enqueue
         self._loop_time = asyncio.get_running_loop().time
         self._is_reading = False
         self._read_at_s: float | None = None  # when the reader last reached the end of the journal
@@ -64,12 +64,12 @@ class JournalReader:
 
         A reader at the end of the journal skips unwanted events without reading the disk.
         """
-        is_up_to_date = not self.has_news and not self._is_reading
+        is_up_to_date = not self.has_unread and not self._is_reading
         self.newest = changes[-1].event.seq
         if self._endpoint.reads_journal and not is_up_to_date:
             return False
         if self._endpoint.reads_journal and any(self._endpoint.selects(change.event) for change in changes):
-            self.has_news = True
+            self.has_unread = True
             return True
         self.position = self.newest
         return self._note_unsaved()
@@ -80,22 +80,22 @@ class JournalReader:
         return max(self.newest - self.position, 0)
 
     @property
-    def lags(self) -> bool:
+    def is_lagging(self) -> bool:
         """Whether the end of the journal was not reached for a while, or not at all yet."""
         if not self._endpoint.reads_journal:
             return False
-        return self._read_at_s is None or (self.has_news and self._loop_time() - self._read_at_s > LAGGING_AFTER_S)
+        return self._read_at_s is None or (self.has_unread and self._loop_time() - self._read_at_s > LAGGING_AFTER_S)
 
     def next_work_in_s(self, *, has_room: bool) -> list[float]:
         """Return the seconds until each kind of pending work; empty if only new events bring work."""
         now_s, waits = self._loop_time(), []
-        if self.has_news and has_room:
+        if self.has_unread and has_room:
             waits.append(self._next_read_s - now_s)
         if self._unsaved_since_s is not None:
             waits.append(self._unsaved_since_s + SAVE_S - now_s)
         return waits
 
-    async def read(self, *, has_room: bool, tells_gaps: bool) -> None:
+    async def read(self, *, has_room: bool, may_report_gaps: bool) -> None:
         """Put alerts, and a page of the journal if there is room, into the outbox. Raises DiskFull and skips nothing.
 
         `tells_gaps` is False while the outbox still holds a gap message.
@@ -105,10 +105,10 @@ class JournalReader:
         alerts = len(messages)
         gone_to, position = self._cursor.gone_to, self.position
         is_whole = False
-        if gone_to == GAP_PENDING and tells_gaps:
+        if gone_to == GAP_PENDING and may_report_gaps:
             messages.append(gap_message(name, 0, position, now, source))
             gone_to = position
-        if self.has_news and has_room and self._loop_time() >= self._next_read_s:
+        if self.has_unread and has_room and self._loop_time() >= self._next_read_s:
             page = await self._page()
             if page.gone_to > max(position, gone_to):
                 gone_to = page.gone_to
@@ -123,7 +123,7 @@ class JournalReader:
             self.position = position
             self._note_unsaved()
         if is_whole:
-            self.has_news, self._read_at_s = self.position < self.newest, self._loop_time()
+            self.has_unread, self._read_at_s = self.position < self.newest, self._loop_time()
 
     async def add(self, message: Message) -> Delivery:
         """Put a message that is not from the journal into the outbox. Raises DiskFull."""
@@ -132,7 +132,7 @@ class JournalReader:
     async def settle(self, settled: list[Delivery], now: int) -> None:
         """Store the results of deliveries. If dead letters were dropped, a gap is pending."""
         async with self._writing:
-            if await self._context.disk.settle_deliveries(settled, now):
+            if await self._context.storage.settle_deliveries(settled, now):
                 self._cursor = replace(self._cursor, gone_to=GAP_PENDING)
 
     async def save(self, *, at_once: bool = False) -> None:
@@ -144,7 +144,7 @@ class JournalReader:
     async def _page(self) -> JournalPage:
         self._is_reading = True
         try:
-            page = await self._context.disk.journal(self.position, PAGE)
+            page = await self._context.storage.journal(self.position, PAGE)
         finally:
             self._is_reading = False
         self._next_read_s = self._loop_time() + (PAGE_PAUSE_S if page.more else READ_INTERVAL_S)
@@ -170,7 +170,7 @@ class JournalReader:
                 self._cursor.alerts if announced is None else announced,
                 now,
             )
-            await context.disk.plan_deliveries(cursor, new)
+            await context.storage.plan_deliveries(cursor, new)
             self._cursor, self._unsaved_since_s = cursor, None
             self.position = max(self.position, cursor.position)
             if self.position > cursor.position:

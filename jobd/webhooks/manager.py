@@ -119,7 +119,7 @@ class WebhookManager:
         if not new:
             return
         context = self._context
-        outbox = await context.disk.open_outbox(list(endpoints), context.moment().now)
+        outbox = await context.storage.open_outbox(list(endpoints), context.moment().now)
         context.next_delivery = max(context.next_delivery, outbox.next_delivery)
         for name in new:
             endpoint = endpoints[name]
@@ -173,13 +173,13 @@ class WebhookManager:
     async def page(self, name: str, state: DeliveryState | None, before: int | None, limit: int) -> DeliveryPage:
         """Return deliveries of an endpoint, newest first."""
         below = NEWEST if before is None else before
-        found = await self._context.disk.list_deliveries(name, state, below, limit + 1)
+        found = await self._context.storage.list_deliveries(name, state, below, limit + 1)
         shown = [delivery_view(each) for each in found[:limit]]
         return DeliveryPage(shown, str(shown[-1].id) if len(found) > limit else None)
 
     async def given_up(self, name: str) -> tuple[int, int]:
         """Return the number of dead-lettered deliveries that are kept, and the number of the newest, or 0."""
-        return await self._context.disk.dead_letter_counts(name)
+        return await self._context.storage.dead_letter_counts(name)
 
     async def redeliver(self, name: str, id_: int) -> DeliveryView | None:
         """Send a delivery again. Return None if there is none with this number. Raises DiskFull."""
@@ -213,7 +213,7 @@ class WebhookManager:
         behind = (
             endpoint.give_up_after_ms
             for name, endpoint in self._endpoints.items()
-            if endpoint.reads_journal and (name not in self._dispatchers or self._dispatchers[name].reader.lags)
+            if endpoint.reads_journal and (name not in self._dispatchers or self._dispatchers[name].reader.is_lagging)
         )
         return max(behind, default=0)
 

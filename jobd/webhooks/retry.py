@@ -29,22 +29,22 @@ class RetryPolicy(Struct, frozen=True):
     """Delays and limits of retries and of the circuit breaker."""
 
     retry_ms: int = RETRY_MS
-    retry_at_most_ms: int = RETRY_AT_MOST_MS
-    least_tries: int = LEAST_TRIES
+    max_retry_ms: int = RETRY_AT_MOST_MS
+    min_tries: int = LEAST_TRIES
     opens_after: int = OPENS_AFTER
     pause_ms: int = PAUSE_MS
-    pause_at_most_ms: int = PAUSE_AT_MOST_MS
+    max_pause_ms: int = PAUSE_AT_MOST_MS
 
 
 def retry_wait_ms(tries: int, chance: float, policy: RetryPolicy, asked_ms: int | None = None) -> int:
     """Return the delay after `tries` failures: half fixed, half random, and at least `asked_ms`."""
-    whole = min(policy.retry_ms << min(tries - 1, 20), policy.retry_at_most_ms)
-    return max(_spread(whole, chance), min(asked_ms or 0, policy.retry_at_most_ms))
+    whole = min(policy.retry_ms << min(tries - 1, 20), policy.max_retry_ms)
+    return max(_spread(whole, chance), min(asked_ms or 0, policy.max_retry_ms))
 
 
 def is_exhausted(delivery: Delivery, endpoint: WebhookEndpoint, now: int, policy: RetryPolicy) -> bool:
     """Return whether a delivery is dead-lettered at wall time `now`. `delivery.tries` includes the latest failure."""
-    return delivery.tries >= policy.least_tries and now - delivery.at >= endpoint.give_up_after_ms
+    return delivery.tries >= policy.min_tries and now - delivery.at >= endpoint.give_up_after_ms
 
 
 def _spread(whole_ms: int, chance: float) -> int:
@@ -62,7 +62,7 @@ class CircuitBreaker:
         self.since: int | None = None
         self.until: int | None = None  # open until then
         self._breaks = 0
-        self._manners = policy
+        self._policy = policy
 
     def state(self, now: int) -> BreakerState:
         if self.until is None:
@@ -82,10 +82,10 @@ class CircuitBreaker:
         state = self.state(now)
         if state == "open":
             return False  # started before the breaker opened
-        if state == "closed" and self.failures < self._manners.opens_after and not outcome.gone:
+        if state == "closed" and self.failures < self._policy.opens_after and not outcome.gone:
             return False
         self._breaks = 20 if outcome.gone else min(self._breaks + 1, 20)
-        pause_ms = min(self._manners.pause_ms << (self._breaks - 1), self._manners.pause_at_most_ms)
-        pause_ms = max(_spread(pause_ms, chance), min(outcome.retry_after_ms or 0, self._manners.pause_at_most_ms))
+        pause_ms = min(self._policy.pause_ms << (self._breaks - 1), self._policy.max_pause_ms)
+        pause_ms = max(_spread(pause_ms, chance), min(outcome.retry_after_ms or 0, self._policy.max_pause_ms))
         self.until = now + pause_ms
         return True

@@ -41,7 +41,7 @@ class Resolver(AbstractResolver):
     """Look names up in daemon threads: a hanging name server must not delay the end of the process."""
 
     def __init__(self) -> None:
-        self._looking = 0
+        self._running = 0
 
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
@@ -49,11 +49,11 @@ class Resolver(AbstractResolver):
         """Return the addresses of `host`. Raises OSError."""
         loop = asyncio.get_running_loop()
         found: asyncio.Future[list[Any]] = loop.create_future()
-        if self._looking >= MAX_LOOKUPS:
+        if self._running >= MAX_LOOKUPS:
             raise OSError("too many name lookups are already running")
 
         def settle(answer: list[Any] | OSError) -> None:
-            self._looking -= 1
+            self._running -= 1
             if found.done():
                 return
             if isinstance(answer, OSError):
@@ -75,7 +75,7 @@ class Resolver(AbstractResolver):
             except RuntimeError:
                 return  # the loop is closed
 
-        self._looking += 1
+        self._running += 1
         threading.Thread(target=look_up, name="webhook-lookup", daemon=True).start()
         return [_resolved(host, *each) for each in await found]
 

@@ -47,7 +47,7 @@ def _judge(address: IPv4Address | IPv6Address) -> str | None:
         ("loopback", address.is_loopback),
         ("link-local, the range of cloud metadata services", address.is_link_local),
         ("multicast", address.is_multicast),
-        ("reserved", any(address in network for network in _RESERVED) or _is_not_given_out(address)),
+        ("reserved", any(address in network for network in _RESERVED) or _is_unallocated(address)),
         ("private", not address.is_global or address in _OF_THE_HOST),
     ):
         if is_so:
@@ -55,7 +55,7 @@ def _judge(address: IPv4Address | IPv6Address) -> str | None:
     return None
 
 
-def _is_not_given_out(address: IPv4Address | IPv6Address) -> bool:
+def _is_unallocated(address: IPv4Address | IPv6Address) -> bool:
     return isinstance(address, IPv6Address) and address not in _PUBLIC
 
 

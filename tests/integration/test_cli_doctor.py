@@ -35,7 +35,7 @@ async def _findings(place: Path, prepare: Callable[[HttpHarness], None]) -> dict
         prepare(harness)
         with AdminClient(f"unix:{harness.path}", token="canary-token-0123456789", retry_for_s=0) as client:
             found = await asyncio.to_thread(examine, client)
-    assert all(finding.what and finding.mend for finding in found)
+    assert all(finding.what and finding.fix for finding in found)
     return {finding.where: finding.what for finding in found}
 
 

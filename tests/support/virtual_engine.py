@@ -18,7 +18,7 @@ from jobd.engine.actor import Actor, Bounds
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
 from jobd.maintenance.cleanup_pass import CleanupSchedule
-from jobd.maintenance.maintainer import Maintainer, read_figures
+from jobd.maintenance.maintainer import Maintainer, read_stats
 from jobd.model.commands import (
     AnyCommand,
     Claim,
@@ -103,7 +103,7 @@ class VirtualEngine:
         self.book = Book.opened(opened)
         self.book.suspects = dict(opened.unvalidated)
         self.book.quarantined = dict(opened.quarantined)
-        self.book.figures = read_figures(opened.stats)
+        self.book.figures = read_stats(opened.stats)
         self.actor = Actor(
             self.disk,
             self.book,

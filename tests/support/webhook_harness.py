@@ -23,9 +23,7 @@ from tests.support.polling import wait_until
 
 DELIVERED = DeliveryOutcome(204)
 REJECTED = DeliveryOutcome(500, "500: broken")
-FAST_RETRY = RetryPolicy(
-    retry_ms=20, retry_at_most_ms=80, least_tries=3, opens_after=5, pause_ms=40, pause_at_most_ms=80
-)
+FAST_RETRY = RetryPolicy(retry_ms=20, max_retry_ms=80, min_tries=3, opens_after=5, pause_ms=40, max_pause_ms=80)
 KEY = b"k" * 24
 
 
@@ -99,7 +97,7 @@ class WebhookHarness:
         self.may_write = True
         self.listeners: list[Callable[[Any], None]] = []
         self.context = DispatchContext(
-            disk=disk,
+            storage=disk,
             moment=clock.moment,
             source="/jobd/test",
             may_write=lambda: self.may_write,

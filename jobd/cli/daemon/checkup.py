@@ -19,12 +19,12 @@ MAX_QUEUES: Final = 10  # named one by one
 _MIB: Final = 1 << 20
 
 
-class Finding(Struct, frozen=True):
-    """A problem, its place, and its fix as `mend`."""
+class Finding(Struct, frozen=True, rename={"fix": "mend"}):
+    """A problem, its place and its fix."""
 
     where: str
     what: str
-    mend: str
+    fix: str
 
 
 def examine(client: AdminClient) -> list[Finding]:

@@ -195,5 +195,5 @@ def _diagnosis(problems: Sequence[Any], as_json: bool) -> int:
         terminal.emit("nothing is wrong")
     for problem in () if as_json else problems:
         terminal.emit(f"{problem.where}: {problem.what}")
-        terminal.emit(f"    fix: {problem.mend}")
+        terminal.emit(f"    fix: {problem.fix}")
     return exit_codes.FAILED if problems else exit_codes.DONE

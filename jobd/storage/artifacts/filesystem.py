@@ -24,7 +24,7 @@ from jobd.storage.artifacts.base import PIECE_BYTES, ArtifactStoreError, Deletio
 T = TypeVar("T")
 Undo = Callable[[Any], None]
 # The future of the caller (or None), the work, and an undo for its result if the caller was cancelled.
-Calls = SimpleQueue[tuple[asyncio.Future[Any] | None, Callable[[], Any], Undo] | None]
+CallQueue = SimpleQueue[tuple[asyncio.Future[Any] | None, Callable[[], Any], Undo] | None]
 
 MAX_QUEUED: Final = 100  # calls in the queue of the thread
 
@@ -45,7 +45,7 @@ class FileArtifactStore:
         self.place = directory
         self._daemon_directories = tuple(daemon_directories)
         self._probe_name = f".jobd-probe-{owner}"
-        self._calls: Calls = SimpleQueue()
+        self._calls: CallQueue = SimpleQueue()
         # Not from a pool: the interpreter waits for pool threads when it exits, and this one may hang.
         self._thread = threading.Thread(target=_run_calls, args=(self._calls,), name="artifacts", daemon=True)
 
@@ -217,7 +217,7 @@ class FileReader:
         self._store.close_file(self._handle)
 
 
-def _run_calls(calls: Calls) -> None:
+def _run_calls(calls: CallQueue) -> None:
     """Run calls one after the other, until None. The target of the thread."""
     while (call := calls.get()) is not None:
         future, work, undo = call
@@ -237,7 +237,9 @@ def _run_calls(calls: Calls) -> None:
                 future.get_loop().call_soon_threadsafe(_settle, calls, future, result, error, undo)
 
 
-def _settle(calls: Calls, future: asyncio.Future[Any], result: Any, error: BaseException | None, undo: Undo) -> None:
+def _settle(
+    calls: CallQueue, future: asyncio.Future[Any], result: Any, error: BaseException | None, undo: Undo
+) -> None:
     if future.cancelled():
         if error is None:
             calls.put((None, partial(undo, result), _no_undo))

@@ -20,7 +20,7 @@ from jobd.engine.actor import Actor, DiskBroken
 from jobd.engine.clock import Clock
 from jobd.engine.idempotency import Keys
 from jobd.maintenance.artifact_sweeper import ArtifactSweeper, SweepStats
-from jobd.maintenance.maintainer import Maintainer, read_figures
+from jobd.maintenance.maintainer import Maintainer, read_stats
 from jobd.model.commands import AnyCommand, EndGrants, ExtendAfterPause, IdempotencyKey, Operator
 from jobd.model.errors import ApiError
 from jobd.model.job import DAY_MS
@@ -311,7 +311,7 @@ class SimDaemon:
         self.book = Book.opened(opened)
         self.book.quarantined = dict(opened.quarantined)
         self.book.suspects = dict(opened.unvalidated)
-        self.book.figures = read_figures(opened.stats)
+        self.book.figures = read_stats(opened.stats)
         self.actor = Actor(
             machine.disk,
             self.book,

@@ -12,11 +12,11 @@ from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from jobd.maintenance.artifact_sweeper import (
-    CALL_S,
+    CALL_TIMEOUT_S,
     DEGRADED_AFTER_S,
     MAX_FAILING,
+    MAX_RETRY_MS,
     POLL_S,
-    RETRY_AT_MOST_MS,
     SLICE,
     ArtifactSweeper,
     SweepStats,
@@ -40,7 +40,7 @@ class SweeperHarness:
 
     @property
     def sweeps(self) -> SweepStats:
-        return self.sweeper.sweeps
+        return self.sweeper.stats
 
     async def done(self, job_id: str, key: str, *, upload: bool = True, old: bool = True) -> None:
         """Make a completed job with an old artifact."""
@@ -368,9 +368,9 @@ async def test_failures_are_retried_with_backoff_and_delay_no_other_artifact() -
         await seconds(3600)
         assert 9 <= at.store.tried.count("bad") <= 16
         (tombstone,) = at.engine.disk.tombstones.values()
-        assert tombstone.due_at - at.engine.now <= RETRY_AT_MOST_MS
+        assert tombstone.due_at - at.engine.now <= MAX_RETRY_MS
         del at.store.faults["bad"]
-        await seconds(RETRY_AT_MOST_MS / 1000 + POLL_S + 1)
+        await seconds(MAX_RETRY_MS / 1000 + POLL_S + 1)
         assert not at.store.objects
         assert at.sweeps.waiting == 0
 
@@ -399,7 +399,7 @@ def test_a_store_that_fails_for_long_degrades_health(error: Exception, expected:
             assert complaint.startswith("2 objects of deleted jobs could not be deleted, the first for 3")
             assert complaint.endswith(expected)
             at.store.broken = None
-            await seconds(RETRY_AT_MOST_MS / 1000 + POLL_S)
+            await seconds(MAX_RETRY_MS / 1000 + POLL_S)
             assert at.sweeper.degraded_reason() is None
             assert not at.store.objects
 
@@ -412,7 +412,7 @@ async def test_a_store_that_hangs_times_out() -> None:
         await at.done("a", "k")
         at.store.gate.clear()
         await at.delete("a")
-        await seconds(CALL_S + 1)
+        await seconds(CALL_TIMEOUT_S + 1)
         assert at.sweeps.failures == 1
         at.store.gate.set()
         await until(lambda: not at.store.objects)
@@ -428,13 +428,13 @@ async def test_the_delay_of_the_oldest_tombstone_is_reported() -> None:
         for number in range(3 * SLICE):
             await at.delete(f"job-{number}")
         assert at.sweeps.behind_ms == 0
-        await seconds(CALL_S - 1)
+        await seconds(CALL_TIMEOUT_S - 1)
         at.store.gate.set()
         max_behind_ms = 0
         while at.store.objects:
             await seconds(0.001)
             max_behind_ms = max(max_behind_ms, at.sweeps.behind_ms)
-        assert (CALL_S - 2) * 1000 < max_behind_ms < CALL_S * 1000
+        assert (CALL_TIMEOUT_S - 2) * 1000 < max_behind_ms < CALL_TIMEOUT_S * 1000
         await until(lambda: not at.engine.disk.tombstones)
         await seconds(1)
         assert at.sweeps.behind_ms == 0
@@ -544,4 +544,4 @@ async def test_without_an_artifact_store_deletions_leave_no_tombstone() -> None:
 def test_a_young_artifact_waits_for_less_than_the_maximum() -> None:
     """Otherwise the second scan would see a time of another clock."""
     assert YOUNG_MS + SKEW_MS < MAX_POSTPONE_MS
-    assert RETRY_AT_MOST_MS < MAX_POSTPONE_MS
+    assert MAX_RETRY_MS < MAX_POSTPONE_MS

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from jobd.core.stats import Figures, Histogram
 from jobd.engine.disk_full import Closed
 from jobd.maintenance.cleanup_pass import CleanupSchedule
-from jobd.maintenance.maintainer import TICK_S, read_extra, read_figures
+from jobd.maintenance.maintainer import TICK_S, read_extra, read_stats
 from jobd.model.commands import Complete, Create, Delete, Extend, ForceFail, Get, Pause, Progress, Recover, Timeline
 from jobd.model.errors import ApiError
 from jobd.model.events import Event
@@ -236,14 +236,14 @@ async def test_cleanup_runs_at_the_start_and_then_every_interval() -> None:
         assert engine.cleaner.state().time_since_last_cleanup is None
         engine.keep()
         await seconds(1)
-        assert engine.cleaner.totals.passes == 1
+        assert engine.cleaner.totals.runs == 1
         state = engine.cleaner.state()
         assert not state.cleanup_running
         assert 900 <= (state.time_since_last_cleanup or 0) <= 1000
         await seconds(298)
-        assert engine.cleaner.totals.passes == 1
+        assert engine.cleaner.totals.runs == 1
         await seconds(2)
-        assert engine.cleaner.totals.passes == 2
+        assert engine.cleaner.totals.runs == 2
         assert [report.forced for report in stored_reports(engine)] == [False, False]
 
 
@@ -256,10 +256,10 @@ async def test_a_forced_run_starts_at_once_an_unforced_one_not_within_two_minute
         assert await engine.cleaner.run_cleanup(forced=False) is first
         forced = await engine.cleaner.run_cleanup(forced=True)
         assert forced.forced
-        assert engine.cleaner.totals.passes == 2
+        assert engine.cleaner.totals.runs == 2
         await seconds(120)
         assert not (await engine.cleaner.run_cleanup(forced=False)).forced
-        assert engine.cleaner.totals.passes == 3
+        assert engine.cleaner.totals.runs == 3
 
 
 @in_virtual_time
@@ -271,9 +271,9 @@ async def test_the_schedule_keeps_its_distance_from_a_forced_run() -> None:
         await seconds(50)
         await engine.cleaner.run_cleanup(forced=True)
         await seconds(59)
-        assert engine.cleaner.totals.passes == 2
+        assert engine.cleaner.totals.runs == 2
         await seconds(2)
-        assert engine.cleaner.totals.passes == 3
+        assert engine.cleaner.totals.runs == 3
 
 
 @in_virtual_time
@@ -289,7 +289,7 @@ async def test_a_request_during_a_run_gets_its_report() -> None:
         first, second = await asyncio.gather(*tasks)
         assert first is second is engine.cleaner.last_report
         assert not first.forced
-        assert engine.cleaner.totals.passes == 1
+        assert engine.cleaner.totals.runs == 1
 
 
 @in_virtual_time
@@ -301,7 +301,7 @@ async def test_requests_before_a_run_starts_share_it() -> None:
         reports = await asyncio.gather(*tasks)
         assert reports[0] is reports[1]
         assert reports[0].forced
-        assert engine.cleaner.totals.passes == 1
+        assert engine.cleaner.totals.runs == 1
 
 
 @in_virtual_time
@@ -315,7 +315,7 @@ async def test_a_cancelled_request_does_not_end_the_run() -> None:
         tasks.cancel()
         await asyncio.wait({tasks})
         engine.disk.gate.set()
-        await until(lambda: engine.cleaner.totals.passes == 2)
+        await until(lambda: engine.cleaner.totals.runs == 2)
         assert [report.forced for report in stored_reports(engine)] == [False, True]
 
 
@@ -327,7 +327,7 @@ async def test_a_new_schedule_applies_at_once() -> None:
         await engine.held("a")
         engine.cleaner.set_schedule(CleanupSchedule(interval_ms=60_000, min_interval_ms=0, recover_every_ms=10_000))
         await seconds(31)
-        assert engine.cleaner.totals.passes == 2
+        assert engine.cleaner.totals.runs == 2
         await seconds(40)
         assert engine.cleaner.totals.found["stuck"] == 1
 
@@ -340,13 +340,13 @@ async def test_overdue_queued_jobs_fail_with_the_next_recovery() -> None:
     """No worker can claim them; they must not stay queued until the next cleanup run."""
     async with VirtualEngine(schedule=RECOVERING) as engine:
         engine.keep()
-        await until(lambda: engine.cleaner.totals.passes == 1)
+        await until(lambda: engine.cleaner.totals.runs == 1)
         await engine.yes(Create(id="old", expires_at=engine.now + 1000))
         await engine.yes(Create(id="new", expires_at=engine.now + HOUR_MS))
         await seconds(11.5)
         assert engine.book.jobs.keys() == {"new"}
         assert last_of(engine, "old").by == "recovery"
-        assert engine.cleaner.totals.passes == 1
+        assert engine.cleaner.totals.runs == 1
         assert engine.cleaner.totals.found == Counter(expired=1)
 
 
@@ -357,7 +357,7 @@ async def test_overdue_queued_jobs_fail() -> None:
         await engine.yes(Create(id="new", expires_at=engine.now + HOUR_MS))
         await seconds(1)
         engine.keep()
-        await until(lambda: engine.cleaner.totals.passes == 1)
+        await until(lambda: engine.cleaner.totals.runs == 1)
         assert engine.book.jobs.keys() == {"new"}
         assert engine.book.totals["failed"] == 5
         old = engine.disk.job("old-3")
@@ -376,7 +376,7 @@ async def test_finished_jobs_are_deleted_after_their_retention() -> None:
         await seconds(1)
         report_at = engine.now
         engine.keep()
-        await until(lambda: engine.cleaner.totals.passes == 1)
+        await until(lambda: engine.cleaner.totals.runs == 1)
         assert sorted(deletions(engine)) == [f"old-{number}" for number in range(5)]
         report = stored_reports(engine)[0]
         assert (report.expired_jobs_deleted, report.errors) == (5, [])
@@ -390,7 +390,7 @@ async def test_deletions_by_operators_do_not_count_as_deletions_by_age() -> None
         await finished(engine, "a")
         await engine.yes(Delete(id="a"), by="admin", admin=True)
         engine.keep()
-        await until(lambda: engine.cleaner.totals.passes == 1)
+        await until(lambda: engine.cleaner.totals.runs == 1)
         assert stored_reports(engine)[0].expired_jobs_deleted == 0
 
 
@@ -402,7 +402,7 @@ async def test_nothing_is_deleted_by_age_while_the_clock_is_suspect() -> None:
         await engine.yes(Delete(id="gone"), by="admin", admin=True)
         engine.step_ms = 40 * DAY_MS
         engine.keep()
-        await until(lambda: engine.cleaner.totals.passes == 1)
+        await until(lambda: engine.cleaner.totals.runs == 1)
         assert engine.disk.job("a") is not None
         assert [event.type for event in engine.disk.events if event.job_id == "gone"][-1] == "deleted"
         assert stored_reports(engine)[0].errors == []
@@ -434,7 +434,7 @@ class UndeletableJobStorage(MemoryStorage):
 async def test_undeletable_expired_rows_end_the_step_with_an_error() -> None:
     async with VirtualEngine(UndeletableJobStorage()) as engine:
         engine.keep()
-        await until(lambda: engine.cleaner.totals.passes == 1)
+        await until(lambda: engine.cleaner.totals.runs == 1)
         assert stored_reports(engine)[0].errors == ["deletion: 1 expired jobs could not be deleted, the first is a."]
 
 
@@ -447,7 +447,7 @@ async def test_a_damaged_expired_row_is_quarantined_and_the_run_continues() -> N
         await engine.yes(Get(id="a"))  # loads it into memory
         disk.bad_jobs["a"] = "its checksum is wrong"
         engine.keep()
-        await until(lambda: engine.cleaner.totals.passes == 1)
+        await until(lambda: engine.cleaner.totals.runs == 1)
         assert stored_reports(engine)[0].errors == []
         assert engine.book.quarantined == {"a": "its checksum is wrong"}
         assert engine.book.totals["completed"] == 0
@@ -465,7 +465,7 @@ async def test_a_run_repairs_imported_and_hand_edited_rows() -> None:
     async with VirtualEngine(disk, schedule=replace(PASSES, batch=2)) as engine:
         assert len(engine.book.suspects) == 5
         engine.keep()
-        await until(lambda: engine.cleaner.totals.passes == 1)
+        await until(lambda: engine.cleaner.totals.runs == 1)
         report = stored_reports(engine)[0]
         assert report.errors == []
         assert report.validation_issues_found == report.validation_issues_fixed == 5
@@ -508,7 +508,7 @@ async def test_valid_jobs_cost_no_command() -> None:
             await engine.yes(Create(id=f"job-{number}"))
         batches = len(engine.disk.batches)
         engine.keep()
-        await until(lambda: engine.cleaner.totals.passes == 1)
+        await until(lambda: engine.cleaner.totals.runs == 1)
         assert len(engine.disk.batches) - batches == 1  # the report
 
 
@@ -523,7 +523,7 @@ async def test_workers_are_served_between_slices() -> None:
         await until(lambda: bool(deletions(engine)))
         await engine.yes(Progress(id="a", lock_id=lock_id, progress=1))
         assert len(deletions(engine)) < 40
-        await until(lambda: engine.cleaner.totals.passes == 1)
+        await until(lambda: engine.cleaner.totals.runs == 1)
         assert len(deletions(engine)) == 200
 
 
@@ -640,7 +640,7 @@ async def test_a_bug_in_a_run_does_not_end_cleanup() -> None:
         totals, engine.cleaner.totals = engine.cleaner.totals, None  # type: ignore[assignment]
         engine.keep()
         report = await engine.cleaner.run_cleanup(forced=True)
-        assert report.errors == ["pass: 'NoneType' object has no attribute 'passes'"]
+        assert report.errors == ["pass: 'NoneType' object has no attribute 'runs'"]
         engine.cleaner.totals = totals
         assert (await engine.cleaner.run_cleanup(forced=True)).errors == []
 
@@ -732,19 +732,19 @@ async def test_extra_data_is_saved_with_the_statistics() -> None:
         engine.keep()
         await engine.cleaner.run_cleanup(forced=True)
         assert read_extra(engine.disk.figures) == b'{"hour":[1]}'
-        assert read_figures(engine.disk.figures).stalls == 3
+        assert read_stats(engine.disk.figures).stalls == 3
     without = msgspec.json.encode(Figures(stalls=3))  # as an older version saved them
     assert read_extra(without) == read_extra(None) == read_extra(b"{") == b"null"
 
 
 def test_unreadable_statistics_start_empty() -> None:
-    assert read_figures(None) == read_figures(b"{") == read_figures(b'{"stalls": "many"}') == Figures()
+    assert read_stats(None) == read_stats(b"{") == read_stats(b'{"stalls": "many"}') == Figures()
 
 
 def test_histograms_with_other_buckets_are_dropped() -> None:
     figures = Figures(stalls=3, completions={5: (1, 2)})
     figures.processing = {"old": Histogram([1, 2]), "new": Histogram.empty((0.1,) * 11)}
-    read = read_figures(msgspec.json.encode(figures))
+    read = read_stats(msgspec.json.encode(figures))
     assert (read.stalls, read.completions, list(read.processing)) == (3, {5: (1, 2)}, ["new"])
 
 
@@ -801,7 +801,7 @@ async def test_stop_ends_a_run_between_slices_and_resolves_its_waiters() -> None
             "pass: the run ended early because the daemon is stopping.",
         ]
         assert stored_reports(engine) == []
-        assert read_figures(engine.disk.figures).since_report.deleted == len(deletions(engine))
+        assert read_stats(engine.disk.figures).since_report.deleted == len(deletions(engine))
         late = await engine.cleaner.run_cleanup(forced=True)
         assert late.errors == ["pass: not run because the daemon is stopping."]
 

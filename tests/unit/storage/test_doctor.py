@@ -105,7 +105,7 @@ async def test_an_older_store_has_to_be_migrated_first(path: str, monkeypatch: p
     await make_store(path)
     monkeypatch.setattr(migrations, "VERSION", migrations.VERSION + 1)
     (problem,) = check(path)
-    assert "start the daemon once" in problem.mend
+    assert "start the daemon once" in problem.fix
 
 
 @pytest.mark.parametrize(
@@ -147,7 +147,7 @@ async def test_every_kind_of_damage_is_reported_with_a_fix(path: str, damage: st
     found = [problem for problem in check(path) if problem.where == where.format(**words)]
     assert found
     assert what in found[0].what
-    assert all(problem.mend for problem in found)
+    assert all(problem.fix for problem in found)
 
 
 @pytest.mark.parametrize("column", ["queue", "id", "status", "crc", "fencing_token"])
@@ -173,7 +173,7 @@ async def test_a_damaged_index_is_reported_and_repaired_by_a_recount(path: str) 
         conn.execute("PRAGMA writable_schema = ON")
         conn.execute("UPDATE sqlite_schema SET sql = ? WHERE name = 'jobs_expiry'", (sql,))
     problems = check(path)
-    assert any("jobs_expiry" in problem.what and "--recount" in problem.mend for problem in problems)
+    assert any("jobs_expiry" in problem.what and "--recount" in problem.fix for problem in problems)
     recount(path)
     assert check(path) == []
 
@@ -187,7 +187,7 @@ async def test_an_unreadable_page_is_reported_and_the_check_continues(path: str)
     write_file(path, content)
     problems = check(path)
     assert "file" in places(problems)
-    assert any("jobd restore" in problem.mend for problem in problems)
+    assert any("jobd restore" in problem.fix for problem in problems)
 
 
 async def test_numbers_that_are_not_assigned_yet_are_reported(path: str) -> None:
@@ -206,7 +206,7 @@ async def test_a_tombstone_that_waits_too_long_is_reported(path: str) -> None:
     (problem,) = check(path)
     assert problem.where == "artifact k/1"
     assert problem.what == "job gone-1 was deleted 3 days ago, but its artifact was not (failed attempts: 1)"
-    assert "artifacts.url" in problem.mend
+    assert "artifacts.url" in problem.fix
     late = Tombstone(-12, "a", "late/1", times[1], times[1], tries=4)
     async with open_store(path) as (store, _):
         await store.settle_tombstones([901], [])
@@ -241,7 +241,7 @@ async def test_quarantined_rows_and_other_files_are_checked(path: str) -> None:
     os.chmod(path, 0o644)
     problems = check(path)
     assert places(problems) == [f"job {job.id}", "keys in quarantine", "epoch file", path]
-    assert f"--accept {job.id}" in problems[0].mend
+    assert f"--accept {job.id}" in problems[0].fix
     assert "d1" in problems[1].what
 
 
@@ -259,7 +259,7 @@ async def test_an_epoch_file_of_a_newer_database_is_reported(path: str, monkeypa
     older, foreign = check(path)
     assert older.what == "it has epoch 4 and the database 1, so the database is an older copy"
     assert foreign.what == f"it belongs to user {owner + 1}, the database to user {owner}"
-    assert foreign.mend == f"chown --reference {path} {path}.epoch"
+    assert foreign.fix == f"chown --reference {path} {path}.epoch"
     monkeypatch.undo()
     with edit_store(path) as conn:
         migrations.change_meta(conn, marked=1)
@@ -449,4 +449,4 @@ async def test_a_renamed_column_of_the_meta_row_is_reported(path: str) -> None:
         conn.execute("ALTER TABLE meta RENAME COLUMN finished_xor TO finished_xos")
     (problem,) = [problem for problem in doctor.check(path) if problem.where == "meta"]
     assert "finished_xos" in problem.what
-    assert "restore" in problem.mend
+    assert "restore" in problem.fix

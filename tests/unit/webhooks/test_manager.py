@@ -121,7 +121,7 @@ async def test_every_endpoint_gets_the_events_it_asked_for(path: Path) -> None:
 async def test_unwanted_events_are_skipped_without_reading_the_disk(path: Path) -> None:
     only_ends = endpoint(events=frozenset({"job.failed"}))
     async with running_webhooks(path, only_ends, wrap=CountingStore) as at:
-        disk: Any = at.context.disk
+        disk: Any = at.context.storage
         await wait_until(lambda: disk.calls["journal"] == 1)
         await asyncio.sleep(0.1)
         for number in range(20):
@@ -147,7 +147,7 @@ async def test_a_cursor_that_only_skipped_events_is_saved(path: Path, monkeypatc
 
 async def test_an_idle_webhook_does_no_work(path: Path) -> None:
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.disk
+        disk: Any = at.context.storage
         await at.commit(*a_life(at.maker, "a"))
         await wait_until(lambda: at.webhooks.views()[0].delivered == 3)
         await asyncio.sleep(0.2)
@@ -259,7 +259,7 @@ async def test_consecutive_failures_open_the_breaker_and_a_probe_closes_it(path:
 
 
 async def test_a_view_shows_the_time_of_the_next_attempt(path: Path) -> None:
-    slow = replace(FAST_RETRY, retry_ms=100_000, retry_at_most_ms=100_000, pause_ms=600_000, pause_at_most_ms=600_000)
+    slow = replace(FAST_RETRY, retry_ms=100_000, max_retry_ms=100_000, pause_ms=600_000, max_pause_ms=600_000)
     clock = SteppedWallClock()
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED), clock=clock) as at:
 
@@ -285,7 +285,7 @@ async def test_a_message_that_always_fails_does_not_keep_the_breaker_open(path: 
     async with running_webhooks(
         path, posts=FakeTransport(lambda each: REJECTED if each.subject == "jobs/bad" else DELIVERED)
     ) as at:
-        at.context.retry_policy = replace(FAST_RETRY, retry_ms=1, retry_at_most_ms=1)  # due at every probe
+        at.context.retry_policy = replace(FAST_RETRY, retry_ms=1, max_retry_ms=1)  # due at every probe
         await at.commit(at.maker.create("bad"))
         await wait_until(lambda: at.webhooks.views()[0].state != "closed")
         await at.commit(at.maker.create("good"))
@@ -302,7 +302,7 @@ async def test_an_old_message_is_dead_lettered_after_enough_attempts_and_the_nex
         path, endpoint(give_up_after_ms=HOUR_MS), posts=FakeTransport(answer), clock=clock
     ) as at:
         await at.commit(*a_life(at.maker, "a"))
-        await wait_until(lambda: len(at.posts.tried) > FAST_RETRY.least_tries)
+        await wait_until(lambda: len(at.posts.tried) > FAST_RETRY.min_tries)
         assert at.posts.delivered == []
         clock.step_ms += HOUR_MS
         await wait_until(lambda: at.posts.types() == ["job.granted", "job.completed"])
@@ -404,7 +404,7 @@ async def test_a_new_endpoint_gets_no_earlier_events(path: Path) -> None:
 
 async def test_a_delivery_whose_result_was_not_stored_is_repeated(path: Path) -> None:
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.disk
+        disk: Any = at.context.storage
         disk.faults["settle_deliveries"] = RuntimeError("crash")
         await at.commit(*a_life(at.maker, "a"))
         await wait_until(lambda: at.posts.types() == ["job.created"])
@@ -420,7 +420,7 @@ async def test_on_a_full_disk_nothing_is_sent_without_the_outbox_and_nothing_is_
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.disk
+        disk: Any = at.context.storage
         disk.faults["settle_deliveries"] = DiskFull("no room")
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(30)))
         await wait_until(lambda: len(at.posts.delivered) >= dispatcher.PARALLEL)
@@ -437,7 +437,7 @@ async def test_on_a_full_disk_nothing_is_sent_without_the_outbox_and_nothing_is_
 async def test_webhooks_do_not_use_the_reserve_of_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.disk
+        disk: Any = at.context.storage
         at.may_write = False
         await at.commit(*a_life(at.maker, "a"))
         await asyncio.sleep(0.2)
@@ -471,7 +471,7 @@ async def test_a_dispatcher_waits_for_a_disk_that_is_full_at_the_start(
 ) -> None:
     monkeypatch.setattr("jobd.webhooks.manager.DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.disk
+        disk: Any = at.context.storage
         disk.faults["open_outbox"] = DiskFull("no room")
         at.webhooks.set_endpoints([endpoint(), endpoint("f")])
         await wait_until(lambda: disk.calls["open_outbox"] > 2)
@@ -545,7 +545,7 @@ async def test_every_event_arrives_in_order_despite_failures_and_crashes(
     for _ in range(60):
         posts = FakeTransport(lambda _: REJECTED if chance.random() < 0.4 else DELIVERED)
         async with running_webhooks(path, maker=maker, posts=posts, wrap=CountingStore) as at:
-            disk: Any = at.context.disk
+            disk: Any = at.context.storage
             for _ in range(chance.randint(1, 4)):
                 left = sum(3 - len(was) for was in jobs.values())
                 if some := min(left, chance.randint(0, 8)):
@@ -662,7 +662,7 @@ async def test_a_waiting_gap_message_is_not_repeated(path: Path, monkeypatch: py
     slow = replace(REJECTED, retry_after_ms=60_000)
     posts = FakeTransport(lambda each: slow if each.type == "events.gone" else REJECTED)
     async with running_webhooks(path, endpoint(give_up_after_ms=0, events=FINISHED), posts=posts) as at:
-        at.context.retry_policy = replace(FAST_RETRY, retry_at_most_ms=60_000)
+        at.context.retry_policy = replace(FAST_RETRY, max_retry_ms=60_000)
         for number in range(9):
             await at.commit(*a_life(at.maker, f"job-{number}"))
         await wait_until(lambda: at.webhooks.views()[0].given_up == 9)
@@ -723,7 +723,7 @@ async def test_on_a_full_disk_an_alert_is_delivered_directly_and_later_through_t
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.disk
+        disk: Any = at.context.storage
         at.may_write = False
         at.fire("database")
         await wait_until(lambda: at.posts.types() == ["alert.firing"])
@@ -756,7 +756,7 @@ async def test_an_alert_whose_write_fills_the_disk_is_delivered_directly(
 ) -> None:
     monkeypatch.setattr(dispatcher, "DISK_FULL_RETRY_S", 0.02)
     async with running_webhooks(path, wrap=CountingStore) as at:
-        disk: Any = at.context.disk
+        disk: Any = at.context.storage
         disk.faults["plan_deliveries"] = DiskFull("no room")
         at.fire("database")
         await wait_until(lambda: at.posts.types() == ["alert.firing"])
@@ -854,7 +854,7 @@ async def _more_patient(at: Any) -> None:
 
 
 async def test_a_waiting_delivery_can_be_sent_at_once_while_the_breaker_is_open(path: Path) -> None:
-    slow = replace(FAST_RETRY, retry_ms=600_000, retry_at_most_ms=600_000, pause_ms=600_000, pause_at_most_ms=600_000)
+    slow = replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000, pause_ms=600_000, max_pause_ms=600_000)
     down = True
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
         at.context.retry_policy = slow
@@ -873,7 +873,7 @@ async def test_a_test_message_probes_an_open_breaker(path: Path) -> None:
     """A test message must not wait for the end of an open breaker."""
     down = True
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
-        at.context.retry_policy = replace(FAST_RETRY, pause_ms=600_000, pause_at_most_ms=600_000)
+        at.context.retry_policy = replace(FAST_RETRY, pause_ms=600_000, max_pause_ms=600_000)
         await _more_patient(at)
         await at.commit(*(at.maker.create(f"job-{number}") for number in range(6)))
         await wait_until(lambda: at.webhooks.views()[0].state == "open")
@@ -888,7 +888,7 @@ async def test_a_running_delivery_that_is_redelivered_is_retried_at_once(path: P
     """The redelivery was requested while the first attempt was running: its failure does not postpone it."""
     down = True
     async with running_webhooks(path, posts=FakeTransport(lambda _: REJECTED if down else DELIVERED)) as at:
-        at.context.retry_policy = replace(FAST_RETRY, retry_ms=600_000, retry_at_most_ms=600_000)
+        at.context.retry_policy = replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000)
         at.webhooks.set_endpoints([endpoint(timeout_ms=5_000)])
         at.posts.gate.clear()
         await at.commit(at.maker.create("job-1"))
@@ -900,7 +900,7 @@ async def test_a_running_delivery_that_is_redelivered_is_retried_at_once(path: P
 
 async def test_failures_from_before_a_probe_do_not_open_the_breaker(path: Path) -> None:
     """Five of eight attempts have failed, three hang, and an operator reports that the receiver is back."""
-    slow = replace(FAST_RETRY, retry_ms=600_000, retry_at_most_ms=600_000, pause_ms=600_000, pause_at_most_ms=600_000)
+    slow = replace(FAST_RETRY, retry_ms=600_000, max_retry_ms=600_000, pause_ms=600_000, max_pause_ms=600_000)
     down, hanging = True, asyncio.Event()
 
     class Hanging(FakeTransport):

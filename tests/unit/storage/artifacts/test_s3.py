@@ -238,10 +238,10 @@ async def test_the_sweeper_deletes_objects_of_deleted_jobs(
         await disk.write(maker.batch([], tombstones=buried))
         sweeper = ArtifactSweeper(disk, store, clock, SweepStats(waiting=len(keys)), Margins(young_ms=0))
         running = asyncio.create_task(sweeper.run())
-        await until(lambda: not sweeper.sweeps.waiting)
+        await until(lambda: not sweeper.stats.waiting)
         sweeper.stop()
         await running
-        assert sweeper.sweeps == SweepStats(waiting=0, deleted=len(keys))
+        assert sweeper.stats == SweepStats(waiting=0, deleted=len(keys))
         assert bucket.keys() == ["pre/fix/other"]
         assert (await disk.due_tombstones(now + 10**9, 99)).found == []
 
