@@ -552,7 +552,7 @@ async def test_a_response_that_cannot_be_encoded_releases_its_grants(tmp_path: P
         assert [line["event"] for line in logs if line["log_level"] == "error"] == ["request_bug"]
 
 
-@pytest.mark.parametrize("where", ["_take", "_next_piece"])
+@pytest.mark.parametrize("where", ["_handle_line", "_next_piece"])
 async def test_a_bug_ends_one_stream(harness: HttpHarness, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def fail(*_: object) -> None:
         raise LookupError(TOKEN)
