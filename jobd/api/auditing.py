@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from jobd.api.services import Services
 from jobd.http.app import App, log
 from jobd.http.request import RequestContext, reading_operator
-from jobd.model.commands import Operator, RecordAction
+from jobd.model.commands import Operator, RecordAction, RecordedAction
 from jobd.model.errors import ApiError
 from jobd.model.job import MINUTE_MS
 
@@ -17,7 +17,7 @@ from jobd.model.job import MINUTE_MS
 async def audit_action(
     app: App[Services],
     operator: Operator | None,
-    action: str,
+    action: RecordedAction,
     details: dict[str, Any] | None = None,
     reason: str | None = None,
 ) -> None:
@@ -31,7 +31,7 @@ async def audit_action(
 
 
 async def audit_read(
-    app: App[Services], ctx: RequestContext, action: str, *, name: str = "", job_id: str | None = None
+    app: App[Services], ctx: RequestContext, action: RecordedAction, *, name: str = "", job_id: str | None = None
 ) -> None:
     """Record an audited read, as one entry per minute, operator, job and kind of read."""
     operator, details = reading_operator(ctx, name), {"access": "read"} if ctx.by == "reader" else None

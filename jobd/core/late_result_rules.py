@@ -19,8 +19,6 @@ from jobd.model.job import MAX_LATE_RESULTS, Job, LateResult, Policy, Result, st
 from jobd.model.responses import Response
 from jobd.model.storage import LateResultQuery
 
-ADOPTABLE: Final = frozenset({"queued", "failed", "cancelled"})
-
 _ASKING: Final = "[validation] require_download_url"
 _BY_HAND: Final = (
     "jobctl transition ID STATUS completed --set download_url=URL (also set the other fields that you want to keep)"
@@ -106,7 +104,7 @@ def adopt(draft: Draft, command: Adopt) -> Response | ApiError:
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
-    if job.status not in ADOPTABLE:
+    if job.status not in Adopt.allowed_from:
         return transitions.refuse_transition(job, "completed", _advice(job))
     late = _chosen(draft.book.late.results.get(job.seq, []), command.result)
     if late is None:

@@ -35,7 +35,7 @@ def force_fail(draft: Draft, command: ForceFail) -> Response | ApiError:
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
-    if job.status not in LIVE:
+    if job.status not in ForceFail.allowed_from:
         return transitions.refuse_transition(job, "failed", "Only a queued or processing job can be failed.")
     reason = command.reason or NO_REASON
     ended = transitions.ended_by(job, draft.at.now, "force-fail", "force_failed")
@@ -49,7 +49,7 @@ def force_reset(draft: Draft, command: ForceReset) -> Response | ApiError:
     if isinstance(job, ApiError):
         return job
     job = transitions.met(draft, job)
-    if job.status in ("queued", "completed"):
+    if job.status not in ForceReset.allowed_from:
         what = "It is already waiting." if job.status == "queued" else "completed is final; create a new job instead."
         return transitions.refuse_transition(job, "queued", what)
     ended = transitions.ended_by(job, draft.at.now, "force-reset", "force_reset")
@@ -137,7 +137,7 @@ def run_now(draft: Draft, command: RunNow) -> Response | ApiError:
     if isinstance(job, ApiError):
         return job
     job = transitions.met(draft, job)
-    if job.status != "queued":
+    if job.status not in RunNow.allowed_from:
         return transitions.refuse_transition(job, "queued", "Only a queued job can be run now.")
     if job.run_at > draft.at.now:
         reason = command.reason or "run now"
@@ -150,7 +150,7 @@ def update(draft: Draft, command: Update) -> Response | ApiError:
     if isinstance(job, ApiError):
         return job
     job = transitions.met(draft, job)
-    if job.status == "completed":
+    if job.status not in Update.allowed_from:
         return transitions.refuse_transition(job, "completed", "completed is final: it cannot be changed.")
     fields = _rescheduled(draft, job, command.priority, command.run_at, command.max_attempts)
     if fields:
@@ -164,7 +164,7 @@ def delete(draft: Draft, command: Delete) -> Response | ApiError:
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
-    if job.status not in FINISHED:
+    if job.status not in Delete.allowed_from:
         return transitions.refuse_transition(job, "deleted", "Only a finished job can be deleted: cancel it first.")
     answer = transitions.job_answer(draft, job)
     draft.delete(job, command.reason)

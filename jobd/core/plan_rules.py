@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
-from typing import Any, Final, assert_never
+from typing import Any, Final
 
 import msgspec
 
@@ -15,13 +15,10 @@ from jobd.core import transitions
 from jobd.core.changeset import Draft
 from jobd.model.commands import (
     MAINTENANCE_ACTIONS,
+    PLAN_COMMANDS,
     AnyCommand,
     ApplyPlan,
-    Cancel,
-    Delete,
     ExpectedVersion,
-    ForceFail,
-    ForceReset,
     JobCommand,
     PlanAction,
     PlanFilter,
@@ -68,54 +65,28 @@ def _one(draft: Draft, command: ApplyPlan, rules: Rules, expected: ExpectedVersi
 
 
 def _asked(command: ApplyPlan, job_id: str) -> JobCommand:
-    match command.action:
-        case "retry" | "force-reset":
-            return ForceReset(id=job_id, reason=command.reason)
-        case "cancel":
-            return Cancel(id=job_id, reason=command.reason)
-        case "force-fail":
-            return ForceFail(id=job_id, reason=command.reason)
-        case "delete":
-            return Delete(id=job_id, reason=command.reason)
-        case "recover-stuck" | "cleanup":
-            return JobCommand(id=job_id)  # recovery has its own reason; the audit log has that of the operator
-        case _:
-            assert_never(command.action)
+    if command.action in MAINTENANCE_ACTIONS:
+        return JobCommand(id=job_id)  # recovery has its own reason; the audit log has that of the operator
+    return PLAN_COMMANDS[command.action](id=job_id, reason=command.reason)
 
 
-# The status that an action leads to (None: deleted), the statuses it applies to, and a sentence about them.
-TO: Final[dict[PlanAction, str | None]] = {
-    "retry": "queued",
-    "force-reset": "queued",
-    "cancel": "cancelled",
-    "force-fail": "failed",
-    "delete": None,
-}
-
-_FROM: Final[dict[PlanAction, tuple[str, ...]]] = {
-    "retry": ("failed", "cancelled"),
-    "force-reset": ("processing", "failed", "cancelled"),
-    "cancel": ("queued", "processing"),
-    "force-fail": ("queued", "processing"),
-    "delete": ("failed", "cancelled", "completed"),
-}
-
-ONLY: Final[dict[PlanAction, str]] = {
-    "retry": "Only failed and cancelled jobs can be retried.",
-    "force-reset": "Only processing, failed and cancelled jobs can be reset.",
-    "cancel": "Only queued and processing jobs can be cancelled.",
-    "force-fail": "Only queued and processing jobs can be failed.",
-    "delete": "Only finished jobs can be deleted.",
+_MAINTENANCE_SCOPES: Final[dict[PlanAction, str]] = {
     "recover-stuck": "Only stuck jobs; expired locks of other jobs do not change.",
     "cleanup": "Only stuck jobs, queued jobs past their expires_at, and finished jobs past their retention; validation "
     "fixes are not part of a plan.",
 }
 
 
+def scope(action: PlanAction) -> str:
+    """Return a sentence that says which jobs a plan of `action` contains."""
+    return _MAINTENANCE_SCOPES[action] if action in MAINTENANCE_ACTIONS else PLAN_COMMANDS[action].plan_scope
+
+
 def to(action: PlanAction, job: Job) -> str | None:
     """Return the status of the job after `action`; None if it is deleted."""
     if action not in MAINTENANCE_ACTIONS:
-        return TO[action]
+        status = PLAN_COMMANDS[action].leads_to
+        return None if status == "deleted" else status
     if job.status == "processing":
         return "queued" if requeues_on_stall(job) else "failed"
     return "failed" if job.status == "queued" else None
@@ -123,12 +94,13 @@ def to(action: PlanAction, job: Job) -> str | None:
 
 def is_ending(action: PlanAction) -> bool:
     """Return whether the action ends or deletes jobs, so that it is allowed on a full disk."""
-    return TO.get(action) != "queued"
+    return action in MAINTENANCE_ACTIONS or PLAN_COMMANDS[action].admission == "ending"
 
 
 def why_not(action: PlanAction, job: Job) -> str | None:
     """Return why `action` skips this job; None if it does not."""
-    return None if job.status in _FROM[action] else ONLY[action]
+    command = PLAN_COMMANDS[action]
+    return None if job.status in command.allowed_from else command.plan_scope
 
 
 def statuses(action: PlanAction, wanted: PlanFilter) -> list[str]:
@@ -139,7 +111,7 @@ def statuses(action: PlanAction, wanted: PlanFilter) -> list[str]:
     status = wanted.status
     if wanted.error is not None:
         status = status or "failed"
-    return [each for each in _FROM[action] if status in (None, each)]
+    return [each for each in PLAN_COMMANDS[action].allowed_from if status in (None, each)]
 
 
 def version(job: Job, late: int | None = None, action: PlanAction | None = None) -> str:

@@ -362,7 +362,7 @@ def cancel(draft: Draft, command: Cancel) -> Response | ApiError:
     job = transitions.find(draft, command.id)
     if isinstance(job, ApiError):
         return job
-    if job.status not in ("queued", "processing"):
+    if job.status not in Cancel.allowed_from:
         return transitions.refuse_transition(job, "cancelled", "Only a queued or processing job can be cancelled.")
     ended = transitions.ended_by(job, draft.at.now, "cancel", "cancelled")
     return transitions.job_answer(

@@ -13,7 +13,7 @@ from jobd.dashboard.sessions import Session, Sessions
 from jobd.http.app import App
 from jobd.http.auth import Permission
 from jobd.http.request import RequestContext, operator_of
-from jobd.model.commands import Command
+from jobd.model.commands import Command, RecordedAction
 from jobd.model.errors import ApiError, api_error
 from jobd.model.fields import Text
 from jobd.model.responses import Response
@@ -76,7 +76,9 @@ class Viewer(Struct):
             expected=expected,
         )
 
-    async def record_audit(self, what: str, details: dict[str, Any] | None = None, reason: str | None = None) -> None:
+    async def record_audit(
+        self, what: RecordedAction, details: dict[str, Any] | None = None, reason: str | None = None
+    ) -> None:
         """Record in the audit log an action that is not a job command."""
         await audit_action(self.app, self.context.operator, what, details, reason)
 

@@ -1,15 +1,24 @@
-"""The actions of operators on one job, as data: allowed statuses, resulting status, and command."""
+"""The actions of operators on one job, as data: names, descriptions and commands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Struct
 
 from jobd.dashboard.urls import curl_prefix
-from jobd.model.commands import Adopt, Cancel, Command, Delete, ExtendLock, ForceFail, ForceReset, ReleaseLock, RunNow
+from jobd.model.commands import (
+    Adopt,
+    Cancel,
+    Delete,
+    ExtendLock,
+    ForceFail,
+    ForceReset,
+    JobCommand,
+    ReleaseLock,
+    RunNow,
+)
 from jobd.model.responses import JobView
 
 Verb = Literal["run-now", "extend", "release", "force-reset", "force-fail", "cancel", "delete", "adopt"]
@@ -27,21 +36,33 @@ class ActionTarget(Struct, frozen=True):
 class JobAction(Struct, frozen=True):
     """An action on one job.
 
-    `to` is the status afterwards, None if it does not change. `cli_command` is the equivalent of jobctl, if any.
-    `api_call` is the method and path in the admin API; without `{id}` in the path, the body names the job.
+    `command` declares the statuses that allow it and the status afterwards. `cli_command` is the equivalent of jobctl,
+    if any. `api_call` is the method and path in the admin API; without `{id}` in the path, the body names the job.
     """
 
     verb: Verb
     label: str
     description: str
-    allowed_from: frozenset[str]
-    to: str | None
-    make_command: Callable[[ActionTarget], Command]
-    needs_lock: bool = False
-    needs_late_result: bool = False
+    command: type[JobCommand]
     destructive: bool = False
     cli_command: str = ""
     api_call: str = ""
+
+    @property
+    def needs_lock(self) -> bool:
+        return "lock_id" in self.command.__struct_fields__
+
+    @property
+    def needs_late_result(self) -> bool:
+        return "result" in self.command.__struct_fields__
+
+    def make_command(self, on: ActionTarget) -> JobCommand:
+        fields: dict[str, Any] = {"id": on.id, "reason": on.reason}
+        if self.needs_lock:
+            fields["lock_id"] = on.lock_id
+        if self.needs_late_result:
+            fields["result"] = on.result
+        return self.command(**fields)
 
 
 _ALL: Final = (
@@ -49,9 +70,7 @@ _ALL: Final = (
         "run-now",
         "Run now",
         "The job becomes due now. Among jobs of the same priority it is ordered by this time.",
-        frozenset({"queued"}),
-        None,
-        lambda on: RunNow(id=on.id, reason=on.reason),
+        RunNow,
         cli_command="jobctl run-now",
         api_call="POST jobs/{id}/run-now",
     ),
@@ -59,20 +78,14 @@ _ALL: Final = (
         "extend",
         "Extend lock",
         "The lock lasts for its full TTL again, from now on. The worker keeps the job and is not notified.",
-        frozenset({"processing"}),
-        None,
-        lambda on: ExtendLock(id=on.id, lock_id=on.lock_id, reason=on.reason),
-        needs_lock=True,
+        ExtendLock,
         api_call="POST extend-lock",
     ),
     JobAction(
         "release",
         "Release",
         "The job returns to its queue and keeps its position; the attempt does not count. The worker loses the lock.",
-        frozenset({"processing"}),
-        "queued",
-        lambda on: ReleaseLock(id=on.id, lock_id=on.lock_id, reason=on.reason),
-        needs_lock=True,
+        ReleaseLock,
         api_call="POST release-lock",
     ),
     JobAction(
@@ -80,9 +93,7 @@ _ALL: Final = (
         "Reset",
         "The job is queued again as if it were new: no attempts, no stalls, no error, due now. A worker that holds it "
         "loses the lock, and may have done part of the work.",
-        frozenset({"processing", "failed", "cancelled"}),
-        "queued",
-        lambda on: ForceReset(id=on.id, reason=on.reason),
+        ForceReset,
         destructive=True,
         cli_command="jobctl force-reset",
         api_call="POST force-reset",
@@ -91,9 +102,7 @@ _ALL: Final = (
         "force-fail",
         "Fail",
         "The job fails, with your reason as its error. A worker that holds it loses the lock.",
-        frozenset({"queued", "processing"}),
-        "failed",
-        lambda on: ForceFail(id=on.id, reason=on.reason),
+        ForceFail,
         destructive=True,
         cli_command="jobctl force-fail",
         api_call="POST force-fail",
@@ -102,9 +111,7 @@ _ALL: Final = (
         "cancel",
         "Cancel",
         "The job is cancelled. A worker that holds it learns this from its next call.",
-        frozenset({"queued", "processing"}),
-        "cancelled",
-        lambda on: Cancel(id=on.id, reason=on.reason),
+        Cancel,
         destructive=True,
         cli_command="jobctl cancel",
         api_call="POST jobs/{id}/cancel",
@@ -113,9 +120,7 @@ _ALL: Final = (
         "delete",
         "Delete",
         "The job and its history are deleted permanently.",
-        frozenset({"completed", "failed", "cancelled"}),
-        "gone",
-        lambda on: Delete(id=on.id, reason=on.reason),
+        Delete,
         destructive=True,
         cli_command="jobctl delete",
         api_call="DELETE jobs/{id}",
@@ -125,10 +130,7 @@ _ALL: Final = (
         "Adopt",
         "The job is completed with the result that this worker submitted after its lock expired. It will not "
         "run again.",
-        frozenset({"queued", "failed", "cancelled"}),
-        "completed",
-        lambda on: Adopt(id=on.id, result=on.result, reason=on.reason),
-        needs_late_result=True,
+        Adopt,
         cli_command="jobctl adopt",
         api_call="POST jobs/{id}/adopt",
     ),
@@ -149,7 +151,7 @@ def available_actions(job: JobView, now: int) -> list[JobAction]:
 def is_allowed(action: JobAction, job: JobView, now: int) -> bool:
     if action.verb == "run-now" and job.run_at <= now:
         return False
-    return job.status in action.allowed_from and (not action.needs_lock or visible_lock_id(job) != "")
+    return job.status in action.command.allowed_from and (not action.needs_lock or visible_lock_id(job) != "")
 
 
 def curl_command(action: JobAction, target: ActionTarget, base_url: str) -> str:

@@ -32,6 +32,8 @@ from jobd.dashboard.urls import no_link_reason
 from jobd.http.auth import host_name
 from jobd.http.decoding import validation_error
 from jobd.model.commands import (
+    AUDITED_ACTIONS,
+    PLAN_COMMANDS,
     AuditLog,
     Command,
     Get,
@@ -78,20 +80,9 @@ MAX_REPORTS: Final = 50
 MAX_GROUPS: Final = 100  # failure groups
 MAX_SCANNED: Final = 50_000  # jobs; a list whose search scans more does not update itself
 INDEXED_STATUSES: Final = ("queued", "processing", "failed", "cancelled")
-BULK_ACTIONS: Final = {
-    "retry": "Retry",
-    "force-reset": "Reset",
-    "cancel": "Cancel",
-    "force-fail": "Fail",
-    "delete": "Delete",
+BULK_ACTIONS: Final = {"retry": "Retry"} | {
+    verb: action.label for verb, action in JOB_ACTIONS.items() if verb in PLAN_COMMANDS
 }
-AUDITED_ACTIONS: Final = (
-    "force-fail", "force-reset", "transition", "extend-lock", "release-lock", "run-now", "update", "adopt", "cancel",
-    "delete", "pause", "resume", "import", "recover-stuck", "take-back", "cleanup", "accept-clock", "backup",
-    "export", "artifact", "sign-in", "sign-out",
-    "resend-delivery", "resend-given-up", "test-webhook", "plan-retry", "plan-force-reset", "plan-cancel",
-    "plan-force-fail", "plan-delete", "plan-recover-stuck", "plan-cleanup",
-)  # fmt: skip
 PAUSED_QUEUES: Final = Queues(paused=True, limit=20)  # sent by every page; its cost depends on paused queues only
 PAUSE_CHOICES: Final = (("15 minutes", "900000"), ("1 hour", "3600000"), ("4 hours", "14400000"), ("1 day", "86400000"))
 MAX_SILENT_NAMES: Final = 3  # silent workers named in the overview

@@ -10,6 +10,7 @@ import msgspec
 
 from jobd.dashboard.context import Viewer, redirect_with_flash
 from jobd.dashboard.filters import JobFilter, search_fields
+from jobd.dashboard.job_actions import JOB_ACTIONS
 from jobd.dashboard.pages import BULK_ACTIONS, PAUSED_QUEUES, PageData, banners, query
 from jobd.dashboard.rendering import iso_time
 from jobd.http.decoding import validation_error
@@ -40,7 +41,7 @@ DESCRIPTIONS: Final[dict[str, str]] = {
     "finished jobs past their retention are deleted with their history.",
 }
 LABELS: Final = BULK_ACTIONS | {"recover-stuck": "Recover", "cleanup": "Clean up"}
-DESTRUCTIVE: Final = frozenset({"force-reset", "cancel", "force-fail", "delete", "cleanup"})
+DESTRUCTIVE: Final = {"cleanup", *(verb for verb, action in JOB_ACTIONS.items() if action.destructive)}
 
 
 class PlanForm(JobFilter, frozen=True, kw_only=True):

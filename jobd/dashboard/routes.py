@@ -359,7 +359,9 @@ class Dashboard:
         if action.verb == "delete":
             return redirect_with_flash(viewer, "/jobs", f"Job {job_id} was deleted.")
         return redirect_with_flash(
-            viewer, job_url(job_id), f"{action.label}: done. {job.status} \u2192 {action.to or job.status}"
+            viewer,
+            job_url(job_id),
+            f"{action.label}: done. {job.status} \u2192 {action.command.leads_to or job.status}",
         )
 
     async def _job_page_with_error(self, viewer: Viewer, job_id: str, error: ApiError) -> Response | ApiError:

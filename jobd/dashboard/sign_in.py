@@ -21,7 +21,7 @@ from jobd.http.app import App
 from jobd.http.auth import operator_name
 from jobd.http.request import RequestContext, client_address
 from jobd.http.response import RawBody
-from jobd.model.commands import Command, Operator, RecordAction
+from jobd.model.commands import Command, Operator, RecordAction, RecordedAction
 from jobd.model.responses import Response
 
 # URLs that a sign-in may redirect to: all characters that browsers leave unescaped, except the backslash, which they
@@ -107,7 +107,7 @@ class SignInPages:
             await self._record_audit(viewer.app, viewer.session, client_address(viewer.context), "sign-out")
         return Response(redirect("/sign-in", Set_Cookie=set_cookie(viewer.context, "", 0)), status=303)
 
-    async def _record_audit(self, app: App[Services], session: Session, address: str, what: str) -> None:
+    async def _record_audit(self, app: App[Services], session: Session, address: str, what: RecordedAction) -> None:
         operator = Operator(session.name or ("reader" if session.access == "read" else ""), address)
         window = self._log.record(what, session.access, address, operator.who)
         repeated = {"times": window.count, "names": list(window.names)} if window.count > 1 else {}

@@ -83,7 +83,7 @@ class Planner:
             action=request.action,
             reason=request.reason,
             filter=request.filter,
-            scope=None if request.ids is not None else plan_rules.ONLY[request.action],
+            scope=None if request.ids is not None else plan_rules.scope(request.action),
             count=len(search.jobs),
             jobs=search.jobs,
             skipped=search.skipped,

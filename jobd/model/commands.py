@@ -7,7 +7,7 @@ the OpenAPI document.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Final, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal, get_args
 
 from msgspec import Meta, Raw, Struct, field
 
@@ -119,7 +119,15 @@ class Bulk(Command, frozen=True, kw_only=True):
 
 
 class JobCommand(Command, frozen=True, kw_only=True):
-    """A command on one job. Over HTTP the path gives its id."""
+    """A command on one job. Over HTTP the path gives its id.
+
+    The class of an operator's action also declares `allowed_from`, the statuses that allow it, and `leads_to`, the
+    status afterwards: None if it does not change. `plan_scope` says which jobs a plan of the action contains.
+    """
+
+    allowed_from: ClassVar[tuple[Status, ...]]
+    leads_to: ClassVar[Status | Literal["deleted"] | None] = None
+    plan_scope: ClassVar[str]
 
     id: NamedJobId
 
@@ -317,6 +325,9 @@ class Cancel(JobCommand, frozen=True, kw_only=True):
     admission = "ending"
     audit_name = "cancel"
     errors = ("invalid_transition",)
+    allowed_from = ("queued", "processing")
+    leads_to = "cancelled"
+    plan_scope = "Only queued and processing jobs can be cancelled."
 
     reason: Reason | None = None
 
@@ -378,6 +389,9 @@ class ForceFail(NamedJobCommand, frozen=True, kw_only=True):
     admission = "ending"
     audit_name = "force-fail"
     errors = ("invalid_transition",)
+    allowed_from = ("queued", "processing")
+    leads_to = "failed"
+    plan_scope = "Only queued and processing jobs can be failed."
 
     reason: Reason | None = None
 
@@ -388,8 +402,18 @@ class ForceReset(NamedJobCommand, frozen=True, kw_only=True):
     admission = "change"
     audit_name = "force-reset"
     errors = ("invalid_transition",)
+    allowed_from: ClassVar[tuple[Status, ...]] = ("processing", "failed", "cancelled")
+    leads_to = "queued"
+    plan_scope: ClassVar[str] = "Only processing, failed and cancelled jobs can be reset."
 
     reason: Reason | None = None
+
+
+class Retry(ForceReset, frozen=True, kw_only=True):
+    """Put a failed or cancelled job back into its queue, as if new. Only plans contain it."""
+
+    allowed_from = ("failed", "cancelled")
+    plan_scope = "Only failed and cancelled jobs can be retried."
 
 
 class Updates(Struct, frozen=True, forbid_unknown_fields=True):
@@ -427,6 +451,7 @@ class ExtendLock(NamedJobCommand, frozen=True, kw_only=True):
     admission = "change"
     audit_name = "extend-lock"
     errors = ("lock_lost", "invalid_transition", "max_processing_time_exceeded")
+    allowed_from = ("processing",)
 
     lock_id: LockId = field(name="lockId")
     additional_ms: AdditionalMs | None = field(name="additionalTime", default=None)
@@ -439,6 +464,8 @@ class ReleaseLock(NamedJobCommand, frozen=True, kw_only=True):
     admission = "ending"
     audit_name = "release-lock"
     errors = ("lock_lost", "invalid_transition")
+    allowed_from = ("processing",)
+    leads_to = "queued"
 
     lock_id: LockId = field(name="lockId")
     reason: Reason | None = None
@@ -450,6 +477,7 @@ class RunNow(JobCommand, frozen=True, kw_only=True):
     admission = "change"
     audit_name = "run-now"
     errors = ("invalid_transition",)
+    allowed_from = ("queued",)
 
     reason: Reason | None = None
     dry_run: DryRun = False
@@ -461,6 +489,7 @@ class Update(JobCommand, frozen=True, kw_only=True):
     admission = "change"
     audit_name = "update"
     errors = ("invalid_transition",)
+    allowed_from = ("queued", "processing", "failed", "cancelled")
 
     priority: Priority | None = None
     run_at: DueAt | None = None
@@ -487,6 +516,8 @@ class Adopt(JobCommand, frozen=True, kw_only=True):
     admission = "change"
     audit_name = "adopt"
     errors = ("invalid_transition", "late_result_not_found")
+    allowed_from = ("queued", "failed", "cancelled")
+    leads_to = "completed"
 
     result: (
         Annotated[int, Meta(ge=1, description="The `seq` of the late result. Default: that of the latest grant.")]
@@ -502,6 +533,9 @@ class Delete(JobCommand, frozen=True, kw_only=True):
     admission = "ending"
     audit_name = "delete"
     errors = ("invalid_transition",)
+    allowed_from = ("failed", "cancelled", "completed")
+    leads_to = "deleted"
+    plan_scope = "Only finished jobs can be deleted."
 
     reason: Reason | None = None
 
@@ -629,6 +663,14 @@ class AuditLog(Command, frozen=True, kw_only=True):
 
 PlanAction = Literal["retry", "force-reset", "cancel", "force-fail", "delete", "recover-stuck", "cleanup"]
 MAINTENANCE_ACTIONS: Final = frozenset({"recover-stuck", "cleanup"})  # what cleanup runs do anyway
+# The command that the other actions send for each job.
+PLAN_COMMANDS: Final[dict[PlanAction, type[ForceReset | Cancel | ForceFail | Delete]]] = {
+    "retry": Retry,
+    "force-reset": ForceReset,
+    "cancel": Cancel,
+    "force-fail": ForceFail,
+    "delete": Delete,
+}
 MAX_PLAN: Final = 10_000  # jobs of one plan
 MAX_PLANNING_S: Final = 10.0  # a plan that reads for longer ends; the next one continues from there
 
@@ -718,12 +760,9 @@ class Locks(Command, frozen=True, kw_only=True):
     cursor: Cursor | None = None
 
 
-_WITH_DRY_RUN: Final = frozenset({Transition, RunNow, Update, Adopt, TakeBack})
-
-
-def is_dry_run(command: Any) -> bool:
+def is_dry_run(command: Command) -> bool:
     """Return whether `command` is a dry run: its response shows the effect, but nothing is changed."""
-    return type(command) in _WITH_DRY_RUN and command.dry_run
+    return getattr(command, "dry_run", False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -801,10 +840,26 @@ class RepairJobs(Command, frozen=True, kw_only=True):
     ids: list[str]
 
 
-class RecordAction(Command, frozen=True, kw_only=True):
-    """Record an operator action that is not a job command: `what` goes into the audit log. Changes nothing else.
+# Operator actions that are not job commands. They are recorded with RecordAction.
+RecordedAction = Literal[
+    "import",
+    "cleanup",
+    "accept-clock",
+    "resend-delivery",
+    "resend-given-up",
+    "test-webhook",
+    "backup",
+    "export",
+    "artifact",
+    "sign-in",
+    "sign-out",
+]
 
-    `outcome` is "done" or an error code; `job_id` is the job that was read.
+
+class RecordAction(Command, frozen=True, kw_only=True):
+    """Record an operator action that is not a job command, or the end of a plan. Changes nothing else.
+
+    `what` is a RecordedAction or `plan-ACTION`, `outcome` is "done" or an error code, `job_id` the job that was read.
     """
 
     admission = "change"
@@ -950,6 +1005,17 @@ AnyCommand = (
     | Tick
     | Ping
     | Report
+)
+
+# Every `what` of an audit entry.
+AUDITED_ACTIONS: Final = tuple(
+    dict.fromkeys(
+        [
+            *(kind.audit_name for kind in get_args(AnyCommand) if kind.audit_name is not None),
+            *get_args(RecordedAction),
+            *(f"plan-{action}" for action in get_args(PlanAction)),
+        ]
+    )
 )
 
 

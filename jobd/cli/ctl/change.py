@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 _IDS: Final = click.argument("ids", metavar="[ID...]", nargs=-1)
 _REASON: Final = reason_option("Stored with the job.")
-_UPDATABLE: Final = ("queued", "processing", "failed", "cancelled")
 _UPDATE_FIELDS: Final = ("priority", "run_at", "max_attempts")  # in the order in which they are shown
 _STATUS: Final = click.Choice(["queued", "processing", "completed", "failed", "cancelled"])
 
@@ -195,6 +194,8 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
 
     A late result is one that a worker submitted after its lock expired. The job must be queued, failed or cancelled.
     """
+    from jobd.model.commands import Adopt
+
     client = admin_client()
     chosen, details = result, ""
     rejection: ErrorView | None = None
@@ -230,7 +231,7 @@ def adopt(job_id: str, result: int | None, reason: str | None, **how: bool) -> i
         "completed",
         do,
         lambda job: job.status,
-        allowed_from=("queued", "failed", "cancelled"),
+        allowed_from=Adopt.allowed_from,
         details=lambda job: details,
         dry_run=dry,
     )
@@ -255,10 +256,14 @@ def _describe_late_result(late: LateResultView) -> str:
 @admin_options
 def run_now(job_id: str, reason: str | None, **how: bool) -> int:
     """Make a queued job due now."""
+    from jobd.model.commands import RunNow
+
     client = admin_client()
     now = round(time.time() * 1000)
     do = partial(client.run_now, reason=reason)
-    return _change("run-now", job_id, client, do, ("queued",), lambda job: {"run_at": min(job.run_at, now)}, **how)
+    return _change(
+        "run-now", job_id, client, do, RunNow.allowed_from, lambda job: {"run_at": min(job.run_at, now)}, **how
+    )
 
 
 @click.command()
@@ -274,10 +279,12 @@ def update(job_id: str, reason: str | None, dry_run: bool, as_json: bool, **fiel
     """Change the priority, due time or maximum attempts of a job."""
     if all(value is None for value in fields.values()):
         raise click.UsageError("nothing to change: give --priority, --run-at or --max-attempts")
+    from jobd.model.commands import Update
+
     client = admin_client()
     new = {name: fields[name] for name in _UPDATE_FIELDS if fields[name] is not None}
     do = partial(client.update_job, reason=reason, **new)
-    return _change("update", job_id, client, do, _UPDATABLE, lambda job: new, dry_run=dry_run, as_json=as_json)
+    return _change("update", job_id, client, do, Update.allowed_from, lambda job: new, dry_run=dry_run, as_json=as_json)
 
 
 def _change(

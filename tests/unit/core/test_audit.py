@@ -12,7 +12,6 @@ from jobd.api import admin
 from jobd.core import audit
 from jobd.core.changeset import Decision
 from jobd.core.plan_rules import version
-from jobd.dashboard.pages import AUDITED_ACTIONS
 from jobd.engine.disk_full import Closed
 from jobd.model.commands import (
     AnyCommand,
@@ -31,7 +30,6 @@ from jobd.model.commands import (
     Import,
     Operator,
     Pause,
-    PlanAction,
     RecordAction,
     Recover,
     RunNow,
@@ -302,18 +300,3 @@ async def test_the_log_is_read_in_pages_newest_first() -> None:
 def test_an_operator_without_a_name_is_admin(name: str, who: str, by: str) -> None:
     operator = Operator(name, "unix uid=0")
     assert (operator.who, operator.by) == (who, by)
-
-
-def test_the_dashboard_can_filter_by_every_action() -> None:
-    """Besides the commands: other actions, and plans by their action."""
-    others = {
-        "cleanup",
-        "accept-clock",
-        "resend-delivery",
-        "resend-given-up",
-        "test-webhook",
-        *AUDITED_READS,
-        *SIGN_INS,
-    }
-    plans = {f"plan-{action}" for action in get_args(PlanAction)}
-    assert set(AUDITED_ACTIONS) == {*AUDIT_NAMES.values(), *others, *plans}

@@ -9,6 +9,7 @@ from msgspec import Raw
 from msgspec.structs import replace
 
 from jobd.model.commands import (
+    Adopt,
     Cancel,
     Claim,
     Complete,
@@ -79,6 +80,22 @@ def test_force_fail(rules: RuleHarness) -> None:
     rules.create("b")
     assert rules.accept_admin(ForceFail(id="b")).reason == "Failed by an operator."
     rules.reject(ForceFail(id="b"), "invalid_transition")
+
+
+@pytest.mark.parametrize("status", STATUSES)
+@pytest.mark.parametrize("action", [Cancel, ForceFail, ForceReset, RunNow, Update, Adopt, Delete])
+def test_an_action_is_accepted_in_the_statuses_that_its_class_declares(
+    rules: RuleHarness,
+    action: type[Cancel | ForceFail | ForceReset | RunNow | Update | Adopt | Delete],
+    status: str,
+) -> None:
+    at_status(rules, status)
+    response = rules.ask(action(id="a"), admin=True)
+    is_rejected = isinstance(response, ApiError) and response.code == "invalid_transition"
+    assert is_rejected == (status not in action.allowed_from)
+    if isinstance(response, Response):
+        job = rules.book.get("a")
+        assert ("deleted" if job is None else job.status) == (action.leads_to or status)
 
 
 def test_force_reset_makes_the_job_as_new(rules: RuleHarness) -> None:

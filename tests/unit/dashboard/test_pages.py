@@ -13,6 +13,7 @@ import pytest
 from msgspec import Raw
 
 from jobd.dashboard import rendering
+from jobd.model.commands import AUDITED_ACTIONS
 from jobd.model.responses import AlertView, OldestDue
 from jobd.monitoring.timeseries import SLOTS, STEPS
 from jobd.storage.artifacts.downloads import Downloads
@@ -75,6 +76,12 @@ async def test_the_audit_log_shows_actions_operators_and_reasons(harness: Dashbo
         assert page.count('id="audit-') == count, query
     assert (await eve.get("/audit?job_id=a%20b")).status == 400
     assert "must be a time" in text(await eve.get("/audit?since=then"))
+
+
+async def test_the_audit_log_suggests_every_action(harness: DashboardHarness) -> None:
+    page = text(await (await harness.browser()).get("/audit"))
+    suggested = re.findall('<option value="(.*?)">', page.partition('<datalist id="known-actions">')[2])
+    assert tuple(suggested[: len(AUDITED_ACTIONS)]) == AUDITED_ACTIONS
 
 
 async def test_the_audit_log_has_pages(harness: DashboardHarness) -> None:

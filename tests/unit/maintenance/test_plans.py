@@ -75,7 +75,7 @@ def test_an_action_is_planned_if_its_rule_allows_it(action: PlanAction, allowed:
         assert done.applied == (status in allowed or (action, status) == ("retry", "processing"))
         if done.applied:
             there = rules.book.get(job.id)
-            assert plan_rules.TO[action] == (None if there is None else there.status)
+            assert plan_rules.to(action, job) == (None if there is None else there.status)
 
 
 @pytest.mark.parametrize(
