@@ -20,10 +20,11 @@ from msgspec.structs import asdict
 from jobd.api.services import Services
 from jobd.engine.mailbox import Envelope, weight
 from jobd.http.app import App, send_continue
-from jobd.http.auth import LINES, Authenticator
+from jobd.http.auth import LINES
 from jobd.http.decoding import Limits, RequestDecoder, make_body_type, malformed_json_error, validation_error
 from jobd.http.request import RequestContext
 from jobd.http.response import SAFE_HEADERS, WRITE_TIMEOUT_S, error_line, response_line
+from jobd.http.routing import Route
 from jobd.http.streaming import LineStream
 from jobd.model.commands import (
     Bulk,
@@ -57,27 +58,10 @@ OpName = Literal[
 ]  # fmt: skip
 
 
-class StreamOp(Struct, frozen=True):
-    """One kind of line, and the call that it stands for. A test compares it with the route of the call."""
-
-    command: type[Command]
-    method: str
-    path: str
-    key: bool = False  # an Idempotency-Key is accepted
-
-
-OPS: Final[dict[str, StreamOp]] = {
-    "create": StreamOp(Create, "POST", "/v1/jobs", key=True),
-    "bulk": StreamOp(Bulk, "POST", "/v1/jobs/bulk", key=True),
-    "start": StreamOp(Start, "POST", "/v1/jobs/{id}/start", key=True),
-    "claim": StreamOp(Claim, "POST", "/v1/claim", key=True),
-    "progress": StreamOp(Progress, "POST", "/v1/jobs/{id}/progress"),
-    "extend": StreamOp(Extend, "POST", "/v1/jobs/{id}/extend"),
-    "complete": StreamOp(Complete, "POST", "/v1/jobs/{id}/complete"),
-    "fail": StreamOp(Fail, "POST", "/v1/jobs/{id}/fail"),
-    "release": StreamOp(Release, "POST", "/v1/jobs/{id}/release"),
-    "cancel": StreamOp(Cancel, "POST", "/v1/jobs/{id}/cancel", key=True),
-    "get": StreamOp(Get, "GET", "/v1/jobs/{id}"),
+# The kinds of lines, with the command that a line of each carries. The route of the command gives its call.
+OPS: Final[dict[str, type[Command]]] = {
+    command.__name__.lower(): command
+    for command in (Create, Bulk, Start, Claim, Progress, Extend, Complete, Fail, Release, Cancel, Get)
 }
 
 
@@ -142,7 +126,7 @@ def _line_type(op: str, command: type[Command]) -> type[Any]:
 
 
 # The type of each kind of line.
-LINE_TYPES: Final = {name: _line_type(name, op.command) for name, op in OPS.items()}
+LINE_TYPES: Final = {op: _line_type(op, command) for op, command in OPS.items()}
 
 
 class _LineDecoder(RequestDecoder):
@@ -160,15 +144,16 @@ class _LineDecoder(RequestDecoder):
 @cache
 def line_decoders(limits: Limits) -> dict[str, RequestDecoder]:
     """Return the decoder of each kind of line."""
-    return {name: _LineDecoder(name, op.command, limits) for name, op in OPS.items()}
+    return {op: _LineDecoder(op, command, limits) for op, command in OPS.items()}
 
 
 class LineReader:
-    """Decode the lines of the streams of one listener."""
+    """Decode the lines of a stream."""
 
-    def __init__(self, authenticator: Authenticator, limits: Limits) -> None:
-        self._authenticator = authenticator
-        self._decoders = line_decoders(limits)
+    def __init__(self, app: App[Services]) -> None:
+        self._authenticator = app.authenticator
+        self._decoders = line_decoders(app.limits)
+        self._routes = app.routes
 
     def read(self, line: bytes) -> DecodedLine:
         """Decode a line. Raises ApiException."""
@@ -178,7 +163,6 @@ class LineReader:
             raise validation_error(str(fault), _LineHeader) from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
             raise malformed_json_error(fault) from None
-        op = OPS[header.op]
         command: Any = self._decoders[header.op].from_body(line)
         if isinstance(command, Claim) and command.wait_ms:
             message = (
@@ -187,13 +171,14 @@ class LineReader:
             raise invalid_request_error("$.wait_ms", message)
         job_id = command.id if isinstance(command, (Create, JobCommand)) else None
         by = f"worker:{command.worker}" if isinstance(command, (Start, Claim)) else "client"
-        return DecodedLine(command, by, job_id, self._key(op, job_id, header.idempotency_key, line))
+        route = self._routes[OPS[header.op]]
+        return DecodedLine(command, by, job_id, self._key(route, job_id, header.idempotency_key, line))
 
-    def _key(self, op: StreamOp, job_id: str | None, key: str | None, line: bytes) -> IdempotencyKey | None:
+    def _key(self, route: Route, job_id: str | None, key: str | None, line: bytes) -> IdempotencyKey | None:
         """Return the key in the scope of its call. A repetition must send the same line."""
-        if key is None or not op.key:
+        if key is None or not route.key:
             return None
-        return self._authenticator.idempotency_key(key, op.method, op.path.replace("{id}", job_id or ""), line)
+        return self._authenticator.idempotency_key(key, route.method, route.path.replace("{id}", job_id or ""), line)
 
 
 async def serve_command_stream(app: App[Services], ctx: RequestContext, _: Any) -> web.StreamResponse:
@@ -241,7 +226,7 @@ class _StreamSession:
         self.has_responses = asyncio.Event()
         self._app = app
         self._ctx = ctx
-        self._reader = LineReader(app.authenticator, app.limits)
+        self._reader = LineReader(app)
         self._lines = LineStream(ctx.request, app.limits, idle_allowed=True)
         self._slots: deque[_PendingResponse] = deque()
         self._weight = 0

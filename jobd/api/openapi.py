@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from inspect import cleandoc
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from jobd import __version__
 from jobd.api.command_stream import LINE_TYPES, StreamedCommand
@@ -35,20 +36,15 @@ ABOUT: Final = (
     "a 400; values are never clamped. A success is sent after the change is on disk. Over a Unix socket workers need "
     "no token."
 )
-# The tags of the document, in its order: the calls of each, by the first part of their path, and a description.
-TAGS: Final = {
-    "Jobs": (
-        "jobs claim commands validate-job force-fail force-reset transition extend-lock release-lock locks",
-        "Create, run, inspect and change single jobs.",
-    ),
-    "Many jobs": ("failures plans preview import export", "Inspect, change and move many jobs at once."),
-    "Queues and workers": ("queues workers", "Where jobs wait, and which workers take them."),
-    "Events": ("events audit webhooks", "What happened, and where it is sent."),
-    "The daemon": (
-        "stats health alerts cleanup recover-stuck reports clock metrics healthz readyz openapi.json",
-        "State of the daemon, and its maintenance.",
-    ),
-    "The store": ("backup backups check-rows quarantine", "The database file."),
+Tag = Literal["Jobs", "Many jobs", "Queues and workers", "Events", "The daemon", "The store"]
+# The tags of the document, in its order, with their descriptions.
+TAGS: Final[dict[Tag, str]] = {
+    "Jobs": "Create, run, inspect and change single jobs.",
+    "Many jobs": "Inspect, change and move many jobs at once.",
+    "Queues and workers": "Where jobs wait, and which workers take them.",
+    "Events": "What happened, and where it is sent.",
+    "The daemon": "State of the daemon, and its maintenance.",
+    "The store": "The database file.",
 }
 HEADERS: Final = {
     "Idempotency-Key": "The same key with the same body returns the stored response for 24 h. Two such headers in one "
@@ -60,6 +56,11 @@ HEADERS: Final = {
     "Retry-After": "Seconds to wait, if the code is `overloaded`.",
     "WWW-Authenticate": "How to send the token.",
 }
+
+
+def tagged(tag: Tag, *routes: Route) -> Iterator[Route]:
+    """Return `routes` with the tag `tag`."""
+    return (replace(route, tag=tag) for route in routes)
 
 
 def with_document(title: str, routes: Iterable[Route]) -> tuple[Route, ...]:
@@ -86,6 +87,7 @@ def document_at(path: str, title: str, routes: Callable[[], Iterable[Route]]) ->
         response=bytes,
         auth="anyone",
         handler=give,
+        tag="The daemon",
         summary="Return this document.",
     )
 
@@ -94,7 +96,7 @@ def document(title: str, routes: Iterable[Route]) -> JsonObject:
     """Return the OpenAPI document of `routes`, as plain values."""
     schemas = Schemas()
     table = tuple(routes)
-    used = {tag_of(route) for route in table}
+    used = {route.tag for route in table}
     paths: dict[str, JsonObject] = {}
     for route in table:
         paths.setdefault(route.path, {})[route.method.lower()] = _operation(route, schemas)
@@ -102,7 +104,7 @@ def document(title: str, routes: Iterable[Route]) -> JsonObject:
         "openapi": "3.1.0",
         "info": {"title": title, "version": __version__, "description": ABOUT, "license": {"name": "MIT"}},
         "servers": [{"url": "/"}],
-        "tags": [{"name": name, "description": text} for name, (_, text) in TAGS.items() if name in used],
+        "tags": [{"name": name, "description": text} for name, text in TAGS.items() if name in used],
         "paths": paths,
         "components": schemas.components | {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
     }
@@ -110,12 +112,6 @@ def document(title: str, routes: Iterable[Route]) -> JsonObject:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Calls.
-
-
-def tag_of(route: Route) -> str:
-    """Return the tag of a route."""
-    first = route.path.removeprefix(ADMIN_PREFIX).removeprefix("/v1").split("/")[1]
-    return next(name for name, (parts, _) in TAGS.items() if first in parts.split())
 
 
 def _texts(route: Route) -> JsonObject:
@@ -130,7 +126,7 @@ def _texts(route: Route) -> JsonObject:
 def _operation(route: Route, schemas: Schemas) -> JsonObject:
     parts = re.findall(r"\w+", route.path.removeprefix(ADMIN_PREFIX))
     operation: JsonObject = {
-        "tags": [tag_of(route)],
+        "tags": [route.tag],
         "operationId": "_".join([route.method.lower(), *parts]),
         **_texts(route),
         "parameters": _parameters(route),

@@ -133,8 +133,9 @@ class AuthorizedRequest(Struct, frozen=True):
 class App(Generic[S]):
     """The application behind one listener.
 
-    `error_counts` counts the errors sent, by code. While `closing`, responses say `Connection: close`; `on_close` are
-    the callbacks that end open streams then. `pages` are the HTML pages of the app, if it has any.
+    `routes` has the route of each type of request. `error_counts` counts the errors sent, by code. While `closing`,
+    responses say `Connection: close`; `on_close` are the callbacks that end open streams then. `pages` are the HTML
+    pages of the app, if it has any.
     """
 
     def __init__(
@@ -159,7 +160,9 @@ class App(Generic[S]):
         self._pending = 0
         self._idle = asyncio.Event()
         self._pages = pages
-        self._router = Router(routes, self.limits)
+        table = tuple(routes)
+        self.routes = {route.request: route for route in table}
+        self._router = Router(table, self.limits)
         self._log_limiter = LogRateLimiter()
 
     # -- fast path: a complete request, handled without a separate task -----------------------------------------------

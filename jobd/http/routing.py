@@ -32,8 +32,8 @@ class Route(Struct, frozen=True, kw_only=True):
     `audited`: reads are recorded in the audit log. Without `handler` the command goes to the actor; without
     `render_error` errors are sent as JSON.
 
-    For the OpenAPI document: `summary` (default: the docstring of the request), `errors` besides those of the request,
-    and `other_statuses` of a success with their meaning.
+    For the OpenAPI document: `tag`, `summary` (default: the docstring of the request), `errors` besides those of the
+    request, and `other_statuses` of a success with their meaning.
     """
 
     method: str
@@ -49,6 +49,7 @@ class Route(Struct, frozen=True, kw_only=True):
     secret: bool = False
     audited: bool = False
     render_error: ErrorRenderer | None = None
+    tag: str = ""
     summary: str = ""
     errors: tuple[str, ...] = ()
     other_statuses: dict[int, str] = {}

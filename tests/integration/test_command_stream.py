@@ -149,13 +149,6 @@ async def test_grants_of_a_stream_whose_client_has_closed_are_released(either: H
 # Lines.
 
 
-def test_every_kind_of_line_is_a_route_of_the_worker_api() -> None:
-    routes = {(route.method, route.path): route for route in ROUTES}
-    for op in OPS.values():
-        route = routes[op.method, op.path]
-        assert (route.request, route.key) == (op.command, op.key)
-
-
 async def test_a_line_gives_the_command_of_its_call(harness: HttpHarness) -> None:
     stream = await RawCommandStream.open(harness)
     lines: list[tuple[dict[str, Any], str, str]] = [

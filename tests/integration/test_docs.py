@@ -165,7 +165,8 @@ def body_fields(shape: Any, given: str | None = None) -> list[str]:
 
 def test_every_stream_operation_is_documented() -> None:
     documented = {ticked(op)[0]: ticked(call)[0].split() for op, call, *_ in rows(API, "op", "call")}
-    assert documented == {name: [op.method, op.path] for name, op in OPS.items()}
+    routes = {route.request: route for route in worker.ROUTES}
+    assert documented == {op: [routes[command].method, routes[command].path] for op, command in OPS.items()}
 
 
 SHAPES: Final[dict[str, Any]] = {
