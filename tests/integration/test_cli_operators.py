@@ -7,6 +7,9 @@ import os
 import re
 import socket
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +18,7 @@ import pytest
 from msgspec.structs import replace
 
 from jobd.cli.ctl import plans as ctl_plan
-from jobd.client import JobdError
+from jobd.client import InvalidRequest, JobdError, JobInfo
 from jobd.model import responses as answers
 from tests.support.cli_harness import JOB_FIELDS, READ_ONLY_TOKEN, TOKEN, CliDaemon, Jobctl, fields_of, on_a_terminal
 
@@ -328,6 +331,13 @@ def _stuck(running: CliDaemon, *ids: str, worker: str = "w-silent") -> list[str]
     return locks
 
 
+def _expiring(write: Callable[..., JobInfo]) -> JobInfo:
+    """Call `write` with an `expires_at` that passes soon, again if it has passed before the daemon received it."""
+    while True:
+        with suppress(InvalidRequest):
+            return write(expires_at=round(time.time() * 1000) + 500)
+
+
 _NEVER: Final = '[cleanup]\nrecover_every = "0s"\n'
 
 
@@ -382,10 +392,9 @@ def test_take_back_ends_the_grants_of_a_silent_worker(running: CliDaemon, jobctl
 @pytest.mark.slow
 def test_the_plan_of_a_cleanup_run_can_be_applied_except_for_its_fixes(running: CliDaemon, jobctl: Jobctl) -> None:
     with running.configured(_NEVER):
-        soon = round(time.time() * 1000) + 500
-        running.client.create_job(id="time-late", queue="time-late", expires_at=soon)
+        _expiring(partial(running.client.create_job, id="time-late", queue="time-late"))
         grant = running.client.start_processing(running.client.create_job(queue="time-old").id, "w")
-        old = running.client.complete_job(grant.job.id, lock_id=grant.lock_id, file_path="/f", expires_at=soon).id
+        old = _expiring(partial(running.client.complete_job, grant.job.id, lock_id=grant.lock_id, file_path="/f")).id
         _stuck(running, "time-3")
         code, _, err = jobctl.run("cleanup", "--dry-run")
         assert code == 0

@@ -497,9 +497,9 @@ def test_operators_can_release_locks_and_update_jobs(daemon: Daemon, queue: str)
     assert daemon.admin("POST", f"jobs/{job_id}/run-now").data["run_at"] <= now()
     changed = daemon.admin("POST", f"jobs/{job_id}/update", {"priority": 3, "max_attempts": 4}).data
     assert (changed["priority"], changed["max_attempts"]) == (3, 4)
-    grant = start(daemon, job_id, lock_ttl_ms=1000)
+    grant = start(daemon, job_id, lock_ttl_ms=60_000)
     named = {"jobId": job_id, "lockId": grant["lock_id"]}
-    longer = daemon.admin("POST", "extend-lock", {**named, "additionalTime": 60_000}).data
+    longer = daemon.admin("POST", "extend-lock", {**named, "additionalTime": 120_000}).data
     assert longer["lockExpiresAt"] > grant["lock_expires_at"]
     assert grant["lock_id"] in {held["lock_id"] for held in daemon.admin("GET", "locks").data["locks"]}
     back = daemon.admin("POST", "release-lock", named).data

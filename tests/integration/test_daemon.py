@@ -192,7 +192,7 @@ def _wait_for(daemon: Daemon, metric: str) -> None:
 def test_a_restart_keeps_a_lock_and_its_remaining_time(tmp_path: Path) -> None:
     with Daemon(tmp_path) as daemon:
         daemon.post("/v1/jobs", {"id": "a"})
-        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 1000, "stuck_after_ms": 0}).data
+        grant = daemon.post("/v1/jobs/a/start", {"worker": "w-1", "lock_ttl_ms": 10_000, "stuck_after_ms": 0}).data
         daemon.kill()
         daemon.start()
         job = daemon.get("/v1/jobs/a").data

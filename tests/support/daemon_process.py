@@ -18,7 +18,7 @@ from typing import Any, Self
 
 TOKEN = "token-for-tests-0123456789abcdef"
 READY = b"event=ready"
-TIMEOUT_S = 60.0  # the timeout of a test
+TIMEOUT_S = 180.0  # the timeout of a test
 
 _LIBC = ctypes.CDLL(None)  # loaded here, because a child between fork and exec should do little
 _PR_SET_PDEATHSIG = 1
@@ -219,6 +219,6 @@ class Daemon(ApiCalls):
         """Send SIGTERM and return the exit code."""
         assert self.process is not None
         self.process.send_signal(signal_number)
-        code = self.process.wait(30)
+        code = self.process.wait(TIMEOUT_S)
         self._join_reader()
         return code

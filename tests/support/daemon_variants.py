@@ -18,6 +18,8 @@ from jobd.http.server import HttpListener
 from jobd.model.storage import JobQuery
 from jobd.monitoring.alerts import Alerts
 from jobd.storage.store import Store
+from jobd.webhooks.context import DispatchContext
+from jobd.webhooks.retry import RetryPolicy
 
 
 def hung_actor() -> None:
@@ -36,6 +38,13 @@ def prompt_alerts() -> None:
     """Let alerts fire and resolve as soon as a check finds a change."""
     patched: Any = daemon
     patched.Alerts = partial(Alerts, hold_ms=0, clear_ms=0)
+
+
+def quick_retries() -> None:
+    """Retry deliveries of webhooks after fractions of a second."""
+    policy = RetryPolicy(retry_ms=100, max_retry_ms=500, pause_ms=100, max_pause_ms=500)
+    patched: Any = daemon
+    patched.DispatchContext = partial(DispatchContext, retry_policy=policy)
 
 
 def short_pages() -> None:
@@ -74,7 +83,9 @@ def _print(text: str) -> None:
     os.write(2, f"{text}\n".encode())
 
 
-VARIANTS: Final = {each.__name__: each for each in (hung_actor, prompt_alerts, short_pages, reported_stop)}
+VARIANTS: Final = {
+    each.__name__: each for each in (hung_actor, prompt_alerts, quick_retries, short_pages, reported_stop)
+}
 
 if __name__ == "__main__":
     VARIANTS[sys.argv.pop(1)]()

@@ -184,9 +184,7 @@ async def test_a_signal_ends_claims_even_if_a_handler_blocks_the_loop(client: As
     async def blocks(task: Task) -> None:
         with JobClient(client.endpoint) as blocking:
             os.kill(os.getpid(), signal.SIGTERM)
-            for _ in range(100):
-                if not any(seen.waiting for seen in blocking.workers() if seen.worker == worker.name):
-                    break
+            while any(seen.waiting for seen in blocking.workers() if seen.worker == worker.name):
                 time.sleep(0.02)
             later.append(blocking.create_job(queue=queue, kind="later").id)
             time.sleep(0.2)  # long enough for a claim

@@ -126,21 +126,19 @@ async def test_410_is_reported_as_gone(sender: HttpTransport, receiver: Receiver
 async def endless(status: int, request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(status=status)
     await response.prepare(request)
-    for _ in range(2_000):
+    while True:
         await response.write(b"x" * 65_536)
-    return response
 
 
 @pytest.mark.parametrize("status", [200, 500])
 async def test_only_the_start_of_an_endless_response_is_read(
-    sender: HttpTransport, receiver: Receiver, status: int
+    sender: HttpTransport, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
+    monkeypatch.setattr(transport, "DRAIN_S", 3_600)
     receiver.answer = lambda request: endless(status, request)
-    begun = time.monotonic()
-    outcome = await sender.post(to(receiver.url), DELIVERY)
+    outcome = await sender.post(to(receiver.url, timeout_ms=3_600_000), DELIVERY)
     assert outcome.status == status
     assert (outcome.error is None) == (status == 200)
-    assert time.monotonic() - begun < 5
     receiver.answer = responding(204)
     assert (await sender.post(to(receiver.url), DELIVERY)).error is None  # over another connection
 
@@ -167,10 +165,8 @@ async def test_a_slow_response_times_out(sender: HttpTransport, receiver: Receiv
         raise AssertionError
 
     receiver.answer = (lambda request: slow(500, request)) if begins else silent
-    begun = time.monotonic()
     outcome = await sender.post(to(receiver.url, timeout_ms=300), DELIVERY)
     assert outcome == DeliveryOutcome(None, "There was no response within 0.3 s.")
-    assert time.monotonic() - begun < 3
 
 
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 200\x00 OK\r\n" + b"x" * 100_000, b"SSH-2.0-x\r\n"])
@@ -352,13 +348,11 @@ async def test_a_hanging_name_server_costs_one_attempt_and_limited_lookups(
     monkeypatch.setattr(socket, "getaddrinfo", hanging)
     monkeypatch.setattr(transport, "MAX_LOOKUPS", 2)
     try:
-        begun = time.monotonic()
         for _ in range(2):
             outcome = await sender.post(to("http://hanging.test/", timeout_ms=100), DELIVERY)
             assert outcome == DeliveryOutcome(None, "There was no response within 0.1 s.")
         outcome = await sender.post(to("http://hanging.test/", timeout_ms=100), DELIVERY)
         assert "too many name lookups" in (outcome.error or "")
-        assert time.monotonic() - begun < 5
     finally:
         gate.set()
 
